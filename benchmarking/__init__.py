@@ -1,0 +1,1 @@
+"""Launches workloads as subprocesses, records them, analyzes the records."""
