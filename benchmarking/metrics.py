@@ -1,0 +1,480 @@
+"""Figures of a co-run: pure functions over plain numbers and record dicts, no input or output.
+
+Notation, for client i: `T_i` is the seconds that a unit of work takes alone on the whole GPU,
+`C_i` the seconds that it takes beside the others, in the window in which everyone runs.
+`T/C` is the normalized progress (1 = as fast as alone), `C/T` the slowdown.
+
+Unknown is `None` everywhere: a figure that lacks one of its inputs is `None`, never 0.
+
+Sources: S. Eyerman and L. Eeckhout, "System-Level Performance Metrics for Multiprogram
+Workloads", IEEE Micro 28(3), 2008 (STP, ANTT); R. Jain, D. Chiu and W. Hawe, "A Quantitative
+Measure of Fairness and Discrimination", DEC TR-301, 1984 (fairness); M. Abramowitz and
+I. Stegun, "Handbook of Mathematical Functions", 26.7.3 and 26.7.4 (Student's t).
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+Units = Mapping[str, Mapping[str, Any]]
+Record = Mapping[str, Any]
+
+# A client whose units are requests at a fixed offered rate does no more work on a faster GPU,
+# so its progress says nothing about throughput: it is judged by its latency alone.
+OFFERED_RATE_KINDS = frozenset({"request"})
+
+SATURATION_FRACTION = 0.95
+
+# Which status names the cause when several clients of one co-run failed: a neighbour that was
+# killed or timed out is more often the consequence than the cause.
+_FAILURES_BY_CAUSE = ("oom", "failed", "timeout", "killed")
+
+
+# --- one client -----------------------------------------------------------------------------
+
+
+def unit_seconds(units: Units) -> dict[str, float]:
+    """Mean seconds of a unit, by kind: `{kind: seconds / count}`.
+
+    `units` is `{kind: {"count": int, "seconds": float}}`, as in a client record. Kinds without a
+    unit, or without time, are left out.
+    """
+    return {
+        kind: unit["seconds"] / unit["count"]
+        for kind, unit in units.items()
+        if unit.get("count") and unit.get("seconds")
+    }
+
+
+def work_seconds(units: Units, alone: Mapping[str, float]) -> float | None:
+    """Work done, in seconds-alone: `W = sum over kinds of count * T_kind`.
+
+    `alone` holds `T_kind`, the mean seconds of a unit when the job runs alone. `None` when there
+    are no units or a kind has no baseline.
+    """
+    done = {kind: unit["count"] for kind, unit in units.items() if unit.get("count")}
+    if not done or any(not alone.get(kind) for kind in done):
+        return None
+    return sum(count * alone[kind] for kind, count in done.items())
+
+
+def spent_seconds(units: Units) -> float:
+    """Seconds that these units took: `D = sum of unit durations`."""
+    return sum(unit["seconds"] for unit in units.values() if unit.get("count"))
+
+
+def normalized_progress(units: Units, alone: Mapping[str, float]) -> float | None:
+    """Normalized progress `T/C = W / D`: 1 = as fast as alone, 0.25 = a quarter of that.
+
+    `W` is the work done in seconds-alone (`work_seconds`), `D` the seconds it took
+    (`spent_seconds`). With one kind of unit this is exactly `T/C`; several kinds are weighted as
+    they ran. `None` when there are no units or a kind has no baseline.
+    """
+    work, spent = work_seconds(units, alone), spent_seconds(units)
+    return work / spent if work is not None and spent > 0 else None
+
+
+def slowdown(units: Units, alone: Mapping[str, float]) -> float | None:
+    """Slowdown `C/T = D / W` that this user feels: the inverse of `normalized_progress`."""
+    progress = normalized_progress(units, alone)
+    return 1 / progress if progress else None
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """Percentile of raw values by linear interpolation between ranks (numpy's default).
+
+    Raises `ValueError` without values, or when `percent` is outside 0..100.
+    """
+    if not values:
+        raise ValueError("a percentile needs at least one value")
+    if not 0 <= percent <= 100:
+        raise ValueError(f"percent must be in 0..100, not {percent}")
+    ordered = sorted(values)
+    rank = (len(ordered) - 1) * percent / 100
+    below = math.floor(rank)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (ordered[above] - ordered[below]) * (rank - below)
+
+
+def percentiles_ms(latencies: Sequence[float] | None) -> dict[str, float] | None:
+    """Mean, median, std, min, max, p50, p95 and p99 of raw latencies, in their own unit (ms).
+
+    `std` is the population's. `None` without latencies. Percentiles of percentiles mean nothing:
+    pass the raw values of all repeats, merged.
+    """
+    if not latencies:
+        return None
+    median = percentile(latencies, 50)
+    return {
+        "mean": statistics.fmean(latencies),
+        "median": median,
+        "std": statistics.pstdev(latencies),
+        "min": min(latencies),
+        "max": max(latencies),
+        "p50": median,
+        "p95": percentile(latencies, 95),
+        "p99": percentile(latencies, 99),
+    }
+
+
+def tail_slowdown(
+    shared: Sequence[float] | None, alone: Sequence[float] | None, percent: float
+) -> float | None:
+    """Percentile of the raw latencies beside others, over the same percentile alone.
+
+    `None` when either side has no latencies or the one alone is 0.
+    """
+    if not shared or not alone:
+        return None
+    reference = percentile(alone, percent)
+    return percentile(shared, percent) / reference if reference > 0 else None
+
+
+# --- all clients of a co-run ----------------------------------------------------------------
+
+
+def system_throughput(progress: Sequence[float]) -> float:
+    """STP `= sum of T_i / C_i`: how many GPUs' worth of work the sharing delivers."""
+    return math.fsum(progress)
+
+
+def average_normalized_turnaround_time(slowdowns: Sequence[float]) -> float:
+    """ANTT `= mean of C_i / T_i`: the average felt slowdown.
+
+    Raises `ValueError` without a slowdown.
+    """
+    if not slowdowns:
+        raise ValueError("ANTT needs at least one slowdown")
+    return statistics.fmean(slowdowns)
+
+
+def overhead_percent(stp: float | None) -> float | None:
+    """Overhead `= 100 * (1 / STP - 1)`: together, against one after the other on the whole GPU.
+
+    Negative when sharing wins. `None` when STP is unknown or 0.
+    """
+    return 100 * (1 / stp - 1) if stp else None
+
+
+def interference_overhead_percent(same_share_slowdowns: Sequence[float]) -> float | None:
+    """Interference overhead `= 100 * (mean of shared / alone on the same share - 1)`.
+
+    The share is the whole GPU under time slicing and MPS, the client's own instance under MIG:
+    there this is the guide's "0 % (isolated)". `None` without a slowdown.
+    """
+    return 100 * (statistics.fmean(same_share_slowdowns) - 1) if same_share_slowdowns else None
+
+
+def mechanism_overhead_percent(single_client_slowdown: float | None) -> float | None:
+    """Mechanism overhead `= 100 * (one client under the mode / alone - 1)`.
+
+    What the mode costs with nobody to share with.
+    """
+    return None if single_client_slowdown is None else 100 * (single_client_slowdown - 1)
+
+
+def jain_fairness(progress: Sequence[float]) -> float | None:
+    """Jain's index `(sum x)^2 / (n * sum x^2)` over `x_i = T_i / C_i`: 1 = all equally slowed.
+
+    The least is `1 / n`. `None` when there is no progress at all.
+    """
+    squares = math.fsum(x * x for x in progress)
+    return math.fsum(progress) ** 2 / (len(progress) * squares) if squares else None
+
+
+def solo_energy_joules(units: Units, baseline: Record, energy_alone: float | None) -> float | None:
+    """Joules that this work takes when its job runs alone: units done x solo joules a unit.
+
+    `energy_alone` is the card's energy over the baseline's window. Alone, the kinds of one job
+    share that energy by time, so the work is scaled by its seconds-alone: with one kind this is
+    exactly `count * (energy_alone / count_alone)`. `None` when an input is missing.
+    """
+    alone_units = baseline.get("units") or {}
+    work, alone_spent = work_seconds(units, unit_seconds(alone_units)), spent_seconds(alone_units)
+    if work is None or energy_alone is None or alone_spent <= 0:
+        return None
+    return energy_alone * work / alone_spent
+
+
+def energy_ratio(
+    window_joules: float | None, solo_joules: Sequence[float | None]
+) -> float | None:
+    """Card's joules in the window, over what the same work takes one job after another.
+
+    `solo_joules` holds `solo_energy_joules` of each client. Under 1 = sharing saves energy.
+    `None` when any input is missing: no hardware tells the power of one client.
+    """
+    known = [joules for joules in solo_joules if joules is not None]
+    if window_joules is None or not known or len(known) < len(solo_joules) or sum(known) <= 0:
+        return None
+    return window_joules / math.fsum(known)
+
+
+def success_rate_percent(client_records: Sequence[Record]) -> float | None:
+    """Share of clients whose status is `ok`, in percent; `None` without clients."""
+    if not client_records:
+        return None
+    succeeded = sum(record["status"] == "ok" for record in client_records)
+    return 100 * succeeded / len(client_records)
+
+
+def mean_job_seconds(client_record: Record) -> float | None:
+    """Mean wall time of the client's whole jobs in the window; `None` when none was finished."""
+    durations = [job["duration_seconds"] for job in client_record.get("jobs") or []
+                 if job.get("in_window")]
+    return statistics.fmean(durations) if durations else None
+
+
+def is_offered_rate(client_record: Record) -> bool:
+    """Whether the client answers requests at a fixed offered rate (a server with its tester)."""
+    return any(kind in OFFERED_RATE_KINDS for kind in client_record.get("units") or {})
+
+
+def client_progress(client_record: Record, baselines: Mapping[str, Record]) -> float | None:
+    """Normalized progress of a client record against the baseline of its own job.
+
+    `baselines` maps `job_key` to the baseline's client record. `None` when the client's status is
+    not `ok`, or its job has no baseline.
+    """
+    baseline = baselines.get(client_record.get("job_key", ""))
+    if client_record["status"] != "ok" or baseline is None:
+        return None
+    alone = unit_seconds(baseline.get("units") or {})
+    return normalized_progress(client_record.get("units") or {}, alone)
+
+
+def summarize_co_run(
+    client_records: Sequence[Record],
+    baselines: Mapping[str, Record],
+    gpu: Record | None,
+    *,
+    energy_alone_joules: Mapping[str, float | None] | None = None,
+    share_baselines: Mapping[str, Record] | None = None,
+) -> dict[str, Any]:
+    """Figures of one co-run from its client records; the `summary` of a co-run record.
+
+    `baselines` maps `job_key` to the baseline's client record (the whole GPU, alone); `gpu` is the
+    co-run's GPU section (`energy_joules` is read); `energy_alone_joules` maps `job_key` to the
+    card's energy over that job's baseline window; `share_baselines` are the jobs alone on the
+    client's own share (MIG: its instance), needed for the interference overhead where the share
+    is not the whole GPU.
+
+    Figures over all clients are `None` as soon as one client that counts failed or has no
+    baseline: a co-run of n is never summed up as one of n - 1. Clients at a fixed offered rate
+    stay out of STP, ANTT, overhead, fairness and energy; `throughput_clients` says how many
+    counted. `average_duration_seconds` and `total_gpu_time_seconds` are the mean and the sum over
+    clients of the mean seconds of one whole job.
+    """
+    counted = [record for record in client_records if not is_offered_rate(record)]
+    progress = _all_known(client_progress(record, baselines) for record in counted)
+    slowdowns = [1 / x for x in progress] if progress and all(progress) else None
+    stp = system_throughput(progress) if progress else None
+
+    share = baselines if share_baselines is None else share_baselines
+    share_progress = _all_known(client_progress(record, share) for record in counted)
+    is_mig = any(record.get("mode") == "mig" for record in client_records)
+    knows_share = share_baselines is not None or not is_mig
+    interference = (
+        interference_overhead_percent([1 / x for x in share_progress])
+        if share_progress and all(share_progress) and knows_share
+        else None
+    )
+
+    energies = energy_alone_joules or {}
+    solo = [
+        solo_energy_joules(
+            record.get("units") or {},
+            baselines.get(record["job_key"], {}),
+            energies.get(record["job_key"]),
+        )
+        for record in client_records
+    ] if len(counted) == len(client_records) and progress else [None]
+
+    durations = [mean_job_seconds(record) for record in client_records if record["status"] == "ok"]
+    finished = [seconds for seconds in durations if seconds is not None]
+    everyone_finished = bool(finished) and len(finished) == len(client_records)
+    return {
+        "clients": len(client_records),
+        "throughput_clients": len(counted),
+        "stp": stp,
+        "antt": average_normalized_turnaround_time(slowdowns) if slowdowns else None,
+        "overhead_percent": overhead_percent(stp),
+        "interference_overhead_percent": interference,
+        "fairness": jain_fairness(progress) if progress else None,
+        "energy_ratio": energy_ratio((gpu or {}).get("energy_joules"), solo),
+        "success_rate_percent": success_rate_percent(client_records),
+        "average_duration_seconds": statistics.fmean(finished) if finished else None,
+        "total_gpu_time_seconds": math.fsum(finished) if everyone_finished else None,
+    }
+
+
+def _all_known(values: Iterable[float | None]) -> list[float] | None:
+    """The values as a list, or `None` when there are none or one of them is unknown."""
+    known = list(values)
+    return None if not known or any(x is None for x in known) else known  # type: ignore[return-value]
+
+
+# --- repeats --------------------------------------------------------------------------------
+
+
+def student_t_probability(t: float, degrees_of_freedom: int) -> float:
+    """`P(|T| <= t)` for Student's t with whole degrees of freedom, exactly.
+
+    Abramowitz and Stegun 26.7.3 (odd) and 26.7.4 (even): a finite sum of powers of the cosine of
+    `theta = atan(t / sqrt(df))`. Raises `ValueError` under one degree of freedom.
+    """
+    if degrees_of_freedom < 1:
+        raise ValueError(f"degrees of freedom must be 1 or more, not {degrees_of_freedom}")
+    theta = math.atan(t / math.sqrt(degrees_of_freedom))
+    sine, cosine = math.sin(theta), math.cos(theta)
+    odd = degrees_of_freedom % 2 == 1
+    term = cosine if odd else 1.0
+    total = 0.0
+    for step in range(1, degrees_of_freedom // 2 + 1):
+        total += term
+        ratio = 2 * step / (2 * step + 1) if odd else (2 * step - 1) / (2 * step)
+        term *= ratio * cosine * cosine
+    return 2 / math.pi * (theta + sine * total) if odd else sine * total
+
+
+def student_t_quantile(confidence: float, degrees_of_freedom: int) -> float:
+    """The `t` with `P(|T| <= t) = confidence` (two-sided): 4.303 for 0.95 and 2 degrees.
+
+    Found by bisection over the exact probability. Raises `ValueError` when `confidence` is not
+    between 0 and 1.
+    """
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must be between 0 and 1, not {confidence}")
+    low, high = 0.0, math.pi / 2
+    for _ in range(200):  # more halvings than a double has digits
+        middle = (low + high) / 2
+        t = math.sqrt(degrees_of_freedom) * math.tan(middle)
+        if student_t_probability(t, degrees_of_freedom) < confidence:
+            low = middle
+        else:
+            high = middle
+    return math.sqrt(degrees_of_freedom) * math.tan((low + high) / 2)
+
+
+def geometric_mean_interval(
+    values: Sequence[float], confidence: float = 0.95
+) -> tuple[float, float, float]:
+    """Geometric mean of repeats with its interval: `(mean, low, high)`.
+
+    From three values on the interval is Student's t on the logarithms (df = n - 1); ratios are
+    skewed, their logarithms less so. Under three it is only the range of the values. Raises
+    `ValueError` without values, or when one is not positive.
+    """
+    if not values or any(not value > 0 for value in values):
+        raise ValueError(f"a geometric mean needs positive values, not {list(values)}")
+    logs = [math.log(value) for value in values]
+    center = statistics.fmean(logs)
+    if len(logs) < 3:
+        return math.exp(center), min(values), max(values)
+    half = student_t_quantile(confidence, len(logs) - 1) * statistics.stdev(logs)
+    half /= math.sqrt(len(logs))
+    return math.exp(center), math.exp(center - half), math.exp(center + half)
+
+
+def intervals_overlap(one: tuple[float, float, float], other: tuple[float, float, float]) -> bool:
+    """Whether two `(mean, low, high)` intervals share a point: then no difference is shown."""
+    return one[1] <= other[2] and other[1] <= one[2]
+
+
+# --- stress test ----------------------------------------------------------------------------
+
+
+def saturation_count(
+    stp_by_clients: Mapping[int, float | None], fraction: float = SATURATION_FRACTION
+) -> int | None:
+    """First count of clients whose STP is under `fraction` of the best STP at a smaller count.
+
+    Counts with an unknown STP are passed over. `None` when no count saturates.
+    """
+    best: float | None = None
+    for clients, stp in sorted(stp_by_clients.items()):
+        if stp is None:
+            continue
+        if best is not None and stp < fraction * best:
+            return clients
+        best = stp if best is None else max(best, stp)
+    return None
+
+
+def breaking_point(
+    co_runs: Sequence[Record],
+    client_records: Sequence[Record] = (),
+    *,
+    max_slowdown: float | None = None,
+    max_p99_ms: float | None = None,
+) -> dict[str, Any]:
+    """First count of clients at which a client failed, or a bound that was asked for was passed.
+
+    `co_runs` are the co-run records of one ramp (`clients`, `outcome`, `reason`, `co_run`);
+    `client_records` their clients, matched by `co_run`. Of several repeats at one count, one that
+    breaks is enough. Invalid and interrupted co-runs prove nothing either way: their counts are
+    listed in `not_judged`, unless another repeat of that count was judged.
+
+    Returns `{"clients": int | None, "criterion": "oom"|"failed"|"timeout"|"killed"|"slowdown"|
+    "p99"|None, "detail": str | None, "last_good_clients": int | None,
+    "highest_clients_tried": int | None, "not_judged": [int, ...]}`; `clients` is `None` when it
+    was not reached.
+    """
+    by_count: dict[int, list[Record]] = {}
+    for co_run in co_runs:
+        by_count.setdefault(co_run["clients"], []).append(co_run)
+    last_good: int | None = None
+    not_judged: list[int] = []
+    for clients, repeats in sorted(by_count.items()):
+        judged = [run for run in repeats if run["outcome"] in ("ok", "failed", "timeout")]
+        if not judged:
+            not_judged.append(clients)
+            continue
+        for run in judged:
+            members = [
+                record for record in client_records if record.get("co_run") == run.get("co_run")
+            ]
+            criterion, detail = _broken_by(run, members, max_slowdown, max_p99_ms)
+            if criterion is not None:
+                return {
+                    "clients": clients,
+                    "criterion": criterion,
+                    "detail": detail,
+                    "last_good_clients": last_good,
+                    "highest_clients_tried": max(by_count),
+                    "not_judged": not_judged,
+                }
+        last_good = clients
+    return {
+        "clients": None,
+        "criterion": None,
+        "detail": None,
+        "last_good_clients": last_good,
+        "highest_clients_tried": max(by_count, default=None),
+        "not_judged": not_judged,
+    }
+
+
+def _broken_by(
+    co_run: Record,
+    members: Sequence[Record],
+    max_slowdown: float | None,
+    max_p99_ms: float | None,
+) -> tuple[str | None, str | None]:
+    """Which criterion this co-run breaks, and in words; `(None, None)` when it holds."""
+    if co_run["outcome"] in ("failed", "timeout"):
+        statuses = [record["status"] for record in members]
+        cause = next((status for status in _FAILURES_BY_CAUSE if status in statuses), None)
+        return cause or co_run["outcome"], co_run.get("reason")
+    slowdowns = [
+        record["slowdown"] for record in members if record.get("slowdown") is not None
+    ]
+    if max_slowdown is not None and slowdowns and max(slowdowns) > max_slowdown:
+        return "slowdown", f"slowdown {max(slowdowns):.2f} passes the bound of {max_slowdown:g}"
+    tails = [percentile(record["latency_ms"], 99) for record in members if record.get("latency_ms")]
+    if max_p99_ms is not None and tails and max(tails) > max_p99_ms:
+        return "p99", f"p99 latency {max(tails):.1f} ms passes the bound of {max_p99_ms:g} ms"
+    return None, None
