@@ -199,9 +199,7 @@ def solo_energy_joules(units: Units, baseline: Record, energy_alone: float | Non
     return energy_alone * work / alone_spent
 
 
-def energy_ratio(
-    window_joules: float | None, solo_joules: Sequence[float | None]
-) -> float | None:
+def energy_ratio(window_joules: float | None, solo_joules: Sequence[float | None]) -> float | None:
     """Card's joules in the window, over what the same work takes one job after another.
 
     `solo_joules` holds `solo_energy_joules` of each client. Under 1 = sharing saves energy.
@@ -223,8 +221,9 @@ def success_rate_percent(client_records: Sequence[Record]) -> float | None:
 
 def mean_job_seconds(client_record: Record) -> float | None:
     """Mean wall time of the client's whole jobs in the window; `None` when none was finished."""
-    durations = [job["duration_seconds"] for job in client_record.get("jobs") or []
-                 if job.get("in_window")]
+    durations = [
+        job["duration_seconds"] for job in client_record.get("jobs") or [] if job.get("in_window")
+    ]
     return statistics.fmean(durations) if durations else None
 
 
@@ -284,14 +283,18 @@ def summarize_co_run(
     )
 
     energies = energy_alone_joules or {}
-    solo = [
-        solo_energy_joules(
-            record.get("units") or {},
-            baselines.get(record["job_key"], {}),
-            energies.get(record["job_key"]),
-        )
-        for record in client_records
-    ] if len(counted) == len(client_records) and progress else [None]
+    solo = (
+        [
+            solo_energy_joules(
+                record.get("units") or {},
+                baselines.get(record["job_key"], {}),
+                energies.get(record["job_key"]),
+            )
+            for record in client_records
+        ]
+        if len(counted) == len(client_records) and progress
+        else [None]
+    )
 
     durations = [mean_job_seconds(record) for record in client_records if record["status"] == "ok"]
     finished = [seconds for seconds in durations if seconds is not None]
@@ -469,9 +472,7 @@ def _broken_by(
         statuses = [record["status"] for record in members]
         cause = next((status for status in _FAILURES_BY_CAUSE if status in statuses), None)
         return cause or co_run["outcome"], co_run.get("reason")
-    slowdowns = [
-        record["slowdown"] for record in members if record.get("slowdown") is not None
-    ]
+    slowdowns = [record["slowdown"] for record in members if record.get("slowdown") is not None]
     if max_slowdown is not None and slowdowns and max(slowdowns) > max_slowdown:
         return "slowdown", f"slowdown {max(slowdowns):.2f} passes the bound of {max_slowdown:g}"
     tails = [percentile(record["latency_ms"], 99) for record in members if record.get("latency_ms")]

@@ -1,0 +1,327 @@
+"""The figures against values worked out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import numpy
+import pytest
+
+from benchmarking import metrics
+
+
+def unit(count: int, seconds: float, *, latency: bool = False) -> dict:
+    return {"count": count, "seconds": seconds, "latency": latency}
+
+
+def client(job_key: str, units: dict, *, status: str = "ok", **more: object) -> dict:
+    record = {
+        "record": "client",
+        "co_run": "mixed-2-r0",
+        "mode": "time-slicing",
+        "clients": 2,
+        "job_key": job_key,
+        "status": status,
+        "units": units,
+        "jobs": [],
+        "latency_ms": None,
+    }
+    return record | more
+
+
+# --- one client -----------------------------------------------------------------------------
+
+
+def test_with_one_kind_of_unit_progress_is_exactly_t_over_c():
+    alone = metrics.unit_seconds({"train_step": unit(10, 1.0)})  # T = 0.1 s
+    shared = {"train_step": unit(5, 2.0)}  # C = 0.4 s
+    assert alone == {"train_step": pytest.approx(0.1)}
+    assert metrics.normalized_progress(shared, alone) == pytest.approx(0.25)
+    assert metrics.slowdown(shared, alone) == pytest.approx(4.0)
+
+
+def test_several_kinds_of_unit_are_weighted_as_they_ran():
+    alone = {"train_step": 0.1, "test_step": 0.05}
+    shared = {"train_step": unit(20, 4.0), "test_step": unit(10, 2.0)}
+    # W = 20 x 0.1 + 10 x 0.05 = 2.5 s alone; D = 4 + 2 = 6 s
+    assert metrics.normalized_progress(shared, alone) == pytest.approx(2.5 / 6)
+    assert metrics.slowdown(shared, alone) == pytest.approx(2.4)
+
+
+def test_progress_is_unknown_without_units_or_without_a_kinds_baseline():
+    assert metrics.normalized_progress({}, {"train_step": 0.1}) is None
+    assert metrics.normalized_progress({"train_step": unit(0, 0.0)}, {"train_step": 0.1}) is None
+    both = {"train_step": unit(5, 2.0), "test_step": unit(1, 0.1)}
+    assert metrics.normalized_progress(both, {"train_step": 0.1}) is None
+    assert metrics.slowdown(both, {"train_step": 0.1}) is None
+
+
+def test_a_kind_that_never_ran_in_the_window_needs_no_baseline():
+    shared = {"train_step": unit(5, 1.0), "test_step": unit(0, 0.0)}
+    assert metrics.normalized_progress(shared, {"train_step": 0.1}) == pytest.approx(0.5)
+
+
+def test_percentiles_interpolate_between_ranks_as_numpy_does():
+    values = [5.0, 1.0, 9.0, 3.0]
+    # ordered 1 3 5 9: rank of p50 is 1.5 -> 4; of p95 is 2.85 -> 5 + 0.85 x 4 = 8.4
+    figures = metrics.percentiles_ms(values)
+    assert figures is not None
+    assert (figures["p50"], figures["median"], figures["mean"]) == (4.0, 4.0, 4.5)
+    assert figures["p95"] == pytest.approx(8.4)
+    assert (figures["min"], figures["max"]) == (1.0, 9.0)
+    assert figures["std"] == pytest.approx(math.sqrt((0.25 + 12.25 + 20.25 + 2.25) / 4))
+    for percent in (0, 1, 37.5, 99, 100):
+        expected = numpy.percentile(values, percent)
+        assert metrics.percentile(values, percent) == pytest.approx(expected)
+
+
+def test_percentiles_of_nothing_are_unknown_and_of_a_wrong_percent_an_error():
+    assert metrics.percentiles_ms([]) is None
+    assert metrics.percentiles_ms(None) is None
+    with pytest.raises(ValueError, match="at least one value"):
+        metrics.percentile([], 50)
+    with pytest.raises(ValueError, match=r"in 0\.\.100"):
+        metrics.percentile([1.0], 101)
+
+
+def test_tail_slowdown_compares_percentiles_of_raw_latencies():
+    alone = [10.0] * 99 + [20.0]
+    shared = [10.0] * 90 + [40.0] * 10
+    assert metrics.tail_slowdown(shared, alone, 50) == pytest.approx(1.0)
+    # p99 alone: rank 98.01 -> 10 + 0.01 x 10 = 10.1; shared: 40
+    assert metrics.tail_slowdown(shared, alone, 99) == pytest.approx(40 / 10.1)
+    assert metrics.tail_slowdown(None, alone, 99) is None
+    assert metrics.tail_slowdown(shared, [], 99) is None
+    assert metrics.tail_slowdown(shared, [0.0], 99) is None
+
+
+# --- all clients of a co-run ----------------------------------------------------------------
+
+
+def test_stp_antt_and_overhead_follow_their_definitions():
+    assert metrics.system_throughput([0.5, 0.25]) == pytest.approx(0.75)
+    assert metrics.average_normalized_turnaround_time([2.0, 4.0]) == pytest.approx(3.0)
+    assert metrics.overhead_percent(0.8) == pytest.approx(25.0)
+    assert metrics.overhead_percent(2.0) == pytest.approx(-50.0)
+    assert metrics.overhead_percent(None) is None
+    with pytest.raises(ValueError, match="at least one slowdown"):
+        metrics.average_normalized_turnaround_time([])
+
+
+def test_interference_and_mechanism_overhead_are_percent_over_alone():
+    assert metrics.interference_overhead_percent([1.0, 1.1]) == pytest.approx(5.0)
+    assert metrics.interference_overhead_percent([]) is None
+    assert metrics.mechanism_overhead_percent(1.02) == pytest.approx(2.0)
+    assert metrics.mechanism_overhead_percent(None) is None
+
+
+def test_jain_fairness_is_one_for_equals_and_one_over_n_when_one_takes_all():
+    assert metrics.jain_fairness([0.25] * 4) == pytest.approx(1.0)
+    assert metrics.jain_fairness([1.0, 0.0, 0.0, 0.0]) == pytest.approx(0.25)
+    assert metrics.jain_fairness([0.5, 1.0]) == pytest.approx(1.5**2 / (2 * 1.25))
+    assert metrics.jain_fairness([0.0, 0.0]) is None
+
+
+def test_energy_ratio_charges_each_unit_its_solo_joules():
+    baseline = {"units": {"train_step": unit(100, 10.0)}}
+    solo = metrics.solo_energy_joules({"train_step": unit(30, 9.0)}, baseline, 3000.0)
+    assert solo == pytest.approx(900.0)  # 30 units x (3000 J / 100 units)
+    assert metrics.energy_ratio(1350.0, [solo, solo]) == pytest.approx(0.75)
+
+
+def test_energy_of_several_kinds_is_shared_by_their_seconds_alone():
+    baseline = {"units": {"train_step": unit(10, 1.0), "test_step": unit(20, 1.0)}}
+    shared = {"train_step": unit(5, 2.0), "test_step": unit(2, 0.4)}
+    # seconds-alone: 5 x 0.1 + 2 x 0.05 = 0.6 of the baseline's 2 s, which took 400 J
+    assert metrics.solo_energy_joules(shared, baseline, 400.0) == pytest.approx(120.0)
+
+
+def test_energy_ratio_is_unknown_when_any_part_is():
+    assert metrics.energy_ratio(None, [1.0]) is None
+    assert metrics.energy_ratio(10.0, [1.0, None]) is None
+    assert metrics.energy_ratio(10.0, []) is None
+    assert metrics.solo_energy_joules({"x": unit(1, 1.0)}, {"units": {}}, 5.0) is None
+    one = {"x": unit(1, 1.0)}
+    assert metrics.solo_energy_joules(one, {"units": one}, None) is None
+
+
+def summary_of_two(**changes: object) -> dict:
+    """Summary of two clients with T/C of 0.5 and 0.25, with the second one's record changed."""
+    baselines = {
+        "resnet": client("resnet", {"train_step": unit(100, 10.0)}),
+        "batch": client("batch", {"batch": unit(1000, 10.0, latency=True)}),
+    }
+    job = {"index": 0, "start_seconds": 0.0, "end_seconds": 8.0, "duration_seconds": 8.0}
+    clients = [
+        client("resnet", {"train_step": unit(50, 10.0)}, jobs=[job | {"in_window": True}]),
+        client(
+            "batch",
+            {"batch": unit(250, 10.0, latency=True)},
+            jobs=[
+                job | {"duration_seconds": 3.0, "in_window": True},
+                job | {"duration_seconds": 5.0, "in_window": True},
+                job | {"duration_seconds": 99.0, "in_window": False},
+            ],
+        )
+        | changes,
+    ]
+    return metrics.summarize_co_run(
+        clients,
+        baselines,
+        {"energy_joules": 900.0},
+        energy_alone_joules={"resnet": 1000.0, "batch": 2000.0},
+    )
+
+
+def test_a_co_run_is_summed_up_from_its_clients():
+    summary = summary_of_two()
+    assert summary["stp"] == pytest.approx(0.75)
+    assert summary["antt"] == pytest.approx(3.0)
+    assert summary["overhead_percent"] == pytest.approx(100 / 3)
+    assert summary["interference_overhead_percent"] == pytest.approx(200.0)
+    assert summary["fairness"] == pytest.approx(0.75**2 / (2 * (0.25 + 0.0625)))
+    # 50 of 100 steps: 500 J; 250 of 1000 batches: 500 J; together 900 J
+    assert summary["energy_ratio"] == pytest.approx(0.9)
+    assert summary["success_rate_percent"] == 100
+    assert summary["average_duration_seconds"] == pytest.approx((8 + 4) / 2)
+    assert summary["total_gpu_time_seconds"] == pytest.approx(12)
+
+
+def test_a_co_run_with_a_failed_client_is_no_result_of_one_client_fewer():
+    summary = summary_of_two(status="oom")
+    assert summary["success_rate_percent"] == 50
+    for figure in ("stp", "antt", "overhead_percent", "fairness", "energy_ratio"):
+        assert summary[figure] is None
+    assert summary["average_duration_seconds"] == pytest.approx(8)
+    assert summary["total_gpu_time_seconds"] is None
+
+
+def test_without_a_baseline_nothing_is_claimed_but_durations_stay():
+    summary = summary_of_two(job_key="never measured alone")
+    assert summary["stp"] is None
+    assert summary["overhead_percent"] is None
+    assert summary["energy_ratio"] is None
+    assert summary["total_gpu_time_seconds"] == pytest.approx(12)
+
+
+def test_clients_at_an_offered_rate_stay_out_of_throughput_figures():
+    summary = summary_of_two(units={"request": unit(250, 10.0, latency=True)})
+    assert (summary["clients"], summary["throughput_clients"]) == (2, 1)
+    assert summary["stp"] == pytest.approx(0.5)
+    assert summary["energy_ratio"] is None
+
+
+def test_interference_under_mig_is_judged_on_the_clients_own_instance():
+    whole_gpu = {"resnet": client("resnet", {"train_step": unit(100, 1.0)})}
+    instance = {"resnet": client("resnet", {"train_step": unit(100, 6.0)})}
+    shared = [client("resnet", {"train_step": unit(100, 6.3)}, mode="mig")]
+    without = metrics.summarize_co_run(shared, whole_gpu, None)
+    assert without["interference_overhead_percent"] is None
+    summary = metrics.summarize_co_run(shared, whole_gpu, None, share_baselines=instance)
+    assert summary["interference_overhead_percent"] == pytest.approx(5.0)
+    assert summary["stp"] == pytest.approx(1 / 6.3)
+
+
+# --- repeats --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("confidence", "degrees", "table"),
+    [(0.95, 1, 12.706), (0.95, 2, 4.303), (0.95, 3, 3.182), (0.95, 9, 2.262), (0.95, 10, 2.228),
+     (0.99, 2, 9.925), (0.99, 5, 4.032), (0.90, 4, 2.132), (0.95, 120, 1.980)],
+)  # fmt: skip
+def test_t_quantiles_are_those_of_the_printed_table(confidence, degrees, table):
+    assert metrics.student_t_quantile(confidence, degrees) == pytest.approx(table, abs=5e-4)
+
+
+def test_t_quantiles_refuse_what_has_no_meaning():
+    with pytest.raises(ValueError, match="degrees of freedom"):
+        metrics.student_t_quantile(0.95, 0)
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        metrics.student_t_quantile(95, 2)
+
+
+def test_three_repeats_give_a_t_interval_on_the_logarithms():
+    mean, low, high = metrics.geometric_mean_interval([math.e, math.e**2, math.e**3])
+    # logs 1 2 3: mean 2, standard deviation 1; half width 4.30265 / sqrt(3) = 2.48414
+    assert mean == pytest.approx(math.e**2)
+    assert math.log(low) == pytest.approx(2 - 2.48414, abs=1e-4)
+    assert math.log(high) == pytest.approx(2 + 2.48414, abs=1e-4)
+
+
+def test_under_three_repeats_there_is_only_the_range():
+    mean, low, high = metrics.geometric_mean_interval([8.0, 2.0])
+    assert (mean, low, high) == (pytest.approx(4.0), 2.0, 8.0)
+    assert metrics.geometric_mean_interval([1.5]) == (pytest.approx(1.5), 1.5, 1.5)
+
+
+@pytest.mark.parametrize("values", [[], [1.0, 0.0], [1.0, -2.0], [1.0, math.nan]])
+def test_a_geometric_mean_needs_positive_values(values):
+    with pytest.raises(ValueError, match="positive values"):
+        metrics.geometric_mean_interval(values)
+
+
+def test_intervals_that_touch_show_no_difference():
+    assert metrics.intervals_overlap((1.0, 0.9, 1.1), (1.2, 1.1, 1.3))
+    assert metrics.intervals_overlap((1.0, 0.5, 2.0), (1.2, 1.1, 1.3))
+    assert not metrics.intervals_overlap((1.0, 0.9, 1.1), (1.3, 1.2, 1.4))
+
+
+# --- stress test ----------------------------------------------------------------------------
+
+
+def co_run(clients: int, outcome: str = "ok", **more: object) -> dict:
+    name = f"training-{clients}-r{more.get('repeat', 0)}"
+    return {"co_run": name, "clients": clients, "outcome": outcome, "reason": None} | more
+
+
+def test_saturation_is_the_first_count_under_95_percent_of_the_best_so_far():
+    assert metrics.saturation_count({1: 1.0, 2: 1.6, 4: 1.9, 6: 1.81, 8: 1.7}) == 8
+    assert metrics.saturation_count({8: 1.7, 4: 1.9, 6: 1.8, 1: 1.0}) == 6
+    assert metrics.saturation_count({1: 1.0, 2: 0.96, 4: 1.0}) is None
+    assert metrics.saturation_count({1: 1.0, 2: None, 4: 0.9}) == 4
+    assert metrics.saturation_count({}) is None
+
+
+def test_a_ramp_in_which_everything_holds_has_no_breaking_point():
+    point = metrics.breaking_point([co_run(1), co_run(2), co_run(4)])
+    assert point["clients"] is None
+    assert (point["last_good_clients"], point["highest_clients_tried"]) == (4, 4)
+
+
+@pytest.mark.parametrize(
+    ("statuses", "criterion"),
+    [(["ok", "oom"], "oom"), (["killed", "failed"], "failed"), (["ok", "timeout"], "timeout"),
+     (["ok", "killed"], "killed"), (["killed", "oom"], "oom"), ([], "failed")],
+)  # fmt: skip
+def test_the_breaking_point_names_the_criterion_that_fired(statuses, criterion):
+    failed = co_run(4, "failed", reason="client 3 ran out of memory")
+    members = [{"co_run": failed["co_run"], "status": status} for status in statuses]
+    point = metrics.breaking_point([co_run(1), co_run(2), failed], members)
+    assert (point["clients"], point["criterion"]) == (4, criterion)
+    assert point["detail"] == "client 3 ran out of memory"
+    assert point["last_good_clients"] == 2
+
+
+def test_a_felt_slowdown_past_its_bound_breaks_only_when_a_bound_was_asked_for():
+    members = [{"co_run": "training-4-r0", "status": "ok", "slowdown": 3.5}]
+    assert metrics.breaking_point([co_run(4)], members)["clients"] is None
+    assert metrics.breaking_point([co_run(4)], members, max_slowdown=4.0)["clients"] is None
+    point = metrics.breaking_point([co_run(4)], members, max_slowdown=3.0)
+    assert (point["clients"], point["criterion"]) == (4, "slowdown")
+    assert "3.50" in point["detail"]
+
+
+def test_a_p99_past_its_bound_is_taken_from_raw_latencies():
+    members = [{"co_run": "training-2-r0", "status": "ok", "latency_ms": [5.0] * 90 + [50.0] * 10}]
+    assert metrics.breaking_point([co_run(2)], members, max_p99_ms=60)["clients"] is None
+    point = metrics.breaking_point([co_run(2)], members, max_p99_ms=40)
+    assert (point["clients"], point["criterion"]) == (2, "p99")
+
+
+def test_one_failing_repeat_breaks_a_count_and_an_invalid_co_run_proves_nothing():
+    runs = [co_run(1), co_run(2, "invalid"), co_run(4), co_run(4, "failed", repeat=1)]
+    point = metrics.breaking_point(runs)
+    assert point["clients"] == 4
+    assert point["not_judged"] == [2]
+    assert point["last_good_clients"] == 1
