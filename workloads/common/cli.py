@@ -1,0 +1,162 @@
+"""Command-line conventions of every workload: shared flags, argument types, exit codes.
+
+Nothing heavy is imported here, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+EXIT_OK = 0
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_NO_GPU = 3
+EXIT_OUT_OF_MEMORY = 12  # the number of ENOMEM, so that the suite can tell it from a crash
+EXIT_INTERRUPTED = 130
+
+
+class UsageError(Exception):
+    """The request cannot be carried out as given; the message is one sentence naming the fix."""
+
+
+class GpuUnavailableError(Exception):
+    """A GPU is there or was asked for, but PyTorch cannot use it."""
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser whose errors are one sentence instead of a usage dump."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print ``message`` and leave with exit code 2."""
+        self.exit(EXIT_USAGE, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def _number_type(
+    convert: Callable[[str], float], accepts: Callable[[float], bool], wanted: str
+) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        try:
+            value = convert(text)
+        except ValueError:
+            value = None
+        if value is None or not accepts(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+        return value
+
+    return parse
+
+
+positive_int = _number_type(int, lambda n: n > 0, "a whole number of 1 or more")
+non_negative_int = _number_type(int, lambda n: n >= 0, "a whole number of 0 or more")
+positive_float = _number_type(float, lambda x: 0 < x < float("inf"), "a number above 0")
+non_negative_float = _number_type(float, lambda x: 0 <= x < float("inf"), "a number of 0 or more")
+
+
+def workload_parser(description: str, epilog: str | None = None) -> OneLineParser:
+    """Return a parser holding the flags that every workload shares.
+
+    Args:
+        description: What the script does, shown by ``--help``.
+        epilog: Examples, shown below the flags as they are.
+    """
+    parser = OneLineParser(
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    shared = parser.add_argument_group("flags shared by every workload")
+    shared.add_argument(
+        "--device", choices=("auto", "cuda", "cpu"), default="auto",
+        help="where to run; auto takes a GPU if there is one (default: auto)",
+    )  # fmt: skip
+    shared.add_argument(
+        "--engine", choices=("eager", "graph", "compile"), default=None,
+        help="how a step is launched: eager; graph, the whole step as one CUDA graph; compile, "
+        "torch.compile inside the graph (default: graph on a GPU, eager on the CPU)",
+    )  # fmt: skip
+    shared.add_argument(
+        "--precision", choices=("fp32", "tf32", "bf16"), default=None,
+        help="arithmetic of matrix products and convolutions (default: bf16 from compute "
+        "capability 8.0 on, else fp32)",
+    )  # fmt: skip
+    shared.add_argument(
+        "--seed", type=non_negative_int, default=42,
+        help="fixes data, order, weights and idle times (default: 42)",
+    )  # fmt: skip
+    shared.add_argument(
+        "--gpu", metavar="INDEX_OR_UUID", default=None,
+        help="which GPU, by nvidia-smi's index or UUID (default: CUDA_VISIBLE_DEVICES, else 0)",
+    )  # fmt: skip
+    shared.add_argument(
+        "--results-dir", type=Path, default=Path("results"),
+        help="folder of the result file (default: results)",
+    )  # fmt: skip
+    suite = parser.add_argument_group("flags used by the benchmark suite (see CONTRIBUTING.md)")
+    suite.add_argument(
+        "--events", type=Path, default=None, metavar="PATH",
+        help="append the event log (JSON lines) to this file instead of writing a result file",
+    )  # fmt: skip
+    suite.add_argument(
+        "--hold", action="store_true",
+        help="wait for 'warm' and 'go' on standard input, repeat the job until 'stop'",
+    )  # fmt: skip
+    suite.add_argument(
+        "--resolve", action="store_true",
+        help="find or download data and weights once, print the flags of a run that never "
+        "downloads as JSON, and exit",
+    )  # fmt: skip
+    return parser
+
+
+def run_main(main: Callable[[], int]) -> NoReturn:
+    """Run ``main`` and leave with its exit code; known errors become one sentence and a code.
+
+    SIGTERM is turned into ``KeyboardInterrupt``, so that both ways of stopping a script by hand
+    unwind its ``finally`` blocks.
+    """
+    signal.signal(signal.SIGTERM, _raise_interrupt)
+    program = Path(sys.argv[0]).name
+    try:
+        code = main()
+        sys.stdout.flush()
+    except UsageError as error:
+        code = _complain(program, error, EXIT_USAGE)
+    except GpuUnavailableError as error:
+        code = _complain(program, error, EXIT_NO_GPU)
+    except KeyboardInterrupt:
+        code = _complain(program, "interrupted", EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        # The reader of our output (`| head`) has left: nothing more to say, and nowhere to.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = EXIT_FAILED
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        code = _complain(program, f"out of GPU memory: {first_line(error)}", EXIT_OUT_OF_MEMORY)
+    sys.exit(code)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether ``error`` is PyTorch's out-of-memory error, without importing torch to ask."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(error, torch.OutOfMemoryError)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, or its type where it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _complain(program: str, message: object, code: int) -> int:
+    print(f"{program}: error: {message}", file=sys.stderr)
+    return code
+
+
+def _raise_interrupt(signum: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt

@@ -1,0 +1,400 @@
+"""The life of a workload, by hand or as a client of the benchmark suite.
+
+By hand a workload runs its documented job once, prints a summary and writes a result file. The
+suite starts the same script with ``--events PATH --hold``: the workload then appends JSON lines
+to PATH and obeys one-word commands on standard input.
+
+=========  ====================================================================================
+event      carries
+=========  ====================================================================================
+loaded     ``startup_seconds``: imports, data and model are on the device
+ready      ``identity``: warm-up, autotuning and capture are over, the device is idle
+units      ``kind``, ``latency``, ``start_seconds``, ``duration_seconds``: finished units of work
+job        ``index``, ``start_seconds``, ``end_seconds``, ``figures``: one whole job
+error      ``status`` (``oom`` or ``failed``), ``message``
+done       ``jobs``, ``host_cpu_seconds``, ``peak_memory_mib``
+=========  ====================================================================================
+
+Every line has ``event`` and ``time_seconds``; all times are CLOCK_MONOTONIC, which every process
+of the machine shares. Commands: ``warm`` after loaded, ``go`` after ready, ``stop`` at any time.
+End-of-file on standard input means stop: no client survives the one who started it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import sys
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TextIO
+
+from workloads.common import cli, console
+from workloads.common.device import ComputeDevice
+from workloads.common.environment import describe_environment
+from workloads.common.results import print_summary, write_result
+
+FLUSH_PERIOD_SECONDS = 0.5
+
+
+class StopRequested(Exception):
+    """The suite asked this client to stop; raised at a step boundary."""
+
+
+class EventLog:
+    """Appends events as whole JSON lines to a file, or drops them where there is none."""
+
+    def __init__(self, path: Path | None) -> None:
+        """Open ``path`` for appending.
+
+        Raises:
+            UsageError: The file cannot be opened.
+        """
+        self._file: TextIO | None = None
+        self._lock = threading.Lock()
+        if path is not None:
+            try:
+                # Line buffering: one write a line, so a reader never waits for half of one.
+                self._file = path.open("a", buffering=1)
+            except OSError as error:
+                raise cli.UsageError(
+                    f"cannot append to --events {path} ({error.strerror}); name a file in an "
+                    "existing, writable folder"
+                ) from error
+
+    def write(self, event: str, **fields: object) -> None:
+        """Append one event with the present time."""
+        if self._file is None:
+            return
+        line = json.dumps({"event": event, "time_seconds": time.monotonic(), **fields})
+        with self._lock:
+            self._file.write(line + "\n")
+
+
+class Leash:
+    """Commands from standard input, read by a thread so that work never waits for them."""
+
+    def __init__(self, stream: TextIO) -> None:
+        """Start reading ``stream``."""
+        self._commands: set[str] = set()
+        self._changed = threading.Condition()
+        self._closed = False
+        threading.Thread(target=self._read, args=(stream,), name="leash", daemon=True).start()
+
+    @property
+    def stopped(self) -> bool:
+        """Whether ``stop`` or end-of-file has arrived."""
+        return self._closed or "stop" in self._commands
+
+    def wait_for(self, command: str) -> None:
+        """Block until ``command`` has arrived.
+
+        Raises:
+            StopRequested: ``stop`` or end-of-file came first.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: command in self._commands or self.stopped)
+        if self.stopped:
+            raise StopRequested
+
+    def wait_for_stop(self, timeout_seconds: float) -> bool:
+        """Block until a stop has arrived or the time is over; return whether it has arrived."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self.stopped, timeout_seconds)
+
+    def _read(self, stream: TextIO) -> None:
+        for line in stream:
+            with self._changed:
+                self._commands.add(line.strip())
+                self._changed.notify_all()
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+
+class Recorder:
+    """Collects units of work in memory and writes them in batches, so that recording costs nothing.
+
+    Used by one thread, except ``unit``, which any thread may call.
+    """
+
+    def __init__(self, events: EventLog, leash: Leash | None) -> None:
+        """Write to ``events`` and take stops from ``leash`` (None: never stop)."""
+        self._events = events
+        self._leash = leash
+        self._lock = threading.Lock()
+        self._buffers: dict[tuple[str, bool], tuple[list[float], list[float]]] = {}
+        self._last_flush_seconds = time.monotonic()
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether the suite wants this client to end."""
+        return self._leash is not None and self._leash.stopped
+
+    def check_stop(self) -> None:
+        """Raise ``StopRequested`` if the suite wants this client to end."""
+        if self.stop_requested:
+            raise StopRequested
+
+    def wait_for_stop(self, timeout_seconds: float) -> bool:
+        """Sleep for ``timeout_seconds``, less if a stop arrives; return whether one has."""
+        if self._leash is None:
+            time.sleep(timeout_seconds)
+            return False
+        return self._leash.wait_for_stop(timeout_seconds)
+
+    def unit(
+        self, kind: str, start_seconds: float, end_seconds: float, *, latency: bool = False
+    ) -> None:
+        """Record one finished unit of work.
+
+        Args:
+            kind: What it was; units of one kind are comparable with each other.
+            start_seconds: Its start on CLOCK_MONOTONIC.
+            end_seconds: Its end on CLOCK_MONOTONIC.
+            latency: Whether its duration is a response time that a user feels.
+        """
+        with self._lock:
+            starts, durations = self._buffers.setdefault((kind, latency), ([], []))
+            starts.append(round(start_seconds, 6))
+            durations.append(round(end_seconds - start_seconds, 7))
+        if end_seconds - self._last_flush_seconds >= FLUSH_PERIOD_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what has been collected."""
+        with self._lock:
+            self._last_flush_seconds = time.monotonic()
+            buffers, self._buffers = self._buffers, {}
+        for (kind, latency), (starts, durations) in buffers.items():
+            self._events.write(
+                "units", kind=kind, latency=latency,
+                start_seconds=starts, duration_seconds=durations,
+            )  # fmt: skip
+
+
+class Workload(ABC):
+    """One job that can be run, repeated from the same state, and described.
+
+    Attributes:
+        name: Prefix of the result file, e.g. ``resnet_training``.
+        title: Heading of the summary.
+        device: The opened device; None for a workload that uses none.
+        warnings: What a reader of the result must know; shown and recorded.
+    """
+
+    name: str
+    title: str
+    device: ComputeDevice | None = None
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        """Keep the parsed flags; nothing heavy happens before ``load``."""
+        self.args = args
+        self.warnings: list[str] = []
+
+    @abstractmethod
+    def load(self) -> None:
+        """Import, resolve data, put the model on the device."""
+
+    def warm_up(self) -> None:
+        """Autotune, capture, restore; the device is idle afterwards."""
+
+    @abstractmethod
+    def run_job(self, recorder: Recorder) -> dict:
+        """Run the whole job once and return its figures (units in the names).
+
+        Raises:
+            StopRequested: The suite asked to stop in the middle.
+        """
+
+    def reset(self) -> None:
+        """Return to the state before the job, outside every timing."""
+
+    def close(self) -> None:
+        """Let go of what ``load`` took; called once, also after a failure."""
+
+    @abstractmethod
+    def settings(self) -> dict:
+        """Return what the job was run with, as recorded in the result."""
+
+    @abstractmethod
+    def summary(self, figures: dict) -> list[tuple[str, str]]:
+        """Return the lines (label, text with unit) of the terminal summary."""
+
+    def identity(self) -> dict:
+        """Return who this client is; the evidence that a sharing mode is checked by."""
+        if self.device is None:
+            return {"pid": os.getpid(), "device": None}
+        return self.device.identity(getattr(self.args, "batch_size", None))
+
+    def resolve(self) -> list[str]:
+        """Find or download data and weights; return the flags of a run that never downloads."""
+        return []
+
+    def warn(self, text: str) -> None:
+        """Warn loudly now and in the result."""
+        self.warnings.append(text)
+        console.loud_warning(text)
+
+
+def run(workload: Workload) -> int:
+    """Run ``workload`` as its flags say and return the exit code."""
+    if workload.args.resolve:
+        return _resolve(workload)
+    if workload.args.hold:
+        return _run_on_leash(workload)
+    return _run_by_hand(workload)
+
+
+def _resolve(workload: Workload) -> int:
+    arguments = workload.resolve()
+    answer = {
+        "arguments": arguments,
+        "environment": describe_environment(),
+        "notes": workload.warnings,
+    }
+    print(json.dumps(answer), flush=True)
+    return cli.EXIT_OK
+
+
+def _run_by_hand(workload: Workload) -> int:
+    from workloads.common.utilization import GpuMonitor
+
+    started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    begin_seconds = time.monotonic()
+    events = EventLog(workload.args.events)
+    recorder = Recorder(events, leash=None)
+    try:
+        workload.load()
+        events.write("loaded", startup_seconds=time.monotonic() - begin_seconds)
+        with GpuMonitor(workload.device) as monitor:
+            workload.warm_up()
+            startup_seconds = time.monotonic() - begin_seconds
+            events.write("ready", identity=workload.identity())
+            start_seconds = time.monotonic()
+            figures = _run_one_job(workload, recorder, events, index=0)
+            figures |= monitor.figures(start_seconds, time.monotonic())
+        identity = workload.identity()
+        _write_done(workload, events, jobs=1)
+    except Exception as error:
+        _write_error(events, error)
+        raise
+    finally:
+        workload.close()
+    figures["startup_seconds"] = startup_seconds
+    figures["peak_memory_mib"] = _peak_memory_mib(workload)
+    path = write_result(
+        workload.args.results_dir,
+        workload.name,
+        {
+            "started_at": started,
+            "command": sys.argv,
+            "settings": workload.settings(),
+            "figures": figures,
+            "warnings": workload.warnings,
+            "identity": identity,
+            "environment": describe_environment(),
+        },
+    )
+    print_summary(workload.title, _summary_rows(workload, figures, identity), workload.warnings)
+    print(f"result: {path}", flush=True)
+    return cli.EXIT_OK
+
+
+def _run_on_leash(workload: Workload) -> int:
+    begin_seconds = time.monotonic()
+    events = EventLog(workload.args.events)
+    leash = Leash(sys.stdin)
+    recorder = Recorder(events, leash)
+    jobs = 0
+    try:
+        workload.load()
+        events.write("loaded", startup_seconds=time.monotonic() - begin_seconds)
+        leash.wait_for("warm")
+        workload.warm_up()
+        events.write("ready", identity=workload.identity())
+        leash.wait_for("go")
+        while True:
+            _run_one_job(workload, recorder, events, index=jobs)
+            jobs += 1
+            recorder.check_stop()
+            workload.reset()
+    except StopRequested:
+        recorder.flush()
+        if workload.device is not None:
+            workload.device.synchronize()
+        _write_done(workload, events, jobs)
+        return cli.EXIT_OK
+    except Exception as error:
+        recorder.flush()
+        _write_error(events, error)
+        raise
+    finally:
+        workload.close()
+
+
+def _run_one_job(workload: Workload, recorder: Recorder, events: EventLog, index: int) -> dict:
+    start_seconds = time.monotonic()
+    figures = workload.run_job(recorder)
+    end_seconds = time.monotonic()
+    figures["job_seconds"] = end_seconds - start_seconds
+    recorder.flush()
+    events.write(
+        "job", index=index, start_seconds=start_seconds, end_seconds=end_seconds, figures=figures
+    )
+    return figures
+
+
+def _write_error(events: EventLog, error: Exception) -> None:
+    status = "oom" if cli.is_out_of_memory(error) else "failed"
+    events.write("error", status=status, message=f"{type(error).__name__}: {error}")
+
+
+def _write_done(workload: Workload, events: EventLog, jobs: int) -> None:
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    events.write(
+        "done", jobs=jobs, host_cpu_seconds=usage.ru_utime + usage.ru_stime,
+        peak_memory_mib=_peak_memory_mib(workload),
+    )  # fmt: skip
+
+
+def _peak_memory_mib(workload: Workload) -> float | None:
+    return None if workload.device is None else workload.device.peak_memory_mib()
+
+
+def _summary_rows(workload: Workload, figures: dict, identity: dict) -> list[tuple[str, str]]:
+    rows = workload.summary(figures)
+    rows.append(("Start-up", f"{figures['startup_seconds']:.1f} s (imports, data, warm-up)"))
+    if figures.get("gpu_utilization_percent") is not None:
+        rows.append(
+            ("GPU utilization", f"{figures['gpu_utilization_percent']:.0f} % "
+             f"({figures['gpu_utilization_source']})")
+        )  # fmt: skip
+    if figures.get("gpu_sm_activity_percent") is not None:
+        rows.append(("SM activity", f"{figures['gpu_sm_activity_percent']:.0f} %"))
+    if figures.get("gpu_memory_used_mib") is not None:
+        rows.append(("GPU memory in use", f"{figures['gpu_memory_used_mib']:.0f} MiB"))
+    if workload.device is not None:
+        where = identity["gpu_name"] or f"CPU ({identity['host_threads']} threads)"
+        rows.append(
+            ("Device", f"{where}, engine {workload.device.engine}, {workload.device.precision}")
+        )
+    return rows
+
+
+def main_of(
+    workload_class: Callable[[argparse.Namespace], Workload],
+    parse_arguments: Callable[[], argparse.Namespace],
+) -> Callable[[], int]:
+    """Return the ``main`` of a workload script: parse the flags, run the workload."""
+
+    def main() -> int:
+        return run(workload_class(parse_arguments()))
+
+    return main

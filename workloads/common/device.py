@@ -1,0 +1,235 @@
+"""Which device a workload runs on, with which arithmetic and engine, and who it is there.
+
+Importing this module is cheap; ``open_device`` is where torch is first imported, after the
+variables that CUDA reads at its start have been set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from workloads.common import console
+from workloads.common.cli import GpuUnavailableError, UsageError
+from workloads.common.environment import package_versions, usable_cores
+
+if TYPE_CHECKING:
+    import torch
+
+BF16_COMPUTE_CAPABILITY = (8, 0)
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class ComputeDevice:
+    """A device opened for one workload.
+
+    Attributes:
+        torch_device: ``cuda:0`` or ``cpu``; CUDA_VISIBLE_DEVICES has made the choice.
+        precision: ``fp32``, ``tf32`` or ``bf16``.
+        engine: ``eager``, ``graph`` or ``compile``; always ``eager`` on the CPU.
+    """
+
+    torch_device: torch.device
+    precision: str
+    engine: str
+
+    @property
+    def is_cuda(self) -> bool:
+        """Whether this is a GPU."""
+        return self.torch_device.type == "cuda"
+
+    @property
+    def model_dtype(self) -> torch.dtype:
+        """The dtype that an inference model is cast to once (training uses ``autocast``)."""
+        import torch
+
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """Return the context of a training step's forward pass.
+
+        The cache of casted weights is off: inside a CUDA graph it would hold tensors of the
+        graph's private pool beyond the capture.
+        """
+        import torch
+
+        if self.precision != "bf16":
+            return contextlib.nullcontext()
+        return torch.autocast(self.torch_device.type, torch.bfloat16, cache_enabled=False)
+
+    def synchronize(self) -> None:
+        """Wait until the device has finished everything that was launched."""
+        if self.is_cuda:
+            import torch
+
+            torch.cuda.synchronize()
+
+    def peak_memory_mib(self) -> float | None:
+        """Return the most memory PyTorch has reserved on the GPU, in MiB; None on the CPU.
+
+        The CUDA context and library workspaces outside PyTorch's allocator come on top: what
+        nvidia-smi shows for the process is larger by several hundred MiB.
+        """
+        if not self.is_cuda:
+            return None
+        import torch
+
+        return torch.cuda.max_memory_reserved() / MIB
+
+    def identity(self, batch_size: int | None = None) -> dict:
+        """Return who this client is as CUDA sees it: the evidence a sharing mode is checked by."""
+        identity = {
+            "pid": os.getpid(),
+            "device": self.torch_device.type,
+            "gpu_name": None,
+            "gpu_uuid": None,
+            "multiprocessor_count": None,
+            "memory_total_mib": None,
+            "sharing_environment": {
+                name: value
+                for name, value in sorted(os.environ.items())
+                if name.startswith(("CUDA_VISIBLE_DEVICES", "CUDA_MPS_", "CUDA_DEVICE_ORDER"))
+            },
+            "host_threads": self._host_threads(),
+            "engine": self.engine,
+            "precision": self.precision,
+            "batch_size": batch_size,
+            "versions": package_versions(),
+        }
+        if self.is_cuda:
+            import torch
+
+            properties = torch.cuda.get_device_properties(self.torch_device)
+            identity["gpu_name"] = properties.name
+            identity["gpu_uuid"] = _uuid_text(str(properties.uuid))
+            identity["multiprocessor_count"] = properties.multi_processor_count
+            identity["memory_total_mib"] = properties.total_memory // MIB
+            identity["versions"]["cuda"] = torch.version.cuda
+            identity["versions"]["cudnn"] = torch.backends.cudnn.version()
+        return identity
+
+    @staticmethod
+    def _host_threads() -> int:
+        import torch
+
+        return torch.get_num_threads()
+
+
+def open_device(args: argparse.Namespace) -> ComputeDevice:
+    """Choose device, precision and engine as the shared flags say, and prepare PyTorch for them.
+
+    Args:
+        args: Parsed flags of ``cli.workload_parser``.
+
+    Raises:
+        GpuUnavailableError: A GPU was asked for or is in the machine, but PyTorch cannot use it.
+        UsageError: The device does not offer the precision asked for.
+    """
+    if args.gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = args.gpu
+    # nvidia-smi and NVML count GPUs in PCI order; CUDA by default counts the fastest first.
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+    # Idle OpenMP threads spin and steal cores from the other clients: measured 158 s instead of
+    # 80 s for four clients on two cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if "OMP_NUM_THREADS" not in os.environ:
+        os.environ["OMP_NUM_THREADS"] = str(usable_cores())
+
+    import torch
+
+    use_cuda = args.device == "cuda" or (args.device == "auto" and _gpu_expected(torch))
+    if use_cuda and not torch.cuda.is_available():
+        raise GpuUnavailableError(_why_no_gpu(torch))
+    device = torch.device("cuda:0" if use_cuda else "cpu")
+    precision = _resolve_precision(args.precision, device)
+    # fp32 means fp32: PyTorch leaves TF32 on in cuDNN by default.
+    torch.backends.cuda.matmul.allow_tf32 = precision != "fp32"
+    torch.backends.cudnn.allow_tf32 = precision != "fp32"
+    # Fixed shapes everywhere, so cuDNN's measured choice is made once, during warm-up.
+    torch.backends.cudnn.benchmark = use_cuda
+    torch.manual_seed(args.seed)
+    return ComputeDevice(device, precision, _resolve_engine(args.engine, device))
+
+
+def _gpu_expected(torch: object) -> bool:
+    """Whether there is a GPU to use: one PyTorch sees, or one only the driver sees (an error)."""
+    if torch.cuda.is_available():
+        return True
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    return not hidden and driver_listing() is not None
+
+
+def driver_listing() -> str | None:
+    """Return what ``nvidia-smi`` lists (name, driver version), or None where nothing answers."""
+    nvidia_smi = shutil.which("nvidia-smi")
+    if nvidia_smi is None:
+        return None
+    try:
+        answer = subprocess.run(
+            (nvidia_smi, "--query-gpu=name,driver_version", "--format=csv,noheader"),
+            capture_output=True, text=True, timeout=30, check=False,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    listing = answer.stdout.strip()
+    return listing if answer.returncode == 0 and listing else None
+
+
+def _why_no_gpu(torch: object) -> str:
+    listing = driver_listing()
+    if listing is None:
+        return (
+            "no NVIDIA driver answers (nvidia-smi fails or is missing); "
+            "install the driver, or use --device cpu"
+        )
+    if torch.version.cuda is None:
+        return (
+            f"the driver sees {listing.splitlines()[0]}, but this PyTorch ({torch.__version__}) "
+            "was built without CUDA; reinstall it with 'pip install --force-reinstall torch'"
+        )
+    return (
+        f"the driver sees {listing.splitlines()[0]}, but PyTorch {torch.__version__} for CUDA "
+        f"{torch.version.cuda} cannot use it; CUDA {torch.version.cuda} needs a driver that "
+        "shows at least this CUDA version in nvidia-smi's first line, so update the driver or "
+        "install a PyTorch build for an older CUDA (and check CUDA_VISIBLE_DEVICES or --gpu)"
+    )
+
+
+def _resolve_precision(asked: str | None, device: torch.device) -> str:
+    import torch
+
+    if device.type == "cpu":
+        if asked == "tf32":
+            raise UsageError("--precision tf32 needs a GPU; use --precision fp32 on the CPU")
+        return asked or "fp32"
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= BF16_COMPUTE_CAPABILITY:
+        return asked or "bf16"
+    if asked in ("tf32", "bf16"):
+        raise UsageError(
+            f"--precision {asked} needs compute capability 8.0 and this GPU has "
+            f"{capability[0]}.{capability[1]}; use --precision fp32"
+        )
+    return "fp32"
+
+
+def _resolve_engine(asked: str | None, device: torch.device) -> str:
+    if device.type == "cuda":
+        return asked or "graph"
+    if asked in ("graph", "compile"):
+        console.note(f"--engine {asked} needs a GPU: this run on the CPU uses the eager engine")
+    return "eager"
+
+
+def _uuid_text(uuid: str) -> str:
+    """Return CUDA's bare UUID in nvidia-smi's form (``GPU-...``, ``MIG-...``)."""
+    if uuid.startswith(("GPU-", "MIG-")):
+        return uuid
+    is_mig = os.environ.get("CUDA_VISIBLE_DEVICES", "").startswith("MIG-")
+    return f"{'MIG' if is_mig else 'GPU'}-{uuid}"

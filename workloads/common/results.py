@@ -1,0 +1,59 @@
+"""Result files and the summary on the terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from workloads.common.cli import UsageError
+
+SCHEMA_VERSION = 1
+
+
+def write_json_atomic(path: Path, content: dict) -> None:
+    """Write ``content`` so that a reader sees the old file or the whole new one, never a part.
+
+    Raises:
+        UsageError: The folder cannot be created or written to.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise UsageError(
+            f"cannot write to {path.parent} ({error.strerror}); name a writable folder with "
+            "--results-dir"
+        ) from error
+    try:
+        with os.fdopen(handle, "w") as file:
+            json.dump(content, file, indent=2)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def write_result(results_dir: Path, name: str, payload: dict) -> Path:
+    """Write one result file ``<name>_<local time>_<pid>.json`` and return its path."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    path = results_dir / f"{name}_{stamp}_{os.getpid()}.json"
+    write_json_atomic(path, {"schema_version": SCHEMA_VERSION, "workload": name, **payload})
+    return path
+
+
+def print_summary(title: str, rows: Sequence[tuple[str, str]], warnings: Sequence[str]) -> None:
+    """Print ``rows`` (label, text) under ``title`` on standard output, warnings last."""
+    width = max((len(label) for label, _ in rows), default=0)
+    print(f"\n{title}\n{'-' * len(title)}")
+    for label, text in rows:
+        print(f"{label:<{width}}  {text}")
+    for warning in warnings:
+        print(f"NOTE: {warning}")
+    print(flush=True)
