@@ -1,1 +1,1 @@
-"""What the workload scripts share: flags, device, engine, data, timing, results, client contract."""
+"""What the workload scripts share: flags, device, engine, data, results, client contract."""

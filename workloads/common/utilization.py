@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,8 @@ class GpuMonitor:
         if device is not None and device.is_cuda:
             self._gpu_uuid = device.identity()["gpu_uuid"]
         self._process: subprocess.Popen | None = None
+        self._reader: threading.Thread | None = None
+        self._lines: list[str] = []
 
     def __enter__(self) -> GpuMonitor:
         """Start the sampler and wait until it samples, so that its start is in no timing."""
@@ -43,6 +46,11 @@ class GpuMonitor:
                 text=True, start_new_session=True,
             )  # fmt: skip
             self._process.stdout.readline()
+            # Read all the while: a full pipe would stop the sampler.
+            self._reader = threading.Thread(
+                target=self._lines.extend, args=(self._process.stdout,), daemon=True
+            )
+            self._reader.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -59,8 +67,8 @@ class GpuMonitor:
         """
         if self._gpu_uuid is None:
             return {}
-        lines = self._end().splitlines()
-        records = [json.loads(line) for line in lines if line.endswith("}")]
+        self._end()
+        records = [json.loads(line) for line in self._lines if line.endswith("}\n")]
         samples = [
             record
             for record in records
@@ -76,10 +84,11 @@ class GpuMonitor:
         figures["gpu_utilization_source"] = sources[0] if sources else None
         return figures
 
-    def _end(self) -> str:
-        """Close the sampler's leash and return its remaining output; safe to call twice."""
+    def _end(self) -> None:
+        """Close the sampler's leash and wait until it has gone; safe to call twice."""
         if self._process is None:
-            return ""
+            return
         process, self._process = self._process, None
-        output, _ = process.communicate()
-        return output
+        process.stdin.close()
+        self._reader.join()
+        process.wait()
