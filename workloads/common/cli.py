@@ -29,6 +29,10 @@ class GpuUnavailableError(Exception):
     """A GPU is there or was asked for, but PyTorch cannot use it."""
 
 
+class JobFailedError(Exception):
+    """The job itself went wrong in a way that is understood; the message is one sentence."""
+
+
 class OneLineParser(argparse.ArgumentParser):
     """An argument parser whose errors are one sentence instead of a usage dump."""
 
@@ -127,6 +131,8 @@ def run_main(main: Callable[[], int]) -> NoReturn:
         sys.stdout.flush()
     except UsageError as error:
         code = _complain(program, error, EXIT_USAGE)
+    except JobFailedError as error:
+        code = _complain(program, error, EXIT_FAILED)
     except GpuUnavailableError as error:
         code = _complain(program, error, EXIT_NO_GPU)
     except KeyboardInterrupt:

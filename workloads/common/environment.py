@@ -68,3 +68,8 @@ def describe_environment() -> dict:
         "git_commit": commit,
         "git_dirty": dirty,
     }
+
+
+def clients_on_gpu() -> int:
+    """Return how many clients share the GPU, which the suite says in GPU_SHARING_CLIENTS."""
+    return max(1, int(os.environ.get("GPU_SHARING_CLIENTS", "1")))
