@@ -1,0 +1,309 @@
+"""Runs on disk: the only module that knows file names and the schema.
+
+    <results_dir>/<run_id>/
+        manifest.json        what was asked for, on what, how it ended; saved before anything runs
+        records.jsonl        one line a client and one a co-run, appended as soon as it is known
+        gpu_samples.jsonl    the sampler's output
+        clients/<co_run>/<client>.{events.jsonl,stdout.log,stderr.log}
+
+Every write is atomic (temporary file, fsync, rename) or an append of one whole line. Readers skip
+a torn line (a crash in the middle of a write) and say so in `warnings`.
+
+Schema history:
+    1  first version.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+SCHEMA_VERSION = 1
+
+MANIFEST_FILE = "manifest.json"
+RECORDS_FILE = "records.jsonl"
+SAMPLES_FILE = "gpu_samples.jsonl"
+CLIENTS_FOLDER = "clients"
+
+OUTCOMES = ("running", "complete", "failed", "interrupted", "invalid")
+
+# A baseline is one job alone on the whole GPU; a share baseline is one alone on its own MIG
+# instance; a co-run is jobs together.
+PHASE_BASELINE = "baseline"
+PHASE_SHARE_BASELINE = "share_baseline"
+PHASE_CO_RUN = "co_run"
+
+_RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+class RunStoreError(Exception):
+    """A run cannot be created or read; the message is one sentence naming the fix."""
+
+
+@dataclass(frozen=True)
+class ClientPaths:
+    """Where one client's output goes."""
+
+    events: Path
+    stdout: Path
+    stderr: Path
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run as read back from disk; `warnings` name what could not be read."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    client_records: list[dict[str, Any]]
+    co_run_records: list[dict[str, Any]]
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def run_id(self) -> str:
+        """Name of the run, which is its folder's."""
+        return self.manifest["run_id"]
+
+    def clients_of(self, co_run: str) -> list[dict[str, Any]]:
+        """Client records of one co-run, in client order."""
+        members = [record for record in self.client_records if record["co_run"] == co_run]
+        return sorted(members, key=lambda record: record["client"])
+
+    def baselines(self, phase: str = PHASE_BASELINE) -> dict[str, dict[str, Any]]:
+        """Successful client records of a baseline phase, by `job_key`; the latest of each."""
+        return {
+            record["job_key"]: record
+            for record in self.client_records
+            if record["phase"] == phase and record["status"] == "ok"
+        }
+
+    def energy_alone_joules(self, phase: str = PHASE_BASELINE) -> dict[str, float | None]:
+        """The card's joules over the window of each job's baseline, by `job_key`."""
+        energy = {
+            record["co_run"]: (record.get("gpu") or {}).get("energy_joules")
+            for record in self.co_run_records
+        }
+        return {
+            job_key: energy.get(record["co_run"])
+            for job_key, record in self.baselines(phase).items()
+        }
+
+
+class RunWriter:
+    """Writes one run: the manifest whole, records line by line."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+        """Take over an empty folder made by `create_run`, and save the manifest there."""
+        self.folder = folder
+        self.manifest = manifest
+        self.samples_path = folder / SAMPLES_FILE
+        self.update_manifest()
+
+    def update_manifest(self, **changes: Any) -> None:
+        """Change these fields of the manifest and save it whole."""
+        self.manifest.update(changes)
+        write_json_atomic(self.folder / MANIFEST_FILE, self.manifest)
+
+    def finish(self, outcome: str) -> None:
+        """Note how the run ended, and when."""
+        self.update_manifest(outcome=outcome, finished_at=utc_now())
+
+    def append_record(self, record: dict[str, Any]) -> None:
+        """Append one record as a whole line; it is on disk when this returns."""
+        append_json_line(self.folder / RECORDS_FILE, record)
+
+    def client_paths(self, co_run: str, client: int) -> ClientPaths:
+        """Paths of one client's output; their folder is there when this returns."""
+        folder = self.folder / CLIENTS_FOLDER / co_run
+        folder.mkdir(parents=True, exist_ok=True)
+        return ClientPaths(
+            events=folder / f"{client}.events.jsonl",
+            stdout=folder / f"{client}.stdout.log",
+            stderr=folder / f"{client}.stderr.log",
+        )
+
+
+# --- writing --------------------------------------------------------------------------------
+
+
+def utc_now() -> str:
+    """Return the time as ISO 8601 in UTC, to the second."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def create_run(
+    results_dir: Path, manifest: dict[str, Any], *, run_id: str | None = None
+) -> RunWriter:
+    """Make the folder of a new run and save its first manifest.
+
+    `manifest` holds the fields that the caller knows; `schema_version`, `run_id`, `created_at`,
+    `finished_at` and `outcome` are added here. Without `run_id` the name is
+    `<mode>-<mix>-<YYYYmmdd-HHMMSS>` in UTC, with `-2`, `-3`, ... when taken. Raises
+    `RunStoreError` when the folder cannot be made or an explicit name is not free.
+    """
+    if run_id is not None and not _RUN_ID.fullmatch(run_id):
+        raise RunStoreError(
+            f"run id {run_id!r} is not a folder name: use letters, digits, '.', '_' and '-'"
+        )
+    stamp = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S")
+    base = run_id or f"{manifest['mode']}-{manifest['mix']}-{stamp}"
+    folder = _make_folder(Path(results_dir), base, may_rename=run_id is None)
+    first = {
+        "schema_version": SCHEMA_VERSION,
+        "run_id": folder.name,
+        "created_at": utc_now(),
+        **manifest,
+        "finished_at": None,
+        "outcome": "running",
+    }
+    return RunWriter(folder, first)
+
+
+def _make_folder(results_dir: Path, base: str, *, may_rename: bool) -> Path:
+    number = 1
+    while True:
+        folder = results_dir / (base if number == 1 else f"{base}-{number}")
+        try:
+            results_dir.mkdir(parents=True, exist_ok=True)
+            folder.mkdir()
+            return folder.resolve()
+        except FileExistsError:
+            if not results_dir.is_dir():
+                raise RunStoreError(
+                    f"{results_dir} is not a folder: choose another --results-dir"
+                ) from None
+            if not may_rename:
+                raise RunStoreError(
+                    f"there is a run {base!r} in {results_dir} already: choose another --run-id"
+                ) from None
+            number += 1
+        except OSError as error:
+            raise RunStoreError(
+                f"cannot create {folder} ({error.strerror}): choose another --results-dir"
+            ) from error
+
+
+def write_json_atomic(path: Path, value: Any) -> None:
+    """Write `value` as JSON so that readers see the old file or the new one, never half."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as stream:
+            json.dump(value, stream, indent=2, allow_nan=False)
+            stream.write("\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def append_json_line(path: Path, value: Any) -> None:
+    """Append `value` as one line, by one write; it is on disk when this returns."""
+    line = (json.dumps(value, allow_nan=False) + "\n").encode()
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        os.write(descriptor, line)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# --- reading --------------------------------------------------------------------------------
+
+
+def read_json_lines(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """Read the objects of a JSON-lines file, and a warning for each line that is not one.
+
+    A file that is not there has no lines.
+    """
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return [], []
+    values: list[dict[str, Any]] = []
+    warnings: list[str] = []
+    for number, line in enumerate(content.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except ValueError:
+            value = None
+        if isinstance(value, dict):
+            values.append(value)
+        else:
+            warnings.append(f"{path}: line {number} is torn, skipped ({len(line)} bytes)")
+    return values, warnings
+
+
+def read_run(folder: Path) -> Run:
+    """Read one run.
+
+    Raises `RunStoreError` when there is no readable manifest of a known schema version.
+    """
+    manifest = _read_manifest(folder)
+    records, warnings = read_json_lines(folder / RECORDS_FILE)
+    return Run(
+        folder=folder,
+        manifest=manifest,
+        client_records=[record for record in records if record.get("record") == "client"],
+        co_run_records=[record for record in records if record.get("record") == "co_run"],
+        warnings=warnings,
+    )
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST_FILE
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RunStoreError(f"{folder} is not a run: {path.name}: {error.strerror}") from error
+    except ValueError as error:
+        raise RunStoreError(f"{path} is not JSON ({error}): take that folder away") from error
+    version = manifest.get("schema_version") if isinstance(manifest, dict) else None
+    if version != SCHEMA_VERSION:
+        raise RunStoreError(
+            f"{path} has schema version {version}, this program reads {SCHEMA_VERSION}: "
+            "use the version of the program that wrote it"
+        )
+    return manifest
+
+
+def read_samples(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """Read the sampler's samples of a run, in order, and warnings about torn lines."""
+    lines, warnings = read_json_lines(folder / SAMPLES_FILE)
+    return [line for line in lines if line.get("record") == "sample"], warnings
+
+
+def find_runs(results_dir: Path) -> list[Path]:
+    """Return the folders of all runs at or below `results_dir`, oldest first.
+
+    A folder is a run when it holds a manifest that can be read; others are passed over.
+    """
+    found = []
+    for path in Path(results_dir).rglob(MANIFEST_FILE):
+        try:
+            manifest = _read_manifest(path.parent)
+        except RunStoreError:
+            continue
+        found.append((manifest.get("created_at") or "", path.parent.name, path.parent))
+    return [folder for _, _, folder in sorted(found)]
+
+
+def resolve_run(reference: str, results_dir: Path) -> Path:
+    """Return the folder of a run given by path or by run id.
+
+    Raises `RunStoreError` when neither is one.
+    """
+    for folder in (Path(reference), Path(results_dir) / reference):
+        if (folder / MANIFEST_FILE).is_file():
+            return folder.resolve()
+    raise RunStoreError(
+        f"there is no run {reference!r}, neither as a folder nor in {results_dir}: "
+        "give a run folder or one of the names in the results folder"
+    )

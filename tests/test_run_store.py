@@ -1,0 +1,149 @@
+"""Runs on disk: what is written can be read back, and half-written lines don't stop a reader."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarking import run_store
+
+MANIFEST = {"mode": "mps", "mix": "mixed", "plan": {}, "notes": []}
+
+
+def client(co_run: str, number: int, **changes: object) -> dict:
+    record = {"record": "client", "phase": "co_run", "co_run": co_run, "client": number,
+              "job_key": "job", "status": "ok"}
+    return {**record, **changes}
+
+
+def test_a_new_run_is_named_after_mode_mix_and_time(tmp_path: Path) -> None:
+    run = run_store.create_run(tmp_path / "results", MANIFEST)
+    assert run.folder.name.startswith("mps-mixed-20")
+    read = run_store.read_run(run.folder)
+    assert read.run_id == run.folder.name
+    assert read.manifest["outcome"] == "running"
+    assert read.manifest["schema_version"] == 1
+    assert read.manifest["created_at"].endswith("+00:00")
+
+
+def test_a_name_that_is_taken_gets_a_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class FrozenTime(run_store.datetime):
+        @classmethod
+        def now(cls, tz: object = None) -> FrozenTime:
+            return cls(2026, 1, 2, 3, 4, 5, tzinfo=run_store.timezone.utc)
+
+    monkeypatch.setattr(run_store, "datetime", FrozenTime)
+    names = [run_store.create_run(tmp_path, MANIFEST).folder.name for _ in range(3)]
+    first = "mps-mixed-20260102-030405"
+    assert names == [first, f"{first}-2", f"{first}-3"]
+
+
+def test_an_explicit_run_id_that_is_taken_is_refused(tmp_path: Path) -> None:
+    run_store.create_run(tmp_path, MANIFEST, run_id="mine")
+    with pytest.raises(run_store.RunStoreError, match="choose another --run-id"):
+        run_store.create_run(tmp_path, MANIFEST, run_id="mine")
+
+
+@pytest.mark.parametrize("run_id", ["../escape", "a/b", "", ".hidden"])
+def test_a_run_id_that_is_no_folder_name_is_refused(tmp_path: Path, run_id: str) -> None:
+    with pytest.raises(run_store.RunStoreError, match="not a folder name"):
+        run_store.create_run(tmp_path, MANIFEST, run_id=run_id)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_results_dir_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(run_store.RunStoreError, match="not a folder"):
+        run_store.create_run(tmp_path / "file", MANIFEST)
+
+
+def test_records_come_back_sorted_by_kind_and_client(tmp_path: Path) -> None:
+    run = run_store.create_run(tmp_path, MANIFEST)
+    run.append_record(client("c", 1))
+    run.append_record(client("c", 0))
+    run.append_record({"record": "co_run", "co_run": "c", "gpu": None})
+    read = run_store.read_run(run.folder)
+    assert [record["client"] for record in read.clients_of("c")] == [0, 1]
+    assert read.clients_of("other") == []
+    assert len(read.co_run_records) == 1
+    assert read.warnings == []
+
+
+def test_a_torn_last_line_is_skipped_and_said(tmp_path: Path) -> None:
+    run = run_store.create_run(tmp_path, MANIFEST)
+    run.append_record(client("c", 0))
+    with (run.folder / "records.jsonl").open("a") as stream:
+        stream.write('{"record": "client", "pha')
+    read = run_store.read_run(run.folder)
+    assert len(read.client_records) == 1
+    assert len(read.warnings) == 1
+    assert "line 2 is torn" in read.warnings[0]
+
+
+def test_a_torn_sample_is_skipped_and_the_monitor_line_is_no_sample(tmp_path: Path) -> None:
+    lines = ['{"record": "monitor", "ready": true}', '{"record": "sample", "time_seconds": 1.0}',
+             '{"record": "sample", "time_sec']
+    (tmp_path / "gpu_samples.jsonl").write_text("\n".join(lines))
+    samples, warnings = run_store.read_samples(tmp_path)
+    assert [sample["time_seconds"] for sample in samples] == [1.0]
+    assert len(warnings) == 1
+
+
+def test_a_failed_write_leaves_the_old_manifest_and_no_temporary_file(tmp_path: Path) -> None:
+    run = run_store.create_run(tmp_path, MANIFEST)
+    with pytest.raises(ValueError, match="JSON"):
+        run.update_manifest(broken=float("nan"))
+    assert "broken" not in run_store.read_run(run.folder).manifest
+    assert [path.name for path in run.folder.iterdir()] == ["manifest.json"]
+
+
+def test_finishing_notes_outcome_and_time(tmp_path: Path) -> None:
+    run = run_store.create_run(tmp_path, MANIFEST)
+    run.finish("complete")
+    manifest = run_store.read_run(run.folder).manifest
+    assert manifest["outcome"] == "complete"
+    assert manifest["finished_at"] >= manifest["created_at"]
+
+
+def test_baselines_are_the_latest_successful_ones_with_their_energy(tmp_path: Path) -> None:
+    run = run_store.create_run(tmp_path, MANIFEST)
+    for number, status in enumerate(["ok", "ok", "failed"]):
+        name = f"baseline-{number}"
+        run.append_record(client(name, 0, phase="baseline", status=status))
+        run.append_record({"record": "co_run", "co_run": name, "gpu": {"energy_joules": number}})
+    run.append_record(client("own", 0, phase="share_baseline"))
+    read = run_store.read_run(run.folder)
+    assert read.baselines()["job"]["co_run"] == "baseline-1"
+    assert read.energy_alone_joules() == {"job": 1}
+    assert read.baselines(run_store.PHASE_SHARE_BASELINE)["job"]["co_run"] == "own"
+
+
+def test_runs_are_found_oldest_first_and_folders_without_a_manifest_are_passed_over(
+    tmp_path: Path,
+) -> None:
+    for name, created in (("new", "2026-02-01"), ("old", "2026-01-01")):
+        run_store.create_run(tmp_path / "below", {**MANIFEST, "x": 1}, run_id=name)
+        path = tmp_path / "below" / name / "manifest.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "created_at": created}))
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "manifest.json").write_text("{")
+    assert [folder.name for folder in run_store.find_runs(tmp_path)] == ["old", "new"]
+
+
+def test_a_run_is_found_by_name_and_by_path(tmp_path: Path) -> None:
+    run = run_store.create_run(tmp_path, MANIFEST, run_id="mine")
+    assert run_store.resolve_run("mine", tmp_path) == run.folder
+    assert run_store.resolve_run(str(run.folder), tmp_path / "elsewhere") == run.folder
+    with pytest.raises(run_store.RunStoreError, match="no run 'other'"):
+        run_store.resolve_run("other", tmp_path)
+
+
+def test_a_run_of_another_schema_version_is_refused(tmp_path: Path) -> None:
+    run = run_store.create_run(tmp_path, MANIFEST)
+    run.update_manifest(schema_version=2)
+    with pytest.raises(run_store.RunStoreError, match="schema version 2"):
+        run_store.read_run(run.folder)
