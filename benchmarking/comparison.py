@@ -1,0 +1,903 @@
+"""What the runs of a results folder say together: sections, scorecards, claims. No input or output.
+
+Runs on unlike environments (GPU model, driver, library versions, job size; engine and precision of
+a workload) never stand in one section. In a section, the newest run that was judged represents a
+combination of mode, mix and clients; the others are listed as left out. A difference between modes
+is claimed only when each side has at least two repeats and their intervals (three repeats or more)
+or ranges (two) do not overlap.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from benchmarking import expectations, metrics
+
+if TYPE_CHECKING:
+    from benchmarking import run_store
+
+Record = Mapping[str, Any]
+
+SCHEMA_VERSION = 1
+
+CPU_DEMO = "cpu-demo"
+MODE_NAMES = {
+    "time-slicing": "time slicing",
+    "mps": "MPS",
+    "mig": "MIG",
+    "exclusive": "exclusive",
+    CPU_DEMO: "CPU demo",
+}
+_MODE_ORDER = tuple(MODE_NAMES)
+
+# An outcome that answers "does this count of clients work?"; the others prove nothing either way.
+_JUDGED = frozenset({"ok", "failed", "timeout"})
+
+TAIL_PERCENTILES = (50, 95, 99)
+
+# Past this share of all host cores the GPU may have waited for the host.
+HOST_BUSY_PERCENT = 90
+
+# Names under which a workload's figures give a quantity of the guide, the first that is there wins.
+_FIGURE_NAMES: Mapping[str, tuple[str, ...]] = {
+    "epoch_seconds": ("epoch_seconds", "mean_epoch_seconds", "epoch_duration_seconds"),
+    "test_accuracy_percent": ("test_accuracy_percent", "final_test_accuracy_percent"),
+    "train_accuracy_percent": ("train_accuracy_percent", "final_train_accuracy_percent"),
+    "samples_per_second": ("samples_per_second", "throughput_samples_per_second"),
+    "mean_latency_ms": ("mean_latency_ms", "latency_mean_ms"),
+    "p99_latency_ms": ("p99_latency_ms", "latency_p99_ms", "p99_ms"),
+    "requests_per_second": ("requests_per_second", "qps"),
+    "total_requests": ("total_requests",),
+    "success_rate_percent": ("success_rate_percent",),
+    "session_seconds": ("session_seconds", "total_session_seconds"),
+    "active_seconds": ("active_seconds", "gpu_active_seconds"),
+    "active_percent": ("active_percent", "gpu_active_percent"),
+    "idle_seconds": ("idle_seconds", "total_idle_seconds"),
+    "idle_percent": ("idle_percent",),
+}
+
+# What a co-run's GPU section holds and how repeats are put together.
+_GPU_FIGURES: Mapping[str, Callable[[Sequence[float]], float]] = {
+    "utilization_gpu_percent": statistics.fmean,
+    "sm_activity_percent": statistics.fmean,
+    "sm_occupancy_percent": statistics.fmean,
+    "tensor_activity_percent": statistics.fmean,
+    "dram_activity_percent": statistics.fmean,
+    "memory_used_mib_max": max,
+    "power_draw_watts": statistics.fmean,
+    "energy_joules": statistics.fmean,
+    "sm_clock_mhz": statistics.fmean,
+    "host_cpu_percent": statistics.fmean,
+}
+
+
+# --- repeats --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure over repeats: its center, its interval or range, its raw values."""
+
+    mean: float
+    low: float
+    high: float
+    values: tuple[float, ...]
+    is_interval: bool = False
+
+    @property
+    def repeats(self) -> int:
+        """How many repeats it rests on."""
+        return len(self.values)
+
+    @property
+    def spread_name(self) -> str:
+        """What `low` and `high` are, in words."""
+        if self.repeats == 1:
+            return "n = 1"
+        return f"{'95 % interval' if self.is_interval else 'range'}, n = {self.repeats}"
+
+    def text(self, decimals: int = 2) -> str:
+        """`1.95 (1.90-2.00; 95 % interval, n = 3)`, or `1.95 (n = 1)`."""
+        center = f"{self.mean:.{decimals}f}"
+        if self.repeats < 2:
+            return f"{center} ({self.spread_name})"
+        return f"{center} ({self.low:.{decimals}f}-{self.high:.{decimals}f}; {self.spread_name})"
+
+    def shows_difference_from(self, other: Estimate) -> bool:
+        """Whether both have a spread and the two do not overlap."""
+        if min(self.repeats, other.repeats) < 2:
+            return False
+        return not metrics.intervals_overlap(self._triple, other._triple)
+
+    @property
+    def _triple(self) -> tuple[float, float, float]:
+        return (self.mean, self.low, self.high)
+
+
+def estimate(values: Iterable[float | None]) -> Estimate | None:
+    """Geometric mean with interval of the known, positive values; `None` without any."""
+    known = tuple(value for value in values if value is not None and value > 0)
+    if not known:
+        return None
+    return Estimate(*metrics.geometric_mean_interval(known), known, is_interval=len(known) >= 3)
+
+
+def overhead_estimate(stp: Estimate | None) -> Estimate | None:
+    """The overhead (percent) that an STP estimate means; high STP is low overhead."""
+    if stp is None:
+        return None
+    of = metrics.overhead_percent
+    raw = tuple(of(value) for value in stp.values)
+    return Estimate(of(stp.mean), of(stp.high), of(stp.low), raw, stp.is_interval)
+
+
+def range_estimate(values: Iterable[float | None]) -> Estimate | None:
+    """Median and plain range of the known values: for figures of which a mean means nothing.
+
+    The range of two or more repeats stands for their spread whatever their number.
+    """
+    known = tuple(value for value in values if value is not None)
+    if not known:
+        return None
+    return Estimate(statistics.median(known), min(known), max(known), known)
+
+
+# --- what is compared -----------------------------------------------------------------------
+
+
+@dataclass
+class RunView:
+    """One run as it was read: its manifest, its records, and what was wrong with its files."""
+
+    run_id: str
+    manifest: dict[str, Any]
+    records: list[dict[str, Any]]
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def mode(self) -> str:
+        """The mode that was in force: `cpu-demo` without a GPU, whatever was asked for."""
+        return self.manifest.get("effective_mode") or self.manifest.get("mode") or "unknown"
+
+    @property
+    def mix(self) -> str:
+        """The mix of jobs."""
+        return self.manifest.get("mix") or "unknown"
+
+    @property
+    def is_invalid(self) -> bool:
+        """Whether the run as a whole lacks proof of its mode."""
+        return self.manifest.get("outcome") == "invalid"
+
+    @classmethod
+    def of(cls, run: run_store.Run) -> RunView:
+        """View of a run as the run store read it."""
+        records = [*run.client_records, *run.co_run_records]
+        return cls(run.run_id, run.manifest, records, list(run.warnings))
+
+    def clients(self, phase: str, co_run: str | None = None) -> list[dict[str, Any]]:
+        """Client records of a phase (`baseline`, `co_run`), of one co-run when it is named."""
+        return [
+            record
+            for record in self.records
+            if record.get("record") == "client"
+            and record.get("phase") == phase
+            and co_run in (None, record.get("co_run"))
+        ]
+
+    def co_runs(self, phase: str) -> list[dict[str, Any]]:
+        """Co-run records of a phase."""
+        return [
+            record
+            for record in self.records
+            if record.get("record") == "co_run" and record.get("phase") == phase
+        ]
+
+    def engines(self) -> dict[str, tuple[Any, Any]]:
+        """Engine and precision by workload, as the clients reported them at `ready`."""
+        found: dict[str, tuple[Any, Any]] = {}
+        for record in self.records:
+            identity = record.get("identity") if record.get("record") == "client" else None
+            if identity:
+                pair = (identity.get("engine"), identity.get("precision"))
+                found.setdefault(record["workload"], pair)
+        return found
+
+
+@dataclass(frozen=True)
+class Check:
+    """A measured value beside the guide's range."""
+
+    expectation: expectations.Expectation
+    value: float
+    verdict: str
+    situation: str
+
+
+@dataclass
+class ClientRow:
+    """One client of a co-run group, over the group's repeats."""
+
+    client: int
+    workload: str
+    label: str
+    statuses: list[str]
+    proof: list[str]
+    reasons: list[str]
+    slowdown: Estimate | None
+    job_seconds: float | None
+    latency: dict[str, float] | None
+    tail_slowdown: dict[int, float | None]
+    p99_ms: Estimate | None
+    peak_memory_mib: float | None
+    checks: list[Check]
+
+
+@dataclass
+class Group:
+    """The co-runs (repeats) of one mode, mix and count of clients, from one run."""
+
+    mode: str
+    mix: str
+    clients: int
+    run: RunView
+    co_runs: list[dict[str, Any]]
+    outcome: str
+    reason: str | None
+    stp: Estimate | None
+    antt: Estimate | None
+    overhead_percent: Estimate | None
+    interference_overhead_percent: float | None
+    mechanism_overhead_percent: float | None
+    stp_per_multiprocessor: float | None
+    fairness: float | None
+    energy_ratio: float | None
+    success_rate_percent: float | None
+    average_duration_seconds: float | None
+    total_gpu_time_seconds: float | None
+    throughput_clients: int | None
+    gpu: dict[str, Any]
+    client_rows: list[ClientRow]
+    checks: list[Check]
+
+    @property
+    def mode_name(self) -> str:
+        """The mode as it is written in sentences."""
+        return MODE_NAMES.get(self.mode, self.mode)
+
+    @property
+    def is_unverified(self) -> bool:
+        """Whether some client's membership in the mode could not be checked."""
+        return any("unverified" in row.proof for row in self.client_rows)
+
+
+@dataclass
+class Ramp:
+    """One mode and mix over several counts of clients."""
+
+    mode: str
+    mix: str
+    groups: list[Group]
+    breaking_point: dict[str, Any]
+    saturation_clients: int | None
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A sentence of the decision, with the runs that its numbers come from."""
+
+    text: str
+    run_ids: tuple[str, ...]
+
+
+@dataclass
+class Section:
+    """Runs on one environment, compared with each other."""
+
+    environment: dict[str, Any]
+    engines: dict[str, tuple[Any, Any]]
+    runs: list[RunView]
+    groups: list[Group] = field(default_factory=list)
+    ramps: list[Ramp] = field(default_factory=list)
+    alone: list[ClientRow] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+    doubts: list[str] = field(default_factory=list)
+    claims: list[Claim] = field(default_factory=list)
+
+    @property
+    def is_cpu_demo(self) -> bool:
+        """Whether no GPU was there: then nothing here speaks of GPU sharing modes."""
+        return any(run.mode == CPU_DEMO for run in self.runs)
+
+    @property
+    def title(self) -> str:
+        """GPU, driver and job size in a few words."""
+        gpu = self.environment.get("gpu_name")
+        if self.is_cpu_demo or not gpu:
+            return f"CPU demonstration (job size {self.environment.get('job_size')})"
+        driver = self.environment.get("driver_version")
+        return f"{gpu}, driver {driver}, job size {self.environment.get('job_size')}"
+
+
+@dataclass
+class Comparison:
+    """Everything that the report says, in one object."""
+
+    sections: list[Section]
+    phases: list[dict[str, Any]]
+    problems: list[str]
+
+
+# --- building it ----------------------------------------------------------------------------
+
+
+def compare(
+    runs: Sequence[RunView], phases: Sequence[dict[str, Any]] = (), problems: Sequence[str] = ()
+) -> Comparison:
+    """Compare runs: sections by environment, the newest judged run a combination, then claims.
+
+    `phases` are the lines of the unattended run's phase log, `problems` what was wrong with files
+    outside the runs.
+    """
+    by_id = {run.run_id: run for run in runs}
+    sections = _sections(runs)
+    for section in sections:
+        _fill_groups(section, by_id)
+        section.ramps = _ramps(section.groups)
+        section.alone = _alone_rows(section)
+        section.doubts = _doubts(section)
+        section.claims = _cpu_claims(section) if section.is_cpu_demo else _claims(section)
+    file_problems = [f"{run.run_id}: {problem}" for run in runs for problem in run.problems]
+    return Comparison(sections, list(phases), [*problems, *file_problems])
+
+
+def environment_of(run: RunView) -> dict[str, Any]:
+    """What must be alike for figures to be compared, engine and precision apart.
+
+    On the CPU the host is the device, so its cores count too.
+    """
+    environment = run.manifest.get("environment") or {}
+    alike = {
+        "gpu_name": environment.get("gpu_name"),
+        "gpu_memory_mib": environment.get("gpu_memory_mib"),
+        "driver_version": environment.get("driver_version"),
+        "cuda_version": environment.get("cuda_version"),
+        "versions": dict(sorted((environment.get("versions") or {}).items())),
+        "job_size": run.manifest.get("job_size"),
+    }
+    if run.mode == CPU_DEMO:
+        alike["host_cores"] = environment.get("host_cores")
+    return alike
+
+
+def _created_at(run: RunView) -> tuple[str, str]:
+    return (run.manifest.get("created_at") or "", run.run_id)
+
+
+def _sections(runs: Sequence[RunView]) -> list[Section]:
+    """Runs by environment; a workload with another engine or precision opens another section."""
+    sections: list[Section] = []
+    for run in sorted(runs, key=_created_at, reverse=True):
+        environment, engines = environment_of(run), run.engines()
+        for section in sections:
+            conflict = any(
+                section.engines.get(workload, pair) != pair for workload, pair in engines.items()
+            )
+            same_device = section.is_cpu_demo == (run.mode == CPU_DEMO)
+            if section.environment == environment and same_device and not conflict:
+                section.runs.append(run)
+                section.engines |= engines
+                break
+        else:
+            sections.append(Section(environment, engines, [run]))
+    return sections
+
+
+def _order(mode: str) -> tuple[int, str]:
+    return (_MODE_ORDER.index(mode) if mode in _MODE_ORDER else len(_MODE_ORDER), mode)
+
+
+def _fill_groups(section: Section, by_id: Mapping[str, RunView]) -> None:
+    """The newest judged run of each combination, and what is left out for it."""
+    candidates: dict[tuple[str, str, int], list[RunView]] = {}
+    for run in section.runs:  # newest first
+        counts = {record["clients"] for record in run.co_runs("co_run")}
+        for clients in counts:
+            candidates.setdefault((run.mode, run.mix, clients), []).append(run)
+    for (mode, mix, clients), runs in candidates.items():
+        what = f"{MODE_NAMES.get(mode, mode)}, {mix}, {clients} clients"
+        judged = [run for run in runs if not run.is_invalid and _judged(run, clients)]
+        if not judged:
+            section.left_out.append(
+                f"{what}: no co-run gave an answer ({', '.join(run.run_id for run in runs)})"
+            )
+            continue
+        newest = judged[0]
+        section.groups.append(_group(newest, mode, mix, clients, _baselines(newest, by_id)))
+        section.left_out += [
+            f"{run.run_id} ({what}): "
+            + ("older than" if run in judged else "without a judged co-run, in favor of")
+            + f" {newest.run_id}"
+            for run in runs
+            if run is not newest
+        ]
+    section.groups.sort(key=lambda group: (group.mix, group.clients, _order(group.mode)))
+
+
+def is_valid(run: RunView, co_run: Record) -> bool:
+    """Whether no client of the co-run was found outside the mode that it is named after."""
+    verdicts = {
+        (record.get("proof") or {}).get("verdict")
+        for record in run.clients("co_run", co_run["co_run"])
+    }
+    return co_run["outcome"] != "invalid" and "invalid" not in verdicts
+
+
+def _judged(run: RunView, clients: int) -> list[dict[str, Any]]:
+    return [
+        co_run
+        for co_run in run.co_runs("co_run")
+        if co_run["clients"] == clients and co_run["outcome"] in _JUDGED and is_valid(run, co_run)
+    ]
+
+
+def _baselines(run: RunView, by_id: Mapping[str, RunView]) -> dict[str, dict[str, Any]]:
+    """Baseline client records by job, the run's own or those of the run that it reused."""
+    source = by_id.get(run.manifest.get("baseline_run_id") or "")
+    records = [*(source.clients("baseline") if source else []), *run.clients("baseline")]
+    return {record["job_key"]: record for record in records if record.get("status") == "ok"}
+
+
+def _group(
+    run: RunView, mode: str, mix: str, clients: int, baselines: Mapping[str, Record]
+) -> Group:
+    co_runs = _judged(run, clients)
+    good = [co_run for co_run in co_runs if co_run["outcome"] == "ok"]
+    broken = [co_run for co_run in co_runs if co_run["outcome"] != "ok"]
+    stp = estimate(_summary_values(good, "stp"))
+    interference = _mean(_summary_values(good, "interference_overhead_percent"))
+    antt = estimate(_summary_values(good, "antt"))
+    if interference is None and mode != "mig" and antt is not None:
+        interference = metrics.interference_overhead_percent([antt.mean])
+    members = [run.clients("co_run", co_run["co_run"]) for co_run in co_runs]
+    gpu = _gpu_means([co_run.get("gpu") or {} for co_run in good or co_runs])
+    rows = [_client_row(index, members, baselines) for index in range(clients)]
+    group = Group(
+        mode=mode,
+        mix=mix,
+        clients=clients,
+        run=run,
+        co_runs=co_runs,
+        outcome=broken[0]["outcome"] if broken else "ok",
+        reason=broken[0].get("reason") if broken else None,
+        stp=stp,
+        antt=antt,
+        overhead_percent=overhead_estimate(stp),
+        interference_overhead_percent=interference,
+        mechanism_overhead_percent=(
+            metrics.mechanism_overhead_percent(antt.mean if antt else None)
+            if clients == 1 and mode != CPU_DEMO
+            else None
+        ),
+        stp_per_multiprocessor=_stp_per_multiprocessor(run, mode, stp, members),
+        fairness=_mean(_summary_values(good, "fairness")),
+        energy_ratio=_mean(_summary_values(good, "energy_ratio")),
+        success_rate_percent=_mean(_summary_values(co_runs, "success_rate_percent")),
+        average_duration_seconds=_mean(_summary_values(good, "average_duration_seconds")),
+        total_gpu_time_seconds=_mean(_summary_values(good, "total_gpu_time_seconds")),
+        throughput_clients=next(iter(_summary_values(good, "throughput_clients")), None),
+        gpu=gpu,
+        client_rows=[row for row in rows if row is not None],
+        checks=[],
+    )
+    group.checks = _mode_checks(group)
+    return group
+
+
+def _summary_values(co_runs: Sequence[Record], name: str) -> list[Any]:
+    return [(co_run.get("summary") or {}).get(name) for co_run in co_runs]
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None
+
+
+def _gpu_means(sections: Sequence[Record]) -> dict[str, Any]:
+    """GPU figures over repeats, with the names of their sources and of every throttle reason."""
+    combined: dict[str, Any] = {}
+    for name, combine in _GPU_FIGURES.items():
+        known = [section[name] for section in sections if section.get(name) is not None]
+        combined[name] = combine(known) if known else None
+    sources = sorted({s["utilization_source"] for s in sections if s.get("utilization_source")})
+    combined["utilization_source"] = ", ".join(sources) or None
+    reasons = {reason for section in sections for reason in section.get("throttle_reasons") or []}
+    combined["throttle_reasons"] = sorted(reasons)
+    return combined
+
+
+def _stp_per_multiprocessor(
+    run: RunView, mode: str, stp: Estimate | None, members: Sequence[Sequence[Record]]
+) -> float | None:
+    """STP as if the instances had all of the card's multiprocessors (MIG; else `None`)."""
+    whole = (run.manifest.get("environment") or {}).get("multiprocessor_count")
+    if mode != "mig" or stp is None or not whole or not members:
+        return None
+    counts = [(record.get("identity") or {}).get("multiprocessor_count") for record in members[0]]
+    return stp.mean * whole / sum(counts) if counts and all(counts) else None
+
+
+def _client_row(
+    index: int, members: Sequence[Sequence[Record]], baselines: Mapping[str, Record]
+) -> ClientRow | None:
+    """One client over the repeats; `None` when no repeat has a record of it."""
+    records = [record for repeat in members for record in repeat if record["client"] == index]
+    if not records:
+        return None
+    return _row(records, baselines.get(records[0].get("job_key", "")), "beside the others")
+
+
+def _row(records: Sequence[Record], baseline: Record | None, situation: str) -> ClientRow:
+    first = records[0]
+    good = [record for record in records if record["status"] == "ok"]
+    latencies = [value for record in good for value in record.get("latency_ms") or []]
+    alone = (baseline or {}).get("latency_ms")
+    peaks = [r["peak_memory_mib"] for r in records if r.get("peak_memory_mib") is not None]
+    proofs = [record.get("proof") or {} for record in records]
+    reasons = [
+        " / ".join(record.get("stderr_tail") or []) or f"exit code {record.get('exit_code')}"
+        for record in records
+        if record["status"] != "ok"
+    ]
+    return ClientRow(
+        client=first["client"],
+        workload=first["workload"],
+        label=first.get("label") or first["workload"],
+        statuses=[record["status"] for record in records],
+        proof=sorted({proof.get("verdict") or "unverified" for proof in proofs}),
+        reasons=reasons,
+        slowdown=estimate(record.get("slowdown") for record in good),
+        job_seconds=_mean(metrics.mean_job_seconds(record) for record in good),
+        latency=metrics.percentiles_ms(latencies),
+        tail_slowdown={
+            percent: metrics.tail_slowdown(latencies, alone, percent)
+            for percent in TAIL_PERCENTILES
+        },
+        p99_ms=range_estimate(
+            metrics.percentile(record["latency_ms"], 99)
+            for record in good
+            if record.get("latency_ms")
+        ),
+        peak_memory_mib=max(peaks, default=None),
+        checks=_workload_checks(good, latencies, situation),
+    )
+
+
+def measured_quantities(record: Record, latencies_ms: Sequence[float]) -> dict[str, float]:
+    """The guide's quantities that a client record tells, by the names of `expectations`.
+
+    Latency comes from the raw values, throughput at a fixed batch size from the same.
+    """
+    figures = record.get("figures") or {}
+    found: dict[str, float] = {}
+    for quantity, names in _FIGURE_NAMES.items():
+        value = next((figures[name] for name in names if figures.get(name) is not None), None)
+        if isinstance(value, (list, tuple)):
+            value = _mean(value)
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            found[quantity] = float(value)
+    if latencies_ms:
+        found["mean_latency_ms"] = statistics.fmean(latencies_ms)
+        found["p99_latency_ms"] = metrics.percentile(latencies_ms, 99)
+    job_seconds = metrics.mean_job_seconds(record)
+    if job_seconds is not None:
+        found["job_seconds"] = job_seconds
+    return found
+
+
+def _workload_checks(
+    good: Sequence[Record], latencies: Sequence[float], situation: str
+) -> list[Check]:
+    if not good:
+        return []
+    record = good[-1]
+    batch_size = (record.get("identity") or {}).get("batch_size")
+    measured = measured_quantities(record, latencies)
+    return [
+        Check(expected, measured[expected.quantity], verdict, situation)
+        for expected in expectations.for_workload(record["workload"], batch_size)
+        if expected.quantity in measured
+        for verdict in [expected.compare(measured[expected.quantity])]
+    ]
+
+
+def _mode_checks(group: Group) -> list[Check]:
+    overhead = group.overhead_percent
+    measured = {
+        "success_rate_percent": group.success_rate_percent,
+        "overhead_percent": overhead.mean if overhead else None,
+        "interference_overhead_percent": group.interference_overhead_percent,
+        "utilization_gpu_percent": group.gpu["utilization_gpu_percent"],
+    }
+    return [
+        Check(expected, value, expected.compare(value), f"{group.mix}, {group.clients} clients")
+        for expected in expectations.for_mode(group.mode)
+        for value in [measured.get(expected.quantity)]
+        if value is not None
+    ]
+
+
+def _alone_rows(section: Section) -> list[ClientRow]:
+    """Each distinct job alone, from the newest baseline of the section, with the card's figures."""
+    rows: dict[str, ClientRow] = {}
+    for run in section.runs:  # newest first
+        gpu_by_co_run = {record["co_run"]: record.get("gpu") or {} for record in
+                         run.co_runs("baseline")}  # fmt: skip
+        for record in run.clients("baseline"):
+            if record["status"] != "ok" or record["job_key"] in rows:
+                continue
+            row = _row([record], None, "alone")
+            row.checks += _card_checks(record["workload"], gpu_by_co_run.get(record["co_run"], {}))
+            rows[record["job_key"]] = row
+    return list(rows.values())
+
+
+def _card_checks(workload: str, gpu: Record) -> list[Check]:
+    """Utilization and memory of the whole card while one job had it to itself."""
+    memory_mib = gpu.get("memory_used_mib_max")
+    measured = {
+        "utilization_gpu_percent": gpu.get("utilization_gpu_percent"),
+        "memory_used_gb": None if memory_mib is None else memory_mib * 2**20 / 1e9,
+    }
+    return [
+        Check(expected, value, expected.compare(value), "alone")
+        for expected in expectations.for_workload(workload)
+        for value in [measured.get(expected.quantity)]
+        if value is not None
+    ]
+
+
+def _ramps(groups: Sequence[Group]) -> list[Ramp]:
+    """Every mode and mix that was measured at several counts of clients."""
+    by_kind: dict[tuple[str, str], list[Group]] = {}
+    for group in groups:
+        by_kind.setdefault((group.mode, group.mix), []).append(group)
+    ramps = []
+    for (mode, mix), members in by_kind.items():
+        if len(members) < 2:
+            continue
+        members.sort(key=lambda group: group.clients)
+        co_runs = [co_run for group in members for co_run in group.co_runs]
+        clients = [
+            record
+            for group in members
+            for co_run in group.co_runs
+            for record in group.run.clients("co_run", co_run["co_run"])
+        ]
+        stp = {
+            group.clients: group.stp.mean if group.stp and group.outcome == "ok" else None
+            for group in members
+        }
+        ramps.append(
+            Ramp(
+                mode,
+                mix,
+                members,
+                metrics.breaking_point(co_runs, clients),
+                metrics.saturation_count(stp),
+            )
+        )
+    return ramps
+
+
+# --- doubts and claims ----------------------------------------------------------------------
+
+
+def _doubts(section: Section) -> list[str]:
+    """Everything invalid, unverified or failed, and every sign that a figure may mislead."""
+    doubts = []
+    for run in section.runs:
+        if run.is_invalid:
+            doubts.append(f"{run.run_id}: the run is invalid, none of its co-runs is compared")
+        elif run.manifest.get("outcome") in ("running", "interrupted", "failed"):
+            doubts.append(f"{run.run_id}: the run's outcome is {run.manifest['outcome']}")
+        for co_run in run.co_runs("co_run"):
+            if not is_valid(run, co_run):
+                reason = co_run.get("reason") or "a client was not proved to run under the mode"
+                doubts.append(f"{run.run_id}, {co_run['co_run']}: invalid, {reason}")
+            elif co_run["outcome"] != "ok":
+                reason = co_run.get("reason") or "no reason recorded"
+                doubts.append(f"{run.run_id}, {co_run['co_run']}: {co_run['outcome']}, {reason}")
+        for record in run.clients("baseline"):
+            if record["status"] != "ok":
+                doubts.append(
+                    f"{run.run_id}: {record.get('label')} alone ended {record['status']}; without "
+                    "it STP and overhead are unknown"
+                )
+    for group in section.groups:
+        where = f"{group.run.run_id}, {group.clients} clients"
+        if group.is_unverified and not section.is_cpu_demo:
+            doubts.append(
+                f"{where}: unverified, the clients could not be matched with the driver's lists"
+            )
+        if group.stp is None and group.outcome == "ok":
+            doubts.append(f"{where}: no baseline for every job, so STP and overhead are unknown")
+        host, busy = group.gpu["host_cpu_percent"], group.gpu["sm_activity_percent"]
+        busy = group.gpu["utilization_gpu_percent"] if busy is None else busy
+        if host is not None and busy is not None and host >= HOST_BUSY_PERCENT and busy < 90:
+            doubts.append(
+                f"{where}: the host's CPUs were {host:.0f} % busy while the GPU was {busy:.0f} % "
+                "active: the host may have starved the GPU, and then modes look alike"
+            )
+        if group.gpu["throttle_reasons"]:
+            doubts.append(
+                f"{where}: clocks were limited ({', '.join(group.gpu['throttle_reasons'])})"
+            )
+    return doubts
+
+
+def _cpu_claims(section: Section) -> list[Claim]:
+    claims = [
+        Claim(
+            "No GPU was used: this is a demonstration of the flow on the CPU and says nothing "
+            "about time slicing, MPS or MIG.",
+            tuple(run.run_id for run in section.runs),
+        )
+    ]
+    for group in section.groups:
+        figure = f"STP {group.stp.text()}" if group.stp else f"outcome {group.outcome}"
+        claims.append(
+            Claim(
+                f"`{group.mix}` with {group.clients} clients on these CPU cores: {figure}.",
+                (group.run.run_id,),
+            )
+        )
+    return claims
+
+
+def _claims(section: Section) -> list[Claim]:
+    """The decision in sentences: throughput, felt latency, how many clients."""
+    claims: list[Claim] = []
+    for mix in dict.fromkeys(group.mix for group in section.groups):
+        members = [group for group in section.groups if group.mix == mix]
+        for clients in sorted({group.clients for group in members}):
+            beside = [g for g in members if g.clients == clients and g.mode != "exclusive"]
+            if clients > 1:
+                claims += _throughput_claims(beside)
+                claims += _latency_claims(beside)
+        claims += [claim for ramp in section.ramps if ramp.mix == mix
+                   for claim in _ramp_claims(ramp)]  # fmt: skip
+    return claims
+
+
+def _caveat(group: Group) -> str:
+    return " (mode unverified)" if group.is_unverified else ""
+
+
+def _run_ids(groups: Iterable[Group]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(group.run.run_id for group in groups))
+
+
+def _throughput_claims(groups: Sequence[Group]) -> list[Claim]:
+    """Which mode delivers the most at one mix and count."""
+    claims = [
+        Claim(
+            f"`{group.mix}` with {group.clients} clients does not work under {group.mode_name}: "
+            f"{group.outcome}{', ' + group.reason if group.reason else ''}.",
+            (group.run.run_id,),
+        )
+        for group in groups
+        if group.outcome != "ok"
+    ]
+    known = sorted(
+        (group for group in groups if group.stp is not None and group.outcome == "ok"),
+        key=lambda group: group.stp.mean,
+        reverse=True,
+    )
+    if not known:
+        return claims
+    best, others = known[0], known[1:]
+    head = f"`{best.mix}` with {best.clients} clients: "
+    if best.throughput_clients is not None and best.throughput_clients < best.clients:
+        head = head[:-2] + f" ({best.throughput_clients} throughput clients only): "
+    best_text = f"STP {best.stp.text()} under {best.mode_name}{_caveat(best)}"
+    if not others:
+        claims.append(Claim(head + f"{best_text}; no other mode was measured.", _run_ids(known)))
+    else:
+        listed = ", ".join(f"{g.stp.text()} under {g.mode_name}{_caveat(g)}" for g in others)
+        shown = [g for g in others if best.stp.shows_difference_from(g.stp)]
+        unshown = [g for g in others if g not in shown]
+        if not unshown:
+            verdict = f"choose {best.mode_name} for throughput"
+        else:
+            reason = (
+                "one co-run has no known spread"
+                if any(min(g.stp.repeats, best.stp.repeats) < 2 for g in unshown)
+                else "their spreads overlap"
+            )
+            names = " and ".join(g.mode_name for g in unshown)
+            verdict = f"no difference shown between {best.mode_name} and {names} ({reason})"
+        claims.append(Claim(f"{head}{verdict}: {best_text}, {listed}.", _run_ids(known)))
+    claims += [_against_one_after_another(group) for group in known]
+    return claims
+
+
+def _against_one_after_another(group: Group) -> Claim:
+    stp, overhead = group.stp, group.overhead_percent
+    if stp.repeats >= 2 and stp.low > 1:
+        verdict = "sharing beats running the jobs one after another"
+    elif stp.repeats >= 2 and stp.high < 1:
+        verdict = "running the jobs one after another would be faster"
+    else:
+        verdict = "no difference shown from running the jobs one after another"
+    felt = f"; each job feels {group.antt.mean:.2f} times slower on average" if group.antt else ""
+    return Claim(
+        f"Under {group.mode_name}, {verdict}: overhead {overhead.mean:+.0f} % "
+        f"({stp.spread_name}){felt}.",
+        (group.run.run_id,),
+    )
+
+
+def _latency_claims(groups: Sequence[Group]) -> list[Claim]:
+    """p99 of each latency job, from raw latencies merged over repeats."""
+    by_job: dict[tuple[int, str], list[tuple[Group, ClientRow]]] = {}
+    for group in groups:
+        for row in group.client_rows:
+            if row.latency and row.p99_ms and group.outcome == "ok":
+                by_job.setdefault((row.client, row.label), []).append((group, row))
+    # Copies of one job would repeat the same sentence: the first stands for them.
+    first_by_label: dict[str, list[tuple[Group, ClientRow]]] = {}
+    for (_, label), pairs in by_job.items():
+        first_by_label.setdefault(label, pairs)
+    claims = []
+    for label, pairs in first_by_label.items():
+        if len(pairs) < 2:
+            continue
+        pairs.sort(key=lambda pair: pair[1].latency["p99"])
+        (best, best_row), rest = pairs[0], pairs[1:]
+        shown = all(best_row.p99_ms.shows_difference_from(row.p99_ms) for _, row in rest)
+        listed = " against ".join(
+            f"{row.latency['p99']:.1f} ms under {group.mode_name}{_caveat(group)}"
+            for group, row in pairs
+        )
+        verdict = (
+            f"choose {best.mode_name} where its p99 matters" if shown
+            else "no difference shown in p99"
+        )  # fmt: skip
+        claims.append(
+            Claim(
+                f"{label} beside {best.clients - 1} others (`{best.mix}`): {verdict}: {listed}.",
+                _run_ids(group for group, _ in pairs),
+            )
+        )
+    return claims
+
+
+def _ramp_claims(ramp: Ramp) -> list[Claim]:
+    """How many clients a mode bears, and from where on more gain nothing."""
+    name = MODE_NAMES.get(ramp.mode, ramp.mode)
+    run_ids = _run_ids(ramp.groups)
+    point = ramp.breaking_point
+    if point["clients"] is None:
+        text = f"not reached by {point['highest_clients_tried']} clients"
+    else:
+        text = f"{point['clients']} clients ({point['criterion']}: {point['detail']})"
+    claims = [Claim(f"Breaking point of `{ramp.mix}` under {name}: {text}.", run_ids)]
+    known = [group for group in ramp.groups if group.stp and group.outcome == "ok"]
+    if len(known) >= 2:
+        best = max(known, key=lambda group: group.stp.mean)
+        if ramp.saturation_clients is None:
+            text = f"no saturation up to {known[-1].clients} clients"
+        else:
+            text = f"saturation at {ramp.saturation_clients} clients (STP under 95 % of the best)"
+        claims.append(
+            Claim(
+                f"`{ramp.mix}` under {name}: {text}; the best STP is {best.stp.text()} with "
+                f"{best.clients} clients.",
+                run_ids,
+            )
+        )
+    return claims
