@@ -1,0 +1,113 @@
+"""What clients write about themselves, read while it is written, and the figures in a window.
+
+The events are those of the client contract: `loaded`, `ready`, `units`, `job`, `error`, `done`,
+one JSON object a line, all times on CLOCK_MONOTONIC.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+Event = Mapping[str, Any]
+
+
+class EventFollower:
+    """Reads the whole lines that were appended to an event file since the last look."""
+
+    def __init__(self, path: Path) -> None:
+        """Follow `path`, which need not be there yet."""
+        self._path = path
+        self._offset = 0
+
+    def poll(self) -> list[dict[str, Any]]:
+        """Return the new events; a line that is still being written waits for the next look.
+
+        A whole line that is no event comes back as an `error` event, since a client that breaks
+        the contract cannot be measured.
+        """
+        try:
+            with self._path.open("rb") as stream:
+                stream.seek(self._offset)
+                content = stream.read()
+        except FileNotFoundError:
+            return []
+        whole = content[: content.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        return [_parse(line) for line in whole.splitlines()]
+
+
+def _parse(line: bytes) -> dict[str, Any]:
+    try:
+        event = json.loads(line)
+    except ValueError:
+        event = None
+    if isinstance(event, dict) and isinstance(event.get("event"), str):
+        return event
+    text = line.decode(errors="replace")[:200]
+    return {"event": "error", "status": "failed", "message": f"not an event: {text}"}
+
+
+def last_event(events: Iterable[Event], name: str) -> Event | None:
+    """Return the last event of this name, or `None`."""
+    found = None
+    for event in events:
+        if event["event"] == name:
+            found = event
+    return found
+
+
+def units_in_window(
+    events: Iterable[Event], start_seconds: float, end_seconds: float
+) -> tuple[dict[str, dict[str, Any]], list[float] | None]:
+    """Units that lie wholly in the window: `({kind: {count, seconds, latency}}, latency_ms)`.
+
+    `latency_ms` holds the raw durations of all units whose duration is a response time, in the
+    order of their ends as written; `None` when there is none.
+    """
+    units: dict[str, dict[str, Any]] = {}
+    latency_ms: list[float] = []
+    for event in events:
+        if event["event"] != "units":
+            continue
+        durations = [
+            duration
+            for start, duration in zip(
+                event["start_seconds"], event["duration_seconds"], strict=True
+            )
+            if start >= start_seconds and start + duration <= end_seconds
+        ]
+        if not durations:
+            continue
+        is_latency = bool(event["latency"])
+        unit = units.setdefault(event["kind"], {"count": 0, "seconds": 0.0, "latency": is_latency})
+        unit["count"] += len(durations)
+        unit["seconds"] += sum(durations)
+        if is_latency:
+            latency_ms += [1000 * duration for duration in durations]
+    return units, latency_ms or None
+
+
+def jobs_of(
+    events: Iterable[Event], start_seconds: float | None, end_seconds: float | None
+) -> list[dict[str, Any]]:
+    """Whole jobs with their durations; `in_window` when they lie wholly in the window.
+
+    Without a window no job is in it.
+    """
+    return [
+        {
+            "index": event["index"],
+            "start_seconds": event["start_seconds"],
+            "end_seconds": event["end_seconds"],
+            "duration_seconds": event["end_seconds"] - event["start_seconds"],
+            "in_window": start_seconds is not None
+            and end_seconds is not None
+            and event["start_seconds"] >= start_seconds
+            and event["end_seconds"] <= end_seconds,
+        }
+        for event in events
+        if event["event"] == "job"
+    ]

@@ -1,0 +1,525 @@
+"""Runs the clients of one co-run: start, warm up one at a time, go together, stop, leave nothing.
+
+Each client is a process in a session of its own, with standard input as its leash: the commands
+`warm`, `go` and `stop`, and end-of-file when this process dies. What clients say comes from their
+event files (see `event_log`). A baseline is a co-run of one.
+
+A client is never killed with work in flight if it can be helped: first `stop`, then SIGTERM, and
+SIGKILL only after another grace, since killing an MPS client hard may harm its neighbors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from benchmarking.event_log import Event, EventFollower, last_event
+from benchmarking.plan import PlannedClient, PlannedCoRun
+from benchmarking.run_store import ClientPaths
+
+EXIT_OUT_OF_MEMORY = 12
+STDERR_TAIL_LINES = 20
+
+STATUS_OK, STATUS_FAILED, STATUS_OOM = "ok", "failed", "oom"
+STATUS_TIMEOUT, STATUS_KILLED, STATUS_INVALID = "timeout", "killed", "invalid"
+
+OUTCOME_OK, OUTCOME_FAILED, OUTCOME_TIMEOUT = "ok", "failed", "timeout"
+OUTCOME_INTERRUPTED, OUTCOME_INVALID = "interrupted", "invalid"
+
+
+class Interruption:
+    """Turns SIGINT, SIGTERM and SIGHUP into a question, so that cleaning up is never cut short.
+
+    `count` says how often somebody asked; from the second time on waiting politely ends.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def __init__(self) -> None:
+        """Start with nobody having asked."""
+        self.count = 0
+
+    @property
+    def requested(self) -> bool:
+        """Whether somebody asked this run to end."""
+        return self.count > 0
+
+    def request(self) -> None:
+        """Ask the run to end, as a signal does."""
+        self.count += 1
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[Interruption]:
+        """Catch the signals inside the block; outside they do what they did before."""
+        previous = {number: signal.getsignal(number) for number in self.SIGNALS}
+
+        def handle(number: int, frame: FrameType | None) -> None:
+            self.request()
+
+        for number in self.SIGNALS:
+            signal.signal(number, handle)
+        try:
+            yield self
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long the launcher waits, in seconds.
+
+    `timeout` bounds start to ready, and go to the end of the window; `stop` is the time to finish
+    the step in hand; `terminate` is the time between SIGTERM and SIGKILL.
+    """
+
+    timeout: float = 1800.0
+    stop: float = 60.0
+    terminate: float = 30.0
+    poll: float = 0.02
+
+
+@dataclass(frozen=True)
+class FinishRule:
+    """When the window may end: every client has done this much.
+
+    Without `window_seconds`: at least `min_seconds` since go and, for every client, `min_jobs`
+    whole jobs, or one that took `long_job_seconds`. With it: that many seconds and `min_units`
+    units for every client, whole jobs or not.
+    """
+
+    min_seconds: float
+    min_jobs: int = 1
+    long_job_seconds: float = 0.0
+    window_seconds: float | None = None
+    min_units: int = 10
+
+    def is_done(self, client: Client) -> bool:
+        """Whether this client has done enough, the elapsed time apart."""
+        if self.window_seconds is not None:
+            return client.units >= self.min_units
+        long_enough = any(seconds >= self.long_job_seconds for seconds in client.job_seconds)
+        return len(client.job_seconds) >= (1 if long_enough else self.min_jobs)
+
+    @property
+    def seconds(self) -> float:
+        """Least length of the window."""
+        return self.min_seconds if self.window_seconds is None else self.window_seconds
+
+
+class Client:
+    """One client process and what is known of it so far."""
+
+    def __init__(self, planned: PlannedClient, paths: ClientPaths) -> None:
+        """Prepare a client; nothing is started yet."""
+        self.planned = planned
+        self.paths = paths
+        self.events: list[Event] = []
+        self.is_loaded = False
+        self.identity: dict[str, Any] | None = None
+        self.job_seconds: list[float] = []
+        self.units = 0
+        self.error: Event | None = None
+        self.exit_code: int | None = None
+        self.stop_sent = False
+        self.ended_early = False
+        self.timed_out = False
+        self.terminated = False
+        self.start_failure: str | None = None
+        self._follower = EventFollower(paths.events)
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def name(self) -> str:
+        """How messages call this client."""
+        return f"client {self.planned.client} ({self.planned.label})"
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether there is no process (any more)."""
+        return self._process is None or self.exit_code is not None
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the client cannot go on, or left before it was told to."""
+        return self.error is not None or self.start_failure is not None or self.ended_early
+
+    @property
+    def pid(self) -> int | None:
+        """The process that was started; a client may name another one in its identity."""
+        return self._process.pid if self._process else None
+
+    def start(self, base_environment: Mapping[str, str]) -> None:
+        """Start the command with its own session, leash and output files."""
+        command = [*self.planned.command, "--events", str(self.paths.events), "--hold"]
+        environment = {**base_environment, **self.planned.environment}
+        with self.paths.stdout.open("wb") as stdout, self.paths.stderr.open("wb") as stderr:
+            try:
+                self._process = subprocess.Popen(
+                    command, env=environment, stdin=subprocess.PIPE, stdout=stdout, stderr=stderr,
+                    start_new_session=True,
+                )  # fmt: skip
+            except OSError as error:
+                self.start_failure = f"cannot start {command[0]}: {error.strerror}"
+
+    def poll(self) -> None:
+        """Take in new events and whether the process has ended."""
+        # The exit is asked for first: whatever was written before it is then read below.
+        if self._process is not None and self.exit_code is None:
+            self.exit_code = self._process.poll()
+            self.ended_early = self.exit_code is not None and not self.stop_sent
+        for event in self._follower.poll():
+            self.events.append(event)
+            match event["event"]:
+                case "loaded":
+                    self.is_loaded = True
+                case "ready":
+                    self.identity = dict(event.get("identity") or {})
+                case "job":
+                    self.job_seconds.append(event["end_seconds"] - event["start_seconds"])
+                case "units":
+                    self.units += len(event["start_seconds"])
+                case "error":
+                    self.error = event
+
+    def send(self, command: str) -> float:
+        """Write one command to the leash and return when; a client that is gone is left to poll."""
+        if command == "stop":
+            self.stop_sent = True
+        with contextlib.suppress(BrokenPipeError):
+            if self._process is not None and self._process.stdin is not None:
+                self._process.stdin.write(f"{command}\n".encode())
+                self._process.stdin.flush()
+        return time.monotonic()
+
+    def drop_leash(self) -> None:
+        """Close the leash: end-of-file means stop even to a client that missed the command."""
+        with contextlib.suppress(BrokenPipeError):
+            if self._process is not None and self._process.stdin is not None:
+                self._process.stdin.close()
+
+    def signal_process(self, number: signal.Signals) -> None:
+        """Signal the client itself, if it still runs."""
+        if not self.has_ended and self._process is not None:
+            self._process.send_signal(number)
+
+    def signal_group(self, number: int) -> bool:
+        """Signal everything in the client's session; return whether anything is left there."""
+        if self._process is None:
+            return False
+        try:
+            os.killpg(self._process.pid, number)
+        except ProcessLookupError:
+            return False
+        return True
+
+    def host_cpu_seconds(self) -> float | None:
+        """Processor seconds of the client process so far (all threads); `None` when gone."""
+        return process_cpu_seconds(self.pid) if self.pid else None
+
+
+@dataclass(frozen=True)
+class ClientOutcome:
+    """What became of one client.
+
+    `reason` says in words why `status` is not ok. `window_host_cpu_seconds` is the processor time
+    that it used in the window.
+    """
+
+    planned: PlannedClient
+    status: str
+    reason: str | None
+    events: Sequence[Event]
+    identity: dict[str, Any] | None
+    exit_code: int | None
+    stderr_tail: list[str]
+    window_host_cpu_seconds: float | None = None
+
+
+@dataclass
+class CoRunOutcome:
+    """What was seen of a co-run; times on CLOCK_MONOTONIC, `None` where it did not get so far."""
+
+    planned: PlannedCoRun
+    outcome: str
+    reason: str | None
+    clients: list[ClientOutcome] = field(default_factory=list)
+    ready_seconds: float | None = None
+    window_start_seconds: float | None = None
+    window_end_seconds: float | None = None
+    go_skew_ms: float | None = None
+
+
+class _EndOfWindow(Exception):
+    """The co-run ends before everyone was done."""
+
+    def __init__(self, outcome: str, reason: str) -> None:
+        super().__init__(reason)
+        self.outcome = outcome
+        self.reason = reason
+
+
+class Launcher:
+    """Runs one co-run after another with the same patience and environment."""
+
+    def __init__(
+        self,
+        base_environment: Mapping[str, str],
+        *,
+        patience: Patience | None = None,
+        interruption: Interruption | None = None,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        """Keep what all co-runs share; `say` gets a line of progress now and then."""
+        self._base_environment = base_environment
+        self._patience = patience or Patience()
+        self._interruption = interruption or Interruption()
+        self._say = say
+
+    def run(
+        self,
+        planned: PlannedCoRun,
+        paths_of: Callable[[str, int], ClientPaths],
+        rule: FinishRule,
+        before_go: Callable[[list[Client]], None] = lambda clients: None,
+    ) -> CoRunOutcome:
+        """Run the clients of `planned` until `rule` is met by all, and leave no process behind.
+
+        `before_go` is called once, when every client is ready and idle; what it raises ends the
+        co-run and is passed on. Failure, timeout and interruption are outcomes, not exceptions.
+        """
+        clients = [
+            Client(client, paths_of(planned.co_run, client.client)) for client in planned.clients
+        ]
+        result = CoRunOutcome(planned, OUTCOME_OK, None)
+        cpu_at_go: list[float | None] = [None] * len(clients)
+        cpu_at_stop = cpu_at_go
+        try:
+            self._get_ready(clients)
+            result.ready_seconds = time.monotonic()
+            before_go(clients)
+            cpu_at_go = [client.host_cpu_seconds() for client in clients]
+            go_seconds = [client.send("go") for client in clients]
+            result.window_start_seconds = go_seconds[-1]
+            result.go_skew_ms = 1000 * (go_seconds[-1] - go_seconds[0])
+            self._contend(clients, rule, go_seconds[-1])
+        except _EndOfWindow as end:
+            result.outcome, result.reason = end.outcome, end.reason
+        finally:
+            if result.window_start_seconds is not None:
+                result.window_end_seconds = time.monotonic()
+                cpu_at_stop = [client.host_cpu_seconds() for client in clients]
+            self._end(clients)
+        result.clients = [
+            _client_outcome(client, result.outcome, at_go, at_stop)
+            for client, at_go, at_stop in zip(clients, cpu_at_go, cpu_at_stop, strict=True)
+        ]
+        _settle_outcome(result)
+        return result
+
+    def _get_ready(self, clients: list[Client]) -> None:
+        """Load in parallel, then warm up one at a time, so that nobody tunes beside a neighbor."""
+        deadline = time.monotonic() + self._patience.timeout
+        for client in clients:
+            client.start(self._base_environment)
+        self._wait(clients, lambda client: client.is_loaded, "load", deadline)
+        for client in clients:
+            client.send("warm")
+            self._wait(
+                clients, lambda other, this=client: other is not this or other.identity is not None,
+                "get ready", deadline,
+            )  # fmt: skip
+
+    def _contend(self, clients: list[Client], rule: FinishRule, go_seconds: float) -> None:
+        deadline = go_seconds + self._patience.timeout
+        self._wait(
+            clients, rule.is_done, "finish", deadline, not_before=go_seconds + rule.seconds
+        )
+
+    def _wait(
+        self,
+        clients: list[Client],
+        is_done: Callable[[Client], bool],
+        what: str,
+        deadline: float,
+        not_before: float = 0.0,
+    ) -> None:
+        """Wait until `is_done` holds for every client, watching all of them.
+
+        Raises `_EndOfWindow` when one fails, the deadline passes, or somebody interrupts.
+        """
+        while True:
+            for client in clients:
+                client.poll()
+            failed = [client for client in clients if client.has_failed]
+            if failed:
+                names = " and ".join(client.name for client in failed)
+                raise _EndOfWindow(OUTCOME_FAILED, f"{names} failed")
+            waiting = [client for client in clients if not is_done(client)]
+            now = time.monotonic()
+            if not waiting and now >= not_before:
+                return
+            if self._interruption.requested:
+                raise _EndOfWindow(OUTCOME_INTERRUPTED, "interrupted")
+            if now >= deadline:
+                for client in waiting:
+                    client.timed_out = True
+                names = " and ".join(client.name for client in waiting)
+                raise _EndOfWindow(
+                    OUTCOME_TIMEOUT, f"{names} did not {what} within {self._patience.timeout:g} s"
+                )
+            time.sleep(self._patience.poll)
+
+    # --- ending ---------------------------------------------------------------------------
+
+    def _end(self, clients: list[Client]) -> None:
+        """Stop everyone by the leash, then by SIGTERM, at last by SIGKILL; sweep what they left."""
+        for client in clients:
+            client.send("stop")
+        for client in clients:
+            client.drop_leash()
+        patient_count = max(1, self._interruption.count)
+        self._wait_for_end(
+            clients, self._patience.stop, lambda: self._interruption.count > patient_count
+        )
+        for client in clients:
+            if not client.has_ended:
+                self._say(f"{client.name} does not stop: sending SIGTERM")
+                client.terminated = True
+                client.signal_process(signal.SIGTERM)
+        self._wait_for_end(clients, self._patience.terminate)
+        for client in clients:
+            if not client.has_ended:
+                self._say(f"{client.name} does not terminate: sending SIGKILL")
+                client.signal_process(signal.SIGKILL)
+        self._wait_for_end(clients, self._patience.terminate)
+        self._sweep(clients)
+
+    def _wait_for_end(
+        self,
+        clients: list[Client],
+        seconds: float,
+        give_up: Callable[[], bool] = lambda: False,
+    ) -> None:
+        deadline = time.monotonic() + seconds
+        while True:
+            for client in clients:
+                client.poll()
+            if all(client.has_ended for client in clients):
+                return
+            if time.monotonic() >= deadline or give_up():
+                return
+            time.sleep(self._patience.poll)
+
+    def _sweep(self, clients: list[Client]) -> None:
+        """End helper processes that clients left in their sessions (data loaders, servers)."""
+        left = [client for client in clients if client.signal_group(signal.SIGTERM)]
+        deadline = time.monotonic() + min(5.0, self._patience.terminate)
+        while left and time.monotonic() < deadline:
+            left = [client for client in left if client.signal_group(0)]
+            time.sleep(self._patience.poll)
+        for client in left:
+            client.signal_group(signal.SIGKILL)
+
+
+def process_cpu_seconds(pid: int) -> float | None:
+    """Processor seconds (user and system) of a process and its threads; `None` when it is gone."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    # The second field, the name, may hold spaces and brackets: count from its closing one.
+    after_name = stat.rpartition(")")[2].split()
+    return (int(after_name[11]) + int(after_name[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def tail_of(path: Path, lines: int = STDERR_TAIL_LINES) -> list[str]:
+    """Last lines of a text file, empty when there is none."""
+    try:
+        with path.open("rb") as stream:
+            stream.seek(max(0, path.stat().st_size - 65536))
+            content = stream.read()
+    except OSError:
+        return []
+    return content.decode(errors="replace").splitlines()[-lines:]
+
+
+def client_base_environment(inherited: Mapping[str, str]) -> dict[str, str]:
+    """Environment of this process without what would decide a client's sharing mode.
+
+    Inherited `CUDA_MPS_*` could attach a client to somebody's daemon, `CUDA_VISIBLE_DEVICES` could
+    give it another GPU than the one that is watched.
+    """
+    return {
+        name: value
+        for name, value in inherited.items()
+        if not name.startswith("CUDA_MPS_") and name != "CUDA_VISIBLE_DEVICES"
+    }
+
+
+def _client_outcome(
+    client: Client, outcome: str, cpu_at_go: float | None, cpu_at_stop: float | None
+) -> ClientOutcome:
+    status, reason = _status(client, outcome)
+    known = cpu_at_go is not None and cpu_at_stop is not None
+    return ClientOutcome(
+        planned=client.planned,
+        status=status,
+        reason=reason,
+        events=client.events,
+        identity=client.identity,
+        exit_code=client.exit_code,
+        stderr_tail=tail_of(client.paths.stderr),
+        window_host_cpu_seconds=cpu_at_stop - cpu_at_go if known else None,
+    )
+
+
+def _status(client: Client, outcome: str) -> tuple[str, str | None]:
+    """Status of a client that has ended, and why in words."""
+    code = client.exit_code
+    if client.start_failure is not None:
+        return STATUS_FAILED, client.start_failure
+    if client.error is not None:
+        message = str(client.error.get("message") or "reported an error")
+        return str(client.error.get("status") or STATUS_FAILED), message
+    if code == EXIT_OUT_OF_MEMORY:
+        return STATUS_OOM, "out of memory"
+    if client.terminated:
+        if outcome == OUTCOME_INTERRUPTED:
+            return STATUS_KILLED, "did not stop when the run was interrupted"
+        return STATUS_TIMEOUT, "did not stop when told to"
+    if client.timed_out:
+        return STATUS_TIMEOUT, "was not done within the time limit"
+    if code is not None and code < 0:
+        name = signal.Signals(-code).name
+        outside = -code in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+        return (STATUS_KILLED if outside else STATUS_FAILED), f"ended by {name}"
+    if code != 0:
+        return STATUS_FAILED, f"exit code {code}"
+    if last_event(client.events, "done") is None:
+        return STATUS_FAILED, "exit code 0, but it never said `done`"
+    if client.ended_early:
+        return STATUS_FAILED, "ended before it was told to"
+    return STATUS_OK, None
+
+
+def _settle_outcome(result: CoRunOutcome) -> None:
+    """A client that failed only while ending still fails the co-run; reasons name the cause."""
+    bad = [client for client in result.clients if client.status != STATUS_OK]
+    if result.outcome == OUTCOME_OK and bad:
+        only_slow = all(client.status == STATUS_TIMEOUT for client in bad)
+        result.outcome = OUTCOME_TIMEOUT if only_slow else OUTCOME_FAILED
+    if result.outcome in (OUTCOME_FAILED, OUTCOME_TIMEOUT):
+        result.reason = "; ".join(
+            f"client {client.planned.client} ({client.planned.label}): "
+            f"{client.status}: {client.reason}"
+            for client in bad
+        ) or result.reason

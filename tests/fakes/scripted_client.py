@@ -1,0 +1,218 @@
+"""A client that speaks the suite's client contract, needs no torch, and does as it is told.
+
+Settings are JSON in the environment variable SCRIPTED_CLIENT: a list of
+`{"match": GLOB, ...settings}`; those whose glob matches `<script name>:<co-run>/<client>` count,
+later ones win. The script may be copied under any name to stand in for a workload.
+
+    unit_seconds    length of a unit (0.01)
+    units           units a job (5)
+    latency         whether units are response times (false)
+    load_seconds    length of loading (0)
+    fail            "oom", "error", "crash", "exit0", "hang", "signal", "garbage" (none)
+    fail_at         "load", "warm" or seconds after go (0)
+    ignore_stop     go on when told to stop (false)
+    ignore_term     ignore SIGTERM too (false)
+    slow_stop       seconds between stop and done (0)
+    spawn           start a helper process that outlives the client (false)
+    identity        fields that replace those of the identity
+    figures         figures of each job
+    figures_once    figures of each job unless `--cell-repeats` was given
+    resolve_exit    exit code of `--resolve` (0)
+    resolve_notes   notes that `--resolve` answers with
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+
+def value_of(flag: str, default: str | None = None) -> str | None:
+    """Value behind the last occurrence of a flag."""
+    if flag not in sys.argv:
+        return default
+    return sys.argv[len(sys.argv) - sys.argv[::-1].index(flag)]
+
+
+def settings(events: Path | None) -> dict:
+    """Settings that are meant for this client."""
+    place = f"{events.parent.name}/{events.name.split('.')[0]}" if events else "-/-"
+    name = f"{Path(sys.argv[0]).stem}:{place}"
+    merged: dict = {}
+    for rule in json.loads(os.environ.get("SCRIPTED_CLIENT", "[]")):
+        if fnmatch.fnmatch(name, rule["match"]):
+            merged.update(rule)
+    return merged
+
+
+class Script:
+    """The client's life."""
+
+    def __init__(self, events: Path | None) -> None:
+        """Read the settings."""
+        self.events = events
+        self.settings = settings(events)
+        self.buffer = b""
+        self.stopped = False
+        self.go_seconds: float | None = None
+
+    def emit(self, event: str, **fields: object) -> None:
+        """Append one event."""
+        with self.events.open("a") as stream:
+            stream.write(json.dumps({"event": event, "time_seconds": time.monotonic(), **fields}))
+            stream.write("\n")
+
+    def listen(self, seconds: float) -> str | None:
+        """Next command within that time, else None; end-of-file is a stop."""
+        deadline = time.monotonic() + seconds
+        while b"\n" not in self.buffer:
+            left = deadline - time.monotonic()
+            if left < 0 or not select.select([0], [], [], left)[0]:
+                return None
+            chunk = os.read(0, 4096)
+            if not chunk:
+                return "stop"
+            self.buffer += chunk
+        line, _, self.buffer = self.buffer.partition(b"\n")
+        return line.decode()
+
+    def await_command(self, wanted: str) -> None:
+        """Wait for a command; a stop ends the client."""
+        while True:
+            command = self.listen(3600)
+            if command == wanted:
+                return
+            if command == "stop" and not self.settings.get("ignore_stop"):
+                self.finish(0)
+
+    def fail_now(self, stage: str | None = None) -> None:
+        """Fail if this is the moment to."""
+        kind, moment = self.settings.get("fail"), self.settings.get("fail_at", 0)
+        if kind is None:
+            return
+        if isinstance(moment, str):
+            if moment != stage:
+                return
+        elif self.go_seconds is None or time.monotonic() < self.go_seconds + moment:
+            return
+        print(f"scripted failure: {kind}", file=sys.stderr, flush=True)
+        if kind in ("oom", "error"):
+            status = "oom" if kind == "oom" else "failed"
+            self.emit("error", status=status, message="scripted")
+            sys.exit(12 if kind == "oom" else 1)
+        if kind == "garbage":
+            with self.events.open("a") as stream:
+                stream.write("this is no event\n")
+        if kind == "signal":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if kind == "hang":
+            while self.listen(3600) != "stop":
+                pass
+            self.finish(0)
+        if kind == "crash":
+            sys.exit(7)
+        if kind == "exit0":
+            sys.exit(0)
+
+    def finish(self, jobs: int) -> None:
+        """Say goodbye."""
+        time.sleep(self.settings.get("slow_stop", 0))
+        self.emit("done", jobs=jobs, host_cpu_seconds=0.5, peak_memory_mib=100.0)
+        sys.exit(0)
+
+    def identity(self) -> dict:
+        """Who this client says it is."""
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        device = value_of("--device", "auto")
+        on_gpu = device == "cuda" or (device == "auto" and visible is not None)
+        return {
+            "pid": os.getpid(),
+            "device": "cuda" if on_gpu else "cpu",
+            "gpu_name": "Scripted GPU" if on_gpu else None,
+            "gpu_uuid": visible if on_gpu else None,
+            "multiprocessor_count": 132 if on_gpu else None,
+            "memory_total_mib": 81559 if on_gpu else None,
+            "sharing_environment": {
+                name: value for name, value in os.environ.items()
+                if name.startswith("CUDA_MPS_") or name == "CUDA_VISIBLE_DEVICES"
+            },
+            "engine": value_of("--engine", "graph" if on_gpu else "eager"),
+            "precision": value_of("--precision", "bf16" if on_gpu else "fp32"),
+            "batch_size": int(value_of("--batch-size", "1")),
+            "versions": {"torch": "scripted", "cuda": "13.0" if on_gpu else None},
+            **self.settings.get("identity", {}),
+        }  # fmt: skip
+
+    def job(self, index: int) -> None:
+        """One job; leaves at a unit's end when told to stop."""
+        start = time.monotonic()
+        starts: list[float] = []
+        durations: list[float] = []
+        for _ in range(self.settings.get("units", 5)):
+            self.fail_now()
+            begin = time.monotonic()
+            if self.listen(self.settings.get("unit_seconds", 0.01)) == "stop":
+                self.stopped = not self.settings.get("ignore_stop")
+            starts.append(begin)
+            durations.append(time.monotonic() - begin)
+            if self.stopped:
+                break
+        self.emit("units", kind="step", latency=self.settings.get("latency", False),
+                  start_seconds=starts, duration_seconds=durations)  # fmt: skip
+        if self.stopped:
+            self.finish(index)
+        figures = dict(self.settings.get("figures", {}))
+        if value_of("--cell-repeats") is None:
+            figures.update(self.settings.get("figures_once", {}))
+        self.emit("job", index=index, start_seconds=start, end_seconds=time.monotonic(),
+                  figures=figures)  # fmt: skip
+
+    def live(self) -> None:
+        """Load, warm up, work."""
+        if self.settings.get("ignore_term"):
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if self.settings.get("spawn"):
+            helper = subprocess.Popen(["sleep", "600"], stdin=subprocess.DEVNULL)
+            print(f"helper {helper.pid}", file=sys.stderr, flush=True)
+        time.sleep(self.settings.get("load_seconds", 0))
+        self.fail_now("load")
+        self.emit("loaded", startup_seconds=0.25)
+        self.await_command("warm")
+        self.fail_now("warm")
+        self.emit("ready", identity=self.identity())
+        self.await_command("go")
+        self.go_seconds = time.monotonic()
+        index = 0
+        while True:
+            self.job(index)
+            index += 1
+
+
+def resolve() -> None:
+    """Answer `--resolve`."""
+    configured = settings(None)
+    code = configured.get("resolve_exit", 0)
+    if code:
+        print("cannot resolve: scripted", file=sys.stderr)
+        sys.exit(code)
+    print("a line for people", file=sys.stderr)
+    print(json.dumps({
+        "arguments": ["--resolved", "yes"],
+        "environment": {"versions": {"torch": "scripted"}, "host_cores": 2, "os": "test",
+                        "git_commit": None, "git_dirty": None},
+        "notes": configured.get("resolve_notes", []),
+    }))  # fmt: skip
+
+
+if __name__ == "__main__":
+    if "--resolve" in sys.argv:
+        resolve()
+    else:
+        Script(Path(value_of("--events"))).live()
