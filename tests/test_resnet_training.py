@@ -1,0 +1,407 @@
+"""ResNet50 training: data, augmentation, result file, saved model, client contract."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import pickle
+import subprocess
+import sys
+import tarfile
+import threading
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from conftest import PROJECT_ROOT
+from held_client import HeldClient
+from PIL import Image
+
+from workloads.common.cli import UsageError
+from workloads.training import image_data
+from workloads.training.resnet_training import learning_rates
+
+SCRIPT = "workloads/training/resnet_training.py"
+TINY = (
+    "--dataset", "synthetic", "--train-samples", "24", "--batch-size", "16", "--stem", "imagenet",
+    "--lr", "0.01", "--device", "cpu",
+)  # fmt: skip
+
+
+def run_script(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    import os
+
+    return subprocess.run(
+        (sys.executable, str(PROJECT_ROOT / SCRIPT), *arguments),
+        capture_output=True, text=True, check=False, env={**os.environ, **environment},
+    )  # fmt: skip
+
+
+def only_result(folder: Path) -> dict:
+    (path,) = folder.glob("resnet_training_*.json")
+    return json.loads(path.read_text())
+
+
+def write_image_folder(root: Path, size: int, per_class: int, test_name: str = "test") -> Path:
+    generator = np.random.default_rng(0)
+    for split in ("train", test_name):
+        for class_name in ("cat", "dog", "frog"):
+            folder = root / split / class_name
+            folder.mkdir(parents=True)
+            for index in range(per_class):
+                pixels = generator.integers(0, 256, (size, size, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{index:03}.png")
+    return root
+
+
+def no_warning(text: str) -> None:
+    raise AssertionError(f"unexpected warning: {text}")
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_a_run_by_hand_writes_every_figure_of_the_guide(tmp_path):
+    done = run_script(*TINY, "--epochs", "2", "--results-dir", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    result = only_result(tmp_path)
+    assert [e["epoch"] for e in result["figures"]["epochs"]] == [1, 2]
+    for epoch in result["figures"]["epochs"]:
+        assert epoch.keys() >= {
+            "train_loss", "train_accuracy_percent", "test_loss", "test_accuracy_percent",
+            "epoch_seconds", "test_seconds",
+        }  # fmt: skip
+        assert epoch["train_loss"] > 0 and epoch["epoch_seconds"] > 0
+    assert result["figures"]["samples_per_second"] == pytest.approx(
+        2 * 24 / sum(e["epoch_seconds"] for e in result["figures"]["epochs"])
+    )
+    assert result["settings"]["data_placement"] == "resident"
+    assert result["identity"]["engine"] == "eager"
+    assert result["environment"]["versions"]["torch"]
+
+
+def test_synthetic_images_are_announced_and_claim_no_accuracy(tmp_path):
+    done = run_script(
+        "--device", "cpu", "--train-samples", "16", "--batch-size", "16", "--stem", "imagenet",
+        "--epochs", "1", "--data-dir", str(tmp_path / "none"), "--results-dir", str(tmp_path),
+        https_proxy="http://127.0.0.1:9", http_proxy="http://127.0.0.1:9",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "SYNTHETIC" in done.stderr
+    result = only_result(tmp_path)
+    assert result["settings"]["dataset"] == "synthetic"
+    assert result["figures"]["final_test_accuracy_percent"] is None
+    assert "not claimed" in done.stdout
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fix"),
+    [
+        (("--batch-size", "0"), "1 or more"),
+        (("--epochs", "-1"), "1 or more"),
+        (("--lr", "nan"), "above 0"),
+        (("--dataset", "folder", "--data-dir", "/nowhere"), "--data-dir"),
+        (("--evaluate", "/nowhere.pt", "--dataset", "synthetic"), "--save-model"),
+        (("--precision", "tf32", "--device", "cpu"), "fp32"),
+    ],
+)
+def test_wrong_arguments_end_with_one_sentence_and_code_2(arguments, fix):
+    done = run_script(*arguments)
+    assert done.returncode == 2
+    assert fix in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_saved_model_loads_back_with_the_same_accuracy(tmp_path, cache):
+    data = write_image_folder(tmp_path / "images", size=32, per_class=8)
+    shared = (
+        "--dataset", "folder", "--data-dir", str(data), "--stem", "imagenet", "--batch-size", "8",
+        "--device", "cpu", "--lr", "0.01",
+    )  # fmt: skip
+    trained = run_script(*shared, "--epochs", "1", "--save-model", "--results-dir", str(tmp_path))
+    assert trained.returncode == 0, trained.stderr
+    (model,) = tmp_path.glob("resnet50_imagenet_*.pt")
+    tested = run_script(*shared, "--evaluate", str(model), "--results-dir", str(tmp_path / "again"))
+    assert tested.returncode == 0, tested.stderr
+    assert (
+        only_result(tmp_path / "again")["figures"]["final_test_accuracy_percent"]
+        == only_result(tmp_path)["figures"]["final_test_accuracy_percent"]
+    )
+    wrong_stem = run_script(*shared[:4], "--device", "cpu", "--evaluate", str(model))
+    assert wrong_stem.returncode == 2
+    assert "same stem" in wrong_stem.stderr
+
+
+def test_larger_images_are_streamed_resized_and_val_stands_for_test(tmp_path):
+    data = write_image_folder(tmp_path / "images", size=48, per_class=3, test_name="val")
+    done = run_script(
+        "--dataset", "folder", "--data-dir", str(data), "--stem", "imagenet", "--batch-size", "4",
+        "--image-size", "64", "--epochs", "1", "--lr", "0.01", "--device", "cpu",
+        "--loader-workers", "1", "--results-dir", str(tmp_path),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    settings = only_result(tmp_path)["settings"]
+    assert settings["data_placement"] == "streamed"
+    assert settings["image_size"] == 64
+    assert settings["train_samples"] == settings["test_samples"] == 9
+
+
+def test_a_held_client_repeats_its_job_from_the_same_state_until_stopped(tmp_path):
+    with HeldClient(tmp_path, SCRIPT, *TINY, "--epochs", "1") as held:
+        identity = held.start_working()
+        jobs = held.wait_for("job", count=2)
+        held.say("stop")
+        assert held.exit_code() == 0
+        assert identity["device"] == "cpu" and identity["pid"] == held.process.pid
+        assert jobs[0]["index"] == 0 and jobs[1]["index"] == 1
+        first, second = (job["figures"]["epochs"][0] for job in jobs)
+        assert first["train_loss"] == pytest.approx(second["train_loss"], rel=1e-5)
+        units = held.events("units")
+        assert {u["kind"] for u in units} >= {"train_step", "train_step_partial", "test_step"}
+        steps = [
+            (start, start + duration)
+            for u in units
+            for start, duration in zip(u["start_seconds"], u["duration_seconds"], strict=True)
+        ]
+        in_first_job = [
+            step
+            for step in steps
+            if step[0] >= jobs[0]["start_seconds"] and step[1] <= jobs[0]["end_seconds"] + 1e-5
+        ]
+        assert len(in_first_job) == 3
+        assert [e["event"] for e in held.events() if e["event"] != "units"][-1] == "done"
+
+
+def test_a_client_whose_launcher_dies_ends_by_itself(tmp_path):
+    with HeldClient(tmp_path, SCRIPT, *TINY, "--epochs", "50") as held:
+        held.start_working()
+        held.wait_for("units")
+        held.process.stdin.close()
+        assert held.exit_code() == 0
+        assert held.events("done")
+        assert not held.events("job")
+
+
+def test_resolve_names_the_data_that_clients_use_without_downloading(tmp_path, cache):
+    data = write_image_folder(tmp_path / "images", size=32, per_class=2)
+    done = run_script("--resolve", "--data-dir", str(data))
+    answer = json.loads(done.stdout)
+    assert answer["arguments"] == ["--dataset", "folder", "--data-dir", str(data)]
+    assert answer["environment"]["host_cores"] >= 1
+
+
+def test_folders_of_small_images_are_decoded_once_and_then_mapped(tmp_path, cache, capsys):
+    data = write_image_folder(tmp_path / "images", size=32, per_class=4)
+    first = image_data.load_dataset("folder", data, None, 0, no_warning)
+    assert "decoding 24 images" in capsys.readouterr().err
+    second = image_data.load_dataset("folder", data, None, 0, no_warning)
+    assert "decoding" not in capsys.readouterr().err
+    np.testing.assert_array_equal(first.train.images, second.train.images)
+    with Image.open(data / "train" / "dog" / "001.png") as image:
+        np.testing.assert_array_equal(second.train.images[5], np.asarray(image).transpose(2, 0, 1))
+    assert second.train.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+
+
+def test_an_unreadable_image_is_named(tmp_path, cache):
+    data = write_image_folder(tmp_path / "images", size=32, per_class=2)
+    broken = data / "test" / "cat" / "001.png"
+    broken.write_bytes(b"no image")
+    with pytest.raises(UsageError, match=str(broken)):
+        image_data.load_dataset("folder", data, None, 0, no_warning)
+
+
+def test_classes_missing_from_the_test_folder_are_named(tmp_path, cache):
+    data = write_image_folder(tmp_path / "images", size=32, per_class=1)
+    (data / "test" / "frog" / "000.png").unlink()
+    (data / "test" / "frog").rmdir()
+    with pytest.raises(UsageError, match="'frog'"):
+        image_data.load_dataset("folder", data, None, 0, no_warning)
+
+
+def test_a_limited_dataset_keeps_the_ratio_of_its_splits_and_repeats_itself():
+    whole = image_data.synthetic_dataset(1, train_samples=100, test_samples=20)
+    limited = whole.limited(50, None, seed=7)
+    again = whole.limited(50, None, seed=7)
+    assert (len(limited.train), len(limited.test)) == (50, 10)
+    np.testing.assert_array_equal(limited.train.images, again.train.images)
+
+
+def make_cifar_archive(folder: Path) -> None:
+    """Write a tiny archive laid out like cifar-10-python.tar.gz."""
+    batches = folder / "cifar-10-batches-py"
+    batches.mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    names = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
+    for name in names:
+        data = generator.integers(0, 256, (4, 3072), dtype=np.uint8)
+        content = {"data": data, "labels": [0, 1, 2, 3]}
+        (batches / name).write_bytes(pickle.dumps(content))
+    meta = {"label_names": list(image_data.CIFAR_CLASSES)}
+    (batches / "batches.meta").write_bytes(pickle.dumps(meta))
+    with tarfile.open(folder / "cifar-10-python.tar.gz", "w:gz") as archive:
+        archive.add(batches, batches.name)
+
+
+@pytest.fixture
+def cifar_server(tmp_path, monkeypatch):
+    """A local web server in place of CIFAR-10's, with checksums that fit its archive."""
+    from torchvision.datasets import CIFAR10
+    from torchvision.datasets.utils import calculate_md5
+
+    site = tmp_path / "site"
+    make_cifar_archive(site)
+    handler = partial(http.server.SimpleHTTPRequestHandler, directory=str(site))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    batches = site / CIFAR10.base_folder
+
+    def with_md5(names):
+        return [[name, calculate_md5(str(batches / name))] for name in names]
+
+    monkeypatch.setattr(
+        CIFAR10, "url", f"http://127.0.0.1:{server.server_port}/cifar-10-python.tar.gz"
+    )
+    monkeypatch.setattr(CIFAR10, "tgz_md5", calculate_md5(str(site / "cifar-10-python.tar.gz")))
+    monkeypatch.setattr(CIFAR10, "train_list", with_md5(n for n, _ in CIFAR10.train_list))
+    monkeypatch.setattr(CIFAR10, "test_list", with_md5(n for n, _ in CIFAR10.test_list))
+    meta_md5 = calculate_md5(str(batches / "batches.meta"))
+    monkeypatch.setattr(CIFAR10, "meta", {**CIFAR10.meta, "md5": meta_md5})
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_cifar10_is_downloaded_once_and_then_found_locally(tmp_path, cifar_server):
+    data_dir = tmp_path / "data"
+    first = image_data.load_dataset("auto", data_dir, None, 0, no_warning)
+    assert first.name == "cifar10"
+    assert first.train.images.shape == (20, 3, 32, 32)
+    assert first.test.labels.tolist() == [0, 1, 2, 3]
+    assert tuple(first.class_names) == image_data.CIFAR_CLASSES
+    cifar_server.shutdown()
+    again = image_data.load_dataset("cifar10", data_dir, None, 0, no_warning)
+    np.testing.assert_array_equal(first.train.images, again.train.images)
+
+
+def test_cifar10_that_cannot_be_had_is_an_error_where_it_was_asked_for(tmp_path, monkeypatch):
+    from torchvision.datasets import CIFAR10
+
+    monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/nothing.tar.gz")
+    with pytest.raises(UsageError, match="--data-dir"):
+        image_data.load_dataset("cifar10", tmp_path / "data", None, 0, no_warning)
+
+
+def cpu_device() -> SimpleNamespace:
+    import torch
+
+    return SimpleNamespace(torch_device=torch.device("cpu"), is_cuda=False, engine="eager")
+
+
+def test_crop_and_flip_is_a_window_of_the_black_padded_image():
+    import torch
+
+    from workloads.training.image_batches import crop_and_flip
+
+    pixels = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8)
+    shift = torch.tensor([[0, 0], [8, 8], [4, 4], [2, 7], [4, 4]])
+    flip = torch.tensor([False, False, False, True, True])
+    cropped = crop_and_flip(pixels, shift, flip)
+    padded = np.pad(pixels.numpy(), ((0, 0), (0, 0), (4, 4), (4, 4)))
+    for i, ((row, column), mirrored) in enumerate(zip(shift.tolist(), flip.tolist(), strict=True)):
+        window = padded[i, :, row : row + 32, column : column + 32].transpose(1, 2, 0)
+        expected = window[:, ::-1] if mirrored else window
+        np.testing.assert_array_equal(cropped[i].numpy(), expected)
+
+
+def test_resident_and_streamed_images_give_the_same_batches():
+    import torch
+
+    from workloads.training.image_batches import ResidentBatches, StreamedBatches
+
+    split = image_data.synthetic_dataset(3, train_samples=10, test_samples=4).train
+    resident = ResidentBatches(cpu_device(), split, 32, True, seed=5)
+    streamed = StreamedBatches(cpu_device(), split, 32, True, 5, batch_size=4, workers=0)
+    for _ in range(2):
+        resident.start_epoch()
+        streamed.start_epoch()
+        for count in (4, 4, 2):
+            streamed.feed(count)
+            expected, labels = resident.take(count)
+            images, streamed_labels = streamed.take(count)
+            torch.testing.assert_close(images, expected)
+            torch.testing.assert_close(streamed_labels, labels)
+
+
+def test_an_epoch_shows_every_image_once_and_a_restart_repeats_the_order():
+    from workloads.training.image_batches import ResidentBatches
+
+    split = image_data.synthetic_dataset(3, train_samples=10, test_samples=4).train
+    batches = ResidentBatches(cpu_device(), split, 32, True, seed=5)
+    batches.start_epoch()
+    first = batches.order.tolist()
+    batches.start_epoch()
+    second = batches.order.tolist()
+    batches.restart()
+    batches.start_epoch()
+    assert sorted(first) == sorted(second) == list(range(10))
+    assert first != second
+    assert batches.order.tolist() == first
+
+
+def test_the_learning_rate_rises_to_its_height_and_falls_to_zero():
+    rates = learning_rates(0.1, 100)
+    assert len(rates) == 100
+    assert max(rates) == pytest.approx(0.1) and rates.index(max(rates)) == 29
+    assert rates[:30] == sorted(rates[:30]) and rates[29:] == sorted(rates[29:], reverse=True)
+    assert 0 < rates[-1] < 0.01
+    assert learning_rates(0.1, 1) == [0.1]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_ten_captured_steps_learn_what_ten_eager_steps_learn(precision):
+    import torch
+
+    from workloads.training.resnet_training import ResNetTraining, parse_arguments
+
+    def ten_losses(engine: str) -> list[float]:
+        sys.argv = [
+            SCRIPT, "--dataset", "synthetic", "--train-samples", "640", "--batch-size", "64",
+            "--engine", engine, "--precision", precision, "--lr", "0.02", "--epochs", "1",
+        ]  # fmt: skip
+        workload = ResNetTraining(parse_arguments())
+        workload.load()
+        workload.warm_up()
+        workload.train_batches.start_epoch()
+        workload.model.train()
+        losses = []
+        for _ in range(10):
+            workload.train_step()
+            losses.append(workload.loss_sum.item() / 64)
+            workload.loss_sum.zero_()
+        torch.cuda.synchronize()
+        return losses
+
+    eager, captured = ten_losses("eager"), ten_losses("graph")
+    # The first step sees the same state; later ones differ by the order of atomic additions.
+    assert captured[0] == pytest.approx(eager[0], rel=1e-3)
+    assert captured == pytest.approx(eager, rel=0.05)
+
+
+@pytest.mark.gpu
+def test_streamed_images_feed_a_captured_step(tmp_path):
+    data = write_image_folder(tmp_path / "images", size=48, per_class=8)
+    done = run_script(
+        "--dataset", "folder", "--data-dir", str(data), "--stem", "imagenet", "--batch-size", "8",
+        "--image-size", "64", "--epochs", "2", "--lr", "0.01", "--engine", "graph",
+        "--loader-workers", "2", "--results-dir", str(tmp_path),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert only_result(tmp_path)["settings"]["data_placement"] == "streamed"

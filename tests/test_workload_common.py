@@ -1,0 +1,275 @@
+"""What the workloads share: argument types, event log, leash, latency figures, engine."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import subprocess
+import sys
+import threading
+from types import SimpleNamespace
+
+import pytest
+from conftest import PROJECT_ROOT
+
+from workloads.common import cli, client, environment
+from workloads.common.latency import summarize_latency_ms
+from workloads.common.results import write_json_atomic
+
+WORKLOAD_SCRIPTS = sorted(
+    str(path.relative_to(PROJECT_ROOT))
+    for path in (PROJECT_ROOT / "workloads").glob("*/*.py")
+    if "cli.run_main(" in path.read_text()
+)
+
+
+@pytest.mark.parametrize("script", WORKLOAD_SCRIPTS)
+def test_help_of_a_workload_imports_nothing_heavy(script):
+    probe = (
+        "import runpy, sys\n"
+        f"sys.argv = [{script!r}, '--help']\n"
+        "try:\n"
+        f"    runpy.run_path({script!r}, run_name='__main__')\n"
+        "except SystemExit as end:\n"
+        "    assert end.code == 0, end.code\n"
+        "heavy = {'torch', 'torchvision', 'transformers', 'matplotlib', 'pandas', 'flask'}\n"
+        "assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()\n"
+    )
+    done = subprocess.run(
+        (sys.executable, "-c", probe), cwd=PROJECT_ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "--results-dir" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("convert", "good", "bad"),
+    [
+        (cli.positive_int, "3", ("0", "-1", "2.5", "many", "")),
+        (cli.non_negative_int, "0", ("-1", "x")),
+        (cli.positive_float, "0.5", ("0", "-2", "nan", "inf", "x")),
+        (cli.non_negative_float, "0", ("-0.1", "nan", "inf")),
+    ],
+)
+def test_argument_types_take_good_values_and_name_bad_ones(convert, good, bad):
+    assert convert(good) == float(good)
+    for text in bad:
+        with pytest.raises(argparse.ArgumentTypeError, match="is not a"):
+            convert(text)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (cli.UsageError("name a folder"), 2),
+        (cli.GpuUnavailableError("no driver"), 3),
+        (cli.JobFailedError("the loss became nan"), 1),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_known_errors_become_one_sentence_and_their_exit_code(error, code, capsys):
+    def main() -> int:
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        cli.run_main(main)
+    assert ended.value.code == code
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_running_out_of_gpu_memory_has_an_exit_code_of_its_own(capsys):
+    import torch
+
+    def main() -> int:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
+
+    with pytest.raises(SystemExit) as ended:
+        cli.run_main(main)
+    assert ended.value.code == cli.EXIT_OUT_OF_MEMORY
+    assert "Tried to allocate 2 GiB" in capsys.readouterr().err
+
+
+def test_latency_figures_match_values_worked_out_by_hand():
+    figures = summarize_latency_ms([0.001, 0.002, 0.003, 0.004, 0.010])
+    assert figures["mean_ms"] == pytest.approx(4.0)
+    assert figures["median_ms"] == figures["p50_ms"] == pytest.approx(3.0)
+    assert figures["std_ms"] == pytest.approx(3.5355339, rel=1e-6)  # sqrt(50 / 4)
+    assert (figures["min_ms"], figures["max_ms"]) == (pytest.approx(1), pytest.approx(10))
+    assert figures["p95_ms"] == pytest.approx(8.8)  # 4 + 0.8 * (10 - 4)
+    assert figures["p99_ms"] == pytest.approx(9.76)
+
+
+def test_no_latencies_give_unknown_figures_not_zero():
+    assert set(summarize_latency_ms([]).values()) == {None}
+
+
+def test_units_are_written_in_batches_and_every_line_is_whole(tmp_path):
+    path = tmp_path / "events.jsonl"
+    recorder = client.Recorder(client.EventLog(path), leash=None)
+    recorder.unit("step", 10.0, 10.1)
+    recorder.unit("step", 10.1, 10.3)
+    recorder.unit("cell", 10.0, 10.2, latency=True)
+    recorder.flush()
+    events = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(e["event"], e["kind"], e["latency"]) for e in events] == [
+        ("units", "step", False),
+        ("units", "cell", True),
+    ]
+    assert events[0]["start_seconds"] == [10.0, 10.1]
+    assert events[0]["duration_seconds"] == pytest.approx([0.1, 0.2])
+    assert all("time_seconds" in event for event in events)
+
+
+def test_an_event_file_that_cannot_be_opened_is_a_usage_error(tmp_path):
+    with pytest.raises(cli.UsageError, match="--events"):
+        client.EventLog(tmp_path / "missing" / "events.jsonl")
+
+
+def test_the_leash_obeys_commands_and_takes_end_of_file_for_stop():
+    reading, writing = os.pipe()
+    leash = client.Leash(os.fdopen(reading))
+    with os.fdopen(writing, "w") as commands:
+        commands.write("warm\n")
+        commands.flush()
+        leash.wait_for("warm")
+        assert not leash.stopped
+        assert not leash.wait_for_stop(0.01)
+    with pytest.raises(client.StopRequested):
+        leash.wait_for("go")
+    assert leash.stopped
+
+
+def test_a_command_that_came_early_is_not_lost():
+    leash = client.Leash(io.StringIO("warm\ngo\nstop\n"))
+    assert leash.wait_for_stop(5)
+
+
+def test_results_are_replaced_whole_and_leave_no_temporary_file(tmp_path):
+    path = tmp_path / "sub" / "result.json"
+    write_json_atomic(path, {"value": 1})
+    write_json_atomic(path, {"value": 2})
+    assert json.loads(path.read_text()) == {"value": 2}
+    assert [p.name for p in path.parent.iterdir()] == ["result.json"]
+
+
+def test_a_failed_write_keeps_the_old_result(tmp_path):
+    path = tmp_path / "result.json"
+    write_json_atomic(path, {"value": 1})
+    with pytest.raises(TypeError):
+        write_json_atomic(path, {"value": object()})
+    assert json.loads(path.read_text()) == {"value": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_the_number_of_clients_comes_from_the_suite(monkeypatch):
+    monkeypatch.delenv("GPU_SHARING_CLIENTS", raising=False)
+    assert environment.clients_on_gpu() == 1
+    monkeypatch.setenv("GPU_SHARING_CLIENTS", "4")
+    assert environment.clients_on_gpu() == 4
+
+
+class ListRecorder:
+    """Keeps units; asks to stop once ``stop_after`` are there."""
+
+    def __init__(self, stop_after: int | None = None) -> None:
+        self.units: list[tuple[str, float, float]] = []
+        self._stop_after = stop_after
+
+    @property
+    def stop_requested(self) -> bool:
+        return self._stop_after is not None and len(self.units) >= self._stop_after
+
+    def check_stop(self) -> None:
+        if self.stop_requested:
+            raise client.StopRequested
+
+    def unit(self, kind: str, start_seconds: float, end_seconds: float) -> None:
+        self.units.append((kind, start_seconds, end_seconds))
+
+
+def test_consecutive_steps_are_recorded_back_to_back_and_a_pause_belongs_to_none():
+    from workloads.common.engine import Pacer
+
+    recorder = ListRecorder()
+    pacer = Pacer(SimpleNamespace(is_cuda=False), recorder)
+    pacer.run("step", lambda: None)
+    pacer.run("step", lambda: None)
+    pacer.drain()
+    pause = threading.Event()
+    pause.wait(0.05)
+    pacer.run("step", lambda: None)
+    (_, _, end_1), (_, start_2, end_2), (_, start_3, _) = recorder.units
+    assert start_2 == end_1
+    assert start_3 >= end_2 + 0.05
+
+
+def test_a_stop_is_obeyed_between_two_steps():
+    from workloads.common.engine import Pacer
+
+    recorder = ListRecorder(stop_after=2)
+    pacer = Pacer(SimpleNamespace(is_cuda=False), recorder)
+    with pytest.raises(client.StopRequested):
+        for _ in range(5):
+            pacer.run("step", lambda: None)
+    assert len(recorder.units) == 2
+
+
+def test_a_restored_state_trains_to_the_same_weights():
+    import torch
+
+    from workloads.common.engine import TrainState
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.Dropout(0.5), torch.nn.Linear(8, 2)
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    inputs = torch.randn(16, 4)
+    state = TrainState([model], optimizer)
+
+    def train() -> list[torch.Tensor]:
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(inputs).square().mean().backward()
+            optimizer.step()
+        return [t.clone() for t in (*model.parameters(), *model.buffers())]
+
+    first = train()
+    state.restore()
+    second = train()
+    for one, other in zip(first, second, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+def test_a_captured_forward_follows_its_input():
+    import torch
+
+    from workloads.common.engine import capture_forward
+
+    device = SimpleNamespace(engine="graph", synchronize=torch.cuda.synchronize)
+    static = torch.zeros(4, device="cuda")
+    replay = capture_forward(device, lambda: static * 2)
+    static.fill_(3)
+    assert replay().tolist() == [6, 6, 6, 6]
+
+
+@pytest.mark.gpu
+def test_fp32_turns_tf32_off_and_the_identity_names_the_card():
+    import torch
+
+    from workloads.common.device import open_device
+
+    args = argparse.Namespace(device="cuda", engine=None, precision="fp32", seed=1, gpu=None)
+    device = open_device(args)
+    assert device.engine == "graph"
+    assert not torch.backends.cuda.matmul.allow_tf32
+    assert not torch.backends.cudnn.allow_tf32
+    a = torch.randn(512, 512, device="cuda")
+    exact = (a.double() @ a.double()).float()
+    assert torch.linalg.norm(a @ a - exact) / torch.linalg.norm(exact) < 1e-5
+    identity = device.identity()
+    assert identity["gpu_uuid"].startswith("GPU-")
+    assert identity["multiprocessor_count"] > 0
