@@ -1,0 +1,464 @@
+"""A pretended machine with NVIDIA GPUs, for tests of everything that talks to the driver's tools.
+
+The programs beside this file (`nvidia-smi`, `nvidia-cuda-mps-control`, `ps`, `sudo`) are the fakes
+that a script under test finds first on its PATH. They keep what they know in one folder, named by
+`FAKE_GPU_STATE`, so that a change made by one call is seen by the next. A test drives them so:
+
+    from fakes.gpu_machine import FakeMachine
+
+    machine = FakeMachine(tmp_path / "machine", "h100")
+    subprocess.run(["./gpu-configs/enable_mps.sh"], env=machine.environment(), ...)
+    assert machine.changing_calls() == []
+
+Environment variables
+    FAKE_GPU_STATE    the folder (needed). In it: `machine.json` (the state, only ever rewritten by
+                      a call that changes something), `calls.jsonl` (every call), `rules.json`
+                      (failures)
+    FAKE_GPU_MACHINE  which machine to start with while there is no `machine.json`: one of MACHINES
+                      below (default `h100`)
+    FAKE_GPU_UID      the user id that the programs take themselves to be run by (default: the real
+                      one); lets a test without a second account see "no permission"
+    FAKE_SUDO_USER    for the fake `sudo`: the invoking account (default `nobody`)
+
+`calls.jsonl`, one JSON object a call
+    command      the command line, or `nvidia-cuda-mps-control < COMMAND` for what it reads
+    changes      true for a call that asks for a change, whether or not it succeeded
+    uid, exit    who called, and the exit status
+    environment  the CUDA_* variables of the call
+
+`rules.json`, a list of objects, the first that matches counts
+    match        shell pattern on the command as logged, e.g. "nvidia-smi -i * -mig 1"
+    exit         exit status in place of the real one (default 1)
+    text         what is printed in place of the real text (default: nothing)
+    after        so many matching calls go through first (default 0)
+    times        then so many calls are hit (default: all)
+    apply        true: the change is made all the same, before failing (default false)
+    seconds      sleep first; alone, without `exit` and `text`, the call is only slow
+
+The texts are those of an H100 with driver 580. What a real card was not asked for (changing
+commands, MIG switched on, missing permission, other GPUs) follows NVIDIA's manuals and is marked
+UNVERIFIED.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import sys
+import time
+
+FAKES_FOLDER = os.path.dirname(os.path.abspath(__file__))
+
+# Exit statuses of nvidia-smi, from its manual page; 6 was seen, the others are UNVERIFIED.
+SMI_INVALID_ARGUMENT = 2
+SMI_NOT_SUPPORTED = 3
+SMI_NO_PERMISSION = 4
+SMI_NOT_FOUND = 6
+SMI_DRIVER_NOT_LOADED = 9
+SMI_IN_USE = 19  # UNVERIFIED: the number of NVML_ERROR_IN_USE
+
+
+def _profile(
+    name: str,
+    profile_id: int,
+    total: int,
+    memory_gib: float,
+    multiprocessors: int,
+    second_row: str,
+    decoders: int,
+    starts: list[int],
+    size: int,
+) -> dict:
+    return {
+        "name": name,
+        "id": profile_id,
+        "total": total,
+        "memory_gib": memory_gib,
+        "multiprocessors": multiprocessors,
+        "decoders": decoders,
+        "second_row": second_row,
+        "starts": starts,
+        "size": size,
+    }
+
+
+def _profiles(names: list[str], memory_gib: list[float], multiprocessors: list[int]) -> list[dict]:
+    """The seven profiles of an 8-memory-slice card: ids, counts and placements as on the H100."""
+    shape = [
+        (19, 7, "1     1     0", 1, [0, 1, 2, 3, 4, 5, 6], 1),
+        (20, 1, "1     1     1", 1, [0, 1, 2, 3, 4, 5, 6], 1),
+        (15, 4, "1     1     0", 1, [0, 2, 4, 6], 2),
+        (14, 3, "2     2     0", 2, [0, 2, 4], 2),
+        (9, 2, "3     3     0", 3, [0, 4], 4),
+        (5, 1, "4     4     0", 4, [0], 4),
+        (0, 1, "8     7     1", 7, [0], 8),
+    ]
+    return [
+        _profile(name, profile_id, total, gib, count, second_row, decoders, starts, size)
+        for name, gib, count, (profile_id, total, second_row, decoders, starts, size) in zip(
+            names, memory_gib, multiprocessors, shape, strict=True
+        )
+    ]
+
+
+_SMALL = [9.75, 9.75, 19.62, 19.62, 39.50, 39.50, 79.25]
+_HOPPER_SM = [16, 16, 26, 32, 60, 64, 132]
+_AMPERE_SM = [14, 14, 14, 28, 42, 56, 98]  # UNVERIFIED, as all of the A100 and H200 tables
+_NAMES_80 = ["1g.10gb", "1g.10gb+me", "1g.20gb", "2g.20gb", "3g.40gb", "4g.40gb", "7g.80gb"]
+_NAMES_40 = ["1g.5gb", "1g.5gb+me", "1g.10gb", "2g.10gb", "3g.20gb", "4g.20gb", "7g.40gb"]
+_NAMES_141 = ["1g.18gb", "1g.18gb+me", "1g.35gb", "2g.35gb", "3g.71gb", "4g.71gb", "7g.141gb"]
+
+
+def _gpu(
+    name: str, capability: str, memory_mib: int, multiprocessors: int, profiles: list[dict]
+) -> dict:
+    mig_mode = "Disabled" if profiles else "[N/A]"
+    return {
+        "index": 0,
+        "uuid": "GPU-00000000-1111-2222-3333-444444444444",
+        "name": name,
+        "bus_id": "00000000:00:06.0",
+        "compute_capability": capability,
+        "memory_total_mib": memory_mib,
+        "multiprocessors": multiprocessors,
+        "mig_current": mig_mode,
+        "mig_pending": mig_mode,
+        # What `-mig 1` and `-mig 0` do: "ok", "in_use" (pending, other clients) or
+        # "reset_not_supported" (pending, as in a virtual machine).
+        "mig_switch": "ok",
+        "compute_mode": "Default",
+        "timeslice": "Default",  # null: compute-policy is not supported
+        "profiles": profiles,
+        # {"gi", "ci" (null: none), "profile", "profile_id", "start", "size", "uuid"}
+        "instances": [],
+        # {"pid", "name", "user", "used_memory_mib", "gi" (null: the whole GPU)}
+        "processes": [],
+    }
+
+
+def _second(gpu: dict) -> dict:
+    return {
+        **gpu,
+        "index": 1,
+        "uuid": "GPU-55555555-6666-7777-8888-999999999999",
+        "bus_id": "00000000:00:07.0",
+    }
+
+
+def _h100() -> dict:
+    return _gpu(
+        "NVIDIA H100 80GB HBM3", "9.0", 81559, 132, _profiles(_NAMES_80, _SMALL, _HOPPER_SM)
+    )
+
+
+MACHINES = {
+    "h100": lambda: [_h100()],
+    "h100x2": lambda: [_h100(), _second(_h100())],
+    "a100-40": lambda: [
+        _gpu(
+            "NVIDIA A100-SXM4-40GB",
+            "8.0",
+            40960,
+            108,
+            _profiles(_NAMES_40, [4.75, 4.75, 9.75, 9.75, 19.62, 19.62, 39.38], _AMPERE_SM),
+        )
+    ],
+    "h200": lambda: [
+        _gpu(
+            "NVIDIA H200",
+            "9.0",
+            143771,
+            132,
+            _profiles(_NAMES_141, [16.0, 16.0, 32.5, 32.5, 69.5, 69.5, 140.0], _HOPPER_SM),
+        )
+    ],
+    "t4": lambda: [_gpu("Tesla T4", "7.5", 15360, 40, [])],
+    "k40": lambda: [{**_gpu("Tesla K40m", "3.0", 11441, 15, []), "timeslice": None}],
+    "no-gpu": list,
+    "no-driver": list,
+}
+
+
+def new_machine(kind: str) -> dict:
+    """The state of a fresh machine; raises KeyError for a kind that is not in MACHINES."""
+    return {
+        "kind": kind,
+        "driver_version": "580.159.04",
+        "cuda_version": "13.0",
+        "driver": "not-loaded" if kind == "no-driver" else "ok",
+        "gpus": MACHINES[kind](),
+        # pipe directory -> {"pid", "uid", "user", "percentage", "log_directory", "server" (pid or
+        # null), "clients": [{"pid", "name"}], "visible_devices"}
+        "mps": {},
+        "next_pid": 900,
+    }
+
+
+class Store:
+    """The state folder, locked for the time of one call or one look by a test."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+        self.path = os.path.join(folder, "machine.json")
+        self._lock: int | None = None
+        self._before = ""
+        self.machine: dict = {}
+
+    def __enter__(self) -> Store:
+        os.makedirs(self.folder, exist_ok=True)
+        previous = os.umask(0)
+        try:
+            self._lock = os.open(os.path.join(self.folder, "lock"), os.O_CREAT | os.O_RDWR, 0o666)
+        finally:
+            os.umask(previous)
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        try:
+            with open(self.path, encoding="utf-8") as file:
+                self._before = file.read()
+            self.machine = json.loads(self._before)
+        except FileNotFoundError:
+            self._before = ""
+            self.machine = new_machine(os.environ.get("FAKE_GPU_MACHINE", "h100"))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        after = json.dumps(self.machine, indent=1)
+        if after != self._before:
+            self._replace(self.path, after)
+        assert self._lock is not None
+        os.close(self._lock)
+
+    def _replace(self, path: str, text: str) -> None:
+        temporary = f"{path}.{os.getpid()}"
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(temporary, 0o666)
+        os.replace(temporary, path)
+
+    def matching_rule(self, command: str) -> dict | None:
+        """The rule that hits this call; counts the call against it."""
+        path = os.path.join(self.folder, "rules.json")
+        try:
+            with open(path, encoding="utf-8") as file:
+                rules = json.load(file)
+        except FileNotFoundError:
+            return None
+        for rule in rules:
+            if not _matches(rule["match"], command):
+                continue
+            rule["seen"] = rule.get("seen", 0) + 1
+            self._replace(path, json.dumps(rules))
+            first = rule.get("after", 0)
+            if rule["seen"] <= first:
+                continue
+            if rule.get("times") is not None and rule["seen"] > first + rule["times"]:
+                continue
+            return rule
+        return None
+
+    def log(self, command: str, changes: bool, exit_status: int) -> None:
+        """Append one call to calls.jsonl."""
+        line = {
+            "command": command,
+            "changes": changes,
+            "uid": current_uid(),
+            "exit": exit_status,
+            "environment": {k: v for k, v in os.environ.items() if k.startswith("CUDA_")},
+        }
+        previous = os.umask(0)
+        try:
+            path = os.path.join(self.folder, "calls.jsonl")
+            descriptor = os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o666)
+        finally:
+            os.umask(previous)
+        os.write(descriptor, (json.dumps(line) + "\n").encode())
+        os.close(descriptor)
+
+
+def _matches(pattern: str, text: str) -> bool:
+    """A shell pattern where only `*` is special (command lines are full of brackets)."""
+    return re.fullmatch(".*".join(re.escape(part) for part in pattern.split("*")), text) is not None
+
+
+def current_uid() -> int:
+    """The caller's user id, or the one that the test pretends."""
+    return int(os.environ.get("FAKE_GPU_UID", os.geteuid()))
+
+
+def answer(command: str, changes: bool, act) -> int:
+    """Answer one call by a rule, else by `act(machine) -> (exit status, text)`, and log it."""
+    folder = os.environ.get("FAKE_GPU_STATE")
+    if not folder:
+        print("fake: FAKE_GPU_STATE names no folder", file=sys.stderr)
+        return 255
+    store = Store(folder)
+    with store:
+        rule = store.matching_rule(command) or {}
+    # A slow call sleeps without the lock and before it changes anything, as a real one would.
+    time.sleep(rule.get("seconds", 0))
+    fails = "exit" in rule or "text" in rule
+    with store:
+        status, text = act(store.machine) if not fails or rule.get("apply") else (0, "")
+        if fails:
+            status, text = rule.get("exit", 1), rule.get("text", "")
+        store.log(command, changes, status)
+    if text:
+        sys.stdout.write(text if text.endswith("\n") else text + "\n")
+    return status
+
+
+class FakeMachine:
+    """A test's side of the pretended machine."""
+
+    def __init__(self, folder: str | os.PathLike[str], kind: str = "h100") -> None:
+        self.folder = os.fspath(folder)
+        os.makedirs(self.folder, exist_ok=True)
+        os.chmod(self.folder, 0o777)  # scripts under test may go on as another user
+        with Store(self.folder) as store:
+            store.machine = new_machine(kind)
+
+    def environment(self, **extra: str) -> dict[str, str]:
+        """The caller's environment, fakes first on the PATH, no GPU settings inherited."""
+        inherited = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("CUDA_", "FAKE_", "SUDO_", "GPU_SH", "GPU_SETTINGS", "XDG_"))
+        }
+        # The interpreter's own folder first: a version manager's wrapper would slow every call.
+        path = [FAKES_FOLDER, os.path.dirname(sys.executable), inherited.get("PATH", "")]
+        return {
+            **inherited,
+            "PATH": os.pathsep.join(path),
+            "FAKE_GPU_STATE": self.folder,
+            **extra,
+        }
+
+    def state(self) -> dict:
+        """A copy of the machine's state; see `new_machine` and `_gpu` for its fields."""
+        with open(os.path.join(self.folder, "machine.json"), encoding="utf-8") as file:
+            return json.load(file)
+
+    def state_bytes(self) -> bytes:
+        """The state file as it is on disk, to prove that nothing was touched."""
+        with open(os.path.join(self.folder, "machine.json"), "rb") as file:
+            return file.read()
+
+    def change(self, **fields: object) -> None:
+        """Set top-level fields of the state, e.g. `driver="not-loaded"`."""
+        with Store(self.folder) as store:
+            store.machine.update(fields)
+
+    def change_gpu(self, index: int = 0, **fields: object) -> None:
+        """Set fields of one GPU, e.g. `compute_mode="Exclusive_Process"`."""
+        with Store(self.folder) as store:
+            store.machine["gpus"][index].update(fields)
+
+    def add_process(
+        self,
+        pid: int = 4242,
+        name: str = "python3",
+        user: str = "alice",
+        used_memory_mib: int = 512,
+        gi: int | None = None,
+        index: int = 0,
+    ) -> None:
+        """Put a process on a GPU (or on its GPU instance `gi`)."""
+        process = {
+            "pid": pid,
+            "name": name,
+            "user": user,
+            "used_memory_mib": used_memory_mib,
+            "gi": gi,
+        }
+        with Store(self.folder) as store:
+            store.machine["gpus"][index]["processes"].append(process)
+
+    def add_mps_daemon(
+        self, pipe_directory: str, uid: int = 1000, user: str = "alice", pid: int = 777
+    ) -> None:
+        """Let a control daemon of somebody run that no script of ours started."""
+        with Store(self.folder) as store:
+            store.machine["mps"][os.path.realpath(pipe_directory)] = {
+                "pid": pid,
+                "uid": uid,
+                "user": user,
+                "percentage": 100.0,
+                "log_directory": "",
+                "server": None,
+                "clients": [],
+                "visible_devices": None,
+            }
+
+    def add_mps_client(self, pid: int, name: str = "python3", index: int = 0) -> None:
+        """Attach a client to the only running daemon, whose server starts if need be."""
+        with Store(self.folder) as store:
+            machine = store.machine
+            (daemon,) = machine["mps"].values()
+            processes = machine["gpus"][index]["processes"]
+            if daemon["server"] is None:
+                daemon["server"] = machine["next_pid"]
+                machine["next_pid"] += 1
+                processes.append(
+                    {
+                        "pid": daemon["server"],
+                        "name": "nvidia-cuda-mps-server",
+                        "user": daemon["user"],
+                        "used_memory_mib": 66,
+                        "gi": None,
+                    }
+                )
+            daemon["clients"].append({"pid": pid, "name": name})
+            processes.append(
+                {
+                    "pid": pid,
+                    "name": name,
+                    "user": daemon["user"],
+                    "used_memory_mib": 2228,
+                    "gi": None,
+                }
+            )
+
+    def remove_process(self, pid: int) -> None:
+        """Let a process end: it leaves every GPU and every MPS daemon."""
+        with Store(self.folder) as store:
+            for gpu in store.machine["gpus"]:
+                gpu["processes"] = [p for p in gpu["processes"] if p["pid"] != pid]
+            for daemon in store.machine["mps"].values():
+                daemon["clients"] = [c for c in daemon["clients"] if c["pid"] != pid]
+
+    def fail(self, match: str, **rule: object) -> None:
+        """Add a rule; see the module's text for its fields."""
+        path = os.path.join(self.folder, "rules.json")
+        rules = []
+        if os.path.exists(path):
+            with open(path, encoding="utf-8") as file:
+                rules = json.load(file)
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump([*rules, {"match": match, **rule}], file)
+        os.chmod(path, 0o666)
+
+    def forget_rules(self) -> None:
+        """Drop every rule."""
+        path = os.path.join(self.folder, "rules.json")
+        if os.path.exists(path):
+            os.remove(path)
+
+    def calls(self) -> list[dict]:
+        """Every call so far, oldest first."""
+        try:
+            with open(os.path.join(self.folder, "calls.jsonl"), encoding="utf-8") as file:
+                return [json.loads(line) for line in file]
+        except FileNotFoundError:
+            return []
+
+    def changing_calls(self) -> list[str]:
+        """The command lines that asked for a change, oldest first."""
+        return [call["command"] for call in self.calls() if call["changes"]]
+
+    def forget_calls(self) -> None:
+        """Start the list of calls anew."""
+        path = os.path.join(self.folder, "calls.jsonl")
+        if os.path.exists(path):
+            os.remove(path)
