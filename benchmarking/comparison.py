@@ -313,6 +313,19 @@ class Section:
         return any(run.mode == CPU_DEMO for run in self.runs)
 
     @property
+    def compared_runs(self) -> list[RunView]:
+        """Runs that a compared group comes from, in the scorecard's order."""
+        return list({group.run.run_id: group.run for group in self.groups}.values())
+
+    def most_compared(self, mix: str) -> list[Group]:
+        """Groups of the mix at the count of clients with the most modes, the largest such count."""
+        by_clients: dict[int, list[Group]] = {}
+        for group in self.groups:
+            if group.mix == mix:
+                by_clients.setdefault(group.clients, []).append(group)
+        return max(by_clients.items(), key=lambda item: (len(item[1]), item[0]))[1]
+
+    @property
     def title(self) -> str:
         """GPU, driver and job size in a few words."""
         gpu = self.environment.get("gpu_name")

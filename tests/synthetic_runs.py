@@ -179,7 +179,8 @@ def _samples(end: float, rng: random.Random, gpu: bool) -> list[dict[str, Any]]:
     times = [1000 + 0.5 * step for step in range(int((end - 1000) / 0.5))]
     return [
         {
-            "record": "sample", "time_seconds": time, "wall_time": "2026-01-01T00:00:00+00:00", "gpu_index": 0,
+            "record": "sample", "time_seconds": time,
+            "wall_time": "2026-01-01T00:00:00+00:00", "gpu_index": 0,
             "gpu_uuid": GPU["gpu_uuid"] if gpu else None,
             "utilization_gpu_percent": 100 if gpu else None,
             "utilization_source": "nvml" if gpu else None,
