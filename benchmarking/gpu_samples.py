@@ -1,0 +1,128 @@
+"""What a span of sampler lines says: the ``gpu`` object of a co-run's record. Pure functions."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+# A GPU that has nothing to do lowers its clock too; NVML lists that among the reasons, but it is
+# no throttling.
+NOT_THROTTLING = frozenset({"gpu_idle"})
+# The figure of the window -> the field of a sample whose mean it is.
+MEANS = {
+    "utilization_gpu_percent": "utilization_gpu_percent",
+    "sm_activity_percent": "sm_activity_percent",
+    "sm_occupancy_percent": "sm_occupancy_percent",
+    "tensor_activity_percent": "tensor_activity_percent",
+    "dram_activity_percent": "dram_activity_percent",
+    "power_draw_watts": "power_draw_watts",
+    "sm_clock_mhz": "sm_clock_mhz",
+    "host_cpu_percent": "host_cpu_percent",
+}
+# Energy is told only where the counter was read over at least this part of the window.
+ENERGY_COVERAGE = 0.9
+
+
+def summarize_samples(
+    samples: Sequence[Mapping[str, Any]], start_seconds: float, end_seconds: float
+) -> dict[str, Any]:
+    """Return the figures of one GPU between two moments.
+
+    Args:
+        samples: sampler lines in the order of time; lines that are no samples are ignored.
+        start_seconds: begin of the window on CLOCK_MONOTONIC.
+        end_seconds: end of the window.
+
+    Returns:
+        Means ``utilization_gpu_percent``, ``sm_activity_percent``, ``sm_occupancy_percent``,
+        ``tensor_activity_percent``, ``dram_activity_percent``, ``power_draw_watts``,
+        ``sm_clock_mhz``, ``host_cpu_percent``; ``utilization_source``; the largest
+        ``memory_used_mib_max`` (MiB); ``energy_joules`` over the window from the counter;
+        ``throttle_reasons``, sorted, of the whole window. Unknown is None.
+
+        A sample's percentages describe the time since the sample before, so each counts as much
+        as that time overlaps the window.
+    """
+    usable = [s for s in samples if s.get("record", "sample") == "sample"]
+    inside = [s for s in usable if start_seconds <= s["time_seconds"] <= end_seconds]
+    weights = _overlaps([s["time_seconds"] for s in usable], start_seconds, end_seconds)
+    summary: dict[str, Any] = {
+        name: _weighted_mean([s.get(field) for s in usable], weights)
+        for name, field in MEANS.items()
+    }
+    weighted = [s for s, weight in zip(usable, weights, strict=True) if weight > 0]
+    sources = {s.get("utilization_source") for s in weighted} - {None}
+    summary["utilization_source"] = "+".join(sorted(sources)) or None
+    summary["memory_used_mib_max"] = max(_known(inside, "memory_used_mib"), default=None)
+    summary["energy_joules"] = energy_between(usable, start_seconds, end_seconds)
+    reasons = _known(inside, "throttle_reasons")
+    summary["throttle_reasons"] = (
+        sorted({name for names in reasons for name in names} - NOT_THROTTLING) if reasons else None
+    )
+    return summary
+
+
+def energy_between(
+    samples: Sequence[Mapping[str, Any]], start_seconds: float, end_seconds: float
+) -> float | None:
+    """Return the joules that a counter gained between two moments.
+
+    The counter is interpolated between its readings. Where the readings end up to 10 % short of
+    the window, the missing rest is taken at the mean power of what was seen. None where there are
+    fewer readings, or where the counter ran backwards (the driver was loaded anew).
+    """
+    points = [
+        (s["time_seconds"], s["energy_joules"])
+        for s in samples
+        if s.get("energy_joules") is not None
+    ]
+    if len(points) < 2 or end_seconds <= start_seconds:
+        return None
+    start, end = max(start_seconds, points[0][0]), min(end_seconds, points[-1][0])
+    coverage = (end - start) / (end_seconds - start_seconds)
+    runs_backwards = any(
+        later[1] < earlier[1]
+        for earlier, later in itertools.pairwise(points)
+        if later[0] > start and earlier[0] < end
+    )
+    if coverage < ENERGY_COVERAGE or runs_backwards:
+        return None
+    return (_interpolate(points, end) - _interpolate(points, start)) / coverage
+
+
+def _overlaps(times: Sequence[float], start: float, end: float) -> list[float]:
+    """Return how many seconds of the time before each sample lie in the window.
+
+    The first sample has no predecessor and is taken to stand for as long as the second.
+    """
+    if len(times) == 1:
+        return [1.0 if start <= times[0] <= end else 0.0]
+    previous = [2 * times[0] - times[1], *times[:-1]] if times else []
+    return [
+        max(0.0, min(time, end) - max(before, start))
+        for before, time in zip(previous, times, strict=True)
+    ]
+
+
+def _weighted_mean(values: Sequence[float | None], weights: Sequence[float]) -> float | None:
+    pairs = [
+        (value, weight)
+        for value, weight in zip(values, weights, strict=True)
+        if value is not None and weight > 0
+    ]
+    if not pairs:
+        return None
+    return sum(value * weight for value, weight in pairs) / sum(weight for _, weight in pairs)
+
+
+def _known(samples: Sequence[Mapping[str, Any]], field: str) -> list[Any]:
+    return [s[field] for s in samples if s.get(field) is not None]
+
+
+def _interpolate(points: Sequence[tuple[float, float]], time: float) -> float:
+    """Return the counter at a moment within the readings."""
+    for (time_a, value_a), (time_b, value_b) in itertools.pairwise(points):
+        if time_a <= time <= time_b:
+            return value_a + (value_b - value_a) * (time - time_a) / (time_b - time_a)
+    return points[-1][1]
