@@ -11,6 +11,7 @@ from workloads.common.latency import summarize_latency_ms
 
 RECENT_LATENCIES = 100_000  # per endpoint and part; the percentiles are over these
 RECENT_SECONDS = 10.0
+ENDPOINTS = ("predict", "batch_predict")
 PARTS = ("decode", "queue", "compute")
 
 
@@ -69,6 +70,13 @@ class ServerStats:
             counted.latencies.append(end_seconds - start_seconds)
             for part, seconds in (parts or {}).items():
                 counted.parts[part].append(seconds)
+
+    def record_refusal(self, path: str) -> None:
+        """Count one inference request that was refused before it reached the application."""
+        endpoint = path.strip("/")
+        if endpoint in ENDPOINTS:
+            now = time.monotonic()
+            self.record(endpoint, 503, now, now)
 
     def snapshot(self) -> dict:
         """Return all figures over both endpoints, and each endpoint's own below ``endpoints``.
@@ -131,7 +139,11 @@ def _figures(counted: _Endpoint) -> dict:
         "min_ms": latency["min_ms"],
         "max_ms": latency["max_ms"],
         "latency_parts_ms": {
-            part: summarize_latency_ms(values) for part, values in counted.parts.items()
+            part: _short(summarize_latency_ms(values)) for part, values in counted.parts.items()
         },
         "statuses": {str(status): n for status, n in sorted(counted.statuses.items())},
     }
+
+
+def _short(latency: dict) -> dict:
+    return {name: latency[name] for name in ("mean_ms", "p50_ms", "p95_ms", "p99_ms")}
