@@ -1,0 +1,348 @@
+"""Sharing modes: what is refused and with which advice, and what proves a client's mode."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarking import sharing_modes
+from benchmarking.sharing_modes import (
+    CpuDemoMode,
+    MigMode,
+    ModeNotInForceError,
+    MpsMode,
+    ProcessLists,
+    WholeGpuMode,
+)
+
+UUID = "GPU-00000000-1111-2222-3333-444444444444"
+EMPTY = Path("/empty")
+H100 = {
+    "index": 0, "uuid": UUID, "name": "NVIDIA H100", "compute_mode": "Default",
+    "mig_mode": {"current": "Disabled", "pending": "Disabled"}, "mig_devices": [],
+}  # fmt: skip
+INSTANCES = [
+    {"uuid": f"MIG-aaaaaaaa-0000-0000-0000-00000000000{i}", "multiprocessor_count": 16}
+    for i in range(2)
+]
+H100_MIG = {
+    **H100, "mig_mode": {"current": "Enabled", "pending": "Enabled"}, "mig_devices": INSTANCES,
+}  # fmt: skip
+
+
+def identity(pid: int = 11, **changes: Any) -> dict[str, Any]:
+    return {"pid": pid, "device": "cuda", "gpu_uuid": UUID, "multiprocessor_count": 132, **changes}
+
+
+def lists(compute: set[int] | None, mps: set[int] | None) -> ProcessLists:
+    return ProcessLists(*(None if pids is None else frozenset(pids) for pids in (compute, mps)))
+
+
+def whole_gpu(facts: dict | None = None, *, own_namespace: bool = False) -> WholeGpuMode:
+    return WholeGpuMode(
+        "time-slicing", lambda: facts or H100, EMPTY, own_pid_namespace=own_namespace, clients=4
+    )
+
+
+def mig(facts: dict | None = None, clients: int = 2) -> MigMode:
+    return MigMode(lambda: facts or H100_MIG, EMPTY, own_pid_namespace=False, clients=clients)
+
+
+@pytest.fixture
+def control(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
+    """Put a control program on PATH; returns a way to start a daemon with clients ("11 12")."""
+    program = tmp_path / "bin" / "nvidia-cuda-mps-control"
+    program.parent.mkdir()
+    program.write_text("""#!/bin/sh
+if [ ! -e "$CUDA_MPS_PIPE_DIRECTORY/running" ]; then
+    echo "Cannot find MPS control daemon process"; exit 1
+fi
+read -r command
+case "$command" in
+    get_server_list) echo 900 ;;
+    ps) echo "PID ID SERVER DEVICE NAMESPACE COMMAND"
+        for pid in $(cat "$CUDA_MPS_PIPE_DIRECTORY/running"); do
+            echo "$pid 0 900 GPU-0 4026531836 python3"
+        done ;;
+    "get_client_list 900") tr ' ' '\\n' < "$CUDA_MPS_PIPE_DIRECTORY/running" ;;
+    *) echo "Unknown command \\"$command\\"" ;;
+esac
+""")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+
+    def start(clients: str, name: str = "pipe") -> str:
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "running").write_text(clients)
+        return str(folder)
+
+    return start
+
+
+def mps(*candidates: str, facts: dict | None = None, own_namespace: bool = False) -> MpsMode:
+    return MpsMode(lambda: facts or H100, candidates, own_pid_namespace=own_namespace)
+
+
+# --- preconditions ----------------------------------------------------------------------------
+
+
+def test_time_slicing_is_in_force_on_a_card_as_delivered() -> None:
+    assert all(item.ok for item in whole_gpu().require())
+
+
+def test_a_card_without_mig_can_be_time_sliced() -> None:
+    assert all(item.ok for item in whole_gpu({**H100, "mig_mode": None}).require())
+
+
+@pytest.mark.parametrize(
+    ("change", "advice"),
+    [({"mig_mode": {"current": "Enabled"}}, "gpu-configs/disable_mig.sh"),
+     ({"compute_mode": "Exclusive_Process"}, "gpu-configs/disable_mps.sh"),
+     ({"compute_mode": "Prohibited"}, "gpu-configs/setup_time_slicing.sh 4")],
+)  # fmt: skip
+def test_time_slicing_is_refused_naming_the_script(change: dict, advice: str) -> None:
+    with pytest.raises(ModeNotInForceError, match=advice):
+        whole_gpu({**H100, **change}).require()
+
+
+def test_mps_without_a_daemon_is_refused_naming_the_script(control: Callable) -> None:
+    with pytest.raises(ModeNotInForceError, match=r"gpu-configs/enable_mps\.sh"):
+        mps("/no/such/folder").require()
+
+
+def test_a_socket_folder_without_an_answer_is_no_daemon(
+    control: Callable, tmp_path: Path
+) -> None:
+    stale = tmp_path / "stale"
+    stale.mkdir()
+    (stale / "control").write_text("")
+    assert mps(str(stale)).pipe_directory() is None
+
+
+def test_mps_takes_the_first_directory_that_answers(control: Callable) -> None:
+    running = control("")
+    mode = mps("/no/such/folder", running)
+    assert all(item.ok for item in mode.require())
+    assert mode.client_environment(0) == {
+        "CUDA_VISIBLE_DEVICES": UUID, "CUDA_MPS_PIPE_DIRECTORY": running}  # fmt: skip
+
+
+def test_mps_on_top_of_mig_is_refused(control: Callable) -> None:
+    with pytest.raises(ModeNotInForceError, match="disable_mig"):
+        mps(control(""), facts=H100_MIG).require()
+
+
+def test_mig_that_is_off_is_refused_naming_the_script() -> None:
+    with pytest.raises(ModeNotInForceError, match=r"setup_mig\.sh 1g\.5gb 2"):
+        mig(H100).require()
+
+
+def test_fewer_instances_than_clients_is_an_error_that_names_both_numbers() -> None:
+    with pytest.raises(ModeNotInForceError, match="2 MIG instances for 4 clients"):
+        mig(clients=4).require()
+
+
+def test_a_card_without_mig_gets_no_advice_to_switch_it_on() -> None:
+    with pytest.raises(ModeNotInForceError, match="not supported") as refusal:
+        mig({**H100, "mig_mode": None}).require()
+    assert "setup_mig" not in str(refusal.value)
+
+
+def test_no_daemon_program_means_no_daemon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert sharing_modes.ask_mps_control("/x", "ps") is None
+
+
+# --- client environment -----------------------------------------------------------------------
+
+
+def test_time_sliced_clients_get_the_gpu_by_uuid_and_an_empty_pipe_directory() -> None:
+    assert whole_gpu().client_environment(3) == {
+        "CUDA_VISIBLE_DEVICES": UUID, "CUDA_MPS_PIPE_DIRECTORY": "/empty"}  # fmt: skip
+
+
+def test_mig_client_i_gets_instance_i() -> None:
+    given = [mig().client_environment(i)["CUDA_VISIBLE_DEVICES"] for i in range(2)]
+    assert given == [instance["uuid"] for instance in INSTANCES]
+
+
+def test_the_cpu_demonstration_hides_gpus() -> None:
+    assert CpuDemoMode().client_environment(0) == {"CUDA_VISIBLE_DEVICES": ""}
+
+
+# --- proof ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("compute", "mps_pids", "verdict"),
+    [({11, 12}, set(), "verified"), ({11}, None, "verified"), ({12}, set(), "invalid"),
+     (set(), set(), "invalid"), ({11}, {11}, "invalid"), (None, None, "unverified")],
+)  # fmt: skip
+def test_a_time_sliced_client_is_a_plain_compute_process(
+    compute: set | None, mps_pids: set | None, verdict: str
+) -> None:
+    proof = whole_gpu().prove(0, identity(), frozenset({11}), lists(compute, mps_pids))
+    assert proof.verdict == verdict
+
+
+def test_a_client_on_another_gpu_is_invalid() -> None:
+    other = identity(gpu_uuid="GPU-99999999-1111-2222-3333-444444444444")
+    proof = whole_gpu().prove(0, other, frozenset({11}), lists({11}, set()))
+    assert proof.verdict == "invalid"
+    assert "GPU-99999999" in proof.reason
+
+
+def test_a_client_that_does_not_know_its_gpu_is_unverified() -> None:
+    proof = whole_gpu().prove(0, identity(gpu_uuid=None), frozenset({11}), lists({11}, set()))
+    assert proof.verdict == "unverified"
+
+
+def test_a_client_on_the_cpu_is_invalid() -> None:
+    proof = whole_gpu().prove(0, identity(device="cpu"), frozenset({11}), lists({11}, set()))
+    assert proof.verdict == "invalid"
+
+
+def test_pids_of_another_namespace_leave_a_client_unverified() -> None:
+    proof = whole_gpu(own_namespace=True).prove(
+        0, identity(), frozenset({11, 12}), lists({4711, 4712}, set())
+    )
+    assert proof.verdict == "unverified"
+    assert "pid namespace" in proof.reason
+
+
+def test_in_a_namespace_where_a_neighbor_was_matched_a_missing_pid_is_invalid() -> None:
+    proof = whole_gpu(own_namespace=True).prove(
+        0, identity(11), frozenset({11, 12}), lists({12}, set())
+    )
+    assert proof.verdict == "invalid"
+
+
+@pytest.mark.parametrize(
+    ("daemon", "nvml", "verdict"),
+    [("11 12", {11}, "verified"), ("11", set(), "verified"), ("", {11}, "verified"),
+     ("12", {12}, "invalid"), ("12", None, "invalid"), ("", set(), "invalid")],
+)  # fmt: skip
+def test_an_mps_client_is_known_to_nvml_or_to_the_daemon(
+    control: Callable, daemon: str, nvml: set | None, verdict: str
+) -> None:
+    mode = mps(control(daemon))
+    mode.observe()
+    assert mode.prove(0, identity(), frozenset({11}), lists({11}, nvml)).verdict == verdict
+
+
+def test_a_client_that_runs_without_mps_says_so(control: Callable) -> None:
+    mode = mps(control("12"))
+    mode.observe()
+    proof = mode.prove(0, identity(), frozenset({11, 12}), lists({11}, {12}))
+    assert "pid 11 is not among [12]" in proof.reason
+
+
+def test_mps_pids_that_cannot_be_matched_are_unverified_and_counted(control: Callable) -> None:
+    mode = mps(control("4711 4712"), own_namespace=True)
+    mode.observe()
+    proof = mode.prove(0, identity(), frozenset({11, 12}), lists(None, {4711, 4712}))
+    assert proof.verdict == "unverified"
+    assert proof.evidence[-1].found == "2"
+
+
+@pytest.mark.parametrize(
+    ("changes", "verdict"),
+    [({"gpu_uuid": INSTANCES[0]["uuid"]}, "verified"),
+     ({"gpu_uuid": INSTANCES[0]["uuid"].replace("MIG-", "GPU-")}, "verified"),
+     ({"gpu_uuid": INSTANCES[1]["uuid"]}, "invalid"),
+     ({"gpu_uuid": INSTANCES[0]["uuid"], "multiprocessor_count": 132}, "invalid"),
+     ({"gpu_uuid": UUID}, "unverified"), ({"gpu_uuid": None}, "unverified")],
+)  # fmt: skip
+def test_a_mig_client_sees_its_own_instance(changes: dict, verdict: str) -> None:
+    seen = identity(**{"multiprocessor_count": 16, **changes})
+    assert mig().prove(0, seen, frozenset({11}), lists(None, None)).verdict == verdict
+
+
+def test_a_mig_instance_that_vanished_makes_its_client_invalid() -> None:
+    mode = mig({**H100_MIG, "mig_devices": INSTANCES[:1]})
+    assert mode.prove(1, identity(), frozenset({11}), lists(None, None)).verdict == "invalid"
+
+
+def test_the_cpu_demonstration_proves_nothing() -> None:
+    proof = CpuDemoMode().prove(0, identity(device="cpu"), frozenset({11}), lists(None, None))
+    assert proof.verdict == "not_applicable"
+    assert CpuDemoMode().require()
+
+
+# --- process lists ----------------------------------------------------------------------------
+
+
+def test_process_lists_unite_the_samples_of_the_span() -> None:
+    samples = [
+        {"time_seconds": 1.0, "compute_pids": [{"pid": 1, "used_memory_mib": 5}], "mps_pids": []},
+        {"time_seconds": 2.0},
+        {"time_seconds": 3.0, "compute_pids": [{"pid": 2, "used_memory_mib": None}],
+         "mps_pids": [3]},
+        {"time_seconds": 9.0, "compute_pids": [{"pid": 9, "used_memory_mib": 5}], "mps_pids": []},
+    ]  # fmt: skip
+    united = ProcessLists.from_samples(samples, 0.5, 5.0)
+    assert united == ProcessLists(frozenset({1, 2}), frozenset({3}))
+
+
+def test_lists_that_nvml_does_not_give_are_unknown_and_not_empty() -> None:
+    samples = [{"time_seconds": 1.0, "compute_pids": None, "mps_pids": None}]
+    assert ProcessLists.from_samples(samples, 0, 2) == ProcessLists(None, None)
+
+
+# --- state of the mode scripts ----------------------------------------------------------------
+
+
+def write_state(folder: Path, mode: str, text: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{mode}-{UUID}.state").write_text(text)
+
+
+def test_state_is_read_from_the_folder_that_the_environment_names(tmp_path: Path) -> None:
+    write_state(tmp_path, "mps", "pipe_directory=/a=b\nuser=me\nnonsense\n")
+    environment = {"GPU_SHARING_STATE_DIR": str(tmp_path)}
+    state = sharing_modes.read_state("mps", UUID, environment)
+    assert state == {"pipe_directory": "/a=b", "user": "me"}
+    assert sharing_modes.read_state("mig", UUID, environment) == {}
+
+
+def test_state_written_under_sudo_is_found_though_xdg_state_home_is_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_state(tmp_path / ".local/state/gpu-sharing-bench", "mps", "pipe_directory=/p\n")
+    state = sharing_modes.read_state("mps", UUID, {"XDG_STATE_HOME": str(tmp_path / "other")})
+    assert state == {"pipe_directory": "/p"}
+
+
+def test_more_clients_than_time_slicing_was_set_up_for_is_a_warning(tmp_path: Path) -> None:
+    environment = {"GPU_SHARING_STATE_DIR": str(tmp_path)}
+    assert sharing_modes.time_slicing_warning(8, UUID, environment) is None
+    write_state(tmp_path, "time-slicing", "clients=4\n")
+    assert sharing_modes.time_slicing_warning(4, UUID, environment) is None
+    warning = sharing_modes.time_slicing_warning(8, UUID, environment)
+    assert "setup_time_slicing.sh 8" in warning
+
+
+def test_the_recorded_pipe_directory_comes_before_the_inherited_one(
+    tmp_path: Path, control: Callable
+) -> None:
+    recorded, inherited = control("", "recorded"), control("", "inherited")
+    write_state(tmp_path, "mps", f"pipe_directory={recorded}\n")
+    environment = {"GPU_SHARING_STATE_DIR": str(tmp_path), "CUDA_MPS_PIPE_DIRECTORY": inherited}
+    mode = sharing_modes.make_mode(
+        "mps", lambda: H100, clients=4, no_mps_folder=EMPTY, environment=environment
+    )
+    assert mode.client_environment(0)["CUDA_MPS_PIPE_DIRECTORY"] == recorded
+
+
+@pytest.mark.parametrize("name", ["time-slicing", "exclusive", "mps", "mig", "cpu-demo"])
+def test_every_mode_can_be_made_by_name(name: str) -> None:
+    mode = sharing_modes.make_mode(
+        name, lambda: H100, clients=1, no_mps_folder=EMPTY, environment={}
+    )
+    assert mode.name == name
