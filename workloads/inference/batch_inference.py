@@ -1,0 +1,184 @@
+#!/usr/bin/env python3
+"""Batch inference benchmark: latency and throughput of a classifier on random tensors.
+
+    python3 workloads/inference/batch_inference.py --model resnet50 --batch-size 32
+
+Each batch is one launch of the forward pass and a wait for its end, timed on the host: what a
+caller waits for. The time on the device between two events and the copy of an input to the device
+are reported apart. The input lies on the device beforehand; batch norm is folded into the
+convolutions and the model cast once to the precision (see inference_model.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from workloads.common import cli, client, console
+from workloads.common.latency import summarize_latency_ms
+from workloads.inference.inference_model import (
+    add_model_flags,
+    load_inference_model,
+    resolve_model_flags,
+    weights_notes,
+)
+
+IMAGE_SHAPE = (3, 224, 224)
+COPY_REPEATS = 10
+WARM_UP_BATCHES = 5
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Return the flags of this script."""
+    parser = cli.workload_parser("Measure latency and throughput of batch inference.")
+    add_model_flags(parser)
+    parser.add_argument(
+        "--batch-size", type=cli.positive_int, default=32, help="images a batch (default: 32)"
+    )
+    parser.add_argument(
+        "--num-batches", type=cli.positive_int, default=100, help="batches to run (default: 100)"
+    )
+    return parser.parse_args()
+
+
+class BatchInference(client.Workload):
+    """Runs a fixed number of batches, one after the other; a unit of work is one batch."""
+
+    name = "batch_inference"
+    title = "Batch inference"
+
+    def load(self) -> None:
+        """Load the model and put one random batch on the device."""
+        from workloads.common.device import open_device
+
+        self.device = open_device(self.args)
+        import torch
+
+        args = self.args
+        self._model, self._weights = load_inference_model(
+            self.device, args.model, args.weights, args.seed
+        )
+        self.warnings += weights_notes(args.model, args.weights, self._weights.kind)
+        random = torch.Generator().manual_seed(args.seed)
+        batch = torch.randn(args.batch_size, *IMAGE_SHAPE, generator=random)
+        batch = batch.to(self.device.model_dtype, memory_format=torch.channels_last)
+        self._host_batch = batch.pin_memory() if self.device.is_cuda else batch
+        self._batch = batch.to(self.device.torch_device, copy=True)
+
+    def warm_up(self) -> None:
+        """Autotune, capture, and measure the copy of the input."""
+        from workloads.common.engine import capture_forward
+
+        self._forward = capture_forward(self.device, lambda: self._model(self._batch))
+        self._run_batch = self._timed_on_cuda() if self.device.is_cuda else self._timed_on_cpu
+        for _ in range(WARM_UP_BATCHES if self.device.is_cuda else 1):
+            self._run_batch()
+        repeats = COPY_REPEATS if self.device.is_cuda else 0
+        self._copy_seconds = [self._copy_input() for _ in range(repeats)]
+
+    def run_job(self, recorder: client.Recorder) -> dict:
+        """Run all batches and return the figures."""
+        args = self.args
+        latencies: list[float] = []
+        device_seconds: list[float] = []
+        with console.progress(args.num_batches, "batches") as bar:
+            for _ in range(args.num_batches):
+                recorder.check_stop()
+                start_seconds, end_seconds, on_device = self._run_batch()
+                recorder.unit("batch", start_seconds, end_seconds, latency=True)
+                latencies.append(end_seconds - start_seconds)
+                if on_device is not None:
+                    device_seconds.append(on_device)
+                bar.advance()
+        elapsed_seconds = sum(latencies)
+        images = args.batch_size * args.num_batches
+        return {
+            **{f"latency_{name}": ms for name, ms in summarize_latency_ms(latencies).items()},
+            "samples_per_second": images / elapsed_seconds,
+            "batches": args.num_batches,
+            "batch_size": args.batch_size,
+            "images": images,
+            "elapsed_seconds": elapsed_seconds,
+            **{f"device_{name}": ms for name, ms in summarize_latency_ms(device_seconds).items()},
+            "input_copy_median_ms": summarize_latency_ms(self._copy_seconds)["median_ms"],
+        }
+
+    def _timed_on_cpu(self) -> tuple[float, float, None]:
+        start_seconds = time.monotonic()
+        self._forward()
+        return start_seconds, time.monotonic(), None
+
+    def _timed_on_cuda(self) -> Callable[[], tuple[float, float, float]]:
+        """Return what runs one batch: start and end on the host clock, seconds on the device."""
+        import torch
+
+        begin = torch.cuda.Event(enable_timing=True)
+        end = torch.cuda.Event(enable_timing=True)
+
+        def run_batch() -> tuple[float, float, float]:
+            start_seconds = time.monotonic()
+            begin.record()
+            self._forward()
+            end.record()
+            self.device.synchronize()
+            end_seconds = time.monotonic()
+            return start_seconds, end_seconds, begin.elapsed_time(end) / 1e3
+
+        return run_batch
+
+    def _copy_input(self) -> float:
+        start_seconds = time.monotonic()
+        self._batch.copy_(self._host_batch, non_blocking=True)
+        self.device.synchronize()
+        return time.monotonic() - start_seconds
+
+    def resolve(self) -> list[str]:
+        """Find or download the weights."""
+        arguments, self.warnings = resolve_model_flags(self.args.model, self.args.weights)
+        return arguments
+
+    def settings(self) -> dict:
+        """Return what was run."""
+        args = self.args
+        return {
+            "model": args.model,
+            "weights": self._weights.kind,
+            "weights_source": self._weights.source,
+            "batch_size": args.batch_size,
+            "num_batches": args.num_batches,
+            "image_shape": list(IMAGE_SHAPE),
+            "engine": self.device.engine,
+            "precision": self.device.precision,
+            "seed": args.seed,
+        }
+
+    def summary(self, figures: dict) -> list[tuple[str, str]]:
+        """Return the lines of the terminal summary."""
+        args = self.args
+        rows = [
+            ("Model", f"{args.model}, weights {self._weights.kind} ({self._weights.source})"),
+            ("Batches", f"{figures['batches']} of {args.batch_size} images"),
+            ("Latency a batch, mean", f"{figures['latency_mean_ms']:.2f} ms"),
+            ("Median (P50)", f"{figures['latency_median_ms']:.2f} ms"),
+            ("Min / max", f"{figures['latency_min_ms']:.2f} / {figures['latency_max_ms']:.2f} ms"),
+            ("P95 / P99", f"{figures['latency_p95_ms']:.2f} / {figures['latency_p99_ms']:.2f} ms"),
+            ("Throughput", f"{figures['samples_per_second']:.1f} samples/s"),
+        ]
+        if figures["latency_std_ms"] is not None:
+            rows.insert(4, ("Standard deviation", f"{figures['latency_std_ms']:.2f} ms"))
+        if figures["device_median_ms"] is not None:
+            rows.append(("On the device, median", f"{figures['device_median_ms']:.2f} ms"))
+            rows.append(
+                ("Copy of the input, median", f"{figures['input_copy_median_ms']:.2f} ms, not "
+                 "part of the latency")
+            )  # fmt: skip
+        return rows
+
+
+if __name__ == "__main__":
+    cli.run_main(client.main_of(BatchInference, parse_arguments))
