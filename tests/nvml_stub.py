@@ -126,8 +126,7 @@ def _build_folder() -> tempfile.TemporaryDirectory:
 
 @functools.cache
 def _compile(without: tuple[str, ...]) -> Path:
-    folder = Path(_build_folder().name) / ("-".join(without) or "complete")
-    folder.mkdir()
+    folder = Path(tempfile.mkdtemp(dir=_build_folder().name))
     library = folder / "libnvidia-ml.so.1"
     exports = folder / "exports.map"
     hidden = "".join(f" {name};" for name in without)

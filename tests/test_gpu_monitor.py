@@ -1,0 +1,604 @@
+"""The real sampler process against a scripted card, and once against a real one."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import itertools
+import json
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pynvml
+import pytest
+from conftest import PROJECT_ROOT
+from nvml_stub import GPU_UUID, SOURCE, build_nvml_stub, stub_environment, write_state
+
+MONITOR = (sys.executable, str(PROJECT_ROOT / "benchmarking" / "gpu_monitor.py"))
+SAMPLE_KEYS = {
+    "record", "time_seconds", "wall_time", "gpu_index", "gpu_uuid", "utilization_gpu_percent",
+    "utilization_source", "graphics_engine_active_percent", "sm_activity_percent",
+    "sm_occupancy_percent", "tensor_activity_percent", "dram_activity_percent",
+    "memory_used_mib", "memory_total_mib", "sm_clock_mhz", "power_draw_watts", "energy_joules",
+    "throttle_reasons", "temperature_celsius", "host_cpu_percent",
+}  # fmt: skip
+PROCESS_KEYS = {"compute_pids", "mps_pids"}
+HOST_KEYS = {"record", "time_seconds", "wall_time", "host_cpu_percent"}
+BUSY = {
+    "utilization_gpu_percent": 97, "memory_used_mib": 12345, "sm_clock_mhz": 1755,
+    "power_draw_watts": 612.5, "energy_joules": 98765.432, "temperature_celsius": 61,
+    "clocks_event_reasons": "0x84", "gpm_graphics_util": 99.5, "gpm_sm_util": 82.25,
+    "gpm_sm_occupancy": 31.5, "gpm_any_tensor_util": 21.125, "gpm_dram_bw_util": 44.0,
+}  # fmt: skip
+MIG = {
+    "mig_mode_current": 1,
+    "mig_devices": [
+        ("MIG-aaaaaaaa-0000-0000-0000-000000000001", 7, 16, 9984, 1000),
+        None,  # NVML's numbering has holes
+        ("MIG-bbbbbbbb-0000-0000-0000-000000000002", 8, 48, 40448, 2000),
+    ],
+    "gpm_sm_util_gi7": 20,
+    "gpm_sm_util_gi8": 60,
+    "gpm_graphics_util_gi7": 30,
+    "gpm_graphics_util_gi8": 70,
+}
+MIG_SMALL, MIG_LARGE = (device[0] for device in MIG["mig_devices"] if device)
+
+
+@pytest.fixture
+def card(tmp_path: Path) -> Callable[..., dict[str, str]]:
+    """Script the card; called again it changes the card. Returns the sampler's environment."""
+
+    def script(without: tuple[str, ...] = (), **state: object) -> dict[str, str]:
+        write_state(tmp_path / "card.txt", **state)
+        return stub_environment(build_nvml_stub(tmp_path, without), tmp_path / "card.txt")
+
+    return script
+
+
+def sample_for(
+    environment: dict[str, str], *arguments: str, duration: float = 0.1
+) -> tuple[dict, list[dict]]:
+    """Run the sampler for a moment; return its first line and its samples."""
+    run = subprocess.run(
+        (*MONITOR, "--output", "-", "--interval", "0.1", "--duration", str(duration), *arguments),
+        env=environment, capture_output=True, text=True, timeout=30, check=True,
+    )  # fmt: skip
+    monitor, *samples = [json.loads(line) for line in run.stdout.splitlines()]
+    assert monitor["record"] == "monitor"
+    assert {sample["record"] for sample in samples} == {"sample"}
+    return monitor, samples
+
+
+@contextlib.contextmanager
+def running(environment: dict[str, str], *arguments: str) -> Iterator[subprocess.Popen]:
+    """Start the sampler with pipes to it; kill it in the end if it still runs."""
+    process = subprocess.Popen(
+        (*MONITOR, "--interval", "0.1", *arguments), env=environment,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def read_until(process: subprocess.Popen, wanted: Callable[[dict], bool]) -> dict:
+    """Return the sampler's first line that is wanted; the test's timeout bounds the wait."""
+    for line in process.stdout:
+        record = json.loads(line)
+        if wanted(record):
+            return record
+    raise AssertionError(f"the sampler ended first: {process.stderr.read()}")
+
+
+# --- what a line says
+
+
+def test_every_field_of_a_busy_card_has_its_value_and_unit(card: Callable) -> None:
+    _, samples = sample_for(card(**BUSY))
+    sample = samples[0]
+    assert set(sample) == SAMPLE_KEYS | PROCESS_KEYS
+    measured = {key: sample[key] for key in SAMPLE_KEYS - HOST_KEYS}
+    assert measured == {
+        "gpu_index": 0,
+        "gpu_uuid": GPU_UUID,
+        "utilization_gpu_percent": 97,
+        "utilization_source": "nvml",
+        "graphics_engine_active_percent": 99.5,
+        "sm_activity_percent": 82.25,
+        "sm_occupancy_percent": 31.5,
+        "tensor_activity_percent": 21.125,
+        "dram_activity_percent": 44.0,
+        "memory_used_mib": 12345,  # without the driver's 480 MiB, as nvidia-smi counts
+        "memory_total_mib": 81559,
+        "sm_clock_mhz": 1755,
+        "power_draw_watts": 612.5,
+        "energy_joules": 98765.432,
+        "throttle_reasons": ["sw_power_cap", "hw_power_brake_slowdown"],
+        "temperature_celsius": 61,
+    }
+    assert 0 <= sample["host_cpu_percent"] <= 100
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00", sample["wall_time"])
+
+
+def test_the_first_line_carries_the_facts_of_the_card(card: Callable) -> None:
+    before = time.monotonic()
+    monitor, samples = sample_for(card())
+    assert monitor["ready"] is True
+    assert before < monitor["time_seconds"] <= samples[0]["time_seconds"] < time.monotonic()
+    facts = {
+        "index": 0,
+        "uuid": GPU_UUID,
+        "name": "NVIDIA H100 80GB HBM3",
+        "memory_total_mib": 81559,
+        "driver_version": "580.159.04",
+        "cuda_driver_version": "13.0",
+        "mig_mode": {"current": "Disabled", "pending": "Disabled"},
+        "compute_mode": "Default",
+        "compute_capability": "9.0",
+        "mig_devices": [],
+        "gpm_supported": True,
+    }
+    assert {key: monitor[key] for key in facts} == facts
+
+
+def test_process_lists_come_once_a_second_and_are_absent_in_between(card: Callable) -> None:
+    environment = card(pids={903: 66, 938: 2228, 936: None}, mps_pids={938: 2228})
+    _, samples = sample_for(environment, duration=1.5)
+    with_lists = [sample for sample in samples if "compute_pids" in sample]
+    assert len(with_lists) == 2
+    assert with_lists[0]["compute_pids"] == [
+        {"pid": 903, "used_memory_mib": 66},
+        {"pid": 938, "used_memory_mib": 2228},
+        {"pid": 936, "used_memory_mib": None},
+    ]
+    assert with_lists[0]["mps_pids"] == [{"pid": 938, "used_memory_mib": 2228}]
+    in_between = [sample for sample in samples if sample not in with_lists]
+    assert in_between
+    assert all(PROCESS_KEYS.isdisjoint(sample) for sample in in_between)
+
+
+def test_a_process_that_starts_later_is_seen(card: Callable) -> None:
+    with running(card(), "--output", "-") as process:
+        first = read_until(process, lambda record: "compute_pids" in record)
+        assert (first["compute_pids"], first["mps_pids"]) == ([], [])
+        card(pids={4711: 100}, mps_pids={4711: 100})
+        later = read_until(process, lambda record: bool(record.get("mps_pids")))
+        assert later["compute_pids"] == [{"pid": 4711, "used_memory_mib": 100}]
+
+
+def test_the_energy_counter_grows_by_power_times_time(card: Callable) -> None:
+    _, samples = sample_for(card(power_draw_watts=500, energy_joules="clock"), duration=1.0)
+    joules = samples[-1]["energy_joules"] - samples[0]["energy_joules"]
+    seconds = samples[-1]["time_seconds"] - samples[0]["time_seconds"]
+    assert joules == pytest.approx(500 * seconds, rel=0.1)
+
+
+def test_a_reason_without_a_name_is_shown_as_its_bit(card: Callable) -> None:
+    _, samples = sample_for(card(clocks_event_reasons="0x10004"))
+    assert samples[0]["throttle_reasons"] == ["sw_power_cap", "unknown_0x10000"]
+
+
+# --- what a card does not offer
+
+
+def test_without_gpm_its_figures_are_null_and_the_others_stand(card: Callable) -> None:
+    monitor, samples = sample_for(card(**{**BUSY, "gpm": 0}))
+    assert monitor["gpm_supported"] is False
+    assert samples[-1]["sm_activity_percent"] is None
+    assert samples[-1]["dram_activity_percent"] is None
+    assert samples[-1]["utilization_gpu_percent"] == 97
+
+
+def test_without_nvml_utilization_gpm_stands_in_and_is_named(card: Callable) -> None:
+    _, samples = sample_for(card(**{**BUSY, "utilization_gpu_percent": None}))
+    assert samples[0]["utilization_gpu_percent"] == 99.5
+    assert samples[0]["utilization_source"] == "gpm"
+
+
+def test_one_gpm_figure_that_fails_leaves_the_others(card: Callable) -> None:
+    _, samples = sample_for(card(**{**BUSY, "gpm_any_tensor_util": None, "gpm_sm_util": "nan"}))
+    assert samples[0]["tensor_activity_percent"] is None
+    assert samples[0]["sm_activity_percent"] is None
+    assert samples[0]["sm_occupancy_percent"] == 31.5
+
+
+def test_sensors_that_are_not_supported_give_null(card: Callable) -> None:
+    unsupported = {
+        "sm_clock_mhz": "sm_clock_mhz",
+        "power_draw_watts": "power_draw_watts",
+        "energy_joules": "energy_joules",
+        "temperature_celsius": "temperature_celsius",
+        "clocks_event_reasons": "throttle_reasons",
+        "memory_used_mib": "memory_used_mib",
+        "pids": "compute_pids",
+        "mps_pids": "mps_pids",
+    }
+    _, samples = sample_for(card(**{**BUSY, **dict.fromkeys(unsupported)}))
+    assert {field: samples[0][field] for field in unsupported.values()} == dict.fromkeys(
+        unsupported.values()
+    )
+    assert samples[0]["utilization_gpu_percent"] == 97
+
+
+def test_functions_that_fail_for_any_reason_give_null(card: Callable) -> None:
+    no_permission, gpu_is_lost = 4, 15
+    failures = {
+        "nvmlDeviceGetComputeRunningProcesses_v3": no_permission,
+        "nvmlDeviceGetComputeRunningProcesses_v2": no_permission,
+        "nvmlDeviceGetPowerUsage": gpu_is_lost,
+        "nvmlGpmMetricsGet": no_permission,
+    }
+    _, samples = sample_for(card(**BUSY, fail=failures))
+    assert samples[0]["compute_pids"] is None
+    assert samples[0]["mps_pids"] == []
+    assert samples[0]["power_draw_watts"] is None
+    assert samples[0]["sm_activity_percent"] is None
+    assert samples[0]["utilization_gpu_percent"] == 97
+
+
+def test_a_failure_that_passes_leaves_values_again_and_no_false_gpm_figure(card: Callable) -> None:
+    gpu_is_lost = 15
+    with running(card(**BUSY), "--output", "-") as process:
+        read_until(process, lambda record: record.get("sm_activity_percent") == 82.25)
+        card(**BUSY, fail={"nvmlGpmSampleGet": gpu_is_lost})
+        read_until(process, lambda r: r["record"] == "sample" and r["sm_activity_percent"] is None)
+        card(**{**BUSY, "gpm_sm_util": 11})
+        assert read_until(process, lambda record: record["sm_activity_percent"] is not None)[
+            "sm_activity_percent"
+        ] == pytest.approx(11)
+
+
+def test_an_old_driver_answers_through_the_older_functions(card: Callable) -> None:
+    environment = card(
+        without=(
+            "nvmlDeviceGetComputeRunningProcesses_v3", "nvmlDeviceGetMPSComputeRunningProcesses_v3",
+            "nvmlDeviceGetCurrentClocksEventReasons", "nvmlDeviceGetTemperatureV",
+            "nvmlDeviceGetMemoryInfo_v2", "nvmlSystemGetCudaDriverVersion_v2",
+        ),
+        **BUSY, pids={938: 2228}, mps_pids={938: 2228},
+    )  # fmt: skip
+    monitor, samples = sample_for(environment)
+    assert monitor["cuda_driver_version"] == "13.0"
+    assert samples[0]["compute_pids"] == [{"pid": 938, "used_memory_mib": 2228}]
+    assert samples[0]["mps_pids"] == [{"pid": 938, "used_memory_mib": 2228}]
+    assert samples[0]["throttle_reasons"] == ["sw_power_cap", "hw_power_brake_slowdown"]
+    assert samples[0]["temperature_celsius"] == 61
+    assert samples[0]["memory_used_mib"] == 12345 + 480  # all that this driver can tell
+
+
+def test_functions_that_the_driver_lacks_give_null(card: Callable) -> None:
+    environment = card(
+        without=(
+            "nvmlGpmQueryDeviceSupport", "nvmlGpmSampleAlloc", "nvmlGpmSampleGet",
+            "nvmlGpmMetricsGet", "nvmlGpmMigSampleGet", "nvmlDeviceGetMigMode",
+            "nvmlDeviceIsMigDeviceHandle", "nvmlDeviceGetMaxMigDeviceCount",
+            "nvmlDeviceGetDeviceHandleFromMigDeviceHandle", "nvmlDeviceGetTotalEnergyConsumption",
+            "nvmlDeviceGetMPSComputeRunningProcesses_v2",
+            "nvmlDeviceGetMPSComputeRunningProcesses_v3",
+        ),
+        **BUSY,
+    )  # fmt: skip
+    monitor, samples = sample_for(environment)
+    assert monitor["mig_mode"] is None
+    assert monitor["gpm_supported"] is None
+    assert samples[0]["energy_joules"] is None
+    assert samples[0]["mps_pids"] is None
+    assert samples[0]["compute_pids"] == []
+    assert samples[0]["sm_activity_percent"] is None
+    assert samples[0]["utilization_gpu_percent"] == 97
+
+
+# --- which card
+
+
+def test_a_card_is_found_by_index_and_by_uuid(card: Callable) -> None:
+    environment = card(count=2, uuid_1="GPU-second", power_draw_watts_1=77)
+    for selector in ("1", "GPU-second"):
+        monitor, samples = sample_for(environment, "--gpu", selector)
+        assert (monitor["index"], monitor["uuid"]) == (1, "GPU-second")
+        assert (samples[0]["gpu_index"], samples[0]["power_draw_watts"]) == (1, 77)
+
+
+@pytest.mark.parametrize("selector", ["7", "GPU-nowhere", "-1"])
+def test_a_card_that_does_not_exist_is_refused_with_the_ones_there_are(
+    card: Callable, selector: str
+) -> None:
+    run = subprocess.run(
+        (*MONITOR, "--output", "-", f"--gpu={selector}"), env=card(), capture_output=True,
+        text=True, timeout=30, check=False,
+    )  # fmt: skip
+    assert run.returncode == 3
+    assert run.stdout == ""
+    assert run.stderr.count("\n") == 1
+    assert f"GPU {selector} cannot be found" in run.stderr
+    assert f"0 ({GPU_UUID})" in run.stderr
+
+
+def test_naming_a_card_on_a_machine_without_a_driver_is_refused(card: Callable) -> None:
+    run = subprocess.run(
+        (*MONITOR, "--output", "-", "--gpu", "0"), env=card(fail={"nvmlInitWithFlags": 9}),
+        capture_output=True, text=True, timeout=30, check=False,
+    )  # fmt: skip
+    assert run.returncode == 3
+    assert "Driver Not Loaded" in run.stderr
+
+
+@pytest.mark.parametrize(
+    "state", [{"fail": {"nvmlInitWithFlags": 9}}, {"fail": {"nvmlInitWithFlags": 18}}, {"count": 0}]
+)
+def test_without_a_gpu_the_host_is_still_sampled_and_that_is_said_once(
+    card: Callable, state: dict
+) -> None:
+    run = subprocess.run(
+        (*MONITOR, "--output", "-", "--interval", "0.1", "--duration", "0.3"), env=card(**state),
+        capture_output=True, text=True, timeout=30, check=True,
+    )  # fmt: skip
+    monitor, *samples = [json.loads(line) for line in run.stdout.splitlines()]
+    assert (monitor["ready"], monitor["uuid"], monitor["mig_devices"]) == (True, None, None)
+    assert 2 <= len(samples) <= 4
+    for sample in samples:
+        assert set(sample) - PROCESS_KEYS == SAMPLE_KEYS
+        assert {sample[key] for key in SAMPLE_KEYS - HOST_KEYS} == {None}
+        assert 0 <= sample["host_cpu_percent"] <= 100
+    assert run.stderr.count("no GPU to sample") == 1
+
+
+# --- MIG
+
+
+def test_a_mig_instance_has_its_own_memory_gpm_and_processes(card: Callable) -> None:
+    environment = card(**MIG, pids={100: (5, 7), 200: (6, 8)})
+    monitor, samples = sample_for(environment, "--gpu", MIG_SMALL)
+    assert (monitor["uuid"], monitor["index"]) == (MIG_SMALL, 0)
+    assert monitor["mig_mode"] == {"current": "Enabled", "pending": "Enabled"}
+    assert monitor["mig_devices"] == [
+        {"uuid": MIG_SMALL, "gpu_instance_id": 7, "multiprocessor_count": 16, "memory_mib": 9984},
+        {"uuid": MIG_LARGE, "gpu_instance_id": 8, "multiprocessor_count": 48, "memory_mib": 40448},
+    ]
+    sample = samples[0]
+    assert (sample["gpu_uuid"], sample["gpu_index"]) == (MIG_SMALL, 0)
+    assert (sample["memory_used_mib"], sample["memory_total_mib"]) == (1000, 9984)
+    assert sample["sm_activity_percent"] == 20
+    assert (sample["utilization_gpu_percent"], sample["utilization_source"]) == (30, "gpm")
+    assert sample["compute_pids"] == [{"pid": 100, "used_memory_mib": 5}]
+    assert sample["power_draw_watts"] == 119.25  # the whole card's: instances have no sensor
+
+
+def test_a_whole_card_under_mig_reads_the_mean_over_its_multiprocessors(card: Callable) -> None:
+    _, samples = sample_for(card(**MIG))
+    assert samples[0]["sm_activity_percent"] == (16 * 20 + 48 * 60) / (16 + 48)
+    assert samples[0]["utilization_gpu_percent"] == (16 * 30 + 48 * 70) / (16 + 48)
+    assert samples[0]["utilization_source"] == "gpm"
+
+
+def test_a_pending_mig_mode_is_told_apart_from_the_current_one(card: Callable) -> None:
+    monitor, _ = sample_for(card(mig_mode_pending=1))
+    assert monitor["mig_mode"] == {"current": "Disabled", "pending": "Enabled"}
+
+
+# --- its life
+
+
+def test_the_period_does_not_drift_and_missed_deadlines_are_left_out(card: Callable) -> None:
+    with running(card(), "--output", "-") as process:
+        monitor = read_until(process, lambda record: record["record"] == "monitor")
+        time.sleep(0.5)
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(0.65)
+        process.send_signal(signal.SIGCONT)
+        time.sleep(0.6)
+        process.terminate()
+        out, _ = process.communicate(timeout=10)
+    times = [
+        json.loads(line)["time_seconds"] - monitor["time_seconds"] for line in out.splitlines()
+    ]
+    gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
+    resumed = gaps.index(max(gaps)) + 1
+    assert max(gaps) > 0.5
+    # What was missed is not made up for in a burst.
+    assert len(times) <= times[-1] / 0.1 + 1 - 4
+    # After the stop, which is no multiple of the period, the samples lie on the old grid again.
+    late_seconds = [time - 0.1 * int(time / 0.1 + 1e-6) for time in times[resumed + 1 :]]
+    assert statistics.median(late_seconds) < 0.03
+
+
+def test_the_duration_ends_it(card: Callable) -> None:
+    _, samples = sample_for(card(), duration=0.5)
+    assert len(samples) <= 6
+    assert samples[-1]["time_seconds"] - samples[0]["time_seconds"] == pytest.approx(0.5, abs=0.08)
+
+
+def test_it_ends_when_its_leash_is_let_go(card: Callable) -> None:
+    with running(card(), "--output", "-", "--leash") as process:
+        process.stdin.write("words mean nothing\n")
+        process.stdin.flush()
+        written = time.monotonic()
+        read_until(process, lambda record: record["time_seconds"] > written + 0.3)
+        process.stdin.close()
+        process.stdin = None
+        assert process.wait(timeout=5) == 0
+
+
+def test_without_a_leash_a_closed_standard_input_does_not_end_it(card: Callable) -> None:
+    run = subprocess.run(
+        (*MONITOR, "--output", "-", "--interval", "0.1", "--duration", "0.3"), env=card(),
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=30, check=True,
+    )  # fmt: skip
+    last = json.loads(run.stdout.splitlines()[-1])
+    first = json.loads(run.stdout.splitlines()[0])
+    assert last["time_seconds"] - first["time_seconds"] > 0.25
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_at_once_with_a_whole_last_line(
+    card: Callable, tmp_path: Path, number: signal.Signals
+) -> None:
+    output = tmp_path / "samples.jsonl"
+    with running(card(), "--output", str(output)) as process:
+        while not output.exists() or output.read_text().count("\n") < 3:
+            time.sleep(0.02)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=5)
+    assert process.returncode == 0
+    assert err == ""
+    assert "summary" in out
+    text = output.read_text()
+    assert text.endswith("}\n")
+    assert [json.loads(line)["record"] for line in text.splitlines()][:2] == ["monitor", "sample"]
+
+
+def test_a_reader_that_goes_away_ends_it_quietly(card: Callable) -> None:
+    with running(card(), "--output", "-") as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.wait(timeout=5) == 0
+        assert process.stderr.read() == ""
+        process.stdout = None
+
+
+# --- by hand
+
+
+def test_by_hand_it_prints_lines_and_a_summary_and_names_its_file(
+    card: Callable, tmp_path: Path
+) -> None:
+    run = subprocess.run(
+        (*MONITOR, "--interval", "0.1", "--duration", "0.2"), env=card(**BUSY), cwd=tmp_path,
+        capture_output=True, text=True, timeout=30, check=True,
+    )  # fmt: skip
+    (output,) = (tmp_path / "results").iterdir()
+    assert re.fullmatch(r"gpu_monitor_\d{8}-\d{6}\.jsonl", output.name)
+    assert re.search(rf"[23] samples: results/{output.name}$", run.stdout, re.MULTILINE)
+    assert f"GPU 0 {GPU_UUID}" in run.stdout
+    assert "SM activity 82.2 %" in run.stdout
+    assert re.search(r"power draw +612\.5 W +612\.5 W", run.stdout)
+    assert len(output.read_text().splitlines()) in (3, 4)
+
+
+def test_on_a_terminal_it_shows_a_table(card: Callable, tmp_path: Path) -> None:
+    ours, theirs = os.openpty()
+    process = subprocess.Popen(
+        (*MONITOR, "--interval", "0.1", "--duration", "0.2", "--output", str(tmp_path / "o")),
+        env={**card(**BUSY), "TERM": "xterm"}, stdout=theirs, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # Linux's end of file on a terminal whose other end closed
+        while chunk := os.read(ours, 65536):
+            shown += chunk
+    os.close(ours)
+    _, err = process.communicate(timeout=10)
+    assert (process.returncode, err) == (0, "")
+    assert "82.2 %" in shown.decode()
+    assert "┃" in shown.decode()
+
+
+def test_an_existing_file_is_continued(card: Callable, tmp_path: Path) -> None:
+    output = tmp_path / "samples.jsonl"
+    output.write_text('{"record": "earlier"}\n')
+    subprocess.run(
+        (*MONITOR, "--duration", "0.1", "--interval", "0.1", "--output", str(output)), env=card(),
+        stdout=subprocess.DEVNULL, timeout=30, check=True,
+    )  # fmt: skip
+    records = [json.loads(line)["record"] for line in output.read_text().splitlines()]
+    assert records[:3] == ["earlier", "monitor", "sample"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fix"),
+    [
+        (("--interval", "0.05"), "give 0.1 seconds or more"),
+        (("--interval", "nan"), "give 0.1 seconds or more"),
+        (("--duration", "-1"), "give 0 (no end) or more seconds"),
+        (("--output", "/proc/no/such/file"), "name a file that can be written"),
+    ],
+)
+def test_wrong_arguments_end_with_code_2_and_the_fix(
+    card: Callable, arguments: tuple[str, ...], fix: str
+) -> None:
+    run = subprocess.run(
+        (*MONITOR, *arguments), env=card(), capture_output=True, text=True, timeout=30, check=False
+    )
+    assert run.returncode == 2
+    assert fix in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_an_output_that_breaks_ends_it_with_code_1_and_one_sentence(card: Callable) -> None:
+    run = subprocess.run(
+        (*MONITOR, "--output", "/dev/full"), env=card(), capture_output=True, text=True,
+        timeout=30, check=False,
+    )  # fmt: skip
+    assert run.returncode == 1
+    assert run.stderr == (
+        "gpu_monitor: the samples cannot be written: [Errno 28] No space left on device\n"
+    )
+
+
+# --- the stand-in itself
+
+
+def test_the_structs_of_the_stand_in_are_those_that_pynvml_declares(tmp_path: Path) -> None:
+    # metrics[] of the request has no length in C: its own offset is what has to agree.
+    structs = {
+        "memory_t": pynvml.c_nvmlMemory_t,
+        "memory_v2_t": pynvml.c_nvmlMemory_v2_t,
+        "utilization_t": pynvml.c_nvmlUtilization_t,
+        "process_t": pynvml.c_nvmlProcessInfo_v3_t,
+        "attributes_t": pynvml.c_nvmlDeviceAttributes,
+        "temperature_t": pynvml.c_nvmlTemperature_v1_t,
+        "gpm_support_t": pynvml.c_nvmlGpmSupport_t,
+        "gpm_metric_t": pynvml.c_nvmlGpmMetric_t,
+    }
+    checks = [
+        f'_Static_assert(sizeof({name}) == {ctypes.sizeof(struct)}, "{name}");'
+        for name, struct in structs.items()
+    ]
+    for c_field, field in (("earlier", "sample1"), ("later", "sample2"), ("metrics", "metrics")):
+        offset = getattr(pynvml.c_nvmlGpmMetricsGet_t, field).offset
+        checks.append(
+            f'_Static_assert(offsetof(gpm_request_t, {c_field}) == {offset}, "{c_field}");'
+        )
+    source = tmp_path / "layout.c"
+    source.write_text("\n".join([f'#include "{SOURCE}"', *checks, ""]))
+    subprocess.run(("gcc", "-fsyntax-only", str(source)), check=True)
+
+
+# --- a real card
+
+
+@pytest.mark.gpu
+def test_a_real_card_gives_plausible_values() -> None:
+    monitor, samples = sample_for(dict(os.environ), "--interval", "0.2", duration=2)
+    assert monitor["uuid"].startswith("GPU-")
+    assert monitor["memory_total_mib"] > 1000
+    assert len(samples) >= 9
+    for sample in samples:
+        assert sample["gpu_uuid"] == monitor["uuid"]
+        assert sample["utilization_source"] in ("nvml", "gpm")
+        assert 0 <= sample["utilization_gpu_percent"] <= 100
+        assert 0 <= sample["memory_used_mib"] <= monitor["memory_total_mib"]
+        assert 100 <= sample["sm_clock_mhz"] <= 5000
+        assert 5 <= sample["power_draw_watts"] <= 2000
+        assert 10 <= sample["temperature_celsius"] <= 110
+        assert isinstance(sample["throttle_reasons"], list)
+        if monitor["gpm_supported"]:
+            assert 0 <= sample["sm_occupancy_percent"] <= sample["sm_activity_percent"] + 1 <= 101
+            assert 0 <= sample["dram_activity_percent"] <= 100
+            assert 0 <= sample["tensor_activity_percent"] <= 100
+    assert isinstance(samples[0]["compute_pids"], list)
+    assert isinstance(samples[0]["mps_pids"], list)
+    joules = samples[-1]["energy_joules"] - samples[0]["energy_joules"]
+    seconds = samples[-1]["time_seconds"] - samples[0]["time_seconds"]
+    mean_watts = sum(sample["power_draw_watts"] for sample in samples) / len(samples)
+    assert joules / seconds == pytest.approx(mean_watts, rel=0.5)
