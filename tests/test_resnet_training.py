@@ -405,3 +405,24 @@ def test_streamed_images_feed_a_captured_step(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert only_result(tmp_path)["settings"]["data_placement"] == "streamed"
+
+
+def prepared_on_the_cpu(monkeypatch):
+    from workloads.training.resnet_training import ResNetTraining, parse_arguments
+
+    monkeypatch.setattr(sys, "argv", [SCRIPT, *TINY, "--epochs", "1"])
+    workload = ResNetTraining(parse_arguments())
+    workload.load()
+    workload.warm_up()
+    return workload
+
+
+def test_no_step_makes_the_host_wait_since_that_could_not_be_captured(monkeypatch):
+    from no_sync import forbid_host_reads
+
+    workload = prepared_on_the_cpu(monkeypatch)
+    with forbid_host_reads():
+        workload.train_step()
+        workload.test_step()
+    assert workload.step_index.item() == 1
+    assert workload.loss_sum.item() > 0

@@ -326,8 +326,10 @@ class ResNetTraining(client.Workload):
             logits = network(images)
             loss = F.cross_entropy(logits, labels, label_smoothing=LABEL_SMOOTHING)
         loss.backward()
+        # Warm-up steps may run past the end of the table. A plain index by a scalar tensor would
+        # read it on the host, which a capture forbids.
         last = len(self.lr_table) - 1
-        self.lr.copy_(self.lr_table[self.step_index.clamp(max=last)])
+        self.lr.copy_(self.lr_table.take(self.step_index.clamp(max=last)))
         self.optimizer.step()
         self.step_index.add_(1)
         self._add_totals(logits.detach(), labels, loss.detach())
