@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import threading
+import warnings
 from collections.abc import Callable
 
 import numpy as np
@@ -35,6 +36,8 @@ _large_decodes = threading.BoundedSemaphore(2)
 # The pixel limit is ours and is checked after the header is read; Pillow's own only warns at
 # this size and raises at twice as much.
 Image.MAX_IMAGE_PIXELS = None
+# Pillow warns about oddities of damaged files, each with other numbers: a log that anyone can fill.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
 class ImageRejected(Exception):

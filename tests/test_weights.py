@@ -1,0 +1,154 @@
+"""Weights of classifiers: cache, download from a stand-in, own files, fallback to random."""
+
+from __future__ import annotations
+
+import hashlib
+import http.server
+import threading
+from functools import partial
+
+import pytest
+import torch
+from torchvision import models
+
+from workloads.common import weights
+from workloads.common.cli import UsageError
+from workloads.inference.inference_model import fold_batch_norm
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    return tmp_path / "torch" / "hub" / "checkpoints"
+
+
+@pytest.fixture(scope="module")
+def small_state():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        return models.resnet18(weights=None).state_dict()
+
+
+@pytest.fixture
+def file_server(tmp_path):
+    folder = tmp_path / "served"
+    folder.mkdir()
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *arguments):
+            """Say nothing."""
+
+        def do_GET(self):
+            if "short" in self.path:
+                self.send_response(200)
+                self.send_header("Content-Length", "1000")
+                self.end_headers()
+                self.wfile.write(b"only this")
+            else:
+                super().do_GET()
+
+    server = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), partial(Quiet, directory=str(folder))
+    )
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield folder, f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def serve_state(file_server, state) -> str:
+    """Put a state dict on the stand-in server under a name with its checksum; return its URL."""
+    folder, address = file_server
+    plain = folder / "plain.pth"
+    torch.save(state, plain)
+    digest = hashlib.sha256(plain.read_bytes()).hexdigest()
+    plain.rename(folder / f"resnet18-{digest[:8]}.pth")
+    return f"{address}/resnet18-{digest[:8]}.pth"
+
+
+def test_auto_downloads_once_into_torchvisions_cache(cache, file_server, small_state, monkeypatch):
+    url = serve_state(file_server, small_state)
+    monkeypatch.setattr(weights, "_published_urls", lambda name: [url])
+    model, loaded = weights.load_classifier("resnet18", "auto")
+    assert loaded.kind == "imagenet"
+    assert len(loaded.class_names) == 1000 and loaded.class_names[0] == "tench"
+    assert torch.equal(model.fc.weight, small_state["fc.weight"])
+    (cached,) = cache.iterdir()
+    assert loaded.source == str(cached)
+
+    def no_download(url, target):
+        raise AssertionError("downloaded twice")
+
+    monkeypatch.setattr(weights, "download", no_download)
+    assert weights.resolve_weights("resnet18", "auto") == (cached, "imagenet")
+    assert weights.resolve_weights("resnet18", str(cached)) == (cached, "imagenet")
+
+
+@pytest.mark.parametrize("broken", ["short-12345678.pth", "wrong-00000000.pth", "missing.pth"])
+def test_a_failed_download_leaves_nothing_behind(broken, cache, file_server):
+    folder, address = file_server
+    (folder / "wrong-00000000.pth").write_bytes(b"something else")
+    with pytest.raises(weights.DownloadError):
+        weights.download(f"{address}/{broken}", cache / broken)
+    assert list(cache.glob("*")) == list(cache.glob(".*")) == []
+
+
+def test_auto_falls_back_to_random_weights_and_says_so(cache, monkeypatch, capsys):
+    monkeypatch.setattr(weights, "_published_urls", lambda name: ["http://127.0.0.1:9/x.pth"])
+    before = torch.get_rng_state()
+    model, loaded = weights.load_classifier("resnet18", "auto", seed=3)
+    assert loaded.kind == "random" and loaded.source == "seed 3"
+    assert "RANDOM weights" in capsys.readouterr().err
+    assert torch.equal(before, torch.get_rng_state())
+    again, _ = weights.load_classifier("resnet18", "none", seed=3)
+    assert torch.equal(model.conv1.weight, again.conv1.weight)
+
+
+def test_imagenet_is_an_error_where_it_cannot_be_had(cache, monkeypatch):
+    monkeypatch.setattr(weights, "_published_urls", lambda name: ["http://127.0.0.1:9/x.pth"])
+    with pytest.raises(UsageError, match="use --weights none"):
+        weights.load_classifier("resnet18", "imagenet")
+
+
+def test_a_file_of_ones_own_is_loaded_with_its_number_of_classes(tmp_path):
+    own = models.resnet18(weights=None, num_classes=3)
+    path = tmp_path / "own.pt"
+    torch.save({"state_dict": own.state_dict(), "classes": ["cat", "dog", "frog"]}, path)
+    model, loaded = weights.load_classifier("resnet18", str(path))
+    assert loaded.kind == "file" and loaded.class_names == ("cat", "dog", "frog")
+    picture = torch.randn(1, 3, 64, 64)
+    assert torch.equal(model(picture), own.eval()(picture))
+
+
+def test_unusable_weights_files_are_one_sentence(tmp_path, small_state):
+    torn = tmp_path / "torn.pth"
+    torch.save(small_state, torn)
+    torn.write_bytes(torn.read_bytes()[:5000])
+    empty = tmp_path / "empty.pth"
+    torch.save({"epoch": 3}, empty)
+    other = tmp_path / "other.pth"
+    torch.save(models.squeezenet1_0(weights=None).state_dict(), other)
+    for path, sentence in (
+        (torn, "cannot be read"), (empty, "no state dict"), (other, "do not fit resnet18"),
+        (tmp_path / "nowhere.pth", "no weights file"),
+    ):  # fmt: skip
+        with pytest.raises(UsageError, match=sentence):
+            weights.load_classifier("resnet18", str(path))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_folding_batch_norm_changes_no_output(name):
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        model = models.get_model(name, weights=None).eval()
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.running_mean.normal_()
+                module.running_var.uniform_(0.5, 2)
+                module.weight.normal_()
+                module.bias.normal_()
+        picture = torch.randn(2, 3, 64, 64)
+        expected = model(picture)
+        fold_batch_norm(model)
+        assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in model.modules())
+        assert (model(picture) - expected).abs().max() < 1e-4 * expected.abs().max()
