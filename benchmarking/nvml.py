@@ -132,16 +132,16 @@ class Gpu:
         """Wrap an NVML device handle of a GPU or of a MIG instance."""
         self._handle = handle
         card = _ask("nvmlDeviceGetDeviceHandleFromMigDeviceHandle", handle)
-        is_instance = bool(getattr(_ask("nvmlDeviceIsMigDeviceHandle", handle), "value", 0))
-        self._card = card if is_instance and card is not None else handle
+        is_mig = getattr(_ask("nvmlDeviceIsMigDeviceHandle", handle), "value", 0)
+        self._is_instance = bool(is_mig) and card is not None
+        self._card = card if self._is_instance else handle
         self.index: int | None = _ask("nvmlDeviceGetIndex", self._card)
         self.uuid: str | None = _ask("nvmlDeviceGetUUID", handle)
-        self._mig_handles = [] if is_instance else _mig_handles(self._card)
+        self._mig_handles = [] if self._is_instance else _mig_handles(self._card)
         support = _ask("nvmlGpmQueryDeviceSupport", self._card)
         self.gpm_supported: bool | None = (
             None if support is None else bool(support.isSupportedDevice)
         )
-        self._gpm_readers = self._make_gpm_readers(is_instance) if self.gpm_supported else []
 
     def describe(self) -> dict[str, Any]:
         """Return what does not change while jobs run.
@@ -219,13 +219,17 @@ class Gpu:
         """Return ``{"pid", "used_memory_mib"}`` of each MPS client; None when unknown."""
         return self._processes("nvmlDeviceGetMPSComputeRunningProcesses")
 
-    def _make_gpm_readers(self, is_instance: bool) -> list[tuple[int, _GpmReader]]:
-        """Return one reader with weight 1, or one for each GPU instance of a card under MIG.
+    @functools.cached_property
+    def _gpm_readers(self) -> list[tuple[int, _GpmReader]]:
+        """One reader with weight 1, or one for each GPU instance of a card under MIG.
 
         The weight is the instance's multiprocessor count, so that the mean over instances is a
-        mean over multiprocessors.
+        mean over multiprocessors. They are made on first use: who only asks for facts arms no
+        counters.
         """
-        if is_instance:
+        if not self.gpm_supported:
+            return []
+        if self._is_instance:
             return [(1, _GpmReader(self._card, _ask("nvmlDeviceGetGpuInstanceId", self._handle)))]
         weights: dict[int, int] = {}
         for handle in self._mig_handles:

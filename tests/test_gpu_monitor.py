@@ -549,21 +549,23 @@ def test_an_output_that_breaks_ends_it_with_code_1_and_one_sentence(card: Callab
 
 
 def test_the_structs_of_the_stand_in_are_those_that_pynvml_declares(tmp_path: Path) -> None:
-    # metrics[] of the request has no length in C: its own offset is what has to agree.
     structs = {
-        "memory_t": pynvml.c_nvmlMemory_t,
-        "memory_v2_t": pynvml.c_nvmlMemory_v2_t,
-        "utilization_t": pynvml.c_nvmlUtilization_t,
-        "process_t": pynvml.c_nvmlProcessInfo_v3_t,
-        "attributes_t": pynvml.c_nvmlDeviceAttributes,
-        "temperature_t": pynvml.c_nvmlTemperature_v1_t,
-        "gpm_support_t": pynvml.c_nvmlGpmSupport_t,
-        "gpm_metric_t": pynvml.c_nvmlGpmMetric_t,
+        "memory_t": "c_nvmlMemory_t",
+        "memory_v2_t": "c_nvmlMemory_v2_t",
+        "utilization_t": "c_nvmlUtilization_t",
+        "process_t": "c_nvmlProcessInfo_v2_t",
+        "attributes_t": "c_nvmlDeviceAttributes",
+        "temperature_t": "c_nvmlTemperature_v1_t",
+        "gpm_support_t": "c_nvmlGpmSupport_t",
+        "gpm_metric_t": "c_nvmlGpmMetric_t",
     }
+    if not hasattr(pynvml, "nvmlTemperature_v1"):  # nvidia-ml-py before 12.570
+        del structs["temperature_t"]
     checks = [
-        f'_Static_assert(sizeof({name}) == {ctypes.sizeof(struct)}, "{name}");'
-        for name, struct in structs.items()
+        f'_Static_assert(sizeof({c}) == {ctypes.sizeof(getattr(pynvml, python))}, "{c}");'
+        for c, python in structs.items()
     ]
+    # The array at the request's end has no length in C: where it begins is what has to agree.
     for c_field, field in (("earlier", "sample1"), ("later", "sample2"), ("metrics", "metrics")):
         offset = getattr(pynvml.c_nvmlGpmMetricsGet_t, field).offset
         checks.append(
