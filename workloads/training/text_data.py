@@ -244,6 +244,10 @@ def _select(
     if not test_rows:
         held_out = min(held_out_samples, int(len(rows) * LARGEST_HELD_OUT_SHARE))
         test_rows, train_rows = train_rows[:held_out], train_rows[held_out:]
+    if not train_rows:
+        raise UsageError(
+            f"{name} has no row to train on: every one says split=test; mark some train"
+        )
 
     def split(chosen: Sequence[_Row]) -> TextSplit:
         return TextSplit([row.text for row in chosen], [number[str(row.label)] for row in chosen])

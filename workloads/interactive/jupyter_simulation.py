@@ -1,0 +1,362 @@
+#!/usr/bin/env python3
+"""Experiment 6: a notebook session, bursts of GPU work between pauses for thought.
+
+    Matrix -> Idle -> Preprocess -> Idle -> Train -> Idle -> Inference -> Idle -> Matrix -> ...
+
+One cell repeats its documented operation, because on a fast GPU a single one takes milliseconds
+and the session would be nothing but idle. The repeats are calibrated once, alone, so that a cell
+lasts --burst-seconds; the result shows them as `cell_repeats`, and --cell-repeats makes them fixed
+work for later runs. The time of each documented operation is recorded too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import random
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from workloads.common import cli, client, console
+
+WORKFLOW = ("matrix", "preprocess", "train", "inference")
+INFERENCE_MODEL = "resnet18"
+# Eleven cells of this length and ten pauses of 3.5 s on average: 75 s, 53 % of them active.
+GPU_BURST_SECONDS = 3.6
+CALIBRATION_SECONDS = 0.5
+
+EPILOG = """examples:
+  jupyter_simulation.py --num-operations 11
+  jupyter_simulation.py --cell-repeats matrix=2100,preprocess=1500,train=600,inference=1300
+"""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell of the session and the pause after it."""
+
+    kind: str
+    idle_after_seconds: float
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Return the flags of the command line."""
+    parser = cli.workload_parser("Simulate an interactive notebook session.", EPILOG)
+    session = parser.add_argument_group("the session")
+    session.add_argument(
+        "--num-operations", type=cli.positive_int, default=11, metavar="N",
+        help="cells to run (default: 11)",
+    )  # fmt: skip
+    session.add_argument(
+        "--burst-seconds", type=cli.positive_float, default=None, metavar="S",
+        help="how long a cell shall last alone; its repeats are calibrated once (default: "
+        f"{GPU_BURST_SECONDS} on a GPU; on the CPU every operation runs once)",
+    )  # fmt: skip
+    session.add_argument(
+        "--cell-repeats", type=cell_repeats, default=None, metavar="KIND=N,...",
+        help="repeats a cell of each kind instead of calibrating",
+    )  # fmt: skip
+    session.add_argument(
+        "--idle-min", type=cli.non_negative_float, default=2.0, metavar="S",
+        help="shortest pause (default: 2)",
+    )  # fmt: skip
+    session.add_argument(
+        "--idle-max", type=cli.non_negative_float, default=5.0, metavar="S",
+        help="longest pause (default: 5)",
+    )  # fmt: skip
+    sizes = parser.add_argument_group("the operations (drawn from the guide's ranges by --seed)")
+    for flag, guide in (
+        ("--matrix-size", "rows and columns of the matrices: 1000-2000"),
+        ("--matrix-iterations", "multiplications: 100"),
+        ("--preprocess-iterations", "normalizations and interpolations: 30-50"),
+        ("--train-epochs", "epochs of the small network: 5-10"),
+        ("--inference-images", "images for ResNet18: 50-100"),
+        ("--image-size", "their height and width: 224"),
+    ):
+        sizes.add_argument(flag, type=cli.positive_int, default=None, metavar="N", help=guide)
+    sizes.add_argument(
+        "--weights", default="auto", metavar="auto|imagenet|none|FILE",
+        help="ResNet18's weights; auto: ImageNet, else random with a warning (default: auto)",
+    )  # fmt: skip
+    args = parser.parse_args()
+    if args.idle_min > args.idle_max:
+        parser.error("--idle-min is more than --idle-max; give a smaller --idle-min")
+    missing = set(WORKFLOW[: args.num_operations]) - set(args.cell_repeats or WORKFLOW)
+    if missing:
+        parser.error(f"--cell-repeats lacks {', '.join(sorted(missing))}; add KIND=N for each")
+    return args
+
+
+def cell_repeats(text: str) -> dict[str, int]:
+    """Parse ``matrix=100,preprocess=50,train=20,inference=40``; the type of ``--cell-repeats``."""
+    repeats = {}
+    for part in text.split(","):
+        kind, _, number = part.strip().partition("=")
+        if kind not in WORKFLOW:
+            raise argparse.ArgumentTypeError(
+                f"{part!r} is not KIND=N with KIND one of {', '.join(WORKFLOW)}"
+            )
+        repeats[kind] = int(cli.positive_int(number))
+    return repeats
+
+
+def plan_session(num_operations: int, idle_min: float, idle_max: float, seed: int) -> list[Cell]:
+    """Return the cells in the guide's order; pauses come from the seed, none after the last."""
+    generator = random.Random(seed)
+    pauses = [generator.uniform(idle_min, idle_max) for _ in range(num_operations - 1)]
+    return [
+        Cell(WORKFLOW[index % len(WORKFLOW)], pause) for index, pause in enumerate([*pauses, 0.0])
+    ]
+
+
+class OperationTimes:
+    """Collects the operations of one cell; what the pacer sees in the recorder's place.
+
+    The suite's unit of work is the whole cell, which is what a person waits for.
+    """
+
+    def __init__(self, recorder: client.Recorder | None) -> None:
+        """Take stops from ``recorder``; None where nothing can stop (calibration)."""
+        self._recorder = recorder
+        self.durations_seconds: list[float] = []
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether the suite wants this client to end."""
+        return self._recorder is not None and self._recorder.stop_requested
+
+    def check_stop(self) -> None:
+        """Raise ``StopRequested`` if the suite wants this client to end."""
+        if self._recorder is not None:
+            self._recorder.check_stop()
+
+    def unit(self, kind: str, start_seconds: float, end_seconds: float) -> None:
+        """Note one finished operation."""
+        self.durations_seconds.append(end_seconds - start_seconds)
+
+
+class JupyterSimulation(client.Workload):
+    """The session: cells of fixed work, pauses of fixed length; a unit is one cell."""
+
+    name = "jupyter_simulation"
+    title = "Jupyter session"
+
+    def load(self) -> None:
+        """Open the device, plan the session, load ResNet18 if the session comes to it."""
+        from workloads.common.device import open_device
+
+        args = self.args
+        self.device = open_device(args)
+
+        from workloads.inference.inference_model import load_inference_model, weights_notes
+        from workloads.interactive.notebook_operations import draw_sizes
+
+        self.cells = plan_session(args.num_operations, args.idle_min, args.idle_max, args.seed)
+        self.kinds = WORKFLOW[: args.num_operations]
+        self.sizes = draw_sizes(
+            args.seed,
+            matrix_size=args.matrix_size,
+            matrix_iterations=args.matrix_iterations,
+            preprocess_iterations=args.preprocess_iterations,
+            train_epochs=args.train_epochs,
+            inference_images=args.inference_images,
+            image_size=args.image_size,
+        )
+        self.model = self.weights = None
+        if "inference" in self.kinds:
+            self.model, self.weights = load_inference_model(
+                self.device, INFERENCE_MODEL, args.weights, args.seed
+            )
+            self.warnings += weights_notes(INFERENCE_MODEL, args.weights, self.weights.kind)
+
+    def warm_up(self) -> None:
+        """Prepare each operation for the engine and settle how often a cell repeats it."""
+        from workloads.interactive import notebook_operations as operations
+
+        shared = (self.device, self.sizes, self.args.seed)
+        prepare = {
+            "matrix": lambda: operations.matrix_operation(*shared),
+            "preprocess": lambda: operations.preprocess_operation(*shared),
+            "train": lambda: operations.train_operation(*shared),
+            "inference": lambda: operations.inference_operation(*shared, self.model),
+        }
+        self.operations = {kind: prepare[kind]() for kind in self.kinds}
+        self.repeats = {kind: self._settle_repeats(kind) for kind in self.kinds}
+        self.device.synchronize()
+
+    def run_job(self, recorder: client.Recorder) -> dict:
+        """Run the session once and return what the guide measures."""
+        from workloads.common.engine import Pacer
+
+        cells: list[dict] = []
+        operation_seconds: dict[str, list[float]] = {kind: [] for kind in self.kinds}
+        session_start_seconds = time.monotonic()
+        with console.progress(len(self.cells), "session") as progress:
+            for index, cell in enumerate(self.cells):
+                times = OperationTimes(recorder)
+                started_at = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+                start_seconds = time.monotonic()
+                self._run_operations(cell.kind, Pacer(self.device, times))
+                end_seconds = time.monotonic()
+                recorder.unit(cell.kind, start_seconds, end_seconds, latency=True)
+                recorder.flush()
+                operation_seconds[cell.kind] += times.durations_seconds
+                progress.advance(detail=cell.kind)
+                idle_seconds = self._pause(cell, recorder)
+                cells.append(
+                    {
+                        "index": index,
+                        "kind": cell.kind,
+                        "started_at": started_at,
+                        "start_offset_seconds": start_seconds - session_start_seconds,
+                        "duration_seconds": end_seconds - start_seconds,
+                        "idle_after_seconds": idle_seconds,
+                    }
+                )
+        session_seconds = time.monotonic() - session_start_seconds
+        return session_figures(cells, operation_seconds, session_seconds) | {
+            "gpu_active_seconds": self._gpu_active_seconds(cells),
+            "cell_repeats": ",".join(f"{kind}={n}" for kind, n in self.repeats.items()),
+        }
+
+    def settings(self) -> dict:
+        """Return what the session was run with."""
+        args = self.args
+        return {
+            "num_operations": args.num_operations,
+            "burst_seconds": self._burst_seconds(),
+            "cell_repeats": dict(self.repeats),
+            "idle_min_seconds": args.idle_min,
+            "idle_max_seconds": args.idle_max,
+            **dataclasses.asdict(self.sizes),
+            "inference_model": INFERENCE_MODEL if self.weights else None,
+            "weights": self.weights.kind if self.weights else None,
+            "seed": args.seed,
+            "engine": self.device.engine,
+            "precision": self.device.precision,
+        }
+
+    def summary(self, figures: dict) -> list[tuple[str, str]]:
+        """Return the terminal summary, a cell a line."""
+        rows = [
+            (f"{cell['start_offset_seconds']:6.1f} s  {cell['kind']}",
+             f"{cell['duration_seconds']:.2f} s, then {cell['idle_after_seconds']:.1f} s idle")
+            for cell in figures["operations"]
+        ]  # fmt: skip
+        for kind, seconds in figures["operation_seconds"].items():
+            rows.append(
+                (f"One {kind} operation",
+                 f"mean {1e3 * seconds['mean_seconds']:.2f} ms, P50 "
+                 f"{1e3 * seconds['p50_seconds']:.2f} ms, P95 {1e3 * seconds['p95_seconds']:.2f} "
+                 f"ms ({self.repeats[kind]} a cell)")
+            )  # fmt: skip
+        active = "GPU active time" if self.device.is_cuda else "Active time"
+        rows += [
+            (active, f"{figures['active_seconds']:.1f} s ({figures['active_percent']:.0f} %)"),
+            ("Idle time", f"{figures['idle_seconds']:.1f} s ({figures['idle_percent']:.0f} %)"),
+            ("Session", f"{figures['session_seconds']:.1f} s"),
+            ("Same work again", f"--cell-repeats {figures['cell_repeats']}"),
+        ]
+        return rows
+
+    def resolve(self) -> list[str]:
+        """Find or download ResNet18's weights once."""
+        from workloads.inference.inference_model import resolve_model_flags
+
+        arguments, self.warnings = resolve_model_flags(INFERENCE_MODEL, self.args.weights)
+        return arguments
+
+    def _run_operations(self, kind: str, pacer) -> None:
+        for _ in range(self.repeats[kind]):
+            pacer.run(kind, self.operations[kind].launch)
+        # A cell ends when its result is there.
+        pacer.drain()
+
+    @staticmethod
+    def _pause(cell: Cell, recorder: client.Recorder) -> float:
+        """Sit idle after ``cell``, less long if a stop arrives; return for how many seconds."""
+        if not cell.idle_after_seconds:
+            return 0.0
+        start_seconds = time.monotonic()
+        recorder.wait_for_stop(cell.idle_after_seconds)
+        recorder.check_stop()
+        return time.monotonic() - start_seconds
+
+    def _burst_seconds(self) -> float | None:
+        if self.args.cell_repeats is not None:
+            return None
+        default = GPU_BURST_SECONDS if self.device.is_cuda else None
+        return self.args.burst_seconds or default
+
+    def _settle_repeats(self, kind: str) -> int:
+        if self.args.cell_repeats is not None:
+            return self.args.cell_repeats[kind]
+        burst_seconds = self._burst_seconds()
+        if burst_seconds is None:
+            return 1
+        return max(1, round(burst_seconds / self._seconds_an_operation(kind)))
+
+    def _seconds_an_operation(self, kind: str) -> float:
+        """Time the operation, alone, for about half a second."""
+        from workloads.common.engine import Pacer
+
+        pacer = Pacer(self.device, OperationTimes(None))
+        start_seconds = time.monotonic()
+        count = 0
+        while time.monotonic() - start_seconds < CALIBRATION_SECONDS:
+            pacer.run(kind, self.operations[kind].launch)
+            count += 1
+        pacer.drain()
+        return (time.monotonic() - start_seconds) / count
+
+    def _gpu_active_seconds(self, cells: Sequence[dict]) -> float | None:
+        """Return the time in cells, which is GPU time only where nobody shares the GPU."""
+        if not self.device.is_cuda or self.args.hold:
+            return None
+        return sum(cell["duration_seconds"] for cell in cells)
+
+
+def session_figures(
+    cells: Sequence[dict], operation_seconds: dict[str, list[float]], session_seconds: float
+) -> dict:
+    """Return the figures of a session.
+
+    Args:
+        cells: One entry a cell, with ``duration_seconds`` and ``idle_after_seconds``.
+        operation_seconds: Raw durations of the documented operations by kind.
+        session_seconds: From the first cell's start to the last cell's end.
+    """
+    import numpy as np
+
+    active_seconds = sum(cell["duration_seconds"] for cell in cells)
+    idle_seconds = sum(cell["idle_after_seconds"] for cell in cells)
+    summaries = {}
+    for kind, durations in operation_seconds.items():
+        p50, p95 = np.percentile(durations, (50, 95))
+        summaries[kind] = {
+            "count": len(durations),
+            "mean_seconds": float(np.mean(durations)),
+            "p50_seconds": float(p50),
+            "p95_seconds": float(p95),
+        }
+    return {
+        "operations": list(cells),
+        "operation_seconds": summaries,
+        "active_seconds": active_seconds,
+        "idle_seconds": idle_seconds,
+        "session_seconds": session_seconds,
+        "active_percent": 100 * active_seconds / session_seconds,
+        "idle_percent": 100 * idle_seconds / session_seconds,
+    }
+
+
+main = client.main_of(JupyterSimulation, parse_arguments)
+
+if __name__ == "__main__":
+    cli.run_main(main)
