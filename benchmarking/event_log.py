@@ -14,20 +14,16 @@ from typing import Any
 Event = Mapping[str, Any]
 
 
-class EventFollower:
-    """Reads the whole lines that were appended to an event file since the last look."""
+class LineFollower:
+    """Reads the whole lines that were appended to a file since the last look."""
 
     def __init__(self, path: Path) -> None:
         """Follow `path`, which need not be there yet."""
         self._path = path
         self._offset = 0
 
-    def poll(self) -> list[dict[str, Any]]:
-        """Return the new events; a line that is still being written waits for the next look.
-
-        A whole line that is no event comes back as an `error` event, since a client that breaks
-        the contract cannot be measured.
-        """
+    def poll(self) -> list[bytes]:
+        """Return the new lines; one that is still being written waits for the next look."""
         try:
             with self._path.open("rb") as stream:
                 stream.seek(self._offset)
@@ -36,10 +32,15 @@ class EventFollower:
             return []
         whole = content[: content.rfind(b"\n") + 1]
         self._offset += len(whole)
-        return [_parse(line) for line in whole.splitlines()]
+        return whole.splitlines()
 
 
-def _parse(line: bytes) -> dict[str, Any]:
+def parse_event(line: bytes) -> dict[str, Any]:
+    """Return one line of an event file as an event.
+
+    A line that is none comes back as an `error` event: a client that breaks the contract cannot
+    be measured.
+    """
     try:
         event = json.loads(line)
     except ValueError:

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from benchmarking.event_log import Event, EventFollower, last_event
+from benchmarking.event_log import Event, LineFollower, last_event, parse_event
 from benchmarking.plan import PlannedClient, PlannedCoRun
 from benchmarking.run_store import ClientPaths
 
@@ -134,7 +134,7 @@ class Client:
         self.timed_out = False
         self.terminated = False
         self.start_failure: str | None = None
-        self._follower = EventFollower(paths.events)
+        self._follower = LineFollower(paths.events)
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -176,7 +176,7 @@ class Client:
         if self._process is not None and self.exit_code is None:
             self.exit_code = self._process.poll()
             self.ended_early = self.exit_code is not None and not self.stop_sent
-        for event in self._follower.poll():
+        for event in map(parse_event, self._follower.poll()):
             self.events.append(event)
             match event["event"]:
                 case "loaded":

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -187,16 +187,41 @@ class Plan:
             tuple(PlannedCoRun.from_dict(run) for run in values["co_runs"]),
         )
 
-    def map_clients(self, change: Callable[[PlannedClient], PlannedClient]) -> Plan:
-        """Return the plan with every client replaced by `change(client)`."""
+    def map_clients(
+        self,
+        change: Callable[[PlannedClient], PlannedClient],
+        *,
+        skip: Collection[str] = (),
+    ) -> Plan:
+        """Return the plan with every client replaced by `change(client)`.
+
+        Co-runs whose names are in `skip` (those that have been run) stay as they are.
+        """
 
         def changed(runs: tuple[PlannedCoRun, ...]) -> tuple[PlannedCoRun, ...]:
             return tuple(
-                dataclasses.replace(run, clients=tuple(change(client) for client in run.clients))
+                run
+                if run.co_run in skip
+                else dataclasses.replace(run, clients=tuple(map(change, run.clients)))
                 for run in runs
             )
 
         return Plan(changed(self.baseline), changed(self.co_runs))
+
+    def with_environments(
+        self, environment_of: Callable[[PlannedCoRun], Callable[[PlannedClient], Mapping[str, str]]]
+    ) -> Plan:
+        """Return the plan with `environment_of(co_run)(client)` as every client's environment."""
+
+        def equipped(run: PlannedCoRun) -> PlannedCoRun:
+            of_client = environment_of(run)
+            clients = (
+                dataclasses.replace(client, environment=dict(of_client(client)))
+                for client in run.clients
+            )
+            return dataclasses.replace(run, clients=tuple(clients))
+
+        return Plan(tuple(map(equipped, self.baseline)), tuple(map(equipped, self.co_runs)))
 
     def jobs(self) -> dict[str, PlannedClient]:
         """Return one client of each distinct job, by `job_key`, in order of appearance."""

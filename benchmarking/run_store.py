@@ -3,7 +3,7 @@
     <results_dir>/<run_id>/
         manifest.json        what was asked for, on what, how it ended; saved before anything runs
         records.jsonl        one line a client and one a co-run, appended as soon as it is known
-        gpu_samples.jsonl    the sampler's output
+        gpu_samples.jsonl    the sampler's output, with what it complained of in gpu_monitor.log
         clients/<co_run>/<client>.{events.jsonl,stdout.log,stderr.log}
 
 Every write is atomic (temporary file, fsync, rename) or an append of one whole line. Readers skip
@@ -28,6 +28,7 @@ SCHEMA_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 RECORDS_FILE = "records.jsonl"
 SAMPLES_FILE = "gpu_samples.jsonl"
+MONITOR_LOG_FILE = "gpu_monitor.log"
 CLIENTS_FOLDER = "clients"
 
 OUTCOMES = ("running", "complete", "failed", "interrupted", "invalid")
@@ -102,6 +103,7 @@ class RunWriter:
         self.folder = folder
         self.manifest = manifest
         self.samples_path = folder / SAMPLES_FILE
+        self.monitor_log_path = folder / MONITOR_LOG_FILE
         self.update_manifest()
 
     def update_manifest(self, **changes: Any) -> None:

@@ -338,9 +338,16 @@ class MigMode(SharingMode):
         ]  # fmt: skip
 
     def client_environment(self, client: int) -> dict[str, str]:
-        """Return the instance by UUID; an empty pipe directory keeps MPS away."""
+        """Return the instance by UUID; an empty pipe directory keeps MPS away.
+
+        A plan made for looking at only may have more clients than there are instances.
+        """
+        instances = self.instances()
+        missing = f"(MIG instance {client}, not there)"
         return {
-            "CUDA_VISIBLE_DEVICES": str(self.instances()[client]["uuid"]),
+            "CUDA_VISIBLE_DEVICES": (
+                str(instances[client]["uuid"]) if client < len(instances) else missing
+            ),
             "CUDA_MPS_PIPE_DIRECTORY": str(self._no_mps_folder),
         }
 

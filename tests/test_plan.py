@@ -136,6 +136,15 @@ def test_added_arguments_do_not_change_which_job_it_is() -> None:
     assert changed.job_key == client.job_key
 
 
+def test_what_has_been_run_is_not_changed_any_more() -> None:
+    layout = build("mps", "training", (1,))
+    changed = layout.map_clients(
+        lambda client: client.with_arguments(["--x"]), skip={"baseline-resnet_training"}
+    )
+    assert changed.baseline == layout.baseline
+    assert changed.co_runs[0].clients[0].command[-1] == "--x"
+
+
 def test_figures_that_are_not_carried_add_nothing() -> None:
     assert plan.carried_arguments({"accuracy": 0.5}) == []
     assert plan.carried_arguments(None) == []

@@ -1,0 +1,183 @@
+#!/usr/bin/env python3
+"""Run real jobs side by side on one GPU under a sharing mode, and record what it cost them.
+
+    python3 benchmarking/benchmark_suite.py --mode time-slicing --workloads 4
+    python3 benchmarking/benchmark_suite.py --mode mps --mix training --workloads 1,2,4
+    python3 benchmarking/benchmark_suite.py --mode exclusive          # each job alone: the baseline
+    python3 benchmarking/benchmark_suite.py --mode mig --dry-run      # only show the plan
+
+Each distinct job runs alone first; then all clients warm up one at a time, start together and
+repeat their jobs until everyone has finished once. The mode is proved client by client. Without
+a GPU the same flow runs as a CPU demonstration, labelled so.
+
+Exit codes: 0 complete, 1 a client failed, 2 usage, 3 no usable GPU, 4 the mode asked for is not in
+force (the message names the script to run), 5 invalid (a client without proof), 130 interrupted.
+The last line on standard output is `results: FOLDER`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarking import run_store, suite_console
+from benchmarking.launcher import Interruption
+from benchmarking.plan import MIXES, MODE_EXCLUSIVE, MODES
+from benchmarking.suite_run import SuiteRun
+from benchmarking.suite_setup import (
+    EXIT_COMPLETE,
+    EXIT_USAGE,
+    Request,
+    Setup,
+    SuiteError,
+    no_mps_folder,
+    prepare,
+)
+
+
+def main() -> int:
+    """Plan, show the plan, run it, show the figures; return the exit code."""
+    options = parse_arguments()
+    request = request_from(options)
+    try:
+        with Interruption().watching() as interruption, no_mps_folder() as folder:
+            setup = prepare(request, folder, os.environ, require_mode=not options.dry_run)
+            suite_console.print_plan(setup, verbose=options.verbose or options.dry_run)
+            return EXIT_COMPLETE if options.dry_run else run(setup, interruption)
+    except SuiteError as error:
+        return complain(error, error.exit_code)
+    except run_store.RunStoreError as error:
+        return complain(error, EXIT_USAGE)
+
+
+def run(setup: Setup, interruption: Interruption) -> int:
+    """Carry out the plan in a new run folder and print what came of it; return the exit code."""
+    request = setup.request
+    manifest = setup.manifest(sys.argv)
+    writer = run_store.create_run(request.results_dir, manifest, run_id=request.run_id)
+    code = SuiteRun(setup, writer, interruption, suite_console.Teller().say).execute()
+    suite_console.print_summary(run_store.read_run(writer.folder))
+    print(f"results: {writer.folder}", flush=True)
+    return code
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Return the checked arguments; ends the process with code 2 where they make no sense."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--mode", choices=MODES, default=MODES[0],
+        help="how the GPU is shared (default: %(default)s)")
+    add("--workloads", type=counts, default=(4,), metavar="N[,N...]",
+        help="how many clients at once; several counts make several co-runs, up to the first "
+        "that fails (default: 4)")
+    add("--mix", choices=tuple(MIXES), default="mixed",
+        help="mixed: ResNet50 training, batch inference, Jupyter session, BERT fine-tuning, over "
+        "again for more than four; else copies of one (default: %(default)s)")
+    add("--quick", action="store_true", help="smaller jobs, for a demonstration")
+    add("--repeats", type=positive_int, default=1, metavar="N",
+        help="how often each co-run is done (default: 1)")
+    add("--budget-minutes", type=positive_float, metavar="M",
+        help="leave out repeats that would take longer than this in all; the first is always done")
+    add("--window", type=positive_float, metavar="S",
+        help="measure for S seconds and 10 units a client, whole jobs or not (default: until "
+        "every client has finished a job)")
+    add("--timeout", type=positive_float, default=1800.0, metavar="S",
+        help="time limit for getting ready, and again for measuring (default: %(default)g)")
+    add("--baseline", metavar="RUN",
+        help="reuse the baselines of this run (id or folder); refused unless GPU model, driver, "
+        "versions and jobs are the same")
+    add("--results-dir", type=Path, default=Path("results"), help="(default: %(default)s)")
+    add("--run-id", metavar="ID", help="name of the run's folder (default: mode, mix, time)")
+    add("--gpu", metavar="INDEX_OR_UUID", help="which GPU (default: the first)")
+    add("--engine", choices=("eager", "graph", "compile"),
+        help="how clients launch a step (default: graph on a GPU, eager on the CPU)")
+    add("--precision", choices=("fp32", "tf32", "bf16"),
+        help="(default: bf16 where the GPU has it, else fp32)")
+    add("--seed", type=non_negative_int, default=42, help="the same for all (default: 42)")
+    add("--device", choices=("auto", "cuda", "cpu"), default="auto",
+        help="cpu: CPU demonstration even where there is a GPU (default: auto)")
+    add("--dataset", help="of the ResNet50 training (see resnet_training.py --help)")
+    add("--data-dir", metavar="DIR", help="folder of that dataset")
+    add("--dry-run", action="store_true", help="show the plan and stop; nothing is run")
+    add("--verbose", action="store_true", help="show every client's command and environment")
+    options = parser.parse_args()
+    if options.window is not None and options.window >= options.timeout:
+        parser.error(f"--window {options.window:g} needs a --timeout above it")
+    if options.mode == MODE_EXCLUSIVE and options.baseline is not None:
+        parser.error("--mode exclusive takes baselines: leave --baseline away")
+    if options.data_dir is not None and not Path(options.data_dir).is_dir():
+        parser.error(f"--data-dir {options.data_dir} is no folder: name one that is there")
+    return options
+
+
+def request_from(options: argparse.Namespace) -> Request:
+    """Return the parsed arguments as the request that the rest of the program knows."""
+    return Request(
+        mode=options.mode,
+        mix=options.mix,
+        counts=options.workloads,
+        quick=options.quick,
+        repeats=options.repeats,
+        budget_minutes=options.budget_minutes,
+        window_seconds=options.window,
+        timeout_seconds=options.timeout,
+        baseline=options.baseline,
+        results_dir=options.results_dir,
+        run_id=options.run_id,
+        gpu=options.gpu,
+        engine=options.engine,
+        precision=options.precision,
+        seed=options.seed,
+        device=options.device,
+        dataset=options.dataset,
+        data_dir=options.data_dir,
+    )
+
+
+def positive_int(text: str) -> int:
+    """Argument type: a whole number of 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+    return int(text)
+
+
+def non_negative_int(text: str) -> int:
+    """Argument type: a whole number of 0 or more."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
+    return int(text)
+
+
+def positive_float(text: str) -> float:
+    """Argument type: a number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
+
+
+def counts(text: str) -> tuple[int, ...]:
+    """Argument type: whole numbers of 1 or more, each once, rising, with commas between them."""
+    values = tuple(positive_int(part.strip()) for part in text.split(","))
+    if list(values) != sorted(set(values)):
+        raise argparse.ArgumentTypeError(f"{text!r}: give each count once, the smallest first")
+    return values
+
+
+def complain(error: Exception, code: int) -> int:
+    """Print an error as one sentence and return its exit code."""
+    print(f"benchmark_suite.py: error: {error}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,154 @@
+"""From what the launcher saw to the lines of `records.jsonl`: pure functions over plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from benchmarking import metrics
+from benchmarking.event_log import jobs_of, last_event, units_in_window
+from benchmarking.launcher import (
+    OUTCOME_INTERRUPTED,
+    OUTCOME_INVALID,
+    OUTCOME_OK,
+    STATUS_INVALID,
+    STATUS_OK,
+    ClientOutcome,
+    CoRunOutcome,
+)
+from benchmarking.run_store import PHASE_BASELINE
+from benchmarking.sharing_modes import INVALID, UNVERIFIED, Evidence, Proof
+
+Record = dict[str, Any]
+
+NEVER_READY = Proof(UNVERIFIED, (Evidence("it got ready", "no", None),))
+
+# Under this share of its multiprocessors in use while the host has no core left, a GPU starves.
+STARVED_SM_ACTIVITY_PERCENT = 50.0
+BUSY_HOST_CPU_PERCENT = 90.0
+
+
+def client_record(
+    co_run: CoRunOutcome, client: ClientOutcome, proof: Proof | None, baseline: Record | None
+) -> Record:
+    """Return the record of one client.
+
+    `proof` is `None` for a client that never got ready. A client that ran well but not under the
+    mode is `invalid`. `baseline` is the record of the same job alone on the whole GPU; without it,
+    slowdown and normalized progress are unknown.
+    """
+    start, end = co_run.window_start_seconds, co_run.window_end_seconds
+    has_window = start is not None and end is not None
+    units, latency_ms = units_in_window(client.events, start, end) if has_window else ({}, None)
+    is_invalid = client.status == STATUS_OK and proof is not None and proof.verdict == INVALID
+    status = STATUS_INVALID if is_invalid else client.status
+    reason = proof.reason if is_invalid else client.reason
+    last_job = last_event(client.events, "job") or {}
+    loaded = last_event(client.events, "loaded") or {}
+    done = last_event(client.events, "done") or {}
+    planned = co_run.planned
+    # A baseline is its own reference.
+    reference = units if planned.phase == PHASE_BASELINE else (baseline or {}).get("units") or {}
+    progress = (
+        metrics.normalized_progress(units, metrics.unit_seconds(reference))
+        if status == STATUS_OK
+        else None
+    )
+    return {
+        "record": "client",
+        "phase": planned.phase,
+        "co_run": planned.co_run,
+        "mode": planned.mode,
+        "clients": len(planned.clients),
+        "repeat": planned.repeat,
+        "client": client.planned.client,
+        "workload": client.planned.workload,
+        "label": client.planned.label,
+        "job_key": client.planned.job_key,
+        "status": status,
+        "reason": reason,
+        "proof": (proof or NEVER_READY).to_dict(),
+        "window_start_seconds": start,
+        "window_end_seconds": end,
+        "jobs": jobs_of(client.events, start, end),
+        "units": units,
+        "latency_ms": latency_ms,
+        "figures": last_job.get("figures") or {},
+        "identity": client.identity,
+        "host_cpu_seconds": done.get("host_cpu_seconds"),
+        "window_host_cpu_fraction": _fraction(client.window_host_cpu_seconds, start, end),
+        "peak_memory_mib": done.get("peak_memory_mib"),
+        "startup_seconds": loaded.get("startup_seconds"),
+        "exit_code": client.exit_code,
+        "stderr_tail": client.stderr_tail,
+        "slowdown": 1 / progress if progress else None,
+        "normalized_progress": progress,
+    }
+
+
+def _fraction(seconds: float | None, start: float | None, end: float | None) -> float | None:
+    if seconds is None or start is None or end is None or end <= start:
+        return None
+    return seconds / (end - start)
+
+
+def co_run_record(
+    co_run: CoRunOutcome,
+    client_records: list[Record],
+    gpu: Record | None,
+    *,
+    mode_failure: str | None = None,
+    baselines: Mapping[str, Record],
+    energy_alone_joules: Mapping[str, float | None],
+    share_baselines: Mapping[str, Record] | None = None,
+) -> Record:
+    """Return the record of one co-run.
+
+    `mode_failure` says that the mode was no longer in force afterwards. A co-run that ran well
+    while one client lacks proof, or the mode was lost, is `invalid`. Figures against the baselines
+    are given for whole co-runs only.
+    """
+    outcome, reason = co_run.outcome, co_run.reason
+    unproved = [record for record in client_records if record["status"] == STATUS_INVALID]
+    if outcome == OUTCOME_OK and (unproved or mode_failure):
+        outcome = OUTCOME_INVALID
+        reason = mode_failure or "; ".join(
+            f"client {record['client']} ({record['label']}): {record['reason']}"
+            for record in unproved
+        )
+    is_comparable = outcome not in (OUTCOME_INTERRUPTED, OUTCOME_INVALID)
+    planned = co_run.planned
+    return {
+        "record": "co_run",
+        "phase": planned.phase,
+        "co_run": planned.co_run,
+        "mode": planned.mode,
+        "clients": len(planned.clients),
+        "repeat": planned.repeat,
+        "outcome": outcome,
+        "reason": reason,
+        "window_start_seconds": co_run.window_start_seconds,
+        "window_end_seconds": co_run.window_end_seconds,
+        "go_skew_ms": co_run.go_skew_ms,
+        "gpu": gpu,
+        "warnings": starvation_warnings(gpu),
+        "summary": metrics.summarize_co_run(
+            client_records,
+            baselines if is_comparable else {},
+            gpu,
+            energy_alone_joules=energy_alone_joules,
+            share_baselines=share_baselines if is_comparable else {},
+        ),
+    }
+
+
+def starvation_warnings(gpu: Record | None) -> list[str]:
+    """Say when the host, not the GPU, set the pace: then every mode looks alike."""
+    host, activity = (gpu or {}).get("host_cpu_percent"), (gpu or {}).get("sm_activity_percent")
+    if host is None or activity is None:
+        return []
+    if host >= BUSY_HOST_CPU_PERCENT and activity < STARVED_SM_ACTIVITY_PERCENT:
+        return [
+            f"the GPU was starved by the host: host CPU {host:.0f} %, SM activity {activity:.0f} %"
+        ]
+    return []

@@ -1,0 +1,430 @@
+"""A suite run from its first download to its last record: alone first, then together.
+
+Every record is written as soon as it is known, since what comes later may fail.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from benchmarking import plan as planning
+from benchmarking.baselines import (
+    BaselineMismatchError,
+    identity_differences,
+    newest_reusable,
+    require_reusable,
+)
+from benchmarking.gpu_samples import summarize_samples
+from benchmarking.launcher import (
+    OUTCOME_INTERRUPTED,
+    OUTCOME_INVALID,
+    OUTCOME_OK,
+    Client,
+    CoRunOutcome,
+    FinishRule,
+    Interruption,
+    Launcher,
+    Patience,
+    client_base_environment,
+)
+from benchmarking.plan import MODE_MIG, SIZE_GUIDE, PlannedClient, PlannedCoRun
+from benchmarking.records import client_record, co_run_record
+from benchmarking.run_store import PHASE_BASELINE, PHASE_SHARE_BASELINE, RunWriter
+from benchmarking.sampler import Sampler
+from benchmarking.sharing_modes import ProcessLists, Proof, SharingMode
+from benchmarking.suite_setup import (
+    EXIT_COMPLETE,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_INVALID,
+    EXIT_NO_GPU,
+    EXIT_USAGE,
+    Setup,
+    SuiteError,
+)
+
+# A client of ours that cannot use the GPU leaves with this code.
+CLIENT_EXIT_NO_GPU = 3
+
+# The least measured seconds, alone and together: under these a figure is noise.
+GUIDE_MIN_SECONDS = 5.0
+GUIDE_MIN_JOBS = 5
+SMALL_MIN_SECONDS = 2.0
+
+
+class _RunEnded(Exception):
+    """The run ends early, with an outcome for the manifest and an exit code."""
+
+    def __init__(self, outcome: str, exit_code: int, reason: str | None = None) -> None:
+        super().__init__(reason or outcome)
+        self.outcome = outcome
+        self.exit_code = exit_code
+        self.reason = reason
+
+
+@dataclass
+class _Reference:
+    """Baselines by job: on the whole GPU, and on the client's own share where there is one."""
+
+    whole: dict[str, dict[str, Any]] = field(default_factory=dict)
+    whole_joules: dict[str, float | None] = field(default_factory=dict)
+    share: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+class SuiteRun:
+    """Carries out a setup, writing every record as soon as it is known."""
+
+    def __init__(
+        self,
+        setup: Setup,
+        writer: RunWriter,
+        interruption: Interruption,
+        say: Callable[[str], None],
+        *,
+        patience: Patience | None = None,
+    ) -> None:
+        """Take what to do, where to write it, whom to ask whether to stop, and whom to tell."""
+        self._setup = setup
+        self._plan = setup.plan
+        self._writer = writer
+        self._interruption = interruption
+        self._say = say
+        self._launcher = Launcher(
+            client_base_environment(os.environ),
+            patience=patience or Patience(timeout=setup.request.timeout_seconds),
+            interruption=interruption,
+            say=say,
+        )
+        self._reference = _Reference()
+        self._done: set[str] = set()
+        self._start_seconds = time.monotonic()
+        is_guide = setup.job_size == SIZE_GUIDE
+        self._min_seconds = GUIDE_MIN_SECONDS if is_guide else SMALL_MIN_SECONDS
+
+    def execute(self) -> int:
+        """Run everything and return the exit code; the manifest says how it ended."""
+        gpu = self._setup.gpu
+        outcome, code = "failed", EXIT_FAILED
+        try:
+            self._resolve_jobs()
+            self._take_over_baselines()
+            with Sampler(
+                self._writer.samples_path,
+                self._writer.monitor_log_path,
+                gpu=gpu["uuid"] if gpu else None,
+            ) as sampler:
+                self._note(sampler.failure)
+                self._run_baselines(sampler)
+                self._run_co_runs(sampler)
+            outcome, code = "complete", EXIT_COMPLETE
+        except _RunEnded as end:
+            outcome, code = end.outcome, end.exit_code
+            self._note(end.reason)
+        except SuiteError as error:
+            code = error.exit_code
+            self._note(str(error))
+        finally:
+            self._writer.finish(outcome)
+        return code
+
+    def _note(self, text: str | None) -> None:
+        """Say something and keep it with the run."""
+        if text:
+            self._say(text)
+            self._writer.update_manifest(notes=[*self._writer.manifest["notes"], text])
+
+    # --- once before -------------------------------------------------------------------------
+
+    def _resolve_jobs(self) -> None:
+        """Let each distinct job find or download its data once; clients never download."""
+        for job_key, client in self._plan.jobs().items():
+            self._say(f"resolving data and weights: {client.label}")
+            answer = resolve(client, self._interruption)
+            arguments = [str(argument) for argument in answer.get("arguments") or []]
+            self._change_clients(job_key, arguments)
+            for note in answer.get("notes") or []:
+                self._note(f"{client.label}: {note}")
+            self._describe_environment(answer.get("environment") or {})
+        self._save_plan()
+
+    def _describe_environment(self, found: Mapping[str, Any]) -> None:
+        """Fill in what is not known of the environment yet."""
+        environment = self._writer.manifest["environment"]
+        unknown = {
+            key: value for key, value in found.items()
+            if key in environment and value is not None and environment[key] in (None, {})
+        }  # fmt: skip
+        if unknown:
+            self._writer.update_manifest(environment={**environment, **unknown})
+
+    def _change_clients(self, job_key: str, arguments: list[str]) -> None:
+        """Give more flags to the clients of a job that have not run yet."""
+        if arguments:
+            self._plan = self._plan.map_clients(
+                lambda client: client.with_arguments(arguments)
+                if client.job_key == job_key
+                else client,
+                skip=self._done,
+            )
+
+    def _save_plan(self) -> None:
+        self._writer.update_manifest(plan=self._plan.to_dict())
+
+    def _take_over_baselines(self) -> None:
+        """Reuse another run's baselines where they were asked for, or where MIG needs them."""
+        request, manifest = self._setup.request, self._writer.manifest
+        jobs = list(self._plan.jobs())
+        run = self._setup.baseline_run
+        if run is not None:
+            try:
+                require_reusable(run, manifest, jobs)
+            except BaselineMismatchError as error:
+                raise SuiteError(str(error), EXIT_USAGE) from error
+        elif self._setup.mode.name == MODE_MIG:
+            run = newest_reusable(request.results_dir, manifest, jobs)
+            if run is None:
+                self._note(
+                    "MIG is on and no matching whole-GPU baseline was found in "
+                    f"{request.results_dir}: STP and overhead stay unknown (take one with --mode "
+                    "exclusive before MIG is enabled)"
+                )
+        if run is None:
+            return
+        self._say(f"baselines are those of run {run.run_id}")
+        self._reference.whole = run.baselines()
+        self._reference.whole_joules = run.energy_alone_joules()
+        self._writer.update_manifest(baseline_run_id=run.run_id)
+        for job_key, record in self._reference.whole.items():
+            self._change_clients(job_key, planning.carried_arguments(record["figures"]))
+        self._save_plan()
+
+    # --- alone and together ------------------------------------------------------------------
+
+    def _run_baselines(self, sampler: Sampler) -> None:
+        rule = FinishRule(
+            min_seconds=self._min_seconds,
+            min_jobs=GUIDE_MIN_JOBS if self._setup.job_size == SIZE_GUIDE else 1,
+            long_job_seconds=self._min_seconds,
+        )
+        total = len(self._plan.baseline)
+        for number in range(total):
+            planned = self._plan.baseline[number]
+            client = planned.clients[0]
+            where = "on its instance" if planned.phase == PHASE_SHARE_BASELINE else "alone"
+            self._say(f"baseline {number + 1}/{total}: {client.label} {where}")
+            record = self._run_one(planned, rule, sampler)[0]
+            if planned.phase == PHASE_SHARE_BASELINE:
+                self._reference.share[client.job_key] = record
+            else:
+                self._reference.whole[client.job_key] = record
+            if planned.phase == PHASE_BASELINE or client.job_key not in self._reference.whole:
+                self._change_clients(
+                    client.job_key, planning.carried_arguments(record["figures"])
+                )
+            self._save_plan()
+
+    def _run_co_runs(self, sampler: Sampler) -> None:
+        request = self._setup.request
+        rule = FinishRule(
+            min_seconds=self._min_seconds, window_seconds=request.window_seconds
+        )
+        took: dict[int, list[float]] = {}
+        for number in range(len(self._plan.co_runs)):
+            planned = self._plan.co_runs[number]
+            count = len(planned.clients)
+            earlier = took.setdefault(count, [])
+            if planned.repeat > 0 and not self._fits_budget(max(earlier, default=0.0)):
+                self._note(
+                    f"{planned.co_run} left out: the budget of {request.budget_minutes:g} minutes "
+                    "allows no further repeat"
+                )
+                continue
+            self._say(f"co-run {planned.co_run}: {count} clients under {planned.mode}")
+            begin = time.monotonic()
+            self._run_one(planned, rule, sampler)
+            earlier.append(time.monotonic() - begin)
+
+    def _fits_budget(self, seconds: float) -> bool:
+        budget = self._setup.request.budget_minutes
+        elapsed = time.monotonic() - self._start_seconds
+        return budget is None or elapsed + seconds <= 60 * budget
+
+    def _run_one(
+        self, planned: PlannedCoRun, rule: FinishRule, sampler: Sampler
+    ) -> list[dict[str, Any]]:
+        """Run one co-run, write its records, return those of its clients.
+
+        Raises `_RunEnded` when it did not end well: what follows would build on it.
+        """
+        if self._interruption.requested:
+            raise _RunEnded("interrupted", EXIT_INTERRUPTED, "interrupted")
+        mode = self._setup.alone_mode if planned.phase == PHASE_BASELINE else self._setup.mode
+
+        def before_go(clients: list[Client]) -> None:
+            self._check_identities(clients)
+            mode.observe()
+
+        seen = self._launcher.run(planned, self._writer.client_paths, rule, before_go)
+        self._done.add(planned.co_run)
+        samples = self._samples_of(seen, sampler)
+        proofs = _proofs(mode, seen, samples)
+        clients = [
+            client_record(seen, client, proof, self._reference.whole.get(client.planned.job_key))
+            for client, proof in zip(seen.clients, proofs, strict=True)
+        ]
+        record = self._co_run_record(seen, clients, mode, samples)
+        for line in (*clients, record):
+            self._writer.append_record(line)
+        for warning in record["warnings"]:
+            self._say(warning)
+        _raise_unless_well(record, clients)
+        return clients
+
+    def _check_identities(self, clients: list[Client]) -> None:
+        """Refuse clients on another kind of device, or unlike those of the baseline."""
+        wanted = "cpu" if self._setup.is_cpu_demo else "cuda"
+        for client in clients:
+            identity = client.identity or {}
+            if identity.get("device") != wanted:
+                raise SuiteError(
+                    f"{client.name} ran on {identity.get('device')} though a GPU is there: torch "
+                    f"{(identity.get('versions') or {}).get('torch')} cannot use it with driver "
+                    f"{(self._setup.gpu or {}).get('driver_version')}; install a build of torch "
+                    "that fits, or give --device cpu", EXIT_NO_GPU,
+                )  # fmt: skip
+            baseline = self._reference.whole.get(client.planned.job_key)
+            unlike = identity_differences(baseline, identity)
+            if unlike:
+                raise SuiteError(
+                    f"{client.name} is unlike its baseline: {'; '.join(unlike)}", EXIT_USAGE
+                )
+        if self._setup.mode.name != MODE_MIG:
+            first = clients[0].identity or {}
+            versions = first.get("versions") or {}
+            self._describe_environment(
+                {"multiprocessor_count": first.get("multiprocessor_count"), "versions": versions}
+            )
+
+    def _samples_of(self, seen: CoRunOutcome, sampler: Sampler) -> list[dict[str, Any]]:
+        if seen.window_end_seconds is None or sampler.failure:
+            return []
+        samples = list(sampler.samples_past(seen.window_end_seconds))
+        self._note(sampler.failure)
+        return samples
+
+    def _co_run_record(
+        self,
+        seen: CoRunOutcome,
+        clients: list[dict[str, Any]],
+        mode: SharingMode,
+        samples: list[dict[str, Any]],
+    ) -> dict[str, Any]:
+        gpu = self._gpu_figures(seen, samples)
+        baselines, joules = dict(self._reference.whole), dict(self._reference.whole_joules)
+        if seen.planned.phase == PHASE_BASELINE and clients[0]["status"] == "ok":
+            job_key = clients[0]["job_key"]
+            baselines[job_key] = clients[0]
+            joules[job_key] = self._reference.whole_joules[job_key] = (gpu or {}).get(
+                "energy_joules"
+            )
+        is_mig = seen.planned.mode == MODE_MIG
+        lost = [item for item in mode.check() if item.ok is False]
+        return co_run_record(
+            seen,
+            clients,
+            gpu,
+            mode_failure=f"{lost[0].check}: {lost[0].found}" if lost else None,
+            baselines=baselines,
+            energy_alone_joules=joules,
+            share_baselines=self._reference.share if is_mig else None,
+        )
+
+    def _gpu_figures(
+        self, seen: CoRunOutcome, samples: list[dict[str, Any]]
+    ) -> dict[str, Any] | None:
+        start, end = seen.window_start_seconds, seen.window_end_seconds
+        if start is None or end is None or not samples:
+            return None
+        figures = summarize_samples(samples, start, end)
+        if self._setup.is_cpu_demo:
+            # A GPU that is there but not in use says nothing about this run.
+            return {key: figures[key] if key == "host_cpu_percent" else None for key in figures}
+        return figures
+
+
+def _proofs(
+    mode: SharingMode, seen: CoRunOutcome, samples: list[dict[str, Any]]
+) -> list[Proof | None]:
+    """Judge every client that got ready."""
+    start, end = seen.ready_seconds, seen.window_end_seconds
+    if start is None or end is None:
+        return [None] * len(seen.clients)
+    lists = ProcessLists.from_samples(samples, start, end)
+    identities = [client.identity or {} for client in seen.clients]
+    pids = frozenset(identity["pid"] for identity in identities if "pid" in identity)
+    return [
+        mode.prove(client.planned.client, identity, pids, lists)
+        for client, identity in zip(seen.clients, identities, strict=True)
+    ]
+
+
+def _raise_unless_well(record: Mapping[str, Any], clients: list[dict[str, Any]]) -> None:
+    outcome, what = record["outcome"], f"{record['co_run']}: {record['reason']}"
+    if outcome == OUTCOME_OK:
+        return
+    if outcome == OUTCOME_INTERRUPTED:
+        raise _RunEnded("interrupted", EXIT_INTERRUPTED, "interrupted")
+    if outcome == OUTCOME_INVALID:
+        raise _RunEnded("invalid", EXIT_INVALID, what)
+    said = next(
+        (client["stderr_tail"][-1] for client in clients
+         if client["status"] != "ok" and client["stderr_tail"]), None,
+    )  # fmt: skip
+    no_gpu = any(client["exit_code"] == CLIENT_EXIT_NO_GPU for client in clients)
+    reason = f"{what} ({said})" if said else what
+    raise _RunEnded("failed", EXIT_NO_GPU if no_gpu else EXIT_FAILED, reason)
+
+
+def resolve(client: PlannedClient, interruption: Interruption) -> dict[str, Any]:
+    """Run a job's command with `--resolve` and return its answer.
+
+    Raises `SuiteError` with the last thing it said, and code 2 or 3 if those were its own; raises
+    `_RunEnded` when interrupted.
+    """
+    environment = {**client_base_environment(os.environ), **client.environment}
+    with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
+        process = subprocess.Popen(
+            [*client.command, "--resolve"], stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr,
+            env=environment, start_new_session=True,
+        )  # fmt: skip
+        while process.poll() is None:
+            if interruption.requested:
+                os.killpg(process.pid, signal.SIGTERM)
+                process.wait()
+                raise _RunEnded("interrupted", EXIT_INTERRUPTED, "interrupted")
+            time.sleep(0.05)
+        stdout.seek(0)
+        stderr.seek(0)
+        answer, complaint = stdout.read(), stderr.read().strip().splitlines()
+    if process.returncode != 0:
+        known = process.returncode in (EXIT_USAGE, EXIT_NO_GPU)
+        said = complaint[-1] if complaint else f"exit code {process.returncode}"
+        raise SuiteError(
+            f"{client.label} cannot be prepared: {said}",
+            process.returncode if known else EXIT_FAILED,
+        )
+    try:
+        value = json.loads(answer)
+    except ValueError as error:
+        raise SuiteError(
+            f"{client.label}: --resolve answered no JSON: {answer[:200]!r}", EXIT_FAILED
+        ) from error
+    return dict(value)

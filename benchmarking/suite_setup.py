@@ -1,0 +1,278 @@
+"""What a suite run will do, and whether it can be done: the GPU, the mode, the plan."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarking import nvml, run_store, sharing_modes
+from benchmarking import plan as planning
+from benchmarking.plan import (
+    MODE_CPU_DEMO,
+    MODE_EXCLUSIVE,
+    MODE_MIG,
+    MODE_TIME_SLICING,
+    SIZE_CPU,
+    SIZE_GUIDE,
+    SIZE_QUICK,
+    JobOptions,
+    Plan,
+    PlannedClient,
+    PlannedCoRun,
+)
+from benchmarking.run_store import PHASE_BASELINE, Run
+from benchmarking.sharing_modes import SharingMode
+
+PROJECT_ROOT = Path(__file__).resolve().parents[1]
+
+EXIT_COMPLETE, EXIT_FAILED, EXIT_USAGE, EXIT_NO_GPU = 0, 1, 2, 3
+EXIT_MODE_NOT_IN_FORCE, EXIT_INVALID, EXIT_INTERRUPTED = 4, 5, 130
+
+
+class SuiteError(Exception):
+    """The run cannot be done as asked; the message names the fix."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        """Keep the message and the exit code that belongs to it."""
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for on the command line."""
+
+    mode: str = MODE_TIME_SLICING
+    mix: str = "mixed"
+    counts: tuple[int, ...] = (4,)
+    quick: bool = False
+    repeats: int = 1
+    budget_minutes: float | None = None
+    window_seconds: float | None = None
+    timeout_seconds: float = 1800.0
+    baseline: str | None = None
+    results_dir: Path = Path("results")
+    run_id: str | None = None
+    gpu: str | None = None
+    engine: str | None = None
+    precision: str | None = None
+    seed: int = 42
+    device: str = "auto"
+    dataset: str | None = None
+    data_dir: str | None = None
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What will be done, and on what; `gpu` is `None` for the CPU demonstration."""
+
+    request: Request
+    gpu: Mapping[str, Any] | None
+    mode: SharingMode
+    alone_mode: SharingMode
+    plan: Plan
+    job_size: str
+    cores: int
+    evidence: list[sharing_modes.Evidence]
+    notes: list[str]
+    baseline_run: Run | None = None
+
+    @property
+    def is_cpu_demo(self) -> bool:
+        """Whether there is no GPU in use."""
+        return self.mode.name == MODE_CPU_DEMO
+
+    def manifest(self, command: list[str]) -> dict[str, Any]:
+        """Return the manifest's fields as far as they are known before anything runs."""
+        gpu = self.gpu or {}
+        return {
+            "command": command,
+            "mode": self.request.mode,
+            "effective_mode": self.mode.name,
+            "mix": self.request.mix,
+            "job_size": self.job_size,
+            "seed": self.request.seed,
+            "plan": self.plan.to_dict(),
+            "environment": {
+                "gpu_name": gpu.get("name"),
+                "gpu_uuid": gpu.get("uuid"),
+                "gpu_memory_mib": gpu.get("memory_total_mib"),
+                "multiprocessor_count": None,
+                "driver_version": gpu.get("driver_version"),
+                "cuda_version": gpu.get("cuda_driver_version"),
+                "versions": {},
+                "host_cores": self.cores,
+                "os": None,
+                "git_commit": None,
+                "git_dirty": None,
+            },
+            "mode_evidence": [item.to_dict() for item in self.evidence],
+            "baseline_run_id": None,
+            "notes": list(self.notes),
+        }
+
+
+@contextlib.contextmanager
+def no_mps_folder() -> Iterator[Path]:
+    """Give an empty folder in which no MPS daemon answers, for clients that must have none."""
+    with tempfile.TemporaryDirectory(prefix="no-mps-") as folder:
+        yield Path(folder)
+
+
+def prepare(
+    request: Request, empty_folder: Path, environment: Mapping[str, str], *, require_mode: bool
+) -> Setup:
+    """Find the GPU, check the mode, lay out the plan.
+
+    With `require_mode` a mode that is not in force is an error (`SuiteError`, code 4); without, it
+    is only written among the evidence, as for `--dry-run`.
+    """
+    gpu, notes = find_gpu(request, environment)
+    most = max(request.counts)
+
+    def describe() -> Mapping[str, Any] | None:
+        return nvml.describe_gpu(gpu["uuid"]) if gpu else None
+
+    def mode_called(name: str) -> SharingMode:
+        return sharing_modes.make_mode(
+            MODE_CPU_DEMO if gpu is None else name, describe, clients=most,
+            no_mps_folder=empty_folder, environment=environment,
+        )  # fmt: skip
+
+    mode, alone_mode = mode_called(request.mode), mode_called(MODE_EXCLUSIVE)
+    try:
+        evidence = mode.require() if require_mode else mode.check()
+    except sharing_modes.ModeNotInForceError as error:
+        raise SuiteError(str(error), EXIT_MODE_NOT_IN_FORCE) from error
+    if gpu and request.mode == MODE_TIME_SLICING:
+        warning = sharing_modes.time_slicing_warning(most, gpu["uuid"], environment)
+        notes += [warning] if warning else []
+
+    baseline_run = _run_called(request.baseline, request.results_dir)
+    job_size = SIZE_CPU if gpu is None else SIZE_QUICK if request.quick else SIZE_GUIDE
+    cores = usable_cores()
+    return Setup(
+        request=request,
+        gpu=gpu,
+        mode=mode,
+        alone_mode=alone_mode,
+        plan=_lay_out(request, mode, alone_mode, job_size, cores),
+        job_size=job_size,
+        cores=cores,
+        evidence=evidence,
+        notes=notes,
+        baseline_run=baseline_run,
+    )
+
+
+def _lay_out(
+    request: Request, mode: SharingMode, alone_mode: SharingMode, job_size: str, cores: int
+) -> Plan:
+    """Build the plan with every client's environment in it."""
+    is_mig = mode.name == MODE_MIG
+    options = JobOptions(
+        size=job_size,
+        seed=request.seed,
+        device="cpu" if mode.name == MODE_CPU_DEMO else "cuda",
+        engine=request.engine,
+        precision=request.precision,
+        dataset=request.dataset,
+        data_dir=str(Path(request.data_dir).resolve()) if request.data_dir else None,
+    )
+
+    def clients_of(count: int) -> tuple[PlannedClient, ...]:
+        return planning.mix_clients(
+            request.mix, count, options, python=sys.executable, root=str(PROJECT_ROOT)
+        )
+
+    layout = planning.build_plan(
+        MODE_EXCLUSIVE if request.mode == MODE_EXCLUSIVE else mode.name,
+        clients_of,
+        name=request.mix,
+        counts=request.counts,
+        repeats=request.repeats,
+        whole_gpu_baseline=request.baseline is None and not is_mig,
+        share_baseline=is_mig,
+        baseline_mode=alone_mode.name,
+    )
+
+    def environment_of(run: PlannedCoRun) -> Callable[[PlannedClient], dict[str, str]]:
+        under = alone_mode if run.phase == PHASE_BASELINE else mode
+        threads = planning.host_thread_environment(cores, len(run.clients))
+        return lambda client: {**threads, **under.client_environment(client.client)}
+
+    return layout.with_environments(environment_of)
+
+
+def find_gpu(
+    request: Request, environment: Mapping[str, str]
+) -> tuple[dict[str, Any] | None, list[str]]:
+    """Return the facts of the GPU to use and notes; `None` only where there is no GPU to use.
+
+    Raises `SuiteError`: code 2 for a `--gpu` that does not exist, code 3 where a GPU is there or
+    was asked for but cannot be used.
+    """
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    if request.device == "cpu":
+        return None, ["--device cpu: CPU demonstration, whatever mode was asked for"]
+    if visible is not None and visible.strip() in ("", "-1") and request.device == "auto":
+        return None, ["CUDA_VISIBLE_DEVICES hides every GPU: CPU demonstration"]
+    selector = request.gpu or (visible or "").split(",")[0].strip() or None
+    try:
+        gpu = nvml.open_gpu(selector)
+    except nvml.GpuNotFoundError as error:
+        code = EXIT_USAGE if nvml.unavailable_reason() is None else EXIT_NO_GPU
+        raise SuiteError(str(error), code) from error
+    if gpu is not None:
+        facts = gpu.describe()
+        if str(facts["uuid"]).startswith("MIG-"):
+            raise SuiteError(
+                f"{selector} is a MIG instance: name the card with --gpu, each client gets an "
+                "instance of it", EXIT_USAGE,
+            )  # fmt: skip
+        return facts, []
+    reason = nvml.unavailable_reason()
+    if _nvidia_smi_lists_a_gpu():
+        raise SuiteError(
+            f"nvidia-smi lists a GPU but it cannot be asked: {reason} "
+            "(pip install -r requirements.txt, or --device cpu for the CPU demonstration)",
+            EXIT_NO_GPU,
+        )
+    if request.device == "cuda":
+        raise SuiteError(
+            f"--device cuda, but there is no GPU: {reason} (leave --device away for the CPU "
+            "demonstration)", EXIT_NO_GPU,
+        )  # fmt: skip
+    return None, [f"no GPU here ({reason}): CPU demonstration, whatever mode was asked for"]
+
+
+def _nvidia_smi_lists_a_gpu() -> bool:
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return False
+    listing = subprocess.run([program, "-L"], capture_output=True, text=True, check=False)
+    return listing.returncode == 0 and "GPU 0" in listing.stdout
+
+
+def _run_called(reference: str | None, results_dir: Path) -> Run | None:
+    if reference is None:
+        return None
+    return run_store.read_run(run_store.resolve_run(reference, results_dir))
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may use: affinity, and a container's quota if lower."""
+    cores = len(os.sched_getaffinity(0))
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        if quota != "max":
+            cores = min(cores, max(1, int(quota) // int(period)))
+    return cores
