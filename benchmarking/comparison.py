@@ -99,12 +99,12 @@ class Estimate:
             return "n = 1"
         return f"{'95 % interval' if self.is_interval else 'range'}, n = {self.repeats}"
 
-    def text(self, decimals: int = 2) -> str:
-        """`1.95 (1.90-2.00; 95 % interval, n = 3)`, or `1.95 (n = 1)`."""
-        center = f"{self.mean:.{decimals}f}"
+    def text(self, decimals: int = 2, unit: str = "") -> str:
+        """`1.95 (1.90 to 2.00; 95 % interval, n = 3)`, or `1.95 (n = 1)`."""
+        center = f"{self.mean:.{decimals}f}{unit}"
         if self.repeats < 2:
             return f"{center} ({self.spread_name})"
-        return f"{center} ({self.low:.{decimals}f}-{self.high:.{decimals}f}; {self.spread_name})"
+        return f"{center} ({self.low:.{decimals}f} to {self.high:.{decimals}f}; {self.spread_name})"
 
     def shows_difference_from(self, other: Estimate) -> bool:
         """Whether both have a spread and the two do not overlap."""
@@ -143,6 +143,11 @@ def range_estimate(values: Iterable[float | None]) -> Estimate | None:
     if not known:
         return None
     return Estimate(statistics.median(known), min(known), max(known), known)
+
+
+def clients_text(clients: int) -> str:
+    """`1 client`, `4 clients`."""
+    return f"{clients} client{'' if clients == 1 else 's'}"
 
 
 # --- what is compared -----------------------------------------------------------------------
@@ -269,6 +274,11 @@ class Group:
         return MODE_NAMES.get(self.mode, self.mode)
 
     @property
+    def subject(self) -> str:
+        """What ran: `mixed, 4 clients`."""
+        return f"{self.mix}, {clients_text(self.clients)}"
+
+    @property
     def is_unverified(self) -> bool:
         """Whether some client's membership in the mode could not be checked."""
         return any("unverified" in row.proof for row in self.client_rows)
@@ -318,12 +328,18 @@ class Section:
         return list({group.run.run_id: group.run for group in self.groups}.values())
 
     def most_compared(self, mix: str) -> list[Group]:
-        """Groups of the mix at the count of clients with the most modes, the largest such count."""
+        """Groups of the mix at one count of clients, where the modes can be compared best.
+
+        That is the count with the most modes that have an STP, the largest such count.
+        """
         by_clients: dict[int, list[Group]] = {}
         for group in self.groups:
             if group.mix == mix:
                 by_clients.setdefault(group.clients, []).append(group)
-        return max(by_clients.items(), key=lambda item: (len(item[1]), item[0]))[1]
+        return max(
+            by_clients.items(),
+            key=lambda item: (sum(group.stp is not None for group in item[1]), item[0]),
+        )[1]
 
     @property
     def title(self) -> str:
@@ -421,7 +437,7 @@ def _fill_groups(section: Section, by_id: Mapping[str, RunView]) -> None:
         for clients in counts:
             candidates.setdefault((run.mode, run.mix, clients), []).append(run)
     for (mode, mix, clients), runs in candidates.items():
-        what = f"{MODE_NAMES.get(mode, mode)}, {mix}, {clients} clients"
+        what = f"{MODE_NAMES.get(mode, mode)}, {mix}, {clients_text(clients)}"
         judged = [run for run in runs if not run.is_invalid and _judged(run, clients)]
         if not judged:
             section.left_out.append(
@@ -628,6 +644,9 @@ def _workload_checks(
 
 
 def _mode_checks(group: Group) -> list[Check]:
+    """The guide's ranges of the mode; one client alone shares nothing, so none apply to it."""
+    if group.clients < 2:
+        return []
     overhead = group.overhead_percent
     measured = {
         "success_rate_percent": group.success_rate_percent,
@@ -636,7 +655,7 @@ def _mode_checks(group: Group) -> list[Check]:
         "utilization_gpu_percent": group.gpu["utilization_gpu_percent"],
     }
     return [
-        Check(expected, value, expected.compare(value), f"{group.mix}, {group.clients} clients")
+        Check(expected, value, expected.compare(value), group.subject)
         for expected in expectations.for_mode(group.mode)
         for value in [measured.get(expected.quantity)]
         if value is not None
@@ -731,7 +750,7 @@ def _doubts(section: Section) -> list[str]:
                     "it STP and overhead are unknown"
                 )
     for group in section.groups:
-        where = f"{group.run.run_id}, {group.clients} clients"
+        where = f"{group.run.run_id}, {clients_text(group.clients)}"
         if group.is_unverified and not section.is_cpu_demo:
             doubts.append(
                 f"{where}: unverified, the clients could not be matched with the driver's lists"
@@ -775,12 +794,10 @@ def _claims(section: Section) -> list[Claim]:
     """The decision in sentences: throughput, felt latency, how many clients."""
     claims: list[Claim] = []
     for mix in dict.fromkeys(group.mix for group in section.groups):
-        members = [group for group in section.groups if group.mix == mix]
-        for clients in sorted({group.clients for group in members}):
-            beside = [g for g in members if g.clients == clients and g.mode != "exclusive"]
-            if clients > 1:
-                claims += _throughput_claims(beside)
-                claims += _latency_claims(beside)
+        beside = [group for group in section.most_compared(mix) if group.mode != "exclusive"]
+        if beside and beside[0].clients > 1:
+            claims += _throughput_claims(beside)
+            claims += _latency_claims(beside)
         claims += [claim for ramp in section.ramps if ramp.mix == mix
                    for claim in _ramp_claims(ramp)]  # fmt: skip
     return claims
@@ -821,21 +838,30 @@ def _throughput_claims(groups: Sequence[Group]) -> list[Claim]:
         claims.append(Claim(head + f"{best_text}; no other mode was measured.", _run_ids(known)))
     else:
         listed = ", ".join(f"{g.stp.text()} under {g.mode_name}{_caveat(g)}" for g in others)
-        shown = [g for g in others if best.stp.shows_difference_from(g.stp)]
-        unshown = [g for g in others if g not in shown]
-        if not unshown:
-            verdict = f"choose {best.mode_name} for throughput"
-        else:
-            reason = (
-                "one co-run has no known spread"
-                if any(min(g.stp.repeats, best.stp.repeats) < 2 for g in unshown)
-                else "their spreads overlap"
-            )
-            names = " and ".join(g.mode_name for g in unshown)
-            verdict = f"no difference shown between {best.mode_name} and {names} ({reason})"
+        verdict = _verdict(
+            f"choose {best.mode_name} for throughput",
+            f"{best.mode_name} delivers more than",
+            best.mode_name,
+            [(g.mode_name, best.stp, g.stp) for g in others],
+        )
         claims.append(Claim(f"{head}{verdict}: {best_text}, {listed}.", _run_ids(known)))
     claims += [_against_one_after_another(group) for group in known]
     return claims
+
+
+def _verdict(
+    all_shown: str, some_shown: str, best: str, others: Sequence[tuple[str, Estimate, Estimate]]
+) -> str:
+    """What may be said of the best mode against `others`: (mode, the best's spread, its own)."""
+    shown = [mode for mode, ours, theirs in others if ours.shows_difference_from(theirs)]
+    unshown = [other for other in others if other[0] not in shown]
+    if not unshown:
+        return all_shown
+    single = any(min(ours.repeats, theirs.repeats) < 2 for _, ours, theirs in unshown)
+    reason = "one co-run has no known spread: repeat it" if single else "their spreads overlap"
+    names = " and ".join(mode for mode, _, _ in unshown)
+    nothing = f"no difference shown between {best} and {names} ({reason})"
+    return f"{some_shown} {' and '.join(shown)}; {nothing}" if shown else nothing
 
 
 def _against_one_after_another(group: Group) -> Claim:
@@ -848,8 +874,8 @@ def _against_one_after_another(group: Group) -> Claim:
         verdict = "no difference shown from running the jobs one after another"
     felt = f"; each job feels {group.antt.mean:.2f} times slower on average" if group.antt else ""
     return Claim(
-        f"Under {group.mode_name}, {verdict}: overhead {overhead.mean:+.0f} % "
-        f"({stp.spread_name}){felt}.",
+        f"`{group.mix}` with {group.clients} clients under {group.mode_name}: {verdict}: "
+        f"overhead {overhead.text(0, ' %')}{felt}.",
         (group.run.run_id,),
     )
 
@@ -871,15 +897,17 @@ def _latency_claims(groups: Sequence[Group]) -> list[Claim]:
             continue
         pairs.sort(key=lambda pair: pair[1].latency["p99"])
         (best, best_row), rest = pairs[0], pairs[1:]
-        shown = all(best_row.p99_ms.shows_difference_from(row.p99_ms) for _, row in rest)
         listed = " against ".join(
-            f"{row.latency['p99']:.1f} ms under {group.mode_name}{_caveat(group)}"
+            f"{row.latency['p99']:.4g} ms{_repeat_range(row.p99_ms)} under "
+            f"{group.mode_name}{_caveat(group)}"
             for group, row in pairs
         )
-        verdict = (
-            f"choose {best.mode_name} where its p99 matters" if shown
-            else "no difference shown in p99"
-        )  # fmt: skip
+        verdict = _verdict(
+            f"choose {best.mode_name} where its p99 matters",
+            f"its p99 under {best.mode_name} is under that of",
+            best.mode_name,
+            [(group.mode_name, best_row.p99_ms, row.p99_ms) for group, row in rest],
+        )
         claims.append(
             Claim(
                 f"{label} beside {best.clients - 1} others (`{best.mix}`): {verdict}: {listed}.",
@@ -887,6 +915,13 @@ def _latency_claims(groups: Sequence[Group]) -> list[Claim]:
             )
         )
     return claims
+
+
+def _repeat_range(p99_ms: Estimate) -> str:
+    """How far the p99 of single repeats lies apart."""
+    if p99_ms.repeats < 2:
+        return " (n = 1)"
+    return f" ({p99_ms.low:.4g} to {p99_ms.high:.4g} over {p99_ms.repeats} repeats)"
 
 
 def _ramp_claims(ramp: Ramp) -> list[Claim]:

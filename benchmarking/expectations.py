@@ -43,12 +43,34 @@ class Expectation:
         return "inside"
 
     @property
+    def name(self) -> str:
+        """The quantity in words, without its unit: `GPU utilization`."""
+        return _NAMES.get(self.quantity, self.quantity.rsplit("_", 1)[0].replace("_", " "))
+
+    @property
     def range_text(self) -> str:
         """The range as the guide writes it: `60-120 s`, or `100 %` for a single value."""
         if self.low == self.high:
             return f"{self.low:g} {self.unit}"
         return f"{self.low:g}-{self.high:g} {self.unit}"
 
+
+# Where the words are not simply the quantity's name without its unit.
+_NAMES = {
+    "utilization_gpu_percent": "GPU utilization",
+    "idle_utilization_gpu_percent": "GPU utilization when idle",
+    "memory_used_gb": "GPU memory used",
+    "samples_per_second": "throughput",
+    "requests_per_second": "throughput",
+    "total_requests": "requests sent",
+    "epoch_seconds": "time of an epoch",
+    "job_seconds": "time of a job",
+    "session_seconds": "session time",
+    "active_seconds": "GPU active time",
+    "active_percent": "GPU active share",
+    "idle_seconds": "idle time",
+    "idle_percent": "idle share",
+}
 
 _RESNET = ("Experiment 1: ResNet50 training", "resnet_training")
 _BERT = ("Experiment 2: BERT fine-tuning", "bert_training")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _DPI = 120
-_TITLE_CHARACTERS = 78
+_TITLE_CHARACTERS_PER_INCH = 9
 
 # Luminance differs too, so that the order of the shades survives a grey print.
 _STYLES: Mapping[str, Mapping[str, str]] = {
@@ -67,10 +67,13 @@ def _new_figure(width: float, height: float, panels: int = 1) -> tuple[Figure, S
     return figure, axes
 
 
-def _save(figure: Figure, path: Path, message: str, description: str) -> Chart:
-    figure.suptitle(textwrap.fill(message, _TITLE_CHARACTERS), fontsize=12, fontweight="bold")
+def _save(figure: Figure, path: Path, message: str, subject: str, description: str) -> Chart:
+    """Put the message over the chart, what it is about under that, and write the PNG."""
+    width = int(figure.get_figwidth() * _TITLE_CHARACTERS_PER_INCH)
+    title = f"{textwrap.fill(message, width)}\n{textwrap.fill(subject, width)}"
+    figure.suptitle(title, fontsize=11, fontweight="bold")
     figure.savefig(path)
-    return Chart(path, message, description)
+    return Chart(path, f"{message} ({subject})", description)
 
 
 def _error_bar(found: comparison.Estimate) -> list[list[float]] | None:
@@ -78,10 +81,6 @@ def _error_bar(found: comparison.Estimate) -> list[list[float]] | None:
     if found.repeats < 2:
         return None
     return [[found.mean - found.low], [found.high - found.mean]]
-
-
-def _subject(group: comparison.Group) -> str:
-    return f"{group.mix}, {group.clients} clients"
 
 
 # --- mode comparison ------------------------------------------------------------------------
@@ -119,8 +118,8 @@ def mode_comparison(groups: Sequence[comparison.Group], path: Path) -> Chart | N
                      fontsize=8)  # fmt: skip
     listed = ", ".join(f"{group.mode_name} {group.stp.mean:.2f}" for group in known)
     return _save(
-        figure, path, _comparison_message(known),
-        f"Bars of STP and ANTT for {_subject(known[0])}. STP: {listed}.",
+        figure, path, _comparison_message(known), known[0].subject,
+        f"Bars of STP and ANTT for {known[0].subject}. STP: {listed}.",
     )  # fmt: skip
 
 
@@ -138,17 +137,16 @@ def _spread_note(found: Sequence[comparison.Estimate]) -> str:
 def _comparison_message(known: Sequence[comparison.Group]) -> str:
     ordered = sorted(known, key=lambda group: group.stp.mean, reverse=True)
     best, others = ordered[0], ordered[1:]
-    subject = _subject(best)
     if best.mode == comparison.CPU_DEMO:
-        return f"CPU demonstration, no GPU mode in force: STP {best.stp.mean:.2f} ({subject})"
+        return f"CPU demonstration, no GPU mode in force: STP {best.stp.mean:.2f}"
     if not others:
-        return f"{best.mode_name} delivers STP {best.stp.mean:.2f} ({subject})"
+        return f"{best.mode_name} delivers STP {best.stp.mean:.2f}"
     against = " and ".join(f"{group.stp.mean:.2f} under {group.mode_name}" for group in others)
     if all(best.stp.shows_difference_from(group.stp) for group in others):
         lead = f"{best.mode_name} delivers the most"
     else:
         lead = "No difference in throughput shown"
-    return f"{lead}: STP {best.stp.mean:.2f} under {best.mode_name}, {against} ({subject})"
+    return f"{lead}: STP {best.stp.mean:.2f} under {best.mode_name}, {against}"
 
 
 # --- utilization timeline -------------------------------------------------------------------
@@ -197,7 +195,8 @@ def utilization_timeline(
     if handles:
         panel.legend(handles, labels, loc="lower left", fontsize=8, framealpha=0.9, ncols=3)
     return _save(
-        figure, path, _timeline_message(run, points, windows, key, name),
+        figure, path, _timeline_message(points, windows, key, name),
+        f"{comparison.MODE_NAMES.get(run.mode, run.mode)}, {run.mix}",
         f"{name} in percent over the time of run {run.run_id}; shaded: measured windows.",
     )  # fmt: skip
 
@@ -232,7 +231,6 @@ def _mark_windows(panel: Axes, windows: Sequence[Mapping[str, Any]], start: floa
 
 
 def _timeline_message(
-    run: comparison.RunView,
     points: Sequence[Mapping[str, Any]],
     windows: Sequence[Mapping[str, Any]],
     key: str,
@@ -247,11 +245,10 @@ def _timeline_message(
             for window in together
         )
     ]
-    mode = comparison.MODE_NAMES.get(run.mode, run.mode)
     if not inside:
-        return f"{name} during the {mode} run of {run.mix} (no co-run window was sampled)"
+        return f"{name} over the run; no co-run window was sampled"
     mean = sum(inside) / len(inside)
-    return f"{name} averages {mean:.0f} % while the clients run together ({mode}, {run.mix})"
+    return f"{name} averages {mean:.0f} % while the clients run together"
 
 
 # --- slowdown per workload ------------------------------------------------------------------
@@ -300,9 +297,10 @@ def slowdown_per_workload(groups: Sequence[comparison.Group], path: Path) -> Cha
     )
     return _save(
         figure, path,
-        f"{worst.label} is slowed the most: {worst.slowdown.mean:.1f} times under "
-        f"{worst_group.mode_name} ({_subject(worst_group)})",
-        f"Bars of each client's slowdown by mode, {_subject(worst_group)}; "
+        f"Slowdowns reach {worst.slowdown.mean:.1f} times: {worst.label} under "
+        f"{worst_group.mode_name}",
+        worst_group.subject,
+        f"Bars of each client's slowdown by mode, {worst_group.subject}; "
         + _spread_note([row.slowdown for g in known for row in g.client_rows if row.slowdown]),
     )  # fmt: skip
 
@@ -351,7 +349,7 @@ def stress_scaling(ramps: Sequence[comparison.Ramp], path: Path) -> Chart | None
     for panel in (left, right):
         panel.legend(loc="best", fontsize=8)
     return _save(
-        figure, path, _scaling_message(known),
+        figure, path, _scaling_message(known), f"copies of the {known[0].mix} mix",
         f"Lines of STP and mean slowdown against the count of clients ({known[0].mix}).",
     )  # fmt: skip
 
@@ -380,4 +378,4 @@ def _scaling_message(ramps: Sequence[comparison.Ramp]) -> str:
         )
         name = comparison.MODE_NAMES.get(ramp.mode, ramp.mode)
         parts.append(f"{name} peaks at STP {best.stp.mean:.2f} (n = {best.clients}) and {end}")
-    return "; ".join(parts) + f" ({ramps[0].mix})"
+    return "; ".join(parts)

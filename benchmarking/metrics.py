@@ -376,7 +376,8 @@ def geometric_mean_interval(
     logs = [math.log(value) for value in values]
     center = statistics.fmean(logs)
     if len(logs) < 3:
-        return math.exp(center), min(values), max(values)
+        low, high = min(values), max(values)
+        return min(max(math.exp(center), low), high), low, high  # exp(log(x)) is not always x
     half = student_t_quantile(confidence, len(logs) - 1) * statistics.stdev(logs)
     half /= math.sqrt(len(logs))
     return math.exp(center), math.exp(center - half), math.exp(center + half)

@@ -268,6 +268,7 @@ def _clients(section: Section) -> list[str]:
                     if any(value is not None for value in tails.values())
                     else UNKNOWN,
                     number(row.peak_memory_mib, 0),
+                    _beside_guide(row, section.environment.get("job_size")),
                 ]
             )
     if not rows:
@@ -278,18 +279,36 @@ def _clients(section: Section) -> list[str]:
         "the raw values of all repeats; tail slowdown is the same percentile over the one alone.",
         table(
             ["mode, mix, clients", "client", "status", "proof", "slowdown", "job s",
-             "p50 / p95 / p99 ms", "tail slowdown p50 / p95 / p99", "peak memory MiB (PyTorch)"],
+             "p50 / p95 / p99 ms", "tail slowdown p50 / p95 / p99", "peak memory MiB (PyTorch)",
+             "measured (the guide's range, alone)"],
             rows,
         ),
     ]  # fmt: skip
 
 
+def measured_text(check: comparison.Check) -> str:
+    """The measured value to three or more digits, with its unit."""
+    value = check.value
+    text = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return f"{text} {check.expectation.unit}"
+
+
+def _beside_guide(row: comparison.ClientRow, job_size: Any) -> str:
+    """A client's measured values, each with the guide's range and the verdict, in one cell."""
+    if job_size != "guide" or not row.checks:
+        return UNKNOWN
+    return "; ".join(
+        f"{check.expectation.name} {measured_text(check)} "
+        f"({check.expectation.range_text}: {check.verdict})"
+        for check in row.checks
+    )
+
+
 def _check_row(name: str, check: comparison.Check) -> list[str]:
     expected = check.expectation
-    quantity = expected.quantity.replace("_", " ")
-    note = f" ({expected.note})" if expected.note else ""
+    note = f"; {expected.note}" if expected.note else ""
     return [
-        name, check.situation, quantity, f"{check.value:.4g} {expected.unit}",
+        name, check.situation, expected.name, measured_text(check),
         expected.range_text, check.verdict, f"{expected.experiment}, {expected.where}{note}",
     ]  # fmt: skip
 
@@ -305,20 +324,14 @@ def _expected(section: Section) -> list[str]:
     modes = [_check_row(group.mode_name, check) for group in section.groups
              for check in group.checks]  # fmt: skip
     alone = [_check_row(row.label, check) for row in section.alone for check in row.checks]
-    beside = [
-        _check_row(f"{row.label} ({group.mode_name}, {group.mix}, client {row.client})", check)
-        for group in section.groups
-        for row in group.client_rows
-        for check in row.checks
-    ]
-    rows = [*modes, *alone, *beside]
+    rows = [*modes, *alone]
     if not rows:
         return []
     inside = sum(row[5] == "inside" for row in rows)
     return [
         "### Against the guide's expected ranges",
         f"{inside} of {len(rows)} measured values lie inside. The ranges for a workload are for "
-        "the job alone on an unnamed GPU; beside others they are shown for orientation.",
+        "the job alone on an unnamed GPU; the table of clients repeats them for orientation.",
         table(
             ["what", "situation", "quantity", "measured", "guide expects", "verdict",
              "where in the guide"],
@@ -342,20 +355,23 @@ def _proof(section: Section) -> list[str]:
         found = run.manifest.get("mode_evidence") or []
         name = comparison.MODE_NAMES.get(run.mode, run.mode)
         lines = [f"before the run: {_evidence_text(item)}" for item in found]
-        for co_run in run.co_runs("co_run"):
-            verdicts: dict[str, int] = {}
-            evidence: dict[str, None] = {}
-            for record in run.clients("co_run", co_run["co_run"]):
-                proof = record.get("proof") or {}
-                verdict = proof.get("verdict") or "unverified"
-                verdicts[verdict] = verdicts.get(verdict, 0) + 1
-                for item in proof.get("evidence") or []:
-                    evidence[f"client {record['client']}: {_evidence_text(item)}"] = None
-            counts = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.items())
-            detail = "; ".join(evidence) or "no evidence recorded"
-            lines.append(f"`{co_run['co_run']}`: {counts} ({detail})")
+        lines += [_co_run_proof(run, co_run["co_run"]) for co_run in run.co_runs("co_run")]
         parts += [f"`{run.run_id}` ({name}):", bullets(lines or ["no evidence recorded"])]
     return parts
+
+
+def _co_run_proof(run: comparison.RunView, co_run: str) -> str:
+    """Verdicts of a co-run's clients, then each piece of evidence with the clients it holds for."""
+    verdicts: dict[str, list[str]] = {}
+    evidence: dict[str, list[str]] = {}
+    for record in run.clients("co_run", co_run):
+        proof, client = record.get("proof") or {}, str(record["client"])
+        verdicts.setdefault(proof.get("verdict") or "unverified", []).append(client)
+        for item in proof.get("evidence") or []:
+            evidence.setdefault(_evidence_text(item), []).append(client)
+    counts = ", ".join(f"{len(clients)} {verdict}" for verdict, clients in verdicts.items())
+    found = "; ".join(f"client {', '.join(who)}: {text}" for text, who in evidence.items())
+    return f"`{co_run}`: {counts or 'no client record'} ({found or 'no evidence recorded'})"
 
 
 def _limits(section: Section) -> list[str]:
