@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import signal
 import socket
@@ -12,77 +11,17 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import suppress
 
-import numpy as np
 import pytest
 import requests
-from conftest import PROJECT_ROOT
 from held_client import HeldClient
-from PIL import Image
+from server_process import SCRIPT, SMALL, ServerProcess, jpeg, running
 
-SCRIPT = PROJECT_ROOT / "workloads" / "inference" / "inference_server.py"
-SMALL = ("--model", "resnet18", "--weights", "none", "--device", "cpu", "--host", "127.0.0.1")
 GUIDE_STATS = (
     "total_requests", "success_rate_percent", "average_latency_ms", "p50_ms", "p95_ms", "p99_ms",
     "qps",
 )  # fmt: skip
-
-
-def jpeg(seed: int = 0, size: int = 224) -> bytes:
-    pixels = np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "JPEG")
-    return file.getvalue()
-
-
-class ServerProcess:
-    """A server started by hand, ready to answer."""
-
-    def __init__(self, folder: Path, *arguments: str) -> None:
-        self.results = folder / "results"
-        self.log = folder / "stderr.log"
-        with self.log.open("w") as log, (folder / "stdout.log").open("w") as out:
-            self.process = subprocess.Popen(
-                (sys.executable, str(SCRIPT), *SMALL, "--port", "0", "--results-dir",
-                 str(self.results), *arguments),
-                stdout=out, stderr=log, stdin=subprocess.DEVNULL,
-            )  # fmt: skip
-        self.port = self._wait_until_ready()
-        self.url = f"http://127.0.0.1:{self.port}"
-
-    def _wait_until_ready(self) -> int:
-        deadline = time.monotonic() + 120
-        while "ready on port " not in (text := self.log.read_text()):
-            assert self.process.poll() is None, text
-            assert time.monotonic() < deadline, text
-            time.sleep(0.05)
-        return int(text.partition("ready on port ")[2].split()[0])
-
-    def stop(self) -> int:
-        self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(60)
-
-    def stats(self) -> dict:
-        return requests.get(f"{self.url}/stats", timeout=10).json()
-
-    def predict(self, content: bytes) -> requests.Response:
-        return requests.post(f"{self.url}/predict", data=content, timeout=30)
-
-    def batch_predict(self, body: object) -> requests.Response:
-        return requests.post(f"{self.url}/batch_predict", json=body, timeout=60)
-
-
-@contextmanager
-def running(folder: Path, *arguments: str) -> Iterator[ServerProcess]:
-    server = ServerProcess(folder, *arguments)
-    try:
-        yield server
-    finally:
-        if server.process.poll() is None:
-            server.process.kill()
-        server.process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -230,6 +169,58 @@ def test_too_long_a_body_is_a_413(server):
         answer = connection.makefile("rb").read()
     assert answer.startswith(b"HTTP/1.1 413 ")
     assert b"too large" in json.loads(answer.partition(b"\r\n\r\n")[2])["error"].encode()
+
+
+def exchange(port: int, *pieces: bytes, half_close: bool = False) -> bytes:
+    """Send raw bytes and return everything that comes back until the connection is closed."""
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+        with suppress(ConnectionError):
+            for piece in pieces:
+                connection.sendall(piece)
+        if half_close:
+            connection.shutdown(socket.SHUT_WR)
+        answer = b""
+        with suppress(ConnectionResetError):
+            while piece := connection.recv(65536):
+                answer += piece
+    return answer
+
+
+def test_what_the_http_parser_refuses_is_json_too(server):
+    for request, status in (
+        (b"GET /health HTTP/1.1\r\nX: " + b"x" * 40_000 + b"\r\n\r\n", b"431"),
+        (b"nonsense\r\n\r\n", b"400"),
+        (b"POST /predict HTTP/1.1\r\nContent-Length: -5\r\n\r\n", b"400"),
+        (b"POST /predict HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nZZ\r\n", b"400"),
+        (b"POST /predict HTTP/1.1\r\nTransfer-Encoding: gzip\r\n\r\n", b"501"),
+    ):
+        head, _, body = exchange(server.port, request).partition(b"\r\n\r\n")
+        assert head.split()[1] == status
+        assert json.loads(body)["error"]
+    assert requests.get(f"{server.url}/health", timeout=10).status_code == 200
+
+
+def test_an_endless_chunked_body_is_cut_at_the_limit(server):
+    start = b"POST /predict HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n"
+    chunk = b"10000\r\n" + b"\0" * 0x10000 + b"\r\n"
+    answer = exchange(server.port, start, *[chunk] * 60)
+    assert answer == b"" or answer.startswith(b"HTTP/1.1 413 ")
+    assert requests.get(f"{server.url}/health", timeout=10).status_code == 200
+
+
+def test_a_chunked_upload_is_answered(server):
+    content = jpeg()
+    answer = requests.post(f"{server.url}/predict", data=iter([content[:999], content[999:]]))
+    assert answer.status_code == 200
+
+
+def test_a_client_that_leaves_in_the_middle_harms_nobody(server):
+    content = jpeg()
+    head = b"POST /predict HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % len(content)
+    for pieces in ((head, content[:100]), (head, content), (b"GET /he",)):
+        answer = exchange(server.port, *pieces, half_close=True)
+        assert answer == b"" or answer.startswith(b"HTTP/1.1 200 ")
+    assert server.predict(content).status_code == 200
 
 
 def test_too_many_pixels_are_a_413(strict_server):

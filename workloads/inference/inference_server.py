@@ -157,6 +157,11 @@ class InferenceServer(client.Workload):
             self.device, args.model, args.weights, args.seed, args.max_batch
         )
         self.warnings += weights_notes(args.model, args.weights, self._classifier.weights.kind)
+        # Once: /health is asked during the capture too, when no other thread may call CUDA.
+        identity = self.device.identity()
+        self._device_facts = {
+            name: identity[name] for name in ("device", "gpu_name", "engine", "precision")
+        }
 
     def warm_up(self) -> None:
         """Autotune and capture, then begin to answer."""
@@ -221,8 +226,7 @@ class InferenceServer(client.Workload):
 
     def describe_device(self) -> dict:
         """Return what ``/health`` shows of the device."""
-        identity = self.device.identity()
-        return {name: identity[name] for name in ("device", "gpu_name", "engine", "precision")}
+        return self._device_facts
 
     def describe_model(self) -> dict:
         """Return model and weights, as said in every answer."""
