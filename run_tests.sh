@@ -12,7 +12,7 @@ cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
 source ./setup_environment.sh
 
 main() {
-    setup_environment "$PWD/requirements-dev.txt"
+    environment::set_up "$PWD/requirements-dev.txt"
     # ruff and shellcheck are programs beside the Python that they were installed for.
     PATH=$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("scripts"))'):$PATH
     ruff check .

@@ -2,7 +2,8 @@
 # Finds the Python that the other scripts run with, and installs what is missing on first use.
 # Sourced by run_experiments.sh, stress_test.sh and run_tests.sh:
 #
-#   setup_environment REQUIREMENTS_FILE     sets PYTHON, or ends the script with one sentence
+#   environment::set_up REQUIREMENTS_FILE   sets PYTHON, or ends the script with one sentence
+#   environment::find REQUIREMENTS_FILE     the same without installing; false where nothing fits
 #
 # In this order: $PYTHON where the caller sets it; the active python3, PYTHONPATH included, where it
 # has everything; .venv beside this file, made from the requirements file on first use. A stamp in
@@ -12,123 +13,123 @@
 ENVIRONMENT_ROOT=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 readonly ENVIRONMENT_ROOT
 readonly VENV_FOLDER=$ENVIRONMENT_ROOT/.venv
+readonly VENV_PYTHON=$VENV_FOLDER/bin/python
 readonly OLDEST_PYTHON=3.10
 
-setup_environment() {
+environment::set_up() {
     local -r requirements=$1
+    if ! environment::find "$requirements"; then
+        environment::install "$requirements"
+        PYTHON=$VENV_PYTHON
+    fi
+    if [[ $PYTHON == "$VENV_PYTHON" ]]; then
+        environment::fingerprint "$requirements" >"$(environment::stamp "$requirements")"
+    fi
+}
+
+environment::find() {
+    local -r requirements=$1
+    local candidate
     if [[ -n ${PYTHON:-} ]]; then
-        environment_use_callers_choice "$requirements"
+        environment::check_callers_choice "$requirements"
         return
     fi
-    local candidate
     for candidate in python3 python; do
-        if environment_python_is_new_enough "$candidate" &&
-            environment_missing "$candidate" "$requirements" >/dev/null; then
+        if environment::is_new_enough "$candidate" &&
+            environment::missing "$candidate" "$requirements" >/dev/null; then
             PYTHON=$(command -v "$candidate")
             return
         fi
     done
-    environment_complete_venv "$requirements"
-    PYTHON=$VENV_FOLDER/bin/python
+    environment::venv_is_complete "$requirements" && PYTHON=$VENV_PYTHON
 }
 
-environment_log() {
-    printf '%s\n' "$*" >&2
-}
+environment::log() { printf '%s\n' "$*" >&2; }
 
-environment_die() {
+environment::die() {
     printf 'error: %s\n' "$*" >&2
     exit 1
 }
 
-environment_python_is_new_enough() {
-    local -r python=$1
-    command -v "$python" >/dev/null &&
-        "$python" -c "import sys; sys.exit(sys.version_info < (${OLDEST_PYTHON/./, }))" 2>/dev/null
+environment::is_new_enough() {
+    command -v "$1" >/dev/null &&
+        "$1" -c "import sys; sys.exit(sys.version_info < (${OLDEST_PYTHON/./, }))" 2>/dev/null
 }
 
-# Prints what PYTHON lacks of the requirements, a line each; fails if there is anything.
-environment_missing() {
-    local -r python=$1 requirements=$2
-    shift 2
-    "$python" "$ENVIRONMENT_ROOT/lib/check_requirements.py" "$requirements" "$@"
+# environment::missing PYTHON REQUIREMENTS_FILE [--import]: prints what PYTHON lacks, a line each;
+# false if there is anything.
+environment::missing() {
+    "$1" "$ENVIRONMENT_ROOT/lib/check_requirements.py" "${@:2}"
 }
 
-environment_use_callers_choice() {
+environment::check_callers_choice() {
+    environment::is_new_enough "$PYTHON" ||
+        environment::die "PYTHON=$PYTHON is not a Python >= $OLDEST_PYTHON; unset it or name another"
+    environment::missing "$PYTHON" "$1" >&2 ||
+        environment::die "PYTHON=$PYTHON lacks the packages above; install them or unset PYTHON"
+}
+
+# A folder that somebody else filled, or whose requirements have moved a little, may be complete
+# without its stamp; only a real import tells.
+environment::venv_is_complete() {
     local -r requirements=$1
-    environment_python_is_new_enough "$PYTHON" ||
-        environment_die "PYTHON=$PYTHON is not a Python >= $OLDEST_PYTHON; unset it or name another"
-    environment_missing "$PYTHON" "$requirements" >&2 ||
-        environment_die "PYTHON=$PYTHON lacks the packages above; install them or unset PYTHON"
+    local stamp
+    stamp=$(environment::stamp "$requirements")
+    environment::is_new_enough "$VENV_PYTHON" || return 1
+    [[ -f $stamp && $(<"$stamp") == "$(environment::fingerprint "$requirements")" ]] ||
+        environment::missing "$VENV_PYTHON" "$requirements" --import >/dev/null
 }
 
-environment_complete_venv() {
-    local -r requirements=$1
-    local -r stamp=$VENV_FOLDER/complete-$(basename -- "$requirements").sha256
-    local -r python=$VENV_FOLDER/bin/python
-    local wanted
-    wanted=$(environment_fingerprint "$requirements")
-    if [[ -x $python && -f $stamp && $(<"$stamp") == "$wanted" ]]; then
-        return
-    fi
-    # A folder that somebody else filled, or one for requirements that have moved a little, may be
-    # complete without a stamp. Only a real import tells.
-    if ! { [[ -x $python ]] && environment_missing "$python" "$requirements" --import >/dev/null; }
-    then
-        environment_install "$requirements"
-    fi
-    printf '%s\n' "$wanted" >"$stamp"
+environment::stamp() {
+    printf '%s/complete-%s.sha256' "$VENV_FOLDER" "$(basename -- "$1")"
 }
 
 # Of every requirements file, since one names the other.
-environment_fingerprint() {
-    local -r requirements=$1
-    cat -- "$(dirname -- "$requirements")"/requirements*.txt | sha256sum | cut -d ' ' -f 1
+environment::fingerprint() {
+    cat -- "$(dirname -- "$1")"/requirements*.txt | sha256sum | cut -d ' ' -f 1
 }
 
-environment_install() {
+environment::install() {
     local -r requirements=$1
-    local -r python=$VENV_FOLDER/bin/python
-    if ! environment_python_is_new_enough "$python"; then
-        environment_make_venv
-    elif ! "$python" -m pip --version >/dev/null 2>&1; then
-        "$python" -m ensurepip >&2 || environment_die "$python has no pip; delete $VENV_FOLDER"
+    if ! environment::is_new_enough "$VENV_PYTHON"; then
+        environment::make_venv
+    elif ! "$VENV_PYTHON" -m pip --version >/dev/null 2>&1; then
+        "$VENV_PYTHON" -m ensurepip >&2 || environment::die "no pip in $VENV_FOLDER; delete it"
     fi
-    environment_announce "$requirements"
-    if ! "$python" -m pip install --disable-pip-version-check -r "$requirements" >&2; then
-        environment_log "" "Still missing in $VENV_FOLDER:"
-        environment_missing "$python" "$requirements" >&2 || true
-        environment_die "pip could not install everything (see above; without a network, install" \
-            "the packages listed into the active Python by other means) - then start again"
+    environment::announce "$requirements"
+    if ! "$VENV_PYTHON" -m pip install --disable-pip-version-check -r "$requirements" >&2; then
+        environment::log "Still missing in $VENV_FOLDER:"
+        environment::missing "$VENV_PYTHON" "$requirements" >&2 || true
+        environment::die "pip could not install the packages above; start again with a network," \
+            "or from a Python that has them"
     fi
-    environment_missing "$python" "$requirements" --import >&2 ||
-        environment_die "what pip installed does not work (see above); delete $VENV_FOLDER and" \
+    environment::missing "$VENV_PYTHON" "$requirements" --import >&2 ||
+        environment::die "what pip installed does not work (see above); delete $VENV_FOLDER and" \
             "start again"
 }
 
 # What is there instead is an interrupted attempt, or belongs to a Python that is gone or too old.
-environment_make_venv() {
+environment::make_venv() {
     local candidate
     for candidate in python3 python3.14 python3.13 python3.12 python3.11 python3.10 python; do
-        if environment_python_is_new_enough "$candidate" &&
+        if environment::is_new_enough "$candidate" &&
             "$candidate" -c 'import venv, ensurepip' 2>/dev/null; then
-            environment_log "Making $VENV_FOLDER with $(command -v "$candidate") ..."
+            environment::log "Making $VENV_FOLDER with $(command -v "$candidate")."
             "$candidate" -m venv --clear "$VENV_FOLDER" ||
-                environment_die "$candidate could not make $VENV_FOLDER (see above)"
+                environment::die "$candidate could not make $VENV_FOLDER (see above)"
             return
         fi
     done
-    environment_die "no Python >= $OLDEST_PYTHON with its venv module found; install one" \
+    environment::die "no Python >= $OLDEST_PYTHON with its venv module was found; install one" \
         "(Debian, Ubuntu: apt install python3-venv)"
 }
 
-environment_announce() {
-    local -r requirements=$1
+environment::announce() {
     local missing
-    missing=$(environment_missing "$VENV_FOLDER/bin/python" "$requirements") || true
-    environment_log "Installing into $VENV_FOLDER, once (interrupted, it is finished next time):"
+    missing=$(environment::missing "$VENV_PYTHON" "$1") || true
+    environment::log "Installing into $VENV_FOLDER, once (interrupted, it is finished next time):"
     sed -e 's/: .*//' -e 's/^/    /' <<<"$missing" >&2
     if [[ $missing == *torch* ]]; then
-        environment_log "torch with CUDA is most of it: about 3 GB to download, 6 GB on disk."
+        environment::log "torch with CUDA is most of it: about 3 GB to download, 6 GB on disk."
     fi
 }

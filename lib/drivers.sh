@@ -1,0 +1,362 @@
+# shellcheck shell=bash
+# shellcheck disable=SC2034 # some variables are for the drivers
+#
+# What run_experiments.sh and stress_test.sh share: flags, the machine, the suite as a child that can
+# be interrupted, and enabling a mode together with its undoing.
+#
+# A signal does not end the script at once. It is handed to the suite, which stops its clients and
+# writes its records; then INTERRUPTED is set, and the script undoes what it enabled and still makes
+# the report of what was done.
+
+PROJECT_ROOT=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
+readonly PROJECT_ROOT
+# shellcheck source=../gpu-configs/lib/common.sh
+source "$PROJECT_ROOT/gpu-configs/lib/common.sh"
+# shellcheck source=../gpu-configs/lib/gpu.sh
+source "$PROJECT_ROOT/gpu-configs/lib/gpu.sh"
+# shellcheck source=../gpu-configs/lib/mig.sh
+source "$PROJECT_ROOT/gpu-configs/lib/mig.sh"
+# shellcheck source=../gpu-configs/lib/mps.sh
+source "$PROJECT_ROOT/gpu-configs/lib/mps.sh"
+# shellcheck source=../setup_environment.sh
+source "$PROJECT_ROOT/setup_environment.sh"
+THIS_COMMAND=("./${0##*/}")
+
+# Under sudo the mode scripts act for the account that called sudo, but everything here runs as
+# root, and an MPS daemon serves its own user's clients only.
+unset SUDO_USER SUDO_UID SUDO_GID SUDO_COMMAND
+
+OUTPUT=""
+DEVICE=auto
+REPEATS=""
+TIMESLICE=""
+MPS_EXCLUSIVE=0
+MAY_SET_UP_MIG=0
+MIG_PROFILE=1g.5gb # the guide's; setup_mig.sh takes this card's profile of the same size for it
+SUITE_FLAGS=()
+
+HAS_GPU=0
+CHILD=""       # pid of the suite while it runs
+INTERRUPTED="" # exit code that a signal asks for
+ENABLED_MODE=""
+MODE_UNDO=()
+
+# --- flags ------------------------------------------------------------------------------------------
+
+# Takes a flag that both drivers know; sets CONSUMED to the number of words it used.
+driver::flag() {
+    CONSUMED=2
+    case $1 in
+        --output) cli::value "$@" && OUTPUT=$VALUE ;;
+        --device) driver::choice "$1" "${2-}" auto cpu cuda && DEVICE=$2 ;;
+        --repeats) driver::positive_integer "$1" "${2-}" && REPEATS=$2 ;;
+        --timeslice) driver::choice "$1" "${2-}" default short medium long && TIMESLICE=$2 ;;
+        --mig-profile) cli::value "$@" && MIG_PROFILE=$VALUE ;;
+        --engine) driver::choice "$1" "${2-}" eager graph compile && SUITE_FLAGS+=("$1" "$2") ;;
+        --precision) driver::choice "$1" "${2-}" fp32 tf32 bf16 && SUITE_FLAGS+=("$1" "$2") ;;
+        --dataset)
+            driver::choice "$1" "${2-}" auto cifar10 folder synthetic && SUITE_FLAGS+=("$1" "$2")
+            ;;
+        --data-dir)
+            [[ -d ${2-} ]] || cli::usage_error "--data-dir: '${2-}' is not a folder"
+            SUITE_FLAGS+=("$1" "$2")
+            ;;
+        --seed)
+            [[ ${2-} =~ ^[0-9]+$ ]] || cli::usage_error "--seed needs a whole number from 0 on"
+            SUITE_FLAGS+=("$1" "$2")
+            ;;
+        *) driver::switch "$@" ;;
+    esac
+}
+
+driver::switch() {
+    CONSUMED=1
+    case $1 in
+        --quick) SUITE_FLAGS+=(--quick) ;;
+        --exclusive) MPS_EXCLUSIVE=1 ;;
+        --mig) MAY_SET_UP_MIG=1 ;;
+        *) cli::common_flag "$@" ;;
+    esac
+}
+
+# driver::choice FLAG VALUE CHOICE...
+driver::choice() {
+    local choice
+    for choice in "${@:3}"; do
+        [[ $2 != "$choice" ]] || return 0
+    done
+    cli::usage_error "$1 needs one of: ${*:3}"
+}
+
+# driver::positive_integer NAME VALUE
+driver::positive_integer() {
+    [[ $2 =~ ^[1-9][0-9]*$ ]] || cli::usage_error "$1 needs a whole number from 1 on"
+}
+
+driver::shared_flags_help() {
+    cat <<'HELP'
+  --quick               small jobs, for a demonstration
+  --repeats N           repeats of each co-run
+  --output DIR          folder for the runs and the report; must not hold an earlier one
+  --gpu INDEX_OR_UUID   which GPU (default: the first one visible)
+  --device auto|cuda|cpu  cpu: the CPU demonstration, even where there is a GPU
+  --engine, --precision, --seed, --dataset, --data-dir   passed on to the jobs
+  --dry-run             print every command and change nothing
+
+Changes to the GPU's settings are made only when told to, need root (sudo without a password, or a
+root shell), and are undone at the end:
+  --mig                 the mig mode may switch MIG on and make its instances
+  --mig-profile NAME    size of these instances (default 1g.5gb, or this GPU's one-slice profile)
+  --exclusive           MPS with compute mode EXCLUSIVE_PROCESS
+  --timeslice default|short|medium|long   length of a time slice
+HELP
+}
+
+# --- the machine ------------------------------------------------------------------------------------
+
+# driver::prepare DEFAULT_OUTPUT: sets the environment up, makes the folder, minds signals from then on.
+driver::prepare() {
+    if ((DRY_RUN)); then
+        driver::find_python
+    else
+        environment::set_up "$PROJECT_ROOT/requirements.txt"
+    fi
+    OUTPUT=${OUTPUT:-$1}
+    if compgen -G "$OUTPUT/*" >/dev/null; then
+        cli::usage_error "--output: $OUTPUT is not empty; name another folder"
+    fi
+    run mkdir -p -- "$OUTPUT" || die "$EXIT_USAGE" "cannot make the folder $OUTPUT; name another" \
+        "by --output"
+    signals::install
+}
+
+driver::find_python() {
+    environment::find "$PROJECT_ROOT/requirements.txt" && return
+    printf 'would install: requirements.txt into %s\n' "$VENV_FOLDER"
+    PYTHON=$VENV_PYTHON
+}
+
+# Sets HAS_GPU and, with a GPU, everything that gpu::select sets. Ends with 3 where a GPU is asked for
+# or there, but cannot be used: only a machine without one gets the CPU demonstration unasked.
+machine::inspect() {
+    if [[ $DEVICE == cpu ]]; then
+        log "CPU demonstration, as asked for (--device cpu)."
+    elif [[ $DEVICE == auto && ${CUDA_VISIBLE_DEVICES-unset} =~ ^(-1)?$ ]]; then
+        log "CPU demonstration: CUDA_VISIBLE_DEVICES hides every GPU."
+    elif machine::lists_a_gpu; then
+        if [[ -z $GPU_SELECTOR && ${CUDA_VISIBLE_DEVICES:-} =~ ^([0-9]+|GPU-[^,]+) ]]; then
+            GPU_SELECTOR=${BASH_REMATCH[1]}
+        fi
+        user::resolve
+        gpu::select
+        HAS_GPU=1
+        log "$(gpu::title)"
+    elif [[ $DEVICE == cuda || -n $GPU_SELECTOR ]]; then
+        die "$EXIT_NO_GPU" "no NVIDIA GPU was found; without --device cuda and --gpu the CPU" \
+            "demonstration runs"
+    else
+        log "No NVIDIA GPU was found: this is the CPU demonstration, no sharing mode is in force."
+    fi
+}
+
+machine::lists_a_gpu() {
+    local output
+    if ! command -v nvidia-smi >/dev/null; then
+        [[ ! -e /proc/driver/nvidia/version ]] ||
+            die "$EXIT_NO_GPU" "an NVIDIA driver is loaded but nvidia-smi was not found; add it to" \
+                "the PATH, or choose --device cpu"
+        return 1
+    fi
+    output=$(nvidia-smi -L 2>&1) || true
+    case $output in
+        *"GPU 0:"*) return 0 ;;
+        "" | *"No devices"*) return 1 ;;
+    esac
+    die "$EXIT_NO_GPU" "nvidia-smi does not answer (${output%%$'\n'*}); mend the driver, or choose" \
+        "--device cpu"
+}
+
+# --- signals and children -----------------------------------------------------------------------------
+
+signals::install() {
+    trap 'signals::note 130' INT
+    trap 'signals::note 143' TERM
+    trap 'signals::note 129' HUP
+    trap 'signals::ignore && mode::undo' EXIT
+}
+
+signals::ignore() { trap '' INT TERM HUP; }
+
+# The first signal asks the suite to stop as Ctrl-C does, a later one ends it; its clients end with it,
+# since they hang on its pipes.
+signals::note() {
+    local -r name=$([[ -z $INTERRUPTED ]] && printf INT || printf TERM)
+    INTERRUPTED=$1
+    log "Stopping: what was enabled is undone, and what was done is reported."
+    [[ -z $CHILD ]] || kill -s "$name" "$CHILD" 2>/dev/null || true
+}
+
+# Runs a program that gets a signal only through signals::note. It needs a process group of its own:
+# bash would start a background job of its own group with SIGINT ignored.
+signals::run_child() {
+    local status
+    set -m
+    "$@" </dev/null &
+    CHILD=$!
+    set +m
+    [[ -z $INTERRUPTED ]] || kill -s INT "$CHILD" 2>/dev/null || true
+    while true; do # a signal ends `wait` too early
+        status=0
+        wait "$CHILD" || status=$?
+        kill -0 "$CHILD" 2>/dev/null || break
+    done
+    CHILD=""
+    return "$status"
+}
+
+# --- suite and analysis -------------------------------------------------------------------------------
+
+# suite::run RUN_ID FLAG...: runs the suite into $OUTPUT/RUN_ID; sets SUITE_STATUS to its exit code.
+suite::run() {
+    local -a command=("$PYTHON" "$PROJECT_ROOT/benchmarking/benchmark_suite.py" "${@:2}"
+        --results-dir "$OUTPUT" --run-id "$1" --device "$DEVICE" "${SUITE_FLAGS[@]}")
+    ((!HAS_GPU)) || command+=(--gpu "$GPU_UUID")
+    SUITE_STATUS=0
+    run --note "$(quoted "${command[@]}")" signals::run_child "${command[@]}" || SUITE_STATUS=$?
+}
+
+# What the suite's exit code says, in words.
+suite::reason() {
+    case $1 in
+        1) printf 'a co-run failed' ;;
+        2) printf 'the suite refused its arguments' ;;
+        3) printf 'the suite found no usable GPU' ;;
+        4) printf 'the mode was not in force' ;;
+        5) printf 'there is no proof that the mode was in force' ;;
+        130) printf 'interrupted' ;;
+        *) printf 'the suite ended with status %s' "$1" ;;
+    esac
+}
+
+analysis::run() {
+    run "$PYTHON" "$PROJECT_ROOT/benchmarking/analyze_results.py" --results-dir "$OUTPUT"
+}
+
+# --- modes --------------------------------------------------------------------------------------------
+
+# mode::why_not MODE CLIENTS: prints why the mode cannot be used here, or nothing.
+mode::why_not() {
+    local -r mode=$1 clients=$2
+    local count
+    if ((!HAS_GPU)); then
+        printf 'no NVIDIA GPU'
+    elif [[ $mode != mig ]]; then
+        [[ $GPU_MIG_CURRENT != Enabled ]] || printf 'MIG is on, so there is no whole GPU to use'
+    elif [[ $GPU_MIG_CURRENT == *N/A* ]]; then
+        printf '%s has no MIG' "$GPU_NAME"
+    elif ((!MAY_SET_UP_MIG)) && [[ $GPU_MIG_CURRENT != Enabled ]]; then
+        printf 'MIG is off; --mig allows to switch it on'
+    elif ((!MAY_SET_UP_MIG)); then
+        count=$(mig::devices | wc -l)
+        ((count >= clients)) ||
+            printf '%d MIG instances for %d clients; --mig allows to make them' "$count" "$clients"
+    fi
+}
+
+# mode::enable MODE CLIENTS: puts the mode in force, for mode::undo to undo, unless it is already.
+# False, with MODE_REASON, if that fails.
+mode::enable() {
+    local -r mode=$1 clients=$2
+    local -a as_root=() flags=()
+    local had_state
+    if mode::is_in_force "$mode" "$clients"; then
+        log "$mode is set up already; it is used as it is and left so."
+        return 0
+    fi
+    case $mode in
+        time-slicing)
+            flags=(setup_time_slicing.sh "$clients")
+            MODE_UNDO=(reset_time_slicing.sh)
+            [[ -z $TIMESLICE ]] || { mode::as_root && flags+=(--timeslice "$TIMESLICE"); }
+            ;;
+        mps)
+            flags=(enable_mps.sh)
+            MODE_UNDO=(disable_mps.sh)
+            ((!MPS_EXCLUSIVE)) || { mode::as_root && flags+=(--exclusive); }
+            ;;
+        mig)
+            flags=(setup_mig.sh "$MIG_PROFILE" "$clients")
+            MODE_UNDO=(disable_mig.sh)
+            mode::as_root
+            ;;
+    esac
+    MODE_UNDO=("${as_root[@]}" "$PROJECT_ROOT/gpu-configs/${MODE_UNDO[0]}" --gpu "$GPU_UUID")
+    had_state=$(mode::has_state "$mode" && printf yes) || true
+    # Noted before the change: a signal can come between the two.
+    ENABLED_MODE=$mode
+    if ! mode::script "${as_root[@]}" "$PROJECT_ROOT/gpu-configs/${flags[0]}" "${flags[@]:1}" \
+        --gpu "$GPU_UUID"; then
+        MODE_REASON=$(sed -n 's/^error: //p' "$OUTPUT/mode-scripts.log" | tail -n 1)
+        # The script has put its changes back, but for MIG mode that waits for a restart.
+        if [[ -n $had_state ]] || ! mode::has_state "$mode"; then
+            ENABLED_MODE=""
+        fi
+        return 1
+    fi
+}
+
+# Whether the mode's scripts have something to undo. (In a subshell: a damaged file ends the script.)
+mode::has_state() { (state::load "$1") 2>/dev/null; }
+
+# Undoes what mode::enable did, if anything; not to be interrupted. False, with MODE_REASON, if that
+# fails.
+mode::undo() {
+    [[ -n $ENABLED_MODE ]] || return 0
+    local -r mode=$ENABLED_MODE
+    ENABLED_MODE=""
+    (signals::ignore && mode::script "${MODE_UNDO[@]}") && return
+    MODE_REASON="$mode could not be undone; run $(quoted "${MODE_UNDO[@]}")"
+    log "error: $MODE_REASON"
+    return 1
+}
+
+# Sets the caller's `as_root` to what runs a card-changing script; where sudo would ask for a password,
+# the script itself says that it needs root.
+mode::as_root() {
+    as_root=()
+    if ((EUID != 0)) && [[ ${GPU_SETTINGS_LOCKED:-0} != 1 ]] && sudo -n true 2>/dev/null; then
+        as_root=(sudo -n)
+    fi
+}
+
+# Runs a mode script; its words are kept in mode-scripts.log too. tee must outlive Ctrl-C, or a script
+# that puts back its changes could no longer write.
+mode::script() {
+    if ((DRY_RUN)); then
+        run "$@"
+    else
+        run "$@" 2>&1 | tee -ia "$OUTPUT/mode-scripts.log" >&2
+    fi
+}
+
+mode::is_in_force() {
+    case $1 in
+        # A daemon of the user's need not go: time slicing needs no script then, the suite keeps its
+        # clients away from the daemon.
+        time-slicing)
+            mode::has_state time-slicing || { [[ -z $TIMESLICE ]] && mode::finds_daemon; }
+            ;;
+        mps) mode::finds_daemon ;;
+        mig) [[ $GPU_MIG_CURRENT == Enabled ]] && (($(mig::devices | wc -l) >= $2)) ;;
+    esac
+}
+
+# Whether an MPS daemon of this user answers: one that enable_mps.sh started, or one where CUDA itself
+# would look, which the suite is then told of.
+mode::finds_daemon() {
+    local -r usual=${CUDA_MPS_PIPE_DIRECTORY:-/tmp/nvidia-mps}
+    if (state::load mps && mps::answers "${STATE[pipe_directory]:-}") 2>/dev/null; then
+        return 0
+    fi
+    [[ -O $usual/control ]] && mps::answers "$usual" && export CUDA_MPS_PIPE_DIRECTORY=$usual
+}

@@ -1,0 +1,195 @@
+#!/usr/bin/env bash
+# The comparison of the GPU sharing modes, unattended: each job alone, then the same mix of jobs
+# together under time slicing, MPS and MIG, then the report. See usage below.
+# shellcheck disable=SC2329 # functions are handed to phase, and usage is called by the library
+set -Eeuo pipefail
+
+# shellcheck source=lib/drivers.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/lib/drivers.sh"
+
+usage() {
+    cat <<'HELP'
+Usage: ./run_experiments.sh [options]
+
+Phase 1 baseline       each job of the mix alone
+Phase 2 time-slicing   the mix together, as CUDA does by itself
+Phase 3 mps            the mix together under NVIDIA MPS
+Phase 4 mig            each job on a MIG instance of its own (where MIG is on, or with --mig)
+Phase 5 analysis       comparison table, charts, report.md
+
+Without an NVIDIA GPU phases 1 and 2 run as a small demonstration on the CPU. A phase that fails does
+not stop the others; Ctrl-C stops, undoes what was enabled and reports what was done.
+
+Options:
+  --modes LIST          which of time-slicing,mps,mig (default: all)
+  --workloads N         jobs that run together (default: 4: ResNet50 training, batch inference,
+                        Jupyter session, BERT fine-tuning)
+  --phase-minutes N     budget of each phase (default: 5 for phase 1, 10 for the others); it limits
+                        repeats, never below one
+HELP
+    driver::shared_flags_help
+    cat <<'HELP'
+
+Defaults: --repeats 3 (CPU: 1), --output results/experiments-<date-time>.
+Exit codes: 0 every phase that ran succeeded, 1 one failed, 2 usage, 3 no usable GPU, 130 Ctrl-C
+HELP
+}
+
+MODES=time-slicing,mps,mig
+WORKLOADS=4
+PHASE_MINUTES=""
+BASELINE="" # folder of phase 1's run, once it is complete
+FAILED_PHASES=0
+
+main() {
+    parse_arguments "$@"
+    machine::inspect
+    driver::prepare "results/experiments-$(date +%Y%m%d-%H%M%S)"
+    phase 1 baseline measure_baseline
+    phase 2 "$( ((HAS_GPU)) && printf time-slicing || printf cpu-demo)" measure_mode time-slicing
+    phase 3 mps measure_mode mps
+    phase 4 mig measure_mode mig
+    phase 5 analysis analyze
+    finish
+}
+
+parse_arguments() {
+    cli::split "$@"
+    set -- "${ARGUMENTS[@]}"
+    while (($#)); do
+        CONSUMED=2
+        case $1 in
+            --modes) cli::value "$@" && check_modes "$VALUE" && MODES=$VALUE ;;
+            --workloads) driver::positive_integer "$1" "${2-}" && WORKLOADS=$2 ;;
+            --phase-minutes) check_minutes "${2-}" && PHASE_MINUTES=$2 ;;
+            *) driver::flag "$@" ;;
+        esac
+        shift "$CONSUMED"
+    done
+}
+
+check_modes() {
+    local mode modes
+    IFS=, read -ra modes <<<"$1,"
+    ((${#modes[@]} > 0)) || cli::usage_error "--modes needs one or more of time-slicing,mps,mig"
+    for mode in "${modes[@]}"; do driver::choice --modes "$mode" time-slicing mps mig; done
+}
+
+check_minutes() {
+    [[ $1 =~ ^[0-9]+(\.[0-9]+)?$ && $1 =~ [1-9] ]] ||
+        cli::usage_error "--phase-minutes needs a number of minutes over 0"
+}
+
+# --- phases -------------------------------------------------------------------------------------------
+
+# phase NUMBER NAME ACTION...: runs one phase and appends its outcome to phases.jsonl. The action sets
+# PHASE_STATUS and PHASE_REASON by skip or fail, and PHASE_RUN, the name of its run's folder.
+phase() {
+    local -r number=$1 name=$2
+    local -r started=$SECONDS
+    PHASE_STATUS=ok
+    PHASE_REASON=""
+    PHASE_RUN=""
+    log $'\n'"Phase $number: $name"
+    if [[ -n $INTERRUPTED && $name != analysis ]]; then
+        skip "interrupted before it began"
+    else
+        "${@:3}"
+        [[ -z $INTERRUPTED || $name == analysis ]] || fail interrupted
+    fi
+    ((DRY_RUN)) && [[ $PHASE_STATUS == ok ]] || log "Phase $number: $name: $PHASE_STATUS${PHASE_REASON:+ ($PHASE_REASON)}"
+    record_phase "$number" "$name" $((SECONDS - started))
+}
+
+skip() {
+    PHASE_STATUS=skipped
+    PHASE_REASON=$1
+}
+
+fail() {
+    PHASE_STATUS=failed
+    PHASE_REASON=$1
+    FAILED_PHASES=$((FAILED_PHASES + 1))
+}
+
+# record_phase NUMBER NAME SECONDS
+record_phase() {
+    ((!DRY_RUN)) || return 0
+    [[ -n $PHASE_RUN && -e $OUTPUT/$PHASE_RUN ]] || PHASE_RUN=""
+    printf '{"phase":%d,"name":"%s","status":"%s","reason":"%s","run_folder":"%s","seconds":%d}\n' \
+        "$1" "$2" "$PHASE_STATUS" "$(json_text "$PHASE_REASON")" "$PHASE_RUN" "$3" \
+        >>"$OUTPUT/phases.jsonl"
+}
+
+# The inside of a JSON string.
+json_text() {
+    local text=${1//[[:cntrl:]]/ }
+    text=${text//\\/\\\\}
+    printf '%s' "${text//\"/\\\"}"
+}
+
+measure_baseline() {
+    local reason=""
+    ((!HAS_GPU)) || reason=$(mode::why_not exclusive 1)
+    if [[ -n $reason ]]; then
+        skip "$reason; each job runs alone on its instance in phase 4"
+        return
+    fi
+    run_suite exclusive 5
+    [[ $PHASE_STATUS != ok ]] || BASELINE=$OUTPUT/baseline
+}
+
+# measure_mode MODE: without a GPU the first mode stands for all, as a demonstration of the flow.
+measure_mode() {
+    local -r mode=$1
+    local reason=""
+    if [[ ,$MODES, != *",$mode,"* ]]; then
+        skip "not asked for (--modes $MODES)"
+        return
+    fi
+    if ((HAS_GPU)) || [[ $mode != time-slicing ]]; then
+        reason=$(mode::why_not "$mode" "$WORKLOADS")
+    fi
+    if [[ -n $reason ]]; then
+        skip "$reason"
+    elif ((!HAS_GPU)) || mode::enable "$mode" "$WORKLOADS"; then
+        run_suite "$mode" 10
+    else
+        fail "${MODE_REASON:-the mode could not be enabled}"
+    fi
+    mode::undo || fail "$MODE_REASON"
+}
+
+# run_suite MODE DEFAULT_MINUTES: one run of the suite; later runs reuse the baseline of the first.
+run_suite() {
+    local -r mode=$1 minutes=${PHASE_MINUTES:-$2}
+    local -a flags=(--mode "$mode" --mix mixed --workloads "$WORKLOADS" --budget-minutes "$minutes")
+    PHASE_RUN=$mode
+    if [[ $mode == exclusive ]]; then
+        PHASE_RUN=baseline
+    else
+        flags+=(--repeats "${REPEATS:-$( ((HAS_GPU)) && printf 3 || printf 1)}")
+        [[ -z $BASELINE ]] || flags+=(--baseline "$BASELINE")
+    fi
+    suite::run "$PHASE_RUN" "${flags[@]}"
+    ((SUITE_STATUS == 0)) || fail "$(suite::reason "$SUITE_STATUS")"
+}
+
+analyze() {
+    if compgen -G "$OUTPUT/*/manifest.json" >/dev/null || ((DRY_RUN)); then
+        analysis::run || fail "the analysis ended with status $?"
+    else
+        skip "no phase left a run"
+    fi
+}
+
+finish() {
+    if ((DRY_RUN)); then
+        exit 0
+    fi
+    log $'\n'"Results: $OUTPUT (phases.jsonl says what each phase did)"
+    [[ -z $INTERRUPTED ]] || exit "$INTERRUPTED"
+    exit $((FAILED_PHASES > 0))
+}
+
+main "$@"
