@@ -38,7 +38,7 @@ def model():
 
 @pytest.fixture
 def batcher(model):
-    batcher = Batcher(model, max_batch=4, max_delay_seconds=0.2, queue_size=6)
+    batcher = Batcher(model, max_batch=4, max_delay_seconds=1.0, queue_size=6)
     thread = GpuThread()
     batcher.ended = thread.start(batcher.serve)
     yield batcher
@@ -66,7 +66,7 @@ def test_a_lone_request_goes_at_once(batcher):
     inference = batcher.submit(picture(7)).result(5)
     assert inference.outputs.tolist() == [[7]]
     assert inference.batch_images == 1
-    assert time.monotonic() - started < 0.15
+    assert time.monotonic() - started < 0.8
 
 
 def test_requests_that_wait_together_go_together_and_get_their_own_answers(batcher, model):
@@ -92,14 +92,14 @@ def test_a_batch_waits_no_longer_than_the_delay(batcher):
     with batcher.announced():
         started = time.monotonic()
         assert batcher.submit(picture(1)).result(5).batch_images == 1
-        assert 0.15 < time.monotonic() - started < 2
+        assert 0.9 < time.monotonic() - started < 4
 
 
 def test_a_request_that_fails_to_decode_holds_nobody_up(batcher):
     with pytest.raises(ValueError, match="bad picture"), batcher.announced():
         early = batcher.submit(picture(1))
         raise ValueError("bad picture")
-    assert early.result(0.15).batch_images == 1
+    assert early.result(0.8).batch_images == 1
 
 
 def test_a_full_queue_refuses_and_recovers(batcher, model):

@@ -101,7 +101,7 @@ def test_every_figure_of_the_guide_is_in_the_result_and_adds_up(null_server, tmp
     assert all(figures[name] is not None for name in GUIDE_FIGURES)
     # The server saw the counted requests and two for warming up from each client.
     assert null_server.received["/predict"] == figures["total_requests"] + 4 * 2
-    assert figures["successful_requests"] == figures["total_requests"] > 100
+    assert figures["successful_requests"] == figures["total_requests"] > 20
     assert (figures["failed_requests"], figures["success_rate_percent"]) == (0, 100)
     assert figures["errors"] == {}
     assert 1.5 <= figures["elapsed_seconds"] < 4
