@@ -137,17 +137,17 @@ class BertTraining(client.Workload):
         self.state = TrainState(
             [self.model], self.optimizer, (*cursors, self.loss_sum, self.correct)
         )
-        network = compile_module(self.device, self.model)
+        self.network = compile_module(self.device, self.model)
         if self.test_batches is not None:
             self.model.eval()
             test_size = self.test_batches.batch_size
             self.test_step = prepare_step(
-                self.device, lambda: self._test_step(network, test_size), self.reset
+                self.device, lambda: self._test_step(self.network, test_size), self.reset
             )
         self.model.train()
         train_size = self.train_batches.batch_size
         self.train_step = prepare_step(
-            self.device, lambda: self._train_step(network, train_size), self.reset
+            self.device, lambda: self._train_step(self.network, train_size), self.reset
         )
         # The last, smaller batch of an epoch has its own kernels to choose and load.
         if self.device.is_cuda and self.train_batches.remainder:

@@ -1,0 +1,309 @@
+"""The notebook session: its plan, calibration, fixed work, figures and the client contract."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from datetime import datetime
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from conftest import PROJECT_ROOT
+from held_client import HeldClient
+
+from workloads.interactive import jupyter_simulation as session
+
+SCRIPT = "workloads/interactive/jupyter_simulation.py"
+TINY = (
+    "--device", "cpu", "--weights", "none", "--matrix-size", "32", "--matrix-iterations", "3",
+    "--preprocess-iterations", "2", "--train-epochs", "1", "--inference-images", "2",
+    "--image-size", "32", "--idle-min", "0.01", "--idle-max", "0.03",
+)  # fmt: skip
+REPEATS = "matrix=3,preprocess=2,train=1,inference=2"
+
+
+def run_script(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        (sys.executable, str(PROJECT_ROOT / SCRIPT), *arguments),
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def only_result(folder: Path) -> dict:
+    (path,) = folder.glob("jupyter_simulation_*.json")
+    return json.loads(path.read_text())
+
+
+# --- the plan -------------------------------------------------------------------------------------
+
+
+def test_eleven_cells_follow_the_guides_order_with_ten_pauses_of_2_to_5_seconds():
+    cells = session.plan_session(11, 2.0, 5.0, seed=42)
+    kinds = [cell.kind for cell in cells]
+    assert kinds[:5] == ["matrix", "preprocess", "train", "inference", "matrix"]
+    assert len(cells) == 11
+    pauses = [cell.idle_after_seconds for cell in cells]
+    assert all(2 <= pause <= 5 for pause in pauses[:-1])
+    assert pauses[-1] == 0
+    assert len(set(pauses)) == 11
+
+
+def test_with_the_default_burst_the_session_has_the_documented_shape():
+    cells = session.plan_session(11, 2.0, 5.0, seed=42)
+    idle_seconds = sum(cell.idle_after_seconds for cell in cells)
+    active_seconds = len(cells) * session.GPU_BURST_SECONDS
+    assert 60 <= active_seconds + idle_seconds <= 120
+    assert 0.4 <= active_seconds / (active_seconds + idle_seconds) <= 0.6
+    assert 30 <= active_seconds <= 50 and 20 <= idle_seconds <= 40
+
+
+def test_pauses_and_sizes_come_from_the_seed():
+    from workloads.interactive.notebook_operations import draw_sizes
+
+    assert session.plan_session(11, 2, 5, seed=1) == session.plan_session(11, 2, 5, seed=1)
+    assert session.plan_session(11, 2, 5, seed=1) != session.plan_session(11, 2, 5, seed=2)
+    assert draw_sizes(1) == draw_sizes(1) != draw_sizes(2)
+
+
+def test_drawn_sizes_lie_in_the_guides_ranges_and_given_ones_win():
+    from workloads.interactive.notebook_operations import draw_sizes
+
+    for seed in range(50):
+        sizes = draw_sizes(seed)
+        assert 1000 <= sizes.matrix_size <= 2000
+        assert sizes.matrix_iterations == 100
+        assert 30 <= sizes.preprocess_iterations <= 50
+        assert 5 <= sizes.train_epochs <= 10
+        assert 50 <= sizes.inference_images <= 100
+    given = draw_sizes(7, matrix_size=64, train_epochs=None)
+    assert given.matrix_size == 64
+    assert given.train_epochs == draw_sizes(7).train_epochs
+
+
+def test_cell_repeats_are_read_as_the_result_writes_them():
+    assert session.cell_repeats(REPEATS) == {
+        "matrix": 3, "preprocess": 2, "train": 1, "inference": 2
+    }  # fmt: skip
+    for wrong in ("matrix", "matrix=0", "matrix=x", "plot=3", ""):
+        with pytest.raises(argparse.ArgumentTypeError):
+            session.cell_repeats(wrong)
+
+
+# --- the operations -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cpu_device() -> SimpleNamespace:
+    import contextlib
+
+    import torch
+
+    return SimpleNamespace(
+        torch_device=torch.device("cpu"), is_cuda=False, engine="eager", precision="fp32",
+        model_dtype=torch.float32, synchronize=lambda: None, autocast=contextlib.nullcontext,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def small_sizes():
+    from workloads.interactive.notebook_operations import draw_sizes
+
+    return draw_sizes(
+        0, matrix_size=16, matrix_iterations=2, preprocess_iterations=2, train_epochs=3,
+        inference_images=2, image_size=32,
+    )  # fmt: skip
+
+
+def test_a_training_burst_learns_and_starts_from_its_beginning_each_time(
+    cpu_device, small_sizes, monkeypatch
+):
+    import torch
+    import torch.nn.functional as F
+
+    from workloads.interactive import notebook_operations as operations
+
+    network = operations.small_network(cpu_device, seed=1)
+    monkeypatch.setattr(operations, "small_network", lambda device, seed: network)
+    inputs, labels = operations.synthetic_digits(cpu_device, seed=1)
+    untrained = F.cross_entropy(network(inputs), labels).item()
+    burst = operations.train_operation(cpu_device, small_sizes, seed=1)
+    burst.launch()
+    once = [parameter.detach().clone() for parameter in network.parameters()]
+    assert F.cross_entropy(network(inputs), labels).item() < 0.7 * untrained
+    burst.launch()
+    for parameter, expected in zip(network.parameters(), once, strict=True):
+        torch.testing.assert_close(parameter.detach(), expected)
+
+
+def test_no_operation_makes_the_host_wait_since_that_could_not_be_captured(cpu_device, small_sizes):
+    import torch
+    from no_sync import forbid_host_reads
+
+    from workloads.interactive import notebook_operations as operations
+
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 10)).eval()
+    prepared = [
+        operations.matrix_operation(cpu_device, small_sizes, 0),
+        operations.preprocess_operation(cpu_device, small_sizes, 0),
+        operations.train_operation(cpu_device, small_sizes, 0),
+        operations.inference_operation(cpu_device, small_sizes, 0, model),
+    ]
+    with forbid_host_reads():
+        results = [operation.launch() for operation in prepared]
+    assert results[3].shape == (2, 10)
+
+
+# --- by hand --------------------------------------------------------------------------------------
+
+
+def test_a_run_by_hand_reports_every_figure_of_the_guide(tmp_path):
+    done = run_script(
+        *TINY, "--num-operations", "6", "--burst-seconds", "0.1", "--results-dir", str(tmp_path)
+    )
+    assert done.returncode == 0, done.stderr
+    result = only_result(tmp_path)
+    figures = result["figures"]
+    cells = figures["operations"]
+    assert [cell["kind"] for cell in cells] == [
+        "matrix", "preprocess", "train", "inference", "matrix", "preprocess",
+    ]  # fmt: skip
+    offsets = [cell["start_offset_seconds"] for cell in cells]
+    assert offsets == sorted(offsets)
+    times = [datetime.fromisoformat(cell["started_at"]) for cell in cells]
+    assert (times[-1] - times[0]).total_seconds() == pytest.approx(offsets[-1], abs=0.1)
+    assert figures["active_seconds"] == pytest.approx(sum(c["duration_seconds"] for c in cells))
+    assert figures["idle_seconds"] == pytest.approx(sum(c["idle_after_seconds"] for c in cells))
+    assert 5 * 0.01 <= figures["idle_seconds"] < 1
+    assert figures["active_percent"] + figures["idle_percent"] == pytest.approx(100, abs=5)
+    assert figures["session_seconds"] >= figures["active_seconds"] + figures["idle_seconds"]
+    assert figures["gpu_active_seconds"] is None
+    repeats = session.cell_repeats(figures["cell_repeats"])
+    assert repeats == result["settings"]["cell_repeats"]
+    for kind, cells_of_kind in (("matrix", 2), ("preprocess", 2), ("train", 1), ("inference", 1)):
+        seconds = figures["operation_seconds"][kind]
+        assert seconds["count"] == cells_of_kind * repeats[kind]
+        assert 0 < seconds["p50_seconds"] <= seconds["p95_seconds"]
+        assert seconds["mean_seconds"] > 0
+    # Calibrated to 0.1 s: a tiny matrix operation must be repeated to last that long.
+    assert repeats["matrix"] > 1
+    assert f"--cell-repeats {figures['cell_repeats']}" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fix"),
+    [
+        (("--num-operations", "0"), "1 or more"),
+        (("--idle-min", "3", "--idle-max", "2"), "--idle-min"),
+        (("--idle-max", "-1"), "0 or more"),
+        (("--burst-seconds", "0"), "above 0"),
+        (("--cell-repeats", "matrix=2,train=3"), "lacks inference, preprocess"),
+        (("--cell-repeats", "matrix=2.5"), "1 or more"),
+        (("--weights", "/nowhere.pth", "--device", "cpu"), "--weights"),
+    ],
+)
+def test_wrong_arguments_end_with_one_sentence_and_code_2(arguments, fix):
+    done = run_script(*arguments)
+    assert done.returncode == 2
+    assert fix in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_resolve_names_the_weights_that_clients_use_without_downloading():
+    done = run_script("--resolve", "--weights", "none")
+    assert json.loads(done.stdout)["arguments"] == ["--weights", "none"]
+
+
+# --- the client contract --------------------------------------------------------------------------
+
+
+def test_a_held_session_repeats_the_same_fixed_work_and_reports_a_cell_as_one_unit(tmp_path):
+    flags = (*TINY, "--num-operations", "4", "--cell-repeats", REPEATS)
+    with HeldClient(tmp_path, SCRIPT, *flags) as held:
+        held.start_working()
+        jobs = held.wait_for("job", count=2)
+        held.say("stop")
+        assert held.exit_code() == 0
+        assert {job["figures"]["cell_repeats"] for job in jobs} == {REPEATS}
+        assert all(unit["latency"] for unit in held.events("units"))
+        first, second = (
+            [cell["idle_after_seconds"] for cell in job["figures"]["operations"]]
+            for job in jobs[:2]
+        )
+        assert first == pytest.approx(second, abs=0.02)
+        cells = [
+            (unit["kind"], start, start + duration)
+            for unit in held.events("units")
+            for start, duration in zip(unit["start_seconds"], unit["duration_seconds"], strict=True)
+        ]
+        in_first_job = [kind for kind, _, end in cells if end <= jobs[0]["end_seconds"] + 1e-5]
+        assert sorted(in_first_job) == sorted(session.WORKFLOW)
+        assert held.events("done")[0]["jobs"] >= 2
+
+
+def test_a_stop_ends_a_long_pause_and_a_long_cell_at_once(tmp_path):
+    long_pause = (*TINY[:-4], "--idle-min", "60", "--idle-max", "60", "--num-operations", "2")
+    long_cell = (*TINY, "--num-operations", "1", "--cell-repeats", "matrix=100000000")
+    for name, flags, is_in_pause in (
+        ("pause", (*long_pause, "--cell-repeats", REPEATS), True),
+        ("cell", long_cell, False),
+    ):
+        folder = tmp_path / name
+        folder.mkdir()
+        with HeldClient(folder, SCRIPT, *flags) as held:
+            held.start_working()
+            if is_in_pause:
+                held.wait_for("units")
+            start_seconds = time.monotonic()
+            held.say("stop")
+            assert held.exit_code(timeout_seconds=20) == 0
+            assert time.monotonic() - start_seconds < 10
+            assert held.events("done")[0]["jobs"] == 0
+            # A cell that was cut short is no unit.
+            assert len(held.events("units")) == int(is_in_pause)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_cells_last_as_long_as_asked_and_captured_operations_are_faster(tmp_path):
+    sizes = (
+        "--matrix-size", "1024", "--train-epochs", "5", "--inference-images", "50",
+        "--preprocess-iterations", "30", "--weights", "none", "--num-operations", "4",
+        "--idle-min", "0", "--idle-max", "0", "--burst-seconds", "1",
+    )  # fmt: skip
+    figures = {}
+    for engine in ("graph", "eager"):
+        folder = tmp_path / engine
+        done = run_script(*sizes, "--engine", engine, "--results-dir", str(folder))
+        assert done.returncode == 0, done.stderr
+        figures[engine] = only_result(folder)["figures"]
+    for cell in figures["graph"]["operations"]:
+        assert cell["duration_seconds"] == pytest.approx(1.0, rel=0.3)
+    assert figures["graph"]["gpu_active_seconds"] == pytest.approx(
+        figures["graph"]["active_seconds"]
+    )
+    train = {name: f["operation_seconds"]["train"]["p50_seconds"] for name, f in figures.items()}
+    assert train["graph"] < train["eager"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("engine", ["eager", "graph"])
+def test_on_a_gpu_operations_keep_their_tensors_and_their_results(engine, small_sizes):
+    import torch
+
+    from workloads.common.device import open_device
+    from workloads.interactive import notebook_operations as operations
+
+    args = argparse.Namespace(device="cuda", engine=engine, precision="fp32", seed=1, gpu=None)
+    device = open_device(args)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 10))
+    model = model.eval().to(device.torch_device)
+    classify = operations.inference_operation(device, small_sizes, 0, model)
+    first = classify.launch().clone()
+    # Whatever an operation let go of would be overwritten by these.
+    filler = [torch.full((2**16,), 7.0, device="cuda") for _ in range(256)]
+    assert len(filler) == 256
+    torch.testing.assert_close(classify.launch(), first)
