@@ -87,6 +87,9 @@ def parse_arguments() -> argparse.Namespace:
     add("--window", type=positive_float, metavar="S",
         help="measure for S seconds and 10 units a client, whole jobs or not (default: until "
         "every client has finished a job)")
+    add("--min-seconds", type=positive_float, metavar="S",
+        help="measure each baseline and co-run for at least so long (default: 5, with smaller jobs "
+        "2; NVML's process lists, which prove the mode, come once a second)")
     add("--timeout", type=positive_float, default=1800.0, metavar="S",
         help="time limit for getting ready, and again for measuring (default: %(default)g)")
     add("--baseline", metavar="RUN",
@@ -125,6 +128,7 @@ def request_from(options: argparse.Namespace) -> Request:
         quick=options.quick,
         repeats=options.repeats,
         budget_minutes=options.budget_minutes,
+        min_seconds=options.min_seconds,
         window_seconds=options.window,
         timeout_seconds=options.timeout,
         baseline=options.baseline,

@@ -34,7 +34,8 @@ class WorkloadKind:
 
 
 # The guide's sizes are each script's defaults, spelled out so that the record shows them. The CPU
-# sizes are for two cores: about 20 s a job for the two trainings, a few for the others.
+# sizes are for two cores: one thread takes about 15 s for a BERT job, 6 s for a ResNet50 job and
+# 3 to 6 s for the two others.
 WORKLOADS: Mapping[str, WorkloadKind] = {
     "resnet_training": WorkloadKind(
         "ResNet50 training",
@@ -62,7 +63,9 @@ WORKLOADS: Mapping[str, WorkloadKind] = {
             SIZE_GUIDE: ("--num-operations", "11"),
             SIZE_QUICK: ("--num-operations", "4"),
             SIZE_CPU: ("--num-operations", "4", "--burst-seconds", "1", "--idle-min", "0.3",
-                       "--idle-max", "0.8"),
+                       "--idle-max", "0.8", "--matrix-size", "1000", "--matrix-iterations", "20",
+                       "--preprocess-iterations", "4", "--train-epochs", "2",
+                       "--inference-images", "8"),
         },
     ),
     "bert_training": WorkloadKind(
@@ -71,8 +74,8 @@ WORKLOADS: Mapping[str, WorkloadKind] = {
         {
             SIZE_GUIDE: ("--batch-size", "16", "--epochs", "3", "--num-samples", "1000"),
             SIZE_QUICK: ("--batch-size", "16", "--epochs", "1", "--num-samples", "1000"),
-            SIZE_CPU: ("--batch-size", "4", "--epochs", "1", "--num-samples", "60",
-                       "--max-length", "32"),
+            SIZE_CPU: ("--batch-size", "4", "--epochs", "1", "--num-samples", "40",
+                       "--max-length", "32", "--held-out-samples", "8"),
         },
     ),
 }  # fmt: skip

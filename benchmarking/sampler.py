@@ -44,7 +44,7 @@ class Sampler:
         """Start sampling and wait until the first sample is about to follow."""
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                self._command, stdin=subprocess.PIPE, stdout=log, stderr=log,
+                self._command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=log,
                 start_new_session=True,
             )  # fmt: skip
         deadline = time.monotonic() + READY_TIMEOUT_SECONDS

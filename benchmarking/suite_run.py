@@ -106,8 +106,9 @@ class SuiteRun:
         self._reference = _Reference()
         self._done: set[str] = set()
         self._start_seconds = time.monotonic()
-        is_guide = setup.job_size == SIZE_GUIDE
-        self._min_seconds = GUIDE_MIN_SECONDS if is_guide else SMALL_MIN_SECONDS
+        self._min_seconds = setup.request.min_seconds or (
+            GUIDE_MIN_SECONDS if setup.job_size == SIZE_GUIDE else SMALL_MIN_SECONDS
+        )
 
     def execute(self) -> int:
         """Run everything and return the exit code; the manifest says how it ended."""

@@ -56,6 +56,7 @@ class Request:
     quick: bool = False
     repeats: int = 1
     budget_minutes: float | None = None
+    min_seconds: float | None = None
     window_seconds: float | None = None
     timeout_seconds: float = 1800.0
     baseline: str | None = None

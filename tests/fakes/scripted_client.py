@@ -17,12 +17,19 @@ later ones win. The script may be copied under any name to stand in for a worklo
     identity        fields that replace those of the identity
     figures         figures of each job
     figures_once    figures of each job unless `--cell-repeats` was given
+    hidden          the driver does not list this client (false)
+    without_mps     the client does not reach the MPS daemon that it was given (false)
     resolve_exit    exit code of `--resolve` (0)
     resolve_notes   notes that `--resolve` answers with
+
+With NVML_STUB_STATE in the environment (see `nvml_stub.py`) a ready client adds its pid to the
+scripted card's processes, and to the MPS clients too where CUDA_MPS_PIPE_DIRECTORY holds a file
+`running`, which stands for a daemon's list of clients.
 """
 
 from __future__ import annotations
 
+import fcntl
 import fnmatch
 import json
 import os
@@ -127,6 +134,28 @@ class Script:
         self.emit("done", jobs=jobs, host_cpu_seconds=0.5, peak_memory_mib=100.0)
         sys.exit(0)
 
+    def appear_on_card(self) -> None:
+        """Enter the lists in which a driver would show this process."""
+        card = os.environ.get("NVML_STUB_STATE")
+        if card is None or self.settings.get("hidden"):
+            return
+        kinds = ["pids"]
+        daemon = Path(os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/nowhere")) / "running"
+        if daemon.exists() and not self.settings.get("without_mps"):
+            kinds.append("mps_pids")
+            with daemon.open("a") as stream:
+                stream.write(f"{os.getpid()}\n")
+        path = Path(card)
+        with path.with_name("lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            lines = dict(line.partition("=")[::2] for line in path.read_text().splitlines())
+            for kind in kinds:
+                listed = [entry for entry in lines.get(kind, "").split(",") if entry]
+                lines[kind] = ",".join([*listed, f"{os.getpid()}:100"])
+            temporary = path.with_name("new")
+            temporary.write_text("".join(f"{key}={value}\n" for key, value in lines.items()))
+            temporary.replace(path)
+
     def identity(self) -> dict:
         """Who this client says it is."""
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -186,6 +215,7 @@ class Script:
         self.emit("loaded", startup_seconds=0.25)
         self.await_command("warm")
         self.fail_now("warm")
+        self.appear_on_card()
         self.emit("ready", identity=self.identity())
         self.await_command("go")
         self.go_seconds = time.monotonic()

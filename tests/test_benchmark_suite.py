@@ -1,0 +1,619 @@
+"""The suite as a program: real processes end to end, with scripted clients for the workloads.
+
+The project's `benchmarking/` is copied beside stand-ins for the workload scripts, so that the
+program under test is the real one and needs no torch. Cards are scripted through NVML.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import nvml_stub
+import pytest
+
+from benchmarking import baselines, records, run_store
+from benchmarking.launcher import ClientOutcome, CoRunOutcome
+from benchmarking.plan import WORKLOADS, PlannedClient, PlannedCoRun
+from benchmarking.sharing_modes import Evidence, Proof
+
+PROJECT_ROOT = Path(__file__).resolve().parents[1]
+CLIENT = Path(__file__).parent / "fakes" / "scripted_client.py"
+FAST = {"match": "*", "unit_seconds": 0.02, "units": 10}
+CONTROL_PROGRAM = """#!/bin/sh
+running="$CUDA_MPS_PIPE_DIRECTORY/running"
+[ -e "$running" ] || { echo "Cannot find MPS control daemon process"; exit 1; }
+read -r command
+case "$command" in
+    get_server_list) echo 900 ;;
+    ps) echo "PID ID SERVER DEVICE NAMESPACE COMMAND"; sed 's/$/ 0 900 GPU-0 4026531836 x/' "$running" ;;
+    "get_client_list 900") cat "$running" ;;
+esac
+"""  # noqa: E501
+
+
+class Bench:
+    """A copy of the suite with scripted workloads, in a folder of its own."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.results = root / "results"
+        self.environment = {
+            name: value for name, value in os.environ.items() if not name.startswith("CUDA_")
+        }
+        self.environment["GPU_SHARING_STATE_DIR"] = str(root / "state")
+        shutil.copytree(
+            PROJECT_ROOT / "benchmarking", root / "benchmarking",
+            ignore=shutil.ignore_patterns("__pycache__"),
+        )  # fmt: skip
+        for kind in WORKLOADS.values():
+            script = root / kind.script
+            script.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(CLIENT, script)
+
+    def script(self, *rules: dict) -> None:
+        """Say how the clients behave."""
+        self.environment["SCRIPTED_CLIENT"] = json.dumps([FAST, *rules])
+
+    def command(self, *arguments: str) -> list[str]:
+        script = str(self.root / "benchmarking" / "benchmark_suite.py")
+        # Process lists are sampled once a second; without a card nothing needs that long.
+        least = "1.3" if "NVML_STUB_STATE" in self.environment else "0.2"
+        fixed = ["--results-dir", str(self.results), "--min-seconds", least]
+        return [sys.executable, script, *fixed, *arguments]
+
+    def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        if "SCRIPTED_CLIENT" not in self.environment:
+            self.script()
+        return subprocess.run(
+            self.command(*arguments), env=self.environment, capture_output=True, text=True,
+            timeout=100, check=False,
+        )  # fmt: skip
+
+    def only_run(self) -> run_store.Run:
+        """The newest run."""
+        return run_store.read_run(run_store.find_runs(self.results)[-1])
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    """A machine without a GPU."""
+    return Bench(tmp_path)
+
+
+@pytest.fixture
+def gpu_bench(bench: Bench, tmp_path: Path) -> Callable[..., Bench]:
+    """A machine with a scripted H100; keyword arguments change the card."""
+
+    def make(**state: object) -> Bench:
+        library = nvml_stub.build_nvml_stub(tmp_path)
+        card = nvml_stub.write_state(tmp_path / "card.txt", **state)
+        bench.environment = nvml_stub.stub_environment(library, card, bench.environment)
+        programs = tmp_path / "bin"
+        programs.mkdir()
+        (programs / "nvidia-cuda-mps-control").write_text(CONTROL_PROGRAM)
+        (programs / "nvidia-cuda-mps-control").chmod(0o755)
+        bench.environment["PATH"] = f"{programs}{os.pathsep}{bench.environment['PATH']}"
+        return bench
+
+    return make
+
+
+def start_daemon(bench: Bench) -> None:
+    """Pretend that `enable_mps.sh` was run."""
+    pipe = bench.root / "pipe"
+    pipe.mkdir()
+    (pipe / "running").write_text("")
+    state = bench.root / "state"
+    state.mkdir()
+    (state / f"mps-{nvml_stub.GPU_UUID}.state").write_text(f"pipe_directory={pipe}\n")
+
+
+def verdicts(run: run_store.Run, phase: str = "co_run") -> list[str]:
+    return [record["proof"]["verdict"] for record in run.client_records
+            if record["phase"] == phase]  # fmt: skip
+
+
+# --- without a GPU ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """One finished run without a GPU that several tests look at."""
+
+    done: subprocess.CompletedProcess[str]
+    run: run_store.Run
+
+
+@pytest.fixture(scope="module")
+def demonstration(tmp_path_factory: pytest.TempPathFactory) -> Demonstration:
+    """The guide's four together, MPS asked for."""
+    bench = Bench(tmp_path_factory.mktemp("demonstration"))
+    bench.script(
+        {"match": "bert_training:-/-", "resolve_notes": ["weights are random"]},
+        {"match": "jupyter*", "figures_once": {"cell_repeats": "matrix=3"}},
+        {"match": "batch_inference*", "latency": True},
+    )
+    return Demonstration(bench.run("--mode", "mps", "--workloads", "4"), bench.only_run())
+
+
+def test_without_a_gpu_the_whole_flow_runs_as_a_labelled_cpu_demonstration(
+    demonstration: Demonstration,
+) -> None:
+    done, run = demonstration.done, demonstration.run
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == f"results: {run.folder}"
+    assert done.stdout.count("CPU DEMONSTRATION") == 2
+    assert run.manifest["mode"] == "mps"
+    assert run.manifest["effective_mode"] == "cpu-demo"
+    assert run.manifest["job_size"] == "cpu"
+    assert run.manifest["outcome"] == "complete"
+    assert run.manifest["environment"]["versions"] == {"torch": "scripted"}
+    assert set(verdicts(run)) == {"not_applicable"}
+    assert {record["mode"] for record in run.client_records} == {"cpu-demo"}
+
+
+def test_each_job_runs_alone_first_and_then_all_together(demonstration: Demonstration) -> None:
+    run = demonstration.run
+    assert [record["co_run"] for record in run.co_run_records] == [
+        "baseline-resnet_training", "baseline-batch_inference", "baseline-jupyter_simulation",
+        "baseline-bert_training", "mixed-4-r0",
+    ]  # fmt: skip
+    alone = [record for record in run.client_records if record["phase"] == "baseline"]
+    assert [record["slowdown"] for record in alone] == [1.0] * 4
+    together = run.clients_of("mixed-4-r0")
+    assert all(any(job["in_window"] for job in record["jobs"]) for record in together)
+    assert all(record["slowdown"] > 0 for record in together)
+    summary = run.co_run_records[-1]["summary"]
+    expected = sum(record["normalized_progress"] for record in together)
+    assert summary["stp"] == pytest.approx(expected)
+    assert summary["success_rate_percent"] == 100
+    assert run.co_run_records[-1]["gpu"]["host_cpu_percent"] > 0
+    assert run.co_run_records[-1]["gpu"]["utilization_gpu_percent"] is None
+
+
+def test_the_summary_shows_the_guides_figures(demonstration: Demonstration) -> None:
+    stdout = demonstration.done.stdout
+    for name in ("Success rate", "Average duration", "Total GPU time", "Overhead", "STP", "ANTT",
+                 "Fairness", "slowdown"):  # fmt: skip
+        assert name in stdout
+
+
+def test_clients_get_resolved_flags_and_their_share_of_the_host(
+    demonstration: Demonstration,
+) -> None:
+    manifest = demonstration.run.manifest
+    clients = manifest["plan"]["co_runs"][0]["clients"]
+    assert all("--resolved yes" in " ".join(client["command"]) for client in clients)
+    assert all("OMP_NUM_THREADS" in client["environment"] for client in clients)
+    assert "BERT fine-tuning: weights are random" in manifest["notes"]
+
+
+def test_the_calibration_of_the_baseline_reaches_the_co_run(demonstration: Demonstration) -> None:
+    plan = demonstration.run.manifest["plan"]
+    assert "--cell-repeats" not in plan["baseline"][2]["command"]
+    notebook = plan["co_runs"][0]["clients"][2]
+    assert notebook["workload"] == "jupyter_simulation"
+    assert notebook["command"][-2:] == ["--cell-repeats", "matrix=3"]
+    assert "--cell-repeats" not in plan["co_runs"][0]["clients"][0]["command"]
+
+
+def test_latencies_are_kept_raw(demonstration: Demonstration) -> None:
+    record = demonstration.run.clients_of("mixed-4-r0")[1]
+    assert len(record["latency_ms"]) == record["units"]["step"]["count"]
+    assert demonstration.run.clients_of("mixed-4-r0")[0]["latency_ms"] is None
+
+
+def test_exclusive_mode_is_the_baseline_and_its_stp_is_one(bench: Bench) -> None:
+    done = bench.run("--mode", "exclusive", "--mix", "inference", "--workloads", "2")
+    assert done.returncode == 0, done.stderr
+    run = bench.only_run()
+    assert [record["phase"] for record in run.co_run_records] == ["baseline"]
+    assert run.co_run_records[0]["summary"]["stp"] == 1.0
+
+
+def test_counts_and_repeats_make_rows_of_their_own(bench: Bench) -> None:
+    bench.run("--mix", "inference", "--workloads", "1,2", "--repeats", "2")
+    names = [record["co_run"] for record in bench.only_run().co_run_records]
+    assert names[1:] == ["inference-1-r0", "inference-1-r1", "inference-2-r0", "inference-2-r1"]
+
+
+def test_a_budget_leaves_out_repeats_but_never_the_first(bench: Bench) -> None:
+    done = bench.run("--mix", "inference", "--workloads", "1,2", "--repeats", "3",
+                     "--budget-minutes", "0.01")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    run = bench.only_run()
+    assert [record["co_run"] for record in run.co_run_records][1:] == [
+        "inference-1-r0", "inference-2-r0"]  # fmt: skip
+    assert sum("left out" in note for note in run.manifest["notes"]) == 4
+
+
+def test_a_window_measures_units_without_whole_jobs(bench: Bench) -> None:
+    bench.script({"match": "*:inference-*", "units": 20, "unit_seconds": 0.1})
+    done = bench.run("--mix", "inference", "--workloads", "1", "--window", "3")
+    assert done.returncode == 0, done.stderr
+    record = bench.only_run().clients_of("inference-1-r0")[0]
+    length = record["window_end_seconds"] - record["window_start_seconds"]
+    assert 3 <= length < 8
+    assert record["units"]["step"]["count"] >= 10
+
+
+# --- failures ---------------------------------------------------------------------------------
+
+
+def test_a_ramp_stops_at_the_first_count_that_fails(bench: Bench) -> None:
+    bench.script({"match": "*:training-2-r0/1", "fail": "oom", "fail_at": 0.2})
+    done = bench.run("--mix", "training", "--workloads", "1,2,4")
+    assert done.returncode == 1
+    run = bench.only_run()
+    assert [record["outcome"] for record in run.co_run_records] == ["ok", "ok", "failed"]
+    assert [record["status"] for record in run.clients_of("training-2-r0")] == ["ok", "oom"]
+    last = run.co_run_records[-1]
+    assert last["summary"]["stp"] is None
+    assert last["summary"]["success_rate_percent"] == 50
+    assert "client 1 (ResNet50 training): oom" in last["reason"]
+    assert run.manifest["outcome"] == "failed"
+    assert "scripted failure: oom" in run.clients_of("training-2-r0")[1]["stderr_tail"]
+
+
+def test_a_failed_baseline_ends_the_run(bench: Bench) -> None:
+    bench.script({"match": "*:baseline-*", "fail": "crash", "fail_at": 0.1})
+    done = bench.run("--mix", "training")
+    assert done.returncode == 1
+    assert "exit code 7" in done.stderr
+    assert len(bench.only_run().co_run_records) == 1
+
+
+def test_a_stuck_client_is_a_timeout_row(bench: Bench) -> None:
+    bench.script({"match": "*:training-2-r0/0", "fail": "hang", "fail_at": 0.0})
+    done = bench.run("--mix", "training", "--workloads", "2", "--timeout", "4")
+    assert done.returncode == 1
+    run = bench.only_run()
+    assert run.co_run_records[-1]["outcome"] == "timeout"
+    assert run.clients_of("training-2-r0")[0]["status"] == "timeout"
+
+
+@pytest.mark.parametrize(("code", "suite_code"), [(2, 2), (3, 3), (1, 1)])
+def test_a_job_that_cannot_be_prepared_ends_the_run_with_its_reason(
+    bench: Bench, code: int, suite_code: int
+) -> None:
+    bench.script({"match": "*:-/-", "resolve_exit": code})
+    done = bench.run("--mix", "training")
+    assert done.returncode == suite_code
+    assert "cannot resolve: scripted" in done.stderr
+    assert bench.only_run().manifest["outcome"] == "failed"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_keeps_what_was_done_and_leaves_no_process(
+    bench: Bench, number: signal.Signals
+) -> None:
+    bench.script({"match": "*:training-2-r0/*", "units": 100000})
+    process = subprocess.Popen(
+        bench.command("--mix", "training", "--workloads", "2"), env=bench.environment,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    events = "clients/training-2-r0/1.events.jsonl"
+    wait_for(lambda: any('"ready"' in path.read_text() for path in bench.results.rglob(events)))
+    time.sleep(0.3)
+    process.send_signal(number)
+    stdout, stderr = process.communicate(timeout=30)
+    assert process.returncode == 130, stderr
+    assert stdout.splitlines()[-1].startswith("results: ")
+    run = bench.only_run()
+    assert run.manifest["outcome"] == "interrupted"
+    assert [record["outcome"] for record in run.co_run_records] == ["ok", "interrupted"]
+    assert run.co_run_records[-1]["summary"]["stp"] is None
+    pids = [record["identity"]["pid"] for record in run.client_records]
+    assert len(pids) == 3
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it never happened"
+        time.sleep(0.05)
+
+
+# --- usage ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [(["--workloads", "0"], "1 or more"), (["--workloads", "4,2"], "smallest first"),
+     (["--repeats", "-1"], "1 or more"), (["--timeout", "x"], "above 0"),
+     (["--mix", "other"], "invalid choice"), (["--window", "10", "--timeout", "5"], "--timeout"),
+     (["--mode", "exclusive", "--baseline", "x"], "leave --baseline away"),
+     (["--data-dir", "/no/such/folder"], "no folder"), (["--baseline", "nothing"], "no run"),
+     (["--run-id", "a/b"], "not a folder name")],
+)  # fmt: skip
+def test_wrong_arguments_end_with_code_2_and_one_sentence(
+    bench: Bench, arguments: list[str], words: str
+) -> None:
+    done = bench.run(*arguments)
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_dry_run_prints_the_plan_and_leaves_nothing(bench: Bench) -> None:
+    done = bench.run("--dry-run", "--mode", "mig", "--workloads", "8")
+    assert done.returncode == 0, done.stderr
+    assert "mixed-8-r0: 8 together" in done.stdout
+    assert "--num-operations 4" in done.stdout
+    assert not bench.results.exists()
+
+
+def test_a_gpu_that_was_asked_for_and_is_not_there_is_code_3(bench: Bench) -> None:
+    assert bench.run("--device", "cuda").returncode == 3
+    assert bench.run("--gpu", "1").returncode == 3
+
+
+# --- on a card --------------------------------------------------------------------------------
+
+
+def test_time_slicing_on_a_card_is_verified_client_by_client(gpu_bench: Callable) -> None:
+    bench = gpu_bench(utilization_gpu_percent=97, power_draw_watts=300, gpm_sm_util=35)
+    bench.environment["CUDA_MPS_PIPE_DIRECTORY"] = "/somebody/elses"
+    done = bench.run("--mode", "time-slicing", "--mix", "training", "--workloads", "2", "--quick")
+    assert done.returncode == 0, done.stderr
+    run = bench.only_run()
+    assert verdicts(run, "baseline") == ["verified"]
+    assert verdicts(run) == ["verified", "verified"]
+    identity = run.client_records[-1]["identity"]
+    assert identity["gpu_uuid"] == nvml_stub.GPU_UUID
+    assert "no-mps-" in identity["sharing_environment"]["CUDA_MPS_PIPE_DIRECTORY"]
+    assert run.manifest["effective_mode"] == "time-slicing"
+    assert run.manifest["job_size"] == "quick"
+    environment = run.manifest["environment"]
+    assert environment["gpu_name"] == "NVIDIA H100 80GB HBM3"
+    assert environment["driver_version"] == "580.159.04"
+    assert environment["multiprocessor_count"] == 132
+    gpu = run.co_run_records[-1]["gpu"]
+    assert gpu["utilization_gpu_percent"] == pytest.approx(97)
+    assert gpu["sm_activity_percent"] == pytest.approx(35)
+    length = (run.co_run_records[-1]["window_end_seconds"]
+              - run.co_run_records[-1]["window_start_seconds"])  # fmt: skip
+    assert gpu["energy_joules"] == pytest.approx(300 * length, rel=0.05)
+    assert run.co_run_records[-1]["summary"]["energy_ratio"] > 0
+
+
+def test_a_client_that_the_driver_does_not_list_makes_the_run_invalid(
+    gpu_bench: Callable,
+) -> None:
+    bench = gpu_bench()
+    bench.script({"match": "*:training-2-r0/1", "hidden": True})
+    done = bench.run("--mix", "training", "--workloads", "2", "--quick")
+    assert done.returncode == 5
+    run = bench.only_run()
+    assert run.manifest["outcome"] == "invalid"
+    assert run.co_run_records[-1]["outcome"] == "invalid"
+    assert [record["status"] for record in run.clients_of("training-2-r0")] == ["ok", "invalid"]
+    assert run.co_run_records[-1]["summary"]["stp"] is None
+
+
+def test_mps_without_a_daemon_is_code_4_and_names_the_script(gpu_bench: Callable) -> None:
+    bench = gpu_bench()
+    done = bench.run("--mode", "mps")
+    assert done.returncode == 4
+    assert "./gpu-configs/enable_mps.sh" in done.stderr
+    assert not bench.results.exists()
+
+
+def test_mps_clients_are_verified_and_their_baselines_run_without_mps(
+    gpu_bench: Callable,
+) -> None:
+    bench = gpu_bench()
+    start_daemon(bench)
+    done = bench.run("--mode", "mps", "--mix", "training", "--workloads", "2", "--quick")
+    assert done.returncode == 0, done.stderr
+    run = bench.only_run()
+    assert verdicts(run, "baseline") == ["verified"]
+    assert verdicts(run) == ["verified", "verified"]
+    directories = [record["identity"]["sharing_environment"]["CUDA_MPS_PIPE_DIRECTORY"]
+                   for record in run.client_records]  # fmt: skip
+    assert "no-mps-" in directories[0]
+    assert directories[1:] == [str(bench.root / "pipe")] * 2
+
+
+def test_an_mps_client_that_misses_the_daemon_is_invalid(gpu_bench: Callable) -> None:
+    bench = gpu_bench()
+    start_daemon(bench)
+    bench.script({"match": "*:training-2-r0/0", "without_mps": True})
+    done = bench.run("--mode", "mps", "--mix", "training", "--workloads", "2", "--quick")
+    assert done.returncode == 5
+    assert [record["status"] for record in bench.only_run().clients_of("training-2-r0")] == [
+        "invalid", "ok"]  # fmt: skip
+
+
+def test_mig_gives_each_client_its_instance_and_uses_an_earlier_whole_gpu_baseline(
+    gpu_bench: Callable, tmp_path: Path
+) -> None:
+    bench = gpu_bench()
+    jobs = ["--mix", "training", "--workloads", "2", "--quick"]
+    assert bench.run("--mode", "exclusive", *jobs, "--run-id", "alone").returncode == 0
+    instances = [(f"MIG-aaaaaaaa-0000-0000-0000-00000000000{i}", 7 + i, 16, 9984, 0)
+                 for i in range(2)]  # fmt: skip
+    nvml_stub.write_state(tmp_path / "card.txt", mig_mode_current=1, mig_devices=instances)
+    bench.script({"match": "*", "identity": {"multiprocessor_count": 16}})
+    done = bench.run("--mode", "mig", *jobs, "--run-id", "sliced")
+    assert done.returncode == 0, done.stderr
+    run = run_store.read_run(bench.results / "sliced")
+    assert run.manifest["baseline_run_id"] == "alone"
+    assert [record["phase"] for record in run.co_run_records] == ["share_baseline", "co_run"]
+    assert verdicts(run) == ["verified", "verified"]
+    seen = [record["identity"]["gpu_uuid"] for record in run.clients_of("training-2-r0")]
+    assert seen == [instance[0] for instance in instances]
+    summary = run.co_run_records[-1]["summary"]
+    assert summary["stp"] > 0
+    assert summary["interference_overhead_percent"] == pytest.approx(0, abs=30)
+
+
+def test_mig_without_a_whole_gpu_baseline_leaves_stp_unknown(gpu_bench: Callable) -> None:
+    bench = gpu_bench(
+        mig_mode_current=1, mig_devices=[("MIG-aaaaaaaa-0000-0000-0000-000000000000", 7, 16, 1, 0)]
+    )
+    bench.script({"match": "*", "identity": {"multiprocessor_count": 16}})
+    done = bench.run("--mode", "mig", "--mix", "training", "--workloads", "1", "--quick")
+    assert done.returncode == 0, done.stderr
+    run = bench.only_run()
+    assert run.co_run_records[-1]["summary"]["stp"] is None
+    assert any("STP and overhead stay unknown" in note for note in run.manifest["notes"])
+    more = bench.run("--mode", "mig", "--mix", "training", "--workloads", "4", "--quick")
+    assert more.returncode == 4
+    assert "1 MIG instances for 4 clients" in more.stderr
+
+
+def test_a_baseline_of_another_run_is_reused_or_refused_naming_the_field(
+    gpu_bench: Callable, tmp_path: Path
+) -> None:
+    bench = gpu_bench()
+    jobs = ["--mix", "training", "--workloads", "1", "--quick"]
+    assert bench.run("--mode", "exclusive", *jobs, "--run-id", "alone").returncode == 0
+    assert bench.run(*jobs, "--baseline", "alone", "--run-id", "again").returncode == 0
+    again = run_store.read_run(bench.results / "again")
+    assert again.manifest["baseline_run_id"] == "alone"
+    assert [record["phase"] for record in again.co_run_records] == ["co_run"]
+    assert again.co_run_records[0]["summary"]["stp"] > 0
+
+    other_engine = bench.run(*jobs, "--baseline", "alone", "--engine", "eager")
+    assert other_engine.returncode == 2
+    assert "engine was graph, now it is eager" in other_engine.stderr
+    nvml_stub.write_state(tmp_path / "card.txt", driver_version="999.1")
+    other_driver = bench.run(*jobs, "--baseline", "alone")
+    assert other_driver.returncode == 2
+    assert "driver_version was 580.159.04, now it is 999.1" in other_driver.stderr
+
+
+def test_a_gpu_that_torch_cannot_use_is_code_3(gpu_bench: Callable) -> None:
+    bench = gpu_bench()
+    bench.script({"match": "*", "identity": {"device": "cpu"}})
+    done = bench.run("--mix", "training", "--quick")
+    assert done.returncode == 3
+    assert "driver 580.159.04" in done.stderr
+
+
+def test_more_clients_than_were_set_up_are_warned_of(gpu_bench: Callable) -> None:
+    bench = gpu_bench()
+    state = bench.root / "state"
+    state.mkdir()
+    (state / f"time-slicing-{nvml_stub.GPU_UUID}.state").write_text("clients=4\n")
+    done = bench.run("--workloads", "8", "--dry-run")
+    assert "set up for 4" in done.stdout
+
+
+def test_a_card_in_exclusive_process_mode_is_no_time_slicing(gpu_bench: Callable) -> None:
+    done = gpu_bench(compute_mode=3).run("--mode", "time-slicing")
+    assert done.returncode == 4
+    assert "Exclusive_Process" in done.stderr
+
+
+def test_a_gpu_index_that_does_not_exist_is_a_usage_error(gpu_bench: Callable) -> None:
+    done = gpu_bench().run("--gpu", "5")
+    assert done.returncode == 2
+    assert nvml_stub.GPU_UUID in done.stderr
+
+
+# --- records and baselines, without processes -------------------------------------------------
+
+
+def co_run_of(outcome: str, *clients: ClientOutcome, phase: str = "co_run") -> CoRunOutcome:
+    planned = PlannedCoRun("c", phase, "mps", 0, tuple(client.planned for client in clients))
+    return CoRunOutcome(planned, outcome, None, list(clients), 0.5, 1.0, 11.0, 0.1)
+
+
+def client_of(seconds_a_step: float, number: int = 0, status: str = "ok") -> ClientOutcome:
+    steps = int(10 / seconds_a_step)
+    events = [
+        {"event": "loaded", "startup_seconds": 2.0},
+        {"event": "units", "kind": "step", "latency": False,
+         "start_seconds": [1 + i * seconds_a_step for i in range(steps)],
+         "duration_seconds": [seconds_a_step] * steps},
+        {"event": "job", "index": 0, "start_seconds": 1.0, "end_seconds": 9.0, "figures": {"x": 1}},
+        {"event": "done", "jobs": 1, "host_cpu_seconds": 3.0, "peak_memory_mib": 7.0},
+    ]  # fmt: skip
+    planned = PlannedClient(number, "w", "W", "job", ("x",))
+    return ClientOutcome(planned, status, None, events, {"pid": 1}, 0, [], 5.0)
+
+
+PROVED = Proof("verified", ())
+UNPROVED = Proof("invalid", (Evidence("it is listed", "no", False),))
+
+
+def test_a_client_record_holds_slowdown_against_its_baseline() -> None:
+    baseline = {"units": {"step": {"count": 100, "seconds": 50.0}}}
+    client = client_of(1.0)
+    record = records.client_record(co_run_of("ok", client), client, PROVED, baseline)
+    assert record["slowdown"] == pytest.approx(2.0)
+    assert record["normalized_progress"] == pytest.approx(0.5)
+    assert record["jobs"][0]["duration_seconds"] == 8.0
+    assert record["window_host_cpu_fraction"] == pytest.approx(0.5)
+    assert record["figures"] == {"x": 1}
+    assert (record["startup_seconds"], record["peak_memory_mib"]) == (2.0, 7.0)
+
+
+def test_a_client_without_proof_is_invalid_and_has_no_slowdown() -> None:
+    client = client_of(1.0)
+    record = records.client_record(co_run_of("ok", client), client, UNPROVED, None)
+    assert record["status"] == "invalid"
+    assert record["reason"] == "it is listed: no"
+    assert record["slowdown"] is None
+
+
+def test_a_co_run_that_lost_its_mode_is_invalid() -> None:
+    client = client_of(1.0)
+    seen = co_run_of("ok", client)
+    row = records.client_record(seen, client, PROVED, None)
+    record = records.co_run_record(
+        seen, [row], None, mode_failure="the daemon is gone", baselines={"job": row},
+        energy_alone_joules={},
+    )  # fmt: skip
+    assert record["outcome"] == "invalid"
+    assert record["reason"] == "the daemon is gone"
+    assert record["summary"]["stp"] is None
+
+
+def test_a_starved_gpu_is_said() -> None:
+    starved = records.starvation_warnings({"host_cpu_percent": 99.0, "sm_activity_percent": 20.0})
+    assert "starved by the host" in starved[0]
+    busy = {"host_cpu_percent": 99.0, "sm_activity_percent": 80.0}
+    assert records.starvation_warnings(busy) == []
+    assert records.starvation_warnings(None) == []
+
+
+def manifest(**environment: object) -> dict:
+    versions = {"python": "3.11", "torch": "2.11"}
+    return {"effective_mode": "mps", "job_size": "guide",
+            "environment": {"gpu_name": "H100", "driver_version": "580", "versions": versions,
+                            **environment}}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [({"gpu_name": "A100"}, "gpu_name was A100, now it is H100"),
+     ({"driver_version": "1"}, "driver_version"),
+     ({"versions": {"python": "3.11", "torch": "2.15"}}, "version of torch was 2.15")],
+)  # fmt: skip
+def test_unlike_environments_are_named_by_field(changes: dict, words: str) -> None:
+    found = baselines.differences(manifest(**changes), manifest())
+    assert len(found) == 1
+    assert words in found[0]
+
+
+def test_another_job_size_or_a_cpu_demonstration_is_no_baseline() -> None:
+    ours = manifest()
+    assert baselines.differences({**ours, "job_size": "quick"}, ours) == [
+        "job size was quick, now it is guide"]  # fmt: skip
+    assert "cpu-demo was True" in baselines.differences(
+        {**ours, "effective_mode": "cpu-demo"}, ours
+    )[0]  # fmt: skip
+    assert baselines.differences(ours, ours) == []
