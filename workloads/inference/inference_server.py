@@ -19,6 +19,7 @@ import sys
 import threading
 from concurrent.futures import Future
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -28,6 +29,9 @@ from workloads.inference.inference_model import (
     resolve_model_flags,
     weights_notes,
 )
+
+if TYPE_CHECKING:
+    import numpy as np
 
 MAX_PORT = 65535
 MIB = 2**20
@@ -232,7 +236,7 @@ class InferenceServer(client.Workload):
         """Return model and weights, as said in every answer."""
         return {"model": self.args.model, "weights": self._classifier.weights.kind}
 
-    def describe_top(self, outputs) -> list[dict]:
+    def describe_top(self, outputs: np.ndarray) -> list[dict]:
         """Return the top classes of one picture's outputs."""
         from workloads.inference.classifier import describe_top
 

@@ -15,11 +15,15 @@ import argparse
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from workloads.common import cli, client, console
 from workloads.common.latency import summarize_latency_ms
+
+if TYPE_CHECKING:
+    from workloads.inference.load_generator import Measured
 
 READY_PROBE_SECONDS = 0.25
 COLLECT_SECONDS = 0.2
@@ -155,12 +159,12 @@ class LoadTest(client.Workload):
         return self._figures(total, time.monotonic() - start_seconds)
 
     @staticmethod
-    def _take(total, measured, recorder: client.Recorder) -> None:
+    def _take(total: Measured, measured: Measured, recorder: client.Recorder) -> None:
         total.add(measured)
         for start, duration in zip(measured.start_seconds, measured.duration_seconds, strict=True):
             recorder.unit("request", start, start + duration, latency=True)
 
-    def _figures(self, total, elapsed_seconds: float) -> dict:
+    def _figures(self, total: Measured, elapsed_seconds: float) -> dict:
         succeeded = len(total.duration_seconds)
         failed = sum(total.failures.values())
         latency = summarize_latency_ms(total.duration_seconds)
