@@ -143,7 +143,7 @@ start_daemon() {
     undo::push remove_folder
     run --user mkdir -m 700 -- "$FOLDER" "$PIPE_DIRECTORY" "$LOG_DIRECTORY" ||
         die "$EXIT_PERMISSION" "cannot create $FOLDER as $INVOKER_NAME"
-    undo::push mps::quit "$PIPE_DIRECTORY"
+    undo::push end_daemon
     launch
     ((DRY_RUN)) && return 0
     mps::wait_until_answers "$PIPE_DIRECTORY" || {
@@ -175,6 +175,12 @@ launch() {
         ' || log "nvidia-cuda-mps-control -d ended with status $?"
 }
 
+# Interrupted, the start may still be under way: a daemon that answers a moment later shall not stay.
+end_daemon() {
+    mps::wait_until_answers "$PIPE_DIRECTORY" 2 || return 0
+    mps::quit "$PIPE_DIRECTORY"
+}
+
 remove_folder() { run --user rm -rf -- "$FOLDER"; }
 
 remove_stale_folder() {
@@ -194,11 +200,9 @@ set_percentage() {
     [[ -n $PERCENTAGE ]] || return 0
     if ((RUNNING)); then
         before=$(mps::percentage "$PIPE_DIRECTORY")
-        undo::push mps::ask "$PIPE_DIRECTORY" "set_default_active_thread_percentage $before"
+        undo::push mps::tell "$PIPE_DIRECTORY" "set_default_active_thread_percentage $before"
     fi
-    run --note "echo set_default_active_thread_percentage $PERCENTAGE | nvidia-cuda-mps-control" \
-        mps::ask "$PIPE_DIRECTORY" "set_default_active_thread_percentage $PERCENTAGE" >/dev/null ||
-        true
+    mps::tell "$PIPE_DIRECTORY" "set_default_active_thread_percentage $PERCENTAGE"
     ((DRY_RUN)) && return 0
     now=$(mps::percentage "$PIPE_DIRECTORY") || die "$EXIT_FAILED" "the MPS daemon no longer answers"
     awk -v a="$now" -v b="$PERCENTAGE" 'BEGIN { exit !(a == b) }' ||

@@ -202,7 +202,7 @@ run() {
 }
 
 # card::failed WHAT: a setting that was read back is not what was asked for; ends with the code that
-# the driver's own words call for.
+# the driver's own words call for. The words are those of NVIDIA's manuals, unverified on a card.
 card::failed() {
     local -r words=${RUN_OUTPUT:-nothing was printed}
     local code=$EXIT_FAILED

@@ -11,6 +11,15 @@ mps::ask() {
         as_user env CUDA_MPS_PIPE_DIRECTORY="$1" timeout 20 nvidia-cuda-mps-control 2>&1
 }
 
+# mps::tell PIPE_DIRECTORY COMMAND: a command that changes something. Its answer and its status say
+# nothing reliable; the caller asks afterwards.
+mps::tell() {
+    local -r where=CUDA_MPS_PIPE_DIRECTORY=$(quoted "$1")
+    run --note "echo $2 | $where nvidia-cuda-mps-control" mps::tell_quietly "$@" || true
+}
+
+mps::tell_quietly() { mps::ask "$@" >/dev/null; }
+
 # mps::percentage PIPE_DIRECTORY: the default active thread percentage; false where no daemon answers.
 mps::percentage() {
     local answer
@@ -21,9 +30,9 @@ mps::percentage() {
 
 mps::answers() { mps::percentage "$1" >/dev/null; }
 
-# mps::wait_until_answers PIPE_DIRECTORY, mps::wait_until_silent PIPE_DIRECTORY
+# mps::wait_until_answers PIPE_DIRECTORY [SECONDS], mps::wait_until_silent PIPE_DIRECTORY
 mps::wait_until_answers() {
-    local -ri until=$((SECONDS + WAIT_SECONDS))
+    local -ri until=$((SECONDS + ${2:-WAIT_SECONDS}))
     until mps::answers "$1"; do
         ((SECONDS < until)) || return 1
         sleep 0.1
@@ -58,8 +67,7 @@ mps::numbers() {
 # mps::quit PIPE_DIRECTORY: asks the daemon to end and waits until it no longer answers.
 mps::quit() {
     mps::answers "$1" || return 0
-    run --note "echo quit | CUDA_MPS_PIPE_DIRECTORY=$(quoted "$1") nvidia-cuda-mps-control" \
-        mps::ask "$1" quit >&2 || true
+    mps::tell "$1" quit
     ((DRY_RUN)) || mps::wait_until_silent "$1" || {
         warn "the MPS daemon at $1 still answers $WAIT_SECONDS s after quit"
         return 1
