@@ -75,11 +75,16 @@ def read_and_compare(results_dir: Path) -> tuple[dict[str, Path], Comparison]:
         raise UsageError(
             f"no run in {results_dir}{detail}: make one with benchmarking/benchmark_suite.py first"
         )
-    runs = [run_store.read_run(folder) for folder in folders]
+    runs: dict[str, run_store.Run] = {}
+    for folder in folders:
+        run = run_store.read_run(folder)
+        if run.run_id in runs:
+            problems.append(f"{folder}: left out, {runs[run.run_id].folder} has the same run id")
+        runs.setdefault(run.run_id, run)
     phases, torn = run_store.read_json_lines(results_dir / PHASES_FILE)
-    views = [RunView.of(run) for run in runs]
+    views = [RunView.of(run) for run in runs.values()]
     compared = comparison.compare(views, phases, [*problems, *torn])
-    return {run.run_id: run.folder for run in runs}, compared
+    return {run_id: run.folder for run_id, run in runs.items()}, compared
 
 
 def unreadable_runs(results_dir: Path, readable: Sequence[Path]) -> list[str]:

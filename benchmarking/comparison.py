@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from benchmarking import expectations, metrics
+from benchmarking import baselines, expectations, metrics
 
 if TYPE_CHECKING:
     from benchmarking import run_store
@@ -37,9 +37,6 @@ _MODE_ORDER = tuple(MODE_NAMES)
 _JUDGED = frozenset({"ok", "failed", "timeout"})
 
 TAIL_PERCENTILES = (50, 95, 99)
-
-# Past this share of all host cores the GPU may have waited for the host.
-HOST_BUSY_PERCENT = 90
 
 # Names under which a workload's figures give a quantity of the guide, the first that is there wins.
 _FIGURE_NAMES: Mapping[str, tuple[str, ...]] = {
@@ -308,6 +305,7 @@ class Section:
     """Runs on one environment, compared with each other."""
 
     environment: dict[str, Any]
+    versions: dict[str, Any]
     engines: dict[str, tuple[Any, Any]]
     runs: list[RunView]
     groups: list[Group] = field(default_factory=list)
@@ -320,7 +318,7 @@ class Section:
     @property
     def is_cpu_demo(self) -> bool:
         """Whether no GPU was there: then nothing here speaks of GPU sharing modes."""
-        return any(run.mode == CPU_DEMO for run in self.runs)
+        return self.environment["is_cpu_demo"]
 
     @property
     def compared_runs(self) -> list[RunView]:
@@ -344,11 +342,13 @@ class Section:
     @property
     def title(self) -> str:
         """GPU, driver and job size in a few words."""
-        gpu = self.environment.get("gpu_name")
-        if self.is_cpu_demo or not gpu:
-            return f"CPU demonstration (job size {self.environment.get('job_size')})"
-        driver = self.environment.get("driver_version")
-        return f"{gpu}, driver {driver}, job size {self.environment.get('job_size')}"
+        environment = self.environment
+        if self.is_cpu_demo:
+            return f"CPU demonstration (job size {environment['job_size']})"
+        return (
+            f"{environment['gpu_name']}, driver {environment['driver_version']}, "
+            f"job size {environment['job_size']}"
+        )
 
 
 @dataclass
@@ -384,22 +384,23 @@ def compare(
 
 
 def environment_of(run: RunView) -> dict[str, Any]:
-    """What must be alike for figures to be compared, engine and precision apart.
+    """What must be alike for figures to be compared; versions, engine and precision apart.
 
-    On the CPU the host is the device, so its cores count too.
+    The same rule decides which baselines may be reused. On the CPU the host is the device, so its
+    cores count too.
     """
     environment = run.manifest.get("environment") or {}
-    alike = {
-        "gpu_name": environment.get("gpu_name"),
-        "gpu_memory_mib": environment.get("gpu_memory_mib"),
-        "driver_version": environment.get("driver_version"),
-        "cuda_version": environment.get("cuda_version"),
-        "versions": dict(sorted((environment.get("versions") or {}).items())),
-        "job_size": run.manifest.get("job_size"),
-    }
-    if run.mode == CPU_DEMO:
-        alike["host_cores"] = environment.get("host_cores")
+    alike = {name: environment.get(name) for name in baselines.COMPARED_FIELDS}
+    alike["job_size"] = run.manifest.get("job_size")
+    alike["is_cpu_demo"] = run.mode == CPU_DEMO
+    alike["host_cores"] = environment.get("host_cores") if run.mode == CPU_DEMO else None
     return alike
+
+
+def _versions(run: RunView) -> dict[str, Any]:
+    """Versions that count; a run that ended before any client was ready knows none."""
+    found = (run.manifest.get("environment") or {}).get("versions") or {}
+    return {name: found[name] for name in baselines.COMPARED_VERSIONS if name in found}
 
 
 def _created_at(run: RunView) -> tuple[str, str]:
@@ -407,22 +408,36 @@ def _created_at(run: RunView) -> tuple[str, str]:
 
 
 def _sections(runs: Sequence[RunView]) -> list[Section]:
-    """Runs by environment; a workload with another engine or precision opens another section."""
+    """Runs by environment, newest first.
+
+    Another version of a library, or a workload with another engine or precision, opens another
+    section. What a run does not know (one without co-runs has no versions, one of another mix
+    other workloads) sets nothing apart. Runs that know little come last, so that none of them
+    joins two environments that are unlike.
+    """
     sections: list[Section] = []
-    for run in sorted(runs, key=_created_at, reverse=True):
-        environment, engines = environment_of(run), run.engines()
+    newest_first = sorted(runs, key=_created_at, reverse=True)
+    for run in sorted(newest_first, key=lambda run: not _versions(run)):
+        environment, versions, engines = environment_of(run), _versions(run), run.engines()
         for section in sections:
-            conflict = any(
-                section.engines.get(workload, pair) != pair for workload, pair in engines.items()
-            )
-            same_device = section.is_cpu_demo == (run.mode == CPU_DEMO)
-            if section.environment == environment and same_device and not conflict:
+            if (
+                section.environment == environment
+                and _agree(section.versions, versions)
+                and _agree(section.engines, engines)
+            ):
                 section.runs.append(run)
+                section.versions |= versions
                 section.engines |= engines
                 break
         else:
-            sections.append(Section(environment, engines, [run]))
-    return sections
+            sections.append(Section(environment, versions, engines, [run]))
+    for section in sections:
+        section.runs.sort(key=_created_at, reverse=True)
+    return sorted(sections, key=lambda section: _created_at(section.runs[0]), reverse=True)
+
+
+def _agree(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    return all(one[key] == other[key] for key in one.keys() & other.keys())
 
 
 def _order(mode: str) -> tuple[int, str]:
@@ -480,9 +495,7 @@ def _baselines(run: RunView, by_id: Mapping[str, RunView]) -> dict[str, dict[str
     return {record["job_key"]: record for record in records if record.get("status") == "ok"}
 
 
-def _group(
-    run: RunView, mode: str, mix: str, clients: int, baselines: Mapping[str, Record]
-) -> Group:
+def _group(run: RunView, mode: str, mix: str, clients: int, alone: Mapping[str, Record]) -> Group:
     co_runs = _judged(run, clients)
     good = [co_run for co_run in co_runs if co_run["outcome"] == "ok"]
     broken = [co_run for co_run in co_runs if co_run["outcome"] != "ok"]
@@ -493,7 +506,7 @@ def _group(
         interference = metrics.interference_overhead_percent([antt.mean])
     members = [run.clients("co_run", co_run["co_run"]) for co_run in co_runs]
     gpu = _gpu_means([co_run.get("gpu") or {} for co_run in good or co_runs])
-    rows = [_client_row(index, members, baselines) for index in range(clients)]
+    rows = [_client_row(index, members, alone) for index in range(clients)]
     group = Group(
         mode=mode,
         mix=mix,
@@ -560,13 +573,13 @@ def _stp_per_multiprocessor(
 
 
 def _client_row(
-    index: int, members: Sequence[Sequence[Record]], baselines: Mapping[str, Record]
+    index: int, members: Sequence[Sequence[Record]], alone: Mapping[str, Record]
 ) -> ClientRow | None:
     """One client over the repeats; `None` when no repeat has a record of it."""
     records = [record for repeat in members for record in repeat if record["client"] == index]
     if not records:
         return None
-    return _row(records, baselines.get(records[0].get("job_key", "")), "beside the others")
+    return _row(records, alone.get(records[0].get("job_key", "")), "beside the others")
 
 
 def _row(records: Sequence[Record], baseline: Record | None, situation: str) -> ClientRow:
@@ -577,7 +590,7 @@ def _row(records: Sequence[Record], baseline: Record | None, situation: str) -> 
     peaks = [r["peak_memory_mib"] for r in records if r.get("peak_memory_mib") is not None]
     proofs = [record.get("proof") or {} for record in records]
     reasons = [
-        " / ".join(record.get("stderr_tail") or []) or f"exit code {record.get('exit_code')}"
+        record.get("reason") or f"exit code {record.get('exit_code')}"
         for record in records
         if record["status"] != "ok"
     ]
@@ -757,13 +770,8 @@ def _doubts(section: Section) -> list[str]:
             )
         if group.stp is None and group.outcome == "ok":
             doubts.append(f"{where}: no baseline for every job, so STP and overhead are unknown")
-        host, busy = group.gpu["host_cpu_percent"], group.gpu["sm_activity_percent"]
-        busy = group.gpu["utilization_gpu_percent"] if busy is None else busy
-        if host is not None and busy is not None and host >= HOST_BUSY_PERCENT and busy < 90:
-            doubts.append(
-                f"{where}: the host's CPUs were {host:.0f} % busy while the GPU was {busy:.0f} % "
-                "active: the host may have starved the GPU, and then modes look alike"
-            )
+        warnings = {w for co_run in group.co_runs for w in co_run.get("warnings") or []}
+        doubts += [f"{where}: {warning}" for warning in sorted(warnings)]
         if group.gpu["throttle_reasons"]:
             doubts.append(
                 f"{where}: clocks were limited ({', '.join(group.gpu['throttle_reasons'])})"
@@ -838,19 +846,33 @@ def _throughput_claims(groups: Sequence[Group]) -> list[Claim]:
         claims.append(Claim(head + f"{best_text}; no other mode was measured.", _run_ids(known)))
     else:
         listed = ", ".join(f"{g.stp.text()} under {g.mode_name}{_caveat(g)}" for g in others)
-        verdict = _verdict(
-            f"choose {best.mode_name} for throughput",
-            f"{best.mode_name} delivers more than",
-            best.mode_name,
-            [(g.mode_name, best.stp, g.stp) for g in others],
-        )
+        verdict = throughput_verdict(known, f"choose {best.mode_name} for throughput")
         claims.append(Claim(f"{head}{verdict}: {best_text}, {listed}.", _run_ids(known)))
     claims += [_against_one_after_another(group) for group in known]
     return claims
 
 
+def throughput_verdict(
+    ordered: Sequence[Group], if_all_shown: str, *, with_reason: bool = True
+) -> str:
+    """What may be said of the first of two or more groups with an STP, the highest first."""
+    best, others = ordered[0], ordered[1:]
+    return _verdict(
+        if_all_shown,
+        f"{best.mode_name} delivers more than",
+        best.mode_name,
+        [(group.mode_name, best.stp, group.stp) for group in others],
+        with_reason=with_reason,
+    )
+
+
 def _verdict(
-    all_shown: str, some_shown: str, best: str, others: Sequence[tuple[str, Estimate, Estimate]]
+    all_shown: str,
+    some_shown: str,
+    best: str,
+    others: Sequence[tuple[str, Estimate, Estimate]],
+    *,
+    with_reason: bool = True,
 ) -> str:
     """What may be said of the best mode against `others`: (mode, the best's spread, its own)."""
     shown = [mode for mode, ours, theirs in others if ours.shows_difference_from(theirs)]
@@ -860,7 +882,8 @@ def _verdict(
     single = any(min(ours.repeats, theirs.repeats) < 2 for _, ours, theirs in unshown)
     reason = "one co-run has no known spread: repeat it" if single else "their spreads overlap"
     names = " and ".join(mode for mode, _, _ in unshown)
-    nothing = f"no difference shown between {best} and {names} ({reason})"
+    nothing = f"no difference shown between {best} and {names}"
+    nothing += f" ({reason})" if with_reason else ""
     return f"{some_shown} {' and '.join(shown)}; {nothing}" if shown else nothing
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _DPI = 120
-_TITLE_CHARACTERS_PER_INCH = 9
+_TITLE_CHARACTERS_PER_INCH = 9.5
 
 # Luminance differs too, so that the order of the shades survives a grey print.
 _STYLES: Mapping[str, Mapping[str, str]] = {
@@ -36,7 +36,7 @@ _OTHER_STYLE = {"color": "#b07aa1", "hatch": "\\\\", "marker": "P", "linestyle":
 _ACTIVITY_SOURCES = (
     ("sm_activity_percent", "SM activity (NVML GPM)"),
     ("utilization_gpu_percent", "GPU utilization"),
-    ("host_cpu_percent", "host CPU"),
+    ("host_cpu_percent", "Host CPU"),
 )
 
 
@@ -106,6 +106,7 @@ def mode_comparison(groups: Sequence[comparison.Group], path: Path) -> Chart | N
             panel.annotate(
                 f"{found.mean:.2f}", (found.high, row), xytext=(6, 0),
                 textcoords="offset points", va="center",
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.85},
             )  # fmt: skip
         panel.axvline(1, color="black", linestyle="--", linewidth=1)
         panel.set_yticks(range(len(known)), [group.mode_name for group in known])
@@ -142,11 +143,10 @@ def _comparison_message(known: Sequence[comparison.Group]) -> str:
     if not others:
         return f"{best.mode_name} delivers STP {best.stp.mean:.2f}"
     against = " and ".join(f"{group.stp.mean:.2f} under {group.mode_name}" for group in others)
-    if all(best.stp.shows_difference_from(group.stp) for group in others):
-        lead = f"{best.mode_name} delivers the most"
-    else:
-        lead = "No difference in throughput shown"
-    return f"{lead}: STP {best.stp.mean:.2f} under {best.mode_name}, {against}"
+    lead = comparison.throughput_verdict(
+        ordered, f"{best.mode_name} delivers the most", with_reason=False
+    )
+    return f"{lead[0].upper()}{lead[1:]}: STP {best.stp.mean:.2f} under {best.mode_name}, {against}"
 
 
 # --- utilization timeline -------------------------------------------------------------------
@@ -193,7 +193,7 @@ def utilization_timeline(
     panel.grid(axis="y", color="0.85")
     handles, labels = panel.get_legend_handles_labels()
     if handles:
-        panel.legend(handles, labels, loc="lower left", fontsize=8, framealpha=0.9, ncols=3)
+        figure.legend(handles, labels, loc="outside lower center", fontsize=8, ncols=4)
     return _save(
         figure, path, _timeline_message(points, windows, key, name),
         f"{comparison.MODE_NAMES.get(run.mode, run.mode)}, {run.mix}",
@@ -217,7 +217,7 @@ def _mark_windows(panel: Axes, windows: Sequence[Mapping[str, Any]], start: floa
     named: set[str] = set()
     for window in windows:
         alone = window["phase"] == "baseline"
-        name = "one job alone" if alone else "all clients together"
+        name = "one job alone" if alone else "n clients together"
         begin, end = window["window_start_seconds"] - start, window["window_end_seconds"] - start
         panel.axvspan(
             begin, end, facecolor="0.93" if alone else "#f4cfa6", hatch="..." if alone else None,
@@ -333,11 +333,11 @@ def stress_scaling(ramps: Sequence[comparison.Ramp], path: Path) -> Chart | None
                 markeredgecolor="black", capsize=3,
                 label=comparison.MODE_NAMES.get(ramp.mode, ramp.mode),
             )  # fmt: skip
-            _mark_breaking_point(panel, ramp, style["color"])
+        _mark_breaking_point(left, ramp, style["color"])
     counts = sorted({group.clients for ramp in known for group in ramp.groups})
     for panel, label in (
         (left, "STP (GPUs' worth of work)"),
-        (right, "mean slowdown, ANTT (times slower than alone)"),
+        (right, "ANTT (times slower than alone)"),
     ):
         panel.set_xticks(counts)
         panel.set_xlabel("clients at the same time")
@@ -359,8 +359,9 @@ def _mark_breaking_point(panel: Axes, ramp: comparison.Ramp, color: str) -> None
     if clients is None:
         return
     panel.axvline(clients, color=color, linestyle=":", linewidth=1.5)
+    name = comparison.MODE_NAMES.get(ramp.mode, ramp.mode)
     panel.annotate(
-        f"breaks: {ramp.breaking_point['criterion']}", (clients, 1), rotation=90,
+        f"{name} breaks: {ramp.breaking_point['criterion']}", (clients, 1), rotation=90,
         xycoords=("data", "axes fraction"), xytext=(-4, -4), textcoords="offset points",
         ha="right", va="top", fontsize=8,
     )  # fmt: skip
@@ -377,5 +378,8 @@ def _scaling_message(ramps: Sequence[comparison.Ramp]) -> str:
             else f"holds to {ramp.breaking_point['highest_clients_tried']} clients"
         )
         name = comparison.MODE_NAMES.get(ramp.mode, ramp.mode)
-        parts.append(f"{name} peaks at STP {best.stp.mean:.2f} (n = {best.clients}) and {end}")
+        parts.append(
+            f"{name} peaks at STP {best.stp.mean:.2f} with "
+            f"{comparison.clients_text(best.clients)} and {end}"
+        )
     return "; ".join(parts)

@@ -167,6 +167,7 @@ def markdown(compared: Comparison, charts: Sequence[Sequence[figures.Chart]]) ->
             parts.append(CPU_DEMO_NOTICE)
         parts += _scorecard(section)
         parts += _charts(drawn)
+        parts += _alone(section)
         parts += _clients(section)
         parts += _expected(section)
         parts += _proof(section)
@@ -247,11 +248,35 @@ def _charts(drawn: Sequence[figures.Chart]) -> list[str]:
     ]  # fmt: skip
 
 
+def _latency_text(row: comparison.ClientRow) -> str:
+    if row.latency is None:
+        return UNKNOWN
+    return " / ".join(number(row.latency[f"p{percent}"], 1) for percent in (50, 95, 99))
+
+
+def _alone(section: Section) -> list[str]:
+    """Every distinct job alone: what the others are measured against."""
+    if not section.alone:
+        return []
+    rows = [
+        [row.label, number(row.job_seconds, 1), _latency_text(row),
+         number(row.peak_memory_mib, 0), _beside_guide(row, section.environment["job_size"])]
+        for row in section.alone
+    ]  # fmt: skip
+    return [
+        "### Each job alone (the baseline)",
+        table(
+            ["job", "job s", "p50 / p95 / p99 ms", "peak memory MiB (PyTorch)",
+             "measured (the guide's range)"],
+            rows,
+        ),
+    ]  # fmt: skip
+
+
 def _clients(section: Section) -> list[str]:
     rows = []
     for group in section.groups:
         for row in group.client_rows:
-            latency = row.latency or {}
             tails = row.tail_slowdown
             rows.append(
                 [
@@ -261,9 +286,7 @@ def _clients(section: Section) -> list[str]:
                     ", ".join(row.proof),
                     spread(row.slowdown),
                     number(row.job_seconds, 1),
-                    " / ".join(number(latency.get(f"p{p}"), 1) for p in (50, 95, 99))
-                    if latency
-                    else UNKNOWN,
+                    _latency_text(row),
                     " / ".join(number(tails[p]) for p in (50, 95, 99))
                     if any(value is not None for value in tails.values())
                     else UNKNOWN,
@@ -421,7 +444,9 @@ def _doubts(section: Section) -> list[str]:
 def _environment(section: Section) -> list[str]:
     environment = section.environment
     host = section.runs[0].manifest.get("environment") or {}
-    versions = ", ".join(f"{name} {value}" for name, value in environment["versions"].items())
+    versions = ", ".join(
+        f"{name} {version}" for name, version in sorted((host.get("versions") or {}).items())
+    )
     engines = ", ".join(
         f"{workload}: {engine or 'engine unknown'}, {precision or 'precision unknown'}"
         for workload, (engine, precision) in sorted(section.engines.items())
@@ -442,10 +467,10 @@ def _environment(section: Section) -> list[str]:
     rows = [
         ["GPU", str(environment.get("gpu_name") or "none")],
         ["GPU UUIDs", ", ".join(uuids)],
-        ["GPU memory", number(environment.get("gpu_memory_mib"), 0, "MiB")],
+        ["GPU memory", number(host.get("gpu_memory_mib"), 0, "MiB")],
         ["multiprocessors", number(host.get("multiprocessor_count"), 0)],
         ["driver", str(environment.get("driver_version") or UNKNOWN)],
-        ["CUDA", str(environment.get("cuda_version") or UNKNOWN)],
+        ["CUDA", str(host.get("cuda_version") or UNKNOWN)],
         ["versions", versions or UNKNOWN],
         ["engine, precision", engines or UNKNOWN],
         ["job size", str(environment.get("job_size") or UNKNOWN)],
@@ -459,15 +484,22 @@ def _environment(section: Section) -> list[str]:
             str(run.manifest.get("created_at") or UNKNOWN),
             str(run.manifest.get("outcome") or UNKNOWN),
             f"`{' '.join(str(word) for word in run.manifest.get('command') or [])}`",
-            "; ".join(str(note) for note in run.manifest.get("notes") or []) or UNKNOWN,
         ]
         for run in section.runs
     ]
-    return [
+    notes: dict[str, list[str]] = {}
+    for run in section.runs:
+        for note in run.manifest.get("notes") or []:
+            notes.setdefault(str(note), []).append(f"`{run.run_id}`")
+    parts = [
         "### Environment",
         table(["what", "value"], rows),
-        table(["run", "started (UTC)", "outcome", "command", "notes"], runs),
+        table(["run", "started (UTC)", "outcome", "command"], runs),
     ]
+    if notes:
+        said = (f"{note} *({', '.join(run_ids)})*" for note, run_ids in notes.items())
+        parts += ["Notes of the runs:", bullets(said)]
+    return parts
 
 
 def _phases(phases: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -561,6 +593,7 @@ def _section_json(section: Section) -> dict[str, Any]:
         "title": section.title,
         "cpu_demo": section.is_cpu_demo,
         "environment": section.environment,
+        "versions": section.versions,
         "engines": section.engines,
         "run_ids": [run.run_id for run in section.runs],
         "claims": [dataclasses.asdict(claim) for claim in section.claims],

@@ -30,6 +30,8 @@ NO_GPU = GPU | dict.fromkeys(
      "cuda_version")
 )  # fmt: skip
 
+PROOF = {"check": "pid among the mode's processes", "found": "4242", "ok": True}
+
 # workload, label, unit kind, seconds of a unit alone, units of one job, latency?, batch size
 JOBS = {
     "resnet_training": ("ResNet50 training", "train_step", 0.011, 390, False, 128),
@@ -62,7 +64,7 @@ def client_record(
     return {
         "record": "client", "phase": phase, "co_run": co_run, "repeat": 0, "client": 0,
         "workload": workload, "label": label, "job_key": workload, "status": "ok",
-        "proof": {"verdict": "verified", "evidence": ["pid 4242 in the MPS client list"]},
+        "proof": {"verdict": "verified", "evidence": [PROOF]},
         "window_start_seconds": start, "window_end_seconds": start + seconds,
         "jobs": [{"index": 0, "start_seconds": start, "end_seconds": start + seconds,
                   "duration_seconds": seconds, "in_window": True}],
@@ -72,7 +74,8 @@ def client_record(
         "identity": {"pid": 4242, "device": "cuda", "engine": "graph", "precision": "bf16",
                      "batch_size": batch_size, "multiprocessor_count": 132},
         "host_cpu_seconds": seconds / 10, "peak_memory_mib": 3000, "startup_seconds": 9.0,
-        "exit_code": 0, "stderr_tail": [], "slowdown": None, "normalized_progress": None,
+        "exit_code": 0, "stderr_tail": [], "reason": None,
+        "slowdown": None, "normalized_progress": None,
     } | more  # fmt: skip
 
 
@@ -147,7 +150,7 @@ def _co_run(
     return {
         "record": "co_run", "phase": phase, "co_run": name, "mode": mode,
         "clients": len(members), "repeat": repeat, "outcome": "ok", "reason": None,
-        "window_start_seconds": members[0]["window_start_seconds"],
+        "warnings": [], "window_start_seconds": members[0]["window_start_seconds"],
         "window_end_seconds": max(member["window_end_seconds"] for member in members),
         "go_skew_ms": 0.4,
         "gpu": {
@@ -176,7 +179,7 @@ def _co_run(
 
 
 def _samples(end: float, rng: random.Random, gpu: bool) -> list[dict[str, Any]]:
-    times = [1000 + 0.5 * step for step in range(int((end - 1000) / 0.5))]
+    times = [1000.0 + step for step in range(int(end - 1000))]
     return [
         {
             "record": "sample", "time_seconds": time,

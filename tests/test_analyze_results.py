@@ -1,0 +1,182 @@
+"""The analysis as a user starts it: a subprocess on folders of runs."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import synthetic_runs
+from conftest import PROJECT_ROOT
+from PIL import Image
+
+from benchmarking import figures
+
+FIXTURE = PROJECT_ROOT / "tests" / "fixtures" / "synthetic_gpu"
+SCRIPT = PROJECT_ROOT / "benchmarking" / "analyze_results.py"
+
+
+def analyze(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), *map(str, arguments)],
+        capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def analyzed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The committed fixture, analyzed once: the output folder and what was printed."""
+    output = tmp_path_factory.mktemp("report")
+    done = analyze("--results-dir", FIXTURE, "--output", output)
+    assert done.returncode == 0, done.stderr
+    return output, done.stdout
+
+
+def test_the_table_and_the_decision_are_printed(analyzed):
+    _, printed = analyzed
+    assert "MPS           mixed  4        3        ok" in printed
+    assert "choose MPS for throughput: STP 1.9" in printed
+    assert "report.md" in printed.splitlines()[-1]
+
+
+def test_the_flat_table_and_the_json_say_the_same(analyzed):
+    output, _ = analyzed
+    with (output / "comparison.csv").open(newline="") as stream:
+        rows = {row["mode"]: row for row in csv.DictReader(stream)}
+    groups = json.loads((output / "comparison.json").read_text())["sections"][0]["groups"]
+    assert set(rows) == {"time-slicing", "mps"}
+    for group in groups:
+        assert float(rows[group["mode"]]["stp_mean"]) == group["stp"]["mean"]
+        assert float(rows[group["mode"]]["stp_low"]) == group["stp"]["low"]
+
+
+def test_every_chart_of_the_report_is_a_picture_with_content(analyzed):
+    output, _ = analyzed
+    text = (output / "report.md").read_text()
+    drawn = sorted(output.glob("*.png"))
+    assert {path.name.split("-")[0] for path in drawn} == {
+        "mode_comparison", "slowdown", "timeline",
+    }  # fmt: skip
+    for path in drawn:
+        assert f"]({path.name})" in text
+        with Image.open(path) as picture:
+            grey = picture.convert("L")
+            assert grey.width > 600
+            assert len(grey.getcolors(maxcolors=256)) > 20
+
+
+def test_the_fixture_is_not_written_to(analyzed):
+    assert sorted(path.name for path in FIXTURE.iterdir()) == [
+        "README.md", "mps-mixed-20260101-001000", "time-slicing-mixed-20260101-000000",
+    ]  # fmt: skip
+
+
+def test_without_output_the_report_lands_beside_the_runs_and_can_be_made_again(tmp_path):
+    results = tmp_path / "results"
+    shutil.copytree(FIXTURE, results / "deeper" / "down")
+    (results / "phases.jsonl").write_text(
+        '{"phase": 4, "name": "mig", "status": "skipped", "reason": "MIG mode is off"}\n'
+    )
+    first = analyze("--results-dir", results)
+    assert first.returncode == 0, first.stderr
+    before = (results / "report.md").read_text()
+    assert "| 4 | mig | skipped | MIG mode is off |" in before
+    assert analyze("--results-dir", results).returncode == 0
+    assert (results / "report.md").read_text() == before
+
+
+def test_torn_lines_unreadable_runs_and_doubles_are_said(tmp_path):
+    results = tmp_path / "results"
+    shutil.copytree(FIXTURE, results)
+    shutil.copytree(results / "mps-mixed-20260101-001000", results / "copy" / "mps")
+    torn = results / "time-slicing-mixed-20260101-000000"
+    for name in ("records.jsonl", "gpu_samples.jsonl"):
+        with (torn / name).open("a") as stream:
+            stream.write('{"record": "cli')
+    (results / "broken").mkdir()
+    (results / "broken" / "manifest.json").write_text("{")
+    done = analyze("--results-dir", results)
+    assert done.returncode == 0, done.stderr
+    problems = (results / "report.md").read_text().split("## Problems while reading")[1]
+    assert "records.jsonl: line" in problems
+    assert "gpu_samples.jsonl: line" in problems
+    assert "has the same run id" in problems
+    assert "broken/manifest.json is not JSON" in problems
+
+
+def test_a_ramp_gets_its_own_chart(tmp_path):
+    for mode, run_id in (("time-slicing", "ts-ramp"), ("mps", "mps-ramp")):
+        made = synthetic_runs.run(run_id, mode, {1: [1.0], 2: [1.5], 4: [2.5]}, mix="training")
+        synthetic_runs.write(tmp_path, made)
+    done = analyze("--results-dir", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "scaling-training.png").stat().st_size > 5000
+    assert "not reached by 4 clients" in done.stdout
+
+
+def test_a_cpu_demonstration_shows_the_host_and_makes_no_statement_about_modes(tmp_path):
+    made = synthetic_runs.run("demo", "time-slicing", {4: [3.9]}, gpu=False)
+    synthetic_runs.write(tmp_path, made)
+    done = analyze("--results-dir", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "say nothing about GPU sharing modes" in done.stdout
+    assert "**Host CPU averages" in (tmp_path / "report.md").read_text()
+
+
+def test_a_run_without_any_sample_or_co_run_still_gets_a_report(tmp_path):
+    made = synthetic_runs.run("alone", "exclusive", {})
+    made["samples"] = []
+    synthetic_runs.write(tmp_path, made)
+    done = analyze("--results-dir", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "### Each job alone" in (tmp_path / "report.md").read_text()
+    assert not list(tmp_path.glob("*.png"))
+
+
+@pytest.mark.parametrize("prepare", ["missing", "empty", "file"])
+def test_nothing_to_analyze_ends_with_code_2_and_one_sentence(tmp_path, prepare):
+    folder = tmp_path / "results"
+    if prepare == "empty":
+        folder.mkdir()
+    elif prepare == "file":
+        folder.write_text("not a folder")
+    done = analyze("--results-dir", folder)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    (sentence,) = done.stderr.splitlines()
+    assert sentence.startswith("analyze_results.py: ")
+    assert str(folder) in sentence
+
+
+def test_an_output_that_cannot_be_written_ends_with_code_2(tmp_path):
+    blocker = tmp_path / "file"
+    blocker.write_text("")
+    done = analyze("--results-dir", FIXTURE, "--output", blocker / "below")
+    assert done.returncode == 2
+    assert "choose another --output" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("sample", "label"),
+    [
+        ({"sm_activity_percent": 70, "utilization_gpu_percent": 100, "host_cpu_percent": 9},
+         "SM activity (NVML GPM)"),
+        ({"sm_activity_percent": None, "utilization_gpu_percent": 100,
+          "utilization_source": "nvml", "host_cpu_percent": 9}, "GPU utilization (nvml)"),
+        ({"utilization_gpu_percent": None, "host_cpu_percent": 9}, "Host CPU"),
+    ],
+)  # fmt: skip
+def test_a_timeline_shows_the_best_source_there_is_and_names_it(tmp_path, sample, label):
+    made = synthetic_runs.run("mps", "mps", {4: [2.0]})
+    run = figures.comparison.RunView("mps", made["manifest"], made["records"])
+    samples = [{"time_seconds": 1000.0 + second} | sample for second in range(60)]
+    chart = figures.utilization_timeline(run, samples, tmp_path / "timeline.png")
+    assert chart is not None
+    assert chart.message.startswith(label)
+    nothing = [{"time_seconds": 1.0, "host_cpu_percent": None}]
+    assert figures.utilization_timeline(run, nothing, tmp_path / "none.png") is None
