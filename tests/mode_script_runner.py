@@ -90,7 +90,7 @@ class ModeScripts:
     ) -> tuple[int, str]:
         """Send a signal while the call that matches `during` is under way.
 
-        `group`: to the whole foreground group, as a terminal's Ctrl-C does, else to the script alone.
+        `group`: to the whole foreground group, as Ctrl-C does, else to the script alone.
         """
         self.machine.fail(during, seconds=1.0)
         process = subprocess.Popen(
