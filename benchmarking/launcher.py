@@ -307,10 +307,12 @@ class Launcher:
             result.ready_seconds = time.monotonic()
             before_go(clients)
             cpu_at_go = [client.host_cpu_seconds() for client in clients]
+            # The window opens before the first command: a job that the first client begins while
+            # the last one is still being told (see go_skew_ms) lies in it.
+            result.window_start_seconds = time.monotonic()
             go_seconds = [client.send("go") for client in clients]
-            result.window_start_seconds = go_seconds[-1]
             result.go_skew_ms = 1000 * (go_seconds[-1] - go_seconds[0])
-            self._contend(clients, rule, go_seconds[-1])
+            self._contend(clients, rule, result.window_start_seconds)
         except _EndOfWindow as end:
             result.outcome, result.reason = end.outcome, end.reason
         finally:
