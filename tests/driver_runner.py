@@ -1,0 +1,140 @@
+"""Runs run_experiments.sh and stress_test.sh with a pretended GPU, suite and analysis."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mode_script_runner import PROJECT_ROOT, ROOT_PREFIX, UUID, ModeScripts
+
+PYTHON = PROJECT_ROOT / "tests" / "fakes" / "python_without_torch"
+AS_BEFORE = {
+    "daemons": 0,
+    "mig": "Disabled",
+    "instances": 0,
+    "compute_mode": "Default",
+    "timeslice": "Default",
+}
+
+
+class DriverRunner(ModeScripts):
+    """A driver script run from the project's folder, writing into a folder of the test's own."""
+
+    def __init__(self, folder: Path, kind: str) -> None:
+        super().__init__(folder, kind)
+        self.output = folder / "output"
+        self.python_state = folder / "python"
+        self.python_state.mkdir()
+        self.environment |= {"PYTHON": str(PYTHON), "FAKE_PYTHON_STATE": str(self.python_state)}
+
+    def drive(
+        self, script: str, *arguments: str, as_root: bool = False, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a driver to its end."""
+        return subprocess.run(
+            self._command(script, arguments, as_root),
+            cwd=PROJECT_ROOT,
+            env={**self.environment, **environment},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+
+    def drive_until_signal(
+        self, script: str, *arguments: str, run_id: str, signals: list[signal.Signals]
+    ) -> tuple[int, str]:
+        """Send signals to the driver alone, each once the suite had the one before."""
+        process = subprocess.Popen(
+            self._command(script, arguments, False),
+            cwd=PROJECT_ROOT,
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            # pytest may itself have been started in the background, where SIGINT is ignored
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+        self._wait_for(lambda call: call.get("waiting") == run_id)
+        for count, number in enumerate(signals, start=1):
+            process.send_signal(number)
+            self._wait_for(lambda call: "signal" in call, count)
+        _, stderr = process.communicate(timeout=60)
+        return process.returncode, stderr
+
+    def _command(self, script: str, arguments: tuple[str, ...], as_root: bool) -> list[str]:
+        prefix = (ROOT_PREFIX or []) if as_root else []
+        return [*prefix, f"./{script}", *arguments, "--output", str(self.output)]
+
+    def _wait_for(self, wanted: Any, count: int = 1) -> None:
+        deadline = time.monotonic() + 60
+        while sum(map(wanted, self.python_calls())) < count:
+            assert time.monotonic() < deadline, "what was waited for never came"
+            time.sleep(0.02)
+
+    def rule(self, **rules: dict[str, Any]) -> None:
+        """Say what the pretended suite does, by run id (`time_slicing` for time-slicing)."""
+        named = {name.replace("_", "-"): rule for name, rule in rules.items()}
+        (self.python_state / "rules.json").write_text(json.dumps(named))
+
+    def python_calls(self) -> list[dict[str, Any]]:
+        """Every call of suite and analysis, and every signal they got, oldest first."""
+        path = self.python_state / "calls.jsonl"
+        if not path.exists():
+            return []
+        return [json.loads(line) for line in path.read_text().splitlines(keepends=True)]
+
+    def suite_calls(self) -> dict[str, dict[str, Any]]:
+        """Calls of the suite by run id, in order, with their flags as a dict."""
+        calls = {}
+        for call in self.python_calls():
+            if call["program"] == "benchmark_suite.py" and "arguments" in call:
+                words = iter(call["arguments"])
+                flags = {word: "" if word == "--quick" else next(words) for word in words}
+                calls[flags["--run-id"]] = {**call, "flags": flags}
+        return calls
+
+    def phases(self) -> list[dict[str, Any]]:
+        """The lines of phases.jsonl."""
+        lines = (self.output / "phases.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+    def outcomes(self) -> dict[str, str]:
+        """Each phase's status by its name."""
+        return {phase["name"]: phase["status"] for phase in self.phases()}
+
+    def reason(self, name: str) -> str:
+        """Why a phase failed or was skipped."""
+        return next(phase["reason"] for phase in self.phases() if phase["name"] == name)
+
+
+def without_gpu_programs() -> str:
+    """A PATH on which neither the fakes nor a real nvidia-smi are found."""
+    folders = os.environ["PATH"].split(os.pathsep)
+    return os.pathsep.join(f for f in folders if not (Path(f) / "nvidia-smi").exists())
+
+
+@contextlib.contextmanager
+def driver_runner(kind: str = "h100") -> Iterator[DriverRunner]:
+    """A fresh DriverRunner, cleaned away at the end."""
+    folder = Path(tempfile.mkdtemp(prefix="drivers."))
+    folder.chmod(0o755)
+    try:
+        yield DriverRunner(folder, kind)
+    finally:
+        shutil.rmtree(folder)
+
+
+__all__ = ["AS_BEFORE", "UUID", "DriverRunner", "driver_runner", "without_gpu_programs"]

@@ -1,0 +1,369 @@
+"""run_experiments.sh: order of phases, modes enabled and undone, failures, signals, dry run.
+
+GPU, suite and analysis are pretended (fakes/), the driver and the scripts of gpu-configs/ are real.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+
+import pytest
+from driver_runner import (
+    AS_BEFORE,
+    UUID,
+    DriverRunner,
+    driver_runner,
+    without_gpu_programs,
+)
+from mode_script_runner import needs_root
+
+SCRIPT = "run_experiments.sh"
+SECOND_UUID = "GPU-55555555-6666-7777-8888-999999999999"
+
+
+@pytest.fixture
+def runner() -> Iterator[DriverRunner]:
+    with driver_runner() as made:
+        yield made
+
+
+def test_the_phases_run_in_order_each_with_its_mode_alone_and_no_card_setting_touched(
+    runner: DriverRunner,
+) -> None:
+    result = runner.drive(SCRIPT, "--quick", "--engine=eager", "--seed", "7")
+    assert result.returncode == 0, result.stderr
+    calls = runner.suite_calls()
+    assert list(calls) == ["baseline", "time-slicing", "mps"]
+    assert [call["gpu"]["daemons"] for call in calls.values()] == [0, 0, 1]
+    assert runner.python_calls()[-1]["program"] == "analyze_results.py"
+    assert runner.python_calls()[-1]["gpu"] == AS_BEFORE
+    changes = runner.machine.changing_calls()
+    assert not [command for command in changes if command.startswith("nvidia-smi")]
+    assert runner.left_behind() == []
+    phases = runner.phases()
+    assert [set(phase) for phase in phases] == [
+        {"phase", "name", "status", "reason", "run_folder", "seconds"}
+    ] * 5
+    assert [(phase["phase"], phase["name"], phase["status"]) for phase in phases] == [
+        (1, "baseline", "ok"),
+        (2, "time-slicing", "ok"),
+        (3, "mps", "ok"),
+        (4, "mig", "skipped"),
+        (5, "analysis", "ok"),
+    ]
+    assert [phase["run_folder"] for phase in phases] == ["baseline", "time-slicing", "mps", "", ""]
+    assert "--mig" in runner.reason("mig")
+
+
+def test_the_suite_is_told_mode_size_budget_gpu_and_baseline(runner: DriverRunner) -> None:
+    runner.drive(SCRIPT, "--quick", "--modes", "mps", "--phase-minutes", "2.5", "--gpu", "0")
+    calls = runner.suite_calls()
+    shared = {
+        "--mix": "mixed",
+        "--workloads": "4",
+        "--budget-minutes": "2.5",
+        "--results-dir": str(runner.output),
+        "--device": "auto",
+        "--quick": "",
+        "--gpu": UUID,
+    }
+    assert calls["baseline"]["flags"] == {
+        **shared,
+        "--mode": "exclusive",
+        "--run-id": "baseline",
+    }
+    assert calls["mps"]["flags"] == {
+        **shared,
+        "--mode": "mps",
+        "--repeats": "3",
+        "--baseline": str(runner.output / "baseline"),
+        "--run-id": "mps",
+    }
+    assert runner.reason("time-slicing") == "not asked for (--modes mps)"
+
+
+def test_without_a_budget_the_phases_have_the_guides_minutes(runner: DriverRunner) -> None:
+    runner.drive(SCRIPT, "--modes", "time-slicing")
+    calls = runner.suite_calls().values()
+    assert [call["flags"]["--budget-minutes"] for call in calls] == ["5", "10"]
+
+
+def test_a_phase_that_fails_does_not_stop_the_others(runner: DriverRunner) -> None:
+    runner.rule(baseline={"exit": 1}, time_slicing={"exit": 5})
+    result = runner.drive(SCRIPT)
+    assert result.returncode == 1
+    assert runner.outcomes() == {
+        "baseline": "failed",
+        "time-slicing": "failed",
+        "mps": "ok",
+        "mig": "skipped",
+        "analysis": "ok",
+    }
+    assert runner.reason("time-slicing") == "there is no proof that the mode was in force"
+    # the baseline of a failed phase is not reused: the suite takes its own
+    assert "--baseline" not in runner.suite_calls()["mps"]["flags"]
+
+
+def test_a_mode_that_cannot_be_enabled_is_a_failed_phase_with_the_scripts_words(
+    runner: DriverRunner,
+) -> None:
+    runner.machine.fail("nvidia-cuda-mps-control -d", exit=1, text='not a "good" day')
+    result = runner.drive(SCRIPT)
+    assert result.returncode == 1
+    assert runner.outcomes()["mps"] == "failed"
+    assert "did not answer within 2 s" in runner.reason("mps")
+    assert list(runner.suite_calls()) == ["baseline", "time-slicing"]
+    assert runner.left_behind() == []
+
+
+def test_an_analysis_that_fails_makes_the_exit_code_1(runner: DriverRunner) -> None:
+    runner.rule(analysis={"exit": 2})
+    assert runner.drive(SCRIPT, "--modes", "time-slicing").returncode == 1
+    assert runner.outcomes()["analysis"] == "failed"
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
+def test_a_signal_stops_the_suite_first_then_undoes_the_mode_then_reports(
+    runner: DriverRunner, number: signal.Signals, code: int
+) -> None:
+    runner.rule(mps={"wait": True})
+    status, stderr = runner.drive_until_signal(
+        SCRIPT, "--modes", "mps,mig", run_id="mps", signals=[number]
+    )
+    assert status == code, stderr
+    calls = runner.python_calls()
+    assert {"program": "benchmark_suite.py", "signal": "SIGINT"} in calls
+    assert calls[-1]["program"] == "analyze_results.py"
+    assert calls[-1]["gpu"] == AS_BEFORE
+    assert runner.left_behind() == []
+    assert runner.outcomes() == {
+        "baseline": "ok",
+        "time-slicing": "skipped",
+        "mps": "failed",
+        "mig": "skipped",
+        "analysis": "ok",
+    }
+    assert runner.reason("mps") == "interrupted"
+    assert runner.reason("mig") == "interrupted before it began"
+
+
+def test_a_second_ctrl_c_ends_a_suite_that_does_not_listen(runner: DriverRunner) -> None:
+    runner.rule(baseline={"wait": True, "deaf": True})
+    status, stderr = runner.drive_until_signal(
+        SCRIPT, run_id="baseline", signals=[signal.SIGINT, signal.SIGINT]
+    )
+    assert status == 130, stderr
+    assert [call["signal"] for call in runner.python_calls() if "signal" in call] == [
+        "SIGINT",
+        "SIGTERM",
+    ]
+    assert list(runner.suite_calls()) == ["baseline"]
+
+
+def test_a_daemon_that_enable_mps_started_before_is_used_and_left_running(
+    runner: DriverRunner,
+) -> None:
+    runner.must("enable_mps.sh")
+    before = runner.saved("mps")
+    result = runner.drive(SCRIPT, "--modes", "time-slicing,mps")
+    assert result.returncode == 0, result.stderr
+    assert runner.saved("mps") == before
+    assert runner.python_calls()[-1]["gpu"]["daemons"] == 1
+    assert runner.outcomes()["time-slicing"] == "ok"
+
+
+def test_a_daemon_that_was_started_by_hand_is_used_and_left_running(runner: DriverRunner) -> None:
+    pipe = runner.folder / "by-hand"
+    pipe.mkdir()
+    (pipe / "control").touch()
+    runner.machine.add_mps_daemon(str(pipe), uid=os.geteuid(), user="me")
+    result = runner.drive(SCRIPT, "--modes", "mps", CUDA_MPS_PIPE_DIRECTORY=str(pipe))
+    assert result.returncode == 0, result.stderr
+    assert runner.outcomes()["mps"] == "ok"
+    assert runner.machine.changing_calls() == []
+    assert runner.python_calls()[-1]["gpu"]["daemons"] == 1
+
+
+@needs_root
+def test_with_mig_allowed_it_is_switched_on_for_its_phase_and_off_again(
+    runner: DriverRunner,
+) -> None:
+    result = runner.drive(SCRIPT, "--modes", "mig", "--mig", as_root=True)
+    assert result.returncode == 0, result.stderr
+    assert runner.suite_calls()["mig"]["gpu"] == {**AS_BEFORE, "mig": "Enabled", "instances": 4}
+    assert runner.python_calls()[-1]["gpu"] == AS_BEFORE
+    assert runner.left_behind() == []
+
+
+@needs_root
+def test_exclusive_and_timeslice_are_undone_after_their_phase(runner: DriverRunner) -> None:
+    result = runner.drive(
+        SCRIPT, "--modes=time-slicing,mps", "--exclusive", "--timeslice=long", as_root=True
+    )
+    assert result.returncode == 0, result.stderr
+    calls = runner.suite_calls()
+    assert calls["time-slicing"]["gpu"] == {**AS_BEFORE, "timeslice": "Long"}
+    assert calls["mps"]["gpu"] == {**AS_BEFORE, "daemons": 1, "compute_mode": "Exclusive_Process"}
+    assert runner.python_calls()[-1]["gpu"] == AS_BEFORE
+
+
+@needs_root
+def test_instances_that_were_there_are_used_and_left_and_the_whole_gpu_phases_are_skipped(
+    runner: DriverRunner,
+) -> None:
+    runner.must("setup_mig.sh", "1g.10gb", "4")
+    result = runner.drive(SCRIPT)
+    assert result.returncode == 0, result.stderr
+    assert runner.outcomes() == {
+        "baseline": "skipped",
+        "time-slicing": "skipped",
+        "mps": "skipped",
+        "mig": "ok",
+        "analysis": "ok",
+    }
+    assert "MIG is on" in runner.reason("mps")
+    assert runner.gpu()["mig_current"] == "Enabled"
+    assert len(runner.gpu()["instances"]) == 4
+
+
+@needs_root
+def test_too_few_instances_of_the_users_are_never_replaced(runner: DriverRunner) -> None:
+    runner.must("setup_mig.sh", "1g.10gb", "2")
+    assert runner.drive(SCRIPT, as_root=True).returncode == 0
+    assert runner.reason("mig").startswith("2 MIG instances for 4 clients")
+    runner.output = runner.folder / "second"
+    assert runner.drive(SCRIPT, "--mig", as_root=True).returncode == 1
+    assert "of an earlier run are there" in runner.reason("mig")
+    assert len(runner.gpu()["instances"]) == 2
+
+
+@needs_root
+def test_locked_settings_are_not_changed_even_when_allowed(runner: DriverRunner) -> None:
+    before = runner.gpu()
+    result = runner.drive(SCRIPT, "--modes", "mig", "--mig", as_root=True, GPU_SETTINGS_LOCKED="1")
+    assert result.returncode == 1
+    assert "GPU_SETTINGS_LOCKED" in runner.reason("mig")
+    assert runner.machine.changing_calls() == []
+    assert runner.gpu() == before
+
+
+def test_a_gpu_without_mig_skips_that_phase(runner: DriverRunner) -> None:
+    with driver_runner("t4") as other:
+        assert other.drive(SCRIPT, "--modes", "mig", "--mig").returncode == 0
+        assert other.reason("mig") == "Tesla T4 has no MIG"
+
+
+def test_a_dry_run_prints_every_command_and_changes_nothing(runner: DriverRunner) -> None:
+    before = runner.all_files()
+    result = runner.drive(SCRIPT, "--dry-run", "--mig")
+    assert result.returncode == 0, result.stderr
+    assert runner.all_files() == before
+    assert runner.python_calls() == []
+    assert not runner.output.exists()
+    lines = [line.removeprefix("would run: ") for line in result.stdout.splitlines()]
+    expected = [
+        "mkdir",
+        "--mode exclusive",
+        "setup_time_slicing.sh 4",
+        "--mode time-slicing",
+        "reset_time_slicing.sh",
+        "enable_mps.sh",
+        "--mode mps",
+        "disable_mps.sh",
+        "setup_mig.sh 1g.5gb 4",
+        "--mode mig",
+        "disable_mig.sh",
+        "analyze_results.py",
+    ]
+    assert len(lines) == len(expected)
+    assert all(words in line for words, line in zip(expected, lines, strict=True))
+
+
+def test_without_a_gpu_the_cpu_demonstration_runs(runner: DriverRunner) -> None:
+    result = runner.drive(SCRIPT, PATH=without_gpu_programs())
+    assert result.returncode == 0, result.stderr
+    assert "CPU demonstration" in result.stderr
+    assert runner.outcomes() == {
+        "baseline": "ok",
+        "cpu-demo": "ok",
+        "mps": "skipped",
+        "mig": "skipped",
+        "analysis": "ok",
+    }
+    assert runner.reason("mps") == runner.reason("mig") == "no NVIDIA GPU"
+    flags = runner.suite_calls()["time-slicing"]["flags"]
+    assert flags["--repeats"] == "1"
+    assert "--gpu" not in flags
+
+
+@pytest.mark.parametrize("how", [("--device", "cpu"), ("--modes", "time-slicing")])
+def test_a_gpu_that_is_hidden_or_not_wanted_is_left_alone(
+    runner: DriverRunner, how: tuple[str, str]
+) -> None:
+    result = runner.drive(SCRIPT, *how, CUDA_VISIBLE_DEVICES="")
+    assert result.returncode == 0, result.stderr
+    assert runner.outcomes()["cpu-demo"] == "ok"
+    assert runner.machine.calls() == []
+
+
+def test_a_driver_that_does_not_answer_is_exit_3_and_no_demonstration(
+    runner: DriverRunner,
+) -> None:
+    runner.machine.change(driver="not-loaded")
+    result = runner.drive(SCRIPT)
+    assert result.returncode == 3
+    assert "mend the driver, or choose --device cpu" in result.stderr
+    assert not runner.output.exists()
+
+
+def test_the_first_visible_gpu_is_taken_and_passed_on_by_uuid(runner: DriverRunner) -> None:
+    with driver_runner("h100x2") as two:
+        result = two.drive(SCRIPT, "--modes", "mig", CUDA_VISIBLE_DEVICES="1,0")
+        assert result.returncode == 0, result.stderr
+        assert two.suite_calls()["baseline"]["flags"]["--gpu"] == SECOND_UUID
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--modes", "mps,mpz"], "--modes needs one of: time-slicing mps mig"),
+        (["--modes", ""], "--modes needs one of"),
+        (["--workloads", "0"], "--workloads needs a whole number from 1 on"),
+        (["--repeats"], "--repeats needs a whole number from 1 on"),
+        (["--phase-minutes", "0.0"], "--phase-minutes needs a number of minutes over 0"),
+        (["--engine", "fast"], "--engine needs one of: eager graph compile"),
+        (["--data-dir", "/nonexistent"], "--data-dir: '/nonexistent' is not a folder"),
+        (["--seed", "-1"], "--seed needs a whole number from 0 on"),
+        (["--nonsense"], "unknown option: --nonsense"),
+        (["extra"], "unexpected argument: extra"),
+    ],
+)
+def test_a_wrong_argument_is_exit_2_with_one_sentence_before_anything_is_done(
+    runner: DriverRunner, arguments: list[str], words: str
+) -> None:
+    result = runner.drive(SCRIPT, *arguments)
+    assert result.returncode == 2
+    assert words in result.stderr
+    assert "Try './run_experiments.sh --help'" in result.stderr
+    assert not runner.output.exists()
+
+
+def test_a_folder_that_holds_something_is_not_written_into(runner: DriverRunner) -> None:
+    runner.output.mkdir()
+    (runner.output / "mine.txt").write_text("mine")
+    result = runner.drive(SCRIPT)
+    assert result.returncode == 2
+    assert "is not empty; name another folder" in result.stderr
+    assert [path.name for path in runner.output.iterdir()] == ["mine.txt"]
+
+
+def test_help_tells_phases_flags_and_exit_codes_and_touches_nothing(runner: DriverRunner) -> None:
+    result = runner.drive(SCRIPT, "--help")
+    assert result.returncode == 0
+    for word in ("Phase 5 analysis", "--phase-minutes", "--mig", "--dry-run", "Exit codes"):
+        assert word in result.stdout
+    assert runner.machine.calls() == []

@@ -1,0 +1,256 @@
+"""setup_environment.sh: which Python is taken, and a .venv that is made, finished and recognized.
+
+A copy of the script runs in a folder of the test's own, with the real venv and pip, against a
+one-file package in a folder: no network.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from conftest import PROJECT_ROOT
+
+from lib import check_requirements
+
+DRIVER = """
+set -Eeuo pipefail
+source ./setup_environment.sh
+environment::set_up "$PWD/requirements.txt"
+printf 'python: %s\\n' "$PYTHON"
+"""
+
+
+@dataclass
+class Project:
+    """A folder with the set-up script and a requirements file for it."""
+
+    folder: Path
+
+    @property
+    def venv(self) -> Path:
+        return self.folder / ".venv"
+
+    def start(
+        self, *, wheels: Path | None = None, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a driver that only sets the environment up; pip sees `wheels` and nothing else."""
+        inherited = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith("PIP_") and name not in ("PYTHON", "PYTHONPATH")
+        }
+        offline = {
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{inherited['PATH']}",
+            "PIP_CONFIG_FILE": os.devnull,
+            "PIP_NO_INDEX": "1",
+            "PIP_FIND_LINKS": str(wheels or self.folder / "no-wheels"),
+        }
+        return subprocess.run(
+            ["bash", "-c", DRIVER],
+            cwd=self.folder,
+            env={**inherited, **offline, **environment},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+
+    def site_packages(self) -> Path:
+        return next(self.venv.glob("lib/python*/site-packages"))
+
+
+def make_project(folder: Path, requirements: str = "tiny-tool>=1.2,<2  # for tests\n") -> Project:
+    (folder / "lib").mkdir(parents=True)
+    shutil.copy(PROJECT_ROOT / "setup_environment.sh", folder)
+    shutil.copy(PROJECT_ROOT / "lib" / "check_requirements.py", folder / "lib")
+    (folder / "requirements.txt").write_text(requirements)
+    return Project(folder)
+
+
+def add_wheel(folder: Path, version: str) -> None:
+    """Write a wheel of tiny-tool, a package with one module."""
+    folder.mkdir(exist_ok=True)
+    info = f"tiny_tool-{version}.dist-info"
+    files = {
+        "tiny_tool.py": f"VERSION = {version!r}\n",
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: tiny-tool\nVersion: {version}\n",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    record = "".join(f"{name},,\n" for name in [*files, f"{info}/RECORD"])
+    with zipfile.ZipFile(folder / f"tiny_tool-{version}-py3-none-any.whl", "w") as wheel:
+        for name, text in [*files.items(), (f"{info}/RECORD", record)]:
+            wheel.writestr(name, text)
+
+
+@pytest.fixture(scope="module")
+def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheels")
+    add_wheel(folder, "1.2")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def first_start(
+    tmp_path_factory: pytest.TempPathFactory, wheels: Path
+) -> tuple[Project, subprocess.CompletedProcess[str]]:
+    made = make_project(tmp_path_factory.mktemp("first") / "project")
+    return made, made.start(wheels=wheels)
+
+
+@pytest.fixture
+def complete(first_start: tuple[Project, object], tmp_path: Path) -> Project:
+    """A project whose .venv is complete."""
+    shutil.copytree(first_start[0].folder, tmp_path / "project", symlinks=True)
+    return Project(tmp_path / "project")
+
+
+def test_the_first_start_makes_a_venv_and_says_what_goes_into_it(
+    first_start: tuple[Project, subprocess.CompletedProcess[str]],
+) -> None:
+    made, result = first_start
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == f"python: {made.venv}/bin/python\n"
+    assert f"Installing into {made.venv}, once" in result.stderr
+    assert "tiny-tool>=1.2,<2" in result.stderr
+    assert (made.site_packages() / "tiny_tool.py").exists()
+
+
+def test_the_next_start_says_nothing_and_installs_nothing(complete: Project) -> None:
+    result = complete.start()
+    assert result.returncode == 0
+    assert result.stdout == f"python: {complete.venv}/bin/python\n"
+    assert result.stderr == ""
+
+
+def test_an_active_python_that_has_everything_is_used_pythonpath_included(
+    tmp_path: Path, wheels: Path
+) -> None:
+    project = make_project(tmp_path / "project")
+    with zipfile.ZipFile(next(wheels.iterdir())) as wheel:
+        wheel.extractall(tmp_path / "packages")
+    result = project.start(PYTHONPATH=str(tmp_path / "packages"))
+    assert result.returncode == 0, result.stderr
+    assert not project.venv.exists()
+    assert result.stdout.startswith("python: ")
+    assert str(project.folder) not in result.stdout
+
+
+def test_offline_what_is_missing_is_listed_and_the_next_start_finishes_the_work(
+    complete: Project, wheels: Path
+) -> None:
+    newer = "tiny-tool>=1.3,<2\ntorch>=2.11,<3\n"
+    (complete.folder / "requirements.txt").write_text(newer)
+    result = complete.start()
+    assert result.returncode == 1
+    lines = result.stderr.splitlines()
+    assert "tiny-tool>=1.3,<2: found version 1.2" in lines
+    assert "torch>=2.11,<3: not installed" in lines
+    assert lines[-1].startswith("error: pip could not install the packages above")
+    assert any("6 GB on disk" in line for line in lines)
+
+    (complete.folder / "requirements.txt").write_text("tiny-tool>=1.3,<2\n")
+    both = complete.folder / "wheels"
+    add_wheel(both, "1.3")
+    result = complete.start(wheels=both)
+    assert result.returncode == 0, result.stderr
+    assert "1.3" in (complete.site_packages() / "tiny_tool.py").read_text()
+    assert "GB on disk" not in result.stderr
+
+
+def test_an_interrupted_installation_is_finished(complete: Project, wheels: Path) -> None:
+    next(complete.venv.glob("complete-*")).unlink()
+    shutil.rmtree(next(complete.site_packages().glob("tiny_tool-*.dist-info")))
+    result = complete.start(wheels=wheels)
+    assert result.returncode == 0, result.stderr
+    assert "Installing into" in result.stderr
+    assert complete.start().stderr == ""
+
+
+def test_a_venv_that_somebody_else_filled_is_taken_and_stamped(complete: Project) -> None:
+    stamp = next(complete.venv.glob("complete-*"))
+    stamp.unlink()
+    result = complete.start()
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    assert stamp.exists()
+
+
+def test_a_package_that_does_not_import_is_not_taken_for_complete(complete: Project) -> None:
+    next(complete.venv.glob("complete-*")).unlink()
+    (complete.site_packages() / "tiny_tool.py").write_text("import half_written\n")
+    result = complete.start()
+    assert result.returncode == 1
+    assert "cannot be imported (ModuleNotFoundError" in result.stderr
+    assert f"delete {complete.venv} and start again" in result.stderr
+
+
+def test_a_venv_whose_python_is_gone_is_made_anew(complete: Project, wheels: Path) -> None:
+    for link in (complete.venv / "bin").glob("python*"):
+        link.unlink()
+        link.symlink_to("/nonexistent/python")
+    result = complete.start(wheels=wheels)
+    assert result.returncode == 0, result.stderr
+    assert f"Making {complete.venv} with" in result.stderr
+
+
+def test_a_python_that_the_caller_names_is_used_or_refused_never_replaced(
+    complete: Project, tmp_path: Path
+) -> None:
+    good = f"{complete.venv}/bin/python"
+    assert complete.start(PYTHON=good).stdout == f"python: {good}\n"
+
+    lacking = complete.start(PYTHON=sys.executable)
+    assert lacking.returncode == 1
+    assert "tiny-tool>=1.2,<2: not installed" in lacking.stderr
+    assert "lacks the packages above" in lacking.stderr
+
+    old = tmp_path / "old-python"
+    old.write_text("#!/bin/sh\nexit 1\n")
+    old.chmod(0o755)
+    refused = complete.start(PYTHON=str(old))
+    assert refused.returncode == 1
+    assert "is not a Python >= 3.10" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("version", "bounds", "fits"),
+    [
+        ("2.11.0+cu130", ">=2.11,<3", True),
+        ("2.10.9", ">=2.11,<3", False),
+        ("3.0", ">=2.11,<3", False),
+        ("3.0.0rc1", ">=2.11,<3", False),
+        ("0.26.0", ">=0.26,<1", True),
+        ("13.615.71", ">=12.560.30,<14", True),
+        ("1.0", "", True),
+        ("1.0", "==1", True),
+    ],
+)
+def test_versions_are_compared_as_numbers(version: str, bounds: str, fits: bool) -> None:
+    assert check_requirements.within_bounds(version, bounds) is fits
+
+
+@pytest.mark.parametrize("name", ["requirements.txt", "requirements-dev.txt"])
+def test_every_requirement_has_a_lower_bound_a_ceiling_and_a_comment(name: str) -> None:
+    lines = (PROJECT_ROOT / name).read_text().splitlines()
+    packages = [line for line in lines if line and not line.startswith(("#", "-r"))]
+    assert packages
+    for line in packages:
+        assert re.fullmatch(r"[a-z0-9-]+>=[0-9.]+,<[0-9]+ +# \S.+", line), line
+
+
+def test_the_running_python_has_everything_that_the_tests_need() -> None:
+    requirements = check_requirements.read_requirements(PROJECT_ROOT / "requirements-dev.txt")
+    assert {"torch", "pytest"} <= {package for package, _ in requirements}
+    problems = [
+        check_requirements.problem_with(package, bounds, really_import=False)
+        for package, bounds in requirements
+    ]
+    assert problems == [None] * len(requirements)

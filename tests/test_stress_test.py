@@ -1,0 +1,164 @@
+"""stress_test.sh: which counts are tried, the mode around them, what counts as a result.
+
+GPU, suite and analysis are pretended (fakes/), the driver and the scripts of gpu-configs/ are real.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Iterator
+
+import pytest
+from driver_runner import (
+    AS_BEFORE,
+    UUID,
+    DriverRunner,
+    driver_runner,
+    without_gpu_programs,
+)
+from mode_script_runner import needs_root
+
+SCRIPT = "stress_test.sh"
+
+
+@pytest.fixture
+def runner() -> Iterator[DriverRunner]:
+    with driver_runner() as made:
+        yield made
+
+
+def leave_ramp(runner: DriverRunner, last_good_clients: int | None) -> None:
+    """What the pretended analysis leaves as its comparison."""
+    ramp = {"mode": "mps", "breaking_point": {"last_good_clients": last_good_clients}}
+    text = json.dumps({"sections": [{"ramps": [ramp]}]}, indent=1)
+    runner.rule(mps={"exit": 1}, analysis={"files": {"comparison.json": text}})
+
+
+def test_one_suite_run_ramps_up_training_jobs_under_time_slicing_then_the_table_is_made(
+    runner: DriverRunner,
+) -> None:
+    result = runner.drive(SCRIPT)
+    assert result.returncode == 0, result.stderr
+    (call,) = runner.suite_calls().values()
+    assert call["flags"] == {
+        "--mode": "time-slicing",
+        "--mix": "training",
+        "--workloads": "1,2,4,6,8",
+        "--repeats": "1",
+        "--results-dir": str(runner.output),
+        "--run-id": "time-slicing",
+        "--device": "auto",
+        "--gpu": UUID,
+    }
+    assert runner.python_calls()[-1]["program"] == "analyze_results.py"
+    assert "scaling-training.png" in result.stderr
+    assert runner.left_behind() == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "counts"),
+    [
+        (["mps", "1"], "1"),
+        (["mps", "2"], "1,2"),
+        (["mps", "7"], "1,2,4,6,7"),
+        (["mps", "10", "--mix", "inference"], "1,2,4,6,8,10"),
+        (["mps", "4", "--mix=mixed"], "4"),
+        (["--mix", "mixed", "mps", "12"], "4,8,12"),
+    ],
+)
+def test_the_counts_go_up_in_steps_and_end_with_the_largest(
+    runner: DriverRunner, arguments: list[str], counts: str
+) -> None:
+    result = runner.drive(SCRIPT, *arguments, "--dry-run")
+    assert f"--workloads {counts} --repeats" in result.stdout
+
+
+def test_the_mode_is_on_during_the_ramp_and_off_before_the_table(runner: DriverRunner) -> None:
+    result = runner.drive(SCRIPT, "mps", "4")
+    assert result.returncode == 0, result.stderr
+    assert runner.suite_calls()["mps"]["gpu"]["daemons"] == 1
+    assert runner.python_calls()[-1]["gpu"] == AS_BEFORE
+
+
+@needs_root
+def test_mig_gets_an_instance_for_each_job_of_the_largest_count(runner: DriverRunner) -> None:
+    result = runner.drive(SCRIPT, "mig", "6", "--mig", as_root=True)
+    assert result.returncode == 0, result.stderr
+    assert runner.suite_calls()["mig"]["gpu"]["instances"] == 6
+    assert runner.python_calls()[-1]["gpu"] == AS_BEFORE
+
+
+def test_a_count_that_breaks_is_a_result(runner: DriverRunner) -> None:
+    leave_ramp(runner, last_good_clients=4)
+    assert runner.drive(SCRIPT, "mps").returncode == 0
+
+
+def test_a_job_that_already_fails_alone_is_no_result(runner: DriverRunner) -> None:
+    leave_ramp(runner, last_good_clients=None)
+    result = runner.drive(SCRIPT, "mps")
+    assert result.returncode == 1
+    assert "a co-run failed before anything could be compared" in result.stderr
+
+
+def test_a_run_without_proof_is_no_result_and_still_undone_and_reported(
+    runner: DriverRunner,
+) -> None:
+    runner.rule(mps={"exit": 5})
+    result = runner.drive(SCRIPT, "mps")
+    assert result.returncode == 1
+    assert "no proof" in result.stderr
+    assert runner.python_calls()[-1]["program"] == "analyze_results.py"
+    assert runner.python_calls()[-1]["gpu"] == AS_BEFORE
+
+
+def test_ctrl_c_undoes_the_mode_and_reports_what_was_done(runner: DriverRunner) -> None:
+    runner.rule(mps={"wait": True})
+    status, stderr = runner.drive_until_signal(SCRIPT, "mps", run_id="mps", signals=[signal.SIGINT])
+    assert status == 130, stderr
+    assert runner.python_calls()[-1]["program"] == "analyze_results.py"
+    assert runner.python_calls()[-1]["gpu"] == AS_BEFORE
+    assert runner.left_behind() == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "words"),
+    [
+        ("h100", ["mig", "4"], "mig cannot be used: MIG is off; --mig allows to switch it on"),
+        ("t4", ["mig", "4", "--mig"], "mig cannot be used: Tesla T4 has no MIG"),
+    ],
+)
+def test_a_mode_that_cannot_be_had_ends_with_one_sentence_and_leaves_nothing(
+    kind: str, arguments: list[str], words: str
+) -> None:
+    with driver_runner(kind) as runner:
+        result = runner.drive(SCRIPT, *arguments)
+        assert result.returncode == 1
+        assert words in result.stderr
+        assert not runner.output.exists()
+
+
+def test_without_a_gpu_it_is_a_demonstration(runner: DriverRunner) -> None:
+    result = runner.drive(SCRIPT, "mps", "2", PATH=without_gpu_programs())
+    assert result.returncode == 0, result.stderr
+    assert "CPU demonstration" in result.stderr
+    assert "--gpu" not in runner.suite_calls()["mps"]["flags"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["exclusive"], "MODE needs one of: time-slicing mps mig"),
+        (["mps", "none"], "MAX needs a whole number from 1 on"),
+        (["mps", "4", "4"], "unexpected argument: 4"),
+        (["mps", "6", "--mix", "mixed"], "MAX needs to be a multiple of four for --mix mixed"),
+        (["--mix", "all"], "--mix needs one of: training inference interactive mixed"),
+    ],
+)
+def test_a_wrong_argument_is_exit_2_before_anything_is_done(
+    runner: DriverRunner, arguments: list[str], words: str
+) -> None:
+    result = runner.drive(SCRIPT, *arguments)
+    assert result.returncode == 2
+    assert words in result.stderr
+    assert not runner.output.exists()
