@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarking import comparison, report, run_store
+from benchmarking import comparison, decision, report, run_store
 from benchmarking.comparison import Comparison, RunView, Section
 
 PHASES_FILE = "phases.jsonl"
@@ -83,7 +83,7 @@ def read_and_compare(results_dir: Path) -> tuple[dict[str, Path], Comparison]:
         runs.setdefault(run.run_id, run)
     phases, torn = run_store.read_json_lines(results_dir / PHASES_FILE)
     views = [RunView.of(run) for run in runs.values()]
-    compared = comparison.compare(views, phases, [*problems, *torn])
+    compared = decision.decide(comparison.compare(views, phases, [*problems, *torn]))
     return {run_id: run.folder for run_id, run in runs.items()}, compared
 
 

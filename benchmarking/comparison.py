@@ -1,10 +1,8 @@
-"""What the runs of a results folder say together: sections, scorecards, claims. No input or output.
+"""What the runs of a results folder say together: sections and scorecards. No input or output.
 
 Runs on unlike environments (GPU model, driver, library versions, job size; engine and precision of
 a workload) never stand in one section. In a section, the newest run that was judged represents a
-combination of mode, mix and clients; the others are listed as left out. A difference between modes
-is claimed only when each side has at least two repeats and their intervals (three repeats or more)
-or ranges (two) do not overlap.
+combination of mode, mix and clients; the others are listed as left out.
 """
 
 from __future__ import annotations
@@ -15,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from benchmarking import baselines, expectations, metrics
+from benchmarking.estimates import Estimate, estimate, overhead_estimate, range_estimate
 
 if TYPE_CHECKING:
     from benchmarking import run_store
@@ -69,77 +68,6 @@ _GPU_FIGURES: Mapping[str, Callable[[Sequence[float]], float]] = {
     "sm_clock_mhz": statistics.fmean,
     "host_cpu_percent": statistics.fmean,
 }
-
-
-# --- repeats --------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A figure over repeats: its center, its interval or range, its raw values."""
-
-    mean: float
-    low: float
-    high: float
-    values: tuple[float, ...]
-    is_interval: bool = False
-
-    @property
-    def repeats(self) -> int:
-        """How many repeats it rests on."""
-        return len(self.values)
-
-    @property
-    def spread_name(self) -> str:
-        """What `low` and `high` are, in words."""
-        if self.repeats == 1:
-            return "n = 1"
-        return f"{'95 % interval' if self.is_interval else 'range'}, n = {self.repeats}"
-
-    def text(self, decimals: int = 2, unit: str = "") -> str:
-        """`1.95 (1.90 to 2.00; 95 % interval, n = 3)`, or `1.95 (n = 1)`."""
-        center = f"{self.mean:.{decimals}f}{unit}"
-        if self.repeats < 2:
-            return f"{center} ({self.spread_name})"
-        return f"{center} ({self.low:.{decimals}f} to {self.high:.{decimals}f}; {self.spread_name})"
-
-    def shows_difference_from(self, other: Estimate) -> bool:
-        """Whether both have a spread and the two do not overlap."""
-        if min(self.repeats, other.repeats) < 2:
-            return False
-        return not metrics.intervals_overlap(self._triple, other._triple)
-
-    @property
-    def _triple(self) -> tuple[float, float, float]:
-        return (self.mean, self.low, self.high)
-
-
-def estimate(values: Iterable[float | None]) -> Estimate | None:
-    """Geometric mean with interval of the known, positive values; `None` without any."""
-    known = tuple(value for value in values if value is not None and value > 0)
-    if not known:
-        return None
-    return Estimate(*metrics.geometric_mean_interval(known), known, is_interval=len(known) >= 3)
-
-
-def overhead_estimate(stp: Estimate | None) -> Estimate | None:
-    """The overhead (percent) that an STP estimate means; high STP is low overhead."""
-    if stp is None:
-        return None
-    of = metrics.overhead_percent
-    raw = tuple(of(value) for value in stp.values)
-    return Estimate(of(stp.mean), of(stp.high), of(stp.low), raw, stp.is_interval)
-
-
-def range_estimate(values: Iterable[float | None]) -> Estimate | None:
-    """Median and plain range of the known values: for figures of which a mean means nothing.
-
-    The range of two or more repeats stands for their spread whatever their number.
-    """
-    known = tuple(value for value in values if value is not None)
-    if not known:
-        return None
-    return Estimate(statistics.median(known), min(known), max(known), known)
 
 
 def clients_text(clients: int) -> str:
@@ -366,7 +294,7 @@ class Comparison:
 def compare(
     runs: Sequence[RunView], phases: Sequence[dict[str, Any]] = (), problems: Sequence[str] = ()
 ) -> Comparison:
-    """Compare runs: sections by environment, the newest judged run a combination, then claims.
+    """Compare runs: sections by environment, the newest judged run a combination.
 
     `phases` are the lines of the unattended run's phase log, `problems` what was wrong with files
     outside the runs.
@@ -377,8 +305,6 @@ def compare(
         _fill_groups(section, by_id)
         section.ramps = _ramps(section.groups)
         section.alone = _alone_rows(section)
-        section.doubts = _doubts(section)
-        section.claims = _cpu_claims(section) if section.is_cpu_demo else _claims(section)
     file_problems = [f"{run.run_id}: {problem}" for run in runs for problem in run.problems]
     return Comparison(sections, list(phases), [*problems, *file_problems])
 
@@ -736,239 +662,3 @@ def _ramps(groups: Sequence[Group]) -> list[Ramp]:
             )
         )
     return ramps
-
-
-# --- doubts and claims ----------------------------------------------------------------------
-
-
-def _doubts(section: Section) -> list[str]:
-    """Everything invalid, unverified or failed, and every sign that a figure may mislead."""
-    doubts = []
-    for run in section.runs:
-        if run.is_invalid:
-            doubts.append(f"{run.run_id}: the run is invalid, none of its co-runs is compared")
-        elif run.manifest.get("outcome") in ("running", "interrupted", "failed"):
-            doubts.append(f"{run.run_id}: the run's outcome is {run.manifest['outcome']}")
-        for co_run in run.co_runs("co_run"):
-            if not is_valid(run, co_run):
-                reason = co_run.get("reason") or "a client was not proved to run under the mode"
-                doubts.append(f"{run.run_id}, {co_run['co_run']}: invalid, {reason}")
-            elif co_run["outcome"] != "ok":
-                reason = co_run.get("reason") or "no reason recorded"
-                doubts.append(f"{run.run_id}, {co_run['co_run']}: {co_run['outcome']}, {reason}")
-        for record in run.clients("baseline"):
-            if record["status"] != "ok":
-                doubts.append(
-                    f"{run.run_id}: {record.get('label')} alone ended {record['status']}; without "
-                    "it STP and overhead are unknown"
-                )
-    for group in section.groups:
-        where = f"{group.run.run_id}, {clients_text(group.clients)}"
-        if group.is_unverified and not section.is_cpu_demo:
-            doubts.append(
-                f"{where}: unverified, the clients could not be matched with the driver's lists"
-            )
-        if group.stp is None and group.outcome == "ok":
-            doubts.append(f"{where}: no baseline for every job, so STP and overhead are unknown")
-        warnings = {w for co_run in group.co_runs for w in co_run.get("warnings") or []}
-        doubts += [f"{where}: {warning}" for warning in sorted(warnings)]
-        if group.gpu["throttle_reasons"]:
-            doubts.append(
-                f"{where}: clocks were limited ({', '.join(group.gpu['throttle_reasons'])})"
-            )
-    return doubts
-
-
-def _cpu_claims(section: Section) -> list[Claim]:
-    claims = [
-        Claim(
-            "No GPU was used: this is a demonstration of the flow on the CPU and says nothing "
-            "about time slicing, MPS or MIG.",
-            tuple(run.run_id for run in section.runs),
-        )
-    ]
-    for group in section.groups:
-        figure = f"STP {group.stp.text()}" if group.stp else f"outcome {group.outcome}"
-        claims.append(
-            Claim(
-                f"`{group.mix}` with {group.clients} clients on these CPU cores: {figure}.",
-                (group.run.run_id,),
-            )
-        )
-    return claims
-
-
-def _claims(section: Section) -> list[Claim]:
-    """The decision in sentences: throughput, felt latency, how many clients."""
-    claims: list[Claim] = []
-    for mix in dict.fromkeys(group.mix for group in section.groups):
-        beside = [group for group in section.most_compared(mix) if group.mode != "exclusive"]
-        if beside and beside[0].clients > 1:
-            claims += _throughput_claims(beside)
-            claims += _latency_claims(beside)
-        claims += [claim for ramp in section.ramps if ramp.mix == mix
-                   for claim in _ramp_claims(ramp)]  # fmt: skip
-    return claims
-
-
-def _caveat(group: Group) -> str:
-    return " (mode unverified)" if group.is_unverified else ""
-
-
-def _run_ids(groups: Iterable[Group]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(group.run.run_id for group in groups))
-
-
-def _throughput_claims(groups: Sequence[Group]) -> list[Claim]:
-    """Which mode delivers the most at one mix and count."""
-    claims = [
-        Claim(
-            f"`{group.mix}` with {group.clients} clients does not work under {group.mode_name}: "
-            f"{group.outcome}{', ' + group.reason if group.reason else ''}.",
-            (group.run.run_id,),
-        )
-        for group in groups
-        if group.outcome != "ok"
-    ]
-    known = sorted(
-        (group for group in groups if group.stp is not None and group.outcome == "ok"),
-        key=lambda group: group.stp.mean,
-        reverse=True,
-    )
-    if not known:
-        return claims
-    best, others = known[0], known[1:]
-    head = f"`{best.mix}` with {best.clients} clients: "
-    if best.throughput_clients is not None and best.throughput_clients < best.clients:
-        head = head[:-2] + f" ({best.throughput_clients} throughput clients only): "
-    best_text = f"STP {best.stp.text()} under {best.mode_name}{_caveat(best)}"
-    if not others:
-        claims.append(Claim(head + f"{best_text}; no other mode was measured.", _run_ids(known)))
-    else:
-        listed = ", ".join(f"{g.stp.text()} under {g.mode_name}{_caveat(g)}" for g in others)
-        verdict = throughput_verdict(known, f"choose {best.mode_name} for throughput")
-        claims.append(Claim(f"{head}{verdict}: {best_text}, {listed}.", _run_ids(known)))
-    claims += [_against_one_after_another(group) for group in known]
-    return claims
-
-
-def throughput_verdict(
-    ordered: Sequence[Group], if_all_shown: str, *, with_reason: bool = True
-) -> str:
-    """What may be said of the first of two or more groups with an STP, the highest first."""
-    best, others = ordered[0], ordered[1:]
-    return _verdict(
-        if_all_shown,
-        f"{best.mode_name} delivers more than",
-        best.mode_name,
-        [(group.mode_name, best.stp, group.stp) for group in others],
-        with_reason=with_reason,
-    )
-
-
-def _verdict(
-    all_shown: str,
-    some_shown: str,
-    best: str,
-    others: Sequence[tuple[str, Estimate, Estimate]],
-    *,
-    with_reason: bool = True,
-) -> str:
-    """What may be said of the best mode against `others`: (mode, the best's spread, its own)."""
-    shown = [mode for mode, ours, theirs in others if ours.shows_difference_from(theirs)]
-    unshown = [other for other in others if other[0] not in shown]
-    if not unshown:
-        return all_shown
-    single = any(min(ours.repeats, theirs.repeats) < 2 for _, ours, theirs in unshown)
-    reason = "one co-run has no known spread: repeat it" if single else "their spreads overlap"
-    names = " and ".join(mode for mode, _, _ in unshown)
-    nothing = f"no difference shown between {best} and {names}"
-    nothing += f" ({reason})" if with_reason else ""
-    return f"{some_shown} {' and '.join(shown)}; {nothing}" if shown else nothing
-
-
-def _against_one_after_another(group: Group) -> Claim:
-    stp, overhead = group.stp, group.overhead_percent
-    if stp.repeats >= 2 and stp.low > 1:
-        verdict = "sharing beats running the jobs one after another"
-    elif stp.repeats >= 2 and stp.high < 1:
-        verdict = "running the jobs one after another would be faster"
-    else:
-        verdict = "no difference shown from running the jobs one after another"
-    felt = f"; each job feels {group.antt.mean:.2f} times slower on average" if group.antt else ""
-    return Claim(
-        f"`{group.mix}` with {group.clients} clients under {group.mode_name}: {verdict}: "
-        f"overhead {overhead.text(0, ' %')}{felt}.",
-        (group.run.run_id,),
-    )
-
-
-def _latency_claims(groups: Sequence[Group]) -> list[Claim]:
-    """p99 of each latency job, from raw latencies merged over repeats."""
-    by_job: dict[tuple[int, str], list[tuple[Group, ClientRow]]] = {}
-    for group in groups:
-        for row in group.client_rows:
-            if row.latency and row.p99_ms and group.outcome == "ok":
-                by_job.setdefault((row.client, row.label), []).append((group, row))
-    # Copies of one job would repeat the same sentence: the first stands for them.
-    first_by_label: dict[str, list[tuple[Group, ClientRow]]] = {}
-    for (_, label), pairs in by_job.items():
-        first_by_label.setdefault(label, pairs)
-    claims = []
-    for label, pairs in first_by_label.items():
-        if len(pairs) < 2:
-            continue
-        pairs.sort(key=lambda pair: pair[1].latency["p99"])
-        (best, best_row), rest = pairs[0], pairs[1:]
-        listed = " against ".join(
-            f"{row.latency['p99']:.4g} ms{_repeat_range(row.p99_ms)} under "
-            f"{group.mode_name}{_caveat(group)}"
-            for group, row in pairs
-        )
-        verdict = _verdict(
-            f"choose {best.mode_name} where its p99 matters",
-            f"its p99 under {best.mode_name} is under that of",
-            best.mode_name,
-            [(group.mode_name, best_row.p99_ms, row.p99_ms) for group, row in rest],
-        )
-        claims.append(
-            Claim(
-                f"{label} beside {best.clients - 1} others (`{best.mix}`): {verdict}: {listed}.",
-                _run_ids(group for group, _ in pairs),
-            )
-        )
-    return claims
-
-
-def _repeat_range(p99_ms: Estimate) -> str:
-    """How far the p99 of single repeats lies apart."""
-    if p99_ms.repeats < 2:
-        return " (n = 1)"
-    return f" ({p99_ms.low:.4g} to {p99_ms.high:.4g} over {p99_ms.repeats} repeats)"
-
-
-def _ramp_claims(ramp: Ramp) -> list[Claim]:
-    """How many clients a mode bears, and from where on more gain nothing."""
-    name = MODE_NAMES.get(ramp.mode, ramp.mode)
-    run_ids = _run_ids(ramp.groups)
-    point = ramp.breaking_point
-    if point["clients"] is None:
-        text = f"not reached by {point['highest_clients_tried']} clients"
-    else:
-        text = f"{point['clients']} clients ({point['criterion']}: {point['detail']})"
-    claims = [Claim(f"Breaking point of `{ramp.mix}` under {name}: {text}.", run_ids)]
-    known = [group for group in ramp.groups if group.stp and group.outcome == "ok"]
-    if len(known) >= 2:
-        best = max(known, key=lambda group: group.stp.mean)
-        if ramp.saturation_clients is None:
-            text = f"no saturation up to {known[-1].clients} clients"
-        else:
-            text = f"saturation at {ramp.saturation_clients} clients (STP under 95 % of the best)"
-        claims.append(
-            Claim(
-                f"`{ramp.mix}` under {name}: {text}; the best STP is {best.stp.text()} with "
-                f"{best.clients} clients.",
-                run_ids,
-            )
-        )
-    return claims

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarking import comparison
+from benchmarking import comparison, decision
+from benchmarking.estimates import Estimate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -76,7 +77,7 @@ def _save(figure: Figure, path: Path, message: str, subject: str, description: s
     return Chart(path, f"{message} ({subject})", description)
 
 
-def _error_bar(found: comparison.Estimate) -> list[list[float]] | None:
+def _error_bar(found: Estimate) -> list[list[float]] | None:
     """Distances below and above the mean, as matplotlib wants them; `None` for a single repeat."""
     if found.repeats < 2:
         return None
@@ -124,7 +125,7 @@ def mode_comparison(groups: Sequence[comparison.Group], path: Path) -> Chart | N
     )  # fmt: skip
 
 
-def _spread_note(found: Sequence[comparison.Estimate]) -> str:
+def _spread_note(found: Sequence[Estimate]) -> str:
     """What the whiskers are."""
     repeats = sorted({estimate.repeats for estimate in found})
     counts = "/".join(str(count) for count in repeats)
@@ -143,7 +144,7 @@ def _comparison_message(known: Sequence[comparison.Group]) -> str:
     if not others:
         return f"{best.mode_name} delivers STP {best.stp.mean:.2f}"
     against = " and ".join(f"{group.stp.mean:.2f} under {group.mode_name}" for group in others)
-    lead = comparison.throughput_verdict(
+    lead = decision.throughput_verdict(
         ordered, f"{best.mode_name} delivers the most", with_reason=False
     )
     return f"{lead[0].upper()}{lead[1:]}: STP {best.stp.mean:.2f} under {best.mode_name}, {against}"

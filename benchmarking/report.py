@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from benchmarking import comparison, figures
-from benchmarking.comparison import Comparison, Estimate, Group, Section
+from benchmarking.comparison import Comparison, Group, Section
+from benchmarking.estimates import Estimate
 
 UNKNOWN = "–"
 
@@ -39,7 +40,8 @@ def number(value: float | None, decimals: int = 2, unit: str = "") -> str:
     """A number for a table cell, an en dash when it is unknown."""
     if value is None:
         return UNKNOWN
-    return f"{value:.{decimals}f}{' ' + unit if unit else ''}"
+    rounded = round(value, decimals) + 0.0  # no "-0"
+    return f"{rounded:.{decimals}f}{' ' + unit if unit else ''}"
 
 
 def spread(found: Estimate | None, decimals: int = 2) -> str:
@@ -48,7 +50,8 @@ def spread(found: Estimate | None, decimals: int = 2) -> str:
         return UNKNOWN
     if found.repeats < 2:
         return number(found.mean, decimals)
-    return f"{found.mean:.{decimals}f} [{found.low:.{decimals}f}, {found.high:.{decimals}f}]"
+    mean, low, high = (number(value, decimals) for value in (found.mean, found.low, found.high))
+    return f"{mean} [{low}, {high}]"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -227,7 +230,7 @@ def _scorecard(section: Section) -> list[str]:
     if slices:
         parts.append(
             bullets(
-                f"{group.mix}, {group.clients} clients: MIG instances have fewer multiprocessors "
+                f"{group.subject}: MIG instances have fewer multiprocessors "
                 f"in sum than the whole card; STP per multiprocessor used, scaled to the card: "
                 f"{group.stp_per_multiprocessor:.2f} (raw {group.stp.mean:.2f})"
                 for group in slices

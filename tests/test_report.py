@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import synthetic_runs
 
-from benchmarking import comparison, report
+from benchmarking import comparison, decision, estimates, report
 from benchmarking.comparison import Comparison, RunView
 
 
@@ -18,10 +18,10 @@ def view(made: dict) -> RunView:
 
 
 def compare(*made: dict, **more: object) -> Comparison:
-    return comparison.compare([view(run) for run in made], **more)
+    return decision.decide(comparison.compare([view(run) for run in made], **more))
 
 
-def decision(compared: Comparison, section: int = 0) -> str:
+def sentences(compared: Comparison, section: int = 0) -> str:
     return "\n".join(claim.text for claim in compared.sections[section].claims)
 
 
@@ -49,34 +49,34 @@ def mps(stp_slowdowns: list[float], **more: object) -> dict:
 
 
 def test_a_mode_is_chosen_when_the_repeats_intervals_lie_apart():
-    text = decision(compare(time_slicing([4.0, 4.04, 4.08]), mps([2.0, 2.02, 2.04])))
+    text = sentences(compare(time_slicing([4.0, 4.04, 4.08]), mps([2.0, 2.02, 2.04])))
     assert "choose MPS for throughput: STP 1.98 (" in text
     assert "95 % interval, n = 3) under MPS, 0.99 (" in text
     assert "Batch inference beside 3 others (`mixed`): choose MPS where its p99 matters" in text
 
 
 def test_no_difference_is_shown_when_the_repeats_intervals_overlap():
-    text = decision(compare(time_slicing([4.0, 3.8, 4.2]), mps([3.9, 3.7, 4.1])))
+    text = sentences(compare(time_slicing([4.0, 3.8, 4.2]), mps([3.9, 3.7, 4.1])))
     assert "no difference shown between MPS and time slicing (their spreads overlap)" in text
     assert "choose" not in text.splitlines()[0]
 
 
 def test_single_co_runs_far_apart_are_still_no_difference_shown():
-    text = decision(compare(time_slicing([4.0]), mps([2.0])))
+    text = sentences(compare(time_slicing([4.0]), mps([2.0])))
     assert "no difference shown between MPS and time slicing" in text
     assert "one co-run has no known spread" in text
     assert "STP 2.00 (n = 1) under MPS, 1.00 (n = 1) under time slicing" in text
 
 
 def test_two_repeats_are_compared_by_their_ranges():
-    text = decision(compare(time_slicing([4.0, 4.1]), mps([2.0, 2.1])))
+    text = sentences(compare(time_slicing([4.0, 4.1]), mps([2.0, 2.1])))
     assert "choose MPS for throughput" in text
     assert "range, n = 2" in text
 
 
 def test_against_a_mode_measured_once_only_that_difference_stays_open():
     mig = synthetic_runs.run("mig", "mig", {4: [4.5]})
-    text = decision(compare(time_slicing([4.0, 4.04]), mps([2.0, 2.02]), mig))
+    text = sentences(compare(time_slicing([4.0, 4.04]), mps([2.0, 2.02]), mig))
     assert (
         "MPS delivers more than time slicing; no difference shown between MPS and MIG (one "
         "co-run has no known spread" in text
@@ -84,7 +84,7 @@ def test_against_a_mode_measured_once_only_that_difference_stays_open():
 
 
 def test_sharing_is_judged_against_running_one_after_another():
-    text = decision(compare(time_slicing([4.4, 4.42, 4.41]), mps([2.0, 2.02, 2.01])))
+    text = sentences(compare(time_slicing([4.4, 4.42, 4.41]), mps([2.0, 2.02, 2.01])))
     assert "under MPS: sharing beats running the jobs one after another: overhead -50 %" in text
     assert (
         "under time slicing: running the jobs one after another would be faster: overhead 10 %"
@@ -99,7 +99,7 @@ def test_a_co_run_that_failed_is_reported_as_such_and_not_as_a_result():
 
     broken = change(mps([2.0]), fail, record="co_run", phase="co_run")
     compared = compare(time_slicing([4.0]), broken)
-    assert "does not work under MPS: failed, client 1 ran out of memory" in decision(compared)
+    assert "does not work under MPS: failed, client 1 ran out of memory" in sentences(compared)
     group = next(group for group in compared.sections[0].groups if group.mode == "mps")
     assert (group.stp, group.success_rate_percent) == (None, 75.0)
 
@@ -117,7 +117,7 @@ def test_a_ramp_tells_breaking_point_and_saturation_apart():
     compared = compare(ramp)
     (found,) = compared.sections[0].ramps
     assert (found.breaking_point["clients"], found.saturation_clients) == (8, 6)
-    text = decision(compared)
+    text = sentences(compared)
     assert "Breaking point of `training` under MPS: 8 clients (failed: client 3: exit" in text
     assert "saturation at 6 clients" in text
     assert "the best STP is 2.00 (n = 1) with 4 clients" in text
@@ -145,7 +145,7 @@ def test_unlike_environments_stand_in_separate_sections_and_are_not_compared(cha
     other = mps([2.0, 2.02], environment=synthetic_runs.GPU | changes)
     compared = compare(time_slicing([4.0, 4.02]), other)
     assert len(compared.sections) == 2
-    assert "no other mode was measured" in decision(compared)
+    assert "no other mode was measured" in sentences(compared)
     assert "2 unlike environments" in markdown(compared)
 
 
@@ -227,7 +227,7 @@ def test_a_cpu_demonstration_says_that_it_says_nothing_about_modes():
     compared = compare(synthetic_runs.run("demo", "mps", {4: [3.9]}, gpu=False))
     text = markdown(compared)
     assert text.index("CPU demonstration: no GPU was used") < text.index("### Scorecard")
-    assert "says nothing about time slicing, MPS or MIG" in decision(compared)
+    assert "says nothing about time slicing, MPS or MIG" in sentences(compared)
     assert "| CPU demo | mixed | 4 |" in text
     assert "Not compared: the guide's ranges" in text
     assert "Proof of mode" not in text
@@ -237,10 +237,10 @@ def test_a_cpu_demonstration_says_that_it_says_nothing_about_modes():
 def test_the_decision_comes_first_and_every_sentence_names_its_run():
     text = markdown(compare(time_slicing([4.0, 4.02]), mps([2.0, 2.02])))
     start, end = text.index("## Decision"), text.index("### Scorecard")
-    sentences = [line for line in text[start:end].splitlines() if line.startswith("- ")]
-    assert len(sentences) >= 3
-    assert all("`mps`" in line or "`slicing`" in line for line in sentences)
-    assert all(any(digit in line for digit in "0123456789") for line in sentences)
+    claims = [line for line in text[start:end].splitlines() if line.startswith("- ")]
+    assert len(claims) >= 3
+    assert all("`mps`" in line or "`slicing`" in line for line in claims)
+    assert all(any(digit in line for digit in "0123456789") for line in claims)
 
 
 def test_measured_values_stand_beside_the_guides_ranges():
@@ -299,3 +299,12 @@ def test_the_json_holds_every_raw_value_and_is_strict():
     assert [group["mode"] for group in groups] == ["time-slicing", "mps"]
     assert groups[0]["stp"]["values"] == pytest.approx([4 / 4.0, 4 / 4.02, 4 / 4.04])
     assert groups[1]["client_rows"][1]["latency"]["p99"] > 0
+
+
+def test_a_rounded_zero_has_no_sign_and_one_client_is_singular():
+    assert report.number(-0.004, 0) == "0"
+    assert estimates.estimate([1.0]).text(0) == "1 (n = 1)"
+    near_zero = estimates.overhead_estimate(estimates.estimate([1.001]))
+    assert near_zero.text(0, " %") == "0 % (n = 1)"
+    compared = compare(synthetic_runs.run("demo", "mps", {1: [1.0]}, gpu=False, mix="training"))
+    assert "`training` with 1 client on these CPU cores" in sentences(compared)

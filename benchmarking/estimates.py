@@ -1,0 +1,80 @@
+"""Figures over repeats: a center, a spread, the raw values, and when two of them differ."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from benchmarking import metrics
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure over repeats: its center, its interval or range, its raw values."""
+
+    mean: float
+    low: float
+    high: float
+    values: tuple[float, ...]
+    is_interval: bool = False
+
+    @property
+    def repeats(self) -> int:
+        """How many repeats it rests on."""
+        return len(self.values)
+
+    @property
+    def spread_name(self) -> str:
+        """What `low` and `high` are, in words."""
+        if self.repeats == 1:
+            return "n = 1"
+        return f"{'95 % interval' if self.is_interval else 'range'}, n = {self.repeats}"
+
+    def text(self, decimals: int = 2, unit: str = "") -> str:
+        """`1.95 (1.90 to 2.00; 95 % interval, n = 3)`, or `1.95 (n = 1)`."""
+        mean, low, high = (  # the added zero turns "-0" into "0"
+            f"{round(value, decimals) + 0.0:.{decimals}f}"
+            for value in (self.mean, self.low, self.high)
+        )
+        if self.repeats < 2:
+            return f"{mean}{unit} ({self.spread_name})"
+        return f"{mean}{unit} ({low} to {high}; {self.spread_name})"
+
+    def shows_difference_from(self, other: Estimate) -> bool:
+        """Whether both have a spread and the two do not overlap."""
+        if min(self.repeats, other.repeats) < 2:
+            return False
+        return not metrics.intervals_overlap(self._triple, other._triple)
+
+    @property
+    def _triple(self) -> tuple[float, float, float]:
+        return (self.mean, self.low, self.high)
+
+
+def estimate(values: Iterable[float | None]) -> Estimate | None:
+    """Geometric mean with interval of the known, positive values; `None` without any."""
+    known = tuple(value for value in values if value is not None and value > 0)
+    if not known:
+        return None
+    return Estimate(*metrics.geometric_mean_interval(known), known, is_interval=len(known) >= 3)
+
+
+def overhead_estimate(stp: Estimate | None) -> Estimate | None:
+    """The overhead (percent) that an STP estimate means; high STP is low overhead."""
+    if stp is None:
+        return None
+    of = metrics.overhead_percent
+    raw = tuple(of(value) for value in stp.values)
+    return Estimate(of(stp.mean), of(stp.high), of(stp.low), raw, stp.is_interval)
+
+
+def range_estimate(values: Iterable[float | None]) -> Estimate | None:
+    """Median and plain range of the known values: for figures of which a mean means nothing.
+
+    The range of two or more repeats stands for their spread whatever their number.
+    """
+    known = tuple(value for value in values if value is not None)
+    if not known:
+        return None
+    return Estimate(statistics.median(known), min(known), max(known), known)
