@@ -93,6 +93,11 @@ class ProcessLists:
     compute: frozenset[int] | None
     mps: frozenset[int] | None
 
+    @property
+    def all(self) -> frozenset[int]:
+        """Every pid that NVML listed."""
+        return (self.compute or frozenset()) | (self.mps or frozenset())
+
     @classmethod
     def from_samples(
         cls, samples: Sequence[Sample], start_seconds: float, end_seconds: float
@@ -155,19 +160,29 @@ class SharingMode(ABC):
     def _facts(self) -> GpuFacts:
         return self._describe() or {}
 
-    def _pid_evidence(
-        self, check: str, pid: int | None, listed: frozenset[int] | None, pids: frozenset[int]
-    ) -> Evidence:
-        """Whether a client's pid is in a list that it must be in."""
-        if listed is None:
-            return Evidence(check, "no process list was sampled", None)
-        if pid in listed:
-            return Evidence(check, f"pid {pid} is listed", True)
-        if self._own_pid_namespace and not pids & listed:
-            return Evidence(
-                check, f"pid {pid} cannot be matched from inside this pid namespace", None
-            )
-        return Evidence(check, f"pid {pid} is not among {sorted(listed)}", False)
+    def _can_match(self, pids: frozenset[int], listed: frozenset[int]) -> bool:
+        """Whether pids in a list mean the same processes as pids here.
+
+        Certain when one of the clients' is in it. Else not in a pid namespace of one's own, nor
+        where no listed process exists here: a virtual machine or a sandbox passes on the host's
+        pids without a namespace to be seen.
+        """
+        if pids & listed:
+            return True
+        return not self._own_pid_namespace and any(map(process_exists, listed))
+
+
+def _listed_evidence(
+    check: str, pid: int | None, listed: frozenset[int] | None, *, can_match: bool
+) -> Evidence:
+    """Whether a client's pid is in a list that it must be in."""
+    if listed is None:
+        return Evidence(check, "no process list was given", None)
+    if pid in listed:
+        return Evidence(check, f"pid {pid} is listed", True)
+    if not can_match:
+        return Evidence(check, f"pid {pid} cannot be matched with {sorted(listed)}", None)
+    return Evidence(check, f"pid {pid} is not among {sorted(listed)}", False)
 
 
 class WholeGpuMode(SharingMode):
@@ -219,8 +234,11 @@ class WholeGpuMode(SharingMode):
         pid = identity.get("pid")
         evidence = [
             _device_evidence(identity, self._facts().get("uuid")),
-            self._pid_evidence("NVML lists it as compute process", pid, lists.compute, pids),
-        ]
+            _listed_evidence(
+                "NVML lists it as compute process", pid, lists.compute,
+                can_match=self._can_match(pids, lists.all),
+            ),
+        ]  # fmt: skip
         if lists.mps is None:
             found, ok = "unknown; its MPS pipe directory is empty", True
         else:
@@ -285,18 +303,25 @@ class MpsMode(SharingMode):
         self, client: int, identity: Identity, pids: frozenset[int], lists: ProcessLists
     ) -> Proof:
         """NVML's MPS list or the daemon names the client's pid; one of the two is enough."""
-        pid = identity.get("pid")
-        by_nvml = self._pid_evidence("NVML lists it as MPS client", pid, lists.mps, pids)
-        by_daemon = self._pid_evidence(
-            "the MPS daemon lists it as client", pid, self._clients_of_daemon, pids
-        )
-        both = [by_nvml, by_daemon]
+        pid, listed = identity.get("pid"), self._clients_of_daemon
+        both = [
+            # A client that runs without MPS is a plain compute process, so both lists are looked at
+            # to tell whether pids can be matched.
+            _listed_evidence(
+                "NVML lists it as MPS client", pid, lists.mps,
+                can_match=self._can_match(pids, lists.all),
+            ),
+            # A daemon without any client needs no pids to be matched.
+            _listed_evidence(
+                "the MPS daemon lists it as client", pid, listed,
+                can_match=not listed or self._can_match(pids, listed),
+            ),
+        ]  # fmt: skip
         if any(item.ok for item in both):
             # A list that is a moment older or newer does not outweigh the one that has it.
             both = [item for item in both if item.ok]
-        elif self._own_pid_namespace and self._clients_of_daemon is not None:
-            count = len(self._clients_of_daemon)
-            both.append(Evidence("clients that the daemon counts", str(count), None))
+        elif listed is not None:
+            both.append(Evidence("clients that the daemon counts", str(len(listed)), None))
         return _verdict([_device_evidence(identity, self._facts().get("uuid")), *both])
 
 
@@ -465,10 +490,20 @@ def _first_numbers(text: str) -> list[int]:
     return [int(word) for word in first_words if word.isdecimal()]
 
 
-def is_own_pid_namespace() -> bool:
-    """Whether this process lives in a pid namespace of its own, as in most containers."""
+def process_exists(pid: int) -> bool:
+    """Whether a pid is in use here."""
+    return Path(f"/proc/{pid}").exists()
+
+
+def is_own_pid_namespace(proc: Path = Path("/proc")) -> bool:
+    """Whether pids here may differ from the driver's, as in most containers.
+
+    In the first pid namespace process 2 is the kernel's thread daemon; the inode alone can be
+    imitated by a sandbox that brings its own kernel.
+    """
     try:
-        return os.readlink("/proc/self/ns/pid") != INITIAL_PID_NAMESPACE
+        is_first = os.readlink(proc / "self/ns/pid") == INITIAL_PID_NAMESPACE
+        return not is_first or (proc / "2/comm").read_text().strip() != "kthreadd"
     except OSError:
         return True
 

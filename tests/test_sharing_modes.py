@@ -21,6 +21,9 @@ from benchmarking.sharing_modes import (
 
 UUID = "GPU-00000000-1111-2222-3333-444444444444"
 EMPTY = Path("/empty")
+# Somebody's process that lives here, and pids that no process here has (over pid_max).
+LIVING = os.getpid()
+FOREIGN, ALSO_FOREIGN = 2**22 + 1, 2**22 + 2
 H100 = {
     "index": 0, "uuid": UUID, "name": "NVIDIA H100", "compute_mode": "Default",
     "mig_mode": {"current": "Disabled", "pending": "Disabled"}, "mig_devices": [],
@@ -180,8 +183,9 @@ def test_the_cpu_demonstration_hides_gpus() -> None:
 
 @pytest.mark.parametrize(
     ("compute", "mps_pids", "verdict"),
-    [({11, 12}, set(), "verified"), ({11}, None, "verified"), ({12}, set(), "invalid"),
-     (set(), set(), "invalid"), ({11}, {11}, "invalid"), (None, None, "unverified")],
+    [({11, 12}, set(), "verified"), ({11}, None, "verified"), ({LIVING}, set(), "invalid"),
+     ({11}, {11}, "invalid"), (set(), {11}, "invalid"), (None, None, "unverified"),
+     (set(), set(), "unverified"), ({FOREIGN}, set(), "unverified")],
 )  # fmt: skip
 def test_a_time_sliced_client_is_a_plain_compute_process(
     compute: set | None, mps_pids: set | None, verdict: str
@@ -209,10 +213,10 @@ def test_a_client_on_the_cpu_is_invalid() -> None:
 
 def test_pids_of_another_namespace_leave_a_client_unverified() -> None:
     proof = whole_gpu(own_namespace=True).prove(
-        0, identity(), frozenset({11, 12}), lists({4711, 4712}, set())
+        0, identity(), frozenset({11, 12}), lists({LIVING}, set())
     )
     assert proof.verdict == "unverified"
-    assert "pid namespace" in proof.reason
+    assert "cannot be matched" in proof.reason
 
 
 def test_in_a_namespace_where_a_neighbor_was_matched_a_missing_pid_is_invalid() -> None:
@@ -225,7 +229,8 @@ def test_in_a_namespace_where_a_neighbor_was_matched_a_missing_pid_is_invalid() 
 @pytest.mark.parametrize(
     ("daemon", "nvml", "verdict"),
     [("11 12", {11}, "verified"), ("11", set(), "verified"), ("", {11}, "verified"),
-     ("12", {12}, "invalid"), ("12", None, "invalid"), ("", set(), "invalid")],
+     (f"{LIVING}", {LIVING}, "invalid"), (f"{LIVING}", None, "invalid"), ("", set(), "invalid"),
+     (f"{FOREIGN}", set(), "invalid")],
 )  # fmt: skip
 def test_an_mps_client_is_known_to_nvml_or_to_the_daemon(
     control: Callable, daemon: str, nvml: set | None, verdict: str
@@ -243,9 +248,10 @@ def test_a_client_that_runs_without_mps_says_so(control: Callable) -> None:
 
 
 def test_mps_pids_that_cannot_be_matched_are_unverified_and_counted(control: Callable) -> None:
-    mode = mps(control("4711 4712"), own_namespace=True)
+    mode = mps(control(f"{FOREIGN} {ALSO_FOREIGN}"))
     mode.observe()
-    proof = mode.prove(0, identity(), frozenset({11, 12}), lists(None, {4711, 4712}))
+    foreign = {FOREIGN, ALSO_FOREIGN}
+    proof = mode.prove(0, identity(), frozenset({11, 12}), lists(foreign, foreign))
     assert proof.verdict == "unverified"
     assert proof.evidence[-1].found == "2"
 
@@ -272,6 +278,22 @@ def test_the_cpu_demonstration_proves_nothing() -> None:
     proof = CpuDemoMode().prove(0, identity(device="cpu"), frozenset({11}), lists(None, None))
     assert proof.verdict == "not_applicable"
     assert CpuDemoMode().require()
+
+
+@pytest.mark.parametrize(
+    ("inode", "second", "is_own"),
+    [(4026531836, "kthreadd", False), (4026532000, "kthreadd", True),
+     (4026531836, "bash", True), (4026531836, None, True)],
+)  # fmt: skip
+def test_a_pid_namespace_is_the_first_one_only_with_its_kernel_threads(
+    tmp_path: Path, inode: int, second: str | None, is_own: bool
+) -> None:
+    (tmp_path / "self/ns").mkdir(parents=True)
+    (tmp_path / "self/ns/pid").symlink_to(f"pid:[{inode}]")
+    if second is not None:
+        (tmp_path / "2").mkdir()
+        (tmp_path / "2/comm").write_text(f"{second}\n")
+    assert sharing_modes.is_own_pid_namespace(tmp_path) is is_own
 
 
 # --- process lists ----------------------------------------------------------------------------
