@@ -26,6 +26,7 @@ Options:
                         Jupyter session, BERT fine-tuning)
   --phase-minutes N     budget of each phase (default: 5 for phase 1, 10 for the others); it limits
                         repeats, never below one
+  --baseline RUN        folder of an earlier baseline run to use in place of phase 1
 HELP
     driver::shared_flags_help
     cat <<'HELP'
@@ -38,7 +39,8 @@ HELP
 MODES=time-slicing,mps,mig
 WORKLOADS=4
 PHASE_MINUTES=""
-BASELINE="" # folder of phase 1's run, once it is complete
+BASELINE="" # run folder: an earlier one's, or phase 1's once it is complete
+NO_GPU=0    # the suite found that the GPU cannot be used
 FAILED_PHASES=0
 
 main() {
@@ -62,6 +64,10 @@ parse_arguments() {
             --modes) cli::value "$@" && check_modes "$VALUE" && MODES=$VALUE ;;
             --workloads) driver::positive_integer "$1" "${2-}" && WORKLOADS=$2 ;;
             --phase-minutes) check_minutes "${2-}" && PHASE_MINUTES=$2 ;;
+            --baseline)
+                [[ -e ${2-}/manifest.json ]] || cli::usage_error "--baseline: '${2-}' is no run folder"
+                BASELINE=$2
+                ;;
             *) driver::flag "$@" ;;
         esac
         shift "$CONSUMED"
@@ -93,11 +99,15 @@ phase() {
     log $'\n'"Phase $number: $name"
     if [[ -n $INTERRUPTED && $name != analysis ]]; then
         skip "interrupted before it began"
+    elif ((NO_GPU)) && [[ $name != analysis ]]; then
+        skip "the GPU cannot be used"
     else
         "${@:3}"
         [[ -z $INTERRUPTED || $name == analysis ]] || fail interrupted
     fi
-    ((DRY_RUN)) && [[ $PHASE_STATUS == ok ]] || log "Phase $number: $name: $PHASE_STATUS${PHASE_REASON:+ ($PHASE_REASON)}"
+    if ((!DRY_RUN)) || [[ $PHASE_STATUS != ok ]]; then
+        log "Phase $number: $name: $PHASE_STATUS${PHASE_REASON:+ ($PHASE_REASON)}"
+    fi
     record_phase "$number" "$name" $((SECONDS - started))
 }
 
@@ -131,12 +141,14 @@ json_text() {
 measure_baseline() {
     local reason=""
     ((!HAS_GPU)) || reason=$(mode::why_not exclusive 1)
-    if [[ -n $reason ]]; then
+    if [[ -n $BASELINE ]]; then
+        skip "the baseline of $BASELINE is used"
+    elif [[ -n $reason ]]; then
         skip "$reason; each job runs alone on its instance in phase 4"
-        return
+    else
+        run_suite exclusive 5
+        [[ $PHASE_STATUS != ok ]] || BASELINE=$OUTPUT/baseline
     fi
-    run_suite exclusive 5
-    [[ $PHASE_STATUS != ok ]] || BASELINE=$OUTPUT/baseline
 }
 
 # measure_mode MODE: without a GPU the first mode stands for all, as a demonstration of the flow.
@@ -172,6 +184,7 @@ run_suite() {
         [[ -z $BASELINE ]] || flags+=(--baseline "$BASELINE")
     fi
     suite::run "$PHASE_RUN" "${flags[@]}"
+    ((SUITE_STATUS != EXIT_NO_GPU)) || NO_GPU=1
     ((SUITE_STATUS == 0)) || fail "$(suite::reason "$SUITE_STATUS")"
 }
 
@@ -189,6 +202,7 @@ finish() {
     fi
     log $'\n'"Results: $OUTPUT (phases.jsonl says what each phase did)"
     [[ -z $INTERRUPTED ]] || exit "$INTERRUPTED"
+    ((!NO_GPU)) || exit "$EXIT_NO_GPU"
     exit $((FAILED_PHASES > 0))
 }
 

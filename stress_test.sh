@@ -115,6 +115,7 @@ finish() {
     case $SUITE_STATUS in
         0) exit 0 ;;
         1) ramp_broke_under_load && exit 0 ;;
+        "$EXIT_NO_GPU") exit "$EXIT_NO_GPU" ;;
     esac
     die "$EXIT_FAILED" "$(suite::reason "$SUITE_STATUS") before anything could be compared"
 }

@@ -40,6 +40,7 @@ CHILD=""       # pid of the suite while it runs
 INTERRUPTED="" # exit code that a signal asks for
 ENABLED_MODE=""
 MODE_UNDO=()
+MODE_REASON="" # why a mode could not be enabled or undone
 
 # --- flags ------------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 from collections.abc import Iterator
 
 import pytest
@@ -17,9 +18,11 @@ from driver_runner import (
     driver_runner,
     without_gpu_programs,
 )
-from mode_script_runner import needs_root
+from mode_script_runner import PROJECT_ROOT, needs_root
 
 SCRIPT = "run_experiments.sh"
+# What makes a command run without root's rights.
+AS_NOBODY = ["setpriv", "--reuid=65534", "--clear-groups"] if os.geteuid() == 0 else []
 SECOND_UUID = "GPU-55555555-6666-7777-8888-999999999999"
 
 
@@ -116,6 +119,24 @@ def test_a_mode_that_cannot_be_enabled_is_a_failed_phase_with_the_scripts_words(
     assert "did not answer within 2 s" in runner.reason("mps")
     assert list(runner.suite_calls()) == ["baseline", "time-slicing"]
     assert runner.left_behind() == []
+
+
+def test_a_gpu_that_torch_cannot_use_ends_the_run_with_3(runner: DriverRunner) -> None:
+    runner.rule(baseline={"exit": 3})
+    assert runner.drive(SCRIPT).returncode == 3
+    assert list(runner.suite_calls()) == ["baseline"]
+    assert runner.reason("mps") == "the GPU cannot be used"
+    assert runner.machine.changing_calls() == []
+
+
+def test_an_earlier_baseline_takes_the_place_of_phase_1(runner: DriverRunner) -> None:
+    earlier = runner.folder / "earlier"
+    earlier.mkdir()
+    (earlier / "manifest.json").write_text("{}")
+    runner.drive(SCRIPT, "--modes", "time-slicing", "--baseline", str(earlier))
+    assert runner.outcomes()["baseline"] == "skipped"
+    flags = runner.suite_calls()["time-slicing"]["flags"]
+    assert flags["--baseline"] == str(earlier)
 
 
 def test_an_analysis_that_fails_makes_the_exit_code_1(runner: DriverRunner) -> None:
@@ -283,6 +304,31 @@ def test_a_dry_run_prints_every_command_and_changes_nothing(runner: DriverRunner
     assert all(words in line for words, line in zip(expected, lines, strict=True))
 
 
+def test_without_root_sudo_is_used_for_card_settings_alone_and_never_asks(
+    runner: DriverRunner,
+) -> None:
+    programs = runner.folder / "programs"
+    programs.mkdir()
+    (programs / "sudo").write_text('#!/bin/sh\n[ "$1 $2" = "-n true" ]\n')
+    (programs / "sudo").chmod(0o755)
+    result = subprocess.run(
+        [*AS_NOBODY, f"./{SCRIPT}", "--dry-run", "--mig", "--output", str(runner.output)],
+        cwd=PROJECT_ROOT,
+        env={**runner.environment, "PATH": f"{programs}:{runner.environment['PATH']}"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    scripts = [line for line in result.stdout.splitlines() if "gpu-configs" in line]
+    with_sudo = [line for line in scripts if line.startswith("would run: sudo -n ")]
+    assert [line.partition("gpu-configs/")[2].split()[0] for line in with_sudo] == [
+        "setup_mig.sh",
+        "disable_mig.sh",
+    ]
+    assert len(scripts) == 6
+
+
 def test_without_a_gpu_the_cpu_demonstration_runs(runner: DriverRunner) -> None:
     result = runner.drive(SCRIPT, PATH=without_gpu_programs())
     assert result.returncode == 0, result.stderr
@@ -337,6 +383,7 @@ def test_the_first_visible_gpu_is_taken_and_passed_on_by_uuid(runner: DriverRunn
         (["--phase-minutes", "0.0"], "--phase-minutes needs a number of minutes over 0"),
         (["--engine", "fast"], "--engine needs one of: eager graph compile"),
         (["--data-dir", "/nonexistent"], "--data-dir: '/nonexistent' is not a folder"),
+        (["--baseline", "/nonexistent"], "--baseline: '/nonexistent' is no run folder"),
         (["--seed", "-1"], "--seed needs a whole number from 0 on"),
         (["--nonsense"], "unknown option: --nonsense"),
         (["extra"], "unexpected argument: extra"),
