@@ -11,6 +11,7 @@ SIGKILL only after another grace, since killing an MPS client hard may harm its 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import subprocess
@@ -38,14 +39,17 @@ OUTCOME_INTERRUPTED, OUTCOME_INVALID = "interrupted", "invalid"
 class Interruption:
     """Turns SIGINT, SIGTERM and SIGHUP into a question, so that cleaning up is never cut short.
 
-    `count` says how often somebody asked; from the second time on waiting politely ends.
+    `count` says how often somebody asked; from the second time on waiting politely ends. A Ctrl-C
+    that comes from the terminal and once more from the script that started this program is one.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    ONE_REQUEST_SECONDS = 1.0
 
     def __init__(self) -> None:
         """Start with nobody having asked."""
         self.count = 0
+        self._last_seconds = -math.inf
 
     @property
     def requested(self) -> bool:
@@ -54,7 +58,10 @@ class Interruption:
 
     def request(self) -> None:
         """Ask the run to end, as a signal does."""
-        self.count += 1
+        now = time.monotonic()
+        if now - self._last_seconds >= self.ONE_REQUEST_SECONDS:
+            self.count += 1
+            self._last_seconds = now
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[Interruption]:
