@@ -35,7 +35,7 @@ from benchmarking.launcher import (
     Patience,
     client_base_environment,
 )
-from benchmarking.plan import MODE_MIG, SIZE_GUIDE, PlannedClient, PlannedCoRun
+from benchmarking.plan import MODE_CPU_DEMO, MODE_MIG, SIZE_GUIDE, PlannedClient, PlannedCoRun
 from benchmarking.records import client_record, co_run_record
 from benchmarking.run_store import PHASE_BASELINE, PHASE_SHARE_BASELINE, RunWriter
 from benchmarking.sampler import Sampler
@@ -364,8 +364,10 @@ class SuiteRun:
 def _proofs(
     mode: SharingMode, seen: CoRunOutcome, samples: list[dict[str, Any]]
 ) -> list[Proof | None]:
-    """Judge every client that got ready."""
+    """Judge every client of a co-run that got ready; on the CPU there is nothing to judge."""
     start, end = seen.ready_seconds, seen.window_end_seconds
+    if mode.name == MODE_CPU_DEMO:
+        start, end = 0.0, 0.0
     if start is None or end is None:
         return [None] * len(seen.clients)
     lists = ProcessLists.from_samples(samples, start, end)
