@@ -131,10 +131,10 @@ def test_a_training_burst_learns_and_starts_from_its_beginning_each_time(
     inputs, labels = operations.synthetic_digits(cpu_device, seed=1)
     untrained = F.cross_entropy(network(inputs), labels).item()
     burst = operations.train_operation(cpu_device, small_sizes, seed=1)
-    burst.launch()
+    burst()
     once = [parameter.detach().clone() for parameter in network.parameters()]
     assert F.cross_entropy(network(inputs), labels).item() < 0.7 * untrained
-    burst.launch()
+    burst()
     for parameter, expected in zip(network.parameters(), once, strict=True):
         torch.testing.assert_close(parameter.detach(), expected)
 
@@ -153,7 +153,7 @@ def test_no_operation_makes_the_host_wait_since_that_could_not_be_captured(cpu_d
         operations.inference_operation(cpu_device, small_sizes, 0, model),
     ]
     with forbid_host_reads():
-        results = [operation.launch() for operation in prepared]
+        results = [operation() for operation in prepared]
     assert results[3].shape == (2, 10)
 
 
@@ -302,8 +302,8 @@ def test_on_a_gpu_operations_keep_their_tensors_and_their_results(engine, small_
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 10))
     model = model.eval().to(device.torch_device)
     classify = operations.inference_operation(device, small_sizes, 0, model)
-    first = classify.launch().clone()
+    first = classify().clone()
     # Whatever an operation let go of would be overwritten by these.
     filler = [torch.full((2**16,), 7.0, device="cuda") for _ in range(256)]
     assert len(filler) == 256
-    torch.testing.assert_close(classify.launch(), first)
+    torch.testing.assert_close(classify(), first)

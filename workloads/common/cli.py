@@ -62,12 +62,15 @@ positive_float = _number_type(float, lambda x: 0 < x < float("inf"), "a number a
 non_negative_float = _number_type(float, lambda x: 0 <= x < float("inf"), "a number of 0 or more")
 
 
-def workload_parser(description: str, epilog: str | None = None) -> OneLineParser:
+def workload_parser(
+    description: str, epilog: str | None = None, *, uses_gpu: bool = True
+) -> OneLineParser:
     """Return a parser holding the flags that every workload shares.
 
     Args:
         description: What the script does, shown by ``--help``.
         epilog: Examples, shown below the flags as they are.
+        uses_gpu: Whether to add the flags that choose device, engine and precision.
     """
     parser = OneLineParser(
         description=description,
@@ -75,27 +78,11 @@ def workload_parser(description: str, epilog: str | None = None) -> OneLineParse
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     shared = parser.add_argument_group("flags shared by every workload")
-    shared.add_argument(
-        "--device", choices=("auto", "cuda", "cpu"), default="auto",
-        help="where to run; auto takes a GPU if there is one (default: auto)",
-    )  # fmt: skip
-    shared.add_argument(
-        "--engine", choices=("eager", "graph", "compile"), default=None,
-        help="how a step is launched: eager; graph, the whole step as one CUDA graph; compile, "
-        "torch.compile inside the graph (default: graph on a GPU, eager on the CPU)",
-    )  # fmt: skip
-    shared.add_argument(
-        "--precision", choices=("fp32", "tf32", "bf16"), default=None,
-        help="arithmetic of matrix products and convolutions (default: bf16 from compute "
-        "capability 8.0 on, else fp32)",
-    )  # fmt: skip
+    if uses_gpu:
+        _add_gpu_flags(shared)
     shared.add_argument(
         "--seed", type=non_negative_int, default=42,
         help="fixes data, order, weights and idle times (default: 42)",
-    )  # fmt: skip
-    shared.add_argument(
-        "--gpu", metavar="INDEX_OR_UUID", default=None,
-        help="which GPU, by nvidia-smi's index or UUID (default: CUDA_VISIBLE_DEVICES, else 0)",
     )  # fmt: skip
     shared.add_argument(
         "--results-dir", type=Path, default=Path("results"),
@@ -116,6 +103,27 @@ def workload_parser(description: str, epilog: str | None = None) -> OneLineParse
         "downloads as JSON, and exit",
     )  # fmt: skip
     return parser
+
+
+def _add_gpu_flags(shared: argparse._ArgumentGroup) -> None:
+    shared.add_argument(
+        "--device", choices=("auto", "cuda", "cpu"), default="auto",
+        help="where to run; auto takes a GPU if there is one (default: auto)",
+    )  # fmt: skip
+    shared.add_argument(
+        "--engine", choices=("eager", "graph", "compile"), default=None,
+        help="how a step is launched: eager; graph, the whole step as one CUDA graph; compile, "
+        "torch.compile inside the graph (default: graph on a GPU, eager on the CPU)",
+    )  # fmt: skip
+    shared.add_argument(
+        "--precision", choices=("fp32", "tf32", "bf16"), default=None,
+        help="arithmetic of matrix products and convolutions (default: bf16 from compute "
+        "capability 8.0 on, else fp32)",
+    )  # fmt: skip
+    shared.add_argument(
+        "--gpu", metavar="INDEX_OR_UUID", default=None,
+        help="which GPU, by nvidia-smi's index or UUID (default: CUDA_VISIBLE_DEVICES, else 0)",
+    )  # fmt: skip
 
 
 def run_main(main: Callable[[], int]) -> NoReturn:

@@ -277,9 +277,9 @@ def _run_by_hand(workload: Workload) -> int:
             workload.warm_up()
             startup_seconds = time.monotonic() - begin_seconds
             events.write("ready", identity=workload.identity())
-            start_seconds = time.monotonic()
+            monitor.begin()
             figures = _run_one_job(workload, recorder, events, index=0)
-            figures |= monitor.figures(start_seconds, time.monotonic())
+            figures |= monitor.figures()
         identity = workload.identity()
         _write_done(workload, events, jobs=1)
     except Exception as error:

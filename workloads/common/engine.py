@@ -103,7 +103,13 @@ def prepare_step(
         step()
     restore()
     device.synchronize()
-    return graph.replay
+
+    def replay() -> None:
+        graph.replay()
+
+    # The graph holds addresses only: whoever keeps the replay must keep what the step refers to.
+    replay.captured_step = step
+    return replay
 
 
 def capture_forward(
@@ -139,6 +145,8 @@ def capture_forward(
         graph.replay()
         return output
 
+    # As in prepare_step: the graph alone does not keep its inputs alive.
+    replay.captured_step = forward
     return replay
 
 

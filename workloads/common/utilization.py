@@ -10,6 +10,8 @@ import json
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,7 +36,9 @@ class GpuMonitor:
             self._gpu_uuid = device.identity()["gpu_uuid"]
         self._process: subprocess.Popen | None = None
         self._reader: threading.Thread | None = None
-        self._lines: list[str] = []
+        self._begin_seconds = float("inf")
+        self._totals = {field: _Total() for _, field, _ in FIGURES}
+        self._source: str | None = None
 
     def __enter__(self) -> GpuMonitor:
         """Start the sampler and wait until it samples, so that its start is in no timing."""
@@ -48,7 +52,7 @@ class GpuMonitor:
             self._process.stdout.readline()
             # Read all the while: a full pipe would stop the sampler.
             self._reader = threading.Thread(
-                target=self._lines.extend, args=(self._process.stdout,), daemon=True
+                target=self._read, args=(self._process.stdout,), daemon=True
             )
             self._reader.start()
         return self
@@ -57,8 +61,12 @@ class GpuMonitor:
         """End the sampler."""
         self._end()
 
-    def figures(self, start_seconds: float, end_seconds: float) -> dict:
-        """End the sampler and return what it saw in a span of CLOCK_MONOTONIC.
+    def begin(self) -> None:
+        """Count samples from now on."""
+        self._begin_seconds = time.monotonic()
+
+    def figures(self) -> dict:
+        """End the sampler and return what it saw since ``begin``.
 
         Returns:
             ``gpu_utilization_percent`` (mean), ``gpu_utilization_source``,
@@ -68,21 +76,21 @@ class GpuMonitor:
         if self._gpu_uuid is None:
             return {}
         self._end()
-        records = [json.loads(line) for line in self._lines if line.endswith("}\n")]
-        samples = [
-            record
-            for record in records
-            if record.get("record") == "sample"
-            and start_seconds <= record["time_seconds"] <= end_seconds
-        ]
-        figures: dict = {}
-        for name, field, reduction in FIGURES:
-            values = [s[field] for s in samples if s.get(field) is not None]
-            mean_or_max = max if reduction == "max" else lambda v: sum(v) / len(v)
-            figures[name] = mean_or_max(values) if values else None
-        sources = [s["utilization_source"] for s in samples if s.get("utilization_source")]
-        figures["gpu_utilization_source"] = sources[0] if sources else None
-        return figures
+        figures: dict = {
+            name: getattr(self._totals[field], reduction) for name, field, reduction in FIGURES
+        }
+        return figures | {"gpu_utilization_source": self._source}
+
+    def _read(self, lines: Iterable[str]) -> None:
+        """Add up samples as they come: a server may run for days."""
+        for line in lines:
+            sample = json.loads(line)
+            if sample.get("time_seconds", 0.0) < self._begin_seconds:
+                continue
+            for field, total in self._totals.items():
+                if sample.get(field) is not None:
+                    total.add(sample[field])
+            self._source = self._source or sample.get("utilization_source")
 
     def _end(self) -> None:
         """Close the sampler's leash and wait until it has gone; safe to call twice."""
@@ -92,3 +100,21 @@ class GpuMonitor:
         process.stdin.close()
         self._reader.join()
         process.wait()
+
+
+class _Total:
+    """Mean and maximum of values that are not kept; None without any."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._sum = 0.0
+        self.max: float | None = None
+
+    def add(self, value: float) -> None:
+        self._count += 1
+        self._sum += value
+        self.max = value if self.max is None else max(self.max, value)
+
+    @property
+    def mean(self) -> float | None:
+        return self._sum / self._count if self._count else None

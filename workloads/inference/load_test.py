@@ -32,8 +32,7 @@ COLLECT_SECONDS = 0.2
 def parse_arguments() -> argparse.Namespace:
     """Return the flags of this script."""
     parser = cli.workload_parser(
-        "Send images to the inference server from concurrent clients.",
-        epilog="Runs on the CPU alone: --device, --engine, --precision and --gpu change nothing.",
+        "Send images to the inference server from concurrent clients.", uses_gpu=False
     )
     parser.add_argument(
         "--server", default="http://localhost:5000", metavar="URL",

@@ -274,7 +274,7 @@ class JupyterSimulation(client.Workload):
 
     def _run_operations(self, kind: str, pacer) -> None:
         for _ in range(self.repeats[kind]):
-            pacer.run(kind, self.operations[kind].launch)
+            pacer.run(kind, self.operations[kind])
         # A cell ends when its result is there.
         pacer.drain()
 
@@ -310,7 +310,7 @@ class JupyterSimulation(client.Workload):
         start_seconds = time.monotonic()
         count = 0
         while time.monotonic() - start_seconds < CALIBRATION_SECONDS:
-            pacer.run(kind, self.operations[kind].launch)
+            pacer.run(kind, self.operations[kind])
             count += 1
         pacer.drain()
         return (time.monotonic() - start_seconds) / count

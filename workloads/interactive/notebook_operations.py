@@ -30,19 +30,6 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
-class Operation:
-    """One documented operation, ready to be launched.
-
-    Attributes:
-        launch: Runs it once under the device's engine.
-        step: What was prepared. It owns the tensors; a captured graph only holds their addresses.
-    """
-
-    launch: Callable[[], object]
-    step: Callable[[], object]
-
-
-@dataclass(frozen=True)
 class OperationSizes:
     """How large each operation is.
 
@@ -84,7 +71,9 @@ def draw_sizes(seed: int, **given: int | None) -> OperationSizes:
     return OperationSizes(**(asdict(drawn) | chosen))
 
 
-def matrix_operation(device: ComputeDevice, sizes: OperationSizes, seed: int) -> Operation:
+def matrix_operation(
+    device: ComputeDevice, sizes: OperationSizes, seed: int
+) -> Callable[[], object]:
     """Return the multiplication of two square matrices, and ReLU, ``matrix_iterations`` times."""
     generator = torch.Generator().manual_seed(seed)
     shape = (sizes.matrix_size, sizes.matrix_size)
@@ -99,10 +88,12 @@ def matrix_operation(device: ComputeDevice, sizes: OperationSizes, seed: int) ->
             torch.mm(left, right, out=product)
             product.relu_()
 
-    return Operation(prepare_step(device, multiply, restore=lambda: None), multiply)
+    return prepare_step(device, multiply, restore=lambda: None)
 
 
-def preprocess_operation(device: ComputeDevice, sizes: OperationSizes, seed: int) -> Operation:
+def preprocess_operation(
+    device: ComputeDevice, sizes: OperationSizes, seed: int
+) -> Callable[[], object]:
     """Return normalization and interpolation of uint8 images, ``preprocess_iterations`` times."""
     generator = torch.Generator().manual_seed(seed)
     where, dtype = device.torch_device, device.model_dtype
@@ -120,10 +111,12 @@ def preprocess_operation(device: ComputeDevice, sizes: OperationSizes, seed: int
             normalized = (images.to(dtype) / 255 - mean) / std
             F.interpolate(normalized, size=target, mode="bilinear", align_corners=False)
 
-    return Operation(prepare_step(device, preprocess, restore=lambda: None), preprocess)
+    return prepare_step(device, preprocess, restore=lambda: None)
 
 
-def train_operation(device: ComputeDevice, sizes: OperationSizes, seed: int) -> Operation:
+def train_operation(
+    device: ComputeDevice, sizes: OperationSizes, seed: int
+) -> Callable[[], object]:
     """Return a quick experiment: a 784-256-10 network trained ``train_epochs`` from its start."""
     network = small_network(device, seed)
     inputs, labels = synthetic_digits(device, seed)
@@ -145,12 +138,12 @@ def train_operation(device: ComputeDevice, sizes: OperationSizes, seed: int) -> 
                 loss.backward()
                 optimizer.step()
 
-    return Operation(prepare_step(device, train, restore=lambda: None), train)
+    return prepare_step(device, train, restore=lambda: None)
 
 
 def inference_operation(
     device: ComputeDevice, sizes: OperationSizes, seed: int, model: torch.nn.Module
-) -> Operation:
+) -> Callable[[], object]:
     """Return ``model``'s pass over ``inference_images`` random images as one batch."""
     generator = torch.Generator().manual_seed(seed)
     shape = (sizes.inference_images, 3, sizes.image_size, sizes.image_size)
@@ -161,7 +154,7 @@ def inference_operation(
     def classify() -> torch.Tensor:
         return model(images)
 
-    return Operation(capture_forward(device, classify), classify)
+    return capture_forward(device, classify)
 
 
 def small_network(device: ComputeDevice, seed: int) -> torch.nn.Module:

@@ -211,6 +211,7 @@ def _remove_empty_folder(folder: Path) -> None:
 
 
 def _load_folder(data_dir: Path, image_size: int | None) -> ImageDataset:
+    data_dir = data_dir.resolve()
     train_dir = data_dir / "train"
     test_dir = next((data_dir / n for n in ("test", "val") if (data_dir / n).is_dir()), None)
     if not train_dir.is_dir() or test_dir is None:
@@ -242,7 +243,8 @@ def _list_images(split_dir: Path, class_names: Sequence[str]) -> FileSplit:
                 f"{split_dir} has no folder for the class {class_name!r}; train and test must "
                 "have the same classes"
             )
-        files = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+        images = (p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+        files = sorted(images, key=lambda path: path.name)
         paths += files
         labels += [label] * len(files)
     if not paths:
@@ -314,7 +316,7 @@ def _fingerprint(files: Sequence[Path]) -> str:
     digest = hashlib.sha256()
     for path in files:
         status = path.stat()
-        digest.update(f"{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+        digest.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
     return digest.hexdigest()[:24]
 
 

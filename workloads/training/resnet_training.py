@@ -375,7 +375,12 @@ class ResNetTraining(client.Workload):
         weights = {name: tensor.cpu() for name, tensor in self.model.state_dict().items()}
         accuracy = last_epoch["test_accuracy_percent"]
         torch.save(
-            {"state_dict": weights, "settings": self.settings(), "test_accuracy_percent": accuracy},
+            {
+                "state_dict": weights,
+                "classes": list(self.dataset.class_names),
+                "settings": self.settings(),
+                "test_accuracy_percent": accuracy,
+            },
             path,
         )
         console.note(f"model: {path}")
@@ -412,10 +417,10 @@ def load_model(model, path: Path, stem: str, classes: int) -> None:
 
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        kept = saved["settings"]
-        if (kept["stem"], len(kept["classes"])) != (stem, classes):
+        kept_stem, kept_classes = saved["settings"]["stem"], len(saved["classes"])
+        if (kept_stem, kept_classes) != (stem, classes):
             raise cli.UsageError(
-                f"{path} was trained with --stem {kept['stem']} on {len(kept['classes'])} classes; "
+                f"{path} was trained with --stem {kept_stem} on {kept_classes} classes; "
                 "evaluate it with the same stem and dataset"
             )
         model.load_state_dict(saved["state_dict"])
