@@ -48,7 +48,7 @@ main() {
     machine::inspect
     driver::prepare "results/experiments-$(date +%Y%m%d-%H%M%S)"
     phase 1 baseline measure_baseline
-    phase 2 "$( ((HAS_GPU)) && printf time-slicing || printf cpu-demo)" measure_mode time-slicing
+    phase 2 "$(machine::mode_name time-slicing)" measure_mode time-slicing
     phase 3 mps measure_mode mps
     phase 4 mig measure_mode mig
     phase 5 analysis analyze
@@ -77,7 +77,6 @@ parse_arguments() {
 check_modes() {
     local mode modes
     IFS=, read -ra modes <<<"$1,"
-    ((${#modes[@]} > 0)) || cli::usage_error "--modes needs one or more of time-slicing,mps,mig"
     for mode in "${modes[@]}"; do driver::choice --modes "$mode" time-slicing mps mig; done
 }
 
@@ -103,7 +102,7 @@ phase() {
         skip "the GPU cannot be used"
     else
         "${@:3}"
-        [[ -z $INTERRUPTED || $name == analysis ]] || fail interrupted
+        [[ -z $INTERRUPTED || $PHASE_STATUS != ok || $name == analysis ]] || fail interrupted
     fi
     if ((!DRY_RUN)) || [[ $PHASE_STATUS != ok ]]; then
         log "Phase $number: $name: $PHASE_STATUS${PHASE_REASON:+ ($PHASE_REASON)}"
@@ -176,7 +175,7 @@ measure_mode() {
 run_suite() {
     local -r mode=$1 minutes=${PHASE_MINUTES:-$2}
     local -a flags=(--mode "$mode" --mix mixed --workloads "$WORKLOADS" --budget-minutes "$minutes")
-    PHASE_RUN=$mode
+    PHASE_RUN=$(machine::mode_name "$mode")
     if [[ $mode == exclusive ]]; then
         PHASE_RUN=baseline
     else

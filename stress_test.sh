@@ -41,9 +41,10 @@ main() {
     choose_counts
     machine::inspect
     require_mode
-    driver::prepare "results/stress-$MODE-$(date +%Y%m%d-%H%M%S)"
+    driver::prepare "results/stress-$(machine::mode_name "$MODE")-$(date +%Y%m%d-%H%M%S)"
     enable_mode
-    suite::run "$MODE" --mode "$MODE" --mix "$MIX" --workloads "$COUNTS" --repeats "${REPEATS:-1}"
+    suite::run "$(machine::mode_name "$MODE")" --mode "$MODE" --mix "$MIX" --workloads "$COUNTS" \
+        --repeats "${REPEATS:-1}"
     mode::undo || FAILED=1
     analysis::run || FAILED=1
     finish

@@ -177,6 +177,9 @@ machine::lists_a_gpu() {
         "--device cpu"
 }
 
+# machine::mode_name MODE: what a run under the mode may be called here.
+machine::mode_name() { ((HAS_GPU)) && printf '%s' "$1" || printf cpu-demo; }
+
 # --- signals and children -----------------------------------------------------------------------------
 
 signals::install() {
@@ -224,6 +227,7 @@ suite::run() {
     ((!HAS_GPU)) || command+=(--gpu "$GPU_UUID")
     SUITE_STATUS=0
     run --note "$(quoted "${command[@]}")" signals::run_child "${command[@]}" || SUITE_STATUS=$?
+    [[ -z $INTERRUPTED ]] || SUITE_STATUS=130
 }
 
 # What the suite's exit code says, in words.
@@ -298,6 +302,7 @@ mode::enable() {
     if ! mode::script "${as_root[@]}" "$PROJECT_ROOT/gpu-configs/${flags[0]}" "${flags[@]:1}" \
         --gpu "$GPU_UUID"; then
         MODE_REASON=$(sed -n 's/^error: //p' "$OUTPUT/mode-scripts.log" | tail -n 1)
+        [[ -z $INTERRUPTED ]] || MODE_REASON=interrupted
         # The script has put its changes back, but for MIG mode that waits for a restart.
         if [[ -n $had_state ]] || ! mode::has_state "$mode"; then
             ENABLED_MODE=""

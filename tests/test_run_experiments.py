@@ -341,7 +341,7 @@ def test_without_a_gpu_the_cpu_demonstration_runs(runner: DriverRunner) -> None:
         "analysis": "ok",
     }
     assert runner.reason("mps") == runner.reason("mig") == "no NVIDIA GPU"
-    flags = runner.suite_calls()["time-slicing"]["flags"]
+    flags = runner.suite_calls()["cpu-demo"]["flags"]
     assert flags["--repeats"] == "1"
     assert "--gpu" not in flags
 

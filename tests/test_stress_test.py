@@ -142,7 +142,7 @@ def test_without_a_gpu_it_is_a_demonstration(runner: DriverRunner) -> None:
     result = runner.drive(SCRIPT, "mps", "2", PATH=without_gpu_programs())
     assert result.returncode == 0, result.stderr
     assert "CPU demonstration" in result.stderr
-    assert "--gpu" not in runner.suite_calls()["mps"]["flags"]
+    assert "--gpu" not in runner.suite_calls()["cpu-demo"]["flags"]
 
 
 @pytest.mark.parametrize(
