@@ -71,40 +71,88 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--mode", choices=MODES, default=MODES[0],
-        help="how the GPU is shared (default: %(default)s)")
-    add("--workloads", type=counts, default=(4,), metavar="N[,N...]",
+    add(
+        "--mode",
+        choices=MODES,
+        default=MODES[0],
+        help="how the GPU is shared (default: %(default)s)",
+    )
+    add(
+        "--workloads",
+        type=counts,
+        default=(4,),
+        metavar="N[,N...]",
         help="how many clients at once; several counts make several co-runs, up to the first "
-        "that fails (default: 4)")
-    add("--mix", choices=tuple(MIXES), default="mixed",
+        "that fails (default: 4)",
+    )
+    add(
+        "--mix",
+        choices=tuple(MIXES),
+        default="mixed",
         help="mixed: ResNet50 training, batch inference, Jupyter session, BERT fine-tuning, over "
-        "again for more than four; else copies of one (default: %(default)s)")
+        "again for more than four; else copies of one (default: %(default)s)",
+    )
     add("--quick", action="store_true", help="smaller jobs, for a demonstration")
-    add("--repeats", type=positive_int, default=1, metavar="N",
-        help="how often each co-run is done (default: 1)")
-    add("--budget-minutes", type=positive_float, metavar="M",
-        help="leave out repeats that would take longer than this in all; the first is always done")
-    add("--window", type=positive_float, metavar="S",
+    add(
+        "--repeats",
+        type=positive_int,
+        default=1,
+        metavar="N",
+        help="how often each co-run is done (default: 1)",
+    )
+    add(
+        "--budget-minutes",
+        type=positive_float,
+        metavar="M",
+        help="leave out repeats that would take longer than this in all; the first is always done",
+    )
+    add(
+        "--window",
+        type=positive_float,
+        metavar="S",
         help="measure for S seconds and 10 units a client, whole jobs or not (default: until "
-        "every client has finished a job)")
-    add("--min-seconds", type=positive_float, metavar="S",
+        "every client has finished a job)",
+    )
+    add(
+        "--min-seconds",
+        type=positive_float,
+        metavar="S",
         help="measure each baseline and co-run for at least so long (default: 5, with smaller jobs "
-        "2; NVML's process lists, which prove the mode, come once a second)")
-    add("--timeout", type=positive_float, default=1800.0, metavar="S",
-        help="time limit for getting ready, and again for measuring (default: %(default)g)")
-    add("--baseline", metavar="RUN",
+        "2; NVML's process lists, which prove the mode, come once a second)",
+    )
+    add(
+        "--timeout",
+        type=positive_float,
+        default=1800.0,
+        metavar="S",
+        help="time limit for getting ready, and again for measuring (default: %(default)g)",
+    )
+    add(
+        "--baseline",
+        metavar="RUN",
         help="reuse the baselines of this run (id or folder); refused unless GPU model, driver, "
-        "versions and jobs are the same")
+        "versions and jobs are the same",
+    )
     add("--results-dir", type=Path, default=Path("results"), help="(default: %(default)s)")
     add("--run-id", metavar="ID", help="name of the run's folder (default: mode, mix, time)")
     add("--gpu", metavar="INDEX_OR_UUID", help="which GPU (default: the first)")
-    add("--engine", choices=("eager", "graph", "compile"),
-        help="how clients launch a step (default: graph on a GPU, eager on the CPU)")
-    add("--precision", choices=("fp32", "tf32", "bf16"),
-        help="(default: bf16 where the GPU has it, else fp32)")
+    add(
+        "--engine",
+        choices=("eager", "graph", "compile"),
+        help="how clients launch a step (default: graph on a GPU, eager on the CPU)",
+    )
+    add(
+        "--precision",
+        choices=("fp32", "tf32", "bf16"),
+        help="(default: bf16 where the GPU has it, else fp32)",
+    )
     add("--seed", type=non_negative_int, default=42, help="the same for all (default: 42)")
-    add("--device", choices=("auto", "cuda", "cpu"), default="auto",
-        help="cpu: CPU demonstration even where there is a GPU (default: auto)")
+    add(
+        "--device",
+        choices=("auto", "cuda", "cpu"),
+        default="auto",
+        help="cpu: CPU demonstration even where there is a GPU (default: auto)",
+    )
     add("--dataset", help="of the ResNet50 training (see resnet_training.py --help)")
     add("--data-dir", metavar="DIR", help="folder of that dataset")
     add("--dry-run", action="store_true", help="show the plan and stop; nothing is run")

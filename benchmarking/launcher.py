@@ -349,9 +349,7 @@ class Launcher:
 
     def _contend(self, clients: list[Client], rule: FinishRule, go_seconds: float) -> None:
         deadline = go_seconds + self._patience.timeout
-        self._wait(
-            clients, rule.is_done, "finish", deadline, not_before=go_seconds + rule.seconds
-        )
+        self._wait(clients, rule.is_done, "finish", deadline, not_before=go_seconds + rule.seconds)
 
     def _wait(
         self,
@@ -527,8 +525,11 @@ def _settle_outcome(result: CoRunOutcome) -> None:
         only_slow = all(client.status == STATUS_TIMEOUT for client in bad)
         result.outcome = OUTCOME_TIMEOUT if only_slow else OUTCOME_FAILED
     if result.outcome in (OUTCOME_FAILED, OUTCOME_TIMEOUT):
-        result.reason = "; ".join(
-            f"client {client.planned.client} ({client.planned.label}): "
-            f"{client.status}: {client.reason}"
-            for client in bad
-        ) or result.reason
+        result.reason = (
+            "; ".join(
+                f"client {client.planned.client} ({client.planned.label}): "
+                f"{client.status}: {client.reason}"
+                for client in bad
+            )
+            or result.reason
+        )

@@ -325,11 +325,11 @@ def host_threads(cores: int, clients: int) -> int:
     return max(1, cores // clients)
 
 
-def host_thread_environment(cores: int, clients: int) -> dict[str, str]:
-    """Environment that gives each of `clients` its share of `cores`.
+def shared_host_environment(cores: int, clients: int) -> dict[str, str]:
+    """Environment that gives each of `clients` its share of `cores` and tells it of the others.
 
-    Idle OpenMP threads spin by default; four clients of two threads on two cores took twice the
-    time of four clients of one.
+    A client takes its share of the GPU's memory by GPU_SHARING_CLIENTS. Idle OpenMP threads spin by
+    default; four clients of two threads on two cores took twice the time of four clients of one.
     """
     threads = str(host_threads(cores, clients))
     return {
@@ -337,6 +337,7 @@ def host_thread_environment(cores: int, clients: int) -> dict[str, str]:
         "MKL_NUM_THREADS": threads,
         "OPENBLAS_NUM_THREADS": threads,
         "OMP_WAIT_POLICY": "passive",
+        "GPU_SHARING_CLIENTS": str(clients),
     }
 
 

@@ -537,9 +537,7 @@ def read_state(mode: str, gpu_uuid: str, environment: Mapping[str, str]) -> dict
     return {}
 
 
-def time_slicing_warning(
-    clients: int, gpu_uuid: str, environment: Mapping[str, str]
-) -> str | None:
+def time_slicing_warning(clients: int, gpu_uuid: str, environment: Mapping[str, str]) -> str | None:
     """Warn when more clients are asked for than `setup_time_slicing.sh` was told."""
     recorded = read_state(MODE_TIME_SLICING, gpu_uuid, environment).get("clients", "")
     if recorded.isdecimal() and clients > int(recorded):

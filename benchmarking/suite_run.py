@@ -12,6 +12,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -146,9 +147,12 @@ class SuiteRun:
 
     def _resolve_jobs(self) -> None:
         """Let each distinct job find or download its data once; clients never download."""
-        for job_key, client in self._plan.jobs().items():
-            self._say(f"resolving data and weights: {client.label}")
-            answer = resolve(client, self._interruption)
+        jobs = self._plan.jobs()
+        self._say(f"resolving data and weights: {', '.join(c.label for c in jobs.values())}")
+        # At the same time: each spends most of it importing torch, or waiting for a hub.
+        with ThreadPoolExecutor(len(jobs)) as pool:
+            answers = list(pool.map(lambda c: resolve(c, self._interruption), jobs.values()))
+        for (job_key, client), answer in zip(jobs.items(), answers, strict=True):
             arguments = [str(argument) for argument in answer.get("arguments") or []]
             self._change_clients(job_key, arguments)
             for note in answer.get("notes") or []:
@@ -170,9 +174,9 @@ class SuiteRun:
         """Give more flags to the clients of a job that have not run yet."""
         if arguments:
             self._plan = self._plan.map_clients(
-                lambda client: client.with_arguments(arguments)
-                if client.job_key == job_key
-                else client,
+                lambda client: (
+                    client.with_arguments(arguments) if client.job_key == job_key else client
+                ),
                 skip=self._done,
             )
 
@@ -227,16 +231,12 @@ class SuiteRun:
             else:
                 self._reference.whole[client.job_key] = record
             if planned.phase == PHASE_BASELINE or client.job_key not in self._reference.whole:
-                self._change_clients(
-                    client.job_key, planning.carried_arguments(record["figures"])
-                )
+                self._change_clients(client.job_key, planning.carried_arguments(record["figures"]))
             self._save_plan()
 
     def _run_co_runs(self, sampler: Sampler) -> None:
         request = self._setup.request
-        rule = FinishRule(
-            min_seconds=self._min_seconds, window_seconds=request.window_seconds
-        )
+        rule = FinishRule(min_seconds=self._min_seconds, window_seconds=request.window_seconds)
         took: dict[int, list[float]] = {}
         for number in range(len(self._plan.co_runs)):
             planned = self._plan.co_runs[number]

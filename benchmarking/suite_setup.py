@@ -207,7 +207,7 @@ def _lay_out(
 
     def environment_of(run: PlannedCoRun) -> Callable[[PlannedClient], dict[str, str]]:
         under = alone_mode if run.phase == PHASE_BASELINE else mode
-        threads = planning.host_thread_environment(cores, len(run.clients))
+        threads = planning.shared_host_environment(cores, len(run.clients))
         return lambda client: {**threads, **under.client_environment(client.client)}
 
     return layout.with_environments(environment_of)

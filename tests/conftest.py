@@ -23,7 +23,7 @@ def has_nvidia_gpu() -> bool:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect what needs a GPU where there is none, so that the count of passed tests is honest."""
+    """Deselect what needs a GPU where there is none: the count of passed tests stays honest."""
     if has_nvidia_gpu():
         return
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]

@@ -18,9 +18,7 @@ def clients(mix: str, count: int, **options: object) -> tuple[plan.PlannedClient
 
 
 def build(mode: str, mix: str = "mixed", counts: tuple[int, ...] = (4,), **more: object) -> Plan:
-    return plan.build_plan(
-        mode, lambda n: clients(mix, n), name=mix, counts=counts, **more
-    )
+    return plan.build_plan(mode, lambda n: clients(mix, n), name=mix, counts=counts, **more)
 
 
 def test_the_mixed_mix_is_the_guides_four_in_order_repeated() -> None:
@@ -152,5 +150,5 @@ def test_figures_that_are_not_carried_add_nothing() -> None:
 
 @pytest.mark.parametrize(("cores", "count", "threads"), [(2, 4, 1), (16, 4, 4), (16, 3, 5)])
 def test_clients_share_the_cores_fairly(cores: int, count: int, threads: int) -> None:
-    environment = plan.host_thread_environment(cores, count)
+    environment = plan.shared_host_environment(cores, count)
     assert environment["OMP_NUM_THREADS"] == str(threads)

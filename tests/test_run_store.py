@@ -13,8 +13,14 @@ MANIFEST = {"mode": "mps", "mix": "mixed", "plan": {}, "notes": []}
 
 
 def client(co_run: str, number: int, **changes: object) -> dict:
-    record = {"record": "client", "phase": "co_run", "co_run": co_run, "client": number,
-              "job_key": "job", "status": "ok"}
+    record = {
+        "record": "client",
+        "phase": "co_run",
+        "co_run": co_run,
+        "client": number,
+        "job_key": "job",
+        "status": "ok",
+    }
     return {**record, **changes}
 
 
@@ -85,8 +91,11 @@ def test_a_torn_last_line_is_skipped_and_said(tmp_path: Path) -> None:
 
 
 def test_a_torn_sample_is_skipped_and_the_monitor_line_is_no_sample(tmp_path: Path) -> None:
-    lines = ['{"record": "monitor", "ready": true}', '{"record": "sample", "time_seconds": 1.0}',
-             '{"record": "sample", "time_sec']
+    lines = [
+        '{"record": "monitor", "ready": true}',
+        '{"record": "sample", "time_seconds": 1.0}',
+        '{"record": "sample", "time_sec',
+    ]
     (tmp_path / "gpu_samples.jsonl").write_text("\n".join(lines))
     samples, warnings = run_store.read_samples(tmp_path)
     assert [sample["time_seconds"] for sample in samples] == [1.0]

@@ -118,9 +118,7 @@ def test_mps_without_a_daemon_is_refused_naming_the_script(control: Callable) ->
         mps("/no/such/folder").require()
 
 
-def test_a_socket_folder_without_an_answer_is_no_daemon(
-    control: Callable, tmp_path: Path
-) -> None:
+def test_a_socket_folder_without_an_answer_is_no_daemon(control: Callable, tmp_path: Path) -> None:
     stale = tmp_path / "stale"
     stale.mkdir()
     (stale / "control").write_text("")
