@@ -146,18 +146,29 @@ class SuiteRun:
     # --- once before -------------------------------------------------------------------------
 
     def _resolve_jobs(self) -> None:
-        """Let each distinct job find or download its data once; clients never download."""
+        """Let each distinct job find or download its data once; clients never download.
+
+        What a reused baseline's jobs found is looked at first: the same data, and no second search.
+        """
+        earlier = self._setup.baseline_run
+        found = (earlier.manifest.get("resolved_arguments") if earlier else None) or {}
+        for job_key, arguments in found.items():
+            self._change_clients(job_key, arguments)
         jobs = self._plan.jobs()
+        resolved: dict[str, list[str]] = {}
         self._say(f"resolving data and weights: {', '.join(c.label for c in jobs.values())}")
         # At the same time: each spends most of it importing torch, or waiting for a hub.
         with ThreadPoolExecutor(len(jobs)) as pool:
             answers = list(pool.map(lambda c: resolve(c, self._interruption), jobs.values()))
         for (job_key, client), answer in zip(jobs.items(), answers, strict=True):
             arguments = [str(argument) for argument in answer.get("arguments") or []]
-            self._change_clients(job_key, arguments)
+            if arguments != found.get(job_key):
+                self._change_clients(job_key, arguments)
+            resolved[job_key] = arguments
             for note in answer.get("notes") or []:
                 self._note(f"{client.label}: {note}")
             self._describe_environment(answer.get("environment") or {})
+        self._writer.update_manifest(resolved_arguments=resolved)
         self._save_plan()
 
     def _describe_environment(self, found: Mapping[str, Any]) -> None:

@@ -27,8 +27,8 @@ from workloads.common import cli, client, console
 
 WORKFLOW = ("matrix", "preprocess", "train", "inference")
 INFERENCE_MODEL = "resnet18"
-# Eleven cells of this length and ten pauses of 3.5 s on average: 75 s, 53 % of them active.
-GPU_BURST_SECONDS = 3.6
+# Eleven cells of this length and ten pauses of 3.5 s on average: 70 s, half of them active.
+GPU_BURST_SECONDS = 3.2
 CALIBRATION_SECONDS = 0.5
 
 EPILOG = """examples:
