@@ -374,7 +374,7 @@ def test_ten_captured_steps_learn_what_ten_eager_steps_learn(precision):
     def ten_losses(engine: str) -> list[float]:
         sys.argv = [
             SCRIPT, "--dataset", "synthetic", "--train-samples", "640", "--batch-size", "64",
-            "--engine", engine, "--precision", precision, "--lr", "0.02", "--epochs", "1",
+            "--engine", engine, "--precision", precision, "--lr", "0.001", "--epochs", "1",
         ]  # fmt: skip
         workload = ResNetTraining(parse_arguments())
         workload.load()
