@@ -97,12 +97,14 @@ environment::install() {
         "$VENV_PYTHON" -m ensurepip >&2 || environment::die "no pip in $VENV_FOLDER; delete it"
     fi
     environment::announce "$requirements"
+    trap 'exit 130' INT # pip ends with a status of its own, which would be taken for a failure
     if ! "$VENV_PYTHON" -m pip install --disable-pip-version-check -r "$requirements" >&2; then
         environment::log "Still missing in $VENV_FOLDER:"
         environment::missing "$VENV_PYTHON" "$requirements" >&2 || true
         environment::die "pip could not install the packages above; start again with a network," \
             "or from a Python that has them"
     fi
+    trap - INT
     environment::missing "$VENV_PYTHON" "$requirements" --import >&2 ||
         environment::die "what pip installed does not work (see above); delete $VENV_FOLDER and" \
             "start again"

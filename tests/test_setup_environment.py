@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import zipfile
@@ -25,6 +26,16 @@ set -Eeuo pipefail
 source ./setup_environment.sh
 environment::set_up "$PWD/requirements.txt"
 printf 'python: %s\\n' "$PYTHON"
+"""
+
+# A pip during whose work somebody presses Ctrl-C: it and the shell get the signal, and it ends, as
+# the real one, with a status of its own.
+SLOW_PIP = """
+import os, signal, sys
+if "install" in sys.argv:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.kill(os.getppid(), signal.SIGINT)
+    sys.exit(2)
 """
 
 
@@ -61,6 +72,8 @@ class Project:
             text=True,
             timeout=120,
             check=False,
+            # pytest may itself have been started in the background, where SIGINT is ignored
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def site_packages(self) -> Path:
@@ -172,6 +185,20 @@ def test_an_interrupted_installation_is_finished(complete: Project, wheels: Path
     assert result.returncode == 0, result.stderr
     assert "Installing into" in result.stderr
     assert complete.start().stderr == ""
+
+
+def test_ctrl_c_during_an_installation_ends_with_130_and_no_advice(
+    complete: Project, tmp_path: Path
+) -> None:
+    next(complete.venv.glob("complete-*")).unlink()
+    shutil.rmtree(complete.site_packages() / "pip")
+    slow_pip = tmp_path / "slow"
+    slow_pip.mkdir()
+    (slow_pip / "pip.py").write_text(SLOW_PIP)
+    (complete.folder / "requirements.txt").write_text("tiny-tool>=1.3,<2\n")
+    result = complete.start(PYTHONPATH=str(slow_pip))
+    assert result.returncode == 130
+    assert "error:" not in result.stderr
 
 
 def test_a_venv_that_somebody_else_filled_is_taken_and_stamped(complete: Project) -> None:
