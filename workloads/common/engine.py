@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from workloads.common.device import ComputeDevice
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import torch
 
     from workloads.common.client import Recorder
+
+T = TypeVar("T")
 
 WARM_UP_STEPS = 3
 PIPELINE_DEPTH = 4
@@ -88,27 +90,9 @@ def prepare_step(
         device.synchronize()
         restore()
         return step
-    import torch
-
-    # Autotuning, lazy optimizer state and workspaces must all have happened before the capture;
-    # PyTorch asks for a side stream for that.
-    side_stream = torch.cuda.Stream()
-    side_stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side_stream):
-        for _ in range(WARM_UP_STEPS):
-            step()
-    torch.cuda.current_stream().wait_stream(side_stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
+    replay = _capture(step)
     restore()
     device.synchronize()
-
-    def replay() -> None:
-        graph.replay()
-
-    # The graph holds addresses only: whoever keeps the replay must keep what the step refers to.
-    replay.captured_step = step
     return replay
 
 
@@ -130,23 +114,36 @@ def capture_forward(
         guarded()
         device.synchronize()
         return guarded
+    replay = _capture(guarded)
+    device.synchronize()
+    return replay
+
+
+def _capture(work: Callable[[], T]) -> Callable[[], T]:
+    """Capture ``work`` as one CUDA graph; each call of the result replays it.
+
+    The result returns what ``work`` returned at the capture: tensors that each replay overwrites.
+    """
+    import torch
+
+    # Lazy optimizer state, workspaces and kernel loading must be over before the capture; PyTorch
+    # asks for a side stream for that.
     side_stream = torch.cuda.Stream()
     side_stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side_stream):
         for _ in range(WARM_UP_STEPS):
-            guarded()
+            work()
     torch.cuda.current_stream().wait_stream(side_stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        output = guarded()
-    device.synchronize()
+        output = work()
 
-    def replay() -> torch.Tensor:
+    def replay() -> T:
         graph.replay()
         return output
 
-    # As in prepare_step: the graph alone does not keep its inputs alive.
-    replay.captured_step = forward
+    # The graph holds addresses only: whoever keeps the replay must keep what the work refers to.
+    replay.captured_work = work
     return replay
 
 

@@ -100,7 +100,7 @@ class BertTraining(client.Workload):
 
         self.device = open_device(args)
 
-        import torch
+        from workloads.training.epoch_totals import EpochTotals
 
         if pretrained is None:
             tokenizer = text_model.train_tokenizer(self.dataset.train.texts)
@@ -121,8 +121,7 @@ class BertTraining(client.Workload):
         where = self.device.torch_device
         self.model = model.to(where)
         self._load_batches(tokenizer)
-        self.loss_sum = torch.zeros((), device=where)
-        self.correct = torch.zeros((), dtype=torch.int64, device=where)
+        self.totals = EpochTotals(where)
 
     def warm_up(self) -> None:
         """Prepare the training and the test step for the engine."""
@@ -134,9 +133,7 @@ class BertTraining(client.Workload):
             self.model.parameters(), lr=self.args.lr, fused=True, capturable=self.device.is_cuda
         )
         cursors = [batches.cursor for batches in (self.train_batches, self.test_batches) if batches]
-        self.state = TrainState(
-            [self.model], self.optimizer, (*cursors, self.loss_sum, self.correct)
-        )
+        self.state = TrainState([self.model], self.optimizer, (*cursors, *self.totals.tensors))
         self.network = compile_module(self.device, self.model)
         if self.test_batches is not None:
             self.model.eval()
@@ -294,7 +291,7 @@ class BertTraining(client.Workload):
             pacer.run("train_step_partial", self._train_remainder)
             progress.advance()
         pacer.drain()
-        loss, accuracy = self._take_totals(self.train_batches.samples)
+        loss, accuracy = self.totals.take(self.train_batches.samples)
         epoch_seconds = time.monotonic() - start_seconds
         if not math.isfinite(loss):
             raise cli.JobFailedError(
@@ -320,7 +317,7 @@ class BertTraining(client.Workload):
         if remainder:
             pacer.run("test_step_partial", lambda: self._test_step(self.model, remainder))
         pacer.drain()
-        loss, accuracy = self._take_totals(self.test_batches.samples)
+        loss, accuracy = self.totals.take(self.test_batches.samples)
         return {"held_out_loss": loss, "held_out_accuracy_percent": accuracy}
 
     def _train_step(self, network, count: int) -> None:
@@ -337,7 +334,7 @@ class BertTraining(client.Workload):
             loss = F.cross_entropy(logits, labels)
         loss.backward()
         self.optimizer.step()
-        self._add_totals(logits.detach(), labels, loss.detach())
+        self.totals.add(logits.detach(), labels, loss.detach())
 
     def _train_remainder(self) -> None:
         """The epoch's last, smaller batch: always eager, since a graph has one shape."""
@@ -351,22 +348,7 @@ class BertTraining(client.Workload):
         with torch.no_grad(), self.device.autocast():
             logits = network(tokens, attention_mask=mask).logits
             loss = F.cross_entropy(logits, labels)
-        self._add_totals(logits, labels, loss)
-
-    def _add_totals(self, logits, labels, loss) -> None:
-        """Add to the epoch's sums on the device; nothing waits for the host."""
-        self.loss_sum.add_(loss.float() * len(labels))
-        self.correct.add_((logits.argmax(dim=1) == labels).sum())
-
-    def _take_totals(self, samples: int) -> tuple[float, float]:
-        """Return mean loss and accuracy in percent, and start the sums again."""
-        import torch
-
-        # One copy, so one wait for the device.
-        loss, correct = torch.stack((self.loss_sum.double(), self.correct.double())).tolist()
-        self.loss_sum.zero_()
-        self.correct.zero_()
-        return loss / samples, 100 * correct / samples
+        self.totals.add(logits, labels, loss)
 
 
 main = client.main_of(BertTraining, parse_arguments)

@@ -98,6 +98,7 @@ class ResNetTraining(client.Workload):
         import torch
 
         from workloads.training import image_data
+        from workloads.training.epoch_totals import EpochTotals
         from workloads.training.image_batches import make_batches
 
         dataset = image_data.load_dataset(
@@ -133,8 +134,7 @@ class ResNetTraining(client.Workload):
             load_model(model, args.evaluate, args.stem, len(dataset.class_names))
         where = self.device.torch_device
         self.model = model.to(where, memory_format=torch.channels_last)
-        self.loss_sum = torch.zeros((), device=where)
-        self.correct = torch.zeros((), dtype=torch.int64, device=where)
+        self.totals = EpochTotals(where)
 
     def warm_up(self) -> None:
         """Prepare the training and the test step for the engine."""
@@ -156,7 +156,7 @@ class ResNetTraining(client.Workload):
         self.train_batches.start_epoch()
         self.test_batches.start_epoch()
         self.state = TrainState(
-            [self.model], self.optimizer, (self.step_index, self.loss_sum, self.correct)
+            [self.model], self.optimizer, (self.step_index, *self.totals.tensors)
         )
         network = compile_module(self.device, self.model)
         self.model.eval()
@@ -283,7 +283,7 @@ class ResNetTraining(client.Workload):
             pacer.run("train_step_partial", self._train_remainder)
             progress.advance()
         pacer.drain()
-        train_loss, train_accuracy = self._take_totals(len(self.dataset.train))
+        train_loss, train_accuracy = self.totals.take(len(self.dataset.train))
         epoch_seconds = time.monotonic() - start_seconds
         if not math.isfinite(train_loss):
             raise cli.JobFailedError(
@@ -313,7 +313,7 @@ class ResNetTraining(client.Workload):
             self.test_batches.feed(remainder)
             pacer.run("test_step_partial", lambda: self._test_step(self.model, remainder))
         pacer.drain()
-        loss, accuracy = self._take_totals(len(self.dataset.test))
+        loss, accuracy = self.totals.take(len(self.dataset.test))
         return loss, accuracy, time.monotonic() - start_seconds
 
     def _train_step(self, network, count: int) -> None:
@@ -332,7 +332,7 @@ class ResNetTraining(client.Workload):
         self.lr.copy_(self.lr_table.take(self.step_index.clamp(max=last)))
         self.optimizer.step()
         self.step_index.add_(1)
-        self._add_totals(logits.detach(), labels, loss.detach())
+        self.totals.add(logits.detach(), labels, loss.detach())
 
     def _train_remainder(self) -> None:
         """The epoch's last, smaller batch: always eager, since a graph has one shape."""
@@ -346,20 +346,7 @@ class ResNetTraining(client.Workload):
         with torch.no_grad(), self.device.autocast():
             logits = network(images)
             loss = F.cross_entropy(logits, labels)
-        self._add_totals(logits, labels, loss)
-
-    def _add_totals(self, logits, labels, loss) -> None:
-        """Add to the epoch's sums on the device; nothing waits for the host."""
-        self.loss_sum.add_(loss.float() * len(labels))
-        self.correct.add_((logits.argmax(dim=1) == labels).sum())
-
-    def _take_totals(self, samples: int) -> tuple[float, float]:
-        """Return mean loss and accuracy in percent, and start the sums again."""
-        loss = self.loss_sum.item() / samples
-        accuracy = 100 * self.correct.item() / samples
-        self.loss_sum.zero_()
-        self.correct.zero_()
-        return loss, accuracy
+        self.totals.add(logits, labels, loss)
 
     def _accuracy(self, measured_percent: float) -> dict:
         """Return the final accuracy, or None where the images are synthetic: it means nothing."""
