@@ -19,6 +19,8 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from benchmarking.number_text import duration
+
 Units = Mapping[str, Mapping[str, Any]]
 Record = Mapping[str, Any]
 
@@ -478,5 +480,8 @@ def _broken_by(
         return "slowdown", f"slowdown {max(slowdowns):.2f} passes the bound of {max_slowdown:g}"
     tails = [percentile(record["latency_ms"], 99) for record in members if record.get("latency_ms")]
     if max_p99_ms is not None and tails and max(tails) > max_p99_ms:
-        return "p99", f"p99 latency {max(tails):.1f} ms passes the bound of {max_p99_ms:g} ms"
+        return (
+            "p99",
+            f"p99 latency {duration(max(tails))} passes the bound of {duration(max_p99_ms)}",
+        )
     return None, None
