@@ -11,8 +11,8 @@ Finds every run at or below the folder and writes, into `--output` (default: the
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -60,7 +60,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def read_and_compare(results_dir: Path) -> tuple[dict[str, Path], Comparison]:
-    """Read every run below the folder and compare them; run folders by run id.
+    """Read every run below the folder and compare them; run folders by the runs' names.
 
     Raises `UsageError` when the folder is missing or holds no run.
     """
@@ -75,16 +75,24 @@ def read_and_compare(results_dir: Path) -> tuple[dict[str, Path], Comparison]:
         raise UsageError(
             f"no run in {results_dir}{detail}: make one with benchmarking/benchmark_suite.py first"
         )
-    runs: dict[str, run_store.Run] = {}
-    for folder in folders:
-        run = run_store.read_run(folder)
-        if run.run_id in runs:
-            problems.append(f"{folder}: left out, {runs[run.run_id].folder} has the same run id")
-        runs.setdefault(run.run_id, run)
+    runs = named_runs(results_dir, [run_store.read_run(folder) for folder in folders])
     phases, torn = run_store.read_json_lines(results_dir / PHASES_FILE)
-    views = [RunView.of(run) for run in runs.values()]
+    views = [RunView.of(run, name) for name, run in runs.items()]
     compared = decision.decide(comparison.compare(views, phases, [*problems, *torn]))
-    return {run_id: run.folder for run_id, run in runs.items()}, compared
+    return {name: run.folder for name, run in runs.items()}, compared
+
+
+def named_runs(results_dir: Path, runs: Sequence[run_store.Run]) -> dict[str, run_store.Run]:
+    """Runs by run id; those that share one, as experiments do, by their path below the folder."""
+    paths = [run.folder.relative_to(results_dir).as_posix() for run in runs]
+    times = Counter(run.run_id for run in runs)
+    names = [
+        run.run_id if times[run.run_id] == 1 else path
+        for run, path in zip(runs, paths, strict=True)
+    ]
+    if len(set(names)) < len(runs):  # a renamed folder bears another run's id
+        names = paths
+    return dict(zip(names, runs, strict=True))
 
 
 def unreadable_runs(results_dir: Path, readable: Sequence[Path]) -> list[str]:
@@ -131,20 +139,21 @@ def draw_section(
     for run in section.compared_runs:
         samples, torn = run_store.read_samples(folders[run.run_id])
         compared.problems += torn
-        path = output / f"{prefix}timeline-{run.run_id}.png"
+        path = output / f"{prefix}timeline-{run.run_id.replace('/', '-')}.png"
         charts.append(figures.utilization_timeline(run, samples, path))
     return [chart for chart in charts if chart is not None]
 
 
 def write_files(compared: Comparison, charts: list[list], output: Path) -> None:
     """Write the report, the flat table and the JSON."""
+    import pandas
+
     rows = report.flat_rows(compared)
     (output / "report.md").write_text(report.markdown(compared, charts), encoding="utf-8")
     (output / "comparison.json").write_text(report.json_text(compared), encoding="utf-8")
-    with (output / "comparison.csv").open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, list(rows[0]) if rows else ["section"])
-        writer.writeheader()
-        writer.writerows(rows)
+    # As objects: a column of counts with an unknown among them would become one of floats.
+    frame = pandas.DataFrame(rows, columns=None if rows else ["section"], dtype=object)
+    frame.to_csv(output / "comparison.csv", index=False)
 
 
 if __name__ == "__main__":

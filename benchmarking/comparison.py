@@ -80,12 +80,17 @@ def clients_text(clients: int) -> str:
 
 @dataclass
 class RunView:
-    """One run as it was read: its manifest, its records, and what was wrong with its files."""
+    """One run as it was read: its manifest, its records, and what was wrong with its files.
+
+    `run_id` names it in the report: the manifest's run id, or the run's path below the results
+    folder where several runs share that id. `experiment` is the folder that it stands in.
+    """
 
     run_id: str
     manifest: dict[str, Any]
     records: list[dict[str, Any]]
     problems: list[str] = field(default_factory=list)
+    experiment: str = ""
 
     @property
     def mode(self) -> str:
@@ -103,10 +108,10 @@ class RunView:
         return self.manifest.get("outcome") == "invalid"
 
     @classmethod
-    def of(cls, run: run_store.Run) -> RunView:
-        """View of a run as the run store read it."""
+    def of(cls, run: run_store.Run, name: str) -> RunView:
+        """View of a run as the run store read it, under this name."""
         records = [*run.client_records, *run.co_run_records]
-        return cls(run.run_id, run.manifest, records, list(run.warnings))
+        return cls(name, run.manifest, records, list(run.warnings), str(run.folder.parent))
 
     def clients(self, phase: str, co_run: str | None = None) -> list[dict[str, Any]]:
         """Client records of a phase (`baseline`, `co_run`), of one co-run when it is named."""
@@ -208,6 +213,17 @@ class Group:
         """Whether some client's membership in the mode could not be checked."""
         return any("unverified" in row.proof for row in self.client_rows)
 
+    @property
+    def ran_out_of_time(self) -> bool:
+        """Whether the run was completed without the repeats that its plan held for this count."""
+        planned = {
+            co_run["co_run"]
+            for co_run in (self.run.manifest.get("plan") or {}).get("co_runs") or []
+            if len(co_run["clients"]) == self.clients
+        }
+        done = {co_run["co_run"] for co_run in self.run.co_runs("co_run")}
+        return self.run.manifest.get("outcome") == "complete" and not planned <= done
+
 
 @dataclass
 class Ramp:
@@ -299,10 +315,9 @@ def compare(
     `phases` are the lines of the unattended run's phase log, `problems` what was wrong with files
     outside the runs.
     """
-    by_id = {run.run_id: run for run in runs}
     sections = _sections(runs)
     for section in sections:
-        _fill_groups(section, by_id)
+        _fill_groups(section, runs)
         section.ramps = _ramps(section.groups)
         section.alone = _alone_rows(section)
     file_problems = [f"{run.run_id}: {problem}" for run in runs for problem in run.problems]
@@ -370,7 +385,7 @@ def _order(mode: str) -> tuple[int, str]:
     return (_MODE_ORDER.index(mode) if mode in _MODE_ORDER else len(_MODE_ORDER), mode)
 
 
-def _fill_groups(section: Section, by_id: Mapping[str, RunView]) -> None:
+def _fill_groups(section: Section, every_run: Sequence[RunView]) -> None:
     """The newest judged run of each combination, and what is left out for it."""
     candidates: dict[tuple[str, str, int], list[RunView]] = {}
     for run in section.runs:  # newest first
@@ -386,15 +401,20 @@ def _fill_groups(section: Section, by_id: Mapping[str, RunView]) -> None:
             )
             continue
         newest = judged[0]
-        section.groups.append(_group(newest, mode, mix, clients, _baselines(newest, by_id)))
+        section.groups.append(_group(newest, mode, mix, clients, _baselines(newest, every_run)))
         section.left_out += [
-            f"{run.run_id} ({what}): "
-            + ("older than" if run in judged else "without a judged co-run, in favor of")
-            + f" {newest.run_id}"
+            f"{run.run_id} ({what}): {_why_not(run, newest, judged)} {newest.run_id}"
             for run in runs
             if run is not newest
         ]
     section.groups.sort(key=lambda group: (group.mix, group.clients, _order(group.mode)))
+
+
+def _why_not(run: RunView, newest: RunView, judged: Sequence[RunView]) -> str:
+    if not any(run is other for other in judged):
+        return "without a judged co-run, in favor of"
+    same_age = run.manifest.get("created_at") == newest.manifest.get("created_at")
+    return "begun at the same second as" if same_age else "older than"
 
 
 def is_valid(run: RunView, co_run: Record) -> bool:
@@ -414,11 +434,31 @@ def _judged(run: RunView, clients: int) -> list[dict[str, Any]]:
     ]
 
 
-def _baselines(run: RunView, by_id: Mapping[str, RunView]) -> dict[str, dict[str, Any]]:
+def _baselines(run: RunView, every_run: Sequence[RunView]) -> dict[str, dict[str, Any]]:
     """Baseline client records by job, the run's own or those of the run that it reused."""
-    source = by_id.get(run.manifest.get("baseline_run_id") or "")
+    source = _baseline_run(run, every_run)
     records = [*(source.clients("baseline") if source else []), *run.clients("baseline")]
     return {record["job_key"]: record for record in records if record.get("status") == "ok"}
+
+
+def _baseline_run(run: RunView, every_run: Sequence[RunView]) -> RunView | None:
+    """The run that this one took its baselines from.
+
+    Experiments name their runs alike, so the one in the same folder comes first; else it is the
+    newest of that id that was there before, on a like environment.
+    """
+    wanted = run.manifest.get("baseline_run_id")
+    named = [other for other in every_run if wanted and other.manifest["run_id"] == wanted]
+    beside = [other for other in named if other.experiment == run.experiment]
+    earlier = [
+        other
+        for other in named
+        if _created_at(other)[0] <= _created_at(run)[0]
+        and environment_of(other) == environment_of(run)
+        and _agree(_versions(other), _versions(run))
+        and _agree(other.engines(), run.engines())
+    ]
+    return max(beside or earlier, key=_created_at, default=None)
 
 
 def _group(run: RunView, mode: str, mix: str, clients: int, alone: Mapping[str, Record]) -> Group:
