@@ -1,12 +1,14 @@
 """The decision in sentences, each with its numbers and its runs, and every doubt beside it.
 
 A difference between modes is claimed only when each side has at least two repeats and their
-intervals (three repeats or more) or ranges (two) do not overlap; else no difference is shown.
+intervals (three repeats or more) or ranges (two) do not overlap. Of overlapping spreads it says
+that no difference is shown; of a single co-run, what was seen and that it is to be repeated.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from benchmarking.comparison import (
     MODE_NAMES,
@@ -20,6 +22,7 @@ from benchmarking.comparison import (
     is_valid,
 )
 from benchmarking.estimates import Estimate
+from benchmarking.number_text import duration, joined
 
 
 def decide(compared: Comparison) -> Comparison:
@@ -126,70 +129,204 @@ def _throughput_claims(groups: Sequence[Group]) -> list[Claim]:
     )
     if not known:
         return claims
-    best, others = known[0], known[1:]
-    head = f"`{best.mix}` with {clients_text(best.clients)}: "
-    if best.throughput_clients is not None and best.throughput_clients < best.clients:
-        head = head[:-2] + f" ({best.throughput_clients} throughput clients only): "
-    best_text = f"STP {best.stp.text()} under {best.mode_name}{_caveat(best)}"
-    if not others:
-        claims.append(Claim(head + f"{best_text}; no other mode was measured.", _run_ids(known)))
-    else:
-        listed = ", ".join(f"{g.stp.text()} under {g.mode_name}{_caveat(g)}" for g in others)
-        verdict = throughput_verdict(known, f"choose {best.mode_name} for throughput")
-        claims.append(Claim(f"{head}{verdict}: {best_text}, {listed}.", _run_ids(known)))
-    claims += [_against_one_after_another(group) for group in known]
+    if len(known) > 1:
+        claims.append(_mode_claim(known))
+    claims += [_against_one_after_another(group, is_only=len(groups) == 1) for group in known]
     return claims
 
 
-def throughput_verdict(
-    ordered: Sequence[Group], if_all_shown: str, *, with_reason: bool = True
-) -> str:
-    """What may be said of the first of two or more groups with an STP, the highest first."""
+def _head(group: Group) -> str:
+    head = f"`{group.mix}` with {clients_text(group.clients)}"
+    if group.throughput_clients is not None and group.throughput_clients < group.clients:
+        head += f" ({group.throughput_clients} throughput clients only)"
+    return head
+
+
+def _mode_claim(ordered: Sequence[Group]) -> Claim:
+    """The first of two or more groups with an STP, the highest first, against the others."""
     best, others = ordered[0], ordered[1:]
-    return _verdict(
-        if_all_shown,
-        f"{best.mode_name} delivers more than",
-        best.mode_name,
-        [(group.mode_name, best.stp, group.stp) for group in others],
-        with_reason=with_reason,
+    standing = _throughput_standing(ordered)
+    listed = joined([f"{_stp_text(group, ordered)} under {_name(group)}" for group in others])
+    ours = _stp_text(best, ordered) + (f" under {_name(best)}" if standing.overlapping else "")
+    caveat = _single_caveat(ordered) if standing.single else ""
+    return Claim(
+        f"{_head(best)}: {_verdict(_name(best), standing, _throughput_words(_name(best)))}: STP "
+        f"{ours} against {listed} (1 = as much as one job after another).{caveat}",
+        _run_ids(ordered),
     )
 
 
-def _verdict(
-    all_shown: str,
-    some_shown: str,
-    best: str,
-    others: Sequence[tuple[str, Estimate, Estimate]],
-    *,
-    with_reason: bool = True,
-) -> str:
-    """What may be said of the best mode against `others`: (mode, the best's spread, its own)."""
-    shown = [mode for mode, ours, theirs in others if ours.shows_difference_from(theirs)]
-    unshown = [other for other in others if other[0] not in shown]
-    if not unshown:
-        return all_shown
-    single = any(min(ours.repeats, theirs.repeats) < 2 for _, ours, theirs in unshown)
-    reason = "one co-run has no known spread: repeat it" if single else "their spreads overlap"
-    names = " and ".join(mode for mode, _, _ in unshown)
-    nothing = f"no difference shown between {best} and {names}"
-    nothing += f" ({reason})" if with_reason else ""
-    return f"{some_shown} {' and '.join(shown)}; {nothing}" if shown else nothing
+def throughput_headline(ordered: Sequence[Group]) -> str:
+    """`_mode_claim` as a chart's title: the verdict and the figures, with n where it is 1."""
+    best, others = ordered[0], ordered[1:]
+    standing = _throughput_standing(ordered)
+    words = _throughput_words(best.mode_name, f"{best.mode_name} delivers the most")
+    verdict = _verdict(best.mode_name, standing, words, with_reason=False)
+    once = f" ({_repeats_text([group.stp for group in ordered])})" if standing.single else ""
+    listed = joined([f"{group.stp.mean:.2f} under {group.mode_name}" for group in others])
+    ours = f"{best.stp.mean:.2f}" + (f" under {best.mode_name}" if standing.overlapping else "")
+    return f"{verdict[0].upper()}{verdict[1:]}{once}: STP {ours} against {listed}"
 
 
-def _against_one_after_another(group: Group) -> Claim:
-    stp, overhead = group.stp, group.overhead_percent
-    if stp.repeats >= 2 and stp.low > 1:
-        verdict = "sharing beats running the jobs one after another"
-    elif stp.repeats >= 2 and stp.high < 1:
-        verdict = "running the jobs one after another would be faster"
+def _throughput_standing(ordered: Sequence[Group]) -> _Standing:
+    shown_as = {group.mode: f"{group.stp.mean:.2f}" for group in ordered}
+    best = ordered[0]
+    return _standing(
+        best.stp,
+        [(_name(group), group.stp, shown_as[group.mode] == shown_as[best.mode])
+         for group in ordered[1:]],
+    )  # fmt: skip
+
+
+def _stp_text(group: Group, ordered: Sequence[Group]) -> str:
+    """An STP with its spread, without where nobody has one: that is said once for all."""
+    if all(other.stp.repeats == 1 for other in ordered):
+        return f"{group.stp.mean:.2f}"
+    return group.stp.text()
+
+
+def _single_caveat(ordered: Sequence[Group]) -> str:
+    """Why a figure of a single co-run is no claim, and what to do about it."""
+    once = [group for group in ordered if group.stp.repeats == 1]
+    if len(once) == len(ordered):
+        lead = " One co-run each, so their spread is unknown"
     else:
-        verdict = "no difference shown from running the jobs one after another"
-    felt = f"; each job feels {group.antt.mean:.2f} times slower on average" if group.antt else ""
+        lead = f" One co-run only under {joined([_name(g) for g in once])}: its spread is unknown"
+    if any(group.ran_out_of_time for group in once):
+        return (
+            f"{lead}. The time budget allowed no more: repeat with a larger one "
+            "(`--phase-minutes`, `--budget-minutes`) before relying on it."
+        )
+    return f"{lead}: repeat (`--repeats 3`) before relying on it."
+
+
+# --- what may be said of the best beside the others -----------------------------------------
+
+
+@dataclass(frozen=True)
+class _Standing:
+    """The other modes by what may be said of them, beside the best one.
+
+    `shown` differ beyond the spreads, `overlapping` do not, of `single` a side ran only once;
+    `is_tie` when no single one's figure differs from the best's as it is printed.
+    """
+
+    shown: list[str]
+    overlapping: list[str]
+    single: list[str]
+    is_tie: bool
+
+
+@dataclass(frozen=True)
+class _Words:
+    """How a verdict is worded: a choice; more than (the shown ones); what single runs gave."""
+
+    choose: str
+    surpasses: str
+    seen_best: str
+    seen_better: str
+    seen_above: str
+    seen_tie: str
+
+
+def _standing(best: Estimate, others: Sequence[tuple[str, Estimate, bool]]) -> _Standing:
+    """Sort `others`: name, spread, and whether its figure reads like the best one's."""
+    shown = [name for name, theirs, _ in others if best.shows_difference_from(theirs)]
+    single = [name for name, theirs, _ in others if min(best.repeats, theirs.repeats) < 2]
+    overlapping = [name for name, _, _ in others if name not in shown and name not in single]
+    return _Standing(
+        shown, overlapping, single, all(tie for name, _, tie in others if name in single)
+    )
+
+
+def _verdict(best: str, standing: _Standing, words: _Words, *, with_reason: bool = True) -> str:
+    parts = []
+    if standing.shown and not standing.overlapping and not standing.single:
+        return words.choose
+    if standing.shown:
+        parts.append(f"{words.surpasses} {joined(standing.shown)}")
+    if standing.overlapping:
+        reason = " (their spreads overlap)" if with_reason else ""
+        others = joined(standing.overlapping)
+        parts.append(f"no difference shown between {best} and {others}{reason}")
+    if standing.single:
+        if standing.is_tie:
+            seen = f"{words.seen_tie} {joined([best, *standing.single])}"
+        elif parts:
+            seen = f"{words.seen_above} {joined(standing.single)}"
+        else:
+            seen = words.seen_best if len(standing.single) > 1 else words.seen_better
+        parts.append(f"in these runs {seen}")
+    return "; ".join(parts)
+
+
+def _throughput_words(best: str, choose: str = "") -> _Words:
+    return _Words(
+        choose=choose or f"choose {best} for throughput",
+        surpasses=f"{best} delivers more than",
+        seen_best=f"{best} delivered the most",
+        seen_better=f"{best} delivered more",
+        seen_above=f"{best} delivered more than",
+        seen_tie="the same was delivered by",
+    )
+
+
+def _p99_words(best: str) -> _Words:
+    return _Words(
+        choose=f"choose {best} where its p99 latency matters",
+        surpasses=f"its p99 latency under {best} is below that under",
+        seen_best=f"its p99 latency was the lowest under {best}",
+        seen_better=f"its p99 latency was lower under {best}",
+        seen_above=f"its p99 latency under {best} was below that under",
+        seen_tie="its p99 latency was the same under",
+    )
+
+
+def _repeats_text(found: Sequence[Estimate]) -> str:
+    """`n = 1` where all have one; else each one's own count, `n = 3 and 1`."""
+    counts = [str(estimate.repeats) for estimate in found]
+    return f"n = {counts[0] if len(set(counts)) == 1 else joined(counts)}"
+
+
+def _name(group: Group) -> str:
+    return f"{group.mode_name}{_caveat(group)}"
+
+
+def _against_one_after_another(group: Group, *, is_only: bool) -> Claim:
+    """Together against one after another; of the only mode measured, with its STP."""
+    felt = (
+        f"; each job took {group.antt.mean:.2f} times as long as alone, on average"
+        if group.antt
+        else ""
+    )
+    only = f"; STP {group.stp.text()}, no other mode was measured" if is_only else ""
     return Claim(
-        f"`{group.mix}` with {clients_text(group.clients)} under {group.mode_name}: {verdict}: "
-        f"overhead {overhead.text(0, ' %')}{felt}.",
+        f"{_head(group)} under {_name(group)}: {_time_text(group)}{felt}{only}.",
         (group.run.run_id,),
     )
+
+
+def _time_text(group: Group) -> str:
+    stp, overhead = group.stp, group.overhead_percent
+    size = f"{abs(overhead.mean):.1f} %"
+    difference = f"{size} {'less' if overhead.mean < 0 else 'more'} time"
+    if stp.repeats < 2:
+        if size == "0.0 %":
+            return "together took as long as one after another in this run (n = 1)"
+        return f"together took {difference} than one after another in this run (n = 1)"
+    if stp.low <= 1 <= stp.high:
+        return (
+            "no difference shown from running the jobs one after another: overhead "
+            f"{overhead.text(1, ' %')}"
+        )
+    low, high = sorted((abs(overhead.low), abs(overhead.high)))
+    lead = (
+        "sharing beats running the jobs one after another"
+        if stp.low > 1
+        else "running the jobs one after another would be faster"
+    )
+    spread = f"{low:.1f} to {high:.1f} %; {overhead.spread_name}"
+    return f"{lead}: together took {difference} ({spread})"
 
 
 def _latency_claims(groups: Sequence[Group]) -> list[Claim]:
@@ -208,32 +345,48 @@ def _latency_claims(groups: Sequence[Group]) -> list[Claim]:
         if len(pairs) < 2:
             continue
         pairs.sort(key=lambda pair: pair[1].latency["p99"])
-        (best, best_row), rest = pairs[0], pairs[1:]
-        listed = " against ".join(
-            f"{row.latency['p99']:.4g} ms{_repeat_range(row.p99_ms)} under "
-            f"{group.mode_name}{_caveat(group)}"
-            for group, row in pairs
-        )
-        verdict = _verdict(
-            f"choose {best.mode_name} where its p99 matters",
-            f"its p99 under {best.mode_name} is under that of",
-            best.mode_name,
-            [(group.mode_name, best_row.p99_ms, row.p99_ms) for group, row in rest],
-        )
-        claims.append(
-            Claim(
-                f"{label} beside {best.clients - 1} others (`{best.mix}`): {verdict}: {listed}.",
-                _run_ids(group for group, _ in pairs),
-            )
-        )
+        claims.append(_p99_claim(label, pairs))
     return claims
+
+
+def _p99_claim(label: str, pairs: Sequence[tuple[Group, ClientRow]]) -> Claim:
+    """One job's p99 under two or more modes, the lowest first."""
+    (best, best_row), rest = pairs[0], pairs[1:]
+    spreads = [row.p99_ms for _, row in pairs]
+    texts = [duration(row.latency["p99"]) for _, row in pairs]
+    standing = _standing(
+        best_row.p99_ms,
+        [(_name(group), row.p99_ms, text == texts[0])
+         for (group, row), text in zip(rest, texts[1:], strict=True)],
+    )  # fmt: skip
+    values = [
+        f"{text}{_repeat_range(spread)} under {_name(group)}"
+        for (group, _), text, spread in zip(pairs, texts, spreads, strict=True)
+    ]
+    if not standing.overlapping:  # then the verdict has named the best
+        values[0] = texts[0] + _repeat_range(spreads[0])
+    caveat = ""
+    if standing.single:
+        each = " each" if all(spread.repeats == 1 for spread in spreads) else ""
+        caveat = f" ({_repeats_text(spreads)}{each}: repeat before relying on it)"
+    verdict = _verdict(_name(best), standing, _p99_words(_name(best)))
+    return Claim(
+        f"{label} beside {_others_text(best.clients - 1)} (`{best.mix}`): {verdict}: "
+        f"{values[0]} against {joined(values[1:])}{caveat}.",
+        _run_ids(group for group, _ in pairs),
+    )
+
+
+def _others_text(others: int) -> str:
+    return f"{others} other{'' if others == 1 else 's'}"
 
 
 def _repeat_range(p99_ms: Estimate) -> str:
     """How far the p99 of single repeats lies apart."""
     if p99_ms.repeats < 2:
-        return " (n = 1)"
-    return f" ({p99_ms.low:.4g} to {p99_ms.high:.4g} over {p99_ms.repeats} repeats)"
+        return ""
+    low, high = duration(p99_ms.low), duration(p99_ms.high)
+    return f" ({low} to {high} over {p99_ms.repeats} repeats)"
 
 
 def _ramp_claims(ramp: Ramp) -> list[Claim]:

@@ -7,6 +7,7 @@ functions that draw, with the Agg backend: no display is needed and `--help` sta
 from __future__ import annotations
 
 import itertools
+import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 _DPI = 120
 _TITLE_CHARACTERS_PER_INCH = 9.5
+_LABEL_WIDTH = 0.032  # of a timeline: what `n=10` takes, with some air
 
 # Luminance differs too, so that the order of the shades survives a grey print.
 _STYLES: Mapping[str, Mapping[str, str]] = {
@@ -104,20 +106,23 @@ def mode_comparison(groups: Sequence[comparison.Group], path: Path) -> Chart | N
                 row, found.mean, 0.62, xerr=_error_bar(found), color=style["color"],
                 hatch=style["hatch"], edgecolor="black", linewidth=0.8, capsize=4,
             )  # fmt: skip
+            # In a column of their own: beside its bar, a value near 1 would lie on the dashed line.
             panel.annotate(
-                f"{found.mean:.2f}", (found.high, row), xytext=(6, 0),
-                textcoords="offset points", va="center",
-                bbox={"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.85},
+                f"{found.mean:.2f}", (1, row), xycoords=("axes fraction", "data"),
+                ha="right", va="center", fontweight="bold",
             )  # fmt: skip
         panel.axvline(1, color="black", linestyle="--", linewidth=1)
         panel.set_yticks(range(len(known)), [group.mode_name for group in known])
         panel.invert_yaxis()
         panel.set_xlabel(label)
-        panel.set_xlim(0, max(1.0, *(getattr(group, name).high for group in known)) * 1.15)
+        panel.set_xlim(0, max(1.0, *(getattr(group, name).high for group in known)) * 1.2)
         panel.grid(axis="x", color="0.85")
     right.set_yticklabels([])
-    figure.supxlabel(_spread_note([group.stp for group in known]) + "; dashed line: alone",
-                     fontsize=8)  # fmt: skip
+    figure.supxlabel(
+        _spread_note([group.stp for group in known])
+        + "; dashed line: one job after another (left), as fast as alone (right)",
+        fontsize=8,
+    )
     listed = ", ".join(f"{group.mode_name} {group.stp.mean:.2f}" for group in known)
     return _save(
         figure, path, _comparison_message(known), known[0].subject,
@@ -142,12 +147,9 @@ def _comparison_message(known: Sequence[comparison.Group]) -> str:
     if best.mode == comparison.CPU_DEMO:
         return f"CPU demonstration, no GPU mode in force: STP {best.stp.mean:.2f}"
     if not others:
-        return f"{best.mode_name} delivers STP {best.stp.mean:.2f}"
-    against = " and ".join(f"{group.stp.mean:.2f} under {group.mode_name}" for group in others)
-    lead = decision.throughput_verdict(
-        ordered, f"{best.mode_name} delivers the most", with_reason=False
-    )
-    return f"{lead[0].upper()}{lead[1:]}: STP {best.stp.mean:.2f} under {best.mode_name}, {against}"
+        once = " (n = 1)" if best.stp.repeats == 1 else ""
+        return f"{best.mode_name} delivers STP {best.stp.mean:.2f}{once}"
+    return decision.throughput_headline(ordered)
 
 
 # --- utilization timeline -------------------------------------------------------------------
@@ -214,8 +216,13 @@ def _activity_source(samples: Sequence[Mapping[str, Any]]) -> tuple[str, str] | 
 
 
 def _mark_windows(panel: Axes, windows: Sequence[Mapping[str, Any]], start: float) -> None:
-    """Shade alone and together differently, and write the count of clients over co-runs."""
+    """Shade alone and together differently, and write the count of clients over co-runs.
+
+    Of windows too close for two labels of one row, only the first is labeled.
+    """
     named: set[str] = set()
+    left, right = panel.get_xlim()
+    last_label = -math.inf
     for window in windows:
         alone = window["phase"] == "baseline"
         name = "one job alone" if alone else "n clients together"
@@ -225,10 +232,10 @@ def _mark_windows(panel: Axes, windows: Sequence[Mapping[str, Any]], start: floa
             edgecolor="0.75", linewidth=0.5, zorder=0, label=None if name in named else name,
         )  # fmt: skip
         named.add(name)
-        if not alone:
-            panel.annotate(
-                f"n={window['clients']}", ((begin + end) / 2, 104), ha="center", fontsize=8
-            )
+        center = (begin + end) / 2
+        if not alone and center - last_label > _LABEL_WIDTH * (right - left):
+            panel.annotate(f"n={window['clients']}", (center, 104), ha="center", fontsize=8)
+            last_label = center
 
 
 def _timeline_message(
@@ -292,6 +299,8 @@ def slowdown_per_workload(groups: Sequence[comparison.Group], path: Path) -> Cha
     panel.set_ylabel("slowdown (times slower than alone)")
     panel.grid(axis="y", color="0.85")
     panel.legend(loc="upper left", bbox_to_anchor=(0, 1.12), ncols=len(known), frameon=False)
+    note = _spread_note([row.slowdown for g in known for row in g.client_rows if row.slowdown])
+    figure.supxlabel(note, fontsize=8)
     worst_group, worst = max(
         ((group, row) for group in known for row in group.client_rows if row.slowdown),
         key=lambda pair: pair[1].slowdown.mean,
@@ -301,8 +310,7 @@ def slowdown_per_workload(groups: Sequence[comparison.Group], path: Path) -> Cha
         f"Slowdowns reach {worst.slowdown.mean:.1f} times: {worst.label} under "
         f"{worst_group.mode_name}",
         worst_group.subject,
-        f"Bars of each client's slowdown by mode, {worst_group.subject}; "
-        + _spread_note([row.slowdown for g in known for row in g.client_rows if row.slowdown]),
+        f"Bars of each client's slowdown by mode, {worst_group.subject}; {note}",
     )  # fmt: skip
 
 
@@ -334,38 +342,47 @@ def stress_scaling(ramps: Sequence[comparison.Ramp], path: Path) -> Chart | None
                 markeredgecolor="black", capsize=3,
                 label=comparison.MODE_NAMES.get(ramp.mode, ramp.mode),
             )  # fmt: skip
-        _mark_breaking_point(left, ramp, style["color"])
+    _mark_breaking_points(left, known)
     counts = sorted({group.clients for ramp in known for group in ramp.groups})
-    for panel, label in (
-        (left, "STP (GPUs' worth of work)"),
-        (right, "ANTT (times slower than alone)"),
+    left.axhline(1, color="0.5", linewidth=1, label="one job after another")
+    right.plot(counts, counts, color="0.5", linewidth=1)
+    for panel, name, label in (
+        (left, "stp", "STP (GPUs' worth of work)"),
+        (right, "antt", "ANTT (times slower than alone)"),
     ):
         panel.set_xticks(counts)
         panel.set_xlabel("clients at the same time")
         panel.set_ylabel(label)
-        panel.set_ylim(bottom=0)
+        found = [getattr(group, name) for ramp in known for group in ramp.groups]
+        reference = 1 if panel is left else counts[-1]
+        highest = max(reference, *(estimate.high for estimate in found if estimate is not None))
+        panel.set_ylim(0, 1.08 * highest)
         panel.grid(color="0.85")
-    right.plot(counts, counts, color="0.5", linewidth=0.8, label="one after another (= clients)")
-    left.axhline(1, color="0.5", linewidth=0.8, label="one after another (= 1)")
-    for panel in (left, right):
-        panel.legend(loc="best", fontsize=8)
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", fontsize=8, ncols=len(labels))
+    estimates = [group.stp for ramp in known for group in ramp.groups if group.stp is not None]
+    left.set_title(_spread_note(estimates), fontsize=8, loc="left")
     return _save(
         figure, path, _scaling_message(known), f"copies of the {known[0].mix} mix",
         f"Lines of STP and mean slowdown against the count of clients ({known[0].mix}).",
     )  # fmt: skip
 
 
-def _mark_breaking_point(panel: Axes, ramp: comparison.Ramp, color: str) -> None:
-    clients = ramp.breaking_point["clients"]
-    if clients is None:
-        return
-    panel.axvline(clients, color=color, linestyle=":", linewidth=1.5)
-    name = comparison.MODE_NAMES.get(ramp.mode, ramp.mode)
-    panel.annotate(
-        f"{name} breaks: {ramp.breaking_point['criterion']}", (clients, 1), rotation=90,
-        xycoords=("data", "axes fraction"), xytext=(-4, -4), textcoords="offset points",
-        ha="right", va="top", fontsize=8,
-    )  # fmt: skip
+def _mark_breaking_points(panel: Axes, ramps: Sequence[comparison.Ramp]) -> None:
+    """A line at each count that broke, its reason at the foot, where no curve is."""
+    broken: dict[int, list[str]] = {}
+    for ramp in ramps:
+        name = comparison.MODE_NAMES.get(ramp.mode, ramp.mode)
+        if ramp.breaking_point["clients"] is not None:
+            reasons = broken.setdefault(ramp.breaking_point["clients"], [])
+            reasons.append(f"{name} breaks: {ramp.breaking_point['criterion']}")
+    for clients, reasons in broken.items():
+        panel.axvline(clients, color="0.3", linestyle=":", linewidth=1.5)
+        panel.annotate(
+            "\n".join(reasons), (clients, 0), rotation=90, xycoords=("data", "axes fraction"),
+            xytext=(-4, 4), textcoords="offset points", ha="right", va="bottom", fontsize=8,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.85},
+        )  # fmt: skip
 
 
 def _scaling_message(ramps: Sequence[comparison.Ramp]) -> str:
@@ -383,4 +400,5 @@ def _scaling_message(ramps: Sequence[comparison.Ramp]) -> str:
             f"{name} peaks at STP {best.stp.mean:.2f} with "
             f"{comparison.clients_text(best.clients)} and {end}"
         )
-    return "; ".join(parts)
+    message = "; ".join(parts)
+    return f"{message[0].upper()}{message[1:]}"

@@ -10,6 +10,7 @@ from typing import Any
 from benchmarking import comparison, figures
 from benchmarking.comparison import Comparison, Group, Section
 from benchmarking.estimates import Estimate
+from benchmarking.number_text import duration, durations, significant
 
 UNKNOWN = "–"
 
@@ -254,7 +255,7 @@ def _charts(drawn: Sequence[figures.Chart]) -> list[str]:
 def _latency_text(row: comparison.ClientRow) -> str:
     if row.latency is None:
         return UNKNOWN
-    return " / ".join(number(row.latency[f"p{percent}"], 1) for percent in (50, 95, 99))
+    return durations([row.latency[f"p{percent}"] for percent in (50, 95, 99)])
 
 
 def _alone(section: Section) -> list[str]:
@@ -263,17 +264,13 @@ def _alone(section: Section) -> list[str]:
         return []
     rows = [
         [row.label, number(row.job_seconds, 1), _latency_text(row),
-         number(row.peak_memory_mib, 0), _beside_guide(row, section.environment["job_size"])]
+         number(row.peak_memory_mib, 0)]
         for row in section.alone
     ]  # fmt: skip
     return [
         "### Each job alone (the baseline)",
-        table(
-            ["job", "job s", "p50 / p95 / p99 ms", "peak memory MiB (PyTorch)",
-             "measured (the guide's range)"],
-            rows,
-        ),
-    ]  # fmt: skip
+        table(["job", "job s", "latency p50 / p95 / p99", "peak memory MiB (PyTorch)"], rows),
+    ]
 
 
 def _clients(section: Section) -> list[str]:
@@ -294,7 +291,6 @@ def _clients(section: Section) -> list[str]:
                     if any(value is not None for value in tails.values())
                     else UNKNOWN,
                     number(row.peak_memory_mib, 0),
-                    _beside_guide(row, section.environment.get("job_size")),
                 ]
             )
     if not rows:
@@ -305,29 +301,18 @@ def _clients(section: Section) -> list[str]:
         "the raw values of all repeats; tail slowdown is the same percentile over the one alone.",
         table(
             ["mode, mix, clients", "client", "status", "proof", "slowdown", "job s",
-             "p50 / p95 / p99 ms", "tail slowdown p50 / p95 / p99", "peak memory MiB (PyTorch)",
-             "measured (the guide's range, alone)"],
+             "latency p50 / p95 / p99", "tail slowdown p50 / p95 / p99",
+             "peak memory MiB (PyTorch)"],
             rows,
         ),
     ]  # fmt: skip
 
 
 def measured_text(check: comparison.Check) -> str:
-    """The measured value to three or more digits, with its unit."""
-    value = check.value
-    text = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-    return f"{text} {check.expectation.unit}"
-
-
-def _beside_guide(row: comparison.ClientRow, job_size: Any) -> str:
-    """A client's measured values, each with the guide's range and the verdict, in one cell."""
-    if job_size != "guide" or not row.checks:
-        return UNKNOWN
-    return "; ".join(
-        f"{check.expectation.name} {measured_text(check)} "
-        f"({check.expectation.range_text}: {check.verdict})"
-        for check in row.checks
-    )
+    """The measured value to three significant digits, with its unit; from 1000 ms on in s."""
+    if check.expectation.unit == "ms":
+        return duration(check.value)
+    return f"{significant(check.value)} {check.expectation.unit}"
 
 
 def _check_row(name: str, check: comparison.Check) -> list[str]:
@@ -351,19 +336,79 @@ def _expected(section: Section) -> list[str]:
              for check in group.checks]  # fmt: skip
     alone = [_check_row(row.label, check) for row in section.alone for check in row.checks]
     rows = [*modes, *alone]
-    if not rows:
+    together = _expected_together(section)
+    if not rows and not together:
         return []
     inside = sum(row[5] == "inside" for row in rows)
     return [
         "### Against the guide's expected ranges",
         f"{inside} of {len(rows)} measured values lie inside. The ranges for a workload are for "
-        "the job alone on an unnamed GPU; the table of clients repeats them for orientation.",
+        "the job alone on an unnamed GPU.",
         table(
             ["what", "situation", "quantity", "measured", "guide expects", "verdict",
              "where in the guide"],
             rows,
         ),
+        *together,
     ]  # fmt: skip
+
+
+def _expected_together(section: Section) -> list[str]:
+    """Each job's quantities alone and beside the others, a column a mode; a table a mix and count.
+
+    Copies of one job share a line.
+    """
+    parts = []
+    subjects: dict[str, list[Group]] = {}
+    for group in section.groups:
+        subjects.setdefault(group.subject, []).append(group)
+    for subject, groups in subjects.items():
+        columns = [[(row.label, row.checks) for row in group.client_rows] for group in groups]
+        alone = [(row.label, row.checks) for row in section.alone]
+        lines = dict.fromkeys(
+            (label, check.expectation)
+            for column in columns
+            for label, checks in column
+            for check in checks
+        )
+        rows = [
+            [
+                label,
+                expected.name,
+                expected.range_text,
+                *(_measured_of(column, label, expected) for column in [alone, *columns]),
+            ]
+            for label, expected in lines
+        ]
+        if rows:
+            header = ["job", "quantity", "guide expects, alone", "alone"]
+            parts += [
+                f"The same jobs, {subject} at the same time, for orientation:",
+                table([*header, *(group.mode_name for group in groups)], rows),
+            ]
+    return parts
+
+
+def _measured_of(
+    rows: Iterable[tuple[str, Sequence[comparison.Check]]],
+    label: str,
+    expected: comparison.expectations.Expectation,
+) -> str:
+    """What clients with this label measured of a quantity, lowest to highest, with verdicts."""
+    found = sorted(
+        (
+            check
+            for row_label, checks in rows
+            for check in checks
+            if row_label == label and check.expectation == expected
+        ),
+        key=lambda check: check.value,
+    )
+    if not found:
+        return UNKNOWN
+    values = dict.fromkeys(measured_text(check) for check in (found[0], found[-1]))
+    verdicts = dict.fromkeys(check.verdict for check in found)
+    return f"{' to '.join(values)}: {', '.join(verdicts)}"
 
 
 def _evidence_text(evidence: Any) -> str:
@@ -387,17 +432,20 @@ def _proof(section: Section) -> list[str]:
 
 
 def _co_run_proof(run: comparison.RunView, co_run: str) -> str:
-    """Verdicts of a co-run's clients, then each piece of evidence with the clients it holds for."""
-    verdicts: dict[str, list[str]] = {}
-    evidence: dict[str, list[str]] = {}
+    """How many clients of a co-run were proved, then a line a client with its evidence."""
+    verdicts: dict[str, int] = {}
+    lines = []
     for record in run.clients("co_run", co_run):
-        proof, client = record.get("proof") or {}, str(record["client"])
-        verdicts.setdefault(proof.get("verdict") or "unverified", []).append(client)
-        for item in proof.get("evidence") or []:
-            evidence.setdefault(_evidence_text(item), []).append(client)
-    counts = ", ".join(f"{len(clients)} {verdict}" for verdict, clients in verdicts.items())
-    found = "; ".join(f"client {', '.join(who)}: {text}" for text, who in evidence.items())
-    return f"`{co_run}`: {counts or 'no client record'} ({found or 'no evidence recorded'})"
+        proof = record.get("proof") or {}
+        verdict = proof.get("verdict") or "unverified"
+        verdicts[verdict] = verdicts.get(verdict, 0) + 1
+        found = "; ".join(_evidence_text(item) for item in proof.get("evidence") or [])
+        label = record.get("label") or record["workload"]
+        lines.append(
+            f"  - client {record['client']}, {label}, {verdict}: {found or 'no evidence recorded'}"
+        )
+    counts = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.items())
+    return "\n".join([f"`{co_run}`: {counts or 'no client record'}", *lines])
 
 
 def _limits(section: Section) -> list[str]:
@@ -456,7 +504,8 @@ def _environment(section: Section) -> list[str]:
     )
     commits = sorted(
         {
-            f"{found.get('git_commit')}{' (dirty tree)' if found.get('git_dirty') else ''}"
+            f"{found.get('git_commit') or 'unknown'}"
+            f"{' (dirty tree)' if found.get('git_dirty') else ''}"
             for run in section.runs
             for found in [run.manifest.get("environment") or {}]
         }
@@ -506,8 +555,10 @@ def _environment(section: Section) -> list[str]:
 
 
 def _phases(phases: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What each phase did; the analysis cannot be in the log yet, or is an earlier one's line."""
     if not phases:
         return []
+    earlier = [phase for phase in phases if phase.get("name") != "analysis"]
     rows = [
         [
             str(phase.get("phase", UNKNOWN)),
@@ -517,11 +568,16 @@ def _phases(phases: Sequence[Mapping[str, Any]]) -> list[str]:
             number(phase.get("seconds"), 0),
             str(phase.get("run_folder") or UNKNOWN),
         ]
-        for phase in phases
+        for phase in earlier
     ]
+    numbers = [phase["phase"] for phase in earlier if isinstance(phase.get("phase"), int)]
+    last = max(numbers, default=0) + 1
     return [
         "## Phases",
-        table(["phase", "name", "status", "reason", "seconds", "run"], rows),
+        table(
+            ["phase", "name", "status", "reason", "seconds", "run"],
+            [*rows, [str(last), "analysis", "ok", "this report", UNKNOWN, UNKNOWN]],
+        ),
     ]
 
 
@@ -542,7 +598,8 @@ def _how_to_read() -> list[str]:
                 "**GPU utilization** says that some kernel ran; **SM activity**, where the GPU "
                 "has it, how much of the GPU worked.",
                 "A difference is claimed only where each side has two or more repeats and their "
-                "intervals (three or more) or ranges (two) do not overlap.",
+                "intervals (three or more) or ranges (two) do not overlap. Of a single co-run "
+                "(n = 1) only what was seen is said.",
             ]
         ),
     ]

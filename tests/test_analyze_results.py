@@ -89,10 +89,9 @@ def test_without_output_the_report_lands_beside_the_runs_and_can_be_made_again(t
     assert (results / "report.md").read_text() == before
 
 
-def test_torn_lines_unreadable_runs_and_doubles_are_said(tmp_path):
+def test_torn_lines_and_unreadable_runs_are_said(tmp_path):
     results = tmp_path / "results"
     shutil.copytree(FIXTURE, results)
-    shutil.copytree(results / "mps-mixed-20260101-001000", results / "copy" / "mps")
     torn = results / "time-slicing-mixed-20260101-000000"
     for name in ("records.jsonl", "gpu_samples.jsonl"):
         with (torn / name).open("a") as stream:
@@ -104,8 +103,46 @@ def test_torn_lines_unreadable_runs_and_doubles_are_said(tmp_path):
     problems = (results / "report.md").read_text().split("## Problems while reading")[1]
     assert "records.jsonl: line" in problems
     assert "gpu_samples.jsonl: line" in problems
-    assert "has the same run id" in problems
     assert "broken/manifest.json is not JSON" in problems
+
+
+def test_runs_that_share_an_id_are_all_kept_and_named_by_their_paths(tmp_path):
+    unlike = synthetic_runs.GPU | {"driver_version": "590.00"}
+    for experiment, environment in (("first", synthetic_runs.GPU), ("second", unlike)):
+        for run_id, mode in (("mps", "mps"), (f"only-{experiment}", "time-slicing")):
+            made = synthetic_runs.run(run_id, mode, {4: [2.0]}, environment=environment)
+            synthetic_runs.write(tmp_path / experiment, made)
+    done = analyze("--results-dir", tmp_path)
+    assert done.returncode == 0, done.stderr
+    with (tmp_path / "comparison.csv").open(newline="") as stream:
+        named = {row["run_id"] for row in csv.DictReader(stream)}
+    assert named == {"first/mps", "second/mps", "only-first", "only-second"}
+    assert len(list(tmp_path.glob("*timeline-*-mps.png"))) == 2
+    assert "Problems while reading" not in (tmp_path / "report.md").read_text()
+
+
+def test_a_copy_of_a_run_is_listed_as_left_out(tmp_path):
+    made = synthetic_runs.run("mps", "mps", {4: [2.0]})
+    for experiment in ("first", "second"):
+        synthetic_runs.write(tmp_path / experiment, made)
+    assert analyze("--results-dir", tmp_path).returncode == 0
+    assert (
+        "first/mps (MPS, mixed, 4 clients): begun at the same second as second/mps"
+        in (tmp_path / "report.md").read_text()
+    )
+
+
+def test_nothing_heavy_is_imported_before_it_is_needed():
+    code = (
+        "import sys\n"
+        "import benchmarking.analyze_results\n"
+        "print([name for name in ('pandas', 'matplotlib', 'numpy') if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=PROJECT_ROOT, capture_output=True, text=True, check=True, timeout=60,
+    )  # fmt: skip
+    assert done.stdout.strip() == "[]"
 
 
 def test_a_ramp_gets_its_own_chart(tmp_path):
@@ -159,6 +196,29 @@ def test_an_output_that_cannot_be_written_ends_with_code_2(tmp_path):
     assert done.returncode == 2
     assert "choose another --output" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("slicing", "mps", "message"),
+    [
+        ([4.0], [2.0],
+         "In these runs MPS delivered more (n = 1): STP 2.00 against 1.00 under time slicing"),
+        ([4.0, 4.1], [2.0, 2.1],
+         "MPS delivers the most: STP 1.95 against 0.99 under time slicing"),
+        ([4.0, 3.8], [3.9, 3.7], "No difference shown between MPS and time slicing: STP 1.05 "
+         "under MPS against 1.03 under time slicing"),
+    ],
+)  # fmt: skip
+def test_the_comparison_charts_title_says_what_may_be_said(tmp_path, slicing, mps, message):
+    views = [
+        figures.comparison.RunView(mode, made["manifest"], made["records"])
+        for mode, slowdowns in (("time-slicing", slicing), ("mps", mps))
+        for made in [synthetic_runs.run(mode, mode, {4: slowdowns})]
+    ]
+    groups = figures.comparison.compare(views).sections[0].groups
+    chart = figures.mode_comparison(groups, tmp_path / "modes.png")
+    assert chart is not None
+    assert chart.message == f"{message} (mixed, 4 clients)"
 
 
 @pytest.mark.parametrize(

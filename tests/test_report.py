@@ -51,8 +51,9 @@ def mps(stp_slowdowns: list[float], **more: object) -> dict:
 def test_a_mode_is_chosen_when_the_repeats_intervals_lie_apart():
     text = sentences(compare(time_slicing([4.0, 4.04, 4.08]), mps([2.0, 2.02, 2.04])))
     assert "choose MPS for throughput: STP 1.98 (" in text
-    assert "95 % interval, n = 3) under MPS, 0.99 (" in text
-    assert "Batch inference beside 3 others (`mixed`): choose MPS where its p99 matters" in text
+    assert "95 % interval, n = 3) against 0.99 (" in text
+    assert "Batch inference beside 3 others (`mixed`): choose MPS where its p99 latency" in text
+    assert "in these runs" not in text
 
 
 def test_no_difference_is_shown_when_the_repeats_intervals_overlap():
@@ -61,11 +62,56 @@ def test_no_difference_is_shown_when_the_repeats_intervals_overlap():
     assert "choose" not in text.splitlines()[0]
 
 
-def test_single_co_runs_far_apart_are_still_no_difference_shown():
-    text = sentences(compare(time_slicing([4.0]), mps([2.0])))
-    assert "no difference shown between MPS and time slicing" in text
-    assert "one co-run has no known spread" in text
-    assert "STP 2.00 (n = 1) under MPS, 1.00 (n = 1) under time slicing" in text
+def test_of_single_co_runs_far_apart_only_what_was_seen_is_said():
+    first, *others = sentences(compare(time_slicing([4.0]), mps([2.0]))).splitlines()
+    assert first == (
+        "`mixed` with 4 clients: in these runs MPS delivered more: STP 2.00 against 1.00 under "
+        "time slicing (1 = as much as one job after another). One co-run each, so their spread is "
+        "unknown: repeat (`--repeats 3`) before relying on it."
+    )
+    (p99,) = [line for line in others if line.startswith("Batch inference")]
+    assert "in these runs its p99 latency was lower under MPS: " in p99
+    assert p99.endswith(" under time slicing (n = 1 each: repeat before relying on it).")
+    assert "choose" not in "\n".join([first, *others])
+
+
+def test_where_the_budget_ended_the_repeats_a_larger_one_is_advised():
+    planned = [{"co_run": f"mixed-4-r{n}", "clients": [{}] * 4} for n in range(3)]
+    run = mps([2.0], plan={"baseline": [], "co_runs": planned})
+    first = sentences(compare(time_slicing([4.0]), run)).splitlines()[0]
+    assert "The time budget allowed no more: repeat with a larger one" in first
+    assert "`--repeats 3`" not in first
+
+
+def test_single_co_runs_with_the_same_figure_are_called_the_same():
+    text = sentences(compare(time_slicing([3.999]), mps([4.0])))
+    assert "in these runs the same was delivered by time slicing and MPS: STP 1.00" in text
+
+
+def test_of_three_modes_run_once_the_best_is_named():
+    mig = synthetic_runs.run("mig", "mig", {4: [2.5]})
+    first = sentences(compare(time_slicing([4.0]), mps([2.0]), mig)).splitlines()[0]
+    assert (
+        "in these runs MPS delivered the most: STP 2.00 against 1.60 under MIG and 1.00 under "
+        "time slicing" in first
+    )
+
+
+def test_a_single_co_run_against_one_after_another_is_said_as_seen():
+    text = sentences(compare(time_slicing([4.4]), mps([2.0])))
+    assert (
+        "under MPS: together took 50.0 % less time than one after another in this run (n = 1); "
+        "each job took 2.00 times as long as alone, on average." in text
+    )
+    assert "under time slicing: together took 10.0 % more time than one after another in" in text
+    even = sentences(compare(time_slicing([4.0])))
+    assert "together took as long as one after another in this run (n = 1)" in even
+
+
+def test_the_only_mode_measured_gets_one_sentence_for_throughput():
+    (only,) = sentences(compare(mps([2.0]))).splitlines()
+    assert only.startswith("`mixed` with 4 clients under MPS: together took 50.0 % less time")
+    assert only.endswith("; STP 2.00 (n = 1), no other mode was measured.")
 
 
 def test_two_repeats_are_compared_by_their_ranges():
@@ -78,18 +124,25 @@ def test_against_a_mode_measured_once_only_that_difference_stays_open():
     mig = synthetic_runs.run("mig", "mig", {4: [4.5]})
     text = sentences(compare(time_slicing([4.0, 4.04]), mps([2.0, 2.02]), mig))
     assert (
-        "MPS delivers more than time slicing; no difference shown between MPS and MIG (one "
-        "co-run has no known spread" in text
+        "MPS delivers more than time slicing; in these runs MPS delivered more than MIG: STP "
+        in text
     )
+    assert "One co-run only under MIG: its spread is unknown: repeat" in text
+    assert "(n = 2, 2 and 1: repeat before relying on it)" in text
 
 
 def test_sharing_is_judged_against_running_one_after_another():
     text = sentences(compare(time_slicing([4.4, 4.42, 4.41]), mps([2.0, 2.02, 2.01])))
-    assert "under MPS: sharing beats running the jobs one after another: overhead -50 %" in text
     assert (
-        "under time slicing: running the jobs one after another would be faster: overhead 10 %"
-        in text
+        "under MPS: sharing beats running the jobs one after another: together took 49.8 % less "
+        "time (49.1 to 50.4 %; 95 % interval, n = 3)" in text
     )
+    assert (
+        "under time slicing: running the jobs one after another would be faster: together took "
+        "10.2 % more time (" in text
+    )
+    unclear = sentences(compare(time_slicing([4.1, 3.9])))
+    assert "no difference shown from running the jobs one after another: overhead 0.0 %" in unclear
 
 
 def test_a_co_run_that_failed_is_reported_as_such_and_not_as_a_result():
@@ -213,6 +266,44 @@ def test_tails_use_the_baseline_that_a_run_reused():
     assert alone.client_rows[1].tail_slowdown[99] is None
 
 
+def reusing_mps(experiment: str) -> RunView:
+    """A run that took its baselines from a run of the id `baseline`."""
+    made = mps([2.0], baseline_run_id="baseline")
+    records = [record for record in made["records"] if record["phase"] == "co_run"]
+    return RunView(f"{experiment}/mps", made["manifest"], records, experiment=experiment)
+
+
+def baseline(experiment: str, times_slower: float = 1.0, **more: object) -> RunView:
+    """A run of the id `baseline` in that experiment."""
+    made = synthetic_runs.run("baseline", "exclusive", {}, **more)
+    for record in made["records"]:
+        if record.get("latency_ms"):
+            record["latency_ms"] = [times_slower * value for value in record["latency_ms"]]
+    name = f"{experiment}/baseline"
+    return RunView(name, made["manifest"], made["records"], experiment=experiment)
+
+
+def p99_slowdown(views: list[RunView]) -> float | None:
+    """The p99 slowdown of the batch inference in the only co-run."""
+    sections = comparison.compare(views).sections
+    (group,) = [group for section in sections for group in section.groups]
+    return group.client_rows[1].tail_slowdown[99]
+
+
+def test_a_reused_baseline_is_looked_for_in_the_same_experiment_first():
+    views = [baseline("first", 2.0), baseline("second"), reusing_mps("first")]
+    assert p99_slowdown(views) == pytest.approx(1.0, rel=0.1)
+    assert p99_slowdown([views[1], views[0], views[2]]) == pytest.approx(1.0, rel=0.1)
+    assert p99_slowdown([views[1], views[2]]) == pytest.approx(2.0, rel=0.1)
+
+
+def test_the_baseline_of_another_experiment_must_be_earlier_and_of_a_like_environment():
+    unlike = baseline("other", environment=synthetic_runs.GPU | {"gpu_name": "Another GPU"})
+    later = baseline("other", created_at="2026-02-01T00:00:00+00:00")
+    assert p99_slowdown([unlike, reusing_mps("own")]) is None
+    assert p99_slowdown([later, reusing_mps("own")]) is None
+
+
 def test_migs_stp_is_also_given_per_multiprocessor():
     mig = synthetic_runs.run("mig", "mig", {4: [4.0]})
     change(mig, lambda r: r["identity"].update(multiprocessor_count=16), record="client")
@@ -246,14 +337,47 @@ def test_the_decision_comes_first_and_every_sentence_names_its_run():
 def test_measured_values_stand_beside_the_guides_ranges():
     text = markdown(compare(time_slicing([4.0])))
     assert "| time slicing | mixed, 4 clients | overhead | 0 % | 10-30 % | below |" in text
-    assert "| ResNet50 training | alone | time of an epoch | 4.4 s | 60-120 s | below |" in text
-    assert "test accuracy 81 % (70-85 %: inside)" in text
+    assert "| ResNet50 training | alone | time of an epoch | 4.40 s | 60-120 s | below |" in text
+
+
+def test_beside_others_a_job_stands_in_one_line_with_the_guides_range_and_its_time_alone():
+    text = markdown(compare(time_slicing([4.0]), mps([2.0])))
+    start = text.index("The same jobs, mixed, 4 clients at the same time")
+    assert "| job | quantity | guide expects, alone | alone | time slicing | MPS |" in text[start:]
+    assert (
+        "| ResNet50 training | test accuracy | 70-85 % | 81.0 %: inside | 81.0 %: inside "
+        "| 81.0 %: inside |" in text[start:]
+    )
+
+
+def test_copies_of_a_job_share_a_line_with_their_lowest_and_highest_value():
+    run = synthetic_runs.run("mps", "mps", {2: [1.5]}, mix="training")
+    change(run, lambda r: r.update(figures={"epoch_seconds": 70.0}), client=1, phase="co_run")
+    assert (
+        "| ResNet50 training | time of an epoch | 60-120 s | 4.40 s: below "
+        "| 4.40 s to 70.0 s: below, inside |" in markdown(compare(run))
+    )
+
+
+def test_durations_from_one_second_on_are_given_in_seconds():
+    def slow(record: dict) -> None:
+        record["latency_ms"] = [12833.0, 13036.3, 13039.6]
+
+    text = markdown(compare(change(mps([2.0]), slow, client=1, phase="co_run")))
+    assert "| 13.0 / 13.0 / 13.0 s |" in text
+    assert "| Batch inference | mean latency | 30-50 ms | " in text
+    assert " ms: below | 13.0 s: above |" in text
+    assert "e+0" not in text
 
 
 def test_the_proof_of_every_co_run_is_shown():
     text = markdown(compare(mps([2.0])))
     assert "- before the run: MIG mode: Disabled (ok)" in text
-    assert "`mixed-4-r0`: 4 verified (client 0, 1, 2, 3: pid among the mode's" in text
+    assert (
+        "- `mixed-4-r0`: 4 verified\n"
+        "  - client 0, ResNet50 training, verified: pid among the mode's processes: 4242 (ok)\n"
+        "  - client 1, Batch inference, verified: pid among" in text
+    )
 
 
 def test_phases_show_why_one_was_skipped_and_problems_are_said():
@@ -263,7 +387,18 @@ def test_phases_show_why_one_was_skipped_and_problems_are_said():
     ]
     text = markdown(compare(mps([2.0]), phases=phases, problems=["line 9 is torn, skipped"]))
     assert "| 4 | mig | skipped | MIG mode is off: --mig | – | – |" in text
+    assert "| 5 | analysis | ok | this report | – | – |" in text
     assert "- line 9 is torn, skipped" in text
+
+
+def test_the_line_of_an_earlier_analysis_gives_way_to_this_one():
+    phases = [
+        {"phase": 4, "name": "mig", "status": "skipped"},
+        {"phase": 5, "name": "analysis", "status": "failed", "reason": "status 1", "seconds": 2},
+    ]
+    text = markdown(compare(mps([2.0]), phases=phases))
+    assert text.count("| analysis |") == 1
+    assert "| 5 | analysis | ok | this report | – | – |" in text
 
 
 def test_unknown_is_a_dash_and_never_zero():
