@@ -240,3 +240,18 @@ def test_a_timeline_shows_the_best_source_there_is_and_names_it(tmp_path, sample
     assert chart.message.startswith(label)
     nothing = [{"time_seconds": 1.0, "host_cpu_percent": None}]
     assert figures.utilization_timeline(run, nothing, tmp_path / "none.png") is None
+
+
+def test_the_recorded_h100_run_gives_the_figures_that_the_readme_shows(tmp_path):
+    recorded = PROJECT_ROOT / "examples" / "h100-mixed-4"
+    done = analyze("--results-dir", recorded, "--output", tmp_path)
+    assert done.returncode == 0, done.stderr
+    with (tmp_path / "comparison.csv").open(newline="") as stream:
+        by_mode = {row["mode"]: row for row in csv.DictReader(stream)}
+    readme = (PROJECT_ROOT / "README.md").read_text()
+    for mode, stp, antt in (("time-slicing", "0.98", "4.22"), ("mps", "1.13", "3.87")):
+        row = by_mode[mode]
+        assert f"{float(row['stp_mean']):.2f}" == stp
+        assert f"{float(row['antt_mean']):.2f}" == antt
+        assert stp in readme and antt in readme
+    assert (tmp_path / "report.md").read_text().count("verified") >= 8
