@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import http.server
 import json
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -16,7 +18,7 @@ from conftest import PROJECT_ROOT
 from held_client import HeldClient
 from server_process import running
 
-from workloads.inference.load_generator import encode_images
+from workloads.inference.load_requests import encode_images
 
 SCRIPT = PROJECT_ROOT / "workloads" / "inference" / "load_test.py"
 GUIDE_FIGURES = (
@@ -178,19 +180,36 @@ def test_an_unreachable_server_is_exit_code_2_and_one_sentence(url, said, tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_neither_the_tester_nor_its_processes_import_torch():
+@pytest.mark.parametrize("module", ["load_test", "load_worker"])
+def test_neither_the_tester_nor_its_workers_import_anything_heavy(module):
+    heavy = ("torch", "torchvision", "matplotlib")
+    if module == "load_worker":
+        heavy += ("numpy", "PIL", "urllib3")
     program = (
-        "import sys; sys.argv = ['load_test.py']; "
-        f"sys.path.insert(0, {str(SCRIPT.parents[2])!r}); "
-        "from workloads.inference import load_test, load_generator; "
-        "load_generator._bodies(load_generator.LoadPlan('http://x', 1, 'multipart', 0, 1, 0), 0); "
-        "load_test.summarize_latency_ms([1.0]); "
-        "print([name for name in ('torch', 'torchvision') if name in sys.modules])"
+        "import sys; sys.argv = ['x']; "
+        f"sys.path.insert(0, {str(PROJECT_ROOT)!r}); "
+        f"import workloads.inference.{module}; "
+        f"print([name for name in {heavy!r} if name in sys.modules])"
     )
     done = subprocess.run(
         (sys.executable, "-c", program), capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_a_run_without_charts_imports_neither_torch_nor_matplotlib(null_server, tmp_path):
+    program = (
+        "import runpy, sys; "
+        f"sys.argv = ['load_test.py', '--server', {null_server.url!r}, '--duration', '0.3', "
+        f"'--no-charts', '--rate', '50', '--results-dir', {str(tmp_path)!r}]\n"
+        f"try: runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        "print([name for name in ('torch', 'matplotlib', 'pandas') if name in sys.modules])"
+    )
+    done = subprocess.run(
+        (sys.executable, "-c", program), capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
 def test_the_pictures_are_real_and_follow_the_seed():
@@ -220,21 +239,84 @@ def test_on_the_leash_jobs_repeat_and_each_request_is_a_latency_unit(null_server
     assert counted == [job["figures"]["successful_requests"] for job in jobs]
 
 
-def test_no_client_process_outlives_a_killed_tester(null_server, tmp_path):
+def test_a_stop_ends_all_at_once_and_loses_no_finished_request(null_server, tmp_path):
+    with HeldClient(
+        tmp_path, "workloads/inference/load_test.py", "--server", null_server.url,
+        "--clients", "2", "--processes", "2", "--duration", "60",
+    ) as client:  # fmt: skip
+        client.start_working()
+        client.wait_for("units")
+        workers = worker_pids(client.process.pid)
+        asked_seconds = time.monotonic()
+        client.say("stop")
+        assert client.exit_code(10) == 0
+        ends = [
+            start + duration
+            for event in client.events("units")
+            for start, duration in zip(
+                event["start_seconds"], event["duration_seconds"], strict=True
+            )
+        ]
+    assert running_pids(workers) == []
+    # The server had every request; but for those in flight, each is a unit.
+    counted = null_server.received["/predict"] - 2 * 2
+    assert counted - 2 <= len(ends) <= counted
+    assert max(ends) > asked_seconds - 0.2
+    assert list(tmp_path.glob("load_test_*")) == []
+
+
+def worker_pids(parent: int) -> list[int]:
+    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    return [int(pid) for pid in children]
+
+
+def running_pids(pids: list[int]) -> list[int]:
+    """Those of ``pids`` that still run; a zombie that nobody has waited for does not."""
+    alive = []
+    for pid in pids:
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            continue
+        if state != "Z":
+            alive.append(pid)
+    return alive
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_no_worker_process_outlives_a_tester_that_is_ended(signal_number, null_server, tmp_path):
     process = subprocess.Popen(
         (sys.executable, str(SCRIPT), "--server", null_server.url, "--clients", "2",
-         "--duration", "60", "--results-dir", str(tmp_path)),
+         "--processes", "2", "--duration", "60", "--results-dir", str(tmp_path)),
         stderr=subprocess.DEVNULL,
     )  # fmt: skip
     while null_server.received["/predict"] < 100:
         assert process.poll() is None
         time.sleep(0.02)
-    process.kill()
-    process.wait()
-    time.sleep(1.0)
-    seen = null_server.received["/predict"]
-    time.sleep(0.5)
-    assert null_server.received["/predict"] == seen
+    workers = worker_pids(process.pid)
+    assert len(workers) == 2
+    process.send_signal(signal_number)
+    assert process.wait(10) == (-9 if signal_number == signal.SIGKILL else 130)
+    deadline = time.monotonic() + 5
+    while running_pids(workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_worker_that_dies_fails_the_test_in_one_sentence(null_server, tmp_path):
+    process = subprocess.Popen(
+        (sys.executable, str(SCRIPT), "--server", null_server.url, "--clients", "2",
+         "--duration", "60", "--results-dir", str(tmp_path)),
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while null_server.received["/predict"] < 100:
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.kill(worker_pids(process.pid)[0], signal.SIGKILL)
+    _, said = process.communicate(timeout=20)
+    assert process.returncode == 1
+    assert "process 0 of the load generator ended with code -9" in said
+    assert "Traceback" not in said
 
 
 def test_the_real_server_answers_the_load_and_counts_the_same(tmp_path):

@@ -1,272 +1,225 @@
-"""Processes of keep-alive clients that send images as fast as they are answered.
+"""The load test's side of its worker processes: how many, their start, what they measured.
 
-Each process holds a share of the clients, one thread and one connection each, and sends what it
-measured to its parent several times a second. Bodies are encoded once, before the start. Nothing
-here knows torch: the generator must leave the machine to the server that it measures.
+Nothing here or in a worker knows torch: the generator must leave the machine to the server that it
+measures.
 """
 
 from __future__ import annotations
 
-import io
-import itertools
+import math
 import multiprocessing
-import threading
+import subprocess
+import sys
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-IMAGE_SIZE = 224
-DISTINCT_IMAGES = 16
+from workloads.common.cli import JobFailedError
+from workloads.common.environment import usable_cores
+from workloads.inference.load_messages import (
+    RECORD_FIELDS,
+    Begin,
+    Report,
+    Stop,
+    WorkerPlan,
+)
+from workloads.inference.load_schedule import split
+
+if TYPE_CHECKING:
+    import numpy as np
+
+WORKER = Path(__file__).with_name("load_worker.py")
+# One process sent 4,000 requests a second and more; a quarter of that keeps its clients punctual.
 CLIENTS_PER_PROCESS = 16
-REPORT_SECONDS = 0.25
-# A refused or reset connection fails in microseconds; without a pause one dead server would fill
-# the result with millions of failures and a core with nothing.
-PAUSE_AFTER_FAILURE_SECONDS = 0.05
+RATE_PER_PROCESS = 1000.0
+# Long enough for every process to have heard of the start before it comes.
+START_LEAD_SECONDS = 0.02
+END_SECONDS = 2.0
 
 
-@dataclass(frozen=True)
-class LoadPlan:
-    """What the clients send.
+def default_processes(clients: int, rate: float | None) -> int:
+    """Return how many processes the load needs, half the usable cores at most."""
+    needed = math.ceil(clients / CLIENTS_PER_PROCESS)
+    if rate is not None:
+        needed = max(needed, math.ceil(rate / RATE_PER_PROCESS))
+    return max(1, min(needed, usable_cores() // 2))
 
-    Attributes:
-        url: Address of ``/predict``.
-        clients: Clients in this process.
-        upload: ``multipart`` (field ``image``) or ``raw`` (the JPEG as the body).
-        seed: Fixes the pictures.
-        timeout_seconds: The longest that a client waits for an answer.
-        warm_up_requests: Requests a client before the start, not counted.
+
+def split_plan(plan: WorkerPlan, processes: int, offsets: np.ndarray | None) -> list[WorkerPlan]:
+    """Return each process's part of ``plan``.
+
+    Args:
+        plan: What all processes do together; its ``offsets`` are not looked at.
+        processes: How many; no more are used than there are clients.
+        offsets: Open loop: ascending seconds from the start to each send, float64; else None.
     """
+    processes = min(processes, plan.clients)
+    dealt = [None] * processes if offsets is None else split(offsets, processes)
+    return [
+        replace(
+            plan,
+            clients=_share(plan.clients, index, processes),
+            threads=_share(plan.threads, index, processes),
+            offsets=None if part is None else part.tobytes(),
+        )
+        for index, part in enumerate(dealt)
+    ]
 
-    url: str
-    clients: int
-    upload: str
-    seed: int
-    timeout_seconds: float
-    warm_up_requests: int
+
+def _share(total: int, index: int, processes: int) -> int:
+    return total // processes + (index < total % processes)
 
 
 @dataclass
 class Measured:
-    """What came back: successful requests one by one, failures by kind.
+    """What one job brought, over all processes.
 
     Attributes:
-        start_seconds: When each successful request was sent (CLOCK_MONOTONIC).
-        duration_seconds: From sending it to having read its answer.
+        records: float64 arrays of shape (requests, 5), columns RECORD_FIELDS.
         failures: Failed requests by kind.
-        cpu_seconds: Processor time of the generator while it measured.
+        cpu_seconds: Processor time of each process while it measured.
+        connections_opened: Connections opened after the start.
     """
 
-    start_seconds: list[float] = field(default_factory=list)
-    duration_seconds: list[float] = field(default_factory=list)
+    records: list[np.ndarray] = field(default_factory=list)
     failures: Counter[str] = field(default_factory=Counter)
-    cpu_seconds: float = 0.0
+    cpu_seconds: list[float] = field(default_factory=list)
+    connections_opened: int = 0
 
-    def add(self, other: Measured) -> None:
-        """Take in what another batch measured."""
-        self.start_seconds += other.start_seconds
-        self.duration_seconds += other.duration_seconds
-        self.failures += other.failures
-        self.cpu_seconds += other.cpu_seconds
+    def table(self) -> np.ndarray:
+        """Return all records, shape (requests, 5), by intended time."""
+        import numpy as np
+
+        if not self.records:
+            return np.empty((0, len(RECORD_FIELDS)))
+        table = np.concatenate(self.records)
+        return table[np.argsort(table[:, 0], kind="stable")]
 
 
 class LoadGenerator:
-    """All clients, spread over as few processes as they need."""
+    """All clients, spread over worker processes."""
 
-    def __init__(self, plan: LoadPlan) -> None:
-        """Start the processes; they prepare bodies and connections until ``begin``."""
-        # Spawned, not forked: a fork would copy threads' locks in whatever state they are.
-        context = multiprocessing.get_context("spawn")
-        shares = _shares(plan.clients)
-        self.processes = len(shares)
-        self._connections: list[Connection] = []
-        self._processes = []
-        for index, clients in enumerate(shares):
-            ours, theirs = context.Pipe()
-            process = context.Process(
-                target=_run_process, args=(plan, clients, index, theirs), daemon=True
-            )
-            process.start()
-            theirs.close()
-            self._connections.append(ours)
-            self._processes.append(process)
+    def __init__(self, plans: list[WorkerPlan]) -> None:
+        """Start a process for each plan; they warm up until ``begin``."""
+        self._workers: list[tuple[subprocess.Popen, Connection]] = []
+        try:
+            for _ in plans:
+                self._workers.append(_start_worker())
+            # All interpreters start at the same time, and only then are they written to.
+            for plan, (_, pipe) in zip(plans, self._workers, strict=True):
+                pipe.send(plan)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def processes(self) -> int:
+        """How many processes there are."""
+        return len(self._workers)
 
     def wait_until_prepared(self) -> None:
         """Block until every client has warmed up.
 
         Raises:
-            EOFError: A process died.
+            JobFailedError: A process died.
         """
-        for connection in self._connections:
-            connection.recv()
+        for index in range(self.processes):
+            self._receive(index)
 
-    def begin(self) -> None:
-        """Let every client send."""
-        for connection in self._connections:
-            connection.send("begin")
+    def begin(self) -> float:
+        """Let every client send; return the agreed start on CLOCK_MONOTONIC."""
+        self._busy = set(range(self.processes))
+        self.measured = Measured(cpu_seconds=[0.0] * self.processes)
+        start_seconds = time.monotonic() + START_LEAD_SECONDS
+        for index in range(self.processes):
+            self._send(index, Begin(start_seconds))
+        return start_seconds
 
-    def collect(self, timeout_seconds: float) -> Measured:
-        """Return what has been measured since the last call, waiting for some of it."""
-        measured = Measured()
-        for connection in wait(self._connections, timeout_seconds):
-            measured.add(connection.recv())
-        return measured
+    @property
+    def busy(self) -> bool:
+        """Whether a process is still sending or waiting for answers."""
+        return bool(self._busy)
 
-    def end(self) -> Measured:
-        """Let the requests in flight finish and return the rest of what was measured."""
-        for connection in self._connections:
-            connection.send("end")
-        rest = Measured()
-        for connection in self._connections:
-            while (measured := connection.recv()) is not None:
-                rest.add(measured)
+    def collect(self, timeout_seconds: float) -> list[np.ndarray]:
+        """Take what comes within ``timeout_seconds`` into ``measured``; return its records.
+
+        Raises:
+            JobFailedError: A process died.
+        """
+        indices = {self._workers[index][1]: index for index in self._busy}
+        return [
+            self._take(indices[pipe]) for pipe in wait(list(indices), max(0.0, timeout_seconds))
+        ]
+
+    def stop(self) -> list[np.ndarray]:
+        """Give up the requests in flight, end the job, return the records not seen yet.
+
+        Raises:
+            JobFailedError: A process died.
+        """
+        for index in self._busy:
+            self._send(index, Stop())
+        rest = []
+        while self._busy:
+            rest += self.collect(END_SECONDS)
         return rest
 
     def close(self) -> None:
-        """End the processes."""
-        for connection in self._connections:
-            connection.close()
-        for process in self._processes:
-            process.join(2.0)
-            if process.is_alive():
-                process.terminate()
+        """End the processes; may be called twice."""
+        for _, pipe in self._workers:
+            pipe.close()
+        for process, _ in self._workers:
+            try:
+                process.wait(END_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        self._workers = []
 
+    def _take(self, index: int) -> np.ndarray:
+        import numpy as np
 
-def encode_images(count: int, seed: int) -> list[bytes]:
-    """Return ``count`` JPEG files of random 224x224 RGB noise."""
-    import numpy as np
-    from PIL import Image
+        report: Report = self._receive(index)
+        records = np.frombuffer(report.records).reshape(-1, len(RECORD_FIELDS))
+        self.measured.records.append(records)
+        self.measured.failures.update(report.failures)
+        self.measured.cpu_seconds[index] += report.cpu_seconds
+        self.measured.connections_opened += report.connections_opened
+        if report.last:
+            self._busy.discard(index)
+        return records
 
-    random = np.random.default_rng(seed)
-    files = []
-    for _ in range(count):
-        pixels = random.integers(0, 256, (IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
-        file = io.BytesIO()
-        Image.fromarray(pixels).save(file, "JPEG")
-        files.append(file.getvalue())
-    return files
+    def _receive(self, index: int) -> Any:
+        try:
+            return self._workers[index][1].recv()
+        except (EOFError, ConnectionError) as error:
+            raise self._died(index) from error
 
+    def _send(self, index: int, message: object) -> None:
+        try:
+            self._workers[index][1].send(message)
+        except ConnectionError as error:
+            raise self._died(index) from error
 
-def _shares(clients: int) -> list[int]:
-    """Split ``clients`` evenly over as many processes as they need and the machine can feed."""
-    from workloads.common.environment import usable_cores
-
-    wanted = -(-clients // CLIENTS_PER_PROCESS)
-    processes = min(wanted, max(1, usable_cores() // 2))
-    return [clients // processes + (index < clients % processes) for index in range(processes)]
-
-
-def _run_process(plan: LoadPlan, clients: int, index: int, parent: Connection) -> None:
-    """Run the clients of one process; its parent's end or death ends it."""
-    bodies = _bodies(plan, index)
-    shared = _Shared(threading.Barrier(clients + 1))
-    threads = [
-        threading.Thread(target=_run_client, args=(plan, bodies, number, shared), daemon=True)
-        for number in range(clients)
-    ]
-    for thread in threads:
-        thread.start()
-    try:
-        shared.barrier.wait()
-        parent.send("prepared")
-        if parent.recv() != "begin":
-            return
-        cpu_seconds = time.process_time()
-        shared.begin.set()
-        stopped = False
-        while not stopped:
-            stopped = parent.poll(REPORT_SECONDS)
-            if stopped:
-                parent.recv()
-                shared.end.set()
-                for thread in threads:
-                    thread.join()
-            measured = shared.take()
-            now = time.process_time()
-            measured.cpu_seconds, cpu_seconds = now - cpu_seconds, now
-            parent.send(measured)
-        parent.send(None)
-        parent.recv()
-    except (EOFError, OSError, KeyboardInterrupt):
-        # The parent closed its end or has gone; Ctrl-C reaches the whole terminal's group.
-        return
-
-
-class _Shared:
-    """What the client threads of one process have in common."""
-
-    def __init__(self, barrier: threading.Barrier) -> None:
-        self.barrier = barrier
-        self.begin = threading.Event()
-        self.end = threading.Event()
-        self._lock = threading.Lock()
-        self._measured = Measured()
-
-    def success(self, start_seconds: float, duration_seconds: float) -> None:
-        with self._lock:
-            self._measured.start_seconds.append(start_seconds)
-            self._measured.duration_seconds.append(duration_seconds)
-
-    def failure(self, kind: str) -> None:
-        with self._lock:
-            self._measured.failures[kind] += 1
-
-    def take(self) -> Measured:
-        with self._lock:
-            measured, self._measured = self._measured, Measured()
-        return measured
-
-
-def _bodies(plan: LoadPlan, index: int) -> list[tuple[bytes, dict[str, str]]]:
-    """Return each distinct request body with its headers."""
-    import urllib3
-
-    images = encode_images(DISTINCT_IMAGES, plan.seed + index)
-    if plan.upload == "raw":
-        return [(image, {"Content-Type": "image/jpeg"}) for image in images]
-    bodies = []
-    for image in images:
-        body, content_type = urllib3.encode_multipart_formdata(
-            {"image": ("image.jpg", image, "image/jpeg")}
+    def _died(self, index: int) -> JobFailedError:
+        code = self._workers[index][0].wait(END_SECONDS)
+        return JobFailedError(
+            f"process {index} of the load generator ended with code {code} in the middle of its "
+            "work; look above for its message and run the test again"
         )
-        bodies.append((body, {"Content-Type": content_type}))
-    return bodies
 
 
-def _run_client(
-    plan: LoadPlan, bodies: list[tuple[bytes, dict[str, str]]], number: int, shared: _Shared
-) -> None:
-    import urllib3
-
-    pool = urllib3.connection_from_url(
-        plan.url, maxsize=1, timeout=plan.timeout_seconds, retries=False
-    )
-    path = urllib3.util.parse_url(plan.url).request_uri
-    mine = itertools.islice(itertools.cycle(bodies), number, None)
-    for _ in range(plan.warm_up_requests):
-        _send(pool, path, *next(mine))
-    shared.barrier.wait()
-    shared.begin.wait()
-    while not shared.end.is_set():
-        body, headers = next(mine)
-        start_seconds = time.monotonic()
-        failure = _send(pool, path, body, headers)
-        if failure is None:
-            shared.success(start_seconds, time.monotonic() - start_seconds)
-        else:
-            shared.failure(failure)
-            shared.end.wait(PAUSE_AFTER_FAILURE_SECONDS)
-    pool.close()
-
-
-def _send(pool, path: str, body: bytes, headers: dict[str, str]) -> str | None:
-    """Send one request; return None when it was answered with 200, else the kind of failure."""
-    from urllib3 import exceptions
-
-    try:
-        response = pool.urlopen("POST", path, body=body, headers=headers, redirect=False)
-    except exceptions.TimeoutError:
-        return "timeout"
-    except exceptions.HTTPError as error:
-        return type(error).__name__
-    return None if response.status == 200 else f"HTTP {response.status}"
+def _start_worker() -> tuple[subprocess.Popen, Connection]:
+    ours, theirs = multiprocessing.Pipe()
+    # A session of its own: Ctrl-C in a terminal reaches the load test alone, which then closes the
+    # pipe. The pipe is what ends a worker, also when the load test is killed.
+    process = subprocess.Popen(
+        (sys.executable, str(WORKER), str(theirs.fileno())),
+        pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )  # fmt: skip
+    theirs.close()
+    return process, ours

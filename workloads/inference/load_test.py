@@ -2,16 +2,20 @@
 """Load test of the inference server: concurrent clients, each sending image after image.
 
     python3 workloads/inference/load_test.py --server http://localhost:5000 --clients 10
+    python3 workloads/inference/load_test.py --rate 500 --slo-ms 50
 
-A closed loop: a client sends its next request when it has the answer to the last one, so the load
-adapts to the server. Connections are kept alive, the JPEGs (random 224x224 RGB) are encoded once,
-a few requests a client before the start are not counted. Exit code 1 when no request succeeded,
-2 when the server cannot be reached.
+By default a closed loop: a client sends its next request when it has the answer to the last one,
+so the load adapts to the server and a stall hides the requests that it kept from being sent. With
+--rate an open loop: requests are due at times drawn up front, and latency counts from when a
+request was due. Connections are kept alive, the JPEGs (random 224x224 RGB) are encoded once, a few
+requests a client before the start are not counted. Exit code 1 when no request succeeded, 2 when
+the server cannot be reached.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
@@ -20,11 +24,15 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from workloads.common import cli, client, console
-from workloads.common.latency import summarize_latency_ms
 
 if TYPE_CHECKING:
-    from workloads.inference.load_generator import Measured
+    import numpy as np
 
+    from workloads.inference.load_figures import Requests
+    from workloads.inference.load_generator import Measured
+    from workloads.inference.load_messages import WorkerPlan
+
+DISTINCT_IMAGES = 16
 READY_PROBE_SECONDS = 0.25
 COLLECT_SECONDS = 0.2
 
@@ -46,6 +54,28 @@ def parse_arguments() -> argparse.Namespace:
         help="seconds to send requests for (default: 60)",
     )  # fmt: skip
     parser.add_argument(
+        "--rate", type=cli.positive_float, default=None, metavar="R",
+        help="open loop: send R requests a second, whatever the answers do (default: closed loop)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--arrival", choices=("poisson", "constant"), default=None,
+        help="gaps of the open loop: random, as from many users, or all the same "
+        "(default: poisson)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--slo-ms", type=cli.positive_float, default=None, metavar="X",
+        help="report the share of all requests that were answered within X milliseconds",
+    )  # fmt: skip
+    parser.add_argument(
+        "--processes", type=cli.positive_int, default=None, metavar="N",
+        help="processes that send (default: as the load needs, half the cores at most)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max-connections", type=cli.positive_int, default=256, metavar="N",
+        help="open loop: requests in flight at most; further ones wait, which counts "
+        "(default: 256)",
+    )  # fmt: skip
+    parser.add_argument(
         "--upload", choices=("multipart", "raw"), default="multipart",
         help="multipart: field 'image', as curl -F; raw: the JPEG as the body (default: multipart)",
     )  # fmt: skip
@@ -65,7 +95,16 @@ def parse_arguments() -> argparse.Namespace:
         "--ready-seconds", type=cli.positive_float, default=300.0,
         help="seconds to wait for a server that loads its model (default: 300)",
     )  # fmt: skip
-    return parser.parse_args()
+    parser.add_argument(
+        "--charts", action=argparse.BooleanOptionalAction, default=None,
+        help="draw a latency histogram and a QPS timeline next to the result (default: by hand "
+        "only, not with --events)",
+    )  # fmt: skip
+    args = parser.parse_args()
+    if args.arrival is not None and args.rate is None:
+        parser.error("--arrival is about the open loop; give its --rate too")
+    args.arrival = args.arrival or "poisson"
+    return args
 
 
 class LoadTest(client.Workload):
@@ -77,20 +116,53 @@ class LoadTest(client.Workload):
 
     def load(self) -> None:
         """Wait for the server and start the client processes."""
-        from workloads.inference.load_generator import LoadGenerator, LoadPlan
+        from workloads.inference.load_generator import (
+            LoadGenerator,
+            default_processes,
+            split_plan,
+        )
 
         args = self.args
         self._wait_for_server()
-        self._plan = LoadPlan(
-            url=f"{args.server.rstrip('/')}/predict",
+        processes = args.processes or default_processes(args.clients, args.rate)
+        self._generator = LoadGenerator(split_plan(self._plan(), processes, self._schedule()))
+
+    def _plan(self) -> WorkerPlan:
+        from workloads.inference.load_messages import WorkerPlan
+        from workloads.inference.load_requests import encode_images, encode_requests
+
+        args = self.args
+        url = f"{args.server.rstrip('/')}/predict"
+        images = encode_images(DISTINCT_IMAGES, args.seed)
+        return WorkerPlan(
+            url=url,
+            requests=encode_requests(url, images, args.upload),
             clients=args.clients,
-            upload=args.upload,
-            seed=args.seed,
+            threads=args.clients if args.rate is None else max(args.clients, args.max_connections),
+            duration_seconds=args.duration,
             timeout_seconds=args.timeout,
             warm_up_requests=args.warm_up_requests,
+            offsets=None,
         )
-        self._new_generator = LoadGenerator
-        self._generator = LoadGenerator(self._plan)
+
+    def _schedule(self) -> np.ndarray | None:
+        """Return when the open loop intends to send; None for a closed loop.
+
+        Raises:
+            UsageError: Rate and duration give no request at all.
+        """
+        from workloads.inference.load_schedule import arrival_offsets
+
+        args = self.args
+        if args.rate is None:
+            return None
+        offsets = arrival_offsets(args.rate, args.arrival, args.duration, args.seed)
+        if not len(offsets):
+            raise cli.UsageError(
+                f"--rate {args.rate:g} for --duration {args.duration:g} seconds draws no request; "
+                "raise one of them"
+            )
+        return offsets
 
     def _wait_for_server(self) -> None:
         """Wait until ``/health`` answers with anything but 503.
@@ -134,68 +206,113 @@ class LoadTest(client.Workload):
         self._generator.wait_until_prepared()
 
     def run_job(self, recorder: client.Recorder) -> dict:
-        """Send for ``--duration`` seconds and return the figures."""
-        from workloads.inference.load_generator import Measured
-
-        total = Measured()
-        start_seconds = time.monotonic()
-        self._generator.begin()
+        """Send for ``--duration`` seconds, wait for the last answers, return the figures."""
+        start_seconds = self._generator.begin()
         with console.progress(int(self.args.duration), "seconds") as bar:
-            reported = 0
-            while (elapsed := time.monotonic() - start_seconds) < self.args.duration:
+            reported = finished = 0
+            while self._generator.busy:
                 if recorder.stop_requested:
-                    break
-                measured = self._generator.collect(
-                    min(COLLECT_SECONDS, self.args.duration - elapsed)
-                )
-                self._take(total, measured, recorder)
-                bar.advance(int(elapsed) - reported, f"{len(total.start_seconds)} requests")
-                reported = int(elapsed)
-        self._take(total, self._generator.end(), recorder)
-        if elapsed < self.args.duration:
-            recorder.check_stop()
-        self.nothing_succeeded = not total.start_seconds
-        return self._figures(total, time.monotonic() - start_seconds)
+                    self._record(self._generator.stop(), recorder)
+                    recorder.check_stop()
+                batches = self._generator.collect(COLLECT_SECONDS)
+                self._record(batches, recorder)
+                finished += sum(len(batch) for batch in batches)
+                elapsed = int(min(time.monotonic() - start_seconds, self.args.duration))
+                bar.advance(elapsed - reported, f"{finished} requests")
+                reported = elapsed
+        return self._figures(self._generator.measured, start_seconds)
 
     @staticmethod
-    def _take(total: Measured, measured: Measured, recorder: client.Recorder) -> None:
-        total.add(measured)
-        for start, duration in zip(measured.start_seconds, measured.duration_seconds, strict=True):
-            recorder.unit("request", start, start + duration, latency=True)
+    def _record(batches: list[np.ndarray], recorder: client.Recorder) -> None:
+        for batch in batches:
+            for intended, _, _, end, ok in batch.tolist():
+                if ok:
+                    recorder.unit("request", intended, end, latency=True)
 
-    def _figures(self, total: Measured, elapsed_seconds: float) -> dict:
-        succeeded = len(total.duration_seconds)
-        failed = sum(total.failures.values())
-        latency = summarize_latency_ms(total.duration_seconds)
-        return {
-            "total_requests": succeeded + failed,
-            "successful_requests": succeeded,
-            "failed_requests": failed,
-            "success_rate_percent": 100.0 * succeeded / (succeeded + failed)
-            if succeeded + failed
-            else None,
-            "mean_latency_ms": latency["mean_ms"],
-            "median_latency_ms": latency["median_ms"],
-            "std_latency_ms": latency["std_ms"],
-            "min_latency_ms": latency["min_ms"],
-            "max_latency_ms": latency["max_ms"],
-            "p50_latency_ms": latency["p50_ms"],
-            "p95_latency_ms": latency["p95_ms"],
-            "p99_latency_ms": latency["p99_ms"],
+    def _figures(self, measured: Measured, start_seconds: float) -> dict:
+        from workloads.inference import load_figures as figures_of
+
+        args = self.args
+        self._start_seconds = start_seconds
+        self._requests = requests = figures_of.Requests.of(measured.table())
+        last_seconds = requests.end.max() - start_seconds if len(requests.end) else 0.0
+        elapsed_seconds = max(args.duration, float(last_seconds))
+        figures = figures_of.outcome_figures(requests)
+        succeeded = figures["successful_requests"]
+        self.nothing_succeeded = not succeeded
+        figures |= figures_of.latency_figures(requests.latency_seconds[requests.ok], "latency")
+        figures |= {
             # Of successful requests: a refused connection fails in no time and is no throughput.
             "qps": succeeded / elapsed_seconds,
             "requests_per_minute": 60.0 * succeeded / elapsed_seconds,
             "elapsed_seconds": elapsed_seconds,
-            "errors": dict(total.failures),
+            "errors": dict(measured.failures),
+            "connections_opened": measured.connections_opened,
+        }
+        if args.slo_ms is not None:
+            figures["slo_attainment_percent"] = figures_of.slo_attainment_percent(
+                requests, args.slo_ms
+            )
+        if args.rate is not None:
+            figures |= figures_of.open_loop_figures(requests, start_seconds, args.duration)
+            figures |= figures_of.latency_figures(requests.service_seconds[requests.ok], "service")
+        figures |= self._generator_figures(measured, elapsed_seconds, figures)
+        return figures | self._file_names()
+
+    def _generator_figures(
+        self, measured: Measured, elapsed_seconds: float, figures: dict
+    ) -> dict[str, object]:
+        """Return what the generator used, and flag the run if that was its limit."""
+        from workloads.inference.load_figures import generator_limit
+
+        busiest_percent = 100.0 * max(measured.cpu_seconds) / elapsed_seconds
+        limit = generator_limit(figures.get("late_by_generator_percent"), busiest_percent)
+        if limit is not None and not self.warnings:
+            self.warn(limit)
+        return {
             "generator_processes": self._generator.processes,
-            "generator_cpu_cores": total.cpu_seconds / elapsed_seconds,
+            "generator_cpu_cores": sum(measured.cpu_seconds) / elapsed_seconds,
+            "generator_busiest_process_percent": busiest_percent,
+            "generator_limited": limit is not None,
+            "generator_limited_reason": limit,
         }
 
-    def reset(self) -> None:
-        """Start fresh clients for the next job."""
-        self._generator.close()
-        self._generator = self._new_generator(self._plan)
-        self._generator.wait_until_prepared()
+    def _file_names(self) -> dict[str, str]:
+        """Return the files that ``write_files`` will write, by what they hold."""
+        args = self.args
+        stem = f"{self.name}_{time.strftime('%Y%m%d-%H%M%S')}_{os.getpid()}"
+        # Under the suite every latency is in the event log, and nobody looks at a client's charts.
+        self._files = {} if args.hold else {"raw_file": f"{stem}_requests.npy"}
+        if self._draws_charts() and not self.nothing_succeeded:
+            self._files["latency_chart"] = f"{stem}_latency.png"
+            self._files["qps_chart"] = f"{stem}_qps.png"
+        return self._files
+
+    def _draws_charts(self) -> bool:
+        args = self.args
+        by_default = args.events is None if args.charts is None else args.charts
+        return by_default and not args.hold
+
+    def write_files(self) -> None:
+        """Write the raw latencies and draw the charts, beside the result."""
+        from workloads.inference.load_figures import save_raw
+
+        requests: Requests | None = getattr(self, "_requests", None)
+        if requests is None or not self._files:
+            return
+        folder = self.args.results_dir
+        save_raw(folder / self._files["raw_file"], requests, self._start_seconds)
+        if "latency_chart" not in self._files:
+            return
+        from workloads.inference import load_charts
+
+        load_charts.draw_latency_histogram(
+            folder / self._files["latency_chart"], 1e3 * requests.latency_seconds[requests.ok]
+        )
+        load_charts.draw_qps_timeline(
+            folder / self._files["qps_chart"], requests.end - self._start_seconds, requests.ok,
+            self.args.duration, self.args.rate,
+        )  # fmt: skip
 
     def close(self) -> None:
         """End the client processes."""
@@ -209,6 +326,11 @@ class LoadTest(client.Workload):
             "server": args.server,
             "clients": args.clients,
             "duration_seconds": args.duration,
+            "loop": "closed" if args.rate is None else "open",
+            "rate": args.rate,
+            "arrival": None if args.rate is None else args.arrival,
+            "max_connections": None if args.rate is None else args.max_connections,
+            "slo_ms": args.slo_ms,
             "upload": args.upload,
             "timeout_seconds": args.timeout,
             "warm_up_requests": args.warm_up_requests,
@@ -218,7 +340,7 @@ class LoadTest(client.Workload):
     def summary(self, figures: dict) -> list[tuple[str, str]]:
         """Return the lines of the terminal summary."""
         rows = [
-            ("Server", f"{self.args.server}, {self.args.clients} clients"),
+            ("Server", f"{self.args.server}, {self._load_in_words()}"),
             ("Total requests", f"{figures['total_requests']}"),
             ("Successful / failed",
              f"{figures['successful_requests']} / {figures['failed_requests']}"),
@@ -226,25 +348,63 @@ class LoadTest(client.Workload):
         if figures["total_requests"]:
             rows.append(("Success rate", f"{figures['success_rate_percent']:.1f} %"))
         if figures["successful_requests"]:
-            rows += [
-                ("Mean latency", f"{figures['mean_latency_ms']:.1f} ms"),
-                ("Median (P50) latency", f"{figures['median_latency_ms']:.1f} ms"),
-                ("P95 / P99 latency",
-                 f"{figures['p95_latency_ms']:.1f} / {figures['p99_latency_ms']:.1f} ms"),
-                ("Max latency", f"{figures['max_latency_ms']:.1f} ms"),
-            ]  # fmt: skip
+            rows += _latency_rows(figures)
+        if figures.get("slo_attainment_percent") is not None:
+            rows.append((f"Within {self.args.slo_ms:g} ms",
+                         f"{figures['slo_attainment_percent']:.2f} % of all requests"))  # fmt: skip
         rows += [
             ("Queries per second", f"{figures['qps']:.1f}"),
             ("Requests per minute", f"{figures['requests_per_minute']:.0f}"),
         ]
+        if self.args.rate is not None:
+            rows += _open_loop_rows(figures)
+        rows.append(
+            ("Load generator", f"{figures['generator_processes']} processes, "
+             f"{figures['generator_cpu_cores']:.2f} cores")
+        )  # fmt: skip
         rows += [(f"Failed: {kind}", str(n)) for kind, n in sorted(figures["errors"].items())]
         return rows
+
+    def _load_in_words(self) -> str:
+        args = self.args
+        if args.rate is None:
+            return f"{args.clients} clients"
+        return f"open loop, {args.rate:g} requests a second, {args.arrival} arrivals"
+
+
+def _latency_rows(figures: dict) -> list[tuple[str, str]]:
+    def ms(*names: str) -> str:
+        return " / ".join(f"{figures[f'{name}_latency_ms']:.1f}" for name in names) + " ms"
+
+    return [
+        ("Mean latency", ms("mean")),
+        ("Median (P50) latency", ms("median")),
+        ("P90 latency", ms("p90")),
+        ("P95 / P99 latency", ms("p95", "p99")),
+        ("P99.9 / max latency", ms("p99_9", "max")),
+    ]
+
+
+def _open_loop_rows(figures: dict) -> list[tuple[str, str]]:
+    rows = [
+        ("Offered / achieved rate",
+         f"{figures['offered_rate']:.1f} / {figures['achieved_rate']:.1f} requests a second"),
+        ("Late sends", f"{figures['late_sends']} ({figures['late_for_connection']} for want of a "
+         f"connection, {figures['late_by_generator']} by the generator)"),
+    ]  # fmt: skip
+    if figures["successful_requests"]:
+        rows.append(
+            ("P50 / P99 from the actual send",
+             f"{figures['p50_service_ms']:.1f} / {figures['p99_service_ms']:.1f} ms")
+        )  # fmt: skip
+    return rows
 
 
 def main() -> int:
     """Run the load test; exit code 1 when no request succeeded."""
     workload = LoadTest(parse_arguments())
     code = client.run(workload)
+    workload.write_files()
     return cli.EXIT_FAILED if workload.nothing_succeeded else code
 
 
