@@ -425,3 +425,40 @@ def test_no_step_makes_the_host_wait_since_that_could_not_be_captured(monkeypatc
         workload.test_step()
     assert workload.step_index.item() == 1
     assert workload.totals.loss_sum.item() > 0
+
+
+def test_streamed_crops_are_the_same_again_after_a_restart(tmp_path):
+    import torch
+
+    from workloads.training.image_batches import StreamedBatches
+
+    data = write_image_folder(tmp_path / "images", size=48, per_class=2)
+    split = image_data.load_dataset("folder", data, 40, 0, no_warning).train
+    batches = StreamedBatches(cpu_device(), split, 40, True, 5, batch_size=6, workers=0)
+
+    def epoch() -> torch.Tensor:
+        batches.start_epoch()
+        batches.feed(6)
+        return batches.take(6)[0]
+
+    first, second = epoch(), epoch()
+    batches.restart()
+    torch.testing.assert_close(epoch(), first, rtol=0, atol=0)
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "fix"),
+    [
+        (("--results-dir", "/proc/nowhere"), 2, "--results-dir"),
+        (("--seed", "99999999999999999999999"), 2, "2^63"),
+        (("--gpu", "99"), 3, "--gpu"),
+        (("--train-samples", "17"), 2, "--batch-size"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_the_work(arguments, code, fix):
+    no_gpu = {"CUDA_VISIBLE_DEVICES": ""}
+    done = run_script(*TINY[:-2], *arguments, **no_gpu)
+    assert done.returncode == code, done.stderr
+    assert fix in done.stderr
+    assert "Traceback" not in done.stderr

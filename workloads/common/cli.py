@@ -58,6 +58,7 @@ def _number_type(
 
 positive_int = _number_type(int, lambda n: n > 0, "a whole number of 1 or more")
 non_negative_int = _number_type(int, lambda n: n >= 0, "a whole number of 0 or more")
+seed = _number_type(int, lambda n: 0 <= n < 2**63, "a whole number from 0 to 2^63 - 1")
 positive_float = _number_type(float, lambda x: 0 < x < float("inf"), "a number above 0")
 non_negative_float = _number_type(float, lambda x: 0 <= x < float("inf"), "a number of 0 or more")
 
@@ -81,7 +82,7 @@ def workload_parser(
     if uses_gpu:
         _add_gpu_flags(shared)
     shared.add_argument(
-        "--seed", type=non_negative_int, default=42,
+        "--seed", type=seed, default=42,
         help="fixes data, order, weights and idle times (default: 42)",
     )  # fmt: skip
     shared.add_argument(

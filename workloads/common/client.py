@@ -38,7 +38,7 @@ from typing import TextIO
 from workloads.common import cli, console
 from workloads.common.device import ComputeDevice
 from workloads.common.environment import describe_environment
-from workloads.common.results import print_summary, write_result
+from workloads.common.results import print_summary, require_writable, write_result
 
 FLUSH_PERIOD_SECONDS = 0.5
 
@@ -266,6 +266,8 @@ def _resolve(workload: Workload) -> int:
 def _run_by_hand(workload: Workload) -> int:
     from workloads.common.utilization import GpuMonitor
 
+    # Before hours of work, not after.
+    require_writable(workload.args.results_dir)
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
     begin_seconds = time.monotonic()
     events = EventLog(workload.args.events)
@@ -331,6 +333,11 @@ def _run_on_leash(workload: Workload) -> int:
             workload.device.synchronize()
         _write_done(workload, events, jobs)
         return cli.EXIT_OK
+    except KeyboardInterrupt:
+        # Leaving an MPS server with work in flight may harm the other clients.
+        if workload.device is not None:
+            workload.device.synchronize()
+        raise
     except Exception as error:
         recorder.flush()
         _write_error(events, error)

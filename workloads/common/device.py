@@ -143,7 +143,9 @@ def open_device(args: argparse.Namespace) -> ComputeDevice:
 
     import torch
 
-    use_cuda = args.device == "cuda" or (args.device == "auto" and _gpu_expected(torch))
+    # Who names a GPU wants one.
+    asked = args.device == "cuda" or (args.device == "auto" and args.gpu is not None)
+    use_cuda = asked or (args.device == "auto" and _gpu_expected(torch))
     if use_cuda and not torch.cuda.is_available():
         raise GpuUnavailableError(_why_no_gpu(torch))
     device = torch.device("cuda:0" if use_cuda else "cpu")
@@ -188,7 +190,7 @@ def _why_no_gpu(torch: object) -> str:
     if listing is None:
         return (
             "no NVIDIA driver answers (nvidia-smi fails or is missing); "
-            "install the driver, or use --device cpu"
+            "install the driver, or use --device cpu and leave --gpu away"
         )
     if torch.version.cuda is None:
         return (

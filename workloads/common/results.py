@@ -14,20 +14,31 @@ from workloads.common.cli import UsageError
 SCHEMA_VERSION = 1
 
 
+def require_writable(folder: Path) -> None:
+    """Make sure that ``folder`` exists and takes new files.
+
+    Raises:
+        UsageError: It does not.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(
+            f"cannot write to {folder} ({error.strerror}); name a writable folder with "
+            "--results-dir"
+        ) from error
+
+
 def write_json_atomic(path: Path, content: dict) -> None:
     """Write ``content`` so that a reader sees the old file or the whole new one, never a part.
 
     Raises:
         UsageError: The folder cannot be created or written to.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as error:
-        raise UsageError(
-            f"cannot write to {path.parent} ({error.strerror}); name a writable folder with "
-            "--results-dir"
-        ) from error
+    require_writable(path.parent)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w") as file:
             json.dump(content, file, indent=2)

@@ -71,10 +71,8 @@ class GpuMonitor:
         Returns:
             ``gpu_utilization_percent`` (mean), ``gpu_utilization_source``,
             ``gpu_sm_activity_percent`` (mean), ``gpu_memory_used_mib`` (maximum, whole GPU);
-            None where unknown. Empty on the CPU.
+            None where unknown, as all are on the CPU.
         """
-        if self._gpu_uuid is None:
-            return {}
         self._end()
         figures: dict = {
             name: getattr(self._totals[field], reduction) for name, field, reduction in FIGURES

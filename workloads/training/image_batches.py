@@ -141,7 +141,8 @@ class StreamedBatches(Batches):
         self._static = torch.zeros(
             (batch_size, 3, image_size, image_size), dtype=torch.uint8, device=device.torch_device
         )
-        self._epoch_order: list[int] = []
+        self._epoch_order: list[tuple[int, int]] = []
+        self._draws_in_workers = augment and not self._crop_and_flip
         self._iterator: Iterator[torch.Tensor] | None = None
         self._loader = torch.utils.data.DataLoader(
             _PixelDataset(split, image_size, augment),
@@ -158,7 +159,10 @@ class StreamedBatches(Batches):
     def start_epoch(self) -> None:
         """Draw the epoch's order and let the workers begin."""
         super().start_epoch()
-        self._epoch_order[:] = self.order.tolist()
+        seeds = torch.zeros(self.samples, dtype=torch.int64)
+        if self._draws_in_workers:
+            seeds = torch.randint(2**62, (self.samples,), generator=self._generator)
+        self._epoch_order[:] = zip(self.order.tolist(), seeds.tolist(), strict=True)
         self._iterator = iter(self._loader)
 
     def feed(self, count: int) -> None:
@@ -183,13 +187,13 @@ class UnreadableImageError(Exception):
 
 
 class _BatchesInOrder:
-    """Yields the positions of each batch of the epoch's order."""
+    """Yields, batch by batch, the epoch's samples: index and seed of the augmentation."""
 
-    def __init__(self, order: list[int], batch_size: int) -> None:
+    def __init__(self, order: list[tuple[int, int]], batch_size: int) -> None:
         self._order = order
         self._batch_size = batch_size
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for start in range(0, len(self._order), self._batch_size):
             yield self._order[start : start + self._batch_size]
 
@@ -209,10 +213,15 @@ class _PixelDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self._split)
 
-    def __getitem__(self, index: int) -> torch.Tensor:
+    def __getitem__(self, sample: tuple[int, int]) -> torch.Tensor:
+        index, seed = sample
         if isinstance(self._split, ArraySplit):
             return torch.tensor(self._split.images[index])
-        return self._transform(_open_rgb(self._split.paths[index]))
+        image = _open_rgb(self._split.paths[index])
+        # Seeded by the sample: a worker's own random state would go on from job to job.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return self._transform(image)
 
 
 def _open_rgb(path: Path):

@@ -6,11 +6,13 @@ are decoded while training.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
+import socket
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +33,7 @@ CIFAR_CLASSES = (
 )  # fmt: skip
 IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"))
 SIZE_PROBES = 64
+DOWNLOAD_SILENCE_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -181,9 +184,10 @@ def _load_cifar10(data_dir: Path) -> ImageDataset:
 
     local_copy = (data_dir / CIFAR10.base_folder).is_dir()
     try:
-        splits = [
-            CIFAR10(str(data_dir), train=is_train, download=True) for is_train in (True, False)
-        ]
+        with _limited_silence():
+            splits = [
+                CIFAR10(str(data_dir), train=is_train, download=True) for is_train in (True, False)
+            ]
     except OSError as error:
         if not local_copy:
             _remove_empty_folder(data_dir)
@@ -202,6 +206,20 @@ def _load_cifar10(data_dir: Path) -> ImageDataset:
         for s in splits
     ]
     return ImageDataset("cifar10", *arrays, tuple(splits[0].classes), CIFAR_SIZE)
+
+
+@contextlib.contextmanager
+def _limited_silence() -> Iterator[None]:
+    """Let new sockets give up after a while; torchvision sets no limit of its own.
+
+    Behind a firewall that drops packets a download would otherwise wait for minutes.
+    """
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_SILENCE_SECONDS)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
 
 
 def _remove_empty_folder(folder: Path) -> None:

@@ -93,6 +93,10 @@ class ResNetTraining(client.Workload):
         from workloads.common.device import open_device
 
         args = self.args
+        if args.evaluate is not None and not args.evaluate.is_file():
+            raise cli.UsageError(
+                f"--evaluate: there is no file {args.evaluate}; name a model kept by --save-model"
+            )
         self.device = open_device(args)
 
         import torch
@@ -115,6 +119,7 @@ class ResNetTraining(client.Workload):
         self.test_batch_size = min(TEST_BATCH_SIZE, len(dataset.test))
         if dataset.image_size > image_data.CIFAR_SIZE:
             self.test_batch_size = min(self.test_batch_size, args.batch_size)
+        self._refuse_batch_of_one()
         clients = clients_on_gpu()
         workers = args.loader_workers
         if workers is None:
@@ -264,6 +269,17 @@ class ResNetTraining(client.Workload):
         for name in ("train_batches", "test_batches"):
             if hasattr(self, name):
                 getattr(self, name).close()
+
+    def _refuse_batch_of_one(self) -> None:
+        """Batch normalization in training needs two values a channel, and the last maps are 1x1."""
+        stride = 8 if self.args.stem == "cifar" else 32
+        sizes = {self.train_batch_size, len(self.dataset.train) % self.train_batch_size}
+        if self.args.evaluate is None and self.dataset.image_size <= stride and 1 in sizes:
+            raise cli.UsageError(
+                f"with --batch-size {self.args.batch_size} a batch of {len(self.dataset.train)} "
+                "images would hold a single one, which batch normalization cannot train on; "
+                "choose another --batch-size or --train-samples"
+            )
 
     def _steps_a_job(self) -> int:
         return self.args.epochs * math.ceil(len(self.dataset.train) / self.train_batch_size)
