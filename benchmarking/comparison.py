@@ -10,13 +10,10 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from benchmarking import baselines, expectations, metrics
+from benchmarking import baselines, expectations, metrics, run_store
 from benchmarking.estimates import Estimate, estimate, overhead_estimate, range_estimate
-
-if TYPE_CHECKING:
-    from benchmarking import run_store
 
 Record = Mapping[str, Any]
 
@@ -437,8 +434,12 @@ def _judged(run: RunView, clients: int) -> list[dict[str, Any]]:
 def _baselines(run: RunView, every_run: Sequence[RunView]) -> dict[str, dict[str, Any]]:
     """Baseline client records by job, the run's own or those of the run that it reused."""
     source = _baseline_run(run, every_run)
-    records = [*(source.clients("baseline") if source else []), *run.clients("baseline")]
-    return {record["job_key"]: record for record in records if record.get("status") == "ok"}
+    records = [*(_good_baselines(source) if source else []), *_good_baselines(run)]
+    return {record["job_key"]: record for record in records}
+
+
+def _good_baselines(run: RunView) -> list[dict[str, Any]]:
+    return run_store.successful_baselines(run.clients("baseline"), run.co_runs("baseline"))
 
 
 def _baseline_run(run: RunView, every_run: Sequence[RunView]) -> RunView | None:
@@ -647,8 +648,8 @@ def _alone_rows(section: Section) -> list[ClientRow]:
     for run in section.runs:  # newest first
         gpu_by_co_run = {record["co_run"]: record.get("gpu") or {} for record in
                          run.co_runs("baseline")}  # fmt: skip
-        for record in run.clients("baseline"):
-            if record["status"] != "ok" or record["job_key"] in rows:
+        for record in _good_baselines(run):
+            if record["job_key"] in rows:
                 continue
             row = _row([record], None, "alone")
             row.checks += _card_checks(record["workload"], gpu_by_co_run.get(record["co_run"], {}))

@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -76,12 +77,9 @@ class Run:
         return sorted(members, key=lambda record: record["client"])
 
     def baselines(self, phase: str = PHASE_BASELINE) -> dict[str, dict[str, Any]]:
-        """Successful client records of a baseline phase, by `job_key`; the latest of each."""
-        return {
-            record["job_key"]: record
-            for record in self.client_records
-            if record["phase"] == phase and record["status"] == "ok"
-        }
+        """Client records of a phase's successful baselines, by `job_key`; the latest of each."""
+        found = successful_baselines(self.client_records, self.co_run_records, phase)
+        return {record["job_key"]: record for record in found}
 
     def energy_alone_joules(self, phase: str = PHASE_BASELINE) -> dict[str, float | None]:
         """The card's joules over the window of each job's baseline, by `job_key`."""
@@ -93,6 +91,28 @@ class Run:
             job_key: energy.get(record["co_run"])
             for job_key, record in self.baselines(phase).items()
         }
+
+
+def successful_baselines(
+    client_records: Sequence[dict[str, Any]],
+    co_run_records: Sequence[dict[str, Any]],
+    phase: str = PHASE_BASELINE,
+) -> list[dict[str, Any]]:
+    """Return the client records of one run that may serve as baselines, in order.
+
+    The co-run must have ended well too: a client that was interrupted, or ran under a mode that was
+    lost meanwhile, ends well by itself.
+    """
+    good = {
+        record["co_run"]
+        for record in co_run_records
+        if record.get("phase") == phase and record.get("outcome") == "ok"
+    }
+    return [
+        record
+        for record in client_records
+        if record["phase"] == phase and record["status"] == "ok" and record["co_run"] in good
+    ]
 
 
 class RunWriter:

@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+import synthetic_runs
 
-from benchmarking import run_store
+from benchmarking import comparison, run_store
 
 MANIFEST = {"mode": "mps", "mix": "mixed", "plan": {}, "notes": []}
 
@@ -118,17 +119,47 @@ def test_finishing_notes_outcome_and_time(tmp_path: Path) -> None:
     assert manifest["finished_at"] >= manifest["created_at"]
 
 
+def co_run(name: str, phase: str = "baseline", outcome: str = "ok", **gpu: float) -> dict:
+    return {"record": "co_run", "co_run": name, "phase": phase, "outcome": outcome, "gpu": gpu}
+
+
 def test_baselines_are_the_latest_successful_ones_with_their_energy(tmp_path: Path) -> None:
     run = run_store.create_run(tmp_path, MANIFEST)
     for number, status in enumerate(["ok", "ok", "failed"]):
         name = f"baseline-{number}"
         run.append_record(client(name, 0, phase="baseline", status=status))
-        run.append_record({"record": "co_run", "co_run": name, "gpu": {"energy_joules": number}})
+        run.append_record(co_run(name, energy_joules=number))
     run.append_record(client("own", 0, phase="share_baseline"))
+    run.append_record(co_run("own", "share_baseline"))
     read = run_store.read_run(run.folder)
     assert read.baselines()["job"]["co_run"] == "baseline-1"
     assert read.energy_alone_joules() == {"job": 1}
     assert read.baselines(run_store.PHASE_SHARE_BASELINE)["job"]["co_run"] == "own"
+
+
+@pytest.mark.parametrize("outcome", ["failed", "interrupted", "invalid", "timeout", None])
+def test_a_baseline_that_did_not_end_well_is_none_though_its_client_did(
+    tmp_path: Path, outcome: str | None
+) -> None:
+    run = run_store.create_run(tmp_path, MANIFEST)
+    run.append_record(client("baseline-good", 0, phase="baseline"))
+    run.append_record(co_run("baseline-good"))
+    run.append_record(client("baseline-bad", 0, phase="baseline", job_key="other"))
+    if outcome:  # else: the program was killed before it wrote the co-run's record
+        run.append_record(co_run("baseline-bad", outcome=outcome))
+    assert list(run_store.read_run(run.folder).baselines()) == ["job"]
+
+
+def test_a_report_takes_no_baseline_that_did_not_end_well() -> None:
+    made = synthetic_runs.run("mps", "mps", {4: [2.0]})
+    for record in made["records"]:
+        if record["record"] == "co_run" and record["co_run"] == "alone-batch_inference":
+            record["outcome"] = "interrupted"
+    view = comparison.RunView("mps", made["manifest"], made["records"])
+    section = comparison.compare([view]).sections[0]
+    assert "batch_inference" not in [row.workload for row in section.alone]
+    assert "resnet_training" in [row.workload for row in section.alone]
+    assert section.groups[0].client_rows[1].tail_slowdown[99] is None
 
 
 def test_runs_are_found_oldest_first_and_folders_without_a_manifest_are_passed_over(
