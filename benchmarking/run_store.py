@@ -165,7 +165,7 @@ def create_run(
 
     `manifest` holds the fields that the caller knows; `schema_version`, `run_id`, `created_at`,
     `finished_at` and `outcome` are added here. Without `run_id` the name is
-    `<mode>-<mix>-<YYYYmmdd-HHMMSS>` in UTC, with `-2`, `-3`, ... when taken. Raises
+    `<effective mode>-<mix>-<YYYYmmdd-HHMMSS>` in UTC, with `-2`, `-3`, ... when taken. Raises
     `RunStoreError` when the folder cannot be made or an explicit name is not free.
     """
     if run_id is not None and not _RUN_ID.fullmatch(run_id):
@@ -173,7 +173,7 @@ def create_run(
             f"run id {run_id!r} is not a folder name: use letters, digits, '.', '_' and '-'"
         )
     stamp = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S")
-    base = run_id or f"{manifest['mode']}-{manifest['mix']}-{stamp}"
+    base = run_id or f"{manifest['effective_mode']}-{manifest['mix']}-{stamp}"
     folder = _make_folder(Path(results_dir), base, may_rename=run_id is None)
     first = {
         "schema_version": SCHEMA_VERSION,

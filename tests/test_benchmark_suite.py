@@ -152,6 +152,7 @@ def test_without_a_gpu_the_whole_flow_runs_as_a_labelled_cpu_demonstration(
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == f"results: {run.folder}"
     assert done.stdout.count("CPU DEMONSTRATION") == 2
+    assert run.run_id.startswith("cpu-demo-mixed-")
     assert run.manifest["mode"] == "mps"
     assert run.manifest["effective_mode"] == "cpu-demo"
     assert run.manifest["job_size"] == "cpu"

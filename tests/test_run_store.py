@@ -10,7 +10,7 @@ import synthetic_runs
 
 from benchmarking import comparison, run_store
 
-MANIFEST = {"mode": "mps", "mix": "mixed", "plan": {}, "notes": []}
+MANIFEST = {"mode": "mps", "effective_mode": "mps", "mix": "mixed", "plan": {}, "notes": []}
 
 
 def client(co_run: str, number: int, **changes: object) -> dict:
@@ -33,6 +33,12 @@ def test_a_new_run_is_named_after_mode_mix_and_time(tmp_path: Path) -> None:
     assert read.manifest["outcome"] == "running"
     assert read.manifest["schema_version"] == 1
     assert read.manifest["created_at"].endswith("+00:00")
+
+
+def test_a_run_on_the_cpu_is_not_named_after_the_mode_that_was_asked_for(tmp_path: Path) -> None:
+    run = run_store.create_run(tmp_path, {**MANIFEST, "effective_mode": "cpu-demo"})
+    assert run.folder.name.startswith("cpu-demo-mixed-20")
+    assert run.manifest["mode"] == "mps"
 
 
 def test_a_name_that_is_taken_gets_a_number(
