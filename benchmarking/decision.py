@@ -1,8 +1,8 @@
 """The decision in sentences, each with its numbers and its runs, and every doubt beside it.
 
-A difference between modes is claimed only when each side has at least two repeats and their
-intervals (three repeats or more) or ranges (two) do not overlap. Of overlapping spreads it says
-that no difference is shown; of a single co-run, what was seen and that it is to be repeated.
+A difference between modes is claimed only when each side has at least three repeats and their
+intervals do not overlap. Of overlapping ones it says that no difference is shown; of one or two
+co-runs, what was seen and that it is to be repeated.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from benchmarking.comparison import (
     clients_text,
     is_valid,
 )
-from benchmarking.estimates import Estimate
+from benchmarking.estimates import MIN_REPEATS_FOR_CLAIM, Estimate
 from benchmarking.number_text import duration, joined
 
 
@@ -186,13 +186,17 @@ def _stp_text(group: Group, ordered: Sequence[Group]) -> str:
 
 
 def _single_caveat(ordered: Sequence[Group]) -> str:
-    """Why a figure of a single co-run is no claim, and what to do about it."""
-    once = [group for group in ordered if group.stp.repeats == 1]
-    if len(once) == len(ordered):
+    """Why a figure of one or two co-runs is no claim, and what to do about it."""
+    few = [group for group in ordered if group.stp.repeats < MIN_REPEATS_FOR_CLAIM]
+    counts = {group.stp.repeats for group in few}
+    if counts == {1} and len(few) == len(ordered):
         lead = " One co-run each, so their spread is unknown"
+    elif counts == {1}:
+        lead = f" One co-run only under {joined([_name(g) for g in few])}: its spread is unknown"
     else:
-        lead = f" One co-run only under {joined([_name(g) for g in once])}: its spread is unknown"
-    if any(group.ran_out_of_time for group in once):
+        names = joined([_name(group) for group in few])
+        lead = f" Under {names} there are fewer than three co-runs: too few for an interval"
+    if any(group.ran_out_of_time for group in few):
         return (
             f"{lead}. The time budget allowed no more: repeat with a larger one "
             "(`--phase-minutes`, `--budget-minutes`) before relying on it."
@@ -232,7 +236,11 @@ class _Words:
 def _standing(best: Estimate, others: Sequence[tuple[str, Estimate, bool]]) -> _Standing:
     """Sort `others`: name, spread, and whether its figure reads like the best one's."""
     shown = [name for name, theirs, _ in others if best.shows_difference_from(theirs)]
-    single = [name for name, theirs, _ in others if min(best.repeats, theirs.repeats) < 2]
+    single = [
+        name
+        for name, theirs, _ in others
+        if min(best.repeats, theirs.repeats) < MIN_REPEATS_FOR_CLAIM and not best.overlaps(theirs)
+    ]
     overlapping = [name for name, _, _ in others if name not in shown and name not in single]
     return _Standing(
         shown, overlapping, single, all(tie for name, _, tie in others if name in single)
@@ -310,10 +318,11 @@ def _time_text(group: Group) -> str:
     stp, overhead = group.stp, group.overhead_percent
     size = f"{abs(overhead.mean):.1f} %"
     difference = f"{size} {'less' if overhead.mean < 0 else 'more'} time"
-    if stp.repeats < 2:
+    if stp.repeats < MIN_REPEATS_FOR_CLAIM:
+        seen = f"in this run (n = {stp.repeats})"
         if size == "0.0 %":
-            return "together took as long as one after another in this run (n = 1)"
-        return f"together took {difference} than one after another in this run (n = 1)"
+            return f"together took as long as one after another {seen}"
+        return f"together took {difference} than one after another {seen}"
     if stp.low <= 1 <= stp.high:
         return (
             "no difference shown from running the jobs one after another: overhead "
@@ -367,7 +376,7 @@ def _p99_claim(label: str, pairs: Sequence[tuple[Group, ClientRow]]) -> Claim:
         values[0] = texts[0] + _repeat_range(spreads[0])
     caveat = ""
     if standing.single:
-        each = " each" if all(spread.repeats == 1 for spread in spreads) else ""
+        each = " each" if len({spread.repeats for spread in spreads}) == 1 else ""
         caveat = f" ({_repeats_text(spreads)}{each}: repeat before relying on it)"
     verdict = _verdict(_name(best), standing, _p99_words(_name(best)))
     return Claim(

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 from benchmarking import metrics
 
+# Where a claim compares modes; under three there is a range, but no interval.
+MIN_REPEATS_FOR_CLAIM = 3
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -42,10 +45,16 @@ class Estimate:
         return f"{mean}{unit} ({low} to {high}; {self.spread_name})"
 
     def shows_difference_from(self, other: Estimate) -> bool:
-        """Whether both have a spread and the two do not overlap."""
+        """Whether both rest on enough repeats and their spreads do not overlap."""
+        if min(self.repeats, other.repeats) < MIN_REPEATS_FOR_CLAIM:
+            return False
+        return not self.overlaps(other)
+
+    def overlaps(self, other: Estimate) -> bool:
+        """Whether both have a spread at all and the two overlap."""
         if min(self.repeats, other.repeats) < 2:
             return False
-        return not metrics.intervals_overlap(self._triple, other._triple)
+        return metrics.intervals_overlap(self._triple, other._triple)
 
     @property
     def _triple(self) -> tuple[float, float, float]:

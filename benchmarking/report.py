@@ -597,9 +597,8 @@ def _how_to_read() -> list[str]:
                 "**energy ratio**: joules together over joules one after another; under 1 saves.",
                 "**GPU utilization** says that some kernel ran; **SM activity**, where the GPU "
                 "has it, how much of the GPU worked.",
-                "A difference is claimed only where each side has two or more repeats and their "
-                "intervals (three or more) or ranges (two) do not overlap. Of a single co-run "
-                "(n = 1) only what was seen is said.",
+                "A difference is claimed only where each side has three or more repeats and their "
+                "95 % intervals do not overlap. Of one or two co-runs only what was seen is said.",
             ]
         ),
     ]

@@ -73,7 +73,7 @@ def print_summary(run: Run) -> None:
             print(f"REASON: {record['reason']}")
         members = run.clients_of(record["co_run"])
         print_table(
-            ("client", "workload", "status", "job [s]", "jobs", "slowdown", "p99 [ms]", "proof"),
+            ("client", "workload", "status", "job (s)", "jobs", "slowdown", "p99 (ms)", "proof"),
             [_client_row(member) for member in members],
         )
         for label, text in _figures(record):

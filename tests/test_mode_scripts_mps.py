@@ -457,13 +457,15 @@ def test_what_sudo_started_without_exclusive_the_plain_user_ends_without_sudo(
 
 
 @needs_real_root
+@pytest.mark.parametrize("caller", ["nobody", "root"])
 def test_a_lock_in_the_callers_environment_holds_under_sudo_too(
-    scripts: ModeScripts, nobodys_state: Path
+    scripts: ModeScripts, nobodys_state: Path, caller: str
 ) -> None:
     result = scripts.run(
         "enable_mps.sh",
         "--exclusive",
         prefix=["sudo"],
+        FAKE_SUDO_USER=caller,
         GPU_SHARING_STATE_DIR=str(nobodys_state),
         GPU_SETTINGS_LOCKED="1",
     )

@@ -114,21 +114,23 @@ def test_the_only_mode_measured_gets_one_sentence_for_throughput():
     assert only.endswith("; STP 2.00 (n = 1), no other mode was measured.")
 
 
-def test_two_repeats_are_compared_by_their_ranges():
+def test_two_repeats_show_a_range_but_are_too_few_for_a_claim():
     text = sentences(compare(time_slicing([4.0, 4.1]), mps([2.0, 2.1])))
-    assert "choose MPS for throughput" in text
+    assert "choose MPS" not in text
+    assert "in these runs MPS delivered more" in text
+    assert "fewer than three co-runs: too few for an interval" in text
     assert "range, n = 2" in text
 
 
 def test_against_a_mode_measured_once_only_that_difference_stays_open():
     mig = synthetic_runs.run("mig", "mig", {4: [4.5]})
-    text = sentences(compare(time_slicing([4.0, 4.04]), mps([2.0, 2.02]), mig))
+    text = sentences(compare(time_slicing([4.0, 4.04, 4.02]), mps([2.0, 2.02, 2.01]), mig))
     assert (
         "MPS delivers more than time slicing; in these runs MPS delivered more than MIG: STP "
         in text
     )
     assert "One co-run only under MIG: its spread is unknown: repeat" in text
-    assert "(n = 2, 2 and 1: repeat before relying on it)" in text
+    assert "(n = 3, 3 and 1: repeat before relying on it)" in text
 
 
 def test_sharing_is_judged_against_running_one_after_another():
@@ -141,7 +143,7 @@ def test_sharing_is_judged_against_running_one_after_another():
         "under time slicing: running the jobs one after another would be faster: together took "
         "10.2 % more time (" in text
     )
-    unclear = sentences(compare(time_slicing([4.1, 3.9])))
+    unclear = sentences(compare(time_slicing([4.1, 3.9, 4.0])))
     assert "no difference shown from running the jobs one after another: overhead 0.0 %" in unclear
 
 

@@ -30,8 +30,9 @@ THIS_COMMAND=("./gpu-configs/${0##*/}" "$@")
 
 # --- messages -------------------------------------------------------------------------------------
 
-log() { printf '%s\n' "$*" >&2; }
-warn() { printf 'warning: %s\n' "$*" >&2; }
+# A terminal that was closed takes no words: that must not end the work, least of all a putting back.
+log() { printf '%s\n' "$*" >&2 2>/dev/null || true; }
+warn() { log "warning: $*"; }
 
 # die CODE TEXT...
 die() {
@@ -115,6 +116,11 @@ cli::parse_common() {
 # drops the caller's variables, so the ones that matter here are read from sudo's own environment.
 user::resolve() {
     local entry name
+    if ((EUID == 0)); then
+        for name in GPU_SETTINGS_LOCKED GPU_SHARING_STATE_DIR XDG_STATE_HOME; do
+            [[ -n ${!name:-} ]] || user::inherit_from_sudo "$name"
+        done
+    fi
     INVOKER_UID=$EUID
     INVOKER_GID=$(id -g)
     INVOKER_NAME=$(id -un 2>/dev/null || printf '%s' "$EUID")
@@ -122,9 +128,6 @@ user::resolve() {
     if ((EUID == 0)) && [[ ${SUDO_UID:-0} =~ ^[0-9]+$ ]] && ((${SUDO_UID:-0} != 0)); then
         entry=$(getent passwd "$SUDO_UID") || die "$EXIT_FAILED" "no account has the user id $SUDO_UID"
         IFS=: read -r INVOKER_NAME _ INVOKER_UID INVOKER_GID _ INVOKER_HOME _ <<<"$entry"
-        for name in GPU_SETTINGS_LOCKED GPU_SHARING_STATE_DIR XDG_STATE_HOME; do
-            [[ -n ${!name:-} ]] || user::inherit_from_sudo "$name"
-        done
     fi
     STATE_DIRECTORY=${GPU_SHARING_STATE_DIR:-${XDG_STATE_HOME:-$INVOKER_HOME/.local/state}/gpu-sharing-bench}
     [[ $STATE_DIRECTORY == /* ]] || STATE_DIRECTORY=$PWD/$STATE_DIRECTORY
