@@ -36,8 +36,9 @@ MIG_PROFILE=1g.5gb # the guide's; setup_mig.sh takes this card's profile of the 
 SUITE_FLAGS=()
 
 HAS_GPU=0
-CHILD=""       # pid of the suite while it runs
-INTERRUPTED="" # exit code that a signal asks for
+CHILD=""         # pid of the suite while it runs
+CHILD_SECONDS=30 # how long a suite that was told to stop may take when the script itself has to end
+INTERRUPTED=""   # exit code that a signal asks for
 ENABLED_MODE=""
 MODE_UNDO=()
 MODE_REASON="" # why a mode could not be enabled or undone
@@ -186,18 +187,55 @@ signals::install() {
     trap 'signals::note 130' INT
     trap 'signals::note 143' TERM
     trap 'signals::note 129' HUP
-    trap 'signals::ignore && mode::undo' EXIT
+    trap : PIPE # `| tee` may be gone; ignored, it would be ignored by the children as well
+    trap signals::on_exit EXIT
 }
 
 signals::ignore() { trap '' INT TERM HUP; }
 
 # The first signal asks the suite to stop as Ctrl-C does, a later one ends it; its clients end with it,
-# since they hang on its pipes.
+# since they hang on its pipes. Told before anything is said: the terminal may be what has gone.
 signals::note() {
     local -r name=$([[ -z $INTERRUPTED ]] && printf INT || printf TERM)
-    INTERRUPTED=$1
-    log "Stopping: what was enabled is undone, and what was done is reported."
     [[ -z $CHILD ]] || kill -s "$name" "$CHILD" 2>/dev/null || true
+    INTERRUPTED=$1
+    signals::leave_dead_terminal
+    log "Stopping: what was enabled is undone, and what was done is reported."
+}
+
+# Undoing and reporting are done by programs that fail where they cannot write: a closed terminal, or
+# a pipe whose reader has ended, is exchanged for a file.
+signals::leave_dead_terminal() {
+    local file=$OUTPUT/after-hangup.log
+    [[ -d $OUTPUT && -w $OUTPUT ]] || file=/dev/null
+    printf '\n' >&2 2>/dev/null || exec </dev/null >>"$file" 2>&1
+    [[ ! -p /dev/stdout ]] || printf '\n' 2>/dev/null || exec >>"$file"
+}
+
+# However the script ends: the mode outlives the suite, or its clients would run on without it.
+signals::on_exit() {
+    signals::ignore
+    signals::end_child
+    mode::undo
+}
+
+signals::end_child() {
+    local name
+    [[ -n $INTERRUPTED || -z $CHILD ]] || kill -s INT "$CHILD" 2>/dev/null || true
+    for name in TERM KILL; do
+        signals::child_ends || kill -s "$name" "$CHILD" 2>/dev/null || true
+    done
+    signals::child_ends || true
+    CHILD=""
+}
+
+# Whether the suite ends within CHILD_SECONDS, if there is one.
+signals::child_ends() {
+    local -ri until=$((SECONDS + CHILD_SECONDS))
+    while [[ -n $CHILD ]] && kill -0 "$CHILD" 2>/dev/null; do
+        ((SECONDS < until)) || return 1
+        sleep 0.1
+    done
 }
 
 # Runs a program that gets a signal only through signals::note. It needs a process group of its own:
@@ -227,7 +265,10 @@ suite::run() {
     ((!HAS_GPU)) || command+=(--gpu "$GPU_UUID")
     SUITE_STATUS=0
     run --note "$(quoted "${command[@]}")" signals::run_child "${command[@]}" || SUITE_STATUS=$?
-    [[ -z $INTERRUPTED ]] || SUITE_STATUS=130
+    if [[ -n $INTERRUPTED ]]; then
+        SUITE_STATUS=130
+        signals::leave_dead_terminal # its reader may have ended a moment after the signal
+    fi
 }
 
 # What the suite's exit code says, in words.
@@ -335,13 +376,13 @@ mode::as_root() {
     fi
 }
 
-# Runs a mode script; its words are kept in mode-scripts.log too. tee must outlive Ctrl-C, or a script
-# that puts back its changes could no longer write.
+# Runs a mode script; its words are kept in mode-scripts.log too. tee must outlive Ctrl-C and a closed
+# terminal, or a script that puts back its changes could no longer write.
 mode::script() {
     if ((DRY_RUN)); then
         run "$@"
     else
-        run "$@" 2>&1 | tee -ia "$OUTPUT/mode-scripts.log" >&2
+        run "$@" 2>&1 | (signals::ignore && tee -pa "$OUTPUT/mode-scripts.log" >&2 || true)
     fi
 }
 

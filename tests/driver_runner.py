@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
 import signal
 import subprocess
 import tempfile
+import termios
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,13 +54,18 @@ class DriverRunner(ModeScripts):
         )
 
     def drive_until_signal(
-        self, script: str, *arguments: str, run_id: str, signals: list[signal.Signals]
+        self,
+        script: str,
+        *arguments: str,
+        run_id: str,
+        signals: list[signal.Signals],
+        **environment: str,
     ) -> tuple[int, str]:
         """Send signals to the driver alone, each once the suite had the one before."""
         process = subprocess.Popen(
             self._command(script, arguments, False),
             cwd=PROJECT_ROOT,
-            env=self.environment,
+            env={**self.environment, **environment},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -73,6 +80,24 @@ class DriverRunner(ModeScripts):
             self._wait_for(lambda call: "signal" in call, count)
         _, stderr = process.communicate(timeout=60)
         return process.returncode, stderr
+
+    def drive_until_hangup(self, script: str, *arguments: str, run_id: str) -> int:
+        """Close the driver's terminal once the suite is at work; return the exit status."""
+        terminal, inside = os.openpty()
+        process = subprocess.Popen(
+            self._command(script, arguments, False),
+            cwd=PROJECT_ROOT,
+            env=self.environment,
+            stdin=inside,
+            stdout=inside,
+            stderr=inside,
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        )
+        os.close(inside)
+        self._wait_for(lambda call: call.get("waiting") == run_id)
+        os.close(terminal)  # what the kernel makes of it is SIGHUP and a terminal that is dead
+        return process.wait(timeout=60)
 
     def _command(self, script: str, arguments: tuple[str, ...], as_root: bool) -> list[str]:
         prefix = (ROOT_PREFIX or []) if as_root else []

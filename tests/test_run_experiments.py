@@ -172,6 +172,52 @@ def test_a_signal_stops_the_suite_first_then_undoes_the_mode_then_reports(
     assert runner.reason("mig") == "interrupted before it began"
 
 
+def test_a_closed_terminal_stops_the_suite_then_undoes_the_mode_then_reports(
+    runner: DriverRunner,
+) -> None:
+    runner.rule(mps={"wait": True, "slow_to_end": 0.5})
+    status = runner.drive_until_hangup(SCRIPT, "--modes", "mps,mig", run_id="mps")
+    assert status == 129, (runner.output / "after-hangup.log").read_text()
+    told, ended, analysis = runner.python_calls()[-3:]
+    assert told == {"program": "benchmark_suite.py", "signal": "SIGINT"}
+    # the daemon was still there when the suite had ended its clients
+    assert ended["ended"] == "mps"
+    assert ended["gpu"]["daemons"] == 1
+    assert analysis["program"] == "analyze_results.py"
+    assert analysis["gpu"] == AS_BEFORE
+    assert runner.left_behind() == []
+    assert runner.outcomes() == {
+        "baseline": "ok",
+        "time-slicing": "skipped",
+        "mps": "failed",
+        "mig": "skipped",
+        "analysis": "ok",
+    }
+    assert runner.reason("mps") == "interrupted"
+    assert "MPS is off" in (runner.output / "after-hangup.log").read_text()
+
+
+def test_a_driver_that_has_to_end_itself_ends_the_suite_before_it_undoes_the_mode(
+    runner: DriverRunner,
+) -> None:
+    runner.rule(mps={"wait": True, "slow_to_end": 0.5})
+    (runner.folder / "die").write_text("trap 'exit 1' USR1\n")
+    status, stderr = runner.drive_until_signal(
+        SCRIPT,
+        "--modes",
+        "mps",
+        run_id="mps",
+        signals=[signal.SIGUSR1],
+        BASH_ENV=str(runner.folder / "die"),
+    )
+    assert status == 1, stderr
+    ended = runner.python_calls()[-1]
+    assert ended["ended"] == "mps"
+    assert ended["gpu"]["daemons"] == 1
+    assert not runner.machine.state()["mps"]
+    assert runner.left_behind() == []
+
+
 def test_a_second_ctrl_c_ends_a_suite_that_does_not_listen(runner: DriverRunner) -> None:
     runner.rule(baseline={"wait": True, "deaf": True})
     status, stderr = runner.drive_until_signal(
