@@ -1,4 +1,4 @@
-"""Which baselines of another run may stand in for one's own: same card, same versions, same jobs.
+"""Which baselines of another run may stand in for one's own: same card, versions, jobs and data.
 
 A baseline from an unlike environment would turn every ratio into a comparison of environments, so
 it is refused, and the refusal names the field that differs.
@@ -6,6 +6,7 @@ it is refused, and the refusal names the field that differs.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,9 +68,30 @@ def identity_differences(
     return [difference for difference in pairs if difference]
 
 
+def data_differences(
+    theirs: Mapping[str, Any], ours: Mapping[str, Any], job_keys: Iterable[str]
+) -> list[str]:
+    """Say which jobs found other data or weights in the run of manifest `theirs` than in ours.
+
+    A run that did not note what its jobs found is taken at its word.
+    """
+    found, found_now = (
+        manifest.get("resolved_arguments") or {} for manifest in (theirs, ours)
+    )  # fmt: skip
+    return [
+        f"data of {key.split()[0]} was {_words(found[key])}, now it is {_words(found_now[key])}"
+        for key in job_keys
+        if key in found and key in found_now and list(found[key]) != list(found_now[key])
+    ]
+
+
+def _words(arguments: Sequence[str]) -> str:
+    return f"`{shlex.join(arguments)}`" if arguments else "without flags"
+
+
 def require_reusable(run: Run, ours: Mapping[str, Any], job_keys: Sequence[str]) -> None:
     """Raise `BaselineMismatchError` unless `run`'s baselines fit our manifest and jobs."""
-    found = differences(run.manifest, ours)
+    found = [*differences(run.manifest, ours), *data_differences(run.manifest, ours, job_keys)]
     if found:
         raise BaselineMismatchError(
             f"the baseline of run {run.run_id} cannot be reused: {'; '.join(found)}"

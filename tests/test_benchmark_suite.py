@@ -495,6 +495,37 @@ def test_a_baseline_of_another_run_is_reused_or_refused_naming_the_field(
     assert "driver_version was 580.159.04, now it is 999.1" in other_driver.stderr
 
 
+def test_a_baseline_on_other_data_is_refused_naming_both(bench: Bench) -> None:
+    jobs = ["--mix", "training", "--workloads", "1"]
+    assert bench.run("--mode", "exclusive", *jobs, "--run-id", "alone").returncode == 0
+    bench.script({"match": "*", "resolve_arguments": ["--dataset", "folder"]})
+    done = bench.run(*jobs, "--baseline", "alone", "--run-id", "other")
+    assert done.returncode == 2
+    assert "was `--resolved yes`, now it is `--dataset folder`" in done.stderr
+    assert run_store.read_run(bench.results / "other").client_records == []
+
+
+def test_the_newest_reusable_run_is_one_on_the_same_data(tmp_path: Path) -> None:
+    for number, data in enumerate(["here", "elsewhere", None]):
+        noted = {} if data is None else {"resolved_arguments": {"job": ["--data-dir", data]}}
+        made = {**manifest(), "mode": "exclusive", "mix": "training", **noted}
+        run = run_store.create_run(tmp_path, made, run_id=f"run-{number}")
+        run.update_manifest(created_at=f"2026-01-0{3 - number}")
+        base = {"phase": "baseline", "co_run": "alone"}
+        run.append_record({"record": "client", "job_key": "job", "status": "ok", **base})
+        run.append_record({"record": "co_run", "outcome": "ok", **base})
+
+    def found(data: str) -> str | None:
+        ours = {**manifest(), "resolved_arguments": {"job": ["--data-dir", data]}}
+        run = baselines.newest_reusable(tmp_path, ours, ["job"])
+        return run and run.run_id
+
+    assert found("here") == "run-0"
+    assert found("elsewhere") == "run-1"
+    # The oldest did not note its data: it is taken where nothing better is there.
+    assert found("a third place") == "run-2"
+
+
 def test_a_gpu_that_torch_cannot_use_is_code_3(gpu_bench: Callable) -> None:
     bench = gpu_bench()
     bench.script({"match": "*", "identity": {"device": "cpu"}})

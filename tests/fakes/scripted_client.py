@@ -20,6 +20,7 @@ later ones win. The script may be copied under any name to stand in for a worklo
     hidden          the driver does not list this client (false)
     without_mps     the client does not reach the MPS daemon that it was given (false)
     resolve_exit    exit code of `--resolve` (0)
+    resolve_arguments  flags that `--resolve` answers with (`--resolved yes`)
     resolve_notes   notes that `--resolve` answers with
 
 With NVML_STUB_STATE in the environment (see `nvml_stub.py`) a ready client adds its pid to the
@@ -234,7 +235,7 @@ def resolve() -> None:
         sys.exit(code)
     print("a line for people", file=sys.stderr)
     print(json.dumps({
-        "arguments": ["--resolved", "yes"],
+        "arguments": configured.get("resolve_arguments", ["--resolved", "yes"]),
         "environment": {"versions": {"torch": "scripted"}, "host_cores": 2, "os": "test",
                         "git_commit": None, "git_dirty": None},
         "notes": configured.get("resolve_notes", []),
