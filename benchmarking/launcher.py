@@ -141,6 +141,7 @@ class Client:
         self.timed_out = False
         self.terminated = False
         self.start_failure: str | None = None
+        self.refusal: str | None = None
         self._follower = LineFollower(paths.events)
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -265,6 +266,10 @@ class CoRunOutcome:
     go_skew_ms: float | None = None
 
 
+class CoRunRefused(Exception):
+    """Raised by `before_go`: the clients are not to be measured; the message says why."""
+
+
 class _EndOfWindow(Exception):
     """The co-run ends before everyone was done."""
 
@@ -300,8 +305,9 @@ class Launcher:
     ) -> CoRunOutcome:
         """Run the clients of `planned` until `rule` is met by all, and leave no process behind.
 
-        `before_go` is called once, when every client is ready and idle; what it raises ends the
-        co-run and is passed on. Failure, timeout and interruption are outcomes, not exceptions.
+        `before_go` is called once, when every client is ready and idle; `CoRunRefused` makes the
+        co-run and its clients failed, whatever else it raises is passed on. Failure, timeout and
+        interruption are outcomes, not exceptions.
         """
         clients = [
             Client(client, paths_of(planned.co_run, client.client)) for client in planned.clients
@@ -322,6 +328,10 @@ class Launcher:
             self._contend(clients, rule, result.window_start_seconds)
         except _EndOfWindow as end:
             result.outcome, result.reason = end.outcome, end.reason
+        except CoRunRefused as refusal:
+            result.outcome, result.reason = OUTCOME_FAILED, str(refusal)
+            for client in clients:
+                client.refusal = result.reason
         finally:
             if result.window_start_seconds is not None:
                 result.window_end_seconds = time.monotonic()
@@ -494,6 +504,8 @@ def _status(client: Client, outcome: str) -> tuple[str, str | None]:
     code = client.exit_code
     if client.start_failure is not None:
         return STATUS_FAILED, client.start_failure
+    if client.refusal is not None:
+        return STATUS_FAILED, client.refusal
     if client.error is not None:
         message = str(client.error.get("message") or "reported an error")
         return str(client.error.get("status") or STATUS_FAILED), message
@@ -521,6 +533,8 @@ def _status(client: Client, outcome: str) -> tuple[str, str | None]:
 def _settle_outcome(result: CoRunOutcome) -> None:
     """A client that failed only while ending still fails the co-run; reasons name the cause."""
     bad = [client for client in result.clients if client.status != STATUS_OK]
+    if all(client.reason == result.reason for client in bad):
+        return  # refused: the reason is everybody's
     if result.outcome == OUTCOME_OK and bad:
         only_slow = all(client.status == STATUS_TIMEOUT for client in bad)
         result.outcome = OUTCOME_TIMEOUT if only_slow else OUTCOME_FAILED

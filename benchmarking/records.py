@@ -21,7 +21,7 @@ from benchmarking.sharing_modes import INVALID, UNVERIFIED, Evidence, Proof
 
 Record = dict[str, Any]
 
-NEVER_READY = Proof(UNVERIFIED, (Evidence("it got ready", "no", None),))
+NEVER_MEASURED = Proof(UNVERIFIED, (Evidence("it was measured", "no", None),))
 
 # Under this share of its multiprocessors in use while the host has no core left, a GPU starves.
 STARVED_SM_ACTIVITY_PERCENT = 50.0
@@ -33,7 +33,7 @@ def client_record(
 ) -> Record:
     """Return the record of one client.
 
-    `proof` is `None` for a client that never got ready. A client that ran well but not under the
+    `proof` is `None` for a client that was never measured. A client that ran well but not under the
     mode is `invalid`. `baseline` is the record of the same job alone on the whole GPU; without it,
     slowdown and normalized progress are unknown.
     """
@@ -67,7 +67,7 @@ def client_record(
         "job_key": client.planned.job_key,
         "status": status,
         "reason": reason,
-        "proof": (proof or NEVER_READY).to_dict(),
+        "proof": (proof or NEVER_MEASURED).to_dict(),
         "window_start_seconds": start,
         "window_end_seconds": end,
         "jobs": jobs_of(client.events, start, end),

@@ -30,6 +30,7 @@ from benchmarking.launcher import (
     OUTCOME_OK,
     Client,
     CoRunOutcome,
+    CoRunRefused,
     FinishRule,
     Interruption,
     Launcher,
@@ -274,14 +275,22 @@ class SuiteRun:
     ) -> list[dict[str, Any]]:
         """Run one co-run, write its records, return those of its clients.
 
-        Raises `_RunEnded` when it did not end well: what follows would build on it.
+        Raises `_RunEnded` when it did not end well, `SuiteError` when the clients were not what
+        they should be: what follows would build on it.
         """
         if self._interruption.requested:
             raise _RunEnded("interrupted", EXIT_INTERRUPTED, "interrupted")
         mode = self._setup.alone_mode if planned.phase == PHASE_BASELINE else self._setup.mode
 
+        refusal: SuiteError | None = None
+
         def before_go(clients: list[Client]) -> None:
-            self._check_identities(clients)
+            nonlocal refusal
+            try:
+                self._check_identities(clients)
+            except SuiteError as error:
+                refusal = error
+                raise CoRunRefused(str(error)) from error
             mode.observe()
 
         seen = self._launcher.run(planned, self._writer.client_paths, rule, before_go)
@@ -297,6 +306,8 @@ class SuiteRun:
             self._writer.append_record(line)
         for warning in record["warnings"]:
             self._say(warning)
+        if refusal is not None:
+            raise refusal
         _raise_unless_well(record, clients)
         return clients
 
@@ -375,7 +386,7 @@ class SuiteRun:
 def _proofs(
     mode: SharingMode, seen: CoRunOutcome, samples: list[dict[str, Any]]
 ) -> list[Proof | None]:
-    """Judge every client of a co-run that got ready; on the CPU there is nothing to judge."""
+    """Judge every client of a co-run that was measured; on the CPU there is nothing to judge."""
     start, end = seen.ready_seconds, seen.window_end_seconds
     if mode.name == MODE_CPU_DEMO:
         start, end = 0.0, 0.0

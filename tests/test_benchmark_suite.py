@@ -532,6 +532,12 @@ def test_a_gpu_that_torch_cannot_use_is_code_3(gpu_bench: Callable) -> None:
     done = bench.run("--mix", "training", "--quick")
     assert done.returncode == 3
     assert "driver 580.159.04" in done.stderr
+    run = bench.only_run()
+    assert run.manifest["outcome"] == "failed"
+    assert [record["outcome"] for record in run.co_run_records] == ["failed"]
+    assert [record["status"] for record in run.client_records] == ["failed"]
+    assert "torch scripted cannot use it" in run.client_records[0]["reason"]
+    assert run.co_run_records[0]["reason"] == run.client_records[0]["reason"]
 
 
 def test_more_clients_than_were_set_up_are_warned_of(gpu_bench: Callable) -> None:
