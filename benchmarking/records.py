@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from benchmarking import metrics
@@ -23,9 +23,11 @@ Record = dict[str, Any]
 
 NEVER_MEASURED = Proof(UNVERIFIED, (Evidence("it was measured", "no", None),))
 
-# Under this share of its multiprocessors in use while the host has no core left, a GPU starves.
-STARVED_SM_ACTIVITY_PERCENT = 50.0
+# A GPU with less to do than this starves where the host has no core left, or a client's Python
+# leaves no moment of its core unused.
+STARVED_ACTIVITY_PERCENT = 50.0
 BUSY_HOST_CPU_PERCENT = 90.0
+BUSY_CLIENT_CPU_FRACTION = 0.9
 
 
 def client_record(
@@ -131,7 +133,7 @@ def co_run_record(
         "window_end_seconds": co_run.window_end_seconds,
         "go_skew_ms": co_run.go_skew_ms,
         "gpu": gpu,
-        "warnings": starvation_warnings(gpu),
+        "warnings": starvation_warnings(gpu, client_records),
         "summary": metrics.summarize_co_run(
             client_records,
             baselines if is_comparable else {},
@@ -142,13 +144,30 @@ def co_run_record(
     }
 
 
-def starvation_warnings(gpu: Record | None) -> list[str]:
-    """Say when the host, not the GPU, set the pace: then every mode looks alike."""
-    host, activity = (gpu or {}).get("host_cpu_percent"), (gpu or {}).get("sm_activity_percent")
-    if host is None or activity is None:
+def starvation_warnings(gpu: Record | None, client_records: Iterable[Record] = ()) -> list[str]:
+    """Say when the host, not the GPU, set the pace: then every mode looks alike.
+
+    Either the host has no core left, or a client's process used one core all the time, which is
+    all that its Python can use. A process that waits for the GPU may spin just so, hence it counts
+    only beside a GPU with little to do: by SM activity, or utilization where that is unknown.
+    """
+    figures = gpu or {}
+    name, activity = "SM activity", figures.get("sm_activity_percent")
+    if activity is None:
+        name, activity = "GPU utilization", figures.get("utilization_gpu_percent")
+    if activity is None or activity >= STARVED_ACTIVITY_PERCENT:
         return []
-    if host >= BUSY_HOST_CPU_PERCENT and activity < STARVED_SM_ACTIVITY_PERCENT:
+    host = figures.get("host_cpu_percent")
+    if host is not None and host >= BUSY_HOST_CPU_PERCENT:
+        return [f"the GPU was starved by the host: host CPU {host:.0f} %, {name} {activity:.0f} %"]
+    limited = [
+        f"client {record['client']} ({record['label']})"
+        for record in client_records
+        if (record.get("window_host_cpu_fraction") or 0.0) >= BUSY_CLIENT_CPU_FRACTION
+    ]
+    if limited:
         return [
-            f"the GPU was starved by the host: host CPU {host:.0f} %, SM activity {activity:.0f} %"
+            f"the GPU waited for Python: {name} was {activity:.0f} %, while a CPU core was busy "
+            f"all the time for {' and '.join(limited)}"
         ]
     return []

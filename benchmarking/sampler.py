@@ -42,11 +42,15 @@ class Sampler:
 
     def __enter__(self) -> Sampler:
         """Start sampling and wait until the first sample is about to follow."""
-        with self._log.open("wb") as log:
-            self._process = subprocess.Popen(
-                self._command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=log,
-                start_new_session=True,
-            )  # fmt: skip
+        try:
+            with self._log.open("wb") as log:
+                self._process = subprocess.Popen(
+                    self._command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=log,
+                    start_new_session=True,
+                )  # fmt: skip
+        except OSError as error:
+            self.failure = f"the sampler did not start: {error}"
+            return self
         deadline = time.monotonic() + READY_TIMEOUT_SECONDS
         while not self._is_ready and self._is_running() and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS)
@@ -98,7 +102,10 @@ class Sampler:
 
     def _read(self) -> None:
         for line in self._follower.poll():
-            value = json.loads(line)
+            try:
+                value = json.loads(line)
+            except ValueError:
+                continue  # torn: a sample less, or no ready sampler, which is said
             if value.get("record") == "monitor":
                 self._is_ready = True
             elif value.get("record") == "sample":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -26,9 +27,10 @@ class Teller:
         self._start_seconds = time.monotonic()
 
     def say(self, text: str) -> None:
-        """Print one line."""
+        """Print one line; a run goes on where nobody can read it any more."""
         elapsed = time.monotonic() - self._start_seconds
-        print(f"[{elapsed:7.1f} s] {text}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):
+            print(f"[{elapsed:7.1f} s] {text}", file=sys.stderr, flush=True)
 
 
 def print_plan(setup: Setup, *, verbose: bool = False) -> None:

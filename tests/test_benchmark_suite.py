@@ -20,7 +20,7 @@ from pathlib import Path
 import nvml_stub
 import pytest
 
-from benchmarking import baselines, records, run_store
+from benchmarking import baselines, records, run_store, sampler, suite_console
 from benchmarking.launcher import ClientOutcome, CoRunOutcome
 from benchmarking.plan import WORKLOADS, PlannedClient, PlannedCoRun
 from benchmarking.sharing_modes import Evidence, Proof
@@ -626,6 +626,49 @@ def test_a_starved_gpu_is_said() -> None:
     busy = {"host_cpu_percent": 99.0, "sm_activity_percent": 80.0}
     assert records.starvation_warnings(busy) == []
     assert records.starvation_warnings(None) == []
+
+
+def test_a_sampler_that_cannot_start_is_a_failure_that_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sampler.sys, "executable", str(tmp_path / "no-python"))
+    with sampler.Sampler(tmp_path / "samples", tmp_path / "log") as started:
+        assert "did not start" in started.failure
+
+
+def test_a_sampler_with_a_torn_first_line_is_a_failure_that_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "torn.py"
+    program.write_text("import sys\nopen(sys.argv[2], 'w').write('{\"record\": \"mon\\n')\n")
+    monkeypatch.setattr(sampler, "MONITOR_SCRIPT", program)
+    with sampler.Sampler(tmp_path / "samples", tmp_path / "log") as started:
+        assert started.failure == "the sampler did not start: it said nothing"
+
+
+def test_a_terminal_that_is_gone_does_not_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    teller = suite_console.Teller()
+    with open("/dev/full", "w", buffering=1) as gone:
+        monkeypatch.setattr(sys, "stderr", gone)
+        with pytest.raises(OSError, match="No space"):
+            print("lost", file=sys.stderr, flush=True)
+        teller.say("nobody reads this")
+        monkeypatch.undo()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), gone.fileno())
+
+
+def test_a_gpu_that_waits_for_the_python_of_one_client_on_a_large_host_is_said() -> None:
+    eager = {"client": 0, "label": "BERT fine-tuning", "window_host_cpu_fraction": 0.98}
+    idle = {"client": 1, "label": "Jupyter session", "window_host_cpu_fraction": None}
+    gpu = {"host_cpu_percent": 7.0, "sm_activity_percent": 21.0, "utilization_gpu_percent": 80.0}
+    (warning,) = records.starvation_warnings(gpu, [eager, idle])
+    assert "SM activity was 21 %" in warning
+    assert warning.endswith("client 0 (BERT fine-tuning)")
+    assert records.starvation_warnings(gpu, [idle]) == []
+    # Waiting for a busy GPU takes a core just so.
+    assert records.starvation_warnings({**gpu, "sm_activity_percent": 85.0}, [eager]) == []
+    no_gpm = {**gpu, "sm_activity_percent": None, "utilization_gpu_percent": 30.0}
+    assert "GPU utilization was 30 %" in records.starvation_warnings(no_gpm, [eager])[0]
 
 
 def manifest(**environment: object) -> dict:
