@@ -323,12 +323,19 @@ mode::enable() {
         time-slicing)
             flags=(setup_time_slicing.sh "$clients")
             MODE_UNDO=(reset_time_slicing.sh)
-            [[ -z $TIMESLICE ]] || { mode::as_root && flags+=(--timeslice "$TIMESLICE"); }
+            [[ -z $TIMESLICE ]] || {
+                mode::as_root && flags+=(--timeslice "$TIMESLICE")
+                mode::set_up_again_as_saved
+            }
             ;;
         mps)
             flags=(enable_mps.sh)
             MODE_UNDO=(disable_mps.sh)
-            ((!MPS_EXCLUSIVE)) || { mode::as_root && flags+=(--exclusive); }
+            ((!MPS_EXCLUSIVE)) || {
+                mode::as_root && flags+=(--exclusive)
+                ! mode::has_state mps ||
+                    warn "MPS is set up without --exclusive; it is switched off altogether at the end"
+            }
             ;;
         mig)
             flags=(setup_mig.sh "$MIG_PROFILE" "$clients")
@@ -336,7 +343,8 @@ mode::enable() {
             mode::as_root
             ;;
     esac
-    MODE_UNDO=("${as_root[@]}" "$PROJECT_ROOT/gpu-configs/${MODE_UNDO[0]}" --gpu "$GPU_UUID")
+    MODE_UNDO=("${as_root[@]}" "$PROJECT_ROOT/gpu-configs/${MODE_UNDO[0]}" "${MODE_UNDO[@]:1}"
+        --gpu "$GPU_UUID")
     had_state=$(mode::has_state "$mode" && printf yes) || true
     # Noted before the change: a signal can come between the two.
     ENABLED_MODE=$mode
@@ -350,6 +358,14 @@ mode::enable() {
         fi
         return 1
     fi
+}
+
+# Where the user had set up time slicing with another length, undoing is setting that up again.
+mode::set_up_again_as_saved() {
+    mode::has_state time-slicing || return 0
+    state::load time-slicing
+    [[ ${STATE[clients]:-} && ${STATE[timeslice]:-} ]] || return 0
+    MODE_UNDO=(setup_time_slicing.sh "${STATE[clients]}" --timeslice "${STATE[timeslice],,}")
 }
 
 # Whether the mode's scripts have something to undo. (In a subshell: a damaged file ends the script.)
@@ -386,17 +402,30 @@ mode::script() {
     fi
 }
 
+# Whether the mode is set up already, and in the way that the flags ask for.
 mode::is_in_force() {
     case $1 in
         # A daemon of the user's need not go: time slicing needs no script then, the suite keeps its
         # clients away from the daemon.
         time-slicing)
-            mode::has_state time-slicing || { [[ -z $TIMESLICE ]] && mode::finds_daemon; }
+            if [[ -n $TIMESLICE ]]; then
+                mode::has_timeslice "${TIMESLICE^}"
+            else
+                mode::has_state time-slicing || mode::finds_daemon
+            fi
             ;;
-        mps) mode::finds_daemon ;;
+        mps) mode::finds_daemon && { ((!MPS_EXCLUSIVE)) || mode::is_exclusive; } ;;
         mig) [[ $GPU_MIG_CURRENT == Enabled ]] && (($(mig::devices | wc -l) >= $2)) ;;
     esac
 }
+
+# mode::has_timeslice NAME: a saved one that a driver reload has reset since does not count.
+mode::has_timeslice() {
+    (state::load time-slicing && [[ ${STATE[timeslice]:-} == "$1" ]]) 2>/dev/null &&
+        [[ $(gpu::timeslice) == "$1" ]]
+}
+
+mode::is_exclusive() { (gpu::refresh && [[ $GPU_COMPUTE_MODE == Exclusive_Process ]]); }
 
 # Whether an MPS daemon of this user answers: one that enable_mps.sh started, or one where CUDA itself
 # would look, which the suite is then told of.

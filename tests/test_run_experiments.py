@@ -279,6 +279,99 @@ def test_exclusive_and_timeslice_are_undone_after_their_phase(runner: DriverRunn
 
 
 @needs_root
+def test_another_time_slice_than_the_saved_one_is_set_and_the_saved_one_set_up_again(
+    runner: DriverRunner,
+) -> None:
+    runner.must("setup_time_slicing.sh", "2", "--timeslice", "short")
+    before = runner.saved("time-slicing")
+    result = runner.drive(SCRIPT, "--modes=time-slicing", "--timeslice=long", as_root=True)
+    assert result.returncode == 0, result.stderr
+    assert runner.suite_calls()["time-slicing"]["gpu"]["timeslice"] == "Long"
+    assert runner.python_calls()[-1]["gpu"]["timeslice"] == "Short"
+    assert runner.saved("time-slicing") == before
+
+
+@needs_root
+@pytest.mark.parametrize("flags", [(), ("--timeslice", "short")])
+def test_a_time_slice_that_is_set_up_as_asked_is_used_and_left(
+    runner: DriverRunner, flags: tuple[str, ...]
+) -> None:
+    runner.must("setup_time_slicing.sh", "2", "--timeslice", "short")
+    changes = runner.machine.changing_calls()
+    before = runner.saved("time-slicing")
+    result = runner.drive(SCRIPT, "--modes=time-slicing", *flags, as_root=True)
+    assert result.returncode == 0, result.stderr
+    assert "time-slicing is set up already" in result.stderr
+    assert runner.suite_calls()["time-slicing"]["gpu"]["timeslice"] == "Short"
+    assert runner.machine.changing_calls() == changes
+    assert runner.saved("time-slicing") == before
+
+
+@needs_root
+def test_a_saved_time_slice_that_a_driver_reload_has_reset_is_set_anew(
+    runner: DriverRunner,
+) -> None:
+    runner.must("setup_time_slicing.sh", "2", "--timeslice", "long")
+    runner.machine.change_gpu(timeslice="Default")
+    result = runner.drive(SCRIPT, "--modes=time-slicing", "--timeslice=long", as_root=True)
+    assert result.returncode == 0, result.stderr
+    assert runner.suite_calls()["time-slicing"]["gpu"]["timeslice"] == "Long"
+
+
+@needs_root
+def test_a_daemon_without_exclusive_mode_gets_it_when_asked_for(runner: DriverRunner) -> None:
+    runner.must("enable_mps.sh")
+    result = runner.drive(SCRIPT, "--modes=mps", "--exclusive", as_root=True)
+    assert result.returncode == 0, result.stderr
+    assert "switched off altogether at the end" in result.stderr
+    gpu = runner.suite_calls()["mps"]["gpu"]
+    assert gpu == {**AS_BEFORE, "daemons": 1, "compute_mode": "Exclusive_Process"}
+    assert runner.python_calls()[-1]["gpu"] == AS_BEFORE
+
+
+@needs_root
+def test_a_daemon_with_exclusive_mode_is_used_and_left(runner: DriverRunner) -> None:
+    runner.must("enable_mps.sh", "--exclusive")
+    before = runner.saved("mps")
+    result = runner.drive(SCRIPT, "--modes=mps", "--exclusive", as_root=True)
+    assert result.returncode == 0, result.stderr
+    assert "mps is set up already" in result.stderr
+    assert runner.saved("mps") == before
+    assert runner.python_calls()[-1]["gpu"]["compute_mode"] == "Exclusive_Process"
+
+
+@needs_root
+def test_a_length_or_exclusive_mode_that_the_script_refuses_fails_the_phase(
+    runner: DriverRunner,
+) -> None:
+    runner.must("setup_time_slicing.sh", "2", "--timeslice", "short")
+    result = runner.drive(
+        SCRIPT, "--modes=time-slicing", "--timeslice=long", as_root=True, GPU_SETTINGS_LOCKED="1"
+    )
+    assert result.returncode == 1
+    assert "GPU_SETTINGS_LOCKED" in runner.reason("time-slicing")
+    assert "time-slicing" not in runner.suite_calls()
+    assert runner.gpu()["timeslice"] == "Short"
+    assert runner.saved("time-slicing")["timeslice"] == "Short"
+
+
+@needs_root
+def test_exclusive_with_a_daemon_started_by_hand_fails_the_phase_with_one_sentence(
+    runner: DriverRunner,
+) -> None:
+    pipe = runner.folder / "by-hand"
+    pipe.mkdir()
+    (pipe / "control").touch()
+    runner.machine.add_mps_daemon(str(pipe), uid=0, user="root")
+    result = runner.drive(
+        SCRIPT, "--modes=mps", "--exclusive", as_root=True, CUDA_MPS_PIPE_DIRECTORY=str(pipe)
+    )
+    assert result.returncode == 1
+    assert "that enable_mps.sh did not start is running" in runner.reason("mps")
+    assert runner.python_calls()[-1]["gpu"]["daemons"] == 1
+
+
+@needs_root
 def test_instances_that_were_there_are_used_and_left_and_the_whole_gpu_phases_are_skipped(
     runner: DriverRunner,
 ) -> None:
