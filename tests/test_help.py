@@ -1,0 +1,86 @@
+"""Every script explains itself: --help ends well and shows the usage.
+
+How many seconds it took is printed and kept as a property. The seconds are shown, not judged: they are the machine's as much as the script's.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+PROJECT_ROOT = Path(__file__).resolve().parents[1]
+FOLDERS_OF_SCRIPTS = (".", "gpu-configs")
+FOLDERS_OF_PROGRAMS = ("benchmarking", "workloads/*", "lib")
+# Sourced by the scripts, never run itself.
+SOURCED = {"setup_environment.sh"}
+# A process of load_test.py's, which hands it a socket as its only argument.
+STARTED_BY_A_PROGRAM = {"workloads/inference/load_worker.py"}
+# Runs its checks first and hands every argument, --help too, on to pytest.
+HANDS_ON = {"run_tests.sh"}
+
+
+def entry_scripts() -> list[str]:
+    """Shell and Python files that are run by name, as paths from the project's folder."""
+    scripts = [
+        path for folder in FOLDERS_OF_SCRIPTS for path in (PROJECT_ROOT / folder).glob("*.sh")
+    ]
+    programs = [
+        path
+        for folder in FOLDERS_OF_PROGRAMS
+        for path in PROJECT_ROOT.glob(f"{folder}/*.py")
+        if '__name__ == "__main__"' in path.read_text()
+    ]
+    names = {str(path.relative_to(PROJECT_ROOT)) for path in [*scripts, *programs]}
+    return sorted(names - SOURCED - STARTED_BY_A_PROGRAM - HANDS_ON)
+
+
+@pytest.fixture(scope="module")
+def show_seconds(request: pytest.FixtureRequest) -> Iterator[Callable[[str, float], None]]:
+    """Collect the seconds of each script, to be printed as a table past pytest's capture."""
+    seconds: dict[str, float] = {}
+    yield seconds.__setitem__
+    capture = request.config.pluginmanager.getplugin("capturemanager")
+    with capture.global_and_fixture_disabled():
+        print("\n\nSeconds that --help took:")
+        for name, value in seconds.items():
+            print(f"  {value:5.2f}  {name}")
+
+
+def test_the_scripts_are_found() -> None:
+    assert {
+        "run_experiments.sh",
+        "stress_test.sh",
+        "gpu-configs/enable_mps.sh",
+        "benchmarking/benchmark_suite.py",
+        "workloads/training/resnet_training.py",
+        "workloads/inference/load_test.py",
+    } <= set(entry_scripts())
+
+
+@pytest.mark.parametrize("name", entry_scripts())
+def test_help_ends_well_and_shows_the_usage(
+    name: str,
+    show_seconds: Callable[[str, float], None],
+    record_property: Callable[[str, object], None],
+) -> None:
+    command = [f"./{name}"] if name.endswith(".sh") else [sys.executable, name]
+    started = time.monotonic()
+    result = subprocess.run(
+        [*command, "--help"],
+        cwd=PROJECT_ROOT,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    seconds = time.monotonic() - started
+    record_property("help_seconds", round(seconds, 3))
+    show_seconds(name, seconds)
+    assert result.returncode == 0, result.stderr
+    assert "usage" in result.stdout.lower()
