@@ -1,6 +1,7 @@
 """Every script explains itself: --help ends well and shows the usage.
 
-How many seconds it took is printed and kept as a property. The seconds are shown, not judged: they are the machine's as much as the script's.
+The seconds it took are printed and kept as a property, not judged: they are the machine's as much
+as the script's.
 """
 
 from __future__ import annotations
