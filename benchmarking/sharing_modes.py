@@ -37,6 +37,7 @@ DISABLE_MIG = "sudo ./gpu-configs/disable_mig.sh"
 
 CONTROL_PROGRAM = "nvidia-cuda-mps-control"
 CONTROL_TIMEOUT_SECONDS = 10
+DEFAULT_MPS_PIPE_DIRECTORY = Path("/tmp/nvidia-mps")
 
 # The inode that Linux gives the first pid namespace; in a container's own one, pids are others.
 INITIAL_PID_NAMESPACE = "pid:[4026531836]"
@@ -537,6 +538,18 @@ def read_state(mode: str, gpu_uuid: str, environment: Mapping[str, str]) -> dict
     return {}
 
 
+def own_default_pipe_directory() -> str:
+    """Return where CUDA looks for a daemon by default, if this user started the one there.
+
+    Empty otherwise: another user's daemon takes no client of ours.
+    """
+    try:
+        owner = (DEFAULT_MPS_PIPE_DIRECTORY / "control").stat().st_uid
+    except OSError:
+        return ""
+    return str(DEFAULT_MPS_PIPE_DIRECTORY) if owner == os.geteuid() else ""
+
+
 def time_slicing_warning(clients: int, gpu_uuid: str, environment: Mapping[str, str]) -> str | None:
     """Warn when more clients are asked for than `setup_time_slicing.sh` was told."""
     recorded = read_state(MODE_TIME_SLICING, gpu_uuid, environment).get("clients", "")
@@ -568,7 +581,10 @@ def make_mode(
         uuid = str((describe() or {}).get("uuid"))
         recorded = read_state(MODE_MPS, uuid, environment).get("pipe_directory", "")
         inherited = environment.get("CUDA_MPS_PIPE_DIRECTORY", "")
-        return MpsMode(describe, [recorded, inherited], own_pid_namespace=own_pid_namespace)
+        return MpsMode(
+            describe, [recorded, inherited, own_default_pipe_directory()],
+            own_pid_namespace=own_pid_namespace,
+        )  # fmt: skip
     if name == MODE_MIG:
         return MigMode(
             describe, no_mps_folder, own_pid_namespace=own_pid_namespace, clients=clients

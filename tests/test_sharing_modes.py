@@ -360,6 +360,29 @@ def test_the_recorded_pipe_directory_comes_before_the_inherited_one(
     assert mode.client_environment(0)["CUDA_MPS_PIPE_DIRECTORY"] == recorded
 
 
+def test_a_daemon_of_this_user_at_the_default_place_is_tried_last(
+    tmp_path: Path, control: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    default = control("", "default")
+    monkeypatch.setattr(sharing_modes, "DEFAULT_MPS_PIPE_DIRECTORY", Path(default))
+    environment = {"GPU_SHARING_STATE_DIR": str(tmp_path)}
+
+    def pipe_directory() -> str:
+        mode = sharing_modes.make_mode(
+            "mps", lambda: H100, clients=4, no_mps_folder=EMPTY, environment=environment
+        )
+        return mode.client_environment(0)["CUDA_MPS_PIPE_DIRECTORY"]
+
+    assert pipe_directory() == ""
+    (Path(default) / "control").touch()
+    assert pipe_directory() == default
+    environment["CUDA_MPS_PIPE_DIRECTORY"] = inherited = control("", "inherited")
+    assert pipe_directory() == inherited
+    del environment["CUDA_MPS_PIPE_DIRECTORY"]
+    monkeypatch.setattr(sharing_modes.os, "geteuid", lambda: os.stat(default).st_uid + 1)
+    assert pipe_directory() == ""
+
+
 @pytest.mark.parametrize("name", ["time-slicing", "exclusive", "mps", "mig", "cpu-demo"])
 def test_every_mode_can_be_made_by_name(name: str) -> None:
     mode = sharing_modes.make_mode(
