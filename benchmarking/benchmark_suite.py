@@ -26,6 +26,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarking import run_store, suite_console
 from benchmarking.launcher import Interruption
+from benchmarking.one_line_parser import OneLineParser
 from benchmarking.plan import MIXES, MODE_EXCLUSIVE, MODES
 from benchmarking.suite_run import SuiteRun
 from benchmarking.suite_setup import (
@@ -67,7 +68,7 @@ def run(setup: Setup, interruption: Interruption) -> int:
 
 def parse_arguments() -> argparse.Namespace:
     """Return the checked arguments; ends the process with code 2 where they make no sense."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument

@@ -38,6 +38,7 @@ from typing import Any, TextIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarking import nvml
+from benchmarking.one_line_parser import OneLineParser
 
 SHORTEST_INTERVAL_SECONDS = 0.1  # NVML refreshes its GPM counters no faster
 PROCESS_LIST_PERIOD_SECONDS = 1.0
@@ -76,7 +77,7 @@ def main() -> int:
 
 def parse_arguments() -> argparse.Namespace:
     """Return the checked arguments; ends the process with code 2 where they make no sense."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         description="Sample a GPU and the host's CPU as JSON lines, with a live table.",
         epilog="Without --output - a summary (mean and maximum) is printed at the end.",
     )

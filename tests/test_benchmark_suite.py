@@ -343,7 +343,8 @@ def test_wrong_arguments_end_with_code_2_and_one_sentence(
     done = bench.run(*arguments)
     assert done.returncode == 2
     assert words in done.stderr
-    assert "Traceback" not in done.stderr
+    assert done.stderr.startswith("benchmark_suite.py: error: ")
+    assert done.stderr.count("\n") == 1
 
 
 def test_a_dry_run_prints_the_plan_and_leaves_nothing(bench: Bench) -> None:
