@@ -28,6 +28,17 @@ AS_BEFORE = {
 }
 
 
+def _heed_signals() -> None:
+    """Undo what pytest inherited where it was started in the background, or under nohup."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
+def _own_the_terminal() -> None:
+    _heed_signals()
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
 class DriverRunner(ModeScripts):
     """A driver script run from the project's folder, writing into a folder of the test's own."""
 
@@ -71,8 +82,7 @@ class DriverRunner(ModeScripts):
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
-            # pytest may itself have been started in the background, where SIGINT is ignored
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            preexec_fn=_heed_signals,
         )
         self._wait_for(lambda call: call.get("waiting") == run_id)
         for count, number in enumerate(signals, start=1):
@@ -92,7 +102,7 @@ class DriverRunner(ModeScripts):
             stdout=inside,
             stderr=inside,
             start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+            preexec_fn=_own_the_terminal,
         )
         os.close(inside)
         self._wait_for(lambda call: call.get("waiting") == run_id)
