@@ -77,6 +77,7 @@ class Clients:
         if plan.offsets is not None:
             self._offsets.frombytes(plan.offsets)
         self.tally = Tally()
+        self.stopped = False
 
     def warm_up(self) -> list[threading.Thread]:
         """Start sending the uncounted requests over every connection."""
@@ -114,7 +115,7 @@ class Clients:
         requests = itertools.islice(itertools.cycle(plan.requests), number, None)
         end_seconds = start_seconds + plan.duration_seconds
         _sleep_until(start_seconds)
-        while (sent := time.monotonic()) < end_seconds:
+        while not self.stopped and (sent := time.monotonic()) < end_seconds:
             failure = connection.exchange(next(requests))
             add(sent, sent, sent, time.monotonic(), failure)
             if failure is not None:
@@ -124,6 +125,8 @@ class Clients:
         plan, add = self._plan, self.tally.add
         # One iterator for all threads: taking the next number is atomic, so none is sent twice.
         for index in self._claims:
+            if self.stopped:
+                break
             intended = start_seconds + self._offsets[index]
             free = time.monotonic()
             if free - intended > plan.timeout_seconds:
@@ -171,6 +174,8 @@ def _run_job(clients: Clients, plan: WorkerPlan, start_seconds: float, pipe: Con
         until_end = end_seconds - time.monotonic()
         pause = min(REPORT_SECONDS, until_end) if until_end > 0 else FINISH_PROBE_SECONDS
         stopped = pipe.poll(pause) and isinstance(pipe.recv(), Stop)
+        # Before the last report is taken: what is sent after it would be in no report.
+        clients.stopped = stopped
         last = stopped or not any(thread.is_alive() for thread in threads)
         now = time.monotonic()
         if not last and now - reported_seconds < REPORT_SECONDS:
