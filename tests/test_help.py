@@ -16,7 +16,7 @@ import pytest
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 FOLDERS_OF_SCRIPTS = (".", "gpu-configs")
-FOLDERS_OF_PROGRAMS = ("benchmarking", "workloads/*", "lib")
+FOLDERS_OF_PROGRAMS = ("benchmarking", "workloads", "workloads/*", "lib")
 # Sourced by the scripts, never run itself.
 SOURCED = {"setup_environment.sh"}
 # A process of load_test.py's, which hands it a socket as its only argument.

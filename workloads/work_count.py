@@ -1,0 +1,235 @@
+#!/usr/bin/env python3
+"""Count the operations and bytes that one step of a job cannot do without, as JSON.
+
+    python3 workloads/work_count.py --job resnet50-training-cifar --batch-size 128
+
+The workload's own model runs one step on PyTorch's meta device, which computes shapes and nothing
+else: no GPU is needed and no memory. Counted are the heavy operators (convolution, matrix product,
+attention, forward and backward) in bf16, each reading its inputs and writing its outputs once;
+operations are those of ``torch.utils.flop_counter`` (a multiplication and an addition are two).
+What lies between them is taken as free, fused perfectly into its neighbors. A training step also
+reads and writes each parameter and each value of the optimizer once, in fp32, and reads each
+gradient once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from workloads.common import cli
+
+if TYPE_CHECKING:
+    import torch
+
+ELEMENT_BYTES = 2  # bf16
+STATE_ELEMENT_BYTES = 4  # fp32
+# What a step reads and writes for each parameter: itself and what its optimizer keeps.
+SGD_MOMENTUM_TENSORS = 2
+ADAMW_TENSORS = 3
+
+# (operator, operations, bytes) -> how often.
+Operators = Counter[tuple[str, int, int]]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one step does: heavy operators, and bytes of parameters and optimizer."""
+
+    operators: Operators
+    parameters: int
+    state_bytes: int
+
+    def to_dict(self) -> dict:
+        """Return plain data for JSON: the operators (one entry for equal ones) and totals."""
+        operators = [
+            {"operator": name, "operations": operations, "bytes": size, "count": count}
+            for (name, operations, size), count in self.operators.items()
+        ]
+        return {
+            "operations": sum(entry["operations"] * entry["count"] for entry in operators),
+            "operator_bytes": sum(entry["bytes"] * entry["count"] for entry in operators),
+            "state_bytes": self.state_bytes,
+            "parameters": self.parameters,
+            "operators": operators,
+        }
+
+
+def main() -> int:
+    """Count one job's step and print it."""
+    args = parse_arguments()
+    work = JOBS[args.job](args)
+    print(json.dumps({"job": args.job, "batch_size": args.batch_size, **work.to_dict()}))
+    return cli.EXIT_OK
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Return the flags of the command line."""
+    parser = cli.OneLineParser(
+        description="Count the operations and bytes of one step of a job, on no device at all.",
+        epilog="What is counted stands at the top of this file.",
+    )
+    parser.add_argument("--job", required=True, choices=sorted(JOBS), help="which job")
+    parser.add_argument("--batch-size", type=cli.positive_int, required=True, metavar="N")
+    parser.add_argument(
+        "--image-size", type=cli.positive_int, default=None, metavar="PIXELS",
+        help="of square images (default: 32 in training, 224 in inference)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--classes", type=cli.positive_int, default=None, metavar="N",
+        help="outputs of the model (default: ResNet50 training 10, BERT 2, inference 1000)",
+    )  # fmt: skip
+    bert = parser.add_argument_group("BERT")
+    bert.add_argument("--max-length", type=cli.positive_int, default=128, help="(default: 128)")
+    bert.add_argument("--layers", type=cli.positive_int, default=None, help="(default: 12)")
+    bert.add_argument("--hidden", type=cli.positive_int, default=None, help="(default: 768)")
+    return parser.parse_args()
+
+
+def count_resnet_training(args: argparse.Namespace, stem: str) -> Work:
+    """Count a training step of ResNet50 with SGD and momentum."""
+    import torch
+    import torch.nn.functional as F
+
+    from workloads.training.resnet_training import build_resnet50
+
+    size = args.image_size or 32
+    with torch.device("meta"):
+        model = build_resnet50(args.classes or 10, stem).to(torch.bfloat16).train()
+        images = torch.zeros(args.batch_size, 3, size, size, dtype=torch.bfloat16)
+        labels = torch.zeros(args.batch_size, dtype=torch.int64)
+
+    def step() -> None:
+        F.cross_entropy(model(images), labels).backward()
+
+    return training_work(step, model, SGD_MOMENTUM_TENSORS)
+
+
+def count_bert_training(args: argparse.Namespace) -> Work:
+    """Count a training step of BERT with AdamW."""
+    import torch
+    import torch.nn.functional as F
+
+    from workloads.training.text_model import Architecture, build_model
+
+    with torch.device("meta"):
+        model = build_model(
+            Architecture(args.layers, args.hidden), args.classes or 2, args.max_length
+        )
+        model = model.to(torch.bfloat16).train()
+        tokens = torch.zeros(args.batch_size, args.max_length, dtype=torch.int64)
+        mask = torch.zeros(args.batch_size, 1, 1, args.max_length, dtype=torch.bfloat16)
+        labels = torch.zeros(args.batch_size, dtype=torch.int64)
+
+    def step() -> None:
+        F.cross_entropy(model(tokens, attention_mask=mask).logits, labels).backward()
+
+    return training_work(step, model, ADAMW_TENSORS)
+
+
+def count_inference(args: argparse.Namespace, name: str) -> Work:
+    """Count a forward pass of one of torchvision's classifiers, batch norm folded in."""
+    import torch
+    import torchvision
+
+    from workloads.inference.inference_model import fold_batch_norm
+
+    size = args.image_size or 224
+    build = getattr(torchvision.models, name)
+    with torch.device("meta"):
+        model = build(weights=None, num_classes=args.classes or 1000).eval()
+        images = torch.zeros(args.batch_size, 3, size, size, dtype=torch.bfloat16)
+    fold_batch_norm(model)
+    model.to(torch.bfloat16)
+
+    def forward() -> None:
+        with torch.no_grad():
+            model(images)
+
+    return Work(count_operators(forward), _parameters(model), 0)
+
+
+def training_work(step: Callable[[], None], model: torch.nn.Module, state_tensors: int) -> Work:
+    """Return the work of a training step whose optimizer step touches ``state_tensors`` tensors.
+
+    Args:
+        step: Runs forward and backward once.
+        model: Its parameters are all trained.
+        state_tensors: Tensors of a parameter's size, itself among them, read and written once.
+    """
+    parameters = _parameters(model)
+    # Gradients were written by the operators; the optimizer reads them once.
+    bytes_each = 2 * state_tensors * STATE_ELEMENT_BYTES + ELEMENT_BYTES
+    return Work(count_operators(step), parameters, parameters * bytes_each)
+
+
+def count_operators(work: Callable[[], None]) -> Operators:
+    """Run ``work`` once and count its heavy operators: those the flop counter has a formula for."""
+    from torch.nn import functional
+    from torch.overrides import TorchFunctionMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils.flop_counter import flop_registry
+
+    found: Operators = Counter()
+
+    class CountHeavy(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            kwargs = kwargs or {}
+            out = func(*args, **kwargs)
+            formula = flop_registry.get(func._overloadpacket)
+            if formula is not None:
+                operations = int(formula(*args, **kwargs, out_val=out))
+                name = func._overloadpacket._qualified_op_name.removeprefix("aten::")
+                found[name, operations, _tensor_bytes([args, kwargs, out])] += 1
+            return out
+
+    class FuseAttention(TorchFunctionMode):
+        """The meta device would take attention apart, with every score written and read."""
+
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func is functional.scaled_dot_product_attention:
+                import torch
+
+                return torch.ops.aten._scaled_dot_product_flash_attention(*args[:3])[0]
+            return func(*args, **(kwargs or {}))
+
+    with CountHeavy(), FuseAttention():
+        work()
+    return found
+
+
+def _tensor_bytes(values: Iterable[object]) -> int:
+    """Bytes of all tensors in nested arguments; a broadcast one counts as it is stored."""
+    import torch
+    from torch.utils._pytree import tree_leaves
+
+    return sum(
+        min(leaf.numel() * leaf.element_size(), leaf.untyped_storage().nbytes())
+        for leaf in tree_leaves(values)
+        if isinstance(leaf, torch.Tensor)
+    )
+
+
+def _parameters(model: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+JOBS: dict[str, Callable[[argparse.Namespace], Work]] = {
+    "resnet50-training-cifar": lambda args: count_resnet_training(args, "cifar"),
+    "resnet50-training-imagenet": lambda args: count_resnet_training(args, "imagenet"),
+    "bert-training": count_bert_training,
+    "resnet50-inference": lambda args: count_inference(args, "resnet50"),
+    "resnet18-inference": lambda args: count_inference(args, "resnet18"),
+    "vgg16-inference": lambda args: count_inference(args, "vgg16"),
+}
+
+if __name__ == "__main__":
+    cli.run_main(main)
