@@ -1,0 +1,211 @@
+"""The speed table as a program, with scripted workloads on a scripted card, and once for real."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import nvml_stub
+import pytest
+
+from benchmarking import speed_jobs
+
+PROJECT_ROOT = Path(__file__).resolve().parents[1]
+FAKE = Path(__file__).parent / "fakes" / "scripted_speed.py"
+
+
+class Bench:
+    """A copy of `benchmarking/` beside stand-ins for the programs that the table runs."""
+
+    def __init__(self, root: Path) -> None:
+        self.output = root / "speed"
+        self.calls_path = root / "calls"
+        self.script = root / "benchmarking" / "speed_table.py"
+        shutil.copytree(
+            PROJECT_ROOT / "benchmarking", root / "benchmarking",
+            ignore=shutil.ignore_patterns("__pycache__"),
+        )  # fmt: skip
+        stand_ins = {job.script for job in speed_jobs.JOBS}
+        for name in {"benchmarking/card_rates.py", "workloads/work_count.py", *stand_ins}:
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(FAKE, root / name)
+        self.card = nvml_stub.write_state(root / "card.txt")
+        self.environment = {
+            name: value
+            for name, value in nvml_stub.stub_environment(
+                nvml_stub.build_nvml_stub(root), self.card
+            ).items()
+            if not name.startswith(("CUDA_", "TORCHINDUCTOR_"))
+        }
+        self.environment["SPEED_CALLS"] = str(self.calls_path)
+
+    def start(self, *arguments: str, **script: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, str(self.script), "--output-dir", str(self.output), *arguments],
+            env={**self.environment, "SPEED_SCRIPT": json.dumps(script)},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    def run(self, *arguments: str, **script: str) -> tuple[int, str]:
+        process = self.start(*arguments, **script)
+        output, complaint = process.communicate(timeout=100)
+        return process.returncode, output if process.returncode != 2 else complaint
+
+    def table(self) -> dict[str, Any]:
+        return json.loads((self.output / "speed_table.json").read_text())
+
+    def calls(self) -> list[str]:
+        return self.calls_path.read_text().splitlines()
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    return Bench(tmp_path)
+
+
+def test_each_engine_stands_against_eager_fp32_and_the_floor(bench: Bench) -> None:
+    code, output = bench.run("--only", "resnet50-batch32,resnet50-training-cifar")
+    assert code == 0
+    table = bench.table()
+    rows = table["rows"]
+    assert [(row["name"], row["engine"], row["precision"]) for row in rows] == [
+        ("resnet50-training-cifar", "eager", "fp32"),
+        ("resnet50-training-cifar", "graph", "bf16"),
+        ("resnet50-training-cifar", "compile", "bf16"),
+        ("resnet50-batch32", "eager", "fp32"),
+        ("resnet50-batch32", "graph", "bf16"),
+        ("resnet50-batch32", "compile", "bf16"),
+    ]
+    # The epoch after the first counts; 1280 images in batches of 128 are ten steps of 1 ms.
+    assert [row["seconds"] for row in rows] == [8.0, 2.0, 1.0, 0.008, 0.002, 0.001]
+    assert [row["speedup"] for row in rows] == [1.0, 4.0, 8.0, 1.0, 4.0, 8.0]
+    assert rows[1]["floor_seconds"] == pytest.approx(0.010)
+    assert [row["floor_fraction"] for row in rows[3:]] == pytest.approx([0.125, 0.5, 1.0])
+    assert (table["outcome"], table["versions"]) == (
+        "complete", {"torch": "scripted", "cuda": "13.0"},
+    )  # fmt: skip
+    text = (bench.output / "speed_table.md").read_text()
+    assert text in output
+    line = "| ResNet50 inference | graph, bf16 | 32 | 2.00 ms a batch (16,000 samples/s) | 4.00 x |"
+    assert f"{line} 50 % of 1.00 ms | 5.0 s |" in text
+    assert "NVIDIA H100 80GB HBM3, driver 580.159.04, torch scripted" in text
+    assert "1.00 TB/s" in text and "100 TFLOP/s" in text
+
+
+def test_compile_starts_from_one_cache_that_a_short_run_filled(bench: Bench) -> None:
+    assert bench.run("--only", "resnet50-batch1,vgg16-batch32", "--engines", "compile")[0] == 0
+    compiled = [call for call in bench.calls() if "--engine compile" in call]
+    caches = {call.partition("cache=")[2] for call in compiled}
+    assert len(compiled) == 4 and len(caches) == 1 and caches != {"-"}
+    assert not Path(caches.pop()).exists()
+    assert compiled[0].count("--num-batches 1 ") == 1  # the short run comes first
+    row = bench.table()["rows"][1]
+    assert (row["startup_seconds"], row["cold_startup_seconds"]) == (5.0, 40.0)
+    others = [call for call in bench.calls() if "--engine compile" not in call]
+    assert all(call.endswith("cache=-") for call in others)
+
+
+def test_a_failure_is_a_row_with_its_reason(bench: Bench) -> None:
+    code, _ = bench.run("--only", "resnet18-batch32", "--engines", "graph", fail="eager")
+    assert code == 1
+    reference, graph = bench.table()["rows"]
+    assert (reference["status"], graph["status"]) == ("failed", "ok")
+    assert reference["reason"] == "batch_inference.py: error: scripted | failure"
+    assert (graph["speedup"], graph["floor_fraction"]) == (None, pytest.approx(0.5))
+    assert (
+        "failed: batch_inference.py: error: scripted \\| failure"
+        in (bench.output / "speed_table.md").read_text()
+    )
+
+
+def test_ctrl_c_leaves_the_finished_rows_and_no_process(bench: Bench) -> None:
+    process = bench.start("--only", "resnet50-batch1", hang="graph")
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline and not (
+        bench.calls_path.exists() and "--engine graph" in bench.calls_path.read_text()
+    ):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == 130
+    table = bench.table()
+    assert [row["engine"] for row in table["rows"]] == ["eager"]
+    assert table["outcome"] == "interrupted"
+    assert "**Interrupted: rows are missing.**" in output
+    running = [
+        path.parent.name for path in Path("/proc").glob("[0-9]*/cmdline")
+        if str(bench.script.parents[1]) in _read(path)
+    ]  # fmt: skip
+    assert running == []
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+def test_what_else_was_on_the_card_is_noted(bench: Bench) -> None:
+    nvml_stub.write_state(bench.card, pids={os.getpid(): 400})
+    bench.run("--only", "resnet50-batch1", "--engines", "graph")
+    table = bench.table()
+    assert table["rows"][0]["neighbors"] == [{"pid": os.getpid(), "used_memory_mib": 400.0}]
+    assert any(
+        f"other processes were on the GPU: pid {os.getpid()} (" in note for note in table["notes"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (("--only", "resnet51"), "there is no job resnet51; choose of resnet50-training-cifar"),
+        (("--engines", "eager"), "'eager': choose of graph, compile"),
+        (("--repeats", "0"), "'0' is not a whole number of 1 or more"),
+        (("--data-dir", "/nowhere"), "--data-dir /nowhere is no folder"),
+        (("--gpu", "7"), "GPU 7 cannot be found"),
+    ],
+)
+def test_wrong_arguments_are_one_sentence_and_code_2(
+    bench: Bench, arguments: tuple[str, ...], complaint: str
+) -> None:
+    code, said = bench.run(*arguments)
+    assert code == 2
+    assert complaint in said and len(said.splitlines()) == 1
+
+
+def test_an_operator_is_bound_by_its_operations_or_its_bytes() -> None:
+    work = {
+        "operators": [
+            {"operations": 100, "bytes": 1, "count": 3},  # 1 s at 100 operations/s
+            {"operations": 1, "bytes": 20, "count": 1},  # 2 s at 10 bytes/s
+        ],
+        "state_bytes": 5,
+    }
+    rates = {"copy_bytes_per_second": 10.0, "matrix_operations_per_second": 100.0}
+    assert speed_jobs.floor_seconds(work, rates, steps=2) == pytest.approx(2 * (3 + 2 + 0.5))
+    assert speed_jobs.floor_seconds(work, None, steps=2) is None
+
+
+def test_without_a_gpu_the_real_workloads_run_tiny_and_eager(tmp_path: Path) -> None:
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, "benchmarking/speed_table.py", "--only", "bert-training",
+         "--output-dir", str(tmp_path)],
+        cwd=PROJECT_ROOT, env=environment, capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    table = json.loads((tmp_path / "speed_table.json").read_text())
+    assert [(row["engine"], row["precision"], row["floor_fraction"]) for row in table["rows"]] == [
+        ("eager", "fp32", None),
+    ]  # fmt: skip
+    assert all(row["seconds"] > 0 for row in table["rows"])
+    assert all(row["work"]["operations"] > 0 for row in table["rows"])
+    assert "Tiny sizes" in done.stdout
