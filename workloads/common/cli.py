@@ -33,6 +33,10 @@ class JobFailedError(Exception):
     """The job itself went wrong in a way that is understood; the message is one sentence."""
 
 
+class OutOfGpuMemoryError(Exception):
+    """GPU memory ran out in a process that a workload had started."""
+
+
 class OneLineParser(argparse.ArgumentParser):
     """An argument parser whose errors are one sentence instead of a usage dump."""
 
@@ -158,7 +162,9 @@ def run_main(main: Callable[[], int]) -> NoReturn:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` is PyTorch's out-of-memory error, without importing torch to ask."""
+    """Whether ``error`` says that GPU memory ran out, without importing torch to ask."""
+    if isinstance(error, OutOfGpuMemoryError):
+        return True
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(error, torch.OutOfMemoryError)
 

@@ -9,6 +9,7 @@ event      carries
 =========  ====================================================================================
 loaded     ``startup_seconds``: imports, data and model are on the device
 ready      ``identity``: warm-up, autotuning and capture are over, the device is idle
+processes  ``pids``: processes that the job has started, where they and not we use the GPU
 units      ``kind``, ``latency``, ``start_seconds``, ``duration_seconds``: finished units of work
 job        ``index``, ``start_seconds``, ``end_seconds``, ``figures``: one whole job
 error      ``status`` (``oom`` or ``failed``), ``message``
@@ -166,6 +167,13 @@ class Recorder:
             durations.append(round(end_seconds - start_seconds, 7))
         if end_seconds - self._last_flush_seconds >= FLUSH_PERIOD_SECONDS:
             self.flush()
+
+    def processes(self, pids: list[int]) -> None:
+        """Say that the job's work is done by these processes too, since ``pid`` is not all.
+
+        A sharing mode is then proved by what the driver says of any of them.
+        """
+        self._events.write("processes", pids=pids)
 
     def flush(self) -> None:
         """Write what has been collected."""
@@ -364,9 +372,9 @@ def _write_error(events: EventLog, error: Exception) -> None:
 
 
 def _write_done(workload: Workload, events: EventLog, jobs: int) -> None:
-    usage = resource.getrusage(resource.RUSAGE_SELF)
+    usages = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     events.write(
-        "done", jobs=jobs, host_cpu_seconds=usage.ru_utime + usage.ru_stime,
+        "done", jobs=jobs, host_cpu_seconds=sum(u.ru_utime + u.ru_stime for u in usages),
         peak_memory_mib=_peak_memory_mib(workload),
     )  # fmt: skip
 

@@ -1,0 +1,232 @@
+#!/usr/bin/env python3
+"""Run any command as a job: by hand once, under the benchmark suite again and again.
+
+    python3 workloads/custom/command_client.py --command "./train.sh --epochs 3"
+    python3 workloads/custom/command_client.py --shell --command "make data && ./train.sh"
+
+One run of the command is one job and one unit of work, of kind `command`. It counts when it exits
+with 0. Nothing is known of what happens inside: the command's own start-up belongs to its time,
+and the client is ready at once. In a plan file of the suite (`benchmark_suite.py --plan FILE`) a
+client with a `command` is run by this script.
+
+When the suite says stop, the run in hand may end by itself for a few seconds; then everything that
+the command has started gets SIGTERM, and what still runs after a long grace gets SIGKILL.
+
+Exit codes: 0 done, 1 the command failed, 2 usage, 12 it ran out of GPU memory (its exit code is 12,
+or it failed and said so), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from workloads.common import cli
+from workloads.common.client import Recorder, StopRequested, Workload, main_of
+from workloads.custom import process_tree
+
+UNIT_KIND = "command"
+LOOK_PERIOD_SECONDS = 0.25
+# A command that is about to end needs no signal at all.
+FINISH_SECONDS = 5.0
+# A process that dies with kernels in flight can harm the other clients of an MPS server, and one
+# that heeds SIGTERM may have a checkpoint of many gigabytes to write. Together with FINISH_SECONDS
+# this stays under the minute after which the suite ends this script itself.
+GRACE_SECONDS = 40.0
+TAIL_BYTES = 16384
+# As CUDA, PyTorch, TensorFlow and JAX say it.
+OUT_OF_MEMORY_TEXT = re.compile(
+    r"out of memory|OutOfMemory|CUDA_ERROR_OUT_OF_MEMORY|RESOURCE_EXHAUSTED|"
+    r"CUDNN_STATUS_ALLOC_FAILED|CUBLAS_STATUS_ALLOC_FAILED",
+    re.IGNORECASE,
+)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Return the checked flags, the command split into words under `words`."""
+    parser = cli.workload_parser(__doc__, uses_gpu=False)
+    parser.add_argument(
+        "--command", required=True, metavar="LINE",
+        help="the command line; split into words as a shell does, but run without one",
+    )  # fmt: skip
+    parser.add_argument(
+        "--shell", action="store_true", help="run LINE by /bin/sh: pipes, variables and && work"
+    )
+    parser.add_argument(
+        "--working-directory", type=Path, default=Path(), metavar="DIR",
+        help="folder to run it in (default: the present one)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--latency", action="store_true",
+        help="a run's duration is a response time that somebody waits for: percentiles are kept",
+    )  # fmt: skip
+    args = parser.parse_args()
+    try:
+        words = shlex.split(args.command)
+    except ValueError as error:
+        parser.error(f"--command {args.command!r} cannot be split into words ({error}): quote it")
+    if not words:
+        parser.error("--command is empty: give a program and its arguments")
+    if not args.working_directory.is_dir():
+        parser.error(f"--working-directory {args.working_directory} is no folder: name one")
+    args.words = ["/bin/sh", "-c", args.command] if args.shell else words
+    return args
+
+
+class CommandWorkload(Workload):
+    """One command line, run again and again."""
+
+    name = "command"
+    title = "Command"
+
+    def load(self) -> None:
+        """Nothing: what the command loads is part of its run."""
+        process_tree.adopt_orphans()
+
+    def run_job(self, recorder: Recorder) -> dict:
+        """Run the command once; its duration is the one figure.
+
+        Raises:
+            StopRequested: The suite asked to stop; the command has been ended.
+            JobFailedError: It could not be started or did not exit with 0.
+            OutOfGpuMemoryError: It did not exit with 0 and says that memory ran out.
+        """
+        recorder.check_stop()
+        run = _Run(self.args.words, self.args.working_directory)
+        self._watch(run, recorder)
+        _require_success(run, self.args.command)
+        recorder.unit(UNIT_KIND, run.start_seconds, run.end_seconds, latency=self.args.latency)
+        return {"command_seconds": run.end_seconds - run.start_seconds}
+
+    def _watch(self, run: _Run, recorder: Recorder) -> None:
+        """Wait for the end, and note every process on the way: the driver lists these, not us."""
+        noted: set[int] = set()
+        stop_seconds: float | None = None
+        while not run.ended.wait(LOOK_PERIOD_SECONDS):
+            present = process_tree.descendants()
+            if present - noted:
+                recorder.processes(sorted(present - noted))
+                noted |= present
+            if recorder.stop_requested:
+                stop_seconds = stop_seconds or time.monotonic()
+                if time.monotonic() >= stop_seconds + FINISH_SECONDS:
+                    process_tree.end_descendants(GRACE_SECONDS)
+                    raise StopRequested
+        if stop_seconds is not None:
+            # The job that ended meanwhile lies past the window, and failing now harms nobody.
+            raise StopRequested
+
+    def reset(self) -> None:
+        """End what a run has left behind in the background."""
+        process_tree.end_descendants(GRACE_SECONDS)
+
+    def close(self) -> None:
+        """Leave no process behind, however this ends."""
+        process_tree.end_descendants(GRACE_SECONDS)
+
+    def settings(self) -> dict:
+        """Return the command and how it is run."""
+        return {
+            "command": self.args.command,
+            "shell": self.args.shell,
+            "working_directory": str(self.args.working_directory.resolve()),
+        }
+
+    def summary(self, figures: dict) -> list[tuple[str, str]]:
+        """Return the command and its duration."""
+        return [
+            ("Command", self.args.command),
+            ("Duration", f"{figures['command_seconds']:.2f} s"),
+        ]
+
+    def identity(self) -> dict:
+        """Return what can be said from outside: the pid, and the variables that set the mode."""
+        return {
+            "pid": os.getpid(),
+            "device": None,
+            "gpu_name": None,
+            "gpu_uuid": None,
+            "multiprocessor_count": None,
+            "memory_total_mib": None,
+            "sharing_environment": {
+                name: value
+                for name, value in os.environ.items()
+                if name == "CUDA_VISIBLE_DEVICES" or name.startswith("CUDA_MPS_")
+            },
+            "engine": None,
+            "precision": None,
+            "batch_size": None,
+            "versions": {},
+        }
+
+
+class _Run:
+    """One run of the command; `ended` is set once it is over.
+
+    Its errors go to this script's standard error, and their end is kept in `stderr_tail`.
+    """
+
+    def __init__(self, words: list[str], folder: Path) -> None:
+        self.ended = threading.Event()
+        self.end_seconds = 0.0
+        self.stderr_tail = b""
+        self.start_seconds = time.monotonic()
+        try:
+            self._process = subprocess.Popen(
+                words, cwd=folder, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE
+            )
+        except OSError as error:
+            raise cli.JobFailedError(f"cannot start {words[0]}: {error.strerror}") from error
+        self._copier = threading.Thread(target=self._copy_stderr, daemon=True)
+        self._copier.start()
+        threading.Thread(target=self._wait, daemon=True).start()
+
+    @property
+    def exit_code(self) -> int:
+        """As Popen has it: negative for a signal."""
+        return self._process.returncode
+
+    def _wait(self) -> None:
+        # A thread of its own takes the time at once, whatever the others are doing.
+        self._process.wait()
+        self.end_seconds = time.monotonic()
+        # What a command leaves in the background may hold its standard error open for long.
+        self._copier.join(1.0)
+        self.ended.set()
+
+    def _copy_stderr(self) -> None:
+        descriptor = self._process.stderr.fileno()
+        while chunk := os.read(descriptor, 65536):
+            sys.stderr.buffer.write(chunk)
+            sys.stderr.buffer.flush()
+            self.stderr_tail = (self.stderr_tail + chunk)[-TAIL_BYTES:]
+        self._process.stderr.close()
+
+
+def _require_success(run: _Run, command: str) -> None:
+    code = run.exit_code
+    if code == 0:
+        return
+    text = run.stderr_tail.decode(errors="replace")
+    lines = [line.strip() for line in re.split(r"[\r\n]+", text) if line.strip()]
+    how = f"exit code {code}" if code > 0 else f"signal {signal.Signals(-code).name}"
+    said = f": {lines[-1]}" if lines else ""
+    message = f"`{command}` ended with {how}{said}"
+    if code == cli.EXIT_OUT_OF_MEMORY or OUT_OF_MEMORY_TEXT.search(text):
+        raise cli.OutOfGpuMemoryError(message)
+    raise cli.JobFailedError(message)
+
+
+main = main_of(CommandWorkload, parse_arguments)
+
+if __name__ == "__main__":
+    cli.run_main(main)
