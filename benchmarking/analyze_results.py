@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
-"""Compare the runs of a results folder: table, decision, charts, Markdown report.
+"""Compare the runs of a results folder: decision, scorecard, charts, report.
 
     python3 benchmarking/analyze_results.py --results-dir results
+    python3 benchmarking/analyze_results.py --results-dir results/RUN_ID      # one run's report
 
 Finds every run at or below the folder and writes, into `--output` (default: the same folder),
-`comparison.csv`, `comparison.json`, `report.md` and the charts as PNG. Exit codes: 0 done,
-2 wrong usage or nothing to analyze.
+`report.html` (one self-contained file), `report.md`, `comparison.csv`, `comparison.json` and the
+charts as PNG. Given one run, the runs beside it lend the baselines that it reused. Exit codes:
+0 done, 2 wrong usage or nothing to analyze, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -18,10 +20,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarking import comparison, decision, report, run_store
-from benchmarking.comparison import Comparison, RunView, Section
+from benchmarking import run_store
+from benchmarking.analysis import comparison, decision, export, report_content, terminal_report
+from benchmarking.analysis.comparison import Comparison
+from benchmarking.analysis.document import Document
+from benchmarking.analysis.runs import RunView
+from benchmarking.one_line_parser import EXIT_USAGE, OneLineParser
 
 PHASES_FILE = "phases.jsonl"
+EXIT_INTERRUPTED = 130
 
 
 class UsageError(Exception):
@@ -32,34 +39,53 @@ def main() -> int:
     """Read, compare, draw, write, print."""
     options = parse_arguments()
     try:
-        folders, compared = read_and_compare(options.results_dir)
-        charts = draw_charts(compared, folders, options.output)
-        write_files(compared, charts, options.output)
+        folders, compared = read_and_compare(options.results_dir, options.slo_ms)
+        write_files(compared, draw_and_build(compared, folders, options.output), options.output)
     except UsageError as error:
-        print(f"analyze_results.py: {error}", file=sys.stderr)
-        return 2
-    print(report.terminal_text(compared))
-    print(f"report: {options.output / 'report.md'}")
+        print(f"analyze_results.py: error: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    except KeyboardInterrupt:
+        print("analyze_results.py: interrupted, the report is not complete", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    print(terminal_report.render(compared))
+    print(f"report: {options.output / 'report.html'} (and report.md)")
     return 0
 
 
 def parse_arguments() -> argparse.Namespace:
     """Return the options; without `--output` the results folder is written to."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = OneLineParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--results-dir", type=Path, default=Path("results"), metavar="DIR",
-        help="folder that holds the runs, at any depth (default: results)",
+        help="folder that holds the runs, at any depth, or one run's folder (default: results)",
     )  # fmt: skip
     parser.add_argument(
         "--output", type=Path, metavar="DIR",
         help="where the report and the charts go (default: the results folder)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--slo-ms", type=_positive, metavar="MS",
+        help="say which share of the latency jobs' responses came within this bound "
+        "(default: the bound that a run was given)",
     )  # fmt: skip
     options = parser.parse_args()
     options.output = options.output or options.results_dir
     return options
 
 
-def read_and_compare(results_dir: Path) -> tuple[dict[str, Path], Comparison]:
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"give a number over 0, not {text!r}")
+    return value
+
+
+def read_and_compare(
+    results_dir: Path, slo_ms: float | None = None
+) -> tuple[dict[str, Path], Comparison]:
     """Read every run below the folder and compare them; run folders by the runs' names.
 
     Raises `UsageError` when the folder is missing or holds no run.
@@ -77,9 +103,30 @@ def read_and_compare(results_dir: Path) -> tuple[dict[str, Path], Comparison]:
         )
     runs = named_runs(results_dir, [run_store.read_run(folder) for folder in folders])
     phases, torn = run_store.read_json_lines(results_dir / PHASES_FILE)
-    views = [RunView.of(run, name) for name, run in runs.items()]
-    compared = decision.decide(comparison.compare(views, phases, [*problems, *torn]))
-    return {name: run.folder for name, run in runs.items()}, compared
+    compared = comparison.compare(
+        [RunView.of(run, name) for name, run in runs.items()],
+        phases,
+        [*problems, *torn],
+        references=lenders(results_dir, folders),
+        slo_ms=slo_ms,
+    )
+    return {name: run.folder for name, run in runs.items()}, decision.decide(compared)
+
+
+def lenders(results_dir: Path, folders: Sequence[Path]) -> list[RunView]:
+    """Runs beside the one that the folder is, for the baselines that it may have reused."""
+    if list(folders) != [results_dir]:
+        return []
+    beside = [folder.parent for folder in results_dir.resolve().parent.glob("*/manifest.json")]
+    views = []
+    for folder in beside:
+        try:
+            run = run_store.read_run(folder)
+        except run_store.RunStoreError:
+            continue
+        if folder != results_dir.resolve():
+            views.append(RunView.of(run, run.run_id))
+    return views
 
 
 def named_runs(results_dir: Path, runs: Sequence[run_store.Run]) -> dict[str, run_store.Run]:
@@ -107,50 +154,35 @@ def unreadable_runs(results_dir: Path, readable: Sequence[Path]) -> list[str]:
     return problems
 
 
-def draw_charts(compared: Comparison, folders: dict[str, Path], output: Path) -> list[list]:
-    """Draw each section's charts into `output`; the charts by section."""
+def draw_and_build(compared: Comparison, folders: dict[str, Path], output: Path) -> Document:
+    """Draw the charts into `output` and put the report together."""
+    from benchmarking.analysis import drawing
+
+    def samples_of(run: RunView) -> list[dict]:
+        samples, torn = run_store.read_samples(folders[run.run_id])
+        compared.problems += torn
+        return samples
+
     try:
         output.mkdir(parents=True, exist_ok=True)
+        charts = drawing.draw(compared, output, samples_of)
     except OSError as error:
         raise UsageError(
             f"cannot write to {output} ({error.strerror}): choose another --output"
         ) from error
-    several = len(compared.sections) > 1
-    return [
-        draw_section(section, folders, output, f"section{index}-" if several else "", compared)
-        for index, section in enumerate(compared.sections, start=1)
-    ]
+    return report_content.build(compared, charts)
 
 
-def draw_section(
-    section: Section, folders: dict[str, Path], output: Path, prefix: str, compared: Comparison
-) -> list:
-    """Draw one section: modes and slowdowns of each mix, ramps, a timeline of each run."""
-    from benchmarking import figures
-
-    charts = []
-    for mix in dict.fromkeys(group.mix for group in section.groups):
-        groups = section.most_compared(mix)
-        name = f"{mix}-{groups[0].clients}.png"
-        charts.append(figures.mode_comparison(groups, output / f"{prefix}mode_comparison-{name}"))
-        charts.append(figures.slowdown_per_workload(groups, output / f"{prefix}slowdown-{name}"))
-        ramps = [ramp for ramp in section.ramps if ramp.mix == mix]
-        charts.append(figures.stress_scaling(ramps, output / f"{prefix}scaling-{mix}.png"))
-    for run in section.compared_runs:
-        samples, torn = run_store.read_samples(folders[run.run_id])
-        compared.problems += torn
-        path = output / f"{prefix}timeline-{run.run_id.replace('/', '-')}.png"
-        charts.append(figures.utilization_timeline(run, samples, path))
-    return [chart for chart in charts if chart is not None]
-
-
-def write_files(compared: Comparison, charts: list[list], output: Path) -> None:
-    """Write the report, the flat table and the JSON."""
+def write_files(compared: Comparison, document: Document, output: Path) -> None:
+    """Write the report twice, the flat table and the JSON."""
     import pandas
 
-    rows = report.flat_rows(compared)
-    (output / "report.md").write_text(report.markdown(compared, charts), encoding="utf-8")
-    (output / "comparison.json").write_text(report.json_text(compared), encoding="utf-8")
+    from benchmarking.analysis import html_report, markdown_report
+
+    rows = export.flat_rows(compared)
+    (output / "report.md").write_text(markdown_report.render(document), encoding="utf-8")
+    (output / "report.html").write_text(html_report.render(document), encoding="utf-8")
+    (output / "comparison.json").write_text(export.json_text(compared), encoding="utf-8")
     # As objects: a column of counts with an unknown among them would become one of floats.
     frame = pandas.DataFrame(rows, columns=None if rows else ["section"], dtype=object)
     frame.to_csv(output / "comparison.csv", index=False)

@@ -135,6 +135,21 @@ def tail_slowdown(
     return percentile(shared, percent) / reference if reference > 0 else None
 
 
+def slo_attainment_percent(latencies: Sequence[float] | None, bound: float) -> float | None:
+    """Share of raw latencies that are within `bound` (in their own unit), in percent.
+
+    `None` without latencies.
+    """
+    if not latencies:
+        return None
+    return 100 * sum(latency <= bound for latency in latencies) / len(latencies)
+
+
+def difference_percent(reference: float, value: float) -> float:
+    """By how much `value` lies over `reference`, in percent: `100 * (value / reference - 1)`."""
+    return 100 * (value / reference - 1)
+
+
 # --- all clients of a co-run ----------------------------------------------------------------
 
 
@@ -211,6 +226,32 @@ def energy_ratio(window_joules: float | None, solo_joules: Sequence[float | None
     if window_joules is None or not known or len(known) < len(solo_joules) or sum(known) <= 0:
         return None
     return window_joules / math.fsum(known)
+
+
+def jobs_in_window(client_record: Record) -> float | None:
+    """How many jobs the client did in its window: its length over the mean time from job to job.
+
+    A client repeats its job until the window ends, so the last one counts in part. `None` when no
+    whole job was finished in the window.
+    """
+    whole = [job for job in client_record.get("jobs") or [] if job.get("in_window")]
+    start, end = (client_record.get(f"window_{edge}_seconds") for edge in ("start", "end"))
+    if not whole or start is None or end is None:
+        return None
+    cycle = (whole[-1]["end_seconds"] - whole[0]["start_seconds"]) / len(whole)
+    return (end - start) / cycle if cycle > 0 else None
+
+
+def joules_per_job(window_joules: float | None, client_records: Sequence[Record]) -> float | None:
+    """The card's joules in the window over the jobs that all clients did in it (`jobs_in_window`).
+
+    Only where all clients run the same job: the card does not tell whose joules they are. `None`
+    otherwise, or when an input is missing.
+    """
+    if len({record.get("job_key") for record in client_records}) != 1 or window_joules is None:
+        return None
+    jobs = _all_known(jobs_in_window(record) for record in client_records)
+    return window_joules / math.fsum(jobs) if jobs else None
 
 
 def success_rate_percent(client_records: Sequence[Record]) -> float | None:

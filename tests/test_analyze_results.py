@@ -14,7 +14,8 @@ import synthetic_runs
 from conftest import PROJECT_ROOT
 from PIL import Image
 
-from benchmarking import figures
+from benchmarking.analysis import comparison, mode_charts, timeline_chart
+from benchmarking.analysis.runs import CoRun, RunView
 
 FIXTURE = PROJECT_ROOT / "tests" / "fixtures" / "synthetic_gpu"
 SCRIPT = PROJECT_ROOT / "benchmarking" / "analyze_results.py"
@@ -59,7 +60,7 @@ def test_every_chart_of_the_report_is_a_picture_with_content(analyzed):
     text = (output / "report.md").read_text()
     drawn = sorted(output.glob("*.png"))
     assert {path.name.split("-")[0] for path in drawn} == {
-        "mode_comparison", "slowdown", "timeline",
+        "throughput", "slowdown", "tail", "timeline",
     }  # fmt: skip
     for path in drawn:
         assert f"]({path.name})" in text
@@ -117,7 +118,7 @@ def test_runs_that_share_an_id_are_all_kept_and_named_by_their_paths(tmp_path):
     with (tmp_path / "comparison.csv").open(newline="") as stream:
         named = {row["run_id"] for row in csv.DictReader(stream)}
     assert named == {"first/mps", "second/mps", "only-first", "only-second"}
-    assert len(list(tmp_path.glob("*timeline-*-mps.png"))) == 2
+    assert len(list(tmp_path.glob("*timeline-*-mps-mixed-4-r0.png"))) == 2
     assert "Problems while reading" not in (tmp_path / "report.md").read_text()
 
 
@@ -127,7 +128,7 @@ def test_a_copy_of_a_run_is_listed_as_left_out(tmp_path):
         synthetic_runs.write(tmp_path / experiment, made)
     assert analyze("--results-dir", tmp_path).returncode == 0
     assert (
-        "first/mps (MPS, mixed, 4 clients): begun at the same second as second/mps"
+        "first/mps (MPS, mixed, 4 clients): a copy of second/mps"
         in (tmp_path / "report.md").read_text()
     )
 
@@ -185,7 +186,7 @@ def test_nothing_to_analyze_ends_with_code_2_and_one_sentence(tmp_path, prepare)
     assert done.returncode == 2
     assert done.stdout == ""
     (sentence,) = done.stderr.splitlines()
-    assert sentence.startswith("analyze_results.py: ")
+    assert sentence.startswith("analyze_results.py: error: ")
     assert str(folder) in sentence
 
 
@@ -211,12 +212,12 @@ def test_an_output_that_cannot_be_written_ends_with_code_2(tmp_path):
 )  # fmt: skip
 def test_the_comparison_charts_title_says_what_may_be_said(tmp_path, slicing, mps, message):
     views = [
-        figures.comparison.RunView(mode, made["manifest"], made["records"])
+        RunView(mode, made["manifest"], made["records"])
         for mode, slowdowns in (("time-slicing", slicing), ("mps", mps))
         for made in [synthetic_runs.run(mode, mode, {4: slowdowns})]
     ]
-    groups = figures.comparison.compare(views).sections[0].groups
-    chart = figures.mode_comparison(groups, tmp_path / "modes.png")
+    section = comparison.compare(views).sections[0]
+    chart = mode_charts.throughput(section.groups, section.same_twice, tmp_path / "modes.png")
     assert chart is not None
     assert chart.message == f"{message} (mixed, 4 clients)"
 
@@ -233,13 +234,17 @@ def test_the_comparison_charts_title_says_what_may_be_said(tmp_path, slicing, mp
 )  # fmt: skip
 def test_a_timeline_shows_the_best_source_there_is_and_names_it(tmp_path, sample, label):
     made = synthetic_runs.run("mps", "mps", {4: [2.0]})
-    run = figures.comparison.RunView("mps", made["manifest"], made["records"])
+    run = RunView("mps", made["manifest"], made["records"])
+    (co_run,) = run.judged(4)
     samples = [{"time_seconds": 1000.0 + second} | sample for second in range(60)]
-    chart = figures.utilization_timeline(run, samples, tmp_path / "timeline.png")
+    chart = timeline_chart.timeline(co_run, samples, tmp_path / "timeline.png")
     assert chart is not None
     assert chart.message.startswith(label)
-    nothing = [{"time_seconds": 1.0, "host_cpu_percent": None}]
-    assert figures.utilization_timeline(run, nothing, tmp_path / "none.png") is None
+    unsampled = timeline_chart.timeline(co_run, [], tmp_path / "jobs.png")
+    assert unsampled is not None
+    assert unsampled.message.startswith("Who ran when; nothing was sampled")
+    endless = CoRun(run, co_run.record | {"window_end_seconds": None})
+    assert timeline_chart.timeline(endless, samples, tmp_path / "none.png") is None
 
 
 def test_the_recorded_h100_run_gives_the_figures_that_the_readme_shows(tmp_path):

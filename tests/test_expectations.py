@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarking import expectations
+from benchmarking.analysis import expectations
 
 
 def only(found: list[expectations.Expectation], quantity: str) -> expectations.Expectation:

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import synthetic_runs
 
-from benchmarking import comparison, run_store
+from benchmarking import run_store
+from benchmarking.analysis import comparison
+from benchmarking.analysis.runs import RunView
 
 MANIFEST = {"mode": "mps", "effective_mode": "mps", "mix": "mixed", "plan": {}, "notes": []}
 
@@ -161,7 +163,7 @@ def test_a_report_takes_no_baseline_that_did_not_end_well() -> None:
     for record in made["records"]:
         if record["record"] == "co_run" and record["co_run"] == "alone-batch_inference":
             record["outcome"] = "interrupted"
-    view = comparison.RunView("mps", made["manifest"], made["records"])
+    view = RunView("mps", made["manifest"], made["records"])
     section = comparison.compare([view]).sections[0]
     assert "batch_inference" not in [row.workload for row in section.alone]
     assert "resnet_training" in [row.workload for row in section.alone]

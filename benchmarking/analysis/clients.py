@@ -1,0 +1,141 @@
+"""One client over the repeats of a co-run, or one job alone: what its user felt."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarking import metrics
+from benchmarking.analysis.guide_checks import Check, card_checks, workload_checks
+from benchmarking.analysis.runs import CoRun, RunView
+from benchmarking.estimates import Estimate, estimate, range_estimate
+
+Record = Mapping[str, Any]
+
+TAIL_PERCENTILES = (50, 95, 99)
+
+
+@dataclass(frozen=True)
+class SloAttainment:
+    """Share of responses, in percent, that came within a bound; the bound in ms where known."""
+
+    percent: float
+    bound_ms: float | None
+
+
+@dataclass
+class ClientRow:
+    """One client of a co-run group over the group's repeats, or one job alone.
+
+    `p99_ms` holds the p99 of each repeat; `latency` and `tail_slowdown` come from the raw latencies
+    of all repeats together.
+    """
+
+    client: int
+    workload: str
+    label: str
+    statuses: list[str]
+    proof: list[str]
+    reasons: list[str]
+    slowdown: Estimate | None
+    job_seconds: float | None
+    latency: dict[str, float] | None
+    tail_slowdown: dict[int, float | None]
+    p99_ms: Estimate | None
+    slo: SloAttainment | None
+    joules_per_job: float | None
+    peak_memory_mib: float | None
+    checks: list[Check]
+
+
+def client_rows(
+    co_runs: Sequence[CoRun], alone: Mapping[str, Record], slo_ms: float | None
+) -> list[ClientRow]:
+    """A row for each client that some repeat has a record of; `alone` is by job key."""
+    by_client: dict[int, list[Record]] = {}
+    for co_run in co_runs:
+        for record in co_run.clients:
+            by_client.setdefault(record["client"], []).append(record)
+    return [
+        _row(records, alone.get(records[0].get("job_key", "")), "beside the others", slo_ms)
+        for _, records in sorted(by_client.items())
+    ]
+
+
+def alone_rows(runs_newest_first: Sequence[RunView], slo_ms: float | None) -> list[ClientRow]:
+    """Each distinct job alone, from the newest baseline that holds it, with the card's figures."""
+    rows: dict[str, ClientRow] = {}
+    for run in runs_newest_first:
+        gpu_by_co_run = {
+            record["co_run"]: record.get("gpu") or {} for record in run.co_runs("baseline")
+        }
+        for record in run.successful_baselines():
+            if record["job_key"] in rows:
+                continue
+            gpu = gpu_by_co_run.get(record["co_run"], {})
+            row = _row([record], None, "alone", slo_ms)
+            row.checks += card_checks(record["workload"], gpu)
+            row.joules_per_job = metrics.joules_per_job(gpu.get("energy_joules"), [record])
+            rows[record["job_key"]] = row
+    return list(rows.values())
+
+
+def _row(
+    records: Sequence[Record], baseline: Record | None, situation: str, slo_ms: float | None
+) -> ClientRow:
+    first = records[0]
+    good = [record for record in records if record["status"] == "ok"]
+    latencies = [value for record in good for value in record.get("latency_ms") or []]
+    alone = (baseline or {}).get("latency_ms")
+    peaks = [r["peak_memory_mib"] for r in records if r.get("peak_memory_mib") is not None]
+    proofs = [record.get("proof") or {} for record in records]
+    reasons = [
+        record.get("reason") or f"exit code {record.get('exit_code')}"
+        for record in records
+        if record["status"] != "ok"
+    ]
+    return ClientRow(
+        client=first["client"],
+        workload=first["workload"],
+        label=first.get("label") or first["workload"],
+        statuses=[record["status"] for record in records],
+        proof=sorted({proof.get("verdict") or "unverified" for proof in proofs}),
+        reasons=reasons,
+        slowdown=estimate(record.get("slowdown") for record in good),
+        job_seconds=_mean(metrics.mean_job_seconds(record) for record in good),
+        latency=metrics.percentiles_ms(latencies),
+        tail_slowdown={
+            percent: metrics.tail_slowdown(latencies, alone, percent)
+            for percent in TAIL_PERCENTILES
+        },
+        p99_ms=range_estimate(
+            metrics.percentile(record["latency_ms"], 99)
+            for record in good
+            if record.get("latency_ms")
+        ),
+        slo=_slo(good, latencies, slo_ms),
+        joules_per_job=None,
+        peak_memory_mib=max(peaks, default=None),
+        checks=workload_checks(good, latencies, situation),
+    )
+
+
+def _slo(
+    good: Sequence[Record], latencies: Sequence[float], slo_ms: float | None
+) -> SloAttainment | None:
+    """By the bound that was given; without one, as a load test with its own bound reported it."""
+    if slo_ms is not None:
+        share = metrics.slo_attainment_percent(latencies, slo_ms)
+        return None if share is None else SloAttainment(share, slo_ms)
+    figures = [record.get("figures") or {} for record in good]
+    share = _mean(found.get("slo_attainment_percent") for found in figures)
+    if share is None:
+        return None
+    return SloAttainment(share, next((f["slo_ms"] for f in figures if f.get("slo_ms")), None))
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None

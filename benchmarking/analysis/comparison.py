@@ -1,0 +1,208 @@
+"""What the runs of a results folder say together: sections by environment, each with its rows.
+
+Runs on unlike environments (GPU model, driver, library versions, job size; engine and precision of
+a workload) never stand in one section. No input or output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from benchmarking import baselines
+from benchmarking.analysis import noise
+from benchmarking.analysis.clients import ClientRow, alone_rows
+from benchmarking.analysis.groups import Group, build_group
+from benchmarking.analysis.merging import merge
+from benchmarking.analysis.ramps import Ramp, find_ramps
+from benchmarking.analysis.runs import CPU_DEMO, RunView, mode_order
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A sentence of the decision, with the runs that its numbers come from."""
+
+    text: str
+    run_ids: tuple[str, ...]
+
+
+@dataclass
+class Section:
+    """Runs on one environment, compared with each other."""
+
+    environment: dict[str, Any]
+    versions: dict[str, Any]
+    engines: dict[str, tuple[Any, Any]]
+    runs: list[RunView]
+    groups: list[Group] = field(default_factory=list)
+    ramps: list[Ramp] = field(default_factory=list)
+    same_twice: list[noise.SameTwice] = field(default_factory=list)
+    alone: list[ClientRow] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+    doubts: list[str] = field(default_factory=list)
+    claims: list[Claim] = field(default_factory=list)
+
+    @property
+    def is_cpu_demo(self) -> bool:
+        """Whether no GPU was there: then nothing here speaks of GPU sharing modes."""
+        return self.environment["is_cpu_demo"]
+
+    @property
+    def compared_runs(self) -> list[RunView]:
+        """Runs that a compared group comes from, in the scorecard's order."""
+        return list({run.run_id: run for group in self.groups for run in group.runs}.values())
+
+    @property
+    def mixes(self) -> list[str]:
+        """The mixes of the compared groups."""
+        return list(dict.fromkeys(group.mix for group in self.groups))
+
+    def most_compared(self, mix: str) -> list[Group]:
+        """Groups of the mix at one count of clients, where the modes can be compared best.
+
+        That is the count with the most modes that have an STP, the largest such count.
+        """
+        by_clients: dict[int, list[Group]] = {}
+        for group in self.groups:
+            if group.mix == mix:
+                by_clients.setdefault(group.clients, []).append(group)
+        return max(
+            by_clients.items(),
+            key=lambda item: (sum(group.stp is not None for group in item[1]), item[0]),
+        )[1]
+
+    @property
+    def title(self) -> str:
+        """GPU, driver and job size in a few words."""
+        environment = self.environment
+        if self.is_cpu_demo:
+            return f"CPU demonstration (job size {environment['job_size']})"
+        return (
+            f"{environment['gpu_name']}, driver {environment['driver_version']}, "
+            f"job size {environment['job_size']}"
+        )
+
+
+@dataclass
+class Comparison:
+    """Everything that the report says, in one object."""
+
+    sections: list[Section]
+    phases: list[dict[str, Any]]
+    problems: list[str]
+
+
+def compare(
+    runs: Sequence[RunView],
+    phases: Sequence[dict[str, Any]] = (),
+    problems: Sequence[str] = (),
+    *,
+    references: Sequence[RunView] = (),
+    slo_ms: float | None = None,
+) -> Comparison:
+    """Compare runs: sections by environment, a row for each combination of mode, mix and clients.
+
+    `phases` are the lines of the unattended run's phase log, `problems` what was wrong with files
+    outside the runs. `references` are runs that only lend their baselines. `slo_ms` bounds the
+    responses of latency jobs; without it the bound that a run was given holds.
+    """
+    sections = _sections(runs)
+    for section in sections:
+        _fill_groups(section, [*runs, *references], slo_ms)
+        section.ramps = find_ramps(section.groups)
+        section.same_twice = noise.same_twice(section.groups)
+        lenders = [_baseline_run(run, [*runs, *references]) for run in section.runs]
+        borrowed = [run for run in lenders if run is not None]
+        section.alone = alone_rows([*section.runs, *borrowed], slo_ms)
+    file_problems = [f"{run.run_id}: {problem}" for run in runs for problem in run.problems]
+    return Comparison(sections, list(phases), [*problems, *file_problems])
+
+
+def environment_of(run: RunView) -> dict[str, Any]:
+    """What must be alike for figures to be compared; versions, engine and precision apart.
+
+    The same rule decides which baselines may be reused. On the CPU the host is the device, so its
+    cores count too.
+    """
+    alike = {name: run.environment.get(name) for name in baselines.COMPARED_FIELDS}
+    alike["job_size"] = run.manifest.get("job_size")
+    alike["is_cpu_demo"] = run.mode == CPU_DEMO
+    alike["host_cores"] = run.environment.get("host_cores") if run.mode == CPU_DEMO else None
+    return alike
+
+
+def _sections(runs: Sequence[RunView]) -> list[Section]:
+    """Runs by environment, newest first.
+
+    Another version of a library, or a workload with another engine or precision, opens another
+    section. What a run does not know (one without co-runs has no versions, one of another mix
+    other workloads) sets nothing apart. Runs that know little come last, so that none of them
+    joins two environments that are unlike.
+    """
+    sections: list[Section] = []
+    newest_first = sorted(runs, key=lambda run: run.age, reverse=True)
+    for run in sorted(newest_first, key=lambda run: not run.versions):
+        environment, versions, engines = environment_of(run), run.versions, run.engines()
+        for section in sections:
+            if (
+                section.environment == environment
+                and _agree(section.versions, versions)
+                and _agree(section.engines, engines)
+            ):
+                section.runs.append(run)
+                section.versions |= versions
+                section.engines |= engines
+                break
+        else:
+            sections.append(Section(environment, versions, engines, [run]))
+    for section in sections:
+        section.runs.sort(key=lambda run: run.age, reverse=True)
+    return sorted(sections, key=lambda section: section.runs[0].age, reverse=True)
+
+
+def _agree(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    return all(one[key] == other[key] for key in one.keys() & other.keys())
+
+
+def _fill_groups(section: Section, every_run: Sequence[RunView], slo_ms: float | None) -> None:
+    """A group for each combination of mode, mix and clients, and what is left out of it."""
+    candidates: dict[tuple[str, str, int], list[RunView]] = {}
+    for run in section.runs:  # newest first
+        for clients in {record["clients"] for record in run.co_runs()}:
+            candidates.setdefault((run.mode, run.mix, clients), []).append(run)
+    for (_, _, clients), runs in candidates.items():
+        chosen, left_out = merge(runs, clients)
+        section.left_out += left_out
+        if chosen:
+            bound = slo_ms or (chosen[0].manifest.get("bounds") or {}).get("slo_ms")
+            alone = _baselines(chosen[0], every_run)
+            section.groups.append(build_group(chosen, clients, alone, bound))
+    section.groups.sort(key=lambda group: (group.mix, group.clients, mode_order(group.mode)))
+
+
+def _baselines(run: RunView, every_run: Sequence[RunView]) -> dict[str, dict[str, Any]]:
+    """Baseline client records by job, the run's own or those of the run that it reused."""
+    source = _baseline_run(run, every_run)
+    borrowed = source.successful_baselines() if source else []
+    return {record["job_key"]: record for record in [*borrowed, *run.successful_baselines()]}
+
+
+def _baseline_run(run: RunView, every_run: Sequence[RunView]) -> RunView | None:
+    """The run that this one took its baselines from.
+
+    Experiments name their runs alike, so the one in the same folder comes first; else it is the
+    newest of that id that was there before, on a like environment.
+    """
+    wanted = run.manifest.get("baseline_run_id")
+    named = [other for other in every_run if wanted and other.manifest["run_id"] == wanted]
+    beside = [other for other in named if other.experiment == run.experiment]
+    earlier = [
+        other
+        for other in named
+        if other.age[0] <= run.age[0]
+        and environment_of(other) == environment_of(run)
+        and _agree(other.versions, run.versions)
+        and _agree(other.engines(), run.engines())
+    ]
+    return max(beside or earlier, key=lambda other: other.age, default=None)

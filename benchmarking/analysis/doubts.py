@@ -1,0 +1,62 @@
+"""Signs that a figure may mislead: invalid, unverified, failed, interrupted, merged, limited."""
+
+from __future__ import annotations
+
+from benchmarking.analysis.comparison import Section
+from benchmarking.analysis.groups import Group
+from benchmarking.analysis.runs import CoRun, RunView, clients_text
+from benchmarking.number_text import joined
+
+
+def find_doubts(section: Section) -> list[str]:
+    """The doubts of a section, a sentence each, with the run or the co-run in front."""
+    found = [doubt for run in section.runs for doubt in _run_doubts(run)]
+    for group in section.groups:
+        where = f"{joined(group.run_ids)}, {clients_text(group.clients)}"
+        found += [f"{where}: {doubt}" for doubt in _group_doubts(group, section.is_cpu_demo)]
+    return found
+
+
+def _run_doubts(run: RunView) -> list[str]:
+    found = []
+    outcome = run.manifest.get("outcome")
+    if run.is_invalid:
+        found.append(f"{run.run_id}: the run is invalid, none of its co-runs is compared")
+    elif outcome in ("running", "interrupted", "failed"):
+        found.append(f"{run.run_id}: the run's outcome is {outcome}")
+    for record in run.co_runs():
+        co_run = CoRun(run, record)
+        where = f"{run.run_id}, {co_run.name}"
+        if not co_run.is_valid:
+            reason = record.get("reason") or "a client was not proved to run under the mode"
+            found.append(f"{where}: invalid, {reason}")
+        elif record["outcome"] == "interrupted":
+            found.append(f"{where}: interrupted, so it is in no figure")
+        elif not co_run.is_ok:
+            reason = record.get("reason") or "no reason recorded"
+            found.append(f"{where}: {record['outcome']}, {reason}")
+    for record in run.clients("baseline"):
+        if record["status"] != "ok":
+            found.append(
+                f"{run.run_id}: {record.get('label')} alone ended {record['status']}; without "
+                "it STP and overhead are unknown"
+            )
+    return found
+
+
+def _group_doubts(group: Group, is_cpu_demo: bool) -> list[str]:
+    found = []
+    if group.is_unverified and not is_cpu_demo:
+        found.append("unverified, the clients could not be matched with the driver's lists")
+    if group.stp is None and group.outcome == "ok":
+        found.append("no baseline for every job, so STP and overhead are unknown")
+    if len(group.runs) > 1:
+        cards = len(group.gpu_uuids)
+        on = f" on {cards} cards of one model ({joined(group.gpu_uuids)})" if cards > 1 else ""
+        found.append(f"merged from {len(group.runs)} runs{on}")
+    if any(run.environment.get("git_dirty") for run in group.runs) and len(group.runs) > 1:
+        found.append("some of these runs were taken with uncommitted changes, which may differ")
+    found += sorted({w for co_run in group.co_runs for w in co_run.record.get("warnings") or []})
+    if group.gpu["throttle_reasons"]:
+        found.append(f"clocks were limited ({', '.join(group.gpu['throttle_reasons'])})")
+    return found

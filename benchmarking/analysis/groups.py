@@ -1,0 +1,201 @@
+"""A row of the scorecard: the co-runs of one mode, mix and count of clients, over their repeats."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarking import metrics
+from benchmarking.analysis.clients import ClientRow, client_rows
+from benchmarking.analysis.guide_checks import Check, mode_checks
+from benchmarking.analysis.runs import CPU_DEMO, CoRun, RunView, clients_text, mode_name
+from benchmarking.estimates import Estimate, estimate, overhead_estimate
+
+Record = Mapping[str, Any]
+
+# What a co-run's GPU section holds and how repeats are put together.
+_GPU_FIGURES: Mapping[str, Callable[[Sequence[float]], float]] = {
+    "utilization_gpu_percent": statistics.fmean,
+    "sm_activity_percent": statistics.fmean,
+    "sm_occupancy_percent": statistics.fmean,
+    "tensor_activity_percent": statistics.fmean,
+    "dram_activity_percent": statistics.fmean,
+    "memory_used_mib_max": max,
+    "power_draw_watts": statistics.fmean,
+    "energy_joules": statistics.fmean,
+    "sm_clock_mhz": statistics.fmean,
+    "host_cpu_percent": statistics.fmean,
+}
+
+
+@dataclass
+class Group:
+    """The co-runs (repeats) of one mode, mix and count of clients, from one or several runs."""
+
+    mode: str
+    mix: str
+    clients: int
+    runs: list[RunView]
+    co_runs: list[CoRun]
+    outcome: str
+    reason: str | None
+    stp: Estimate | None
+    antt: Estimate | None
+    overhead_percent: Estimate | None
+    interference_overhead_percent: float | None
+    mechanism_overhead_percent: float | None
+    stp_per_multiprocessor: float | None
+    fairness: float | None
+    energy_ratio: float | None
+    joules_per_job: Estimate | None
+    success_rate_percent: float | None
+    average_duration_seconds: float | None
+    total_gpu_time_seconds: float | None
+    throughput_clients: int | None
+    gpu: dict[str, Any]
+    client_rows: list[ClientRow]
+    checks: list[Check]
+
+    @property
+    def mode_name(self) -> str:
+        """The mode as it is written in sentences."""
+        return mode_name(self.mode)
+
+    @property
+    def subject(self) -> str:
+        """What ran: `mixed, 4 clients`."""
+        return f"{self.mix}, {clients_text(self.clients)}"
+
+    @property
+    def run_ids(self) -> tuple[str, ...]:
+        """The runs that the figures come from, newest first."""
+        return tuple(run.run_id for run in self.runs)
+
+    @property
+    def gpu_uuids(self) -> list[str]:
+        """The cards that it ran on."""
+        return sorted({uuid for run in self.runs if (uuid := run.environment.get("gpu_uuid"))})
+
+    @property
+    def is_unverified(self) -> bool:
+        """Whether some client's membership in the mode could not be checked."""
+        return any("unverified" in row.proof for row in self.client_rows)
+
+    @property
+    def ran_out_of_time(self) -> bool:
+        """Whether a run was completed without the repeats that its plan held for this count."""
+        for run in self.runs:
+            planned = {co_run["co_run"] for co_run in run.planned(self.clients)}
+            done = {record["co_run"] for record in run.co_runs()}
+            if run.manifest.get("outcome") == "complete" and not planned <= done:
+                return True
+        return False
+
+
+def build_group(
+    runs: Sequence[RunView],
+    clients: int,
+    alone: Mapping[str, Record],
+    slo_ms: float | None = None,
+) -> Group:
+    """Put together the judged co-runs of that many clients; the runs are alike, newest first.
+
+    `alone` holds baseline records by job key; `slo_ms` is a bound on the latency jobs' responses.
+    """
+    mode, mix = runs[0].mode, runs[0].mix
+    co_runs = [co_run for run in runs for co_run in run.judged(clients)]
+    good = [co_run for co_run in co_runs if co_run.is_ok]
+    broken = next((co_run.record for co_run in co_runs if not co_run.is_ok), None)
+    stp, antt = (estimate(c.summary(name) for c in good) for name in ("stp", "antt"))
+    group = Group(
+        mode=mode,
+        mix=mix,
+        clients=clients,
+        runs=[run for run in runs if run.judged(clients)],
+        co_runs=co_runs,
+        outcome=broken["outcome"] if broken else "ok",
+        reason=broken.get("reason") if broken else None,
+        stp=stp,
+        antt=antt,
+        overhead_percent=overhead_estimate(stp),
+        interference_overhead_percent=_interference(good, mode, antt),
+        mechanism_overhead_percent=_mechanism(mode, clients, antt),
+        stp_per_multiprocessor=_stp_per_multiprocessor(runs[0], mode, stp, co_runs),
+        fairness=_mean_of(good, "fairness"),
+        energy_ratio=_mean_of(good, "energy_ratio"),
+        joules_per_job=estimate(
+            metrics.joules_per_job((c.record.get("gpu") or {}).get("energy_joules"), c.clients)
+            for c in good
+        ),
+        success_rate_percent=_mean_of(co_runs, "success_rate_percent"),
+        average_duration_seconds=_mean_of(good, "average_duration_seconds"),
+        total_gpu_time_seconds=_mean_of(good, "total_gpu_time_seconds"),
+        throughput_clients=next((c.summary("throughput_clients") for c in good), None),
+        gpu=_gpu_figures([c.record.get("gpu") or {} for c in good or co_runs]),
+        client_rows=client_rows(co_runs, alone, slo_ms),
+        checks=[],
+    )
+    group.checks = _mode_checks(group)
+    return group
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None
+
+
+def _mean_of(co_runs: Sequence[CoRun], name: str) -> float | None:
+    return _mean(co_run.summary(name) for co_run in co_runs)
+
+
+def _interference(good: Sequence[CoRun], mode: str, antt: Estimate | None) -> float | None:
+    found = _mean_of(good, "interference_overhead_percent")
+    if found is None and mode != "mig" and antt is not None:
+        return metrics.interference_overhead_percent([antt.mean])
+    return found
+
+
+def _mechanism(mode: str, clients: int, antt: Estimate | None) -> float | None:
+    if clients != 1 or mode == CPU_DEMO:
+        return None
+    return metrics.mechanism_overhead_percent(antt.mean if antt else None)
+
+
+def _stp_per_multiprocessor(
+    run: RunView, mode: str, stp: Estimate | None, co_runs: Sequence[CoRun]
+) -> float | None:
+    """STP as if the instances had all of the card's multiprocessors (MIG; else `None`)."""
+    whole = run.environment.get("multiprocessor_count")
+    if mode != "mig" or stp is None or not whole or not co_runs:
+        return None
+    identities = [record.get("identity") or {} for record in co_runs[0].clients]
+    counts = [identity.get("multiprocessor_count") for identity in identities]
+    return stp.mean * whole / sum(counts) if counts and all(counts) else None
+
+
+def _gpu_figures(sections: Sequence[Record]) -> dict[str, Any]:
+    """GPU figures over repeats, with the names of their sources and of every throttle reason."""
+    combined: dict[str, Any] = {}
+    for name, combine in _GPU_FIGURES.items():
+        known = [section[name] for section in sections if section.get(name) is not None]
+        combined[name] = combine(known) if known else None
+    sources = sorted({s["utilization_source"] for s in sections if s.get("utilization_source")})
+    combined["utilization_source"] = ", ".join(sources) or None
+    reasons = {reason for section in sections for reason in section.get("throttle_reasons") or []}
+    combined["throttle_reasons"] = sorted(reasons)
+    return combined
+
+
+def _mode_checks(group: Group) -> list[Check]:
+    """The guide's ranges of the mode; one client alone shares nothing, so none apply to it."""
+    if group.clients < 2:
+        return []
+    measured = {
+        "success_rate_percent": group.success_rate_percent,
+        "overhead_percent": group.overhead_percent.mean if group.overhead_percent else None,
+        "interference_overhead_percent": group.interference_overhead_percent,
+        "utilization_gpu_percent": group.gpu["utilization_gpu_percent"],
+    }
+    return mode_checks(group.mode, measured, group.subject)

@@ -1,0 +1,76 @@
+"""Which runs' co-runs stand in one row of the scorecard, and why others are left out.
+
+Repeats taken in several calls count as repeats of one row when the section already says that GPU
+model, driver, versions, engines and precisions are alike, and besides jobs, data, the mode's
+settings, the code and the host are. Each row starts from the newest run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from benchmarking import baselines
+from benchmarking.analysis.runs import RunView, clients_text, mode_name
+
+
+def merge(runs: Sequence[RunView], clients: int) -> tuple[list[RunView], list[str]]:
+    """Choose among runs of one mode and mix, newest first: those to merge, and what is left out.
+
+    Without any judged co-run of that many clients nothing is chosen.
+    """
+    what = f"{mode_name(runs[0].mode)}, {runs[0].mix}, {clients_text(clients)}"
+    judged = [run for run in runs if not run.is_invalid and run.judged(clients)]
+    if not judged:
+        ids = ", ".join(run.run_id for run in runs)
+        return [], [f"{what}: no co-run gave an answer ({ids})"]
+    chosen = [judged[0]]
+    left_out = []
+    for run in runs:
+        if run is judged[0]:
+            continue
+        if not any(run is other for other in judged):
+            reason = f"without a judged co-run, in favor of {judged[0].run_id}"
+        else:
+            reason = _why_apart(run, chosen, clients)
+        if reason is None:
+            chosen.append(run)
+        else:
+            left_out.append(f"{run.run_id} ({what}): {reason}")
+    return chosen, left_out
+
+
+def _why_apart(run: RunView, chosen: Sequence[RunView], clients: int) -> str | None:
+    """Why the run's co-runs are no further repeats of the chosen ones'; `None` when they are."""
+    newest = chosen[0]
+    for other in chosen:
+        if _windows(run, clients) & _windows(other, clients):
+            return f"a copy of {other.run_id}"
+    jobs = [_job_keys(one, clients) for one in (run, newest)]
+    if jobs[0] != jobs[1]:
+        return f"other jobs than the newer {newest.run_id}"
+    data = baselines.data_differences(run.manifest, newest.manifest, jobs[0])
+    if data:
+        return f"older than {newest.run_id}: {data[0]}"
+    if run.knobs(clients) != newest.knobs(clients):
+        return f"other settings of the mode than the newer {newest.run_id}"
+    for name, words in (("git_commit", "commit"), ("host_cores", "host cores")):
+        theirs, ours = run.environment.get(name), newest.environment.get(name)
+        if theirs != ours:
+            return f"older than {newest.run_id}, {words} {theirs} and not {ours}"
+    if _is_ok(run, clients) != _is_ok(newest, clients):
+        return f"older than {newest.run_id}, which came to another outcome"
+    return None
+
+
+def _windows(run: RunView, clients: int) -> set[tuple[object, ...]]:
+    """What only copies of a co-run share: when the run began, and the co-run's own clock."""
+    created_at = run.manifest.get("created_at")
+    return {(created_at, co_run.name, *co_run.window) for co_run in run.judged(clients)}
+
+
+def _job_keys(run: RunView, clients: int) -> list[str]:
+    return [record.get("job_key", "") for record in run.judged(clients)[0].clients]
+
+
+def _is_ok(run: RunView, clients: int) -> bool:
+    return all(co_run.is_ok for co_run in run.judged(clients))

@@ -1,0 +1,99 @@
+"""STP and mean slowdown against the count of clients, every mode of one mix on one sheet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from benchmarking.analysis import charts
+from benchmarking.analysis.document import Picture
+from benchmarking.analysis.ramps import Ramp
+from benchmarking.analysis.runs import clients_text
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def scaling(ramps: Sequence[Ramp], path: Path) -> Picture | None:
+    """The chart of one mix's ramps; `None` when no ramp has a count with an STP."""
+    known = [ramp for ramp in ramps if any(group.stp for group in ramp.groups)]
+    if not known:
+        return None
+    with charts.drawing_rules():
+        figure, (upper, lower) = charts.new_figure(5.6, panels=2, sharex=True)
+        for ramp in known:
+            _draw_lines(upper, ramp, "stp")
+            _draw_lines(lower, ramp, "antt")
+        _mark_breaking_points(upper, known)
+        counts = sorted({group.clients for ramp in known for group in ramp.groups})
+        upper.axhline(1, color="0.5", linewidth=1, label="one job after another")
+        lower.plot(counts, counts, color="0.5", linewidth=1)
+        for panel, name, label, reference in (
+            (upper, "stp", "STP (GPUs' worth of work)", 1),
+            (lower, "antt", "mean slowdown (times alone)", counts[-1]),
+        ):
+            found = [getattr(group, name) for ramp in known for group in ramp.groups]
+            highest = max(reference, *(estimate.high for estimate in found if estimate is not None))
+            panel.set_ylim(0, 1.08 * highest)
+            panel.set_xticks(counts)
+            panel.set_ylabel(label)
+            panel.grid(color="0.85")
+        estimates = [group.stp for ramp in known for group in ramp.groups if group.stp]
+        lower.set_xlabel(f"clients at the same time ({charts.spread_note(estimates)})")
+        handles, labels = upper.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper left", ncols=2, frameon=False)
+        return charts.save(
+            figure, path, f"{_message(known)} (copies of the {known[0].mix} mix)",
+            f"Lines of STP and mean slowdown against the count of clients ({known[0].mix}).",
+        )  # fmt: skip
+
+
+def _draw_lines(panel: Axes, ramp: Ramp, name: str) -> None:
+    groups = [group for group in ramp.groups if getattr(group, name) is not None]
+    found = [getattr(group, name) for group in groups]
+    look = charts.style(ramp.mode)
+    panel.errorbar(
+        [group.clients for group in groups],
+        [estimate.mean for estimate in found],
+        yerr=[
+            [estimate.mean - estimate.low for estimate in found],
+            [estimate.high - estimate.mean for estimate in found],
+        ],
+        color=look["color"], marker=look["marker"], linestyle=look["linestyle"],
+        markeredgecolor="black", capsize=3, label=ramp.mode_name,
+    )  # fmt: skip
+
+
+def _mark_breaking_points(panel: Axes, ramps: Sequence[Ramp]) -> None:
+    """A line at each count that broke, its reason at the foot, where no curve is."""
+    broken: dict[int, list[str]] = {}
+    for ramp in ramps:
+        if ramp.breaking_point["clients"] is not None:
+            reasons = broken.setdefault(ramp.breaking_point["clients"], [])
+            reasons.append(f"{ramp.mode_name} breaks: {ramp.breaking_point['criterion']}")
+    for clients, reasons in broken.items():
+        panel.axvline(clients, color="0.3", linestyle=":", linewidth=1.5)
+        panel.annotate(
+            "\n".join(reasons), (clients, 0), rotation=90, xycoords=("data", "axes fraction"),
+            xytext=(-4, 4), textcoords="offset points", ha="right", va="bottom", fontsize=8,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.85},
+        )  # fmt: skip
+
+
+def _message(ramps: Sequence[Ramp]) -> str:
+    parts = []
+    for ramp in ramps:
+        best = max((g for g in ramp.groups if g.stp), key=lambda group: group.stp.mean)
+        broken = ramp.breaking_point["clients"]
+        end = (
+            f"breaks at {broken}"
+            if broken is not None
+            else f"holds to {ramp.breaking_point['highest_clients_tried']} clients"
+        )
+        parts.append(
+            f"{ramp.mode_name} peaks at STP {best.stp.mean:.2f} with "
+            f"{clients_text(best.clients)} and {end}"
+        )
+    message = "; ".join(parts)
+    return f"{message[0].upper()}{message[1:]}"

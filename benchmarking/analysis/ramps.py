@@ -1,0 +1,83 @@
+"""One mode and mix over several counts of clients: where it breaks, where more gain nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarking import metrics
+from benchmarking.analysis.groups import Group
+from benchmarking.analysis.runs import mode_name
+
+
+@dataclass
+class Ramp:
+    """One mode and mix over several counts of clients.
+
+    `bounds` are those that the runs were asked to keep: `max_slowdown`, `slo_ms`.
+    """
+
+    mode: str
+    mix: str
+    groups: list[Group]
+    bounds: Mapping[str, float]
+    breaking_point: dict[str, Any]
+    saturation_clients: int | None
+
+    @property
+    def mode_name(self) -> str:
+        """The mode as it is written in sentences."""
+        return mode_name(self.mode)
+
+    @property
+    def end_text(self) -> str:
+        """Where it breaks, or up to where it does not: `8 clients (oom: ...)`."""
+        point = self.breaking_point
+        if point["clients"] is None:
+            return f"not reached by {point['highest_clients_tried']} clients"
+        return f"{point['clients']} clients ({point['criterion']}: {point['detail']})"
+
+
+def find_ramps(groups: Sequence[Group]) -> list[Ramp]:
+    """Every mode and mix that was measured at several counts of clients."""
+    by_kind: dict[tuple[str, str], list[Group]] = {}
+    for group in groups:
+        by_kind.setdefault((group.mode, group.mix), []).append(group)
+    return [
+        _ramp(mode, mix, sorted(members, key=lambda group: group.clients))
+        for (mode, mix), members in by_kind.items()
+        if len(members) > 1
+    ]
+
+
+def _ramp(mode: str, mix: str, groups: list[Group]) -> Ramp:
+    co_runs, clients = [], []
+    for group in groups:
+        for co_run in group.co_runs:
+            name = f"{co_run.run.run_id}/{co_run.name}"  # two runs may name a co-run alike
+            co_runs.append({**co_run.record, "co_run": name})
+            clients += [{**record, "co_run": name} for record in co_run.clients]
+    bounds = _bounds(groups)
+    stp = {
+        group.clients: group.stp.mean if group.stp and group.outcome == "ok" else None
+        for group in groups
+    }
+    point = metrics.breaking_point(
+        co_runs,
+        clients,
+        max_slowdown=bounds.get("max_slowdown"),
+        max_p99_ms=bounds.get("slo_ms"),
+    )
+    return Ramp(mode, mix, groups, bounds, point, metrics.saturation_count(stp))
+
+
+def _bounds(groups: Sequence[Group]) -> dict[str, float]:
+    """The bounds in the manifest of the newest run that was given any."""
+    runs = sorted((run for group in groups for run in group.runs), key=lambda run: run.age)
+    for run in reversed(runs):
+        given = run.manifest.get("bounds") or {}
+        known = {name: value for name, value in given.items() if value is not None}
+        if known:
+            return known
+    return {}

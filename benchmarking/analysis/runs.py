@@ -1,0 +1,190 @@
+"""A run as the analysis sees it, and one co-run of it. Views over records; no input or output."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from benchmarking import baselines, run_store
+
+Record = Mapping[str, Any]
+
+CPU_DEMO = "cpu-demo"
+MODE_NAMES = {
+    "time-slicing": "time slicing",
+    "mps": "MPS",
+    "mig": "MIG",
+    "exclusive": "exclusive",
+    CPU_DEMO: "CPU demo",
+}
+_MODE_ORDER = tuple(MODE_NAMES)
+
+# An outcome that answers "does this count of clients work?"; the others prove nothing either way.
+_JUDGED = frozenset({"ok", "failed", "timeout"})
+
+# What of a client's environment changes how the mode treats it; folders of daemons do not.
+_KNOB_PREFIX = "CUDA_MPS_"
+_NO_KNOBS = frozenset({"CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"})
+
+
+def mode_name(mode: str) -> str:
+    """The mode as it is written in sentences."""
+    return MODE_NAMES.get(mode, mode)
+
+
+def mode_order(mode: str) -> tuple[int, str]:
+    """Sort key of modes: the guide's order, then by name."""
+    return (_MODE_ORDER.index(mode) if mode in _MODE_ORDER else len(_MODE_ORDER), mode)
+
+
+def clients_text(clients: int) -> str:
+    """`1 client`, `4 clients`."""
+    return f"{clients} client{'' if clients == 1 else 's'}"
+
+
+@dataclass
+class RunView:
+    """One run as it was read: its manifest, its records, and what was wrong with its files.
+
+    `run_id` names it in the report: the manifest's run id, or the run's path below the results
+    folder where several runs share that id. `experiment` is the folder that it stands in.
+    """
+
+    run_id: str
+    manifest: dict[str, Any]
+    records: list[dict[str, Any]]
+    problems: list[str] = field(default_factory=list)
+    experiment: str = ""
+
+    @classmethod
+    def of(cls, run: run_store.Run, name: str) -> RunView:
+        """View of a run as the run store read it, under this name."""
+        records = [*run.client_records, *run.co_run_records]
+        return cls(name, run.manifest, records, list(run.warnings), str(run.folder.parent))
+
+    @property
+    def mode(self) -> str:
+        """The mode that was in force: `cpu-demo` without a GPU, whatever was asked for."""
+        return self.manifest.get("effective_mode") or self.manifest.get("mode") or "unknown"
+
+    @property
+    def mix(self) -> str:
+        """The mix of jobs."""
+        return self.manifest.get("mix") or "unknown"
+
+    @property
+    def is_invalid(self) -> bool:
+        """Whether the run as a whole lacks proof of its mode."""
+        return self.manifest.get("outcome") == "invalid"
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        """Card, driver, versions and host, as the manifest has them."""
+        return self.manifest.get("environment") or {}
+
+    @property
+    def age(self) -> tuple[str, str]:
+        """Sort key by time of creation, oldest first."""
+        return (self.manifest.get("created_at") or "", self.run_id)
+
+    @property
+    def versions(self) -> dict[str, Any]:
+        """Versions that count; a run that ended before any client was ready knows none."""
+        found = self.environment.get("versions") or {}
+        return {name: found[name] for name in baselines.COMPARED_VERSIONS if name in found}
+
+    def clients(self, phase: str, co_run: str | None = None) -> list[dict[str, Any]]:
+        """Client records of a phase (`baseline`, `co_run`), of one co-run when it is named."""
+        return [
+            record
+            for record in self.records
+            if record.get("record") == "client"
+            and record.get("phase") == phase
+            and co_run in (None, record.get("co_run"))
+        ]
+
+    def co_runs(self, phase: str = run_store.PHASE_CO_RUN) -> list[dict[str, Any]]:
+        """Co-run records of a phase."""
+        return [
+            record
+            for record in self.records
+            if record.get("record") == "co_run" and record.get("phase") == phase
+        ]
+
+    def judged(self, clients: int) -> list[CoRun]:
+        """Co-runs of that many clients that say whether the count works, proved in their mode."""
+        found = [CoRun(self, record) for record in self.co_runs() if record["clients"] == clients]
+        return [
+            co_run for co_run in found if co_run.record["outcome"] in _JUDGED and co_run.is_valid
+        ]
+
+    def successful_baselines(self) -> list[dict[str, Any]]:
+        """Client records of the jobs alone that may serve as a reference."""
+        return run_store.successful_baselines(self.clients("baseline"), self.co_runs("baseline"))
+
+    def engines(self) -> dict[str, tuple[Any, Any]]:
+        """Engine and precision by workload, as the clients reported them at `ready`."""
+        found: dict[str, tuple[Any, Any]] = {}
+        for record in self.records:
+            identity = record.get("identity") if record.get("record") == "client" else None
+            if identity:
+                pair = (identity.get("engine"), identity.get("precision"))
+                found.setdefault(record["workload"], pair)
+        return found
+
+    def planned(self, clients: int) -> list[dict[str, Any]]:
+        """The plan's co-runs of that many clients."""
+        planned = (self.manifest.get("plan") or {}).get("co_runs") or []
+        return [co_run for co_run in planned if len(co_run["clients"]) == clients]
+
+    def knobs(self, clients: int) -> list[dict[str, str]]:
+        """Settings of the mode that each client was given, by client."""
+        first = next(iter(self.planned(clients)), {"clients": []})
+        return [
+            {
+                name: value
+                for name, value in (client.get("environment") or {}).items()
+                if name.startswith(_KNOB_PREFIX) and name not in _NO_KNOBS
+            }
+            for client in first["clients"]
+        ]
+
+
+@dataclass(frozen=True)
+class CoRun:
+    """One co-run of a run: its record, and those of its clients."""
+
+    run: RunView
+    record: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The co-run's name inside its run: `mixed-4-r0`."""
+        return self.record["co_run"]
+
+    @property
+    def clients(self) -> list[dict[str, Any]]:
+        """Client records, in client order."""
+        found = self.run.clients(self.record["phase"], self.name)
+        return sorted(found, key=lambda record: record["client"])
+
+    @property
+    def is_ok(self) -> bool:
+        """Whether every client did its work to the end."""
+        return self.record["outcome"] == "ok"
+
+    @property
+    def is_valid(self) -> bool:
+        """Whether no client was found outside the mode that the co-run is named after."""
+        verdicts = {(record.get("proof") or {}).get("verdict") for record in self.clients}
+        return self.record["outcome"] != "invalid" and "invalid" not in verdicts
+
+    @property
+    def window(self) -> tuple[float | None, float | None]:
+        """Start and end of the contended window, in seconds of the monotonic clock."""
+        return self.record.get("window_start_seconds"), self.record.get("window_end_seconds")
+
+    def summary(self, name: str) -> Any:
+        """A figure of the co-run's summary."""
+        return (self.record.get("summary") or {}).get(name)

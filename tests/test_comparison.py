@@ -1,0 +1,183 @@
+"""What stands beside what: sections, merged runs, what is left out, where baselines come from."""
+
+from __future__ import annotations
+
+import pytest
+import synthetic_runs
+from compared_runs import change, compare, markdown, mps, sentences, time_slicing
+
+from benchmarking.analysis import comparison
+from benchmarking.analysis.runs import RunView
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"gpu_name": "Another GPU"},
+        {"driver_version": "590.00"},
+        {"versions": {"torch": "2.15.0"}},
+    ],
+)
+def test_unlike_environments_stand_in_separate_sections_and_are_not_compared(changes):
+    other = mps([2.0, 2.02], environment=synthetic_runs.GPU | changes)
+    compared = compare(time_slicing([4.0, 4.02]), other)
+    assert len(compared.sections) == 2
+    assert "no other mode was measured" in sentences(compared)
+    assert "2 unlike environments" in markdown(compared)
+
+
+def test_another_job_size_precision_or_engine_opens_another_section():
+    assert len(compare(time_slicing([4.0]), mps([2.0], job_size="quick")).sections) == 2
+    for field, value in (("precision", "fp32"), ("engine", "eager")):
+        other = change(
+            mps([2.0]), lambda r, f=field, v=value: r["identity"].update({f: v}), record="client"
+        )
+        assert len(compare(time_slicing([4.0]), other).sections) == 2
+
+
+def test_a_run_without_versions_joins_its_gpus_section():
+    early = mps([], environment=synthetic_runs.GPU | {"versions": {}}, outcome="failed")
+    early["records"].clear()
+    compared = compare(time_slicing([4.0]), early)
+    assert len(compared.sections) == 1
+    assert any("the run's outcome is failed" in doubt for doubt in compared.sections[0].doubts)
+
+
+def renamed(made: dict, run_id: str) -> dict:
+    made["manifest"]["run_id"] = run_id
+    return made
+
+
+def test_runs_of_one_combination_are_merged_and_their_cards_named():
+    other_card = synthetic_runs.GPU | {"gpu_uuid": "GPU-11111111"}
+    older = renamed(
+        mps([3.0, 3.1], created_at="2025-01-01T00:00:00+00:00", environment=other_card), "mps-old"
+    )
+    compared = compare(older, mps([2.0]))
+    (group,) = compared.sections[0].groups
+    assert group.run_ids == ("mps", "mps-old")
+    assert group.stp.values == pytest.approx([2.0, 4 / 3.0, 4 / 3.1])
+    assert group.gpu_uuids == [synthetic_runs.GPU["gpu_uuid"], "GPU-11111111"]
+    assert compared.sections[0].left_out == []
+    text = markdown(compared)
+    assert "merged from 2 runs on 2 cards of one model" in text
+    assert "*(runs `mps`, `mps-old`)*" in text
+
+
+def _without_one_job(run: dict) -> None:
+    run["records"] = [
+        record | {"job_key": "other"} if record["record"] == "client" else record
+        for record in run["records"]
+    ]
+
+
+def _failed(run: dict) -> None:
+    change(run, lambda r: r.update(outcome="failed", reason="oom"), record="co_run", phase="co_run")
+
+
+def _limited(run: dict) -> None:
+    clients = [{"environment": {"CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": "25"}}] * 4
+    run["manifest"]["plan"] = {"co_runs": [{"co_run": "mixed-4-r0", "clients": clients}]}
+
+
+@pytest.mark.parametrize(
+    ("edit", "reason"),
+    [
+        (lambda run: run["manifest"].update(environment=synthetic_runs.GPU | {"git_commit": "a"}),
+         "older than mps, commit a and not 0000000"),
+        (lambda run: run["manifest"].update(environment=synthetic_runs.GPU | {"host_cores": 8}),
+         "older than mps, host cores 8 and not 16"),
+        (_without_one_job, "other jobs than the newer mps"),
+        (_failed, "older than mps, which came to another outcome"),
+        (_limited, "other settings of the mode than the newer mps"),
+    ],
+)  # fmt: skip
+def test_a_run_that_differs_is_left_out_of_the_newer_ones_row_and_the_reason_given(edit, reason):
+    old = renamed(mps([3.0], created_at="2025-01-01T00:00:00+00:00"), "mps-old")
+    edit(old)
+    (section,) = compare(old, mps([2.0])).sections
+    assert [group.run_ids for group in section.groups] == [("mps",)]
+    assert section.left_out == [f"mps-old (MPS, mixed, 4 clients): {reason}"]
+
+
+def test_a_newer_run_that_proved_nothing_does_not_hide_an_older_one():
+    newer = mps([2.0], created_at="2026-06-01T00:00:00+00:00", outcome="invalid")
+    newer["manifest"]["run_id"] = "mps-invalid"
+    compared = compare(newer, mps([2.5]))
+    (group,) = compared.sections[0].groups
+    assert group.run_ids == ("mps",)
+    assert "mps-invalid: the run is invalid" in markdown(compared)
+
+
+def test_a_co_run_with_an_unproved_client_is_in_no_figure():
+    run = mps([2.0, 9.0])
+    change(run, lambda r: r["proof"].update(verdict="invalid"), co_run="mixed-4-r1", client=2,
+           record="client")  # fmt: skip
+    compared = compare(run)
+    (group,) = compared.sections[0].groups
+    assert group.stp.values == (2.0,)
+    assert "mixed-4-r1: invalid, a client was not proved" in markdown(compared)
+
+
+def test_unverified_clients_are_compared_and_said_to_be_unverified():
+    run = mps([2.0])
+    change(run, lambda r: r["proof"].update(verdict="unverified"), record="client")
+    text = markdown(compare(run))
+    assert "under MPS (mode unverified)" in text
+    assert "| ok, unverified |" in text
+    assert "unverified, the clients could not be matched" in text
+
+
+def test_tails_use_the_baseline_that_a_run_reused():
+    reusing = mps([2.0], baseline_run_id="slicing")
+    reusing["records"] = [r for r in reusing["records"] if r["phase"] == "co_run"]
+    compared = compare(time_slicing([4.0]), reusing)
+    group = next(group for group in compared.sections[0].groups if group.mode == "mps")
+    assert group.client_rows[1].tail_slowdown[99] == pytest.approx(2.0, rel=0.1)
+    alone = compare(reusing).sections[0].groups[0]
+    assert alone.client_rows[1].tail_slowdown[99] is None
+
+
+def reusing_mps(experiment: str) -> RunView:
+    """A run that took its baselines from a run of the id `baseline`."""
+    made = mps([2.0], baseline_run_id="baseline")
+    records = [record for record in made["records"] if record["phase"] == "co_run"]
+    return RunView(f"{experiment}/mps", made["manifest"], records, experiment=experiment)
+
+
+def baseline(experiment: str, times_slower: float = 1.0, **more: object) -> RunView:
+    """A run of the id `baseline` in that experiment."""
+    made = synthetic_runs.run("baseline", "exclusive", {}, **more)
+    for record in made["records"]:
+        if record.get("latency_ms"):
+            record["latency_ms"] = [times_slower * value for value in record["latency_ms"]]
+    name = f"{experiment}/baseline"
+    return RunView(name, made["manifest"], made["records"], experiment=experiment)
+
+
+def p99_slowdown(views: list[RunView]) -> float | None:
+    """The p99 slowdown of the batch inference in the only co-run."""
+    sections = comparison.compare(views).sections
+    (group,) = [group for section in sections for group in section.groups]
+    return group.client_rows[1].tail_slowdown[99]
+
+
+def test_a_reused_baseline_is_looked_for_in_the_same_experiment_first():
+    views = [baseline("first", 2.0), baseline("second"), reusing_mps("first")]
+    assert p99_slowdown(views) == pytest.approx(1.0, rel=0.1)
+    assert p99_slowdown([views[1], views[0], views[2]]) == pytest.approx(1.0, rel=0.1)
+    assert p99_slowdown([views[1], views[2]]) == pytest.approx(2.0, rel=0.1)
+
+
+def test_the_baseline_of_another_experiment_must_be_earlier_and_of_a_like_environment():
+    unlike = baseline("other", environment=synthetic_runs.GPU | {"gpu_name": "Another GPU"})
+    later = baseline("other", created_at="2026-02-01T00:00:00+00:00")
+    assert p99_slowdown([unlike, reusing_mps("own")]) is None
+    assert p99_slowdown([later, reusing_mps("own")]) is None
+
+
+def test_migs_stp_is_also_given_per_multiprocessor():
+    mig = synthetic_runs.run("mig", "mig", {4: [4.0]})
+    change(mig, lambda r: r["identity"].update(multiprocessor_count=16), record="client")
+    (group,) = compare(mig).sections[0].groups
+    assert group.stp_per_multiprocessor == pytest.approx(1.0 * 132 / 64)

@@ -1,0 +1,144 @@
+"""What is claimed: runs made up so that the right answer is known."""
+
+from __future__ import annotations
+
+import pytest
+import synthetic_runs
+from compared_runs import change, compare, markdown, mps, sentences, time_slicing
+
+
+def test_a_mode_is_chosen_when_the_repeats_intervals_lie_apart():
+    text = sentences(compare(time_slicing([4.0, 4.04, 4.08]), mps([2.0, 2.02, 2.04])))
+    assert "choose MPS for throughput: STP 1.98 (" in text
+    assert "95 % interval, n = 3) against 0.99 (" in text
+    assert "Batch inference beside 3 others (`mixed`): choose MPS where its p99 latency" in text
+    assert "in these runs" not in text
+
+
+def test_no_difference_is_shown_when_the_repeats_intervals_overlap():
+    text = sentences(compare(time_slicing([4.0, 3.8, 4.2]), mps([3.9, 3.7, 4.1])))
+    assert "no difference shown between MPS and time slicing (their spreads overlap)" in text
+    assert "choose" not in text.splitlines()[0]
+
+
+def test_of_single_co_runs_far_apart_only_what_was_seen_is_said():
+    first, *others = sentences(compare(time_slicing([4.0]), mps([2.0]))).splitlines()
+    assert first == (
+        "`mixed` with 4 clients: in these runs MPS delivered more: STP 2.00 against 1.00 under "
+        "time slicing (1 = as much as one job after another). One co-run each, so their spread is "
+        "unknown: repeat (`--repeats 3`) before relying on it."
+    )
+    (p99,) = [line for line in others if line.startswith("Batch inference")]
+    assert "in these runs its p99 latency was lower under MPS: " in p99
+    assert p99.endswith(" under time slicing (n = 1 each: repeat before relying on it).")
+    assert "choose" not in "\n".join([first, *others])
+
+
+def test_where_the_budget_ended_the_repeats_a_larger_one_is_advised():
+    planned = [{"co_run": f"mixed-4-r{n}", "clients": [{}] * 4} for n in range(3)]
+    run = mps([2.0], plan={"baseline": [], "co_runs": planned})
+    first = sentences(compare(time_slicing([4.0]), run)).splitlines()[0]
+    assert "The time budget allowed no more: repeat with a larger one" in first
+    assert "`--repeats 3`" not in first
+
+
+def test_single_co_runs_with_the_same_figure_are_called_the_same():
+    text = sentences(compare(time_slicing([3.999]), mps([4.0])))
+    assert "in these runs the same was delivered by time slicing and MPS: STP 1.00" in text
+
+
+def test_of_three_modes_run_once_the_best_is_named():
+    mig = synthetic_runs.run("mig", "mig", {4: [2.5]})
+    first = sentences(compare(time_slicing([4.0]), mps([2.0]), mig)).splitlines()[0]
+    assert (
+        "in these runs MPS delivered the most: STP 2.00 against 1.60 under MIG and 1.00 under "
+        "time slicing" in first
+    )
+
+
+def test_a_single_co_run_against_one_after_another_is_said_as_seen():
+    text = sentences(compare(time_slicing([4.4]), mps([2.0])))
+    assert (
+        "under MPS: together took 50.0 % less time than one after another in this run (n = 1); "
+        "each job took 2.00 times as long as alone, on average." in text
+    )
+    assert "under time slicing: together took 10.0 % more time than one after another in" in text
+    even = sentences(compare(time_slicing([4.0])))
+    assert "together took as long as one after another in this run (n = 1)" in even
+
+
+def test_the_only_mode_measured_gets_one_sentence_for_throughput():
+    (only,) = sentences(compare(mps([2.0]))).splitlines()
+    assert only.startswith("`mixed` with 4 clients under MPS: together took 50.0 % less time")
+    assert only.endswith("; STP 2.00 (n = 1), no other mode was measured.")
+
+
+def test_two_repeats_show_a_range_but_are_too_few_for_a_claim():
+    text = sentences(compare(time_slicing([4.0, 4.1]), mps([2.0, 2.1])))
+    assert "choose MPS" not in text
+    assert "in these runs MPS delivered more" in text
+    assert "fewer than three co-runs: too few for an interval" in text
+    assert "range, n = 2" in text
+
+
+def test_against_a_mode_measured_once_only_that_difference_stays_open():
+    mig = synthetic_runs.run("mig", "mig", {4: [4.5]})
+    text = sentences(compare(time_slicing([4.0, 4.04, 4.02]), mps([2.0, 2.02, 2.01]), mig))
+    assert (
+        "MPS delivers more than time slicing; in these runs MPS delivered more than MIG: STP "
+        in text
+    )
+    assert "One co-run only under MIG: its spread is unknown: repeat" in text
+    assert "(n = 3, 3 and 1: repeat before relying on it)" in text
+
+
+def test_sharing_is_judged_against_running_one_after_another():
+    text = sentences(compare(time_slicing([4.4, 4.42, 4.41]), mps([2.0, 2.02, 2.01])))
+    assert (
+        "under MPS: sharing beats running the jobs one after another: together took 49.8 % less "
+        "time (49.1 to 50.4 %; 95 % interval, n = 3)" in text
+    )
+    assert (
+        "under time slicing: running the jobs one after another would be faster: together took "
+        "10.2 % more time (" in text
+    )
+    unclear = sentences(compare(time_slicing([4.1, 3.9, 4.0])))
+    assert "no difference shown from running the jobs one after another: overhead 0.0 %" in unclear
+
+
+def test_a_co_run_that_failed_is_reported_as_such_and_not_as_a_result():
+    def fail(record: dict) -> None:
+        record.update(outcome="failed", reason="client 1 ran out of memory")
+        record["summary"].update(stp=None, antt=None, success_rate_percent=75.0)
+
+    broken = change(mps([2.0]), fail, record="co_run", phase="co_run")
+    compared = compare(time_slicing([4.0]), broken)
+    assert "does not work under MPS: failed, client 1 ran out of memory" in sentences(compared)
+    group = next(group for group in compared.sections[0].groups if group.mode == "mps")
+    assert (group.stp, group.success_rate_percent) == (None, 75.0)
+
+
+def test_a_ramp_tells_breaking_point_and_saturation_apart():
+    ramp = synthetic_runs.run(
+        "ramp", "mps", {1: [1.0], 2: [1.1], 4: [2.0], 6: [3.6], 8: [8.0]}, mix="training"
+    )
+
+    def fail(record: dict) -> None:
+        record["status" if record["record"] == "client" else "outcome"] = "failed"
+        record["reason"] = "client 3: exit code 1"
+
+    change(ramp, fail, phase="co_run", clients=8)
+    compared = compare(ramp)
+    (found,) = compared.sections[0].ramps
+    assert (found.breaking_point["clients"], found.saturation_clients) == (8, 6)
+    text = sentences(compared)
+    assert "Breaking point of `training` under MPS: 8 clients (failed: client 3: exit" in text
+    assert "saturation at 6 clients" in text
+    assert "the best STP is 2.00 (n = 1) with 4 clients" in text
+    assert "| MPS | training | 1, 2, 4, 6, 8 | 8 | failed: client 3" in markdown(compared)
+
+
+def test_one_client_under_a_mode_gives_its_mechanism_overhead():
+    compared = compare(synthetic_runs.run("one", "mps", {1: [1.03]}, mix="training"))
+    (group,) = compared.sections[0].groups
+    assert group.mechanism_overhead_percent == pytest.approx(3.0)
