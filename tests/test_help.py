@@ -19,8 +19,11 @@ FOLDERS_OF_SCRIPTS = (".", "gpu-configs")
 FOLDERS_OF_PROGRAMS = ("benchmarking", "workloads", "workloads/*", "lib")
 # Sourced by the scripts, never run itself.
 SOURCED = {"setup_environment.sh"}
-# A process of load_test.py's, which hands it a socket as its only argument.
-STARTED_BY_A_PROGRAM = {"workloads/inference/load_worker.py"}
+# Processes of load_test.py and inference_server.py, which hand them open sockets as arguments.
+STARTED_BY_A_PROGRAM = {
+    "workloads/inference/load_worker.py",
+    "workloads/inference/front_end_process.py",
+}
 # Runs its checks first and hands every argument, --help too, on to pytest.
 HANDS_ON = {"run_tests.sh"}
 

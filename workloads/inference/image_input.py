@@ -100,9 +100,12 @@ def _small_rgb(image: Image.Image) -> np.ndarray:
     orientation = _orientation(image)
     if image.mode not in ("RGB", "L", "P", "RGBA", "CMYK", "YCbCr"):
         image = _to_8_bit(image)
-    # Cropping to the central square before resizing keeps a 20000x1 picture cheap, and rotating
-    # the small result is the same as rotating the large original.
-    small = ImageOps.fit(image.convert("RGB"), (IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BILINEAR)
+    # A copy of a small picture costs a sixth of decoding it, and convert and fit copy always.
+    small = image if image.mode == "RGB" else image.convert("RGB")
+    if small.size != (IMAGE_SIZE, IMAGE_SIZE):
+        # Cropping to the central square before resizing keeps a 20000x1 picture cheap, and
+        # rotating the small result is the same as rotating the large original.
+        small = ImageOps.fit(small, (IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BILINEAR)
     if orientation in EXIF_TRANSPOSITIONS:
         small = small.transpose(EXIF_TRANSPOSITIONS[orientation])
     return np.asarray(small, dtype=np.uint8)

@@ -4,11 +4,12 @@
     python3 workloads/inference/inference_server.py --model resnet50 --port 5000
     curl -X POST http://localhost:5000/predict -F "image=@your_image.jpg"
 
-Endpoints: ``/health``, ``/predict``, ``/batch_predict``, ``/stats`` (see http_app.py). The pieces:
-image_input.py decodes, batcher.py gathers requests on the thread that owns the GPU, classifier.py
-is the model, http_app.py the interface, serving.py the HTTP server with its limits. SIGTERM and
-Ctrl-C stop accepting, answer what has arrived, write the result file and leave with exit code 0;
-a second one leaves at once.
+Endpoints: ``/health``, ``/predict``, ``/batch_predict``, ``/stats``, ``/metrics`` (http_app.py).
+A front end (front_end.py) reads requests (http_protocol.py) and decodes pictures (image_service.py,
+image_input.py) into memory shared with the GPU process (shared_block.py), where batcher.py gathers
+them for classifier.py. Front ends are processes with ``--frontends N``, else one is a thread of the
+GPU process. SIGTERM and Ctrl-C stop accepting, answer what has arrived, write the result file and
+leave with exit code 0; a second one leaves at once.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ import signal
 import sys
 import threading
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from workloads.common import cli, client, console
+from workloads.common.environment import usable_cores
 from workloads.inference.inference_model import (
     add_model_flags,
     resolve_model_flags,
@@ -31,12 +34,20 @@ from workloads.inference.inference_model import (
 )
 
 if TYPE_CHECKING:
-    import numpy as np
+    import socket
+
+    from workloads.inference.batcher import Batcher
+    from workloads.inference.front_ends import FrontEnds
 
 MAX_PORT = 65535
+MAX_FRONT_ENDS = 64
+# More decoding threads than this in one process wait for the interpreter, not for a core.
+MIN_THREADS, MAX_THREADS = 2, 4
 MIB = 2**20
 POLL_SECONDS = 0.2
 GPU_THREAD_END_SECONDS = 5.0
+# What one answered request is called in the event log.
+UNIT_KINDS = {"predict": "request", "batch_predict": "batch_request"}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -59,14 +70,21 @@ def parse_arguments() -> argparse.Namespace:
         "--max-delay-ms", type=cli.non_negative_float, default=2.0,
         help="longest that a batch waits for requests still being decoded (default: 2)",
     )  # fmt: skip
+    scale = parser.add_argument_group("processes and threads")
+    scale.add_argument(
+        "--frontends", type=cli.non_negative_int, default=0, metavar="N",
+        help="processes that speak HTTP and decode; 0: all in one process, enough for about a "
+        "thousand pictures a second; beyond that a third to a half of the cores (default: 0)",
+    )  # fmt: skip
+    scale.add_argument(
+        "--threads", type=cli.positive_int, default=None,
+        help="pictures that each front end decodes at the same time (default: its share of the "
+        f"cores, {MIN_THREADS} to {MAX_THREADS})",
+    )  # fmt: skip
     limits = parser.add_argument_group("limits")
     limits.add_argument(
         "--queue-size", type=cli.positive_int, default=256,
         help="requests that may wait for the GPU; more get 503 at once (default: 256)",
-    )  # fmt: skip
-    limits.add_argument(
-        "--threads", type=cli.positive_int, default=64,
-        help="requests decoded or waited for at the same time (default: 64)",
     )  # fmt: skip
     limits.add_argument(
         "--max-body-mib", type=cli.positive_float, default=16.0,
@@ -95,6 +113,11 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.port > MAX_PORT:
         parser.error(f"--port {args.port} is above {MAX_PORT}")
+    if args.frontends > MAX_FRONT_ENDS:
+        parser.error(f"--frontends {args.frontends} is above {MAX_FRONT_ENDS}")
+    if args.threads is None:
+        share = usable_cores() // max(1, args.frontends)
+        args.threads = min(MAX_THREADS, max(MIN_THREADS, share))
     return args
 
 
@@ -106,50 +129,59 @@ class InferenceServer(client.Workload):
 
     def load(self) -> None:
         """Listen, answering 503, and load the model meanwhile."""
-        from workloads.inference.batcher import Batcher, GpuThread
-        from workloads.inference.http_app import ServiceState, create_app
+        from workloads.inference.batcher import GpuThread
+        from workloads.inference.connections import listening_socket
+        from workloads.inference.http_app import ServerState
         from workloads.inference.server_stats import ServerStats
-        from workloads.inference.serving import HttpLimits, HttpServer
+        from workloads.inference.shared_block import BlockShape, SharedBlock
 
         args = self.args
+        # First: where the port is taken, nothing else needs to be begun.
+        listener = listening_socket(args.host, args.port)
         self._stop = threading.Event()
-        self._recorder: client.Recorder | None = None
         self._serving: Future[None] | None = None
         self._unanswered = 0
+        self._warned_losses = 0
+        self._state = ServerState()
         self._gpu_thread = GpuThread()
-        self._batcher = Batcher(
-            lambda pieces: self._classifier.infer(pieces),
+        max_inside = args.queue_size + args.max_batch
+        self._block = SharedBlock(BlockShape(max(1, args.frontends), max_inside, args.max_batch))
+        self._stats = ServerStats(self._block)
+        self._batcher = self._make_batcher()
+        self._front_ends = self._start_front_ends(listener, max_inside)
+        console.note(f"listening on {args.host}:{self._front_ends.port}, loading {args.model}")
+        self._gpu_thread.call(self._load_model)
+
+    def _make_batcher(self) -> Batcher:
+        from workloads.inference.batcher import Batcher
+        from workloads.inference.shared_block import FrontEndRegion
+
+        args = self.args
+        return Batcher(
+            self._block.engine,
             max_batch=args.max_batch,
             max_delay_seconds=args.max_delay_ms / 1e3,
             queue_size=args.queue_size,
+            decoding=lambda: self._block.gauge(FrontEndRegion.DECODING),
         )
-        self._state = ServiceState(
-            batcher=self._batcher,
-            stats=ServerStats(),
-            max_batch=args.max_batch,
+
+    def _start_front_ends(self, listener: socket.socket, max_inside: int) -> FrontEnds:
+        from workloads.inference.front_end import FrontEndSettings
+        from workloads.inference.front_ends import FrontEnds
+
+        args = self.args
+        settings = FrontEndSettings(
+            threads=args.threads,
+            max_inside=max_inside,
+            max_body_bytes=int(args.max_body_mib * MIB),
             max_pixels=args.max_pixels,
+            max_batch=args.max_batch,
             max_batch_predict=args.max_batch_predict,
-            answer_seconds=args.request_seconds,
-            on_request=self._record,
+            request_seconds=args.request_seconds,
         )
-        max_body_bytes = int(args.max_body_mib * MIB)
-        self._http = HttpServer(
-            create_app(self._state, max_body_bytes),
-            args.host,
-            args.port,
-            HttpLimits(
-                threads=args.threads,
-                max_admitted=args.queue_size + args.max_batch,
-                max_body_bytes=max_body_bytes,
-                max_connections=args.max_connections,
-                request_seconds=args.request_seconds,
-            ),
-            on_refused=self._state.stats.record_refusal,
+        return FrontEnds(
+            listener, args.frontends, self._block, self._batcher, settings, args.max_connections
         )
-        self._http.start()
-        console.note(f"listening on {args.host}:{self._http.port}, loading {args.model}")
-        self._gpu_thread.call(self._load_model)
-        self._state.facts = self
 
     def _load_model(self) -> None:
         from workloads.common.device import open_device
@@ -163,21 +195,27 @@ class InferenceServer(client.Workload):
         self.warnings += weights_notes(args.model, args.weights, self._classifier.weights.kind)
         # Once: /health is asked during the capture too, when no other thread may call CUDA.
         identity = self.device.identity()
-        self._device_facts = {
+        self._state.device = {
             name: identity[name] for name in ("device", "gpu_name", "engine", "precision")
         }
+        self._state.model = self._model_facts()
+        self._state.class_names = list(self._classifier.weights.class_names)
+        self._tell("loading")
 
     def warm_up(self) -> None:
         """Autotune and capture, then begin to answer."""
-        self._state.status = "warming up"
+        self._tell("warming up")
         self._gpu_thread.call(self._classifier.warm_up)
-        self._serving = self._gpu_thread.start(self._batcher.serve)
-        self._state.status = "ok"
-        console.note(f"ready on port {self._http.port}")
+        self._serving = self._gpu_thread.start(lambda: self._batcher.serve(self._classifier))
+        self._tell("ok")
+        console.note(f"ready on port {self._front_ends.port}")
+
+    def _tell(self, status: str) -> None:
+        self._state = replace(self._state, status=status)
+        self._front_ends.set_state(self._state)
 
     def run_job(self, recorder: client.Recorder) -> dict:
         """Serve until a stop or a signal, drain, and return the statistics."""
-        self._recorder = recorder
         previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
         def stop(number: int, frame: object) -> None:
@@ -187,13 +225,27 @@ class InferenceServer(client.Workload):
 
         for number in previous:
             signal.signal(number, stop)
-        while not (recorder.stop_requested or self._serving.done()):
+        while not (recorder.stop_requested or self._serving.done() or self._front_ends.failure):
+            self._look_after(recorder)
             if self._stop.wait(POLL_SECONDS):
                 break
         self._drain()
+        self._look_after(recorder)
         for number, handler in previous.items():
             signal.signal(number, handler)
-        return {**self._state.stats.snapshot(), "unanswered_requests": self._unanswered}
+        return {
+            **self._stats.snapshot(),
+            "unanswered_requests": self._unanswered,
+            "lost_front_ends": len(self._front_ends.losses),
+        }
+
+    def _look_after(self, recorder: client.Recorder) -> None:
+        """Record the requests answered since the last time; tell of front ends that ended."""
+        for endpoint, start_seconds, end_seconds in self._stats.new_requests():
+            recorder.unit(UNIT_KINDS[endpoint], start_seconds, end_seconds, latency=True)
+        for loss in self._front_ends.losses[self._warned_losses :]:
+            self._warned_losses += 1
+            self.warn(loss)
 
     def reset(self) -> None:
         """End the client: a server that was told to stop by a signal does not start again."""
@@ -204,11 +256,12 @@ class InferenceServer(client.Workload):
 
         Raises:
             Exception: What ended the GPU thread, if it did not end by itself.
+            RuntimeError: No front end is left.
         """
-        failed = self._serving.done()
-        self._state.status = "failed" if failed else "shutting down"
+        failed = self._serving.done() or self._front_ends.failure is not None
+        self._tell("failed" if failed else "shutting down")
         console.note("stopping: answering what has arrived")
-        self._unanswered = self._http.drain(0.0 if failed else self.args.drain_seconds)
+        self._unanswered = self._front_ends.drain(0.0 if failed else self.args.drain_seconds)
         if self._unanswered:
             self.warn(
                 f"{self._unanswered} requests were cut off after {self.args.drain_seconds:g} s; "
@@ -216,38 +269,26 @@ class InferenceServer(client.Workload):
             )
         self._batcher.close()
         self._serving.result(GPU_THREAD_END_SECONDS)
+        if self._front_ends.failure is not None:
+            raise RuntimeError(self._front_ends.failure)
 
     def close(self) -> None:
-        """Stop listening and end the GPU thread, also after a failure half-way."""
-        if hasattr(self, "_http"):
-            self._http.drain(0.0)
+        """Stop listening and end the front ends and the GPU thread, also after a failure."""
+        if hasattr(self, "_front_ends"):
+            self._front_ends.drain(0.0)
             self._batcher.close()
             self._gpu_thread.close(GPU_THREAD_END_SECONDS)
 
-    def _record(self, kind: str, start_seconds: float, end_seconds: float) -> None:
-        if self._recorder is not None:
-            self._recorder.unit(kind, start_seconds, end_seconds, latency=True)
-
-    def describe_device(self) -> dict:
-        """Return what ``/health`` shows of the device."""
-        return self._device_facts
-
-    def describe_model(self) -> dict:
-        """Return model and weights, as said in every answer."""
+    def _model_facts(self) -> dict:
         return {"model": self.args.model, "weights": self._classifier.weights.kind}
-
-    def describe_top(self, outputs: np.ndarray) -> list[dict]:
-        """Return the top classes of one picture's outputs."""
-        from workloads.inference.classifier import describe_top
-
-        return describe_top(outputs, self._classifier.weights.class_names)
 
     def identity(self) -> dict:
         """Return the device's identity, the port and what is served there."""
         return {
             **self.device.identity(self.args.max_batch),
-            "port": self._http.port,
-            **self.describe_model(),
+            "port": self._front_ends.port,
+            "front_ends": self.args.frontends,
+            **self._model_facts(),
         }
 
     def resolve(self) -> list[str]:
@@ -259,13 +300,14 @@ class InferenceServer(client.Workload):
         """Return what was served, and how."""
         args = self.args
         return {
-            **self.describe_model(),
+            **self._model_facts(),
             "weights_source": self._classifier.weights.source,
             "host": args.host,
-            "port": self._http.port,
+            "port": self._front_ends.port,
             "max_batch": args.max_batch,
             "max_delay_ms": args.max_delay_ms,
             "queue_size": args.queue_size,
+            "front_ends": args.frontends,
             "threads": args.threads,
             "max_body_mib": args.max_body_mib,
             "max_pixels": args.max_pixels,

@@ -1,0 +1,420 @@
+"""One connection of the server: HTTP/1.1 with limits on what a client may send, and how slowly.
+
+httptools (the parser of Node.js, in C) reads the bytes. Added here: requests one after another in
+the order they were sent, bounded headers and bodies, a deadline for a whole request however
+steadily its bytes drip in, errors as JSON, and a close that lets the client read the last answer.
+
+Everything happens on the event loop's thread. The standard server stacks cost several times the
+processor time of this one a request (waitress and Flask: 0.9 ms), and that is what bounds
+how many pictures one process can take.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from email.utils import formatdate
+from http import HTTPStatus
+
+import httptools
+
+MAX_HEADER_BYTES = 32 * 1024
+# Slightly too long a body is read to its end and then refused: refusing it earlier closes the
+# connection while the client still sends, and many then see no answer.
+BODY_SLACK_BYTES = 1 << 20
+IDLE_CONNECTION_SECONDS = 60.0
+# How long a refused client may go on sending into the void before the connection is cut.
+LINGER_SECONDS = 2.0
+SERVER_NAME = "gpu-sharing-bench"
+_REQUEST_LINE = re.compile(rb"[!-~]+ [!-~]+ HTTP/1\.[01]\r?\n")
+
+
+@dataclass(frozen=True)
+class HttpLimits:
+    """What one client may take from the server.
+
+    Attributes:
+        max_body_bytes: The longest request body.
+        request_seconds: From a request's first byte to its last, and for taking an answer.
+    """
+
+    max_body_bytes: int
+    request_seconds: float
+
+
+class Request:
+    """One complete request, to be answered once by ``respond``."""
+
+    __slots__ = (
+        "_connection", "body", "content_type", "keep_alive", "method", "path", "received_seconds",
+        "too_long", "version",
+    )  # fmt: skip
+
+    def __init__(self, connection: HttpProtocol, method: str) -> None:
+        self._connection = connection
+        self.method = method
+        self.path = ""
+        self.content_type = ""
+        self.version = "1.1"
+        self.keep_alive = False
+        self.body = b""
+        self.too_long = False
+        self.received_seconds = 0.0
+
+    @property
+    def abandoned(self) -> bool:
+        """Whether the client has gone."""
+        return self._connection.lost
+
+    def respond(
+        self,
+        status: int,
+        body: bytes,
+        content_type: str = "application/json",
+        headers: tuple[tuple[str, str], ...] = (),
+    ) -> None:
+        """Send the answer; on the event loop's thread."""
+        self._connection.send_answer(self, status, body, content_type, headers)
+
+    def respond_json(
+        self, status: int, content: object, headers: tuple[tuple[str, str], ...] = ()
+    ) -> None:
+        """Send ``content`` as JSON; an overload (503) tells when to try again."""
+        if status == HTTPStatus.SERVICE_UNAVAILABLE:
+            headers = (*headers, ("Retry-After", "1"))
+        self.respond(status, json.dumps(content).encode() + b"\n", headers=headers)
+
+    def respond_error(
+        self, status: int, message: str, headers: tuple[tuple[str, str], ...] = ()
+    ) -> None:
+        """Send ``{"error": message}``."""
+        self.respond_json(status, {"error": message}, headers)
+
+
+class _Refused(Exception):
+    """What is being sent cannot be read on; carries the status and says why."""
+
+    def __init__(self, status: HTTPStatus, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class HttpProtocol(asyncio.Protocol):
+    """Reads requests from one connection and hands them on one at a time.
+
+    Attributes:
+        lost: Whether the connection is closed.
+    """
+
+    def __init__(
+        self,
+        limits: HttpLimits,
+        handle: Callable[[Request], None],
+        on_lost: Callable[[HttpProtocol], None],
+    ) -> None:
+        """Remember whom to hand requests to, and whom to tell when the connection is lost."""
+        self._limits = limits
+        self._handle = handle
+        self._on_lost = on_lost
+        self._parser = httptools.HttpRequestParser(self)
+        self._transport: asyncio.Transport | None = None
+        self._incoming: Request | None = None
+        self._url = b""
+        self._head_bytes = 0
+        self._unparsed_bytes = 0
+        self._head_complete = False
+        self._expects_continue = False
+        self._chunks: list[bytes] = []
+        self._body_bytes = 0
+        self._complete: deque[Request] = deque()
+        self._answering: Request | None = None
+        self._discards_since: float | None = None
+        self._write_stalled_since: float | None = None
+        # A connection that never says anything has its deadline too.
+        self._owing_since: float | None = time.monotonic()
+        self._idle_since = time.monotonic()
+        self.lost = False
+        self._closing = False
+        self._last_wanted = False
+
+    @property
+    def busy(self) -> bool:
+        """Whether somebody still gets an answer here, or is sending a request."""
+        if self.lost or self._discards_since is not None:
+            return False
+        unsent = self._transport is not None and self._transport.get_write_buffer_size() > 0
+        return bool(self._answering or self._complete or self._incoming or unsent)
+
+    # What the event loop calls.
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        """Begin."""
+        self._transport = transport
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """End; a request under way finds itself abandoned."""
+        self.lost = True
+        self._on_lost(self)
+
+    def eof_received(self) -> bool:
+        """Keep the connection for answers under way; the client only stopped sending."""
+        self._closing = True
+        return self._answering is not None or bool(self._complete)
+
+    def pause_writing(self) -> None:
+        """Note that the client does not take its answers."""
+        self._write_stalled_since = time.monotonic()
+
+    def resume_writing(self) -> None:
+        """Go on with the next request."""
+        self._write_stalled_since = None
+        self._handle_next()
+
+    def data_received(self, data: bytes) -> None:
+        """Read on, up to what is refused."""
+        if self._discards_since is not None or (self._closing and self._incoming is None):
+            return
+        now = time.monotonic()
+        if self._owing_since is None:
+            self._owing_since = now
+        try:
+            self._read(data)
+        except _Refused as refusal:
+            self._refuse(refusal)
+            return
+        if self._incoming is None:
+            self._owing_since = None
+            self._idle_since = now
+        self._handle_next()
+
+    def _read(self, data: bytes) -> None:
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            # No other protocol is spoken here: the request is answered as it is.
+            self._closing = True
+        except httptools.HttpParserCallbackError as error:
+            if isinstance(error.__context__, _Refused):
+                raise error.__context__ from None
+            raise
+        except httptools.HttpParserInvalidMethodError as error:
+            if _REQUEST_LINE.match(data):
+                raise _Refused(HTTPStatus.NOT_IMPLEMENTED, "unknown method") from error
+            raise _Refused(HTTPStatus.BAD_REQUEST, "this is no HTTP request") from error
+        except httptools.HttpParserError as error:
+            raise _Refused(HTTPStatus.BAD_REQUEST, str(error)) from error
+        if self._incoming is not None and not self._head_complete:
+            # A header that is not whole yet has not been counted.
+            self._unparsed_bytes += len(data)
+            if self._unparsed_bytes > 2 * MAX_HEADER_BYTES:
+                self._count_head(self._unparsed_bytes)
+
+    # What the parser calls.
+
+    def on_message_begin(self) -> None:
+        """Begin a request."""
+        self._incoming = Request(self, "")
+        self._url = b""
+        self._head_bytes = 0
+        self._unparsed_bytes = 0
+        self._head_complete = False
+        self._expects_continue = False
+        self._chunks = []
+        self._body_bytes = 0
+
+    def on_url(self, url: bytes) -> None:
+        """Take the request's target, or a piece of it."""
+        self._count_head(len(url))
+        self._url += url
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Take one header."""
+        self._count_head(len(name) + len(value) + 4)
+        name = name.lower()
+        if name == b"content-type":
+            self._incoming.content_type = value.decode("latin-1")
+        elif name == b"expect":
+            self._expects_continue = value.lower() == b"100-continue"
+        elif name == b"content-length":
+            # Without digits alone the parser itself refuses it.
+            self._check_announced_length(value)
+        elif name == b"transfer-encoding" and value.strip().lower() != b"chunked":
+            raise _Refused(HTTPStatus.NOT_IMPLEMENTED, "no transfer encoding but chunked is known")
+
+    def on_headers_complete(self) -> None:
+        """Ask for the body where the client waits to be asked."""
+        self._head_complete = True
+        if self._expects_continue:
+            self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def on_body(self, body: bytes) -> None:
+        """Take a piece of the body; what is past the limit is counted and let go."""
+        self._body_bytes += len(body)
+        if self._body_bytes > self._limits.max_body_bytes:
+            self._chunks.clear()
+            if self._body_bytes > self._limits.max_body_bytes + BODY_SLACK_BYTES:
+                raise self._too_long()
+            return
+        self._chunks.append(body)
+
+    def on_message_complete(self) -> None:
+        """Put the request in line."""
+        request, self._incoming = self._incoming, None
+        request.method = self._parser.get_method().decode("latin-1")
+        request.version = self._parser.get_http_version()
+        request.keep_alive = self._parser.should_keep_alive()
+        request.path = _path_of(self._url)
+        request.body = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
+        request.too_long = self._body_bytes > self._limits.max_body_bytes
+        request.received_seconds = time.monotonic()
+        self._chunks = []
+        self._complete.append(request)
+
+    def _count_head(self, bytes_: int) -> None:
+        self._head_bytes += bytes_
+        if self._head_bytes > MAX_HEADER_BYTES:
+            raise _Refused(
+                HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
+                f"the headers exceed {MAX_HEADER_BYTES} bytes",
+            )
+
+    def _check_announced_length(self, value: bytes) -> None:
+        if value.isdigit() and int(value[:20]) > self._limits.max_body_bytes + BODY_SLACK_BYTES:
+            raise self._too_long()
+
+    def _too_long(self) -> _Refused:
+        return _Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, self.too_long_message())
+
+    def too_long_message(self) -> str:
+        """Return what is said of a body past the limit."""
+        return f"request entity too large: at most {self._limits.max_body_bytes} bytes are accepted"
+
+    # Answers.
+
+    def _handle_next(self) -> None:
+        while self._complete and self._answering is None and not self._write_stalled_since:
+            self._answering = self._complete.popleft()
+            self._handle(self._answering)
+        if self.lost or self._transport.is_closing():
+            return
+        # Whoever sends requests ahead of their answers is read no further meanwhile.
+        if self._complete:
+            self._transport.pause_reading()
+        elif not self._transport.is_reading():
+            self._owing_since = None if self._incoming is None else time.monotonic()
+            self._transport.resume_reading()
+
+    def send_answer(
+        self,
+        request: Request,
+        status: int,
+        body: bytes,
+        content_type: str,
+        headers: tuple[tuple[str, str], ...],
+    ) -> None:
+        """Write one answer and go on; ``Request.respond`` calls this."""
+        self._answering = None
+        if self.lost:
+            return
+        self._closing = self._closing or self._last_wanted or not request.keep_alive
+        # The answers to requests sent ahead come first.
+        last = self._closing and not self._complete
+        self._transport.write(
+            _head(status, len(body), content_type, headers, request.version, last)
+            + (b"" if request.method == "HEAD" else body)
+        )
+        self._idle_since = time.monotonic()
+        if last:
+            self._transport.close()
+        elif self._complete or not self._transport.is_reading():
+            # Not at once: a long line of requests would become a deep stack.
+            asyncio.get_running_loop().call_soon(self._handle_next)
+
+    def _refuse(self, refusal: _Refused) -> None:
+        """Answer what cannot be read on, then let the client finish sending before closing."""
+        self._incoming = None
+        self._complete.clear()
+        self._discards_since = time.monotonic()
+        self._closing = True
+        if self._answering is not None:
+            return
+        body = json.dumps({"error": str(refusal)}).encode() + b"\n"
+        self._transport.write(
+            _head(refusal.status, len(body), "application/json", (), "1.1", True) + body
+        )
+        self._transport.write_eof()
+
+    def end_if_overdue(self, now: float) -> None:
+        """Cut the connection if its client takes longer than it may."""
+        latest = now - self._limits.request_seconds
+        if self._discards_since is not None:
+            overdue = now - self._discards_since > LINGER_SECONDS
+        elif self._write_stalled_since is not None:
+            overdue = self._write_stalled_since < latest
+        elif self._answering is not None or self._complete:
+            overdue = False
+        elif self._owing_since is not None:
+            overdue = self._owing_since < latest
+        else:
+            overdue = now - self._idle_since > IDLE_CONNECTION_SECONDS
+        if overdue and self._transport is not None:
+            self._transport.abort()
+
+    def close_after_answers(self) -> None:
+        """Let the next answer be the last one."""
+        self._last_wanted = True
+
+    def end(self) -> None:
+        """Cut the connection."""
+        if self._transport is not None:
+            self._transport.abort()
+
+
+def _path_of(url: bytes) -> str:
+    if not url.startswith(b"/"):
+        try:
+            url = httptools.parse_url(url).path or b"/"
+        except httptools.HttpParserInvalidURLError:
+            url = b"*"
+    path = url.partition(b"?")[0].decode("latin-1")
+    return path.rstrip("/") or "/"
+
+
+_date = (0, "")
+
+
+def _http_date() -> str:
+    """Return the present time as HTTP writes it, formatted once a second."""
+    global _date
+    now = int(time.time())
+    if _date[0] != now:
+        _date = (now, formatdate(now, usegmt=True))
+    return _date[1]
+
+
+def _head(
+    status: int,
+    length: int,
+    content_type: str,
+    headers: tuple[tuple[str, str], ...],
+    version: str,
+    last: bool,
+) -> bytes:
+    lines = [
+        f"HTTP/1.1 {status:d} {HTTPStatus(status).phrase}",
+        f"Server: {SERVER_NAME}",
+        f"Date: {_http_date()}",
+        f"Content-Type: {content_type}",
+        f"Content-Length: {length}",
+        *[f"{name}: {value}" for name, value in headers],
+    ]
+    if last:
+        lines.append("Connection: close")
+    elif version == "1.0":
+        lines.append("Connection: keep-alive")
+    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
