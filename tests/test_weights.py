@@ -13,7 +13,6 @@ from torchvision import models
 
 from workloads.common import weights
 from workloads.common.cli import UsageError
-from workloads.inference.inference_model import fold_batch_norm
 
 
 @pytest.fixture
@@ -134,21 +133,3 @@ def test_unusable_weights_files_are_one_sentence(tmp_path, small_state):
     ):  # fmt: skip
         with pytest.raises(UsageError, match=sentence):
             weights.load_classifier("resnet18", str(path))
-
-
-@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
-def test_folding_batch_norm_changes_no_output(name):
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(0)
-        model = models.get_model(name, weights=None).eval()
-        for module in model.modules():
-            if isinstance(module, torch.nn.BatchNorm2d):
-                module.running_mean.normal_()
-                module.running_var.uniform_(0.5, 2)
-                module.weight.normal_()
-                module.bias.normal_()
-        picture = torch.randn(2, 3, 64, 64)
-        expected = model(picture)
-        fold_batch_norm(model)
-        assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in model.modules())
-        assert (model(picture) - expected).abs().max() < 1e-4 * expected.abs().max()

@@ -140,7 +140,7 @@ def count_inference(args: argparse.Namespace, name: str) -> Work:
     import torch
     import torchvision
 
-    from workloads.inference.inference_model import fold_batch_norm
+    from workloads.inference.layer_fusion import fold_batch_norm
 
     size = args.image_size or 224
     build = getattr(torchvision.models, name)

@@ -1,4 +1,4 @@
-"""A classifier made ready for fast inference: batch norm folded in, cast once, channels last."""
+"""A classifier made ready for fast inference: layers fused, cast once, channels last."""
 
 from __future__ import annotations
 
@@ -47,33 +47,19 @@ def load_inference_model(
     """Load ``name`` onto ``device``; its inputs are (n, 3, 224, 224) in ``device.model_dtype``.
 
     The model is cast once: autocast would convert the weights in every forward pass, and at batch
-    size 1 that costs more than bf16 saves.
+    size 1 that costs more than bf16 saves. Batch norms are folded in; except under the eager
+    engine, which is the reference, activations are fused into the convolutions as well.
 
     Raises:
         UsageError: The weights cannot be had or do not fit.
     """
     import torch
 
+    from workloads.inference.layer_fusion import fold_batch_norm, fuse_activations
+
     model, loaded = load_classifier(name, weights, seed)
     fold_batch_norm(model)
+    if device.is_cuda and device.engine != "eager":
+        model = fuse_activations(model)
     model.to(device.torch_device, device.model_dtype, memory_format=torch.channels_last)
     return compile_module(device, model), loaded
-
-
-def fold_batch_norm(model: nn.Module) -> None:
-    """Multiply every batch norm into the convolution in front of it, in place.
-
-    In evaluation mode a batch norm is a fixed scale and shift a channel, so the convolution's
-    weights can carry it. Relies on a convolution and its norm being declared one after the other,
-    as in all of torchvision's classifiers served here.
-    """
-    from torch import nn
-    from torch.nn.utils.fusion import fuse_conv_bn_eval
-
-    for parent in model.modules():
-        previous_name, previous = "", None
-        for name, child in list(parent.named_children()):
-            if isinstance(previous, nn.Conv2d) and isinstance(child, nn.BatchNorm2d):
-                setattr(parent, previous_name, fuse_conv_bn_eval(previous, child))
-                setattr(parent, name, nn.Identity())
-            previous_name, previous = name, child
