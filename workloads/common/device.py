@@ -64,10 +64,17 @@ class ComputeDevice:
         return torch.autocast(self.torch_device.type, torch.bfloat16, cache_enabled=False)
 
     def synchronize(self) -> None:
-        """Wait until the device has finished everything that was launched."""
+        """Wait until the device has finished everything that was launched.
+
+        The wait sleeps on the current stream's work instead of spinning, since other clients need
+        the cores; what other streams still do is waited for afterwards.
+        """
         if self.is_cuda:
             import torch
 
+            done = torch.cuda.Event(blocking=True)
+            done.record()
+            done.synchronize()
             torch.cuda.synchronize()
 
     def peak_memory_mib(self) -> float | None:
