@@ -60,6 +60,13 @@ def last_event(events: Iterable[Event], name: str) -> Event | None:
     return found
 
 
+def first_unit_seconds(events: Iterable[Event]) -> float | None:
+    """Return when the first unit began, `None` when there is none."""
+    starts = [min(event["start_seconds"]) for event in events
+              if event["event"] == "units" and event["start_seconds"]]  # fmt: skip
+    return min(starts, default=None)
+
+
 def units_in_window(
     events: Iterable[Event], start_seconds: float, end_seconds: float
 ) -> tuple[dict[str, dict[str, Any]], list[float] | None]:

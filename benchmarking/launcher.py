@@ -23,6 +23,7 @@ from types import FrameType
 from typing import Any
 
 from benchmarking.event_log import Event, LineFollower, last_event, parse_event
+from benchmarking.host_cpu import CpuReading, read_process_tree
 from benchmarking.plan import PlannedClient, PlannedCoRun
 from benchmarking.run_store import ClientPaths
 
@@ -229,9 +230,9 @@ class Client:
             return False
         return True
 
-    def host_cpu_seconds(self) -> float | None:
-        """Processor seconds of the client process so far (all threads); `None` when gone."""
-        return process_cpu_seconds(self.pid) if self.pid else None
+    def host_cpu(self) -> CpuReading | None:
+        """Processor time so far of the client and all that it started; `None` when gone."""
+        return read_process_tree(self.pid) if self.pid else None
 
 
 @dataclass(frozen=True)
@@ -239,7 +240,8 @@ class ClientOutcome:
     """What became of one client.
 
     `reason` says in words why `status` is not ok. `window_host_cpu_seconds` is the processor time
-    that it used in the window.
+    that it and its child processes used in the window, `window_busiest_thread_seconds` that of
+    the one thread of theirs that used most.
     """
 
     planned: PlannedClient
@@ -250,6 +252,7 @@ class ClientOutcome:
     exit_code: int | None
     stderr_tail: list[str]
     window_host_cpu_seconds: float | None = None
+    window_busiest_thread_seconds: float | None = None
 
 
 @dataclass
@@ -313,13 +316,13 @@ class Launcher:
             Client(client, paths_of(planned.co_run, client.client)) for client in planned.clients
         ]
         result = CoRunOutcome(planned, OUTCOME_OK, None)
-        cpu_at_go: list[float | None] = [None] * len(clients)
+        cpu_at_go: list[CpuReading | None] = [None] * len(clients)
         cpu_at_stop = cpu_at_go
         try:
             self._get_ready(clients)
             result.ready_seconds = time.monotonic()
             before_go(clients)
-            cpu_at_go = [client.host_cpu_seconds() for client in clients]
+            cpu_at_go = [client.host_cpu() for client in clients]
             # The window opens before the first command: a job that the first client begins while
             # the last one is still being told (see go_skew_ms) lies in it.
             result.window_start_seconds = time.monotonic()
@@ -335,7 +338,7 @@ class Launcher:
         finally:
             if result.window_start_seconds is not None:
                 result.window_end_seconds = time.monotonic()
-                cpu_at_stop = [client.host_cpu_seconds() for client in clients]
+                cpu_at_stop = [client.host_cpu() for client in clients]
             self._end(clients)
         result.clients = [
             _client_outcome(client, result.outcome, at_go, at_stop)
@@ -447,17 +450,6 @@ class Launcher:
             client.signal_group(signal.SIGKILL)
 
 
-def process_cpu_seconds(pid: int) -> float | None:
-    """Processor seconds (user and system) of a process and its threads; `None` when it is gone."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return None
-    # The second field, the name, may hold spaces and brackets: count from its closing one.
-    after_name = stat.rpartition(")")[2].split()
-    return (int(after_name[11]) + int(after_name[12])) / os.sysconf("SC_CLK_TCK")
-
-
 def tail_of(path: Path, lines: int = STDERR_TAIL_LINES) -> list[str]:
     """Last lines of a text file, empty when there is none."""
     try:
@@ -483,10 +475,13 @@ def client_base_environment(inherited: Mapping[str, str]) -> dict[str, str]:
 
 
 def _client_outcome(
-    client: Client, outcome: str, cpu_at_go: float | None, cpu_at_stop: float | None
+    client: Client, outcome: str, cpu_at_go: CpuReading | None, cpu_at_stop: CpuReading | None
 ) -> ClientOutcome:
     status, reason = _status(client, outcome)
-    known = cpu_at_go is not None and cpu_at_stop is not None
+    used = busiest = None
+    if cpu_at_go is not None and cpu_at_stop is not None:
+        used = cpu_at_stop.seconds_since(cpu_at_go)
+        busiest = cpu_at_stop.busiest_thread_since(cpu_at_go)
     return ClientOutcome(
         planned=client.planned,
         status=status,
@@ -495,7 +490,8 @@ def _client_outcome(
         identity=client.identity,
         exit_code=client.exit_code,
         stderr_tail=tail_of(client.paths.stderr),
-        window_host_cpu_seconds=cpu_at_stop - cpu_at_go if known else None,
+        window_host_cpu_seconds=used,
+        window_busiest_thread_seconds=busiest,
     )
 
 

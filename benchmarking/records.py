@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from benchmarking import metrics
-from benchmarking.event_log import jobs_of, last_event, units_in_window
+from benchmarking import host_limit, metrics
+from benchmarking.event_log import first_unit_seconds, jobs_of, last_event, units_in_window
 from benchmarking.launcher import (
     OUTCOME_INTERRUPTED,
     OUTCOME_INVALID,
@@ -22,12 +22,6 @@ from benchmarking.sharing_modes import INVALID, UNVERIFIED, Evidence, Proof
 Record = dict[str, Any]
 
 NEVER_MEASURED = Proof(UNVERIFIED, (Evidence("it was measured", "no", None),))
-
-# A GPU with less to do than this starves where the host has no core left, or a client's Python
-# leaves no moment of its core unused.
-STARVED_ACTIVITY_PERCENT = 50.0
-BUSY_HOST_CPU_PERCENT = 90.0
-BUSY_CLIENT_CPU_FRACTION = 0.9
 
 
 def client_record(
@@ -79,6 +73,7 @@ def client_record(
         "identity": client.identity,
         "host_cpu_seconds": done.get("host_cpu_seconds"),
         "window_host_cpu_fraction": _fraction(client.window_host_cpu_seconds, start, end),
+        "busiest_thread_cpu_fraction": _fraction(client.window_busiest_thread_seconds, start, end),
         "peak_memory_mib": done.get("peak_memory_mib"),
         "startup_seconds": loaded.get("startup_seconds"),
         "exit_code": client.exit_code,
@@ -103,12 +98,13 @@ def co_run_record(
     baselines: Mapping[str, Record],
     energy_alone_joules: Mapping[str, float | None],
     share_baselines: Mapping[str, Record] | None = None,
+    host_cores: int | None = None,
 ) -> Record:
     """Return the record of one co-run.
 
     `mode_failure` says that the mode was no longer in force afterwards. A co-run that ran well
     while one client lacks proof, or the mode was lost, is `invalid`. Figures against the baselines
-    are given for whole co-runs only.
+    are given for whole co-runs only. `host_cores` is how many cores the clients may use.
     """
     outcome, reason = co_run.outcome, co_run.reason
     unproved = [record for record in client_records if record["status"] == STATUS_INVALID]
@@ -132,8 +128,9 @@ def co_run_record(
         "window_start_seconds": co_run.window_start_seconds,
         "window_end_seconds": co_run.window_end_seconds,
         "go_skew_ms": co_run.go_skew_ms,
+        "start_skew_ms": start_skew_ms(co_run.clients),
         "gpu": gpu,
-        "warnings": starvation_warnings(gpu, client_records),
+        "warnings": host_limit.warnings(gpu, client_records, host_cores),
         "summary": metrics.summarize_co_run(
             client_records,
             baselines if is_comparable else {},
@@ -144,30 +141,13 @@ def co_run_record(
     }
 
 
-def starvation_warnings(gpu: Record | None, client_records: Iterable[Record] = ()) -> list[str]:
-    """Say when the host, not the GPU, set the pace: then every mode looks alike.
+def start_skew_ms(clients: Iterable[ClientOutcome]) -> float | None:
+    """Return the time between the first and the last client's first unit, of all clients.
 
-    Either the host has no core left, or a client's process used one core all the time, which is
-    all that its Python can use. A process that waits for the GPU may spin just so, hence it counts
-    only beside a GPU with little to do: by SM activity, or utilization where that is unknown.
+    `None` for fewer than two clients, or when one of them never did a unit.
     """
-    figures = gpu or {}
-    name, activity = "SM activity", figures.get("sm_activity_percent")
-    if activity is None:
-        name, activity = "GPU utilization", figures.get("utilization_gpu_percent")
-    if activity is None or activity >= STARVED_ACTIVITY_PERCENT:
-        return []
-    host = figures.get("host_cpu_percent")
-    if host is not None and host >= BUSY_HOST_CPU_PERCENT:
-        return [f"the GPU was starved by the host: host CPU {host:.0f} %, {name} {activity:.0f} %"]
-    limited = [
-        f"client {record['client']} ({record['label']})"
-        for record in client_records
-        if (record.get("window_host_cpu_fraction") or 0.0) >= BUSY_CLIENT_CPU_FRACTION
-    ]
-    if limited:
-        return [
-            f"the GPU waited for Python: {name} was {activity:.0f} %, while a CPU core was busy "
-            f"all the time for {' and '.join(limited)}"
-        ]
-    return []
+    starts = [first_unit_seconds(client.events) for client in clients]
+    known = [start for start in starts if start is not None]
+    if len(starts) < 2 or len(known) < len(starts):
+        return None
+    return 1000 * (max(known) - min(known))

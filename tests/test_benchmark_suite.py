@@ -6,6 +6,7 @@ program under test is the real one and needs no torch. Cards are scripted throug
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -581,7 +582,7 @@ def client_of(seconds_a_step: float, number: int = 0, status: str = "ok") -> Cli
         {"event": "done", "jobs": 1, "host_cpu_seconds": 3.0, "peak_memory_mib": 7.0},
     ]  # fmt: skip
     planned = PlannedClient(number, "w", "W", "job", ("x",))
-    return ClientOutcome(planned, status, None, events, {"pid": 1}, 0, [], 5.0)
+    return ClientOutcome(planned, status, None, events, {"pid": 1}, 0, [], 5.0, 2.5)
 
 
 PROVED = Proof("verified", ())
@@ -596,6 +597,7 @@ def test_a_client_record_holds_slowdown_against_its_baseline() -> None:
     assert record["normalized_progress"] == pytest.approx(0.5)
     assert record["jobs"][0]["duration_seconds"] == 8.0
     assert record["window_host_cpu_fraction"] == pytest.approx(0.5)
+    assert record["busiest_thread_cpu_fraction"] == pytest.approx(0.25)
     assert record["figures"] == {"x": 1}
     assert (record["startup_seconds"], record["peak_memory_mib"]) == (2.0, 7.0)
 
@@ -606,6 +608,15 @@ def test_a_client_without_proof_is_invalid_and_has_no_slowdown() -> None:
     assert record["status"] == "invalid"
     assert record["reason"] == "it is listed: no"
     assert record["slowdown"] is None
+
+
+def test_the_start_skew_is_between_the_first_units_of_all_clients() -> None:
+    early, late = client_of(1.0), client_of(1.0, number=1)
+    late.events[1]["start_seconds"][0] = 1.03
+    assert records.start_skew_ms([early, late]) == pytest.approx(30.0)
+    assert records.start_skew_ms([early]) is None
+    idle = dataclasses.replace(late, events=[])
+    assert records.start_skew_ms([early, idle]) is None
 
 
 def test_a_co_run_that_lost_its_mode_is_invalid() -> None:
@@ -619,14 +630,6 @@ def test_a_co_run_that_lost_its_mode_is_invalid() -> None:
     assert record["outcome"] == "invalid"
     assert record["reason"] == "the daemon is gone"
     assert record["summary"]["stp"] is None
-
-
-def test_a_starved_gpu_is_said() -> None:
-    starved = records.starvation_warnings({"host_cpu_percent": 99.0, "sm_activity_percent": 20.0})
-    assert "starved by the host" in starved[0]
-    busy = {"host_cpu_percent": 99.0, "sm_activity_percent": 80.0}
-    assert records.starvation_warnings(busy) == []
-    assert records.starvation_warnings(None) == []
 
 
 def test_a_sampler_that_cannot_start_is_a_failure_that_is_said(
@@ -656,20 +659,6 @@ def test_a_terminal_that_is_gone_does_not_end_the_run(monkeypatch: pytest.Monkey
         teller.say("nobody reads this")
         monkeypatch.undo()
         os.dup2(os.open(os.devnull, os.O_WRONLY), gone.fileno())
-
-
-def test_a_gpu_that_waits_for_the_python_of_one_client_on_a_large_host_is_said() -> None:
-    eager = {"client": 0, "label": "BERT fine-tuning", "window_host_cpu_fraction": 0.98}
-    idle = {"client": 1, "label": "Jupyter session", "window_host_cpu_fraction": None}
-    gpu = {"host_cpu_percent": 7.0, "sm_activity_percent": 21.0, "utilization_gpu_percent": 80.0}
-    (warning,) = records.starvation_warnings(gpu, [eager, idle])
-    assert "SM activity was 21 %" in warning
-    assert warning.endswith("client 0 (BERT fine-tuning)")
-    assert records.starvation_warnings(gpu, [idle]) == []
-    # Waiting for a busy GPU takes a core just so.
-    assert records.starvation_warnings({**gpu, "sm_activity_percent": 85.0}, [eager]) == []
-    no_gpm = {**gpu, "sm_activity_percent": None, "utilization_gpu_percent": 30.0}
-    assert "GPU utilization was 30 %" in records.starvation_warnings(no_gpm, [eager])[0]
 
 
 def manifest(**environment: object) -> dict:
