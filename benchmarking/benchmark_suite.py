@@ -4,6 +4,7 @@
     python3 benchmarking/benchmark_suite.py --mode time-slicing --workloads 4
     python3 benchmarking/benchmark_suite.py --mode mps --mix training --workloads 1,2,4
     python3 benchmarking/benchmark_suite.py --mode exclusive          # each job alone: the baseline
+    python3 benchmarking/benchmark_suite.py --plan examples/plans/own-commands.toml  # your own jobs
     python3 benchmarking/benchmark_suite.py --mode mig --dry-run      # only show the plan
 
 Each distinct job runs alone first; then all clients warm up one at a time, start together and
@@ -27,7 +28,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarking import run_store, suite_console
 from benchmarking.launcher import Interruption
 from benchmarking.one_line_parser import OneLineParser
-from benchmarking.plan import MIXES, MODE_EXCLUSIVE, MODES
+from benchmarking.plan import MIXES, MODE_EXCLUSIVE, MODE_MIG, MODES
+from benchmarking.plan_file import PlanFileError, read_plan_file
+from benchmarking.ramp import MOST_CLIENTS
 from benchmarking.suite_run import SuiteRun
 from benchmarking.suite_setup import (
     EXIT_COMPLETE,
@@ -43,15 +46,15 @@ from benchmarking.suite_setup import (
 def main() -> int:
     """Plan, show the plan, run it, show the figures; return the exit code."""
     options = parse_arguments()
-    request = request_from(options)
     try:
+        request = request_from(options)
         with Interruption().watching() as interruption, no_mps_folder() as folder:
             setup = prepare(request, folder, os.environ, require_mode=not options.dry_run)
             suite_console.print_plan(setup, verbose=options.verbose or options.dry_run)
             return EXIT_COMPLETE if options.dry_run else run(setup, interruption)
     except SuiteError as error:
         return complain(error, error.exit_code)
-    except run_store.RunStoreError as error:
+    except (run_store.RunStoreError, PlanFileError) as error:
         return complain(error, EXIT_USAGE)
 
 
@@ -60,6 +63,8 @@ def run(setup: Setup, interruption: Interruption) -> int:
     request = setup.request
     manifest = setup.manifest(sys.argv)
     writer = run_store.create_run(request.results_dir, manifest, run_id=request.run_id)
+    if request.plan_file is not None:
+        writer.save_plan_file(request.plan_file.text)
     code = SuiteRun(setup, writer, interruption, suite_console.Teller().say).execute()
     suite_console.print_summary(run_store.read_run(writer.folder))
     print(f"results: {writer.folder}", flush=True)
@@ -81,18 +86,26 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "--workloads",
         type=counts,
-        default=(4,),
         metavar="N[,N...]",
         help="how many clients at once; several counts make several co-runs, up to the first "
-        "that fails (default: 4)",
+        "that fails (default: 4, with --plan its clients once)",
     )
-    add(
+    jobs = parser.add_mutually_exclusive_group()
+    jobs.add_argument(
         "--mix",
         choices=tuple(MIXES),
         default="mixed",
         help="mixed: ResNet50 training, batch inference, Jupyter session, BERT fine-tuning, over "
         "again for more than four; else copies of one (default: %(default)s)",
     )
+    jobs.add_argument(
+        "--plan",
+        type=Path,
+        metavar="FILE",
+        help="clients of your own, any command among them, listed in a TOML file "
+        "(see benchmarking/plan_file.py); over again for more than it lists",
+    )
+    add_ramp_flags(parser)
     add("--quick", action="store_true", help="smaller jobs, for a demonstration")
     add(
         "--repeats",
@@ -161,6 +174,8 @@ def parse_arguments() -> argparse.Namespace:
     options = parser.parse_args()
     if options.window is not None and options.window >= options.timeout:
         parser.error(f"--window {options.window:g} needs a --timeout above it")
+    if options.until_break and options.mode == MODE_MIG:
+        parser.error("--until-break: under MIG there are as many clients as instances; leave it")
     if options.mode == MODE_EXCLUSIVE and options.baseline is not None:
         parser.error("--mode exclusive takes baselines: leave --baseline away")
     if options.data_dir is not None and not Path(options.data_dir).is_dir():
@@ -168,12 +183,50 @@ def parse_arguments() -> argparse.Namespace:
     return options
 
 
+def add_ramp_flags(parser: argparse.ArgumentParser) -> None:
+    """Add what looks for the largest count that holds."""
+    ramp = parser.add_argument_group("the breaking point, with several counts")
+    add = ramp.add_argument
+    add(
+        "--max-slowdown",
+        type=positive_float,
+        metavar="X",
+        help="a count breaks, too, where a client is slower than alone by more than this factor",
+    )
+    add(
+        "--slo-ms",
+        type=positive_float,
+        metavar="Y",
+        help="a count breaks, too, where a client's p99 response time is above Y milliseconds",
+    )
+    add(
+        "--bisect",
+        action="store_true",
+        help="after the first count that breaks try those between it and the last good one",
+    )
+    add(
+        "--until-break",
+        action="store_true",
+        help=f"go on past the largest count by doubling, up to {MOST_CLIENTS} clients",
+    )
+
+
 def request_from(options: argparse.Namespace) -> Request:
-    """Return the parsed arguments as the request that the rest of the program knows."""
+    """Return the parsed arguments as the request that the rest of the program knows.
+
+    Raises `PlanFileError` for a plan file that cannot be used.
+    """
+    plan_file = read_plan_file(options.plan) if options.plan else None
+    usual_count = len(plan_file.members) if plan_file else 4
     return Request(
         mode=options.mode,
-        mix=options.mix,
-        counts=options.workloads,
+        mix=plan_file.name if plan_file else options.mix,
+        counts=options.workloads or (usual_count,),
+        plan_file=plan_file,
+        bisect=options.bisect,
+        until_break=options.until_break,
+        max_slowdown=options.max_slowdown,
+        slo_ms=options.slo_ms,
         quick=options.quick,
         repeats=options.repeats,
         budget_minutes=options.budget_minutes,
@@ -227,8 +280,9 @@ def counts(text: str) -> tuple[int, ...]:
 
 
 def complain(error: Exception, code: int) -> int:
-    """Print an error as one sentence and return its exit code."""
-    print(f"benchmark_suite.py: error: {error}", file=sys.stderr)
+    """Print an error, one sentence for each thing that is wrong, and return its exit code."""
+    for sentence in str(error).splitlines():
+        print(f"benchmark_suite.py: error: {sentence}", file=sys.stderr)
     return code
 
 

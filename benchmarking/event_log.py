@@ -1,7 +1,7 @@
 """What clients write about themselves, read while it is written, and the figures in a window.
 
-The events are those of the client contract: `loaded`, `ready`, `units`, `job`, `error`, `done`,
-one JSON object a line, all times on CLOCK_MONOTONIC.
+The events are those of the client contract (`loaded`, `ready`, `processes`, `units`, `job`,
+`error`, `done`), one JSON object a line, all times on CLOCK_MONOTONIC.
 """
 
 from __future__ import annotations
@@ -65,6 +65,12 @@ def first_unit_seconds(events: Iterable[Event]) -> float | None:
     starts = [min(event["start_seconds"]) for event in events
               if event["event"] == "units" and event["start_seconds"]]  # fmt: skip
     return min(starts, default=None)
+
+
+def process_ids(events: Iterable[Event]) -> list[int]:
+    """Return the pids of `processes` events: those that did the work of a client's jobs."""
+    noted = (event["pids"] for event in events if event["event"] == "processes")
+    return sorted({pid for pids in noted for pid in pids})
 
 
 def units_in_window(

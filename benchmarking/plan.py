@@ -26,11 +26,15 @@ SIZE_GUIDE, SIZE_QUICK, SIZE_CPU = "guide", "quick", "cpu"
 
 @dataclass(frozen=True)
 class WorkloadKind:
-    """One of the project's workloads: how it is called, its script, its flags by job size."""
+    """One of the project's workloads: how it is called, its script, its flags by job size.
+
+    `has_latency` says whether durations of its units are response times.
+    """
 
     label: str
     script: str
     arguments: Mapping[str, tuple[str, ...]]
+    has_latency: bool = False
 
 
 # The guide's sizes are each script's defaults, spelled out so that the record shows them. The CPU
@@ -55,6 +59,7 @@ WORKLOADS: Mapping[str, WorkloadKind] = {
             SIZE_QUICK: ("--model", "resnet50", "--batch-size", "32", "--num-batches", "100"),
             SIZE_CPU: ("--model", "resnet18", "--batch-size", "1", "--num-batches", "60"),
         },
+        has_latency=True,
     ),
     "jupyter_simulation": WorkloadKind(
         "Jupyter session",
@@ -67,6 +72,7 @@ WORKLOADS: Mapping[str, WorkloadKind] = {
                        "--preprocess-iterations", "4", "--train-epochs", "2",
                        "--inference-images", "8"),
         },
+        has_latency=True,
     ),
     "bert_training": WorkloadKind(
         "BERT fine-tuning",
@@ -79,6 +85,10 @@ WORKLOADS: Mapping[str, WorkloadKind] = {
         },
     ),
 }  # fmt: skip
+
+# What a client of a plan file is called that runs a command of the user's own.
+COMMAND_WORKLOAD = "command"
+COMMAND_SCRIPT = "workloads/custom/command_client.py"
 
 # Client i of a co-run runs workload i of its mix, starting over after the last.
 MIXES: Mapping[str, tuple[str, ...]] = {
@@ -240,9 +250,18 @@ def _fields_without_clients(run: PlannedCoRun) -> dict[str, Any]:
 
 
 def planned_client(
-    client: int, workload: str, options: JobOptions, *, python: str, root: str
+    client: int,
+    workload: str,
+    options: JobOptions,
+    *,
+    python: str,
+    root: str,
+    arguments: Sequence[str] = (),
 ) -> PlannedClient:
-    """Return client number `client` running `workload`; `root` is the project's folder."""
+    """Return client number `client` running `workload`; `root` is the project's folder.
+
+    `arguments` come last on the command line, so they override what job size and options say.
+    """
     kind = WORKLOADS[workload]
     job = [*kind.arguments[options.size], "--seed", str(options.seed)]
     if workload == "resnet_training":
@@ -252,8 +271,8 @@ def planned_client(
         client=client,
         workload=workload,
         label=kind.label,
-        job_key=shlex.join([workload, *job]),
-        command=(python, f"{root}/{kind.script}", *job, *how),
+        job_key=shlex.join([workload, *job, *arguments]),
+        command=(python, f"{root}/{kind.script}", *job, *how, *arguments),
     )
 
 

@@ -1,6 +1,7 @@
 """Runs on disk: the only module that knows file names and the schema.
 
     <results_dir>/<run_id>/
+        plan.toml            the plan file that the run was given, if it was given one
         manifest.json        what was asked for, on what, how it ended; saved before anything runs
         records.jsonl        one line a client and one a co-run, appended as soon as it is known
         gpu_samples.jsonl    the sampler's output, with what it complained of in gpu_monitor.log
@@ -31,6 +32,7 @@ RECORDS_FILE = "records.jsonl"
 SAMPLES_FILE = "gpu_samples.jsonl"
 MONITOR_LOG_FILE = "gpu_monitor.log"
 CLIENTS_FOLDER = "clients"
+PLAN_FILE = "plan.toml"
 
 OUTCOMES = ("running", "complete", "failed", "interrupted", "invalid")
 
@@ -130,6 +132,10 @@ class RunWriter:
         """Change these fields of the manifest and save it whole."""
         self.manifest.update(changes)
         write_json_atomic(self.folder / MANIFEST_FILE, self.manifest)
+
+    def save_plan_file(self, text: str) -> None:
+        """Keep the plan file of the run as it was."""
+        (self.folder / PLAN_FILE).write_text(text, encoding="utf-8")
 
     def finish(self, outcome: str) -> None:
         """Note how the run ended, and when."""

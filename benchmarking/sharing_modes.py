@@ -173,17 +173,59 @@ class SharingMode(ABC):
         return not self._own_pid_namespace and any(map(process_exists, listed))
 
 
+def own_pids(identity: Identity) -> frozenset[int]:
+    """Pids under which a client may use the GPU: its own, or those that its command started."""
+    if is_command(identity):
+        return frozenset(identity["processes"])
+    return frozenset([identity["pid"]] if "pid" in identity else [])
+
+
+def is_command(identity: Identity) -> bool:
+    """Whether a client is a command, which says nothing of itself."""
+    return "processes" in identity
+
+
 def _listed_evidence(
-    check: str, pid: int | None, listed: frozenset[int] | None, *, can_match: bool
+    check: str, identity: Identity, listed: frozenset[int] | None, *, can_match: bool
 ) -> Evidence:
-    """Whether a client's pid is in a list that it must be in."""
+    """Whether a client is in a list that it must be in.
+
+    A command that is not listed may have left the GPU alone, or used it for less than the second
+    between two lists, so that speaks neither for nor against it.
+    """
     if listed is None:
         return Evidence(check, "no process list was given", None)
-    if pid in listed:
-        return Evidence(check, f"pid {pid} is listed", True)
+    own = own_pids(identity)
+    if own & listed:
+        return Evidence(check, f"pid {min(own & listed)} is listed", True)
+    if is_command(identity):
+        return Evidence(check, f"none of its {len(own)} processes is listed", None)
+    pid = identity.get("pid")
     if not can_match:
         return Evidence(check, f"pid {pid} cannot be matched with {sorted(listed)}", None)
     return Evidence(check, f"pid {pid} is not among {sorted(listed)}", False)
+
+
+def _mps_evidence(identity: Identity, mps: frozenset[int] | None) -> Evidence:
+    """Whether a client that is to run without MPS does so."""
+    check = "it is no MPS client"
+    if mps is None:
+        return Evidence(check, "unknown; its MPS pipe directory is empty", True)
+    is_one = bool(own_pids(identity) & mps)
+    return Evidence(check, "it is one" if is_one else "it is none", not is_one)
+
+
+def _past_mps_evidence(identity: Identity, lists: ProcessLists) -> list[Evidence]:
+    """What speaks against a command under MPS: the driver lists it, but never as an MPS client.
+
+    One pid that is in only one of the lists means nothing: they are asked for one after the other,
+    and a command's processes come and go.
+    """
+    own = own_pids(identity)
+    listed = own & (lists.compute or frozenset())
+    if not is_command(identity) or lists.mps is None or own & lists.mps or not listed:
+        return []
+    return [Evidence("it runs under MPS", f"pid {min(listed)} runs without", False)]
 
 
 class WholeGpuMode(SharingMode):
@@ -232,20 +274,14 @@ class WholeGpuMode(SharingMode):
         self, client: int, identity: Identity, pids: frozenset[int], lists: ProcessLists
     ) -> Proof:
         """The client's pid is a plain compute process of this GPU and no MPS client."""
-        pid = identity.get("pid")
-        evidence = [
-            _device_evidence(identity, self._facts().get("uuid")),
+        return _verdict([
+            *_device_evidence(identity, self._facts().get("uuid")),
             _listed_evidence(
-                "NVML lists it as compute process", pid, lists.compute,
+                "NVML lists it as compute process", identity, lists.compute,
                 can_match=self._can_match(pids, lists.all),
             ),
-        ]  # fmt: skip
-        if lists.mps is None:
-            found, ok = "unknown; its MPS pipe directory is empty", True
-        else:
-            found, ok = ("it is one", False) if pid in lists.mps else ("it is none", True)
-        evidence.append(Evidence("it is no MPS client", found, ok))
-        return _verdict(evidence)
+            _mps_evidence(identity, lists.mps),
+        ])  # fmt: skip
 
 
 class MpsMode(SharingMode):
@@ -304,17 +340,17 @@ class MpsMode(SharingMode):
         self, client: int, identity: Identity, pids: frozenset[int], lists: ProcessLists
     ) -> Proof:
         """NVML's MPS list or the daemon names the client's pid; one of the two is enough."""
-        pid, listed = identity.get("pid"), self._clients_of_daemon
+        listed = self._clients_of_daemon
         both = [
             # A client that runs without MPS is a plain compute process, so both lists are looked at
             # to tell whether pids can be matched.
             _listed_evidence(
-                "NVML lists it as MPS client", pid, lists.mps,
+                "NVML lists it as MPS client", identity, lists.mps,
                 can_match=self._can_match(pids, lists.all),
             ),
             # A daemon without any client needs no pids to be matched.
             _listed_evidence(
-                "the MPS daemon lists it as client", pid, listed,
+                "the MPS daemon lists it as client", identity, listed,
                 can_match=not listed or self._can_match(pids, listed),
             ),
         ]  # fmt: skip
@@ -323,7 +359,11 @@ class MpsMode(SharingMode):
             both = [item for item in both if item.ok]
         elif listed is not None:
             both.append(Evidence("clients that the daemon counts", str(len(listed)), None))
-        return _verdict([_device_evidence(identity, self._facts().get("uuid")), *both])
+        return _verdict([
+            *_device_evidence(identity, self._facts().get("uuid")),
+            *both,
+            *_past_mps_evidence(identity, lists),
+        ])  # fmt: skip
 
 
 class MigMode(SharingMode):
@@ -387,7 +427,7 @@ class MigMode(SharingMode):
         instance = instances[client]
         wanted, seen = instance.get("multiprocessor_count"), identity.get("multiprocessor_count")
         return _verdict([
-            _device_evidence(identity, instance["uuid"], card_uuid=self._facts().get("uuid")),
+            *_device_evidence(identity, instance["uuid"], card_uuid=self._facts().get("uuid")),
             Evidence(
                 "it sees its instance's multiprocessors", f"{seen} of {wanted}",
                 None if wanted is None or seen is None else wanted == seen,
@@ -434,8 +474,20 @@ def _mig_is_off(facts: GpuFacts) -> Evidence:
 
 def _device_evidence(
     identity: Identity, wanted: str | None, card_uuid: str | None = None
-) -> Evidence:
-    """Whether CUDA sees the device that the client was given.
+) -> list[Evidence]:
+    """Whether CUDA sees the device that the client was given; nothing is known of a command.
+
+    A command is on this card if the driver lists it there, but on which instance stays open.
+    """
+    if not is_command(identity):
+        return [_seen_device(identity, wanted, card_uuid)]
+    if card_uuid is None:
+        return []
+    return [Evidence(f"CUDA sees {wanted}", "a command does not say what it sees", None)]
+
+
+def _seen_device(identity: Identity, wanted: str | None, card_uuid: str | None) -> Evidence:
+    """Whether the device that the client names is the one that it was given.
 
     UUIDs are compared without their prefix, which CUDA does not tell. A driver that answers the
     card's UUID for an instance leaves it open which instance it is.

@@ -5,6 +5,7 @@ Every record is written as soon as it is known, since what comes later may fail.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -16,20 +17,22 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarking import host_limit
 from benchmarking import plan as planning
+from benchmarking import sharing_modes, stop_reasons
 from benchmarking.baselines import (
     BaselineMismatchError,
     identity_differences,
     newest_reusable,
     require_reusable,
 )
+from benchmarking.event_log import process_ids
 from benchmarking.gpu_samples import summarize_samples
 from benchmarking.launcher import (
     OUTCOME_INTERRUPTED,
     OUTCOME_INVALID,
     OUTCOME_OK,
     Client,
+    ClientOutcome,
     CoRunOutcome,
     CoRunRefused,
     FinishRule,
@@ -38,9 +41,22 @@ from benchmarking.launcher import (
     Patience,
     client_base_environment,
 )
-from benchmarking.plan import MODE_CPU_DEMO, MODE_MIG, SIZE_GUIDE, PlannedClient, PlannedCoRun
+from benchmarking.plan import (
+    COMMAND_WORKLOAD,
+    MODE_CPU_DEMO,
+    MODE_MIG,
+    SIZE_GUIDE,
+    PlannedClient,
+    PlannedCoRun,
+)
+from benchmarking.ramp import Ramp
 from benchmarking.records import client_record, co_run_record
-from benchmarking.run_store import PHASE_BASELINE, PHASE_SHARE_BASELINE, RunWriter
+from benchmarking.run_store import (
+    PHASE_BASELINE,
+    PHASE_CO_RUN,
+    PHASE_SHARE_BASELINE,
+    RunWriter,
+)
 from benchmarking.sampler import Sampler
 from benchmarking.sharing_modes import ProcessLists, Proof, SharingMode
 from benchmarking.suite_setup import (
@@ -108,6 +124,8 @@ class SuiteRun:
         )
         self._reference = _Reference()
         self._done: set[str] = set()
+        self._added_arguments: dict[str, list[str]] = {}
+        self._stop_reasons: dict[str, dict[str, Any] | None] = {}
         self._start_seconds = time.monotonic()
         self._min_seconds = setup.request.min_seconds or (
             GUIDE_MIN_SECONDS if setup.job_size == SIZE_GUIDE else SMALL_MIN_SECONDS
@@ -186,6 +204,7 @@ class SuiteRun:
     def _change_clients(self, job_key: str, arguments: list[str]) -> None:
         """Give more flags to the clients of a job that have not run yet."""
         if arguments:
+            self._added_arguments.setdefault(job_key, []).extend(arguments)
             self._plan = self._plan.map_clients(
                 lambda client: (
                     client.with_arguments(arguments) if client.job_key == job_key else client
@@ -248,14 +267,37 @@ class SuiteRun:
             self._save_plan()
 
     def _run_co_runs(self, sampler: Sampler) -> None:
+        """Run the counts of the plan, and those beside them that the ramp asks for."""
+        request = self._setup.request
+        ramp = Ramp(
+            sorted({len(run.clients) for run in self._plan.co_runs}),
+            step=request.mix_size,
+            bisect=request.bisect,
+            until_break=request.until_break,
+        )
+        failure: _RunEnded | None = None
+        while (count := ramp.next_count()) is not None:
+            try:
+                holds = self._run_count(count, sampler)
+            except _RunEnded as end:
+                if end.exit_code != EXIT_FAILED:
+                    raise
+                failure, holds = failure or end, False
+            ramp.note(count, holds=holds)
+        if ramp.first_bad is not None:
+            self._note(
+                f"{ramp.first_bad} clients are too many; {ramp.last_good or 'no count'} held"
+            )
+        if failure is not None:
+            raise failure
+
+    def _run_count(self, count: int, sampler: Sampler) -> bool:
+        """Run every repeat of one count; return whether all stayed within the bounds."""
         request = self._setup.request
         rule = FinishRule(min_seconds=self._min_seconds, window_seconds=request.window_seconds)
-        took: dict[int, list[float]] = {}
-        for number in range(len(self._plan.co_runs)):
-            planned = self._plan.co_runs[number]
-            count = len(planned.clients)
-            earlier = took.setdefault(count, [])
-            if planned.repeat > 0 and not self._fits_budget(max(earlier, default=0.0)):
+        took = 0.0
+        for planned in self._co_runs_of(count):
+            if planned.repeat > 0 and not self._fits_budget(took):
                 self._note(
                     f"{planned.co_run} left out: the budget of {request.budget_minutes:g} minutes "
                     "allows no further repeat"
@@ -264,7 +306,29 @@ class SuiteRun:
             self._say(f"co-run {planned.co_run}: {count} clients under {planned.mode}")
             begin = time.monotonic()
             self._run_one(planned, rule, sampler)
-            earlier.append(time.monotonic() - begin)
+            took = max(took, time.monotonic() - begin)
+            if self._stop_reasons[planned.co_run] is not None:
+                return False
+        return True
+
+    def _co_runs_of(self, count: int) -> list[PlannedCoRun]:
+        """The co-runs of one count; those that the ramp has asked for are added to the plan."""
+        planned = [run for run in self._plan.co_runs if len(run.clients) == count]
+        if not planned:
+            added = self._setup.co_runs_of(count)
+            self._plan = planning.Plan(
+                self._plan.baseline, (*self._plan.co_runs, *map(self._with_added_arguments, added))
+            )
+            self._save_plan()
+            planned = list(self._plan.co_runs[-len(added) :])
+        return planned
+
+    def _with_added_arguments(self, run: PlannedCoRun) -> PlannedCoRun:
+        clients = (
+            client.with_arguments(self._added_arguments.get(client.job_key, []))
+            for client in run.clients
+        )
+        return dataclasses.replace(run, clients=tuple(clients))
 
     def _fits_budget(self, seconds: float) -> bool:
         budget = self._setup.request.budget_minutes
@@ -302,24 +366,37 @@ class SuiteRun:
             client_record(seen, client, proof, self._reference.whole.get(client.planned.job_key))
             for client, proof in zip(seen.clients, proofs, strict=True)
         ]
-        gpu = self._gpu_figures(seen, samples)
-        clients = host_limit.judged(clients, gpu, self._reference.whole)
-        record = self._co_run_record(seen, clients, mode, gpu)
+        record = self._co_run_record(seen, clients, mode, samples)
+        reason = self._stop_reason(record, seen, clients)
+        record["stop_reason"] = self._stop_reasons[planned.co_run] = reason
         for line in (*clients, record):
             self._writer.append_record(line)
         for warning in record["warnings"]:
             self._say(warning)
+        if reason is not None:
+            self._say(f"{planned.co_run} does not hold: {stop_reasons.in_words(reason)}")
         if refusal is not None:
             raise refusal
         _raise_unless_well(record, clients)
         return clients
+
+    def _stop_reason(
+        self, record: dict[str, Any], seen: CoRunOutcome, clients: list[dict[str, Any]]
+    ) -> dict[str, Any] | None:
+        """Why a co-run did not hold; the bounds are for jobs that share the GPU."""
+        request, bounds = self._setup.request, {}
+        if seen.planned.phase == PHASE_CO_RUN:
+            bounds = {"max_slowdown": request.max_slowdown, "max_p99_ms": request.slo_ms}
+        return stop_reasons.stop_reason(record, seen.clients, clients, **bounds)
 
     def _check_identities(self, clients: list[Client]) -> None:
         """Refuse clients on another kind of device, or unlike those of the baseline."""
         wanted = "cpu" if self._setup.is_cpu_demo else "cuda"
         for client in clients:
             identity = client.identity or {}
-            if identity.get("device") != wanted:
+            # A command says nothing of its device: the driver's process lists do.
+            is_command = client.planned.workload == COMMAND_WORKLOAD
+            if not is_command and identity.get("device") != wanted:
                 raise SuiteError(
                     f"{client.name} ran on {identity.get('device')} though a GPU is there: torch "
                     f"{(identity.get('versions') or {}).get('torch')} cannot use it with driver "
@@ -351,8 +428,9 @@ class SuiteRun:
         seen: CoRunOutcome,
         clients: list[dict[str, Any]],
         mode: SharingMode,
-        gpu: dict[str, Any] | None,
+        samples: list[dict[str, Any]],
     ) -> dict[str, Any]:
+        gpu = self._gpu_figures(seen, samples)
         baselines, joules = dict(self._reference.whole), dict(self._reference.whole_joules)
         if seen.planned.phase == PHASE_BASELINE and clients[0]["status"] == "ok":
             job_key = clients[0]["job_key"]
@@ -370,7 +448,6 @@ class SuiteRun:
             baselines=baselines,
             energy_alone_joules=joules,
             share_baselines=self._reference.share if is_mig else None,
-            host_cores=self._setup.cores,
         )
 
     def _gpu_figures(
@@ -396,12 +473,20 @@ def _proofs(
     if start is None or end is None:
         return [None] * len(seen.clients)
     lists = ProcessLists.from_samples(samples, start, end)
-    identities = [client.identity or {} for client in seen.clients]
-    pids = frozenset(identity["pid"] for identity in identities if "pid" in identity)
+    identities = [_identity_with_processes(client) for client in seen.clients]
+    pids = frozenset().union(*map(sharing_modes.own_pids, identities))
     return [
         mode.prove(client.planned.client, identity, pids, lists)
         for client, identity in zip(seen.clients, identities, strict=True)
     ]
+
+
+def _identity_with_processes(client: ClientOutcome) -> dict[str, Any]:
+    """A client's identity, with `processes` for a command: it works by those that it starts."""
+    identity = dict(client.identity or {})
+    if client.planned.workload == COMMAND_WORKLOAD:
+        identity["processes"] = process_ids(client.events)
+    return identity
 
 
 def _raise_unless_well(record: Mapping[str, Any], clients: list[dict[str, Any]]) -> None:

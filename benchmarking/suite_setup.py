@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from benchmarking.plan import (
     PlannedClient,
     PlannedCoRun,
 )
+from benchmarking.plan_file import PlanFile, plan_clients
 from benchmarking.run_store import PHASE_BASELINE, Run
 from benchmarking.sharing_modes import SharingMode
 
@@ -69,11 +70,32 @@ class Request:
     device: str = "auto"
     dataset: str | None = None
     data_dir: str | None = None
+    plan_file: PlanFile | None = None
+    bisect: bool = False
+    until_break: bool = False
+    max_slowdown: float | None = None
+    slo_ms: float | None = None
+
+    @property
+    def mix_size(self) -> int:
+        """How many clients make the whole mix once."""
+        return len(self.plan_file.members if self.plan_file else planning.MIXES[self.mix])
+
+    @property
+    def has_latency(self) -> bool:
+        """Whether some client of the mix has response times."""
+        if self.plan_file:
+            return self.plan_file.has_latency
+        kinds = (planning.WORKLOADS[workload] for workload in planning.MIXES[self.mix])
+        return any(kind.has_latency for kind in kinds)
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What will be done, and on what; `gpu` is `None` for the CPU demonstration."""
+    """What will be done, and on what; `gpu` is `None` for the CPU demonstration.
+
+    `co_runs_of` lays out the co-runs of a count that the plan does not have yet.
+    """
 
     request: Request
     gpu: Mapping[str, Any] | None
@@ -84,6 +106,7 @@ class Setup:
     cores: int
     evidence: list[sharing_modes.Evidence]
     notes: list[str]
+    co_runs_of: Callable[[int], tuple[PlannedCoRun, ...]]
     baseline_run: Run | None = None
 
     @property
@@ -93,14 +116,16 @@ class Setup:
 
     def manifest(self, command: list[str]) -> dict[str, Any]:
         """Return the manifest's fields as far as they are known before anything runs."""
-        gpu = self.gpu or {}
+        gpu, request = self.gpu or {}, self.request
         return {
             "command": command,
-            "mode": self.request.mode,
+            "mode": request.mode,
             "effective_mode": self.mode.name,
-            "mix": self.request.mix,
+            "mix": request.mix,
             "job_size": self.job_size,
-            "seed": self.request.seed,
+            "seed": request.seed,
+            "bounds": {"max_slowdown": request.max_slowdown, "max_p99_ms": request.slo_ms},
+            "plan_file": request.plan_file.to_dict() if request.plan_file else None,
             "plan": self.plan.to_dict(),
             "environment": {
                 "gpu_name": gpu.get("name"),
@@ -136,7 +161,14 @@ def prepare(
     With `require_mode` a mode that is not in force is an error (`SuiteError`, code 4); without, it
     is only written among the evidence, as for `--dry-run`.
     """
+    if request.slo_ms is not None and not request.has_latency:
+        raise SuiteError(
+            f"--slo-ms needs jobs with response times, and {request.mix} has none: choose --mix "
+            "inference, interactive or mixed, or set latency = true for a command of the plan",
+            EXIT_USAGE,
+        )
     gpu, notes = find_gpu(request, environment)
+    notes += _notes_on_plan_file(request.plan_file)
     most = max(request.counts)
 
     def describe() -> Mapping[str, Any] | None:
@@ -160,24 +192,26 @@ def prepare(
     baseline_run = _run_called(request.baseline, request.results_dir)
     job_size = SIZE_CPU if gpu is None else SIZE_QUICK if request.quick else SIZE_GUIDE
     cores = usable_cores()
+    layout, co_runs_of = _lay_out(request, mode, alone_mode, job_size, cores)
     return Setup(
         request=request,
         gpu=gpu,
         mode=mode,
         alone_mode=alone_mode,
-        plan=_lay_out(request, mode, alone_mode, job_size, cores),
+        plan=layout,
         job_size=job_size,
         cores=cores,
         evidence=evidence,
         notes=notes,
+        co_runs_of=co_runs_of,
         baseline_run=baseline_run,
     )
 
 
 def _lay_out(
     request: Request, mode: SharingMode, alone_mode: SharingMode, job_size: str, cores: int
-) -> Plan:
-    """Build the plan with every client's environment in it."""
+) -> tuple[Plan, Callable[[int], tuple[PlannedCoRun, ...]]]:
+    """Build the plan with every client's environment in it, and what lays out further counts."""
     is_mig = mode.name == MODE_MIG
     options = JobOptions(
         size=job_size,
@@ -190,27 +224,44 @@ def _lay_out(
     )
 
     def clients_of(count: int) -> tuple[PlannedClient, ...]:
-        return planning.mix_clients(
-            request.mix, count, options, python=sys.executable, root=str(PROJECT_ROOT)
-        )
+        where = {"python": sys.executable, "root": str(PROJECT_ROOT)}
+        if request.plan_file is not None:
+            return plan_clients(request.plan_file, count, options, **where)
+        return planning.mix_clients(request.mix, count, options, **where)
 
-    layout = planning.build_plan(
-        MODE_EXCLUSIVE if request.mode == MODE_EXCLUSIVE else mode.name,
-        clients_of,
-        name=request.mix,
-        counts=request.counts,
-        repeats=request.repeats,
-        whole_gpu_baseline=request.baseline is None and not is_mig,
-        share_baseline=is_mig,
-        baseline_mode=alone_mode.name,
-    )
+    def planned(counts: Sequence[int], **baselines: bool) -> Plan:
+        layout = planning.build_plan(
+            MODE_EXCLUSIVE if request.mode == MODE_EXCLUSIVE else mode.name,
+            clients_of,
+            name=request.mix,
+            counts=counts,
+            repeats=request.repeats,
+            baseline_mode=alone_mode.name,
+            **baselines,
+        )
+        return layout.with_environments(environment_of)
 
     def environment_of(run: PlannedCoRun) -> Callable[[PlannedClient], dict[str, str]]:
         under = alone_mode if run.phase == PHASE_BASELINE else mode
         threads = planning.shared_host_environment(cores, len(run.clients))
-        return lambda client: {**threads, **under.client_environment(client.client)}
+        return lambda client: {
+            **threads, **client.environment, **under.client_environment(client.client)
+        }  # fmt: skip
 
-    return layout.with_environments(environment_of)
+    def co_runs_of(count: int) -> tuple[PlannedCoRun, ...]:
+        return planned((count,), whole_gpu_baseline=False).co_runs
+
+    whole = request.baseline is None and not is_mig
+    return planned(request.counts, whole_gpu_baseline=whole, share_baseline=is_mig), co_runs_of
+
+
+def _notes_on_plan_file(plan_file: PlanFile | None) -> list[str]:
+    if plan_file is None:
+        return []
+    notes = [f"plan file {plan_file.path}"]
+    if any(entry.command for entry in plan_file.entries):
+        notes.append("a command's start-up is part of its runs: use runs that are long beside it")
+    return notes
 
 
 def find_gpu(

@@ -1,0 +1,122 @@
+"""Why a co-run did not hold: which client, of what, and who was only taken along by it.
+
+The kinds:
+
+    oom            a client ran out of memory
+    crash          a client failed by itself
+    lost_neighbor  a client lost the GPU through another one: under MPS a fault in one process ends
+                   the others' work too
+    killed         somebody else ended a client (the host's out-of-memory killer, an operator)
+    timeout        a client was not ready, done or gone in time
+    refused        the clients were not what they should be, nothing was measured
+    slowdown, p99  nothing failed, but a bound that was asked for was passed
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from benchmarking import metrics
+from benchmarking.event_log import last_event
+from benchmarking.launcher import ClientOutcome
+from benchmarking.plan import MODE_MPS
+
+Record = Mapping[str, Any]
+
+# The likeliest cause first: what else failed beside it is its consequence.
+KINDS_BY_CAUSE = ("oom", "crash", "killed", "timeout", "lost_neighbor")
+KIND_OF_STATUS = {"oom": "oom", "failed": "crash", "killed": "killed", "timeout": "timeout"}
+
+# CUDA's words for errors 806 and 810, which come to the clients that did nothing.
+_LOST_TEXT = re.compile(
+    r"MPS client has been terminated|MPS_CLIENT_TERMINATED|MpsClientTerminated|"
+    r"call between the MPS server and the MPS client failed|MPS_RPC_FAILURE|MpsRpcFailure",
+    re.IGNORECASE,
+)
+
+
+def stop_reason(
+    co_run: Record,
+    outcomes: Sequence[ClientOutcome],
+    clients: Sequence[Record],
+    *,
+    max_slowdown: float | None = None,
+    max_p99_ms: float | None = None,
+) -> dict[str, Any] | None:
+    """Return why a co-run broke, `None` for one that held, was interrupted, or has no proof.
+
+    `co_run` is its record, `outcomes` what the launcher saw of its clients, `clients` their records
+    in the same order. The answer has `kind`, `client` and `label` (`None` for a bound), `detail`
+    in words, and `lost_neighbors`, the numbers of those that were taken along.
+    """
+    if co_run["outcome"] in ("failed", "timeout"):
+        return _failure(co_run, outcomes, clients)
+    bound = metrics.breaking_point(
+        [co_run], clients, max_slowdown=max_slowdown, max_p99_ms=max_p99_ms
+    )
+    if bound["criterion"] is None:
+        return None
+    return _reason(bound["criterion"], None, bound["detail"], [])
+
+
+def in_words(reason: Mapping[str, Any]) -> str:
+    """Return the reason as half a sentence for a terminal."""
+    who = f"client {reason['client']} ({reason['label']})"
+    text = {
+        "oom": f"{who} ran out of memory",
+        "crash": f"{who} crashed: {reason['detail']}",
+        "lost_neighbor": f"{who} lost the GPU through another process: {reason['detail']}",
+        "killed": f"{who} was killed from outside: {reason['detail']}",
+        "timeout": f"{who}: time limit: {reason['detail']}",
+    }.get(reason["kind"], str(reason["detail"]))
+    lost = reason["lost_neighbors"] if reason["kind"] != "lost_neighbor" else []
+    return text + (f"; it took along client {', '.join(map(str, lost))}" if lost else "")
+
+
+def _failure(
+    co_run: Record, outcomes: Sequence[ClientOutcome], clients: Sequence[Record]
+) -> dict[str, Any]:
+    failed = [record for record in clients if record["status"] != "ok"]
+    if not failed or all(record["reason"] == co_run["reason"] for record in failed):
+        return _reason("refused", None, co_run["reason"], [])
+    seconds = {
+        outcome.planned.client: (last_event(outcome.events, "error") or {}).get("time_seconds")
+        for outcome in outcomes
+    }
+    first_seconds = min((value for value in seconds.values() if value is not None), default=None)
+    kinds = {
+        record["client"]: _kind(record, seconds[record["client"]], first_seconds)
+        for record in failed
+    }
+    cause = min(failed, key=lambda record: KINDS_BY_CAUSE.index(kinds[record["client"]]))
+    lost = [client for client, kind in kinds.items() if kind == "lost_neighbor"]
+    return _reason(kinds[cause["client"]], cause, cause["reason"], lost)
+
+
+def _kind(record: Record, seconds: float | None, first_seconds: float | None) -> str:
+    """What became of one client.
+
+    CUDA tells every client of an MPS server of a fault, often in the words of the one that caused
+    it, so under MPS whoever fails after another counts as taken along.
+    """
+    kind = KIND_OF_STATUS.get(record["status"], "crash")
+    if kind != "crash":
+        return kind
+    said = "\n".join([str(record["reason"]), *record["stderr_tail"]])
+    came_later = seconds is not None and first_seconds is not None and seconds > first_seconds
+    is_lost = _LOST_TEXT.search(said) or (record["mode"] == MODE_MPS and came_later)
+    return "lost_neighbor" if is_lost else kind
+
+
+def _reason(
+    kind: str, cause: Record | None, detail: str | None, lost: Sequence[int]
+) -> dict[str, Any]:
+    return {
+        "kind": kind,
+        "client": cause["client"] if cause else None,
+        "label": cause["label"] if cause else None,
+        "detail": detail,
+        "lost_neighbors": list(lost),
+    }
