@@ -17,8 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+from benchmarking import host_limit, sharing_modes, stop_reasons
 from benchmarking import plan as planning
-from benchmarking import sharing_modes, stop_reasons
 from benchmarking.baselines import (
     BaselineMismatchError,
     identity_differences,
@@ -366,7 +366,9 @@ class SuiteRun:
             client_record(seen, client, proof, self._reference.whole.get(client.planned.job_key))
             for client, proof in zip(seen.clients, proofs, strict=True)
         ]
-        record = self._co_run_record(seen, clients, mode, samples)
+        gpu = self._gpu_figures(seen, samples)
+        clients = host_limit.judged(clients, gpu, self._reference.whole)
+        record = self._co_run_record(seen, clients, mode, gpu)
         reason = self._stop_reason(record, seen, clients)
         record["stop_reason"] = self._stop_reasons[planned.co_run] = reason
         for line in (*clients, record):
@@ -428,9 +430,8 @@ class SuiteRun:
         seen: CoRunOutcome,
         clients: list[dict[str, Any]],
         mode: SharingMode,
-        samples: list[dict[str, Any]],
+        gpu: dict[str, Any] | None,
     ) -> dict[str, Any]:
-        gpu = self._gpu_figures(seen, samples)
         baselines, joules = dict(self._reference.whole), dict(self._reference.whole_joules)
         if seen.planned.phase == PHASE_BASELINE and clients[0]["status"] == "ok":
             job_key = clients[0]["job_key"]
@@ -448,6 +449,7 @@ class SuiteRun:
             baselines=baselines,
             energy_alone_joules=joules,
             share_baselines=self._reference.share if is_mig else None,
+            host_cores=self._setup.cores,
         )
 
     def _gpu_figures(
