@@ -23,7 +23,7 @@ not stop the others; Ctrl-C stops, undoes what was enabled and reports what was 
 Options:
   --modes LIST          which of time-slicing,mps,mig (default: all)
   --workloads N         jobs that run together (default: 4: ResNet50 training, batch inference,
-                        Jupyter session, BERT fine-tuning)
+                        Jupyter session, BERT fine-tuning; with --plan: its clients once)
   --phase-minutes N     budget of each phase (default: 5 for phase 1, 10 for the others); it limits
                         repeats, never below one
   --baseline RUN        folder of an earlier baseline run to use in place of phase 1
@@ -37,7 +37,7 @@ HELP
 }
 
 MODES=time-slicing,mps,mig
-WORKLOADS=4
+WORKLOADS=""
 PHASE_MINUTES=""
 BASELINE="" # run folder: an earlier one's, or phase 1's once it is complete
 NO_GPU=0    # the suite found that the GPU cannot be used
@@ -46,7 +46,9 @@ FAILED_PHASES=0
 main() {
     parse_arguments "$@"
     machine::inspect
+    driver::set_up
     driver::prepare "results/experiments-$(date +%Y%m%d-%H%M%S)"
+    WORKLOADS=${WORKLOADS:-${PLAN_CLIENTS:-4}}
     phase 1 baseline measure_baseline
     phase 2 "$(machine::mode_name time-slicing)" measure_mode time-slicing
     phase 3 mps measure_mode mps
@@ -150,20 +152,21 @@ measure_baseline() {
     fi
 }
 
-# measure_mode MODE: without a GPU the first mode stands for all, as a demonstration of the flow.
+# measure_mode MODE: without a GPU the first phase is a demonstration of the flow, whatever was asked.
 measure_mode() {
     local -r mode=$1
-    local reason=""
-    if [[ ,$MODES, != *",$mode,"* ]]; then
+    local reason
+    if ((!HAS_GPU)) && [[ $mode == time-slicing ]]; then
+        run_suite "${MODES%%,*}" 10
+        return
+    elif [[ ,$MODES, != *",$mode,"* ]]; then
         skip "not asked for (--modes $MODES)"
         return
     fi
-    if ((HAS_GPU)) || [[ $mode != time-slicing ]]; then
-        reason=$(mode::why_not "$mode" "$WORKLOADS")
-    fi
+    reason=$(mode::why_not "$mode" "$WORKLOADS")
     if [[ -n $reason ]]; then
         skip "$reason"
-    elif ((!HAS_GPU)) || mode::enable "$mode" "$WORKLOADS"; then
+    elif mode::enable "$mode" "$WORKLOADS"; then
         run_suite "$mode" 10
     else
         fail "${MODE_REASON:-the mode could not be enabled}"
@@ -174,7 +177,8 @@ measure_mode() {
 # run_suite MODE DEFAULT_MINUTES: one run of the suite; later runs reuse the baseline of the first.
 run_suite() {
     local -r mode=$1 minutes=${PHASE_MINUTES:-$2}
-    local -a flags=(--mode "$mode" --mix mixed --workloads "$WORKLOADS" --budget-minutes "$minutes")
+    local -a flags=(--mode "$mode" --workloads "$WORKLOADS" --budget-minutes "$minutes")
+    [[ -z $PLAN ]] && flags+=(--mix mixed) || flags+=(--plan "$PLAN")
     PHASE_RUN=$(machine::mode_name "$mode")
     if [[ $mode == exclusive ]]; then
         PHASE_RUN=baseline

@@ -1,17 +1,31 @@
 #!/usr/bin/env bash
-# Every check of the project: ruff, shellcheck, then all tests. Sets up what it needs on first use.
-#
-#   ./run_tests.sh                     everything
-#   ./run_tests.sh -k metrics -x       arguments are passed on to pytest
-#
-# Stops at the first check that fails; needs no GPU.
+# Every check of the project. See usage below.
 set -Eeuo pipefail
 
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
 # shellcheck source=setup_environment.sh
 source ./setup_environment.sh
 
+usage() {
+    cat <<'HELP'
+Usage: ./run_tests.sh [ARGUMENTS OF PYTEST]
+
+Every check of the project: ruff, shellcheck, then all tests. Sets up what it needs on first use, stops
+at the first check that fails, needs no GPU.
+
+  ./run_tests.sh                     everything
+  ./run_tests.sh -k metrics -x       arguments are passed on to pytest
+  ./run_tests.sh -m gpu              what needs a real GPU
+HELP
+}
+
 main() {
+    case ${1-} in
+        -h | --help)
+            usage
+            return
+            ;;
+    esac
     environment::set_up "$PWD/requirements-dev.txt"
     # ruff and shellcheck are programs beside the Python that they were installed for.
     PATH=$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("scripts"))'):$PATH

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# How many jobs can share the GPU: 1, 2, 4, 6, 8 ... copies at once under one mode, until one fails.
+# How many jobs can share the GPU: 1, 2, 4, 6, 8 ... copies at once under one mode, until one fails,
+# then the counts between for the exact answer.
 # See usage below.
 # shellcheck disable=SC2329 # usage is called by the library
 set -Eeuo pipefail
@@ -12,8 +13,10 @@ usage() {
 Usage: ./stress_test.sh [MODE] [MAX] [options]
 
 Runs 1, 2, 4, 6, 8 ... up to MAX jobs at once and prints, for each count, success rate, average
-duration, utilization and STP, then the breaking point and what broke. The mode is enabled before and
-undone after. Without an NVIDIA GPU it is a demonstration on the CPU.
+duration, utilization and STP, then the breaking point and what broke: a job out of memory, a crash, a
+neighbor's fault, a time limit, or a bound of yours. Past the first count that breaks, those between it
+and the last good one are tried. The mode is enabled before and undone after. Without an NVIDIA GPU it
+is a demonstration on the CPU.
 
   MODE                  time-slicing (default), mps or mig
   MAX                   largest count (default: 8); always tried itself
@@ -21,10 +24,16 @@ undone after. Without an NVIDIA GPU it is a demonstration on the CPU.
 Options:
   --mix training|inference|interactive|mixed   which jobs (default: training); mixed counts go in
                         fours, or the counts would be of different jobs
+  --max-slowdown X      a count breaks, too, where a job is slower than alone by more than this factor
+  --slo-ms Y            a count breaks, too, where the p99 of a job's response times is above Y ms
+                        (--mix inference, interactive, mixed)
+  --until-break         go on past MAX by doubling, up to 64 jobs (not under mig)
+  --no-bisect           stop at the first count that breaks
 HELP
     driver::shared_flags_help
     cat <<'HELP'
 
+With --plan FILE counts go in multiples of its clients, and MAX has to be one.
 Defaults: --repeats 1, --output results/stress-<mode>-<date-time>.
 Exit codes: 0 done (a breaking point is a result), 1 nothing could be measured, 2 usage, 3 no usable
 GPU, 130 Ctrl-C
@@ -33,18 +42,21 @@ HELP
 
 MODE=""
 MAXIMUM=""
-MIX=training
+MIX=""
+RAMP_FLAGS=()
+BISECT=1
 FAILED=0
 
 main() {
     parse_arguments "$@"
-    choose_counts
     machine::inspect
-    require_mode
+    [[ -n $PLAN ]] || require_mode
+    driver::set_up
+    [[ -z $PLAN ]] || require_plan
     driver::prepare "results/stress-$(machine::mode_name "$MODE")-$(date +%Y%m%d-%H%M%S)"
     enable_mode
-    suite::run "$(machine::mode_name "$MODE")" --mode "$MODE" --mix "$MIX" --workloads "$COUNTS" \
-        --repeats "${REPEATS:-1}"
+    suite::run "$(machine::mode_name "$MODE")" --mode "$MODE" "${JOBS[@]}" --workloads "$COUNTS" \
+        --repeats "${REPEATS:-1}" "${RAMP_FLAGS[@]}"
     mode::undo || FAILED=1
     analysis::run || FAILED=1
     finish
@@ -60,13 +72,36 @@ parse_arguments() {
                 driver::choice "$1" "${2-}" training inference interactive mixed && MIX=$2
                 CONSUMED=2
                 ;;
+            --max-slowdown | --slo-ms)
+                driver::positive_number "$1" "${2-}" && RAMP_FLAGS+=("$1" "$2")
+                CONSUMED=2
+                ;;
+            --until-break) RAMP_FLAGS+=("$1") ;;
+            --no-bisect) BISECT=0 ;;
             -*) driver::flag "$@" ;;
             *) positional_argument "$1" ;;
         esac
         shift "$CONSUMED"
     done
     MODE=${MODE:-time-slicing}
-    MAXIMUM=${MAXIMUM:-8}
+    [[ $MODE != mig || " ${RAMP_FLAGS[*]} " != *" --until-break "* ]] ||
+        cli::usage_error "--until-break: under mig there are as many jobs as instances"
+    ((!BISECT)) || RAMP_FLAGS+=(--bisect)
+    choose_jobs
+}
+
+# Sets JOBS; what a plan's counts are is known only once it can be read.
+choose_jobs() {
+    if [[ -n $PLAN ]]; then
+        [[ -z $MIX ]] || cli::usage_error "--mix and --plan: give one of the two"
+        JOBS=(--plan "$PLAN")
+        return
+    fi
+    MIX=${MIX:-training}
+    JOBS=(--mix "$MIX")
+    [[ $MIX != training || " ${RAMP_FLAGS[*]} " != *" --slo-ms "* ]] ||
+        cli::usage_error "--slo-ms needs jobs with response times: --mix inference, interactive or mixed"
+    if [[ $MIX == mixed ]]; then choose_counts 4; else choose_counts 1; fi
 }
 
 positional_argument() {
@@ -79,13 +114,16 @@ positional_argument() {
     fi
 }
 
-# Sets COUNTS, separated by commas.
+# choose_counts SIZE: sets COUNTS, separated by commas, and MAXIMUM; the jobs come in groups of SIZE.
 choose_counts() {
+    local -ri size=$1
     local -i count step=2
     local first=1,
-    if [[ $MIX == mixed ]]; then
-        ((MAXIMUM % 4 == 0)) || cli::usage_error "MAX needs to be a multiple of four for --mix mixed"
-        step=4
+    MAXIMUM=${MAXIMUM:-$((size > 8 ? size : 8 / size * size))}
+    if ((size > 1)); then
+        ((MAXIMUM % size == 0)) || cli::usage_error "MAX needs to be a multiple of $size: so many jobs" \
+            "make the mix once"
+        step=size
         first=""
     fi
     COUNTS=$first
@@ -101,6 +139,12 @@ require_mode() {
     [[ -z $reason ]] || die "$EXIT_FAILED" "$MODE cannot be used: $reason"
 }
 
+# How many jobs there will be is known of a plan only now.
+require_plan() {
+    choose_counts "$PLAN_CLIENTS"
+    require_mode
+}
+
 # The mode's script has said why, where it fails.
 enable_mode() {
     ((!HAS_GPU)) || mode::enable "$MODE" "$MAXIMUM" || exit "${INTERRUPTED:-$EXIT_FAILED}"
@@ -110,7 +154,7 @@ finish() {
     if ((DRY_RUN)); then
         exit 0
     fi
-    log "Report, table and charts: $OUTPUT (the ramp is scaling-$MIX.png)"
+    log "Report, table and charts: $OUTPUT$(ramp_chart)"
     [[ -z $INTERRUPTED ]] || exit "$INTERRUPTED"
     ((!FAILED)) || exit "$EXIT_FAILED"
     case $SUITE_STATUS in
@@ -119,6 +163,13 @@ finish() {
         "$EXIT_NO_GPU") exit "$EXIT_NO_GPU" ;;
     esac
     die "$EXIT_FAILED" "$(suite::reason "$SUITE_STATUS") before anything could be compared"
+}
+
+# Names the chart, if there is one: a run that was interrupted or broke at once may have none.
+ramp_chart() {
+    local -a charts
+    mapfile -t charts < <(compgen -G "$OUTPUT/*scaling-*.png")
+    ((!${#charts[@]})) || printf ' (the ramp is %s)' "${charts[0]##*/}"
 }
 
 # A count that failed is the answer that was looked for, unless already one job fails.

@@ -34,6 +34,8 @@ MPS_EXCLUSIVE=0
 MAY_SET_UP_MIG=0
 MIG_PROFILE=1g.5gb # the guide's; setup_mig.sh takes this card's profile of the same size for it
 SUITE_FLAGS=()
+PLAN=""         # a file with jobs of the user's own, in place of a mix
+PLAN_CLIENTS="" # how many clients it lists
 
 HAS_GPU=0
 CHILD=""         # pid of the suite while it runs
@@ -53,6 +55,10 @@ driver::flag() {
         --device) driver::choice "$1" "${2-}" auto cpu cuda && DEVICE=$2 ;;
         --repeats) driver::positive_integer "$1" "${2-}" && REPEATS=$2 ;;
         --timeslice) driver::choice "$1" "${2-}" default short medium long && TIMESLICE=$2 ;;
+        --plan)
+            [[ -f ${2-} ]] || cli::usage_error "--plan: '${2-}' is not a file"
+            PLAN=$2
+            ;;
         --mig-profile) cli::value "$@" && MIG_PROFILE=$VALUE ;;
         --engine) driver::choice "$1" "${2-}" eager graph compile && SUITE_FLAGS+=("$1" "$2") ;;
         --precision) driver::choice "$1" "${2-}" fp32 tf32 bf16 && SUITE_FLAGS+=("$1" "$2") ;;
@@ -95,6 +101,11 @@ driver::positive_integer() {
     [[ $2 =~ ^[1-9][0-9]*$ ]] || cli::usage_error "$1 needs a whole number from 1 on"
 }
 
+# driver::positive_number NAME VALUE
+driver::positive_number() {
+    [[ $2 =~ ^[0-9]+(\.[0-9]+)?$ && $2 =~ [1-9] ]] || cli::usage_error "$1 needs a number above 0"
+}
+
 driver::shared_flags_help() {
     cat <<'HELP'
   --quick               small jobs, for a demonstration
@@ -103,6 +114,7 @@ driver::shared_flags_help() {
   --gpu INDEX_OR_UUID   which GPU (default: the first one visible)
   --device auto|cuda|cpu  cpu: the CPU demonstration, even where there is a GPU
   --engine, --precision, --seed, --dataset, --data-dir   passed on to the jobs
+  --plan FILE           jobs of your own, any command among them, in place of the mix
   --dry-run             print every command and change nothing
 
 Changes to the GPU's settings are made only when told to, need root (sudo without a password, or a
@@ -116,13 +128,18 @@ HELP
 
 # --- the machine ------------------------------------------------------------------------------------
 
-# driver::prepare DEFAULT_OUTPUT: sets the environment up, makes the folder, minds signals from then on.
-driver::prepare() {
+# Sets the environment up and reads the plan, if there is one.
+driver::set_up() {
     if ((DRY_RUN)); then
         driver::find_python
     else
         environment::set_up "$PROJECT_ROOT/requirements.txt"
     fi
+    [[ -z $PLAN ]] || plan::read
+}
+
+# driver::prepare DEFAULT_OUTPUT: makes the folder, minds signals from then on.
+driver::prepare() {
     OUTPUT=${OUTPUT:-$1}
     if compgen -G "$OUTPUT/*" >/dev/null; then
         cli::usage_error "--output: $OUTPUT is not empty; name another folder"
@@ -136,6 +153,19 @@ driver::find_python() {
     environment::find "$PROJECT_ROOT/requirements.txt" && return
     printf 'would install: requirements.txt into %s\n' "$VENV_FOLDER"
     PYTHON=$VENV_PYTHON
+}
+
+# Sets PLAN_CLIENTS, or ends with the plan file's mistakes. Where the environment is yet to be made,
+# which only a dry run goes on with, the plan counts as one client.
+plan::read() {
+    local said
+    PLAN_CLIENTS=1
+    if ! command -v "$PYTHON" >/dev/null; then
+        log "$PLAN is checked once there is an environment; one client is assumed here."
+        return
+    fi
+    said=$("$PYTHON" "$PROJECT_ROOT/benchmarking/check_plan.py" "$PLAN") || exit "$EXIT_USAGE"
+    PLAN_CLIENTS=${said##*clients: }
 }
 
 # Sets HAS_GPU and, with a GPU, everything that gpu::select sets. Ends with 3 where a GPU is asked for

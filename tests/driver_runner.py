@@ -137,7 +137,8 @@ class DriverRunner(ModeScripts):
         for call in self.python_calls():
             if call["program"] == "benchmark_suite.py" and "arguments" in call:
                 words = iter(call["arguments"])
-                flags = {word: "" if word == "--quick" else next(words) for word in words}
+                switches = ("--quick", "--bisect", "--until-break")
+                flags = {word: "" if word in switches else next(words) for word in words}
                 calls[flags["--run-id"]] = {**call, "flags": flags}
         return calls
 

@@ -24,8 +24,6 @@ STARTED_BY_A_PROGRAM = {
     "workloads/inference/load_worker.py",
     "workloads/inference/front_end_process.py",
 }
-# Runs its checks first and hands every argument, --help too, on to pytest.
-HANDS_ON = {"run_tests.sh"}
 
 
 def entry_scripts() -> list[str]:
@@ -40,7 +38,7 @@ def entry_scripts() -> list[str]:
         if '__name__ == "__main__"' in path.read_text()
     ]
     names = {str(path.relative_to(PROJECT_ROOT)) for path in [*scripts, *programs]}
-    return sorted(names - SOURCED - STARTED_BY_A_PROGRAM - HANDS_ON)
+    return sorted(names - SOURCED - STARTED_BY_A_PROGRAM)
 
 
 @pytest.fixture(scope="module")

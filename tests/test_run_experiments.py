@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from driver_runner import (
@@ -137,6 +138,26 @@ def test_an_earlier_baseline_takes_the_place_of_phase_1(runner: DriverRunner) ->
     assert runner.outcomes()["baseline"] == "skipped"
     flags = runner.suite_calls()["time-slicing"]["flags"]
     assert flags["--baseline"] == str(earlier)
+
+
+def test_a_plan_takes_the_place_of_the_mix_in_every_phase(runner: DriverRunner) -> None:
+    plan = "examples/plans/own-commands.toml"
+    result = runner.drive(SCRIPT, "--plan", plan)
+    assert result.returncode == 0, result.stderr
+    for call in runner.suite_calls().values():
+        assert (call["flags"]["--plan"], call["flags"]["--workloads"]) == (plan, "4")
+        assert "--mix" not in call["flags"]
+
+
+def test_a_plan_with_mistakes_is_exit_2_before_anything_is_done(
+    runner: DriverRunner, tmp_path: Path
+) -> None:
+    plan = tmp_path / "plan.toml"
+    plan.write_text('[[client]]\nworkload = "resnet"\n')
+    result = runner.drive(SCRIPT, "--plan", str(plan))
+    assert result.returncode == 2
+    assert "there is no workload 'resnet'" in result.stderr
+    assert not runner.output.exists()
 
 
 def test_an_analysis_that_fails_makes_the_exit_code_1(runner: DriverRunner) -> None:
@@ -503,6 +524,16 @@ def test_a_driver_that_does_not_answer_is_exit_3_and_no_demonstration(
     assert result.returncode == 3
     assert "mend the driver, or choose --device cpu" in result.stderr
     assert not runner.output.exists()
+
+
+def test_without_a_gpu_one_demonstration_runs_whichever_mode_is_asked_for(
+    runner: DriverRunner,
+) -> None:
+    result = runner.drive(SCRIPT, "--modes", "mps", PATH=without_gpu_programs())
+    assert result.returncode == 0, result.stderr
+    assert list(runner.suite_calls()) == ["baseline", "cpu-demo"]
+    assert runner.suite_calls()["cpu-demo"]["flags"]["--mode"] == "mps"
+    assert runner.reason("mps") == "no NVIDIA GPU"
 
 
 def test_the_first_visible_gpu_is_taken_and_passed_on_by_uuid(runner: DriverRunner) -> None:

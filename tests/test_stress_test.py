@@ -20,6 +20,7 @@ from driver_runner import (
 from mode_script_runner import needs_root
 
 SCRIPT = "stress_test.sh"
+EXAMPLE = "examples/plans/own-commands.toml"
 
 
 @pytest.fixture
@@ -46,13 +47,14 @@ def test_one_suite_run_ramps_up_training_jobs_under_time_slicing_then_the_table_
         "--mix": "training",
         "--workloads": "1,2,4,6,8",
         "--repeats": "1",
+        "--bisect": "",
         "--results-dir": str(runner.output),
         "--run-id": "time-slicing",
         "--device": "auto",
         "--gpu": UUID,
     }
     assert runner.python_calls()[-1]["program"] == "analyze_results.py"
-    assert "scaling-training.png" in result.stderr
+    assert "scaling-" not in result.stderr
     assert runner.left_behind() == []
 
 
@@ -72,6 +74,34 @@ def test_the_counts_go_up_in_steps_and_end_with_the_largest(
 ) -> None:
     result = runner.drive(SCRIPT, *arguments, "--dry-run")
     assert f"--workloads {counts} --repeats" in result.stdout
+
+
+def test_the_chart_of_the_ramp_is_named_where_there_is_one(runner: DriverRunner) -> None:
+    runner.rule(analysis={"files": {"scaling-training.png": ""}})
+    assert "(the ramp is scaling-training.png)" in runner.drive(SCRIPT, "mps", "2").stderr
+
+
+def test_bounds_and_the_search_for_the_exact_count_reach_the_suite(runner: DriverRunner) -> None:
+    result = runner.drive(
+        SCRIPT, "mps", "4", "--mix", "inference", "--max-slowdown=2.5", "--slo-ms", "50",
+        "--until-break", "--no-bisect",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    flags = runner.suite_calls()["mps"]["flags"]
+    assert (flags["--max-slowdown"], flags["--slo-ms"]) == ("2.5", "50")
+    assert "--until-break" in flags
+    assert "--bisect" not in flags
+
+
+def test_jobs_of_a_plan_go_up_in_multiples_of_its_clients(runner: DriverRunner) -> None:
+    refused = runner.drive(SCRIPT, "mps", "6", "--plan", EXAMPLE)
+    assert refused.returncode == 2
+    assert "MAX needs to be a multiple of 4" in refused.stderr
+    result = runner.drive(SCRIPT, "mps", "12", "--plan", EXAMPLE)
+    assert result.returncode == 0, result.stderr
+    flags = runner.suite_calls()["mps"]["flags"]
+    assert (flags["--plan"], flags["--workloads"]) == (EXAMPLE, "4,8,12")
+    assert "--mix" not in flags
 
 
 def test_the_mode_is_on_during_the_ramp_and_off_before_the_table(runner: DriverRunner) -> None:
@@ -151,7 +181,12 @@ def test_without_a_gpu_it_is_a_demonstration(runner: DriverRunner) -> None:
         (["exclusive"], "MODE needs one of: time-slicing mps mig"),
         (["mps", "none"], "MAX needs a whole number from 1 on"),
         (["mps", "4", "4"], "unexpected argument: 4"),
-        (["mps", "6", "--mix", "mixed"], "MAX needs to be a multiple of four for --mix mixed"),
+        (["mps", "6", "--mix", "mixed"], "MAX needs to be a multiple of 4"),
+        (["--slo-ms", "0"], "--slo-ms needs a number above 0"),
+        (["--slo-ms", "50"], "--slo-ms needs jobs with response times"),
+        (["mig", "--until-break"], "as many jobs as instances"),
+        (["--plan", "no.toml"], "'no.toml' is not a file"),
+        (["--plan", EXAMPLE, "--mix", "mixed"], "give one of the two"),
         (["--mix", "all"], "--mix needs one of: training inference interactive mixed"),
     ],
 )
