@@ -79,6 +79,11 @@ class Sampler:
                 end_harder()
         self._process.wait()
 
+    @property
+    def pid(self) -> int | None:
+        """The sampler's process, `None` when it did not start."""
+        return self._process.pid if self._process else None
+
     def samples_past(self, seconds: float) -> Sequence[dict[str, Any]]:
         """Return all samples so far, having waited a moment for one taken after `seconds`.
 

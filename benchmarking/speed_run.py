@@ -53,14 +53,16 @@ class Processes:
                 raise RunFailedError(f"{script} wrote {len(results)} result files instead of one")
             return json.loads(results[0].read_text(encoding="utf-8"))
 
-    def run_for_json(self, script: str, arguments: Sequence[str]) -> dict[str, Any]:
+    def run_for_json(
+        self, script: str, arguments: Sequence[str], environment: Mapping[str, str] | None = None
+    ) -> dict[str, Any]:
         """Run a program of the project that prints one JSON object, and return that object.
 
         Raises:
             RunFailedError: It failed, took too long, or printed something else.
             Interrupted: Somebody asked to end; the process has ended.
         """
-        answer = self._run([script, *arguments], {})
+        answer = self._run([script, *arguments], environment or {})
         try:
             return json.loads(answer)
         except ValueError as error:

@@ -27,6 +27,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarking import nvml
+from benchmarking.argument_types import positive_int
 from benchmarking.launcher import Interruption
 from benchmarking.one_line_parser import EXIT_USAGE, OneLineParser
 from benchmarking.run_store import utc_now, write_json_atomic
@@ -314,13 +315,6 @@ def engine_list(text: str) -> list[str]:
     if any(name not in ENGINES for name in names):
         raise argparse.ArgumentTypeError(f"{text!r}: choose of {', '.join(ENGINES)}")
     return list(dict.fromkeys(names))
-
-
-def positive_int(text: str) -> int:
-    """Argument type: a whole number of 1 or more."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
-    return int(text)
 
 
 def say(text: str) -> None:

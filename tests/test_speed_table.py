@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import nvml_stub
+import program_copy
 import pytest
 
 from benchmarking import speed_jobs
@@ -28,22 +28,10 @@ class Bench:
         self.output = root / "speed"
         self.calls_path = root / "calls"
         self.script = root / "benchmarking" / "speed_table.py"
-        shutil.copytree(
-            PROJECT_ROOT / "benchmarking", root / "benchmarking",
-            ignore=shutil.ignore_patterns("__pycache__"),
-        )  # fmt: skip
         stand_ins = {job.script for job in speed_jobs.JOBS}
-        for name in {"benchmarking/card_rates.py", "workloads/work_count.py", *stand_ins}:
-            (root / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(FAKE, root / name)
-        self.card = nvml_stub.write_state(root / "card.txt")
-        self.environment = {
-            name: value
-            for name, value in nvml_stub.stub_environment(
-                nvml_stub.build_nvml_stub(root), self.card
-            ).items()
-            if not name.startswith(("CUDA_", "TORCHINDUCTOR_"))
-        }
+        names = {"benchmarking/card_rates.py", "workloads/work_count.py", *stand_ins}
+        program_copy.copy_programs(root, FAKE, names)
+        self.card, self.environment = program_copy.scripted_card(root)
         self.environment["SPEED_CALLS"] = str(self.calls_path)
 
     def start(self, *arguments: str, **script: str) -> subprocess.Popen[str]:
@@ -139,18 +127,7 @@ def test_ctrl_c_leaves_the_finished_rows_and_no_process(bench: Bench) -> None:
     assert [row["engine"] for row in table["rows"]] == ["eager"]
     assert table["outcome"] == "interrupted"
     assert "**Interrupted: rows are missing.**" in output
-    running = [
-        path.parent.name for path in Path("/proc").glob("[0-9]*/cmdline")
-        if str(bench.script.parents[1]) in _read(path)
-    ]  # fmt: skip
-    assert running == []
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text()
-    except OSError:
-        return ""
+    assert program_copy.processes_of(bench.script.parents[1]) == []
 
 
 def test_what_else_was_on_the_card_is_noted(bench: Bench) -> None:
