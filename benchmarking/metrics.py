@@ -255,8 +255,11 @@ def joules_per_job(window_joules: float | None, client_records: Sequence[Record]
 
 
 def success_rate_percent(client_records: Sequence[Record]) -> float | None:
-    """Share of clients whose status is `ok`, in percent; `None` without clients."""
-    if not client_records:
+    """Share of clients whose status is `ok`, in percent.
+
+    `None` without clients, or when one was interrupted: nobody knows how it would have ended.
+    """
+    if not client_records or any(record["status"] == "interrupted" for record in client_records):
         return None
     succeeded = sum(record["status"] == "ok" for record in client_records)
     return 100 * succeeded / len(client_records)
@@ -449,6 +452,18 @@ def saturation_count(
             return clients
         best = stp if best is None else max(best, stp)
     return None
+
+
+def sufficient_count(
+    stp_by_clients: Mapping[int, float | None], fraction: float = SATURATION_FRACTION
+) -> int | None:
+    """Fewest clients that deliver `fraction` of the best STP of all counts: more gain nothing.
+
+    `None` when no count has an STP.
+    """
+    known = {clients: stp for clients, stp in stp_by_clients.items() if stp is not None}
+    best = max(known.values(), default=0.0)
+    return min((n for n, stp in known.items() if stp >= fraction * best), default=None)
 
 
 def breaking_point(

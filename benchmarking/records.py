@@ -30,8 +30,9 @@ def client_record(
     """Return the record of one client.
 
     `proof` is `None` for a client that was never measured. A client that ran well but not under the
-    mode is `invalid`. `baseline` is the record of the same job alone on the whole GPU; without it,
-    slowdown and normalized progress are unknown.
+    mode is `invalid`, one that was stopped early with its co-run `interrupted`. `baseline` is the
+    record of the same job alone on the whole GPU; without it, slowdown and normalized progress are
+    unknown.
     """
     start, end = co_run.window_start_seconds, co_run.window_end_seconds
     has_window = start is not None and end is not None
@@ -39,6 +40,9 @@ def client_record(
     is_invalid = client.status == STATUS_OK and proof is not None and proof.verdict == INVALID
     status = STATUS_INVALID if is_invalid else client.status
     reason = proof.reason if is_invalid else client.reason
+    if status == STATUS_OK and co_run.outcome == OUTCOME_INTERRUPTED:
+        # It ended well because it was told to, before the co-run was over.
+        status, reason = OUTCOME_INTERRUPTED, co_run.reason
     last_job = last_event(client.events, "job") or {}
     loaded = last_event(client.events, "loaded") or {}
     done = last_event(client.events, "done") or {}

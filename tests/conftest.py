@@ -1,4 +1,4 @@
-"""What every test shares: where the project is, and which tests need a real GPU."""
+"""What every test shares: where the project is, and what some tests need: a GPU, a browser."""
 
 from __future__ import annotations
 
@@ -22,11 +22,23 @@ def has_nvidia_gpu() -> bool:
     return listing.returncode == 0 and "GPU 0" in listing.stdout
 
 
+def find_browser() -> str | None:
+    """A browser that can be driven without a display, `None` where there is none."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    return next((path for name in names if (path := shutil.which(name))), None)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect what needs a GPU where there is none: the count of passed tests stays honest."""
-    if has_nvidia_gpu():
-        return
-    gpu_items = [item for item in items if item.get_closest_marker("gpu")]
-    if gpu_items:
-        config.hook.pytest_deselected(items=gpu_items)
-        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+    """Deselect what needs a GPU or a browser where there is none.
+
+    Skipped tests would make the count of those that ran look larger than it is.
+    """
+    missing = [
+        mark
+        for mark, found in (("gpu", has_nvidia_gpu()), ("browser", find_browser()))
+        if not found
+    ]
+    cannot_run = [item for item in items if any(item.get_closest_marker(mark) for mark in missing)]
+    if cannot_run:
+        config.hook.pytest_deselected(items=cannot_run)
+        items[:] = [item for item in items if item not in cannot_run]

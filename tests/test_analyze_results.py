@@ -133,6 +133,32 @@ def test_a_copy_of_a_run_is_listed_as_left_out(tmp_path):
     )
 
 
+def test_one_runs_folder_gets_its_own_report_with_the_baseline_of_the_run_beside_it(tmp_path):
+    alone = synthetic_runs.run("alone", "exclusive", {}, created_at="2025-12-31T00:00:00+00:00")
+    reusing = synthetic_runs.run("mps", "mps", {4: [2.0]}, baseline_run_id="alone")
+    reusing["records"] = [r for r in reusing["records"] if r["phase"] == "co_run"]
+    for made in (alone, reusing):
+        synthetic_runs.write(tmp_path, made)
+    done = analyze("--results-dir", tmp_path / "mps")
+    assert done.returncode == 0, done.stderr
+    (group,) = json.loads((tmp_path / "mps" / "comparison.json").read_text())["sections"][0][
+        "groups"
+    ]
+    assert group["client_rows"][1]["tail_slowdown"]["99"] == pytest.approx(2.0, rel=0.1)
+    page = (tmp_path / "mps" / "report.html").read_text()
+    assert "Each job alone" in page
+    assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize("wrong", [["--slo-ms", "0"], ["--slo-ms", "nan"], ["--colour"]])
+def test_wrong_arguments_end_with_code_2_and_one_sentence(wrong):
+    done = analyze(*wrong)
+    assert done.returncode == 2
+    (sentence,) = done.stderr.splitlines()
+    assert sentence.startswith("analyze_results.py: error: ")
+    assert wrong[0] in sentence
+
+
 def test_nothing_heavy_is_imported_before_it_is_needed():
     code = (
         "import sys\n"

@@ -313,6 +313,8 @@ def test_an_interrupted_run_keeps_what_was_done_and_leaves_no_process(
     run = bench.only_run()
     assert run.manifest["outcome"] == "interrupted"
     assert [record["outcome"] for record in run.co_run_records] == ["ok", "interrupted"]
+    assert {client["status"] for client in run.clients_of("training-2-r0")} == {"interrupted"}
+    assert run.co_run_records[-1]["summary"]["success_rate_percent"] is None
     assert run.co_run_records[-1]["summary"]["stp"] is None
     pids = [record["identity"]["pid"] for record in run.client_records]
     assert len(pids) == 3

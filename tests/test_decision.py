@@ -133,7 +133,7 @@ def test_a_ramp_tells_breaking_point_and_saturation_apart():
     assert (found.breaking_point["clients"], found.saturation_clients) == (8, 6)
     text = sentences(compared)
     assert "Breaking point of `training` under MPS: 8 clients (failed: client 3: exit" in text
-    assert "saturation at 6 clients" in text
+    assert "more than 4 clients gain nothing, saturation at 6 clients" in text
     assert "the best STP is 2.00 (n = 1) with 4 clients" in text
     assert "| MPS | training | 1, 2, 4, 6, 8 | 8 | failed: client 3" in markdown(compared)
 
@@ -142,3 +142,76 @@ def test_one_client_under_a_mode_gives_its_mechanism_overhead():
     compared = compare(synthetic_runs.run("one", "mps", {1: [1.03]}, mix="training"))
     (group,) = compared.sections[0].groups
     assert group.mechanism_overhead_percent == pytest.approx(3.0)
+
+
+def same_mode_twice(first: list[float], second: list[float]) -> list[dict]:
+    """Time slicing taken in two calls that differ in nothing but when they were."""
+    again = synthetic_runs.run(
+        "again", "time-slicing", {4: second}, seed=7, created_at="2026-01-02T00:00:00+00:00"
+    )
+    return [time_slicing(first), again]
+
+
+def test_a_difference_inside_the_noise_floor_is_called_so():
+    twice = same_mode_twice([4.0, 4.01, 4.02], [4.4, 4.41, 4.42])
+    compared = compare(*twice, mps([3.9, 3.901, 3.902]))
+    throughput = sentences(compared).splitlines()[0]
+    assert (
+        "the difference between MPS and time slicing is inside the noise floor of 10.0 %: STP "
+        in throughput
+    )
+    assert "choose" not in throughput
+    (noise,) = [line for line in sentences(compared).splitlines() if line.startswith("Noise")]
+    assert "STP 10.0 % (0.91 and 1.00, time slicing with 4 clients)" in noise
+    assert "Batch inference p99 latency" in noise
+
+
+def test_a_difference_beyond_the_noise_floor_is_still_claimed():
+    twice = same_mode_twice([4.0, 4.01, 4.02], [4.04, 4.05, 4.06])
+    text = sentences(compare(*twice, mps([2.0, 2.01, 2.02])))
+    assert "choose MPS for throughput: STP 1.99 (" in text
+    assert "n = 3) against 0.99 (0.99 to 1.00; 95 % interval, n = 6) under time slicing" in text
+
+
+def test_repeats_inside_one_call_are_no_check_of_a_mode_against_itself():
+    compared = compare(time_slicing([4.0, 4.5]), mps([2.0, 2.1]))
+    assert compared.sections[0].same_twice == []
+    assert "Noise floor" not in sentences(compared)
+
+
+def test_one_client_under_a_mode_gets_a_sentence_with_the_modes_own_cost():
+    run = synthetic_runs.run("one", "mps", {1: [1.03, 1.04, 1.02], 2: [1.5]}, mix="training")
+    (cost,) = [s for s in sentences(compare(run)).splitlines() if "mechanism overhead" in s]
+    assert cost.startswith("One client alone under MPS (`training`): 3.0 % slower than on the card")
+    assert "95 % interval, n = 3" in cost
+
+
+def test_the_share_of_responses_within_a_bound_is_given_where_one_was_asked_for():
+    run = mps([2.0], bounds={"max_slowdown": None, "max_p99_ms": 6.0})
+    change(run, lambda r: r.update(latency_ms=[5.0, 6.0, 7.0, 8.0]), client=1, phase="co_run")
+    assert "50.0 % of responses within 6.00 ms (n = 1)" in sentences(compare(run))
+    assert "75.0 % of responses within 7.00 ms (n = 1)" in sentences(compare(run, slo_ms=7.0))
+    assert "| 50.0 % in 6.00 ms |" in markdown(compare(run))
+    assert "within the bound" not in markdown(compare(mps([2.0])))
+
+
+def test_a_bound_that_was_asked_for_breaks_a_ramp_and_the_recorded_cause_is_told():
+    slowdowns = {1: [1.0], 2: [1.5], 4: [4.0]}
+    bounds = {"max_slowdown": 2.0, "max_p99_ms": None}
+    ramp = synthetic_runs.run("ramp", "mps", slowdowns, mix="training", bounds=bounds)
+    assert (
+        "Breaking point of `training` under MPS: 4 clients (slowdown: slowdown 4.00 passes the "
+        "bound of 2)" in sentences(compare(ramp))
+    )
+    cause = {"kind": "lost_neighbor", "detail": "MPS client has been terminated"}
+    change(ramp, lambda r: r.update(outcome="failed", stop_reason=cause), clients=4,
+           record="co_run")  # fmt: skip
+    assert "4 clients (lost neighbor: MPS client has been terminated)" in sentences(compare(ramp))
+
+
+def test_an_interrupted_co_run_is_in_no_figure_and_said_to_be_interrupted():
+    run = mps([2.0, 9.0], outcome="interrupted")
+    change(run, lambda r: r.update(outcome="interrupted"), record="co_run", co_run="mixed-4-r1")
+    compared = compare(run)
+    assert compared.sections[0].groups[0].stp.values == (2.0,)
+    assert "mps, mixed-4-r1: interrupted, so it is in no figure" in compared.sections[0].doubts

@@ -325,3 +325,49 @@ def test_one_failing_repeat_breaks_a_count_and_an_invalid_co_run_proves_nothing(
     assert point["clients"] == 4
     assert point["not_judged"] == [2]
     assert point["last_good_clients"] == 1
+
+
+# --- bounds, joules, how many clients -------------------------------------------------------
+
+
+def test_slo_attainment_is_the_share_of_raw_latencies_within_the_bound():
+    assert metrics.slo_attainment_percent([1.0, 2.0, 3.0, 50.0], 3.0) == pytest.approx(75.0)
+    assert metrics.slo_attainment_percent([], 3.0) is None
+    assert metrics.slo_attainment_percent(None, 3.0) is None
+
+
+def repeating(job_key: str, ends: list[float], window_end: float) -> dict:
+    """A client that began at 0 and repeated its job until the window ended."""
+    starts = [0.0, *ends[:-1]]
+    jobs = [
+        {"start_seconds": start, "end_seconds": end, "in_window": end <= window_end}
+        for start, end in zip(starts, ends, strict=True)
+    ]
+    return {"job_key": job_key, "jobs": jobs,
+            "window_start_seconds": 0.0, "window_end_seconds": window_end}  # fmt: skip
+
+
+def test_a_job_that_the_windows_end_cuts_counts_in_part():
+    # two whole jobs of 4 s, and half a third one
+    assert metrics.jobs_in_window(repeating("a", [4.0, 8.0, 12.0], 10.0)) == pytest.approx(2.5)
+    assert metrics.jobs_in_window(repeating("a", [12.0], 10.0)) is None
+
+
+def test_joules_a_job_are_known_only_where_all_clients_run_the_same_job():
+    twins = [repeating("a", [4.0, 8.0, 12.0], 10.0), repeating("a", [5.0, 10.0], 10.0)]
+    assert metrics.joules_per_job(900.0, twins) == pytest.approx(900 / 4.5)
+    assert metrics.joules_per_job(900.0, [twins[0], repeating("b", [5.0], 10.0)]) is None
+    assert metrics.joules_per_job(900.0, [twins[0], repeating("a", [12.0], 10.0)]) is None
+    assert metrics.joules_per_job(None, twins) is None
+    assert metrics.joules_per_job(900.0, []) is None
+
+
+def test_more_clients_gain_nothing_from_the_first_count_near_the_best_on():
+    assert metrics.sufficient_count({1: 1.0, 2: 1.2, 4: 1.45, 6: 1.5, 8: None}) == 4
+    assert metrics.sufficient_count({1: 0.98, 2: 1.0}) == 1
+    assert metrics.sufficient_count({1: None}) is None
+
+
+def test_nothing_is_said_of_the_success_of_clients_that_were_interrupted():
+    assert metrics.success_rate_percent([{"status": "ok"}, {"status": "oom"}]) == 50.0
+    assert metrics.success_rate_percent([{"status": "interrupted"}, {"status": "ok"}]) is None

@@ -175,7 +175,7 @@ def _fill_groups(section: Section, every_run: Sequence[RunView], slo_ms: float |
         chosen, left_out = merge(runs, clients)
         section.left_out += left_out
         if chosen:
-            bound = slo_ms or (chosen[0].manifest.get("bounds") or {}).get("slo_ms")
+            bound = slo_ms or (chosen[0].manifest.get("bounds") or {}).get("max_p99_ms")
             alone = _baselines(chosen[0], every_run)
             section.groups.append(build_group(chosen, clients, alone, bound))
     section.groups.sort(key=lambda group: (group.mix, group.clients, mode_order(group.mode)))

@@ -25,7 +25,7 @@ from benchmarking.analysis.verdicts import (
     verdict,
 )
 from benchmarking.estimates import MIN_REPEATS_FOR_CLAIM, Estimate
-from benchmarking.number_text import duration, joined, significant
+from benchmarking.number_text import duration, joined
 
 Pairs = Sequence[noise.SameTwice]
 
@@ -324,13 +324,15 @@ def _ramp_claims(ramp: Ramp) -> list[Claim]:
     if len(known) < 2:
         return claims
     best = max(known, key=lambda group: group.stp.mean)
-    if ramp.saturation_clients is None:
-        text = f"no saturation up to {clients_text(known[-1].clients)}"
+    if ramp.sufficient_clients < known[-1].clients:
+        gain = "gain" if ramp.sufficient_clients > 1 else "gains"
+        text = f"**more than {clients_text(ramp.sufficient_clients)} {gain} nothing**"
     else:
-        text = (
-            f"**more than {clients_text(best.clients)} gain nothing**: saturation at "
-            f"{ramp.saturation_clients} clients (STP under 95 % of the best)"
-        )
+        text = f"{clients_text(known[-1].clients)} still gain"
+    if ramp.saturation_clients is None:
+        text += f", no saturation up to {clients_text(known[-1].clients)}"
+    else:
+        text += f", saturation at {ramp.saturation_clients} clients (STP under 95 % of the best)"
     claims.append(
         Claim(
             f"`{ramp.mix}` under {ramp.mode_name}: {text}; the best STP is {best.stp.text()} with "
@@ -343,19 +345,24 @@ def _ramp_claims(ramp: Ramp) -> list[Claim]:
 
 def _noise_claims(mix: str, pairs: Pairs) -> list[Claim]:
     """How far the same mode lies from itself, where it was taken twice."""
-    claims = []
-    for key in dict.fromkeys((p.figure, p.label) for p in pairs if p.group.mix == mix):
-        floor = noise.noise_floor(pairs, mix, *key)
-        group, what = floor.group, f"{floor.label + ' ' if floor.label else ''}{floor.figure}"
-        write = duration if floor.figure == noise.P99 else "{:.2f}".format
-        claims.append(
-            Claim(
-                f"Noise floor of `{mix}`, {what}: {_name(group)} with "
-                f"{clients_text(group.clients)} taken {len(floor.by_run)} times lies "
-                f"{significant(floor.percent)} % apart "
-                f"({' and '.join(write(value) for value in floor.by_run)}); smaller differences "
-                "between modes are noise.",
-                group.run_ids,
-            )
+    keys = dict.fromkeys((pair.figure, pair.label) for pair in pairs if pair.group.mix == mix)
+    floors = [noise.noise_floor(pairs, mix, *key) for key in keys]
+    if not floors:
+        return []
+    said = "; ".join(_noise_text(floor) for floor in floors)
+    return [
+        Claim(
+            f"Noise floor of `{mix}` (the same mode taken in two calls; smaller differences "
+            f"between modes are noise): {said}.",
+            _run_ids(floor.group for floor in floors),
         )
-    return claims
+    ]
+
+
+def _noise_text(floor: noise.SameTwice) -> str:
+    write = duration if floor.figure == noise.P99 else "{:.2f}".format
+    what = f"{floor.label} {floor.figure}".strip()
+    return (
+        f"{what} {floor.percent:.1f} % ({joined([write(v) for v in floor.by_run])}, "
+        f"{_name(floor.group)} with {clients_text(floor.group.clients)})"
+    )

@@ -13,7 +13,11 @@ from typing import ClassVar
 
 UNKNOWN = "–"
 
-_INLINE = re.compile(r"`([^`]+)`|\*\*(.+?)\*\*|(?<![\w*])\*([^*\s][^*]*?)\*(?![\w*])")
+_INLINE = re.compile(
+    r"`([^`]+)`"
+    r"|\*\*(\S(?:.*?\S)?)\*\*"
+    r"|(?<![\w*])\*([^*\s](?:[^*]*[^*\s])?)\*(?![\w*])"
+)
 _KINDS = ("code", "strong", "emphasis")
 _NUMBER = re.compile(r"[-+\d.,\s\[\]/%–]*|–")
 

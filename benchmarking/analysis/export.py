@@ -94,6 +94,7 @@ def _section(section: Section) -> dict[str, Any]:
                 "bounds": dict(ramp.bounds),
                 "breaking_point": ramp.breaking_point,
                 "saturation_clients": ramp.saturation_clients,
+                "sufficient_clients": ramp.sufficient_clients,
             }
             for ramp in section.ramps
         ],

@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from benchmarking.analysis import charts, decision
 from benchmarking.analysis.document import Picture
@@ -14,6 +15,9 @@ from benchmarking.analysis.noise import SameTwice
 from benchmarking.analysis.runs import CPU_DEMO
 from benchmarking.estimates import Estimate
 from benchmarking.number_text import duration
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _LABEL_CHARACTERS = 18
 _BAR_INCHES = 0.3
@@ -164,7 +168,7 @@ def _draw(
         return charts.save(figure, path, message, description)
 
 
-def _legend(figure, modes: Sequence[tuple[str, str]]) -> None:
+def _legend(figure: Figure, modes: Sequence[tuple[str, str]]) -> None:
     from matplotlib.patches import Patch
 
     handles = [

@@ -5,11 +5,12 @@ A difference between two modes that is no larger than that is no difference betw
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from benchmarking import metrics
 from benchmarking.analysis.groups import Group
+from benchmarking.analysis.runs import CoRun
 from benchmarking.estimates import range_estimate
 
 STP = "STP"
@@ -59,7 +60,7 @@ def noise_floor(
     return max(fitting, key=lambda pair: pair.percent, default=None)
 
 
-def _by_run(group: Group, value_of) -> tuple[float, ...]:
+def _by_run(group: Group, value_of: Callable[[CoRun], float | None]) -> tuple[float, ...]:
     """The median over each run's co-runs, for the runs that have one."""
     medians = (
         range_estimate(value_of(co_run) for co_run in group.co_runs if co_run.run is run)
@@ -68,7 +69,7 @@ def _by_run(group: Group, value_of) -> tuple[float, ...]:
     return tuple(found.mean for found in medians if found is not None)
 
 
-def _p99(co_run, client: int) -> float | None:
+def _p99(co_run: CoRun, client: int) -> float | None:
     for record in co_run.clients:
         if record["client"] == client and record.get("latency_ms"):
             return metrics.percentile(record["latency_ms"], 99)

@@ -66,18 +66,15 @@ def _draw_lines(panel: Axes, ramp: Ramp, name: str) -> None:
 
 
 def _mark_breaking_points(panel: Axes, ramps: Sequence[Ramp]) -> None:
-    """A line at each count that broke, its reason at the foot, where no curve is."""
-    broken: dict[int, list[str]] = {}
-    for ramp in ramps:
-        if ramp.breaking_point["clients"] is not None:
-            reasons = broken.setdefault(ramp.breaking_point["clients"], [])
-            reasons.append(f"{ramp.mode_name} breaks: {ramp.breaking_point['criterion']}")
-    for clients, reasons in broken.items():
+    """A line at each count that broke; the reasons over the panel, a row each, ending there."""
+    broken = [ramp for ramp in ramps if ramp.breaking_point["clients"] is not None]
+    for row, ramp in enumerate(broken):
+        clients = ramp.breaking_point["clients"]
         panel.axvline(clients, color="0.3", linestyle=":", linewidth=1.5)
         panel.annotate(
-            "\n".join(reasons), (clients, 0), rotation=90, xycoords=("data", "axes fraction"),
-            xytext=(-4, 4), textcoords="offset points", ha="right", va="bottom", fontsize=8,
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.85},
+            f"{ramp.mode_name} breaks at {clients}: {ramp.breaking_point['criterion']}",
+            (clients, 1), xycoords=("data", "axes fraction"), xytext=(3, 3 + 11 * row),
+            textcoords="offset points", ha="right", va="bottom", fontsize=8,
         )  # fmt: skip
 
 

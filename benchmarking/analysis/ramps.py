@@ -15,7 +15,7 @@ from benchmarking.analysis.runs import mode_name
 class Ramp:
     """One mode and mix over several counts of clients.
 
-    `bounds` are those that the runs were asked to keep: `max_slowdown`, `slo_ms`.
+    `bounds` are those that the runs were asked to keep: `max_slowdown`, `max_p99_ms`.
     """
 
     mode: str
@@ -24,6 +24,7 @@ class Ramp:
     bounds: Mapping[str, float]
     breaking_point: dict[str, Any]
     saturation_clients: int | None
+    sufficient_clients: int | None
 
     @property
     def mode_name(self) -> str:
@@ -67,9 +68,30 @@ def _ramp(mode: str, mix: str, groups: list[Group]) -> Ramp:
         co_runs,
         clients,
         max_slowdown=bounds.get("max_slowdown"),
-        max_p99_ms=bounds.get("slo_ms"),
+        max_p99_ms=bounds.get("max_p99_ms"),
     )
-    return Ramp(mode, mix, groups, bounds, point, metrics.saturation_count(stp))
+    recorded = _recorded_reason(co_runs, point["clients"])
+    return Ramp(
+        mode,
+        mix,
+        groups,
+        bounds,
+        point | recorded,
+        metrics.saturation_count(stp),
+        metrics.sufficient_count(stp),
+    )
+
+
+def _recorded_reason(co_runs: Sequence[Mapping[str, Any]], clients: int | None) -> dict[str, Any]:
+    """What the run itself found to be the cause at that count; it saw more than the records hold.
+
+    It tells a crash from a neighbor that was only taken along.
+    """
+    for co_run in co_runs:
+        reason = co_run.get("stop_reason")
+        if reason and co_run["clients"] == clients:
+            return {"criterion": reason["kind"].replace("_", " "), "detail": reason["detail"]}
+    return {}
 
 
 def _bounds(groups: Sequence[Group]) -> dict[str, float]:

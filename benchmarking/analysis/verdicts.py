@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from benchmarking import metrics
 from benchmarking.analysis.noise import SameTwice
 from benchmarking.estimates import MIN_REPEATS_FOR_CLAIM, Estimate
-from benchmarking.number_text import joined, significant
+from benchmarking.number_text import joined
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def verdict(best: str, standing: Standing, words: Words, *, with_reason: bool = 
             f"no difference shown between {best} and {joined(standing.overlapping)}{reason}"
         )
     if standing.in_noise:
-        floor = f" of {significant(standing.noise_percent)} %" if with_reason else ""
+        floor = f" of {standing.noise_percent:.1f} %" if with_reason else ""
         parts.append(
             f"the difference between {best} and {joined(standing.in_noise)} is inside the noise "
             f"floor{floor}"
