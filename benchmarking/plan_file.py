@@ -129,8 +129,9 @@ def read_plan_file(path: Path) -> PlanFile:
     name = known.get("name", str, default_name, "a text")
     if not _NAME.fullmatch(name):
         known.complain("name", "use letters, digits, '.', '_' and '-', as it names a folder")
-    tables = known.get("client", list, [], "tables, each headed [[client]]")
-    if not tables or not all(isinstance(table, dict) for table in tables):
+    tables = content.get("client")
+    is_list = isinstance(tables, list) and all(isinstance(table, dict) for table in tables)
+    if not tables or not is_list:
         known.complain("client", "list at least one client under the heading [[client]]")
         tables = []
     entries = [

@@ -1,0 +1,149 @@
+"""Plan files: what they make of a user's list, and every mistake in one go."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarking.plan import JobOptions, PlannedClient
+from benchmarking.plan_file import PlanFile, PlanFileError, plan_clients, read_plan_file
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLE = ROOT / "examples" / "plans" / "own-commands.toml"
+
+
+def read(folder: Path, text: str) -> PlanFile:
+    path = folder / "my jobs.toml"
+    path.write_text(text)
+    return read_plan_file(path)
+
+
+def mistakes(folder: Path, text: str) -> list[str]:
+    with pytest.raises(PlanFileError) as caught:
+        read(folder, text)
+    return caught.value.mistakes
+
+
+def clients(plan: PlanFile, count: int, **options: str) -> tuple[PlannedClient, ...]:
+    return plan_clients(plan, count, JobOptions(**options), python="python3", root="/p")
+
+
+def test_a_workload_of_ours_gets_the_plans_flags_last(tmp_path: Path) -> None:
+    text = '[[client]]\nworkload = "resnet_training"\narguments = ["--batch-size", "64"]\n'
+    plan = read(tmp_path, text)
+    (client,) = clients(plan, 1, engine="graph")
+    assert client.command[-2:] == ("--batch-size", "64")
+    assert "--epochs 5" in client.command_line()
+    assert client.job_key.endswith("--batch-size 64")
+    assert "graph" not in client.job_key
+    assert (plan.name, client.label) == ("my-jobs", "ResNet50 training")
+
+
+def test_clients_come_in_order_as_often_as_counted_and_start_over_after_the_last(
+    tmp_path: Path,
+) -> None:
+    plan = read(
+        tmp_path,
+        '[[client]]\nworkload = "bert_training"\n'
+        '[[client]]\ncommand = "sleep 1"\ncount = 2\nlabel = "nap"\n',
+    )
+    members = clients(plan, 5)
+    assert [client.label for client in members] == [
+        "BERT fine-tuning", "nap", "nap", "BERT fine-tuning", "nap"]  # fmt: skip
+    assert [client.client for client in members] == list(range(5))
+    assert len({client.job_key for client in members}) == 2
+
+
+def test_a_command_is_run_in_its_folder_without_a_shell_unless_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    plan = read(
+        tmp_path,
+        '[[client]]\ncommand = ["echo", "a b"]\nworking_directory = "sub"\n'
+        '[[client]]\ncommand = "true && true"\nshell = true\nlatency = true\n',
+    )
+    plain, by_shell = clients(plan, 2)
+    words = dict(zip(plain.command[2::2], plain.command[3::2], strict=True))
+    assert words == {"--command": "echo 'a b'", "--working-directory": str(tmp_path / "sub")}
+    assert by_shell.command[-2:] == ("--shell", "--latency")
+    assert plan.has_latency
+
+
+def test_another_environment_is_another_job(tmp_path: Path) -> None:
+    one = '[[client]]\ncommand = "env"\nenvironment = { SIZE = "1" }\n'
+    plan = read(tmp_path, one + one.replace('"1"', '"2"'))
+    first, second = clients(plan, 2)
+    assert first.environment == {"SIZE": "1"}
+    assert first.job_key != second.job_key
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "client: list at least one client under the heading [[client]]"),
+        ("client = 3", "client: list at least one client"),
+        ('name = "a/b"\n[[client]]\ncommand = "true"', "name: use letters"),
+        ("[[client]]", "client 1: workload, command: gives neither"),
+        ('[[client]]\nworkload = "bert_training"\ncommand = "true"', "gives both"),
+        ('[[client]]\nworkload = "bert"', "there is no workload 'bert'; there are resnet_training"),
+        ('[[client]]\nworkload = 3', "workload: is 3, but needs one of"),
+        ('[[client]]\ncommand = "true"\ncuont = 2', "cuont: there is no such key here; there are"),
+        ('[[client]]\ncommand = "true"\narguments = ["x"]', "arguments: there is no such key"),
+        ('[[client]]\ncommand = "true"\ncount = 0', "count: is 0, but needs a whole number"),
+        ('[[client]]\ncommand = "true"\ncount = true', "count: is True, but needs a whole number"),
+        ('[[client]]\nworkload = "bert_training"\narguments = [3]', 'put each in quotes, as "3"'),
+        ('[[client]]\nworkload = "bert_training"\narguments = ["--device=cpu"]',
+         "leave --device away"),
+        ('[[client]]\ncommand = "./no.sh"', "there is no program './no.sh' that can be run in"),
+        ('[[client]]\ncommand = "no-such-program"', "there is no program 'no-such-program'"),
+        ('[[client]]\ncommand = "echo \'a"', "close the quotes"),
+        ('[[client]]\ncommand = []', "command: is empty"),
+        ('[[client]]\ncommand = ["true"]\nshell = true', "give one text, not a list"),
+        ('[[client]]\ncommand = "true"\nshell = "yes"', "shell: is 'yes', but needs true or false"),
+        ('[[client]]\ncommand = "true"\nworking_directory = "no"', "there is no folder"),
+        ('[[client]]\ncommand = "true"\nenvironment = { A = 1 }', "environment.A: needs a text"),
+        ('[[client]]\ncommand = "true"\nenvironment = { CUDA_VISIBLE_DEVICES = "1" }',
+         "belongs to the sharing mode"),
+        ("[[client]\n", "is not TOML"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_sentence_with_file_key_and_fix(
+    tmp_path: Path, text: str, words: str
+) -> None:
+    (found,) = mistakes(tmp_path, text)
+    assert words in found
+    assert found.startswith(str(tmp_path / "my jobs.toml"))
+    assert "\n" not in found
+
+
+def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
+    text = 'mane = "x"\n[[client]]\ncommand = "true"\ncount = "2"\n[[client]]\nworkload = "bert"\n'
+    found = mistakes(tmp_path, text)
+    assert [sentence.split(": ")[1] for sentence in found] == ["mane", "client 1", "client 2"]
+
+
+def test_a_file_that_is_not_there_is_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(PlanFileError, match=r"cannot be read .*: name a file"):
+        read_plan_file(tmp_path / "no.toml")
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "last"),
+    [
+        (EXAMPLE.read_text(), 0, "clients: 4"),
+        ("a = 1\nb = 2\n[[client]]\ncommand='true'", 2, "b: there is no such key"),
+    ],
+)
+def test_the_checker_counts_the_clients_or_tells_every_mistake(
+    tmp_path: Path, text: str, code: int, last: str
+) -> None:
+    for name in ("hash_job.py", "own-commands.toml"):
+        (tmp_path / name).write_text(text)
+    done = subprocess.run(
+        [sys.executable, "benchmarking/check_plan.py", str(tmp_path / "own-commands.toml")],
+        cwd=ROOT, capture_output=True, text=True, timeout=30, check=False,
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr
+    assert last in (done.stdout or done.stderr).splitlines()[-1]

@@ -1,0 +1,129 @@
+"""The search for the breaking point: which counts are tried, and why one did not hold."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from benchmarking.launcher import ClientOutcome
+from benchmarking.plan import PlannedClient
+from benchmarking.ramp import MOST_CLIENTS, Ramp
+from benchmarking.stop_reasons import in_words, stop_reason
+
+
+def tried(ramp: Ramp, breaks_at: float) -> list[int]:
+    counts = []
+    while (count := ramp.next_count()) is not None:
+        counts.append(count)
+        ramp.note(count, holds=count < breaks_at)
+    return counts
+
+
+@pytest.mark.parametrize(
+    ("breaks_at", "options", "counts"),
+    [
+        (99, {}, [1, 2, 4, 6, 8]),
+        (6, {}, [1, 2, 4, 6]),
+        (5, {"bisect": True}, [1, 2, 4, 6, 5]),
+        (6, {"bisect": True}, [1, 2, 4, 6, 5]),
+        (1, {"bisect": True}, [1]),
+        (23, {"until_break": True}, [1, 2, 4, 6, 8, 16, 32]),
+        (23, {"until_break": True, "bisect": True}, [1, 2, 4, 6, 8, 16, 32, 24, 20, 22, 23]),
+        (999, {"until_break": True}, [1, 2, 4, 6, 8, 16, 32, MOST_CLIENTS]),
+    ],
+)
+def test_counts_go_up_to_the_first_bad_one_and_then_halve_the_gap(
+    breaks_at: int, options: dict[str, bool], counts: list[int]
+) -> None:
+    ramp = Ramp((1, 2, 4, 6, 8), **options)
+    assert tried(ramp, breaks_at) == counts
+    assert ramp.first_bad == (min((c for c in counts if c >= breaks_at), default=None))
+    assert ramp.last_good == max((c for c in counts if c < breaks_at), default=None)
+
+
+def test_a_mix_is_never_tried_in_part() -> None:
+    ramp = Ramp((4, 8, 16), step=4, bisect=True)
+    assert tried(ramp, 10) == [4, 8, 16, 12]
+    assert tried(Ramp((4, 8), step=4, bisect=True), 5) == [4, 8]
+    assert tried(Ramp((6,), step=6, until_break=True), 999) == [6, 12, 24, 48, 60]
+
+
+# --- why --------------------------------------------------------------------------------------
+
+
+def judged(
+    *members: dict[str, Any], mode: str = "mps", outcome: str = "failed", **bounds: float
+) -> dict[str, Any] | None:
+    """The reason of a co-run whose clients have these fields, `failed_at` among them."""
+    records, outcomes = [], []
+    for number, fields in enumerate(members):
+        record = {
+            "client": number, "label": "Job", "status": "ok", "reason": None, "mode": mode,
+            "stderr_tail": [], "slowdown": None, "latency_ms": None, "co_run": "c", **fields,
+        }  # fmt: skip
+        events = []
+        if "failed_at" in fields:
+            events = [{"event": "error", "time_seconds": fields["failed_at"]}]
+        planned = PlannedClient(number, "w", "Job", "job", ("x",))
+        records.append(record)
+        outcomes.append(ClientOutcome(planned, record["status"], None, events, None, 1, []))
+    co_run = {"co_run": "c", "clients": len(members), "outcome": outcome, "reason": "all of it"}
+    return stop_reason(co_run, outcomes, records, **bounds)
+
+
+FAULT = {"status": "failed", "reason": "an illegal memory access was encountered"}
+
+
+def test_out_of_memory_is_the_cause_whatever_else_failed_with_it() -> None:
+    found = judged({**FAULT, "failed_at": 1.0}, {"status": "oom", "failed_at": 2.0}, {})
+    assert (found["kind"], found["client"], found["lost_neighbors"]) == ("oom", 1, [])
+    assert in_words(found) == "client 1 (Job) ran out of memory"
+
+
+def test_who_fails_after_another_under_mps_was_taken_along() -> None:
+    found = judged({**FAULT, "failed_at": 1.2}, {**FAULT, "failed_at": 1.0}, {})
+    assert (found["kind"], found["client"], found["lost_neighbors"]) == ("crash", 1, [0])
+    assert in_words(found).endswith("; it took along client 0")
+
+
+def test_without_mps_each_failure_is_its_own() -> None:
+    found = judged({**FAULT, "failed_at": 1.2}, {**FAULT, "failed_at": 1.0}, mode="time-slicing")
+    assert (found["kind"], found["lost_neighbors"]) == ("crash", [])
+
+
+def test_cudas_word_for_a_terminated_client_is_a_lost_neighbor() -> None:
+    said = "CUDA error: the MPS client has been terminated by the server"
+    found = judged({"status": "failed", "reason": "exit code 1", "stderr_tail": [said]}, {})
+    assert (found["kind"], found["client"], found["lost_neighbors"]) == ("lost_neighbor", 0, [0])
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "words"),
+    [("timeout", "timeout", "time limit"), ("killed", "killed", "from outside"),
+     ("failed", "crash", "crashed: so it was")],
+)  # fmt: skip
+def test_crash_kill_and_time_limit_are_told_apart(status: str, kind: str, words: str) -> None:
+    outcome = "timeout" if status == "timeout" else "failed"
+    found = judged({"status": status, "reason": "so it was"}, {}, outcome=outcome)
+    assert found["kind"] == kind
+    assert words in in_words(found)
+
+
+def test_clients_that_were_never_measured_were_refused() -> None:
+    assert judged({"status": "failed", "reason": "all of it"})["kind"] == "refused"
+
+
+def test_a_bound_that_is_passed_is_a_reason_though_nothing_failed() -> None:
+    slow, late = {"slowdown": 2.6}, {"latency_ms": [10.0] * 90 + [80.0] * 10}
+    assert judged(slow, late, outcome="ok") is None
+    assert judged(slow, late, outcome="ok", max_slowdown=2.6, max_p99_ms=80.0) is None
+    found = judged(slow, late, outcome="ok", max_slowdown=2.5)
+    assert found["kind"] == "slowdown"
+    assert "2.60 passes the bound of 2.5" in in_words(found)
+    assert judged(slow, late, outcome="ok", max_p99_ms=50.0)["kind"] == "p99"
+
+
+@pytest.mark.parametrize("outcome", ["interrupted", "invalid"])
+def test_what_proves_nothing_is_no_reason(outcome: str) -> None:
+    assert judged({"slowdown": 9.0}, outcome=outcome, max_slowdown=2.0) is None
