@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import html
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -286,3 +288,15 @@ def test_the_recorded_h100_run_gives_the_figures_that_the_readme_shows(tmp_path)
         assert f"{float(row['antt_mean']):.2f}" == antt
         assert stp in readme and antt in readme
     assert (tmp_path / "report.md").read_text().count("verified") >= 8
+    assert (tmp_path / "report.md").read_text() == (recorded / "report.md").read_text()
+
+
+def test_the_recorded_run_is_small_and_its_page_says_what_its_markdown_says():
+    recorded = PROJECT_ROOT / "examples" / "h100-mixed-4"
+    assert sum(path.stat().st_size for path in recorded.rglob("*") if path.is_file()) < 1_000_000
+    page = html.unescape(re.sub(r"<[^>]+>", "", (recorded / "report.html").read_text()))
+    decision = (recorded / "report.md").read_text().split("## ")[1]
+    claims = [line[2:] for line in decision.splitlines() if line.startswith("- ")]
+    assert len(claims) == 5
+    for claim in claims:
+        assert re.sub(r"[`*]", "", claim) in page

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 WIDTH = 5.6  # inches: on a phone's 360 pixels its 9 point text is still legible
 _DPI = 120
+_PNG_COLORS = 64  # a third of the file's size, and no difference to the eye
 
 # Luminance differs too, so that the order of the shades survives a grey print.
 _STYLES: Mapping[str, Mapping[str, str]] = {
@@ -73,10 +74,16 @@ def new_figure(height: float, panels: int = 1, **layout: object) -> tuple[Figure
 
 def save(figure: Figure, path: Path, message: str, description: str) -> Picture:
     """Write the PNG and return the chart with its SVG; the message stands over it in the report."""
-    figure.savefig(path)
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    return Picture(message, description, path.name, _inlined(buffer.getvalue(), path.stem))
+    from PIL import Image
+
+    pixels, drawing = io.BytesIO(), io.StringIO()
+    figure.savefig(pixels, format="png")
+    with Image.open(pixels) as picture:
+        picture.convert("RGB").quantize(_PNG_COLORS, dither=Image.Dither.NONE).save(
+            path, optimize=True
+        )
+    figure.savefig(drawing, format="svg", metadata={"Date": None, "Creator": None})
+    return Picture(message, description, path.name, _inlined(drawing.getvalue(), path.stem))
 
 
 def _inlined(svg: str, name: str) -> str:

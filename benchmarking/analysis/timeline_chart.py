@@ -47,7 +47,7 @@ def timeline(co_run: CoRun, samples: Sequence[Sample], path: Path) -> Picture | 
         figure, panels = charts.new_figure(
             height, panels=len(ratios), sharex=True, height_ratios=ratios
         )
-        _draw_jobs(panels[0], clients, start)
+        _draw_jobs(panels[0], clients, start, end)
         if source:
             _draw_activity(panels[1], near, source[0], start)
             panels[1].set_title(f"{source[1]} (%)", loc="left", fontsize=9)
@@ -74,22 +74,21 @@ def activity_source(samples: Sequence[Sample]) -> tuple[str, str] | None:
     return None
 
 
-def _draw_jobs(panel: Axes, clients: Sequence[Mapping[str, Any]], start: float) -> None:
-    """A row a client: whole jobs in alternating shades, one cut by the window's end in white."""
+def _draw_jobs(panel: Axes, clients: Sequence[Mapping[str, Any]], start: float, end: float) -> None:
+    """A row a client: whole jobs in alternating shades, the one that the end cut in white."""
     for row, client in enumerate(clients):
-        jobs = client.get("jobs") or []
-        whole = [job for job in jobs if job.get("in_window")]
-        cut = [job for job in jobs if not job.get("in_window")]
-        if len(whole) > _MOST_BARS:
-            first, last = whole[0]["start_seconds"], whole[-1]["end_seconds"]
-            panel.barh(row, last - first, 0.62, left=first - start, color="0.7",
-                       edgecolor="black", linewidth=0.5)  # fmt: skip
+        jobs = [job for job in client.get("jobs") or [] if job.get("in_window")]
+        if len(jobs) > _MOST_BARS:
+            _draw_bar(panel, row, jobs[0]["start_seconds"] - start,
+                      jobs[-1]["end_seconds"] - start, "0.7")  # fmt: skip
         else:
-            for index, job in enumerate(whole):
-                _draw_job(panel, row, job, start, "0.7" if index % 2 else "0.5")
-        for job in cut:
-            _draw_job(panel, row, job, start, "white")
-        count = f"{len(whole)} job{'' if len(whole) == 1 else 's'}"
+            for index, job in enumerate(jobs):
+                _draw_bar(panel, row, job["start_seconds"] - start, job["end_seconds"] - start,
+                          "0.7" if index % 2 else "0.5")  # fmt: skip
+        done = jobs[-1]["end_seconds"] if jobs else start
+        if client["status"] == "ok" and done < end:  # a client starts over until it is told to stop
+            _draw_bar(panel, row, done - start, end - start, "white")
+        count = f"{len(jobs)} job{'' if len(jobs) == 1 else 's'}"
         if client["status"] != "ok":
             count += f"\n{client['status']}"
         panel.annotate(
@@ -102,10 +101,9 @@ def _draw_jobs(panel: Axes, clients: Sequence[Mapping[str, Any]], start: float) 
     panel.set_ylim(len(clients) - 0.5, -0.5)
 
 
-def _draw_job(panel: Axes, row: int, job: Mapping[str, Any], start: float, color: str) -> None:
+def _draw_bar(panel: Axes, row: int, begin: float, end: float, color: str) -> None:
     panel.barh(
-        row, job["end_seconds"] - job["start_seconds"], 0.62, left=job["start_seconds"] - start,
-        color=color, edgecolor="black", linewidth=0.5,
+        row, end - begin, 0.62, left=begin, color=color, edgecolor="black", linewidth=0.5
     )  # fmt: skip
 
 
