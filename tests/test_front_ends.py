@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -34,8 +35,11 @@ def front_ends(server: ServerProcess) -> list[int]:
 
 
 def open_sockets(pid: int) -> int:
-    links = [os.readlink(path) for path in Path(f"/proc/{pid}/fd").iterdir()]
-    return sum(link.startswith("socket:") for link in links)
+    sockets = 0
+    for path in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # Closed since the folder was read.
+            sockets += os.readlink(path).startswith("socket:")
+    return sockets
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
@@ -62,6 +66,19 @@ def test_front_ends_never_import_torch(server):
         assert "libtorch" not in Path(f"/proc/{pid}/maps").read_text()
 
 
+def test_connections_are_shared_out_evenly(server):
+    pids = front_ends(server)
+    before = [open_sockets(pid) for pid in pids]
+    sessions = [requests.Session() for _ in range(12)]
+    for session in sessions:
+        assert session.get(f"{server.url}/health", timeout=10).status_code == 200
+    opened = [open_sockets(pid) - count for pid, count in zip(pids, before, strict=True)]
+    for session in sessions:
+        session.close()
+    assert opened == [6, 6]
+    wait_until(lambda: [open_sockets(pid) for pid in pids] == before)
+
+
 def test_every_front_end_gives_the_same_answers(server):
     for _ in range(2):  # Each connection goes to another front end.
         with requests.Session() as session:
@@ -75,19 +92,6 @@ def test_every_front_end_gives_the_same_answers(server):
             assert (batch["batch_size"], batch["batches"]) == (10, 3)
             bad = session.post(f"{server.url}/predict", data=b"no picture", timeout=30)
             assert bad.status_code == 400 and "cannot decode" in bad.json()["error"]
-
-
-def test_connections_are_shared_out_evenly(server):
-    pids = front_ends(server)
-    before = [open_sockets(pid) for pid in pids]
-    sessions = [requests.Session() for _ in range(12)]
-    for session in sessions:
-        assert session.get(f"{server.url}/health", timeout=10).status_code == 200
-    opened = [open_sockets(pid) - count for pid, count in zip(pids, before, strict=True)]
-    for session in sessions:
-        session.close()
-    assert opened == [6, 6]
-    wait_until(lambda: [open_sockets(pid) for pid in pids] == before)
 
 
 def test_statistics_are_the_same_from_every_front_end(server):
@@ -127,18 +131,18 @@ def test_ctrl_c_drains_every_front_end_and_the_result_has_all_requests(server):
     # The last test of this server: it ends it.
     pids = front_ends(server)
     before = server.stats()["successful_requests"]
-    with ThreadPoolExecutor(3) as pool:
-        futures = [pool.submit(server.batch_predict, {"batch_size": 24}) for _ in range(3)]
+    with ThreadPoolExecutor(2) as pool:
+        futures = [pool.submit(server.batch_predict, {"batch_size": 24}) for _ in range(2)]
         wait_until(lambda: server.stats()["waiting_images"] >= 4)
         # A terminal sends it to every process of the group.
         for pid in (server.process.pid, *pids):
             os.kill(pid, signal.SIGINT)
-        assert [future.result().status_code for future in futures] == [200] * 3
+        assert [future.result().status_code for future in futures] == [200] * 2
     assert server.process.wait(60) == 0
     assert all(gone(pid) for pid in pids)
     (path,) = server.results.glob("inference_server_*.json")
     result = json.loads(path.read_text())
-    assert result["figures"]["successful_requests"] == before + 3
+    assert result["figures"]["successful_requests"] == before + 2
     assert result["figures"]["unanswered_requests"] == result["figures"]["lost_front_ends"] == 0
     assert result["settings"]["front_ends"] == result["identity"]["front_ends"] == 2
 

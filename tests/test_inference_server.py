@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -198,6 +199,53 @@ def test_what_the_http_parser_refuses_is_json_too(server):
         assert head.split()[1] == status
         assert json.loads(body)["error"]
     assert requests.get(f"{server.url}/health", timeout=10).status_code == 200
+
+
+def test_headers_that_drip_in_without_end_are_refused_too(server):
+    pieces = [b"GET /health HTTP/1.1\r\nX: ", *[b"x" * 1000] * 80]
+    answer = exchange(server.port, *pieces)
+    assert answer == b"" or answer.startswith(b"HTTP/1.1 431 ")
+
+
+def test_requests_sent_ahead_are_answered_in_order_and_the_last_one_closes(server):
+    content = jpeg()
+    predict = b"POST /predict HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % len(content) + content
+    answers = exchange(
+        server.port,
+        predict + b"GET /nowhere HTTP/1.1\r\n\r\n" * 20 + b"GET /health HTTP/1.0\r\n\r\n",
+    )
+    statuses = re.findall(rb"HTTP/1\.1 (\d+) ", answers)
+    assert statuses == [b"200", *[b"404"] * 20, b"200"]
+    assert answers.count(b"Connection: close") == 1
+
+
+def test_a_client_that_asks_first_is_told_to_go_on(server):
+    content = jpeg()
+    head = b"POST /predict HTTP/1.1\r\nConnection: close\r\nExpect: 100-continue\r\n"
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+        connection.sendall(head + b"Content-Length: %d\r\n\r\n" % len(content))
+        assert connection.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        connection.sendall(content)
+        assert connection.makefile("rb").read().startswith(b"HTTP/1.1 200 ")
+
+
+def test_an_offer_of_another_protocol_is_passed_over(server):
+    content = jpeg()
+    head = (
+        b"POST /predict HTTP/1.1\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\n"
+        b"HTTP2-Settings: AAMAAABk\r\nContent-Length: %d\r\n\r\n" % len(content)
+    )
+    answer = exchange(server.port, head + content[:100], content[100:])
+    assert answer.startswith(b"HTTP/1.1 200 ")
+    assert answer.count(b"HTTP/1.1") == 1
+
+
+def test_head_and_options_have_no_body(server):
+    head = requests.head(f"{server.url}/health", timeout=10)
+    assert (head.status_code, head.content) == (200, b"")
+    assert int(head.headers["Content-Length"]) > 0
+    options = requests.options(f"{server.url}/predict", timeout=10)
+    assert (options.status_code, options.headers["Allow"]) == (200, "POST")
 
 
 def test_an_endless_chunked_body_is_cut_at_the_limit(server):

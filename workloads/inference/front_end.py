@@ -13,7 +13,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 from workloads.inference.http_app import Application, ServerState
-from workloads.inference.http_protocol import HttpLimits, HttpProtocol
+from workloads.inference.http_messages import BodyMemory, HttpLimits
+from workloads.inference.http_protocol import HttpProtocol
 from workloads.inference.image_service import Engine, ImageService
 from workloads.inference.server_stats import ServerStats, StatsWriter
 from workloads.inference.shared_block import FrontEndRegion, SharedBlock
@@ -23,6 +24,8 @@ from workloads.inference.shared_block import FrontEndRegion, SharedBlock
 IDLE_GRACE_SECONDS = 0.5
 OVERDUE_CHECK_SECONDS = 0.5
 DRAIN_CHECK_SECONDS = 0.02
+# For the bodies of all requests at a time: a thousand clients may each send the largest one.
+BODY_MEMORY_BYTES = 512 << 20
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,7 @@ class FrontEnd:
         self.loop = asyncio.new_event_loop()
         self._region = block.front_ends[index]
         self._limits = HttpLimits(settings.max_body_bytes, settings.request_seconds)
+        self._memory = BodyMemory(max(BODY_MEMORY_BYTES, 2 * settings.max_body_bytes))
         self._connections: set[HttpProtocol] = set()
         self._adopting = 0
         self._drain_started_seconds: float | None = None
@@ -117,7 +121,7 @@ class FrontEnd:
             self._continue_drain()
 
     async def _adopt(self, connection: socket.socket) -> None:
-        protocol = HttpProtocol(self._limits, self._application.handle, self._forget)
+        protocol = HttpProtocol(self._limits, self._memory, self._application.handle, self._forget)
         try:
             await self.loop.connect_accepted_socket(lambda: protocol, connection)
         except OSError:

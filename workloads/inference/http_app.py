@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from workloads.inference.http_protocol import Request
+from workloads.inference.http_messages import Request
 from workloads.inference.image_service import ImageService, Inference, Refusal
 from workloads.inference.server_metrics import CONTENT_TYPE, ServerMetrics
 from workloads.inference.server_stats import ServerStats, StatsWriter
