@@ -106,6 +106,7 @@ class SpeedTable:
         self._options = options
         self._processes = processes
         self._cache = cache
+        self._noted_neighbors = ""
         gpu = find_gpu(options.gpu)
         self._selector = gpu["uuid"] if gpu else None
         size = SIZE_CPU if gpu is None else SIZE_QUICK if options.quick else SIZE_GUIDE
@@ -246,11 +247,14 @@ class SpeedTable:
         self._write()
 
     def _note_neighbors(self, what: str) -> list[dict[str, Any]]:
-        """Note what else is on the GPU just before something is measured, and return it."""
+        """Return what else is on the GPU just before a measurement, and note a change of it."""
         neighbors = (nvml.compute_processes(self._selector) or []) if self._selector else []
-        if neighbors:
-            pids = ", ".join(describe_process(process) for process in neighbors)
-            self._note(f"{what}: other processes were on the GPU: {pids}")
+        pids = ", ".join(describe_process(process) for process in neighbors)
+        if pids and pids != self._noted_neighbors:
+            self._note(f"from {what} on, other processes were on the GPU: {pids}")
+        elif self._noted_neighbors and not pids:
+            self._note(f"from {what} on, the GPU was free of other processes")
+        self._noted_neighbors = pids
         return neighbors
 
     def _note(self, text: str) -> None:

@@ -11,7 +11,7 @@ from benchmarking.speed_jobs import SIZE_CPU, SIZE_QUICK, UNIT_EPOCH
 Table = Mapping[str, Any]
 UNKNOWN = "-"
 COLUMNS = (
-    "workload", "engine", "batch", "figure", "against eager fp32", "of the card's floor",
+    "workload", "engine", "batch", "figure", "against eager fp32", "fraction of the card's floor",
     "start-up",
 )  # fmt: skip
 
@@ -59,7 +59,7 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
     return [
         title, engine, batch, _figure(row), _ratio(row["speedup"], row["is_reference"]),
         UNKNOWN if row["floor_fraction"] is None
-        else f"{100 * row['floor_fraction']:.0f} % of {duration(1e3 * row['floor_seconds'])}",
+        else f"{100 * row['floor_fraction']:.0f} % (floor {duration(1e3 * row['floor_seconds'])})",
         startup,
     ]  # fmt: skip
 
@@ -100,7 +100,8 @@ def _explanation(table: Table) -> list[str]:
             "rate, or its bytes (inputs read once, outputs written once) over the card's "
             "bandwidth, whichever is longer. In training, parameters and optimizer state are read "
             "and written once in fp32, and gradients read once. Everything else is taken as free. "
-            "Data that stays in the card's cache between operators may beat it."
+            "Data that stays in the card's cache between operators may beat it. The fraction is "
+            "the floor over the figure."
         )
     if table["job_size"] == SIZE_QUICK:
         lines.append("Taken with --quick: shorter epochs and fewer batches.")

@@ -17,6 +17,9 @@ CPU_DEMO_BANNER = (
     "these figures say nothing about GPUs."
 )
 UNKNOWN = "unknown"
+CLIENT_COLUMNS = (
+    "client", "workload", "status", "job (s)", "jobs", "slowdown", "p99 (ms)", "cores", "proof",
+)  # fmt: skip
 
 
 class Teller:
@@ -75,7 +78,7 @@ def print_summary(run: Run) -> None:
             print(f"REASON: {record['reason']}")
         members = run.clients_of(record["co_run"])
         print_table(
-            ("client", "workload", "status", "job (s)", "jobs", "slowdown", "p99 (ms)", "proof"),
+            CLIENT_COLUMNS,
             [_client_row(member) for member in members],
         )
         for label, text in _figures(record):
@@ -99,6 +102,7 @@ def _client_row(record: Mapping[str, Any]) -> tuple[str, ...]:
         str(len(durations)),
         _number(record["slowdown"], ".2f"),
         _number(percentile(latencies, 99) if latencies else None, ".1f", unknown="-"),
+        _number(record.get("window_host_cpu_fraction"), ".2f", unknown="-"),
         record["proof"]["verdict"].replace("_", " "),
     )
 
