@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import os
 import shutil
 import subprocess
+import threading
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
 
 BF16_COMPUTE_CAPABILITY = (8, 0)
 MIB = 2**20
+POLLING_SECONDS = 0.5e-3
 
 
 @dataclass(frozen=True)
@@ -66,15 +70,19 @@ class ComputeDevice:
     def synchronize(self) -> None:
         """Wait until the device has finished everything that was launched.
 
-        The wait sleeps on the current stream's work instead of spinning, since other clients need
-        the cores; what other streams still do is waited for afterwards.
+        The wait polls for ``POLLING_SECONDS`` and then sleeps: other clients need the cores, but
+        waking up costs about 0.12 ms (seen on an H100), a quarter of a small batch.
         """
         if self.is_cuda:
             import torch
 
             done = torch.cuda.Event(blocking=True)
             done.record()
+            polling_end_seconds = time.monotonic() + POLLING_SECONDS
+            while not done.query() and time.monotonic() < polling_end_seconds:
+                pass
             done.synchronize()
+            # What other streams still do.
             torch.cuda.synchronize()
 
     def peak_memory_mib(self) -> float | None:
@@ -147,6 +155,8 @@ def open_device(args: argparse.Namespace) -> ComputeDevice:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if "OMP_NUM_THREADS" not in os.environ:
         os.environ["OMP_NUM_THREADS"] = str(usable_cores())
+    if args.device != "cpu":
+        _create_context_meanwhile()
 
     import torch
 
@@ -166,6 +176,24 @@ def open_device(args: argparse.Namespace) -> ComputeDevice:
     torch.backends.cudnn.benchmark = False
     torch.manual_seed(args.seed)
     return ComputeDevice(device, precision, _resolve_engine(args.engine, device))
+
+
+def _create_context_meanwhile() -> None:
+    """Let the driver create this process's context on its GPU while Python imports.
+
+    It is the primary context, which PyTorch then finds. Whatever fails here PyTorch says better.
+    """
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return
+
+    def create() -> None:
+        device, context = ctypes.c_int(), ctypes.c_void_p()
+        if driver.cuInit(0) == 0 and driver.cuDeviceGet(ctypes.byref(device), 0) == 0:
+            driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)
+
+    threading.Thread(target=create, name="cuda-context", daemon=True).start()
 
 
 def _gpu_expected(torch: object) -> bool:

@@ -66,13 +66,18 @@ class TrainState:
             torch.cuda.set_rng_state(self._cuda_rng)
 
 
-def compile_module(device: ComputeDevice, module: torch.nn.Module) -> torch.nn.Module:
-    """Return ``module`` compiled by torch.compile under ``--engine compile``, else unchanged."""
+def compile_module(
+    device: ComputeDevice, module: torch.nn.Module, options: dict[str, bool] | None = None
+) -> torch.nn.Module:
+    """Return ``module`` compiled by torch.compile under ``--engine compile``, else unchanged.
+
+    ``options`` are Inductor's. What was compiled once is taken from Inductor's cache on disk.
+    """
     if device.engine != "compile":
         return module
     import torch
 
-    return torch.compile(module)
+    return torch.compile(module, options=options)
 
 
 def prepare_step(

@@ -105,9 +105,11 @@ class BertTraining(client.Workload):
         if pretrained is None:
             tokenizer = text_model.train_tokenizer(self.dataset.train.texts)
             architecture = text_model.Architecture(args.layers, args.hidden)
-            model = text_model.build_model(
-                architecture, len(self.dataset.label_names), args.max_length
-            )
+            # Drawing 110 million initial weights takes the CPU two seconds.
+            with self.device.torch_device:
+                model = text_model.build_model(
+                    architecture, len(self.dataset.label_names), args.max_length
+                )
         else:
             tokenizer = text_model.load_tokenizer(pretrained)
             model = text_model.load_model(pretrained, len(self.dataset.label_names))

@@ -25,6 +25,8 @@ LABEL_SMOOTHING = 0.1
 WARM_UP_FRACTION = 0.3
 TEST_BATCH_SIZE = 500
 MAX_LOADER_WORKERS = 8
+# Independent small kernels in one launch: 7.96 ms a step instead of 8.26 ms on an H100.
+COMPILE_OPTIONS = {"combo_kernels": True}
 
 EPILOG = """examples:
   resnet_training.py --epochs 5                          CIFAR-10, downloaded on first use
@@ -134,11 +136,13 @@ class ResNetTraining(client.Workload):
             batch_size=self.test_batch_size, **shared,
         )  # fmt: skip
 
-        model = build_resnet50(len(dataset.class_names), args.stem)
+        where = self.device.torch_device
+        # Drawing the initial weights takes the CPU half a second.
+        with where:
+            model = build_resnet50(len(dataset.class_names), args.stem)
         if args.evaluate is not None:
             load_model(model, args.evaluate, args.stem, len(dataset.class_names))
-        where = self.device.torch_device
-        self.model = model.to(where, memory_format=torch.channels_last)
+        self.model = model.to(memory_format=torch.channels_last)
         self.totals = EpochTotals(where)
 
     def warm_up(self) -> None:
@@ -163,7 +167,7 @@ class ResNetTraining(client.Workload):
         self.state = TrainState(
             [self.model], self.optimizer, (self.step_index, *self.totals.tensors)
         )
-        network = compile_module(self.device, self.model)
+        network = compile_module(self.device, self.model, COMPILE_OPTIONS)
         self.model.eval()
         self.test_step = prepare_step(
             self.device, lambda: self._test_step(network, self.test_batch_size), self.reset
