@@ -17,7 +17,7 @@ from typing import Any
 from benchmarking.estimates import Estimate, estimate
 from benchmarking.event_log import Event
 from benchmarking.gpu_samples import summarize_samples
-from benchmarking.host_cpu import CpuReading, read_process_tree
+from benchmarking.host_cpu import CpuReading, read_process_trees
 from benchmarking.launcher import Client, FinishRule
 from benchmarking.sampler import Sampler
 
@@ -116,15 +116,14 @@ class WindowMeter(threading.Thread):
 
     def _measure(self, sampler: Sampler | None) -> list[Window]:
         """Return the window as a list of one, of none when it was cut short."""
-        before = [self._read(client.pid) for client in self._clients]
-        sampler_before = self._read(sampler.pid) if sampler else None
+        pids = [*(client.pid for client in self._clients), sampler.pid if sampler else None]
+        *before, sampler_before = read_process_trees(pids)
         suite_before = time.process_time()
         start = time.monotonic()
         cut_short = self._given_up.wait(self._seconds)
         end = time.monotonic()
         suite_seconds = time.process_time() - suite_before
-        sampler_after = self._read(sampler.pid) if sampler else None
-        after = [self._read(client.pid) for client in self._clients]
+        *after, sampler_after = read_process_trees(pids)
         if cut_short:
             return []
         length = end - start
@@ -146,10 +145,6 @@ class WindowMeter(threading.Thread):
                 gpu=summarize_samples(samples, start, end) if samples else None,
             )
         ]
-
-    @staticmethod
-    def _read(pid: int | None) -> CpuReading | None:
-        return None if pid is None else read_process_tree(pid)
 
 
 def _used(before: CpuReading | None, after: CpuReading | None, seconds: float) -> float | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -47,15 +47,23 @@ class _Stat:
     ended_children_seconds: float
 
 
-def read_process_tree(pid: int) -> CpuReading | None:
-    """Read a process with its descendants and the members of its session; `None` when it is gone.
+def read_process_trees(pids: Sequence[int | None]) -> list[CpuReading | None]:
+    """Read processes, each with its descendants and the members of its session.
 
     Front ends, load-test workers and data loaders count as the client that started them, also
     when their starter has left them behind in its session.
+
+    Args:
+        pids: The processes; `None` stands for one that was never started.
+
+    Returns:
+        A reading for each; `None` for one that is gone.
     """
     stats = _all_processes()
-    if pid not in stats:
-        return None
+    return [_read_tree(pid, stats) if pid in stats else None for pid in pids]
+
+
+def _read_tree(pid: int, stats: Mapping[int, _Stat]) -> CpuReading:
     members = _family(pid, stats)
     threads = {thread: seconds for member in members for thread, seconds in _threads_of(member)}
     seconds = sum(
@@ -64,7 +72,7 @@ def read_process_tree(pid: int) -> CpuReading | None:
     return CpuReading(seconds, threads)
 
 
-def _family(pid: int, stats: dict[int, _Stat]) -> set[int]:
+def _family(pid: int, stats: Mapping[int, _Stat]) -> set[int]:
     members = {pid} | {other for other, stat in stats.items() if stat.session == pid}
     while True:
         found = {other for other, stat in stats.items() if stat.parent in members} - members

@@ -23,7 +23,7 @@ from types import FrameType
 from typing import Any
 
 from benchmarking.event_log import Event, LineFollower, last_event, parse_event
-from benchmarking.host_cpu import CpuReading, read_process_tree
+from benchmarking.host_cpu import CpuReading, read_process_trees
 from benchmarking.plan import PlannedClient, PlannedCoRun
 from benchmarking.run_store import ClientPaths
 
@@ -230,10 +230,6 @@ class Client:
             return False
         return True
 
-    def host_cpu(self) -> CpuReading | None:
-        """Processor time so far of the client and all that it started; `None` when gone."""
-        return read_process_tree(self.pid) if self.pid else None
-
 
 @dataclass(frozen=True)
 class ClientOutcome:
@@ -322,7 +318,7 @@ class Launcher:
             self._get_ready(clients)
             result.ready_seconds = time.monotonic()
             before_go(clients)
-            cpu_at_go = [client.host_cpu() for client in clients]
+            cpu_at_go = read_process_trees([client.pid for client in clients])
             # The window opens before the first command: a job that the first client begins while
             # the last one is still being told (see go_skew_ms) lies in it.
             result.window_start_seconds = time.monotonic()
@@ -338,7 +334,7 @@ class Launcher:
         finally:
             if result.window_start_seconds is not None:
                 result.window_end_seconds = time.monotonic()
-                cpu_at_stop = [client.host_cpu() for client in clients]
+                cpu_at_stop = read_process_trees([client.pid for client in clients])
             self._end(clients)
         result.clients = [
             _client_outcome(client, result.outcome, at_go, at_stop)

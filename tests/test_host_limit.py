@@ -97,7 +97,7 @@ child.kill()
         assert client.stdout.readline() == b"ready\n"
         deadline = time.monotonic() + 20
         while time.monotonic() < deadline:
-            reading = host_cpu.read_process_tree(client.pid)
+            (reading,) = host_cpu.read_process_trees([client.pid])
             if reading.seconds >= 0.6:
                 break
             time.sleep(0.05)
@@ -111,4 +111,4 @@ child.kill()
 def test_a_process_that_is_gone_has_no_reading() -> None:
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    assert host_cpu.read_process_tree(gone.pid) is None
+    assert host_cpu.read_process_trees([gone.pid, None]) == [None, None]
