@@ -285,9 +285,8 @@ class SuiteRun:
                 failure, holds = failure or end, False
             ramp.note(count, holds=holds)
         if ramp.first_bad is not None:
-            self._note(
-                f"{ramp.first_bad} clients are too many; {ramp.last_good or 'no count'} held"
-            )
+            held = "no smaller count" if ramp.last_good is None else f"{ramp.last_good}"
+            self._note(f"breaking point: {ramp.first_bad} at once; {held} held")
         if failure is not None:
             raise failure
 

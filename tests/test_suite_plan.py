@@ -139,7 +139,7 @@ def test_bisection_finds_the_count_between_with_everything_that_the_others_had(
     }  # fmt: skip
     assert run.co_run_records[3]["stop_reason"]["client"] == 3
     assert "interactive-6-r0 does not hold: client 3 (Jupyter session) ran out" in done.stderr
-    assert "4 clients are too many; 3 held" in run.manifest["notes"][-2]
+    assert "breaking point: 4 at once; 3 held" in run.manifest["notes"][-2]
     added = run.manifest["plan"]["co_runs"][-1]["clients"][0]
     assert "--resolved yes" in " ".join(added["command"])
     assert added["command"][-2:] == ["--cell-repeats", "3"]
