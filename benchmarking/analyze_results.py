@@ -6,14 +6,16 @@
 
 Finds every run at or below the folder and writes, into `--output` (default: the same folder),
 `report.html` (one self-contained file), `report.md`, `comparison.csv`, `comparison.json` and the
-charts as PNG. Given one run, the runs beside it lend the baselines that it reused. Exit codes:
-0 done, 2 wrong usage or nothing to analyze, 130 interrupted.
+charts as PNG; with `--each-run` also a `report.html` into every run's folder. Given one run, the
+runs beside it lend the baselines that it reused. Exit codes: 0 done, 2 wrong usage or nothing to
+analyze, 130 interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,11 +38,10 @@ class UsageError(Exception):
 
 
 def main() -> int:
-    """Read, compare, draw, write, print."""
+    """Analyze and print; turn what goes wrong into one sentence and an exit code."""
     options = parse_arguments()
     try:
-        folders, compared = read_and_compare(options.results_dir, options.slo_ms)
-        write_files(compared, draw_and_build(compared, folders, options.output), options.output)
+        compared = analyze(options)
     except UsageError as error:
         print(f"analyze_results.py: error: {error}", file=sys.stderr)
         return EXIT_USAGE
@@ -50,6 +51,15 @@ def main() -> int:
     print(terminal_report.render(compared))
     print(f"report: {options.output / 'report.html'} (and report.md)")
     return 0
+
+
+def analyze(options: argparse.Namespace) -> Comparison:
+    """Read, compare, draw, write."""
+    folders, compared = read_and_compare(options.results_dir, options.slo_ms)
+    write_files(compared, draw_and_build(compared, folders, options.output), options.output)
+    if options.each_run:
+        write_run_reports(compared, folders, options.slo_ms)
+    return compared
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -67,6 +77,10 @@ def parse_arguments() -> argparse.Namespace:
         "--slo-ms", type=_positive, metavar="MS",
         help="say which share of the latency jobs' responses came within this bound "
         "(default: the bound that a run was given)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--each-run", action="store_true",
+        help="also write each run's own report.html into its folder",
     )  # fmt: skip
     options = parser.parse_args()
     options.output = options.output or options.results_dir
@@ -186,6 +200,20 @@ def write_files(compared: Comparison, document: Document, output: Path) -> None:
     # As objects: a column of counts with an unknown among them would become one of floats.
     frame = pandas.DataFrame(rows, columns=None if rows else ["section"], dtype=object)
     frame.to_csv(output / "comparison.csv", index=False)
+
+
+def write_run_reports(compared: Comparison, folders: dict[str, Path], slo_ms: float | None) -> None:
+    """Write each run's own page into its folder; the other runs lend the baselines it reused."""
+    from benchmarking.analysis import html_report
+
+    runs = [run for section in compared.sections for run in section.runs]
+    for run in runs:
+        others = [other for other in runs if other is not run]
+        alone = decision.decide(comparison.compare([run], references=others, slo_ms=slo_ms))
+        with tempfile.TemporaryDirectory() as charts:  # the page holds them as SVG
+            document = draw_and_build(alone, folders, Path(charts))
+        page = html_report.render(document)
+        (folders[run.run_id] / "report.html").write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":

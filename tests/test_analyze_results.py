@@ -152,6 +152,19 @@ def test_one_runs_folder_gets_its_own_report_with_the_baseline_of_the_run_beside
     assert not (tmp_path / "report.html").exists()
 
 
+def test_each_run_gets_a_page_of_its_own_when_asked_for(tmp_path):
+    shutil.copytree(FIXTURE, tmp_path / "results")
+    done = analyze("--results-dir", tmp_path / "results", "--each-run", "--slo-ms", "7")
+    assert done.returncode == 0, done.stderr
+    pages = {path.parent.name: path.read_text() for path in tmp_path.glob("results/*/report.html")}
+    assert set(pages) == {"mps-mixed-20260101-001000", "time-slicing-mixed-20260101-000000"}
+    page = pages["mps-mixed-20260101-001000"]
+    assert "no other mode was measured" in page
+    assert "of responses within 7.00 ms" in page
+    assert page.count("<svg") == 6
+    assert not list(tmp_path.glob("results/*/*.png"))
+
+
 @pytest.mark.parametrize("wrong", [["--slo-ms", "0"], ["--slo-ms", "nan"], ["--colour"]])
 def test_wrong_arguments_end_with_code_2_and_one_sentence(wrong):
     done = analyze(*wrong)
