@@ -15,7 +15,7 @@ Phase 1 baseline       each job of the mix alone
 Phase 2 time-slicing   the mix together, as CUDA does by itself
 Phase 3 mps            the mix together under NVIDIA MPS
 Phase 4 mig            each job on a MIG instance of its own (where MIG is on, or with --mig)
-Phase 5 analysis       comparison table, charts, report.md
+Phase 5 analysis       decision, table, charts: report.html, report.md
 
 Without an NVIDIA GPU phases 1 and 2 run as a small demonstration on the CPU. A phase that fails does
 not stop the others; Ctrl-C stops, undoes what was enabled and reports what was done.

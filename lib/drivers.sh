@@ -315,7 +315,7 @@ suite::reason() {
 }
 
 analysis::run() {
-    run "$PYTHON" "$PROJECT_ROOT/benchmarking/analyze_results.py" --results-dir "$OUTPUT"
+    run "$PYTHON" "$PROJECT_ROOT/benchmarking/analyze_results.py" --results-dir "$OUTPUT" --each-run
 }
 
 # --- modes --------------------------------------------------------------------------------------------
