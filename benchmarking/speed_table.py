@@ -106,6 +106,8 @@ class SpeedTable:
         self._options = options
         self._processes = processes
         self._cache = cache
+        # What somebody filled before says nothing of a start from an empty cache.
+        self._fills_cache = not any(cache.iterdir())
         self._noted_neighbors = ""
         gpu = find_gpu(options.gpu)
         self._selector = gpu["uuid"] if gpu else None
@@ -172,7 +174,7 @@ class SpeedTable:
         flags = self._flags(job, engine, precision)
         environment = {CACHE_VARIABLE: str(self._cache)} if engine == COMPILE else {}
         try:
-            if engine == COMPILE:
+            if engine == COMPILE and self._fills_cache:
                 say(f"{name}: filling the cache")
                 first = self._processes.run_workload(
                     job.script, [*flags, *job.prewarm], environment
@@ -297,6 +299,7 @@ def compile_cache() -> Iterator[Path]:
     """Yield the cache of torch.compile: the environment's own, else an empty one for this run."""
     given = os.environ.get(CACHE_VARIABLE)
     if given:
+        Path(given).mkdir(parents=True, exist_ok=True)
         yield Path(given)
         return
     with tempfile.TemporaryDirectory(prefix="inductor-") as folder:

@@ -88,10 +88,10 @@ def _explanation(table: Table) -> list[str]:
         "to the card are not in them. Start-up is everything before the first timed step: imports, "
         "data, model, warm-up, capture, compilation.",
     ]
-    if any(row["cold_startup_seconds"] is not None for row in table["rows"]):
+    if any(row["engine"] == "compile" for row in table["rows"]):
         lines.append(
             "Engine compile starts from one prewarmed cache (TORCHINDUCTOR_CACHE_DIR); in brackets "
-            "the start-up that filled it."
+            "the start-up that filled it, where this run did."
         )
     if table["card_rates"] is not None:
         lines.append(

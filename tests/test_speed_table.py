@@ -100,6 +100,18 @@ def test_compile_starts_from_one_cache_that_a_short_run_filled(bench: Bench) -> 
     assert all(call.endswith("cache=-") for call in others)
 
 
+def test_a_cache_filled_before_says_nothing_of_a_cold_start(bench: Bench, tmp_path: Path) -> None:
+    cache = tmp_path / "filled"
+    cache.mkdir()
+    (cache / "kernel").touch()
+    bench.environment["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
+    assert bench.run("--only", "resnet50-batch1", "--engines", "compile")[0] == 0
+    compiled = [call for call in bench.calls() if "--engine compile" in call]
+    assert len(compiled) == 1 and compiled[0].endswith(f"cache={cache}")
+    row = bench.table()["rows"][1]
+    assert (row["startup_seconds"], row["cold_startup_seconds"]) == (5.0, None)
+
+
 def test_a_failure_is_a_row_with_its_reason(bench: Bench) -> None:
     code, _ = bench.run("--only", "resnet18-batch32", "--engines", "graph", fail="eager")
     assert code == 1
