@@ -8,10 +8,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from workloads.inference.image_input import FORMATS, ImageRejected, decode_image
+from workloads.inference.image_input import (
+    FORMATS,
+    ImageRejected,
+    is_large,
+    open_image,
+    small_array,
+)
 
 MAX_PIXELS = 1_000_000
 NOISE = np.random.default_rng(0).integers(0, 256, (60, 100, 3), dtype=np.uint8)
+
+
+def decode_image(content: bytes, max_pixels: int) -> np.ndarray:
+    return small_array(open_image(content, max_pixels))
 
 
 def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -78,6 +88,13 @@ def test_a_decompression_bomb_is_refused_by_its_header():
     with pytest.raises(ImageRejected, match="13000x13000 pixels; at most 1000000") as refusal:
         decode_image(bomb, MAX_PIXELS)
     assert refusal.value.status == 413
+
+
+def test_a_large_picture_is_known_by_its_header_and_a_large_jpeg_decodes_small():
+    large = Image.new("RGB", (2100, 2100))
+    assert is_large(open_image(encoded(large, "PNG"), 10_000_000))
+    assert not is_large(open_image(encoded(large, "JPEG"), 10_000_000))
+    assert not is_large(open_image(encoded(large.reduce(2), "PNG"), 10_000_000))
 
 
 def test_the_pixel_limit_itself_is_accepted():

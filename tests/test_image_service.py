@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import queue
+import threading
 import time
 
 import pytest
+from PIL import Image
 from server_process import jpeg
 
+from workloads.inference import image_service
 from workloads.inference.batcher import Outcome
+from workloads.inference.image_input import is_large, small_array
 from workloads.inference.image_service import ABANDON, ImageService, Refusal
 from workloads.inference.shared_block import BlockShape, FrontEndRegion, SharedBlock
 
@@ -16,15 +21,15 @@ from workloads.inference.shared_block import BlockShape, FrontEndRegion, SharedB
 class Front:
     """A service whose event loop and engine are the test."""
 
-    def __init__(self, max_inside: int = 2) -> None:
-        self.block = SharedBlock(BlockShape(front_ends=2, slots=2, max_batch=4))
+    def __init__(self, max_inside: int = 2, slots: int = 2, max_pixels: int = 100_000) -> None:
+        self.block = SharedBlock(BlockShape(front_ends=2, slots=slots, max_batch=4))
         self.region = self.block.front_ends[0]
         self.submitted: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()
         self.calls: queue.SimpleQueue = queue.SimpleQueue()
         self.results: list = []
         self.service = ImageService(
-            self.block, self.region, self, threads=1, max_inside=max_inside, max_pixels=100_000,
-            answer_seconds=5.0, call_soon=lambda *call: self.calls.put(call),
+            self.block, self.region, self, threads=1, max_inside=max_inside,
+            max_pixels=max_pixels, answer_seconds=5.0, call_soon=lambda *call: self.calls.put(call),
         )  # fmt: skip
 
     def submit(self, slot: int, images: int) -> None:
@@ -90,6 +95,27 @@ def test_the_bound_counts_the_requests_of_the_other_front_ends():
     front.classify(jpeg())
     with pytest.raises(Refusal):  # No slot is left.
         front.classify(jpeg())
+
+
+def test_large_pictures_keep_no_small_one_waiting(monkeypatch):
+    free = threading.Event()
+
+    def slow_when_large(opened):
+        if is_large(opened):
+            assert free.wait(10)
+        return small_array(opened)
+
+    monkeypatch.setattr(image_service, "small_array", slow_when_large)
+    front = Front(slots=4, max_inside=4, max_pixels=10_000_000)
+    file = io.BytesIO()
+    Image.new("L", (2100, 2100)).save(file, "PNG")
+    for _ in range(3):
+        front.classify(file.getvalue())
+    front.classify(jpeg())
+    small, _ = front.next_submitted()
+    assert front.gauge(FrontEndRegion.DECODING) == 0
+    free.set()
+    assert sorted([small, *[front.next_submitted()[0] for _ in range(3)]]) == [0, 1, 2, 3]
 
 
 def test_a_picture_that_cannot_be_decoded_gives_its_slot_back():

@@ -89,6 +89,7 @@ class FrontEnds:
                 member.begin_drain(timeout_seconds)
             for member in self._members:
                 member.join(max(0.0, end_seconds - time.monotonic()))
+                member.abandon_all()
             if self._receiver is not None:
                 self._receiver.join()
         return sum(member.unanswered for member in self._members)

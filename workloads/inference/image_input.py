@@ -1,7 +1,7 @@
 """Turns the bytes that a client sent into one small RGB array, whatever these bytes are.
 
 The bytes come from the network, so nothing in them is believed: the format list is closed, the
-pixel count is checked before anything is decoded, and large pictures are decoded two at a time.
+pixel count is checked before anything is decoded, and large pictures can be told from their header.
 The picture is cropped to its central square and resized to 224x224, the usual way of ImageNet
 classifiers without their last few percent of border.
 """
@@ -9,7 +9,6 @@ classifiers without their last few percent of border.
 from __future__ import annotations
 
 import io
-import threading
 import warnings
 from collections.abc import Callable
 
@@ -28,10 +27,8 @@ EXIF_TRANSPOSITIONS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# A decoded picture takes up to 8 bytes a pixel for a moment. One request thread each would
-# multiply that by dozens; so pictures above this size wait for one of two places.
+# A decoded picture takes up to 8 bytes a pixel for a moment, and seconds where it is huge.
 LARGE_IMAGE_PIXELS = 4_000_000
-_large_decodes = threading.BoundedSemaphore(2)
 
 # The pixel limit is ours and is checked after the header is read; Pillow's own only warns at
 # this size and raises at twice as much.
@@ -53,15 +50,12 @@ class ImageRejected(Exception):
         self.status = status
 
 
-def decode_image(content: bytes, max_pixels: int) -> np.ndarray:
-    """Return the picture in ``content`` as uint8 of shape (224, 224, 3), RGB.
-
-    Animated pictures give their first frame; EXIF rotation is applied; transparency is dropped;
-    16-bit and floating-point grey values are brought to 8 bits.
+def open_image(content: bytes, max_pixels: int) -> Image.Image:
+    """Read the header of the picture in ``content``; nothing is decoded yet.
 
     Args:
         content: A whole image file.
-        max_pixels: The most pixels (width x height) that are decoded.
+        max_pixels: The most pixels (width x height) that are accepted.
 
     Raises:
         ImageRejected: Not an image of a known format, damaged, or larger than ``max_pixels``.
@@ -76,10 +70,24 @@ def decode_image(content: bytes, max_pixels: int) -> np.ndarray:
         )
     # JPEG can decode at 1/2, 1/4 or 1/8 of its size, which is what makes phone pictures cheap.
     _guarded(lambda: image.draft("RGB", (IMAGE_SIZE, IMAGE_SIZE)))
-    if image.width * image.height <= LARGE_IMAGE_PIXELS:
-        return _guarded(lambda: _small_rgb(image))
-    with _large_decodes:
-        return _guarded(lambda: _small_rgb(image))
+    return image
+
+
+def is_large(image: Image.Image) -> bool:
+    """Return whether decoding an opened picture takes so much memory that few may do it at once."""
+    return image.width * image.height > LARGE_IMAGE_PIXELS
+
+
+def small_array(image: Image.Image) -> np.ndarray:
+    """Decode an opened picture; return it as uint8 of shape (224, 224, 3), RGB.
+
+    Animated pictures give their first frame; EXIF rotation is applied; transparency is dropped;
+    16-bit and floating-point grey values are brought to 8 bits.
+
+    Raises:
+        ImageRejected: The picture is damaged.
+    """
+    return _guarded(lambda: _small_rgb(image))
 
 
 def _guarded(read: Callable):

@@ -14,15 +14,17 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
+from PIL.Image import Image
 
 from workloads.inference.batcher import Outcome
-from workloads.inference.image_input import ImageRejected, decode_image
+from workloads.inference.image_input import ImageRejected, is_large, open_image, small_array
 from workloads.inference.shared_block import FrontEndRegion, SharedBlock
 from workloads.inference.upload import BadUpload, find_image
 
+Result = TypeVar("Result")
 # A record of one submission: slot, then how many synthetic images (0: the slot's own picture).
 ABANDON = 0xFFFFFFFF
 
@@ -124,8 +126,10 @@ class ImageService:
         self._jobs: dict[int, _Job] = {}
         self._uploads: queue.SimpleQueue[tuple[_Job, str, bytes]] = queue.SimpleQueue()
         self._decoding_lock = threading.Lock()
-        for number in range(threads):
-            threading.Thread(target=self._decode_all, name=f"decode-{number}", daemon=True).start()
+        self._large: queue.SimpleQueue[tuple[_Job, Image]] = queue.SimpleQueue()
+        large_threads = 2 if len(block.front_ends) == 1 else 1
+        for work in (*[self._decode_all] * threads, *[self._decode_all_large] * large_threads):
+            threading.Thread(target=work, name="decode", daemon=True).start()
 
     def classify(
         self, content_type: str, body: bytes, since_seconds: float, answer: Answer
@@ -221,31 +225,61 @@ class ImageService:
         while True:
             job, content_type, body = self._uploads.get()
             job.begun_seconds = time.monotonic()
-            refusal = self._decode(job, content_type, body)
-            job.queued_seconds = time.monotonic()
-            # First: whoever takes the picture looks whether more are to be expected.
+            opened = _attempt(_open, content_type, body, self._max_pixels)
+            large = not isinstance(opened, Refusal) and is_large(opened)
+            refusal = None if large else self._decode(job, opened)
+            # First: whoever takes the picture looks whether more are to be expected, and a large
+            # one is not to be expected soon.
             self._count_decoding(-1)
-            if refusal is None:
-                self._engine.submit(job.slot, 0)
+            if large:
+                self._large.put((job, opened))
             else:
-                self._call_soon(self._reject, job, refusal)
+                self._pass_on(job, refusal)
 
-    def _decode(self, job: _Job, content_type: str, body: bytes) -> Refusal | None:
+    def _decode_all_large(self) -> None:
+        """Decode large pictures, so that they keep no small ones waiting and few are in memory."""
+        while True:
+            job, opened = self._large.get()
+            self._pass_on(job, self._decode(job, opened))
+
+    def _decode(self, job: _Job, opened: Image | Refusal) -> Refusal | None:
+        """Decode a picture into its slot; return why not, if so."""
+        if isinstance(opened, Refusal):
+            return opened
+        # Looked at before and after, since decoding may take long.
+        picture = _attempt(small_array, opened) if job.answer is not None else None
+        if isinstance(picture, Refusal):
+            return picture
         if job.answer is None:
             return Refusal(503, "nobody waits for it")
-        try:
-            picture = decode_image(find_image(content_type, body), self._max_pixels)
-        except BadUpload as error:
-            return Refusal(400, str(error))
-        except ImageRejected as error:
-            return Refusal(error.status, str(error))
-        # A decoding thread must outlive whatever happens: it is not started again.
-        except Exception as error:
-            logging.getLogger("inference_server").error("decoding failed", exc_info=error)
-            return Refusal(500, "internal error; the server's log has the details")
         self._region.images[job.slot] = picture
-        return None if job.answer is not None else Refusal(503, "nobody waits for it")
+        return None
+
+    def _pass_on(self, job: _Job, refusal: Refusal | None) -> None:
+        job.queued_seconds = time.monotonic()
+        if refusal is None:
+            self._engine.submit(job.slot, 0)
+        else:
+            self._call_soon(self._reject, job, refusal)
 
     def _reject(self, job: _Job, refusal: Refusal) -> None:
         self._let_go(job)
         self._answer(job, refusal)
+
+
+def _open(content_type: str, body: bytes, max_pixels: int) -> Image:
+    return open_image(find_image(content_type, body), max_pixels)
+
+
+def _attempt(step: Callable[..., Result], *arguments: object) -> Result | Refusal:
+    """Return what ``step`` returns, or the answer to whoever sent what it cannot take."""
+    try:
+        return step(*arguments)
+    except BadUpload as error:
+        return Refusal(400, str(error))
+    except ImageRejected as error:
+        return Refusal(error.status, str(error))
+    # A decoding thread must outlive whatever happens: it is not started again.
+    except Exception as error:
+        logging.getLogger("inference_server").error("decoding failed", exc_info=error)
+        return Refusal(500, "internal error; the server's log has the details")

@@ -225,6 +225,8 @@ class InferenceServer(client.Workload):
 
         for number in previous:
             signal.signal(number, stop)
+        # What was answered before the start belongs to no job.
+        self._stats.new_requests()
         while not (recorder.stop_requested or self._serving.done() or self._front_ends.failure):
             self._look_after(recorder)
             if self._stop.wait(POLL_SECONDS):
