@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from benchmarking import metrics
+from benchmarking import intervals, metrics
 
 # Where a claim compares modes; under three there is a range, but no interval.
 MIN_REPEATS_FOR_CLAIM = 3
@@ -54,7 +54,7 @@ class Estimate:
         """Whether both have a spread at all and the two overlap."""
         if min(self.repeats, other.repeats) < 2:
             return False
-        return metrics.intervals_overlap(self._triple, other._triple)
+        return intervals.intervals_overlap(self._triple, other._triple)
 
     @property
     def _triple(self) -> tuple[float, float, float]:
@@ -66,7 +66,7 @@ def estimate(values: Iterable[float | None]) -> Estimate | None:
     known = tuple(value for value in values if value is not None and value > 0)
     if not known:
         return None
-    return Estimate(*metrics.geometric_mean_interval(known), known, is_interval=len(known) >= 3)
+    return Estimate(*intervals.geometric_mean_interval(known), known, is_interval=len(known) >= 3)
 
 
 def overhead_estimate(stp: Estimate | None) -> Estimate | None:

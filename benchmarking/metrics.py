@@ -8,8 +8,7 @@ Unknown is `None` everywhere: a figure that lacks one of its inputs is `None`, n
 
 Sources: S. Eyerman and L. Eeckhout, "System-Level Performance Metrics for Multiprogram
 Workloads", IEEE Micro 28(3), 2008 (STP, ANTT); R. Jain, D. Chiu and W. Hawe, "A Quantitative
-Measure of Fairness and Discrimination", DEC TR-301, 1984 (fairness); M. Abramowitz and
-I. Stegun, "Handbook of Mathematical Functions", 26.7.3 and 26.7.4 (Student's t).
+Measure of Fairness and Discrimination", DEC TR-301, 1984 (fairness).
 """
 
 from __future__ import annotations
@@ -19,20 +18,12 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from benchmarking.number_text import duration
-
 Units = Mapping[str, Mapping[str, Any]]
 Record = Mapping[str, Any]
 
 # A client whose units are requests at a fixed offered rate does no more work on a faster GPU,
 # so its progress says nothing about throughput: it is judged by its latency alone.
 OFFERED_RATE_KINDS = frozenset({"request"})
-
-SATURATION_FRACTION = 0.95
-
-# Which status names the cause when several clients of one co-run failed: a neighbour that was
-# killed or timed out is more often the consequence than the cause.
-_FAILURES_BY_CAUSE = ("oom", "failed", "timeout", "killed")
 
 
 # --- one client -----------------------------------------------------------------------------
@@ -364,180 +355,3 @@ def _all_known(values: Iterable[float | None]) -> list[float] | None:
     """The values as a list, or `None` when there are none or one of them is unknown."""
     known = list(values)
     return None if not known or any(x is None for x in known) else known  # type: ignore[return-value]
-
-
-# --- repeats --------------------------------------------------------------------------------
-
-
-def student_t_probability(t: float, degrees_of_freedom: int) -> float:
-    """`P(|T| <= t)` for Student's t with whole degrees of freedom, exactly.
-
-    Abramowitz and Stegun 26.7.3 (odd) and 26.7.4 (even): a finite sum of powers of the cosine of
-    `theta = atan(t / sqrt(df))`. Raises `ValueError` under one degree of freedom.
-    """
-    if degrees_of_freedom < 1:
-        raise ValueError(f"degrees of freedom must be 1 or more, not {degrees_of_freedom}")
-    theta = math.atan(t / math.sqrt(degrees_of_freedom))
-    sine, cosine = math.sin(theta), math.cos(theta)
-    odd = degrees_of_freedom % 2 == 1
-    term = cosine if odd else 1.0
-    total = 0.0
-    for step in range(1, degrees_of_freedom // 2 + 1):
-        total += term
-        ratio = 2 * step / (2 * step + 1) if odd else (2 * step - 1) / (2 * step)
-        term *= ratio * cosine * cosine
-    return 2 / math.pi * (theta + sine * total) if odd else sine * total
-
-
-def student_t_quantile(confidence: float, degrees_of_freedom: int) -> float:
-    """The `t` with `P(|T| <= t) = confidence` (two-sided): 4.303 for 0.95 and 2 degrees.
-
-    Found by bisection over the exact probability. Raises `ValueError` when `confidence` is not
-    between 0 and 1.
-    """
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must be between 0 and 1, not {confidence}")
-    low, high = 0.0, math.pi / 2
-    for _ in range(200):  # more halvings than a double has digits
-        middle = (low + high) / 2
-        t = math.sqrt(degrees_of_freedom) * math.tan(middle)
-        if student_t_probability(t, degrees_of_freedom) < confidence:
-            low = middle
-        else:
-            high = middle
-    return math.sqrt(degrees_of_freedom) * math.tan((low + high) / 2)
-
-
-def geometric_mean_interval(
-    values: Sequence[float], confidence: float = 0.95
-) -> tuple[float, float, float]:
-    """Geometric mean of repeats with its interval: `(mean, low, high)`.
-
-    From three values on the interval is Student's t on the logarithms (df = n - 1); ratios are
-    skewed, their logarithms less so. Under three it is only the range of the values. Raises
-    `ValueError` without values, or when one is not positive.
-    """
-    if not values or any(not value > 0 for value in values):
-        raise ValueError(f"a geometric mean needs positive values, not {list(values)}")
-    logs = [math.log(value) for value in values]
-    center = statistics.fmean(logs)
-    if len(logs) < 3:
-        low, high = min(values), max(values)
-        return min(max(math.exp(center), low), high), low, high  # exp(log(x)) is not always x
-    half = student_t_quantile(confidence, len(logs) - 1) * statistics.stdev(logs)
-    half /= math.sqrt(len(logs))
-    return math.exp(center), math.exp(center - half), math.exp(center + half)
-
-
-def intervals_overlap(one: tuple[float, float, float], other: tuple[float, float, float]) -> bool:
-    """Whether two `(mean, low, high)` intervals share a point: then no difference is shown."""
-    return one[1] <= other[2] and other[1] <= one[2]
-
-
-# --- stress test ----------------------------------------------------------------------------
-
-
-def saturation_count(
-    stp_by_clients: Mapping[int, float | None], fraction: float = SATURATION_FRACTION
-) -> int | None:
-    """First count of clients whose STP is under `fraction` of the best STP at a smaller count.
-
-    Counts with an unknown STP are passed over. `None` when no count saturates.
-    """
-    best: float | None = None
-    for clients, stp in sorted(stp_by_clients.items()):
-        if stp is None:
-            continue
-        if best is not None and stp < fraction * best:
-            return clients
-        best = stp if best is None else max(best, stp)
-    return None
-
-
-def sufficient_count(
-    stp_by_clients: Mapping[int, float | None], fraction: float = SATURATION_FRACTION
-) -> int | None:
-    """Fewest clients that deliver `fraction` of the best STP of all counts: more gain nothing.
-
-    `None` when no count has an STP.
-    """
-    known = {clients: stp for clients, stp in stp_by_clients.items() if stp is not None}
-    best = max(known.values(), default=0.0)
-    return min((n for n, stp in known.items() if stp >= fraction * best), default=None)
-
-
-def breaking_point(
-    co_runs: Sequence[Record],
-    client_records: Sequence[Record] = (),
-    *,
-    max_slowdown: float | None = None,
-    max_p99_ms: float | None = None,
-) -> dict[str, Any]:
-    """First count of clients at which a client failed, or a bound that was asked for was passed.
-
-    `co_runs` are the co-run records of one ramp (`clients`, `outcome`, `reason`, `co_run`);
-    `client_records` their clients, matched by `co_run`. Of several repeats at one count, one that
-    breaks is enough. Invalid and interrupted co-runs prove nothing either way: their counts are
-    listed in `not_judged`, unless another repeat of that count was judged.
-
-    Returns `{"clients": int | None, "criterion": "oom"|"failed"|"timeout"|"killed"|"slowdown"|
-    "p99"|None, "detail": str | None, "last_good_clients": int | None,
-    "highest_clients_tried": int | None, "not_judged": [int, ...]}`; `clients` is `None` when it
-    was not reached.
-    """
-    by_count: dict[int, list[Record]] = {}
-    for co_run in co_runs:
-        by_count.setdefault(co_run["clients"], []).append(co_run)
-    last_good: int | None = None
-    not_judged: list[int] = []
-    for clients, repeats in sorted(by_count.items()):
-        judged = [run for run in repeats if run["outcome"] in ("ok", "failed", "timeout")]
-        if not judged:
-            not_judged.append(clients)
-            continue
-        for run in judged:
-            members = [
-                record for record in client_records if record.get("co_run") == run.get("co_run")
-            ]
-            criterion, detail = _broken_by(run, members, max_slowdown, max_p99_ms)
-            if criterion is not None:
-                return {
-                    "clients": clients,
-                    "criterion": criterion,
-                    "detail": detail,
-                    "last_good_clients": last_good,
-                    "highest_clients_tried": max(by_count),
-                    "not_judged": not_judged,
-                }
-        last_good = clients
-    return {
-        "clients": None,
-        "criterion": None,
-        "detail": None,
-        "last_good_clients": last_good,
-        "highest_clients_tried": max(by_count, default=None),
-        "not_judged": not_judged,
-    }
-
-
-def _broken_by(
-    co_run: Record,
-    members: Sequence[Record],
-    max_slowdown: float | None,
-    max_p99_ms: float | None,
-) -> tuple[str | None, str | None]:
-    """Which criterion this co-run breaks, and in words; `(None, None)` when it holds."""
-    if co_run["outcome"] in ("failed", "timeout"):
-        statuses = [record["status"] for record in members]
-        cause = next((status for status in _FAILURES_BY_CAUSE if status in statuses), None)
-        return cause or co_run["outcome"], co_run.get("reason")
-    slowdowns = [record["slowdown"] for record in members if record.get("slowdown") is not None]
-    if max_slowdown is not None and slowdowns and max(slowdowns) > max_slowdown:
-        return "slowdown", f"slowdown {max(slowdowns):.2f} passes the bound of {max_slowdown:g}"
-    tails = [percentile(record["latency_ms"], 99) for record in members if record.get("latency_ms")]
-    if max_p99_ms is not None and tails and max(tails) > max_p99_ms:
-        return (
-            "p99",
-            f"p99 latency {duration(max(tails))} passes the bound of {duration(max_p99_ms)}",
-        )
-    return None, None

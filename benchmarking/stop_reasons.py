@@ -18,7 +18,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarking import metrics
+from benchmarking.breaking_point import breaking_point
 from benchmarking.event_log import last_event
 from benchmarking.launcher import ClientOutcome
 from benchmarking.plan import MODE_MPS
@@ -53,9 +53,7 @@ def stop_reason(
     """
     if co_run["outcome"] in ("failed", "timeout"):
         return _failure(co_run, outcomes, clients)
-    bound = metrics.breaking_point(
-        [co_run], clients, max_slowdown=max_slowdown, max_p99_ms=max_p99_ms
-    )
+    bound = breaking_point([co_run], clients, max_slowdown=max_slowdown, max_p99_ms=max_p99_ms)
     if bound["criterion"] is None:
         return None
     return _reason(bound["criterion"], None, bound["detail"], [])

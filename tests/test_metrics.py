@@ -7,7 +7,8 @@ import math
 import numpy
 import pytest
 
-from benchmarking import metrics
+from benchmarking import intervals, metrics
+from benchmarking.breaking_point import breaking_point, saturation_count, sufficient_count
 
 
 def unit(count: int, seconds: float, *, latency: bool = False) -> dict:
@@ -231,18 +232,18 @@ def test_interference_under_mig_is_judged_on_the_clients_own_instance():
      (0.99, 2, 9.925), (0.99, 5, 4.032), (0.90, 4, 2.132), (0.95, 120, 1.980)],
 )  # fmt: skip
 def test_t_quantiles_are_those_of_the_printed_table(confidence, degrees, table):
-    assert metrics.student_t_quantile(confidence, degrees) == pytest.approx(table, abs=5e-4)
+    assert intervals.student_t_quantile(confidence, degrees) == pytest.approx(table, abs=5e-4)
 
 
 def test_t_quantiles_refuse_what_has_no_meaning():
     with pytest.raises(ValueError, match="degrees of freedom"):
-        metrics.student_t_quantile(0.95, 0)
+        intervals.student_t_quantile(0.95, 0)
     with pytest.raises(ValueError, match="between 0 and 1"):
-        metrics.student_t_quantile(95, 2)
+        intervals.student_t_quantile(95, 2)
 
 
 def test_three_repeats_give_a_t_interval_on_the_logarithms():
-    mean, low, high = metrics.geometric_mean_interval([math.e, math.e**2, math.e**3])
+    mean, low, high = intervals.geometric_mean_interval([math.e, math.e**2, math.e**3])
     # logs 1 2 3: mean 2, standard deviation 1; half width 4.30265 / sqrt(3) = 2.48414
     assert mean == pytest.approx(math.e**2)
     assert math.log(low) == pytest.approx(2 - 2.48414, abs=1e-4)
@@ -250,21 +251,21 @@ def test_three_repeats_give_a_t_interval_on_the_logarithms():
 
 
 def test_under_three_repeats_there_is_only_the_range():
-    mean, low, high = metrics.geometric_mean_interval([8.0, 2.0])
+    mean, low, high = intervals.geometric_mean_interval([8.0, 2.0])
     assert (mean, low, high) == (pytest.approx(4.0), 2.0, 8.0)
-    assert metrics.geometric_mean_interval([1.02]) == (1.02, 1.02, 1.02)
+    assert intervals.geometric_mean_interval([1.02]) == (1.02, 1.02, 1.02)
 
 
 @pytest.mark.parametrize("values", [[], [1.0, 0.0], [1.0, -2.0], [1.0, math.nan]])
 def test_a_geometric_mean_needs_positive_values(values):
     with pytest.raises(ValueError, match="positive values"):
-        metrics.geometric_mean_interval(values)
+        intervals.geometric_mean_interval(values)
 
 
 def test_intervals_that_touch_show_no_difference():
-    assert metrics.intervals_overlap((1.0, 0.9, 1.1), (1.2, 1.1, 1.3))
-    assert metrics.intervals_overlap((1.0, 0.5, 2.0), (1.2, 1.1, 1.3))
-    assert not metrics.intervals_overlap((1.0, 0.9, 1.1), (1.3, 1.2, 1.4))
+    assert intervals.intervals_overlap((1.0, 0.9, 1.1), (1.2, 1.1, 1.3))
+    assert intervals.intervals_overlap((1.0, 0.5, 2.0), (1.2, 1.1, 1.3))
+    assert not intervals.intervals_overlap((1.0, 0.9, 1.1), (1.3, 1.2, 1.4))
 
 
 # --- stress test ----------------------------------------------------------------------------
@@ -276,15 +277,15 @@ def co_run(clients: int, outcome: str = "ok", **more: object) -> dict:
 
 
 def test_saturation_is_the_first_count_under_95_percent_of_the_best_so_far():
-    assert metrics.saturation_count({1: 1.0, 2: 1.6, 4: 1.9, 6: 1.81, 8: 1.7}) == 8
-    assert metrics.saturation_count({8: 1.7, 4: 1.9, 6: 1.8, 1: 1.0}) == 6
-    assert metrics.saturation_count({1: 1.0, 2: 0.96, 4: 1.0}) is None
-    assert metrics.saturation_count({1: 1.0, 2: None, 4: 0.9}) == 4
-    assert metrics.saturation_count({}) is None
+    assert saturation_count({1: 1.0, 2: 1.6, 4: 1.9, 6: 1.81, 8: 1.7}) == 8
+    assert saturation_count({8: 1.7, 4: 1.9, 6: 1.8, 1: 1.0}) == 6
+    assert saturation_count({1: 1.0, 2: 0.96, 4: 1.0}) is None
+    assert saturation_count({1: 1.0, 2: None, 4: 0.9}) == 4
+    assert saturation_count({}) is None
 
 
 def test_a_ramp_in_which_everything_holds_has_no_breaking_point():
-    point = metrics.breaking_point([co_run(1), co_run(2), co_run(4)])
+    point = breaking_point([co_run(1), co_run(2), co_run(4)])
     assert point["clients"] is None
     assert (point["last_good_clients"], point["highest_clients_tried"]) == (4, 4)
 
@@ -297,7 +298,7 @@ def test_a_ramp_in_which_everything_holds_has_no_breaking_point():
 def test_the_breaking_point_names_the_criterion_that_fired(statuses, criterion):
     failed = co_run(4, "failed", reason="client 3 ran out of memory")
     members = [{"co_run": failed["co_run"], "status": status} for status in statuses]
-    point = metrics.breaking_point([co_run(1), co_run(2), failed], members)
+    point = breaking_point([co_run(1), co_run(2), failed], members)
     assert (point["clients"], point["criterion"]) == (4, criterion)
     assert point["detail"] == "client 3 ran out of memory"
     assert point["last_good_clients"] == 2
@@ -305,23 +306,23 @@ def test_the_breaking_point_names_the_criterion_that_fired(statuses, criterion):
 
 def test_a_felt_slowdown_past_its_bound_breaks_only_when_a_bound_was_asked_for():
     members = [{"co_run": "training-4-r0", "status": "ok", "slowdown": 3.5}]
-    assert metrics.breaking_point([co_run(4)], members)["clients"] is None
-    assert metrics.breaking_point([co_run(4)], members, max_slowdown=4.0)["clients"] is None
-    point = metrics.breaking_point([co_run(4)], members, max_slowdown=3.0)
+    assert breaking_point([co_run(4)], members)["clients"] is None
+    assert breaking_point([co_run(4)], members, max_slowdown=4.0)["clients"] is None
+    point = breaking_point([co_run(4)], members, max_slowdown=3.0)
     assert (point["clients"], point["criterion"]) == (4, "slowdown")
     assert "3.50" in point["detail"]
 
 
 def test_a_p99_past_its_bound_is_taken_from_raw_latencies():
     members = [{"co_run": "training-2-r0", "status": "ok", "latency_ms": [5.0] * 90 + [50.0] * 10}]
-    assert metrics.breaking_point([co_run(2)], members, max_p99_ms=60)["clients"] is None
-    point = metrics.breaking_point([co_run(2)], members, max_p99_ms=40)
+    assert breaking_point([co_run(2)], members, max_p99_ms=60)["clients"] is None
+    point = breaking_point([co_run(2)], members, max_p99_ms=40)
     assert (point["clients"], point["criterion"]) == (2, "p99")
 
 
 def test_one_failing_repeat_breaks_a_count_and_an_invalid_co_run_proves_nothing():
     runs = [co_run(1), co_run(2, "invalid"), co_run(4), co_run(4, "failed", repeat=1)]
-    point = metrics.breaking_point(runs)
+    point = breaking_point(runs)
     assert point["clients"] == 4
     assert point["not_judged"] == [2]
     assert point["last_good_clients"] == 1
@@ -363,9 +364,9 @@ def test_joules_a_job_are_known_only_where_all_clients_run_the_same_job():
 
 
 def test_more_clients_gain_nothing_from_the_first_count_near_the_best_on():
-    assert metrics.sufficient_count({1: 1.0, 2: 1.2, 4: 1.45, 6: 1.5, 8: None}) == 4
-    assert metrics.sufficient_count({1: 0.98, 2: 1.0}) == 1
-    assert metrics.sufficient_count({1: None}) is None
+    assert sufficient_count({1: 1.0, 2: 1.2, 4: 1.45, 6: 1.5, 8: None}) == 4
+    assert sufficient_count({1: 0.98, 2: 1.0}) == 1
+    assert sufficient_count({1: None}) is None
 
 
 def test_nothing_is_said_of_the_success_of_clients_that_were_interrupted():

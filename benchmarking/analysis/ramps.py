@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarking import metrics
 from benchmarking.analysis.groups import Group
 from benchmarking.analysis.runs import mode_name
+from benchmarking.breaking_point import breaking_point, saturation_count, sufficient_count
 
 
 @dataclass
@@ -64,7 +64,7 @@ def _ramp(mode: str, mix: str, groups: list[Group]) -> Ramp:
         group.clients: group.stp.mean if group.stp and group.outcome == "ok" else None
         for group in groups
     }
-    point = metrics.breaking_point(
+    point = breaking_point(
         co_runs,
         clients,
         max_slowdown=bounds.get("max_slowdown"),
@@ -77,8 +77,8 @@ def _ramp(mode: str, mix: str, groups: list[Group]) -> Ramp:
         groups,
         bounds,
         point | recorded,
-        metrics.saturation_count(stp),
-        metrics.sufficient_count(stp),
+        saturation_count(stp),
+        sufficient_count(stp),
     )
 
 
