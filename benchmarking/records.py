@@ -16,8 +16,8 @@ from benchmarking.launcher import (
     ClientOutcome,
     CoRunOutcome,
 )
+from benchmarking.mode_evidence import INVALID, UNVERIFIED, Evidence, Proof
 from benchmarking.run_store import PHASE_BASELINE
-from benchmarking.sharing_modes import INVALID, UNVERIFIED, Evidence, Proof
 
 Record = dict[str, Any]
 

@@ -14,10 +14,21 @@ import pwd
 import subprocess
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarking.mode_evidence import (
+    NOT_APPLICABLE,
+    Evidence,
+    Identity,
+    ProcessLists,
+    Proof,
+    device_evidence,
+    listed_evidence,
+    past_mps_evidence,
+    verdict_of,
+    without_mps_evidence,
+)
 from benchmarking.plan import (
     MODE_CPU_DEMO,
     MODE_EXCLUSIVE,
@@ -25,9 +36,6 @@ from benchmarking.plan import (
     MODE_MPS,
     MODE_TIME_SLICING,
 )
-
-VERIFIED, INVALID, UNVERIFIED = "verified", "invalid", "unverified"
-NOT_APPLICABLE = "not_applicable"
 
 SETUP_TIME_SLICING = "./gpu-configs/setup_time_slicing.sh"
 ENABLE_MPS = "./gpu-configs/enable_mps.sh"
@@ -43,77 +51,10 @@ DEFAULT_MPS_PIPE_DIRECTORY = Path("/tmp/nvidia-mps")
 INITIAL_PID_NAMESPACE = "pid:[4026531836]"
 
 GpuFacts = Mapping[str, Any]
-Identity = Mapping[str, Any]
-Sample = Mapping[str, Any]
 
 
 class ModeNotInForceError(Exception):
     """The mode asked for is not in force; the message names the script to run."""
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """One thing that was looked at: what, what was found, and whether it speaks for the mode.
-
-    `ok` is `None` where it could not be told. `fix` is the command that mends it.
-    """
-
-    check: str
-    found: str
-    ok: bool | None
-    fix: str | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain data for the record."""
-        return {"check": self.check, "found": self.found, "ok": self.ok}
-
-
-@dataclass(frozen=True)
-class Proof:
-    """Whether one client ran under the mode, and why that is believed."""
-
-    verdict: str
-    evidence: tuple[Evidence, ...]
-
-    @property
-    def reason(self) -> str:
-        """The first evidence that spoke against the client, or could not be told."""
-        wanted = False if self.verdict == INVALID else None
-        against = [item for item in self.evidence if item.ok is wanted]
-        return f"{against[0].check}: {against[0].found}" if against else ""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain data for the record."""
-        return {"verdict": self.verdict, "evidence": [item.to_dict() for item in self.evidence]}
-
-
-@dataclass(frozen=True)
-class ProcessLists:
-    """Pids that NVML listed on the GPU over a span of time; `None` where it gave no list."""
-
-    compute: frozenset[int] | None
-    mps: frozenset[int] | None
-
-    @property
-    def all(self) -> frozenset[int]:
-        """Every pid that NVML listed."""
-        return (self.compute or frozenset()) | (self.mps or frozenset())
-
-    @classmethod
-    def from_samples(
-        cls, samples: Sequence[Sample], start_seconds: float, end_seconds: float
-    ) -> ProcessLists:
-        """Unite the lists of all samples between two times (CLOCK_MONOTONIC)."""
-        span = [s for s in samples if start_seconds <= s["time_seconds"] <= end_seconds]
-        return cls(_united(span, "compute_pids"), _united(span, "mps_pids"))
-
-
-def _united(samples: Sequence[Sample], key: str) -> frozenset[int] | None:
-    lists = [sample[key] for sample in samples if sample.get(key) is not None]
-    if not lists:
-        return None
-    entries = [entry for listed in lists for entry in listed]
-    return frozenset(entry["pid"] if isinstance(entry, Mapping) else entry for entry in entries)
 
 
 class SharingMode(ABC):
@@ -173,61 +114,6 @@ class SharingMode(ABC):
         return not self._own_pid_namespace and any(map(process_exists, listed))
 
 
-def own_pids(identity: Identity) -> frozenset[int]:
-    """Pids under which a client may use the GPU: its own, or those that its command started."""
-    if is_command(identity):
-        return frozenset(identity["processes"])
-    return frozenset([identity["pid"]] if "pid" in identity else [])
-
-
-def is_command(identity: Identity) -> bool:
-    """Whether a client is a command, which says nothing of itself."""
-    return "processes" in identity
-
-
-def _listed_evidence(
-    check: str, identity: Identity, listed: frozenset[int] | None, *, can_match: bool
-) -> Evidence:
-    """Whether a client is in a list that it must be in.
-
-    A command that is not listed may have left the GPU alone, or used it for less than the second
-    between two lists, so that speaks neither for nor against it.
-    """
-    if listed is None:
-        return Evidence(check, "no process list was given", None)
-    own = own_pids(identity)
-    if own & listed:
-        return Evidence(check, f"pid {min(own & listed)} is listed", True)
-    if is_command(identity):
-        return Evidence(check, f"none of its {len(own)} processes is listed", None)
-    pid = identity.get("pid")
-    if not can_match:
-        return Evidence(check, f"pid {pid} cannot be matched with {sorted(listed)}", None)
-    return Evidence(check, f"pid {pid} is not among {sorted(listed)}", False)
-
-
-def _mps_evidence(identity: Identity, mps: frozenset[int] | None) -> Evidence:
-    """Whether a client that is to run without MPS does so."""
-    check = "it is no MPS client"
-    if mps is None:
-        return Evidence(check, "unknown; its MPS pipe directory is empty", True)
-    is_one = bool(own_pids(identity) & mps)
-    return Evidence(check, "it is one" if is_one else "it is none", not is_one)
-
-
-def _past_mps_evidence(identity: Identity, lists: ProcessLists) -> list[Evidence]:
-    """What speaks against a command under MPS: the driver lists it, but never as an MPS client.
-
-    One pid that is in only one of the lists means nothing: they are asked for one after the other,
-    and a command's processes come and go.
-    """
-    own = own_pids(identity)
-    listed = own & (lists.compute or frozenset())
-    if not is_command(identity) or lists.mps is None or own & lists.mps or not listed:
-        return []
-    return [Evidence("it runs under MPS", f"pid {min(listed)} runs without", False)]
-
-
 class WholeGpuMode(SharingMode):
     """Plain CUDA on the whole GPU: time slicing, and a job alone.
 
@@ -274,13 +160,13 @@ class WholeGpuMode(SharingMode):
         self, client: int, identity: Identity, pids: frozenset[int], lists: ProcessLists
     ) -> Proof:
         """The client's pid is a plain compute process of this GPU and no MPS client."""
-        return _verdict([
-            *_device_evidence(identity, self._facts().get("uuid")),
-            _listed_evidence(
+        return verdict_of([
+            *device_evidence(identity, self._facts().get("uuid")),
+            listed_evidence(
                 "NVML lists it as compute process", identity, lists.compute,
                 can_match=self._can_match(pids, lists.all),
             ),
-            _mps_evidence(identity, lists.mps),
+            without_mps_evidence(identity, lists.mps),
         ])  # fmt: skip
 
 
@@ -344,12 +230,12 @@ class MpsMode(SharingMode):
         both = [
             # A client that runs without MPS is a plain compute process, so both lists are looked at
             # to tell whether pids can be matched.
-            _listed_evidence(
+            listed_evidence(
                 "NVML lists it as MPS client", identity, lists.mps,
                 can_match=self._can_match(pids, lists.all),
             ),
             # A daemon without any client needs no pids to be matched.
-            _listed_evidence(
+            listed_evidence(
                 "the MPS daemon lists it as client", identity, listed,
                 can_match=not listed or self._can_match(pids, listed),
             ),
@@ -359,10 +245,10 @@ class MpsMode(SharingMode):
             both = [item for item in both if item.ok]
         elif listed is not None:
             both.append(Evidence("clients that the daemon counts", str(len(listed)), None))
-        return _verdict([
-            *_device_evidence(identity, self._facts().get("uuid")),
+        return verdict_of([
+            *device_evidence(identity, self._facts().get("uuid")),
             *both,
-            *_past_mps_evidence(identity, lists),
+            *past_mps_evidence(identity, lists),
         ])  # fmt: skip
 
 
@@ -423,11 +309,11 @@ class MigMode(SharingMode):
         """The client sees its own instance's UUID and multiprocessors."""
         instances = self.instances()
         if client >= len(instances):
-            return _verdict([Evidence("it has an instance", f"{len(instances)} are left", False)])
+            return verdict_of([Evidence("it has an instance", f"{len(instances)} are left", False)])
         instance = instances[client]
         wanted, seen = instance.get("multiprocessor_count"), identity.get("multiprocessor_count")
-        return _verdict([
-            *_device_evidence(identity, instance["uuid"], card_uuid=self._facts().get("uuid")),
+        return verdict_of([
+            *device_evidence(identity, instance["uuid"], card_uuid=self._facts().get("uuid")),
             Evidence(
                 "it sees its instance's multiprocessors", f"{seen} of {wanted}",
                 None if wanted is None or seen is None else wanted == seen,
@@ -459,52 +345,9 @@ class CpuDemoMode(SharingMode):
         return Proof(NOT_APPLICABLE, tuple(self.check()))
 
 
-def _verdict(evidence: Sequence[Evidence]) -> Proof:
-    """One thing against the mode is enough; one unknown leaves it unverified."""
-    if any(item.ok is False for item in evidence):
-        return Proof(INVALID, tuple(evidence))
-    unknown = any(item.ok is None for item in evidence)
-    return Proof(UNVERIFIED if unknown else VERIFIED, tuple(evidence))
-
-
 def _mig_is_off(facts: GpuFacts) -> Evidence:
     mode = (facts.get("mig_mode") or {}).get("current") or "not supported by this GPU"
     return Evidence("MIG mode is Disabled", mode, mode != "Enabled", DISABLE_MIG)
-
-
-def _device_evidence(
-    identity: Identity, wanted: str | None, card_uuid: str | None = None
-) -> list[Evidence]:
-    """Whether CUDA sees the device that the client was given; nothing is known of a command.
-
-    A command is on this card if the driver lists it there, but on which instance stays open.
-    """
-    if not is_command(identity):
-        return [_seen_device(identity, wanted, card_uuid)]
-    if card_uuid is None:
-        return []
-    return [Evidence(f"CUDA sees {wanted}", "a command does not say what it sees", None)]
-
-
-def _seen_device(identity: Identity, wanted: str | None, card_uuid: str | None) -> Evidence:
-    """Whether the device that the client names is the one that it was given.
-
-    UUIDs are compared without their prefix, which CUDA does not tell. A driver that answers the
-    card's UUID for an instance leaves it open which instance it is.
-    """
-    check, seen = f"CUDA sees {wanted}", identity.get("gpu_uuid")
-    if identity.get("device") != "cuda":
-        return Evidence(check, f"it ran on {identity.get('device')}", False)
-    if seen is None or wanted is None:
-        return Evidence(check, f"it says {seen}", None)
-    if _bare_uuid(seen) == _bare_uuid(wanted):
-        return Evidence(check, "yes", True)
-    is_card = card_uuid is not None and _bare_uuid(seen) == _bare_uuid(card_uuid)
-    return Evidence(check, f"it sees {seen}", None if is_card else False)
-
-
-def _bare_uuid(uuid: str) -> str:
-    return uuid.removeprefix("GPU-").removeprefix("MIG-").lower()
 
 
 # --- asking -----------------------------------------------------------------------------------

@@ -6,18 +6,14 @@ Every record is written as soon as it is known, since what comes later may fail.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-import signal
-import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarking import host_limit, sharing_modes, stop_reasons
+from benchmarking import host_limit, stop_reasons
 from benchmarking import plan as planning
 from benchmarking.baselines import (
     BaselineMismatchError,
@@ -25,14 +21,13 @@ from benchmarking.baselines import (
     newest_reusable,
     require_reusable,
 )
-from benchmarking.event_log import process_ids
 from benchmarking.gpu_samples import summarize_samples
+from benchmarking.job_resolution import resolve
 from benchmarking.launcher import (
     OUTCOME_INTERRUPTED,
     OUTCOME_INVALID,
     OUTCOME_OK,
     Client,
-    ClientOutcome,
     CoRunOutcome,
     CoRunRefused,
     FinishRule,
@@ -43,12 +38,11 @@ from benchmarking.launcher import (
 )
 from benchmarking.plan import (
     COMMAND_WORKLOAD,
-    MODE_CPU_DEMO,
     MODE_MIG,
     SIZE_GUIDE,
-    PlannedClient,
     PlannedCoRun,
 )
+from benchmarking.proofs import judge_clients
 from benchmarking.ramp import Ramp
 from benchmarking.records import client_record, co_run_record
 from benchmarking.run_store import (
@@ -58,7 +52,7 @@ from benchmarking.run_store import (
     RunWriter,
 )
 from benchmarking.sampler import Sampler
-from benchmarking.sharing_modes import ProcessLists, Proof, SharingMode
+from benchmarking.sharing_modes import SharingMode
 from benchmarking.suite_setup import (
     EXIT_COMPLETE,
     EXIT_FAILED,
@@ -66,6 +60,7 @@ from benchmarking.suite_setup import (
     EXIT_INVALID,
     EXIT_NO_GPU,
     EXIT_USAGE,
+    RunEnded,
     Setup,
     SuiteError,
 )
@@ -77,16 +72,6 @@ CLIENT_EXIT_NO_GPU = 3
 GUIDE_MIN_SECONDS = 5.0
 GUIDE_MIN_JOBS = 5
 SMALL_MIN_SECONDS = 2.0
-
-
-class _RunEnded(Exception):
-    """The run ends early, with an outcome for the manifest and an exit code."""
-
-    def __init__(self, outcome: str, exit_code: int, reason: str | None = None) -> None:
-        super().__init__(reason or outcome)
-        self.outcome = outcome
-        self.exit_code = exit_code
-        self.reason = reason
 
 
 @dataclass
@@ -147,7 +132,7 @@ class SuiteRun:
                 self._run_baselines(sampler)
                 self._run_co_runs(sampler)
             outcome, code = "complete", EXIT_COMPLETE
-        except _RunEnded as end:
+        except RunEnded as end:
             outcome, code = end.outcome, end.exit_code
             self._note(end.reason)
         except SuiteError as error:
@@ -275,11 +260,11 @@ class SuiteRun:
             bisect=request.bisect,
             until_break=request.until_break,
         )
-        failure: _RunEnded | None = None
+        failure: RunEnded | None = None
         while (count := ramp.next_count()) is not None:
             try:
                 holds = self._run_count(count, sampler)
-            except _RunEnded as end:
+            except RunEnded as end:
                 if end.exit_code != EXIT_FAILED:
                     raise
                 failure, holds = failure or end, False
@@ -339,11 +324,11 @@ class SuiteRun:
     ) -> list[dict[str, Any]]:
         """Run one co-run, write its records, return those of its clients.
 
-        Raises `_RunEnded` when it did not end well, `SuiteError` when the clients were not what
+        Raises `RunEnded` when it did not end well, `SuiteError` when the clients were not what
         they should be: what follows would build on it.
         """
         if self._interruption.requested:
-            raise _RunEnded("interrupted", EXIT_INTERRUPTED, "interrupted")
+            raise RunEnded("interrupted", EXIT_INTERRUPTED, "interrupted")
         mode = self._setup.alone_mode if planned.phase == PHASE_BASELINE else self._setup.mode
 
         refusal: SuiteError | None = None
@@ -360,7 +345,7 @@ class SuiteRun:
         seen = self._launcher.run(planned, self._writer.client_paths, rule, before_go)
         self._done.add(planned.co_run)
         samples = self._samples_of(seen, sampler)
-        proofs = _proofs(mode, seen, samples)
+        proofs = judge_clients(mode, seen, samples)
         clients = [
             client_record(seen, client, proof, self._reference.whole.get(client.planned.job_key))
             for client, proof in zip(seen.clients, proofs, strict=True)
@@ -464,81 +449,18 @@ class SuiteRun:
         return figures
 
 
-def _proofs(
-    mode: SharingMode, seen: CoRunOutcome, samples: list[dict[str, Any]]
-) -> list[Proof | None]:
-    """Judge every client of a co-run that was measured; on the CPU there is nothing to judge."""
-    start, end = seen.ready_seconds, seen.window_end_seconds
-    if mode.name == MODE_CPU_DEMO:
-        start, end = 0.0, 0.0
-    if start is None or end is None:
-        return [None] * len(seen.clients)
-    lists = ProcessLists.from_samples(samples, start, end)
-    identities = [_identity_with_processes(client) for client in seen.clients]
-    pids = frozenset().union(*map(sharing_modes.own_pids, identities))
-    return [
-        mode.prove(client.planned.client, identity, pids, lists)
-        for client, identity in zip(seen.clients, identities, strict=True)
-    ]
-
-
-def _identity_with_processes(client: ClientOutcome) -> dict[str, Any]:
-    """A client's identity, with `processes` for a command: it works by those that it starts."""
-    identity = dict(client.identity or {})
-    if client.planned.workload == COMMAND_WORKLOAD:
-        identity["processes"] = process_ids(client.events)
-    return identity
-
-
 def _raise_unless_well(record: Mapping[str, Any], clients: list[dict[str, Any]]) -> None:
     outcome, what = record["outcome"], f"{record['co_run']}: {record['reason']}"
     if outcome == OUTCOME_OK:
         return
     if outcome == OUTCOME_INTERRUPTED:
-        raise _RunEnded("interrupted", EXIT_INTERRUPTED, "interrupted")
+        raise RunEnded("interrupted", EXIT_INTERRUPTED, "interrupted")
     if outcome == OUTCOME_INVALID:
-        raise _RunEnded("invalid", EXIT_INVALID, what)
+        raise RunEnded("invalid", EXIT_INVALID, what)
     said = next(
         (client["stderr_tail"][-1] for client in clients
          if client["status"] != "ok" and client["stderr_tail"]), None,
     )  # fmt: skip
     no_gpu = any(client["exit_code"] == CLIENT_EXIT_NO_GPU for client in clients)
     reason = f"{what} ({said})" if said else what
-    raise _RunEnded("failed", EXIT_NO_GPU if no_gpu else EXIT_FAILED, reason)
-
-
-def resolve(client: PlannedClient, interruption: Interruption) -> dict[str, Any]:
-    """Run a job's command with `--resolve` and return its answer.
-
-    Raises `SuiteError` with the last thing it said, and code 2 or 3 if those were its own; raises
-    `_RunEnded` when interrupted.
-    """
-    environment = {**client_base_environment(os.environ), **client.environment}
-    with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
-        process = subprocess.Popen(
-            [*client.command, "--resolve"], stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr,
-            env=environment, start_new_session=True,
-        )  # fmt: skip
-        while process.poll() is None:
-            if interruption.requested:
-                os.killpg(process.pid, signal.SIGTERM)
-                process.wait()
-                raise _RunEnded("interrupted", EXIT_INTERRUPTED, "interrupted")
-            time.sleep(0.05)
-        stdout.seek(0)
-        stderr.seek(0)
-        answer, complaint = stdout.read(), stderr.read().strip().splitlines()
-    if process.returncode != 0:
-        known = process.returncode in (EXIT_USAGE, EXIT_NO_GPU)
-        said = complaint[-1] if complaint else f"exit code {process.returncode}"
-        raise SuiteError(
-            f"{client.label} cannot be prepared: {said}",
-            process.returncode if known else EXIT_FAILED,
-        )
-    try:
-        value = json.loads(answer)
-    except ValueError as error:
-        raise SuiteError(
-            f"{client.label}: --resolve answered no JSON: {answer[:200]!r}", EXIT_FAILED
-        ) from error
-    return dict(value)
+    raise RunEnded("failed", EXIT_NO_GPU if no_gpu else EXIT_FAILED, reason)

@@ -15,6 +15,7 @@ from typing import Any
 
 from benchmarking import nvml, run_store, sharing_modes
 from benchmarking import plan as planning
+from benchmarking.mode_evidence import Evidence
 from benchmarking.plan import (
     MODE_CPU_DEMO,
     MODE_EXCLUSIVE,
@@ -45,6 +46,17 @@ class SuiteError(Exception):
         """Keep the message and the exit code that belongs to it."""
         super().__init__(message)
         self.exit_code = exit_code
+
+
+class RunEnded(Exception):
+    """The run ends early, with an outcome for the manifest and an exit code."""
+
+    def __init__(self, outcome: str, exit_code: int, reason: str | None = None) -> None:
+        """Keep what becomes of the run, and why in words."""
+        super().__init__(reason or outcome)
+        self.outcome = outcome
+        self.exit_code = exit_code
+        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -104,7 +116,7 @@ class Setup:
     plan: Plan
     job_size: str
     cores: int
-    evidence: list[sharing_modes.Evidence]
+    evidence: list[Evidence]
     notes: list[str]
     co_runs_of: Callable[[int], tuple[PlannedCoRun, ...]]
     baseline_run: Run | None = None

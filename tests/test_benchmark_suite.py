@@ -23,8 +23,8 @@ import pytest
 
 from benchmarking import baselines, records, run_store, sampler, suite_console
 from benchmarking.launcher import ClientOutcome, CoRunOutcome
+from benchmarking.mode_evidence import Evidence, Proof
 from benchmarking.plan import WORKLOADS, PlannedClient, PlannedCoRun
-from benchmarking.sharing_modes import Evidence, Proof
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 CLIENT = Path(__file__).parent / "fakes" / "scripted_client.py"

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from benchmarking import sharing_modes
+from benchmarking.mode_evidence import ProcessLists
 from benchmarking.sharing_modes import (
     CpuDemoMode,
     MigMode,
     ModeNotInForceError,
     MpsMode,
-    ProcessLists,
     WholeGpuMode,
 )
 

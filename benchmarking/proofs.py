@@ -1,0 +1,37 @@
+"""Whether the clients of a co-run really ran under the mode, by what was seen of all of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarking.event_log import process_ids
+from benchmarking.launcher import ClientOutcome, CoRunOutcome
+from benchmarking.mode_evidence import ProcessLists, Proof, own_pids
+from benchmarking.plan import COMMAND_WORKLOAD, MODE_CPU_DEMO
+from benchmarking.sharing_modes import SharingMode
+
+
+def judge_clients(
+    mode: SharingMode, seen: CoRunOutcome, samples: list[dict[str, Any]]
+) -> list[Proof | None]:
+    """Judge every client of a co-run that was measured; on the CPU there is nothing to judge."""
+    start, end = seen.ready_seconds, seen.window_end_seconds
+    if mode.name == MODE_CPU_DEMO:
+        start, end = 0.0, 0.0
+    if start is None or end is None:
+        return [None] * len(seen.clients)
+    lists = ProcessLists.from_samples(samples, start, end)
+    identities = [_identity_with_processes(client) for client in seen.clients]
+    pids = frozenset().union(*map(own_pids, identities))
+    return [
+        mode.prove(client.planned.client, identity, pids, lists)
+        for client, identity in zip(seen.clients, identities, strict=True)
+    ]
+
+
+def _identity_with_processes(client: ClientOutcome) -> dict[str, Any]:
+    """A client's identity, with `processes` for a command: it works by those that it starts."""
+    identity = dict(client.identity or {})
+    if client.planned.workload == COMMAND_WORKLOAD:
+        identity["processes"] = process_ids(client.events)
+    return identity
