@@ -19,13 +19,13 @@ The last line on standard output is `results: FOLDER`.
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarking import run_store, suite_console
+from benchmarking.argument_types import positive_float, positive_int
 from benchmarking.launcher import Interruption
 from benchmarking.one_line_parser import OneLineParser
 from benchmarking.plan import MIXES, MODE_EXCLUSIVE, MODE_MIG, MODES
@@ -246,29 +246,11 @@ def request_from(options: argparse.Namespace) -> Request:
     )
 
 
-def positive_int(text: str) -> int:
-    """Argument type: a whole number of 1 or more."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
-    return int(text)
-
-
 def non_negative_int(text: str) -> int:
     """Argument type: a whole number of 0 or more."""
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
     return int(text)
-
-
-def positive_float(text: str) -> float:
-    """Argument type: a number above 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return value
 
 
 def counts(text: str) -> tuple[int, ...]:
