@@ -8,6 +8,7 @@ training step is one graph replay: data selection, augmentation, forward, backwa
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -95,7 +96,7 @@ def prepare_step(
         device.synchronize()
         restore()
         return step
-    replay = _capture(step)
+    replay = _capture(step, _step_pool())
     restore()
     device.synchronize()
     return replay
@@ -124,10 +125,24 @@ def capture_forward(
     return replay
 
 
-def _capture(work: Callable[[], T]) -> Callable[[], T]:
+@functools.cache
+def _step_pool() -> tuple[int, int]:
+    """Return the memory that all captured steps of this process share.
+
+    Steps run one after the other on one stream and hand nothing on but through tensors allocated
+    before their capture, so a training step, a smaller one and a test step need the memory of the
+    largest, not of all.
+    """
+    import torch
+
+    return torch.cuda.graph_pool_handle()
+
+
+def _capture(work: Callable[[], T], pool: tuple[int, int] | None = None) -> Callable[[], T]:
     """Capture ``work`` as one CUDA graph; each call of the result replays it.
 
     The result returns what ``work`` returned at the capture: tensors that each replay overwrites.
+    ``pool`` is the graph's memory, its own where there is none.
     """
     import torch
 
@@ -140,7 +155,7 @@ def _capture(work: Callable[[], T]) -> Callable[[], T]:
             work()
     torch.cuda.current_stream().wait_stream(side_stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool):
         output = work()
 
     def replay() -> T:

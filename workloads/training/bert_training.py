@@ -148,11 +148,12 @@ class BertTraining(client.Workload):
         self.train_step = prepare_step(
             self.device, lambda: self._train_step(self.network, train_size), self.reset
         )
-        # The last, smaller batch of an epoch has its own kernels to choose and load.
-        if self.device.is_cuda and self.train_batches.remainder:
-            self._train_remainder()
-            self.device.synchronize()
-            self.reset()
+        # The last, smaller batch of an epoch; not worth a compilation of its own.
+        remainder = self.train_batches.remainder
+        if remainder:
+            self.remainder_step = prepare_step(
+                self.device, lambda: self._train_step(self.model, remainder), self.reset
+            )
 
     def reset(self) -> None:
         """Put weights, optimizer, counters, the place in the data and the random state back."""
@@ -290,7 +291,7 @@ class BertTraining(client.Workload):
             pacer.run("train_step", self.train_step)
             progress.advance(detail=f"epoch {epoch + 1}")
         if self.train_batches.remainder:
-            pacer.run("train_step_partial", self._train_remainder)
+            pacer.run("train_step_partial", self.remainder_step)
             progress.advance()
         pacer.drain()
         loss, accuracy = self.totals.take(self.train_batches.samples)
@@ -337,10 +338,6 @@ class BertTraining(client.Workload):
         loss.backward()
         self.optimizer.step()
         self.totals.add(logits.detach(), labels, loss.detach())
-
-    def _train_remainder(self) -> None:
-        """The epoch's last, smaller batch: always eager, since a graph has one shape."""
-        self._train_step(self.model, self.train_batches.remainder)
 
     def _test_step(self, network, count: int) -> None:
         import torch

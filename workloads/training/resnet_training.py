@@ -177,11 +177,12 @@ class ResNetTraining(client.Workload):
             self.train_step = prepare_step(
                 self.device, lambda: self._train_step(network, self.train_batch_size), self.reset
             )
-            # The last, smaller batch of an epoch has its own kernels to choose and load.
-            if len(self.dataset.train) % self.train_batch_size:
-                self._train_remainder()
-        self.device.synchronize()
-        self.reset()
+            # The last, smaller batch of an epoch; not worth a compilation of its own.
+            remainder = len(self.dataset.train) % self.train_batch_size
+            if remainder:
+                self.remainder_step = prepare_step(
+                    self.device, lambda: self._train_step(self.model, remainder), self.reset
+                )
 
     def reset(self) -> None:
         """Put weights, optimizer, counters and the order of the images back."""
@@ -300,7 +301,7 @@ class ResNetTraining(client.Workload):
             progress.advance(detail=f"epoch {epoch}")
         if remainder:
             self.train_batches.feed(remainder)
-            pacer.run("train_step_partial", self._train_remainder)
+            pacer.run("train_step_partial", self.remainder_step)
             progress.advance()
         pacer.drain()
         train_loss, train_accuracy = self.totals.take(len(self.dataset.train))
@@ -354,10 +355,6 @@ class ResNetTraining(client.Workload):
         self.optimizer.step()
         self.step_index.add_(1)
         self.totals.add(logits.detach(), labels, loss.detach())
-
-    def _train_remainder(self) -> None:
-        """The epoch's last, smaller batch: always eager, since a graph has one shape."""
-        self._train_step(self.model, len(self.dataset.train) % self.train_batch_size)
 
     def _test_step(self, network, count: int) -> None:
         import torch
