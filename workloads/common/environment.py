@@ -10,7 +10,7 @@ from pathlib import Path
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 RECORDED_PACKAGES = (
-    "torch", "torchvision", "transformers", "tokenizers", "numpy", "pillow", "flask", "waitress",
+    "torch", "torchvision", "transformers", "tokenizers", "numpy", "pillow", "httptools",
     "nvidia-ml-py", "triton",
 )  # fmt: skip
 
