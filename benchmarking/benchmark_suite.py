@@ -21,14 +21,15 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarking import run_store, suite_console
+from benchmarking import mps_knobs, run_store, suite_console
 from benchmarking.argument_types import positive_float, positive_int
 from benchmarking.launcher import Interruption
 from benchmarking.one_line_parser import OneLineParser
-from benchmarking.plan import MIXES, MODE_EXCLUSIVE, MODE_MIG, MODES
+from benchmarking.plan import MIXES, MODE_EXCLUSIVE, MODE_MIG, MODE_MPS, MODES
 from benchmarking.plan_file import PlanFileError, read_plan_file
 from benchmarking.ramp import MOST_CLIENTS
 from benchmarking.suite_run import SuiteRun
@@ -106,6 +107,7 @@ def parse_arguments() -> argparse.Namespace:
         "(see benchmarking/plan_file.py); over again for more than it lists",
     )
     add_ramp_flags(parser)
+    add_mps_flags(parser)
     add("--quick", action="store_true", help="smaller jobs, for a demonstration")
     add(
         "--repeats",
@@ -176,6 +178,9 @@ def parse_arguments() -> argparse.Namespace:
         parser.error(f"--window {options.window:g} needs a --timeout above it")
     if options.until_break and options.mode == MODE_MIG:
         parser.error("--until-break: under MIG there are as many clients as instances; leave it")
+    limits = (options.mps_percentage, options.mps_memory_limit, options.mps_priority)
+    if any(limits) and options.mode != MODE_MPS:
+        parser.error("limits of MPS clients need --mode mps")
     if options.mode == MODE_EXCLUSIVE and options.baseline is not None:
         parser.error("--mode exclusive takes baselines: leave --baseline away")
     if options.data_dir is not None and not Path(options.data_dir).is_dir():
@@ -211,6 +216,35 @@ def add_ramp_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_mps_flags(parser: argparse.ArgumentParser) -> None:
+    """Add what limits the clients of an MPS server; it is part of the mix's name in the records."""
+    mps = parser.add_argument_group(
+        "limits of MPS clients (one value for all, or one for each, over again after the last)"
+    )
+    add = mps.add_argument
+    add(
+        "--mps-percentage",
+        type=listed(mps_knobs.percentage, mps_knobs.EVEN),
+        default=(),
+        metavar="even|N[,N...]",
+        help="share of the multiprocessors that a client may use; even: 100 / clients",
+    )
+    add(
+        "--mps-memory-limit",
+        type=listed(mps_knobs.memory_limit),
+        default=(),
+        metavar="SIZE[,SIZE...]",
+        help="GPU memory that a client may allocate, such as 512M or 8G",
+    )
+    add(
+        "--mps-priority",
+        type=listed(mps_knobs.priority),
+        default=(),
+        metavar="RANK[,RANK...]",
+        help=f"{' or '.join(mps_knobs.PRIORITIES)}",
+    )
+
+
 def request_from(options: argparse.Namespace) -> Request:
     """Return the parsed arguments as the request that the rest of the program knows.
 
@@ -227,6 +261,9 @@ def request_from(options: argparse.Namespace) -> Request:
         until_break=options.until_break,
         max_slowdown=options.max_slowdown,
         slo_ms=options.slo_ms,
+        mps_knobs=mps_knobs.MpsKnobs(
+            options.mps_percentage, options.mps_memory_limit, options.mps_priority
+        ),
         quick=options.quick,
         repeats=options.repeats,
         budget_minutes=options.budget_minutes,
@@ -259,6 +296,20 @@ def counts(text: str) -> tuple[int, ...]:
     if list(values) != sorted(set(values)):
         raise argparse.ArgumentTypeError(f"{text!r}: give each count once, the smallest first")
     return values
+
+
+def listed(check: Callable[[str], str], *words: str) -> Callable[[str], tuple[str, ...]]:
+    """Argument type: one of `words`, or values that `check` lets pass with commas between them."""
+
+    def parse(text: str) -> tuple[str, ...]:
+        if text in words:
+            return (text,)
+        try:
+            return tuple(check(part.strip()) for part in text.split(","))
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return parse
 
 
 def complain(error: Exception, code: int) -> int:

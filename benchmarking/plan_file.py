@@ -14,6 +14,7 @@
     working_directory = ".."              # from the plan file's folder, which is the default
     environment = { DATA = "/data" }
     latency = false                       # true: a run's duration is a response time
+    knobs = { mps_percentage = 50, mps_memory_limit = "8G", mps_priority = "below-normal" }
 
 `read_plan_file` finds every mistake at once; each is a sentence that names file, key and fix.
 """
@@ -31,6 +32,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarking import mps_knobs
 from benchmarking.plan import (
     COMMAND_SCRIPT,
     COMMAND_WORKLOAD,
@@ -41,9 +43,15 @@ from benchmarking.plan import (
 )
 
 FILE_KEYS = ("name", "client")
-SHARED_KEYS = ("workload", "command", "count", "label", "environment")
+SHARED_KEYS = ("workload", "command", "count", "label", "environment", "knobs")
 WORKLOAD_KEYS = ("arguments",)
 COMMAND_KEYS = ("shell", "working_directory", "latency")
+# Limits of one client under MPS; the other modes have none.
+KNOBS = {
+    "mps_percentage": mps_knobs.percentage,
+    "mps_memory_limit": mps_knobs.memory_limit,
+    "mps_priority": mps_knobs.priority,
+}
 # Flags that the suite itself gives to each client.
 FLAGS_OF_THE_SUITE = ("--device", "--gpu", "--events", "--hold", "--resolve", "--results-dir")
 
@@ -73,6 +81,7 @@ class PlanEntry:
     working_directory: str = ""
     latency: bool = False
     environment: Mapping[str, str] = field(default_factory=dict)
+    knobs: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -196,6 +205,7 @@ def _entry(table: _Table, folder: Path) -> PlanEntry:
         **{**special, "label": label or special["label"]},
         count=count,
         environment=_environment(table),
+        knobs=_knobs(table),
     )
 
 
@@ -271,6 +281,20 @@ def _environment(table: _Table) -> dict[str, str]:
     return dict(found)
 
 
+def _knobs(table: _Table) -> dict[str, str]:
+    given = table.get("knobs", dict, {}, "a table, as { mps_percentage = 50 }")
+    found: dict[str, str] = {}
+    for name, value in given.items():
+        if name not in KNOBS:
+            table.complain(f"knobs.{name}", f"there is no such knob; there are {', '.join(KNOBS)}")
+            continue
+        try:
+            found[name] = KNOBS[name](str(value))
+        except ValueError as error:
+            table.complain(f"knobs.{name}", str(error))
+    return found
+
+
 def _wrong_variable(name: str, value: Any) -> str | None:
     if not _VARIABLE.fullmatch(name):
         return "is no name of a variable: use letters, digits and '_'"
@@ -305,9 +329,9 @@ def _planned(
     # What is in the environment can be part of the work.
     variables = [f"{name}={value}" for name, value in entry.environment.items()]
     key = f"{made.job_key} {shlex.join(variables)}" if variables else made.job_key
-    return dataclasses.replace(
-        made, label=entry.label, job_key=key, environment=dict(entry.environment)
-    )
+    limits = {name.removeprefix("mps_"): value for name, value in entry.knobs.items()}
+    environment = {**entry.environment, **mps_knobs.variables(**limits)}
+    return dataclasses.replace(made, label=entry.label, job_key=key, environment=environment)
 
 
 def _command_client(client: int, entry: PlanEntry, *, python: str, root: str) -> PlannedClient:

@@ -36,6 +36,7 @@ from benchmarking.launcher import (
     Patience,
     client_base_environment,
 )
+from benchmarking.mps_knobs import PERCENTAGE_VARIABLE
 from benchmarking.plan import (
     COMMAND_WORKLOAD,
     MODE_MIG,
@@ -398,9 +399,10 @@ class SuiteRun:
         if self._setup.mode.name != MODE_MIG:
             first = clients[0].identity or {}
             versions = first.get("versions") or {}
-            self._describe_environment(
-                {"multiprocessor_count": first.get("multiprocessor_count"), "versions": versions}
-            )
+            # A client with a part of the multiprocessors is shown no others.
+            is_limited = PERCENTAGE_VARIABLE in clients[0].planned.environment
+            seen = None if is_limited else first.get("multiprocessor_count")
+            self._describe_environment({"multiprocessor_count": seen, "versions": versions})
 
     def _samples_of(self, seen: CoRunOutcome, sampler: Sampler) -> list[dict[str, Any]]:
         if seen.window_end_seconds is None or sampler.failure:

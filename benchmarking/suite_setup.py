@@ -9,17 +9,19 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from benchmarking import nvml, run_store, sharing_modes
 from benchmarking import plan as planning
 from benchmarking.mode_evidence import Evidence
+from benchmarking.mps_knobs import MpsKnobs
 from benchmarking.plan import (
     MODE_CPU_DEMO,
     MODE_EXCLUSIVE,
     MODE_MIG,
+    MODE_MPS,
     MODE_TIME_SLICING,
     SIZE_CPU,
     SIZE_GUIDE,
@@ -87,6 +89,12 @@ class Request:
     until_break: bool = False
     max_slowdown: float | None = None
     slo_ms: float | None = None
+    mps_knobs: MpsKnobs = field(default_factory=MpsKnobs)
+
+    @property
+    def name(self) -> str:
+        """The mix as it is recorded: other limits make other figures, so they are part of it."""
+        return f"{self.mix}{self.mps_knobs.name}"
 
     @property
     def mix_size(self) -> int:
@@ -133,7 +141,7 @@ class Setup:
             "command": command,
             "mode": request.mode,
             "effective_mode": self.mode.name,
-            "mix": request.mix,
+            "mix": request.name,
             "job_size": self.job_size,
             "seed": request.seed,
             "bounds": {"max_slowdown": request.max_slowdown, "max_p99_ms": request.slo_ms},
@@ -245,7 +253,7 @@ def _lay_out(
         layout = planning.build_plan(
             MODE_EXCLUSIVE if request.mode == MODE_EXCLUSIVE else mode.name,
             clients_of,
-            name=request.mix,
+            name=request.name,
             counts=counts,
             repeats=request.repeats,
             baseline_mode=alone_mode.name,
@@ -256,15 +264,28 @@ def _lay_out(
     def environment_of(run: PlannedCoRun) -> Callable[[PlannedClient], dict[str, str]]:
         under = alone_mode if run.phase == PHASE_BASELINE else mode
         threads = planning.shared_host_environment(cores, len(run.clients))
+        limits = request.mps_knobs if under.name == MODE_MPS else MpsKnobs()
         return lambda client: {
-            **threads, **client.environment, **under.client_environment(client.client)
-        }  # fmt: skip
+            **threads,
+            **_own_variables(client, under),
+            **under.client_environment(client.client),
+            **limits.environment(client.client, len(run.clients)),
+        }
 
     def co_runs_of(count: int) -> tuple[PlannedCoRun, ...]:
         return planned((count,), whole_gpu_baseline=False).co_runs
 
     whole = request.baseline is None and not is_mig
     return planned(request.counts, whole_gpu_baseline=whole, share_baseline=is_mig), co_runs_of
+
+
+def _own_variables(client: PlannedClient, under: SharingMode) -> dict[str, str]:
+    """What the plan file gives a client; limits of an MPS client are for MPS alone."""
+    return {
+        name: value
+        for name, value in client.environment.items()
+        if under.name == MODE_MPS or not name.startswith("CUDA_MPS_")
+    }
 
 
 def _notes_on_plan_file(plan_file: PlanFile | None) -> list[str]:

@@ -79,6 +79,20 @@ def test_another_environment_is_another_job(tmp_path: Path) -> None:
     assert first.job_key != second.job_key
 
 
+def test_knobs_are_variables_of_the_client_and_do_not_make_another_job(tmp_path: Path) -> None:
+    text = '[[client]]\nworkload = "bert_training"\n'
+    knobs = (
+        'knobs = { mps_percentage = 25, mps_memory_limit = "8G", mps_priority = "below-normal" }'
+    )
+    plain, limited = clients(read(tmp_path, f"{text}{text}{knobs}"), 2)
+    assert limited.environment == {
+        "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": "25",
+        "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT": "0=8G",
+        "CUDA_MPS_CLIENT_PRIORITY": "1",
+    }
+    assert limited.job_key == plain.job_key
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -106,6 +120,10 @@ def test_another_environment_is_another_job(tmp_path: Path) -> None:
         ('[[client]]\ncommand = "true"\nenvironment = { A = 1 }', "environment.A: needs a text"),
         ('[[client]]\ncommand = "true"\nenvironment = { CUDA_VISIBLE_DEVICES = "1" }',
          "belongs to the sharing mode"),
+        ('[[client]]\ncommand = "true"\nknobs = { mps_percentage = 120 }',
+         "knobs.mps_percentage: '120' is not a percentage"),
+        ('[[client]]\ncommand = "true"\nknobs = { mps_memory_limit = "lots" }', "512M or 8G"),
+        ('[[client]]\ncommand = "true"\nknobs = { percentage = 5 }', "there is no such knob"),
         ("[[client]\n", "is not TOML"),
     ],
 )  # fmt: skip

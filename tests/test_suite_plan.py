@@ -114,6 +114,26 @@ def test_a_command_under_mps_is_proved_by_its_own_process_and_invalid_past_the_d
     assert [record["status"] for record in run.clients_of("own-2-r0")] == ["ok", "invalid"]
 
 
+# --- limits of MPS clients ---------------------------------------------------------------------
+
+
+def test_limits_of_mps_clients_reach_them_together_but_not_alone(gpu_bench: Callable) -> None:
+    bench = gpu_bench()
+    start_daemon(bench)
+    done = bench.run(
+        "--mode", "mps", "--mix", "training", "--workloads", "2", "--quick",
+        "--mps-percentage", "even", "--mps-memory-limit", "8G,4G",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    run = bench.only_run()
+    seen = [record["identity"]["sharing_environment"] for record in run.client_records]
+    percentages = [found.get("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE") for found in seen]
+    limits = [found.get("CUDA_MPS_PINNED_DEVICE_MEM_LIMIT") for found in seen]
+    assert percentages == [None, "50", "50"]
+    assert limits == [None, "0=8G", "0=4G"]
+    assert run.manifest["mix"] == "training-mps-even-mem-8G-4G"
+
+
 # --- the breaking point -----------------------------------------------------------------------
 
 
@@ -168,6 +188,8 @@ def test_a_bound_that_is_passed_ends_the_ramp_as_a_result(bench: Bench) -> None:
         (["--mix", "training", "--slo-ms", "50"], "--slo-ms needs jobs with response times"),
         (["--mode", "mig", "--until-break"], "as many clients as instances"),
         (["--plan", "/no/plan.toml"], "/no/plan.toml cannot be read"),
+        (["--mode", "mps", "--mps-percentage", "0"], "not a percentage over 0 and up to 100"),
+        (["--mps-percentage", "50"], "limits of MPS clients need --mode mps"),
     ],
 )
 def test_what_cannot_be_asked_for_is_code_2(bench: Bench, arguments: list[str], words: str) -> None:
