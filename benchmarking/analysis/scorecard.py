@@ -41,10 +41,15 @@ def scorecard(section: Section) -> Chapter:
         [
             Paragraph("In brackets: the 95 % interval of three or more repeats, the range of two."),
             Table(cells.SCORE_HEADER, cells.score_rows(section.groups), keys=len(_KEYS)),
-            _columns(section.groups, _COSTS),
-            _columns(section.groups, _CARD),
         ],
     )
+    unknown: list[str] = []
+    for columns in (_COSTS, _CARD):
+        table, left_out = _columns(section.groups, columns)
+        chapter.blocks.append(table)
+        unknown += left_out
+    if unknown:
+        chapter.blocks.append(Paragraph(f"Unknown in every row: {', '.join(unknown)}."))
     slices = [group for group in section.groups if group.stp_per_multiprocessor is not None]
     if slices:
         chapter.blocks.append(
@@ -58,17 +63,17 @@ def scorecard(section: Section) -> Chapter:
     return chapter
 
 
-def _columns(groups: Sequence[Group], columns: dict[str, Callable[[Group], str]]) -> Table:
+def _columns(
+    groups: Sequence[Group], columns: dict[str, Callable[[Group], str]]
+) -> tuple[Table, list[str]]:
+    """The table of the columns that some row knows, and the names of the others."""
+    values = {name: [cell(group) for group in groups] for name, cell in columns.items()}
+    known = {name: found for name, found in values.items() if set(found) != {UNKNOWN}}
     rows = [
-        [
-            group.mode_name,
-            group.mix,
-            str(group.clients),
-            *(cell(group) for cell in columns.values()),
-        ]
-        for group in groups
+        [group.mode_name, group.mix, str(group.clients), *(found[row] for found in known.values())]
+        for row, group in enumerate(groups)
     ]
-    return Table([*_KEYS, *columns], rows, keys=len(_KEYS))
+    return Table([*_KEYS, *known], rows, keys=len(_KEYS)), [n for n in values if n not in known]
 
 
 def alone(section: Section) -> Chapter | None:
@@ -96,7 +101,7 @@ def clients(section: Section) -> Chapter | None:
             f"{group.mode_name}, {group.mix}, {group.clients}",
             f"{row.client}: {row.label}",
             ", ".join(dict.fromkeys(row.statuses)),
-            ", ".join(row.proof),
+            ", ".join(row.proof).replace("_", " "),
             cells.spread(row.slowdown),
             cells.number(row.job_seconds, 1),
             cells.latency(row),
