@@ -179,6 +179,7 @@ run_suite() {
     local -r mode=$1 minutes=${PHASE_MINUTES:-$2}
     local -a flags=(--mode "$mode" --workloads "$WORKLOADS" --budget-minutes "$minutes")
     [[ -z $PLAN ]] && flags+=(--mix mixed) || flags+=(--plan "$PLAN")
+    [[ $mode != mps ]] || flags+=("${MPS_FLAGS[@]}")
     PHASE_RUN=$(machine::mode_name "$mode")
     if [[ $mode == exclusive ]]; then
         PHASE_RUN=baseline

@@ -87,6 +87,8 @@ parse_arguments() {
     [[ $MODE != mig || " ${RAMP_FLAGS[*]} " != *" --until-break "* ]] ||
         cli::usage_error "--until-break: under mig there are as many jobs as instances"
     ((!BISECT)) || RAMP_FLAGS+=(--bisect)
+    [[ $MODE == mps || ! ${MPS_FLAGS[*]} ]] || cli::usage_error "${MPS_FLAGS[0]} needs MODE mps"
+    RAMP_FLAGS+=("${MPS_FLAGS[@]}")
     choose_jobs
 }
 

@@ -34,6 +34,7 @@ MPS_EXCLUSIVE=0
 MAY_SET_UP_MIG=0
 MIG_PROFILE=1g.5gb # the guide's; setup_mig.sh takes this card's profile of the same size for it
 SUITE_FLAGS=()
+MPS_FLAGS=()    # limits of MPS clients, for the suite under mps alone
 PLAN=""         # a file with jobs of the user's own, in place of a mix
 PLAN_CLIENTS="" # how many clients it lists
 
@@ -68,6 +69,9 @@ driver::flag() {
         --data-dir)
             [[ -d ${2-} ]] || cli::usage_error "--data-dir: '${2-}' is not a folder"
             SUITE_FLAGS+=("$1" "$2")
+            ;;
+        --mps-percentage | --mps-memory-limit | --mps-priority)
+            cli::value "$@" && MPS_FLAGS+=("$1" "$VALUE")
             ;;
         --seed)
             [[ ${2-} =~ ^[0-9]+$ ]] || cli::usage_error "--seed needs a whole number from 0 on"
@@ -114,6 +118,8 @@ driver::shared_flags_help() {
   --gpu INDEX_OR_UUID   which GPU (default: the first one visible)
   --device auto|cuda|cpu  cpu: the CPU demonstration, even where there is a GPU
   --engine, --precision, --seed, --dataset, --data-dir   passed on to the jobs
+  --mps-percentage even|N[,N...], --mps-memory-limit, --mps-priority   limits of the clients under mps
+                        (see benchmarking/benchmark_suite.py --help)
   --plan FILE           jobs of your own, any command among them, in place of the mix
   --dry-run             print every command and change nothing
 

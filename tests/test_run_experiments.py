@@ -140,6 +140,15 @@ def test_an_earlier_baseline_takes_the_place_of_phase_1(runner: DriverRunner) ->
     assert flags["--baseline"] == str(earlier)
 
 
+def test_limits_of_mps_clients_are_for_the_mps_phase_alone(runner: DriverRunner) -> None:
+    result = runner.drive(SCRIPT, "--mps-percentage", "even", "--mps-memory-limit=8G")
+    assert result.returncode == 0, result.stderr
+    given = {name: call["flags"].get("--mps-percentage") for name, call in
+             runner.suite_calls().items()}  # fmt: skip
+    assert given == {"baseline": None, "time-slicing": None, "mps": "even"}
+    assert runner.suite_calls()["mps"]["flags"]["--mps-memory-limit"] == "8G"
+
+
 def test_a_plan_takes_the_place_of_the_mix_in_every_phase(runner: DriverRunner) -> None:
     plan = "examples/plans/own-commands.toml"
     result = runner.drive(SCRIPT, "--plan", plan)

@@ -185,6 +185,7 @@ def test_without_a_gpu_it_is_a_demonstration(runner: DriverRunner) -> None:
         (["--slo-ms", "0"], "--slo-ms needs a number above 0"),
         (["--slo-ms", "50"], "--slo-ms needs jobs with response times"),
         (["mig", "--until-break"], "as many jobs as instances"),
+        (["--mps-percentage", "50"], "--mps-percentage needs MODE mps"),
         (["--plan", "no.toml"], "'no.toml' is not a file"),
         (["--plan", EXAMPLE, "--mix", "mixed"], "give one of the two"),
         (["--mix", "all"], "--mix needs one of: training inference interactive mixed"),
