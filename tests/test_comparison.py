@@ -23,7 +23,13 @@ def test_unlike_environments_stand_in_separate_sections_and_are_not_compared(cha
     compared = compare(time_slicing([4.0, 4.02]), other)
     assert len(compared.sections) == 2
     assert "no other mode was measured" in sentences(compared)
-    assert "2 unlike environments" in markdown(compared)
+    (name,) = changes
+    (difference,) = compared.differences()
+    assert difference.startswith(
+        "version of torch" if name == "versions" else name.replace("_", " ")
+    )
+    assert "2 unlike environments. They stand" in markdown(compared)
+    assert f"\n- {difference}\n" in markdown(compared)
 
 
 def test_another_job_size_precision_or_engine_opens_another_section():

@@ -73,6 +73,15 @@ class Section:
         )[1]
 
     @property
+    def facts(self) -> dict[str, str]:
+        """What sets the section apart from another, as far as it is known, in words."""
+        named = {name.replace("_", " "): value for name, value in self.environment.items()}
+        named |= {f"version of {name}": value for name, value in self.versions.items()}
+        for workload, engine in self.engines.items():
+            named[f"engine of {workload}"] = " ".join(str(part) for part in engine)
+        return {name: str(value) for name, value in named.items() if value is not None}
+
+    @property
     def title(self) -> str:
         """GPU, driver and job size in a few words."""
         environment = self.environment
@@ -91,6 +100,17 @@ class Comparison:
     sections: list[Section]
     phases: list[dict[str, Any]]
     problems: list[str]
+
+    def differences(self) -> list[str]:
+        """In what the sections' environments differ, a line a fact: `driver version: ...`."""
+        facts = [section.facts for section in self.sections]
+        lines = []
+        for name in dict.fromkeys(name for section in facts for name in section):
+            values = {n: section[name] for n, section in enumerate(facts, 1) if name in section}
+            if len(set(values.values())) > 1:
+                listed = ", ".join(f"{value} in section {n}" for n, value in values.items())
+                lines.append(f"{name}: {listed}")
+        return lines
 
 
 def compare(

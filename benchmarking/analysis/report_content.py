@@ -95,11 +95,11 @@ def _decision(compared: Comparison) -> list[Chapter]:
         return [first]
     first.blocks.append(
         Paragraph(
-            f"The runs come from {len(compared.sections)} unlike environments (GPU, driver, "
-            "versions, engine, precision or job size differ). They stand in separate sections "
-            "and are not compared with each other."
+            f"The runs come from {len(compared.sections)} unlike environments. They stand in "
+            "separate sections and are not compared with each other. They differ in:"
         )
     )
+    first.blocks.append(Bullets.of(compared.differences()))
     return [
         first,
         *(
