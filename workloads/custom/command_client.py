@@ -103,7 +103,7 @@ class CommandWorkload(Workload):
         recorder.check_stop()
         run = _Run(self.args.words, self.args.working_directory)
         self._watch(run, recorder)
-        _require_success(run, self.args.command)
+        _require_success(run)
         recorder.unit(UNIT_KIND, run.start_seconds, run.end_seconds, latency=self.args.latency)
         return {"command_seconds": run.end_seconds - run.start_seconds}
 
@@ -212,7 +212,7 @@ class _Run:
         self._process.stderr.close()
 
 
-def _require_success(run: _Run, command: str) -> None:
+def _require_success(run: _Run) -> None:
     code = run.exit_code
     if code == 0:
         return
@@ -220,7 +220,7 @@ def _require_success(run: _Run, command: str) -> None:
     lines = [line.strip() for line in re.split(r"[\r\n]+", text) if line.strip()]
     how = f"exit code {code}" if code > 0 else f"signal {signal.Signals(-code).name}"
     said = f": {lines[-1]}" if lines else ""
-    message = f"`{command}` ended with {how}{said}"
+    message = f"the command ended with {how}{said}"
     if code == cli.EXIT_OUT_OF_MEMORY or OUT_OF_MEMORY_TEXT.search(text):
         raise cli.OutOfGpuMemoryError(message)
     raise cli.JobFailedError(message)
