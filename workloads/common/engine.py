@@ -70,10 +70,8 @@ class TrainState:
 def compile_module(device: ComputeDevice, module: torch.nn.Module) -> torch.nn.Module:
     """Return ``module`` compiled by torch.compile under ``--engine compile``, else unchanged.
 
-    What was compiled once is taken from Inductor's cache on disk (TORCHINDUCTOR_CACHE_DIR). It
-    should be filled on an idle GPU: Inductor chooses its kernels by timing them, and a cache filled
-    beside eight neighbors made a ResNet50 epoch on an H100 4.0 s long instead of 3.2 s. Its
-    combo_kernels option saved another 4 % there, but does not compile the ImageNet stem.
+    What was compiled once is taken from Inductor's cache on disk (TORCHINDUCTOR_CACHE_DIR). Fill it
+    on an idle GPU: Inductor chooses among kernels by timing them.
     """
     if device.engine != "compile":
         return module
