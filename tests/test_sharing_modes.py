@@ -229,6 +229,8 @@ def test_in_a_namespace_where_a_neighbor_was_matched_a_missing_pid_is_invalid() 
     [("11 12", {11}, "verified"), ("11", set(), "verified"), ("", {11}, "verified"),
      (f"{LIVING}", {LIVING}, "invalid"), (f"{LIVING}", None, "invalid"), ("", set(), "invalid"),
      (f"{FOREIGN}", set(), "invalid")],
+    ids=["both know it", "daemon alone", "NVML alone", "another pid", "another pid, NVML silent",
+         "neither", "a foreign pid"],
 )  # fmt: skip
 def test_an_mps_client_is_known_to_nvml_or_to_the_daemon(
     control: Callable, daemon: str, nvml: set | None, verdict: str

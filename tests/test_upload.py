@@ -33,20 +33,25 @@ def test_quoted_boundaries_preambles_and_missing_last_line_ends_are_understood()
     assert find_image('Multipart/Form-Data; charset=x; boundary="b 1"', body) == CONTENT
 
 
-@pytest.mark.parametrize(
-    ("content_type", "body", "said"),
-    [
-        ("", b"", "no image"),
-        (*form(("picture", ("a.jpg", b"x"))), "fields found: 'picture'"),
-        (*form(("image", "text and no file")), "no file in multipart field 'image'"),
-        (*form(("image", ("a", b"x")), ("image", ("b", b"x"))), "2 fields named 'image'"),
-        (*form(*[("n", "x")] * 1001), "more than 1000 fields"),
-        ("multipart/form-data", b"x", "no file"),
-        ("multipart/form-data; boundary=b", b"no boundary in here", "no file"),
-        ("multipart/form-data; boundary=b", b"--b\r\nX: y\r\n\r\nbreaks off", "cut off"),
-        ("multipart/form-data; boundary=b", b"--b\r\nno end of headers\r\n--b--", "cut off"),
-    ],
-)
+# How a request goes wrong: its content type, its body, and what the refusal says.
+REFUSED = {
+    "empty": ("", b"", "no image"),
+    "other field": (*form(("picture", ("a.jpg", b"x"))), "fields found: 'picture'"),
+    "no file": (*form(("image", "text and no file")), "no file in multipart field 'image'"),
+    "two files": (*form(("image", ("a", b"x")), ("image", ("b", b"x"))), "2 fields named 'image'"),
+    "many fields": (*form(*[("n", "x")] * 1001), "more than 1000 fields"),
+    "no boundary named": ("multipart/form-data", b"x", "no file"),
+    "boundary missing": ("multipart/form-data; boundary=b", b"no boundary in here", "no file"),
+    "cut off": ("multipart/form-data; boundary=b", b"--b\r\nX: y\r\n\r\nbreaks off", "cut off"),
+    "headers cut off": (
+        "multipart/form-data; boundary=b",
+        b"--b\r\nno end of headers\r\n--b--",
+        "cut off",
+    ),
+}
+
+
+@pytest.mark.parametrize(("content_type", "body", "said"), REFUSED.values(), ids=REFUSED)
 def test_a_body_without_one_picture_is_refused_and_says_why(content_type, body, said):
     with pytest.raises(BadUpload, match=said):
         find_image(content_type, body)
