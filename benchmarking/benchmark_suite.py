@@ -3,6 +3,7 @@
 
     python3 benchmarking/benchmark_suite.py --mode time-slicing --workloads 4
     python3 benchmarking/benchmark_suite.py --mode mps --mix training --workloads 1,2,4
+    python3 benchmarking/benchmark_suite.py --mode mps --mix pairs    # each job beside each other
     python3 benchmarking/benchmark_suite.py --mode exclusive          # each job alone: the baseline
     python3 benchmarking/benchmark_suite.py --plan examples/plans/own-commands.toml  # your own jobs
     python3 benchmarking/benchmark_suite.py --mode mig --dry-run      # only show the plan
@@ -25,7 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarking import mps_knobs, run_store, suite_console
+from benchmarking import mps_knobs, pairs, run_store, suite_console
 from benchmarking.argument_types import positive_float, positive_int
 from benchmarking.launcher import Interruption
 from benchmarking.one_line_parser import OneLineParser
@@ -94,10 +95,11 @@ def parse_arguments() -> argparse.Namespace:
     jobs = parser.add_mutually_exclusive_group()
     jobs.add_argument(
         "--mix",
-        choices=tuple(MIXES),
+        choices=(*MIXES, pairs.MIX),
         default="mixed",
         help="mixed: ResNet50 training, batch inference, Jupyter session, BERT fine-tuning, over "
-        "again for more than four; else copies of one (default: %(default)s)",
+        "again for more than four; pairs: each of these beside each other one and itself, "
+        f"{pairs.WINDOW_SECONDS:g} s a pair; else copies of one (default: %(default)s)",
     )
     jobs.add_argument(
         "--plan",
@@ -176,6 +178,8 @@ def parse_arguments() -> argparse.Namespace:
     options = parser.parse_args()
     if options.window is not None and options.window >= options.timeout:
         parser.error(f"--window {options.window:g} needs a --timeout above it")
+    if options.mix == pairs.MIX:
+        check_pairs(parser, options)
     if options.until_break and options.mode == MODE_MIG:
         parser.error("--until-break: under MIG there are as many clients as instances; leave it")
     limits = (options.mps_percentage, options.mps_memory_limit, options.mps_priority)
@@ -186,6 +190,15 @@ def parse_arguments() -> argparse.Namespace:
     if options.data_dir is not None and not Path(options.data_dir).is_dir():
         parser.error(f"--data-dir {options.data_dir} is no folder: name one that is there")
     return options
+
+
+def check_pairs(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Refuse what pairs have no use for, and fill in their own defaults."""
+    ramp = (options.max_slowdown, options.slo_ms, options.bisect, options.until_break)
+    if options.workloads or any(ramp):
+        parser.error("--mix pairs has two clients in each co-run: leave --workloads and bounds")
+    options.workloads = (pairs.CLIENTS,)
+    options.window = options.window or pairs.WINDOW_SECONDS
 
 
 def add_ramp_flags(parser: argparse.ArgumentParser) -> None:

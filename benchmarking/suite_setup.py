@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarking import nvml, run_store, sharing_modes
+from benchmarking import nvml, pairs, run_store, sharing_modes
 from benchmarking import plan as planning
 from benchmarking.mode_evidence import Evidence
 from benchmarking.mps_knobs import MpsKnobs
@@ -97,8 +97,15 @@ class Request:
         return f"{self.mix}{self.mps_knobs.name}"
 
     @property
+    def is_pairs(self) -> bool:
+        """Whether every job runs beside each other one, two at a time."""
+        return self.mix == pairs.MIX and self.plan_file is None
+
+    @property
     def mix_size(self) -> int:
         """How many clients make the whole mix once."""
+        if self.is_pairs:
+            return pairs.CLIENTS
         return len(self.plan_file.members if self.plan_file else planning.MIXES[self.mix])
 
     @property
@@ -106,6 +113,8 @@ class Request:
         """Whether some client of the mix has response times."""
         if self.plan_file:
             return self.plan_file.has_latency
+        if self.is_pairs:
+            return True
         kinds = (planning.WORKLOADS[workload] for workload in planning.MIXES[self.mix])
         return any(kind.has_latency for kind in kinds)
 
@@ -142,6 +151,7 @@ class Setup:
             "mode": request.mode,
             "effective_mode": self.mode.name,
             "mix": request.name,
+            "is_pairs": request.is_pairs,
             "job_size": self.job_size,
             "seed": request.seed,
             "bounds": {"max_slowdown": request.max_slowdown, "max_p99_ms": request.slo_ms},
@@ -243,22 +253,22 @@ def _lay_out(
         data_dir=str(Path(request.data_dir).resolve()) if request.data_dir else None,
     )
 
+    where = {"python": sys.executable, "root": str(PROJECT_ROOT)}
+    plan_mode = MODE_EXCLUSIVE if request.mode == MODE_EXCLUSIVE else mode.name
+
     def clients_of(count: int) -> tuple[PlannedClient, ...]:
-        where = {"python": sys.executable, "root": str(PROJECT_ROOT)}
         if request.plan_file is not None:
             return plan_clients(request.plan_file, count, options, **where)
         return planning.mix_clients(request.mix, count, options, **where)
 
     def planned(counts: Sequence[int], **baselines: bool) -> Plan:
-        layout = planning.build_plan(
-            MODE_EXCLUSIVE if request.mode == MODE_EXCLUSIVE else mode.name,
-            clients_of,
-            name=request.name,
-            counts=counts,
-            repeats=request.repeats,
-            baseline_mode=alone_mode.name,
-            **baselines,
-        )
+        asked = {"name": request.name, "repeats": request.repeats,
+                 "baseline_mode": alone_mode.name, **baselines}  # fmt: skip
+        if request.is_pairs:
+            workloads = pairs.pair_workloads(job_size)
+            layout = pairs.pairs_plan(plan_mode, workloads, options, **asked, **where)
+        else:
+            layout = planning.build_plan(plan_mode, clients_of, counts=counts, **asked)
         return layout.with_environments(environment_of)
 
     def environment_of(run: PlannedCoRun) -> Callable[[PlannedClient], dict[str, str]]:
