@@ -524,7 +524,8 @@ def test_ten_captured_steps_learn_what_ten_eager_steps_learn(monkeypatch, precis
         return losses
 
     eager, captured = ten_losses("eager"), ten_losses("graph")
-    assert captured[0] == pytest.approx(eager[0], rel=1e-3)
+    # The logits are rounded to the precision: bfloat16 keeps 8 bits (2^-8 = 0.4 %).
+    assert captured[0] == pytest.approx(eager[0], rel={"fp32": 1e-3, "bf16": 2**-8}[precision])
     assert captured == pytest.approx(eager, rel=0.05)
 
 

@@ -77,7 +77,10 @@ def compile_module(device: ComputeDevice, module: torch.nn.Module) -> torch.nn.M
         return module
     import torch
 
-    return torch.compile(module)
+    # Each shape gets code of its own. By default the second shape that a module meets (a test
+    # batch, then a training batch) is compiled for any size, and that code ran as slow as an
+    # uncompiled graph on an H100, or was refused for the order of its strides.
+    return torch.compile(module, dynamic=False)
 
 
 def prepare_step(
