@@ -22,12 +22,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarking import run_store
 from benchmarking.analysis import comparison, decision, export, report_content, terminal_report
 from benchmarking.analysis.comparison import Comparison
 from benchmarking.analysis.document import Document
 from benchmarking.analysis.runs import RunView
-from benchmarking.one_line_parser import EXIT_USAGE, OneLineParser
+from benchmarking.command_line.one_line_parser import EXIT_USAGE, OneLineParser
+from benchmarking.storage import run_store
 
 PHASES_FILE = "phases.jsonl"
 EXIT_INTERRUPTED = 130

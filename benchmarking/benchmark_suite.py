@@ -26,15 +26,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarking import mps_knobs, pairs, run_store, suite_console
-from benchmarking.argument_types import positive_float, positive_int
-from benchmarking.launcher import Interruption
-from benchmarking.one_line_parser import OneLineParser
-from benchmarking.plan import MIXES, MODE_EXCLUSIVE, MODE_MIG, MODE_MPS, MODES
-from benchmarking.plan_file import PlanFileError, read_plan_file
-from benchmarking.ramp import MOST_CLIENTS
-from benchmarking.suite_run import SuiteRun
-from benchmarking.suite_setup import (
+from benchmarking.command_line.argument_types import positive_float, positive_int
+from benchmarking.command_line.one_line_parser import OneLineParser
+from benchmarking.planning import mps_knobs, pairs
+from benchmarking.planning.plan import MIXES, MODE_EXCLUSIVE, MODE_MIG, MODE_MPS, MODES
+from benchmarking.planning.plan_file import PlanFileError, read_plan_file
+from benchmarking.planning.ramp import MOST_CLIENTS
+from benchmarking.running import suite_console
+from benchmarking.running.launcher import Interruption
+from benchmarking.running.suite_run import SuiteRun
+from benchmarking.running.suite_setup import (
     EXIT_COMPLETE,
     EXIT_USAGE,
     Request,
@@ -43,6 +44,7 @@ from benchmarking.suite_setup import (
     no_mps_folder,
     prepare,
 )
+from benchmarking.storage import run_store
 
 
 def main() -> int:
@@ -106,7 +108,7 @@ def parse_arguments() -> argparse.Namespace:
         type=Path,
         metavar="FILE",
         help="clients of your own, any command among them, listed in a TOML file "
-        "(see benchmarking/plan_file.py); over again for more than it lists",
+        "(see benchmarking/planning/plan_file.py); over again for more than it lists",
     )
     add_ramp_flags(parser)
     add_mps_flags(parser)

@@ -26,12 +26,11 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarking import nvml
-from benchmarking.argument_types import positive_int
-from benchmarking.launcher import Interruption
-from benchmarking.one_line_parser import EXIT_USAGE, OneLineParser
-from benchmarking.run_store import utc_now, write_json_atomic
-from benchmarking.speed_jobs import (
+from benchmarking.command_line.argument_types import positive_int
+from benchmarking.command_line.one_line_parser import EXIT_USAGE, OneLineParser
+from benchmarking.hardware import nvml
+from benchmarking.running.launcher import Interruption
+from benchmarking.speed.jobs import (
     JOBS,
     SIZE_CPU,
     SIZE_GUIDE,
@@ -40,8 +39,9 @@ from benchmarking.speed_jobs import (
     SpeedJob,
     floor_seconds,
 )
-from benchmarking.speed_run import Interrupted, Processes, RunFailedError
-from benchmarking.speed_text import markdown
+from benchmarking.speed.process_run import Interrupted, Processes, RunFailedError
+from benchmarking.speed.text import markdown
+from benchmarking.storage.run_store import utc_now, write_json_atomic
 
 SCHEMA_VERSION = 1
 EXIT_COMPLETE, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 130
@@ -153,7 +153,7 @@ class SpeedTable:
         say("the card's copy bandwidth and matrix rate")
         try:
             self.content["card_rates"] = self._processes.run_for_json(
-                "benchmarking/card_rates.py", ["--gpu", self._selector]
+                "benchmarking/speed/card_rates.py", ["--gpu", self._selector]
             )
         except RunFailedError as error:
             self._note(f"the card's rates are unknown: {error}")

@@ -25,9 +25,10 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarking import cost_text, host_limit
-from benchmarking.argument_types import positive_float, positive_int
-from benchmarking.cost_windows import (
+from benchmarking.command_line.argument_types import positive_float, positive_int
+from benchmarking.command_line.one_line_parser import OneLineParser
+from benchmarking.cost import text as cost_text
+from benchmarking.cost.windows import (
     SETTLE_SECONDS,
     UntilMeasured,
     Window,
@@ -36,7 +37,9 @@ from benchmarking.cost_windows import (
     sampler_cost_percent,
     work_rate,
 )
-from benchmarking.launcher import (
+from benchmarking.hardware import host_limit
+from benchmarking.planning.plan import MIXES, MODES, Plan, PlannedCoRun
+from benchmarking.running.launcher import (
     OUTCOME_INTERRUPTED,
     OUTCOME_OK,
     Client,
@@ -46,12 +49,8 @@ from benchmarking.launcher import (
     Patience,
     client_base_environment,
 )
-from benchmarking.one_line_parser import OneLineParser
-from benchmarking.plan import MIXES, MODES, Plan, PlannedCoRun
-from benchmarking.records import start_skew_ms
-from benchmarking.run_store import ClientPaths, utc_now, write_json_atomic
-from benchmarking.speed_run import Interrupted, Processes, RunFailedError
-from benchmarking.suite_setup import (
+from benchmarking.running.records import start_skew_ms
+from benchmarking.running.suite_setup import (
     EXIT_COMPLETE,
     EXIT_FAILED,
     EXIT_INTERRUPTED,
@@ -61,6 +60,8 @@ from benchmarking.suite_setup import (
     no_mps_folder,
     prepare,
 )
+from benchmarking.speed.process_run import Interrupted, Processes, RunFailedError
+from benchmarking.storage.run_store import ClientPaths, utc_now, write_json_atomic
 
 SCHEMA_VERSION = 1
 READY_TIMEOUT_SECONDS = 1800.0

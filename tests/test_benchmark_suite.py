@@ -21,10 +21,12 @@ from pathlib import Path
 import nvml_stub
 import pytest
 
-from benchmarking import baselines, records, run_store, sampler, suite_console
-from benchmarking.launcher import ClientOutcome, CoRunOutcome
-from benchmarking.mode_evidence import Evidence, Proof
-from benchmarking.plan import WORKLOADS, PlannedClient, PlannedCoRun
+from benchmarking.modes.mode_evidence import Evidence, Proof
+from benchmarking.planning import baselines
+from benchmarking.planning.plan import WORKLOADS, PlannedClient, PlannedCoRun
+from benchmarking.running import records, sampler, suite_console
+from benchmarking.running.launcher import ClientOutcome, CoRunOutcome
+from benchmarking.storage import run_store
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 CLIENT = Path(__file__).parent / "fakes" / "scripted_client.py"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarking.gpu_samples import energy_between, summarize_samples
+from benchmarking.hardware.gpu_samples import energy_between, summarize_samples
 
 RECORD_KEYS = {
     "utilization_gpu_percent", "utilization_source", "sm_activity_percent",

@@ -16,7 +16,7 @@ import pytest
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 FOLDERS_OF_SCRIPTS = (".", "gpu-configs")
-FOLDERS_OF_PROGRAMS = ("benchmarking", "workloads", "workloads/*", "lib")
+FOLDERS_OF_PROGRAMS = ("benchmarking", "benchmarking/*", "workloads", "workloads/*", "lib")
 # Sourced by the scripts, never run itself.
 SOURCED = {"setup_environment.sh"}
 # Processes of load_test.py and inference_server.py, which hand them open sockets as arguments.

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from benchmarking import host_cpu, host_limit
+from benchmarking.hardware import host_cpu, host_limit
 
 EAGER = {
     "client": 0, "label": "BERT fine-tuning", "job_key": "bert", "slowdown": 1.0,

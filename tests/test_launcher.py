@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarking import event_log, launcher
-from benchmarking.launcher import FinishRule, Interruption, Launcher, Patience
-from benchmarking.plan import PlannedClient, PlannedCoRun
-from benchmarking.run_store import ClientPaths
+from benchmarking.planning.plan import PlannedClient, PlannedCoRun
+from benchmarking.running import event_log, launcher
+from benchmarking.running.launcher import FinishRule, Interruption, Launcher, Patience
+from benchmarking.storage.run_store import ClientPaths
 
 CLIENT = Path(__file__).parent / "fakes" / "scripted_client.py"
 SOON = Patience(timeout=10.0, stop=5.0, terminate=2.0, poll=0.01)
@@ -295,8 +295,8 @@ def test_clients_end_when_the_launcher_is_killed(tmp_path: Path) -> None:
         import os, sys
         from pathlib import Path
         sys.path[:0] = [{str(root)!r}, {str(root / "tests")!r}]
-        from benchmarking.launcher import FinishRule, Launcher
-        from benchmarking.run_store import ClientPaths
+        from benchmarking.running.launcher import FinishRule, Launcher
+        from benchmarking.storage.run_store import ClientPaths
         from test_launcher import planned
         def paths_of(co_run, client):
             folder = Path({str(tmp_path)!r})

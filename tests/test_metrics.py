@@ -7,8 +7,8 @@ import math
 import numpy
 import pytest
 
-from benchmarking import intervals, metrics
-from benchmarking.breaking_point import breaking_point, saturation_count, sufficient_count
+from benchmarking.metrics import intervals, scores
+from benchmarking.metrics.breaking_point import breaking_point, saturation_count, sufficient_count
 
 
 def unit(count: int, seconds: float, *, latency: bool = False) -> dict:
@@ -34,38 +34,38 @@ def client(job_key: str, units: dict, *, status: str = "ok", **more: object) -> 
 
 
 def test_with_one_kind_of_unit_progress_is_exactly_t_over_c():
-    alone = metrics.unit_seconds({"train_step": unit(10, 1.0)})  # T = 0.1 s
+    alone = scores.unit_seconds({"train_step": unit(10, 1.0)})  # T = 0.1 s
     shared = {"train_step": unit(5, 2.0)}  # C = 0.4 s
     assert alone == {"train_step": pytest.approx(0.1)}
-    assert metrics.normalized_progress(shared, alone) == pytest.approx(0.25)
-    assert metrics.slowdown(shared, alone) == pytest.approx(4.0)
+    assert scores.normalized_progress(shared, alone) == pytest.approx(0.25)
+    assert scores.slowdown(shared, alone) == pytest.approx(4.0)
 
 
 def test_several_kinds_of_unit_are_weighted_as_they_ran():
     alone = {"train_step": 0.1, "test_step": 0.05}
     shared = {"train_step": unit(20, 4.0), "test_step": unit(10, 2.0)}
     # W = 20 x 0.1 + 10 x 0.05 = 2.5 s alone; D = 4 + 2 = 6 s
-    assert metrics.normalized_progress(shared, alone) == pytest.approx(2.5 / 6)
-    assert metrics.slowdown(shared, alone) == pytest.approx(2.4)
+    assert scores.normalized_progress(shared, alone) == pytest.approx(2.5 / 6)
+    assert scores.slowdown(shared, alone) == pytest.approx(2.4)
 
 
 def test_progress_is_unknown_without_units_or_without_a_kinds_baseline():
-    assert metrics.normalized_progress({}, {"train_step": 0.1}) is None
-    assert metrics.normalized_progress({"train_step": unit(0, 0.0)}, {"train_step": 0.1}) is None
+    assert scores.normalized_progress({}, {"train_step": 0.1}) is None
+    assert scores.normalized_progress({"train_step": unit(0, 0.0)}, {"train_step": 0.1}) is None
     both = {"train_step": unit(5, 2.0), "test_step": unit(1, 0.1)}
-    assert metrics.normalized_progress(both, {"train_step": 0.1}) is None
-    assert metrics.slowdown(both, {"train_step": 0.1}) is None
+    assert scores.normalized_progress(both, {"train_step": 0.1}) is None
+    assert scores.slowdown(both, {"train_step": 0.1}) is None
 
 
 def test_a_kind_that_never_ran_in_the_window_needs_no_baseline():
     shared = {"train_step": unit(5, 1.0), "test_step": unit(0, 0.0)}
-    assert metrics.normalized_progress(shared, {"train_step": 0.1}) == pytest.approx(0.5)
+    assert scores.normalized_progress(shared, {"train_step": 0.1}) == pytest.approx(0.5)
 
 
 def test_percentiles_interpolate_between_ranks_as_numpy_does():
     values = [5.0, 1.0, 9.0, 3.0]
     # ordered 1 3 5 9: rank of p50 is 1.5 -> 4; of p95 is 2.85 -> 5 + 0.85 x 4 = 8.4
-    figures = metrics.percentiles_ms(values)
+    figures = scores.percentiles_ms(values)
     assert figures is not None
     assert (figures["p50"], figures["median"], figures["mean"]) == (4.0, 4.0, 4.5)
     assert figures["p95"] == pytest.approx(8.4)
@@ -73,77 +73,77 @@ def test_percentiles_interpolate_between_ranks_as_numpy_does():
     assert figures["std"] == pytest.approx(math.sqrt((0.25 + 12.25 + 20.25 + 2.25) / 4))
     for percent in (0, 1, 37.5, 99, 100):
         expected = numpy.percentile(values, percent)
-        assert metrics.percentile(values, percent) == pytest.approx(expected)
+        assert scores.percentile(values, percent) == pytest.approx(expected)
 
 
 def test_percentiles_of_nothing_are_unknown_and_of_a_wrong_percent_an_error():
-    assert metrics.percentiles_ms([]) is None
-    assert metrics.percentiles_ms(None) is None
+    assert scores.percentiles_ms([]) is None
+    assert scores.percentiles_ms(None) is None
     with pytest.raises(ValueError, match="at least one value"):
-        metrics.percentile([], 50)
+        scores.percentile([], 50)
     with pytest.raises(ValueError, match=r"in 0\.\.100"):
-        metrics.percentile([1.0], 101)
+        scores.percentile([1.0], 101)
 
 
 def test_tail_slowdown_compares_percentiles_of_raw_latencies():
     alone = [10.0] * 99 + [20.0]
     shared = [10.0] * 90 + [40.0] * 10
-    assert metrics.tail_slowdown(shared, alone, 50) == pytest.approx(1.0)
+    assert scores.tail_slowdown(shared, alone, 50) == pytest.approx(1.0)
     # p99 alone: rank 98.01 -> 10 + 0.01 x 10 = 10.1; shared: 40
-    assert metrics.tail_slowdown(shared, alone, 99) == pytest.approx(40 / 10.1)
-    assert metrics.tail_slowdown(None, alone, 99) is None
-    assert metrics.tail_slowdown(shared, [], 99) is None
-    assert metrics.tail_slowdown(shared, [0.0], 99) is None
+    assert scores.tail_slowdown(shared, alone, 99) == pytest.approx(40 / 10.1)
+    assert scores.tail_slowdown(None, alone, 99) is None
+    assert scores.tail_slowdown(shared, [], 99) is None
+    assert scores.tail_slowdown(shared, [0.0], 99) is None
 
 
 # --- all clients of a co-run ----------------------------------------------------------------
 
 
 def test_stp_antt_and_overhead_follow_their_definitions():
-    assert metrics.system_throughput([0.5, 0.25]) == pytest.approx(0.75)
-    assert metrics.average_normalized_turnaround_time([2.0, 4.0]) == pytest.approx(3.0)
-    assert metrics.overhead_percent(0.8) == pytest.approx(25.0)
-    assert metrics.overhead_percent(2.0) == pytest.approx(-50.0)
-    assert metrics.overhead_percent(None) is None
+    assert scores.system_throughput([0.5, 0.25]) == pytest.approx(0.75)
+    assert scores.average_normalized_turnaround_time([2.0, 4.0]) == pytest.approx(3.0)
+    assert scores.overhead_percent(0.8) == pytest.approx(25.0)
+    assert scores.overhead_percent(2.0) == pytest.approx(-50.0)
+    assert scores.overhead_percent(None) is None
     with pytest.raises(ValueError, match="at least one slowdown"):
-        metrics.average_normalized_turnaround_time([])
+        scores.average_normalized_turnaround_time([])
 
 
 def test_interference_and_mechanism_overhead_are_percent_over_alone():
-    assert metrics.interference_overhead_percent([1.0, 1.1]) == pytest.approx(5.0)
-    assert metrics.interference_overhead_percent([]) is None
-    assert metrics.mechanism_overhead_percent(1.02) == pytest.approx(2.0)
-    assert metrics.mechanism_overhead_percent(None) is None
+    assert scores.interference_overhead_percent([1.0, 1.1]) == pytest.approx(5.0)
+    assert scores.interference_overhead_percent([]) is None
+    assert scores.mechanism_overhead_percent(1.02) == pytest.approx(2.0)
+    assert scores.mechanism_overhead_percent(None) is None
 
 
 def test_jain_fairness_is_one_for_equals_and_one_over_n_when_one_takes_all():
-    assert metrics.jain_fairness([0.25] * 4) == pytest.approx(1.0)
-    assert metrics.jain_fairness([1.0, 0.0, 0.0, 0.0]) == pytest.approx(0.25)
-    assert metrics.jain_fairness([0.5, 1.0]) == pytest.approx(1.5**2 / (2 * 1.25))
-    assert metrics.jain_fairness([0.0, 0.0]) is None
+    assert scores.jain_fairness([0.25] * 4) == pytest.approx(1.0)
+    assert scores.jain_fairness([1.0, 0.0, 0.0, 0.0]) == pytest.approx(0.25)
+    assert scores.jain_fairness([0.5, 1.0]) == pytest.approx(1.5**2 / (2 * 1.25))
+    assert scores.jain_fairness([0.0, 0.0]) is None
 
 
 def test_energy_ratio_charges_each_unit_its_solo_joules():
     baseline = {"units": {"train_step": unit(100, 10.0)}}
-    solo = metrics.solo_energy_joules({"train_step": unit(30, 9.0)}, baseline, 3000.0)
+    solo = scores.solo_energy_joules({"train_step": unit(30, 9.0)}, baseline, 3000.0)
     assert solo == pytest.approx(900.0)  # 30 units x (3000 J / 100 units)
-    assert metrics.energy_ratio(1350.0, [solo, solo]) == pytest.approx(0.75)
+    assert scores.energy_ratio(1350.0, [solo, solo]) == pytest.approx(0.75)
 
 
 def test_energy_of_several_kinds_is_shared_by_their_seconds_alone():
     baseline = {"units": {"train_step": unit(10, 1.0), "test_step": unit(20, 1.0)}}
     shared = {"train_step": unit(5, 2.0), "test_step": unit(2, 0.4)}
     # seconds-alone: 5 x 0.1 + 2 x 0.05 = 0.6 of the baseline's 2 s, which took 400 J
-    assert metrics.solo_energy_joules(shared, baseline, 400.0) == pytest.approx(120.0)
+    assert scores.solo_energy_joules(shared, baseline, 400.0) == pytest.approx(120.0)
 
 
 def test_energy_ratio_is_unknown_when_any_part_is():
-    assert metrics.energy_ratio(None, [1.0]) is None
-    assert metrics.energy_ratio(10.0, [1.0, None]) is None
-    assert metrics.energy_ratio(10.0, []) is None
-    assert metrics.solo_energy_joules({"x": unit(1, 1.0)}, {"units": {}}, 5.0) is None
+    assert scores.energy_ratio(None, [1.0]) is None
+    assert scores.energy_ratio(10.0, [1.0, None]) is None
+    assert scores.energy_ratio(10.0, []) is None
+    assert scores.solo_energy_joules({"x": unit(1, 1.0)}, {"units": {}}, 5.0) is None
     one = {"x": unit(1, 1.0)}
-    assert metrics.solo_energy_joules(one, {"units": one}, None) is None
+    assert scores.solo_energy_joules(one, {"units": one}, None) is None
 
 
 def summary_of_two(**changes: object) -> dict:
@@ -166,7 +166,7 @@ def summary_of_two(**changes: object) -> dict:
         )
         | changes,
     ]
-    return metrics.summarize_co_run(
+    return scores.summarize_co_run(
         clients,
         baselines,
         {"energy_joules": 900.0},
@@ -216,9 +216,9 @@ def test_interference_under_mig_is_judged_on_the_clients_own_instance():
     whole_gpu = {"resnet": client("resnet", {"train_step": unit(100, 1.0)})}
     instance = {"resnet": client("resnet", {"train_step": unit(100, 6.0)})}
     shared = [client("resnet", {"train_step": unit(100, 6.3)}, mode="mig")]
-    without = metrics.summarize_co_run(shared, whole_gpu, None)
+    without = scores.summarize_co_run(shared, whole_gpu, None)
     assert without["interference_overhead_percent"] is None
-    summary = metrics.summarize_co_run(shared, whole_gpu, None, share_baselines=instance)
+    summary = scores.summarize_co_run(shared, whole_gpu, None, share_baselines=instance)
     assert summary["interference_overhead_percent"] == pytest.approx(5.0)
     assert summary["stp"] == pytest.approx(1 / 6.3)
 
@@ -332,9 +332,9 @@ def test_one_failing_repeat_breaks_a_count_and_an_invalid_co_run_proves_nothing(
 
 
 def test_slo_attainment_is_the_share_of_raw_latencies_within_the_bound():
-    assert metrics.slo_attainment_percent([1.0, 2.0, 3.0, 50.0], 3.0) == pytest.approx(75.0)
-    assert metrics.slo_attainment_percent([], 3.0) is None
-    assert metrics.slo_attainment_percent(None, 3.0) is None
+    assert scores.slo_attainment_percent([1.0, 2.0, 3.0, 50.0], 3.0) == pytest.approx(75.0)
+    assert scores.slo_attainment_percent([], 3.0) is None
+    assert scores.slo_attainment_percent(None, 3.0) is None
 
 
 def repeating(job_key: str, ends: list[float], window_end: float) -> dict:
@@ -350,17 +350,17 @@ def repeating(job_key: str, ends: list[float], window_end: float) -> dict:
 
 def test_a_job_that_the_windows_end_cuts_counts_in_part():
     # two whole jobs of 4 s, and half a third one
-    assert metrics.jobs_in_window(repeating("a", [4.0, 8.0, 12.0], 10.0)) == pytest.approx(2.5)
-    assert metrics.jobs_in_window(repeating("a", [12.0], 10.0)) is None
+    assert scores.jobs_in_window(repeating("a", [4.0, 8.0, 12.0], 10.0)) == pytest.approx(2.5)
+    assert scores.jobs_in_window(repeating("a", [12.0], 10.0)) is None
 
 
 def test_joules_a_job_are_known_only_where_all_clients_run_the_same_job():
     twins = [repeating("a", [4.0, 8.0, 12.0], 10.0), repeating("a", [5.0, 10.0], 10.0)]
-    assert metrics.joules_per_job(900.0, twins) == pytest.approx(900 / 4.5)
-    assert metrics.joules_per_job(900.0, [twins[0], repeating("b", [5.0], 10.0)]) is None
-    assert metrics.joules_per_job(900.0, [twins[0], repeating("a", [12.0], 10.0)]) is None
-    assert metrics.joules_per_job(None, twins) is None
-    assert metrics.joules_per_job(900.0, []) is None
+    assert scores.joules_per_job(900.0, twins) == pytest.approx(900 / 4.5)
+    assert scores.joules_per_job(900.0, [twins[0], repeating("b", [5.0], 10.0)]) is None
+    assert scores.joules_per_job(900.0, [twins[0], repeating("a", [12.0], 10.0)]) is None
+    assert scores.joules_per_job(None, twins) is None
+    assert scores.joules_per_job(900.0, []) is None
 
 
 def test_more_clients_gain_nothing_from_the_first_count_near_the_best_on():
@@ -370,5 +370,5 @@ def test_more_clients_gain_nothing_from_the_first_count_near_the_best_on():
 
 
 def test_nothing_is_said_of_the_success_of_clients_that_were_interrupted():
-    assert metrics.success_rate_percent([{"status": "ok"}, {"status": "oom"}]) == 50.0
-    assert metrics.success_rate_percent([{"status": "interrupted"}, {"status": "ok"}]) is None
+    assert scores.success_rate_percent([{"status": "ok"}, {"status": "oom"}]) == 50.0
+    assert scores.success_rate_percent([{"status": "interrupted"}, {"status": "ok"}]) is None

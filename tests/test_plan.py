@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarking import plan
-from benchmarking.plan import JobOptions, Plan
+from benchmarking.planning import plan
+from benchmarking.planning.plan import JobOptions, Plan
 
 ROOT = str(Path(__file__).resolve().parents[1])
 

@@ -8,9 +8,9 @@ import pytest
 import synthetic_runs
 from compared_runs import change, compare, markdown, mps, sentences, time_slicing
 
-from benchmarking import estimates
 from benchmarking.analysis import cells, export, markdown_report, terminal_report
 from benchmarking.analysis.document import UNKNOWN, Table
+from benchmarking.metrics import estimates
 
 
 def test_a_cpu_demonstration_says_that_it_says_nothing_about_modes():

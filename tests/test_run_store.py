@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import synthetic_runs
 
-from benchmarking import run_store
 from benchmarking.analysis import comparison
 from benchmarking.analysis.runs import RunView
+from benchmarking.storage import run_store
 
 MANIFEST = {"mode": "mps", "effective_mode": "mps", "mix": "mixed", "plan": {}, "notes": []}
 

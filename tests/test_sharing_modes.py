@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from benchmarking import sharing_modes
-from benchmarking.mode_evidence import ProcessLists
-from benchmarking.sharing_modes import (
+from benchmarking.modes import sharing_modes
+from benchmarking.modes.mode_evidence import ProcessLists
+from benchmarking.modes.sharing_modes import (
     CpuDemoMode,
     MigMode,
     ModeNotInForceError,

@@ -15,7 +15,7 @@ import nvml_stub
 import program_copy
 import pytest
 
-from benchmarking import speed_jobs
+from benchmarking.speed import jobs as speed_jobs
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 FAKE = Path(__file__).parent / "fakes" / "scripted_speed.py"
@@ -29,7 +29,7 @@ class Bench:
         self.calls_path = root / "calls"
         self.script = root / "benchmarking" / "speed_table.py"
         stand_ins = {job.script for job in speed_jobs.JOBS}
-        names = {"benchmarking/card_rates.py", "workloads/work_count.py", *stand_ins}
+        names = {"benchmarking/speed/card_rates.py", "workloads/work_count.py", *stand_ins}
         program_copy.copy_programs(root, FAKE, names)
         self.card, self.environment = program_copy.scripted_card(root)
         self.environment["SPEED_CALLS"] = str(self.calls_path)

@@ -14,8 +14,9 @@ from typing import Any
 import program_copy
 import pytest
 
-from benchmarking import cost_text, cost_windows
-from benchmarking.plan import WORKLOADS
+from benchmarking.cost import text as cost_text
+from benchmarking.cost import windows as cost_windows
+from benchmarking.planning.plan import WORKLOADS
 
 CLIENT = Path(__file__).parent / "fakes" / "scripted_client.py"
 SHORT = ("--clients", "2", "--seconds", "0.4", "--repeats", "2")

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from test_benchmark_suite import Bench, bench, gpu_bench, start_daemon, verdicts
 
-from benchmarking import run_store
+from benchmarking.storage import run_store
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = PROJECT_ROOT / "examples" / "plans" / "own-commands.toml"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarking.analysis.document import Picture
-from benchmarking.estimates import Estimate
+from benchmarking.metrics.estimates import Estimate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

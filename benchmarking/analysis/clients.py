@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarking import metrics
 from benchmarking.analysis.guide_checks import Check, card_checks, workload_checks
 from benchmarking.analysis.runs import CoRun, RunView
-from benchmarking.estimates import Estimate, estimate, range_estimate
+from benchmarking.metrics import scores
+from benchmarking.metrics.estimates import Estimate, estimate, range_estimate
 
 Record = Mapping[str, Any]
 
@@ -77,7 +77,7 @@ def alone_rows(runs_newest_first: Sequence[RunView], slo_ms: float | None) -> li
             gpu = gpu_by_co_run.get(record["co_run"], {})
             row = _row([record], None, "alone", slo_ms)
             row.checks += card_checks(record["workload"], gpu)
-            row.joules_per_job = metrics.joules_per_job(gpu.get("energy_joules"), [record])
+            row.joules_per_job = scores.joules_per_job(gpu.get("energy_joules"), [record])
             rows[record["job_key"]] = row
     return list(rows.values())
 
@@ -104,14 +104,13 @@ def _row(
         proof=sorted({proof.get("verdict") or "unverified" for proof in proofs}),
         reasons=reasons,
         slowdown=estimate(record.get("slowdown") for record in good),
-        job_seconds=_mean(metrics.mean_job_seconds(record) for record in good),
-        latency=metrics.percentiles_ms(latencies),
+        job_seconds=_mean(scores.mean_job_seconds(record) for record in good),
+        latency=scores.percentiles_ms(latencies),
         tail_slowdown={
-            percent: metrics.tail_slowdown(latencies, alone, percent)
-            for percent in TAIL_PERCENTILES
+            percent: scores.tail_slowdown(latencies, alone, percent) for percent in TAIL_PERCENTILES
         },
         p99_ms=range_estimate(
-            metrics.percentile(record["latency_ms"], 99)
+            scores.percentile(record["latency_ms"], 99)
             for record in good
             if record.get("latency_ms")
         ),
@@ -127,7 +126,7 @@ def _slo(
 ) -> SloAttainment | None:
     """By the bound that was given; without one, as a load test with its own bound reported it."""
     if slo_ms is not None:
-        share = metrics.slo_attainment_percent(latencies, slo_ms)
+        share = scores.slo_attainment_percent(latencies, slo_ms)
         return None if share is None else SloAttainment(share, slo_ms)
     figures = [record.get("figures") or {} for record in good]
     share = _mean(found.get("slo_attainment_percent") for found in figures)

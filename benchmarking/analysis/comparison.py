@@ -10,13 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarking import baselines
 from benchmarking.analysis import noise
 from benchmarking.analysis.clients import ClientRow, alone_rows
 from benchmarking.analysis.groups import Group, build_group
 from benchmarking.analysis.merging import merge
 from benchmarking.analysis.ramps import Ramp, find_ramps
 from benchmarking.analysis.runs import CPU_DEMO, RunView, mode_order
+from benchmarking.planning import baselines
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ from benchmarking.analysis.verdicts import (
     stand,
     verdict,
 )
-from benchmarking.estimates import MIN_REPEATS_FOR_CLAIM, Estimate
-from benchmarking.number_text import duration, joined
+from benchmarking.command_line.number_text import duration, joined
+from benchmarking.metrics.estimates import MIN_REPEATS_FOR_CLAIM, Estimate
 
 Pairs = Sequence[noise.SameTwice]
 

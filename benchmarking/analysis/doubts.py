@@ -5,7 +5,7 @@ from __future__ import annotations
 from benchmarking.analysis.comparison import Section
 from benchmarking.analysis.groups import Group
 from benchmarking.analysis.runs import CoRun, RunView, clients_text
-from benchmarking.number_text import joined
+from benchmarking.command_line.number_text import joined
 
 
 def find_doubts(section: Section) -> list[str]:

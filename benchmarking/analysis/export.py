@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarking.analysis.comparison import Comparison, Section
 from benchmarking.analysis.groups import Group
-from benchmarking.estimates import Estimate
+from benchmarking.metrics.estimates import Estimate
 
 SCHEMA_VERSION = 2
 

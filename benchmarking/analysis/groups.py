@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarking import metrics
 from benchmarking.analysis.clients import ClientRow, client_rows
 from benchmarking.analysis.guide_checks import Check, mode_checks
 from benchmarking.analysis.runs import CPU_DEMO, CoRun, RunView, clients_text, mode_name
-from benchmarking.estimates import Estimate, estimate, overhead_estimate
+from benchmarking.metrics import scores
+from benchmarking.metrics.estimates import Estimate, estimate, overhead_estimate
 
 Record = Mapping[str, Any]
 
@@ -126,7 +126,7 @@ def build_group(
         fairness=_mean_of(good, "fairness"),
         energy_ratio=_mean_of(good, "energy_ratio"),
         joules_per_job=estimate(
-            metrics.joules_per_job((c.record.get("gpu") or {}).get("energy_joules"), c.clients)
+            scores.joules_per_job((c.record.get("gpu") or {}).get("energy_joules"), c.clients)
             for c in good
         ),
         success_rate_percent=_mean_of(co_runs, "success_rate_percent"),
@@ -153,14 +153,14 @@ def _mean_of(co_runs: Sequence[CoRun], name: str) -> float | None:
 def _interference(good: Sequence[CoRun], mode: str, antt: Estimate | None) -> float | None:
     found = _mean_of(good, "interference_overhead_percent")
     if found is None and mode != "mig" and antt is not None:
-        return metrics.interference_overhead_percent([antt.mean])
+        return scores.interference_overhead_percent([antt.mean])
     return found
 
 
 def _mechanism(mode: str, clients: int, antt: Estimate | None) -> float | None:
     if clients != 1 or mode == CPU_DEMO:
         return None
-    return metrics.mechanism_overhead_percent(antt.mean if antt else None)
+    return scores.mechanism_overhead_percent(antt.mean if antt else None)
 
 
 def _stp_per_multiprocessor(

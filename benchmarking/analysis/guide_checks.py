@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarking import metrics
 from benchmarking.analysis import expectations
+from benchmarking.metrics import scores
 
 Record = Mapping[str, Any]
 
@@ -57,8 +57,8 @@ def measured_quantities(record: Record, latencies_ms: Sequence[float]) -> dict[s
             found[quantity] = float(value)
     if latencies_ms:
         found["mean_latency_ms"] = statistics.fmean(latencies_ms)
-        found["p99_latency_ms"] = metrics.percentile(latencies_ms, 99)
-    job_seconds = metrics.mean_job_seconds(record)
+        found["p99_latency_ms"] = scores.percentile(latencies_ms, 99)
+    job_seconds = scores.mean_job_seconds(record)
     if job_seconds is not None:
         found["job_seconds"] = job_seconds
     return found

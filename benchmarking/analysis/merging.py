@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from benchmarking import baselines
 from benchmarking.analysis.runs import RunView, clients_text, mode_name
+from benchmarking.planning import baselines
 
 
 def merge(runs: Sequence[RunView], clients: int) -> tuple[list[RunView], list[str]]:

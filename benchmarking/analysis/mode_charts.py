@@ -13,8 +13,8 @@ from benchmarking.analysis.document import Picture
 from benchmarking.analysis.groups import Group
 from benchmarking.analysis.noise import SameTwice
 from benchmarking.analysis.runs import CPU_DEMO
-from benchmarking.estimates import Estimate
-from benchmarking.number_text import duration
+from benchmarking.command_line.number_text import duration
+from benchmarking.metrics.estimates import Estimate
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from benchmarking import metrics
 from benchmarking.analysis.groups import Group
 from benchmarking.analysis.runs import CoRun
-from benchmarking.estimates import range_estimate
+from benchmarking.metrics import scores
+from benchmarking.metrics.estimates import range_estimate
 
 STP = "STP"
 P99 = "p99 latency"
@@ -32,7 +32,7 @@ class SameTwice:
     @property
     def percent(self) -> float:
         """How much the highest lies over the lowest, in percent."""
-        return metrics.difference_percent(min(self.by_run), max(self.by_run))
+        return scores.difference_percent(min(self.by_run), max(self.by_run))
 
 
 def same_twice(groups: Iterable[Group]) -> list[SameTwice]:
@@ -72,5 +72,5 @@ def _by_run(group: Group, value_of: Callable[[CoRun], float | None]) -> tuple[fl
 def _p99(co_run: CoRun, client: int) -> float | None:
     for record in co_run.clients:
         if record["client"] == client and record.get("latency_ms"):
-            return metrics.percentile(record["latency_ms"], 99)
+            return scores.percentile(record["latency_ms"], 99)
     return None

@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarking.analysis.groups import Group
 from benchmarking.analysis.runs import mode_name
-from benchmarking.breaking_point import breaking_point, saturation_count, sufficient_count
+from benchmarking.metrics.breaking_point import breaking_point, saturation_count, sufficient_count
 
 
 @dataclass

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarking import baselines, run_store
+from benchmarking.planning import baselines
+from benchmarking.storage import run_store
 
 Record = Mapping[str, Any]
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from benchmarking import metrics
 from benchmarking.analysis.noise import SameTwice
-from benchmarking.estimates import MIN_REPEATS_FOR_CLAIM, Estimate
-from benchmarking.number_text import joined
+from benchmarking.command_line.number_text import joined
+from benchmarking.metrics import scores
+from benchmarking.metrics.estimates import MIN_REPEATS_FOR_CLAIM, Estimate
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def stand(best: Estimate, others: Sequence[Candidate], noise: SameTwice | None) 
     shown, overlapping, in_noise, single = [], [], [], []
     for other in others:
         low, high = sorted((best.mean, other.found.mean))
-        if noise is not None and metrics.difference_percent(low, high) <= noise.percent:
+        if noise is not None and scores.difference_percent(low, high) <= noise.percent:
             in_noise.append(other)
         elif best.shows_difference_from(other.found):
             shown.append(other)

@@ -12,9 +12,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from benchmarking.event_log import LineFollower
+from benchmarking.running.event_log import LineFollower
 
-MONITOR_SCRIPT = Path(__file__).resolve().parent / "gpu_monitor.py"
+MONITOR_SCRIPT = Path(__file__).resolve().parents[1] / "gpu_monitor.py"
 READY_TIMEOUT_SECONDS = 20.0
 END_TIMEOUT_SECONDS = 5.0
 POLL_SECONDS = 0.02

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarking.launcher import Interruption, tail_of
+from benchmarking.running.launcher import Interruption, tail_of
 
-PROJECT_ROOT = Path(__file__).resolve().parents[1]
+PROJECT_ROOT = Path(__file__).resolve().parents[2]
 POLL_SECONDS = 0.1
 # A GPU process that is told to end first finishes the work in flight.
 END_SECONDS = 60.0

@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarking.estimates import Estimate, estimate
-from benchmarking.event_log import Event
-from benchmarking.gpu_samples import summarize_samples
-from benchmarking.host_cpu import CpuReading, read_process_trees
-from benchmarking.launcher import Client, FinishRule
-from benchmarking.sampler import Sampler
+from benchmarking.hardware.gpu_samples import summarize_samples
+from benchmarking.hardware.host_cpu import CpuReading, read_process_trees
+from benchmarking.metrics.estimates import Estimate, estimate
+from benchmarking.running.event_log import Event
+from benchmarking.running.launcher import Client, FinishRule
+from benchmarking.running.sampler import Sampler
 
 # From go, or from the sampler's start or end, until a window may begin.
 SETTLE_SECONDS = 1.0

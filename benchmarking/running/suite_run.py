@@ -13,17 +13,27 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarking import host_limit, stop_reasons
-from benchmarking import plan as planning
-from benchmarking.baselines import (
+from benchmarking.hardware import host_limit
+from benchmarking.hardware.gpu_samples import summarize_samples
+from benchmarking.modes.sharing_modes import SharingMode
+from benchmarking.planning import plan as planning
+from benchmarking.planning.baselines import (
     BaselineMismatchError,
     identity_differences,
     newest_reusable,
     require_reusable,
 )
-from benchmarking.gpu_samples import summarize_samples
-from benchmarking.job_resolution import resolve
-from benchmarking.launcher import (
+from benchmarking.planning.mps_knobs import PERCENTAGE_VARIABLE
+from benchmarking.planning.plan import (
+    COMMAND_WORKLOAD,
+    MODE_MIG,
+    SIZE_GUIDE,
+    PlannedCoRun,
+)
+from benchmarking.planning.ramp import Ramp
+from benchmarking.running import stop_reasons
+from benchmarking.running.job_resolution import resolve
+from benchmarking.running.launcher import (
     OUTCOME_INTERRUPTED,
     OUTCOME_INVALID,
     OUTCOME_OK,
@@ -36,25 +46,10 @@ from benchmarking.launcher import (
     Patience,
     client_base_environment,
 )
-from benchmarking.mps_knobs import PERCENTAGE_VARIABLE
-from benchmarking.plan import (
-    COMMAND_WORKLOAD,
-    MODE_MIG,
-    SIZE_GUIDE,
-    PlannedCoRun,
-)
-from benchmarking.proofs import judge_clients
-from benchmarking.ramp import Ramp
-from benchmarking.records import client_record, co_run_record
-from benchmarking.run_store import (
-    PHASE_BASELINE,
-    PHASE_CO_RUN,
-    PHASE_SHARE_BASELINE,
-    RunWriter,
-)
-from benchmarking.sampler import Sampler
-from benchmarking.sharing_modes import SharingMode
-from benchmarking.suite_setup import (
+from benchmarking.running.proofs import judge_clients
+from benchmarking.running.records import client_record, co_run_record
+from benchmarking.running.sampler import Sampler
+from benchmarking.running.suite_setup import (
     EXIT_COMPLETE,
     EXIT_FAILED,
     EXIT_INTERRUPTED,
@@ -64,6 +59,12 @@ from benchmarking.suite_setup import (
     RunEnded,
     Setup,
     SuiteError,
+)
+from benchmarking.storage.run_store import (
+    PHASE_BASELINE,
+    PHASE_CO_RUN,
+    PHASE_SHARE_BASELINE,
+    RunWriter,
 )
 
 # A client of ours that cannot use the GPU leaves with this code.

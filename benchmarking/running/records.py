@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from benchmarking import host_limit, metrics
-from benchmarking.event_log import first_unit_seconds, jobs_of, last_event, units_in_window
-from benchmarking.launcher import (
+from benchmarking.hardware import host_limit
+from benchmarking.metrics import scores
+from benchmarking.modes.mode_evidence import INVALID, UNVERIFIED, Evidence, Proof
+from benchmarking.running.event_log import first_unit_seconds, jobs_of, last_event, units_in_window
+from benchmarking.running.launcher import (
     OUTCOME_INTERRUPTED,
     OUTCOME_INVALID,
     OUTCOME_OK,
@@ -16,8 +18,7 @@ from benchmarking.launcher import (
     ClientOutcome,
     CoRunOutcome,
 )
-from benchmarking.mode_evidence import INVALID, UNVERIFIED, Evidence, Proof
-from benchmarking.run_store import PHASE_BASELINE
+from benchmarking.storage.run_store import PHASE_BASELINE
 
 Record = dict[str, Any]
 
@@ -50,7 +51,7 @@ def client_record(
     # A baseline is its own reference.
     reference = units if planned.phase == PHASE_BASELINE else (baseline or {}).get("units") or {}
     progress = (
-        metrics.normalized_progress(units, metrics.unit_seconds(reference))
+        scores.normalized_progress(units, scores.unit_seconds(reference))
         if status == STATUS_OK
         else None
     )
@@ -135,7 +136,7 @@ def co_run_record(
         "start_skew_ms": start_skew_ms(co_run.clients),
         "gpu": gpu,
         "warnings": host_limit.warnings(gpu, client_records, host_cores),
-        "summary": metrics.summarize_co_run(
+        "summary": scores.summarize_co_run(
             client_records,
             baselines if is_comparable else {},
             gpu,

@@ -8,9 +8,9 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarking.metrics import percentile
-from benchmarking.run_store import PHASE_CO_RUN, Run
-from benchmarking.suite_setup import Setup
+from benchmarking.metrics.scores import percentile
+from benchmarking.running.suite_setup import Setup
+from benchmarking.storage.run_store import PHASE_CO_RUN, Run
 
 CPU_DEMO_BANNER = (
     "CPU DEMONSTRATION: no GPU is in use and no sharing mode is in force; "

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from benchmarking import intervals, metrics
+from benchmarking.metrics import intervals, scores
 
 # Where a claim compares modes; under three there is a range, but no interval.
 MIN_REPEATS_FOR_CLAIM = 3
@@ -73,7 +73,7 @@ def overhead_estimate(stp: Estimate | None) -> Estimate | None:
     """The overhead (percent) that an STP estimate means; high STP is low overhead."""
     if stp is None:
         return None
-    of = metrics.overhead_percent
+    of = scores.overhead_percent
     raw = tuple(of(value) for value in stp.values)
     return Estimate(of(stp.mean), of(stp.high), of(stp.low), raw, stp.is_interval)
 

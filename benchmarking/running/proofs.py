@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarking.event_log import process_ids
-from benchmarking.launcher import ClientOutcome, CoRunOutcome
-from benchmarking.mode_evidence import ProcessLists, Proof, own_pids
-from benchmarking.plan import COMMAND_WORKLOAD, MODE_CPU_DEMO
-from benchmarking.sharing_modes import SharingMode
+from benchmarking.modes.mode_evidence import ProcessLists, Proof, own_pids
+from benchmarking.modes.sharing_modes import SharingMode
+from benchmarking.planning.plan import COMMAND_WORKLOAD, MODE_CPU_DEMO
+from benchmarking.running.event_log import process_ids
+from benchmarking.running.launcher import ClientOutcome, CoRunOutcome
 
 
 def judge_clients(

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarking.metrics import percentile
-from benchmarking.number_text import duration
+from benchmarking.command_line.number_text import duration
+from benchmarking.metrics.scores import percentile
 
 Record = Mapping[str, Any]
 

@@ -8,9 +8,16 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
-from benchmarking import plan as planning
-from benchmarking.plan import MIXES, MODE_EXCLUSIVE, SIZE_CPU, JobOptions, Plan, PlannedCoRun
-from benchmarking.run_store import PHASE_CO_RUN
+from benchmarking.planning import plan as planning
+from benchmarking.planning.plan import (
+    MIXES,
+    MODE_EXCLUSIVE,
+    SIZE_CPU,
+    JobOptions,
+    Plan,
+    PlannedCoRun,
+)
+from benchmarking.storage.run_store import PHASE_CO_RUN
 
 MIX = "pairs"
 CLIENTS = 2

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarking.mode_evidence import (
+from benchmarking.modes.mode_evidence import (
     NOT_APPLICABLE,
     Evidence,
     Identity,
@@ -29,7 +29,7 @@ from benchmarking.mode_evidence import (
     verdict_of,
     without_mps_evidence,
 )
-from benchmarking.plan import (
+from benchmarking.planning.plan import (
     MODE_CPU_DEMO,
     MODE_EXCLUSIVE,
     MODE_MIG,

@@ -13,11 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarking import nvml, pairs, run_store, sharing_modes
-from benchmarking import plan as planning
-from benchmarking.mode_evidence import Evidence
-from benchmarking.mps_knobs import MpsKnobs
-from benchmarking.plan import (
+from benchmarking.hardware import nvml
+from benchmarking.modes import sharing_modes
+from benchmarking.modes.mode_evidence import Evidence
+from benchmarking.modes.sharing_modes import SharingMode
+from benchmarking.planning import pairs
+from benchmarking.planning import plan as planning
+from benchmarking.planning.mps_knobs import MpsKnobs
+from benchmarking.planning.plan import (
     MODE_CPU_DEMO,
     MODE_EXCLUSIVE,
     MODE_MIG,
@@ -31,11 +34,11 @@ from benchmarking.plan import (
     PlannedClient,
     PlannedCoRun,
 )
-from benchmarking.plan_file import PlanFile, plan_clients
-from benchmarking.run_store import PHASE_BASELINE, Run
-from benchmarking.sharing_modes import SharingMode
+from benchmarking.planning.plan_file import PlanFile, plan_clients
+from benchmarking.storage import run_store
+from benchmarking.storage.run_store import PHASE_BASELINE, Run
 
-PROJECT_ROOT = Path(__file__).resolve().parents[1]
+PROJECT_ROOT = Path(__file__).resolve().parents[2]
 
 EXIT_COMPLETE, EXIT_FAILED, EXIT_USAGE, EXIT_NO_GPU = 0, 1, 2, 3
 EXIT_MODE_NOT_IN_FORCE, EXIT_INVALID, EXIT_INTERRUPTED = 4, 5, 130

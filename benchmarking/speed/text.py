@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarking.number_text import duration, significant
-from benchmarking.speed_jobs import SIZE_CPU, SIZE_QUICK, UNIT_EPOCH
+from benchmarking.command_line.number_text import duration, significant
+from benchmarking.speed.jobs import SIZE_CPU, SIZE_QUICK, UNIT_EPOCH
 
 Table = Mapping[str, Any]
 UNKNOWN = "-"

@@ -22,10 +22,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from benchmarking.event_log import Event, LineFollower, last_event, parse_event
-from benchmarking.host_cpu import CpuReading, read_process_trees
-from benchmarking.plan import PlannedClient, PlannedCoRun
-from benchmarking.run_store import ClientPaths
+from benchmarking.hardware.host_cpu import CpuReading, read_process_trees
+from benchmarking.planning.plan import PlannedClient, PlannedCoRun
+from benchmarking.running.event_log import Event, LineFollower, last_event, parse_event
+from benchmarking.storage.run_store import ClientPaths
 
 EXIT_OUT_OF_MEMORY = 12
 STDERR_TAIL_LINES = 20

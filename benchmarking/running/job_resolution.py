@@ -10,9 +10,9 @@ import tempfile
 import time
 from typing import Any
 
-from benchmarking.launcher import Interruption, client_base_environment
-from benchmarking.plan import PlannedClient
-from benchmarking.suite_setup import (
+from benchmarking.planning.plan import PlannedClient
+from benchmarking.running.launcher import Interruption, client_base_environment
+from benchmarking.running.suite_setup import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
     EXIT_NO_GPU,

@@ -18,10 +18,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarking.breaking_point import breaking_point
-from benchmarking.event_log import last_event
-from benchmarking.launcher import ClientOutcome
-from benchmarking.plan import MODE_MPS
+from benchmarking.metrics.breaking_point import breaking_point
+from benchmarking.planning.plan import MODE_MPS
+from benchmarking.running.event_log import last_event
+from benchmarking.running.launcher import ClientOutcome
 
 Record = Mapping[str, Any]
 

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarking import run_store
-from benchmarking.plan import MODE_CPU_DEMO
-from benchmarking.run_store import Run, RunStoreError
+from benchmarking.planning.plan import MODE_CPU_DEMO
+from benchmarking.storage import run_store
+from benchmarking.storage.run_store import Run, RunStoreError
 
 COMPARED_FIELDS = ("gpu_name", "driver_version")
 COMPARED_VERSIONS = ("python", "torch", "torchvision", "transformers")

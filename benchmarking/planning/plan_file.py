@@ -32,8 +32,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarking import mps_knobs
-from benchmarking.plan import (
+from benchmarking.planning import mps_knobs
+from benchmarking.planning.plan import (
     COMMAND_SCRIPT,
     COMMAND_WORKLOAD,
     WORKLOADS,

@@ -1,0 +1,1 @@
+"""Arguments, usage errors and numbers as a user reads and writes them."""

@@ -1,0 +1,1 @@
+"""Figures and their uncertainty, computed from plain numbers and records."""

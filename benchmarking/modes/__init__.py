@@ -1,0 +1,1 @@
+"""The sharing modes and the evidence that one is in force."""
