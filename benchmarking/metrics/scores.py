@@ -23,7 +23,9 @@ Record = Mapping[str, Any]
 
 # A client whose units are requests at a fixed offered rate does no more work on a faster GPU,
 # so its progress says nothing about throughput: it is judged by its latency alone.
-OFFERED_RATE_KINDS = frozenset({"request"})
+# A request that failed, or was past its bound without an answer, is no work and has no latency.
+MISSED_KIND = "missed_request"
+OFFERED_RATE_KINDS = frozenset({"request", MISSED_KIND})
 
 
 # --- one client -----------------------------------------------------------------------------
@@ -48,7 +50,7 @@ def work_seconds(units: Units, alone: Mapping[str, float]) -> float | None:
     `alone` holds `T_kind`, the mean seconds of a unit when the job runs alone. `None` when there
     are no units or a kind has no baseline.
     """
-    done = {kind: unit["count"] for kind, unit in units.items() if unit.get("count")}
+    done = {kind: unit["count"] for kind, unit in _answered(units).items() if unit.get("count")}
     if not done or any(not alone.get(kind) for kind in done):
         return None
     return sum(count * alone[kind] for kind, count in done.items())
@@ -56,7 +58,12 @@ def work_seconds(units: Units, alone: Mapping[str, float]) -> float | None:
 
 def spent_seconds(units: Units) -> float:
     """Seconds that these units took: `D = sum of unit durations`."""
-    return sum(unit["seconds"] for unit in units.values() if unit.get("count"))
+    return sum(unit["seconds"] for unit in _answered(units).values() if unit.get("count"))
+
+
+def _answered(units: Units) -> Units:
+    """The units in which work was done."""
+    return {kind: unit for kind, unit in units.items() if kind != MISSED_KIND}
 
 
 def normalized_progress(units: Units, alone: Mapping[str, float]) -> float | None:
@@ -126,14 +133,34 @@ def tail_slowdown(
     return percentile(shared, percent) / reference if reference > 0 else None
 
 
-def slo_attainment_percent(latencies: Sequence[float] | None, bound: float) -> float | None:
-    """Share of raw latencies that are within `bound` (in their own unit), in percent.
+def slo_attainment_percent(
+    latencies: Sequence[float] | None, bound: float, missed: int = 0
+) -> float | None:
+    """Share of all requests that were answered within `bound`, in percent.
 
-    `None` without latencies.
+    `latencies` are the raw ones of the answers, in the unit of `bound`; `missed` counts requests
+    that failed or were past their bound without an answer. `None` without a request.
     """
-    if not latencies:
+    asked = len(latencies or ()) + missed
+    return 100 * sum(latency <= bound for latency in latencies or ()) / asked if asked else None
+
+
+def missed_requests(client_record: Record) -> int:
+    """Requests in the window that failed, or were past their bound without an answer."""
+    return ((client_record.get("units") or {}).get(MISSED_KIND) or {}).get("count", 0)
+
+
+def goodput_per_second(client_records: Sequence[Record], bound_ms: float) -> float | None:
+    """Requests a second that were answered within `bound_ms`, over the windows of all repeats.
+
+    `None` when a window is unknown or there is none.
+    """
+    edges = [(r.get("window_start_seconds"), r.get("window_end_seconds")) for r in client_records]
+    if not edges or any(start is None or end is None for start, end in edges):
         return None
-    return 100 * sum(latency <= bound for latency in latencies) / len(latencies)
+    met = sum(ms <= bound_ms for record in client_records for ms in record.get("latency_ms") or [])
+    seconds = math.fsum(end - start for start, end in edges)
+    return met / seconds if seconds > 0 else None
 
 
 def difference_percent(reference: float, value: float) -> float:
@@ -300,9 +327,9 @@ def summarize_co_run(
 
     Figures over all clients are `None` as soon as one client that counts failed or has no
     baseline: a co-run of n is never summed up as one of n - 1. Clients at a fixed offered rate
-    stay out of STP, ANTT, overhead, fairness and energy; `throughput_clients` says how many
-    counted. `average_duration_seconds` and `total_gpu_time_seconds` are the mean and the sum over
-    clients of the mean seconds of one whole job.
+    stay out of STP, ANTT, overhead, fairness, energy and durations; `throughput_clients` says how
+    many counted. `average_duration_seconds` and `total_gpu_time_seconds` are the mean and the sum
+    over clients of the mean seconds of one whole job.
     """
     counted = [record for record in client_records if not is_offered_rate(record)]
     progress = _all_known(client_progress(record, baselines) for record in counted)
@@ -333,9 +360,9 @@ def summarize_co_run(
         else [None]
     )
 
-    durations = [mean_job_seconds(record) for record in client_records if record["status"] == "ok"]
+    durations = [mean_job_seconds(record) for record in counted if record["status"] == "ok"]
     finished = [seconds for seconds in durations if seconds is not None]
-    everyone_finished = bool(finished) and len(finished) == len(client_records)
+    everyone_finished = bool(finished) and len(finished) == len(counted)
     return {
         "clients": len(client_records),
         "throughput_clients": len(counted),

@@ -18,6 +18,7 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,10 +36,13 @@ if TYPE_CHECKING:
 DISTINCT_IMAGES = 16
 READY_PROBE_SECONDS = 0.25
 COLLECT_SECONDS = 0.2
+# Units of work: a request answered with status 200; one that failed, or was past its bound without
+# an answer, which has no response time.
+ANSWERED, MISSED = "request", "missed_request"
 
 
-def parse_arguments() -> argparse.Namespace:
-    """Return the flags of this script."""
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the flags of this script, from the command line where no ``arguments`` are given."""
     parser = cli.workload_parser(
         "Send images to the inference server from concurrent clients.", uses_gpu=False
     )
@@ -100,7 +104,7 @@ def parse_arguments() -> argparse.Namespace:
         help="draw a latency histogram and a QPS timeline next to the result (default: by hand "
         "only, not with --events)",
     )  # fmt: skip
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if args.arrival is not None and args.rate is None:
         parser.error("--arrival is about the open loop; give its --rate too")
     args.arrival = args.arrival or "poisson"
@@ -108,7 +112,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 class LoadTest(client.Workload):
-    """Sends requests for a while; a unit of work is one successful request."""
+    """Sends requests for a while; a unit of work is one request."""
 
     name = "load_test"
     title = "Load test"
@@ -125,7 +129,8 @@ class LoadTest(client.Workload):
         args = self.args
         self._wait_for_server()
         processes = args.processes or default_processes(args.clients, args.rate)
-        self._generator = LoadGenerator(split_plan(self._plan(), processes, self._schedule()))
+        self._offsets = self._schedule()
+        self._generator = LoadGenerator(split_plan(self._plan(), processes, self._offsets))
 
     def _plan(self) -> WorkerPlan:
         from workloads.inference.load_messages import WorkerPlan
@@ -213,6 +218,7 @@ class LoadTest(client.Workload):
             while self._generator.busy:
                 if recorder.stop_requested:
                     self._record(self._generator.stop(), recorder)
+                    self._record_unanswered(recorder, start_seconds)
                     recorder.check_stop()
                 batches = self._generator.collect(COLLECT_SECONDS)
                 self._record(batches, recorder)
@@ -226,8 +232,22 @@ class LoadTest(client.Workload):
     def _record(batches: list[np.ndarray], recorder: client.Recorder) -> None:
         for batch in batches:
             for intended, _, _, end, ok in batch.tolist():
-                if ok:
-                    recorder.unit("request", intended, end, latency=True)
+                recorder.unit(ANSWERED if ok else MISSED, intended, end, latency=bool(ok))
+
+    def _record_unanswered(self, recorder: client.Recorder, start_seconds: float) -> None:
+        """After a stop: those due so long ago that they have missed the bound, still unanswered.
+
+        Each is recorded at its intended time and without a duration, so that it lies in the window
+        that the stop has ended: a backlog must not look better than answers that came late.
+        """
+        import numpy as np
+
+        if self._offsets is None or self.args.slo_ms is None:
+            return
+        due = start_seconds + self._offsets
+        past_bound = due[due < time.monotonic() - self.args.slo_ms / 1e3]
+        for intended in np.setdiff1d(past_bound, self._generator.measured.table()[:, 0]).tolist():
+            recorder.unit(MISSED, intended, intended)
 
     def _figures(self, measured: Measured, start_seconds: float) -> dict:
         from workloads.inference import load_figures as figures_of
