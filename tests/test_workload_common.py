@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import io
 import json
 import os
@@ -16,6 +17,7 @@ from conftest import PROJECT_ROOT
 
 from workloads.common import cli, client, environment
 from workloads.common.latency import summarize_latency_ms
+from workloads.common.lean_imports import packages_hidden
 from workloads.common.results import write_json_atomic
 
 WORKLOAD_SCRIPTS = sorted(
@@ -241,6 +243,18 @@ def test_a_restored_state_trains_to_the_same_weights():
     second = train()
     for one, other in zip(first, second, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def test_a_hidden_package_looks_uninstalled_and_can_be_imported_afterwards(tmp_path, monkeypatch):
+    (tmp_path / "optional_extra.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    with packages_hidden("optional_extra", "sys"):
+        assert importlib.util.find_spec("optional_extra") is None
+        with pytest.raises(ModuleNotFoundError):
+            importlib.import_module("optional_extra")
+        assert importlib.import_module("sys") is sys  # imported before, so left alone
+    assert importlib.import_module("optional_extra").__file__ == str(tmp_path / "optional_extra.py")
+    monkeypatch.delitem(sys.modules, "optional_extra")
 
 
 @pytest.mark.gpu

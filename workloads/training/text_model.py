@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from workloads.common import hub
 from workloads.common.cli import UsageError, first_line
+from workloads.common.lean_imports import packages_hidden
 
 if TYPE_CHECKING:
     from transformers import BertForSequenceClassification, BertTokenizerFast
@@ -87,9 +90,7 @@ def load_tokenizer(folder: Path) -> BertTokenizerFast:
     Raises:
         UsageError: It does not belong to the model.
     """
-    from transformers import BertTokenizerFast
-
-    tokenizer = BertTokenizerFast.from_pretrained(folder, local_files_only=True)
+    tokenizer = _transformers().BertTokenizerFast.from_pretrained(folder, local_files_only=True)
     vocabulary_size = json.loads((folder / "config.json").read_text())["vocab_size"]
     # Where its files are unusable, transformers returns a tokenizer of the special tokens alone,
     # without a word; every word is then [UNK].
@@ -104,7 +105,6 @@ def load_tokenizer(folder: Path) -> BertTokenizerFast:
 def train_tokenizer(texts: Sequence[str]) -> BertTokenizerFast:
     """Build a WordPiece vocabulary from ``texts`` (lower-cased, at most 30,522 tokens)."""
     from tokenizers import BertWordPieceTokenizer
-    from transformers import BertTokenizerFast
 
     trainer = BertWordPieceTokenizer(lowercase=True)
     trainer.train_from_iterator(
@@ -112,7 +112,7 @@ def train_tokenizer(texts: Sequence[str]) -> BertTokenizerFast:
         special_tokens=list(SPECIAL_TOKENS),
     )  # fmt: skip
     # A vocab_file argument would be ignored silently.
-    return BertTokenizerFast(vocab=trainer.get_vocab(), do_lower_case=True)
+    return _transformers().BertTokenizerFast(vocab=trainer.get_vocab(), do_lower_case=True)
 
 
 def load_model(folder: Path, labels: int) -> BertForSequenceClassification:
@@ -122,14 +122,14 @@ def load_model(folder: Path, labels: int) -> BertForSequenceClassification:
         UsageError: The weights cannot be read.
     """
     import torch
-    from transformers import BertForSequenceClassification
-    from transformers.utils import logging
 
+    transformers = _transformers()
+    logging = transformers.utils.logging
     # The new head is reported as missing keys, and loading as a progress bar; both are expected.
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        return BertForSequenceClassification.from_pretrained(
+        return transformers.BertForSequenceClassification.from_pretrained(
             folder, num_labels=labels, attn_implementation="sdpa", dtype=torch.float32,
             local_files_only=True,
         )  # fmt: skip
@@ -146,8 +146,8 @@ def build_model(
 ) -> BertForSequenceClassification:
     """Build a BERT from random weights (torch's seed) with room for ``max_length`` tokens."""
     import torch
-    from transformers import BertConfig, BertForSequenceClassification
 
+    transformers = _transformers()
     shape = {}
     if architecture.layers is not None:
         shape["num_hidden_layers"] = architecture.layers
@@ -158,8 +158,24 @@ def build_model(
             "num_attention_heads": max(1, hidden // HEAD_SIZE),
             "intermediate_size": 4 * hidden,
         }
-    config = BertConfig(
+    config = transformers.BertConfig(
         vocab_size=VOCABULARY_SIZE, num_labels=labels, attn_implementation="sdpa", **shape
     )
     config.max_position_embeddings = max(config.max_position_embeddings, max_length)
-    return BertForSequenceClassification(config).to(torch.float32)
+    return transformers.BertForSequenceClassification(config).to(torch.float32)
+
+
+@functools.cache
+def _transformers() -> ModuleType:
+    """Import transformers with what is used of it here.
+
+    Without these packages, which it imports for other models where they are installed: with them
+    the first step of a short job comes 1 to 2 s later.
+    """
+    with packages_hidden("scipy", "sklearn", "torchvision"):
+        import transformers
+
+        # Each name is imported when it is first asked for.
+        for name in ("BertConfig", "BertForSequenceClassification", "BertTokenizerFast"):
+            getattr(transformers, name)
+    return transformers
