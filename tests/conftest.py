@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
+GPU_TURNS = Path(tempfile.gettempdir()) / "gpu-sharing-bench-tests.lock"
 sys.path.insert(0, str(PROJECT_ROOT))
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Several processes share the cores already; each taking all of them only makes them wait.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def has_nvidia_gpu() -> bool:
@@ -42,3 +50,30 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if cannot_run:
         config.hook.pytest_deselected(items=cannot_run)
         items[:] = [item for item in items if item not in cannot_run]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print the figures that tests recorded as properties, whichever process they ran in."""
+    figures = [
+        (name, value, report.nodeid)
+        for report in terminalreporter.getreports("passed")
+        if report.when == "call"
+        for name, value in report.user_properties
+    ]
+    if figures:
+        terminalreporter.section("figures")
+    for name, value, test in sorted(figures):
+        terminalreporter.write_line(f"{name} {value:,}  {test}")
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, bool, bool]:
+    """Let the tests that use the GPU take turns, in however many processes they run.
+
+    Before everything else, so that pytest-timeout does not count the wait.
+    """
+    if item.get_closest_marker("gpu") is None:
+        return (yield)
+    with GPU_TURNS.open("a") as turns:
+        fcntl.flock(turns, fcntl.LOCK_EX)
+        return (yield)
