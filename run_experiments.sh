@@ -22,8 +22,10 @@ not stop the others; Ctrl-C stops, undoes what was enabled and reports what was 
 
 Options:
   --modes LIST          which of time-slicing,mps,mig (default: all)
-  --workloads N         jobs that run together (default: 4: ResNet50 training, batch inference,
-                        Jupyter session, BERT fine-tuning; with --plan: its clients once)
+  --mix mixed|training|inference|interactive|serving   which jobs (default: mixed: ResNet50 training,
+                        batch inference, Jupyter session, BERT fine-tuning; serving: an inference
+                        server with its users, three ResNet50 trainings)
+  --workloads N         jobs that run together (default: 4; with --plan: its clients once)
   --phase-minutes N     budget of each phase (default: 5 for phase 1, 10 for the others); it limits
                         repeats, never below one
   --baseline RUN        folder of an earlier baseline run to use in place of phase 1
@@ -37,6 +39,7 @@ HELP
 }
 
 MODES=time-slicing,mps,mig
+MIX=""
 WORKLOADS=""
 PHASE_MINUTES=""
 BASELINE="" # run folder: an earlier one's, or phase 1's once it is complete
@@ -64,6 +67,9 @@ parse_arguments() {
         CONSUMED=2
         case $1 in
             --modes) cli::value "$@" && check_modes "$VALUE" && MODES=$VALUE ;;
+            --mix)
+                driver::choice "$1" "${2-}" mixed training inference interactive serving && MIX=$2
+                ;;
             --workloads) driver::positive_integer "$1" "${2-}" && WORKLOADS=$2 ;;
             --phase-minutes) check_minutes "${2-}" && PHASE_MINUTES=$2 ;;
             --baseline)
@@ -74,6 +80,7 @@ parse_arguments() {
         esac
         shift "$CONSUMED"
     done
+    [[ -z $MIX || -z $PLAN ]] || cli::usage_error "--mix and --plan: give one of the two"
 }
 
 check_modes() {
@@ -178,7 +185,7 @@ measure_mode() {
 run_suite() {
     local -r mode=$1 minutes=${PHASE_MINUTES:-$2}
     local -a flags=(--mode "$mode" --workloads "$WORKLOADS" --budget-minutes "$minutes")
-    [[ -z $PLAN ]] && flags+=(--mix mixed) || flags+=(--plan "$PLAN")
+    [[ -z $PLAN ]] && flags+=(--mix "${MIX:-mixed}") || flags+=(--plan "$PLAN")
     [[ $mode != mps ]] || flags+=("${MPS_FLAGS[@]}")
     PHASE_RUN=$(machine::mode_name "$mode")
     if [[ $mode == exclusive ]]; then

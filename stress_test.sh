@@ -22,11 +22,12 @@ is a demonstration on the CPU.
   MAX                   largest count (default: 8); always tried itself
 
 Options:
-  --mix training|inference|interactive|mixed   which jobs (default: training); mixed counts go in
-                        fours, or the counts would be of different jobs
+  --mix training|inference|interactive|mixed|serving   which jobs (default: training); mixed and
+                        serving (an inference server with its users, three trainings) go in fours,
+                        or the counts would be of different jobs
   --max-slowdown X      a count breaks, too, where a job is slower than alone by more than this factor
   --slo-ms Y            a count breaks, too, where the p99 of a job's response times is above Y ms
-                        (--mix inference, interactive, mixed)
+                        (--mix inference, interactive, mixed, serving)
   --until-break         go on past MAX by doubling, up to 64 jobs (not under mig)
   --no-bisect           stop at the first count that breaks
 HELP
@@ -69,7 +70,7 @@ parse_arguments() {
         CONSUMED=1
         case $1 in
             --mix)
-                driver::choice "$1" "${2-}" training inference interactive mixed && MIX=$2
+                driver::choice "$1" "${2-}" training inference interactive mixed serving && MIX=$2
                 CONSUMED=2
                 ;;
             --max-slowdown | --slo-ms)
@@ -102,8 +103,9 @@ choose_jobs() {
     MIX=${MIX:-training}
     JOBS=(--mix "$MIX")
     [[ $MIX != training || " ${RAMP_FLAGS[*]} " != *" --slo-ms "* ]] ||
-        cli::usage_error "--slo-ms needs jobs with response times: --mix inference, interactive or mixed"
-    if [[ $MIX == mixed ]]; then choose_counts 4; else choose_counts 1; fi
+        cli::usage_error "--slo-ms needs jobs with response times: --mix inference, interactive, mixed" \
+            "or serving"
+    if [[ $MIX == mixed || $MIX == serving ]]; then choose_counts 4; else choose_counts 1; fi
 }
 
 positional_argument() {

@@ -101,7 +101,8 @@ def parse_arguments() -> argparse.Namespace:
         default="mixed",
         help="mixed: ResNet50 training, batch inference, Jupyter session, BERT fine-tuning, over "
         "again for more than four; pairs: each of these beside each other one and itself, "
-        f"{pairs.WINDOW_SECONDS:g} s a pair; else copies of one (default: %(default)s)",
+        f"{pairs.WINDOW_SECONDS:g} s a pair; serving: an inference server with its users and "
+        "three ResNet50 trainings; else copies of one (default: %(default)s)",
     )
     jobs.add_argument(
         "--plan",

@@ -84,6 +84,18 @@ WORKLOADS: Mapping[str, WorkloadKind] = {
                        "--max-length", "32", "--held-out-samples", "8"),
         },
     ),
+    # A server and its users. What they offer is half of what the server bears alone, measured in
+    # the baseline (see CARRIED_FIGURES); --rate fixes it by hand.
+    "serving": WorkloadKind(
+        "Inference service",
+        "workloads/inference/serving_client.py",
+        {
+            SIZE_GUIDE: ("--model", "resnet50", "--duration", "30"),
+            SIZE_QUICK: ("--model", "resnet50", "--duration", "10"),
+            SIZE_CPU: ("--model", "resnet18", "--max-batch", "4", "--duration", "5"),
+        },
+        has_latency=True,
+    ),
 }  # fmt: skip
 
 # What a client of a plan file is called that runs a command of the user's own.
@@ -96,11 +108,15 @@ MIXES: Mapping[str, tuple[str, ...]] = {
     "training": ("resnet_training",),
     "inference": ("batch_inference",),
     "interactive": ("jupyter_simulation",),
+    "serving": ("serving", "resnet_training", "resnet_training", "resnet_training"),
 }
 
 # Figures of a job's baseline that become flags of its co-runs: work that is calibrated once,
 # alone, and fixed from then on.
-CARRIED_FIGURES: Mapping[str, str] = {"cell_repeats": "--cell-repeats"}
+CARRIED_FIGURES: Mapping[str, str] = {
+    "cell_repeats": "--cell-repeats",
+    "request_rate": "--rate",
+}
 
 
 @dataclass(frozen=True)
@@ -114,6 +130,7 @@ class JobOptions:
     precision: str | None = None
     dataset: str | None = None
     data_dir: str | None = None
+    slo_ms: float | None = None
 
 
 @dataclass(frozen=True)
@@ -267,6 +284,9 @@ def planned_client(
     if workload == "resnet_training":
         job += _flags(dataset=options.dataset, data_dir=options.data_dir)
     how = _flags(device=options.device, engine=options.engine, precision=options.precision)
+    if workload == "serving" and options.slo_ms is not None:
+        # Which requests are late enough to be given up, not what is offered.
+        how += _flags(slo_ms=f"{options.slo_ms:g}")
     return PlannedClient(
         client=client,
         workload=workload,

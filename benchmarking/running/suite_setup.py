@@ -197,7 +197,8 @@ def prepare(
     if request.slo_ms is not None and not request.has_latency:
         raise SuiteError(
             f"--slo-ms needs jobs with response times, and {request.mix} has none: choose --mix "
-            "inference, interactive or mixed, or set latency = true for a command of the plan",
+            "inference, interactive, mixed or serving, or set latency = true for a command of the "
+            "plan",
             EXIT_USAGE,
         )
     gpu, notes = find_gpu(request, environment)
@@ -254,6 +255,7 @@ def _lay_out(
         precision=request.precision,
         dataset=request.dataset,
         data_dir=str(Path(request.data_dir).resolve()) if request.data_dir else None,
+        slo_ms=request.slo_ms,
     )
 
     where = {"python": sys.executable, "root": str(PROJECT_ROOT)}

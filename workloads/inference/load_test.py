@@ -210,12 +210,16 @@ class LoadTest(client.Workload):
         """Wait until every client has sent its uncounted requests."""
         self._generator.wait_until_prepared()
 
+    def look_after(self) -> None:
+        """Called a few times a second while requests are sent; may raise what ends the job."""
+
     def run_job(self, recorder: client.Recorder) -> dict:
         """Send for ``--duration`` seconds, wait for the last answers, return the figures."""
         start_seconds = self._generator.begin()
         with console.progress(int(self.args.duration), "seconds") as bar:
             reported = finished = 0
             while self._generator.busy:
+                self.look_after()
                 if recorder.stop_requested:
                     self._record(self._generator.stop(), recorder)
                     self._record_unanswered(recorder, start_seconds)

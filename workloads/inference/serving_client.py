@@ -1,0 +1,248 @@
+#!/usr/bin/env python3
+"""The inference service as one job: a server, and its users at a fixed rate.
+
+    python3 workloads/inference/serving_client.py --rate 300 --duration 30
+    python3 workloads/inference/serving_client.py                # half of what the server bears
+
+Starts inference_server.py on a free port of this machine and sends it requests as load_test.py
+does: an open loop with Poisson arrivals, so that the same is offered whatever the answers do, and
+a busy neighbor on the GPU shows as latency and not as fewer requests. Latency counts from when a
+request was due. Without --rate the server's capacity is measured first, alone, by clients that
+send as soon as they are answered, and half of it is offered; the benchmark suite does so once, in
+the job's baseline, and fixes the rate for everything after.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from workloads.common import cli, client, console
+from workloads.common.environment import usable_cores
+from workloads.inference import load_test
+from workloads.inference.inference_model import add_model_flags, resolve_model_flags
+
+if TYPE_CHECKING:
+    from workloads.inference.held_server import HeldServer
+
+# Of the closed-loop capacity: busy enough to feel a neighbor, and far from a queue that only grows.
+OFFERED_SHARE = 0.5
+CALIBRATION_SECONDS = 3.0
+# Up to this a person feels an answer as immediate (J. Nielsen, Usability Engineering, 1993).
+DEFAULT_SLO_MS = 100.0
+# A front end for every so many cores; the other clients of the GPU need the host too.
+CORES_PER_FRONT_END, MAX_FRONT_ENDS = 4, 4
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Return the flags of this script."""
+    parser = cli.workload_parser(__doc__)
+    add_model_flags(parser)
+    load = parser.add_argument_group("the load")
+    load.add_argument(
+        "--rate", type=cli.positive_float, default=None, metavar="R",
+        help="requests a second, on average (default: half of the capacity, measured first)",
+    )  # fmt: skip
+    load.add_argument(
+        "--duration", type=cli.positive_float, default=30.0, metavar="S",
+        help="seconds of requests that make one job (default: 30)",
+    )  # fmt: skip
+    load.add_argument(
+        "--slo-ms", type=cli.positive_float, default=DEFAULT_SLO_MS, metavar="X",
+        help=f"bound that an answer shall keep, in milliseconds (default: {DEFAULT_SLO_MS:g})",
+    )  # fmt: skip
+    load.add_argument(
+        "--max-connections", type=cli.positive_int, default=256, metavar="N",
+        help="requests in flight at most; further ones wait, which counts (default: 256)",
+    )  # fmt: skip
+    server = parser.add_argument_group("the server (its other flags keep their defaults)")
+    server.add_argument(
+        "--max-batch", type=cli.positive_int, default=32,
+        help="most images in one forward pass (default: 32)",
+    )  # fmt: skip
+    server.add_argument(
+        "--frontends", type=cli.non_negative_int, default=None, metavar="N",
+        help="processes that speak HTTP and decode; 0: all in one process (default: one for every "
+        f"{CORES_PER_FRONT_END} cores, {MAX_FRONT_ENDS} at most)",
+    )  # fmt: skip
+    args = parser.parse_args()
+    if args.frontends is None:
+        args.frontends = min(MAX_FRONT_ENDS, usable_cores() // CORES_PER_FRONT_END)
+    return args
+
+
+class Users(load_test.LoadTest):
+    """The load test of a server that is ours, and whose end is ours too."""
+
+    def __init__(self, args: argparse.Namespace, server: HeldServer) -> None:
+        """Send to ``server`` as the load test's ``args`` say."""
+        super().__init__(args)
+        self._server = server
+
+    def look_after(self) -> None:
+        """Raise what ended the server, if it has ended."""
+        self._server.require_alive()
+
+
+class ServingClient(client.Workload):
+    """Server and users; a unit of work is one request.
+
+    To the suite its identity is the server's, pid included: only the server uses the GPU.
+    """
+
+    name = "serving"
+    title = "Inference service"
+    _users: Users | None = None
+    _identity: dict | None = None
+    _capacity: float | None = None
+    _has_begun = False
+
+    def load(self) -> None:
+        """Start the server and wait until its model is on the device."""
+        from workloads.inference.held_server import HeldServer
+
+        self._server = HeldServer(self._server_arguments())
+        self._server.wait_until_loaded()
+
+    def _server_arguments(self) -> list[str]:
+        args = self.args
+        chosen = {
+            "--model": args.model, "--weights": args.weights, "--seed": args.seed,
+            "--device": args.device, "--engine": args.engine, "--precision": args.precision,
+            "--gpu": args.gpu, "--max-batch": args.max_batch, "--frontends": args.frontends,
+        }  # fmt: skip
+        return [str(part) for pair in chosen.items() if pair[1] is not None for part in pair]
+
+    def warm_up(self) -> None:
+        """Let the server get ready, settle the rate, and open the users' connections."""
+        self._identity = self._server.warm_up()
+        self._rate = self.args.rate or self._settle_rate()
+        self._users = self._make_users(
+            "--rate", self._rate, "--duration", self.args.duration, "--slo-ms", self.args.slo_ms,
+            "--max-connections", self.args.max_connections,
+        )  # fmt: skip
+        self._users.load()
+        self._users.warm_up()
+
+    def _settle_rate(self) -> float:
+        """Measure what the server bears in a closed loop; return half of it.
+
+        Raises:
+            JobFailedError: It answered nothing.
+        """
+        # One batch comes together while the other is computed.
+        users = self._make_users(
+            "--clients", 2 * self.args.max_batch, "--duration", CALIBRATION_SECONDS
+        )
+        try:
+            users.load()
+            users.warm_up()
+            figures = users.run_job(client.Recorder(client.EventLog(None), leash=None))
+        finally:
+            users.close()
+        self._require_answers(figures)
+        self._capacity = figures["qps"]
+        rate = float(f"{OFFERED_SHARE * self._capacity:.3g}")
+        console.note(
+            f"closed-loop capacity {self._capacity:.1f} requests a second; offering {rate:g} "
+            f"(the same again: --rate {rate:g})"
+        )
+        return rate
+
+    def _make_users(self, *flags: object) -> Users:
+        url = f"http://127.0.0.1:{self._identity['port']}"
+        common = ("--server", url, "--seed", self.args.seed, "--no-charts")
+        args = load_test.parse_arguments([str(part) for part in (*common, *flags)])
+        # What this job measures goes into its own result.
+        args.hold = True
+        return Users(args, self._server)
+
+    def _require_answers(self, figures: dict) -> None:
+        if not figures["successful_requests"]:
+            errors = ", ".join(f"{kind} ({n})" for kind, n in figures["errors"].items())
+            raise cli.JobFailedError(
+                f"the inference server answered no request ({errors or 'none was sent'}); look "
+                "above for its message, and lower --rate or raise --duration if it is only slow"
+            )
+
+    def run_job(self, recorder: client.Recorder) -> dict:
+        """Offer requests for ``--duration`` seconds, wait for the last answers, return the figures.
+
+        Raises:
+            StopRequested: The suite asked to stop; the server has been ended.
+            JobFailedError: Nothing was answered, or the server has ended.
+        """
+        if not self._has_begun:
+            self._server.go()
+            self._has_begun = True
+        try:
+            figures = self._users.run_job(recorder)
+        except client.StopRequested:
+            # Before the last event, which tells the server's memory.
+            self._server.stop()
+            raise
+        self._require_answers(figures)
+        self.warnings += [text for text in self._users.warnings if text not in self.warnings]
+        return figures | {
+            "request_rate": self._rate,
+            "closed_loop_capacity": self._capacity,
+            "slo_ms": self.args.slo_ms,
+        }
+
+    def close(self) -> None:
+        """End the users, then the server, also after a failure."""
+        if self._users is not None:
+            self._users.close()
+        if hasattr(self, "_server"):
+            self._server.stop()
+
+    def identity(self) -> dict:
+        """Return the server's identity: what uses the GPU is its process."""
+        return self._identity
+
+    def peak_memory_mib(self) -> float | None:
+        """Return what the server said of itself when it ended."""
+        return self._server.peak_memory_mib
+
+    def resolve(self) -> list[str]:
+        """Find or download the weights."""
+        arguments, self.warnings = resolve_model_flags(self.args.model, self.args.weights)
+        return arguments
+
+    def settings(self) -> dict:
+        """Return what was served, and the load."""
+        args = self.args
+        return {
+            "model": self._identity["model"],
+            "weights": self._identity["weights"],
+            "rate": self._rate,
+            "arrival": "poisson",
+            "duration_seconds": args.duration,
+            "slo_ms": args.slo_ms,
+            "max_connections": args.max_connections,
+            "max_batch": args.max_batch,
+            "front_ends": args.frontends,
+            "seed": args.seed,
+        }
+
+    def summary(self, figures: dict) -> list[tuple[str, str]]:
+        """Return the lines of the terminal summary."""
+        identity = self._identity
+        capacity = figures["closed_loop_capacity"]
+        measured = "" if capacity is None else f", half of the capacity of {capacity:.1f}"
+        where = identity["gpu_name"] or f"CPU ({identity['host_threads']} threads)"
+        return [
+            ("Model", f"{identity['model']}, {identity['weights']} weights, on {where}"),
+            ("Offered", f"{figures['request_rate']:g} requests a second{measured}"),
+            *self._users.summary(figures)[1:],
+        ]
+
+
+main = client.main_of(ServingClient, parse_arguments)
+
+if __name__ == "__main__":
+    cli.run_main(main)
