@@ -13,6 +13,7 @@ from typing import Any
 from benchmarking.analysis import noise
 from benchmarking.analysis.clients import ClientRow, alone_rows
 from benchmarking.analysis.groups import Group, build_group
+from benchmarking.analysis.interference import InterferenceMatrix, find_matrices
 from benchmarking.analysis.merging import merge
 from benchmarking.analysis.ramps import Ramp, find_ramps
 from benchmarking.analysis.runs import CPU_DEMO, RunView, mode_order
@@ -37,6 +38,7 @@ class Section:
     runs: list[RunView]
     groups: list[Group] = field(default_factory=list)
     ramps: list[Ramp] = field(default_factory=list)
+    matrices: list[InterferenceMatrix] = field(default_factory=list)
     same_twice: list[noise.SameTwice] = field(default_factory=list)
     alone: list[ClientRow] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
@@ -50,8 +52,11 @@ class Section:
 
     @property
     def compared_runs(self) -> list[RunView]:
-        """Runs that a compared group comes from, in the scorecard's order."""
-        return list({run.run_id: run for group in self.groups for run in group.runs}.values())
+        """Runs that some figure comes from: the scorecard's in its order, then those of pairs."""
+        of_pairs = {run_id for matrix in self.matrices for run_id in matrix.run_ids}
+        compared = [run for group in self.groups for run in group.runs]
+        compared += [run for run in self.runs if run.run_id in of_pairs]
+        return list({run.run_id: run for run in compared}.values())
 
     @property
     def mixes(self) -> list[str]:
@@ -130,6 +135,7 @@ def compare(
     sections = _sections(runs)
     for section in sections:
         _fill_groups(section, [*runs, *references], slo_ms)
+        _fill_matrices(section, [*runs, *references])
         section.ramps = find_ramps(section.groups)
         section.same_twice = noise.same_twice(section.groups)
         lenders = [_baseline_run(run, [*runs, *references]) for run in section.runs]
@@ -189,6 +195,8 @@ def _fill_groups(section: Section, every_run: Sequence[RunView], slo_ms: float |
     """A group for each combination of mode, mix and clients, and what is left out of it."""
     candidates: dict[tuple[str, str, int], list[RunView]] = {}
     for run in section.runs:  # newest first
+        if run.is_pairs:
+            continue
         for clients in {record["clients"] for record in run.co_runs()}:
             candidates.setdefault((run.mode, run.mix, clients), []).append(run)
     for (_, _, clients), runs in candidates.items():
@@ -199,6 +207,12 @@ def _fill_groups(section: Section, every_run: Sequence[RunView], slo_ms: float |
             alone = _baselines(chosen[0], every_run)
             section.groups.append(build_group(chosen, clients, alone, bound))
     section.groups.sort(key=lambda group: (group.mix, group.clients, mode_order(group.mode)))
+
+
+def _fill_matrices(section: Section, every_run: Sequence[RunView]) -> None:
+    """What each job felt beside each other one, by mode."""
+    section.matrices, left_out = find_matrices(section.runs, lambda run: _baselines(run, every_run))
+    section.left_out += left_out
 
 
 def _baselines(run: RunView, every_run: Sequence[RunView]) -> dict[str, dict[str, Any]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from benchmarking.analysis import noise
+from benchmarking.analysis import interference_text, noise
 from benchmarking.analysis.clients import ClientRow
 from benchmarking.analysis.comparison import Claim, Comparison, Section
 from benchmarking.analysis.doubts import find_doubts
@@ -35,6 +35,7 @@ def decide(compared: Comparison) -> Comparison:
     for section in compared.sections:
         section.doubts = find_doubts(section)
         section.claims = _cpu_claims(section) if section.is_cpu_demo else _claims(section)
+        section.claims += [Claim(*said) for said in interference_text.worst_pairs(section.matrices)]
     return compared
 
 

@@ -35,6 +35,8 @@ def _run_doubts(run: RunView) -> list[str]:
         elif not co_run.is_ok:
             reason = record.get("reason") or "no reason recorded"
             found.append(f"{where}: {record['outcome']}, {reason}")
+    if run.is_pairs:  # no group says these for it
+        found += [f"{run.run_id}: {warning}" for warning in _pair_warnings(run)]
     for record in run.clients("baseline"):
         if record["status"] != "ok":
             found.append(
@@ -42,6 +44,12 @@ def _run_doubts(run: RunView) -> list[str]:
                 "it STP and overhead are unknown"
             )
     return found
+
+
+def _pair_warnings(run: RunView) -> list[str]:
+    """What the co-runs of pairs warn of, each once."""
+    records = run.co_runs()
+    return sorted({warning for record in records for warning in record.get("warnings") or []})
 
 
 def _group_doubts(group: Group, is_cpu_demo: bool) -> list[str]:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarking.analysis import mode_charts, ramp_chart, timeline_chart
+from benchmarking.analysis import heat_maps, mode_charts, ramp_chart, timeline_chart
 from benchmarking.analysis.comparison import Comparison, Section
 from benchmarking.analysis.report_content import SectionCharts
 from benchmarking.analysis.runs import CoRun, RunView
@@ -44,6 +44,13 @@ def _draw_section(
             ramp_chart.scaling(ramps, output / f"{prefix}scaling-{mix}.png"),
         ]
         charts.compared += [picture for picture in found if picture is not None]
+    for matrix in section.matrices:
+        name = f"{matrix.mode}-{matrix.mix}.png"
+        maps = [
+            heat_maps.slowdowns(matrix, section.matrices, output / f"{prefix}slowdowns-{name}"),
+            heat_maps.tails(matrix, section.matrices, output / f"{prefix}tails-{name}"),
+        ]
+        charts.pairs += [picture for picture in maps if picture is not None]
     shown, charts.timelines_note = _shown_timelines(section)
     samples: dict[str, Sequence[Sample]] = {}
     for co_run in shown:

@@ -3,6 +3,7 @@
 Schema history:
     1  first version.
     2  a group names several runs (`run_ids`, `gpu_uuids`); joules a job, SLO attainment, noise.
+    3  `interference`: runs of pairs stand there, and no longer among the groups.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from benchmarking.analysis.comparison import Comparison, Section
 from benchmarking.analysis.groups import Group
 from benchmarking.metrics.estimates import Estimate
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 _FLAT_FIGURES = (
     "interference_overhead_percent",
@@ -97,6 +98,15 @@ def _section(section: Section) -> dict[str, Any]:
                 "sufficient_clients": ramp.sufficient_clients,
             }
             for ramp in section.ramps
+        ],
+        "interference": [
+            {
+                "mode": matrix.mode,
+                "mix": matrix.mix,
+                "latency_jobs": sorted(matrix.latency_jobs),
+                "cells": [dataclasses.asdict(cell) for cell in matrix.every_cell()],
+            }
+            for matrix in section.matrices
         ],
         "same_twice": [
             {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from benchmarking.analysis import evidence, guide_tables, scorecard
+from benchmarking.analysis import evidence, guide_tables, interference_text, scorecard
 from benchmarking.analysis.comparison import Claim, Comparison, Section
 from benchmarking.analysis.document import (
     Bullets,
@@ -43,9 +43,10 @@ HOW_TO_READ = (
 
 @dataclass
 class SectionCharts:
-    """A section's charts: the modes compared, then a timeline of each co-run."""
+    """A section's charts: the modes compared, heat maps of pairs, a timeline of each co-run."""
 
     compared: list[Picture] = field(default_factory=list)
+    pairs: list[Picture] = field(default_factory=list)
     timelines: list[Picture] = field(default_factory=list)
     timelines_note: str = ""
 
@@ -63,6 +64,7 @@ def build(compared: Comparison, charts: Sequence[SectionCharts]) -> Document:
             _charts(drawn),
             scorecard.clients(section),
             scorecard.limits(section),
+            interference_text.chapter(section.matrices, drawn.pairs),
             _timelines(drawn),
             scorecard.alone(section),
             evidence.environment(section),

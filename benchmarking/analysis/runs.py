@@ -75,6 +75,11 @@ class RunView:
         return self.manifest.get("mix") or "unknown"
 
     @property
+    def is_pairs(self) -> bool:
+        """Whether its co-runs are pairs, each a mix of its own."""
+        return bool(self.manifest.get("is_pairs"))
+
+    @property
     def is_invalid(self) -> bool:
         """Whether the run as a whole lacks proof of its mode."""
         return self.manifest.get("outcome") == "invalid"
@@ -180,6 +185,12 @@ class CoRun:
         """Whether no client was found outside the mode that the co-run is named after."""
         verdicts = {(record.get("proof") or {}).get("verdict") for record in self.clients}
         return self.record["outcome"] != "invalid" and "invalid" not in verdicts
+
+    @property
+    def is_unverified(self) -> bool:
+        """Whether some client's membership in the mode could not be checked."""
+        verdicts = {(record.get("proof") or {}).get("verdict") for record in self.clients}
+        return "unverified" in verdicts
 
     @property
     def window(self) -> tuple[float | None, float | None]:

@@ -32,8 +32,10 @@ _CARD: dict[str, Callable[[Group], str]] = {
 }
 
 
-def scorecard(section: Section) -> Chapter:
-    """Every co-run group's figures, in three tables that fit a page."""
+def scorecard(section: Section) -> Chapter | None:
+    """Every co-run group's figures, in three tables that fit a page; `None` for pairs alone."""
+    if not section.groups and section.matrices:
+        return None
     if not section.groups:
         return Chapter("Scorecard", [Paragraph("No co-run gave an answer.")])
     chapter = Chapter(
