@@ -77,9 +77,9 @@ def chapter(matrices: Sequence[InterferenceMatrix], pictures: Sequence[Picture])
     found.blocks.append(
         Paragraph(
             "Each job beside each other one and beside itself, two at a time; a job beside itself "
-            "pools both copies. Rows suffer, columns stand beside; against the job alone, under MIG "
-            "too on the whole GPU. A p99 of fewer than "
-            f"{FEWEST_FOR_A_TAIL} responses, alone or together, is not given."
+            "pools both copies. Rows suffer, columns stand beside. Figures are against the job "
+            "alone, under MIG too on the whole GPU; a p99 of fewer than "
+            f"{FEWEST_FOR_A_TAIL} responses (n), alone or together, is not given."
         )
     )
     if pictures:
