@@ -52,8 +52,7 @@ def slo(row: ClientRow) -> str:
     """`98.5 % in 50.0 ms`."""
     if row.slo is None:
         return UNKNOWN
-    bound = "the bound" if row.slo.bound_ms is None else duration(row.slo.bound_ms)
-    return f"{row.slo.percent:.1f} % in {bound}"
+    return f"{row.slo.percent:.1f} % in {duration(row.slo.bound_ms)}"
 
 
 def outcome(group: Group) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from benchmarking.analysis.guide_checks import Check, card_checks, workload_checks
 from benchmarking.analysis.runs import CoRun, RunView
+from benchmarking.analysis.service import ServiceFigures, bound_of, service_figures
 from benchmarking.metrics import scores
 from benchmarking.metrics.estimates import Estimate, estimate, range_estimate
 
@@ -19,10 +20,10 @@ TAIL_PERCENTILES = (50, 95, 99)
 
 @dataclass(frozen=True)
 class SloAttainment:
-    """Share of responses, in percent, that came within a bound; the bound in ms where known."""
+    """Share of responses, in percent, that came within a bound in ms."""
 
     percent: float
-    bound_ms: float | None
+    bound_ms: float
 
 
 @dataclass
@@ -45,6 +46,7 @@ class ClientRow:
     tail_slowdown: dict[int, float | None]
     p99_ms: Estimate | None
     slo: SloAttainment | None
+    service: ServiceFigures | None
     joules_per_job: float | None
     peak_memory_mib: float | None
     checks: list[Check]
@@ -115,6 +117,7 @@ def _row(
             if record.get("latency_ms")
         ),
         slo=_slo(good, latencies, slo_ms),
+        service=service_figures(good, slo_ms),
         joules_per_job=None,
         peak_memory_mib=max(peaks, default=None),
         checks=workload_checks(good, latencies, situation),
@@ -124,15 +127,13 @@ def _row(
 def _slo(
     good: Sequence[Record], latencies: Sequence[float], slo_ms: float | None
 ) -> SloAttainment | None:
-    """By the bound that was given; without one, as a load test with its own bound reported it."""
-    if slo_ms is not None:
-        share = scores.slo_attainment_percent(latencies, slo_ms)
-        return None if share is None else SloAttainment(share, slo_ms)
-    figures = [record.get("figures") or {} for record in good]
-    share = _mean(found.get("slo_attainment_percent") for found in figures)
-    if share is None:
+    """By the bound that was given, else by the one that a service was run with."""
+    bound_ms = slo_ms or bound_of(good)
+    if bound_ms is None:
         return None
-    return SloAttainment(share, next((f["slo_ms"] for f in figures if f.get("slo_ms")), None))
+    missed = sum(map(scores.missed_requests, good))
+    share = scores.slo_attainment_percent(latencies, bound_ms, missed)
+    return None if share is None else SloAttainment(share, bound_ms)
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

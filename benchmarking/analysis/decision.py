@@ -288,10 +288,14 @@ def _repeat_range(p99_ms: Estimate) -> str:
 
 
 def _slo_claim(label: str, group: Group, row: ClientRow) -> Claim:
-    bound = "its bound" if row.slo.bound_ms is None else duration(row.slo.bound_ms)
+    within = f"within {duration(row.slo.bound_ms)}"
+    if row.service is not None:
+        offered, goodput = row.service.offered_per_second, row.service.goodput_per_second
+        if offered is not None and goodput is not None:
+            within += f", a goodput of {goodput:.1f} of {offered:.1f} requests a second offered"
     return Claim(
         f"{label} under {_name(group)} (`{group.mix}`, {clients_text(group.clients)}): "
-        f"{row.slo.percent:.1f} % of responses within {bound} "
+        f"{row.slo.percent:.1f} % of responses {within} "
         f"(n = {row.p99_ms.repeats if row.p99_ms else len(group.co_runs)}).",
         group.run_ids,
     )

@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from benchmarking.analysis import evidence, guide_tables, interference_text, scorecard
+from benchmarking.analysis import (
+    evidence,
+    guide_tables,
+    interference_text,
+    scorecard,
+    service_text,
+)
 from benchmarking.analysis.comparison import Claim, Comparison, Section
 from benchmarking.analysis.document import (
     Bullets,
@@ -63,6 +69,7 @@ def build(compared: Comparison, charts: Sequence[SectionCharts]) -> Document:
             scorecard.scorecard(section),
             _charts(drawn),
             scorecard.clients(section),
+            service_text.chapter(section),
             scorecard.limits(section),
             interference_text.chapter(section.matrices, drawn.pairs),
             _timelines(drawn),

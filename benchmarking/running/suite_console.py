@@ -110,11 +110,14 @@ def _client_row(record: Mapping[str, Any]) -> tuple[str, ...]:
 def _figures(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     summary, gpu = record["summary"], record["gpu"] or {}
     source = gpu.get("utilization_source")
+    counted = summary.get("throughput_clients")
+    # Whoever answers at a fixed rate delivers no more on a faster GPU.
+    only = "" if counted in (None, record["clients"]) else f", {counted} throughput clients only"
     lines = [
         ("Success rate", _number(summary["success_rate_percent"], ".0f", " %")),
         ("Average duration", _number(summary["average_duration_seconds"], ".2f", " s a job")),
         ("Total GPU time", _number(summary["total_gpu_time_seconds"], ".2f", " s")),
-        ("STP", _number(summary["stp"], ".2f", " (GPUs' worth of work)")),
+        ("STP", _number(summary["stp"], ".2f", f" (GPUs' worth of work{only})")),
         ("ANTT", _number(summary["antt"], ".2f", " (mean slowdown)")),
         ("Overhead", _number(summary["overhead_percent"], "+.1f",
                              " % against one after the other")),

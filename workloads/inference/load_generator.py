@@ -89,6 +89,25 @@ class Measured:
     cpu_seconds: list[float] = field(default_factory=list)
     connections_opened: int = 0
 
+    def snapshot(self) -> Measured:
+        """Return a copy that does not grow."""
+        return replace(
+            self,
+            records=list(self.records),
+            failures=Counter(self.failures),
+            cpu_seconds=list(self.cpu_seconds),
+        )
+
+    def since(self, earlier: Measured) -> Measured:
+        """Return what has come after ``earlier``, a snapshot of this."""
+        spent = zip(self.cpu_seconds, earlier.cpu_seconds, strict=True)
+        return Measured(
+            records=self.records[len(earlier.records) :],
+            failures=self.failures - earlier.failures,
+            cpu_seconds=[now - before for now, before in spent],
+            connections_opened=self.connections_opened - earlier.connections_opened,
+        )
+
     def table(self) -> np.ndarray:
         """Return all records, shape (requests, 5), by intended time."""
         import numpy as np

@@ -219,18 +219,30 @@ class LoadTest(client.Workload):
         with console.progress(int(self.args.duration), "seconds") as bar:
             reported = finished = 0
             while self._generator.busy:
-                self.look_after()
-                if recorder.stop_requested:
-                    self._record(self._generator.stop(), recorder)
-                    self._record_unanswered(recorder, start_seconds)
-                    recorder.check_stop()
-                batches = self._generator.collect(COLLECT_SECONDS)
-                self._record(batches, recorder)
-                finished += sum(len(batch) for batch in batches)
+                finished += self.collect(recorder, start_seconds)
                 elapsed = int(min(time.monotonic() - start_seconds, self.args.duration))
                 bar.advance(elapsed - reported, f"{finished} requests")
                 reported = elapsed
-        return self._figures(self._generator.measured, start_seconds)
+        return self.figures(self._generator.measured, start_seconds)
+
+    def collect(self, recorder: client.Recorder, start_seconds: float) -> int:
+        """Record the requests that finish within a moment; return how many there were.
+
+        Args:
+            recorder: Where they are recorded.
+            start_seconds: When the generator began.
+
+        Raises:
+            StopRequested: The suite asked to stop; the generator has stopped.
+        """
+        self.look_after()
+        if recorder.stop_requested:
+            self._record(self._generator.stop(), recorder)
+            self._record_unanswered(recorder, start_seconds)
+            recorder.check_stop()
+        batches = self._generator.collect(COLLECT_SECONDS)
+        self._record(batches, recorder)
+        return sum(len(batch) for batch in batches)
 
     @staticmethod
     def _record(batches: list[np.ndarray], recorder: client.Recorder) -> None:
@@ -253,14 +265,21 @@ class LoadTest(client.Workload):
         for intended in np.setdiff1d(past_bound, self._generator.measured.table()[:, 0]).tolist():
             recorder.unit(MISSED, intended, intended)
 
-    def _figures(self, measured: Measured, start_seconds: float) -> dict:
+    def figures(
+        self, measured: Measured, start_seconds: float, duration_seconds: float | None = None
+    ) -> dict:
+        """Return the figures of a job that began at ``start_seconds``, of ``--duration`` if unsaid.
+
+        The units are part of the names.
+        """
         from workloads.inference import load_figures as figures_of
 
         args = self.args
+        duration_seconds = duration_seconds or args.duration
         self._start_seconds = start_seconds
         self._requests = requests = figures_of.Requests.of(measured.table())
         last_seconds = requests.end.max() - start_seconds if len(requests.end) else 0.0
-        elapsed_seconds = max(args.duration, float(last_seconds))
+        elapsed_seconds = max(duration_seconds, float(last_seconds))
         figures = figures_of.outcome_figures(requests)
         succeeded = figures["successful_requests"]
         self.nothing_succeeded = not succeeded
@@ -278,7 +297,7 @@ class LoadTest(client.Workload):
                 requests, args.slo_ms
             )
         if args.rate is not None:
-            figures |= figures_of.open_loop_figures(requests, start_seconds, args.duration)
+            figures |= figures_of.open_loop_figures(requests, start_seconds, duration_seconds)
             figures |= figures_of.latency_figures(requests.service_seconds[requests.ok], "service")
         figures |= self._generator_figures(measured, elapsed_seconds, figures)
         return figures | self._file_names()
@@ -363,65 +382,10 @@ class LoadTest(client.Workload):
 
     def summary(self, figures: dict) -> list[tuple[str, str]]:
         """Return the lines of the terminal summary."""
-        rows = [
-            ("Server", f"{self.args.server}, {self._load_in_words()}"),
-            ("Total requests", f"{figures['total_requests']}"),
-            ("Successful / failed",
-             f"{figures['successful_requests']} / {figures['failed_requests']}"),
-        ]  # fmt: skip
-        if figures["total_requests"]:
-            rows.append(("Success rate", f"{figures['success_rate_percent']:.1f} %"))
-        if figures["successful_requests"]:
-            rows += _latency_rows(figures)
-        if figures.get("slo_attainment_percent") is not None:
-            rows.append((f"Within {self.args.slo_ms:g} ms",
-                         f"{figures['slo_attainment_percent']:.2f} % of all requests"))  # fmt: skip
-        rows += [
-            ("Queries per second", f"{figures['qps']:.1f}"),
-            ("Requests per minute", f"{figures['requests_per_minute']:.0f}"),
-        ]
-        if self.args.rate is not None:
-            rows += _open_loop_rows(figures)
-        rows.append(
-            ("Load generator", f"{figures['generator_processes']} processes, "
-             f"{figures['generator_cpu_cores']:.2f} cores")
-        )  # fmt: skip
-        rows += [(f"Failed: {kind}", str(n)) for kind, n in sorted(figures["errors"].items())]
-        return rows
+        from workloads.inference.load_summary import load_in_words, summary_rows
 
-    def _load_in_words(self) -> str:
-        args = self.args
-        if args.rate is None:
-            return f"{args.clients} clients"
-        return f"open loop, {args.rate:g} requests a second, {args.arrival} arrivals"
-
-
-def _latency_rows(figures: dict) -> list[tuple[str, str]]:
-    def ms(*names: str) -> str:
-        return " / ".join(f"{figures[f'{name}_latency_ms']:.1f}" for name in names) + " ms"
-
-    return [
-        ("Mean latency", ms("mean")),
-        ("Median (P50) latency", ms("median")),
-        ("P90 latency", ms("p90")),
-        ("P95 / P99 latency", ms("p95", "p99")),
-        ("P99.9 / max latency", ms("p99_9", "max")),
-    ]
-
-
-def _open_loop_rows(figures: dict) -> list[tuple[str, str]]:
-    rows = [
-        ("Offered / achieved rate",
-         f"{figures['offered_rate']:.1f} / {figures['achieved_rate']:.1f} requests a second"),
-        ("Late sends", f"{figures['late_sends']} ({figures['late_for_connection']} for want of a "
-         f"connection, {figures['late_by_generator']} by the generator)"),
-    ]  # fmt: skip
-    if figures["successful_requests"]:
-        rows.append(
-            ("P50 / P99 from the actual send",
-             f"{figures['p50_service_ms']:.1f} / {figures['p99_service_ms']:.1f} ms")
-        )  # fmt: skip
-    return rows
+        where = f"{self.args.server}, {load_in_words(self.args)}"
+        return [("Server", where), *summary_rows(figures, self.args)]
 
 
 def main() -> int:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 # Of the closed-loop capacity: busy enough to feel a neighbor, and far from a queue that only grows.
 OFFERED_SHARE = 0.5
 CALIBRATION_SECONDS = 3.0
+# Requests are drawn for so long under the suite, whose windows are shorter unless it is told so.
+STEADY_SECONDS = 1800.0
 # Up to this a person feels an answer as immediate (J. Nielsen, Usability Engineering, 1993).
 DEFAULT_SLO_MS = 100.0
 # A front end for every so many cores; the other clients of the GPU need the host too.
@@ -58,6 +61,10 @@ def parse_arguments() -> argparse.Namespace:
     load.add_argument(
         "--max-connections", type=cli.positive_int, default=256, metavar="N",
         help="requests in flight at most; further ones wait, which counts (default: 256)",
+    )  # fmt: skip
+    load.add_argument(
+        "--processes", type=cli.positive_int, default=None, metavar="N",
+        help="processes that send (default: as the load needs, half the cores at most)",
     )  # fmt: skip
     server = parser.add_argument_group("the server (its other flags keep their defaults)")
     server.add_argument(
@@ -86,6 +93,36 @@ class Users(load_test.LoadTest):
     def look_after(self) -> None:
         """Raise what ended the server, if it has ended."""
         self._server.require_alive()
+
+
+class SteadyUsers(Users):
+    """Users who do not pause between jobs: a job is a stretch of one long run of requests.
+
+    A pause until the last answer has come would give a server that falls behind time to catch up,
+    and less would be offered the slower it is.
+    """
+
+    def __init__(self, args: argparse.Namespace, server: HeldServer, job_seconds: float) -> None:
+        """Send to ``server`` as the load test's ``args`` say; a job lasts ``job_seconds``."""
+        super().__init__(args, server)
+        self._job_seconds = job_seconds
+        self._begin_seconds: float | None = None
+
+    def run_job(self, recorder: client.Recorder) -> dict:
+        """Return the figures of the requests that finish within the next ``job_seconds``."""
+        if self._begin_seconds is None or not self._generator.busy:
+            self._begin_seconds = self._generator.begin()
+        before = self._generator.measured.snapshot()
+        start_seconds = time.monotonic()
+        end_seconds = start_seconds + self._job_seconds
+        while self._generator.busy and time.monotonic() < end_seconds:
+            self.collect(recorder, self._begin_seconds)
+        measured = self._generator.measured.since(before)
+        figures = self.figures(measured, start_seconds, self._job_seconds)
+        # Those that finished are not those that were due where answers are late.
+        due = self._begin_seconds + self._offsets
+        offered = ((due >= start_seconds) & (due < end_seconds)).sum()
+        return figures | {"offered_rate": int(offered) / self._job_seconds}
 
 
 class ServingClient(client.Workload):
@@ -121,10 +158,7 @@ class ServingClient(client.Workload):
         """Let the server get ready, settle the rate, and open the users' connections."""
         self._identity = self._server.warm_up()
         self._rate = self.args.rate or self._settle_rate()
-        self._users = self._make_users(
-            "--rate", self._rate, "--duration", self.args.duration, "--slo-ms", self.args.slo_ms,
-            "--max-connections", self.args.max_connections,
-        )  # fmt: skip
+        self._users = self._make_users()
         self._users.load()
         self._users.warm_up()
 
@@ -135,9 +169,8 @@ class ServingClient(client.Workload):
             JobFailedError: It answered nothing.
         """
         # One batch comes together while the other is computed.
-        users = self._make_users(
-            "--clients", 2 * self.args.max_batch, "--duration", CALIBRATION_SECONDS
-        )
+        flags = ("--clients", 2 * self.args.max_batch, "--duration", CALIBRATION_SECONDS)
+        users = Users(self._load_arguments(*flags), self._server)
         try:
             users.load()
             users.warm_up()
@@ -153,13 +186,24 @@ class ServingClient(client.Workload):
         )
         return rate
 
-    def _make_users(self, *flags: object) -> Users:
+    def _make_users(self) -> Users:
+        args = self.args
+        flags = ("--rate", self._rate, "--slo-ms", args.slo_ms,
+                 "--max-connections", args.max_connections)  # fmt: skip
+        if not args.hold:
+            return Users(self._load_arguments(*flags, "--duration", args.duration), self._server)
+        steady = self._load_arguments(*flags, "--duration", max(STEADY_SECONDS, args.duration))
+        return SteadyUsers(steady, self._server, args.duration)
+
+    def _load_arguments(self, *flags: object) -> argparse.Namespace:
         url = f"http://127.0.0.1:{self._identity['port']}"
-        common = ("--server", url, "--seed", self.args.seed, "--no-charts")
+        common = ["--server", url, "--seed", self.args.seed, "--no-charts"]
+        if self.args.processes is not None:
+            common += ["--processes", self.args.processes]
         args = load_test.parse_arguments([str(part) for part in (*common, *flags)])
-        # What this job measures goes into its own result.
+        # Its files would repeat what this job's result holds.
         args.hold = True
-        return Users(args, self._server)
+        return args
 
     def _require_answers(self, figures: dict) -> None:
         if not figures["successful_requests"]:
@@ -170,21 +214,16 @@ class ServingClient(client.Workload):
             )
 
     def run_job(self, recorder: client.Recorder) -> dict:
-        """Offer requests for ``--duration`` seconds, wait for the last answers, return the figures.
+        """Offer requests for ``--duration`` seconds and return the figures.
 
         Raises:
-            StopRequested: The suite asked to stop; the server has been ended.
+            StopRequested: The suite asked to stop.
             JobFailedError: Nothing was answered, or the server has ended.
         """
         if not self._has_begun:
             self._server.go()
             self._has_begun = True
-        try:
-            figures = self._users.run_job(recorder)
-        except client.StopRequested:
-            # Before the last event, which tells the server's memory.
-            self._server.stop()
-            raise
+        figures = self._users.run_job(recorder)
         self._require_answers(figures)
         self.warnings += [text for text in self._users.warnings if text not in self.warnings]
         return figures | {
@@ -194,7 +233,7 @@ class ServingClient(client.Workload):
         }
 
     def close(self) -> None:
-        """End the users, then the server, also after a failure."""
+        """End the users, then the server; called again, and after a failure, without harm."""
         if self._users is not None:
             self._users.close()
         if hasattr(self, "_server"):
@@ -205,7 +244,8 @@ class ServingClient(client.Workload):
         return self._identity
 
     def peak_memory_mib(self) -> float | None:
-        """Return what the server said of itself when it ended."""
+        """Return the GPU memory that the server took; it tells when it ends, so this ends it."""
+        self.close()
         return self._server.peak_memory_mib
 
     def resolve(self) -> list[str]:
@@ -231,6 +271,8 @@ class ServingClient(client.Workload):
 
     def summary(self, figures: dict) -> list[tuple[str, str]]:
         """Return the lines of the terminal summary."""
+        from workloads.inference.load_summary import summary_rows
+
         identity = self._identity
         capacity = figures["closed_loop_capacity"]
         measured = "" if capacity is None else f", half of the capacity of {capacity:.1f}"
@@ -238,7 +280,7 @@ class ServingClient(client.Workload):
         return [
             ("Model", f"{identity['model']}, {identity['weights']} weights, on {where}"),
             ("Offered", f"{figures['request_rate']:g} requests a second{measured}"),
-            *self._users.summary(figures)[1:],
+            *summary_rows(figures, self._users.args),
         ]
 
 
