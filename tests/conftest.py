@@ -8,14 +8,20 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from driver_runner import DriverRunner
+    from mode_script_runner import ModeScripts
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 GPU_TURNS = Path(tempfile.gettempdir()) / "gpu-sharing-bench-tests.lock"
 sys.path.insert(0, str(PROJECT_ROOT))
+pytest.register_assert_rewrite("driver_runner", "mode_script_runner", "waiting")
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Several processes share the cores already; each taking all of them only makes them wait.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -64,6 +70,24 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section("figures")
     for name, value, test in sorted(figures):
         terminalreporter.write_line(f"{name} {value:,}  {test}")
+
+
+@pytest.fixture
+def scripts() -> Iterator[ModeScripts]:
+    """The scripts of gpu-configs/ on a pretended machine of the test's own."""
+    from mode_script_runner import mode_scripts
+
+    with mode_scripts() as made:
+        yield made
+
+
+@pytest.fixture
+def runner() -> Iterator[DriverRunner]:
+    """The driver scripts on a pretended machine with a pretended suite."""
+    from driver_runner import driver_runner
+
+    with driver_runner() as made:
+        yield made
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

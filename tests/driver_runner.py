@@ -6,17 +6,15 @@ import contextlib
 import fcntl
 import json
 import os
-import shutil
 import signal
 import subprocess
-import tempfile
 import termios
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mode_script_runner import PROJECT_ROOT, ROOT_PREFIX, UUID, ModeScripts
+from mode_script_runner import PROJECT_ROOT, ROOT_PREFIX, UUID, ModeScripts, open_folder
+from waiting import wait_until
 
 PYTHON = PROJECT_ROOT / "tests" / "fakes" / "python_without_torch"
 AS_BEFORE = {
@@ -84,10 +82,10 @@ class DriverRunner(ModeScripts):
             start_new_session=True,
             preexec_fn=_heed_signals,
         )
-        self._wait_for(lambda call: call.get("waiting") == run_id)
+        self._wait_for_suite(run_id)
         for count, number in enumerate(signals, start=1):
             process.send_signal(number)
-            self._wait_for(lambda call: "signal" in call, count)
+            self._wait_for(lambda call: "signal" in call, f"signal {count} at the suite", count)
         _, stderr = process.communicate(timeout=60)
         return process.returncode, stderr
 
@@ -105,7 +103,7 @@ class DriverRunner(ModeScripts):
             preexec_fn=_own_the_terminal,
         )
         os.close(inside)
-        self._wait_for(lambda call: call.get("waiting") == run_id)
+        self._wait_for_suite(run_id)
         os.close(terminal)  # what the kernel makes of it is SIGHUP and a terminal that is dead
         return process.wait(timeout=60)
 
@@ -113,11 +111,11 @@ class DriverRunner(ModeScripts):
         prefix = (ROOT_PREFIX or []) if as_root else []
         return [*prefix, f"./{script}", *arguments, "--output", str(self.output)]
 
-    def _wait_for(self, wanted: Any, count: int = 1) -> None:
-        deadline = time.monotonic() + 60
-        while sum(map(wanted, self.python_calls())) < count:
-            assert time.monotonic() < deadline, "what was waited for never came"
-            time.sleep(0.02)
+    def _wait_for(self, wanted: Callable[[dict], bool], what: str, count: int = 1) -> None:
+        wait_until(lambda: sum(map(wanted, self.python_calls())) >= count, what)
+
+    def _wait_for_suite(self, run_id: str) -> None:
+        self._wait_for(lambda call: call.get("waiting") == run_id, f"the suite at work as {run_id}")
 
     def rule(self, **rules: dict[str, Any]) -> None:
         """Say what the pretended suite does, by run id (`time_slicing` for time-slicing)."""
@@ -165,12 +163,8 @@ def without_gpu_programs() -> str:
 @contextlib.contextmanager
 def driver_runner(kind: str = "h100") -> Iterator[DriverRunner]:
     """A fresh DriverRunner, cleaned away at the end."""
-    folder = Path(tempfile.mkdtemp(prefix="drivers."))
-    folder.chmod(0o755)
-    try:
+    with open_folder() as folder:
         yield DriverRunner(folder, kind)
-    finally:
-        shutil.rmtree(folder)
 
 
 __all__ = ["AS_BEFORE", "UUID", "DriverRunner", "driver_runner", "without_gpu_programs"]

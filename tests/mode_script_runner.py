@@ -16,11 +16,13 @@ from pathlib import Path
 
 import pytest
 from fakes.gpu_machine import FakeMachine
+from waiting import wait_until
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 UUID = "GPU-00000000-1111-2222-3333-444444444444"
 # For scripts that use the GPU as an unprivileged user: a real account that every system has.
 NOBODY = pwd.getpwnam("nobody")
+AS_NOBODY = ["setpriv", f"--reuid={NOBODY.pw_uid}", f"--regid={NOBODY.pw_gid}", "--clear-groups"]
 
 
 def _root_prefix() -> list[str] | None:
@@ -106,16 +108,13 @@ class ModeScripts:
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         rules = self.folder / "machine" / "rules.json"
-        deadline = time.monotonic() + 20
-        while '"seen"' not in rules.read_text():
-            assert time.monotonic() < deadline, "the call never came"
-            time.sleep(0.02)
-        time.sleep(0.1)
+        wait_until(lambda: '"seen"' in rules.read_text(), f"the call {during}")
+        time.sleep(0.1)  # until it sleeps, with all that it writes written
         if group:
             os.killpg(process.pid, number)
         else:
             process.send_signal(number)
-        _, stderr = process.communicate(timeout=30)
+        _, stderr = process.communicate(timeout=60)
         self.machine.forget_rules()
         return process.returncode, stderr
 
@@ -151,11 +150,16 @@ def without_random_names(text: str) -> str:
 
 
 @contextlib.contextmanager
+def open_folder() -> Iterator[Path]:
+    """A folder that every user may enter, removed at the end."""
+    with tempfile.TemporaryDirectory(prefix="modes.") as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        yield folder
+
+
+@contextlib.contextmanager
 def mode_scripts(kind: str = "h100") -> Iterator[ModeScripts]:
     """A fresh ModeScripts, cleaned away at the end."""
-    folder = Path(tempfile.mkdtemp(prefix="modes."))
-    folder.chmod(0o755)
-    try:
+    with open_folder() as folder:
         yield ModeScripts(folder, kind)
-    finally:
-        shutil.rmtree(folder)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,12 +26,6 @@ SCRIPTS = {
     "disable_mig.sh": [],
     "gpu_status.sh": [],
 }
-
-
-@pytest.fixture
-def scripts() -> Iterator[ModeScripts]:
-    with mode_scripts() as made:
-        yield made
 
 
 def test_every_script_of_the_folder_is_tested_here() -> None:

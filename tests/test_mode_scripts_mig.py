@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
 
 import pytest
 from mode_script_runner import (
-    NOBODY,
+    AS_NOBODY,
     UUID,
     ModeScripts,
     mode_scripts,
@@ -18,12 +17,6 @@ from mode_script_runner import (
 CREATE = "nvidia-smi mig -i * -cgi *"
 SWITCH = "nvidia-smi -i * -mig *"
 pytestmark = needs_root
-
-
-@pytest.fixture
-def scripts() -> Iterator[ModeScripts]:
-    with mode_scripts() as made:
-        yield made
 
 
 def profiles(scripts: ModeScripts) -> list[str]:
@@ -200,13 +193,7 @@ def test_a_gpu_without_mig_is_exit_code_4() -> None:
 
 @needs_real_root
 def test_without_root_it_is_refused_with_5_and_the_sudo_line(scripts: ModeScripts) -> None:
-    as_nobody = [
-        "setpriv",
-        f"--reuid={NOBODY.pw_uid}",
-        f"--regid={NOBODY.pw_gid}",
-        "--clear-groups",
-    ]
-    result = scripts.run("setup_mig.sh", "1g.5gb", "4", prefix=as_nobody)
+    result = scripts.run("setup_mig.sh", "1g.5gb", "4", prefix=AS_NOBODY)
     assert result.returncode == 5
     assert "sudo ./gpu-configs/setup_mig.sh 1g.5gb 4" in result.stderr
     assert scripts.machine.changing_calls() == []
@@ -422,3 +409,11 @@ def test_disabling_that_was_interrupted_is_finished_by_the_next_one(scripts: Mod
     assert code == 130
     scripts.must("disable_mig.sh")
     assert_as_before(scripts)
+
+
+def test_a_list_with_unknown_profiles_names_them_once_in_one_message(scripts: ModeScripts) -> None:
+    result = scripts.run("setup_mig.sh", "5g.40gb,1g.5gb,5g.40gb,6g.60gb,1g.5gb")
+    assert result.returncode == 4
+    assert "no profile 5g.40gb,6g.60gb, nor one plain profile like it" in result.stderr
+    assert result.stderr.count("has no profile 1g.5gb; taking 1g.10gb") == 1
+    assert scripts.machine.changing_calls() == []

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from mode_script_runner import (
+    AS_NOBODY,
     NOBODY,
     UUID,
     ModeScripts,
@@ -20,13 +20,6 @@ from mode_script_runner import (
 SET_MODE = "nvidia-smi -i * -c *"
 START = "nvidia-cuda-mps-control -d"
 QUESTION = "nvidia-cuda-mps-control < get_default_active_thread_percentage"
-AS_NOBODY = ["setpriv", f"--reuid={NOBODY.pw_uid}", f"--regid={NOBODY.pw_gid}", "--clear-groups"]
-
-
-@pytest.fixture
-def scripts() -> Iterator[ModeScripts]:
-    with mode_scripts() as made:
-        yield made
 
 
 def daemons(scripts: ModeScripts) -> dict[str, dict]:

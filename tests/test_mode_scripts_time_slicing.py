@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
 
 import pytest
 from mode_script_runner import (
-    NOBODY,
+    AS_NOBODY,
     UUID,
     ModeScripts,
     mode_scripts,
@@ -16,12 +15,6 @@ from mode_script_runner import (
 )
 
 SET_TIMESLICE = "nvidia-smi compute-policy -i * --set-timeslice *"
-
-
-@pytest.fixture
-def scripts() -> Iterator[ModeScripts]:
-    with mode_scripts() as made:
-        yield made
 
 
 def test_setting_up_records_the_clients_and_changes_nothing_on_the_card(
@@ -156,13 +149,7 @@ def test_a_gpu_without_the_setting_refuses_a_slice_with_4_and_works_without(
 
 @needs_real_root
 def test_without_root_a_slice_is_refused_with_5_and_the_sudo_line(scripts: ModeScripts) -> None:
-    as_nobody = [
-        "setpriv",
-        f"--reuid={NOBODY.pw_uid}",
-        f"--regid={NOBODY.pw_gid}",
-        "--clear-groups",
-    ]
-    result = scripts.run("setup_time_slicing.sh", "4", "--timeslice", "short", prefix=as_nobody)
+    result = scripts.run("setup_time_slicing.sh", "4", "--timeslice", "short", prefix=AS_NOBODY)
     assert result.returncode == 5
     assert "sudo ./gpu-configs/setup_time_slicing.sh 4 --timeslice short" in result.stderr
     assert scripts.machine.changing_calls() == []

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,12 +24,6 @@ SCRIPT = "run_experiments.sh"
 # What makes a command run without root's rights.
 AS_NOBODY = ["setpriv", "--reuid=65534", "--clear-groups"] if os.geteuid() == 0 else []
 SECOND_UUID = "GPU-55555555-6666-7777-8888-999999999999"
-
-
-@pytest.fixture
-def runner() -> Iterator[DriverRunner]:
-    with driver_runner() as made:
-        yield made
 
 
 def test_the_phases_run_in_order_each_with_its_mode_alone_and_no_card_setting_touched(

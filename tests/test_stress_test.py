@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Iterator
 
 import pytest
 from driver_runner import (
@@ -21,12 +20,6 @@ from mode_script_runner import needs_root
 
 SCRIPT = "stress_test.sh"
 EXAMPLE = "examples/plans/own-commands.toml"
-
-
-@pytest.fixture
-def runner() -> Iterator[DriverRunner]:
-    with driver_runner() as made:
-        yield made
 
 
 def leave_ramp(runner: DriverRunner, last_good_clients: int | None) -> None:
