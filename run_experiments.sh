@@ -50,8 +50,8 @@ main() {
     parse_arguments "$@"
     machine::inspect
     driver::set_up
+    choose_workloads
     driver::prepare "results/experiments-$(date +%Y%m%d-%H%M%S)"
-    WORKLOADS=${WORKLOADS:-${PLAN_CLIENTS:-4}}
     phase 1 baseline measure_baseline
     phase 2 "$(machine::mode_name time-slicing)" measure_mode time-slicing
     phase 3 mps measure_mode mps
@@ -81,6 +81,14 @@ parse_arguments() {
         shift "$CONSUMED"
     done
     [[ -z $MIX || -z $PLAN ]] || cli::usage_error "--mix and --plan: give one of the two"
+}
+
+# A layout has an instance for each job, so it says how many there are, unless the user does.
+choose_workloads() {
+    local usual=${PLAN_CLIENTS:-4}
+    [[ -z $MIG_LAYOUT ]] || usual=$(layout::count)
+    WORKLOADS=${WORKLOADS:-$usual}
+    [[ ,$MODES, != *,mig,* ]] || layout::require "$WORKLOADS"
 }
 
 check_modes() {

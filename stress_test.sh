@@ -54,6 +54,7 @@ main() {
     [[ -n $PLAN ]] || require_mode
     driver::set_up
     [[ -z $PLAN ]] || require_plan
+    [[ $MODE != mig ]] || layout::require "$MAXIMUM"
     driver::prepare "results/stress-$(machine::mode_name "$MODE")-$(date +%Y%m%d-%H%M%S)"
     enable_mode
     suite::run "$(machine::mode_name "$MODE")" --mode "$MODE" "${JOBS[@]}" --workloads "$COUNTS" \

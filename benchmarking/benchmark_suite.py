@@ -28,7 +28,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarking.command_line.argument_types import positive_float, positive_int
 from benchmarking.command_line.one_line_parser import OneLineParser
-from benchmarking.planning import mps_knobs, pairs
+from benchmarking.planning import mig_layout, mps_knobs, pairs
 from benchmarking.planning.plan import MIXES, MODE_EXCLUSIVE, MODE_MIG, MODE_MPS, MODES
 from benchmarking.planning.plan_file import PlanFileError, read_plan_file
 from benchmarking.planning.ramp import MOST_CLIENTS
@@ -113,6 +113,14 @@ def parse_arguments() -> argparse.Namespace:
     )
     add_ramp_flags(parser)
     add_mps_flags(parser)
+    add(
+        "--mig-layout",
+        type=listed(mig_layout.profile),
+        default=(),
+        metavar="PROFILE[,PROFILE...]",
+        help="under mig, the instance of each client, such as 2g.20gb,1g.10gb,1g.10gb (made "
+        "beforehand by gpu-configs/setup_mig.sh; default: client i has instance i)",
+    )
     add("--quick", action="store_true", help="smaller jobs, for a demonstration")
     add(
         "--repeats",
@@ -185,6 +193,8 @@ def parse_arguments() -> argparse.Namespace:
         check_pairs(parser, options)
     if options.until_break and options.mode == MODE_MIG:
         parser.error("--until-break: under MIG there are as many clients as instances; leave it")
+    if options.mig_layout:
+        check_mig_layout(parser, options)
     limits = (options.mps_percentage, options.mps_memory_limit, options.mps_priority)
     if any(limits) and options.mode != MODE_MPS:
         parser.error("limits of MPS clients need --mode mps")
@@ -202,6 +212,21 @@ def check_pairs(parser: argparse.ArgumentParser, options: argparse.Namespace) ->
         parser.error("--mix pairs has two clients in each co-run: leave --workloads and bounds")
     options.workloads = (pairs.CLIENTS,)
     options.window = options.window or pairs.WINDOW_SECONDS
+
+
+def check_mig_layout(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Refuse a layout that has no instance for a client, or no meaning; it counts the clients."""
+    if options.mode != MODE_MIG:
+        parser.error("--mig-layout needs --mode mig")
+    if options.mix == pairs.MIX:
+        parser.error("--mix pairs needs instances of one size: leave --mig-layout")
+    instances = len(options.mig_layout)
+    options.workloads = options.workloads or (instances,)
+    if max(options.workloads) > instances:
+        parser.error(
+            f"--mig-layout has {instances} instances for {max(options.workloads)} clients: name "
+            "one for each, or give fewer --workloads"
+        )
 
 
 def add_ramp_flags(parser: argparse.ArgumentParser) -> None:
@@ -280,6 +305,7 @@ def request_from(options: argparse.Namespace) -> Request:
         mps_knobs=mps_knobs.MpsKnobs(
             options.mps_percentage, options.mps_memory_limit, options.mps_priority
         ),
+        mig_layout=options.mig_layout,
         quick=options.quick,
         repeats=options.repeats,
         budget_minutes=options.budget_minutes,

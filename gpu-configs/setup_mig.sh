@@ -76,22 +76,36 @@ check_preconditions() {
     substitute_profiles
 }
 
-# Replaces each wanted profile that the GPU lacks.
+# Replaces each wanted profile that the GPU lacks; says so once a profile, however often it is wanted.
 substitute_profiles() {
+    local -A taken=()
+    local -a unknown=()
     local -i i
-    for i in "${!WANTED[@]}"; do
-        [[ -z ${PROFILE_ID[${WANTED[i]}]:-} ]] || continue
-        find_substitute "${WANTED[i]}"
-        ((i > 0)) || log "$(gpu::title) has no profile ${WANTED[i]}; taking $SUBSTITUTE."
-        WANTED[i]=$SUBSTITUTE
+    local name
+    for name in "${WANTED[@]}"; do
+        [[ -z ${PROFILE_ID[$name]:-} && -z ${taken[$name]:-} ]] || continue
+        if find_substitute "$name"; then
+            log "$(gpu::title) has no profile $name; taking $SUBSTITUTE."
+        else
+            unknown+=("$name")
+        fi
+        taken[$name]=$SUBSTITUTE
     done
+    if ((${#unknown[@]} > 0)); then
+        mig::print_profiles
+        die "$EXIT_UNSUPPORTED" "this GPU has no profile $(IFS=, && printf '%s' "${unknown[*]}")," \
+            "nor one plain profile like it"
+    fi
+    for i in "${!WANTED[@]}"; do WANTED[i]=${taken[${WANTED[i]}]:-${WANTED[i]}}; done
 }
 
-# Sets SUBSTITUTE to the plain profile with as many slices as $1. Plain: no +me or the like, and none
-# that trades instances for more memory (the H100 has 1g.10gb seven times, 1g.20gb only four times).
+# Sets SUBSTITUTE to the plain profile with as many slices as $1; false, and the name itself, where
+# there is none or more than one. Plain: no +me or the like, and none that trades instances for more
+# memory (the H100 has 1g.10gb seven times, 1g.20gb only four times).
 find_substitute() {
     local name
     local -i most=0 found=0
+    SUBSTITUTE=$1
     for name in "${PROFILE_NAMES[@]}"; do
         [[ $name =~ ^${1%%g.*}g\.[0-9]+gb$ ]] || continue
         if ((PROFILE_TOTAL[$name] > most)); then
@@ -102,10 +116,7 @@ find_substitute() {
             found+=1
         fi
     done
-    if [[ ! $1 =~ ^[0-9]+g\.[0-9]+gb$ ]] || ((found != 1)); then
-        mig::print_profiles
-        die "$EXIT_UNSUPPORTED" "this GPU has no profile $1, nor one plain profile like it"
-    fi
+    [[ $1 =~ ^[0-9]+g\.[0-9]+gb$ ]] && ((found == 1))
 }
 
 # Sets LAYOUT: the wanted profiles, the largest first, as they are created best.

@@ -33,6 +33,7 @@ TIMESLICE=""
 MPS_EXCLUSIVE=0
 MAY_SET_UP_MIG=0
 MIG_PROFILE=1g.5gb # the guide's; setup_mig.sh takes this card's profile of the same size for it
+MIG_LAYOUT=""      # or one profile a client, where they differ
 SUITE_FLAGS=()
 MPS_FLAGS=()    # limits of MPS clients, for the suite under mps alone
 PLAN=""         # a file with jobs of the user's own, in place of a mix
@@ -61,6 +62,7 @@ driver::flag() {
             PLAN=$2
             ;;
         --mig-profile) cli::value "$@" && MIG_PROFILE=$VALUE ;;
+        --mig-layout) cli::value "$@" && layout::check "$VALUE" && MIG_LAYOUT=$VALUE ;;
         --engine) driver::choice "$1" "${2-}" eager graph compile && SUITE_FLAGS+=("$1" "$2") ;;
         --precision) driver::choice "$1" "${2-}" fp32 tf32 bf16 && SUITE_FLAGS+=("$1" "$2") ;;
         --dataset)
@@ -110,6 +112,34 @@ driver::positive_number() {
     [[ $2 =~ ^[0-9]+(\.[0-9]+)?$ && $2 =~ [1-9] ]] || cli::usage_error "$1 needs a number above 0"
 }
 
+# --- MIG layouts ------------------------------------------------------------------------------------
+
+layout::check() {
+    [[ $1 =~ ^[0-9]+g\.[0-9]+gb([+-][a-z.]+)*(,[0-9]+g\.[0-9]+gb([+-][a-z.]+)*)*$ ]] ||
+        cli::usage_error "--mig-layout needs MIG profiles with commas between, such as 2g.20gb,1g.10gb"
+}
+
+# How many instances the layout has.
+layout::count() {
+    local -a profiles
+    IFS=, read -ra profiles <<<"$MIG_LAYOUT"
+    printf '%d' "${#profiles[@]}"
+}
+
+# layout::require CLIENTS: ends with a usage error where the layout lacks an instance for a client, or
+# names a profile that this GPU does not list.
+layout::require() {
+    local unknown
+    [[ -n $MIG_LAYOUT ]] || return 0
+    (($1 <= $(layout::count))) ||
+        cli::usage_error "--mig-layout has $(layout::count) instances for $1 jobs; name one for each"
+    ((HAS_GPU)) && [[ $GPU_MIG_CURRENT != *N/A* ]] || return 0
+    mig::read_profiles
+    unknown=$(mig::unknown_profiles "$MIG_LAYOUT")
+    [[ -z $unknown ]] || cli::usage_error "--mig-layout: $(gpu::title) has no profile $unknown; it has" \
+        "${PROFILE_NAMES[*]}"
+}
+
 driver::shared_flags_help() {
     cat <<'HELP'
   --quick               small jobs, for a demonstration
@@ -127,6 +157,7 @@ Changes to the GPU's settings are made only when told to, need root (sudo withou
 root shell), and are undone at the end:
   --mig                 the mig mode may switch MIG on and make its instances
   --mig-profile NAME    size of these instances (default 1g.5gb, or this GPU's one-slice profile)
+  --mig-layout LIST     or the instance of each job, such as 2g.20gb,1g.10gb,1g.10gb
   --exclusive           MPS with compute mode EXCLUSIVE_PROCESS
   --timeslice default|short|medium|long   length of a time slice
 HELP
@@ -299,6 +330,7 @@ suite::run() {
     local -a command=("$PYTHON" "$PROJECT_ROOT/benchmarking/benchmark_suite.py" "${@:2}"
         --results-dir "$OUTPUT" --run-id "$1" --device "$DEVICE" "${SUITE_FLAGS[@]}")
     ((!HAS_GPU)) || command+=(--gpu "$GPU_UUID")
+    [[ -z $MIG_LAYOUT || " $* " != *" --mode mig "* ]] || command+=(--mig-layout "$MIG_LAYOUT")
     SUITE_STATUS=0
     run --note "$(quoted "${command[@]}")" signals::run_child "${command[@]}" || SUITE_STATUS=$?
     if [[ -n $INTERRUPTED ]]; then
@@ -338,6 +370,9 @@ mode::why_not() {
         printf '%s has no MIG' "$GPU_NAME"
     elif ((!MAY_SET_UP_MIG)) && [[ $GPU_MIG_CURRENT != Enabled ]]; then
         printf 'MIG is off; --mig allows to switch it on'
+    elif ((!MAY_SET_UP_MIG)) && [[ -n $MIG_LAYOUT ]]; then
+        mig::has_layout "$MIG_LAYOUT" ||
+            printf 'the instances %s are not there; --mig allows to make them' "$MIG_LAYOUT"
     elif ((!MAY_SET_UP_MIG)); then
         count=$(mig::devices | wc -l)
         ((count >= clients)) ||
@@ -374,7 +409,8 @@ mode::enable() {
             }
             ;;
         mig)
-            flags=(setup_mig.sh "$MIG_PROFILE" "$clients")
+            flags=(setup_mig.sh "${MIG_LAYOUT:-$MIG_PROFILE}")
+            [[ -n $MIG_LAYOUT ]] || flags+=("$clients")
             MODE_UNDO=(disable_mig.sh)
             mode::as_root
             ;;
@@ -451,7 +487,13 @@ mode::is_in_force() {
             fi
             ;;
         mps) mode::finds_daemon && { ((!MPS_EXCLUSIVE)) || mode::is_exclusive; } ;;
-        mig) [[ $GPU_MIG_CURRENT == Enabled ]] && (($(mig::devices | wc -l) >= $2)) ;;
+        mig)
+            [[ $GPU_MIG_CURRENT == Enabled ]] && if [[ -n $MIG_LAYOUT ]]; then
+                mig::has_layout "$MIG_LAYOUT"
+            else
+                (($(mig::devices | wc -l) >= $2))
+            fi
+            ;;
     esac
 }
 

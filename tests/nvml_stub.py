@@ -26,7 +26,8 @@ compute_mode              0 default, 2 prohibited, 3 exclusive process
 compute_capability        "9.0"
 pids, mps_pids            {pid: used MiB or None}, or {pid: (used MiB, gpu_instance_id)} for MIG
 mig_mode_current          0 or 1; mig_mode_pending likewise, else as current
-mig_devices               list of (uuid, gpu_instance_id, multiprocessors, MiB, used MiB);
+mig_devices               list of (uuid, gpu_instance_id, multiprocessors, MiB, used MiB) and,
+                          where the name is to hold it, a sixth, "1g.10gb";
                           None in the list is a hole in NVML's numbering
 gpm                       1 when GPM is supported; the figures are gpm_graphics_util, gpm_sm_util,
                           gpm_sm_occupancy, gpm_any_tensor_util, gpm_dram_bw_util; with "_gi7"

@@ -42,7 +42,7 @@ MIG = {
     "mig_devices": [
         ("MIG-aaaaaaaa-0000-0000-0000-000000000001", 7, 16, 9984, 1000),
         None,  # NVML's numbering has holes
-        ("MIG-bbbbbbbb-0000-0000-0000-000000000002", 8, 48, 40448, 2000),
+        ("MIG-bbbbbbbb-0000-0000-0000-000000000002", 8, 48, 40448, 2000, "3g.40gb"),
     ],
     "gpm_sm_util_gi7": 20,
     "gpm_sm_util_gi8": 60,
@@ -362,9 +362,11 @@ def test_a_mig_instance_has_its_own_memory_gpm_and_processes(card: Callable) -> 
     assert (monitor["uuid"], monitor["index"]) == (MIG_SMALL, 0)
     assert monitor["mig_mode"] == {"current": "Enabled", "pending": "Enabled"}
     assert monitor["mig_devices"] == [
-        {"uuid": MIG_SMALL, "gpu_instance_id": 7, "multiprocessor_count": 16, "memory_mib": 9984},
-        {"uuid": MIG_LARGE, "gpu_instance_id": 8, "multiprocessor_count": 48, "memory_mib": 40448},
-    ]
+        {"uuid": MIG_SMALL, "profile": None, "gpu_instance_id": 7, "multiprocessor_count": 16,
+         "memory_mib": 9984},
+        {"uuid": MIG_LARGE, "profile": "3g.40gb", "gpu_instance_id": 8,
+         "multiprocessor_count": 48, "memory_mib": 40448},
+    ]  # fmt: skip
     sample = samples[0]
     assert (sample["gpu_uuid"], sample["gpu_index"]) == (MIG_SMALL, 0)
     assert (sample["memory_used_mib"], sample["memory_total_mib"]) == (1000, 9984)

@@ -290,6 +290,35 @@ def test_with_mig_allowed_it_is_switched_on_for_its_phase_and_off_again(
 
 
 @needs_root
+def test_a_mig_layout_is_made_given_to_the_suite_and_removed_again(runner: DriverRunner) -> None:
+    layout = "2g.20gb,1g.10gb,1g.10gb"
+    result = runner.drive(SCRIPT, "--modes", "mig", "--mig", "--mig-layout", layout, as_root=True)
+    assert result.returncode == 0, result.stderr
+    call = runner.suite_calls()["mig"]
+    assert call["gpu"] == {**AS_BEFORE, "mig": "Enabled", "instances": 3}
+    words = " ".join(call["arguments"])
+    assert f"--mig-layout {layout}" in words
+    assert "--workloads 3" in words
+    assert runner.python_calls()[-1]["gpu"] == AS_BEFORE
+
+
+def test_a_mig_layout_is_refused_without_its_flag_and_with_profiles_that_the_card_lacks(
+    runner: DriverRunner,
+) -> None:
+    assert runner.drive(SCRIPT, "--modes", "mig", "--mig-layout", "1g.10gb,2g.20gb").returncode == 0
+    assert runner.reason("mig") == "MIG is off; --mig allows to switch it on"
+    assert runner.machine.changing_calls() == []
+    for words, said in (
+        (["1g.5gb,1g.5gb,9g.90gb"], "has no profile 1g.5gb,9g.90gb; it has 1g.10gb 1g.10gb+me"),
+        (["1g.10gb,2g.20gb", "--workloads", "4"], "has 2 instances for 4 jobs; name one for each"),
+        (["2g,1g"], "needs MIG profiles with commas between"),
+    ):
+        refused = runner.drive(SCRIPT, "--mig", "--mig-layout", *words)
+        assert refused.returncode == 2
+        assert said in refused.stderr
+
+
+@needs_root
 def test_exclusive_and_timeslice_are_undone_after_their_phase(runner: DriverRunner) -> None:
     result = runner.drive(
         SCRIPT, "--modes=time-slicing,mps", "--exclusive", "--timeslice=long", as_root=True

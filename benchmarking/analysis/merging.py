@@ -51,7 +51,8 @@ def _why_apart(run: RunView, chosen: Sequence[RunView], clients: int) -> str | N
     data = baselines.data_differences(run.manifest, newest.manifest, jobs[0])
     if data:
         return f"older than {newest.run_id}: {data[0]}"
-    if run.knobs(clients) != newest.knobs(clients):
+    layouts = [one.manifest.get("mig_layout") for one in (run, newest)]
+    if run.knobs(clients) != newest.knobs(clients) or layouts[0] != layouts[1]:
         return f"other settings of the mode than the newer {newest.run_id}"
     for name, words in (("git_commit", "commit"), ("host_cores", "host cores")):
         theirs, ours = run.environment.get(name), newest.environment.get(name)

@@ -152,7 +152,8 @@ class Gpu:
             ("13.0"), ``mig_mode`` {"current", "pending"} in nvidia-smi's words or None where the
             GPU has no MIG, ``compute_mode`` in nvidia-smi's words, ``compute_capability``
             ("9.0"), ``mig_devices`` (list of the card's instances, each with ``uuid``,
-            ``gpu_instance_id``, ``multiprocessor_count``, ``memory_mib``), ``gpm_supported``.
+            ``profile`` ("1g.10gb"), ``gpu_instance_id``, ``multiprocessor_count``,
+            ``memory_mib``), ``gpm_supported``.
         """
         mig_mode = _ask("nvmlDeviceGetMigMode", self._card)
         capability = _ask("nvmlDeviceGetCudaComputeCapability", self._card)
@@ -402,10 +403,16 @@ def _describe_mig_device(handle: Any) -> dict[str, Any]:
     attributes = _ask("nvmlDeviceGetAttributes_v2", handle)
     return {
         "uuid": _ask("nvmlDeviceGetUUID", handle),
+        "profile": _mig_profile(_ask("nvmlDeviceGetName", handle)),
         "gpu_instance_id": _ask("nvmlDeviceGetGpuInstanceId", handle),
         "multiprocessor_count": None if attributes is None else attributes.multiprocessorCount,
         "memory_mib": None if attributes is None else attributes.memorySizeMB,
     }
+
+
+def _mig_profile(name: str | None) -> str | None:
+    """Return "1g.10gb" for "NVIDIA H100 80GB HBM3 MIG 1g.10gb", as NVML calls an instance."""
+    return (name or "").partition(" MIG ")[2] or None
 
 
 def _cuda_version(number: int | None) -> str | None:

@@ -29,6 +29,7 @@ from benchmarking.modes.mode_evidence import (
     verdict_of,
     without_mps_evidence,
 )
+from benchmarking.planning import mig_layout
 from benchmarking.planning.plan import (
     MODE_CPU_DEMO,
     MODE_EXCLUSIVE,
@@ -253,7 +254,7 @@ class MpsMode(SharingMode):
 
 
 class MigMode(SharingMode):
-    """MIG: client i has instance i for itself."""
+    """MIG: client i has instance i for itself, or the instance of a layout's profile i."""
 
     name = MODE_MIG
 
@@ -264,30 +265,45 @@ class MigMode(SharingMode):
         *,
         own_pid_namespace: bool,
         clients: int,
+        layout: Sequence[str] = (),
     ) -> None:
-        """Take how many clients need an instance."""
+        """Take how many clients need an instance, and the profiles of these where they matter."""
         super().__init__(describe, own_pid_namespace=own_pid_namespace)
         self._no_mps_folder = no_mps_folder
         self._clients = clients
+        self._layout = tuple(layout)
 
     def instances(self) -> list[Mapping[str, Any]]:
-        """Return the card's instances in NVML's order."""
-        return list(self._facts().get("mig_devices") or [])
+        """Return the card's instances in NVML's order, or those of the layout in its order."""
+        there = list(self._facts().get("mig_devices") or [])
+        return mig_layout.in_order(self._layout, there) if self._layout else there
 
     def check(self) -> list[Evidence]:
         """MIG is on, and there is an instance for every client."""
         mode = (self._facts().get("mig_mode") or {}).get("current")
         count = len(self.instances())
-        fix = f"{SETUP_MIG} 1g.5gb {self._clients}"
-        return [
-            Evidence("MIG mode is Enabled", mode or "not supported by this GPU", mode == "Enabled",
-                     fix if mode else None),
-            Evidence(
+        wanted = ",".join(self._layout)
+        fix = f"{SETUP_MIG} {wanted or f'1g.5gb {self._clients}'}" if mode else None
+        if self._layout:
+            instances = Evidence(
+                "the layout's instances are there, one for each client in its order",
+                f"{self._profiles_there()} for {wanted}", count == len(self._layout), fix,
+            )  # fmt: skip
+        else:
+            instances = Evidence(
                 "every client has an instance",
-                f"{count} MIG instances for {self._clients} clients", count >= self._clients,
-                fix if mode else None,
+                f"{count} MIG instances for {self._clients} clients", count >= self._clients, fix,
+            )  # fmt: skip
+        return [
+            Evidence(
+                "MIG mode is Enabled", mode or "not supported by this GPU", mode == "Enabled", fix
             ),
-        ]  # fmt: skip
+            instances,
+        ]
+
+    def _profiles_there(self) -> str:
+        there = self._facts().get("mig_devices") or []
+        return ",".join(str(one.get("profile") or "unknown") for one in there) or "none"
 
     def client_environment(self, client: int) -> dict[str, str]:
         """Return the instance by UUID; an empty pipe directory keeps MPS away.
@@ -463,11 +479,13 @@ def make_mode(
     clients: int,
     no_mps_folder: Path,
     environment: Mapping[str, str],
+    layout: Sequence[str] = (),
 ) -> SharingMode:
     """Return the mode called `name` for the GPU that `describe` describes.
 
     `clients` is the largest number of clients, `no_mps_folder` an empty folder of the caller's
-    own, `environment` the caller's environment (state folder, inherited pipe directory).
+    own, `environment` the caller's environment (state folder, inherited pipe directory), `layout`
+    the profiles of the clients' MIG instances where they matter.
     """
     own_pid_namespace = is_own_pid_namespace()
     if name == MODE_CPU_DEMO:
@@ -482,8 +500,9 @@ def make_mode(
         )  # fmt: skip
     if name == MODE_MIG:
         return MigMode(
-            describe, no_mps_folder, own_pid_namespace=own_pid_namespace, clients=clients
-        )
+            describe, no_mps_folder, own_pid_namespace=own_pid_namespace, clients=clients,
+            layout=layout,
+        )  # fmt: skip
     if name not in (MODE_TIME_SLICING, MODE_EXCLUSIVE):
         raise ValueError(f"there is no sharing mode {name!r}")
     return WholeGpuMode(

@@ -17,7 +17,7 @@ from benchmarking.hardware import nvml
 from benchmarking.modes import sharing_modes
 from benchmarking.modes.mode_evidence import Evidence
 from benchmarking.modes.sharing_modes import SharingMode
-from benchmarking.planning import pairs
+from benchmarking.planning import mig_layout, pairs
 from benchmarking.planning import plan as planning
 from benchmarking.planning.mps_knobs import MpsKnobs
 from benchmarking.planning.plan import (
@@ -93,6 +93,7 @@ class Request:
     max_slowdown: float | None = None
     slo_ms: float | None = None
     mps_knobs: MpsKnobs = field(default_factory=MpsKnobs)
+    mig_layout: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -157,6 +158,7 @@ class Setup:
             "is_pairs": request.is_pairs,
             "job_size": self.job_size,
             "seed": request.seed,
+            "mig_layout": list(request.mig_layout) or None,
             "bounds": {"max_slowdown": request.max_slowdown, "max_p99_ms": request.slo_ms},
             "plan_file": request.plan_file.to_dict() if request.plan_file else None,
             "plan": self.plan.to_dict(),
@@ -211,7 +213,7 @@ def prepare(
     def mode_called(name: str) -> SharingMode:
         return sharing_modes.make_mode(
             MODE_CPU_DEMO if gpu is None else name, describe, clients=most,
-            no_mps_folder=empty_folder, environment=environment,
+            no_mps_folder=empty_folder, environment=environment, layout=request.mig_layout,
         )  # fmt: skip
 
     mode, alone_mode = mode_called(request.mode), mode_called(MODE_EXCLUSIVE)
@@ -227,6 +229,12 @@ def prepare(
     job_size = SIZE_CPU if gpu is None else SIZE_QUICK if request.quick else SIZE_GUIDE
     cores = usable_cores()
     layout, co_runs_of = _lay_out(request, mode, alone_mode, job_size, cores)
+    if request.mig_layout and mode.name == MODE_MIG:
+        layout, unlike = mig_layout.without_unlike_shares(layout, request.mig_layout)
+        notes += [
+            f"{label} runs on instances of unlike size: its interference overhead stays unknown"
+            for label in unlike
+        ]
     return Setup(
         request=request,
         gpu=gpu,

@@ -68,6 +68,31 @@ mig::devices() {
         here && $1 == "MIG" { sub(/\)$/, "", $NF); print $NF, $2 }'
 }
 
+# mig::has_layout PROFILE,PROFILE,...: whether there is a MIG device for each profile of the list.
+mig::has_layout() {
+    local -a devices wanted
+    local name
+    local -A free=()
+    mapfile -t devices < <(mig::devices)
+    for name in "${devices[@]#* }"; do free[$name]=$((${free[$name]:-0} + 1)); done
+    IFS=, read -ra wanted <<<"$1"
+    for name in "${wanted[@]}"; do
+        ((${free[$name]:-0} > 0)) || return 1
+        free[$name]=$((free[$name] - 1))
+    done
+}
+
+# mig::unknown_profiles PROFILE,PROFILE,...: prints, with commas, those that are not in PROFILE_NAMES.
+mig::unknown_profiles() {
+    local -a wanted
+    local name unknown=""
+    IFS=, read -ra wanted <<<"$1"
+    for name in "${wanted[@]}"; do
+        [[ -n ${PROFILE_ID[$name]:-} || ,$unknown, == *",$name,"* ]] || unknown+=",$name"
+    done
+    printf '%s' "${unknown#,}"
+}
+
 # mig::holders IDS: one readable line a process on these GPU instances, from the process table, the
 # only listing that names the instance.
 mig::holders() {

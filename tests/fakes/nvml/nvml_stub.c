@@ -40,6 +40,7 @@ typedef struct {
     unsigned multiprocessor_count;
     unsigned memory_mib;
     unsigned used_mib;
+    char profile[32];
 } mig_t;
 
 typedef struct {
@@ -152,12 +153,14 @@ static int read_mig(int gpu, int position, mig_t *mig)
     char text[TEXT_SIZE];
     char *rest = text;
     char *item;
+    mig->profile[0] = '\0'; /* may be left out */
     if (!mig_enabled(gpu) || !read_text("mig_devices", gpu, text))
         return 0;
     for (int i = 0; (item = strsep(&rest, ";")) != NULL; i++)
         if (i == position)
-            return sscanf(item, "%95[^:]:%u:%u:%u:%u", mig->uuid, &mig->gpu_instance_id,
-                          &mig->multiprocessor_count, &mig->memory_mib, &mig->used_mib) == 5;
+            return sscanf(item, "%95[^:]:%u:%u:%u:%u:%31s", mig->uuid, &mig->gpu_instance_id,
+                          &mig->multiprocessor_count, &mig->memory_mib, &mig->used_mib,
+                          mig->profile) >= 5;
     return 0;
 }
 
@@ -290,8 +293,16 @@ int nvmlDeviceGetUUID(device_t *device, char *uuid, unsigned size)
 int nvmlDeviceGetName(device_t *device, char *name, unsigned size)
 {
     char text[TEXT_SIZE];
+    mig_t mig;
     ENTER();
-    return read_text("name", device->gpu, text) ? copy_text(name, size, text) : NOT_SUPPORTED;
+    if (!read_text("name", device->gpu, text))
+        return NOT_SUPPORTED;
+    if (device->mig_position != WHOLE_GPU && read_mig(device->gpu, device->mig_position, &mig) &&
+        mig.profile[0]) {
+        strcat(text, " MIG ");
+        strcat(text, mig.profile);
+    }
+    return copy_text(name, size, text);
 }
 
 int nvmlDeviceGetComputeMode(device_t *device, unsigned *mode)
