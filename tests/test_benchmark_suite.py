@@ -465,6 +465,30 @@ def test_mig_gives_each_client_its_instance_and_uses_an_earlier_whole_gpu_baseli
     assert summary["interference_overhead_percent"] == pytest.approx(0, abs=30)
 
 
+def test_a_mig_layout_gives_clients_instances_of_its_sizes_and_is_kept_with_the_run(
+    gpu_bench: Callable,
+) -> None:
+    small, large = (f"MIG-aaaaaaaa-0000-0000-0000-00000000000{i}" for i in range(2))
+    bench = gpu_bench(
+        mig_mode_current=1,
+        mig_devices=[(small, 7, 16, 9984, 0, "1g.10gb"), (large, 5, 16, 20096, 0, "2g.20gb")],
+    )
+    bench.script({"match": "*", "identity": {"multiprocessor_count": 16}})
+    done = bench.run(
+        "--mode", "mig", "--mix", "training", "--quick", "--mig-layout", "2g.20gb,1g.10gb"
+    )
+    assert done.returncode == 0, done.stderr
+    run = bench.only_run()
+    seen = [record["identity"]["gpu_uuid"] for record in run.clients_of("training-2-r0")]
+    assert seen == [large, small]
+    assert verdicts(run)[-2:] == ["verified", "verified"]
+    assert run.manifest["mig_layout"] == ["2g.20gb", "1g.10gb"]
+    assert any("instances of unlike size" in note for note in run.manifest["notes"])
+    other = bench.run("--mode", "mig", "--mix", "training", "--mig-layout", "3g.40gb")
+    assert other.returncode == 4
+    assert "run sudo ./gpu-configs/setup_mig.sh 3g.40gb" in other.stderr
+
+
 def test_mig_without_a_whole_gpu_baseline_leaves_stp_unknown(gpu_bench: Callable) -> None:
     bench = gpu_bench(
         mig_mode_current=1, mig_devices=[("MIG-aaaaaaaa-0000-0000-0000-000000000000", 7, 16, 1, 0)]
