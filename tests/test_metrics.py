@@ -210,6 +210,20 @@ def test_clients_at_an_offered_rate_stay_out_of_throughput_figures():
     assert (summary["clients"], summary["throughput_clients"]) == (2, 1)
     assert summary["stp"] == pytest.approx(0.5)
     assert summary["energy_ratio"] is None
+    # What lasts as long as it was told to says nothing, either.
+    assert summary["total_gpu_time_seconds"] == pytest.approx(8)
+
+
+def test_missed_requests_are_no_work_but_count_against_the_bound():
+    missed = {"missed_request": unit(50, 0.0), "request": unit(150, 3.0, latency=True)}
+    assert scores.slowdown(missed, {"request": 0.01}) == pytest.approx(2.0)
+    record = {"units": missed, "latency_ms": [20.0] * 150}
+    assert scores.missed_requests(record) == 50
+    assert scores.slo_attainment_percent([20.0] * 150, 30.0, missed=50) == pytest.approx(75.0)
+    assert scores.slo_attainment_percent([], 30.0, missed=50) == 0
+    assert scores.goodput_per_second([record], 30.0) is None
+    windows = {"window_start_seconds": 5.0, "window_end_seconds": 15.0}
+    assert scores.goodput_per_second([record | windows] * 2, 30.0) == pytest.approx(15.0)
 
 
 def test_interference_under_mig_is_judged_on_the_clients_own_instance():

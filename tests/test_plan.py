@@ -21,6 +21,16 @@ def build(mode: str, mix: str = "mixed", counts: tuple[int, ...] = (4,), **more:
     return plan.build_plan(mode, lambda n: clients(mix, n), name=mix, counts=counts, **more)
 
 
+def test_the_rate_that_a_service_bears_alone_is_fixed_for_its_co_runs() -> None:
+    assert plan.carried_arguments({"request_rate": 12.5, "qps": 13.0}) == ["--rate", "12.5"]
+    service, *trainings = plan.mix_clients(
+        "serving", 4, plan.JobOptions(slo_ms=50.0), python="python3", root="/p"
+    )
+    assert service.command[-2:] == ("--slo-ms", "50")
+    assert "--slo-ms" not in service.job_key
+    assert {client.workload for client in trainings} == {"resnet_training"}
+
+
 def test_the_mixed_mix_is_the_guides_four_in_order_repeated() -> None:
     four = ["resnet_training", "batch_inference", "jupyter_simulation", "bert_training"]
     assert [client.workload for client in clients("mixed", 8)] == four * 2

@@ -60,6 +60,7 @@ def test_one_suite_run_ramps_up_training_jobs_under_time_slicing_then_the_table_
         (["mps", "10", "--mix", "inference"], "1,2,4,6,8,10"),
         (["mps", "4", "--mix=mixed"], "4"),
         (["--mix", "mixed", "mps", "12"], "4,8,12"),
+        (["mps", "--mix", "serving"], "4,8"),
     ],
 )
 def test_the_counts_go_up_in_steps_and_end_with_the_largest(

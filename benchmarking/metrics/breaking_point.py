@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarking.command_line.number_text import duration
-from benchmarking.metrics.scores import percentile
+from benchmarking.metrics.scores import missed_requests, percentile, slo_attainment_percent
 
 Record = Mapping[str, Any]
 
@@ -114,6 +114,12 @@ def _broken_by(
     slowdowns = [record["slowdown"] for record in members if record.get("slowdown") is not None]
     if max_slowdown is not None and slowdowns and max(slowdowns) > max_slowdown:
         return "slowdown", f"slowdown {max(slowdowns):.2f} passes the bound of {max_slowdown:g}"
+    if max_p99_ms is not None and (share := _kept_by_fewest(members, max_p99_ms)) < 99:
+        return (
+            "p99",
+            f"only {share:.1f} % of all requests were answered within the bound of "
+            f"{duration(max_p99_ms)}",
+        )
     tails = [percentile(record["latency_ms"], 99) for record in members if record.get("latency_ms")]
     if max_p99_ms is not None and tails and max(tails) > max_p99_ms:
         return (
@@ -121,3 +127,16 @@ def _broken_by(
             f"p99 latency {duration(max(tails))} passes the bound of {duration(max_p99_ms)}",
         )
     return None, None
+
+
+def _kept_by_fewest(members: Sequence[Record], bound_ms: float) -> float:
+    """Lowest share of requests within the bound, in percent, where some were missed; else 100.
+
+    What was missed has no latency, so the percentile of the answers would not show it.
+    """
+    shares = (
+        slo_attainment_percent(record.get("latency_ms"), bound_ms, missed)
+        for record in members
+        if (missed := missed_requests(record))
+    )
+    return min((share for share in shares if share is not None), default=100.0)

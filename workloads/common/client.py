@@ -394,10 +394,12 @@ def _write_error(events: EventLog, error: Exception) -> None:
 
 
 def _write_done(workload: Workload, events: EventLog, jobs: int) -> None:
+    # First: where it ends a process of the job's, the time of that one is known only afterwards.
+    peak_memory_mib = workload.peak_memory_mib()
     usages = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     events.write(
         "done", jobs=jobs, host_cpu_seconds=sum(u.ru_utime + u.ru_stime for u in usages),
-        peak_memory_mib=workload.peak_memory_mib(),
+        peak_memory_mib=peak_memory_mib,
     )  # fmt: skip
 
 

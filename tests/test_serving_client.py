@@ -1,0 +1,136 @@
+"""The inference service as a client: a real one on the CPU, and servers that misbehave."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import PROJECT_ROOT
+from held_client import HeldClient
+
+from benchmarking.storage import run_store
+from workloads.common import cli
+from workloads.inference import held_server
+from workloads.inference.held_server import HeldServer
+
+SCRIPT = "workloads/inference/serving_client.py"
+SMALLEST = ("--model", "resnet18", "--weights", "none", "--device", "cpu", "--max-batch", "2")
+# Events as a server writes them; `%s` is what it does after the commands.
+PRETENDED = """
+import json, os, sys, time
+path = sys.argv[sys.argv.index("--events") + 1]
+def tell(event, **fields):
+    with open(path, "a") as file:
+        file.write(json.dumps({"event": event, **fields}) + "\\n")
+tell("loaded", startup_seconds=0.1)
+sys.stdin.readline()
+tell("ready", identity={"pid": os.getpid(), "port": 1})
+%s
+"""
+
+
+def is_running(pid: int) -> bool:
+    return Path(f"/proc/{pid}").exists()
+
+
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def test_the_service_is_one_client_with_the_servers_identity_and_a_load_without_pauses(
+    tmp_path: Path,
+) -> None:
+    flags = (*SMALLEST, "--rate", "20", "--duration", "1.5")
+    with HeldClient(tmp_path, SCRIPT, *flags) as client:
+        identity = client.start_working()
+        server = identity["pid"]
+        assert parent_of(server) == client.process.pid
+        assert (identity["device"], identity["model"]) == ("cpu", "resnet18")
+        jobs = client.wait_for("job", 2)
+        client.say("stop")
+        assert client.exit_code() == 0
+        assert not is_running(server)
+        units = client.events("units")
+        assert {unit["kind"] for unit in units if unit["latency"]} == {"request"}
+        assert client.events("done")[0]["host_cpu_seconds"] > 1
+    starts = sorted(start for unit in units for start in unit["start_seconds"])
+    first = [s for s in starts if s < jobs[0]["end_seconds"]]
+    second = [s for s in starts if jobs[1]["start_seconds"] <= s < jobs[1]["end_seconds"]]
+    assert len(first) == pytest.approx(30, abs=18)
+    assert len(second) == pytest.approx(30, abs=18)
+    # Twenty a second come on average; a pause for the answers would begin the draw anew.
+    assert second != pytest.approx([s + jobs[1]["start_seconds"] - starts[0] for s in first])
+    assert jobs[1]["figures"]["request_rate"] == 20
+
+
+def test_alone_the_suite_measures_the_capacity_and_offers_half_of_it(tmp_path: Path) -> None:
+    plan = tmp_path / "service.toml"
+    arguments = json.dumps([*SMALLEST[:4], "--max-batch", "2", "--duration", "1"])
+    plan.write_text(f'[[client]]\nworkload = "serving"\narguments = {arguments}\n')
+    done = subprocess.run(
+        (sys.executable, str(PROJECT_ROOT / "benchmarking" / "benchmark_suite.py"), "--mode",
+         "exclusive", "--device", "cpu", "--plan", str(plan), "--results-dir", str(tmp_path),
+         "--run-id", "alone"),
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (record,) = run_store.read_run(tmp_path / "alone").client_records
+    figures = record["figures"]
+    assert figures["request_rate"] == pytest.approx(figures["closed_loop_capacity"] / 2, rel=0.01)
+    assert figures["slo_ms"] == 100
+    assert len(record["latency_ms"]) == record["units"]["request"]["count"] > 0
+
+
+@pytest.fixture
+def pretend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Let a few lines of Python stand for the server from its readiness on."""
+
+    def start(then: str) -> tuple[HeldServer, int]:
+        script = tmp_path / "server.py"
+        script.write_text(PRETENDED % then)
+        monkeypatch.setattr(held_server, "SERVER", script)
+        server = HeldServer([])
+        server.wait_until_loaded()
+        return server, server.warm_up()["pid"]
+
+    return start
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [(1, cli.JobFailedError), (3, cli.GpuUnavailableError), (12, cli.OutOfGpuMemoryError)],
+)
+def test_a_server_that_ends_by_itself_is_told_by_its_kind(pretend, code: int, kind: type) -> None:
+    server, _ = pretend(f"tell('error', status='x', message='the card is gone')\nsys.exit({code})")
+    deadline = time.monotonic() + 10
+    with pytest.raises(kind, match="the card is gone"):
+        while time.monotonic() < deadline:
+            server.require_alive()
+            time.sleep(0.02)
+    server.stop()
+
+
+def test_a_server_is_asked_to_stop_before_it_is_told(pretend) -> None:
+    server, _ = pretend("assert sys.stdin.read() == 'stop\\n'; tell('done', peak_memory_mib=7)")
+    server.stop()
+    server.stop()
+    assert server.peak_memory_mib == 7
+
+
+def test_a_server_that_does_not_stop_is_terminated_and_at_last_killed(
+    pretend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(held_server, "STOP_SECONDS", 0.3)
+    monkeypatch.setattr(held_server, "TERMINATE_SECONDS", 0.3)
+    server, pid = pretend(
+        "import signal\n"
+        "signal.signal(signal.SIGTERM, lambda *_: tell('done', peak_memory_mib=3))\n"
+        "while True: time.sleep(0.05)"
+    )
+    server.stop()
+    assert server.peak_memory_mib == 3
+    assert not is_running(pid)
