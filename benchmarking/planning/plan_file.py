@@ -8,6 +8,10 @@
     count = 2
 
     [[client]]
+    workload = "serving"                  # an inference server and its users, together one client
+    arguments = ["--rate", "300", "--slo-ms", "50"]    # no --rate: half of what it bears alone
+
+    [[client]]
     command = ["./train.sh", "--fast"]    # or any command line; "a text" is split, not given to a
     shell = false                         # shell unless this says so
     label = "my training"
