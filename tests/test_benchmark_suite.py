@@ -20,6 +20,8 @@ from pathlib import Path
 
 import nvml_stub
 import pytest
+from recorded_rows import client, co_run
+from waiting import wait_until
 
 from benchmarking.modes.mode_evidence import Evidence, Proof
 from benchmarking.planning import baselines
@@ -82,8 +84,10 @@ class Bench:
         )  # fmt: skip
 
     def only_run(self) -> run_store.Run:
-        """The newest run."""
-        return run_store.read_run(run_store.find_runs(self.results)[-1])
+        """The newest run; every line of it is as the published schema has it."""
+        run = run_store.read_run(run_store.find_runs(self.results)[-1])
+        assert run.warnings == []
+        return run
 
 
 @pytest.fixture
@@ -221,7 +225,7 @@ def test_exclusive_mode_is_the_baseline_and_its_stp_is_one(bench: Bench) -> None
     assert done.returncode == 0, done.stderr
     run = bench.only_run()
     assert [record["phase"] for record in run.co_run_records] == ["baseline"]
-    assert run.co_run_records[0]["summary"]["stp"] == 1.0
+    assert run.co_run_records[0]["summary"]["stp"] == pytest.approx(1.0)
 
 
 def test_counts_and_repeats_make_rows_of_their_own(bench: Bench) -> None:
@@ -306,7 +310,10 @@ def test_an_interrupted_run_keeps_what_was_done_and_leaves_no_process(
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     events = "clients/training-2-r0/1.events.jsonl"
-    wait_for(lambda: any('"ready"' in path.read_text() for path in bench.results.rglob(events)))
+    wait_until(
+        lambda: any('"ready"' in path.read_text() for path in bench.results.rglob(events)),
+        "a client that is ready",
+    )
     time.sleep(0.3)
     process.send_signal(number)
     stdout, stderr = process.communicate(timeout=30)
@@ -321,13 +328,6 @@ def test_an_interrupted_run_keeps_what_was_done_and_leaves_no_process(
     pids = [record["identity"]["pid"] for record in run.client_records]
     assert len(pids) == 3
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it never happened"
-        time.sleep(0.05)
 
 
 # --- usage ------------------------------------------------------------------------------------
@@ -541,9 +541,8 @@ def test_the_newest_reusable_run_is_one_on_the_same_data(tmp_path: Path) -> None
         made = {**manifest(), "mode": "exclusive", "mix": "training", **noted}
         run = run_store.create_run(tmp_path, made, run_id=f"run-{number}")
         run.update_manifest(created_at=f"2026-01-0{3 - number}")
-        base = {"phase": "baseline", "co_run": "alone"}
-        run.append_record({"record": "client", "job_key": "job", "status": "ok", **base})
-        run.append_record({"record": "co_run", "outcome": "ok", **base})
+        run.append_record(client("alone", 0, phase="baseline"))
+        run.append_record(co_run("alone"))
 
     def found(data: str) -> str | None:
         ours = {**manifest(), "resolved_arguments": {"job": ["--data-dir", data]}}

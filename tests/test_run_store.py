@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import synthetic_runs
+from recorded_rows import client, co_run
 
 from benchmarking.analysis import comparison
 from benchmarking.analysis.runs import RunView
-from benchmarking.storage import run_store
+from benchmarking.modes import mode_evidence
+from benchmarking.planning import plan as planning
+from benchmarking.running import launcher
+from benchmarking.storage import run_store, schema
 
 MANIFEST = {"mode": "mps", "effective_mode": "mps", "mix": "mixed", "plan": {}, "notes": []}
-
-
-def client(co_run: str, number: int, **changes: object) -> dict:
-    record = {
-        "record": "client",
-        "phase": "co_run",
-        "co_run": co_run,
-        "client": number,
-        "job_key": "job",
-        "status": "ok",
-    }
-    return {**record, **changes}
 
 
 def test_a_new_run_is_named_after_mode_mix_and_time(tmp_path: Path) -> None:
@@ -33,7 +26,7 @@ def test_a_new_run_is_named_after_mode_mix_and_time(tmp_path: Path) -> None:
     read = run_store.read_run(run.folder)
     assert read.run_id == run.folder.name
     assert read.manifest["outcome"] == "running"
-    assert read.manifest["schema_version"] == 1
+    assert read.manifest["schema_version"] == schema.SCHEMA_VERSION
     assert read.manifest["created_at"].endswith("+00:00")
 
 
@@ -78,9 +71,9 @@ def test_a_results_dir_that_is_a_file_is_refused(tmp_path: Path) -> None:
 
 def test_records_come_back_sorted_by_kind_and_client(tmp_path: Path) -> None:
     run = run_store.create_run(tmp_path, MANIFEST)
-    run.append_record(client("c", 1))
-    run.append_record(client("c", 0))
-    run.append_record({"record": "co_run", "co_run": "c", "gpu": None})
+    run.append_record(client("c", 1, clients=2))
+    run.append_record(client("c", 0, clients=2))
+    run.append_record(co_run("c", clients=2))
     read = run_store.read_run(run.folder)
     assert [record["client"] for record in read.clients_of("c")] == [0, 1]
     assert read.clients_of("other") == []
@@ -91,12 +84,63 @@ def test_records_come_back_sorted_by_kind_and_client(tmp_path: Path) -> None:
 def test_a_torn_last_line_is_skipped_and_said(tmp_path: Path) -> None:
     run = run_store.create_run(tmp_path, MANIFEST)
     run.append_record(client("c", 0))
+    run.append_record(co_run("c"))
     with (run.folder / "records.jsonl").open("a") as stream:
         stream.write('{"record": "client", "pha')
     read = run_store.read_run(run.folder)
     assert len(read.client_records) == 1
     assert len(read.warnings) == 1
-    assert "line 2 is torn" in read.warnings[0]
+    assert "line 3 is torn" in read.warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"status": "splendid"}, "status must be one of"),
+        ({"slowdown": "2.4"}, "slowdown must be number or null"),
+        ({"units": {"batch": {"count": -1, "seconds": 1.0, "latency": True}}}, "count must be"),
+        ({"latency_ms": [1.0, None]}, r"latency_ms\[1\] must be number"),
+        ({"record": "clyent"}, "line 2 is no record"),
+        ({"clients": 3}, None),
+    ],
+)
+def test_an_edited_record_is_named_and_its_co_run_left_out(
+    tmp_path: Path, changes: dict, named: str | None
+) -> None:
+    run = run_store.create_run(tmp_path, MANIFEST)
+    run.append_record(client("edited", 0, clients=2))
+    run.append_record({**client("edited", 1, clients=2), **changes})
+    run.append_record(co_run("edited", clients=2 if named else 3))
+    run.append_record(client("good", 0))
+    run.append_record(co_run("good"))
+    read = run_store.read_run(run.folder)
+    assert [record["co_run"] for record in read.client_records] == ["good"]
+    assert [record["co_run"] for record in read.co_run_records] == ["good"]
+    if named:
+        assert re.search(named, read.warnings[0])
+    assert "edited left out: records of" in read.warnings[-1]
+
+
+def test_not_a_number_is_no_record(tmp_path: Path) -> None:
+    run = run_store.create_run(tmp_path, MANIFEST)
+    line = json.dumps(client("c", 0)).replace('"slowdown": null', '"slowdown": NaN')
+    (run.folder / "records.jsonl").write_text(line + "\n")
+    read = run_store.read_run(run.folder)
+    assert read.client_records == [] and "line 1 is torn" in read.warnings[0]
+
+
+def test_a_co_run_that_was_cut_off_is_left_out_and_the_one_done_again_counts(
+    tmp_path: Path,
+) -> None:
+    run = run_store.create_run(tmp_path, MANIFEST)
+    run.append_record(client("again", 0, figures={"try": 1}))
+    run.append_record(client("again", 0, figures={"try": 2}))
+    run.append_record(co_run("again"))
+    run.append_record(client("cut", 0))
+    read = run_store.read_run(run.folder)
+    assert [record["figures"] for record in read.client_records] == [{"try": 2}]
+    assert len(read.warnings) == 1
+    assert "cut left out: it has not ended (1 clients' records)" in read.warnings[0]
 
 
 def test_a_torn_sample_is_skipped_and_the_monitor_line_is_no_sample(tmp_path: Path) -> None:
@@ -127,16 +171,12 @@ def test_finishing_notes_outcome_and_time(tmp_path: Path) -> None:
     assert manifest["finished_at"] >= manifest["created_at"]
 
 
-def co_run(name: str, phase: str = "baseline", outcome: str = "ok", **gpu: float) -> dict:
-    return {"record": "co_run", "co_run": name, "phase": phase, "outcome": outcome, "gpu": gpu}
-
-
 def test_baselines_are_the_latest_successful_ones_with_their_energy(tmp_path: Path) -> None:
     run = run_store.create_run(tmp_path, MANIFEST)
     for number, status in enumerate(["ok", "ok", "failed"]):
         name = f"baseline-{number}"
         run.append_record(client(name, 0, phase="baseline", status=status))
-        run.append_record(co_run(name, energy_joules=number))
+        run.append_record(co_run(name, gpu={"energy_joules": number}))
     run.append_record(client("own", 0, phase="share_baseline"))
     run.append_record(co_run("own", "share_baseline"))
     read = run_store.read_run(run.folder)
@@ -190,8 +230,46 @@ def test_a_run_is_found_by_name_and_by_path(tmp_path: Path) -> None:
         run_store.resolve_run("other", tmp_path)
 
 
-def test_a_run_of_another_schema_version_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", [0, schema.SCHEMA_VERSION + 1, "2", None, True])
+def test_a_run_of_an_unknown_schema_version_is_refused(tmp_path: Path, version: object) -> None:
     run = run_store.create_run(tmp_path, MANIFEST)
-    run.update_manifest(schema_version=2)
-    with pytest.raises(run_store.RunStoreError, match="schema version 2"):
+    run.update_manifest(schema_version=version)
+    with pytest.raises(run_store.RunStoreError, match=f"has schema version {version}, "):
         run_store.read_run(run.folder)
+
+
+def test_a_manifest_that_was_edited_is_refused_by_name(tmp_path: Path) -> None:
+    run = run_store.create_run(tmp_path, MANIFEST)
+    run.update_manifest(outcome="great")
+    with pytest.raises(run_store.RunStoreError, match="outcome must be one of"):
+        run_store.read_run(run.folder)
+
+
+def test_a_run_of_the_first_schema_version_loads(tmp_path: Path) -> None:
+    made = synthetic_runs.run("old", "mps", {2: [1.5]})
+    assert made["manifest"]["schema_version"] == 1
+    synthetic_runs.write(tmp_path, made)
+    read = run_store.read_run(tmp_path / "old")
+    assert read.warnings == []
+    assert read.manifest["schema_version"] == schema.SCHEMA_VERSION
+    assert read.manifest["resumptions"] == []
+    assert read.co_run_records[-1]["start_skew_ms"] is None
+    assert len(read.clients_of("mixed-2-r0")) == 2
+
+
+def test_the_schemas_name_the_values_that_the_program_writes() -> None:
+    def values(kind: str, key: str) -> set[str]:
+        path = schema.SCHEMAS / f"{kind}.schema.json"
+        return set(json.loads(path.read_text())["properties"][key]["enum"])
+
+    written = {value for name, value in vars(launcher).items() if name.startswith("STATUS_")}
+    assert values(schema.CLIENT, "status") == written | {launcher.OUTCOME_INTERRUPTED}
+    written = {value for name, value in vars(launcher).items() if name.startswith("OUTCOME_")}
+    assert values(schema.CO_RUN, "outcome") == written
+    assert values(schema.MANIFEST, "outcome") == set(run_store.OUTCOMES)
+    proof = json.loads((schema.SCHEMAS / "client.schema.json").read_text())["properties"]["proof"]
+    verdicts = {mode_evidence.VERIFIED, mode_evidence.INVALID, mode_evidence.UNVERIFIED}
+    verdicts.add(mode_evidence.NOT_APPLICABLE)
+    assert set(proof["properties"]["verdict"]["enum"]) == verdicts
+    modes = {*planning.MODES, planning.MODE_CPU_DEMO}
+    assert values(schema.MANIFEST, "mode") == values(schema.CLIENT, "mode") == modes

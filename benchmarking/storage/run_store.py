@@ -1,4 +1,4 @@
-"""Runs on disk: the only module that knows file names and the schema.
+"""Runs on disk: file names, writing and reading. What is in the files is published in `schemas/`.
 
     <results_dir>/<run_id>/
         plan.toml            the plan file that the run was given, if it was given one
@@ -7,11 +7,9 @@
         gpu_samples.jsonl    the sampler's output, with what it complained of in gpu_monitor.log
         clients/<co_run>/<client>.{events.jsonl,stdout.log,stderr.log}
 
-Every write is atomic (temporary file, fsync, rename) or an append of one whole line. Readers skip
-a torn line (a crash in the middle of a write) and say so in `warnings`.
-
-Schema history:
-    1  first version.
+Every write is atomic (temporary file, fsync, rename) or an append of one whole line. Readers check
+every object against its schema. A line that is torn (a crash in the middle of a write) or edited is
+named in `warnings` and skipped, and with it its whole co-run: half of one would give other figures.
 """
 
 from __future__ import annotations
@@ -25,7 +23,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-SCHEMA_VERSION = 1
+from benchmarking.storage import schema
+from benchmarking.storage.schema import SCHEMA_VERSION
 
 MANIFEST_FILE = "manifest.json"
 RECORDS_FILE = "records.jsonl"
@@ -60,7 +59,10 @@ class ClientPaths:
 
 @dataclass(frozen=True)
 class Run:
-    """One run as read back from disk; `warnings` name what could not be read."""
+    """One run as read back from disk: whole co-runs only, each of which has ended.
+
+    `warnings` name what could not be read or was cut off.
+    """
 
     folder: Path
     manifest: dict[str, Any]
@@ -188,6 +190,7 @@ def create_run(
         **manifest,
         "finished_at": None,
         "outcome": "running",
+        "resumptions": [],
     }
     return RunWriter(folder, first)
 
@@ -249,24 +252,35 @@ def read_json_lines(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
 
     A file that is not there has no lines.
     """
+    numbered, warnings = _read_numbered(path)
+    return [value for _, value in numbered], warnings
+
+
+def _read_numbered(path: Path) -> tuple[list[tuple[int, dict[str, Any]]], list[str]]:
+    """Read the objects of a JSON-lines file with their line numbers, and the warnings."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:
         return [], []
-    values: list[dict[str, Any]] = []
+    values: list[tuple[int, dict[str, Any]]] = []
     warnings: list[str] = []
     for number, line in enumerate(content.splitlines(), start=1):
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
+            value = json.loads(line, parse_constant=_refuse_constant)
         except ValueError:
             value = None
         if isinstance(value, dict):
-            values.append(value)
+            values.append((number, value))
         else:
             warnings.append(f"{path}: line {number} is torn, skipped ({len(line)} bytes)")
     return values, warnings
+
+
+def _refuse_constant(name: str) -> None:
+    """Refuse NaN and Infinity, which are not JSON."""
+    raise ValueError(f"{name} is not JSON")
 
 
 def read_run(folder: Path) -> Run:
@@ -274,38 +288,83 @@ def read_run(folder: Path) -> Run:
 
     Raises `RunStoreError` when there is no readable manifest of a known schema version.
     """
-    manifest = _read_manifest(folder)
-    records, warnings = read_json_lines(folder / RECORDS_FILE)
+    manifest, version = _read_manifest(folder)
+    path = folder / RECORDS_FILE
+    numbered, warnings = _read_numbered(path)
+    clients: dict[str, dict[int, dict[str, Any]]] = {}
+    ended: dict[str, dict[str, Any]] = {}
+    for number, line in numbered:
+        kind = line.get("record")
+        if kind not in (schema.CLIENT, schema.CO_RUN):
+            warnings.append(f"{path}: line {number} is no record, skipped")
+            continue
+        record = schema.upgraded(kind, line, version)
+        wrong = schema.problem(kind, record)
+        if wrong:
+            warnings.append(f"{path}: line {number} is not as it was written, skipped ({wrong})")
+        elif kind == schema.CO_RUN:
+            ended[record["co_run"]] = record
+        else:
+            # A co-run that was cut off and done again has records of both; the later count.
+            clients.setdefault(record["co_run"], {})[record["client"]] = record
+    whole = {name: record for name, record in ended.items()
+             if len(clients.get(name, {})) == record["clients"]}  # fmt: skip
+    for name in sorted({*clients, *ended} - {*whole}):
+        warnings.append(
+            f"{path}: {name} left out: {_missing(ended.get(name), len(clients.get(name, {})))}"
+        )
     return Run(
         folder=folder,
         manifest=manifest,
-        client_records=[record for record in records if record.get("record") == "client"],
-        co_run_records=[record for record in records if record.get("record") == "co_run"],
+        client_records=[record for name in whole for record in clients[name].values()],
+        co_run_records=list(whole.values()),
         warnings=warnings,
     )
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
+def _missing(co_run: dict[str, Any] | None, clients: int) -> str:
+    """Say why a co-run's records cannot be used."""
+    if co_run is None:
+        return f"it has not ended ({clients} clients' records)"
+    return f"records of {clients} of its {co_run['clients']} clients"
+
+
+def _read_manifest(folder: Path) -> tuple[dict[str, Any], int]:
+    """Return a run's manifest in the present schema version, and the version that it had."""
     path = folder / MANIFEST_FILE
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
     except OSError as error:
         raise RunStoreError(f"{folder} is not a run: {path.name}: {error.strerror}") from error
     except ValueError as error:
         raise RunStoreError(f"{path} is not JSON ({error}): take that folder away") from error
     version = manifest.get("schema_version") if isinstance(manifest, dict) else None
-    if version != SCHEMA_VERSION:
+    try:
+        manifest = schema.upgraded(schema.MANIFEST, manifest, version)
+    except schema.UnknownVersionError as error:
         raise RunStoreError(
-            f"{path} has schema version {version}, this program reads {SCHEMA_VERSION}: "
-            "use the version of the program that wrote it"
-        )
-    return manifest
+            f"{path} {error}: use the version of the program that wrote it"
+        ) from error
+    wrong = schema.problem(schema.MANIFEST, manifest)
+    if wrong:
+        raise RunStoreError(f"{path} is not as it was written ({wrong}): take that folder away")
+    return manifest, version
 
 
 def read_samples(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """Read the sampler's samples of a run, in order, and warnings about torn lines."""
-    lines, warnings = read_json_lines(folder / SAMPLES_FILE)
-    return [line for line in lines if line.get("record") == "sample"], warnings
+    """Read the sampler's samples of a run, in order, and warnings about lines that are none."""
+    path = folder / SAMPLES_FILE
+    numbered, warnings = _read_numbered(path)
+    samples = []
+    for number, line in numbered:
+        if line.get("record") != schema.SAMPLE:
+            continue
+        wrong = schema.problem(schema.SAMPLE, line)
+        if wrong:
+            warnings.append(f"{path}: line {number} is not as it was written, skipped ({wrong})")
+        else:
+            samples.append(line)
+    return samples, warnings
 
 
 def find_runs(results_dir: Path) -> list[Path]:
@@ -316,7 +375,7 @@ def find_runs(results_dir: Path) -> list[Path]:
     found = []
     for path in Path(results_dir).rglob(MANIFEST_FILE):
         try:
-            manifest = _read_manifest(path.parent)
+            manifest, _ = _read_manifest(path.parent)
         except RunStoreError:
             continue
         found.append((manifest.get("created_at") or "", path.parent.name, path.parent))
