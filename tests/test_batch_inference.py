@@ -3,30 +3,17 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import PROJECT_ROOT
 from held_client import HeldClient
 from torchvision import models
+from workload_script import result_reader, runner_of
 
 SCRIPT = "workloads/inference/batch_inference.py"
+run_script = runner_of(SCRIPT)
+only_result = result_reader(SCRIPT)
 SMALL = ("--model", "resnet18", "--batch-size", "2", "--device", "cpu")
-
-
-def run_script(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        (sys.executable, str(PROJECT_ROOT / SCRIPT), *arguments),
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-
-
-def only_result(folder: Path) -> dict:
-    (path,) = folder.glob("batch_inference_*.json")
-    return json.loads(path.read_text())
 
 
 def test_a_run_by_hand_writes_every_figure_of_the_guide(tmp_path):

@@ -5,10 +5,8 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
-import os
 import shutil
 import socketserver
-import subprocess
 import sys
 import threading
 import time
@@ -19,14 +17,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import PROJECT_ROOT
 from held_client import HeldClient
+from workload_script import result_reader, runner_of
 
 from workloads.common.cli import UsageError
 from workloads.common.hub import HubUnreachableError
 from workloads.training import text_data, text_model
 
 SCRIPT = "workloads/training/bert_training.py"
+run_script = runner_of(SCRIPT)
+only_result = result_reader(SCRIPT)
 TINY = (
     "--model", "none", "--layers", "1", "--hidden", "32", "--max-length", "16",
     "--num-samples", "40", "--held-out-samples", "20", "--device", "cpu",
@@ -37,18 +37,6 @@ NO_HUB = {"HF_ENDPOINT": "http://127.0.0.1:9"}
 IGNORING_RECORDER = SimpleNamespace(
     stop_requested=False, check_stop=lambda: None, unit=lambda *args, **kwargs: None
 )
-
-
-def run_script(*arguments: str, cwd: Path | None = None, **environment: str):
-    return subprocess.run(
-        (sys.executable, str(PROJECT_ROOT / SCRIPT), *arguments),
-        capture_output=True, text=True, check=False, cwd=cwd, env={**os.environ, **environment},
-    )  # fmt: skip
-
-
-def only_result(folder: Path) -> dict:
-    (path,) = folder.glob("bert_training_*.json")
-    return json.loads(path.read_text())
 
 
 def write_reviews(path: Path, rows: int = 30) -> Path:
@@ -256,7 +244,7 @@ def test_a_model_that_the_hub_does_not_have_is_a_usage_error(hub_home, stand_in_
 def test_without_a_hub_the_default_model_starts_from_scratch_and_says_so(hub_home):
     start_seconds = time.monotonic()
     done = run_script("--resolve", **NO_HUB)
-    assert time.monotonic() - start_seconds < 15
+    assert time.monotonic() - start_seconds < 25
     answer = json.loads(done.stdout)
     assert answer["arguments"] == ["--model", "none"]
     assert "RANDOM" in done.stderr and "RANDOM" in answer["notes"][0]
@@ -266,7 +254,7 @@ def test_a_hub_that_accepts_and_never_answers_costs_seconds_not_minutes(hub_home
     with socketserver.TCPServer(("127.0.0.1", 0), socketserver.BaseRequestHandler) as silent:
         start_seconds = time.monotonic()
         done = run_script("--resolve", HF_ENDPOINT=f"http://127.0.0.1:{silent.server_address[1]}")
-        assert time.monotonic() - start_seconds < 15
+        assert time.monotonic() - start_seconds < 25
     assert json.loads(done.stdout)["arguments"] == ["--model", "none"]
 
 

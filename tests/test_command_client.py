@@ -6,12 +6,12 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from conftest import PROJECT_ROOT
 from held_client import HeldClient
+from waiting import is_running, wait_until
 
 SCRIPT = "workloads/custom/command_client.py"
 
@@ -23,19 +23,9 @@ def by_hand(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]
     )  # fmt: skip
 
 
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
 def wait_for_line(path: Path) -> int:
     """The pid that a command writes about itself."""
-    deadline = time.monotonic() + 20
-    while not (path.exists() and path.read_text().endswith("\n")):
-        assert time.monotonic() < deadline, f"{path} was never written"
-        time.sleep(0.02)
+    wait_until(lambda: path.exists() and path.read_text().endswith("\n"), f"a line in {path}")
     return int(path.read_text())
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 import requests
 from server_process import ServerProcess, jpeg, running
+from waiting import is_running, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -42,21 +42,6 @@ def open_sockets(pid: int) -> int:
     return sockets
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def gone(pid: int) -> bool:
-    try:
-        # A process whose parent has died may wait for init to notice.
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except OSError:
-        return True
-
-
 def post(session: requests.Session, server: ServerProcess, content: bytes) -> requests.Response:
     return session.post(f"{server.url}/predict", files={"image": ("a.jpg", content)}, timeout=30)
 
@@ -76,7 +61,7 @@ def test_connections_are_shared_out_evenly(server):
     for session in sessions:
         session.close()
     assert opened == [6, 6]
-    wait_until(lambda: [open_sockets(pid) for pid in pids] == before)
+    wait_until(lambda: [open_sockets(pid) for pid in pids] == before, "every socket closed")
 
 
 def test_every_front_end_gives_the_same_answers(server):
@@ -133,13 +118,13 @@ def test_ctrl_c_drains_every_front_end_and_the_result_has_all_requests(server):
     before = server.stats()["successful_requests"]
     with ThreadPoolExecutor(2) as pool:
         futures = [pool.submit(server.batch_predict, {"batch_size": 24}) for _ in range(2)]
-        wait_until(lambda: server.stats()["waiting_images"] >= 4)
+        wait_until(lambda: server.stats()["waiting_images"] >= 4, "4 waiting images")
         # A terminal sends it to every process of the group.
         for pid in (server.process.pid, *pids):
             os.kill(pid, signal.SIGINT)
         assert [future.result().status_code for future in futures] == [200] * 2
     assert server.process.wait(60) == 0
-    assert all(gone(pid) for pid in pids)
+    assert not any(map(is_running, pids))
     (path,) = server.results.glob("inference_server_*.json")
     result = json.loads(path.read_text())
     assert result["figures"]["successful_requests"] == before + 2
@@ -151,7 +136,7 @@ def test_a_killed_front_end_is_said_and_the_others_go_on_until_none_is_left(tmp_
     with running(tmp_path, "--frontends", "2") as server:
         first, second = front_ends(server)
         os.kill(first, signal.SIGKILL)
-        wait_until(lambda: "the server goes on with 1" in server.log.read_text())
+        wait_until(lambda: "the server goes on with 1" in server.log.read_text(), "its words")
         assert f"(pid {first}) ended unexpectedly (signal 9)" in server.log.read_text()
         for _ in range(3):
             assert server.predict(jpeg()).status_code == 200
@@ -167,4 +152,4 @@ def test_nobody_is_left_behind_when_the_gpu_process_is_killed(tmp_path):
         pids = front_ends(server)
         assert len(pids) == 2
         server.process.kill()
-        wait_until(lambda: all(gone(pid) for pid in pids))
+        wait_until(lambda: not any(map(is_running, pids)), "the end of the front ends")

@@ -18,6 +18,7 @@ import pytest
 import requests
 from held_client import HeldClient
 from server_process import SCRIPT, SMALL, ServerProcess, jpeg, running
+from waiting import wait_until
 
 GUIDE_STATS = (
     "total_requests", "success_rate_percent", "average_latency_ms", "p50_ms", "p95_ms", "p99_ms",
@@ -336,10 +337,9 @@ def test_sigterm_answers_what_is_in_flight_then_writes_the_result(tmp_path):
         kept_alive = requests.Session()
         assert kept_alive.get(f"{server.url}/health", timeout=10).status_code == 200
         futures = [pool.submit(server.batch_predict, {"batch_size": 12}) for _ in range(8)]
-        deadline = time.monotonic() + 30
-        while server.stats()["waiting_images"] < 12:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_until(
+            lambda: server.stats()["waiting_images"] >= 12, "12 waiting images", poll_seconds=0.01
+        )
         server.process.send_signal(signal.SIGTERM)
         time.sleep(0.1)
         # A client with an open connection gets an answer and is told that it was the last one.

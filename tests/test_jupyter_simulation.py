@@ -4,38 +4,25 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import time
 from datetime import datetime
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import PROJECT_ROOT
 from held_client import HeldClient
+from workload_script import result_reader, runner_of
 
 from workloads.interactive import jupyter_simulation as session
 
 SCRIPT = "workloads/interactive/jupyter_simulation.py"
+run_script = runner_of(SCRIPT)
+only_result = result_reader(SCRIPT)
 TINY = (
     "--device", "cpu", "--weights", "none", "--matrix-size", "32", "--matrix-iterations", "3",
     "--preprocess-iterations", "2", "--train-epochs", "1", "--inference-images", "2",
     "--image-size", "32", "--idle-min", "0.01", "--idle-max", "0.03",
 )  # fmt: skip
 REPEATS = "matrix=3,preprocess=2,train=1,inference=2"
-
-
-def run_script(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        (sys.executable, str(PROJECT_ROOT / SCRIPT), *arguments),
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-
-
-def only_result(folder: Path) -> dict:
-    (path,) = folder.glob("jupyter_simulation_*.json")
-    return json.loads(path.read_text())
 
 
 # --- the plan -------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from waiting import is_running, wait_until
 
 from benchmarking.planning.plan import PlannedClient, PlannedCoRun
 from benchmarking.running import event_log, launcher
@@ -64,21 +65,6 @@ def run(tmp_path: Path) -> Callable[..., launcher.CoRunOutcome]:
 
 def statuses(result: launcher.CoRunOutcome) -> list[str]:
     return [client.status for client in result.clients]
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-    return state != "Z"
-
-
-def wait_until_gone(pid: int, seconds: float = 5.0) -> bool:
-    deadline = time.monotonic() + seconds
-    while is_alive(pid) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return not is_alive(pid)
 
 
 # --- the normal course ------------------------------------------------------------------------
@@ -146,7 +132,7 @@ def test_before_go_sees_everyone_ready_and_alive(run: Callable) -> None:
     seen: list[int] = []
 
     def look(clients: list[launcher.Client]) -> None:
-        seen.extend(client.identity["pid"] for client in clients if is_alive(client.pid))
+        seen.extend(client.identity["pid"] for client in clients if is_running(client.pid))
 
     run(2, before_go=look)
     assert len(seen) == 2
@@ -215,7 +201,7 @@ def test_a_client_killed_from_outside_is_killed(run: Callable) -> None:
 
 
 def test_a_stuck_client_becomes_a_timeout_row(run: Callable) -> None:
-    patience = Patience(timeout=0.8, stop=5.0, terminate=2.0, poll=0.01)
+    patience = Patience(timeout=3.0, stop=5.0, terminate=2.0, poll=0.01)
     result = run(2, c1={"fail": "hang", "fail_at": 0.0}, patience=patience)
     assert result.outcome == "timeout"
     assert statuses(result) == ["ok", "timeout"]
@@ -279,14 +265,14 @@ def test_an_exception_before_go_still_stops_everyone(run: Callable) -> None:
     with pytest.raises(RuntimeError, match="no"):
         run(2, before_go=refuse)
     assert len(pids) == 2
-    assert not any(is_alive(pid) for pid in pids)
+    assert not any(is_running(pid) for pid in pids)
 
 
 def test_helpers_that_a_client_leaves_are_swept(run: Callable) -> None:
     result = run(1, all={"spawn": True})
     helper = int(result.clients[0].stderr_tail[0].split()[1])
     assert result.outcome == "ok"
-    assert wait_until_gone(helper)
+    wait_until(lambda: not is_running(helper), "the end of the helper", seconds=15)
 
 
 def test_clients_end_when_the_launcher_is_killed(tmp_path: Path) -> None:
@@ -312,7 +298,7 @@ def test_clients_end_when_the_launcher_is_killed(tmp_path: Path) -> None:
     assert done.returncode == -signal.SIGKILL, done.stderr
     pids = [int(pid) for pid in done.stdout.split()]
     assert len(pids) == 2
-    assert all(wait_until_gone(pid) for pid in pids)
+    wait_until(lambda: not any(map(is_running, pids)), "the end of every client", seconds=15)
 
 
 def test_signals_are_only_noted_while_watching_and_an_echo_is_no_second_one() -> None:

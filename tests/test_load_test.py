@@ -17,6 +17,7 @@ import pytest
 from conftest import PROJECT_ROOT
 from held_client import HeldClient
 from server_process import running
+from waiting import is_running, wait_until
 
 from workloads.inference.load_requests import encode_images
 
@@ -257,7 +258,7 @@ def test_a_stop_ends_all_at_once_and_loses_no_finished_request(null_server, tmp_
                 event["start_seconds"], event["duration_seconds"], strict=True
             )
         ]
-    assert running_pids(workers) == []
+    assert not any(map(is_running, workers))
     # The server had every request; but for those in flight, each is a unit.
     counted = null_server.received["/predict"] - 2 * 2
     assert counted - 2 <= len(ends) <= counted
@@ -270,19 +271,6 @@ def worker_pids(parent: int) -> list[int]:
     return [int(pid) for pid in children]
 
 
-def running_pids(pids: list[int]) -> list[int]:
-    """Those of ``pids`` that still run; a zombie that nobody has waited for does not."""
-    alive = []
-    for pid in pids:
-        try:
-            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        except OSError:
-            continue
-        if state != "Z":
-            alive.append(pid)
-    return alive
-
-
 @pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_no_worker_process_outlives_a_tester_that_is_ended(signal_number, null_server, tmp_path):
     process = subprocess.Popen(
@@ -290,17 +278,12 @@ def test_no_worker_process_outlives_a_tester_that_is_ended(signal_number, null_s
          "--processes", "2", "--duration", "60", "--results-dir", str(tmp_path)),
         stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    while null_server.received["/predict"] < 100:
-        assert process.poll() is None
-        time.sleep(0.02)
+    wait_until(lambda: null_server.received["/predict"] >= 100, "100 requests")
     workers = worker_pids(process.pid)
     assert len(workers) == 2
     process.send_signal(signal_number)
     assert process.wait(10) == (-9 if signal_number == signal.SIGKILL else 130)
-    deadline = time.monotonic() + 5
-    while running_pids(workers):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_until(lambda: not any(map(is_running, workers)), "the end of the workers", seconds=10)
 
 
 def test_a_worker_that_dies_fails_the_test_in_one_sentence(null_server, tmp_path):
@@ -309,9 +292,7 @@ def test_a_worker_that_dies_fails_the_test_in_one_sentence(null_server, tmp_path
          "--duration", "60", "--results-dir", str(tmp_path)),
         stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    while null_server.received["/predict"] < 100:
-        assert process.poll() is None
-        time.sleep(0.02)
+    wait_until(lambda: null_server.received["/predict"] >= 100, "100 requests")
     os.kill(worker_pids(process.pid)[0], signal.SIGKILL)
     _, said = process.communicate(timeout=20)
     assert process.returncode == 1

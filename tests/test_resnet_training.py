@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.server
 import json
 import pickle
-import subprocess
 import sys
 import tarfile
 import threading
@@ -15,33 +14,21 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import PROJECT_ROOT
 from held_client import HeldClient
 from PIL import Image
+from workload_script import result_reader, runner_of
 
 from workloads.common.cli import UsageError
 from workloads.training import image_data
 from workloads.training.resnet_training import learning_rates
 
 SCRIPT = "workloads/training/resnet_training.py"
+run_script = runner_of(SCRIPT)
+only_result = result_reader(SCRIPT)
 TINY = (
     "--dataset", "synthetic", "--train-samples", "24", "--batch-size", "16", "--stem", "imagenet",
     "--lr", "0.01", "--device", "cpu",
 )  # fmt: skip
-
-
-def run_script(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    import os
-
-    return subprocess.run(
-        (sys.executable, str(PROJECT_ROOT / SCRIPT), *arguments),
-        capture_output=True, text=True, check=False, env={**os.environ, **environment},
-    )  # fmt: skip
-
-
-def only_result(folder: Path) -> dict:
-    (path,) = folder.glob("resnet_training_*.json")
-    return json.loads(path.read_text())
 
 
 def write_image_folder(root: Path, size: int, per_class: int, test_name: str = "test") -> Path:

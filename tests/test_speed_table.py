@@ -7,13 +7,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import nvml_stub
 import program_copy
 import pytest
+from waiting import wait_until
 
 from benchmarking.speed import jobs as speed_jobs
 
@@ -127,11 +127,10 @@ def test_a_failure_is_a_row_with_its_reason(bench: Bench) -> None:
 
 def test_ctrl_c_leaves_the_finished_rows_and_no_process(bench: Bench) -> None:
     process = bench.start("--only", "resnet50-batch1", hang="graph")
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline and not (
-        bench.calls_path.exists() and "--engine graph" in bench.calls_path.read_text()
-    ):
-        time.sleep(0.05)
+    wait_until(
+        lambda: bench.calls_path.exists() and "--engine graph" in bench.calls_path.read_text(),
+        "the call with --engine graph",
+    )
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=30)
     assert process.returncode == 130

@@ -1,0 +1,37 @@
+"""A workload run by hand, as a process of its own, and the one result file that it leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from conftest import PROJECT_ROOT
+
+
+def runner_of(script: str) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Return a function that runs the script with arguments, variables and a working folder."""
+
+    def run_script(
+        *arguments: str, cwd: Path | None = None, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            (sys.executable, str(PROJECT_ROOT / script), *arguments),
+            capture_output=True, text=True, check=False, cwd=cwd,
+            env={**os.environ, **environment},
+        )  # fmt: skip
+
+    return run_script
+
+
+def result_reader(script: str) -> Callable[[Path], dict]:
+    """Return a function that reads the only result of the script in a folder."""
+
+    def only_result(folder: Path) -> dict:
+        (path,) = folder.glob(f"{Path(script).stem}_*.json")
+        return json.loads(path.read_text())
+
+    return only_result
