@@ -87,7 +87,10 @@ class HeldServer:
             cli.EXIT_NO_GPU: cli.GpuUnavailableError,
             cli.EXIT_OUT_OF_MEMORY: cli.OutOfGpuMemoryError,
         }
-        raise kinds.get(code, cli.JobFailedError)(f"the inference server failed: {said}")
+        if code in kinds:
+            # A sentence for the user, behind the name of its type.
+            raise kinds[code](f"the inference server: {said.partition(': ')[2] or said}")
+        raise cli.JobFailedError(f"the inference server failed: {said}")
 
     def stop(self) -> None:
         """Let it answer what has arrived and end; may be called twice."""
