@@ -538,7 +538,8 @@ def test_a_baseline_on_other_data_is_refused_naming_both(bench: Bench) -> None:
 def test_the_newest_reusable_run_is_one_on_the_same_data(tmp_path: Path) -> None:
     for number, data in enumerate(["here", "elsewhere", None]):
         noted = {} if data is None else {"resolved_arguments": {"job": ["--data-dir", data]}}
-        made = {**manifest(), "mode": "exclusive", "mix": "training", **noted}
+        made = {**manifest(), "mode": "exclusive", "mix": "training", "plan": {}, "notes": [],
+                **noted}  # fmt: skip
         run = run_store.create_run(tmp_path, made, run_id=f"run-{number}")
         run.update_manifest(created_at=f"2026-01-0{3 - number}")
         run.append_record(client("alone", 0, phase="baseline"))
