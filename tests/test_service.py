@@ -58,14 +58,15 @@ def test_what_was_missed_counts_against_the_bound_and_not_for_goodput(compared) 
     text = sentences(compared)
     # 190 of 250 within 100 ms, in 10 s.
     assert (
-        "76.0 % of responses within 100 ms, a goodput of 19.0 of 20.0 requests a second offered"
+        "76.0 % of requests within 100 ms, a goodput of 19.0 of 20.0 requests a second offered"
         in text
     )
-    assert "100.0 % of responses within 100 ms, a goodput of 20.0 of 20.0" in text
+    assert "100.0 % of requests within 100 ms, a goodput of 20.0 of 20.0" in text
 
 
 def test_the_report_has_the_service_alone_and_under_each_mode(compared) -> None:
     text = markdown(compared)
+    assert "- MPS, mixed, 4 clients: STP, ANTT, overhead, fairness and durations are of the 3" in text
     assert "### Inference service" in text
     rows = [line for line in text.splitlines() if "1: Inference service" in line]
     together = [row for row in rows if "20.0 | " in row and "clients |" in row]

@@ -49,7 +49,7 @@ def _cpu_claims(section: Section) -> list[Claim]:
     ]
     for group in section.groups:
         figure = f"STP {group.stp.text()}" if group.stp else f"outcome {group.outcome}"
-        text = f"`{group.mix}` with {clients_text(group.clients)} on these CPU cores: {figure}."
+        text = f"{_head(group)} on these CPU cores: {figure}."
         claims.append(Claim(text, group.run_ids))
     return claims
 
@@ -83,7 +83,7 @@ def _run_ids(groups: Iterable[Group]) -> tuple[str, ...]:
 
 def _head(group: Group) -> str:
     head = f"`{group.mix}` with {clients_text(group.clients)}"
-    if group.throughput_clients is not None and group.throughput_clients < group.clients:
+    if group.counts_in_part:
         head += f" ({group.throughput_clients} throughput clients only)"
     return head
 
@@ -288,14 +288,15 @@ def _repeat_range(p99_ms: Estimate) -> str:
 
 
 def _slo_claim(label: str, group: Group, row: ClientRow) -> Claim:
-    within = f"within {duration(row.slo.bound_ms)}"
+    what, within = "responses", f"within {duration(row.slo.bound_ms)}"
     if row.service is not None:
+        what = "requests"
         offered, goodput = row.service.offered_per_second, row.service.goodput_per_second
         if offered is not None and goodput is not None:
             within += f", a goodput of {goodput:.1f} of {offered:.1f} requests a second offered"
     return Claim(
         f"{label} under {_name(group)} (`{group.mix}`, {clients_text(group.clients)}): "
-        f"{row.slo.percent:.1f} % of responses {within} "
+        f"{row.slo.percent:.1f} % of {what} {within} "
         f"(n = {row.p99_ms.repeats if row.p99_ms else len(group.co_runs)}).",
         group.run_ids,
     )

@@ -56,7 +56,8 @@ def _group_doubts(group: Group, is_cpu_demo: bool) -> list[str]:
     found = []
     if group.is_unverified and not is_cpu_demo:
         found.append("unverified, the clients could not be matched with the driver's lists")
-    if group.stp is None and group.outcome == "ok":
+    # Of services alone nobody asks for throughput.
+    if group.stp is None and group.outcome == "ok" and group.throughput_clients != 0:
         found.append("no baseline for every job, so STP and overhead are unknown")
     if len(group.runs) > 1:
         cards = len(group.gpu_uuids)

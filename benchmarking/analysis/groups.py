@@ -84,6 +84,12 @@ class Group:
         return any("unverified" in row.proof for row in self.client_rows)
 
     @property
+    def counts_in_part(self) -> bool:
+        """Whether figures of throughput leave out clients at a fixed offered rate."""
+        counted = self.throughput_clients
+        return counted is not None and counted < self.clients
+
+    @property
     def ran_out_of_time(self) -> bool:
         """Whether a run was completed without the repeats that its plan held for this count."""
         for run in self.runs:

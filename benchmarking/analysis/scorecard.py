@@ -45,6 +45,15 @@ def scorecard(section: Section) -> Chapter | None:
             Table(cells.SCORE_HEADER, cells.score_rows(section.groups), keys=len(_KEYS)),
         ],
     )
+    in_part = [group for group in section.groups if group.counts_in_part]
+    if in_part:
+        chapter.blocks.append(
+            Bullets.of(
+                f"{group.mode_name}, {group.subject}: STP, ANTT, overhead, fairness and durations "
+                f"are of the {group.throughput_clients} throughput clients only"
+                for group in in_part
+            )
+        )
     unknown: list[str] = []
     for columns in (_COSTS, _CARD):
         table, left_out = _columns(section.groups, columns)

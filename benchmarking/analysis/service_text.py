@@ -33,7 +33,8 @@ def chapter(section: Section) -> Chapter | None:
             "latency counts from when a request was due. So the service stays out of STP, ANTT, "
             "overhead and fairness, which are of the **throughput clients only**; its slowdown is "
             "latency beside others over latency alone. **Goodput**: requests a second answered "
-            "within the bound. **Missed**: failed, or past the bound without an answer."
+            "within the bound. **Missed**: failed, or past the bound without an answer; "
+            "latency is of the answers, so beside many that were missed it says too little."
         ),
         Table(HEADER, [[where, *_cells(row)] for where, row in found], keys=2),
     ]
