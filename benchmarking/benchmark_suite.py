@@ -22,7 +22,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -75,8 +75,11 @@ def run(setup: Setup, interruption: Interruption) -> int:
     return code
 
 
-def parse_arguments() -> argparse.Namespace:
-    """Return the checked arguments; ends the process with code 2 where they make no sense."""
+def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the checked arguments; ends the process with code 2 where they make no sense.
+
+    `words` are the command line's, unless others are given.
+    """
     parser = OneLineParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -186,7 +189,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--data-dir", metavar="DIR", help="folder of that dataset")
     add("--dry-run", action="store_true", help="show the plan and stop; nothing is run")
     add("--verbose", action="store_true", help="show every client's command and environment")
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     if options.window is not None and options.window >= options.timeout:
         parser.error(f"--window {options.window:g} needs a --timeout above it")
     if options.mix == pairs.MIX:

@@ -1,0 +1,102 @@
+"""What each value of a sweep gave, read from its run by the rules of every report."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarking.analysis.clients import ClientRow
+from benchmarking.analysis.comparison import Comparison, compare
+from benchmarking.analysis.groups import Group
+from benchmarking.analysis.runs import RunView
+from benchmarking.metrics.estimates import Estimate
+from benchmarking.storage import run_store
+
+OK, INTERRUPTED, NOT_RUN = "ok", "interrupted", "not run"
+
+
+@dataclass(frozen=True)
+class Tail:
+    """p99 response time of one latency job, of copies the worst one's.
+
+    `p99_ms` has the p99 of each repeat; `merged_ms` is that of all raw latencies together,
+    `slowdown` the same over p99 alone, where that is known.
+    """
+
+    label: str
+    p99_ms: Estimate
+    merged_ms: float
+    slowdown: float | None
+
+
+@dataclass(frozen=True)
+class Point:
+    """One value of the knob: how its run ended, and its figures where it ended well."""
+
+    value: str
+    outcome: str
+    run_id: str | None = None
+    reason: str | None = None
+    clients: int | None = None
+    mode: str | None = None
+    is_unverified: bool = False
+    stp: Estimate | None = None
+    antt: Estimate | None = None
+    tails: tuple[Tail, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON; what is unknown is `None`."""
+        return dataclasses.asdict(self)
+
+
+def read_point(value: str, folder: Path, baseline: Path | None, reason: str | None) -> Point:
+    """Read what one value gave from its run's folder.
+
+    `baseline` is the run that it took its baselines from, `reason` why the suite ended badly where
+    it did.
+    """
+    if not (folder / run_store.MANIFEST_FILE).is_file():
+        return Point(value, "failed", reason=reason)
+    view = _view(folder)
+    references = [_view(baseline)] if baseline else []
+    found = compare([view], references=references)
+    group = _group(found)
+    outcome = str(view.manifest.get("outcome"))
+    if group is None or outcome != "complete":
+        return Point(value, "failed" if outcome == "complete" else outcome, view.run_id, reason)
+    return Point(
+        value=value,
+        outcome=group.outcome,
+        run_id=view.run_id,
+        reason=group.reason,
+        clients=group.clients,
+        mode=group.mode,
+        is_unverified=group.is_unverified,
+        stp=group.stp,
+        antt=group.antt,
+        tails=_tails(group.client_rows),
+    )
+
+
+def _view(folder: Path) -> RunView:
+    run = run_store.read_run(folder)
+    return RunView.of(run, run.run_id)
+
+
+def _group(found: Comparison) -> Group | None:
+    groups = [group for section in found.sections for group in section.groups]
+    return groups[-1] if groups else None
+
+
+def _tails(rows: Sequence[ClientRow]) -> tuple[Tail, ...]:
+    worst: dict[str, Tail] = {}
+    for row in rows:
+        if row.latency is None or row.p99_ms is None:
+            continue
+        tail = Tail(row.label, row.p99_ms, row.latency["p99"], row.tail_slowdown[99])
+        if row.label not in worst or tail.merged_ms > worst[row.label].merged_ms:
+            worst[row.label] = tail
+    return tuple(worst.values())

@@ -1,0 +1,195 @@
+"""A sweep as a program: the real suite for each value, with scripted clients for the workloads."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from program_copy import copy_programs, processes_of, scripted_card
+from waiting import wait_until
+
+from benchmarking.metrics.estimates import estimate
+from benchmarking.planning.plan import WORKLOADS
+from benchmarking.sweeping import report
+from benchmarking.sweeping.points import NOT_RUN, Point
+
+CLIENT = Path(__file__).parent / "fakes" / "scripted_client.py"
+FAST = {"match": "*", "unit_seconds": 0.02, "units": 10}
+MODE_SCRIPT = """#!/bin/sh
+echo "$(basename "$0") $*" >>"{log}"
+case "$*" in *long*) echo "error: this driver has no long slices" >&2; exit 4 ;; esac
+"""
+
+
+class Sweeper:
+    """A copy of the programs with scripted workloads, in a folder of its own."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.output = root / "sweep"
+        copy_programs(root, CLIENT, [kind.script for kind in WORKLOADS.values()])
+        self.environment = {**os.environ, "GPU_SHARING_STATE_DIR": str(root / "state")}
+        self.script()
+
+    def script(self, *rules: dict) -> None:
+        self.environment["SCRIPTED_CLIENT"] = json.dumps(
+            [FAST, {"match": "batch_inference*", "latency": True}, *rules]
+        )
+
+    def command(self, knob: str, values: str, *words: str, change: bool = False) -> list[str]:
+        script = str(self.root / "benchmarking" / "sweep.py")
+        allow = ["--change-card"] if change else []
+        fixed = ["--knob", knob, "--values", values, "--output", str(self.output), *allow]
+        return [sys.executable, script, *fixed, "--", "--min-seconds", "0.2", *words]
+
+    def run(self, *arguments: str, **more: bool) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            self.command(*arguments, **more), env=self.environment, capture_output=True, text=True,
+            timeout=100, check=False,
+        )  # fmt: skip
+
+    def content(self) -> dict:
+        return json.loads((self.output / "sweep.json").read_text())
+
+
+@pytest.fixture
+def sweeper(tmp_path: Path) -> Sweeper:
+    """A machine without a GPU."""
+    return Sweeper(tmp_path)
+
+
+def log_of_mode_scripts(sweeper: Sweeper) -> Callable[[], list[str]]:
+    """Give the sweep stand-ins for the scripts that change the card; returns how to read calls."""
+    log = sweeper.root / "calls.log"
+    for name in ("setup_time_slicing.sh", "reset_time_slicing.sh"):
+        script = sweeper.root / "gpu-configs" / name
+        script.parent.mkdir(exist_ok=True)
+        script.write_text(MODE_SCRIPT.format(log=log))
+        script.chmod(0o755)
+    return lambda: log.read_text().splitlines() if log.exists() else []
+
+
+def test_every_value_is_measured_against_one_baseline_and_charted(sweeper: Sweeper) -> None:
+    done = sweeper.run("workloads", "1,2", "--mix", "inference", "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    found = sweeper.content()
+    assert (found["outcome"], found["baseline"]) == ("complete", "baseline")
+    assert [(p["value"], p["clients"], p["outcome"]) for p in found["points"]] == [
+        ("1", 1, "ok"), ("2", 2, "ok"),
+    ]  # fmt: skip
+    assert all(p["stp"]["mean"] > 0 and p["tails"][0]["merged_ms"] > 0 for p in found["points"])
+    for point in found["points"]:
+        manifest = json.loads((sweeper.output / point["run_id"] / "manifest.json").read_text())
+        assert manifest["baseline_run_id"] == "baseline"
+    page = (sweeper.output / "report.html").read_text()
+    assert "<svg" in page
+    assert "CPU demonstration: no GPU was used" in page
+    assert (sweeper.output / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    assert done.stdout.splitlines()[-1] == f"report: {sweeper.output / 'report.html'}"
+
+
+def test_a_value_that_fails_is_said_and_the_others_go_on(sweeper: Sweeper) -> None:
+    sweeper.script({"match": "resnet_training:training-3-r0/2", "fail": "error"})
+    done = sweeper.run("workloads", "3,2", "--mix", "training", "--device", "cpu")
+    assert done.returncode == 1
+    assert [p["outcome"] for p in sweeper.content()["points"]] == ["failed", "ok"]
+    assert sweeper.content()["points"][0]["stp"] is None
+    text = (sweeper.output / "report.md").read_text()
+    assert "## Values without figures\n\n- 3: failed" in text
+
+
+def test_ctrl_c_leaves_finished_values_a_report_and_no_process(sweeper: Sweeper) -> None:
+    sweeper.script({"match": "resnet_training:training-2-r0/*", "unit_seconds": 0.2, "units": 100})
+    process = subprocess.Popen(
+        sweeper.command("workloads", "1,2,3", "--mix", "training", "--device", "cpu"),
+        env=sweeper.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    events = sweeper.output / "workloads-2"
+    wait_until(
+        lambda: any('"ready"' in path.read_text() for path in events.rglob("1.events.jsonl")),
+        "the second value's client is ready",
+    )
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    found = sweeper.content()
+    assert found["outcome"] == "interrupted"
+    assert [p["outcome"] for p in found["points"]] == ["ok", "interrupted", NOT_RUN]
+    assert "- 3: not run" in (sweeper.output / "report.md").read_text()
+    assert "Traceback" not in errors
+    assert processes_of(sweeper.root) == []
+
+
+def test_a_knob_of_the_card_is_put_in_force_for_its_value_and_taken_back(tmp_path: Path) -> None:
+    sweeper = Sweeper(tmp_path)
+    calls = log_of_mode_scripts(sweeper)
+    environment = scripted_card(tmp_path)[1]
+    sweeper.environment = {**sweeper.environment, **environment}
+    refused = sweeper.run("timeslice", "short", "--mix", "training")
+    assert refused.returncode == 2
+    assert "changes the card: allow it by --change-card" in refused.stderr
+    sweeper.environment["GPU_SETTINGS_LOCKED"] = "1"
+    locked = sweeper.run("timeslice", "short", change=True)
+    assert locked.returncode == 2
+    assert "GPU_SETTINGS_LOCKED=1 forbids" in locked.stderr
+    assert calls() == []
+    del sweeper.environment["GPU_SETTINGS_LOCKED"]
+    done = sweeper.run("timeslice", "short,long", "--workloads", "1", "--mix", "training",
+                       change=True)  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    first, back, failed = calls()
+    assert first.startswith("setup_time_slicing.sh 1 --timeslice short --gpu GPU-")
+    assert back.startswith("reset_time_slicing.sh --gpu GPU-")
+    assert failed.startswith("setup_time_slicing.sh 1 --timeslice long")
+    short, long = sweeper.content()["points"]
+    assert short["outcome"] == "ok"
+    assert (long["outcome"], long["run_id"]) == ("failed", None)
+    assert "this driver has no long slices" in long["reason"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("workloads", "1,1"), "give each value once"),
+        (("mps-percentage", "50,150", "--mode", "mps"), "'150' is not a percentage"),
+        (("mps-percentage", "50"), "limits of MPS clients need --mode mps"),
+        (("workloads", "2", "--run-id", "x"), "--run-id behind -- is the sweep's own"),
+        (("workloads", "2", "--workloads", "2"), "is the knob itself"),
+        (
+            ("mps-priority", "normal", "--mode", "mps", "--mix", "pairs"),
+            "leave exclusive and pairs",
+        ),
+    ],
+)
+def test_what_makes_no_sense_is_refused_in_one_sentence_before_anything_runs(
+    sweeper: Sweeper, arguments: tuple[str, ...], said: str
+) -> None:
+    refused = sweeper.run(*arguments)
+    assert refused.returncode == 2
+    assert said in refused.stderr
+    assert refused.stderr.count("\n") == 1
+    assert not sweeper.output.exists()
+
+
+def sweep_of(**values: list[float]) -> report.Sweep:
+    points = [
+        Point(value[1:], "ok", "run", None, 4, "mps", stp=estimate(stp))
+        for value, stp in values.items()
+    ]
+    return report.Sweep("mps-percentage", ["sweep.py"], "2026-01-01", "baseline", points)
+
+
+def test_a_best_value_is_claimed_only_where_intervals_lie_apart() -> None:
+    (apart,) = report.sentences(sweep_of(v50=[1.2, 1.21, 1.22], v100=[1.0, 1.01, 1.02]))
+    assert "mps-percentage **50** gave the highest throughput: STP 1.21 (" in apart
+    (overlap,) = report.sentences(sweep_of(v50=[1.2, 1.3, 1.1], v100=[1.2, 1.15, 1.22]))
+    assert "in these runs, no difference shown from " in overlap
+    (single,) = report.sentences(sweep_of(v50=[1.2], v100=[1.0]))
+    assert "in these runs: STP 1.20 (n = 1) against 1.00 (n = 1) at 100" in single
+    assert "repeat (`--repeats 3`)" in single
