@@ -50,7 +50,7 @@ def scorecard(section: Section) -> Chapter | None:
         chapter.blocks.append(
             Bullets.of(
                 f"{group.mode_name}, {group.subject}: STP, ANTT, overhead, fairness and durations "
-                f"are of the {group.throughput_clients} throughput clients only"
+                f"are of the throughput clients only: {group.throughput_clients}"
                 for group in in_part
             )
         )

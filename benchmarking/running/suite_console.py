@@ -112,7 +112,8 @@ def _figures(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     source = gpu.get("utilization_source")
     counted = summary.get("throughput_clients")
     # Whoever answers at a fixed rate delivers no more on a faster GPU.
-    only = "" if counted in (None, record["clients"]) else f", {counted} throughput clients only"
+    is_part = counted not in (None, record["clients"])
+    only = f", throughput clients only: {counted} of {record['clients']}" if is_part else ""
     lines = [
         ("Success rate", _number(summary["success_rate_percent"], ".0f", " %")),
         ("Average duration", _number(summary["average_duration_seconds"], ".2f", " s a job")),
