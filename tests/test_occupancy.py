@@ -1,0 +1,63 @@
+"""Other people's processes on the GPU are told apart from ours."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from benchmarking.running import occupancy
+
+NAME_ITSELF = """
+import sys
+with open("/proc/self/comm", "w") as stream:
+    stream.write(sys.argv[1])
+print("named", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def mps_server() -> Iterator[int]:
+    """A process with the name of an MPS server."""
+    with subprocess.Popen(
+        [sys.executable, "-c", NAME_ITSELF, "nvidia-cuda-mps-server"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        assert process.stdout.readline() == "named\n"
+        yield process.pid
+
+
+def sample(time_seconds: float, *pids: int, mps: tuple[int, ...] = ()) -> dict:
+    return {
+        "time_seconds": time_seconds,
+        "compute_pids": [{"pid": pid, "used_memory_mib": 1} for pid in pids],
+        "mps_pids": [{"pid": pid, "used_memory_mib": 1} for pid in mps],
+    }
+
+
+def test_an_mps_server_does_not_occupy_the_gpu(mps_server: int) -> None:
+    own = os.getpid()
+    found = occupancy.occupants([{"pid": mps_server}, {"pid": own}, {"pid": 2**22 + 1}])
+    assert found == [own, 2**22 + 1]
+
+
+def test_who_is_listed_within_the_window_and_is_not_ours_is_a_stranger() -> None:
+    seen = [sample(0.5, 7), sample(1.0, 10, 11), sample(2.0, 10, 12, mps=(13,)), sample(3.5, 8)]
+    assert occupancy.strangers(seen, 1.0, 3.0, frozenset({10})) == [11, 12, 13]
+    assert occupancy.strangers(seen, 1.0, 3.0, frozenset({10, 11, 12, 13})) == []
+
+
+def test_without_one_of_ours_in_the_list_nobody_is_called_a_stranger() -> None:
+    assert occupancy.strangers([sample(1.0, 10, 11)], 0.0, 2.0, frozenset({99})) == []
+
+
+def test_a_process_is_named_with_its_owner_where_that_is_another() -> None:
+    own = os.getpid()
+    assert occupancy.in_words([own]).startswith(f"pid {own} (")
+    assert " of " not in occupancy.in_words([own])
+    assert occupancy.in_words([2**22 + 1]) == f"pid {2**22 + 1} (name unknown)"
