@@ -151,6 +151,14 @@ def test_a_plan_takes_the_place_of_the_mix_in_every_phase(runner: DriverRunner) 
         assert "--mix" not in call["flags"]
 
 
+def test_another_mix_is_run_in_every_phase_but_not_beside_a_plan(runner: DriverRunner) -> None:
+    assert runner.drive(SCRIPT, "--mix", "serving").returncode == 0
+    assert {call["flags"]["--mix"] for call in runner.suite_calls().values()} == {"serving"}
+    refused = runner.drive(SCRIPT, "--mix", "serving", "--plan", "examples/plans/own-commands.toml")
+    assert refused.returncode == 2
+    assert "--mix and --plan: give one of the two" in refused.stderr
+
+
 def test_a_plan_with_mistakes_is_exit_2_before_anything_is_done(
     runner: DriverRunner, tmp_path: Path
 ) -> None:
