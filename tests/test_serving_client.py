@@ -8,14 +8,16 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import PROJECT_ROOT
 from held_client import HeldClient
 
 from benchmarking.storage import run_store
-from workloads.common import cli
-from workloads.inference import held_server
+from workloads.common import cli, client
+from workloads.inference import held_server, load_test
 from workloads.inference.held_server import HeldServer
+from workloads.inference.load_generator import Measured
 
 SCRIPT = "workloads/inference/serving_client.py"
 SMALLEST = ("--model", "resnet18", "--weights", "none", "--device", "cpu", "--max-batch", "2")
@@ -83,6 +85,48 @@ def test_alone_the_suite_measures_the_capacity_and_offers_half_of_it(tmp_path: P
     assert figures["request_rate"] == pytest.approx(figures["closed_loop_capacity"] / 2, rel=0.01)
     assert figures["slo_ms"] == 100
     assert len(record["latency_ms"]) == record["units"]["request"]["count"] > 0
+
+
+class Stopped:
+    """Stands for a recorder that is told to stop, and keeps the units."""
+
+    stop_requested = True
+
+    def __init__(self) -> None:
+        self.units: list[tuple[str, float, float]] = []
+
+    def unit(self, kind: str, start: float, end: float, *, latency: bool = False) -> None:
+        self.units.append((kind, start, end))
+
+    def check_stop(self) -> None:
+        raise client.StopRequested
+
+
+class Answering:
+    """Stands for a load generator that has these answers when it is stopped."""
+
+    def __init__(self, answers: np.ndarray) -> None:
+        self.measured = Measured([answers])
+
+    def stop(self) -> list[np.ndarray]:
+        return self.measured.records
+
+
+def test_a_stop_counts_what_is_past_its_bound_without_an_answer_as_missed() -> None:
+    begin = time.monotonic() - 10
+    users = load_test.LoadTest(load_test.parse_arguments(["--rate", "1", "--slo-ms", "2000"]))
+    # Due after 1, 5, 7 and 9.5 s: answered, failed, and not yet answered, which the last may be.
+    users._offsets = np.array([1.0, 5.0, 7.0, 9.5])
+    rows = [
+        [begin + due, begin, begin + due, begin + due + 0.1, ok] for due, ok in ((1, 1), (5, 0))
+    ]
+    users._generator = Answering(np.array(rows))
+    recorder = Stopped()
+    with pytest.raises(client.StopRequested):
+        users.collect(recorder, begin)
+    kinds = [(kind, round(start - begin, 3)) for kind, start, _ in recorder.units]
+    assert kinds == [("request", 1), ("missed_request", 5), ("missed_request", 7)]
+    assert recorder.units[2][1] == recorder.units[2][2]
 
 
 @pytest.fixture
