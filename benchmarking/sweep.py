@@ -18,6 +18,7 @@ Exit codes: 0 complete, 1 a value failed, 2 usage, 3 no usable GPU, 4 the mode i
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from benchmarking.planning import pairs
 from benchmarking.planning.plan import MODE_EXCLUSIVE, MODE_TIME_SLICING
 from benchmarking.planning.plan_file import PlanFileError
 from benchmarking.running.launcher import Interruption
-from benchmarking.running.suite_setup import SuiteError
+from benchmarking.running.suite_setup import SuiteError, no_mps_folder, prepare
 from benchmarking.storage.run_store import RunStoreError, utc_now
 from benchmarking.sweeping.knobs import KNOBS, TIMESLICES, Knob, alone_words
 from benchmarking.sweeping.sweep_run import SweepRun, card_of
@@ -40,6 +41,7 @@ def main() -> int:
     """Check everything, measure the values, say where the report is; return the exit code."""
     options = parse_arguments()
     try:
+        require_mode(options)
         with Interruption().watching() as interruption:
             code = SweepRun(options, interruption).execute()
     except (SuiteError, RunStoreError, PlanFileError) as error:
@@ -106,6 +108,19 @@ def check_suite_flags(parser: argparse.ArgumentParser, options: argparse.Namespa
     for value in options.values:
         benchmark_suite.parse_arguments([*options.suite, *knob.suite_words(value)])
     benchmark_suite.parse_arguments([*alone_words(options.suite), "--mode", MODE_EXCLUSIVE])
+
+
+def require_mode(options: argparse.Namespace) -> None:
+    """Look whether the first value can be measured at all, before the baseline takes its time.
+
+    A knob of the card is put in force later. Raises what the suite raises.
+    """
+    if options.knob.changes_card:
+        return
+    words = [*options.suite, *options.knob.suite_words(options.values[0])]
+    request = benchmark_suite.request_from(benchmark_suite.parse_arguments(words))
+    with no_mps_folder() as folder:
+        prepare(request, folder, os.environ, require_mode=True)
 
 
 def values(text: str) -> list[str]:

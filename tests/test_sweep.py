@@ -140,6 +140,10 @@ def test_a_knob_of_the_card_is_put_in_force_for_its_value_and_taken_back(tmp_pat
     assert "GPU_SETTINGS_LOCKED=1 forbids" in locked.stderr
     assert calls() == []
     del sweeper.environment["GPU_SETTINGS_LOCKED"]
+    no_daemon = sweeper.run("mps-percentage", "50", "--mode", "mps")
+    assert no_daemon.returncode == 4
+    assert "enable_mps.sh" in no_daemon.stderr
+    assert not sweeper.output.exists()
     done = sweeper.run("timeslice", "short,long", "--workloads", "1", "--mix", "training",
                        change=True)  # fmt: skip
     assert done.returncode == 1, done.stderr

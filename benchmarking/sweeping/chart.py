@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING
 from benchmarking.analysis import charts
 from benchmarking.analysis.document import Picture
 from benchmarking.metrics.estimates import Estimate
-from benchmarking.sweeping.points import OK, Point, Tail
+from benchmarking.sweeping.points import OK, Point
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,23 +27,26 @@ def draw(points: Sequence[Point], knob: str, message: str, path: Path) -> Pictur
     labels = list(dict.fromkeys(t.label for p in known for t in p.tails if t.slowdown is not None))
     panels = 3 if labels else 2
     with charts.drawing_rules():
-        figure, axes = charts.new_figure(1.0 + 1.9 * panels, panels, sharex=True)
+        figure, axes = charts.new_figure(0.9 + 1.45 * panels, panels, sharex=True)
         look = charts.style(known[0].mode or "")
         for panel, name, label in (
             (axes[0], "stp", "STP (GPUs' worth)"),
-            (axes[1], "antt", "mean slowdown (ANTT)"),
+            (axes[1], "antt", "slowdown (ANTT)"),
         ):
-            found = {n: f for n, p in enumerate(points) if (f := getattr(p, name)) is not None}
+            found = [getattr(point, name) for point in points]
             _line(panel, found, look["marker"], look["linestyle"], look["color"], None)
             panel.axhline(1, color="0.5", linewidth=1)
-            _scale(panel, label, [estimate.high for estimate in found.values()])
+            _scale(panel, label, [estimate.high for estimate in found if estimate])
         if labels:
             _draw_tails(axes[2], points, labels)
+            handles, names = axes[2].get_legend_handles_labels()
+            figure.legend(handles, names, loc="outside upper left", ncols=2, frameon=False)
         _mark_failures(axes[0], points)
         axes[-1].set_xticks(range(len(points)), [point.value for point in points])
         axes[-1].set_xlim(-0.4, len(points) - 0.6)
         note = charts.spread_note([point.stp for point in known])
-        axes[-1].set_xlabel(f"{knob} ({note})")
+        axes[-1].set_xlabel(knob)
+        figure.supxlabel(f"grey: as one after another, as alone; {note}", fontsize=8)
         return charts.save(
             figure, path, message,
             f"STP, mean slowdown and p99 latency against {knob}; grey lines: 1, as alone.",
@@ -50,15 +54,18 @@ def draw(points: Sequence[Point], knob: str, message: str, path: Path) -> Pictur
 
 
 def _line(
-    panel: Axes, found: dict[int, Estimate], marker: str, line: str, color: str, label: str | None
+    panel: Axes,
+    found: Sequence[Estimate | None],
+    marker: str,
+    line: str,
+    color: str,
+    label: str | None,
 ) -> None:
+    """A point a value; the line has a gap where a value has no figure."""
+    triples = [(e.mean, e.mean - e.low, e.high - e.mean) if e else (math.nan,) * 3 for e in found]
+    means, below, above = zip(*triples, strict=True)
     panel.errorbar(
-        list(found),
-        [estimate.mean for estimate in found.values()],
-        yerr=[
-            [estimate.mean - estimate.low for estimate in found.values()],
-            [estimate.high - estimate.mean for estimate in found.values()],
-        ],
+        range(len(found)), means, yerr=[below, above],
         marker=marker, linestyle=line, color=color, markeredgecolor="black", capsize=3,
         label=label,
     )  # fmt: skip
@@ -68,22 +75,19 @@ def _draw_tails(panel: Axes, points: Sequence[Point], labels: Sequence[str]) -> 
     """p99 over p99 alone, so that jobs of milliseconds and of seconds fit one panel."""
     highest = [1.0]
     for number, label in enumerate(labels):
-        found = {
-            n: _times_alone(tail)
-            for n, point in enumerate(points)
-            for tail in point.tails
-            if tail.label == label and tail.slowdown is not None
-        }
+        found = [_times_alone(point, label) for point in points]
         marker, line, color = _TAIL_LOOKS[number % len(_TAIL_LOOKS)]
         _line(panel, found, marker, line, color, label)
-        highest += [estimate.high for estimate in found.values()]
+        highest += [estimate.high for estimate in found if estimate]
     panel.axhline(1, color="0.5", linewidth=1)
     _scale(panel, "p99, times alone", highest)
-    panel.legend(loc="best", fontsize=8)
 
 
-def _times_alone(tail: Tail) -> Estimate:
+def _times_alone(point: Point, label: str) -> Estimate | None:
     """p99 of all repeats over p99 alone, with the range of single repeats' p99."""
+    tail = point.tail(label)
+    if tail is None or tail.slowdown is None:
+        return None
     scale = tail.slowdown / tail.merged_ms
     low, high = (scale * value for value in (tail.p99_ms.low, tail.p99_ms.high))
     mean = tail.slowdown

@@ -47,6 +47,10 @@ class Point:
     antt: Estimate | None = None
     tails: tuple[Tail, ...] = ()
 
+    def tail(self, label: str) -> Tail | None:
+        """Return the p99 of the latency job called `label`."""
+        return next((tail for tail in self.tails if tail.label == label), None)
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON; what is unknown is `None`."""
         return dataclasses.asdict(self)

@@ -69,11 +69,18 @@ def write(sweep: Sweep, folder: Path) -> None:
     from benchmarking.analysis import html_report, markdown_report
 
     said = sentences(sweep)
-    message = said[0].replace("**", "") if said else ""
-    picture = chart.draw(sweep.points, sweep.knob, message, folder / CHART_FILE)
+    picture = chart.draw(sweep.points, sweep.knob, _headline(sweep), folder / CHART_FILE)
     document = _document(sweep, said, [picture] if picture else [])
     (folder / "report.md").write_text(markdown_report.render(document), encoding="utf-8")
     (folder / "report.html").write_text(html_report.render(document), encoding="utf-8")
+
+
+def _headline(sweep: Sweep) -> str:
+    """The chart's message: the highest and the lowest STP."""
+    known = sorted((p for p in sweep.points if p.stp is not None), key=lambda p: p.stp.mean)
+    repeats = "/".join(str(count) for count in sorted({p.stp.repeats for p in known}))
+    ends = dict.fromkeys(f"{p.stp.mean:.2f} at {p.value}" for p in (*known[-1:], *known[:1]))
+    return f"STP by {sweep.knob}: {', '.join(ends)} (n = {repeats})"
 
 
 def sentences(sweep: Sweep) -> list[str]:
@@ -103,7 +110,7 @@ def _throughput_sentence(knob: str, known: Sequence[Point]) -> str:
 
 
 def _tail_sentence(knob: str, label: str, known: Sequence[Point]) -> str:
-    tails = {point.value: tail for point in known if (tail := _tail(point, label)) is not None}
+    tails = {point.value: tail for point in known if (tail := point.tail(label)) is not None}
     values = sorted(tails, key=lambda value: tails[value].merged_ms)
     listed = [f"{duration(tails[value].merged_ms)} at {value}" for value in (values[0], values[-1])]
     n = "/".join(str(count) for count in sorted({t.p99_ms.repeats for t in tails.values()}))
@@ -113,10 +120,6 @@ def _tail_sentence(knob: str, label: str, known: Sequence[Point]) -> str:
         f"p99 latency of {label} was the lowest at {knob} **{values[0]}** in these runs: "
         f"{listed[0]} against {listed[1]}, the highest (n = {n})."
     )
-
-
-def _tail(point: Point, label: str) -> Tail | None:
-    return next((tail for tail in point.tails if tail.label == label), None)
 
 
 def _document(sweep: Sweep, said: Sequence[str], pictures: Sequence[Any]) -> Document:
@@ -159,7 +162,7 @@ def _table(sweep: Sweep) -> Table:
             UNKNOWN if point.clients is None else clients_text(point.clients),
             cells.spread(point.stp),
             cells.spread(point.antt),
-            *(_tail_text(_tail(point, label)) for label in labels),
+            *(_tail_text(point.tail(label)) for label in labels),
             code(point.run_id or ""),
         ]
         for point in sweep.points
