@@ -63,6 +63,8 @@ def read_point(value: str, folder: Path, baseline: Path | None, reason: str | No
     it did.
     """
     if not (folder / run_store.MANIFEST_FILE).is_file():
+        if reason == INTERRUPTED:
+            return Point(value, INTERRUPTED)
         return Point(value, "failed", reason=reason)
     view = _view(folder)
     references = [_view(baseline)] if baseline else []

@@ -131,7 +131,8 @@ class SweepRun:
         except CardError as error:
             print(f"sweep.py: error: {error}", file=sys.stderr)
             return EXIT_FAILED, str(error)
-        return code, None if code == EXIT_COMPLETE else f"the suite ended with exit code {code}"
+        reasons = {EXIT_COMPLETE: None, EXIT_INTERRUPTED: INTERRUPTED}
+        return code, reasons.get(code, f"the suite ended with exit code {code}")
 
     def _in_force(self, value: str) -> contextlib.AbstractContextManager[None]:
         """The card's setting of a value; nothing where the knob leaves the card alone."""
@@ -143,6 +144,8 @@ class SweepRun:
 
     def _run_suite(self, words: Sequence[str], run_id: str) -> int:
         """Run the suite to its end; asked to stop, it is asked, too, and keeps its records."""
+        if self._interruption.requested:
+            return EXIT_INTERRUPTED
         where = ["--results-dir", str(self._folder), "--run-id", run_id]
         process = subprocess.Popen(
             [sys.executable, str(SUITE), *words, *where], stdin=subprocess.DEVNULL
