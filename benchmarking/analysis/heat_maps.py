@@ -122,7 +122,7 @@ def _draw(
         figure.supxlabel(f"{label}; darker is worse", fontsize=8)
         return charts.save(
             figure, path,
-            f"Under {matrix.title} {message.format(job=worst.job, beside=worst.beside)}: "
+            f"Under {matrix.title} {message.format(job=worst.job, beside=worst.other)}: "
             f"{value(worst):.2f} times",
             f"Heat map of {label} under {matrix.title}; rows suffer, columns stand beside.",
         )  # fmt: skip

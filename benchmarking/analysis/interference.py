@@ -49,6 +49,11 @@ class InterferenceCell:
     is_unverified: bool = False
     run_ids: tuple[str, ...] = ()
 
+    @property
+    def other(self) -> str:
+        """The job beside it, as a sentence names it."""
+        return "itself" if self.beside == self.job else self.beside
+
 
 @dataclass(frozen=True)
 class InterferenceMatrix:

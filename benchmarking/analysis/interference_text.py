@@ -47,13 +47,13 @@ def _sentence(matrix: InterferenceMatrix, worst: InterferenceCell) -> str:
     unverified = " (mode unverified)" if any(cell.is_unverified for cell in matrix.cells) else ""
     text = (
         f"Two at a time under {matrix.title}{unverified}: **{worst.job} suffers most, beside "
-        f"{_other(worst)}**{seen}: slowdown {worst.slowdown.text()}"
+        f"{worst.other}**{seen}: slowdown {worst.slowdown.text()}"
     )
     tails = [cell for cell in matrix.cells if cell.tail_slowdown is not None]
     if tails:
         tail = max(tails, key=lambda cell: cell.tail_slowdown)
         text += (
-            f"; the p99 latency that grows most is that of {tail.job} beside {_other(tail)}: "
+            f"; the p99 latency that grows most is that of {tail.job} beside {tail.other}: "
             f"{duration(tail.p99_ms)}, {tail.tail_slowdown:.2f} times that alone "
             f"({tail.responses} responses)"
         )
@@ -63,10 +63,6 @@ def _sentence(matrix: InterferenceMatrix, worst: InterferenceCell) -> str:
     if worst.slowdown.repeats < MIN_REPEATS_FOR_CLAIM:
         text += "; repeat (`--repeats 3`) before relying on it"
     return f"{text}."
-
-
-def _other(cell: InterferenceCell) -> str:
-    return "itself" if cell.beside == cell.job else cell.beside
 
 
 def chapter(matrices: Sequence[InterferenceMatrix], pictures: Sequence[Picture]) -> Chapter | None:
@@ -85,7 +81,7 @@ def chapter(matrices: Sequence[InterferenceMatrix], pictures: Sequence[Picture])
     if pictures:
         found.blocks.append(Gallery(pictures))
     gaps = [
-        f"{matrix.title}: {cell.job} beside {_other(cell)}: {cell.outcome}"
+        f"{matrix.title}: {cell.job} beside {cell.other}: {cell.outcome}"
         for matrix in matrices
         for cell in _gaps(matrix)
     ]
@@ -107,7 +103,7 @@ def _row(matrix: InterferenceMatrix, cell: InterferenceCell) -> list[str]:
     return [
         matrix.title,
         cell.job,
-        _other(cell),
+        cell.other,
         cells.spread(cell.slowdown) if cell.outcome == OK else cell.outcome,
         UNKNOWN if cell.p99_ms is None else duration(cell.p99_ms),
         cells.number(cell.tail_slowdown),
