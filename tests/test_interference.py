@@ -47,7 +47,8 @@ def pairs_run(
         record = {"record": "co_run", "phase": "co_run", "co_run": name, "mode": mode,
                   "clients": 2, "repeat": repeat, "outcome": "ok", "reason": None,
                   "warnings": [], "window_start_seconds": repeat, "window_end_seconds": 2,
-                  "gpu": {}, "summary": {"stp": 1.2}}  # fmt: skip
+                  "go_skew_ms": None, "start_skew_ms": None,
+                  "gpu": {}, "summary": {"stp": 1.2, "antt": 1.7}}  # fmt: skip
         made["records"] += [*members, record]
         labels = [{"label": member["label"]} for member in members]
         planned.append({"co_run": name, "clients": labels})
