@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarking.modes.sharing_modes import MigMode, ModeNotInForceError
+from benchmarking.modes.mig import MigMode
+from benchmarking.modes.sharing_mode import ModeNotInForceError
 from benchmarking.planning import mig_layout, plan
 
 LAYOUT = ("2g.20gb", "1g.10gb", "1g.10gb")

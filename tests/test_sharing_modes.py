@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 
-from benchmarking.modes import sharing_modes
+from benchmarking.modes import mps as mps_mode
+from benchmarking.modes.choice import make_mode
+from benchmarking.modes.cpu_demo import CpuDemoMode
+from benchmarking.modes.mig import MigMode
 from benchmarking.modes.mode_evidence import ProcessLists
-from benchmarking.modes.sharing_modes import (
-    CpuDemoMode,
-    MigMode,
-    ModeNotInForceError,
-    MpsMode,
-    WholeGpuMode,
-)
+from benchmarking.modes.mps import MpsMode, ask_mps_control
+from benchmarking.modes.script_state import read_state
+from benchmarking.modes.sharing_mode import ModeNotInForceError, is_own_pid_namespace
+from benchmarking.modes.whole_gpu import WholeGpuMode, time_slicing_warning
 
 UUID = "GPU-00000000-1111-2222-3333-444444444444"
 EMPTY = Path("/empty")
@@ -156,7 +156,7 @@ def test_a_card_without_mig_gets_no_advice_to_switch_it_on() -> None:
 
 def test_no_daemon_program_means_no_daemon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
-    assert sharing_modes.ask_mps_control("/x", "ps") is None
+    assert ask_mps_control("/x", "ps") is None
 
 
 # --- client environment -----------------------------------------------------------------------
@@ -293,7 +293,7 @@ def test_a_pid_namespace_is_the_first_one_only_with_its_kernel_threads(
     if second is not None:
         (tmp_path / "2").mkdir()
         (tmp_path / "2/comm").write_text(f"{second}\n")
-    assert sharing_modes.is_own_pid_namespace(tmp_path) is is_own
+    assert is_own_pid_namespace(tmp_path) is is_own
 
 
 # --- process lists ----------------------------------------------------------------------------
@@ -327,9 +327,9 @@ def write_state(folder: Path, mode: str, text: str) -> None:
 def test_state_is_read_from_the_folder_that_the_environment_names(tmp_path: Path) -> None:
     write_state(tmp_path, "mps", "pipe_directory=/a=b\nuser=me\nnonsense\n")
     environment = {"GPU_SHARING_STATE_DIR": str(tmp_path)}
-    state = sharing_modes.read_state("mps", UUID, environment)
+    state = read_state("mps", UUID, environment)
     assert state == {"pipe_directory": "/a=b", "user": "me"}
-    assert sharing_modes.read_state("mig", UUID, environment) == {}
+    assert read_state("mig", UUID, environment) == {}
 
 
 def test_state_written_under_sudo_is_found_though_xdg_state_home_is_set(
@@ -337,16 +337,16 @@ def test_state_written_under_sudo_is_found_though_xdg_state_home_is_set(
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     write_state(tmp_path / ".local/state/gpu-sharing-bench", "mps", "pipe_directory=/p\n")
-    state = sharing_modes.read_state("mps", UUID, {"XDG_STATE_HOME": str(tmp_path / "other")})
+    state = read_state("mps", UUID, {"XDG_STATE_HOME": str(tmp_path / "other")})
     assert state == {"pipe_directory": "/p"}
 
 
 def test_more_clients_than_time_slicing_was_set_up_for_is_a_warning(tmp_path: Path) -> None:
     environment = {"GPU_SHARING_STATE_DIR": str(tmp_path)}
-    assert sharing_modes.time_slicing_warning(8, UUID, environment) is None
+    assert time_slicing_warning(8, UUID, environment) is None
     write_state(tmp_path, "time-slicing", "clients=4\n")
-    assert sharing_modes.time_slicing_warning(4, UUID, environment) is None
-    warning = sharing_modes.time_slicing_warning(8, UUID, environment)
+    assert time_slicing_warning(4, UUID, environment) is None
+    warning = time_slicing_warning(8, UUID, environment)
     assert "setup_time_slicing.sh 8" in warning
 
 
@@ -356,9 +356,7 @@ def test_the_recorded_pipe_directory_comes_before_the_inherited_one(
     recorded, inherited = control("", "recorded"), control("", "inherited")
     write_state(tmp_path, "mps", f"pipe_directory={recorded}\n")
     environment = {"GPU_SHARING_STATE_DIR": str(tmp_path), "CUDA_MPS_PIPE_DIRECTORY": inherited}
-    mode = sharing_modes.make_mode(
-        "mps", lambda: H100, clients=4, no_mps_folder=EMPTY, environment=environment
-    )
+    mode = make_mode("mps", lambda: H100, clients=4, no_mps_folder=EMPTY, environment=environment)
     assert mode.client_environment(0)["CUDA_MPS_PIPE_DIRECTORY"] == recorded
 
 
@@ -366,11 +364,11 @@ def test_a_daemon_of_this_user_at_the_default_place_is_tried_last(
     tmp_path: Path, control: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     default = control("", "default")
-    monkeypatch.setattr(sharing_modes, "DEFAULT_MPS_PIPE_DIRECTORY", Path(default))
+    monkeypatch.setattr(mps_mode, "DEFAULT_PIPE_DIRECTORY", Path(default))
     environment = {"GPU_SHARING_STATE_DIR": str(tmp_path)}
 
     def pipe_directory() -> str:
-        mode = sharing_modes.make_mode(
+        mode = make_mode(
             "mps", lambda: H100, clients=4, no_mps_folder=EMPTY, environment=environment
         )
         return mode.client_environment(0)["CUDA_MPS_PIPE_DIRECTORY"]
@@ -381,13 +379,11 @@ def test_a_daemon_of_this_user_at_the_default_place_is_tried_last(
     environment["CUDA_MPS_PIPE_DIRECTORY"] = inherited = control("", "inherited")
     assert pipe_directory() == inherited
     del environment["CUDA_MPS_PIPE_DIRECTORY"]
-    monkeypatch.setattr(sharing_modes.os, "geteuid", lambda: os.stat(default).st_uid + 1)
+    monkeypatch.setattr(mps_mode.os, "geteuid", lambda: os.stat(default).st_uid + 1)
     assert pipe_directory() == ""
 
 
 @pytest.mark.parametrize("name", ["time-slicing", "exclusive", "mps", "mig", "cpu-demo"])
 def test_every_mode_can_be_made_by_name(name: str) -> None:
-    mode = sharing_modes.make_mode(
-        name, lambda: H100, clients=1, no_mps_folder=EMPTY, environment={}
-    )
+    mode = make_mode(name, lambda: H100, clients=1, no_mps_folder=EMPTY, environment={})
     assert mode.name == name

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarking.modes.mode_evidence import ProcessLists, Proof, own_pids
-from benchmarking.modes.sharing_modes import SharingMode
+from benchmarking.modes.sharing_mode import SharingMode
 from benchmarking.planning.plan import COMMAND_WORKLOAD, MODE_CPU_DEMO
 from benchmarking.running.event_log import process_ids
 from benchmarking.running.launcher import ClientOutcome, CoRunOutcome

@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarking.hardware import host_limit
 from benchmarking.hardware.gpu_samples import summarize_samples
-from benchmarking.modes.sharing_modes import SharingMode
+from benchmarking.modes.sharing_mode import SharingMode
 from benchmarking.planning import plan as planning
 from benchmarking.planning.baselines import (
     BaselineMismatchError,

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarking.hardware import nvml
-from benchmarking.modes import sharing_modes
+from benchmarking.modes.choice import make_mode
 from benchmarking.modes.mode_evidence import Evidence
-from benchmarking.modes.sharing_modes import SharingMode
+from benchmarking.modes.sharing_mode import ModeNotInForceError, SharingMode
+from benchmarking.modes.whole_gpu import time_slicing_warning
 from benchmarking.planning import mig_layout, pairs
 from benchmarking.planning import plan as planning
 from benchmarking.planning.mps_knobs import MpsKnobs
@@ -211,7 +212,7 @@ def prepare(
         return nvml.describe_gpu(gpu["uuid"]) if gpu else None
 
     def mode_called(name: str) -> SharingMode:
-        return sharing_modes.make_mode(
+        return make_mode(
             MODE_CPU_DEMO if gpu is None else name, describe, clients=most,
             no_mps_folder=empty_folder, environment=environment, layout=request.mig_layout,
         )  # fmt: skip
@@ -219,10 +220,10 @@ def prepare(
     mode, alone_mode = mode_called(request.mode), mode_called(MODE_EXCLUSIVE)
     try:
         evidence = mode.require() if require_mode else mode.check()
-    except sharing_modes.ModeNotInForceError as error:
+    except ModeNotInForceError as error:
         raise SuiteError(str(error), EXIT_MODE_NOT_IN_FORCE) from error
     if gpu and request.mode == MODE_TIME_SLICING:
-        warning = sharing_modes.time_slicing_warning(most, gpu["uuid"], environment)
+        warning = time_slicing_warning(most, gpu["uuid"], environment)
         notes += [warning] if warning else []
 
     baseline_run = _run_called(request.baseline, request.results_dir)

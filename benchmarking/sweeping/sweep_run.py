@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarking.modes.sharing_modes import read_state
+from benchmarking.modes.script_state import read_state
 from benchmarking.planning.plan import MODE_EXCLUSIVE, MODE_MIG
 from benchmarking.running.launcher import Interruption
 from benchmarking.running.suite_setup import (

@@ -1,0 +1,105 @@
+"""MIG: hardware instances, and the proof that a client saw its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarking.modes.mode_evidence import (
+    Evidence,
+    Identity,
+    ProcessLists,
+    Proof,
+    device_evidence,
+    verdict_of,
+)
+from benchmarking.modes.sharing_mode import GpuFacts, SharingMode
+from benchmarking.planning import mig_layout
+from benchmarking.planning.plan import MODE_MIG
+
+SETUP_MIG = "sudo ./gpu-configs/setup_mig.sh"
+
+
+class MigMode(SharingMode):
+    """MIG: client i has instance i for itself, or the instance of a layout's profile i."""
+
+    name = MODE_MIG
+
+    def __init__(
+        self,
+        describe: Callable[[], GpuFacts | None],
+        no_mps_folder: Path,
+        *,
+        own_pid_namespace: bool,
+        clients: int,
+        layout: Sequence[str] = (),
+    ) -> None:
+        """Take how many clients need an instance, and the profiles of these where they matter."""
+        super().__init__(describe, own_pid_namespace=own_pid_namespace)
+        self._no_mps_folder = no_mps_folder
+        self._clients = clients
+        self._layout = tuple(layout)
+
+    def instances(self) -> list[Mapping[str, Any]]:
+        """Return the card's instances in NVML's order, or those of the layout in its order."""
+        there = list(self._facts().get("mig_devices") or [])
+        return mig_layout.in_order(self._layout, there) if self._layout else there
+
+    def check(self) -> list[Evidence]:
+        """MIG is on, and there is an instance for every client."""
+        mode = (self._facts().get("mig_mode") or {}).get("current")
+        count = len(self.instances())
+        wanted = ",".join(self._layout)
+        fix = f"{SETUP_MIG} {wanted or f'1g.5gb {self._clients}'}" if mode else None
+        if self._layout:
+            instances = Evidence(
+                "the layout's instances are there, one for each client in its order",
+                f"{self._profiles_there()} for {wanted}", count == len(self._layout), fix,
+            )  # fmt: skip
+        else:
+            instances = Evidence(
+                "every client has an instance",
+                f"{count} MIG instances for {self._clients} clients", count >= self._clients, fix,
+            )  # fmt: skip
+        return [
+            Evidence(
+                "MIG mode is Enabled", mode or "not supported by this GPU", mode == "Enabled", fix
+            ),
+            instances,
+        ]
+
+    def _profiles_there(self) -> str:
+        there = self._facts().get("mig_devices") or []
+        return ",".join(str(one.get("profile") or "unknown") for one in there) or "none"
+
+    def client_environment(self, client: int) -> dict[str, str]:
+        """Return the instance by UUID; an empty pipe directory keeps MPS away.
+
+        A plan made for looking at only may have more clients than there are instances.
+        """
+        instances = self.instances()
+        missing = f"(MIG instance {client}, not there)"
+        return {
+            "CUDA_VISIBLE_DEVICES": (
+                str(instances[client]["uuid"]) if client < len(instances) else missing
+            ),
+            "CUDA_MPS_PIPE_DIRECTORY": str(self._no_mps_folder),
+        }
+
+    def prove(
+        self, client: int, identity: Identity, pids: frozenset[int], lists: ProcessLists
+    ) -> Proof:
+        """The client sees its own instance's UUID and multiprocessors."""
+        instances = self.instances()
+        if client >= len(instances):
+            return verdict_of([Evidence("it has an instance", f"{len(instances)} are left", False)])
+        instance = instances[client]
+        wanted, seen = instance.get("multiprocessor_count"), identity.get("multiprocessor_count")
+        return verdict_of([
+            *device_evidence(identity, instance["uuid"], card_uuid=self._facts().get("uuid")),
+            Evidence(
+                "it sees its instance's multiprocessors", f"{seen} of {wanted}",
+                None if wanted is None or seen is None else wanted == seen,
+            ),
+        ])  # fmt: skip

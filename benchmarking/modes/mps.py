@@ -1,0 +1,154 @@
+"""CUDA MPS: its control daemon, and the proof that a client is a client of it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from benchmarking.modes.mode_evidence import (
+    Evidence,
+    Identity,
+    ProcessLists,
+    Proof,
+    device_evidence,
+    listed_evidence,
+    past_mps_evidence,
+    verdict_of,
+)
+from benchmarking.modes.sharing_mode import GpuFacts, SharingMode, mig_is_off
+from benchmarking.planning.plan import MODE_MPS
+
+ENABLE_MPS = "./gpu-configs/enable_mps.sh"
+
+CONTROL_PROGRAM = "nvidia-cuda-mps-control"
+CONTROL_TIMEOUT_SECONDS = 10
+DEFAULT_PIPE_DIRECTORY = Path("/tmp/nvidia-mps")
+
+
+class MpsMode(SharingMode):
+    """CUDA MPS: a control daemon that answers, and clients that it knows."""
+
+    name = MODE_MPS
+
+    def __init__(
+        self,
+        describe: Callable[[], GpuFacts | None],
+        candidates: Sequence[str],
+        *,
+        own_pid_namespace: bool,
+    ) -> None:
+        """Take the pipe directories to try, the likeliest first."""
+        super().__init__(describe, own_pid_namespace=own_pid_namespace)
+        self._candidates = [candidate for candidate in dict.fromkeys(candidates) if candidate]
+        self._clients_of_daemon: frozenset[int] | None = None
+
+    def check(self) -> list[Evidence]:
+        """A control daemon answers, and neither MIG nor the compute mode forbids clients."""
+        facts = self._facts()
+        found = self.pipe_directory()
+        tried = ", ".join(self._candidates) or "no pipe directory is known"
+        answer = f"yes, at {found}" if found else f"none ({tried})"
+        compute_mode = facts.get("compute_mode")
+        return [
+            mig_is_off(facts),
+            Evidence("an MPS control daemon answers", answer, found is not None, ENABLE_MPS),
+            Evidence(
+                "compute mode lets the MPS server in", str(compute_mode),
+                compute_mode in ("Default", "Exclusive_Process"), ENABLE_MPS,
+            ),
+        ]  # fmt: skip
+
+    def pipe_directory(self) -> str | None:
+        """Return the first candidate at which a daemon answers: socket files prove nothing."""
+        for candidate in self._candidates:
+            if ask_mps_control(candidate, "get_server_list") is not None:
+                return candidate
+        return None
+
+    def client_environment(self, client: int) -> dict[str, str]:
+        """Return the GPU by UUID, and the pipe directory of the daemon that answers."""
+        return {
+            "CUDA_VISIBLE_DEVICES": str(self._facts().get("uuid")),
+            "CUDA_MPS_PIPE_DIRECTORY": self.pipe_directory() or "",
+        }
+
+    def observe(self) -> None:
+        """Ask the daemon for its clients, in both ways that it knows."""
+        directory = self.pipe_directory()
+        self._clients_of_daemon = mps_clients(directory) if directory else None
+
+    def prove(
+        self, client: int, identity: Identity, pids: frozenset[int], lists: ProcessLists
+    ) -> Proof:
+        """NVML's MPS list or the daemon names the client's pid; one of the two is enough."""
+        listed = self._clients_of_daemon
+        both = [
+            # A client that runs without MPS is a plain compute process, so both lists are looked at
+            # to tell whether pids can be matched.
+            listed_evidence(
+                "NVML lists it as MPS client", identity, lists.mps,
+                can_match=self._can_match(pids, lists.all),
+            ),
+            # A daemon without any client needs no pids to be matched.
+            listed_evidence(
+                "the MPS daemon lists it as client", identity, listed,
+                can_match=not listed or self._can_match(pids, listed),
+            ),
+        ]  # fmt: skip
+        if any(item.ok for item in both):
+            # A list that is a moment older or newer does not outweigh the one that has it.
+            both = [item for item in both if item.ok]
+        elif listed is not None:
+            both.append(Evidence("clients that the daemon counts", str(len(listed)), None))
+        return verdict_of([
+            *device_evidence(identity, self._facts().get("uuid")),
+            *both,
+            *past_mps_evidence(identity, lists),
+        ])  # fmt: skip
+
+
+def ask_mps_control(pipe_directory: str, command: str) -> str | None:
+    """Return what the MPS control daemon of a pipe directory answers, `None` when none does."""
+    try:
+        answer = subprocess.run(
+            [CONTROL_PROGRAM], input=f"{command}\n", capture_output=True, text=True, check=False,
+            env={**os.environ, "CUDA_MPS_PIPE_DIRECTORY": pipe_directory},
+            timeout=CONTROL_TIMEOUT_SECONDS,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout if answer.returncode == 0 else None
+
+
+def mps_clients(pipe_directory: str) -> frozenset[int] | None:
+    """Return the pids of a daemon's clients by `ps` and `get_client_list`, `None` if it is mute.
+
+    `ps` prints a table whose first column is the client's pid, `get_client_list SERVER` one pid a
+    line. Lines that begin with anything else ("Server not found", a heading) name no client.
+    """
+    servers = ask_mps_control(pipe_directory, "get_server_list")
+    if servers is None:
+        return None
+    answers = [ask_mps_control(pipe_directory, "ps")]
+    for server in _first_numbers(servers):
+        answers.append(ask_mps_control(pipe_directory, f"get_client_list {server}"))
+    return frozenset(pid for answer in answers for pid in _first_numbers(answer or ""))
+
+
+def _first_numbers(text: str) -> list[int]:
+    first_words = (line.split()[0] for line in text.splitlines() if line.split())
+    return [int(word) for word in first_words if word.isdecimal()]
+
+
+def own_default_pipe_directory() -> str:
+    """Return where CUDA looks for a daemon by default, if this user started the one there.
+
+    Empty otherwise: another user's daemon takes no client of ours.
+    """
+    try:
+        owner = (DEFAULT_PIPE_DIRECTORY / "control").stat().st_uid
+    except OSError:
+        return ""
+    return str(DEFAULT_PIPE_DIRECTORY) if owner == os.geteuid() else ""
