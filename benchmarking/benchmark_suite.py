@@ -7,6 +7,7 @@
     python3 benchmarking/benchmark_suite.py --mode exclusive          # each job alone: the baseline
     python3 benchmarking/benchmark_suite.py --plan examples/plans/own-commands.toml  # your own jobs
     python3 benchmarking/benchmark_suite.py --mode mig --dry-run      # only show the plan
+    python3 benchmarking/benchmark_suite.py --resume RUN_ID           # go on after it was cut off
 
 Each distinct job runs alone first; then all clients warm up one at a time, start together and
 repeat their jobs until everyone has finished once. The mode is proved client by client. Without
@@ -34,6 +35,7 @@ from benchmarking.planning.plan_file import PlanFileError, read_plan_file
 from benchmarking.planning.ramp import MOST_CLIENTS
 from benchmarking.running import suite_console
 from benchmarking.running.launcher import Interruption
+from benchmarking.running.resumption import EarlierPart, read_earlier, request_data
 from benchmarking.running.suite_run import SuiteRun
 from benchmarking.running.suite_setup import (
     EXIT_COMPLETE,
@@ -51,28 +53,36 @@ def main() -> int:
     """Plan, show the plan, run it, show the figures; return the exit code."""
     options = parse_arguments()
     try:
-        request = request_from(options)
+        earlier = read_earlier(options.resume, options.results_dir) if options.resume else None
+        request = earlier.request if earlier else request_from(options)
         with Interruption().watching() as interruption, no_mps_folder() as folder:
             setup = prepare(request, folder, os.environ, require_mode=not options.dry_run)
             suite_console.print_plan(setup, verbose=options.verbose or options.dry_run)
-            return EXIT_COMPLETE if options.dry_run else run(setup, interruption)
+            return EXIT_COMPLETE if options.dry_run else run(setup, interruption, earlier)
     except SuiteError as error:
         return complain(error, error.exit_code)
     except (run_store.RunStoreError, PlanFileError) as error:
         return complain(error, EXIT_USAGE)
 
 
-def run(setup: Setup, interruption: Interruption) -> int:
-    """Carry out the plan in a new run folder and print what came of it; return the exit code."""
-    request = setup.request
-    manifest = setup.manifest(sys.argv)
-    writer = run_store.create_run(request.results_dir, manifest, run_id=request.run_id)
-    if request.plan_file is not None:
-        writer.save_plan_file(request.plan_file.text)
-    code = SuiteRun(setup, writer, interruption, suite_console.Teller().say).execute()
+def run(setup: Setup, interruption: Interruption, earlier: EarlierPart | None) -> int:
+    """Carry out the plan, or its rest, and print what came of it; return the exit code."""
+    writer = earlier.reopen() if earlier else new_run(setup)
+    say = suite_console.Teller().say
+    code = SuiteRun(setup, writer, interruption, say, earlier=earlier).execute()
     suite_console.print_summary(run_store.read_run(writer.folder))
     print(f"results: {writer.folder}", flush=True)
     return code
+
+
+def new_run(setup: Setup) -> run_store.RunWriter:
+    """Make the run's folder, with all in it that going on after a cut needs."""
+    request = setup.request
+    manifest = {**setup.manifest(sys.argv), "request": request_data(request)}
+    writer = run_store.create_run(request.results_dir, manifest, run_id=request.run_id)
+    if request.plan_file is not None:
+        writer.save_plan_file(request.plan_file.text)
+    return writer
 
 
 def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
@@ -189,7 +199,15 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     add("--data-dir", metavar="DIR", help="folder of that dataset")
     add("--dry-run", action="store_true", help="show the plan and stop; nothing is run")
     add("--verbose", action="store_true", help="show every client's command and environment")
+    add(
+        "--resume",
+        metavar="RUN",
+        help="go on with a run that was cut off or failed (id or folder), with the flags that it "
+        "was started with; what is done is not repeated, and a budget counts anew",
+    )
     options = parser.parse_args(words)
+    if options.resume is not None:
+        check_resume(parser, sys.argv[1:] if words is None else words)
     if options.window is not None and options.window >= options.timeout:
         parser.error(f"--window {options.window:g} needs a --timeout above it")
     if options.mix == pairs.MIX:
@@ -206,6 +224,14 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     if options.data_dir is not None and not Path(options.data_dir).is_dir():
         parser.error(f"--data-dir {options.data_dir} is no folder: name one that is there")
     return options
+
+
+def check_resume(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
+    """Refuse flags that would make the rest of a run another one."""
+    flags = {word.split("=")[0] for word in words if word.startswith("--")}
+    others = sorted(flags - {"--resume", "--results-dir", "--verbose"})
+    if others:
+        parser.error(f"--resume goes on with the run's own flags: leave {', '.join(others)} away")
 
 
 def check_pairs(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:

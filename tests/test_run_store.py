@@ -160,7 +160,7 @@ def test_a_failed_write_leaves_the_old_manifest_and_no_temporary_file(tmp_path: 
     with pytest.raises(ValueError, match="JSON"):
         run.update_manifest(broken=float("nan"))
     assert "broken" not in run_store.read_run(run.folder).manifest
-    assert [path.name for path in run.folder.iterdir()] == ["manifest.json"]
+    assert sorted(path.name for path in run.folder.iterdir()) == ["manifest.json", "run.lock"]
 
 
 def test_finishing_notes_outcome_and_time(tmp_path: Path) -> None:

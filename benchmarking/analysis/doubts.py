@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from benchmarking.analysis.comparison import Section
 from benchmarking.analysis.groups import Group
 from benchmarking.analysis.runs import CoRun, RunView, clients_text
 from benchmarking.command_line.number_text import joined
+from benchmarking.storage import run_store
 
 
 def find_doubts(section: Section) -> list[str]:
@@ -22,7 +25,9 @@ def _run_doubts(run: RunView) -> list[str]:
     outcome = run.manifest.get("outcome")
     if run.is_invalid:
         found.append(f"{run.run_id}: the run is invalid, none of its co-runs is compared")
-    elif outcome in ("running", "interrupted", "failed"):
+    elif outcome == "running":
+        found.append(f"{run.run_id}: {_why_running(run)}")
+    elif outcome in ("interrupted", "failed"):
         found.append(f"{run.run_id}: the run's outcome is {outcome}")
     for record in run.co_runs():
         co_run = CoRun(run, record)
@@ -44,6 +49,13 @@ def _run_doubts(run: RunView) -> list[str]:
                 "it STP and overhead are unknown"
             )
     return found
+
+
+def _why_running(run: RunView) -> str:
+    """A run that was killed had no time to say so."""
+    if run_store.is_held(Path(run.experiment) / run.manifest["run_id"]):
+        return "the run is still going on"
+    return "the run was cut off (benchmark_suite.py --resume goes on with it)"
 
 
 def _pair_warnings(run: RunView) -> list[str]:

@@ -17,10 +17,10 @@ Event = Mapping[str, Any]
 class LineFollower:
     """Reads the whole lines that were appended to a file since the last look."""
 
-    def __init__(self, path: Path) -> None:
-        """Follow `path`, which need not be there yet."""
+    def __init__(self, path: Path, *, past: int = 0) -> None:
+        """Follow `path`, which need not be there yet, from the byte `past` on."""
         self._path = path
-        self._offset = 0
+        self._offset = past
 
     def poll(self) -> list[bytes]:
         """Return the new lines; one that is still being written waits for the next look."""

@@ -34,7 +34,8 @@ class Sampler:
             sys.executable, str(MONITOR_SCRIPT), "--output", str(output), "--leash",
             *(["--gpu", gpu] if gpu else []),
         ]  # fmt: skip
-        self._follower = LineFollower(output)
+        # A run that goes on appends to the samples of its first part.
+        self._follower = LineFollower(output, past=output.stat().st_size if output.exists() else 0)
         self._samples: list[dict[str, Any]] = []
         self._is_ready = False
         self._process: subprocess.Popen[bytes] | None = None
@@ -43,7 +44,7 @@ class Sampler:
     def __enter__(self) -> Sampler:
         """Start sampling and wait until the first sample is about to follow."""
         try:
-            with self._log.open("wb") as log:
+            with self._log.open("ab") as log:
                 self._process = subprocess.Popen(
                     self._command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=log,
                     start_new_session=True,

@@ -48,6 +48,7 @@ from benchmarking.running.launcher import (
 )
 from benchmarking.running.proofs import judge_clients
 from benchmarking.running.records import client_record, co_run_record
+from benchmarking.running.resumption import EarlierPart, unlike_environment
 from benchmarking.running.sampler import Sampler
 from benchmarking.running.suite_setup import (
     EXIT_COMPLETE,
@@ -96,9 +97,14 @@ class SuiteRun:
         say: Callable[[str], None],
         *,
         patience: Patience | None = None,
+        earlier: EarlierPart | None = None,
     ) -> None:
-        """Take what to do, where to write it, whom to ask whether to stop, and whom to tell."""
+        """Take what to do, where to write it, whom to ask whether to stop, and whom to tell.
+
+        `earlier` is what a run that goes on has of it already.
+        """
         self._setup = setup
+        self._earlier = earlier
         self._plan = setup.plan
         self._writer = writer
         self._interruption = interruption
@@ -140,6 +146,8 @@ class SuiteRun:
         except SuiteError as error:
             code = error.exit_code
             self._note(str(error))
+            # Nothing new is known of a run that may not go on here, or not yet.
+            outcome = self._earlier.outcome if self._earlier and not self._done else outcome
         finally:
             self._writer.finish(outcome)
         return code
@@ -148,6 +156,7 @@ class SuiteRun:
         """Say something and keep it with the run."""
         if text:
             self._say(text)
+        if text and text not in self._writer.manifest["notes"]:
             self._writer.update_manifest(notes=[*self._writer.manifest["notes"], text])
 
     # --- once before -------------------------------------------------------------------------
@@ -167,6 +176,8 @@ class SuiteRun:
         # At the same time: each spends most of it importing torch, or waiting for a hub.
         with ThreadPoolExecutor(len(jobs)) as pool:
             answers = list(pool.map(lambda c: resolve(c, self._interruption), jobs.values()))
+        if self._earlier:
+            self._require_like_earlier(dict(zip(jobs, answers, strict=True)))
         for (job_key, client), answer in zip(jobs.items(), answers, strict=True):
             arguments = [str(argument) for argument in answer.get("arguments") or []]
             if arguments != found.get(job_key):
@@ -177,6 +188,21 @@ class SuiteRun:
             self._describe_environment(answer.get("environment") or {})
         self._writer.update_manifest(resolved_arguments=resolved)
         self._save_plan()
+
+    def _require_like_earlier(self, answers: Mapping[str, Mapping[str, Any]]) -> None:
+        """Refuse to go on in another environment, or with other data; `answers` by job."""
+        gpu = self._setup.gpu or {}
+        known = {"gpu_name": gpu.get("name"), "gpu_uuid": gpu.get("uuid"),
+                 "driver_version": gpu.get("driver_version"),
+                 "host_cores": self._setup.cores}  # fmt: skip
+        for answer in answers.values():
+            environment = answer.get("environment") or {}
+            known |= {name: environment.get(name) for name in ("versions", "git_commit")}
+        resolved = {
+            job_key: [str(argument) for argument in answer.get("arguments") or []]
+            for job_key, answer in answers.items()
+        }
+        unlike_environment(self._earlier, known, resolved)
 
     def _describe_environment(self, found: Mapping[str, Any]) -> None:
         """Fill in what is not known of the environment yet."""
@@ -309,7 +335,8 @@ class SuiteRun:
         `took` is how long the longest one before it took.
         """
         request = self._setup.request
-        if planned.repeat > 0 and not self._fits_budget(took):
+        is_done = self._earlier and self._earlier.finished(planned.co_run)
+        if planned.repeat > 0 and not is_done and not self._fits_budget(took):
             self._note(
                 f"{planned.co_run} left out: the budget of {request.budget_minutes:g} minutes "
                 "allows no further repeat"
@@ -355,6 +382,9 @@ class SuiteRun:
         """
         if self._interruption.requested:
             raise RunEnded("interrupted", EXIT_INTERRUPTED, "interrupted")
+        finished = self._earlier and self._earlier.finished(planned.co_run)
+        if finished:
+            return self._take_from_record(*finished)
         mode = self._setup.alone_mode if planned.phase == PHASE_BASELINE else self._setup.mode
 
         refusal: SuiteError | None = None
@@ -389,6 +419,19 @@ class SuiteRun:
             self._say(f"{planned.co_run} does not hold: {stop_reasons.in_words(reason)}")
         if refusal is not None:
             raise refusal
+        _raise_unless_well(record, clients)
+        return clients
+
+    def _take_from_record(
+        self, record: dict[str, Any], clients: list[dict[str, Any]]
+    ) -> list[dict[str, Any]]:
+        """Do as if a co-run of the earlier part had been run just now."""
+        self._say(f"{record['co_run']} is done already")
+        self._done.add(record["co_run"])
+        self._stop_reasons[record["co_run"]] = record.get("stop_reason")
+        if record["phase"] == PHASE_BASELINE:
+            joules = (record["gpu"] or {}).get("energy_joules")
+            self._reference.whole_joules[clients[0]["job_key"]] = joules
         _raise_unless_well(record, clients)
         return clients
 

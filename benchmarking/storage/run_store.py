@@ -6,6 +6,7 @@
         records.jsonl        one line a client and one a co-run, appended as soon as it is known
         gpu_samples.jsonl    the sampler's output, with what it complained of in gpu_monitor.log
         clients/<co_run>/<client>.{events.jsonl,stdout.log,stderr.log}
+        run.lock              held by the process that writes to the run
 
 Every write is atomic (temporary file, fsync, rename) or an append of one whole line. Readers check
 every object against its schema. A line that is torn (a crash in the middle of a write) or edited is
@@ -14,14 +15,15 @@ named in `warnings` and skipped, and with it its whole co-run: half of one would
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from benchmarking.storage import schema
 from benchmarking.storage.schema import SCHEMA_VERSION
@@ -32,6 +34,7 @@ SAMPLES_FILE = "gpu_samples.jsonl"
 MONITOR_LOG_FILE = "gpu_monitor.log"
 CLIENTS_FOLDER = "clients"
 PLAN_FILE = "plan.toml"
+LOCK_FILE = "run.lock"
 
 OUTCOMES = ("running", "complete", "failed", "interrupted", "invalid")
 
@@ -123,7 +126,13 @@ class RunWriter:
     """Writes one run: the manifest whole, records line by line."""
 
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
-        """Take over an empty folder made by `create_run`, and save the manifest there."""
+        """Take over a folder for as long as this process lives, and save the manifest there.
+
+        Raises `RunStoreError` when another process writes to it.
+        """
+        self._lock = (folder / LOCK_FILE).open("ab")
+        if not _lock(self._lock):
+            raise RunStoreError(f"another process is at work in {folder}: wait for it to end")
         self.folder = folder
         self.manifest = manifest
         self.samples_path = folder / SAMPLES_FILE
@@ -139,9 +148,17 @@ class RunWriter:
         """Keep the plan file of the run as it was."""
         (self.folder / PLAN_FILE).write_text(text, encoding="utf-8")
 
+    def note_resumption(self, ended: str) -> None:
+        """Note that the run goes on, and how it `ended` before."""
+        manifest = self.manifest
+        entry = {"resumed_at": utc_now(), "ended": ended, "finished_at": manifest["finished_at"]}
+        resumptions = [*manifest["resumptions"], entry]
+        self.update_manifest(resumptions=resumptions, outcome="running", finished_at=None)
+
     def finish(self, outcome: str) -> None:
-        """Note how the run ended, and when."""
+        """Note how the run ended, and when; the folder is free from then on."""
         self.update_manifest(outcome=outcome, finished_at=utc_now())
+        self._lock.close()
 
     def append_record(self, record: dict[str, Any]) -> None:
         """Append one record as a whole line; it is on disk when this returns."""
@@ -193,6 +210,54 @@ def create_run(
         "resumptions": [],
     }
     return RunWriter(folder, first)
+
+
+def reopen_run(run: Run, finished: Collection[str]) -> RunWriter:
+    """Open a run for more records; what clients of other co-runs than `finished` left is put aside.
+
+    Such a folder becomes `<co_run>.interrupted-1`, `-2`, ... Raises `RunStoreError` when another
+    process writes to the run.
+    """
+    writer = RunWriter(run.folder, run.manifest)
+    for path in (run.folder / RECORDS_FILE, writer.samples_path):
+        _end_torn_line(path)
+    clients = run.folder / CLIENTS_FOLDER
+    for folder in sorted(clients.iterdir()) if clients.is_dir() else []:
+        if folder.name not in finished and ".interrupted-" not in folder.name:
+            number = 1
+            while (aside := clients / f"{folder.name}.interrupted-{number}").exists():
+                number += 1
+            folder.rename(aside)
+    return writer
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a living process writes to this run."""
+    try:
+        with (folder / LOCK_FILE).open("rb") as stream:
+            return not _lock(stream)
+    except FileNotFoundError:
+        return False
+
+
+def _lock(stream: IO[bytes]) -> bool:
+    """Take the lock until the stream is closed; False when it is taken.
+
+    The kernel lets go of it when its holder dies, however that comes.
+    """
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _end_torn_line(path: Path) -> None:
+    """Give a last line that was cut off an end, or the next one would be part of it."""
+    content = path.read_bytes() if path.exists() else b""
+    if content and not content.endswith(b"\n"):
+        with path.open("ab") as stream:
+            stream.write(b"\n")
 
 
 def _make_folder(results_dir: Path, base: str, *, may_rename: bool) -> Path:

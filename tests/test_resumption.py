@@ -1,0 +1,195 @@
+"""A suite run that was cut off at any moment goes on: every row once, nothing done twice."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from test_benchmark_suite import Bench
+from waiting import wait_until
+
+from benchmarking.running import resumption
+from benchmarking.running.suite_setup import SuiteError
+from benchmarking.storage import run_store
+
+RAMP = ("--mix", "interactive", "--workloads", "1,2", "--run-id", "mine")
+CALIBRATED = {"match": "jupyter*", "figures_once": {"cell_repeats": "matrix=3"}}
+SLOW = {"unit_seconds": 0.02, "units": 100_000}
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    """A machine without a GPU, whose notebooks are calibrated by their baseline."""
+    made = Bench(tmp_path)
+    made.script(CALIBRATED)
+    return made
+
+
+def cut_off(bench: Bench, co_run: str, number: signal.Signals) -> None:
+    """Start the ramp and send it a signal when this co-run, which would take long, is measured."""
+    bench.script(CALIBRATED, {"match": f"*:{co_run}/*", **SLOW})
+    process = subprocess.Popen(
+        bench.command(*RAMP), env=bench.environment, stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    events = bench.results / "mine" / "clients" / co_run / "0.events.jsonl"
+    wait_until(lambda: events.exists() and '"ready"' in events.read_text(), "a ready client")
+    time.sleep(0.3)
+    process.send_signal(number)
+    process.wait(30)
+    bench.script(CALIBRATED)
+
+
+def rows(run: run_store.Run) -> list[tuple]:
+    return [(row["co_run"], row["client"], row["status"]) for row in run.client_records]
+
+
+def starts(bench: Bench) -> Counter[str]:
+    """How many client folders each co-run has, the put-aside ones included."""
+    folders = (bench.results / "mine" / "clients").iterdir()
+    return Counter(folder.name.split(".interrupted-")[0] for folder in folders)
+
+
+def report_of(bench: Bench) -> str:
+    """Make the report and return its text."""
+    script = str(bench.root / "benchmarking" / "analyze_results.py")
+    subprocess.run(
+        [sys.executable, script, "--results-dir", str(bench.results)], env=bench.environment,
+        capture_output=True, timeout=60, check=True,
+    )  # fmt: skip
+    return (bench.results / "report.md").read_text()
+
+
+ALL_ROWS = [
+    ("baseline-jupyter_simulation", 0, "ok"), ("interactive-1-r0", 0, "ok"),
+    ("interactive-2-r0", 0, "ok"), ("interactive-2-r0", 1, "ok"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("co_run", "number"),
+    [
+        ("baseline-jupyter_simulation", signal.SIGKILL),
+        ("interactive-2-r0", signal.SIGKILL),
+        ("interactive-2-r0", signal.SIGINT),
+    ],
+)
+def test_a_run_that_was_cut_off_goes_on_without_repeating_what_is_done(
+    bench: Bench, co_run: str, number: signal.Signals
+) -> None:
+    cut_off(bench, co_run, number)
+    before = run_store.read_run(bench.results / "mine")
+    is_killed = number == signal.SIGKILL
+    assert before.manifest["outcome"] == ("running" if is_killed else "interrupted")
+    kept = [record for record in before.co_run_records if record["outcome"] == "ok"]
+
+    report = report_of(bench)
+    assert ("mine: the run was cut off" in report) == is_killed
+
+    # --min-seconds is not to be given again
+    done = subprocess.run(
+        [*bench.command()[:2], "--resume", "mine", "--results-dir", str(bench.results)],
+        env=bench.environment, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    run = bench.only_run()
+    assert run.manifest["outcome"] == "complete"
+    assert [item["ended"] for item in run.manifest["resumptions"]] == [
+        "killed" if is_killed else "interrupted"
+    ]
+    assert rows(run) == ALL_ROWS
+    assert "cut off" not in report_of(bench)
+    assert [record for record in run.co_run_records if record in kept] == kept
+    assert starts(bench) == {name: 1 + (name == co_run) for name, _, _ in ALL_ROWS}
+    notebooks = [
+        client["command"]
+        for planned in run.manifest["plan"]["co_runs"]
+        for client in planned["clients"]
+    ]
+    assert all(command[-2:] == ["--cell-repeats", "matrix=3"] for command in notebooks)
+    assert all(command.count("--resolved") == 1 for command in notebooks)
+    monitors = (run.folder / run_store.SAMPLES_FILE).read_text().count('"monitor"')
+    assert monitors == 2
+
+
+def test_a_ramp_goes_on_between_its_breaking_point_and_its_last_good_count(bench: Bench) -> None:
+    broken = {"match": "*:training-4-r0/1", "fail": "oom", "fail_at": "load"}
+    bench.script(broken)
+    arguments = ("--mix", "training", "--workloads", "1,4", "--bisect", "--run-id", "mine")
+    assert bench.run(*arguments).returncode == 1
+    folder = bench.results / "mine"
+    whole = run_store.read_run(folder)
+    # as if the power had failed while two at once were measured
+    lines = (folder / run_store.RECORDS_FILE).read_text().splitlines(keepends=True)
+    cut = next(index for index, line in enumerate(lines) if '"training-2-r0"' in line)
+    (folder / run_store.RECORDS_FILE).write_text("".join(lines[:cut]) + lines[cut][:40])
+    manifest = {**whole.manifest, "outcome": "running", "finished_at": None}
+    run_store.write_json_atomic(folder / run_store.MANIFEST_FILE, manifest)
+
+    resume = [*bench.command()[:2], "--resume", str(folder)]
+    done = subprocess.run(
+        resume, env=bench.environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 1, done.stderr
+    run = run_store.read_run(folder)
+    assert rows(run) == rows(whole)
+    assert "breaking point: 4 at once; 3 held" in run.manifest["notes"]
+    assert starts(bench)["training-4-r0"] == 1
+    again = subprocess.run(
+        resume, env=bench.environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert again.returncode == 2
+    assert "run mine is complete" in again.stderr
+
+
+def stored_run(results: Path, **fields: object) -> run_store.RunWriter:
+    request = resumption.request_data(resumption.Request(baseline=None))
+    environment = {"gpu_name": "H100", "gpu_uuid": "GPU-1", "driver_version": "550",
+                   "git_commit": "aaa", "versions": {"torch": "2.4"}}  # fmt: skip
+    manifest = {"command": [], "mode": "mps", "effective_mode": "mps", "mix": "mixed", "plan": {},
+                "environment": environment, "baseline_run_id": None, "notes": [],
+                "request": request, "plan_file": None}  # fmt: skip
+    return run_store.create_run(results, {**manifest, **fields}, run_id="mine")
+
+
+def test_a_run_that_somebody_is_at_work_on_is_refused(tmp_path: Path) -> None:
+    writer = stored_run(tmp_path)
+    with pytest.raises(run_store.RunStoreError, match="still going on"):
+        resumption.read_earlier("mine", tmp_path)
+    writer.finish("interrupted")
+    assert resumption.read_earlier("mine", tmp_path).outcome == "interrupted"
+
+
+def test_a_run_without_its_request_is_refused(tmp_path: Path) -> None:
+    stored_run(tmp_path, request=None).finish("interrupted")
+    with pytest.raises(run_store.RunStoreError, match="another version of this program"):
+        resumption.read_earlier("mine", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("now", "words"),
+    [
+        ({"gpu_name": "A100"}, "gpu_name was H100, now it is A100"),
+        ({"git_commit": "bbb"}, "git_commit was aaa, now it is bbb"),
+        ({"versions": {"torch": "2.5"}}, "version of torch was 2.4, now it is 2.5"),
+        ({"driver_version": "560"}, "driver_version was 550, now it is 560"),
+    ],
+)
+def test_a_run_does_not_go_on_in_another_environment(tmp_path: Path, now: dict, words: str) -> None:
+    stored_run(tmp_path).finish("interrupted")
+    earlier = resumption.read_earlier("mine", tmp_path)
+    resumption.unlike_environment(earlier, {"gpu_name": "H100", "git_commit": None}, {})
+    with pytest.raises(SuiteError, match=words):
+        resumption.unlike_environment(earlier, now, {})
+
+
+def test_other_flags_beside_resume_are_refused(bench: Bench) -> None:
+    done = bench.run("--resume", "mine", "--quick")
+    assert done.returncode == 2
+    assert json.dumps(done.stderr).count("leave --min-seconds, --quick away") == 1
