@@ -47,7 +47,8 @@ NO_GPU=0    # the suite found that the GPU cannot be used
 FAILED_PHASES=0
 
 main() {
-    parse_arguments "$@"
+    driver::take_arguments "$@"
+    parse_arguments "${COMMAND_WORDS[@]}"
     machine::inspect
     driver::set_up
     choose_workloads
@@ -113,6 +114,11 @@ phase() {
     PHASE_REASON=""
     PHASE_RUN=""
     log $'\n'"Phase $number: $name"
+    if [[ $name != analysis ]] && was_ok "$number"; then
+        log "Phase $number: $name: done before"
+        [[ $name != baseline ]] || BASELINE=$OUTPUT/baseline
+        return
+    fi
     if [[ -n $INTERRUPTED && $name != analysis ]]; then
         skip "interrupted before it began"
     elif ((NO_GPU)) && [[ $name != analysis ]]; then
@@ -125,6 +131,12 @@ phase() {
         log "Phase $number: $name: $PHASE_STATUS${PHASE_REASON:+ ($PHASE_REASON)}"
     fi
     record_phase "$number" "$name" $((SECONDS - started))
+}
+
+# was_ok NUMBER: whether a run that goes on has had this phase; its last line counts.
+was_ok() {
+    [[ -n $RESUMED && -e $OUTPUT/phases.jsonl ]] &&
+        grep "^{\"phase\":$1," "$OUTPUT/phases.jsonl" | tail -n 1 | grep -q '"status":"ok"'
 }
 
 skip() {

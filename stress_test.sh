@@ -49,7 +49,8 @@ BISECT=1
 FAILED=0
 
 main() {
-    parse_arguments "$@"
+    driver::take_arguments "$@"
+    parse_arguments "${COMMAND_WORDS[@]}"
     machine::inspect
     [[ -n $PLAN ]] || require_mode
     driver::set_up

@@ -26,6 +26,8 @@ THIS_COMMAND=("./${0##*/}")
 # root, and an MPS daemon serves its own user's clients only.
 unset SUDO_USER SUDO_UID SUDO_GID SUDO_COMMAND
 
+readonly SAVED_ARGUMENTS=arguments.nul # script, working folder and arguments, each ended by NUL
+readonly ENABLED_MODE_FILE=enabled-mode # the mode that is in force on this script's behalf
 OUTPUT=""
 DEVICE=auto
 REPEATS=""
@@ -43,17 +45,39 @@ HAS_GPU=0
 CHILD=""         # pid of the suite while it runs
 CHILD_SECONDS=30 # how long a suite that was told to stop may take when the script itself has to end
 INTERRUPTED=""   # exit code that a signal asks for
+COMMAND_WORDS=() # the command's arguments: those given, or with --resume those saved
+RESUMED=""       # folder that --resume goes on with
 ENABLED_MODE=""
 MODE_UNDO=()
 MODE_REASON="" # why a mode could not be enabled or undone
 
 # --- flags ------------------------------------------------------------------------------------------
 
+# driver::take_arguments WORD...: sets COMMAND_WORDS; with --resume DIR they are those saved in DIR,
+# where they were given from.
+driver::take_arguments() {
+    local -a saved
+    COMMAND_WORDS=("$@")
+    [[ ${1-} == --resume || ${1-} == --resume=* ]] || return 0
+    cli::split "$@"
+    ((${#ARGUMENTS[@]} == 2)) ||
+        cli::usage_error "--resume needs a folder and takes no other flags: it goes on with those saved there"
+    RESUMED=$(realpath -e -- "${ARGUMENTS[1]}" 2>/dev/null) && [[ -f $RESUMED/$SAVED_ARGUMENTS ]] ||
+        cli::usage_error "--resume: '${ARGUMENTS[1]}' holds no $SAVED_ARGUMENTS; name the folder of an" \
+            "earlier ${0##*/}"
+    mapfile -d '' -t saved <"$RESUMED/$SAVED_ARGUMENTS"
+    [[ ${saved[0]-} == "${0##*/}" ]] ||
+        cli::usage_error "--resume: $RESUMED was made by ${saved[0]-}; go on with that"
+    cd -- "${saved[1]}" || die "$EXIT_USAGE" "the folder that it was started from is gone: ${saved[1]}"
+    COMMAND_WORDS=("${saved[@]:2}")
+}
+
 # Takes a flag that both drivers know; sets CONSUMED to the number of words it used.
 driver::flag() {
     CONSUMED=2
     case $1 in
         --output) cli::value "$@" && OUTPUT=$VALUE ;;
+        --resume) cli::usage_error "--resume goes on with the flags saved in its folder: give no others" ;;
         --device) driver::choice "$1" "${2-}" auto cpu cuda && DEVICE=$2 ;;
         --repeats) driver::positive_integer "$1" "${2-}" && REPEATS=$2 ;;
         --timeslice) driver::choice "$1" "${2-}" default short medium long && TIMESLICE=$2 ;;
@@ -145,6 +169,7 @@ driver::shared_flags_help() {
   --quick               small jobs, for a demonstration
   --repeats N           repeats of each co-run
   --output DIR          folder for the runs and the report; must not hold an earlier one
+  --resume DIR          go on with what was cut off in that folder, with the flags saved there
   --gpu INDEX_OR_UUID   which GPU (default: the first one visible)
   --device auto|cuda|cpu  cpu: the CPU demonstration, even where there is a GPU
   --engine, --precision, --seed, --dataset, --data-dir   passed on to the jobs
@@ -175,15 +200,34 @@ driver::set_up() {
     [[ -z $PLAN ]] || plan::read
 }
 
-# driver::prepare DEFAULT_OUTPUT: makes the folder, minds signals from then on.
+# driver::prepare DEFAULT_OUTPUT: makes the folder, or takes that of --resume; minds signals from then
+# on.
 driver::prepare() {
+    if [[ -n $RESUMED ]]; then
+        OUTPUT=$RESUMED
+        driver::require_nobody_at_work
+        signals::install
+        mode::undo_left_behind
+        return
+    fi
     OUTPUT=${OUTPUT:-$1}
     if compgen -G "$OUTPUT/*" >/dev/null; then
         cli::usage_error "--output: $OUTPUT is not empty; name another folder"
     fi
     run mkdir -p -- "$OUTPUT" || die "$EXIT_USAGE" "cannot make the folder $OUTPUT; name another" \
         "by --output"
+    ((DRY_RUN)) ||
+        printf '%s\0' "${0##*/}" "$PWD" "${COMMAND_WORDS[@]}" >"$OUTPUT/$SAVED_ARGUMENTS"
     signals::install
+}
+
+# A suite outlives a driver that was killed.
+driver::require_nobody_at_work() {
+    local lock
+    for lock in "$OUTPUT"/*/run.lock; do
+        [[ ! -e $lock ]] || flock --nonblock "$lock" true ||
+            die "$EXIT_USAGE" "the suite is still at work in ${lock%/*}; wait for its end, or stop it"
+    done
 }
 
 driver::find_python() {
@@ -325,12 +369,38 @@ signals::run_child() {
 
 # --- suite and analysis -------------------------------------------------------------------------------
 
-# suite::run RUN_ID FLAG...: runs the suite into $OUTPUT/RUN_ID; sets SUITE_STATUS to its exit code.
+# suite::run RUN_ID FLAG...: runs the suite into $OUTPUT/RUN_ID, or goes on with the run that is there;
+# sets SUITE_STATUS to its exit code.
 suite::run() {
+    if [[ -n $RESUMED && -e $OUTPUT/$1/manifest.json ]]; then
+        suite::resume "$1"
+        return
+    fi
+    # A run that was cut off before its first word has left an empty folder.
+    [[ -z $RESUMED || ! -d $OUTPUT/$1 ]] || { rm -f -- "$OUTPUT/$1/run.lock" && rmdir -- "$OUTPUT/$1"; } ||
+        true
     local -a command=("$PYTHON" "$PROJECT_ROOT/benchmarking/benchmark_suite.py" "${@:2}"
         --results-dir "$OUTPUT" --run-id "$1" --device "$DEVICE" "${SUITE_FLAGS[@]}")
     ((!HAS_GPU)) || command+=(--gpu "$GPU_UUID")
     [[ -z $MIG_LAYOUT || " $* " != *" --mode mig "* ]] || command+=(--mig-layout "$MIG_LAYOUT")
+    suite::execute "${command[@]}"
+}
+
+# suite::resume RUN_ID: a run that came to its end, even to a breaking point, is left as it is.
+suite::resume() {
+    SUITE_STATUS=0
+    ! suite::had_outcome "$1" complete || return 0
+    suite::execute "$PYTHON" "$PROJECT_ROOT/benchmarking/benchmark_suite.py" --resume "$OUTPUT/$1"
+    if ((SUITE_STATUS == EXIT_USAGE)) && suite::had_outcome "$1" failed; then
+        SUITE_STATUS=1
+    fi
+}
+
+suite::had_outcome() { grep -q "^  \"outcome\": \"$2\"" "$OUTPUT/$1/manifest.json"; }
+
+# suite::execute COMMAND...: runs the suite as a child that gets signals; sets SUITE_STATUS.
+suite::execute() {
+    local -a command=("$@")
     SUITE_STATUS=0
     run --note "$(quoted "${command[@]}")" signals::run_child "${command[@]}" || SUITE_STATUS=$?
     if [[ -n $INTERRUPTED ]]; then
@@ -420,6 +490,7 @@ mode::enable() {
     had_state=$(mode::has_state "$mode" && printf yes) || true
     # Noted before the change: a signal can come between the two.
     ENABLED_MODE=$mode
+    ((DRY_RUN)) || printf '%s\n' "$mode" >"$OUTPUT/$ENABLED_MODE_FILE"
     if ! mode::script "${as_root[@]}" "$PROJECT_ROOT/gpu-configs/${flags[0]}" "${flags[@]:1}" \
         --gpu "$GPU_UUID"; then
         MODE_REASON=$(sed -n 's/^error: //p' "$OUTPUT/mode-scripts.log" | tail -n 1)
@@ -427,6 +498,7 @@ mode::enable() {
         # The script has put its changes back, but for MIG mode that waits for a restart.
         if [[ -n $had_state ]] || ! mode::has_state "$mode"; then
             ENABLED_MODE=""
+            rm -f -- "$OUTPUT/$ENABLED_MODE_FILE"
         fi
         return 1
     fi
@@ -449,10 +521,31 @@ mode::undo() {
     [[ -n $ENABLED_MODE ]] || return 0
     local -r mode=$ENABLED_MODE
     ENABLED_MODE=""
-    (signals::ignore && mode::script "${MODE_UNDO[@]}") && return
+    if (signals::ignore && mode::script "${MODE_UNDO[@]}"); then
+        rm -f -- "$OUTPUT/$ENABLED_MODE_FILE"
+        return
+    fi
     MODE_REASON="$mode could not be undone; run $(quoted "${MODE_UNDO[@]}")"
     log "error: $MODE_REASON"
     return 1
+}
+
+# Undoes what a driver that was killed has left in force.
+mode::undo_left_behind() {
+    local -rA scripts=([time-slicing]=reset_time_slicing.sh [mps]=disable_mps.sh [mig]=disable_mig.sh)
+    local mode=""
+    local -a as_root=()
+    ((HAS_GPU)) && [[ -f $OUTPUT/$ENABLED_MODE_FILE ]] || return 0
+    read -r mode <"$OUTPUT/$ENABLED_MODE_FILE" || true
+    [[ -n $mode && -n ${scripts[$mode]-} ]] && mode::has_state "$mode" || return 0
+    log "$mode was left in force when the script was cut off; it is undone first."
+    if [[ $mode != mps ]] || mode::is_exclusive; then
+        mode::as_root
+    fi
+    ENABLED_MODE=$mode
+    MODE_UNDO=("${as_root[@]}" "$PROJECT_ROOT/gpu-configs/${scripts[$mode]}" --gpu "$GPU_UUID")
+    mode::undo || exit "$EXIT_FAILED"
+    gpu::refresh
 }
 
 # Sets the caller's `as_root` to what runs a card-changing script; where sudo would ask for a password,

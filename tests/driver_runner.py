@@ -109,7 +109,8 @@ class DriverRunner(ModeScripts):
 
     def _command(self, script: str, arguments: tuple[str, ...], as_root: bool) -> list[str]:
         prefix = (ROOT_PREFIX or []) if as_root else []
-        return [*prefix, f"./{script}", *arguments, "--output", str(self.output)]
+        output = () if "--resume" in arguments else ("--output", str(self.output))
+        return [*prefix, f"./{script}", *arguments, *output]
 
     def _wait_for(self, wanted: Callable[[dict], bool], what: str, count: int = 1) -> None:
         wait_until(lambda: sum(map(wanted, self.python_calls())) >= count, what)
@@ -137,6 +138,7 @@ class DriverRunner(ModeScripts):
                 words = iter(call["arguments"])
                 switches = ("--quick", "--bisect", "--until-break")
                 flags = {word: "" if word in switches else next(words) for word in words}
+                flags.setdefault("--run-id", Path(flags.get("--resume", "")).name)
                 calls[flags["--run-id"]] = {**call, "flags": flags}
         return calls
 

@@ -257,6 +257,58 @@ def test_a_second_ctrl_c_ends_a_suite_that_does_not_listen(runner: DriverRunner)
     assert list(runner.suite_calls()) == ["baseline"]
 
 
+def test_an_experiment_that_was_killed_goes_on_with_its_flags_and_the_phases_that_are_missing(
+    runner: DriverRunner,
+) -> None:
+    runner.rule(mps={"kill_driver": True})
+    flags = ("--modes", "time-slicing,mps", "--seed", "7", "--data-dir", "/tmp")
+    assert runner.drive(SCRIPT, *flags).returncode == -signal.SIGKILL
+    assert runner.outcomes() == {"baseline": "ok", "time-slicing": "ok"}
+    assert runner.machine.state()["mps"]
+    done_before = len(runner.python_calls())
+
+    runner.rule()
+    result = runner.drive(SCRIPT, "--resume", str(runner.output))
+    assert result.returncode == 0, result.stderr
+    assert "mps was left in force when the script was cut off" in result.stderr
+    suite, analysis = runner.python_calls()[done_before:]
+    assert suite["arguments"] == ["--resume", str(runner.output / "mps")]
+    assert suite["gpu"]["daemons"] == 1
+    assert analysis["program"] == "analyze_results.py"
+    assert [phase["phase"] for phase in runner.phases()] == [1, 2, 3, 4, 5]
+    assert runner.outcomes()["mps"] == "ok"
+    assert not runner.machine.state()["mps"]
+    assert runner.left_behind() == []
+
+
+def test_a_phase_without_a_run_is_resumed_with_the_saved_flags(runner: DriverRunner) -> None:
+    runner.rule(baseline={"kill_driver": True})
+    folder = str(runner.folder / "a folder; with $words")
+    os.mkdir(folder)
+    assert runner.drive(SCRIPT, "--modes", "time-slicing", "--data-dir", folder).returncode == -9
+    (runner.output / "baseline" / "manifest.json").unlink()
+    runner.rule()
+    result = runner.drive(SCRIPT, "--resume", str(runner.output))
+    assert result.returncode == 0, result.stderr
+    assert runner.suite_calls()["time-slicing"]["flags"]["--data-dir"] == folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--resume", "/nowhere"), "'/nowhere' holds no arguments.nul"),
+        (("--resume", "/tmp", "--quick"), "--resume needs a folder and takes no other flags"),
+        (("--quick", "--resume", "/tmp"), "give no others"),
+    ],
+)
+def test_a_resume_that_makes_no_sense_is_exit_2_with_one_sentence(
+    runner: DriverRunner, arguments: tuple[str, ...], words: str
+) -> None:
+    result = runner.drive(SCRIPT, *arguments)
+    assert result.returncode == 2
+    assert words in result.stderr
+
+
 def test_a_daemon_that_enable_mps_started_before_is_used_and_left_running(
     runner: DriverRunner,
 ) -> None:
