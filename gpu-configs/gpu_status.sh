@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 #
-# Says what is in force on each GPU and what would undo it. Asks only; changes nothing.
+# Says what is in force on each GPU and what would undo it; with --restore it is undone.
 
 # shellcheck source=lib/common.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/lib/common.sh"
@@ -11,6 +11,9 @@ source "$(dirname -- "${BASH_SOURCE[0]}")/lib/mps.sh"
 # shellcheck source=lib/mig.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/lib/mig.sh"
 
+RESTORE=0
+UNDO_COMMANDS=() # script and GPU
+
 usage() {
     cat <<'TEXT'
 Usage: ./gpu-configs/gpu_status.sh [options]
@@ -19,10 +22,12 @@ For each GPU: the sharing mode in force, MIG, the MPS daemon and whose it is, co
 the processes on it, what the mode scripts have saved, and the command that would undo it.
 
   --gpu INDEX_OR_UUID    only this GPU
-  --dry-run              accepted as everywhere here; this script never changes anything
+  --restore              undo what the mode scripts have saved, as after a script that was killed;
+                         without it nothing is changed
+  --dry-run              with --restore: print the commands
   --help                 this text
 
-Exit codes: 0 said, 2 usage, 3 no driver or GPU
+Exit codes: 0 said, 1 something could not be undone, 2 usage, 3 no driver or GPU
 TEXT
 }
 
@@ -95,6 +100,7 @@ print_saved() {
         for key in "${!STATE[@]}"; do
             [[ $key == gpu_uuid ]] || printf '    %s=%s\n' "$key" "${STATE[$key]}"
         done | sort
+        UNDO_COMMANDS+=("${undo_commands[$mode]} $GPU_UUID")
         undo="./gpu-configs/${undo_commands[$mode]} --gpu $GPU_INDEX"
         ! needs_root "$mode" || undo="sudo $undo"
         printf '    undo: %s\n' "$undo"
@@ -138,11 +144,32 @@ print_gpus() {
     done
 }
 
+# Runs the undo commands; each says itself where it needs root.
+restore() {
+    local command script uuid
+    local -i failed=0
+    for command in "${UNDO_COMMANDS[@]}"; do
+        read -r script uuid <<<"$command"
+        run "$(dirname -- "${BASH_SOURCE[0]}")/$script" --gpu "$uuid" || failed=1
+    done
+    exit "$failed"
+}
+
+parse_arguments() {
+    local word
+    local -a others=()
+    for word in "$@"; do
+        if [[ $word == --restore ]]; then RESTORE=1; else others+=("$word"); fi
+    done
+    cli::parse_common "${others[@]}"
+}
+
 main() {
-    cli::parse_common "$@"
+    parse_arguments "$@"
     transaction::begin
     user::resolve
     print_gpus
+    ((!RESTORE)) || restore
 }
 
 main "$@"

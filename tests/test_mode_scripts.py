@@ -293,3 +293,16 @@ def test_status_of_a_compute_mode_that_forbids_sharing_says_so(scripts: ModeScri
     scripts.machine.change_gpu(compute_mode="Exclusive_Process")
     status = scripts.must("gpu_status.sh").stdout
     assert "mode in force: exclusive (compute mode Exclusive_Process: no sharing)" in status
+
+
+def test_restore_undoes_what_a_killed_script_left_and_a_dry_run_only_says_so(
+    scripts: ModeScripts,
+) -> None:
+    scripts.must("enable_mps.sh")
+    said = scripts.must("gpu_status.sh", "--restore", "--dry-run")
+    assert f"disable_mps.sh --gpu {UUID}" in said.stdout
+    assert scripts.machine.state()["mps"]
+    scripts.must("gpu_status.sh", "--restore")
+    assert not scripts.machine.state()["mps"]
+    assert scripts.left_behind() == []
+    assert "saved:         nothing" in scripts.must("gpu_status.sh", "--restore").stdout
