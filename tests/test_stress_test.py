@@ -192,3 +192,16 @@ def test_a_wrong_argument_is_exit_2_before_anything_is_done(
     assert result.returncode == 2
     assert words in result.stderr
     assert not runner.output.exists()
+
+
+def test_a_ramp_that_was_killed_goes_on_as_the_same_run(runner: DriverRunner) -> None:
+    runner.rule(mps={"kill_driver": True})
+    assert runner.drive(SCRIPT, "mps", "4", "--max-slowdown", "2").returncode == -9
+    runner.rule()
+    done_before = len(runner.python_calls())
+    result = runner.drive(SCRIPT, "--resume", str(runner.output))
+    assert result.returncode == 0, result.stderr
+    suite, analysis = runner.python_calls()[done_before:]
+    assert suite["arguments"] == ["--resume", str(runner.output / "mps")]
+    assert analysis["program"] == "analyze_results.py"
+    assert not runner.machine.state()["mps"]
