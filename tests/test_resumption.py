@@ -11,11 +11,13 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from test_benchmark_suite import Bench
+from test_benchmark_suite import PROJECT_ROOT, Bench
 from waiting import wait_until
 
+from benchmarking.planning.mps_knobs import MpsKnobs
+from benchmarking.planning.plan_file import read_plan_file
 from benchmarking.running import resumption
-from benchmarking.running.suite_setup import SuiteError
+from benchmarking.running.suite_setup import Request, SuiteError
 from benchmarking.storage import run_store
 
 RAMP = ("--mix", "interactive", "--workloads", "1,2", "--run-id", "mine")
@@ -149,13 +151,26 @@ def test_a_ramp_goes_on_between_its_breaking_point_and_its_last_good_count(bench
 
 
 def stored_run(results: Path, **fields: object) -> run_store.RunWriter:
-    request = resumption.request_data(resumption.Request(baseline=None))
+    request = resumption.request_data(Request())
     environment = {"gpu_name": "H100", "gpu_uuid": "GPU-1", "driver_version": "550",
                    "git_commit": "aaa", "versions": {"torch": "2.4"}}  # fmt: skip
     manifest = {"command": [], "mode": "mps", "effective_mode": "mps", "mix": "mixed", "plan": {},
                 "environment": environment, "baseline_run_id": None, "notes": [],
                 "request": request, "plan_file": None}  # fmt: skip
     return run_store.create_run(results, {**manifest, **fields}, run_id="mine")
+
+
+def test_a_request_comes_back_as_it_was_with_limits_and_plan_file(tmp_path: Path) -> None:
+    plan_file = read_plan_file(PROJECT_ROOT / "examples" / "plans" / "own-commands.toml")
+    asked = Request(
+        results_dir=tmp_path, plan_file=plan_file, mix=plan_file.name, counts=(1, 2), slo_ms=3.0,
+        mps_knobs=MpsKnobs(("even",)), mig_layout=("1g.5gb",),
+    )  # fmt: skip
+    fields = {"request": resumption.request_data(asked), "plan_file": plan_file.to_dict()}
+    writer = stored_run(tmp_path, **fields)
+    writer.save_plan_file(plan_file.text)
+    writer.finish("interrupted")
+    assert resumption.read_earlier("mine", tmp_path).request == asked
 
 
 def test_a_run_that_somebody_is_at_work_on_is_refused(tmp_path: Path) -> None:
