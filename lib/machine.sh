@@ -1,0 +1,106 @@
+# shellcheck shell=bash
+# shellcheck disable=SC2034,SC2154 # variables are shared with drivers.sh
+#
+# The machine before anything runs: environment, plan file, output folder, GPU.
+
+# Sets the environment up and reads the plan, if there is one.
+driver::set_up() {
+    if ((DRY_RUN)); then
+        driver::find_python
+    else
+        environment::set_up "$PROJECT_ROOT/requirements.txt"
+    fi
+    [[ -z $PLAN ]] || plan::read
+}
+
+# driver::prepare DEFAULT_OUTPUT: makes the folder, or takes that of --resume; minds signals from then
+# on.
+driver::prepare() {
+    if [[ -n $RESUMED ]]; then
+        OUTPUT=$RESUMED
+        driver::require_nobody_at_work
+        signals::install
+        mode::undo_left_behind
+        return
+    fi
+    OUTPUT=${OUTPUT:-$1}
+    if compgen -G "$OUTPUT/*" >/dev/null; then
+        cli::usage_error "--output: $OUTPUT is not empty; name another folder"
+    fi
+    run mkdir -p -- "$OUTPUT" || die "$EXIT_USAGE" "cannot make the folder $OUTPUT; name another" \
+        "by --output"
+    ((DRY_RUN)) ||
+        printf '%s\0' "${0##*/}" "$PWD" "${COMMAND_WORDS[@]}" >"$OUTPUT/$SAVED_ARGUMENTS"
+    signals::install
+}
+
+# A suite outlives a driver that was killed.
+driver::require_nobody_at_work() {
+    local lock
+    for lock in "$OUTPUT"/*/run.lock; do
+        [[ ! -e $lock ]] || flock --nonblock "$lock" true ||
+            die "$EXIT_USAGE" "the suite is still at work in ${lock%/*}; wait for its end, or stop it"
+    done
+}
+
+driver::find_python() {
+    environment::find "$PROJECT_ROOT/requirements.txt" && return
+    printf 'would install: requirements.txt into %s\n' "$VENV_FOLDER"
+    PYTHON=$VENV_PYTHON
+}
+
+# Sets PLAN_CLIENTS, or ends with the plan file's mistakes. Where the environment is yet to be made,
+# which only a dry run goes on with, the plan counts as one client.
+plan::read() {
+    local said
+    PLAN_CLIENTS=1
+    if ! command -v "$PYTHON" >/dev/null; then
+        log "$PLAN is checked once there is an environment; one client is assumed here."
+        return
+    fi
+    said=$("$PYTHON" "$PROJECT_ROOT/benchmarking/check_plan.py" "$PLAN") || exit "$EXIT_USAGE"
+    PLAN_CLIENTS=${said##*clients: }
+}
+
+# Sets HAS_GPU and, with a GPU, everything that gpu::select sets. Ends with 3 where a GPU is asked for
+# or there, but cannot be used: only a machine without one gets the CPU demonstration unasked.
+machine::inspect() {
+    if [[ $DEVICE == cpu ]]; then
+        log "CPU demonstration, as asked for (--device cpu)."
+    elif [[ $DEVICE == auto && ${CUDA_VISIBLE_DEVICES-unset} =~ ^(-1)?$ ]]; then
+        log "CPU demonstration: CUDA_VISIBLE_DEVICES hides every GPU."
+    elif machine::lists_a_gpu; then
+        if [[ -z $GPU_SELECTOR && ${CUDA_VISIBLE_DEVICES:-} =~ ^([0-9]+|GPU-[^,]+) ]]; then
+            GPU_SELECTOR=${BASH_REMATCH[1]}
+        fi
+        user::resolve
+        gpu::select
+        HAS_GPU=1
+        log "$(gpu::title)"
+    elif [[ $DEVICE == cuda || -n $GPU_SELECTOR ]]; then
+        die "$EXIT_NO_GPU" "no NVIDIA GPU was found; without --device cuda and --gpu the CPU" \
+            "demonstration runs"
+    else
+        log "No NVIDIA GPU was found: this is the CPU demonstration, no sharing mode is in force."
+    fi
+}
+
+machine::lists_a_gpu() {
+    local output
+    if ! command -v nvidia-smi >/dev/null; then
+        [[ ! -e /proc/driver/nvidia/version ]] ||
+            die "$EXIT_NO_GPU" "an NVIDIA driver is loaded but nvidia-smi was not found; add it to" \
+                "the PATH, or choose --device cpu"
+        return 1
+    fi
+    output=$(nvidia-smi -L 2>&1) || true
+    case $output in
+        *"GPU 0:"*) return 0 ;;
+        "" | *"No devices"*) return 1 ;;
+    esac
+    die "$EXIT_NO_GPU" "nvidia-smi does not answer (${output%%$'\n'*}); mend the driver, or choose" \
+        "--device cpu"
+}
+
+# machine::mode_name MODE: what a run under the mode may be called here.
+machine::mode_name() { ((HAS_GPU)) && printf '%s' "$1" || printf cpu-demo; }

@@ -1,0 +1,184 @@
+# shellcheck shell=bash
+# shellcheck disable=SC2034,SC2154 # variables are shared with drivers.sh
+#
+# Enabling a sharing mode together with its undoing, by the scripts of gpu-configs/.
+
+# mode::why_not MODE CLIENTS: prints why the mode cannot be used here, or nothing.
+mode::why_not() {
+    local -r mode=$1 clients=$2
+    local count
+    if ((!HAS_GPU)); then
+        printf 'no NVIDIA GPU'
+    elif [[ $mode != mig ]]; then
+        [[ $GPU_MIG_CURRENT != Enabled ]] || printf 'MIG is on, so there is no whole GPU to use'
+    elif [[ $GPU_MIG_CURRENT == *N/A* ]]; then
+        printf '%s has no MIG' "$GPU_NAME"
+    elif ((!MAY_SET_UP_MIG)) && [[ $GPU_MIG_CURRENT != Enabled ]]; then
+        printf 'MIG is off; --mig allows to switch it on'
+    elif ((!MAY_SET_UP_MIG)) && [[ -n $MIG_LAYOUT ]]; then
+        mig::has_layout "$MIG_LAYOUT" ||
+            printf 'the instances %s are not there; --mig allows to make them' "$MIG_LAYOUT"
+    elif ((!MAY_SET_UP_MIG)); then
+        count=$(mig::devices | wc -l)
+        ((count >= clients)) ||
+            printf '%d MIG instances for %d clients; --mig allows to make them' "$count" "$clients"
+    fi
+}
+
+# mode::enable MODE CLIENTS: puts the mode in force, for mode::undo to undo, unless it is already.
+# False, with MODE_REASON, if that fails.
+mode::enable() {
+    local -r mode=$1 clients=$2
+    local -a as_root=() flags=()
+    local had_state
+    if mode::is_in_force "$mode" "$clients"; then
+        log "$mode is set up already; it is used as it is and left so."
+        return 0
+    fi
+    case $mode in
+        time-slicing)
+            flags=(setup_time_slicing.sh "$clients")
+            MODE_UNDO=(reset_time_slicing.sh)
+            [[ -z $TIMESLICE ]] || {
+                mode::as_root && flags+=(--timeslice "$TIMESLICE")
+                mode::set_up_again_as_saved
+            }
+            ;;
+        mps)
+            flags=(enable_mps.sh)
+            MODE_UNDO=(disable_mps.sh)
+            ((!MPS_EXCLUSIVE)) || {
+                mode::as_root && flags+=(--exclusive)
+                ! mode::has_state mps ||
+                    warn "MPS is set up without --exclusive; it is switched off altogether at the end"
+            }
+            ;;
+        mig)
+            flags=(setup_mig.sh "${MIG_LAYOUT:-$MIG_PROFILE}")
+            [[ -n $MIG_LAYOUT ]] || flags+=("$clients")
+            MODE_UNDO=(disable_mig.sh)
+            mode::as_root
+            ;;
+    esac
+    MODE_UNDO=("${as_root[@]}" "$PROJECT_ROOT/gpu-configs/${MODE_UNDO[0]}" "${MODE_UNDO[@]:1}"
+        --gpu "$GPU_UUID")
+    had_state=$(mode::has_state "$mode" && printf yes) || true
+    # Noted before the change: a signal can come between the two.
+    ENABLED_MODE=$mode
+    ((DRY_RUN)) || printf '%s\n' "$mode" >"$OUTPUT/$ENABLED_MODE_FILE"
+    if ! mode::script "${as_root[@]}" "$PROJECT_ROOT/gpu-configs/${flags[0]}" "${flags[@]:1}" \
+        --gpu "$GPU_UUID"; then
+        MODE_REASON=$(sed -n 's/^error: //p' "$OUTPUT/mode-scripts.log" | tail -n 1)
+        [[ -z $INTERRUPTED ]] || MODE_REASON=interrupted
+        # The script has put its changes back, but for MIG mode that waits for a restart.
+        if [[ -n $had_state ]] || ! mode::has_state "$mode"; then
+            ENABLED_MODE=""
+            rm -f -- "$OUTPUT/$ENABLED_MODE_FILE"
+        fi
+        return 1
+    fi
+}
+
+# Where the user had set up time slicing with another length, undoing is setting that up again.
+mode::set_up_again_as_saved() {
+    mode::has_state time-slicing || return 0
+    state::load time-slicing
+    [[ ${STATE[clients]:-} && ${STATE[timeslice]:-} ]] || return 0
+    MODE_UNDO=(setup_time_slicing.sh "${STATE[clients]}" --timeslice "${STATE[timeslice],,}")
+}
+
+# Whether the mode's scripts have something to undo. (In a subshell: a damaged file ends the script.)
+mode::has_state() { (state::load "$1") 2>/dev/null; }
+
+# Undoes what mode::enable did, if anything; not to be interrupted. False, with MODE_REASON, if that
+# fails.
+mode::undo() {
+    [[ -n $ENABLED_MODE ]] || return 0
+    local -r mode=$ENABLED_MODE
+    ENABLED_MODE=""
+    if (signals::ignore && mode::script "${MODE_UNDO[@]}"); then
+        rm -f -- "$OUTPUT/$ENABLED_MODE_FILE"
+        return
+    fi
+    MODE_REASON="$mode could not be undone; run $(quoted "${MODE_UNDO[@]}")"
+    log "error: $MODE_REASON"
+    return 1
+}
+
+# Undoes what a driver that was killed has left in force.
+mode::undo_left_behind() {
+    local -rA scripts=([time-slicing]=reset_time_slicing.sh [mps]=disable_mps.sh [mig]=disable_mig.sh)
+    local mode=""
+    local -a as_root=()
+    ((HAS_GPU)) && [[ -f $OUTPUT/$ENABLED_MODE_FILE ]] || return 0
+    read -r mode <"$OUTPUT/$ENABLED_MODE_FILE" || true
+    [[ -n $mode && -n ${scripts[$mode]-} ]] && mode::has_state "$mode" || return 0
+    log "$mode was left in force when the script was cut off; it is undone first."
+    if [[ $mode != mps ]] || mode::is_exclusive; then
+        mode::as_root
+    fi
+    ENABLED_MODE=$mode
+    MODE_UNDO=("${as_root[@]}" "$PROJECT_ROOT/gpu-configs/${scripts[$mode]}" --gpu "$GPU_UUID")
+    mode::undo || exit "$EXIT_FAILED"
+    gpu::refresh
+}
+
+# Sets the caller's `as_root` to what runs a card-changing script; where sudo would ask for a password,
+# the script itself says that it needs root.
+mode::as_root() {
+    as_root=()
+    if ((EUID != 0)) && [[ ${GPU_SETTINGS_LOCKED:-0} != 1 ]] && sudo -n true 2>/dev/null; then
+        as_root=(sudo -n)
+    fi
+}
+
+# Runs a mode script; its words are kept in mode-scripts.log too. tee must outlive Ctrl-C and a closed
+# terminal, or a script that puts back its changes could no longer write.
+mode::script() {
+    if ((DRY_RUN)); then
+        run "$@"
+    else
+        run "$@" 2>&1 | (signals::ignore && tee -pa "$OUTPUT/mode-scripts.log" >&2 || true)
+    fi
+}
+
+# Whether the mode is set up already, and in the way that the flags ask for.
+mode::is_in_force() {
+    case $1 in
+        # A daemon of the user's need not go: time slicing needs no script then, the suite keeps its
+        # clients away from the daemon.
+        time-slicing)
+            if [[ -n $TIMESLICE ]]; then
+                mode::has_timeslice "${TIMESLICE^}"
+            else
+                mode::has_state time-slicing || mode::finds_daemon
+            fi
+            ;;
+        mps) mode::finds_daemon && { ((!MPS_EXCLUSIVE)) || mode::is_exclusive; } ;;
+        mig)
+            [[ $GPU_MIG_CURRENT == Enabled ]] && if [[ -n $MIG_LAYOUT ]]; then
+                mig::has_layout "$MIG_LAYOUT"
+            else
+                (($(mig::devices | wc -l) >= $2))
+            fi
+            ;;
+    esac
+}
+
+# mode::has_timeslice NAME: a saved one that a driver reload has reset since does not count.
+mode::has_timeslice() {
+    (state::load time-slicing && [[ ${STATE[timeslice]:-} == "$1" ]]) 2>/dev/null &&
+        [[ $(gpu::timeslice) == "$1" ]]
+}
+
+mode::is_exclusive() { (gpu::refresh && [[ $GPU_COMPUTE_MODE == Exclusive_Process ]]); }
+
+# Whether an MPS daemon of this user answers: one that enable_mps.sh started, or one where CUDA itself
+# would look, which the suite is then told of.
+mode::finds_daemon() {
+    local -r usual=${CUDA_MPS_PIPE_DIRECTORY:-/tmp/nvidia-mps}
+    if (state::load mps && mps::answers "${STATE[pipe_directory]:-}") 2>/dev/null; then
+        return 0
+    fi
+    [[ -O $usual/control ]] && mps::answers "$usual" && export CUDA_MPS_PIPE_DIRECTORY=$usual
+}
