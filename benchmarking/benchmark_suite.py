@@ -197,6 +197,11 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add("--dataset", help="of the ResNet50 training (see resnet_training.py --help)")
     add("--data-dir", metavar="DIR", help="folder of that dataset")
+    add(
+        "--beside-others",
+        action="store_true",
+        help="measure although other people's processes are on the GPU, and mark it contended",
+    )
     add("--dry-run", action="store_true", help="show the plan and stop; nothing is run")
     add("--verbose", action="store_true", help="show every client's command and environment")
     add(
@@ -351,6 +356,7 @@ def request_from(options: argparse.Namespace) -> Request:
         device=options.device,
         dataset=options.dataset,
         data_dir=options.data_dir,
+        beside_others=options.beside_others,
     )
 
 

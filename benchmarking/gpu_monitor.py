@@ -67,7 +67,7 @@ def main() -> int:
             gpu = open_gpu(arguments.gpu)
             with open_output(arguments.output) as output, open_display(arguments, gpu) as show:
                 watch(gpu, arguments, stop, output, show)
-    except nvml.GpuNotFoundError as error:
+    except (nvml.GpuNotFoundError, nvml.GpuUnusableError) as error:
         print(f"gpu_monitor: {error}", file=sys.stderr)
         return 3
     except OSError as error:
@@ -124,10 +124,15 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def open_gpu(selector: str | None) -> nvml.Gpu | None:
-    """Return the GPU to sample; says once on stderr when there is none."""
-    gpu = nvml.open_gpu(selector)
-    if gpu is None:
+    """Return the GPU to sample; says once on stderr when there is none that can be asked."""
+    try:
+        gpu = nvml.open_gpu(selector)
         reason = nvml.unavailable_reason()
+    except nvml.GpuUnusableError as error:
+        if selector is not None:
+            raise
+        gpu, reason = None, str(error)
+    if gpu is None:
         print(f"gpu_monitor: no GPU to sample, host CPU only ({reason})", file=sys.stderr)
     return gpu
 

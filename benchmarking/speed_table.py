@@ -44,7 +44,7 @@ from benchmarking.speed.text import markdown
 from benchmarking.storage.run_store import utc_now, write_json_atomic
 
 SCHEMA_VERSION = 1
-EXIT_COMPLETE, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 130
+EXIT_COMPLETE, EXIT_FAILED, EXIT_NO_GPU, EXIT_INTERRUPTED = 0, 1, 3, 130
 EAGER, COMPILE = "eager", "compile"
 ENGINES = ("graph", COMPILE)
 CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
@@ -272,7 +272,8 @@ class SpeedTable:
 def find_gpu(selector: str | None) -> dict[str, Any] | None:
     """Return the facts of the GPU to use, None where there is none.
 
-    Ends the process with code 2 where a GPU was named that does not exist.
+    Ends the process with code 2 where a GPU was named that does not exist, with 3 where the driver
+    cannot use it.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if selector is None and visible is not None and visible.strip() in ("", "-1"):
@@ -282,6 +283,9 @@ def find_gpu(selector: str | None) -> dict[str, Any] | None:
     except nvml.GpuNotFoundError as error:
         print(f"speed_table.py: error: {error}", file=sys.stderr)
         raise SystemExit(EXIT_USAGE) from None
+    except nvml.GpuUnusableError as error:
+        print(f"speed_table.py: error: {error}", file=sys.stderr)
+        raise SystemExit(EXIT_NO_GPU) from None
     return gpu and gpu.describe()
 
 

@@ -45,6 +45,14 @@ esac
 """  # noqa: E501
 
 
+# What a GPU that has left the bus no longer answers.
+LOST_FUNCTIONS = (
+    "nvmlDeviceGetHandleByIndex_v2", "nvmlDeviceGetHandleByUUID", "nvmlDeviceGetUUID",
+    "nvmlDeviceGetComputeMode", "nvmlDeviceGetMigMode", "nvmlDeviceGetName",
+    "nvmlDeviceGetComputeRunningProcesses_v3", "nvmlDeviceGetUtilizationRates",
+)  # fmt: skip
+
+
 class Bench:
     """A copy of the suite with scripted workloads, in a folder of its own."""
 
@@ -75,12 +83,16 @@ class Bench:
         fixed = ["--results-dir", str(self.results), "--min-seconds", least]
         return [sys.executable, script, *fixed, *arguments]
 
-    def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+    def scripted_environment(self) -> dict[str, str]:
+        """The environment of a run, with quick clients where nothing else was said."""
         if "SCRIPTED_CLIENT" not in self.environment:
             self.script()
+        return self.environment
+
+    def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            self.command(*arguments), env=self.environment, capture_output=True, text=True,
-            timeout=100, check=False,
+            self.command(*arguments), env=self.scripted_environment(), capture_output=True,
+            text=True, timeout=100, check=False,
         )  # fmt: skip
 
     def only_run(self) -> run_store.Run:
@@ -406,6 +418,70 @@ def test_a_client_that_the_driver_does_not_list_makes_the_run_invalid(
     assert run.co_run_records[-1]["outcome"] == "invalid"
     assert [record["status"] for record in run.clients_of("training-2-r0")] == ["ok", "invalid"]
     assert run.co_run_records[-1]["summary"]["stp"] is None
+
+
+def test_a_gpu_that_others_use_is_refused_naming_them(gpu_bench: Callable) -> None:
+    bench = gpu_bench(pids={os.getpid(): 900})
+    done = bench.run("--mix", "training", "--workloads", "1", "--quick")
+    assert done.returncode == 4
+    assert f"other processes are on the GPU: pid {os.getpid()} (" in done.stderr
+    assert "--beside-others" in done.stderr
+    assert not bench.results.exists()
+
+
+def test_a_run_beside_others_is_marked_contended(gpu_bench: Callable) -> None:
+    bench = gpu_bench(pids={os.getpid(): 900})
+    done = bench.run("--mix", "training", "--workloads", "1", "--quick", "--beside-others")
+    assert done.returncode == 0, done.stderr
+    run = bench.only_run()
+    assert any("the GPU is contended" in note for note in run.manifest["notes"])
+    for record in run.co_run_records:
+        assert [w for w in record["warnings"] if f"contended: other processes used it meanwhile, "
+                f"pid {os.getpid()} (" in w]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("fail", "sentence"),
+    [
+        ({"nvmlInitWithFlags": 18, "nvmlInit_v2": 18}, "driver was upgraded while the old"),
+        ({"nvmlDeviceGetHandleByIndex_v2": 15}, "GPU is lost (the GPU has left the bus"),
+        ({"nvmlDeviceGetCount_v2": 4}, "let this account open /dev/nvidia*"),
+        ({"nvmlDeviceGetUUID": 15}, "does not tell the GPU's UUID"),
+    ],
+)  # fmt: skip
+def test_a_gpu_that_cannot_be_asked_is_code_3_and_no_demonstration(
+    gpu_bench: Callable, fail: dict, sentence: str
+) -> None:
+    bench = gpu_bench(fail=fail)
+    done = bench.run("--mix", "training", "--workloads", "1")
+    assert done.returncode == 3
+    assert sentence in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not bench.results.exists()
+
+
+def test_a_gpu_that_is_lost_meanwhile_makes_the_run_invalid_and_says_so(
+    gpu_bench: Callable, tmp_path: Path
+) -> None:
+    bench = gpu_bench()
+    arguments = ["--mix", "training", "--workloads", "1", "--quick", "--window", "4"]
+    process = subprocess.Popen(
+        bench.command(*arguments), env=bench.scripted_environment(), text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    events = "clients/training-1-r0/0.events.jsonl"
+    wait_until(
+        lambda: any('"units"' in path.read_text() for path in bench.results.rglob(events)),
+        "a client at work",
+    )
+    lost = dict.fromkeys(LOST_FUNCTIONS, 15)
+    nvml_stub.write_state(tmp_path / "card.txt", fail=lost)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 5, stderr
+    run = bench.only_run()
+    assert run.manifest["outcome"] == "invalid"
+    assert "the driver answers for the GPU: no (look for Xid" in run.co_run_records[-1]["reason"]
+    assert run.co_run_records[0]["outcome"] == "ok"
 
 
 def test_mps_without_a_daemon_is_code_4_and_names_the_script(gpu_bench: Callable) -> None:

@@ -28,7 +28,7 @@ def test_clients_get_instances_in_the_order_of_the_layout_each_its_own():
     sliced = mode(INSTANCES)
     given = [sliced.client_environment(i)["CUDA_VISIBLE_DEVICES"] for i in range(3)]
     assert given == ["MIG-2g.20gb-2", "MIG-1g.10gb-0", "MIG-1g.10gb-1"]
-    assert "2g.20gb,1g.10gb,1g.10gb" in sliced.require()[1].found
+    assert "2g.20gb,1g.10gb,1g.10gb" in sliced.require()[-1].found
 
 
 @pytest.mark.parametrize("there", [INSTANCES[:2], [{**INSTANCES[0], "profile": None}] * 3])

@@ -57,21 +57,55 @@ STATE_FIELDS = (
 )  # fmt: skip
 
 
+# What to do about an NVML error (nvmlReturn_t in nvml.h).
+NO_PERMISSION, DRIVER_NOT_LOADED, LIBRARY_NOT_FOUND = 4, 9, 12
+GPU_IS_LOST, RESET_REQUIRED, VERSION_MISMATCH = 15, 16, 18
+ADVICE = {
+    NO_PERMISSION: "let this account open /dev/nvidia*, in a container with --gpus all",
+    DRIVER_NOT_LOADED: "load the driver: sudo modprobe nvidia",
+    GPU_IS_LOST: "the GPU has left the bus: look for Xid in the kernel's log, and restart",
+    RESET_REQUIRED: "the GPU has to be reset: see nvidia-smi --gpu-reset, or restart",
+    VERSION_MISMATCH: "the driver was upgraded while the old one runs: restart",
+}
+
+
 class GpuNotFoundError(Exception):
     """The GPU that was named does not exist; the message is one sentence for the user."""
 
 
-@functools.cache
+class GpuUnusableError(Exception):
+    """A GPU is there but cannot be asked; the message is one sentence that names the fix."""
+
+
 def unavailable_reason() -> str | None:
-    """Initialize NVML once; return why there is no GPU to ask, or None when there is one."""
+    """Return why there is no GPU to ask, or None when there is one."""
+    return _initialized()[0]
+
+
+def is_absent() -> bool:
+    """Whether this machine has no driver at work, so that no GPU of it is missed."""
+    return _initialized()[1]
+
+
+@functools.cache
+def _initialized() -> tuple[str | None, bool]:
+    """Initialize NVML once; return why there is no GPU to ask, and whether none is to be missed."""
     if pynvml is None:
-        return "the Python package nvidia-ml-py is not installed"
+        return "the Python package nvidia-ml-py is not installed", True
     try:
         pynvml.nvmlInit()
         count = pynvml.nvmlDeviceGetCount()
     except pynvml.NVMLError as error:
-        return f"NVML says: {error}"
-    return None if count else "the driver answers but lists no GPU"
+        return f"NVML says: {in_words(error)}", error.value in (
+            LIBRARY_NOT_FOUND, DRIVER_NOT_LOADED,
+        )  # fmt: skip
+    return (None if count else "the driver answers but lists no GPU"), not count
+
+
+def in_words(error: pynvml.NVMLError) -> str:
+    """Return NVML's words for an error, with what to do about it where that is known."""
+    advice = ADVICE.get(error.value)
+    return f"{error} ({advice})" if advice else str(error)
 
 
 def open_gpu(selector: str | int | None = None) -> Gpu | None:
@@ -85,9 +119,12 @@ def open_gpu(selector: str | int | None = None) -> Gpu | None:
 
     Raises:
         GpuNotFoundError: a GPU was named that does not exist.
+        GpuUnusableError: there is one, but the driver cannot use it.
     """
     reason = unavailable_reason()
     if reason is not None:
+        if not is_absent():
+            raise GpuUnusableError(reason)
         if selector is None:
             return None
         raise GpuNotFoundError(f"GPU {selector} cannot be found: {reason}.")
@@ -96,6 +133,8 @@ def open_gpu(selector: str | int | None = None) -> Gpu | None:
             return Gpu(pynvml.nvmlDeviceGetHandleByIndex(int(selector or 0)))
         return Gpu(pynvml.nvmlDeviceGetHandleByUUID(str(selector)))
     except pynvml.NVMLError as error:
+        if error.value in ADVICE:
+            raise GpuUnusableError(f"NVML says: {in_words(error)}") from None
         known = ", ".join(_known_selectors())
         raise GpuNotFoundError(
             f"GPU {selector} cannot be found ({error}): choose one of {known}."
@@ -380,7 +419,7 @@ def _first_answer(*functions: str, arguments: tuple = ()) -> Any:
 def _open_or_none(selector: str | int | None) -> Gpu | None:
     try:
         return open_gpu(selector)
-    except GpuNotFoundError:
+    except (GpuNotFoundError, GpuUnusableError):
         return None
 
 

@@ -14,7 +14,7 @@ from benchmarking.modes.mode_evidence import (
     device_evidence,
     verdict_of,
 )
-from benchmarking.modes.sharing_mode import GpuFacts, SharingMode
+from benchmarking.modes.sharing_mode import GpuFacts, SharingMode, gpu_answers
 from benchmarking.planning import mig_layout
 from benchmarking.planning.plan import MODE_MIG
 
@@ -48,7 +48,11 @@ class MigMode(SharingMode):
 
     def check(self) -> list[Evidence]:
         """MIG is on, and there is an instance for every client."""
-        mode = (self._facts().get("mig_mode") or {}).get("current")
+        facts = self._facts()
+        answer = gpu_answers(facts)
+        if not answer.ok:
+            return [answer]
+        mode = (facts.get("mig_mode") or {}).get("current")
         count = len(self.instances())
         wanted = ",".join(self._layout)
         fix = f"{SETUP_MIG} {wanted or f'1g.5gb {self._clients}'}" if mode else None
@@ -63,6 +67,7 @@ class MigMode(SharingMode):
                 f"{count} MIG instances for {self._clients} clients", count >= self._clients, fix,
             )  # fmt: skip
         return [
+            answer,
             Evidence(
                 "MIG mode is Enabled", mode or "not supported by this GPU", mode == "Enabled", fix
             ),

@@ -17,7 +17,7 @@ from benchmarking.modes.mode_evidence import (
     past_mps_evidence,
     verdict_of,
 )
-from benchmarking.modes.sharing_mode import GpuFacts, SharingMode, mig_is_off
+from benchmarking.modes.sharing_mode import GpuFacts, SharingMode, gpu_answers, mig_is_off
 from benchmarking.planning.plan import MODE_MPS
 
 ENABLE_MPS = "./gpu-configs/enable_mps.sh"
@@ -47,13 +47,17 @@ class MpsMode(SharingMode):
     def check(self) -> list[Evidence]:
         """A control daemon answers, and neither MIG nor the compute mode forbids clients."""
         facts = self._facts()
+        answer = gpu_answers(facts)
+        if not answer.ok:
+            return [answer]
         found = self.pipe_directory()
         tried = ", ".join(self._candidates) or "no pipe directory is known"
-        answer = f"yes, at {found}" if found else f"none ({tried})"
+        daemon = f"yes, at {found}" if found else f"none ({tried})"
         compute_mode = facts.get("compute_mode")
         return [
+            answer,
             mig_is_off(facts),
-            Evidence("an MPS control daemon answers", answer, found is not None, ENABLE_MPS),
+            Evidence("an MPS control daemon answers", daemon, found is not None, ENABLE_MPS),
             Evidence(
                 "compute mode lets the MPS server in", str(compute_mode),
                 compute_mode in ("Default", "Exclusive_Process"), ENABLE_MPS,

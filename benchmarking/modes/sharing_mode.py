@@ -86,6 +86,13 @@ class SharingMode(ABC):
         return not self._own_pid_namespace and any(map(process_exists, listed))
 
 
+def gpu_answers(facts: GpuFacts) -> Evidence:
+    """Look whether the driver still knows the GPU; one that left the bus has no facts."""
+    is_there = bool(facts.get("uuid"))
+    found = "yes" if is_there else "no (look for Xid in the kernel's log, and restart)"
+    return Evidence("the driver answers for the GPU", found, is_there)
+
+
 def mig_is_off(facts: GpuFacts) -> Evidence:
     """Look whether MIG is off, or not there."""
     mode = (facts.get("mig_mode") or {}).get("current") or "not supported by this GPU"

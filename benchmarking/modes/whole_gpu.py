@@ -16,7 +16,7 @@ from benchmarking.modes.mode_evidence import (
     without_mps_evidence,
 )
 from benchmarking.modes.script_state import read_state
-from benchmarking.modes.sharing_mode import GpuFacts, SharingMode, mig_is_off
+from benchmarking.modes.sharing_mode import GpuFacts, SharingMode, gpu_answers, mig_is_off
 from benchmarking.planning.plan import MODE_TIME_SLICING
 
 SETUP_TIME_SLICING = "./gpu-configs/setup_time_slicing.sh"
@@ -48,10 +48,14 @@ class WholeGpuMode(SharingMode):
     def check(self) -> list[Evidence]:
         """MIG is off (or not there), compute mode is Default."""
         facts = self._facts()
+        answer = gpu_answers(facts)
+        if not answer.ok:
+            return [answer]
         compute_mode = facts.get("compute_mode")
         setup = f"{SETUP_TIME_SLICING} {self._clients}"
         compute_fix = setup if compute_mode != "Exclusive_Process" else f"sudo {DISABLE_MPS}"
         return [
+            answer,
             mig_is_off(facts),
             Evidence(
                 "compute mode is Default", str(compute_mode), compute_mode == "Default", compute_fix

@@ -7,6 +7,7 @@ from typing import Any
 from benchmarking.modes.mode_evidence import ProcessLists, Proof, own_pids
 from benchmarking.modes.sharing_mode import SharingMode
 from benchmarking.planning.plan import COMMAND_WORKLOAD, MODE_CPU_DEMO
+from benchmarking.running import occupancy
 from benchmarking.running.event_log import process_ids
 from benchmarking.running.launcher import ClientOutcome, CoRunOutcome
 
@@ -21,12 +22,25 @@ def judge_clients(
     if start is None or end is None:
         return [None] * len(seen.clients)
     lists = ProcessLists.from_samples(samples, start, end)
-    identities = [_identity_with_processes(client) for client in seen.clients]
-    pids = frozenset().union(*map(own_pids, identities))
+    pids = _pids_of(seen)
     return [
-        mode.prove(client.planned.client, identity, pids, lists)
-        for client, identity in zip(seen.clients, identities, strict=True)
+        mode.prove(client.planned.client, _identity_with_processes(client), pids, lists)
+        for client in seen.clients
     ]
+
+
+def strangers_beside(seen: CoRunOutcome, samples: list[dict[str, Any]]) -> list[int]:
+    """Return the pids on the GPU in a co-run's window that are none of its clients'."""
+    start, end = seen.window_start_seconds, seen.window_end_seconds
+    if start is None or end is None:
+        return []
+    return occupancy.strangers(samples, start, end, _pids_of(seen))
+
+
+def _pids_of(seen: CoRunOutcome) -> frozenset[int]:
+    """Every pid under which a client of a co-run may use the GPU."""
+    identities = map(_identity_with_processes, seen.clients)
+    return frozenset().union(*map(own_pids, identities))
 
 
 def _identity_with_processes(client: ClientOutcome) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from benchmarking.planning.plan import (
     PlannedCoRun,
 )
 from benchmarking.planning.ramp import Ramp
-from benchmarking.running import stop_reasons
+from benchmarking.running import occupancy, stop_reasons
 from benchmarking.running.job_resolution import resolve
 from benchmarking.running.launcher import (
     OUTCOME_INTERRUPTED,
@@ -46,7 +46,7 @@ from benchmarking.running.launcher import (
     Patience,
     client_base_environment,
 )
-from benchmarking.running.proofs import judge_clients
+from benchmarking.running.proofs import judge_clients, strangers_beside
 from benchmarking.running.records import client_record, co_run_record
 from benchmarking.running.resumption import EarlierPart, unlike_environment
 from benchmarking.running.sampler import Sampler
@@ -409,6 +409,7 @@ class SuiteRun:
         gpu = self._gpu_figures(seen, samples)
         clients = host_limit.judged(clients, gpu, self._reference.whole)
         record = self._co_run_record(seen, clients, mode, gpu)
+        record["warnings"] += occupancy.warnings(strangers_beside(seen, samples))
         reason = self._stop_reason(record, seen, clients)
         record["stop_reason"] = self._stop_reasons[planned.co_run] = reason
         for line in (*clients, record):

@@ -36,6 +36,7 @@ from benchmarking.planning.plan import (
     PlannedCoRun,
 )
 from benchmarking.planning.plan_file import PlanFile, plan_clients
+from benchmarking.running import occupancy
 from benchmarking.storage import run_store
 from benchmarking.storage.run_store import PHASE_BASELINE, Run
 
@@ -95,6 +96,7 @@ class Request:
     slo_ms: float | None = None
     mps_knobs: MpsKnobs = field(default_factory=MpsKnobs)
     mig_layout: tuple[str, ...] = ()
+    beside_others: bool = False
 
     @property
     def name(self) -> str:
@@ -222,6 +224,8 @@ def prepare(
         evidence = mode.require() if require_mode else mode.check()
     except ModeNotInForceError as error:
         raise SuiteError(str(error), EXIT_MODE_NOT_IN_FORCE) from error
+    if gpu:
+        notes += _notes_on_occupants(gpu["uuid"], may_be=request.beside_others or not require_mode)
     if gpu and request.mode == MODE_TIME_SLICING:
         warning = time_slicing_warning(most, gpu["uuid"], environment)
         notes += [warning] if warning else []
@@ -312,6 +316,20 @@ def _own_variables(client: PlannedClient, under: SharingMode) -> dict[str, str]:
     }
 
 
+def _notes_on_occupants(gpu_uuid: str, *, may_be: bool) -> list[str]:
+    """Look who is on the GPU before a client of ours is, and raise `SuiteError` or note it."""
+    pids = occupancy.occupants(nvml.compute_processes(gpu_uuid) or [])
+    if not pids:
+        return []
+    found = f"other processes are on the GPU: {occupancy.in_words(pids)}"
+    if not may_be:
+        raise SuiteError(
+            f"{found}; wait until they have ended, choose another card with --gpu, or measure "
+            "beside them with --beside-others", EXIT_MODE_NOT_IN_FORCE,
+        )  # fmt: skip
+    return [f"{found}: the GPU is contended, figures hold beside them only"]
+
+
 def _notes_on_plan_file(plan_file: PlanFile | None) -> list[str]:
     if plan_file is None:
         return []
@@ -340,8 +358,17 @@ def find_gpu(
     except nvml.GpuNotFoundError as error:
         code = EXIT_USAGE if nvml.unavailable_reason() is None else EXIT_NO_GPU
         raise SuiteError(str(error), code) from error
+    except nvml.GpuUnusableError as error:
+        raise SuiteError(
+            f"{error}; --device cpu gives the CPU demonstration", EXIT_NO_GPU
+        ) from error
     if gpu is not None:
         facts = gpu.describe()
+        if facts["uuid"] is None:
+            raise SuiteError(
+                "the driver does not tell the GPU's UUID, so no job can be sent to it: look for "
+                "Xid in the kernel's log, and restart", EXIT_NO_GPU,
+            )  # fmt: skip
         if str(facts["uuid"]).startswith("MIG-"):
             raise SuiteError(
                 f"{selector} is a MIG instance: name the card with --gpu, each client gets an "

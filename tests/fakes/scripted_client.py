@@ -30,6 +30,7 @@ scripted card's processes, and to the MPS clients too where CUDA_MPS_PIPE_DIRECT
 
 from __future__ import annotations
 
+import atexit
 import fcntl
 import fnmatch
 import json
@@ -39,6 +40,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -58,6 +60,19 @@ def settings(events: Path | None) -> dict:
         if fnmatch.fnmatch(name, rule["match"]):
             merged.update(rule)
     return merged
+
+
+def change_lists(card: Path, kinds: list[str], change: Callable[[list[str]], list[str]]) -> None:
+    """Change the card's lists of processes of these kinds; clients take turns."""
+    with card.with_name("lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lines = dict(line.partition("=")[::2] for line in card.read_text().splitlines())
+        for kind in kinds:
+            listed = [entry for entry in lines.get(kind, "").split(",") if entry]
+            lines[kind] = ",".join(change(listed))
+        temporary = card.with_name("new")
+        temporary.write_text("".join(f"{key}={value}\n" for key, value in lines.items()))
+        temporary.replace(card)
 
 
 class Script:
@@ -146,16 +161,11 @@ class Script:
             kinds.append("mps_pids")
             with daemon.open("a") as stream:
                 stream.write(f"{os.getpid()}\n")
-        path = Path(card)
-        with path.with_name("lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            lines = dict(line.partition("=")[::2] for line in path.read_text().splitlines())
-            for kind in kinds:
-                listed = [entry for entry in lines.get(kind, "").split(",") if entry]
-                lines[kind] = ",".join([*listed, f"{os.getpid()}:100"])
-            temporary = path.with_name("new")
-            temporary.write_text("".join(f"{key}={value}\n" for key, value in lines.items()))
-            temporary.replace(path)
+        own = f"{os.getpid()}:100"
+        change_lists(Path(card), kinds, lambda listed: [*listed, own])
+        atexit.register(
+            change_lists, Path(card), kinds, lambda listed: [pid for pid in listed if pid != own]
+        )
 
     def identity(self) -> dict:
         """Who this client says it is."""
