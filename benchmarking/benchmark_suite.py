@@ -35,6 +35,7 @@ from benchmarking.planning.plan_file import PlanFileError, read_plan_file
 from benchmarking.planning.ramp import MOST_CLIENTS
 from benchmarking.running import suite_console
 from benchmarking.running.launcher import Interruption
+from benchmarking.running.parent_death import end_with_driver
 from benchmarking.running.resumption import EarlierPart, read_earlier, request_data
 from benchmarking.running.suite_run import SuiteRun
 from benchmarking.running.suite_setup import (
@@ -56,6 +57,7 @@ def main() -> int:
         earlier = read_earlier(options.resume, options.results_dir) if options.resume else None
         request = earlier.request if earlier else request_from(options)
         with Interruption().watching() as interruption, no_mps_folder() as folder:
+            end_with_driver(os.environ)
             setup = prepare(request, folder, os.environ, require_mode=not options.dry_run)
             suite_console.print_plan(setup, verbose=options.verbose or options.dry_run)
             return EXIT_COMPLETE if options.dry_run else run(setup, interruption, earlier)
@@ -67,7 +69,7 @@ def main() -> int:
 
 def run(setup: Setup, interruption: Interruption, earlier: EarlierPart | None) -> int:
     """Carry out the plan, or its rest, and print what came of it; return the exit code."""
-    writer = earlier.reopen() if earlier else new_run(setup)
+    writer = earlier.reopen(setup.notes) if earlier else new_run(setup)
     say = suite_console.Teller().say
     code = SuiteRun(setup, writer, interruption, say, earlier=earlier).execute()
     suite_console.print_summary(run_store.read_run(writer.folder))

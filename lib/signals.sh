@@ -60,12 +60,12 @@ signals::child_ends() {
     done
 }
 
-# Runs a program that gets a signal only through signals::note. It needs a process group of its own:
-# bash would start a background job of its own group with SIGINT ignored.
+# Runs a program that gets a signal only through signals::note, or when this script is killed. It needs
+# a process group of its own: bash would start a background job of its own group with SIGINT ignored.
 signals::run_child() {
     local status
     set -m
-    "$@" </dev/null &
+    GPU_SHARING_DRIVER_PID=$$ "$@" </dev/null &
     CHILD=$!
     set +m
     [[ -z $INTERRUPTED ]] || kill -s INT "$CHILD" 2>/dev/null || true

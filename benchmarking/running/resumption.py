@@ -29,6 +29,9 @@ from benchmarking.storage.run_store import (
 # What tells one environment from another beside what a baseline of another run is compared by.
 COMPARED_FIELDS = ("gpu_uuid", "git_commit")
 
+# Kinds of stop reasons that say nothing of the load: the co-run is done again.
+NO_ANSWERS = ("refused", "killed")
+
 _START_ANEW = "start a new run (--baseline with this one's id reuses baselines that fit)"
 
 Record = dict[str, Any]
@@ -55,14 +58,17 @@ class EarlierPart:
                 return record, clients
         return None
 
-    def reopen(self) -> RunWriter:
-        """Open the run for the rest of it; what a cut-off co-run left is put aside."""
+    def reopen(self, notes: Sequence[str]) -> RunWriter:
+        """Open the run for the rest of it; what a cut-off co-run left is put aside.
+
+        `notes` are those of the start; they come in the place of what the end was called.
+        """
         writer = run_store.reopen_run(
             self.run, {record["co_run"] for record in self.run.co_run_records
                        if self.finished(record["co_run"])},
         )  # fmt: skip
         ended = self.run.manifest["outcome"]
-        writer.note_resumption("killed" if ended == "running" else ended)
+        writer.note_resumption("killed" if ended == "running" else ended, notes)
         return writer
 
 
@@ -169,14 +175,17 @@ def _with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_answer(record: Record, clients: Sequence[Record]) -> bool:
-    """Whether a co-run need not be done again: it went well, or broke under its load."""
+    """Whether a co-run need not be done again: it went well, or broke under its load.
+
+    A client that somebody else killed says nothing of the load.
+    """
     if record["outcome"] == OUTCOME_OK:
         return True
     reason = record.get("stop_reason") or {"kind": "refused"}
     return (
         record["phase"] == PHASE_CO_RUN
         and record["outcome"] in ("failed", OUTCOME_TIMEOUT)
-        and reason["kind"] != "refused"
+        and reason["kind"] not in NO_ANSWERS
         and not any(client["exit_code"] == EXIT_NO_GPU for client in clients)
     )
 

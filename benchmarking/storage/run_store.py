@@ -148,12 +148,14 @@ class RunWriter:
         """Keep the plan file of the run as it was."""
         (self.folder / PLAN_FILE).write_text(text, encoding="utf-8")
 
-    def note_resumption(self, ended: str) -> None:
-        """Note that the run goes on, and how it `ended` before."""
-        manifest = self.manifest
-        entry = {"resumed_at": utc_now(), "ended": ended, "finished_at": manifest["finished_at"]}
-        resumptions = [*manifest["resumptions"], entry]
-        self.update_manifest(resumptions=resumptions, outcome="running", finished_at=None)
+    def note_resumption(self, ended: str, notes: Sequence[str]) -> None:
+        """Note that the run goes on with these notes, and how it `ended` before, with its notes."""
+        earlier = {key: self.manifest[key] for key in ("finished_at", "notes")}
+        entry = {"resumed_at": utc_now(), "ended": ended, **earlier}
+        resumptions = [*self.manifest["resumptions"], entry]
+        self.update_manifest(
+            resumptions=resumptions, outcome="running", finished_at=None, notes=list(notes)
+        )
 
     def finish(self, outcome: str) -> None:
         """Note how the run ended, and when; the folder is free from then on."""

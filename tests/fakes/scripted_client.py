@@ -156,10 +156,11 @@ class Script:
         if card is None or self.settings.get("hidden"):
             return
         kinds = ["pids"]
-        daemon = Path(os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/nowhere")) / "running"
-        if daemon.exists() and not self.settings.get("without_mps"):
+        pipe = Path(os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/nowhere"))
+        is_served = (pipe / "running").exists() or (pipe / "control").exists()
+        if is_served and not self.settings.get("without_mps"):
             kinds.append("mps_pids")
-            with daemon.open("a") as stream:
+            with (pipe / "running").open("a") as stream:
                 stream.write(f"{os.getpid()}\n")
         own = f"{os.getpid()}:100"
         change_lists(Path(card), kinds, lambda listed: [*listed, own])
