@@ -67,6 +67,14 @@ def first_unit_seconds(events: Iterable[Event]) -> float | None:
     return min(starts, default=None)
 
 
+def first_unit_end_seconds(events: Iterable[Event]) -> float | None:
+    """Return when the first finished unit ended, `None` when there is none."""
+    ends = [start + duration for event in events if event["event"] == "units"
+            for start, duration in zip(
+                event["start_seconds"], event["duration_seconds"], strict=True)]  # fmt: skip
+    return min(ends, default=None)
+
+
 def process_ids(events: Iterable[Event]) -> list[int]:
     """Return the pids of `processes` events: those that did the work of a client's jobs."""
     noted = (event["pids"] for event in events if event["event"] == "processes")

@@ -109,6 +109,8 @@ class FinishRule:
     long_job_seconds: float = 0.0
     window_seconds: float | None = None
     min_units: int = 10
+    # Whether a client that fails is left behind, instead of ending the window.
+    tolerates_failures: bool = False
 
     def is_done(self, client: Client) -> bool:
         """Whether this client has done enough, the elapsed time apart."""
@@ -358,7 +360,10 @@ class Launcher:
 
     def _contend(self, clients: list[Client], rule: FinishRule, go_seconds: float) -> None:
         deadline = go_seconds + self._patience.timeout
-        self._wait(clients, rule.is_done, "finish", deadline, not_before=go_seconds + rule.seconds)
+        self._wait(
+            clients, rule.is_done, "finish", deadline, not_before=go_seconds + rule.seconds,
+            tolerates_failures=rule.tolerates_failures,
+        )  # fmt: skip
 
     def _wait(
         self,
@@ -367,19 +372,22 @@ class Launcher:
         what: str,
         deadline: float,
         not_before: float = 0.0,
+        *,
+        tolerates_failures: bool = False,
     ) -> None:
         """Wait until `is_done` holds for every client, watching all of them.
 
-        Raises `_EndOfWindow` when one fails, the deadline passes, or somebody interrupts.
+        Raises `_EndOfWindow` when one fails (with `tolerates_failures`: when all have), when the
+        deadline passes, or when somebody interrupts.
         """
         while True:
             for client in clients:
                 client.poll()
             failed = [client for client in clients if client.has_failed]
-            if failed:
+            if failed and (len(failed) == len(clients) or not tolerates_failures):
                 names = " and ".join(client.name for client in failed)
                 raise _EndOfWindow(OUTCOME_FAILED, f"{names} failed")
-            waiting = [client for client in clients if not is_done(client)]
+            waiting = [client for client in clients if client not in failed and not is_done(client)]
             now = time.monotonic()
             if not waiting and now >= not_before:
                 return

@@ -1,0 +1,159 @@
+#!/usr/bin/env python3
+"""A job that goes wrong on purpose, to see what that does to the jobs beside it.
+
+    python3 workloads/custom/fault_client.py --fault oom --after 2
+
+It multiplies matrices for ``--after`` seconds and then
+
+    exit            ends with code 1, the GPU idle
+    oom             allocates until its own cap (``--cap-mib``) is reached; the card is not filled
+    assert          lets an assertion fail in a kernel (CUDA error 710)
+    illegal-access  writes outside of every allocation (CUDA error 700); only with
+                    --allow-illegal-access, and never where GPU_SETTINGS_LOCKED=1 says that the card
+                    is lent or shared
+
+`benchmarking/blast_radius.py` puts it beside healthy jobs. On the CPU ``exit`` is real, ``oom`` is
+only reported, and the others are refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from workloads.common import cli, client
+
+FAULTS = ("exit", "oom", "assert", "illegal-access")
+LOCK_VARIABLE = "GPU_SETTINGS_LOCKED"
+MATRIX_SIZE = {"cuda": 2048, "cpu": 128}
+BLOCK_MIB = 64
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Return the checked flags."""
+    parser = cli.workload_parser("A job that goes wrong on purpose, beside healthy ones.")
+    fault = parser.add_argument_group("the fault")
+    fault.add_argument("--fault", choices=FAULTS, required=True)
+    fault.add_argument(
+        "--after", type=cli.positive_float, default=5.0, metavar="S",
+        help="work for so many seconds first (default: 5)",
+    )  # fmt: skip
+    fault.add_argument(
+        "--cap-mib", type=cli.positive_int, default=1024, metavar="N",
+        help="oom: how much it may allocate until memory counts as full (default: 1024)",
+    )  # fmt: skip
+    fault.add_argument("--allow-illegal-access", action="store_true")
+    args = parser.parse_args()
+    if args.fault == "illegal-access":
+        if os.environ.get(LOCK_VARIABLE) == "1":
+            parser.error(
+                f"{LOCK_VARIABLE}=1: this card is lent or shared, and an illegal access can end "
+                "other people's work; unset it on a card of your own"
+            )
+        if not args.allow_illegal_access:
+            parser.error("an illegal access can end other people's work: --allow-illegal-access")
+    return args
+
+
+class FaultyJob(client.Workload):
+    """Multiplies matrices until it is time to fail."""
+
+    name = "fault_client"
+    title = "A job that goes wrong"
+
+    def load(self) -> None:
+        """Open the device and make the matrices."""
+        import torch
+
+        from workloads.common.device import open_device
+
+        self.device = open_device(self.args)
+        kind = self.device.torch_device.type
+        if kind == "cpu" and self.args.fault in ("assert", "illegal-access"):
+            raise cli.UsageError(f"--fault {self.args.fault} needs a GPU: there is none")
+        size = MATRIX_SIZE[kind]
+        self.matrix = torch.randn(size, size, device=self.device.torch_device)
+        self.product = torch.empty_like(self.matrix)
+
+    def warm_up(self) -> None:
+        """Multiply once, so that the library is loaded."""
+        self._multiply()
+
+    def run_job(self, recorder: client.Recorder) -> dict:
+        """Work until it is time, then fail.
+
+        Raises:
+            StopRequested: The suite asked to stop before it was time.
+            JobFailedError: The fault did not end the job.
+        """
+        end_seconds = time.monotonic() + self.args.after
+        while time.monotonic() < end_seconds:
+            recorder.check_stop()
+            start_seconds = time.monotonic()
+            self._multiply()
+            recorder.unit("product", start_seconds, time.monotonic())
+        recorder.flush()
+        {
+            "exit": self._exit,
+            "oom": self._run_out_of_memory,
+            "assert": self._fail_an_assertion,
+            "illegal-access": self._access_illegally,
+        }[self.args.fault]()
+        raise cli.JobFailedError(f"--fault {self.args.fault} did no harm to the job itself")
+
+    def settings(self) -> dict:
+        """Return what it was told to do."""
+        return {"fault": self.args.fault, "after_seconds": self.args.after}
+
+    def summary(self, figures: dict) -> list[tuple[str, str]]:
+        """Return nothing: it never comes to an end."""
+        return []
+
+    def _multiply(self) -> None:
+        import torch
+
+        torch.mm(self.matrix, self.matrix, out=self.product)
+        self.device.synchronize()
+
+    def _exit(self) -> None:
+        # Without cleaning up, as a crashed process leaves; its GPU work is done.
+        self.device.synchronize()
+        print("fault_client: ending with code 1, as told", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    def _run_out_of_memory(self) -> None:
+        import torch
+
+        if not self.device.is_cuda:
+            raise cli.OutOfGpuMemoryError("out of memory, as told (there is no GPU: not real)")
+        total = torch.cuda.get_device_properties(0).total_memory
+        cap = torch.cuda.memory_reserved() + self.args.cap_mib * 2**20
+        torch.cuda.set_per_process_memory_fraction(min(1.0, cap / total))
+        blocks = []
+        while True:
+            blocks.append(torch.empty(BLOCK_MIB * 2**20, dtype=torch.uint8, device="cuda"))
+
+    def _fail_an_assertion(self) -> None:
+        import torch
+
+        torch._assert_async(torch.zeros((), dtype=torch.bool, device="cuda"))
+        torch.cuda.synchronize()
+
+    def _access_illegally(self) -> None:
+        import torch
+
+        from workloads.custom.far_store import store_outside
+
+        store_outside(self.matrix)
+        torch.cuda.synchronize()
+
+
+main = client.main_of(FaultyJob, parse_arguments)
+
+if __name__ == "__main__":
+    cli.run_main(main)
