@@ -110,6 +110,12 @@ def test_crash_kill_and_time_limit_are_told_apart(status: str, kind: str, words:
     assert words in in_words(found)
 
 
+def test_a_neighbor_without_proof_is_not_the_cause() -> None:
+    unproved = {"status": "invalid", "reason": "its pid is not among []"}
+    found = judged(unproved, {"status": "killed", "reason": "ended by SIGKILL"})
+    assert (found["kind"], found["client"]) == ("killed", 1)
+
+
 def test_clients_that_were_never_measured_were_refused() -> None:
     assert judged({"status": "failed", "reason": "all of it"})["kind"] == "refused"
 
