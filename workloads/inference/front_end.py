@@ -40,6 +40,7 @@ class FrontEndSettings:
         max_batch: The largest batch of one forward pass.
         max_batch_predict: The largest ``batch_size`` of ``/batch_predict``.
         request_seconds: From a request's first byte to its last, and from there to its answer.
+        api_key: What a client has to know for all but ``/health``; None: nothing.
     """
 
     threads: int
@@ -49,8 +50,9 @@ class FrontEndSettings:
     max_batch: int
     max_batch_predict: int
     request_seconds: float
+    api_key: str | None
 
-    def as_dict(self) -> dict[str, float]:
+    def as_dict(self) -> dict[str, float | str | None]:
         """Return the settings for a message to another process."""
         return asdict(self)
 
@@ -87,7 +89,8 @@ class FrontEnd:
         self._application = Application(
             self._service, StatsWriter(self._region), ServerStats(block),
             max_batch=settings.max_batch, max_batch_predict=settings.max_batch_predict,
-            max_body_bytes=settings.max_body_bytes, call_soon=call_soon,
+            max_body_bytes=settings.max_body_bytes, api_key=settings.api_key,
+            call_soon=call_soon,
         )  # fmt: skip
 
     def run(self) -> None:

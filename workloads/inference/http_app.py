@@ -8,7 +8,8 @@
 ``GET /metrics``            the same for Prometheus, as counters and histograms
 ==========================  =====================================================================
 
-Every error is JSON: ``{"error": "one sentence"}``.
+With an API key everything but ``/health`` wants it (``api_key.py``), else 401. Every error is JSON:
+``{"error": "one sentence"}``.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from workloads.inference.api_key import CHALLENGE, admits
 from workloads.inference.http_messages import Request
 from workloads.inference.image_service import ImageService, Inference, Refusal
 from workloads.inference.server_metrics import CONTENT_TYPE, ServerMetrics
@@ -62,6 +64,7 @@ class Application:
         max_batch: int,
         max_batch_predict: int,
         max_body_bytes: int,
+        api_key: str | None,
         call_soon: Callable[..., None],
     ) -> None:
         """Prepare.
@@ -73,6 +76,7 @@ class Application:
             max_batch: The largest batch of one forward pass; larger ones are split.
             max_batch_predict: The largest ``batch_size`` of ``/batch_predict``.
             max_body_bytes: The longest request body.
+            api_key: What a client has to know for all but ``/health``; None: nothing.
             call_soon: Runs a call on the event loop's thread.
         """
         self.state = ServerState()
@@ -83,6 +87,7 @@ class Application:
         self._max_batch = max_batch
         self._max_batch_predict = max_batch_predict
         self._max_body_bytes = max_body_bytes
+        self._api_key = api_key
         self._call_soon = call_soon
         # Percentiles of 100,000 latencies take milliseconds, which no picture shall wait.
         self._readers = ThreadPoolExecutor(1, thread_name_prefix="stats")
@@ -96,6 +101,13 @@ class Application:
 
     def handle(self, request: Request) -> None:
         """Answer ``request``, now or later."""
+        # Before anything that tells what is there.
+        if request.path != "/health" and not admits(self._api_key, request.authorization):
+            request.body = b""
+            request.respond_error(
+                401, "this server wants its API key: Authorization: Bearer KEY", (CHALLENGE,)
+            )
+            return
         methods = self._routes.get(request.path)
         if methods is None:
             request.respond_error(404, f"there is nothing at {request.path[:100]}")

@@ -55,14 +55,15 @@ class Request:
     """One complete request, to be answered once by ``respond``."""
 
     __slots__ = (
-        "_connection", "body", "body_bytes", "content_type", "keep_alive", "method", "path",
-        "received_seconds", "too_long", "version",
+        "_connection", "authorization", "body", "body_bytes", "content_type", "keep_alive",
+        "method", "path", "received_seconds", "too_long", "version",
     )  # fmt: skip
 
     def __init__(self, connection: HttpProtocol, method: str) -> None:
         self._connection = connection
         self.method = method
         self.path = ""
+        self.authorization = ""
         self.content_type = ""
         self.version = "1.1"
         self.keep_alive = False

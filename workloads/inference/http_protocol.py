@@ -205,6 +205,8 @@ class HttpProtocol(asyncio.Protocol):
         name = name.lower()
         if name == b"content-type":
             self._incoming.content_type = value.decode("latin-1")
+        elif name == b"authorization":
+            self._incoming.authorization = value.decode("latin-1")
         elif name == b"expect":
             self._expects_continue = value.lower() == b"100-continue"
         elif name == b"content-length":

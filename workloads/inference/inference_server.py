@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from workloads.common import cli, client, console
 from workloads.common.environment import usable_cores
+from workloads.inference import api_key
 from workloads.inference.inference_model import (
     add_model_flags,
     resolve_model_flags,
@@ -110,7 +111,9 @@ def parse_arguments() -> argparse.Namespace:
         "--drain-seconds", type=cli.non_negative_float, default=30.0,
         help="longest that a shutdown waits for requests in flight (default: 30)",
     )  # fmt: skip
+    api_key.add_flag(limits, "answer only who knows this key, but for /health")
     args = parser.parse_args()
+    api_key.take(args, parser)
     if args.port > MAX_PORT:
         parser.error(f"--port {args.port} is above {MAX_PORT}")
     if args.frontends > MAX_FRONT_ENDS:
@@ -178,6 +181,7 @@ class InferenceServer(client.Workload):
             max_batch=args.max_batch,
             max_batch_predict=args.max_batch_predict,
             request_seconds=args.request_seconds,
+            api_key=args.api_key,
         )
         return FrontEnds(
             listener, args.frontends, self._block, self._batcher, settings, args.max_connections
@@ -316,6 +320,7 @@ class InferenceServer(client.Workload):
             "max_connections": args.max_connections,
             "request_seconds": args.request_seconds,
             "drain_seconds": args.drain_seconds,
+            "wants_api_key": args.api_key is not None,
             "seed": args.seed,
         }
 

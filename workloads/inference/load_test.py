@@ -25,9 +25,11 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from workloads.common import cli, client, console
+from workloads.inference import api_key
 
 if TYPE_CHECKING:
     import numpy as np
+    import urllib3
 
     from workloads.inference.load_figures import Requests
     from workloads.inference.load_generator import Measured
@@ -104,7 +106,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help="draw a latency histogram and a QPS timeline next to the result (default: by hand "
         "only, not with --events)",
     )  # fmt: skip
+    api_key.add_flag(parser, "the server's key, if it wants one")
     args = parser.parse_args(arguments)
+    api_key.take(args, parser)
     if args.arrival is not None and args.rate is None:
         parser.error("--arrival is about the open loop; give its --rate too")
     args.arrival = args.arrival or "poisson"
@@ -141,7 +145,7 @@ class LoadTest(client.Workload):
         images = encode_images(DISTINCT_IMAGES, args.seed)
         return WorkerPlan(
             url=url,
-            requests=encode_requests(url, images, args.upload),
+            requests=encode_requests(url, images, args.upload, args.api_key),
             clients=args.clients,
             threads=args.clients if args.rate is None else max(args.clients, args.max_connections),
             duration_seconds=args.duration,
@@ -197,6 +201,7 @@ class LoadTest(client.Workload):
             except urllib3.exceptions.HTTPError:
                 waiting_for, limit_seconds = "does not answer", args.connect_seconds
             if answered:
+                self._require_key(pool, f"{(address.path or '').rstrip('/')}/stats")
                 pool.close()
                 return
             if time.monotonic() - started_seconds > limit_seconds:
@@ -205,6 +210,16 @@ class LoadTest(client.Workload):
                     "python3 workloads/inference/inference_server.py, or name another with --server"
                 )
             time.sleep(READY_PROBE_SECONDS)
+
+    def _require_key(self, pool: urllib3.HTTPConnectionPool, path: str) -> None:
+        """Raise UsageError where the server wants another API key than ours, or any."""
+        key = self.args.api_key
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        if pool.request("GET", path, headers=headers, timeout=5.0).status == 401:
+            given = "does not take this API key" if key else "wants an API key"
+            raise cli.UsageError(
+                f"the server {self.args.server} {given}; give its own by {api_key.VARIABLE}"
+            )
 
     def warm_up(self) -> None:
         """Wait until every client has sent its uncounted requests."""
