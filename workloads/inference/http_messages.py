@@ -7,12 +7,9 @@ import time
 from dataclasses import dataclass
 from email.utils import formatdate
 from http import HTTPStatus
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import httptools
-
-if TYPE_CHECKING:
-    from workloads.inference.http_protocol import HttpProtocol
 
 SERVER_NAME = "gpu-sharing-bench"
 RETRY_AFTER = ("Retry-After", "1")
@@ -51,6 +48,24 @@ class BodyMemory:
         self._used_bytes -= bytes_
 
 
+class Connection(Protocol):
+    """What a request needs of the connection that it came by."""
+
+    @property
+    def lost(self) -> bool:
+        """Whether the client has gone."""
+
+    def send_answer(
+        self,
+        request: Request,
+        status: int,
+        body: bytes,
+        content_type: str,
+        headers: tuple[tuple[str, str], ...],
+    ) -> None:
+        """Send the answer to one of its requests."""
+
+
 class Request:
     """One complete request, to be answered once by ``respond``."""
 
@@ -59,7 +74,7 @@ class Request:
         "method", "path", "received_seconds", "too_long", "version",
     )  # fmt: skip
 
-    def __init__(self, connection: HttpProtocol, method: str) -> None:
+    def __init__(self, connection: Connection, method: str) -> None:
         self._connection = connection
         self.method = method
         self.path = ""
