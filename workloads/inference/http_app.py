@@ -6,6 +6,7 @@
 ``POST /batch_predict``     ``{"batch_size": 32}``: a synthetic batch, its latency and throughput
 ``GET /stats``              request counts, latency percentiles, QPS, batch sizes
 ``GET /metrics``            the same for Prometheus, as counters and histograms
+``GET /openapi.json``       all this as OpenAPI
 ==========================  =====================================================================
 
 With an API key everything but ``/health`` wants it (``api_key.py``), else 401. Every error is JSON:
@@ -26,6 +27,7 @@ import numpy as np
 from workloads.inference.api_key import CHALLENGE, admits
 from workloads.inference.http_messages import Request
 from workloads.inference.image_service import ImageService, Inference, Refusal
+from workloads.inference.openapi import description
 from workloads.inference.server_metrics import CONTENT_TYPE, ServerMetrics
 from workloads.inference.server_stats import ServerStats, StatsWriter
 from workloads.inference.shared_block import ENDPOINTS
@@ -97,6 +99,7 @@ class Application:
             "/batch_predict": {"POST": self._batch_predict},
             "/stats": {"GET": self._show_stats},
             "/metrics": {"GET": self._show_metrics},
+            "/openapi.json": {"GET": self._describe},
         }
 
     def handle(self, request: Request) -> None:
@@ -141,6 +144,17 @@ class Application:
             "uptime_seconds": time.monotonic() - state.started_seconds,
         }
         request.respond_json(200 if state.status == "ok" else 503, body)
+
+    def _describe(self, request: Request) -> None:
+        request.respond_json(
+            200,
+            description(
+                max_body_bytes=self._max_body_bytes,
+                max_batch_predict=self._max_batch_predict,
+                default_batch_size=min(DEFAULT_BATCH_SIZE, self._max_batch_predict),
+                wants_api_key=self._api_key is not None,
+            ),
+        )
 
     def _show_stats(self, request: Request) -> None:
         def body() -> bytes:
@@ -264,15 +278,16 @@ class Application:
 
 
 def _batch_size(body: bytes, limit: int) -> int:
+    default = min(DEFAULT_BATCH_SIZE, limit)
     if not body.strip():
-        return DEFAULT_BATCH_SIZE
+        return default
     try:
         content = json.loads(body)
     except (ValueError, RecursionError) as error:
         raise Refusal(400, 'the body is not valid JSON; send {"batch_size": 32}') from error
     if not isinstance(content, dict):
         raise Refusal(400, 'the body must be a JSON object such as {"batch_size": 32}')
-    size = content.get("batch_size", DEFAULT_BATCH_SIZE)
+    size = content.get("batch_size", default)
     if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= limit:
         raise Refusal(400, f"batch_size must be a whole number from 1 to {limit}")
     return size
