@@ -40,6 +40,7 @@ from benchmarking.running.resumption import EarlierPart, read_earlier, request_d
 from benchmarking.running.suite_run import SuiteRun
 from benchmarking.running.suite_setup import (
     EXIT_COMPLETE,
+    EXIT_FAILED,
     EXIT_USAGE,
     Request,
     Setup,
@@ -65,6 +66,9 @@ def main() -> int:
         return complain(error, error.exit_code)
     except (run_store.RunStoreError, PlanFileError) as error:
         return complain(error, EXIT_USAGE)
+    except OSError as error:  # before the run began: a disk without room for its first file
+        advice = "make room, or name another --results-dir"
+        return complain(OSError(f"{options.results_dir}: {error.strerror}: {advice}"), EXIT_FAILED)
 
 
 def run(setup: Setup, interruption: Interruption, earlier: EarlierPart | None) -> int:
@@ -72,7 +76,10 @@ def run(setup: Setup, interruption: Interruption, earlier: EarlierPart | None) -
     writer = earlier.reopen(setup.notes) if earlier else new_run(setup)
     say = suite_console.Teller().say
     code = SuiteRun(setup, writer, interruption, say, earlier=earlier).execute()
-    suite_console.print_summary(run_store.read_run(writer.folder))
+    try:
+        suite_console.print_summary(run_store.read_run(writer.folder))
+    except run_store.RunStoreError as error:
+        return complain(error, code or EXIT_FAILED)
     print(f"results: {writer.folder}", flush=True)
     return code
 

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import nvml_stub
 import pytest
+from program_copy import processes_of
 from recorded_rows import client, co_run
 from waiting import wait_until
 
@@ -340,6 +341,22 @@ def test_an_interrupted_run_keeps_what_was_done_and_leaves_no_process(
     pids = [record["identity"]["pid"] for record in run.client_records]
     assert len(pids) == 3
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+def test_a_results_folder_that_is_taken_away_ends_the_run_in_a_sentence(bench: Bench) -> None:
+    bench.script({"match": "*:training-2-r0/*", "units": 500})
+    process = subprocess.Popen(
+        bench.command("--mix", "training", "--workloads", "2", "--window", "2"),
+        env=bench.environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    events = "clients/training-2-r0/1.events.jsonl"
+    wait_until(lambda: list(bench.results.rglob(events)), "clients that start")
+    shutil.rmtree(bench.results)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "(No such file or directory): make room there or bring it back" in stderr
+    assert "Traceback" not in stderr
+    assert processes_of(bench.root) == []
 
 
 # --- usage ------------------------------------------------------------------------------------

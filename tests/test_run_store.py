@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -119,6 +120,22 @@ def test_an_edited_record_is_named_and_its_co_run_left_out(
     if named:
         assert re.search(named, read.warnings[0])
     assert "edited left out: records of" in read.warnings[-1]
+
+
+def test_of_a_line_that_the_disk_has_no_room_for_nothing_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_store.create_run(tmp_path, MANIFEST)
+    run.append_record(client("c", 0))
+    write = os.write
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", lambda descriptor, line: write(descriptor, line[:20]))
+        with pytest.raises(OSError, match="No space left"):
+            run.append_record(co_run("c"))
+    run.append_record(co_run("c"))
+    read = run_store.read_run(run.folder)
+    assert read.warnings == []
+    assert len(read.co_run_records) == 1
 
 
 def test_not_a_number_is_no_record(tmp_path: Path) -> None:

@@ -23,12 +23,17 @@ class LineFollower:
         self._offset = past
 
     def poll(self) -> list[bytes]:
-        """Return the new lines; one that is still being written waits for the next look."""
+        """Return the new lines; one that is still being written waits for the next look.
+
+        Raises `FileNotFoundError` for a file that was there, or whose folder has gone.
+        """
         try:
             with self._path.open("rb") as stream:
                 stream.seek(self._offset)
                 content = stream.read()
         except FileNotFoundError:
+            if self._offset or not self._path.parent.is_dir():
+                raise
             return []
         whole = content[: content.rfind(b"\n") + 1]
         self._offset += len(whole)

@@ -187,7 +187,14 @@ class Client:
         if self._process is not None and self.exit_code is None:
             self.exit_code = self._process.poll()
             self.ended_early = self.exit_code is not None and not self.stop_sent
-        for event in map(parse_event, self._follower.poll()):
+        try:
+            lines = self._follower.poll()
+        except OSError as error:
+            # To be found out once: everything that is to end this client looks here again.
+            message = f"its event log cannot be read ({error.strerror})"
+            self.error = self.error or {"event": "error", "status": "failed", "message": message}
+            return
+        for event in map(parse_event, lines):
             self.events.append(event)
             match event["event"]:
                 case "loaded":

@@ -125,7 +125,21 @@ class SuiteRun:
         )
 
     def execute(self) -> int:
-        """Run everything and return the exit code; the manifest says how it ended."""
+        """Run everything and return the exit code; the manifest says how it ended.
+
+        Where it can be written: a full disk or a folder that was taken away ends the run, too.
+        """
+        try:
+            return self._execute()
+        except OSError as error:
+            folder = self._writer.folder
+            self._say(
+                f"cannot write to {folder} ({error.strerror}): make room there or bring it back, "
+                f"then go on with --resume {folder}"
+            )
+            return EXIT_FAILED
+
+    def _execute(self) -> int:
         gpu = self._setup.gpu
         outcome, code = "failed", EXIT_FAILED
         try:

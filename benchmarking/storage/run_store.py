@@ -15,6 +15,7 @@ named in `warnings` and skipped, and with it its whole co-run: half of one would
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -301,12 +302,22 @@ def write_json_atomic(path: Path, value: Any) -> None:
 
 
 def append_json_line(path: Path, value: Any) -> None:
-    """Append `value` as one line, by one write; it is on disk when this returns."""
+    """Append `value` as one line, by one write; it is on disk when this returns.
+
+    Raises `OSError` when it cannot be written, on a full disk for instance; nothing of the line is
+    there then.
+    """
     line = (json.dumps(value, allow_nan=False) + "\n").encode()
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     try:
-        os.write(descriptor, line)
-        os.fsync(descriptor)
+        size = os.fstat(descriptor).st_size
+        try:
+            if os.write(descriptor, line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+            os.fsync(descriptor)
+        except OSError:
+            os.ftruncate(descriptor, size)
+            raise
     finally:
         os.close(descriptor)
 
