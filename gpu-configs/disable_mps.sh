@@ -42,6 +42,7 @@ check_preconditions() {
         "the MPS daemon was started by user ${STATE[user]:-?}; run this as that user"
     [[ ${STATE[previous_compute_mode]:-} =~ ^(Default|Prohibited|Exclusive_(Process|Thread))$ ]] ||
         die "$EXIT_FAILED" "$(state::file mps) is damaged (previous_compute_mode)"
+    mps::require_access
     ! mode_is_ours || card::require "putting the compute mode back"
     wait_for_clients
 }
@@ -53,11 +54,13 @@ mode_is_ours() {
 
 # `quit` under a running client would take its GPU context away.
 wait_for_clients() {
-    local -ri until=$((SECONDS + WAIT_SECONDS))
+    local -i NOW end
     local pid
+    clock::read
+    end=$((NOW + WAIT_SECONDS))
     mps::answers "${STATE[pipe_directory]}" || return 0
     while mps::find_clients "${STATE[pipe_directory]}" && ((${#MPS_CLIENTS[@]} > 0)); do
-        if ((SECONDS >= until || DRY_RUN)); then
+        if ((DRY_RUN)) || clock::is_past "$end"; then
             for pid in "${MPS_CLIENTS[@]}"; do
                 log "  pid $pid (user $(gpu::owner "$pid")) is attached"
             done

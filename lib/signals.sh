@@ -53,9 +53,11 @@ signals::end_child() {
 
 # Whether the suite ends within CHILD_SECONDS, if there is one.
 signals::child_ends() {
-    local -ri until=$((SECONDS + CHILD_SECONDS))
+    local -i NOW end
+    clock::read
+    end=$((NOW + CHILD_SECONDS))
     while [[ -n $CHILD ]] && kill -0 "$CHILD" 2>/dev/null; do
-        ((SECONDS < until)) || return 1
+        ! clock::is_past "$end" || return 1
         sleep 0.1
     done
 }

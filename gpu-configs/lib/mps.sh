@@ -32,18 +32,33 @@ mps::answers() { mps::percentage "$1" >/dev/null; }
 
 # mps::wait_until_answers PIPE_DIRECTORY [SECONDS], mps::wait_until_silent PIPE_DIRECTORY
 mps::wait_until_answers() {
-    local -ri until=$((SECONDS + ${2:-WAIT_SECONDS}))
+    local -i NOW end
+    clock::read
+    end=$((NOW + ${2:-WAIT_SECONDS}))
     until mps::answers "$1"; do
-        ((SECONDS < until)) || return 1
+        ! clock::is_past "$end" || return 1
         sleep 0.1
     done
 }
 
 mps::wait_until_silent() {
-    local -ri until=$((SECONDS + WAIT_SECONDS))
+    local -i NOW end
+    clock::read
+    end=$((NOW + WAIT_SECONDS))
     while mps::answers "$1"; do
-        ((SECONDS < until)) || return 1
+        ! clock::is_past "$end" || return 1
         sleep 0.1
+    done
+}
+
+# mps::require_access: ends with 5 where the folder of the saved daemon is shut to its own user: the
+# daemon may run, and only cannot be asked.
+mps::require_access() {
+    local folder
+    for folder in "${STATE[pipe_directory]%/*}" "${STATE[pipe_directory]}"; do
+        ! as_user test -d "$folder" || as_user test -x "$folder" -a -w "$folder" ||
+            die "$EXIT_PERMISSION" "$INVOKER_NAME has no permission on the MPS pipe directory: chmod" \
+                "u+rwx $(quoted "$folder"), or have its owner give it back"
     done
 }
 
