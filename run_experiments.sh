@@ -74,8 +74,9 @@ parse_arguments() {
             --workloads) driver::positive_integer "$1" "${2-}" && WORKLOADS=$2 ;;
             --phase-minutes) check_minutes "${2-}" && PHASE_MINUTES=$2 ;;
             --baseline)
-                [[ -e ${2-}/manifest.json ]] || cli::usage_error "--baseline: '${2-}' is no run folder"
-                BASELINE=$2
+                driver::path "$@"
+                [[ -e $VALUE/manifest.json ]] || cli::usage_error "--baseline: '$VALUE' is no run folder"
+                BASELINE=$VALUE
                 ;;
             *) driver::flag "$@" ;;
         esac
@@ -109,7 +110,9 @@ check_minutes() {
 # PHASE_STATUS and PHASE_REASON by skip or fail, and PHASE_RUN, the name of its run's folder.
 phase() {
     local -r number=$1 name=$2
-    local -r started=$SECONDS
+    local -i NOW started
+    clock::read
+    started=NOW
     PHASE_STATUS=ok
     PHASE_REASON=""
     PHASE_RUN=""
@@ -130,7 +133,10 @@ phase() {
     if ((!DRY_RUN)) || [[ $PHASE_STATUS != ok ]]; then
         log "Phase $number: $name: $PHASE_STATUS${PHASE_REASON:+ ($PHASE_REASON)}"
     fi
-    record_phase "$number" "$name" $((SECONDS - started))
+    clock::read
+    record_phase "$number" "$name" $((NOW - started)) 2>/dev/null || die "$EXIT_FAILED" \
+        "cannot write $OUTPUT/phases.jsonl; make room or bring it back, then ./run_experiments.sh" \
+        "--resume $(quoted "$OUTPUT")"
 }
 
 # was_ok NUMBER: whether a run that goes on has had this phase; its last line counts.
@@ -220,7 +226,8 @@ run_suite() {
 }
 
 analyze() {
-    if compgen -G "$OUTPUT/*/manifest.json" >/dev/null || ((DRY_RUN)); then
+    folder::find "$OUTPUT" "*/manifest.json"
+    if ((${#FOUND[@]} > 0 || DRY_RUN)); then
         analysis::run || fail "the analysis ended with status $?"
     else
         skip "no phase left a run"

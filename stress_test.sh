@@ -138,9 +138,10 @@ choose_counts() {
     COUNTS=${COUNTS%,}
 }
 
+# What another run has left behind may stand in the way until driver::prepare has undone it.
 require_mode() {
     local reason
-    ((HAS_GPU)) || return 0
+    ((HAS_GPU)) && ! mode::has_state driver || return 0
     reason=$(mode::why_not "$MODE" "$MAXIMUM")
     [[ -z $reason ]] || die "$EXIT_FAILED" "$MODE cannot be used: $reason"
 }
@@ -153,6 +154,7 @@ require_plan() {
 
 # The mode's script has said why, where it fails.
 enable_mode() {
+    require_mode
     ((!HAS_GPU)) || mode::enable "$MODE" "$MAXIMUM" || exit "${INTERRUPTED:-$EXIT_FAILED}"
 }
 
@@ -173,9 +175,8 @@ finish() {
 
 # Names the chart, if there is one: a run that was interrupted or broke at once may have none.
 ramp_chart() {
-    local -a charts
-    mapfile -t charts < <(compgen -G "$OUTPUT/*scaling-*.png")
-    ((!${#charts[@]})) || printf ' (the ramp is %s)' "${charts[0]##*/}"
+    folder::find "$OUTPUT" "*scaling-*.png"
+    ((!${#FOUND[@]})) || printf ' (the ramp is %s)' "${FOUND[0]##*/}"
 }
 
 # A count that failed is the answer that was looked for, unless already one job fails.

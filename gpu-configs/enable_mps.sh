@@ -78,6 +78,7 @@ check_preconditions() {
     [[ $GPU_COMPUTE_MODE != Prohibited ]] ||
         die "$EXIT_BUSY" "compute mode is Prohibited, nothing can run on $(gpu::title);" \
             "if nobody needs it so: sudo nvidia-smi -i $GPU_INDEX -c DEFAULT"
+    ! state::load mps || mps::require_access
     mps::refuse_other_daemons
     read_own_state
     if ((EXCLUSIVE)) && [[ $GPU_COMPUTE_MODE != Exclusive_Process ]]; then

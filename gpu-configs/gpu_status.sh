@@ -102,19 +102,10 @@ print_saved() {
         done | sort
         UNDO_COMMANDS+=("${undo_commands[$mode]} $GPU_UUID")
         undo="./gpu-configs/${undo_commands[$mode]} --gpu $GPU_INDEX"
-        ! needs_root "$mode" || undo="sudo $undo"
+        ! state::needs_root "$mode" || undo="sudo $undo"
         printf '    undo: %s\n' "$undo"
     done
     ((any)) || printf '  saved:         nothing, so nothing here to undo\n'
-}
-
-# needs_root MODE: whether undoing the loaded state changes a setting of the card.
-needs_root() {
-    case $1 in
-        mig) return 0 ;;
-        mps) [[ ${STATE[compute_mode]:-} != "${STATE[previous_compute_mode]:-}" ]] ;;
-        *) [[ ${STATE[timeslice]:-} != "${STATE[previous_timeslice]:-}" ]] ;;
-    esac
 }
 
 print_gpu() {
@@ -151,6 +142,8 @@ restore() {
     for command in "${UNDO_COMMANDS[@]}"; do
         read -r script uuid <<<"$command"
         run "$(dirname -- "${BASH_SOURCE[0]}")/$script" --gpu "$uuid" || failed=1
+        GPU_UUID=$uuid
+        ((failed)) || ! state::load driver || state::remove driver
     done
     exit "$failed"
 }

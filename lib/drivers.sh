@@ -23,7 +23,6 @@ THIS_COMMAND=("./${0##*/}")
 unset SUDO_USER SUDO_UID SUDO_GID SUDO_COMMAND
 
 readonly SAVED_ARGUMENTS=arguments.nul # script, working folder and arguments, each ended by NUL
-readonly ENABLED_MODE_FILE=enabled-mode # the mode that is in force on this script's behalf
 OUTPUT=""
 DEVICE=auto
 REPEATS=""
@@ -46,6 +45,14 @@ RESUMED=""       # folder that --resume goes on with
 ENABLED_MODE=""
 MODE_UNDO=()
 MODE_REASON="" # why a mode could not be enabled or undone
+
+# folder::find FOLDER PATTERN: fills FOUND with the paths; signs in the folder's own name match nothing
+# but themselves.
+folder::find() {
+    # shellcheck disable=SC2206 # the second word is a pattern
+    FOUND=("$1"/$2)
+    [[ -e ${FOUND[0]} ]] || FOUND=()
+}
 
 # shellcheck source=flags.sh
 source "$PROJECT_ROOT/lib/flags.sh"

@@ -26,14 +26,15 @@ driver::take_arguments() {
 driver::flag() {
     CONSUMED=2
     case $1 in
-        --output) cli::value "$@" && OUTPUT=$VALUE ;;
+        --output) driver::path "$@" && OUTPUT=$VALUE ;;
         --resume) cli::usage_error "--resume goes on with the flags saved in its folder: give no others" ;;
         --device) driver::choice "$1" "${2-}" auto cpu cuda && DEVICE=$2 ;;
         --repeats) driver::positive_integer "$1" "${2-}" && REPEATS=$2 ;;
         --timeslice) driver::choice "$1" "${2-}" default short medium long && TIMESLICE=$2 ;;
         --plan)
-            [[ -f ${2-} ]] || cli::usage_error "--plan: '${2-}' is not a file"
-            PLAN=$2
+            driver::path "$@"
+            [[ -f $VALUE ]] || cli::usage_error "--plan: '$VALUE' is not a file"
+            PLAN=$VALUE
             ;;
         --mig-profile) cli::value "$@" && MIG_PROFILE=$VALUE ;;
         --mig-layout) cli::value "$@" && layout::check "$VALUE" && MIG_LAYOUT=$VALUE ;;
@@ -43,8 +44,9 @@ driver::flag() {
             driver::choice "$1" "${2-}" auto cifar10 folder synthetic && SUITE_FLAGS+=("$1" "$2")
             ;;
         --data-dir)
-            [[ -d ${2-} ]] || cli::usage_error "--data-dir: '${2-}' is not a folder"
-            SUITE_FLAGS+=("$1" "$2")
+            driver::path "$@"
+            [[ -d $VALUE ]] || cli::usage_error "--data-dir: '$VALUE' is not a folder"
+            SUITE_FLAGS+=("$1" "$VALUE")
             ;;
         --mps-percentage | --mps-memory-limit | --mps-priority)
             cli::value "$@" && MPS_FLAGS+=("$1" "$VALUE")
@@ -76,9 +78,16 @@ driver::choice() {
     cli::usage_error "$1 needs one of: ${*:3}"
 }
 
+# driver::path FLAG PATH: sets VALUE to the path, such that no program takes it for a flag.
+driver::path() {
+    cli::value "$@"
+    [[ -n $VALUE ]] || cli::usage_error "$1 needs a path"
+    [[ $VALUE != -* ]] || VALUE=./$VALUE
+}
+
 # driver::positive_integer NAME VALUE
 driver::positive_integer() {
-    [[ $2 =~ ^[1-9][0-9]*$ ]] || cli::usage_error "$1 needs a whole number from 1 on"
+    [[ $2 =~ ^[1-9][0-9]{0,3}$ ]] || cli::usage_error "$1 needs a whole number from 1 on, 9999 at most"
 }
 
 # driver::positive_number NAME VALUE

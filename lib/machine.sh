@@ -16,6 +16,7 @@ driver::set_up() {
 # driver::prepare DEFAULT_OUTPUT: makes the folder, or takes that of --resume; minds signals from then
 # on.
 driver::prepare() {
+    mode::require_no_other_driver
     if [[ -n $RESUMED ]]; then
         OUTPUT=$RESUMED
         driver::require_nobody_at_work
@@ -24,14 +25,18 @@ driver::prepare() {
         return
     fi
     OUTPUT=${OUTPUT:-$1}
-    if compgen -G "$OUTPUT/*" >/dev/null; then
-        cli::usage_error "--output: $OUTPUT is not empty; name another folder"
-    fi
+    folder::find "$OUTPUT" "*"
+    ((${#FOUND[@]} == 0)) || cli::usage_error "--output: $OUTPUT is not empty; name another folder"
     run mkdir -p -- "$OUTPUT" || die "$EXIT_USAGE" "cannot make the folder $OUTPUT; name another" \
         "by --output"
-    ((DRY_RUN)) ||
-        printf '%s\0' "${0##*/}" "$PWD" "${COMMAND_WORDS[@]}" >"$OUTPUT/$SAVED_ARGUMENTS"
+    ((DRY_RUN)) || driver::save_arguments 2>/dev/null ||
+        die "$EXIT_USAGE" "cannot write into $OUTPUT; name another folder by --output"
     signals::install
+    mode::undo_left_behind
+}
+
+driver::save_arguments() {
+    printf '%s\0' "${0##*/}" "$PWD" "${COMMAND_WORDS[@]}" >"$OUTPUT/$SAVED_ARGUMENTS"
 }
 
 # A suite outlives a driver that was killed.

@@ -64,8 +64,8 @@ mode::enable() {
         --gpu "$GPU_UUID")
     had_state=$(mode::has_state "$mode" && printf yes) || true
     # Noted before the change: a signal can come between the two.
+    ((DRY_RUN)) || mode::note "$mode" || return 1
     ENABLED_MODE=$mode
-    ((DRY_RUN)) || printf '%s\n' "$mode" >"$OUTPUT/$ENABLED_MODE_FILE"
     if ! mode::script "${as_root[@]}" "$PROJECT_ROOT/gpu-configs/${flags[0]}" "${flags[@]:1}" \
         --gpu "$GPU_UUID"; then
         MODE_REASON=$(sed -n 's/^error: //p' "$OUTPUT/mode-scripts.log" | tail -n 1)
@@ -73,7 +73,7 @@ mode::enable() {
         # The script has put its changes back, but for MIG mode that waits for a restart.
         if [[ -n $had_state ]] || ! mode::has_state "$mode"; then
             ENABLED_MODE=""
-            rm -f -- "$OUTPUT/$ENABLED_MODE_FILE"
+            mode::forget_note
         fi
         return 1
     fi
@@ -97,7 +97,7 @@ mode::undo() {
     local -r mode=$ENABLED_MODE
     ENABLED_MODE=""
     if (signals::ignore && mode::script "${MODE_UNDO[@]}"); then
-        rm -f -- "$OUTPUT/$ENABLED_MODE_FILE"
+        mode::forget_note
         return
     fi
     MODE_REASON="$mode could not be undone; run $(quoted "${MODE_UNDO[@]}")"
@@ -105,18 +105,53 @@ mode::undo() {
     return 1
 }
 
-# Undoes what a driver that was killed has left in force.
+# --- what a driver that was killed has left ---------------------------------------------------------
+
+# A mode that a user set up by hand is used and left; one that a driver set up is that driver's to undo.
+# So a driver notes, beside the mode's own state, that it is at work with it.
+mode::note() {
+    local -r file=$(state::file driver)
+    (state::save driver "gpu_uuid=$GPU_UUID" "mode=$1" "pid=$$" "started=$(mode::process_start $$)" \
+        "output=$(printable "$(realpath -- "$OUTPUT")")") && return
+    MODE_REASON="cannot write $file; set GPU_SHARING_STATE_DIR to a folder that you may write"
+    return 1
+}
+
+mode::forget_note() { ((DRY_RUN)) || state::remove driver; }
+
+# mode::process_start PID: in the kernel's ticks since the machine started; nothing where it has ended.
+mode::process_start() {
+    local text
+    local -a fields
+    text=$(cat "/proc/$1/stat" 2>/dev/null) || return 0
+    read -ra fields <<<"${text##*) }" # a program's name may hold anything
+    [[ ${fields[0]} == Z ]] || printf '%s' "${fields[19]}"
+}
+
+# Ends where another driver is at work with a mode on this GPU.
+mode::require_no_other_driver() {
+    ((HAS_GPU)) && mode::has_state driver || return 0
+    state::load driver
+    [[ ${STATE[pid]:-} =~ ^[0-9]+$ && ${STATE[started]:-} =~ ^[0-9]+$ ]] || return 0
+    [[ $(mode::process_start "${STATE[pid]}") != "${STATE[started]}" ]] ||
+        die "$EXIT_FAILED" "another run is at work with ${STATE[mode]:-a mode} on $(gpu::title): pid" \
+            "${STATE[pid]}, into ${STATE[output]:-?}; wait for its end, or stop it"
+}
+
 mode::undo_left_behind() {
     local -rA scripts=([time-slicing]=reset_time_slicing.sh [mps]=disable_mps.sh [mig]=disable_mig.sh)
-    local mode=""
+    local mode
     local -a as_root=()
-    ((HAS_GPU)) && [[ -f $OUTPUT/$ENABLED_MODE_FILE ]] || return 0
-    read -r mode <"$OUTPUT/$ENABLED_MODE_FILE" || true
-    [[ -n $mode && -n ${scripts[$mode]-} ]] && mode::has_state "$mode" || return 0
-    log "$mode was left in force when the script was cut off; it is undone first."
-    if [[ $mode != mps ]] || mode::is_exclusive; then
-        mode::as_root
+    ((HAS_GPU)) && mode::has_state driver || return 0
+    state::load driver
+    mode=${STATE[mode]:-}
+    if [[ -z $mode || -z ${scripts[$mode]-} ]] || ! mode::has_state "$mode"; then
+        mode::forget_note
+        return 0
     fi
+    log "$mode was left in force when the script was cut off; it is undone first."
+    state::load "$mode"
+    ! state::needs_root "$mode" || mode::as_root
     ENABLED_MODE=$mode
     MODE_UNDO=("${as_root[@]}" "$PROJECT_ROOT/gpu-configs/${scripts[$mode]}" --gpu "$GPU_UUID")
     mode::undo || exit "$EXIT_FAILED"
@@ -180,5 +215,11 @@ mode::finds_daemon() {
     if (state::load mps && mps::answers "${STATE[pipe_directory]:-}") 2>/dev/null; then
         return 0
     fi
-    [[ -O $usual/control ]] && mps::answers "$usual" && export CUDA_MPS_PIPE_DIRECTORY=$usual
+    mode::is_own_daemon "$usual" && mps::answers "$usual" && export CUDA_MPS_PIPE_DIRECTORY=$usual
+}
+
+# mode::is_own_daemon PIPE_DIRECTORY: /tmp/nvidia-mps is a name that anybody can take first, and fill
+# with a link to where a daemon of his own listens.
+mode::is_own_daemon() {
+    [[ -O $1/control && ! -L $1/control ]] && { [[ -O $1 ]] || [[ $(stat -Lc %u -- "$1") == 0 ]]; }
 }

@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,8 +18,9 @@ if TYPE_CHECKING:
     from mode_script_runner import ModeScripts
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
-GPU_TURNS = Path(tempfile.gettempdir()) / "gpu-sharing-bench-tests.lock"
+GPU_TURNS = Path(__file__)  # locked while a test uses the GPU
 sys.path.insert(0, str(PROJECT_ROOT))
+os.umask(0o022)  # under one that lets a group write, saved states would be refused
 pytest.register_assert_rewrite("driver_runner", "mode_script_runner", "waiting")
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Several processes share the cores already; each taking all of them only makes them wait.
@@ -98,6 +98,6 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, bool, bool]:
     """
     if item.get_closest_marker("gpu") is None:
         return (yield)
-    with GPU_TURNS.open("a") as turns:
+    with GPU_TURNS.open() as turns:
         fcntl.flock(turns, fcntl.LOCK_EX)
         return (yield)

@@ -51,7 +51,7 @@ class MpsMode(SharingMode):
         if not answer.ok:
             return [answer]
         found = self.pipe_directory()
-        tried = ", ".join(self._candidates) or "no pipe directory is known"
+        tried = ", ".join(map(_with_access, self._candidates)) or "no pipe directory is known"
         daemon = f"yes, at {found}" if found else f"none ({tried})"
         compute_mode = facts.get("compute_mode")
         return [
@@ -117,7 +117,8 @@ def ask_mps_control(pipe_directory: str, command: str) -> str | None:
     """Return what the MPS control daemon of a pipe directory answers, `None` when none does."""
     try:
         answer = subprocess.run(
-            [CONTROL_PROGRAM], input=f"{command}\n", capture_output=True, text=True, check=False,
+            [CONTROL_PROGRAM], input=f"{command}\n", capture_output=True, check=False,
+            encoding="utf-8", errors="replace",
             env={**os.environ, "CUDA_MPS_PIPE_DIRECTORY": pipe_directory},
             timeout=CONTROL_TIMEOUT_SECONDS,
         )  # fmt: skip
@@ -149,10 +150,24 @@ def _first_numbers(text: str) -> list[int]:
 def own_default_pipe_directory() -> str:
     """Return where CUDA looks for a daemon by default, if this user started the one there.
 
-    Empty otherwise: another user's daemon takes no client of ours.
+    Empty otherwise: another user's daemon takes no client of ours, and anybody can take the
+    folder's name first, with a link in it to where a daemon of their own listens.
     """
     try:
-        owner = (DEFAULT_PIPE_DIRECTORY / "control").stat().st_uid
+        socket_owner = (DEFAULT_PIPE_DIRECTORY / "control").lstat().st_uid
+        folder_owner = DEFAULT_PIPE_DIRECTORY.stat().st_uid
     except OSError:
         return ""
-    return str(DEFAULT_PIPE_DIRECTORY) if owner == os.geteuid() else ""
+    is_own = socket_owner == os.geteuid() and folder_owner in (0, os.geteuid())
+    return str(DEFAULT_PIPE_DIRECTORY) if is_own else ""
+
+
+def _with_access(pipe_directory: str) -> str:
+    """Return a pipe directory as an error names it: one that is shut may hide a daemon."""
+    try:
+        os.stat(Path(pipe_directory) / "control")
+    except PermissionError:
+        return f"{pipe_directory}: no permission, have its owner give it back"
+    except OSError:
+        pass  # nothing there, which is what the error says already
+    return pipe_directory

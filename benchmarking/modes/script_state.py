@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pwd
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -26,12 +27,30 @@ def state_folders(environment: Mapping[str, str]) -> list[Path]:
 
 
 def read_state(mode: str, gpu_uuid: str, environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the `key=value` lines that a mode script left for a GPU; empty when there are none."""
+    """Return the `key=value` lines that a mode script left for a GPU; empty when there are none.
+
+    A file that somebody else put there, or may write, counts as none, as for the scripts.
+    """
     for folder in state_folders(environment):
+        path = folder / f"{mode}-{gpu_uuid}.state"
         try:
-            text = (folder / f"{mode}-{gpu_uuid}.state").read_text(encoding="utf-8")
+            if not _is_trusted(path, environment):
+                continue
+            text = path.read_text(encoding="utf-8", errors="replace")
         except OSError:
             continue
         pairs = (line.partition("=") for line in text.splitlines())
         return {key.strip(): value.strip() for key, separator, value in pairs if separator}
     return {}
+
+
+def _is_trusted(path: Path, environment: Mapping[str, str]) -> bool:
+    """Whether only this user, the one who called sudo, or root can have written a state file."""
+    owners = {0, os.geteuid()}
+    if os.geteuid() == 0 and environment.get("SUDO_USER"):
+        owners.add(pwd.getpwnam(environment["SUDO_USER"]).pw_uid)
+    file, folder = path.lstat(), path.parent.stat()
+    others = stat.S_IWGRP | stat.S_IWOTH
+    return stat.S_ISREG(file.st_mode) and all(
+        status.st_uid in owners and not status.st_mode & others for status in (file, folder)
+    )

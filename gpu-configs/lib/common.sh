@@ -21,7 +21,7 @@ readonly EXIT_BUSY=6
 
 # How long to wait for a daemon to answer, or for its last clients to leave.
 WAIT_SECONDS=${GPU_SHARING_WAIT_SECONDS:-10}
-[[ $WAIT_SECONDS =~ ^[0-9]{1,5}$ ]] || WAIT_SECONDS=10
+[[ $WAIT_SECONDS =~ ^(0|[1-9][0-9]{0,4})$ ]] || WAIT_SECONDS=10
 readonly WAIT_SECONDS
 
 DRY_RUN=0
@@ -40,6 +40,9 @@ die() {
     exit "$1"
 }
 
+# The text of somebody else, such as a process's name, without what would steer the terminal.
+printable() { printf '%s' "${1//[[:cntrl:]]/?}"; }
+
 # The words as they could be typed again. Only what needs quoting is quoted.
 quoted() {
     local word text=""
@@ -51,6 +54,22 @@ quoted() {
         fi
     done
     printf '%s' "${text# }"
+}
+
+# --- time -----------------------------------------------------------------------------------------
+
+# clock::read: sets NOW to seconds that only ever go on. bash's own SECONDS follow the wall clock, so
+# a clock that is set meanwhile would end a wait at once, or never.
+clock::read() {
+    local uptime
+    read -r uptime _ </proc/uptime
+    NOW=${uptime%.*}
+}
+
+# clock::is_past SECONDS: whether NOW, read anew, has come to that.
+clock::is_past() {
+    clock::read
+    ((NOW >= $1))
 }
 
 # --- flags ----------------------------------------------------------------------------------------
@@ -76,7 +95,7 @@ cli::split() {
 
 # Sets VALUE to the word after the flag $1.
 cli::value() {
-    (($# >= 2)) || cli::usage_error "$1 needs a value"
+    (($# >= 2)) && [[ $2 != --* ]] || cli::usage_error "$1 needs a value"
     VALUE=$2
 }
 
@@ -131,6 +150,8 @@ user::resolve() {
     fi
     STATE_DIRECTORY=${GPU_SHARING_STATE_DIR:-${XDG_STATE_HOME:-$INVOKER_HOME/.local/state}/gpu-sharing-bench}
     [[ $STATE_DIRECTORY == /* ]] || STATE_DIRECTORY=$PWD/$STATE_DIRECTORY
+    [[ $STATE_DIRECTORY != *[[:cntrl:]]* ]] || die "$EXIT_USAGE" "the state folder's name holds a" \
+        "line break or the like; set GPU_SHARING_STATE_DIR to another"
     readonly INVOKER_UID INVOKER_GID INVOKER_NAME INVOKER_HOME STATE_DIRECTORY
 }
 
@@ -275,13 +296,40 @@ state::load() {
     local file text line
     STATE=()
     file=$(state::file "$1")
-    as_user test -e "$file" || return 1
+    as_user test -e "$file" -o -L "$file" || return 1
+    state::require_own "$STATE_DIRECTORY/." directory
+    state::require_own "$file" "regular*file"
     text=$(as_user cat -- "$file") || die "$EXIT_PERMISSION" "cannot read $file"
     while IFS= read -r line; do
         [[ ! $line =~ ^([a-z_]+)=(.*)$ ]] || STATE[${BASH_REMATCH[1]}]=${BASH_REMATCH[2]}
     done <<<"$text"
     [[ ${STATE[gpu_uuid]:-} == "$GPU_UUID" ]] ||
         die "$EXIT_FAILED" "$file is damaged (no gpu_uuid of this GPU); look at it and remove it"
+}
+
+# state::require_own PATH KIND_PATTERN: ends with 5 where somebody else could have written what is there: it
+# names folders that are removed and settings that are put back as root.
+state::require_own() {
+    local owner mode kind
+    read -r owner mode kind < <(as_user stat -c '%u %a %F' -- "$1" 2>/dev/null) ||
+        die "$EXIT_PERMISSION" "cannot look at $1; set GPU_SHARING_STATE_DIR to a folder of your own"
+    # shellcheck disable=SC2053 # a pattern: an empty file is a kind of its own
+    [[ $kind == $2 ]] || die "$EXIT_PERMISSION" \
+        "$1 is a $kind, which these scripts never make; look at it and remove it"
+    ((owner == INVOKER_UID || owner == 0)) ||
+        die "$EXIT_PERMISSION" "$1 belongs to user $(id -un "$owner" 2>/dev/null || printf '%s' "$owner")," \
+            "not to $INVOKER_NAME; remove it, or set GPU_SHARING_STATE_DIR to a folder of your own"
+    (((8#$mode & 8#022) == 0)) || die "$EXIT_PERMISSION" "others may write $1; look whether it is as" \
+        "you left it, then: chmod go-w $(quoted "$1")"
+}
+
+# state::needs_root MODE: whether undoing the loaded state changes a setting of the card.
+state::needs_root() {
+    case $1 in
+        mig) return 0 ;;
+        mps) [[ ${STATE[compute_mode]:-} != "${STATE[previous_compute_mode]:-}" ]] ;;
+        *) [[ ${STATE[timeslice]:-} != "${STATE[previous_timeslice]:-}" ]] ;;
+    esac
 }
 
 # The text of a saved state file, or nothing; for putting it back.
@@ -297,11 +345,12 @@ state::save() {
     local -r mode=$1
     shift
     file=$(state::file "$mode")
+    ! as_user test -d "$STATE_DIRECTORY" || state::require_own "$STATE_DIRECTORY/." directory
     # shellcheck disable=SC2016 # the inner shell expands
     run --user --note "save $file: $*" bash -c '
         umask 077
         mkdir -p -- "${1%/*}" && temporary=$(mktemp -- "$1.XXXXXX") || exit 1
-        printf "%s\n" "${@:2}" >"$temporary" && sync -- "$temporary" && mv -f -- "$temporary" "$1"
+        printf "%s\n" "${@:2}" >"$temporary" && sync -- "$temporary" && mv -fT -- "$temporary" "$1"
     ' save "$file" "$@" || die "$EXIT_PERMISSION" "cannot write $file as $INVOKER_NAME;" \
         "set GPU_SHARING_STATE_DIR to a folder that this user may write"
 }

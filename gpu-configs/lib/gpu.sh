@@ -6,20 +6,30 @@
 # name last: it is the only field that could hold a comma
 readonly GPU_FIELDS=index,uuid,compute_mode,mig.mode.current,mig.mode.pending,compute_cap,name
 
-# Fills GPU_LINES, one line a GPU; ends with 3 where there is no driver or no GPU.
+# Fills GPU_LINES, one line a GPU; ends with 3 where there is no driver or no GPU. Index and UUID
+# become parts of file names and of arithmetic, so that a line with others is none.
 gpu::list() {
-    local output status=0
+    local output line status=0
+    local -a lines
     command -v nvidia-smi >/dev/null ||
         die "$EXIT_NO_GPU" "nvidia-smi was not found; install the NVIDIA driver"
     output=$(nvidia-smi "--query-gpu=$GPU_FIELDS" --format=csv,noheader 2>&1) || status=$?
     ((status == 0)) ||
         die "$EXIT_NO_GPU" "no usable GPU (nvidia-smi ended with $status): ${output%%$'\n'*}"
-    mapfile -t GPU_LINES <<<"$output"
+    mapfile -t lines <<<"$output"
+    GPU_LINES=()
+    for line in "${lines[@]}"; do
+        gpu::read_line "$line"
+        [[ ! $GPU_INDEX =~ ^[0-9]{1,4}$ || ! $GPU_UUID =~ ^GPU-[0-9A-Za-z-]+$ ]] || GPU_LINES+=("$line")
+    done
+    ((${#GPU_LINES[@]} > 0)) ||
+        die "$EXIT_NO_GPU" "nvidia-smi names no GPU that can be used: $(printable "${lines[0]}")"
 }
 
 gpu::read_line() {
     IFS=, read -r GPU_INDEX GPU_UUID GPU_COMPUTE_MODE GPU_MIG_CURRENT GPU_MIG_PENDING \
         GPU_COMPUTE_CAPABILITY GPU_NAME <<<"${1//, /,}"
+    GPU_NAME=$(printable "$GPU_NAME")
 }
 
 # Chooses the GPU of --gpu, or the first, and fills the GPU_* variables.
@@ -62,7 +72,7 @@ gpu::find_holders() {
     while IFS=, read -r pid memory name; do
         [[ $pid =~ ^[0-9]+$ ]] || continue
         owner=$(gpu::owner "$pid")
-        HOLDERS+=("pid $pid (user ${owner:-unknown}): ${name# }, ${memory# }")
+        HOLDERS+=("$(printable "pid $pid (user ${owner:-unknown}): ${name# }, ${memory# }")")
     done <<<"$output"
 }
 

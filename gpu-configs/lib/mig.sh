@@ -12,6 +12,7 @@ mig::read_profiles() {
     local name id counts starts size
     PROFILE_NAMES=()
     while read -r name id counts; do
+        [[ $name =~ ^[0-9]+g\.[0-9]+gb && $id =~ ^[0-9]+$ && $counts =~ ^[0-9]+/[0-9]+$ ]] || continue
         PROFILE_NAMES+=("$name")
         PROFILE_ID[$name]=$id
         PROFILE_FREE[$name]=${counts%/*}
@@ -99,7 +100,7 @@ mig::holders() {
     local gi pid name
     while read -r gi pid name; do
         [[ ,$1, != *",$gi,"* ]] || printf 'pid %s (user %s): %s on GPU instance %s\n' \
-            "$pid" "$(gpu::owner "$pid")" "$name" "$gi"
+            "$pid" "$(gpu::owner "$pid")" "$(printable "$name")" "$gi"
     done < <(nvidia-smi | awk -v gpu="$GPU_INDEX" '
         $1 == "|" && $2 == gpu && $3 ~ /^[0-9]+$/ && $5 ~ /^[0-9]+$/ && $6 ~ /^[CGM+]+$/ {
             print $3, $5, $7 }')
