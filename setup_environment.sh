@@ -22,9 +22,7 @@ environment::set_up() {
         environment::install "$requirements"
         PYTHON=$VENV_PYTHON
     fi
-    if [[ $PYTHON == "$VENV_PYTHON" ]]; then
-        environment::fingerprint "$requirements" >"$(environment::stamp "$requirements")"
-    fi
+    [[ $PYTHON != "$VENV_PYTHON" ]] || environment::put_stamp "$requirements"
 }
 
 environment::find() {
@@ -82,6 +80,13 @@ environment::venv_is_complete() {
 
 environment::stamp() {
     printf '%s/complete-%s.sha256' "$VENV_FOLDER" "$(basename -- "$1")"
+}
+
+# Where the folder may only be read, a stamp that is old or missing costs a look at every start.
+environment::put_stamp() {
+    local file
+    file=$(environment::stamp "$1")
+    [[ ! -w $VENV_FOLDER ]] || environment::fingerprint "$1" >"$file"
 }
 
 # Of every requirements file, since one names the other.
