@@ -22,12 +22,10 @@ HELP
 }
 
 main() {
-    case ${1-} in
-        -h | --help)
-            usage
-            return
-            ;;
-    esac
+    if [[ " $* " =~ \ (-h|--help)\  ]]; then
+        usage
+        return
+    fi
     environment::set_up "$PWD/requirements-dev.txt"
     # ruff and shellcheck are programs beside the Python that they were installed for.
     PATH=$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("scripts"))'):$PATH
