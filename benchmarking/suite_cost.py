@@ -52,7 +52,6 @@ from benchmarking.running.launcher import (
 from benchmarking.running.records import start_skew_ms
 from benchmarking.running.suite_setup import (
     EXIT_COMPLETE,
-    EXIT_FAILED,
     EXIT_INTERRUPTED,
     Request,
     Setup,
@@ -78,7 +77,7 @@ def main() -> int:
             found = measure(options, setup, interruption)
     except (SuiteError, RunFailedError) as error:
         print(f"suite_cost.py: error: {error}", file=sys.stderr)
-        return getattr(error, "exit_code", EXIT_FAILED)
+        return error.exit_code
     except Interrupted:
         print("suite_cost.py: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED

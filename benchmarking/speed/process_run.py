@@ -27,7 +27,15 @@ class Interrupted(Exception):
 
 
 class RunFailedError(Exception):
-    """A process did not give what it was run for; the message says why in words."""
+    """A process did not give what it was run for; the message says why in words.
+
+    `exit_code` is 2 where the process refused its flags, 1 for everything else.
+    """
+
+    def __init__(self, message: str, exit_code: int = 1) -> None:
+        """Take the sentence for the user."""
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 @dataclass(frozen=True)
@@ -84,7 +92,10 @@ class Processes:
                 _end(process)
             if process.returncode != 0:
                 said = [line for line in tail_of(stderr) if line.strip()]
-                raise RunFailedError(said[-1] if said else f"exit code {process.returncode}")
+                raise RunFailedError(
+                    said[-1] if said else f"exit code {process.returncode}",
+                    exit_code=2 if process.returncode == 2 else 1,
+                )
             return stdout.read_text(encoding="utf-8", errors="replace")
 
     def _wait(self, process: subprocess.Popen[bytes]) -> None:
