@@ -51,9 +51,11 @@ def in_words(pids: Iterable[int]) -> str:
 
 def _name(pid: int) -> str | None:
     try:
-        return Path(f"/proc/{pid}/comm").read_text(encoding="utf-8").strip()
+        name = Path(f"/proc/{pid}/comm").read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
         return None
+    # Anybody chooses the names of their processes: nothing in them shall steer a terminal.
+    return "".join(character if character.isprintable() else "?" for character in name)
 
 
 def _owner(pid: int) -> str:
