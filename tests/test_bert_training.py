@@ -20,7 +20,7 @@ import pytest
 from held_client import HeldClient
 from workload_script import assert_usage_error, result_reader, runner_of
 
-from workloads.common.cli import UsageError
+from workloads.common.cli import DamagedFileError, UsageError
 from workloads.common.hub import HubUnreachableError
 from workloads.training import text_data, text_model
 
@@ -278,7 +278,7 @@ def test_folders_that_hold_no_bert_are_refused_with_the_fix(small_bert, tmp_path
     with pytest.raises(UsageError, match=r"config\.json"):
         text_model.find_pretrained(str(tmp_path / "empty"))
     (small_bert / "model.safetensors").write_bytes(b"torn")
-    with pytest.raises(UsageError, match="cannot be loaded"):
+    with pytest.raises(DamagedFileError, match="cut off or damaged"):
         text_model.load_model(small_bert, 2)
     (small_bert / "tokenizer.json").unlink()
     with pytest.raises(UsageError, match=r"vocab\.txt"):

@@ -18,7 +18,7 @@ from held_client import HeldClient
 from PIL import Image
 from workload_script import assert_usage_error, result_reader, runner_of
 
-from workloads.common.cli import UsageError
+from workloads.common.cli import UnreadableImageError, UsageError
 from workloads.training import image_data
 from workloads.training.resnet_training import learning_rates
 
@@ -196,7 +196,7 @@ def test_an_unreadable_image_is_named(tmp_path, cache):
     data = write_image_folder(tmp_path / "images", size=32, per_class=2)
     broken = data / "test" / "cat" / "001.png"
     broken.write_bytes(b"no image")
-    with pytest.raises(UsageError, match=str(broken)):
+    with pytest.raises(UnreadableImageError, match=str(broken)):
         image_data.load_dataset("folder", data, None, 0, no_warning)
 
 

@@ -120,15 +120,15 @@ def test_a_file_of_ones_own_is_loaded_with_its_number_of_classes(tmp_path):
 
 
 def test_unusable_weights_files_are_one_sentence(tmp_path, small_state):
-    torn = tmp_path / "torn.pth"
-    torch.save(small_state, torn)
-    torn.write_bytes(torn.read_bytes()[:5000])
+    foreign = tmp_path / "foreign.pth"
+    foreign.write_text("no weights")
     empty = tmp_path / "empty.pth"
     torch.save({"epoch": 3}, empty)
     other = tmp_path / "other.pth"
     torch.save(models.squeezenet1_0(weights=None).state_dict(), other)
     for path, sentence in (
-        (torn, "cannot be read"), (empty, "no state dict"), (other, "do not fit resnet18"),
+        (foreign, "cannot be read as a PyTorch file"), (empty, "no state dict"),
+        (other, "do not fit resnet18"),
         (tmp_path / "nowhere.pth", "no weights file"),
     ):  # fmt: skip
         with pytest.raises(UsageError, match=sentence):

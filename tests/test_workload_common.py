@@ -90,7 +90,7 @@ def test_running_out_of_gpu_memory_has_an_exit_code_of_its_own(capsys):
     with pytest.raises(SystemExit) as ended:
         cli.run_main(main)
     assert ended.value.code == cli.EXIT_OUT_OF_MEMORY
-    assert "Tried to allocate 2 GiB" in capsys.readouterr().err
+    assert "out of GPU memory: tried 2.00 GiB" in capsys.readouterr().err
 
 
 def test_latency_figures_match_values_worked_out_by_hand():

@@ -99,7 +99,7 @@ def count_resnet_training(args: argparse.Namespace, stem: str) -> Work:
     import torch
     import torch.nn.functional as F
 
-    from workloads.training.resnet_training import build_resnet50
+    from workloads.training.image_model import build_resnet50
 
     size = args.image_size or 32
     with torch.device("meta"):

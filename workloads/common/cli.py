@@ -18,23 +18,79 @@ EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_NO_GPU = 3
 EXIT_OUT_OF_MEMORY = 12  # the number of ENOMEM, so that the suite can tell it from a crash
+EXIT_NOT_FINITE = 34  # the number of ERANGE: a result that cannot be represented
+EXIT_DAMAGED_FILE = 65  # EX_DATAERR of sysexits.h: what was given to read is not in order
 EXIT_INTERRUPTED = 130
 
 
-class UsageError(Exception):
-    """The request cannot be carried out as given; the message is one sentence naming the fix."""
+class WorkloadError(Exception):
+    """What went wrong is understood; the message is one sentence.
+
+    Attributes:
+        exit_code: What the process ends with.
+        cause: The suite's word for it in its records; None where the sentence is all there is.
+    """
+
+    exit_code = EXIT_FAILED
+    cause: str | None = None
 
 
-class GpuUnavailableError(Exception):
+class UsageError(WorkloadError):
+    """The request cannot be carried out as given; the message names the fix."""
+
+    exit_code = EXIT_USAGE
+
+
+class GpuUnavailableError(WorkloadError):
     """A GPU is there or was asked for, but PyTorch cannot use it."""
 
-
-class JobFailedError(Exception):
-    """The job itself went wrong in a way that is understood; the message is one sentence."""
+    exit_code = EXIT_NO_GPU
 
 
-class OutOfGpuMemoryError(Exception):
-    """GPU memory ran out in a process that a workload had started."""
+class JobFailedError(WorkloadError):
+    """The job itself went wrong."""
+
+
+class NotFiniteError(WorkloadError):
+    """A model's outputs are NaN or infinite, so that no figure of theirs means anything."""
+
+    exit_code = EXIT_NOT_FINITE
+    cause = "not_finite"
+
+
+class DivergedError(NotFiniteError):
+    """A training's loss became NaN or infinite."""
+
+    cause = "diverged"
+
+
+class DamagedFileError(WorkloadError):
+    """A file is torn or altered; the message names it."""
+
+    exit_code = EXIT_DAMAGED_FILE
+    cause = "damaged_file"
+
+
+class UnreadableImageError(DamagedFileError):
+    """An image of a dataset cannot be decoded; the message names it."""
+
+    cause = "unreadable_image"
+
+
+class OutOfGpuMemoryError(WorkloadError):
+    """Memory ran out, here or in a process that a workload had started.
+
+    Attributes:
+        memory: The memory picture (see ``memory_picture``), None where nobody took one.
+    """
+
+    exit_code = EXIT_OUT_OF_MEMORY
+    cause = "out_of_memory"
+
+    def __init__(self, message: str, memory: dict | None = None) -> None:
+        """Say ``message``, which stands for itself, and keep the picture."""
+        super().__init__(message)
+        self.memory = memory
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -142,12 +198,8 @@ def run_main(main: Callable[[], int]) -> NoReturn:
     try:
         code = main()
         sys.stdout.flush()
-    except UsageError as error:
-        code = _complain(program, error, EXIT_USAGE)
-    except JobFailedError as error:
-        code = _complain(program, error, EXIT_FAILED)
-    except GpuUnavailableError as error:
-        code = _complain(program, error, EXIT_NO_GPU)
+    except WorkloadError as error:
+        code = _complain(program, error, error.exit_code)
     except KeyboardInterrupt:
         code = _complain(program, "interrupted", EXIT_INTERRUPTED)
     except BrokenPipeError:
@@ -155,18 +207,13 @@ def run_main(main: Callable[[], int]) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = EXIT_FAILED
     except Exception as error:
-        if not is_out_of_memory(error):
+        from workloads.common.memory_picture import as_out_of_memory
+
+        known = as_out_of_memory(error)
+        if known is None:
             raise
-        code = _complain(program, f"out of GPU memory: {first_line(error)}", EXIT_OUT_OF_MEMORY)
+        code = _complain(program, known, known.exit_code)
     sys.exit(code)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` says that GPU memory ran out, without importing torch to ask."""
-    if isinstance(error, OutOfGpuMemoryError):
-        return True
-    torch = sys.modules.get("torch")
-    return torch is not None and isinstance(error, torch.OutOfMemoryError)
 
 
 def first_line(error: BaseException) -> str:

@@ -12,7 +12,9 @@ ready      ``identity``: warm-up, autotuning and capture are over, the device is
 processes  ``pids``: processes that the job has started, where they and not we use the GPU
 units      ``kind``, ``latency``, ``start_seconds``, ``duration_seconds``: finished units of work
 job        ``index``, ``start_seconds``, ``end_seconds``, ``figures``: one whole job
-error      ``status`` (``oom`` or ``failed``), ``message``
+error      ``status`` (``oom`` or ``failed``), ``message``, ``cause`` (``out_of_memory``,
+           ``diverged``, ``not_finite``, ``damaged_file``, ``unreadable_image`` or null) and, out of
+           memory, ``memory`` (see ``memory_picture``)
 done       ``jobs``, ``host_cpu_seconds``, ``peak_memory_mib``
 =========  ====================================================================================
 
@@ -36,11 +38,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 from workloads.common import cli, console
 from workloads.common.device import ComputeDevice
 from workloads.common.environment import describe_environment
+from workloads.common.memory_picture import as_out_of_memory
 from workloads.common.results import print_summary, require_writable, write_result
 
 FLUSH_PERIOD_SECONDS = 0.5
@@ -226,6 +229,13 @@ class Workload(ABC):
     def reset(self) -> None:
         """Return to the state before the job, outside every timing."""
 
+    def check_unfinished(self) -> None:
+        """Look at a job that was stopped in the middle as its end would have been looked at.
+
+        Raises:
+            NotFiniteError: Its figures so far are those of no real training.
+        """
+
     def close(self) -> None:
         """Let go of what ``load`` took; called once, also after a failure."""
 
@@ -299,8 +309,7 @@ def _run_by_hand(workload: Workload) -> int:
         identity = workload.identity()
         _write_done(workload, events, jobs=1)
     except Exception as error:
-        _write_error(events, error)
-        raise
+        _tell_and_raise(events, error)
     finally:
         workload.close()
     figures["startup_seconds"] = startup_seconds
@@ -343,10 +352,7 @@ def _run_on_leash(workload: Workload) -> int:
             workload.reset()
     except StopRequested:
         recorder.flush()
-        if workload.device is not None:
-            workload.device.synchronize()
-        _write_done(workload, events, jobs)
-        return cli.EXIT_OK
+        return _stop(workload, events, jobs)
     except KeyboardInterrupt:
         # Leaving an MPS server with work in flight may harm the other clients.
         if workload.device is not None:
@@ -354,10 +360,21 @@ def _run_on_leash(workload: Workload) -> int:
         raise
     except Exception as error:
         recorder.flush()
-        _write_error(events, error)
-        raise
+        _tell_and_raise(events, error)
     finally:
         workload.close()
+
+
+def _stop(workload: Workload, events: EventLog, jobs: int) -> int:
+    """End in order: the device idle, and the job in hand not left with a loss that is none."""
+    try:
+        if workload.device is not None:
+            workload.device.synchronize()
+        workload.check_unfinished()
+    except Exception as error:
+        _tell_and_raise(events, error)
+    _write_done(workload, events, jobs)
+    return cli.EXIT_OK
 
 
 def _load(workload: Workload) -> None:
@@ -388,9 +405,20 @@ def _run_one_job(workload: Workload, recorder: Recorder, events: EventLog, index
     return figures
 
 
-def _write_error(events: EventLog, error: Exception) -> None:
-    status = "oom" if cli.is_out_of_memory(error) else "failed"
-    events.write("error", status=status, message=f"{type(error).__name__}: {error}")
+def _tell_and_raise(events: EventLog, error: Exception) -> NoReturn:
+    """Write an error down with its cause and pass it on; out of memory gets its sentence here."""
+    known = as_out_of_memory(error) or error
+    fields: dict[str, object] = {"status": "failed", "cause": None}
+    if isinstance(known, cli.WorkloadError):
+        fields |= {"message": str(known), "cause": known.cause}
+    else:
+        fields |= {"message": f"{type(error).__name__}: {error}"}
+    if isinstance(known, cli.OutOfGpuMemoryError):
+        fields |= {"status": "oom", "memory": known.memory}
+    events.write("error", **fields)
+    if known is error:
+        raise error
+    raise known from error
 
 
 def _write_done(workload: Workload, events: EventLog, jobs: int) -> None:

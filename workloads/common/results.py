@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from workloads.common.cli import UsageError
+from workloads.common.whole_files import written_whole
 
 SCHEMA_VERSION = 1
 
@@ -38,17 +39,9 @@ def write_json_atomic(path: Path, content: dict) -> None:
         UsageError: The folder cannot be created or written to.
     """
     require_writable(path.parent)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w") as file:
-            json.dump(content, file, indent=2)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with written_whole(path, "t") as file:
+        json.dump(content, file, indent=2)
+        file.write("\n")
 
 
 def write_result(results_dir: Path, name: str, payload: dict) -> Path:

@@ -14,10 +14,8 @@ from __future__ import annotations
 
 import hashlib
 import http.client
-import os
 import re
 import shutil
-import tempfile
 import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +23,9 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from workloads.common import console
+from workloads.common.checkpoints import read_checkpoint
 from workloads.common.cli import UsageError
+from workloads.common.whole_files import written_whole
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -67,6 +67,7 @@ def load_classifier(
 
     Raises:
         UsageError: Weights that were asked for cannot be had, read, or do not fit the model.
+        DamagedFileError: Their file is empty, cut off or altered.
     """
     path, kind = resolve_weights(name, weights)
     if path is None:
@@ -74,7 +75,8 @@ def load_classifier(
     import torch
     from torchvision import models
 
-    content = _read_weights(path)
+    content = read_checkpoint(path, "name another weights file with --weights")
+    content = content if isinstance(content, Mapping) else {}
     state = _state_dict(path, content)
     classes = next((len(state[key]) for key in FINAL_LAYER_KEYS if key in state), 1000)
     # On the meta device nothing is allocated or initialized: the file's tensors become the
@@ -131,27 +133,20 @@ def download(url: str, target: Path) -> None:
     Raises:
         DownloadError: No answer, a broken transfer, the wrong content, or nowhere to put it.
     """
-    temporary = None
+    promised = re.search(r"-([0-9a-f]{8,})\.", target.name)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(url, timeout=DOWNLOAD_SILENCE_SECONDS) as response:
-            handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-            with os.fdopen(handle, "w+b") as file:
-                shutil.copyfileobj(response, file, 1 << 20)
-                if response.length:
-                    raise DownloadError(f"the transfer stopped {response.length} bytes early")
-                file.seek(0)
-                checksum = _sha256(file)
-        promised = re.search(r"-([0-9a-f]{8,})\.", target.name)
-        if promised and not checksum.startswith(promised[1]):
-            raise DownloadError("its checksum is not the one in its name")
-        os.replace(temporary, target)
-        temporary = None
+        with (
+            urllib.request.urlopen(url, timeout=DOWNLOAD_SILENCE_SECONDS) as response,
+            written_whole(target) as file,
+        ):
+            shutil.copyfileobj(response, file, 1 << 20)
+            if response.length:
+                raise DownloadError(f"the transfer stopped {response.length} bytes early")
+            file.seek(0)
+            if promised and not _sha256(file).startswith(promised[1]):
+                raise DownloadError("its checksum is not the one in its name")
     except (OSError, http.client.HTTPException) as error:
         raise DownloadError(str(error)) from error
-    finally:
-        if temporary is not None:
-            os.unlink(temporary)
 
 
 def _without_download(
@@ -178,20 +173,6 @@ def _random_classifier(name: str, seed: int) -> tuple[nn.Module, LoadedWeights]:
         model = models.get_model(name, weights=None)
     names = _class_names({}, 1000)
     return model.eval().requires_grad_(False), LoadedWeights("random", f"seed {seed}", names)
-
-
-def _read_weights(path: Path) -> Mapping:
-    import torch
-
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    # What a torn or foreign file raises depends on where it is torn: zip, pickle, storage sizes.
-    except Exception as error:
-        raise UsageError(
-            f"{path} cannot be read as a PyTorch weights file; delete it if a download was cut "
-            "off, or name another with --weights"
-        ) from error
-    return content if isinstance(content, Mapping) else {}
 
 
 def _state_dict(path: Path, content: Mapping) -> Mapping[str, Tensor]:

@@ -222,7 +222,7 @@ def _require_success(run: _Run) -> None:
     said = f": {lines[-1]}" if lines else ""
     message = f"the command ended with {how}{said}"
     if code == cli.EXIT_OUT_OF_MEMORY or OUT_OF_MEMORY_TEXT.search(text):
-        raise cli.OutOfGpuMemoryError(message)
+        raise cli.OutOfGpuMemoryError(f"out of GPU memory: {message}")
     raise cli.JobFailedError(message)
 
 

@@ -79,6 +79,7 @@ class BatchInference(client.Workload):
         self._run_batch = self._timed_on_cuda() if self.device.is_cuda else self._timed_on_cpu
         for _ in range(WARM_UP_BATCHES if self.device.is_cuda else 1):
             self._run_batch()
+        self._require_finite_outputs()
         repeats = COPY_REPEATS if self.device.is_cuda else 0
         self._copy_seconds = [self._copy_input() for _ in range(repeats)]
 
@@ -133,6 +134,17 @@ class BatchInference(client.Workload):
             return start_seconds, end_seconds, begin.elapsed_time(end) / 1e3
 
         return run_batch
+
+    def _require_finite_outputs(self) -> None:
+        """Look once, outside of every timing: each batch has the same input, so the same output."""
+        outputs = self._forward()
+        broken = (~outputs.isfinite()).sum().item()
+        if broken:
+            raise cli.NotFiniteError(
+                f"{broken} of {outputs.numel()} outputs of {self.args.model} are NaN or infinite "
+                f"(weights {self._weights.source}, {self.device.precision}); try --precision fp32 "
+                "or other --weights"
+            )
 
     def _copy_input(self) -> float:
         start_seconds = time.monotonic()

@@ -82,15 +82,14 @@ class HeldServer:
         error = self._events.get("error", {})
         code = self._process.returncode
         said = error.get("message") or f"it ended with exit code {code}; look above for its message"
-        kinds = {
-            cli.EXIT_USAGE: cli.UsageError,
-            cli.EXIT_NO_GPU: cli.GpuUnavailableError,
-            cli.EXIT_OUT_OF_MEMORY: cli.OutOfGpuMemoryError,
-        }
-        if code in kinds:
-            # A sentence for the user, behind the name of its type.
-            raise kinds[code](f"the inference server: {said.partition(': ')[2] or said}")
-        raise cli.JobFailedError(f"the inference server failed: {said}")
+        said = f"the inference server: {said}"
+        if code == cli.EXIT_OUT_OF_MEMORY:
+            raise cli.OutOfGpuMemoryError(said, error.get("memory"))
+        kinds = (cli.UsageError, cli.GpuUnavailableError, cli.NotFiniteError, cli.DamagedFileError)
+        for kind in kinds:
+            if code == kind.exit_code:
+                raise kind(said)
+        raise cli.JobFailedError(said)
 
     def stop(self) -> None:
         """Let it answer what has arrived and end; may be called twice."""

@@ -242,6 +242,17 @@ class BertTraining(client.Workload):
             arguments += ["--data", str(text_data.write_csv(dataset))]
         return arguments
 
+    def check_unfinished(self) -> None:
+        """Look at the losses of the epoch in hand."""
+        if hasattr(self, "state"):
+            when = "the loss of the epoch that was stopped"
+            self.totals.require_finite(when, self.args.lr, self.device.precision)
+
+    def _require_finite(self, loss: float, when: str) -> None:
+        from workloads.training.epoch_totals import require_finite_loss
+
+        require_finite_loss(loss, when, self.args.lr, self.device.precision)
+
     def _load_texts(self) -> text_data.TextDataset:
         args = self.args
         return text_data.load_texts(
@@ -296,10 +307,7 @@ class BertTraining(client.Workload):
         pacer.drain()
         loss, accuracy = self.totals.take(self.train_batches.samples)
         epoch_seconds = time.monotonic() - start_seconds
-        if not math.isfinite(loss):
-            raise cli.JobFailedError(
-                f"the training loss became {loss} in epoch {epoch + 1}; try a lower --lr"
-            )
+        self._require_finite(loss, f"the training loss in epoch {epoch + 1}")
         return {
             "epoch": epoch + 1,
             "train_loss": loss,
@@ -321,6 +329,7 @@ class BertTraining(client.Workload):
             pacer.run("test_step_partial", lambda: self._test_step(self.model, remainder))
         pacer.drain()
         loss, accuracy = self.totals.take(self.test_batches.samples)
+        self._require_finite(loss, "the loss on the held-out texts")
         return {"held_out_loss": loss, "held_out_accuracy_percent": accuracy}
 
     def _train_step(self, network, count: int) -> None:

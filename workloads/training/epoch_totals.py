@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
+
+from workloads.common.cli import DivergedError
 
 
 class EpochTotals:
@@ -36,3 +40,31 @@ class EpochTotals:
         self.loss_sum.zero_()
         self.correct.zero_()
         return loss / samples, 100 * correct / samples
+
+    def require_finite(self, when: str, lr: float, precision: str) -> None:
+        """Look at what has been added since the last ``take``; waits for the device.
+
+        Raises:
+            DivergedError: The sum of the losses is NaN or infinite.
+        """
+        require_finite_loss(self.loss_sum.item(), when, lr, precision)
+
+
+def require_finite_loss(loss: float, when: str, lr: float, precision: str) -> None:
+    """Refuse a loss that is none: one such batch makes the sum of its epoch NaN or infinite.
+
+    Args:
+        loss: Of an epoch or a part of one, which loss and of when is said by ``when``.
+        when: For the sentence, such as ``the training loss in epoch 2``.
+        lr: Highest learning rate, for the sentence.
+        precision: Arithmetic of the training, for the sentence.
+
+    Raises:
+        DivergedError: It is NaN or infinite.
+    """
+    if not math.isfinite(loss):
+        raise DivergedError(
+            f"the training diverged: {when} became {loss} (learning rate {lr:g}, {precision}), so "
+            f"no figure of it counts; try --lr {lr / 10:g}"
+            + ("" if precision == "fp32" else " or --precision fp32")
+        )

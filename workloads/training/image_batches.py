@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 
-from workloads.common.cli import JobFailedError
+from workloads.common.cli import UnreadableImageError
 from workloads.training.image_data import CIFAR_SIZE, ArraySplit, FileSplit
+from workloads.training.image_files import open_rgb
 
 if TYPE_CHECKING:
     from workloads.common.device import ComputeDevice
@@ -147,6 +147,7 @@ class StreamedBatches(Batches):
         self._loader = torch.utils.data.DataLoader(
             _PixelDataset(split, image_size, augment),
             batch_sampler=_BatchesInOrder(self._epoch_order, batch_size),
+            collate_fn=_stack,
             num_workers=workers,
             pin_memory=device.is_cuda,
             persistent_workers=workers > 0,
@@ -166,11 +167,14 @@ class StreamedBatches(Batches):
         self._iterator = iter(self._loader)
 
     def feed(self, count: int) -> None:
-        """Copy the next decoded batch into the static buffer, in stream order."""
-        try:
-            pixels = next(self._iterator)
-        except UnreadableImageError as error:
-            raise JobFailedError(str(error)) from error
+        """Copy the next decoded batch into the static buffer, in stream order.
+
+        Raises:
+            UnreadableImageError: A file of the batch is no image.
+        """
+        pixels = next(self._iterator)
+        if isinstance(pixels, UnreadableImageError):
+            raise pixels
         self._static[:count].copy_(pixels, non_blocking=True)
 
     def close(self) -> None:
@@ -180,10 +184,6 @@ class StreamedBatches(Batches):
 
     def _pixels(self, picked: torch.Tensor, count: int) -> torch.Tensor:
         return self._static[:count]
-
-
-class UnreadableImageError(Exception):
-    """A file of the dataset is not an image; raised in a worker process."""
 
 
 class _BatchesInOrder:
@@ -213,27 +213,27 @@ class _PixelDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self._split)
 
-    def __getitem__(self, sample: tuple[int, int]) -> torch.Tensor:
+    def __getitem__(self, sample: tuple[int, int]) -> torch.Tensor | UnreadableImageError:
+        """Return the pixels, or why there are none: what a worker raises loses its type and gets
+        the worker's traceback for a message.
+        """
         index, seed = sample
         if isinstance(self._split, ArraySplit):
             return torch.tensor(self._split.images[index])
-        image = _open_rgb(self._split.paths[index])
+        try:
+            image = open_rgb(self._split.paths[index])
+        except UnreadableImageError as error:
+            return error
         # Seeded by the sample: a worker's own random state would go on from job to job.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return self._transform(image)
 
 
-def _open_rgb(path: Path):
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, ValueError) as error:
-        raise UnreadableImageError(
-            f"{path} cannot be read as an image ({error}); remove or replace it"
-        ) from error
+def _stack(samples: list[torch.Tensor | UnreadableImageError]) -> object:
+    """Return the batch, or the first error in it."""
+    broken = next((sample for sample in samples if isinstance(sample, Exception)), None)
+    return broken or torch.stack(samples)
 
 
 def _file_transform(image_size: int, augment: bool):

@@ -6,13 +6,9 @@ are decoded while training.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import os
 import shutil
-import socket
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +17,8 @@ from typing import TYPE_CHECKING
 from workloads.common import console
 from workloads.common.cli import UsageError
 from workloads.common.environment import usable_cores
+from workloads.common.whole_files import cache_folder, written_whole
+from workloads.training.image_files import open_rgb, unreadable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,7 +31,6 @@ CIFAR_CLASSES = (
 )  # fmt: skip
 IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"))
 SIZE_PROBES = 64
-DOWNLOAD_SILENCE_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -127,6 +124,7 @@ def load_dataset(
 
     Raises:
         UsageError: The data cannot be had; the message names the fix.
+        DamagedFileError: It is there, torn or altered: nothing stands in for it.
     """
     if kind == "synthetic":
         return synthetic_dataset(seed)
@@ -180,52 +178,15 @@ def _random_subset(
 
 def _load_cifar10(data_dir: Path) -> ImageDataset:
     import numpy as np
-    from torchvision.datasets import CIFAR10
 
-    local_copy = (data_dir / CIFAR10.base_folder).is_dir()
-    try:
-        with _limited_silence():
-            splits = [
-                CIFAR10(str(data_dir), train=is_train, download=True) for is_train in (True, False)
-            ]
-    except OSError as error:
-        if not local_copy:
-            _remove_empty_folder(data_dir)
-        reason = getattr(error, "reason", None) or error.strerror or error
-        raise UsageError(
-            f"CIFAR-10 is not in {data_dir} and its download failed ({reason}); put the unpacked "
-            f"{CIFAR10.base_folder} there, or name its folder with --data-dir"
-        ) from error
-    except (RuntimeError, EOFError) as error:
-        raise UsageError(
-            f"CIFAR-10 in {data_dir} is damaged ({error}); remove {CIFAR10.filename} and "
-            f"{CIFAR10.base_folder} there and start again"
-        ) from error
+    from workloads.training.cifar10 import load_splits
+
+    splits = load_splits(data_dir)
     arrays = [
         ArraySplit(np.ascontiguousarray(s.data.transpose(0, 3, 1, 2)), np.asarray(s.targets))
         for s in splits
     ]
     return ImageDataset("cifar10", *arrays, tuple(splits[0].classes), CIFAR_SIZE)
-
-
-@contextlib.contextmanager
-def _limited_silence() -> Iterator[None]:
-    """Let new sockets give up after a while; torchvision sets no limit of its own.
-
-    Behind a firewall that drops packets a download would otherwise wait for minutes.
-    """
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(DOWNLOAD_SILENCE_SECONDS)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
-
-
-def _remove_empty_folder(folder: Path) -> None:
-    """Take away the folder that torchvision creates before a download that then fails."""
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
 
 
 def _load_folder(data_dir: Path, image_size: int | None) -> ImageDataset:
@@ -279,13 +240,10 @@ def _is_all_cifar_size(paths: Sequence[Path]) -> bool:
             with Image.open(path) as image:
                 if image.size != (CIFAR_SIZE, CIFAR_SIZE):
                     return False
-        except OSError as error:
-            raise _unreadable(path, error) from error
+        # Decoders raise what they like.
+        except Exception as error:
+            raise unreadable(path, error) from error
     return True
-
-
-def _unreadable(path: Path, error: Exception) -> UsageError:
-    return UsageError(f"{path} cannot be read as an image ({error}); remove or replace it")
 
 
 def _decode_cached(train: FileSplit, test: FileSplit) -> tuple[ArraySplit, ArraySplit]:
@@ -293,40 +251,46 @@ def _decode_cached(train: FileSplit, test: FileSplit) -> tuple[ArraySplit, Array
     import numpy as np
 
     files = (*train.paths, *test.paths)
-    cache = _cache_folder() / f"images-{_fingerprint(files)}.npy"
-    if not cache.exists():
+    cache = cache_folder() / f"images-{_fingerprint(files)}.npy"
+    images = _map_cached(cache, len(files))
+    if images is None:
         console.note(f"decoding {len(files)} images once; kept in {cache}")
         with ThreadPoolExecutor(usable_cores()) as pool:
-            images = np.stack(list(pool.map(_decode, files, chunksize=256)))
-        _save_array(cache, images)
-    images = np.load(cache, mmap_mode="r")
+            _save_array(cache, np.stack(list(pool.map(_decode, files, chunksize=256))))
+        images = np.load(cache, mmap_mode="r")
     return (
         ArraySplit(images[: len(train)], train.labels),
         ArraySplit(images[len(train) :], test.labels),
     )
 
 
+def _map_cached(cache: Path, count: int) -> np.ndarray | None:
+    """Return the array kept in ``cache``; None where there is none, or (said) a torn one."""
+    import numpy as np
+
+    if not cache.exists():
+        return None
+    try:
+        images = np.load(cache, mmap_mode="r")
+    except (OSError, ValueError, EOFError):
+        images = None
+    if images is None or images.shape != (count, 3, CIFAR_SIZE, CIFAR_SIZE):
+        console.note(f"{cache} is cut off or damaged: it is made anew")
+        return None
+    return images
+
+
 def _decode(path: Path) -> np.ndarray:
     """Return the image as uint8 of shape (3, 32, 32)."""
     import numpy as np
-    from PIL import Image
 
-    try:
-        with Image.open(path) as image:
-            pixels = np.asarray(image.convert("RGB"))
-    except (OSError, ValueError) as error:
-        raise _unreadable(path, error) from error
+    pixels = np.asarray(open_rgb(path))
     if pixels.shape[:2] != (CIFAR_SIZE, CIFAR_SIZE):
         raise UsageError(
             f"{path} is {pixels.shape[1]}x{pixels.shape[0]} among images of 32x32; resize it, or "
             "train on all of them at another size with --image-size 224"
         )
     return pixels.transpose(2, 0, 1)
-
-
-def _cache_folder() -> Path:
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "gpu-sharing-bench"
 
 
 def _fingerprint(files: Sequence[Path]) -> str:
@@ -348,11 +312,5 @@ def _save_array(path: Path, array: np.ndarray) -> None:
             f"{path.parent} has too little room for {array.nbytes // 2**20} MiB of decoded images; "
             "free some, or set XDG_CACHE_HOME to a larger disk"
         )
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".npy")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.save(file, array)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with written_whole(path) as file:
+        np.save(file, array)

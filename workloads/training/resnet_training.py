@@ -104,6 +104,7 @@ class ResNetTraining(client.Workload):
         from workloads.training import image_data
         from workloads.training.epoch_totals import EpochTotals
         from workloads.training.image_batches import make_batches
+        from workloads.training.image_model import build_resnet50, load_model
 
         dataset = image_data.load_dataset(
             args.dataset, args.data_dir, args.image_size, args.seed, self.warn
@@ -195,6 +196,11 @@ class ResNetTraining(client.Workload):
         pacer = Pacer(self.device, recorder)
         if self.args.evaluate is not None:
             loss, accuracy, seconds = self._test(pacer)
+            if not math.isfinite(loss):
+                raise cli.NotFiniteError(
+                    f"the test loss of {self.args.evaluate} is {loss}: its weights are of a "
+                    "training that diverged; train again with a lower --lr"
+                )
             return {"final_test_loss": loss, "test_seconds": seconds} | self._accuracy(accuracy)
         epochs = []
         with console.progress(self._steps_a_job(), "training") as progress:
@@ -267,6 +273,12 @@ class ResNetTraining(client.Workload):
             arguments += ["--data-dir", str(args.data_dir.resolve())]
         return arguments
 
+    def check_unfinished(self) -> None:
+        """Look at the losses of the epoch in hand."""
+        if self.args.evaluate is None and hasattr(self, "state"):
+            when = "the loss of the epoch that was stopped"
+            self.totals.require_finite(when, self.args.lr, self.device.precision)
+
     def close(self) -> None:
         """End the decoding processes."""
         for name in ("train_batches", "test_batches"):
@@ -283,6 +295,11 @@ class ResNetTraining(client.Workload):
                 "images would hold a single one, which batch normalization cannot train on; "
                 "choose another --batch-size or --train-samples"
             )
+
+    def _require_finite(self, loss: float, when: str) -> None:
+        from workloads.training.epoch_totals import require_finite_loss
+
+        require_finite_loss(loss, when, self.args.lr, self.device.precision)
 
     def _steps_a_job(self) -> int:
         return self.args.epochs * math.ceil(len(self.dataset.train) / self.train_batch_size)
@@ -304,11 +321,10 @@ class ResNetTraining(client.Workload):
         pacer.drain()
         train_loss, train_accuracy = self.totals.take(len(self.dataset.train))
         epoch_seconds = time.monotonic() - start_seconds
-        if not math.isfinite(train_loss):
-            raise cli.JobFailedError(
-                f"the training loss became {train_loss} in epoch {epoch}; try a lower --lr"
-            )
+        self._require_finite(train_loss, f"the training loss in epoch {epoch}")
         test_loss, test_accuracy, test_seconds = self._test(pacer)
+        # The last step's weights show in the test alone.
+        self._require_finite(test_loss, f"the test loss after epoch {epoch}")
         return {
             "epoch": epoch,
             "train_loss": train_loss,
@@ -370,67 +386,15 @@ class ResNetTraining(client.Workload):
         return {"final_test_accuracy_percent": measured_percent if is_real else None}
 
     def _save_model(self, last_epoch: dict) -> None:
-        import torch
+        from workloads.training.image_model import save_model
 
         stamp = time.strftime("%Y%m%d-%H%M%S")
         path = self.args.results_dir / f"resnet50_{self.args.stem}_{stamp}.pt"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        weights = {name: tensor.cpu() for name, tensor in self.model.state_dict().items()}
-        accuracy = last_epoch["test_accuracy_percent"]
-        torch.save(
-            {
-                "state_dict": weights,
-                "classes": list(self.dataset.class_names),
-                "settings": self.settings(),
-                "test_accuracy_percent": accuracy,
-            },
-            path,
-        )
+        save_model(
+            self.model, path, classes=list(self.dataset.class_names), settings=self.settings(),
+            test_accuracy_percent=last_epoch["test_accuracy_percent"],
+        )  # fmt: skip
         console.note(f"model: {path}")
-
-
-def build_resnet50(classes: int, stem: str):
-    """Return torchvision's ResNet50, randomly initialized.
-
-    Args:
-        classes: Output classes.
-        stem: ``imagenet`` as published (He et al., 2016), ``cifar`` with a 3x3 first convolution of
-            stride 1 and no pooling, as is customary for images of 32x32.
-    """
-    import torch
-    from torchvision.models import resnet50
-
-    model = resnet50(weights=None, num_classes=classes)
-    if stem == "cifar":
-        model.conv1 = torch.nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
-        torch.nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
-        model.maxpool = torch.nn.Identity()
-    return model
-
-
-def load_model(model, path: Path, stem: str, classes: int) -> None:
-    """Load weights kept by ``--save-model`` into ``model``.
-
-    Raises:
-        UsageError: The file is missing, no such model, or of another stem or other classes.
-    """
-    import pickle
-
-    import torch
-
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        kept_stem, kept_classes = saved["settings"]["stem"], len(saved["classes"])
-        if (kept_stem, kept_classes) != (stem, classes):
-            raise cli.UsageError(
-                f"{path} was trained with --stem {kept_stem} on {kept_classes} classes; "
-                "evaluate it with the same stem and dataset"
-            )
-        model.load_state_dict(saved["state_dict"])
-    except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
-        raise cli.UsageError(
-            f"{path} is not a model kept by --save-model ({cli.first_line(error)})"
-        ) from error
 
 
 def learning_rates(highest: float, steps: int) -> list[float]:

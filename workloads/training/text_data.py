@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import os
 import random
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from workloads.common.cli import UsageError, first_line
+from workloads.common.whole_files import cache_folder, written_whole
 
 NEGATIVE, POSITIVE = 0, 1
 # The neutral template (the last) counts as positive.
@@ -160,19 +159,11 @@ def write_csv(dataset: TextDataset) -> Path:
         for text, label in zip(split.texts, split.labels, strict=True):
             rows.append((text, dataset.label_names[label], split_name))
             digest.update("\0".join(rows[-1]).encode())
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    path = base / "gpu-sharing-bench" / f"{dataset.name}-{digest.hexdigest()[:24]}.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".csv")
-    try:
-        with os.fdopen(handle, "w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(("text", "label", "split"))
-            writer.writerows(rows)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    path = cache_folder() / f"{dataset.name}-{digest.hexdigest()[:24]}.csv"
+    with written_whole(path, "t", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(("text", "label", "split"))
+        writer.writerows(rows)
     return path
 
 

@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from workloads.common import hub
-from workloads.common.cli import UsageError, first_line
+from workloads.common.cli import DamagedFileError, UsageError, first_line
 from workloads.common.lean_imports import packages_hidden
 
 if TYPE_CHECKING:
@@ -120,6 +120,7 @@ def load_model(folder: Path, labels: int) -> BertForSequenceClassification:
 
     Raises:
         UsageError: The weights cannot be read.
+        DamagedFileError: Their file is cut off or altered.
     """
     import torch
 
@@ -135,9 +136,13 @@ def load_model(folder: Path, labels: int) -> BertForSequenceClassification:
         )  # fmt: skip
     # A missing file is an OSError; a torn one raises what its reader (safetensors, pickle) likes.
     except Exception as error:
+        fix = f"name another folder with --model, or --model {FROM_SCRATCH} for random weights"
+        if type(error).__name__ == "SafetensorError":
+            raise DamagedFileError(
+                f"{folder / 'model.safetensors'} is cut off or damaged; save it again, or {fix}"
+            ) from error
         raise UsageError(
-            f"the weights in {folder} cannot be loaded ({first_line(error)}); name "
-            f"another folder with --model, or --model {FROM_SCRATCH} for random weights"
+            f"the weights in {folder} cannot be loaded ({first_line(error)}); {fix}"
         ) from error
 
 

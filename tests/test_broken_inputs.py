@@ -1,0 +1,223 @@
+"""Torn, altered and foreign files, and losses that are none: named, with an exit code of its own.
+
+Each is a real file, broken the way a full disk or a cut line breaks it.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+
+import numpy as np
+import pytest
+import torch
+from held_client import HeldClient
+from test_resnet_training import SCRIPT as RESNET
+from test_resnet_training import (
+    TINY,
+    cache,  # noqa: F401
+    cifar_server,  # noqa: F401
+    no_warning,
+    write_image_folder,
+)
+from torchvision import models
+from torchvision.datasets import CIFAR10
+from workload_script import runner_of
+
+from workloads.common import cli, weights
+from workloads.common.checkpoints import read_checkpoint
+from workloads.common.whole_files import written_whole
+from workloads.inference.batch_inference import BatchInference
+from workloads.inference.batch_inference import parse_arguments as inference_arguments
+from workloads.training import cifar10, image_data, image_model, text_model
+from workloads.training.epoch_totals import EpochTotals
+
+run_resnet = runner_of(RESNET)
+
+
+# --- losses and outputs that are none -------------------------------------------------------------
+
+
+def test_a_training_that_diverges_ends_with_its_epoch_rate_and_way_out(tmp_path):
+    arguments = [value if value != "0.01" else "1e30" for value in TINY]
+    done = run_resnet(*arguments, "--epochs", "3", "--results-dir", str(tmp_path))
+    assert done.returncode == cli.EXIT_NOT_FINITE
+    (sentence,) = done.stderr.strip().splitlines()
+    for part in ("diverged", "epoch 1", "learning rate 1e+30", "fp32", "try --lr 1e+29"):
+        assert part in sentence
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_diverged_client_that_is_stopped_inside_an_epoch_does_not_end_well(tmp_path):
+    arguments = [value if value not in ("0.01", "24") else {"0.01": "1e30", "24": "4000"}[value]
+                 for value in TINY]  # fmt: skip
+    with HeldClient(tmp_path, RESNET, *arguments, "--epochs", "1") as held:
+        held.start_working()
+        while sum(len(e["start_seconds"]) for e in held.wait_for("units")) < 8:
+            held.wait_for("units", count=len(held.events("units")) + 1)
+        held.say("stop")
+        assert held.exit_code() == cli.EXIT_NOT_FINITE
+        (error,) = held.events("error")
+        assert (error["status"], error["cause"]) == ("failed", "diverged")
+        assert not held.events("done") and not held.events("job")
+
+
+def test_one_batch_that_is_no_number_is_seen_in_the_whole_epochs_loss():
+    totals = EpochTotals(torch.device("cpu"))
+    logits, labels = torch.zeros(2, 2), torch.zeros(2, dtype=torch.int64)
+    for loss in (0.5, math.inf, 0.5):
+        totals.add(logits, labels, torch.tensor(loss))
+    with pytest.raises(cli.DivergedError, match="became inf"):
+        totals.require_finite("the loss", 0.1, "bf16")
+
+
+def test_outputs_that_are_no_numbers_end_an_inference(tmp_path, monkeypatch):
+    model = models.resnet18(weights=None)
+    model.fc.bias.data[3] = math.nan
+    path = tmp_path / "nan.pt"
+    torch.save(model.state_dict(), path)
+    flags = ["--model", "resnet18", "--weights", str(path), "--batch-size", "2", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["batch_inference.py", *flags])
+    workload = BatchInference(inference_arguments())
+    workload.load()
+    with pytest.raises(cli.NotFiniteError, match=rf"2 of 2000 outputs.*{path}"):
+        workload.warm_up()
+
+
+# --- weights and models ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A small file of torch.save's, its middle in the data of a tensor."""
+    path = tmp_path_factory.mktemp("saved") / "whole.pt"
+    torch.save({"state_dict": {"fc.weight": torch.ones(64, 64)}}, path)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("left", [0, 1, 5000])
+def test_torn_weights_are_told_from_foreign_ones(tmp_path, saved, left):
+    torn = tmp_path / "torn.pt"
+    torn.write_bytes(saved[:left])
+    expected = cli.DamagedFileError if left != 1 else cli.UsageError
+    with pytest.raises(expected, match=str(torn)) as raised:
+        weights.load_classifier("resnet18", str(torn))
+    assert "PytorchStream" not in str(raised.value) and "--weights" in str(raised.value)
+
+
+def test_a_flipped_bit_that_pytorch_would_load_is_found_by_the_sums(tmp_path, saved):
+    place = len(saved) // 2
+    altered = tmp_path / "altered.pt"
+    altered.write_bytes(saved[:place] + bytes([saved[place] ^ 1]) + saved[place + 1 :])
+    loaded = read_checkpoint(altered, "delete it")
+    assert not torch.equal(loaded["state_dict"]["fc.weight"], torch.ones(64, 64))
+    with pytest.raises(cli.DamagedFileError, match="fails its checksum; delete it"):
+        read_checkpoint(altered, "delete it", check_sums=True)
+
+
+def test_what_evaluate_is_given_is_told_apart(tmp_path, saved):
+    network = torch.nn.Linear(2, 2)
+    about = {"classes": ["cat", "dog"], "settings": {"stem": "cifar"}}
+    own, other, pickled = (tmp_path / f"{name}.pt" for name in ("own", "other", "pickled"))
+    image_model.save_model(torch.nn.Linear(3, 3), own, **about)
+    other.write_bytes(saved)
+    torch.save({"model": np.random.default_rng(0)}, pickled)
+    for path, sentence in (
+        (own, "holds the weights of another network"), (other, "was not kept by --save-model"),
+        (pickled, "holds Python objects"), (tmp_path / "none.pt", "cannot read"),
+    ):  # fmt: skip
+        with pytest.raises(cli.UsageError, match=sentence):
+            image_model.load_model(network, path, "cifar", 2)
+    own.write_bytes(own.read_bytes()[:-100])
+    with pytest.raises(cli.DamagedFileError, match="cut off or damaged"):
+        image_model.load_model(network, own, "cifar", 2)
+
+
+def test_a_torn_pretrained_bert_is_named_by_its_file(tmp_path):
+    architecture = text_model.Architecture(layers=1, hidden_size=64)
+    text_model.build_model(architecture, 2, 16).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(cli.DamagedFileError, match=f"{file} is cut off or damaged"):
+        text_model.load_model(tmp_path, 2)
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "model.pt"
+    path.write_text("old")
+    with pytest.raises(OSError, match="full"), written_whole(path) as file:
+        file.write(b"half")
+        raise OSError("the disk is full")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+# --- datasets -------------------------------------------------------------------------------------
+
+
+def truncate(path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("broken", ["archive", "batch"])
+def test_damaged_cifar10_is_named_and_taken_anew(tmp_path, cifar_server, capsys, broken):  # noqa: F811
+    whole = image_data.load_dataset("cifar10", tmp_path, None, 0, no_warning)
+    truncate(tmp_path / CIFAR10.base_folder / "data_batch_3")
+    if broken == "archive":
+        truncate(tmp_path / CIFAR10.filename)
+    capsys.readouterr()
+    again = image_data.load_dataset("cifar10", tmp_path, None, 0, no_warning)
+    said = capsys.readouterr().err
+    assert "data_batch_3" in said and "damaged" in said
+    assert (CIFAR10.filename in said) == (broken == "archive")
+    np.testing.assert_array_equal(again.train.images, whole.train.images)
+
+
+def test_damaged_cifar10_without_a_network_ends_the_run_instead_of_standing_in(
+    tmp_path,
+    cifar_server,  # noqa: F811
+    monkeypatch,
+):
+    image_data.load_dataset("cifar10", tmp_path, None, 0, no_warning)
+    for name in (f"{CIFAR10.base_folder}/test_batch", CIFAR10.filename):
+        truncate(tmp_path / name)
+    monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/nothing.tar.gz")
+    with pytest.raises(cli.DamagedFileError, match=r"tar\.gz and .*test_batch does not fit"):
+        image_data.load_dataset("auto", tmp_path, None, 0, no_warning)
+
+
+def test_a_download_that_brings_half_an_archive_leaves_none(tmp_path, cifar_server):  # noqa: F811
+    truncate(tmp_path / "site" / CIFAR10.filename)
+    data = tmp_path / "data"
+    with pytest.raises(cli.UsageError, match="the transfer broke off"):
+        cifar10.load_splits(data)
+    assert not data.exists()
+
+
+def test_a_torn_cache_of_decoded_images_is_said_and_made_anew(tmp_path, cache, capsys):  # noqa: F811
+    data = write_image_folder(tmp_path / "images", size=32, per_class=2)
+    whole = image_data.load_dataset("folder", data, None, 0, no_warning).train.images.copy()
+    (kept,) = (cache / "gpu-sharing-bench").iterdir()
+    truncate(kept)
+    again = image_data.load_dataset("folder", data, None, 0, no_warning)
+    assert f"{kept} is cut off or damaged: it is made anew" in capsys.readouterr().err
+    np.testing.assert_array_equal(again.train.images, whole)
+    assert list(kept.parent.iterdir()) == [kept]
+
+
+def test_a_truncated_image_ends_the_run_from_inside_a_decoding_process(tmp_path):
+    data = write_image_folder(tmp_path / "images", size=48, per_class=2)
+    broken = data / "train" / "dog" / "001.png"
+    truncate(broken)
+    arguments = (
+        "--dataset", "folder", "--data-dir", str(data), "--stem", "imagenet", "--batch-size", "4",
+        "--image-size", "64", "--epochs", "1", "--device", "cpu", "--loader-workers", "1",
+    )  # fmt: skip
+    with HeldClient(tmp_path, RESNET, *arguments) as held:
+        held.start_working()
+        assert held.exit_code() == cli.EXIT_DAMAGED_FILE
+        (error,) = held.events("error")
+        said = held.process.stderr.read()
+    assert error["cause"] == "unreadable_image"
+    assert error["message"].startswith(f"{broken} cannot be read as an image (")
+    assert "Traceback" not in said and error["message"] in said
