@@ -27,8 +27,13 @@ gpu::list() {
 }
 
 gpu::read_line() {
+    local field
     IFS=, read -r GPU_INDEX GPU_UUID GPU_COMPUTE_MODE GPU_MIG_CURRENT GPU_MIG_PENDING \
-        GPU_COMPUTE_CAPABILITY GPU_NAME <<<"${1//, /,}"
+        GPU_COMPUTE_CAPABILITY GPU_NAME <<<"$1"
+    for field in UUID COMPUTE_MODE MIG_CURRENT MIG_PENDING COMPUTE_CAPABILITY NAME; do
+        field=GPU_$field
+        printf -v "$field" '%s' "${!field# }"
+    done
     GPU_NAME=$(printable "$GPU_NAME")
 }
 
