@@ -1,0 +1,219 @@
+"""Names of GPUs, processes, folders and runs that try to be commands, flags or markup.
+
+The scripts are real, GPU, suite and analysis pretended (fakes/).
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from driver_runner import DriverRunner
+from mode_script_runner import PROJECT_ROOT, ModeScripts
+from test_benchmark_suite import Bench
+from waiting import wait_until
+
+from benchmarking.analysis.document import Table
+from benchmarking.analysis.markdown_report import table
+from benchmarking.running import occupancy
+
+# Each makes a file `broken` where it is run as a command, from whichever folder.
+HOSTILE_NAMES = [
+    'NVIDIA $(touch "$FAKE_GPU_STATE/broken") "H100"; touch "$FAKE_GPU_STATE/broken" a[$(id)] é中',
+    "NVIDIA `touch $FAKE_GPU_STATE/broken` %s %n 'H100, \\ * | <script>alert(1)</script>",
+]
+HOSTILE_FOLDERS = ["-x with  spaces é中", 'it\'s "$HOME" `id`;& \\n', "a[b]*?{c,d}"]
+SCRIPT_SOURCES = sorted(
+    path
+    for folder in (".", "lib", "gpu-configs", "gpu-configs/lib")
+    for path in (PROJECT_ROOT / folder).glob("*.sh")
+)
+
+
+def assert_nothing_ran(scripts: ModeScripts) -> None:
+    assert not list(scripts.folder.rglob("*broken*"))
+
+
+@pytest.mark.parametrize("name", HOSTILE_NAMES)
+def test_a_gpus_name_is_never_run_and_the_records_stay_json(
+    runner: DriverRunner, name: str
+) -> None:
+    runner.machine.change_gpu(name=name)
+    assert name in runner.must("gpu_status.sh").stdout
+    runner.environment["GPU_SHARING_WAIT_SECONDS"] = "0"
+    runner.machine.fail("nvidia-cuda-mps-control -d", exit=1, text=name)
+    result = runner.drive("run_experiments.sh", "--modes", "mps")
+    assert result.returncode == 1
+    assert "did not answer within 0 s" in runner.reason("mps")
+    runner.machine.forget_rules()
+    runner.machine.change_gpu(mig_current="[N/A]", mig_pending="[N/A]")
+    runner.output = runner.folder / "second"
+    assert runner.drive("run_experiments.sh", "--modes", "mig").returncode == 0
+    assert runner.reason("mig") == f"{name} has no MIG"
+    assert_nothing_ran(runner)
+
+
+def test_a_line_break_or_an_escape_in_a_gpus_name_makes_no_second_gpu_and_steers_no_terminal(
+    scripts: ModeScripts,
+) -> None:
+    scripts.machine.change_gpu(name="NVIDIA\x1b]0;x\x07\nH100, GPU-../../x, Default")
+    status = scripts.must("gpu_status.sh").stdout
+    assert status.count("mode in force") == 1
+    assert "NVIDIA?]0;x?" in status
+    assert "\x1b" not in status
+
+
+@pytest.mark.parametrize("field", [{"uuid": "GPU-../../../x"}, {"index": "a[$(touch broken)]"}])
+def test_an_index_or_uuid_that_is_none_is_no_gpu(
+    scripts: ModeScripts, field: dict[str, str]
+) -> None:
+    scripts.machine.change(gpus=[{**scripts.gpu(), **field}])
+    result = scripts.run("setup_time_slicing.sh", "2")
+    assert result.returncode == 3
+    assert "nvidia-smi names no GPU that can be used" in result.stderr
+    assert scripts.left_behind() == []
+    assert not (PROJECT_ROOT / "broken").exists()
+
+
+def test_a_strangers_process_name_steers_no_terminal(scripts: ModeScripts, tmp_path: Path) -> None:
+    scripts.machine.add_process(pid=4242, name="\x1b[2Jpython3 $(touch broken)", user="alice")
+    assert "pid 4242 (user alice): ?[2Jpython3" in scripts.must("gpu_status.sh").stdout
+    sleep = tmp_path / "\x1b[2Jabcdefghijé"  # the kernel cuts it within the last letter
+    sleep.symlink_to(shutil.which("sleep"))
+    with subprocess.Popen([sleep, "60"]) as process:
+        comm = Path(f"/proc/{process.pid}/comm")
+        wait_until(lambda: b"python" not in comm.read_bytes(), "the program's start")
+        words = occupancy.in_words([process.pid])
+        process.kill()
+    assert words == f"pid {process.pid} (?[2Jabcdefghij\ufffd)"
+
+
+@pytest.fixture(scope="module", params=HOSTILE_FOLDERS)
+def project(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The scripts in a folder of that name."""
+    root = tmp_path_factory.mktemp("project") / request.param
+    root.mkdir()
+    for path in [*SCRIPT_SOURCES, *PROJECT_ROOT.glob("requirements*.txt")]:
+        target = root / path.relative_to(PROJECT_ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
+    return root
+
+
+def drive_in(
+    project: Path, runner: DriverRunner, *words: str, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*words],
+        cwd=project,
+        env={**runner.environment, **environment},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_project_results_data_state_and_temporary_files_may_lie_in_folders_of_any_name(
+    project: Path, runner: DriverRunner
+) -> None:
+    odd = project.name
+    temporary, state = project / f"tmp {odd}", runner.folder / f"s{odd}"
+    for folder in (temporary, project / f"data {odd}"):
+        folder.mkdir(exist_ok=True)
+    given = {"TMPDIR": str(temporary), "GPU_SHARING_STATE_DIR": str(state)}
+    flags = ("--modes", "time-slicing,mps", "--data-dir", f"data {odd}")
+    result = drive_in(
+        project, runner, "./run_experiments.sh", *flags, "--output", odd, "--quick", **given
+    )
+    assert result.returncode == 0, result.stderr
+    assert (project / odd / "phases.jsonl").read_text().count('"status":"ok"') == 4
+    call = runner.suite_calls()["mps"]
+    assert Path(project, call["flags"]["--results-dir"]).samefile(project / odd)
+    assert not call["flags"]["--results-dir"].startswith("-")
+    assert call["gpu"]["daemons"] == 1
+    assert not runner.machine.state()["mps"]
+    assert list(state.iterdir()) == list(temporary.iterdir()) == []
+
+    again = drive_in(project, runner, "./run_experiments.sh", f"--output={odd}", "--quick", **given)
+    assert again.returncode == 2
+    assert "is not empty; name another folder" in again.stderr
+    resumed = drive_in(project, runner, "./run_experiments.sh", "--resume", odd, **given)
+    assert resumed.returncode == 0, resumed.stderr
+    shutil.rmtree(project / odd)
+
+    runner.rule(analysis={"files": {"comparison.json": "{}", "scaling-x.png": ""}})
+    stress = drive_in(project, runner, "./stress_test.sh", "mps", "2", "--output", odd, **given)
+    assert stress.returncode == 0, stress.stderr
+    assert "(the ramp is scaling-x.png)" in stress.stderr
+    shutil.rmtree(project / odd)
+    assert not any("broken" in path.name for path in project.rglob("*"))
+
+
+@pytest.mark.parametrize("flag", ["--output", "--data-dir", "--plan", "--baseline"])
+def test_a_flag_in_place_of_a_path_is_a_path_forgotten(runner: DriverRunner, flag: str) -> None:
+    result = runner.drive("run_experiments.sh", flag, "--quick")
+    assert result.returncode == 2
+    assert f"{flag} needs a value" in result.stderr
+
+
+def test_a_count_that_no_machine_could_run_is_refused_at_once(runner: DriverRunner) -> None:
+    result = runner.drive("stress_test.sh", "time-slicing", "99999999999")
+    assert result.returncode == 2
+    assert "MAX needs a whole number from 1 on, 9999 at most" in result.stderr
+
+
+@pytest.mark.parametrize("run_id", ["../../etc", "a;touch broken", "$(touch broken)", "-x", "é\n"])
+def test_a_run_id_that_is_none_is_one_sentence(tmp_path: Path, run_id: str) -> None:
+    bench = Bench(tmp_path)
+    command = [*bench.command()[:2], "--results-dir", str(bench.results)]
+    for flag in ("--resume", "--run-id"):
+        done = subprocess.run(
+            [*command, f"{flag}={run_id}"], cwd=tmp_path, env=bench.scripted_environment(),
+            capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+        assert done.returncode == 2, done.stderr
+        assert "error: " in done.stderr.splitlines()[-1]
+        assert "Traceback" not in done.stderr
+    assert not list(tmp_path.rglob("broken*"))
+    assert not bench.results.exists() or not list(bench.results.rglob("manifest.json"))
+
+
+def test_a_bar_in_a_name_makes_no_cell_of_the_markdown_table() -> None:
+    made = table(Table(header=("gpu", "mode"), rows=(("H100 | x\n| y", "mps"),)))
+    assert made.splitlines()[2] == r"| H100 \| x \| y | mps |"
+
+
+def test_no_script_writes_to_a_name_in_tmp_that_others_can_guess() -> None:
+    # Where CUDA itself looks for a daemon, and a parent of a folder with a random name.
+    known = {"local -r usual=${CUDA_MPS_PIPE_DIRECTORY:-/tmp/nvidia-mps}",
+             'for parent in "$STATE_DIRECTORY" "/run/user/$INVOKER_UID" /tmp; do'}  # fmt: skip
+    lines = {
+        line.strip()
+        for path in SCRIPT_SOURCES
+        for line in path.read_text().splitlines()
+        if re.search(r"/tmp\b|TMPDIR", line) and not line.strip().startswith("#")
+    }
+    assert lines == known
+    programs = [*PROJECT_ROOT.glob("benchmarking/**/*.py"), *PROJECT_ROOT.glob("workloads/**/*.py")]
+    guessed = [
+        str(path) for path in programs
+        if re.search(r"gettempdir|mktemp\(|[\"']/tmp/(?!nvidia-mps\")", path.read_text())
+    ]  # fmt: skip
+    assert guessed == []
+
+
+def test_sudo_is_run_for_mode_scripts_alone_and_never_asks() -> None:
+    runs_sudo = [
+        (path.name, line.strip())
+        for path in SCRIPT_SOURCES
+        for line in path.read_text().splitlines()
+        if re.search(r"(^|exec |\$\(|&& |\|\| |=\()sudo (?!\./)", line.strip())
+    ]
+    assert {name for name, _ in runs_sudo} == {"modes.sh"}
+    assert all("sudo -n" in line for _, line in runs_sudo)
+    assert [line for _, line in runs_sudo if "as_root" in line] == ["as_root=(sudo -n)"]

@@ -1,0 +1,301 @@
+"""Folders that cannot be written, clocks that are set, MPS pipes that are shut or a dead daemon's.
+
+The scripts are real, GPU, suite and analysis pretended (fakes/). What root's rights would hide is
+done as the account `nobody`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from driver_runner import AS_BEFORE, DriverRunner
+from mode_script_runner import AS_NOBODY, NOBODY, PROJECT_ROOT, ModeScripts
+from test_benchmark_suite import Bench
+from waiting import wait_until
+
+from benchmarking.storage import run_store
+
+# Root may write everywhere; anybody else already is the user that these tests need.
+AS_USER = AS_NOBODY if os.geteuid() == 0 else []
+
+
+# --- folders --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def users(runner: DriverRunner) -> DriverRunner:
+    """The driver scripts in folders that a user without root's rights owns."""
+    if AS_USER:
+        for folder in (runner.folder, runner.python_state):
+            os.chown(folder, NOBODY.pw_uid, NOBODY.pw_gid)
+    return runner
+
+
+def drive_as_user(users: DriverRunner, *command: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*AS_USER, *map(str, command)], cwd=PROJECT_ROOT, env=users.environment,
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("script", ["run_experiments.sh", "stress_test.sh"])
+@pytest.mark.parametrize(
+    ("output", "words"),
+    [("shut", "cannot write into {}"), ("shut/new", "cannot make the folder {}")],
+)
+def test_a_results_folder_that_may_only_be_read_is_one_sentence_before_anything_is_done(
+    users: DriverRunner, script: str, output: str, words: str
+) -> None:
+    (users.folder / "shut").mkdir(mode=0o555)
+    folder = users.folder / output
+    result = drive_as_user(users, f"./{script}", "--output", folder)
+    assert result.returncode == 2
+    assert words.format(folder) + "; name another" in result.stderr.splitlines()[-1]
+    assert users.machine.changing_calls() == users.python_calls() == []
+
+
+def test_a_results_folder_that_is_shut_meanwhile_ends_the_run_in_a_sentence_and_undoes_the_mode(
+    users: DriverRunner,
+) -> None:
+    users.output.mkdir(mode=0o777)
+    users.output.chmod(0o777)
+    users.rule(mps={"wait": True})
+    process = subprocess.Popen(
+        [*AS_USER, "./run_experiments.sh", "--modes", "mps", "--output", str(users.output)],
+        cwd=PROJECT_ROOT, env=users.environment, stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    wait_until(lambda: any("waiting" in call for call in users.python_calls()), "the suite")
+    users.output.chmod(0o555)
+    if AS_USER:
+        os.chown(users.output, 0, 0)
+        (users.output / "phases.jsonl").chmod(0o444)
+        os.chown(users.output / "phases.jsonl", 0, 0)
+    else:
+        (users.output / "phases.jsonl").chmod(0o444)
+    process.terminate()
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert f"cannot write {users.output}/phases.jsonl; make room or bring it back" in stderr
+    assert f"--resume {users.output}" in stderr
+    assert users.machine.state()["mps"] == {}
+    assert users.left_behind() == []
+    assert users.outcomes() == {"baseline": "ok", "time-slicing": "skipped"}
+
+
+def test_a_state_folder_that_may_only_be_read_fails_the_phase_with_the_variable_to_set(
+    users: DriverRunner,
+) -> None:
+    users.state_directory.mkdir(mode=0o555)
+    result = drive_as_user(users, "./run_experiments.sh", "--modes=mps", "--output", users.output)
+    assert result.returncode == 1
+    assert "set GPU_SHARING_STATE_DIR to a folder that you may write" in users.reason("mps")
+    assert users.outcomes()["analysis"] == "ok"
+    assert users.machine.changing_calls() == []
+
+
+def test_an_environment_that_may_only_be_read_is_used_as_it_is(tmp_path: Path) -> None:
+    project = tmp_path / "project"
+    (project / ".venv" / "bin").mkdir(parents=True)
+    for name in ("setup_environment.sh", "requirements.txt", "requirements-dev.txt"):
+        shutil.copy(PROJECT_ROOT / name, project)
+    python = project / ".venv" / "bin" / "python"
+    python.write_text("#!/bin/sh\nexit 0\n")  # has everything
+    python.chmod(0o755)
+    for folder in (project / ".venv", project):
+        folder.chmod(0o555)
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        folder.chmod(folder.stat().st_mode | 0o011)
+    result = subprocess.run(
+        [*AS_USER, "bash", "-Eeuo", "pipefail", "-c",
+         "source ./setup_environment.sh; environment::find() { PYTHON=$VENV_PYTHON; };"
+         ' environment::set_up "$PWD/requirements.txt"; echo "$PYTHON"'],
+        cwd=project, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert (result.returncode, result.stdout, result.stderr) == (0, f"{python}\n", "")
+
+
+# --- clocks ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def jumping_clock(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The library that sets the wall clock of a process back and forth."""
+    folder = tmp_path_factory.mktemp("clock")
+    folder.chmod(0o755)
+    library = folder / "jumping_clock.so"
+    source = PROJECT_ROOT / "tests" / "fakes" / "jumping_clock.c"
+    subprocess.run(
+        ["gcc", "-shared", "-fPIC", "-O1", "-Wall", "-Wextra", "-Werror", "-o", library, source],
+        check=True,
+    )
+    seen = subprocess.run(
+        ["bash", "-c", "for _ in 1 2 3 4; do echo $EPOCHSECONDS; sleep 0.3; done"],
+        env={**os.environ, "LD_PRELOAD": str(library)}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    times = [int(word) for word in seen.stdout.split()]
+    assert max(abs(one - other) for one, other in itertools.pairwise(times)) > 3600
+    return str(library)
+
+
+def test_waits_of_the_scripts_last_as_long_as_they_say_while_the_wall_clock_is_set(
+    scripts: ModeScripts, jumping_clock: str
+) -> None:
+    scripts.machine.fail("nvidia-cuda-mps-control -d", exit=0, text="")
+    started = time.monotonic()
+    result = scripts.run("enable_mps.sh", LD_PRELOAD=jumping_clock)
+    assert 1 < time.monotonic() - started < 30
+    assert result.returncode == 1
+    assert "the MPS daemon did not answer within 2 s" in result.stderr
+    scripts.machine.forget_rules()
+    # one that takes a while is not given up
+    scripts.machine.fail("nvidia-cuda-mps-control < get_*", exit=1, after=1, times=6)
+    slow = scripts.run("enable_mps.sh", LD_PRELOAD=jumping_clock, GPU_SHARING_WAIT_SECONDS="30")
+    assert slow.returncode == 0, slow.stderr
+
+
+def test_phases_have_their_own_seconds_and_order_while_the_wall_clock_is_set(
+    runner: DriverRunner, jumping_clock: str
+) -> None:
+    started = time.monotonic()
+    result = runner.drive(
+        "run_experiments.sh", "--modes=time-slicing,mps", LD_PRELOAD=jumping_clock
+    )
+    took = time.monotonic() - started
+    assert result.returncode == 0, result.stderr
+    assert [phase["phase"] for phase in runner.phases()] == [1, 2, 3, 4, 5]
+    seconds = [phase["seconds"] for phase in runner.phases()]
+    assert all(0 <= value <= took + 1 for value in seconds)
+    assert sum(seconds) <= took + len(seconds)
+
+
+def test_figures_rows_and_run_ids_stay_right_while_the_wall_clock_is_set(
+    bench: Bench, jumping_clock: str
+) -> None:
+    bench.script({"match": "*:interactive-2-*", "unit_seconds": 0.04})
+    bench.environment["LD_PRELOAD"] = jumping_clock
+    flags = ("--mix", "interactive", "--workloads", "2", "--repeats", "2", "--window", "1")
+    started = time.monotonic()
+    done = [bench.run(*flags) for _ in range(2)]
+    took = time.monotonic() - started
+    assert [one.returncode for one in done] == [0, 0], done[0].stderr
+    folders = run_store.find_runs(bench.results)
+    assert len({folder.name for folder in folders}) == 2
+    for folder in folders:
+        run = run_store.read_run(folder)
+        assert run.warnings == []
+        assert [record["co_run"] for record in run.co_run_records] == [
+            "baseline-jupyter_simulation", "interactive-2-r0", "interactive-2-r1",
+        ]  # fmt: skip
+        for record in run.co_run_records:
+            assert 0.1 < record["window_end_seconds"] - record["window_start_seconds"] < took
+        # twice the time for a unit is half the rate: STP 1, to what a busy machine adds
+        stp = [record["summary"]["stp"] for record in run.co_run_records[1:]]
+        assert all(0.6 < value < 1.5 for value in stp), stp
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    """A machine without a GPU."""
+    yield Bench(tmp_path)
+
+
+# --- MPS pipes ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shut", [lambda pipe: pipe, lambda pipe: pipe.parent])
+def test_a_pipe_directory_without_permission_is_named_and_its_daemon_is_not_lost(
+    users: DriverRunner, shut: Callable[[Path], Path]
+) -> None:
+    enabled = drive_as_user(users, "./gpu-configs/enable_mps.sh")
+    assert enabled.returncode == 0, enabled.stderr
+    state = users.saved("mps")
+    folder = shut(Path(state["pipe_directory"]))
+    folder.chmod(0o000)
+    users.machine.forget_calls()
+    for script in ("enable_mps.sh", "disable_mps.sh"):
+        result = drive_as_user(users, f"./gpu-configs/{script}")
+        assert result.returncode == 5
+        assert f"no permission on the MPS pipe directory: chmod u+rwx {folder}" in result.stderr
+    driven = drive_as_user(users, "./run_experiments.sh", "--modes=mps", "--output", users.output)
+    assert driven.returncode == 1
+    assert "no permission on the MPS pipe directory" in users.reason("mps")
+    assert users.machine.changing_calls() == []
+    assert users.saved("mps") == state
+    folder.chmod(0o700)
+    assert drive_as_user(users, "./gpu-configs/disable_mps.sh").returncode == 0
+    assert users.machine.state()["mps"] == {}
+
+
+def test_the_suite_says_that_a_pipe_directory_is_shut(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    pipe.mkdir(mode=0o000)
+    code = (
+        "import sys; from benchmarking.modes.mps import MpsMode;"
+        "mode = MpsMode(lambda: {'uuid': 'GPU-1', 'compute_mode': 'Default'}, [sys.argv[1]],"
+        " own_pid_namespace=False); mode.require()"
+    )
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        folder.chmod(folder.stat().st_mode | 0o011)
+    said = subprocess.run(
+        [*AS_USER, shutil.which("python3", path="/usr/bin:/usr/local/bin") or "python3", "-B", "-c",
+         code, str(pipe)],
+        cwd=PROJECT_ROOT, capture_output=True, text=True, timeout=60, check=False,
+    ).stderr.splitlines()[-1]  # fmt: skip
+    assert f"none ({pipe}: no permission, have its owner give it back)" in said
+    assert said.endswith("run ./gpu-configs/enable_mps.sh")
+
+
+def test_pipes_of_a_dead_daemon_are_replaced_and_the_mode_is_undone(runner: DriverRunner) -> None:
+    runner.must("enable_mps.sh")
+    pipe = Path(runner.saved("mps")["pipe_directory"])
+    runner.machine.change(mps={})  # it died
+    assert (pipe / "control").is_socket()
+    result = runner.drive("run_experiments.sh", "--modes", "mps")
+    assert result.returncode == 0, result.stderr
+    assert "no longer answers; starting a new one" in result.stderr
+    assert runner.suite_calls()["mps"]["gpu"]["daemons"] == 1
+    assert runner.python_calls()[-1]["gpu"] == AS_BEFORE
+    assert not pipe.exists()
+    assert runner.left_behind() == []
+
+
+def test_another_users_daemon_fails_the_phase_by_name_and_is_not_touched(
+    runner: DriverRunner,
+) -> None:
+    pipe = runner.folder / "of-alice"
+    pipe.mkdir()
+    runner.machine.add_mps_daemon(str(pipe), uid=1000, user="alice", pid=777)
+    result = runner.drive("run_experiments.sh", "--modes", "mps", CUDA_MPS_PIPE_DIRECTORY=str(pipe))
+    assert result.returncode == 1
+    assert "another user's MPS control daemon is running: pid 777 of user alice" in runner.reason(
+        "mps"
+    )
+    assert runner.machine.changing_calls() == []
+    assert list(runner.machine.state()["mps"]) == [str(pipe)]
+    assert runner.left_behind() == []
+
+
+def test_a_pipe_folder_that_somebody_filled_with_a_link_is_nobodys_daemon(
+    runner: DriverRunner,
+) -> None:
+    pipe, elsewhere = runner.folder / "nvidia-mps", runner.folder / "elsewhere"
+    for folder in (pipe, elsewhere):
+        folder.mkdir()
+    (elsewhere / "control").touch()
+    (pipe / "control").symlink_to(elsewhere / "control")
+    runner.machine.add_mps_daemon(str(pipe), uid=os.geteuid(), user="me")
+    result = runner.drive("run_experiments.sh", "--modes", "mps", CUDA_MPS_PIPE_DIRECTORY=str(pipe))
+    assert "mps is set up already" not in result.stderr
+    assert all(
+        call["environment"].get("CUDA_MPS_PIPE_DIRECTORY") != str(pipe)
+        for call in runner.machine.calls()
+        if call["command"].startswith("nvidia-cuda-mps-control <")
+    )
