@@ -15,8 +15,8 @@ from held_client import HeldClient
 from test_resnet_training import SCRIPT as RESNET
 from test_resnet_training import (
     TINY,
-    cache,  # noqa: F401
-    cifar_server,  # noqa: F401
+    cache,
+    cifar_server,
     no_warning,
     write_image_folder,
 )
@@ -31,6 +31,8 @@ from workloads.inference.batch_inference import BatchInference
 from workloads.inference.batch_inference import parse_arguments as inference_arguments
 from workloads.training import cifar10, image_data, image_model, text_model
 from workloads.training.epoch_totals import EpochTotals
+
+__all__ = ["cache", "cifar_server"]  # fixtures
 
 run_resnet = runner_of(RESNET)
 
@@ -160,7 +162,7 @@ def truncate(path) -> None:
 
 
 @pytest.mark.parametrize("broken", ["archive", "batch"])
-def test_damaged_cifar10_is_named_and_taken_anew(tmp_path, cifar_server, capsys, broken):  # noqa: F811
+def test_damaged_cifar10_is_named_and_taken_anew(tmp_path, cifar_server, capsys, broken):
     whole = image_data.load_dataset("cifar10", tmp_path, None, 0, no_warning)
     truncate(tmp_path / CIFAR10.base_folder / "data_batch_3")
     if broken == "archive":
@@ -175,7 +177,7 @@ def test_damaged_cifar10_is_named_and_taken_anew(tmp_path, cifar_server, capsys,
 
 def test_damaged_cifar10_without_a_network_ends_the_run_instead_of_standing_in(
     tmp_path,
-    cifar_server,  # noqa: F811
+    cifar_server,
     monkeypatch,
 ):
     image_data.load_dataset("cifar10", tmp_path, None, 0, no_warning)
@@ -186,7 +188,7 @@ def test_damaged_cifar10_without_a_network_ends_the_run_instead_of_standing_in(
         image_data.load_dataset("auto", tmp_path, None, 0, no_warning)
 
 
-def test_a_download_that_brings_half_an_archive_leaves_none(tmp_path, cifar_server):  # noqa: F811
+def test_a_download_that_brings_half_an_archive_leaves_none(tmp_path, cifar_server):
     truncate(tmp_path / "site" / CIFAR10.filename)
     data = tmp_path / "data"
     with pytest.raises(cli.UsageError, match="the transfer broke off"):
@@ -194,7 +196,7 @@ def test_a_download_that_brings_half_an_archive_leaves_none(tmp_path, cifar_serv
     assert not data.exists()
 
 
-def test_a_torn_cache_of_decoded_images_is_said_and_made_anew(tmp_path, cache, capsys):  # noqa: F811
+def test_a_torn_cache_of_decoded_images_is_said_and_made_anew(tmp_path, cache, capsys):
     data = write_image_folder(tmp_path / "images", size=32, per_class=2)
     whole = image_data.load_dataset("folder", data, None, 0, no_warning).train.images.copy()
     (kept,) = (cache / "gpu-sharing-bench").iterdir()

@@ -173,6 +173,22 @@ def test_every_way_of_failing_is_told_with_its_reason(
     assert "scripted failure" in result.clients[0].stderr_tail[-1]
 
 
+@pytest.mark.parametrize(
+    ("settings", "cause", "words"),
+    [
+        ({"error": {"cause": "diverged"}, "exit_code": 34}, "diverged", "diverged: scripted"),
+        ({"error": {"cause": "of its own"}, "exit_code": 65}, "damaged_file", "damaged file: "),
+        ({"error": {"cause": "of its own"}}, None, "failed: scripted"),
+    ],
+)
+def test_the_cause_is_the_clients_word_else_its_exit_codes(
+    run: Callable, settings: dict, cause: str | None, words: str
+) -> None:
+    result = run(1, c0={"fail": "error", "fail_at": "warm", **settings})
+    assert (result.clients[0].status, result.clients[0].cause) == ("failed", cause)
+    assert words in result.reason
+
+
 @pytest.mark.parametrize("stage", ["load", "warm"])
 def test_a_failure_before_go_leaves_no_window(run: Callable, stage: str) -> None:
     result = run(2, c0={"fail": "crash", "fail_at": stage})

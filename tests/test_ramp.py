@@ -110,6 +110,20 @@ def test_crash_kill_and_time_limit_are_told_apart(status: str, kind: str, words:
     assert words in in_words(found)
 
 
+def test_out_of_memory_says_who_held_what() -> None:
+    said = "out of GPU memory: tried 2.50 GiB with 1.00 GiB of 80.00 GiB free"
+    found = judged({"status": "oom", "reason": said})
+    assert in_words(found) == f"client 0 (Job) ran {said.replace('GPU ', '')}"
+
+
+@pytest.mark.parametrize("cause", ["diverged", "not_finite", "damaged_file", "unreadable_image"])
+def test_a_cause_that_the_client_named_is_the_reason_and_no_crash(cause: str) -> None:
+    named = {"status": "failed", "cause": cause, "reason": "the sentence", "failed_at": 2.0}
+    found = judged({**FAULT, "failed_at": 3.0}, named, mode="time-slicing")
+    assert (found["kind"], found["client"]) == (cause, 1)
+    assert in_words(found) == "client 1 (Job): the sentence"
+
+
 def test_a_neighbor_without_proof_is_not_the_cause() -> None:
     unproved = {"status": "invalid", "reason": "its pid is not among []"}
     found = judged(unproved, {"status": "killed", "reason": "ended by SIGKILL"})

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -141,6 +142,42 @@ def reasons(run: run_store.Run) -> dict[str, str | None]:
     """Why each co-run did not hold, by its name."""
     found = {record["co_run"]: record["stop_reason"] for record in run.co_run_records}
     return {name: reason and reason["kind"] for name, reason in found.items()}
+
+
+@pytest.mark.parametrize(
+    ("kind", "told", "sentence"),
+    [
+        (
+            "oom",
+            {"cause": "out_of_memory", "memory": {"where": "gpu", "tried_mib": 2560.0}},
+            "tried 2.50 GiB with 1.00 GiB of 80.00 GiB free",
+        ),
+        (
+            "error",
+            {"cause": "unreadable_image", "memory": None},
+            "/data/cat/001.png cannot be read as an image (truncated)",
+        ),
+    ],
+)
+def test_a_cause_reaches_the_records_the_terminal_and_the_report(
+    bench: Bench, kind: str, told: dict, sentence: str
+) -> None:
+    rule = {"match": "*:interactive-2-r0/1", "fail": kind, "fail_at": 0.05}
+    bench.script({**rule, "error": {**told, "message": sentence}})
+    done = bench.run("--mix", "interactive", "--workloads", "2")
+    assert done.returncode == 1
+    assert sentence in done.stderr
+    run = bench.only_run()
+    assert not run.warnings
+    neighbor, record = run.clients_of("interactive-2-r0")
+    assert {name: record[name] for name in told} == told
+    assert (neighbor["status"], neighbor["cause"]) == ("ok", None)
+    subprocess.run(
+        (sys.executable, bench.root / "benchmarking" / "analyze_results.py",
+         "--results-dir", bench.results), check=True, capture_output=True,
+    )  # fmt: skip
+    (report,) = bench.results.rglob("report.md")
+    assert sentence in report.read_text()
 
 
 def test_bisection_finds_the_count_between_with_everything_that_the_others_had(

@@ -45,8 +45,9 @@ def _run_doubts(run: RunView) -> list[str]:
     for record in run.clients("baseline"):
         if record["status"] != "ok":
             found.append(
-                f"{run.run_id}: {record.get('label')} alone ended {record['status']}; without "
-                "it STP and overhead are unknown"
+                f"{run.run_id}: {record.get('label')} alone ended {record['status']} "
+                f"({record.get('reason') or 'no reason recorded'}); without it STP and overhead "
+                "are unknown"
             )
     return found
 

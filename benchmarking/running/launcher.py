@@ -28,6 +28,9 @@ from benchmarking.running.event_log import Event, LineFollower, last_event, pars
 from benchmarking.storage.run_store import ClientPaths
 
 EXIT_OUT_OF_MEMORY = 12
+# What a client's exit code alone tells, where its event log does not.
+CAUSE_OF_EXIT_CODE = {EXIT_OUT_OF_MEMORY: "out_of_memory", 34: "not_finite", 65: "damaged_file"}
+CAUSES = frozenset((*CAUSE_OF_EXIT_CODE.values(), "diverged", "unreadable_image"))
 STDERR_TAIL_LINES = 20
 
 STATUS_OK, STATUS_FAILED, STATUS_OOM = "ok", "failed", "oom"
@@ -244,9 +247,10 @@ class Client:
 class ClientOutcome:
     """What became of one client.
 
-    `reason` says in words why `status` is not ok. `window_host_cpu_seconds` is the processor time
-    that it and its child processes used in the window, `window_busiest_thread_seconds` that of
-    the one thread of theirs that used most.
+    `reason` says in words why `status` is not ok, `cause` in the word of the client contract, where
+    it has one; `memory` is who held what when memory ran out. `window_host_cpu_seconds` is the
+    processor time that it and its child processes used in the window,
+    `window_busiest_thread_seconds` that of the one thread of theirs that used most.
     """
 
     planned: PlannedClient
@@ -258,6 +262,14 @@ class ClientOutcome:
     stderr_tail: list[str]
     window_host_cpu_seconds: float | None = None
     window_busiest_thread_seconds: float | None = None
+    cause: str | None = None
+    memory: dict[str, Any] | None = None
+
+    @property
+    def kind_of_end(self) -> str:
+        """How it ended in a word: the cause of a failure where it is known, else the status."""
+        is_told = self.status == STATUS_FAILED and self.cause is not None
+        return self.cause.replace("_", " ") if is_told else self.status
 
 
 @dataclass
@@ -503,7 +515,20 @@ def _client_outcome(
         stderr_tail=tail_of(client.paths.stderr),
         window_host_cpu_seconds=used,
         window_busiest_thread_seconds=busiest,
+        cause=_cause(client) if status in (STATUS_FAILED, STATUS_OOM) else None,
+        memory=_memory(client),
     )
+
+
+def _cause(client: Client) -> str | None:
+    """The client's word if it is one of the contract's, else what its exit code stands for."""
+    told = client.error.get("cause") if client.error is not None else None
+    return told if told in CAUSES else CAUSE_OF_EXIT_CODE.get(client.exit_code)
+
+
+def _memory(client: Client) -> dict[str, Any] | None:
+    told = client.error.get("memory") if client.error is not None else None
+    return told if isinstance(told, dict) else None
 
 
 def _status(client: Client, outcome: str) -> tuple[str, str | None]:
@@ -549,7 +574,7 @@ def _settle_outcome(result: CoRunOutcome) -> None:
         result.reason = (
             "; ".join(
                 f"client {client.planned.client} ({client.planned.label}): "
-                f"{client.status}: {client.reason}"
+                f"{client.kind_of_end}: {client.reason}"
                 for client in bad
             )
             or result.reason

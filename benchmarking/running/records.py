@@ -68,6 +68,8 @@ def client_record(
         "job_key": client.planned.job_key,
         "status": status,
         "reason": reason,
+        "cause": client.cause,
+        "memory": client.memory,
         "proof": (proof or NEVER_MEASURED).to_dict(),
         "window_start_seconds": start,
         "window_end_seconds": end,

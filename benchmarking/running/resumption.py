@@ -30,7 +30,7 @@ from benchmarking.storage.run_store import (
 COMPARED_FIELDS = ("gpu_uuid", "git_commit")
 
 # Kinds of stop reasons that say nothing of the load: the co-run is done again.
-NO_ANSWERS = ("refused", "killed")
+NO_ANSWERS = ("refused", "killed", "damaged_file", "unreadable_image")
 
 _START_ANEW = "start a new run (--baseline with this one's id reuses baselines that fit)"
 
@@ -177,7 +177,7 @@ def _with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
 def _is_answer(record: Record, clients: Sequence[Record]) -> bool:
     """Whether a co-run need not be done again: it went well, or broke under its load.
 
-    A client that somebody else killed says nothing of the load.
+    A client that somebody else killed, or that met a torn file, says nothing of the load.
     """
     if record["outcome"] == OUTCOME_OK:
         return True

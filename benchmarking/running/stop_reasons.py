@@ -3,7 +3,11 @@
 The kinds:
 
     oom            a client ran out of memory
-    crash          a client failed by itself
+    diverged       a training's loss became NaN or infinite
+    not_finite     a model's outputs were NaN or infinite
+    damaged_file   a file that a client read was torn or altered
+    unreadable_image  an image of its dataset could not be decoded
+    crash          a client failed by itself, in another way
     lost_neighbor  a client lost the GPU through another one: under MPS a fault in one process ends
                    the others' work too
     killed         somebody else ended a client (the host's out-of-memory killer, an operator)
@@ -26,7 +30,8 @@ from benchmarking.running.launcher import ClientOutcome
 Record = Mapping[str, Any]
 
 # The likeliest cause first: what else failed beside it is its consequence.
-KINDS_BY_CAUSE = ("oom", "crash", "killed", "timeout", "lost_neighbor")
+TOLD_KINDS = ("diverged", "not_finite", "damaged_file", "unreadable_image")
+KINDS_BY_CAUSE = ("oom", *TOLD_KINDS, "crash", "killed", "timeout", "lost_neighbor")
 KIND_OF_STATUS = {"oom": "oom", "failed": "crash", "killed": "killed", "timeout": "timeout"}
 
 # CUDA's words for errors 806 and 810, which come to the clients that did nothing.
@@ -35,6 +40,9 @@ _LOST_TEXT = re.compile(
     r"call between the MPS server and the MPS client failed|MPS_RPC_FAILURE|MpsRpcFailure",
     re.IGNORECASE,
 )
+
+# How a client begins its sentence; `in_words` has said so by then.
+_OUT_OF_MEMORY = re.compile(r"^out of (GPU |host )?memory: ")
 
 
 def stop_reason(
@@ -63,7 +71,8 @@ def in_words(reason: Mapping[str, Any]) -> str:
     """Return the reason as half a sentence for a terminal."""
     who = f"client {reason['client']} ({reason['label']})"
     text = {
-        "oom": f"{who} ran out of memory",
+        "oom": f"{who} ran out of memory{_after_oom(reason['detail'])}",
+        **{kind: f"{who}: {reason['detail']}" for kind in TOLD_KINDS},
         "crash": f"{who} crashed: {reason['detail']}",
         "lost_neighbor": f"{who} lost the GPU through another process: {reason['detail']}",
         "killed": f"{who} was killed from outside: {reason['detail']}",
@@ -71,6 +80,11 @@ def in_words(reason: Mapping[str, Any]) -> str:
     }.get(reason["kind"], str(reason["detail"]))
     lost = reason["lost_neighbors"] if reason["kind"] != "lost_neighbor" else []
     return text + (f"; it took along client {', '.join(map(str, lost))}" if lost else "")
+
+
+def _after_oom(detail: str | None) -> str:
+    """What a client said about it, without the words that were just said."""
+    return f": {_OUT_OF_MEMORY.sub('', detail)}" if detail else ""
 
 
 def _failure(
@@ -100,6 +114,8 @@ def _kind(record: Record, seconds: float | None, first_seconds: float | None) ->
     CUDA tells every client of an MPS server of a fault, often in the words of the one that caused
     it, so under MPS whoever fails after another counts as taken along.
     """
+    if record["status"] == "failed" and record.get("cause") in TOLD_KINDS:
+        return record["cause"]
     kind = KIND_OF_STATUS.get(record["status"], "crash")
     if kind != "crash":
         return kind

@@ -544,7 +544,8 @@ def _raise_unless_well(record: Mapping[str, Any], clients: list[dict[str, Any]])
         raise RunEnded("invalid", EXIT_INVALID, what)
     said = next(
         (client["stderr_tail"][-1] for client in clients
-         if client["status"] != "ok" and client["stderr_tail"]), None,
+         if client["status"] != "ok" and client["stderr_tail"]
+         and str(client["reason"]) not in client["stderr_tail"][-1]), None,
     )  # fmt: skip
     no_gpu = any(client["exit_code"] == CLIENT_EXIT_NO_GPU for client in clients)
     reason = f"{what} ({said})" if said else what

@@ -9,6 +9,8 @@ later ones win. The script may be copied under any name to stand in for a worklo
     latency         whether units are response times (false)
     load_seconds    length of loading (0)
     fail            "oom", "error", "crash", "exit0", "hang", "signal", "garbage" (none)
+    error           further fields of the error event of "oom" and "error"
+    exit_code       exit code after "error" (1)
     fail_at         "load", "warm" or seconds after go (0)
     ignore_stop     go on when told to stop (false)
     ignore_term     ignore SIGTERM too (false)
@@ -128,8 +130,9 @@ class Script:
         print(f"scripted failure: {kind}", file=sys.stderr, flush=True)
         if kind in ("oom", "error"):
             status = "oom" if kind == "oom" else "failed"
-            self.emit("error", status=status, message="scripted")
-            sys.exit(12 if kind == "oom" else 1)
+            fields = {"status": status, "message": "scripted", **self.settings.get("error", {})}
+            self.emit("error", **fields)
+            sys.exit(12 if kind == "oom" else self.settings.get("exit_code", 1))
         if kind == "garbage":
             with self.events.open("a") as stream:
                 stream.write("this is no event\n")

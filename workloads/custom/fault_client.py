@@ -130,7 +130,7 @@ class FaultyJob(client.Workload):
         import torch
 
         if not self.device.is_cuda:
-            raise cli.OutOfGpuMemoryError("out of memory, as told (there is no GPU: not real)")
+            raise cli.OutOfGpuMemoryError("out of GPU memory, as told (there is no GPU: not real)")
         total = torch.cuda.get_device_properties(0).total_memory
         cap = torch.cuda.memory_reserved() + self.args.cap_mib * 2**20
         torch.cuda.set_per_process_memory_fraction(min(1.0, cap / total))
