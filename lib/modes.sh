@@ -112,12 +112,14 @@ mode::undo() {
 mode::note() {
     local -r file=$(state::file driver)
     (state::save driver "gpu_uuid=$GPU_UUID" "mode=$1" "pid=$$" "started=$(mode::process_start $$)" \
-        "output=$(printable "$(realpath -- "$OUTPUT")")") && return
+        "output=$(printable "$(realpath -- "$OUTPUT")")") 2>/dev/null && return
     MODE_REASON="cannot write $file; set GPU_SHARING_STATE_DIR to a folder that you may write"
     return 1
 }
 
-mode::forget_note() { ((DRY_RUN)) || state::remove driver; }
+mode::forget_note() {
+    ((DRY_RUN)) || state::remove driver 2>/dev/null || warn "cannot remove $(state::file driver)"
+}
 
 # mode::process_start PID: in the kernel's ticks since the machine started; nothing where it has ended.
 mode::process_start() {

@@ -6,7 +6,6 @@ done as the account `nobody`.
 
 from __future__ import annotations
 
-import itertools
 import os
 import shutil
 import subprocess
@@ -20,10 +19,13 @@ from mode_script_runner import AS_NOBODY, NOBODY, PROJECT_ROOT, ModeScripts
 from test_benchmark_suite import Bench
 from waiting import wait_until
 
+from benchmarking.modes.mps import MpsMode
+from benchmarking.modes.sharing_mode import ModeNotInForceError
 from benchmarking.storage import run_store
 
 # Root may write everywhere; anybody else already is the user that these tests need.
 AS_USER = AS_NOBODY if os.geteuid() == 0 else []
+FORWARD, BACK = "3600", "-3600"
 
 
 # --- folders --------------------------------------------------------------------------------------
@@ -101,8 +103,8 @@ def test_a_state_folder_that_may_only_be_read_fails_the_phase_with_the_variable_
     assert users.machine.changing_calls() == []
 
 
-def test_an_environment_that_may_only_be_read_is_used_as_it_is(tmp_path: Path) -> None:
-    project = tmp_path / "project"
+def test_an_environment_that_may_only_be_read_is_used_as_it_is(scripts: ModeScripts) -> None:
+    project = scripts.folder / "project"
     (project / ".venv" / "bin").mkdir(parents=True)
     for name in ("setup_environment.sh", "requirements.txt", "requirements-dev.txt"):
         shutil.copy(PROJECT_ROOT / name, project)
@@ -111,15 +113,16 @@ def test_an_environment_that_may_only_be_read_is_used_as_it_is(tmp_path: Path) -
     python.chmod(0o755)
     for folder in (project / ".venv", project):
         folder.chmod(0o555)
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(folder.stat().st_mode | 0o011)
+    found = "environment::find() { PYTHON=$VENV_PYTHON; }"
+    set_up = 'environment::set_up "$PWD/requirements.txt"; echo "$PYTHON"'
     result = subprocess.run(
         [*AS_USER, "bash", "-Eeuo", "pipefail", "-c",
-         "source ./setup_environment.sh; environment::find() { PYTHON=$VENV_PYTHON; };"
-         ' environment::set_up "$PWD/requirements.txt"; echo "$PYTHON"'],
+         f"source ./setup_environment.sh; {found}; {set_up}"],
         cwd=project, capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert (result.returncode, result.stdout, result.stderr) == (0, f"{python}\n", "")
+    for folder in (project, project / ".venv"):
+        folder.chmod(0o755)  # or nobody but root could remove them
 
 
 # --- clocks ---------------------------------------------------------------------------------------
@@ -127,7 +130,7 @@ def test_an_environment_that_may_only_be_read_is_used_as_it_is(tmp_path: Path) -
 
 @pytest.fixture(scope="module")
 def jumping_clock(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The library that sets the wall clock of a process back and forth."""
+    """The library that sets the wall clock of a process by JUMP_SECONDS every half second."""
     folder = tmp_path_factory.mktemp("clock")
     folder.chmod(0o755)
     library = folder / "jumping_clock.so"
@@ -138,35 +141,39 @@ def jumping_clock(tmp_path_factory: pytest.TempPathFactory) -> str:
     )
     seen = subprocess.run(
         ["bash", "-c", "for _ in 1 2 3 4; do echo $EPOCHSECONDS; sleep 0.3; done"],
-        env={**os.environ, "LD_PRELOAD": str(library)}, capture_output=True, text=True, check=True,
+        env={**os.environ, "LD_PRELOAD": str(library), "JUMP_SECONDS": FORWARD},
+        capture_output=True, text=True, check=True,
     )  # fmt: skip
     times = [int(word) for word in seen.stdout.split()]
-    assert max(abs(one - other) for one, other in itertools.pairwise(times)) > 3600
+    assert times[-1] - times[0] >= 3600
     return str(library)
 
 
-def test_waits_of_the_scripts_last_as_long_as_they_say_while_the_wall_clock_is_set(
-    scripts: ModeScripts, jumping_clock: str
+@pytest.mark.parametrize("jump", [FORWARD, BACK])
+def test_waits_last_as_long_as_they_say_while_the_wall_clock_is_set(
+    scripts: ModeScripts, jumping_clock: str, jump: str
 ) -> None:
+    clock = {"LD_PRELOAD": jumping_clock, "JUMP_SECONDS": jump}
     scripts.machine.fail("nvidia-cuda-mps-control -d", exit=0, text="")
     started = time.monotonic()
-    result = scripts.run("enable_mps.sh", LD_PRELOAD=jumping_clock)
+    result = scripts.run("enable_mps.sh", **clock)
     assert 1 < time.monotonic() - started < 30
     assert result.returncode == 1
     assert "the MPS daemon did not answer within 2 s" in result.stderr
     scripts.machine.forget_rules()
     # one that takes a while is not given up
-    scripts.machine.fail("nvidia-cuda-mps-control < get_*", exit=1, after=1, times=6)
-    slow = scripts.run("enable_mps.sh", LD_PRELOAD=jumping_clock, GPU_SHARING_WAIT_SECONDS="30")
+    scripts.machine.fail("nvidia-cuda-mps-control < get_*", exit=1, after=1, times=8)
+    slow = scripts.run("enable_mps.sh", **clock, GPU_SHARING_WAIT_SECONDS="30")
     assert slow.returncode == 0, slow.stderr
 
 
+@pytest.mark.parametrize("jump", [FORWARD, BACK])
 def test_phases_have_their_own_seconds_and_order_while_the_wall_clock_is_set(
-    runner: DriverRunner, jumping_clock: str
+    runner: DriverRunner, jumping_clock: str, jump: str
 ) -> None:
     started = time.monotonic()
     result = runner.drive(
-        "run_experiments.sh", "--modes=time-slicing,mps", LD_PRELOAD=jumping_clock
+        "run_experiments.sh", "--modes=mps", LD_PRELOAD=jumping_clock, JUMP_SECONDS=jump
     )
     took = time.monotonic() - started
     assert result.returncode == 0, result.stderr
@@ -176,6 +183,12 @@ def test_phases_have_their_own_seconds_and_order_while_the_wall_clock_is_set(
     assert sum(seconds) <= took + len(seconds)
 
 
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    """A machine without a GPU."""
+    return Bench(tmp_path)
+
+
 def test_figures_rows_and_run_ids_stay_right_while_the_wall_clock_is_set(
     bench: Bench, jumping_clock: str
 ) -> None:
@@ -183,7 +196,10 @@ def test_figures_rows_and_run_ids_stay_right_while_the_wall_clock_is_set(
     bench.environment["LD_PRELOAD"] = jumping_clock
     flags = ("--mix", "interactive", "--workloads", "2", "--repeats", "2", "--window", "1")
     started = time.monotonic()
-    done = [bench.run(*flags) for _ in range(2)]
+    done = []
+    for jump in (FORWARD, BACK):
+        bench.environment["JUMP_SECONDS"] = jump
+        done.append(bench.run(*flags))
     took = time.monotonic() - started
     assert [one.returncode for one in done] == [0, 0], done[0].stderr
     folders = run_store.find_runs(bench.results)
@@ -199,12 +215,6 @@ def test_figures_rows_and_run_ids_stay_right_while_the_wall_clock_is_set(
         # twice the time for a unit is half the rate: STP 1, to what a busy machine adds
         stp = [record["summary"]["stp"] for record in run.co_run_records[1:]]
         assert all(0.6 < value < 1.5 for value in stp), stp
-
-
-@pytest.fixture
-def bench(tmp_path: Path) -> Iterator[Bench]:
-    """A machine without a GPU."""
-    yield Bench(tmp_path)
 
 
 # --- MPS pipes ------------------------------------------------------------------------------------
@@ -234,23 +244,33 @@ def test_a_pipe_directory_without_permission_is_named_and_its_daemon_is_not_lost
     assert users.machine.state()["mps"] == {}
 
 
-def test_the_suite_says_that_a_pipe_directory_is_shut(tmp_path: Path) -> None:
-    pipe = tmp_path / "pipe"
-    pipe.mkdir(mode=0o000)
-    code = (
-        "import sys; from benchmarking.modes.mps import MpsMode;"
-        "mode = MpsMode(lambda: {'uuid': 'GPU-1', 'compute_mode': 'Default'}, [sys.argv[1]],"
-        " own_pid_namespace=False); mode.require()"
-    )
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(folder.stat().st_mode | 0o011)
-    said = subprocess.run(
-        [*AS_USER, shutil.which("python3", path="/usr/bin:/usr/local/bin") or "python3", "-B", "-c",
-         code, str(pipe)],
-        cwd=PROJECT_ROOT, capture_output=True, text=True, timeout=60, check=False,
-    ).stderr.splitlines()[-1]  # fmt: skip
-    assert f"none ({pipe}: no permission, have its owner give it back)" in said
-    assert said.endswith("run ./gpu-configs/enable_mps.sh")
+@pytest.fixture
+def shut(scripts: ModeScripts) -> Path:
+    """A folder that nobody may enter but root."""
+    folder = scripts.folder / "shut"
+    folder.mkdir(mode=0o000)
+    return folder
+
+
+@pytest.fixture
+def without_roots_rights() -> Iterator[None]:
+    """This very process as another user for a while, where it is root's."""
+    before = os.geteuid()
+    if before == 0:
+        os.seteuid(NOBODY.pw_uid)
+    yield
+    os.seteuid(before)
+
+
+def test_the_suite_says_that_a_pipe_directory_is_shut(
+    shut: Path, without_roots_rights: None
+) -> None:
+    card = {"uuid": "GPU-1", "compute_mode": "Default"}
+    mode = MpsMode(lambda: card, [str(shut / "pipe")], own_pid_namespace=False)
+    with pytest.raises(ModeNotInForceError) as refused:
+        mode.require()
+    assert "/shut/pipe: no permission, have its owner give it back)" in str(refused.value)
+    assert str(refused.value).endswith("run ./gpu-configs/enable_mps.sh")
 
 
 def test_pipes_of_a_dead_daemon_are_replaced_and_the_mode_is_undone(runner: DriverRunner) -> None:
