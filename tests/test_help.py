@@ -70,3 +70,12 @@ def test_help_ends_well_and_shows_the_usage(
     record_property("help_seconds", round(time.monotonic() - started, 2))
     assert result.returncode == 0, result.stderr
     assert "usage" in result.stdout.lower()
+
+
+def test_the_checks_do_not_start_where_help_stands_behind_other_words() -> None:
+    result = subprocess.run(
+        ["./run_tests.sh", "-k", "metrics", "--help"],
+        cwd=PROJECT_ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60,
+        check=True,
+    )  # fmt: skip
+    assert result.stdout.startswith("Usage: ./run_tests.sh")

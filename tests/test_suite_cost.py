@@ -114,6 +114,15 @@ def test_a_client_that_fails_ends_the_measuring_with_its_last_words(bench: Bench
     assert program_copy.processes_of(bench.root) == []
 
 
+def test_flags_that_a_client_refuses_are_a_usage_error_with_the_clients_words(
+    bench: Bench,
+) -> None:
+    process = bench.start(*SHORT, resolve_exit=2)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert said.splitlines()[-1] == "suite_cost.py: error: cannot resolve: scripted"
+
+
 def test_ctrl_c_leaves_no_process(bench: Bench) -> None:
     process = bench.start("--clients", "2", "--seconds", "30", "--repeats", "1")
     while "measuring" not in process.stderr.readline():
