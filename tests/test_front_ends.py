@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -14,6 +16,8 @@ import pytest
 import requests
 from server_process import ServerProcess, jpeg, running
 from waiting import is_running, wait_until
+
+from workloads.inference.front_end_links import SILENT_SECONDS
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +149,70 @@ def test_a_killed_front_end_is_said_and_the_others_go_on_until_none_is_left(tmp_
         assert server.process.wait(30) == 1
         last_line = server.log.read_text().strip().splitlines()[-1]
         assert "no other is left to answer" in last_line
+
+
+def crowd(server: ServerProcess) -> list[socket.socket]:
+    """Open more connections than the socket of a stopped front end takes (about 280)."""
+    return [socket.create_connection(("127.0.0.1", server.port), 10) for _ in range(700)]
+
+
+def is_served(connection: socket.socket) -> bool:
+    connection.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n")
+    return connection.recv(64).startswith(b"HTTP/1.1 200 ")
+
+
+def test_a_stopped_front_end_keeps_nobody_else_waiting_and_answers_when_it_goes_on(tmp_path):
+    with running(tmp_path, "--frontends", "2", "--max-connections", "2000") as server:
+        stopped = front_ends(server)[0]
+        os.kill(stopped, signal.SIGSTOP)
+        connections = crowd(server)
+        for _ in range(5):
+            assert server.predict(jpeg()).status_code == 200
+        os.kill(stopped, signal.SIGCONT)
+        assert all(map(is_served, connections))
+        os.kill(stopped, signal.SIGSTOP)
+        time.sleep(SILENT_SECONDS + 0.5)
+        # It has the fewest connections by far, and still none is given to it.
+        for connection in connections:
+            connection.close()
+        with ThreadPoolExecutor(8) as pool:
+            assert {a.status_code for a in pool.map(server.predict, [jpeg()] * 24)} == {200}
+        os.kill(stopped, signal.SIGKILL)
+        wait_until(lambda: "the server goes on with 1" in server.log.read_text(), "its words")
+        assert server.predict(jpeg()).status_code == 200
+        assert server.stop() == 0
+
+
+def test_a_server_ends_in_time_although_a_front_end_is_stopped(tmp_path):
+    flags = ("--frontends", "2", "--max-connections", "2000", "--drain-seconds", "10")
+    with running(tmp_path, *flags) as server:
+        stopped = front_ends(server)[0]
+        os.kill(stopped, signal.SIGSTOP)
+        connections = crowd(server)
+        started = time.monotonic()
+        assert server.stop() == 0
+        assert time.monotonic() - started < 10.0
+        for connection in connections:
+            connection.close()
+        assert not is_running(stopped)
+        assert f"(pid {stopped}) did not end by itself and was killed" in server.log.read_text()
+        (path,) = server.results.glob("inference_server_*.json")
+        assert json.loads(path.read_text())["figures"]["lost_front_ends"] == 1
+
+
+def test_clients_are_turned_away_while_every_front_end_is_stopped(tmp_path):
+    with running(tmp_path, "--frontends", "1", "--max-connections", "2000") as server:
+        (stopped,) = front_ends(server)
+        os.kill(stopped, signal.SIGSTOP)
+        connections = crowd(server)
+        refused = requests.get(f"{server.url}/health", timeout=10)
+        assert refused.status_code == 503
+        assert "no front end takes connections" in refused.json()["error"]
+        os.kill(stopped, signal.SIGCONT)
+        assert is_served(connections[0])
+        assert requests.get(f"{server.url}/health", timeout=10).status_code == 200
+        for connection in connections:
+            connection.close()
 
 
 def test_nobody_is_left_behind_when_the_gpu_process_is_killed(tmp_path):

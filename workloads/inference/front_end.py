@@ -96,7 +96,7 @@ class FrontEnd:
     def run(self) -> None:
         """Answer until a drain is over."""
         asyncio.set_event_loop(self.loop)
-        self.loop.call_later(OVERDUE_CHECK_SECONDS, self._end_overdue)
+        self._end_overdue()
         self.loop.run_forever()
         # The connections that were cut tell so once more.
         self.loop.run_until_complete(asyncio.sleep(0))
@@ -143,6 +143,7 @@ class FrontEnd:
 
     def _end_overdue(self) -> None:
         now = time.monotonic()
+        self._region.seen_seconds[0] = now
         for protocol in list(self._connections):
             protocol.end_if_overdue(now)
         self._service.end_overdue(now)

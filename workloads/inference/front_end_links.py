@@ -27,10 +27,13 @@ from workloads.inference.front_end_messages import (
 )
 from workloads.inference.http_app import ServerState
 from workloads.inference.image_service import ABANDON
+from workloads.inference.outbox import Outbox
 from workloads.inference.shared_block import FrontEndRegion, SharedBlock
 
 PROCESS_SCRIPT = Path(__file__).with_name("front_end_process.py")
 START_SECONDS = 60.0
+# Six times as long as an event loop takes to show itself again.
+SILENT_SECONDS = 3.0
 # NumPy's libraries start a thread for each core in every process, and nobody here uses them.
 ONE_THREAD = dict.fromkeys(
     ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"
@@ -92,7 +95,13 @@ class SlotWork:
 
 
 class LocalFrontEnd(SlotWork):
-    """The front end of a server that is one process, on a thread of its own."""
+    """The front end of a server that is one process, on a thread of its own.
+
+    Attributes:
+        responsive: Always: its thread stops only with ours.
+    """
+
+    responsive = True
 
     def __init__(
         self,
@@ -121,10 +130,11 @@ class LocalFrontEnd(SlotWork):
         """Open connections."""
         return self._handed_over - int(self._region.gauges[FrontEndRegion.CLOSED])
 
-    def hand_over(self, connection: socket.socket) -> None:
-        """Give a connection to the event loop."""
+    def hand_over(self, connection: socket.socket) -> bool:
+        """Give a connection to the event loop, which always takes it."""
         self._handed_over += 1
         self._front_end.loop.call_soon_threadsafe(self._front_end.adopt, connection)
+        return True
 
     def set_state(self, state: ServerState) -> None:
         """Tell how the server is."""
@@ -134,9 +144,10 @@ class LocalFrontEnd(SlotWork):
         """Let the front end answer what has arrived, and end."""
         self._front_end.loop.call_soon_threadsafe(self._front_end.begin_drain, timeout_seconds)
 
-    def join(self, timeout_seconds: float) -> None:
-        """Wait for the end."""
+    def join(self, timeout_seconds: float) -> str | None:
+        """Wait for the end; as a thread it cannot be ended, so there is nothing to tell."""
         self._thread.join(timeout_seconds)
+        return None
 
     @property
     def unanswered(self) -> int:
@@ -145,7 +156,10 @@ class LocalFrontEnd(SlotWork):
 
 
 class FrontEndProcess(SlotWork):
-    """A front end in a process of its own."""
+    """A front end in a process of its own.
+
+    Nothing here waits for the process to read: it may be stopped.
+    """
 
     def __init__(
         self,
@@ -164,6 +178,8 @@ class FrontEndProcess(SlotWork):
         self._handed_over = 0
         self.work, work = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         self._control, control = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._answers = Outbox(self.work, self._notice_end)
+        self._orders = Outbox(self._control, self._notice_end)
         with work, control:
             descriptors = (work.fileno(), control.fileno(), block.descriptor)
             self._process = subprocess.Popen(
@@ -200,38 +216,53 @@ class FrontEndProcess(SlotWork):
 
     def announce(self, results: list[tuple[int, int]]) -> None:
         """Send the results over the work stream."""
-        try:
-            self.work.sendall(pack_records(results))
-        except OSError:
-            # The process has ended; who reads the stream notices and says so.
-            self.alive = False
+        self._answers.send(pack_records(results))
+
+    def flush(self) -> None:
+        """Send what the process could not take earlier."""
+        self._answers.flush()
+        self._orders.flush()
+
+    @property
+    def responsive(self) -> bool:
+        """Whether its event loop has shown itself lately; a stopped process does not."""
+        return time.monotonic() - float(self._region.seen_seconds[0]) < SILENT_SECONDS
 
     @property
     def connections(self) -> int:
         """Open connections."""
         return self._handed_over - int(self._region.gauges[FrontEndRegion.CLOSED])
 
-    def hand_over(self, connection: socket.socket) -> None:
-        """Send a connection over and close it here."""
+    def hand_over(self, connection: socket.socket) -> bool:
+        """Send a connection over and close it here; return False where it cannot go now."""
+        if not self._orders.send_descriptor(CONNECTION, connection.fileno()):
+            return False
         self._handed_over += 1
-        with connection:
-            self._send(CONNECTION, [connection.fileno()])
+        connection.close()
+        return True
 
     def set_state(self, state: ServerState) -> None:
         """Tell how the server is."""
-        self._send(STATE + json.dumps(asdict(state)).encode())
+        self._orders.send(STATE + json.dumps(asdict(state)).encode())
 
     def begin_drain(self, timeout_seconds: float) -> None:
         """Let the front end answer what has arrived, and end."""
-        self._send(DRAIN + json.dumps(timeout_seconds).encode())
+        self._orders.send(DRAIN + json.dumps(timeout_seconds).encode())
 
-    def join(self, timeout_seconds: float) -> None:
-        """Wait for the end of the process, and end it if it does not come."""
+    def join(self, timeout_seconds: float) -> str | None:
+        """Wait for the end of the process; where it does not come end it, and return a sentence."""
         try:
             self._process.wait(timeout_seconds)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+            gauges = self._region.gauges
+            gauges[FrontEndRegion.CUT_OFF] = gauges[FrontEndRegion.INSIDE]
+            return (
+                f"{self._name()} did not end by itself and was killed with {self.connections} "
+                "connections open"
+            )
+        return None
 
     @property
     def unanswered(self) -> int:
@@ -252,10 +283,11 @@ class FrontEndProcess(SlotWork):
         gauges = self._region.gauges
         gauges[FrontEndRegion.INSIDE] = gauges[FrontEndRegion.DECODING] = 0
         gauges[FrontEndRegion.CLOSED] = self._handed_over
-        return f"front end {self.index} (pid {self._process.pid}) ended unexpectedly ({how})"
+        return f"{self._name()} ended unexpectedly ({how})"
 
-    def _send(self, message: bytes, descriptors: Sequence[int] = ()) -> None:
-        try:
-            socket.send_fds(self._control, [message], descriptors)
-        except OSError:
-            self.alive = False
+    def _name(self) -> str:
+        return f"front end {self.index} (pid {self._process.pid})"
+
+    def _notice_end(self) -> None:
+        # Who reads the work stream notices too, and says so.
+        self.alive = False

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import selectors
 import socket
 import threading
 import time
 from collections.abc import Sequence
+from http import HTTPStatus
 
 import numpy as np
 
@@ -16,11 +19,17 @@ from workloads.inference.front_end import FrontEndSettings
 from workloads.inference.front_end_links import FrontEndProcess, LocalFrontEnd
 from workloads.inference.front_end_messages import WORK_BYTES
 from workloads.inference.http_app import ServerState
+from workloads.inference.http_messages import RETRY_AFTER, answer_head
 from workloads.inference.image_input import IMAGE_SIZE
 from workloads.inference.shared_block import SharedBlock
 
-# A front end ends its drain by itself; past its time and this it is ended.
-DRAIN_MARGIN_SECONDS = 5.0
+# The end of a drain's time is kept for ending: front ends, device, result file, interpreter.
+SPARE_SHARE = 0.4
+MAX_SPARE_SECONDS = 4.0
+# A front end that has not ended by itself so long after its own time is killed.
+KILL_SECONDS = 1.0
+# None is killed before, however short the drain: ending takes a moment on a busy machine.
+MIN_END_SECONDS = 3.0
 RECEIVE_SECONDS = 0.2
 
 
@@ -79,16 +88,20 @@ class FrontEnds:
     def drain(self, timeout_seconds: float) -> int:
         """Answer what has arrived, take nothing new, end; return how many were left unanswered.
 
-        Blocks for ``timeout_seconds`` and a little more at the most; a second call changes nothing.
+        Blocks for less than ``timeout_seconds``, or MIN_END_SECONDS where that is more, also where
+        a front end is stopped; a second call changes nothing.
         """
         if not self._draining:
             self._acceptor.stop()
             self._draining = True
-            end_seconds = time.monotonic() + timeout_seconds + DRAIN_MARGIN_SECONDS
+            spare = min(MAX_SPARE_SECONDS, SPARE_SHARE * timeout_seconds)
+            own_seconds = timeout_seconds - spare
+            end_seconds = time.monotonic() + max(own_seconds + KILL_SECONDS, MIN_END_SECONDS)
             for member in self._living():
-                member.begin_drain(timeout_seconds)
+                member.begin_drain(own_seconds)
             for member in self._members:
-                member.join(max(0.0, end_seconds - time.monotonic()))
+                killed = member.join(max(0.0, end_seconds - time.monotonic()))
+                self.losses += [killed] if killed else []
                 member.abandon_all()
             if self._receiver is not None:
                 self._receiver.join()
@@ -115,14 +128,19 @@ class FrontEnds:
         return sum(member.connections for member in self._members)
 
     def _hand_over(self, connection: socket.socket) -> None:
-        """Give a connection to whoever has the fewest; in turn, where that is several."""
+        """Give a connection to whoever has the fewest; in turn, where that is several.
+
+        Who has shown no sign of life lately comes last, and who cannot take it is passed over.
+        """
         living = self._living()
-        if not living:
-            connection.close()
-            return
         self._next += 1
-        turned = living[self._next % len(living) :] + living[: self._next % len(living)]
-        min(turned, key=lambda member: member.connections).hand_over(connection)
+        first = self._next % max(1, len(living))
+        ranked = sorted(
+            living[first:] + living[:first],
+            key=lambda member: (not member.responsive, member.connections),
+        )
+        if not any(member.hand_over(connection) for member in ranked):
+            _turn_away(connection)
 
     def _receive_all(self) -> None:
         """Take what the processes submit, and notice when one has ended; on its own thread."""
@@ -137,6 +155,8 @@ class FrontEnds:
                         self._block.engine.alive[member.index] = 0
                         if not self._draining:
                             self._lose(member)
+                for member in self._members:
+                    member.flush()
 
     @staticmethod
     def _receive(member: FrontEndProcess) -> bool:
@@ -157,3 +177,16 @@ class FrontEnds:
         else:
             self.failure = f"{sentence}, and no other is left to answer; start the server again"
             self.losses.append(sentence)
+
+
+def _turn_away(connection: socket.socket) -> None:
+    """Answer 503 and close; nobody is there to read the request."""
+    body = json.dumps({"error": "no front end takes connections now; try again later"}).encode()
+    head = answer_head(
+        HTTPStatus.SERVICE_UNAVAILABLE, len(body) + 1, "application/json", (RETRY_AFTER,), "1.1",
+        last=True,
+    )  # fmt: skip
+    # A client that has gone, or sends so much that the answer is lost, sees a closed connection.
+    with connection, contextlib.suppress(OSError):
+        connection.send(head + body + b"\n")
+        connection.shutdown(socket.SHUT_WR)

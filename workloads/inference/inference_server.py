@@ -109,7 +109,8 @@ def parse_arguments() -> argparse.Namespace:
     )  # fmt: skip
     limits.add_argument(
         "--drain-seconds", type=cli.non_negative_float, default=30.0,
-        help="longest that a shutdown waits for requests in flight (default: 30)",
+        help="longest that a shutdown takes; its last four seconds (from 10 s down: two fifths) "
+        "are for ending, the rest is for requests in flight (default: 30)",
     )  # fmt: skip
     api_key.add_flag(limits, "answer only who knows this key, but for /health")
     args = parser.parse_args()
@@ -270,8 +271,8 @@ class InferenceServer(client.Workload):
         self._unanswered = self._front_ends.drain(0.0 if failed else self.args.drain_seconds)
         if self._unanswered:
             self.warn(
-                f"{self._unanswered} requests were cut off after {self.args.drain_seconds:g} s; "
-                "give them more with --drain-seconds"
+                f"{self._unanswered} requests were cut off by the end; give them more than "
+                f"{self.args.drain_seconds:g} s with --drain-seconds"
             )
         self._batcher.close()
         self._serving.result(GPU_THREAD_END_SECONDS)

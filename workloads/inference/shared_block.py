@@ -90,6 +90,8 @@ class FrontEndRegion:
     Attributes:
         gauges: int64: connections closed so far, requests inside, pictures being decoded,
             requests cut off by the end of a drain (see the indices below).
+        seen_seconds: float64 of shape (1,): when the event loop last showed itself
+            (CLOCK_MONOTONIC).
         statuses: int64 of shape (endpoints, 600): answers by HTTP status.
         classified: int64 of shape (endpoints,): images classified.
         first_seconds: float64 of shape (1,): start of the first request, 0 before it.
@@ -112,6 +114,7 @@ class FrontEndRegion:
         """Lay the region out where the cursor stands."""
         endpoints, parts = len(ENDPOINTS), len(PARTS)
         self.gauges = cursor.take(np.int64, 4)
+        self.seen_seconds = cursor.take(np.float64, 1)
         self.statuses = cursor.take(np.int64, endpoints, STATUSES)
         self.classified = cursor.take(np.int64, endpoints)
         self.first_seconds = cursor.take(np.float64, 1)
