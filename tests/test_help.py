@@ -20,10 +20,10 @@ FOLDERS_OF_PROGRAMS = ("benchmarking", "benchmarking/*", "workloads", "workloads
 # Sourced by the scripts, never run itself.
 SOURCED = {"setup_environment.sh"}
 # Processes of load_test.py and inference_server.py, which hand them open sockets as arguments.
-STARTED_BY_A_PROGRAM = {
+STARTED_BY_A_PROGRAM = (
     "workloads/inference/load_worker.py",
     "workloads/inference/front_end_process.py",
-}
+)
 
 
 def entry_scripts() -> list[str]:
@@ -38,7 +38,7 @@ def entry_scripts() -> list[str]:
         if '__name__ == "__main__"' in path.read_text()
     ]
     names = {str(path.relative_to(PROJECT_ROOT)) for path in [*scripts, *programs]}
-    return sorted(names - SOURCED - STARTED_BY_A_PROGRAM)
+    return sorted(names - SOURCED)
 
 
 def test_the_scripts_are_found() -> None:
@@ -79,3 +79,17 @@ def test_the_checks_do_not_start_where_help_stands_behind_other_words() -> None:
         check=True,
     )  # fmt: skip
     assert result.stdout.startswith("Usage: ./run_tests.sh")
+
+
+@pytest.mark.parametrize("arguments", [(), ("seven",), ("700", "701", "702"), ("-1",)])
+@pytest.mark.parametrize("name", STARTED_BY_A_PROGRAM)
+def test_who_starts_a_programs_process_by_hand_is_told_which_program(
+    name: str, arguments: tuple[str, ...]
+) -> None:
+    result = subprocess.run(
+        [sys.executable, name, *arguments],
+        cwd=PROJECT_ROOT, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert "usage: python3 workloads/inference/" in result.stderr
+    assert "Traceback" not in result.stderr

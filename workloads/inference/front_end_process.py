@@ -29,6 +29,7 @@ from workloads.inference.front_end_messages import (
     pack_record,
 )
 from workloads.inference.http_app import ServerState
+from workloads.inference.inherited import descriptors
 from workloads.inference.shared_block import BlockShape, SharedBlock
 
 
@@ -87,13 +88,14 @@ class GpuProcess:
 
 def main() -> int:
     """Serve until the GPU process says drain, or is gone."""
+    numbers = descriptors(sys.argv[1:], 3, "workloads/inference/inference_server.py --frontends N")
     # Ctrl-C reaches the whole group of processes; the GPU process decides what is done about it.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    work, control = (socket.socket(fileno=int(number)) for number in sys.argv[1:3])
+    work, control = (socket.socket(fileno=number) for number in numbers[:2])
     settings = json.loads(control.recv(CONTROL_BYTES))
     raise_open_files_limit(settings["max_connections"])
-    block = SharedBlock(BlockShape(**settings["shape"]), int(sys.argv[3]))
+    block = SharedBlock(BlockShape(**settings["shape"]), numbers[2])
     gpu_process = GpuProcess(work, control)
     limits = FrontEndSettings(**settings["limits"])
     front_end = FrontEnd(settings["index"], block, gpu_process, limits)

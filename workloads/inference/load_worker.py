@@ -27,6 +27,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from workloads.inference.http_connection import KeepAliveConnection
+from workloads.inference.inherited import descriptors
 from workloads.inference.load_messages import Begin, Prepared, Report, Stop, WorkerPlan
 
 REPORT_SECONDS = 0.25
@@ -211,9 +212,10 @@ def _start(target: Callable[..., None], *arguments: object) -> threading.Thread:
 
 def main() -> None:
     """Serve the pipe named on the command line; end without waiting for requests in flight."""
+    (pipe,) = descriptors(sys.argv[1:], 1, "workloads/inference/load_test.py")
     # When the load test closes its end or dies, nobody is left to report to.
     with contextlib.suppress(EOFError, ConnectionError):
-        serve(Connection(int(sys.argv[1])))
+        serve(Connection(pipe))
     os._exit(0)
 
 
