@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import requests
-from conftest import PROJECT_ROOT
 from PIL import Image
 
+PROJECT_ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = PROJECT_ROOT / "workloads" / "inference" / "inference_server.py"
 SMALL = ("--model", "resnet18", "--weights", "none", "--device", "cpu", "--host", "127.0.0.1")
 

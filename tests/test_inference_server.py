@@ -16,6 +16,7 @@ from contextlib import suppress
 
 import pytest
 import requests
+from closed_loop import ClosedLoop
 from held_client import HeldClient
 from server_process import SCRIPT, SMALL, ServerProcess, jpeg, running
 from waiting import wait_until
@@ -361,36 +362,13 @@ def test_sigterm_answers_what_is_in_flight_then_writes_the_result(tmp_path):
 
 def test_sigterm_under_load_loses_no_request(tmp_path):
     with running(tmp_path, "--max-batch", "4") as server:
-        content = jpeg(size=64)
-        terminated = threading.Event()
-        lost: list[str] = []
-        answered: list[int] = []
-
-        def closed_loop() -> None:
-            with requests.Session() as session:
-                while True:
-                    late = terminated.is_set()
-                    try:
-                        answer = session.post(f"{server.url}/predict", data=content, timeout=30)
-                    except requests.ConnectionError as error:
-                        # Once it was told to stop, a server may refuse a new connection.
-                        if not (late and "refused" in str(error)):
-                            lost.append(str(error))
-                        return
-                    answered.append(answer.status_code)
-                    if answer.headers.get("Connection") == "close":
-                        return
-
-        threads = [threading.Thread(target=closed_loop) for _ in range(6)]
-        for thread in threads:
-            thread.start()
+        clients = ClosedLoop(server.url, jpeg(size=64), 6)
         time.sleep(1.0)
-        terminated.set()
+        clients.expect_end()
         assert server.stop() == 0
-        for thread in threads:
-            thread.join(30)
-    assert lost == []
-    assert set(answered) == {200}
+        clients.join()
+    assert clients.lost == []
+    assert set(clients.answered) == {200}
 
 
 def test_a_client_on_the_leash_is_healthy_only_when_warm_and_drains_on_stop(tmp_path):

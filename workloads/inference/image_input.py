@@ -8,12 +8,14 @@ classifiers without their last few percent of border.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import io
 import warnings
 from collections.abc import Callable
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, _imaging
 
 IMAGE_SIZE = 224
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")  # without a list, EPS calls Ghostscript
@@ -35,6 +37,19 @@ LARGE_IMAGE_PIXELS = 4_000_000
 Image.MAX_IMAGE_PIXELS = None
 # Pillow warns about oddities of damaged files, each with other numbers: a log that anyone can fill.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+
+
+def _silence_libtiff() -> None:
+    """Keep libtiff from writing to standard error, past Python, what it finds in damaged files.
+
+    Pillow has no switch for it, but the library that it is linked with has one. Where that cannot
+    be reached (linked in statically, or built without TIFF), the lines stay.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(_imaging.__file__).TIFFSetErrorHandler(None)
+
+
+_silence_libtiff()
 
 
 class ImageRejected(Exception):

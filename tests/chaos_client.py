@@ -1,0 +1,119 @@
+"""A client that sends what nobody should, at random, beside those whose requests are right.
+
+    python3 tests/chaos_client.py --port 5000 --rate 20 --seed 1     # until its input ends
+
+Some senders draw from the attacks of `hostile_requests.py`; others are slow or silent all the time.
+It ends with its standard input and prints what came back as JSON: how many attacks there were, the
+answers by status, and the answers that were not right.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
+
+from hostile_requests import Attack, http_attacks, picture_attacks, slow_attacks  # noqa: E402
+
+SENDERS = 4
+SLOW_SENDERS = 6
+# Past the server's deadline for a whole request, so that it is the one who ends them.
+SLOW_SECONDS = 45.0
+KEPT_FAULTS = 20
+
+
+class ChaosClient:
+    """Senders on threads; what they found is in ``statuses`` and ``faults``.
+
+    Attributes:
+        statuses: How often each status came back; None: closed without an answer.
+        faults: What was not right, as sentences.
+    """
+
+    def __init__(self, port: int, rate: float, seed: int) -> None:
+        """Prepare ``rate`` attacks a second in all on the server at ``port`` of this machine."""
+        self.statuses: Counter[int | None] = Counter()
+        self.faults: list[str] = []
+        self._port = port
+        self._pause_seconds = SENDERS / rate
+        self._ended = threading.Event()
+        self._threads = [
+            threading.Thread(target=self._send_quickly, args=(random.Random(seed + n),))
+            for n in range(SENDERS)
+        ]
+        # Nobody waits for these: they end with the process.
+        self._slow = [
+            threading.Thread(target=self._send_slowly, args=(attack,), daemon=True)
+            for attack in slow_attacks(SLOW_SECONDS) * (SLOW_SENDERS // 3)
+        ]
+
+    def start(self) -> None:
+        """Begin."""
+        for thread in [*self._threads, *self._slow]:
+            thread.start()
+
+    def stop(self) -> None:
+        """End; the slow ones are left where they are."""
+        self._ended.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _send_quickly(self, draw: random.Random) -> None:
+        attacks = [*picture_attacks(), *http_attacks()]
+        while not self._ended.wait(draw.expovariate(1.0 / self._pause_seconds)):
+            self._carry_out(draw.choice(attacks))
+
+    def _send_slowly(self, attack: Attack) -> None:
+        while not self._ended.is_set():
+            self._carry_out(attack)
+
+    def _carry_out(self, attack: Attack) -> None:
+        started = time.monotonic()
+        try:
+            status, body = attack.carry_out(self._port)
+        except OSError as error:
+            self._blame(f"{attack.name}: {error or type(error).__name__} "
+                        f"after {time.monotonic() - started:.0f} s")  # fmt: skip
+            return
+        self.statuses[status] += 1
+        if status not in attack.statuses or b"Traceback" in body:
+            self._blame(f"{attack.name}: {status} {body[:200].decode(errors='replace')}")
+
+    def _blame(self, fault: str) -> None:
+        if not self._ended.is_set() and len(self.faults) < KEPT_FAULTS:
+            self.faults.append(fault)
+
+    def report(self) -> dict:
+        """Return what was found, for JSON."""
+        return {
+            "attacks": sum(self.statuses.values()),
+            "statuses": {str(status): n for status, n in self.statuses.most_common()},
+            "faults": self.faults,
+        }
+
+
+def main() -> None:
+    """Attack until the standard input ends, then say what came back."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--rate", type=float, default=20.0, metavar="R", help="attacks a second")
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args()
+    client = ChaosClient(options.port, options.rate, options.seed)
+    client.start()
+    sys.stdin.read()
+    client.stop()
+    print(json.dumps(client.report()))
+
+
+if __name__ == "__main__":
+    main()

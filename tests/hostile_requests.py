@@ -1,0 +1,242 @@
+"""What nobody should send to the inference server: odd pictures, what is none, and broken HTTP.
+
+The statuses are those of a server started with ``LIMITS``. ``None`` stands for a connection closed
+without an answer, which will do below HTTP.
+"""
+
+from __future__ import annotations
+
+import io
+import socket
+import struct
+import time
+import zlib
+from contextlib import suppress
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+from server_process import jpeg
+from urllib3 import encode_multipart_formdata
+
+LIMITS = ("--max-body-mib", "1", "--max-pixels", "1000000", "--max-batch-predict", "8")
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP")
+NOISE = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+# A full server may always say so.
+FULL = 503
+# Longer than any answer of a server that is well; whoever waits so long has found one stuck.
+PATIENCE_SECONDS = 60.0
+
+
+def encoded(kind: str, mode: str = "RGB", array: np.ndarray = NOISE, **options: object) -> bytes:
+    file = io.BytesIO()
+    image = Image.fromarray(array)
+    (image if mode == "as it is" else image.convert(mode)).save(file, kind, **options)
+    return file.getvalue()
+
+
+def animation() -> bytes:
+    frames = [Image.fromarray(np.roll(NOISE, 5 * shift, axis=0)) for shift in range(6)]
+    file = io.BytesIO()
+    frames[0].save(file, "GIF", save_all=True, append_images=frames[1:])
+    return file.getvalue()
+
+
+def rotated() -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return encoded("JPEG", exif=exif)
+
+
+def damaged_tiff(compression: str) -> bytes:
+    """Return a file whose header is right and whose compressed rows are not."""
+    content = bytearray(encoded("TIFF", compression=compression))
+    for position in range(100, 9000, 37):
+        content[position] ^= 0x5A
+    return bytes(content)
+
+
+def png_bomb(width: int, height: int) -> bytes:
+    """A PNG file of a few kilobytes that says it has that many pixels, and has them."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        check = struct.pack(">I", zlib.crc32(kind + content))
+        return struct.pack(">I", len(content)) + kind + content + check
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    rows = zlib.compress(b"\0" * min(height * (width + 1), 1 << 24), 9)
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows)
+            + chunk(b"IEND", b""))  # fmt: skip
+
+
+ODD_PICTURES = {
+    "cmyk": encoded("JPEG", "CMYK"),
+    "palette": encoded("PNG", "P"),
+    "transparent": encoded("PNG", "RGBA"),
+    "black and white": encoded("PNG", "1"),
+    "16 bit": encoded("PNG", "as it is", NOISE[..., 0].astype(np.uint16) * 257),
+    "float": encoded("TIFF", "F"),
+    "rotated by EXIF": rotated(),
+    "animated": animation(),
+    "1x1": encoded("PNG", array=NOISE[:1, :1]),
+    "20000x1": encoded("PNG", array=np.zeros((1, 20000, 3), np.uint8)),
+    "1x20000": encoded("PNG", array=np.zeros((20000, 1, 3), np.uint8)),
+    **{f"right {kind}": encoded(kind) for kind in FORMATS},
+}
+NO_PICTURES = {
+    "empty": (b"", 400),
+    "one byte": (b"\xff", 400),
+    "text": (b"<svg onload=alert(1)>", 400),
+    "script": (b"%!PS-Adobe-3.0 EPSF-3.0\nshowpage", 400),
+    "zeros": (b"\0" * 100_000, 400),
+    "bomb": (png_bomb(100_000, 100_000), 413),
+    "flat bomb": (png_bomb(4_000_000, 1), 413),
+    "lying size": (encoded("PNG").replace(struct.pack(">II", 64, 48), b"\0\0\0\0" * 2), 400),
+    "too long": (jpeg() * 200, 413),
+    "damaged LZW": (damaged_tiff("tiff_lzw"), 400),
+    "damaged ZIP": (damaged_tiff("tiff_deflate"), 400),
+    **{f"half a {kind}": (encoded(kind)[: len(encoded(kind)) // 4], 400)
+       for kind in ("PNG", "WEBP", "TIFF")},
+    **{f"head of a {kind}": (encoded(kind)[:12], 400) for kind in FORMATS},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Attack:
+    """One connection to the server and what is sent over it.
+
+    Attributes:
+        name: For reports.
+        pieces: What is sent, one after another.
+        statuses: The answers that are right.
+        pause_seconds: Before each further piece: a slow sender.
+        half_closes: Whether the sending side is closed after the last piece.
+        leaves: Whether the connection is cut after the last piece, without reading.
+    """
+
+    name: str
+    pieces: tuple[bytes, ...]
+    statuses: frozenset[int | None]
+    pause_seconds: float = 0.0
+    half_closes: bool = False
+    leaves: bool = False
+
+    def carry_out(self, port: int) -> tuple[int | None, bytes]:
+        """Return status and body of the answer; None and nothing where there was none.
+
+        Raises:
+            TimeoutError: The server neither answers nor closes the connection.
+        """
+        with socket.create_connection(("127.0.0.1", port), PATIENCE_SECONDS) as connection:
+            # The server may have closed it before all is sent; its answer can still be read.
+            with suppress(ConnectionError):
+                for index, piece in enumerate(self.pieces):
+                    time.sleep(self.pause_seconds if index else 0.0)
+                    connection.sendall(piece)
+                if self.half_closes:
+                    connection.shutdown(socket.SHUT_WR)
+            return (None, b"") if self.leaves else _read_answer(connection)
+
+
+def _read_answer(connection: socket.socket) -> tuple[int | None, bytes]:
+    answer = b""
+    with suppress(ConnectionError):
+        while piece := connection.recv(1 << 16):
+            answer += piece
+    head, _, body = answer.partition(b"\r\n\r\n")
+    return (int(head.split()[1]) if head else None), body
+
+
+def post(path: str, body: bytes, content_type: str = "application/octet-stream") -> bytes:
+    """Return a right request with that body, after whose answer the connection is closed."""
+    head = (
+        f"POST {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n"
+        f"Content-Type: {content_type}\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    return head.encode() + body
+
+
+def form(**fields: bytes) -> bytes:
+    """Return an upload of files under these names."""
+    body, content_type = encode_multipart_formdata(
+        {name: ("../../a.jpg", content) for name, content in fields.items()}
+    )
+    return post("/predict", body, content_type)
+
+
+def _attack(
+    name: str, pieces: bytes | tuple[bytes, ...], *statuses: int | None, **more: object
+) -> Attack:
+    pieces = (pieces,) if isinstance(pieces, bytes) else pieces
+    return Attack(name, pieces, frozenset({*statuses, FULL}), **more)
+
+
+def picture_attacks() -> list[Attack]:
+    """Every picture and what is none, as the bare file and in a form."""
+    expected = [(name, content, 200) for name, content in ODD_PICTURES.items()]
+    expected += [(name, content, status) for name, (content, status) in NO_PICTURES.items()]
+    attacks = []
+    for name, content, status in expected:
+        # Whoever sends too much may find the connection closed before the end.
+        statuses = (status, None) if status == 413 else (status,)
+        attacks.append(_attack(f"{name}, raw", post("/predict", content), *statuses))
+        attacks.append(_attack(f"{name}, form", form(image=content), *statuses))
+    return attacks
+
+
+def http_attacks() -> list[Attack]:
+    """Wrong paths, methods, headers, bodies, and connections that break off."""
+    good = post("/predict", jpeg())
+    part = len(good) // 2
+    sizes = ("0", "-1", "1e9", "1000000000", "NaN", "1.5", "true", "null", '"8"', "[8]", "{}")
+    broken = ("{", '{"batch_size": ', "[" * 10_000, "\0", "\xff", "[]", "7", '"batch_size"')
+    bodies = [json_post(f'{{"batch_size": {size}}}') for size in sizes]
+    bodies += [json_post(text) for text in broken]
+    chunk = b"10000\r\n" + bytes(1 << 16) + b"\r\n"
+    chunked = b"POST /predict HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n"
+    return [
+        *[_attack("unknown path", request_line("GET", path), 404, 400)
+          for path in ("/nowhere", "/../etc/passwd", "/%00", "//", "/predict/x")],
+        _attack("wrong method", request_line("GET", "/predict"), 405),
+        _attack("unknown method", request_line("BREW", "/health"), 501),
+        *[_attack("bad JSON", body, 400) for body in bodies],
+        _attack("wrong field", form(picture=jpeg()), 400),
+        _attack("several fields", form(image=jpeg(), photo=jpeg(1)), 200, 400),
+        _attack("form without boundary", post("/predict", jpeg(), "multipart/form-data"), 400),
+        _attack("no HTTP", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", 400, None),
+        _attack("huge header", b"GET /health HTTP/1.1\r\nX: " + b"x" * 60_000 + b"\r\n\r\n", 431),
+        _attack("bad length", b"POST /predict HTTP/1.1\r\nContent-Length: -5\r\n\r\n", 400),
+        _attack("two lengths", b"POST /predict HTTP/1.1\r\nContent-Length: 5\r\n"
+                b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
+        _attack("bad chunk", chunked + b"ZZ\r\n", 400),
+        _attack("endless body", (chunked, *[chunk] * 60), 413, None),
+        _attack("truncated body, half closed", good[:part], 400, None, half_closes=True),
+        _attack("whole body, half closed", good, 200, half_closes=True),
+        _attack("truncated body, gone", good[:part], None, leaves=True),
+        _attack("whole body, gone", good, None, leaves=True),
+        _attack("nothing, half closed", b"", None, half_closes=True),
+        _attack("requests ahead", b"GET /health HTTP/1.1\r\n\r\n" * 50
+                + request_line("GET", "/health"), 200),
+    ]  # fmt: skip
+
+
+def slow_attacks(seconds: float) -> list[Attack]:
+    """Senders that take ``seconds``, longer than the server waits, or say nothing at all."""
+    head = b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: 1000\r\n\r\n"
+    drops = int(seconds)
+    return [
+        _attack("dripping body", (head, *[b"x"] * drops), None, pause_seconds=1.0),
+        _attack("dripping header", (b"GET / HTTP/1.1\r\n", *[b"X: y\r\n"] * drops), None,
+                pause_seconds=1.0),
+        _attack("silence", b"", None),
+    ]  # fmt: skip
+
+
+def json_post(text: str) -> bytes:
+    """Return a request for a batch with that body."""
+    return post("/batch_predict", text.encode("latin-1"), "application/json")
+
+
+def request_line(method: str, path: str) -> bytes:
+    """Return a request without a body."""
+    return f"{method} {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n".encode()
