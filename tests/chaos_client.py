@@ -4,7 +4,7 @@
 
 Some senders draw from the attacks of `hostile_requests.py`; others are slow or silent all the time.
 It ends with its standard input and prints what came back as JSON: how many attacks there were, the
-answers by status, and the answers that were not right.
+answers by kind of attack and status, and the answers that were not right.
 """
 
 from __future__ import annotations
@@ -27,19 +27,20 @@ SLOW_SENDERS = 6
 # Past the server's deadline for a whole request, so that it is the one who ends them.
 SLOW_SECONDS = 45.0
 KEPT_FAULTS = 20
+PICTURE, HTTP, SLOW = "pictures", "broken HTTP", "slow senders"
 
 
 class ChaosClient:
-    """Senders on threads; what they found is in ``statuses`` and ``faults``.
+    """Senders on threads; what they found is in ``answers`` and ``faults``.
 
     Attributes:
-        statuses: How often each status came back; None: closed without an answer.
+        answers: How often each status came back to each kind of attack; None: closed without one.
         faults: What was not right, as sentences.
     """
 
     def __init__(self, port: int, rate: float, seed: int) -> None:
         """Prepare ``rate`` attacks a second in all on the server at ``port`` of this machine."""
-        self.statuses: Counter[int | None] = Counter()
+        self.answers: Counter[tuple[str, int | None]] = Counter()
         self.faults: list[str] = []
         self._port = port
         self._pause_seconds = SENDERS / rate
@@ -54,6 +55,11 @@ class ChaosClient:
             for attack in slow_attacks(SLOW_SECONDS) * (SLOW_SENDERS // 3)
         ]
 
+    @property
+    def statuses(self) -> set[int | None]:
+        """What came back so far, whatever it was sent."""
+        return {status for _, status in self.answers}
+
     def start(self) -> None:
         """Begin."""
         for thread in [*self._threads, *self._slow]:
@@ -66,15 +72,16 @@ class ChaosClient:
             thread.join()
 
     def _send_quickly(self, draw: random.Random) -> None:
-        attacks = [*picture_attacks(), *http_attacks()]
+        attacks = [(PICTURE, attack) for attack in picture_attacks()]
+        attacks += [(HTTP, attack) for attack in http_attacks()]
         while not self._ended.wait(draw.expovariate(1.0 / self._pause_seconds)):
-            self._carry_out(draw.choice(attacks))
+            self._carry_out(*draw.choice(attacks))
 
     def _send_slowly(self, attack: Attack) -> None:
         while not self._ended.is_set():
-            self._carry_out(attack)
+            self._carry_out(SLOW, attack)
 
-    def _carry_out(self, attack: Attack) -> None:
+    def _carry_out(self, kind: str, attack: Attack) -> None:
         started = time.monotonic()
         try:
             status, body = attack.carry_out(self._port)
@@ -82,7 +89,7 @@ class ChaosClient:
             self._blame(f"{attack.name}: {error or type(error).__name__} "
                         f"after {time.monotonic() - started:.0f} s")  # fmt: skip
             return
-        self.statuses[status] += 1
+        self.answers[kind, status] += 1
         if status not in attack.statuses or b"Traceback" in body:
             self._blame(f"{attack.name}: {status} {body[:200].decode(errors='replace')}")
 
@@ -92,9 +99,12 @@ class ChaosClient:
 
     def report(self) -> dict:
         """Return what was found, for JSON."""
+        by_kind: dict[str, dict[str, int]] = {PICTURE: {}, HTTP: {}, SLOW: {}}
+        for (kind, status), times in self.answers.most_common():
+            by_kind[kind][str(status)] = times
         return {
-            "attacks": sum(self.statuses.values()),
-            "statuses": {str(status): n for status, n in self.statuses.most_common()},
+            "attacks": sum(self.answers.values()),
+            "answers": by_kind,
             "faults": self.faults,
         }
 

@@ -1,0 +1,104 @@
+"""What a long load on the server has to keep to: the figures of a run, and the bounds on them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+QUARTERS = 4
+MEMORY_PERCENT = 2.0
+# Bursts of a Poisson stream alone move the p99 of a quarter by a half now and then.
+P99_RATIO = 2.0
+
+
+@dataclass(frozen=True)
+class HeldLoad:
+    """The figures of one run; unknown is None.
+
+    Attributes:
+        requests: How many were sent under the steady load.
+        failures: Those that were not answered with 200, by kind.
+        chaos_faults: Answers to hostile requests that were not right, as sentences.
+        resident_mib: Median resident memory of the whole server in each quarter of the time.
+        p99_ms: In each quarter of the requests, from the intended send; None: none was answered.
+        threads: Of the server at rest, before and after the steady load.
+        open_files: The same.
+        drain_answers: Requests around SIGTERM by status.
+        drain_lost: What became of accepted requests that were not answered, as sentences.
+        drain_seconds: From SIGTERM to the server's end.
+        drain_limit_seconds: Its ``--drain-seconds``.
+        exit_code: The server's.
+        unanswered: Requests that the server itself says it has cut off.
+    """
+
+    requests: int
+    failures: dict[str, int]
+    chaos_faults: list[str]
+    resident_mib: list[float | None]
+    p99_ms: list[float | None]
+    threads: tuple[int, int]
+    open_files: tuple[int, int]
+    drain_answers: dict[int, int]
+    drain_lost: list[str]
+    drain_seconds: float
+    drain_limit_seconds: float
+    exit_code: int
+    unanswered: int | None
+
+
+def growth_percent(resident_mib: list[float | None]) -> float | None:
+    """Return how much more memory the last quarter takes than the first; None where unknown."""
+    first, last = resident_mib[0], resident_mib[-1]
+    return None if first is None or last is None else 100.0 * (last - first) / first
+
+
+def p99_ratio(p99_ms: list[float | None]) -> float | None:
+    """Return the largest p99 of a quarter over the smallest; None where one is unknown."""
+    return None if None in p99_ms else max(p99_ms) / min(p99_ms)
+
+
+def quarter_medians(seconds: np.ndarray, values: np.ndarray) -> list[float | None]:
+    """Return the median of ``values`` in each quarter of the time that ``seconds`` span.
+
+    Args:
+        seconds: Ascending times of the samples, shape (n,).
+        values: The samples, shape (n,).
+    """
+    if not len(seconds):
+        return [None] * QUARTERS
+    edges = np.linspace(seconds[0], seconds[-1], QUARTERS + 1)[1:-1]
+    quarter = np.searchsorted(edges, seconds, side="right")
+    parts = [values[quarter == index] for index in range(QUARTERS)]
+    return [float(np.median(part)) if len(part) else None for part in parts]
+
+
+def quarter_p99_ms(latency_seconds: np.ndarray, ok: np.ndarray) -> list[float | None]:
+    """Return the p99 of what was answered in each quarter of the requests, in milliseconds.
+
+    Args:
+        latency_seconds: By intended time, shape (n,).
+        ok: Whether each was answered with 200, shape (n,).
+    """
+    parts = zip(np.array_split(latency_seconds, QUARTERS), np.array_split(ok, QUARTERS),
+                strict=True)  # fmt: skip
+    return [float(np.percentile(part[good], 99)) * 1e3 if good.any() else None
+            for part, good in parts]  # fmt: skip
+
+
+def judged(run: HeldLoad) -> dict[str, bool]:
+    """Return each bound by name and whether the run kept to it; what is unknown is not kept."""
+    growth, ratio = growth_percent(run.resident_mib), p99_ratio(run.p99_ms)
+    return {
+        "no good request failed": run.requests > 0 and not run.failures,
+        "every hostile request was answered rightly": not run.chaos_faults,
+        f"memory grew by less than {MEMORY_PERCENT:g} %":
+            growth is not None and growth < MEMORY_PERCENT,
+        f"p99 stable within a factor of {P99_RATIO:g}": ratio is not None and ratio <= P99_RATIO,
+        "no more threads": run.threads[1] <= run.threads[0],
+        "no more open files": run.open_files[1] <= run.open_files[0],
+        "SIGTERM under load: every accepted request answered":
+            set(run.drain_answers) == {200} and not run.drain_lost and run.unanswered == 0,
+        "SIGTERM: ended in time with code 0":
+            run.exit_code == 0 and run.drain_seconds <= run.drain_limit_seconds,
+    }  # fmt: skip

@@ -1,0 +1,368 @@
+"""Holds a load on the inference server for long, beside a chaos client, and looks at what it costs.
+
+    python3 tests/load_held.py --requests 20000 --seed 1                       # the CPU
+    python3 tests/load_held.py --requests 200000 --frontends 8 --device cuda   # a GPU
+
+1. The server starts, with the smallest model unless another is named.
+2. A closed loop of clients warms it up, round after round, until its memory stays as it is, and
+   measures its capacity; the chaos client (chaos_client.py) is there already, because what it
+   costs is no part of the capacity for others.
+3. A Poisson stream of 80 % of that (the load test's own generator) beside the chaos client.
+4. SIGTERM while a closed loop of clients sends all it can.
+
+Bounds: held_load_bounds.py. Ends with 1 where one is not kept, naming it; the server's log is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+TESTS = Path(__file__).resolve().parent
+PROJECT_ROOT = TESTS.parent
+sys.path[:0] = [str(PROJECT_ROOT), str(TESTS)]
+
+from workloads.common.cli import (  # noqa: E402
+    non_negative_int,
+    positive_float,
+    positive_int,
+)
+from workloads.inference.inference_model import MODELS  # noqa: E402
+
+if TYPE_CHECKING:
+    import numpy as np
+    from server_figures import Figures
+
+    from workloads.inference.load_generator import LoadGenerator, Measured
+
+LOAD_SHARE = 0.8
+CLIENTS_PER_FRONT_END = 16
+# As the load test's own default; more are opened only while all are busy.
+MAX_CONNECTIONS = 256
+TIMEOUT_SECONDS = 30.0
+DRAIN_SECONDS = 30.0
+DRAIN_CLIENTS = 16
+LOADED_SECONDS_BEFORE_SIGTERM = 1.0
+MIN_ROUNDS, MAX_ROUNDS = 2, 8
+STEADY_PERCENT = 0.5
+EXIT_BROKEN, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Return the flags."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--requests", type=positive_int, default=20000, metavar="N",
+                        help="under the steady load (default: 20000)")  # fmt: skip
+    parser.add_argument("--seed", type=non_negative_int, default=1, help="default: 1")
+    parser.add_argument("--frontends", type=non_negative_int, default=0, metavar="N",
+                        help="the server's own flag (default: 0, one process)")  # fmt: skip
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--model", choices=MODELS, default="resnet18", help="default: the smallest")
+    parser.add_argument("--chaos-rate", type=positive_float, default=10.0, metavar="R",
+                        help="hostile requests a second beside the slow ones (default: 10)")  # fmt: skip
+    parser.add_argument("--round-seconds", type=positive_float, default=5.0, metavar="S",
+                        help="length of a round of the warm-up (default: 5)")  # fmt: skip
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    options = parser.parse_args()
+    # Not at the end: by then the load has been held for nothing.
+    if options.json is not None and not options.json.absolute().parent.is_dir():
+        parser.error(f"--json {options.json}: there is no such folder; create it first")
+    return options
+
+
+class ServerEndedError(AssertionError):
+    """The server ended by itself under the load."""
+
+
+class Chaos:
+    """Chaos clients as processes, one after another, and what they found in sum.
+
+    Attributes:
+        attacks: How many there were.
+        answers: Kind of attack and status ("None": closed without an answer) to how often.
+        faults: What was not right, as sentences.
+    """
+
+    def __init__(self, port: int, rate: float, seed: int) -> None:
+        """Remember where to send, how much a second, and where chance begins."""
+        self.attacks = 0
+        self.answers: dict[str, Counter[str]] = {}
+        self.faults: list[str] = []
+        self._command = [
+            sys.executable, str(TESTS / "chaos_client.py"), "--port", str(port),
+            "--rate", str(rate), "--seed", str(seed),
+        ]  # fmt: skip
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """One of them, as long as the block lasts; it ends in peace after it."""
+        # Ctrl-C is ours: the end of its standard input is what ends it.
+        process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                   text=True, start_new_session=True)  # fmt: skip
+        try:
+            yield
+            report = json.loads(process.communicate(timeout=2 * TIMEOUT_SECONDS)[0])
+        finally:
+            process.kill()
+            process.wait()
+        self.attacks += report["attacks"]
+        self.faults += report["faults"]
+        for kind, answers in report["answers"].items():
+            self.answers.setdefault(kind, Counter()).update(answers)
+
+
+class Soak:
+    """One server, one load."""
+
+    def __init__(self, options: argparse.Namespace, folder: Path) -> None:
+        """Start the server; its log and its result go to ``folder``."""
+        from hostile_requests import LIMITS
+        from server_process import ServerProcess
+
+        self.options = options
+        self.server = ServerProcess(
+            folder, *LIMITS, "--model", options.model, "--device", options.device,
+            "--frontends", str(options.frontends), "--drain-seconds", str(DRAIN_SECONDS),
+        )  # fmt: skip
+        self.chaos = Chaos(self.server.port, options.chaos_rate, options.seed)
+        self.clients = CLIENTS_PER_FRONT_END * max(1, options.frontends)
+        self.rounds: list[tuple[float, float]] = []
+
+    def close(self) -> None:
+        """End what is left of the server."""
+        if self.server.process.poll() is None:
+            self.server.process.kill()
+        self.server.process.wait()
+
+    def _generator(
+        self, rate: float | None, duration_seconds: float, offsets: np.ndarray | None = None
+    ) -> LoadGenerator:
+        """Return the load test's generator: a closed loop, or sends at ``offsets`` in seconds."""
+        from workloads.inference.load_generator import LoadGenerator, default_processes, split_plan
+        from workloads.inference.load_messages import WorkerPlan
+        from workloads.inference.load_requests import encode_images, encode_requests
+
+        url = f"{self.server.url}/predict"
+        plan = WorkerPlan(
+            url=url, requests=encode_requests(url, encode_images(16, self.options.seed), "raw"),
+            clients=self.clients, duration_seconds=duration_seconds, warm_up_requests=2,
+            threads=self.clients if rate is None else max(self.clients, MAX_CONNECTIONS),
+            timeout_seconds=TIMEOUT_SECONDS, offsets=None,
+        )  # fmt: skip
+        generator = LoadGenerator(split_plan(plan, default_processes(self.clients, rate), offsets))
+        generator.wait_until_prepared()
+        return generator
+
+    def _run(self, generator: LoadGenerator) -> tuple[Measured, list[Figures]]:
+        """Run one job of the generator; return what it measured and the server's figures.
+
+        Raises:
+            ServerEndedError: It did, or one of its processes.
+        """
+        from server_figures import Watch
+
+        watch = Watch(self.server.process.pid)
+        generator.begin()
+        while generator.busy:
+            generator.collect(0.5)
+        samples = watch.stop()
+        if watch.failure or self.server.process.poll() is not None:
+            raise ServerEndedError("the server ended by itself under the load; its log says why")
+        return generator.measured, samples
+
+    def capacity(self) -> float:
+        """Warm up until memory is steady; return the requests a second of the last rounds."""
+        seconds = self.options.round_seconds
+        generator = self._generator(None, seconds)
+        try:
+            with self.chaos.running():
+                while len(self.rounds) < MAX_ROUNDS and not self._steady():
+                    measured, samples = self._run(generator)
+                    answered = measured.table()[:, 4].sum()
+                    resident = [sample.resident_mib for sample in samples]
+                    self.rounds.append((answered / seconds, statistics.median(resident)))
+        finally:
+            generator.close()
+        return statistics.mean(rate for rate, _ in self.rounds[-2:])
+
+    def _steady(self) -> bool:
+        if len(self.rounds) < MIN_ROUNDS:
+            return False
+        (_, before), (_, now) = self.rounds[-2:]
+        return abs(now - before) < before * STEADY_PERCENT / 100
+
+    def offer(self, rate: float) -> tuple[Measured, list[Figures]]:
+        """Send all requests as a Poisson stream of ``rate`` a second, beside the chaos client."""
+        from workloads.inference.load_schedule import arrival_offsets
+
+        count = self.options.requests
+        # Ten standard deviations longer than the mean: never too few.
+        enough_seconds = (count + 10 * count**0.5 + 10) / rate
+        offsets = arrival_offsets(rate, "poisson", enough_seconds, self.options.seed)[:count]
+        generator = self._generator(rate, float(offsets[-1]) + 0.001, offsets)
+        try:
+            with self.chaos.running():
+                return self._run(generator)
+        finally:
+            generator.close()
+
+    def terminate_under_load(self) -> dict:
+        """Send SIGTERM while clients send all they can; return what became of everything."""
+        from closed_loop import ClosedLoop
+        from server_process import jpeg
+
+        clients = ClosedLoop(self.server.url, jpeg(), DRAIN_CLIENTS)
+        time.sleep(LOADED_SECONDS_BEFORE_SIGTERM)
+        clients.expect_end()
+        begin = time.monotonic()
+        self.server.process.terminate()
+        code = self.server.process.wait(2 * DRAIN_SECONDS)
+        seconds = time.monotonic() - begin
+        clients.join()
+        results = [json.loads(path.read_text())["figures"]
+                   for path in self.server.results.glob("inference_server_*.json")]  # fmt: skip
+        return {
+            "drain_answers": dict(Counter(clients.answered)),
+            "drain_lost": clients.lost,
+            "drain_seconds": seconds,
+            "drain_limit_seconds": DRAIN_SECONDS,
+            "exit_code": code,
+            "unanswered": results[0]["unanswered_requests"] if results else None,
+        }
+
+
+def hold(soak: Soak) -> tuple[dict, dict]:
+    """Go through the phases; return the figures, and which bound was kept."""
+    import numpy as np
+    from held_load_bounds import HeldLoad, judged, quarter_medians, quarter_p99_ms
+    from server_figures import figures_at_rest
+
+    pid = soak.server.process.pid
+    capacity = soak.capacity()
+    before = figures_at_rest(pid)
+    print(f"capacity {capacity:.1f} requests/s beside the chaos client, memory steady at "
+          f"{soak.rounds[-1][1]:.0f} MiB after {len(soak.rounds)} rounds", flush=True)  # fmt: skip
+    measured, samples = soak.offer(LOAD_SHARE * capacity)
+    after = figures_at_rest(pid, before.open_files)
+    table = measured.table()
+    run = HeldLoad(
+        requests=len(table), failures=dict(measured.failures), chaos_faults=soak.chaos.faults,
+        resident_mib=quarter_medians(np.array([sample.seconds for sample in samples]),
+                                     np.array([sample.resident_mib for sample in samples])),
+        p99_ms=quarter_p99_ms(table[:, 3] - table[:, 0], table[:, 4] > 0),
+        threads=(before.threads, after.threads), open_files=(before.open_files, after.open_files),
+        **soak.terminate_under_load(),
+    )  # fmt: skip
+    more = {
+        "capacity_per_second": capacity, "offered_per_second": LOAD_SHARE * capacity,
+        "load_seconds": float(table[-1, 3] - table[0, 0]), "chaos_requests": soak.chaos.attacks,
+        "chaos_answers": soak.chaos.answers,
+    }  # fmt: skip
+    return asdict(run) | more, judged(run)
+
+
+def print_table(figures: dict) -> None:
+    """Print the figures, a line each."""
+    from held_load_bounds import growth_percent, p99_ratio
+
+    failed = sum(figures["failures"].values())
+    resident, p99 = figures["resident_mib"], figures["p99_ms"]
+    growth, ratio = growth_percent(resident), p99_ratio(p99)
+    rows = [
+        ("Offered", f"{figures['offered_per_second']:.1f} requests/s, {100 * LOAD_SHARE:g} % of "
+         f"{figures['capacity_per_second']:.1f}, for {figures['load_seconds']:.0f} s"),
+        ("Sent / answered / failed",
+         f"{figures['requests']} / {figures['requests'] - failed} / {failed}"),
+        ("  failures", _listed(figures["failures"])),
+        ("Hostile requests", f"{figures['chaos_requests']}"),
+        *[(f"  {kind}", _listed(answers)) for kind, answers in figures["chaos_answers"].items()],
+        ("  not answered rightly", "; ".join(figures["chaos_faults"]) or "none"),
+        ("Memory by quarter", f"{_numbers(resident)} MiB, "
+         f"{'unknown' if growth is None else f'{growth:+.2f} %'}"),
+        ("p99 by quarter", f"{_numbers(p99)} ms, largest over smallest "
+         f"{'unknown' if ratio is None else f'{ratio:.2f}'}"),
+        ("Threads first / last", "{} / {}".format(*figures["threads"])),
+        ("Open files first / last", "{} / {}".format(*figures["open_files"])),
+        ("SIGTERM under load", f"answers {_listed(figures['drain_answers'])}, lost "
+         f"{len(figures['drain_lost'])}, cut off {figures['unanswered']}, ended with "
+         f"{figures['exit_code']} after {figures['drain_seconds']:.1f} of "
+         f"{figures['drain_limit_seconds']:g} s"),
+    ]  # fmt: skip
+    for name, text in rows:
+        print(f"{name:26}{text}")
+
+
+def _listed(counts: dict) -> str:
+    words = [f"{'closed' if what == 'None' else what}: {times}" for what, times in counts.items()]
+    return ", ".join(words) or "none"
+
+
+def _numbers(values: list[float | None]) -> str:
+    return " / ".join("unknown" if value is None else f"{value:.1f}" for value in values)
+
+
+def conclude(options: argparse.Namespace, figures: dict, bounds: dict[str, bool]) -> int:
+    """Print all, write the file that was asked for, and return the exit code."""
+    print_table(figures)
+    if options.json is not None:
+        options.json.write_text(json.dumps(figures | {"bounds": bounds}, indent=2) + "\n")
+    broken = [name for name, kept in bounds.items() if not kept]
+    if broken:
+        print("not kept: " + "; ".join(broken))
+        return EXIT_BROKEN
+    print(f"{figures['requests']} requests beside {figures['chaos_requests']} hostile ones, seed "
+          f"{options.seed}: none failed, none lost, nothing piled up")  # fmt: skip
+    return 0
+
+
+def run(options: argparse.Namespace, folder: Path) -> int:
+    """Hold the load; a server that cannot be started or ends by itself is a sentence."""
+    try:
+        soak = Soak(options, folder)
+    except AssertionError as error:
+        print(f"the server did not start: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
+        return EXIT_USAGE
+    try:
+        return conclude(options, *hold(soak))
+    except ServerEndedError as error:
+        print(f"not kept: {error}")
+        return EXIT_BROKEN
+    finally:
+        soak.close()
+
+
+def main() -> int:
+    """Return 0 where every bound was kept."""
+    options = parse_arguments()
+    # Whoever ends this ends the server too.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    folder = Path(tempfile.mkdtemp(prefix="load-held-"))
+    try:
+        code = run(options, folder)
+    except KeyboardInterrupt:
+        print("interrupted: the server is ended", file=sys.stderr)
+        code = EXIT_INTERRUPTED
+    if code == EXIT_BROKEN:
+        print(f"kept: {folder}")
+    else:
+        shutil.rmtree(folder)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
