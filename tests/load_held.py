@@ -35,11 +35,7 @@ TESTS = Path(__file__).resolve().parent
 PROJECT_ROOT = TESTS.parent
 sys.path[:0] = [str(PROJECT_ROOT), str(TESTS)]
 
-from workloads.common.cli import (  # noqa: E402
-    non_negative_int,
-    positive_float,
-    positive_int,
-)
+from workloads.common.cli import non_negative_int, positive_float, positive_int  # noqa: E402
 from workloads.inference.inference_model import MODELS  # noqa: E402
 
 if TYPE_CHECKING:
@@ -74,7 +70,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--model", choices=MODELS, default="resnet18", help="default: the smallest")
     parser.add_argument("--chaos-rate", type=positive_float, default=10.0, metavar="R",
-                        help="hostile requests a second beside the slow ones (default: 10)")  # fmt: skip
+                        help="hostile requests a second (default: 10)")  # fmt: skip
     parser.add_argument("--round-seconds", type=positive_float, default=5.0, metavar="S",
                         help="length of a round of the warm-up (default: 5)")  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")

@@ -1,0 +1,82 @@
+"""A slice of the long load on the server (`load_held.py`), and its bounds, which can be broken."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from held_load_bounds import HeldLoad, judged, quarter_medians, quarter_p99_ms
+
+PROGRAM = Path(__file__).with_name("load_held.py")
+WELL = HeldLoad(
+    requests=100, failures={}, chaos_faults=[], resident_mib=[500.0, 501.0, 502.0, 509.9],
+    p99_ms=[10.0, 19.0, 12.0, 11.0], threads=(20, 20), open_files=(40, 39),
+    drain_answers={200: 50}, drain_lost=[], drain_seconds=2.0, drain_limit_seconds=30.0,
+    exit_code=0, unanswered=0,
+)  # fmt: skip
+
+
+def test_a_slice_of_the_load_loses_nothing_and_leaves_nothing_open(tmp_path: Path) -> None:
+    file = tmp_path / "figures.json"
+    flags = ("--requests", "150", "--round-seconds", "1", "--device", "cpu", "--frontends", "2")
+    done = subprocess.run((sys.executable, str(PROGRAM), *flags, "--json", str(file)),
+                          capture_output=True, text=True, check=False)  # fmt: skip
+    assert done.returncode in (0, 1), done.stderr
+    figures = json.loads(file.read_text())
+    # So short a load on a busy machine says nothing about memory and p99.
+    broken = [name for name, kept in figures["bounds"].items() if not kept]
+    assert [name for name in broken if not name.startswith(("memory", "p99"))] == [], done.stdout
+    assert figures["requests"] == 150
+    assert figures["chaos_requests"] > 10
+    assert done.stdout.splitlines()[-1].startswith(("150 requests beside", "kept: "))
+
+
+@pytest.mark.parametrize(
+    ("broken", "fault"),
+    [
+        ("no good request", {"failures": {"HTTP 500": 1}}),
+        ("no good request", {"requests": 0}),
+        ("every hostile request", {"chaos_faults": ["bomb: 500"]}),
+        ("memory", {"resident_mib": [500.0, 503.0, 507.0, 511.0]}),
+        ("memory", {"resident_mib": [None, 500.0, 500.0, 500.0]}),
+        ("p99", {"p99_ms": [10.0, 10.0, 20.1, 10.0]}),
+        ("p99", {"p99_ms": [10.0, None, 10.0, 10.0]}),
+        ("no more threads", {"threads": (20, 21)}),
+        ("no more open files", {"open_files": (40, 41)}),
+        ("SIGTERM under load", {"drain_lost": ["reset"]}),
+        ("SIGTERM under load", {"drain_answers": {200: 9, 503: 1}}),
+        ("SIGTERM under load", {"drain_answers": {}}),
+        ("SIGTERM under load", {"unanswered": None}),
+        ("SIGTERM: ended", {"exit_code": 1}),
+        ("SIGTERM: ended", {"drain_seconds": 30.1}),
+    ],
+)
+def test_each_bound_is_broken_by_its_fault_alone(broken: str, fault: dict) -> None:
+    assert all(judged(WELL).values())
+    (name,) = [name for name, kept in judged(replace(WELL, **fault)).items() if not kept]
+    assert name.startswith(broken)
+
+
+def test_a_leaking_server_is_seen_in_the_medians_of_the_quarters() -> None:
+    seconds = np.arange(100.0)
+    assert quarter_medians(seconds, 500 + seconds) == [512.0, 537.0, 562.0, 587.0]
+    assert quarter_medians(seconds[:0], seconds[:0]) == [None] * 4
+
+
+def test_the_p99_of_a_quarter_is_of_what_was_answered() -> None:
+    latency = np.repeat([0.01, 0.02, 0.03, 9.0], 100)
+    ok = latency < 1
+    assert quarter_p99_ms(latency, ok) == [pytest.approx(10), pytest.approx(20),
+                                           pytest.approx(30), None]  # fmt: skip
+
+
+def test_wrong_flags_end_in_a_usage_error() -> None:
+    done = subprocess.run((sys.executable, str(PROGRAM), "--requests", "0"),
+                          capture_output=True, text=True, check=False)  # fmt: skip
+    assert done.returncode == 2
+    assert "--requests" in done.stderr
