@@ -11,7 +11,7 @@ from conftest import PROJECT_ROOT
 from held_client import HeldClient
 
 from workloads.common import cli
-from workloads.common.memory_picture import as_out_of_memory
+from workloads.common.memory_picture import MPS_LIMIT_VARIABLE, as_out_of_memory
 
 # As PyTorch 2.x words it, with a limit of its own (set_per_process_memory_fraction).
 PYTORCH_TEXT = (
@@ -39,13 +39,24 @@ def test_the_picture_says_what_was_tried_and_who_holds_the_card(card):
     found = as_out_of_memory(torch.OutOfMemoryError(PYTORCH_TEXT))
     assert found.memory == {
         "where": "gpu", "tried_mib": 2560.0, "free_mib": 1024.0, "total_mib": 81920.0,
-        "allowed_mib": 4096.0, "process_mib": pytest.approx(3184.64),
+        "allowed_mib": 4096.0, "mps_limit_mib": None, "process_mib": pytest.approx(3184.64),
         "others_mib": pytest.approx(81920 - 1024 - 3184.64), "allocated_mib": 2048.0,
         "reserved_mib": 2560.0, "peak_allocated_mib": 2304.0,
     }  # fmt: skip
     assert str(found).startswith(
         "out of GPU memory: tried 2.50 GiB with 1.00 GiB of 80.00 GiB free; 4.00 GiB allowed; "
         "this process holds 3.11 GiB; others on the card hold 75.89 GiB"
+    )
+
+
+@pytest.mark.parametrize("value", ["0=8G", "0=8192M", "1=2G,0=8G"])
+def test_what_is_free_within_an_mps_limit_is_not_taken_from_the_others(card, monkeypatch, value):
+    monkeypatch.setenv(MPS_LIMIT_VARIABLE, value)
+    found = as_out_of_memory(torch.OutOfMemoryError(PYTORCH_TEXT))
+    assert found.memory["mps_limit_mib"] == 8192.0 and found.memory["others_mib"] is None
+    assert str(found).startswith(
+        "out of GPU memory: tried 2.50 GiB with 1.00 GiB free within the MPS memory limit of "
+        "8.00 GiB; 4.00 GiB allowed; this process holds 3.11 GiB; lower"
     )
 
 

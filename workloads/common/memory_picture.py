@@ -5,11 +5,13 @@ The picture is a dict whose values are MiB, or None where nobody knows:
 =======================  ==========================================================================
 ``where``                ``gpu`` or ``host``, whichever memory ran out
 ``tried_mib``            what was to be allocated, from the error's text
-``free_mib``             free, as the driver (GPU) or the kernel (host, ``MemAvailable``) says
+``free_mib``             free, as the driver (GPU) or the kernel (host, ``MemAvailable``) says;
+                         under an MPS memory limit the driver says what is free within that
 ``total_mib``            all there is
 ``allowed_mib``          what PyTorch was allowed to take, where it has a limit of its own
+``mps_limit_mib``        the MPS memory limit in this process's environment; GPU only
 ``process_mib``          what this process holds; on a GPU as the driver told PyTorch
-``others_mib``           what is neither free nor this process's
+``others_mib``           what is neither free nor this process's; unknown under an MPS limit
 ``allocated_mib``        in tensors (``torch.cuda.memory_allocated``); GPU only
 ``reserved_mib``         in PyTorch's pool (``torch.cuda.memory_reserved``); GPU only
 ``peak_allocated_mib``   the most that was ever in tensors; GPU only
@@ -18,6 +20,7 @@ The picture is a dict whose values are MiB, or None where nobody knows:
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -27,6 +30,7 @@ from workloads.common.cli import OutOfGpuMemoryError, first_line
 MIB = 2**20
 MEMORY_INFO = Path("/proc/meminfo")
 PROCESS_STATUS = Path("/proc/self/status")
+MPS_LIMIT_VARIABLE = "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT"
 UNITS = {"bytes": 1 / MIB, "KiB": 1 / 1024, "MiB": 1.0, "GiB": 1024.0, "TiB": 1024.0**2}
 
 # Errors of CUDA and its libraries that PyTorch passes on as a plain RuntimeError.
@@ -38,6 +42,8 @@ _HOST_TEXT = re.compile(r"DefaultCPUAllocator: (not enough|can't allocate) memor
 _AMOUNT = r"([\d.]+) (bytes|[KMGT]iB)"
 _TRIED = re.compile(rf"(?:Tried to allocate|tried to allocate) {_AMOUNT}")
 _ALLOWED = re.compile(rf"{_AMOUNT} allowed")
+# One device only is shown to a client under a limit of the suite's, as number 0.
+_MPS_LIMIT = re.compile(r"(?:^|,)0=(\d+)([KMG])B?(?:,|$)")
 _PROCESS = re.compile(rf"this process has {_AMOUNT} memory in use")
 
 
@@ -68,7 +74,10 @@ def in_words(picture: dict, said: str) -> str:
     where = "GPU" if picture["where"] == "gpu" else "host"
     tried, free, total = (picture[key] for key in ("tried_mib", "free_mib", "total_mib"))
     parts = [f"tried {_amount(tried)}" if tried is not None else said]
-    if free is not None and total is not None:
+    if free is not None and picture["mps_limit_mib"] is not None:
+        parts[0] += f" with {_amount(free)} free within the MPS memory limit of "
+        parts[0] += _amount(picture["mps_limit_mib"])
+    elif free is not None and total is not None:
         parts[0] += f" with {_amount(free)} of {_amount(total)} free"
     if picture["allowed_mib"] is not None:
         parts.append(f"{_amount(picture['allowed_mib'])} allowed")
@@ -93,14 +102,17 @@ def _gpu_picture(torch: object, text: str) -> dict:
         except RuntimeError:
             pass
     process = _found(_PROCESS, text)
+    limit = _MPS_LIMIT.search(os.environ.get(MPS_LIMIT_VARIABLE, ""))
     return {
         "where": "gpu",
         "tried_mib": _found(_TRIED, text),
         "free_mib": free,
         "total_mib": total,
         "allowed_mib": _found(_ALLOWED, text),
+        "mps_limit_mib": int(limit[1]) * UNITS[f"{limit[2]}iB"] if limit else None,
         "process_mib": process,
-        "others_mib": _others(total, free, process),
+        # Free within a limit, taken from the whole card, would be blamed on the others.
+        "others_mib": None if limit else _others(total, free, process),
         "allocated_mib": allocated,
         "reserved_mib": reserved,
         "peak_allocated_mib": peak,
@@ -117,6 +129,7 @@ def _host_picture(text: str) -> dict:
         "free_mib": free,
         "total_mib": total,
         "allowed_mib": None,
+        "mps_limit_mib": None,
         "process_mib": process,
         "others_mib": _others(total, free, process),
         "allocated_mib": None,
