@@ -17,8 +17,8 @@ class HeldLoad:
     """The figures of one run; unknown is None.
 
     Attributes:
-        requests: How many were sent under the steady load.
-        failures: Those that were not answered with 200, by kind.
+        requests: How many were sent under the steady load, after its lead-in.
+        failures: Those that were not answered with 200, by kind, the lead-in's too.
         chaos_faults: Answers to hostile requests that were not right, as sentences.
         resident_mib: Median resident memory of the whole server in each quarter of the time.
         p99_ms: In each quarter of the requests, from the intended send; None: none was answered.
@@ -82,8 +82,12 @@ def quarter_p99_ms(latency_seconds: np.ndarray, ok: np.ndarray) -> list[float | 
     """
     parts = zip(np.array_split(latency_seconds, QUARTERS), np.array_split(ok, QUARTERS),
                 strict=True)  # fmt: skip
-    return [float(np.percentile(part[good], 99)) * 1e3 if good.any() else None
-            for part, good in parts]  # fmt: skip
+    return [p99_ms(*part) for part in parts]
+
+
+def p99_ms(latency_seconds: np.ndarray, ok: np.ndarray) -> float | None:
+    """Return the p99 of what was answered, in milliseconds; None where nothing was."""
+    return float(np.percentile(latency_seconds[ok], 99)) * 1e3 if ok.any() else None
 
 
 def judged(run: HeldLoad) -> dict[str, bool]:

@@ -7,7 +7,9 @@
 2. A closed loop of clients warms it up, round after round, until its memory stays as it is, and
    measures its capacity; the chaos client (chaos_client.py) is there already, because what it
    costs is no part of the capacity for others.
-3. A Poisson stream of 80 % of that (the load test's own generator) beside the chaos client.
+3. A Poisson stream of 80 % of that (the load test's own generator) beside the chaos client. In a
+   lead-in the generator opens its connections, and the server a thread for each: a failure there
+   counts, but its tail and its memory are not those of the load that is held.
 4. SIGTERM while a closed loop of clients sends all it can.
 
 Bounds: held_load_bounds.py. Ends with 1 where one is not kept, naming it; the server's log is kept.
@@ -17,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 import signal
 import statistics
@@ -73,6 +76,8 @@ def parse_arguments() -> argparse.Namespace:
                         help="hostile requests a second (default: 10)")  # fmt: skip
     parser.add_argument("--round-seconds", type=positive_float, default=5.0, metavar="S",
                         help="length of a round of the warm-up (default: 5)")  # fmt: skip
+    parser.add_argument("--lead-in-seconds", type=positive_float, default=5.0, metavar="S",
+                        help="of the same load, before the N requests (default: 5)")  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     options = parser.parse_args()
     # Not at the end: by then the load has been held for nothing.
@@ -203,10 +208,10 @@ class Soak:
         return abs(now - before) < before * STEADY_PERCENT / 100
 
     def offer(self, rate: float) -> tuple[Measured, list[Figures]]:
-        """Send all requests as a Poisson stream of ``rate`` a second, beside the chaos client."""
+        """Send the lead-in and then all requests, ``rate`` a second, beside the chaos client."""
         from workloads.inference.load_schedule import arrival_offsets
 
-        count = self.options.requests
+        count = self.options.requests + self.lead_in_requests(rate)
         # Ten standard deviations longer than the mean: never too few.
         enough_seconds = (count + 10 * count**0.5 + 10) / rate
         offsets = arrival_offsets(rate, "poisson", enough_seconds, self.options.seed)[:count]
@@ -216,6 +221,10 @@ class Soak:
                 return self._run(generator)
         finally:
             generator.close()
+
+    def lead_in_requests(self, rate: float) -> int:
+        """Return how many of the requests at ``rate`` a second are sent before the judged ones."""
+        return math.ceil(rate * self.options.lead_in_seconds)
 
     def terminate_under_load(self) -> dict:
         """Send SIGTERM while clients send all they can; return what became of everything."""
@@ -245,7 +254,7 @@ class Soak:
 def hold(soak: Soak) -> tuple[dict, dict]:
     """Go through the phases; return the figures, and which bound was kept."""
     import numpy as np
-    from held_load_bounds import HeldLoad, judged, quarter_medians, quarter_p99_ms
+    from held_load_bounds import HeldLoad, judged, p99_ms, quarter_medians, quarter_p99_ms
     from server_figures import figures_at_rest
 
     pid = soak.server.process.pid
@@ -253,19 +262,24 @@ def hold(soak: Soak) -> tuple[dict, dict]:
     before = figures_at_rest(pid)
     print(f"capacity {capacity:.1f} requests/s beside the chaos client, memory steady at "
           f"{soak.rounds[-1][1]:.0f} MiB after {len(soak.rounds)} rounds", flush=True)  # fmt: skip
-    measured, samples = soak.offer(LOAD_SHARE * capacity)
+    rate = LOAD_SHARE * capacity
+    measured, samples = soak.offer(rate)
     after = figures_at_rest(pid, before.open_files)
-    table = measured.table()
+    lead_in, table = np.split(measured.table(), [soak.lead_in_requests(rate)])
+    held = [sample for sample in samples
+            if sample.seconds >= samples[0].seconds + soak.options.lead_in_seconds]  # fmt: skip
     run = HeldLoad(
         requests=len(table), failures=dict(measured.failures), chaos_faults=soak.chaos.faults,
-        resident_mib=quarter_medians(np.array([sample.seconds for sample in samples]),
-                                     np.array([sample.resident_mib for sample in samples])),
+        resident_mib=quarter_medians(np.array([sample.seconds for sample in held]),
+                                     np.array([sample.resident_mib for sample in held])),
         p99_ms=quarter_p99_ms(table[:, 3] - table[:, 0], table[:, 4] > 0),
         threads=(before.threads, after.threads), open_files=(before.open_files, after.open_files),
         **soak.terminate_under_load(),
     )  # fmt: skip
     more = {
-        "capacity_per_second": capacity, "offered_per_second": LOAD_SHARE * capacity,
+        "capacity_per_second": capacity, "offered_per_second": rate,
+        "lead_in_requests": len(lead_in),
+        "lead_in_p99_ms": p99_ms(lead_in[:, 3] - lead_in[:, 0], lead_in[:, 4] > 0),
         "load_seconds": float(table[-1, 3] - table[0, 0]), "chaos_requests": soak.chaos.attacks,
         "chaos_answers": soak.chaos.answers,
     }  # fmt: skip
@@ -277,13 +291,14 @@ def print_table(figures: dict) -> None:
     from held_load_bounds import growth_percent, p99_ratio
 
     failed = sum(figures["failures"].values())
+    sent = figures["lead_in_requests"] + figures["requests"]
     resident, p99 = figures["resident_mib"], figures["p99_ms"]
     growth, ratio = growth_percent(resident), p99_ratio(p99)
     rows = [
         ("Offered", f"{figures['offered_per_second']:.1f} requests/s, {100 * LOAD_SHARE:g} % of "
          f"{figures['capacity_per_second']:.1f}, for {figures['load_seconds']:.0f} s"),
-        ("Sent / answered / failed",
-         f"{figures['requests']} / {figures['requests'] - failed} / {failed}"),
+        ("Sent / answered / failed", f"{sent} / {sent - failed} / {failed}, "
+         f"{figures['lead_in_requests']} of them in the lead-in"),
         ("  failures", _listed(figures["failures"])),
         ("Hostile requests", f"{figures['chaos_requests']}"),
         *[(f"  {kind}", _listed(answers)) for kind, answers in figures["chaos_answers"].items()],
@@ -292,6 +307,7 @@ def print_table(figures: dict) -> None:
          f"{'unknown' if growth is None else f'{growth:+.2f} %'}"),
         ("p99 by quarter", f"{_numbers(p99)} ms, largest over smallest "
          f"{'unknown' if ratio is None else f'{ratio:.2f}'}"),
+        ("p99 of the lead-in", f"{_numbers([figures['lead_in_p99_ms']])} ms, not judged"),
         ("Threads first / last", "{} / {}".format(*figures["threads"])),
         ("Open files first / last", "{} / {}".format(*figures["open_files"])),
         ("SIGTERM under load", f"answers {_listed(figures['drain_answers'])}, lost "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -23,7 +24,8 @@ WELL = HeldLoad(
 
 def test_a_slice_of_the_load_loses_nothing_and_leaves_nothing_open(tmp_path: Path) -> None:
     file = tmp_path / "figures.json"
-    flags = ("--requests", "150", "--round-seconds", "1", "--device", "cpu", "--frontends", "2")
+    flags = ("--requests", "150", "--round-seconds", "1", "--lead-in-seconds", "1",
+             "--device", "cpu", "--frontends", "2")  # fmt: skip
     done = subprocess.run((sys.executable, str(PROGRAM), *flags, "--json", str(file)),
                           capture_output=True, text=True, check=False)  # fmt: skip
     assert done.returncode in (0, 1), done.stderr
@@ -32,6 +34,8 @@ def test_a_slice_of_the_load_loses_nothing_and_leaves_nothing_open(tmp_path: Pat
     broken = [name for name, kept in figures["bounds"].items() if not kept]
     assert [name for name in broken if not name.startswith(("memory", "p99"))] == [], done.stdout
     assert figures["requests"] == 150
+    assert figures["lead_in_requests"] == math.ceil(figures["offered_per_second"])
+    assert figures["lead_in_p99_ms"] > 0
     assert figures["chaos_requests"] > 10
     assert done.stdout.splitlines()[-1].startswith(("150 requests beside", "kept: "))
 
