@@ -385,7 +385,7 @@ def test_a_dry_run_prints_the_plan_and_leaves_nothing(bench: Bench) -> None:
     done = bench.run("--dry-run", "--mode", "mig", "--workloads", "8")
     assert done.returncode == 0, done.stderr
     assert "mixed-8-r0: 8 together" in done.stdout
-    assert "--num-operations 4" in done.stdout
+    assert "--num-operations 4 --burst-seconds 1 " in done.stdout
     assert not bench.results.exists()
 
 

@@ -22,7 +22,8 @@ from benchmarking.storage.run_store import PHASE_CO_RUN
 MIX = "pairs"
 CLIENTS = 2
 
-# Long enough for ten units of every job beside another, the notebook's cells of seconds among them.
+# Long enough for ten units of every quick job beside another, the notebook's cells (0.4 s alone)
+# among them.
 WINDOW_SECONDS = 10.0
 
 # Without a GPU two jobs are enough to show the flow: one that is all throughput, one with latency.

@@ -66,7 +66,9 @@ WORKLOADS: Mapping[str, WorkloadKind] = {
         "workloads/interactive/jupyter_simulation.py",
         {
             SIZE_GUIDE: ("--num-operations", "11"),
-            SIZE_QUICK: ("--num-operations", "4"),
+            # The guide's session in an eighth of its time: as much idle, each kind of cell twice.
+            SIZE_QUICK: ("--num-operations", "8", "--burst-seconds", "0.4", "--idle-min", "0.25",
+                         "--idle-max", "0.625"),
             SIZE_CPU: ("--num-operations", "4", "--burst-seconds", "1", "--idle-min", "0.3",
                        "--idle-max", "0.8", "--matrix-size", "1000", "--matrix-iterations", "20",
                        "--preprocess-iterations", "4", "--train-epochs", "2",

@@ -231,7 +231,9 @@ def prepare(
         notes += [warning] if warning else []
 
     baseline_run = _run_called(request.baseline, request.results_dir)
-    job_size = SIZE_CPU if gpu is None else SIZE_QUICK if request.quick else SIZE_GUIDE
+    # A pair's window of seconds has room for small jobs only.
+    is_small = request.quick or request.is_pairs
+    job_size = SIZE_CPU if gpu is None else SIZE_QUICK if is_small else SIZE_GUIDE
     cores = usable_cores()
     layout, co_runs_of = _lay_out(request, mode, alone_mode, job_size, cores)
     if request.mig_layout and mode.name == MODE_MIG:

@@ -1,0 +1,58 @@
+"""Each job beside each other one through the whole suite: real processes, scripted clients."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+from test_benchmark_suite import Bench, bench, gpu_bench
+
+from benchmarking.storage.run_store import PHASE_CO_RUN
+
+__all__ = ["bench", "gpu_bench"]  # fixtures
+
+
+def test_each_job_runs_beside_each_other_one_and_itself(bench: Bench) -> None:
+    done = bench.run("--mix", "pairs", "--window", "0.3")
+    assert done.returncode == 0, done.stderr
+    run = bench.only_run()
+    pairs = [record["co_run"] for record in run.co_run_records if record["phase"] == PHASE_CO_RUN]
+    assert pairs == [
+        "pairs-resnet_training-resnet_training-r0",
+        "pairs-resnet_training-batch_inference-r0",
+        "pairs-batch_inference-batch_inference-r0",
+    ]
+    assert all(record["slowdown"] for pair in pairs for record in run.clients_of(pair))
+    assert run.manifest["is_pairs"] is True
+
+
+def test_a_pair_that_fails_leaves_the_others_to_be_measured(bench: Bench) -> None:
+    bench.script(
+        {"match": "*:pairs-resnet_training-batch_inference-r0/1", "fail": "crash", "fail_at": 0.1}
+    )
+    done = bench.run("--mix", "pairs", "--window", "0.3")
+    assert done.returncode == 1
+    outcomes = [r["outcome"] for r in bench.only_run().co_run_records if r["phase"] == PHASE_CO_RUN]
+    assert outcomes == ["ok", "failed", "ok"]
+
+
+def test_pairs_are_of_small_jobs_since_a_window_of_seconds_holds_no_others(
+    gpu_bench: Callable,
+) -> None:
+    done = gpu_bench().run("--mix", "pairs", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "--num-operations 8 --burst-seconds 0.4" in done.stdout
+    assert "--num-operations 11" not in done.stdout
+
+
+def test_a_window_that_was_asked_for_is_kept(gpu_bench: Callable) -> None:
+    bench = gpu_bench()
+    done = bench.run("--mix", "pairs", "--window", "1.3")
+    assert done.returncode == 0, done.stderr
+    run = bench.only_run()
+    assert run.manifest["job_size"] == "quick"
+    windows = [record["window_end_seconds"] - record["window_start_seconds"]
+               for record in run.co_run_records if record["phase"] == PHASE_CO_RUN]  # fmt: skip
+    assert len(windows) == 10
+    assert min(windows) >= 1.3
+    assert json.dumps(run.manifest["plan"]).count('"pairs-') == 10
