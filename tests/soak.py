@@ -1,10 +1,12 @@
 """Kills a run at random moments, over and over, and looks at what is left each time.
 
     python3 tests/soak.py --kills 200 --seed 1
+    python3 tests/soak.py --kills 10 --seed 1 --on-gpu      # real jobs on the first GPU
 
 Every round starts a run of scripted jobs under time slicing and MPS on a pretended H100
 (`fakes/`): run_experiments.sh, stress_test.sh, or the suite alone. At a random moment a signal
-(SIGINT, SIGTERM or SIGKILL) goes to the driver, the suite, a client or the sampler. Then:
+(SIGINT, SIGTERM or SIGKILL) goes to the driver, the suite, a client or the sampler, or the MPS
+daemon dies. Then:
 
 - no process of the run is left, of its own accord;
 - the GPU's mode is what it was before; where the driver itself was killed by SIGKILL, it is after
@@ -13,11 +15,16 @@ Every round starts a run of scripted jobs under time slicing and MPS on a preten
 - the run goes on with `--resume` and is complete: every row once, the finished ones not repeated.
 
 Ends with 1 at the first round that breaks a promise, naming seed and round; its folder is kept.
+
+On a real GPU the jobs are the project's own, no setting of the card is changed, and who has work on
+the card is not killed: a client gets SIGTERM, and the MPS daemon is left to the scripts, which end
+it when it has no clients. Other processes may be on that card.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -31,6 +38,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 TESTS = Path(__file__).resolve().parent
 PROJECT_ROOT = TESTS.parent
@@ -49,15 +57,9 @@ MARKER = "GPU_SHARING_SOAK_ROUND"
 JOBS = {"match": "*", "unit_seconds": 0.02, "units": 10}
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
 DRIVER, SUITE, A_CLIENT, SAMPLER = "driver", "suite", "client", "sampler"
+DAEMON = "MPS daemon"
 # How long a run may take to notice that it was hit, and to end.
 END_SECONDS = 90.0
-
-COMMANDS = {
-    "run_experiments.sh": ["--modes", "time-slicing,mps", "--mix", "training", "--workloads", "2",
-                           "--repeats", "1", "--quick"],
-    "stress_test.sh": ["mps", "2", "--quick"],
-    "benchmarking/benchmark_suite.py": ["--mix", "training", "--workloads", "1,2", "--quick"],
-}  # fmt: skip
 
 
 class BrokenPromiseError(AssertionError):
@@ -74,6 +76,24 @@ class Round:
     number: signal.Signals
     moment: float
     environment: dict[str, str] = field(default_factory=dict)
+    was_hit: bool = False
+    commands: ClassVar[dict[str, list[str]]] = {
+        "run_experiments.sh": ["--modes", "time-slicing,mps", "--mix", "training",
+                               "--workloads", "2", "--repeats", "1", "--quick"],
+        "stress_test.sh": ["mps", "2", "--quick"],
+        "benchmarking/benchmark_suite.py": ["--mix", "training", "--workloads", "1,2", "--quick"],
+    }  # fmt: skip
+    # Longer than an undisturbed run takes on a quick machine, so that some kills come late.
+    longest_seconds: ClassVar[dict[str, float]] = {
+        "run_experiments.sh": 14.0, "stress_test.sh": 14.0, "benchmarking/benchmark_suite.py": 7.0,
+    }  # fmt: skip
+
+    @classmethod
+    def blows(cls, script: str) -> list[tuple[str, signal.Signals]]:
+        """Return who may be hit in a run of `script`, and how."""
+        targets = [SUITE, A_CLIENT, SAMPLER, *([DRIVER, DAEMON] if script.endswith(".sh") else [])]
+        return [(target, number) for target in targets
+                for number in (SIGNALS if target != DAEMON else (signal.SIGKILL,))]  # fmt: skip
 
     def __str__(self) -> str:
         return (f"{self.script}: {self.number.name} to the {self.target} after "
@@ -88,7 +108,6 @@ class Round:
                      "requirements.txt"):  # fmt: skip
             shutil.copy(PROJECT_ROOT / name, self.folder)
         self.machine = FakeMachine(self.folder / "machine", "h100")
-        self.before = modes_of(self.machine)
         self.card = nvml_stub.write_state(self.folder / "card.txt")
         self.environment = nvml_stub.stub_environment(
             nvml_stub.build_nvml_stub(self.folder), self.card,
@@ -108,13 +127,16 @@ class Round:
         """The command line that starts the run, or goes on with it."""
         if self.script.endswith(".sh"):
             where = ["--resume", str(self.output)] if resume else ["--output", str(self.output)]
-            return [f"./{self.script}", *([] if resume else COMMANDS[self.script]), *where]
-        which = ["--resume", "mine"] if resume else ["--run-id", "mine", *COMMANDS[self.script]]
+            return [f"./{self.script}", *([] if resume else self.commands[self.script]), *where]
+        which = (
+            ["--resume", "mine"] if resume else ["--run-id", "mine", *self.commands[self.script]]
+        )
         return [sys.executable, self.script, *which, "--results-dir", str(self.output)]
 
     def go(self) -> None:
         """Start the run, hit it, and hold everything against the promises."""
         self.prepare()
+        self.before = self.modes()
         process = subprocess.Popen(
             self.command(resume=False), cwd=self.folder, env=self.environment,
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
@@ -122,7 +144,7 @@ class Round:
             preexec_fn=heed_signals,
         )  # fmt: skip
         time.sleep(self.moment)
-        self.hit(process)
+        self.was_hit = self.hit(process)
         finished = self.finished_rows()
         process.wait(END_SECONDS)
         self.require_nobody()
@@ -130,13 +152,30 @@ class Round:
         self.require_rows(finished)
         self.go_on()
 
-    def hit(self, process: subprocess.Popen[bytes]) -> None:
-        """Send the signal; a target that is not there at this moment is left in peace."""
+    def modes(self) -> dict:
+        """Return what a mode script may have changed."""
+        state = self.machine.state()
+        gpu = state["gpus"][0]
+        names = ("mig_current", "instances", "compute_mode", "timeslice")
+        return {"daemons": len(state["mps"]), **{name: gpu[name] for name in names}}
+
+    def forget_the_dead(self) -> None:
+        """Take the dead off the pretended card, as a real driver does."""
+        nvml_stub.write_state(self.card)
+
+    def hit(self, process: subprocess.Popen[bytes]) -> bool:
+        """Send the signal; return whether there was anybody to get it at this moment."""
+        if self.target == DAEMON:
+            has_daemon = bool(self.machine.state()["mps"])
+            self.machine.change(mps={})
+            return has_daemon
         own = [process.pid] if self.target == DRIVER else [
             pid for pid, words in self.processes() if self.is_target(words)
         ]  # fmt: skip
-        if own and process.poll() is None:
-            os.kill(sorted(own)[-1], self.number)
+        if not own or process.poll() is not None:
+            return False
+        os.kill(sorted(own)[-1], self.number)
+        return True
 
     def is_target(self, words: list[str]) -> bool:
         """Whether a command line is the target's."""
@@ -168,8 +207,8 @@ class Round:
         """The GPU's mode is as before, after a SIGKILL of the driver by `--restore`."""
         if self.target == DRIVER and self.number == signal.SIGKILL:
             self.must(["./gpu-configs/gpu_status.sh", "--restore"])
-        if modes_of(self.machine) != self.before:
-            raise BrokenPromiseError(f"mode {modes_of(self.machine)}, before {self.before}")
+        if self.modes() != self.before:
+            raise BrokenPromiseError(f"mode {self.modes()}, before {self.before}")
 
     def finished_rows(self) -> Counter[tuple]:
         """What is on disk of finished co-runs: run, co-run, when its window began."""
@@ -193,8 +232,7 @@ class Round:
     def go_on(self) -> None:
         """Resume, unless there is nothing to go on with; then every row is there once."""
         finished = self.finished_rows()
-        # The driver of a real card forgets who is dead.
-        nvml_stub.write_state(self.card)
+        self.forget_the_dead()
         started = (self.output / "arguments.nul").exists() if self.script.endswith(".sh") else (
             self.output / "mine" / "manifest.json").exists()  # fmt: skip
         if started and not self.is_complete():
@@ -241,57 +279,68 @@ def heed_signals() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def modes_of(machine: FakeMachine) -> dict:
-    """Return what a mode script may have changed of the pretended machine."""
-    state = machine.state()
-    gpu = state["gpus"][0]
-    names = ("mig_current", "instances", "compute_mode", "timeslice")
-    return {"daemons": len(state["mps"]), **{name: gpu[name] for name in names}}
-
-
-def rounds(kills: int, seed: int, folder: Path, scripts: list[str]) -> Iterator[Round]:
-    """Return random rounds, the same for the same seed."""
+def rounds(
+    seed: int, folder: Path, scripts: list[str], kind: type[Round] = Round
+) -> Iterator[Round]:
+    """Return random rounds without end, the same for the same seed."""
     draw = random.Random(seed)
-    for index in range(kills):
+    for index in itertools.count():
         script = draw.choice(scripts)
-        targets = [DRIVER, SUITE, A_CLIENT, SAMPLER]
-        target = draw.choice(targets if script.endswith(".sh") else targets[1:])
-        # Longer than an undisturbed run takes on a quick machine, so that some kills come late.
-        longest = 14.0 if script.endswith(".sh") else 7.0
-        yield Round(
-            folder / f"{index}", script, target, draw.choice(SIGNALS), draw.uniform(0.05, longest)
-        )
+        target, number = draw.choice(kind.blows(script))
+        moment = draw.uniform(0.05, kind.longest_seconds[script])
+        yield kind(folder / f"{index}", script, target, number, moment)
 
 
 def main() -> int:
-    """Run the rounds; return 1 at the first that breaks a promise."""
+    """Run rounds until so many have hit; return 1 at the first that breaks a promise."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--kills", type=int, default=200, metavar="N")
+    parser.add_argument(
+        "--kills",
+        type=int,
+        default=200,
+        metavar="N",
+        help="how many have to hit: a target may be gone, or not there yet (default: 200)",
+    )
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--script", action="append", choices=list(COMMANDS))
+    parser.add_argument("--script", action="append", choices=list(Round.commands))
+    parser.add_argument("--on-gpu", action="store_true", help="real jobs on the first GPU")
     options = parser.parse_args()
+    kind = Round
+    if options.on_gpu:
+        from soak_on_gpu import GpuRound as kind
     folder = Path(tempfile.mkdtemp(prefix="soak-", dir="/tmp"))
     begin = time.monotonic()
-    count: Counter[str] = Counter()
-    scripts = options.script or list(COMMANDS)
-    for index, one in enumerate(rounds(options.kills, options.seed, folder, scripts)):
+    hits: Counter[str] = Counter()
+    misses = 0
+    scripts = options.script or list(kind.commands)
+    for index, one in enumerate(rounds(options.seed, folder, scripts, kind)):
+        if hits.total() == options.kills:
+            break
         try:
             one.go()
         except (BrokenPromiseError, subprocess.TimeoutExpired) as error:
             print(f"seed {options.seed}, round {index}, {one}: {error}\nkept: {one.folder}")
             return 1
         shutil.rmtree(one.folder)
-        count[f"{one.number.name} to the {one.target}"] += 1
-        print(f"{index + 1}/{options.kills} {one}: well", flush=True)
-    for what, times in sorted(count.items()):
+        if one.was_hit:
+            hits[f"{one.number.name} to the {one.target}"] += 1
+        misses += not one.was_hit
+        print(f"{hits.total()}/{options.kills} {one}: "
+              f"{'well' if one.was_hit else 'nobody there, well'}", flush=True)  # fmt: skip
+    for what, times in sorted(hits.items()):
         print(f"{times:4d}  {what}")
-    print(f"{options.kills} kills, seed {options.seed}, {time.monotonic() - begin:.0f} s: "
-          "nothing left, nothing lost, nothing done twice")  # fmt: skip
+    print(
+        f"{options.kills} kills and {misses} misses, seed {options.seed}, "
+        f"{time.monotonic() - begin:.0f} s: nothing left, nothing lost, nothing done twice"
+    )
     folder.rmdir()
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # By its name, since soak_on_gpu imports it so: else there were two of every class.
+    from soak import main as main_of_module
+
+    sys.exit(main_of_module())

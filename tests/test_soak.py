@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -19,22 +20,26 @@ RUN, SUITE = "run_experiments.sh", "benchmarking/benchmark_suite.py"
         (RUN, soak.DRIVER, signal.SIGKILL, 7.5),
         (RUN, soak.DRIVER, signal.SIGTERM, 3.0),
         (SUITE, soak.SUITE, signal.SIGKILL, 3.0),
+        (SUITE, soak.SAMPLER, signal.SIGINT, 2.5),
         (SUITE, soak.A_CLIENT, signal.SIGKILL, 2.0),
+        # While clients of its server run.
+        ("stress_test.sh", soak.DAEMON, signal.SIGKILL, 6.0),
     ],
 )
 def test_a_killed_run_leaves_nothing_behind_and_goes_on(
     script: str, target: str, number: signal.Signals, moment: float
 ) -> None:
     with open_folder() as folder:  # a short path: those of sockets are limited
-        soak.Round(folder, script, target, number, moment).go()
+        one = soak.Round(folder, script, target, number, moment)
+        one.go()
+        assert one.was_hit, f"{one}: nobody was there any more, or not yet"
 
 
 def test_rounds_are_the_same_for_the_same_seed(tmp_path: Path) -> None:
     first, again, other = (
-        [str(one) for one in soak.rounds(20, seed, tmp_path, list(soak.COMMANDS))]
+        [str(one) for one in islice(soak.rounds(seed, tmp_path, list(soak.Round.commands)), 40)]
         for seed in (1, 1, 2)
     )
     assert first == again != other
-    assert {word for line in first for word in (soak.DRIVER, soak.SAMPLER) if word in line} == {
-        soak.DRIVER, soak.SAMPLER,
-    }  # fmt: skip
+    everyone = {soak.DRIVER, soak.SUITE, soak.A_CLIENT, soak.SAMPLER, soak.DAEMON}
+    assert {word for line in first for word in everyone if f"to the {word} " in line} == everyone
