@@ -168,8 +168,8 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         "--min-seconds",
         type=positive_float,
         metavar="S",
-        help="measure each baseline and co-run for at least so long (default: 5, with smaller jobs "
-        "2; NVML's process lists, which prove the mode, come once a second)",
+        help="measure each baseline and co-run for at least so long (default: 5, co-runs of small "
+        "jobs 2; NVML's process lists, which prove the mode, come once a second)",
     )
     add(
         "--timeout",
