@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import re
@@ -170,6 +171,37 @@ def test_a_torn_sample_is_skipped_and_the_monitor_line_is_no_sample(tmp_path: Pa
     samples, warnings = run_store.read_samples(tmp_path)
     assert [sample["time_seconds"] for sample in samples] == [1.0]
     assert len(warnings) == 1
+
+
+def packed_run(folder: Path) -> run_store.RunWriter:
+    run = run_store.create_run(folder, MANIFEST)
+    run.append_record(client("one", 0))
+    run.append_record(co_run("one"))
+    run.finish("complete")
+    path = run.folder / "records.jsonl"
+    path.with_name("records.jsonl.gz").write_bytes(gzip.compress(path.read_bytes()))
+    path.unlink()
+    return run
+
+
+def test_a_packed_run_is_read_like_any_other_and_takes_no_more_records(tmp_path: Path) -> None:
+    read = run_store.read_run(packed_run(tmp_path).folder)
+    assert [record["co_run"] for record in read.client_records] == ["one"]
+    assert read.warnings == []
+    with pytest.raises(run_store.RunStoreError, match="gunzip it to go on"):
+        run_store.reopen_run(read, {"one"})
+
+
+@pytest.mark.parametrize(
+    "harm", [lambda b: b[:-12], lambda b: b"x" + b, lambda b: b[:20] + b"!" * 9]
+)
+def test_a_damaged_packed_file_is_named_and_skipped_as_a_whole(tmp_path: Path, harm) -> None:
+    run = packed_run(tmp_path)
+    path = run.folder / "records.jsonl.gz"
+    path.write_bytes(harm(path.read_bytes()))
+    read = run_store.read_run(run.folder)
+    assert read.client_records == []
+    assert "records.jsonl.gz: is damaged, skipped (" in read.warnings[0]
 
 
 def test_a_failed_write_leaves_the_old_manifest_and_no_temporary_file(tmp_path: Path) -> None:

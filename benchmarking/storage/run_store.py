@@ -8,6 +8,8 @@
         clients/<co_run>/<client>.{events.jsonl,stdout.log,stderr.log}
         run.lock              held by the process that writes to the run
 
+A finished run may be packed to be kept: `gzip records.jsonl gpu_samples.jsonl`, read as before.
+
 Every write is atomic (temporary file, fsync, rename) or an append of one whole line. Readers check
 every object against its schema. A line that is torn (a crash in the middle of a write) or edited is
 named in `warnings` and skipped, and with it its whole co-run: half of one would give other figures.
@@ -17,9 +19,11 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import gzip
 import json
 import os
 import re
+import zlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -36,6 +40,7 @@ MONITOR_LOG_FILE = "gpu_monitor.log"
 CLIENTS_FOLDER = "clients"
 PLAN_FILE = "plan.toml"
 LOCK_FILE = "run.lock"
+PACKED_SUFFIX = ".gz"
 
 OUTCOMES = ("running", "complete", "failed", "interrupted", "invalid")
 
@@ -219,8 +224,11 @@ def reopen_run(run: Run, finished: Collection[str]) -> RunWriter:
     """Open a run for more records; what clients of other co-runs than `finished` left is put aside.
 
     Such a folder becomes `<co_run>.interrupted-1`, `-2`, ... Raises `RunStoreError` when another
-    process writes to the run.
+    process writes to the run, or when it is packed.
     """
+    packed = sorted(run.folder.glob(f"*.jsonl{PACKED_SUFFIX}"))
+    if packed:
+        raise RunStoreError(f"{packed[0]} is packed: gunzip it to go on with the run")
     writer = RunWriter(run.folder, run.manifest)
     for path in (run.folder / RECORDS_FILE, writer.samples_path):
         _end_torn_line(path)
@@ -337,9 +345,11 @@ def read_json_lines(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
 def _read_numbered(path: Path) -> tuple[list[tuple[int, dict[str, Any]]], list[str]]:
     """Read the objects of a JSON-lines file with their line numbers, and the warnings."""
     try:
-        content = path.read_bytes()
+        content = _content(path)
     except FileNotFoundError:
         return [], []
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        return [], [f"{path}{PACKED_SUFFIX}: is damaged, skipped ({error})"]
     values: list[tuple[int, dict[str, Any]]] = []
     warnings: list[str] = []
     for number, line in enumerate(content.splitlines(), start=1):
@@ -354,6 +364,14 @@ def _read_numbered(path: Path) -> tuple[list[tuple[int, dict[str, Any]]], list[s
         else:
             warnings.append(f"{path}: line {number} is torn, skipped ({len(line)} bytes)")
     return values, warnings
+
+
+def _content(path: Path) -> bytes:
+    """Return what is in a file, or in its packed form where that is what there is."""
+    packed = path.with_name(path.name + PACKED_SUFFIX)
+    if packed.exists() and not path.exists():
+        return gzip.decompress(packed.read_bytes())
+    return path.read_bytes()
 
 
 def _refuse_constant(name: str) -> None:
