@@ -94,6 +94,18 @@ def test_every_value_is_measured_against_one_baseline_and_charted(sweeper: Sweep
     assert done.stdout.splitlines()[-1] == f"report: {sweeper.output / 'report.html'}"
 
 
+def test_a_baseline_that_was_taken_before_serves_all_values(sweeper: Sweeper) -> None:
+    jobs = ("--mix", "inference", "--device", "cpu")
+    first = sweeper.run("workloads", "1", *jobs)
+    assert first.returncode == 0, first.stderr
+    baseline = sweeper.output.rename(sweeper.root / "earlier") / "baseline"
+    done = sweeper.run("workloads", "1,2", *jobs, "--baseline", str(baseline))
+    assert done.returncode == 0, done.stderr
+    assert sweeper.content()["baseline"] == str(baseline)
+    assert not (sweeper.output / "baseline").exists()
+    assert all(point["stp"]["mean"] > 0 for point in sweeper.content()["points"])
+
+
 def test_a_value_that_fails_is_said_and_the_others_go_on(sweeper: Sweeper) -> None:
     sweeper.script({"match": "resnet_training:training-3-r0/2", "fail": "error"})
     done = sweeper.run("workloads", "3,2", "--mix", "training", "--device", "cpu")

@@ -18,6 +18,7 @@ _NOT_ALONE = {
     "--mps-memory-limit": True,
     "--mps-priority": True,
     "--mig-layout": True,
+    "--baseline": True,
     "--max-slowdown": True,
     "--bisect": False,
     "--until-break": False,
