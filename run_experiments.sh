@@ -22,12 +22,15 @@ not stop the others; Ctrl-C stops, undoes what was enabled and reports what was 
 
 Options:
   --modes LIST          which of time-slicing,mps,mig (default: all)
-  --mix mixed|training|inference|interactive|serving   which jobs (default: mixed: ResNet50 training,
-                        batch inference, Jupyter session, BERT fine-tuning; serving: an inference
-                        server with its users, three ResNet50 trainings)
+  --mix mixed|training|inference|interactive|serving|pairs   which jobs (default: mixed: ResNet50
+                        training, batch inference, Jupyter session, BERT fine-tuning; serving: an
+                        inference server with its users, three ResNet50 trainings; pairs: each job of
+                        the mixed mix beside each other one, 10 s a pair)
   --workloads N         jobs that run together (default: 4; with --plan: its clients once)
   --phase-minutes N     budget of each phase (default: 5 for phase 1, 10 for the others); it limits
                         repeats, never below one
+  --noise-floor         measure the first mode twice: differences between modes that are no larger than
+                        those between its two runs are called noise
   --baseline RUN        folder of an earlier baseline run to use in place of phase 1
 HELP
     driver::shared_flags_help
@@ -42,6 +45,7 @@ MODES=time-slicing,mps,mig
 MIX=""
 WORKLOADS=""
 PHASE_MINUTES=""
+NOISE_FLOOR=0
 BASELINE="" # run folder: an earlier one's, or phase 1's once it is complete
 NO_GPU=0    # the suite found that the GPU cannot be used
 FAILED_PHASES=0
@@ -69,8 +73,9 @@ parse_arguments() {
         case $1 in
             --modes) cli::value "$@" && check_modes "$VALUE" && MODES=$VALUE ;;
             --mix)
-                driver::choice "$1" "${2-}" mixed training inference interactive serving && MIX=$2
+                driver::choice "$1" "${2-}" mixed training inference interactive serving pairs && MIX=$2
                 ;;
+            --noise-floor) NOISE_FLOOR=1 && CONSUMED=1 ;;
             --workloads) driver::positive_integer "$1" "${2-}" && WORKLOADS=$2 ;;
             --phase-minutes) check_minutes "${2-}" && PHASE_MINUTES=$2 ;;
             --baseline)
@@ -83,11 +88,14 @@ parse_arguments() {
         shift "$CONSUMED"
     done
     [[ -z $MIX || -z $PLAN ]] || cli::usage_error "--mix and --plan: give one of the two"
+    [[ $MIX != pairs || -z $WORKLOADS ]] ||
+        cli::usage_error "--mix pairs has two jobs in each co-run: leave --workloads"
 }
 
 # A layout has an instance for each job, so it says how many there are, unless the user does.
 choose_workloads() {
     local usual=${PLAN_CLIENTS:-4}
+    [[ $MIX != pairs ]] || usual=2
     [[ -z $MIG_LAYOUT ]] || usual=$(layout::count)
     WORKLOADS=${WORKLOADS:-$usual}
     [[ ,$MODES, != *,mig,* ]] || layout::require "$WORKLOADS"
@@ -201,19 +209,29 @@ measure_mode() {
         skip "$reason"
     elif mode::enable "$mode" "$WORKLOADS"; then
         run_suite "$mode" 10
+        [[ $PHASE_STATUS != ok || -n $INTERRUPTED ]] || measure_again "$mode"
     else
         fail "${MODE_REASON:-the mode could not be enabled}"
     fi
     mode::undo || fail "$MODE_REASON"
 }
 
-# run_suite MODE DEFAULT_MINUTES: one run of the suite; later runs reuse the baseline of the first.
+# measure_again MODE: the noise floor, where it was asked for and this is the mode to take it under.
+measure_again() {
+    local -r first_run=$PHASE_RUN
+    ((NOISE_FLOOR)) && [[ $1 == "${MODES%%,*}" ]] || return 0
+    run_suite "$1" 10 -again
+    PHASE_RUN=$first_run
+}
+
+# run_suite MODE DEFAULT_MINUTES [SUFFIX]: one run of the suite; later runs reuse the baseline of the first.
 run_suite() {
     local -r mode=$1 minutes=${PHASE_MINUTES:-$2}
-    local -a flags=(--mode "$mode" --workloads "$WORKLOADS" --budget-minutes "$minutes")
+    local -a flags=(--mode "$mode" --budget-minutes "$minutes")
+    [[ $MIX == pairs ]] || flags+=(--workloads "$WORKLOADS")
     [[ -z $PLAN ]] && flags+=(--mix "${MIX:-mixed}") || flags+=(--plan "$PLAN")
     [[ $mode != mps ]] || flags+=("${MPS_FLAGS[@]}")
-    PHASE_RUN=$(machine::mode_name "$mode")
+    PHASE_RUN=$(machine::mode_name "$mode")${3-}
     if [[ $mode == exclusive ]]; then
         PHASE_RUN=baseline
     else

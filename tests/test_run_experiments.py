@@ -159,6 +159,28 @@ def test_another_mix_is_run_in_every_phase_but_not_beside_a_plan(runner: DriverR
     assert "--mix and --plan: give one of the two" in refused.stderr
 
 
+def test_pairs_are_run_in_every_phase_and_have_no_count(runner: DriverRunner) -> None:
+    assert runner.drive(SCRIPT, "--mix", "pairs").returncode == 0
+    for call in runner.suite_calls().values():
+        assert call["flags"]["--mix"] == "pairs"
+        assert "--workloads" not in call["flags"]
+    refused = runner.drive(SCRIPT, "--mix", "pairs", "--workloads", "4")
+    assert refused.returncode == 2
+    assert "two jobs in each co-run: leave --workloads" in refused.stderr
+
+
+def test_the_noise_floor_is_the_first_mode_taken_twice_while_it_is_in_force(
+    runner: DriverRunner,
+) -> None:
+    done = runner.drive(SCRIPT, "--noise-floor", "--modes", "mps,time-slicing")
+    assert done.returncode == 0, done.stderr
+    assert list(runner.suite_calls()) == ["baseline", "time-slicing", "mps", "mps-again"]
+    flags = {name: call["flags"] for name, call in runner.suite_calls().items()}
+    assert {**flags["mps"], "--run-id": ""} == {**flags["mps-again"], "--run-id": ""}
+    assert [phase["run_folder"] for phase in runner.phases()][2] == "mps"
+    assert runner.left_behind() == []
+
+
 def test_a_plan_with_mistakes_is_exit_2_before_anything_is_done(
     runner: DriverRunner, tmp_path: Path
 ) -> None:

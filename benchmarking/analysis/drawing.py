@@ -13,7 +13,7 @@ from benchmarking.analysis.runs import CoRun, RunView
 from benchmarking.analysis.timeline_chart import Sample
 
 # Past that many, repeats of a count look alike and make the report long: the first stands for them.
-MOST_TIMELINES = 12
+MOST_TIMELINES = 6
 
 ReadSamples = Callable[[RunView], Sequence[Sample]]
 
