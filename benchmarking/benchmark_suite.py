@@ -74,6 +74,8 @@ def main() -> int:
 def run(setup: Setup, interruption: Interruption, earlier: EarlierPart | None) -> int:
     """Carry out the plan, or its rest, and print what came of it; return the exit code."""
     writer = earlier.reopen(setup.notes) if earlier else new_run(setup)
+    if setup.is_contended:
+        writer.update_manifest(is_contended=True)
     say = suite_console.Teller().say
     code = SuiteRun(setup, writer, interruption, say, earlier=earlier).execute()
     try:
@@ -301,7 +303,7 @@ def add_ramp_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_mps_flags(parser: argparse.ArgumentParser) -> None:
-    """Add what limits the clients of an MPS server; it is part of the mix's name in the records."""
+    """Add what limits the clients of an MPS server."""
     mps = parser.add_argument_group(
         "limits of MPS clients (one value for all, or one for each, over again after the last)"
     )

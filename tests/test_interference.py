@@ -81,6 +81,18 @@ def test_the_mode_under_which_a_pair_hurts_most_comes_first():
     assert "under MPS" in second
 
 
+def test_pairs_under_limits_of_mps_have_maps_of_their_own(tmp_path: Path):
+    limits = {"percentages": ["50"], "memory_limits": [], "priorities": []}
+    for made in (pairs_run(), pairs_run("half", mps_limits=limits)):
+        synthetic_runs.write(tmp_path, made)
+    folders, compared = analyze_results.read_and_compare(tmp_path)
+    assert [matrix.title for matrix in compared.sections[0].matrices] == ["MPS", "MPS (50 %)"]
+    analyze_results.draw_and_build(compared, folders, tmp_path)
+    assert {path.name for path in tmp_path.glob("slowdowns-*.png")} == {
+        "slowdowns-mps-pairs.png", "slowdowns-mps-50-pairs.png",
+    }  # fmt: skip
+
+
 def test_a_failed_pair_and_one_that_never_ran_are_said_and_are_no_zero():
     run = pairs_run()
     failed, lost = "pairs-batch_inference-bert_training-r0", "pairs-bert_training-bert_training-r0"

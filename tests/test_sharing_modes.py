@@ -17,6 +17,7 @@ from benchmarking.modes.mode_evidence import ProcessLists
 from benchmarking.modes.mps import MpsMode, ask_mps_control
 from benchmarking.modes.script_state import read_state
 from benchmarking.modes.sharing_mode import ModeNotInForceError, is_own_pid_namespace
+from benchmarking.modes.time_slice import time_slice
 from benchmarking.modes.whole_gpu import WholeGpuMode, time_slicing_warning
 
 UUID = "GPU-00000000-1111-2222-3333-444444444444"
@@ -387,3 +388,37 @@ def test_a_daemon_of_this_user_at_the_default_place_is_tried_last(
 def test_every_mode_can_be_made_by_name(name: str) -> None:
     mode = make_mode(name, lambda: H100, clients=1, no_mps_folder=EMPTY, environment={})
     assert mode.name == name
+
+
+TABLE = """+-------------------------------------+
+| GPU compute policies:               |
+| GPU     Name           Value        |
+|=====================================|
+|   0   Timeslice       Default       |
+|  10   Timeslice       Long          |
++-------------------------------------+"""
+
+
+@pytest.mark.parametrize(
+    ("index", "said", "saved", "found"),
+    [
+        (0, TABLE, "Short", "Default"),
+        (10, TABLE, None, "Long"),
+        (1, TABLE, "Short", "Short"),
+        (0, None, "Short", "Short"),
+        (0, None, "$(id)", None),
+        (0, None, None, None),
+    ],
+)
+def test_the_time_slice_is_the_drivers_word_then_the_scripts_and_else_unknown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    index: int, said: str | None, saved: str | None, found: str | None,
+) -> None:  # fmt: skip
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\ncat <<END\n{said}\nEND\n" if said else "#!/bin/sh\nexit 3\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    environment = {"GPU_SHARING_STATE_DIR": str(tmp_path)}
+    if saved:
+        (tmp_path / f"time-slicing-{UUID}.state").write_text(f"timeslice={saved}\n")
+    assert time_slice({"index": index, "uuid": UUID}, environment) == found

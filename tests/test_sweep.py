@@ -11,13 +11,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import synthetic_runs
 from program_copy import copy_programs, processes_of, scripted_card
 from waiting import wait_until
 
+from benchmarking.analyze_results import read_and_compare
 from benchmarking.metrics.estimates import estimate
 from benchmarking.planning.plan import WORKLOADS
 from benchmarking.sweeping import report
-from benchmarking.sweeping.points import NOT_RUN, Point
+from benchmarking.sweeping.knobs import KNOBS
+from benchmarking.sweeping.points import NOT_RUN, Point, read_point
 
 CLIENT = Path(__file__).parent / "fakes" / "scripted_client.py"
 FAST = {"match": "*", "unit_seconds": 0.02, "units": 10}
@@ -191,6 +194,23 @@ def test_what_makes_no_sense_is_refused_in_one_sentence_before_anything_runs(
     assert said in refused.stderr
     assert refused.stderr.count("\n") == 1
     assert not sweeper.output.exists()
+
+
+def test_values_of_a_limit_stay_apart_in_the_sweep_and_in_the_report_of_its_folder(
+    tmp_path: Path,
+) -> None:
+    knob = KNOBS["mps-percentage"]
+    for value, slowdown in (("even", 2.0), ("50/25", 2.5)):
+        percentages = value.split("/")
+        limits = {"percentages": percentages, "memory_limits": [], "priorities": []}
+        run = synthetic_runs.run(knob.slug(value), "mps", {4: [slowdown]}, mps_limits=limits)
+        synthetic_runs.write(tmp_path, run)
+    points = [read_point(value, tmp_path / knob.slug(value), None, None)
+              for value in ("even", "50/25")]  # fmt: skip
+    assert [point.stp.mean for point in points] == pytest.approx([2.0, 1.6])
+    _, compared = read_and_compare(tmp_path)
+    (section,) = compared.sections
+    assert [group.mode_name for group in section.groups] == ["MPS (50/25 %)", "MPS (even)"]
 
 
 def sweep_of(**values: list[float]) -> report.Sweep:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,6 +35,14 @@ _STYLES: Mapping[str, Mapping[str, str]] = {
 }
 _OTHER_STYLE = {"color": "#b07aa1", "hatch": "\\\\", "marker": "P", "linestyle": "-."}
 
+# One mode under several settings keeps its color.
+_SETTINGS: Sequence[Mapping[str, str]] = (
+    {},
+    {"hatch": "..", "marker": "D", "linestyle": "-."},
+    {"hatch": "oo", "marker": "v", "linestyle": ":"},
+    {"hatch": "++", "marker": "P", "linestyle": "-"},
+)
+
 # Ids are unique in a document, and one document holds many charts.
 _SVG_IDS = re.compile(r'(\bid="|url\(#|href="#)')
 
@@ -41,6 +50,16 @@ _SVG_IDS = re.compile(r'(\bid="|url\(#|href="#)')
 def style(mode: str) -> Mapping[str, str]:
     """Color, hatch, marker and line style of a mode."""
     return _STYLES.get(mode, _OTHER_STYLE)
+
+
+def styles(modes: Iterable[tuple[str, str]]) -> dict[str, Mapping[str, str]]:
+    """Styles by name of pairs of mode and name; names of one mode differ by all but the color."""
+    found: dict[str, Mapping[str, str]] = {}
+    before: Counter[str] = Counter()
+    for mode, name in dict.fromkeys(modes):
+        found[name] = {**style(mode), **_SETTINGS[before[mode] % len(_SETTINGS)]}
+        before[mode] += 1
+    return found
 
 
 def drawing_rules() -> AbstractContextManager[None]:

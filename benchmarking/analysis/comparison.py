@@ -1,7 +1,7 @@
 """What the runs of a results folder say together: sections by environment, each with its rows.
 
 Runs on unlike environments (GPU model, driver, library versions, job size; engine and precision of
-a workload) never stand in one section. No input or output.
+a workload; work that was calibrated alone) never stand in one section. No input or output.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ class Section:
     environment: dict[str, Any]
     versions: dict[str, Any]
     engines: dict[str, tuple[Any, Any]]
+    carried: dict[str, str]
     runs: list[RunView]
     groups: list[Group] = field(default_factory=list)
     ramps: list[Ramp] = field(default_factory=list)
@@ -84,6 +85,7 @@ class Section:
         named |= {f"version of {name}": value for name, value in self.versions.items()}
         for workload, engine in self.engines.items():
             named[f"engine of {workload}"] = " ".join(str(part) for part in engine)
+        named |= {f"calibrated {name}": value for name, value in self.carried.items()}
         return {name: str(value) for name, value in named.items() if value is not None}
 
     @property
@@ -114,7 +116,8 @@ class Comparison:
             values = {n: section[name] for n, section in enumerate(facts, 1) if name in section}
             if len(set(values.values())) > 1:
                 listed = ", ".join(f"{value} in section {n}" for n, value in values.items())
-                lines.append(f"{name}: {listed}")
+                fix = "; give all runs one `--baseline` to compare them"
+                lines.append(f"{name}: {listed}{fix if name.startswith('calibrated ') else ''}")
         return lines
 
 
@@ -161,7 +164,8 @@ def environment_of(run: RunView) -> dict[str, Any]:
 def _sections(runs: Sequence[RunView]) -> list[Section]:
     """Runs by environment, newest first.
 
-    Another version of a library, or a workload with another engine or precision, opens another
+    Another version of a library, a workload with another engine or precision, or a load that was
+    calibrated anew (repeats of a notebook's cells, the rate offered to a service), opens another
     section. What a run does not know (one without co-runs has no versions, one of another mix
     other workloads) sets nothing apart. Runs that know little come last, so that none of them
     joins two environments that are unlike.
@@ -170,18 +174,21 @@ def _sections(runs: Sequence[RunView]) -> list[Section]:
     newest_first = sorted(runs, key=lambda run: run.age, reverse=True)
     for run in sorted(newest_first, key=lambda run: not run.versions):
         environment, versions, engines = environment_of(run), run.versions, run.engines()
+        carried = run.carried()
         for section in sections:
             if (
                 section.environment == environment
                 and _agree(section.versions, versions)
                 and _agree(section.engines, engines)
+                and _agree(section.carried, carried)
             ):
                 section.runs.append(run)
                 section.versions |= versions
                 section.engines |= engines
+                section.carried |= carried
                 break
         else:
-            sections.append(Section(environment, versions, engines, [run]))
+            sections.append(Section(environment, versions, engines, carried, [run]))
     for section in sections:
         section.runs.sort(key=lambda run: run.age, reverse=True)
     return sorted(sections, key=lambda section: section.runs[0].age, reverse=True)
@@ -192,21 +199,24 @@ def _agree(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 
 def _fill_groups(section: Section, every_run: Sequence[RunView], slo_ms: float | None) -> None:
-    """A group for each combination of mode, mix and clients, and what is left out of it."""
-    candidates: dict[tuple[str, str, int], list[RunView]] = {}
+    """A group for each combination of mode, settings, mix and clients, and what is left out."""
+    candidates: dict[tuple[str, str, str, int], list[RunView]] = {}
     for run in section.runs:  # newest first
         if run.is_pairs:
             continue
         for clients in {record["clients"] for record in run.co_runs()}:
-            candidates.setdefault((run.mode, run.mix, clients), []).append(run)
-    for (_, _, clients), runs in candidates.items():
+            key = (run.mode, run.settings, run.mix, clients)
+            candidates.setdefault(key, []).append(run)
+    for (*_, clients), runs in candidates.items():
         chosen, left_out = merge(runs, clients)
         section.left_out += left_out
         if chosen:
             bound = slo_ms or (chosen[0].manifest.get("bounds") or {}).get("max_p99_ms")
             alone = _baselines(chosen[0], every_run)
             section.groups.append(build_group(chosen, clients, alone, bound))
-    section.groups.sort(key=lambda group: (group.mix, group.clients, mode_order(group.mode)))
+    section.groups.sort(
+        key=lambda group: (group.mix, group.clients, mode_order(group.mode), group.settings)
+    )
 
 
 def _fill_matrices(section: Section, every_run: Sequence[RunView]) -> None:

@@ -45,7 +45,8 @@ def _draw_section(
         ]
         charts.compared += [picture for picture in found if picture is not None]
     for matrix in section.matrices:
-        name = f"{matrix.mode}-{matrix.mix}.png"
+        name = re.sub(r"[^\w.-]+", "-", f"{matrix.mode} {matrix.settings}").strip("-")
+        name += f"-{matrix.mix}.png"
         maps = [
             heat_maps.slowdowns(matrix, section.matrices, output / f"{prefix}slowdowns-{name}"),
             heat_maps.tails(matrix, section.matrices, output / f"{prefix}tails-{name}"),

@@ -18,7 +18,7 @@ from benchmarking.analysis.document import (
     Table,
     code,
 )
-from benchmarking.analysis.runs import CoRun, RunView, mode_name
+from benchmarking.analysis.runs import CoRun, RunView
 
 
 def proof(section: Section) -> Chapter | None:
@@ -30,7 +30,7 @@ def proof(section: Section) -> Chapter | None:
         found = run.manifest.get("mode_evidence") or []
         items = [Item(f"before the run: {_evidence_text(item)}") for item in found]
         items += [_co_run_proof(CoRun(run, record)) for record in run.co_runs()]
-        chapter.blocks.append(Paragraph(f"{code(run.run_id)} ({mode_name(run.mode)}):"))
+        chapter.blocks.append(Paragraph(f"{code(run.run_id)} ({run.mode_name}):"))
         chapter.blocks.append(Bullets(items or [Item("no evidence recorded")]))
     return chapter
 

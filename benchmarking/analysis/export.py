@@ -4,6 +4,7 @@ Schema history:
     1  first version.
     2  a group names several runs (`run_ids`, `gpu_uuids`); joules a job, SLO attainment, noise.
     3  `interference`: runs of pairs stand there, and no longer among the groups.
+    4  `settings` beside `mode`: rows of one mode and mix can differ in nothing but these.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from benchmarking.analysis.comparison import Comparison, Section
 from benchmarking.analysis.groups import Group
 from benchmarking.metrics.estimates import Estimate
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 _FLAT_FIGURES = (
     "interference_overhead_percent",
@@ -50,6 +51,7 @@ def _flat_row(index: int, section: Section, group: Group) -> dict[str, Any]:
         "run_id": " ".join(group.run_ids),
         "gpu_uuid": " ".join(group.gpu_uuids),
         "mode": group.mode,
+        "settings": group.settings,
         "mix": group.mix,
         "clients": group.clients,
         "repeats": len(group.co_runs),
@@ -90,6 +92,7 @@ def _section(section: Section) -> dict[str, Any]:
         "ramps": [
             {
                 "mode": ramp.mode,
+                "settings": ramp.groups[0].settings,
                 "mix": ramp.mix,
                 "clients": [group.clients for group in ramp.groups],
                 "bounds": dict(ramp.bounds),
@@ -102,6 +105,7 @@ def _section(section: Section) -> dict[str, Any]:
         "interference": [
             {
                 "mode": matrix.mode,
+                "settings": matrix.settings,
                 "mix": matrix.mix,
                 "latency_jobs": sorted(matrix.latency_jobs),
                 "cells": [dataclasses.asdict(cell) for cell in matrix.every_cell()],
@@ -111,6 +115,7 @@ def _section(section: Section) -> dict[str, Any]:
         "same_twice": [
             {
                 "mode": pair.group.mode,
+                "settings": pair.group.settings,
                 "mix": pair.group.mix,
                 "clients": pair.group.clients,
                 "figure": pair.figure,

@@ -1,4 +1,4 @@
-"""A row of the scorecard: the co-runs of one mode, mix and count of clients, over their repeats."""
+"""A row of the scorecard: co-runs of one mode and setting, mix and count, over their repeats."""
 
 from __future__ import annotations
 
@@ -32,9 +32,13 @@ _GPU_FIGURES: Mapping[str, Callable[[Sequence[float]], float]] = {
 
 @dataclass
 class Group:
-    """The co-runs (repeats) of one mode, mix and count of clients, from one or several runs."""
+    """The co-runs (repeats) of one mode, mix and count of clients, from one or several runs.
+
+    `settings` says what the mode was set to, where it was: limits of MPS clients, for instance.
+    """
 
     mode: str
+    settings: str
     mix: str
     clients: int
     runs: list[RunView]
@@ -60,8 +64,8 @@ class Group:
 
     @property
     def mode_name(self) -> str:
-        """The mode as it is written in sentences."""
-        return mode_name(self.mode)
+        """The mode and its settings as they are written in sentences."""
+        return mode_name(self.mode, self.settings)
 
     @property
     def subject(self) -> str:
@@ -117,6 +121,7 @@ def build_group(
     stp, antt = (estimate(c.summary(name) for c in good) for name in ("stp", "antt"))
     group = Group(
         mode=mode,
+        settings=runs[0].settings,
         mix=mix,
         clients=clients,
         runs=[run for run in runs if run.judged(clients)],

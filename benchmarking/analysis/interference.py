@@ -60,6 +60,7 @@ class InterferenceMatrix:
     """All pairs of one mode and mix; `latency_jobs` are the labels of those with response times."""
 
     mode: str
+    settings: str
     mix: str
     jobs: tuple[str, ...]
     latency_jobs: frozenset[str]
@@ -67,8 +68,8 @@ class InterferenceMatrix:
 
     @property
     def title(self) -> str:
-        """The mode, with the mix where it has limits of its own."""
-        return mode_name(self.mode) + ("" if self.mix == "pairs" else f" ({self.mix})")
+        """The mode and its settings as they are written in sentences."""
+        return mode_name(self.mode, self.settings)
 
     @property
     def throughput_jobs(self) -> list[str]:
@@ -97,14 +98,14 @@ def find_matrices(
 
     `alone_of(run)` gives a run's baseline records by job key.
     """
-    by_mode: dict[tuple[str, str], dict[Pair, list[RunView]]] = {}
+    by_mode: dict[tuple[str, str, str], dict[Pair, list[RunView]]] = {}
     for run in runs:
         if run.is_pairs:
-            by_pair = by_mode.setdefault((run.mode, run.mix), {})
+            by_pair = by_mode.setdefault((run.mode, run.settings, run.mix), {})
             for pair, view in _by_pair(run).items():
                 by_pair.setdefault(pair, []).append(view)
     matrices, left_out = [], []
-    for (mode, mix), by_pair in by_mode.items():
+    for (*kind, mix), by_pair in by_mode.items():
         cells: list[InterferenceCell] = []
         latency_jobs: frozenset[str] = frozenset()
         for candidates in by_pair.values():
@@ -116,9 +117,9 @@ def find_matrices(
         jobs = tuple(dict.fromkeys(job for pair in by_pair for job in pair))
         if cells:
             matrices.append(
-                InterferenceMatrix(mode, mix, jobs, latency_jobs.intersection(jobs), tuple(cells))
+                InterferenceMatrix(*kind, mix, jobs, latency_jobs.intersection(jobs), tuple(cells))
             )
-    return sorted(matrices, key=lambda m: (m.mix, mode_order(m.mode))), left_out
+    return sorted(matrices, key=lambda m: (m.mix, mode_order(m.mode), m.settings)), left_out
 
 
 def _by_pair(run: RunView) -> dict[Pair, RunView]:

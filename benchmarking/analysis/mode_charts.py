@@ -103,9 +103,9 @@ def tail(groups: Sequence[Group], path: Path) -> Picture | None:
     for group in groups:
         for row in group.client_rows:
             times = row.tail_slowdown.get(99)
-            if times is None or (row.label, group.mode) in seen:
+            if times is None or (row.label, group.mode_name) in seen:
                 continue
-            seen.add((row.label, group.mode))
+            seen.add((row.label, group.mode_name))
             found = Estimate(times, times, times, (times,))
             text = f"{times:.1f} ({duration(row.latency['p99'])})"
             bars.append(_Bar(row.label, group.mode, group.mode_name, found, text))
@@ -129,6 +129,7 @@ def _draw(
     """Horizontal bars by category, a style a mode, with a dashed line at 1, the `reference`."""
     categories = list(dict.fromkeys(bar.category for bar in bars))
     modes = list(dict.fromkeys((bar.mode, bar.mode_name) for bar in bars))
+    looks = charts.styles(modes)
     is_split = len(categories) > 1 or categories[0] != modes[0][1]
     places: list[float] = []
     by_category: dict[str, list[float]] = {}
@@ -141,7 +142,7 @@ def _draw(
         figure, (panel,) = charts.new_figure(1.15 + _BAR_INCHES * (places[-1] + 1))
         ordered = sorted(bars, key=lambda bar: categories.index(bar.category))
         for place, bar in zip(places, ordered, strict=True):
-            look = charts.style(bar.mode)
+            look = looks[bar.mode_name]
             panel.barh(
                 place, bar.found.mean, 0.86, xerr=charts.error_bar(bar.found),
                 color=look["color"], hatch=look["hatch"], edgecolor="black", linewidth=0.8,
@@ -173,7 +174,6 @@ def _legend(figure: Figure, modes: Sequence[tuple[str, str]]) -> None:
 
     handles = [
         Patch(facecolor=look["color"], hatch=look["hatch"], edgecolor="black", label=name)
-        for mode, name in modes
-        for look in [charts.style(mode)]
+        for name, look in charts.styles(modes).items()
     ]
     figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), frameon=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,9 +22,10 @@ def scaling(ramps: Sequence[Ramp], path: Path) -> Picture | None:
         return None
     with charts.drawing_rules():
         figure, (upper, lower) = charts.new_figure(5.6, panels=2, sharex=True)
+        looks = charts.styles((ramp.mode, ramp.mode_name) for ramp in known)
         for ramp in known:
-            _draw_lines(upper, ramp, "stp")
-            _draw_lines(lower, ramp, "antt")
+            _draw_lines(upper, ramp, "stp", looks[ramp.mode_name])
+            _draw_lines(lower, ramp, "antt", looks[ramp.mode_name])
         _mark_breaking_points(upper, known)
         counts = sorted({group.clients for ramp in known for group in ramp.groups})
         upper.axhline(1, color="0.5", linewidth=1, label="one job after another")
@@ -49,10 +50,9 @@ def scaling(ramps: Sequence[Ramp], path: Path) -> Picture | None:
         )  # fmt: skip
 
 
-def _draw_lines(panel: Axes, ramp: Ramp, name: str) -> None:
+def _draw_lines(panel: Axes, ramp: Ramp, name: str, look: Mapping[str, str]) -> None:
     groups = [group for group in ramp.groups if getattr(group, name) is not None]
     found = [getattr(group, name) for group in groups]
-    look = charts.style(ramp.mode)
     panel.errorbar(
         [group.clients for group in groups],
         [estimate.mean for estimate in found],

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarking.analysis.groups import Group
-from benchmarking.analysis.runs import mode_name
 from benchmarking.metrics.breaking_point import breaking_point, saturation_count, sufficient_count
 
 
@@ -28,8 +27,8 @@ class Ramp:
 
     @property
     def mode_name(self) -> str:
-        """The mode as it is written in sentences."""
-        return mode_name(self.mode)
+        """The mode and its settings as they are written in sentences."""
+        return self.groups[0].mode_name
 
     @property
     def end_text(self) -> str:
@@ -42,12 +41,12 @@ class Ramp:
 
 def find_ramps(groups: Sequence[Group]) -> list[Ramp]:
     """Every mode and mix that was measured at several counts of clients."""
-    by_kind: dict[tuple[str, str], list[Group]] = {}
+    by_kind: dict[tuple[str, str, str], list[Group]] = {}
     for group in groups:
-        by_kind.setdefault((group.mode, group.mix), []).append(group)
+        by_kind.setdefault((group.mode, group.settings, group.mix), []).append(group)
     return [
         _ramp(mode, mix, sorted(members, key=lambda group: group.clients))
-        for (mode, mix), members in by_kind.items()
+        for (mode, _, mix), members in by_kind.items()
         if len(members) > 1
     ]
 

@@ -7,11 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarking.planning import baselines
+from benchmarking.planning.mps_knobs import MpsKnobs
+from benchmarking.planning.plan import CARRIED_FIGURES
 from benchmarking.storage import run_store
 
 Record = Mapping[str, Any]
 
 CPU_DEMO = "cpu-demo"
+DEFAULT_TIMESLICE = "Default"
 MODE_NAMES = {
     "time-slicing": "time slicing",
     "mps": "MPS",
@@ -29,9 +32,10 @@ _KNOB_PREFIX = "CUDA_MPS_"
 _NO_KNOBS = frozenset({"CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"})
 
 
-def mode_name(mode: str) -> str:
-    """The mode as it is written in sentences."""
-    return MODE_NAMES.get(mode, mode)
+def mode_name(mode: str, settings: str = "") -> str:
+    """The mode as it is written in sentences, with what it was set to: `MPS (even)`."""
+    name = MODE_NAMES.get(mode, mode)
+    return f"{name} ({settings})" if settings else name
 
 
 def mode_order(mode: str) -> tuple[int, str]:
@@ -71,8 +75,36 @@ class RunView:
 
     @property
     def mix(self) -> str:
-        """The mix of jobs."""
-        return self.manifest.get("mix") or "unknown"
+        """The mix of jobs; older programs put the limits of MPS clients behind its name."""
+        mix = self.manifest.get("mix") or "unknown"
+        return mix.removesuffix(self._limits.name) or mix
+
+    @property
+    def settings(self) -> str:
+        """What the mode was set to, in words; empty where it was left as it is.
+
+        Runs of one mode that was set up otherwise are no repeats of each other: each has its row.
+        """
+        if self.mode == "mps":
+            is_from_plan = not self._limits.name and any(map(_knobs_of, self._planned_clients()))
+            return "limits of the plan" if is_from_plan else self._limits.in_words
+        if self.mode == "mig":
+            return ", ".join(self.manifest.get("mig_layout") or ())
+        slices = self.environment.get("timeslice") if self.mode == "time-slicing" else None
+        return f"{slices.lower()} slices" if slices and slices != DEFAULT_TIMESLICE else ""
+
+    @property
+    def mode_name(self) -> str:
+        """The mode and its settings as they are written in sentences."""
+        return mode_name(self.mode, self.settings)
+
+    @property
+    def _limits(self) -> MpsKnobs:
+        """What MPS clients were limited to; in older files only the request holds it."""
+        limits = self.manifest.get("mps_limits")
+        if limits is None and "mps_limits" not in self.manifest:
+            limits = (self.manifest.get("request") or {}).get("mps_knobs")
+        return MpsKnobs.from_dict(limits or {})
 
     @property
     def is_pairs(self) -> bool:
@@ -139,22 +171,46 @@ class RunView:
                 found.setdefault(record["workload"], pair)
         return found
 
+    def carried(self) -> dict[str, str]:
+        """Work that was settled alone and then fixed, as the co-runs were given it.
+
+        By flag, job and mix in words; runs that are unlike in one of them had unlike loads.
+        """
+        found = {}
+        for client in self._planned_clients():
+            words = client.get("command") or []
+            for flag in CARRIED_FIGURES.values():
+                if flag in words[:-1]:
+                    value = words[len(words) - words[::-1].index(flag)]
+                    found[f"{flag} of {client['job_key']} in {self.mix}"] = value
+        return found
+
+    def is_contended(self, clients: int) -> bool:
+        """Whether other people's processes used the GPU beside the co-runs of that many clients."""
+        records = [co_run.record for co_run in self.judged(clients)]
+        return any(one.get("is_contended") for one in (self.manifest, *records))
+
     def planned(self, clients: int) -> list[dict[str, Any]]:
         """The plan's co-runs of that many clients."""
         planned = (self.manifest.get("plan") or {}).get("co_runs") or []
         return [co_run for co_run in planned if len(co_run["clients"]) == clients]
 
+    def _planned_clients(self) -> list[dict[str, Any]]:
+        planned = (self.manifest.get("plan") or {}).get("co_runs") or []
+        return [client for co_run in planned for client in co_run["clients"]]
+
     def knobs(self, clients: int) -> list[dict[str, str]]:
         """Settings of the mode that each client was given, by client."""
         first = next(iter(self.planned(clients)), {"clients": []})
-        return [
-            {
-                name: value
-                for name, value in (client.get("environment") or {}).items()
-                if name.startswith(_KNOB_PREFIX) and name not in _NO_KNOBS
-            }
-            for client in first["clients"]
-        ]
+        return [_knobs_of(client) for client in first["clients"]]
+
+
+def _knobs_of(client: Record) -> dict[str, str]:
+    return {
+        name: value
+        for name, value in (client.get("environment") or {}).items()
+        if name.startswith(_KNOB_PREFIX) and name not in _NO_KNOBS
+    }
 
 
 @dataclass(frozen=True)

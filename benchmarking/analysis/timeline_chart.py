@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarking.analysis import charts
 from benchmarking.analysis.document import Picture
-from benchmarking.analysis.runs import CoRun, mode_name
+from benchmarking.analysis.runs import CoRun
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -57,7 +57,7 @@ def timeline(co_run: CoRun, samples: Sequence[Sample], path: Path) -> Picture | 
         panels[-1].set_xlabel("time since all clients were let go (s)")
         return charts.save(
             figure, path,
-            f"{_message(near, source, start, end)} ({mode_name(co_run.run.mode)}, {co_run.name})",
+            f"{_message(near, source, start, end)} ({co_run.run.mode_name}, {co_run.name})",
             f"Jobs of each client over time in co-run {co_run.name} of run {co_run.run.run_id}"
             + (f", and {source[1]} in percent." if source else "."),
         )  # fmt: skip

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 PERCENTAGE_VARIABLE = "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"
@@ -73,11 +73,27 @@ class MpsKnobs:
     memory_limits: tuple[str, ...] = ()
     priorities: tuple[str, ...] = ()
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Sequence[str]]) -> MpsKnobs:
+        """Build the limits from their fields as plain data; JSON makes lists of tuples."""
+        return cls(**{name: tuple(value) for name, value in values.items()})
+
     @property
     def name(self) -> str:
-        """What tells runs with these limits from others; empty without any."""
+        """What tells co-runs with these limits from others; empty without any."""
         parts = {"mps": self.percentages, "mem": self.memory_limits, "rank": self.priorities}
         return "".join(f"-{'-'.join([word, *values])}" for word, values in parts.items() if values)
+
+    @property
+    def in_words(self) -> str:
+        """The limits as they stand behind the mode's name: `even`, `50/25 %, 8G of memory`."""
+        shares = "/".join(self.percentages)
+        parts = [
+            shares if shares in ("", EVEN) else f"{shares} %",
+            f"{'/'.join(self.memory_limits)} of memory" if self.memory_limits else "",
+            f"priority {'/'.join(self.priorities)}" if self.priorities else "",
+        ]
+        return ", ".join(part for part in parts if part)
 
     def environment(self, client: int, clients: int) -> dict[str, str]:
         """Return what client number `client` of `clients` gets."""

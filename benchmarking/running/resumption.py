@@ -27,7 +27,7 @@ from benchmarking.storage.run_store import (
 )
 
 # What tells one environment from another beside what a baseline of another run is compared by.
-COMPARED_FIELDS = ("gpu_uuid", "git_commit")
+COMPARED_FIELDS = ("gpu_uuid", "git_commit", "timeslice")
 
 # Kinds of stop reasons that say nothing of the load: the co-run is done again.
 NO_ANSWERS = ("refused", "killed", "damaged_file", "unreadable_image")
@@ -140,12 +140,12 @@ def request_data(request: Request) -> dict[str, Any]:
 def _request_of(run: Run) -> Request:
     data, plan = run.manifest.get("request"), run.manifest.get("plan_file")
     try:
-        knobs = MpsKnobs(**_with_tuples(data["mps_knobs"]))
+        knobs = MpsKnobs.from_dict(data["mps_knobs"])
         values = {**_with_tuples(data), "mps_knobs": knobs}
         # Under MIG the newest baseline was looked for; there may be a newer one by now.
         values["baseline"] = values["baseline"] or _folder_of_baseline(run)
         return Request(**values, results_dir=run.folder.parent, plan_file=_plan_file(run, plan))
-    except (TypeError, KeyError, OSError) as error:
+    except (TypeError, KeyError, AttributeError, OSError) as error:
         raise RunStoreError(
             f"run {run.run_id} was made by another version of this program, which kept too little "
             f"to go on with: {_START_ANEW}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ from benchmarking.hardware import nvml
 from benchmarking.modes.choice import make_mode
 from benchmarking.modes.mode_evidence import Evidence
 from benchmarking.modes.sharing_mode import ModeNotInForceError, SharingMode
+from benchmarking.modes.time_slice import time_slice
 from benchmarking.modes.whole_gpu import time_slicing_warning
 from benchmarking.planning import mig_layout, pairs
 from benchmarking.planning import plan as planning
@@ -99,8 +101,8 @@ class Request:
     beside_others: bool = False
 
     @property
-    def name(self) -> str:
-        """The mix as it is recorded: other limits make other figures, so they are part of it."""
+    def co_run_prefix(self) -> str:
+        """What the names of its co-runs begin with: under other limits they are other co-runs."""
         return f"{self.mix}{self.mps_knobs.name}"
 
     @property
@@ -130,7 +132,8 @@ class Request:
 class Setup:
     """What will be done, and on what; `gpu` is `None` for the CPU demonstration.
 
-    `co_runs_of` lays out the co-runs of a count that the plan does not have yet.
+    `co_runs_of` lays out the co-runs of a count that the plan does not have yet. `timeslice` is the
+    length of the card's slices where it is known; `is_contended` says that others use the card.
     """
 
     request: Request
@@ -144,11 +147,21 @@ class Setup:
     notes: list[str]
     co_runs_of: Callable[[int], tuple[PlannedCoRun, ...]]
     baseline_run: Run | None = None
+    timeslice: str | None = None
+    is_contended: bool = False
 
     @property
     def is_cpu_demo(self) -> bool:
         """Whether there is no GPU in use."""
         return self.mode.name == MODE_CPU_DEMO
+
+    @property
+    def mps_limits(self) -> dict[str, Any] | None:
+        """What MPS clients are limited to, by kind of limit; `None` where nothing is."""
+        if self.mode.name != MODE_MPS or self.request.mps_knobs == MpsKnobs():
+            return None
+        limits = dataclasses.asdict(self.request.mps_knobs)
+        return {name: list(values) for name, values in limits.items()}
 
     def manifest(self, command: list[str]) -> dict[str, Any]:
         """Return the manifest's fields as far as they are known before anything runs."""
@@ -157,11 +170,13 @@ class Setup:
             "command": command,
             "mode": request.mode,
             "effective_mode": self.mode.name,
-            "mix": request.name,
+            "mix": request.mix,
             "is_pairs": request.is_pairs,
             "job_size": self.job_size,
             "seed": request.seed,
+            "mps_limits": self.mps_limits,
             "mig_layout": list(request.mig_layout) or None,
+            "is_contended": self.is_contended,
             "bounds": {"max_slowdown": request.max_slowdown, "max_p99_ms": request.slo_ms},
             "plan_file": request.plan_file.to_dict() if request.plan_file else None,
             "plan": self.plan.to_dict(),
@@ -172,6 +187,7 @@ class Setup:
                 "multiprocessor_count": None,
                 "driver_version": gpu.get("driver_version"),
                 "cuda_version": gpu.get("cuda_driver_version"),
+                "timeslice": self.timeslice,
                 "versions": {},
                 "host_cores": self.cores,
                 "os": None,
@@ -224,8 +240,10 @@ def prepare(
         evidence = mode.require() if require_mode else mode.check()
     except ModeNotInForceError as error:
         raise SuiteError(str(error), EXIT_MODE_NOT_IN_FORCE) from error
+    beside: list[str] = []
     if gpu:
-        notes += _notes_on_occupants(gpu["uuid"], may_be=request.beside_others or not require_mode)
+        beside = _notes_on_occupants(gpu["uuid"], may_be=request.beside_others or not require_mode)
+    notes += beside
     if gpu and request.mode == MODE_TIME_SLICING:
         warning = time_slicing_warning(most, gpu["uuid"], environment)
         notes += [warning] if warning else []
@@ -254,6 +272,8 @@ def prepare(
         notes=notes,
         co_runs_of=co_runs_of,
         baseline_run=baseline_run,
+        timeslice=time_slice(gpu, environment) if gpu else None,
+        is_contended=bool(beside),
     )
 
 
@@ -282,7 +302,7 @@ def _lay_out(
         return planning.mix_clients(request.mix, count, options, **where)
 
     def planned(counts: Sequence[int], **baselines: bool) -> Plan:
-        asked = {"name": request.name, "repeats": request.repeats,
+        asked = {"name": request.co_run_prefix, "repeats": request.repeats,
                  "baseline_mode": alone_mode.name, **baselines}  # fmt: skip
         if request.is_pairs:
             workloads = pairs.pair_workloads(job_size)
