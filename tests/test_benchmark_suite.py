@@ -24,6 +24,7 @@ from program_copy import processes_of
 from recorded_rows import client, co_run
 from waiting import wait_until
 
+from benchmarking.analysis.runs import RunView
 from benchmarking.modes.mode_evidence import Evidence, Proof
 from benchmarking.planning import baselines
 from benchmarking.planning.plan import WORKLOADS, PlannedClient, PlannedCoRun
@@ -400,6 +401,8 @@ def test_a_gpu_that_was_asked_for_and_is_not_there_is_code_3(bench: Bench) -> No
 def test_time_slicing_on_a_card_is_verified_client_by_client(gpu_bench: Callable) -> None:
     bench = gpu_bench(utilization_gpu_percent=97, power_draw_watts=300, gpm_sm_util=35)
     bench.environment["CUDA_MPS_PIPE_DIRECTORY"] = "/somebody/elses"
+    (bench.root / "bin" / "nvidia-smi").write_text("#!/bin/sh\necho '|   0   Timeslice  Long  |'\n")
+    (bench.root / "bin" / "nvidia-smi").chmod(0o755)
     done = bench.run("--mode", "time-slicing", "--mix", "training", "--workloads", "2", "--quick")
     assert done.returncode == 0, done.stderr
     run = bench.only_run()
@@ -410,7 +413,9 @@ def test_time_slicing_on_a_card_is_verified_client_by_client(gpu_bench: Callable
     assert "no-mps-" in identity["sharing_environment"]["CUDA_MPS_PIPE_DIRECTORY"]
     assert run.manifest["effective_mode"] == "time-slicing"
     assert run.manifest["job_size"] == "quick"
+    assert run.manifest["is_contended"] is False
     environment = run.manifest["environment"]
+    assert environment["timeslice"] == "Long"
     assert environment["gpu_name"] == "NVIDIA H100 80GB HBM3"
     assert environment["driver_version"] == "580.159.04"
     assert environment["multiprocessor_count"] == 132
@@ -452,7 +457,9 @@ def test_a_run_beside_others_is_marked_contended(gpu_bench: Callable) -> None:
     assert done.returncode == 0, done.stderr
     run = bench.only_run()
     assert any("the GPU is contended" in note for note in run.manifest["notes"])
+    assert run.manifest["is_contended"] is True
     for record in run.co_run_records:
+        assert record["is_contended"] is True
         assert [w for w in record["warnings"] if f"contended: other processes used it meanwhile, "
                 f"pid {os.getpid()} (" in w]  # fmt: skip
 
@@ -514,9 +521,17 @@ def test_mps_clients_are_verified_and_their_baselines_run_without_mps(
 ) -> None:
     bench = gpu_bench()
     start_daemon(bench)
-    done = bench.run("--mode", "mps", "--mix", "training", "--workloads", "2", "--quick")
+    done = bench.run("--mode", "mps", "--mix", "training", "--workloads", "2", "--quick",
+                     "--mps-percentage", "even", "--mps-memory-limit", "8G")  # fmt: skip
     assert done.returncode == 0, done.stderr
     run = bench.only_run()
+    assert run.manifest["mix"] == "training"
+    assert run.manifest["mps_limits"] == {
+        "percentages": ["even"], "memory_limits": ["8G"], "priorities": [],
+    }  # fmt: skip
+    view = RunView.of(run, run.run_id)
+    assert (view.mix, view.mode_name) == ("training", "MPS (even, 8G of memory)")
+    assert run.co_run_records[-1]["co_run"] == "training-mps-even-mem-8G-2-r0"
     assert verdicts(run, "baseline") == ["verified"]
     assert verdicts(run) == ["verified", "verified"]
     directories = [record["identity"]["sharing_environment"]["CUDA_MPS_PIPE_DIRECTORY"]

@@ -6,7 +6,7 @@ import pytest
 import synthetic_runs
 from compared_runs import change, compare, markdown, mps, sentences, time_slicing
 
-from benchmarking.analysis import comparison
+from benchmarking.analysis import charts, comparison
 from benchmarking.analysis.runs import RunView
 
 
@@ -81,21 +81,33 @@ def _failed(run: dict) -> None:
     change(run, lambda r: r.update(outcome="failed", reason="oom"), record="co_run", phase="co_run")
 
 
-def _limited(run: dict) -> None:
-    clients = [{"environment": {"CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": "25"}}] * 4
+def limited(run: dict, percentage: str) -> dict:
+    """The run with limits that its plan file gave each client."""
+    clients = [{"environment": {"CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": percentage}}] * 4
     run["manifest"]["plan"] = {"co_runs": [{"co_run": "mixed-4-r0", "clients": clients}]}
+    return run
+
+
+def _contended(run: dict) -> None:
+    change(run, lambda r: r.update(is_contended=True), record="co_run", phase="co_run")
 
 
 @pytest.mark.parametrize(
     ("edit", "reason"),
     [
+        (lambda run: run["manifest"].update(request={"window_seconds": 10.0}),
+         "older than mps, window of 10 s and not of whole jobs"),
+        (_contended, "measured beside other people's processes, so it is no repeat of mps"),
+        (lambda run: run["manifest"].update(is_contended=True),
+         "measured beside other people's processes, so it is no repeat of mps"),
+        (lambda run: run["manifest"].update(environment=synthetic_runs.GPU | {"git_commit": None}),
+         "older than mps, commit unknown and not 0000000"),
         (lambda run: run["manifest"].update(environment=synthetic_runs.GPU | {"git_commit": "a"}),
          "older than mps, commit a and not 0000000"),
         (lambda run: run["manifest"].update(environment=synthetic_runs.GPU | {"host_cores": 8}),
          "older than mps, host cores 8 and not 16"),
         (_without_one_job, "other jobs than the newer mps"),
         (_failed, "older than mps, which came to another outcome"),
-        (_limited, "other settings of the mode than the newer mps"),
     ],
 )  # fmt: skip
 def test_a_run_that_differs_is_left_out_of_the_newer_ones_row_and_the_reason_given(edit, reason):
@@ -104,6 +116,118 @@ def test_a_run_that_differs_is_left_out_of_the_newer_ones_row_and_the_reason_giv
     (section,) = compare(old, mps([2.0])).sections
     assert [group.run_ids for group in section.groups] == [("mps",)]
     assert section.left_out == [f"mps-old (MPS, mixed, 4 clients): {reason}"]
+
+
+def test_plans_with_other_limits_are_no_repeats_of_each_other():
+    old = renamed(limited(mps([3.0], created_at="2025-01-01T00:00:00+00:00"), "25"), "mps-old")
+    (section,) = compare(old, limited(mps([2.0]), "50")).sections
+    assert [group.run_ids for group in section.groups] == [("mps",)]
+    assert section.left_out == [
+        "mps-old (MPS (limits of the plan), mixed, 4 clients): "
+        "other settings of the mode than the newer mps"
+    ]
+
+
+def test_a_run_that_had_the_card_to_itself_stands_before_a_newer_one_beside_others():
+    contended = renamed(mps([9.0], created_at="2026-06-01T00:00:00+00:00"), "mps-contended")
+    _contended(contended)
+    (section,) = compare(contended, mps([2.0])).sections
+    assert [group.run_ids for group in section.groups] == [("mps",)]
+    (section,) = compare(contended).sections
+    assert section.groups[0].run_ids == ("mps-contended",)
+    assert any("the figures hold beside them only" in doubt for doubt in section.doubts)
+
+
+def test_runs_of_unknown_commit_are_merged_and_that_is_a_doubt():
+    unknown = synthetic_runs.GPU | {"git_commit": None}
+    old = renamed(mps([3.0], created_at="2025-01-01T00:00:00+00:00", environment=unknown), "old")
+    (section,) = compare(old, mps([2.0], environment=unknown)).sections
+    assert section.groups[0].run_ids == ("mps", "old")
+    said = "mps and old, 4 clients: the commit of these runs is unknown, and may differ"
+    assert said in section.doubts
+    (section,) = compare(renamed(mps([3.0], created_at="2025-01-01T00:00:00+00:00"), "old"),
+                         mps([2.0])).sections  # fmt: skip
+    assert not [doubt for doubt in section.doubts if "unknown" in doubt]
+
+
+def sliced(length: str | None, run_id: str = "slicing", **more: object) -> dict:
+    environment = synthetic_runs.GPU | {"timeslice": length}
+    return renamed(time_slicing([4.0], environment=environment, **more), run_id)
+
+
+def test_other_lengths_of_the_time_slice_have_rows_of_their_own_and_an_unknown_one_joins_none():
+    (section,) = compare(sliced("Default"), sliced("Long", "long"), mps([2.0])).sections
+    assert [group.mode_name for group in section.groups] == [
+        "time slicing", "time slicing (long slices)", "MPS",
+    ]  # fmt: skip
+    assert section.left_out == section.same_twice == []
+    old = sliced(None, "old", created_at="2025-01-01T00:00:00+00:00")
+    (section,) = compare(sliced("Default"), old).sections
+    assert section.left_out == [
+        "old (time slicing, mixed, 4 clients): older than slicing, time slice unknown and not "
+        "Default"
+    ]
+
+
+EVEN = {"percentages": ["even"], "memory_limits": [], "priorities": []}
+
+
+def test_limited_mps_is_compared_with_time_slicing_and_other_limits_have_a_row_of_their_own():
+    even = mps([2.0, 2.02, 2.04], mps_limits=EVEN)
+    compared = compare(time_slicing([4.0, 4.02, 4.04]), even)
+    (section,) = compared.sections
+    assert [(group.mode_name, group.mix) for group in section.groups] == [
+        ("time slicing", "mixed"), ("MPS (even)", "mixed"),
+    ]  # fmt: skip
+    text = sentences(compared)
+    assert text.count("choose MPS (even) for throughput") == 1
+    assert "no other mode was measured" not in text
+    halves = renamed(mps([3.0], mps_limits=EVEN | {"percentages": ["50"]}), "halves")
+    (section,) = compare(even, halves, renamed(mps([2.5], mps_limits=None), "free")).sections
+    assert [group.mode_name for group in section.groups] == ["MPS", "MPS (50 %)", "MPS (even)"]
+    assert section.left_out == section.same_twice == []
+
+
+def test_the_limits_that_older_files_have_in_the_name_of_the_mix_are_read_from_there():
+    old = mps([2.0], request={"mps_knobs": EVEN})
+    old["manifest"]["mix"] = "mixed-mps-even"
+    (section,) = compare(time_slicing([4.0]), old).sections
+    assert [(group.mode_name, group.mix) for group in section.groups] == [
+        ("time slicing", "mixed"), ("MPS (even)", "mixed"),
+    ]  # fmt: skip
+    oldest = mps([2.0])
+    oldest["manifest"]["mix"] = "mixed-mps-even"
+    (section,) = compare(oldest).sections
+    assert [group.mix for group in section.groups] == ["mixed-mps-even"]
+
+
+def test_settings_of_one_mode_share_its_color_in_a_chart_and_nothing_else():
+    looks = charts.styles([("mps", "MPS"), ("mps", "MPS (even)"), ("mps", "MPS"), ("mig", "MIG")])
+    assert looks["MPS"] == charts.style("mps")
+    assert looks["MIG"] == charts.style("mig")
+    assert looks["MPS (even)"]["color"] == looks["MPS"]["color"]
+    for kind in ("hatch", "marker", "linestyle"):
+        assert looks["MPS (even)"][kind] != looks["MPS"][kind]
+
+
+def carrying(made: dict, *words: str) -> dict:
+    client = {"label": "Inference service", "job_key": "serving", "command": ["serve", *words]}
+    made["manifest"]["plan"]["co_runs"] = [{"co_run": "mixed-4-r0", "clients": [client]}]
+    return made
+
+
+@pytest.mark.parametrize("flag", ["--rate", "--cell-repeats"])
+@pytest.mark.parametrize("other", [mps, time_slicing])
+def test_runs_at_unlike_calibrated_load_are_neither_merged_nor_compared(flag, other):
+    old = renamed(other([4.0], created_at="2025-01-01T00:00:00+00:00"), "old")
+    alike = compare(carrying(old, flag, "9", flag, "10"), carrying(mps([2.0]), flag, "10"))
+    assert len(alike.sections) == 1
+    unlike = compare(carrying(old, flag, "10.1"), carrying(mps([2.0]), flag, "10"))
+    assert [len(section.groups) for section in unlike.sections] == [1, 1]
+    assert unlike.differences() == [
+        f"calibrated {flag} of serving in mixed: 10 in section 1, 10.1 in section 2; give all "
+        "runs one `--baseline` to compare them"
+    ]
 
 
 def test_a_newer_run_that_proved_nothing_does_not_hide_an_older_one():

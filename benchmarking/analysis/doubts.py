@@ -78,6 +78,11 @@ def _group_doubts(group: Group, is_cpu_demo: bool) -> list[str]:
         found.append(f"merged from {len(group.runs)} runs{on}")
     if any(run.environment.get("git_dirty") for run in group.runs) and len(group.runs) > 1:
         found.append("some of these runs were taken with uncommitted changes, which may differ")
+    for name, words in (("git_commit", "commit"), ("host_cores", "number of host cores")):
+        if len(group.runs) > 1 and group.runs[0].environment.get(name) is None:
+            found.append(f"the {words} of these runs is unknown, and may differ")
+    if any(run.is_contended(group.clients) for run in group.runs):
+        found.append("measured beside other people's processes: the figures hold beside them only")
     found += sorted({w for co_run in group.co_runs for w in co_run.record.get("warnings") or []})
     if group.gpu["throttle_reasons"]:
         found.append(f"clocks were limited ({', '.join(group.gpu['throttle_reasons'])})")

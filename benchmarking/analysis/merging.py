@@ -1,15 +1,17 @@
 """Which runs' co-runs stand in one row of the scorecard, and why others are left out.
 
 Repeats taken in several calls count as repeats of one row when the section already says that GPU
-model, driver, versions, engines and precisions are alike, and besides jobs, data, the mode's
-settings, the code and the host are. Each row starts from the newest run.
+model, driver, versions, engines, precisions and calibrated work are alike, and besides jobs, data,
+the mode's settings, the window, the code and the host are. Each row starts from the newest run that
+had the card to itself; one beside other people's processes is a repeat of nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-from benchmarking.analysis.runs import RunView, clients_text, mode_name
+from benchmarking.analysis.runs import RunView, clients_text
 from benchmarking.planning import baselines
 
 
@@ -18,16 +20,15 @@ def merge(runs: Sequence[RunView], clients: int) -> tuple[list[RunView], list[st
 
     Without any judged co-run of that many clients nothing is chosen.
     """
-    what = f"{mode_name(runs[0].mode)}, {runs[0].mix}, {clients_text(clients)}"
+    what = f"{runs[0].mode_name}, {runs[0].mix}, {clients_text(clients)}"
     judged = [run for run in runs if not run.is_invalid and run.judged(clients)]
     if not judged:
         ids = ", ".join(run.run_id for run in runs)
         return [], [f"{what}: no co-run gave an answer ({ids})"]
+    judged.sort(key=lambda run: run.is_contended(clients))
     chosen = [judged[0]]
     left_out = []
-    for run in runs:
-        if run is judged[0]:
-            continue
+    for run in [*judged[1:], *(run for run in runs if not any(run is other for other in judged))]:
         if not any(run is other for other in judged):
             reason = f"without a judged co-run, in favor of {judged[0].run_id}"
         else:
@@ -45,22 +46,39 @@ def _why_apart(run: RunView, chosen: Sequence[RunView], clients: int) -> str | N
     for other in chosen:
         if _windows(run, clients) & _windows(other, clients):
             return f"a copy of {other.run_id}"
+    if run.is_contended(clients):
+        return f"measured beside other people's processes, so it is no repeat of {newest.run_id}"
     jobs = [_job_keys(one, clients) for one in (run, newest)]
     if jobs[0] != jobs[1]:
         return f"other jobs than the newer {newest.run_id}"
     data = baselines.data_differences(run.manifest, newest.manifest, jobs[0])
     if data:
         return f"older than {newest.run_id}: {data[0]}"
-    layouts = [one.manifest.get("mig_layout") for one in (run, newest)]
-    if run.knobs(clients) != newest.knobs(clients) or layouts[0] != layouts[1]:
+    if run.knobs(clients) != newest.knobs(clients):
         return f"other settings of the mode than the newer {newest.run_id}"
-    for name, words in (("git_commit", "commit"), ("host_cores", "host cores")):
-        theirs, ours = run.environment.get(name), newest.environment.get(name)
+    for words, theirs, ours in _compared(run, newest):
         if theirs != ours:
-            return f"older than {newest.run_id}, {words} {theirs} and not {ours}"
+            unlike = " and not ".join("unknown" if one is None else str(one)
+                                      for one in (theirs, ours))  # fmt: skip
+            return f"older than {newest.run_id}, {words} {unlike}"
     if _is_ok(run, clients) != _is_ok(newest, clients):
         return f"older than {newest.run_id}, which came to another outcome"
     return None
+
+
+def _compared(run: RunView, newest: RunView) -> list[tuple[str, Any, Any]]:
+    """What must be alike in two runs, in words, with its value in each; `None` is unknown."""
+    fields = [("commit", "git_commit"), ("host cores", "host_cores")]
+    # Elsewhere the length of a slice changes nothing.
+    fields += [("time slice", "timeslice")] if run.mode == "time-slicing" else []
+    found = [(words, *(one.environment.get(name) for one in (run, newest)))
+             for words, name in fields]  # fmt: skip
+    return [*found, ("window", *map(_window_asked_for, (run, newest)))]
+
+
+def _window_asked_for(run: RunView) -> str:
+    seconds = (run.manifest.get("request") or {}).get("window_seconds")
+    return "of whole jobs" if seconds is None else f"of {seconds:g} s"
 
 
 def _windows(run: RunView, clients: int) -> set[tuple[object, ...]]:

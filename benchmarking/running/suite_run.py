@@ -209,6 +209,7 @@ class SuiteRun:
         gpu = self._setup.gpu or {}
         known = {"gpu_name": gpu.get("name"), "gpu_uuid": gpu.get("uuid"),
                  "driver_version": gpu.get("driver_version"),
+                 "timeslice": self._setup.timeslice,
                  "host_cores": self._setup.cores}  # fmt: skip
         for answer in answers.values():
             environment = answer.get("environment") or {}
@@ -426,7 +427,9 @@ class SuiteRun:
         gpu = self._gpu_figures(seen, samples)
         clients = host_limit.judged(clients, gpu, self._reference.whole)
         record = self._co_run_record(seen, clients, mode, gpu)
-        record["warnings"] += occupancy.warnings(strangers_beside(seen, samples))
+        strangers = strangers_beside(seen, samples)
+        record["warnings"] += occupancy.warnings(strangers)
+        record["is_contended"] = bool(strangers)
         reason = self._stop_reason(record, seen, clients)
         record["stop_reason"] = self._stop_reasons[planned.co_run] = reason
         for line in (*clients, record):
