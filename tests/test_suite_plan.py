@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from test_benchmark_suite import Bench, bench, gpu_bench, start_daemon, verdicts
 
+from benchmarking.analysis.runs import RunView
 from benchmarking.storage import run_store
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
@@ -132,7 +133,13 @@ def test_limits_of_mps_clients_reach_them_together_but_not_alone(gpu_bench: Call
     limits = [found.get("CUDA_MPS_PINNED_DEVICE_MEM_LIMIT") for found in seen]
     assert percentages == [None, "50", "50"]
     assert limits == [None, "0=8G", "0=4G"]
-    assert run.manifest["mix"] == "training-mps-even-mem-8G-4G"
+    assert run.manifest["mix"] == "training"
+    assert run.manifest["mps_limits"] == {
+        "percentages": ["even"], "memory_limits": ["8G", "4G"], "priorities": [],
+    }  # fmt: skip
+    assert run.co_run_records[-1]["co_run"] == "training-mps-even-mem-8G-4G-2-r0"
+    view = RunView.of(run, run.run_id)
+    assert (view.mix, view.mode_name) == ("training", "MPS (even, 8G/4G of memory)")
 
 
 # --- the breaking point -----------------------------------------------------------------------
