@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -209,6 +210,13 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     add("--dataset", help="of the ResNet50 training (see resnet_training.py --help)")
     add("--data-dir", metavar="DIR", help="folder of that dataset")
     add(
+        "--job-arguments",
+        type=words_of,
+        default=(),
+        metavar="WORDS",
+        help="further flags for every job of the mix, as --job-arguments='--batch-size 8'",
+    )
+    add(
         "--beside-others",
         action="store_true",
         help="measure although other people's processes are on the GPU, and mark it contended",
@@ -228,6 +236,8 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--window {options.window:g} needs a --timeout above it")
     if options.mix == pairs.MIX:
         check_pairs(parser, options)
+    if options.plan is not None and options.job_arguments:
+        parser.error("--job-arguments: with --plan each client's arguments stand in that file")
     if options.until_break and options.mode == MODE_MIG:
         parser.error("--until-break: under MIG there are as many clients as instances; leave it")
     if options.mig_layout:
@@ -351,6 +361,7 @@ def request_from(options: argparse.Namespace) -> Request:
             options.mps_percentage, options.mps_memory_limit, options.mps_priority
         ),
         mig_layout=options.mig_layout,
+        job_arguments=options.job_arguments,
         quick=options.quick,
         repeats=options.repeats,
         budget_minutes=options.budget_minutes,
@@ -369,6 +380,14 @@ def request_from(options: argparse.Namespace) -> Request:
         data_dir=options.data_dir,
         beside_others=options.beside_others,
     )
+
+
+def words_of(text: str) -> tuple[str, ...]:
+    """Argument type: words as a shell parts them."""
+    try:
+        return tuple(shlex.split(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {str(error).lower()}") from error
 
 
 def non_negative_int(text: str) -> int:

@@ -5,10 +5,13 @@
     python3 benchmarking/sweep.py --knob mps-percentage --values even,100,50 -- --mode mps
     python3 benchmarking/sweep.py --knob mig-layout --values 3g.40gb/3g.40gb,4g.40gb/2g.20gb \\
         --change-card -- --mode mig --mix inference
+    python3 benchmarking/sweep.py --knob job-flag=--batch-size --values 1,8,32 -- \\
+        --mode mps --mix inference
 
 What stands behind `--` goes to benchmark_suite.py (see its --help), which runs once for each value,
-against one baseline that is taken first (or `-- --baseline RUN`). Commas part the values; where a
-value has a part for each client, `/` parts those. Writes one folder: `report.html`, `report.md`,
+against one baseline that is taken first (or `-- --baseline RUN`); the values of a job's own flag
+are other jobs, each with its own. Commas part the values; where a value has a part for each client,
+`/` parts those. Writes one folder: `report.html`, `report.md`,
 `sweep.json`, the chart, and each value's run. Ctrl-C leaves the report of what is done.
 
 Exit codes: 0 complete, 1 a value failed, 2 usage, 3 no usable GPU, 4 the mode is not in force,
@@ -31,7 +34,7 @@ from benchmarking.planning.plan_file import PlanFileError
 from benchmarking.running.launcher import Interruption
 from benchmarking.running.suite_setup import SuiteError, no_mps_folder, prepare
 from benchmarking.storage.run_store import RunStoreError, utc_now
-from benchmarking.sweeping.knobs import KNOBS, TIMESLICES, Knob, alone_words
+from benchmarking.sweeping.knobs import JOB_FLAG, KNOBS, TIMESLICES, Knob, alone_words, knob_called
 from benchmarking.sweeping.sweep_run import SweepRun, card_of
 
 RESERVED = {"results_dir": "--results-dir", "run_id": "--run-id", "dry_run": "--dry-run"}
@@ -61,7 +64,8 @@ def parse_arguments() -> argparse.Namespace:
     )
     add = parser.add_argument
     listed = "; ".join(f"{knob.name} ({knob.about})" for knob in KNOBS.values())
-    add("--knob", choices=list(KNOBS), required=True, metavar="NAME", help=listed)
+    listed += f"; {JOB_FLAG}=--FLAG (of the jobs themselves)"
+    add("--knob", type=knob, required=True, metavar="NAME", help=listed)
     add("--values", type=values, required=True, metavar="V[,V...]", help="in this order")
     add("--output", type=Path, metavar="DIR", help="new folder (default: results/sweep-KNOB-TIME)")
     add(
@@ -72,7 +76,6 @@ def parse_arguments() -> argparse.Namespace:
     )
     add("suite", nargs="*", metavar="-- FLAGS", help="flags of benchmark_suite.py")
     options = parser.parse_args()
-    options.knob = KNOBS[options.knob]
     if options.knob.changes_card and not options.change_card:
         parser.error(f"--knob {options.knob.name} changes the card: allow it by --change-card")
     options.request = benchmark_suite.parse_arguments(options.suite)
@@ -95,6 +98,8 @@ def check_suite_flags(parser: argparse.ArgumentParser, options: argparse.Namespa
             parser.error(f"{flag} behind -- is the sweep's own: leave it")
     if knob.flag and getattr(options.request, knob.flag[2:].replace("-", "_")):
         parser.error(f"{knob.flag} behind -- is the knob itself: leave it")
+    if knob.job_flag and (options.request.job_arguments or options.request.baseline):
+        parser.error("each value is another job: leave --job-arguments and --baseline behind --")
     if options.request.mode == MODE_EXCLUSIVE or options.request.mix == pairs.MIX:
         parser.error("a sweep needs clients that run together: leave exclusive and pairs")
     if len(options.request.workloads or ()) > 1:
@@ -121,6 +126,14 @@ def require_mode(options: argparse.Namespace) -> None:
     request = benchmark_suite.request_from(benchmark_suite.parse_arguments(words))
     with no_mps_folder() as folder:
         prepare(request, folder, os.environ, require_mode=True)
+
+
+def knob(text: str) -> Knob:
+    """Argument type: the name of a knob."""
+    try:
+        return knob_called(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def values(text: str) -> list[str]:

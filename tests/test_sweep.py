@@ -18,6 +18,7 @@ from waiting import wait_until
 from benchmarking.analyze_results import read_and_compare
 from benchmarking.metrics.estimates import estimate
 from benchmarking.planning.plan import WORKLOADS
+from benchmarking.storage import run_store
 from benchmarking.sweeping import report
 from benchmarking.sweeping.knobs import KNOBS
 from benchmarking.sweeping.points import NOT_RUN, Point, read_point
@@ -109,6 +110,23 @@ def test_a_baseline_that_was_taken_before_serves_all_values(sweeper: Sweeper) ->
     assert all(point["stp"]["mean"] > 0 for point in sweeper.content()["points"])
 
 
+def test_a_flag_of_the_jobs_is_swept_with_a_baseline_for_each_value(sweeper: Sweeper) -> None:
+    done = sweeper.run("job-flag=--batch-size", "1,8", "--mix", "inference", "--workloads", "2",
+                       "--device", "cpu")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = sweeper.content()
+    assert (found["knob"], found["baseline"]) == ("batch-size", None)
+    for point, size in zip(found["points"], (1, 8), strict=True):
+        assert point["run_id"] == f"batch-size-{size}"
+        assert point["stp"]["mean"] > 0
+        run = run_store.read_run(sweeper.output / point["run_id"])
+        records = run.client_records
+        assert [record["phase"] for record in records] == ["baseline", "co_run", "co_run"]
+        assert {record["identity"]["batch_size"] for record in records} == {size}
+        assert {record["job_key"].endswith(f"--batch-size {size}") for record in records} == {True}
+    assert "against the baseline of its own run" in (sweeper.output / "report.md").read_text()
+
+
 def test_a_value_that_fails_is_said_and_the_others_go_on(sweeper: Sweeper) -> None:
     sweeper.script({"match": "resnet_training:training-3-r0/2", "fail": "error"})
     done = sweeper.run("workloads", "3,2", "--mix", "training", "--device", "cpu")
@@ -180,6 +198,9 @@ def test_a_knob_of_the_card_is_put_in_force_for_its_value_and_taken_back(tmp_pat
         (("mps-percentage", "50"), "limits of MPS clients need --mode mps"),
         (("workloads", "2", "--run-id", "x"), "--run-id behind -- is the sweep's own"),
         (("workloads", "2", "--workloads", "2"), "is the knob itself"),
+        (("job-flag=batch-size", "2"), "is none of the knobs: workloads, "),
+        (("job-flag=--x", "2", "--baseline", "y"), "leave --job-arguments and --baseline"),
+        (("job-flag=--x", "2", "--job-arguments=--y 1"), "leave --job-arguments and --baseline"),
         (
             ("mps-priority", "normal", "--mode", "mps", "--mix", "pairs"),
             "leave exclusive and pairs",

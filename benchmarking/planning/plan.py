@@ -123,7 +123,10 @@ CARRIED_FIGURES: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class JobOptions:
-    """Flags of a suite run that its jobs are started with; `None` leaves a workload's default."""
+    """Flags of a suite run that its jobs are started with; `None` leaves a workload's default.
+
+    `arguments` go to every workload as they are, and are part of what makes it another job.
+    """
 
     size: str = SIZE_GUIDE
     seed: int = 42
@@ -133,6 +136,7 @@ class JobOptions:
     dataset: str | None = None
     data_dir: str | None = None
     slo_ms: float | None = None
+    arguments: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -282,6 +286,7 @@ def planned_client(
     `arguments` come last on the command line, so they override what job size and options say.
     """
     kind = WORKLOADS[workload]
+    arguments = (*options.arguments, *arguments)
     job = [*kind.arguments[options.size], "--seed", str(options.seed)]
     if workload == "resnet_training":
         job += _flags(dataset=options.dataset, data_dir=options.data_dir)

@@ -98,6 +98,7 @@ class Request:
     slo_ms: float | None = None
     mps_knobs: MpsKnobs = field(default_factory=MpsKnobs)
     mig_layout: tuple[str, ...] = ()
+    job_arguments: tuple[str, ...] = ()
     beside_others: bool = False
 
     @property
@@ -291,6 +292,7 @@ def _lay_out(
         dataset=request.dataset,
         data_dir=str(Path(request.data_dir).resolve()) if request.data_dir else None,
         slo_ms=request.slo_ms,
+        arguments=request.job_arguments,
     )
 
     where = {"python": sys.executable, "root": str(PROJECT_ROOT)}

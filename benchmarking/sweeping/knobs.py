@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,6 +11,9 @@ from benchmarking.planning.plan import MODE_MIG, MODE_TIME_SLICING
 
 # A value that has a part for each client is written with this, since commas part the values.
 PART = "/"
+
+# A flag of the jobs themselves, as in `job-flag=--batch-size`.
+JOB_FLAG = "job-flag"
 
 TIMESLICES = ("default", "short", "medium", "long")
 
@@ -29,8 +34,9 @@ _NOT_ALONE = {
 class Knob:
     """One setting.
 
-    `flag` is the suite's for it, where it has one. A knob with `setup` changes the card: that
-    script puts a value in force, `undo` takes it back, and `state` is the mode that both belong to.
+    `flag` is the suite's for it, where it has one, `job_flag` the jobs' own: then each value is
+    another job, with a baseline of its own. A knob with `setup` changes the card: that script puts
+    a value in force, `undo` takes it back, and `state` is the mode that both belong to.
     """
 
     name: str
@@ -39,6 +45,7 @@ class Knob:
     setup: str | None = None
     undo: str | None = None
     state: str | None = None
+    job_flag: str | None = None
 
     @property
     def changes_card(self) -> bool:
@@ -47,6 +54,8 @@ class Knob:
 
     def suite_words(self, value: str) -> list[str]:
         """Return what the suite is told of a value."""
+        if self.job_flag:
+            return [f"--job-arguments={shlex.join([self.job_flag, value])}"]
         return [self.flag, value.replace(PART, ",")] if self.flag else []
 
     def setup_words(self, value: str, clients: int) -> list[str]:
@@ -57,7 +66,7 @@ class Knob:
 
     def slug(self, value: str) -> str:
         """Return the name of a value's run."""
-        return f"{self.name}-{value.replace(PART, '-')}"
+        return re.sub(r"[^A-Za-z0-9._-]+", "-", f"{self.name}-{value}")
 
 
 KNOBS = {
@@ -77,6 +86,17 @@ KNOBS = {
         ),
     )
 }  # fmt: skip
+
+
+def knob_called(name: str) -> Knob:
+    """Return the knob of that name, one for any flag of the jobs among them; or `ValueError`."""
+    kind, _, flag = name.partition("=")
+    if kind == JOB_FLAG and re.fullmatch(r"--[a-z][a-z0-9-]*", flag):
+        return Knob(flag[2:], "a flag of the jobs", job_flag=flag)
+    if name not in KNOBS:
+        known = ", ".join([*KNOBS, f"{JOB_FLAG}=--FLAG"])
+        raise ValueError(f"{name!r} is none of the knobs: {known}")
+    return KNOBS[name]
 
 
 def alone_words(words: Sequence[str]) -> list[str]:

@@ -35,8 +35,14 @@ HOW_TO_READ = (
     "**ANTT**: mean slowdown, what users feel on average.",
     "**p99, times alone**: p99 of the raw latencies of all repeats over that of the job alone; "
     "whiskers are the range of single repeats.",
-    "All values are measured against one baseline. A best value is named only where three or more "
+    "A best value is named only where three or more "
     "repeats each have intervals that do not overlap; else it is said what was seen.",
+)
+
+ONE_BASELINE = "All values are measured against one baseline."
+OWN_BASELINES = (
+    "Each value is measured against the baseline of its own run: its figures say how well it "
+    "shares the GPU, not how fast its jobs are."
 )
 
 
@@ -135,7 +141,8 @@ def _document(sweep: Sweep, said: Sequence[str], pictures: Sequence[Any]) -> Doc
     if bad:
         texts = [f"{p.value}: {p.outcome}{', ' + p.reason if p.reason else ''}" for p in bad]
         chapters.append(Chapter("Values without figures", [Bullets.of(texts)], level=2))
-    chapters.append(Chapter("How to read the figures", [Bullets.of(HOW_TO_READ)], level=2))
+    how_to_read = [*HOW_TO_READ, ONE_BASELINE if sweep.baseline else OWN_BASELINES]
+    chapters.append(Chapter("How to read the figures", [Bullets.of(how_to_read)], level=2))
     return Document(f"Sweep of {sweep.knob}", chapters)
 
 
@@ -144,9 +151,10 @@ def _subject(sweep: Sweep) -> str:
     modes = joined(list(dict.fromkeys(mode_name(point.mode or "") for point in measured)))
     unverified = " (mode unverified)" if any(point.is_unverified for point in measured) else ""
     under = f" under {modes}{unverified}" if modes else ""
+    baseline = code(sweep.baseline) if sweep.baseline else "of each value's own"
     return (
         f"{len(measured)} of {len(sweep.points)} values measured{under}; baseline "
-        f"{code(sweep.baseline or '')}; command {code(shlex.join(sweep.command))}; "
+        f"{baseline}; command {code(shlex.join(sweep.command))}; "
         f"outcome {sweep.outcome}."
     )
 

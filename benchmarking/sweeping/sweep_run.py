@@ -88,9 +88,13 @@ class SweepRun:
         return code
 
     def _take_baseline(self) -> int:
-        """Take each job alone, once for all values; under MIG of others there is no whole GPU."""
+        """Take each job alone, once for all values.
+
+        Under MIG of others there is no whole GPU, and values that are other jobs have nothing in
+        common: there each value's run takes its own.
+        """
         is_mig_already = self._options.request.mode == MODE_MIG and not self._knob.changes_card
-        if self._baseline is not None or is_mig_already:
+        if self._baseline is not None or is_mig_already or self._knob.job_flag:
             return EXIT_COMPLETE
         words = alone_words(self._options.suite)
         if self._knob is KNOBS["workloads"]:
