@@ -3,12 +3,14 @@
 
     python3 benchmarking/blast_radius.py --mode time-slicing --fault oom
     python3 benchmarking/blast_radius.py --mode mps --fault assert --neighbors 3
+    python3 benchmarking/blast_radius.py --summary results   # one table of all that was measured
 
 Healthy clients and one faulty client (workloads/custom/fault_client.py) share the GPU under a mode
 that must be in force. In the middle the faulty one runs out of memory (its own cap), exits, fails
 an assertion in a kernel or, with --allow-illegal-access, writes outside of its memory. Reported are
 the neighbors that survived, their rates before and after, the longest pause, the work that was
-lost, and when a new client works again. It is part of no other program.
+lost, and when a new client works again. A fault that is refused or does not happen leaves a record
+of that, with the reason. It is part of no other program.
 
 Exit codes: 0 measured, 1 the fault could not be seen, 2 usage, 3 no usable GPU, 4 the mode is not
 in force, 130 interrupted.
@@ -21,13 +23,13 @@ import dataclasses
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarking.blast import text
+from benchmarking.blast import summary, text
 from benchmarking.blast.aftermath import Aftermath, UntilOver, judge_neighbor
 from benchmarking.command_line.argument_types import positive_float, positive_int
 from benchmarking.command_line.one_line_parser import OneLineParser
@@ -52,6 +54,7 @@ from benchmarking.running.suite_setup import (
     EXIT_COMPLETE,
     EXIT_FAILED,
     EXIT_INTERRUPTED,
+    EXIT_USAGE,
     PROJECT_ROOT,
     Request,
     Setup,
@@ -62,7 +65,6 @@ from benchmarking.running.suite_setup import (
 from benchmarking.speed.process_run import Interrupted, Processes, RunFailedError
 from benchmarking.storage.run_store import ClientPaths, utc_now, write_json_atomic
 
-SCHEMA_VERSION = 1
 FAULTS = tuple(text.FAULT_WORDS)
 FAULT_CLIENT = "workloads/custom/fault_client.py"
 LOCK_VARIABLE = "GPU_SETTINGS_LOCKED"
@@ -76,24 +78,21 @@ SERVER_LOG_LINES = 12
 def main() -> int:
     """Prepare, let it happen, print and write what was found; return the exit code."""
     options = parse_arguments()
-    request = Request(
-        mode=options.mode, mix=options.mix, counts=(options.neighbors + 1,), gpu=options.gpu,
-        device=options.device, quick=True,
-    )  # fmt: skip
     try:
-        with Interruption().watching() as interruption, no_mps_folder() as empty:
-            setup = prepare(request, empty, os.environ, require_mode=True)
-            found = measure(options, setup, interruption)
+        if options.summary:
+            print(summary.markdown(summary.find_records(options.summary)), end="")
+            return EXIT_COMPLETE
+        refuse_harm(options)
+        found = prepare_and_measure(options)
+    except summary.RecordError as error:
+        return complain(error, EXIT_USAGE)
     except (SuiteError, RunFailedError) as error:
-        print(f"blast_radius.py: error: {error}", file=sys.stderr)
-        return getattr(error, "exit_code", EXIT_FAILED)
+        note_not_run(options, error)
+        return complain(error, getattr(error, "exit_code", EXIT_FAILED))
     except Interrupted:
         print("blast_radius.py: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
-    write_json_atomic(options.output_dir / "blast_radius.json", found)
-    report = text.markdown(found)
-    (options.output_dir / "blast_radius.md").write_text(report, encoding="utf-8")
-    print(report)
+    print(write(found, options.output_dir))
     print(f"results: {options.output_dir}")
     return EXIT_COMPLETE
 
@@ -105,7 +104,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--mode", choices=MODES[:3], default=MODES[0], help="(default: %(default)s)")
-    add("--fault", choices=FAULTS, required=True)
+    add("--fault", choices=FAULTS)
     add("--neighbors", type=positive_int, default=3, metavar="N", help="(default: 3)")
     add("--mix", choices=sorted(MIXES), default="inference",
         help="the neighbors' jobs (default: inference)")  # fmt: skip
@@ -114,17 +113,20 @@ def parse_arguments() -> argparse.Namespace:
     add("--allow-illegal-access", action="store_true",
         help="for --fault illegal-access on a card of your own: under MPS it ends the work of "
         "everybody on the card")  # fmt: skip
+    add("--beside-others", action="store_true",
+        help="measure although other people's processes are on the GPU, and say so")  # fmt: skip
     add("--gpu", metavar="INDEX_OR_UUID", help="which GPU (default: the first)")
     add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="(default: auto)")
     add("--output-dir", type=Path, metavar="DIR",
         help="(default: results/blast_radius-MODE-FAULT-TIME)")  # fmt: skip
+    add("--summary", type=Path, nargs="+", metavar="DIR",
+        help="measure nothing: print one table of what these output folders, or those in them, "
+        "hold")  # fmt: skip
     options = parser.parse_args()
-    if options.fault == "illegal-access":
-        if os.environ.get(LOCK_VARIABLE) == "1":
-            parser.error(f"--fault illegal-access: {LOCK_VARIABLE}=1 says that others use the card")
-        if not options.allow_illegal_access:
-            parser.error("--fault illegal-access can end other people's work on this card; on a "
-                         "card of your own add --allow-illegal-access")  # fmt: skip
+    if bool(options.summary) == bool(options.fault):
+        parser.error("give --fault to measure one, or --summary for a table of several")
+    if options.summary:
+        return options
     stamp = time.strftime("%Y%m%d-%H%M%S")
     default = Path("results") / f"blast_radius-{options.mode}-{options.fault}-{stamp}"
     options.output_dir = options.output_dir or default
@@ -133,6 +135,53 @@ def parse_arguments() -> argparse.Namespace:
     except OSError as error:
         parser.error(f"--output-dir {options.output_dir}: {error.strerror}; name another folder")
     return options
+
+
+def refuse_harm(options: argparse.Namespace) -> None:
+    """Raise `SuiteError` for a fault that could end other people's work without their leave."""
+    if options.fault != "illegal-access":
+        return
+    if os.environ.get(LOCK_VARIABLE) == "1":
+        raise SuiteError(
+            f"--fault illegal-access: {LOCK_VARIABLE}=1 says that others use the card", EXIT_USAGE
+        )
+    if not options.allow_illegal_access:
+        raise SuiteError(
+            "--fault illegal-access can end other people's work on this card; on a card of your "
+            "own add --allow-illegal-access", EXIT_USAGE,
+        )  # fmt: skip
+
+
+def prepare_and_measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Find the GPU, check the mode, and measure; raises what `prepare` and `measure` raise."""
+    request = Request(
+        mode=options.mode, mix=options.mix, counts=(options.neighbors + 1,), gpu=options.gpu,
+        device=options.device, quick=True, beside_others=options.beside_others,
+    )  # fmt: skip
+    with Interruption().watching() as interruption, no_mps_folder() as empty:
+        setup = prepare(request, empty, os.environ, require_mode=True)
+        return measure(options, setup, interruption)
+
+
+def write(found: Mapping[str, Any], folder: Path) -> str:
+    """Write a record and its report into a folder; return the report."""
+    write_json_atomic(folder / summary.RECORD_FILE, found)
+    report = text.markdown(found)
+    (folder / "blast_radius.md").write_text(report, encoding="utf-8")
+    return report
+
+
+def note_not_run(options: argparse.Namespace, error: Exception) -> None:
+    """Leave on record why the fault did not happen; never in the place of one that did."""
+    if not summary.is_measured(options.output_dir):
+        record = summary.not_run(options.mode, options.fault, sys.argv, utc_now(), str(error))
+        write(record, options.output_dir)
+
+
+def complain(error: Exception, code: int) -> int:
+    """Print an error in a sentence and return its exit code."""
+    print(f"blast_radius.py: error: {error}", file=sys.stderr)
+    return code
 
 
 def measure(
@@ -159,11 +208,13 @@ def measure(
         samples = list(sampler.samples_past(seen.window_end_seconds))
     proofs = judge_clients(setup.mode, seen, samples)
     return {
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": summary.SCHEMA_VERSION,
         "created_at": utc_now(),
         "command": sys.argv,
         "mode": setup.mode.name,
         "fault": options.fault,
+        "not_run": None,
+        "notes": list(setup.notes),
         "gpu": setup.gpu and dict(setup.gpu),
         "fault_after_seconds": aftermath.fault_seconds - seen.window_start_seconds,
         "neighbors": [
@@ -281,11 +332,15 @@ def describe_newcomer(aftermath: Aftermath, options: argparse.Namespace) -> dict
     works, fault = aftermath.works_seconds, aftermath.fault_seconds
     loaded = [event for event in (last.clients[0].events if last else ())
               if event["event"] == "loaded"]  # fmt: skip
+    times = {
+        "works_after_seconds": None if works is None else works - fault,
+        "startup_seconds": loaded[0]["startup_seconds"] if loaded else None,
+    }
     return {
         "attempts": len(aftermath.attempts),
         "patience_seconds": NEWCOMER_SECONDS,
-        "works_after_seconds": None if works is None else works - fault,
-        "startup_seconds": loaded[0]["startup_seconds"] if loaded else None,
+        "fault_cost_seconds": text.own_cost_seconds(times),
+        **times,
         "failures": [seen.clients[0].reason for seen in aftermath.attempts
                      if seen.clients[0].status != "ok"],
     }  # fmt: skip

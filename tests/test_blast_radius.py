@@ -7,13 +7,18 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import nvml_stub
 import program_copy
 import pytest
+from test_benchmark_suite import CONTROL_PROGRAM
 from waiting import wait_until
 
+from benchmarking import blast_radius
 from benchmarking.blast import text
 from benchmarking.blast.aftermath import judge_neighbor
 from benchmarking.planning.plan import WORKLOADS, PlannedClient, PlannedCoRun
@@ -26,14 +31,18 @@ HEALTHY = {"match": "*", "unit_seconds": 0.02, "units": 20}
 GOES_WRONG = {"match": "fault_client:*", "fail": "oom", "fail_at": 1.5}
 
 
+MEMORY_LIMIT = "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT"
+
+
 class Blast:
     """A copy of the program with scripted clients on a scripted card."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, **card: object) -> None:
         self.root, self.output = root, root / "out"
         scripts = [*(kind.script for kind in WORKLOADS.values()), FAULT_CLIENT]
         program_copy.copy_programs(root, CLIENT, scripts)
-        _, self.environment = program_copy.scripted_card(root)
+        _, self.environment = program_copy.scripted_card(root, **card)
+        self.environment["GPU_SHARING_STATE_DIR"] = str(root / "state")
 
     def command(self, *arguments: str) -> list[str]:
         return [sys.executable, str(self.root / "benchmarking" / "blast_radius.py"),
@@ -50,6 +59,25 @@ class Blast:
 
     def found(self) -> dict[str, Any]:
         return json.loads((self.output / "blast_radius.json").read_text())
+
+    def identity(self, client: str) -> dict[str, Any]:
+        """What a client said of itself when it was ready."""
+        events = (self.output / "clients" / f"{client}.events.jsonl").read_text().splitlines()
+        return next(e["identity"] for e in map(json.loads, events) if e["event"] == "ready")
+
+    def start_daemon(self) -> None:
+        """Pretend that `enable_mps.sh` was run: a daemon that answers, a state, a server's log."""
+        programs, pipe, state = (self.root / name for name in ("bin", "pipe", "state"))
+        for folder in (programs, pipe, state):
+            folder.mkdir()
+        (programs / "nvidia-cuda-mps-control").write_text(CONTROL_PROGRAM)
+        (programs / "nvidia-cuda-mps-control").chmod(0o755)
+        (pipe / "running").write_text("")
+        (pipe / "server.log").write_text("".join(f"line {n}\n" for n in range(20)))
+        (state / f"mps-{nvml_stub.GPU_UUID}.state").write_text(
+            f"pipe_directory={pipe}\nlog_directory={pipe}\n"
+        )
+        self.environment["PATH"] = f"{programs}{os.pathsep}{self.environment['PATH']}"
 
 
 @pytest.fixture
@@ -94,6 +122,95 @@ def test_neighbors_taken_along_and_a_new_client_that_needs_two_attempts(blast: B
     assert "at attempt 2" in done.stdout
 
 
+def test_under_mps_the_limit_is_the_faulty_clients_alone_and_the_servers_word_is_kept(
+    blast: Blast,
+) -> None:
+    blast.start_daemon()
+    done = blast.run("--mode", "mps", "--fault", "oom", "--neighbors", "1")
+    assert done.returncode == 0, done.stderr
+    found = blast.found()
+    assert [n["proof"] for n in found["neighbors"]] == ["verified"]
+    variables = [blast.identity(name)["sharing_environment"] for name in ("0", "1", "newcomer-0")]
+    assert [given.get(MEMORY_LIMIT) for given in variables] == [None, "0=8G", None]
+    pipes = {given["CUDA_MPS_PIPE_DIRECTORY"] for given in variables}
+    assert pipes == {str(blast.root / "pipe")}
+    assert found["mps"] == {
+        "servers_before": "900", "servers_after": "900",
+        "server_log": [f"line {n}" for n in range(8, 20)],
+    }  # fmt: skip
+    assert "# Blast radius: oom under MPS\n" in done.stdout
+    assert "Under MPS, a client that ran out of memory" in done.stdout
+    assert "after: 900.\n\n    line 8\n" in done.stdout
+
+
+def test_an_illegal_access_that_is_allowed_is_measured_as_any_other_fault(blast: Blast) -> None:
+    blast.start_daemon()
+    message = "CUDA error: an illegal memory access was encountered\nSearch for `cudaError`\n\n"
+    error = {"fail": "error", "error": {"message": message}}
+    rules = (
+        {"match": "fault_client:*", **error},
+        {"match": "batch_inference:clients/0", **error, "fail_at": 1.6},
+    )
+    done = blast.run(
+        "--mode", "mps", "--fault", "illegal-access", "--allow-illegal-access", "--neighbors", "1",
+        rules=rules,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert [n["survived"] for n in blast.found()["neighbors"]] == [False]
+    assert MEMORY_LIMIT not in blast.identity("1")["sharing_environment"]
+    assert "The faulty client: failed, CUDA error: an illegal memory access was encountered.\n" in (
+        done.stdout
+    )
+    assert "cudaError" not in done.stdout
+    assert blast.found()["faulty"]["reason"].startswith(message[:40])
+
+
+def test_under_mig_a_new_client_works_in_the_instance_of_the_faulty_one(tmp_path: Path) -> None:
+    instances = [f"MIG-aaaaaaaa-0000-0000-0000-00000000000{i}" for i in range(2)]
+    blast = Blast(
+        tmp_path, mig_mode_current=1,
+        mig_devices=[(uuid, 7 + i, 16, 9984, 0) for i, uuid in enumerate(instances)],
+    )  # fmt: skip
+    has_slice = {"match": "*", "identity": {"multiprocessor_count": 16}}
+    done = blast.run("--mode", "mig", "--fault", "assert", "--neighbors", "1", rules=(has_slice,))
+    assert done.returncode == 0, done.stderr
+    seen = [blast.identity(name)["gpu_uuid"] for name in ("0", "1", "newcomer-0")]
+    assert seen == [*instances, instances[1]]
+    assert [n["proof"] for n in blast.found()["neighbors"]] == ["verified"]
+    assert blast.found()["mps"] is None
+    assert "Under MIG, a failed assertion" in done.stdout
+
+
+def test_a_card_that_others_use_is_refused_unless_that_is_told(tmp_path: Path) -> None:
+    blast = Blast(tmp_path, pids={os.getpid(): 900})
+    refused = blast.run("--fault", "oom", "--neighbors", "1")
+    assert refused.returncode == 4
+    assert "other processes are on the GPU" in blast.found()["not_run"]
+    done = blast.run("--fault", "oom", "--neighbors", "1", "--beside-others")
+    assert done.returncode == 0, done.stderr
+    assert blast.found()["not_run"] is None
+    assert f"- other processes are on the GPU: pid {os.getpid()} (" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("mode", "fault", "allow"),
+    [("mps", "oom", False), ("mps", "illegal-access", True), ("time-slicing", "oom", False)],
+)
+def test_the_faulty_client_is_told_its_fault_and_limited_by_the_daemon_only_under_mps(
+    mode: str, fault: str, *, allow: bool
+) -> None:
+    healthy = PlannedClient(0, "batch_inference", "Batch inference", "job", ("true",), {"A": "1"})
+    planned = PlannedCoRun("mine", "co_run", mode, 0, (healthy, healthy))
+    options = SimpleNamespace(fault=fault, window=10.0, allow_illegal_access=allow)
+    setup = SimpleNamespace(mode=SimpleNamespace(name=mode), gpu={"uuid": "GPU-1"})
+    kept, faulty = blast_radius.with_fault(options, setup, planned).clients
+    assert kept == healthy
+    assert faulty.command[2:6] == ("--fault", fault, "--after", "5")
+    assert ("--allow-illegal-access" in faulty.command) is allow
+    limit = {MEMORY_LIMIT: "0=8G"} if (mode, fault) == ("mps", "oom") else {}
+    assert faulty.environment == {"A": "1", **limit}
+
+
 def test_ctrl_c_leaves_no_process(blast: Blast) -> None:
     process = subprocess.Popen(
         blast.command("--fault", "oom", "--neighbors", "2"),
@@ -119,34 +236,154 @@ def test_ctrl_c_leaves_no_process(blast: Blast) -> None:
             {"GPU_SETTINGS_LOCKED": "1"},
             "GPU_SETTINGS_LOCKED=1 says that others use the card",
         ),
-        (("--fault", "fire"), {}, "invalid choice: 'fire'"),
     ],
 )
-def test_what_could_harm_others_is_refused_in_a_sentence(
+def test_what_could_harm_others_is_refused_in_a_sentence_and_that_is_on_record(
     blast: Blast, arguments: tuple, environment: dict, words: str
 ) -> None:
-    done = blast.run(*arguments, **environment)
+    done = blast.run("--mode", "mps", *arguments, **environment)
     assert done.returncode == 2
     assert words in done.stderr
     assert len(done.stderr.splitlines()) == 1
+    found = blast.found()
+    assert (found["mode"], found["fault"]) == ("mps", "illegal-access")
+    assert words in found["not_run"]
+    report = (blast.output / "blast_radius.md").read_text()
+    assert report.startswith("# Blast radius: illegal-access under MPS\n\nNot run, because --fault")
+    assert not (blast.output / "clients").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--fault", "fire"), "invalid choice: 'fire'"),
+        ((), "give --fault to measure one, or --summary"),
+        (("--fault", "oom", "--summary", "x"), "give --fault to measure one, or --summary"),
+        (("--summary", "x"), "x holds no blast_radius.json"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_in_a_sentence(
+    blast: Blast, arguments: tuple, words: str
+) -> None:
+    done = blast.run(*arguments)
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not blast.output.exists()
+
+
+def test_a_fault_that_cannot_happen_is_on_record_but_not_in_the_place_of_one_that_did(
+    blast: Blast,
+) -> None:
+    rule = {"match": "fault_client:*", "fail": "crash", "fail_at": "load"}
+    done = blast.run("--fault", "assert", "--neighbors", "1", rules=(rule,))
+    assert done.returncode == 1
+    assert blast.found()["not_run"].startswith("there was no fault to see: ")
+    blast.output.joinpath("blast_radius.json").write_text(json.dumps(record_of("mps", "exit")))
+    assert blast.run("--fault", "illegal-access").returncode == 2
+    assert blast.found() == record_of("mps", "exit")
 
 
 @pytest.mark.parametrize(
     ("fault", "code", "words"),
     [("exit", 1, "ending with code 1, as told"), ("oom", 12, "out of GPU memory"),
-     ("assert", 2, "--fault assert needs a GPU")],
+     ("assert", 2, "--fault assert needs a GPU"),
+     ("illegal-access", 2, "can end other people's work: --allow-illegal-access"),
+     ("illegal-access --allow-illegal-access", 2, "--fault illegal-access needs a GPU"),
+     ("illegal-access --allow-illegal-access, locked", 2, "GPU_SETTINGS_LOCKED=1: this card is")],
 )  # fmt: skip
 def test_the_faulty_job_fails_as_it_is_told(
     tmp_path: Path, fault: str, code: int, words: str
 ) -> None:
+    told, _, locked = fault.partition(", ")
     done = subprocess.run(
-        [sys.executable, str(PROJECT_ROOT / FAULT_CLIENT), "--fault", fault, "--after", "0.2",
-         "--device", "cpu", "--results-dir", str(tmp_path)],
-        capture_output=True, text=True, timeout=60, check=False, env={**os.environ},
+        [sys.executable, str(PROJECT_ROOT / FAULT_CLIENT), "--fault", *told.split(), "--after",
+         "0.2", "--device", "cpu", "--results-dir", str(tmp_path)],
+        capture_output=True, text=True, timeout=60, check=False,
+        env={**os.environ, "GPU_SETTINGS_LOCKED": "1" if locked else "0"},
     )  # fmt: skip
     assert done.returncode == code, done.stderr
     assert words in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_the_illegal_store_is_one_float_behind_whatever_a_card_can_hold(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("triton")
+    from workloads.custom import far_store
+
+    launched = []
+
+    class Kernel:
+        def __getitem__(self, grid: tuple) -> Callable[..., None]:
+            return lambda *arguments: launched.append((grid, arguments))
+
+    monkeypatch.setattr(far_store, "_store", Kernel())
+    matrix = object()
+    far_store.store_outside(matrix)
+    assert launched == [((1,), (matrix, far_store.FAR_ELEMENTS))]
+    address = 4 * far_store.FAR_ELEMENTS
+    assert address % 128 == 0
+    assert 2**46 <= address < 2**63  # 64 TiB, and no address that wraps round
+
+
+def record_of(mode: str, fault: str, **newcomer: object) -> dict[str, Any]:
+    """A record of a fault that one of two neighbors survived."""
+    healthy = {
+        "client": 0, "label": "Batch inference", "survived": True, "status": "ok", "reason": None,
+        "rate_before": 50.0, "rate_after": 49.0, "longest_gap_ms": 120.0, "lost_seconds": 0.0,
+        "proof": "verified",
+    }  # fmt: skip
+    dead = {**healthy, "client": 1, "survived": False, "longest_gap_ms": 900.0, "lost_seconds": 2.5,
+            "reason": "CUDA error: x\nmore", "proof": None}  # fmt: skip
+    return {
+        "schema_version": 2, "created_at": "2026-01-01T00:00:00+00:00", "command": [],
+        "mode": mode, "fault": fault, "not_run": None, "notes": [], "gpu": {"name": "A GPU"},
+        "fault_after_seconds": 5.0, "neighbors": [healthy, dead], "mps": None,
+        "faulty": {"status": "failed", "reason": None, "exit_code": 1, "stderr_tail": []},
+        "newcomer": {"attempts": 1, "patience_seconds": 120.0, "works_after_seconds": 8.0,
+                     "startup_seconds": 6.5, "failures": [], **newcomer},
+    }  # fmt: skip
+
+
+def test_what_the_fault_cost_a_new_client_comes_before_what_it_took_to_load() -> None:
+    said = text.conclusion(record_of("mps", "assert"))
+    assert said.endswith(
+        "The fault itself cost a new client 1.50 s, its own loading not counted: it had done its "
+        "first work 8.00 s after the fault, and 6.50 s of that it was loading."
+    )
+    assert "| no | None | 50.0 | 49.0 | 900 | 2.50 | CUDA error: x |" in text.markdown(
+        record_of("mps", "assert")
+    )
+
+
+def test_the_summary_is_one_table_of_measured_and_refused_faults(blast: Blast) -> None:
+    refused = {"schema_version": 2, "created_at": "2026-01-01", "command": [], "mode": "mps",
+               "fault": "illegal-access", "not_run": "GPU_SETTINGS_LOCKED=1 | says so"}  # fmt: skip
+    records = {
+        "a": refused,
+        "b": record_of("mps", "exit", works_after_seconds=None),
+        # As the first version of the program wrote it.
+        "c": {k: v for k, v in record_of("time-slicing", "oom").items() if k != "not_run"}
+        | {"schema_version": 1},
+    }
+    for name, record in records.items():
+        (blast.root / "all" / name).mkdir(parents=True)
+        (blast.root / "all" / name / "blast_radius.json").write_text(json.dumps(record))
+    done = blast.run("--summary", str(blast.root / "all"), str(blast.root / "all" / "c"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[4:] == [
+        "| time slicing | oom | 1 of 2 | 120 | 2.50 | 1.50 | 8.00 |  |",
+        "| MPS | exit | 1 of 2 | 120 | 2.50 | none within 120 |  |  |",
+        "| MPS | illegal-access |  |  |  |  |  | GPU_SETTINGS_LOCKED=1 \\| says so |",
+        "",
+        "Measured on A GPU.",
+    ]
+    (blast.root / "all" / "a" / "blast_radius.json").write_text("{}")
+    torn = blast.run("--summary", str(blast.root / "all"))
+    assert torn.returncode == 2
+    assert "a/blast_radius.json is no record of a fault" in torn.stderr
 
 
 def co_run_of(status: str, ends: list[float], job_ends: list[float]) -> CoRunOutcome:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from benchmarking.analysis.runs import mode_name
 from benchmarking.command_line.number_text import significant
 
 FAULT_WORDS = {
@@ -13,6 +14,9 @@ FAULT_WORDS = {
     "assert": "a failed assertion in a client's kernel",
     "illegal-access": "an illegal memory access of a client",
 }
+# A bar that begins no cell.
+BAR = r"\|"
+
 COLUMNS = (
     "client", "job", "survived", "proof", "units/s before", "after", "longest pause ms", "lost s",
     "reason",
@@ -28,7 +32,7 @@ def conclusion(found: Mapping[str, Any]) -> str:
     lost = sum(neighbor["lost_seconds"] for neighbor in neighbors)
     lost_text = f" {significant(lost)} s of their work were lost." if lost else ""
     first = (
-        f"Under {found['mode']}, {FAULT_WORDS[found['fault']]} left {survived} of "
+        f"Under {mode_name(found['mode'])}, {FAULT_WORDS[found['fault']]} left {survived} of "
         f"{len(neighbors)} neighbors alive{stall}.{lost_text}"
     )
     newcomer = found["newcomer"]
@@ -38,42 +42,66 @@ def conclusion(found: Mapping[str, Any]) -> str:
         tries = "" if newcomer["attempts"] == 1 else f", at attempt {newcomer['attempts']}"
         works, startup = newcomer["works_after_seconds"], newcomer["startup_seconds"]
         second = (
-            f"A new client had done its first work {significant(works)} s after the fault{tries}; "
-            f"{significant(startup)} s of that it was loading."
+            f"The fault itself cost a new client {number(own_cost_seconds(newcomer))} s, its own "
+            f"loading not counted: it had done its first work {number(works)} s after the "
+            f"fault{tries}, and {number(startup)} s of that it was loading."
         )
     return f"{first} {second}"
 
 
+def own_cost_seconds(newcomer: Mapping[str, Any]) -> float | None:
+    """Return the time from the fault to a new client's first work, less what it took to load."""
+    works, startup = newcomer["works_after_seconds"], newcomer["startup_seconds"]
+    return None if works is None or startup is None else works - startup
+
+
+def first_line(said: str | None) -> str:
+    """Return the first line of a message: CUDA's errors have four more of general advice."""
+    lines = (said or "").strip().splitlines()
+    return lines[0].strip() if lines else ""
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
+    """Return the lines of a Markdown table."""
+    return [
+        f"| {' | '.join(header)} |",
+        "|" + " --- |" * len(header),
+        *(f"| {' | '.join(str(cell).replace('|', BAR) for cell in row)} |"
+          for row in rows),
+    ]  # fmt: skip
+
+
 def markdown(found: Mapping[str, Any]) -> str:
     """Return the report as Markdown."""
-    lines = [
-        f"# Blast radius: {found['fault']} under {found['mode']}",
-        "",
-        conclusion(found),
-        "",
-        "| " + " | ".join(COLUMNS) + " |",
-        "|" + " --- |" * len(COLUMNS),
-    ]
-    for neighbor in found["neighbors"]:
-        cells = [
+    head = [f"# Blast radius: {found['fault']} under {mode_name(found['mode'])}", ""]
+    if found["not_run"]:
+        return "\n".join([*head, f"Not run, because {found['not_run']}."]) + "\n"
+    rows = [
+        [
             neighbor["client"], neighbor["label"], "yes" if neighbor["survived"] else "no",
-            neighbor["proof"], _number(neighbor["rate_before"]), _number(neighbor["rate_after"]),
-            _number(neighbor["longest_gap_ms"]), _number(neighbor["lost_seconds"]),
-            neighbor["reason"] or "",
-        ]  # fmt: skip
-        lines.append("| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |")
+            neighbor["proof"], number(neighbor["rate_before"]), number(neighbor["rate_after"]),
+            number(neighbor["longest_gap_ms"]), number(neighbor["lost_seconds"]),
+            first_line(neighbor["reason"]),
+        ]
+        for neighbor in found["neighbors"]
+    ]  # fmt: skip
+    lines = [*head, conclusion(found), "", *table(COLUMNS, rows)]
     faulty = found["faulty"]
-    lines += ["", f"The faulty client: {faulty['status']}, {faulty['reason']}."]
+    reason = first_line(faulty["reason"]).rstrip(".") or "no reason known"
+    lines += ["", f"The faulty client: {faulty['status']}, {reason}."]
     if found["mps"] is not None:
         servers = found["mps"]
         lines.append(
             f"MPS servers before: {servers['servers_before']}, after: {servers['servers_after']}."
         )
-        lines += [f"    {line}" for line in servers["server_log"]]
+        if servers["server_log"]:
+            lines += ["", *(f"    {line}" for line in servers["server_log"])]
+    lines += ["", *(f"- {note}" for note in found["notes"])] if found["notes"] else []
     where = found["gpu"]["name"] if found["gpu"] else "the CPU: this says nothing of a GPU"
     lines += ["", f"Measured on {where}, {found['created_at']}."]
     return "\n".join(lines) + "\n"
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """Return a number with three significant digits; one that is not known says so."""
     return "unknown" if value is None else significant(value)
