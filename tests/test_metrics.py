@@ -386,3 +386,10 @@ def test_more_clients_gain_nothing_from_the_first_count_near_the_best_on():
 def test_nothing_is_said_of_the_success_of_clients_that_were_interrupted():
     assert scores.success_rate_percent([{"status": "ok"}, {"status": "oom"}]) == 50.0
     assert scores.success_rate_percent([{"status": "interrupted"}, {"status": "ok"}]) is None
+    assert (point["broken_repeats"], point["judged_repeats"]) == (1, 2)
+
+
+def test_a_count_that_no_co_run_judged_was_not_tried():
+    point = breaking_point([co_run(1), co_run(2), co_run(4, "invalid")])
+    assert (point["highest_clients_tried"], point["not_judged"]) == (2, [4])
+    assert breaking_point([co_run(1, "invalid")])["highest_clients_tried"] is None

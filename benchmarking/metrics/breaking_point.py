@@ -58,46 +58,59 @@ def breaking_point(
     `co_runs` are the co-run records of one ramp (`clients`, `outcome`, `reason`, `co_run`);
     `client_records` their clients, matched by `co_run`. Of several repeats at one count, one that
     breaks is enough. Invalid and interrupted co-runs prove nothing either way: their counts are
-    listed in `not_judged`, unless another repeat of that count was judged.
+    listed in `not_judged`, unless another repeat of that count was judged, and are not tried.
 
     Returns `{"clients": int | None, "criterion": "oom"|"failed"|"timeout"|"killed"|"slowdown"|
-    "p99"|None, "detail": str | None, "last_good_clients": int | None,
-    "highest_clients_tried": int | None, "not_judged": [int, ...]}`; `clients` is `None` when it
-    was not reached.
+    "p99"|None, "detail": str | None, "broken_repeats": int, "judged_repeats": int,
+    "last_good_clients": int | None, "highest_clients_tried": int | None,
+    "not_judged": [int, ...]}`; `clients` is `None` when it was not reached, `criterion` and
+    `detail` are the first broken repeat's.
     """
     by_count: dict[int, list[Record]] = {}
     for co_run in co_runs:
         by_count.setdefault(co_run["clients"], []).append(co_run)
-    last_good: int | None = None
-    not_judged: list[int] = []
-    for clients, repeats in sorted(by_count.items()):
-        judged = [run for run in repeats if run["outcome"] in ("ok", "failed", "timeout")]
-        if not judged:
-            not_judged.append(clients)
-            continue
-        for run in judged:
-            members = [
-                record for record in client_records if record.get("co_run") == run.get("co_run")
-            ]
-            criterion, detail = _broken_by(run, members, max_slowdown, max_p99_ms)
-            if criterion is not None:
-                return {
-                    "clients": clients,
-                    "criterion": criterion,
-                    "detail": detail,
-                    "last_good_clients": last_good,
-                    "highest_clients_tried": max(by_count),
-                    "not_judged": not_judged,
-                }
-        last_good = clients
-    return {
+    judged_by_count = {
+        clients: [run for run in repeats if run["outcome"] in ("ok", "failed", "timeout")]
+        for clients, repeats in sorted(by_count.items())
+    }
+    tried = [clients for clients, judged in judged_by_count.items() if judged]
+    found: dict[str, Any] = {
         "clients": None,
         "criterion": None,
         "detail": None,
-        "last_good_clients": last_good,
-        "highest_clients_tried": max(by_count, default=None),
-        "not_judged": not_judged,
+        "broken_repeats": 0,
+        "judged_repeats": 0,
+        "last_good_clients": None,
+        "highest_clients_tried": max(tried, default=None),
+        "not_judged": [],
     }
+    for clients, judged in judged_by_count.items():
+        if not judged:
+            found["not_judged"].append(clients)
+            continue
+        broken = [
+            (criterion, detail)
+            for run in judged
+            for criterion, detail in [
+                _broken_by(run, _members(run, client_records), max_slowdown, max_p99_ms)
+            ]
+            if criterion is not None
+        ]
+        if broken:
+            criterion, detail = broken[0]
+            return found | {
+                "clients": clients,
+                "criterion": criterion,
+                "detail": detail,
+                "broken_repeats": len(broken),
+                "judged_repeats": len(judged),
+            }
+        found["last_good_clients"] = clients
+    return found
+
+
+def _members(co_run: Record, client_records: Sequence[Record]) -> list[Record]:
+    return [record for record in client_records if record.get("co_run") == co_run.get("co_run")]
 
 
 def _broken_by(
