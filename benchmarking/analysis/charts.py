@@ -25,15 +25,15 @@ WIDTH = 5.6  # inches: on a phone's 360 pixels its 9 point text is still legible
 _DPI = 120
 _PNG_COLORS = 64  # a third of the file's size, and no difference to the eye
 
-# Luminance differs too, so that the order of the shades survives a grey print.
+# Luminance differs too, by a tenth of the scale and more, so that a grey print tells them apart.
 _STYLES: Mapping[str, Mapping[str, str]] = {
     "time-slicing": {"color": "#23527c", "hatch": "", "marker": "o", "linestyle": "-"},
     "mps": {"color": "#e08e45", "hatch": "//", "marker": "s", "linestyle": "--"},
     "mig": {"color": "#a9cf8d", "hatch": "xx", "marker": "^", "linestyle": ":"},
     "exclusive": {"color": "#dddddd", "hatch": "--", "marker": "v", "linestyle": "-."},
-    "cpu-demo": {"color": "#8c8c8c", "hatch": "..", "marker": "D", "linestyle": "-."},
+    "cpu-demo": {"color": "#676767", "hatch": "..", "marker": "D", "linestyle": "-."},
 }
-_OTHER_STYLE = {"color": "#b07aa1", "hatch": "\\\\", "marker": "P", "linestyle": "-."}
+_OTHER_STYLE = {"color": "#a46f95", "hatch": "\\\\", "marker": "P", "linestyle": "-."}
 
 # One mode under several settings keeps its color.
 _SETTINGS: Sequence[Mapping[str, str]] = (
