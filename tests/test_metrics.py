@@ -9,6 +9,7 @@ import pytest
 
 from benchmarking.metrics import intervals, scores
 from benchmarking.metrics.breaking_point import breaking_point, saturation_count, sufficient_count
+from benchmarking.metrics.estimates import estimate, excess_percent, range_estimate
 
 
 def unit(count: int, seconds: float, *, latency: bool = False) -> dict:
@@ -68,7 +69,7 @@ def test_percentiles_interpolate_between_ranks_as_numpy_does():
     figures = scores.percentiles_ms(values)
     assert figures is not None
     assert (figures["p50"], figures["median"], figures["mean"]) == (4.0, 4.0, 4.5)
-    assert figures["p95"] == pytest.approx(8.4)
+    assert scores.percentile(values, 95) == pytest.approx(8.4)
     assert (figures["min"], figures["max"]) == (1.0, 9.0)
     assert figures["std"] == pytest.approx(math.sqrt((0.25 + 12.25 + 20.25 + 2.25) / 4))
     for percent in (0, 1, 37.5, 99, 100):
@@ -93,7 +94,54 @@ def test_tail_slowdown_compares_percentiles_of_raw_latencies():
     assert scores.tail_slowdown(shared, alone, 99) == pytest.approx(40 / 10.1)
     assert scores.tail_slowdown(None, alone, 99) is None
     assert scores.tail_slowdown(shared, [], 99) is None
-    assert scores.tail_slowdown(shared, [0.0], 99) is None
+    assert scores.tail_slowdown(shared, [0.0] * 100, 99) is None
+
+
+def test_a_tail_needs_a_hundred_responses_and_a_median_one():
+    enough = [1.0] * scores.FEWEST_FOR_A_TAIL
+    assert scores.latency_percentile(enough, 99) == 1.0
+    for percent in (95, 99):
+        assert scores.latency_percentile(enough[1:], percent) is None
+        assert scores.tail_slowdown(enough[1:], enough, percent) is None
+        assert scores.tail_slowdown(enough, enough[1:], percent) is None
+    assert scores.percentiles_ms([2.0])["p50"] == 2.0
+    assert scores.percentiles_ms([2.0])["p99"] is None
+
+
+def test_a_request_that_was_missed_counts_as_infinitely_late():
+    answers = [float(n) for n in range(1, 100)]
+    assert scores.latency_percentile(answers, 99, missed=1) == math.inf  # rank 98.01 of 99
+    assert scores.latency_percentile([*answers, 100.0] * 2, 99, missed=1) == pytest.approx(100.0)
+    assert scores.latency_percentile(answers, 50, missed=99) == math.inf
+    assert scores.latency_percentile(None, 99, missed=100) == math.inf
+    assert scores.tail_slowdown(answers, [1.0] * 100, 99, missed=1) == math.inf
+    assert scores.tail_slowdown([1.0] * 100, answers, 99, missed_alone=1) is None
+    assert scores.percentiles_ms(answers, missed=1)["p99"] == math.inf
+
+
+def test_repeats_without_a_bound_differ_from_others_only_when_all_of_them_have_none():
+    bounded, unbounded = estimate([10.0, 11.0, 12.0]), estimate([math.inf] * 3)
+    now_and_then = estimate([math.inf, 20.0, 21.0])
+    assert unbounded.shows_difference_from(bounded)
+    assert not unbounded.shows_difference_from(estimate([math.inf] * 3))
+    assert not now_and_then.shows_difference_from(bounded)
+    assert (now_and_then.mean, now_and_then.low, now_and_then.high) == (math.inf, 0, math.inf)
+
+
+def test_plain_ranges_show_no_difference_however_far_apart():
+    low, high = ([1.0, 1.1, 1.2], [8.0, 8.1, 8.2])
+    assert estimate(low).shows_difference_from(estimate(high))
+    assert not range_estimate(low).shows_difference_from(range_estimate(high))
+    assert not estimate(low).shows_difference_from(range_estimate(high))
+
+
+def test_the_excess_of_a_ratio_keeps_its_interval():
+    ratio = estimate([1.02, 1.03, 1.04])
+    found = excess_percent(ratio)
+    assert found.mean == pytest.approx(100 * (ratio.mean - 1))
+    assert (found.low, found.high) == pytest.approx((100 * (ratio.low - 1), 100 * (ratio.high - 1)))
+    assert (found.repeats, found.is_interval) == (3, True)
+    assert excess_percent(None) is None
 
 
 # --- all clients of a co-run ----------------------------------------------------------------
@@ -338,6 +386,13 @@ def test_one_failing_repeat_breaks_a_count_and_an_invalid_co_run_proves_nothing(
     runs = [co_run(1), co_run(2, "invalid"), co_run(4), co_run(4, "failed", repeat=1)]
     point = breaking_point(runs)
     assert point["clients"] == 4
+    assert (point["broken_repeats"], point["judged_repeats"]) == (1, 2)
+
+
+def test_a_count_that_no_co_run_judged_was_not_tried():
+    point = breaking_point([co_run(1), co_run(2), co_run(4, "invalid")])
+    assert (point["highest_clients_tried"], point["not_judged"]) == (2, [4])
+    assert breaking_point([co_run(1, "invalid")])["highest_clients_tried"] is None
     assert point["not_judged"] == [2]
     assert point["last_good_clients"] == 1
 
@@ -386,10 +441,3 @@ def test_more_clients_gain_nothing_from_the_first_count_near_the_best_on():
 def test_nothing_is_said_of_the_success_of_clients_that_were_interrupted():
     assert scores.success_rate_percent([{"status": "ok"}, {"status": "oom"}]) == 50.0
     assert scores.success_rate_percent([{"status": "interrupted"}, {"status": "ok"}]) is None
-    assert (point["broken_repeats"], point["judged_repeats"]) == (1, 2)
-
-
-def test_a_count_that_no_co_run_judged_was_not_tried():
-    point = breaking_point([co_run(1), co_run(2), co_run(4, "invalid")])
-    assert (point["highest_clients_tried"], point["not_judged"]) == (2, [4])
-    assert breaking_point([co_run(1, "invalid")])["highest_clients_tried"] is None

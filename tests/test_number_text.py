@@ -12,7 +12,7 @@ from benchmarking.command_line import number_text
     [
         (0, "0"), (0.2804, "0.280"), (4.4, "4.40"), (9.996, "10.0"), (12.71, "12.7"),
         (-11.599, "-11.6"), (99.98, "100"), (999.6, "1,000"), (12833.4, "12,833"),
-        (0.000123, "0.000123"),
+        (0.000123, "0.000123"), (float("inf"), "∞"),
     ],
 )  # fmt: skip
 def test_three_significant_digits_and_never_an_exponent(value, text):
@@ -21,7 +21,13 @@ def test_three_significant_digits_and_never_an_exponent(value, text):
 
 @pytest.mark.parametrize(
     ("milliseconds", "text"),
-    [(2.77, "2.77 ms"), (999.4, "999 ms"), (999.6, "1.00 s"), (13039.6, "13.0 s")],
+    [
+        (2.77, "2.77 ms"),
+        (999.4, "999 ms"),
+        (999.6, "1.00 s"),
+        (13039.6, "13.0 s"),
+        (float("inf"), "∞"),
+    ],
 )
 def test_a_duration_is_in_seconds_from_a_thousand_milliseconds_on(milliseconds, text):
     assert number_text.duration(milliseconds) == text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from benchmarking.analysis.clients import TAIL_PERCENTILES, ClientRow
@@ -16,6 +17,8 @@ def number(value: float | None, decimals: int = 2, unit: str = "") -> str:
     """A number for a table cell, an en dash when it is unknown."""
     if value is None:
         return UNKNOWN
+    if math.isinf(value):
+        return significant(value)
     rounded = round(value, decimals) + 0.0  # no "-0"
     return f"{rounded:.{decimals}f}{' ' + unit if unit else ''}"
 
@@ -36,10 +39,15 @@ def joules(value: float | None) -> str:
 
 
 def latency(row: ClientRow) -> str:
-    """p50, p95 and p99 of the raw latencies."""
+    """p50, p95 and p99 of the raw latencies; of too few the median and how many they are."""
     if row.latency is None:
         return UNKNOWN
-    return durations([row.latency[f"p{percent}"] for percent in TAIL_PERCENTILES])
+    found = [row.latency[f"p{percent}"] for percent in TAIL_PERCENTILES]
+    known = [value for value in found if value is not None]
+    if len(known) == len(found):
+        return durations(found)
+    tails = [UNKNOWN] * (len(found) - len(known))
+    return f"{' / '.join([durations(known), *tails])} (n = {row.responses + row.missed})"
 
 
 def tail_slowdowns(row: ClientRow) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from benchmarking.analysis.guide_checks import Check, card_checks, workload_chec
 from benchmarking.analysis.runs import CoRun, RunView
 from benchmarking.analysis.service import ServiceFigures, bound_of, service_figures
 from benchmarking.metrics import scores
-from benchmarking.metrics.estimates import Estimate, estimate, range_estimate
+from benchmarking.metrics.estimates import Estimate, estimate
 
 Record = Mapping[str, Any]
 
@@ -30,8 +30,9 @@ class SloAttainment:
 class ClientRow:
     """One client of a co-run group over the group's repeats, or one job alone.
 
-    `p99_ms` holds the p99 of each repeat; `latency` and `tail_slowdown` come from the raw latencies
-    of all repeats together.
+    `p99_ms` and `median_ms` hold those of each repeat; `latency` and `tail_slowdown` come from the
+    raw latencies of all repeats together. `responses` is how many these are, `missed` how many
+    more requests had none: they count as infinitely late.
     """
 
     client: int
@@ -42,14 +43,38 @@ class ClientRow:
     reasons: list[str]
     slowdown: Estimate | None
     job_seconds: float | None
-    latency: dict[str, float] | None
+    latency: dict[str, float | None] | None
     tail_slowdown: dict[int, float | None]
     p99_ms: Estimate | None
+    median_ms: Estimate | None
+    responses: int
+    missed: int
     slo: SloAttainment | None
     service: ServiceFigures | None
     joules_per_job: float | None
     peak_memory_mib: float | None
     checks: list[Check]
+
+    @property
+    def missed_percent(self) -> float:
+        """Share of the requests that were missed, in percent."""
+        return 100 * self.missed / max(1, self.responses + self.missed)
+
+
+def copies_by_label(rows: Iterable[ClientRow]) -> dict[str, list[ClientRow]]:
+    """The rows by what they run: copies of one job stand together."""
+    found: dict[str, list[ClientRow]] = {}
+    for row in rows:
+        found.setdefault(row.label, []).append(row)
+    return found
+
+
+def worst_copy(
+    copies: Iterable[ClientRow], figure: Callable[[ClientRow], float | None]
+) -> ClientRow | None:
+    """The copy that felt most, which stands for all; `None` where none has the figure."""
+    known = [row for row in copies if figure(row) is not None]
+    return max(known, key=figure, default=None)
 
 
 def client_rows(
@@ -90,7 +115,8 @@ def _row(
     first = records[0]
     good = [record for record in records if record["status"] == "ok"]
     latencies = [value for record in good for value in record.get("latency_ms") or []]
-    alone = (baseline or {}).get("latency_ms")
+    missed = sum(map(scores.missed_requests, good))
+    alone = baseline or {}
     peaks = [r["peak_memory_mib"] for r in records if r.get("peak_memory_mib") is not None]
     proofs = [record.get("proof") or {} for record in records]
     reasons = [
@@ -107,15 +133,21 @@ def _row(
         reasons=reasons,
         slowdown=estimate(record.get("slowdown") for record in good),
         job_seconds=_mean(scores.mean_job_seconds(record) for record in good),
-        latency=scores.percentiles_ms(latencies),
+        latency=scores.percentiles_ms(latencies, missed),
         tail_slowdown={
-            percent: scores.tail_slowdown(latencies, alone, percent) for percent in TAIL_PERCENTILES
+            percent: scores.tail_slowdown(
+                latencies,
+                alone.get("latency_ms"),
+                percent,
+                missed=missed,
+                missed_alone=scores.missed_requests(alone),
+            )
+            for percent in TAIL_PERCENTILES
         },
-        p99_ms=range_estimate(
-            scores.percentile(record["latency_ms"], 99)
-            for record in good
-            if record.get("latency_ms")
-        ),
+        p99_ms=estimate(scores.record_latency_ms(r, scores.TAIL_PERCENT) for r in good),
+        median_ms=estimate(scores.record_latency_ms(r, 50) for r in good),
+        responses=len(latencies),
+        missed=missed,
         slo=_slo(good, latencies, slo_ms),
         service=service_figures(good, slo_ms),
         joules_per_job=None,

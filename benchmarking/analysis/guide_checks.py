@@ -57,7 +57,8 @@ def measured_quantities(record: Record, latencies_ms: Sequence[float]) -> dict[s
             found[quantity] = float(value)
     if latencies_ms:
         found["mean_latency_ms"] = statistics.fmean(latencies_ms)
-        found["p99_latency_ms"] = scores.percentile(latencies_ms, 99)
+        p99_ms = scores.latency_percentile(latencies_ms, scores.TAIL_PERCENT)
+        found |= {} if p99_ms is None else {"p99_latency_ms": p99_ms}
     job_seconds = scores.mean_job_seconds(record)
     if job_seconds is not None:
         found["job_seconds"] = job_seconds

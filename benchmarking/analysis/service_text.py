@@ -6,7 +6,6 @@ from benchmarking.analysis import cells
 from benchmarking.analysis.clients import ClientRow
 from benchmarking.analysis.comparison import Section
 from benchmarking.analysis.document import UNKNOWN, Bullets, Chapter, Paragraph, Table
-from benchmarking.analysis.runs import clients_text
 from benchmarking.command_line.number_text import duration
 
 HEADER = (
@@ -19,7 +18,7 @@ def chapter(section: Section) -> Chapter | None:
     """What each service answered, alone and beside others; `None` without a service."""
     found = [("alone", row) for row in section.alone if row.service is not None]
     together = [
-        (f"{group.mode_name}, {group.mix}, {clients_text(group.clients)}", row)
+        (f"{group.mode_name}, {group.subject}", row)
         for group in section.groups
         for row in group.client_rows
         if row.service is not None
@@ -33,8 +32,8 @@ def chapter(section: Section) -> Chapter | None:
             "latency counts from when a request was due. So the service stays out of STP, ANTT, "
             "overhead and fairness, which are of the **throughput clients only**; its slowdown is "
             "latency beside others over latency alone. **Goodput**: requests a second answered "
-            "within the bound. **Missed**: failed, or past the bound without an answer; "
-            "latency is of the answers, so beside many that were missed it says too little."
+            "within the bound. **Missed**: failed, or past the bound without an answer; in the "
+            "p99 these count as infinitely late, the mean latency is of the answers alone."
         ),
         Table(HEADER, [[where, *_cells(row)] for where, row in found], keys=2),
     ]
@@ -52,7 +51,7 @@ def _cells(row: ClientRow) -> list[str]:
         f"{row.client}: {row.label}",
         cells.number(service.offered_per_second, 1),
         UNKNOWN if latency is None else duration(latency["mean"]),
-        UNKNOWN if latency is None else duration(latency["p99"]),
+        UNKNOWN if latency is None or latency["p99"] is None else duration(latency["p99"]),
         cells.spread(row.slowdown),
         cells.number(row.tail_slowdown[99]),
         cells.number(service.goodput_per_second, 1),

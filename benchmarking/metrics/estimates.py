@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from benchmarking.metrics import intervals, scores
@@ -34,6 +35,12 @@ class Estimate:
             return "n = 1"
         return f"{'95 % interval' if self.is_interval else 'range'}, n = {self.repeats}"
 
+    def spread_text(self, write: Callable[[float], str]) -> str:
+        """`8.75 ms to 13.8 ms; 95 % interval, n = 3`; without edges where they say nothing."""
+        if self.repeats == 1 or math.isinf(self.low):
+            return f"n = {self.repeats}"
+        return f"{write(self.low)} to {write(self.high)}; {self.spread_name}"
+
     def text(self, decimals: int = 2, unit: str = "") -> str:
         """`1.95 (1.90 to 2.00; 95 % interval, n = 3)`, or `1.95 (n = 1)`."""
         mean, low, high = (  # the added zero turns "-0" into "0"
@@ -45,8 +52,13 @@ class Estimate:
         return f"{mean}{unit} ({low} to {high}; {self.spread_name})"
 
     def shows_difference_from(self, other: Estimate) -> bool:
-        """Whether both rest on enough repeats and their spreads do not overlap."""
+        """Whether both rest on enough repeats and their intervals do not overlap.
+
+        Ranges that lie apart show nothing: three repeats of the same often do.
+        """
         if min(self.repeats, other.repeats) < MIN_REPEATS_FOR_CLAIM:
+            return False
+        if not (self.is_interval and other.is_interval):
             return False
         return not self.overlaps(other)
 
@@ -76,6 +88,17 @@ def overhead_estimate(stp: Estimate | None) -> Estimate | None:
     of = scores.overhead_percent
     raw = tuple(of(value) for value in stp.values)
     return Estimate(of(stp.mean), of(stp.high), of(stp.low), raw, stp.is_interval)
+
+
+def excess_percent(ratio: Estimate | None) -> Estimate | None:
+    """By how much a ratio lies over 1, in percent: 3.0 for 1.03."""
+    if ratio is None:
+        return None
+    mean, low, high, *raw = (
+        scores.difference_percent(1.0, value)
+        for value in (ratio.mean, ratio.low, ratio.high, *ratio.values)
+    )
+    return Estimate(mean, low, high, tuple(raw), ratio.is_interval)
 
 
 def range_estimate(values: Iterable[float | None]) -> Estimate | None:

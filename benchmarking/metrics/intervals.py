@@ -56,11 +56,15 @@ def geometric_mean_interval(
     """Geometric mean of repeats with its interval: `(mean, low, high)`.
 
     From three values on the interval is Student's t on the logarithms (df = n - 1); ratios are
-    skewed, their logarithms less so. Under three it is only the range of the values. Raises
-    `ValueError` without values, or when one is not positive.
+    skewed, their logarithms less so. Under three it is only the range of the values. Of infinite
+    values among finite ones the logarithms have no bounded spread: the interval is all that is
+    positive. Raises `ValueError` without values, or when one is not positive.
     """
     if not values or any(not value > 0 for value in values):
         raise ValueError(f"a geometric mean needs positive values, not {list(values)}")
+    if math.inf in values:
+        low = min(values) if len(values) < 3 or min(values) == math.inf else 0.0
+        return math.inf, low, math.inf
     logs = [math.log(value) for value in values]
     center = statistics.fmean(logs)
     if len(logs) < 3:

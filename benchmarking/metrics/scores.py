@@ -27,6 +27,10 @@ Record = Mapping[str, Any]
 MISSED_KIND = "missed_request"
 OFFERED_RATE_KINDS = frozenset({"request", MISSED_KIND})
 
+# p99 of fewer responses is their maximum and little else; p95 of a few dozen hardly more.
+FEWEST_FOR_A_TAIL = 100
+TAIL_PERCENT = 99
+
 
 # --- one client -----------------------------------------------------------------------------
 
@@ -94,43 +98,65 @@ def percentile(values: Sequence[float], percent: float) -> float:
         raise ValueError(f"percent must be in 0..100, not {percent}")
     ordered = sorted(values)
     rank = (len(ordered) - 1) * percent / 100
-    below = math.floor(rank)
-    above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (ordered[above] - ordered[below]) * (rank - below)
+    below, above = ordered[math.floor(rank)], ordered[math.ceil(rank)]
+    if below == above:  # both may be infinite
+        return below
+    return below + (above - below) * (rank - math.floor(rank))
 
 
-def percentiles_ms(latencies: Sequence[float] | None) -> dict[str, float] | None:
+def latency_percentile(
+    latencies: Sequence[float] | None, percent: float, missed: int = 0
+) -> float | None:
+    """Percentile over all requests: what was missed has no latency and counts as infinitely late.
+
+    Else a server that drops its slowest requests would have the best tail. `None` without a
+    request, and of a tail (over the median) under `FEWEST_FOR_A_TAIL` of them.
+    """
+    asked = len(latencies or ()) + missed
+    if not asked or (percent > 50 and asked < FEWEST_FOR_A_TAIL):
+        return None
+    return percentile([*(latencies or ()), *[math.inf] * missed], percent)
+
+
+def percentiles_ms(
+    latencies: Sequence[float] | None, missed: int = 0
+) -> dict[str, float | None] | None:
     """Mean, median, std, min, max, p50, p95 and p99 of raw latencies, in their own unit (ms).
 
-    `std` is the population's. `None` without latencies. Percentiles of percentiles mean nothing:
-    pass the raw values of all repeats, merged.
+    `std` is the population's. p50, p95 and p99 are `latency_percentile`s over what was `missed`,
+    too; the others are of the answers. `None` without latencies. Percentiles of percentiles mean
+    nothing: pass the raw values of all repeats, merged.
     """
     if not latencies:
         return None
-    median = percentile(latencies, 50)
     return {
         "mean": statistics.fmean(latencies),
-        "median": median,
+        "median": percentile(latencies, 50),
         "std": statistics.pstdev(latencies),
         "min": min(latencies),
         "max": max(latencies),
-        "p50": median,
-        "p95": percentile(latencies, 95),
-        "p99": percentile(latencies, 99),
+        **{f"p{part}": latency_percentile(latencies, part, missed) for part in (50, 95, 99)},
     }
 
 
 def tail_slowdown(
-    shared: Sequence[float] | None, alone: Sequence[float] | None, percent: float
+    shared: Sequence[float] | None,
+    alone: Sequence[float] | None,
+    percent: float,
+    *,
+    missed: int = 0,
+    missed_alone: int = 0,
 ) -> float | None:
-    """Percentile of the raw latencies beside others, over the same percentile alone.
+    """`latency_percentile` beside others, over the same one alone.
 
-    `None` when either side has no latencies or the one alone is 0.
+    `None` when either side has none (no latencies, or too few for a tail), or the one alone is 0
+    or infinite.
     """
-    if not shared or not alone:
+    reference = latency_percentile(alone, percent, missed_alone)
+    found = latency_percentile(shared, percent, missed)
+    if found is None or not reference or math.isinf(reference):
         return None
-    reference = percentile(alone, percent)
-    return percentile(shared, percent) / reference if reference > 0 else None
+    return found / reference
 
 
 def slo_attainment_percent(
@@ -150,6 +176,12 @@ def missed_requests(client_record: Record) -> int:
     return ((client_record.get("units") or {}).get(MISSED_KIND) or {}).get("count", 0)
 
 
+def record_latency_ms(client_record: Record, percent: float) -> float | None:
+    """`latency_percentile` of one client record."""
+    missed = missed_requests(client_record)
+    return latency_percentile(client_record.get("latency_ms"), percent, missed)
+
+
 def goodput_per_second(client_records: Sequence[Record], bound_ms: float) -> float | None:
     """Requests a second that were answered within `bound_ms`, over the windows of all repeats.
 
@@ -165,7 +197,7 @@ def goodput_per_second(client_records: Sequence[Record], bound_ms: float) -> flo
 
 def difference_percent(reference: float, value: float) -> float:
     """By how much `value` lies over `reference`, in percent: `100 * (value / reference - 1)`."""
-    return 100 * (value / reference - 1)
+    return 100 * (value / reference - 1) if value != reference else 0.0  # both may be infinite
 
 
 # --- all clients of a co-run ----------------------------------------------------------------
