@@ -157,11 +157,9 @@ def test_stp_antt_and_overhead_follow_their_definitions():
         scores.average_normalized_turnaround_time([])
 
 
-def test_interference_and_mechanism_overhead_are_percent_over_alone():
+def test_interference_overhead_is_percent_over_alone():
     assert scores.interference_overhead_percent([1.0, 1.1]) == pytest.approx(5.0)
     assert scores.interference_overhead_percent([]) is None
-    assert scores.mechanism_overhead_percent(1.02) == pytest.approx(2.0)
-    assert scores.mechanism_overhead_percent(None) is None
 
 
 def test_jain_fairness_is_one_for_equals_and_one_over_n_when_one_takes_all():
@@ -386,6 +384,8 @@ def test_one_failing_repeat_breaks_a_count_and_an_invalid_co_run_proves_nothing(
     runs = [co_run(1), co_run(2, "invalid"), co_run(4), co_run(4, "failed", repeat=1)]
     point = breaking_point(runs)
     assert point["clients"] == 4
+    assert point["not_judged"] == [2]
+    assert point["last_good_clients"] == 1
     assert (point["broken_repeats"], point["judged_repeats"]) == (1, 2)
 
 
@@ -393,8 +393,6 @@ def test_a_count_that_no_co_run_judged_was_not_tried():
     point = breaking_point([co_run(1), co_run(2), co_run(4, "invalid")])
     assert (point["highest_clients_tried"], point["not_judged"]) == (2, [4])
     assert breaking_point([co_run(1, "invalid")])["highest_clients_tried"] is None
-    assert point["not_judged"] == [2]
-    assert point["last_good_clients"] == 1
 
 
 # --- bounds, joules, how many clients -------------------------------------------------------

@@ -60,7 +60,7 @@ def test_copies_of_a_job_share_a_line_with_their_lowest_and_highest_value():
 
 def test_durations_from_one_second_on_are_given_in_seconds():
     def slow(record: dict) -> None:
-        record["latency_ms"] = [12833.0, 13036.3, 13039.6]
+        record["latency_ms"] = [12833.0, *[13036.3] * 98, 13039.6]
 
     text = markdown(compare(change(mps([2.0]), slow, client=1, phase="co_run")))
     assert "| 13.0 / 13.0 / 13.0 s |" in text
@@ -105,8 +105,8 @@ def test_unknown_is_a_dash_and_never_zero():
     change(run, lambda r: r["summary"].update(energy_ratio=None, fairness=None), record="co_run")
     compared = compare(run)
     (row,) = export.flat_rows(compared)
-    assert row["energy_ratio"] is None
-    assert row["fairness"] is None
+    assert row["energy_ratio_mean"] is None
+    assert row["fairness_mean"] is None
     (scores,) = cells.score_rows(compared.sections[0].groups)
     assert scores[cells.SCORE_HEADER.index("fairness")] == UNKNOWN
 
@@ -141,4 +141,18 @@ def test_a_rounded_zero_has_no_sign_and_one_client_is_singular():
     near_zero = estimates.overhead_estimate(estimates.estimate([1.001]))
     assert near_zero.text(0, " %") == "0 % (n = 1)"
     compared = compare(synthetic_runs.run("demo", "mps", {1: [1.0]}, gpu=False, mix="training"))
-    assert "`training` with 1 client on these CPU cores" in sentences(compared)
+    assert "One ResNet50 training (`training`) on these CPU cores" in sentences(compared)
+
+
+def test_repeats_have_their_spread_in_every_table_of_the_report():
+    slowdowns = [2.0, 2.02, 2.04]
+    run = mps(slowdowns)
+    for repeat, (fairness, energy) in enumerate([(0.9, 0.7), (0.92, 0.8), (0.97, 0.9)]):
+        change(run, lambda r, f=fairness, e=energy: r["summary"].update(fairness=f, energy_ratio=e),
+               record="co_run", phase="co_run", repeat=repeat)  # fmt: skip
+    text = markdown(compare(run))
+    clients = text.split("### Clients")[1]
+    assert "| MPS, mixed, 4 | 0: ResNet50 training | ok | verified | 2.02 [1.97, 2.07] |" in clients
+    assert "| 0.92 [0.90, 0.97] |" in text  # fairness: median and range
+    assert "| 102.0 [97.1, 107.0] |" in text
+    assert "| 0.80 [0.58, 1.09] |" in text

@@ -100,7 +100,7 @@ def score_rows(groups: Sequence[Group]) -> list[list[str]]:
             spread(group.stp),
             spread(group.antt),
             spread(group.overhead_percent, 0),
-            number(group.fairness),
+            spread(group.fairness),
             number(group.success_rate_percent, 0),
             number(group.average_duration_seconds, 1),
             activity(group),

@@ -4,13 +4,16 @@ Schema history:
     1  first version.
     2  a group names several runs (`run_ids`, `gpu_uuids`); joules a job, SLO attainment, noise.
     3  `interference`: runs of pairs stand there, and no longer among the groups.
-    4  `settings` beside `mode`: rows of one mode and mix can differ in nothing but these.
+    4  `settings` beside `mode`: rows of one mode and mix can differ in nothing but these. Besides:
+       fairness, energy ratio, interference and mechanism overhead have their spread and raw values;
+       p95 and p99 are null under 100 responses, and where too many requests were missed.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from typing import Any
 
 from benchmarking.analysis.comparison import Comparison, Section
@@ -20,17 +23,22 @@ from benchmarking.metrics.estimates import Estimate
 SCHEMA_VERSION = 4
 
 _FLAT_FIGURES = (
-    "interference_overhead_percent",
-    "mechanism_overhead_percent",
     "stp_per_multiprocessor",
-    "fairness",
-    "energy_ratio",
     "success_rate_percent",
     "average_duration_seconds",
     "total_gpu_time_seconds",
     "throughput_clients",
 )
-_FLAT_ESTIMATES = ("stp", "antt", "overhead_percent", "joules_per_job")
+_FLAT_ESTIMATES = (
+    "stp",
+    "antt",
+    "overhead_percent",
+    "interference_overhead_percent",
+    "mechanism_overhead_percent",
+    "fairness",
+    "energy_ratio",
+    "joules_per_job",
+)
 
 
 def flat_rows(compared: Comparison) -> list[dict[str, Any]]:
@@ -76,7 +84,16 @@ def json_text(compared: Comparison) -> str:
         "phases": compared.phases,
         "problems": compared.problems,
     }
-    return json.dumps(value, indent=1, allow_nan=False) + "\n"
+    return json.dumps(finite(value), indent=1, allow_nan=False) + "\n"
+
+
+def finite(value: Any) -> Any:
+    """The same plain data with `None` for what is infinite, which JSON cannot hold."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and math.isinf(value) else value
 
 
 def _section(section: Section) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +13,13 @@ from benchmarking.analysis.clients import ClientRow, client_rows
 from benchmarking.analysis.guide_checks import Check, mode_checks
 from benchmarking.analysis.runs import CPU_DEMO, CoRun, RunView, clients_text, mode_name
 from benchmarking.metrics import scores
-from benchmarking.metrics.estimates import Estimate, estimate, overhead_estimate
+from benchmarking.metrics.estimates import (
+    Estimate,
+    estimate,
+    excess_percent,
+    overhead_estimate,
+    range_estimate,
+)
 
 Record = Mapping[str, Any]
 
@@ -35,6 +43,8 @@ class Group:
     """The co-runs (repeats) of one mode, mix and count of clients, from one or several runs.
 
     `settings` says what the mode was set to, where it was: limits of MPS clients, for instance.
+    `baseline_ids` are the runs in which the jobs were measured alone; `fairness` has the median and
+    the range of its repeats, since an interval could pass its limit of 1.
     """
 
     mode: str
@@ -48,16 +58,17 @@ class Group:
     stp: Estimate | None
     antt: Estimate | None
     overhead_percent: Estimate | None
-    interference_overhead_percent: float | None
-    mechanism_overhead_percent: float | None
+    interference_overhead_percent: Estimate | None
+    mechanism_overhead_percent: Estimate | None
     stp_per_multiprocessor: float | None
-    fairness: float | None
-    energy_ratio: float | None
+    fairness: Estimate | None
+    energy_ratio: Estimate | None
     joules_per_job: Estimate | None
     success_rate_percent: float | None
     average_duration_seconds: float | None
     total_gpu_time_seconds: float | None
     throughput_clients: int | None
+    baseline_ids: tuple[str, ...]
     gpu: dict[str, Any]
     client_rows: list[ClientRow]
     checks: list[Check]
@@ -68,9 +79,41 @@ class Group:
         return mode_name(self.mode, self.settings)
 
     @property
+    def mode_in_claims(self) -> str:
+        """The mode as a claim names it, with a word where nobody could check it."""
+        return f"{self.mode_name}{' (mode unverified)' if self.is_unverified else ''}"
+
+    @property
+    def who(self) -> str:
+        """`4 clients`; a single one is not the mix, but the first of its jobs: `one X`."""
+        if self.clients == 1 and self.client_rows:
+            return f"one {self.client_rows[0].label}"
+        return clients_text(self.clients)
+
+    @property
     def subject(self) -> str:
         """What ran: `mixed, 4 clients`."""
-        return f"{self.mix}, {clients_text(self.clients)}"
+        return f"{self.mix}, {self.who}"
+
+    @property
+    def proportions(self) -> tuple[tuple[str, int], ...]:
+        """The jobs' shares in lowest terms: alike where one count is so many copies of another."""
+        first = self.co_runs[0]
+        records = first.clients
+        if len(records) < self.clients:
+            planned = {co_run["co_run"]: co_run for co_run in first.run.planned(self.clients)}
+            records = planned.get(first.name, {}).get("clients", records)
+        jobs = Counter(record.get("job_key", "") for record in records)
+        unit = math.gcd(*jobs.values()) or 1
+        return tuple(sorted((job, count // unit) for job, count in jobs.items()))
+
+    @property
+    def share_text(self) -> str:
+        """`16 of 132 multiprocessors` where the first client had fewer than the card; else ``."""
+        whole = self.runs[0].environment.get("multiprocessor_count")
+        identity = next((record.get("identity") for record in self.co_runs[0].clients), None)
+        own = (identity or {}).get("multiprocessor_count")
+        return f"{own} of {whole} multiprocessors" if own and whole and own < whole else ""
 
     @property
     def run_ids(self) -> tuple[str, ...]:
@@ -109,10 +152,12 @@ def build_group(
     clients: int,
     alone: Mapping[str, Record],
     slo_ms: float | None = None,
+    baseline_ids: Sequence[str] = (),
 ) -> Group:
     """Put together the judged co-runs of that many clients; the runs are alike, newest first.
 
-    `alone` holds baseline records by job key; `slo_ms` is a bound on the latency jobs' responses.
+    `alone` holds baseline records by job key, `baseline_ids` are the runs that all the figures'
+    baselines come from; `slo_ms` is a bound on the latency jobs' responses.
     """
     mode, mix = runs[0].mode, runs[0].mix
     co_runs = [co_run for run in runs for co_run in run.judged(clients)]
@@ -132,10 +177,12 @@ def build_group(
         antt=antt,
         overhead_percent=overhead_estimate(stp),
         interference_overhead_percent=_interference(good, mode, antt),
-        mechanism_overhead_percent=_mechanism(mode, clients, antt),
+        mechanism_overhead_percent=(
+            excess_percent(antt) if clients == 1 and mode != CPU_DEMO else None
+        ),
         stp_per_multiprocessor=_stp_per_multiprocessor(runs[0], mode, stp, co_runs),
-        fairness=_mean_of(good, "fairness"),
-        energy_ratio=_mean_of(good, "energy_ratio"),
+        fairness=range_estimate(c.summary("fairness") for c in good),
+        energy_ratio=estimate(c.summary("energy_ratio") for c in good),
         joules_per_job=estimate(
             scores.joules_per_job((c.record.get("gpu") or {}).get("energy_joules"), c.clients)
             for c in good
@@ -144,12 +191,18 @@ def build_group(
         average_duration_seconds=_mean_of(good, "average_duration_seconds"),
         total_gpu_time_seconds=_mean_of(good, "total_gpu_time_seconds"),
         throughput_clients=next((c.summary("throughput_clients") for c in good), None),
+        baseline_ids=tuple(dict.fromkeys(baseline_ids)),
         gpu=_gpu_figures([c.record.get("gpu") or {} for c in good or co_runs]),
         client_rows=client_rows(co_runs, alone, slo_ms),
         checks=[],
     )
     group.checks = _mode_checks(group)
     return group
+
+
+def run_ids_of(groups: Iterable[Group]) -> tuple[str, ...]:
+    """The runs that the groups' figures come from, each once."""
+    return tuple(dict.fromkeys(run_id for group in groups for run_id in group.run_ids))
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
@@ -161,17 +214,10 @@ def _mean_of(co_runs: Sequence[CoRun], name: str) -> float | None:
     return _mean(co_run.summary(name) for co_run in co_runs)
 
 
-def _interference(good: Sequence[CoRun], mode: str, antt: Estimate | None) -> float | None:
-    found = _mean_of(good, "interference_overhead_percent")
-    if found is None and mode != "mig" and antt is not None:
-        return scores.interference_overhead_percent([antt.mean])
-    return found
-
-
-def _mechanism(mode: str, clients: int, antt: Estimate | None) -> float | None:
-    if clients != 1 or mode == CPU_DEMO:
-        return None
-    return scores.mechanism_overhead_percent(antt.mean if antt else None)
+def _interference(good: Sequence[CoRun], mode: str, antt: Estimate | None) -> Estimate | None:
+    percents = [c.summary("interference_overhead_percent") for c in good]
+    found = estimate(1 + percent / 100 for percent in percents if percent is not None)
+    return excess_percent(antt if found is None and mode != "mig" else found)
 
 
 def _stp_per_multiprocessor(
@@ -206,7 +252,11 @@ def _mode_checks(group: Group) -> list[Check]:
     measured = {
         "success_rate_percent": group.success_rate_percent,
         "overhead_percent": group.overhead_percent.mean if group.overhead_percent else None,
-        "interference_overhead_percent": group.interference_overhead_percent,
+        "interference_overhead_percent": (
+            group.interference_overhead_percent.mean
+            if group.interference_overhead_percent
+            else None
+        ),
         "utilization_gpu_percent": group.gpu["utilization_gpu_percent"],
     }
     return mode_checks(group.mode, measured, group.subject)

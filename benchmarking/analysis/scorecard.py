@@ -8,14 +8,15 @@ from benchmarking.analysis import cells
 from benchmarking.analysis.comparison import Section
 from benchmarking.analysis.document import UNKNOWN, Bullets, Chapter, Paragraph, Table
 from benchmarking.analysis.groups import Group
+from benchmarking.metrics.scores import FEWEST_FOR_A_TAIL
 
 _KEYS = ("mode", "mix", "clients")
 
 _COSTS: dict[str, Callable[[Group], str]] = {
-    "interference overhead %": lambda g: cells.number(g.interference_overhead_percent, 1),
-    "mechanism overhead %": lambda g: cells.number(g.mechanism_overhead_percent, 1),
+    "interference overhead %": lambda g: cells.spread(g.interference_overhead_percent, 1),
+    "mechanism overhead %": lambda g: _mechanism(g),
     "total GPU time s": lambda g: cells.number(g.total_gpu_time_seconds, 1),
-    "energy ratio": lambda g: cells.number(g.energy_ratio),
+    "energy ratio": lambda g: cells.spread(g.energy_ratio),
     "J a window": lambda g: cells.joules(g.gpu["energy_joules"]),
     "J a job": lambda g: cells.joules(g.joules_per_job.mean if g.joules_per_job else None),
     "power W": lambda g: cells.number(g.gpu["power_draw_watts"], 0),
@@ -41,7 +42,10 @@ def scorecard(section: Section) -> Chapter | None:
     chapter = Chapter(
         "Scorecard",
         [
-            Paragraph("In brackets: the 95 % interval of three or more repeats, the range of two."),
+            Paragraph(
+                "In brackets: the 95 % interval of three or more repeats, the range of two; of "
+                "fairness the range, beside its median."
+            ),
             Table(cells.SCORE_HEADER, cells.score_rows(section.groups), keys=len(_KEYS)),
         ],
     )
@@ -72,6 +76,12 @@ def scorecard(section: Section) -> Chapter | None:
             )
         )
     return chapter
+
+
+def _mechanism(group: Group) -> str:
+    """What the mode costs with nobody to share with; on a part of the card that is not all."""
+    found = cells.spread(group.mechanism_overhead_percent, 1)
+    return f"{found} (on {group.share_text})" if group.share_text and found != UNKNOWN else found
 
 
 def _columns(
@@ -140,8 +150,9 @@ def clients(section: Section) -> Chapter | None:
         [
             Paragraph(
                 "Slowdown and job time in the window in which everyone runs; latency percentiles "
-                "from the raw values of all repeats; tail slowdown is the same percentile over the "
-                "one alone."
+                "from the raw values of all repeats, p95 and p99 of "
+                f"{FEWEST_FOR_A_TAIL} or more; tail slowdown is the same percentile over the one "
+                "alone."
             ),
             Table(header, rows, keys=2),
         ],

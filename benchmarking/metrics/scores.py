@@ -235,14 +235,6 @@ def interference_overhead_percent(same_share_slowdowns: Sequence[float]) -> floa
     return 100 * (statistics.fmean(same_share_slowdowns) - 1) if same_share_slowdowns else None
 
 
-def mechanism_overhead_percent(single_client_slowdown: float | None) -> float | None:
-    """Mechanism overhead `= 100 * (one client under the mode / alone - 1)`.
-
-    What the mode costs with nobody to share with.
-    """
-    return None if single_client_slowdown is None else 100 * (single_client_slowdown - 1)
-
-
 def jain_fairness(progress: Sequence[float]) -> float | None:
     """Jain's index `(sum x)^2 / (n * sum x^2)` over `x_i = T_i / C_i`: 1 = all equally slowed.
 
