@@ -5,23 +5,37 @@ A difference between two modes that is no larger than that is no difference betw
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from benchmarking.analysis.groups import Group
 from benchmarking.analysis.runs import CoRun
 from benchmarking.metrics import scores
-from benchmarking.metrics.estimates import range_estimate
+from benchmarking.metrics.estimates import Estimate, range_estimate
 
 STP = "STP"
+ANTT = "ANTT"
+SLOWDOWN = "slowdown"
 P99 = "p99 latency"
+MEDIAN = "median latency"
+
+# Said with every claim that no A/A stands behind.
+NO_FLOOR = "no A/A was taken, so the noise floor is unknown"
+
+_OF_CLIENT: Mapping[str, Callable[[Mapping[str, Any]], float | None]] = {
+    SLOWDOWN: lambda record: record.get("slowdown"),
+    P99: lambda record: scores.record_latency_ms(record, scores.TAIL_PERCENT),
+    MEDIAN: lambda record: scores.record_latency_ms(record, 50),
+}
 
 
 @dataclass(frozen=True)
 class SameTwice:
     """One figure of one group in each of its runs; `percent` is the highest over the lowest.
 
-    `label` is the job's for a p99 latency, and empty for the STP.
+    `label` is the job's for a client's figure, and empty for STP and ANTT.
     """
 
     group: Group
@@ -41,12 +55,15 @@ def same_twice(groups: Iterable[Group]) -> list[SameTwice]:
     for group in groups:
         if len(group.runs) < 2 or group.outcome != "ok":
             continue
-        stp = _by_run(group, lambda co_run: co_run.summary("stp"))
-        found.append(SameTwice(group, STP, "", stp))
+        for figure, name in ((STP, "stp"), (ANTT, "antt")):
+            by_run = _by_run(group, lambda co_run, name=name: co_run.summary(name))
+            found.append(SameTwice(group, figure, "", by_run))
         for row in group.client_rows:
-            if row.p99_ms is not None:
-                p99 = _by_run(group, lambda co_run, client=row.client: _p99(co_run, client))
-                found.append(SameTwice(group, P99, row.label, p99))
+            judged_by_median = row.service is not None or row.slowdown is None
+            latency = P99 if row.p99_ms else MEDIAN if judged_by_median else None
+            for figure in (SLOWDOWN, latency) if latency else (SLOWDOWN,):
+                by_run = _by_run(group, functools.partial(_of_client, figure, row.client))
+                found.append(SameTwice(group, figure, row.label, by_run))
     return [pair for pair in found if len(pair.by_run) >= 2 and min(pair.by_run) > 0]
 
 
@@ -54,10 +71,25 @@ def noise_floor(
     pairs: Sequence[SameTwice], mix: str, figure: str, label: str = ""
 ) -> SameTwice | None:
     """The pair of that mix and figure that lies farthest apart; `None` when none was taken."""
-    fitting = [
+    return widest(
         pair for pair in pairs if (pair.group.mix, pair.figure, pair.label) == (mix, figure, label)
-    ]
-    return max(fitting, key=lambda pair: pair.percent, default=None)
+    )
+
+
+def widest(pairs: Iterable[SameTwice]) -> SameTwice | None:
+    """The pair that lies farthest apart; `None` without any."""
+    return max(pairs, key=lambda pair: pair.percent, default=None)
+
+
+def is_inside(one: float, other: float, floor: SameTwice | None) -> bool:
+    """Whether two figures lie no farther apart than the same mode from itself."""
+    low, high = sorted((one, other))
+    return floor is not None and scores.difference_percent(low, high) <= floor.percent
+
+
+def is_shown(one: Estimate, other: Estimate, floor: SameTwice | None) -> bool:
+    """The claim rule: enough repeats each, spreads that lie apart, and more than the floor."""
+    return one.shows_difference_from(other) and not is_inside(one.mean, other.mean, floor)
 
 
 def _by_run(group: Group, value_of: Callable[[CoRun], float | None]) -> tuple[float, ...]:
@@ -69,8 +101,6 @@ def _by_run(group: Group, value_of: Callable[[CoRun], float | None]) -> tuple[fl
     return tuple(found.mean for found in medians if found is not None)
 
 
-def _p99(co_run: CoRun, client: int) -> float | None:
-    for record in co_run.clients:
-        if record["client"] == client and record.get("latency_ms"):
-            return scores.percentile(record["latency_ms"], 99)
-    return None
+def _of_client(figure: str, client: int, co_run: CoRun) -> float | None:
+    record = next((record for record in co_run.clients if record["client"] == client), {})
+    return _OF_CLIENT[figure](record)

@@ -10,9 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from benchmarking.analysis.noise import SameTwice
+from benchmarking.analysis.noise import NO_FLOOR, SameTwice, is_inside, is_shown
 from benchmarking.command_line.number_text import joined
-from benchmarking.metrics import scores
 from benchmarking.metrics.estimates import MIN_REPEATS_FOR_CLAIM, Estimate
 
 
@@ -46,6 +45,11 @@ class Standing:
         """Whether the verdict says which one the best figure belongs to."""
         return not self.overlapping and not self.in_noise
 
+    @property
+    def doubt(self) -> str:
+        """What a claim lacks; empty where nothing is claimed, or an A/A stands behind it."""
+        return NO_FLOOR if self.shown and self.noise_percent is None else ""
+
 
 @dataclass(frozen=True)
 class Words:
@@ -63,10 +67,9 @@ def stand(best: Estimate, others: Sequence[Candidate], noise: SameTwice | None) 
     """Sort the others by what may be said of them."""
     shown, overlapping, in_noise, single = [], [], [], []
     for other in others:
-        low, high = sorted((best.mean, other.found.mean))
-        if noise is not None and scores.difference_percent(low, high) <= noise.percent:
+        if is_inside(best.mean, other.found.mean, noise):
             in_noise.append(other)
-        elif best.shows_difference_from(other.found):
+        elif is_shown(best, other.found, noise):
             shown.append(other)
         elif best.overlaps(other.found):
             overlapping.append(other)
