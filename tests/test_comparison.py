@@ -77,10 +77,6 @@ def _without_one_job(run: dict) -> None:
     ]
 
 
-def _failed(run: dict) -> None:
-    change(run, lambda r: r.update(outcome="failed", reason="oom"), record="co_run", phase="co_run")
-
-
 def limited(run: dict, percentage: str) -> dict:
     """The run with limits that its plan file gave each client."""
     clients = [{"environment": {"CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": percentage}}] * 4
@@ -107,7 +103,6 @@ def _contended(run: dict) -> None:
         (lambda run: run["manifest"].update(environment=synthetic_runs.GPU | {"host_cores": 8}),
          "older than mps, host cores 8 and not 16"),
         (_without_one_job, "other jobs than the newer mps"),
-        (_failed, "older than mps, which came to another outcome"),
     ],
 )  # fmt: skip
 def test_a_run_that_differs_is_left_out_of_the_newer_ones_row_and_the_reason_given(edit, reason):

@@ -12,7 +12,7 @@ import synthetic_runs
 from compared_runs import change, compare, markdown, sentences, time_slicing
 
 from benchmarking import analyze_results
-from benchmarking.analysis import export
+from benchmarking.analysis import export, heat_maps, noise
 
 JOBS = ("resnet_training", "batch_inference", "bert_training")
 RESNET, INFERENCE, BERT = (synthetic_runs.JOBS[job][0] for job in JOBS)
@@ -61,8 +61,39 @@ def test_the_pair_that_hurts_most_is_named_with_its_mode_figure_and_run():
         f"Two at a time under MPS: {INFERENCE} suffers most, beside {BERT}: slowdown 8.01" in text
     )
     assert "95 % interval, n = 3" in text
-    assert f"the p99 latency that grows most is that of {INFERENCE} beside {BERT}" in text
+    assert (
+        f"the p99 latency that grew most in these runs is that of {INFERENCE} beside {BERT}" in text
+    )
     assert "as seen in these runs" not in text
+    assert text.endswith("no A/A was taken, so the noise floor is unknown.")
+
+
+def test_the_worst_pair_of_two_calls_is_claimed_only_beyond_their_noise_floor():
+    runs = [pairs_run("pairs-mps", repeats=3), pairs_run("again", repeats=3,
+            created_at="2026-01-02T00:00:00+00:00")]  # fmt: skip
+    quiet = sentences(compare(*runs))
+    assert "suffers most, beside BERT fine-tuning: slowdown 8.01" in quiet
+    assert quiet.endswith("noise floor of the slowdowns 0.0 %.")
+    noisy = change(runs[1], lambda r: r.update(slowdown=5 * r["slowdown"]), record="client",
+                   co_run="pairs-resnet_training-resnet_training-r1")  # fmt: skip
+    for repeat in (0, 2):
+        change(noisy, lambda r: r.update(slowdown=5 * r["slowdown"]), record="client",
+               co_run=f"pairs-resnet_training-resnet_training-r{repeat}")  # fmt: skip
+    loud = compare(runs[0], noisy)
+    assert ", as seen in these runs: slowdown" in sentences(loud)
+    assert "noise floor of the slowdowns 400.0 %" in sentences(loud)
+    found = {(pair.figure, pair.label) for pair in loud.sections[0].same_twice}
+    assert (noise.SLOWDOWN, RESNET) in found
+
+
+def test_one_pair_alone_is_no_claim_that_it_is_the_worst():
+    run = pairs_run()
+    only = "pairs-batch_inference-batch_inference-r0"
+    run["records"] = [r for r in run["records"] if r["phase"] == "baseline" or r["co_run"] == only]
+    run["manifest"]["plan"]["co_runs"] = [
+        planned for planned in run["manifest"]["plan"]["co_runs"] if planned["co_run"] == only
+    ]
+    assert "suffers most, beside itself, as seen in these runs" in sentences(compare(run))
 
 
 def test_of_single_co_runs_the_worst_pair_is_said_as_seen():
@@ -122,6 +153,22 @@ def test_a_tail_of_few_responses_is_not_given():
     (matrix,) = compare(few).sections[0].matrices
     assert matrix.cell(INFERENCE, BERT).tail_slowdown is None
     assert matrix.cell(INFERENCE, BERT).responses == 40
+
+
+def test_every_job_has_figures_in_one_of_the_maps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    every = tuple(synthetic_runs.MIXES["mixed"])
+    pairs = list(itertools.combinations_with_replacement(every, 2))
+    monkeypatch.setitem(globals(), "JOBS", every)
+    monkeypatch.setitem(globals(), "PAIRS", pairs)
+    (matrix,) = compare(pairs_run()).sections[0].matrices
+    notebook = synthetic_runs.JOBS["jupyter_simulation"][0]
+    assert notebook in matrix.latency_jobs
+    with_tails = {cell.job for cell in matrix.cells if cell.tail_slowdown is not None}
+    assert set(matrix.jobs_without_tails) == set(matrix.jobs) - with_tails
+    assert with_tails == {INFERENCE}
+    assert all(matrix.cell(job, INFERENCE).slowdown for job in matrix.jobs_without_tails)
+    drawn = heat_maps.slowdowns(matrix, [matrix], tmp_path / "slowdowns.png")
+    assert notebook.split()[0] in drawn.svg
 
 
 def test_the_report_holds_a_heat_map_of_slowdowns_and_one_of_tails(tmp_path: Path):

@@ -139,8 +139,9 @@ def compare(
     for section in sections:
         _fill_groups(section, [*runs, *references], slo_ms)
         _fill_matrices(section, [*runs, *references])
-        section.ramps = find_ramps(section.groups)
         section.same_twice = noise.same_twice(section.groups)
+        section.ramps = find_ramps(section.groups, section.same_twice)
+        section.same_twice += [pair for matrix in section.matrices for pair in matrix.same_twice]
         lenders = [_baseline_run(run, [*runs, *references]) for run in section.runs]
         borrowed = [run for run in lenders if run is not None]
         section.alone = alone_rows([*section.runs, *borrowed], slo_ms)
@@ -213,7 +214,9 @@ def _fill_groups(section: Section, every_run: Sequence[RunView], slo_ms: float |
         if chosen:
             bound = slo_ms or (chosen[0].manifest.get("bounds") or {}).get("max_p99_ms")
             alone = _baselines(chosen[0], every_run)
-            section.groups.append(build_group(chosen, clients, alone, bound))
+            lenders = [_baseline_run(run, every_run) or run for run in chosen]
+            ids = [lender.run_id for lender in lenders]
+            section.groups.append(build_group(chosen, clients, alone, bound, ids))
     section.groups.sort(
         key=lambda group: (group.mix, group.clients, mode_order(group.mode), group.settings)
     )

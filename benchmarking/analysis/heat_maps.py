@@ -1,4 +1,4 @@
-"""Heat maps of who harms whom: slowdowns of throughput jobs, p99 tails of latency jobs, by mode."""
+"""Heat maps of who harms whom, by mode: p99 tails of latency jobs, slowdowns of all others."""
 
 from __future__ import annotations
 
@@ -7,14 +7,10 @@ import textwrap
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
-from benchmarking.analysis import charts
+from benchmarking.analysis import cells, charts
 from benchmarking.analysis.document import Picture
-from benchmarking.analysis.interference import (
-    FEWEST_FOR_A_TAIL,
-    OK,
-    InterferenceCell,
-    InterferenceMatrix,
-)
+from benchmarking.analysis.interference import OK, InterferenceCell, InterferenceMatrix
+from benchmarking.metrics.scores import FEWEST_FOR_A_TAIL
 
 _LABEL_CHARACTERS = 12
 _ROW_INCHES = 0.55
@@ -27,13 +23,13 @@ Value = Callable[[InterferenceCell], float | None]
 def slowdowns(
     matrix: InterferenceMatrix, every: Sequence[InterferenceMatrix], path: Path
 ) -> Picture | None:
-    """Slowdown of each throughput job beside each job; `None` where none is known.
+    """Slowdown of each job that the map of tails cannot show; `None` where none is known.
 
     `every` are the matrices that the reader will see beside it, for one scale of shades.
     """
-    highest = _highest(every, slowdown_of, lambda one: one.throughput_jobs)
+    highest = _highest(every, slowdown_of, lambda one: one.jobs_without_tails)
     return _draw(
-        matrix, matrix.throughput_jobs, slowdown_of, highest, path,
+        matrix, matrix.jobs_without_tails, slowdown_of, highest, path,
         "slowdown (times alone)", "{job} is slowed the most by {beside}",
     )  # fmt: skip
 
@@ -66,7 +62,7 @@ def _highest(
 ) -> float:
     """Where the scale of shades ends: the worst figure of all maps, 2 at least."""
     found = [value(cell) for one in matrices for cell in one.cells if cell.job in jobs_of(one)]
-    return max([2.0, *(figure for figure in found if figure is not None)])
+    return max([2.0, *(figure for figure in found if figure is not None and figure < math.inf)])
 
 
 def missing_text(cell: InterferenceCell, value: Value) -> str:
@@ -95,7 +91,10 @@ def _draw(
     worst = max(known, key=value)
     with charts.drawing_rules():
         figure, (panel,) = charts.new_figure(1.0 + _ROW_INCHES * len(rows))
-        shades = [[math.nan if value(c) is None else value(c) for c in line] for line in table]
+        shades = [
+            [math.nan if value(c) is None else min(value(c), highest) for c in line]
+            for line in table
+        ]
         # One hue whose lightness falls evenly: the order of the cells survives a grey print. As
         # shapes and not as a picture, which an SVG inside a page would have to embed.
         panel.pcolormesh(
@@ -107,7 +106,7 @@ def _draw(
                 found = value(cell)
                 is_dark = found is not None and (found - 1) / (highest - 1) > _DARK
                 panel.annotate(
-                    missing_text(cell, value) if found is None else f"{found:.2f}",
+                    missing_text(cell, value) if found is None else cells.number(found),
                     (column + 0.5, row + 0.5), ha="center", va="center",
                     color="white" if is_dark else "black",
                     fontweight="normal" if found is None else "bold",
@@ -123,7 +122,7 @@ def _draw(
         return charts.save(
             figure, path,
             f"Under {matrix.title} {message.format(job=worst.job, beside=worst.other)}: "
-            f"{value(worst):.2f} times",
+            f"{cells.number(value(worst))} times",
             f"Heat map of {label} under {matrix.title}; rows suffer, columns stand beside.",
         )  # fmt: skip
 

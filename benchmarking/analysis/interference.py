@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarking.analysis import noise
+from benchmarking.analysis.groups import build_group
 from benchmarking.analysis.merging import merge
 from benchmarking.analysis.runs import CoRun, RunView, mode_name, mode_order
 from benchmarking.metrics import scores
@@ -21,12 +23,7 @@ from benchmarking.planning.pairs import CLIENTS
 Record = Mapping[str, Any]
 Pair = tuple[str, str]
 
-# p99 of fewer responses is their maximum and little else.
-FEWEST_FOR_A_TAIL = 100
-
 OK, MISSING = "ok", "not measured"
-
-_TAIL_PERCENT = 99
 
 
 @dataclass(frozen=True)
@@ -57,7 +54,10 @@ class InterferenceCell:
 
 @dataclass(frozen=True)
 class InterferenceMatrix:
-    """All pairs of one mode and mix; `latency_jobs` are the labels of those with response times."""
+    """All pairs of one mode and mix; `latency_jobs` are the labels of those with response times.
+
+    `same_twice` are the figures of pairs that two or more runs took.
+    """
 
     mode: str
     settings: str
@@ -65,6 +65,7 @@ class InterferenceMatrix:
     jobs: tuple[str, ...]
     latency_jobs: frozenset[str]
     cells: tuple[InterferenceCell, ...]
+    same_twice: tuple[noise.SameTwice, ...] = ()
 
     @property
     def title(self) -> str:
@@ -72,9 +73,10 @@ class InterferenceMatrix:
         return mode_name(self.mode, self.settings)
 
     @property
-    def throughput_jobs(self) -> list[str]:
-        """Labels of the jobs whose users wait for the whole job."""
-        return [job for job in self.jobs if job not in self.latency_jobs]
+    def jobs_without_tails(self) -> list[str]:
+        """Labels of the jobs whose users wait for the whole job, or that answered too little."""
+        short = {c.job for c in self.cells if c.outcome == OK and c.tail_slowdown is None}
+        return [job for job in self.jobs if job not in self.latency_jobs or job in short]
 
     @property
     def run_ids(self) -> tuple[str, ...]:
@@ -107,17 +109,22 @@ def find_matrices(
     matrices, left_out = [], []
     for (*kind, mix), by_pair in by_mode.items():
         cells: list[InterferenceCell] = []
+        groups = []
         latency_jobs: frozenset[str] = frozenset()
         for candidates in by_pair.values():
             chosen, others = merge(candidates, CLIENTS)
             left_out += others
             latency_jobs = latency_jobs.union(*map(_with_latency, chosen))
             if chosen:
-                cells += _cells(chosen, alone_of(chosen[0]))
+                alone = alone_of(chosen[0])
+                cells += _cells(chosen, alone)
+                groups.append(build_group(chosen, CLIENTS, alone))
         jobs = tuple(dict.fromkeys(job for pair in by_pair for job in pair))
         if cells:
+            with_latency = latency_jobs.intersection(jobs)
+            twice = tuple(noise.same_twice(groups))
             matrices.append(
-                InterferenceMatrix(*kind, mix, jobs, latency_jobs.intersection(jobs), tuple(cells))
+                InterferenceMatrix(*kind, mix, jobs, with_latency, tuple(cells), twice)
             )
     return sorted(matrices, key=lambda m: (m.mix, mode_order(m.mode), m.settings)), left_out
 
@@ -184,18 +191,20 @@ def _cell(
     latencies = [ms for members in records for r in members for ms in r.get("latency_ms") or []]
     job_key = co_runs[0].clients[places[0]].get("job_key", "")
     alone_ms = (alone.get(job_key) or {}).get("latency_ms") or []
-    responses = min(len(latencies), len(alone_ms))
-    has_tail = responses >= FEWEST_FOR_A_TAIL
+    missed = sum(scores.missed_requests(r) for members in records for r in members)
+    tail_slowdown = scores.tail_slowdown(latencies, alone_ms, scores.TAIL_PERCENT, missed=missed)
     return InterferenceCell(
         job=job,
         beside=beside,
         outcome=outcome,
         slowdown=estimate(_mean_slowdown(members) for members in records),
-        p99_ms=scores.percentile(latencies, _TAIL_PERCENT) if has_tail else None,
-        tail_slowdown=(
-            scores.tail_slowdown(latencies, alone_ms, _TAIL_PERCENT) if has_tail else None
+        p99_ms=(
+            None
+            if tail_slowdown is None
+            else scores.latency_percentile(latencies, scores.TAIL_PERCENT, missed)
         ),
-        responses=responses,
+        tail_slowdown=tail_slowdown,
+        responses=min(len(latencies), len(alone_ms)),
         stp=estimate(co_run.summary("stp") for co_run in good),
         is_unverified=any(co_run.is_unverified for co_run in good),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from benchmarking.analysis import cells
+from benchmarking.analysis import cells, noise
 from benchmarking.analysis.document import (
     UNKNOWN,
     Bullets,
@@ -15,14 +15,10 @@ from benchmarking.analysis.document import (
     Table,
     code,
 )
-from benchmarking.analysis.interference import (
-    FEWEST_FOR_A_TAIL,
-    OK,
-    InterferenceCell,
-    InterferenceMatrix,
-)
+from benchmarking.analysis.interference import OK, InterferenceCell, InterferenceMatrix
 from benchmarking.command_line.number_text import duration
 from benchmarking.metrics.estimates import MIN_REPEATS_FOR_CLAIM
+from benchmarking.metrics.scores import FEWEST_FOR_A_TAIL
 
 
 def worst_pairs(matrices: Sequence[InterferenceMatrix]) -> list[tuple[str, tuple[str, ...]]]:
@@ -42,8 +38,11 @@ def worst_pairs(matrices: Sequence[InterferenceMatrix]) -> list[tuple[str, tuple
 
 def _sentence(matrix: InterferenceMatrix, worst: InterferenceCell) -> str:
     others = [c.slowdown for c in matrix.cells if c.slowdown is not None and c is not worst]
-    is_shown = all(worst.slowdown.shows_difference_from(other) for other in others)
-    seen = "" if is_shown else ", as seen in these runs"
+    floor = noise.widest(pair for pair in matrix.same_twice if pair.figure == noise.SLOWDOWN)
+    is_claim = bool(others) and all(
+        noise.is_shown(worst.slowdown, other, floor) for other in others
+    )
+    seen = "" if is_claim else ", as seen in these runs"
     unverified = " (mode unverified)" if any(cell.is_unverified for cell in matrix.cells) else ""
     text = (
         f"Two at a time under {matrix.title}{unverified}: **{worst.job} suffers most, beside "
@@ -53,7 +52,8 @@ def _sentence(matrix: InterferenceMatrix, worst: InterferenceCell) -> str:
     if tails:
         tail = max(tails, key=lambda cell: cell.tail_slowdown)
         text += (
-            f"; the p99 latency that grows most is that of {tail.job} beside {tail.other}: "
+            f"; the p99 latency that grew most in these runs is that of {tail.job} beside "
+            f"{tail.other}: "
             f"{duration(tail.p99_ms)}, {tail.tail_slowdown:.2f} times that alone "
             f"({tail.responses} responses)"
         )
@@ -62,6 +62,10 @@ def _sentence(matrix: InterferenceMatrix, worst: InterferenceCell) -> str:
         text += f"; {missing} of {len(matrix.jobs) ** 2} figures are missing"
     if worst.slowdown.repeats < MIN_REPEATS_FOR_CLAIM:
         text += "; repeat (`--repeats 3`) before relying on it"
+    if is_claim and floor is None:
+        text += f"; {noise.NO_FLOOR}"
+    elif floor is not None:
+        text += f"; noise floor of the slowdowns {floor.percent:.1f} %"
     return f"{text}."
 
 
@@ -75,7 +79,8 @@ def chapter(matrices: Sequence[InterferenceMatrix], pictures: Sequence[Picture])
             "Each job beside each other one and beside itself, two at a time; a job beside itself "
             "pools both copies. Rows suffer, columns stand beside. Figures are against the job "
             "alone, under MIG too on the whole GPU; a p99 of fewer than "
-            f"{FEWEST_FOR_A_TAIL} responses (n), alone or together, is not given."
+            f"{FEWEST_FOR_A_TAIL} responses (n), alone or together, is not given, and such a "
+            "job stands in the map of slowdowns."
         )
     )
     if pictures:

@@ -3,7 +3,8 @@
 Repeats taken in several calls count as repeats of one row when the section already says that GPU
 model, driver, versions, engines, precisions and calibrated work are alike, and besides jobs, data,
 the mode's settings, the window, the code and the host are. Each row starts from the newest run that
-had the card to itself; one beside other people's processes is a repeat of nothing.
+had the card to itself; one beside other people's processes is a repeat of nothing. How a run ended
+keeps it out of no row: a count that failed once does not hold, whatever came of it later.
 """
 
 from __future__ import annotations
@@ -61,8 +62,6 @@ def _why_apart(run: RunView, chosen: Sequence[RunView], clients: int) -> str | N
             unlike = " and not ".join("unknown" if one is None else str(one)
                                       for one in (theirs, ours))  # fmt: skip
             return f"older than {newest.run_id}, {words} {unlike}"
-    if _is_ok(run, clients) != _is_ok(newest, clients):
-        return f"older than {newest.run_id}, which came to another outcome"
     return None
 
 
@@ -89,7 +88,3 @@ def _windows(run: RunView, clients: int) -> set[tuple[object, ...]]:
 
 def _job_keys(run: RunView, clients: int) -> list[str]:
     return [record.get("job_key", "") for record in run.judged(clients)[0].clients]
-
-
-def _is_ok(run: RunView, clients: int) -> bool:
-    return all(co_run.is_ok for co_run in run.judged(clients))

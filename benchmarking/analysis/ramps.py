@@ -1,4 +1,8 @@
-"""One mode and mix over several counts of clients: where it breaks, where more gain nothing."""
+"""One mode and mix over several counts of clients: where it breaks, where more gain nothing.
+
+Counts stand in one ramp only where their jobs are so many copies of each other's: one and four
+clients of a mix of four jobs are other jobs.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarking.analysis import noise
 from benchmarking.analysis.groups import Group
 from benchmarking.metrics.breaking_point import breaking_point, saturation_count, sufficient_count
 
@@ -15,6 +20,7 @@ class Ramp:
     """One mode and mix over several counts of clients.
 
     `bounds` are those that the runs were asked to keep: `max_slowdown`, `max_p99_ms`.
+    `sufficient_clients` is the fewest whose STP is near the best and not shown to differ from it.
     """
 
     mode: str
@@ -24,6 +30,7 @@ class Ramp:
     breaking_point: dict[str, Any]
     saturation_clients: int | None
     sufficient_clients: int | None
+    noise_floor: noise.SameTwice | None
 
     @property
     def mode_name(self) -> str:
@@ -36,22 +43,35 @@ class Ramp:
         point = self.breaking_point
         if point["clients"] is None:
             return f"not reached by {point['highest_clients_tried']} clients"
-        return f"{point['clients']} clients ({point['criterion']}: {point['detail']})"
+        broken, judged = point["broken_repeats"], point["judged_repeats"]
+        some = f"; in {broken} of {judged} repeats" if broken < judged else ""
+        return f"{point['clients']} clients ({point['criterion']}: {point['detail']}{some})"
+
+    @property
+    def known(self) -> list[Group]:
+        """The counts that worked and have an STP, the smallest first."""
+        return [group for group in self.groups if group.stp and group.outcome == "ok"]
 
 
-def find_ramps(groups: Sequence[Group]) -> list[Ramp]:
-    """Every mode and mix that was measured at several counts of clients."""
-    by_kind: dict[tuple[str, str, str], list[Group]] = {}
+def find_ramps(groups: Sequence[Group], same_twice: Sequence[noise.SameTwice]) -> list[Ramp]:
+    """Every mode and mix that was measured at several counts of clients, copies of one another."""
+    by_kind: dict[tuple[Any, ...], list[Group]] = {}
     for group in groups:
-        by_kind.setdefault((group.mode, group.settings, group.mix), []).append(group)
+        key = (group.mode, group.settings, group.mix, group.proportions)
+        by_kind.setdefault(key, []).append(group)
     return [
-        _ramp(mode, mix, sorted(members, key=lambda group: group.clients))
-        for (mode, _, mix), members in by_kind.items()
+        _ramp(
+            mode,
+            mix,
+            sorted(members, key=lambda group: group.clients),
+            noise.noise_floor(same_twice, mix, noise.STP),
+        )
+        for (mode, _, mix, _), members in by_kind.items()
         if len(members) > 1
     ]
 
 
-def _ramp(mode: str, mix: str, groups: list[Group]) -> Ramp:
+def _ramp(mode: str, mix: str, groups: list[Group], floor: noise.SameTwice | None) -> Ramp:
     co_runs, clients = [], []
     for group in groups:
         for co_run in group.co_runs:
@@ -77,8 +97,22 @@ def _ramp(mode: str, mix: str, groups: list[Group]) -> Ramp:
         bounds,
         point | recorded,
         saturation_count(stp),
-        sufficient_count(stp),
+        _sufficient(groups, stp, floor),
+        floor,
     )
+
+
+def _sufficient(
+    groups: Sequence[Group], stp: Mapping[int, float | None], floor: noise.SameTwice | None
+) -> int | None:
+    """The fewest clients that deliver near the best STP; a count shown to differ from it is out."""
+    known = {group.clients: group.stp for group in groups if stp[group.clients] is not None}
+    best = max(known.values(), key=lambda found: found.mean, default=None)
+    near = {
+        clients: None if noise.is_shown(best, found, floor) else found.mean
+        for clients, found in known.items()
+    }
+    return sufficient_count(near)
 
 
 def _recorded_reason(co_runs: Sequence[Mapping[str, Any]], clients: int | None) -> dict[str, Any]:
