@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,7 @@ from benchmarking.planning.plan import WORKLOADS
 from benchmarking.storage import run_store
 from benchmarking.sweeping import report
 from benchmarking.sweeping.knobs import KNOBS
-from benchmarking.sweeping.points import NOT_RUN, Point, read_point
+from benchmarking.sweeping.points import NOT_RUN, Point, Tail, read_point
 
 CLIENT = Path(__file__).parent / "fakes" / "scripted_client.py"
 FAST = {"match": "*", "unit_seconds": 0.02, "units": 10}
@@ -80,6 +82,8 @@ def log_of_mode_scripts(sweeper: Sweeper) -> Callable[[], list[str]]:
 
 
 def test_every_value_is_measured_against_one_baseline_and_charted(sweeper: Sweeper) -> None:
+    enough_for_a_tail = {"match": "batch_inference*", "unit_seconds": 0.002, "units": 120}
+    sweeper.script(enough_for_a_tail)
     done = sweeper.run("workloads", "1,2", "--mix", "inference", "--device", "cpu")
     assert done.returncode == 0, done.stderr
     found = sweeper.content()
@@ -247,6 +251,33 @@ def test_a_best_value_is_claimed_only_where_intervals_lie_apart() -> None:
     assert "mps-percentage **50** gave the highest throughput: STP 1.21 (" in apart
     (overlap,) = report.sentences(sweep_of(v50=[1.2, 1.3, 1.1], v100=[1.2, 1.15, 1.22]))
     assert "in these runs, no difference shown from " in overlap
+    assert apart.endswith("; no A/A was taken, so the noise floor is unknown.")
     (single,) = report.sentences(sweep_of(v50=[1.2], v100=[1.0]))
     assert "in these runs: STP 1.20 (n = 1) against 1.00 (n = 1) at 100" in single
     assert "repeat (`--repeats 3`)" in single
+
+
+def test_the_chart_of_a_sweep_has_one_message() -> None:
+    sweep = sweep_of(v50=[1.2, 1.3, 1.25], v100=[1.0, 1.1, 1.05])
+    assert report._headline(sweep) == "STP is the highest at mps-percentage 50: 1.25, n = 3"
+
+
+def test_a_p99_has_its_interval_and_one_of_missed_requests_is_not_the_lowest(
+    tmp_path: Path,
+) -> None:
+    sweep = sweep_of(v50=[1.2] * 3, v100=[1.0] * 3)
+    quick, dropping = (
+        Tail("Service", estimate(values), max(values), max(values) / 5.0)
+        for values in ([10.0, 11.0, 12.0], [math.inf] * 3)
+    )
+    sweep.points = [
+        replace(point, tails=(tail,))
+        for point, tail in zip(sweep.points, (dropping, quick), strict=True)
+    ]
+    _, said = report.sentences(sweep)
+    assert said.startswith("p99 latency of Service was the lowest at mps-percentage **100** in")
+    assert "11.0 ms (8.75 ms to 13.8 ms; 95 % interval, n = 3) at 100 against ∞ (n = 3) at" in said
+    report.write(sweep, tmp_path)
+    assert "| ∞ (∞) |" in (tmp_path / "report.md").read_text()
+    kept = json.loads(json.dumps(sweep.to_dict(), allow_nan=False))
+    assert kept["points"][0]["tails"][0]["merged_ms"] is None

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarking.analysis import charts, decision
+from benchmarking.analysis.clients import ClientRow, copies_by_label, worst_copy
 from benchmarking.analysis.document import Picture
 from benchmarking.analysis.groups import Group
 from benchmarking.analysis.noise import SameTwice
@@ -84,38 +86,55 @@ def slowdown(groups: Sequence[Group], path: Path) -> Picture | None:
 
 def _by_job(group: Group) -> list[tuple[str, Estimate]]:
     """Each job's slowdown; of copies of one job the one that was slowed most."""
-    rows = [row for row in group.client_rows if row.slowdown is not None]
-    copies: dict[str, list[Estimate]] = {}
-    for row in rows:
-        copies.setdefault(row.label, []).append(row.slowdown)
     return [
-        (
-            label if len(found) == 1 else f"{label}, the slowest of {len(found)}",
-            max(found, key=lambda estimate: estimate.mean),
-        )
-        for label, found in copies.items()
+        (name, row.slowdown)
+        for name, row in _worst(group, lambda row: row.slowdown and row.slowdown.mean)
     ]
 
 
+def _worst(
+    group: Group, figure: Callable[[ClientRow], float | None]
+) -> list[tuple[str, ClientRow]]:
+    """The worst copy of each job that has the figure, with its name in a chart."""
+    found = []
+    for label, copies in copies_by_label(group.client_rows).items():
+        row = worst_copy(copies, figure)
+        if row is not None:
+            of = f", the worst of {len(copies)}" if len(copies) > 1 else ""
+            found.append((f"{label}{of}", row))
+    return found
+
+
 def tail(groups: Sequence[Group], path: Path) -> Picture | None:
-    """p99 of each latency job over its p99 alone; `None` where no job has both."""
-    bars, seen = [], set()
-    for group in groups:
-        for row in group.client_rows:
-            times = row.tail_slowdown.get(99)
-            if times is None or (row.label, group.mode_name) in seen:
-                continue
-            seen.add((row.label, group.mode_name))
-            found = Estimate(times, times, times, (times,))
-            text = f"{times:.1f} ({duration(row.latency['p99'])})"
-            bars.append(_Bar(row.label, group.mode, group.mode_name, found, text))
+    """p99 of each latency job over its p99 alone; `None` where no job has both.
+
+    A p99 among the requests that were missed is infinite: it has no bar, and the message is its.
+    """
+    found = [
+        (name, group, row, row.tail_slowdown[99])
+        for group in groups
+        for name, row in _worst(group, lambda row: row.tail_slowdown[99])
+    ]
+    bars = [
+        _Bar(
+            name, group.mode, group.mode_name, Estimate(times, times, times, (times,)),
+            f"{times:.1f} ({duration(row.latency['p99'])})",
+        )
+        for name, group, row, times in found
+        if math.isfinite(times)
+    ]  # fmt: skip
     if not bars:
         return None
-    worst = max(bars, key=lambda bar: bar.found.mean)
+    name, group, row, times = max(found, key=lambda one: one[-1])
+    message = (
+        f"p99 latency grows up to {times:.1f} times: {name} under {group.mode_name}"
+        if math.isfinite(times)
+        else f"{name} under {group.mode_name} has no p99: {row.missed_percent:.1f} % of its "
+        "requests were missed"
+    )
     return _draw(
         bars, path, "p99 latency (times that alone; lower is better)", "alone",
-        f"p99 latency grows up to {worst.found.mean:.1f} times: {worst.category} under "
-        f"{worst.mode_name} ({groups[0].subject})",
+        f"{message} ({groups[0].subject})",
         f"Bars of p99 latency over p99 latency alone by job and mode, {groups[0].subject}; raw "
         "latencies of all repeats together.",
         note="over the raw latencies of all repeats",

@@ -35,7 +35,7 @@ def scaling(ramps: Sequence[Ramp], path: Path) -> Picture | None:
             (lower, "antt", "mean slowdown (times alone)", counts[-1]),
         ):
             found = [getattr(group, name) for ramp in known for group in ramp.groups]
-            highest = max(reference, *(estimate.high for estimate in found if estimate is not None))
+            highest = max([reference, *(one.high for one in found if one is not None)])
             panel.set_ylim(0, 1.08 * highest)
             panel.set_xticks(counts)
             panel.set_ylabel(label)
@@ -79,18 +79,12 @@ def _mark_breaking_points(panel: Axes, ramps: Sequence[Ramp]) -> None:
 
 
 def _message(ramps: Sequence[Ramp]) -> str:
-    parts = []
-    for ramp in ramps:
-        best = max((g for g in ramp.groups if g.stp), key=lambda group: group.stp.mean)
-        broken = ramp.breaking_point["clients"]
-        end = (
-            f"breaks at {broken}"
-            if broken is not None
-            else f"holds to {ramp.breaking_point['highest_clients_tried']} clients"
-        )
-        parts.append(
-            f"{ramp.mode_name} peaks at STP {best.stp.mean:.2f} with "
-            f"{clients_text(best.clients)} and {end}"
-        )
-    message = "; ".join(parts)
-    return f"{message[0].upper()}{message[1:]}"
+    """The highest STP of all; where a mode breaks stands in the chart."""
+    best = max(
+        (group for ramp in ramps for group in ramp.groups if group.stp),
+        key=lambda group: group.stp.mean,
+    )
+    return (
+        f"STP is the highest with {clients_text(best.clients)} under {best.mode_name}: "
+        f"{best.stp.mean:.2f}, n = {best.stp.repeats}"
+    )

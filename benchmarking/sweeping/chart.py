@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from benchmarking.analysis import charts
 from benchmarking.analysis.document import Picture
 from benchmarking.metrics.estimates import Estimate
-from benchmarking.sweeping.points import OK, Point
+from benchmarking.sweeping.points import OK, Point, Tail
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -79,23 +79,34 @@ def _draw_tails(panel: Axes, points: Sequence[Point], labels: Sequence[str]) -> 
         marker, line, color = _TAIL_LOOKS[number % len(_TAIL_LOOKS)]
         _line(panel, found, marker, line, color, label)
         highest += [estimate.high for estimate in found if estimate]
+        for place, point in enumerate(points):
+            if _is_unbounded(point.tail(label)):
+                panel.annotate(
+                    "∞: missed", (place, 0.95), xycoords=("data", "axes fraction"), ha="center",
+                    va="top", style="italic", fontsize=8,
+                )  # fmt: skip
     panel.axhline(1, color="0.5", linewidth=1)
     _scale(panel, "p99, times alone", highest)
 
 
 def _times_alone(point: Point, label: str) -> Estimate | None:
-    """p99 of all repeats over p99 alone, with the range of single repeats' p99."""
+    """The repeats' p99 over p99 alone; `None`, a gap, where too many requests were missed."""
     tail = point.tail(label)
-    if tail is None or tail.slowdown is None:
+    if tail is None or tail.slowdown is None or _is_unbounded(tail):
         return None
     scale = tail.slowdown / tail.merged_ms
-    low, high = (scale * value for value in (tail.p99_ms.low, tail.p99_ms.high))
-    mean = tail.slowdown
-    return Estimate(mean, min(low, mean), max(high, mean), tail.p99_ms.values)
+    found = tail.p99_ms
+    mean, low, high = (scale * value for value in (found.mean, found.low, found.high))
+    return Estimate(mean, low, high, found.values, found.is_interval)
+
+
+def _is_unbounded(tail: Tail | None) -> bool:
+    """Whether so many requests were missed that their p99 is infinite."""
+    return tail is not None and math.inf in (tail.merged_ms, tail.p99_ms.mean)
 
 
 def _scale(panel: Axes, label: str, highs: Sequence[float]) -> None:
-    panel.set_ylim(0, 1.1 * max(1.0, *highs))
+    panel.set_ylim(0, 1.1 * max([1.0, *highs]))
     panel.set_ylabel(label)
     panel.grid(color="0.85")
 

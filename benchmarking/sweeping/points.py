@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarking.analysis.clients import ClientRow
+from benchmarking.analysis.clients import ClientRow, copies_by_label, worst_copy
 from benchmarking.analysis.comparison import Comparison, compare
+from benchmarking.analysis.export import finite
 from benchmarking.analysis.groups import Group
 from benchmarking.analysis.runs import RunView
 from benchmarking.metrics.estimates import Estimate
@@ -23,7 +25,8 @@ class Tail:
     """p99 response time of one latency job, of copies the worst one's.
 
     `p99_ms` has the p99 of each repeat; `merged_ms` is that of all raw latencies together,
-    `slowdown` the same over p99 alone, where that is known.
+    `slowdown` the same over p99 alone, where that is known. Requests that were missed count as
+    infinitely late; of too few responses there is no tail.
     """
 
     label: str
@@ -52,8 +55,8 @@ class Point:
         return next((tail for tail in self.tails if tail.label == label), None)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain data for JSON; what is unknown is `None`."""
-        return dataclasses.asdict(self)
+        """Return plain data for JSON; what is unknown or infinite is `None`."""
+        return finite(dataclasses.asdict(self))
 
 
 def read_point(value: str, folder: Path, baseline: Path | None, reason: str | None) -> Point:
@@ -98,11 +101,16 @@ def _group(found: Comparison) -> Group | None:
 
 
 def _tails(rows: Sequence[ClientRow]) -> tuple[Tail, ...]:
-    worst: dict[str, Tail] = {}
-    for row in rows:
-        if row.latency is None or row.p99_ms is None:
-            continue
-        tail = Tail(row.label, row.p99_ms, row.latency["p99"], row.tail_slowdown[99])
-        if row.label not in worst or tail.merged_ms > worst[row.label].merged_ms:
-            worst[row.label] = tail
-    return tuple(worst.values())
+    worst = [
+        worst_copy(copies, lambda row: row.p99_ms and row.p99_ms.mean)
+        for copies in copies_by_label(rows).values()
+    ]
+    return tuple(
+        Tail(row.label, row.p99_ms, _merged_ms(row), row.tail_slowdown[99])
+        for row in worst
+        if row is not None
+    )
+
+
+def _merged_ms(row: ClientRow) -> float:
+    return row.latency["p99"] if row.latency else math.inf  # not one was answered

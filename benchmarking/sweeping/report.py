@@ -19,10 +19,12 @@ from benchmarking.analysis.document import (
     Table,
     code,
 )
+from benchmarking.analysis.noise import NO_FLOOR
 from benchmarking.analysis.report_content import CPU_DEMO_NOTICE
 from benchmarking.analysis.runs import CPU_DEMO, clients_text, mode_name
 from benchmarking.command_line.number_text import duration, joined
-from benchmarking.metrics.estimates import MIN_REPEATS_FOR_CLAIM
+from benchmarking.metrics.estimates import MIN_REPEATS_FOR_CLAIM, Estimate
+from benchmarking.metrics.scores import FEWEST_FOR_A_TAIL
 from benchmarking.sweeping import chart
 from benchmarking.sweeping.points import OK, Point, Tail
 
@@ -33,8 +35,9 @@ HOW_TO_READ = (
     "**STP**: sum of the inverse slowdowns, in GPUs' worth of work; over 1, sharing beats running "
     "the jobs one after another.",
     "**ANTT**: mean slowdown, what users feel on average.",
-    "**p99, times alone**: p99 of the raw latencies of all repeats over that of the job alone; "
-    "whiskers are the range of single repeats.",
+    "**p99, times alone**: p99 of the raw latencies of all repeats over that of the job alone; in "
+    f"the chart the geometric mean of the repeats' p99s. Of fewer than {FEWEST_FOR_A_TAIL} "
+    "responses there is none, and a request that was missed counts as infinitely late (∞).",
     "A best value is named only where three or more "
     "repeats each have intervals that do not overlap; else it is said what was seen.",
 )
@@ -82,11 +85,15 @@ def write(sweep: Sweep, folder: Path) -> None:
 
 
 def _headline(sweep: Sweep) -> str:
-    """The chart's message: the highest and the lowest STP."""
-    known = sorted((p for p in sweep.points if p.stp is not None), key=lambda p: p.stp.mean)
-    repeats = "/".join(str(count) for count in sorted({p.stp.repeats for p in known}))
-    ends = dict.fromkeys(f"{p.stp.mean:.2f} at {p.value}" for p in (*known[-1:], *known[:1]))
-    return f"STP by {sweep.knob}: {', '.join(ends)} (n = {repeats})"
+    """The chart's message: the highest STP."""
+    known = [point for point in sweep.points if point.stp is not None]
+    if not known:
+        return ""
+    best = max(known, key=lambda point: point.stp.mean)
+    return (
+        f"STP is the highest at {sweep.knob} {best.value}: {best.stp.mean:.2f}, "
+        f"n = {best.stp.repeats}"
+    )
 
 
 def sentences(sweep: Sweep) -> list[str]:
@@ -109,7 +116,7 @@ def _throughput_sentence(knob: str, known: Sequence[Point]) -> str:
     against = f"STP {best.stp.text()} against {lowest.stp.text()} at {lowest.value}, the lowest"
     lead = f"{knob} **{best.value}** gave the highest throughput"
     if not alike:
-        return f"{lead}: {against}."
+        return f"{lead}: {against}; {NO_FLOOR}."
     if all(point.stp.repeats >= MIN_REPEATS_FOR_CLAIM for point in known):
         return f"{lead} in these runs, no difference shown from {joined(alike)}: {against}."
     return f"{lead} in these runs: {against}; repeat (`--repeats 3`) before relying on it."
@@ -117,15 +124,18 @@ def _throughput_sentence(knob: str, known: Sequence[Point]) -> str:
 
 def _tail_sentence(knob: str, label: str, known: Sequence[Point]) -> str:
     tails = {point.value: tail for point in known if (tail := point.tail(label)) is not None}
-    values = sorted(tails, key=lambda value: tails[value].merged_ms)
-    listed = [f"{duration(tails[value].merged_ms)} at {value}" for value in (values[0], values[-1])]
-    n = "/".join(str(count) for count in sorted({t.p99_ms.repeats for t in tails.values()}))
+    values = sorted(tails, key=lambda value: tails[value].p99_ms.mean)
+    listed = [f"{_p99_text(tails[value].p99_ms)} at {value}" for value in (values[0], values[-1])]
     if len(values) == 1:
-        return f"p99 latency of {label}: {listed[0]} (n = {n})."
+        return f"p99 latency of {label}: {listed[0]}."
     return (
         f"p99 latency of {label} was the lowest at {knob} **{values[0]}** in these runs: "
-        f"{listed[0]} against {listed[1]}, the highest (n = {n})."
+        f"{listed[0]} against {listed[1]}, the highest."
     )
+
+
+def _p99_text(found: Estimate) -> str:
+    return f"{duration(found.mean)} ({found.spread_text(duration)})"
 
 
 def _document(sweep: Sweep, said: Sequence[str], pictures: Sequence[Any]) -> Document:
