@@ -7,6 +7,8 @@ from copy import deepcopy
 import pytest
 from compared_runs import change, compare, markdown, mps, sentences, time_slicing
 
+from benchmarking.analysis import export
+
 BOUND_MS = 100.0
 
 
@@ -51,7 +53,37 @@ def test_the_mode_of_the_lower_p99_is_advised_where_the_service_matters(compared
         "Inference service beside 3 others (`mixed`): choose time slicing where its p99 latency "
         "matters: 75.0 ms" in text
     )
-    assert "against 200 ms" in text
+    assert "against ∞ (n = 3; 20.0 % missed) under MPS" in text
+
+
+def test_a_mode_that_drops_requests_does_not_win_by_the_speed_of_the_others() -> None:
+    compared = compare(
+        as_service(deepcopy(time_slicing([4.0, 4.04, 4.08])), mean_ms=40.0, missed=0),
+        as_service(deepcopy(mps([2.0, 2.02, 2.04])), mean_ms=15.0, missed=50),
+    )
+    text = sentences(compared)
+    assert (
+        "Inference service beside 3 others (`mixed`): choose time slicing where its p99 latency "
+        "matters: 200 ms" in text
+    )
+    rows = [line for line in markdown(compared).splitlines() if "1: Inference service" in line]
+    assert any("| ∞ |" in row and row.startswith("| MPS") for row in rows)
+    assert '"p99": null' in export.json_text(compared)
+
+
+def test_few_requests_are_judged_by_the_median_in_which_missed_ones_count() -> None:
+    def few(record: dict) -> None:
+        record["latency_ms"] = record["latency_ms"][:30]
+
+    runs = [
+        as_service(deepcopy(made), mean_ms=ms, missed=missed)
+        for made, ms, missed in (
+            (time_slicing([4.0, 4.04, 4.08]), 40.0, 0), (mps([2.0, 2.02, 2.04]), 15.0, 50),
+        )
+    ]  # fmt: skip
+    for run in runs:
+        change(run, few, record="client", workload="batch_inference")
+    assert "choose time slicing where its median latency matters" in sentences(compare(*runs))
 
 
 def test_what_was_missed_counts_against_the_bound_and_not_for_goodput(compared) -> None:

@@ -22,6 +22,7 @@ from benchmarking.analysis.document import (
     Picture,
     code,
 )
+from benchmarking.metrics.scores import FEWEST_FOR_A_TAIL
 
 CPU_DEMO_NOTICE = (
     "CPU demonstration: no GPU was used. These figures say nothing about GPU sharing modes "
@@ -43,7 +44,10 @@ HOW_TO_READ = (
     "much of the GPU worked.",
     "A difference is claimed only where each side has three or more repeats, their 95 % intervals "
     "do not overlap, and it is larger than the noise floor: how far the same mode, taken in two "
-    "calls, lies from itself. Of one or two co-runs only what was seen is said.",
+    "calls (A/A), lies from itself. Of one or two co-runs only what was seen is said.",
+    "**p99**: of a claim, the geometric mean over the repeats' p99s. Of fewer than "
+    f"{FEWEST_FOR_A_TAIL} responses there is none, and a request that was missed counts as "
+    "infinitely late (∞).",
 )
 
 
