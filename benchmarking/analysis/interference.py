@@ -123,9 +123,7 @@ def find_matrices(
         if cells:
             with_latency = latency_jobs.intersection(jobs)
             twice = tuple(noise.same_twice(groups))
-            matrices.append(
-                InterferenceMatrix(*kind, mix, jobs, with_latency, tuple(cells), twice)
-            )
+            matrices.append(InterferenceMatrix(*kind, mix, jobs, with_latency, tuple(cells), twice))
     return sorted(matrices, key=lambda m: (m.mix, mode_order(m.mode), m.settings)), left_out
 
 
