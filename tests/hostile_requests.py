@@ -198,7 +198,7 @@ def http_attacks() -> list[Attack]:
         *[_attack("unknown path", request_line("GET", path), 404, 400)
           for path in ("/nowhere", "/../etc/passwd", "/%00", "//", "/predict/x")],
         _attack("wrong method", request_line("GET", "/predict"), 405),
-        _attack("unknown method", request_line("BREW", "/health"), 501),
+        _attack("unknown method", request_line("BREW", "/health"), 405),
         *[_attack("bad JSON", body, 400) for body in bodies],
         _attack("wrong field", form(picture=jpeg()), 400),
         _attack("several fields", form(image=jpeg(), photo=jpeg(1)), 200, 400),

@@ -62,7 +62,7 @@ def test_a_key_that_no_header_can_carry_is_refused_without_showing_it(text: str)
 @pytest.mark.parametrize(
     ("method", "path"),
     [("POST", "/predict"), ("POST", "/batch_predict"), ("GET", "/stats"), ("GET", "/metrics"),
-     ("GET", "/nothing"), ("OPTIONS", "/predict"), ("DELETE", "/stats")],
+     ("GET", "/nothing"), ("OPTIONS", "/predict"), ("DELETE", "/stats"), ("BREW", "/stats")],
 )  # fmt: skip
 def test_without_the_key_every_path_but_health_is_a_401(
     locked: ServerProcess, method: str, path: str, headers: dict
@@ -79,6 +79,12 @@ def test_with_the_key_pictures_are_classified(locked: ServerProcess) -> None:
     answer = requests.post(f"{locked.url}/predict", data=jpeg(), headers=headers, timeout=30)
     assert answer.status_code == 200
     assert len(answer.json()["predictions"]) == 5
+
+
+def test_with_the_key_an_unknown_method_is_told_what_the_path_takes(locked: ServerProcess) -> None:
+    headers = {"Authorization": f"Bearer {KEY}"}
+    answer = requests.request("BREW", f"{locked.url}/stats", headers=headers, timeout=10)
+    assert (answer.status_code, answer.headers["Allow"]) == (405, "GET")
 
 
 def load_test(server: ServerProcess, folder: Path, *arguments: str, **environment: str):

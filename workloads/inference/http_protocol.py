@@ -37,7 +37,9 @@ BODY_SLACK_BYTES = 1 << 20
 IDLE_CONNECTION_SECONDS = 60.0
 # How long a refused client may go on sending into the void before the connection is cut.
 LINGER_SECONDS = 2.0
-_REQUEST_LINE = re.compile(rb"[!-~]+ [!-~]+ HTTP/1\.[01]\r?\n")
+_REQUEST_LINE = re.compile(rb"([!-~]+)( [!-~]+ HTTP/1\.[01]\r?\n)")
+# Stands for a method that the parser does not know; nothing else of a request depends on it.
+_STAND_IN = b"POST"
 
 
 class _Refused(Exception):
@@ -70,6 +72,8 @@ class HttpProtocol(asyncio.Protocol):
         self._parser = httptools.HttpRequestParser(self)
         self._transport: asyncio.Transport | None = None
         self._incoming: Request | None = None
+        self._unknown_method: str | None = None
+        self._read_requests = 0
         self._url = b""
         self._head_bytes = 0
         self._unparsed_bytes = 0
@@ -146,6 +150,7 @@ class HttpProtocol(asyncio.Protocol):
         if self._bare_bytes:
             self._read_bare(data)
             return
+        read_before = self._read_requests
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
@@ -156,9 +161,11 @@ class HttpProtocol(asyncio.Protocol):
                 raise error.__context__ from None
             raise
         except httptools.HttpParserInvalidMethodError as error:
-            if _REQUEST_LINE.match(data):
-                raise _Refused(HTTPStatus.NOT_IMPLEMENTED, "unknown method") from error
-            raise _Refused(HTTPStatus.BAD_REQUEST, "this is no HTTP request") from error
+            line = _REQUEST_LINE.match(data)
+            if line is None or self._read_requests > read_before:
+                raise _Refused(HTTPStatus.BAD_REQUEST, "this is no HTTP request") from error
+            self._read_unknown(line[1], data[line.end(1) :])
+            return
         except httptools.HttpParserError as error:
             raise _Refused(HTTPStatus.BAD_REQUEST, str(error)) from error
         if self._incoming is not None and not self._head_complete:
@@ -166,6 +173,15 @@ class HttpProtocol(asyncio.Protocol):
             self._unparsed_bytes += len(data)
             if self._unparsed_bytes > 2 * MAX_HEADER_BYTES:
                 self._count_head(self._unparsed_bytes)
+
+    def _read_unknown(self, method: bytes, rest: bytes) -> None:
+        """Read a request whose method the parser does not know, up to a whole one like any other.
+
+        What the path takes is the application's to say, and who may ask it.
+        """
+        self._parser = httptools.HttpRequestParser(self)
+        self._unknown_method = method.decode("latin-1")
+        self._read(_STAND_IN + rest)
 
     def _read_bare(self, data: bytes) -> None:
         """Read the body of a request that offers another protocol, which the parser leaves alone.
@@ -215,7 +231,7 @@ class HttpProtocol(asyncio.Protocol):
             if self._announced_bytes > self._limits.max_body_bytes + BODY_SLACK_BYTES:
                 raise self._too_long()
         elif name == b"transfer-encoding" and value.strip().lower() != b"chunked":
-            raise _Refused(HTTPStatus.NOT_IMPLEMENTED, "no transfer encoding but chunked is known")
+            raise _Refused(HTTPStatus.BAD_REQUEST, "no transfer encoding but chunked is known")
 
     def on_headers_complete(self) -> None:
         """Ask for the body where the client waits to be asked."""
@@ -247,7 +263,9 @@ class HttpProtocol(asyncio.Protocol):
 
     def _put_in_line(self) -> None:
         request, self._incoming = self._incoming, None
-        request.method = self._parser.get_method().decode("latin-1")
+        self._read_requests += 1
+        request.method = self._unknown_method or self._parser.get_method().decode("latin-1")
+        self._unknown_method = None
         request.version = self._parser.get_http_version()
         request.keep_alive = self._parser.should_keep_alive()
         request.path = path_of(self._url)

@@ -10,14 +10,14 @@ _NUMBER, _TEXT, _WHOLE = {"type": "number"}, {"type": "string"}, {"type": "integ
 _PLAIN = {"type": "object"}
 # The same at every path: what each status says, behind `{"error": "one sentence"}`.
 _ERRORS = {
-    "400": "the request cannot be understood; the sentence says why",
+    "400": "the request cannot be understood, or its transfer encoding is not known; the sentence "
+    "says why",
     "401": "the API key is missing or another one",
     "404": "there is nothing at this path",
     "405": "the path does not take this method; Allow says which it takes",
     "408": "the request did not arrive in time",
     "413": "the body or the picture is larger than the server takes",
     "431": "the headers are too long",
-    "501": "the method or the transfer encoding is not known",
     "503": "too much waits already, or the server is not ready: try again after Retry-After",
     "504": "the answer took too long",
 }
