@@ -27,6 +27,8 @@ SLOW_SENDERS = 6
 # Past the server's deadline for a whole request, so that it is the one who ends them.
 SLOW_SECONDS = 45.0
 KEPT_FAULTS = 20
+# What a full server may say to anything: beside the load that this client is meant for it may be.
+FULL = 503
 PICTURE, HTTP, SLOW = "pictures", "broken HTTP", "slow senders"
 
 
@@ -90,7 +92,7 @@ class ChaosClient:
                         f"after {time.monotonic() - started:.0f} s")  # fmt: skip
             return
         self.answers[kind, status] += 1
-        if status not in attack.statuses or b"Traceback" in body:
+        if status not in attack.statuses | {FULL} or b"Traceback" in body:
             self._blame(f"{attack.name}: {status} {body[:200].decode(errors='replace')}")
 
     def _blame(self, fault: str) -> None:

@@ -19,11 +19,12 @@ from PIL import Image
 from server_process import jpeg
 from urllib3 import encode_multipart_formdata
 
-LIMITS = ("--max-body-mib", "1", "--max-pixels", "1000000", "--max-batch-predict", "8")
+MAX_BODY_BYTES, MAX_PIXELS = 1 << 20, 1_000_000
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP")
+LIMITS = ("--max-body-mib", "1", "--max-pixels", str(MAX_PIXELS), "--max-batch-predict", "8")
 NOISE = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
-# A full server may always say so.
-FULL = 503
+# What the lying files say they have of both; NOISE has 64 and 48.
+CLAIMED = 16_000
 # Longer than any answer of a server that is well; whoever waits so long has found one stuck.
 PATIENCE_SECONDS = 60.0
 
@@ -69,6 +70,58 @@ def png_bomb(width: int, height: int) -> bytes:
             + chunk(b"IEND", b""))  # fmt: skip
 
 
+def lying(kind: str) -> bytes:
+    """Return a whole file of ``NOISE`` whose header claims ``CLAIMED`` x ``CLAIMED`` pixels."""
+    content = bytearray(encoded(kind))
+    little, big = struct.pack("<HH", CLAIMED, CLAIMED), struct.pack(">HH", CLAIMED, CLAIMED)
+    if kind == "GIF":
+        content[6:10] = little  # the screen
+        frame = content.index(struct.pack("<BHHHH", 0x2C, 0, 0, 64, 48))
+        content[frame + 5 : frame + 9] = little
+    elif kind == "JPEG":
+        start_of_frame = content.index(b"\xff\xc0")
+        content[start_of_frame + 5 : start_of_frame + 9] = big
+    elif kind == "WEBP":
+        key_frame = content.index(b"\x9d\x01\x2a")
+        content[key_frame + 3 : key_frame + 7] = little
+    elif kind == "BMP":
+        content[18:26] = struct.pack("<ii", CLAIMED, CLAIMED)
+    elif kind == "TIFF":
+        for tag, value in ((256, 64), (257, 48)):
+            entry = content.index(struct.pack("<HHIHH", tag, 4, 1, value, 0))
+            content[entry + 8 : entry + 12] = struct.pack("<I", CLAIMED)
+    elif kind == "PNG":
+        _claim(content, CLAIMED, CLAIMED)
+    return bytes(content)
+
+
+def lying_animation() -> bytes:
+    """Return a WebP animation of one small frame on a canvas that claims far more pixels."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return kind + struct.pack("<I", len(content)) + content
+
+    def three(number: int) -> bytes:
+        return struct.pack("<I", number)[:3]
+
+    frame = bytes(6) + three(63) + three(47) + bytes(4) + encoded("WEBP")[12:]
+    canvas = b"\x02" + bytes(3) + three(CLAIMED - 1) * 2
+    chunks = chunk(b"VP8X", canvas) + chunk(b"ANIM", bytes(6)) + chunk(b"ANMF", frame)
+    return chunk(b"RIFF", b"WEBP" + chunks)
+
+
+def missing_rows() -> bytes:
+    """Return a PNG file that has a tenth of the rows it claims; all its checksums are right."""
+    content = bytearray(encoded("PNG"))
+    _claim(content, 64, 480)
+    return bytes(content)
+
+
+def _claim(png: bytearray, width: int, height: int) -> None:
+    png[16:24] = struct.pack(">II", width, height)
+    png[29:33] = struct.pack(">I", zlib.crc32(bytes(png[12:29])))
+
+
 ODD_PICTURES = {
     "cmyk": encoded("JPEG", "CMYK"),
     "palette": encoded("PNG", "P"),
@@ -81,6 +134,8 @@ ODD_PICTURES = {
     "1x1": encoded("PNG", array=NOISE[:1, :1]),
     "20000x1": encoded("PNG", array=np.zeros((1, 20000, 3), np.uint8)),
     "1x20000": encoded("PNG", array=np.zeros((20000, 1, 3), np.uint8)),
+    # As browsers show it: the rows that are there, and black.
+    "missing rows": missing_rows(),
     **{f"right {kind}": encoded(kind) for kind in FORMATS},
 }
 NO_PICTURES = {
@@ -91,12 +146,15 @@ NO_PICTURES = {
     "zeros": (b"\0" * 100_000, 400),
     "bomb": (png_bomb(100_000, 100_000), 413),
     "flat bomb": (png_bomb(4_000_000, 1), 413),
-    "lying size": (encoded("PNG").replace(struct.pack(">II", 64, 48), b"\0\0\0\0" * 2), 400),
+    "0x0": (encoded("PNG").replace(struct.pack(">II", 64, 48), b"\0\0\0\0" * 2), 400),
+    "lying animation": (lying_animation(), 413),
+    **{f"lying {kind}": (lying(kind), 413) for kind in FORMATS},
     "too long": (jpeg() * 200, 413),
     "damaged LZW": (damaged_tiff("tiff_lzw"), 400),
     "damaged ZIP": (damaged_tiff("tiff_deflate"), 400),
-    **{f"half a {kind}": (encoded(kind)[: len(encoded(kind)) // 4], 400)
-       for kind in ("PNG", "WEBP", "TIFF")},
+    **{f"a quarter of a {kind}": (encoded(kind)[: len(encoded(kind)) // 4], 400)
+       for kind in FORMATS},
+    **{f"half a {kind}": (encoded(kind)[: len(encoded(kind)) // 2], 400) for kind in FORMATS},
     **{f"head of a {kind}": (encoded(kind)[:12], 400) for kind in FORMATS},
 }  # fmt: skip
 
@@ -108,7 +166,8 @@ class Attack:
     Attributes:
         name: For reports.
         pieces: What is sent, one after another.
-        statuses: The answers that are right.
+        statuses: The answers that are right, of a server that is not full.
+        says: What a refusal has to name.
         pause_seconds: Before each further piece: a slow sender.
         half_closes: Whether the sending side is closed after the last piece.
         leaves: Whether the connection is cut after the last piece, without reading.
@@ -117,6 +176,7 @@ class Attack:
     name: str
     pieces: tuple[bytes, ...]
     statuses: frozenset[int | None]
+    says: str = ""
     pause_seconds: float = 0.0
     half_closes: bool = False
     leaves: bool = False
@@ -168,7 +228,7 @@ def _attack(
     name: str, pieces: bytes | tuple[bytes, ...], *statuses: int | None, **more: object
 ) -> Attack:
     pieces = (pieces,) if isinstance(pieces, bytes) else pieces
-    return Attack(name, pieces, frozenset({*statuses, FULL}), **more)
+    return Attack(name, pieces, frozenset(statuses), **more)
 
 
 def picture_attacks() -> list[Attack]:
@@ -178,9 +238,11 @@ def picture_attacks() -> list[Attack]:
     attacks = []
     for name, content, status in expected:
         # Whoever sends too much may find the connection closed before the end.
-        statuses = (status, None) if status == 413 else (status,)
-        attacks.append(_attack(f"{name}, raw", post("/predict", content), *statuses))
-        attacks.append(_attack(f"{name}, form", form(image=content), *statuses))
+        statuses = (status, None) if len(content) > MAX_BODY_BYTES else (status,)
+        # Whoever is told the size it claims was read no further than the header.
+        says = f"{CLAIMED}x{CLAIMED} pixels" if name.startswith("lying") else ""
+        attacks.append(_attack(f"{name}, raw", post("/predict", content), *statuses, says=says))
+        attacks.append(_attack(f"{name}, form", form(image=content), *statuses, says=says))
     return attacks
 
 
@@ -195,22 +257,22 @@ def http_attacks() -> list[Attack]:
     chunk = b"10000\r\n" + bytes(1 << 16) + b"\r\n"
     chunked = b"POST /predict HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n"
     return [
-        *[_attack("unknown path", request_line("GET", path), 404, 400)
+        *[_attack("unknown path", request_line("GET", path), 404)
           for path in ("/nowhere", "/../etc/passwd", "/%00", "//", "/predict/x")],
         _attack("wrong method", request_line("GET", "/predict"), 405),
         _attack("unknown method", request_line("BREW", "/health"), 405),
         *[_attack("bad JSON", body, 400) for body in bodies],
         _attack("wrong field", form(picture=jpeg()), 400),
-        _attack("several fields", form(image=jpeg(), photo=jpeg(1)), 200, 400),
+        _attack("several fields", form(image=jpeg(), photo=jpeg(1)), 200),
         _attack("form without boundary", post("/predict", jpeg(), "multipart/form-data"), 400),
-        _attack("no HTTP", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", 400, None),
+        _attack("no HTTP", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", 400),
         _attack("huge header", b"GET /health HTTP/1.1\r\nX: " + b"x" * 60_000 + b"\r\n\r\n", 431),
         _attack("bad length", b"POST /predict HTTP/1.1\r\nContent-Length: -5\r\n\r\n", 400),
         _attack("two lengths", b"POST /predict HTTP/1.1\r\nContent-Length: 5\r\n"
                 b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
         _attack("bad chunk", chunked + b"ZZ\r\n", 400),
         _attack("endless body", (chunked, *[chunk] * 60), 413, None),
-        _attack("truncated body, half closed", good[:part], 400, None, half_closes=True),
+        _attack("truncated body, half closed", good[:part], 400, half_closes=True),
         _attack("whole body, half closed", good, 200, half_closes=True),
         _attack("truncated body, gone", good[:part], None, leaves=True),
         _attack("whole body, gone", good, None, leaves=True),
@@ -224,9 +286,11 @@ def slow_attacks(seconds: float) -> list[Attack]:
     """Senders that take ``seconds``, longer than the server waits, or say nothing at all."""
     head = b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: 1000\r\n\r\n"
     drops = int(seconds)
+    # Who sends on after the answer may find the connection cut before it looks.
+    late = (408, None)
     return [
-        _attack("dripping body", (head, *[b"x"] * drops), None, pause_seconds=1.0),
-        _attack("dripping header", (b"GET / HTTP/1.1\r\n", *[b"X: y\r\n"] * drops), None,
+        _attack("dripping body", (head, *[b"x"] * drops), *late, pause_seconds=1.0),
+        _attack("dripping header", (b"GET / HTTP/1.1\r\n", *[b"X: y\r\n"] * drops), *late,
                 pause_seconds=1.0),
         _attack("silence", b"", None),
     ]  # fmt: skip

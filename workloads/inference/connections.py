@@ -56,6 +56,7 @@ class Acceptor:
         listener: socket.socket,
         max_connections: int,
         open_connections: Callable[[], int],
+        on_crowded: Callable[[], None],
         hand_over: Callable[[socket.socket], None],
     ) -> None:
         """Prepare; ``start`` accepts.
@@ -64,6 +65,7 @@ class Acceptor:
             listener: The listening socket; it is closed by ``stop``.
             max_connections: Open connections; further ones wait in the kernel's queue.
             open_connections: Returns how many are open.
+            on_crowded: Called again and again while some wait there, so that room is made.
             hand_over: Takes an accepted, non-blocking connection.
         """
         self.port = int(listener.getsockname()[1])
@@ -71,6 +73,7 @@ class Acceptor:
         self._waker, self._woken = socket.socketpair()
         self._max_connections = raise_open_files_limit(max_connections)
         self._open_connections = open_connections
+        self._on_crowded = on_crowded
         self._hand_over = hand_over
         self._stopping = False
         self._thread = threading.Thread(target=self._accept_all, name="accept", daemon=True)
@@ -105,6 +108,7 @@ class Acceptor:
         while not self._stopping:
             poll.poll()
             if self._open_connections() >= self._max_connections:
+                self._on_crowded()
                 time.sleep(FULL_PAUSE_SECONDS)
             else:
                 self._accept_one()

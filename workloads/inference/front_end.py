@@ -23,6 +23,8 @@ from workloads.inference.shared_block import FrontEndRegion, SharedBlock
 # send its next request gets an answer instead of a reset.
 IDLE_GRACE_SECONDS = 0.5
 OVERDUE_CHECK_SECONDS = 0.5
+# So long others are believed to wait for a connection after one was last seen to.
+CROWD_SECONDS = OVERDUE_CHECK_SECONDS
 DRAIN_CHECK_SECONDS = 0.02
 # For the bodies of all requests at a time: a thousand clients may each send the largest one.
 BODY_MEMORY_BYTES = 512 << 20
@@ -73,6 +75,7 @@ class FrontEnd:
         """
         self.loop = asyncio.new_event_loop()
         self._region = block.front_ends[index]
+        self._crowded_seconds = block.engine.crowded_seconds
         self._limits = HttpLimits(settings.max_body_bytes, settings.request_seconds)
         self._memory = BodyMemory(max(BODY_MEMORY_BYTES, 2 * settings.max_body_bytes))
         self._connections: set[HttpProtocol] = set()
@@ -144,8 +147,9 @@ class FrontEnd:
     def _end_overdue(self) -> None:
         now = time.monotonic()
         self._region.seen_seconds[0] = now
+        crowded = now - float(self._crowded_seconds[0]) < CROWD_SECONDS
         for protocol in list(self._connections):
-            protocol.end_if_overdue(now)
+            protocol.end_if_overdue(now, crowded)
         self._service.end_overdue(now)
         self.loop.call_later(OVERDUE_CHECK_SECONDS, self._end_overdue)
 

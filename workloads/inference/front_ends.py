@@ -75,7 +75,7 @@ class FrontEnds:
         else:
             self._members = [LocalFrontEnd(block, batcher, synthetic, settings)]
         self._acceptor = Acceptor(
-            listener, max_connections, self._open_connections, self._hand_over
+            listener, max_connections, self._open_connections, self._note_crowd, self._hand_over
         )
         self.port = self._acceptor.port
         self._acceptor.start()
@@ -126,6 +126,9 @@ class FrontEnds:
 
     def _open_connections(self) -> int:
         return sum(member.connections for member in self._members)
+
+    def _note_crowd(self) -> None:
+        self._block.engine.crowded_seconds[0] = time.monotonic()
 
     def _hand_over(self, connection: socket.socket) -> None:
         """Give a connection to whoever has the fewest; in turn, where that is several.

@@ -21,7 +21,8 @@ class HttpLimits:
 
     Attributes:
         max_body_bytes: The longest request body.
-        request_seconds: From a request's first byte to its last, and for taking an answer.
+        request_seconds: From a request's first byte to its last, and for taking an answer; less
+            while others wait for a connection (see ``HttpProtocol.end_if_overdue``).
     """
 
     max_body_bytes: int

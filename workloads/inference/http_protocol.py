@@ -37,6 +37,12 @@ BODY_SLACK_BYTES = 1 << 20
 IDLE_CONNECTION_SECONDS = 60.0
 # How long a refused client may go on sending into the void before the connection is cut.
 LINGER_SECONDS = 2.0
+# While others wait for a connection: how long one is left to a client that sends nothing, with a
+# second more for each so many bytes of its request; and how long to one between two requests (a
+# usual keep-alive time, Apache's). First bytes take one journey and a slow 2G line sends as fast.
+CROWDED_SECONDS = 1.0
+CROWDED_BYTES_PER_SECOND = 4096
+CROWDED_IDLE_SECONDS = 5.0
 _REQUEST_LINE = re.compile(rb"([!-~]+)( [!-~]+ HTTP/1\.[01]\r?\n)")
 # Stands for a method that the parser does not know; nothing else of a request depends on it.
 _STAND_IN = b"POST"
@@ -89,6 +95,7 @@ class HttpProtocol(asyncio.Protocol):
         self._write_stalled_since: float | None = None
         # A connection that never says anything has its deadline too.
         self._owing_since: float | None = time.monotonic()
+        self._owing_bytes = 0
         self._idle_since = time.monotonic()
         self.lost = False
         self._closing = False
@@ -118,7 +125,11 @@ class HttpProtocol(asyncio.Protocol):
     def eof_received(self) -> bool:
         """Keep the connection for answers under way; the client only stopped sending."""
         self._closing = True
-        return self._answering is not None or bool(self._complete)
+        if self._answering is not None or self._complete:
+            return True
+        if self._incoming is not None:
+            self._refuse(_Refused(HTTPStatus.BAD_REQUEST, "the request ends before it is whole"))
+        return False
 
     def pause_writing(self) -> None:
         """Note that the client does not take its answers."""
@@ -135,7 +146,8 @@ class HttpProtocol(asyncio.Protocol):
             return
         now = time.monotonic()
         if self._owing_since is None:
-            self._owing_since = now
+            self._owe_from(now)
+        self._owing_bytes += len(data)
         try:
             self._read(data)
         except _Refused as refusal:
@@ -195,6 +207,11 @@ class HttpProtocol(asyncio.Protocol):
             self.on_body(body)
             if not self._bare_bytes:
                 self._put_in_line()
+
+    def _owe_from(self, now: float) -> None:
+        """Begin to wait for the rest of a request."""
+        self._owing_since = now
+        self._owing_bytes = 0
 
     # What the parser calls.
 
@@ -301,7 +318,9 @@ class HttpProtocol(asyncio.Protocol):
         if self._complete:
             self._transport.pause_reading()
         elif not self._transport.is_reading():
-            self._owing_since = None if self._incoming is None else time.monotonic()
+            self._owing_since = None
+            if self._incoming is not None:
+                self._owe_from(time.monotonic())
             self._transport.resume_reading()
 
     def send_answer(
@@ -354,8 +373,16 @@ class HttpProtocol(asyncio.Protocol):
             self._memory.give_back(request.body_bytes)
             request.body_bytes = 0
 
-    def end_if_overdue(self, now: float) -> None:
-        """Cut the connection if its client takes longer than it may."""
+    def end_if_overdue(self, now: float, crowded: bool) -> None:
+        """End the connection if its client takes longer than it may.
+
+        Args:
+            now: CLOCK_MONOTONIC.
+            crowded: Whether others wait for a connection to become free.
+        """
+        if crowded and self._holds_a_place(now):
+            self._give_up("all connections are in use and this one gets on too slowly")
+            return
         latest = now - self._limits.request_seconds
         if self._discards_since is not None:
             overdue = now - self._discards_since > LINGER_SECONDS
@@ -364,11 +391,33 @@ class HttpProtocol(asyncio.Protocol):
         elif self._answering is not None or self._complete:
             overdue = False
         elif self._owing_since is not None:
-            overdue = self._owing_since < latest
+            if self._owing_since < latest:
+                self._give_up(
+                    f"the request did not arrive within {self._limits.request_seconds:g} s"
+                )
+            return
         else:
             overdue = now - self._idle_since > IDLE_CONNECTION_SECONDS
-        if overdue and self._transport is not None:
-            self._transport.abort()
+        if overdue:
+            self.end()
+
+    def _holds_a_place(self, now: float) -> bool:
+        """Whether a connection is kept from others for little: nothing is asked, or too slowly."""
+        if self._discards_since is not None:
+            return now - self._discards_since > CROWDED_SECONDS
+        if self._answering is not None or self._complete or self._write_stalled_since is not None:
+            return False
+        if self._owing_since is None:
+            return now - self._idle_since > CROWDED_IDLE_SECONDS
+        allowed_seconds = CROWDED_SECONDS + self._owing_bytes / CROWDED_BYTES_PER_SECOND
+        return now - self._owing_since > allowed_seconds
+
+    def _give_up(self, message: str) -> None:
+        """End a connection by its client's fault, with a word where a request has begun."""
+        if self._incoming is not None and self._transport is not None:
+            self._refuse(_Refused(HTTPStatus.REQUEST_TIMEOUT, message))
+        else:
+            self.end()
 
     def close_after_answers(self) -> None:
         """Let the next answer be the last one."""

@@ -101,7 +101,8 @@ def parse_arguments() -> argparse.Namespace:
     )  # fmt: skip
     limits.add_argument(
         "--max-connections", type=cli.positive_int, default=1000,
-        help="open connections (default: 1000)",
+        help="open connections; when all are in use, those that send nothing or too slowly are "
+        "ended for others (default: 1000)",
     )  # fmt: skip
     limits.add_argument(
         "--request-seconds", type=cli.positive_float, default=30.0,

@@ -19,7 +19,6 @@ _ERRORS = {
     "413": "the body or the picture is larger than the server takes",
     "431": "the headers are too long",
     "503": "too much waits already, or the server is not ready: try again after Retry-After",
-    "504": "the answer took too long",
 }
 
 

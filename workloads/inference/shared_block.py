@@ -75,6 +75,8 @@ class EngineRegion:
         waiting: int64 of shape (1,): images that wait for the device.
         batches: int64 of shape (max_batch + 1,): how many batches had that many images.
         alive: int64 of shape (front_ends,): 1 while that front end lives.
+        crowded_seconds: float64 of shape (1,): when somebody last waited for a connection to become
+            free (CLOCK_MONOTONIC).
     """
 
     def __init__(self, cursor: _Cursor, shape: BlockShape) -> None:
@@ -82,6 +84,7 @@ class EngineRegion:
         self.waiting = cursor.take(np.int64, 1)
         self.batches = cursor.take(np.int64, shape.max_batch + 1)
         self.alive = cursor.take(np.int64, shape.front_ends)
+        self.crowded_seconds = cursor.take(np.float64, 1)
 
 
 class FrontEndRegion:
