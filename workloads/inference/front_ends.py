@@ -26,10 +26,11 @@ from workloads.inference.shared_block import SharedBlock
 # The end of a drain's time is kept for ending: front ends, device, result file, interpreter.
 SPARE_SHARE = 0.4
 MAX_SPARE_SECONDS = 4.0
-# A front end that has not ended by itself so long after its own time is killed.
+# A front end that has not ended by itself so long after its own time is killed; with little to
+# spare after half of that.
 KILL_SECONDS = 1.0
-# None is killed before, however short the drain: ending takes a moment on a busy machine.
-MIN_END_SECONDS = 3.0
+# After a failure there is no time to keep to, and ending takes a moment on a busy machine.
+FAILED_END_SECONDS = 3.0
 RECEIVE_SECONDS = 0.2
 
 
@@ -88,15 +89,16 @@ class FrontEnds:
     def drain(self, timeout_seconds: float) -> int:
         """Answer what has arrived, take nothing new, end; return how many were left unanswered.
 
-        Blocks for less than ``timeout_seconds``, or MIN_END_SECONDS where that is more, also where
-        a front end is stopped; a second call changes nothing.
+        Blocks for less than ``timeout_seconds``, or with 0 for FAILED_END_SECONDS, also where a
+        front end is stopped; a second call changes nothing.
         """
         if not self._draining:
             self._acceptor.stop()
             self._draining = True
             spare = min(MAX_SPARE_SECONDS, SPARE_SHARE * timeout_seconds)
             own_seconds = timeout_seconds - spare
-            end_seconds = time.monotonic() + max(own_seconds + KILL_SECONDS, MIN_END_SECONDS)
+            kill_seconds = min(KILL_SECONDS, spare / 2) if timeout_seconds else FAILED_END_SECONDS
+            end_seconds = time.monotonic() + own_seconds + kill_seconds
             for member in self._living():
                 member.begin_drain(own_seconds)
             for member in self._members:

@@ -15,10 +15,13 @@ leave with exit code 0; a second one leaves at once.
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import threading
+import time
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,7 +49,13 @@ MAX_FRONT_ENDS = 64
 MIN_THREADS, MAX_THREADS = 2, 4
 MIB = 2**20
 POLL_SECONDS = 0.2
+# After a failure, when no shutdown has a time to keep to.
 GPU_THREAD_END_SECONDS = 5.0
+# This much of a shutdown's time is for the result file.
+LAST_SHARE, MAX_LAST_SECONDS = 0.1, 1.0
+# However short a shutdown: a batch under way on a GPU takes milliseconds, and leaving it may harm
+# other clients of an MPS server.
+MIN_DEVICE_SECONDS = 0.5
 # What one answered request is called in the event log.
 UNIT_KINDS = {"predict": "request", "batch_predict": "batch_request"}
 
@@ -110,8 +119,9 @@ def parse_arguments() -> argparse.Namespace:
     )  # fmt: skip
     limits.add_argument(
         "--drain-seconds", type=cli.non_negative_float, default=30.0,
-        help="longest that a shutdown takes; its last four seconds (from 10 s down: two fifths) "
-        "are for ending, the rest is for requests in flight (default: 30)",
+        help="longest that a shutdown takes, but for the interpreter's own end of a second; its "
+        "last four seconds (from 10 s down: two fifths) are for ending, the rest is for requests "
+        "in flight (default: 30)",
     )  # fmt: skip
     api_key.add_flag(limits, "answer only who knows this key, but for /health")
     args = parser.parse_args()
@@ -127,10 +137,15 @@ def parse_arguments() -> argparse.Namespace:
 
 
 class InferenceServer(client.Workload):
-    """Serves until it is told to stop; a unit of work is one answered request."""
+    """Serves until it is told to stop; a unit of work is one answered request.
+
+    Attributes:
+        device_at_work: Whether the device had not finished when a shutdown's time was over.
+    """
 
     name = "inference_server"
     title = "Inference server"
+    device_at_work = False
 
     def load(self) -> None:
         """Listen, answering 503, and load the model meanwhile."""
@@ -267,25 +282,41 @@ class InferenceServer(client.Workload):
             RuntimeError: No front end is left.
         """
         failed = self._serving.done() or self._front_ends.failure is not None
+        drain_seconds = self.args.drain_seconds
+        end_seconds = time.monotonic() + drain_seconds
         self._tell("failed" if failed else "shutting down")
         console.note("stopping: answering what has arrived")
-        self._unanswered = self._front_ends.drain(0.0 if failed else self.args.drain_seconds)
+        self._unanswered = self._front_ends.drain(0.0 if failed else drain_seconds)
         if self._unanswered:
             self.warn(
                 f"{self._unanswered} requests were cut off by the end; give them more than "
-                f"{self.args.drain_seconds:g} s with --drain-seconds"
+                f"{drain_seconds:g} s with --drain-seconds"
             )
         self._batcher.close()
-        self._serving.result(GPU_THREAD_END_SECONDS)
+        left_seconds = end_seconds - time.monotonic()
+        left_seconds -= min(MAX_LAST_SECONDS, LAST_SHARE * drain_seconds)
+        self._end_device_work(GPU_THREAD_END_SECONDS if failed else left_seconds)
         if self._front_ends.failure is not None:
             raise RuntimeError(self._front_ends.failure)
+
+    def _end_device_work(self, timeout_seconds: float) -> None:
+        try:
+            self._serving.result(max(MIN_DEVICE_SECONDS, timeout_seconds))
+        except FutureTimeoutError:
+            if self._serving.done():
+                raise
+            self.device_at_work = True
+            self.warn(
+                "the device was still at work on a batch that nobody waits for any more; give it "
+                f"more than {self.args.drain_seconds:g} s with --drain-seconds"
+            )
 
     def close(self) -> None:
         """Stop listening and end the front ends and the GPU thread, also after a failure."""
         if hasattr(self, "_front_ends"):
             self._front_ends.drain(0.0)
             self._batcher.close()
-            self._gpu_thread.close(GPU_THREAD_END_SECONDS)
+            self._gpu_thread.close(0.0 if self.device_at_work else GPU_THREAD_END_SECONDS)
 
     def _model_facts(self) -> dict:
         return {"model": self.args.model, "weights": self._classifier.weights.kind}
@@ -344,5 +375,17 @@ class InferenceServer(client.Workload):
         return rows
 
 
+def main() -> int:
+    """Serve; where a thread is still at work at the end, leave without waiting for it."""
+    server = InferenceServer(parse_arguments())
+    code = client.run(server)
+    if server.device_at_work:
+        # The interpreter's end would take the libraries away under it, which aborts the process.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
 if __name__ == "__main__":
-    cli.run_main(client.main_of(InferenceServer, parse_arguments))
+    cli.run_main(main)
