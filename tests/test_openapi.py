@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sysconfig
 from collections.abc import Iterator
@@ -11,6 +12,9 @@ import pytest
 import requests
 from server_process import ServerProcess, jpeg, running
 
+from workloads.inference import api_key
+
+KEY = "0123456789abcdef.described"
 SCHEMATHESIS = Path(sysconfig.get_path("scripts")) / "schemathesis"
 
 
@@ -20,6 +24,18 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     folder = tmp_path_factory.mktemp("described")
     with running(folder, "--max-batch-predict", "4", "--max-body-mib", "1") as process:
         yield process
+
+
+@pytest.fixture(scope="module")
+def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """The same with an API key and front ends of its own."""
+    with contextlib.ExitStack() as stack:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv(api_key.VARIABLE, KEY)  # for the server alone
+            flags = ("--max-batch-predict", "4", "--max-body-mib", "1", "--frontends", "2")
+            folder = tmp_path_factory.mktemp("locked")
+            server = stack.enter_context(running(folder, *flags))
+        yield server
 
 
 def described(server: ServerProcess) -> dict:
@@ -66,11 +82,29 @@ def test_limits_are_the_servers_own(server: ServerProcess) -> None:
 def test_generated_requests_find_nothing_that_is_not_described(
     server: ServerProcess, tmp_path: Path, flags: tuple[str, ...]
 ) -> None:
+    explore(server, tmp_path, *flags)
+    assert server.predict(jpeg()).status_code == 200
+
+
+def test_a_key_and_front_ends_change_nothing_of_what_is_described(
+    locked: ServerProcess, tmp_path: Path
+) -> None:
+    header = {"Authorization": f"Bearer {KEY}"}
+    # Its own checks of the key leave it out and change it, and want a 401.
+    explore(locked, tmp_path, "--header", f"Authorization: Bearer {KEY}",
+            "--exclude-checks", "positive_data_acceptance")  # fmt: skip
+    answer = requests.post(f"{locked.url}/predict", data=jpeg(), headers=header, timeout=30)
+    assert answer.status_code == 200
+    assert "Traceback" not in locked.log.read_text()
+    assert KEY not in locked.log.read_text()
+
+
+def explore(server: ServerProcess, folder: Path, *flags: str) -> None:
+    """Let Schemathesis ask everything; fail with its words where an answer is not described."""
     done = subprocess.run(
         [str(SCHEMATHESIS), "run", f"{server.url}/openapi.json", "--phases", "coverage,fuzzing",
          "--max-examples", "40", "--seed", "1", "--no-color", *flags],
-        cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False,
+        cwd=folder, capture_output=True, text=True, timeout=100, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert "Tested: " in done.stdout
-    assert server.predict(jpeg()).status_code == 200

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -10,16 +11,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import requests
 from conftest import PROJECT_ROOT
 from held_client import HeldClient
 
 from benchmarking.storage import run_store
 from workloads.common import cli, client
-from workloads.inference import held_server, load_test
+from workloads.inference import api_key, held_server, load_test
 from workloads.inference.held_server import HeldServer
 from workloads.inference.load_generator import Measured
 
 SCRIPT = "workloads/inference/serving_client.py"
+KEY = "0123456789abcdef.serving"
 SMALLEST = ("--model", "resnet18", "--weights", "none", "--device", "cpu", "--max-batch", "2")
 # Events as a server writes them; `%s` is what it does after the commands.
 PRETENDED = """
@@ -69,17 +72,53 @@ def test_the_service_is_one_client_with_the_servers_identity_and_a_load_without_
     assert jobs[1]["figures"]["request_rate"] == 20
 
 
-def test_alone_the_suite_measures_the_capacity_and_offers_half_of_it(tmp_path: Path) -> None:
-    plan = tmp_path / "service.toml"
+def test_with_a_key_in_the_environment_the_server_wants_it_and_the_job_knows_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(api_key.VARIABLE, KEY)
+    with HeldClient(tmp_path, SCRIPT, *SMALLEST, "--rate", "20", "--duration", "1") as client:
+        url = f"http://127.0.0.1:{client.start_working()['port']}"
+        assert requests.get(f"{url}/stats", timeout=10).status_code == 401
+        (job,) = client.wait_for("job", 1)[:1]
+        client.say("stop")
+        assert client.exit_code() == 0
+    assert job["figures"]["successful_requests"] > 0
+    assert job["figures"]["failed_requests"] == 0  # as one without the key is
+    assert all(KEY.encode() not in file.read_bytes() for file in files_below(tmp_path))
+
+
+def run_alone(folder: Path, **environment: str) -> None:
+    """Run the suite with the service alone, into ``folder``/alone."""
+    plan = folder / "service.toml"
     arguments = json.dumps([*SMALLEST[:4], "--max-batch", "2", "--duration", "1"])
     plan.write_text(f'[[client]]\nworkload = "serving"\narguments = {arguments}\n')
     done = subprocess.run(
         (sys.executable, str(PROJECT_ROOT / "benchmarking" / "benchmark_suite.py"), "--mode",
-         "exclusive", "--device", "cpu", "--plan", str(plan), "--results-dir", str(tmp_path),
+         "exclusive", "--device", "cpu", "--plan", str(plan), "--results-dir", str(folder),
          "--run-id", "alone"),
-        capture_output=True, text=True, timeout=120, check=False,
+        env={**os.environ, **environment}, capture_output=True, text=True, timeout=120,
+        check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    (folder / "terminal.txt").write_text(done.stdout + done.stderr)
+
+
+def files_below(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def test_the_suites_runs_never_hold_the_key_that_their_server_wants(tmp_path: Path) -> None:
+    run_alone(tmp_path, **{api_key.VARIABLE: KEY})
+    names = {path.name for path in files_below(tmp_path)}
+    assert {"manifest.json", "records.jsonl", "terminal.txt"} <= names
+    assert all(KEY.encode() not in file.read_bytes() for file in files_below(tmp_path))
+    (record,) = run_store.read_run(tmp_path / "alone").client_records
+    assert record["units"]["request"]["count"] > 0
+    assert record["status"] == "ok"
+
+
+def test_alone_the_suite_measures_the_capacity_and_offers_half_of_it(tmp_path: Path) -> None:
+    run_alone(tmp_path)
     (record,) = run_store.read_run(tmp_path / "alone").client_records
     figures = record["figures"]
     assert figures["request_rate"] == pytest.approx(figures["closed_loop_capacity"] / 2, rel=0.01)
