@@ -27,8 +27,8 @@ INSIDE = "inference_server_requests_inside"
 
 @contextmanager
 def long_work(server: ServerProcess) -> Iterator[None]:
-    """A batch that takes far longer than the limit, and a sender that never comes to an end."""
-    threads = [threading.Thread(target=each, args=(server,)) for each in (ask_for_much, drip)]
+    """A batch that takes far longer than the limit, and an upload that does."""
+    threads = [threading.Thread(target=each, args=(server,)) for each in (ask_for_much, send_much)]
     for thread in threads:
         thread.start()
     wait_until(lambda: inside(server) == 1, "a request inside")
@@ -43,12 +43,12 @@ def ask_for_much(server: ServerProcess) -> None:
         server.batch_predict({"batch_size": 1024})
 
 
-def drip(server: ServerProcess) -> None:
+def send_much(server: ServerProcess, piece: bytes = bytes(10_000)) -> None:
     with suppress(ConnectionError), socket.create_connection(("127.0.0.1", server.port)) as sender:
-        sender.sendall(b"POST /predict HTTP/1.1\r\nContent-Length: 1000\r\n\r\n")
+        sender.sendall(b"POST /predict HTTP/1.1\r\nContent-Length: 9999999\r\n\r\n")
         while True:
             time.sleep(0.1)
-            sender.send(b"x")
+            sender.sendall(piece)
 
 
 def inside(server: ServerProcess) -> int:
@@ -80,6 +80,26 @@ def test_what_outlasts_the_drain_is_cut_off_and_counted(tmp_path: Path, frontend
         assert "2 requests were cut off by the end; give them more than 2 s" in (
             server.log.read_text()
         )
+
+
+def test_a_signal_right_after_the_word_that_it_is_ready_begins_a_drain(tmp_path: Path) -> None:
+    with running(tmp_path, "--drain-seconds", "10") as server:
+        assert stop_in_time(server, 10.0)["unanswered_requests"] == 0
+
+
+def test_who_drips_or_says_nothing_does_not_hold_up_a_shutdown(tmp_path: Path) -> None:
+    with running(tmp_path, "--drain-seconds", "30") as server:
+        address = ("127.0.0.1", server.port)
+        with (
+            socket.create_connection(address, timeout=30) as dripping,
+            socket.create_connection(address, timeout=30) as silent,
+        ):
+            dripping.sendall(b"POST /predict HTTP/1.1\r\nContent-Length: 1000\r\n\r\nx")
+            assert server.stats()["total_requests"] == 0  # by then the server has read that
+            figures = stop_in_time(server, 3.0)
+            assert dripping.recv(4096).startswith(b"HTTP/1.1 408 ")
+            assert silent.recv(1) == b""
+        assert figures["unanswered_requests"] == 0
 
 
 def test_one_batch_that_outlasts_the_drain_is_left_and_told(

@@ -147,7 +147,11 @@ class FrontEnd:
     def _end_overdue(self) -> None:
         now = time.monotonic()
         self._region.seen_seconds[0] = now
-        crowded = now - float(self._crowded_seconds[0]) < CROWD_SECONDS
+        # Whoever sends too slowly holds up a shutdown as it holds up others.
+        crowded = (
+            now - float(self._crowded_seconds[0]) < CROWD_SECONDS
+            or self._drain_started_seconds is not None
+        )
         for protocol in list(self._connections):
             protocol.end_if_overdue(now, crowded)
         self._service.end_overdue(now)

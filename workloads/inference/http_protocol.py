@@ -378,10 +378,10 @@ class HttpProtocol(asyncio.Protocol):
 
         Args:
             now: CLOCK_MONOTONIC.
-            crowded: Whether others wait for a connection to become free.
+            crowded: Whether others wait for a connection to become free, or a shutdown for all.
         """
         if crowded and self._holds_a_place(now):
-            self._give_up("all connections are in use and this one gets on too slowly")
+            self._give_up("the request arrives too slowly for a server that is full or shuts down")
             return
         latest = now - self._limits.request_seconds
         if self._discards_since is not None:

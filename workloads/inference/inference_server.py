@@ -160,6 +160,7 @@ class InferenceServer(client.Workload):
         listener = listening_socket(args.host, args.port)
         self._stop = threading.Event()
         self._serving: Future[None] | None = None
+        self._signal_handlers: dict[int, object] = {}
         self._unanswered = 0
         self._warned_losses = 0
         self._state = ServerState()
@@ -228,6 +229,9 @@ class InferenceServer(client.Workload):
         self._tell("warming up")
         self._gpu_thread.call(self._classifier.warm_up)
         self._serving = self._gpu_thread.start(lambda: self._batcher.serve(self._classifier))
+        if not self.args.hold:
+            # Before anybody is answered: from then on a signal means a drain.
+            self._stop_on_signals()
         self._tell("ok")
         console.note(f"ready on port {self._front_ends.port}")
 
@@ -237,15 +241,7 @@ class InferenceServer(client.Workload):
 
     def run_job(self, recorder: client.Recorder) -> dict:
         """Serve until a stop or a signal, drain, and return the statistics."""
-        previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-
-        def stop(number: int, frame: object) -> None:
-            self._stop.set()
-            for each, handler in previous.items():
-                signal.signal(each, handler)
-
-        for number in previous:
-            signal.signal(number, stop)
+        self._stop_on_signals()
         # What was answered before the start belongs to no job.
         self._stats.new_requests()
         while not (recorder.stop_requested or self._serving.done() or self._front_ends.failure):
@@ -254,13 +250,27 @@ class InferenceServer(client.Workload):
                 break
         self._drain()
         self._look_after(recorder)
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        self._restore_signals()
         return {
             **self._stats.snapshot(),
             "unanswered_requests": self._unanswered,
             "lost_front_ends": len(self._front_ends.losses),
         }
+
+    def _stop_on_signals(self) -> None:
+        """Let the next signal begin the drain, and the one after it end everything."""
+
+        def stop(number: int, frame: object) -> None:
+            self._stop.set()
+            self._restore_signals()
+
+        if not self._signal_handlers:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._signal_handlers[number] = signal.signal(number, stop)
+
+    def _restore_signals(self) -> None:
+        for number, handler in self._signal_handlers.items():
+            signal.signal(number, handler)
 
     def _look_after(self, recorder: client.Recorder) -> None:
         """Record the requests answered since the last time; tell of front ends that ended."""
