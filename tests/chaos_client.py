@@ -3,8 +3,10 @@
     python3 tests/chaos_client.py --port 5000 --rate 20 --seed 1     # until its input ends
 
 Some senders draw from the attacks of `hostile_requests.py`; others are slow or silent all the time.
-It ends with its standard input and prints what came back as JSON: how many attacks there were, the
-answers by kind of attack and status, and the answers that were not right.
+The line `ending` on its input says that the server is about to be told to stop: from then on it may
+close or refuse connections. It ends with its input and prints what came back as JSON: how many
+attacks there were, the answers by kind of attack and status, the answers that were not right, and
+how many slow senders have connected.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ SENDERS = 4
 SLOW_SENDERS = 6
 # Past the server's deadline for a whole request, so that it is the one who ends them.
 SLOW_SECONDS = 45.0
+SLOW_PAUSE_SECONDS = 0.2
 KEPT_FAULTS = 20
+ENDING = "ending"
 # What a full server may say to anything: beside the load that this client is meant for it may be.
 FULL = 503
 PICTURE, HTTP, SLOW = "pictures", "broken HTTP", "slow senders"
@@ -38,12 +42,16 @@ class ChaosClient:
     Attributes:
         answers: How often each status came back to each kind of attack; None: closed without one.
         faults: What was not right, as sentences.
+        slow_senders: How many slow senders have connected.
     """
 
     def __init__(self, port: int, rate: float, seed: int) -> None:
         """Prepare ``rate`` attacks a second in all on the server at ``port`` of this machine."""
         self.answers: Counter[tuple[str, int | None]] = Counter()
         self.faults: list[str] = []
+        self.slow_senders = 0
+        self._counting = threading.Lock()
+        self._ending = threading.Event()
         self._port = port
         self._pause_seconds = SENDERS / rate
         self._ended = threading.Event()
@@ -67,6 +75,10 @@ class ChaosClient:
         for thread in [*self._threads, *self._slow]:
             thread.start()
 
+    def expect_end(self) -> None:
+        """From now on the server may close and refuse connections."""
+        self._ending.set()
+
     def stop(self) -> None:
         """End; the slow ones are left where they are."""
         self._ended.set()
@@ -80,20 +92,30 @@ class ChaosClient:
             self._carry_out(*draw.choice(attacks))
 
     def _send_slowly(self, attack: Attack) -> None:
-        while not self._ended.is_set():
+        # A server that has ended, or is full, is not asked again at once.
+        while not self._ended.wait(SLOW_PAUSE_SECONDS):
             self._carry_out(SLOW, attack)
 
     def _carry_out(self, kind: str, attack: Attack) -> None:
         started = time.monotonic()
         try:
-            status, body = attack.carry_out(self._port)
+            status, body = attack.carry_out(self._port, lambda: self._note_connected(kind))
         except OSError as error:
+            if self._ending.is_set():
+                return
             self._blame(f"{attack.name}: {error or type(error).__name__} "
                         f"after {time.monotonic() - started:.0f} s")  # fmt: skip
             return
-        self.answers[kind, status] += 1
-        if status not in attack.statuses | {FULL} or b"Traceback" in body:
+        with self._counting:
+            self.answers[kind, status] += 1
+        right = attack.statuses | {FULL} | ({None} if self._ending.is_set() else set())
+        if status not in right or b"Traceback" in body:
             self._blame(f"{attack.name}: {status} {body[:200].decode(errors='replace')}")
+
+    def _note_connected(self, kind: str) -> None:
+        if kind == SLOW:
+            with self._counting:
+                self.slow_senders += 1
 
     def _blame(self, fault: str) -> None:
         if not self._ended.is_set() and len(self.faults) < KEPT_FAULTS:
@@ -107,6 +129,7 @@ class ChaosClient:
         return {
             "attacks": sum(self.answers.values()),
             "answers": by_kind,
+            "slow_senders": self.slow_senders,
             "faults": self.faults,
         }
 
@@ -122,7 +145,9 @@ def main() -> None:
     options = parser.parse_args()
     client = ChaosClient(options.port, options.rate, options.seed)
     client.start()
-    sys.stdin.read()
+    for line in sys.stdin:
+        if line.strip() == ENDING:
+            client.expect_end()
     client.stop()
     print(json.dumps(client.report()))
 

@@ -19,8 +19,11 @@ class HeldLoad:
     Attributes:
         requests: How many were sent under the steady load, after its lead-in.
         failures: Those that were not answered with 200, by kind, the lead-in's too.
+        hostile_requests: How many were answered or closed beside the load.
+        slow_senders: How many of them connected beside the load.
         chaos_faults: Answers to hostile requests that were not right, as sentences.
         resident_mib: Median resident memory of the whole server in each quarter of the time.
+        gpu_memory_mib: The same of the memory in use on the card; None without one.
         p99_ms: In each quarter of the requests, from the intended send; None: none was answered.
         threads: Of the server at rest, before and after the steady load.
         open_files: The same.
@@ -34,8 +37,11 @@ class HeldLoad:
 
     requests: int
     failures: dict[str, int]
+    hostile_requests: int
+    slow_senders: int
     chaos_faults: list[str]
     resident_mib: list[float | None]
+    gpu_memory_mib: list[float | None] | None
     p99_ms: list[float | None]
     threads: tuple[int, int]
     open_files: tuple[int, int]
@@ -47,9 +53,9 @@ class HeldLoad:
     unanswered: int | None
 
 
-def growth_percent(resident_mib: list[float | None]) -> float | None:
+def growth_percent(memory_mib: list[float | None]) -> float | None:
     """Return how much more memory the last quarter takes than the first; None where unknown."""
-    first, last = resident_mib[0], resident_mib[-1]
+    first, last = memory_mib[0], memory_mib[-1]
     return None if first is None or last is None else 100.0 * (last - first) / first
 
 
@@ -90,14 +96,24 @@ def p99_ms(latency_seconds: np.ndarray, ok: np.ndarray) -> float | None:
     return float(np.percentile(latency_seconds[ok], 99)) * 1e3 if ok.any() else None
 
 
+def _is_steady(memory_mib: list[float | None]) -> bool:
+    growth = growth_percent(memory_mib)
+    return growth is not None and growth < MEMORY_PERCENT
+
+
 def judged(run: HeldLoad) -> dict[str, bool]:
     """Return each bound by name and whether the run kept to it; what is unknown is not kept."""
-    growth, ratio = growth_percent(run.resident_mib), p99_ratio(run.p99_ms)
+    ratio = p99_ratio(run.p99_ms)
+    memory = {"memory": run.resident_mib}
+    if run.gpu_memory_mib is not None:
+        memory["GPU memory"] = run.gpu_memory_mib
     return {
         "no good request failed": run.requests > 0 and not run.failures,
+        "hostile requests were sent": run.hostile_requests > 0,
+        "slow senders were there": run.slow_senders > 0,
         "every hostile request was answered rightly": not run.chaos_faults,
-        f"memory grew by less than {MEMORY_PERCENT:g} %":
-            growth is not None and growth < MEMORY_PERCENT,
+        **{f"{name} grew by less than {MEMORY_PERCENT:g} %": _is_steady(values)
+           for name, values in memory.items()},
         f"p99 stable within a factor of {P99_RATIO:g}": ratio is not None and ratio <= P99_RATIO,
         "no more threads": run.threads[1] <= run.threads[0],
         "no more open files": run.open_files[1] <= run.open_files[0],

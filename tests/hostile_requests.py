@@ -11,6 +11,7 @@ import socket
 import struct
 import time
 import zlib
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -181,13 +182,20 @@ class Attack:
     half_closes: bool = False
     leaves: bool = False
 
-    def carry_out(self, port: int) -> tuple[int | None, bytes]:
+    def carry_out(
+        self, port: int, on_connected: Callable[[], None] = lambda: None
+    ) -> tuple[int | None, bytes]:
         """Return status and body of the answer; None and nothing where there was none.
+
+        Args:
+            port: The server's, on this machine.
+            on_connected: Called when the connection stands.
 
         Raises:
             TimeoutError: The server neither answers nor closes the connection.
         """
         with socket.create_connection(("127.0.0.1", port), PATIENCE_SECONDS) as connection:
+            on_connected()
             # The server may have closed it before all is sent; its answer can still be read.
             with suppress(ConnectionError):
                 for index, piece in enumerate(self.pieces):

@@ -10,7 +10,7 @@
 3. A Poisson stream of 80 % of that (the load test's own generator) beside the chaos client. In a
    lead-in the generator opens its connections, and the server a thread for each: a failure there
    counts, but its tail and its memory are not those of the load that is held.
-4. SIGTERM while a closed loop of clients sends all it can.
+4. SIGTERM while a closed loop of clients sends all it can, beside the chaos client too.
 
 Bounds: held_load_bounds.py. Ends with 1 where one is not kept, naming it; the server's log is kept.
 """
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     import numpy as np
     from server_figures import Figures
 
+    from benchmarking.hardware.nvml import Gpu
     from workloads.inference.load_generator import LoadGenerator, Measured
 
 LOAD_SHARE = 0.8
@@ -97,11 +98,14 @@ class Chaos:
         attacks: How many there were.
         answers: Kind of attack and status ("None": closed without an answer) to how often.
         faults: What was not right, as sentences.
+        slow_senders: How many of the slow ones have connected.
     """
 
     def __init__(self, port: int, rate: float, seed: int) -> None:
         """Remember where to send, how much a second, and where chance begins."""
         self.attacks = 0
+        self.slow_senders = 0
+        self._process: subprocess.Popen[str] | None = None
         self.answers: dict[str, Counter[str]] = {}
         self.faults: list[str] = []
         self._command = [
@@ -113,8 +117,10 @@ class Chaos:
     def running(self) -> Iterator[None]:
         """One of them, as long as the block lasts; it ends in peace after it."""
         # Ctrl-C is ours: the end of its standard input is what ends it.
-        process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                   text=True, start_new_session=True)  # fmt: skip
+        self._process = process = subprocess.Popen(
+            self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            start_new_session=True,
+        )  # fmt: skip
         try:
             yield
             report = json.loads(process.communicate(timeout=2 * TIMEOUT_SECONDS)[0])
@@ -122,9 +128,17 @@ class Chaos:
             process.kill()
             process.wait()
         self.attacks += report["attacks"]
+        self.slow_senders += report["slow_senders"]
         self.faults += report["faults"]
         for kind, answers in report["answers"].items():
             self.answers.setdefault(kind, Counter()).update(answers)
+
+    def expect_end(self) -> None:
+        """Tell the one that runs that the server is about to be told to stop."""
+        from chaos_client import ENDING
+
+        self._process.stdin.write(ENDING + "\n")
+        self._process.stdin.flush()
 
 
 class Soak:
@@ -139,7 +153,13 @@ class Soak:
         self.server = ServerProcess(
             folder, *LIMITS, "--model", options.model, "--device", options.device,
             "--frontends", str(options.frontends), "--drain-seconds", str(DRAIN_SECONDS),
+            "--events", str(folder / "events.jsonl"),
         )  # fmt: skip
+        try:
+            self._gpu = _card_of(folder / "events.jsonl")
+        except AssertionError:
+            self.close()
+            raise
         self.chaos = Chaos(self.server.port, options.chaos_rate, options.seed)
         self.clients = CLIENTS_PER_FRONT_END * max(1, options.frontends)
         self.rounds: list[tuple[float, float]] = []
@@ -177,7 +197,7 @@ class Soak:
         """
         from server_figures import Watch
 
-        watch = Watch(self.server.process.pid)
+        watch = Watch(self.server.process.pid, self.gpu_memory_mib)
         generator.begin()
         while generator.busy:
             generator.collect(0.5)
@@ -185,6 +205,15 @@ class Soak:
         if watch.failure or self.server.process.poll() is not None:
             raise ServerEndedError("the server ended by itself under the load; its log says why")
         return generator.measured, samples
+
+    @property
+    def has_gpu(self) -> bool:
+        """Whether the server works on a GPU."""
+        return self._gpu is not None
+
+    def gpu_memory_mib(self) -> float | None:
+        """Return the memory in use on the server's card; None without one, or where unknown."""
+        return self._gpu.read_state()["memory_used_mib"] if self._gpu is not None else None
 
     def capacity(self) -> float:
         """Warm up until memory is steady; return the requests a second of the last rounds."""
@@ -227,13 +256,22 @@ class Soak:
         return math.ceil(rate * self.options.lead_in_seconds)
 
     def terminate_under_load(self) -> dict:
-        """Send SIGTERM while clients send all they can; return what became of everything."""
+        """Send SIGTERM while clients send all they can, beside the chaos client.
+
+        Returns:
+            What became of everything.
+        """
+        with self.chaos.running():
+            return self._terminate()
+
+    def _terminate(self) -> dict:
         from closed_loop import ClosedLoop
         from server_process import jpeg
 
         clients = ClosedLoop(self.server.url, jpeg(), DRAIN_CLIENTS)
         time.sleep(LOADED_SECONDS_BEFORE_SIGTERM)
         clients.expect_end()
+        self.chaos.expect_end()
         begin = time.monotonic()
         self.server.process.terminate()
         code = self.server.process.wait(2 * DRAIN_SECONDS)
@@ -251,6 +289,28 @@ class Soak:
         }
 
 
+def _card_of(events: Path) -> Gpu | None:
+    """Return the card that the server has named in its event log; None where it works on the CPU.
+
+    Raises:
+        AssertionError: The server's card cannot be asked.
+    """
+    from waiting import wait_until
+
+    from benchmarking.hardware.nvml import GpuNotFoundError, GpuUnusableError, open_gpu
+
+    # It is told a moment after the word that this program waits for.
+    wait_until(lambda: '"event": "ready"' in events.read_text(), "the server's identity")
+    (ready,) = [line for line in events.read_text().splitlines() if '"event": "ready"' in line]
+    uuid = json.loads(ready)["identity"]["gpu_uuid"]
+    if uuid is None:
+        return None
+    try:
+        return open_gpu(uuid)
+    except (GpuNotFoundError, GpuUnusableError) as error:
+        raise AssertionError(str(error)) from error
+
+
 def hold(soak: Soak) -> tuple[dict, dict]:
     """Go through the phases; return the figures, and which bound was kept."""
     import numpy as np
@@ -263,18 +323,28 @@ def hold(soak: Soak) -> tuple[dict, dict]:
     print(f"capacity {capacity:.1f} requests/s beside the chaos client, memory steady at "
           f"{soak.rounds[-1][1]:.0f} MiB after {len(soak.rounds)} rounds", flush=True)  # fmt: skip
     rate = LOAD_SHARE * capacity
+    hostile, slow = soak.chaos.attacks, soak.chaos.slow_senders
     measured, samples = soak.offer(rate)
+    hostile, slow = soak.chaos.attacks - hostile, soak.chaos.slow_senders - slow
     after = figures_at_rest(pid, before.open_files)
     lead_in, table = np.split(measured.table(), [soak.lead_in_requests(rate)])
     held = [sample for sample in samples
             if sample.seconds >= samples[0].seconds + soak.options.lead_in_seconds]  # fmt: skip
+    seconds = np.array([sample.seconds for sample in held])
+    gpu_memory = None
+    if soak.has_gpu:
+        known = [sample for sample in held if sample.gpu_memory_mib is not None]
+        gpu_memory = quarter_medians(
+            np.array([sample.seconds for sample in known]),
+            np.array([sample.gpu_memory_mib for sample in known]),
+        )
     run = HeldLoad(
         requests=len(table), failures=dict(measured.failures), chaos_faults=soak.chaos.faults,
-        resident_mib=quarter_medians(np.array([sample.seconds for sample in held]),
-                                     np.array([sample.resident_mib for sample in held])),
+        resident_mib=quarter_medians(seconds, np.array([sample.resident_mib for sample in held])),
+        gpu_memory_mib=gpu_memory,
         p99_ms=quarter_p99_ms(table[:, 3] - table[:, 0], table[:, 4] > 0),
         threads=(before.threads, after.threads), open_files=(before.open_files, after.open_files),
-        **soak.terminate_under_load(),
+        hostile_requests=hostile, slow_senders=slow, **soak.terminate_under_load(),
     )  # fmt: skip
     more = {
         "capacity_per_second": capacity, "offered_per_second": rate,
@@ -293,18 +363,20 @@ def print_table(figures: dict) -> None:
     failed = sum(figures["failures"].values())
     sent = figures["lead_in_requests"] + figures["requests"]
     resident, p99 = figures["resident_mib"], figures["p99_ms"]
-    growth, ratio = growth_percent(resident), p99_ratio(p99)
+    growth, ratio, gpu = growth_percent(resident), p99_ratio(p99), figures["gpu_memory_mib"]
     rows = [
         ("Offered", f"{figures['offered_per_second']:.1f} requests/s, {100 * LOAD_SHARE:g} % of "
          f"{figures['capacity_per_second']:.1f}, for {figures['load_seconds']:.0f} s"),
         ("Sent / answered / failed", f"{sent} / {sent - failed} / {failed}, "
          f"{figures['lead_in_requests']} of them in the lead-in"),
         ("  failures", _listed(figures["failures"])),
-        ("Hostile requests", f"{figures['chaos_requests']}"),
+        ("Hostile requests", f"{figures['chaos_requests']}, beside the load "
+         f"{figures['hostile_requests']} and {figures['slow_senders']} slow senders"),
         *[(f"  {kind}", _listed(answers)) for kind, answers in figures["chaos_answers"].items()],
         ("  not answered rightly", "; ".join(figures["chaos_faults"]) or "none"),
         ("Memory by quarter", f"{_numbers(resident)} MiB, "
          f"{'unknown' if growth is None else f'{growth:+.2f} %'}"),
+        ("GPU memory by quarter", "no GPU" if gpu is None else f"{_numbers(gpu)} MiB"),
         ("p99 by quarter", f"{_numbers(p99)} ms, largest over smallest "
          f"{'unknown' if ratio is None else f'{ratio:.2f}'}"),
         ("p99 of the lead-in", f"{_numbers([figures['lead_in_p99_ms']])} ms, not judged"),

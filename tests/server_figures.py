@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from waiting import wait_until
@@ -24,6 +25,7 @@ class Figures:
         resident_mib: Their resident memory in sum; what they share counts for each.
         threads: Theirs in sum.
         open_files: Theirs in sum, sockets included.
+        gpu_memory_mib: In use on the whole card; None where there is none or nobody was to look.
     """
 
     seconds: float
@@ -31,6 +33,7 @@ class Figures:
     resident_mib: float
     threads: int
     open_files: int
+    gpu_memory_mib: float | None = None
 
 
 def processes_of(pid: int) -> list[int]:
@@ -93,11 +96,17 @@ class Watch:
         failure: Why it ended early; None where it did not.
     """
 
-    def __init__(self, pid: int) -> None:
-        """Begin."""
+    def __init__(self, pid: int, gpu_memory_mib: Callable[[], float | None] = lambda: None) -> None:
+        """Begin.
+
+        Args:
+            pid: The server's process id.
+            gpu_memory_mib: Returns the memory in use on its card.
+        """
         self.samples: list[Figures] = []
         self.failure: str | None = None
         self._pid = pid
+        self._gpu_memory_mib = gpu_memory_mib
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
         self._thread.start()
@@ -111,7 +120,8 @@ class Watch:
     def _sample(self) -> None:
         while not self._ended.wait(SAMPLE_SECONDS):
             try:
-                self.samples.append(figures_of(self._pid))
+                figures = figures_of(self._pid)
+                self.samples.append(replace(figures, gpu_memory_mib=self._gpu_memory_mib()))
             except (OSError, ValueError) as error:
                 self.failure = f"a process of the server has ended ({error})"
                 return
