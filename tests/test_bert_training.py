@@ -20,7 +20,7 @@ import pytest
 from held_client import HeldClient
 from workload_script import assert_usage_error, result_reader, runner_of
 
-from workloads.common.cli import DamagedFileError, UsageError
+from workloads.common.cli import EXIT_NOT_FINITE, DamagedFileError, UsageError
 from workloads.common.hub import HubUnreachableError
 from workloads.training import text_data, text_model
 
@@ -420,6 +420,25 @@ def test_a_held_client_repeats_its_job_from_the_same_state_until_stopped(tmp_pat
         # 40 texts in batches of 16, twice; 20 held-out texts in one batch.
         assert first_job == {"train_step": 4, "train_step_partial": 2, "test_step": 1}
         assert held.events("done")[0]["jobs"] >= 3
+
+
+def test_a_training_that_diverges_ends_with_its_epoch_rate_and_way_out(tmp_path):
+    done = run_script(*TINY, "--lr", "1e30", "--results-dir", str(tmp_path))
+    assert done.returncode == EXIT_NOT_FINITE
+    (sentence,) = [line for line in done.stderr.splitlines() if "error: " in line]
+    for part in ("the training diverged", "epoch 1", "learning rate 1e+30", "try --lr 1e+29"):
+        assert part in sentence
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_client_that_diverges_tells_the_cause_and_no_done(tmp_path):
+    with HeldClient(tmp_path, SCRIPT, *TINY, "--lr", "1e30", "--epochs", "100000") as held:
+        held.start_working()
+        assert held.exit_code() == EXIT_NOT_FINITE
+        (error,) = held.events("error")
+        assert (error["status"], error["cause"]) == ("failed", "diverged")
+        assert not held.events("done")
 
 
 # --- the step -------------------------------------------------------------------------------------

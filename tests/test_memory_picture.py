@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -95,8 +96,33 @@ def test_a_client_out_of_memory_leaves_the_picture_and_its_exit_code(tmp_path):
     assert not held.events("done")
 
 
+# Answers each line with what a product on the card comes to; it must be the same every time.
+NEIGHBOR = """
+import sys, torch
+values = torch.arange(1024.0 * 1024, device="cuda").view(1024, 1024) % 7
+for _ in sys.stdin:
+    print(float((values @ values).sum()), flush=True)
+"""
+
+
+@pytest.fixture
+def neighbor() -> Iterator[Callable[[], str]]:
+    """Another process that works on the card whenever it is asked to."""
+    with subprocess.Popen((sys.executable, "-c", NEIGHBOR), text=True, stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE) as process:  # fmt: skip
+
+        def work() -> str:
+            process.stdin.write("\n")
+            process.stdin.flush()
+            return process.stdout.readline()
+
+        yield work
+        process.stdin.close()
+        assert process.wait(60) == 0
+
+
 @pytest.mark.gpu
-def test_a_capped_process_on_a_real_card_tells_its_limit_and_harms_nobody():
+def test_a_capped_process_on_a_real_card_tells_its_limit_and_harms_nobody(neighbor):
     script = (
         "import torch; from workloads.common.memory_picture import as_out_of_memory\n"
         "total = torch.cuda.get_device_properties(0).total_memory\n"
@@ -109,9 +135,12 @@ def test_a_capped_process_on_a_real_card_tells_its_limit_and_harms_nobody():
         "assert found.memory['reserved_mib'] <= 256, found.memory\n"
         "print(found)\n"
     )
+    before = neighbor()
+    assert float(before) > 0
     done = subprocess.run(
         (sys.executable, "-c", script), cwd=PROJECT_ROOT, capture_output=True, text=True,
         check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "out of GPU memory: tried 512 MiB with " in done.stdout
+    assert neighbor() == before

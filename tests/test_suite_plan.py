@@ -164,7 +164,23 @@ def reasons(run: run_store.Run) -> dict[str, str | None]:
             {"cause": "unreadable_image", "memory": None},
             "/data/cat/001.png cannot be read as an image (truncated)",
         ),
+        (
+            "error",
+            {"cause": "diverged", "memory": None},
+            "the training diverged: the loss of epoch 2 became nan (learning rate 1e+30, bf16)",
+        ),
+        (
+            "error",
+            {"cause": "damaged_file", "memory": None},
+            "/weights/resnet50.pth does not fit its checksum; delete it",
+        ),
+        (
+            "error",
+            {"cause": "not_finite", "memory": None},
+            "the model's outputs are NaN; name other weights",
+        ),
     ],
+    ids=lambda value: value["cause"] if isinstance(value, dict) else "",
 )
 def test_a_cause_reaches_the_records_the_terminal_and_the_report(
     bench: Bench, kind: str, told: dict, sentence: str

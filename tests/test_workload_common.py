@@ -7,6 +7,7 @@ import importlib.util
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -146,6 +147,50 @@ def test_the_leash_obeys_commands_and_takes_end_of_file_for_stop():
 def test_a_command_that_came_early_is_not_lost():
     leash = client.Leash(io.StringIO("warm\ngo\nstop\n"))
     assert leash.wait_for_stop(5)
+
+
+INTERRUPTED = """
+import sys, time
+from pathlib import Path
+from types import SimpleNamespace
+from workloads.common import cli, client
+
+def note(word):
+    print(word, flush=True)
+
+class Job(client.Workload):
+    device = SimpleNamespace(synchronize=lambda: note("synchronized"), identity=lambda size: {})
+    def load(self): pass
+    def run_job(self, recorder):
+        try:
+            note("working")
+            time.sleep(60)
+        finally:
+            note("interrupted")
+    def close(self): note("closed")
+    def settings(self): return {}
+    def summary(self, figures): return []
+
+flags = SimpleNamespace(resolve=False, hold=True, events=Path(sys.argv[1]))
+cli.run_main(lambda: client.run(Job(flags)))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_client_told_to_end_waits_for_its_device_before_it_lets_go(tmp_path, number):
+    # Work left in flight by one client may harm the others of an MPS server.
+    with subprocess.Popen(
+        (sys.executable, "-c", INTERRUPTED, str(tmp_path / "events")), cwd=PROJECT_ROOT, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        process.stdin.write("warm\ngo\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == "working\n"
+        process.send_signal(number)
+        said, complaint = process.communicate(timeout=30)
+    assert said.split() == ["interrupted", "synchronized", "closed"]
+    assert process.returncode == cli.EXIT_INTERRUPTED
+    assert "Traceback" not in complaint
 
 
 def test_results_are_replaced_whole_and_leave_no_temporary_file(tmp_path):
