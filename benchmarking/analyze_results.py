@@ -7,17 +7,18 @@
 Finds every run at or below the folder and writes, into `--output` (default: the same folder),
 `report.html` (one self-contained file), `report.md`, `comparison.csv`, `comparison.json` and the
 charts as PNG; with `--each-run` also a `report.html` into every run's folder. Given one run, the
-runs beside it lend the baselines that it reused. Exit codes: 0 done, 2 wrong usage or nothing to
-analyze, 130 interrupted.
+runs beside it lend the baselines that it reused. Exit codes: 0 done, 1 the report cannot be written,
+2 wrong usage or nothing to analyze, 130 interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -26,15 +27,20 @@ from benchmarking.analysis import comparison, decision, export, report_content, 
 from benchmarking.analysis.comparison import Comparison
 from benchmarking.analysis.document import Document
 from benchmarking.analysis.runs import RunView
+from benchmarking.command_line.driver_words import tell_driver
 from benchmarking.command_line.one_line_parser import EXIT_USAGE, OneLineParser
 from benchmarking.storage import run_store
 
-PHASES_FILE = "phases.jsonl"
+EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
 
 
 class UsageError(Exception):
     """The arguments name nothing to analyze; the message is one sentence naming the fix."""
+
+
+class CannotWriteError(Exception):
+    """The report cannot be written; the message is one sentence naming the fix."""
 
 
 def main() -> int:
@@ -43,8 +49,9 @@ def main() -> int:
     try:
         compared = analyze(options)
     except UsageError as error:
-        print(f"analyze_results.py: error: {error}", file=sys.stderr)
-        return EXIT_USAGE
+        return complain(error, EXIT_USAGE)
+    except CannotWriteError as error:
+        return complain(error, EXIT_FAILED)
     except KeyboardInterrupt:
         print("analyze_results.py: interrupted, the report is not complete", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -53,10 +60,19 @@ def main() -> int:
     return 0
 
 
+def complain(error: Exception, code: int) -> int:
+    """Say what went wrong here and to the driver script; return the exit code."""
+    print(f"analyze_results.py: error: {error}", file=sys.stderr)
+    tell_driver(str(error))
+    return code
+
+
 def analyze(options: argparse.Namespace) -> Comparison:
     """Read, compare, draw, write."""
     folders, compared = read_and_compare(options.results_dir, options.slo_ms)
-    write_files(compared, draw_and_build(compared, folders, options.output), options.output)
+    document = draw_and_build(compared, folders, options.output)
+    with writing(options.output):
+        write_files(compared, document, options.output)
     if options.each_run:
         write_run_reports(compared, folders, options.slo_ms)
     return compared
@@ -110,18 +126,20 @@ def read_and_compare(
         )
     folders = run_store.find_runs(results_dir)
     problems = unreadable_runs(results_dir, folders)
+    refusals, torn_refusals = run_store.read_refusals(results_dir)
     if not folders:
-        detail = f" ({problems[0]})" if problems else ""
+        said = [*problems, *(f"refused: {refusal['sentence']}" for refusal in reversed(refusals))]
+        detail = f" ({said[0]})" if said else ""
         raise UsageError(
             f"no run in {results_dir}{detail}: make one with benchmarking/benchmark_suite.py first"
         )
     runs = named_runs(results_dir, [run_store.read_run(folder) for folder in folders])
-    phases, torn = run_store.read_json_lines(results_dir / PHASES_FILE)
+    phases, torn = run_store.read_phases(results_dir)
     compared = comparison.compare(
         [RunView.of(run, name) for name, run in runs.items()],
-        # Phases that were cut off and done again have two lines; the later counts.
-        list({line.get("phase"): line for line in phases}.values()),
-        [*problems, *torn],
+        phases,
+        [*problems, *torn, *torn_refusals],
+        refusals=refusals,
         references=lenders(results_dir, folders),
         slo_ms=slo_ms,
     )
@@ -180,27 +198,44 @@ def draw_and_build(compared: Comparison, folders: dict[str, Path], output: Path)
 
     try:
         output.mkdir(parents=True, exist_ok=True)
-        charts = drawing.draw(compared, output, samples_of)
     except OSError as error:
         raise UsageError(
             f"cannot write to {output} ({error.strerror}): choose another --output"
         ) from error
+    with writing(output):
+        charts = drawing.draw(compared, output, samples_of)
     return report_content.build(compared, charts)
 
 
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turn what a full disk, or a folder that is shut or gone, does inside into one sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise CannotWriteError(
+            f"cannot write to {folder} ({error.strerror}): make room there or bring it back, or "
+            "choose another --output"
+        ) from error
+
+
 def write_files(compared: Comparison, document: Document, output: Path) -> None:
-    """Write the report twice, the flat table and the JSON."""
+    """Write the report twice, the flat table and the JSON; each whole, or the earlier one stays."""
     import pandas
 
     from benchmarking.analysis import html_report, markdown_report
 
     rows = export.flat_rows(compared)
-    (output / "report.md").write_text(markdown_report.render(document), encoding="utf-8")
-    (output / "report.html").write_text(html_report.render(document), encoding="utf-8")
-    (output / "comparison.json").write_text(export.json_text(compared), encoding="utf-8")
     # As objects: a column of counts with an unknown among them would become one of floats.
     frame = pandas.DataFrame(rows, columns=None if rows else ["section"], dtype=object)
-    frame.to_csv(output / "comparison.csv", index=False)
+    texts = {
+        "report.md": markdown_report.render(document),
+        "report.html": html_report.render(document),
+        "comparison.json": export.json_text(compared),
+        "comparison.csv": frame.to_csv(index=False),
+    }
+    for name, text in texts.items():
+        run_store.write_text_atomic(output / name, text)
 
 
 def write_run_reports(compared: Comparison, folders: dict[str, Path], slo_ms: float | None) -> None:
@@ -213,8 +248,9 @@ def write_run_reports(compared: Comparison, folders: dict[str, Path], slo_ms: fl
         alone = decision.decide(comparison.compare([run], references=others, slo_ms=slo_ms))
         with tempfile.TemporaryDirectory() as charts:  # the page holds them as SVG
             document = draw_and_build(alone, folders, Path(charts))
-        page = html_report.render(document)
-        (folders[run.run_id] / "report.html").write_text(page, encoding="utf-8")
+        with writing(folders[run.run_id]):
+            path = folders[run.run_id] / "report.html"
+            run_store.write_text_atomic(path, html_report.render(document))
 
 
 if __name__ == "__main__":

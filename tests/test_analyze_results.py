@@ -85,11 +85,13 @@ def test_without_output_the_report_lands_beside_the_runs_and_can_be_made_again(t
     shutil.copytree(FIXTURE, results / "deeper" / "down")
     (results / "phases.jsonl").write_text(
         '{"phase": 4, "name": "mig", "status": "skipped", "reason": "MIG mode is off"}\n'
+        '{"phase": [], "name": "mig", "status": "ok"}\n'
     )
     first = analyze("--results-dir", results)
     assert first.returncode == 0, first.stderr
     before = (results / "report.md").read_text()
     assert "| 4 | mig | skipped | MIG mode is off |" in before
+    assert "phases.jsonl: line 2 is not as it was written, skipped" in before
     assert analyze("--results-dir", results).returncode == 0
     assert (results / "report.md").read_text() == before
 

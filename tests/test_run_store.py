@@ -306,6 +306,47 @@ def test_a_run_of_the_first_schema_version_loads(tmp_path: Path) -> None:
     assert len(read.clients_of("mixed-2-r0")) == 2
 
 
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('{"phase": [], "name": "mps", "status": "ok"}', "phase must be integer"),
+        ('{"phase": 3, "name": "mps", "status": "great"}', "status must be one of"),
+        ('{"phase": 3, "name": "mps"}', "must contain ['status']"),
+        ('{"phase": 3, "name": "mps", "status": "ok", "reason": 7}', "reason must be string"),
+        ('{"phase": 3, "name": "mp', "is torn"),
+        ("[3]", "is torn"),
+    ],
+)
+def test_a_line_of_a_phase_that_is_not_as_published_is_skipped_by_name(
+    tmp_path: Path, line: str, words: str
+) -> None:
+    good = {"phase": 3, "name": "mps", "status": "failed", "reason": "r", "run_folder": "",
+            "seconds": 3}  # fmt: skip
+    (tmp_path / run_store.PHASES_FILE).write_text(f"{line}\n{json.dumps(good)}\n")
+    phases, (warning,) = run_store.read_phases(tmp_path)
+    assert phases == [good]
+    assert f"{run_store.PHASES_FILE}: line 1" in warning
+    assert words in warning
+
+
+def test_of_two_lines_of_a_phase_the_later_counts(tmp_path: Path) -> None:
+    lines = [{"phase": 1, "name": "baseline", "status": status} for status in ("failed", "ok")]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / run_store.PHASES_FILE).write_text(text)
+    assert run_store.read_phases(tmp_path) == ([lines[1]], [])
+
+
+def test_a_refusal_is_appended_behind_a_torn_one(tmp_path: Path) -> None:
+    folder = tmp_path / "new"
+    run_store.append_refusal(folder, ["a"], 3, "first")
+    path = folder / run_store.REFUSALS_FILE
+    path.write_bytes(path.read_bytes()[:-5])
+    run_store.append_refusal(folder, ["b", "c d"], 4, "second")
+    (refusal,), (warning,) = run_store.read_refusals(folder)
+    assert (refusal["command"], refusal["exit_code"]) == (["b", "c d"], 4)
+    assert "line 1 is torn" in warning
+
+
 def test_the_schemas_name_the_values_that_the_program_writes() -> None:
     def values(kind: str, key: str) -> set[str]:
         path = schema.SCHEMAS / f"{kind}.schema.json"

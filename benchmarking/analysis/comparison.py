@@ -107,6 +107,7 @@ class Comparison:
     sections: list[Section]
     phases: list[dict[str, Any]]
     problems: list[str]
+    refusals: list[dict[str, Any]] = field(default_factory=list)
 
     def differences(self) -> list[str]:
         """In what the sections' environments differ, a line a fact: `driver version: ...`."""
@@ -126,13 +127,14 @@ def compare(
     phases: Sequence[dict[str, Any]] = (),
     problems: Sequence[str] = (),
     *,
+    refusals: Sequence[dict[str, Any]] = (),
     references: Sequence[RunView] = (),
     slo_ms: float | None = None,
 ) -> Comparison:
     """Compare runs: sections by environment, a row for each combination of mode, mix and clients.
 
     `phases` are the lines of the unattended run's phase log, `problems` what was wrong with files
-    outside the runs. `references` are runs that only lend their baselines. `slo_ms` bounds the
+    outside the runs, `refusals` what was refused before it had a run. `references` are runs that only lend their baselines. `slo_ms` bounds the
     responses of latency jobs; without it the bound that a run was given holds.
     """
     sections = _sections(runs)
@@ -146,7 +148,7 @@ def compare(
         borrowed = [run for run in lenders if run is not None]
         section.alone = alone_rows([*section.runs, *borrowed], slo_ms)
     file_problems = [f"{run.run_id}: {problem}" for run in runs for problem in run.problems]
-    return Comparison(sections, list(phases), [*problems, *file_problems])
+    return Comparison(sections, list(phases), [*problems, *file_problems], list(refusals))
 
 
 def environment_of(run: RunView) -> dict[str, Any]:

@@ -144,3 +144,20 @@ def phases(lines: Sequence[Mapping[str, Any]]) -> Chapter | None:
     last = [str(max(numbers, default=0) + 1), "analysis", "ok", "this report", UNKNOWN, UNKNOWN]
     header = ["phase", "name", "status", "reason", "seconds", "run"]
     return Chapter("Phases", [Table(header, [*rows, last], keys=2)], level=2)
+
+
+def refusals(lines: Sequence[Mapping[str, Any]]) -> Chapter | None:
+    """What was refused before it had a run, and why."""
+    if not lines:
+        return None
+    rows = [
+        [
+            line["created_at"],
+            str(line["exit_code"]),
+            line["sentence"],
+            code(shlex.join(line["command"])),
+        ]
+        for line in lines
+    ]
+    header = ["when (UTC)", "exit code", "why", "command"]
+    return Chapter("What was refused, and why", [Table(header, rows)], level=2)

@@ -83,6 +83,7 @@ def json_text(compared: Comparison) -> str:
         "sections": [_section(section) for section in compared.sections],
         "phases": compared.phases,
         "problems": compared.problems,
+        **({"refusals": compared.refusals} if compared.refusals else {}),
     }
     return json.dumps(finite(value), indent=1, allow_nan=False) + "\n"
 

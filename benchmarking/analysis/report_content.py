@@ -84,9 +84,8 @@ def build(compared: Comparison, charts: Sequence[SectionCharts]) -> Document:
             evidence.proof(section),
         ]
         chapters += [chapter for chapter in found if chapter is not None]
-    phases = evidence.phases(compared.phases)
-    if phases is not None:
-        chapters.append(phases)
+    beside = (evidence.phases(compared.phases), evidence.refusals(compared.refusals))
+    chapters += [chapter for chapter in beside if chapter is not None]
     if compared.problems:
         chapters.append(Chapter("Problems while reading", [Bullets.of(compared.problems)], level=2))
     chapters.append(Chapter("How to read the figures", [Bullets.of(HOW_TO_READ)], level=2))

@@ -7,6 +7,9 @@
         gpu_samples.jsonl    the sampler's output, with what it complained of in gpu_monitor.log
         clients/<co_run>/<client>.{events.jsonl,stdout.log,stderr.log}
         run.lock              held by the process that writes to the run
+    <results_dir>/
+        refusals.jsonl       commands that were refused before they had a run, and why
+        phases.jsonl         what each phase of run_experiments.sh did
 
 A finished run may be packed to be kept: `gzip records.jsonl gpu_samples.jsonl`, read as before.
 
@@ -41,6 +44,8 @@ CLIENTS_FOLDER = "clients"
 PLAN_FILE = "plan.toml"
 LOCK_FILE = "run.lock"
 PACKED_SUFFIX = ".gz"
+REFUSALS_FILE = "refusals.jsonl"
+PHASES_FILE = "phases.jsonl"
 
 OUTCOMES = ("running", "complete", "failed", "interrupted", "invalid")
 
@@ -297,11 +302,15 @@ def _make_folder(results_dir: Path, base: str, *, may_rename: bool) -> Path:
 
 def write_json_atomic(path: Path, value: Any) -> None:
     """Write `value` as JSON so that readers see the old file or the new one, never half."""
+    write_text_atomic(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    """Write a text so that readers see the old file or the new one, never half."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as stream:
-            json.dump(value, stream, indent=2, allow_nan=False)
-            stream.write("\n")
+        with temporary.open("w", encoding="utf-8", newline="") as stream:
+            stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(path)
@@ -328,6 +337,21 @@ def append_json_line(path: Path, value: Any) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def append_refusal(
+    results_dir: Path, command: Sequence[str], exit_code: int, sentence: str
+) -> None:
+    """Note a command that was refused before there was a run to write to.
+
+    Raises `OSError` when it cannot be written.
+    """
+    results_dir.mkdir(parents=True, exist_ok=True)
+    path = results_dir / REFUSALS_FILE
+    _end_torn_line(path)
+    refusal = {"created_at": utc_now(), "command": list(command), "exit_code": exit_code,
+               "sentence": sentence}  # fmt: skip
+    append_json_line(path, refusal)
 
 
 # --- reading --------------------------------------------------------------------------------
@@ -449,18 +473,42 @@ def _read_manifest(folder: Path) -> tuple[dict[str, Any], int]:
 
 def read_samples(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
     """Read the sampler's samples of a run, in order, and warnings about lines that are none."""
-    path = folder / SAMPLES_FILE
+    is_sample = ("record", schema.SAMPLE)
+    return _read_checked(folder / SAMPLES_FILE, schema.SAMPLE, only=is_sample)
+
+
+def read_phases(results_dir: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """Read what each phase of an unattended run did, and warnings about lines that do not say it.
+
+    Phases that were cut off and done again have two lines; the later counts.
+    """
+    lines, warnings = _read_checked(results_dir / PHASES_FILE, schema.PHASE)
+    return list({line["phase"]: line for line in lines}.values()), warnings
+
+
+def read_refusals(results_dir: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """Read what was refused before there was a run, in order, and warnings."""
+    return _read_checked(results_dir / REFUSALS_FILE, schema.REFUSAL)
+
+
+def _read_checked(
+    path: Path, kind: str, *, only: tuple[str, str] | None = None
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Read the lines that are as the schema of their kind has them, and warnings about the others.
+
+    `only` is a field and its value: other lines are passed over.
+    """
     numbered, warnings = _read_numbered(path)
-    samples = []
+    good = []
     for number, line in numbered:
-        if line.get("record") != schema.SAMPLE:
+        if only is not None and line.get(only[0]) != only[1]:
             continue
-        wrong = schema.problem(schema.SAMPLE, line)
+        wrong = schema.problem(kind, line)
         if wrong:
             warnings.append(f"{path}: line {number} is not as it was written, skipped ({wrong})")
         else:
-            samples.append(line)
-    return samples, warnings
+            good.append(line)
+    return good, warnings
 
 
 def find_runs(results_dir: Path) -> list[Path]:

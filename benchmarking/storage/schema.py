@@ -21,6 +21,7 @@ SCHEMA_VERSION = 2
 SCHEMAS = Path(__file__).resolve().parent / "schemas"
 
 MANIFEST, CLIENT, CO_RUN, SAMPLE = "manifest", "client", "co_run", "sample"
+PHASE, REFUSAL = "phase", "refusal"  # lines of files beside the runs
 
 # What a version brought, with what stands for it in a file of an earlier one.
 _ADDED: Mapping[int, Mapping[str, Mapping[str, Any]]] = MappingProxyType(
