@@ -124,6 +124,7 @@ phase() {
     PHASE_STATUS=ok
     PHASE_REASON=""
     PHASE_RUN=""
+    MODE_NOTE=""
     log $'\n'"Phase $number: $name"
     if [[ $name != analysis ]] && was_ok "$number"; then
         log "Phase $number: $name: done before"
@@ -137,6 +138,7 @@ phase() {
     else
         "${@:3}"
         [[ -z $INTERRUPTED || $PHASE_STATUS != ok || $name == analysis ]] || fail interrupted
+        [[ -z $MODE_NOTE ]] || PHASE_REASON+=${PHASE_REASON:+; }$MODE_NOTE
     fi
     if ((!DRY_RUN)) || [[ $PHASE_STATUS != ok ]]; then
         log "Phase $number: $name: $PHASE_STATUS${PHASE_REASON:+ ($PHASE_REASON)}"
@@ -150,7 +152,7 @@ phase() {
 # was_ok NUMBER: whether a run that goes on has had this phase; its last line counts.
 was_ok() {
     [[ -n $RESUMED && -e $OUTPUT/phases.jsonl ]] &&
-        grep "^{\"phase\":$1," "$OUTPUT/phases.jsonl" | tail -n 1 | grep -q '"status":"ok"'
+        grep "^{\"phase\":$1,.*}\$" "$OUTPUT/phases.jsonl" | tail -n 1 | grep -q '"status":"ok"'
 }
 
 skip() {
@@ -168,16 +170,10 @@ fail() {
 record_phase() {
     ((!DRY_RUN)) || return 0
     [[ -n $PHASE_RUN && -e $OUTPUT/$PHASE_RUN ]] || PHASE_RUN=""
-    printf '{"phase":%d,"name":"%s","status":"%s","reason":"%s","run_folder":"%s","seconds":%d}\n' \
-        "$1" "$2" "$PHASE_STATUS" "$(json_text "$PHASE_REASON")" "$PHASE_RUN" "$3" \
-        >>"$OUTPUT/phases.jsonl"
-}
-
-# The inside of a JSON string.
-json_text() {
-    local text=${1//[[:cntrl:]]/ }
-    text=${text//\\/\\\\}
-    printf '%s' "${text//\"/\\\"}"
+    line::append "$OUTPUT/phases.jsonl" "$(
+        printf '{"phase":%d,"name":"%s","status":"%s","reason":"%s","run_folder":"%s","seconds":%d}' \
+            "$1" "$2" "$PHASE_STATUS" "$(json::text "$PHASE_REASON")" "$PHASE_RUN" "$3"
+    )"
 }
 
 measure_baseline() {
@@ -246,7 +242,7 @@ run_suite() {
 analyze() {
     folder::find "$OUTPUT" "*/manifest.json"
     if ((${#FOUND[@]} > 0 || DRY_RUN)); then
-        analysis::run || fail "the analysis ended with status $?"
+        analysis::run || fail "${WORDS:-the analysis ended with status $?}"
     else
         skip "no phase left a run"
     fi

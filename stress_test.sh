@@ -155,7 +155,10 @@ require_plan() {
 # The mode's script has said why, where it fails.
 enable_mode() {
     require_mode
-    ((!HAS_GPU)) || mode::enable "$MODE" "$MAXIMUM" || exit "${INTERRUPTED:-$EXIT_FAILED}"
+    ((!HAS_GPU)) || mode::enable "$MODE" "$MAXIMUM" || {
+        refusals::because "$MODE_REASON"
+        exit "${INTERRUPTED:-$EXIT_FAILED}"
+    }
 }
 
 finish() {
@@ -167,7 +170,7 @@ finish() {
     ((!FAILED)) || exit "$EXIT_FAILED"
     case $SUITE_STATUS in
         0) exit 0 ;;
-        1) ramp_broke_under_load && exit 0 ;;
+        1) ! suite::could_not_write && ramp_broke_under_load && exit 0 ;;
         "$EXIT_NO_GPU") exit "$EXIT_NO_GPU" ;;
     esac
     die "$EXIT_FAILED" "$(suite::reason "$SUITE_STATUS") before anything could be compared"

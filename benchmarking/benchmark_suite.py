@@ -21,6 +21,7 @@ The last line on standard output is `results: FOLDER`.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shlex
 import sys
@@ -29,6 +30,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarking.command_line.argument_types import positive_float, positive_int
+from benchmarking.command_line.driver_words import tell_driver
 from benchmarking.command_line.one_line_parser import OneLineParser
 from benchmarking.planning import mig_layout, mps_knobs, pairs
 from benchmarking.planning.plan import MIXES, MODE_EXCLUSIVE, MODE_MIG, MODE_MPS, MODES
@@ -55,6 +57,7 @@ from benchmarking.storage import run_store
 def main() -> int:
     """Plan, show the plan, run it, show the figures; return the exit code."""
     options = parse_arguments()
+    earlier = None
     try:
         earlier = read_earlier(options.resume, options.results_dir) if options.resume else None
         request = earlier.request if earlier else request_from(options)
@@ -64,7 +67,10 @@ def main() -> int:
             suite_console.print_plan(setup, verbose=options.verbose or options.dry_run)
             return EXIT_COMPLETE if options.dry_run else run(setup, interruption, earlier)
     except SuiteError as error:
-        return complain(error, error.exit_code)
+        complain(error, error.exit_code)
+        if error.exit_code != EXIT_USAGE and not options.dry_run:
+            note_refusal(error, earlier.run.folder.parent if earlier else options.results_dir)
+        return error.exit_code
     except (run_store.RunStoreError, PlanFileError) as error:
         return complain(error, EXIT_USAGE)
     except OSError as error:  # before the run began: a disk without room for its first file
@@ -78,11 +84,13 @@ def run(setup: Setup, interruption: Interruption, earlier: EarlierPart | None) -
     if setup.is_contended:
         writer.update_manifest(is_contended=True)
     say = suite_console.Teller().say
-    code = SuiteRun(setup, writer, interruption, say, earlier=earlier).execute()
+    suite = SuiteRun(setup, writer, interruption, say, earlier=earlier)
+    code = suite.execute()
+    tell_driver(suite.ending or "")
     try:
         suite_console.print_summary(run_store.read_run(writer.folder))
     except run_store.RunStoreError as error:
-        return complain(error, code or EXIT_FAILED)
+        return complain(error, code or EXIT_FAILED, is_last_word=suite.ending is None)
     print(f"results: {writer.folder}", flush=True)
     return code
 
@@ -419,11 +427,22 @@ def listed(check: Callable[[str], str], *words: str) -> Callable[[str], tuple[st
     return parse
 
 
-def complain(error: Exception, code: int) -> int:
-    """Print an error, one sentence for each thing that is wrong, and return its exit code."""
+def complain(error: Exception, code: int, *, is_last_word: bool = True) -> int:
+    """Print an error, one sentence for each thing that is wrong, and return its exit code.
+
+    A driver script is told it too, unless it has been told already why the run ended.
+    """
     for sentence in str(error).splitlines():
         print(f"benchmark_suite.py: error: {sentence}", file=sys.stderr)
+    if is_last_word:
+        tell_driver(str(error))
     return code
+
+
+def note_refusal(error: SuiteError, results_dir: Path) -> None:
+    """Keep what was refused before there was a run; where that cannot be, it was at least said."""
+    with contextlib.suppress(OSError):
+        run_store.append_refusal(results_dir, sys.argv, error.exit_code, str(error))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,8 @@ the processes on it, what the mode scripts have saved, and the command that woul
   --dry-run              with --restore: print the commands
   --help                 this text
 
-Exit codes: 0 said, 1 something could not be undone, 2 usage, 3 no driver or GPU
+Exit codes: 0 said, 1 something could not be undone, 2 usage, 3 no driver or GPU, 6 a run is at work with
+the mode
 TEXT
 }
 
@@ -135,10 +136,18 @@ print_gpus() {
     done
 }
 
-# Runs the undo commands; each says itself where it needs root.
+# Runs the undo commands; each says itself where it needs root. None of them where a run is at work: it
+# undoes its mode itself, and its clients would be cut off.
 restore() {
     local command script uuid
     local -i failed=0
+    for command in "${UNDO_COMMANDS[@]}"; do
+        read -r _ GPU_UUID <<<"$command"
+        ! state::driver_at_work ||
+            die "$EXIT_BUSY" "a run is at work with ${STATE[mode]:-a mode} on $GPU_UUID: pid" \
+                "${STATE[pid]}, into ${STATE[output]:-?}; wait for its end, or stop it: it undoes" \
+                "what it enabled"
+    done
     for command in "${UNDO_COMMANDS[@]}"; do
         read -r script uuid <<<"$command"
         run "$(dirname -- "${BASH_SOURCE[0]}")/$script" --gpu "$uuid" || failed=1

@@ -45,6 +45,9 @@ RESUMED=""       # folder that --resume goes on with
 ENABLED_MODE=""
 MODE_UNDO=()
 MODE_REASON="" # why a mode could not be enabled or undone
+MODE_NOTE=""   # what the script that enabled it found, such as the pipes of a dead MPS daemon
+SUITE_BEGUN=0  # from then on its records tell what was done
+SUITE_WORDS="" # the sentence that the suite ended with, if it said one
 
 # folder::find FOLDER PATTERN: fills FOUND with the paths; signs in the folder's own name match nothing
 # but themselves.
@@ -54,6 +57,8 @@ folder::find() {
     [[ -e ${FOUND[0]} ]] || FOUND=()
 }
 
+# shellcheck source=records.sh
+source "$PROJECT_ROOT/lib/records.sh"
 # shellcheck source=flags.sh
 source "$PROJECT_ROOT/lib/flags.sh"
 # shellcheck source=machine.sh

@@ -26,7 +26,8 @@ driver::prepare() {
     fi
     OUTPUT=${OUTPUT:-$1}
     folder::find "$OUTPUT" "*"
-    ((${#FOUND[@]} == 0)) || cli::usage_error "--output: $OUTPUT is not empty; name another folder"
+    # What was refused before did not use the folder.
+    ((${#FOUND[@]} == 0)) || [[ ${FOUND[*]} == "$OUTPUT/$REFUSALS_FILE" ]] || cli::usage_error "--output: $OUTPUT is not empty; name another folder"
     run mkdir -p -- "$OUTPUT" || die "$EXIT_USAGE" "cannot make the folder $OUTPUT; name another" \
         "by --output"
     ((DRY_RUN)) || driver::save_arguments 2>/dev/null ||
@@ -70,6 +71,7 @@ plan::read() {
 # Sets HAS_GPU and, with a GPU, everything that gpu::select sets. Ends with 3 where a GPU is asked for
 # or there, but cannot be used: only a machine without one gets the CPU demonstration unasked.
 machine::inspect() {
+    trap 'refusals::note "$?"' EXIT # until signals::install
     if [[ $DEVICE == cpu ]]; then
         log "CPU demonstration, as asked for (--device cpu)."
     elif [[ $DEVICE == auto && ${CUDA_VISIBLE_DEVICES-unset} =~ ^(-1)?$ ]]; then

@@ -31,6 +31,7 @@ mode::enable() {
     local -r mode=$1 clients=$2
     local -a as_root=() flags=()
     local had_state
+    local -i said_before
     if mode::is_in_force "$mode" "$clients"; then
         log "$mode is set up already; it is used as it is and left so."
         return 0
@@ -66,8 +67,12 @@ mode::enable() {
     # Noted before the change: a signal can come between the two.
     ((DRY_RUN)) || mode::note "$mode" || return 1
     ENABLED_MODE=$mode
-    if ! mode::script "${as_root[@]}" "$PROJECT_ROOT/gpu-configs/${flags[0]}" "${flags[@]:1}" \
+    said_before=$(stat -c %s -- "$OUTPUT/mode-scripts.log" 2>/dev/null || printf 0)
+    if mode::script "${as_root[@]}" "$PROJECT_ROOT/gpu-configs/${flags[0]}" "${flags[@]:1}" \
         --gpu "$GPU_UUID"; then
+        ((DRY_RUN)) || MODE_NOTE=$(tail -c +$((said_before + 1)) -- "$OUTPUT/mode-scripts.log" |
+            sed -n 's/^note: //p' | tail -n 1)
+    else
         MODE_REASON=$(sed -n 's/^error: //p' "$OUTPUT/mode-scripts.log" | tail -n 1)
         [[ -z $INTERRUPTED ]] || MODE_REASON=interrupted
         # The script has put its changes back, but for MIG mode that waits for a restart.
@@ -111,7 +116,7 @@ mode::undo() {
 # So a driver notes, beside the mode's own state, that it is at work with it.
 mode::note() {
     local -r file=$(state::file driver)
-    (state::save driver "gpu_uuid=$GPU_UUID" "mode=$1" "pid=$$" "started=$(mode::process_start $$)" \
+    (state::save driver "gpu_uuid=$GPU_UUID" "mode=$1" "pid=$$" "started=$(process::start $$)" \
         "output=$(printable "$(realpath -- "$OUTPUT")")") 2>/dev/null && return
     MODE_REASON="cannot write $file; set GPU_SHARING_STATE_DIR to a folder that you may write"
     return 1
@@ -121,21 +126,10 @@ mode::forget_note() {
     ((DRY_RUN)) || state::remove driver 2>/dev/null || warn "cannot remove $(state::file driver)"
 }
 
-# mode::process_start PID: in the kernel's ticks since the machine started; nothing where it has ended.
-mode::process_start() {
-    local text
-    local -a fields
-    text=$(cat "/proc/$1/stat" 2>/dev/null) || return 0
-    read -ra fields <<<"${text##*) }" # a program's name may hold anything
-    [[ ${fields[0]} == Z ]] || printf '%s' "${fields[19]}"
-}
-
 # Ends where another driver is at work with a mode on this GPU.
 mode::require_no_other_driver() {
     ((HAS_GPU)) && mode::has_state driver || return 0
-    state::load driver
-    [[ ${STATE[pid]:-} =~ ^[0-9]+$ && ${STATE[started]:-} =~ ^[0-9]+$ ]] || return 0
-    [[ $(mode::process_start "${STATE[pid]}") != "${STATE[started]}" ]] ||
+    ! state::driver_at_work ||
         die "$EXIT_FAILED" "another run is at work with ${STATE[mode]:-a mode} on $(gpu::title): pid" \
             "${STATE[pid]}, into ${STATE[output]:-?}; wait for its end, or stop it"
 }

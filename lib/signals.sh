@@ -36,7 +36,9 @@ signals::leave_dead_terminal() {
 
 # However the script ends: the mode outlives the suite, or its clients would run on without it.
 signals::on_exit() {
+    local -ri status=$?
     signals::ignore
+    refusals::note "$status"
     signals::end_child
     mode::undo
 }

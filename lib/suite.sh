@@ -23,6 +23,7 @@ suite::run() {
 # suite::resume RUN_ID: a run that came to its end, even to a breaking point, is left as it is.
 suite::resume() {
     SUITE_STATUS=0
+    SUITE_WORDS=""
     ! suite::had_outcome "$1" complete || return 0
     suite::execute "$PYTHON" "$PROJECT_ROOT/benchmarking/benchmark_suite.py" --resume "$OUTPUT/$1"
     if ((SUITE_STATUS == EXIT_USAGE)) && suite::had_outcome "$1" failed; then
@@ -36,15 +37,22 @@ suite::had_outcome() { grep -q "^  \"outcome\": \"$2\"" "$OUTPUT/$1/manifest.jso
 suite::execute() {
     local -a command=("$@")
     SUITE_STATUS=0
-    run --note "$(quoted "${command[@]}")" signals::run_child "${command[@]}" || SUITE_STATUS=$?
+    SUITE_BEGUN=1
+    run --note "$(quoted "${command[@]}")" words::from signals::run_child "${command[@]}" ||
+        SUITE_STATUS=$?
+    SUITE_WORDS=$WORDS
     if [[ -n $INTERRUPTED ]]; then
         SUITE_STATUS=130
         signals::leave_dead_terminal # its reader may have ended a moment after the signal
     fi
 }
 
-# What the suite's exit code says, in words.
+# Why the suite ended with this exit code: in its own words, where it said them.
 suite::reason() {
+    if [[ -n $SUITE_WORDS && $1 != 130 ]]; then
+        printf '%s' "$SUITE_WORDS"
+        return
+    fi
     case $1 in
         1) printf 'a co-run failed' ;;
         2) printf 'the suite refused its arguments' ;;
@@ -56,6 +64,11 @@ suite::reason() {
     esac
 }
 
+# A disk that is full says nothing of how many jobs the GPU bears.
+suite::could_not_write() { [[ $SUITE_WORDS == "cannot write to "* ]]; }
+
 analysis::run() {
-    run "$PYTHON" "$PROJECT_ROOT/benchmarking/analyze_results.py" --results-dir "$OUTPUT" --each-run
+    local -ra command=("$PYTHON" "$PROJECT_ROOT/benchmarking/analyze_results.py"
+        --results-dir "$OUTPUT" --each-run)
+    run --note "$(quoted "${command[@]}")" words::from "${command[@]}"
 }

@@ -16,6 +16,8 @@ from typing import Any
 from mode_script_runner import PROJECT_ROOT, ROOT_PREFIX, UUID, ModeScripts, open_folder
 from waiting import wait_until
 
+from benchmarking.storage import run_store
+
 PYTHON = PROJECT_ROOT / "tests" / "fakes" / "python_without_torch"
 AS_BEFORE = {
     "daemons": 0,
@@ -154,6 +156,15 @@ class DriverRunner(ModeScripts):
     def reason(self, name: str) -> str:
         """Why a phase failed or was skipped."""
         return next(phase["reason"] for phase in self.phases() if phase["name"] == name)
+
+
+    def refusal(self, folder: Path | None = None) -> dict[str, Any]:
+        """What was refused, once, and nothing else was left; as the published schema has it."""
+        folder = folder or self.output
+        (refusal,), warnings = run_store.read_refusals(folder)
+        assert warnings == []
+        assert [path.name for path in folder.iterdir()] == [run_store.REFUSALS_FILE]
+        return refusal
 
 
 def without_gpu_programs() -> str:

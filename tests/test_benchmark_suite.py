@@ -102,6 +102,13 @@ class Bench:
         assert run.warnings == []
         return run
 
+    def refusal(self) -> dict:
+        """What was refused, once, and nothing else was left; as the published schema has it."""
+        (refusal,), warnings = run_store.read_refusals(self.results)
+        assert warnings == []
+        assert [path.name for path in self.results.iterdir()] == [run_store.REFUSALS_FILE]
+        return refusal
+
 
 @pytest.fixture
 def bench(tmp_path: Path) -> Bench:
@@ -447,7 +454,12 @@ def test_a_gpu_that_others_use_is_refused_naming_them(gpu_bench: Callable) -> No
     assert done.returncode == 4
     assert f"other processes are on the GPU: pid {os.getpid()} (" in done.stderr
     assert "--beside-others" in done.stderr
-    assert not bench.results.exists()
+    refusal = bench.refusal()
+    assert refusal["exit_code"] == 4
+    assert refusal["command"][-1] == "--quick"
+    assert done.stderr == f"benchmark_suite.py: error: {refusal['sentence']}\n"
+    assert bench.run("--mix", "training", "--dry-run").returncode == 0
+    assert bench.refusal() == refusal
 
 
 def test_a_run_beside_others_is_marked_contended(gpu_bench: Callable) -> None:
@@ -480,7 +492,44 @@ def test_a_gpu_that_cannot_be_asked_is_code_3_and_no_demonstration(
     assert done.returncode == 3
     assert sentence in done.stderr
     assert "Traceback" not in done.stderr
+    assert (bench.refusal()["exit_code"], sentence in bench.refusal()["sentence"]) == (3, True)
+
+
+def test_a_dry_run_that_is_refused_leaves_nothing(gpu_bench: Callable) -> None:
+    bench = gpu_bench(fail={"nvmlDeviceGetHandleByIndex_v2": 15})
+    assert bench.run("--dry-run").returncode == 3
     assert not bench.results.exists()
+
+
+def test_a_refusal_that_cannot_be_kept_is_said_all_the_same(gpu_bench: Callable) -> None:
+    bench = gpu_bench(pids={os.getpid(): 900})
+    bench.results.write_text("no folder")
+    done = bench.run("--mix", "training")
+    assert done.returncode == 4
+    assert "other processes are on the GPU" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_what_was_refused_is_in_the_report_of_its_folder(gpu_bench: Callable) -> None:
+    bench = gpu_bench(pids={os.getpid(): 900})
+    flags = ("--mix", "training", "--workloads", "1", "--quick")
+    assert bench.run(*flags).returncode == 4
+    sentence = bench.refusal()["sentence"]
+    script = str(bench.root / "benchmarking" / "analyze_results.py")
+    analyze = [sys.executable, script, "--results-dir", str(bench.results)]
+    nothing = subprocess.run(
+        analyze, env=bench.environment, capture_output=True, text=True, check=False
+    )
+    assert nothing.returncode == 2
+    assert f"(refused: {sentence})" in nothing.stderr
+    with (bench.results / run_store.REFUSALS_FILE).open("a") as stream:
+        stream.write('{"exit_code": 0}\n')
+    assert bench.run(*flags, "--beside-others").returncode == 0
+    subprocess.run(analyze, env=bench.environment, capture_output=True, check=True)
+    report = (bench.results / "report.md").read_text()
+    assert "## What was refused, and why" in report
+    assert sentence in report
+    assert f"{run_store.REFUSALS_FILE}: line 2 is not as it was written, skipped" in report
 
 
 def test_a_gpu_that_is_lost_meanwhile_makes_the_run_invalid_and_says_so(
@@ -512,7 +561,7 @@ def test_mps_without_a_daemon_is_code_4_and_names_the_script(gpu_bench: Callable
     done = bench.run("--mode", "mps")
     assert done.returncode == 4
     assert "./gpu-configs/enable_mps.sh" in done.stderr
-    assert not bench.results.exists()
+    assert "./gpu-configs/enable_mps.sh" in bench.refusal()["sentence"]
 
 
 def test_mps_clients_are_verified_and_their_baselines_run_without_mps(

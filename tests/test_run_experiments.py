@@ -20,6 +20,8 @@ from driver_runner import (
 )
 from mode_script_runner import PROJECT_ROOT, needs_root
 
+from benchmarking.storage import run_store
+
 SCRIPT = "run_experiments.sh"
 # What makes a command run without root's rights.
 AS_NOBODY = ["setpriv", "--reuid=65534", "--clear-groups"] if os.geteuid() == 0 else []
@@ -624,14 +626,59 @@ def test_a_gpu_that_is_hidden_or_not_wanted_is_left_alone(
     assert runner.machine.calls() == []
 
 
+@pytest.mark.parametrize("driver", ["not-loaded", "Driver/library version mismatch"])
 def test_a_driver_that_does_not_answer_is_exit_3_and_no_demonstration(
-    runner: DriverRunner,
+    runner: DriverRunner, driver: str
 ) -> None:
-    runner.machine.change(driver="not-loaded")
+    runner.machine.change(driver=driver)
     result = runner.drive(SCRIPT)
     assert result.returncode == 3
     assert "mend the driver, or choose --device cpu" in result.stderr
+    refusal = runner.refusal()
+    assert refusal["exit_code"] == 3
+    assert refusal["command"] == [f"./{SCRIPT}", "--output", str(runner.output)]
+    assert f"error: {refusal['sentence']}" in result.stderr.splitlines()
+    # the folder is as good as a new one
+    runner.machine.change(driver="ok")
+    assert runner.drive(SCRIPT, "--modes", "time-slicing").returncode == 0
+
+
+def test_a_dry_run_that_is_refused_leaves_nothing(runner: DriverRunner) -> None:
+    runner.machine.change(driver="not-loaded")
+    assert runner.drive(SCRIPT, "--dry-run").returncode == 3
     assert not runner.output.exists()
+
+
+def test_what_the_suite_said_at_its_end_is_the_reason_of_its_phase(runner: DriverRunner) -> None:
+    sentence = 'r0: client 1 ("ResNet50") ran out of\tmemory; choose \\ fewer'
+    runner.rule(baseline={"exit": 1, "words": sentence}, analysis={"exit": 1, "words": "no room"})
+    result = runner.drive(SCRIPT, "--modes", "time-slicing")
+    assert result.returncode == 1
+    said = sentence.replace("\t", " ")
+    assert runner.reason("baseline") == said
+    assert f"Phase 1: baseline: failed ({said})" in result.stderr
+    assert runner.reason("time-slicing") == ""
+    assert runner.reason("analysis") == "no room"
+
+
+def test_a_row_that_a_full_disk_cut_off_is_neither_done_nor_part_of_the_next_one(
+    runner: DriverRunner,
+) -> None:
+    assert runner.drive(SCRIPT, "--modes", "time-slicing").returncode == 0
+    path = runner.output / "phases.jsonl"
+    rows = path.read_text().splitlines()
+    torn = rows[1][: rows[1].index('"seconds"')]
+    assert '"status":"ok"' in torn
+    path.write_text(f"{rows[0]}\n{torn}")
+    done_before = len(runner.suite_calls())
+    assert runner.drive(SCRIPT, "--resume", str(runner.output)).returncode == 0
+    assert len(runner.python_calls()) > done_before
+    phases, warnings = run_store.read_phases(runner.output)
+    assert [phase["name"] for phase in phases] == [
+        "baseline", "time-slicing", "mps", "mig", "analysis",
+    ]  # fmt: skip
+    (warning,) = warnings
+    assert "line 2 is torn" in warning
 
 
 def test_without_a_gpu_one_demonstration_runs_whichever_mode_is_asked_for(

@@ -168,6 +168,7 @@ def test_a_gpu_that_another_driver_is_at_work_with_is_refused_and_left(
         ["./stress_test.sh", "mps", "--output", second], cwd=PROJECT_ROOT, env=runner.environment,
         capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
+    restored = runner.run("gpu_status.sh", "--restore")
     daemons = runner.machine.state()["mps"]
     first.terminate()
     first.wait(timeout=60)
@@ -175,7 +176,9 @@ def test_a_gpu_that_another_driver_is_at_work_with_is_refused_and_left(
     assert "another run is at work with mps on GPU 0 (NVIDIA H100 80GB HBM3, " in result.stderr
     where = f"pid {first.pid}, into {runner.output}; wait for its end, or stop it"
     assert where in result.stderr
-    assert not Path(second).exists()
+    assert where in runner.refusal(Path(second))["sentence"]
+    assert restored.returncode == 6
+    assert f"error: a run is at work with mps on {UUID}: {where}" in restored.stderr
     assert len(daemons) == 1
     assert runner.left_behind() == []
 

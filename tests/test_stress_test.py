@@ -18,6 +18,8 @@ from driver_runner import (
 )
 from mode_script_runner import needs_root
 
+from benchmarking.storage import run_store
+
 SCRIPT = "stress_test.sh"
 EXAMPLE = "examples/plans/own-commands.toml"
 
@@ -152,14 +154,31 @@ def test_ctrl_c_undoes_the_mode_and_reports_what_was_done(runner: DriverRunner) 
         ("t4", ["mig", "4", "--mig"], "mig cannot be used: Tesla T4 has no MIG"),
     ],
 )
-def test_a_mode_that_cannot_be_had_ends_with_one_sentence_and_leaves_nothing(
+def test_a_mode_that_cannot_be_had_ends_with_one_sentence_which_is_all_that_it_leaves(
     kind: str, arguments: list[str], words: str
 ) -> None:
     with driver_runner(kind) as runner:
         result = runner.drive(SCRIPT, *arguments)
         assert result.returncode == 1
         assert words in result.stderr
-        assert not runner.output.exists()
+        assert words in runner.refusal()["sentence"]
+
+
+def test_a_mode_that_cannot_be_enabled_is_kept_as_refused(runner: DriverRunner) -> None:
+    runner.machine.fail("nvidia-cuda-mps-control -d", exit=1, text="no")
+    assert runner.drive(SCRIPT, "mps", "2").returncode == 1
+    (refusal,), _ = run_store.read_refusals(runner.output)
+    assert "the MPS daemon did not answer within 2 s" in refusal["sentence"]
+
+
+def test_a_disk_that_is_full_is_no_breaking_point(runner: DriverRunner) -> None:
+    leave_ramp(runner, last_good_clients=4)
+    rules = json.loads((runner.python_state / "rules.json").read_text())
+    rules["mps"]["words"] = "cannot write to /x (No space left on device): make room there"
+    runner.rule(**rules)
+    result = runner.drive(SCRIPT, "mps", "8")
+    assert result.returncode == 1
+    assert "error: cannot write to /x (No space left on device)" in result.stderr
 
 
 def test_without_a_gpu_it_is_a_demonstration(runner: DriverRunner) -> None:

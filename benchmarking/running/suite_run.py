@@ -121,6 +121,8 @@ class SuiteRun:
         self._added_arguments: dict[str, list[str]] = {}
         self._stop_reasons: dict[str, dict[str, Any] | None] = {}
         self._start_seconds = time.monotonic()
+        # Why the run ended, where it did not come to its end.
+        self.ending: str | None = None
         self._min_seconds = setup.request.min_seconds or (
             GUIDE_MIN_SECONDS if setup.job_size == SIZE_GUIDE else SMALL_MIN_SECONDS
         )
@@ -134,10 +136,11 @@ class SuiteRun:
             return self._execute()
         except OSError as error:
             folder = self._writer.folder
-            self._say(
-                f"cannot write to {folder} ({error.strerror}): make room there or bring it back, "
-                f"then go on with --resume {folder}"
+            self.ending = (
+                f"cannot write to {folder} ({error.strerror or error}): make room there or bring "
+                f"it back, then go on with --resume {folder}"
             )
+            self._say(self.ending)
             return EXIT_FAILED
 
     def _execute(self) -> int:
@@ -157,10 +160,12 @@ class SuiteRun:
             outcome, code = "complete", EXIT_COMPLETE
         except RunEnded as end:
             outcome, code = end.outcome, end.exit_code
-            self._note(end.reason)
+            self.ending = end.reason
+            self._note(self.ending)
         except SuiteError as error:
             code = error.exit_code
-            self._note(str(error))
+            self.ending = str(error)
+            self._note(self.ending)
             # Nothing new is known of a run that may not go on here, or not yet.
             outcome = self._earlier.outcome if self._earlier and not self._done else outcome
         finally:

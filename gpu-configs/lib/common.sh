@@ -27,6 +27,7 @@ readonly WAIT_SECONDS
 DRY_RUN=0
 GPU_SELECTOR=""
 THIS_COMMAND=("./gpu-configs/${0##*/}" "$@")
+DIED_OF="" # the sentence that `die` ended with
 
 # --- messages -------------------------------------------------------------------------------------
 
@@ -36,6 +37,7 @@ warn() { log "warning: $*"; }
 
 # die CODE TEXT...
 die() {
+    DIED_OF=${*:2}
     printf 'error: %s\n' "${*:2}" >&2
     exit "$1"
 }
@@ -323,6 +325,10 @@ state::require_own() {
         "you left it, then: chmod go-w $(quoted "$1")"
 }
 
+state::require_own_directory() {
+    ! as_user test -d "$STATE_DIRECTORY" || state::require_own "$STATE_DIRECTORY/." directory
+}
+
 # state::needs_root MODE: whether undoing the loaded state changes a setting of the card.
 state::needs_root() {
     case $1 in
@@ -345,7 +351,7 @@ state::save() {
     local -r mode=$1
     shift
     file=$(state::file "$mode")
-    ! as_user test -d "$STATE_DIRECTORY" || state::require_own "$STATE_DIRECTORY/." directory
+    state::require_own_directory
     # shellcheck disable=SC2016 # the inner shell expands
     run --user --note "save $file: $*" bash -c '
         umask 077
@@ -359,6 +365,24 @@ state::remove() {
     local file
     file=$(state::file "$1")
     run --user rm -f -- "$file"
+}
+
+# state::driver_at_work: whether run_experiments.sh or stress_test.sh is at work with a mode on the chosen
+# GPU; STATE then holds its note (mode, pid, output). The start time tells it from a later process with
+# its pid.
+state::driver_at_work() {
+    state::load driver || return 1
+    [[ ${STATE[pid]:-} =~ ^[0-9]+$ && ${STATE[started]:-} =~ ^[0-9]+$ ]] || return 1
+    [[ $(process::start "${STATE[pid]}") == "${STATE[started]}" ]]
+}
+
+# process::start PID: in the kernel's ticks since the machine started; nothing where it has ended.
+process::start() {
+    local text
+    local -a fields
+    text=$(cat "/proc/$1/stat" 2>/dev/null) || return 0
+    read -ra fields <<<"${text##*) }" # a program's name may hold anything
+    [[ ${fields[0]} == Z ]] || printf '%s' "${fields[19]}"
 }
 
 # state::put_back MODE TEXT: undo for state::save. Kept as it is where the rest could not be undone,
