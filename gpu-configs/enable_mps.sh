@@ -36,6 +36,7 @@ TEXT
 EXCLUSIVE=0
 PERCENTAGE=""
 PIPE_DIRECTORY=""
+FOLDER="" # of pipes and logs, once it is made
 
 parse_arguments() {
     cli::split "$@"
@@ -115,18 +116,34 @@ read_own_state() {
         log "The MPS daemon at $PIPE_DIRECTORY answers already."
     else
         STALE_FOLDER=$(dirname -- "${STATE[pipe_directory]}")
-        log "The MPS daemon of the last time no longer answers; starting a new one."
+        log "note: the MPS daemon of the last time no longer answers; starting a new one in place of its" \
+            "pipes at ${STATE[pipe_directory]}"
     fi
 }
 
-# Sets FOLDER to a new path, short enough: a socket's path has to stay under 108 bytes.
-choose_folder() {
-    local parent random
-    random=$(od -An -N4 -tx4 /dev/urandom)
+# Makes FOLDER, a new one with a short enough name: a socket's path has to stay under 108 bytes. FOLDER
+# is set to nothing else, so that only what was made here is ever removed.
+make_folder() {
+    local parent template
     for parent in "$STATE_DIRECTORY" "/run/user/$INVOKER_UID" /tmp; do
-        FOLDER=$parent/mps.${random// /}
-        ((${#FOLDER} + ${#SOCKET} < 108)) || continue
-        [[ $parent == "$STATE_DIRECTORY" ]] || as_user test -w "$parent" || continue
+        template=$parent/mps.XXXXXXXX
+        ((${#template} + ${#SOCKET} < 108)) || continue
+        if [[ $parent == "$STATE_DIRECTORY" ]]; then
+            state::require_own_directory
+            as_user test -d "$parent" || run --user mkdir -p -m 700 -- "$parent" ||
+                die "$EXIT_PERMISSION" "cannot write $parent as $INVOKER_NAME;" \
+                    "set GPU_SHARING_STATE_DIR to a folder that this user may write"
+        else
+            as_user test -w "$parent" || continue
+        fi
+        if ((DRY_RUN)); then
+            run --user mktemp -d -- "$template"
+            FOLDER=$template
+        else
+            FOLDER=$(run --user mktemp -d -- "$template") ||
+                die "$EXIT_PERMISSION" "cannot write $parent as $INVOKER_NAME;" \
+                    "set GPU_SHARING_STATE_DIR to a folder that this user may write"
+        fi
         return 0
     done
     die "$EXIT_FAILED" "$STATE_DIRECTORY is too long for a socket; set GPU_SHARING_STATE_DIR"
@@ -135,14 +152,14 @@ readonly SOCKET=/pipe/control_privileged
 
 start_daemon() {
     ((!RUNNING)) || return 0
-    choose_folder
+    undo::push remove_folder
+    make_folder
     PIPE_DIRECTORY=$FOLDER/pipe
     LOG_DIRECTORY=$FOLDER/log
     undo::push state::put_back mps "$(state::text mps)"
     save_state "$GPU_COMPUTE_MODE"
     remove_stale_folder
-    undo::push remove_folder
-    run --user mkdir -m 700 -- "$FOLDER" "$PIPE_DIRECTORY" "$LOG_DIRECTORY" ||
+    run --user mkdir -m 700 -- "$PIPE_DIRECTORY" "$LOG_DIRECTORY" ||
         die "$EXIT_PERMISSION" "cannot create $FOLDER as $INVOKER_NAME"
     undo::push end_daemon
     launch
@@ -182,7 +199,7 @@ end_daemon() {
     mps::quit "$PIPE_DIRECTORY"
 }
 
-remove_folder() { run --user rm -rf -- "$FOLDER"; }
+remove_folder() { [[ -z $FOLDER ]] || run --user rm -rf -- "$FOLDER"; }
 
 remove_stale_folder() {
     [[ ${STALE_FOLDER##*/} == mps.* ]] || return 0

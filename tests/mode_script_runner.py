@@ -146,7 +146,7 @@ class ModeScripts:
 
 def without_random_names(text: str) -> str:
     """The text with the random part of folder names taken out."""
-    return re.sub(r"mps\.[0-9a-f]{8}", "mps.RANDOM", text)
+    return re.sub(r"mps\.[0-9A-Za-z]{8}", "mps.RANDOM", text)
 
 
 @contextlib.contextmanager

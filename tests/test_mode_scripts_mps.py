@@ -16,6 +16,7 @@ from mode_script_runner import (
     needs_real_root,
     needs_root,
 )
+from waiting import wait_until
 
 SET_MODE = "nvidia-smi -i * -c *"
 START = "nvidia-cuda-mps-control -d"
@@ -368,6 +369,44 @@ def test_a_signal_in_the_middle_of_enabling_puts_everything_back(
     )
     assert code == status, stderr
     assert_as_before(scripts)
+
+
+@needs_root
+@pytest.mark.parametrize("during", [START, SET_MODE])
+@pytest.mark.parametrize("group", [True, False])
+def test_what_enabling_had_changed_when_it_was_killed_is_brought_back_by_restore(
+    scripts: ModeScripts, during: str, group: bool
+) -> None:
+    code, stderr = scripts.interrupt(
+        "enable_mps.sh", "--exclusive", during=during, number=signal.SIGKILL, group=group
+    )
+    assert code == -signal.SIGKILL, stderr
+    assert scripts.saved("mps") is not None
+    if not group:  # what the script had started does its work to the end
+        wait_until(
+            lambda: daemons(scripts) if during == START
+            else scripts.gpu()["compute_mode"] == "Exclusive_Process",
+            f"the end of {during}",
+        )  # fmt: skip
+    scripts.must("gpu_status.sh", "--restore")
+    assert_as_before(scripts)
+
+
+def test_a_folder_of_pipes_is_removed_only_by_who_made_it(scripts: ModeScripts) -> None:
+    of_another = scripts.state_directory / "mps.AAAAAAAA"
+    of_another.mkdir(parents=True, mode=0o700)
+    scripts.state_directory.chmod(0o700)
+    programs = scripts.folder / "bin"
+    programs.mkdir()
+    (programs / "mktemp").write_text("#!/bin/sh\necho no room >&2\nexit 1\n")
+    (programs / "mktemp").chmod(0o755)
+    path = f"{programs}:{scripts.environment['PATH']}"
+    result = scripts.run("enable_mps.sh", PATH=path)
+    assert result.returncode == 5
+    assert "set GPU_SHARING_STATE_DIR to a folder that this user may write" in result.stderr
+    assert "rm -rf" not in result.stderr
+    assert of_another.exists()
+    assert daemons(scripts) == {}
 
 
 @needs_root

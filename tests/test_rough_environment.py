@@ -281,6 +281,9 @@ def test_pipes_of_a_dead_daemon_are_replaced_and_the_mode_is_undone(runner: Driv
     result = runner.drive("run_experiments.sh", "--modes", "mps")
     assert result.returncode == 0, result.stderr
     assert "no longer answers; starting a new one" in result.stderr
+    said = f"no longer answers; starting a new one in place of its pipes at {pipe}"
+    assert said in runner.reason("mps")
+    assert runner.outcomes()["mps"] == "ok"
     assert runner.suite_calls()["mps"]["gpu"]["daemons"] == 1
     assert runner.python_calls()[-1]["gpu"] == AS_BEFORE
     assert not pipe.exists()
