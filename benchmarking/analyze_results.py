@@ -7,8 +7,8 @@
 Finds every run at or below the folder and writes, into `--output` (default: the same folder),
 `report.html` (one self-contained file), `report.md`, `comparison.csv`, `comparison.json` and the
 charts as PNG; with `--each-run` also a `report.html` into every run's folder. Given one run, the
-runs beside it lend the baselines that it reused. Exit codes: 0 done, 1 the report cannot be written,
-2 wrong usage or nothing to analyze, 130 interrupted.
+runs beside it lend the baselines that it reused. Exit codes: 0 done, 1 the report cannot be
+written, 2 wrong usage or nothing to analyze, 130 interrupted.
 """
 
 from __future__ import annotations

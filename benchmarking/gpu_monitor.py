@@ -13,6 +13,9 @@ before) and, about once a second, ``compute_pids`` and ``mps_pids`` (each a list
 "used_memory_mib"}``). Unknown is null. An existing
 output file is continued. Lines are written whole, so that a killed sampler tears none.
 
+A function of NVML's that fails leaves its values null and the others as they are, and is named once
+on stderr.
+
 It samples at fixed deadlines, start + n * interval, and leaves out the ones it missed, so it
 never drifts. It runs without a GPU too: then only the host's CPU is known.
 
@@ -145,7 +148,7 @@ def watch(
     show: Callable[[Sample], None],
 ) -> None:
     """Write the ready line, then a sample at each deadline until the end."""
-    sampler = Sampler(gpu)
+    sampler, complaints = Sampler(gpu), Complaints()
     facts = dict.fromkeys(nvml.DESCRIPTION_FIELDS) if gpu is None else gpu.describe()
     # The sampler took its first reading just now; percentages need a second one.
     stop.wait_until(time.monotonic() + arguments.interval)
@@ -156,6 +159,7 @@ def watch(
         if stop.wait_until(deadline):
             return
         sample = sampler.read()
+        complaints.say_new()
         write_line(output, sample)
         show(sample)
 
@@ -166,6 +170,24 @@ def deadlines(start: float, interval: float, duration: float) -> Iterator[float]
     while not duration or index * interval <= duration + 1e-9:
         yield start + index * interval
         index = max(index + 1, int((time.monotonic() - start) / interval))
+
+
+class Complaints:
+    """Says on stderr, once for each function of NVML's, that it failed."""
+
+    def __init__(self) -> None:
+        """Start with nothing said."""
+        self._said: set[str] = set()
+
+    def say_new(self) -> None:
+        """Say what has not been said yet."""
+        for function, words in nvml.failures().items():
+            if function not in self._said:
+                self._said.add(function)
+                print(
+                    f"gpu_monitor: {function} failed: {words}; what it would tell is unknown",
+                    file=sys.stderr, flush=True,
+                )  # fmt: skip
 
 
 class Sampler:

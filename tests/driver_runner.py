@@ -157,7 +157,6 @@ class DriverRunner(ModeScripts):
         """Why a phase failed or was skipped."""
         return next(phase["reason"] for phase in self.phases() if phase["name"] == name)
 
-
     def refusal(self, folder: Path | None = None) -> dict[str, Any]:
         """What was refused, once, and nothing else was left; as the published schema has it."""
         folder = folder or self.output

@@ -96,6 +96,15 @@ class Bench:
             text=True, timeout=100, check=False,
         )  # fmt: skip
 
+    def resume(self, run_id: str) -> subprocess.CompletedProcess[str]:
+        """Go on with a run, with the flags that it was started with."""
+        script = str(self.root / "benchmarking" / "benchmark_suite.py")
+        return subprocess.run(
+            [sys.executable, script, "--resume", run_id, "--results-dir", str(self.results)],
+            env=self.scripted_environment(), capture_output=True, text=True, timeout=100,
+            check=False,
+        )  # fmt: skip
+
     def only_run(self) -> run_store.Run:
         """The newest run; every line of it is as the published schema has it."""
         run = run_store.read_run(run_store.find_runs(self.results)[-1])
@@ -532,11 +541,14 @@ def test_what_was_refused_is_in_the_report_of_its_folder(gpu_bench: Callable) ->
     assert f"{run_store.REFUSALS_FILE}: line 2 is not as it was written, skipped" in report
 
 
-def test_a_gpu_that_is_lost_meanwhile_makes_the_run_invalid_and_says_so(
-    gpu_bench: Callable, tmp_path: Path
+@pytest.mark.parametrize("crashes", [False, True])
+def test_a_gpu_that_is_lost_meanwhile_is_the_reason_whatever_becomes_of_its_clients(
+    gpu_bench: Callable, tmp_path: Path, crashes: bool
 ) -> None:
     bench = gpu_bench()
-    arguments = ["--mix", "training", "--workloads", "1", "--quick", "--window", "4"]
+    if crashes:
+        bench.script({"match": "*:training-1-r0/0", "fail": "crash", "fail_at": 3})
+    arguments = ["--mix", "training", "--workloads", "1,2", "--quick", "--window", "4"]
     process = subprocess.Popen(
         bench.command(*arguments), env=bench.scripted_environment(), text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -548,12 +560,38 @@ def test_a_gpu_that_is_lost_meanwhile_makes_the_run_invalid_and_says_so(
     )
     lost = dict.fromkeys(LOST_FUNCTIONS, 15)
     nvml_stub.write_state(tmp_path / "card.txt", fail=lost)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 5, stderr
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == (3 if crashes else 5), stderr
     run = bench.only_run()
-    assert run.manifest["outcome"] == "invalid"
-    assert "the driver answers for the GPU: no (look for Xid" in run.co_run_records[-1]["reason"]
-    assert run.co_run_records[0]["outcome"] == "ok"
+    outcome = "failed" if crashes else "invalid"
+    assert run.manifest["outcome"] == outcome
+    # nothing more is tried on it
+    assert [record["outcome"] for record in run.co_run_records] == ["ok", outcome]
+    lost = run.co_run_records[-1]
+    sentence = (
+        "the GPU was lost, the driver no longer answers for it: look for Xid in the kernel's log, "
+        "then reset the GPU with nvidia-smi --gpu-reset, or restart"
+    )
+    assert lost["reason"].startswith(sentence)
+    assert ("client 0 (ResNet50 training): failed: exit code 7" in lost["reason"]) == crashes
+    assert lost["stop_reason"]["kind"] == "gpu_lost"
+    assert f"training-1-r0 does not hold: {sentence}" in stderr
+    assert f"REASON: {sentence}" in stdout
+    # the functions that failed are named, once
+    notes = [note for note in run.manifest["notes"] if "nvmlDeviceGetUtilizationRates" in note]
+    assert len(notes) == 1
+    assert "GPU is lost" in notes[0]
+    script = str(bench.root / "benchmarking" / "analyze_results.py")
+    subprocess.run(
+        [sys.executable, script, "--results-dir", str(bench.results)], env=bench.environment,
+        capture_output=True, check=True,
+    )  # fmt: skip
+    assert sentence in (bench.results / "report.md").read_text()
+    nvml_stub.write_state(tmp_path / "card.txt")
+    bench.script()
+    assert bench.resume(run.run_id).returncode == 0
+    again = bench.only_run()
+    assert [record["outcome"] for record in again.co_run_records] == ["ok"] * 3
 
 
 def test_mps_without_a_daemon_is_code_4_and_names_the_script(gpu_bench: Callable) -> None:

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pynvml
@@ -243,6 +243,113 @@ def test_functions_that_fail_for_any_reason_give_null(card: Callable) -> None:
     assert samples[0]["power_draw_watts"] is None
     assert samples[0]["sm_activity_percent"] is None
     assert samples[0]["utilization_gpu_percent"] == 97
+
+
+GPM_FIELDS = (
+    "graphics_engine_active_percent", "sm_activity_percent", "sm_occupancy_percent",
+    "tensor_activity_percent", "dram_activity_percent",
+)  # fmt: skip
+UNKNOWN_ERROR = 999
+# What a sample is made of: each function of NVML's with the fields that are unknown without it. Those
+# that only came in the place of older ones, or are older ones themselves, are not missed alone.
+OF_A_SAMPLE = {
+    "nvmlDeviceGetUtilizationRates": ("utilization_gpu_percent",),
+    "nvmlDeviceGetMemoryInfo": (),
+    "nvmlDeviceGetMemoryInfo_v2": (),
+    "nvmlDeviceGetClockInfo": ("sm_clock_mhz",),
+    "nvmlDeviceGetPowerUsage": ("power_draw_watts",),
+    "nvmlDeviceGetTotalEnergyConsumption": ("energy_joules",),
+    "nvmlDeviceGetCurrentClocksEventReasons": (),
+    "nvmlDeviceGetCurrentClocksThrottleReasons": (),
+    "nvmlDeviceGetTemperatureV": (),
+    "nvmlDeviceGetTemperature": (),
+    "nvmlDeviceGetComputeRunningProcesses_v3": (),
+    "nvmlDeviceGetComputeRunningProcesses_v2": (),
+    "nvmlDeviceGetMPSComputeRunningProcesses_v3": (),
+    "nvmlDeviceGetMPSComputeRunningProcesses_v2": (),
+    "nvmlGpmSampleAlloc": GPM_FIELDS,
+    "nvmlGpmSampleGet": GPM_FIELDS,
+    "nvmlGpmMetricsGet": GPM_FIELDS,
+}
+# With the older function failing too.
+IN_EVERY_VERSION = {
+    ("nvmlDeviceGetMemoryInfo_v2", "nvmlDeviceGetMemoryInfo"):
+        ("memory_used_mib", "memory_total_mib"),
+    ("nvmlDeviceGetCurrentClocksEventReasons", "nvmlDeviceGetCurrentClocksThrottleReasons"):
+        ("throttle_reasons",),
+    ("nvmlDeviceGetTemperatureV", "nvmlDeviceGetTemperature"): ("temperature_celsius",),
+    ("nvmlDeviceGetComputeRunningProcesses_v3", "nvmlDeviceGetComputeRunningProcesses_v2"):
+        ("compute_pids",),
+    ("nvmlDeviceGetMPSComputeRunningProcesses_v3", "nvmlDeviceGetMPSComputeRunningProcesses_v2"):
+        ("mps_pids",),
+}  # fmt: skip
+# Not asked while the newer function answers.
+NEWER_ANSWERS = {
+    "nvmlDeviceGetMemoryInfo", "nvmlDeviceGetCurrentClocksThrottleReasons",
+    "nvmlDeviceGetTemperature", "nvmlDeviceGetComputeRunningProcesses_v2",
+    "nvmlDeviceGetMPSComputeRunningProcesses_v2",
+}  # fmt: skip
+# Asked once, before the first sample, for what the card is.
+OF_A_CARD = {
+    "nvmlInit", "nvmlDeviceGetCount", "nvmlDeviceGetHandleByIndex", "nvmlDeviceGetHandleByUUID",
+    "nvmlDeviceGetDeviceHandleFromMigDeviceHandle", "nvmlDeviceIsMigDeviceHandle",
+    "nvmlDeviceGetIndex", "nvmlDeviceGetUUID", "nvmlGpmQueryDeviceSupport", "nvmlDeviceGetMigMode",
+    "nvmlDeviceGetCudaComputeCapability", "nvmlDeviceGetName", "nvmlSystemGetDriverVersion",
+    "nvmlSystemGetCudaDriverVersion_v2", "nvmlSystemGetCudaDriverVersion",
+    "nvmlDeviceGetComputeMode", "nvmlDeviceGetMaxMigDeviceCount",
+    "nvmlDeviceGetMigDeviceHandleByIndex", "nvmlDeviceGetAttributes_v2",
+    "nvmlDeviceGetGpuInstanceId", "nvmlGpmMigSampleGet",
+}  # fmt: skip
+
+
+def without_versions(names: Iterable[str]) -> set[str]:
+    return {re.sub("_v[23]$", "", name) for name in names}
+
+
+def test_every_function_of_nvml_that_is_called_is_one_whose_failure_is_tested() -> None:
+    source = (PROJECT_ROOT / "benchmarking" / "hardware" / "nvml.py").read_text()
+    called = set(re.findall(r"\bnvml(?:Gpm|Device|System|Init)\w*", source))
+    assert without_versions(called) == without_versions({*OF_A_SAMPLE, *OF_A_CARD})
+
+
+@pytest.mark.parametrize(
+    ("failing", "unknown"),
+    [*(((name,), fields) for name, fields in OF_A_SAMPLE.items()), *IN_EVERY_VERSION.items()],
+    ids=lambda value: "+".join(value) if value and value[0].startswith("nvml") else "",
+)
+def test_a_function_that_fails_alone_leaves_its_field_unknown_and_is_named_once(
+    card: Callable, failing: tuple[str, ...], unknown: tuple[str, ...]
+) -> None:
+    environment = card(
+        **BUSY, pids={938: 2228}, mps_pids={938: 2228}, fail=dict.fromkeys(failing, UNKNOWN_ERROR)
+    )
+    run = subprocess.run(
+        (*MONITOR, "--output", "-", "--interval", "0.1", "--duration", "0.3"), env=environment,
+        capture_output=True, text=True, timeout=30, check=True,
+    )  # fmt: skip
+    _, first, *samples = [json.loads(line) for line in run.stdout.splitlines()]
+    assert samples
+    values = first | {key: value for key, value in samples[-1].items() if value is not None}
+    for sample in (first, samples[-1]):
+        for field in set(unknown) & set(sample) - {"utilization_gpu_percent"}:
+            assert sample[field] is None
+    known = {*SAMPLE_KEYS, *PROCESS_KEYS} - set(unknown)
+    assert {key for key in known if values[key] is None} == set()
+    if "utilization_gpu_percent" in unknown:  # GPM's stands in
+        assert first["utilization_source"] == "gpm"
+    said = [line for line in run.stderr.splitlines() if "failed: Unknown Error" in line]
+    asked = [name for name in failing if len(failing) > 1 or name not in NEWER_ANSWERS]
+    # pynvml has one name for both ways to ask for the memory
+    named = dict.fromkeys(name.replace("MemoryInfo_v2", "MemoryInfo") for name in asked)
+    assert [line.split()[1] for line in said] == list(named)
+
+
+def test_what_a_card_does_not_support_is_no_failure(card: Callable) -> None:
+    run = subprocess.run(
+        (*MONITOR, "--output", "-", "--duration", "0.2"), env=card(power_draw_watts=None, gpm=0),
+        capture_output=True, text=True, timeout=30, check=True,
+    )  # fmt: skip
+    assert run.stderr == ""
 
 
 def test_a_failure_that_passes_leaves_values_again_and_no_false_gpm_figure(card: Callable) -> None:

@@ -395,6 +395,12 @@ def test_a_count_that_no_co_run_judged_was_not_tried():
     assert breaking_point([co_run(1, "invalid")])["highest_clients_tried"] is None
 
 
+def test_a_gpu_that_was_lost_says_nothing_of_the_load():
+    lost = co_run(2, "failed", stop_reason={"kind": "gpu_lost"})
+    point = breaking_point([co_run(1), lost])
+    assert (point["clients"], point["not_judged"], point["last_good_clients"]) == (None, [2], 1)
+
+
 # --- bounds, joules, how many clients -------------------------------------------------------
 
 

@@ -213,6 +213,12 @@ def test_figures_rows_and_run_ids_stay_right_while_the_wall_clock_is_set(
         for record in run.co_run_records:
             assert 0.1 < record["window_end_seconds"] - record["window_start_seconds"] < took
         # twice the time for a unit is half the rate: STP 1, to what a busy machine adds
+        for record in run.co_run_records[1:]:  # the first may be over within half a second
+            (warning,) = [line for line in record["warnings"] if "clock was set" in line]
+            by, rest = warning.removeprefix("the clock was set by ").split(" s ", 1)
+            assert (int(by) + 1) % 3600 in (0, 1, 2)
+            assert abs(int(by)) > 3000
+            assert rest == "meanwhile; figures come from the monotonic clock"
         stp = [record["summary"]["stp"] for record in run.co_run_records[1:]]
         assert all(0.6 < value < 1.5 for value in stp), stp
 

@@ -134,8 +134,9 @@ def compare(
     """Compare runs: sections by environment, a row for each combination of mode, mix and clients.
 
     `phases` are the lines of the unattended run's phase log, `problems` what was wrong with files
-    outside the runs, `refusals` what was refused before it had a run. `references` are runs that only lend their baselines. `slo_ms` bounds the
-    responses of latency jobs; without it the bound that a run was given holds.
+    outside the runs, `refusals` what was refused before it had a run. `references` are runs that
+    only lend their baselines. `slo_ms` bounds the responses of latency jobs; without it the bound
+    that a run was given holds.
     """
     sections = _sections(runs)
     for section in sections:

@@ -69,6 +69,13 @@ ADVICE = {
 }
 
 
+# These say that there is no such thing, which is no failure: an argument that does not fit (a plain
+# GPU asked as a MIG instance), not supported, not found, a function that the driver does not have.
+NO_FAILURES = frozenset((2, 3, 6, 13))
+
+_failures: dict[str, str] = {}
+
+
 class GpuNotFoundError(Exception):
     """The GPU that was named does not exist; the message is one sentence for the user."""
 
@@ -106,6 +113,14 @@ def in_words(error: pynvml.NVMLError) -> str:
     """Return NVML's words for an error, with what to do about it where that is known."""
     advice = ADVICE.get(error.value)
     return f"{error} ({advice})" if advice else str(error)
+
+
+def failures() -> dict[str, str]:
+    """Return each function of NVML's that has failed so far, with NVML's word for it.
+
+    What the driver, the GPU or pynvml does not offer is no failure.
+    """
+    return dict(_failures)
 
 
 def open_gpu(selector: str | int | None = None) -> Gpu | None:
@@ -403,7 +418,9 @@ def _ask(function: str, *arguments: Any) -> Any:
         return None
     try:
         return callee(*arguments)
-    except pynvml.NVMLError:
+    except pynvml.NVMLError as error:
+        if error.value not in NO_FAILURES:
+            _failures.setdefault(function, in_words(error))
         return None
 
 

@@ -57,8 +57,9 @@ def breaking_point(
 
     `co_runs` are the co-run records of one ramp (`clients`, `outcome`, `reason`, `co_run`);
     `client_records` their clients, matched by `co_run`. Of several repeats at one count, one that
-    breaks is enough. Invalid and interrupted co-runs prove nothing either way: their counts are
-    listed in `not_judged`, unless another repeat of that count was judged, and are not tried.
+    breaks is enough. Invalid and interrupted co-runs, and those that lost the GPU, prove nothing
+    either way: their counts are listed in `not_judged`, unless another repeat of that count was
+    judged, and are not tried.
 
     Returns `{"clients": int | None, "criterion": "oom"|"failed"|"timeout"|"killed"|"slowdown"|
     "p99"|None, "detail": str | None, "broken_repeats": int, "judged_repeats": int,
@@ -70,7 +71,7 @@ def breaking_point(
     for co_run in co_runs:
         by_count.setdefault(co_run["clients"], []).append(co_run)
     judged_by_count = {
-        clients: [run for run in repeats if run["outcome"] in ("ok", "failed", "timeout")]
+        clients: [run for run in repeats if _says_something_of_the_load(run)]
         for clients, repeats in sorted(by_count.items())
     }
     tried = [clients for clients, judged in judged_by_count.items() if judged]
@@ -111,6 +112,11 @@ def breaking_point(
 
 def _members(co_run: Record, client_records: Sequence[Record]) -> list[Record]:
     return [record for record in client_records if record.get("co_run") == co_run.get("co_run")]
+
+
+def _says_something_of_the_load(co_run: Record) -> bool:
+    kind = (co_run.get("stop_reason") or {}).get("kind")
+    return co_run["outcome"] in ("ok", "failed", "timeout") and kind != "gpu_lost"
 
 
 def _broken_by(

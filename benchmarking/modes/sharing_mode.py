@@ -18,6 +18,10 @@ from typing import Any
 from benchmarking.modes.mode_evidence import Evidence, Identity, ProcessLists, Proof
 
 DISABLE_MIG = "sudo ./gpu-configs/disable_mig.sh"
+GPU_ANSWERS = "the driver answers for the GPU"
+GPU_LOST_FIX = (
+    "look for Xid in the kernel's log, then reset the GPU with nvidia-smi --gpu-reset, or restart"
+)
 
 # The inode that Linux gives the first pid namespace; in a container's own one, pids are others.
 INITIAL_PID_NAMESPACE = "pid:[4026531836]"
@@ -89,8 +93,8 @@ class SharingMode(ABC):
 def gpu_answers(facts: GpuFacts) -> Evidence:
     """Look whether the driver still knows the GPU; one that left the bus has no facts."""
     is_there = bool(facts.get("uuid"))
-    found = "yes" if is_there else "no (look for Xid in the kernel's log, and restart)"
-    return Evidence("the driver answers for the GPU", found, is_there)
+    found = "yes" if is_there else f"no ({GPU_LOST_FIX})"
+    return Evidence(GPU_ANSWERS, found, is_there)
 
 
 def mig_is_off(facts: GpuFacts) -> Evidence:

@@ -102,6 +102,7 @@ def co_run_record(
     gpu: Record | None,
     *,
     mode_failure: str | None = None,
+    gpu_lost: str | None = None,
     baselines: Mapping[str, Record],
     energy_alone_joules: Mapping[str, float | None],
     share_baselines: Mapping[str, Record] | None = None,
@@ -109,18 +110,25 @@ def co_run_record(
 ) -> Record:
     """Return the record of one co-run.
 
-    `mode_failure` says that the mode was no longer in force afterwards. A co-run that ran well
-    while one client lacks proof, or the mode was lost, is `invalid`. Figures against the baselines
-    are given for whole co-runs only. `host_cores` is how many cores the clients may use.
+    `mode_failure` says that the mode was no longer in force afterwards, `gpu_lost` that the GPU no
+    longer answered. A co-run that ran well while one client lacks proof, or either was lost, is
+    `invalid`; that of clients which failed has the lost GPU in its reason. Figures against the
+    baselines are given for whole co-runs only. `host_cores` is how many cores the clients may use.
     """
     outcome, reason = co_run.outcome, co_run.reason
     unproved = [record for record in client_records if record["status"] == STATUS_INVALID]
-    if outcome == OUTCOME_OK and (unproved or mode_failure):
+    if outcome == OUTCOME_OK and (unproved or gpu_lost or mode_failure):
         outcome = OUTCOME_INVALID
-        reason = mode_failure or "; ".join(
-            f"client {record['client']} ({record['label']}): {record['reason']}"
-            for record in unproved
+        reason = (
+            gpu_lost
+            or mode_failure
+            or "; ".join(
+                f"client {record['client']} ({record['label']}): {record['reason']}"
+                for record in unproved
+            )
         )
+    elif gpu_lost:
+        reason = f"{gpu_lost}; {reason}" if reason else gpu_lost
     is_comparable = outcome not in (OUTCOME_INTERRUPTED, OUTCOME_INVALID)
     planned = co_run.planned
     return {

@@ -30,7 +30,7 @@ from benchmarking.storage.run_store import (
 COMPARED_FIELDS = ("gpu_uuid", "git_commit", "timeslice")
 
 # Kinds of stop reasons that say nothing of the load: the co-run is done again.
-NO_ANSWERS = ("refused", "killed", "damaged_file", "unreadable_image")
+NO_ANSWERS = ("refused", "killed", "damaged_file", "unreadable_image", "gpu_lost")
 
 _START_ANEW = "start a new run (--baseline with this one's id reuses baselines that fit)"
 

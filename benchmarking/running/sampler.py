@@ -36,6 +36,7 @@ class Sampler:
         ]  # fmt: skip
         # A run that goes on appends to the samples of its first part.
         self._follower = LineFollower(output, past=output.stat().st_size if output.exists() else 0)
+        self._words = LineFollower(log, past=log.stat().st_size if log.exists() else 0)
         self._samples: list[dict[str, Any]] = []
         self._is_ready = False
         self._process: subprocess.Popen[bytes] | None = None
@@ -99,6 +100,11 @@ class Sampler:
             time.sleep(POLL_SECONDS)
             self._read()
         return self._samples
+
+    def complaints(self) -> list[str]:
+        """Return what it said of NVML since the last call: which function fails, and how."""
+        said = (line.decode(errors="replace").strip() for line in self._words.poll())
+        return [line for line in said if line.startswith("gpu_monitor: nvml")]
 
     def _last_seconds(self) -> float:
         return self._samples[-1]["time_seconds"] if self._samples else float("-inf")

@@ -12,6 +12,7 @@ The kinds:
                    the others' work too
     killed         somebody else ended a client (the host's out-of-memory killer, an operator)
     timeout        a client was not ready, done or gone in time
+    gpu_lost       the GPU no longer answered afterwards, whatever became of the clients
     refused        the clients were not what they should be, nothing was measured
     slowdown, p99  nothing failed, but a bound that was asked for was passed
 """
@@ -28,6 +29,8 @@ from benchmarking.running.event_log import last_event
 from benchmarking.running.launcher import ClientOutcome
 
 Record = Mapping[str, Any]
+
+GPU_LOST = "gpu_lost"
 
 # The likeliest cause first: what else failed beside it is its consequence.
 TOLD_KINDS = ("diverged", "not_finite", "damaged_file", "unreadable_image")
@@ -52,13 +55,17 @@ def stop_reason(
     *,
     max_slowdown: float | None = None,
     max_p99_ms: float | None = None,
+    gpu_lost: str | None = None,
 ) -> dict[str, Any] | None:
     """Return why a co-run broke, `None` for one that held, was interrupted, or has no proof.
 
+    `gpu_lost` says in words that the GPU no longer answered.
     `co_run` is its record, `outcomes` what the launcher saw of its clients, `clients` their records
     in the same order. The answer has `kind`, `client` and `label` (`None` for a bound), `detail`
     in words, and `lost_neighbors`, the numbers of those that were taken along.
     """
+    if gpu_lost and co_run["outcome"] != "interrupted":
+        return _reason(GPU_LOST, None, gpu_lost, [])
     if co_run["outcome"] in ("failed", "timeout"):
         return _failure(co_run, outcomes, clients)
     bound = breaking_point([co_run], clients, max_slowdown=max_slowdown, max_p99_ms=max_p99_ms)

@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarking.hardware import host_limit
 from benchmarking.hardware.gpu_samples import summarize_samples
-from benchmarking.modes.sharing_mode import SharingMode
+from benchmarking.modes.sharing_mode import GPU_ANSWERS, GPU_LOST_FIX, SharingMode
 from benchmarking.planning import plan as planning
 from benchmarking.planning.baselines import (
     BaselineMismatchError,
@@ -34,9 +34,11 @@ from benchmarking.planning.ramp import Ramp
 from benchmarking.running import occupancy, stop_reasons
 from benchmarking.running.job_resolution import resolve
 from benchmarking.running.launcher import (
+    OUTCOME_FAILED,
     OUTCOME_INTERRUPTED,
     OUTCOME_INVALID,
     OUTCOME_OK,
+    OUTCOME_TIMEOUT,
     Client,
     CoRunOutcome,
     CoRunRefused,
@@ -61,6 +63,7 @@ from benchmarking.running.suite_setup import (
     Setup,
     SuiteError,
 )
+from benchmarking.running.wall_clock import WallClock
 from benchmarking.storage.run_store import (
     PHASE_BASELINE,
     PHASE_CO_RUN,
@@ -421,6 +424,7 @@ class SuiteRun:
                 raise CoRunRefused(str(error)) from error
             mode.observe()
 
+        clock = WallClock()
         seen = self._launcher.run(planned, self._writer.client_paths, rule, before_go)
         self._done.add(planned.co_run)
         samples = self._samples_of(seen, sampler)
@@ -429,13 +433,14 @@ class SuiteRun:
             client_record(seen, client, proof, self._reference.whole.get(client.planned.job_key))
             for client, proof in zip(seen.clients, proofs, strict=True)
         ]
+        gpu_lost, mode_failure = _lost(mode)
         gpu = self._gpu_figures(seen, samples)
         clients = host_limit.judged(clients, gpu, self._reference.whole)
-        record = self._co_run_record(seen, clients, mode, gpu)
+        record = self._co_run_record(seen, clients, gpu, gpu_lost, mode_failure)
         strangers = strangers_beside(seen, samples)
-        record["warnings"] += occupancy.warnings(strangers)
+        record["warnings"] += [*clock.warnings(), *occupancy.warnings(strangers)]
         record["is_contended"] = bool(strangers)
-        reason = self._stop_reason(record, seen, clients)
+        reason = self._stop_reason(record, seen, clients, gpu_lost)
         record["stop_reason"] = self._stop_reasons[planned.co_run] = reason
         for line in (*clients, record):
             self._writer.append_record(line)
@@ -445,6 +450,10 @@ class SuiteRun:
             self._say(f"{planned.co_run} does not hold: {stop_reasons.in_words(reason)}")
         if refusal is not None:
             raise refusal
+        if gpu_lost and record["outcome"] in (OUTCOME_FAILED, OUTCOME_TIMEOUT):
+            # What follows would only meet the same.
+            what = f"{planned.co_run}: {record['reason']}"
+            raise RunEnded("failed", EXIT_NO_GPU, what)
         _raise_unless_well(record, clients)
         return clients
 
@@ -462,13 +471,17 @@ class SuiteRun:
         return clients
 
     def _stop_reason(
-        self, record: dict[str, Any], seen: CoRunOutcome, clients: list[dict[str, Any]]
+        self,
+        record: dict[str, Any],
+        seen: CoRunOutcome,
+        clients: list[dict[str, Any]],
+        gpu_lost: str | None,
     ) -> dict[str, Any] | None:
         """Why a co-run did not hold; the bounds are for jobs that share the GPU."""
         request, bounds = self._setup.request, {}
         if seen.planned.phase == PHASE_CO_RUN:
             bounds = {"max_slowdown": request.max_slowdown, "max_p99_ms": request.slo_ms}
-        return stop_reasons.stop_reason(record, seen.clients, clients, **bounds)
+        return stop_reasons.stop_reason(record, seen.clients, clients, **bounds, gpu_lost=gpu_lost)
 
     def _check_identities(self, clients: list[Client]) -> None:
         """Refuse clients on another kind of device, or unlike those of the baseline."""
@@ -499,18 +512,21 @@ class SuiteRun:
             self._describe_environment({"multiprocessor_count": seen, "versions": versions})
 
     def _samples_of(self, seen: CoRunOutcome, sampler: Sampler) -> list[dict[str, Any]]:
-        if seen.window_end_seconds is None or sampler.failure:
-            return []
-        samples = list(sampler.samples_past(seen.window_end_seconds))
-        self._note(sampler.failure)
+        samples: list[dict[str, Any]] = []
+        if seen.window_end_seconds is not None and not sampler.failure:
+            samples = list(sampler.samples_past(seen.window_end_seconds))
+            self._note(sampler.failure)
+        for complaint in sampler.complaints():
+            self._note(complaint)
         return samples
 
     def _co_run_record(
         self,
         seen: CoRunOutcome,
         clients: list[dict[str, Any]],
-        mode: SharingMode,
         gpu: dict[str, Any] | None,
+        gpu_lost: str | None,
+        mode_failure: str | None,
     ) -> dict[str, Any]:
         baselines, joules = dict(self._reference.whole), dict(self._reference.whole_joules)
         if seen.planned.phase == PHASE_BASELINE and clients[0]["status"] == "ok":
@@ -520,12 +536,12 @@ class SuiteRun:
                 "energy_joules"
             )
         is_mig = seen.planned.mode == MODE_MIG
-        lost = [item for item in mode.check() if item.ok is False]
         return co_run_record(
             seen,
             clients,
             gpu,
-            mode_failure=f"{lost[0].check}: {lost[0].found}" if lost else None,
+            mode_failure=mode_failure,
+            gpu_lost=gpu_lost,
             baselines=baselines,
             energy_alone_joules=joules,
             share_baselines=self._reference.share if is_mig else None,
@@ -543,6 +559,16 @@ class SuiteRun:
             # A GPU that is there but not in use says nothing about this run.
             return {key: figures[key] if key == "host_cpu_percent" else None for key in figures}
         return figures
+
+
+def _lost(mode: SharingMode) -> tuple[str | None, str | None]:
+    """Say whether the GPU no longer answers, or else whether the mode is no longer in force."""
+    lost = next((item for item in mode.check() if item.ok is False), None)
+    if lost is None:
+        return None, None
+    if lost.check == GPU_ANSWERS:
+        return f"the GPU was lost, the driver no longer answers for it: {GPU_LOST_FIX}", None
+    return None, f"{lost.check}: {lost.found}"
 
 
 def _raise_unless_well(record: Mapping[str, Any], clients: list[dict[str, Any]]) -> None:
