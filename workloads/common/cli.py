@@ -6,12 +6,14 @@ Nothing heavy is imported here, so that ``--help`` answers at once.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import os
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -49,6 +51,17 @@ class GpuUnavailableError(WorkloadError):
 
 class JobFailedError(WorkloadError):
     """The job itself went wrong."""
+
+
+class CannotWriteError(JobFailedError):
+    """A file cannot be written: the disk is full, or the folder is shut or gone."""
+
+    def __init__(self, path: Path | str, error: OSError) -> None:
+        """Say which file, why, and what to do."""
+        super().__init__(
+            f"cannot write {path} ({error.strerror or error}): make room there, or name another "
+            "folder with --results-dir"
+        )
 
 
 class NotFiniteError(WorkloadError):
@@ -91,6 +104,10 @@ class OutOfGpuMemoryError(WorkloadError):
         """Say ``message``, which stands for itself, and keep the picture."""
         super().__init__(message)
         self.memory = memory
+
+
+# What becomes of writing where the disk is full or broken, or may only be read.
+_DISK_ERRORS = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS))
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -210,10 +227,21 @@ def run_main(main: Callable[[], int]) -> NoReturn:
         from workloads.common.memory_picture import as_out_of_memory
 
         known = as_out_of_memory(error)
+        if known is None and isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+            known = CannotWriteError(error.filename or "the output", error)
         if known is None:
             raise
         code = _complain(program, known, known.exit_code)
+    _flush_or_drop(sys.stdout)
     sys.exit(code)
+
+
+def _flush_or_drop(stream: TextIO) -> None:
+    """Write what is left; where that cannot be, Python would try once more and change the code."""
+    try:
+        stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def first_line(error: BaseException) -> str:
@@ -222,7 +250,8 @@ def first_line(error: BaseException) -> str:
 
 
 def _complain(program: str, message: object, code: int) -> int:
-    print(f"{program}: error: {message}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # its own log may be on the disk that is full
+        print(f"{program}: error: {message}", file=sys.stderr)
     return code
 
 

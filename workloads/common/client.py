@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import contextlib
 import gc
 import json
 import os
@@ -75,12 +76,19 @@ class EventLog:
                 ) from error
 
     def write(self, event: str, **fields: object) -> None:
-        """Append one event with the present time."""
+        """Append one event with the present time.
+
+        Raises:
+            CannotWriteError: The disk is full.
+        """
         if self._file is None:
             return
         line = json.dumps({"event": event, "time_seconds": time.monotonic(), **fields})
         with self._lock:
-            self._file.write(line + "\n")
+            try:
+                self._file.write(line + "\n")
+            except OSError as error:
+                raise cli.CannotWriteError(self._file.name, error) from error
 
 
 class Leash:
@@ -415,7 +423,8 @@ def _tell_and_raise(events: EventLog, error: Exception) -> NoReturn:
         fields |= {"message": f"{type(error).__name__}: {error}"}
     if isinstance(known, cli.OutOfGpuMemoryError):
         fields |= {"status": "oom", "memory": known.memory}
-    events.write("error", **fields)
+    with contextlib.suppress(cli.CannotWriteError):  # what went wrong first is what counts
+        events.write("error", **fields)
     if known is error:
         raise error
     raise known from error

@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from workloads.common.cli import UsageError
+from workloads.common.cli import CannotWriteError, UsageError
 from workloads.common.whole_files import written_whole
 
 SCHEMA_VERSION = 1
@@ -36,12 +36,14 @@ def write_json_atomic(path: Path, content: dict) -> None:
     """Write ``content`` so that a reader sees the old file or the whole new one, never a part.
 
     Raises:
-        UsageError: The folder cannot be created or written to.
+        CannotWriteError: The disk is full, or the folder is shut or gone by now.
     """
-    require_writable(path.parent)
-    with written_whole(path, "t") as file:
-        json.dump(content, file, indent=2)
-        file.write("\n")
+    try:
+        with written_whole(path, "t") as file:
+            json.dump(content, file, indent=2)
+            file.write("\n")
+    except OSError as error:
+        raise CannotWriteError(path, error) from error
 
 
 def write_result(results_dir: Path, name: str, payload: dict) -> Path:
