@@ -119,12 +119,13 @@ check_minutes() {
 phase() {
     local -r number=$1 name=$2
     local -i NOW started
+    local note
     clock::read
     started=NOW
     PHASE_STATUS=ok
     PHASE_REASON=""
     PHASE_RUN=""
-    MODE_NOTE=""
+    NOTES=()
     log $'\n'"Phase $number: $name"
     if [[ $name != analysis ]] && was_ok "$number"; then
         log "Phase $number: $name: done before"
@@ -138,7 +139,7 @@ phase() {
     else
         "${@:3}"
         [[ -z $INTERRUPTED || $PHASE_STATUS != ok || $name == analysis ]] || fail interrupted
-        [[ -z $MODE_NOTE ]] || PHASE_REASON+=${PHASE_REASON:+; }$MODE_NOTE
+        for note in "${NOTES[@]}"; do PHASE_REASON+=${PHASE_REASON:+; }$note; done
     fi
     if ((!DRY_RUN)) || [[ $PHASE_STATUS != ok ]]; then
         log "Phase $number: $name: $PHASE_STATUS${PHASE_REASON:+ ($PHASE_REASON)}"

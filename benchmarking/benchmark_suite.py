@@ -74,8 +74,9 @@ def main() -> int:
     except (run_store.RunStoreError, PlanFileError) as error:
         return complain(error, EXIT_USAGE)
     except OSError as error:  # before the run began: a disk without room for its first file
-        advice = "make room, or name another --results-dir"
-        return complain(OSError(f"{options.results_dir}: {error.strerror}: {advice}"), EXIT_FAILED)
+        said = f"cannot write to {options.results_dir} ({error.strerror or error})"
+        advice = "make room there, or name another --results-dir"
+        return complain(OSError(f"{said}: {advice}"), EXIT_FAILED)
 
 
 def run(setup: Setup, interruption: Interruption, earlier: EarlierPart | None) -> int:

@@ -45,7 +45,7 @@ RESUMED=""       # folder that --resume goes on with
 ENABLED_MODE=""
 MODE_UNDO=()
 MODE_REASON="" # why a mode could not be enabled or undone
-MODE_NOTE=""   # what the script that enabled it found, such as the pipes of a dead MPS daemon
+NOTES=()       # what is to be known of a phase that went well, such as the pipes of a dead daemon
 SUITE_BEGUN=0  # from then on its records tell what was done
 SUITE_WORDS="" # the sentence that the suite ended with, if it said one
 

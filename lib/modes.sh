@@ -70,8 +70,10 @@ mode::enable() {
     said_before=$(stat -c %s -- "$OUTPUT/mode-scripts.log" 2>/dev/null || printf 0)
     if mode::script "${as_root[@]}" "$PROJECT_ROOT/gpu-configs/${flags[0]}" "${flags[@]:1}" \
         --gpu "$GPU_UUID"; then
-        ((DRY_RUN)) || MODE_NOTE=$(tail -c +$((said_before + 1)) -- "$OUTPUT/mode-scripts.log" |
-            sed -n 's/^note: //p' | tail -n 1)
+        ((DRY_RUN)) || mapfile -t -O "${#NOTES[@]}" NOTES < <(
+            tail -c +$((said_before + 1)) -- "$OUTPUT/mode-scripts.log" 2>/dev/null |
+                sed -n 's/^note: //p'
+        )
     else
         MODE_REASON=$(sed -n 's/^error: //p' "$OUTPUT/mode-scripts.log" | tail -n 1)
         [[ -z $INTERRUPTED ]] || MODE_REASON=interrupted

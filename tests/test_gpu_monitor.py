@@ -250,8 +250,8 @@ GPM_FIELDS = (
     "tensor_activity_percent", "dram_activity_percent",
 )  # fmt: skip
 UNKNOWN_ERROR = 999
-# What a sample is made of: each function of NVML's with the fields that are unknown without it. Those
-# that only came in the place of older ones, or are older ones themselves, are not missed alone.
+# What a sample is made of: each function of NVML's with the fields that are unknown without it.
+# Those that only came in the place of older ones, or are older ones, are not missed alone.
 OF_A_SAMPLE = {
     "nvmlDeviceGetUtilizationRates": ("utilization_gpu_percent",),
     "nvmlDeviceGetMemoryInfo": (),

@@ -90,6 +90,16 @@ def test_a_results_folder_that_is_shut_meanwhile_ends_the_run_in_a_sentence_and_
     assert users.machine.state()["mps"] == {}
     assert users.left_behind() == []
     assert users.outcomes() == {"baseline": "ok", "time-slicing": "skipped"}
+    # given back, it is gone on with
+    for path in (users.output, users.output / "phases.jsonl"):
+        if AS_USER:
+            os.chown(path, NOBODY.pw_uid, NOBODY.pw_gid)
+        path.chmod(0o755)
+    users.rule()
+    resumed = drive_as_user(users, "./run_experiments.sh", "--resume", users.output)
+    assert resumed.returncode == 0, resumed.stderr
+    assert users.outcomes()["mps"] == "ok"
+    assert users.reason("mps") == "it was cut off before its end and went on"
 
 
 def test_a_state_folder_that_may_only_be_read_fails_the_phase_with_the_variable_to_set(
