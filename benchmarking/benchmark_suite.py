@@ -13,9 +13,10 @@ Each distinct job runs alone first; then all clients warm up one at a time, star
 repeat their jobs until everyone has finished once. The mode is proved client by client. Without
 a GPU the same flow runs as a CPU demonstration, labelled so.
 
-Exit codes: 0 complete, 1 a client failed, 2 usage, 3 no usable GPU, 4 the mode asked for is not in
-force (the message names the script to run), 5 invalid (a client without proof), 130 interrupted.
-The last line on standard output is `results: FOLDER`.
+Exit codes: 0 complete, 1 a client failed or a file could not be written, 2 usage, 3 no usable GPU,
+4 the GPU is in use or the mode asked for not in force (the message names the script to run),
+5 invalid (a client without proof), 130 interrupted. What ends with 3 or 4 before there is a run is
+kept in refusals.jsonl of the results folder. The last line on standard output is `results: FOLDER`.
 """
 
 from __future__ import annotations

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import nvml_stub
 import pytest
 from driver_runner import AS_BEFORE, DriverRunner
-from mode_script_runner import AS_NOBODY, NOBODY, PROJECT_ROOT, ModeScripts
+from mode_script_runner import AS_NOBODY, NOBODY, PROJECT_ROOT, ModeScripts, open_folder
+from soak import Round
 from test_benchmark_suite import Bench
 from waiting import wait_until
 
@@ -133,6 +136,30 @@ def test_an_environment_that_may_only_be_read_is_used_as_it_is(scripts: ModeScri
     assert (result.returncode, result.stdout, result.stderr) == (0, f"{python}\n", "")
     for folder in (project, project / ".venv"):
         folder.chmod(0o755)  # or nobody but root could remove them
+
+
+# --- refusals -------------------------------------------------------------------------------------
+
+
+def test_a_gpu_that_others_use_is_the_reason_of_each_phase_and_kept_as_refused() -> None:
+    with open_folder() as folder:
+        made = Round(folder, "run_experiments.sh", "suite", signal.SIGTERM, 0.0)
+        made.prepare()
+        nvml_stub.write_state(made.card, pids={os.getpid(): 900})
+        result = subprocess.run(
+            made.command(resume=False), cwd=folder, env=made.environment, stdin=subprocess.DEVNULL,
+            capture_output=True, text=True, timeout=100, check=False,
+        )  # fmt: skip
+        assert result.returncode == 1
+        phases, _ = run_store.read_phases(made.output)
+        refusals, _ = run_store.read_refusals(made.output)
+    failed = [phase["reason"] for phase in phases if phase["status"] == "failed"]
+    assert failed == [refusal["sentence"] for refusal in refusals]
+    assert len(failed) == 3
+    for sentence in failed:
+        assert sentence.startswith(f"other processes are on the GPU: pid {os.getpid()} (")
+        assert f"benchmark_suite.py: error: {sentence}" in result.stderr.splitlines()
+    assert {refusal["exit_code"] for refusal in refusals} == {4}
 
 
 # --- clocks ---------------------------------------------------------------------------------------
