@@ -20,7 +20,7 @@ import pytest
 from held_client import HeldClient
 from workload_script import assert_usage_error, result_reader, runner_of
 
-from workloads.common.cli import EXIT_NOT_FINITE, DamagedFileError, UsageError
+from workloads.common.errors import EXIT_NOT_FINITE, DamagedFileError, UsageError
 from workloads.common.hub import HubUnreachableError
 from workloads.training import text_data, text_model
 

@@ -24,8 +24,16 @@ from torchvision import models
 from torchvision.datasets import CIFAR10
 from workload_script import runner_of
 
-from workloads.common import cli, weights
+from workloads.common import weights
 from workloads.common.checkpoints import read_checkpoint
+from workloads.common.errors import (
+    EXIT_DAMAGED_FILE,
+    EXIT_NOT_FINITE,
+    DamagedFileError,
+    DivergedError,
+    NotFiniteError,
+    UsageError,
+)
 from workloads.common.whole_files import written_whole
 from workloads.inference.batch_inference import BatchInference
 from workloads.inference.batch_inference import parse_arguments as inference_arguments
@@ -43,7 +51,7 @@ run_resnet = runner_of(RESNET)
 def test_a_training_that_diverges_ends_with_its_epoch_rate_and_way_out(tmp_path):
     arguments = [value if value != "0.01" else "1e30" for value in TINY]
     done = run_resnet(*arguments, "--epochs", "3", "--results-dir", str(tmp_path))
-    assert done.returncode == cli.EXIT_NOT_FINITE
+    assert done.returncode == EXIT_NOT_FINITE
     (sentence,) = done.stderr.strip().splitlines()
     for part in ("diverged", "epoch 1", "learning rate 1e+30", "fp32", "try --lr 1e+29"):
         assert part in sentence
@@ -58,7 +66,7 @@ def test_a_diverged_client_that_is_stopped_inside_an_epoch_does_not_end_well(tmp
         while sum(len(e["start_seconds"]) for e in held.wait_for("units")) < 8:
             held.wait_for("units", count=len(held.events("units")) + 1)
         held.say("stop")
-        assert held.exit_code() == cli.EXIT_NOT_FINITE
+        assert held.exit_code() == EXIT_NOT_FINITE
         (error,) = held.events("error")
         assert (error["status"], error["cause"]) == ("failed", "diverged")
         assert not held.events("done") and not held.events("job")
@@ -69,7 +77,7 @@ def test_one_batch_that_is_no_number_is_seen_in_the_whole_epochs_loss():
     logits, labels = torch.zeros(2, 2), torch.zeros(2, dtype=torch.int64)
     for loss in (0.5, math.inf, 0.5):
         totals.add(logits, labels, torch.tensor(loss))
-    with pytest.raises(cli.DivergedError, match="became inf"):
+    with pytest.raises(DivergedError, match="became inf"):
         totals.require_finite("the loss", 0.1, "bf16")
 
 
@@ -82,7 +90,7 @@ def test_outputs_that_are_no_numbers_end_an_inference(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["batch_inference.py", *flags])
     workload = BatchInference(inference_arguments())
     workload.load()
-    with pytest.raises(cli.NotFiniteError, match=rf"2 of 2000 outputs.*{path}"):
+    with pytest.raises(NotFiniteError, match=rf"2 of 2000 outputs.*{path}"):
         workload.warm_up()
 
 
@@ -101,7 +109,7 @@ def saved(tmp_path_factory):
 def test_torn_weights_are_told_from_foreign_ones(tmp_path, saved, left):
     torn = tmp_path / "torn.pt"
     torn.write_bytes(saved[:left])
-    expected = cli.DamagedFileError if left != 1 else cli.UsageError
+    expected = DamagedFileError if left != 1 else UsageError
     with pytest.raises(expected, match=str(torn)) as raised:
         weights.load_classifier("resnet18", str(torn))
     assert "PytorchStream" not in str(raised.value) and "--weights" in str(raised.value)
@@ -113,7 +121,7 @@ def test_a_flipped_bit_that_pytorch_would_load_is_found_by_the_sums(tmp_path, sa
     altered.write_bytes(saved[:place] + bytes([saved[place] ^ 1]) + saved[place + 1 :])
     loaded = read_checkpoint(altered, "delete it")
     assert not torch.equal(loaded["state_dict"]["fc.weight"], torch.ones(64, 64))
-    with pytest.raises(cli.DamagedFileError, match="fails its checksum; delete it"):
+    with pytest.raises(DamagedFileError, match="fails its checksum; delete it"):
         read_checkpoint(altered, "delete it", check_sums=True)
 
 
@@ -128,10 +136,10 @@ def test_what_evaluate_is_given_is_told_apart(tmp_path, saved):
         (own, "holds the weights of another network"), (other, "was not kept by --save-model"),
         (pickled, "holds Python objects"), (tmp_path / "none.pt", "cannot read"),
     ):  # fmt: skip
-        with pytest.raises(cli.UsageError, match=sentence):
+        with pytest.raises(UsageError, match=sentence):
             image_model.load_model(network, path, "cifar", 2)
     own.write_bytes(own.read_bytes()[:-100])
-    with pytest.raises(cli.DamagedFileError, match="cut off or damaged"):
+    with pytest.raises(DamagedFileError, match="cut off or damaged"):
         image_model.load_model(network, own, "cifar", 2)
 
 
@@ -140,7 +148,7 @@ def test_a_torn_pretrained_bert_is_named_by_its_file(tmp_path):
     text_model.build_model(architecture, 2, 16).save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
-    with pytest.raises(cli.DamagedFileError, match=f"{file} is cut off or damaged"):
+    with pytest.raises(DamagedFileError, match=f"{file} is cut off or damaged"):
         text_model.load_model(tmp_path, 2)
 
 
@@ -184,14 +192,14 @@ def test_damaged_cifar10_without_a_network_ends_the_run_instead_of_standing_in(
     for name in (f"{CIFAR10.base_folder}/test_batch", CIFAR10.filename):
         truncate(tmp_path / name)
     monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/nothing.tar.gz")
-    with pytest.raises(cli.DamagedFileError, match=r"tar\.gz and .*test_batch does not fit"):
+    with pytest.raises(DamagedFileError, match=r"tar\.gz and .*test_batch does not fit"):
         image_data.load_dataset("auto", tmp_path, None, 0, no_warning)
 
 
 def test_a_download_that_brings_half_an_archive_leaves_none(tmp_path, cifar_server):
     truncate(tmp_path / "site" / CIFAR10.filename)
     data = tmp_path / "data"
-    with pytest.raises(cli.UsageError, match="the transfer broke off"):
+    with pytest.raises(UsageError, match="the transfer broke off"):
         cifar10.load_splits(data)
     assert not data.exists()
 
@@ -217,7 +225,7 @@ def test_a_truncated_image_ends_the_run_from_inside_a_decoding_process(tmp_path)
     )  # fmt: skip
     with HeldClient(tmp_path, RESNET, *arguments) as held:
         held.start_working()
-        assert held.exit_code() == cli.EXIT_DAMAGED_FILE
+        assert held.exit_code() == EXIT_DAMAGED_FILE
         (error,) = held.events("error")
         said = held.process.stderr.read()
     assert error["cause"] == "unreadable_image"

@@ -24,6 +24,7 @@ from waiting import wait_until
 from benchmarking.storage import run_store
 from workloads.common import cli
 from workloads.common.client import EventLog
+from workloads.common.errors import EXIT_NOT_FINITE, DivergedError
 
 FULL = "No space left on device"
 
@@ -296,10 +297,10 @@ def test_what_a_job_failed_of_first_is_what_it_says_with_a_full_log(
     from workloads.common import client
 
     def main() -> int:
-        client._tell_and_raise(EventLog(Path("/dev/full")), cli.DivergedError("the loss is gone"))
+        client._tell_and_raise(EventLog(Path("/dev/full")), DivergedError("the loss is gone"))
 
     monkeypatch.setattr(sys, "argv", ["job.py"])
     with pytest.raises(SystemExit) as ended:
         cli.run_main(main)
-    assert ended.value.code == cli.EXIT_NOT_FINITE
+    assert ended.value.code == EXIT_NOT_FINITE
     assert capsys.readouterr().err == "job.py: error: the loss is gone\n"

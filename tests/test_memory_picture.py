@@ -11,7 +11,7 @@ import torch
 from conftest import PROJECT_ROOT
 from held_client import HeldClient
 
-from workloads.common import cli
+from workloads.common.errors import EXIT_OUT_OF_MEMORY
 from workloads.common.memory_picture import MPS_LIMIT_VARIABLE, as_out_of_memory
 
 # As PyTorch 2.x words it, with a limit of its own (set_per_process_memory_fraction).
@@ -85,7 +85,7 @@ def test_a_client_out_of_memory_leaves_the_picture_and_its_exit_code(tmp_path):
         tmp_path, "workloads/inference/batch_inference.py", "--model", "resnet18", "--weights",
         "none", "--batch-size", "100000000", "--device", "cpu",
     ) as held:  # fmt: skip
-        assert held.exit_code() == cli.EXIT_OUT_OF_MEMORY
+        assert held.exit_code() == EXIT_OUT_OF_MEMORY
         (error,) = held.events("error")
         said = held.process.stderr.read().splitlines()
     assert (error["status"], error["cause"]) == ("oom", "out_of_memory")

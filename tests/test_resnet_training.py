@@ -18,7 +18,7 @@ from held_client import HeldClient
 from PIL import Image
 from workload_script import assert_usage_error, result_reader, runner_of
 
-from workloads.common.cli import UnreadableImageError, UsageError
+from workloads.common.errors import UnreadableImageError, UsageError
 from workloads.training import image_data
 from workloads.training.resnet_training import learning_rates
 

@@ -16,7 +16,8 @@ from conftest import PROJECT_ROOT
 from held_client import HeldClient
 
 from benchmarking.storage import run_store
-from workloads.common import cli, client
+from workloads.common import client
+from workloads.common.errors import GpuUnavailableError, JobFailedError, OutOfGpuMemoryError
 from workloads.inference import api_key, held_server, load_test
 from workloads.inference.held_server import HeldServer
 from workloads.inference.load_generator import Measured
@@ -185,7 +186,7 @@ def pretend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize(
     ("code", "kind"),
-    [(1, cli.JobFailedError), (3, cli.GpuUnavailableError), (12, cli.OutOfGpuMemoryError)],
+    [(1, JobFailedError), (3, GpuUnavailableError), (12, OutOfGpuMemoryError)],
 )
 def test_a_server_that_ends_by_itself_is_told_by_its_kind(pretend, code: int, kind: type) -> None:
     server, _ = pretend(f"tell('error', status='x', message='the card is gone')\nsys.exit({code})")

@@ -12,7 +12,7 @@ import torch
 from torchvision import models
 
 from workloads.common import weights
-from workloads.common.cli import UsageError
+from workloads.common.errors import UsageError
 
 
 @pytest.fixture

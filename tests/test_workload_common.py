@@ -17,6 +17,13 @@ import pytest
 from conftest import PROJECT_ROOT
 
 from workloads.common import cli, client, environment
+from workloads.common.errors import (
+    EXIT_INTERRUPTED,
+    EXIT_OUT_OF_MEMORY,
+    GpuUnavailableError,
+    JobFailedError,
+    UsageError,
+)
 from workloads.common.latency import summarize_latency_ms
 from workloads.common.lean_imports import packages_hidden
 from workloads.common.results import write_json_atomic
@@ -66,9 +73,9 @@ def test_argument_types_take_good_values_and_name_bad_ones(convert, good, bad):
 @pytest.mark.parametrize(
     ("error", "code"),
     [
-        (cli.UsageError("name a folder"), 2),
-        (cli.GpuUnavailableError("no driver"), 3),
-        (cli.JobFailedError("the loss became nan"), 1),
+        (UsageError("name a folder"), 2),
+        (GpuUnavailableError("no driver"), 3),
+        (JobFailedError("the loss became nan"), 1),
         (KeyboardInterrupt(), 130),
     ],
 )
@@ -90,7 +97,7 @@ def test_running_out_of_gpu_memory_has_an_exit_code_of_its_own(capsys):
 
     with pytest.raises(SystemExit) as ended:
         cli.run_main(main)
-    assert ended.value.code == cli.EXIT_OUT_OF_MEMORY
+    assert ended.value.code == EXIT_OUT_OF_MEMORY
     assert "out of GPU memory: tried 2.00 GiB" in capsys.readouterr().err
 
 
@@ -126,7 +133,7 @@ def test_units_are_written_in_batches_and_every_line_is_whole(tmp_path):
 
 
 def test_an_event_file_that_cannot_be_opened_is_a_usage_error(tmp_path):
-    with pytest.raises(cli.UsageError, match="--events"):
+    with pytest.raises(UsageError, match="--events"):
         client.EventLog(tmp_path / "missing" / "events.jsonl")
 
 
@@ -189,7 +196,7 @@ def test_a_client_told_to_end_waits_for_its_device_before_it_lets_go(tmp_path, n
         process.send_signal(number)
         said, complaint = process.communicate(timeout=30)
     assert said.split() == ["interrupted", "synchronized", "closed"]
-    assert process.returncode == cli.EXIT_INTERRUPTED
+    assert process.returncode == EXIT_INTERRUPTED
     assert "Traceback" not in complaint
 
 

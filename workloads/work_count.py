@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from workloads.common import cli
+from workloads.common.errors import EXIT_OK
 
 if TYPE_CHECKING:
     import torch
@@ -68,7 +69,7 @@ def main() -> int:
     args = parse_arguments()
     work = JOBS[args.job](args)
     print(json.dumps({"job": args.job, "batch_size": args.batch_size, **work.to_dict()}))
-    return cli.EXIT_OK
+    return EXIT_OK
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -6,7 +6,7 @@ import pickle
 import zipfile
 from pathlib import Path
 
-from workloads.common.cli import DamagedFileError, UsageError
+from workloads.common.errors import DamagedFileError, UsageError
 from workloads.common.memory_picture import as_out_of_memory
 
 ZIP_MAGIC, PICKLE_MAGIC = b"PK\x03\x04", b"\x80"

@@ -41,9 +41,16 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import NoReturn, TextIO
 
-from workloads.common import cli, console
+from workloads.common import console
 from workloads.common.device import ComputeDevice
 from workloads.common.environment import describe_environment
+from workloads.common.errors import (
+    EXIT_OK,
+    CannotWriteError,
+    OutOfGpuMemoryError,
+    UsageError,
+    WorkloadError,
+)
 from workloads.common.memory_picture import as_out_of_memory
 from workloads.common.results import print_summary, require_writable, write_result
 
@@ -70,7 +77,7 @@ class EventLog:
                 # Line buffering: one write a line, so a reader never waits for half of one.
                 self._file = path.open("a", buffering=1)
             except OSError as error:
-                raise cli.UsageError(
+                raise UsageError(
                     f"cannot append to --events {path} ({error.strerror}); name a file in an "
                     "existing, writable folder"
                 ) from error
@@ -88,7 +95,7 @@ class EventLog:
             try:
                 self._file.write(line + "\n")
             except OSError as error:
-                raise cli.CannotWriteError(self._file.name, error) from error
+                raise CannotWriteError(self._file.name, error) from error
 
 
 class Leash:
@@ -292,7 +299,7 @@ def _resolve(workload: Workload) -> int:
         "notes": workload.warnings,
     }
     print(json.dumps(answer), flush=True)
-    return cli.EXIT_OK
+    return EXIT_OK
 
 
 def _run_by_hand(workload: Workload) -> int:
@@ -337,7 +344,7 @@ def _run_by_hand(workload: Workload) -> int:
     )
     print_summary(workload.title, _summary_rows(workload, figures, identity), workload.warnings)
     print(f"result: {path}", flush=True)
-    return cli.EXIT_OK
+    return EXIT_OK
 
 
 def _run_on_leash(workload: Workload) -> int:
@@ -382,7 +389,7 @@ def _stop(workload: Workload, events: EventLog, jobs: int) -> int:
     except Exception as error:
         _tell_and_raise(events, error)
     _write_done(workload, events, jobs)
-    return cli.EXIT_OK
+    return EXIT_OK
 
 
 def _load(workload: Workload) -> None:
@@ -417,13 +424,13 @@ def _tell_and_raise(events: EventLog, error: Exception) -> NoReturn:
     """Write an error down with its cause and pass it on; out of memory gets its sentence here."""
     known = as_out_of_memory(error) or error
     fields: dict[str, object] = {"status": "failed", "cause": None}
-    if isinstance(known, cli.WorkloadError):
+    if isinstance(known, WorkloadError):
         fields |= {"message": str(known), "cause": known.cause}
     else:
         fields |= {"message": f"{type(error).__name__}: {error}"}
-    if isinstance(known, cli.OutOfGpuMemoryError):
+    if isinstance(known, OutOfGpuMemoryError):
         fields |= {"status": "oom", "memory": known.memory}
-    with contextlib.suppress(cli.CannotWriteError):  # what went wrong first is what counts
+    with contextlib.suppress(CannotWriteError):  # what went wrong first is what counts
         events.write("error", **fields)
     if known is error:
         raise error

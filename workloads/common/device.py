@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from workloads.common import console
-from workloads.common.cli import GpuUnavailableError, UsageError
 from workloads.common.environment import package_versions, usable_cores
+from workloads.common.errors import GpuUnavailableError, UsageError
 
 if TYPE_CHECKING:
     import torch

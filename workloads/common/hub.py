@@ -15,7 +15,7 @@ import urllib.request
 from pathlib import Path
 
 from workloads.common import console
-from workloads.common.cli import UsageError
+from workloads.common.errors import UsageError
 
 DEFAULT_ENDPOINT = "https://huggingface.co"
 PROBE_SECONDS = 4.0

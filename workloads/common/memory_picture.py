@@ -25,7 +25,7 @@ import re
 import sys
 from pathlib import Path
 
-from workloads.common.cli import OutOfGpuMemoryError, first_line
+from workloads.common.errors import OutOfGpuMemoryError, first_line
 
 MIB = 2**20
 MEMORY_INFO = Path("/proc/meminfo")

@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from workloads.common.cli import CannotWriteError, UsageError
+from workloads.common.errors import CannotWriteError, UsageError
 from workloads.common.whole_files import written_whole
 
 SCHEMA_VERSION = 1

@@ -24,7 +24,7 @@ from typing import IO, TYPE_CHECKING
 
 from workloads.common import console
 from workloads.common.checkpoints import read_checkpoint
-from workloads.common.cli import UsageError
+from workloads.common.errors import UsageError
 from workloads.common.whole_files import written_whole
 
 if TYPE_CHECKING:

@@ -32,6 +32,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from workloads.common import cli
 from workloads.common.client import Recorder, StopRequested, Workload, main_of
+from workloads.common.errors import EXIT_OUT_OF_MEMORY, JobFailedError, OutOfGpuMemoryError
 from workloads.custom import process_tree
 
 UNIT_KIND = "command"
@@ -185,7 +186,7 @@ class _Run:
                 words, cwd=folder, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE
             )
         except OSError as error:
-            raise cli.JobFailedError(f"cannot start {words[0]}: {error.strerror}") from error
+            raise JobFailedError(f"cannot start {words[0]}: {error.strerror}") from error
         self._copier = threading.Thread(target=self._copy_stderr, daemon=True)
         self._copier.start()
         threading.Thread(target=self._wait, daemon=True).start()
@@ -221,9 +222,9 @@ def _require_success(run: _Run) -> None:
     how = f"exit code {code}" if code > 0 else f"signal {signal.Signals(-code).name}"
     said = f": {lines[-1]}" if lines else ""
     message = f"the command ended with {how}{said}"
-    if code == cli.EXIT_OUT_OF_MEMORY or OUT_OF_MEMORY_TEXT.search(text):
-        raise cli.OutOfGpuMemoryError(f"out of GPU memory: {message}")
-    raise cli.JobFailedError(message)
+    if code == EXIT_OUT_OF_MEMORY or OUT_OF_MEMORY_TEXT.search(text):
+        raise OutOfGpuMemoryError(f"out of GPU memory: {message}")
+    raise JobFailedError(message)
 
 
 main = main_of(CommandWorkload, parse_arguments)

@@ -27,6 +27,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from workloads.common import cli, client
+from workloads.common.errors import JobFailedError, OutOfGpuMemoryError, UsageError
 
 FAULTS = ("exit", "oom", "assert", "illegal-access")
 LOCK_VARIABLE = "GPU_SETTINGS_LOCKED"
@@ -75,7 +76,7 @@ class FaultyJob(client.Workload):
         self.device = open_device(self.args)
         kind = self.device.torch_device.type
         if kind == "cpu" and self.args.fault in ("assert", "illegal-access"):
-            raise cli.UsageError(f"--fault {self.args.fault} needs a GPU: there is none")
+            raise UsageError(f"--fault {self.args.fault} needs a GPU: there is none")
         size = MATRIX_SIZE[kind]
         self.matrix = torch.randn(size, size, device=self.device.torch_device)
         self.product = torch.empty_like(self.matrix)
@@ -104,7 +105,7 @@ class FaultyJob(client.Workload):
             "assert": self._fail_an_assertion,
             "illegal-access": self._access_illegally,
         }[self.args.fault]()
-        raise cli.JobFailedError(f"--fault {self.args.fault} did no harm to the job itself")
+        raise JobFailedError(f"--fault {self.args.fault} did no harm to the job itself")
 
     def settings(self) -> dict:
         """Return what it was told to do."""
@@ -130,7 +131,7 @@ class FaultyJob(client.Workload):
         import torch
 
         if not self.device.is_cuda:
-            raise cli.OutOfGpuMemoryError("out of GPU memory, as told (there is no GPU: not real)")
+            raise OutOfGpuMemoryError("out of GPU memory, as told (there is no GPU: not real)")
         total = torch.cuda.get_device_properties(0).total_memory
         cap = torch.cuda.memory_reserved() + self.args.cap_mib * 2**20
         torch.cuda.set_per_process_memory_fraction(min(1.0, cap / total))

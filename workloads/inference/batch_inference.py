@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from workloads.common import cli, client, console
 from workloads.common.environment import clients_on_gpu
+from workloads.common.errors import NotFiniteError
 from workloads.common.latency import summarize_latency_ms
 from workloads.inference.inference_model import (
     add_model_flags,
@@ -140,7 +141,7 @@ class BatchInference(client.Workload):
         outputs = self._forward()
         broken = (~outputs.isfinite()).sum().item()
         if broken:
-            raise cli.NotFiniteError(
+            raise NotFiniteError(
                 f"{broken} of {outputs.numel()} outputs of {self.args.model} are NaN or infinite "
                 f"(weights {self._weights.source}, {self.device.precision}); try --precision fp32 "
                 "or other --weights"

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from workloads.common.cli import UsageError
+from workloads.common.errors import UsageError
 
 BACKLOG = 1024
 RESERVED_DESCRIPTORS = 64

@@ -16,7 +16,15 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from workloads.common import cli
+from workloads.common.errors import (
+    EXIT_OUT_OF_MEMORY,
+    DamagedFileError,
+    GpuUnavailableError,
+    JobFailedError,
+    NotFiniteError,
+    OutOfGpuMemoryError,
+    UsageError,
+)
 
 SERVER = Path(__file__).with_name("inference_server.py")
 POLL_SECONDS = 0.05
@@ -83,13 +91,13 @@ class HeldServer:
         code = self._process.returncode
         said = error.get("message") or f"it ended with exit code {code}; look above for its message"
         said = f"the inference server: {said}"
-        if code == cli.EXIT_OUT_OF_MEMORY:
-            raise cli.OutOfGpuMemoryError(said, error.get("memory"))
-        kinds = (cli.UsageError, cli.GpuUnavailableError, cli.NotFiniteError, cli.DamagedFileError)
+        if code == EXIT_OUT_OF_MEMORY:
+            raise OutOfGpuMemoryError(said, error.get("memory"))
+        kinds = (UsageError, GpuUnavailableError, NotFiniteError, DamagedFileError)
         for kind in kinds:
             if code == kind.exit_code:
                 raise kind(said)
-        raise cli.JobFailedError(said)
+        raise JobFailedError(said)
 
     def stop(self) -> None:
         """Let it answer what has arrived and end; may be called twice."""

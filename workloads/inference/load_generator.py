@@ -17,8 +17,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from workloads.common.cli import JobFailedError
 from workloads.common.environment import usable_cores
+from workloads.common.errors import JobFailedError
 from workloads.inference.load_messages import (
     RECORD_FIELDS,
     Begin,

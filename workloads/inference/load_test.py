@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from workloads.common import cli, client, console
+from workloads.common.errors import EXIT_FAILED, UsageError
 from workloads.inference import api_key
 
 if TYPE_CHECKING:
@@ -167,7 +168,7 @@ class LoadTest(client.Workload):
             return None
         offsets = arrival_offsets(args.rate, args.arrival, args.duration, args.seed)
         if not len(offsets):
-            raise cli.UsageError(
+            raise UsageError(
                 f"--rate {args.rate:g} for --duration {args.duration:g} seconds draws no request; "
                 "raise one of them"
             )
@@ -187,7 +188,7 @@ class LoadTest(client.Workload):
         except urllib3.exceptions.LocationParseError:
             address = urllib3.util.Url()
         if address.scheme not in ("http", "https") or not address.host:
-            raise cli.UsageError(
+            raise UsageError(
                 f"--server {args.server} is no address; write it as http://localhost:5000"
             )
         pool = urllib3.connection_from_url(args.server, retries=False)
@@ -205,7 +206,7 @@ class LoadTest(client.Workload):
                 pool.close()
                 return
             if time.monotonic() - started_seconds > limit_seconds:
-                raise cli.UsageError(
+                raise UsageError(
                     f"the server {args.server} {waiting_for}; start it with "
                     "python3 workloads/inference/inference_server.py, or name another with --server"
                 )
@@ -217,7 +218,7 @@ class LoadTest(client.Workload):
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         if pool.request("GET", path, headers=headers, timeout=5.0).status == 401:
             given = "does not take this API key" if key else "wants an API key"
-            raise cli.UsageError(
+            raise UsageError(
                 f"the server {self.args.server} {given}; give its own by {api_key.VARIABLE}"
             )
 
@@ -408,7 +409,7 @@ def main() -> int:
     workload = LoadTest(parse_arguments())
     code = client.run(workload)
     workload.write_files()
-    return cli.EXIT_FAILED if workload.nothing_succeeded else code
+    return EXIT_FAILED if workload.nothing_succeeded else code
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from workloads.common import cli, client, console
 from workloads.common.environment import usable_cores
+from workloads.common.errors import JobFailedError
 from workloads.inference import load_test
 from workloads.inference.inference_model import add_model_flags, resolve_model_flags
 
@@ -208,7 +209,7 @@ class ServingClient(client.Workload):
     def _require_answers(self, figures: dict) -> None:
         if not figures["successful_requests"]:
             errors = ", ".join(f"{kind} ({n})" for kind, n in figures["errors"].items())
-            raise cli.JobFailedError(
+            raise JobFailedError(
                 f"the inference server answered no request ({errors or 'none was sent'}); look "
                 "above for its message, and lower --rate or raise --duration if it is only slow"
             )

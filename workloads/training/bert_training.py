@@ -17,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from workloads.common import cli, client, console
+from workloads.common.errors import UsageError
 from workloads.training import text_data, text_model
 
 TEST_BATCH_SIZE = 100
@@ -116,7 +117,7 @@ class BertTraining(client.Workload):
         self.weights_source = f"seed {args.seed}" if pretrained is None else str(pretrained)
         self.vocabulary_size = len(tokenizer)
         if args.max_length > model.config.max_position_embeddings:
-            raise cli.UsageError(
+            raise UsageError(
                 f"--max-length {args.max_length} is more than the model's "
                 f"{model.config.max_position_embeddings} positions; lower it"
             )
@@ -267,7 +268,7 @@ class BertTraining(client.Workload):
             return text_model.find_pretrained(self.args.model)
         except HubUnreachableError as error:
             if self.args.model != text_model.DEFAULT_MODEL:
-                raise cli.UsageError(
+                raise UsageError(
                     f"cannot get {self.args.model} ({error}); name a local folder with --model, or "
                     f"--model {text_model.FROM_SCRATCH} for a BERT from scratch"
                 ) from error

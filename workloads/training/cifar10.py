@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from workloads.common import console
-from workloads.common.cli import DamagedFileError, UsageError
+from workloads.common.errors import DamagedFileError, UsageError
 
 if TYPE_CHECKING:
     from torchvision.datasets import CIFAR10

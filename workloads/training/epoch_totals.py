@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from workloads.common.cli import DivergedError
+from workloads.common.errors import DivergedError
 
 
 class EpochTotals:

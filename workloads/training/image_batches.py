@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from workloads.common.cli import UnreadableImageError
+from workloads.common.errors import UnreadableImageError
 from workloads.training.image_data import CIFAR_SIZE, ArraySplit, FileSplit
 from workloads.training.image_files import open_rgb
 

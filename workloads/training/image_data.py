@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from workloads.common import console
-from workloads.common.cli import UsageError
 from workloads.common.environment import usable_cores
+from workloads.common.errors import UsageError
 from workloads.common.whole_files import cache_folder, written_whole
 from workloads.training.image_files import open_rgb, unreadable
 

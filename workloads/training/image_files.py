@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from workloads.common.cli import UnreadableImageError
+from workloads.common.errors import UnreadableImageError
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from workloads.common.checkpoints import read_checkpoint
-from workloads.common.cli import UsageError
+from workloads.common.errors import UsageError
 from workloads.common.whole_files import written_whole
 
 if TYPE_CHECKING:

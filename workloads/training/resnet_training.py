@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from workloads.common import cli, client, console
 from workloads.common.environment import PROJECT_ROOT, clients_on_gpu, usable_cores
+from workloads.common.errors import NotFiniteError, UsageError
 
 MOMENTUM = 0.9
 WEIGHT_DECAY = 5e-4
@@ -94,7 +95,7 @@ class ResNetTraining(client.Workload):
 
         args = self.args
         if args.evaluate is not None and not args.evaluate.is_file():
-            raise cli.UsageError(
+            raise UsageError(
                 f"--evaluate: there is no file {args.evaluate}; name a model kept by --save-model"
             )
         self.device = open_device(args)
@@ -197,7 +198,7 @@ class ResNetTraining(client.Workload):
         if self.args.evaluate is not None:
             loss, accuracy, seconds = self._test(pacer)
             if not math.isfinite(loss):
-                raise cli.NotFiniteError(
+                raise NotFiniteError(
                     f"the test loss of {self.args.evaluate} is {loss}: its weights are of a "
                     "training that diverged; train again with a lower --lr"
                 )
@@ -290,7 +291,7 @@ class ResNetTraining(client.Workload):
         stride = 8 if self.args.stem == "cifar" else 32
         sizes = {self.train_batch_size, len(self.dataset.train) % self.train_batch_size}
         if self.args.evaluate is None and self.dataset.image_size <= stride and 1 in sizes:
-            raise cli.UsageError(
+            raise UsageError(
                 f"with --batch-size {self.args.batch_size} a batch of {len(self.dataset.train)} "
                 "images would hold a single one, which batch normalization cannot train on; "
                 "choose another --batch-size or --train-samples"

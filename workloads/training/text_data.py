@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from workloads.common.cli import UsageError, first_line
+from workloads.common.errors import UsageError, first_line
 from workloads.common.whole_files import cache_folder, written_whole
 
 NEGATIVE, POSITIVE = 0, 1

@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from workloads.common import hub
-from workloads.common.cli import DamagedFileError, UsageError, first_line
+from workloads.common.errors import DamagedFileError, UsageError, first_line
 from workloads.common.lean_imports import packages_hidden
 
 if TYPE_CHECKING:
