@@ -39,7 +39,7 @@ from benchmarking.planning.plan_file import PlanFileError, read_plan_file
 from benchmarking.planning.ramp import MOST_CLIENTS
 from benchmarking.running import suite_console
 from benchmarking.running.launcher import Interruption
-from benchmarking.running.parent_death import end_with_driver
+from benchmarking.running.parent_death import DRIVER_VARIABLE, end_with_driver
 from benchmarking.running.resumption import EarlierPart, read_earlier, request_data
 from benchmarking.running.suite_run import SuiteRun
 from benchmarking.running.suite_setup import (
@@ -93,6 +93,11 @@ def run(setup: Setup, interruption: Interruption, earlier: EarlierPart | None) -
         suite_console.print_summary(run_store.read_run(writer.folder))
     except run_store.RunStoreError as error:
         return complain(error, code or EXIT_FAILED, is_last_word=suite.ending is None)
+    if DRIVER_VARIABLE not in os.environ:  # a driver makes the report itself
+        script = shlex.join(
+            ["benchmarking/analyze_results.py", "--results-dir", str(writer.folder)]
+        )
+        print(f"\nreport.html with its charts: python3 {script}")
     print(f"results: {writer.folder}", flush=True)
     return code
 

@@ -186,7 +186,9 @@ def test_without_a_gpu_the_whole_flow_runs_as_a_labelled_cpu_demonstration(
 ) -> None:
     done, run = demonstration.done, demonstration.run
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == f"results: {run.folder}"
+    *_, report, results = done.stdout.splitlines()
+    assert results == f"results: {run.folder}"
+    assert report.endswith(f"benchmarking/analyze_results.py --results-dir {run.folder}")
     assert done.stdout.count("CPU DEMONSTRATION") == 2
     assert run.run_id.startswith("cpu-demo-mixed-")
     assert run.manifest["mode"] == "mps"

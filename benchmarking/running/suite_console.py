@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarking.metrics.scores import percentile
+from benchmarking.metrics.scores import FEWEST_FOR_A_TAIL, percentile
 from benchmarking.running.suite_setup import Setup
 from benchmarking.storage.run_store import PHASE_CO_RUN, Run
 
@@ -93,7 +93,8 @@ def print_summary(run: Run) -> None:
 
 def _client_row(record: Mapping[str, Any]) -> tuple[str, ...]:
     durations = [job["duration_seconds"] for job in record["jobs"] if job["in_window"]]
-    latencies = record["latency_ms"]
+    latencies = record["latency_ms"] or []
+    p99_ms = percentile(latencies, 99) if len(latencies) >= FEWEST_FOR_A_TAIL else None
     return (
         str(record["client"]),
         record["label"],
@@ -101,7 +102,7 @@ def _client_row(record: Mapping[str, Any]) -> tuple[str, ...]:
         _number(sum(durations) / len(durations) if durations else None, ".2f"),
         str(len(durations)),
         _number(record["slowdown"], ".2f"),
-        _number(percentile(latencies, 99) if latencies else None, ".1f", unknown="-"),
+        _number(p99_ms, ".1f", unknown="-"),
         _number(record.get("window_host_cpu_fraction"), ".2f", unknown="-"),
         record["proof"]["verdict"].replace("_", " "),
     )
