@@ -24,6 +24,7 @@ it when it has no clients. Other processes may be on that card.
 from __future__ import annotations
 
 import argparse
+import collections
 import itertools
 import json
 import os
@@ -36,6 +37,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -141,7 +143,6 @@ class Round:
             self.command(resume=False), cwd=self.folder, env=self.environment,
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
             stderr=(self.folder / "stderr.log").open("wb"), start_new_session=True,
-            preexec_fn=heed_signals,
         )  # fmt: skip
         time.sleep(self.moment)
         self.was_hit = self.hit(process)
@@ -274,9 +275,10 @@ class Round:
             )
 
 
-def heed_signals() -> None:
-    """Undo what a shell does to background jobs: there SIGINT is ignored."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+def heed_interrupts() -> None:
+    """Undo what a shell does to background jobs: there SIGINT is ignored, by their children too."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def rounds(
@@ -305,38 +307,52 @@ def main() -> int:
     )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--script", action="append", choices=list(Round.commands))
+    parser.add_argument("--at-once", type=int, default=1, metavar="N",
+                        help="rounds side by side (default: 1)")  # fmt: skip
     parser.add_argument("--on-gpu", action="store_true", help="real jobs on the first GPU")
     options = parser.parse_args()
     kind = Round
     if options.on_gpu:
         from soak_on_gpu import GpuRound as kind
+    heed_interrupts()
     folder = Path(tempfile.mkdtemp(prefix="soak-", dir="/tmp"))
     begin = time.monotonic()
     hits: Counter[str] = Counter()
     misses = 0
     scripts = options.script or list(kind.commands)
-    for index, one in enumerate(rounds(options.seed, folder, scripts, kind)):
-        if hits.total() == options.kills:
-            break
-        try:
-            one.go()
-        except (BrokenPromiseError, subprocess.TimeoutExpired) as error:
-            print(f"seed {options.seed}, round {index}, {one}: {error}\nkept: {one.folder}")
-            return 1
-        shutil.rmtree(one.folder)
-        if one.was_hit:
-            hits[f"{one.number.name} to the {one.target}"] += 1
-        misses += not one.was_hit
-        print(f"{hits.total()}/{options.kills} {one}: "
-              f"{'well' if one.was_hit else 'nobody there, well'}", flush=True)  # fmt: skip
+    endless = rounds(options.seed, folder, scripts, kind)
+    with ThreadPoolExecutor(options.at_once) as pool:
+        ahead = collections.deque(begin_rounds(pool, endless, options.at_once))
+        while ahead:
+            one, outcome = ahead.popleft()
+            try:
+                outcome.result()
+            except (BrokenPromiseError, subprocess.TimeoutExpired) as error:
+                print(f"seed {options.seed}, {one.folder.name}, {one}: {error}\nkept: {one.folder}")
+                return 1
+            shutil.rmtree(one.folder)
+            if one.was_hit:
+                hits[f"{one.number.name} to the {one.target}"] += 1
+            misses += not one.was_hit
+            print(f"{hits.total()}/{options.kills} {one}: "
+                  f"{'well' if one.was_hit else 'nobody there, well'}", flush=True)  # fmt: skip
+            if hits.total() < options.kills:
+                ahead += begin_rounds(pool, endless, 1)
     for what, times in sorted(hits.items()):
         print(f"{times:4d}  {what}")
     print(
-        f"{options.kills} kills and {misses} misses, seed {options.seed}, "
+        f"{hits.total()} kills and {misses} misses, seed {options.seed}, "
         f"{time.monotonic() - begin:.0f} s: nothing left, nothing lost, nothing done twice"
     )
     folder.rmdir()
     return 0
+
+
+def begin_rounds(
+    pool: ThreadPoolExecutor, endless: Iterator[Round], count: int
+) -> list[tuple[Round, Future[None]]]:
+    """Start the next rounds; return each with what becomes of it."""
+    return [(one, pool.submit(one.go)) for one in itertools.islice(endless, count)]
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ def test_a_killed_run_leaves_nothing_behind_and_goes_on(
     script: str, target: str, number: signal.Signals, moment: float
 ) -> None:
     with open_folder() as folder:  # a short path: those of sockets are limited
+        soak.heed_interrupts()
         one = soak.Round(folder, script, target, number, moment)
         one.go()
         assert one.was_hit, f"{one}: nobody was there any more, or not yet"
