@@ -12,7 +12,7 @@ import markupsafe
 import pytest
 import synthetic_runs
 from compared_runs import change, compare, document, mps, time_slicing
-from conftest import find_browser
+from conftest import PROJECT_ROOT, find_browser
 from PIL import Image
 
 from benchmarking import analyze_results
@@ -103,14 +103,13 @@ def browse(page: Path, *arguments: str) -> str:
     return done.stdout
 
 
-@pytest.mark.browser
-@pytest.mark.parametrize("width", [390, 1200])
-def test_a_browser_shows_the_report_without_sideways_scrolling(report, tmp_path, width):
+def measured(page: str, width: int, folder: Path) -> dict:
+    """Lay a page out at a width in pixels; return what the browser says of it."""
     # Same origin as the page around it, which may therefore measure it; a window may not be
     # as narrow as a phone.
-    frame = tmp_path / "frame.html"
+    frame = folder / "frame.html"
     frame.write_text(
-        f'<body style="margin:0"><iframe srcdoc="{html.escape(report)}" '
+        f'<body style="margin:0"><iframe srcdoc="{html.escape(page)}" '
         f'style="width:{width}px;height:9000px;border:0"></iframe><script>'
         "onload = () => { const page = frames[0].document; const root = page.documentElement;"
         "const small = [...page.querySelectorAll('p, li, td')].filter("
@@ -121,11 +120,29 @@ def test_a_browser_shows_the_report_without_sideways_scrolling(report, tmp_path,
         "scripts: page.querySelectorAll('script, img').length}); }</script>"
     )
     dumped = browse(frame, "--dump-dom", "--virtual-time-budget=3000")
-    found = json.loads(re.search(r"<body[^>]*>(\{.*?\})</body>", dumped, re.DOTALL).group(1))
+    return json.loads(re.search(r"<body[^>]*>(\{.*?\})</body>", dumped, re.DOTALL).group(1))
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [390, 1200])
+def test_a_browser_shows_the_report_without_sideways_scrolling(report, tmp_path, width):
+    found = measured(report, width, tmp_path)
     assert found["width"] == width
     assert found["height"] > 2000
     assert found["title"] == "GPU sharing: what was found"
     assert (found["charts"], found["scripts"], found["small"]) == (9, 0, 0)
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize(
+    ("name", "charts"),
+    [("h100-mixed-4", 6), ("h100-pairs", 4), ("h100-single-image", 12), ("h100-mps-percentage", 1)],
+)
+def test_the_recorded_pages_fit_a_phone(name, charts, tmp_path):
+    page = (PROJECT_ROOT / "examples" / name / "report.html").read_text(encoding="utf-8")
+    found = measured(page, 390, tmp_path)
+    assert found["width"] == 390
+    assert (found["charts"], found["scripts"], found["small"]) == (charts, 0, 0)
 
 
 @pytest.mark.browser
