@@ -196,7 +196,30 @@ def test_one_client_under_a_mode_gets_a_sentence_with_the_modes_own_cost():
 def test_a_mode_under_which_one_client_is_faster_has_no_negative_slowness():
     run = synthetic_runs.run("one", "mps", {1: [0.995, 1.0]}, mix="training")
     (cost,) = [s for s in sentences(compare(run)).splitlines() if "mechanism overhead" in s]
-    assert ": 0.3 % faster than on the card without it (0.5 % faster to 0.0 % slower; " in cost
+    assert (
+        ": in this run (n = 2) 0.3 % faster than on the card without it, the mechanism overhead; "
+        "repeat (`--repeats 3`)"
+    ) in cost
+
+
+def cost_of_one(*runs: dict) -> str:
+    (said,) = [s for s in sentences(compare(*runs)).splitlines() if "mechanism overhead" in s]
+    return said
+
+
+def test_a_cost_whose_interval_holds_none_is_no_cost():
+    said = cost_of_one(synthetic_runs.run("one", "mps", {1: [0.97, 1.0, 1.04]}, mix="training"))
+    assert ": no difference shown from the card without it (8.0 % faster to " in said
+    assert said.endswith(": no mechanism overhead.")
+
+
+def test_a_cost_inside_the_noise_floor_is_no_cost():
+    first = synthetic_runs.run("first", "mps", {1: [1.02, 1.021, 1.022]}, mix="training")
+    again = synthetic_runs.run("again", "mps", {1: [1.10, 1.101, 1.102]}, mix="training", seed=7,
+                               created_at="2026-01-02T00:00:00+00:00")  # fmt: skip
+    said = cost_of_one(first, again)
+    assert " slower than on the card without it, inside the noise floor of 7.8 % (" in said
+    assert said.endswith(": no mechanism overhead.")
 
 
 def test_a_mig_slices_smaller_size_is_not_called_the_modes_cost_alone():
@@ -204,7 +227,8 @@ def test_a_mig_slices_smaller_size_is_not_called_the_modes_cost_alone():
     change(run, lambda r: r["identity"].update(multiprocessor_count=16), phase="co_run",
            record="client")  # fmt: skip
     text = sentences(compare(run))
-    assert "alone under MIG on 16 of 132 multiprocessors (`training`): 500.0 % slower" in text
+    assert "alone under MIG on 16 of 132 multiprocessors (`training`): in this run (n = 1) " in text
+    assert " 500.0 % slower than on the card without it" in text
     assert "| 500.0 (on 16 of 132 multiprocessors) |" in markdown(compare(run))
 
 
@@ -213,7 +237,9 @@ def test_a_single_client_of_a_mixed_mix_is_named_and_is_no_count_of_the_ramp():
     compared = compare(one)
     assert compared.sections[0].ramps == []
     text = sentences(compared)
-    assert "One ResNet50 training alone under MPS (`mixed`): 10.0 % slower" in text
+    assert (
+        "One ResNet50 training alone under MPS (`mixed`): in this run (n = 1) 10.0 % slow" in text
+    )
     assert "gain" not in text
     (ramp,) = compare(synthetic_runs.run("mps", "mps", {1: [1.0], 4: [2.0], 8: [3.9], 12: [7.0]}))\
         .sections[0].ramps  # fmt: skip
@@ -247,6 +273,23 @@ def test_a_larger_gain_that_the_intervals_do_not_show_is_not_called_one():
     assert "4 clients delivered the most in these runs, no difference shown from 2: STP" in said
 
 
+def test_that_more_gain_nothing_is_claimed_only_where_no_gain_is_left_possible():
+    said = many_clients((2, [0.9, 1.03, 1.2]), (4, [1.99, 2.0, 2.01]))
+    assert "no gain is shown past 2 clients, nor that there is none: STP " in said
+    assert "gain nothing" not in said
+
+
+def test_a_count_that_lost_the_gpu_says_nothing_of_the_mode():
+    run = synthetic_runs.run("ramp", "mps", {2: [1.0, 1.01, 1.02], 4: [2.0]}, mix="training")
+    change(run, lambda r: r.update(outcome="failed", reason="the GPU was lost",
+                                   stop_reason={"kind": "gpu_lost", "detail": "the GPU was lost"}),
+           record="co_run", co_run="training-2-r2")  # fmt: skip
+    text = sentences(compare(run))
+    assert "does not always work" not in text
+    (group, _) = compare(run).sections[0].groups
+    assert (group.outcome, group.stp.repeats) == ("ok", 2)
+
+
 def answering(made: dict, by_repeat: list[list[float]]) -> dict:
     """The inference job of the made-up run answered so in each repeat."""
     for repeat, latencies in enumerate(by_repeat):
@@ -277,10 +320,19 @@ def test_of_few_responses_the_slowdown_is_said_and_no_p99():
         "Batch inference beside 3 others (`mixed`): choose MPS where its slowdown matters: "
         "2.02 (1.97 to 2.07; 95 % interval, n = 3) against 4.04 (" in said
     )
-    assert "(120 responses, under 100 a repeat: too few for a p99)" in said
+    assert "(120 responses, under 100 in a repeat: too few for a p99)" in said
     forty = compare(*(answering(run, few[:1]) for run in (time_slicing([4.0]), mps([2.0]))))
     assert "p99 latency" not in p99_claim(forty)
     assert "| 11.9 ms / – / – (n = 40) |" in markdown(forty)
+
+
+def test_a_repeat_with_few_responses_takes_the_p99_from_all_since_it_was_the_slow_one():
+    many, few = [10.0] * 200, [30.0] * 40
+    slicing = answering(time_slicing([4.0, 4.04, 4.08]), [many, many, few])
+    said = p99_claim(compare(slicing, answering(mps([2.0, 2.02, 2.04]), [many] * 3)))
+    assert "p99 latency" not in said
+    assert "choose MPS where its slowdown matters: " in said
+    assert "(440 responses, under 100 in a repeat: too few for a p99)" in said
 
 
 def test_the_worst_copy_of_a_job_stands_for_all_of_them():

@@ -144,7 +144,7 @@ def _row(
             )
             for percent in TAIL_PERCENTILES
         },
-        p99_ms=estimate(scores.record_latency_ms(r, scores.TAIL_PERCENT) for r in good),
+        p99_ms=_of_every(scores.record_latency_ms(r, scores.TAIL_PERCENT) for r in good),
         median_ms=estimate(scores.record_latency_ms(r, 50) for r in good),
         responses=len(latencies),
         missed=missed,
@@ -166,6 +166,12 @@ def _slo(
     missed = sum(map(scores.missed_requests, good))
     share = scores.slo_attainment_percent(latencies, bound_ms, missed)
     return None if share is None else SloAttainment(share, bound_ms)
+
+
+def _of_every(values: Iterable[float | None]) -> Estimate | None:
+    """The estimate where every repeat has a value: those without would be the slow ones."""
+    found = list(values)
+    return None if None in found else estimate(found)
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

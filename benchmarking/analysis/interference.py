@@ -188,9 +188,16 @@ def _cell(
     records = [[co_run.clients[place] for place in places] for co_run in good]
     latencies = [ms for members in records for r in members for ms in r.get("latency_ms") or []]
     job_key = co_runs[0].clients[places[0]].get("job_key", "")
-    alone_ms = (alone.get(job_key) or {}).get("latency_ms") or []
+    by_itself = alone.get(job_key) or {}
+    alone_ms = by_itself.get("latency_ms") or []
     missed = sum(scores.missed_requests(r) for members in records for r in members)
-    tail_slowdown = scores.tail_slowdown(latencies, alone_ms, scores.TAIL_PERCENT, missed=missed)
+    tail_slowdown = scores.tail_slowdown(
+        latencies,
+        alone_ms,
+        scores.TAIL_PERCENT,
+        missed=missed,
+        missed_alone=scores.missed_requests(by_itself),
+    )
     return InterferenceCell(
         job=job,
         beside=beside,

@@ -86,8 +86,11 @@ def _comparison(
         values[0] = texts[0] + _spread(figure, worst[0][1])
     notes = []
     if figure is not _P99:
-        counts = joined(list(dict.fromkeys(str(row.responses + row.missed) for _, row in worst)))
-        notes.append(f"{counts} responses, under {FEWEST_FOR_A_TAIL} a repeat: too few for a p99")
+        few = [row.responses + row.missed for _, row in worst if row.p99_ms is None]
+        counts = joined(list(dict.fromkeys(map(str, few))))
+        notes.append(
+            f"{counts} responses, under {FEWEST_FOR_A_TAIL} in a repeat: too few for a p99"
+        )
     if standing.single:
         each = " each" if len({estimate.repeats for estimate in estimates}) == 1 else ""
         notes.append(f"{repeats_text(estimates)}{each}: repeat before relying on it")

@@ -59,9 +59,9 @@ def same_twice(groups: Iterable[Group]) -> list[SameTwice]:
             by_run = _by_run(group, lambda co_run, name=name: co_run.summary(name))
             found.append(SameTwice(group, figure, "", by_run))
         for row in group.client_rows:
-            judged_by_median = row.service is not None or row.slowdown is None
-            latency = P99 if row.p99_ms else MEDIAN if judged_by_median else None
-            for figure in (SLOWDOWN, latency) if latency else (SLOWDOWN,):
+            # What a job may be judged by, whichever of them the modes have in common.
+            is_known = {SLOWDOWN: True, P99: row.p99_ms, MEDIAN: row.service or not row.slowdown}
+            for figure in (figure for figure, known in is_known.items() if known):
                 by_run = _by_run(group, functools.partial(_of_client, figure, row.client))
                 found.append(SameTwice(group, figure, row.label, by_run))
     return [pair for pair in found if len(pair.by_run) >= 2 and min(pair.by_run) > 0]

@@ -38,6 +38,8 @@ def _gain(ramp: Ramp) -> str:
     alike = _not_shown_apart(ramp, best) if enough is known[-1] else []
     if enough is known[-1]:
         text = f"{clients_text(enough.clients)} {_gained(alike, is_claim)}"
+    elif is_claim and not _rules_out_a_gain(ramp, enough):
+        text = f"no gain is shown past {clients_text(enough.clients)}, nor that there is none"
     else:
         verb = "gained" if not is_claim else "gains" if enough.clients == 1 else "gain"
         said = f"more than {clients_text(enough.clients)} {verb} nothing"
@@ -50,6 +52,12 @@ def _gain(ramp: Ramp) -> str:
         n = repeats_text(list(dict.fromkeys([enough.stp, best.stp])))
         return f"in these runs ({n}) {text}; repeat (`--repeats 3`) before relying on it"
     return f"{text}; {NO_FLOOR}" if ramp.noise_floor is None and not alike else text
+
+
+def _rules_out_a_gain(ramp: Ramp, enough: Group) -> bool:
+    """Whether no larger count can deliver more than counts as nothing, by both intervals."""
+    larger = [group for group in ramp.known if group.clients > enough.clients]
+    return all(group.stp.high * SATURATION_FRACTION <= enough.stp.low for group in larger)
 
 
 def _not_shown_apart(ramp: Ramp, best: Group) -> list[Group]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from benchmarking.metrics.breaking_point import says_something_of_the_load
 from benchmarking.planning import baselines
 from benchmarking.planning.mps_knobs import MpsKnobs
 from benchmarking.planning.plan import CARRIED_FIGURES
@@ -23,9 +24,6 @@ MODE_NAMES = {
     CPU_DEMO: "CPU demo",
 }
 _MODE_ORDER = tuple(MODE_NAMES)
-
-# An outcome that answers "does this count of clients work?"; the others prove nothing either way.
-_JUDGED = frozenset({"ok", "failed", "timeout"})
 
 # What of a client's environment changes how the mode treats it; folders of daemons do not.
 _KNOB_PREFIX = "CUDA_MPS_"
@@ -154,7 +152,9 @@ class RunView:
         """Co-runs of that many clients that say whether the count works, proved in their mode."""
         found = [CoRun(self, record) for record in self.co_runs() if record["clients"] == clients]
         return [
-            co_run for co_run in found if co_run.record["outcome"] in _JUDGED and co_run.is_valid
+            co_run
+            for co_run in found
+            if says_something_of_the_load(co_run.record) and co_run.is_valid
         ]
 
     def successful_baselines(self) -> list[dict[str, Any]]:

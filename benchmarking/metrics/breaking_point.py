@@ -71,7 +71,7 @@ def breaking_point(
     for co_run in co_runs:
         by_count.setdefault(co_run["clients"], []).append(co_run)
     judged_by_count = {
-        clients: [run for run in repeats if _says_something_of_the_load(run)]
+        clients: [run for run in repeats if says_something_of_the_load(run)]
         for clients, repeats in sorted(by_count.items())
     }
     tried = [clients for clients, judged in judged_by_count.items() if judged]
@@ -114,7 +114,11 @@ def _members(co_run: Record, client_records: Sequence[Record]) -> list[Record]:
     return [record for record in client_records if record.get("co_run") == co_run.get("co_run")]
 
 
-def _says_something_of_the_load(co_run: Record) -> bool:
+def says_something_of_the_load(co_run: Record) -> bool:
+    """Whether a co-run proves that its clients work together, or that they do not.
+
+    One that was invalid or interrupted, or lost the GPU, proves neither.
+    """
     kind = (co_run.get("stop_reason") or {}).get("kind")
     return co_run["outcome"] in ("ok", "failed", "timeout") and kind != "gpu_lost"
 

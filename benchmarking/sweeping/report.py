@@ -19,7 +19,7 @@ from benchmarking.analysis.document import (
     Table,
     code,
 )
-from benchmarking.analysis.noise import NO_FLOOR
+from benchmarking.analysis.noise import NO_FLOOR, is_shown
 from benchmarking.analysis.report_content import CPU_DEMO_NOTICE
 from benchmarking.analysis.runs import CPU_DEMO, clients_text, mode_name
 from benchmarking.command_line.number_text import duration, joined
@@ -111,7 +111,7 @@ def _throughput_sentence(knob: str, known: Sequence[Point]) -> str:
     others = [point for point in known if point is not best]
     if not others:
         return f"STP {best.stp.text()} at {knob} {best.value}, the only value with figures."
-    alike = [point.value for point in others if not best.stp.shows_difference_from(point.stp)]
+    alike = [point.value for point in others if not is_shown(best.stp, point.stp, None)]
     lowest = min(others, key=lambda point: point.stp.mean)
     against = f"STP {best.stp.text()} against {lowest.stp.text()} at {lowest.value}, the lowest"
     lead = f"{knob} **{best.value}** gave the highest throughput"
