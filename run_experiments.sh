@@ -29,8 +29,8 @@ Options:
   --workloads N         jobs that run together (default: 4; with --plan: its clients once)
   --phase-minutes N     budget of each phase (default: 5 for phase 1, 10 for the others); it limits
                         repeats, never below one
-  --noise-floor         measure the first mode twice: differences between modes that are no larger than
-                        those between its two runs are called noise
+  --noise-floor         measure the first mode that runs twice: differences between modes that are no
+                        larger than those between its two runs are called noise
   --baseline RUN        folder of an earlier baseline run to use in place of phase 1
 HELP
     driver::shared_flags_help
@@ -196,6 +196,7 @@ measure_mode() {
     local reason
     if ((!HAS_GPU)) && [[ $mode == time-slicing ]]; then
         run_suite "${MODES%%,*}" 10
+        measure_again "${MODES%%,*}"
         return
     elif [[ ,$MODES, != *",$mode,"* ]]; then
         skip "not asked for (--modes $MODES)"
@@ -206,17 +207,19 @@ measure_mode() {
         skip "$reason"
     elif mode::enable "$mode" "$WORKLOADS"; then
         run_suite "$mode" 10
-        [[ $PHASE_STATUS != ok || -n $INTERRUPTED ]] || measure_again "$mode"
+        measure_again "$mode"
     else
         fail "${MODE_REASON:-the mode could not be enabled}"
     fi
     mode::undo || fail "$MODE_REASON"
 }
 
-# measure_again MODE: the noise floor, where it was asked for and this is the mode to take it under.
+# measure_again MODE: the noise floor, where it was asked for and no other mode has it.
 measure_again() {
     local -r first_run=$PHASE_RUN
-    ((NOISE_FLOOR)) && [[ $1 == "${MODES%%,*}" ]] || return 0
+    ((NOISE_FLOOR)) && [[ $PHASE_STATUS == ok && -z $INTERRUPTED ]] || return 0
+    folder::find "$OUTPUT" "*-again/manifest.json"
+    ((!${#FOUND[@]})) || [[ ${FOUND[0]} == "$OUTPUT/$first_run-again/"* ]] || return 0
     run_suite "$1" 10 -again
     PHASE_RUN=$first_run
 }

@@ -173,7 +173,7 @@ def write(found: Mapping[str, Any], folder: Path) -> str:
 
 def note_not_run(options: argparse.Namespace, error: Exception) -> None:
     """Leave on record why the fault did not happen; never in the place of one that did."""
-    if not summary.is_measured(options.output_dir):
+    if not summary.may_be_measured(options.output_dir):
         record = summary.not_run(options.mode, options.fault, sys.argv, utc_now(), str(error))
         write(record, options.output_dir)
 

@@ -70,12 +70,9 @@ mode::enable() {
     said_before=$(stat -c %s -- "$OUTPUT/mode-scripts.log" 2>/dev/null || printf 0)
     if mode::script "${as_root[@]}" "$PROJECT_ROOT/gpu-configs/${flags[0]}" "${flags[@]:1}" \
         --gpu "$GPU_UUID"; then
-        ((DRY_RUN)) || mapfile -t -O "${#NOTES[@]}" NOTES < <(
-            tail -c +$((said_before + 1)) -- "$OUTPUT/mode-scripts.log" 2>/dev/null |
-                sed -n 's/^note: //p'
-        )
+        ((DRY_RUN)) || mapfile -t -O "${#NOTES[@]}" NOTES < <(mode::said note "$said_before")
     else
-        MODE_REASON=$(sed -n 's/^error: //p' "$OUTPUT/mode-scripts.log" | tail -n 1)
+        MODE_REASON=$(mode::said error "$said_before" | tail -n 1)
         [[ -z $INTERRUPTED ]] || MODE_REASON=interrupted
         # The script has put its changes back, but for MIG mode that waits for a restart.
         if [[ -n $had_state ]] || ! mode::has_state "$mode"; then
@@ -84,6 +81,11 @@ mode::enable() {
         fi
         return 1
     fi
+}
+
+# mode::said KIND BYTES: the lines that mode scripts said as KIND: past so much of their log.
+mode::said() {
+    tail -c +$(($2 + 1)) -- "$OUTPUT/mode-scripts.log" 2>/dev/null | sed -n "s/^$1: //p"
 }
 
 # Where the user had set up time slicing with another length, undoing is setting that up again.

@@ -25,10 +25,12 @@ suite::resume() {
     SUITE_STATUS=0
     SUITE_WORDS=""
     ! suite::had_outcome "$1" complete || return 0
-    NOTES+=("it was cut off before its end and went on")
     suite::execute "$PYTHON" "$PROJECT_ROOT/benchmarking/benchmark_suite.py" --resume "$OUTPUT/$1"
     if ((SUITE_STATUS == EXIT_USAGE)) && suite::had_outcome "$1" failed; then
         SUITE_STATUS=1
+        SUITE_WORDS="" # that there is nothing to go on with is not why it failed
+    else
+        NOTES+=("it was cut off before its end and went on")
     fi
 }
 

@@ -171,15 +171,22 @@ def test_pairs_are_run_in_every_phase_and_have_no_count(runner: DriverRunner) ->
     assert "two jobs in each co-run: leave --workloads" in refused.stderr
 
 
+@pytest.mark.parametrize(
+    ("modes", "runs"),
+    [
+        ("time-slicing,mps", ["baseline", "time-slicing", "time-slicing-again", "mps"]),
+        ("mps", ["baseline", "mps", "mps-again"]),
+    ],
+)
 def test_the_noise_floor_is_the_first_mode_taken_twice_while_it_is_in_force(
-    runner: DriverRunner,
+    runner: DriverRunner, modes: str, runs: list[str]
 ) -> None:
-    done = runner.drive(SCRIPT, "--noise-floor", "--modes", "mps,time-slicing")
+    done = runner.drive(SCRIPT, "--noise-floor", "--modes", modes)
     assert done.returncode == 0, done.stderr
-    assert list(runner.suite_calls()) == ["baseline", "time-slicing", "mps", "mps-again"]
+    assert list(runner.suite_calls()) == runs
     flags = {name: call["flags"] for name, call in runner.suite_calls().items()}
-    assert {**flags["mps"], "--run-id": ""} == {**flags["mps-again"], "--run-id": ""}
-    assert [phase["run_folder"] for phase in runner.phases()][2] == "mps"
+    assert {**flags[runs[1]], "--run-id": ""} == {**flags[runs[2]], "--run-id": ""}
+    assert runs[1] in [phase["run_folder"] for phase in runner.phases()]
     assert runner.left_behind() == []
 
 
@@ -303,6 +310,21 @@ def test_an_experiment_that_was_killed_goes_on_with_its_flags_and_the_phases_tha
     assert runner.outcomes()["mps"] == "ok"
     assert not runner.machine.state()["mps"]
     assert runner.left_behind() == []
+
+
+def test_a_phase_whose_run_came_to_a_breaking_point_keeps_that_for_its_reason(
+    runner: DriverRunner,
+) -> None:
+    runner.rule(mps={"exit": 1, "outcome": "failed", "words": "client 3 ran out of memory"})
+    assert runner.drive(SCRIPT, "--modes", "mps").returncode == 1
+    assert runner.reason("mps") == "client 3 ran out of memory"
+    # What the suite says to that: there is nothing to go on with.
+    words = "run mps is complete: start a new run"
+    runner.rule(mps={"exit": 2, "outcome": "failed", "words": words})
+    assert runner.drive(SCRIPT, "--resume", str(runner.output)).returncode == 1
+    assert [phase["reason"] for phase in runner.phases() if phase["name"] == "mps"] == [
+        "client 3 ran out of memory", "a co-run failed",
+    ]  # fmt: skip
 
 
 def test_a_phase_without_a_run_is_resumed_with_the_saved_flags(runner: DriverRunner) -> None:

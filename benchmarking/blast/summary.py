@@ -32,12 +32,13 @@ def not_run(mode: str, fault: str, command: Sequence[str], when: str, reason: st
     }  # fmt: skip
 
 
-def is_measured(folder: Path) -> bool:
-    """Whether a fault that happened is on record in a folder."""
+def may_be_measured(folder: Path) -> bool:
+    """Whether a folder has a record of a fault that happened, or one that cannot be read."""
+    path = folder / RECORD_FILE
     try:
-        return not read_record(folder / RECORD_FILE).get("not_run")
+        return path.exists() and not read_record(path).get("not_run")
     except RecordError:
-        return False
+        return True
 
 
 def find_records(folders: Iterable[Path]) -> list[Record]:

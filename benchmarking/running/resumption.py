@@ -15,6 +15,7 @@ from typing import Any
 
 from benchmarking.planning import baselines
 from benchmarking.planning.mps_knobs import MpsKnobs
+from benchmarking.planning.plan import MODE_TIME_SLICING
 from benchmarking.planning.plan_file import PlanEntry, PlanFile
 from benchmarking.running.launcher import OUTCOME_OK, OUTCOME_TIMEOUT
 from benchmarking.running.suite_setup import EXIT_NO_GPU, EXIT_USAGE, Request, SuiteError
@@ -113,7 +114,10 @@ def unlike_environment(
         *(
             f"{field} was {then[field]}, now it is {now[field]}"
             for field in COMPARED_FIELDS
-            if field in now and now[field] != then[field]
+            if field in now
+            and now[field] != then[field]
+            # Under the other modes its slices are nothing to a client.
+            and (field != "timeslice" or theirs["effective_mode"] == MODE_TIME_SLICING)
         ),
         *baselines.data_differences(before, ours, list(resolved)),
     ]

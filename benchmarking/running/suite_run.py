@@ -34,11 +34,9 @@ from benchmarking.planning.ramp import Ramp
 from benchmarking.running import occupancy, stop_reasons
 from benchmarking.running.job_resolution import resolve
 from benchmarking.running.launcher import (
-    OUTCOME_FAILED,
     OUTCOME_INTERRUPTED,
     OUTCOME_INVALID,
     OUTCOME_OK,
-    OUTCOME_TIMEOUT,
     Client,
     CoRunOutcome,
     CoRunRefused,
@@ -124,8 +122,9 @@ class SuiteRun:
         self._added_arguments: dict[str, list[str]] = {}
         self._stop_reasons: dict[str, dict[str, Any] | None] = {}
         self._start_seconds = time.monotonic()
-        # Why the run ended, where it did not come to its end.
+        # Why the run ended, where it did not come to its end, and the code for it.
         self.ending: str | None = None
+        self._code = EXIT_FAILED
         self._min_seconds = setup.request.min_seconds or (
             GUIDE_MIN_SECONDS if setup.job_size == SIZE_GUIDE else SMALL_MIN_SECONDS
         )
@@ -139,16 +138,17 @@ class SuiteRun:
             return self._execute()
         except OSError as error:
             folder = self._writer.folder
-            self.ending = (
+            said = (
                 f"cannot write to {folder} ({error.strerror or error}): make room there or bring "
                 f"it back, then go on with --resume {folder}"
             )
-            self._say(self.ending)
-            return EXIT_FAILED
+            self._say(said)
+            self.ending = f"{said}; before that: {self.ending}" if self.ending else said
+            return self._code
 
     def _execute(self) -> int:
         gpu = self._setup.gpu
-        outcome, code = "failed", EXIT_FAILED
+        outcome = "failed"
         try:
             self._resolve_jobs()
             self._take_over_baselines()
@@ -160,20 +160,18 @@ class SuiteRun:
                 self._note(sampler.failure)
                 self._run_baselines(sampler)
                 self._run_co_runs(sampler)
-            outcome, code = "complete", EXIT_COMPLETE
+            outcome = "complete"
         except RunEnded as end:
-            outcome, code = end.outcome, end.exit_code
-            self.ending = end.reason
+            outcome, self._code, self.ending = end.outcome, end.exit_code, end.reason
             self._note(self.ending)
         except SuiteError as error:
-            code = error.exit_code
-            self.ending = str(error)
+            self._code, self.ending = error.exit_code, str(error)
             self._note(self.ending)
             # Nothing new is known of a run that may not go on here, or not yet.
             outcome = self._earlier.outcome if self._earlier and not self._done else outcome
         finally:
             self._writer.finish(outcome)
-        return code
+        return EXIT_COMPLETE if outcome == "complete" else self._code
 
     def _note(self, text: str | None) -> None:
         """Say something and keep it with the run."""
@@ -450,10 +448,10 @@ class SuiteRun:
             self._say(f"{planned.co_run} does not hold: {stop_reasons.in_words(reason)}")
         if refusal is not None:
             raise refusal
-        if gpu_lost and record["outcome"] in (OUTCOME_FAILED, OUTCOME_TIMEOUT):
+        if gpu_lost and record["outcome"] != OUTCOME_INTERRUPTED:
             # What follows would only meet the same.
-            what = f"{planned.co_run}: {record['reason']}"
-            raise RunEnded("failed", EXIT_NO_GPU, what)
+            outcome = "invalid" if record["outcome"] == OUTCOME_INVALID else "failed"
+            raise RunEnded(outcome, EXIT_NO_GPU, f"{planned.co_run}: {record['reason']}")
         _raise_unless_well(record, clients)
         return clients
 
