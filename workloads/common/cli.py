@@ -122,8 +122,8 @@ def _add_gpu_flags(shared: argparse._ArgumentGroup) -> None:
     )  # fmt: skip
 
 
-def run_main(main: Callable[[], int]) -> NoReturn:
-    """Run ``main`` and leave with its exit code; known errors become one sentence and a code.
+def run_main(main: Callable[[], int], leave: Callable[[int], NoReturn] = sys.exit) -> NoReturn:
+    """Run ``main`` and ``leave`` with its exit code; known errors become one sentence and a code.
 
     SIGTERM is turned into ``KeyboardInterrupt``, so that both ways of stopping a script by hand
     unwind its ``finally`` blocks.
@@ -149,7 +149,7 @@ def run_main(main: Callable[[], int]) -> NoReturn:
             raise
         code = _complain(program, known, known.exit_code)
     _flush_or_drop(sys.stdout)
-    sys.exit(code)
+    leave(code)
 
 
 def _flush_or_drop(stream: TextIO) -> None:

@@ -24,7 +24,7 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -328,6 +328,16 @@ class InferenceServer(client.Workload):
             self._batcher.close()
             self._gpu_thread.close(0.0 if self.device_at_work else GPU_THREAD_END_SECONDS)
 
+    def leave(self, code: int) -> NoReturn:
+        """End the process; without the interpreter's own end where a thread is still at work.
+
+        That would take the libraries away under it, which aborts the process.
+        """
+        if self.device_at_work:
+            sys.stderr.flush()
+            os._exit(code)
+        sys.exit(code)
+
     def _model_facts(self) -> dict:
         return {"model": self.args.model, "weights": self._classifier.weights.kind}
 
@@ -385,17 +395,11 @@ class InferenceServer(client.Workload):
         return rows
 
 
-def main() -> int:
-    """Serve; where a thread is still at work at the end, leave without waiting for it."""
+def main() -> NoReturn:
+    """Serve until the end, whatever that is."""
     server = InferenceServer(parse_arguments())
-    code = client.run(server)
-    if server.device_at_work:
-        # The interpreter's end would take the libraries away under it, which aborts the process.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    return code
+    cli.run_main(lambda: client.run(server), server.leave)
 
 
 if __name__ == "__main__":
-    cli.run_main(main)
+    main()
