@@ -38,6 +38,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -60,6 +61,7 @@ JOBS = {"match": "*", "unit_seconds": 0.02, "units": 10}
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
 DRIVER, SUITE, A_CLIENT, SAMPLER = "driver", "suite", "client", "sampler"
 DAEMON = "MPS daemon"
+MARKS = {SUITE: "benchmark_suite.py", SAMPLER: "gpu_monitor.py", A_CLIENT: "/workloads/"}
 # How long a run may take to notice that it was hit, and to end.
 END_SECONDS = 90.0
 
@@ -79,6 +81,8 @@ class Round:
     moment: float
     environment: dict[str, str] = field(default_factory=dict)
     was_hit: bool = False
+    # Whom to wait for before the blow; None: whatever the moment brings.
+    not_before: str | None = None
     commands: ClassVar[dict[str, list[str]]] = {
         "run_experiments.sh": ["--modes", "time-slicing,mps", "--mix", "training",
                                "--workloads", "2", "--repeats", "1", "--quick"],
@@ -145,9 +149,15 @@ class Round:
             stderr=(self.folder / "stderr.log").open("wb"), start_new_session=True,
         )  # fmt: skip
         time.sleep(self.moment)
+        if self.not_before is not None:
+            wait_until(lambda: self.is_there(self.not_before, process),
+                       f"the {self.not_before} is there", END_SECONDS)  # fmt: skip
         self.was_hit = self.hit(process)
         finished = self.finished_rows()
-        process.wait(END_SECONDS)
+        try:
+            process.wait(END_SECONDS)
+        except subprocess.TimeoutExpired:
+            raise BrokenPromiseError(f"it goes on after {END_SECONDS:g} s") from None
         self.require_nobody()
         self.require_mode()
         self.require_rows(finished)
@@ -167,23 +177,29 @@ class Round:
     def hit(self, process: subprocess.Popen[bytes]) -> bool:
         """Send the signal; return whether there was anybody to get it at this moment."""
         if self.target == DAEMON:
-            has_daemon = bool(self.machine.state()["mps"])
+            is_there = self.is_there(DAEMON, process)
             self.machine.change(mps={})
-            return has_daemon
-        own = [process.pid] if self.target == DRIVER else [
-            pid for pid, words in self.processes() if self.is_target(words)
-        ]  # fmt: skip
-        if not own or process.poll() is not None:
-            return False
-        os.kill(sorted(own)[-1], self.number)
-        return True
+            return is_there
+        pids = self.pids(self.target, process) if process.poll() is None else []
+        with suppress(ProcessLookupError):  # it has just ended
+            for pid in pids[-1:]:
+                os.kill(pid, self.number)
+                return True
+        return False
 
-    def is_target(self, words: list[str]) -> bool:
-        """Whether a command line is the target's."""
-        marks = {
-            SUITE: "benchmark_suite.py", SAMPLER: "gpu_monitor.py", A_CLIENT: "/workloads/",
-        }  # fmt: skip
-        return any(marks[self.target] in word for word in words[:2])
+    def is_there(self, target: str, process: subprocess.Popen[bytes]) -> bool:
+        """Whether a blow would meet anybody now."""
+        if target == DAEMON:
+            return bool(self.machine.state()["mps"])
+        return process.poll() is None and bool(self.pids(target, process))
+
+    def pids(self, target: str, process: subprocess.Popen[bytes]) -> list[int]:
+        """Return the processes of a target, by their command lines."""
+        if target == DRIVER:
+            return [process.pid]
+        mark = MARKS[target]
+        found = (pid for pid, words in self.processes() if any(mark in w for w in words[:2]))
+        return sorted(found)
 
     def processes(self) -> Iterator[tuple[int, list[str]]]:
         """Every living process of this round with its command line, by its environment."""
@@ -196,6 +212,12 @@ class Round:
                         yield int(path.name), words
             except OSError:
                 continue
+
+    def end_everybody(self) -> None:
+        """After a promise was broken: ask what is left to end, which is no more than that."""
+        for pid, _ in self.processes():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
 
     def require_nobody(self) -> None:
         """No process is left; what was hit may take a while to end."""
@@ -320,6 +342,8 @@ def main() -> int:
     hits: Counter[str] = Counter()
     misses = 0
     scripts = options.script or list(kind.commands)
+    if not set(scripts) <= set(kind.commands):
+        parser.error(f"--on-gpu has {', '.join(kind.commands)} only")
     endless = rounds(options.seed, folder, scripts, kind)
     with ThreadPoolExecutor(options.at_once) as pool:
         ahead = collections.deque(begin_rounds(pool, endless, options.at_once))
@@ -329,6 +353,7 @@ def main() -> int:
                 outcome.result()
             except (BrokenPromiseError, subprocess.TimeoutExpired) as error:
                 print(f"seed {options.seed}, {one.folder.name}, {one}: {error}\nkept: {one.folder}")
+                one.end_everybody()
                 return 1
             shutil.rmtree(one.folder)
             if one.was_hit:
