@@ -121,7 +121,7 @@ def parse_arguments() -> argparse.Namespace:
         "--drain-seconds", type=cli.non_negative_float, default=30.0,
         help="longest that a shutdown takes, but for the interpreter's own end of a second; its "
         "last four seconds (from 10 s down: two fifths) are for ending, the rest is for requests "
-        "in flight (default: 30)",
+        "in flight; with 0 it is cut off, and ending takes four seconds at most (default: 30)",
     )  # fmt: skip
     api_key.add_flag(limits, "answer only who knows this key, but for /health")
     args = parser.parse_args()
