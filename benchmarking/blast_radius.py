@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import os
 import sys
 import time
@@ -127,14 +128,22 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("give --fault to measure one, or --summary for a table of several")
     if options.summary:
         return options
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    default = Path("results") / f"blast_radius-{options.mode}-{options.fault}-{stamp}"
-    options.output_dir = options.output_dir or default
+    options.output_dir = options.output_dir or free_folder(options)
+    if summary.may_be_measured(options.output_dir):
+        parser.error(f"--output-dir {options.output_dir} holds a record; name another folder")
     try:
         options.output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         parser.error(f"--output-dir {options.output_dir}: {error.strerror}; name another folder")
     return options
+
+
+def free_folder(options: argparse.Namespace) -> Path:
+    """Return a folder for this call: two may come in the same second."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    base = Path("results") / f"blast_radius-{options.mode}-{options.fault}-{stamp}"
+    numbered = (base.with_name(f"{base.name}-{number}") for number in itertools.count(2))
+    return next(path for path in itertools.chain([base], numbered) if not path.exists())
 
 
 def refuse_harm(options: argparse.Namespace) -> None:
@@ -172,10 +181,9 @@ def write(found: Mapping[str, Any], folder: Path) -> str:
 
 
 def note_not_run(options: argparse.Namespace, error: Exception) -> None:
-    """Leave on record why the fault did not happen; never in the place of one that did."""
-    if not summary.may_be_measured(options.output_dir):
-        record = summary.not_run(options.mode, options.fault, sys.argv, utc_now(), str(error))
-        write(record, options.output_dir)
+    """Leave on record why the fault did not happen."""
+    record = summary.not_run(options.mode, options.fault, sys.argv, utc_now(), str(error))
+    write(record, options.output_dir)
 
 
 def complain(error: Exception, code: int) -> int:

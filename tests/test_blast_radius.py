@@ -280,7 +280,10 @@ def test_a_fault_that_cannot_happen_is_on_record_but_not_in_the_place_of_one_tha
     assert done.returncode == 1
     assert blast.found()["not_run"].startswith("there was no fault to see: ")
     blast.output.joinpath("blast_radius.json").write_text(json.dumps(record_of("mps", "exit")))
-    assert blast.run("--fault", "illegal-access").returncode == 2
+    for fault in ("illegal-access", "exit"):
+        refused = blast.run("--fault", fault)
+        assert refused.returncode == 2
+        assert "holds a record; name another folder" in refused.stderr
     assert blast.found() == record_of("mps", "exit")
 
 

@@ -23,13 +23,13 @@ Value = Callable[[InterferenceCell], float | None]
 def slowdowns(
     matrix: InterferenceMatrix, every: Sequence[InterferenceMatrix], path: Path
 ) -> Picture | None:
-    """Slowdown of each job that the map of tails cannot show; `None` where none is known.
+    """Slowdown of each job beside each job; `None` where none is known.
 
     `every` are the matrices that the reader will see beside it, for one scale of shades.
     """
-    highest = _highest(every, slowdown_of, lambda one: one.jobs_without_tails)
+    highest = _highest(every, slowdown_of, lambda one: one.jobs)
     return _draw(
-        matrix, matrix.jobs_without_tails, slowdown_of, highest, path,
+        matrix, matrix.jobs, slowdown_of, highest, path,
         "slowdown (times alone)", "{job} is slowed the most by {beside}",
     )  # fmt: skip
 
@@ -37,10 +37,10 @@ def slowdowns(
 def tails(
     matrix: InterferenceMatrix, every: Sequence[InterferenceMatrix], path: Path
 ) -> Picture | None:
-    """p99 of each latency job beside each job over its p99 alone; `None` where none is known."""
-    rows = [job for job in matrix.jobs if job in matrix.latency_jobs]
+    """p99 of each job that has one, beside each job over its p99 alone; `None` where none is."""
     return _draw(
-        matrix, rows, tail_of, _highest(every, tail_of, lambda one: one.latency_jobs), path,
+        matrix, matrix.jobs_with_tails, tail_of,
+        _highest(every, tail_of, lambda one: one.jobs_with_tails), path,
         "p99 latency (times that alone)", "p99 latency of {job} grows the most beside {beside}",
     )  # fmt: skip
 

@@ -73,10 +73,10 @@ class InterferenceMatrix:
         return mode_name(self.mode, self.settings)
 
     @property
-    def jobs_without_tails(self) -> list[str]:
-        """Labels of the jobs whose users wait for the whole job, or that answered too little."""
-        short = {c.job for c in self.cells if c.outcome == OK and c.tail_slowdown is None}
-        return [job for job in self.jobs if job not in self.latency_jobs or job in short]
+    def jobs_with_tails(self) -> list[str]:
+        """Labels of the jobs that answered often enough beside somebody for a p99."""
+        with_tail = {cell.job for cell in self.cells if cell.tail_slowdown is not None}
+        return [job for job in self.jobs if job in with_tail]
 
     @property
     def run_ids(self) -> tuple[str, ...]:
