@@ -257,7 +257,7 @@ finish() {
         exit 0
     fi
     log $'\n'"Results: $OUTPUT (phases.jsonl says what each phase did)"
-    [[ -z $INTERRUPTED ]] || exit "$INTERRUPTED"
+    [[ -z $INTERRUPTED ]] || driver::leave_interrupted
     ((!NO_GPU)) || exit "$EXIT_NO_GPU"
     exit $((FAILED_PHASES > 0))
 }

@@ -166,7 +166,7 @@ finish() {
         exit 0
     fi
     log "Report, table and charts: $OUTPUT$(ramp_chart)"
-    [[ -z $INTERRUPTED ]] || exit "$INTERRUPTED"
+    [[ -z $INTERRUPTED ]] || driver::leave_interrupted
     ((!FAILED)) || exit "$EXIT_FAILED"
     case $SUITE_STATUS in
         0) exit 0 ;;

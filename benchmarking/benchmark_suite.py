@@ -45,6 +45,7 @@ from benchmarking.running.suite_run import SuiteRun
 from benchmarking.running.suite_setup import (
     EXIT_COMPLETE,
     EXIT_FAILED,
+    EXIT_INTERRUPTED,
     EXIT_USAGE,
     Request,
     Setup,
@@ -93,13 +94,19 @@ def run(setup: Setup, interruption: Interruption, earlier: EarlierPart | None) -
         suite_console.print_summary(run_store.read_run(writer.folder))
     except run_store.RunStoreError as error:
         return complain(error, code or EXIT_FAILED, is_last_word=suite.ending is None)
-    if DRIVER_VARIABLE not in os.environ:  # a driver makes the report itself
-        script = shlex.join(
-            ["benchmarking/analyze_results.py", "--results-dir", str(writer.folder)]
-        )
-        print(f"\nreport.html with its charts: python3 {script}")
+    if DRIVER_VARIABLE not in os.environ:  # a driver makes the report itself, and goes on itself
+        tell_what_next(writer.folder, interrupted=code == EXIT_INTERRUPTED)
     print(f"results: {writer.folder}", flush=True)
     return code
+
+
+def tell_what_next(folder: Path, *, interrupted: bool) -> None:
+    """Print the commands that follow a run."""
+    report = ["python3", "benchmarking/analyze_results.py", "--results-dir", str(folder)]
+    print(f"\nreport.html with its charts: {shlex.join(report)}")
+    if interrupted:
+        rest = ["python3", "benchmarking/benchmark_suite.py", "--resume", str(folder)]
+        print(f"to go on: {shlex.join(rest)}")
 
 
 def new_run(setup: Setup) -> run_store.RunWriter:

@@ -70,6 +70,12 @@ suite::reason() {
 # A disk that is full says nothing of how many jobs the GPU bears.
 suite::could_not_write() { [[ $SUITE_WORDS == "cannot write to "* ]]; }
 
+# Ends an interrupted driver; what is done is not lost.
+driver::leave_interrupted() {
+    log "Interrupted; to go on: ./${0##*/} --resume $(quoted "$OUTPUT")"
+    exit "$INTERRUPTED"
+}
+
 analysis::run() {
     local -ra command=("$PYTHON" "$PROJECT_ROOT/benchmarking/analyze_results.py"
         --results-dir "$OUTPUT" --each-run)

@@ -349,8 +349,10 @@ def test_an_interrupted_run_keeps_what_was_done_and_leaves_no_process(
     process.send_signal(number)
     stdout, stderr = process.communicate(timeout=30)
     assert process.returncode == 130, stderr
-    assert stdout.splitlines()[-1].startswith("results: ")
+    *_, advice, results = stdout.splitlines()
     run = bench.only_run()
+    assert results == f"results: {run.folder}"
+    assert advice == f"to go on: python3 benchmarking/benchmark_suite.py --resume {run.folder}"
     assert run.manifest["outcome"] == "interrupted"
     assert [record["outcome"] for record in run.co_run_records] == ["ok", "interrupted"]
     assert {client["status"] for client in run.clients_of("training-2-r0")} == {"interrupted"}

@@ -237,6 +237,8 @@ def test_a_signal_stops_the_suite_first_then_undoes_the_mode_then_reports(
     assert {"program": "benchmark_suite.py", "signal": "SIGINT"} in runner.python_calls()
     assert_mps_was_interrupted(runner)
     assert runner.reason("mig") == "interrupted before it began"
+    last = stderr.splitlines()[-1]
+    assert last == f"Interrupted; to go on: ./run_experiments.sh --resume {runner.output}"
 
 
 def test_a_closed_terminal_stops_the_suite_then_undoes_the_mode_then_reports(
