@@ -16,6 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from workloads.inference.allocator import return_large_blocks
 from workloads.inference.connections import raise_open_files_limit
 from workloads.inference.front_end import FrontEnd, FrontEndSettings
 from workloads.inference.front_end_messages import (
@@ -93,6 +94,7 @@ def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     work, control = (socket.socket(fileno=number) for number in numbers[:2])
+    return_large_blocks()
     settings = json.loads(control.recv(CONTROL_BYTES))
     raise_open_files_limit(settings["max_connections"])
     block = SharedBlock(BlockShape(**settings["shape"]), numbers[2])

@@ -149,6 +149,7 @@ class InferenceServer(client.Workload):
 
     def load(self) -> None:
         """Listen, answering 503, and load the model meanwhile."""
+        from workloads.inference.allocator import return_large_blocks
         from workloads.inference.batcher import GpuThread
         from workloads.inference.connections import listening_socket
         from workloads.inference.http_app import ServerState
@@ -156,6 +157,7 @@ class InferenceServer(client.Workload):
         from workloads.inference.shared_block import BlockShape, SharedBlock
 
         args = self.args
+        return_large_blocks()
         # First: where the port is taken, nothing else needs to be begun.
         listener = listening_socket(args.host, args.port)
         self._stop = threading.Event()
