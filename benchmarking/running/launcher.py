@@ -84,6 +84,10 @@ class Interruption:
                 signal.signal(number, handler)
 
 
+# A killed process ends when the kernel gets to it: in the driver, or on a busy machine, later.
+KILLED_SECONDS = 10.0
+
+
 @dataclass(frozen=True)
 class Patience:
     """How long the launcher waits, in seconds.
@@ -443,7 +447,7 @@ class Launcher:
             if not client.has_ended:
                 self._say(f"{client.name} does not terminate: sending SIGKILL")
                 client.signal_process(signal.SIGKILL)
-        self._wait_for_end(clients, self._patience.terminate)
+        self._wait_for_end(clients, max(KILLED_SECONDS, self._patience.terminate))
         self._sweep(clients)
 
     def _wait_for_end(
