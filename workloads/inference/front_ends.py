@@ -31,6 +31,10 @@ MAX_SPARE_SECONDS = 4.0
 KILL_SECONDS = 1.0
 # After a failure there is no time to keep to, and ending takes a moment on a busy machine.
 FAILED_END_SECONDS = 3.0
+# How long a connection waits for a front end that is alive and has too many to read, and between
+# two tries.
+BURST_SECONDS = 0.25
+RETRY_SECONDS = 0.002
 RECEIVE_SECONDS = 0.2
 
 
@@ -133,19 +137,31 @@ class FrontEnds:
         self._block.engine.crowded_seconds[0] = time.monotonic()
 
     def _hand_over(self, connection: socket.socket) -> None:
+        """Give a connection to one of the front ends, or turn it away.
+
+        Hundreds may come within milliseconds, more than a living front end's socket takes before
+        it reads: what none can take now has a while until one can.
+        """
+        end_seconds = time.monotonic() + BURST_SECONDS
+        self._next += 1
+        while not self._handed_over(connection):
+            if time.monotonic() > end_seconds or not any(m.responsive for m in self._living()):
+                _turn_away(connection)
+                return
+            time.sleep(RETRY_SECONDS)
+
+    def _handed_over(self, connection: socket.socket) -> bool:
         """Give a connection to whoever has the fewest; in turn, where that is several.
 
         Who has shown no sign of life lately comes last, and who cannot take it is passed over.
         """
         living = self._living()
-        self._next += 1
         first = self._next % max(1, len(living))
         ranked = sorted(
             living[first:] + living[:first],
             key=lambda member: (not member.responsive, member.connections),
         )
-        if not any(member.hand_over(connection) for member in ranked):
-            _turn_away(connection)
+        return any(member.hand_over(connection) for member in ranked)
 
     def _receive_all(self) -> None:
         """Take what the processes submit, and notice when one has ended; on its own thread."""
