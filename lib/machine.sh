@@ -27,7 +27,8 @@ driver::prepare() {
     OUTPUT=${OUTPUT:-$1}
     folder::find "$OUTPUT" "*"
     # What was refused before did not use the folder.
-    ((${#FOUND[@]} == 0)) || [[ ${FOUND[*]} == "$OUTPUT/$REFUSALS_FILE" ]] || cli::usage_error "--output: $OUTPUT is not empty; name another folder"
+    ((${#FOUND[@]} == 0)) || [[ ${FOUND[*]} == "$OUTPUT/$REFUSALS_FILE" ]] ||
+        cli::usage_error "--output: $OUTPUT is not empty; name another folder"
     run mkdir -p -- "$OUTPUT" || die "$EXIT_USAGE" "cannot make the folder $OUTPUT; name another" \
         "by --output"
     ((DRY_RUN)) || driver::save_arguments 2>/dev/null ||

@@ -22,23 +22,24 @@ def merge(runs: Sequence[RunView], clients: int) -> tuple[list[RunView], list[st
     Without any judged co-run of that many clients nothing is chosen.
     """
     what = f"{runs[0].mode_name}, {runs[0].mix}, {clients_text(clients)}"
-    judged = [run for run in runs if not run.is_invalid and run.judged(clients)]
+    judged: list[RunView] = []
+    others: list[RunView] = []
+    for run in runs:
+        (judged if not run.is_invalid and run.judged(clients) else others).append(run)
     if not judged:
         ids = ", ".join(run.run_id for run in runs)
         return [], [f"{what}: no co-run gave an answer ({ids})"]
     judged.sort(key=lambda run: run.is_contended(clients))
     chosen = [judged[0]]
     left_out = []
-    for run in [*judged[1:], *(run for run in runs if not any(run is other for other in judged))]:
-        if not any(run is other for other in judged):
-            reason = f"without a judged co-run, in favor of {judged[0].run_id}"
-        else:
-            reason = _why_apart(run, chosen, clients)
+    for run in judged[1:]:
+        reason = _why_apart(run, chosen, clients)
         if reason is None:
             chosen.append(run)
         else:
             left_out.append(f"{run.run_id} ({what}): {reason}")
-    return chosen, left_out
+    reason = f"without a judged co-run, in favor of {judged[0].run_id}"
+    return chosen, left_out + [f"{run.run_id} ({what}): {reason}" for run in others]
 
 
 def _why_apart(run: RunView, chosen: Sequence[RunView], clients: int) -> str | None:
