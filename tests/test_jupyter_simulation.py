@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections import Counter
 from datetime import datetime
 from types import SimpleNamespace
 
@@ -54,6 +55,21 @@ def test_pauses_and_sizes_come_from_the_seed():
     assert session.plan_session(11, 2, 5, seed=1) == session.plan_session(11, 2, 5, seed=1)
     assert session.plan_session(11, 2, 5, seed=1) != session.plan_session(11, 2, 5, seed=2)
     assert draw_sizes(1) == draw_sizes(1) != draw_sizes(2)
+
+
+def test_each_client_does_the_same_work_and_pauses_as_long_but_not_in_lockstep():
+    first = session.plan_session(11, 2, 5, seed=42, client_index=0)
+    assert first == session.plan_session(11, 2, 5, seed=42)
+    plans = [session.plan_session(11, 2, 5, seed=42, client_index=index) for index in range(6)]
+    for plan in plans:
+        assert Counter(cell.kind for cell in plan) == Counter(cell.kind for cell in first)
+        assert sorted(cell.idle_after_seconds for cell in plan) == sorted(
+            cell.idle_after_seconds for cell in first
+        )
+        assert plan[-1].idle_after_seconds == 0
+    assert len({tuple(plan) for plan in plans}) == len(plans)
+    delays = [session.start_delay(2, 5, 42, index) for index in range(6)]
+    assert delays[0] == 0 and len(set(delays)) == 6 and max(delays) <= 7
 
 
 def test_drawn_sizes_lie_in_the_guides_ranges_and_given_ones_win():

@@ -309,6 +309,19 @@ def test_a_hidden_package_looks_uninstalled_and_can_be_imported_afterwards(tmp_p
     monkeypatch.delitem(sys.modules, "optional_extra")
 
 
+def test_the_clients_index_moves_the_order_and_nothing_else():
+    class Nothing(client.Workload):
+        load = run_job = settings = summary = None
+
+    parse = cli.workload_parser("nothing").parse_args
+    assert Nothing(parse([])).order_seed == 42
+    assert Nothing(parse(["--client-index", "3"])).order_seed == 45
+    last = str(2**63 - 1)
+    assert Nothing(parse(["--seed", last, "--client-index", "2"])).order_seed == 1
+    with pytest.raises(SystemExit, match="2"):
+        parse(["--client-index", "-1"])
+
+
 @pytest.mark.gpu
 def test_a_captured_forward_follows_its_input():
     import torch

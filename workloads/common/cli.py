@@ -94,6 +94,11 @@ def workload_parser(
         help="wait for 'warm' and 'go' on standard input, repeat the job until 'stop'",
     )  # fmt: skip
     suite.add_argument(
+        "--client-index", type=non_negative_int, default=0, metavar="I",
+        help="shifts pauses, their beginning and the order of data and operations, so that equal "
+        "clients do not move in lockstep; the work stays the same (default: 0)",
+    )  # fmt: skip
+    suite.add_argument(
         "--resolve", action="store_true",
         help="find or download data and weights once, print the flags of a run that never "
         "downloads as JSON, and exit",

@@ -215,16 +215,23 @@ class Workload(ABC):
         title: Heading of the summary.
         device: The opened device; None for a workload that uses none.
         warnings: What a reader of the result must know; shown and recorded.
+        start_delay_seconds: How long to wait between ``go`` and the first job.
     """
 
     name: str
     title: str
     device: ComputeDevice | None = None
+    start_delay_seconds = 0.0
 
     def __init__(self, args: argparse.Namespace) -> None:
         """Keep the parsed flags; nothing heavy happens before ``load``."""
         self.args = args
         self.warnings: list[str] = []
+
+    @property
+    def order_seed(self) -> int:
+        """The seed of pauses and orders: each client's own, while ``--seed`` fixes the work."""
+        return (self.args.seed + self.args.client_index) % 2**63
 
     @abstractmethod
     def load(self) -> None:
@@ -360,6 +367,8 @@ def _run_on_leash(workload: Workload) -> int:
         workload.warm_up()
         events.write("ready", identity=workload.identity())
         leash.wait_for("go")
+        recorder.wait_for_stop(workload.start_delay_seconds)
+        recorder.check_stop()
         while True:
             _run_one_job(workload, recorder, events, index=jobs)
             jobs += 1

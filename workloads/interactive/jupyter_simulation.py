@@ -106,13 +106,33 @@ def cell_repeats(text: str) -> dict[str, int]:
     return repeats
 
 
-def plan_session(num_operations: int, idle_min: float, idle_max: float, seed: int) -> list[Cell]:
-    """Return the cells in the guide's order; pauses come from the seed, none after the last."""
+def plan_session(
+    num_operations: int, idle_min: float, idle_max: float, seed: int, client_index: int = 0
+) -> list[Cell]:
+    """Return the cells in the guide's order; pauses come from the seed, none after the last.
+
+    Another client runs the same cells, beginning ``client_index`` cells later in the list, between
+    the same pauses in another order: the same work, at other times.
+    """
     generator = random.Random(seed)
     pauses = [generator.uniform(idle_min, idle_max) for _ in range(num_operations - 1)]
-    return [
-        Cell(WORKFLOW[index % len(WORKFLOW)], pause) for index, pause in enumerate([*pauses, 0.0])
-    ]
+    kinds = [WORKFLOW[index % len(WORKFLOW)] for index in range(num_operations)]
+    if client_index:
+        random.Random(seed + client_index).shuffle(pauses)
+        first = client_index % num_operations
+        kinds = kinds[first:] + kinds[:first]
+    return [Cell(kind, pause) for kind, pause in zip(kinds, [*pauses, 0.0], strict=True)]
+
+
+def start_delay(idle_min: float, idle_max: float, seed: int, client_index: int) -> float:
+    """Return how much later than the first client this one begins, in seconds.
+
+    Anything up to two mean pauses, which is about one cell and its pause: whoever begins with a
+    cell at the same moment stays almost in step for several cells.
+    """
+    if not client_index:
+        return 0.0
+    return random.Random(seed + client_index).uniform(0, idle_min + idle_max)
 
 
 class OperationTimes:
@@ -157,7 +177,9 @@ class JupyterSimulation(client.Workload):
         from workloads.inference.inference_model import load_inference_model, weights_notes
         from workloads.interactive.notebook_operations import draw_sizes
 
-        self.cells = plan_session(args.num_operations, args.idle_min, args.idle_max, args.seed)
+        pauses = (args.idle_min, args.idle_max, args.seed, args.client_index)
+        self.cells = plan_session(args.num_operations, *pauses)
+        self.start_delay_seconds = start_delay(*pauses)
         self.kinds = WORKFLOW[: args.num_operations]
         self.sizes = draw_sizes(
             args.seed,

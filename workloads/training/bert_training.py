@@ -287,7 +287,7 @@ class BertTraining(client.Workload):
         args, train, held_out = self.args, self.dataset.train, self.dataset.held_out
         self.train_batches = TokenBatches(
             self.device, train, tokenizer, args.max_length, args.batch_size,
-            epoch_orders(len(train), args.epochs, args.seed),
+            epoch_orders(len(train), args.epochs, self.order_seed),
         )  # fmt: skip
         self.test_batches = None
         if len(held_out):

@@ -126,7 +126,7 @@ class ResNetTraining(client.Workload):
         workers = args.loader_workers
         if workers is None:
             workers = max(1, min(MAX_LOADER_WORKERS, usable_cores() // clients - 1))
-        shared = {"seed": args.seed, "workers": workers, "clients": clients}
+        shared = {"seed": self.order_seed, "workers": workers, "clients": clients}
         self.train_batches = make_batches(
             self.device, dataset.train, dataset.image_size, augment=True,
             batch_size=self.train_batch_size, **shared,
