@@ -38,8 +38,9 @@ TESTS = Path(__file__).resolve().parent
 PROJECT_ROOT = TESTS.parent
 sys.path[:0] = [str(PROJECT_ROOT), str(TESTS)]
 
-from workloads.common.cli import non_negative_int, positive_float, positive_int  # noqa: E402
 from workloads.inference.inference_model import MODELS  # noqa: E402
+
+from workloads.common.cli import non_negative_int, positive_float, positive_int  # noqa: E402
 
 if TYPE_CHECKING:
     import numpy as np

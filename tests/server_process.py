@@ -1,8 +1,9 @@
-"""The real inference server as a process, for tests that talk to it."""
+"""The inference server as a process of a test: with a stub model, or with a small real one."""
 
 from __future__ import annotations
 
 import io
+import os
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from PIL import Image
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = PROJECT_ROOT / "workloads" / "inference" / "inference_server.py"
+STUB = PROJECT_ROOT / "tests" / "stub_server.py"
 SMALL = ("--model", "resnet18", "--weights", "none", "--device", "cpu", "--host", "127.0.0.1")
 
 
@@ -27,17 +29,27 @@ def jpeg(seed: int = 0, size: int = 224) -> bytes:
     return file.getvalue()
 
 
+def png(red: int) -> bytes:
+    """A picture that the stub model takes for one of class ``red``."""
+    file = io.BytesIO()
+    Image.new("RGB", (224, 224), (red, 0, 0)).save(file, "PNG")
+    return file.getvalue()
+
+
 class ServerProcess:
     """A server started by hand, ready to answer."""
 
-    def __init__(self, folder: Path, *arguments: str) -> None:
+    def __init__(
+        self, folder: Path, *arguments: str, script: Path = STUB, **environment: object
+    ) -> None:
         self.results = folder / "results"
         self.log = folder / "stderr.log"
         with self.log.open("w") as log, (folder / "stdout.log").open("w") as out:
             self.process = subprocess.Popen(
-                (sys.executable, str(SCRIPT), *SMALL, "--port", "0", "--results-dir",
+                (sys.executable, str(script), *SMALL, "--port", "0", "--results-dir",
                  str(self.results), *arguments),
                 stdout=out, stderr=log, stdin=subprocess.DEVNULL,
+                env={**os.environ, **{name: str(value) for name, value in environment.items()}},
             )  # fmt: skip
         self.port = self._wait_until_ready()
         self.url = f"http://127.0.0.1:{self.port}"
@@ -47,8 +59,8 @@ class ServerProcess:
         while "ready on port " not in (text := self.log.read_text()):
             assert self.process.poll() is None, text
             assert time.monotonic() < deadline, text
-            time.sleep(0.05)
-        return int(text.partition("ready on port ")[2].split()[0])
+            time.sleep(0.02)
+        return int(text.partition("ready on port ")[2].split(":")[0])
 
     def stop(self) -> int:
         self.process.send_signal(signal.SIGTERM)
@@ -63,10 +75,22 @@ class ServerProcess:
     def batch_predict(self, body: object) -> requests.Response:
         return requests.post(f"{self.url}/batch_predict", json=body, timeout=60)
 
+    def workers(self) -> list[int]:
+        """Return the process ids of the web workers."""
+        (master,) = _children(self.process.pid)
+        return sorted(_children(master))
+
+
+def _children(pid: int) -> list[int]:
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return [int(child) for task in tasks for child in (task / "children").read_text().split()]
+
 
 @contextmanager
-def running(folder: Path, *arguments: str) -> Iterator[ServerProcess]:
-    server = ServerProcess(folder, *arguments)
+def running(
+    folder: Path, *arguments: str, script: Path = STUB, **environment: object
+) -> Iterator[ServerProcess]:
+    server = ServerProcess(folder, *arguments, script=script, **environment)
     try:
         yield server
     finally:

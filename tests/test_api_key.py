@@ -23,12 +23,12 @@ LOAD_TEST = PROJECT_ROOT / "workloads" / "inference" / "load_test.py"
 
 @pytest.fixture(scope="module")
 def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    """A server with a key, whose HTTP is in another process than its device."""
+    """A server with a key."""
     with contextlib.ExitStack() as stack:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv(api_key.VARIABLE, KEY)  # for the server alone
             folder = tmp_path_factory.mktemp("locked")
-            server = stack.enter_context(running(folder, "--frontends", "1"))
+            server = stack.enter_context(running(folder, "--workers", "1"))
         yield server
 
 
@@ -84,7 +84,7 @@ def test_with_the_key_pictures_are_classified(locked: ServerProcess) -> None:
 def test_with_the_key_an_unknown_method_is_told_what_the_path_takes(locked: ServerProcess) -> None:
     headers = {"Authorization": f"Bearer {KEY}"}
     answer = requests.request("BREW", f"{locked.url}/stats", headers=headers, timeout=10)
-    assert (answer.status_code, answer.headers["Allow"]) == (405, "GET")
+    assert answer.status_code == 405 and "GET" in answer.headers["Allow"]
 
 
 def load_test(server: ServerProcess, folder: Path, *arguments: str, **environment: str):

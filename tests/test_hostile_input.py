@@ -13,12 +13,9 @@ from server_figures import figures_of
 from server_process import ServerProcess, jpeg, running
 
 
-@pytest.fixture(scope="module", params=["0", "2"], ids=["one process", "two front ends"])
-def server(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[ServerProcess]:
-    folder = tmp_path_factory.mktemp("hostile")
-    with running(folder, *LIMITS, "--frontends", request.param) as process:
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    with running(tmp_path_factory.mktemp("hostile"), *LIMITS) as process:
         yield process
 
 

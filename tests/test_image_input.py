@@ -11,9 +11,10 @@ from PIL import Image
 from workloads.inference.image_input import (
     FORMATS,
     ImageRejected,
-    is_large,
     open_image,
-    small_array,
+    open_upload,
+    small_picture,
+    to_rgb,
 )
 
 MAX_PIXELS = 1_000_000
@@ -21,7 +22,8 @@ NOISE = np.random.default_rng(0).integers(0, 256, (60, 100, 3), dtype=np.uint8)
 
 
 def decode_image(content: bytes, max_pixels: int) -> np.ndarray:
-    return small_array(open_image(content, max_pixels))
+    small = small_picture(open_upload(content, max_pixels))
+    return np.frombuffer(small, np.uint8).reshape(224, 224, 3)
 
 
 def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -90,11 +92,27 @@ def test_a_decompression_bomb_is_refused_by_its_header():
     assert refusal.value.status == 413
 
 
-def test_a_large_picture_is_known_by_its_header_and_a_large_jpeg_decodes_small():
+def test_a_large_jpeg_decodes_small_and_another_large_picture_does_not():
     large = Image.new("RGB", (2100, 2100))
-    assert is_large(open_image(encoded(large, "PNG"), 10_000_000))
-    assert not is_large(open_image(encoded(large, "JPEG"), 10_000_000))
-    assert not is_large(open_image(encoded(large.reduce(2), "PNG"), 10_000_000))
+    assert open_upload(encoded(large, "PNG"), 10_000_000).size == (2100, 2100)
+    assert max(open_upload(encoded(large, "JPEG"), 10_000_000).size) < 600
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_a_file_on_disk_is_read_at_its_own_size_as_the_server_reads_it(tmp_path, kind):
+    ramp = np.tile(np.linspace(0, 0xFFFF, 40).astype(np.uint16), (30, 1))
+    path = tmp_path / "gradient"
+    path.write_bytes(encoded(Image.fromarray(ramp), kind))
+    image = to_rgb(open_image(path))
+    assert (image.mode, image.size) == ("RGB", (40, 30))
+    assert abs(np.asarray(image).mean() - 127) < 1
+
+
+def test_a_programmable_format_under_a_pictures_name_is_refused(tmp_path):
+    path = tmp_path / "a.png"
+    path.write_bytes(encoded(Image.fromarray(NOISE), "EPS"))
+    with pytest.raises(ImageRejected, match="not one of JPEG"):
+        open_image(path)
 
 
 def test_the_pixel_limit_itself_is_accepted():

@@ -1,14 +1,14 @@
-"""The real server process over real HTTP: answers, batching, limits, draining, client contract."""
+"""The server process over real HTTP: answers, batching, limits, client contract."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,10 +16,11 @@ from contextlib import suppress
 
 import pytest
 import requests
-from closed_loop import ClosedLoop
 from held_client import HeldClient
-from server_process import SCRIPT, SMALL, ServerProcess, jpeg, running
+from server_process import SCRIPT, SMALL, ServerProcess, jpeg, png, running
 from waiting import wait_until
+
+from workloads.inference.inference_server import Statistics
 
 GUIDE_STATS = (
     "total_requests", "success_rate_percent", "average_latency_ms", "p50_ms", "p95_ms", "p99_ms",
@@ -36,29 +37,39 @@ def server(tmp_path_factory) -> Iterator[ServerProcess]:
 
 @pytest.fixture(scope="module")
 def strict_server(tmp_path_factory) -> Iterator[ServerProcess]:
-    """A server that allows little of everything."""
+    """A slow server that allows little of everything."""
     folder = tmp_path_factory.mktemp("strict")
     with running(
-        folder, "--max-batch", "1", "--queue-size", "1", "--request-seconds", "2",
-        "--max-pixels", "10000", "--max-batch-predict", "4",
+        folder, "--max-batch", "1", "--queue-size", "1", "--request-seconds", "2", "--workers", "1",
+        "--max-pixels", "10000", "--max-batch-predict", "4", STUB_BATCH_SECONDS=0.1,
     ) as process:  # fmt: skip
         yield process
 
 
-def test_health_names_the_device_and_the_model(server):
-    answer = requests.get(f"{server.url}/health", timeout=10)
+@pytest.fixture(scope="module")
+def real_server(tmp_path_factory) -> Iterator[ServerProcess]:
+    """A small real model, on the CPU."""
+    with running(tmp_path_factory.mktemp("real"), "--max-batch", "8", script=SCRIPT) as process:
+        yield process
+
+
+def test_health_names_the_device_and_the_model(real_server):
+    answer = requests.get(f"{real_server.url}/health", timeout=10)
     assert answer.status_code == 200
     body = answer.json()
-    assert body["status"] == "ok"
+    assert (body["status"], body["engine"]) == ("ok", "eager")
     assert (body["device"], body["model"], body["weights"]) == ("cpu", "resnet18", "random")
+    for pid in real_server.workers():
+        with open(f"/proc/{pid}/maps") as maps:
+            assert "libtorch" not in maps.read()
 
 
-def test_multipart_and_raw_uploads_give_the_same_five_classes(server):
+def test_multipart_and_raw_uploads_give_the_same_five_classes(real_server):
     content = jpeg(size=300)
     multipart = requests.post(
-        f"{server.url}/predict", files={"image": ("a.jpg", content)}, timeout=30
+        f"{real_server.url}/predict", files={"image": ("a.jpg", content)}, timeout=30
     )
-    raw = server.predict(content)
+    raw = real_server.predict(content)
     assert multipart.status_code == raw.status_code == 200
     top = multipart.json()["predictions"]
     assert [entry["rank"] for entry in top] == [1, 2, 3, 4, 5]
@@ -70,17 +81,18 @@ def test_multipart_and_raw_uploads_give_the_same_five_classes(server):
     assert raw.json()["latency_ms"] >= raw.json()["gpu_ms"] > 0
 
 
-def test_requests_that_arrive_together_are_batched(server):
-    content = jpeg(1)
-    with ThreadPoolExecutor(12) as pool:
-        answers = list(pool.map(server.predict, [content] * 24))
-    assert {answer.status_code for answer in answers} == {200}
-    assert max(answer.json()["batch_size"] for answer in answers) >= 4
-    # Batched or alone, a picture gets the same classes.
-    tops = {tuple(p["class_id"] for p in answer.json()["predictions"]) for answer in answers}
-    assert len(tops) == 1
-    histogram = server.stats()["batch_size_histogram"]
+def test_requests_that_arrive_together_are_batched_and_get_their_own_answers(tmp_path):
+    reds = list(range(0, 240, 5))
+    with running(tmp_path, "--max-batch", "8", STUB_BATCH_SECONDS=0.02) as server:
+        with ThreadPoolExecutor(12) as pool:
+            answers = list(pool.map(server.predict, map(png, reds)))
+        assert {answer.status_code for answer in answers} == {200}
+        assert [answer.json()["predictions"][0]["class_id"] for answer in answers] == reds
+        assert answers[3].json()["predictions"][2]["class_name"] == f"class {reds[3] + 2}"
+        assert max(answer.json()["batch_size"] for answer in answers) >= 4
+        histogram = server.stats()["batch_size_histogram"]
     assert max(int(size) for size in histogram) <= 8
+    assert sum(int(size) * count for size, count in histogram.items()) == len(reds)
 
 
 def test_batch_predict_defaults_to_32_and_splits_what_is_larger_than_a_batch(server):
@@ -95,26 +107,35 @@ def test_batch_predict_defaults_to_32_and_splits_what_is_larger_than_a_batch(ser
         figures = answer.json()
         assert (figures["batch_size"], figures["batches"]) == (size, batches)
         assert figures["samples_per_second"] == pytest.approx(
-            size / figures["latency_ms"] * 1e3, rel=1e-6
+            size / figures["latency_ms"] * 1e3, rel=0.05
         )
 
 
-def test_stats_count_what_was_answered(server):
+def test_stats_count_what_was_answered_and_keep_batches_and_bad_requests_apart(server):
     before = server.stats()
     assert server.predict(jpeg(2)).status_code == 200
     assert server.predict(b"no picture").status_code == 400
+    assert server.batch_predict({"batch_size": 2}).status_code == 200
     after = server.stats()
     assert all(name in after for name in GUIDE_STATS)
-    assert after["total_requests"] == before["total_requests"] + 2
-    assert after["successful_requests"] == before["successful_requests"] + 1
-    assert after["rejected_requests"] == before["rejected_requests"] + 1
-    assert after["failed_requests"] == before["failed_requests"] == 0
-    assert after["success_rate_percent"] == pytest.approx(
-        100 * after["successful_requests"] / after["total_requests"]
-    )
+    changes = {"total_requests": 2, "successful_requests": 1, "rejected_requests": 1, "images": 1}
+    assert {name: after[name] - before[name] for name in changes} == changes
+    assert after["batch_predict"]["images"] == before["batch_predict"]["images"] + 2
+    # Whoever sends what is no picture does not make the server look unreliable.
+    assert after["failed_requests"] == 0 and after["success_rate_percent"] == 100.0
+    assert after["latency_responses"] == after["successful_requests"]
+    assert after["few_responses_for"][-1] == "p99_ms"
     assert 0 < after["p50_ms"] <= after["p95_ms"] <= after["p99_ms"] <= after["max_ms"]
     assert after["average_latency_ms"] > 0 and after["qps"] > 0
     assert after["latency_parts_ms"]["gpu"]["mean_ms"] > 0
+    assert after["workers"] == 2
+    metrics = requests.get(f"{server.url}/metrics", timeout=10)
+    assert metrics.headers["Content-Type"].startswith("text/plain; version=0.0.4")
+    lines = dict(line.rpartition(" ")[::2] for line in metrics.text.splitlines())
+    name = 'inference_server_requests_total{endpoint="predict",status="200"}'
+    assert float(lines[name]) == after["successful_requests"]
+    assert float(lines["inference_server_workers"]) == 2
+    assert "inference_server_waiting_images" in lines
 
 
 @pytest.mark.parametrize(
@@ -124,29 +145,33 @@ def test_stats_count_what_was_answered(server):
      (b'{"batch_size": NaN}', "whole number"), (b'{"batch_size": "8"}', "whole number"),
      (b'{"batch_size": true}', "whole number"), (b'{"batch_size": null}', "whole number"),
      (b"[1]", "JSON object"), (b"{", "not valid JSON"), (b"\xff\xfe", "not valid JSON"),
-     (b"[" * 100_000, "not valid JSON")],
+     (b"[" * 1_000, "not valid JSON")],
 )  # fmt: skip
 def test_a_bad_batch_size_is_a_400_that_says_why(server, body, said):
-    answer = requests.post(f"{server.url}/batch_predict", data=body, timeout=10)
+    headers = {"Content-Type": "application/json"}
+    answer = requests.post(f"{server.url}/batch_predict", data=body, headers=headers, timeout=10)
     assert answer.status_code == 400
     assert said in answer.json()["error"]
 
 
-def test_a_bad_upload_is_a_400_that_says_why(server):
-    def post(**arguments):
-        return requests.post(f"{server.url}/predict", timeout=10, **arguments)
+def test_a_bad_upload_is_a_4xx_that_says_why(server):
+    def post(path="/predict", **arguments):
+        return requests.post(f"{server.url}{path}", timeout=10, **arguments)
 
     two = [("image", ("a.jpg", jpeg())), ("image", ("b.jpg", jpeg()))]
-    for answer, said in (
-        (post(), "no image"),
-        (post(files={"picture": ("a.jpg", jpeg())}), "fields found: 'picture'"),
-        (post(files=two), "2 fields named 'image'"),
-        (post(files={"image": ("a.jpg", b"")}), "empty"),
-        (post(data=jpeg()[:1000]), "cannot decode"),
-        (post(data=b"x", headers={"Content-Type": "multipart/form-data"}), "no file"),
-        (post(data=b'{"image": 1}', headers={"Content-Type": "application/json"}), "not one of"),
+    for answer, status, said in (
+        (post(), 400, "no image"),
+        (post(files={"picture": ("a.jpg", jpeg())}), 400, "fields found: 'picture'"),
+        (post(files=two), 400, "2 fields named 'image'"),
+        (post(files={"image": ("a.jpg", b"")}), 400, "empty"),
+        (post(data=jpeg()[:1000]), 400, "cannot decode"),
+        (post(data=b"x", headers={"Content-Type": "multipart/form-data"}), 400, "no file"),
+        (post(data=b"x", headers={"Content-Type": "multipart/form-data; boundary=a"}), 400, "dam"),
+        (post(json={"image": 1}), 400, "not one of"),
+        (post("/batch_predict", data=b'{"batch_size": 3}'), 415, "application/json"),
+        (post("/batch_predict", json={"batch_size": 3, "x": "y" * 1024}), 413, "1024 bytes"),
     ):
-        assert answer.status_code == 400
+        assert answer.status_code == status, answer.text
         assert said in answer.json()["error"]
 
 
@@ -159,32 +184,56 @@ def test_wrong_paths_and_methods_are_json_errors(server):
         assert answer.status_code == status
         assert answer.json()["error"]
         if status == 405:
-            assert answer.headers["Allow"] == ("POST" if path == "/predict" else "GET")
+            allowed = answer.headers["Allow"].split(", ")
+            assert ("POST" if path == "/predict" else "GET") in allowed
 
 
-def test_a_method_that_nobody_knows_ends_neither_the_connection_nor_the_requests_after_it(server):
-    brew = b"BREW /health HTTP/1.1\r\nContent-Length: 3\r\n\r\npot"
-    answers = exchange(server.port, brew + brew.replace(b"BREW", b"PUT"), half_close=True)
-    # The parser gives up a line of requests at an unknown method; that is not the first here.
-    assert re.findall(rb"HTTP/1\.1 (\d+) ", answers) == [b"405", b"405"]
-    assert exchange(server.port, b"PUT" + brew[4:] + brew).startswith(b"HTTP/1.1 400 ")
-    # Its first line and its body may come apart.
-    pieces = brew[:25], brew[25:-2], brew[-2:]
-    assert exchange(server.port, *pieces, half_close=True).startswith(b"HTTP/1.1 405 ")
+def test_no_page_of_another_origin_and_no_foreign_name_reaches_a_local_server(server):
+    for headers, status in (
+        ({"Host": "evil.example"}, 403),
+        ({"Host": "evil.example", "Origin": "http://evil.example"}, 403),
+        ({"Origin": "http://evil.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Host": f"localhost:{server.port}", "Origin": f"http://localhost:{server.port}"}, 200),
+        ({"Host": "127.1.2.3"}, 200),
+        ({"Host": "[::1]:1"}, 200),
+    ):
+        answer = requests.post(f"{server.url}/predict", data=jpeg(), headers=headers, timeout=10)
+        assert answer.status_code == status, headers
+
+
+def test_the_page_for_people_is_whole_and_loads_nothing_from_elsewhere(server):
+    page = requests.get(server.url, timeout=10)
+    assert page.headers["Content-Type"] == "text/html; charset=utf-8"
+    assert "default-src 'none'" in page.headers["Content-Security-Policy"]
+    assert not re.search(r"(src|href)=[\"'](?!blob)", page.text) and "http://" not in page.text
+    for endpoint in ("/predict", "/batch_predict", "/stats", "/health", "/metrics"):
+        assert endpoint in page.text
+
+
+@pytest.mark.browser
+def test_the_page_shows_classes_and_figures_at_the_width_of_a_phone(server, tmp_path):
+    done = subprocess.run(
+        ("chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-sync",
+         "--disable-background-networking", f"--user-data-dir={tmp_path}", "--window-size=390,844",
+         "--virtual-time-budget=3000", "--dump-dom", server.url),
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert "Ready: resnet18 with random weights on cpu" in done.stdout, done.stderr
+    assert "<dt>requests</dt>" in done.stdout
+    assert f"{server.url}/predict -F" in done.stdout
 
 
 def test_too_long_a_body_is_a_413(server):
     answer = server.predict(b"\0" * (1_500_000))
     assert answer.status_code == 413
     assert "too large" in answer.json()["error"]
-    # Far above the limit it is refused by its announced length, before it is sent.
+    # It is refused by its announced length, before it is sent.
     with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
-        connection.sendall(
-            b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 999999999\r\n\r\n"
-        )
+        connection.sendall(b"POST /predict HTTP/1.1\r\nContent-Length: 999999999\r\n\r\n")
         answer = connection.makefile("rb").read()
-    assert answer.startswith(b"HTTP/1.1 413 ")
-    assert b"too large" in json.loads(answer.partition(b"\r\n\r\n")[2])["error"].encode()
+    assert answer.startswith(b"HTTP/1.1 413 ") and b"Connection: close" in answer
+    assert "too large" in json.loads(answer.partition(b"\r\n\r\n")[2])["error"]
 
 
 def exchange(port: int, *pieces: bytes, half_close: bool = False) -> bytes:
@@ -205,6 +254,7 @@ def exchange(port: int, *pieces: bytes, half_close: bool = False) -> bytes:
 def test_what_the_http_parser_refuses_is_json_too(server):
     for request, status in (
         (b"GET /health HTTP/1.1\r\nX: " + b"x" * 40_000 + b"\r\n\r\n", b"431"),
+        (b"GET /" + b"x" * 40_000 + b" HTTP/1.1\r\n\r\n", b"414"),
         (b"nonsense\r\n\r\n", b"400"),
         (b"POST /predict HTTP/1.1\r\nContent-Length: -5\r\n\r\n", b"400"),
         (b"POST /predict HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nZZ\r\n", b"400"),
@@ -212,15 +262,9 @@ def test_what_the_http_parser_refuses_is_json_too(server):
         (b"BREW\r\n\r\n", b"400"),
     ):
         head, _, body = exchange(server.port, request).partition(b"\r\n\r\n")
-        assert head.split()[1] == status
+        assert head.split()[1] == status, request[:60]
         assert json.loads(body)["error"]
     assert requests.get(f"{server.url}/health", timeout=10).status_code == 200
-
-
-def test_headers_that_drip_in_without_end_are_refused_too(server):
-    pieces = [b"GET /health HTTP/1.1\r\nX: ", *[b"x" * 1000] * 80]
-    answer = exchange(server.port, *pieces)
-    assert answer == b"" or answer.startswith(b"HTTP/1.1 431 ")
 
 
 def test_requests_sent_ahead_are_answered_in_order_and_the_last_one_closes(server):
@@ -230,7 +274,7 @@ def test_requests_sent_ahead_are_answered_in_order_and_the_last_one_closes(serve
         server.port,
         predict + b"GET /nowhere HTTP/1.1\r\n\r\n" * 20 + b"GET /health HTTP/1.0\r\n\r\n",
     )
-    statuses = re.findall(rb"HTTP/1\.1 (\d+) ", answers)
+    statuses = re.findall(rb"HTTP/1\.[01] (\d+) ", answers)
     assert statuses == [b"200", *[b"404"] * 20, b"200"]
     assert answers.count(b"Connection: close") == 1
 
@@ -248,10 +292,10 @@ def test_a_client_that_asks_first_is_told_to_go_on(server):
 def test_an_offer_of_another_protocol_is_passed_over(server):
     content = jpeg()
     head = (
-        b"POST /predict HTTP/1.1\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\n"
+        b"POST /predict HTTP/1.1\r\nConnection: Upgrade, HTTP2-Settings, close\r\nUpgrade: h2c\r\n"
         b"HTTP2-Settings: AAMAAABk\r\nContent-Length: %d\r\n\r\n" % len(content)
     )
-    answer = exchange(server.port, head + content[:100], content[100:])
+    answer = exchange(server.port, head + content[:100], content[100:], half_close=True)
     assert answer.startswith(b"HTTP/1.1 200 ")
     assert answer.count(b"HTTP/1.1") == 1
 
@@ -261,7 +305,8 @@ def test_head_and_options_have_no_body(server):
     assert (head.status_code, head.content) == (200, b"")
     assert int(head.headers["Content-Length"]) > 0
     options = requests.options(f"{server.url}/predict", timeout=10)
-    assert (options.status_code, options.headers["Allow"]) == (200, "POST")
+    assert (options.status_code, options.content) == (200, b"")
+    assert "POST" in options.headers["Allow"]
 
 
 def test_an_endless_chunked_body_is_cut_at_the_limit(server):
@@ -281,10 +326,11 @@ def test_a_chunked_upload_is_answered(server):
 def test_a_client_that_leaves_in_the_middle_harms_nobody(server):
     content = jpeg()
     head = b"POST /predict HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % len(content)
-    for pieces, status in (((head, content[:100]), b"400"), ((head, content), b"200"),
-                           ((b"GET /he",), b"400")):  # fmt: skip
-        answer = exchange(server.port, *pieces, half_close=True)
-        assert answer.split()[1] == status
+    answer = exchange(server.port, head, content[:100], half_close=True)
+    assert answer.split()[1] == b"400"
+    # A sender that closes its half still gets its answer.
+    assert exchange(server.port, head, content, half_close=True).split()[1] == b"200"
+    assert exchange(server.port, b"GET /he", half_close=True) == b""
     assert server.predict(content).status_code == 200
 
 
@@ -318,82 +364,22 @@ def test_a_full_server_refuses_at_once_and_stays_healthy(strict_server):
     assert strict_server.predict(content).status_code == 200
 
 
-def test_slow_and_silent_senders_are_ended_while_others_are_served(strict_server):
-    address = ("127.0.0.1", strict_server.port)
-    silent = socket.create_connection(address, timeout=10)
-    dripping = socket.create_connection(address, timeout=10)
-    dripping.sendall(b"POST /predict HTTP/1.1\r\nContent-Length: 1000\r\n\r\n")
-    ended = threading.Event()
-
-    def drip() -> None:
-        while not ended.wait(0.2):
-            try:
-                dripping.send(b"x")
-            except OSError:
-                return
-
-    thread = threading.Thread(target=drip)
-    thread.start()
-    started = time.monotonic()
-    try:
-        assert strict_server.predict(jpeg(size=90)).status_code == 200
-        assert silent.recv(1) == b""
-        answer = dripping.recv(4096)
-        assert answer.startswith(b"HTTP/1.1 408 ")
-        assert b"did not arrive within 2 s" in answer
-        assert time.monotonic() - started < 8
-    finally:
-        ended.set()
-        thread.join()
-        silent.close()
-        dripping.close()
+def test_who_left_or_waited_too_long_has_no_further_batch_computed(strict_server):
+    body = b'{"batch_size": 4}'
+    head = b"POST /batch_predict HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: "
+    before = strict_server.stats()["batch_size_histogram"].get("1", 0)
+    for _ in range(10):
+        with socket.create_connection(("127.0.0.1", strict_server.port)) as connection:
+            connection.sendall(head + b"%d\r\n\r\n" % len(body) + body)
+    time.sleep(1.5)  # 40 batches of 0.1 s were asked for
+    assert strict_server.stats()["batch_size_histogram"]["1"] - before <= 12
 
 
-def test_sigterm_answers_what_is_in_flight_then_writes_the_result(tmp_path):
-    with running(tmp_path, "--max-batch", "4") as server, ThreadPoolExecutor(8) as pool:
-        kept_alive = requests.Session()
-        assert kept_alive.get(f"{server.url}/health", timeout=10).status_code == 200
-        futures = [pool.submit(server.batch_predict, {"batch_size": 12}) for _ in range(8)]
-        wait_until(
-            lambda: server.stats()["waiting_images"] >= 12, "12 waiting images", poll_seconds=0.01
-        )
-        server.process.send_signal(signal.SIGTERM)
-        time.sleep(0.1)
-        # A client with an open connection gets an answer and is told that it was the last one.
-        late = kept_alive.get(f"{server.url}/health", timeout=10)
-        assert (late.status_code, late.json()["status"]) == (503, "shutting down")
-        assert late.headers["Connection"] == "close"
-        answers = [future.result() for future in futures]
-        assert server.process.wait(60) == 0
-    assert [answer.status_code for answer in answers] == [200] * 8
-    with pytest.raises(requests.ConnectionError):
-        requests.get(f"{server.url}/health", timeout=5)
-    (path,) = server.results.glob("inference_server_*.json")
-    result = json.loads(path.read_text())
-    assert result["figures"]["total_requests"] == result["figures"]["successful_requests"] == 8
-    assert result["figures"]["unanswered_requests"] == 0
-    assert result["identity"]["port"] == server.port
-    assert result["settings"]["weights"] == "random"
-
-
-def test_sigterm_under_load_loses_no_request(tmp_path):
-    with running(tmp_path, "--max-batch", "4") as server:
-        clients = ClosedLoop(server.url, jpeg(size=64), 6)
-        time.sleep(1.0)
-        clients.expect_end()
-        assert server.stop() == 0
-        clients.join()
-    assert clients.lost == []
-    assert set(clients.answered) == {200}
-
-
-def test_a_client_on_the_leash_is_healthy_only_when_warm_and_drains_on_stop(tmp_path):
+def test_a_client_on_the_control_channel_is_healthy_only_when_warm_and_drains_on_stop(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
-    with HeldClient(
-        tmp_path, "workloads/inference/inference_server.py", *SMALL, "--port", str(port)
-    ) as client:
+    with HeldClient(tmp_path, "tests/stub_server.py", *SMALL, "--port", str(port)) as client:
         client.wait_for("loaded")
         cold = requests.get(f"{url}/health", timeout=10)
         assert (cold.status_code, cold.json()["status"]) == (503, "loading")
@@ -416,13 +402,95 @@ def test_a_client_on_the_leash_is_healthy_only_when_warm_and_drains_on_stop(tmp_
         assert client.events("done")[0]["jobs"] == 1
 
 
+def start(folder, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    """Start the real script with flags that it cannot serve with."""
+    return subprocess.run(
+        (sys.executable, str(SCRIPT), *SMALL, *arguments), capture_output=True, text=True,
+        check=False, cwd=folder, timeout=60, env={**os.environ, **environment},
+    )  # fmt: skip
+
+
 def test_a_taken_port_is_one_sentence_and_exit_code_2(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        done = subprocess.run(
-            (sys.executable, str(SCRIPT), *SMALL, "--port", str(port)),
-            capture_output=True, text=True, check=False, cwd=tmp_path,
-        )  # fmt: skip
+        done = start(tmp_path, "--port", str(port))
     assert done.returncode == 2
     assert f"cannot listen on 127.0.0.1:{port}" in done.stderr
     assert "--port" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_an_unknown_model_is_one_sentence_that_names_the_nearest(tmp_path):
+    done = start(tmp_path, "--model", "resnet5", "--port", "0")
+    assert done.returncode == 2
+    last = done.stderr.splitlines()[-1]
+    assert "no classifier 'resnet5'" in last and "resnet50" in last
+    assert "Traceback" not in done.stderr
+
+
+def test_both_families_of_addresses_are_served_and_printed_as_urls(tmp_path):
+    with running(tmp_path, "--host", "::") as server:
+        for host in ("127.0.0.1", "[::1]"):
+            answer = requests.get(f"http://{host}:{server.port}/health", timeout=10)
+            assert answer.status_code == 200
+        assert f"ready on port {server.port}: http://localhost:{server.port}" in (
+            server.log.read_text()
+        )
+        # Who can be reached from elsewhere and has no key is told so.
+        assert "anybody who reaches :: port" in server.log.read_text()
+    with running(tmp_path, "--host", "::1", "--frontends", "0") as server:
+        assert f"http://[::1]:{server.port}" in server.log.read_text()
+        assert "anybody" not in server.log.read_text()
+        assert len(server.workers()) == 1
+
+
+def test_variables_of_other_web_servers_change_nothing(tmp_path):
+    with running(
+        tmp_path, GUNICORN_CMD_ARGS="--bind 0.0.0.0:1", SCRIPT_NAME="/x", WEB_CONCURRENCY=7,
+        FLASK_DEBUG=1, GUNICORN_FD=0, GUNICORN_PID=1, LISTEN_FDS=3, PORT=1,
+    ) as server:  # fmt: skip
+        assert server.predict(jpeg()).status_code == 200
+        assert len(server.workers()) == 2
+
+
+def test_a_device_that_fails_is_a_500_for_who_waits_and_the_end_of_the_server(tmp_path):
+    with running(tmp_path, STUB_FAIL=77) as server:
+        assert server.predict(png(76)).status_code == 200
+        failed = server.predict(png(77))
+        assert failed.status_code == 500 and "device failed" in failed.json()["error"]
+        assert server.process.wait(30) == 1
+        assert "RuntimeError: the stub model fails" in server.log.read_text()
+
+
+def test_a_second_signal_ends_a_server_that_drains_at_once(tmp_path):
+    with (
+        running(tmp_path, "--max-batch", "1", STUB_BATCH_SECONDS=0.2) as server,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        pool.submit(server.batch_predict, {})
+        wait_until(lambda: server.stats()["requests_inside"], "a request inside")
+        server.process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        begin = time.monotonic()
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.wait(10) == 130
+        assert time.monotonic() - begin < 4
+
+
+def test_the_sliding_window_forgets_what_is_older_than_ten_seconds():
+    statistics, now = Statistics(), time.monotonic()
+    for age_seconds in (60.0, 13.0, 10.5, 9.0, 5.0, 0.0):
+        statistics.record(0, 200, 1, now - age_seconds - 0.001, 0.001, 0.0, 0.0, 0.0)
+    assert statistics.snapshot()["qps_last_10_seconds"] == 0.3
+    assert [end - start for _, start, end in statistics.take_units()] == [pytest.approx(1e-3)] * 6
+    assert statistics.take_units() == []
+
+
+def test_percentiles_are_of_the_latest_hundred_thousand_requests():
+    statistics = Statistics()
+    for number in range(120_000):
+        seconds = 1.0 if number < 110_000 else 0.001
+        statistics.record(0, 200, 1, 0.0, seconds, 0.0, 0.0, seconds)
+    figures = statistics.snapshot()
+    assert (figures["successful_requests"], figures["latency_responses"]) == (120_000, 100_000)
+    assert (figures["min_ms"], figures["p95_ms"]) == (1.0, 1000.0)
+    assert figures["few_responses_for"] == []

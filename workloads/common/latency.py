@@ -30,3 +30,8 @@ def summarize_latency_ms(durations_seconds: Sequence[float]) -> dict[str, float 
         f"{name}_ms": None if figure is None else float(figure)
         for name, figure in zip(names, figures, strict=True)
     }
+
+
+def is_few(responses: int, percentile: float) -> bool:
+    """Return whether a percentile of so many responses rests on fewer than five beyond it."""
+    return responses < round(500 / (100 - percentile))

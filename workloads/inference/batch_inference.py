@@ -23,7 +23,7 @@ from workloads.common import cli, client, console
 from workloads.common.environment import clients_on_gpu
 from workloads.common.errors import NotFiniteError
 from workloads.common.latency import summarize_latency_ms
-from workloads.inference.inference_model import (
+from workloads.inference.models import (
     add_model_flags,
     load_inference_model,
     resolve_model_flags,

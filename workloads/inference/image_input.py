@@ -1,9 +1,8 @@
-"""Turns the bytes that a client sent into one small RGB array, whatever these bytes are.
+"""The one reader of image files: uploads to the server, and the folders that a training reads.
 
-The bytes come from the network, so nothing in them is believed: the format list is closed, the
-pixel count is checked before anything is decoded, and large pictures can be told from their header.
-The picture is cropped to its central square and resized to 224x224, the usual way of ImageNet
-classifiers without their last few percent of border.
+The bytes may come from the network, so nothing in them is believed: the list of formats is closed,
+and what decoding will cost is bounded before it begins, by the pixels that the header claims and,
+since a progressive JPEG can repeat its whole picture, by the number of scans.
 """
 
 from __future__ import annotations
@@ -12,13 +11,19 @@ import contextlib
 import ctypes
 import io
 import warnings
-from collections.abc import Callable
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, _imaging
 
 IMAGE_SIZE = 224
+PICTURE_BYTES = IMAGE_SIZE * IMAGE_SIZE * 3
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")  # without a list, EPS calls Ghostscript
+# Encoders write about ten. Each costs a pass over all pixels: 1.4 ms at 1999x1999, and a file of a
+# megabyte can hold tens of thousands.
+MAX_SCANS = 100
+START_OF_SCAN = b"\xff\xda"
 EXIF_ORIENTATION = 0x0112
 EXIF_TRANSPOSITIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -29,8 +34,6 @@ EXIF_TRANSPOSITIONS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# A decoded picture takes up to 8 bytes a pixel for a moment, and seconds where it is huge.
-LARGE_IMAGE_PIXELS = 4_000_000
 
 # The pixel limit is ours and is checked after the header is read; Pillow's own only warns at
 # this size and raises at twice as much.
@@ -53,85 +56,123 @@ _silence_libtiff()
 
 
 class ImageRejected(Exception):
-    """The bytes are no picture that is served here.
+    """The bytes are no picture that is read here.
 
     Attributes:
-        status: The HTTP status to answer with.
+        status: The HTTP status to answer an upload with.
     """
 
     def __init__(self, message: str, status: int = 400) -> None:
-        """Keep what is wrong, as one sentence for the client."""
+        """Keep what is wrong, as one sentence for whoever sent it."""
         super().__init__(message)
         self.status = status
 
 
-def open_image(content: bytes, max_pixels: int) -> Image.Image:
-    """Read the header of the picture in ``content``; nothing is decoded yet.
+def open_image(source: bytes | Path, max_pixels: int | None = None) -> Image.Image:
+    """Read the header of an image file; nothing is decoded yet.
 
     Args:
-        content: A whole image file.
-        max_pixels: The most pixels (width x height) that are accepted.
+        source: The whole file, or its path.
+        max_pixels: The most pixels (width x height) that are accepted; None: any number.
 
     Raises:
-        ImageRejected: Not an image of a known format, damaged, or larger than ``max_pixels``.
+        ImageRejected: Not an image of a known format, damaged, or it would cost too much to decode.
+        OSError: The file cannot be read.
     """
+    content = source.read_bytes() if isinstance(source, Path) else source
     if not content:
         raise ImageRejected("the image is empty; send the bytes of a JPEG or PNG file")
-    image = _guarded(lambda: Image.open(io.BytesIO(content), formats=FORMATS))
+    with _bad_bytes_rejected():
+        image = Image.open(io.BytesIO(content), formats=FORMATS)
     width, height = image.size
-    if width * height > max_pixels:
+    if max_pixels is not None and width * height > max_pixels:
         raise ImageRejected(
             f"the image has {width}x{height} pixels; at most {max_pixels} are accepted", status=413
         )
-    # JPEG can decode at 1/2, 1/4 or 1/8 of its size, which is what makes phone pictures cheap.
-    _guarded(lambda: image.draft("RGB", (IMAGE_SIZE, IMAGE_SIZE)))
+    # In compressed data 0xFF is always followed by 0, so these two bytes are a marker.
+    scans = content.count(START_OF_SCAN) if image.format in ("JPEG", "MPO") else 0
+    if scans > MAX_SCANS:
+        raise ImageRejected(
+            f"the JPEG has {scans} scans; at most {MAX_SCANS} are accepted", status=413
+        )
     return image
 
 
-def is_large(image: Image.Image) -> bool:
-    """Return whether decoding an opened picture takes so much memory that few may do it at once."""
-    return image.width * image.height > LARGE_IMAGE_PIXELS
+def open_upload(content: bytes, max_pixels: int) -> Image.Image:
+    """Read the header of a picture that will be classified, as ``open_image`` does.
+
+    JPEG can decode at 1/2, 1/4 or 1/8 of its size, which makes phone pictures cheap; the size of
+    the returned picture is the one that will be decoded.
+    """
+    image = open_image(content, max_pixels)
+    with _bad_bytes_rejected():
+        image.draft("RGB", (IMAGE_SIZE, IMAGE_SIZE))
+    return image
 
 
-def small_array(image: Image.Image) -> np.ndarray:
-    """Decode an opened picture; return it as uint8 of shape (224, 224, 3), RGB.
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Decode an opened picture to 8-bit RGB of its own size.
 
     Animated pictures give their first frame; EXIF rotation is applied; transparency is dropped;
-    16-bit and floating-point grey values are brought to 8 bits.
+    16-bit and floating-point gray values are scaled to 8 bits.
 
     Raises:
         ImageRejected: The picture is damaged.
     """
-    return _guarded(lambda: _small_rgb(image))
+    with _bad_bytes_rejected():
+        return _turned(_rgb(image), _orientation(image))
 
 
-def _guarded(read: Callable):
-    """Run one step of decoding; whatever it raises means that the bytes are bad."""
+def small_picture(image: Image.Image) -> bytes:
+    """Decode an opened upload for a classifier: its central square, scaled to 224x224.
+
+    The usual way of ImageNet classifiers, without their last few percent of border.
+
+    Returns:
+        uint8 of shape (224, 224, 3), RGB, as bytes.
+
+    Raises:
+        ImageRejected: The picture is damaged.
+    """
+    with _bad_bytes_rejected():
+        small = _rgb(image)
+        if small.size != (IMAGE_SIZE, IMAGE_SIZE):
+            # Cropping to the central square before resizing keeps a 20000x1 picture cheap, and
+            # rotating the small result is the same as rotating the large original.
+            small = ImageOps.fit(small, (IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BILINEAR)
+        return _turned(small, _orientation(image)).tobytes()
+
+
+@contextlib.contextmanager
+def _bad_bytes_rejected() -> Iterator[None]:
+    """Whatever a step of decoding raises means that the bytes are bad."""
     try:
-        return read()
+        yield
+    except MemoryError:
+        raise
     # Fed with arbitrary bytes Pillow raises far more than its documented errors (struct.error,
     # IndexError, SyntaxError, zlib.error ...), and each of them is the sender's fault.
     except Exception as error:
+        if isinstance(error, ImageRejected):
+            raise
         reason = str(error) or type(error).__name__
         if isinstance(error, Image.UnidentifiedImageError):
             reason = f"not one of {', '.join(FORMATS)}"
         raise ImageRejected(f"cannot decode the image: {reason}") from error
 
 
-def _small_rgb(image: Image.Image) -> np.ndarray:
+def _rgb(image: Image.Image) -> Image.Image:
     image.load()
-    orientation = _orientation(image)
     if image.mode not in ("RGB", "L", "P", "RGBA", "CMYK", "YCbCr"):
         image = _to_8_bit(image)
-    # A copy of a small picture costs a sixth of decoding it, and convert and fit copy always.
-    small = image if image.mode == "RGB" else image.convert("RGB")
-    if small.size != (IMAGE_SIZE, IMAGE_SIZE):
-        # Cropping to the central square before resizing keeps a 20000x1 picture cheap, and
-        # rotating the small result is the same as rotating the large original.
-        small = ImageOps.fit(small, (IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BILINEAR)
-    if orientation in EXIF_TRANSPOSITIONS:
-        small = small.transpose(EXIF_TRANSPOSITIONS[orientation])
-    return np.asarray(small, dtype=np.uint8)
+    # A copy of a small picture costs a sixth of decoding it, and convert copies always.
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _turned(image: Image.Image, orientation: int | None) -> Image.Image:
+    if orientation not in EXIF_TRANSPOSITIONS:
+        return image
+    return image.transpose(EXIF_TRANSPOSITIONS[orientation])
 
 
 def _orientation(image: Image.Image) -> int | None:

@@ -1,28 +1,28 @@
 #!/usr/bin/env python3
-"""Inference server: image classification over HTTP, requests batched on one GPU thread.
+"""Inference server: image classification over HTTP, requests batched on one GPU.
 
     python3 workloads/inference/inference_server.py --model resnet50 --port 5000
     curl -X POST http://localhost:5000/predict -F "image=@your_image.jpg"
 
-Endpoints: ``/health``, ``/predict``, ``/batch_predict``, ``/stats``, ``/metrics`` (http_app.py).
-A front end (front_end.py) reads requests (http_protocol.py) and decodes pictures (image_service.py,
-image_input.py) into memory shared with the GPU process (shared_block.py), where batcher.py gathers
-them for classifier.py. Front ends are processes with ``--frontends N``, else one is a thread of the
-GPU process. SIGTERM and Ctrl-C stop accepting, answer what has arrived, write the result file and
+This process owns the device: model, micro-batching and statistics. HTTP and decoding happen in
+``--workers`` processes that gunicorn keeps alive (web_worker.py, web_app.py, which lists the
+endpoints). SIGTERM and Ctrl-C stop accepting, answer what has arrived, write the result file and
 leave with exit code 0; a second one leaves at once.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
+import socket
+import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeoutError
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -30,39 +30,42 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from workloads.common import cli, client, console
 from workloads.common.environment import usable_cores
+from workloads.common.errors import JobFailedError, UsageError
+from workloads.common.latency import is_few, summarize_latency_ms
 from workloads.inference import api_key
-from workloads.inference.inference_model import (
-    add_model_flags,
-    resolve_model_flags,
-    weights_notes,
-)
+from workloads.inference.models import add_model_flags, resolve_model_flags, weights_notes
 
 if TYPE_CHECKING:
-    import socket
-
-    from workloads.inference.batcher import Batcher
-    from workloads.inference.front_ends import FrontEnds
+    import numpy as np
 
 MAX_PORT = 65535
-MAX_FRONT_ENDS = 64
-# More decoding threads than this in one process wait for the interpreter, not for a core.
-MIN_THREADS, MAX_THREADS = 2, 4
+CORES_PER_WORKER, MIN_WORKERS, MAX_WORKERS = 4, 2, 4
+MAX_BACKLOG = 4096
 MIB = 2**20
+WEB_WORKER = Path(__file__).with_name("web_worker.py")
+# Read by gunicorn, Flask or systemd's socket activation; only our own settings count.
+FOREIGN_VARIABLES = ("GUNICORN_", "FLASK_", "LISTEN_", "SCRIPT_NAME")
 POLL_SECONDS = 0.2
-# After a failure, when no shutdown has a time to keep to.
-GPU_THREAD_END_SECONDS = 5.0
-# This much of a shutdown's time is for the result file.
-LAST_SHARE, MAX_LAST_SECONDS = 0.1, 1.0
-# However short a shutdown: a batch under way on a GPU takes milliseconds, and leaving it may harm
-# other clients of an MPS server.
-MIN_DEVICE_SECONDS = 0.5
+WEB_SERVER_START_SECONDS = 60.0
+# After a drain: for the web server's own end, and for a batch that is under way, since leaving that
+# may harm other clients of an MPS server.
+WEB_SERVER_END_SECONDS, DEVICE_END_SECONDS = 2.0, 1.0
+
+ENDPOINTS = ("predict", "batch_predict")
 # What one answered request is called in the event log.
 UNIT_KINDS = {"predict": "request", "batch_predict": "batch_request"}
+PARTS = ("total", "decode", "queue", "gpu")
+METRICS = "inference_server"
+LATENCY_BOUNDS_SECONDS = (
+    0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0,
+)  # fmt: skip
+BATCH_BOUNDS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+RECENT_REQUESTS, RECENT_SECONDS = 100_000, 10.0
 
 
 def parse_arguments() -> argparse.Namespace:
     """Return the flags of this script."""
-    parser = cli.workload_parser("Serve image classification over HTTP.")
+    parser = cli.workload_parser(__doc__)
     add_model_flags(parser)
     parser.add_argument(
         "--port", type=cli.non_negative_int, default=5000,
@@ -82,14 +85,13 @@ def parse_arguments() -> argparse.Namespace:
     )  # fmt: skip
     scale = parser.add_argument_group("processes and threads")
     scale.add_argument(
-        "--frontends", type=cli.non_negative_int, default=0, metavar="N",
-        help="processes that speak HTTP and decode; 0: all in one process, enough for about a "
-        "thousand pictures a second; beyond that a third to a half of the cores (default: 0)",
+        "--workers", "--frontends", type=_workers, default=None, metavar="N",
+        help="processes that speak HTTP and decode (default: a quarter of the cores, "
+        f"{MIN_WORKERS} to {MAX_WORKERS})",
     )  # fmt: skip
     scale.add_argument(
-        "--threads", type=cli.positive_int, default=None,
-        help="pictures that each front end decodes at the same time (default: its share of the "
-        f"cores, {MIN_THREADS} to {MAX_THREADS})",
+        "--threads", type=cli.positive_int, default=1,
+        help="large pictures that each worker decodes at the same time (default: 1)",
     )  # fmt: skip
     limits = parser.add_argument_group("limits")
     limits.add_argument(
@@ -110,8 +112,8 @@ def parse_arguments() -> argparse.Namespace:
     )  # fmt: skip
     limits.add_argument(
         "--max-connections", type=cli.positive_int, default=1000,
-        help="open connections; when all are in use, those that send nothing or too slowly are "
-        "ended for others (default: 1000)",
+        help="open connections, shared out to the workers; when all are in use, those that send "
+        "nothing are ended for others (default: 1000)",
     )  # fmt: skip
     limits.add_argument(
         "--request-seconds", type=cli.positive_float, default=30.0,
@@ -119,145 +121,339 @@ def parse_arguments() -> argparse.Namespace:
     )  # fmt: skip
     limits.add_argument(
         "--drain-seconds", type=cli.non_negative_float, default=30.0,
-        help="longest that a shutdown takes, but for the interpreter's own end of a second; its "
-        "last four seconds (from 10 s down: two fifths) are for ending, the rest is for requests "
-        "in flight; with 0 it is cut off, and ending takes four seconds at most (default: 30)",
+        help="longest that a shutdown waits for requests in flight (default: 30)",
     )  # fmt: skip
     api_key.add_flag(limits, "answer only who knows this key, but for /health")
     args = parser.parse_args()
     api_key.take(args, parser)
     if args.port > MAX_PORT:
         parser.error(f"--port {args.port} is above {MAX_PORT}")
-    if args.frontends > MAX_FRONT_ENDS:
-        parser.error(f"--frontends {args.frontends} is above {MAX_FRONT_ENDS}")
-    if args.threads is None:
-        share = usable_cores() // max(1, args.frontends)
-        args.threads = min(MAX_THREADS, max(MIN_THREADS, share))
+    if args.workers is None:
+        args.workers = default_workers()
     return args
 
 
-class InferenceServer(client.Workload):
-    """Serves until it is told to stop; a unit of work is one answered request.
+def default_workers() -> int:
+    """Return how many web workers this machine's cores are shared with by default."""
+    return min(MAX_WORKERS, max(MIN_WORKERS, usable_cores() // CORES_PER_WORKER))
 
-    Attributes:
-        device_at_work: Whether the device had not finished when a shutdown's time was over.
+
+def _workers(text: str) -> int:
+    # --frontends 0 used to mean: no process of its own.
+    return max(1, cli.non_negative_int(text))
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens there; ``::`` takes IPv4 as well.
+
+    Raises:
+        UsageError: That cannot be had.
     """
+    try:
+        family, _, _, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        both = family == socket.AF_INET6 and host == "::" and socket.has_dualstack_ipv6()
+        return socket.create_server(
+            address[:2], family=family, backlog=MAX_BACKLOG, dualstack_ipv6=both
+        )
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(
+            f"cannot listen on {host}:{port} ({reason}); name another with --host and --port"
+        ) from error
+
+
+def url_of(listener: socket.socket) -> str:
+    """Return the address at which a person on this machine reaches ``listener``."""
+    host, port = listener.getsockname()[:2]
+    if host in ("0.0.0.0", "::"):
+        host = "localhost"
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class Statistics:
+    """What has been answered; written by the engine's thread, read by any."""
+
+    def __init__(self) -> None:
+        """Begin with nothing."""
+        import numpy as np
+        import prometheus_client as prometheus
+
+        self._lock = threading.Lock()
+        # Of the latest successful requests: end (CLOCK_MONOTONIC), seconds by part.
+        self._recent = {name: np.zeros((RECENT_REQUESTS, 1 + len(PARTS))) for name in ENDPOINTS}
+        self._statuses: dict[str, Counter] = {name: Counter() for name in ENDPOINTS}
+        self._images: Counter = Counter()
+        self._batches: Counter = Counter()
+        self._first_seconds: dict[str, float] = {}
+        self._units: list[tuple[str, float, float]] = []
+        self._registry = registry = prometheus.CollectorRegistry(auto_describe=False)
+        self._prometheus_requests = prometheus.Counter(
+            f"{METRICS}_requests", "Answered requests.", ["endpoint", "status"], registry=registry
+        )
+        self._prometheus_images = prometheus.Counter(
+            f"{METRICS}_images", "Images classified.", ["endpoint"], registry=registry
+        )
+        self._prometheus_batches = prometheus.Histogram(
+            f"{METRICS}_batch_size_images", "Images in each batch that ran on the device.",
+            buckets=BATCH_BOUNDS, registry=registry,
+        )  # fmt: skip
+        self._prometheus_seconds = {
+            part: prometheus.Histogram(
+                f"{METRICS}_request{'' if part == 'total' else f'_{part}'}_seconds",
+                f"Seconds of successful requests: {part}.", ["endpoint"],
+                buckets=LATENCY_BOUNDS_SECONDS, registry=registry,
+            )
+            for part in PARTS
+        }  # fmt: skip
+
+    def watch(self, gauges: Callable[[], dict[str, int]]) -> None:
+        """Show what ``gauges`` returns as metrics, too."""
+        from prometheus_client import Gauge
+
+        for name in gauges():
+            gauge = Gauge(f"{METRICS}_{name}", f"At this moment: {name}.", registry=self._registry)
+            gauge.set_function(lambda name=name: gauges()[name])
+
+    def count_batch(self, images: int) -> None:
+        """Count a batch that ran on the device."""
+        self._batches[images] += 1
+        self._prometheus_batches.observe(images)
+
+    def record(
+        self, which: int, status: int, images: int, start_seconds: float, *seconds: float
+    ) -> None:
+        """Count an answered request; ``seconds`` by part, NaN where it had none."""
+        endpoint, end_seconds = ENDPOINTS[which], start_seconds + seconds[0]
+        self._prometheus_requests.labels(endpoint, status).inc()
+        with self._lock:
+            self._first_seconds.setdefault(endpoint, start_seconds)
+            row = self._statuses[endpoint][200] % RECENT_REQUESTS
+            self._statuses[endpoint][status] += 1
+            if status != 200:
+                return
+            self._recent[endpoint][row] = (end_seconds, *seconds)
+            self._images[endpoint] += images
+            self._units.append((UNIT_KINDS[endpoint], start_seconds, end_seconds))
+        self._prometheus_images.labels(endpoint).inc(images)
+        for part, value in zip(PARTS, seconds, strict=True):
+            if value == value:
+                self._prometheus_seconds[part].labels(endpoint).observe(value)
+
+    def take_units(self) -> list[tuple[str, float, float]]:
+        """Return (kind, start, end) of each request that succeeded since the last call."""
+        with self._lock:
+            units, self._units = self._units, []
+        return units
+
+    def metrics(self) -> bytes:
+        """Return everything in Prometheus's text format."""
+        from prometheus_client import generate_latest
+
+        return generate_latest(self._registry)
+
+    def snapshot(self) -> dict:
+        """Return the figures of ``/predict``, and below ``batch_predict`` those of the other.
+
+        Latencies are of the last 100,000 successful requests, from the complete request to its
+        answer: ``decode`` is reading and scaling the picture, ``queue`` is waiting for the device,
+        ``gpu`` is the batch from its copy to the device to its answer, ``total`` is all of it.
+        Requests refused for what the caller sent (4xx) are rejected, and no failures. ``qps`` is
+        successful requests a second from the first request to the last answer, so idle time
+        afterwards does not dilute it. Unknown is None.
+        """
+        return {
+            **self._figures("predict"),
+            "batch_predict": self._figures("batch_predict"),
+            "batch_size_histogram": {str(size): n for size, n in sorted(self._batches.items())},
+        }
+
+    def _figures(self, endpoint: str) -> dict:
+        with self._lock:
+            statuses = self._statuses[endpoint].copy()
+            recent = self._recent[endpoint][: statuses[200]].copy()
+        succeeded, responses = statuses[200], len(recent)
+        rejected = sum(n for status, n in statuses.items() if 400 <= status < 500)
+        failed = sum(statuses.values()) - succeeded - rejected
+        latency = _latency_ms(recent[:, 1])
+        span_seconds = recent[:, 0].max() - self._first_seconds[endpoint] if succeeded else 0.0
+        latest = int((recent[:, 0] > time.monotonic() - RECENT_SECONDS).sum())
+        return {
+            "total_requests": succeeded + rejected + failed,
+            "successful_requests": succeeded,
+            "rejected_requests": rejected,
+            "failed_requests": failed,
+            "success_rate_percent": (
+                round(100 * succeeded / (succeeded + failed), 2) if succeeded + failed else None
+            ),
+            "images": self._images[endpoint],
+            "average_latency_ms": latency["mean_ms"],
+            **{name: latency[name] for name in ("p50_ms", "p95_ms", "p99_ms", "min_ms", "max_ms")},
+            "latency_responses": responses,
+            "few_responses_for": [f"p{q}_ms" for q in (50, 95, 99) if is_few(responses, q)],
+            "latency_parts_ms": {
+                part: _latency_ms(recent[:, column]) for column, part in enumerate(PARTS, start=1)
+            },
+            "statuses": {str(status): n for status, n in sorted(statuses.items()) if n},
+            "qps": round(succeeded / span_seconds, 1) if span_seconds > 0 else None,
+            "qps_last_10_seconds": round(latest / RECENT_SECONDS, 1),
+        }
+
+
+def _latency_ms(seconds: np.ndarray) -> dict[str, float | None]:
+    figures = summarize_latency_ms(seconds[seconds == seconds])
+    names = ("mean_ms", "p50_ms", "p95_ms", "p99_ms", "min_ms", "max_ms")
+    return {name: figures[name] and round(figures[name], 3) for name in names}
+
+
+class InferenceServer(client.Workload):
+    """Serves until it is told to stop; a unit of work is one answered request."""
 
     name = "inference_server"
     title = "Inference server"
-    device_at_work = False
+    _is_device_busy = False
 
     def load(self) -> None:
         """Listen, answering 503, and load the model meanwhile."""
-        from workloads.inference.allocator import return_large_blocks
-        from workloads.inference.batcher import GpuThread
-        from workloads.inference.connections import listening_socket
-        from workloads.inference.http_app import ServerState
-        from workloads.inference.server_stats import ServerStats
-        from workloads.inference.shared_block import BlockShape, SharedBlock
+        from workloads.inference.batching import Engine
 
         args = self.args
-        return_large_blocks()
         # First: where the port is taken, nothing else needs to be begun.
-        listener = listening_socket(args.host, args.port)
+        self._listener = listen(args.host, args.port)
         self._stop = threading.Event()
-        self._serving: Future[None] | None = None
         self._signal_handlers: dict[int, object] = {}
-        self._unanswered = 0
-        self._warned_losses = 0
-        self._state = ServerState()
-        self._gpu_thread = GpuThread()
-        max_inside = args.queue_size + args.max_batch
-        self._block = SharedBlock(BlockShape(max(1, args.frontends), max_inside, args.max_batch))
-        self._stats = ServerStats(self._block)
-        self._batcher = self._make_batcher()
-        self._front_ends = self._start_front_ends(listener, max_inside)
-        console.note(f"listening on {args.host}:{self._front_ends.port}, loading {args.model}")
-        self._gpu_thread.call(self._load_model)
-
-    def _make_batcher(self) -> Batcher:
-        from workloads.inference.batcher import Batcher
-        from workloads.inference.shared_block import FrontEndRegion
-
-        args = self.args
-        return Batcher(
-            self._block.engine,
+        self._facts: dict[str, object] = {}
+        self._started_seconds = time.monotonic()
+        self._statistics = Statistics()
+        self._engine = Engine(
             max_batch=args.max_batch,
             max_delay_seconds=args.max_delay_ms / 1e3,
             queue_size=args.queue_size,
-            decoding=lambda: self._block.gauge(FrontEndRegion.DECODING),
+            answer_seconds=args.request_seconds,
+            statistics=self._statistics,
+            tell=self._tell,
         )
+        self._statistics.watch(self._engine.gauges)
+        self._engine.start()
+        self._web_server = self._start_web_server()
+        if args.api_key is None and not self._is_local:
+            console.note(
+                f"anybody who reaches {args.host} port {self._port} may use this server; to keep "
+                f"others out set {api_key.VARIABLE}, or listen on --host 127.0.0.1"
+            )
+        console.note(f"listening on {url_of(self._listener)}, loading {args.model}")
+        self._load_model()
 
-    def _start_front_ends(self, listener: socket.socket, max_inside: int) -> FrontEnds:
-        from workloads.inference.front_end import FrontEndSettings
-        from workloads.inference.front_ends import FrontEnds
+    @property
+    def _port(self) -> int:
+        return self._listener.getsockname()[1]
 
-        args = self.args
-        settings = FrontEndSettings(
-            threads=args.threads,
-            max_inside=max_inside,
-            max_body_bytes=int(args.max_body_mib * MIB),
-            max_pixels=args.max_pixels,
-            max_batch=args.max_batch,
-            max_batch_predict=args.max_batch_predict,
-            request_seconds=args.request_seconds,
-            api_key=args.api_key,
-        )
-        return FrontEnds(
-            listener, args.frontends, self._block, self._batcher, settings, args.max_connections
-        )
+    @property
+    def _is_local(self) -> bool:
+        host = self._listener.getsockname()[0]
+        return host == "::1" or host.startswith("127.")
+
+    def _start_web_server(self) -> subprocess.Popen:
+        args, door = self.args, self._engine.worker_door
+        settings = {
+            "listener": self._listener.fileno(),
+            "door": door.fileno(),
+            "local_only": self._is_local,
+            "max_body_bytes": int(args.max_body_mib * MIB),
+        }
+        names = ("workers", "threads", "api_key", "max_batch", "max_pixels", "max_batch_predict",
+                 "max_connections", "request_seconds", "drain_seconds")  # fmt: skip
+        settings |= {name: getattr(args, name) for name in names}
+        process = subprocess.Popen(
+            (sys.executable, str(WEB_WORKER)),
+            stdin=subprocess.PIPE, pass_fds=(self._listener.fileno(), door.fileno()),
+            # A session of its own: Ctrl-C in a terminal reaches us alone, and we end it in order.
+            start_new_session=True,
+            env={k: v for k, v in os.environ.items() if not k.startswith(FOREIGN_VARIABLES)},
+        )  # fmt: skip
+        # Not by the command line or the environment: the key is among them.
+        process.stdin.write(json.dumps(settings).encode())
+        process.stdin.close()
+        door.close()
+        return process
 
     def _load_model(self) -> None:
         from workloads.common.device import open_device
-        from workloads.inference.classifier import Classifier
+        from workloads.inference.models import Classifier
 
         args = self.args
         self.device = open_device(args)
         self._classifier = Classifier(
             self.device, args.model, args.weights, args.seed, args.max_batch
         )
-        self.warnings += weights_notes(args.model, args.weights, self._classifier.weights.kind)
+        weights = self._classifier.weights
+        self.warnings += weights_notes(args.model, args.weights, weights.kind)
         # Once: /health is asked during the capture too, when no other thread may call CUDA.
         identity = self.device.identity()
-        self._state.device = {
-            name: identity[name] for name in ("device", "gpu_name", "engine", "precision")
-        }
-        self._state.model = self._model_facts()
-        self._state.class_names = list(self._classifier.weights.class_names)
-        self._tell("loading")
+        device = {name: identity[name] for name in ("device", "gpu_name", "engine", "precision")}
+        self._facts = {**device, "model": args.model, "weights": weights.kind}
 
     def warm_up(self) -> None:
         """Autotune and capture, then begin to answer."""
-        self._tell("warming up")
-        self._gpu_thread.call(self._classifier.warm_up)
-        self._serving = self._gpu_thread.start(lambda: self._batcher.serve(self._classifier))
+        self._engine.status = "warming up"
+        self._classifier.warm_up()
         if not self.args.hold:
             # Before anybody is answered: from then on a signal means a drain.
             self._stop_on_signals()
-        self._tell("ok")
-        console.note(f"ready on port {self._front_ends.port}")
+        self._engine.model = self._classifier
+        self._wait_for_web_server()
+        self._engine.status = "ok"
+        url = url_of(self._listener)
+        console.note(f"ready on port {self._port}: {url}")
+        console.note(f'try: curl -X POST {url}/predict -F "image=@your_image.jpg"')
 
-    def _tell(self, status: str) -> None:
-        self._state = replace(self._state, status=status)
-        self._front_ends.set_state(self._state)
+    def _wait_for_web_server(self) -> None:
+        deadline_seconds = time.monotonic() + WEB_SERVER_START_SECONDS
+        while len(self._engine.workers) < self.args.workers:
+            if self._web_server.poll() is not None or time.monotonic() > deadline_seconds:
+                raise JobFailedError("the web server did not start; look above for its message")
+            time.sleep(POLL_SECONDS / 10)
+
+    def _tell(self, what: str) -> bytes:
+        """Return what a web worker asks for; called on a thread of its own."""
+        if what == "metrics":
+            return self._statistics.metrics()
+        uptime_seconds = round(time.monotonic() - self._started_seconds, 3)
+        if what == "stats":
+            content = self._statistics.snapshot() | self._engine.gauges()
+        elif what == "health":
+            content = {"status": self._engine.status, **self._facts}
+        else:
+            names = self._classifier.weights.class_names
+            return json.dumps([names[int(number)] for number in what.split()[1:]]).encode()
+        return json.dumps({**content, "uptime_seconds": uptime_seconds}).encode() + b"\n"
 
     def run_job(self, recorder: client.Recorder) -> dict:
         """Serve until a stop or a signal, drain, and return the statistics."""
         self._stop_on_signals()
         # What was answered before the start belongs to no job.
-        self._stats.new_requests()
-        while not (recorder.stop_requested or self._serving.done() or self._front_ends.failure):
-            self._look_after(recorder)
-            if self._stop.wait(POLL_SECONDS):
-                break
+        self._statistics.take_units()
+        while not (recorder.stop_requested or self._failure() or self._stop.wait(POLL_SECONDS)):
+            self._record_units(recorder)
         self._drain()
-        self._look_after(recorder)
+        self._record_units(recorder)
         self._restore_signals()
         return {
-            **self._stats.snapshot(),
-            "unanswered_requests": self._unanswered,
-            "lost_front_ends": len(self._front_ends.losses),
+            **self._statistics.snapshot(),
+            "unanswered_requests": self._engine.unanswered,
+            "lost_workers": len(self._engine.lost_workers),
         }
+
+    def _failure(self) -> Exception | None:
+        """Return what ended the device's work or the web server, None while both go on."""
+        if self._engine.failure is None and self._web_server.poll() is not None:
+            return JobFailedError("the web server has ended; look above for its message")
+        return self._engine.failure
+
+    def _record_units(self, recorder: client.Recorder) -> None:
+        for unit in self._statistics.take_units():
+            recorder.unit(*unit, latency=True)
 
     def _stop_on_signals(self) -> None:
         """Let the next signal begin the drain, and the one after it end everything."""
@@ -274,82 +470,72 @@ class InferenceServer(client.Workload):
         for number, handler in self._signal_handlers.items():
             signal.signal(number, handler)
 
-    def _look_after(self, recorder: client.Recorder) -> None:
-        """Record the requests answered since the last time; tell of front ends that ended."""
-        for endpoint, start_seconds, end_seconds in self._stats.new_requests():
-            recorder.unit(UNIT_KINDS[endpoint], start_seconds, end_seconds, latency=True)
-        for loss in self._front_ends.losses[self._warned_losses :]:
-            self._warned_losses += 1
-            self.warn(loss)
-
     def reset(self) -> None:
         """End the client: a server that was told to stop by a signal does not start again."""
         raise client.StopRequested
 
     def _drain(self) -> None:
-        """Answer what has arrived and end the threads.
+        """Answer what has arrived and end the web server.
 
         Raises:
-            Exception: What ended the GPU thread, if it did not end by itself.
-            RuntimeError: No front end is left.
+            Exception: What ended the device's work, or the web server, before it was told to.
         """
-        failed = self._serving.done() or self._front_ends.failure is not None
-        drain_seconds = self.args.drain_seconds
-        end_seconds = time.monotonic() + drain_seconds
-        self._tell("failed" if failed else "shutting down")
+        failure, seconds = self._failure(), self.args.drain_seconds
+        self._engine.status = "shutting down" if failure is None else "failed"
         console.note("stopping: answering what has arrived")
-        self._unanswered = self._front_ends.drain(0.0 if failed else drain_seconds)
-        if self._unanswered:
+        self._engine.drain()
+        # Connections that no worker has accepted yet are to be few when they stop accepting.
+        self._listener.listen(0)
+        self._end_web_server(WEB_SERVER_END_SECONDS + (seconds if failure is None else 0.0))
+        for pid in self._engine.lost_workers:
+            self.warn(f"web worker {pid} ended before it was told to, with the requests in it")
+        if self._engine.unanswered:
             self.warn(
-                f"{self._unanswered} requests were cut off by the end; give them more than "
-                f"{drain_seconds:g} s with --drain-seconds"
+                f"{self._engine.unanswered} requests were cut off by the end; give them more than "
+                f"{seconds:g} s with --drain-seconds"
             )
-        self._batcher.close()
-        left_seconds = end_seconds - time.monotonic()
-        left_seconds -= min(MAX_LAST_SECONDS, LAST_SHARE * drain_seconds)
-        self._end_device_work(GPU_THREAD_END_SECONDS if failed else left_seconds)
-        if self._front_ends.failure is not None:
-            raise RuntimeError(self._front_ends.failure)
-
-    def _end_device_work(self, timeout_seconds: float) -> None:
-        try:
-            self._serving.result(max(MIN_DEVICE_SECONDS, timeout_seconds))
-        except FutureTimeoutError:
-            if self._serving.done():
-                raise
-            self.device_at_work = True
+        if not self._engine.close(DEVICE_END_SECONDS):
+            self._is_device_busy = True
             self.warn(
                 "the device was still at work on a batch that nobody waits for any more; give it "
-                f"more than {self.args.drain_seconds:g} s with --drain-seconds"
+                f"more than {seconds:g} s with --drain-seconds"
             )
+        if failure is not None:
+            raise failure
+
+    def _end_web_server(self, timeout_seconds: float) -> None:
+        self._web_server.send_signal(signal.SIGTERM)
+        try:
+            self._web_server.wait(timeout_seconds)
+        except subprocess.TimeoutExpired:
+            # Its workers end with it.
+            self._web_server.kill()
+            self._web_server.wait()
 
     def close(self) -> None:
-        """Stop listening and end the front ends and the GPU thread, also after a failure."""
-        if hasattr(self, "_front_ends"):
-            self._front_ends.drain(0.0)
-            self._batcher.close()
-            self._gpu_thread.close(0.0 if self.device_at_work else GPU_THREAD_END_SECONDS)
+        """End the web server and the engine, also after a failure."""
+        if hasattr(self, "_web_server"):
+            self._end_web_server(0.0)
+            self._engine.close(0.0 if self._is_device_busy else DEVICE_END_SECONDS)
 
     def leave(self, code: int) -> NoReturn:
-        """End the process; without the interpreter's own end where a thread is still at work.
+        """End the process; without the interpreter's own end where the device is still at work.
 
         That would take the libraries away under it, which aborts the process.
         """
-        if self.device_at_work:
+        if self._is_device_busy:
             sys.stderr.flush()
             os._exit(code)
         sys.exit(code)
-
-    def _model_facts(self) -> dict:
-        return {"model": self.args.model, "weights": self._classifier.weights.kind}
 
     def identity(self) -> dict:
         """Return the device's identity, the port and what is served there."""
         return {
             **self.device.identity(self.args.max_batch),
-            "port": self._front_ends.port,
-            "front_ends": self.args.frontends,
-            **self._model_facts(),
+            "port": self._port,
+            "workers": self.args.workers,
+            "model": self.args.model,
+            "weights": self._classifier.weights.kind,
         }
 
     def resolve(self) -> list[str]:
@@ -359,24 +545,16 @@ class InferenceServer(client.Workload):
 
     def settings(self) -> dict:
         """Return what was served, and how."""
-        args = self.args
+        args, weights = self.args, self._classifier.weights
+        names = ("model", "host", "max_batch", "max_delay_ms", "queue_size", "workers", "threads",
+                 "max_body_mib", "max_pixels", "max_connections", "request_seconds",
+                 "drain_seconds", "seed")  # fmt: skip
         return {
-            **self._model_facts(),
-            "weights_source": self._classifier.weights.source,
-            "host": args.host,
-            "port": self._front_ends.port,
-            "max_batch": args.max_batch,
-            "max_delay_ms": args.max_delay_ms,
-            "queue_size": args.queue_size,
-            "front_ends": args.frontends,
-            "threads": args.threads,
-            "max_body_mib": args.max_body_mib,
-            "max_pixels": args.max_pixels,
-            "max_connections": args.max_connections,
-            "request_seconds": args.request_seconds,
-            "drain_seconds": args.drain_seconds,
+            **{name: getattr(args, name) for name in names},
+            "weights": weights.kind,
+            "weights_source": weights.source,
+            "port": self._port,
             "wants_api_key": args.api_key is not None,
-            "seed": args.seed,
         }
 
     def summary(self, figures: dict) -> list[tuple[str, str]]:
@@ -387,11 +565,13 @@ class InferenceServer(client.Workload):
             ("Requests served", f"{figures['total_requests']}"),
         ]
         if figures["successful_requests"]:
+            few = ", ".join(name.removesuffix("_ms") for name in figures["few_responses_for"])
             rows += [
                 ("Success rate", f"{figures['success_rate_percent']:.1f} %"),
                 ("Average latency", f"{figures['average_latency_ms']:.1f} ms"),
                 ("Latency p50 / p95 / p99", f"{figures['p50_ms']:.1f} / {figures['p95_ms']:.1f} / "
-                 f"{figures['p99_ms']:.1f} ms"),
+                 f"{figures['p99_ms']:.1f} ms (n = {figures['latency_responses']}"
+                 f"{f', few for {few}' if few else ''})"),
                 ("Throughput", f"{figures['qps']:.1f} requests/s"),
             ]  # fmt: skip
         return rows

@@ -26,7 +26,7 @@ from workloads.common import cli, client, console
 from workloads.common.environment import usable_cores
 from workloads.common.errors import JobFailedError
 from workloads.inference import load_test
-from workloads.inference.inference_model import add_model_flags, resolve_model_flags
+from workloads.inference.models import add_model_flags, resolve_model_flags
 
 if TYPE_CHECKING:
     from workloads.inference.held_server import HeldServer

@@ -1,0 +1,329 @@
+"""The server under slow, silent and greedy clients, and with processes of its own that die."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import socket
+import struct
+import threading
+import time
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+
+import pytest
+import requests
+from closed_loop import ClosedLoop
+from PIL import Image
+from server_figures import figures_of
+from server_process import ServerProcess, jpeg, running
+from waiting import is_running, wait_until
+
+HEAD = b"POST /predict HTTP/1.1\r\nContent-Length: %d\r\n\r\n"
+BODY_BYTES = 15 << 20
+
+
+@pytest.fixture
+def server(tmp_path) -> Iterator[ServerProcess]:
+    with running(tmp_path, "--request-seconds", "3") as process:
+        yield process
+
+
+def connect(server: ServerProcess) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", server.port), timeout=30)
+
+
+class Dripping:
+    """Connections that send a start at once and then a byte now and then."""
+
+    def __init__(self, server: ServerProcess, count: int, start: bytes, drop: bytes) -> None:
+        self.connections = [connect(server) for _ in range(count)]
+        for connection in self.connections:
+            connection.sendall(start)
+        self._drop = drop
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._drip)
+        self._thread.start()
+
+    def _drip(self) -> None:
+        while not self._ended.wait(0.3):
+            for connection in self.connections:
+                with suppress(OSError):
+                    connection.send(self._drop)
+
+    def __enter__(self) -> Dripping:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._ended.set()
+        self._thread.join()
+        for connection in self.connections:
+            connection.close()
+
+
+def latencies(server: ServerProcess, requests_: int) -> list[float]:
+    content, seconds = jpeg(), []
+    for _ in range(requests_):
+        begin = time.monotonic()
+        assert server.predict(content).status_code == 200
+        seconds.append(time.monotonic() - begin)
+    return seconds
+
+
+@pytest.mark.parametrize(
+    ("start", "drop", "answer"),
+    [(b"GET /health HTTP/1.1\r\nX: ", b"x", b""), (HEAD % 1000, b"x", b"HTTP/1.1 408 "),
+     (b"POST /predict HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\nx\r\n",
+      b"HTTP/1.1 408 ")],
+    ids=["headers", "body", "chunks"],
+)  # fmt: skip
+def test_fifty_slow_senders_are_cut_at_their_deadline_while_others_are_served(
+    server, start, drop, answer
+):
+    begin = time.monotonic()
+    with Dripping(server, 50, start, drop) as senders:
+        assert max(latencies(server, 20)) < 2.0
+        received = senders.connections[0].makefile("rb").read()
+        assert received.startswith(answer)
+        if answer:
+            assert b"did not arrive within 3 s" in received
+        assert 2.0 < time.monotonic() - begin < 6.0
+
+
+def test_two_hundred_silent_connections_hold_nobody_off(tmp_path):
+    with (
+        running(tmp_path, "--max-connections", "100", "--request-seconds", "30") as server,
+        ExitStack() as stack,
+    ):
+        silent = [stack.enter_context(connect(server)) for _ in range(200)]
+        # Those that hold a connection and say nothing make room after a second, in two turns.
+        assert max(latencies(server, 10)) < 6.0
+        assert silent[0].recv(1) == b""
+
+
+def test_who_never_reads_his_answers_is_cut(server):
+    with connect(server) as greedy:
+        greedy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        greedy.settimeout(1.0)
+        with suppress(OSError):
+            while True:
+                greedy.sendall(b"GET /stats HTTP/1.1\r\n\r\n" * 1000)
+        assert max(latencies(server, 5)) < 2.0
+
+        def is_cut() -> bool:
+            try:
+                greedy.send(b"x")
+            except TimeoutError:
+                return False
+            except OSError:
+                return True
+            return False
+
+        wait_until(is_cut, "the end of the connection", seconds=20.0)
+
+
+def test_forty_unfinished_bodies_of_fifteen_mebibytes_take_bounded_memory(tmp_path):
+    with running(tmp_path, "--request-seconds", "20") as server, ExitStack() as stack:
+        before = figures_of(server.process.pid).resident_mib
+        connections = [stack.enter_context(connect(server)) for _ in range(40)]
+        piece = bytes(1 << 20)
+        statuses = []
+        for connection in connections:
+            with suppress(OSError):
+                connection.sendall(HEAD % BODY_BYTES)
+                for _ in range(14):
+                    connection.sendall(piece)
+        assert max(latencies(server, 5)) < 5.0
+        # Both workers may hold 64 MiB; what the interpreter keeps beside that is bounded too.
+        assert figures_of(server.process.pid).resident_mib - before < 300
+        for connection in connections:
+            connection.settimeout(0.2)
+            with suppress(OSError):
+                statuses.append(connection.recv(4096)[9:12])
+        assert b"503" in statuses
+
+
+def many_scans(scans: int) -> bytes:
+    """A progressive JPEG whose scans repeat."""
+    file = io.BytesIO()
+    Image.new("RGB", (1000, 1000)).save(file, "JPEG", progressive=True)
+    content = file.getvalue()
+    last = content.rindex(b"\xff\xda")
+    return content[:last] + content[last:-2] * scans + content[-2:]
+
+
+def many_chunks(chunks: int) -> bytes:
+    """A PNG of one pixel with so many empty chunks that reading them takes seconds."""
+
+    def chunk(kind: bytes, content: bytes = b"") -> bytes:
+        check = struct.pack(">I", zlib.crc32(kind + content))
+        return struct.pack(">I", len(content)) + kind + content + check
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 8, 0, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"zzZz") * chunks + chunk(b"IEND")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(many_scans(3000), "scans"), (many_chunks(1_300_000), "takes too long")],
+    ids=["scans", "chunks"],
+)
+def test_a_small_file_that_takes_long_to_decode_is_refused_before_it_does(server, content, said):
+    begin = time.monotonic()
+    answer = server.predict(content)
+    assert answer.status_code == 413, answer.text
+    assert said in answer.json()["error"]
+    assert time.monotonic() - begin < 10
+    assert server.predict(jpeg()).status_code == 200
+
+
+def test_a_picture_of_ordinary_scans_is_served(server):
+    assert server.predict(many_scans(1)).status_code == 200
+
+
+def test_a_worker_that_is_killed_is_replaced_and_said_and_costs_only_its_own_requests(tmp_path):
+    with running(tmp_path, STUB_BATCH_SECONDS=0.3) as server:
+        first, second = server.workers()
+        sessions = [requests.Session() for _ in range(8)]
+        with ThreadPoolExecutor(8) as pool:
+            futures = [
+                pool.submit(session.post, f"{server.url}/predict", data=jpeg(), timeout=30)
+                for session in sessions
+            ]
+            time.sleep(0.2)
+            os.kill(first, signal.SIGKILL)
+            answered = [future.exception() is None for future in futures]
+        assert any(answered)
+        wait_until(lambda: server.stats()["workers"] == 2, "another worker", seconds=5.0)
+        assert second in server.workers() and first not in server.workers()
+        for _ in range(5):
+            assert server.predict(jpeg()).status_code == 200
+        assert server.stop() == 0
+        assert f"web worker {first} ended before it was told to" in server.log.read_text()
+        assert result_of(server)["figures"]["lost_workers"] == 1
+
+
+def test_a_worker_that_is_stuck_is_replaced(tmp_path):
+    with running(tmp_path, "--request-seconds", "1") as server:
+        stopped = server.workers()[0]
+        os.kill(stopped, signal.SIGSTOP)
+        wait_until(lambda: not is_running(stopped), "its end", seconds=15.0)
+        wait_until(lambda: server.stats()["workers"] == 2, "another worker", seconds=5.0)
+        assert server.predict(jpeg()).status_code == 200
+
+
+@pytest.mark.parametrize("victim", ["engine", "master"])
+def test_nobody_is_left_behind_when_the_engine_or_the_web_server_is_killed(tmp_path, victim):
+    with running(tmp_path) as server:
+        workers = server.workers()
+        if victim == "engine":
+            server.process.kill()
+        else:
+            os.kill(int(parent_of(workers[0])), signal.SIGKILL)
+            assert server.process.wait(15) == 1
+            assert "the web server has ended" in server.log.read_text()
+        wait_until(lambda: not any(map(is_running, workers)), "the workers' end", seconds=2.0)
+    with open("/proc/net/unix") as sockets:
+        assert "inference" not in sockets.read()
+
+
+def parent_of(pid: int) -> str:
+    with open(f"/proc/{pid}/stat") as stat:
+        return stat.read().rpartition(")")[2].split()[1]
+
+
+def result_of(server: ServerProcess) -> dict:
+    (path,) = server.results.glob("inference_server_*.json")
+    return json.loads(path.read_text())
+
+
+def test_sigterm_answers_what_is_in_flight_then_writes_the_result(tmp_path):
+    flags = ("--max-batch", "4", "--queue-size", "64")
+    with running(tmp_path, *flags, STUB_BATCH_SECONDS=0.2) as server, ThreadPoolExecutor(8) as pool:
+        workers = server.workers()
+        kept_alive = requests.Session()
+        assert kept_alive.get(f"{server.url}/health", timeout=10).status_code == 200
+        futures = [pool.submit(server.batch_predict, {"batch_size": 12}) for _ in range(8)]
+        wait_until(lambda: server.stats()["waiting_images"] >= 12, "12 waiting images")
+        # A terminal sends it to every process of the group.
+        server.process.send_signal(signal.SIGINT)
+        time.sleep(0.1)
+        # A client with an open connection gets an answer and is told that it was the last one.
+        late = kept_alive.get(f"{server.url}/health", timeout=10)
+        assert (late.status_code, late.json()["status"]) == (503, "shutting down")
+        assert late.headers["Connection"] == "close"
+        answers = [future.result() for future in futures]
+        assert server.process.wait(60) == 0
+    assert [answer.status_code for answer in answers] == [200] * 8
+    assert not any(map(is_running, workers))
+    with pytest.raises(requests.ConnectionError):
+        requests.get(f"{server.url}/health", timeout=5)
+    result = result_of(server)
+    assert result["figures"]["batch_predict"]["successful_requests"] == 8
+    assert result["figures"]["unanswered_requests"] == result["figures"]["lost_workers"] == 0
+    assert result["identity"]["port"] == server.port
+    assert result["settings"]["weights"] == "random"
+
+
+def test_sigterm_under_load_loses_no_request(tmp_path):
+    with running(tmp_path, STUB_BATCH_SECONDS=0.003) as server:
+        clients = ClosedLoop(server.url, jpeg(size=64), 6)
+        time.sleep(1.0)
+        clients.expect_end()
+        begin = time.monotonic()
+        assert server.stop() == 0
+        assert time.monotonic() - begin < 4.0
+        clients.join()
+    assert clients.lost == []
+    assert set(clients.answered) == {200}
+
+
+def test_who_drips_or_says_nothing_does_not_hold_up_a_shutdown(tmp_path):
+    with running(tmp_path, "--drain-seconds", "30") as server:
+        with Dripping(server, 1, HEAD % 1000, b"x") as senders, connect(server) as silent:
+            time.sleep(0.5)
+            begin = time.monotonic()
+            assert server.stop() == 0
+            assert time.monotonic() - begin < 6.0
+            assert senders.connections[0].recv(4096).startswith(b"HTTP/1.1 408 ")
+            assert silent.recv(1) == b""
+        assert result_of(server)["figures"]["unanswered_requests"] == 0
+
+
+def test_what_outlasts_the_drain_is_cut_off_and_counted(tmp_path):
+    flags = ("--drain-seconds", "1", "--max-batch", "8")
+    with running(tmp_path, *flags, STUB_BATCH_SECONDS=0.1) as server, ThreadPoolExecutor(2) as pool:
+        asked = [pool.submit(server.batch_predict, {"batch_size": 1024}) for _ in range(2)]
+        wait_until(lambda: server.stats()["requests_inside"] >= 2, "two requests inside")
+        begin = time.monotonic()
+        assert server.stop() == 0
+        assert time.monotonic() - begin < 5.0
+        assert all(isinstance(one.exception(), requests.ConnectionError) for one in asked)
+    assert result_of(server)["figures"]["unanswered_requests"] == 2
+    said = "2 requests were cut off by the end; give them more than 1 s"
+    assert said in server.log.read_text()
+
+
+def test_one_batch_that_outlasts_the_drain_is_left_and_told(tmp_path):
+    flags = ("--drain-seconds", "1")
+    with running(tmp_path, *flags, STUB_BATCH_SECONDS=20) as server, ThreadPoolExecutor(1) as pool:
+        pool.submit(server.batch_predict, {})
+        wait_until(lambda: server.stats()["requests_inside"], "a request inside")
+        begin = time.monotonic()
+        assert server.stop() == 0
+        assert time.monotonic() - begin < 6.0
+    assert "the device was still at work" in server.log.read_text()
+
+
+def test_a_stopped_worker_does_not_outlast_a_short_drain(tmp_path):
+    with running(tmp_path, "--drain-seconds", "1") as server:
+        stopped = server.workers()[0]
+        os.kill(stopped, signal.SIGSTOP)
+        begin = time.monotonic()
+        assert server.stop() == 0
+        assert time.monotonic() - begin < 6.0
+        assert not is_running(stopped)
