@@ -134,7 +134,7 @@ def measure(
     """
     processes = Processes(interruption, READY_TIMEOUT_SECONDS)
     planned = prepare_clients(setup.plan, options.arguments, processes)
-    say(f"{options.clients} clients get ready: {planned.clients[0].command_line()}")
+    say(f"{options.clients} clients get ready: {planned.command_line_of(planned.clients[0])}")
     with tempfile.TemporaryDirectory(prefix="suite-cost-") as name:
         outcome, windows = run_clients(options, setup, planned, interruption, Path(name))
     return describe(options, setup, outcome, windows)
@@ -267,7 +267,7 @@ def describe_client(
     return {
         "client": client.planned.client,
         "label": client.planned.label,
-        "command": list(client.planned.command),
+        "command": list(outcome.planned.command_of(client.planned)),
         "identity": client.identity,
         "host_threads": client.planned.environment.get("OMP_NUM_THREADS"),
         "work_rate": statistics.fmean(rates),

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from waiting import is_running, wait_until
 
-from benchmarking.planning.plan import PlannedClient, PlannedCoRun
+from benchmarking.planning.plan import PlannedClient, PlannedCoRun, build_plan
 from benchmarking.running import event_log, launcher
 from benchmarking.running.launcher import FinishRule, Interruption, Launcher, Patience
 from benchmarking.storage.run_store import ClientPaths
@@ -45,7 +45,7 @@ def run(tmp_path: Path) -> Callable[..., launcher.CoRunOutcome]:
         return ClientPaths(*(folder / f"{client}.{kind}" for kind in kinds))
 
     def run_clients(
-        count: int = 2,
+        co_run: int | PlannedCoRun = 2,
         *,
         rule: FinishRule = ONE_JOB,
         patience: Patience = SOON,
@@ -58,7 +58,8 @@ def run(tmp_path: Path) -> Callable[..., launcher.CoRunOutcome]:
                  for name, values in settings.items()]  # fmt: skip
         environment = {**os.environ, "SCRIPTED_CLIENT": json.dumps(rules)}
         starter = Launcher(environment, patience=patience, interruption=interruption)
-        return starter.run(planned(count, command), paths_of, rule, before_go)
+        what = co_run if isinstance(co_run, PlannedCoRun) else planned(co_run, command)
+        return starter.run(what, paths_of, rule, before_go)
 
     return run_clients
 
@@ -126,6 +127,21 @@ def test_a_fixed_window_ends_without_a_whole_job_but_with_enough_units(run: Call
     )
     assert units["step"]["count"] >= 10
     assert result.window_end_seconds - result.window_start_seconds < 3
+
+
+def test_copies_of_a_job_have_an_index_each_the_same_in_two_modes_and_share_one_baseline(
+    run: Callable,
+) -> None:
+    copies = planned(3).clients
+    for mode in ("time-slicing", "mps"):
+        layout = build_plan(mode, lambda n: copies[:n], name="mine", counts=(3,), repeats=2)
+        seen = {
+            co_run.co_run: [c.identity["client_index"] for c in run(co_run).clients]
+            for co_run in (*layout.baseline, *layout.co_runs)
+        }
+        assert seen == {
+            "baseline-scripted": [0], "mine-3-r0": [0, 1, 2], "mine-3-r1": [0, 1, 2],
+        }  # fmt: skip
 
 
 def test_before_go_sees_everyone_ready_and_alive(run: Callable) -> None:

@@ -1,4 +1,4 @@
-"""The plan: mixes in the guide's order, job sizes, names, and plain data in and out."""
+"""The plan: mixes in the guide's order, job sizes, names, each client's index, and its record."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_the_other_mixes_are_copies_of_one_workload(mix: str, workload: str) -> 
 
 
 def test_the_guides_sizes_are_spelled_out_in_the_command() -> None:
-    commands = [client.command_line() for client in clients("mixed", 4)]
+    commands = [" ".join(client.command) for client in clients("mixed", 4)]
     assert "--batch-size 128 --epochs 5" in commands[0]
     assert "--model resnet50 --batch-size 32 --num-batches 100" in commands[1]
     assert "--num-operations 11" in commands[2]
@@ -73,7 +73,7 @@ def test_unset_options_leave_the_workloads_defaults() -> None:
 def test_engine_and_precision_reach_every_client_but_the_data_only_the_image_training() -> None:
     members = clients("mixed", 4, engine="eager", precision="fp32", data_dir="/data",
                       dataset="folder")  # fmt: skip
-    assert all("--engine eager --precision fp32" in client.command_line() for client in members)
+    assert all("--engine eager --precision fp32" in " ".join(client.command) for client in members)
     assert [("--data-dir" in client.command) for client in members] == [True, False, False, False]
 
 
@@ -120,10 +120,20 @@ def test_two_jobs_of_one_workload_get_different_baseline_names() -> None:
     assert names == ["baseline-resnet_training", "baseline-resnet_training-2"]
 
 
-def test_a_plan_survives_the_way_through_json() -> None:
-    layout = build("mps", repeats=2).map_clients(lambda client: client.with_arguments(["--x", "1"]))
-    again = Plan.from_dict(json.loads(json.dumps(layout.to_dict())))
-    assert again == layout
+@pytest.mark.parametrize("mode", ["time-slicing", "mps", "mig"])
+def test_the_saved_plan_shows_each_clients_index_and_0_for_every_job_alone(mode: str) -> None:
+    layout = build(mode, counts=(2, 8), repeats=2, share_baseline=mode == "mig")
+    saved = json.loads(json.dumps(layout.to_dict()))
+    assert [row["command"][-2:] for row in saved["baseline"]] == [["--client-index", "0"]] * len(
+        layout.baseline
+    )
+    for planned, run in zip(layout.co_runs, saved["co_runs"], strict=True):
+        indices = [client["command"][-2:] for client in run["clients"]]
+        assert indices == [["--client-index", str(i)] for i in range(len(planned.clients))]
+        assert not any("--client-index" in client["job_key"] for client in run["clients"])
+        assert [client["job_key"] for client in run["clients"][:4]] == list(layout.jobs())[
+            : len(run["clients"])
+        ]
 
 
 def test_the_saved_plan_has_the_documented_shape() -> None:

@@ -36,7 +36,7 @@ def test_a_workload_of_ours_gets_the_plans_flags_last(tmp_path: Path) -> None:
     plan = read(tmp_path, text)
     (client,) = clients(plan, 1, engine="graph")
     assert client.command[-2:] == ("--batch-size", "64")
-    assert "--epochs 5" in client.command_line()
+    assert "--epochs 5" in " ".join(client.command)
     assert client.job_key.endswith("--batch-size 64")
     assert "graph" not in client.job_key
     assert (plan.name, client.label) == ("my-jobs", "ResNet50 training")

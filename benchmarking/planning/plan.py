@@ -1,7 +1,7 @@
 """What runs beside what, decided before anything runs: mixes, job sizes, command lines.
 
-Pure: no process is started and no file is touched. A plan is plain data (`to_dict`, `from_dict`),
-so it is printed, saved with the run, and can come from elsewhere.
+Pure: no process is started and no file is touched. A plan is plain data (`to_dict`), so it is
+printed and saved with the run.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ class JobOptions:
 
 @dataclass(frozen=True)
 class PlannedClient:
-    """One client: the command as it could be typed by hand, and what its environment adds.
+    """One client: the command of its job, and what its environment adds.
 
     `job_key` names the distinct job (same key = same work); engine, precision and device are not
     in it, since they belong to how a job runs and are compared by the clients' identities.
@@ -158,24 +158,6 @@ class PlannedClient:
         """Return the same client with more flags (a later flag overrides an earlier one)."""
         return dataclasses.replace(self, command=(*self.command, *arguments))
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain data for JSON."""
-        return {
-            **dataclasses.asdict(self),
-            "command": list(self.command),
-            "environment": dict(self.environment),
-        }
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> PlannedClient:
-        """Build a client from plain data; keys that a client does not have are passed over."""
-        known = {item.name: values[item.name] for item in dataclasses.fields(cls)}
-        return cls(**{**known, "command": tuple(known["command"])})
-
-    def command_line(self) -> str:
-        """Return the command as one line for a shell."""
-        return shlex.join(self.command)
-
 
 @dataclass(frozen=True)
 class PlannedCoRun:
@@ -187,15 +169,29 @@ class PlannedCoRun:
     repeat: int
     clients: tuple[PlannedClient, ...]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain data for JSON."""
-        return {**_fields_without_clients(self), "clients": [c.to_dict() for c in self.clients]}
+    def command_of(self, client: PlannedClient) -> tuple[str, ...]:
+        """Return the client's command as it is run here, and could be typed by hand.
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> PlannedCoRun:
-        """Build a co-run from plain data."""
-        clients = tuple(PlannedClient.from_dict(client) for client in values["clients"])
-        return cls(values["co_run"], values["phase"], values["mode"], values["repeat"], clients)
+        `--client-index` gives each client a seed of its own: without it, copies of one job pause
+        and compute in lockstep. It is the client's number, the same in every mode and repeat, and
+        0 where a job runs alone; `job_key` does not hold it, so copies share one baseline.
+        """
+        index = client.client if self.phase == PHASE_CO_RUN else 0
+        return (*client.command, "--client-index", str(index))
+
+    def command_line_of(self, client: PlannedClient) -> str:
+        """Return `command_of` as one line for a shell."""
+        return shlex.join(self.command_of(client))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON, with the commands as they are run."""
+        return {
+            **_fields_without_clients(self),
+            "clients": [
+                {**dataclasses.asdict(client), "command": list(self.command_of(client))}
+                for client in self.clients
+            ],
+        }
 
 
 @dataclass(frozen=True)
@@ -209,19 +205,11 @@ class Plan:
         """Return plain data for JSON; a baseline is its one client with the co-run's fields."""
         return {
             "baseline": [
-                {**_fields_without_clients(run), **run.clients[0].to_dict()}
+                {**_fields_without_clients(run), **run.to_dict()["clients"][0]}
                 for run in self.baseline
             ],
             "co_runs": [run.to_dict() for run in self.co_runs],
         }
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Plan:
-        """Build a plan from plain data."""
-        return cls(
-            tuple(PlannedCoRun.from_dict({**run, "clients": [run]}) for run in values["baseline"]),
-            tuple(PlannedCoRun.from_dict(run) for run in values["co_runs"]),
-        )
 
     def map_clients(
         self,

@@ -175,9 +175,9 @@ class Client:
         """The process that was started; a client may name another one in its identity."""
         return self._process.pid if self._process else None
 
-    def start(self, base_environment: Mapping[str, str]) -> None:
-        """Start the command with its own session, leash and output files."""
-        command = [*self.planned.command, "--events", str(self.paths.events), "--hold"]
+    def start(self, command: Sequence[str], base_environment: Mapping[str, str]) -> None:
+        """Start `command` with its own session, stdin control channel and output files."""
+        command = [*command, "--events", str(self.paths.events), "--hold"]
         environment = {**base_environment, **self.planned.environment}
         with self.paths.stdout.open("wb") as stdout, self.paths.stderr.open("wb") as stderr:
             try:
@@ -340,7 +340,7 @@ class Launcher:
         cpu_at_go: list[CpuReading | None] = [None] * len(clients)
         cpu_at_stop = cpu_at_go
         try:
-            self._get_ready(clients)
+            self._get_ready(planned, clients)
             result.ready_seconds = time.monotonic()
             before_go(clients)
             cpu_at_go = read_process_trees([client.pid for client in clients])
@@ -368,11 +368,11 @@ class Launcher:
         _settle_outcome(result)
         return result
 
-    def _get_ready(self, clients: list[Client]) -> None:
+    def _get_ready(self, planned: PlannedCoRun, clients: list[Client]) -> None:
         """Load in parallel, then warm up one at a time, so that nobody tunes beside a neighbor."""
         deadline = time.monotonic() + self._patience.timeout
         for client in clients:
-            client.start(self._base_environment)
+            client.start(planned.command_of(client.planned), self._base_environment)
         self._wait(clients, lambda client: client.is_loaded, "load", deadline)
         for client in clients:
             client.send("warm")

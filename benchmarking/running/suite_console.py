@@ -52,7 +52,7 @@ def print_plan(setup: Setup, *, verbose: bool = False) -> None:
         print(f"  note: {note}")
     for run in setup.plan.baseline:
         print(f"  {run.co_run}: {run.clients[0].label} alone")
-        print(f"      {run.clients[0].command_line()}")
+        print(f"      {run.command_line_of(run.clients[0])}")
     if setup.baseline_run is not None:
         print(f"  baselines are those of run {setup.baseline_run.run_id}")
     for run in setup.plan.co_runs:
@@ -61,7 +61,7 @@ def print_plan(setup: Setup, *, verbose: bool = False) -> None:
         if verbose:
             for client in run.clients:
                 variables = " ".join(f"{key}={value}" for key, value in client.environment.items())
-                print(f"      {variables} {client.command_line()}")
+                print(f"      {variables} {run.command_line_of(client)}")
     sys.stdout.flush()
 
 

@@ -2,7 +2,8 @@
 
 Settings are JSON in the environment variable SCRIPTED_CLIENT: a list of
 `{"match": GLOB, ...settings}`; those whose glob matches `<script name>:<co-run>/<client>` count,
-later ones win. The script may be copied under any name to stand in for a workload.
+later ones win. The script may be copied under any name to stand in for a workload. Its identity
+holds the `--client-index` that it was given.
 
     unit_seconds    length of a unit (0.01)
     units           units a job (5)
@@ -190,6 +191,7 @@ class Script:
             "engine": value_of("--engine", "graph" if on_gpu else "eager"),
             "precision": value_of("--precision", "bf16" if on_gpu else "fp32"),
             "batch_size": int(value_of("--batch-size", "1")),
+            "client_index": int(value_of("--client-index", "-1")),
             "versions": {"torch": "scripted", "cuda": "13.0" if on_gpu else None},
             **self.settings.get("identity", {}),
         }  # fmt: skip
