@@ -1,8 +1,17 @@
-"""A copy of `benchmarking/` beside stand-ins for the programs that it runs, on a scripted card."""
+"""A copy of `benchmarking/` beside stand-ins for the programs that it runs, on a scripted card.
+
+What the programs wait for by the clock is shorter in the copy: scripted clients do in a tenth of a
+second what a job does in seconds.
+"""
 
 from __future__ import annotations
 
+import atexit
+import compileall
+import functools
+import re
 import shutil
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -10,16 +19,40 @@ import nvml_stub
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 
+# Constants of the programs by file, in seconds. A window holds two process lists at least.
+SHORTENED = {
+    "blast/aftermath.py": {"RETRY_SECONDS": 0.2},
+    "cost/windows.py": {"SETTLE_SECONDS": 0.2},
+    "gpu_monitor.py": {"PROCESS_LIST_PERIOD_SECONDS": 0.1},
+    "running/suite_run.py": {"GUIDE_MIN_SECONDS": 0.4, "SMALL_MIN_SECONDS": 0.4},
+}
+
 
 def copy_programs(root: Path, stand_in: Path, names: Iterable[str]) -> None:
     """Copy `benchmarking/` into `root`, and `stand_in` to each path of `names` below it."""
-    shutil.copytree(
-        PROJECT_ROOT / "benchmarking", root / "benchmarking",
-        ignore=shutil.ignore_patterns("__pycache__"),
-    )  # fmt: skip
+    shutil.copytree(_template(), root / "benchmarking")
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(stand_in, root / name)
+
+
+@functools.cache
+def _template() -> Path:
+    """The folder that is copied, made once a test process: shortened, and compiled already."""
+    made = Path(tempfile.mkdtemp(prefix="programs-"))
+    atexit.register(shutil.rmtree, made, ignore_errors=True)
+    folder = made / "benchmarking"
+    shutil.copytree(
+        PROJECT_ROOT / "benchmarking", folder, ignore=shutil.ignore_patterns("__pycache__")
+    )
+    for file, constants in SHORTENED.items():
+        text = (folder / file).read_text()
+        for name, seconds in constants.items():
+            text, count = re.subn(rf"^{name} = .*$", f"{name} = {seconds}", text, flags=re.M)
+            assert count == 1, f"{file} has no {name} any more"
+        (folder / file).write_text(text)
+    compileall.compile_dir(folder, quiet=1)
+    return folder
 
 
 def scripted_card(root: Path, **state: object) -> tuple[Path, dict[str, str]]:

@@ -57,7 +57,7 @@ from benchmarking.storage import run_store  # noqa: E402
 
 CLIENT = TESTS / "fakes" / "scripted_client.py"
 MARKER = "GPU_SHARING_SOAK_ROUND"
-JOBS = {"match": "*", "unit_seconds": 0.02, "units": 10}
+JOBS = {"match": "*", "unit_seconds": 0.02, "units": 5}
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
 DRIVER, SUITE, A_CLIENT, SAMPLER = "driver", "suite", "client", "sampler"
 DAEMON = "MPS daemon"

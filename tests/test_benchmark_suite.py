@@ -20,7 +20,7 @@ from pathlib import Path
 
 import nvml_stub
 import pytest
-from program_copy import processes_of
+from program_copy import copy_programs, processes_of
 from recorded_rows import client, co_run
 from waiting import wait_until
 
@@ -33,7 +33,7 @@ from benchmarking.storage import run_store
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 CLIENT = Path(__file__).parent / "fakes" / "scripted_client.py"
-FAST = {"match": "*", "unit_seconds": 0.02, "units": 10}
+FAST = {"match": "*", "unit_seconds": 0.02, "units": 4}
 CONTROL_PROGRAM = """#!/bin/sh
 running="$CUDA_MPS_PIPE_DIRECTORY/running"
 [ -e "$running" ] || { echo "Cannot find MPS control daemon process"; exit 1; }
@@ -64,14 +64,7 @@ class Bench:
             name: value for name, value in os.environ.items() if not name.startswith("CUDA_")
         }
         self.environment["GPU_SHARING_STATE_DIR"] = str(root / "state")
-        shutil.copytree(
-            PROJECT_ROOT / "benchmarking", root / "benchmarking",
-            ignore=shutil.ignore_patterns("__pycache__"),
-        )  # fmt: skip
-        for kind in WORKLOADS.values():
-            script = root / kind.script
-            script.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(CLIENT, script)
+        copy_programs(root, CLIENT, [kind.script for kind in WORKLOADS.values()])
 
     def script(self, *rules: dict) -> None:
         """Say how the clients behave."""
@@ -79,8 +72,8 @@ class Bench:
 
     def command(self, *arguments: str) -> list[str]:
         script = str(self.root / "benchmarking" / "benchmark_suite.py")
-        # Process lists are sampled once a second; without a card nothing needs that long.
-        least = "1.3" if "NVML_STUB_STATE" in self.environment else "0.2"
+        # On a card the window has to hold lists of its processes.
+        least = "0.4" if "NVML_STUB_STATE" in self.environment else "0.2"
         fixed = ["--results-dir", str(self.results), "--min-seconds", least]
         return [sys.executable, script, *fixed, *arguments]
 
@@ -280,12 +273,12 @@ def test_a_budget_leaves_out_repeats_but_never_the_first(bench: Bench) -> None:
 
 
 def test_a_window_measures_units_without_whole_jobs(bench: Bench) -> None:
-    bench.script({"match": "*:inference-*", "units": 20, "unit_seconds": 0.1})
-    done = bench.run("--mix", "inference", "--workloads", "1", "--window", "3")
+    bench.script({"match": "*:inference-*", "units": 40, "unit_seconds": 0.05})
+    done = bench.run("--mix", "inference", "--workloads", "1", "--window", "1.2")
     assert done.returncode == 0, done.stderr
     record = bench.only_run().clients_of("inference-1-r0")[0]
     length = record["window_end_seconds"] - record["window_start_seconds"]
-    assert 3 <= length < 8
+    assert 1.2 <= length < 6
     assert record["units"]["step"]["count"] >= 10
 
 
@@ -317,7 +310,7 @@ def test_a_failed_baseline_ends_the_run(bench: Bench) -> None:
 
 def test_a_stuck_client_is_a_timeout_row(bench: Bench) -> None:
     bench.script({"match": "*:training-2-r0/0", "fail": "hang", "fail_at": 0.0})
-    done = bench.run("--mix", "training", "--workloads", "2", "--timeout", "4")
+    done = bench.run("--mix", "training", "--workloads", "2", "--timeout", "2")
     assert done.returncode == 1
     run = bench.only_run()
     assert run.co_run_records[-1]["outcome"] == "timeout"
@@ -373,7 +366,7 @@ def test_a_results_folder_that_is_taken_away_ends_the_run_in_a_sentence(
 ) -> None:
     bench.script({"match": "*:training-2-r0/*", "units": 500})
     process = subprocess.Popen(
-        bench.command("--mix", "training", "--workloads", "2", "--window", "2", "--run-id", "mine"),
+        bench.command("--mix", "training", "--workloads", "2", "--window", "1", "--run-id", "mine"),
         env=bench.environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     events = "clients/training-2-r0/1.events.jsonl"
@@ -569,8 +562,8 @@ def test_a_gpu_that_is_lost_meanwhile_is_the_reason_whatever_becomes_of_its_clie
 ) -> None:
     bench = gpu_bench()
     if crashes:
-        bench.script({"match": "*:training-1-r0/0", "fail": "crash", "fail_at": 3})
-    arguments = ["--mix", "training", "--workloads", "1,2", "--quick", "--window", "4"]
+        bench.script({"match": "*:training-1-r0/0", "fail": "crash", "fail_at": 1})
+    arguments = ["--mix", "training", "--workloads", "1,2", "--quick", "--window", "1.5"]
     process = subprocess.Popen(
         bench.command(*arguments), env=bench.scripted_environment(), text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,

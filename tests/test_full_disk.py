@@ -69,7 +69,7 @@ def test_a_suite_and_an_analysis_on_a_full_disk_say_so_and_go_on_once_there_is_r
     bench = Bench(tmp_path)
     bench.script({"match": "*:training-2-r0/*", "units": 20})
     with tiny_disk(bench.results) as disk:
-        flags = ["--mix", "training", "--workloads", "2", "--window", "3", "--run-id", "mine"]
+        flags = ["--mix", "training", "--workloads", "2", "--window", "1.5", "--run-id", "mine"]
         events = "clients/training-2-r0/1.events.jsonl"
         code, stderr = fill_when(disk, tmp_path, bench.environment, bench.command(*flags), events)
         assert code == 1
@@ -134,11 +134,11 @@ def driven(request: pytest.FixtureRequest) -> Iterator[tuple[Round, TinyDisk]]:
             yield made, disk
 
 
-def slow_down(driven: Round, co_run: str) -> None:
-    """Make the clients of a co-run take long, so that it is met."""
-    jobs = json.loads(driven.environment["SCRIPTED_CLIENT"])
-    jobs.append({"match": f"*:{co_run}/*", "units": 200})
-    driven.environment["SCRIPTED_CLIENT"] = json.dumps(jobs)
+def kept_open(driven: Round) -> dict[str, str]:
+    """An environment in which the second of two clients works on when the first has done a job."""
+    rule = {"match": "*:training-2-r0/1", "units": 75}
+    jobs = [*json.loads(driven.environment["SCRIPTED_CLIENT"]), rule]
+    return {**driven.environment, "SCRIPTED_CLIENT": json.dumps(jobs)}
 
 
 @needs_mount
@@ -147,10 +147,8 @@ def test_an_experiment_on_a_full_disk_has_that_for_its_reason_and_goes_on(
     driven: tuple[Round, TinyDisk],
 ) -> None:
     made, disk = driven
-    slow_down(made, "training-2-r0")
-    before = made.environment
     code, stderr = fill_when(
-        disk, made.folder, made.environment, made.command(resume=False),
+        disk, made.folder, kept_open(made), made.command(resume=False),
         "time-slicing/clients/training-2-r0/0.events.jsonl",
     )  # fmt: skip
     assert code == 1
@@ -166,7 +164,7 @@ def test_an_experiment_on_a_full_disk_has_that_for_its_reason_and_goes_on(
     assert f"cannot write to {made.output} ({FULL})" in reason["analysis"]
 
     disk.make_room()
-    gone_on = run_on(disk, made.folder, before, *made.command(resume=True))
+    gone_on = run_on(disk, made.folder, made.environment, *made.command(resume=True))
     assert gone_on.returncode == 0, gone_on.stderr
     rows, warnings = run_store.read_phases(disk.seen)
     assert warnings == []
@@ -180,7 +178,6 @@ def test_an_experiment_without_room_for_a_row_ends_with_what_to_do(
     driven: tuple[Round, TinyDisk],
 ) -> None:
     made, disk = driven
-    slow_down(made, "baseline-resnet_training")
     code, stderr = fill_when(
         disk, made.folder, made.environment, made.command(resume=False), "*.events.jsonl"
     )
@@ -196,9 +193,8 @@ def test_a_stress_test_on_a_full_disk_found_no_breaking_point_and_goes_on(
     driven: tuple[Round, TinyDisk],
 ) -> None:
     made, disk = driven
-    slow_down(made, "training-2-r0")
     code, stderr = fill_when(
-        disk, made.folder, made.environment, made.command(resume=False),
+        disk, made.folder, kept_open(made), made.command(resume=False),
         "mps/clients/training-2-r0/0.events.jsonl",
     )  # fmt: skip
     assert code == 1
@@ -224,9 +220,8 @@ def test_a_results_folder_that_is_taken_away_and_brought_back_is_gone_on_with(sc
                                    "--repeats", "1", "--quick"],
             "stress_test.sh": ["mps", "2", "--quick"],
         }  # fmt: skip
-        slow_down(made, "training-2-r0")
         process = subprocess.Popen(
-            made.command(resume=False), cwd=folder, env=made.environment, text=True,
+            made.command(resume=False), cwd=folder, env=kept_open(made), text=True,
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
         )  # fmt: skip
         events = made.output / "mps" / "clients" / "training-2-r0" / "0.events.jsonl"

@@ -101,7 +101,10 @@ def test_windows_with_the_sampler_off_and_on_take_turns_beside_running_clients(
     assert [client["client"] for client in found["clients"]] == [0, 1]
     assert all(client["work_rate"] > 0 for client in found["clients"])
     assert all(0 <= client["window_host_cpu_fraction"] < 1 for client in found["clients"])
-    assert all(client["command"][-4:-2] == ["--model", "resnet18"] for client in found["clients"])
+    for index, client in enumerate(found["clients"]):
+        assert f"--model resnet18 --resolved yes --client-index {index}" in " ".join(
+            client["command"]
+        )
     assert "Sampler   costs" in output and "first units within" in output
     assert program_copy.processes_of(bench.root) == []
 

@@ -151,56 +151,53 @@ def reasons(run: run_store.Run) -> dict[str, str | None]:
     return {name: reason and reason["kind"] for name, reason in found.items()}
 
 
-@pytest.mark.parametrize(
-    ("kind", "told", "sentence"),
-    [
-        (
-            "oom",
-            {"cause": "out_of_memory", "memory": {"where": "gpu", "tried_mib": 2560.0}},
-            "tried 2.50 GiB with 1.00 GiB of 80.00 GiB free",
-        ),
-        (
-            "error",
-            {"cause": "unreadable_image", "memory": None},
-            "/data/cat/001.png cannot be read as an image (truncated)",
-        ),
-        (
-            "error",
-            {"cause": "diverged", "memory": None},
-            "the training diverged: the loss of epoch 2 became nan (learning rate 1e+30, bf16)",
-        ),
-        (
-            "error",
-            {"cause": "damaged_file", "memory": None},
-            "/weights/resnet50.pth does not fit its checksum; delete it",
-        ),
-        (
-            "error",
-            {"cause": "not_finite", "memory": None},
-            "the model's outputs are NaN; name other weights",
-        ),
-    ],
-    ids=lambda value: value["cause"] if isinstance(value, dict) else "",
-)
-def test_a_cause_reaches_the_records_the_terminal_and_the_report(
-    bench: Bench, kind: str, told: dict, sentence: str
-) -> None:
-    rule = {"match": "*:interactive-2-r0/1", "fail": kind, "fail_at": 0.05}
-    bench.script({**rule, "error": {**told, "message": sentence}})
-    done = bench.run("--mix", "interactive", "--workloads", "2")
-    assert done.returncode == 1
-    assert sentence in done.stderr
-    run = bench.only_run()
-    assert not run.warnings
-    neighbor, record = run.clients_of("interactive-2-r0")
-    assert {name: record[name] for name in told} == told
-    assert (neighbor["status"], neighbor["cause"]) == ("ok", None)
+CAUSES = [
+    (
+        "oom",
+        {"cause": "out_of_memory", "memory": {"where": "gpu", "tried_mib": 2560.0}},
+        "tried 2.50 GiB with 1.00 GiB of 80.00 GiB free",
+    ),
+    (
+        "error",
+        {"cause": "unreadable_image", "memory": None},
+        "/data/cat/001.png cannot be read as an image (truncated)",
+    ),
+    (
+        "error",
+        {"cause": "diverged", "memory": None},
+        "the training diverged: the loss of epoch 2 became nan (learning rate 1e+30, bf16)",
+    ),
+    (
+        "error",
+        {"cause": "damaged_file", "memory": None},
+        "/weights/resnet50.pth does not fit its checksum; delete it",
+    ),
+    (
+        "error",
+        {"cause": "not_finite", "memory": None},
+        "the model's outputs are NaN; name other weights",
+    ),
+]
+
+
+def test_a_cause_reaches_the_records_the_terminal_and_the_report(bench: Bench) -> None:
+    for kind, told, sentence in CAUSES:
+        rule = {"match": "*:interactive-2-r0/1", "fail": kind, "fail_at": 0.05}
+        bench.script({**rule, "error": {**told, "message": sentence}})
+        done = bench.run("--mix", "interactive", "--workloads", "2", "--run-id", told["cause"])
+        assert done.returncode == 1
+        assert sentence in done.stderr
+        run = run_store.read_run(bench.results / told["cause"])
+        assert not run.warnings
+        neighbor, record = run.clients_of("interactive-2-r0")
+        assert {name: record[name] for name in told} == told
+        assert (neighbor["status"], neighbor["cause"]) == ("ok", None)
     subprocess.run(
         (sys.executable, bench.root / "benchmarking" / "analyze_results.py",
          "--results-dir", bench.results), check=True, capture_output=True,
     )  # fmt: skip
-    (report,) = bench.results.rglob("report.md")
-    assert sentence in report.read_text()
+    report = (bench.results / "report.md").read_text()
+    assert [sentence for *_, sentence in CAUSES if sentence not in report] == []
 
 
 def test_bisection_finds_the_count_between_with_everything_that_the_others_had(

@@ -26,7 +26,7 @@ from benchmarking.sweeping.knobs import KNOBS
 from benchmarking.sweeping.points import NOT_RUN, Point, Tail, read_point
 
 CLIENT = Path(__file__).parent / "fakes" / "scripted_client.py"
-FAST = {"match": "*", "unit_seconds": 0.02, "units": 10}
+FAST = {"match": "*", "unit_seconds": 0.02, "units": 4}
 MODE_SCRIPT = """#!/bin/sh
 echo "$(basename "$0") $*" >>"{log}"
 case "$*" in *long*) echo "error: this driver has no long slices" >&2; exit 4 ;; esac
