@@ -14,8 +14,8 @@ from conftest import PROJECT_ROOT
 def test_the_demonstration_measures_on_the_cpu_and_reports_it_as_such(tmp_path: Path) -> None:
     output = tmp_path / "output"
     result = subprocess.run(
-        ["./run_experiments.sh", "--device", "cpu", "--workloads", "1", "--dataset", "synthetic",
-         "--modes", "time-slicing,mps", "--output", str(output)],
+        ["./run_experiments.sh", "--device", "cpu", "--workloads", "1", "--mix", "inference",
+         "--dataset", "synthetic", "--modes", "time-slicing,mps", "--output", str(output)],
         cwd=PROJECT_ROOT,
         env={**os.environ, "PYTHON": sys.executable},
         stdin=subprocess.DEVNULL,

@@ -324,7 +324,7 @@ def test_a_function_that_fails_alone_leaves_its_field_unknown_and_is_named_once(
         **BUSY, pids={938: 2228}, mps_pids={938: 2228}, fail=dict.fromkeys(failing, UNKNOWN_ERROR)
     )
     run = subprocess.run(
-        (*MONITOR, "--output", "-", "--interval", "0.1", "--duration", "0.3"), env=environment,
+        (*MONITOR, "--output", "-", "--interval", "0.1", "--duration", "0.1"), env=environment,
         capture_output=True, text=True, timeout=30, check=True,
     )  # fmt: skip
     _, first, *samples = [json.loads(line) for line in run.stdout.splitlines()]

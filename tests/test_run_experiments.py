@@ -109,10 +109,10 @@ def test_a_mode_that_cannot_be_enabled_is_a_failed_phase_with_the_scripts_words(
     runner: DriverRunner,
 ) -> None:
     runner.machine.fail("nvidia-cuda-mps-control -d", exit=1, text='not a "good" day')
-    result = runner.drive(SCRIPT)
+    result = runner.drive(SCRIPT, GPU_SHARING_WAIT_SECONDS="1")
     assert result.returncode == 1
     assert runner.outcomes()["mps"] == "failed"
-    assert "did not answer within 2 s" in runner.reason("mps")
+    assert "did not answer within 1 s" in runner.reason("mps")
     assert list(runner.suite_calls()) == ["baseline", "time-slicing"]
     assert runner.left_behind() == []
 
