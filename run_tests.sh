@@ -32,6 +32,8 @@ main() {
     ruff check .
     ruff format --check .
     check_shell_scripts
+    # Else each of the many processes that tests start compiles the project anew.
+    unset PYTHONDONTWRITEBYTECODE
     # In the order of collection: else a file of one long test would come last, and run alone.
     exec "$PYTHON" -m pytest --numprocesses "$(count_processes)" --dist loadfile \
         --no-loadscope-reorder "$@"

@@ -91,7 +91,7 @@ class Round:
     }  # fmt: skip
     # Longer than an undisturbed run takes on a quick machine, so that some kills come late.
     longest_seconds: ClassVar[dict[str, float]] = {
-        "run_experiments.sh": 14.0, "stress_test.sh": 14.0, "benchmarking/benchmark_suite.py": 7.0,
+        "run_experiments.sh": 8.0, "stress_test.sh": 7.0, "benchmarking/benchmark_suite.py": 3.0,
     }  # fmt: skip
 
     @classmethod
