@@ -286,7 +286,7 @@ def test_a_window_measures_units_without_whole_jobs(bench: Bench) -> None:
 
 
 def test_a_ramp_stops_at_the_first_count_that_fails(bench: Bench) -> None:
-    bench.script({"match": "*:training-2-r0/1", "fail": "oom", "fail_at": 0.2})
+    bench.script({"match": "*:training-2-r0/1", "fail": "oom", "fail_at": 0.05})
     done = bench.run("--mix", "training", "--workloads", "1,2,4")
     assert done.returncode == 1
     run = bench.only_run()
@@ -301,7 +301,7 @@ def test_a_ramp_stops_at_the_first_count_that_fails(bench: Bench) -> None:
 
 
 def test_a_failed_baseline_ends_the_run(bench: Bench) -> None:
-    bench.script({"match": "*:baseline-*", "fail": "crash", "fail_at": 0.1})
+    bench.script({"match": "*:baseline-*", "fail": "crash", "fail_at": 0.05})
     done = bench.run("--mix", "training")
     assert done.returncode == 1
     assert "exit code 7" in done.stderr
@@ -310,7 +310,7 @@ def test_a_failed_baseline_ends_the_run(bench: Bench) -> None:
 
 def test_a_stuck_client_is_a_timeout_row(bench: Bench) -> None:
     bench.script({"match": "*:training-2-r0/0", "fail": "hang", "fail_at": 0.0})
-    done = bench.run("--mix", "training", "--workloads", "2", "--timeout", "2")
+    done = bench.run("--mix", "training", "--workloads", "2", "--timeout", "3")
     assert done.returncode == 1
     run = bench.only_run()
     assert run.co_run_records[-1]["outcome"] == "timeout"
@@ -562,8 +562,8 @@ def test_a_gpu_that_is_lost_meanwhile_is_the_reason_whatever_becomes_of_its_clie
 ) -> None:
     bench = gpu_bench()
     if crashes:
-        bench.script({"match": "*:training-1-r0/0", "fail": "crash", "fail_at": 1})
-    arguments = ["--mix", "training", "--workloads", "1,2", "--quick", "--window", "1.5"]
+        bench.script({"match": "*:training-1-r0/0", "fail": "crash", "fail_at": 1.2})
+    arguments = ["--mix", "training", "--workloads", "1,2", "--quick", "--window", "2"]
     process = subprocess.Popen(
         bench.command(*arguments), env=bench.scripted_environment(), text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
