@@ -6,7 +6,7 @@
 Each batch is one launch of the forward pass and a wait for its end, timed on the host: what a
 caller waits for. The time on the device between two events and the copy of an input to the device
 are reported apart. The input lies on the device beforehand; batch norm is folded into the
-convolutions and the model cast once to the precision (see inference_model.py).
+convolutions and the model cast once to the precision (see models.py).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from workloads.common import cli, client, console
 from workloads.common.environment import clients_on_gpu
 from workloads.common.errors import NotFiniteError
-from workloads.common.latency import summarize_latency_ms
+from workloads.common.latency import is_few, summarize_latency_ms
 from workloads.inference.models import (
     add_model_flags,
     load_inference_model,
@@ -176,13 +176,18 @@ class BatchInference(client.Workload):
     def summary(self, figures: dict) -> list[tuple[str, str]]:
         """Return the lines of the terminal summary."""
         args = self.args
+        few = ", ".join(f"p{q}" for q in (50, 95, 99) if is_few(figures["batches"], q))
         rows = [
             ("Model", f"{args.model}, weights {self._weights.kind} ({self._weights.source})"),
             ("Batches", f"{figures['batches']} of {args.batch_size} images"),
             ("Latency a batch, mean", f"{figures['latency_mean_ms']:.2f} ms"),
             ("Median (P50)", f"{figures['latency_median_ms']:.2f} ms"),
             ("Min / max", f"{figures['latency_min_ms']:.2f} / {figures['latency_max_ms']:.2f} ms"),
-            ("P95 / P99", f"{figures['latency_p95_ms']:.2f} / {figures['latency_p99_ms']:.2f} ms"),
+            (
+                "P95 / P99",
+                f"{figures['latency_p95_ms']:.2f} / {figures['latency_p99_ms']:.2f} ms"
+                f" (n = {figures['batches']}{f', few for {few}' if few else ''})",
+            ),
             ("Throughput", f"{figures['samples_per_second']:.1f} samples/s"),
         ]
         if figures["latency_std_ms"] is not None:

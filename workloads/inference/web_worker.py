@@ -11,6 +11,7 @@ import ctypes
 import fcntl
 import json
 import math
+import mmap
 import os
 import signal
 import socket
@@ -27,9 +28,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import gevent
+import numpy as np
 from flask import Flask
 from gevent.pool import Pool
-from gevent.server import StreamServer
 from gunicorn import util
 from gunicorn.app.base import BaseApplication
 from gunicorn.http.errors import LimitRequestHeaders, LimitRequestLine, ParseException
@@ -45,6 +46,8 @@ CROWDED_SECONDS = 1.0  # who is waited for longer gives way when every connectio
 # In a shutdown: for requests that are on their way, and for bodies that do not move.
 LAST_REQUEST_SECONDS, LAST_BODY_SECONDS = 0.5, 2.0
 HEARTBEAT_SECONDS = 0.1
+WAIT_FOR_OTHERS_SECONDS, MAX_WAITS_FOR_OTHERS = 1e-3, 20
+MAX_WORKERS_EVER = 4096
 LINGER_SECONDS, LINGER_BYTES = 2.0, 8 << 20
 PR_SET_PDEATHSIG = 1  # prctl(2)
 
@@ -75,28 +78,54 @@ class WebWorker(GeventWorker):
         self._pool = Pool(self.worker_connections)
         engine = EngineClient(socket.socket(fileno=settings.door))
         web_app.begin(settings, engine, self)
-        handle = partial(self.handle, self.sockets[0])
-        server = StreamServer(self.sockets[0], handle=handle, spawn=self._pool)
-        server.max_accept = 1  # the other workers shall get some
-        server.start()
+        listener = self.sockets[0]
+        accepting = gevent.spawn(self._accept_all, listener)
         while self.alive and not self.is_stuck:
             self.notify()
+            self._count_connections()
             if self._pool.full():
                 self._end_waits(CROWDED_SECONDS)
             gevent.sleep(HEARTBEAT_SECONDS)
         self.alive = False
-        self._drain(server, settings.drain_seconds)
+        self._drain(accepting, listener, settings.drain_seconds)
         if cut_off := sum(self._has_request(greenlet) for greenlet in self._pool):
             engine.report_unanswered(cut_off)
         # Not by the interpreter's own end, which would wait for a thread that is stuck.
         os._exit(0)
 
-    def _drain(self, server: StreamServer, seconds: float) -> None:
+    def _accept_all(self, listener: socket.socket) -> None:
+        while True:
+            self._pool.wait_available()
+            self._wait_for_others()
+            try:
+                client, address = listener.accept()
+            except OSError:  # no more files, or the client has left already
+                gevent.sleep(HEARTBEAT_SECONDS)
+                continue
+            self._pool.spawn(self.handle, listener, client, address)
+
+    def _wait_for_others(self) -> None:
+        """Let workers with fewer connections go first, for a moment.
+
+        Else a burst goes to whoever wakes up, and 64 clients kept for a whole test what they got in
+        the first milliseconds: eight workers answered 4,088 requests/s with a p95 of 41 ms.
+        """
+        for _ in range(MAX_WAITS_FOR_OTHERS):
+            self._count_connections()
+            if len(self._pool) * self.cfg.workers <= self.app.connections.sum():
+                break
+            gevent.sleep(WAIT_FOR_OTHERS_SECONDS)
+
+    def _count_connections(self) -> None:
+        self.app.connections[self.age % MAX_WORKERS_EVER] = len(self._pool)
+
+    def _drain(self, accepting: gevent.Greenlet, listener: socket.socket, seconds: float) -> None:
         begin = time.monotonic()
         while (elapsed := time.monotonic() - begin) < seconds:
             self.notify()
             if elapsed > LAST_REQUEST_SECONDS:
-                server.close()
+                accepting.kill()
+                listener.close()
                 self._end_waits(0.0, with_request=elapsed > LAST_BODY_SECONDS)
                 if not self._pool:
                     break
@@ -185,6 +214,8 @@ class WebServer(BaseApplication):
     def __init__(self, settings: Settings) -> None:
         """Keep the settings; ``run`` serves."""
         self.settings = settings
+        # How many each worker has, by its age; in memory that all of them share.
+        self.connections = np.frombuffer(mmap.mmap(-1, 2 * MAX_WORKERS_EVER), np.uint16)
         super().__init__()
 
     def load_config(self) -> None:
@@ -204,9 +235,13 @@ class WebServer(BaseApplication):
             "forwarded_allow_ips": "",
             "loglevel": "warning",
             "post_fork": lambda server, worker: _die_with_parent(),
+            "child_exit": lambda server, worker: self._forget(worker),
         }
         for name, value in options.items():
             self.cfg.set(name, value)
+
+    def _forget(self, worker: WebWorker) -> None:
+        self.connections[worker.age % MAX_WORKERS_EVER] = 0
 
     def load(self) -> Flask:
         """Return the application; called by gunicorn."""
