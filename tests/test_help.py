@@ -19,11 +19,8 @@ FOLDERS_OF_SCRIPTS = (".", "gpu-configs")
 FOLDERS_OF_PROGRAMS = ("benchmarking", "benchmarking/*", "workloads", "workloads/*", "lib")
 # Sourced by the scripts, never run itself.
 SOURCED = {"setup_environment.sh"}
-# Processes of load_test.py and inference_server.py, which hand them open sockets as arguments.
-STARTED_BY_A_PROGRAM = (
-    "workloads/inference/load_worker.py",
-    "workloads/inference/front_end_process.py",
-)
+# A process of inference_server.py, which hands it open sockets as arguments.
+STARTED_BY_A_PROGRAM = ("workloads/inference/front_end_process.py",)
 
 
 def entry_scripts() -> list[str]:

@@ -7,14 +7,16 @@
 By default a closed loop: a client sends its next request when it has the answer to the last one,
 so the load adapts to the server and a stall hides the requests that it kept from being sent. With
 --rate an open loop: requests are due at times drawn up front, and latency counts from when a
-request was due. Connections are kept alive, the JPEGs (random 224x224 RGB) are encoded once, a few
-requests a client before the start are not counted. Exit code 1 when no request succeeded, 2 when
-the server cannot be reached.
+request was due. Failed and timed-out requests count as infinitely late in the percentiles.
+Connections are kept alive, the JPEGs (random 224x224 RGB) are encoded once, a few requests a client
+before the start are not counted, proxies that the environment names are not used. Exit code 1 when
+no request succeeded, 2 when the server cannot be reached or this machine is too small for the load.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import os
 import sys
 import time
@@ -25,19 +27,18 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from workloads.common import cli, client, console
-from workloads.common.errors import EXIT_FAILED, UsageError
+from workloads.common.errors import EXIT_FAILED, UsageError, first_line
+from workloads.common.results import require_writable
 from workloads.inference import api_key
 
 if TYPE_CHECKING:
     import numpy as np
-    import urllib3
+    from yarl import URL
 
-    from workloads.inference.load_figures import Requests
-    from workloads.inference.load_generator import Measured
-    from workloads.inference.load_messages import WorkerPlan
+    from workloads.inference.load_generator import LoadGenerator, Measured
 
 DISTINCT_IMAGES = 16
-READY_PROBE_SECONDS = 0.25
+READY_PROBE_SECONDS, PROBE_SECONDS, WAITING_LINE_SECONDS = 0.25, 5.0, 5.0
 COLLECT_SECONDS = 0.2
 # Units of work: a request answered with status 200; one that failed, or was past its bound without
 # an answer, which has no response time.
@@ -122,38 +123,50 @@ class LoadTest(client.Workload):
     name = "load_test"
     title = "Load test"
     nothing_succeeded = False
+    _server: URL | None = None
+    _generator: LoadGenerator | None = None
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        """Keep the parsed flags."""
+        super().__init__(args)
+        # What is written next to the result, by its key in the result.
+        self.files: dict[str, Path] = {}
+
+    def wait_for_server(self) -> None:
+        """Wait until ``/health`` answers with anything but 503; this is no start-up of ours.
+
+        Raises:
+            UsageError: Nobody answers, the server does not get ready, or wants another API key.
+        """
+        url = server_url(self.args.server)
+        asyncio.run(_wait_until_ready(url, self.args))
+        self._server = url
 
     def load(self) -> None:
-        """Wait for the server and start the client processes."""
-        from workloads.inference.load_generator import (
-            LoadGenerator,
-            default_processes,
-            split_plan,
-        )
+        """Start the processes of the load generator."""
+        from workloads.inference import load_generator
 
         args = self.args
-        self._wait_for_server()
-        processes = args.processes or default_processes(args.clients, args.rate)
+        if self._server is None:
+            self.wait_for_server()
         self._offsets = self._schedule()
-        self._generator = LoadGenerator(split_plan(self._plan(), processes, self._offsets))
-
-    def _plan(self) -> WorkerPlan:
-        from workloads.inference.load_messages import WorkerPlan
-        from workloads.inference.load_requests import encode_images, encode_requests
-
-        args = self.args
-        url = f"{args.server.rstrip('/')}/predict"
-        images = encode_images(DISTINCT_IMAGES, args.seed)
-        return WorkerPlan(
-            url=url,
-            requests=encode_requests(url, images, args.upload, args.api_key),
+        images = load_generator.encode_images(DISTINCT_IMAGES, args.seed)
+        bodies, content_type = load_generator.encode_bodies(images, args.upload)
+        plan = load_generator.LoadPlan(
+            url=str(self._server / "predict"),
+            headers={"Content-Type": content_type, **_key_header(args.api_key)},
+            bodies=bodies,
             clients=args.clients,
-            threads=args.clients if args.rate is None else max(args.clients, args.max_connections),
+            connections=args.clients
+            if args.rate is None
+            else max(args.clients, args.max_connections),
             duration_seconds=args.duration,
             timeout_seconds=args.timeout,
             warm_up_requests=args.warm_up_requests,
-            offsets=None,
+            offsets=self._offsets,
         )
+        processes = args.processes or load_generator.default_processes(args.clients, args.rate)
+        self._generator = load_generator.LoadGenerator(plan, processes)
 
     def _schedule(self) -> np.ndarray | None:
         """Return when the open loop intends to send; None for a closed loop.
@@ -161,66 +174,18 @@ class LoadTest(client.Workload):
         Raises:
             UsageError: Rate and duration give no request at all.
         """
-        from workloads.inference.load_schedule import arrival_offsets
+        from workloads.inference.load_generator import arrival_offsets
 
         args = self.args
         if args.rate is None:
             return None
-        offsets = arrival_offsets(args.rate, args.arrival, args.duration, args.seed)
+        offsets = arrival_offsets(args.rate, args.arrival, args.duration, self.order_seed)
         if not len(offsets):
             raise UsageError(
                 f"--rate {args.rate:g} for --duration {args.duration:g} seconds draws no request; "
                 "raise one of them"
             )
         return offsets
-
-    def _wait_for_server(self) -> None:
-        """Wait until ``/health`` answers with anything but 503.
-
-        Raises:
-            UsageError: Nobody answers, or the server does not get ready.
-        """
-        import urllib3
-
-        args = self.args
-        try:
-            address = urllib3.util.parse_url(args.server)
-        except urllib3.exceptions.LocationParseError:
-            address = urllib3.util.Url()
-        if address.scheme not in ("http", "https") or not address.host:
-            raise UsageError(
-                f"--server {args.server} is no address; write it as http://localhost:5000"
-            )
-        pool = urllib3.connection_from_url(args.server, retries=False)
-        path = f"{(address.path or '').rstrip('/')}/health"
-        started_seconds = time.monotonic()
-        answered = False
-        while True:
-            try:
-                answered = pool.request("GET", path, timeout=5.0).status != 503
-                waiting_for, limit_seconds = "does not get ready", args.ready_seconds
-            except urllib3.exceptions.HTTPError:
-                waiting_for, limit_seconds = "does not answer", args.connect_seconds
-            if answered:
-                self._require_key(pool, f"{(address.path or '').rstrip('/')}/stats")
-                pool.close()
-                return
-            if time.monotonic() - started_seconds > limit_seconds:
-                raise UsageError(
-                    f"the server {args.server} {waiting_for}; start it with "
-                    "python3 workloads/inference/inference_server.py, or name another with --server"
-                )
-            time.sleep(READY_PROBE_SECONDS)
-
-    def _require_key(self, pool: urllib3.HTTPConnectionPool, path: str) -> None:
-        """Raise UsageError where the server wants another API key than ours, or any."""
-        key = self.args.api_key
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        if pool.request("GET", path, headers=headers, timeout=5.0).status == 401:
-            given = "does not take this API key" if key else "wants an API key"
-            raise UsageError(
-                f"the server {self.args.server} {given}; give its own by {api_key.VARIABLE}"
-            )
 
     def warm_up(self) -> None:
         """Wait until every client has sent its uncounted requests."""
@@ -239,7 +204,12 @@ class LoadTest(client.Workload):
                 elapsed = int(min(time.monotonic() - start_seconds, self.args.duration))
                 bar.advance(elapsed - reported, f"{finished} requests")
                 reported = elapsed
-        return self.figures(self._generator.measured, start_seconds)
+        measured = self._generator.measured()
+        figures = self.figures(measured, start_seconds, self.args.duration)
+        # Under the suite every latency is in the event log, and nobody looks at a client's charts.
+        if not self.args.hold:
+            self._write_files(measured.requests, figures, start_seconds)
+        return figures
 
     def collect(self, recorder: client.Recorder, start_seconds: float) -> int:
         """Record the requests that finish within a moment; return how many there were.
@@ -278,28 +248,20 @@ class LoadTest(client.Workload):
             return
         due = start_seconds + self._offsets
         past_bound = due[due < time.monotonic() - self.args.slo_ms / 1e3]
-        for intended in np.setdiff1d(past_bound, self._generator.measured.table()[:, 0]).tolist():
+        finished = self._generator.measured().requests["intended"]
+        for intended in np.setdiff1d(past_bound, finished).tolist():
             recorder.unit(MISSED, intended, intended)
 
-    def figures(
-        self, measured: Measured, start_seconds: float, duration_seconds: float | None = None
-    ) -> dict:
-        """Return the figures of a job that began at ``start_seconds``, of ``--duration`` if unsaid.
+    def figures(self, measured: Measured, start_seconds: float, duration_seconds: float) -> dict:
+        """Return the figures of a job that began at ``start_seconds``; units are in the names."""
+        from workloads.inference import load_report
 
-        The units are part of the names.
-        """
-        from workloads.inference import load_figures as figures_of
-
-        args = self.args
-        duration_seconds = duration_seconds or args.duration
-        self._start_seconds = start_seconds
-        self._requests = requests = figures_of.Requests.of(measured.table())
-        last_seconds = requests.end.max() - start_seconds if len(requests.end) else 0.0
+        args, requests = self.args, measured.requests
+        last_seconds = requests["end"].max() - start_seconds if len(requests) else 0.0
         elapsed_seconds = max(duration_seconds, float(last_seconds))
-        figures = figures_of.outcome_figures(requests)
+        figures = load_report.request_figures(requests, args.slo_ms)
         succeeded = figures["successful_requests"]
         self.nothing_succeeded = not succeeded
-        figures |= figures_of.latency_figures(requests.latency_seconds[requests.ok], "latency")
         figures |= {
             # Of successful requests: a refused connection fails in no time and is no throughput.
             "qps": succeeded / elapsed_seconds,
@@ -308,27 +270,15 @@ class LoadTest(client.Workload):
             "errors": dict(measured.failures),
             "connections_opened": measured.connections_opened,
         }
-        if args.slo_ms is not None:
-            figures["slo_attainment_percent"] = figures_of.slo_attainment_percent(
-                requests, args.slo_ms
-            )
         if args.rate is not None:
-            figures |= figures_of.open_loop_figures(requests, start_seconds, duration_seconds)
-            figures |= figures_of.latency_figures(requests.service_seconds[requests.ok], "service")
-        figures |= self._generator_figures(measured, elapsed_seconds, figures)
-        return figures | self._file_names()
-
-    def _generator_figures(
-        self, measured: Measured, elapsed_seconds: float, figures: dict
-    ) -> dict[str, object]:
-        """Return what the generator used, and flag the run if that was its limit."""
-        from workloads.inference.load_figures import generator_limit
-
+            figures |= load_report.open_loop_figures(requests, start_seconds, duration_seconds)
         busiest_percent = 100.0 * max(measured.cpu_seconds) / elapsed_seconds
-        limit = generator_limit(figures.get("late_by_generator_percent"), busiest_percent)
+        limit = load_report.generator_limit(
+            figures.get("late_by_generator_percent"), busiest_percent
+        )
         if limit is not None and not self.warnings:
             self.warn(limit)
-        return {
+        return figures | {
             "generator_processes": self._generator.processes,
             "generator_cpu_cores": sum(measured.cpu_seconds) / elapsed_seconds,
             "generator_busiest_process_percent": busiest_percent,
@@ -336,46 +286,32 @@ class LoadTest(client.Workload):
             "generator_limited_reason": limit,
         }
 
-    def _file_names(self) -> dict[str, str]:
-        """Return the files that ``write_files`` will write, by what they hold."""
+    def _write_files(self, requests: np.ndarray, figures: dict, start_seconds: float) -> None:
+        """Write the raw latencies and draw the charts, next to the result, and name them there."""
+        from workloads.inference import load_report
+
         args = self.args
         stem = f"{self.name}_{time.strftime('%Y%m%d-%H%M%S')}_{os.getpid()}"
-        # Under the suite every latency is in the event log, and nobody looks at a client's charts.
-        self._files = {} if args.hold else {"raw_file": f"{stem}_requests.npy"}
-        if self._draws_charts() and not self.nothing_succeeded:
-            self._files["latency_chart"] = f"{stem}_latency.png"
-            self._files["qps_chart"] = f"{stem}_qps.png"
-        return self._files
-
-    def _draws_charts(self) -> bool:
-        args = self.args
-        by_default = args.events is None if args.charts is None else args.charts
-        return by_default and not args.hold
-
-    def write_files(self) -> None:
-        """Write the raw latencies and draw the charts, beside the result."""
-        from workloads.inference.load_figures import save_raw
-
-        requests: Requests | None = getattr(self, "_requests", None)
-        if requests is None or not self._files:
-            return
-        folder = self.args.results_dir
-        save_raw(folder / self._files["raw_file"], requests, self._start_seconds)
-        if "latency_chart" not in self._files:
-            return
-        from workloads.inference import load_charts
-
-        load_charts.draw_latency_histogram(
-            folder / self._files["latency_chart"], 1e3 * requests.latency_seconds[requests.ok]
-        )
-        load_charts.draw_qps_timeline(
-            folder / self._files["qps_chart"], requests.end - self._start_seconds, requests.ok,
-            self.args.duration, self.args.rate,
-        )  # fmt: skip
+        self.files["raw_file"] = args.results_dir / f"{stem}_requests.npy"
+        load_report.save_raw(self.files["raw_file"], requests, start_seconds)
+        draws_charts = args.events is None if args.charts is None else args.charts
+        if draws_charts and not self.nothing_succeeded:
+            charts = [args.results_dir / f"{stem}_{what}.png" for what in ("latency", "qps")]
+            try:
+                load_report.draw_charts(
+                    *charts, requests, figures, start_seconds, args.duration, args.rate
+                )
+                self.files |= zip(("latency_chart", "qps_chart"), charts, strict=True)
+            except Exception as error:  # whatever ails matplotlib here, the figures are there
+                self.warn(
+                    f"the charts could not be drawn ({first_line(error)}); all figures are in the "
+                    "result"
+                )
+        figures |= {key: path.name for key, path in self.files.items()}
 
     def close(self) -> None:
-        """End the client processes."""
-        if hasattr(self, "_generator"):
+        """End the processes."""
+        if self._generator is not None:
             self._generator.close()
 
     def settings(self) -> dict:
@@ -398,17 +334,85 @@ class LoadTest(client.Workload):
 
     def summary(self, figures: dict) -> list[tuple[str, str]]:
         """Return the lines of the terminal summary."""
-        from workloads.inference.load_summary import load_in_words, summary_rows
+        from workloads.inference.load_report import summary_rows
 
-        where = f"{self.args.server}, {load_in_words(self.args)}"
-        return [("Server", where), *summary_rows(figures, self.args)]
+        args = self.args
+        load = f"{args.clients} clients"
+        if args.rate is not None:
+            load = f"open loop, {args.rate:g} requests a second, {args.arrival} arrivals"
+        return [("Server", f"{args.server}, {load}"), *summary_rows(figures, args)]
+
+
+def server_url(text: str) -> URL:
+    """Return the address of a server, percent-encoded.
+
+    Raises:
+        UsageError: It is none, or holds a password, which would get into the result.
+    """
+    from yarl import URL
+
+    try:
+        url = URL(text)
+        is_address = url.scheme in ("http", "https") and url.host
+    except ValueError:
+        is_address = False
+    if not is_address:
+        raise UsageError(f"--server {text} is no address; write it as http://localhost:5000")
+    if url.user is not None or url.password is not None:
+        raise UsageError(
+            "--server takes no user name and password, which would be written into the result; "
+            f"give the server's key by {api_key.VARIABLE}"
+        )
+    return url.with_query(None).with_fragment(None)
+
+
+def _key_header(key: str | None) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
+async def _wait_until_ready(url: URL, args: argparse.Namespace) -> None:
+    """See ``LoadTest.wait_for_server``."""
+    import aiohttp
+
+    started_seconds, next_line_seconds = time.monotonic(), 0.0
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=PROBE_SECONDS)) as session:
+        while True:
+            try:
+                async with session.get(url / "health") as response:
+                    if response.status != 503:
+                        break
+                    state, limit_seconds = "does not get ready", args.ready_seconds
+            except (aiohttp.ClientError, asyncio.TimeoutError, OSError):
+                state, limit_seconds = "does not answer", args.connect_seconds
+            waited_seconds = time.monotonic() - started_seconds
+            if waited_seconds > limit_seconds:
+                raise UsageError(
+                    f"the server {args.server} {state}; start it with "
+                    "python3 workloads/inference/inference_server.py, or name another with --server"
+                )
+            if waited_seconds >= next_line_seconds:
+                next_line_seconds += WAITING_LINE_SECONDS
+                so_far = f"{waited_seconds:.0f} of {limit_seconds:g} s"
+                console.note(f"waiting for the server at {url} ... ({state} yet, {so_far})")
+            await asyncio.sleep(READY_PROBE_SECONDS)
+        async with session.get(url / "stats", headers=_key_header(args.api_key)) as response:
+            if response.status == 401:
+                given = "does not take this API key" if args.api_key else "wants an API key"
+                raise UsageError(
+                    f"the server {args.server} {given}; give its own by {api_key.VARIABLE}"
+                )
 
 
 def main() -> int:
     """Run the load test; exit code 1 when no request succeeded."""
     workload = LoadTest(parse_arguments())
+    args = workload.args
+    if not (args.resolve or args.hold):
+        require_writable(args.results_dir)
+        workload.wait_for_server()
     code = client.run(workload)
-    workload.write_files()
+    for key, path in workload.files.items():
+        print(f"{key.replace('_', ' ')}: {path}", flush=True)
     return EXIT_FAILED if workload.nothing_succeeded else code
 
 
