@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,9 @@ from held_client import HeldClient
 from benchmarking.storage import run_store
 from workloads.common import client
 from workloads.common.errors import GpuUnavailableError, JobFailedError, OutOfGpuMemoryError
-from workloads.inference import api_key, held_server, load_test
-from workloads.inference.held_server import HeldServer
-from workloads.inference.load_generator import Measured
+from workloads.inference import api_key, load_test, serving_client
+from workloads.inference.load_generator import RECORD_FIELDS, Measured
+from workloads.inference.serving_client import HeldServer
 
 SCRIPT = "workloads/inference/serving_client.py"
 KEY = "0123456789abcdef.serving"
@@ -127,6 +128,38 @@ def test_alone_the_suite_measures_the_capacity_and_offers_half_of_it(tmp_path: P
     assert len(record["latency_ms"]) == record["units"]["request"]["count"] > 0
 
 
+def flags_of(monkeypatch: pytest.MonkeyPatch, *arguments: str, cores: int = 16):
+    monkeypatch.setattr(sys, "argv", ["serving_client.py", *arguments])
+    monkeypatch.setattr(serving_client, "usable_cores", lambda: cores)
+    return serving_client.parse_arguments()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "cores", "workers"),
+    [((), 16, 4), ((), 12, 3), ((), 2, 2), ((), 64, 4), (("--workers", "7"), 16, 7),
+     (("--frontends", "3"), 16, 3), (("--frontends", "0"), 16, 1)],
+)  # fmt: skip
+def test_the_server_gets_a_worker_for_every_four_cores_or_as_many_as_asked(
+    arguments, cores: int, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = flags_of(monkeypatch, *arguments, cores=cores)
+    assert args.workers == workers
+    given = serving_client.ServingClient(args)._server_arguments()
+    assert given[given.index(serving_client.SERVER_WORKERS_FLAG) + 1] == str(workers)
+
+
+def test_each_client_of_one_seed_has_arrivals_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    for index in ("0", "1", "0"):
+        job = serving_client.ServingClient(flags_of(monkeypatch, "--client-index", index))
+        job._identity, job._rate = {"port": 1}, 50.0
+        users = job._make_users()
+        assert users.args.upload == "raw"
+        drawn.append(users._schedule())
+    assert (drawn[0] == drawn[2]).all()
+    assert not np.isin(drawn[0], drawn[1]).any()
+
+
 class Stopped:
     """Stands for a recorder that is told to stop, and keeps the units."""
 
@@ -146,10 +179,13 @@ class Answering:
     """Stands for a load generator that has these answers when it is stopped."""
 
     def __init__(self, answers: np.ndarray) -> None:
-        self.measured = Measured([answers])
+        self._answers = answers
 
     def stop(self) -> list[np.ndarray]:
-        return self.measured.records
+        return [self._answers]
+
+    def measured(self) -> Measured:
+        return Measured(self._answers, Counter(), [0.0], 0)
 
 
 def test_a_stop_counts_what_is_past_its_bound_without_an_answer_as_missed() -> None:
@@ -158,9 +194,9 @@ def test_a_stop_counts_what_is_past_its_bound_without_an_answer_as_missed() -> N
     # Due after 1, 5, 7 and 9.5 s: answered, failed, and not yet answered, which the last may be.
     users._offsets = np.array([1.0, 5.0, 7.0, 9.5])
     rows = [
-        [begin + due, begin, begin + due, begin + due + 0.1, ok] for due, ok in ((1, 1), (5, 0))
+        (begin + due, begin, begin + due, begin + due + 0.1, ok) for due, ok in ((1, 1), (5, 0))
     ]
-    users._generator = Answering(np.array(rows))
+    users._generator = Answering(np.array(rows, dtype=RECORD_FIELDS))
     recorder = Stopped()
     with pytest.raises(client.StopRequested):
         users.collect(recorder, begin)
@@ -176,7 +212,7 @@ def pretend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def start(then: str) -> tuple[HeldServer, int]:
         script = tmp_path / "server.py"
         script.write_text(PRETENDED % then)
-        monkeypatch.setattr(held_server, "SERVER", script)
+        monkeypatch.setattr(serving_client, "SERVER", script)
         server = HeldServer([])
         server.wait_until_loaded()
         return server, server.warm_up()["pid"]
@@ -208,8 +244,8 @@ def test_a_server_is_asked_to_stop_before_it_is_told(pretend) -> None:
 def test_a_server_that_does_not_stop_is_terminated_and_at_last_killed(
     pretend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(held_server, "STOP_SECONDS", 0.3)
-    monkeypatch.setattr(held_server, "TERMINATE_SECONDS", 0.3)
+    monkeypatch.setattr(serving_client, "STOP_SECONDS", 0.3)
+    monkeypatch.setattr(serving_client, "TERMINATE_SECONDS", 0.3)
     server, pid = pretend(
         "import signal\n"
         "signal.signal(signal.SIGTERM, lambda *_: tell('done', peak_memory_mib=3))\n"

@@ -123,7 +123,7 @@ class LoadTest(client.Workload):
     name = "load_test"
     title = "Load test"
     nothing_succeeded = False
-    _server: URL | None = None
+    _url: URL | None = None
     _generator: LoadGenerator | None = None
 
     def __init__(self, args: argparse.Namespace) -> None:
@@ -140,20 +140,20 @@ class LoadTest(client.Workload):
         """
         url = server_url(self.args.server)
         asyncio.run(_wait_until_ready(url, self.args))
-        self._server = url
+        self._url = url
 
     def load(self) -> None:
         """Start the processes of the load generator."""
         from workloads.inference import load_generator
 
         args = self.args
-        if self._server is None:
+        if self._url is None:
             self.wait_for_server()
         self._offsets = self._schedule()
         images = load_generator.encode_images(DISTINCT_IMAGES, args.seed)
         bodies, content_type = load_generator.encode_bodies(images, args.upload)
         plan = load_generator.LoadPlan(
-            url=str(self._server / "predict"),
+            url=str(self._url / "predict"),
             headers={"Content-Type": content_type, **_key_header(args.api_key)},
             bodies=bodies,
             clients=args.clients,

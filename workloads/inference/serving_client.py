@@ -2,7 +2,7 @@
 """The inference service as one job: a server, and its users at a fixed rate.
 
     python3 workloads/inference/serving_client.py --rate 300 --duration 30
-    python3 workloads/inference/serving_client.py                # half of what the server bears
+    python3 workloads/inference/serving_client.py                # half of the server's capacity
 
 Starts inference_server.py on a free port of this machine and sends it requests as load_test.py
 does: an open loop with Poisson arrivals, so that the same is offered whatever the answers do, and
@@ -15,22 +15,40 @@ the job's baseline, and fixes the rate for everything after.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
+import signal
+import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from workloads.common import cli, client, console
 from workloads.common.environment import usable_cores
-from workloads.common.errors import JobFailedError
+from workloads.common.errors import (
+    EXIT_OUT_OF_MEMORY,
+    DamagedFileError,
+    GpuUnavailableError,
+    JobFailedError,
+    NotFiniteError,
+    OutOfGpuMemoryError,
+    UsageError,
+)
 from workloads.inference import load_test
 from workloads.inference.models import add_model_flags, resolve_model_flags
 
-if TYPE_CHECKING:
-    from workloads.inference.held_server import HeldServer
-
+SERVER = Path(__file__).with_name("inference_server.py")
+# What the server calls its processes that speak HTTP.
+SERVER_WORKERS_FLAG = "--frontends"
+POLL_SECONDS = 0.05
+# A stop drains what has arrived. A process that is killed with kernels in flight can harm the other
+# clients of an MPS server, so that comes last; all together stay under the suite's own time limit.
+STOP_SECONDS = 35.0
+TERMINATE_SECONDS = 15.0
 # Of the closed-loop capacity: busy enough to feel a neighbor, and far from a queue that only grows.
 OFFERED_SHARE = 0.5
 CALIBRATION_SECONDS = 3.0
@@ -38,8 +56,8 @@ CALIBRATION_SECONDS = 3.0
 STEADY_SECONDS = 1800.0
 # Up to this a person feels an answer as immediate (J. Nielsen, Usability Engineering, 1993).
 DEFAULT_SLO_MS = 100.0
-# A front end for every so many cores; the other clients of the GPU need the host too.
-CORES_PER_FRONT_END, MAX_FRONT_ENDS = 4, 4
+# A worker for every so many cores; the other clients of the GPU need the host too.
+CORES_PER_WORKER, MIN_WORKERS, MAX_WORKERS = 4, 2, 4
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -57,7 +75,7 @@ def parse_arguments() -> argparse.Namespace:
     )  # fmt: skip
     load.add_argument(
         "--slo-ms", type=cli.positive_float, default=DEFAULT_SLO_MS, metavar="X",
-        help=f"bound that an answer shall keep, in milliseconds (default: {DEFAULT_SLO_MS:g})",
+        help=f"bound on the latency of an answer, in milliseconds (default: {DEFAULT_SLO_MS:g})",
     )  # fmt: skip
     load.add_argument(
         "--max-connections", type=cli.positive_int, default=256, metavar="N",
@@ -73,52 +91,162 @@ def parse_arguments() -> argparse.Namespace:
         help="most images in one forward pass (default: 32)",
     )  # fmt: skip
     server.add_argument(
-        "--frontends", type=cli.non_negative_int, default=None, metavar="N",
-        help="processes that speak HTTP and decode; 0: all in one process (default: one for every "
-        f"{CORES_PER_FRONT_END} cores, {MAX_FRONT_ENDS} at most)",
+        "--workers", type=cli.positive_int, default=None, metavar="N",
+        help="processes that speak HTTP and decode (default: one for every "
+        f"{CORES_PER_WORKER} cores, {MIN_WORKERS} to {MAX_WORKERS})",
+    )  # fmt: skip
+    server.add_argument(
+        "--frontends", dest="workers", type=cli.non_negative_int, metavar="N",
+        help="the former name of --workers; 0 means 1",
     )  # fmt: skip
     args = parser.parse_args()
-    if args.frontends is None:
-        args.frontends = min(MAX_FRONT_ENDS, usable_cores() // CORES_PER_FRONT_END)
+    if args.workers is None:
+        args.workers = min(MAX_WORKERS, max(MIN_WORKERS, usable_cores() // CORES_PER_WORKER))
+    args.workers = max(1, args.workers)
     return args
+
+
+class HeldServer:
+    """The inference server on a free port of this machine, driven as the suite drives any client.
+
+    Its events come in a file, commands go to its standard input, whose end-of-file means stop: it
+    never outlives us. What waits for it raises what ended it: UsageError, GpuUnavailableError,
+    OutOfGpuMemoryError, NotFiniteError, DamagedFileError or JobFailedError.
+    """
+
+    def __init__(self, arguments: Sequence[str]) -> None:
+        """Start it with ``arguments``; it begins to load."""
+        self._folder = tempfile.TemporaryDirectory(prefix="inference-server-")
+        events = Path(self._folder.name) / "events.jsonl"
+        events.touch()
+        self._lines = events.open("rb")
+        self._rest = b""
+        self._events: dict[str, dict] = {}
+        # A session of its own: Ctrl-C in a terminal reaches us alone, and we end it in order.
+        self._process = subprocess.Popen(
+            (sys.executable, str(SERVER), *arguments, "--host", "127.0.0.1", "--port", "0",
+             "--events", str(events), "--hold"),
+            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+
+    @property
+    def peak_memory_mib(self) -> float | None:
+        """The most GPU memory that it took, once it has stopped; None where nobody knows."""
+        return self._events.get("done", {}).get("peak_memory_mib")
+
+    def wait_until_loaded(self) -> None:
+        """Block until the model is on the device."""
+        self._wait_for("loaded")
+
+    def warm_up(self) -> dict:
+        """Let it tune and capture; return its identity, ``port`` included, when it answers."""
+        self._say("warm")
+        return self._wait_for("ready")["identity"]
+
+    def go(self) -> None:
+        """Begin its one job, which lasts until ``stop``."""
+        self._say("go")
+
+    def require_alive(self) -> None:
+        """Raise what ended it, if it has ended."""
+        code = self._process.poll()
+        if code is None:
+            return
+        self._read_events()
+        error = self._events.get("error", {})
+        message = error.get("message") or f"exited with code {code}; look above for its message"
+        message = f"the inference server: {message}"
+        if code == EXIT_OUT_OF_MEMORY:
+            raise OutOfGpuMemoryError(message, error.get("memory"))
+        for kind in (UsageError, GpuUnavailableError, NotFiniteError, DamagedFileError):
+            if code == kind.exit_code:
+                raise kind(message)
+        raise JobFailedError(message)
+
+    def stop(self) -> None:
+        """Let it answer what has arrived and end; may be called twice."""
+        # Also when it has ended by itself, or somebody interrupts the wait.
+        try:
+            self._say("stop")
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.close()
+            self._end()
+        finally:
+            if not self._lines.closed:
+                self._read_events()
+                self._lines.close()
+                self._folder.cleanup()
+
+    def _end(self) -> None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(STOP_SECONDS)
+            return
+        self._process.send_signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(TERMINATE_SECONDS)
+            return
+        self._process.kill()
+        self._process.wait()
+
+    def _say(self, command: str) -> None:
+        """Send a command; that it may have ended already is found where its events are read."""
+        if self._process.stdin.closed:
+            return
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(f"{command}\n".encode())
+            self._process.stdin.flush()
+
+    def _wait_for(self, event: str) -> dict:
+        while event not in self._events:
+            self._read_events()
+            if event not in self._events:
+                self.require_alive()
+                time.sleep(POLL_SECONDS)
+        return self._events[event]
+
+    def _read_events(self) -> None:
+        """Keep the last event of each name; units are what we measure ourselves."""
+        *lines, self._rest = (self._rest + self._lines.read()).split(b"\n")
+        for line in lines:
+            if not line.startswith(b'{"event": "units"'):
+                event = json.loads(line)
+                self._events[event["event"]] = event
 
 
 class Users(load_test.LoadTest):
     """The load test of a server that is ours, and whose end is ours too."""
 
-    def __init__(self, args: argparse.Namespace, server: HeldServer) -> None:
-        """Send to ``server`` as the load test's ``args`` say."""
+    def __init__(
+        self, args: argparse.Namespace, server: HeldServer, job_seconds: float | None = None
+    ) -> None:
+        """Send to ``server`` as the load test's ``args`` say.
+
+        With ``job_seconds`` users do not pause between jobs: a job is so long a stretch of one
+        long run of requests. A pause until the last answer has come would give a server that falls
+        behind time to catch up, and less would be offered the slower it is.
+        """
         super().__init__(args)
-        self._server = server
-
-    def look_after(self) -> None:
-        """Raise what ended the server, if it has ended."""
-        self._server.require_alive()
-
-
-class SteadyUsers(Users):
-    """Users who do not pause between jobs: a job is a stretch of one long run of requests.
-
-    A pause until the last answer has come would give a server that falls behind time to catch up,
-    and less would be offered the slower it is.
-    """
-
-    def __init__(self, args: argparse.Namespace, server: HeldServer, job_seconds: float) -> None:
-        """Send to ``server`` as the load test's ``args`` say; a job lasts ``job_seconds``."""
-        super().__init__(args, server)
+        self._server_process = server
         self._job_seconds = job_seconds
         self._begin_seconds: float | None = None
 
+    def look_after(self) -> None:
+        """Raise what ended the server, if it has ended."""
+        self._server_process.require_alive()
+
     def run_job(self, recorder: client.Recorder) -> dict:
-        """Return the figures of the requests that finish within the next ``job_seconds``."""
-        if self._begin_seconds is None or not self._generator.busy:
-            self._begin_seconds = self._generator.begin()
-        before = self._generator.measured.snapshot()
+        """Return the figures of a whole run, or of what finishes within the next stretch."""
+        if self._job_seconds is None:
+            return super().run_job(recorder)
+        generator = self._generator
+        if self._begin_seconds is None or not generator.busy:
+            self._begin_seconds = generator.begin()
+        reports_before = generator.reports
         start_seconds = time.monotonic()
         end_seconds = start_seconds + self._job_seconds
-        while self._generator.busy and time.monotonic() < end_seconds:
+        while generator.busy and time.monotonic() < end_seconds:
             self.collect(recorder, self._begin_seconds)
-        measured = self._generator.measured.since(before)
+        measured = generator.measured(since=reports_before)
         figures = self.figures(measured, start_seconds, self._job_seconds)
         # Those that finished are not those that were due where answers are late.
         due = self._begin_seconds + self._offsets
@@ -134,6 +262,7 @@ class ServingClient(client.Workload):
 
     name = "serving"
     title = "Inference service"
+    _server: HeldServer | None = None
     _users: Users | None = None
     _identity: dict | None = None
     _capacity: float | None = None
@@ -141,8 +270,6 @@ class ServingClient(client.Workload):
 
     def load(self) -> None:
         """Start the server and wait until its model is on the device."""
-        from workloads.inference.held_server import HeldServer
-
         self._server = HeldServer(self._server_arguments())
         self._server.wait_until_loaded()
 
@@ -151,7 +278,7 @@ class ServingClient(client.Workload):
         chosen = {
             "--model": args.model, "--weights": args.weights, "--seed": args.seed,
             "--device": args.device, "--engine": args.engine, "--precision": args.precision,
-            "--gpu": args.gpu, "--max-batch": args.max_batch, "--frontends": args.frontends,
+            "--gpu": args.gpu, "--max-batch": args.max_batch, SERVER_WORKERS_FLAG: args.workers,
         }  # fmt: skip
         return [str(part) for pair in chosen.items() if pair[1] is not None for part in pair]
 
@@ -164,7 +291,7 @@ class ServingClient(client.Workload):
         self._users.warm_up()
 
     def _settle_rate(self) -> float:
-        """Measure what the server bears in a closed loop; return half of it.
+        """Measure the server's capacity in a closed loop; return half of it.
 
         Raises:
             JobFailedError: It answered nothing.
@@ -189,16 +316,17 @@ class ServingClient(client.Workload):
 
     def _make_users(self) -> Users:
         args = self.args
-        flags = ("--rate", self._rate, "--slo-ms", args.slo_ms,
-                 "--max-connections", args.max_connections)  # fmt: skip
-        if not args.hold:
-            return Users(self._load_arguments(*flags, "--duration", args.duration), self._server)
-        steady = self._load_arguments(*flags, "--duration", max(STEADY_SECONDS, args.duration))
-        return SteadyUsers(steady, self._server, args.duration)
+        duration_seconds = max(STEADY_SECONDS, args.duration) if args.hold else args.duration
+        load_arguments = self._load_arguments(
+            "--rate", self._rate, "--slo-ms", args.slo_ms, "--duration", duration_seconds,
+            "--max-connections", args.max_connections,
+        )  # fmt: skip
+        return Users(load_arguments, self._server, args.duration if args.hold else None)
 
     def _load_arguments(self, *flags: object) -> argparse.Namespace:
         url = f"http://127.0.0.1:{self._identity['port']}"
-        common = ["--server", url, "--seed", self.args.seed, "--no-charts"]
+        common = ["--server", url, "--upload", "raw", "--no-charts", "--seed", self.args.seed,
+                  "--client-index", self.args.client_index]  # fmt: skip
         if self.args.processes is not None:
             common += ["--processes", self.args.processes]
         args = load_test.parse_arguments([str(part) for part in (*common, *flags)])
@@ -237,7 +365,7 @@ class ServingClient(client.Workload):
         """End the users, then the server; called again, and after a failure, without harm."""
         if self._users is not None:
             self._users.close()
-        if hasattr(self, "_server"):
+        if self._server is not None:
             self._server.stop()
 
     def identity(self) -> dict:
@@ -266,13 +394,13 @@ class ServingClient(client.Workload):
             "slo_ms": args.slo_ms,
             "max_connections": args.max_connections,
             "max_batch": args.max_batch,
-            "front_ends": args.frontends,
+            "workers": args.workers,
             "seed": args.seed,
         }
 
     def summary(self, figures: dict) -> list[tuple[str, str]]:
         """Return the lines of the terminal summary."""
-        from workloads.inference.load_summary import summary_rows
+        from workloads.inference.load_report import summary_rows
 
         identity = self._identity
         capacity = figures["closed_loop_capacity"]
