@@ -175,18 +175,17 @@ class Soak:
         self, rate: float | None, duration_seconds: float, offsets: np.ndarray | None = None
     ) -> LoadGenerator:
         """Return the load test's generator: a closed loop, or sends at ``offsets`` in seconds."""
-        from workloads.inference.load_generator import LoadGenerator, default_processes, split_plan
-        from workloads.inference.load_messages import WorkerPlan
-        from workloads.inference.load_requests import encode_images, encode_requests
+        from workloads.inference import load_generator
 
-        url = f"{self.server.url}/predict"
-        plan = WorkerPlan(
-            url=url, requests=encode_requests(url, encode_images(16, self.options.seed), "raw"),
-            clients=self.clients, duration_seconds=duration_seconds, warm_up_requests=2,
-            threads=self.clients if rate is None else max(self.clients, MAX_CONNECTIONS),
-            timeout_seconds=TIMEOUT_SECONDS, offsets=None,
+        images = load_generator.encode_images(16, self.options.seed)
+        plan = load_generator.LoadPlan(
+            url=f"{self.server.url}/predict", headers={"Content-Type": "image/jpeg"},
+            bodies=images, clients=self.clients, duration_seconds=duration_seconds,
+            connections=self.clients if rate is None else max(self.clients, MAX_CONNECTIONS),
+            timeout_seconds=TIMEOUT_SECONDS, offsets=offsets,
         )  # fmt: skip
-        generator = LoadGenerator(split_plan(plan, default_processes(self.clients, rate), offsets))
+        processes = load_generator.default_processes(self.clients, rate)
+        generator = load_generator.LoadGenerator(plan, processes)
         generator.wait_until_prepared()
         return generator
 
@@ -205,7 +204,7 @@ class Soak:
         samples = watch.stop()
         if watch.failure or self.server.process.poll() is not None:
             raise ServerEndedError("the server ended by itself under the load; its log says why")
-        return generator.measured, samples
+        return generator.measured(), samples
 
     @property
     def has_gpu(self) -> bool:
@@ -224,7 +223,7 @@ class Soak:
             with self.chaos.running():
                 while len(self.rounds) < MAX_ROUNDS and not self._steady():
                     measured, samples = self._run(generator)
-                    answered = measured.table()[:, 4].sum()
+                    answered = measured.requests["ok"].sum()
                     resident = [sample.resident_mib for sample in samples]
                     self.rounds.append((answered / seconds, statistics.median(resident)))
         finally:
@@ -239,7 +238,7 @@ class Soak:
 
     def offer(self, rate: float) -> tuple[Measured, list[Figures]]:
         """Send the lead-in and then all requests, ``rate`` a second, beside the chaos client."""
-        from workloads.inference.load_schedule import arrival_offsets
+        from workloads.inference.load_generator import arrival_offsets
 
         count = self.options.requests + self.lead_in_requests(rate)
         # Ten standard deviations longer than the mean: never too few.
@@ -328,7 +327,7 @@ def hold(soak: Soak) -> tuple[dict, dict]:
     measured, samples = soak.offer(rate)
     hostile, slow = soak.chaos.attacks - hostile, soak.chaos.slow_senders - slow
     after = figures_at_rest(pid, before.open_files)
-    lead_in, table = np.split(measured.table(), [soak.lead_in_requests(rate)])
+    lead_in, table = np.split(measured.requests, [soak.lead_in_requests(rate)])
     held = [sample for sample in samples
             if sample.seconds >= samples[0].seconds + soak.options.lead_in_seconds]  # fmt: skip
     seconds = np.array([sample.seconds for sample in held])
@@ -343,16 +342,16 @@ def hold(soak: Soak) -> tuple[dict, dict]:
         requests=len(table), failures=dict(measured.failures), chaos_faults=soak.chaos.faults,
         resident_mib=quarter_medians(seconds, np.array([sample.resident_mib for sample in held])),
         gpu_memory_mib=gpu_memory,
-        p99_ms=quarter_p99_ms(table[:, 3] - table[:, 0], table[:, 4] > 0),
+        p99_ms=quarter_p99_ms(table["end"] - table["intended"], table["ok"] > 0),
         threads=(before.threads, after.threads), open_files=(before.open_files, after.open_files),
         hostile_requests=hostile, slow_senders=slow, **soak.terminate_under_load(),
     )  # fmt: skip
     more = {
         "capacity_per_second": capacity, "offered_per_second": rate,
         "lead_in_requests": len(lead_in),
-        "lead_in_p99_ms": p99_ms(lead_in[:, 3] - lead_in[:, 0], lead_in[:, 4] > 0),
-        "load_seconds": float(table[-1, 3] - table[0, 0]), "chaos_requests": soak.chaos.attacks,
-        "chaos_answers": soak.chaos.answers,
+        "lead_in_p99_ms": p99_ms(lead_in["end"] - lead_in["intended"], lead_in["ok"] > 0),
+        "load_seconds": float(table["end"][-1] - table["intended"][0]),
+        "chaos_requests": soak.chaos.attacks, "chaos_answers": soak.chaos.answers,
     }  # fmt: skip
     return asdict(run) | more, judged(run)
 
