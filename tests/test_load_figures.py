@@ -117,7 +117,7 @@ def test_figures_over_processes_are_of_the_merged_values():
     generator._processes = [None, None]
     fast = requests_of(*((i, i, i, i + 0.001, 1) for i in range(99)))
     slow = requests_of((0.5, 0.5, 0.5, 1.5, 1))
-    generator._reports = [
+    generator.reports = [
         (0, load_generator.Report(fast.tobytes(), {"timeout": 1}, 1.0, 1)),
         (1, load_generator.Report(slow.tobytes(), {"timeout": 2}, 2.0, 0)),
     ]

@@ -122,7 +122,7 @@ def test_no_success_at_all_is_exit_code_1_and_timeouts_are_failures(tmp_path):
     assert figures["success_rate_percent"] == 0
     assert figures["mean_latency_ms"] is None
     assert "Median (P50) latency  infinite (few), n = " in done.stdout
-    assert "Mean latency          none of the answered" in done.stdout
+    assert "Mean latency          none (of the answered)" in done.stdout
 
 
 def test_a_server_that_is_still_loading_is_waited_for_visibly_and_not_called_start_up(tmp_path):

@@ -30,7 +30,7 @@ import time
 from array import array
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING
 
@@ -60,12 +60,11 @@ PAUSE_AFTER_FAILURE_SECONDS = 0.05
 NOT_SENT = "not sent in time"
 # Failures of this machine, which say nothing about the server.
 _OWN_FAILURES = {
-    errno.EMFILE: "a process of it has no open files left; raise the limit with ulimit -n",
-    errno.ENFILE: "this machine has no open files left; ask for fewer --clients",
-    errno.EADDRNOTAVAIL: "this machine has no local ports left, as when a server closes every "
-    "connection; ask for fewer requests, or wait a minute until ports are free again",
-    errno.ENOBUFS: "this machine has no network buffers left; ask for fewer --clients",
-    errno.ENOMEM: "this machine has no memory left; ask for fewer --clients",
+    errno.EMFILE: "open files (ulimit -n)",
+    errno.ENFILE: "open files",
+    errno.EADDRNOTAVAIL: "local ports, as when a server closes every connection",
+    errno.ENOBUFS: "network buffers",
+    errno.ENOMEM: "memory",
 }
 
 # A record of one request: float64 seconds on CLOCK_MONOTONIC. `free` is when a client was free to
@@ -75,29 +74,17 @@ RECORD_FIELDS = [(name, "f8") for name in ("intended", "free", "sent", "end", "o
 
 @dataclass(frozen=True)
 class LoadPlan:
-    """What the load generator, or one process of it, does in every job.
+    """What the load generator, or one process of it, does in every job."""
 
-    Attributes:
-        url: Address of ``/predict``, percent-encoded.
-        headers: Headers of every request.
-        bodies: Distinct bodies, sent in turn.
-        clients: Connections that are opened and warmed up before the start.
-        connections: The most requests in flight; a closed loop has one a client.
-        duration_seconds: How long requests are sent for.
-        timeout_seconds: The longest that a client waits, for a connection or for an answer.
-        warm_up_requests: Requests a client before the start, not counted.
-        offsets: Open loop: float64 seconds from the start to each intended send, ascending;
-            None for a closed loop.
-    """
-
-    url: str
-    headers: dict[str, str]
-    bodies: list[bytes]
-    clients: int
-    connections: int
-    duration_seconds: float
-    timeout_seconds: float = 30.0
-    warm_up_requests: int = 2
+    url: str  # of /predict, percent-encoded
+    headers: dict[str, str]  # of every request
+    bodies: list[bytes]  # distinct ones, sent in turn
+    clients: int  # connections that are opened and warmed up before the start
+    connections: int  # most requests in flight; a closed loop has one a client
+    duration_seconds: float  # how long requests are sent for
+    timeout_seconds: float = 30.0  # longest wait, for a connection or for an answer
+    warm_up_requests: int = 2  # of each client before the start, not counted
+    # Open loop: ascending float64 seconds from the start to each intended send.
     offsets: np.ndarray | array | None = None
 
     def split(self, processes: int) -> list[LoadPlan]:
@@ -105,52 +92,39 @@ class LoadPlan:
 
         Intended sends are dealt out in turn, so that each has its even share at any time.
         """
-        processes = min(processes, self.clients)
-        parts = []
-        for index in range(processes):
-            offsets = self.offsets
-            if offsets is not None:
-                offsets = array("d", offsets[index::processes].tobytes())
-            clients = len(range(index, self.clients, processes))
-            connections = len(range(index, self.connections, processes))
-            parts.append(replace(self, clients=clients, connections=connections, offsets=offsets))
-        return parts
+        count = min(processes, self.clients)
+        return [
+            replace(
+                self,
+                clients=len(range(index, self.clients, count)),
+                connections=len(range(index, self.connections, count)),
+                offsets=None
+                if self.offsets is None
+                else array("d", self.offsets[index::count].tobytes()),
+            )
+            for index in range(count)
+        ]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Report:
-    """What a process measured since its last report.
+    """What a process measured since its last report."""
 
-    Attributes:
-        records: Records of finished requests, one after another (RECORD_FIELDS).
-        failures: Failed requests by kind.
-        cpu_seconds: Processor time of the process.
-        connections_opened: Connections opened, its first ones or a closed one again.
-        last: Whether the job is over.
-    """
-
-    records: bytes = b""
-    failures: dict[str, int] = field(default_factory=dict)
-    cpu_seconds: float = 0.0
-    connections_opened: int = 0
-    last: bool = False
+    records: bytes  # of finished requests, one after another
+    failures: Counter[str]  # failed requests by kind
+    cpu_seconds: float
+    connections_opened: int  # first ones, and closed ones again
+    last: bool = False  # the job is over
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured over all processes.
+    """What was measured over all processes."""
 
-    Attributes:
-        requests: Structured array with RECORD_FIELDS, by intended time.
-        failures: Failed requests by kind.
-        cpu_seconds: Processor time of each process.
-        connections_opened: Connections opened after the start.
-    """
-
-    requests: np.ndarray
-    failures: Counter[str]
-    cpu_seconds: list[float]
-    connections_opened: int
+    requests: np.ndarray  # structured, with RECORD_FIELDS, by intended time
+    failures: Counter[str]  # failed requests by kind
+    cpu_seconds: list[float]  # of each process
+    connections_opened: int  # after the start
 
 
 def default_processes(clients: int, rate: float | None) -> int:
@@ -223,7 +197,12 @@ def arrival_offsets(rate: float, arrival: str, duration_seconds: float, seed: in
 
 
 class LoadGenerator:
-    """All clients, spread over processes."""
+    """All clients, spread over processes.
+
+    Attributes:
+        busy: The processes, by number, that are still sending or waiting for answers.
+        reports: What has come of the present job, each with its process's number.
+    """
 
     def __init__(self, plan: LoadPlan, processes: int) -> None:
         """Start the processes; they open their connections and warm up until ``begin``.
@@ -234,14 +213,20 @@ class LoadGenerator:
         plans = plan.split(processes)
         _require_open_files(max(len(plans), *(part.connections for part in plans)))
         self._processes: list[tuple[subprocess.Popen, Connection]] = []
-        self._reports: list[tuple[int, Report]] = []
-        self._busy: set[int] = set()
+        self.reports: list[tuple[int, Report]] = []
+        self.busy: set[int] = set()
         try:
             for _ in plans:
                 self._processes.append(_start_process())
             # All interpreters start at the same time, and only then are they written to.
             for index, part in enumerate(plans):
                 self._send(index, part)
+        except OSError as error:
+            self.close()
+            raise UsageError(
+                f"cannot start {len(plans)} processes of the load generator ({error}); use fewer "
+                "--processes, or close other programs"
+            ) from error
         except BaseException:
             self.close()
             raise
@@ -250,16 +235,6 @@ class LoadGenerator:
     def processes(self) -> int:
         """How many processes there are."""
         return len(self._processes)
-
-    @property
-    def busy(self) -> bool:
-        """Whether a process is still sending or waiting for answers."""
-        return bool(self._busy)
-
-    @property
-    def reports(self) -> int:
-        """How many reports of this job have come, for ``measured`` to leave them out later."""
-        return len(self._reports)
 
     def wait_until_prepared(self) -> None:
         """Block until every client has warmed up.
@@ -272,8 +247,8 @@ class LoadGenerator:
 
     def begin(self) -> float:
         """Let every client send; return the agreed start on CLOCK_MONOTONIC."""
-        self._busy = set(range(self.processes))
-        self._reports = []
+        self.busy = set(range(self.processes))
+        self.reports = []
         start_seconds = time.monotonic() + START_LEAD_SECONDS
         for index in range(self.processes):
             self._send(index, start_seconds)
@@ -285,15 +260,15 @@ class LoadGenerator:
         Raises:
             JobFailedError, UsageError: A process died, or cannot go on.
         """
-        indices = {self._processes[index][1]: index for index in self._busy}
+        indices = {self._processes[index][1]: index for index in self.busy}
         arrived = []
         for pipe in wait(list(indices), max(0.0, timeout_seconds)):
             index = indices[pipe]
             report = self._receive(index)
-            self._reports.append((index, report))
+            self.reports.append((index, report))
             arrived.append(_records(report.records))
             if report.last:
-                self._busy.discard(index)
+                self.busy.discard(index)
         return arrived
 
     def stop(self) -> list[np.ndarray]:
@@ -302,18 +277,18 @@ class LoadGenerator:
         Raises:
             JobFailedError, UsageError: A process died, or cannot go on.
         """
-        for index in self._busy:
+        for index in self.busy:
             self._send(index, None)
         rest = []
-        while self._busy:
+        while self.busy:
             rest += self.collect(END_SECONDS)
         return rest
 
     def measured(self, since: int = 0) -> Measured:
-        """Return what this job has brought, but for its first ``since`` reports."""
+        """Return what this job's reports hold, but for the first ``since`` of them."""
         import numpy as np
 
-        reports = self._reports[since:]
+        reports = self.reports[since:]
         requests = _records(b"".join(report.records for _, report in reports))
         cpu_seconds = [0.0] * self.processes
         failures: Counter[str] = Counter()
@@ -529,7 +504,7 @@ class _Clients:
     async def _report(self, last: bool) -> None:
         cpu_seconds = time.process_time()
         report = Report(
-            self._records.tobytes(), dict(self._failures), cpu_seconds - self._cpu_seconds,
+            self._records.tobytes(), self._failures, cpu_seconds - self._cpu_seconds,
             self._connections_opened, last,
         )  # fmt: skip
         self._records, self._failures = array("d"), Counter()
@@ -547,7 +522,8 @@ def _kind_of_failure(error: aiohttp.ClientError | OSError) -> str:
     number = getattr(getattr(error, "os_error", error), "errno", None) or 0
     if number in _OWN_FAILURES:
         raise UsageError(
-            f"the load generator failed, not the server: {_OWN_FAILURES[number]}"
+            "the load generator failed, not the server: this machine has none left of its "
+            f"{_OWN_FAILURES[number]}; ask for fewer --clients or a lower --rate"
         ) from error
     # OSError makes itself the fitting subclass, such as ConnectionResetError, by its number.
     return type(OSError(number, "") if number > 0 else error).__name__

@@ -73,8 +73,8 @@ def latency_figures(answered_seconds: np.ndarray, failed: int, what: str) -> dic
     summary = summarize_latency_ms(answered_seconds)
     values = [*sorted(1e3 * answered_seconds), *[math.inf] * failed]
     percentiles = {name: percentile(values, rank) for name, rank in PERCENTILES.items()}
-    finite = {name: value if _is_finite(value) else None for name, value in percentiles.items()}
-    summary |= {f"{name}_ms": value for name, value in finite.items()}
+    for name, value in percentiles.items():
+        summary[f"{name}_ms"] = None if value == math.inf else value
     summary["median_ms"] = summary["p50_ms"]
     order = ("mean", "median", "std", "min", *PERCENTILES, "max")
     return {
@@ -99,10 +99,6 @@ def percentile(ascending: Sequence[float], rank: float) -> float | None:
 def is_few(requests: int, rank: float) -> bool:
     """Return whether a percentile of so few requests rests on less than five beyond it."""
     return requests < round(500 / (100 - rank))
-
-
-def _is_finite(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
 
 
 def open_loop_figures(
@@ -166,12 +162,12 @@ def summary_rows(figures: dict, args: argparse.Namespace) -> list[tuple[str, str
     if figures["total_requests"]:
         rows += [
             ("Success rate", f"{figures['success_rate_percent']:.1f} %"),
-            ("Mean latency", f"{_ms(figures, 'latency', 'mean')} of the answered"),
+            ("Mean latency", f"{_ms(figures, 'latency', 'mean')} (of the answered)"),
             ("Median (P50) latency", _percentiles(figures, "latency", "p50")),
             ("P90 latency", _percentiles(figures, "latency", "p90")),
             ("P95 / P99 latency", _percentiles(figures, "latency", "p95", "p99")),
             ("P99.9 latency", _percentiles(figures, "latency", "p99_9")),
-            ("Max latency", f"{_ms(figures, 'latency', 'max')} of the answered"),
+            ("Max latency", f"{_ms(figures, 'latency', 'max')} (of the answered)"),
         ]
         if args.slo_ms is not None:
             attained = f"{figures['slo_attainment_percent']:.2f} % of all requests"
@@ -237,14 +233,8 @@ def draw_charts(
 ) -> None:  # fmt: skip
     """Draw the latency histogram and the answers a second over the run as PNG files.
 
-    Args:
-        histogram: The file of the one.
-        timeline: The file of the other.
-        requests: At least one of them succeeded.
-        figures: Their ``request_figures``.
-        start_seconds: The start on CLOCK_MONOTONIC.
-        duration_seconds: How long requests were sent for.
-        offered_rate: Intended requests a second of an open loop, else None.
+    At least one of ``requests`` succeeded; ``figures`` are their ``request_figures``;
+    ``offered_rate`` is that of an open loop, in requests a second.
     """
     # Nothing that is inherited counts: not the backend of the notebook whose shell this is, nor
     # its owner's settings.

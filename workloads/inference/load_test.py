@@ -74,15 +74,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--slo-ms", type=cli.positive_float, default=None, metavar="X",
         help="report the share of all requests that were answered within X milliseconds",
     )  # fmt: skip
-    parser.add_argument(
-        "--processes", type=cli.positive_int, default=None, metavar="N",
-        help="processes that send (default: as the load needs, half the cores at most)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--max-connections", type=cli.positive_int, default=256, metavar="N",
-        help="open loop: requests in flight at most; further ones wait, which counts "
-        "(default: 256)",
-    )  # fmt: skip
+    add_generator_flags(parser)
     parser.add_argument(
         "--upload", choices=("multipart", "raw"), default="multipart",
         help="multipart: field 'image', as curl -F; raw: the JPEG as the body (default: multipart)",
@@ -115,6 +107,19 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         parser.error("--arrival is about the open loop; give its --rate too")
     args.arrival = args.arrival or "poisson"
     return args
+
+
+def add_generator_flags(parser: argparse._ActionsContainer) -> None:
+    """Add the flags of the load generator that the serving client has too."""
+    parser.add_argument(
+        "--processes", type=cli.positive_int, default=None, metavar="N",
+        help="processes that send (default: as the load needs, half the cores at most)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max-connections", type=cli.positive_int, default=256, metavar="N",
+        help="open loop: requests in flight at most; further ones wait, which counts "
+        "(default: 256)",
+    )  # fmt: skip
 
 
 class LoadTest(client.Workload):
@@ -157,9 +162,7 @@ class LoadTest(client.Workload):
             headers={"Content-Type": content_type, **_key_header(args.api_key)},
             bodies=bodies,
             clients=args.clients,
-            connections=args.clients
-            if args.rate is None
-            else max(args.clients, args.max_connections),
+            connections=max(args.clients, args.max_connections if args.rate else 0),
             duration_seconds=args.duration,
             timeout_seconds=args.timeout,
             warm_up_requests=args.warm_up_requests,
@@ -340,7 +343,7 @@ class LoadTest(client.Workload):
         load = f"{args.clients} clients"
         if args.rate is not None:
             load = f"open loop, {args.rate:g} requests a second, {args.arrival} arrivals"
-        return [("Server", f"{args.server}, {load}"), *summary_rows(figures, args)]
+        return [("Server", f"{self._url}, {load}"), *summary_rows(figures, args)]
 
 
 def server_url(text: str) -> URL:

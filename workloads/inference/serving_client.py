@@ -77,14 +77,7 @@ def parse_arguments() -> argparse.Namespace:
         "--slo-ms", type=cli.positive_float, default=DEFAULT_SLO_MS, metavar="X",
         help=f"bound on the latency of an answer, in milliseconds (default: {DEFAULT_SLO_MS:g})",
     )  # fmt: skip
-    load.add_argument(
-        "--max-connections", type=cli.positive_int, default=256, metavar="N",
-        help="requests in flight at most; further ones wait, which counts (default: 256)",
-    )  # fmt: skip
-    load.add_argument(
-        "--processes", type=cli.positive_int, default=None, metavar="N",
-        help="processes that send (default: as the load needs, half the cores at most)",
-    )  # fmt: skip
+    load_test.add_generator_flags(load)
     server = parser.add_argument_group("the server (its other flags keep their defaults)")
     server.add_argument(
         "--max-batch", type=cli.positive_int, default=32,
@@ -241,7 +234,7 @@ class Users(load_test.LoadTest):
         generator = self._generator
         if self._begin_seconds is None or not generator.busy:
             self._begin_seconds = generator.begin()
-        reports_before = generator.reports
+        reports_before = len(generator.reports)
         start_seconds = time.monotonic()
         end_seconds = start_seconds + self._job_seconds
         while generator.busy and time.monotonic() < end_seconds:
