@@ -218,7 +218,7 @@ def test_what_lies_where_it_is_started_is_not_imported(server, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_on_the_leash_jobs_repeat_and_each_request_is_a_latency_unit(server, tmp_path):
+def test_held_by_the_suite_jobs_repeat_and_each_request_is_a_latency_unit(server, tmp_path):
     with HeldClient(
         tmp_path, "workloads/inference/load_test.py", "--server", server.url,
         "--clients", "2", "--duration", "0.5",

@@ -275,9 +275,12 @@ def _draw_latency_histogram(path: Path, latency_ms: np.ndarray, figures: dict) -
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False)
     answered = f"{len(latency_ms):,} of {figures['total_requests']:,} requests were answered"
-    p99 = figures["p99_latency_ms"]
-    within = "99 % of all were not" if p99 is None else f"99 % of all within {p99:.3g} ms"
-    _save(axes, f"{answered}, {within}", path)
+    finite = [
+        f", {share} of all within {figures[name]:.3g} ms"
+        for share, name in (("99 %", "p99_latency_ms"), ("half", "p50_latency_ms"))
+        if figures[name] is not None
+    ]
+    _save(axes, answered + "".join(finite[:1]), path)
 
 
 def _draw_qps_timeline(
