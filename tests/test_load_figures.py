@@ -44,7 +44,7 @@ def test_latency_counts_from_the_intended_send_and_failed_requests_are_infinitel
     assert figures["max_latency_ms"] == pytest.approx(110)
     assert figures["p90_latency_ms"] is figures["p99_latency_ms"] is None
     assert figures["infinite_latency_percentiles"] == ["p90", "p95", "p99", "p99_9"]
-    assert figures["latency_percentiles_of"] == 6
+    assert figures["latency_percentile_requests"] == 6
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_late_sends_are_told_apart_by_whose_fault_they_were():
     }
     # Service time counts from the actual send: 9.6, 10, 17, 20 ms and one that failed.
     assert figures["p50_service_ms"] == pytest.approx(17)
-    assert figures["service_percentiles_of"] == 5
+    assert figures["service_percentile_requests"] == 5
     assert figures["infinite_service_percentiles"] == ["p90", "p95", "p99", "p99_9"]
 
 
@@ -78,7 +78,7 @@ def test_percentiles_are_of_raw_values_and_unknown_without_any():
         [500, 900, 950, 990, 999, 1000]
     )
     none = load_report.latency_figures(np.array([]), 0, "service")
-    assert none.pop("service_percentiles_of") == 0
+    assert none.pop("service_percentile_requests") == 0
     assert none.pop("infinite_service_percentiles") == []
     assert set(none.values()) == {None}
 

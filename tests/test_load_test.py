@@ -106,7 +106,7 @@ def test_failures_are_counted_by_kind_and_are_infinitely_late(statuses, kind, tm
     assert f"Failed: {kind}" in done.stdout
     assert figures["p99_latency_ms"] is None and figures["max_latency_ms"] > 0
     assert "p99" in figures["infinite_latency_percentiles"]
-    assert figures["latency_percentiles_of"] == figures["total_requests"]
+    assert figures["latency_percentile_requests"] == figures["total_requests"]
     assert f"infinite (few), n = {figures['total_requests']}" in done.stdout
 
 

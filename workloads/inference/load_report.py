@@ -66,12 +66,14 @@ def latency_figures(answered_seconds: np.ndarray, failed: int, what: str) -> dic
         what: ``latency`` or ``service``.
 
     Returns:
-        The figures, null where there is none or it is infinite; ``<what>_percentiles_of`` is the
-        number of requests in the percentiles, ``infinite_<what>_percentiles`` names those that are
-        infinite.
+        The figures, null where there is none or it is infinite. ``<what>_percentile_requests`` is
+        how many requests are in the percentiles, ``infinite_<what>_percentiles`` names those that
+        are infinite.
     """
+    import numpy as np
+
     summary = summarize_latency_ms(answered_seconds)
-    values = [*sorted(1e3 * answered_seconds), *[math.inf] * failed]
+    values = np.concatenate((np.sort(1e3 * answered_seconds), np.full(failed, math.inf)))
     percentiles = {name: percentile(values, rank) for name, rank in PERCENTILES.items()}
     for name, value in percentiles.items():
         summary[f"{name}_ms"] = None if value == math.inf else value
@@ -79,7 +81,7 @@ def latency_figures(answered_seconds: np.ndarray, failed: int, what: str) -> dic
     order = ("mean", "median", "std", "min", *PERCENTILES, "max")
     return {
         **{f"{name}_{what}_ms": summary[f"{name}_ms"] for name in order},
-        f"{what}_percentiles_of": len(values),
+        f"{what}_percentile_requests": len(values),
         f"infinite_{what}_percentiles": [n for n, v in percentiles.items() if v == math.inf],
     }
 
@@ -203,7 +205,7 @@ def _ms(figures: dict, what: str, name: str) -> str:
 
 
 def _percentiles(figures: dict, what: str, *names: str) -> str:
-    count = figures[f"{what}_percentiles_of"]
+    count = figures[f"{what}_percentile_requests"]
     marks = {name: " (few)" if is_few(count, PERCENTILES[name]) else "" for name in names}
     return " / ".join(_ms(figures, what, name) + marks[name] for name in names) + f", n = {count}"
 
