@@ -12,6 +12,7 @@ import pytest
 from load_runner import load_test, null_server, only_result
 
 from workloads.common.errors import UsageError
+from workloads.common.latency import is_few
 from workloads.inference import load_generator, load_report
 
 NAN, INF = float("nan"), float("inf")
@@ -98,7 +99,7 @@ def test_a_percentile_is_infinite_as_soon_as_an_infinite_value_has_a_part_in_it(
 
 @pytest.mark.parametrize(("rank", "enough"), [(50, 10), (95, 100), (99, 500), (99.9, 5000)])
 def test_a_percentile_is_few_under_five_requests_beyond_it(rank, enough):
-    assert load_report.is_few(enough - 1, rank) and not load_report.is_few(enough, rank)
+    assert is_few(enough - 1, rank) and not is_few(enough, rank)
 
 
 def test_the_summary_marks_few_and_says_how_many():

@@ -84,11 +84,7 @@ def parse_arguments() -> argparse.Namespace:
         help="longest that a batch waits for requests still being decoded (default: 2)",
     )  # fmt: skip
     scale = parser.add_argument_group("processes and threads")
-    scale.add_argument(
-        "--workers", "--frontends", type=_workers, default=None, metavar="N",
-        help="processes that speak HTTP and decode (default: a quarter of the cores, "
-        f"{MIN_WORKERS} to {MAX_WORKERS})",
-    )  # fmt: skip
+    add_workers_flag(scale)
     scale.add_argument(
         "--threads", type=cli.positive_int, default=1,
         help="large pictures that each worker decodes at the same time (default: 1)",
@@ -128,19 +124,18 @@ def parse_arguments() -> argparse.Namespace:
     api_key.take(args, parser)
     if args.port > MAX_PORT:
         parser.error(f"--port {args.port} is above {MAX_PORT}")
-    if args.workers is None:
-        args.workers = default_workers()
     return args
 
 
-def default_workers() -> int:
-    """Return how many web workers this machine's cores are shared with by default."""
-    return min(MAX_WORKERS, max(MIN_WORKERS, usable_cores() // CORES_PER_WORKER))
-
-
-def _workers(text: str) -> int:
-    # --frontends 0 used to mean: no process of its own.
-    return max(1, cli.non_negative_int(text))
+def add_workers_flag(parser: argparse._ActionsContainer) -> None:
+    """Add ``--workers``; its former name is kept, whose 0 meant no process but the engine's."""
+    default = min(MAX_WORKERS, max(MIN_WORKERS, usable_cores() // CORES_PER_WORKER))
+    parser.add_argument(
+        "--workers", "--frontends", default=default, metavar="N",
+        type=lambda text: max(1, cli.non_negative_int(text)),
+        help="processes that speak HTTP and decode (default: a quarter of the cores, "
+        f"{MIN_WORKERS} to {MAX_WORKERS}; here {default})",
+    )  # fmt: skip
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from workloads.common.latency import summarize_latency_ms
+from workloads.common.latency import is_few, summarize_latency_ms
 from workloads.common.whole_files import written_whole
 
 if TYPE_CHECKING:
@@ -96,11 +96,6 @@ def percentile(ascending: Sequence[float], rank: float) -> float | None:
     position = round((len(ascending) - 1) * rank / 100, 9)
     low, high = ascending[math.floor(position)], ascending[math.ceil(position)]
     return float(low if low == high else low + (high - low) * (position % 1))
-
-
-def is_few(requests: int, rank: float) -> bool:
-    """Return whether a percentile of so few requests rests on less than five beyond it."""
-    return requests < round(500 / (100 - rank))
 
 
 def open_loop_figures(

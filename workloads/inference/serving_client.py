@@ -28,7 +28,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from workloads.common import cli, client, console
-from workloads.common.environment import usable_cores
 from workloads.common.errors import (
     EXIT_OUT_OF_MEMORY,
     DamagedFileError,
@@ -39,11 +38,10 @@ from workloads.common.errors import (
     UsageError,
 )
 from workloads.inference import load_test
+from workloads.inference.inference_server import add_workers_flag
 from workloads.inference.models import add_model_flags, resolve_model_flags
 
 SERVER = Path(__file__).with_name("inference_server.py")
-# What the server calls its processes that speak HTTP.
-SERVER_WORKERS_FLAG = "--frontends"
 POLL_SECONDS = 0.05
 # A stop drains what has arrived. A process that is killed with kernels in flight can harm the other
 # clients of an MPS server, so that comes last; all together stay under the suite's own time limit.
@@ -56,8 +54,6 @@ CALIBRATION_SECONDS = 3.0
 STEADY_SECONDS = 1800.0
 # Up to this a person feels an answer as immediate (J. Nielsen, Usability Engineering, 1993).
 DEFAULT_SLO_MS = 100.0
-# A worker for every so many cores; the other clients of the GPU need the host too.
-CORES_PER_WORKER, MIN_WORKERS, MAX_WORKERS = 4, 2, 4
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -83,20 +79,8 @@ def parse_arguments() -> argparse.Namespace:
         "--max-batch", type=cli.positive_int, default=32,
         help="most images in one forward pass (default: 32)",
     )  # fmt: skip
-    server.add_argument(
-        "--workers", type=cli.positive_int, default=None, metavar="N",
-        help="processes that speak HTTP and decode (default: one for every "
-        f"{CORES_PER_WORKER} cores, {MIN_WORKERS} to {MAX_WORKERS})",
-    )  # fmt: skip
-    server.add_argument(
-        "--frontends", dest="workers", type=cli.non_negative_int, metavar="N",
-        help="the former name of --workers; 0 means 1",
-    )  # fmt: skip
-    args = parser.parse_args()
-    if args.workers is None:
-        args.workers = min(MAX_WORKERS, max(MIN_WORKERS, usable_cores() // CORES_PER_WORKER))
-    args.workers = max(1, args.workers)
-    return args
+    add_workers_flag(server)
+    return parser.parse_args()
 
 
 class HeldServer:
@@ -271,7 +255,7 @@ class ServingClient(client.Workload):
         chosen = {
             "--model": args.model, "--weights": args.weights, "--seed": args.seed,
             "--device": args.device, "--engine": args.engine, "--precision": args.precision,
-            "--gpu": args.gpu, "--max-batch": args.max_batch, SERVER_WORKERS_FLAG: args.workers,
+            "--gpu": args.gpu, "--max-batch": args.max_batch, "--workers": args.workers,
         }  # fmt: skip
         return [str(part) for pair in chosen.items() if pair[1] is not None for part in pair]
 
