@@ -1,7 +1,7 @@
 """Holds a load on the inference server for long, beside a chaos client, and looks at what it costs.
 
-    python3 tests/load_held.py --requests 20000 --seed 1                       # the CPU
-    python3 tests/load_held.py --requests 200000 --frontends 8 --device cuda   # a GPU
+    python3 tests/load_held.py --requests 20000 --stub                       # no model, the CPU
+    python3 tests/load_held.py --requests 200000 --workers 8 --device cuda   # a GPU
 
 1. The server starts, with the smallest model unless another is named.
 2. A closed loop of clients warms it up, round after round, until its memory stays as it is, and
@@ -38,7 +38,6 @@ TESTS = Path(__file__).resolve().parent
 PROJECT_ROOT = TESTS.parent
 sys.path[:0] = [str(PROJECT_ROOT), str(TESTS)]
 
-from workloads.inference.inference_model import MODELS  # noqa: E402
 
 from workloads.common.cli import non_negative_int, positive_float, positive_int  # noqa: E402
 
@@ -50,7 +49,7 @@ if TYPE_CHECKING:
     from workloads.inference.load_generator import LoadGenerator, Measured
 
 LOAD_SHARE = 0.8
-CLIENTS_PER_FRONT_END = 16
+CLIENTS_PER_WORKER = 16
 # As the load test's own default; more are opened only while all are busy.
 MAX_CONNECTIONS = 256
 TIMEOUT_SECONDS = 30.0
@@ -70,10 +69,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--requests", type=positive_int, default=20000, metavar="N",
                         help="under the steady load (default: 20000)")  # fmt: skip
     parser.add_argument("--seed", type=non_negative_int, default=1, help="default: 1")
-    parser.add_argument("--frontends", type=non_negative_int, default=0, metavar="N",
-                        help="the server's own flag (default: 0, one process)")  # fmt: skip
+    parser.add_argument("--workers", type=positive_int, default=2, metavar="N",
+                        help="the server's own flag (default: 2)")  # fmt: skip
+    parser.add_argument("--stub", action="store_true", help="serve a stub instead of a model")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--model", choices=MODELS, default="resnet18", help="default: the smallest")
+    parser.add_argument("--model", default="resnet18", help="default: resnet18")
     parser.add_argument("--chaos-rate", type=positive_float, default=10.0, metavar="R",
                         help="hostile requests a second (default: 10)")  # fmt: skip
     parser.add_argument("--round-seconds", type=positive_float, default=5.0, metavar="S",
@@ -148,13 +148,13 @@ class Soak:
     def __init__(self, options: argparse.Namespace, folder: Path) -> None:
         """Start the server; its log and its result go to ``folder``."""
         from hostile_requests import LIMITS
-        from server_process import ServerProcess
+        from server_process import SCRIPT, STUB, ServerProcess
 
         self.options = options
         self.server = ServerProcess(
             folder, *LIMITS, "--model", options.model, "--device", options.device,
-            "--frontends", str(options.frontends), "--drain-seconds", str(DRAIN_SECONDS),
-            "--events", str(folder / "events.jsonl"),
+            "--workers", str(options.workers), "--drain-seconds", str(DRAIN_SECONDS),
+            "--events", str(folder / "events.jsonl"), script=STUB if options.stub else SCRIPT,
         )  # fmt: skip
         try:
             self._gpu = _card_of(folder / "events.jsonl")
@@ -162,7 +162,7 @@ class Soak:
             self.close()
             raise
         self.chaos = Chaos(self.server.port, options.chaos_rate, options.seed)
-        self.clients = CLIENTS_PER_FRONT_END * max(1, options.frontends)
+        self.clients = CLIENTS_PER_WORKER * options.workers
         self.rounds: list[tuple[float, float]] = []
 
     def close(self) -> None:

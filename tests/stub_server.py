@@ -56,7 +56,8 @@ class StubServer(inference_server.InferenceServer):
                        "model": self.args.model, "weights": "random"}  # fmt: skip
 
     def identity(self) -> dict:
-        return {"pid": os.getpid(), "port": self._port, "gpu_name": None, "host_threads": 1,
+        return {"pid": os.getpid(), "port": self._port, "gpu_name": None, "gpu_uuid": None,
+                "host_threads": 1,
                 "workers": self.args.workers, "model": self.args.model, "weights": "random",
                 "device": "cpu"}  # fmt: skip
 

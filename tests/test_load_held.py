@@ -27,8 +27,8 @@ WELL = HeldLoad(
 
 def test_a_slice_of_the_load_loses_nothing_and_leaves_nothing_open(tmp_path: Path) -> None:
     file = tmp_path / "figures.json"
-    flags = ("--requests", "150", "--round-seconds", "1", "--lead-in-seconds", "1",
-             "--device", "cpu", "--frontends", "2")  # fmt: skip
+    flags = ("--requests", "2000", "--round-seconds", "1", "--lead-in-seconds", "1", "--stub",
+             "--device", "cpu")  # fmt: skip
     done = subprocess.run((sys.executable, str(PROGRAM), *flags, "--json", str(file)),
                           capture_output=True, text=True, check=False)  # fmt: skip
     assert done.returncode in (0, 1), done.stderr
@@ -36,14 +36,14 @@ def test_a_slice_of_the_load_loses_nothing_and_leaves_nothing_open(tmp_path: Pat
     # So short a load on a busy machine says nothing about memory and p99.
     broken = [name for name, kept in figures["bounds"].items() if not kept]
     assert [name for name in broken if not name.startswith(("memory", "p99"))] == [], done.stdout
-    assert figures["requests"] == 150
+    assert figures["requests"] == 2000
     assert figures["lead_in_requests"] == math.ceil(figures["offered_per_second"])
     assert figures["lead_in_p99_ms"] > 0
     assert figures["chaos_requests"] > 10
     assert 0 < figures["hostile_requests"] < figures["chaos_requests"]
     assert figures["slow_senders"] >= 6
     assert figures["gpu_memory_mib"] is None
-    assert done.stdout.splitlines()[-1].startswith(("150 requests beside", "kept: "))
+    assert done.stdout.splitlines()[-1].startswith(("2000 requests beside", "kept: "))
 
 
 @pytest.mark.parametrize(

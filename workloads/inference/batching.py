@@ -33,14 +33,18 @@ import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
 from workloads.inference.image_input import IMAGE_SIZE, PICTURE_BYTES
+
+if TYPE_CHECKING:
+    from workloads.inference.inference_server import Statistics
+    from workloads.inference.models import Classifier
 
 ROW = struct.Struct("=ddI")  # start and end of the batch (CLOCK_MONOTONIC), pictures in it
 # Endpoint, status, pictures; start of the request (CLOCK_MONOTONIC), seconds in all, of decoding,
@@ -221,26 +225,6 @@ def _read_answer(message: bytes) -> Answer:
     return Answer(*ROW.unpack_from(content), values[:half], list(map(int, values[half:])))
 
 
-class Model(Protocol):
-    """What computes the batches; both calls come from the engine's thread."""
-
-    def start(self, pictures: Sequence[np.ndarray]) -> int:
-        """Begin a batch of arrays, uint8 of shape (n_i, 224, 224, 3); return how many pictures."""
-
-    def finish(self, count: int) -> np.ndarray:
-        """Wait for that batch; return float32 rows: probabilities, then class indices."""
-
-
-class Statistics(Protocol):
-    """What counts; both calls come from the engine's thread."""
-
-    def record(self, *values: float) -> None:
-        """Count a request, described as in ``RECORD``."""
-
-    def count_batch(self, images: int) -> None:
-        """Count a batch."""
-
-
 @dataclass(eq=False)
 class _EngineLane:
     """The engine's end of a lane."""
@@ -268,11 +252,11 @@ class _Request:
 class Engine:
     """The loop that owns the device: receives pictures, gathers batches, answers.
 
-    One thread runs ``serve``; it alone calls the model once ``model`` is set. The other attributes
-    may be read and set by any thread.
+    Its thread alone calls the model once ``model`` is set. The attributes may be read and set by
+    any thread.
 
     Attributes:
-        model: What answers pictures; None while it is being loaded.
+        model: What answers pictures (``models.Classifier``); None while it is being loaded.
         status: What ``/health`` says.
         failure: What the model raised; it is not called again after that.
         workers: Pids of the web workers that live.
@@ -289,18 +273,18 @@ class Engine:
         statistics: Statistics,
         tell: Callable[[str], bytes],
     ) -> None:
-        """Prepare; ``serve`` does the work.
+        """Prepare; ``start`` begins.
 
         Args:
             max_batch: The most pictures in one batch.
             max_delay_seconds: The longest that a batch waits for pictures still being decoded.
             queue_size: The most pictures that may wait for the device.
             answer_seconds: After so long nobody waits for an answer any more.
-            statistics: Counts the requests and the batches.
+            statistics: Counts requests and batches.
             tell: Answers what workers ask, on a thread of its own.
         """
         allow_many_files()
-        self.model: Model | None = None
+        self.model: Classifier | None = None
         self.status = "loading"
         self.failure: Exception | None = None
         self.workers: set[int] = set()
@@ -354,11 +338,11 @@ class Engine:
 
     def _serve(self) -> None:
         while not self._closing.is_set():
-            self._receive(self._patience_seconds())
-            if self._queue and self.model is not None and self._patience_seconds() <= 0:
+            self._receive(self._delay_seconds())
+            if self._queue and self.model is not None and self._delay_seconds() <= 0:
                 self._run_batch(self.model)
 
-    def _patience_seconds(self) -> float:
+    def _delay_seconds(self) -> float:
         """Return how long the next batch may still wait for more pictures."""
         if not self._queue:
             return POLL_SECONDS
@@ -457,7 +441,7 @@ class Engine:
                 images += len(request.pictures)
         return batch
 
-    def _run_batch(self, model: Model) -> None:
+    def _run_batch(self, model: Classifier) -> None:
         batch = self._next_batch()
         if not batch:
             return

@@ -45,7 +45,7 @@ MIB = 2**20
 WEB_WORKER = Path(__file__).with_name("web_worker.py")
 # Read by gunicorn, Flask or systemd's socket activation; only our own settings count.
 FOREIGN_VARIABLES = ("GUNICORN_", "FLASK_", "LISTEN_", "SCRIPT_NAME")
-POLL_SECONDS = 0.2
+POLL_SECONDS = 0.1
 WEB_SERVER_START_SECONDS = 60.0
 # After a drain: for the web server's own end, and for a batch that is under way, since leaving that
 # may harm other clients of an MPS server.
@@ -316,7 +316,8 @@ class InferenceServer(client.Workload):
         args = self.args
         # First: where the port is taken, nothing else needs to be begun.
         self._listener = listen(args.host, args.port)
-        self._stop = threading.Event()
+        # Not an Event: its lock, taken when a second signal interrupts the first, is never free.
+        self._is_stopping = False
         self._signal_handlers: dict[int, object] = {}
         self._facts: dict[str, object] = {}
         self._started_seconds = time.monotonic()
@@ -429,8 +430,9 @@ class InferenceServer(client.Workload):
         self._stop_on_signals()
         # What was answered before the start belongs to no job.
         self._statistics.take_units()
-        while not (recorder.stop_requested or self._failure() or self._stop.wait(POLL_SECONDS)):
+        while not (self._is_stopping or recorder.stop_requested or self._failure()):
             self._record_units(recorder)
+            time.sleep(POLL_SECONDS)
         self._drain()
         self._record_units(recorder)
         self._restore_signals()
@@ -454,7 +456,7 @@ class InferenceServer(client.Workload):
         """Let the next signal begin the drain, and the one after it end everything."""
 
         def stop(number: int, frame: object) -> None:
-            self._stop.set()
+            self._is_stopping = True
             self._restore_signals()
 
         if not self._signal_handlers:

@@ -49,6 +49,7 @@ HEARTBEAT_SECONDS = 0.1
 WAIT_FOR_OTHERS_SECONDS, MAX_WAITS_FOR_OTHERS = 1e-3, 20
 MAX_WORKERS_EVER = 4096
 LINGER_SECONDS, LINGER_BYTES = 2.0, 8 << 20
+USAGE = "usage: python3 workloads/inference/inference_server.py, which starts this program"
 PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
@@ -253,12 +254,14 @@ def _die_with_parent() -> None:
 
 
 def main() -> None:
-    """Serve as the engine's process, our parent, says."""
-    _die_with_parent()
+    """Serve as the engine's process, our parent, says on standard input."""
     try:
-        settings = Settings(**json.load(sys.stdin))
+        settings = Settings(**json.loads("" if sys.argv[1:] else sys.stdin.read()))
     except (ValueError, TypeError):
-        sys.exit("usage: python3 workloads/inference/inference_server.py, which starts this")
+        is_asked = "--help" in sys.argv
+        print(USAGE, file=sys.stdout if is_asked else sys.stderr)
+        raise SystemExit(0 if is_asked else 2) from None
+    _die_with_parent()
     allow_many_files()
     WebServer(settings).run()
 
