@@ -53,7 +53,7 @@ RECORD = struct.Struct("=BHI5d")
 SYNTHETIC = struct.Struct("=I")
 REFUSAL = struct.Struct("=H")  # HTTP status; the reason follows as text
 MAX_MESSAGE_BYTES = 1 << 16
-MAX_FREE = 64
+MAX_FREE = 8  # of a worker; more are opened when they are needed
 QUESTION_SECONDS = 10.0  # for an answer that needs no device
 Closable = TypeVar("Closable", "Lane", socket.socket)
 # How soon the engine sees that it is to end.
