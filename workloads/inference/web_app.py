@@ -35,7 +35,7 @@ import multipart
 from flask import Flask, Response, g, request
 from gevent.lock import BoundedSemaphore
 from gunicorn.http.errors import NoMoreData, ParseException
-from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound
+from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
 from workloads.inference import api_key
 from workloads.inference.batching import Answer, EngineClient, Refusal
@@ -107,6 +107,7 @@ class State:
 
 
 app = Flask(__name__)
+app.json.sort_keys = False
 app.url_map.merge_slashes = False
 state: State
 
@@ -121,8 +122,6 @@ def begin(settings: Settings, engine: EngineClient, worker: Worker) -> None:
 @app.before_request
 def check_request() -> None:
     """Admit who knows the key, and no web page of somebody else's in a local browser."""
-    g.start_seconds = time.monotonic()
-    g.is_read = False
     host = request.headers.get("Host", "")
     if state.settings.local_only and not _is_local(host):
         raise Refusal(403, "this server answers to names of this machine only, such as localhost")
@@ -153,10 +152,10 @@ def page() -> Response:
 
 
 @app.get("/health")
-def health() -> Response:
+def health() -> tuple[dict, int]:
     """Say how the server is."""
     content = json.loads(state.engine.ask("health"))
-    return _json(content, 200 if content["status"] == "ok" else 503)
+    return content, 200 if content["status"] == "ok" else 503
 
 
 @app.get("/stats")
@@ -174,7 +173,7 @@ def metrics() -> Response:
 
 
 @app.post("/predict")
-def predict() -> Response:
+def predict() -> dict:
     """Classify one picture."""
     content = picture_of(request.content_type or "", _body(state.settings.max_body_bytes))
     received_seconds = time.monotonic()
@@ -192,19 +191,17 @@ def predict() -> Response:
         "gpu": answer.ended_seconds - answer.started_seconds,
     }
     milliseconds = {name: round(seconds * 1e3, 3) for name, seconds in g.seconds.items()}
-    return _json(
-        {
-            "predictions": _top(answer),
-            "latency_ms": milliseconds.pop("total"),
-            **{f"{name}_ms": value for name, value in milliseconds.items()},
-            "batch_size": answer.batch_images,
-            **_model(),
-        }
-    )
+    return {
+        "predictions": _top(answer),
+        "latency_ms": milliseconds.pop("total"),
+        **{f"{name}_ms": value for name, value in milliseconds.items()},
+        "batch_size": answer.batch_images,
+        **_model(),
+    }
 
 
 @app.post("/batch_predict")
-def batch_predict() -> Response:
+def batch_predict() -> dict:
     """Run a synthetic batch, one batch of the model's after another."""
     size = _batch_size(_body(MAX_JSON_BYTES))
     received_seconds = time.monotonic()
@@ -223,16 +220,14 @@ def batch_predict() -> Response:
     seconds = time.monotonic() - received_seconds
     g.images = size
     g.seconds = {"total": seconds, "gpu": gpu_seconds}
-    return _json(
-        {
-            "batch_size": size,
-            "batches": math.ceil(size / max_batch),
-            "latency_ms": round(seconds * 1e3, 3),
-            "gpu_ms": round(gpu_seconds * 1e3, 3),
-            "samples_per_second": round(size / seconds, 1),
-            **_model(),
-        }
-    )
+    return {
+        "batch_size": size,
+        "batches": math.ceil(size / max_batch),
+        "latency_ms": round(seconds * 1e3, 3),
+        "gpu_ms": round(gpu_seconds * 1e3, 3),
+        "samples_per_second": round(size / seconds, 1),
+        **_model(),
+    }
 
 
 @app.after_request
@@ -259,33 +254,21 @@ def release(error: BaseException | None) -> None:
 @app.errorhandler(Exception)
 def refuse(error: Exception) -> Response:
     """Answer every error in one sentence."""
-    headers = {}
-    if isinstance(error, ImageRejected):
-        error = Refusal(error.status, str(error))
-    if isinstance(error, NotFound):
-        error = Refusal(404, f"there is nothing at {request.path[:100]}")
-    if isinstance(error, MethodNotAllowed):
-        allowed = ", ".join(sorted(error.valid_methods or ()))
-        headers["Allow"] = allowed
-        error = Refusal(405, f"{request.path} takes {allowed} alone")
-    if isinstance(error, HTTPException):
-        error = Refusal(error.code or 500, error.description or error.name)
-    if not isinstance(error, Refusal):
+    status, message, headers = 500, INTERNAL_ERROR, {}
+    if isinstance(error, (Refusal, ImageRejected)):
+        status, message = error.status, str(error)
+        headers = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "1"}}.get(status, {})
+    elif isinstance(error, HTTPException):
+        status, message = error.code or 500, f"{error.name}: {request.path[:100]}"
+        if isinstance(error, MethodNotAllowed):
+            headers = {"Allow": ", ".join(error.valid_methods or ())}
+            message += f" takes {headers['Allow']} alone"
+    else:
         app.logger.error("request failed", exc_info=error)
-        error = Refusal(500, INTERNAL_ERROR)
-    if error.status == 401:
-        headers["WWW-Authenticate"] = "Bearer"
-    if error.status == 503:
-        headers["Retry-After"] = "1"
-    response = _json({"error": str(error)}, error.status)
-    response.headers.update(headers)
-    if not g.is_read and (request.content_length or request.environ.get("HTTP_TRANSFER_ENCODING")):
+    response = app.make_response(({"error": message}, status, headers))
+    if not g.get("is_read") and (request.content_length or request.environ.get("HTTP_TRANSFER_ENCODING")):
         state.worker.close_after(response)
     return response
-
-
-def _json(content: dict, status: int = 200) -> Response:
-    return Response(json.dumps(content) + "\n", status, content_type="application/json")
 
 
 def _model() -> dict:
