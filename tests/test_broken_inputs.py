@@ -25,7 +25,7 @@ from torchvision.datasets import CIFAR10
 from workload_script import runner_of
 
 from workloads.common import weights
-from workloads.common.checkpoints import read_checkpoint
+from workloads.common.engine import EpochTotals, check_loss
 from workloads.common.errors import (
     EXIT_DAMAGED_FILE,
     EXIT_NOT_FINITE,
@@ -34,11 +34,11 @@ from workloads.common.errors import (
     NotFiniteError,
     UsageError,
 )
-from workloads.common.whole_files import written_whole
+from workloads.common.results import written_whole
+from workloads.common.weights import read_checkpoint
 from workloads.inference.batch_inference import BatchInference
 from workloads.inference.batch_inference import parse_arguments as inference_arguments
-from workloads.training import cifar10, image_data, image_model, text_model
-from workloads.training.epoch_totals import EpochTotals
+from workloads.training import bert_training, images, resnet_training
 
 __all__ = ["cache", "cifar_server"]  # fixtures
 
@@ -78,7 +78,7 @@ def test_one_batch_that_is_no_number_is_seen_in_the_whole_epochs_loss():
     for loss in (0.5, math.inf, 0.5):
         totals.add(logits, labels, torch.tensor(loss))
     with pytest.raises(DivergedError, match="became inf"):
-        totals.require_finite("the loss", 0.1, "bf16")
+        check_loss(totals.loss_sum.item(), "the loss", 0.1, "bf16", "2 images")
 
 
 def test_outputs_that_are_no_numbers_end_an_inference(tmp_path, monkeypatch):
@@ -129,7 +129,7 @@ def test_what_evaluate_is_given_is_told_apart(tmp_path, saved):
     network = torch.nn.Linear(2, 2)
     about = {"classes": ["cat", "dog"], "settings": {"stem": "cifar"}}
     own, other, pickled = (tmp_path / f"{name}.pt" for name in ("own", "other", "pickled"))
-    image_model.save_model(torch.nn.Linear(3, 3), own, **about)
+    resnet_training.save_model(torch.nn.Linear(3, 3), own, **about)
     other.write_bytes(saved)
     torch.save({"model": np.random.default_rng(0)}, pickled)
     for path, sentence in (
@@ -137,19 +137,19 @@ def test_what_evaluate_is_given_is_told_apart(tmp_path, saved):
         (pickled, "holds Python objects"), (tmp_path / "none.pt", "cannot read"),
     ):  # fmt: skip
         with pytest.raises(UsageError, match=sentence):
-            image_model.load_model(network, path, "cifar", 2)
+            resnet_training.load_model(network, path, "cifar", 2)
     own.write_bytes(own.read_bytes()[:-100])
     with pytest.raises(DamagedFileError, match="cut off or damaged"):
-        image_model.load_model(network, own, "cifar", 2)
+        resnet_training.load_model(network, own, "cifar", 2)
 
 
 def test_a_torn_pretrained_bert_is_named_by_its_file(tmp_path):
-    architecture = text_model.Architecture(layers=1, hidden_size=64)
-    text_model.build_model(architecture, 2, 16).save_pretrained(tmp_path)
+    architecture = bert_training.Architecture(layers=1, hidden_size=64)
+    bert_training.build_model(architecture, 2, 16).save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
     with pytest.raises(DamagedFileError, match=f"{file} is cut off or damaged"):
-        text_model.load_model(tmp_path, 2)
+        bert_training.load_model(tmp_path, 2)
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -171,12 +171,12 @@ def truncate(path) -> None:
 
 @pytest.mark.parametrize("broken", ["archive", "batch"])
 def test_damaged_cifar10_is_named_and_taken_anew(tmp_path, cifar_server, capsys, broken):
-    whole = image_data.load_dataset("cifar10", tmp_path, None, 0, no_warning)
+    whole = images.load_dataset("cifar10", tmp_path, None, 0, no_warning)
     truncate(tmp_path / CIFAR10.base_folder / "data_batch_3")
     if broken == "archive":
         truncate(tmp_path / CIFAR10.filename)
     capsys.readouterr()
-    again = image_data.load_dataset("cifar10", tmp_path, None, 0, no_warning)
+    again = images.load_dataset("cifar10", tmp_path, None, 0, no_warning)
     said = capsys.readouterr().err
     assert "data_batch_3" in said and "damaged" in said
     assert (CIFAR10.filename in said) == (broken == "archive")
@@ -188,31 +188,31 @@ def test_damaged_cifar10_without_a_network_ends_the_run_instead_of_standing_in(
     cifar_server,
     monkeypatch,
 ):
-    image_data.load_dataset("cifar10", tmp_path, None, 0, no_warning)
+    images.load_dataset("cifar10", tmp_path, None, 0, no_warning)
     for name in (f"{CIFAR10.base_folder}/test_batch", CIFAR10.filename):
         truncate(tmp_path / name)
     monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/nothing.tar.gz")
     with pytest.raises(DamagedFileError, match=r"tar\.gz and .*test_batch does not fit"):
-        image_data.load_dataset("auto", tmp_path, None, 0, no_warning)
+        images.load_dataset("auto", tmp_path, None, 0, no_warning)
 
 
 def test_a_download_that_brings_half_an_archive_leaves_none(tmp_path, cifar_server):
     truncate(tmp_path / "site" / CIFAR10.filename)
     data = tmp_path / "data"
     with pytest.raises(UsageError, match="the transfer broke off"):
-        cifar10.load_splits(data)
+        images.load_dataset("cifar10", data, None, 0, no_warning)
     assert not data.exists()
 
 
 def test_a_torn_cache_of_decoded_images_is_said_and_made_anew(tmp_path, cache, capsys):
     data = write_image_folder(tmp_path / "images", size=32, per_class=2)
-    whole = image_data.load_dataset("folder", data, None, 0, no_warning).train.images.copy()
-    (kept,) = (cache / "gpu-sharing-bench").iterdir()
+    whole = images.load_dataset("folder", data, None, 0, no_warning).train.images.copy()
+    (kept,) = (cache / "gpu-sharing-bench").glob("*.npy")
     truncate(kept)
-    again = image_data.load_dataset("folder", data, None, 0, no_warning)
+    again = images.load_dataset("folder", data, None, 0, no_warning)
     assert f"{kept} is cut off or damaged: it is made anew" in capsys.readouterr().err
     np.testing.assert_array_equal(again.train.images, whole)
-    assert list(kept.parent.iterdir()) == [kept]
+    assert list(kept.parent.glob("*.npy")) == [kept]
 
 
 def test_a_truncated_image_ends_the_run_from_inside_a_decoding_process(tmp_path):
@@ -224,7 +224,8 @@ def test_a_truncated_image_ends_the_run_from_inside_a_decoding_process(tmp_path)
         "--image-size", "64", "--epochs", "1", "--device", "cpu", "--loader-workers", "1",
     )  # fmt: skip
     with HeldClient(tmp_path, RESNET, *arguments) as held:
-        held.start_working()
+        held.wait_for("loaded")
+        held.say("warm")
         assert held.exit_code() == EXIT_DAMAGED_FILE
         (error,) = held.events("error")
         said = held.process.stderr.read()

@@ -12,7 +12,7 @@ import pytest
 from load_runner import load_test, null_server, only_result
 
 from workloads.common.errors import UsageError
-from workloads.common.latency import is_few
+from workloads.common.results import is_few
 from workloads.inference import load_generator, load_report
 
 NAN, INF = float("nan"), float("inf")

@@ -11,8 +11,7 @@ import torch
 from conftest import PROJECT_ROOT
 from held_client import HeldClient
 
-from workloads.common.errors import EXIT_OUT_OF_MEMORY
-from workloads.common.memory_picture import MPS_LIMIT_VARIABLE, as_out_of_memory
+from workloads.common.errors import EXIT_OUT_OF_MEMORY, MPS_LIMIT_VARIABLE, as_out_of_memory
 
 # As PyTorch 2.x words it, with a limit of its own (set_per_process_memory_fraction).
 PYTORCH_TEXT = (
@@ -124,7 +123,7 @@ def neighbor() -> Iterator[Callable[[], str]]:
 @pytest.mark.gpu
 def test_a_capped_process_on_a_real_card_tells_its_limit_and_harms_nobody(neighbor):
     script = (
-        "import torch; from workloads.common.memory_picture import as_out_of_memory\n"
+        "import torch; from workloads.common.errors import as_out_of_memory\n"
         "total = torch.cuda.get_device_properties(0).total_memory\n"
         "torch.cuda.set_per_process_memory_fraction(256 * 2**20 / total)\n"
         "kept = torch.zeros(64 * 2**20, dtype=torch.uint8, device='cuda')\n"

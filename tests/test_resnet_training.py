@@ -19,7 +19,7 @@ from PIL import Image
 from workload_script import assert_usage_error, result_reader, runner_of
 
 from workloads.common.errors import UnreadableImageError, UsageError
-from workloads.training import image_data
+from workloads.training import images
 from workloads.training.resnet_training import learning_rates
 
 SCRIPT = "workloads/training/resnet_training.py"
@@ -182,9 +182,9 @@ def test_resolve_names_the_data_that_clients_use_without_downloading(tmp_path, c
 
 def test_folders_of_small_images_are_decoded_once_and_then_mapped(tmp_path, cache, capsys):
     data = write_image_folder(tmp_path / "images", size=32, per_class=4)
-    first = image_data.load_dataset("folder", data, None, 0, no_warning)
+    first = images.load_dataset("folder", data, None, 0, no_warning)
     assert "decoding 24 images" in capsys.readouterr().err
-    second = image_data.load_dataset("folder", data, None, 0, no_warning)
+    second = images.load_dataset("folder", data, None, 0, no_warning)
     assert "decoding" not in capsys.readouterr().err
     np.testing.assert_array_equal(first.train.images, second.train.images)
     with Image.open(data / "train" / "dog" / "001.png") as image:
@@ -197,7 +197,7 @@ def test_an_unreadable_image_is_named(tmp_path, cache):
     broken = data / "test" / "cat" / "001.png"
     broken.write_bytes(b"no image")
     with pytest.raises(UnreadableImageError, match=str(broken)):
-        image_data.load_dataset("folder", data, None, 0, no_warning)
+        images.load_dataset("folder", data, None, 0, no_warning)
 
 
 def test_classes_missing_from_the_test_folder_are_named(tmp_path, cache):
@@ -205,11 +205,11 @@ def test_classes_missing_from_the_test_folder_are_named(tmp_path, cache):
     (data / "test" / "frog" / "000.png").unlink()
     (data / "test" / "frog").rmdir()
     with pytest.raises(UsageError, match="'frog'"):
-        image_data.load_dataset("folder", data, None, 0, no_warning)
+        images.load_dataset("folder", data, None, 0, no_warning)
 
 
 def test_a_limited_dataset_keeps_the_ratio_of_its_splits_and_repeats_itself():
-    whole = image_data.synthetic_dataset(1, train_samples=100, test_samples=20)
+    whole = images.synthetic_dataset(1, train_samples=100, test_samples=20)
     limited = whole.limited(50, None, seed=7)
     again = whole.limited(50, None, seed=7)
     assert (len(limited.train), len(limited.test)) == (50, 10)
@@ -226,7 +226,7 @@ def make_cifar_archive(folder: Path) -> None:
         data = generator.integers(0, 256, (4, 3072), dtype=np.uint8)
         content = {"data": data, "labels": [0, 1, 2, 3]}
         (batches / name).write_bytes(pickle.dumps(content))
-    meta = {"label_names": list(image_data.CIFAR_CLASSES)}
+    meta = {"label_names": list(images.CIFAR_CLASSES)}
     (batches / "batches.meta").write_bytes(pickle.dumps(meta))
     with tarfile.open(folder / "cifar-10-python.tar.gz", "w:gz") as archive:
         archive.add(batches, batches.name)
@@ -263,13 +263,13 @@ def cifar_server(tmp_path, monkeypatch):
 
 def test_cifar10_is_downloaded_once_and_then_found_locally(tmp_path, cifar_server):
     data_dir = tmp_path / "data"
-    first = image_data.load_dataset("auto", data_dir, None, 0, no_warning)
+    first = images.load_dataset("auto", data_dir, None, 0, no_warning)
     assert first.name == "cifar10"
     assert first.train.images.shape == (20, 3, 32, 32)
     assert first.test.labels.tolist() == [0, 1, 2, 3]
-    assert tuple(first.class_names) == image_data.CIFAR_CLASSES
+    assert tuple(first.class_names) == images.CIFAR_CLASSES
     cifar_server.shutdown()
-    again = image_data.load_dataset("cifar10", data_dir, None, 0, no_warning)
+    again = images.load_dataset("cifar10", data_dir, None, 0, no_warning)
     np.testing.assert_array_equal(first.train.images, again.train.images)
 
 
@@ -278,7 +278,7 @@ def test_cifar10_that_cannot_be_had_is_an_error_where_it_was_asked_for(tmp_path,
 
     monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/nothing.tar.gz")
     with pytest.raises(UsageError, match="--data-dir"):
-        image_data.load_dataset("cifar10", tmp_path / "data", None, 0, no_warning)
+        images.load_dataset("cifar10", tmp_path / "data", None, 0, no_warning)
 
 
 def cpu_device() -> SimpleNamespace:
@@ -290,12 +290,10 @@ def cpu_device() -> SimpleNamespace:
 def test_crop_and_flip_is_a_window_of_the_black_padded_image():
     import torch
 
-    from workloads.training.image_batches import crop_and_flip
-
     pixels = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8)
     shift = torch.tensor([[0, 0], [8, 8], [4, 4], [2, 7], [4, 4]])
     flip = torch.tensor([False, False, False, True, True])
-    cropped = crop_and_flip(pixels, shift, flip)
+    cropped = images.crop_and_flip(pixels, shift, flip)
     padded = np.pad(pixels.numpy(), ((0, 0), (0, 0), (4, 4), (4, 4)))
     for i, ((row, column), mirrored) in enumerate(zip(shift.tolist(), flip.tolist(), strict=True)):
         window = padded[i, :, row : row + 32, column : column + 32].transpose(1, 2, 0)
@@ -306,27 +304,23 @@ def test_crop_and_flip_is_a_window_of_the_black_padded_image():
 def test_resident_and_streamed_images_give_the_same_batches():
     import torch
 
-    from workloads.training.image_batches import ResidentBatches, StreamedBatches
-
-    split = image_data.synthetic_dataset(3, train_samples=10, test_samples=4).train
-    resident = ResidentBatches(cpu_device(), split, 32, True, seed=5)
-    streamed = StreamedBatches(cpu_device(), split, 32, True, 5, batch_size=4, workers=0)
+    split = images.synthetic_dataset(3, train_samples=10, test_samples=4).train
+    resident = images.ResidentBatches(cpu_device(), split, 32, True, seed=5, batch_size=4)
+    streamed = images.StreamedBatches(cpu_device(), split, 32, True, 5, batch_size=4, workers=0)
     for _ in range(2):
         resident.start_epoch()
         streamed.start_epoch()
         for count in (4, 4, 2):
             streamed.feed(count)
             expected, labels = resident.take(count)
-            images, streamed_labels = streamed.take(count)
-            torch.testing.assert_close(images, expected)
+            pixels, streamed_labels = streamed.take(count)
+            torch.testing.assert_close(pixels, expected)
             torch.testing.assert_close(streamed_labels, labels)
 
 
 def test_an_epoch_shows_every_image_once_and_a_restart_repeats_the_order():
-    from workloads.training.image_batches import ResidentBatches
-
-    split = image_data.synthetic_dataset(3, train_samples=10, test_samples=4).train
-    batches = ResidentBatches(cpu_device(), split, 32, True, seed=5)
+    split = images.synthetic_dataset(3, train_samples=10, test_samples=4).train
+    batches = images.ResidentBatches(cpu_device(), split, 32, True, seed=5, batch_size=4)
     batches.start_epoch()
     first = batches.order.tolist()
     batches.start_epoch()
@@ -366,7 +360,7 @@ def test_ten_captured_steps_learn_what_ten_eager_steps_learn(precision):
         workload.model.train()
         losses = []
         for _ in range(10):
-            workload.train_step()
+            workload.train.full_step()
             losses.append(workload.totals.take(64)[0])
         torch.cuda.synchronize()
         return losses
@@ -404,8 +398,8 @@ def test_no_step_makes_the_host_wait_since_that_could_not_be_captured(monkeypatc
 
     workload = prepared_on_the_cpu(monkeypatch)
     with forbid_host_reads():
-        workload.train_step()
-        workload.test_step()
+        workload.train.full_step()
+        workload.test.full_step()
     assert workload.step_index.item() == 1
     assert workload.totals.loss_sum.item() > 0
 
@@ -413,11 +407,9 @@ def test_no_step_makes_the_host_wait_since_that_could_not_be_captured(monkeypatc
 def test_streamed_crops_are_the_same_again_after_a_restart(tmp_path):
     import torch
 
-    from workloads.training.image_batches import StreamedBatches
-
     data = write_image_folder(tmp_path / "images", size=48, per_class=2)
-    split = image_data.load_dataset("folder", data, 40, 0, no_warning).train
-    batches = StreamedBatches(cpu_device(), split, 40, True, 5, batch_size=6, workers=0)
+    split = images.load_dataset("folder", data, 40, 0, no_warning).train
+    batches = images.StreamedBatches(cpu_device(), split, 40, True, 5, batch_size=6, workers=0)
 
     def epoch() -> torch.Tensor:
         batches.start_epoch()

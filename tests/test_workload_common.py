@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import PROJECT_ROOT
 
-from workloads.common import cli, client, environment
+from workloads.common import cli, client, device
 from workloads.common.errors import (
     EXIT_INTERRUPTED,
     EXIT_OUT_OF_MEMORY,
@@ -24,9 +24,8 @@ from workloads.common.errors import (
     JobFailedError,
     UsageError,
 )
-from workloads.common.latency import summarize_latency_ms
-from workloads.common.lean_imports import packages_hidden
-from workloads.common.results import write_json_atomic
+from workloads.common.results import summarize_latency_ms
+from workloads.common.weights import packages_hidden
 
 WORKLOAD_SCRIPTS = sorted(
     str(path.relative_to(PROJECT_ROOT))
@@ -117,7 +116,7 @@ def test_no_latencies_give_unknown_figures_not_zero():
 
 def test_units_are_written_in_batches_and_every_line_is_whole(tmp_path):
     path = tmp_path / "events.jsonl"
-    recorder = client.Recorder(client.EventLog(path), leash=None)
+    recorder = client.Recorder(client.EventLog(path), control=None)
     recorder.unit("step", 10.0, 10.1)
     recorder.unit("step", 10.1, 10.3)
     recorder.unit("cell", 10.0, 10.2, latency=True)
@@ -137,23 +136,23 @@ def test_an_event_file_that_cannot_be_opened_is_a_usage_error(tmp_path):
         client.EventLog(tmp_path / "missing" / "events.jsonl")
 
 
-def test_the_leash_obeys_commands_and_takes_end_of_file_for_stop():
+def test_the_control_channel_obeys_commands_and_takes_end_of_file_for_stop():
     reading, writing = os.pipe()
-    leash = client.Leash(os.fdopen(reading))
+    control = client.ControlChannel(os.fdopen(reading))
     with os.fdopen(writing, "w") as commands:
         commands.write("warm\n")
         commands.flush()
-        leash.wait_for("warm")
-        assert not leash.stopped
-        assert not leash.wait_for_stop(0.01)
+        control.wait_for("warm")
+        assert not control.stopped
+        assert not control.wait_for_stop(0.01)
     with pytest.raises(client.StopRequested):
-        leash.wait_for("go")
-    assert leash.stopped
+        control.wait_for("go")
+    assert control.stopped
 
 
 def test_a_command_that_came_early_is_not_lost():
-    leash = client.Leash(io.StringIO("warm\ngo\nstop\n"))
-    assert leash.wait_for_stop(5)
+    control = client.ControlChannel(io.StringIO("warm\ngo\nstop\n"))
+    assert control.wait_for_stop(5)
 
 
 INTERRUPTED = """
@@ -200,28 +199,11 @@ def test_a_client_told_to_end_waits_for_its_device_before_it_lets_go(tmp_path, n
     assert "Traceback" not in complaint
 
 
-def test_results_are_replaced_whole_and_leave_no_temporary_file(tmp_path):
-    path = tmp_path / "sub" / "result.json"
-    write_json_atomic(path, {"value": 1})
-    write_json_atomic(path, {"value": 2})
-    assert json.loads(path.read_text()) == {"value": 2}
-    assert [p.name for p in path.parent.iterdir()] == ["result.json"]
-
-
-def test_a_failed_write_keeps_the_old_result(tmp_path):
-    path = tmp_path / "result.json"
-    write_json_atomic(path, {"value": 1})
-    with pytest.raises(TypeError):
-        write_json_atomic(path, {"value": object()})
-    assert json.loads(path.read_text()) == {"value": 1}
-    assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
-
-
 def test_the_number_of_clients_comes_from_the_suite(monkeypatch):
     monkeypatch.delenv("GPU_SHARING_CLIENTS", raising=False)
-    assert environment.clients_on_gpu() == 1
+    assert device.clients_on_gpu() == 1
     monkeypatch.setenv("GPU_SHARING_CLIENTS", "4")
-    assert environment.clients_on_gpu() == 4
+    assert device.clients_on_gpu() == 4
 
 
 class ListRecorder:

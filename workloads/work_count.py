@@ -100,7 +100,7 @@ def count_resnet_training(args: argparse.Namespace, stem: str) -> Work:
     import torch
     import torch.nn.functional as F
 
-    from workloads.training.image_model import build_resnet50
+    from workloads.training.resnet_training import build_resnet50
 
     size = args.image_size or 32
     with torch.device("meta"):
@@ -119,7 +119,7 @@ def count_bert_training(args: argparse.Namespace) -> Work:
     import torch
     import torch.nn.functional as F
 
-    from workloads.training.text_model import Architecture, build_model
+    from workloads.training.bert_training import Architecture, build_model
 
     with torch.device("meta"):
         model = build_model(

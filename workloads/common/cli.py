@@ -21,8 +21,9 @@ from workloads.common.errors import (
     EXIT_USAGE,
     CannotWriteError,
     WorkloadError,
+    as_out_of_memory,
+    printable,
 )
-from workloads.common.memory_picture import as_out_of_memory
 
 # What becomes of writing where the disk is full or broken, or may only be read.
 _DISK_ERRORS = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS))
@@ -167,7 +168,7 @@ def _flush_or_drop(stream: TextIO) -> None:
 
 def _complain(program: str, message: object, code: int) -> int:
     with contextlib.suppress(OSError):  # its own log may be on the disk that is full
-        print(f"{program}: error: {message}", file=sys.stderr)
+        print(f"{program}: error: {printable(message)}", file=sys.stderr)
     return code
 
 

@@ -2,24 +2,9 @@
 
 By hand a workload runs its documented job once, prints a summary and writes a result file. The
 suite starts the same script with ``--events PATH --hold``: the workload then appends JSON lines
-to PATH and obeys one-word commands on standard input.
+to PATH and obeys one-word commands on standard input. CONTRIBUTING.md ("The client contract") lists
+what these lines carry. All times are CLOCK_MONOTONIC, which every process of the machine shares.
 
-=========  ====================================================================================
-event      carries
-=========  ====================================================================================
-loaded     ``startup_seconds``: imports, data and model are on the device
-ready      ``identity``: warm-up, autotuning and capture are over, the device is idle
-processes  ``pids``: processes that the job has started, where they and not we use the GPU
-units      ``kind``, ``latency``, ``start_seconds``, ``duration_seconds``: finished units of work
-job        ``index``, ``start_seconds``, ``end_seconds``, ``figures``: one whole job
-error      ``status`` (``oom`` or ``failed``), ``message``, ``cause`` (``out_of_memory``,
-           ``diverged``, ``not_finite``, ``damaged_file``, ``unreadable_image`` or null) and, out of
-           memory, ``memory`` (see ``memory_picture``)
-done       ``jobs``, ``host_cpu_seconds``, ``peak_memory_mib``
-=========  ====================================================================================
-
-Every line has ``event`` and ``time_seconds``; all times are CLOCK_MONOTONIC, which every process
-of the machine shares. Commands: ``warm`` after loaded, ``go`` after ready, ``stop`` at any time.
 End-of-file on standard input means stop: no client survives the one who started it.
 """
 
@@ -43,16 +28,21 @@ from typing import NoReturn, TextIO
 
 from workloads.common import console
 from workloads.common.device import ComputeDevice
-from workloads.common.environment import describe_environment
 from workloads.common.errors import (
     EXIT_OK,
     CannotWriteError,
     OutOfGpuMemoryError,
     UsageError,
     WorkloadError,
+    as_out_of_memory,
 )
-from workloads.common.memory_picture import as_out_of_memory
-from workloads.common.results import print_summary, require_writable, write_result
+from workloads.common.results import (
+    GpuMonitor,
+    describe_environment,
+    print_summary,
+    require_writable,
+    write_result,
+)
 
 FLUSH_PERIOD_SECONDS = 0.5
 
@@ -98,7 +88,7 @@ class EventLog:
                 raise CannotWriteError(self._file.name, error) from error
 
 
-class Leash:
+class ControlChannel:
     """Commands from standard input, read by a thread so that work never waits for them."""
 
     def __init__(self, stream: TextIO) -> None:
@@ -106,7 +96,7 @@ class Leash:
         self._commands: set[str] = set()
         self._changed = threading.Condition()
         self._closed = False
-        threading.Thread(target=self._read, args=(stream,), name="leash", daemon=True).start()
+        threading.Thread(target=self._read, args=(stream,), name="control", daemon=True).start()
 
     @property
     def stopped(self) -> bool:
@@ -145,10 +135,10 @@ class Recorder:
     Used by one thread, except ``unit``, which any thread may call.
     """
 
-    def __init__(self, events: EventLog, leash: Leash | None) -> None:
-        """Write to ``events`` and take stops from ``leash`` (None: never stop)."""
+    def __init__(self, events: EventLog, control: ControlChannel | None = None) -> None:
+        """Write to ``events`` and take stops from ``control`` (None: never stop)."""
         self._events = events
-        self._leash = leash
+        self._control = control
         self._lock = threading.Lock()
         self._buffers: dict[tuple[str, bool], tuple[list[float], list[float]]] = {}
         self._last_flush_seconds = time.monotonic()
@@ -156,7 +146,7 @@ class Recorder:
     @property
     def stop_requested(self) -> bool:
         """Whether the suite wants this client to end."""
-        return self._leash is not None and self._leash.stopped
+        return self._control is not None and self._control.stopped
 
     def check_stop(self) -> None:
         """Raise ``StopRequested`` if the suite wants this client to end."""
@@ -165,10 +155,10 @@ class Recorder:
 
     def wait_for_stop(self, timeout_seconds: float) -> bool:
         """Sleep for ``timeout_seconds``, less if a stop arrives; return whether one has."""
-        if self._leash is None:
+        if self._control is None:
             time.sleep(timeout_seconds)
             return False
-        return self._leash.wait_for_stop(timeout_seconds)
+        return self._control.wait_for_stop(timeout_seconds)
 
     def unit(
         self, kind: str, start_seconds: float, end_seconds: float, *, latency: bool = False
@@ -251,6 +241,10 @@ class Workload(ABC):
     def reset(self) -> None:
         """Return to the state before the job, outside every timing."""
 
+    def partial_figures(self) -> dict | None:
+        """Return the figures of what is finished of a job that was interrupted; None: nothing."""
+        return None
+
     def check_unfinished(self) -> None:
         """Look at a job that was stopped in the middle as its end would have been looked at.
 
@@ -284,9 +278,15 @@ class Workload(ABC):
         return []
 
     def warn(self, text: str) -> None:
-        """Warn loudly now and in the result."""
-        self.warnings.append(text)
-        console.loud_warning(text)
+        """Warn now and in the result; each thing once, however often a job is repeated."""
+        if text not in self.warnings:
+            self.warnings.append(text)
+            console.loud_warning(text)
+
+    def tell(self, text: str) -> None:
+        """Print a line about what has just been finished, for a person who waits for the job."""
+        if not self.args.hold:
+            console.note(text)
 
 
 def run(workload: Workload) -> int:
@@ -294,12 +294,13 @@ def run(workload: Workload) -> int:
     if workload.args.resolve:
         return _resolve(workload)
     if workload.args.hold:
-        return _run_on_leash(workload)
+        return _run_held(workload)
     return _run_by_hand(workload)
 
 
 def _resolve(workload: Workload) -> int:
-    arguments = workload.resolve()
+    with console.stage("looking for data and weights"):
+        arguments = workload.resolve()
     answer = {
         "arguments": arguments,
         "environment": describe_environment(),
@@ -310,26 +311,35 @@ def _resolve(workload: Workload) -> int:
 
 
 def _run_by_hand(workload: Workload) -> int:
-    from workloads.common.utilization import GpuMonitor
-
     # Before hours of work, not after.
     require_writable(workload.args.results_dir)
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
     begin_seconds = time.monotonic()
     events = EventLog(workload.args.events)
-    recorder = Recorder(events, leash=None)
+    interruption = None
     try:
-        _load(workload)
+        with console.stage("loading"):
+            _load(workload)
         events.write("loaded", startup_seconds=time.monotonic() - begin_seconds)
         with GpuMonitor(workload.device) as monitor:
-            workload.warm_up()
+            with console.stage("warming up"):
+                workload.warm_up()
             startup_seconds = time.monotonic() - begin_seconds
             events.write("ready", identity=workload.identity())
             monitor.begin()
-            figures = _run_one_job(workload, recorder, events, index=0)
+            try:
+                figures = _run_one_job(workload, Recorder(events), events, index=0)
+            except KeyboardInterrupt as error:
+                figures = workload.partial_figures()
+                if figures is None:
+                    raise
+                if workload.device is not None:
+                    workload.device.synchronize()
+                interruption = error
             figures |= monitor.figures()
         identity = workload.identity()
-        _write_done(workload, events, jobs=1)
+        if interruption is None:
+            _write_done(workload, events, jobs=1)
     except Exception as error:
         _tell_and_raise(events, error)
     finally:
@@ -342,6 +352,7 @@ def _run_by_hand(workload: Workload) -> int:
         {
             "started_at": started,
             "command": sys.argv,
+            "interrupted": interruption is not None,
             "settings": workload.settings(),
             "figures": figures,
             "warnings": workload.warnings,
@@ -349,24 +360,27 @@ def _run_by_hand(workload: Workload) -> int:
             "environment": describe_environment(),
         },
     )
-    print_summary(workload.title, _summary_rows(workload, figures, identity), workload.warnings)
+    title = workload.title + (" (interrupted: what was finished)" if interruption else "")
+    print_summary(title, _summary_rows(workload, figures, identity), workload.warnings)
     print(f"result: {path}", flush=True)
+    if interruption is not None:
+        raise interruption
     return EXIT_OK
 
 
-def _run_on_leash(workload: Workload) -> int:
+def _run_held(workload: Workload) -> int:
     begin_seconds = time.monotonic()
     events = EventLog(workload.args.events)
-    leash = Leash(sys.stdin)
-    recorder = Recorder(events, leash)
+    control = ControlChannel(sys.stdin)
+    recorder = Recorder(events, control)
     jobs = 0
     try:
         _load(workload)
         events.write("loaded", startup_seconds=time.monotonic() - begin_seconds)
-        leash.wait_for("warm")
+        control.wait_for("warm")
         workload.warm_up()
         events.write("ready", identity=workload.identity())
-        leash.wait_for("go")
+        control.wait_for("go")
         recorder.wait_for_stop(workload.start_delay_seconds)
         recorder.check_stop()
         while True:

@@ -10,23 +10,73 @@ import argparse
 import contextlib
 import ctypes
 import os
+import re
 import shutil
+import stat
 import subprocess
+import sys
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from workloads.common import console
-from workloads.common.environment import package_versions, usable_cores
-from workloads.common.errors import GpuUnavailableError, UsageError
+from workloads.common.errors import MIB, GpuUnavailableError, UsageError
+from workloads.common.results import PROJECT_ROOT, cache_folder, package_versions
 
 if TYPE_CHECKING:
     import torch
 
 BF16_COMPUTE_CAPABILITY = (8, 0)
-MIB = 2**20
 POLLING_SECONDS = 0.5e-3
+SAFE_PATH_VARIABLE = "PYTHONSAFEPATH"
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may use.
+
+    ``os.cpu_count()`` counts the machine; a container's quota (cgroup v2 ``cpu.max``) and an
+    affinity mask both lower what a client really gets.
+    """
+    cores = len(os.sched_getaffinity(0))
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        if quota != "max":
+            cores = min(cores, max(1, int(quota) // int(period)))
+    except (OSError, ValueError):
+        return cores
+    return cores
+
+
+def clients_on_gpu() -> int:
+    """Return how many clients share the GPU, which the suite says in GPU_SHARING_CLIENTS."""
+    clients = os.environ.get("GPU_SHARING_CLIENTS", "1")
+    return max(1, int(clients)) if re.fullmatch("[0-9]{1,6}", clients) else 1
+
+
+@contextlib.contextmanager
+def safe_search_path() -> Iterator[None]:
+    """Start Python processes that do not import from the present working folder.
+
+    Spawned processes begin as ``python -c``, whose first place to import from is the working
+    folder: whoever may write there would run code in them. Python 3.11 has a variable against it;
+    before, such processes are started in the project's folder.
+    """
+    before = os.environ.get(SAFE_PATH_VARIABLE)
+    folder = os.getcwd()
+    os.environ[SAFE_PATH_VARIABLE] = "1"
+    if sys.version_info < (3, 11):
+        os.chdir(PROJECT_ROOT)
+    try:
+        yield
+    finally:
+        os.environ.pop(SAFE_PATH_VARIABLE)
+        if before is not None:
+            os.environ[SAFE_PATH_VARIABLE] = before
+        if sys.version_info < (3, 11):
+            os.chdir(folder)
 
 
 @dataclass(frozen=True)
@@ -111,7 +161,7 @@ class ComputeDevice:
                 for name, value in sorted(os.environ.items())
                 if name.startswith(("CUDA_VISIBLE_DEVICES", "CUDA_MPS_", "CUDA_DEVICE_ORDER"))
             },
-            "host_threads": self._host_threads(),
+            "host_threads": _host_threads(),
             "engine": self.engine,
             "precision": self.precision,
             "batch_size": batch_size,
@@ -129,11 +179,11 @@ class ComputeDevice:
             identity["versions"]["cudnn"] = torch.backends.cudnn.version()
         return identity
 
-    @staticmethod
-    def _host_threads() -> int:
-        import torch
 
-        return torch.get_num_threads()
+def _host_threads() -> int:
+    import torch
+
+    return torch.get_num_threads()
 
 
 def open_device(args: argparse.Namespace) -> ComputeDevice:
@@ -157,6 +207,8 @@ def open_device(args: argparse.Namespace) -> ComputeDevice:
         os.environ["OMP_NUM_THREADS"] = str(usable_cores())
     if args.device != "cpu":
         _create_context_meanwhile()
+    if args.engine == "compile":
+        _protect_compiler()
 
     import torch
 
@@ -200,8 +252,48 @@ def _gpu_expected(torch: object) -> bool:
     """Whether there is a GPU to use: one PyTorch sees, or one only the driver sees (an error)."""
     if torch.cuda.is_available():
         return True
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    return not hidden and driver_listing() is not None
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    # CUDA reads the list up to the first entry that names no device.
+    if visible is not None and not re.match(r"\s*([0-9]|GPU-|MIG-)", visible):
+        console.note(f"CUDA_VISIBLE_DEVICES={visible} hides every GPU: this run uses the CPU")
+        return False
+    return driver_listing() is not None
+
+
+def _protect_compiler() -> None:
+    """Keep what torch.compile makes, and later executes, where nobody else may write.
+
+    By default it goes to ``torchinductor_<user>`` in the temporary folder, which anybody can make
+    beforehand. Its compiling processes must not import from the working folder either.
+
+    Raises:
+        UsageError: The folder that the environment names belongs to, or is open to, others.
+    """
+    for variable, name in (
+        ("TORCHINDUCTOR_CACHE_DIR", "inductor"), ("TRITON_CACHE_DIR", "triton"),
+    ):  # fmt: skip
+        folder = Path(os.environ.get(variable) or cache_folder() / name)
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            status = folder.lstat()
+        except OSError as error:
+            raise UsageError(
+                f"cannot make {folder} ({error.strerror}); set {variable} to a folder of your own"
+            ) from error
+        if (
+            not stat.S_ISDIR(status.st_mode)
+            or status.st_uid != os.geteuid()
+            or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+        ):
+            raise UsageError(
+                f"{folder} is not yours alone, and compiled code is run from there; set "
+                f"{variable} to a folder of your own (chmod 700)"
+            )
+        os.environ[variable] = str(folder)
+    os.environ[SAFE_PATH_VARIABLE] = "1"
+    if sys.version_info < (3, 11):
+        # Compiling in this process, since the others would import from the working folder.
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 
 def driver_listing() -> str | None:

@@ -9,12 +9,15 @@ training step is one graph replay: data selection, augmentation, forward, backwa
 from __future__ import annotations
 
 import functools
+import gc
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from workloads.common.device import ComputeDevice
+from workloads.common.errors import DivergedError
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +28,8 @@ T = TypeVar("T")
 
 WARM_UP_STEPS = 3
 PIPELINE_DEPTH = 4
+# A cross-entropy of this size is that of a training that has blown up, finite or not.
+BLOWN_UP_LOSS = 1e4
 
 
 class TrainState:
@@ -67,6 +72,73 @@ class TrainState:
             torch.cuda.set_rng_state(self._cuda_rng)
 
 
+class EpochTotals:
+    """Loss and correct answers of an epoch; adding is device work that a CUDA graph can hold."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Start at zero on ``device``."""
+        import torch
+
+        self.loss_sum = torch.zeros((), device=device)
+        self.correct = torch.zeros((), dtype=torch.int64, device=device)
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a repeated job has to start from again."""
+        return self.loss_sum, self.correct
+
+    def add(self, logits: torch.Tensor, labels: torch.Tensor, loss: torch.Tensor) -> None:
+        """Add one batch.
+
+        Args:
+            logits: Shape (batch, classes), detached.
+            labels: int64, shape (batch,).
+            loss: Mean loss of the batch, detached.
+        """
+        self.loss_sum.add_(loss.float() * len(labels))
+        self.correct.add_((logits.argmax(dim=1) == labels).sum())
+
+    def take(self, samples: int) -> tuple[float, float]:
+        """Return mean loss and accuracy in percent over ``samples``, and start again at zero."""
+        import torch
+
+        # One copy, so one wait for the device.
+        loss, correct = torch.stack((self.loss_sum.double(), self.correct.double())).tolist()
+        self.loss_sum.zero_()
+        self.correct.zero_()
+        return loss / samples, 100 * correct / samples
+
+
+def check_loss(loss: float, when: str, lr: float, precision: str, what: str) -> str | None:
+    """Refuse a loss that is none: one such batch makes the sum of its epoch NaN or infinite.
+
+    Args:
+        loss: Of an epoch or a part of one.
+        when: Which loss and of when, such as ``the training loss in epoch 2``.
+        lr: Highest learning rate.
+        precision: Arithmetic of the training.
+        what: What is trained on, such as ``24 images``.
+
+    Returns:
+        What the reader must know about a finite loss past ``BLOWN_UP_LOSS``; None about others.
+
+    Raises:
+        DivergedError: It is NaN or infinite.
+    """
+    if not math.isfinite(loss):
+        raise DivergedError(
+            f"the training diverged: {when} became {loss} (learning rate {lr:g}, {precision}), so "
+            f"no figure of it counts; try --lr {lr / 10:g}"
+            + ("" if precision == "fp32" else " or --precision fp32")
+        )
+    if loss > BLOWN_UP_LOSS:
+        return (
+            f"the learning rate is too high for {what}: {when} grew to {loss:.2g} (learning rate "
+            f"{lr:g}), so its accuracy means nothing; try --lr {lr / 10:g}"
+        )
+    return None
+
+
 def compile_module(device: ComputeDevice, module: torch.nn.Module) -> torch.nn.Module:
     """Return ``module`` compiled by torch.compile under ``--engine compile``, else unchanged.
 
@@ -83,8 +155,28 @@ def compile_module(device: ComputeDevice, module: torch.nn.Module) -> torch.nn.M
     return torch.compile(module, dynamic=False)
 
 
+class StepPool:
+    """The memory that the captured steps of one job share, made when the first is captured.
+
+    Steps run one after the other on one stream and hand nothing on but through tensors allocated
+    before their capture, so a training step, a smaller one and a test step need the memory of the
+    largest, not of all. It belongs to the job and not to the process: PyTorch refuses a pool whose
+    graphs have all been freed, and a capture that fails leaves the GPU's random numbers unusable.
+    """
+
+    @functools.cached_property
+    def handle(self) -> tuple[int, int]:
+        """PyTorch's handle of it."""
+        import torch
+
+        return torch.cuda.graph_pool_handle()
+
+
 def prepare_step(
-    device: ComputeDevice, step: Callable[[], None], restore: Callable[[], None]
+    device: ComputeDevice,
+    step: Callable[[], None],
+    restore: Callable[[], None] = lambda: None,
+    pool: StepPool | None = None,
 ) -> Callable[[], None]:
     """Return the callable that launches ``step`` once under the device's engine.
 
@@ -92,13 +184,14 @@ def prepare_step(
         device: The opened device; its engine decides.
         step: Reads and writes fixed tensors only and never synchronizes; runs a few times here.
         restore: Puts the state that ``step`` changes back to where it was.
+        pool: Shared with other steps of the job; of its own where there is none.
     """
     if device.engine == "eager":
         step()
         device.synchronize()
         restore()
         return step
-    replay = _capture(step, _step_pool())
+    replay = _capture(step, pool.handle if pool else None)
     restore()
     device.synchronize()
     return replay
@@ -127,19 +220,6 @@ def capture_forward(
     replay = _capture(guarded, _stream_pool(stream) if stream else None, stream)
     device.synchronize()
     return replay
-
-
-@functools.cache
-def _step_pool() -> tuple[int, int]:
-    """Return the memory that all captured steps of this process share.
-
-    Steps run one after the other on one stream and hand nothing on but through tensors allocated
-    before their capture, so a training step, a smaller one and a test step need the memory of the
-    largest, not of all.
-    """
-    import torch
-
-    return torch.cuda.graph_pool_handle()
 
 
 @functools.cache
@@ -172,8 +252,15 @@ def _capture(
             work()
     torch.cuda.current_stream().wait_stream(side_stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, stream=stream):
-        output = work()
+    # A graph of another job that the collector frees meanwhile would end this capture.
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        with torch.cuda.graph(graph, pool=pool, stream=stream):
+            output = work()
+    finally:
+        if collects:
+            gc.enable()
 
     def replay() -> T:
         graph.replay()
@@ -189,7 +276,9 @@ class Pacer:
 
     At most ``depth`` steps are in flight: before another is launched, the oldest is waited for
     (sleeping, not spinning: other clients need the cores) and the moment it was seen complete is
-    its end. So the GPU never runs dry and a stop takes effect within ``depth`` steps.
+    its end. So the GPU never runs dry and a stop takes effect within ``depth`` steps. Where the
+    host launches more slowly than the GPU works, a step has ended long before anybody looks; then
+    the GPU's own clock says when, so that the time of a launch is that of the step launched.
     """
 
     def __init__(
@@ -200,7 +289,9 @@ class Pacer:
         self._recorder = recorder
         self._depth = depth
         self._in_flight: deque[tuple[str, torch.cuda.Event]] = deque()
+        # The end of the step before, and the event that it was seen by.
         self._previous_end_seconds: float | None = None
+        self._previous_done: torch.cuda.Event | None = None
 
     def run(self, kind: str, step: Callable[[], None]) -> None:
         """Launch one step of ``kind``.
@@ -213,15 +304,13 @@ class Pacer:
             self._recorder.check_stop()
         if self._previous_end_seconds is None:
             self._previous_end_seconds = time.monotonic()
+            if self._device.is_cuda:
+                self._previous_done = self._record()
         step()
         if not self._device.is_cuda:
-            self._finish(kind)
+            self._book(kind, time.monotonic())
             return
-        import torch
-
-        done = torch.cuda.Event(blocking=True)
-        done.record()
-        self._in_flight.append((kind, done))
+        self._in_flight.append((kind, self._record()))
         if len(self._in_flight) >= self._depth:
             self._finish_oldest()
 
@@ -229,14 +318,117 @@ class Pacer:
         """Wait for the steps in flight; the time until the next ``run`` belongs to no step."""
         while self._in_flight:
             self._finish_oldest()
-        self._previous_end_seconds = None
+        self._previous_end_seconds = self._previous_done = None
+
+    @staticmethod
+    def _record() -> torch.cuda.Event:
+        import torch
+
+        event = torch.cuda.Event(blocking=True, enable_timing=True)
+        event.record()
+        return event
 
     def _finish_oldest(self) -> None:
         kind, done = self._in_flight.popleft()
+        was_late = done.query()
         done.synchronize()
-        self._finish(kind)
-
-    def _finish(self, kind: str) -> None:
         end_seconds = time.monotonic()
+        if was_late:
+            took_seconds = self._previous_done.elapsed_time(done) / 1e3
+            end_seconds = min(end_seconds, self._previous_end_seconds + took_seconds)
+        self._previous_done = done
+        self._book(kind, end_seconds)
+
+    def _book(self, kind: str, end_seconds: float) -> None:
         self._recorder.unit(kind, self._previous_end_seconds, end_seconds)
         self._previous_end_seconds = end_seconds
+
+
+class Batches(Protocol):
+    """A split on its way to the device, batch by batch."""
+
+    samples: int
+    batch_size: int
+
+    def start_epoch(self, epoch: int) -> None:
+        """Go to the first batch of ``epoch`` (from 0)."""
+
+    def start_rehearsal(self) -> None:
+        """Go to a pass of one full batch and the smaller rest, which is no epoch's."""
+
+    def feed(self, count: int) -> None:
+        """Bring the next ``count`` samples to where a step finds them."""
+
+
+class Pass:
+    """One way through a split: its full batches, then what is left as a smaller one.
+
+    Attributes:
+        batches: Where the samples come from.
+        full_batches: How many full batches there are.
+        full_step: Launches the step of one of them.
+    """
+
+    def __init__(
+        self,
+        device: ComputeDevice,
+        kind: str,
+        batches: Batches,
+        step: Callable[[int], None],
+        restore: Callable[[], None],
+        pool: StepPool,
+    ) -> None:
+        """Prepare ``step``, which takes the size of its batch, for both sizes.
+
+        Args:
+            device: The opened device.
+            kind: Name of the unit of work; ``_partial`` is added for the smaller batch.
+            batches: The split.
+            step: One batch's work.
+            restore: Puts what ``step`` changes back.
+            pool: What the job's captured steps share.
+        """
+        self.batches = batches
+        self.full_batches, rest = divmod(batches.samples, batches.batch_size)
+        self._kind, self._rest = kind, rest
+        self.full_step = prepare_step(device, lambda: step(batches.batch_size), restore, pool)
+        if rest:
+            self._partial = prepare_step(device, lambda: step(rest), restore, pool)
+
+    def run(
+        self,
+        pacer: Pacer,
+        totals: EpochTotals,
+        epoch: int = 0,
+        advance: Callable[[], None] = lambda: None,
+    ) -> tuple[float, float, float]:
+        """Launch every batch; return mean loss, accuracy in percent and seconds.
+
+        Args:
+            pacer: Launches and records.
+            totals: What the steps add to.
+            epoch: Which order of the samples.
+            advance: Called after each launch.
+        """
+        start_seconds = time.monotonic()
+        self.batches.start_epoch(epoch)
+        self._launch(pacer, self.full_batches, advance)
+        loss, accuracy = totals.take(self.batches.samples)
+        return loss, accuracy, time.monotonic() - start_seconds
+
+    def rehearse(self, pacer: Pacer, totals: EpochTotals) -> None:
+        """Go once through everything that ``run`` goes through, with one full batch."""
+        self.batches.start_rehearsal()
+        self._launch(pacer, 1, lambda: None)
+        totals.take(self.batches.samples)
+
+    def _launch(self, pacer: Pacer, full_batches: int, advance: Callable[[], None]) -> None:
+        for _ in range(full_batches):
+            self.batches.feed(self.batches.batch_size)
+            pacer.run(self._kind, self.full_step)
+            advance()
+        if self._rest:
+            self.batches.feed(self._rest)
+            pacer.run(f"{self._kind}_partial", self._partial)
+            advance()
+        pacer.drain()

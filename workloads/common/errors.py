@@ -1,7 +1,29 @@
-"""What can go wrong in a workload and is understood: its sentence, its exit code, its cause."""
+"""What can go wrong in a workload and is understood: its sentence, its exit code, its cause.
+
+Running out of memory comes with a snapshot of who held what, a dict of MiB (None: unknown):
+
+=======================  ==========================================================================
+``where``                ``gpu`` or ``host``, whichever memory ran out
+``tried_mib``            what was to be allocated, from the error's text
+``free_mib``             free, as the driver (GPU) or the kernel (host) says; under an MPS memory
+                         limit the driver says what is free within that
+``total_mib``            all there is
+``allowed_mib``          what PyTorch was allowed to take, where it has a limit of its own
+``mps_limit_mib``        the MPS memory limit in this process's environment; GPU only
+``process_mib``          what this process holds; on a GPU as the driver told PyTorch
+``others_mib``           what is neither free nor this process's; unknown under an MPS limit
+``allocated_mib``        in tensors (``torch.cuda.memory_allocated``); GPU only
+``reserved_mib``         in PyTorch's pool (``torch.cuda.memory_reserved``); GPU only
+``peak_allocated_mib``   the most that was ever in tensors; GPU only
+=======================  ==========================================================================
+"""
 
 from __future__ import annotations
 
+import os
+import re
+import sys
+import tempfile
 from pathlib import Path
 
 EXIT_OK = 0
@@ -12,6 +34,27 @@ EXIT_OUT_OF_MEMORY = 12  # the number of ENOMEM, so that the suite can tell it f
 EXIT_NOT_FINITE = 34  # the number of ERANGE: a result that cannot be represented
 EXIT_DAMAGED_FILE = 65  # EX_DATAERR of sysexits.h: what was given to read is not in order
 EXIT_INTERRUPTED = 130
+
+MIB = 2**20
+SHARED_MEMORY = Path("/dev/shm")
+MPS_LIMIT_VARIABLE = "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT"
+SNAPSHOT_KEYS = (
+    "tried_mib", "free_mib", "total_mib", "allowed_mib", "mps_limit_mib", "process_mib",
+    "others_mib", "allocated_mib", "reserved_mib", "peak_allocated_mib",
+)  # fmt: skip
+_UNITS = {"bytes": 1 / MIB, "KiB": 1 / 1024, "MiB": 1.0, "GiB": 1024.0, "TiB": 1024.0**2}
+# Errors of CUDA and its libraries that PyTorch passes on as a plain RuntimeError.
+_GPU_TEXT = re.compile(
+    r"CUDA error: out of memory|CUDA out of memory|cudaErrorMemoryAllocation|"
+    r"CUBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_ALLOC_FAILED",
+)
+_HOST_TEXT = re.compile(r"DefaultCPUAllocator: (not enough|can't allocate) memory")
+_AMOUNT = r"([\d.]+) (bytes|[KMGT]iB)"
+_TRIED = re.compile(rf"[Tt]ried to allocate {_AMOUNT}")
+_ALLOWED = re.compile(rf"{_AMOUNT} allowed")
+_PROCESS = re.compile(rf"this process has {_AMOUNT} memory in use")
+# One device only is shown to a client under a limit of the suite's, as number 0.
+_MPS_LIMIT = re.compile(r"(?:^|,)0=(\d+)([KMG])B?(?:,|$)")
 
 
 class WorkloadError(Exception):
@@ -46,11 +89,7 @@ class CannotWriteError(JobFailedError):
     """A file cannot be written: the disk is full, or the folder is shut or gone."""
 
     def __init__(self, path: Path | str, error: OSError) -> None:
-        """Say which file, why, and what to do."""
-        super().__init__(
-            f"cannot write {path} ({error.strerror or error}): make room there, or name another "
-            "folder with --results-dir"
-        )
+        super().__init__(f"cannot write {path} ({error.strerror or error}): {_place(path)}")
 
 
 class NotFiniteError(WorkloadError):
@@ -67,7 +106,7 @@ class DivergedError(NotFiniteError):
 
 
 class DamagedFileError(WorkloadError):
-    """A file is torn or altered; the message names it."""
+    """A file is truncated or altered; the message names it."""
 
     exit_code = EXIT_DAMAGED_FILE
     cause = "damaged_file"
@@ -83,14 +122,13 @@ class OutOfGpuMemoryError(WorkloadError):
     """Memory ran out, here or in a process that a workload had started.
 
     Attributes:
-        memory: The memory picture (see ``memory_picture``), None where nobody took one.
+        memory: The snapshot described above, None where nobody took one.
     """
 
     exit_code = EXIT_OUT_OF_MEMORY
     cause = "out_of_memory"
 
     def __init__(self, message: str, memory: dict | None = None) -> None:
-        """Say ``message``, which stands for itself, and keep the picture."""
         super().__init__(message)
         self.memory = memory
 
@@ -98,3 +136,126 @@ class OutOfGpuMemoryError(WorkloadError):
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's text, or its type where it has none."""
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def printable(text: object) -> str:
+    """Return ``text`` as any terminal takes it: names of files may hold bytes and control codes."""
+    encodable = str(text).encode("utf-8", "backslashreplace").decode()
+    return "".join(
+        letter if letter.isprintable() or letter in "\n\t" else repr(letter)[1:-1]
+        for letter in encodable
+    )
+
+
+def as_out_of_memory(error: BaseException) -> OutOfGpuMemoryError | None:
+    """Return what to raise instead if ``error`` says that memory ran out, else None.
+
+    To be called while the error is being handled, before what held the memory is let go.
+    """
+    if isinstance(error, OutOfGpuMemoryError):
+        return error
+    # Not imported to ask: what ran without PyTorch cannot have raised its errors.
+    torch = sys.modules.get("torch")
+    text = str(error)
+    if isinstance(error, MemoryError) or _HOST_TEXT.search(text):
+        snapshot = _host_snapshot(text)
+    elif torch is not None and (
+        isinstance(error, torch.OutOfMemoryError)
+        or (isinstance(error, RuntimeError) and _GPU_TEXT.search(text))
+    ):
+        snapshot = _gpu_snapshot(torch, text)
+    else:
+        return None
+    return OutOfGpuMemoryError(_describe(snapshot, first_line(error)), snapshot)
+
+
+def _place(path: Path | str) -> str:
+    """Return what to do about a file that cannot be written: each place has another remedy."""
+    path = Path(path)
+    if SHARED_MEMORY in path.parents:
+        return "enlarge it (docker run --shm-size=1g), or use --loader-workers 0"
+    if "gpu-sharing-bench" in path.parts:
+        return "make room there, or set XDG_CACHE_HOME to a folder that you may write"
+    if path.is_absolute() and Path(tempfile.gettempdir()) == path.parent:
+        return "make room there, or set TMPDIR to another folder"
+    return "make room there, or name another folder with --results-dir"
+
+
+def _gpu_snapshot(torch: object, text: str) -> dict:
+    snapshot = dict.fromkeys(("where", *SNAPSHOT_KEYS)) | {
+        "where": "gpu",
+        "tried_mib": _found(_TRIED, text),
+        "allowed_mib": _found(_ALLOWED, text),
+        "process_mib": _found(_PROCESS, text),
+    }
+    if torch.cuda.is_initialized():
+        # After a fault on the card each of these raises too, and then the text has to do.
+        try:
+            free, total = torch.cuda.mem_get_info()
+            snapshot |= {
+                "free_mib": free / MIB,
+                "total_mib": total / MIB,
+                "allocated_mib": torch.cuda.memory_allocated() / MIB,
+                "reserved_mib": torch.cuda.memory_reserved() / MIB,
+                "peak_allocated_mib": torch.cuda.max_memory_allocated() / MIB,
+            }
+        except RuntimeError:
+            pass
+    limit = _MPS_LIMIT.search(os.environ.get(MPS_LIMIT_VARIABLE, ""))
+    if limit:
+        # Free within a limit, taken from the whole card, would be blamed on the others.
+        return snapshot | {"mps_limit_mib": int(limit[1]) * _UNITS[f"{limit[2]}iB"]}
+    return snapshot | {"others_mib": _others(snapshot)}
+
+
+def _host_snapshot(text: str) -> dict:
+    import psutil
+
+    memory = psutil.virtual_memory()
+    snapshot = dict.fromkeys(("where", *SNAPSHOT_KEYS)) | {
+        "where": "host",
+        "tried_mib": _found(_TRIED, text),
+        "free_mib": memory.available / MIB,
+        "total_mib": memory.total / MIB,
+        "process_mib": psutil.Process().memory_info().rss / MIB,
+    }
+    return snapshot | {"others_mib": _others(snapshot)}
+
+
+def _others(snapshot: dict) -> float | None:
+    total, free, process = (snapshot[f"{name}_mib"] for name in ("total", "free", "process"))
+    if total is None or free is None or process is None:
+        return None
+    return max(0.0, total - free - process)
+
+
+def _found(pattern: re.Pattern[str], text: str) -> float | None:
+    """Return the amount that the pattern finds, in MiB."""
+    match = pattern.search(text)
+    return float(match[1]) * _UNITS[match[2]] if match else None
+
+
+def _describe(snapshot: dict, said: str) -> str:
+    """Return the sentence for the terminal; ``said`` is the error's own first line."""
+    tried, free, total, allowed, mps_limit, process, others = (
+        snapshot[key] for key in SNAPSHOT_KEYS[:7]
+    )
+    parts = [f"tried {_amount(tried)}" if tried is not None else said]
+    if free is not None and mps_limit is not None:
+        parts[0] += f" with {_amount(free)} free within the MPS memory limit of "
+        parts[0] += _amount(mps_limit)
+    elif free is not None and total is not None:
+        parts[0] += f" with {_amount(free)} of {_amount(total)} free"
+    if allowed is not None:
+        parts.append(f"{_amount(allowed)} allowed")
+    if process is not None:
+        parts.append(f"this process holds {_amount(process)}")
+    if others is not None:
+        place = "on the card" if snapshot["where"] == "gpu" else "on the machine"
+        parts.append(f"others {place} hold {_amount(others)}")
+    where = {"gpu": "GPU", "host": "host"}[snapshot["where"]]
+    return f"out of {where} memory: {'; '.join(parts)}; lower --batch-size, or run fewer clients"
+
+
+def _amount(mib: float) -> str:
+    return f"{mib / 1024:.2f} GiB" if mib >= 1024 else f"{mib:.0f} MiB"

@@ -1,18 +1,95 @@
-"""Result files and the summary on the terminal."""
+"""Result files, what stands in them beside a job's own figures, and the summary on the terminal."""
 
 from __future__ import annotations
 
 import json
 import os
+import platform
+import secrets
+import subprocess
+import sys
 import tempfile
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
+from typing import IO, TYPE_CHECKING
 
-from workloads.common.errors import CannotWriteError, UsageError
-from workloads.common.whole_files import written_whole
+from workloads.common.errors import CannotWriteError, UsageError, printable
+
+if TYPE_CHECKING:
+    from workloads.common.device import ComputeDevice
 
 SCHEMA_VERSION = 1
+PROJECT_ROOT = Path(__file__).resolve().parents[2]
+RECORDED_PACKAGES = (
+    "torch", "torchvision", "transformers", "tokenizers", "numpy", "pillow", "httptools",
+    "nvidia-ml-py", "triton",
+)  # fmt: skip
+MONITOR_SCRIPT = PROJECT_ROOT / "benchmarking" / "gpu_monitor.py"
+MONITOR_FIGURES = (
+    ("gpu_utilization_percent", "utilization_gpu_percent"),
+    ("gpu_sm_activity_percent", "sm_activity_percent"),
+    ("gpu_memory_used_mib", "memory_used_mib"),
+)
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def cache_folder() -> Path:
+    """Return the folder of what is kept between runs, made where it is missing.
+
+    Raises:
+        UsageError: There is none that this user may write.
+    """
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        # A relative path is to be ignored (XDG Base Directory Specification).
+        folder = Path(base) if base.startswith("/") else Path.home() / ".cache"
+        folder = folder / "gpu-sharing-bench"
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(13, "Permission denied")
+    # Without HOME and without an account there is no home folder: RuntimeError.
+    except (OSError, RuntimeError) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        raise UsageError(
+            f"there is no cache folder to write to ({why}); set XDG_CACHE_HOME to a folder that "
+            "you may write"
+        ) from error
+    return folder
+
+
+@contextmanager
+def written_whole(path: Path, mode: str = "b", **how: object) -> Iterator[IO]:
+    """Give a file to write to, which takes the place of ``path`` once the block has ended well.
+
+    A reader sees the old file or the whole new one, and after a failure nothing is left behind.
+    The folder is made where there is none.
+
+    Args:
+        path: What the file is to be called.
+        mode: ``b`` for bytes, ``t`` for text; both can be read back inside the block.
+        how: Further arguments of ``open``.
+
+    Raises:
+        OSError: The folder cannot be made or written to.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Beside its place, since a file is renamed within one file system only.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        with temporary.open(f"x+{mode}", **how) as file:
+            yield file
+            file.flush()
+            # A rename can reach the disk before the content does.
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def require_writable(folder: Path) -> None:
@@ -32,26 +109,175 @@ def require_writable(folder: Path) -> None:
         ) from error
 
 
-def write_json_atomic(path: Path, content: dict) -> None:
-    """Write ``content`` so that a reader sees the old file or the whole new one, never a part.
+def write_result(results_dir: Path, name: str, payload: dict) -> Path:
+    """Write one result file ``<name>_<local time>_<pid>.json`` and return its path.
 
     Raises:
         CannotWriteError: The disk is full, or the folder is shut or gone by now.
     """
+    path = results_dir / f"{name}_{time.strftime('%Y%m%d-%H%M%S')}_{os.getpid()}.json"
+    content = {"schema_version": SCHEMA_VERSION, "workload": name, **payload}
     try:
         with written_whole(path, "t") as file:
             json.dump(content, file, indent=2)
             file.write("\n")
     except OSError as error:
         raise CannotWriteError(path, error) from error
-
-
-def write_result(results_dir: Path, name: str, payload: dict) -> Path:
-    """Write one result file ``<name>_<local time>_<pid>.json`` and return its path."""
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    path = results_dir / f"{name}_{stamp}_{os.getpid()}.json"
-    write_json_atomic(path, {"schema_version": SCHEMA_VERSION, "workload": name, **payload})
     return path
+
+
+# --- what a result was produced with --------------------------------------------------------------
+
+
+def package_versions() -> dict[str, str | None]:
+    """Return versions by package name without importing the packages; None where missing."""
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for package in RECORDED_PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return versions
+
+
+def source_revision() -> tuple[str | None, bool | None]:
+    """Return (git commit, whether the tree differs from it); (None, None) outside a checkout."""
+    try:
+        # The project may lie, unpacked, inside of another repository.
+        if Path(_git("rev-parse", "--show-toplevel")).resolve() != PROJECT_ROOT:
+            return None, None
+        commit = _git("rev-parse", "HEAD")
+        return commit, bool(_git("status", "--porcelain", "--untracked-files=no"))
+    except (OSError, subprocess.SubprocessError):
+        return None, None
+
+
+def _git(*arguments: str) -> str:
+    # GIT_DIR and its like, which hooks and editors leave behind, name another repository.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
+    return subprocess.run(
+        ("git", "-C", str(PROJECT_ROOT), *arguments), env=environment, capture_output=True,
+        text=True, timeout=10, check=True,
+    ).stdout.strip()  # fmt: skip
+
+
+def describe_environment() -> dict:
+    """Return the environment as recorded in every result file and run manifest."""
+    from workloads.common.device import usable_cores
+
+    commit, dirty = source_revision()
+    return {
+        "versions": package_versions(),
+        "host_cores": usable_cores(),
+        "os": platform.platform(),
+        "git_commit": commit,
+        "git_dirty": dirty,
+    }
+
+
+# --- figures --------------------------------------------------------------------------------------
+
+
+def summarize_latency_ms(durations_seconds: Sequence[float]) -> dict[str, float | None]:
+    """Summarize raw durations in the guide's terms (an average of percentiles means nothing).
+
+    Args:
+        durations_seconds: Raw durations in seconds, one a request or batch.
+
+    Returns:
+        ``mean_ms, median_ms, std_ms, min_ms, max_ms, p50_ms, p95_ms, p99_ms`` in milliseconds;
+        every value is None where there are no durations. Percentiles interpolate linearly
+        between order statistics (NumPy's default), ``std_ms`` is the sample standard deviation
+        (n - 1), None for a single value.
+    """
+    names = ("mean", "median", "std", "min", "max", "p50", "p95", "p99")
+    if not len(durations_seconds):
+        return {f"{name}_ms": None for name in names}
+    import numpy as np
+
+    values = np.asarray(durations_seconds, dtype=np.float64) * 1e3
+    p50, p95, p99 = np.percentile(values, (50, 95, 99))
+    std = values.std(ddof=1) if len(values) > 1 else None
+    figures = (values.mean(), p50, std, values.min(), values.max(), p50, p95, p99)
+    return {
+        f"{name}_ms": None if figure is None else float(figure)
+        for name, figure in zip(names, figures, strict=True)
+    }
+
+
+class GpuMonitor:
+    """Samples the GPU while the ``with`` block runs; does nothing for a workload on the CPU.
+
+    The sampler is a process of its own: a thread of the workload would share the interpreter lock
+    with the code that launches work.
+    """
+
+    def __init__(self, device: ComputeDevice | None) -> None:
+        self._gpu_uuid = device.identity()["gpu_uuid"] if device and device.is_cuda else None
+        self._process: subprocess.Popen | None = None
+        self._begin_seconds = float("inf")
+        # Count, sum and maximum, not samples: a server may run for days.
+        self._totals = {field: [0, 0.0, None] for _, field in MONITOR_FIGURES}
+        self._source: str | None = None
+
+    def __enter__(self) -> GpuMonitor:
+        """Start the sampler and wait until it samples, so that its start is in no timing."""
+        if self._gpu_uuid is not None:
+            self._process = subprocess.Popen(
+                (sys.executable, str(MONITOR_SCRIPT), "--gpu", self._gpu_uuid, "--interval", "0.2",
+                 "--output", "-", "--leash"),
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                text=True, start_new_session=True,
+            )  # fmt: skip
+            self._process.stdout.readline()
+            # Read all the while: a full pipe would stop the sampler.
+            self._reader = threading.Thread(
+                target=self._read, args=(self._process.stdout,), daemon=True
+            )
+            self._reader.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._end()
+
+    def begin(self) -> None:
+        """Count samples from now on."""
+        self._begin_seconds = time.monotonic()
+
+    def figures(self) -> dict:
+        """End the sampler and return what it saw since ``begin``; None where unknown.
+
+        Returns:
+            ``gpu_utilization_percent`` (mean), ``gpu_utilization_source``,
+            ``gpu_sm_activity_percent`` (mean), ``gpu_memory_used_mib`` (maximum, whole GPU).
+        """
+        self._end()
+        figures: dict = {}
+        for name, field in MONITOR_FIGURES:
+            count, total, highest = self._totals[field]
+            mean = total / count if count else None
+            figures[name] = highest if name == "gpu_memory_used_mib" else mean
+        return figures | {"gpu_utilization_source": self._source}
+
+    def _read(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            sample = json.loads(line)
+            if sample.get("time_seconds", 0.0) < self._begin_seconds:
+                continue
+            for field, (count, total, highest) in self._totals.items():
+                value = sample.get(field)
+                if value is not None:
+                    highest = value if highest is None else max(highest, value)
+                    self._totals[field] = [count + 1, total + value, highest]
+            self._source = self._source or sample.get("utilization_source")
+
+    def _end(self) -> None:
+        """Close the sampler's standard input and wait until it has gone; safe to call twice."""
+        if self._process is not None:
+            process, self._process = self._process, None
+            process.stdin.close()
+            self._reader.join()
+            process.wait()
 
 
 def print_summary(title: str, rows: Sequence[tuple[str, str]], warnings: Sequence[str]) -> None:
@@ -59,7 +285,12 @@ def print_summary(title: str, rows: Sequence[tuple[str, str]], warnings: Sequenc
     width = max((len(label) for label, _ in rows), default=0)
     print(f"\n{title}\n{'-' * len(title)}")
     for label, text in rows:
-        print(f"{label:<{width}}  {text}")
+        print(printable(f"{label:<{width}}  {text}"))
     for warning in warnings:
-        print(f"NOTE: {warning}")
+        print(printable(f"NOTE: {warning}"))
     print(flush=True)
+
+
+def is_few(responses: int, percentile: float) -> bool:
+    """Return whether a percentile of so many responses rests on fewer than five beyond it."""
+    return responses < round(500 / (100 - percentile))

@@ -1,39 +1,157 @@
-"""Image classifiers of torchvision with their weights: from a file, the local cache or a download.
+"""Models' weights: files of torch.save, torchvision's classifiers, models of the Hugging Face hub.
 
 ``load_classifier`` is what a workload calls; ``resolve_weights`` is the half of it that may touch
 the network, for the one place in a suite run that may (``--resolve``). Both know four choices:
 
 - ``auto``: torchvision's default ImageNet weights from the local cache, else one bounded download
-  into that cache, else random weights, said loudly and recorded;
-- ``imagenet``: the same, but an error where they cannot be had;
+  into that cache, else random weights, with a warning and recorded;
+- ``imagenet``: the same, but an error where they are not available;
 - ``none``: random weights from the seed;
 - anything else: a file holding a state dict (or a checkpoint with one).
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
-import http.client
+import os
+import pickle
 import re
-import shutil
+import socket
+import sys
+import threading
+import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 from workloads.common import console
-from workloads.common.checkpoints import read_checkpoint
-from workloads.common.errors import UsageError
-from workloads.common.whole_files import written_whole
+from workloads.common.errors import DamagedFileError, UsageError, as_out_of_memory
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 # Bounds a socket that says nothing, not a slow download: 100 MB may take minutes on a thin line.
 DOWNLOAD_SILENCE_SECONDS = 10.0
+ZIP_MAGIC, PICKLE_MAGIC = b"PK\x03\x04", b"\x80"
 STATE_DICT_KEYS = ("model_state_dict", "state_dict", "model_state", "model")
 FINAL_LAYER_KEYS = ("fc.weight", "classifier.6.weight")
+# SHA-256 of the published files; their names carry the first eight digits only.
+PUBLISHED_SHA256 = {
+    "resnet18-f37072fd.pth": "f37072fd47e89c5e827621c5baffa7500819f7896bbacec160b1a16c560e07ec",
+    "resnet50-11ad3fa6.pth": "11ad3fa62ca79e40addfd354a8ec4b7c75143b3038b8d2a807fbc68deab379ca",
+    "vgg16-397923af.pth": "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0",
+}
+
+DEFAULT_HUB = "https://huggingface.co"
+# The hub's library retries for 23 s where nothing listens and for 82 s where nothing answers
+# (huggingface_hub 2.4): one bounded question comes first.
+HUB_PROBE_SECONDS = 4.0
+# Commits of the models that are used without being named; a name may bring its own, NAME@COMMIT.
+HUB_COMMITS = {"bert-base-uncased": "86b5e0934494bd15c9632b12f734a8a67f723594"}
+HUB_FILES = ("config.json", "model.safetensors")
+# A tokenizer needs one of tokenizer.json and vocab.txt; not every model has all three files.
+HUB_OPTIONAL_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt")
+
+
+class DownloadError(Exception):
+    """The download failed or brought something else than what was promised."""
+
+
+class HubUnreachableError(Exception):
+    """The hub does not answer, or a transfer broke off."""
+
+
+@contextlib.contextmanager
+def packages_hidden(*names: str) -> Iterator[None]:
+    """Make packages that are not imported yet look as if they were not installed.
+
+    For a library that imports optional packages which only other parts of it need. ``None`` in
+    ``sys.modules`` makes an import fail with ModuleNotFoundError (The Python Language Reference,
+    5.3.1), and ``importlib.util.find_spec`` find nothing. Afterwards they can be imported again.
+    """
+    hidden = [name for name in names if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden))
+    try:
+        yield
+    finally:
+        for name in hidden:
+            del sys.modules[name]
+
+
+# --- files of torch.save --------------------------------------------------------------------------
+
+
+def read_checkpoint(path: Path, fix: str, *, check_sums: bool = False) -> object:
+    """Return what ``torch.save`` put into ``path``, its tensors on the CPU.
+
+    Args:
+        path: The file.
+        fix: What to do about a file that will not do, for the end of the sentence.
+        check_sums: Whether to hold the content against its CRC-32 first (0.1 s for 100 MB). PyTorch
+            does not: a flipped bit becomes another weight. Some programs write no such sums.
+
+    Raises:
+        DamagedFileError: The file is empty, cut off or altered.
+        UsageError: It is none of torch.save's, or holds Python objects besides tensors.
+    """
+    import torch
+
+    if check_sums:
+        _require_intact(path, fix)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    # What a truncated or foreign file raises depends on where it ends: zip, pickle, storage sizes.
+    except Exception as error:
+        if as_out_of_memory(error):
+            raise
+        _require_intact(path, fix)
+        if isinstance(error, pickle.UnpicklingError) and zipfile.is_zipfile(path):
+            raise UsageError(
+                f"{path} holds Python objects instead of weights alone, which are not loaded; "
+                f"save model.state_dict() with torch.save, or {fix}"
+            ) from error
+        if _start_of(path, fix).startswith(PICKLE_MAGIC):
+            # The format before PyTorch 1.6, which has no sums: nothing tells more.
+            raise _damaged(path, fix) from error
+        raise UsageError(f"{path} cannot be read as a PyTorch file; {fix}") from error
+
+
+def _require_intact(path: Path, fix: str) -> None:
+    """Refuse an empty file, and an archive that is cut off or does not fit its sums."""
+    start = _start_of(path, fix)
+    if not start:
+        raise DamagedFileError(f"{path} is empty; {fix}")
+    if not start.startswith(ZIP_MAGIC):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+    except (zipfile.BadZipFile, EOFError, OSError) as error:
+        raise _damaged(path, fix) from error
+    if broken is not None:
+        raise DamagedFileError(f"{path} is damaged: {broken} in it fails its checksum; {fix}")
+
+
+def _start_of(path: Path, fix: str) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(len(ZIP_MAGIC))
+    except OSError as error:
+        raise UsageError(f"cannot read {path} ({error.strerror}); {fix}") from error
+
+
+def _damaged(path: Path, fix: str) -> DamagedFileError:
+    return DamagedFileError(
+        f"{path} is cut off or damaged ({path.stat().st_size} bytes); delete it, and {fix}"
+    )
+
+
+# --- torchvision's classifiers --------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -51,10 +169,6 @@ class LoadedWeights:
     class_names: tuple[str, ...]
 
 
-class DownloadError(Exception):
-    """The download failed or brought something else than what its name promises."""
-
-
 def load_classifier(
     name: str, weights: str = "auto", seed: int = 42
 ) -> tuple[nn.Module, LoadedWeights]:
@@ -66,7 +180,7 @@ def load_classifier(
         seed: Fixes random weights; the caller's random state is left alone.
 
     Raises:
-        UsageError: Weights that were asked for cannot be had, read, or do not fit the model.
+        UsageError: Weights that were asked for are not available, or do not fit the model.
         DamagedFileError: Their file is empty, cut off or altered.
     """
     path, kind = resolve_weights(name, weights)
@@ -97,10 +211,11 @@ def load_classifier(
 def resolve_weights(name: str, weights: str) -> tuple[Path | None, str]:
     """Return (absolute path of the weights file or None for random weights, kind).
 
-    May download once; the file then lies in torchvision's own cache for every later run.
+    May download once; the file then lies in torchvision's own cache for every later run. What is
+    called ImageNet's has the published checksum, wherever it lies.
 
     Raises:
-        UsageError: ``imagenet`` cannot be had, or the named file does not exist.
+        UsageError: ``imagenet`` is not available, or the named file does not exist.
     """
     if weights == "none":
         return None, "random"
@@ -112,41 +227,68 @@ def resolve_weights(name: str, weights: str) -> tuple[Path | None, str]:
                 "--weights auto"
             )
         known = {url.rpartition("/")[2] for url in _published_urls(name)}
-        return path, "imagenet" if path.name in known else "file"
+        return path, "imagenet" if path.name in known and is_published(path) else "file"
+    import torch
+
     url = _published_urls(name)[0]
-    cached = _cache_folder() / url.rpartition("/")[2]
-    if not cached.is_file():
-        console.note(f"weights of {name}: downloading {url} once to {cached}")
-        try:
-            download(url, cached)
-        except DownloadError as error:
-            return _without_download(name, weights, cached, error)
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+    if cached.is_file() and is_published(cached):
+        return cached.resolve(), "imagenet"
+    console.note(f"weights of {name}: downloading {url} once to {cached}")
+    try:
+        download(url, cached)
+    except DownloadError as error:
+        return _without_download(name, weights, cached, error)
     return cached.resolve(), "imagenet"
 
 
-def download(url: str, target: Path) -> None:
-    """Fetch ``url`` into ``target``, which appears whole or not at all.
+def is_published(path: Path) -> bool:
+    """Whether the file has the checksum that belongs to its name; true of a name without one."""
+    with path.open("rb") as file:
+        digest = hashlib.sha256()  # hashlib.file_digest needs Python 3.11
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest().startswith(_promised_sha256(path.name))
 
-    A name such as ``resnet50-11ad3fa6.pth`` carries the first digits of the file's SHA-256, which
-    are checked (PyTorch's naming of published weights).
+
+def download(url: str, target: Path) -> None:
+    """Fetch ``url`` into ``target``, which appears whole and with the right checksum or not at all.
 
     Raises:
         DownloadError: No answer, a broken transfer, the wrong content, or nowhere to put it.
     """
-    promised = re.search(r"-([0-9a-f]{8,})\.", target.name)
+    import torch
+
     try:
-        with (
-            urllib.request.urlopen(url, timeout=DOWNLOAD_SILENCE_SECONDS) as response,
-            written_whole(target) as file,
-        ):
-            shutil.copyfileobj(response, file, 1 << 20)
-            if response.length:
-                raise DownloadError(f"the transfer stopped {response.length} bytes early")
-            file.seek(0)
-            if promised and not _sha256(file).startswith(promised[1]):
-                raise DownloadError("its checksum is not the one in its name")
-    except (OSError, http.client.HTTPException) as error:
-        raise DownloadError(str(error)) from error
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _limited_silence():
+            torch.hub.download_url_to_file(
+                url, str(target), hash_prefix=_promised_sha256(target.name) or None, progress=False
+            )
+    # An address without a scheme is a ValueError, a wrong checksum a RuntimeError.
+    except (OSError, ValueError, RuntimeError, EOFError) as error:
+        reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
+        raise DownloadError(str(reason)) from error
+
+
+def _promised_sha256(file_name: str) -> str:
+    """Return the whole checksum of a published file, else the digits that its name carries."""
+    in_name = re.search(r"-([0-9a-f]{8,})\.", file_name)
+    return PUBLISHED_SHA256.get(file_name) or (in_name[1] if in_name else "")
+
+
+@contextlib.contextmanager
+def _limited_silence() -> Iterator[None]:
+    """Let new sockets give up after a while: behind a firewall that drops packets, torch would not.
+
+    Everything that is opened meanwhile gives up too, so nothing else should go on in the process.
+    """
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_SILENCE_SECONDS)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
 
 
 def _without_download(
@@ -205,14 +347,101 @@ def _published_urls(name: str) -> list[str]:
     return [published.DEFAULT.url, *(entry.url for entry in published)]
 
 
-def _cache_folder() -> Path:
-    import torch
-
-    return Path(torch.hub.get_dir()) / "checkpoints"
+# --- the Hugging Face hub -------------------------------------------------------------------------
 
 
-def _sha256(file: IO[bytes]) -> str:
-    digest = hashlib.sha256()  # hashlib.file_digest needs Python 3.11
-    while piece := file.read(1 << 20):
-        digest.update(piece)
-    return digest.hexdigest()
+def hub_endpoint() -> str:
+    """Return the hub's address: HF_ENDPOINT, else the public one."""
+    return (os.environ.get("HF_ENDPOINT") or DEFAULT_HUB).rstrip("/")
+
+
+@functools.cache
+def hub_answers() -> bool:
+    """Whether the hub answers within ``HUB_PROBE_SECONDS``; asked once a process.
+
+    Where it does not, HF_HUB_OFFLINE is set, so that hub libraries imported later fail at once.
+    """
+    offline = (os.environ.get("HF_HUB_OFFLINE", ""), os.environ.get("TRANSFORMERS_OFFLINE", ""))
+    if any(value.upper() in ("1", "ON", "YES", "TRUE") for value in offline):
+        return False
+    answers: list[bool] = []
+    # In a thread, because a name lookup knows no timeout.
+    probe = threading.Thread(target=lambda: answers.append(_probe(hub_endpoint())), daemon=True)
+    probe.start()
+    probe.join(HUB_PROBE_SECONDS)
+    if answers != [True]:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        return False
+    return True
+
+
+def _probe(address: str) -> bool:
+    """Whether something other than a refusing proxy answers at ``address``."""
+    request = urllib.request.Request(address, method="HEAD")
+    try:
+        with urllib.request.urlopen(request, timeout=HUB_PROBE_SECONDS):
+            return True
+    except urllib.error.HTTPError as error:
+        return error.code < 500 and error.code not in (403, 407)
+    except (OSError, ValueError):
+        return False
+
+
+def hub_model_folder(model: str) -> Path:
+    """Return the local folder of a hub model: from the hub's cache, else downloaded into it.
+
+    Args:
+        model: A name such as ``owner/model``, or ``owner/model@COMMIT``.
+
+    Raises:
+        HubUnreachableError: It is not in the cache and cannot be downloaded.
+        UsageError: The hub has no such model, or it lacks a file that is needed.
+    """
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    name, _, commit = model.partition("@")
+    revision = commit or HUB_COMMITS.get(name)
+    try:
+        cached = [try_to_load_from_cache(name, file, revision=revision) for file in HUB_FILES]
+    except HFValidationError as error:
+        raise UsageError(
+            f"{model!r} is neither a folder nor a model's name on the hub; name an existing folder "
+            "or a hub model with --model"
+        ) from error
+    if all(isinstance(path, str) for path in cached):
+        return Path(cached[0]).parent
+    if not hub_answers():
+        raise HubUnreachableError(f"{hub_endpoint()} does not answer")
+    console.note(f"{model}: downloading from {hub_endpoint()} once, into the hub's cache")
+    paths = [_hub_file(name, revision, file) for file in (*HUB_FILES, *HUB_OPTIONAL_FILES)]
+    return paths[0].parent
+
+
+def _hub_file(name: str, revision: str | None, file: str) -> Path | None:
+    """Download one file; None for an optional one that the model does not have."""
+    from huggingface_hub import errors, hf_hub_download
+
+    try:
+        return Path(hf_hub_download(name, file, revision=revision, etag_timeout=HUB_PROBE_SECONDS))
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
+        raise UsageError(
+            f"the hub has no model {name!r} that is open to you, or not at {revision or 'main'}; "
+            "check the name given with --model"
+        ) from error
+    except errors.LocalEntryNotFoundError as error:
+        raise HubUnreachableError(f"{hub_endpoint()} stopped answering") from error
+    except errors.EntryNotFoundError as error:
+        if file in HUB_OPTIONAL_FILES:
+            return None
+        raise UsageError(
+            f"the hub's model {name!r} has no {file}; choose another with --model"
+        ) from error
+    except PermissionError as error:
+        raise UsageError(
+            f"cannot keep {name} in {error.filename} ({error.strerror}); set XDG_CACHE_HOME to a "
+            "folder that you may write"
+        ) from error
+    # What a broken transfer raises depends on the HTTP client of the hub's library.
+    except Exception as error:
+        raise HubUnreachableError(f"the download of {file} broke off ({error})") from error

@@ -20,9 +20,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from workloads.common import cli, client, console
-from workloads.common.environment import clients_on_gpu
+from workloads.common.device import clients_on_gpu
 from workloads.common.errors import NotFiniteError
-from workloads.common.latency import is_few, summarize_latency_ms
+from workloads.common.results import is_few, summarize_latency_ms
 from workloads.inference.models import (
     add_model_flags,
     load_inference_model,

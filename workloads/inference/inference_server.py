@@ -29,9 +29,9 @@ from typing import TYPE_CHECKING, NoReturn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from workloads.common import cli, client, console
-from workloads.common.environment import usable_cores
+from workloads.common.device import usable_cores
 from workloads.common.errors import JobFailedError, UsageError
-from workloads.common.latency import is_few, summarize_latency_ms
+from workloads.common.results import is_few, summarize_latency_ms
 from workloads.inference import api_key
 from workloads.inference.models import add_model_flags, resolve_model_flags, weights_notes
 

@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING
 
 import aiohttp
 
-from workloads.common.environment import usable_cores
+from workloads.common.device import usable_cores
 from workloads.common.errors import JobFailedError, UsageError
 
 if TYPE_CHECKING:

@@ -17,8 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from workloads.common.latency import is_few, summarize_latency_ms
-from workloads.common.whole_files import written_whole
+from workloads.common.results import is_few, summarize_latency_ms, written_whole
 
 if TYPE_CHECKING:
     import numpy as np

@@ -279,7 +279,7 @@ class ServingClient(client.Workload):
         try:
             users.load()
             users.warm_up()
-            figures = users.run_job(client.Recorder(client.EventLog(None), leash=None))
+            figures = users.run_job(client.Recorder(client.EventLog(None)))
         finally:
             users.close()
         self._require_answers(figures)

@@ -266,7 +266,9 @@ def refuse(error: Exception) -> Response:
     else:
         app.logger.error("request failed", exc_info=error)
     response = app.make_response(({"error": message}, status, headers))
-    if not g.get("is_read") and (request.content_length or request.environ.get("HTTP_TRANSFER_ENCODING")):
+    if not g.get("is_read") and (
+        request.content_length or request.environ.get("HTTP_TRANSFER_ENCODING")
+    ):
         state.worker.close_after(response)
     return response
 

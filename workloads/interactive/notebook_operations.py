@@ -88,7 +88,7 @@ def matrix_operation(
             torch.mm(left, right, out=product)
             product.relu_()
 
-    return prepare_step(device, multiply, restore=lambda: None)
+    return prepare_step(device, multiply)
 
 
 def preprocess_operation(
@@ -111,7 +111,7 @@ def preprocess_operation(
             normalized = (images.to(dtype) / 255 - mean) / std
             F.interpolate(normalized, size=target, mode="bilinear", align_corners=False)
 
-    return prepare_step(device, preprocess, restore=lambda: None)
+    return prepare_step(device, preprocess)
 
 
 def train_operation(
@@ -138,7 +138,7 @@ def train_operation(
                 loss.backward()
                 optimizer.step()
 
-    return prepare_step(device, train, restore=lambda: None)
+    return prepare_step(device, train)
 
 
 def inference_operation(

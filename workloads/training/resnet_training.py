@@ -13,19 +13,27 @@ import math
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from workloads.common import cli, client, console
-from workloads.common.environment import PROJECT_ROOT, clients_on_gpu, usable_cores
+from workloads.common.device import clients_on_gpu
 from workloads.common.errors import NotFiniteError, UsageError
+from workloads.common.results import PROJECT_ROOT, written_whole
+from workloads.common.weights import read_checkpoint
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from workloads.common.engine import Pacer
 
 MOMENTUM = 0.9
 WEIGHT_DECAY = 5e-4
 LABEL_SMOOTHING = 0.1
 WARM_UP_FRACTION = 0.3
 TEST_BATCH_SIZE = 500
-MAX_LOADER_WORKERS = 8
+FIX = "name a model kept by --save-model with --evaluate"
 
 EPILOG = """examples:
   resnet_training.py --epochs 5                          CIFAR-10, downloaded on first use
@@ -102,40 +110,19 @@ class ResNetTraining(client.Workload):
 
         import torch
 
-        from workloads.training import image_data
-        from workloads.training.epoch_totals import EpochTotals
-        from workloads.training.image_batches import make_batches
-        from workloads.training.image_model import build_resnet50, load_model
+        from workloads.common.engine import EpochTotals
+        from workloads.training import images
 
-        dataset = image_data.load_dataset(
+        dataset = images.load_dataset(
             args.dataset, args.data_dir, args.image_size, args.seed, self.warn
         )
-        dataset = dataset.limited(args.train_samples, args.test_samples, args.seed)
-        self.dataset = dataset
-        if args.stem == "cifar" and dataset.image_size > image_data.CIFAR_SIZE:
+        self.dataset = dataset.limited(args.train_samples, args.test_samples, args.seed)
+        if args.stem == "cifar" and dataset.image_size > images.CIFAR_SIZE:
             console.note(
                 f"images of {dataset.image_size}x{dataset.image_size} with --stem cifar are slow; "
                 "--stem imagenet is meant for them"
             )
-        self.train_batch_size = min(args.batch_size, len(dataset.train))
-        self.test_batch_size = min(TEST_BATCH_SIZE, len(dataset.test))
-        if dataset.image_size > image_data.CIFAR_SIZE:
-            self.test_batch_size = min(self.test_batch_size, args.batch_size)
-        self._refuse_batch_of_one()
-        clients = clients_on_gpu()
-        workers = args.loader_workers
-        if workers is None:
-            workers = max(1, min(MAX_LOADER_WORKERS, usable_cores() // clients - 1))
-        shared = {"seed": self.order_seed, "workers": workers, "clients": clients}
-        self.train_batches = make_batches(
-            self.device, dataset.train, dataset.image_size, augment=True,
-            batch_size=self.train_batch_size, **shared,
-        )  # fmt: skip
-        self.test_batches = make_batches(
-            self.device, dataset.test, dataset.image_size, augment=False,
-            batch_size=self.test_batch_size, **shared,
-        )  # fmt: skip
-
+        self._load_batches()
         where = self.device.torch_device
         # Drawing the initial weights takes the CPU half a second.
         with where:
@@ -146,15 +133,14 @@ class ResNetTraining(client.Workload):
         self.totals = EpochTotals(where)
 
     def warm_up(self) -> None:
-        """Prepare the training and the test step for the engine."""
+        """Prepare training and test for the engine, and go once through all that a job does."""
         import torch
 
-        from workloads.common.engine import TrainState, compile_module, prepare_step
+        from workloads.common.engine import Pacer, Pass, StepPool, TrainState, compile_module
 
         where = self.device.torch_device
-        total_steps = self.args.epochs * math.ceil(len(self.dataset.train) / self.train_batch_size)
         self.lr_table = torch.tensor(
-            learning_rates(self.args.lr, total_steps), dtype=torch.float32, device=where
+            learning_rates(self.args.lr, self._steps_a_job()), dtype=torch.float32, device=where
         )
         self.lr = torch.zeros((), device=where)
         self.step_index = torch.zeros((), dtype=torch.int64, device=where)
@@ -162,27 +148,24 @@ class ResNetTraining(client.Workload):
             self.model.parameters(), lr=self.lr, momentum=MOMENTUM, nesterov=True,
             weight_decay=WEIGHT_DECAY, fused=True,
         )  # fmt: skip
-        self.train_batches.start_epoch()
-        self.test_batches.start_epoch()
         self.state = TrainState(
             [self.model], self.optimizer, (self.step_index, *self.totals.tensors)
         )
-        network = compile_module(self.device, self.model)
+        self.network = compile_module(self.device, self.model)
+        shared = (self.reset, StepPool())
         self.model.eval()
-        self.test_step = prepare_step(
-            self.device, lambda: self._test_step(network, self.test_batch_size), self.reset
-        )
+        self.test = Pass(self.device, "test_step", self.test_batches, self._test_step, *shared)
+        pacer = Pacer(self.device, client.Recorder(client.EventLog(None)))
         if self.args.evaluate is None:
             self.model.train()
-            self.train_step = prepare_step(
-                self.device, lambda: self._train_step(network, self.train_batch_size), self.reset
+            self.train = Pass(
+                self.device, "train_step", self.train_batches, self._train_step, *shared
             )
-            # The last, smaller batch of an epoch; not worth a compilation of its own.
-            remainder = len(self.dataset.train) % self.train_batch_size
-            if remainder:
-                self.remainder_step = prepare_step(
-                    self.device, lambda: self._train_step(self.model, remainder), self.reset
-                )
+            self.train.rehearse(pacer, self.totals)
+        self.model.eval()
+        self.test.rehearse(pacer, self.totals)
+        self.reset()
+        self.device.synchronize()
 
     def reset(self) -> None:
         """Put weights, optimizer, counters and the order of the images back."""
@@ -195,26 +178,27 @@ class ResNetTraining(client.Workload):
         from workloads.common.engine import Pacer
 
         pacer = Pacer(self.device, recorder)
+        self.epochs: list[dict] = []
         if self.args.evaluate is not None:
-            loss, accuracy, seconds = self._test(pacer)
-            if not math.isfinite(loss):
-                raise NotFiniteError(
-                    f"the test loss of {self.args.evaluate} is {loss}: its weights are of a "
-                    "training that diverged; train again with a lower --lr"
-                )
-            return {"final_test_loss": loss, "test_seconds": seconds} | self._accuracy(accuracy)
-        epochs = []
-        with console.progress(self._steps_a_job(), "training") as progress:
+            return self._evaluate(pacer)
+        advice = None if self.device.is_cuda else "--train-samples 256 --epochs 1"
+        with console.progress(self._steps_a_job(), "training", advice) as progress:
             for epoch in range(1, self.args.epochs + 1):
-                epochs.append(self._run_epoch(epoch, pacer, progress))
-        training_seconds = sum(epoch["epoch_seconds"] for epoch in epochs)
-        last = epochs[-1]
+                self._run_epoch(epoch, pacer, progress)
         if self.args.save_model:
-            self._save_model(last)
+            self._save_model()
+        return self.partial_figures()
+
+    def partial_figures(self) -> dict | None:
+        """Return the figures of the finished epochs."""
+        if not self.epochs:
+            return None
+        training_seconds = sum(epoch["epoch_seconds"] for epoch in self.epochs)
+        last = self.epochs[-1]
         return {
-            "epochs": epochs,
-            "mean_epoch_seconds": training_seconds / len(epochs),
-            "samples_per_second": len(epochs) * len(self.dataset.train) / training_seconds,
+            "epochs": self.epochs,
+            "mean_epoch_seconds": training_seconds / len(self.epochs),
+            "samples_per_second": len(self.epochs) * len(self.dataset.train) / training_seconds,
             "final_train_loss": last["train_loss"],
             "final_test_loss": last["test_loss"],
         } | self._accuracy(last["test_accuracy_percent"])
@@ -230,7 +214,7 @@ class ResNetTraining(client.Workload):
             "train_samples": len(self.dataset.train),
             "test_samples": len(self.dataset.test),
             "image_size": self.dataset.image_size,
-            "batch_size": self.train_batch_size,
+            "batch_size": self.train_batches.batch_size,
             "epochs": self.args.epochs,
             "lr": self.args.lr,
             "seed": self.args.seed,
@@ -245,13 +229,8 @@ class ResNetTraining(client.Workload):
             ("Dataset", f"{self.dataset.name}, {len(self.dataset.train)} training and "
              f"{len(self.dataset.test)} test images, {self.train_batches.placement}"),
         ]  # fmt: skip
-        for epoch in figures.get("epochs", ()):
-            rows.append(
-                (f"Epoch {epoch['epoch']}",
-                 f"train loss {epoch['train_loss']:.3f}, {epoch['train_accuracy_percent']:.1f} %; "
-                 f"test loss {epoch['test_loss']:.3f}, {epoch['test_accuracy_percent']:.1f} %; "
-                 f"{epoch['epoch_seconds']:.2f} s + {epoch['test_seconds']:.2f} s test")
-            )  # fmt: skip
+        rows += [("", note) for note in self.dataset.notes]
+        rows += [(f"Epoch {e['epoch']}", _describe_epoch(e)) for e in figures.get("epochs", ())]
         if "samples_per_second" in figures:
             rows.append(("Throughput", f"{figures['samples_per_second']:.0f} samples/s"))
         accuracy = figures["final_test_accuracy_percent"]
@@ -263,10 +242,10 @@ class ResNetTraining(client.Workload):
 
     def resolve(self) -> list[str]:
         """Download or decode once; return flags that find the data locally."""
-        from workloads.training import image_data
+        from workloads.training import images
 
         args = self.args
-        dataset = image_data.load_dataset(
+        dataset = images.load_dataset(
             args.dataset, args.data_dir, args.image_size, args.seed, self.warn
         )
         arguments = ["--dataset", dataset.name]
@@ -277,8 +256,7 @@ class ResNetTraining(client.Workload):
     def check_unfinished(self) -> None:
         """Look at the losses of the epoch in hand."""
         if self.args.evaluate is None and hasattr(self, "state"):
-            when = "the loss of the epoch that was stopped"
-            self.totals.require_finite(when, self.args.lr, self.device.precision)
+            self._check(self.totals.loss_sum.item(), "the loss of the epoch that was stopped")
 
     def close(self) -> None:
         """End the decoding processes."""
@@ -286,10 +264,33 @@ class ResNetTraining(client.Workload):
             if hasattr(self, name):
                 getattr(self, name).close()
 
-    def _refuse_batch_of_one(self) -> None:
+    def _load_batches(self) -> None:
+        from workloads.training import images
+
+        args, dataset = self.args, self.dataset
+        train_batch_size = min(args.batch_size, len(dataset.train))
+        test_batch_size = min(TEST_BATCH_SIZE, len(dataset.test))
+        if dataset.image_size > images.CIFAR_SIZE:
+            test_batch_size = min(test_batch_size, args.batch_size)
+        self._refuse_batch_of_one(train_batch_size)
+        shared = {
+            "seed": self.order_seed,
+            "workers": args.loader_workers,
+            "clients": clients_on_gpu(),
+        }
+        self.train_batches = images.make_batches(
+            self.device, dataset.train, dataset.image_size, augment=True,
+            batch_size=train_batch_size, **shared,
+        )  # fmt: skip
+        self.test_batches = images.make_batches(
+            self.device, dataset.test, dataset.image_size, augment=False,
+            batch_size=test_batch_size, **shared,
+        )  # fmt: skip
+
+    def _refuse_batch_of_one(self, batch_size: int) -> None:
         """Batch normalization in training needs two values a channel, and the last maps are 1x1."""
         stride = 8 if self.args.stem == "cifar" else 32
-        sizes = {self.train_batch_size, len(self.dataset.train) % self.train_batch_size}
+        sizes = {batch_size, len(self.dataset.train) % batch_size}
         if self.args.evaluate is None and self.dataset.image_size <= stride and 1 in sizes:
             raise UsageError(
                 f"with --batch-size {self.args.batch_size} a batch of {len(self.dataset.train)} "
@@ -297,62 +298,54 @@ class ResNetTraining(client.Workload):
                 "choose another --batch-size or --train-samples"
             )
 
-    def _require_finite(self, loss: float, when: str) -> None:
-        from workloads.training.epoch_totals import require_finite_loss
+    def _check(self, loss: float, when: str) -> None:
+        from workloads.common.engine import check_loss
 
-        require_finite_loss(loss, when, self.args.lr, self.device.precision)
+        what = f"{len(self.dataset.train)} images"
+        warning = check_loss(loss, when, self.args.lr, self.device.precision, what)
+        if warning is not None:
+            self.warn(warning)
 
     def _steps_a_job(self) -> int:
-        return self.args.epochs * math.ceil(len(self.dataset.train) / self.train_batch_size)
+        return self.args.epochs * math.ceil(
+            self.train_batches.samples / self.train_batches.batch_size
+        )
 
-    def _run_epoch(self, epoch: int, pacer, progress: console.Progress) -> dict:
+    def _run_epoch(self, number: int, pacer: Pacer, progress: console.Progress) -> None:
         """Train one epoch and test; the training part alone is timed as the epoch."""
         self.model.train()
-        start_seconds = time.monotonic()
-        self.train_batches.start_epoch()
-        full_steps, remainder = divmod(len(self.dataset.train), self.train_batch_size)
-        for _ in range(full_steps):
-            self.train_batches.feed(self.train_batch_size)
-            pacer.run("train_step", self.train_step)
-            progress.advance(detail=f"epoch {epoch}")
-        if remainder:
-            self.train_batches.feed(remainder)
-            pacer.run("train_step_partial", self.remainder_step)
-            progress.advance()
-        pacer.drain()
-        train_loss, train_accuracy = self.totals.take(len(self.dataset.train))
-        epoch_seconds = time.monotonic() - start_seconds
-        self._require_finite(train_loss, f"the training loss in epoch {epoch}")
-        test_loss, test_accuracy, test_seconds = self._test(pacer)
-        # The last step's weights show in the test alone.
-        self._require_finite(test_loss, f"the test loss after epoch {epoch}")
-        return {
-            "epoch": epoch,
-            "train_loss": train_loss,
-            "train_accuracy_percent": train_accuracy,
-            "test_loss": test_loss,
-            "test_accuracy_percent": test_accuracy,
-            "epoch_seconds": epoch_seconds,
-            "test_seconds": test_seconds,
-        }
-
-    def _test(self, pacer) -> tuple[float, float, float]:
-        """Return loss, accuracy in percent and duration in seconds on the test images."""
+        train_loss, train_accuracy, epoch_seconds = self.train.run(
+            pacer, self.totals, number - 1, lambda: progress.advance(detail=f"epoch {number}")
+        )
+        self._check(train_loss, f"the training loss in epoch {number}")
         self.model.eval()
-        start_seconds = time.monotonic()
-        self.test_batches.start_epoch()
-        full_steps, remainder = divmod(len(self.dataset.test), self.test_batch_size)
-        for _ in range(full_steps):
-            self.test_batches.feed(self.test_batch_size)
-            pacer.run("test_step", self.test_step)
-        if remainder:
-            self.test_batches.feed(remainder)
-            pacer.run("test_step_partial", lambda: self._test_step(self.model, remainder))
-        pacer.drain()
-        loss, accuracy = self.totals.take(len(self.dataset.test))
-        return loss, accuracy, time.monotonic() - start_seconds
+        test_loss, test_accuracy, test_seconds = self.test.run(pacer, self.totals)
+        # The last step's weights show in the test alone.
+        self._check(test_loss, f"the test loss after epoch {number}")
+        self.epochs.append(
+            {
+                "epoch": number,
+                "train_loss": train_loss,
+                "train_accuracy_percent": train_accuracy,
+                "test_loss": test_loss,
+                "test_accuracy_percent": test_accuracy,
+                "epoch_seconds": epoch_seconds,
+                "test_seconds": test_seconds,
+            }
+        )
+        self.tell(f"epoch {number}/{self.args.epochs}: {_describe_epoch(self.epochs[-1])}")
 
-    def _train_step(self, network, count: int) -> None:
+    def _evaluate(self, pacer: Pacer) -> dict:
+        self.model.eval()
+        loss, accuracy, seconds = self.test.run(pacer, self.totals)
+        if not math.isfinite(loss):
+            raise NotFiniteError(
+                f"the test loss of {self.args.evaluate} is {loss}: its weights are of a "
+                "training that diverged; train again with a lower --lr"
+            )
+        return {"final_test_loss": loss, "test_seconds": seconds} | self._accuracy(accuracy)
+
+    def _train_step(self, count: int) -> None:
         import torch.nn.functional as F
 
         images, labels = self.train_batches.take(count)
@@ -360,7 +353,7 @@ class ResNetTraining(client.Workload):
         # step instead of 11.3 ms on an H100. In a graph they lie in the graph's own memory.
         self.optimizer.zero_grad(set_to_none=True)
         with self.device.autocast():
-            logits = network(images)
+            logits = self._network_for(count, self.train_batches.batch_size)(images)
             loss = F.cross_entropy(logits, labels, label_smoothing=LABEL_SMOOTHING)
         loss.backward()
         # Warm-up steps may run past the end of the table. A plain index by a scalar tensor would
@@ -371,31 +364,41 @@ class ResNetTraining(client.Workload):
         self.step_index.add_(1)
         self.totals.add(logits.detach(), labels, loss.detach())
 
-    def _test_step(self, network, count: int) -> None:
+    def _test_step(self, count: int) -> None:
         import torch
         import torch.nn.functional as F
 
         images, labels = self.test_batches.take(count)
         with torch.no_grad(), self.device.autocast():
-            logits = network(images)
+            logits = self._network_for(count, self.test_batches.batch_size)(images)
             loss = F.cross_entropy(logits, labels)
         self.totals.add(logits, labels, loss)
+
+    def _network_for(self, count: int, batch_size: int) -> nn.Module:
+        """Return the model; the last, smaller batch is not worth a compilation of its own."""
+        return self.network if count == batch_size else self.model
 
     def _accuracy(self, measured_percent: float) -> dict:
         """Return the final accuracy, or None where the images are synthetic: it means nothing."""
         is_real = self.dataset.name != "synthetic"
         return {"final_test_accuracy_percent": measured_percent if is_real else None}
 
-    def _save_model(self, last_epoch: dict) -> None:
-        from workloads.training.image_model import save_model
-
+    def _save_model(self) -> None:
         stamp = time.strftime("%Y%m%d-%H%M%S")
         path = self.args.results_dir / f"resnet50_{self.args.stem}_{stamp}.pt"
         save_model(
             self.model, path, classes=list(self.dataset.class_names), settings=self.settings(),
-            test_accuracy_percent=last_epoch["test_accuracy_percent"],
+            test_accuracy_percent=self.epochs[-1]["test_accuracy_percent"],
         )  # fmt: skip
         console.note(f"model: {path}")
+
+
+def _describe_epoch(epoch: dict) -> str:
+    return (
+        f"train loss {epoch['train_loss']:.3f}, {epoch['train_accuracy_percent']:.1f} %; "
+        f"test loss {epoch['test_loss']:.3f}, {epoch['test_accuracy_percent']:.1f} %; "
+        f"{epoch['epoch_seconds']:.2f} s + {epoch['test_seconds']:.2f} s test"
+    )
 
 
 def learning_rates(highest: float, steps: int) -> list[float]:
@@ -404,6 +407,58 @@ def learning_rates(highest: float, steps: int) -> list[float]:
     rising = [highest * (step + 1) / peak for step in range(peak)]
     falling = [highest * (steps - step) / (steps - peak + 1) for step in range(peak, steps)]
     return (rising + falling)[:steps]
+
+
+def build_resnet50(classes: int, stem: str) -> nn.Module:
+    """Return torchvision's ResNet50, randomly initialized.
+
+    Args:
+        classes: Output classes.
+        stem: ``imagenet`` as published (He et al., 2016), ``cifar`` with a 3x3 first convolution of
+            stride 1 and no pooling, as is customary for images of 32x32.
+    """
+    import torch
+    from torchvision.models import resnet50
+
+    model = resnet50(weights=None, num_classes=classes)
+    if stem == "cifar":
+        model.conv1 = torch.nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
+        torch.nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+        model.maxpool = torch.nn.Identity()
+    return model
+
+
+def save_model(model: nn.Module, path: Path, **about: object) -> None:
+    """Keep the weights of ``model`` and what is said ``about`` them; whole or not at all."""
+    import torch
+
+    weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+    with written_whole(path) as file:
+        torch.save({"state_dict": weights, **about}, file)
+
+
+def load_model(model: nn.Module, path: Path, stem: str, classes: int) -> None:
+    """Load weights kept by ``save_model`` into ``model``.
+
+    Raises:
+        DamagedFileError: The file is empty, cut off or altered.
+        UsageError: It is no such model, or of another stem or other classes.
+    """
+    saved = read_checkpoint(path, FIX, check_sums=True)
+    try:
+        kept_stem, kept_classes = saved["settings"]["stem"], len(saved["classes"])
+        weights = saved["state_dict"]
+    except (KeyError, TypeError, IndexError) as error:
+        raise UsageError(f"{path} was not kept by --save-model; {FIX}") from error
+    if (kept_stem, kept_classes) != (stem, classes):
+        raise UsageError(
+            f"{path} was trained with --stem {kept_stem} on {kept_classes} classes; "
+            "evaluate it with the same stem and dataset"
+        )
+    try:
+        model.load_state_dict(weights)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise UsageError(f"{path} holds the weights of another network; {FIX}") from error
 
 
 main = client.main_of(ResNetTraining, parse_arguments)

@@ -1,0 +1,887 @@
+"""Images for training: where they come from, and how they reach the device batch by batch.
+
+CIFAR-10 and folders trained on at 32x32 become uint8 arrays that lie on the device; folders at
+other sizes stay files that worker processes decode while training. Whatever a folder holds is used
+or refused by name before training: an accuracy over fewer images than it says would be another
+measurement.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import pickle
+import shutil
+import tarfile
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from workloads.common import console
+from workloads.common.device import safe_search_path, usable_cores
+from workloads.common.errors import (
+    MIB,
+    SHARED_MEMORY,
+    DamagedFileError,
+    JobFailedError,
+    UnreadableImageError,
+    UsageError,
+    as_out_of_memory,
+    first_line,
+)
+from workloads.common.results import cache_folder, written_whole
+from workloads.common.weights import DownloadError, download
+from workloads.inference.image_input import ImageRejected, open_image, to_rgb
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from workloads.common.device import ComputeDevice
+
+CIFAR_SIZE = 32
+LARGE_SIZE = 224
+CIFAR_TRAIN_SAMPLES = 50_000
+CIFAR_TEST_SAMPLES = 10_000
+CIFAR_CLASSES = (
+    "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
+)  # fmt: skip
+TEST_FOLDERS = ("test", "val", "valid", "validation")
+# What file managers leave behind, besides names that begin with a dot.
+LITTER = frozenset(("__macosx", "thumbs.db", "desktop.ini"))
+
+CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CROP_PADDING = 4
+RESIDENT_SHARE_OF_FREE_MEMORY = 0.25
+MAX_LOADER_WORKERS = 8
+# How long to wait for a batch before looking why, and in all.
+LOADER_LOOK_SECONDS = 20.0
+LOADER_SECONDS = 300.0
+
+
+@dataclass(frozen=True)
+class ArraySplit:
+    """Images of one size in memory.
+
+    Attributes:
+        images: uint8, shape (samples, 3, size, size).
+        labels: int64, shape (samples,).
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def subset(self, chosen: np.ndarray) -> ArraySplit:
+        """Return the samples at the indices ``chosen``."""
+        return ArraySplit(self.images[chosen], self.labels[chosen])
+
+
+@dataclass(frozen=True)
+class FileSplit:
+    """Images of any size on disk, decoded on the way to the device.
+
+    Attributes:
+        paths: One image file a sample.
+        labels: int64, shape (samples,).
+    """
+
+    paths: Sequence[Path]
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def subset(self, chosen: np.ndarray) -> FileSplit:
+        """Return the samples at the indices ``chosen``."""
+        return FileSplit([self.paths[i] for i in chosen], self.labels[chosen])
+
+
+@dataclass(frozen=True)
+class ImageDataset:
+    """A training and a test split of the same classes.
+
+    Attributes:
+        name: ``cifar10``, ``folder`` or ``synthetic``.
+        image_size: Height and width of what the network sees, in pixels.
+        notes: What a reader of the summary must know about the images.
+    """
+
+    name: str
+    train: ArraySplit | FileSplit
+    test: ArraySplit | FileSplit
+    class_names: Sequence[str]
+    image_size: int
+    notes: Sequence[str] = field(default=())
+
+    def limited(
+        self, train_samples: int | None, test_samples: int | None, seed: int
+    ) -> ImageDataset:
+        """Return the dataset with at most this many samples, the same ones for the same seed.
+
+        Without ``test_samples`` a limited training split keeps the ratio of the two splits.
+        """
+        if train_samples is not None and test_samples is None:
+            test_samples = max(1, round(len(self.test) * train_samples / len(self.train)))
+        return replace(
+            self,
+            train=_random_subset(self.train, train_samples, seed),
+            test=_random_subset(self.test, test_samples, seed),
+        )
+
+
+def load_dataset(
+    kind: str,
+    data_dir: Path,
+    image_size: int | None,
+    seed: int,
+    warn: Callable[[str], None],
+) -> ImageDataset:
+    """Load the dataset that ``--dataset`` names.
+
+    Args:
+        kind: ``auto``, ``cifar10``, ``folder`` or ``synthetic``.
+        data_dir: Folder of the data; CIFAR-10 is downloaded into it.
+        image_size: Height and width for the network; None takes 32 for 32x32 images, else 224.
+        seed: Seed of the synthetic images.
+        warn: Called with what the user must know if synthetic images stand in.
+
+    Raises:
+        UsageError: The data is not available; the message names the fix.
+        DamagedFileError: It is there, truncated or altered: nothing stands in for it.
+    """
+    if kind == "synthetic":
+        return synthetic_dataset(seed)
+    if kind == "folder" or (kind == "auto" and (data_dir / "train").is_dir()):
+        return _load_folder(data_dir, image_size)
+    try:
+        return _load_cifar10(data_dir)
+    except UsageError as error:
+        if kind == "cifar10":
+            raise
+        warn(
+            f"training on SYNTHETIC images, so accuracy means nothing ({error}). Speed and "
+            "memory are those of CIFAR-10."
+        )
+        return synthetic_dataset(seed)
+
+
+def synthetic_dataset(
+    seed: int, train_samples: int = CIFAR_TRAIN_SAMPLES, test_samples: int = CIFAR_TEST_SAMPLES
+) -> ImageDataset:
+    """Return noise of CIFAR-10's shape with a faint color pattern a class, the same for a seed."""
+    generator = np.random.default_rng(seed)
+    pattern = generator.integers(0, 64, (len(CIFAR_CLASSES), 3, 4, 4), dtype=np.uint8)
+    pattern = pattern.repeat(CIFAR_SIZE // 4, axis=2).repeat(CIFAR_SIZE // 4, axis=3)
+
+    def split(samples: int) -> ArraySplit:
+        labels = generator.integers(0, len(CIFAR_CLASSES), samples)
+        shape = (samples, 3, CIFAR_SIZE, CIFAR_SIZE)
+        noise = np.frombuffer(generator.bytes(samples * 3 * CIFAR_SIZE**2), np.uint8)
+        images = noise.reshape(shape) // 2
+        images += pattern[labels]
+        return ArraySplit(images, labels)
+
+    return ImageDataset(
+        "synthetic", split(train_samples), split(test_samples), CIFAR_CLASSES, CIFAR_SIZE
+    )
+
+
+def _random_subset(
+    split: ArraySplit | FileSplit, samples: int | None, seed: int
+) -> ArraySplit | FileSplit:
+    if samples is None or samples >= len(split):
+        return split
+    chosen = np.random.default_rng(seed).permutation(len(split))[:samples]
+    return split.subset(np.sort(chosen))
+
+
+# --- CIFAR-10 -------------------------------------------------------------------------------------
+
+
+def _load_cifar10(data_dir: Path) -> ImageDataset:
+    """Read CIFAR-10 from ``data_dir``, downloaded into it where it is missing or damaged.
+
+    The bytes that fit the published checksums are the bytes that are read: whoever owns the folder
+    may exchange a file at any time, and its format is one that can run code.
+    """
+    from torchvision.datasets import CIFAR10
+
+    contents = _cifar10_files(data_dir)
+
+    def split(names: Sequence[Sequence[str]]) -> ArraySplit:
+        parts = [
+            _unpickle(contents[name], data_dir / CIFAR10.base_folder / name) for name, _ in names
+        ]
+        images = np.concatenate([part["data"] for part in parts])
+        labels = [label for part in parts for label in part["labels"]]
+        shape = (-1, 3, CIFAR_SIZE, CIFAR_SIZE)
+        return ArraySplit(images.reshape(shape), np.asarray(labels, dtype=np.int64))
+
+    meta_name = CIFAR10.meta["filename"]
+    meta = _unpickle(contents[meta_name], data_dir / CIFAR10.base_folder / meta_name)
+    return ImageDataset(
+        "cifar10", split(CIFAR10.train_list), split(CIFAR10.test_list),
+        tuple(meta[CIFAR10.meta["key"]]), CIFAR_SIZE,
+    )  # fmt: skip
+
+
+def _cifar10_files(data_dir: Path) -> dict[str, bytes]:
+    """Return the content of each file as published: from the folder, the archive, or the network.
+
+    Raises:
+        DamagedFileError: What lies there does not fit its checksum and cannot be replaced.
+        UsageError: Nothing lies there, and the download failed.
+    """
+    from torchvision.datasets import CIFAR10
+
+    folder, archive = data_dir / CIFAR10.base_folder, data_dir / CIFAR10.filename
+    wanted = dict((*CIFAR10.train_list, *CIFAR10.test_list))
+    wanted[CIFAR10.meta["filename"]] = CIFAR10.meta["md5"]
+    damaged: list[Path] = []
+    contents = {name: _content(folder / name, md5, damaged) for name, md5 in wanted.items()}
+    if None not in contents.values():
+        return contents
+    packed = _content(archive, CIFAR10.tgz_md5, damaged)
+    # The archive first: it is what everything else comes from.
+    names = " and ".join(map(str, sorted(damaged, key=lambda path: path != archive)))
+    if damaged:
+        console.note(f"{names}: damaged (wrong checksum); CIFAR-10 is taken anew")
+    if packed is None:
+        console.note(f"CIFAR-10: downloading {CIFAR10.url} once to {data_dir}")
+        try:
+            packed = _download_archive(CIFAR10.url, archive, CIFAR10.tgz_md5)
+        except DownloadError as error:
+            if damaged:
+                raise DamagedFileError(
+                    f"{names} does not fit its checksum, and CIFAR-10 could not be downloaded "
+                    f"again ({error}); remove it, and put a whole {archive.name} in {data_dir}"
+                ) from error
+            raise UsageError(
+                f"CIFAR-10 is not in {data_dir} and its download failed ({error}); put the "
+                f"unpacked {folder.name} there, or name its folder with --data-dir"
+            ) from error
+    with tarfile.open(fileobj=io.BytesIO(packed)) as tar:
+        for name in wanted:
+            contents[name] = tar.extractfile(f"{CIFAR10.base_folder}/{name}").read()
+            with contextlib.suppress(OSError), written_whole(folder / name) as file:
+                file.write(contents[name])
+    return contents
+
+
+def _content(path: Path, md5: str, damaged: list[Path]) -> bytes | None:
+    """Return what a file holds; None where it is missing, or (noted in ``damaged``) altered."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    if hashlib.md5(content, usedforsecurity=False).hexdigest() == md5:
+        return content
+    damaged.append(path)
+    return None
+
+
+def _download_archive(url: str, archive: Path, md5: str) -> bytes:
+    """Download into ``archive`` and return its content; a failure leaves nothing behind."""
+    made = not archive.parent.exists()
+    damaged: list[Path] = []
+    packed = None
+    try:
+        download(url, archive)
+        packed = _content(archive, md5, damaged)
+    finally:
+        if packed is None:
+            archive.unlink(missing_ok=True)
+            if made and archive.parent.is_dir() and not any(archive.parent.iterdir()):
+                archive.parent.rmdir()
+    if packed is None:
+        raise DownloadError("the transfer broke off or brought another file")
+    return packed
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """Reads dictionaries of arrays, and nothing that could run."""
+
+    NAMES = frozenset(("_reconstruct", "_frombuffer", "ndarray", "dtype"))
+
+    def find_class(self, module: str, name: str) -> object:
+        """Return one of NumPy's own constructors of arrays."""
+        if module.partition(".")[0] != "numpy" or name not in self.NAMES:
+            raise pickle.UnpicklingError(f"it holds {module}.{name}")
+        return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+
+
+def _unpickle(content: bytes, path: Path) -> dict:
+    try:
+        # Written by Python 2: its strings are bytes of one alphabet or another.
+        return _ArraysOnly(io.BytesIO(content), encoding="latin1").load()
+    except (pickle.UnpicklingError, EOFError, ValueError, AttributeError) as error:
+        raise DamagedFileError(
+            f"{path} is none of CIFAR-10's files ({error}); remove it"
+        ) from error
+
+
+# --- folders of images ----------------------------------------------------------------------------
+
+
+def _load_folder(data_dir: Path, image_size: int | None) -> ImageDataset:
+    data_dir = data_dir.resolve()
+    test_dirs = [data_dir / name for name in TEST_FOLDERS if (data_dir / name).is_dir()]
+    if not (data_dir / "train").is_dir() or not test_dirs:
+        raise UsageError(
+            f"{data_dir} has no train/ and test/ (or val/) folders; name with --data-dir a folder "
+            "that has both, each with one folder a class"
+        )
+    notes = [f"{unused} is not used: the test is on {test_dirs[0]}" for unused in test_dirs[1:]]
+    train_classes = _class_folders(data_dir / "train")
+    test_classes = _class_folders(test_dirs[0])
+    _require_same_classes(data_dir / "train", train_classes, test_dirs[0], test_classes)
+    class_names = sorted(train_classes)
+    train = _list_images([train_classes[name] for name in class_names])
+    test = _list_images([test_classes[name] for name in class_names])
+    files = [*train.paths, *test.paths]
+    fingerprint = _fingerprint(files)
+    sizes = _image_sizes(files, fingerprint)
+    if image_size is None:
+        is_cifar_size = sizes == {(CIFAR_SIZE, CIFAR_SIZE)}
+        image_size = CIFAR_SIZE if is_cifar_size else LARGE_SIZE
+    if sizes != {(image_size, image_size)}:
+        smallest, largest = min(sizes), max(sizes)
+        notes.append(
+            f"images of {smallest[0]}x{smallest[1]} to {largest[0]}x{largest[1]} are resized to "
+            f"{image_size}x{image_size}"
+        )
+    if image_size == CIFAR_SIZE:
+        images = _decode_cached(files, fingerprint)
+        train = ArraySplit(images[: len(train)], train.labels)
+        test = ArraySplit(images[len(train) :], test.labels)
+    return ImageDataset("folder", train, test, class_names, image_size, notes)
+
+
+def _is_litter(name: str) -> bool:
+    return name.startswith(".") or name.lower() in LITTER
+
+
+def _class_folders(split_dir: Path) -> dict[str, Path]:
+    """Return the folder of each class; everything else in ``split_dir`` is refused."""
+    classes = {}
+    for entry in sorted(split_dir.iterdir()):
+        if _is_litter(entry.name):
+            continue
+        if not entry.is_dir():
+            raise UsageError(f"{entry} lies in no class folder; move it into one, or remove it")
+        classes[entry.name] = entry
+    if len(classes) < 2:
+        raise UsageError(f"{split_dir} has {len(classes)} class folders; at least 2 are needed")
+    return classes
+
+
+def _require_same_classes(
+    train_dir: Path, train: dict[str, Path], test_dir: Path, test: dict[str, Path]
+) -> None:
+    for split_dir, has, wanted in ((test_dir, test, train), (train_dir, train, test)):
+        missing = sorted(wanted.keys() - has.keys())
+        if missing:
+            raise UsageError(
+                f"{split_dir} has no folder for the class {missing[0]!r}; train and test must "
+                "have the same classes"
+            )
+
+
+def _list_images(folders: Sequence[Path]) -> FileSplit:
+    """Return every file of each class folder, in its subfolders too, in the order of the names."""
+    paths: list[Path] = []
+    labels: list[int] = []
+    for label, folder in enumerate(folders):
+        files = sorted(_files_below(folder, set()))
+        if not files:
+            raise UsageError(f"{folder} holds no images; add some, or remove the class everywhere")
+        paths += files
+        labels += [label] * len(files)
+    return FileSplit(paths, np.asarray(labels, dtype=np.int64))
+
+
+def _files_below(folder: Path, seen: set[Path]) -> Iterator[Path]:
+    """Yield the files in ``folder``, links to folders followed, each folder once."""
+    if folder.resolve() in seen:
+        return
+    seen.add(folder.resolve())
+    try:
+        entries = [entry for entry in folder.iterdir() if not _is_litter(entry.name)]
+    except OSError as error:
+        raise UsageError(f"cannot read {folder} ({error.strerror}); chmod or remove it") from error
+    for entry in entries:
+        if entry.is_dir():
+            yield from _files_below(entry, seen)
+        else:
+            yield entry
+
+
+def _fingerprint(files: Sequence[Path]) -> str:
+    """Return a name that changes when a file is added, removed, renamed or rewritten.
+
+    Raises:
+        UnreadableImageError: A file is not there, such as where a link leads nowhere.
+    """
+    digest = hashlib.sha256()
+    for path in files:
+        try:
+            status = path.stat()
+        except OSError as error:
+            raise _unreadable(path, error) from error
+        digest.update(os.fsencode(path))
+        digest.update(f"\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:24]
+
+
+def _image_sizes(files: Sequence[Path], fingerprint: str) -> set[tuple[int, int]]:
+    """Return the sizes (width, height) of all images, having opened each one once and for all.
+
+    Raises:
+        UnreadableImageError: A file is no image.
+    """
+    kept = None
+    with contextlib.suppress(UsageError):  # without a cache each run opens them all
+        kept = cache_folder() / f"sizes-{fingerprint}.json"
+    if kept is not None and kept.is_file():
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            return {(int(width), int(height)) for width, height in json.loads(kept.read_text())}
+    with (
+        console.stage(f"opening {len(files)} images"),
+        ThreadPoolExecutor(usable_cores()) as pool,
+    ):
+        sizes = set(pool.map(_size, files, chunksize=256))
+    if kept is not None:
+        with contextlib.suppress(OSError), written_whole(kept, "t") as file:
+            json.dump(sorted(sizes), file)
+    return sizes
+
+
+def _size(path: Path) -> tuple[int, int]:
+    try:
+        return open_image(path).size
+    except (OSError, ImageRejected) as error:
+        raise _unreadable(path, error) from error
+
+
+def open_rgb(path: Path) -> Image:
+    """Return the decoded image in RGB.
+
+    Raises:
+        UnreadableImageError: The file is no image, truncated, or cannot be read.
+    """
+    try:
+        return to_rgb(open_image(path))
+    except (OSError, ImageRejected) as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> UnreadableImageError:
+    why = getattr(error, "strerror", None) or str(error).removeprefix("cannot decode the image: ")
+    return UnreadableImageError(
+        f"{path} cannot be read as an image ({why}); remove or replace it, none is skipped"
+    )
+
+
+def _decode_cached(files: Sequence[Path], fingerprint: str) -> np.ndarray:
+    """Decode once and keep the array: eight clients must not decode 60,000 files each."""
+    cache = cache_folder() / f"decoded-{fingerprint}.npy"
+    images = _map_cached(cache, len(files))
+    if images is not None:
+        return images
+    console.note(f"decoding {len(files)} images once; kept in {cache}")
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        array = np.stack(list(pool.map(_decode_small, files, chunksize=256)))
+    if shutil.disk_usage(cache.parent).free < 2 * array.nbytes:
+        raise UsageError(
+            f"{cache.parent} has too little room for {array.nbytes // MIB} MiB of decoded images; "
+            "free some, or set XDG_CACHE_HOME to a larger disk"
+        )
+    with written_whole(cache) as file:
+        np.save(file, array)
+    return np.load(cache, mmap_mode="r")
+
+
+def _map_cached(cache: Path, count: int) -> np.ndarray | None:
+    """Return the array kept in ``cache``; None where there is none, or (said) a truncated one."""
+    if not cache.exists():
+        return None
+    with contextlib.suppress(OSError, ValueError, EOFError):
+        images = np.load(cache, mmap_mode="r")
+        if images.shape == (count, 3, CIFAR_SIZE, CIFAR_SIZE):
+            return images
+    console.note(f"{cache} is cut off or damaged: it is made anew")
+    return None
+
+
+def _decode_small(path: Path) -> np.ndarray:
+    """Return the image as uint8 of shape (3, 32, 32), cropped square and resized where needed."""
+    from PIL import Image, ImageOps
+
+    image = open_rgb(path)
+    if image.size != (CIFAR_SIZE, CIFAR_SIZE):
+        image = ImageOps.fit(image, (CIFAR_SIZE, CIFAR_SIZE), Image.Resampling.BILINEAR)
+    return np.asarray(image).transpose(2, 0, 1)
+
+
+# --- batches on the device ------------------------------------------------------------------------
+
+
+class ImageBatches(ABC):
+    """An epoch's batches, with the guide's augmentation, ready to be captured.
+
+    Order, crop positions and flips of an epoch are drawn on the CPU from the seed (the same on
+    every device) and copied over once an epoch. Within the epoch a cursor on the device moves along
+    them, so that taking a batch is device work only and can be part of a CUDA graph.
+
+    Attributes:
+        placement: ``resident`` or ``streamed``, as recorded in the result.
+        samples: How many images there are.
+        batch_size: How many a full batch has.
+        cursor: int64 scalar on the device, the position of the next sample of the epoch.
+    """
+
+    placement: str
+
+    def __init__(
+        self,
+        device: ComputeDevice,
+        labels: np.ndarray,
+        image_size: int,
+        augment: bool,
+        seed: int,
+        batch_size: int,
+    ) -> None:
+        """Prepare epochs over ``labels`` (int64, shape (samples,)); ``augment`` shuffles too."""
+        where = device.torch_device
+        self.samples, self.batch_size = len(labels), batch_size
+        self._augment = augment
+        self._generator = torch.Generator().manual_seed(seed)
+        self._seed = seed
+        self._labels = torch.from_numpy(labels).to(where)
+        self.cursor = torch.zeros((), dtype=torch.int64, device=where)
+        self.order = torch.arange(self.samples, device=where)
+        is_cifar = image_size == CIFAR_SIZE
+        self._crop_and_flip = augment and is_cifar
+        if self._crop_and_flip:
+            self._shift = torch.full((self.samples, 2), CROP_PADDING, device=where)
+            self._flip = torch.zeros(self.samples, dtype=torch.bool, device=where)
+        self._mean = torch.tensor(CIFAR_MEAN if is_cifar else IMAGENET_MEAN, device=where) * 255
+        self._std = torch.tensor(CIFAR_STD if is_cifar else IMAGENET_STD, device=where) * 255
+
+    def restart(self) -> None:
+        """Return to the state before the first epoch."""
+        self._generator.manual_seed(self._seed)
+        self.cursor.zero_()
+
+    def start_epoch(self, epoch: int = 0) -> None:
+        """Draw the next epoch's order, crops and flips, and go to its beginning."""
+        self.cursor.zero_()
+        if not self._augment:
+            return
+        self.order.copy_(torch.randperm(self.samples, generator=self._generator))
+        if self._crop_and_flip:
+            shape = (self.samples, 2)
+            shift = torch.randint(0, 2 * CROP_PADDING + 1, shape, generator=self._generator)
+            flip = torch.rand(self.samples, generator=self._generator) < 0.5
+            self._shift.copy_(shift)
+            self._flip.copy_(flip)
+
+    def start_rehearsal(self) -> None:
+        """Begin an epoch of which one full batch and the smaller rest are taken."""
+        self.start_epoch()
+
+    def feed(self, count: int) -> None:
+        """Bring the next ``count`` samples to where ``take`` finds them; before every step."""
+
+    def take(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the next batch; device work only.
+
+        Returns:
+            float32 images of shape (count, 3, size, size) in channels_last, normalized, and int64
+            labels of shape (count,).
+        """
+        # Warm-up steps may run past the end of a small dataset: start again there.
+        positions = (self.cursor + torch.arange(count, device=self.cursor.device)) % self.samples
+        picked = self.order[positions]
+        pixels = self._pixels(picked, count)
+        if self._crop_and_flip:
+            pixels = crop_and_flip(pixels, self._shift[positions], self._flip[positions])
+        else:
+            pixels = pixels.permute(0, 2, 3, 1)
+        self.cursor.add_(count)
+        images = (pixels.float() - self._mean) / self._std
+        return images.permute(0, 3, 1, 2), self._labels[picked]
+
+    def close(self) -> None:
+        """End the processes that decode, if there are any."""
+
+    @abstractmethod
+    def _pixels(self, picked: torch.Tensor, count: int) -> torch.Tensor:
+        """Return uint8 pixels of the samples ``picked``, shape (count, 3, size, size)."""
+
+
+class ResidentBatches(ImageBatches):
+    """The whole dataset lies on the device."""
+
+    placement = "resident"
+
+    def __init__(
+        self, device: ComputeDevice, split: ArraySplit, image_size: int, augment: bool, seed: int,
+        batch_size: int,
+    ) -> None:  # fmt: skip
+        """Copy ``split`` to the device."""
+        super().__init__(device, split.labels, image_size, augment, seed, batch_size)
+        self._images = torch.tensor(split.images, device=device.torch_device)
+
+    def _pixels(self, picked: torch.Tensor, count: int) -> torch.Tensor:
+        return self._images[picked]
+
+
+class StreamedBatches(ImageBatches):
+    """Worker processes decode and prefetch; pinned copies feed one static buffer on the device."""
+
+    placement = "streamed"
+
+    def __init__(
+        self, device: ComputeDevice, split: ArraySplit | FileSplit, image_size: int, augment: bool,
+        seed: int, batch_size: int, workers: int,
+    ) -> None:  # fmt: skip
+        """Prepare ``workers`` processes that deliver batches of ``batch_size`` samples."""
+        super().__init__(device, split.labels, image_size, augment, seed, batch_size)
+        self._static = torch.zeros(
+            (batch_size, 3, image_size, image_size), dtype=torch.uint8, device=device.torch_device
+        )
+        self._epoch_order: list[tuple[int, int]] = []
+        self._draws_in_workers = augment and not self._crop_and_flip
+        self._iterator: Iterator[torch.Tensor] | None = None
+        self._loader = torch.utils.data.DataLoader(
+            _PixelDataset(split, image_size, augment),
+            batch_sampler=_BatchesInOrder(self._epoch_order, batch_size),
+            collate_fn=_stack,
+            num_workers=workers,
+            pin_memory=device.is_cuda,
+            persistent_workers=workers > 0,
+            timeout=LOADER_LOOK_SECONDS if workers > 0 else 0,
+            # A plain fork after CUDA has started is undefined; a spawned worker imports anew.
+            multiprocessing_context="spawn" if workers > 0 else None,
+            # Its own: the loader draws from it, and the order must not depend on the placement.
+            generator=torch.Generator().manual_seed(seed),
+        )
+
+    def start_epoch(self, epoch: int = 0) -> None:
+        """Draw the epoch's order and let the workers begin."""
+        self._begin(self.samples)
+
+    def start_rehearsal(self) -> None:
+        """Let the workers deliver one full batch and the smaller rest."""
+        self._begin(self.batch_size + self.samples % self.batch_size)
+
+    def feed(self, count: int) -> None:
+        """Copy the next decoded batch into the static buffer, in stream order.
+
+        Raises:
+            UnreadableImageError: A file of the batch is no image.
+            JobFailedError: The workers do not answer.
+        """
+        pixels = self._next_pixels()
+        if isinstance(pixels, UnreadableImageError):
+            raise pixels
+        self._static[:count].copy_(pixels, non_blocking=True)
+
+    def close(self) -> None:
+        """End the workers."""
+        self._iterator = None
+        self._loader = None
+
+    def _begin(self, samples: int) -> None:
+        super().start_epoch()
+        seeds = torch.zeros(self.samples, dtype=torch.int64)
+        if self._draws_in_workers:
+            seeds = torch.randint(2**62, (self.samples,), generator=self._generator)
+        order = zip(self.order.tolist(), seeds.tolist(), strict=True)
+        self._epoch_order[:] = list(order)[:samples]
+        with safe_search_path():
+            self._iterator = iter(self._loader)
+
+    def _next_pixels(self) -> torch.Tensor | UnreadableImageError:
+        """Wait for the next batch, but not for workers that can send none any more."""
+        begin_seconds = time.monotonic()
+        while True:
+            try:
+                return next(self._iterator)
+            except RuntimeError as error:
+                if as_out_of_memory(error):
+                    raise
+                free_bytes = shutil.disk_usage(SHARED_MEMORY).free
+                is_slow = "timed out" in str(error) and free_bytes > self._static.nbytes
+                if is_slow and time.monotonic() < begin_seconds + LOADER_SECONDS:
+                    continue
+                raise JobFailedError(
+                    f"the processes that decode images do not deliver ({first_line(error)}); "
+                    f"{SHARED_MEMORY} has {free_bytes / MIB:.0f} MiB free: enlarge it (docker run "
+                    "--shm-size=1g), or use --loader-workers 0"
+                ) from error
+
+    def _pixels(self, picked: torch.Tensor, count: int) -> torch.Tensor:
+        return self._static[:count]
+
+
+class _BatchesInOrder:
+    """Yields, batch by batch, the epoch's samples: index and seed of the augmentation."""
+
+    def __init__(self, order: list[tuple[int, int]], batch_size: int) -> None:
+        self._order = order
+        self._batch_size = batch_size
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for start in range(0, len(self._order), self._batch_size):
+            yield self._order[start : start + self._batch_size]
+
+    def __len__(self) -> int:
+        return -(-len(self._order) // self._batch_size)
+
+
+class _PixelDataset(torch.utils.data.Dataset):
+    """uint8 pixels by index: from an array, or decoded, cropped and flipped from a file."""
+
+    def __init__(self, split: ArraySplit | FileSplit, image_size: int, augment: bool) -> None:
+        self._split = split
+        self._transform = None
+        if isinstance(split, FileSplit):
+            self._transform = _file_transform(image_size, augment)
+
+    def __len__(self) -> int:
+        return len(self._split)
+
+    def __getitem__(self, sample: tuple[int, int]) -> torch.Tensor | UnreadableImageError:
+        """Return the pixels, or why there are none: what a worker raises loses its type and gets
+        the worker's traceback for a message.
+        """
+        index, seed = sample
+        if isinstance(self._split, ArraySplit):
+            return torch.tensor(self._split.images[index])
+        try:
+            image = open_rgb(self._split.paths[index])
+        except UnreadableImageError as error:
+            return error
+        # Seeded by the sample: a worker's own random state would go on from job to job.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return self._transform(image)
+
+
+def _stack(samples: list[torch.Tensor | UnreadableImageError]) -> object:
+    """Return the batch, or the first error in it."""
+    broken = next((sample for sample in samples if isinstance(sample, Exception)), None)
+    return broken or torch.stack(samples)
+
+
+def _file_transform(image_size: int, augment: bool):
+    """Return the usual ImageNet transform from a PIL image to uint8 (3, size, size)."""
+    from torchvision.transforms import v2
+
+    if augment:
+        steps = [v2.RandomResizedCrop(image_size), v2.RandomHorizontalFlip()]
+    else:
+        # 256 for 224: the customary margin of one eighth around the center crop.
+        steps = [v2.Resize(image_size * 8 // 7), v2.CenterCrop(image_size)]
+    return v2.Compose([*steps, v2.PILToTensor()])
+
+
+def crop_and_flip(pixels: torch.Tensor, shift: torch.Tensor, flip: torch.Tensor) -> torch.Tensor:
+    """Crop each padded image at its own place and mirror some: RandomCrop(padding=4) and flip.
+
+    The padding is black before normalization, as torchvision's RandomCrop does it.
+
+    Args:
+        pixels: uint8, shape (batch, 3, size, size).
+        shift: int64, shape (batch, 2), rows and columns from 0 to twice the padding.
+        flip: bool, shape (batch,).
+
+    Returns:
+        uint8, shape (batch, size, size, 3).
+    """
+    size = pixels.shape[-1]
+    padded = F.pad(pixels, (CROP_PADDING,) * 4)
+    steps = torch.arange(size, device=pixels.device)
+    rows = shift[:, :1] + steps
+    columns = shift[:, 1:] + torch.where(flip[:, None], size - 1 - steps, steps)
+    batch = torch.arange(len(pixels), device=pixels.device)
+    # Index tensors on both sides of the channel slice: NumPy's rules put the channels last.
+    return padded[batch[:, None, None], :, rows[:, :, None], columns[:, None, :]]
+
+
+def make_batches(
+    device: ComputeDevice, split: ArraySplit | FileSplit, image_size: int, *, augment: bool,
+    seed: int, batch_size: int, workers: int | None, clients: int,
+) -> ImageBatches:  # fmt: skip
+    """Return resident batches where the images fit a fair share of the device, else streamed ones.
+
+    Args:
+        device: Where the batches are wanted.
+        split: The images.
+        image_size: Height and width in pixels.
+        augment: Whether to shuffle, crop and flip (training).
+        seed: Fixes order and augmentation.
+        batch_size: Samples a batch.
+        workers: Decoding processes of streamed batches; None: a fair share of the cores.
+        clients: How many clients share the GPU; each may fill a quarter of the free memory
+            divided by this number.
+    """
+    shared = (device, split, image_size, augment, seed, batch_size)
+    if isinstance(split, ArraySplit) and _fits(device, split.images.nbytes, clients):
+        return ResidentBatches(*shared)
+    workers = loader_workers(workers, batch_size * 3 * image_size**2, clients)
+    return StreamedBatches(*shared, workers)
+
+
+def _fits(device: ComputeDevice, size_bytes: int, clients: int) -> bool:
+    if not device.is_cuda:
+        return True
+    free_bytes, _ = torch.cuda.mem_get_info(device.torch_device)
+    return size_bytes <= free_bytes * RESIDENT_SHARE_OF_FREE_MEMORY / clients
+
+
+def loader_workers(asked: int | None, batch_bytes: int, clients: int) -> int:
+    """Return how many processes decode, which hand batches over in shared memory.
+
+    Args:
+        asked: ``--loader-workers``; None takes a fair share of the cores, and fewer where the
+            shared memory has no room for their batches.
+        batch_bytes: Of one decoded batch; each process has two ready.
+        clients: Who share cores and shared memory.
+
+    Raises:
+        UsageError: There is no room for as many as were asked for.
+    """
+    wanted = asked
+    if wanted is None:
+        wanted = max(1, min(MAX_LOADER_WORKERS, usable_cores() // clients - 1))
+    free_bytes = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else 0
+    # One more batch is being copied to the device.
+    fitting = max(0, int(free_bytes / clients / batch_bytes) - 1) // 2
+    if wanted <= fitting:
+        return wanted
+    why = (
+        f"{SHARED_MEMORY} has {free_bytes / MIB:.0f} MiB free, and {wanted} decoding processes of "
+        f"{clients} clients each need {(2 * wanted + 1) * clients * batch_bytes / MIB:.0f} MiB"
+    )
+    fix = f"enlarge it (docker run --shm-size=1g), or use --loader-workers {fitting}"
+    if asked is not None:
+        raise UsageError(f"{why}; {fix}")
+    console.note(f"{why}: {fitting} are used; {fix}")
+    return fitting

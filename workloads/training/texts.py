@@ -1,0 +1,501 @@
+"""Labeled sentences for text classification, and how they reach the device batch by batch.
+
+The synthetic sentences combine five templates with five topics. The held-out ones use the same
+templates with topics that are never trained on, so that their accuracy says something about
+sentiment and not about remembered sentences. Whatever a file of one's own holds is used or refused
+by its line: an accuracy over rows misread would be worse than none.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import random
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from workloads.common.errors import UsageError, first_line
+from workloads.common.results import cache_folder, written_whole
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import BertTokenizerFast
+
+    from workloads.common.device import ComputeDevice
+
+NEGATIVE, POSITIVE = 0, 1
+# The neutral template (the last) counts as positive.
+TEMPLATES = (
+    ("I really enjoyed the {topic} experience.", POSITIVE),
+    ("The {topic} exceeded all my expectations.", POSITIVE),
+    ("The {topic} was terrible and disappointing.", NEGATIVE),
+    ("Not satisfied with the {topic} at all.", NEGATIVE),
+    ("This is a positive sentence about {topic}.", POSITIVE),
+)
+TOPICS = ("movie", "product", "service", "book", "restaurant")
+HELD_OUT_TOPICS = (
+    "hotel", "concert", "laptop", "museum", "course", "flight", "garden", "theater", "phone",
+    "camera", "train", "festival", "bakery", "bicycle", "lecture", "painting", "library",
+    "coffee", "keyboard", "holiday",
+)  # fmt: skip
+HELD_OUT_SAMPLES = 100
+# A user's rows: at most this share is held out, however few there are.
+LARGEST_HELD_OUT_SHARE = 0.2
+TEXT_COLUMNS = ("text", "sentence", "content", "review")
+LABEL_COLUMNS = ("label", "labels", "sentiment")
+TRAIN_WORDS = frozenset(("train", "training"))
+TEST_WORDS = frozenset(
+    ("test", "testing", "val", "valid", "validation", "dev", "development", "eval", "evaluation",
+     "heldout", "holdout")
+)  # fmt: skip
+# Older ones run a script that lies in a dataset's folder.
+OLDEST_DATASETS_LIBRARY = 4
+
+
+@dataclass(frozen=True)
+class TextSplit:
+    """Texts and their labels; a label is an index into ``TextDataset.label_names``."""
+
+    texts: Sequence[str]
+    labels: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class TextDataset:
+    """Training and held-out texts over the same labels.
+
+    Attributes:
+        name: ``synthetic``, the CSV file's name, or the dataset's name.
+        notes: What a reader of the summary must know about the texts.
+    """
+
+    name: str
+    train: TextSplit
+    held_out: TextSplit
+    label_names: Sequence[str]
+    notes: Sequence[str] = field(default=())
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A text with its label, and where it comes from: ``line 3`` of a file, or a row of a split."""
+
+    text: str
+    label: str
+    is_test: bool
+    where: str
+
+
+def load_texts(
+    dataset: str, data: Path | None, train_samples: int, held_out_samples: int | None, seed: int
+) -> TextDataset:
+    """Load at most ``train_samples`` training texts and ``held_out_samples`` held-out ones.
+
+    Args:
+        dataset: ``synthetic``, or what ``datasets.load_dataset`` understands (a name or a folder).
+        data: A CSV file with the columns text and label, which then takes the dataset's place.
+        train_samples: How many texts to train on, at most.
+        held_out_samples: How many texts to keep for testing, at most, on top; None: 100, and no
+            more than are trained on.
+        seed: Which of the rows, where there are more.
+
+    Raises:
+        UsageError: The data is not available or cannot be read; the message names the fix.
+    """
+    if data is None and dataset == "synthetic":
+        if held_out_samples is None:
+            held_out_samples = min(HELD_OUT_SAMPLES, train_samples)
+        return synthetic_texts(train_samples, held_out_samples)
+    if data is not None:
+        name, (rows, notes) = data.name, read_csv(data)
+    else:
+        name, (rows, notes) = Path(dataset).name, _load_named(dataset)
+    return _select(name, rows, notes, train_samples, held_out_samples, seed)
+
+
+def synthetic_texts(train_samples: int, held_out_samples: int) -> TextDataset:
+    """Return the guide's sentences: template and topic vary independently of each other."""
+    return TextDataset(
+        "synthetic",
+        _sentences(train_samples, TOPICS),
+        _sentences(held_out_samples, HELD_OUT_TOPICS),
+        ("negative", "positive"),
+    )
+
+
+def _sentences(count: int, topics: Sequence[str]) -> TextSplit:
+    texts, labels = [], []
+    for index in range(count):
+        # Both by index % 5 would give 5 distinct sentences instead of 25.
+        template, label = TEMPLATES[index % len(TEMPLATES)]
+        topic = topics[(index // len(TEMPLATES)) % len(topics)]
+        texts.append(template.format(topic=topic))
+        labels.append(label)
+    return TextSplit(texts, labels)
+
+
+# --- CSV files ------------------------------------------------------------------------------------
+
+
+def read_csv(path: Path) -> tuple[list[_Row], list[str]]:
+    """Read a CSV file with the columns text and label, and optionally split; return rows, notes.
+
+    Raises:
+        UsageError: The file is missing, not a CSV file with these columns, or a line is not as it
+            should be.
+    """
+    try:
+        content = path.read_bytes()
+        text = content.decode("utf-8-sig")
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise _unreadable(f"{path}, line {line}", error) from error
+    delimiter, columns = _columns(path, text)
+    rows = []
+    records = _records(path, text, delimiter)
+    next(records)
+    for line, fields in records:
+        if any(value.strip() for value in fields):
+            if len(fields) != len(columns):
+                raise UsageError(
+                    f"{path}, line {line}: {len(fields)} fields where the first line has "
+                    f"{len(columns)}; put a text that holds a comma between double quotes"
+                )
+            rows.append(_csv_row(path, line, dict(zip(columns, fields, strict=True))))
+    unused = [name for name in columns if name not in ("text", "label", "split")]
+    notes = [f"columns of {path.name} that are not used: {', '.join(unused)}"] if unused else []
+    return rows, notes
+
+
+def _unreadable(where: object, error: Exception) -> UsageError:
+    return UsageError(
+        f"cannot read {where} ({error}); name a CSV file in UTF-8 with the columns text and "
+        "label with --data"
+    )
+
+
+def _columns(path: Path, text: str) -> tuple[str, list[str]]:
+    """Return the delimiter (comma, semicolon or tab) and the names of the columns."""
+    columns: list[str] = []
+    for delimiter in (",", ";", "\t"):
+        _, fields = next(_records(path, text, delimiter))
+        names = [name.strip().lower() for name in fields]
+        if names.count("text") == names.count("label") == 1 and names.count("split") <= 1:
+            return delimiter, names
+        columns = max(columns, names, key=len)
+    raise UsageError(
+        f"{path} has the columns {', '.join(columns).strip() or 'none'}; give it a first line "
+        "'text,label', each column once"
+    )
+
+
+def _records(path: Path, text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """Yield each record (RFC 4180) with the number of its first line.
+
+    The csv module takes a double quote in the middle of a field as it comes, so that a forgotten
+    one joins or shifts rows in silence.
+
+    Raises:
+        UsageError: A double quote stands where none may.
+    """
+    quoted = r'"([^"]*(?:""[^"]*)*)"'
+    one_field = re.compile(rf'(?:{quoted}|([^"\r\n{delimiter}]*))({delimiter}|\r\n|\r|\n|\Z)')
+    fields: list[str] = []
+    line = first = 1
+    position = 0
+    while True:
+        match = one_field.match(text, position)
+        if match is None:
+            raise UsageError(
+                f"{path}, line {line}: a double quote stands alone; put the field between double "
+                'quotes and write "" for one inside'
+            )
+        inside = match[1]
+        fields.append(match[2] if inside is None else inside.replace('""', '"'))
+        line += len(re.findall(r"\r\n|\r|\n", match[0]))
+        position = match.end()
+        if match[3] != delimiter:
+            yield first, fields
+            if position == len(text):
+                return
+            fields, first = [], line
+
+
+def _csv_row(path: Path, line: int, record: dict[str, str]) -> _Row:
+    text, label = record["text"], record["label"].strip()
+    if not text.strip() or not label:
+        raise UsageError(f"{path}, line {line}: text or label is empty; fill it in or remove it")
+    word = re.sub("[-_ ]", "", record.get("split", "train").strip().lower())
+    if word not in TRAIN_WORDS | TEST_WORDS:
+        raise UsageError(
+            f"{path}, line {line}: split is {record['split']!r}; write train or test (validation "
+            "and the like count as test)"
+        )
+    return _Row(text, label, word in TEST_WORDS, f"line {line}")
+
+
+def write_csv(dataset: TextDataset) -> Path:
+    """Keep the chosen texts as a CSV file that ``--data`` reads back, and return its path.
+
+    The file lies in the project's cache folder under a name made from its content.
+    """
+    digest = hashlib.sha256()
+    rows: list[tuple[str, str, str]] = []
+    for split_name, split in (("train", dataset.train), ("test", dataset.held_out)):
+        for text, label in zip(split.texts, split.labels, strict=True):
+            rows.append((text, dataset.label_names[label], split_name))
+            digest.update("\0".join(rows[-1]).encode())
+    path = cache_folder() / f"{dataset.name}-{digest.hexdigest()[:24]}.csv"
+    with written_whole(path, "t", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(("text", "label", "split"))
+        writer.writerows(rows)
+    return path
+
+
+# --- datasets of the hub --------------------------------------------------------------------------
+
+
+def _load_named(name: str) -> tuple[list[_Row], list[str]]:
+    """Load a dataset through the ``datasets`` library: a folder, the hub's cache, or the hub."""
+    from workloads.common.weights import hub_answers, hub_endpoint
+
+    is_folder = Path(name).is_dir()
+    # Asked before the import: the library reads HF_HUB_OFFLINE only then.
+    answers = is_folder or hub_answers()
+    wanted = f"'pip install \"datasets>={OLDEST_DATASETS_LIBRARY}\"', or use --data FILE.csv"
+    try:
+        import datasets
+    except ImportError as error:
+        raise UsageError(
+            f"--dataset {name} needs the datasets library; install it with {wanted}"
+        ) from error
+    if int(datasets.__version__.partition(".")[0]) < OLDEST_DATASETS_LIBRARY:
+        raise UsageError(
+            f"datasets {datasets.__version__} would run a script of the dataset's; update it with "
+            f"{wanted}"
+        )
+    try:
+        loaded = datasets.load_dataset(name)
+    # Builders raise what they like: missing names, broken files, lost connections.
+    except Exception as error:
+        why = ""
+        if not answers:
+            why = f"{hub_endpoint()} does not answer and it is not in the local cache: "
+        raise UsageError(
+            f"cannot load the dataset {name!r} ({why}{first_line(error)}); check the "
+            "name, or use --data FILE.csv or --dataset synthetic"
+        ) from error
+    if "train" not in loaded:
+        raise UsageError(
+            f"the dataset {name!r} has the splits {', '.join(loaded)} and no train split; choose "
+            "another, or export one to a CSV file for --data"
+        )
+    rows = _split_rows(name, "train", loaded["train"])
+    used = ["train"]
+    for split in ("test", "validation"):
+        # Public test splits often come without labels, marked by -1.
+        if split in loaded and any(label != -1 for label in _label_column(name, loaded[split])):
+            rows += _split_rows(name, split, loaded[split])
+            used.append(split)
+            break
+    unused = [split for split in loaded if split not in used]
+    return rows, [f"splits of {name} that are not used: {', '.join(unused)}"] if unused else []
+
+
+def _column(name: str, split, wanted: Sequence[str]) -> str:
+    found = next((column for column in wanted if column in split.column_names), None)
+    if found is None:
+        raise UsageError(
+            f"the dataset {name!r} has the columns {', '.join(split.column_names)}; one of "
+            f"{', '.join(TEXT_COLUMNS)} and one of {', '.join(LABEL_COLUMNS)} are needed, so "
+            "export it to a CSV file with text,label for --data"
+        )
+    return found
+
+
+def _label_column(name: str, split) -> Sequence:
+    return split[_column(name, split, LABEL_COLUMNS)]
+
+
+def _split_rows(name: str, split_name: str, split) -> list[_Row]:
+    texts = split[_column(name, split, TEXT_COLUMNS)]
+    names = getattr(split.features[_column(name, split, LABEL_COLUMNS)], "names", None)
+    rows = []
+    for index, (text, label) in enumerate(zip(texts, _label_column(name, split), strict=True)):
+        is_missing = label is None or label == -1 or not str(label).strip()
+        if not isinstance(text, str) or not text.strip() or is_missing:
+            raise UsageError(
+                f"row {index} of the {split_name} split of {name!r} lacks its text or label; "
+                "choose another dataset, or export it to a CSV file for --data"
+            )
+        label = names[label] if names is not None else label
+        rows.append(_Row(text, str(label).strip(), split_name != "train", f"{split_name} {index}"))
+    return rows
+
+
+# --- which rows -----------------------------------------------------------------------------------
+
+
+def _select(
+    name: str,
+    rows: Sequence[_Row],
+    notes: Sequence[str],
+    train_samples: int,
+    held_out_samples: int | None,
+    seed: int,
+) -> TextDataset:
+    """Choose rows by the seed; without rows marked as test, some are held out of the others."""
+    label_names = _label_names(name, rows)
+    number = {label: index for index, label in enumerate(label_names)}
+    # Files are often sorted by label, so the first rows would not do.
+    shuffled = random.Random(seed).sample(list(rows), len(rows))
+    test_rows = [row for row in shuffled if row.is_test]
+    train_rows = [row for row in shuffled if not row.is_test]
+    most = HELD_OUT_SAMPLES if held_out_samples is None else held_out_samples
+    if not test_rows:
+        held_out = min(most, int(len(rows) * LARGEST_HELD_OUT_SHARE))
+        test_rows, train_rows = train_rows[:held_out], train_rows[held_out:]
+    if not train_rows:
+        raise UsageError(
+            f"{name} has no row to train on: every one says split=test; mark some train"
+        )
+    train_rows = train_rows[:train_samples]
+    test_rows = test_rows[: most if held_out_samples is not None else min(most, len(train_rows))]
+    untrained = {row.label for row in test_rows} - {row.label for row in train_rows}
+    if untrained:
+        raise UsageError(
+            f"{name}: the label {min(untrained)!r} is tested and never trained on; mark some of "
+            "its rows train, or raise --num-samples"
+        )
+
+    def split(chosen: Sequence[_Row]) -> TextSplit:
+        return TextSplit([row.text for row in chosen], [number[row.label] for row in chosen])
+
+    return TextDataset(name, split(train_rows), split(test_rows), label_names, notes)
+
+
+def _label_names(name: str, rows: Sequence[_Row]) -> list[str]:
+    """Return the distinct labels in order: by number where all are numbers, else by name."""
+    first = {row.label: row for row in reversed(rows)}
+    if len(first) < 2:
+        raise UsageError(
+            f"{name} has {len(rows)} rows with {len(first)} different labels; at least two "
+            "labels are needed"
+        )
+    alike: dict[object, str] = {}
+    for label in first:
+        meaning = int(label) if _is_number(label) else label.casefold()
+        other = alike.setdefault(meaning, label)
+        if other != label:
+            raise UsageError(
+                f"{name}: the labels {other!r} ({first[other].where}) and {label!r} "
+                f"({first[label].where}) look like one; write them alike"
+            )
+    return sorted(first, key=int if all(map(_is_number, first)) else None)
+
+
+def _is_number(label: str) -> bool:
+    # isdigit would take digits that int refuses, such as a superscript or a circled one.
+    return re.fullmatch("-?[0-9]{1,18}", label) is not None
+
+
+# --- batches on the device ------------------------------------------------------------------------
+
+
+class TokenBatches:
+    """A split, tokenized to one fixed length, with the order of its epochs.
+
+    Everything lies on the device. A cursor there moves along the order of all epochs, so that
+    taking a batch is device work only and can be part of a CUDA graph.
+
+    Attributes:
+        samples: How many texts there are.
+        batch_size: How many a full batch has; no more than there are texts.
+        cursor: int64 scalar on the device: where in the order of all epochs the next batch begins.
+    """
+
+    def __init__(
+        self,
+        device: ComputeDevice,
+        split: TextSplit,
+        tokenizer: BertTokenizerFast,
+        max_length: int,
+        batch_size: int,
+        orders: Sequence[torch.Tensor],
+    ) -> None:
+        """Tokenize ``split`` and copy it to the device.
+
+        Args:
+            device: Where the batches are wanted.
+            split: Texts and labels; at least one.
+            tokenizer: Pads and cuts to ``max_length`` tokens.
+            max_length: Tokens a sequence, padding included.
+            batch_size: Sequences a batch.
+            orders: One permutation of the samples an epoch.
+        """
+        import torch
+
+        where = device.torch_device
+        self.samples = len(split)
+        self.batch_size = min(batch_size, self.samples)
+        encoded = tokenizer(
+            list(split.texts), padding="max_length", truncation=True, max_length=max_length,
+            return_tensors="pt",
+        )  # fmt: skip
+        # int32 halves the memory of a large corpus; an embedding accepts it as it is.
+        self._tokens = encoded["input_ids"].to(where, torch.int32)
+        self._lengths = encoded["attention_mask"].sum(dim=1).to(where)
+        self._labels = torch.tensor(split.labels, dtype=torch.int64, device=where)
+        self._order = torch.cat(list(orders)).to(where)
+        self.cursor = torch.zeros((), dtype=torch.int64, device=where)
+        self._offsets = torch.arange(self.batch_size, device=where)
+        self._positions = torch.arange(max_length, device=where)
+        # What SDPA adds to the scores: in the dtype of the scores, or each layer would convert it.
+        # The most negative number instead of -inf, as transformers does.
+        self._keep = torch.zeros((), dtype=device.model_dtype, device=where)
+        self._drop = torch.full_like(self._keep, torch.finfo(device.model_dtype).min)
+
+    def start_epoch(self, epoch: int = 0) -> None:
+        """Go to the first batch of ``epoch`` (from 0)."""
+        self.cursor.fill_(epoch * self.samples)
+
+    def start_rehearsal(self) -> None:
+        """Go to the first batch."""
+        self.start_epoch()
+
+    def feed(self, count: int) -> None:
+        """Do nothing: every batch lies on the device."""
+
+    def take(self, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return the next ``count`` samples and move on; device work only.
+
+        Returns:
+            Token numbers, int32 of shape (count, length); the attention mask to add to the scores,
+            shape (count, 1, 1, length); labels, int64 of shape (count,). The mask has four
+            dimensions because transformers passes such a mask on as it is, while it asks a mask of
+            two dimensions whether it is all ones, which waits for the device.
+        """
+        # Warm-up steps may run past the end of a small dataset: start again there.
+        positions = (self.cursor + self._offsets[:count]) % len(self._order)
+        picked = self._order[positions]
+        self.cursor.add_(count)
+        is_token = self._positions < self._lengths[picked, None]
+        mask = self._keep.where(is_token, self._drop)[:, None, None, :]
+        return self._tokens[picked], mask, self._labels[picked]
+
+
+def epoch_orders(samples: int, epochs: int, seed: int) -> list[torch.Tensor]:
+    """Return one random permutation an epoch, the same on every device for the same seed."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randperm(samples, generator=generator) for _ in range(epochs)]
