@@ -19,6 +19,8 @@ or it failed and said so), 130 interrupted.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import os
 import re
 import shlex
@@ -29,11 +31,13 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 from workloads.common import cli
 from workloads.common.client import Recorder, StopRequested, Workload, main_of
 from workloads.common.errors import EXIT_OUT_OF_MEMORY, JobFailedError, OutOfGpuMemoryError
-from workloads.custom import process_tree
 
 UNIT_KIND = "command"
 LOOK_PERIOD_SECONDS = 0.25
@@ -43,6 +47,9 @@ FINISH_SECONDS = 5.0
 # that heeds SIGTERM may have a checkpoint of many gigabytes to write. Together with FINISH_SECONDS
 # this stays under the minute after which the suite ends this script itself.
 GRACE_SECONDS = 40.0
+KILL_SECONDS = 5.0
+POLL_SECONDS = 0.05
+PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 TAIL_BYTES = 16384
 # As CUDA, PyTorch, TensorFlow and JAX say it.
 OUT_OF_MEMORY_TEXT = re.compile(
@@ -90,8 +97,14 @@ class CommandWorkload(Workload):
     title = "Command"
 
     def load(self) -> None:
-        """Nothing: what the command loads is part of its run."""
-        process_tree.adopt_orphans()
+        """Become the parent of whatever loses its own (prctl(2)); the command loads in its run.
+
+        It may be a shell script that starts a launcher that starts the process with the GPU work,
+        and some of these put themselves into sessions of their own: all stay descendants.
+        """
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
+            raise OSError(ctypes.get_errno(), "cannot become a subreaper")
 
     def run_job(self, recorder: Recorder) -> dict:
         """Run the command once; its duration is the one figure.
@@ -113,14 +126,14 @@ class CommandWorkload(Workload):
         noted: set[int] = set()
         stop_seconds: float | None = None
         while not run.ended.wait(LOOK_PERIOD_SECONDS):
-            present = process_tree.descendants()
+            present = {process.pid for process in descendants()}
             if present - noted:
                 recorder.processes(sorted(present - noted))
                 noted |= present
             if recorder.stop_requested:
                 stop_seconds = stop_seconds or time.monotonic()
                 if time.monotonic() >= stop_seconds + FINISH_SECONDS:
-                    process_tree.end_descendants(GRACE_SECONDS)
+                    end_descendants(GRACE_SECONDS)
                     raise StopRequested
         if stop_seconds is not None:
             # The job that ended meanwhile lies past the window, and failing now harms nobody.
@@ -128,11 +141,11 @@ class CommandWorkload(Workload):
 
     def reset(self) -> None:
         """End what a run has left behind in the background."""
-        process_tree.end_descendants(GRACE_SECONDS)
+        end_descendants(GRACE_SECONDS)
 
     def close(self) -> None:
         """Leave no process behind, however this ends."""
-        process_tree.end_descendants(GRACE_SECONDS)
+        end_descendants(GRACE_SECONDS)
 
     def settings(self) -> dict:
         """Return the command and how it is run."""
@@ -151,23 +164,16 @@ class CommandWorkload(Workload):
 
     def identity(self) -> dict:
         """Return what can be said from outside: the pid, and the variables that set the mode."""
-        return {
-            "pid": os.getpid(),
-            "device": None,
-            "gpu_name": None,
-            "gpu_uuid": None,
-            "multiprocessor_count": None,
-            "memory_total_mib": None,
-            "sharing_environment": {
-                name: value
-                for name, value in os.environ.items()
-                if name == "CUDA_VISIBLE_DEVICES" or name.startswith("CUDA_MPS_")
-            },
-            "engine": None,
-            "precision": None,
-            "batch_size": None,
-            "versions": {},
+        nothing = dict.fromkeys(
+            ("device", "gpu_name", "gpu_uuid", "multiprocessor_count", "memory_total_mib",
+             "engine", "precision", "batch_size")
+        )  # fmt: skip
+        sharing = {
+            name: value
+            for name, value in os.environ.items()
+            if name == "CUDA_VISIBLE_DEVICES" or name.startswith("CUDA_MPS_")
         }
+        return nothing | {"pid": os.getpid(), "sharing_environment": sharing, "versions": {}}
 
 
 class _Run:
@@ -211,6 +217,43 @@ class _Run:
             sys.stderr.buffer.flush()
             self.stderr_tail = (self.stderr_tail + chunk)[-TAIL_BYTES:]
         self._process.stderr.close()
+
+
+def descendants() -> set[psutil.Process]:
+    """Return all living descendants of this process."""
+    found = set()
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if process.status() != psutil.STATUS_ZOMBIE:
+                found.add(process)
+    return found
+
+
+def end_descendants(grace_seconds: float) -> None:
+    """End every descendant: SIGTERM, and SIGKILL for what still runs after ``grace_seconds``.
+
+    An interruption cuts the grace short, but never leaves a process behind.
+    """
+    try:
+        _signal_until_gone(signal.SIGTERM, grace_seconds, again=False)
+    finally:
+        _signal_until_gone(signal.SIGKILL, KILL_SECONDS, again=True)
+        # Their exit status, or they stay as zombies while this runs.
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+
+
+def _signal_until_gone(number: signal.Signals, seconds: float, *, again: bool) -> None:
+    """Signal each descendant once, those that appear meanwhile too, until none is left."""
+    deadline = time.monotonic() + seconds
+    told: set[psutil.Process] = set()
+    while (left := descendants()) and time.monotonic() < deadline:
+        for process in left if again else left - told:
+            with contextlib.suppress(psutil.Error):
+                process.send_signal(number)
+        told |= left
+        time.sleep(POLL_SECONDS)
 
 
 def _require_success(run: _Run) -> None:

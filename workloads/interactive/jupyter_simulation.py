@@ -141,20 +141,19 @@ class OperationTimes:
     The suite's unit of work is the whole cell, which is what a person waits for.
     """
 
-    def __init__(self, recorder: client.Recorder | None) -> None:
-        """Take stops from ``recorder``; None where nothing can stop (calibration)."""
+    def __init__(self, recorder: client.Recorder) -> None:
+        """Take stops from ``recorder``."""
         self._recorder = recorder
         self.durations_seconds: list[float] = []
 
     @property
     def stop_requested(self) -> bool:
         """Whether the suite wants this client to end."""
-        return self._recorder is not None and self._recorder.stop_requested
+        return self._recorder.stop_requested
 
     def check_stop(self) -> None:
         """Raise ``StopRequested`` if the suite wants this client to end."""
-        if self._recorder is not None:
-            self._recorder.check_stop()
+        self._recorder.check_stop()
 
     def unit(self, kind: str, start_seconds: float, end_seconds: float) -> None:
         """Note one finished operation."""
@@ -199,14 +198,16 @@ class JupyterSimulation(client.Workload):
             self.warnings += weights_notes(INFERENCE_MODEL, args.weights, self.weights.kind)
 
     def warm_up(self) -> None:
-        """Prepare each operation for the engine and settle how often a cell repeats it."""
+        """Prepare each operation, settle how often a cell repeats it, and run each kind once."""
+        from workloads.common.engine import StepPool
         from workloads.interactive import notebook_operations as operations
 
         shared = (self.device, self.sizes, self.args.seed)
+        pool = StepPool()
         prepare = {
-            "matrix": lambda: operations.matrix_operation(*shared),
-            "preprocess": lambda: operations.preprocess_operation(*shared),
-            "train": lambda: operations.train_operation(*shared),
+            "matrix": lambda: operations.matrix_operation(*shared, pool),
+            "preprocess": lambda: operations.preprocess_operation(*shared, pool),
+            "train": lambda: operations.train_operation(*shared, pool),
             "inference": lambda: operations.inference_operation(*shared, self.model),
         }
         self.operations = {kind: prepare[kind]() for kind in self.kinds}
@@ -217,9 +218,9 @@ class JupyterSimulation(client.Workload):
         """Run the session once and return what the guide measures."""
         from workloads.common.engine import Pacer
 
-        cells: list[dict] = []
-        operation_seconds: dict[str, list[float]] = {kind: [] for kind in self.kinds}
-        session_start_seconds = time.monotonic()
+        self.finished: list[dict] = []
+        self.operation_seconds: dict[str, list[float]] = {kind: [] for kind in self.kinds}
+        self.session_start_seconds = time.monotonic()
         with console.progress(len(self.cells), "session") as progress:
             for index, cell in enumerate(self.cells):
                 times = OperationTimes(recorder)
@@ -229,22 +230,33 @@ class JupyterSimulation(client.Workload):
                 end_seconds = time.monotonic()
                 recorder.unit(cell.kind, start_seconds, end_seconds, latency=True)
                 recorder.flush()
-                operation_seconds[cell.kind] += times.durations_seconds
-                progress.advance(detail=cell.kind)
-                idle_seconds = self._pause(cell, recorder)
-                cells.append(
+                self.operation_seconds[cell.kind] += times.durations_seconds
+                self.finished.append(
                     {
                         "index": index,
                         "kind": cell.kind,
                         "started_at": started_at,
-                        "start_offset_seconds": start_seconds - session_start_seconds,
+                        "start_offset_seconds": start_seconds - self.session_start_seconds,
                         "duration_seconds": end_seconds - start_seconds,
-                        "idle_after_seconds": idle_seconds,
+                        "idle_after_seconds": 0.0,
                     }
                 )
-        session_seconds = time.monotonic() - session_start_seconds
-        return session_figures(cells, operation_seconds, session_seconds) | {
-            "gpu_active_seconds": self._gpu_active_seconds(cells),
+                progress.advance(detail=cell.kind)
+                self.tell(
+                    f"cell {index + 1}/{len(self.cells)}: {cell.kind}, "
+                    f"{end_seconds - start_seconds:.2f} s"
+                )
+                self.finished[-1]["idle_after_seconds"] = self._pause(cell, recorder)
+        return self.partial_figures()
+
+    def partial_figures(self) -> dict | None:
+        """Return the figures of the finished cells."""
+        if not self.finished:
+            return None
+        session_seconds = time.monotonic() - self.session_start_seconds
+        operation_seconds = {kind: times for kind, times in self.operation_seconds.items() if times}
+        return session_figures(self.finished, operation_seconds, session_seconds) | {
+            "gpu_active_seconds": self._gpu_active_seconds(self.finished),
             "cell_repeats": ",".join(f"{kind}={n}" for kind, n in self.repeats.items()),
         }
 
@@ -318,21 +330,25 @@ class JupyterSimulation(client.Workload):
         return self.args.burst_seconds or default
 
     def _settle_repeats(self, kind: str) -> int:
+        """Return how often a cell repeats its operation; runs it, as a cell would, on the way."""
         if self.args.cell_repeats is not None:
+            self._seconds_an_operation(kind, 0.0)
             return self.args.cell_repeats[kind]
         burst_seconds = self._burst_seconds()
         if burst_seconds is None:
+            self._seconds_an_operation(kind, 0.0)
             return 1
-        return max(1, round(burst_seconds / self._seconds_an_operation(kind)))
+        seconds = self._seconds_an_operation(kind, CALIBRATION_SECONDS)
+        return max(1, round(burst_seconds / seconds))
 
-    def _seconds_an_operation(self, kind: str) -> float:
-        """Time the operation, alone, for about half a second."""
+    def _seconds_an_operation(self, kind: str, for_seconds: float) -> float:
+        """Run the operation, alone, for about ``for_seconds`` and once at least; time it."""
         from workloads.common.engine import Pacer
 
-        pacer = Pacer(self.device, OperationTimes(None))
+        pacer = Pacer(self.device, client.Recorder(client.EventLog(None)))
         start_seconds = time.monotonic()
         count = 0
-        while time.monotonic() - start_seconds < CALIBRATION_SECONDS:
+        while not count or time.monotonic() - start_seconds < for_seconds:
             pacer.run(kind, self.operations[kind])
             count += 1
         pacer.drain()

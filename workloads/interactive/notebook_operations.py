@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from workloads.common.engine import capture_forward, compile_module, prepare_step
+from workloads.common.engine import StepPool, capture_forward, compile_module, prepare_step
 
 if TYPE_CHECKING:
     from workloads.common.device import ComputeDevice
@@ -72,7 +72,7 @@ def draw_sizes(seed: int, **given: int | None) -> OperationSizes:
 
 
 def matrix_operation(
-    device: ComputeDevice, sizes: OperationSizes, seed: int
+    device: ComputeDevice, sizes: OperationSizes, seed: int, pool: StepPool | None = None
 ) -> Callable[[], object]:
     """Return the multiplication of two square matrices, and ReLU, ``matrix_iterations`` times."""
     generator = torch.Generator().manual_seed(seed)
@@ -88,11 +88,11 @@ def matrix_operation(
             torch.mm(left, right, out=product)
             product.relu_()
 
-    return prepare_step(device, multiply)
+    return prepare_step(device, multiply, pool=pool)
 
 
 def preprocess_operation(
-    device: ComputeDevice, sizes: OperationSizes, seed: int
+    device: ComputeDevice, sizes: OperationSizes, seed: int, pool: StepPool | None = None
 ) -> Callable[[], object]:
     """Return normalization and interpolation of uint8 images, ``preprocess_iterations`` times."""
     generator = torch.Generator().manual_seed(seed)
@@ -111,11 +111,11 @@ def preprocess_operation(
             normalized = (images.to(dtype) / 255 - mean) / std
             F.interpolate(normalized, size=target, mode="bilinear", align_corners=False)
 
-    return prepare_step(device, preprocess)
+    return prepare_step(device, preprocess, pool=pool)
 
 
 def train_operation(
-    device: ComputeDevice, sizes: OperationSizes, seed: int
+    device: ComputeDevice, sizes: OperationSizes, seed: int, pool: StepPool | None = None
 ) -> Callable[[], object]:
     """Return a quick experiment: a 784-256-10 network trained ``train_epochs`` from its start."""
     network = small_network(device, seed)
@@ -138,7 +138,7 @@ def train_operation(
                 loss.backward()
                 optimizer.step()
 
-    return prepare_step(device, train)
+    return prepare_step(device, train, pool=pool)
 
 
 def inference_operation(
