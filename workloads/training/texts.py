@@ -385,7 +385,9 @@ def _select(
 
 def _label_names(name: str, rows: Sequence[_Row]) -> list[str]:
     """Return the distinct labels in order: by number where all are numbers, else by name."""
-    first = {row.label: row for row in reversed(rows)}
+    first: dict[str, _Row] = {}
+    for row in rows:
+        first.setdefault(row.label, row)
     if len(first) < 2:
         raise UsageError(
             f"{name} has {len(rows)} rows with {len(first)} different labels; at least two "
