@@ -90,6 +90,21 @@ def runner() -> Iterator[DriverRunner]:
         yield made
 
 
+@pytest.fixture(autouse=True)
+def own_gpu_generator(request: pytest.FixtureRequest) -> None:
+    """Give each test that uses the GPU random numbers of its own.
+
+    A captured graph keeps the state of the generator that it was captured with. One that failed, or
+    that an earlier test has left to the garbage collector, must not reach into the next test.
+    """
+    torch = sys.modules.get("torch")
+    if request.node.get_closest_marker("gpu") is None or torch is None:
+        return
+    if torch.cuda.is_initialized():
+        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        generator.graphsafe_set_state(generator.clone_state())
+
+
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, bool, bool]:
     """Let the tests that use the GPU take turns, in however many processes they run.

@@ -467,6 +467,28 @@ def prepared(monkeypatch, *arguments: str):
     return workload
 
 
+def test_the_warm_up_has_gone_through_every_path_of_the_job(monkeypatch):
+    from workloads.common import client
+
+    seen = set()
+    build_any = bert_training.build_model
+
+    def build(*arguments):
+        model = build_any(*arguments)
+        model.register_forward_pre_hook(
+            lambda module, inputs: seen.add((module.training, len(inputs[0])))
+        )
+        return model
+
+    monkeypatch.setattr(bert_training, "build_model", build)
+    monkeypatch.setattr(bert_training, "TEST_BATCH_SIZE", 12)
+    workload = prepared(monkeypatch, *TINY, "--epochs", "1")
+    warmed = set(seen)
+    assert warmed == {(True, 16), (True, 8), (False, 12), (False, 8)}
+    workload.run_job(client.Recorder(client.EventLog(None)))
+    assert seen == warmed
+
+
 def test_no_step_makes_the_host_wait_since_that_could_not_be_captured(monkeypatch):
     from no_sync import forbid_host_reads
 

@@ -8,6 +8,7 @@ import pickle
 import sys
 import tarfile
 import threading
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,8 +19,9 @@ from held_client import HeldClient
 from PIL import Image
 from workload_script import assert_usage_error, result_reader, runner_of
 
+from workloads.common import client
 from workloads.common.errors import UnreadableImageError, UsageError
-from workloads.training import images
+from workloads.training import images, resnet_training
 from workloads.training.resnet_training import learning_rates
 
 SCRIPT = "workloads/training/resnet_training.py"
@@ -346,14 +348,12 @@ def test_the_learning_rate_rises_to_its_height_and_falls_to_zero():
 def test_ten_captured_steps_learn_what_ten_eager_steps_learn(precision):
     import torch
 
-    from workloads.training.resnet_training import ResNetTraining, parse_arguments
-
     def ten_losses(engine: str) -> list[float]:
         sys.argv = [
             SCRIPT, "--dataset", "synthetic", "--train-samples", "640", "--batch-size", "64",
             "--engine", engine, "--precision", precision, "--lr", "0.001", "--epochs", "1",
         ]  # fmt: skip
-        workload = ResNetTraining(parse_arguments())
+        workload = resnet_training.ResNetTraining(resnet_training.parse_arguments())
         workload.load()
         workload.warm_up()
         workload.train_batches.start_epoch()
@@ -384,13 +384,74 @@ def test_streamed_images_feed_a_captured_step(tmp_path):
 
 
 def prepared_on_the_cpu(monkeypatch):
-    from workloads.training.resnet_training import ResNetTraining, parse_arguments
-
     monkeypatch.setattr(sys, "argv", [SCRIPT, *TINY, "--epochs", "1"])
-    workload = ResNetTraining(parse_arguments())
+    workload = resnet_training.ResNetTraining(resnet_training.parse_arguments())
     workload.load()
     workload.warm_up()
     return workload
+
+
+def count_paths(monkeypatch) -> Counter:
+    """Put a network of one layer in ResNet50's place that counts how it is called."""
+    import torch
+
+    seen: Counter = Counter()
+
+    class Counted(torch.nn.Module):
+        def __init__(self, classes: int, stem: str) -> None:
+            super().__init__()
+            self.layer = torch.nn.Conv2d(3, classes, 32)
+
+        def forward(self, pixels):
+            seen[self.training, len(pixels)] += 1
+            return self.layer(pixels).flatten(1)
+
+    monkeypatch.setattr(resnet_training, "build_resnet50", Counted)
+    return seen
+
+
+def test_the_warm_up_has_gone_through_every_path_of_the_job(monkeypatch, tmp_path, cache):
+    seen = count_paths(monkeypatch)
+    data = write_image_folder(tmp_path / "images", size=32, per_class=7)
+    flags = ("--dataset", "folder", "--data-dir", str(data), "--batch-size", "8", "--epochs", "2")
+    monkeypatch.setattr(resnet_training, "TEST_BATCH_SIZE", 9)
+    monkeypatch.setattr(sys, "argv", [SCRIPT, *flags, "--device", "cpu", "--lr", "0.01"])
+    workload = resnet_training.ResNetTraining(resnet_training.parse_arguments())
+    workload.load()
+    drawn, taken = [], []
+    for batches in (workload.train_batches, workload.test_batches):
+        start = batches.start_epoch
+        monkeypatch.setattr(batches, "start_epoch", lambda n=0, s=start: (drawn.append(n), s(n)))
+    take = workload.totals.take
+    monkeypatch.setattr(workload.totals, "take", lambda n: (taken.append(n), take(n))[1])
+    workload.warm_up()
+    warmed = set(seen)
+    assert warmed == {(True, 8), (True, 5), (False, 9), (False, 3)}
+    assert len(drawn) == 2 and taken == [21, 21]
+    weights = [parameter.clone() for parameter in workload.model.parameters()]
+    recorder = client.Recorder(client.EventLog(None))
+    first = workload.run_job(recorder)
+    assert set(seen) == warmed
+    workload.reset()
+    for parameter, begun_with in zip(workload.model.parameters(), weights, strict=True):
+        assert parameter.equal(begun_with)
+    again = workload.run_job(recorder)
+    assert again["final_train_loss"] == pytest.approx(first["final_train_loss"], rel=1e-6)
+
+
+def test_another_client_takes_the_same_images_in_another_order(monkeypatch):
+    count_paths(monkeypatch)
+    orders, settings = [], []
+    for index in ("0", "0", "1"):
+        monkeypatch.setattr(sys, "argv", [SCRIPT, *TINY, "--client-index", index])
+        workload = resnet_training.ResNetTraining(resnet_training.parse_arguments())
+        workload.load()
+        workload.train_batches.start_epoch()
+        orders.append(workload.train_batches.order.tolist())
+        settings.append(workload.settings())
+    assert orders[0] == orders[1] != orders[2]
+    assert sorted(orders[0]) == sorted(orders[2])
+    assert settings[0] == settings[1] == settings[2]
 
 
 def test_no_step_makes_the_host_wait_since_that_could_not_be_captured(monkeypatch):

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from test_resnet_training import cache, cpu_device, no_warning, write_image_folder
 
-from workloads.common import results
+from workloads.common import results, weights
 from workloads.common.errors import (
     DamagedFileError,
     JobFailedError,
@@ -345,6 +345,13 @@ def test_without_a_folder_to_keep_things_in_the_variable_is_named(tmp_path, monk
         results.cache_folder()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert results.cache_folder() == tmp_path / "gpu-sharing-bench"
+
+
+def test_a_download_without_a_home_folder_makes_none_in_the_working_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(weights.DownloadError, match="set XDG_CACHE_HOME"):
+        weights.download("http://127.0.0.1:9/a.pth", Path("~/.cache/torch/a.pth"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_revision_is_the_projects_own_whatever_git_was_told(tmp_path, monkeypatch):

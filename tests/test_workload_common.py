@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib.util
 import io
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -20,9 +23,12 @@ from workloads.common import cli, client, device
 from workloads.common.errors import (
     EXIT_INTERRUPTED,
     EXIT_OUT_OF_MEMORY,
+    CannotWriteError,
+    DivergedError,
     GpuUnavailableError,
     JobFailedError,
     UsageError,
+    printable,
 )
 from workloads.common.results import summarize_latency_ms
 from workloads.common.weights import packages_hidden
@@ -252,6 +258,73 @@ def test_a_stop_is_obeyed_between_two_steps():
     assert len(recorder.units) == 2
 
 
+class PretendedEvent:
+    """A CUDA event on a GPU that needs ``WORK`` seconds a step, in a time of its own."""
+
+    WORK = 1.0
+    now = gpu_free = 0.0
+
+    def __init__(self, **how: object) -> None:
+        assert how == {"blocking": True, "enable_timing": True}
+
+    def record(self) -> None:
+        self.end = max(PretendedEvent.now, PretendedEvent.gpu_free)
+
+    def query(self) -> bool:
+        return PretendedEvent.now >= self.end
+
+    def synchronize(self) -> None:
+        PretendedEvent.now = max(PretendedEvent.now, self.end)
+
+    def elapsed_time(self, other: PretendedEvent) -> float:
+        return 1e3 * (other.end - self.end)
+
+
+@pytest.mark.parametrize(
+    ("launch_seconds", "durations"),
+    [
+        # The GPU is the slower one: each step lasts as long as it works.
+        ({"step": 0.1, "last": 0.1}, [1.1, 1, 1, 1, 1, 1]),
+        # The host is: a step lasts as long as its launch and its own work, the last one too.
+        ({"step": 3.0, "last": 5.0}, [4, 3, 3, 3, 3, 5]),
+    ],
+)
+def test_the_time_of_a_launch_is_that_of_the_step_launched(monkeypatch, launch_seconds, durations):
+    import torch
+
+    from workloads.common import engine
+
+    monkeypatch.setattr(torch.cuda, "Event", PretendedEvent)
+    monkeypatch.setattr(engine.time, "monotonic", lambda: PretendedEvent.now)
+    monkeypatch.setattr(PretendedEvent, "now", 10.0)
+    monkeypatch.setattr(PretendedEvent, "gpu_free", 0.0)
+
+    def launch(kind: str) -> None:
+        PretendedEvent.now += launch_seconds[kind]
+        begins = max(PretendedEvent.now, PretendedEvent.gpu_free)
+        PretendedEvent.gpu_free = begins + PretendedEvent.WORK
+
+    recorder = ListRecorder()
+    pacer = engine.Pacer(SimpleNamespace(is_cuda=True), recorder)
+    for kind in ["step"] * 5 + ["last"]:
+        pacer.run(kind, lambda kind=kind: launch(kind))
+    pacer.drain()
+    assert [kind for kind, _, _ in recorder.units] == ["step"] * 5 + ["last"]
+    assert [end - start for _, start, end in recorder.units] == pytest.approx(durations)
+
+
+def test_a_loss_that_blows_up_is_named_beside_one_that_is_no_number():
+    from workloads.common.engine import check_loss
+
+    about = ("the training loss in epoch 1", 0.1, "fp32", "24 images")
+    assert check_loss(2.3, *about) is None
+    said = check_loss(53_000.0, *about)
+    assert said.startswith("the learning rate is too high for 24 images: the training loss in")
+    assert said.endswith("try --lr 0.01")
+    with pytest.raises(DivergedError, match="became nan"):
+        check_loss(float("nan"), *about)
+
+
 def test_a_restored_state_trains_to_the_same_weights():
     import torch
 
@@ -304,6 +377,133 @@ def test_the_clients_index_moves_the_order_and_nothing_else():
         parse(["--client-index", "-1"])
 
 
+@pytest.mark.parametrize(
+    ("path", "fix"),
+    [
+        ("/dev/shm/torch_1", "--loader-workers 0"),
+        ("/home/me/.cache/gpu-sharing-bench/a.npy", "XDG_CACHE_HOME"),
+        ("/tmp/scratch", "TMPDIR"),
+        ("results/a.json", "--results-dir"),
+    ],
+)
+def test_what_helps_against_a_full_disk_depends_on_which_it_is(path, fix, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", "/tmp")
+    assert fix in str(CannotWriteError(path, OSError(errno.ENOSPC, "No space left on device")))
+
+
+def test_names_of_any_bytes_can_be_printed_and_move_no_cursor():
+    assert printable("caf\udce9 \x1b[2J é\tz") == "caf\\udce9 \\x1b[2J é\tz"
+
+
+@pytest.mark.parametrize(
+    ("visible", "expected"),
+    [("NoDevFiles", False), ("none", False), ("-1,0", False), ("", False), (" 1", True),
+     ("GPU-5555", True), (None, True)],
+)  # fmt: skip
+def test_a_gpu_is_expected_unless_it_is_hidden_as_cuda_hides_it(monkeypatch, visible, expected):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(device, "driver_listing", lambda: "NVIDIA H200, 580.0")
+    torch = SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: False))
+    assert device._gpu_expected(torch) == expected
+
+
+def test_compiled_code_is_kept_where_nobody_else_may_write(tmp_path, monkeypatch):
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "PYTHONSAFEPATH"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    device._protect_compiler()
+    made = tmp_path / "gpu-sharing-bench" / "inductor"
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(made)
+    assert made.stat().st_mode & 0o777 == 0o700
+    assert os.environ["PYTHONSAFEPATH"] == "1"
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.symlink_to(made)
+    made.chmod(0o777)
+    for folder in (made, elsewhere):
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder))
+        with pytest.raises(UsageError, match="is not yours alone"):
+            device._protect_compiler()
+
+
+INTERRUPTIBLE = """
+import sys, time
+from types import SimpleNamespace
+from pathlib import Path
+from workloads.common import cli, client, console
+
+class Job(client.Workload):
+    name = title = "job"
+    def load(self): time.sleep(float(sys.argv[2]))
+    def run_job(self, recorder):
+        self.done = []
+        print("working", flush=True)
+        with console.progress(1000, "pieces", "--epochs 1") as progress:
+            for piece in range(1000):
+                time.sleep(0.8)
+                self.done.append(piece)
+                progress.advance()
+                self.tell(f"piece {piece} is done")
+    def partial_figures(self): return {"pieces": self.done} if self.done else None
+    def settings(self): return {}
+    def summary(self, figures): return [("Pieces", str(len(figures["pieces"])))]
+
+flags = SimpleNamespace(resolve=False, hold=False, events=None, results_dir=Path(sys.argv[1]))
+cli.run_main(lambda: client.run(Job(flags)))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("finished", [True, False])
+def test_an_interrupted_job_keeps_what_is_finished(tmp_path, number, finished):
+    with subprocess.Popen(
+        (sys.executable, "-c", INTERRUPTIBLE, str(tmp_path), "0"), cwd=PROJECT_ROOT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        assert process.stdout.readline() == "working\n"
+        if finished:
+            assert process.stderr.readline() == "piece 0 is done\n"
+        process.send_signal(number)
+        said, complaint = process.communicate(timeout=30)
+    assert process.returncode == EXIT_INTERRUPTED
+    assert "Traceback" not in complaint
+    results_written = [json.loads(path.read_text()) for path in tmp_path.glob("job_*.json")]
+    if finished:
+        (result,) = results_written
+        assert result["interrupted"] is True and result["figures"]["pieces"][0] == 0
+        assert "job (interrupted: what was finished)" in said and "result: " in said
+    else:
+        assert results_written == []
+
+
+def test_a_terminal_shows_from_the_first_second_what_goes_on_and_how_long_it_will_take(tmp_path):
+    control, terminal = pty.openpty()
+    with subprocess.Popen(
+        (sys.executable, "-c", INTERRUPTIBLE, str(tmp_path), "3"), cwd=PROJECT_ROOT,
+        stdout=subprocess.DEVNULL, stderr=terminal, env={**os.environ, "TERM": "xterm"},
+    ) as process:  # fmt: skip
+        os.close(terminal)
+        seen = {}
+        text = ""
+        start_seconds = time.monotonic()
+        while "on this CPU" not in text and time.monotonic() < start_seconds + 60:
+            text += os.read(control, 4096).decode()
+            for word in ("loading", "pieces", "piece 0 is done", "about 13 min"):
+                if word in text:
+                    seen.setdefault(word, time.monotonic() - start_seconds)
+        process.send_signal(signal.SIGINT)
+        while True:
+            try:
+                if not os.read(control, 4096):
+                    break
+            except OSError:  # the terminal's other side is closed
+                break
+    assert seen["loading"] < 3 < seen["pieces"]
+    assert "piece 0 is done" in seen
+    assert "on this CPU; try --epochs 1" in text
+
+
 @pytest.mark.gpu
 def test_a_captured_forward_follows_its_input():
     import torch
@@ -315,6 +515,60 @@ def test_a_captured_forward_follows_its_input():
     replay = capture_forward(device, lambda: static * 2)
     static.fill_(3)
     assert replay().tolist() == [6, 6, 6, 6]
+
+
+@pytest.mark.gpu
+def test_a_second_job_is_captured_after_the_first_is_gone_and_draws_its_own_numbers():
+    import gc
+
+    import torch
+
+    from workloads.common.engine import StepPool, prepare_step
+
+    device = SimpleNamespace(engine="graph", synchronize=torch.cuda.synchronize)
+    drawn = []
+    for _ in range(3):
+        torch.cuda.manual_seed(7)
+        values = torch.rand(8, device="cuda")
+        pool, kept = StepPool(), []
+
+        def step(values=values) -> None:
+            values.copy_(torch.nn.functional.dropout(torch.ones_like(values) + values, 0.5))
+
+        for _ in range(2):
+            # A cycle, as between a workload and its steps: only the collector frees the graph.
+            kept.append([prepare_step(device, step, pool=pool), kept])
+        kept[0][0]()
+        drawn.append(values.tolist())
+        del values, step, kept, pool
+        gc.collect()
+        torch.cuda.empty_cache()
+    assert drawn[0] == drawn[1] == drawn[2]
+
+
+@pytest.mark.gpu
+def test_the_gpus_own_clock_ends_steps_that_nobody_waited_for():
+    import torch
+
+    from workloads.common.engine import Pacer
+
+    recorder = ListRecorder()
+    pacer = Pacer(SimpleNamespace(is_cuda=True), recorder)
+    matrix = torch.ones(64, 64, device="cuda")
+    matrix @ matrix
+    torch.cuda.synchronize()
+
+    def slow_launch() -> None:
+        time.sleep(0.05)
+        matrix @ matrix
+
+    start_seconds = time.monotonic()
+    for _ in range(8):
+        pacer.run("step", slow_launch)
+    pacer.drain()
+    durations = [end - start for _, start, end in recorder.units]
+    assert durations == pytest.approx([0.05] * 8, rel=0.2)
+    assert recorder.units[-1][2] - start_seconds == pytest.approx(sum(durations), abs=0.01)
 
 
 @pytest.mark.gpu

@@ -260,11 +260,18 @@ def download(url: str, target: Path) -> None:
     import torch
 
     try:
+        if not target.is_absolute():  # torch takes ~ for a name where there is no home folder
+            raise PermissionError("there is no home folder")
         target.parent.mkdir(parents=True, exist_ok=True)
         with _limited_silence():
             torch.hub.download_url_to_file(
                 url, str(target), hash_prefix=_promised_sha256(target.name) or None, progress=False
             )
+    except PermissionError as error:
+        raise DownloadError(
+            f"{target.parent}: {error.strerror or error}; set XDG_CACHE_HOME to a folder that you "
+            "may write"
+        ) from error
     # An address without a scheme is a ValueError, a wrong checksum a RuntimeError.
     except (OSError, ValueError, RuntimeError, EOFError) as error:
         reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error

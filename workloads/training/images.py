@@ -168,7 +168,7 @@ def load_dataset(
     if kind == "folder" or (kind == "auto" and (data_dir / "train").is_dir()):
         return _load_folder(data_dir, image_size)
     try:
-        return _load_cifar10(data_dir)
+        return _load_cifar10(data_dir.absolute())
     except UsageError as error:
         if kind == "cifar10":
             raise
