@@ -215,7 +215,7 @@ def test_a_torn_cache_of_decoded_images_is_said_and_made_anew(tmp_path, cache, c
     assert list(kept.parent.glob("*.npy")) == [kept]
 
 
-def test_a_truncated_image_ends_the_run_from_inside_a_decoding_process(tmp_path):
+def test_a_truncated_image_ends_the_run_from_inside_a_decoding_thread(tmp_path):
     data = write_image_folder(tmp_path / "images", size=48, per_class=2)
     broken = data / "train" / "dog" / "001.png"
     truncate(broken)

@@ -308,7 +308,7 @@ def test_resident_and_streamed_images_give_the_same_batches():
 
     split = images.synthetic_dataset(3, train_samples=10, test_samples=4).train
     resident = images.ResidentBatches(cpu_device(), split, 32, True, seed=5, batch_size=4)
-    streamed = images.StreamedBatches(cpu_device(), split, 32, True, 5, batch_size=4, workers=0)
+    streamed = images.StreamedBatches(cpu_device(), split, 32, True, 5, batch_size=4, workers=2)
     for _ in range(2):
         resident.start_epoch()
         streamed.start_epoch()
@@ -470,7 +470,7 @@ def test_streamed_crops_are_the_same_again_after_a_restart(tmp_path):
 
     data = write_image_folder(tmp_path / "images", size=48, per_class=2)
     split = images.load_dataset("folder", data, 40, 0, no_warning).train
-    batches = images.StreamedBatches(cpu_device(), split, 40, True, 5, batch_size=6, workers=0)
+    batches = images.StreamedBatches(cpu_device(), split, 40, True, 5, batch_size=6, workers=2)
 
     def epoch() -> torch.Tensor:
         batches.start_epoch()

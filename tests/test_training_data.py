@@ -17,7 +17,6 @@ from test_resnet_training import cache, cpu_device, no_warning, write_image_fold
 from workloads.common import results, weights
 from workloads.common.errors import (
     DamagedFileError,
-    JobFailedError,
     UnreadableImageError,
     UsageError,
 )
@@ -142,67 +141,56 @@ def test_a_file_of_cifar10_cannot_run_anything(tmp_path):
         images._unpickle(hostile, tmp_path / "data_batch_1")
 
 
-@pytest.mark.parametrize(
-    ("free_mib", "asked", "workers"), [(64, None, 1), (1, None, 0), (1000, 3, 3)]
-)
-def test_as_many_processes_decode_as_the_shared_memory_holds(
-    monkeypatch, capsys, free_mib, asked, workers
-):
-    monkeypatch.setattr(images, "usable_cores", lambda: 2)
-    free = SimpleNamespace(free=free_mib * 2**20)
-    monkeypatch.setattr(images.shutil, "disk_usage", lambda path: free)
-    batch_bytes = 128 * 3 * 224 * 224
-    assert images.loader_workers(asked, batch_bytes, 1) == workers
-    assert ("/dev/shm has 1 MiB free" in capsys.readouterr().err) == (workers == 0)
+def test_images_are_decoded_without_processes_or_shared_memory(tmp_path, monkeypatch):
+    import multiprocessing
 
+    def none(*arguments: object, **more: object) -> None:
+        raise AssertionError("a process was started")
 
-def test_more_processes_than_the_shared_memory_holds_are_refused_with_the_fix(monkeypatch):
-    monkeypatch.setattr(images.shutil, "disk_usage", lambda path: SimpleNamespace(free=2**20))
-    with pytest.raises(UsageError, match=r"/dev/shm has 1 MiB free.*--loader-workers 0"):
-        images.loader_workers(1, 16 * 3 * 128 * 128, 1)
-
-
-@pytest.mark.parametrize("ends", [True, False])
-def test_a_decoding_process_that_never_delivers_ends_the_run(tmp_path, monkeypatch, ends):
-    split = images.synthetic_dataset(3, train_samples=8, test_samples=4).train
-    monkeypatch.setattr(images, "LOADER_LOOK_SECONDS", 0.2)
-    monkeypatch.setattr(images, "LOADER_SECONDS", 0.5)
-    stuck = images.StreamedBatches(cpu_device(), split, 32, True, 5, batch_size=4, workers=0)
-
-    class Silent:
-        def __next__(self):
-            raise RuntimeError(
-                "DataLoader worker (pid 7) is killed by signal: Bus error."
-                if ends
-                else "DataLoader timed out after 0.2 seconds"
-            )
-
-    stuck._iterator = Silent()
-    with pytest.raises(JobFailedError, match=r"/dev/shm has \d+ MiB free: enlarge it"):
-        stuck.feed(4)
-
-
-def test_decoding_processes_import_nothing_from_the_working_folder(tmp_path, monkeypatch):
-    split = images.synthetic_dataset(3, train_samples=4, test_samples=4).train
-    for name in ("multiprocessing", "venv", "site", "queue"):
-        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
-    monkeypatch.chdir(tmp_path)
-    batches = images.StreamedBatches(cpu_device(), split, 32, True, 5, batch_size=4, workers=1)
+    monkeypatch.setattr(multiprocessing.Process, "start", none)
+    monkeypatch.setattr(multiprocessing.context.SpawnProcess, "start", none)
+    data = write_image_folder(tmp_path / "images", size=48, per_class=4)
+    split = load(data, 40).train
+    batches = images.StreamedBatches(cpu_device(), split, 40, False, 5, batch_size=5, workers=3)
+    before = set(Path("/dev/shm").iterdir())
     batches.start_epoch()
-    batches.feed(4)
+    for first, count in ((0, 5), (5, 5), (10, 2)):
+        batches.feed(count)
+        taken, labels = batches.take(count)
+        assert labels.tolist() == split.labels[first : first + count].tolist()
+        expected = np.asarray(images.central_crop(images.open_rgb(split.paths[first]), 40))
+        pixels = taken[0] * batches._std[:, None, None] + batches._mean[:, None, None]
+        np.testing.assert_allclose(pixels.permute(1, 2, 0), expected, atol=0.01)
     batches.close()
-    assert not (tmp_path / "ran").exists()
-    assert Path.cwd() == tmp_path and "PYTHONSAFEPATH" not in os.environ
+    assert set(Path("/dev/shm").iterdir()) == before
+
+
+def test_random_crops_cover_the_picture_mirror_half_and_repeat_themselves():
+    ramp = np.zeros((60, 90, 3), dtype=np.uint8)
+    ramp[..., 0] = np.arange(90)
+    ramp[..., 1] = np.arange(60)[:, None]
+    picture = Image.fromarray(ramp)
+    crops = [np.asarray(images.random_crop(picture, 32, seed)) for seed in range(200)]
+    mirrored = sum(int(crop[0, 0, 0]) > int(crop[0, -1, 0]) for crop in crops)
+    assert 70 < mirrored < 130
+    assert min(crop[..., 0].min() for crop in crops) < 5
+    assert max(crop[..., 0].max() for crop in crops) > 84
+    assert max(crop[..., 1].max() for crop in crops) > 54
+    assert len({crop.tobytes() for crop in crops}) > 190
+    again = np.asarray(images.random_crop(picture, 32, 7))
+    np.testing.assert_array_equal(again, crops[7])
+    wide = Image.fromarray(np.zeros((1, 5000, 3), dtype=np.uint8))
+    assert images.random_crop(wide, 32, 1).size == (32, 32)
 
 
 def test_a_rehearsal_takes_one_full_batch_and_the_smaller_rest():
     split = images.synthetic_dataset(3, train_samples=11, test_samples=4).train
-    batches = images.StreamedBatches(cpu_device(), split, 32, True, 5, batch_size=4, workers=0)
+    batches = images.StreamedBatches(cpu_device(), split, 32, True, 5, batch_size=4, workers=1)
     batches.start_rehearsal()
     for count in (4, 3):
         batches.feed(count)
         assert batches.take(count)[0].shape == (count, 3, 32, 32)
-    with pytest.raises(StopIteration):
+    with pytest.raises(IndexError):
         batches.feed(4)
     batches.restart()
     assert torch.equal(batches.cursor, torch.tensor(0))

@@ -380,7 +380,7 @@ def test_the_clients_index_moves_the_order_and_nothing_else():
 @pytest.mark.parametrize(
     ("path", "fix"),
     [
-        ("/dev/shm/torch_1", "--loader-workers 0"),
+        ("/dev/shm/torch_1", "--shm-size"),
         ("/home/me/.cache/gpu-sharing-bench/a.npy", "XDG_CACHE_HOME"),
         ("/tmp/scratch", "TMPDIR"),
         ("results/a.json", "--results-dir"),

@@ -17,14 +17,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from workloads.common import console
 from workloads.common.errors import MIB, GpuUnavailableError, UsageError
-from workloads.common.results import PROJECT_ROOT, cache_folder, package_versions
+from workloads.common.results import cache_folder, package_versions
 
 if TYPE_CHECKING:
     import torch
@@ -54,29 +53,6 @@ def clients_on_gpu() -> int:
     """Return how many clients share the GPU, which the suite says in GPU_SHARING_CLIENTS."""
     clients = os.environ.get("GPU_SHARING_CLIENTS", "1")
     return max(1, int(clients)) if re.fullmatch("[0-9]{1,6}", clients) else 1
-
-
-@contextlib.contextmanager
-def safe_search_path() -> Iterator[None]:
-    """Start Python processes that do not import from the present working folder.
-
-    Spawned processes begin as ``python -c``, whose first place to import from is the working
-    folder: whoever may write there would run code in them. Python 3.11 has a variable against it;
-    before, such processes are started in the project's folder.
-    """
-    before = os.environ.get(SAFE_PATH_VARIABLE)
-    folder = os.getcwd()
-    os.environ[SAFE_PATH_VARIABLE] = "1"
-    if sys.version_info < (3, 11):
-        os.chdir(PROJECT_ROOT)
-    try:
-        yield
-    finally:
-        os.environ.pop(SAFE_PATH_VARIABLE)
-        if before is not None:
-            os.environ[SAFE_PATH_VARIABLE] = before
-        if sys.version_info < (3, 11):
-            os.chdir(folder)
 
 
 @dataclass(frozen=True)

@@ -173,7 +173,7 @@ def _place(path: Path | str) -> str:
     """Return what to do about a file that cannot be written: each place has another remedy."""
     path = Path(path)
     if SHARED_MEMORY in path.parents:
-        return "enlarge it (docker run --shm-size=1g), or use --loader-workers 0"
+        return "enlarge it, such as by docker run --shm-size=1g"
     if "gpu-sharing-bench" in path.parts:
         return "make room there, or set XDG_CACHE_HOME to a folder that you may write"
     if path.is_absolute() and Path(tempfile.gettempdir()) == path.parent:

@@ -1,7 +1,7 @@
 """Images for training: where they come from, and how they reach the device batch by batch.
 
 CIFAR-10 and folders trained on at 32x32 become uint8 arrays that lie on the device; folders at
-other sizes stay files that worker processes decode while training. Whatever a folder holds is used
+other sizes stay files that threads decode while training. Whatever a folder holds is used
 or refused by name before training: an accuracy over fewer images than it says would be another
 measurement.
 """
@@ -12,34 +12,29 @@ import contextlib
 import hashlib
 import io
 import json
+import math
 import os
 import pickle
+import random
 import shutil
 import tarfile
-import time
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import PIL.Image
+import PIL.ImageOps
 import torch
 import torch.nn.functional as F
 
 from workloads.common import console
-from workloads.common.device import safe_search_path, usable_cores
-from workloads.common.errors import (
-    MIB,
-    SHARED_MEMORY,
-    DamagedFileError,
-    JobFailedError,
-    UnreadableImageError,
-    UsageError,
-    as_out_of_memory,
-    first_line,
-)
+from workloads.common.device import usable_cores
+from workloads.common.errors import MIB, DamagedFileError, UnreadableImageError, UsageError
 from workloads.common.results import cache_folder, written_whole
 from workloads.common.weights import DownloadError, download
 from workloads.inference.image_input import ImageRejected, open_image, to_rgb
@@ -65,9 +60,6 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CROP_PADDING = 4
 RESIDENT_SHARE_OF_FREE_MEMORY = 0.25
 MAX_LOADER_WORKERS = 8
-# How long to wait for a batch before looking why, and in all.
-LOADER_LOOK_SECONDS = 20.0
-LOADER_SECONDS = 300.0
 
 
 @dataclass(frozen=True)
@@ -529,11 +521,10 @@ def _map_cached(cache: Path, count: int) -> np.ndarray | None:
 
 def _decode_small(path: Path) -> np.ndarray:
     """Return the image as uint8 of shape (3, 32, 32), cropped square and resized where needed."""
-    from PIL import Image, ImageOps
-
     image = open_rgb(path)
     if image.size != (CIFAR_SIZE, CIFAR_SIZE):
-        image = ImageOps.fit(image, (CIFAR_SIZE, CIFAR_SIZE), Image.Resampling.BILINEAR)
+        size = (CIFAR_SIZE, CIFAR_SIZE)
+        image = PIL.ImageOps.fit(image, size, PIL.Image.Resampling.BILINEAR)
     return np.asarray(image).transpose(2, 0, 1)
 
 
@@ -570,6 +561,8 @@ class ImageBatches(ABC):
         self.samples, self.batch_size = len(labels), batch_size
         self._augment = augment
         self._generator = torch.Generator().manual_seed(seed)
+        # Of crops in files: apart, since the order must not depend on where the images are.
+        self._seeds = torch.Generator().manual_seed(seed)
         self._seed = seed
         self._labels = torch.from_numpy(labels).to(where)
         self.cursor = torch.zeros((), dtype=torch.int64, device=where)
@@ -585,6 +578,7 @@ class ImageBatches(ABC):
     def restart(self) -> None:
         """Return to the state before the first epoch."""
         self._generator.manual_seed(self._seed)
+        self._seeds.manual_seed(self._seed)
         self.cursor.zero_()
 
     def start_epoch(self, epoch: int = 0) -> None:
@@ -652,7 +646,11 @@ class ResidentBatches(ImageBatches):
 
 
 class StreamedBatches(ImageBatches):
-    """Worker processes decode and prefetch; pinned copies feed one static buffer on the device."""
+    """Threads decode and prefetch; pinned copies feed one static buffer on the device.
+
+    Threads and not processes: decoding lets go of the interpreter, and nothing has to be started,
+    waited for without an answer, or handed over in shared memory, of which containers have little.
+    """
 
     placement = "streamed"
 
@@ -660,34 +658,24 @@ class StreamedBatches(ImageBatches):
         self, device: ComputeDevice, split: ArraySplit | FileSplit, image_size: int, augment: bool,
         seed: int, batch_size: int, workers: int,
     ) -> None:  # fmt: skip
-        """Prepare ``workers`` processes that deliver batches of ``batch_size`` samples."""
+        """Prepare ``workers`` threads that decode batches of ``batch_size`` samples."""
         super().__init__(device, split.labels, image_size, augment, seed, batch_size)
+        self._split = split
+        self._is_cuda = device.is_cuda
         self._static = torch.zeros(
             (batch_size, 3, image_size, image_size), dtype=torch.uint8, device=device.torch_device
         )
-        self._epoch_order: list[tuple[int, int]] = []
-        self._draws_in_workers = augment and not self._crop_and_flip
-        self._iterator: Iterator[torch.Tensor] | None = None
-        self._loader = torch.utils.data.DataLoader(
-            _PixelDataset(split, image_size, augment),
-            batch_sampler=_BatchesInOrder(self._epoch_order, batch_size),
-            collate_fn=_stack,
-            num_workers=workers,
-            pin_memory=device.is_cuda,
-            persistent_workers=workers > 0,
-            timeout=LOADER_LOOK_SECONDS if workers > 0 else 0,
-            # A plain fork after CUDA has started is undefined; a spawned worker imports anew.
-            multiprocessing_context="spawn" if workers > 0 else None,
-            # Its own: the loader draws from it, and the order must not depend on the placement.
-            generator=torch.Generator().manual_seed(seed),
-        )
+        self._prefetch = 2 * workers
+        self._pool = ThreadPoolExecutor(workers, "decode")
+        self._decoding: deque[Future[torch.Tensor]] = deque()
+        self._waiting: Iterator[list[tuple[int, int]]] = iter(())
 
     def start_epoch(self, epoch: int = 0) -> None:
-        """Draw the epoch's order and let the workers begin."""
+        """Draw the epoch's order and let the threads begin."""
         self._begin(self.samples)
 
     def start_rehearsal(self) -> None:
-        """Let the workers deliver one full batch and the smaller rest."""
+        """Let the threads decode one full batch and the smaller rest."""
         self._begin(self.batch_size + self.samples % self.batch_size)
 
     def feed(self, count: int) -> None:
@@ -695,111 +683,80 @@ class StreamedBatches(ImageBatches):
 
         Raises:
             UnreadableImageError: A file of the batch is no image.
-            JobFailedError: The workers do not answer.
         """
-        pixels = self._next_pixels()
-        if isinstance(pixels, UnreadableImageError):
-            raise pixels
+        pixels = self._decoding.popleft().result()
+        self._submit()
         self._static[:count].copy_(pixels, non_blocking=True)
 
     def close(self) -> None:
-        """End the workers."""
-        self._iterator = None
-        self._loader = None
+        """End the threads."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _begin(self, samples: int) -> None:
         super().start_epoch()
-        seeds = torch.zeros(self.samples, dtype=torch.int64)
-        if self._draws_in_workers:
-            seeds = torch.randint(2**62, (self.samples,), generator=self._generator)
-        order = zip(self.order.tolist(), seeds.tolist(), strict=True)
-        self._epoch_order[:] = list(order)[:samples]
-        with safe_search_path():
-            self._iterator = iter(self._loader)
+        seeds = torch.randint(2**62, (self.samples,), generator=self._seeds)
+        order = list(zip(self.order.tolist(), seeds.tolist(), strict=True))[:samples]
+        starts = range(0, samples, self.batch_size)
+        self._waiting = iter([order[start : start + self.batch_size] for start in starts])
+        self._decoding.clear()
+        for _ in range(self._prefetch):
+            self._submit()
 
-    def _next_pixels(self) -> torch.Tensor | UnreadableImageError:
-        """Wait for the next batch, but not for workers that can send none any more."""
-        begin_seconds = time.monotonic()
-        while True:
-            try:
-                return next(self._iterator)
-            except RuntimeError as error:
-                if as_out_of_memory(error):
-                    raise
-                free_bytes = shutil.disk_usage(SHARED_MEMORY).free
-                is_slow = "timed out" in str(error) and free_bytes > self._static.nbytes
-                if is_slow and time.monotonic() < begin_seconds + LOADER_SECONDS:
-                    continue
-                raise JobFailedError(
-                    f"the processes that decode images do not deliver ({first_line(error)}); "
-                    f"{SHARED_MEMORY} has {free_bytes / MIB:.0f} MiB free: enlarge it (docker run "
-                    "--shm-size=1g), or use --loader-workers 0"
-                ) from error
+    def _submit(self) -> None:
+        batch = next(self._waiting, None)
+        if batch is not None:
+            self._decoding.append(self._pool.submit(self._decode, batch))
+
+    def _decode(self, batch: list[tuple[int, int]]) -> torch.Tensor:
+        """Return the pixels of a batch, each sample an index and the seed of its crop."""
+        shape = (len(batch), *self._static.shape[1:])
+        pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=self._is_cuda)
+        for row, (index, seed) in zip(pixels.numpy(), batch, strict=True):
+            row[:] = self._pixels_of(index, seed)
+        return pixels
+
+    def _pixels_of(self, index: int, seed: int) -> np.ndarray:
+        if isinstance(self._split, ArraySplit):
+            return self._split.images[index]
+        image = open_rgb(self._split.paths[index])
+        crop = random_crop if self._augment else central_crop
+        return np.asarray(crop(image, self._static.shape[-1], seed)).transpose(2, 0, 1)
 
     def _pixels(self, picked: torch.Tensor, count: int) -> torch.Tensor:
         return self._static[:count]
 
 
-class _BatchesInOrder:
-    """Yields, batch by batch, the epoch's samples: index and seed of the augmentation."""
+def random_crop(image: Image, size: int, seed: int) -> Image:
+    """Return a random part, mirrored half of the time, as torchvision's RandomResizedCrop draws it.
 
-    def __init__(self, order: list[tuple[int, int]], batch_size: int) -> None:
-        self._order = order
-        self._batch_size = batch_size
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for start in range(0, len(self._order), self._batch_size):
-            yield self._order[start : start + self._batch_size]
-
-    def __len__(self) -> int:
-        return -(-len(self._order) // self._batch_size)
-
-
-class _PixelDataset(torch.utils.data.Dataset):
-    """uint8 pixels by index: from an array, or decoded, cropped and flipped from a file."""
-
-    def __init__(self, split: ArraySplit | FileSplit, image_size: int, augment: bool) -> None:
-        self._split = split
-        self._transform = None
-        if isinstance(split, FileSplit):
-            self._transform = _file_transform(image_size, augment)
-
-    def __len__(self) -> int:
-        return len(self._split)
-
-    def __getitem__(self, sample: tuple[int, int]) -> torch.Tensor | UnreadableImageError:
-        """Return the pixels, or why there are none: what a worker raises loses its type and gets
-        the worker's traceback for a message.
-        """
-        index, seed = sample
-        if isinstance(self._split, ArraySplit):
-            return torch.tensor(self._split.images[index])
-        try:
-            image = open_rgb(self._split.paths[index])
-        except UnreadableImageError as error:
-            return error
-        # Seeded by the sample: a worker's own random state would go on from job to job.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return self._transform(image)
-
-
-def _stack(samples: list[torch.Tensor | UnreadableImageError]) -> object:
-    """Return the batch, or the first error in it."""
-    broken = next((sample for sample in samples if isinstance(sample, Exception)), None)
-    return broken or torch.stack(samples)
-
-
-def _file_transform(image_size: int, augment: bool):
-    """Return the usual ImageNet transform from a PIL image to uint8 (3, size, size)."""
-    from torchvision.transforms import v2
-
-    if augment:
-        steps = [v2.RandomResizedCrop(image_size), v2.RandomHorizontalFlip()]
+    8 to 100 % of the area at an aspect ratio of 3/4 to 4/3, where that fits after ten draws.
+    """
+    generator = random.Random(seed)
+    for _ in range(10):
+        area = image.width * image.height * generator.uniform(0.08, 1)
+        ratio = math.exp(generator.uniform(math.log(3 / 4), math.log(4 / 3)))
+        width, height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < width <= image.width and 0 < height <= image.height:
+            left = generator.randint(0, image.width - width)
+            top = generator.randint(0, image.height - height)
+            box = (left, top, left + width, top + height)
+            break
     else:
-        # 256 for 224: the customary margin of one eighth around the center crop.
-        steps = [v2.Resize(image_size * 8 // 7), v2.CenterCrop(image_size)]
-    return v2.Compose([*steps, v2.PILToTensor()])
+        box = _central_square(image, 1)
+    part = image.resize((size, size), resample=PIL.Image.Resampling.BILINEAR, box=box)
+    return PIL.ImageOps.mirror(part) if generator.random() < 0.5 else part
+
+
+def central_crop(image: Image, size: int, seed: int = 0) -> Image:
+    """Return the central square without the customary margin of one eighth: 224 of 256 pixels."""
+    box = _central_square(image, 7 / 8)
+    return image.resize((size, size), resample=PIL.Image.Resampling.BILINEAR, box=box)
+
+
+def _central_square(image: Image, share: float) -> tuple[float, float, float, float]:
+    side = min(image.size) * share
+    left, top = (image.width - side) / 2, (image.height - side) / 2
+    return left, top, left + side, top + side
 
 
 def crop_and_flip(pixels: torch.Tensor, shift: torch.Tensor, flip: torch.Tensor) -> torch.Tensor:
@@ -838,15 +795,16 @@ def make_batches(
         augment: Whether to shuffle, crop and flip (training).
         seed: Fixes order and augmentation.
         batch_size: Samples a batch.
-        workers: Decoding processes of streamed batches; None: a fair share of the cores.
+        workers: Decoding threads of streamed batches; None: a fair share of the cores.
         clients: How many clients share the GPU; each may fill a quarter of the free memory
             divided by this number.
     """
     shared = (device, split, image_size, augment, seed, batch_size)
     if isinstance(split, ArraySplit) and _fits(device, split.images.nbytes, clients):
         return ResidentBatches(*shared)
-    workers = loader_workers(workers, batch_size * 3 * image_size**2, clients)
-    return StreamedBatches(*shared, workers)
+    if workers is None:
+        workers = min(MAX_LOADER_WORKERS, usable_cores() // clients - 1)
+    return StreamedBatches(*shared, max(1, workers))
 
 
 def _fits(device: ComputeDevice, size_bytes: int, clients: int) -> bool:
@@ -854,34 +812,3 @@ def _fits(device: ComputeDevice, size_bytes: int, clients: int) -> bool:
         return True
     free_bytes, _ = torch.cuda.mem_get_info(device.torch_device)
     return size_bytes <= free_bytes * RESIDENT_SHARE_OF_FREE_MEMORY / clients
-
-
-def loader_workers(asked: int | None, batch_bytes: int, clients: int) -> int:
-    """Return how many processes decode, which hand batches over in shared memory.
-
-    Args:
-        asked: ``--loader-workers``; None takes a fair share of the cores, and fewer where the
-            shared memory has no room for their batches.
-        batch_bytes: Of one decoded batch; each process has two ready.
-        clients: Who share cores and shared memory.
-
-    Raises:
-        UsageError: There is no room for as many as were asked for.
-    """
-    wanted = asked
-    if wanted is None:
-        wanted = max(1, min(MAX_LOADER_WORKERS, usable_cores() // clients - 1))
-    free_bytes = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else 0
-    # One more batch is being copied to the device.
-    fitting = max(0, int(free_bytes / clients / batch_bytes) - 1) // 2
-    if wanted <= fitting:
-        return wanted
-    why = (
-        f"{SHARED_MEMORY} has {free_bytes / MIB:.0f} MiB free, and {wanted} decoding processes of "
-        f"{clients} clients each need {(2 * wanted + 1) * clients * batch_bytes / MIB:.0f} MiB"
-    )
-    fix = f"enlarge it (docker run --shm-size=1g), or use --loader-workers {fitting}"
-    if asked is not None:
-        raise UsageError(f"{why}; {fix}")
-    console.note(f"{why}: {fitting} are used; {fix}")
-    return fitting

@@ -85,8 +85,8 @@ def parse_arguments() -> argparse.Namespace:
     )  # fmt: skip
     data.add_argument(
         "--loader-workers", type=cli.non_negative_int, default=None, metavar="N",
-        help="processes that decode images which do not fit the GPU (default: a fair share of "
-        "the cores)",
+        help="threads that decode images which do not fit the GPU (default: a fair share of the "
+        "cores)",
     )  # fmt: skip
     return parser.parse_args()
 
@@ -259,7 +259,7 @@ class ResNetTraining(client.Workload):
             self._check(self.totals.loss_sum.item(), "the loss of the epoch that was stopped")
 
     def close(self) -> None:
-        """End the decoding processes."""
+        """End the decoding threads."""
         for name in ("train_batches", "test_batches"):
             if hasattr(self, name):
                 getattr(self, name).close()
