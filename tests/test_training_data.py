@@ -126,7 +126,7 @@ def test_pictures_of_other_sizes_are_resized_to_32_and_the_summary_says_so(tmp_p
     data = write_image_folder(tmp_path / "images", size=size, per_class=1)
     dataset = load(data, 32)
     assert dataset.train.images.shape == (3, 3, 32, 32)
-    assert dataset.notes == [f"images of {size}x{size} to {size}x{size} are resized to 32x32"]
+    assert dataset.notes == [f"images of {size}x{size} are resized to 32x32"]
 
 
 def test_a_second_test_folder_is_said_not_to_be_used(tmp_path, cache):
@@ -158,7 +158,7 @@ def test_images_are_decoded_without_processes_or_shared_memory(tmp_path, monkeyp
         batches.feed(count)
         taken, labels = batches.take(count)
         assert labels.tolist() == split.labels[first : first + count].tolist()
-        expected = np.asarray(images.central_crop(images.open_rgb(split.paths[first]), 40))
+        expected = np.asarray(images.central_crop(images.open_rgb(split.images[first]), 40))
         pixels = taken[0] * batches._std[:, None, None] + batches._mean[:, None, None]
         np.testing.assert_allclose(pixels.permute(1, 2, 0), expected, atol=0.01)
     batches.close()

@@ -1,4 +1,4 @@
-"""On a GPU: the first units after `go` last as long as the later ones, so nothing is left to warm."""
+"""On a GPU: units right after `go` last as long as later ones, so nothing is left to warm up."""
 
 from __future__ import annotations
 

@@ -523,14 +523,14 @@ def test_a_second_job_is_captured_after_the_first_is_gone_and_draws_its_own_numb
 
     import torch
 
-    from workloads.common.engine import StepPool, prepare_step
+    from workloads.common.engine import prepare_step, step_pool
 
     device = SimpleNamespace(engine="graph", synchronize=torch.cuda.synchronize)
     drawn = []
     for _ in range(3):
         torch.cuda.manual_seed(7)
         values = torch.rand(8, device="cuda")
-        pool, kept = StepPool(), []
+        pool, kept = step_pool(device), []
 
         def step(values=values) -> None:
             values.copy_(torch.nn.functional.dropout(torch.ones_like(values) + values, 0.5))

@@ -14,7 +14,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from workloads.common.device import ComputeDevice
 from workloads.common.errors import DivergedError
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     import torch
 
     from workloads.common.client import Recorder
+    from workloads.training.images import ImageBatches
+    from workloads.training.texts import TokenBatches
 
 T = TypeVar("T")
 
@@ -155,43 +157,38 @@ def compile_module(device: ComputeDevice, module: torch.nn.Module) -> torch.nn.M
     return torch.compile(module, dynamic=False)
 
 
-class StepPool:
-    """The memory that the captured steps of one job share, made when the first is captured.
+def step_pool(device: ComputeDevice) -> tuple[int, int] | None:
+    """Return memory for the captured steps of one job to share; None where nothing is captured.
 
     Steps run one after the other on one stream and hand nothing on but through tensors allocated
     before their capture, so a training step, a smaller one and a test step need the memory of the
     largest, not of all. It belongs to the job and not to the process: PyTorch refuses a pool whose
     graphs have all been freed, and a capture that fails leaves the GPU's random numbers unusable.
     """
+    if device.engine == "eager":
+        return None
+    import torch
 
-    @functools.cached_property
-    def handle(self) -> tuple[int, int]:
-        """PyTorch's handle of it."""
-        import torch
-
-        return torch.cuda.graph_pool_handle()
+    return torch.cuda.graph_pool_handle()
 
 
 def prepare_step(
     device: ComputeDevice,
     step: Callable[[], None],
     restore: Callable[[], None] = lambda: None,
-    pool: StepPool | None = None,
+    pool: tuple[int, int] | None = None,
 ) -> Callable[[], None]:
     """Return the callable that launches ``step`` once under the device's engine.
 
     Args:
         device: The opened device; its engine decides.
-        step: Reads and writes fixed tensors only and never synchronizes; runs a few times here.
+        step: Reads and writes fixed tensors only and never synchronizes; a capture runs it.
         restore: Puts the state that ``step`` changes back to where it was.
         pool: Shared with other steps of the job; of its own where there is none.
     """
     if device.engine == "eager":
-        step()
-        device.synchronize()
-        restore()
         return step
-    replay = _capture(step, pool.handle if pool else None)
+    replay = _capture(step, pool)
     restore()
     device.synchronize()
     return replay
@@ -344,22 +341,6 @@ class Pacer:
         self._previous_end_seconds = end_seconds
 
 
-class Batches(Protocol):
-    """A split on its way to the device, batch by batch."""
-
-    samples: int
-    batch_size: int
-
-    def start_epoch(self, epoch: int) -> None:
-        """Go to the first batch of ``epoch`` (from 0)."""
-
-    def start_rehearsal(self) -> None:
-        """Go to a pass of one full batch and the smaller rest, which is no epoch's."""
-
-    def feed(self, count: int) -> None:
-        """Bring the next ``count`` samples to where a step finds them."""
-
-
 class Pass:
     """One way through a split: its full batches, then what is left as a smaller one.
 
@@ -373,10 +354,10 @@ class Pass:
         self,
         device: ComputeDevice,
         kind: str,
-        batches: Batches,
+        batches: ImageBatches | TokenBatches,
         step: Callable[[int], None],
         restore: Callable[[], None],
-        pool: StepPool,
+        pool: tuple[int, int] | None,
     ) -> None:
         """Prepare ``step``, which takes the size of its batch, for both sizes.
 
@@ -386,7 +367,7 @@ class Pass:
             batches: The split.
             step: One batch's work.
             restore: Puts what ``step`` changes back.
-            pool: What the job's captured steps share.
+            pool: The memory that the job's captured steps share.
         """
         self.batches = batches
         self.full_batches, rest = divmod(batches.samples, batches.batch_size)

@@ -199,11 +199,11 @@ class JupyterSimulation(client.Workload):
 
     def warm_up(self) -> None:
         """Prepare each operation, settle how often a cell repeats it, and run each kind once."""
-        from workloads.common.engine import StepPool
+        from workloads.common.engine import step_pool
         from workloads.interactive import notebook_operations as operations
 
         shared = (self.device, self.sizes, self.args.seed)
-        pool = StepPool()
+        pool = step_pool(self.device)
         prepare = {
             "matrix": lambda: operations.matrix_operation(*shared, pool),
             "preprocess": lambda: operations.preprocess_operation(*shared, pool),

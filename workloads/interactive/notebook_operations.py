@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from workloads.common.engine import StepPool, capture_forward, compile_module, prepare_step
+from workloads.common.engine import capture_forward, compile_module, prepare_step
 
 if TYPE_CHECKING:
     from workloads.common.device import ComputeDevice
@@ -72,7 +72,7 @@ def draw_sizes(seed: int, **given: int | None) -> OperationSizes:
 
 
 def matrix_operation(
-    device: ComputeDevice, sizes: OperationSizes, seed: int, pool: StepPool | None = None
+    device: ComputeDevice, sizes: OperationSizes, seed: int, pool: tuple[int, int] | None = None
 ) -> Callable[[], object]:
     """Return the multiplication of two square matrices, and ReLU, ``matrix_iterations`` times."""
     generator = torch.Generator().manual_seed(seed)
@@ -92,7 +92,7 @@ def matrix_operation(
 
 
 def preprocess_operation(
-    device: ComputeDevice, sizes: OperationSizes, seed: int, pool: StepPool | None = None
+    device: ComputeDevice, sizes: OperationSizes, seed: int, pool: tuple[int, int] | None = None
 ) -> Callable[[], object]:
     """Return normalization and interpolation of uint8 images, ``preprocess_iterations`` times."""
     generator = torch.Generator().manual_seed(seed)
@@ -115,7 +115,7 @@ def preprocess_operation(
 
 
 def train_operation(
-    device: ComputeDevice, sizes: OperationSizes, seed: int, pool: StepPool | None = None
+    device: ComputeDevice, sizes: OperationSizes, seed: int, pool: tuple[int, int] | None = None
 ) -> Callable[[], object]:
     """Return a quick experiment: a 784-256-10 network trained ``train_epochs`` from its start."""
     network = small_network(device, seed)

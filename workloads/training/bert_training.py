@@ -145,7 +145,7 @@ class BertTraining(client.Workload):
         """Prepare training and test for the engine, and go once through all that a job does."""
         import torch
 
-        from workloads.common.engine import Pacer, Pass, StepPool, TrainState, compile_module
+        from workloads.common.engine import Pacer, Pass, TrainState, compile_module, step_pool
 
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=self.args.lr, fused=True, capturable=self.device.is_cuda
@@ -153,7 +153,7 @@ class BertTraining(client.Workload):
         cursors = [batches.cursor for batches in (self.train_batches, self.test_batches) if batches]
         self.state = TrainState([self.model], self.optimizer, (*cursors, *self.totals.tensors))
         self.network = compile_module(self.device, self.model)
-        shared = (self.reset, StepPool())
+        shared = (self.reset, step_pool(self.device))
         self.test = None
         if self.test_batches is not None:
             self.model.eval()

@@ -63,11 +63,12 @@ MAX_LOADER_WORKERS = 8
 
 
 @dataclass(frozen=True)
-class ArraySplit:
-    """Images of one size in memory.
+class Split:
+    """Images and their labels.
 
     Attributes:
-        images: uint8, shape (samples, 3, size, size).
+        images: uint8 of shape (samples, 3, size, size); or paths, shape (samples,), of files that
+            are decoded on the way to the device.
         labels: int64, shape (samples,).
     """
 
@@ -77,29 +78,10 @@ class ArraySplit:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def subset(self, chosen: np.ndarray) -> ArraySplit:
-        """Return the samples at the indices ``chosen``."""
-        return ArraySplit(self.images[chosen], self.labels[chosen])
-
-
-@dataclass(frozen=True)
-class FileSplit:
-    """Images of any size on disk, decoded on the way to the device.
-
-    Attributes:
-        paths: One image file a sample.
-        labels: int64, shape (samples,).
-    """
-
-    paths: Sequence[Path]
-    labels: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def subset(self, chosen: np.ndarray) -> FileSplit:
-        """Return the samples at the indices ``chosen``."""
-        return FileSplit([self.paths[i] for i in chosen], self.labels[chosen])
+    @property
+    def is_decoded(self) -> bool:
+        """Whether the images are in memory."""
+        return self.images.dtype == np.uint8
 
 
 @dataclass(frozen=True)
@@ -113,8 +95,8 @@ class ImageDataset:
     """
 
     name: str
-    train: ArraySplit | FileSplit
-    test: ArraySplit | FileSplit
+    train: Split
+    test: Split
     class_names: Sequence[str]
     image_size: int
     notes: Sequence[str] = field(default=())
@@ -179,26 +161,25 @@ def synthetic_dataset(
     pattern = generator.integers(0, 64, (len(CIFAR_CLASSES), 3, 4, 4), dtype=np.uint8)
     pattern = pattern.repeat(CIFAR_SIZE // 4, axis=2).repeat(CIFAR_SIZE // 4, axis=3)
 
-    def split(samples: int) -> ArraySplit:
+    def split(samples: int) -> Split:
         labels = generator.integers(0, len(CIFAR_CLASSES), samples)
         shape = (samples, 3, CIFAR_SIZE, CIFAR_SIZE)
         noise = np.frombuffer(generator.bytes(samples * 3 * CIFAR_SIZE**2), np.uint8)
         images = noise.reshape(shape) // 2
         images += pattern[labels]
-        return ArraySplit(images, labels)
+        return Split(images, labels)
 
     return ImageDataset(
         "synthetic", split(train_samples), split(test_samples), CIFAR_CLASSES, CIFAR_SIZE
     )
 
 
-def _random_subset(
-    split: ArraySplit | FileSplit, samples: int | None, seed: int
-) -> ArraySplit | FileSplit:
+def _random_subset(split: Split, samples: int | None, seed: int) -> Split:
     if samples is None or samples >= len(split):
         return split
     chosen = np.random.default_rng(seed).permutation(len(split))[:samples]
-    return split.subset(np.sort(chosen))
+    chosen.sort()
+    return Split(split.images[chosen], split.labels[chosen])
 
 
 # --- CIFAR-10 -------------------------------------------------------------------------------------
@@ -214,14 +195,14 @@ def _load_cifar10(data_dir: Path) -> ImageDataset:
 
     contents = _cifar10_files(data_dir)
 
-    def split(names: Sequence[Sequence[str]]) -> ArraySplit:
+    def split(names: Sequence[Sequence[str]]) -> Split:
         parts = [
             _unpickle(contents[name], data_dir / CIFAR10.base_folder / name) for name, _ in names
         ]
         images = np.concatenate([part["data"] for part in parts])
         labels = [label for part in parts for label in part["labels"]]
         shape = (-1, 3, CIFAR_SIZE, CIFAR_SIZE)
-        return ArraySplit(images.reshape(shape), np.asarray(labels, dtype=np.int64))
+        return Split(images.reshape(shape), np.asarray(labels, dtype=np.int64))
 
     meta_name = CIFAR10.meta["filename"]
     meta = _unpickle(contents[meta_name], data_dir / CIFAR10.base_folder / meta_name)
@@ -344,22 +325,20 @@ def _load_folder(data_dir: Path, image_size: int | None) -> ImageDataset:
     class_names = sorted(train_classes)
     train = _list_images([train_classes[name] for name in class_names])
     test = _list_images([test_classes[name] for name in class_names])
-    files = [*train.paths, *test.paths]
+    files = [*train.images, *test.images]
     fingerprint = _fingerprint(files)
     sizes = _image_sizes(files, fingerprint)
     if image_size is None:
         is_cifar_size = sizes == {(CIFAR_SIZE, CIFAR_SIZE)}
         image_size = CIFAR_SIZE if is_cifar_size else LARGE_SIZE
     if sizes != {(image_size, image_size)}:
-        smallest, largest = min(sizes), max(sizes)
-        notes.append(
-            f"images of {smallest[0]}x{smallest[1]} to {largest[0]}x{largest[1]} are resized to "
-            f"{image_size}x{image_size}"
-        )
+        ends = sorted({min(sizes), max(sizes)})
+        span = " to ".join(f"{width}x{height}" for width, height in ends)
+        notes.append(f"images of {span} are resized to {image_size}x{image_size}")
     if image_size == CIFAR_SIZE:
         images = _decode_cached(files, fingerprint)
-        train = ArraySplit(images[: len(train)], train.labels)
-        test = ArraySplit(images[len(train) :], test.labels)
+        train = Split(images[: len(train)], train.labels)
+        test = Split(images[len(train) :], test.labels)
     return ImageDataset("folder", train, test, class_names, image_size, notes)
 
 
@@ -393,7 +372,7 @@ def _require_same_classes(
             )
 
 
-def _list_images(folders: Sequence[Path]) -> FileSplit:
+def _list_images(folders: Sequence[Path]) -> Split:
     """Return every file of each class folder, in its subfolders too, in the order of the names."""
     paths: list[Path] = []
     labels: list[int] = []
@@ -403,7 +382,7 @@ def _list_images(folders: Sequence[Path]) -> FileSplit:
             raise UsageError(f"{folder} holds no images; add some, or remove the class everywhere")
         paths += files
         labels += [label] * len(files)
-    return FileSplit(paths, np.asarray(labels, dtype=np.int64))
+    return Split(np.asarray(paths, dtype=object), np.asarray(labels, dtype=np.int64))
 
 
 def _files_below(folder: Path, seen: set[Path]) -> Iterator[Path]:
@@ -634,7 +613,7 @@ class ResidentBatches(ImageBatches):
     placement = "resident"
 
     def __init__(
-        self, device: ComputeDevice, split: ArraySplit, image_size: int, augment: bool, seed: int,
+        self, device: ComputeDevice, split: Split, image_size: int, augment: bool, seed: int,
         batch_size: int,
     ) -> None:  # fmt: skip
         """Copy ``split`` to the device."""
@@ -655,7 +634,7 @@ class StreamedBatches(ImageBatches):
     placement = "streamed"
 
     def __init__(
-        self, device: ComputeDevice, split: ArraySplit | FileSplit, image_size: int, augment: bool,
+        self, device: ComputeDevice, split: Split, image_size: int, augment: bool,
         seed: int, batch_size: int, workers: int,
     ) -> None:  # fmt: skip
         """Prepare ``workers`` threads that decode batches of ``batch_size`` samples."""
@@ -716,9 +695,9 @@ class StreamedBatches(ImageBatches):
         return pixels
 
     def _pixels_of(self, index: int, seed: int) -> np.ndarray:
-        if isinstance(self._split, ArraySplit):
+        if self._split.is_decoded:
             return self._split.images[index]
-        image = open_rgb(self._split.paths[index])
+        image = open_rgb(self._split.images[index])
         crop = random_crop if self._augment else central_crop
         return np.asarray(crop(image, self._static.shape[-1], seed)).transpose(2, 0, 1)
 
@@ -783,7 +762,7 @@ def crop_and_flip(pixels: torch.Tensor, shift: torch.Tensor, flip: torch.Tensor)
 
 
 def make_batches(
-    device: ComputeDevice, split: ArraySplit | FileSplit, image_size: int, *, augment: bool,
+    device: ComputeDevice, split: Split, image_size: int, *, augment: bool,
     seed: int, batch_size: int, workers: int | None, clients: int,
 ) -> ImageBatches:  # fmt: skip
     """Return resident batches where the images fit a fair share of the device, else streamed ones.
@@ -800,7 +779,7 @@ def make_batches(
             divided by this number.
     """
     shared = (device, split, image_size, augment, seed, batch_size)
-    if isinstance(split, ArraySplit) and _fits(device, split.images.nbytes, clients):
+    if split.is_decoded and _fits(device, split.images.nbytes, clients):
         return ResidentBatches(*shared)
     if workers is None:
         workers = min(MAX_LOADER_WORKERS, usable_cores() // clients - 1)

@@ -136,7 +136,7 @@ class ResNetTraining(client.Workload):
         """Prepare training and test for the engine, and go once through all that a job does."""
         import torch
 
-        from workloads.common.engine import Pacer, Pass, StepPool, TrainState, compile_module
+        from workloads.common.engine import Pacer, Pass, TrainState, compile_module, step_pool
 
         where = self.device.torch_device
         self.lr_table = torch.tensor(
@@ -152,7 +152,7 @@ class ResNetTraining(client.Workload):
             [self.model], self.optimizer, (self.step_index, *self.totals.tensors)
         )
         self.network = compile_module(self.device, self.model)
-        shared = (self.reset, StepPool())
+        shared = (self.reset, step_pool(self.device))
         self.model.eval()
         self.test = Pass(self.device, "test_step", self.test_batches, self._test_step, *shared)
         pacer = Pacer(self.device, client.Recorder(client.EventLog(None)))
