@@ -76,21 +76,23 @@ def open_image(source: bytes | Path, max_pixels: int | None = None) -> Image.Ima
         max_pixels: The most pixels (width x height) that are accepted; None: any number.
 
     Raises:
-        ImageRejected: Not an image of a known format, damaged, or it would cost too much to decode.
-        OSError: The file cannot be read.
+        ImageRejected: Not an image of a known format, damaged, unreadable, or it would cost too
+            much to decode.
     """
-    content = source.read_bytes() if isinstance(source, Path) else source
-    if not content:
+    if not source:
         raise ImageRejected("the image is empty; send the bytes of a JPEG or PNG file")
     with _bad_bytes_rejected():
-        image = Image.open(io.BytesIO(content), formats=FORMATS)
+        file = source if isinstance(source, Path) else io.BytesIO(source)
+        image = Image.open(file, formats=FORMATS)
     width, height = image.size
     if max_pixels is not None and width * height > max_pixels:
         raise ImageRejected(
             f"the image has {width}x{height} pixels; at most {max_pixels} are accepted", status=413
         )
-    # In compressed data 0xFF is always followed by 0, so these two bytes are a marker.
-    scans = content.count(START_OF_SCAN) if image.format in ("JPEG", "MPO") else 0
+    # In compressed data 0xFF is always followed by 0, so these two bytes are a marker. A file of
+    # one's own may take as long as it likes.
+    is_upload = isinstance(source, bytes) and image.format in ("JPEG", "MPO")
+    scans = source.count(START_OF_SCAN) if is_upload else 0
     if scans > MAX_SCANS:
         raise ImageRejected(
             f"the JPEG has {scans} scans; at most {MAX_SCANS} are accepted", status=413

@@ -391,14 +391,17 @@ def _files_below(folder: Path, seen: set[Path]) -> Iterator[Path]:
         return
     seen.add(folder.resolve())
     try:
-        entries = [entry for entry in folder.iterdir() if not _is_litter(entry.name)]
+        # Of 60,000 files it knows which are folders without asking for each.
+        entries = list(os.scandir(folder))
     except OSError as error:
         raise UsageError(f"cannot read {folder} ({error.strerror}); chmod or remove it") from error
     for entry in entries:
+        if _is_litter(entry.name):
+            continue
         if entry.is_dir():
-            yield from _files_below(entry, seen)
+            yield from _files_below(Path(entry.path), seen)
         else:
-            yield entry
+            yield Path(entry.path)
 
 
 def _fingerprint(files: Sequence[Path]) -> str:
@@ -443,8 +446,9 @@ def _image_sizes(files: Sequence[Path], fingerprint: str) -> set[tuple[int, int]
 
 def _size(path: Path) -> tuple[int, int]:
     try:
-        return open_image(path).size
-    except (OSError, ImageRejected) as error:
+        with open_image(path) as image:
+            return image.size
+    except ImageRejected as error:
         raise _unreadable(path, error) from error
 
 
@@ -456,7 +460,7 @@ def open_rgb(path: Path) -> Image:
     """
     try:
         return to_rgb(open_image(path))
-    except (OSError, ImageRejected) as error:
+    except ImageRejected as error:
         raise _unreadable(path, error) from error
 
 
