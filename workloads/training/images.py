@@ -374,10 +374,10 @@ def _require_same_classes(
 
 def _list_images(folders: Sequence[Path]) -> Split:
     """Return every file of each class folder, in its subfolders too, in the order of the names."""
-    paths: list[Path] = []
+    paths: list[str] = []
     labels: list[int] = []
     for label, folder in enumerate(folders):
-        files = sorted(_files_below(folder, set()))
+        files = list(_files_below(folder, set()))
         if not files:
             raise UsageError(f"{folder} holds no images; add some, or remove the class everywhere")
         paths += files
@@ -385,14 +385,14 @@ def _list_images(folders: Sequence[Path]) -> Split:
     return Split(np.asarray(paths, dtype=object), np.asarray(labels, dtype=np.int64))
 
 
-def _files_below(folder: Path, seen: set[Path]) -> Iterator[Path]:
-    """Yield the files in ``folder``, links to folders followed, each folder once."""
+def _files_below(folder: Path, seen: set[Path]) -> Iterator[str]:
+    """Yield the files in ``folder`` by name, links to folders followed, each folder once."""
     if folder.resolve() in seen:
         return
     seen.add(folder.resolve())
     try:
         # Of 60,000 files it knows which are folders without asking for each.
-        entries = list(os.scandir(folder))
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError as error:
         raise UsageError(f"cannot read {folder} ({error.strerror}); chmod or remove it") from error
     for entry in entries:
@@ -401,10 +401,10 @@ def _files_below(folder: Path, seen: set[Path]) -> Iterator[Path]:
         if entry.is_dir():
             yield from _files_below(Path(entry.path), seen)
         else:
-            yield Path(entry.path)
+            yield entry.path
 
 
-def _fingerprint(files: Sequence[Path]) -> str:
+def _fingerprint(files: Sequence[str]) -> str:
     """Return a name that changes when a file is added, removed, renamed or rewritten.
 
     Raises:
@@ -413,15 +413,15 @@ def _fingerprint(files: Sequence[Path]) -> str:
     digest = hashlib.sha256()
     for path in files:
         try:
-            status = path.stat()
+            status = os.stat(path)
         except OSError as error:
             raise _unreadable(path, error) from error
-        digest.update(os.fsencode(path))
-        digest.update(f"\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+        about = f"{path}\0{status.st_size}\0{status.st_mtime_ns}\n"
+        digest.update(os.fsencode(about))
     return digest.hexdigest()[:24]
 
 
-def _image_sizes(files: Sequence[Path], fingerprint: str) -> set[tuple[int, int]]:
+def _image_sizes(files: Sequence[str], fingerprint: str) -> set[tuple[int, int]]:
     """Return the sizes (width, height) of all images, having opened each one once and for all.
 
     Raises:
@@ -444,34 +444,34 @@ def _image_sizes(files: Sequence[Path], fingerprint: str) -> set[tuple[int, int]
     return sizes
 
 
-def _size(path: Path) -> tuple[int, int]:
+def _size(path: str) -> tuple[int, int]:
     try:
-        with open_image(path) as image:
+        with open_image(Path(path)) as image:
             return image.size
     except ImageRejected as error:
         raise _unreadable(path, error) from error
 
 
-def open_rgb(path: Path) -> Image:
+def open_rgb(path: str) -> Image:
     """Return the decoded image in RGB.
 
     Raises:
         UnreadableImageError: The file is no image, truncated, or cannot be read.
     """
     try:
-        return to_rgb(open_image(path))
+        return to_rgb(open_image(Path(path)))
     except ImageRejected as error:
         raise _unreadable(path, error) from error
 
 
-def _unreadable(path: Path, error: Exception) -> UnreadableImageError:
+def _unreadable(path: str, error: Exception) -> UnreadableImageError:
     why = getattr(error, "strerror", None) or str(error).removeprefix("cannot decode the image: ")
     return UnreadableImageError(
         f"{path} cannot be read as an image ({why}); remove or replace it, none is skipped"
     )
 
 
-def _decode_cached(files: Sequence[Path], fingerprint: str) -> np.ndarray:
+def _decode_cached(files: Sequence[str], fingerprint: str) -> np.ndarray:
     """Decode once and keep the array: eight clients must not decode 60,000 files each."""
     cache = cache_folder() / f"decoded-{fingerprint}.npy"
     images = _map_cached(cache, len(files))
@@ -502,7 +502,7 @@ def _map_cached(cache: Path, count: int) -> np.ndarray | None:
     return None
 
 
-def _decode_small(path: Path) -> np.ndarray:
+def _decode_small(path: str) -> np.ndarray:
     """Return the image as uint8 of shape (3, 32, 32), cropped square and resized where needed."""
     image = open_rgb(path)
     if image.size != (CIFAR_SIZE, CIFAR_SIZE):
