@@ -70,7 +70,7 @@ class Progress:
         self._begin_seconds = self._last_line_seconds = time.monotonic()
 
     def advance(self, pieces: int = 1, detail: str = "") -> None:
-        """Report ``pieces`` more as finished; ``detail`` is shown beside the count."""
+        """Report ``pieces`` more as finished; ``detail`` is shown next to the count."""
         self._finished += pieces
         if self._finished == ESTIMATE_PIECES and self._advice is not None:
             self._estimate()

@@ -198,7 +198,7 @@ def open_device(args: argparse.Namespace) -> ComputeDevice:
     # fp32 means fp32: PyTorch leaves TF32 on in cuDNN by default.
     torch.backends.cuda.matmul.allow_tf32 = precision != "fp32"
     torch.backends.cudnn.allow_tf32 = precision != "fp32"
-    # cuDNN chooses its kernels by heuristics, not by timing them: beside a neighbor the timing may
+    # cuDNN chooses its kernels by heuristics, not by timing them: next to a neighbor the timing may
     # choose others. Nothing is lost by it: an epoch of ResNet50 took 4.43 s on an H100 instead of
     # 4.47 s, and warm-up 1.7 s instead of over 10 s.
     torch.backends.cudnn.benchmark = False

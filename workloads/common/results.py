@@ -1,4 +1,4 @@
-"""Result files, what stands in them beside a job's own figures, and the summary on the terminal."""
+"""Result files, what stands in them with a job's own figures, and the summary on the terminal."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def written_whole(path: Path, mode: str = "b", **how: object) -> Iterator[IO]:
         OSError: The folder cannot be made or written to.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Beside its place, since a file is renamed within one file system only.
+    # In the same folder, since a file is renamed within one file system only.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
         with temporary.open(f"x+{mode}", **how) as file:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""A job that goes wrong on purpose, to see what that does to the jobs beside it.
+"""A job that goes wrong on purpose, to see what that does to the jobs next to it.
 
     python3 workloads/custom/fault_client.py --fault oom --after 2
 
@@ -37,7 +37,7 @@ BLOCK_MIB = 64
 
 def parse_arguments() -> argparse.Namespace:
     """Return the checked flags."""
-    parser = cli.workload_parser("A job that goes wrong on purpose, beside healthy ones.")
+    parser = cli.workload_parser("A job that goes wrong on purpose, next to healthy ones.")
     fault = parser.add_argument_group("the fault")
     fault.add_argument("--fault", choices=FAULTS, required=True)
     fault.add_argument(

@@ -485,7 +485,7 @@ def load_model(folder: Path, labels: int) -> BertForSequenceClassification:
             folder, num_labels=labels, attn_implementation="sdpa", dtype=torch.float32,
             local_files_only=True,
         )  # fmt: skip
-    # A missing file is an OSError; a torn one raises what its reader (safetensors, pickle) likes.
+    # A missing file is an OSError; a truncated one raises what safetensors or pickle like.
     except Exception as error:
         fix = f"name another folder with --model, or --model {FROM_SCRATCH} for random weights"
         if type(error).__name__ == "SafetensorError":
