@@ -69,7 +69,7 @@ def test_each_client_does_the_same_work_and_pauses_as_long_but_not_in_lockstep()
         assert plan[-1].idle_after_seconds == 0
     assert len({tuple(plan) for plan in plans}) == len(plans)
     delays = [session.start_delay(2, 5, 42, index) for index in range(6)]
-    assert delays[0] == 0 and len(set(delays)) == 6 and max(delays) <= 7
+    assert delays[0] == 0 and len(set(delays)) == 6 and max(delays) <= 3
 
 
 def test_drawn_sizes_lie_in_the_guides_ranges_and_given_ones_win():

@@ -35,6 +35,7 @@ from workloads.common.errors import (
     UsageError,
     WorkloadError,
     as_out_of_memory,
+    printable,
 )
 from workloads.common.results import (
     GpuMonitor,
@@ -362,7 +363,7 @@ def _run_by_hand(workload: Workload) -> int:
     )
     title = workload.title + (" (interrupted: what was finished)" if interruption else "")
     print_summary(title, _summary_rows(workload, figures, identity), workload.warnings)
-    print(f"result: {path}", flush=True)
+    print(printable(f"result: {path}"), flush=True)
     if interruption is not None:
         raise interruption
     return EXIT_OK

@@ -30,6 +30,7 @@ INFERENCE_MODEL = "resnet18"
 # Eleven cells of this length and ten pauses of 3.5 s on average: 70 s, half of them active.
 GPU_BURST_SECONDS = 3.2
 CALIBRATION_SECONDS = 0.5
+MOST_START_DELAY_SECONDS = 3.0
 
 EPILOG = """examples:
   jupyter_simulation.py --num-operations 11
@@ -127,12 +128,15 @@ def plan_session(
 def start_delay(idle_min: float, idle_max: float, seed: int, client_index: int) -> float:
     """Return how much later than the first client this one begins, in seconds.
 
-    Anything up to two mean pauses, which is about one cell and its pause: whoever begins with a
-    cell at the same moment stays almost in step for several cells.
+    Whoever begins with a cell at the same moment stays almost in step for several cells. Anything
+    up to two mean pauses, which is about one cell and its pause, but within the time after ``go``
+    that the suite does not count.
     """
     if not client_index:
         return 0.0
-    return random.Random(seed + client_index).uniform(0, idle_min + idle_max)
+    return random.Random(seed + client_index).uniform(
+        0, min(MOST_START_DELAY_SECONDS, idle_min + idle_max)
+    )
 
 
 class OperationTimes:
