@@ -439,6 +439,15 @@ def test_the_warm_up_has_gone_through_every_path_of_the_job(monkeypatch, tmp_pat
     assert again["final_train_loss"] == pytest.approx(first["final_train_loss"], rel=1e-6)
 
 
+def test_a_job_that_is_stopped_warns_of_no_loss_but_a_mean_one(monkeypatch):
+    count_paths(monkeypatch)
+    workload = prepared_on_the_cpu(monkeypatch)
+    for loss_sum, warnings in ((24 * 5000.0, 0), (24 * 50_000.0, 1)):
+        workload.totals.loss_sum.fill_(loss_sum)
+        workload.check_unfinished()
+        assert len(workload.warnings) == warnings
+
+
 def test_another_client_takes_the_same_images_in_another_order(monkeypatch):
     count_paths(monkeypatch)
     orders, settings = [], []

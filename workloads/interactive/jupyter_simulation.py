@@ -134,9 +134,8 @@ def start_delay(idle_min: float, idle_max: float, seed: int, client_index: int) 
     """
     if not client_index:
         return 0.0
-    return random.Random(seed + client_index).uniform(
-        0, min(MOST_START_DELAY_SECONDS, idle_min + idle_max)
-    )
+    most = min(MOST_START_DELAY_SECONDS, idle_min + idle_max)
+    return random.Random(seed + client_index).uniform(0, most)
 
 
 class OperationTimes:
@@ -169,6 +168,7 @@ class JupyterSimulation(client.Workload):
 
     name = "jupyter_simulation"
     title = "Jupyter session"
+    finished: Sequence[dict] = ()
 
     def load(self) -> None:
         """Open the device, plan the session, load ResNet18 if the session comes to it."""
@@ -222,7 +222,7 @@ class JupyterSimulation(client.Workload):
         """Run the session once and return what the guide measures."""
         from workloads.common.engine import Pacer
 
-        self.finished: list[dict] = []
+        self.finished = []
         self.operation_seconds: dict[str, list[float]] = {kind: [] for kind in self.kinds}
         self.session_start_seconds = time.monotonic()
         with console.progress(len(self.cells), "session") as progress:

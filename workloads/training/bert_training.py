@@ -108,6 +108,7 @@ class BertTraining(client.Workload):
 
     name = "bert_training"
     title = "BERT fine-tuning"
+    epochs: Sequence[dict] = ()
 
     def load(self) -> None:
         """Load texts and weights (the hub is asked here, before torch starts), build the model."""
@@ -177,7 +178,7 @@ class BertTraining(client.Workload):
         from workloads.common.engine import Pacer
 
         pacer = Pacer(self.device, recorder)
-        self.epochs: list[dict] = []
+        self.epochs = []
         steps = self.args.epochs * -(-self.train_batches.samples // self.train_batches.batch_size)
         advice = None if self.device.is_cuda else "--num-samples 64 --epochs 1"
         with console.progress(steps, "training", advice) as progress:
@@ -260,7 +261,8 @@ class BertTraining(client.Workload):
     def check_unfinished(self) -> None:
         """Look at the losses of the epoch in hand."""
         if hasattr(self, "state"):
-            self._check(self.totals.loss_sum.item(), "the loss of the epoch that was stopped")
+            loss = self.totals.loss_sum.item() / self.train_batches.samples
+            self._check(loss, "the loss of the epoch that was stopped")
 
     def _check(self, loss: float, when: str) -> None:
         from workloads.common.engine import check_loss

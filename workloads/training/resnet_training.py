@@ -12,6 +12,7 @@ import argparse
 import math
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -96,6 +97,7 @@ class ResNetTraining(client.Workload):
 
     name = "resnet_training"
     title = "ResNet50 training"
+    epochs: Sequence[dict] = ()
 
     def load(self) -> None:
         """Open the device, load the images, build the model."""
@@ -178,7 +180,7 @@ class ResNetTraining(client.Workload):
         from workloads.common.engine import Pacer
 
         pacer = Pacer(self.device, recorder)
-        self.epochs: list[dict] = []
+        self.epochs = []
         if self.args.evaluate is not None:
             return self._evaluate(pacer)
         advice = None if self.device.is_cuda else "--train-samples 256 --epochs 1"
@@ -256,7 +258,8 @@ class ResNetTraining(client.Workload):
     def check_unfinished(self) -> None:
         """Look at the losses of the epoch in hand."""
         if self.args.evaluate is None and hasattr(self, "state"):
-            self._check(self.totals.loss_sum.item(), "the loss of the epoch that was stopped")
+            loss = self.totals.loss_sum.item() / self.train_batches.samples
+            self._check(loss, "the loss of the epoch that was stopped")
 
     def close(self) -> None:
         """End the decoding threads."""
