@@ -17,6 +17,9 @@ ESTIMATE_PIECES = 3
 ESTIMATE_SECONDS = 60.0
 ADVICE_SECONDS = 600.0
 
+# What is going on, the innermost last.
+_stages: list[str] = []
+
 
 def note(text: str) -> None:
     """Print one line of information on standard error."""
@@ -33,23 +36,49 @@ def loud_warning(text: str) -> None:
 def stage(text: str) -> Iterator[None]:
     """Show that something without an end in sight goes on: ``loading``, ``warming up``.
 
-    A live line with the seconds so far on a terminal; elsewhere a plain line now and then.
+    A live line with the seconds so far on a terminal; elsewhere a plain line now and then. A stage
+    inside of another takes its place in that one's line.
     """
-    if sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-        with Progress(*columns, console=Console(stderr=True), transient=True) as line:
-            line.add_task(text, total=None)
+    _stages.append(text)
+    try:
+        if len(_stages) > 1:
             yield
-        return
+        elif sys.stderr.isatty():
+            with _live_line():
+                yield
+        else:
+            with _plain_lines():
+                yield
+    finally:
+        _stages.pop()
+
+
+class _Innermost:
+    """The stage that is going on, whenever it is formatted."""
+
+    def __str__(self) -> str:
+        return _stages[-1] if _stages else ""
+
+
+@contextmanager
+def _live_line() -> Iterator[None]:
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.fields[stage]}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as line:
+        line.add_task("", total=None, stage=_Innermost())
+        yield
+
+
+@contextmanager
+def _plain_lines() -> Iterator[None]:
     over = threading.Event()
     begin_seconds = time.monotonic()
 
     def tell() -> None:
         while not over.wait(PLAIN_STAGE_PERIOD_SECONDS):
-            note(f"{text}: {time.monotonic() - begin_seconds:.0f} s")
+            note(f"{_Innermost()}: {time.monotonic() - begin_seconds:.0f} s")
 
     threading.Thread(target=tell, name="stage", daemon=True).start()
     try:

@@ -263,7 +263,7 @@ def download(url: str, target: Path) -> None:
         if not target.is_absolute():  # torch takes ~ for a name where there is no home folder
             raise PermissionError("there is no home folder")
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _limited_silence():
+        with console.stage(f"downloading {target.name}"), _limited_silence():
             torch.hub.download_url_to_file(
                 url, str(target), hash_prefix=_promised_sha256(target.name) or None, progress=False
             )
@@ -421,7 +421,8 @@ def hub_model_folder(model: str) -> Path:
     if not hub_answers():
         raise HubUnreachableError(f"{hub_endpoint()} does not answer")
     console.note(f"{model}: downloading from {hub_endpoint()} once, into the hub's cache")
-    paths = [_hub_file(name, revision, file) for file in (*HUB_FILES, *HUB_OPTIONAL_FILES)]
+    with console.stage(f"downloading {name}"):
+        paths = [_hub_file(name, revision, file) for file in (*HUB_FILES, *HUB_OPTIONAL_FILES)]
     return paths[0].parent
 
 

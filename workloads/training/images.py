@@ -478,7 +478,7 @@ def _decode_cached(files: Sequence[str], fingerprint: str) -> np.ndarray:
     if images is not None:
         return images
     console.note(f"decoding {len(files)} images once; kept in {cache}")
-    with ThreadPoolExecutor(usable_cores()) as pool:
+    with console.stage(f"decoding {len(files)} images"), ThreadPoolExecutor(usable_cores()) as pool:
         array = np.stack(list(pool.map(_decode_small, files, chunksize=256)))
     if shutil.disk_usage(cache.parent).free < 2 * array.nbytes:
         raise UsageError(
