@@ -382,12 +382,10 @@ def test_the_clients_index_moves_the_order_and_nothing_else():
     [
         ("/dev/shm/torch_1", "--shm-size"),
         ("/home/me/.cache/gpu-sharing-bench/a.npy", "XDG_CACHE_HOME"),
-        ("/tmp/scratch", "TMPDIR"),
         ("results/a.json", "--results-dir"),
     ],
 )
-def test_what_helps_against_a_full_disk_depends_on_which_it_is(path, fix, monkeypatch):
-    monkeypatch.setattr("tempfile.tempdir", "/tmp")
+def test_what_helps_against_a_full_disk_depends_on_which_it_is(path, fix):
     assert fix in str(CannotWriteError(path, OSError(errno.ENOSPC, "No space left on device")))
 
 
@@ -407,6 +405,17 @@ def test_a_gpu_is_expected_unless_it_is_hidden_as_cuda_hides_it(monkeypatch, vis
     monkeypatch.setattr(device, "driver_listing", lambda: "NVIDIA H200, 580.0")
     torch = SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: False))
     assert device._gpu_expected(torch) == expected
+
+
+def test_variables_that_would_change_what_is_measured_are_told_and_not_used(monkeypatch, capsys):
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    args = argparse.Namespace(device="cpu", engine=None, precision=None, seed=1, gpu=None)
+    opened = device.open_device(args)
+    assert opened.precision == "fp32"
+    assert not {"NVIDIA_TF32_OVERRIDE", "TORCHDYNAMO_DISABLE"} & os.environ.keys()
+    said = capsys.readouterr().err
+    assert "NVIDIA_TF32_OVERRIDE=1 would" in said and "TORCHDYNAMO_DISABLE=1 would" in said
 
 
 def test_compiled_code_is_kept_where_nobody_else_may_write(tmp_path, monkeypatch):

@@ -31,6 +31,11 @@ if TYPE_CHECKING:
 BF16_COMPUTE_CAPABILITY = (8, 0)
 POLLING_SECONDS = 0.5e-3
 SAFE_PATH_VARIABLE = "PYTHONSAFEPATH"
+# Left in a shell, each would make a result of another engine or precision than the one recorded.
+MISLEADING_VARIABLES = (
+    "CUDA_LAUNCH_BLOCKING", "NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
+    "TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE",
+)  # fmt: skip
 
 
 def usable_cores() -> int:
@@ -172,6 +177,10 @@ def open_device(args: argparse.Namespace) -> ComputeDevice:
         GpuUnavailableError: A GPU was asked for or is in the machine, but PyTorch cannot use it.
         UsageError: The device does not offer the precision asked for.
     """
+    for name in MISLEADING_VARIABLES:
+        value = os.environ.pop(name, None)
+        if value is not None:
+            console.note(f"{name}={value} would change what is measured: it is not used")
     if args.gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = args.gpu
     # nvidia-smi and NVML count GPUs in PCI order; CUDA by default counts the fastest first.

@@ -23,7 +23,6 @@ from __future__ import annotations
 import os
 import re
 import sys
-import tempfile
 from pathlib import Path
 
 EXIT_OK = 0
@@ -176,8 +175,6 @@ def _place(path: Path | str) -> str:
         return "enlarge it, such as by docker run --shm-size=1g"
     if "gpu-sharing-bench" in path.parts:
         return "make room there, or set XDG_CACHE_HOME to a folder that you may write"
-    if path.is_absolute() and Path(tempfile.gettempdir()) == path.parent:
-        return "make room there, or set TMPDIR to another folder"
     return "make room there, or name another folder with --results-dir"
 
 
