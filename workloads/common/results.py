@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 RECORDED_PACKAGES = (
-    "torch", "torchvision", "transformers", "tokenizers", "numpy", "pillow", "httptools",
+    "torch", "torchvision", "transformers", "tokenizers", "numpy", "pillow", "flask", "gunicorn",
+    "gevent", "aiohttp",
     "nvidia-ml-py", "triton",
 )  # fmt: skip
 MONITOR_SCRIPT = PROJECT_ROOT / "benchmarking" / "gpu_monitor.py"
