@@ -1,50 +1,57 @@
-#!/usr/bin/env bash
+#!/bin/bash -p
+# Usage: ./gpu-configs/gpu_status.sh [options]
 #
-# Says what is in force on each GPU and what would undo it; with --restore it is undone.
+# For each GPU: the sharing mode in force, MIG, the MPS daemon and whose it is, compute mode, time slice,
+# the processes on it, what the mode scripts have saved, and the command that would undo it.
+#
+#   --gpu INDEX_OR_UUID    only this GPU
+#   --restore              undo what the mode scripts have saved, as after a script that was killed;
+#                          without it nothing is changed
+#   --dry-run              with --restore: print the commands
+#   --help                 this text
+#
+# Exit codes: 0 said, 1 something could not be asked or undone, 2 usage, 3 no driver or GPU, 6 a run is at
+# work with the mode
 
 # shellcheck source=lib/common.sh
-source "$(dirname -- "${BASH_SOURCE[0]}")/lib/common.sh"
-# shellcheck source=lib/gpu.sh
-source "$(dirname -- "${BASH_SOURCE[0]}")/lib/gpu.sh"
-# shellcheck source=lib/mps.sh
-source "$(dirname -- "${BASH_SOURCE[0]}")/lib/mps.sh"
-# shellcheck source=lib/mig.sh
-source "$(dirname -- "${BASH_SOURCE[0]}")/lib/mig.sh"
+source "${0%"${0##*/}"}lib/common.sh"
 
 RESTORE=0
+OPTIONS["--restore"]="RESTORE!"
+FAILED=0         # whether something could not be asked or undone
 UNDO_COMMANDS=() # script and GPU
 
-usage() {
-    cat <<'TEXT'
-Usage: ./gpu-configs/gpu_status.sh [options]
-
-For each GPU: the sharing mode in force, MIG, the MPS daemon and whose it is, compute mode, time slice,
-the processes on it, what the mode scripts have saved, and the command that would undo it.
-
-  --gpu INDEX_OR_UUID    only this GPU
-  --restore              undo what the mode scripts have saved, as after a script that was killed;
-                         without it nothing is changed
-  --dry-run              with --restore: print the commands
-  --help                 this text
-
-Exit codes: 0 said, 1 something could not be undone, 2 usage, 3 no driver or GPU, 6 a run is at work with
-the mode
-TEXT
+# told QUESTION...: whether it was answered; else that is what is printed.
+told() {
+    ! "$@" || return 0
+    FAILED=1
+    printf 'could not be asked: %s\n' "$NOT_TOLD"
+    return 1
 }
 
-# Sets OUR_DAEMON to the pipe directory of the daemon that enable_mps.sh started, if it answers.
+# Sets DAEMON, whether the daemon that enable_mps.sh started answers: yes, no or unknown.
 find_our_daemon() {
-    OUR_DAEMON=""
-    if state::load mps && mps::answers "${STATE[pipe_directory]}"; then
-        OUR_DAEMON=${STATE[pipe_directory]}
-    fi
+    local status=0
+    DAEMON=no
+    mps::load || return 0
+    mps::probe "${STATE[pipe_directory]}" || status=$?
+    case $status in
+        0) DAEMON=yes ;;
+        2)
+            DAEMON=unknown
+            NOT_TOLD=$MPS_ANSWER
+            return 1
+            ;;
+    esac
 }
 
 mode_in_force() {
     if [[ $GPU_MIG_CURRENT == Enabled ]]; then
         printf 'mig'
-    elif [[ -n $OUR_DAEMON ]]; then
+    elif [[ $DAEMON == yes ]]; then
         printf 'mps'
+    elif [[ $DAEMON == unknown ]] || ((!DAEMONS_TOLD)); then
+        printf 'not known, since MPS could not be asked'
     elif ((${#MPS_OWN[@]} + ${#MPS_FOREIGN[@]} > 0)); then
         printf 'mps, by a daemon that enable_mps.sh did not start (for the clients that use it)'
     elif [[ $GPU_COMPUTE_MODE == Default ]]; then
@@ -55,54 +62,50 @@ mode_in_force() {
 }
 
 print_mig() {
-    local uuid profile
     printf '  MIG mode:      %s' "$GPU_MIG_CURRENT"
     [[ $GPU_MIG_CURRENT == "$GPU_MIG_PENDING" ]] ||
         printf ' (pending: %s, after a reset of the GPU)' "$GPU_MIG_PENDING"
     printf '\n'
-    mig::devices | while read -r uuid profile; do printf '    %-12s %s\n' "$profile" "$uuid"; done
+    [[ $GPU_MIG_CURRENT != Enabled ]] || ! told mig::find_devices || mig::print_devices "    "
 }
 
 print_mps() {
-    local daemon
-    if [[ -n $OUR_DAEMON ]]; then
-        mps::find_clients "$OUR_DAEMON"
-        printf '  MPS daemon:    of user %s, answers at %s\n' "${STATE[user]}" "$OUR_DAEMON"
-        printf '    default active thread percentage %s, clients: %s\n' \
-            "$(mps::percentage "$OUR_DAEMON" || printf '?')" "${MPS_CLIENTS[*]:-none}"
-    elif ((${#MPS_OWN[@]} + ${#MPS_FOREIGN[@]} == 0)); then
-        printf '  MPS daemon:    none\n'
+    local line
+    if [[ $DAEMON == yes ]]; then
+        printf '  MPS daemon:    of user %s, answers at %s\n' "${STATE[user]:-?}" "${STATE[pipe_directory]}"
+        printf '    default active thread percentage %s, clients: ' "$MPS_ANSWER"
+        ! told mps::find_clients "${STATE[pipe_directory]}" || printf '%s\n' "${MPS_CLIENTS[*]:-none}"
+    elif [[ $DAEMON == unknown ]]; then
+        printf '  MPS daemon:    at %s ' "${STATE[pipe_directory]}"
+        told find_our_daemon || true
     fi
-    for daemon in "${MPS_FOREIGN[@]}"; do printf '  MPS daemon:    another, %s\n' "$daemon"; done
-    [[ -n $OUR_DAEMON ]] || ((${#MPS_OWN[@]} == 0)) ||
-        printf '  MPS daemon:    of user %s, pid %s, not started by enable_mps.sh for this GPU\n' \
+    for line in "${MPS_FOREIGN[@]}"; do printf '  MPS daemon:    another, %s\n' "$line"; done
+    if ((!DAEMONS_TOLD)); then
+        printf '  MPS daemon:    others '
+        told mps::find_daemons || true
+    elif [[ $DAEMON == no ]] && ((${#MPS_OWN[@]} > 0)); then
+        printf '  MPS daemon:    of user %s, %s, not started by enable_mps.sh for this GPU\n' \
             "$INVOKER_NAME" "${MPS_OWN[*]}"
-}
-
-print_processes() {
-    gpu::find_holders
-    if ((${#HOLDERS[@]} == 0)); then
-        printf '  in use by:     nobody\n'
-    else
-        printf '  in use by:\n'
-        printf '    %s\n' "${HOLDERS[@]}"
+    elif [[ $DAEMON == no ]] && ((${#MPS_FOREIGN[@]} == 0)); then
+        printf '  MPS daemon:    none\n'
     fi
 }
 
 print_saved() {
-    local mode key undo
-    local -rA undo_commands=([time-slicing]=reset_time_slicing.sh
-        [mps]=disable_mps.sh [mig]=disable_mig.sh)
-    local any=0
+    local mode kind key undo any=0
     for mode in time-slicing mps mig; do
-        state::load "$mode" || continue
+        undo=""
+        for kind in ${STATE_KINDS[$mode]}; do
+            state::load "$kind" || continue
+            undo="./gpu-configs/${UNDO_SCRIPTS[$mode]} --gpu $GPU_INDEX"
+            printf '  saved:         %s\n' "$(state::file "$kind")"
+            for key in "${!STATE[@]}"; do
+                [[ $key == gpu_uuid ]] || printf '    %s=%s\n' "$key" "$(printable "${STATE[$key]}")"
+            done | sort
+        done
+        [[ -n $undo ]] || continue
         any=1
-        printf '  saved:         %s\n' "$(state::file "$mode")"
-        for key in "${!STATE[@]}"; do
-            [[ $key == gpu_uuid ]] || printf '    %s=%s\n' "$key" "${STATE[$key]}"
-        done | sort
-        UNDO_COMMANDS+=("${undo_commands[$mode]} $GPU_UUID")
-        undo="./gpu-configs/${undo_commands[$mode]} --gpu $GPU_INDEX"
+        UNDO_COMMANDS+=("${UNDO_SCRIPTS[$mode]} $GPU_UUID")
         ! state::needs_root "$mode" || undo="sudo $undo"
         printf '    undo: %s\n' "$undo"
     done
@@ -110,37 +113,24 @@ print_saved() {
 }
 
 print_gpu() {
-    find_our_daemon
+    find_our_daemon || true
     printf '%s\n' "$(gpu::title)"
     printf '  mode in force: %s\n' "$(mode_in_force)"
     printf '  compute mode:  %s\n' "$GPU_COMPUTE_MODE"
-    printf '  time slice:    %s\n' "$(gpu::timeslice | grep . || printf 'not a setting of this GPU')"
+    printf '  time slice:    '
+    ! told setting::read time-slice || printf '%s\n' "${CURRENT:-not a setting of this GPU}"
     print_mig
     print_mps
-    print_processes
+    printf '  in use by:     '
+    ! told gpu::find_holders || { ((${#HOLDERS[@]})) && printf '\n' || printf 'nobody\n'; }
+    ((${#HOLDERS[@]} == 0)) || printf '    %s\n' "${HOLDERS[@]}"
     print_saved
-}
-
-print_gpus() {
-    local line
-    mps::find_daemons
-    if [[ -n $GPU_SELECTOR ]]; then
-        gpu::select
-        print_gpu
-        return 0
-    fi
-    gpu::list
-    for line in "${GPU_LINES[@]}"; do
-        gpu::read_line "$line"
-        print_gpu
-    done
 }
 
 # Runs the undo commands; each says itself where it needs root. None of them where a run is at work: it
 # undoes its mode itself, and its clients would be cut off.
 restore() {
-    local command script uuid
-    local -i failed=0
+    local command script
     for command in "${UNDO_COMMANDS[@]}"; do
         read -r _ GPU_UUID <<<"$command"
         ! state::driver_at_work ||
@@ -149,29 +139,33 @@ restore() {
                 "what it enabled"
     done
     for command in "${UNDO_COMMANDS[@]}"; do
-        read -r script uuid <<<"$command"
-        run "$(dirname -- "${BASH_SOURCE[0]}")/$script" --gpu "$uuid" || failed=1
-        GPU_UUID=$uuid
-        ((failed)) || ! state::load driver || state::remove driver
+        read -r script GPU_UUID <<<"$command"
+        if run "${0%"${0##*/}"}$script" --gpu "$GPU_UUID"; then
+            ! state::load driver || state::remove driver
+        else
+            FAILED=1
+        fi
     done
-    exit "$failed"
-}
-
-parse_arguments() {
-    local word
-    local -a others=()
-    for word in "$@"; do
-        if [[ $word == --restore ]]; then RESTORE=1; else others+=("$word"); fi
-    done
-    cli::parse_common "${others[@]}"
 }
 
 main() {
-    parse_arguments "$@"
+    local line
+    cli::parse 0 "$@"
     transaction::begin
     user::resolve
-    print_gpus
+    mps::find_daemons && DAEMONS_TOLD=1 || DAEMONS_TOLD=0
+    if [[ -n $GPU_SELECTOR ]]; then
+        gpu::select
+        print_gpu
+    else
+        gpu::list
+        for line in "${GPU_LINES[@]}"; do
+            gpu::read_line "$line"
+            print_gpu
+        done
+    fi
     ((!RESTORE)) || restore
+    exit "$FAILED"
 }
 
 main "$@"

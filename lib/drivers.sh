@@ -4,16 +4,10 @@
 # What run_experiments.sh and stress_test.sh share: their variables here, and in the files sourced
 # below flags, the machine, signals, the suite as a child, and the modes with their undoing.
 
-PROJECT_ROOT=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
+PROJECT_ROOT=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 readonly PROJECT_ROOT
 # shellcheck source=../gpu-configs/lib/common.sh
 source "$PROJECT_ROOT/gpu-configs/lib/common.sh"
-# shellcheck source=../gpu-configs/lib/gpu.sh
-source "$PROJECT_ROOT/gpu-configs/lib/gpu.sh"
-# shellcheck source=../gpu-configs/lib/mig.sh
-source "$PROJECT_ROOT/gpu-configs/lib/mig.sh"
-# shellcheck source=../gpu-configs/lib/mps.sh
-source "$PROJECT_ROOT/gpu-configs/lib/mps.sh"
 # shellcheck source=../setup_environment.sh
 source "$PROJECT_ROOT/setup_environment.sh"
 THIS_COMMAND=("./${0##*/}")
@@ -48,6 +42,20 @@ MODE_REASON="" # why a mode could not be enabled or undone
 NOTES=()       # what is to be known of a phase that went well, such as the pipes of a dead daemon
 SUITE_BEGUN=0  # from then on its records tell what was done
 SUITE_WORDS="" # the sentence that the suite ended with, if it said one
+
+# clock::read: sets NOW to seconds that only ever go on. bash's own SECONDS follow the wall clock, so
+# a clock that is set meanwhile would end a wait at once, or never.
+clock::read() {
+    local uptime
+    read -r uptime _ </proc/uptime
+    NOW=${uptime%.*}
+}
+
+# clock::is_past SECONDS: whether NOW, read anew, has come to that.
+clock::is_past() {
+    clock::read
+    ((NOW >= $1))
+}
 
 # folder::find FOLDER PATTERN: fills FOUND with the paths; signs in the folder's own name match nothing
 # but themselves.

@@ -3,6 +3,45 @@
 #
 # The flags that run_experiments.sh and stress_test.sh share, and their help.
 
+# Sets ARGUMENTS to the words given, with --name=value as two words.
+cli::split() {
+    local word
+    ARGUMENTS=()
+    for word in "$@"; do
+        if [[ $word == --*=* ]]; then
+            ARGUMENTS+=("${word%%=*}" "${word#*=}")
+        else
+            ARGUMENTS+=("$word")
+        fi
+    done
+}
+
+# Sets VALUE to the word after the flag $1.
+cli::value() {
+    (($# >= 2)) && [[ $2 != --* ]] || cli::usage_error "$1 needs a value"
+    VALUE=$2
+}
+
+# Takes a flag that every script knows; sets CONSUMED to the number of words it used.
+cli::common_flag() {
+    CONSUMED=1
+    case $1 in
+        --dry-run) DRY_RUN=1 ;;
+        --gpu)
+            cli::value "$@"
+            [[ -n $VALUE ]] || cli::usage_error "--gpu needs an index or a UUID"
+            GPU_SELECTOR=$VALUE
+            CONSUMED=2
+            ;;
+        --help | -h)
+            usage
+            exit 0
+            ;;
+        -*) cli::usage_error "unknown option: $1" ;;
+        *) cli::usage_error "unexpected argument: $1" ;;
+    esac
+}
+
 # driver::take_arguments WORD...: sets COMMAND_WORDS; with --resume DIR they are those saved in DIR,
 # where they were given from.
 driver::take_arguments() {
@@ -98,7 +137,7 @@ driver::positive_number() {
 # --- MIG layouts ------------------------------------------------------------------------------------
 
 layout::check() {
-    [[ $1 =~ ^[0-9]+g\.[0-9]+gb([+-][a-z.]+)*(,[0-9]+g\.[0-9]+gb([+-][a-z.]+)*)*$ ]] ||
+    [[ $1 =~ ^$MIG_PROFILE_PATTERN(,$MIG_PROFILE_PATTERN)*$ ]] ||
         cli::usage_error "--mig-layout needs MIG profiles with commas between, such as 2g.20gb,1g.10gb"
 }
 
@@ -107,6 +146,30 @@ layout::count() {
     local -a profiles
     IFS=, read -ra profiles <<<"$MIG_LAYOUT"
     printf '%d' "${#profiles[@]}"
+}
+
+# layout::unknown_profiles PROFILE,PROFILE,...: prints, with commas, those that are not in PROFILE_NAMES.
+layout::unknown_profiles() {
+    local -a wanted
+    local name unknown=""
+    IFS=, read -ra wanted <<<"$1"
+    for name in "${wanted[@]}"; do
+        [[ -n ${PROFILE_ID[$name]:-} || ,$unknown, == *",$name,"* ]] || unknown+=",$name"
+    done
+    printf '%s' "${unknown#,}"
+}
+
+# layout::is_there: whether MIG_DEVICES has one for each profile of the layout.
+layout::is_there() {
+    local -a wanted
+    local name
+    local -A free=()
+    for name in "${MIG_DEVICES[@]#* }"; do free[$name]=$((${free[$name]:-0} + 1)); done
+    IFS=, read -ra wanted <<<"$MIG_LAYOUT"
+    for name in "${wanted[@]}"; do
+        ((${free[$name]:-0} > 0)) || return 1
+        free[$name]=$((free[$name] - 1))
+    done
 }
 
 # layout::require CLIENTS: ends with a usage error where the layout lacks an instance for a client, or
@@ -118,7 +181,7 @@ layout::require() {
         cli::usage_error "--mig-layout has $(layout::count) instances for $1 jobs; name one for each"
     ((HAS_GPU)) && [[ $GPU_MIG_CURRENT != *N/A* ]] || return 0
     mig::read_profiles
-    unknown=$(mig::unknown_profiles "$MIG_LAYOUT")
+    unknown=$(layout::unknown_profiles "$MIG_LAYOUT")
     [[ -z $unknown ]] || cli::usage_error "--mig-layout: $(gpu::title) has no profile $unknown; it has" \
         "${PROFILE_NAMES[*]}"
 }

@@ -15,11 +15,13 @@ mode::why_not() {
         printf '%s has no MIG' "$GPU_NAME"
     elif ((!MAY_SET_UP_MIG)) && [[ $GPU_MIG_CURRENT != Enabled ]]; then
         printf 'MIG is off; --mig allows to switch it on'
+    elif ((!MAY_SET_UP_MIG)) && ! mig::find_devices; then
+        printf 'its MIG devices could not be asked: %s' "$NOT_TOLD"
     elif ((!MAY_SET_UP_MIG)) && [[ -n $MIG_LAYOUT ]]; then
-        mig::has_layout "$MIG_LAYOUT" ||
+        layout::is_there ||
             printf 'the instances %s are not there; --mig allows to make them' "$MIG_LAYOUT"
     elif ((!MAY_SET_UP_MIG)); then
-        count=$(mig::devices | wc -l)
+        count=${#MIG_DEVICES[@]}
         ((count >= clients)) ||
             printf '%d MIG instances for %d clients; --mig allows to make them' "$count" "$clients"
     fi
@@ -88,16 +90,21 @@ mode::said() {
     tail -c +$(($2 + 1)) -- "$OUTPUT/mode-scripts.log" 2>/dev/null | sed -n "s/^$1: //p"
 }
 
-# Where the user had set up time slicing with another length, undoing is setting that up again.
+# Where the user had set up time slicing, undoing is setting that up again, with the length of then.
 mode::set_up_again_as_saved() {
-    mode::has_state time-slicing || return 0
-    state::load time-slicing
-    [[ ${STATE[clients]:-} && ${STATE[timeslice]:-} ]] || return 0
-    MODE_UNDO=(setup_time_slicing.sh "${STATE[clients]}" --timeslice "${STATE[timeslice],,}")
+    mode::has_state time-slicing && state::load time-slicing && [[ ${STATE[clients]:-} ]] || return 0
+    setting::read time-slice && [[ -n $CURRENT ]] || return 0
+    MODE_UNDO=(setup_time_slicing.sh "${STATE[clients]}" --timeslice "${CURRENT,,}")
 }
 
 # Whether the mode's scripts have something to undo. (In a subshell: a damaged file ends the script.)
-mode::has_state() { (state::load "$1") 2>/dev/null; }
+mode::has_state() {
+    local kind
+    for kind in ${STATE_KINDS[$1]:-$1}; do
+        ! (state::load "$kind") 2>/dev/null || return 0
+    done
+    return 1
+}
 
 # Undoes what mode::enable did, if anything; not to be interrupted. False, with MODE_REASON, if that
 # fails.
@@ -139,21 +146,19 @@ mode::require_no_other_driver() {
 }
 
 mode::undo_left_behind() {
-    local -rA scripts=([time-slicing]=reset_time_slicing.sh [mps]=disable_mps.sh [mig]=disable_mig.sh)
     local mode
     local -a as_root=()
     ((HAS_GPU)) && mode::has_state driver || return 0
     state::load driver
     mode=${STATE[mode]:-}
-    if [[ -z $mode || -z ${scripts[$mode]-} ]] || ! mode::has_state "$mode"; then
+    if [[ -z $mode || -z ${UNDO_SCRIPTS[$mode]-} ]] || ! mode::has_state "$mode"; then
         mode::forget_note
         return 0
     fi
     log "$mode was left in force when the script was cut off; it is undone first."
-    state::load "$mode"
     ! state::needs_root "$mode" || mode::as_root
     ENABLED_MODE=$mode
-    MODE_UNDO=("${as_root[@]}" "$PROJECT_ROOT/gpu-configs/${scripts[$mode]}" --gpu "$GPU_UUID")
+    MODE_UNDO=("${as_root[@]}" "$PROJECT_ROOT/gpu-configs/${UNDO_SCRIPTS[$mode]}" --gpu "$GPU_UUID")
     mode::undo || exit "$EXIT_FAILED"
     gpu::refresh
 }
@@ -168,13 +173,37 @@ mode::as_root() {
 }
 
 # Runs a mode script; its words are kept in mode-scripts.log too. tee must outlive Ctrl-C and a closed
-# terminal, or a script that puts back its changes could no longer write.
+# terminal, or a script that puts back its changes could no longer write. What it took goes to
+# mode_scripts.jsonl, as benchmarking/modes/mode_scripts.py writes it.
 mode::script() {
+    local started_at started ended status=0
     if ((DRY_RUN)); then
         run "$@"
-    else
-        run "$@" 2>&1 | (signals::ignore && tee -pa "$OUTPUT/mode-scripts.log" >&2 || true)
+        return
     fi
+    started_at=$(date -u +%Y-%m-%dT%H:%M:%S+00:00)
+    read -r started _ </proc/uptime
+    run "$@" 2>&1 | (signals::ignore && tee -pa "$OUTPUT/mode-scripts.log" >&2 || true) || status=$?
+    read -r ended _ </proc/uptime
+    mode::record "$started_at" "$(awk -v a="$started" -v b="$ended" 'BEGIN { printf "%.2f", b - a }')" \
+        "$status" "$@" 2>/dev/null || true
+    return "$status"
+}
+
+# mode::record STARTED_AT SECONDS STATUS WORD... --gpu UUID
+mode::record() {
+    local word script="" arguments=""
+    for word in "${@:4:$#-5}"; do
+        if [[ $word == "$PROJECT_ROOT/gpu-configs/"* ]]; then
+            script=${word##*/}
+        elif [[ -n $script ]]; then
+            arguments+=",\"$(json::text "$word")\""
+        fi
+    done
+    line::append "$OUTPUT/mode_scripts.jsonl" "$(
+        printf '{"script":"%s","arguments":[%s],"gpu_uuid":"%s","started_at":"%s","seconds":%s,"exit_code":%d,"message":null}' \
+            "$script" "${arguments#,}" "$GPU_UUID" "$1" "$2" "$3"
+    )"
 }
 
 # Whether the mode is set up already, and in the way that the flags ask for.
@@ -191,10 +220,10 @@ mode::is_in_force() {
             ;;
         mps) mode::finds_daemon && { ((!MPS_EXCLUSIVE)) || mode::is_exclusive; } ;;
         mig)
-            [[ $GPU_MIG_CURRENT == Enabled ]] && if [[ -n $MIG_LAYOUT ]]; then
-                mig::has_layout "$MIG_LAYOUT"
+            [[ $GPU_MIG_CURRENT == Enabled ]] && mig::find_devices && if [[ -n $MIG_LAYOUT ]]; then
+                layout::is_there
             else
-                (($(mig::devices | wc -l) >= $2))
+                ((${#MIG_DEVICES[@]} >= $2))
             fi
             ;;
     esac
@@ -202,8 +231,8 @@ mode::is_in_force() {
 
 # mode::has_timeslice NAME: a saved one that a driver reload has reset since does not count.
 mode::has_timeslice() {
-    (state::load time-slicing && [[ ${STATE[timeslice]:-} == "$1" ]]) 2>/dev/null &&
-        [[ $(gpu::timeslice) == "$1" ]]
+    (state::load time-slice && [[ ${STATE[set]:-} == "$1" ]]) 2>/dev/null &&
+        setting::read time-slice && [[ $CURRENT == "$1" ]]
 }
 
 mode::is_exclusive() { (gpu::refresh && [[ $GPU_COMPUTE_MODE == Exclusive_Process ]]); }
@@ -212,10 +241,10 @@ mode::is_exclusive() { (gpu::refresh && [[ $GPU_COMPUTE_MODE == Exclusive_Proces
 # would look, which the suite is then told of.
 mode::finds_daemon() {
     local -r usual=${CUDA_MPS_PIPE_DIRECTORY:-/tmp/nvidia-mps}
-    if (state::load mps && mps::answers "${STATE[pipe_directory]:-}") 2>/dev/null; then
+    if (mps::load && mps::answers "${STATE[pipe_directory]}") 2>/dev/null; then
         return 0
     fi
-    mode::is_own_daemon "$usual" && mps::answers "$usual" && export CUDA_MPS_PIPE_DIRECTORY=$usual
+    mode::is_own_daemon "$usual" && mps::probe "$usual" && export CUDA_MPS_PIPE_DIRECTORY=$usual
 }
 
 # mode::is_own_daemon PIPE_DIRECTORY: /tmp/nvidia-mps is a name that anybody can take first, and fill

@@ -1,4 +1,7 @@
-"""Runs the real scripts of gpu-configs/ against the pretended machine of fakes/gpu_machine.py."""
+"""Runs the scripts of gpu-configs/ against the pretended machine of fakes/gpu_machine.py.
+
+A copy of them is run, whose state and lock of root's lie in the test's folder, not in /var, /etc.
+"""
 
 from __future__ import annotations
 
@@ -55,6 +58,16 @@ class ModeScripts:
         self.folder = folder
         self.machine = FakeMachine(folder / "machine", kind)
         self.state_directory = folder / "state"
+        self.root_state = folder / "var" / "lib" / "gpu-sharing-bench"
+        self.root_lock = folder / "etc" / "gpu-sharing-bench" / "settings-locked"
+        self.project = folder / "project"
+        shutil.copytree(PROJECT_ROOT / "gpu-configs", self.project / "gpu-configs")
+        common = self.project / "gpu-configs" / "lib" / "common.sh"
+        text = common.read_text()
+        for root in ("=/var/lib/", "=/etc/"):
+            assert text.count(root) == 1
+            text = text.replace(root, f"={folder}{root[1:]}")
+        common.write_text(text)
         self.environment = self.machine.environment(
             GPU_SHARING_STATE_DIR=str(self.state_directory), GPU_SHARING_WAIT_SECONDS="2"
         )
@@ -72,7 +85,7 @@ class ModeScripts:
             command = [*prefix, f"./gpu-configs/{script}", *arguments]
         return subprocess.run(
             command,
-            cwd=PROJECT_ROOT,
+            cwd=self.project,
             env={**self.environment, **environment},
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -97,7 +110,7 @@ class ModeScripts:
         self.machine.fail(during, seconds=1.0)
         process = subprocess.Popen(
             self.command(script, *arguments),
-            cwd=PROJECT_ROOT,
+            cwd=self.project,
             env=self.environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -136,11 +149,11 @@ class ModeScripts:
         return self.machine.state()["gpus"][0]
 
     def all_files(self) -> dict[str, bytes]:
-        """Every regular file of machine and state folder but the log and the lock."""
+        """Every regular file of the folder but the log, the lock and the rules that count calls."""
         return {
             str(path.relative_to(self.folder)): path.read_bytes()
             for path in sorted(self.folder.rglob("*"))
-            if path.is_file() and path.name not in {"calls.jsonl", "lock"}
+            if path.is_file() and path.name not in {"calls.jsonl", "lock", "rules.json"}
         }
 
 

@@ -1,308 +1,1038 @@
-"""What all mode scripts have in common: help, usage, no driver, dry run, status."""
+"""The scripts of gpu-configs/ on pretended machines: what users see, and what is left on the card.
+
+Most tests are rows: steps that lead somewhere, a command, its exit code, what it says, and what is
+in force afterwards.
+"""
 
 from __future__ import annotations
 
+import os
+import random
 import shutil
+import signal
 import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from mode_script_runner import (
-    PROJECT_ROOT,
+    AS_NOBODY,
+    NOBODY,
     UUID,
     ModeScripts,
     mode_scripts,
+    needs_real_root,
     needs_root,
     without_random_names,
 )
+from waiting import wait_until
 
+pytestmark = needs_root
+
+SECOND = "GPU-55555555-6666-7777-8888-999999999999"
+TS, RESET, MPS_ON, MPS_OFF, MIG_ON, MIG_OFF, STATUS = (
+    "setup_time_slicing.sh", "reset_time_slicing.sh", "enable_mps.sh", "disable_mps.sh",
+    "setup_mig.sh", "disable_mig.sh", "gpu_status.sh",
+)  # fmt: skip
 # Each script with arguments under which it does its work.
-SCRIPTS = {
-    "setup_time_slicing.sh": ["4"],
-    "reset_time_slicing.sh": [],
-    "enable_mps.sh": [],
-    "disable_mps.sh": [],
-    "setup_mig.sh": ["1g.10gb", "4"],
-    "disable_mig.sh": [],
-    "gpu_status.sh": [],
-}
+SCRIPTS = {TS: ["4"], RESET: [], MPS_ON: [], MPS_OFF: [], MIG_ON: ["1g.10gb", "4"], MIG_OFF: [],
+           STATUS: []}  # fmt: skip
+SET_SLICE = "nvidia-smi compute-policy -i * --set-timeslice *"
+SET_MODE = "nvidia-smi -i * -c *"
+SWITCH, CREATE = "nvidia-smi -i * -mig *", "nvidia-smi mig -i * -cgi *"
+DESTROY = "nvidia-smi mig -i * -dgi *"
+START, QUIT = "nvidia-cuda-mps-control -d", "nvidia-cuda-mps-control < quit"
+QUESTION = "nvidia-cuda-mps-control < get_default_active_thread_percentage"
+CLIENTS = "nvidia-cuda-mps-control < get_client_list *"
+QUERY, APPS = "nvidia-smi *--query-gpu=*", "nvidia-smi *--query-compute-apps=*"
+PRIVILEGE = "Insufficient Permissions"
+BROKEN = "Failed to initialize NVML: Unknown Error"
+INFOROM = "WARNING: infoROM is corrupted at gpu 0000:00:06.0"
+LOCKED = {"GPU_SETTINGS_LOCKED": "1"}
+OLD_SMI = ["compute_cap"]
+
+Step = Callable[[ModeScripts], object] | tuple[str, ...]
 
 
-def test_every_script_of_the_folder_is_tested_here() -> None:
-    assert {path.name for path in (PROJECT_ROOT / "gpu-configs").glob("*.sh")} == set(SCRIPTS)
+# --- steps ----------------------------------------------------------------------------------------
+
+
+def gpu(**fields: object) -> Step:
+    return lambda scripts: scripts.machine.change_gpu(**fields)
+
+
+def machine(**fields: object) -> Step:
+    return lambda scripts: scripts.machine.change(**fields)
+
+
+def rule(match: str, **fields: object) -> Step:
+    return lambda scripts: scripts.machine.fail(match, **fields)
+
+
+def no_rules(scripts: ModeScripts) -> None:
+    scripts.machine.forget_rules()
+
+
+def process(pid: int = 4242, **fields: object) -> Step:
+    return lambda scripts: scripts.machine.add_process(pid=pid, **fields)
+
+
+def ended(pid: int) -> Step:
+    return lambda scripts: scripts.machine.remove_process(pid)
+
+
+def daemon(**fields: object) -> Step:
+    return lambda scripts: scripts.machine.add_mps_daemon("/nonexistent/pipe", **fields)
+
+
+def client(pid: int = 938) -> Step:
+    return lambda scripts: scripts.machine.add_mps_client(pid)
+
+
+def instance(gi: int = 11, start: int = 4) -> Step:
+    """MIG mode as an administrator has left it, with an instance."""
+    made = {"gi": gi, "ci": 0, "profile": "1g.10gb", "profile_id": 19, "start": start, "size": 1,
+            "uuid": "MIG-of-another"}  # fmt: skip
+    return gpu(mig_current="Enabled", mig_pending="Enabled", instances=[made])
+
+
+def no_compute_instances(scripts: ModeScripts) -> None:
+    scripts.machine.change_gpu(instances=[])
+
+
+def forgotten_ids(scripts: ModeScripts) -> None:
+    """As if the script had been killed between creating instances and saving their ids."""
+    (path,) = scripts.state_directory.iterdir()
+    path.write_text(path.read_text().replace("gpu_instances=7,8", "gpu_instances="))
+
+
+def damaged(kind: str, text: str = "pipe_dir") -> Step:
+    def damage(scripts: ModeScripts) -> None:
+        scripts.state_directory.mkdir(exist_ok=True, mode=0o700)
+        (scripts.state_directory / f"{kind}-{UUID}.state").write_text(text)
+
+    return damage
+
+
+# --- what is in force afterwards ------------------------------------------------------------------
+
+
+def as_delivered(scripts: ModeScripts) -> None:
+    card = scripts.gpu()
+    assert (card["mig_current"], card["mig_pending"], card["instances"]) in (
+        ("Disabled", "Disabled", []), ("[N/A]", "[N/A]", []),
+    )  # fmt: skip
+    assert card["compute_mode"] == "Default"
+    assert card["timeslice"] in ("Default", None)
+    assert scripts.machine.state()["mps"] == {}
+    assert scripts.left_behind() == []
+
+
+def untouched(scripts: ModeScripts) -> None:
+    """Filled in by `check`: nothing was asked to change, and no file is another."""
+
+
+def has(**fields: object) -> Callable[[ModeScripts], None]:
+    """The first GPU has these fields; `daemons`, `profiles` and `gis` are looked up."""
+
+    def look(scripts: ModeScripts) -> None:
+        card = scripts.gpu()
+        instances = card["instances"]
+        found = {
+            **card,
+            "daemons": len(scripts.machine.state()["mps"]),
+            "profiles": sorted(i["profile"] for i in instances if i["ci"] is not None),
+            "gis": [i["gi"] for i in instances],
+        }
+        assert {name: found[name] for name in fields} == fields
+
+    return look
+
+
+@dataclass(frozen=True)
+class Row:
+    """`then` are steps that follow and have to succeed; `last` is looked at behind them."""
+
+    name: str
+    command: tuple[str, ...]
+    code: int = 0
+    says: tuple[str, ...] = ()
+    after: Callable[[ModeScripts], object] | None = None
+    before: tuple[Step, ...] = ()
+    then: tuple[Step, ...] = ()
+    last: Callable[[ModeScripts], object] | None = None
+    kind: str = "h100"
+    environment: tuple[tuple[str, str], ...] = ()
+    prefix: list[str] | None = None
+    silent_on: tuple[str, ...] = ()
+
+
+def rows(*table: Row) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("row", table, ids=[row.name for row in table])
+
+
+def take(scripts: ModeScripts, steps: tuple[Step, ...]) -> None:
+    for step in steps:
+        if callable(step):
+            step(scripts)
+        else:
+            scripts.must(*step)
+
+
+def check(row: Row) -> None:
+    with mode_scripts(row.kind) as scripts:
+        take(scripts, row.before)
+        scripts.machine.forget_calls()
+        files = scripts.all_files()
+        result = scripts.run(*row.command, prefix=row.prefix, **dict(row.environment))
+        said = result.stdout + result.stderr
+        assert result.returncode == row.code, said
+        for text in row.says:
+            assert text in said
+        for text in row.silent_on:
+            assert text not in said
+        if row.after is untouched:
+            assert scripts.machine.changing_calls() == []
+            assert scripts.all_files() == files
+        elif row.after is not None:
+            assert row.after(scripts) is not False
+        take(scripts, row.then)
+        if row.last is not None:
+            assert row.last(scripts) is not False
+
+
+# --- what all scripts have in common --------------------------------------------------------------
+
+
+def test_every_script_of_the_folder_is_tested_here(scripts: ModeScripts) -> None:
+    folder = scripts.project / "gpu-configs"
+    assert {path.name for path in folder.glob("*.sh")} == set(SCRIPTS)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_help_names_the_common_flags_and_the_exit_codes_without_a_driver(
+def test_help_usage_and_a_missing_driver_are_told_alike_by_every_script(
     scripts: ModeScripts, script: str
 ) -> None:
     scripts.machine.change(driver="not-loaded")
-    result = scripts.run(script, "--help")
-    assert result.returncode == 0
-    assert result.stdout.startswith("Usage: ")
+    told = scripts.run(script, "--help")
+    assert told.returncode == 0
+    assert told.stdout.startswith("Usage: ")
     for word in ("--dry-run", "--gpu INDEX_OR_UUID", "--help", "Exit codes"):
-        assert word in result.stdout
+        assert word in told.stdout
+    for arguments, words in ((["--nonsense"], "unknown option: --nonsense"),
+                             (["--gpu"], "--gpu needs a value")):  # fmt: skip
+        refused = scripts.run(script, *SCRIPTS[script], *arguments)
+        assert refused.returncode == 2
+        assert words in refused.stderr
     assert scripts.machine.calls() == []
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_an_unknown_option_is_a_usage_error(scripts: ModeScripts, script: str) -> None:
-    result = scripts.run(script, *SCRIPTS[script], "--nonsense")
-    assert result.returncode == 2
-    assert "unknown option: --nonsense" in result.stderr
-    assert "--help" in result.stderr
-    assert scripts.machine.calls() == []
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_gpu_without_a_value_is_a_usage_error(scripts: ModeScripts, script: str) -> None:
-    result = scripts.run(script, *SCRIPTS[script], "--gpu")
-    assert result.returncode == 2
-    assert "--gpu needs a value" in result.stderr
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_without_a_driver_the_exit_code_is_3_and_nvidia_smis_words_are_passed_on(
-    scripts: ModeScripts, script: str
-) -> None:
-    scripts.machine.change(driver="not-loaded")
-    result = scripts.run(script, *SCRIPTS[script])
-    assert result.returncode == 3
-    assert "couldn't communicate with the NVIDIA driver" in result.stderr
+    missing = scripts.run(script, *SCRIPTS[script])
+    assert missing.returncode == 3
+    assert "couldn't communicate with the NVIDIA driver" in missing.stderr
+    scripts.machine.change(driver="ok")
+    other = scripts.run(script, *SCRIPTS[script], "--gpu", "7")
+    assert other.returncode == 3
+    assert "there is no GPU '7'" in other.stderr
+    assert UUID in other.stderr
     assert scripts.machine.changing_calls() == []
 
 
-def test_a_driver_that_does_not_fit_its_library_is_exit_code_3(scripts: ModeScripts) -> None:
-    scripts.machine.change(driver="Driver/library version mismatch")
-    result = scripts.run("gpu_status.sh")
-    assert result.returncode == 3
-    assert "Driver/library version mismatch" in result.stderr
-
-
-def test_a_machine_without_a_gpu_is_exit_code_3() -> None:
-    with mode_scripts("no-gpu") as scripts:
-        result = scripts.run("gpu_status.sh")
-        assert result.returncode == 3
-        assert "No devices were found" in result.stderr
-
-
-def test_without_nvidia_smi_the_exit_code_is_3(scripts: ModeScripts, tmp_path: Path) -> None:
-    bash = shutil.which("bash")
-    for program in ("bash", "env", "dirname", "id", "getent", "cat"):
-        (tmp_path / program).symlink_to(shutil.which(program) or program)
-    result = subprocess.run(
-        [bash, "./gpu-configs/gpu_status.sh"],
-        cwd=PROJECT_ROOT,
-        env={"PATH": str(tmp_path), "HOME": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 3
-    assert "nvidia-smi was not found" in result.stderr
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_a_gpu_that_is_not_there_is_exit_code_3_and_those_that_are_get_listed(
-    scripts: ModeScripts, script: str
-) -> None:
-    result = scripts.run(script, *SCRIPTS[script], "--gpu", "7")
-    assert result.returncode == 3
-    assert "there is no GPU '7'" in result.stderr
-    assert UUID in result.stderr
-
-
-@needs_root
 @pytest.mark.parametrize(
-    ("before", "script", "arguments"),
+    "inherited",
+    [{"POSIXLY_CORRECT": "1"}, {"CDPATH": "..:/tmp"}, {"TMOUT": "1"}, {"GLOBIGNORE": "*"},
+     {"SHELLOPTS": "noglob:noclobber:xtrace"}, {"BASHOPTS": "failglob:nocasematch"},
+     {"BASH_ENV": "/nonexistent/x"}, {"COLUMNS": "20", "PS_PERSONALITY": "bsd"},
+     {"BASH_FUNC_stat%%": "() { echo 0 600 directory; }"}, {"IFS": "/"}, {"LC_ALL": "tr_TR.UTF-8"},
+     {"CUDA_MPS_PROTOCOL_VERSION": "3"}, {"CUDA_VISIBLE_DEVICES": "3"},
+     {"CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": "10", "CUDA_MPS_PIPE_DIRECTORY": "/nonexistent"}],
+    ids=lambda inherited: "+".join(inherited),
+)  # fmt: skip
+def test_what_a_shell_inherits_changes_nothing(
+    scripts: ModeScripts, inherited: dict[str, str]
+) -> None:
+    scripts.environment |= inherited
+    enabled = scripts.must(MPS_ON, "--percentage", "50")
+    assert "percentage:      50.0" in enabled.stdout
+    (found,) = scripts.machine.state()["mps"].values()
+    assert (found["visible_devices"], found["protocol"]) == (None, 2)
+    scripts.must(MPS_OFF)
+    as_delivered(scripts)
+
+
+@pytest.mark.parametrize(
+    ("before", "command"),
     [
-        ([], "setup_time_slicing.sh", ["4", "--timeslice", "long"]),
-        ([["setup_time_slicing.sh", "4", "--timeslice", "long"]], "reset_time_slicing.sh", []),
-        ([], "enable_mps.sh", ["--exclusive", "--percentage", "25"]),
-        ([["enable_mps.sh"]], "enable_mps.sh", ["--exclusive", "--percentage", "25"]),
-        ([["enable_mps.sh", "--exclusive"]], "disable_mps.sh", []),
-        ([], "setup_mig.sh", ["1g.5gb", "4"]),
-        ([["setup_mig.sh", "1g.10gb", "2"]], "disable_mig.sh", []),
+        ([], [TS, "4", "--timeslice", "long"]),
+        ([[TS, "4", "--timeslice", "long"]], [RESET]),
+        ([], [MPS_ON, "--exclusive", "--percentage", "25"]),
+        ([[MPS_ON]], [MPS_ON, "--exclusive", "--percentage", "25"]),
+        ([[MPS_ON, "--exclusive"]], [MPS_OFF]),
+        ([], [MIG_ON, "1g.5gb", "4"]),
+        ([[MIG_ON, "1g.10gb", "2"]], [MIG_OFF]),
     ],
 )
-def test_a_dry_run_says_what_would_be_done_and_changes_nothing(
-    scripts: ModeScripts, before: list[list[str]], script: str, arguments: list[str]
+def test_a_dry_run_says_what_would_be_done_and_locked_settings_forbid_it(
+    scripts: ModeScripts, before: list[list[str]], command: list[str]
 ) -> None:
-    for command in before:
-        scripts.must(*command)
+    for earlier in before:
+        scripts.must(*earlier)
     scripts.machine.forget_calls()
     files = scripts.all_files()
-    result = scripts.run(script, *arguments, "--dry-run")
-    assert result.returncode == 0, result.stderr
-    assert scripts.all_files() == files
+    dry = scripts.must(*command, "--dry-run")
+    locked = scripts.run(*command, GPU_SETTINGS_LOCKED="1")
+    assert locked.returncode == 5
+    assert "GPU_SETTINGS_LOCKED=1 says that others share" in locked.stderr
+    scripts.root_lock.parent.mkdir(parents=True)
+    scripts.root_lock.touch()
+    by_file = scripts.run(*command)
+    assert by_file.returncode == 5
+    assert f"{scripts.root_lock} says that others share" in by_file.stderr
+    scripts.root_lock.unlink()
     assert scripts.machine.changing_calls() == []
-    assert "would run: " in result.stdout
+    assert scripts.all_files() == files
     # The plan is the deed: what the real run logs is what the dry run has promised.
     promised = [
         line.removeprefix("would run: ")
-        for line in without_random_names(result.stdout).splitlines()
+        for line in without_random_names(dry.stdout).splitlines()
         if line.startswith("would run: ")
     ]
-    real = without_random_names(scripts.must(script, *arguments).stderr)
+    real = without_random_names(scripts.must(*command).stderr)
     done = [line.removeprefix("run: ") for line in real.splitlines() if line.startswith("run: ")]
     # Ids of instances are only known when they are there; they are saved at the end.
+    assert promised
     assert done[: len(promised)] == promised
     assert all(extra.startswith("save ") for extra in done[len(promised) :])
 
 
-@needs_root
+def test_without_nvidia_smi_the_exit_code_is_3(scripts: ModeScripts, tmp_path: Path) -> None:
+    for program in ("bash", "env", "dirname", "id", "getent", "cat", "stat", "ps"):
+        (tmp_path / program).symlink_to(shutil.which(program) or program)
+    result = scripts.run(STATUS, PATH=str(tmp_path), HOME=str(tmp_path))
+    assert result.returncode == 3
+    assert "nvidia-smi was not found" in result.stderr
+
+
+# --- arguments ------------------------------------------------------------------------------------
+
+PERCENTAGE = "over 0 and up to 100"
+
+
 @pytest.mark.parametrize(
-    ("script", "arguments"),
+    ("command", "words"),
     [
-        ("setup_time_slicing.sh", ["4", "--timeslice", "long"]),
-        ("enable_mps.sh", ["--exclusive"]),
-        ("setup_mig.sh", ["1g.10gb", "4"]),
+        *(([TS, *given], "CLIENTS must be a number") for given in ([], ["0"], ["4x"], ["10000"])),
+        ([TS, "four"], "CLIENTS must be a number from 1 to 9999, not 'four'"),
+        ([TS, "4", "8"], "unexpected argument: 8"),
+        ([MPS_ON, "4"], "unexpected argument: 4"),
+        ([MPS_ON, "--percentage", ""], "--percentage needs a value"),
+        ([MPS_ON, "--exclusive=1"], "--exclusive takes no value"),
+        ([TS, "4", "--timeslice", "tiny"], "default, short, medium or long"),
+        ([TS, "4", "--timeslice"], "needs a value"),
+        *(([MPS_ON, "--percentage", given], PERCENTAGE)
+          for given in ("0", "-1", "101", "abc", "1e1", "nan")),
+        ([MIG_ON], "a profile and a count"),
+        ([MIG_ON, "1g.10gb", "2", "3"], "unexpected argument: 3"),
+        *(([MIG_ON, "1g.10gb", given], "COUNT must be a number") for given in ("0", "many")),
+        ([MIG_ON, "1g.10gb", "-3"], "unknown option: -3"),
+        ([MIG_ON, "4", "1g.10gb"], "'4' is no MIG profile"),
+        ([MIG_ON, "1g.10gb,2g.20gb", "2"], "takes no count"),
+        ([MIG_ON, "1g.10gb;reboot", "2"], "is no MIG profile"),
     ],
-)
-def test_locked_settings_are_refused_with_5_before_anything_is_changed(
-    scripts: ModeScripts, script: str, arguments: list[str]
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)  # fmt: skip
+def test_wrong_arguments_are_exit_code_2_with_a_sentence_before_anything_is_asked(
+    scripts: ModeScripts, command: list[str], words: str
 ) -> None:
-    files = scripts.all_files()
-    result = scripts.run(script, *arguments, GPU_SETTINGS_LOCKED="1")
-    assert result.returncode == 5
-    assert "GPU_SETTINGS_LOCKED=1" in result.stderr
-    assert scripts.machine.changing_calls() == []
-    assert scripts.all_files() == files
+    result = scripts.run(*command)
+    assert result.returncode == 2
+    assert words in result.stderr
+    assert scripts.machine.calls() == []
 
 
-@needs_root
-@pytest.mark.parametrize(
-    ("before", "script"),
-    [
-        (["setup_time_slicing.sh", "4", "--timeslice", "long"], "reset_time_slicing.sh"),
-        (["enable_mps.sh", "--exclusive"], "disable_mps.sh"),
-        (["setup_mig.sh", "1g.10gb", "4"], "disable_mig.sh"),
-    ],
-)
-def test_locked_settings_keep_the_undo_scripts_from_changing_the_card_too(
-    scripts: ModeScripts, before: list[str], script: str
-) -> None:
-    scripts.must(*before)
-    scripts.machine.forget_calls()
-    files = scripts.all_files()
-    result = scripts.run(script, GPU_SETTINGS_LOCKED="1")
-    assert result.returncode == 5
-    assert scripts.machine.changing_calls() == []
-    assert scripts.all_files() == files
+# --- the driver and its cards ---------------------------------------------------------------------
 
 
-def test_locked_settings_leave_time_slicing_and_mps_usable(scripts: ModeScripts) -> None:
-    for script in (
-        "setup_time_slicing.sh",
-        "reset_time_slicing.sh",
-        "enable_mps.sh",
-        "disable_mps.sh",
-    ):
-        result = scripts.run(script, *SCRIPTS[script], GPU_SETTINGS_LOCKED="1")
-        assert result.returncode == 0, result.stderr
+@rows(
+    Row("no GPU", (STATUS,), 3, ("No devices were found",), kind="no-gpu"),
+    Row("a library of another version", (STATUS,), 3, ("Driver/library version mismatch",),
+        before=(machine(driver="Driver/library version mismatch"),)),
+    Row("a damaged infoROM: the row counts, the warning is passed on", (MPS_ON,), 0, (INFOROM,),
+        before=(rule("nvidia-smi *", append=INFOROM),), then=((MPS_OFF,),), last=as_delivered),
+    Row("a damaged infoROM and MIG", (MIG_ON, "1g.10gb", "2"), 0, ("MIG is in force",),
+        before=(rule("nvidia-smi *", append=INFOROM),), then=((MIG_OFF,),), last=as_delivered),
+    Row("a damaged infoROM and a slice", (TS, "4", "--timeslice", "short"), 0, ("Short",),
+        before=(rule("nvidia-smi *", append=INFOROM),), then=((RESET,),), last=as_delivered),
+    Row("an idle GPU with a damaged infoROM is used by nobody", (STATUS,), 0,
+        ("in use by:     nobody",), before=(rule("nvidia-smi *", append=INFOROM),)),
+    Row("a row and a nonsense exit status", (STATUS,), 0, ("mode in force: time-slicing",),
+        before=(rule(QUERY, append="", exit=255),)),
+    *(Row(f"an nvidia-smi without compute_cap: {script}", (script, *arguments), 0,
+          before=(machine(unknown_fields=OLD_SMI),)) for script, arguments in SCRIPTS.items()),
+    Row("an unknown compute capability is said where MPS needs it", (MPS_ON,), 0,
+        ("does not tell the compute capability",), before=(machine(unknown_fields=OLD_SMI),)),
+    Row("an nvidia-smi that knows no MIG", (MIG_ON, "1g.10gb", "2"), 4, ("has no MIG",), untouched,
+        (machine(unknown_fields=["mig.mode.current", "mig.mode.pending", *OLD_SMI]),)),
+    Row("GPU 0 of two is lost: the other is taken, the lost one named", (TS, "2"), 0,
+        ("GPU is lost", f"in force on GPU 1 (NVIDIA H100 80GB HBM3, {SECOND})"),
+        before=(gpu(lost=True),), kind="h100x2", then=((RESET, "--gpu", "1"),)),
+    Row("GPU 0 of two is lost and the question to all fails", (STATUS, "--gpu", "1"), 0,
+        ("Unknown Error", "mode in force: time-slicing"), kind="h100x2",
+        before=(gpu(lost=True), rule("nvidia-smi --query-gpu=*", exit=255, text="Unknown Error"))),
+    Row("the lost GPU is asked for", (STATUS, "--gpu", "0"), 3, ("there is no GPU '0'", "is lost"),
+        before=(gpu(lost=True),), kind="h100x2"),
+    Row("each GPU has its status", (STATUS,), 0, (UUID, SECOND), untouched, kind="h100x2"),
+    Row("the GPU that was asked for is set up",
+        (TS, "4", "--timeslice", "long", "--gpu", SECOND), 0, ("GPU 1",), has(timeslice="Default"),
+        kind="h100x2", then=((RESET,), (RESET, "--gpu", "1")),
+        last=lambda scripts: scripts.machine.state()["gpus"][1]["timeslice"] == "Default"),
+    Row("a GPU without MIG", (MIG_ON, "1g.5gb", "4"), 4, ("has no MIG",), untouched, kind="geforce",
+        then=((MIG_OFF,),)),
+    Row("a small GeForce can be shared by MPS", (MPS_ON,), 0, ("RTX 4060",), kind="geforce",
+        then=((MPS_OFF,),), last=as_delivered),
+    Row("a GPU too old for MPS", (MPS_ON,), 4, ("MPS needs compute capability 3.5",), untouched,
+        kind="k40"),
+    Row("a GPU without slices", (TS, "4", "--timeslice", "short"), 4, ("no time slice setting",),
+        untouched, kind="k40", then=((TS, "4"), (RESET,)), last=as_delivered),
+)  # fmt: skip
+def test_the_driver_and_its_cards(row: Row) -> None:
+    check(row)
 
 
-def test_a_damaged_state_file_is_named_and_nothing_is_done(scripts: ModeScripts) -> None:
-    scripts.state_directory.mkdir()
-    path = scripts.state_directory / f"mps-{UUID}.state"
-    path.write_text("pipe_dir")
-    result = scripts.run("disable_mps.sh")
-    assert result.returncode == 1
-    assert f"{path} is damaged" in result.stderr
-    assert scripts.machine.changing_calls() == []
+# --- what could not be asked is neither none nor off ----------------------------------------------
 
 
-def test_a_state_folder_that_cannot_be_made_is_exit_code_5_and_names_the_variable(
+@rows(
+    Row("who uses the GPU, for --exclusive", (MPS_ON, "--exclusive"), 1,
+        ("could not be asked, and --exclusive would shut them out", BROKEN), untouched,
+        (process(), rule(APPS, exit=255, text=BROKEN))),
+    Row("who uses the GPU, for MPS alone, is a warning", (MPS_ON,), 0,
+        ("warning: who uses GPU 0", "could not be asked"), before=(rule(APPS, exit=4),),
+        then=((MPS_OFF,),), last=as_delivered),
+    Row("who uses the GPU, for MIG", (MIG_ON, "1g.10gb", "2"), 1, ("could not be asked", BROKEN),
+        untouched, (rule(APPS, exit=255, text=BROKEN),)),
+    Row("whether an MPS server is there", (TS, "2"), 1, ("could not be asked",), untouched,
+        (rule(APPS, exit=0, text="[Not Supported]"),)),
+    Row("status says so and is no success", (STATUS,), 1,
+        (f"in use by:     could not be asked: {BROKEN}",), untouched,
+        (rule(APPS, exit=255, text=BROKEN),), silent_on=("nobody",)),
+    Row("processes, in status", (STATUS,), 1, ("MPS daemon:    others could not be asked",),
+        untouched, environment=(("PATH", "{without ps}"),), silent_on=("MPS daemon:    none",)),
+    Row("processes, for MPS", (MPS_ON,), 1, ("whether MPS daemons run could not be asked",),
+        untouched, environment=(("PATH", "{without ps}"),)),
+    Row("the slice, in status", (STATUS,), 1, ("time slice:    could not be asked",), untouched,
+        (rule("nvidia-smi compute-policy -l", exit=255, text=BROKEN),)),
+    Row("the slice, to set it", (TS, "2", "--timeslice", "long"), 1, ("slice could not be asked",),
+        untouched, (rule("nvidia-smi compute-policy -l", exit=0, text=""),)),
+    Row("the slice, to put it back: what is saved stays", (RESET,), 1,
+        ("slice could not be asked",), untouched,
+        ((TS, "2", "--timeslice", "long"), rule("nvidia-smi compute-policy -l", exit=9)),
+        then=(no_rules, (RESET,)), last=as_delivered),
+    Row("a table of processes, to destroy instances", (MIG_OFF,), 1, ("could not be asked", BROKEN),
+        untouched, ((MIG_ON, "1g.10gb", "2"), rule("nvidia-smi", exit=255, text=BROKEN)),
+        then=(no_rules, (MIG_OFF,)), last=as_delivered),
+    Row("instances, to destroy them", (MIG_OFF,), 1, ("the GPU instances of", "could not be asked"),
+        untouched, ((MIG_ON, "1g.10gb", "2"), rule("nvidia-smi mig -lgi", exit=255, text=BROKEN)),
+        then=(no_rules, (MIG_OFF,)), last=as_delivered),
+    Row("profiles", (MIG_ON, "1g.10gb", "2"), 1, ("the MIG profiles of", BROKEN), untouched,
+        (rule("nvidia-smi mig -lgip", exit=255, text=BROKEN),)),
+    Row("places of profiles", (MIG_ON, "1g.10gb", "2"), 1, ("places of MIG profiles",), untouched,
+        (rule("nvidia-smi mig -lgipp", exit=4, text=PRIVILEGE),)),
+    Row("devices, in status", (STATUS,), 1, ("could not be asked: nothing",), untouched,
+        ((MIG_ON, "1g.10gb", "2"), rule("nvidia-smi -L", exit=255, text="nothing"))),
+    Row("no instances is told with either exit status", (MIG_OFF,), 0, (), as_delivered,
+        ((MIG_ON, "1g.10gb", "2"), no_compute_instances,
+         rule("nvidia-smi mig -lgi", exit=6, text="No MIG-enabled devices found."))),
+    Row("clients of the daemon: it is not ended under them", (MPS_OFF,), 1,
+        ("could not be asked for its clients",), has(daemons=1),
+        ((MPS_ON,), client(), rule(CLIENTS, exit=1, text="Timed out")),
+        then=(no_rules, ended(938), (MPS_OFF,)), last=as_delivered),
+    Row("the daemon of the last time, for a new one", (MPS_ON,), 1, ("could not be asked whether",),
+        untouched, ((MPS_ON,), rule(QUESTION, exit=1, text="Connection refused"))),
+    Row("the daemon of the last time, for time slicing", (TS, "2"), 1, ("could not be asked",),
+        untouched, ((MPS_ON,), rule(QUESTION, exit=124))),
+    Row("the daemon, to end it: what is saved stays", (MPS_OFF,), 1, ("could not be asked",),
+        untouched, ((MPS_ON,), rule(QUESTION, exit=0, text="Unknown command")),
+        then=(no_rules, (MPS_OFF,)), last=as_delivered),
+    Row("the daemon, in status", (STATUS,), 1, ("mode in force: not known", "could not be asked"),
+        untouched, ((MPS_ON,), machine(others=[]), rule(QUESTION, exit=124)),
+        silent_on=("MPS daemon:    none",)),
+)  # fmt: skip
+def test_what_could_not_be_asked_is_neither_none_nor_off(row: Row, tmp_path: Path) -> None:
+    if ("PATH", "{without ps}") in row.environment:
+        for program in os.listdir("/usr/bin"):
+            if program != "ps":
+                (tmp_path / program).symlink_to(f"/usr/bin/{program}")
+        fakes = Path(__file__).parent / "fakes"
+        for program in ("nvidia-smi", "nvidia-cuda-mps-control", "gpu_machine.py"):
+            (tmp_path / program).symlink_to(fakes / program)
+        row = Row(**{**vars(row), "environment": (("PATH", str(tmp_path)),)})
+    check(row)
+
+
+# --- time slicing ---------------------------------------------------------------------------------
+
+
+@rows(
+    Row("clients are recorded, the card is left alone", (TS, "4"), 0,
+        ("Time slicing is in force", "clients:       4"),
+        lambda scripts: scripts.saved("time-slicing") == {"gpu_uuid": UUID, "clients": "4"},
+        then=((RESET,),), last=as_delivered),
+    Row("a slice is set", (TS, "4", "--timeslice=short"), 0, ("Short",), has(timeslice="Short"),
+        (gpu(timeslice="Medium"),), then=((RESET,),), last=has(timeslice="Medium")),
+    Row("twice: the slice from before the first time is put back", (TS, "8", "--timeslice", "long"),
+        0, (), has(timeslice="Long"), ((TS, "4", "--timeslice", "short"),), ((RESET,),),
+        as_delivered),
+    Row("without a length the slice stays, and is still known", (TS, "8"), 0, ("Short",),
+        has(timeslice="Short"), ((TS, "4", "--timeslice", "short"),), ((RESET,),), as_delivered),
+    Row("the length of before is nothing to put back", (TS, "8", "--timeslice", "default"), 0, (),
+        lambda scripts: scripts.saved("time-slice") is None, ((TS, "4", "--timeslice", "short"),),
+        ((RESET,),), as_delivered),
+    Row("a slice that somebody else has set since is left", (RESET,), 0, ("left as it is",),
+        has(timeslice="Long"), ((TS, "4", "--timeslice", "short"), gpu(timeslice="Long"))),
+    Row("nothing to reset", (RESET,), 0, ("nothing to undo",), untouched),
+    Row("locked settings leave it usable", (TS, "4"), 0, (), environment=tuple(LOCKED.items())),
+    *(Row(f"in the way: {words}", (TS, "4"), 6, (words,), untouched, before)
+      for words, before in (
+        ("disable_mig.sh", (gpu(mig_current="Enabled", mig_pending="Enabled"),)),
+        ("compute mode is Exclusive_Process", (gpu(compute_mode="Exclusive_Process"),)),
+        ("compute mode is Prohibited", (gpu(compute_mode="Prohibited"),)),
+        ("./gpu-configs/disable_mps.sh", ((MPS_ON,),)),
+        ("user alice): nvidia-cuda-mps-server", (daemon(user="alice"), client())))),
+    Row("another user's daemon alone is a warning", (TS, "4"), 0, ("another user's MPS",),
+        before=(daemon(user="alice"),)),
+    Row("a driver that refuses root in a container", (TS, "4", "--timeslice", "short"), 5,
+        (PRIVILEGE,), as_delivered, environment=(("FAKE_GPU_UID", "65534"),)),
+    Row("a change that did not take", (TS, "4", "--timeslice", "short"), 1,
+        ("the time slice is Default, not Short", "Successfully set"), as_delivered,
+        (rule(SET_SLICE, exit=0, text="Successfully set timeslice policy."),)),
+)  # fmt: skip
+def test_time_slicing(row: Row) -> None:
+    check(row)
+
+
+# --- MPS ------------------------------------------------------------------------------------------
+
+NO_DAEMON = "Cannot find MPS control daemon process"
+
+
+@rows(
+    Row("a daemon is started and named", (MPS_ON,), 0, ("MPS is in force", "percentage:      100"),
+        has(daemons=1, compute_mode="Default"), then=((MPS_OFF,),), last=as_delivered),
+    Row("twice keeps the one daemon", (MPS_ON,), 0, ("answers already",), untouched, ((MPS_ON,),)),
+    Row("a percentage is set", (MPS_ON, "--percentage=12.5"), 0, ("percentage:      12.5",),
+        before=((MPS_ON, "--percentage", "25"),)),
+    Row("a percentage that the daemon ignores", (MPS_ON, "--percentage", "25"), 1,
+        ("percentage of 100.0, not 25",), as_delivered,
+        (rule("nvidia-cuda-mps-control < set_default*", exit=0, text="100.0"),)),
+    Row("exclusive", (MPS_ON, "--exclusive"), 0, ("undo:            sudo ./gpu-configs/disable",),
+        has(compute_mode="Exclusive_Process"), then=((MPS_OFF,),), last=as_delivered),
+    Row("exclusive later and twice", (MPS_ON, "--exclusive"), 0, (), untouched,
+        ((MPS_ON,), (MPS_ON, "--exclusive")), ((MPS_OFF,),), as_delivered),
+    Row("exclusive before stays so", (MPS_ON, "--exclusive"), 0, (), has(daemons=1),
+        (gpu(compute_mode="Exclusive_Process"),), ((MPS_OFF,),),
+        has(daemons=0, compute_mode="Exclusive_Process")),
+    Row("after a daemon that died the mode of before is known", (MPS_ON,), 0,
+        ("no longer answers",), has(daemons=1), ((MPS_ON, "--exclusive"), machine(mps={})),
+        ((MPS_OFF,),), as_delivered),
+    Row("a daemon that died is cleaned up", (MPS_OFF,), 0, ("MPS is off",), as_delivered,
+        ((MPS_ON,), machine(mps={}))),
+    Row("a compute mode that somebody has set since is left", (MPS_OFF,), 0, ("left as it is",),
+        has(compute_mode="Prohibited"),
+        ((MPS_ON, "--exclusive"), gpu(compute_mode="Prohibited"))),
+    Row("a daemon that takes its time", (MPS_ON,), 0, (), has(daemons=1),
+        (rule(QUESTION, exit=1, text=NO_DAEMON, times=3),)),
+    Row("a daemon that never answers", (MPS_ON,), 1, ("did not answer", "Failed to start"),
+        as_delivered, (rule(START, exit=1, text="Failed to start"),)),
+    Row("a program that starts nothing", (MPS_ON,), 1, (), as_delivered,
+        (rule(START, exit=0, text=""),)),
+    Row("a compute mode that the driver refuses", (MPS_ON, "--exclusive"), 5, (PRIVILEGE,),
+        as_delivered, (rule(SET_MODE, exit=4, text=f"Unable to set: {PRIVILEGE}"),)),
+    Row("a failure while the daemon ran leaves it", (MPS_ON, "--percentage", "25", "--exclusive"),
+        1, (), has(daemons=1, compute_mode="Default"),
+        ((MPS_ON, "--percentage", "50"), rule(SET_MODE, exit=0, text="All done.")),
+        (no_rules, (MPS_ON,)), lambda scripts: "50.0" in scripts.must(MPS_ON).stdout),
+    Row("another user's daemon", (MPS_ON,), 6, ("of user alice", "another user's MPS control"),
+        untouched, (daemon(user="alice"),)),
+    Row("another user's daemon whose account has a blank", (MPS_ON,), 6,
+        (r"of user CORP\jane doe;",), untouched, (daemon(user=r"CORP\jane doe"),)),
+    Row("another user's daemon stays", (MPS_OFF,), 0, ("left alone: MPS control daemon, pid",),
+        untouched, (daemon(user="alice"),)),
+    Row("a daemon of one's own started by hand", (MPS_ON,), 6,
+        ("echo quit | nvidia-cuda-mps-control",), untouched, (daemon(uid=0, user="root"),),
+        ((MPS_OFF,),), has(daemons=1)),
+    Row("a daemon of protocol 3 is named", (MPS_ON,), 6,
+        ("(MPS protocol 3, which answers in other",), untouched, (daemon(uid=0, user="root",
+        protocol=3),)),
+    Row("a process that only calls itself so", (MPS_ON,), 0, (), has(daemons=1),
+        (machine(others=[{"pid": 2**22 + 5, "uid": 1000, "user": "mallory", "comm": "sleep",
+                          "args": "nvidia-cuda-mps-control 1000"}]),)),
+    Row("a process whose program is another", (MPS_ON,), 0, (), has(daemons=1),
+        (machine(others=[{"pid": os.getpid(), "uid": 1000, "user": "mallory",
+                          "comm": "nvidia-cuda-mps", "args": "nvidia-cuda-mps-control -d"}]),)),
+    Row("MIG mode is on", (MPS_ON,), 6, ("sudo ./gpu-configs/disable_mig.sh",), untouched,
+        (gpu(mig_current="Enabled", mig_pending="Enabled"),)),
+    Row("compute mode is Prohibited", (MPS_ON,), 6, ("compute mode is Prohibited",), untouched,
+        (gpu(compute_mode="Prohibited"),)),
+    Row("processes without MPS forbid exclusive", (MPS_ON, "--exclusive"), 6,
+        ("pid 4242 (user alice): python3, 512 MiB",), untouched, (process(user="alice"),)),
+    Row("processes without MPS are a warning else", (MPS_ON,), 0,
+        ("pid 4242 (user alice): python3", "will contend with its clients"),
+        before=(process(user="alice"),)),
+    Row("clients are listed and the daemon stays", (MPS_OFF,), 6, ("pid 938 (user root)",),
+        has(daemons=1), ((MPS_ON,), client()), (ended(938), (MPS_OFF,)), as_delivered,
+        environment=(("GPU_SHARING_WAIT_SECONDS", "0"),)),
+    Row("a daemon that does not quit stays known", (MPS_OFF,), 1, ("still answers 0 s after quit",),
+        has(daemons=1), ((MPS_ON,), rule(QUIT, exit=0, text="")), (no_rules, (MPS_OFF,)),
+        as_delivered, environment=(("GPU_SHARING_WAIT_SECONDS", "0"),)),
+    Row("nothing to disable", (MPS_OFF,), 0, ("nothing to undo",), untouched),
+    Row("a damaged state file is named", (MPS_OFF,), 1, (f"mps-{UUID}.state is damaged",),
+        untouched, (damaged("mps"),)),
+    Row("a damaged compute mode is named", (MPS_OFF,), 1, ("is damaged (previous=$(id))",),
+        untouched, (damaged("compute-mode", f"gpu_uuid={UUID}\nprevious=$(id)\nset=Default\n"),)),
+    Row("one daemon a GPU", (MPS_ON, "--gpu", "0"), 0, (), has(daemons=2),
+        ((MPS_ON, "--gpu", "1"),), ((MPS_OFF, "--gpu", "1"), (MPS_OFF,)), as_delivered,
+        kind="h100x2"),
+)  # fmt: skip
+def test_mps(row: Row) -> None:
+    check(row)
+
+
+def test_the_daemon_is_kept_to_its_gpu_where_there_are_several() -> None:
+    with mode_scripts("h100x2") as scripts:
+        scripts.must(MPS_ON, "--gpu", "1")
+        (found,) = scripts.machine.state()["mps"].values()
+        assert found["visible_devices"] == SECOND
+
+
+def test_a_state_folder_too_long_for_a_socket_leaves_the_sockets_elsewhere(
     scripts: ModeScripts,
 ) -> None:
+    scripts.environment["GPU_SHARING_STATE_DIR"] = str(scripts.folder / ("x" * 90))
+    scripts.must(MPS_ON)
+    (pipe,) = scripts.machine.state()["mps"]
+    assert len(f"{pipe}/control_privileged") < 108
+    assert Path(pipe).parent.stat().st_mode & 0o777 == 0o700
+    scripts.must(MPS_OFF)
+    assert not Path(pipe).parent.exists()
+
+
+# --- MIG ------------------------------------------------------------------------------------------
+
+
+@rows(
+    Row("instances are made and named", (MIG_ON, "1g.10gb", "4"), 0, ("MIG is in force", "MIG-"),
+        has(profiles=["1g.10gb"] * 4), then=((MIG_OFF,),), last=as_delivered),
+    Row("twice changes nothing", (MIG_ON, "1g.5gb", "4"), 0, ("MIG is in force",), untouched,
+        ((MIG_ON, "1g.5gb", "4"),)),
+    Row("a list makes one instance of each", (MIG_ON, "1g.10gb,2g.20gb,1g.10gb"), 0, (),
+        has(profiles=["1g.10gb", "1g.10gb", "2g.20gb"]),
+        then=((MIG_ON, "2g.20gb,1g.10gb,1g.10gb"), (MIG_OFF,)), last=as_delivered),
+    *(Row(f"{kind}: {asked} is {taken}", (MIG_ON, asked, "1"), 0,
+          (f"has no profile {asked}; taking {taken}.",) if asked != taken else (),
+          has(profiles=[taken]), kind=kind, then=((MIG_OFF,),), last=as_delivered)
+      for kind, asked, taken in (
+          ("h100", "1g.5gb", "1g.10gb"), ("h100", "3g.20gb", "3g.40gb"),
+          ("h100", "1g.10gb+me", "1g.10gb+me"), ("h200", "1g.5gb", "1g.18gb"),
+          ("a100-40", "1g.5gb", "1g.5gb"), ("a100-40", "7g.80gb", "7g.40gb"),
+          ("b200", "1g.5gb", "1g.23gb"), ("a30", "1g.5gb", "1g.6gb"),
+          ("rtx-pro-6000", "1g.5gb", "1g.24gb"),
+          ("rtx-pro-6000", "1g.24gb+me.all", "1g.24gb+me.all"),
+          ("rtx-pro-6000", "2g.48gb+gfx", "2g.48gb+gfx"))),
+    Row("a card of four slices is full with four", (MIG_ON, "1g.24gb", "5"), 4, ("does not fit",),
+        untouched, kind="rtx-pro-6000"),
+    *(Row(f"no counterpart: {asked}", (MIG_ON, asked, "1"), 4,
+          (f"no profile {asked}", "1g.10gb ", "1g.10gb+me ", "7g.80gb "), untouched)
+      for asked in ("5g.40gb", "1g.5gb+me")),
+    Row("unknown profiles are named once", (MIG_ON, "5g.40gb,1g.5gb,5g.40gb,6g.60gb,1g.5gb"), 4,
+        ("no profile 5g.40gb,6g.60gb, nor one plain profile like it",), untouched),
+    *(Row(f"does not fit: {' '.join(asked)}", (MIG_ON, *asked), 4, ("does not fit",), untouched)
+      for asked in (["1g.10gb", "8"], ["2g.20gb", "4"], ["7g.80gb,1g.10gb"],
+                    ["3g.40gb,3g.40gb,1g.10gb"], ["4g.40gb,2g.20gb,1g.10gb,1g.10gb"])),
+    *(Row(f"just fits: {' '.join(asked)}", (MIG_ON, *asked), 0, then=((MIG_OFF,),),
+          last=as_delivered)
+      for asked in (["3g.40gb", "2"], ["1g.10gb", "7"], ["4g.40gb,2g.20gb,1g.10gb"])),
+    Row("a driver that refuses root in a container", (MIG_ON, "1g.10gb", "4"), 5, (PRIVILEGE,),
+        as_delivered, environment=(("FAKE_GPU_UID", "65534"),)),
+    Row("processes on the GPU", (MIG_ON, "1g.10gb", "4"), 6, ("pid 4242 (user alice): python3",),
+        untouched, (process(user="alice"),)),
+    Row("our own daemon", (MIG_ON, "1g.10gb", "4"), 6, ("./gpu-configs/disable_mps.sh",), untouched,
+        ((MPS_ON,),)),
+    Row("pending because of a client that is not listed", (MIG_ON, "1g.10gb", "4"), 6,
+        ("In use by another client",), as_delivered, (gpu(mig_switch="in_use"),)),
+    Row("pending until a restart", (MIG_ON, "1g.10gb", "4"), 6, ("restart the machine",),
+        has(mig_pending="Enabled", instances=[]), (gpu(mig_switch="reset_not_supported"),),
+        ((MIG_OFF,),), as_delivered),
+    Row("still pending", (MIG_ON, "1g.10gb", "4"), 6, ("pending Enabled",), untouched,
+        (gpu(mig_pending="Enabled"),)),
+    Row("after the restart it goes on and knows that MIG was off", (MIG_ON, "1g.10gb", "4"), 0, (),
+        has(profiles=["1g.10gb"] * 4),
+        (gpu(mig_switch="reset_not_supported"), lambda scripts: scripts.run(MIG_ON, "1g.10gb", "4"),
+         gpu(mig_current="Enabled", mig_switch="ok")), ((MIG_OFF,),), as_delivered),
+    Row("a failure half-way destroys what was made", (MIG_ON, "1g.10gb", "4"), 1,
+        ("only 2 of 4 instances were created", "Insufficient Resources"), as_delivered,
+        (gpu(create_limit=2),)),
+    Row("instances of others stay when creating fails", (MIG_ON, "1g.10gb", "4"), 1, (),
+        has(gis=[11], mig_current="Enabled"), (instance(), gpu(create_limit=1))),
+    Row("instances are added and only those undone", (MIG_ON, "2g.20gb", "2"), 0, (),
+        has(profiles=["1g.10gb", "2g.20gb", "2g.20gb"]), (instance(),), ((MIG_OFF,),),
+        has(gis=[11], mig_current="Enabled")),
+    Row("no room next to others' instances", (MIG_ON, "3g.40gb", "2"), 6, ("11 1g.10gb 4:1",),
+        untouched, (instance(),)),
+    Row("MIG that was switched on by hand stays on", (MIG_OFF,), 0, ("it is left alone",),
+        untouched, (instance(),)),
+    Row("another layout of ours has to go first", (MIG_ON, "2g.20gb", "2"), 6,
+        ("sudo ./gpu-configs/disable_mig.sh",), untouched, ((MIG_ON, "1g.10gb", "4"),)),
+    Row("instances in use", (MIG_OFF,), 6, ("pid 4242 (user alice): python3 on GPU instance 8",),
+        untouched, ((MIG_ON, "1g.10gb", "2"), process(user="alice", gi=8)),
+        (ended(4242), (MIG_OFF,)), as_delivered),
+    Row("an instance that the driver does not let go", (MIG_OFF,), 6, ("could not be destroyed",),
+        None, ((MIG_ON, "1g.10gb", "2"),
+               rule(DESTROY, exit=19, text="Unable to destroy: In use by another client")),
+        (no_rules, (MIG_OFF,)), as_delivered),
+    Row("killed between creating and saving", (MIG_OFF,), 0, (), as_delivered,
+        ((MIG_ON, "1g.10gb", "2"), forgotten_ids)),
+    Row("instances that did not outlive a reset are made anew", (MIG_ON, "1g.10gb", "2"), 0, (),
+        has(profiles=["1g.10gb"] * 2), ((MIG_ON, "1g.10gb", "2"), no_compute_instances),
+        ((MIG_OFF,),), as_delivered),
+    Row("nothing to disable", (MIG_OFF,), 0, ("nothing to undo",), untouched),
+)  # fmt: skip
+def test_mig(row: Row) -> None:
+    check(row)
+
+
+# --- status ---------------------------------------------------------------------------------------
+
+
+@rows(
+    Row("an untouched GPU", (STATUS,), 0,
+        ("mode in force: time-slicing (what CUDA does by itself)", "compute mode:  Default",
+         "time slice:    Default", "MIG mode:      Disabled", "MPS daemon:    none",
+         "in use by:     nobody", "saved:         nothing"), untouched),
+    Row("processes and their owners", (STATUS,), 0, ("pid 4242 (user alice): python3, 512 MiB",),
+        untouched, (process(user="alice"),)),
+    Row("another user's daemon", (STATUS,), 0,
+        ("MPS daemon:    another, pid", "of user alice", "mps, by a daemon that enable_mps.sh did"),
+        untouched, (daemon(user="alice"),)),
+    Row("a mode without sharing", (STATUS,), 0, ("exclusive (compute mode Exclusive_Process: no",),
+        untouched, (gpu(compute_mode="Exclusive_Process"),)),
+    *(Row(f"what undoes {' '.join(setup)}", (STATUS,), 0,
+          (f"mode in force: {mode}", f"{saved}-{UUID}.state", f"undo: {undo}"), untouched, (setup,))
+      for setup, mode, saved, undo in (
+        ((TS, "4"), "time-slicing", "time-slicing", "./gpu-configs/reset_time_slicing.sh --gpu 0"),
+        ((TS, "4", "--timeslice", "long"), "time-slicing", "time-slice",
+         "sudo ./gpu-configs/reset_time_slicing.sh"),
+        ((MPS_ON,), "mps", "mps", "./gpu-configs/disable_mps.sh"),
+        ((MPS_ON, "--exclusive"), "mps", "compute-mode", "sudo ./gpu-configs/disable_mps.sh"),
+        ((MIG_ON, "1g.10gb", "4"), "mig", "mig", "sudo ./gpu-configs/disable_mig.sh"))),
+    Row("restore, as a dry run", (STATUS, "--restore", "--dry-run"), 0,
+        (f"disable_mps.sh --gpu {UUID}",), untouched, ((MPS_ON,),)),
+    Row("restore", (STATUS, "--restore"), 0, ("MPS is off",), as_delivered,
+        ((MPS_ON, "--exclusive"), (STATUS,))),
+    Row("a restore that fails keeps what is saved", (STATUS, "--restore"), 1, (), has(daemons=1),
+        ((MPS_ON,), rule(QUIT, exit=0, text="")), (no_rules, (STATUS, "--restore")), as_delivered),
+)  # fmt: skip
+def test_status(row: Row) -> None:
+    check(row)
+
+
+# --- whose state it is, and what sudo's caller can set --------------------------------------------
+
+
+def test_state_is_for_its_owner_alone_whatever_the_umask(scripts: ModeScripts) -> None:
+    for umask in ("000", "077"):
+        subprocess.run(
+            ["bash", "-c", f"umask {umask} && exec ./gpu-configs/{MPS_ON}"], cwd=scripts.project,
+            env=scripts.environment, capture_output=True, check=True, timeout=60,
+        )  # fmt: skip
+        paths = [scripts.state_directory, scripts.state_directory / f"mps-{UUID}.state"]
+        assert [path.stat().st_mode & 0o777 for path in paths] == [0o700, 0o600]
+        (found,) = scripts.machine.state()["mps"].values()
+        assert Path(found["log_directory"]).stat().st_mode & 0o777 == 0o700
+        scripts.must(MPS_OFF)
+        as_delivered(scripts)
+
+
+def as_link(path: Path) -> None:
+    """Somebody else's text, by a link."""
+    path.rename(path.parent.parent / "text")
+    path.symlink_to(path.parent.parent / "text")
+
+
+def as_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+@needs_real_root
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (as_link, "is a symbolic link, which these scripts never make; look at it and remove it"),
+        (as_folder, "is a directory, which these scripts never make"),
+        (lambda path: path.chmod(0o620), "others may write"),
+        (lambda path: path.parent.chmod(0o1777), "chmod go-w"),
+        (lambda path: os.chown(path, NOBODY.pw_uid, -1), "belongs to user nobody"),
+        (lambda path: os.chown(path.parent, NOBODY.pw_uid, -1), "GPU_SHARING_STATE_DIR"),
+    ],
+)
+def test_state_that_somebody_else_may_have_written_is_refused_and_nothing_is_done(
+    scripts: ModeScripts, spoil: Callable[[Path], None], words: str
+) -> None:
+    scripts.must(MPS_ON)
+    spoil(scripts.state_directory / f"mps-{UUID}.state")
+    scripts.machine.forget_calls()
+    for script in (MPS_OFF, MPS_ON):
+        result = scripts.run(script)
+        assert result.returncode == 5
+        (said,) = result.stderr.splitlines()
+        assert words in said
+    assert scripts.machine.changing_calls() == []
+    assert len(scripts.machine.state()["mps"]) == 1
+
+
+@needs_real_root
+@pytest.mark.parametrize(
+    ("folder_mode", "words"), [(0o1777, "others may write"), (0o000, "cannot look at")]
+)
+def test_a_state_folder_that_others_may_write_or_one_cannot_enter_is_refused(
+    scripts: ModeScripts, folder_mode: int, words: str
+) -> None:
+    scripts.state_directory.mkdir()
+    os.chown(scripts.state_directory, NOBODY.pw_uid, NOBODY.pw_gid)
+    scripts.state_directory.chmod(folder_mode)
+    for script in (MPS_ON, MPS_OFF)[: 1 if folder_mode else 2]:
+        result = scripts.run(script, prefix=AS_NOBODY)
+        assert result.returncode == 5
+        assert words in result.stderr
+    assert scripts.machine.changing_calls() == []
+
+
+@needs_real_root
+@pytest.mark.parametrize(
+    "command",
+    [(MPS_ON, "--exclusive"), (MIG_ON, "1g.5gb", "4"), (TS, "4", "--timeslice", "short")],
+    ids=" ".join,
+)
+def test_a_user_is_refused_with_the_sudo_line(scripts: ModeScripts, command: tuple) -> None:
+    result = scripts.run(*command, prefix=AS_NOBODY)
+    assert result.returncode == 5
+    assert f"sudo ./gpu-configs/{' '.join(command)}" in result.stderr
+    assert scripts.machine.changing_calls() == []
+
+
+def test_a_state_folder_that_cannot_be_made_is_named(scripts: ModeScripts) -> None:
     (scripts.folder / "file").write_text("")
-    result = scripts.run(
-        "setup_time_slicing.sh", "4", GPU_SHARING_STATE_DIR=str(scripts.folder / "file" / "x")
-    )
+    inside_a_file = str(scripts.folder / "file" / "x")
+    result = scripts.run(TS, "4", GPU_SHARING_STATE_DIR=inside_a_file)
     assert result.returncode == 5
     assert "GPU_SHARING_STATE_DIR" in result.stderr
 
 
-def test_status_of_an_untouched_gpu_says_that_nothing_is_to_be_undone(scripts: ModeScripts) -> None:
-    result = scripts.must("gpu_status.sh")
-    for line in (
-        "mode in force: time-slicing (what CUDA does by itself)",
-        "compute mode:  Default",
-        "time slice:    Default",
-        "MIG mode:      Disabled",
-        "MPS daemon:    none",
-        "in use by:     nobody",
-        "saved:         nothing",
-    ):
-        assert line in result.stdout
-    assert scripts.machine.changing_calls() == []
-
-
-def test_status_shows_each_gpu_or_the_one_asked_for() -> None:
-    with mode_scripts("h100x2") as scripts:
-        assert scripts.must("gpu_status.sh").stdout.count("mode in force") == 2
-        one = scripts.must("gpu_status.sh", "--gpu", "1").stdout
-    assert one.count("mode in force") == 1
-    assert "GPU-55555555-6666-7777-8888-999999999999" in one
-
-
-def test_status_names_the_processes_on_the_gpu_and_their_owners(scripts: ModeScripts) -> None:
-    scripts.machine.add_process(pid=4242, name="python3", user="alice")
-    assert "pid 4242 (user alice): python3, 512 MiB" in scripts.must("gpu_status.sh").stdout
-
-
-@needs_root
-@pytest.mark.parametrize(
-    ("before", "mode", "undo"),
-    [
-        (
-            ["setup_time_slicing.sh", "4"],
-            "time-slicing",
-            "undo: ./gpu-configs/reset_time_slicing.sh",
-        ),
-        (
-            ["setup_time_slicing.sh", "4", "--timeslice", "long"],
-            "time-slicing",
-            "undo: sudo ./gpu-configs/reset_time_slicing.sh",
-        ),
-        (["enable_mps.sh"], "mps", "undo: ./gpu-configs/disable_mps.sh"),
-        (["enable_mps.sh", "--exclusive"], "mps", "undo: sudo ./gpu-configs/disable_mps.sh"),
-        (["setup_mig.sh", "1g.10gb", "4"], "mig", "undo: sudo ./gpu-configs/disable_mig.sh"),
-    ],
-)
-def test_status_names_the_mode_the_state_file_and_the_command_that_undoes_it(
-    scripts: ModeScripts, before: list[str], mode: str, undo: str
-) -> None:
-    scripts.must(*before)
-    scripts.machine.forget_calls()
-    status = scripts.must("gpu_status.sh").stdout
-    assert f"mode in force: {mode}" in status
-    assert f"{mode}-{UUID}.state" in status
-    assert undo in status
-    assert scripts.machine.changing_calls() == []
-
-
-def test_status_knows_another_users_daemon(scripts: ModeScripts) -> None:
-    scripts.machine.add_mps_daemon("/nonexistent/pipe", user="alice", pid=777)
-    status = scripts.must("gpu_status.sh").stdout
-    assert "MPS daemon:    another, pid 777 of user alice" in status
-    assert "mode in force: mps, by a daemon that enable_mps.sh did not start" in status
-
-
-def test_status_of_a_compute_mode_that_forbids_sharing_says_so(scripts: ModeScripts) -> None:
-    scripts.machine.change_gpu(compute_mode="Exclusive_Process")
-    status = scripts.must("gpu_status.sh").stdout
-    assert "mode in force: exclusive (compute mode Exclusive_Process: no sharing)" in status
-
-
-def test_restore_undoes_what_a_killed_script_left_and_a_dry_run_only_says_so(
+def test_without_the_variable_state_goes_to_the_users_and_to_roots_own_folder(
     scripts: ModeScripts,
 ) -> None:
-    scripts.must("enable_mps.sh")
-    said = scripts.must("gpu_status.sh", "--restore", "--dry-run")
-    assert f"disable_mps.sh --gpu {UUID}" in said.stdout
-    assert scripts.machine.state()["mps"]
-    scripts.must("gpu_status.sh", "--restore")
-    assert not scripts.machine.state()["mps"]
-    assert scripts.left_behind() == []
-    assert "saved:         nothing" in scripts.must("gpu_status.sh", "--restore").stdout
+    home = scripts.folder / "home"
+    scripts.environment |= {"GPU_SHARING_STATE_DIR": "", "HOME": str(home)}
+    scripts.must(TS, "4", "--timeslice", "long")
+    (record,) = (home / ".local" / "state" / "gpu-sharing-bench").iterdir()
+    (setting,) = scripts.root_state.iterdir()
+    assert record.name == f"time-slicing-{UUID}.state"
+    assert setting.name == f"time-slice-{UUID}.state"
+    assert setting.stat().st_mode & 0o777 == 0o644
+    scripts.must(RESET)
+    assert list(scripts.root_state.iterdir()) == []
+    as_delivered(scripts)
+
+
+class Sudo:
+    """`nobody` types `sudo ./gpu-configs/...`, with a state folder of their own."""
+
+    def __init__(self, scripts: ModeScripts) -> None:
+        self.scripts = scripts
+        self.folder = scripts.folder / "of-nobody"
+        self.folder.mkdir()
+        os.chown(self.folder, NOBODY.pw_uid, NOBODY.pw_gid)
+        self.variables = {"GPU_SHARING_STATE_DIR": str(self.folder / "state")}
+
+    def run(self, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        return self.scripts.run(*command, prefix=["sudo"], **{**self.variables, **environment})
+
+    def without(self, *command: str) -> subprocess.CompletedProcess[str]:
+        return self.scripts.run(*command, prefix=AS_NOBODY, **self.variables)
+
+
+@pytest.fixture
+def sudo(scripts: ModeScripts) -> Sudo:
+    return Sudo(scripts)
+
+
+@needs_real_root
+def test_under_sudo_the_daemon_is_the_callers_and_the_compute_mode_is_in_roots_state(
+    sudo: Sudo,
+) -> None:
+    # The guide's two lines: sudo enables, then everything runs as the plain user.
+    result = sudo.run(MPS_ON, "--exclusive")
+    assert result.returncode == 0, result.stderr
+    (found,) = sudo.scripts.machine.state()["mps"].values()
+    assert (found["uid"], found["user"]) == (NOBODY.pw_uid, "nobody")
+    for path in [sudo.folder / "state", *(sudo.folder / "state").rglob("*")]:
+        assert path.stat().st_uid == NOBODY.pw_uid, path
+    (setting,) = sudo.scripts.root_state.iterdir()
+    assert (setting.name, setting.stat().st_uid) == (f"compute-mode-{UUID}.state", 0)
+    # the plain user sees it, and is told to use sudo for the compute mode
+    status = sudo.without(STATUS)
+    assert "mode in force: mps" in status.stdout
+    assert "undo: sudo ./gpu-configs/disable_mps.sh" in status.stdout
+    refused = sudo.without(MPS_OFF)
+    assert refused.returncode == 5
+    assert "sudo ./gpu-configs/disable_mps.sh" in refused.stderr
+    assert len(sudo.scripts.machine.state()["mps"]) == 1
+    result = sudo.run(MPS_OFF)
+    assert result.returncode == 0, result.stderr
+    assert [*sudo.scripts.root_state.iterdir(), *(sudo.folder / "state").iterdir()] == []
+    as_delivered(sudo.scripts)
+    # without --exclusive no root is needed to end what sudo started
+    assert sudo.run(MPS_ON).returncode == 0
+    assert sudo.without(MPS_OFF).returncode == 0
+    as_delivered(sudo.scripts)
+
+
+@needs_real_root
+def test_state_that_sudos_caller_has_written_makes_root_undo_nothing(sudo: Sudo) -> None:
+    instance()(sudo.scripts)
+    sudo.scripts.machine.change_gpu(compute_mode="Exclusive_Process", timeslice="Long")
+    state = sudo.folder / "state"
+    state.mkdir(mode=0o700)
+    planted = {
+        "mig": "previous_mig_mode=Disabled\nprofile=1g.10gb\ncount=1\ngpu_instances=11\n"
+               "instances_before=\n",
+        "compute-mode": "previous=Prohibited\nset=Exclusive_Process\n",
+        "time-slice": "previous=Short\nset=Long\n",
+        "time-slicing": "clients=4\ntimeslice=Long\nprevious_timeslice=Short\n",
+        "mps": "user=nobody\nuid=65534\npipe_directory=/nonexistent/pipe\n"
+               "previous_compute_mode=Prohibited\ncompute_mode=Exclusive_Process\n",
+    }  # fmt: skip
+    for kind, text in planted.items():
+        (state / f"{kind}-{UUID}.state").write_text(f"gpu_uuid={UUID}\n{text}")
+    for path in [state, *state.iterdir()]:
+        os.chown(path, NOBODY.pw_uid, NOBODY.pw_gid)
+    for script in (MIG_OFF, MPS_OFF, RESET):
+        assert sudo.run(script).returncode == 0
+    assert sudo.scripts.machine.changing_calls() == []
+    has(gis=[11], compute_mode="Exclusive_Process", timeslice="Long")(sudo.scripts)
+
+
+@needs_real_root
+@pytest.mark.parametrize("caller", ["nobody", "root"])
+def test_a_lock_in_the_callers_environment_holds_under_sudo_too(sudo: Sudo, caller: str) -> None:
+    result = sudo.run(MPS_ON, "--exclusive", FAKE_SUDO_USER=caller, GPU_SETTINGS_LOCKED="1")
+    assert result.returncode == 5
+    assert "GPU_SETTINGS_LOCKED=1" in result.stderr
+    assert sudo.scripts.machine.changing_calls() == []
+
+
+@needs_real_root
+def test_root_runs_no_program_from_a_folder_of_sudos_caller(sudo: Sudo) -> None:
+    planted = sudo.folder / "bin"
+    planted.mkdir()
+    for name in ("nvidia-smi", "setpriv", "stat"):
+        (planted / name).write_text(f"#!/bin/sh\ntouch {sudo.scripts.folder}/broken\n")
+        (planted / name).chmod(0o755)
+    os.chown(planted, NOBODY.pw_uid, -1)
+    path = f"{sudo.scripts.environment['PATH']}"
+    result = sudo.run(MIG_ON, "1g.10gb", "2", PATH=f"{path.split(':')[0]}:{planted}:{path}")
+    assert result.returncode == 0, result.stderr
+    assert sudo.run(MIG_OFF).returncode == 0
+    assert not (sudo.scripts.folder / "broken").exists()
+    as_delivered(sudo.scripts)
+
+
+@needs_real_root
+def test_root_does_not_follow_a_users_link_and_names_what_it_cannot_write(sudo: Sudo) -> None:
+    target = sudo.scripts.folder / "roots-own"
+    target.mkdir(mode=0o700)
+    (sudo.folder / "state").symlink_to(target)
+    linked = sudo.run(MPS_ON)
+    homeless = sudo.run(MPS_ON, GPU_SHARING_STATE_DIR="")
+    assert (linked.returncode, homeless.returncode) == (5, 5)
+    assert list(target.iterdir()) == []
+    assert "cannot write /nonexistent/.local/state/gpu-sharing-bench" in homeless.stderr
+    assert "GPU_SHARING_STATE_DIR" in homeless.stderr
+    assert sudo.scripts.machine.state()["mps"] == {}
+
+
+# --- signals --------------------------------------------------------------------------------------
+
+SET_UPS = [
+    ((TS, "4", "--timeslice", "long"), SET_SLICE),
+    ((MPS_ON, "--exclusive"), START),
+    ((MPS_ON, "--exclusive"), SET_MODE),
+    ((MIG_ON, "1g.10gb", "4"), SWITCH),
+    ((MIG_ON, "1g.10gb", "4"), CREATE),
+]
+
+
+@pytest.mark.parametrize(("command", "during"), SET_UPS)
+@pytest.mark.parametrize(
+    ("number", "group", "status"), [(signal.SIGINT, True, 130), (signal.SIGTERM, False, 143)]
+)
+def test_a_signal_in_the_middle_puts_everything_back(
+    scripts: ModeScripts, command: tuple[str, ...], during: str,
+    number: signal.Signals, group: bool, status: int,
+) -> None:  # fmt: skip
+    code, stderr = scripts.interrupt(*command, during=during, number=number, group=group)
+    assert code == status, stderr
+    assert "Putting back" in stderr
+    as_delivered(scripts)
+
+
+@pytest.mark.parametrize(
+    ("setup", "undo", "during"),
+    [(SET_UPS[0][0], RESET, SET_SLICE), (SET_UPS[1][0], MPS_OFF, SET_MODE),
+     (SET_UPS[3][0], MIG_OFF, DESTROY)],
+)  # fmt: skip
+def test_an_undo_that_was_interrupted_is_finished_by_the_next_one(
+    scripts: ModeScripts, setup: tuple[str, ...], undo: str, during: str
+) -> None:
+    scripts.must(*setup)
+    code, _ = scripts.interrupt(undo, during=during, number=signal.SIGTERM, group=False)
+    assert code == 143
+    scripts.must(undo)
+    as_delivered(scripts)
+
+
+@pytest.mark.parametrize("seed", range(int(os.environ.get("MODE_SCRIPT_KILLS", "50"))))
+def test_a_kill_at_a_random_moment_leaves_the_card_as_it_was(
+    scripts: ModeScripts, seed: int
+) -> None:
+    chosen = random.Random(seed)
+    setup, _ = chosen.choice(SET_UPS)
+    undo = {TS: RESET, MPS_ON: MPS_OFF, MIG_ON: MIG_OFF}[setup[0]]
+    number = chosen.choice([signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+    command = setup
+    if chosen.random() < 0.3:
+        scripts.must(*setup)
+        command = (undo,)
+    process = subprocess.Popen(
+        scripts.command(*command), cwd=scripts.project, env=scripts.environment,
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    time.sleep(chosen.uniform(0, 1.5))
+    if chosen.random() < 0.5:
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
+    process.wait(timeout=60)
+    wait_until(lambda: not has_members(process.pid), "what the script had started ends")
+    scripts.must(STATUS, "--restore")
+    as_delivered(scripts)
+
+
+def has_members(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True

@@ -507,7 +507,7 @@ def test_a_length_or_exclusive_mode_that_the_script_refuses_fails_the_phase(
     assert "GPU_SETTINGS_LOCKED" in runner.reason("time-slicing")
     assert "time-slicing" not in runner.suite_calls()
     assert runner.gpu()["timeslice"] == "Short"
-    assert runner.saved("time-slicing")["timeslice"] == "Short"
+    assert runner.saved("time-slice")["set"] == "Short"
 
 
 @needs_root

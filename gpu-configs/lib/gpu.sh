@@ -2,39 +2,86 @@
 # shellcheck disable=SC2034 # set here, read by the scripts that source this
 #
 # Questions to nvidia-smi about one GPU, and the two settings that more than one script changes.
+#
+# nvidia-smi ends with 14 and a warning where a GPU's infoROM is damaged, and prints an error line in
+# place of a GPU that is lost, while what it says of the others is right: so lines are read first, and
+# its exit status decides only what an empty answer means.
 
 # name last: it is the only field that could hold a comma
-readonly GPU_FIELDS=index,uuid,compute_mode,mig.mode.current,mig.mode.pending,compute_cap,name
+GPU_FIELDS=(index uuid compute_mode mig.mode.current mig.mode.pending compute_cap name)
+# Fields that an older nvidia-smi may not know; each is then [N/A].
+readonly GPU_LATER_FIELDS="mig.mode.current mig.mode.pending compute_cap"
 
-# Fills GPU_LINES, one line a GPU; ends with 3 where there is no driver or no GPU. Index and UUID
-# become parts of file names and of arithmetic, so that a line with others is none.
-gpu::list() {
-    local output line status=0
-    local -a lines
-    command -v nvidia-smi >/dev/null ||
-        die "$EXIT_NO_GPU" "nvidia-smi was not found; install the NVIDIA driver"
-    output=$(nvidia-smi "--query-gpu=$GPU_FIELDS" --format=csv,noheader 2>&1) || status=$?
-    ((status == 0)) ||
-        die "$EXIT_NO_GPU" "no usable GPU (nvidia-smi ended with $status): ${output%%$'\n'*}"
-    mapfile -t lines <<<"$output"
-    GPU_LINES=()
-    for line in "${lines[@]}"; do
-        gpu::read_line "$line"
-        [[ ! $GPU_INDEX =~ ^[0-9]{1,4}$ || ! $GPU_UUID =~ ^GPU-[0-9A-Za-z-]+$ ]] || GPU_LINES+=("$line")
+# A driver that hangs is one that could not be asked.
+gpu::ask() { timeout -k 5 60 nvidia-smi "$@" 2>&1; }
+
+# gpu::query [-i GPU]: fills QUERY_ROWS, one line a GPU, QUERY_REST, what else was said, and QUERY_STATUS.
+# Index and UUID become parts of file names and of arithmetic, so a line with others is no row.
+gpu::query() {
+    local output line name
+    local -a names
+    QUERY_ROWS=()
+    QUERY_REST=()
+    QUERY_STATUS=0
+    output=$(IFS=, && gpu::ask "$@" --query-gpu="${GPU_FIELDS[*]}" --format=csv,noheader) || QUERY_STATUS=$?
+    for name in $GPU_LATER_FIELDS; do
+        [[ $output == *"\"$name\" is not a valid field"* && " ${GPU_FIELDS[*]} " == *" $name "* ]] || continue
+        read -ra names <<<" ${GPU_FIELDS[*]/#$name/} "
+        GPU_FIELDS=("${names[@]}")
+        gpu::query "$@"
+        return
     done
-    ((${#GPU_LINES[@]} > 0)) ||
-        die "$EXIT_NO_GPU" "nvidia-smi names no GPU that can be used: $(printable "${lines[0]}")"
+    while IFS= read -r line; do
+        if [[ $line =~ ^[0-9]{1,4},\ GPU-[0-9A-Za-z-]+, ]]; then
+            QUERY_ROWS+=("$line")
+        elif [[ -n ${line// /} ]]; then
+            QUERY_REST+=("$(printable "$line")")
+        fi
+    done <<<"$output"
 }
 
+# Fills GPU_LINES, one line a GPU; ends with 3 where there is no driver or no GPU. What else nvidia-smi
+# says, of a GPU that is lost or damaged, is passed on.
+gpu::list() {
+    local line uuid status listing
+    local -a rest uuids
+    command -v nvidia-smi >/dev/null ||
+        die "$EXIT_NO_GPU" "nvidia-smi was not found; install the NVIDIA driver"
+    gpu::query
+    GPU_LINES=("${QUERY_ROWS[@]}")
+    rest=("${QUERY_REST[@]}")
+    status=$QUERY_STATUS
+    if ((${#GPU_LINES[@]} == 0)); then
+        # one GPU that is lost can make the question to all fail
+        listing=$(gpu::ask -L) || true
+        mapfile -t uuids < <(sed -nE 's/^GPU [0-9]+: .*\(UUID: (GPU-[0-9A-Za-z-]+)\)$/\1/p' <<<"$listing")
+        for uuid in "${uuids[@]}"; do
+            gpu::query -i "$uuid"
+            GPU_LINES+=("${QUERY_ROWS[@]}")
+        done
+    fi
+    if ((${#GPU_LINES[@]} == 0)); then
+        ((status == 0)) || die "$EXIT_NO_GPU" "no usable GPU (nvidia-smi ended with $status): ${rest[0]:-}"
+        die "$EXIT_NO_GPU" "nvidia-smi names no GPU that can be used: ${rest[0]:-nothing}"
+    fi
+    for line in "${rest[@]}"; do warn "nvidia-smi says: $line"; done
+}
+
+# gpu::read_line ROW: sets GPU_INDEX, GPU_UUID, ... of a row of gpu::query.
 gpu::read_line() {
-    local field
-    IFS=, read -r GPU_INDEX GPU_UUID GPU_COMPUTE_MODE GPU_MIG_CURRENT GPU_MIG_PENDING \
-        GPU_COMPUTE_CAPABILITY GPU_NAME <<<"$1"
-    for field in UUID COMPUTE_MODE MIG_CURRENT MIG_PENDING COMPUTE_CAPABILITY NAME; do
-        field=GPU_$field
-        printf -v "$field" '%s' "${!field# }"
+    local name fields=$1
+    local -A values=([mig.mode.current]="[N/A]" [mig.mode.pending]="[N/A]" [compute_cap]="[N/A]")
+    for name in "${GPU_FIELDS[@]::${#GPU_FIELDS[@]}-1}"; do
+        values[$name]=${fields%%, *}
+        fields=${fields#*, }
     done
-    GPU_NAME=$(printable "$GPU_NAME")
+    GPU_INDEX=${values[index]}
+    GPU_UUID=${values[uuid]}
+    GPU_COMPUTE_MODE=${values[compute_mode]}
+    GPU_MIG_CURRENT=${values[mig.mode.current]}
+    GPU_MIG_PENDING=${values[mig.mode.pending]}
+    GPU_COMPUTE_CAPABILITY=${values[compute_cap]}
+    GPU_NAME=$(printable "$fields")
 }
 
 # Chooses the GPU of --gpu, or the first, and fills the GPU_* variables.
@@ -60,67 +107,128 @@ gpu::select() {
 
 # Reads the settings of the chosen GPU anew.
 gpu::refresh() {
-    local line
-    line=$(nvidia-smi -i "$GPU_UUID" "--query-gpu=$GPU_FIELDS" --format=csv,noheader 2>&1) ||
-        die "$EXIT_NO_GPU" "GPU $GPU_UUID no longer answers: $line"
-    gpu::read_line "$line"
+    gpu::query -i "$GPU_UUID"
+    ((${#QUERY_ROWS[@]} == 1)) ||
+        die "$EXIT_NO_GPU" "GPU $GPU_UUID no longer answers: ${QUERY_REST[0]:-nothing was said}"
+    gpu::read_line "${QUERY_ROWS[0]}"
 }
 
 gpu::title() { printf 'GPU %s (%s, %s)' "$GPU_INDEX" "$GPU_NAME" "$GPU_UUID"; }
 
-# Fills HOLDERS with one readable line a process on the GPU; MPS servers that idle count too.
+# Fills HOLDERS with one readable line a process on the GPU; MPS servers that idle count too. False, with
+# NOT_TOLD, where nvidia-smi could not be asked for all of them.
 gpu::find_holders() {
-    local output pid memory name owner
+    local output line status=0
     HOLDERS=()
-    output=$(nvidia-smi -i "$GPU_UUID" --query-compute-apps=pid,used_memory,process_name \
-        --format=csv,noheader 2>/dev/null) || return 0
-    while IFS=, read -r pid memory name; do
-        [[ $pid =~ ^[0-9]+$ ]] || continue
-        owner=$(gpu::owner "$pid")
-        HOLDERS+=("$(printable "pid $pid (user ${owner:-unknown}): ${name# }, ${memory# }")")
+    NOT_TOLD=""
+    output=$(gpu::ask -i "$GPU_UUID" --query-compute-apps=pid,used_memory,process_name \
+        --format=csv,noheader) || status=$?
+    while IFS= read -r line; do
+        if [[ $line =~ ^([0-9]+),\ ([^,]*),\ (.*)$ ]]; then
+            line="pid ${BASH_REMATCH[1]} (user $(gpu::owner "${BASH_REMATCH[1]}")): ${BASH_REMATCH[3]}, ${BASH_REMATCH[2]}"
+            HOLDERS+=("$(printable "$line")")
+        elif [[ -n $line && ${line,,} != *"inforom is corrupted"* && $line != "No running processes found" ]]; then
+            NOT_TOLD=${NOT_TOLD:-$(printable "$line")}
+        fi
     done <<<"$output"
+    ((status == 0 || status == 14)) || NOT_TOLD=${NOT_TOLD:-nvidia-smi ended with $status}
+    [[ -z $NOT_TOLD ]]
 }
 
+# gpu::owner PID: an account's name may hold blanks.
 gpu::owner() {
-    command -v ps >/dev/null || return 0
-    { ps -o user:32= -p "$1" || true; } | tr -d ' '
+    local name
+    name=$(ps -o user:64= -p "$1" 2>/dev/null) || name=unknown
+    printf '%s' "${name%"${name##*[! ]}"}"
 }
 
 # The processes on the GPU, on stderr.
 gpu::print_holders() {
-    gpu::find_holders
+    gpu::find_holders || log "Who uses $(gpu::title) could not be asked: $NOT_TOLD"
     ((${#HOLDERS[@]} > 0)) || return 0
     log "On $(gpu::title):"
     printf '  %s\n' "${HOLDERS[@]}" >&2
 }
 
-# gpu::timeslice: Default, Short, Medium or Long; nothing where the GPU has no such setting.
-gpu::timeslice() {
-    local output
-    output=$(nvidia-smi compute-policy -l 2>/dev/null) || return 0
-    awk -v gpu="$GPU_INDEX" '$1 == "|" && $2 == gpu && $3 == "Timeslice" { print $4; exit }' <<<"$output"
+# --- compute mode and time slice --------------------------------------------------------------------
+
+# setting::read compute-mode|time-slice: sets CURRENT, Default among others; nothing where the GPU has no
+# such setting. False, with NOT_TOLD, where nvidia-smi could not be asked.
+setting::read() {
+    local output status=0
+    if [[ $1 == compute-mode ]]; then
+        gpu::refresh
+        CURRENT=$GPU_COMPUTE_MODE
+        return 0
+    fi
+    output=$(gpu::ask compute-policy -l) || status=$?
+    CURRENT=$(awk -v gpu="$GPU_INDEX" '$1 == "|" && $2 == gpu && $3 == "Timeslice" { print $4; exit }' <<<"$output")
+    # 2 and 3: no such command in this nvidia-smi, no such setting on this GPU
+    [[ -z $CURRENT && $status != [23] && $output != *"compute policies"* ]] || return 0
+    NOT_TOLD=$(printable "${output%%$'\n'*}")
+    NOT_TOLD=${NOT_TOLD:-nvidia-smi ended with $status}
+    return 1
 }
 
-# gpu::put_back_timeslice NAME
-gpu::put_back_timeslice() {
-    [[ $(gpu::timeslice) != "$1" ]] || return 0
-    gpu::change_timeslice "$1"
-    [[ $(gpu::timeslice) == "$1" ]] || card::failed "the time slice could not be set back to $1"
+# setting::require_read NAME: the same, and ends the script where it is not known.
+setting::require_read() {
+    setting::read "$1" || die "$EXIT_FAILED" "the ${1/-/ } could not be asked: $NOT_TOLD"
 }
 
-gpu::change_timeslice() {
-    local -rA numbers=([Default]=0 [Short]=1 [Medium]=2 [Long]=3)
-    run --card nvidia-smi compute-policy -i "$GPU_UUID" --set-timeslice "${numbers[$1]}"
+# setting::change NAME VALUE: asks nvidia-smi for it, unless it is so, and reads it back.
+setting::change() {
+    local -rA slices=([Default]=0 [Short]=1 [Medium]=2 [Long]=3)
+    setting::require_read "$1"
+    [[ $CURRENT != "$2" ]] || return 0
+    if [[ $1 == compute-mode ]]; then
+        # it reports `Exclusive_Process` and takes `EXCLUSIVE_PROCESS`
+        run --card nvidia-smi -i "$GPU_UUID" -c "${2^^}"
+    else
+        run --card nvidia-smi compute-policy -i "$GPU_UUID" --set-timeslice "${slices[$2]}"
+    fi
+    ((DRY_RUN)) && return 0
+    setting::require_read "$1"
+    [[ $CURRENT == "$2" ]] || card::failed "the ${1/-/ } is $CURRENT, not $2"
 }
 
-# gpu::put_back_compute_mode NAME
-gpu::put_back_compute_mode() {
-    gpu::refresh
-    [[ $GPU_COMPUTE_MODE != "$1" ]] || return 0
-    gpu::change_compute_mode "$1"
-    gpu::refresh
-    [[ $GPU_COMPUTE_MODE == "$1" ]] || card::failed "the compute mode could not be set back to $1"
+# setting::set NAME VALUE: changes it and saves what it was before any of our changes. A saved value
+# counts only while the setting still is what we set: a driver reload resets it, and then the present one
+# is the previous one.
+setting::set() {
+    local previous
+    setting::require_read "$1"
+    [[ $CURRENT != "$2" ]] || return 0
+    previous=$CURRENT
+    if state::load "$1" && [[ ${STATE[set]:-} == "$CURRENT" ]]; then
+        previous=${STATE[previous]:-$CURRENT}
+    fi
+    undo::push state::put_back "$1" "$(state::text "$1")"
+    undo::push setting::change "$1" "$CURRENT"
+    [[ $2 == "$previous" ]] || state::save "$1" "previous=$previous" "set=$2"
+    setting::change "$1" "$2"
+    [[ $2 != "$previous" ]] || state::remove "$1"
 }
 
-# nvidia-smi reports `Exclusive_Process` and takes `EXCLUSIVE_PROCESS`.
-gpu::change_compute_mode() { run --card nvidia-smi -i "$GPU_UUID" -c "${1^^}"; }
+# setting::check_saved NAME: ends the script where a saved setting cannot be put back; sets IS_OURS, whether
+# there is one that still is what was set here.
+setting::check_saved() {
+    IS_OURS=0
+    state::load "$1" || return 0
+    [[ ${STATE[previous]:-} =~ ^(Default|Short|Medium|Long|Prohibited|Exclusive_(Process|Thread))$ ]] ||
+        die "$EXIT_FAILED" "$(state::file "$1") is damaged (previous=${STATE[previous]:-})"
+    setting::require_read "$1"
+    [[ $CURRENT != "${STATE[set]:-}" || $CURRENT == "${STATE[previous]}" ]] || IS_OURS=1
+    card::require "changing the ${1/-/ }"
+}
+
+# setting::put_back NAME: what was before setting::set, if that is still in force.
+setting::put_back() {
+    setting::check_saved "$1"
+    ((${#STATE[@]})) || return 0
+    if ((IS_OURS)); then
+        setting::change "$1" "${STATE[previous]}"
+    elif [[ $CURRENT != "${STATE[previous]}" ]]; then
+        warn "the ${1/-/ } is $CURRENT, not the ${STATE[set]:-?} that was set up; left as it is"
+    fi
+    state::remove "$1"
+}

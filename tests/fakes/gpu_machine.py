@@ -30,6 +30,7 @@ Environment variables
     match        shell pattern on the command as logged, e.g. "nvidia-smi -i * -mig 1"
     exit         exit status in place of the real one (default 1)
     text         what is printed in place of the real text (default: nothing)
+    append       what is printed after the real text, with `exit` (default 14: infoROM damaged)
     after        so many matching calls go through first (default 0)
     times        then so many calls are hit (default: all)
     apply        true: the change is made all the same, before failing (default false)
@@ -51,12 +52,16 @@ import time
 
 FAKES_FOLDER = os.path.dirname(os.path.abspath(__file__))
 
+# Above the largest pid of Linux, so that no pretended process is a real one's.
+FIRST_PID = 2**22 + 900
+
 # Exit statuses of nvidia-smi, from its manual page; 6 was seen, the others are UNVERIFIED.
 SMI_INVALID_ARGUMENT = 2
 SMI_NOT_SUPPORTED = 3
 SMI_NO_PERMISSION = 4
 SMI_NOT_FOUND = 6
 SMI_DRIVER_NOT_LOADED = 9
+SMI_LOST = 15
 SMI_IN_USE = 19  # UNVERIFIED: the number of NVML_ERROR_IN_USE
 
 
@@ -105,10 +110,42 @@ def _profiles(names: list[str], memory_gib: list[float], multiprocessors: list[i
 
 _SMALL = [9.75, 9.75, 19.62, 19.62, 39.50, 39.50, 79.25]
 _HOPPER_SM = [16, 16, 26, 32, 60, 64, 132]
-_AMPERE_SM = [14, 14, 14, 28, 42, 56, 98]  # UNVERIFIED, as all of the A100 and H200 tables
+_AMPERE_SM = [14, 14, 14, 28, 42, 56, 98]
+# The H100's tables were seen, the H200's but for the placements; the others are UNVERIFIED.
 _NAMES_80 = ["1g.10gb", "1g.10gb+me", "1g.20gb", "2g.20gb", "3g.40gb", "4g.40gb", "7g.80gb"]
 _NAMES_40 = ["1g.5gb", "1g.5gb+me", "1g.10gb", "2g.10gb", "3g.20gb", "4g.20gb", "7g.40gb"]
 _NAMES_141 = ["1g.18gb", "1g.18gb+me", "1g.35gb", "2g.35gb", "3g.71gb", "4g.71gb", "7g.141gb"]
+_NAMES_180 = ["1g.23gb", "1g.23gb+me", "1g.45gb", "2g.45gb", "3g.90gb", "4g.90gb", "7g.180gb"]
+# Cards of four slices: name, id, total, placements, size.
+_A30 = [
+    ("1g.6gb", 14, 4, [0, 1, 2, 3], 1),
+    ("1g.6gb+me", 21, 1, [0, 1, 2, 3], 1),
+    ("2g.12gb", 5, 2, [0, 2], 2),
+    ("2g.12gb+me", 6, 1, [0, 2], 2),
+    ("4g.24gb", 0, 1, [0], 4),
+]
+_RTX_PRO = [
+    ("1g.24gb", 14, 4, [0, 1, 2, 3], 1),
+    ("1g.24gb+me", 21, 1, [0, 1, 2, 3], 1),
+    ("1g.24gb+gfx", 47, 4, [0, 1, 2, 3], 1),
+    ("1g.24gb+me.all", 65, 1, [0, 1, 2, 3], 1),
+    ("1g.24gb-me", 67, 4, [0, 1, 2, 3], 1),
+    ("2g.48gb", 5, 2, [0, 2], 2),
+    ("2g.48gb+gfx", 35, 2, [0, 2], 2),
+    ("2g.48gb+me.all", 64, 1, [0, 2], 2),
+    ("4g.96gb", 0, 1, [0], 4),
+    ("4g.96gb+gfx", 32, 1, [0], 4),
+]
+
+
+def _quarters(table: list[tuple], slice_gib: float, slice_sm: int) -> list[dict]:
+    """The profiles of a card of four slices."""
+    return [
+        _profile(
+            name, number, total, size * slice_gib, size * slice_sm, "1     1     0", 1, starts, size
+        )
+        for name, number, total, starts, size in table
+    ]
 
 
 def _gpu(
@@ -131,6 +168,7 @@ def _gpu(
         "compute_mode": "Default",
         "timeslice": "Default",  # null: compute-policy is not supported
         "profiles": profiles,
+        "lost": False,  # nvidia-smi prints an error line in its place
         # {"gi", "ci" (null: none), "profile", "profile_id", "start", "size", "uuid"}
         "instances": [],
         # {"pid", "name", "user", "used_memory_mib", "gi" (null: the whole GPU)}
@@ -171,9 +209,31 @@ MACHINES = {
             "9.0",
             143771,
             132,
-            _profiles(_NAMES_141, [16.0, 16.0, 32.5, 32.5, 69.5, 69.5, 140.0], _HOPPER_SM),
+            _profiles(_NAMES_141, [16.0, 16.0, 32.5, 32.5, 69.75, 69.75, 140.0], _HOPPER_SM),
         )
     ],
+    "b200": lambda: [
+        _gpu(
+            "NVIDIA B200",
+            "10.0",
+            183359,
+            148,
+            _profiles(_NAMES_180, [22.0, 22.0, 44.5, 44.5, 89.0, 89.0, 178.0], _HOPPER_SM),
+        )
+    ],
+    "a30": lambda: [_gpu("NVIDIA A30", "8.0", 24576, 56, _quarters(_A30, 5.81, 14))],
+    "rtx-pro-6000": lambda: [
+        _gpu(
+            "NVIDIA RTX PRO 6000 Blackwell Server Edition",
+            "12.0",
+            97887,
+            188,
+            _quarters(_RTX_PRO, 23.6, 46),
+        )
+    ],
+    "geforce": lambda: [_gpu("NVIDIA GeForce RTX 4060", "8.9", 8188, 24, [])],
+    # CUDA counts the fastest first, nvidia-smi by bus id
+    "t4-h100": lambda: [_gpu("Tesla T4", "7.5", 15360, 40, []), _second(_h100())],
     "t4": lambda: [_gpu("Tesla T4", "7.5", 15360, 40, [])],
     "k40": lambda: [{**_gpu("Tesla K40m", "3.0", 11441, 15, []), "timeslice": None}],
     "no-gpu": list,
@@ -190,9 +250,13 @@ def new_machine(kind: str) -> dict:
         "driver": "not-loaded" if kind == "no-driver" else "ok",
         "gpus": MACHINES[kind](),
         # pipe directory -> {"pid", "uid", "user", "percentage", "log_directory", "server" (pid or
-        # null), "clients": [{"pid", "name"}], "visible_devices"}
+        # null), "clients": [{"pid", "name"}], "visible_devices", "protocol"}
         "mps": {},
-        "next_pid": 900,
+        # fields that this nvidia-smi is too old to know
+        "unknown_fields": [],
+        # {"pid", "uid", "user", "comm", "args"} of processes that only ps shows
+        "others": [],
+        "next_pid": FIRST_PID,
     }
 
 
@@ -298,11 +362,15 @@ def answer(command: str, changes: bool, act) -> int:
         rule = store.matching_rule(command) or {}
     # A slow call sleeps without the lock and before it changes anything, as a real one would.
     time.sleep(rule.get("seconds", 0))
-    fails = "exit" in rule or "text" in rule
+    appends = "append" in rule
+    fails = ("exit" in rule or "text" in rule) and not appends
     with store:
         status, text = act(store.machine) if not fails or rule.get("apply") else (0, "")
         if fails:
             status, text = rule.get("exit", 1), rule.get("text", "")
+        if appends:
+            status = rule.get("exit", 14)
+            text = "\n".join(filter(None, [text.rstrip("\n"), rule["append"]]))
         store.log(command, changes, status)
     if text:
         sys.stdout.write(text if text.endswith("\n") else text + "\n")
@@ -376,7 +444,12 @@ class FakeMachine:
             store.machine["gpus"][index]["processes"].append(process)
 
     def add_mps_daemon(
-        self, pipe_directory: str, uid: int = 1000, user: str = "alice", pid: int = 777
+        self,
+        pipe_directory: str,
+        uid: int = 1000,
+        user: str = "alice",
+        pid: int = FIRST_PID - 1,
+        protocol: int = 2,
     ) -> None:
         """Let a control daemon of somebody run that no script of ours started."""
         with Store(self.folder) as store:
@@ -389,6 +462,7 @@ class FakeMachine:
                 "server": None,
                 "clients": [],
                 "visible_devices": None,
+                "protocol": protocol,
             }
 
     def add_mps_client(self, pid: int, name: str = "python3", index: int = 0) -> None:

@@ -23,6 +23,7 @@ enum {
     NOT_SUPPORTED = 3,
     NOT_FOUND = 6,
     INSUFFICIENT_SIZE = 7,
+    GPU_IS_LOST = 15,
     ARGUMENT_VERSION_MISMATCH = 25,
 };
 
@@ -251,9 +252,12 @@ int nvmlDeviceGetCount_v2(unsigned *count)
 
 int nvmlDeviceGetHandleByIndex_v2(unsigned index, device_t **device)
 {
+    unsigned lost;
     ENTER();
     if (index >= (unsigned)gpu_count())
         return INVALID_ARGUMENT;
+    if (read_unsigned("lost", index, &lost) && lost)
+        return GPU_IS_LOST;
     *device = &cards[index];
     return SUCCESS;
 }

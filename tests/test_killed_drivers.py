@@ -1,112 +1,34 @@
-"""Saved state: whose it is, who may read it, and what a driver that was killed leaves in it."""
+"""What a driver enables and undoes: how long it took, and what one that was killed leaves."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from driver_runner import AS_BEFORE, UUID, DriverRunner
-from mode_script_runner import (
-    AS_NOBODY,
-    NOBODY,
-    PROJECT_ROOT,
-    ModeScripts,
-    needs_real_root,
-    needs_root,
-)
+from mode_script_runner import PROJECT_ROOT, needs_root
 from waiting import wait_until
-
-from benchmarking.modes.script_state import read_state
 
 LEFT = "was left in force when the script was cut off"
 
 
-def with_umask(scripts: ModeScripts, umask: str, script: str) -> None:
-    """Run a mode script under a umask that lets others write."""
-    subprocess.run(
-        ["bash", "-c", 'umask "$1" && exec "./gpu-configs/$2"', "x", umask, script],
-        cwd=PROJECT_ROOT, env=scripts.environment, capture_output=True, check=True, timeout=60,
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("umask", ["000", "077"])
-def test_state_is_for_its_owner_alone_whatever_the_umask(scripts: ModeScripts, umask: str) -> None:
-    with_umask(scripts, umask, "enable_mps.sh")
-    modes = {
-        path.name if path.suffix else "folder": path.stat().st_mode & 0o777
-        for path in [scripts.state_directory, *scripts.state_directory.glob("*.state")]
-    }
-    assert modes == {"folder": 0o700, f"mps-{UUID}.state": 0o600}
-    (daemon,) = scripts.machine.state()["mps"].values()
-    assert Path(daemon["log_directory"]).stat().st_mode & 0o777 == 0o700
-    scripts.must("disable_mps.sh")
-    assert scripts.left_behind() == []
-
-
-def as_link(path: Path, folder: Path) -> None:
-    """Somebody else's text, by a link."""
-    (folder / "text").write_text(path.read_text())
-    path.unlink()
-    path.symlink_to(folder / "text")
-
-
-def as_folder(path: Path, folder: Path) -> None:
-    path.unlink()
-    path.mkdir()
-
-
-def as_file_of_another(path: Path, folder: Path) -> None:
-    os.chown(path, NOBODY.pw_uid, -1)
-
-
-def as_folder_of_another(path: Path, folder: Path) -> None:
-    os.chown(path.parent, NOBODY.pw_uid, -1)
-
-
-@pytest.mark.parametrize(
-    ("spoil", "words"),
-    [
-        (as_link, "is a symbolic link, which these scripts never make; look at it and remove it"),
-        (as_folder, "is a directory, which these scripts never make"),
-        (lambda path, folder: path.chmod(0o620), "others may write"),
-        (lambda path, folder: path.parent.chmod(0o1777), "chmod go-w"),
-        pytest.param(as_file_of_another, "belongs to user nobody", marks=needs_real_root),
-        pytest.param(as_folder_of_another, "GPU_SHARING_STATE_DIR", marks=needs_real_root),
-    ],
-)
-def test_state_that_somebody_else_may_have_written_is_refused_and_nothing_is_done(
-    scripts: ModeScripts, spoil: Callable[[Path, Path], None], words: str
-) -> None:
-    scripts.must("enable_mps.sh")
-    path = scripts.state_directory / f"mps-{UUID}.state"
-    spoil(path, scripts.folder)
-    scripts.machine.forget_calls()
-    for script in ("disable_mps.sh", "enable_mps.sh"):
-        result = scripts.run(script)
-        assert result.returncode == 5
-        (said,) = result.stderr.splitlines()
-        assert words in said
-    assert scripts.machine.changing_calls() == []
-    assert len(scripts.machine.state()["mps"]) == 1
-    environment = {"GPU_SHARING_STATE_DIR": str(scripts.state_directory)}
-    assert read_state("mps", UUID, environment) == {}
-
-
-@needs_real_root
-def test_a_state_folder_that_others_may_write_gets_no_state(scripts: ModeScripts) -> None:
-    scripts.state_directory.mkdir()
-    scripts.state_directory.chmod(0o1777)
-    result = scripts.run("enable_mps.sh", prefix=AS_NOBODY)
-    assert result.returncode == 5
-    assert f"others may write {scripts.state_directory}" in result.stderr
-    assert scripts.machine.changing_calls() == scripts.left_behind() == []
-
-
-# --- what a killed driver leaves ----------------------------------------------------------------
+def test_what_enabling_and_undoing_a_mode_took_is_recorded(runner: DriverRunner) -> None:
+    assert runner.drive("run_experiments.sh", "--modes", "time-slicing,mps").returncode == 0
+    lines = (runner.output / "mode_scripts.jsonl").read_text().splitlines()
+    runs = [json.loads(line) for line in lines]
+    assert [(run["script"], run["arguments"]) for run in runs] == [
+        (script, arguments)
+        for script, arguments in (
+            ("setup_time_slicing.sh", ["4"]), ("reset_time_slicing.sh", []),
+            ("enable_mps.sh", []), ("disable_mps.sh", []),
+        )
+    ]  # fmt: skip
+    assert all(0 < run["seconds"] < 60 and run["exit_code"] == 0 for run in runs)
+    assert {run["gpu_uuid"] for run in runs} == {UUID}
 
 
 @pytest.mark.parametrize("script", ["run_experiments.sh", "stress_test.sh"])
