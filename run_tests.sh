@@ -2,7 +2,7 @@
 # Every check of the project. See usage below.
 set -Eeuo pipefail
 
-cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
+CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
 # shellcheck source=setup_environment.sh
 source ./setup_environment.sh
 

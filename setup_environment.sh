@@ -10,11 +10,23 @@
 # .venv says for which requirements it is complete, so that an installation that was interrupted is
 # finished at the next start.
 
-ENVIRONMENT_ROOT=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
+# Under it the names of the functions here would be none.
+set +o posix
+unset -v POSIXLY_CORRECT
+
+ENVIRONMENT_ROOT=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 readonly ENVIRONMENT_ROOT
 readonly VENV_FOLDER=$ENVIRONMENT_ROOT/.venv
 readonly VENV_PYTHON=$VENV_FOLDER/bin/python
 readonly OLDEST_PYTHON=3.10
+readonly PYTHON_NAMES=(python3 python3.14 python3.13 python3.12 python3.11 python3.10 python)
+
+# An entry of PYTHONPATH that is empty or relative means the folder that a script is started in, where
+# others may have put a venv.py; for the same reason whatever needs no packages is run with -I.
+if [[ -n ${PYTHONPATH:-} ]]; then
+    PYTHONPATH=$(tr : '\n' <<<"$PYTHONPATH" | { grep '^/' || true; } | paste -sd :)
+    [[ -n $PYTHONPATH ]] || unset PYTHONPATH
+fi
 
 environment::set_up() {
     local -r requirements=$1
@@ -51,7 +63,7 @@ environment::die() {
 
 environment::is_new_enough() {
     command -v "$1" >/dev/null &&
-        "$1" -c "import sys; sys.exit(sys.version_info < (${OLDEST_PYTHON/./, }))" 2>/dev/null
+        "$1" -I -c "import sys; sys.exit(sys.version_info < (${OLDEST_PYTHON/./, }))" 2>/dev/null
 }
 
 # environment::missing PYTHON REQUIREMENTS_FILE [--import]: prints what PYTHON lacks, a line each;
@@ -98,12 +110,12 @@ environment::install() {
     local -r requirements=$1
     if ! environment::is_new_enough "$VENV_PYTHON"; then
         environment::make_venv
-    elif ! "$VENV_PYTHON" -m pip --version >/dev/null 2>&1; then
-        "$VENV_PYTHON" -m ensurepip >&2 || environment::die "no pip in $VENV_FOLDER; delete it"
+    elif ! "$VENV_PYTHON" -I -m pip --version >/dev/null 2>&1; then
+        "$VENV_PYTHON" -I -m ensurepip >&2 || environment::die "no pip in $VENV_FOLDER; delete it"
     fi
     environment::announce "$requirements"
     trap 'exit 130' INT # pip ends with a status of its own, which would be taken for a failure
-    if ! "$VENV_PYTHON" -m pip install --disable-pip-version-check -r "$requirements" >&2; then
+    if ! "$VENV_PYTHON" -I -m pip install --disable-pip-version-check -r "$requirements" >&2; then
         environment::log "Still missing in $VENV_FOLDER:"
         environment::missing "$VENV_PYTHON" "$requirements" >&2 || true
         environment::die "pip could not install the packages above; start again with a network," \
@@ -118,17 +130,26 @@ environment::install() {
 # What is there instead is an interrupted attempt, or belongs to a Python that is gone or too old.
 environment::make_venv() {
     local candidate
-    for candidate in python3 python3.14 python3.13 python3.12 python3.11 python3.10 python; do
+    for candidate in "${PYTHON_NAMES[@]}"; do
         if environment::is_new_enough "$candidate" &&
-            "$candidate" -c 'import venv, ensurepip' 2>/dev/null; then
+            "$candidate" -I -c 'import venv, ensurepip' 2>/dev/null; then
             environment::log "Making $VENV_FOLDER with $(command -v "$candidate")."
-            "$candidate" -m venv --clear "$VENV_FOLDER" ||
+            "$candidate" -I -m venv --clear "$VENV_FOLDER" ||
                 environment::die "$candidate could not make $VENV_FOLDER (see above)"
             return
         fi
     done
     environment::die "no Python >= $OLDEST_PYTHON with its venv module was found; install one" \
         "(Debian, Ubuntu: apt install python3-venv)"
+}
+
+# Prints a Python that is new enough for what needs no packages.
+environment::any_python() {
+    local candidate
+    for candidate in ${PYTHON:+"$PYTHON"} "${PYTHON_NAMES[@]}" "$VENV_PYTHON"; do
+        ! environment::is_new_enough "$candidate" || { printf '%s' "$candidate" && return; }
+    done
+    environment::die "no Python >= $OLDEST_PYTHON was found; install one (Debian, Ubuntu: apt install python3)"
 }
 
 environment::announce() {

@@ -188,18 +188,40 @@ def test_an_interrupted_installation_is_finished(complete: Project, wheels: Path
     assert complete.start().stderr == ""
 
 
-def test_ctrl_c_during_an_installation_ends_with_130_and_no_advice(
-    complete: Project, tmp_path: Path
-) -> None:
+def test_ctrl_c_during_an_installation_ends_with_130_and_no_advice(complete: Project) -> None:
     next(complete.venv.glob("complete-*")).unlink()
     shutil.rmtree(complete.site_packages() / "pip")
-    slow_pip = tmp_path / "slow"
-    slow_pip.mkdir()
-    (slow_pip / "pip.py").write_text(SLOW_PIP)
+    (complete.site_packages() / "pip.py").write_text(SLOW_PIP)
     (complete.folder / "requirements.txt").write_text("tiny-tool>=1.3,<2\n")
-    result = complete.start(PYTHONPATH=str(slow_pip))
+    result = complete.start()
     assert result.returncode == 130
     assert "error:" not in result.stderr
+
+
+@pytest.mark.parametrize("python_path", [None, "", ".", ":/nonexistent", "relative:"])
+def test_modules_in_the_folder_that_a_script_is_started_in_are_never_run(
+    tmp_path: Path, wheels: Path, python_path: str | None
+) -> None:
+    project = make_project(tmp_path / "project")
+    for name in ("venv", "ensurepip", "pip", "sys", "importlib", "argparse", "re", "tiny_tool",
+                 "multiprocessing", "subprocess", "encodings"):  # fmt: skip
+        (project.folder / f"{name}.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')\n")
+    variables = {} if python_path is None else {"PYTHONPATH": python_path}
+    first = project.start(wheels=wheels, **variables)
+    assert first.returncode == 0, first.stderr
+    (next(project.venv.glob("complete-*"))).unlink()
+    assert project.start(**variables).returncode == 0
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_cdpath_sends_nobody_elsewhere(complete: Project) -> None:
+    (complete.folder.parent / "other" / "project").mkdir(parents=True)
+    driver = "set -eu; source project/setup_environment.sh; printf '%s' \"$ENVIRONMENT_ROOT\""
+    result = subprocess.run(
+        ["bash", "-c", driver], cwd=complete.folder.parent, capture_output=True, text=True,
+        env={**os.environ, "CDPATH": str(complete.folder.parent / "other")}, check=True,
+    )  # fmt: skip
+    assert result.stdout == str(complete.folder)
 
 
 def test_a_venv_that_somebody_else_filled_is_taken_and_stamped(complete: Project) -> None:
