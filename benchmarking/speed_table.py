@@ -275,11 +275,10 @@ def find_gpu(selector: str | None) -> dict[str, Any] | None:
     Ends the process with code 2 where a GPU was named that does not exist, with 3 where the driver
     cannot use it.
     """
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if selector is None and visible is not None and visible.strip() in ("", "-1"):
-        return None
     try:
-        gpu = nvml.open_gpu(selector or (visible or "").split(",")[0].strip() or None)
+        gpu = nvml.open_gpu(selector or nvml.visible_gpu(os.environ))
+    except nvml.GpuHiddenError:
+        return None
     except nvml.GpuNotFoundError as error:
         print(f"speed_table.py: error: {error}", file=sys.stderr)
         raise SystemExit(EXIT_USAGE) from None
@@ -292,7 +291,7 @@ def find_gpu(selector: str | None) -> dict[str, Any] | None:
 def describe_process(process: Mapping[str, Any]) -> str:
     """Return a process of NVML's list in words; its name only where its pid is visible here."""
     try:
-        name = Path(f"/proc/{process['pid']}/comm").read_text(encoding="utf-8").strip()
+        name = Path(f"/proc/{process['pid']}/comm").read_text(errors="replace").strip()
     except OSError:
         name = "name unknown"
     return f"pid {process['pid']} ({name})"

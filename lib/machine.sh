@@ -75,13 +75,11 @@ machine::inspect() {
     trap 'refusals::note "$?"' EXIT # until signals::install
     if [[ $DEVICE == cpu ]]; then
         log "CPU demonstration, as asked for (--device cpu)."
-    elif [[ $DEVICE == auto && ${CUDA_VISIBLE_DEVICES-unset} =~ ^(-1)?$ ]]; then
+    elif [[ $DEVICE == auto && -z $GPU_SELECTOR ]] && machine::hides_gpus; then
         log "CPU demonstration: CUDA_VISIBLE_DEVICES hides every GPU."
     elif machine::lists_a_gpu; then
-        if [[ -z $GPU_SELECTOR && ${CUDA_VISIBLE_DEVICES:-} =~ ^([0-9]+|GPU-[^,]+) ]]; then
-            GPU_SELECTOR=${BASH_REMATCH[1]}
-        fi
         user::resolve
+        [[ -n $GPU_SELECTOR ]] || machine::take_visible
         gpu::select
         HAS_GPU=1
         log "$(gpu::title)"
@@ -93,6 +91,42 @@ machine::inspect() {
     fi
 }
 
+# machine::visible [FLAG]: what benchmarking/hardware/visible_devices.py makes of CUDA_VISIBLE_DEVICES.
+machine::visible() {
+    local python
+    python=$(environment::any_python) || exit "$EXIT_FAILED"
+    "$python" -I "$PROJECT_ROOT/benchmarking/hardware/visible_devices.py" "$@"
+}
+
+# Whether the variable hides every GPU; the driver is asked only where the value does not say so alone.
+machine::hides_gpus() {
+    local visible
+    [[ -v CUDA_VISIBLE_DEVICES ]] || return 1
+    ! machine::visible --names-none || return 0
+    machine::lists_a_gpu || return 1
+    visible=$(machine::visible) || exit "$EXIT_NO_GPU"
+    [[ -z $visible ]]
+}
+
+# Sets GPU_SELECTOR to the first GPU that CUDA would see.
+machine::take_visible() {
+    local visible
+    [[ -v CUDA_VISIBLE_DEVICES ]] || return 0
+    visible=$(machine::visible) || exit "$EXIT_NO_GPU"
+    case $visible in
+        "")
+            die "$EXIT_NO_GPU" "CUDA_VISIBLE_DEVICES='$(printable "$CUDA_VISIBLE_DEVICES")' hides every GPU;" \
+                "unset it, name a GPU by --gpu, or choose --device cpu"
+            ;;
+        MIG-*)
+            die "$EXIT_USAGE" "CUDA_VISIBLE_DEVICES names the MIG device ${visible%%$'\n'*}, which is not the" \
+                "whole card: name the card with --gpu, each client gets an instance of it"
+            ;;
+        *) GPU_SELECTOR=${visible%%$'\n'*} ;;
+    esac
+}
+
+# Whether nvidia-smi names any GPU, in whatever place: one that is lost does not hide the others.
 machine::lists_a_gpu() {
     local output
     if ! command -v nvidia-smi >/dev/null; then
@@ -101,13 +135,13 @@ machine::lists_a_gpu() {
                 "the PATH, or choose --device cpu"
         return 1
     fi
-    output=$(nvidia-smi -L 2>&1) || true
-    case $output in
-        *"GPU 0:"*) return 0 ;;
-        "" | *"No devices"*) return 1 ;;
+    output=$(gpu::ask -L) || true
+    case $'\n'$output in
+        *$'\n'"GPU "[0-9]*": "*"(UUID: "*) return 0 ;;
+        $'\n' | *"No devices"*) return 1 ;;
     esac
-    die "$EXIT_NO_GPU" "nvidia-smi does not answer (${output%%$'\n'*}); mend the driver, or choose" \
-        "--device cpu"
+    die "$EXIT_NO_GPU" "nvidia-smi does not answer ($(printable "${output%%$'\n'*}")); mend the driver, or" \
+        "choose --device cpu"
 }
 
 # machine::mode_name MODE: what a run under the mode may be called here.

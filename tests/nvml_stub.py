@@ -32,6 +32,7 @@ mig_devices               list of (uuid, gpu_instance_id, multiprocessors, MiB, 
 gpm                       1 when GPM is supported; the figures are gpm_graphics_util, gpm_sm_util,
                           gpm_sm_occupancy, gpm_any_tensor_util, gpm_dram_bw_util; with "_gi7"
                           behind, they are those of GPU instance 7
+lost                      1: the GPU has left the bus
 fail                      {"nvmlDeviceGetPowerUsage": 3}: functions that return this NVML code
 ========================= ======================================================================
 """

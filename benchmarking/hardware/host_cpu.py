@@ -105,7 +105,7 @@ def _threads_of(pid: int) -> Iterator[tuple[int, float]]:
 def _read_stat(path: Path) -> _Stat | None:
     """Read a process's or thread's stat file; `None` when it has ended meanwhile."""
     try:
-        text = path.read_text()
+        text = path.read_text(errors="replace")  # a process may call itself anything
     except OSError:
         return None
     # The second field, the name, may hold spaces and brackets: count from its closing one.

@@ -11,12 +11,20 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any
+
+from benchmarking.hardware.visible_devices import VISIBLE, Card, names_none, visible_devices
 
 try:
     import pynvml
 except ImportError:
     pynvml = None
+    NVML_ERRORS: tuple[type[Exception], ...] = ()
+else:
+    # A name that is no UTF-8, a library without a symbol, a structure of another version: pynvml
+    # raises what ctypes and decoding raise, besides its own errors.
+    NVML_ERRORS = (pynvml.NVMLError, ValueError, TypeError, AttributeError, OSError)
 
 MEBIBYTE = 1024**2
 # sizeof and revision of nvmlMemory_v2_t. Only version 2 counts used memory as nvidia-smi does:
@@ -84,6 +92,14 @@ class GpuUnusableError(Exception):
     """A GPU is there but cannot be asked; the message is one sentence that names the fix."""
 
 
+class GpuHiddenError(Exception):
+    """CUDA_VISIBLE_DEVICES hides every GPU."""
+
+    def __init__(self) -> None:
+        """Say so."""
+        super().__init__(f"{VISIBLE} hides every GPU")
+
+
 def unavailable_reason() -> str | None:
     """Return why there is no GPU to ask, or None when there is one."""
     return _initialized()[0]
@@ -102,16 +118,15 @@ def _initialized() -> tuple[str | None, bool]:
     try:
         pynvml.nvmlInit()
         count = pynvml.nvmlDeviceGetCount()
-    except pynvml.NVMLError as error:
-        return f"NVML says: {in_words(error)}", error.value in (
-            LIBRARY_NOT_FOUND, DRIVER_NOT_LOADED,
-        )  # fmt: skip
+    except NVML_ERRORS as error:
+        is_no_driver = getattr(error, "value", None) in (LIBRARY_NOT_FOUND, DRIVER_NOT_LOADED)
+        return f"NVML says: {in_words(error)}", is_no_driver
     return (None if count else "the driver answers but lists no GPU"), not count
 
 
-def in_words(error: pynvml.NVMLError) -> str:
+def in_words(error: Exception) -> str:
     """Return NVML's words for an error, with what to do about it where that is known."""
-    advice = ADVICE.get(error.value)
+    advice = ADVICE.get(getattr(error, "value", None))
     return f"{error} ({advice})" if advice else str(error)
 
 
@@ -127,7 +142,8 @@ def open_gpu(selector: str | int | None = None) -> Gpu | None:
     """Return the GPU or MIG instance that ``selector`` names.
 
     Args:
-        selector: NVML's index, a ``GPU-...`` or ``MIG-...`` UUID; None means the first GPU.
+        selector: NVML's index, a ``GPU-...`` or ``MIG-...`` UUID; None means the first GPU that
+            is not lost.
 
     Returns:
         None when no GPU was named and this machine has none (``unavailable_reason`` says why).
@@ -144,16 +160,44 @@ def open_gpu(selector: str | int | None = None) -> Gpu | None:
             return None
         raise GpuNotFoundError(f"GPU {selector} cannot be found: {reason}.")
     try:
-        if selector is None or str(selector).isdecimal():
-            return Gpu(pynvml.nvmlDeviceGetHandleByIndex(int(selector or 0)))
+        if selector is None:
+            return Gpu(pynvml.nvmlDeviceGetHandleByIndex(next(iter(_handles()[0]), 0)))
+        if str(selector).isdecimal():
+            return Gpu(pynvml.nvmlDeviceGetHandleByIndex(int(selector)))
         return Gpu(pynvml.nvmlDeviceGetHandleByUUID(str(selector)))
-    except pynvml.NVMLError as error:
-        if error.value in ADVICE:
+    except NVML_ERRORS as error:
+        if getattr(error, "value", None) in ADVICE:
             raise GpuUnusableError(f"NVML says: {in_words(error)}") from None
         known = ", ".join(_known_selectors())
         raise GpuNotFoundError(
             f"GPU {selector} cannot be found ({error}): choose one of {known}."
         ) from None
+
+
+def visible_gpu(environment: Mapping[str, str]) -> str | None:
+    """Return the UUID of the GPU or MIG device that CUDA would take first.
+
+    None where CUDA_VISIBLE_DEVICES is not set, or where there is no GPU to ask.
+
+    Raises:
+        GpuHiddenError: The variable hides every GPU.
+    """
+    if VISIBLE not in environment:
+        return None
+    if names_none(environment[VISIBLE]):
+        raise GpuHiddenError
+    if unavailable_reason() is not None:
+        return None
+    cards = [_card(handle) for handle in _handles()[0].values()]
+    visible = visible_devices(environment, [card for card in cards if card.uuid])
+    if not visible:
+        raise GpuHiddenError
+    return visible[0]
+
+
+def lost_gpus() -> list[str]:
+    """Return a sentence for each GPU of the machine that cannot be asked while others can."""
+    return [] if unavailable_reason() is not None else _handles()[1]
 
 
 def describe_gpu(selector: str | int | None = None) -> dict[str, Any] | None:
@@ -418,8 +462,8 @@ def _ask(function: str, *arguments: Any) -> Any:
         return None
     try:
         return callee(*arguments)
-    except pynvml.NVMLError as error:
-        if error.value not in NO_FAILURES:
+    except NVML_ERRORS as error:
+        if getattr(error, "value", None) not in NO_FAILURES:
             _failures.setdefault(function, in_words(error))
         return None
 
@@ -440,12 +484,33 @@ def _open_or_none(selector: str | int | None) -> Gpu | None:
         return None
 
 
+def _handles() -> tuple[dict[int, Any], list[str]]:
+    """Return the handles of all GPUs by index, and a sentence for each that is lost."""
+    handles, lost = {}, []
+    for index in range(_ask("nvmlDeviceGetCount") or 0):
+        try:
+            handles[index] = pynvml.nvmlDeviceGetHandleByIndex(index)
+        except NVML_ERRORS as error:
+            lost.append(f"GPU {index} cannot be used: NVML says: {in_words(error)}")
+    return handles, lost
+
+
+def _card(handle: Any) -> Card:
+    capability = _ask("nvmlDeviceGetCudaComputeCapability", handle) or (0, 0)
+    memory = _ask("nvmlDeviceGetMemoryInfo", handle)
+    return Card(
+        uuid=_ask("nvmlDeviceGetUUID", handle) or "",
+        name=_ask("nvmlDeviceGetName", handle) or "",
+        mig_uuids=tuple(
+            filter(None, (_ask("nvmlDeviceGetUUID", one) for one in _mig_handles(handle)))
+        ),
+        speed=(*capability, 0 if memory is None else memory.total),
+    )
+
+
 def _known_selectors() -> list[str]:
     """Return "0 (GPU-...)" for each GPU, for an error that names the fix."""
-    handles = [
-        _ask("nvmlDeviceGetHandleByIndex", i) for i in range(_ask("nvmlDeviceGetCount") or 0)
-    ]
-    return [f"{i} ({_ask('nvmlDeviceGetUUID', h)})" for i, h in enumerate(handles) if h is not None]
+    return [f"{i} ({_ask('nvmlDeviceGetUUID', h)})" for i, h in _handles()[0].items()]
 
 
 def _mig_handles(card: Any) -> list[Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -245,6 +246,8 @@ def prepare(
     if gpu:
         beside = _notes_on_occupants(gpu["uuid"], may_be=request.beside_others or not require_mode)
     notes += beside
+    if gpu and nvml.compute_processes(gpu["uuid"]) is None:
+        notes.append("whether other processes are on the GPU could not be asked")
     if gpu and request.mode == MODE_TIME_SLICING:
         warning = time_slicing_warning(most, gpu["uuid"], environment)
         notes += [warning] if warning else []
@@ -371,14 +374,17 @@ def find_gpu(
     Raises `SuiteError`: code 2 for a `--gpu` that does not exist, code 3 where a GPU is there or
     was asked for but cannot be used.
     """
-    visible = environment.get("CUDA_VISIBLE_DEVICES")
     if request.device == "cpu":
         return None, ["--device cpu: CPU demonstration, whatever mode was asked for"]
-    if visible is not None and visible.strip() in ("", "-1") and request.device == "auto":
-        return None, ["CUDA_VISIBLE_DEVICES hides every GPU: CPU demonstration"]
-    selector = request.gpu or (visible or "").split(",")[0].strip() or None
     try:
+        selector = request.gpu or nvml.visible_gpu(environment)
         gpu = nvml.open_gpu(selector)
+    except nvml.GpuHiddenError as error:
+        if request.device == "auto":
+            return None, [f"{error}: CPU demonstration"]
+        raise SuiteError(
+            f"--device cuda, but {error}: unset it, or name a GPU by --gpu", EXIT_NO_GPU
+        ) from error
     except nvml.GpuNotFoundError as error:
         code = EXIT_USAGE if nvml.unavailable_reason() is None else EXIT_NO_GPU
         raise SuiteError(str(error), code) from error
@@ -398,7 +404,7 @@ def find_gpu(
                 f"{selector} is a MIG instance: name the card with --gpu, each client gets an "
                 "instance of it", EXIT_USAGE,
             )  # fmt: skip
-        return facts, []
+        return facts, nvml.lost_gpus()
     reason = nvml.unavailable_reason()
     if _nvidia_smi_lists_a_gpu():
         raise SuiteError(
@@ -418,8 +424,12 @@ def _nvidia_smi_lists_a_gpu() -> bool:
     program = shutil.which("nvidia-smi")
     if program is None:
         return False
-    listing = subprocess.run([program, "-L"], capture_output=True, text=True, check=False)
-    return listing.returncode == 0 and "GPU 0" in listing.stdout
+    listing = subprocess.run(
+        [program, "-L"], stdin=subprocess.DEVNULL, capture_output=True, check=False,
+        encoding="utf-8", errors="replace",
+    )  # fmt: skip
+    # A damaged or lost GPU changes the exit status and adds a line; the others are listed.
+    return re.search(r"^GPU \d+: .*\(UUID: ", listing.stdout, re.MULTILINE) is not None
 
 
 def _run_called(reference: str | None, results_dir: Path) -> Run | None:
