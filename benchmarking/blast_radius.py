@@ -34,8 +34,8 @@ from benchmarking.blast import summary, text
 from benchmarking.blast.aftermath import Aftermath, UntilOver, judge_neighbor
 from benchmarking.command_line.argument_types import positive_float, positive_int
 from benchmarking.command_line.one_line_parser import OneLineParser
+from benchmarking.modes.mode_scripts import lock_reason, read_state
 from benchmarking.modes.mps import MpsMode, ask_mps_control
-from benchmarking.modes.script_state import read_state
 from benchmarking.planning import mps_knobs
 from benchmarking.planning.plan import MIXES, MODE_MPS, MODES, PlannedClient, PlannedCoRun
 from benchmarking.running.launcher import (
@@ -68,7 +68,6 @@ from benchmarking.storage.run_store import ClientPaths, utc_now, write_json_atom
 
 FAULTS = tuple(text.FAULT_WORDS)
 FAULT_CLIENT = "workloads/custom/fault_client.py"
-LOCK_VARIABLE = "GPU_SETTINGS_LOCKED"
 # Under MPS the daemon's own limit stands behind the cap that the client sets itself.
 MPS_MEMORY_LIMIT = "8G"
 READY_SECONDS = 1800.0
@@ -150,9 +149,10 @@ def refuse_harm(options: argparse.Namespace) -> None:
     """Raise `SuiteError` for a fault that could end other people's work without their leave."""
     if options.fault != "illegal-access":
         return
-    if os.environ.get(LOCK_VARIABLE) == "1":
+    lock = lock_reason(os.environ)
+    if lock is not None:
         raise SuiteError(
-            f"--fault illegal-access: {LOCK_VARIABLE}=1 says that others use the card", EXIT_USAGE
+            f"--fault illegal-access: {lock} says that others use the card", EXIT_USAGE
         )
     if not options.allow_illegal_access:
         raise SuiteError(

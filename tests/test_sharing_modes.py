@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from mode_script_runner import NOBODY
 
+from benchmarking.modes import mode_scripts
 from benchmarking.modes import mps as mps_mode
 from benchmarking.modes.choice import make_mode
 from benchmarking.modes.cpu_demo import CpuDemoMode
 from benchmarking.modes.mig import MigMode
 from benchmarking.modes.mode_evidence import ProcessLists
+from benchmarking.modes.mode_scripts import (
+    ModeScriptError,
+    in_force,
+    is_set_up,
+    lock_reason,
+    read_state,
+)
 from benchmarking.modes.mps import MpsMode, ask_mps_control
-from benchmarking.modes.script_state import read_state
 from benchmarking.modes.sharing_mode import ModeNotInForceError, is_own_pid_namespace
-from benchmarking.modes.time_slice import time_slice
-from benchmarking.modes.whole_gpu import WholeGpuMode, time_slicing_warning
+from benchmarking.modes.whole_gpu import WholeGpuMode, time_slice, time_slicing_warning
 
 UUID = "GPU-00000000-1111-2222-3333-444444444444"
 EMPTY = Path("/empty")
@@ -400,25 +408,114 @@ TABLE = """+-------------------------------------+
 
 
 @pytest.mark.parametrize(
-    ("index", "said", "saved", "found"),
-    [
-        (0, TABLE, "Short", "Default"),
-        (10, TABLE, None, "Long"),
-        (1, TABLE, "Short", "Short"),
-        (0, None, "Short", "Short"),
-        (0, None, "$(id)", None),
-        (0, None, None, None),
-    ],
+    ("index", "said", "status", "found"),
+    [(0, TABLE, 0, "Default"), (10, TABLE, 14, "Long"), (1, TABLE, 0, None), (0, "", 3, None)],
 )
-def test_the_time_slice_is_the_drivers_word_then_the_scripts_and_else_unknown(
+def test_the_time_slice_is_the_drivers_word_whatever_its_exit_status_and_else_unknown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    index: int, said: str | None, saved: str | None, found: str | None,
+    index: int, said: str, status: int, found: str | None,
 ) -> None:  # fmt: skip
     program = tmp_path / "nvidia-smi"
-    program.write_text(f"#!/bin/sh\ncat <<END\n{said}\nEND\n" if said else "#!/bin/sh\nexit 3\n")
+    program.write_text(f"#!/bin/sh\ncat <<END\n{said}\nEND\nexit {status}\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    environment = {"GPU_SHARING_STATE_DIR": str(tmp_path)}
-    if saved:
-        (tmp_path / f"time-slicing-{UUID}.state").write_text(f"timeslice={saved}\n")
-    assert time_slice({"index": index, "uuid": UUID}, environment) == found
+    assert time_slice({"index": index}) == found
+
+
+# --- running the mode scripts -------------------------------------------------------------------
+
+
+@pytest.fixture
+def stand_ins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two scripts that log their call; the undo fails where there is a file `refuse`."""
+    for name in ("enable_mps.sh", "disable_mps.sh"):
+        (tmp_path / name).write_text(
+            f'#!/bin/sh\necho "$(basename "$0") $*" >> {tmp_path}/log\nsleep 0.05\n'
+            f'[ "$0" = {tmp_path}/enable_mps.sh ] || [ ! -e {tmp_path}/refuse ] || '
+            '{ printf "error: in the way: \\370\\n" >&2; exit 6; }\n'
+        )
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setattr(mode_scripts, "SCRIPTS", tmp_path)
+    return tmp_path
+
+
+def test_a_mode_is_in_force_inside_the_block_and_what_it_took_is_recorded(stand_ins: Path) -> None:
+    with in_force(["enable_mps.sh", "--percentage", "50"], "disable_mps.sh", UUID, stand_ins):
+        (enabled,) = (stand_ins / "log").read_text().splitlines()
+    assert enabled == f"enable_mps.sh --percentage 50 --gpu {UUID}"
+    with (
+        pytest.raises(ValueError, match="inside"),
+        in_force(["enable_mps.sh"], "disable_mps.sh", UUID, stand_ins),
+    ):
+        raise ValueError("inside")
+    lines = (stand_ins / "mode_scripts.jsonl").read_text().splitlines()
+    runs = [json.loads(line) for line in lines]
+    assert [run["script"] for run in runs] == ["enable_mps.sh", "disable_mps.sh"] * 2
+    assert runs[0]["arguments"] == ["--percentage", "50"]
+    assert {run["gpu_uuid"] for run in runs} == {UUID}
+    assert all(0.05 <= run["seconds"] < 10 and run["exit_code"] == 0 for run in runs)
+
+
+def test_a_mode_that_is_not_undone_is_an_error_in_the_scripts_words(stand_ins: Path) -> None:
+    (stand_ins / "refuse").touch()
+    with (
+        pytest.raises(ModeScriptError, match=r"^disable_mps\.sh: in the way: \ufffd$"),
+        in_force(["enable_mps.sh"], "disable_mps.sh", UUID, stand_ins),
+    ):
+        pass
+    last = json.loads((stand_ins / "mode_scripts.jsonl").read_text().splitlines()[-1])
+    assert (last["exit_code"], last["message"]) == (6, "in the way: \ufffd")
+
+
+def test_settings_are_locked_by_the_variable_or_by_roots_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mode_scripts, "LOCK_OF_ROOT", tmp_path / "lock")
+    assert lock_reason({}) is None
+    assert lock_reason({"GPU_SETTINGS_LOCKED": "1"}) == "GPU_SETTINGS_LOCKED=1"
+    (tmp_path / "lock").touch()
+    assert lock_reason({}) == str(tmp_path / "lock")
+
+
+def test_settings_of_the_card_count_as_set_up_only_in_roots_own_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mode_scripts, "STATE_OF_ROOT", tmp_path / "root")
+    write_state(tmp_path / "user", "mig", "previous_mig_mode=Disabled\n")
+    as_user = {"GPU_SHARING_STATE_DIR": str(tmp_path / "user"), "SUDO_UID": str(NOBODY.pw_uid)}
+    if os.geteuid() != 0:
+        as_user.pop("SUDO_UID")
+    assert not is_set_up("mig", UUID, as_user)
+    if os.geteuid() == 0:
+        write_state(tmp_path / "root", "mig", "previous_mig_mode=Disabled\n")
+        assert is_set_up("mig", UUID, as_user)
+        write_state(tmp_path / "root", "time-slice", "set=Short\n")
+        assert is_set_up("time-slicing", UUID, as_user)
+
+
+def test_a_daemon_that_answers_in_other_words_is_named_and_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "nvidia-cuda-mps-control"
+    program.write_text(
+        '#!/bin/sh\necho "Unknown command (protocol ${CUDA_MPS_PROTOCOL_VERSION-2})"\n'
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("CUDA_MPS_PROTOCOL_VERSION", "3")
+    assert ask_mps_control("/pipe", "get_server_list") == "Unknown command (protocol 2)\n"
+    assert mps("/pipe").pipe_directory() is None
+    with pytest.raises(ModeNotInForceError, match=r"/pipe: a daemon that answers in other words"):
+        mps("/pipe").require()
+
+
+def test_a_list_of_clients_that_could_not_be_asked_for_is_unknown_and_not_empty(
+    control: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = control("11 12")
+    assert mps_mode.mps_clients(directory) == {11, 12}
+    ask = mps_mode.ask_mps_control
+    monkeypatch.setattr(
+        mps_mode, "ask_mps_control", lambda pipe, asked: None if asked == "ps" else ask(pipe, asked)
+    )
+    assert mps_mode.mps_clients(directory) is None

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from benchmarking.modes.cpu_demo import CpuDemoMode
 from benchmarking.modes.mig import MigMode
+from benchmarking.modes.mode_scripts import read_state
 from benchmarking.modes.mps import MpsMode, own_default_pipe_directory
-from benchmarking.modes.script_state import read_state
 from benchmarking.modes.sharing_mode import GpuFacts, SharingMode, is_own_pid_namespace
 from benchmarking.modes.whole_gpu import WholeGpuMode
 from benchmarking.planning.plan import (

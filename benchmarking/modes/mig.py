@@ -14,11 +14,10 @@ from benchmarking.modes.mode_evidence import (
     device_evidence,
     verdict_of,
 )
+from benchmarking.modes.mode_scripts import SETUP_MIG
 from benchmarking.modes.sharing_mode import GpuFacts, SharingMode, gpu_answers
 from benchmarking.planning import mig_layout
 from benchmarking.planning.plan import MODE_MIG
-
-SETUP_MIG = "sudo ./gpu-configs/setup_mig.sh"
 
 
 class MigMode(SharingMode):

@@ -17,10 +17,9 @@ from benchmarking.modes.mode_evidence import (
     past_mps_evidence,
     verdict_of,
 )
+from benchmarking.modes.mode_scripts import ENABLE_MPS
 from benchmarking.modes.sharing_mode import GpuFacts, SharingMode, gpu_answers, mig_is_off
 from benchmarking.planning.plan import MODE_MPS
-
-ENABLE_MPS = "./gpu-configs/enable_mps.sh"
 
 CONTROL_PROGRAM = "nvidia-cuda-mps-control"
 CONTROL_TIMEOUT_SECONDS = 10
@@ -60,14 +59,16 @@ class MpsMode(SharingMode):
             Evidence("an MPS control daemon answers", daemon, found is not None, ENABLE_MPS),
             Evidence(
                 "compute mode lets the MPS server in", str(compute_mode),
-                compute_mode in ("Default", "Exclusive_Process"), ENABLE_MPS,
+                None if compute_mode is None else compute_mode in ("Default", "Exclusive_Process"),
+                ENABLE_MPS,
             ),
         ]  # fmt: skip
 
     def pipe_directory(self) -> str | None:
         """Return the first candidate at which a daemon answers: socket files prove nothing."""
         for candidate in self._candidates:
-            if ask_mps_control(candidate, "get_server_list") is not None:
+            answer = ask_mps_control(candidate, "get_server_list")
+            if answer is not None and not _has_other_words(answer):
                 return candidate
         return None
 
@@ -115,11 +116,13 @@ class MpsMode(SharingMode):
 
 def ask_mps_control(pipe_directory: str, command: str) -> str | None:
     """Return what the MPS control daemon of a pipe directory answers, `None` when none does."""
+    # What the caller set for their own programs, such as CUDA_MPS_PROTOCOL_VERSION, stays away.
+    without_cuda = {k: v for k, v in os.environ.items() if not k.startswith("CUDA_")}
     try:
         answer = subprocess.run(
             [CONTROL_PROGRAM], input=f"{command}\n", capture_output=True, check=False,
             encoding="utf-8", errors="replace",
-            env={**os.environ, "CUDA_MPS_PIPE_DIRECTORY": pipe_directory},
+            env={**without_cuda, "CUDA_MPS_PIPE_DIRECTORY": pipe_directory},
             timeout=CONTROL_TIMEOUT_SECONDS,
         )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired):
@@ -128,7 +131,7 @@ def ask_mps_control(pipe_directory: str, command: str) -> str | None:
 
 
 def mps_clients(pipe_directory: str) -> frozenset[int] | None:
-    """Return the pids of a daemon's clients by `ps` and `get_client_list`, `None` if it is mute.
+    """Return the pids of a daemon's clients by `ps` and `get_client_list`, `None` if either fails.
 
     `ps` prints a table whose first column is the client's pid, `get_client_list SERVER` one pid a
     line. Lines that begin with anything else ("Server not found", a heading) name no client.
@@ -139,7 +142,10 @@ def mps_clients(pipe_directory: str) -> frozenset[int] | None:
     answers = [ask_mps_control(pipe_directory, "ps")]
     for server in _first_numbers(servers):
         answers.append(ask_mps_control(pipe_directory, f"get_client_list {server}"))
-    return frozenset(pid for answer in answers for pid in _first_numbers(answer or ""))
+    known = [answer for answer in answers if answer is not None]
+    if len(known) < len(answers):
+        return None
+    return frozenset(pid for answer in known for pid in _first_numbers(answer))
 
 
 def _first_numbers(text: str) -> list[int]:
@@ -162,8 +168,18 @@ def own_default_pipe_directory() -> str:
     return str(DEFAULT_PIPE_DIRECTORY) if is_own else ""
 
 
+def _has_other_words(servers: str) -> bool:
+    """Whether a daemon that was asked for its servers answers otherwise than with pids.
+
+    MPS since CUDA 13 has a protocol 3 with other commands, by NVIDIA's manual.
+    """
+    return any(not line.strip().isdecimal() for line in servers.splitlines() if line.strip())
+
+
 def _with_access(pipe_directory: str) -> str:
     """Return a pipe directory as an error names it: one that is shut may hide a daemon."""
+    if _has_other_words(ask_mps_control(pipe_directory, "get_server_list") or ""):
+        return f"{pipe_directory}: a daemon that answers in other words (MPS protocol 3?)"
     try:
         os.stat(Path(pipe_directory) / "control")
     except PermissionError:

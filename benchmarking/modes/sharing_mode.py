@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarking.modes.mode_evidence import Evidence, Identity, ProcessLists, Proof
+from benchmarking.modes.mode_scripts import DISABLE_MIG
 
-DISABLE_MIG = "sudo ./gpu-configs/disable_mig.sh"
 GPU_ANSWERS = "the driver answers for the GPU"
 GPU_LOST_FIX = (
     "look for Xid in the kernel's log, then reset the GPU with nvidia-smi --gpu-reset, or restart"
@@ -116,6 +116,6 @@ def is_own_pid_namespace(proc: Path = Path("/proc")) -> bool:
     """
     try:
         is_first = os.readlink(proc / "self/ns/pid") == INITIAL_PID_NAMESPACE
-        return not is_first or (proc / "2/comm").read_text().strip() != "kthreadd"
+        return not is_first or (proc / "2/comm").read_bytes().strip() != b"kthreadd"
     except OSError:
         return True

@@ -19,8 +19,7 @@ from benchmarking.hardware import nvml
 from benchmarking.modes.choice import make_mode
 from benchmarking.modes.mode_evidence import Evidence
 from benchmarking.modes.sharing_mode import ModeNotInForceError, SharingMode
-from benchmarking.modes.time_slice import time_slice
-from benchmarking.modes.whole_gpu import time_slicing_warning
+from benchmarking.modes.whole_gpu import time_slice, time_slicing_warning
 from benchmarking.planning import mig_layout, pairs
 from benchmarking.planning import plan as planning
 from benchmarking.planning.mps_knobs import MpsKnobs
@@ -276,7 +275,7 @@ def prepare(
         notes=notes,
         co_runs_of=co_runs_of,
         baseline_run=baseline_run,
-        timeslice=time_slice(gpu, environment) if gpu else None,
+        timeslice=time_slice(gpu) if gpu else None,
         is_contended=bool(beside),
     )
 

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarking.modes.script_state import read_state
+from benchmarking.modes.mode_scripts import ModeScriptError, in_force, is_set_up, lock_reason
 from benchmarking.planning.plan import MODE_EXCLUSIVE, MODE_MIG
 from benchmarking.running.launcher import Interruption
 from benchmarking.running.suite_setup import (
@@ -27,7 +27,6 @@ from benchmarking.running.suite_setup import (
 )
 from benchmarking.storage.run_store import resolve_run, utc_now, write_json_atomic
 from benchmarking.sweeping import report
-from benchmarking.sweeping.card import CardError, setting
 from benchmarking.sweeping.knobs import KNOBS, Knob, alone_words
 from benchmarking.sweeping.points import INTERRUPTED, NOT_RUN, OK, Point, read_point
 
@@ -132,7 +131,7 @@ class SweepRun:
         try:
             with self._in_force(value):
                 code = self._run_suite(words, self._knob.slug(value))
-        except CardError as error:
+        except ModeScriptError as error:
             print(f"sweep.py: error: {error}", file=sys.stderr)
             return EXIT_FAILED, str(error)
         reasons = {EXIT_COMPLETE: None, EXIT_INTERRUPTED: INTERRUPTED}
@@ -144,7 +143,7 @@ class SweepRun:
             return contextlib.nullcontext()
         clients = (self._options.request.workloads or (USUAL_CLIENTS,))[0]
         setup = self._knob.setup_words(value, clients)
-        return setting(setup, str(self._knob.undo), self._options.gpu)
+        return in_force(setup, str(self._knob.undo), self._options.gpu, self._folder)
 
     def _run_suite(self, words: Sequence[str], run_id: str) -> int:
         """Run the suite to its end; asked to stop, it is asked, too, and keeps its records."""
@@ -169,15 +168,16 @@ class SweepRun:
 
 def card_of(parser: argparse.ArgumentParser, options: argparse.Namespace, knob: Knob) -> str:
     """Return the UUID of the card whose settings may be changed, or end with one sentence."""
-    if os.environ.get("GPU_SETTINGS_LOCKED", "0") == "1":
-        parser.error(f"GPU_SETTINGS_LOCKED=1 forbids --knob {knob.name}, which changes the card")
+    lock = lock_reason(os.environ)
+    if lock is not None:
+        parser.error(f"{lock} forbids --knob {knob.name}, which changes the card")
     try:
         gpu, _ = find_gpu(Request(gpu=options.gpu, device=options.device), os.environ)
     except SuiteError as error:
         parser.exit(error.exit_code, f"{parser.prog}: error: {error}\n")
     if gpu is None:
         parser.exit(EXIT_NO_GPU, f"{parser.prog}: error: --knob {knob.name} needs a GPU\n")
-    if read_state(str(knob.state), gpu["uuid"], os.environ):
+    if is_set_up(str(knob.state), gpu["uuid"], os.environ):
         parser.error(
             f"{knob.state} is set up already and would be lost: undo it first by "
             f"./gpu-configs/{knob.undo}"
