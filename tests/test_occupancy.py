@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -21,8 +23,17 @@ sys.stdin.read()
 
 
 @pytest.fixture
-def mps_server() -> Iterator[int]:
-    """A process with the name of an MPS server."""
+def mps_server(tmp_path: Path) -> Iterator[int]:
+    """A process whose program has the name of an MPS server."""
+    program = shutil.copy(shutil.which("sleep") or "sleep", tmp_path / "nvidia-cuda-mps-server")
+    with subprocess.Popen([program, "60"]) as process:
+        yield process.pid
+        process.kill()
+
+
+@pytest.fixture
+def impostor() -> Iterator[int]:
+    """A process that only calls itself an MPS server."""
     with subprocess.Popen(
         [sys.executable, "-c", NAME_ITSELF, "nvidia-cuda-mps-server"],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
@@ -40,10 +51,12 @@ def sample(time_seconds: float, *pids: int, mps: tuple[int, ...] = ()) -> dict:
     }
 
 
-def test_an_mps_server_does_not_occupy_the_gpu(mps_server: int) -> None:
-    own = os.getpid()
-    found = occupancy.occupants([{"pid": mps_server}, {"pid": own}, {"pid": 2**22 + 1}])
-    assert found == [own, 2**22 + 1]
+def test_an_mps_server_does_not_occupy_the_gpu_and_what_calls_itself_one_does(
+    mps_server: int, impostor: int
+) -> None:
+    pids = [mps_server, impostor, os.getpid(), 2**22 + 1]
+    found = occupancy.occupants([{"pid": pid} for pid in pids])
+    assert found == sorted(pids[1:])
 
 
 def test_who_is_listed_within_the_window_and_is_not_ours_is_a_stranger() -> None:

@@ -13,13 +13,14 @@ from typing import Any
 
 from benchmarking.modes.mode_evidence import ProcessLists
 
-# The kernel keeps 15 characters of a name: nvidia-cuda-mps-server. Its clients count, not itself.
-MPS_SERVER = "nvidia-cuda-mps"
+# The kernel keeps 15 characters of a name. Clients of the server count, not itself.
+MPS_SERVER_PROGRAM = "nvidia-cuda-mps-server"
+MPS_SERVER = MPS_SERVER_PROGRAM[:15]
 
 
 def occupants(processes: Iterable[Mapping[str, Any]]) -> list[int]:
     """Return the pids of NVML's compute processes but for an MPS server's."""
-    return sorted({p["pid"] for p in processes if _name(p["pid"]) != MPS_SERVER})
+    return sorted({p["pid"] for p in processes if not _is_mps_server(p["pid"])})
 
 
 def strangers(
@@ -47,6 +48,15 @@ def warnings(pids: Sequence[int]) -> list[str]:
 def in_words(pids: Iterable[int]) -> str:
     """Return processes with name and owner, as far as they can be seen from here."""
     return ", ".join(f"pid {pid} ({_name(pid) or 'name unknown'}{_owner(pid)})" for pid in pids)
+
+
+def _is_mps_server(pid: int) -> bool:
+    """Whether a process is an MPS server: by its program, where that may be looked at."""
+    try:
+        program = os.readlink(f"/proc/{pid}/exe").removesuffix(" (deleted)")
+    except OSError:
+        return _name(pid) == MPS_SERVER
+    return Path(program).name == MPS_SERVER_PROGRAM
 
 
 def _name(pid: int) -> str | None:

@@ -141,7 +141,9 @@ class RunWriter:
 
         Raises `RunStoreError` when another process writes to it.
         """
-        self._lock = (folder / LOCK_FILE).open("ab")
+        # 0600: who may only read the run must not be able to hold its lock
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
+        self._lock = os.fdopen(os.open(folder / LOCK_FILE, flags, 0o600), "ab")
         if not _lock(self._lock):
             raise RunStoreError(f"another process is at work in {folder}: wait for it to end")
         self.folder = folder
@@ -252,8 +254,8 @@ def is_held(folder: Path) -> bool:
     try:
         with (folder / LOCK_FILE).open("rb") as stream:
             return not _lock(stream)
-    except FileNotFoundError:
-        return False
+    except (FileNotFoundError, PermissionError):
+        return False  # no lock, or another user's run, of whose end only its manifest tells
 
 
 def _lock(stream: IO[bytes]) -> bool:
