@@ -140,16 +140,14 @@ def count_inference(args: argparse.Namespace, name: str) -> Work:
     """Count a forward pass of one of torchvision's classifiers, batch norm folded in."""
     import torch
     import torchvision
-
-    from workloads.inference.layer_fusion import fold_batch_norm
+    from torch.fx.experimental.optimization import fuse
 
     size = args.image_size or 224
     build = getattr(torchvision.models, name)
     with torch.device("meta"):
         model = build(weights=None, num_classes=args.classes or 1000).eval()
         images = torch.zeros(args.batch_size, 3, size, size, dtype=torch.bfloat16)
-    fold_batch_norm(model)
-    model.to(torch.bfloat16)
+    model = fuse(model).to(torch.bfloat16)
 
     def forward() -> None:
         with torch.no_grad():

@@ -177,7 +177,7 @@ class JupyterSimulation(client.Workload):
         args = self.args
         self.device = open_device(args)
 
-        from workloads.inference.inference_model import load_inference_model, weights_notes
+        from workloads.inference.models import load_inference_model, weights_notes
 
         from workloads.interactive.notebook_operations import draw_sizes
 
@@ -306,7 +306,7 @@ class JupyterSimulation(client.Workload):
 
     def resolve(self) -> list[str]:
         """Find or download ResNet18's weights once."""
-        from workloads.inference.inference_model import resolve_model_flags
+        from workloads.inference.models import resolve_model_flags
 
         arguments, self.warnings = resolve_model_flags(INFERENCE_MODEL, self.args.weights)
         return arguments
