@@ -178,7 +178,6 @@ class JupyterSimulation(client.Workload):
         self.device = open_device(args)
 
         from workloads.inference.models import load_inference_model, weights_notes
-
         from workloads.interactive.notebook_operations import draw_sizes
 
         pauses = (args.idle_min, args.idle_max, args.seed, args.client_index)
