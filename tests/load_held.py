@@ -42,11 +42,10 @@ sys.path[:0] = [str(PROJECT_ROOT), str(TESTS)]
 from workloads.common.cli import non_negative_int, positive_float, positive_int  # noqa: E402
 
 if TYPE_CHECKING:
-    import numpy as np
     from server_figures import Figures
 
     from benchmarking.hardware.nvml import Gpu
-    from workloads.inference.load_generator import LoadGenerator, Measured
+    from workloads.inference.load_generator import Measured
 
 LOAD_SHARE = 0.8
 CLIENTS_PER_WORKER = 16
@@ -171,10 +170,19 @@ class Soak:
             self.server.process.kill()
         self.server.process.wait()
 
-    def _generator(
-        self, rate: float | None, duration_seconds: float, offsets: np.ndarray | None = None
-    ) -> LoadGenerator:
-        """Return the load test's generator: a closed loop, or sends at ``offsets`` in seconds."""
+    def _run(
+        self, rate: float | None, duration_seconds: float, offsets: list[float] | None = None
+    ) -> tuple[Measured, list[Figures]]:
+        """Run the load test's generator: a closed loop, or sends at ``offsets`` in seconds.
+
+        Returns:
+            What it measured, and the server's figures meanwhile.
+
+        Raises:
+            ServerEndedError: It did, or one of its processes.
+        """
+        from server_figures import Watch
+
         from workloads.inference import load_generator
 
         images = load_generator.encode_images(16, self.options.seed)
@@ -186,22 +194,15 @@ class Soak:
         )  # fmt: skip
         processes = load_generator.default_processes(self.clients, rate)
         generator = load_generator.LoadGenerator(plan, processes)
-        generator.wait_until_prepared()
-        return generator
-
-    def _run(self, generator: LoadGenerator) -> tuple[Measured, list[Figures]]:
-        """Run one job of the generator; return what it measured and the server's figures.
-
-        Raises:
-            ServerEndedError: It did, or one of its processes.
-        """
-        from server_figures import Watch
-
-        watch = Watch(self.server.process.pid, self.gpu_memory_mib)
-        generator.begin()
-        while generator.busy:
-            generator.collect(0.5)
-        samples = watch.stop()
+        try:
+            generator.wait_until_prepared()
+            watch = Watch(self.server.process.pid, self.gpu_memory_mib)
+            generator.begin()
+            while generator.running:
+                generator.collect(0.5)
+            samples = watch.stop()
+        finally:
+            generator.close()
         if watch.failure or self.server.process.poll() is not None:
             raise ServerEndedError("the server ended by itself under the load; its log says why")
         return generator.measured(), samples
@@ -218,16 +219,12 @@ class Soak:
     def capacity(self) -> float:
         """Warm up until memory is steady; return the requests a second of the last rounds."""
         seconds = self.options.round_seconds
-        generator = self._generator(None, seconds)
-        try:
-            with self.chaos.running():
-                while len(self.rounds) < MAX_ROUNDS and not self._steady():
-                    measured, samples = self._run(generator)
-                    answered = measured.requests["ok"].sum()
-                    resident = [sample.resident_mib for sample in samples]
-                    self.rounds.append((answered / seconds, statistics.median(resident)))
-        finally:
-            generator.close()
+        with self.chaos.running():
+            while len(self.rounds) < MAX_ROUNDS and not self._steady():
+                measured, samples = self._run(None, seconds)
+                answered = (measured.requests["failure"] == "").sum()
+                resident = [sample.resident_mib for sample in samples]
+                self.rounds.append((answered / seconds, statistics.median(resident)))
         return statistics.mean(rate for rate, _ in self.rounds[-2:])
 
     def _steady(self) -> bool:
@@ -244,12 +241,8 @@ class Soak:
         # Ten standard deviations longer than the mean: never too few.
         enough_seconds = (count + 10 * count**0.5 + 10) / rate
         offsets = arrival_offsets(rate, "poisson", enough_seconds, self.options.seed)[:count]
-        generator = self._generator(rate, float(offsets[-1]) + 0.001, offsets)
-        try:
-            with self.chaos.running():
-                return self._run(generator)
-        finally:
-            generator.close()
+        with self.chaos.running():
+            return self._run(rate, float(offsets[-1]) + 0.001, offsets.tolist())
 
     def lead_in_requests(self, rate: float) -> int:
         """Return how many of the requests at ``rate`` a second are sent before the judged ones."""
@@ -327,6 +320,7 @@ def hold(soak: Soak) -> tuple[dict, dict]:
     measured, samples = soak.offer(rate)
     hostile, slow = soak.chaos.attacks - hostile, soak.chaos.slow_senders - slow
     after = figures_at_rest(pid, before.open_files)
+    failures = Counter(failure for failure in measured.requests["failure"] if failure)
     lead_in, table = np.split(measured.requests, [soak.lead_in_requests(rate)])
     held = [sample for sample in samples
             if sample.seconds >= samples[0].seconds + soak.options.lead_in_seconds]  # fmt: skip
@@ -339,17 +333,17 @@ def hold(soak: Soak) -> tuple[dict, dict]:
             np.array([sample.gpu_memory_mib for sample in known]),
         )
     run = HeldLoad(
-        requests=len(table), failures=dict(measured.failures), chaos_faults=soak.chaos.faults,
+        requests=len(table), failures=failures, chaos_faults=soak.chaos.faults,
         resident_mib=quarter_medians(seconds, np.array([sample.resident_mib for sample in held])),
         gpu_memory_mib=gpu_memory,
-        p99_ms=quarter_p99_ms(table["end"] - table["intended"], table["ok"] > 0),
+        p99_ms=quarter_p99_ms(table["end"] - table["intended"], table["failure"] == ""),
         threads=(before.threads, after.threads), open_files=(before.open_files, after.open_files),
         hostile_requests=hostile, slow_senders=slow, **soak.terminate_under_load(),
     )  # fmt: skip
     more = {
         "capacity_per_second": capacity, "offered_per_second": rate,
         "lead_in_requests": len(lead_in),
-        "lead_in_p99_ms": p99_ms(lead_in["end"] - lead_in["intended"], lead_in["ok"] > 0),
+        "lead_in_p99_ms": p99_ms(lead_in["end"] - lead_in["intended"], lead_in["failure"] == ""),
         "load_seconds": float(table["end"][-1] - table["intended"][0]),
         "chaos_requests": soak.chaos.attacks, "chaos_answers": soak.chaos.answers,
     }  # fmt: skip

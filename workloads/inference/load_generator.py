@@ -1,13 +1,14 @@
 """The load generator: keep-alive clients in several processes, on aiohttp.
 
-Each process runs ``serve`` and talks to the load test over a socket that is its standard input; it
-ends as soon as that closes, however the load test ended. Neither end imports torch: the machine
-belongs to the server that is measured.
+A generator runs once. Each process runs ``serve`` and talks to the load test over a socket that is
+its standard input: it gets its plan, then the start, then at most a stop, and ends as soon as the
+socket closes, however the load test ended. Neither end imports torch: the machine belongs to the
+server that is measured.
 
-Closed loop: a client sends when it has the answer to its last request. Open loop: connections take
-the intended sends in turn and sleep until each is due, so that a late answer delays no other
-request as long as a connection is free; when none is, the request waits, and its latency, counted
-from the intended time, has the wait in it.
+Clients take the next intended send in turn and sleep until it is due. In a closed loop one is due
+as soon as a client asks for it. In an open loop a late answer delays no other request as long as a
+client is free; when none is, the request waits, and its latency, counted from the intended time,
+has the wait in it.
 """
 
 from __future__ import annotations
@@ -27,8 +28,6 @@ import selectors
 import subprocess
 import sys
 import time
-from array import array
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
@@ -67,14 +66,17 @@ _OWN_FAILURES = {
     errno.ENOMEM: "memory",
 }
 
-# A record of one request: float64 seconds on CLOCK_MONOTONIC. `free` is when a client was free to
-# send it, `sent` is NaN where it never was, `ok` is 1 for an answer with status 200, else 0.
-RECORD_FIELDS = [(name, "f8") for name in ("intended", "free", "sent", "end", "ok")]
+# A record of one request: float64 seconds on CLOCK_MONOTONIC, and the kind of failure, empty for an
+# answer with status 200. `free` is when a client was free to send it, `sent` is NaN where it never
+# was.
+RECORD_FIELDS = [
+    ("intended", "f8"), ("free", "f8"), ("sent", "f8"), ("end", "f8"), ("failure", "O"),
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class LoadPlan:
-    """What the load generator, or one process of it, does in every job."""
+    """What the load generator, or one process of it, does."""
 
     url: str  # of /predict, percent-encoded
     headers: dict[str, str]  # of every request
@@ -84,8 +86,8 @@ class LoadPlan:
     duration_seconds: float  # how long requests are sent for
     timeout_seconds: float = 30.0  # longest wait, for a connection or for an answer
     warm_up_requests: int = 2  # of each client before the start, not counted
-    # Open loop: ascending float64 seconds from the start to each intended send.
-    offsets: np.ndarray | array | None = None
+    # Open loop: ascending seconds from the start to each intended send.
+    offsets: list[float] | None = None
 
     def split(self, processes: int) -> list[LoadPlan]:
         """Return each process's part; no more processes are used than there are clients.
@@ -98,9 +100,7 @@ class LoadPlan:
                 self,
                 clients=len(range(index, self.clients, count)),
                 connections=len(range(index, self.connections, count)),
-                offsets=None
-                if self.offsets is None
-                else array("d", self.offsets[index::count].tobytes()),
+                offsets=self.offsets and self.offsets[index::count],
             )
             for index in range(count)
         ]
@@ -110,11 +110,10 @@ class LoadPlan:
 class Report:
     """What a process measured since its last report."""
 
-    records: bytes  # of finished requests, one after another
-    failures: Counter[str]  # failed requests by kind
+    process: int
+    requests: np.ndarray  # finished ones, structured, with RECORD_FIELDS
     cpu_seconds: float
     connections_opened: int  # first ones, and closed ones again
-    last: bool = False  # the job is over
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,6 @@ class Measured:
     """What was measured over all processes."""
 
     requests: np.ndarray  # structured, with RECORD_FIELDS, by intended time
-    failures: Counter[str]  # failed requests by kind
     cpu_seconds: list[float]  # of each process
     connections_opened: int  # after the start
 
@@ -173,10 +171,10 @@ def arrival_offsets(rate: float, arrival: str, duration_seconds: float, seed: in
 
     Args:
         rate: Requests a second, on average.
-        arrival: ``constant`` (request i at i / rate) or ``poisson`` (independent exponential gaps
-            of mean 1 / rate, the first before the first request).
+        arrival: ``constant`` (request i at i / rate) or ``poisson`` (a Poisson process: given how
+            many arrive, each does so at any time alike; its gaps are exponential).
         duration_seconds: Sends are intended before this time only.
-        seed: Fixes the gaps.
+        seed: Fixes the draw.
 
     Returns:
         Ascending float64 seconds after the start, possibly none.
@@ -187,21 +185,16 @@ def arrival_offsets(rate: float, arrival: str, duration_seconds: float, seed: in
         # 0.3 s at 10 a second are three requests, whichever way the product was rounded.
         return np.arange(math.ceil(round(rate * duration_seconds, 9))) / rate
     random = np.random.default_rng(seed)
-    # Drawn a chunk at a time until past the end; one chunk nearly always does.
-    chunk = int(rate * duration_seconds + 6 * math.sqrt(rate * duration_seconds)) + 16
-    offsets = np.cumsum(random.exponential(1.0 / rate, chunk))
-    while offsets[-1] < duration_seconds:
-        more = offsets[-1] + np.cumsum(random.exponential(1.0 / rate, chunk))
-        offsets = np.concatenate((offsets, more))
-    return offsets[offsets < duration_seconds]
+    count = random.poisson(rate * duration_seconds)
+    return np.sort(random.uniform(0.0, duration_seconds, count))
 
 
 class LoadGenerator:
-    """All clients, spread over processes.
+    """All clients, spread over processes, for one run.
 
     Attributes:
-        busy: The processes, by number, that are still sending or waiting for answers.
-        reports: What has come of the present job, each with its process's number.
+        processes: How many there are.
+        reports: What has come since the start.
     """
 
     def __init__(self, plan: LoadPlan, processes: int) -> None:
@@ -212,15 +205,16 @@ class LoadGenerator:
         """
         plans = plan.split(processes)
         _require_open_files(max(len(plans), *(part.connections for part in plans)))
+        self.processes = len(plans)
+        self.reports: list[Report] = []
         self._processes: list[tuple[subprocess.Popen, Connection]] = []
-        self.reports: list[tuple[int, Report]] = []
-        self.busy: set[int] = set()
+        self._running: dict[Connection, int] = {}
         try:
             for _ in plans:
                 self._processes.append(_start_process())
             # All interpreters start at the same time, and only then are they written to.
-            for index, part in enumerate(plans):
-                self._send(index, part)
+            for (_, pipe), part in zip(self._processes, plans, strict=True):
+                _send(pipe, part)
         except OSError as error:
             self.close()
             raise UsageError(
@@ -232,9 +226,9 @@ class LoadGenerator:
             raise
 
     @property
-    def processes(self) -> int:
-        """How many processes there are."""
-        return len(self._processes)
+    def running(self) -> bool:
+        """Whether any process is still sending or waiting for answers."""
+        return bool(self._running)
 
     def wait_until_prepared(self) -> None:
         """Block until every client has warmed up.
@@ -247,57 +241,53 @@ class LoadGenerator:
 
     def begin(self) -> float:
         """Let every client send; return the agreed start on CLOCK_MONOTONIC."""
-        self.busy = set(range(self.processes))
-        self.reports = []
         start_seconds = time.monotonic() + START_LEAD_SECONDS
-        for index in range(self.processes):
-            self._send(index, start_seconds)
+        for index, (_, pipe) in enumerate(self._processes):
+            self._running[pipe] = index
+            _send(pipe, start_seconds)
         return start_seconds
 
-    def collect(self, timeout_seconds: float) -> list[np.ndarray]:
-        """Return the records that come within ``timeout_seconds``, an array a report.
+    def collect(self, timeout_seconds: float) -> list[Report]:
+        """Return the reports that come within ``timeout_seconds``.
 
         Raises:
             JobFailedError, UsageError: A process died, or cannot go on.
         """
-        indices = {self._processes[index][1]: index for index in self.busy}
         arrived = []
-        for pipe in wait(list(indices), max(0.0, timeout_seconds)):
-            index = indices[pipe]
-            report = self._receive(index)
-            self.reports.append((index, report))
-            arrived.append(_records(report.records))
-            if report.last:
-                self.busy.discard(index)
+        for pipe in wait(list(self._running), timeout_seconds):
+            report = self._receive(self._running[pipe])
+            if report is None:
+                del self._running[pipe]
+            else:
+                arrived.append(report)
+        self.reports += arrived
         return arrived
 
-    def stop(self) -> list[np.ndarray]:
-        """Give up the requests in flight, end the job, return the records not seen yet.
+    def stop(self) -> list[Report]:
+        """Give up the requests in flight, end the run, return the reports not seen yet.
 
         Raises:
             JobFailedError, UsageError: A process died, or cannot go on.
         """
-        for index in self.busy:
-            self._send(index, None)
+        for pipe in self._running:
+            _send(pipe, None)
         rest = []
-        while self.busy:
+        while self.running:
             rest += self.collect(END_SECONDS)
         return rest
 
     def measured(self, since: int = 0) -> Measured:
-        """Return what this job's reports hold, but for the first ``since`` of them."""
+        """Return what the reports hold, but for the first ``since`` of them."""
         import numpy as np
 
         reports = self.reports[since:]
-        requests = _records(b"".join(report.records for _, report in reports))
+        nothing = np.empty(0, dtype=RECORD_FIELDS)
+        requests = np.concatenate([nothing, *(report.requests for report in reports)])
         cpu_seconds = [0.0] * self.processes
-        failures: Counter[str] = Counter()
-        for index, report in reports:
-            cpu_seconds[index] += report.cpu_seconds
-            failures.update(report.failures)
-        opened = sum(report.connections_opened for _, report in reports)
-        order = np.argsort(requests["intended"], kind="stable")
-        return Measured(requests[order], failures, cpu_seconds, opened)
+        for report in reports:
+            cpu_seconds[report.process] += report.cpu_seconds
+        opened = sum(report.connections_opened for report in reports)
+        return Measured(requests[np.argsort(requests["intended"])], cpu_seconds, opened)
 
     def close(self) -> None:
         """End the processes; may be called twice."""
@@ -311,33 +301,26 @@ class LoadGenerator:
                 process.wait()
         self._processes = []
 
-    def _receive(self, index: int) -> Report:
+    def _receive(self, index: int) -> Report | None:
+        """Return the next report of a process; None where it has ended as it should."""
+        import numpy as np
+
+        process, pipe = self._processes[index]
         try:
-            message = self._processes[index][1].recv()
+            message = pipe.recv()
         except (EOFError, ConnectionError) as error:
-            raise self._died(index) from error
+            code = process.wait(END_SECONDS)
+            if code == 0:
+                return None
+            raise JobFailedError(
+                f"process {index} of the load generator ended with code {code} in the middle of "
+                "its work; look above for its message and run the test again"
+            ) from error
         if isinstance(message, str):
             raise UsageError(message)
-        return message
-
-    def _send(self, index: int, message: object) -> None:
-        try:
-            self._processes[index][1].send(message)
-        except ConnectionError as error:
-            raise self._died(index) from error
-
-    def _died(self, index: int) -> JobFailedError:
-        code = self._processes[index][0].wait(END_SECONDS)
-        return JobFailedError(
-            f"process {index} of the load generator ended with code {code} in the middle of its "
-            "work; look above for its message and run the test again"
-        )
-
-
-def _records(content: bytes) -> np.ndarray:
-    import numpy as np
-
-    return np.frombuffer(content, dtype=RECORD_FIELDS)
+        records, cpu_seconds, connections_opened = message
+        requests = np.array(records, dtype=RECORD_FIELDS)
+        return Report(index, requests, cpu_seconds, connections_opened)
 
 
 def _require_open_files(connections: int) -> None:
@@ -356,7 +339,8 @@ def _require_open_files(connections: int) -> None:
 
 def _start_process() -> tuple[subprocess.Popen, Connection]:
     ours, theirs = multiprocessing.Pipe()
-    # Our own path, and so never the folder where somebody happens to have started us.
+    # Our own path, and so never the folder where somebody happens to have started us, which
+    # multiprocessing would look into for itself.
     program = f"import sys; sys.path[:] = {sys.path!r}; import {__name__} as it; it.serve()"
     # A session of its own: Ctrl-C in a terminal reaches the load test alone, which then closes
     # the pipe.
@@ -366,6 +350,12 @@ def _start_process() -> tuple[subprocess.Popen, Connection]:
     )  # fmt: skip
     theirs.close()
     return process, ours
+
+
+def _send(pipe: Connection, message: object) -> None:
+    """Send to a process; that it has died is found where its reports are received."""
+    with contextlib.suppress(ConnectionError):
+        pipe.send(message)
 
 
 class _PunctualSelector(selectors.EpollSelector):
@@ -385,21 +375,27 @@ class _Clients:
         self._plan = plan
         self._pipe = pipe
         self._messages: asyncio.Queue[float | None] = asyncio.Queue()
-        self._records = array("d")
-        self._failures: Counter[str] = Counter()
-        self._connections_opened = 0
+        self._bodies = itertools.cycle(plan.bodies)
+        self._records: list[tuple[float, float, float, float, str]] = []
         self._cpu_seconds = 0.0
+        self._connections_opened = 0
 
-    async def serve(self) -> None:
-        """Warm up, then run the jobs that the load test asks for until it goes."""
+    async def run(self) -> None:
+        """Warm up, send from the start on, report all along, until it is over or a stop comes."""
+        plan = self._plan
         asyncio.get_running_loop().add_reader(self._pipe.fileno(), self._take_message)
         async with self._new_session() as self._session:
-            await asyncio.gather(*map(self._warm_up, range(self._plan.clients)))
-            await self._report(last=False)
-            while True:
-                start_seconds = await self._messages.get()
-                if start_seconds is not None:  # else a stop that crossed the job's last report
-                    await self._run_job(start_seconds)
+            await asyncio.gather(*(self._warm_up() for _ in range(plan.clients)))
+            await self._report()
+            sends = self._sends(start_seconds=await self._messages.get())
+            sending = asyncio.gather(*(self._send(sends) for _ in range(plan.connections)))
+            stop = asyncio.ensure_future(self._messages.get())
+            stop.add_done_callback(lambda _: sending.cancel())
+            while not sending.done():
+                await asyncio.wait((sending,), timeout=REPORT_SECONDS)
+                await self._report()
+            with contextlib.suppress(asyncio.CancelledError):  # a stop
+                sending.result()  # raises what else ended a client
 
     def _take_message(self) -> None:
         try:
@@ -427,88 +423,55 @@ class _Clients:
             trace_configs=[trace],
         )  # fmt: skip
 
-    async def _warm_up(self, client: int) -> None:
-        for body in itertools.islice(self._bodies(client), self._plan.warm_up_requests):
-            await self._post(body)
+    async def _warm_up(self) -> None:
+        for _ in range(self._plan.warm_up_requests):
+            await self._post()
 
-    async def _run_job(self, start_seconds: float) -> None:
-        """Send for one job and report as it goes, until it is over or a stop comes."""
-        sends = iter(range(len(self._plan.offsets or ())))
-        clients = asyncio.gather(
-            *(self._send_in_turn(start_seconds, client) for client in range(self._plan.clients))
-            if self._plan.offsets is None
-            else (self._send_when_due(start_seconds, sends) for _ in range(self._plan.connections))
-        )
-        stop = asyncio.ensure_future(self._messages.get())
-        ended: set[asyncio.Future] = set()
-        while not ended:
-            ended, _ = await asyncio.wait(
-                (clients, stop), timeout=REPORT_SECONDS, return_when=asyncio.FIRST_COMPLETED
-            )
-            if clients in ended:
-                clients.result()  # raises what ended a client
-            elif ended:
-                clients.cancel()
-                await asyncio.wait((clients,))
-            await self._report(last=bool(ended))
-        stop.cancel()
-
-    async def _send_in_turn(self, start_seconds: float, client: int) -> None:
-        bodies = self._bodies(client)
-        end_seconds = start_seconds + self._plan.duration_seconds
-        await _sleep_until(start_seconds)
-        while (sent := time.monotonic()) < end_seconds:
-            failure = await self._post(next(bodies))
-            self._record(sent, sent, sent, failure)
-            if failure is not None:
-                await asyncio.sleep(PAUSE_AFTER_FAILURE_SECONDS)
-
-    async def _send_when_due(self, start_seconds: float, sends: Iterator[int]) -> None:
+    def _sends(self, start_seconds: float) -> Iterator[float]:
+        """Yield when each request is due; in a closed loop that is when a client asks for it."""
         plan = self._plan
-        for index in sends:  # shared by all connections, so that none is sent twice
-            intended = start_seconds + plan.offsets[index]
+        if plan.offsets is not None:
+            yield from (start_seconds + offset for offset in plan.offsets)
+            return
+        while (now := time.monotonic()) < start_seconds + plan.duration_seconds:
+            yield max(start_seconds, now)
+
+    async def _send(self, sends: Iterator[float]) -> None:
+        plan = self._plan
+        for intended in sends:  # shared by all clients, so that none is sent twice
             free = time.monotonic()
             if free - intended > plan.timeout_seconds:
-                self._record(intended, free, math.nan, NOT_SENT)
+                self._records.append((intended, free, math.nan, free, NOT_SENT))
                 continue
-            await _sleep_until(intended)
+            if free < intended:
+                await asyncio.sleep(intended - free)
             sent = time.monotonic()
-            failure = await self._post(plan.bodies[index % len(plan.bodies)])
-            self._record(intended, free, sent, failure)
+            failure = await self._post()
+            self._records.append((intended, free, sent, time.monotonic(), failure))
+            if failure and plan.offsets is None:
+                await asyncio.sleep(PAUSE_AFTER_FAILURE_SECONDS)
 
-    def _bodies(self, client: int) -> Iterator[bytes]:
-        return itertools.islice(itertools.cycle(self._plan.bodies), client, None)
-
-    async def _post(self, body: bytes) -> str | None:
-        """Send one request; return None for status 200, else the kind of failure.
+    async def _post(self) -> str:
+        """Send one request; return the kind of failure, empty for status 200.
 
         Raises:
             UsageError: It failed for want of something on this machine.
         """
         try:
             async with self._session.post(
-                self._plan.url, data=body, allow_redirects=False
+                self._plan.url, data=next(self._bodies), allow_redirects=False
             ) as response:
                 await response.read()
-                return None if response.status == 200 else f"HTTP {response.status}"
+                return "" if response.status == 200 else f"HTTP {response.status}"
         except asyncio.TimeoutError:
             return "timeout"
         except (aiohttp.ClientError, OSError) as error:
             return _kind_of_failure(error)
 
-    def _record(self, intended: float, free: float, sent: float, failure: str | None) -> None:
-        self._records.extend((intended, free, sent, time.monotonic(), failure is None))
-        if failure is not None:
-            self._failures[failure] += 1
-
-    async def _report(self, last: bool) -> None:
+    async def _report(self) -> None:
         cpu_seconds = time.process_time()
-        report = Report(
-            self._records.tobytes(), self._failures, cpu_seconds - self._cpu_seconds,
-            self._connections_opened, last,
-        )  # fmt: skip
-        self._records, self._failures = array("d"), Counter()
-        self._cpu_seconds, self._connections_opened = cpu_seconds, 0
+        report = (self._records, cpu_seconds - self._cpu_seconds, self._connections_opened)
+        self._records, self._cpu_seconds, self._connections_opened = [], cpu_seconds, 0
         # On a thread: a load test that is slow to read delays no request.
         await asyncio.get_running_loop().run_in_executor(None, self._pipe.send, report)
 
@@ -529,12 +492,8 @@ def _kind_of_failure(error: aiohttp.ClientError | OSError) -> str:
     return type(OSError(number, "") if number > 0 else error).__name__
 
 
-async def _sleep_until(seconds: float) -> None:
-    await asyncio.sleep(max(0.0, seconds - time.monotonic()))
-
-
 def serve() -> None:
-    """Be one process of the load generator, until the load test goes."""
+    """Be one process of the load generator."""
     pipe = Connection(os.dup(sys.stdin.fileno()))
     # That the load test goes in the middle of a report is no error.
     with contextlib.suppress(EOFError, ConnectionError):
@@ -542,7 +501,7 @@ def serve() -> None:
         loop = asyncio.SelectorEventLoop(_PunctualSelector())
         loop.set_debug(False)  # an inherited PYTHONASYNCIODEBUG would take the speed
         try:
-            loop.run_until_complete(_Clients(plan, pipe).serve())
+            loop.run_until_complete(_Clients(plan, pipe).run())
         except UsageError as error:
             pipe.send(str(error))
     os._exit(0)  # not waiting for requests in flight

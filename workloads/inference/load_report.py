@@ -10,10 +10,11 @@ request.
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,8 @@ from workloads.common.results import is_few, summarize_latency_ms, written_whole
 if TYPE_CHECKING:
     import numpy as np
     from matplotlib.axes import Axes
+
+    from workloads.inference.load_generator import Measured
 
 PERCENTILES = {"p50": 50.0, "p90": 90.0, "p95": 95.0, "p99": 99.0, "p99_9": 99.9}
 # Timers and wake-ups take tenths of a millisecond; a send that is later than this was held up.
@@ -34,34 +37,67 @@ BINS = 60
 BAR_COLOR, LINE_COLOR = "#7fa6c9", "#1f3a57"
 
 
+def load_figures(
+    measured: Measured, start_seconds: float, duration_seconds: float, slo_ms: float | None,
+    is_open_loop: bool,
+) -> dict[str, object]:  # fmt: skip
+    """Return every figure of a run that sent from ``start_seconds`` on for a while."""
+    requests = measured.requests
+    last_seconds = requests["end"].max() - start_seconds if len(requests) else 0.0
+    elapsed_seconds = max(duration_seconds, float(last_seconds))
+    figures = request_figures(requests, slo_ms)
+    succeeded = figures["successful_requests"]
+    if is_open_loop:
+        figures |= open_loop_figures(requests, start_seconds, duration_seconds)
+    busiest_percent = 100.0 * max(measured.cpu_seconds) / elapsed_seconds
+    limit = generator_limit(figures.get("late_by_generator_percent"), busiest_percent)
+    return figures | {
+        # Of successful requests: a refused connection fails in no time and is no throughput.
+        "qps": succeeded / elapsed_seconds,
+        "requests_per_minute": 60.0 * succeeded / elapsed_seconds,
+        "elapsed_seconds": elapsed_seconds,
+        "connections_opened": measured.connections_opened,
+        "generator_processes": len(measured.cpu_seconds),
+        "generator_cpu_cores": sum(measured.cpu_seconds) / elapsed_seconds,
+        "generator_busiest_process_percent": busiest_percent,
+        "generator_limited": limit is not None,
+        "generator_limited_reason": limit,
+    }
+
+
 def request_figures(requests: np.ndarray, slo_ms: float | None) -> dict[str, object]:
-    """Return how many requests there were, how many succeeded, and their latency.
+    """Return how many requests there were, how many succeeded, what failed, and their latency.
 
     ``slo_attainment_percent`` is the share of all requests that succeeded within ``slo_ms``.
     """
-    total, ok = len(requests), requests["ok"] > 0
-    latency_seconds = requests["end"] - requests["intended"]
+    import numpy as np
+
+    total, ok = len(requests), requests["failure"] == ""
+    latency_seconds = np.where(ok, requests["end"] - requests["intended"], math.inf)
     figures = {
         "total_requests": total,
         "successful_requests": int(ok.sum()),
         "failed_requests": int(total - ok.sum()),
-        "success_rate_percent": 100.0 * float(ok.mean()) if total else None,
-        **latency_figures(latency_seconds[ok], int(total - ok.sum()), "latency"),
+        "success_rate_percent": _share_percent(ok),
+        "errors": dict(Counter(requests["failure"][~ok].tolist())),
+        **latency_figures(latency_seconds, "latency"),
     }
     if slo_ms is not None:
-        met = ok & (latency_seconds <= slo_ms / 1e3)
-        figures["slo_attainment_percent"] = 100.0 * float(met.mean()) if total else None
+        figures["slo_attainment_percent"] = _share_percent(latency_seconds <= slo_ms / 1e3)
     return figures
 
 
-def latency_figures(answered_seconds: np.ndarray, failed: int, what: str) -> dict[str, object]:
+def _share_percent(chosen: np.ndarray) -> float | None:
+    return 100.0 * float(chosen.mean()) if len(chosen) else None
+
+
+def latency_figures(seconds: np.ndarray, what: str) -> dict[str, object]:
     """Return ``mean_<what>_ms`` and the like.
 
     Args:
-        answered_seconds: Raw durations of the answered requests, shape (n,).
-        failed: How many more failed or timed out. They count as infinitely late in the
-            percentiles, so that a server does not look better for dropping what is slow; mean,
-            standard deviation, minimum and maximum are of the answered ones.
+        seconds: Raw durations, shape (n,); of failed and timed-out requests infinite, so that a
+            server does not look better for dropping what is slow. They count in the percentiles;
+            mean, standard deviation, minimum and maximum are of the others.
         what: ``latency`` or ``service``.
 
     Returns:
@@ -71,21 +107,22 @@ def latency_figures(answered_seconds: np.ndarray, failed: int, what: str) -> dic
     """
     import numpy as np
 
-    summary = summarize_latency_ms(answered_seconds)
-    values = np.concatenate((np.sort(1e3 * answered_seconds), np.full(failed, math.inf)))
-    percentiles = {name: percentile(values, rank) for name, rank in PERCENTILES.items()}
+    ascending = np.sort(1e3 * seconds)
+    percentiles = {name: percentile(ascending, rank) for name, rank in PERCENTILES.items()}
+    infinite = [name for name, value in percentiles.items() if value == math.inf]
+    figures = summarize_latency_ms(seconds[np.isfinite(seconds)])
     for name, value in percentiles.items():
-        summary[f"{name}_ms"] = None if value == math.inf else value
-    summary["median_ms"] = summary["p50_ms"]
+        figures[f"{name}_ms"] = None if name in infinite else value
+    figures["median_ms"] = figures["p50_ms"]
     order = ("mean", "median", "std", "min", *PERCENTILES, "max")
     return {
-        **{f"{name}_{what}_ms": summary[f"{name}_ms"] for name in order},
-        f"{what}_percentile_requests": len(values),
-        f"infinite_{what}_percentiles": [n for n, v in percentiles.items() if v == math.inf],
+        **{f"{name}_{what}_ms": figures[f"{name}_ms"] for name in order},
+        f"{what}_percentile_requests": len(ascending),
+        f"infinite_{what}_percentiles": infinite,
     }
 
 
-def percentile(ascending: Sequence[float], rank: float) -> float | None:
+def percentile(ascending: np.ndarray, rank: float) -> float | None:
     """Return a percentile of values that may end with infinite ones; None where there are none.
 
     It interpolates linearly between order statistics, as NumPy does where all are finite.
@@ -110,22 +147,19 @@ def open_loop_figures(
     """
     import numpy as np
 
-    total, ok = len(requests), requests["ok"] > 0
     intended, free, sent = requests["intended"], requests["free"], requests["sent"]
-    waited = free > intended + LATE_SEND_SECONDS
     slow = sent > np.maximum(intended, free) + LATE_SEND_SECONDS
-    was_sent = ~np.isnan(sent)
+    on_time = sent <= intended + LATE_SEND_SECONDS
+    service_seconds = np.where(requests["failure"] == "", requests["end"] - sent, math.inf)
     return {
-        "offered_rate": total / duration_seconds,
+        "offered_rate": len(requests) / duration_seconds,
         "achieved_rate": int((sent <= start_seconds + duration_seconds).sum()) / duration_seconds,
-        "late_sends": int(total - (sent <= intended + LATE_SEND_SECONDS).sum()),
-        "late_for_connection": int(waited.sum()),
+        "late_sends": int((~on_time).sum()),
+        "late_for_connection": int((free > intended + LATE_SEND_SECONDS).sum()),
         "late_by_generator": int(slow.sum()),
-        "late_by_generator_percent": 100.0 * float(slow.mean()) if total else None,
-        **latency_figures(
-            (requests["end"] - sent)[ok], int((was_sent & ~ok).sum()), "service"
-        ),
-    }  # fmt: skip
+        "late_by_generator_percent": _share_percent(slow),
+        **latency_figures(service_seconds[~np.isnan(sent)], "service"),
+    }
 
 
 def generator_limit(
@@ -148,8 +182,8 @@ def generator_limit(
     )
 
 
-def summary_rows(figures: dict, args: argparse.Namespace) -> list[tuple[str, str]]:
-    """Return label and text of each figure of a job that was run with the flags ``args``."""
+def summary_rows(figures: dict, slo_ms: float | None) -> list[tuple[str, str]]:
+    """Return label and text of each of a run's ``load_figures``."""
     rows = [
         ("Total requests", f"{figures['total_requests']}"),
         ("Successful / failed",
@@ -165,30 +199,26 @@ def summary_rows(figures: dict, args: argparse.Namespace) -> list[tuple[str, str
             ("P99.9 latency", _percentiles(figures, "latency", "p99_9")),
             ("Max latency", f"{_ms(figures, 'latency', 'max')} (of the answered)"),
         ]
-        if args.slo_ms is not None:
+        if slo_ms is not None:
             attained = f"{figures['slo_attainment_percent']:.2f} % of all requests"
-            rows.append((f"Within {args.slo_ms:g} ms", attained))
+            rows.append((f"Within {slo_ms:g} ms", attained))
     rows += [
         ("Queries per second", f"{figures['qps']:.1f}"),
         ("Requests per minute", f"{figures['requests_per_minute']:.0f}"),
     ]
-    if args.rate is not None:
-        rows += _open_loop_rows(figures)
+    if "offered_rate" in figures:
+        rows += [
+            ("Offered / achieved rate",
+             f"{figures['offered_rate']:.1f} / {figures['achieved_rate']:.1f} requests a second"),
+            ("Late sends", f"{figures['late_sends']} ({figures['late_for_connection']} for want of "
+             f"a connection, {figures['late_by_generator']} by the generator)"),
+            ("P50 / P99 from the actual send", _percentiles(figures, "service", "p50", "p99")),
+        ]  # fmt: skip
     rows.append(
         ("Load generator", f"{figures['generator_processes']} processes, "
          f"{figures['generator_cpu_cores']:.2f} cores")
     )  # fmt: skip
     return rows + [(f"Failed: {kind}", str(n)) for kind, n in sorted(figures["errors"].items())]
-
-
-def _open_loop_rows(figures: dict) -> list[tuple[str, str]]:
-    return [
-        ("Offered / achieved rate",
-         f"{figures['offered_rate']:.1f} / {figures['achieved_rate']:.1f} requests a second"),
-        ("Late sends", f"{figures['late_sends']} ({figures['late_for_connection']} for want of a "
-         f"connection, {figures['late_by_generator']} by the generator)"),
-        ("P50 / P99 from the actual send", _percentiles(figures, "service", "p50", "p99")),
-    ]  # fmt: skip
 
 
 def _ms(figures: dict, what: str, name: str) -> str:
@@ -218,7 +248,7 @@ def save_raw(path: Path, requests: np.ndarray, start_seconds: float) -> None:
     rows["intended_seconds"] = requests["intended"] - start_seconds
     rows["latency_ms"] = 1e3 * (requests["end"] - requests["intended"])
     rows["service_ms"] = 1e3 * (requests["end"] - requests["sent"])
-    rows["ok"] = requests["ok"] > 0
+    rows["ok"] = requests["failure"] == ""
     with written_whole(path) as file:
         np.save(file, rows)
 
@@ -238,91 +268,81 @@ def draw_charts(
     os.environ["MATPLOTLIBRC"] = os.devnull
     import matplotlib
 
+    ok = requests["failure"] == ""
+    latency_ms = 1e3 * (requests["end"] - requests["intended"])[ok]
+    ended_seconds = requests["end"] - start_seconds
+    length_seconds = max(duration_seconds, float(ended_seconds.max()))
     with matplotlib.rc_context(matplotlib.rcParamsDefault):
-        ok = requests["ok"] > 0
-        latency_ms = 1e3 * (requests["end"] - requests["intended"])[ok]
-        _draw_latency_histogram(histogram, latency_ms, figures)
-        ended_seconds = requests["end"] - start_seconds
-        _draw_qps_timeline(timeline, ended_seconds, ok, duration_seconds, offered_rate)
+        with _chart(histogram) as axes:
+            _draw_latency_histogram(axes, latency_ms, figures)
+        with _chart(timeline) as axes:
+            _draw_qps_timeline(axes, ended_seconds, ok, length_seconds, offered_rate)
 
 
-def _draw_latency_histogram(path: Path, latency_ms: np.ndarray, figures: dict) -> None:
+@contextmanager
+def _chart(path: Path) -> Iterator[Axes]:
+    """Give axes to draw into, which are written to ``path`` at the end of the block."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_axisbelow(True)
+    axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+    yield axes
+    axes.legend(frameon=False, loc="upper right", ncols=3)
+    with written_whole(path) as file:
+        figure.savefig(file, format="png", dpi=DPI)
+
+
+def _draw_latency_histogram(axes: Axes, latency_ms: np.ndarray, figures: dict) -> None:
     """Draw how the latencies of answered requests spread, both axes logarithmic."""
     import numpy as np
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import LogLocator, NullFormatter
 
-    axes = _new_axes()
-    low, high = float(latency_ms.min()), float(latency_ms.max())
-    edges = np.geomspace(low * 0.98, high * 1.02, BINS + 1)
-    axes.hist(latency_ms, bins=edges, color=BAR_COLOR, edgecolor=LINE_COLOR, linewidth=0.4)
-    for name, label, style in (("p50", "p50", "-"), ("p99", "p99", "--"), ("p99_9", "p99.9", ":")):
+    edges = np.geomspace(latency_ms.min() * 0.98, latency_ms.max() * 1.02, BINS + 1)
+    axes.hist(
+        latency_ms, bins=edges, color=BAR_COLOR, edgecolor=LINE_COLOR, linewidth=0.4,
+        label="answered",
+    )  # fmt: skip
+    for name, style in (("p50", "-"), ("p99", "--"), ("p99_9", ":")):
         value = figures[f"{name}_latency_ms"]
         if value is not None:
-            text = f"{label}: {value:.3g} ms"
+            text = f"{name.replace('_', '.')}: {value:.3g} ms"
             axes.axvline(value, color="black", linestyle=style, linewidth=1.4, label=text)
     axes.set(xscale="log", yscale="log", xlabel="Latency (ms)", ylabel="Requests")
     axes.set_ylim(bottom=0.7)
     axes.yaxis.set_major_formatter("{x:,.0f}")
-    # 20 ms as 20 and not as 2 x 10^1; 1-2-5 steps where the range is short.
-    steps = (1.0, 2.0, 5.0) if high < 100 * low else (1.0,)
-    axes.xaxis.set_major_locator(LogLocator(subs=steps))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    # 20 ms as 20 and not as 2 x 10^1.
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter(NullFormatter())
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False)
-    answered = f"{len(latency_ms):,} of {figures['total_requests']:,} requests were answered"
-    finite = [
-        f", {share} of all within {figures[name]:.3g} ms"
-        for share, name in (("99 %", "p99_latency_ms"), ("half", "p50_latency_ms"))
-        if figures[name] is not None
-    ]
-    _save(axes, answered + "".join(finite[:1]), path)
+    title = f"{len(latency_ms):,} of {figures['total_requests']:,} requests were answered"
+    axes.set_title(title, loc="left", fontsize=11)
 
 
 def _draw_qps_timeline(
-    path: Path, ended_seconds: np.ndarray, ok: np.ndarray, duration_seconds: float,
+    axes: Axes, ended_seconds: np.ndarray, ok: np.ndarray, length_seconds: float,
     offered_rate: float | None,
 ) -> None:  # fmt: skip
     """Draw the answers a second over the run, and the failures where there are any."""
     import numpy as np
 
-    axes = _new_axes()
-    length = max(duration_seconds, float(ended_seconds.max()))
-    bins = max(1, min(BINS, round(length / 0.5)))
-    edges = np.linspace(0.0, length, bins + 1)
-    width = length / bins
-    succeeded = np.histogram(ended_seconds[ok], edges)[0] / width
-    failed = np.histogram(ended_seconds[~ok], edges)[0] / width
-    axes.stairs(succeeded, edges, color=LINE_COLOR, linewidth=1.6, label="answered")
-    axes.stairs(succeeded, edges, color=BAR_COLOR, fill=True, alpha=0.5)
+    bins = max(1, min(BINS, round(length_seconds / 0.5)))
+    edges = np.linspace(0.0, length_seconds, bins + 1)
+    width_seconds = length_seconds / bins
+    answered = np.histogram(ended_seconds[ok], edges)[0] / width_seconds
+    failed = np.histogram(ended_seconds[~ok], edges)[0] / width_seconds
+    axes.stairs(
+        answered, edges, fill=True, facecolor=BAR_COLOR, edgecolor=LINE_COLOR, label="answered"
+    )
     if failed.any():
         axes.stairs(failed, edges, color="black", linestyle="--", linewidth=1.4, label="failed")
     if offered_rate is not None:
         axes.axhline(offered_rate, color="black", linestyle=":", linewidth=1.4, label="offered")
-    axes.set(xlabel="Time since the start (s)", ylabel="Requests a second", xlim=(0, length))
-    axes.set_ylim(0, 1.25 * max(succeeded.max(), failed.max(), offered_rate or 0.0))
+    axes.set(xlabel="Time since the start (s)", ylabel="Requests a second")
+    axes.set_xlim(0, length_seconds)
+    axes.set_ylim(0, 1.25 * max(answered.max(), failed.max(), offered_rate or 0.0))
     axes.yaxis.set_major_formatter("{x:,.4g}")
-    axes.legend(frameon=False, loc="upper right", ncols=3)
-    text = f"{ok.sum() / length:,.0f} requests a second answered on average"
-    if bins > 1:
-        text += f", {succeeded.min():,.0f} to {succeeded.max():,.0f} in steps of {width:.2g} s"
-    _save(axes, text, path)
-
-
-def _new_axes() -> Axes:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_axisbelow(True)
-    axes.grid(axis="y", color="#dddddd", linewidth=0.6)
-    return axes
-
-
-def _save(axes: Axes, title: str, path: Path) -> None:
+    title = f"{ok.sum() / length_seconds:,.0f} requests a second answered on average"
     axes.set_title(title, loc="left", fontsize=11)
-    with written_whole(path) as file:
-        axes.figure.savefig(file, format="png", dpi=DPI)

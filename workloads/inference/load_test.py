@@ -20,7 +20,7 @@ import asyncio
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     import numpy as np
     from yarl import URL
 
-    from workloads.inference.load_generator import LoadGenerator, Measured
+    from workloads.inference.load_generator import LoadGenerator, Measured, Report
 
 DISTINCT_IMAGES = 16
 READY_PROBE_SECONDS, PROBE_SECONDS, WAITING_LINE_SECONDS = 0.25, 5.0, 5.0
@@ -43,6 +43,31 @@ COLLECT_SECONDS = 0.2
 # Units of work: a request answered with status 200; one that failed, or was past its bound without
 # an answer, which has no response time.
 ANSWERED, MISSED = "request", "missed_request"
+
+# Name, type, default, metavar, help.
+NumberFlag = tuple[str, Callable[[str], float], "float | None", str, str]
+NUMBER_FLAGS: tuple[NumberFlag, ...] = (
+    ("--clients", cli.positive_int, 10, "N", "concurrent clients"),
+    ("--duration", cli.positive_float, 60.0, "S", "seconds to send requests for"),
+    ("--rate", cli.positive_float, None, "R",
+     "open loop: send R requests a second, whatever the answers do (default: closed loop)"),
+    ("--slo-ms", cli.positive_float, None, "X",
+     "report the share of all requests that were answered within X milliseconds"),
+    ("--timeout", cli.positive_float, 30.0, "S", "seconds a client waits for an answer"),
+    ("--warm-up-requests", cli.non_negative_int, 2, "N",
+     "requests a client before the start, not counted"),
+    ("--connect-seconds", cli.non_negative_float, 10.0, "S",
+     "seconds to wait for a server that is just being started"),
+    ("--ready-seconds", cli.positive_float, 300.0, "S",
+     "seconds to wait for a server that loads its model"),
+)  # fmt: skip
+# The serving client has these too.
+GENERATOR_FLAGS: tuple[NumberFlag, ...] = (
+    ("--processes", cli.positive_int, None, "N",
+     "processes that send (default: as the load needs, half the cores at most)"),
+    ("--max-connections", cli.positive_int, 256, "N",
+     "open loop: requests in flight at most; further ones wait, which counts"),
+)  # fmt: skip
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -55,71 +80,36 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help="address of the server (default: http://localhost:5000)",
     )  # fmt: skip
     parser.add_argument(
-        "--clients", type=cli.positive_int, default=10, help="concurrent clients (default: 10)"
-    )
-    parser.add_argument(
-        "--duration", type=cli.positive_float, default=60.0,
-        help="seconds to send requests for (default: 60)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--rate", type=cli.positive_float, default=None, metavar="R",
-        help="open loop: send R requests a second, whatever the answers do (default: closed loop)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--arrival", choices=("poisson", "constant"), default=None,
+        "--arrival", choices=("poisson", "constant"),
         help="gaps of the open loop: random, as from many users, or all the same "
         "(default: poisson)",
     )  # fmt: skip
-    parser.add_argument(
-        "--slo-ms", type=cli.positive_float, default=None, metavar="X",
-        help="report the share of all requests that were answered within X milliseconds",
-    )  # fmt: skip
-    add_generator_flags(parser)
     parser.add_argument(
         "--upload", choices=("multipart", "raw"), default="multipart",
         help="multipart: field 'image', as curl -F; raw: the JPEG as the body (default: multipart)",
     )  # fmt: skip
     parser.add_argument(
-        "--timeout", type=cli.positive_float, default=30.0,
-        help="seconds a client waits for an answer (default: 30)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--warm-up-requests", type=cli.non_negative_int, default=2,
-        help="requests a client before the start, not counted (default: 2)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--connect-seconds", type=cli.non_negative_float, default=10.0,
-        help="seconds to wait for a server that is just being started (default: 10)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--ready-seconds", type=cli.positive_float, default=300.0,
-        help="seconds to wait for a server that loads its model (default: 300)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--charts", action=argparse.BooleanOptionalAction, default=None,
+        "--charts", action=argparse.BooleanOptionalAction,
         help="draw a latency histogram and a QPS timeline next to the result (default: by hand "
         "only, not with --events)",
     )  # fmt: skip
+    add_number_flags(parser, NUMBER_FLAGS + GENERATOR_FLAGS)
     api_key.add_flag(parser, "the server's key, if it wants one")
     args = parser.parse_args(arguments)
     api_key.take(args, parser)
-    if args.arrival is not None and args.rate is None:
+    if args.rate is not None:
+        args.arrival = args.arrival or "poisson"
+    elif args.arrival is not None:
         parser.error("--arrival is about the open loop; give its --rate too")
-    args.arrival = args.arrival or "poisson"
     return args
 
 
-def add_generator_flags(parser: argparse._ActionsContainer) -> None:
-    """Add the flags of the load generator that the serving client has too."""
-    parser.add_argument(
-        "--processes", type=cli.positive_int, default=None, metavar="N",
-        help="processes that send (default: as the load needs, half the cores at most)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--max-connections", type=cli.positive_int, default=256, metavar="N",
-        help="open loop: requests in flight at most; further ones wait, which counts "
-        "(default: 256)",
-    )  # fmt: skip
+def add_number_flags(parser: argparse._ActionsContainer, flags: Sequence[NumberFlag]) -> None:
+    """Add flags that take a number; each one's help says its default, if there is one."""
+    for name, number, default, metavar, text in flags:
+        if default is not None:
+            text += f" (default: {default:g})"
+        parser.add_argument(name, type=number, default=default, metavar=metavar, help=text)
 
 
 class LoadTest(client.Workload):
@@ -130,6 +120,7 @@ class LoadTest(client.Workload):
     nothing_succeeded = False
     _url: URL | None = None
     _generator: LoadGenerator | None = None
+    _start_seconds: float | None = None
 
     def __init__(self, args: argparse.Namespace) -> None:
         """Keep the parsed flags."""
@@ -154,7 +145,7 @@ class LoadTest(client.Workload):
         args = self.args
         if self._url is None:
             self.wait_for_server()
-        self._offsets = self._schedule()
+        self._offsets = self.intended_offsets()
         images = load_generator.encode_images(DISTINCT_IMAGES, args.seed)
         bodies, content_type = load_generator.encode_bodies(images, args.upload)
         plan = load_generator.LoadPlan(
@@ -166,13 +157,13 @@ class LoadTest(client.Workload):
             duration_seconds=args.duration,
             timeout_seconds=args.timeout,
             warm_up_requests=args.warm_up_requests,
-            offsets=self._offsets,
+            offsets=None if self._offsets is None else self._offsets.tolist(),
         )
         processes = args.processes or load_generator.default_processes(args.clients, args.rate)
         self._generator = load_generator.LoadGenerator(plan, processes)
 
-    def _schedule(self) -> np.ndarray | None:
-        """Return when the open loop intends to send; None for a closed loop.
+    def intended_offsets(self) -> np.ndarray | None:
+        """Return when the open loop intends to send, in seconds; None for a closed loop.
 
         Raises:
             UsageError: Rate and duration give no request at all.
@@ -194,32 +185,34 @@ class LoadTest(client.Workload):
         """Wait until every client has sent its uncounted requests."""
         self._generator.wait_until_prepared()
 
+    def reset(self) -> None:
+        """Prepare another run, since a generator runs once."""
+        self.close()
+        self.load()
+        self.warm_up()
+
     def look_after(self) -> None:
         """Called a few times a second while requests are sent; may raise what ends the job."""
 
     def run_job(self, recorder: client.Recorder) -> dict:
         """Send for ``--duration`` seconds, wait for the last answers, return the figures."""
-        start_seconds = self._generator.begin()
+        self._start_seconds = self._generator.begin()
         with console.progress(int(self.args.duration), "seconds") as bar:
-            reported = finished = 0
-            while self._generator.busy:
-                finished += self.collect(recorder, start_seconds)
-                elapsed = int(min(time.monotonic() - start_seconds, self.args.duration))
-                bar.advance(elapsed - reported, f"{finished} requests")
-                reported = elapsed
+            shown = finished = 0
+            while self._generator.running:
+                finished += self.collect(recorder)
+                elapsed = int(min(time.monotonic() - self._start_seconds, self.args.duration))
+                bar.advance(elapsed - shown, f"{finished} requests")
+                shown = elapsed
         measured = self._generator.measured()
-        figures = self.figures(measured, start_seconds, self.args.duration)
+        figures = self.figures(measured, self._start_seconds, self.args.duration)
         # Under the suite every latency is in the event log, and nobody looks at a client's charts.
         if not self.args.hold:
-            self._write_files(measured.requests, figures, start_seconds)
+            self._write_files(measured.requests, figures)
         return figures
 
-    def collect(self, recorder: client.Recorder, start_seconds: float) -> int:
+    def collect(self, recorder: client.Recorder) -> int:
         """Record the requests that finish within a moment; return how many there were.
-
-        Args:
-            recorder: Where they are recorded.
-            start_seconds: When the generator began.
 
         Raises:
             StopRequested: The suite asked to stop; the generator has stopped.
@@ -227,19 +220,19 @@ class LoadTest(client.Workload):
         self.look_after()
         if recorder.stop_requested:
             self._record(self._generator.stop(), recorder)
-            self._record_unanswered(recorder, start_seconds)
+            self._record_unanswered(recorder)
             recorder.check_stop()
-        batches = self._generator.collect(COLLECT_SECONDS)
-        self._record(batches, recorder)
-        return sum(len(batch) for batch in batches)
+        return self._record(self._generator.collect(COLLECT_SECONDS), recorder)
 
     @staticmethod
-    def _record(batches: list[np.ndarray], recorder: client.Recorder) -> None:
-        for batch in batches:
-            for intended, _, _, end, ok in batch.tolist():
-                recorder.unit(ANSWERED if ok else MISSED, intended, end, latency=bool(ok))
+    def _record(reports: list[Report], recorder: client.Recorder) -> int:
+        for report in reports:
+            for intended, _, _, end, failure in report.requests.tolist():
+                kind = MISSED if failure else ANSWERED
+                recorder.unit(kind, intended, end, latency=kind == ANSWERED)
+        return sum(len(report.requests) for report in reports)
 
-    def _record_unanswered(self, recorder: client.Recorder, start_seconds: float) -> None:
+    def _record_unanswered(self, recorder: client.Recorder) -> None:
         """After a stop: those due so long ago that they have missed the bound, still unanswered.
 
         Each is recorded at its intended time and without a duration, so that it lies in the window
@@ -249,51 +242,30 @@ class LoadTest(client.Workload):
 
         if self._offsets is None or self.args.slo_ms is None:
             return
-        due = start_seconds + self._offsets
+        due = self._start_seconds + self._offsets
         past_bound = due[due < time.monotonic() - self.args.slo_ms / 1e3]
         finished = self._generator.measured().requests["intended"]
         for intended in np.setdiff1d(past_bound, finished).tolist():
             recorder.unit(MISSED, intended, intended)
 
     def figures(self, measured: Measured, start_seconds: float, duration_seconds: float) -> dict:
-        """Return the figures of a job that began at ``start_seconds``; units are in the names."""
+        """Return the figures of what was sent from ``start_seconds`` on; units are in the names."""
         from workloads.inference import load_report
 
-        args, requests = self.args, measured.requests
-        last_seconds = requests["end"].max() - start_seconds if len(requests) else 0.0
-        elapsed_seconds = max(duration_seconds, float(last_seconds))
-        figures = load_report.request_figures(requests, args.slo_ms)
-        succeeded = figures["successful_requests"]
-        self.nothing_succeeded = not succeeded
-        figures |= {
-            # Of successful requests: a refused connection fails in no time and is no throughput.
-            "qps": succeeded / elapsed_seconds,
-            "requests_per_minute": 60.0 * succeeded / elapsed_seconds,
-            "elapsed_seconds": elapsed_seconds,
-            "errors": dict(measured.failures),
-            "connections_opened": measured.connections_opened,
-        }
-        if args.rate is not None:
-            figures |= load_report.open_loop_figures(requests, start_seconds, duration_seconds)
-        busiest_percent = 100.0 * max(measured.cpu_seconds) / elapsed_seconds
-        limit = load_report.generator_limit(
-            figures.get("late_by_generator_percent"), busiest_percent
+        figures = load_report.load_figures(
+            measured, start_seconds, duration_seconds, self.args.slo_ms, self.args.rate is not None
         )
+        self.nothing_succeeded = not figures["successful_requests"]
+        limit = figures["generator_limited_reason"]
         if limit is not None and not self.warnings:
             self.warn(limit)
-        return figures | {
-            "generator_processes": self._generator.processes,
-            "generator_cpu_cores": sum(measured.cpu_seconds) / elapsed_seconds,
-            "generator_busiest_process_percent": busiest_percent,
-            "generator_limited": limit is not None,
-            "generator_limited_reason": limit,
-        }
+        return figures
 
-    def _write_files(self, requests: np.ndarray, figures: dict, start_seconds: float) -> None:
+    def _write_files(self, requests: np.ndarray, figures: dict) -> None:
         """Write the raw latencies and draw the charts, next to the result, and name them there."""
         from workloads.inference import load_report
 
-        args = self.args
+        args, start_seconds = self.args, self._start_seconds
         stem = f"{self.name}_{time.strftime('%Y%m%d-%H%M%S')}_{os.getpid()}"
         self.files["raw_file"] = args.results_dir / f"{stem}_requests.npy"
         load_report.save_raw(self.files["raw_file"], requests, start_seconds)
@@ -319,20 +291,15 @@ class LoadTest(client.Workload):
 
     def settings(self) -> dict:
         """Return what was sent, and where to."""
-        args = self.args
+        args, is_open = self.args, self.args.rate is not None
+        names = ("server", "clients", "rate", "arrival", "slo_ms", "upload", "warm_up_requests",
+                 "seed")  # fmt: skip
         return {
-            "server": args.server,
-            "clients": args.clients,
+            **{name: getattr(args, name) for name in names},
             "duration_seconds": args.duration,
-            "loop": "closed" if args.rate is None else "open",
-            "rate": args.rate,
-            "arrival": None if args.rate is None else args.arrival,
-            "max_connections": None if args.rate is None else args.max_connections,
-            "slo_ms": args.slo_ms,
-            "upload": args.upload,
             "timeout_seconds": args.timeout,
-            "warm_up_requests": args.warm_up_requests,
-            "seed": args.seed,
+            "loop": "open" if is_open else "closed",
+            "max_connections": args.max_connections if is_open else None,
         }
 
     def summary(self, figures: dict) -> list[tuple[str, str]]:
@@ -343,7 +310,7 @@ class LoadTest(client.Workload):
         load = f"{args.clients} clients"
         if args.rate is not None:
             load = f"open loop, {args.rate:g} requests a second, {args.arrival} arrivals"
-        return [("Server", f"{self._url}, {load}"), *summary_rows(figures, args)]
+        return [("Server", f"{self._url}, {load}"), *summary_rows(figures, args.slo_ms)]
 
 
 def server_url(text: str) -> URL:

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import signal
 import subprocess
 import sys
 import tempfile
@@ -28,15 +27,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from workloads.common import cli, client, console
-from workloads.common.errors import (
-    EXIT_OUT_OF_MEMORY,
-    DamagedFileError,
-    GpuUnavailableError,
-    JobFailedError,
-    NotFiniteError,
-    OutOfGpuMemoryError,
-    UsageError,
-)
+from workloads.common.errors import JobFailedError, OutOfGpuMemoryError, WorkloadError
 from workloads.inference import load_test
 from workloads.inference.inference_server import add_workers_flag
 from workloads.inference.models import add_model_flags, resolve_model_flags
@@ -54,6 +45,16 @@ CALIBRATION_SECONDS = 3.0
 STEADY_SECONDS = 1800.0
 # Up to this a person feels an answer as immediate (J. Nielsen, Usability Engineering, 1993).
 DEFAULT_SLO_MS = 100.0
+LOAD_FLAGS: tuple[load_test.NumberFlag, ...] = (
+    ("--rate", cli.positive_float, None, "R",
+     "requests a second, on average (default: half of the capacity, measured first)"),
+    ("--duration", cli.positive_float, 30.0, "S", "seconds of requests that make one job"),
+    ("--slo-ms", cli.positive_float, DEFAULT_SLO_MS, "X",
+     "bound on the latency of an answer, in milliseconds"),
+)  # fmt: skip
+SERVER_FLAGS: tuple[load_test.NumberFlag, ...] = (
+    ("--max-batch", cli.positive_int, 32, "N", "most images in one forward pass"),
+)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -61,24 +62,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = cli.workload_parser(__doc__)
     add_model_flags(parser)
     load = parser.add_argument_group("the load")
-    load.add_argument(
-        "--rate", type=cli.positive_float, default=None, metavar="R",
-        help="requests a second, on average (default: half of the capacity, measured first)",
-    )  # fmt: skip
-    load.add_argument(
-        "--duration", type=cli.positive_float, default=30.0, metavar="S",
-        help="seconds of requests that make one job (default: 30)",
-    )  # fmt: skip
-    load.add_argument(
-        "--slo-ms", type=cli.positive_float, default=DEFAULT_SLO_MS, metavar="X",
-        help=f"bound on the latency of an answer, in milliseconds (default: {DEFAULT_SLO_MS:g})",
-    )  # fmt: skip
-    load_test.add_generator_flags(load)
+    load_test.add_number_flags(load, LOAD_FLAGS + load_test.GENERATOR_FLAGS)
     server = parser.add_argument_group("the server (its other flags keep their defaults)")
-    server.add_argument(
-        "--max-batch", type=cli.positive_int, default=32,
-        help="most images in one forward pass (default: 32)",
-    )  # fmt: skip
+    load_test.add_number_flags(server, SERVER_FLAGS)
     add_workers_flag(server)
     return parser.parse_args()
 
@@ -87,23 +73,19 @@ class HeldServer:
     """The inference server on a free port of this machine, driven as the suite drives any client.
 
     Its events come in a file, commands go to its standard input, whose end-of-file means stop: it
-    never outlives us. What waits for it raises what ended it: UsageError, GpuUnavailableError,
-    OutOfGpuMemoryError, NotFiniteError, DamagedFileError or JobFailedError.
+    never outlives us. What waits for it raises what ended it, the WorkloadError of its exit code.
     """
 
     def __init__(self, arguments: Sequence[str]) -> None:
         """Start it with ``arguments``; it begins to load."""
         self._folder = tempfile.TemporaryDirectory(prefix="inference-server-")
-        events = Path(self._folder.name) / "events.jsonl"
-        events.touch()
-        self._lines = events.open("rb")
-        self._rest = b""
+        self._events_path = Path(self._folder.name) / "events.jsonl"
         self._events: dict[str, dict] = {}
         # A session of its own: Ctrl-C in a terminal reaches us alone, and we end it in order.
         self._process = subprocess.Popen(
             (sys.executable, str(SERVER), *arguments, "--host", "127.0.0.1", "--port", "0",
-             "--events", str(events), "--hold"),
-            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True,
+             "--events", str(self._events_path), "--hold"),
+            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, bufsize=0, start_new_session=True,
         )  # fmt: skip
 
     @property
@@ -115,14 +97,12 @@ class HeldServer:
         """Block until the model is on the device."""
         self._wait_for("loaded")
 
-    def warm_up(self) -> dict:
+    def start_serving(self) -> dict:
         """Let it tune and capture; return its identity, ``port`` included, when it answers."""
         self._say("warm")
-        return self._wait_for("ready")["identity"]
-
-    def go(self) -> None:
-        """Begin its one job, which lasts until ``stop``."""
+        identity = self._wait_for("ready")["identity"]
         self._say("go")
+        return identity
 
     def require_alive(self) -> None:
         """Raise what ended it, if it has ended."""
@@ -133,61 +113,51 @@ class HeldServer:
         error = self._events.get("error", {})
         message = error.get("message") or f"exited with code {code}; look above for its message"
         message = f"the inference server: {message}"
-        if code == EXIT_OUT_OF_MEMORY:
+        kinds = {kind.exit_code: kind for kind in WorkloadError.__subclasses__()}
+        kind = kinds.get(code, JobFailedError)
+        if kind is OutOfGpuMemoryError:
             raise OutOfGpuMemoryError(message, error.get("memory"))
-        for kind in (UsageError, GpuUnavailableError, NotFiniteError, DamagedFileError):
-            if code == kind.exit_code:
-                raise kind(message)
-        raise JobFailedError(message)
+        raise kind(message)
 
     def stop(self) -> None:
         """Let it answer what has arrived and end; may be called twice."""
-        # Also when it has ended by itself, or somebody interrupts the wait.
+        self._process.stdin.close()
+        # Also when somebody interrupts the wait.
         try:
-            self._say("stop")
-            with contextlib.suppress(BrokenPipeError):
-                self._process.stdin.close()
-            self._end()
+            self._wait_for_end()
         finally:
-            if not self._lines.closed:
-                self._read_events()
-                self._lines.close()
-                self._folder.cleanup()
+            self._read_events()
+            self._folder.cleanup()
 
-    def _end(self) -> None:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(STOP_SECONDS)
-            return
-        self._process.send_signal(signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(TERMINATE_SECONDS)
-            return
-        self._process.kill()
+    def _wait_for_end(self) -> None:
+        for limit_seconds, insist in (
+            (STOP_SECONDS, self._process.terminate),
+            (TERMINATE_SECONDS, self._process.kill),
+        ):
+            try:
+                self._process.wait(limit_seconds)
+                return
+            except subprocess.TimeoutExpired:
+                insist()
         self._process.wait()
 
     def _say(self, command: str) -> None:
         """Send a command; that it may have ended already is found where its events are read."""
-        if self._process.stdin.closed:
-            return
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(f"{command}\n".encode())
-            self._process.stdin.flush()
 
     def _wait_for(self, event: str) -> dict:
         while event not in self._events:
+            self.require_alive()
+            time.sleep(POLL_SECONDS)
             self._read_events()
-            if event not in self._events:
-                self.require_alive()
-                time.sleep(POLL_SECONDS)
         return self._events[event]
 
     def _read_events(self) -> None:
-        """Keep the last event of each name; units are what we measure ourselves."""
-        *lines, self._rest = (self._rest + self._lines.read()).split(b"\n")
-        for line in lines:
-            if not line.startswith(b'{"event": "units"'):
-                event = json.loads(line)
-                self._events[event["event"]] = event
+        """Keep the last event of each name; the end of the file may be half a line."""
+        if self._events_path.exists():
+            lines = self._events_path.read_text().rpartition("\n")[0].splitlines()
+            self._events = {event["event"]: event for event in map(json.loads, lines)}
 
 
 class Users(load_test.LoadTest):
@@ -203,30 +173,30 @@ class Users(load_test.LoadTest):
         behind time to catch up, and less would be offered the slower it is.
         """
         super().__init__(args)
-        self._server_process = server
+        self._server = server
         self._job_seconds = job_seconds
-        self._begin_seconds: float | None = None
 
     def look_after(self) -> None:
         """Raise what ended the server, if it has ended."""
-        self._server_process.require_alive()
+        self._server.require_alive()
 
     def run_job(self, recorder: client.Recorder) -> dict:
         """Return the figures of a whole run, or of what finishes within the next stretch."""
         if self._job_seconds is None:
             return super().run_job(recorder)
-        generator = self._generator
-        if self._begin_seconds is None or not generator.busy:
-            self._begin_seconds = generator.begin()
-        reports_before = len(generator.reports)
+        if not self._generator.running:
+            if self._start_seconds is not None:  # the last run is over
+                self.reset()
+            self._start_seconds = self._generator.begin()
+        reports_before = len(self._generator.reports)
         start_seconds = time.monotonic()
         end_seconds = start_seconds + self._job_seconds
-        while generator.busy and time.monotonic() < end_seconds:
-            self.collect(recorder, self._begin_seconds)
-        measured = generator.measured(since=reports_before)
+        while self._generator.running and time.monotonic() < end_seconds:
+            self.collect(recorder)
+        measured = self._generator.measured(since=reports_before)
         figures = self.figures(measured, start_seconds, self._job_seconds)
         # Those that finished are not those that were due where answers are late.
-        due = self._begin_seconds + self._offsets
+        due = self._start_seconds + self._offsets
         offered = ((due >= start_seconds) & (due < end_seconds)).sum()
         return figures | {"offered_rate": int(offered) / self._job_seconds}
 
@@ -243,7 +213,6 @@ class ServingClient(client.Workload):
     _users: Users | None = None
     _identity: dict | None = None
     _capacity: float | None = None
-    _has_begun = False
 
     def load(self) -> None:
         """Start the server and wait until its model is on the device."""
@@ -251,17 +220,14 @@ class ServingClient(client.Workload):
         self._server.wait_until_loaded()
 
     def _server_arguments(self) -> list[str]:
-        args = self.args
-        chosen = {
-            "--model": args.model, "--weights": args.weights, "--seed": args.seed,
-            "--device": args.device, "--engine": args.engine, "--precision": args.precision,
-            "--gpu": args.gpu, "--max-batch": args.max_batch, "--workers": args.workers,
-        }  # fmt: skip
-        return [str(part) for pair in chosen.items() if pair[1] is not None for part in pair]
+        names = ("model", "weights", "seed", "device", "engine", "precision", "gpu", "max-batch",
+                 "workers")  # fmt: skip
+        chosen = {name: getattr(self.args, name.replace("-", "_")) for name in names}
+        return [f"--{name}={value}" for name, value in chosen.items() if value is not None]
 
     def warm_up(self) -> None:
         """Let the server get ready, settle the rate, and open the users' connections."""
-        self._identity = self._server.warm_up()
+        self._identity = self._server.start_serving()
         self._rate = self.args.rate or self._settle_rate()
         self._users = self._make_users()
         self._users.load()
@@ -326,9 +292,6 @@ class ServingClient(client.Workload):
             StopRequested: The suite asked to stop.
             JobFailedError: Nothing was answered, or the server has ended.
         """
-        if not self._has_begun:
-            self._server.go()
-            self._has_begun = True
         figures = self._users.run_job(recorder)
         self._require_answers(figures)
         self.warnings += [text for text in self._users.warnings if text not in self.warnings]
@@ -361,18 +324,14 @@ class ServingClient(client.Workload):
 
     def settings(self) -> dict:
         """Return what was served, and the load."""
-        args = self.args
+        names = ("slo_ms", "max_connections", "max_batch", "workers", "seed")
         return {
+            **{name: getattr(self.args, name) for name in names},
             "model": self._identity["model"],
             "weights": self._identity["weights"],
             "rate": self._rate,
             "arrival": "poisson",
-            "duration_seconds": args.duration,
-            "slo_ms": args.slo_ms,
-            "max_connections": args.max_connections,
-            "max_batch": args.max_batch,
-            "workers": args.workers,
-            "seed": args.seed,
+            "duration_seconds": self.args.duration,
         }
 
     def summary(self, figures: dict) -> list[tuple[str, str]]:
@@ -386,7 +345,7 @@ class ServingClient(client.Workload):
         return [
             ("Model", f"{identity['model']}, {identity['weights']} weights, on {where}"),
             ("Offered", f"{figures['request_rate']:g} requests a second{measured}"),
-            *summary_rows(figures, self._users.args),
+            *summary_rows(figures, self.args.slo_ms),
         ]
 
 
