@@ -1,7 +1,9 @@
-"""The load test as a program: against a null server, against the real one, and against nobody."""
+"""The load test: as a program against a null server, a real one and nobody, and by its figures."""
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import os
 import resource
 import signal
@@ -17,6 +19,10 @@ from held_client import HeldClient
 from load_runner import SCRIPT, load_test, null_server, only_result
 from server_process import running
 from waiting import is_running, wait_until
+
+from workloads.common.errors import UsageError
+from workloads.common.latency import is_few
+from workloads.inference import load_generator, load_report
 
 GUIDE_FIGURES = (
     "total_requests", "successful_requests", "failed_requests", "success_rate_percent",
@@ -62,20 +68,18 @@ def test_every_figure_of_the_guide_is_in_the_result_and_adds_up(server, tmp_path
     assert "waiting for" not in done.stderr
 
 
-def test_raw_uploads_are_the_jpeg_itself(server, tmp_path):
-    done = load_test(tmp_path, server.url, "--clients", "2", "--duration", "0.3", "--upload", "raw")
-    assert done.returncode == 0
-    counts = server.counts()
-    assert counts["image/jpeg"] == counts["jpeg"] == counts["/predict"] > 0
-
-
-def test_a_proxy_in_the_environment_is_not_asked(server, tmp_path):
+def test_raw_uploads_are_the_jpeg_itself_and_a_proxy_in_the_environment_is_not_asked(
+    server, tmp_path
+):
     proxies = dict.fromkeys(("http_proxy", "HTTP_PROXY", "ALL_PROXY"), "http://127.0.0.1:9")
     done = load_test(
-        tmp_path, server.url, "--duration", "0.3", "--no-charts", env={**os.environ, **proxies}
-    )
+        tmp_path, server.url, "--duration", "0.3", "--no-charts", "--upload", "raw",
+        env={**os.environ, **proxies},
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert only_result(tmp_path)["figures"]["success_rate_percent"] == 100
+    counts = server.counts()
+    assert counts["image/jpeg"] == counts["jpeg"] == counts["/predict"] > 0
 
 
 @pytest.mark.parametrize(
@@ -176,33 +180,22 @@ def test_a_hard_limit_of_open_files_that_is_too_low_is_exit_code_2_with_the_reme
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("module", ["load_test", "load_generator"])
-def test_neither_the_load_test_nor_its_processes_import_anything_heavy(module):
-    heavy = ["torch", "torchvision", "matplotlib"]
-    heavy += ["numpy", "PIL"] if module == "load_generator" else ["aiohttp"]
+@pytest.mark.parametrize(
+    ("program", "heavy"),
+    [("import workloads.inference.load_test", ["torch", "matplotlib", "aiohttp", "numpy"]),
+     ("import workloads.inference.load_generator", ["torch", "matplotlib", "numpy", "PIL"]),
+     ("import workloads.inference.load_test as it; it.main()", ["torch", "matplotlib", "pandas"])],
+)  # fmt: skip
+def test_nothing_heavy_is_imported_by_the_load_test_its_processes_or_a_run_without_charts(
+    program, heavy, server, tmp_path
+):
+    flags = ["--server", server.url, "--duration", "0.3", "--no-charts", "--rate", "50"]
     program = (
-        "import sys; sys.argv = ['x']; "
-        f"sys.path.insert(0, {str(PROJECT_ROOT)!r}); "
-        f"import workloads.inference.{module}; "
-        f"print([name for name in {heavy!r} if name in sys.modules])"
+        f"import sys; sys.argv = ['x', *{flags!r}]; sys.path.insert(0, {str(PROJECT_ROOT)!r})\n"
+        f"{program}\nprint([name for name in {heavy!r} if name in sys.modules])"
     )
     done = subprocess.run(
-        (sys.executable, "-c", program), capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip() == "[]"
-
-
-def test_a_run_without_charts_imports_neither_torch_nor_matplotlib(server, tmp_path):
-    program = (
-        "import runpy, sys; "
-        f"sys.argv = ['load_test.py', '--server', {server.url!r}, '--duration', '0.3', "
-        f"'--no-charts', '--rate', '50', '--results-dir', {str(tmp_path)!r}]\n"
-        f"try: runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
-        "except SystemExit as end: assert end.code == 0\n"
-        "print([name for name in ('torch', 'matplotlib', 'pandas') if name in sys.modules])"
-    )
-    done = subprocess.run(
-        (sys.executable, "-c", program), capture_output=True, text=True, check=True
+        (sys.executable, "-c", program), capture_output=True, text=True, check=True, cwd=tmp_path
     )
     assert done.stdout.splitlines()[-1] == "[]"
 
@@ -375,3 +368,245 @@ def test_the_real_server_answers_the_load_and_counts_the_same(tmp_path):
     assert stats["successful_requests"] == figures["successful_requests"] + 4 * 2
     # The client's latency is the server's and the way there and back.
     assert figures["p50_latency_ms"] >= 0.8 * stats["p50_ms"] > 0
+
+
+NAN, INF = float("nan"), float("inf")
+# Started at 100 s, ten a second: two on time; one that every connection was busy for; one that a
+# free client sent 3 ms late; one that failed after 10 ms; one that was never sent.
+SCENE = np.array(
+    [
+        (100.0, 99.9, 100.0002, 100.0102, ""),
+        (100.1, 100.05, 100.1, 100.12, ""),
+        (100.2, 100.3, 100.3004, 100.31, ""),
+        (100.3, 100.25, 100.303, 100.32, ""),
+        (100.4, 100.35, 100.4, 100.41, "HTTP 503"),
+        (100.5, 101.6, NAN, 101.6, "not sent in time"),
+    ],
+    dtype=load_generator.RECORD_FIELDS,
+)
+
+
+def test_the_figures_of_an_open_loop_count_from_the_intended_send_and_say_whose_fault_it_was():
+    measured = load_generator.Measured(SCENE, [0.4, 0.2], connections_opened=3)
+    figures = load_report.load_figures(measured, 100.0, 0.4, slo_ms=50.0, is_open_loop=True)
+    assert {name: figures[name] for name in EXPECTED} == EXPECTED
+
+
+EXPECTED = {
+    "total_requests": 6,
+    "successful_requests": 4,
+    "failed_requests": 2,
+    "success_rate_percent": pytest.approx(100 * 4 / 6),
+    "errors": {"HTTP 503": 1, "not sent in time": 1},
+    # Ascending: 10.2, 20, 20, 110 ms, and two that are infinite.
+    "mean_latency_ms": pytest.approx((10.2 + 20 + 20 + 110) / 4),
+    "median_latency_ms": pytest.approx(65),
+    "p50_latency_ms": pytest.approx(65),
+    "max_latency_ms": pytest.approx(110),
+    "p90_latency_ms": None,
+    "infinite_latency_percentiles": ["p90", "p95", "p99", "p99_9"],
+    "latency_percentile_requests": 6,
+    "slo_attainment_percent": pytest.approx(50),
+    "offered_rate": pytest.approx(15),
+    "achieved_rate": pytest.approx(5 / 0.4),
+    "late_sends": 3,
+    "late_for_connection": 2,
+    "late_by_generator": 1,
+    "late_by_generator_percent": pytest.approx(100 / 6),
+    # From the actual send: 9.6, 10, 17, 20 ms and one that failed.
+    "p50_service_ms": pytest.approx(17),
+    "service_percentile_requests": 5,
+    "infinite_service_percentiles": ["p90", "p95", "p99", "p99_9"],
+    # Until the end of the last one.
+    "elapsed_seconds": pytest.approx(1.6),
+    "qps": pytest.approx(4 / 1.6),
+    "connections_opened": 3,
+    "generator_processes": 2,
+    "generator_cpu_cores": pytest.approx(0.6 / 1.6),
+    "generator_busiest_process_percent": pytest.approx(25),
+    "generator_limited": True,
+}  # fmt: skip
+
+
+def test_without_any_request_figures_are_unknown_and_the_summary_says_none():
+    measured = load_generator.Measured(SCENE[:0], [0.0], 0)
+    figures = load_report.load_figures(measured, 0.0, 1.0, slo_ms=50.0, is_open_loop=True)
+    unknown = ("success_rate_percent", "slo_attainment_percent", "p99_latency_ms", "p99_service_ms",
+               "late_by_generator_percent")  # fmt: skip
+    assert {figures[name] for name in unknown} == {None}
+    assert (figures["qps"], figures["infinite_latency_percentiles"]) == (0, [])
+    rows = dict(load_report.summary_rows(figures, slo_ms=50.0))
+    assert (rows["Total requests"], "P90 latency" in rows) == ("0", False)
+
+
+@pytest.mark.parametrize(
+    ("rank", "value"), [(0, 1.0), (25, 2.0), (50, 3.0), (50.1, INF), (75, INF), (100, INF)]
+)
+def test_a_percentile_is_infinite_as_soon_as_an_infinite_value_has_a_part_in_it(rank, value):
+    assert load_report.percentile([1.0, 2.0, 3.0, INF, INF], rank) == value
+    values = np.sort(np.random.default_rng(1).exponential(1.0, 137))
+    assert load_report.percentile(values, rank) == pytest.approx(np.percentile(values, rank))
+
+
+@pytest.mark.parametrize(("rank", "enough"), [(50, 10), (95, 100), (99, 500), (99.9, 5000)])
+def test_a_percentile_is_few_under_five_requests_beyond_it(rank, enough):
+    assert is_few(enough - 1, rank) and not is_few(enough, rank)
+
+
+@pytest.mark.parametrize(
+    ("late_percent", "busiest_percent", "said"),
+    [(None, 50.0, None), (0.9, 89.0, None), (None, 95.0, "used 95 % of a core"),
+     (2.0, 50.0, "2.0 % of the requests more than 1 ms late"),
+     (2.0, 95.0, "late and its busiest process")],
+)  # fmt: skip
+def test_the_generator_is_flagged_for_lateness_and_for_want_of_processor_time(
+    late_percent, busiest_percent, said
+):
+    limit = load_report.generator_limit(late_percent, busiest_percent)
+    assert limit is None if said is None else said in limit
+
+
+@pytest.mark.parametrize(
+    ("rate", "duration", "offsets"),
+    [(10, 0.3, [0, 0.1, 0.2]), (10, 0.35, [0, 0.1, 0.2, 0.3]), (0.1, 1.0, [0])],
+)
+def test_constant_arrivals_are_evenly_spaced_from_the_start(rate, duration, offsets):
+    drawn = load_generator.arrival_offsets(rate, "constant", duration, seed=1)
+    assert list(drawn) == pytest.approx(offsets)
+
+
+def test_poisson_arrivals_have_exponential_gaps_of_the_asked_mean_and_follow_the_seed():
+    draw = load_generator.arrival_offsets
+    offsets = draw(1000, "poisson", 20, seed=7)
+    assert (offsets == draw(1000, "poisson", 20, seed=7)).all()
+    assert not np.isin(offsets, draw(1000, "poisson", 20, seed=8)).any()
+    gaps = np.diff(offsets)
+    assert offsets[0] > 0 and offsets[-1] < 20 and (gaps >= 0).all()
+    # 20,000 draws of one fixed seed: mean and standard deviation of an exponential are equal.
+    assert gaps.mean() == pytest.approx(1e-3, rel=0.03)
+    assert gaps.std() == pytest.approx(1e-3, rel=0.03)
+    # Each seed has a number of its own, whose variance is the mean too.
+    counts = [len(draw(100, "poisson", 1, seed)) for seed in range(1000)]
+    assert (
+        np.var(counts) == pytest.approx(np.mean(counts), rel=0.15) == pytest.approx(100, rel=0.15)
+    )
+
+
+def test_a_plan_is_split_without_losing_a_client_a_connection_or_a_send():
+    offsets = [0.0, 0.1, 0.2, 0.3, 0.4]
+    plan = load_generator.LoadPlan("http://x/predict", {}, [b""], 5, 9, 1.0, offsets=offsets)
+    parts = plan.split(2)
+    assert [(part.clients, part.connections) for part in parts] == [(3, 5), (2, 4)]
+    assert [part.offsets for part in parts] == [[0, 0.2, 0.4], [0.1, 0.3]]
+    assert len(plan.split(8)) == 5  # no process without a client
+
+
+@pytest.mark.parametrize(
+    ("clients", "rate", "cores", "processes"),
+    [(10, None, 16, 1), (64, None, 16, 4), (64, None, 4, 2), (500, None, 16, 8),
+     (10, 200.0, 16, 1), (10, 5000.0, 16, 5), (10, 5000.0, 1, 1)],
+)  # fmt: skip
+def test_processes_are_as_many_as_needed_and_leave_half_the_cores(
+    clients, rate, cores, processes, monkeypatch
+):
+    monkeypatch.setattr(load_generator, "usable_cores", lambda: cores)
+    assert load_generator.default_processes(clients, rate) == processes
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"),
+    [(errno.ECONNREFUSED, "ConnectionRefusedError"), (errno.ECONNRESET, "ConnectionResetError"),
+     (errno.EPIPE, "BrokenPipeError"), (-2, "OSError"), (None, "OSError"),
+     (errno.EMFILE, None), (errno.ENFILE, None), (errno.EADDRNOTAVAIL, None)],
+)  # fmt: skip
+def test_a_failure_is_named_by_what_the_system_said_unless_this_machine_lacks_something(
+    number, kind
+):
+    error = OSError("x") if number is None else OSError(number, "x")
+    if kind is None:
+        with pytest.raises(UsageError, match="the load generator failed, not the server"):
+            load_generator._kind_of_failure(error)
+    else:
+        assert load_generator._kind_of_failure(error) == kind
+
+
+def test_a_stall_shows_in_latency_from_the_intended_send_and_not_in_service_time(tmp_path):
+    # The server stands still for one of three seconds. Four connections can wait for it; the other
+    # requests of that second wait for a connection, which service time does not see.
+    with null_server("--stall-after", "1", "--stall-seconds", "1") as server:
+        done = load_test(
+            tmp_path, server.url, "--rate", "200", "--arrival", "constant", "--duration", "3",
+            "--clients", "4", "--max-connections", "4", "--slo-ms", "300", "--no-charts",
+        )  # fmt: skip
+    result = only_result(tmp_path)
+    figures = result["figures"]
+    assert figures["total_requests"] == figures["successful_requests"] == 600
+    # 200 requests were due in the stall, the last ones near its end: 10 % waited 0.7 s or more.
+    assert figures["p95_latency_ms"] > 500
+    assert 900 < figures["max_latency_ms"] < 2000
+    # Only the four in flight felt it as service time, 0.7 % of all.
+    assert figures["p95_service_ms"] < 200 < 900 < figures["max_service_ms"]
+    assert figures["late_for_connection"] > 150
+    # Within 300 ms: what was due outside the stall or in its last 0.3 s, about 460 of 600.
+    assert 60 < figures["slo_attainment_percent"] < 85
+    assert result["settings"]["loop"] == "open"
+    assert "Late sends" in done.stdout and "Within 300 ms" in done.stdout
+
+
+def test_a_closed_loop_hides_the_same_stall(tmp_path):
+    with null_server("--stall-after", "0.5", "--stall-seconds", "0.5") as server:
+        load_test(tmp_path, server.url, "--clients", "2", "--duration", "1.5", "--no-charts")
+    result = only_result(tmp_path)
+    figures = result["figures"]
+    assert figures["max_latency_ms"] > 400
+    assert figures["p99_latency_ms"] < 200
+    assert "p99_service_ms" not in figures and result["settings"]["loop"] == "closed"
+
+
+def test_requests_that_find_no_connection_in_time_fail_and_are_counted(tmp_path):
+    with null_server("--stall-after", "0", "--stall-seconds", "1.5") as server:
+        load_test(
+            tmp_path, server.url, "--rate", "50", "--arrival", "constant", "--duration", "1",
+            "--clients", "1", "--max-connections", "1", "--timeout", "0.4", "--no-charts",
+            "--warm-up-requests", "0", "--processes", "1",
+        )  # fmt: skip
+    figures = only_result(tmp_path)["figures"]
+    assert figures["total_requests"] == 50
+    assert figures["errors"]["not sent in time"] > 0
+    assert sum(figures["errors"].values()) == figures["failed_requests"]
+
+
+def test_charts_can_be_drawn_of_a_single_request_and_of_failures(tmp_path):
+    for number, requests in enumerate((SCENE[:1], SCENE)):
+        load_report.draw_charts(
+            tmp_path / f"latency{number}.png", tmp_path / f"qps{number}.png", requests,
+            load_report.request_figures(requests, None), 100.0, 1.0, 3.0,
+        )  # fmt: skip
+    assert len(list(tmp_path.glob("*.png"))) == 4
+    assert all(path.stat().st_size > 5000 for path in tmp_path.glob("*.png"))
+
+
+def test_timers_of_the_generator_wake_before_the_next_millisecond():
+    async def shortest_nap_seconds() -> float:
+        naps = []
+        for _ in range(50):
+            begin = time.monotonic()
+            await asyncio.sleep(0.0002)
+            naps.append(time.monotonic() - begin)
+        return min(naps)
+
+    loop = asyncio.SelectorEventLoop(load_generator._PunctualSelector())
+    # epoll alone would let each of them last a whole millisecond or more.
+    assert 0.0002 <= loop.run_until_complete(shortest_nap_seconds()) < 0.001
+    loop.close()
+
+
+def test_the_rate_against_a_null_server_is_printed(tmp_path, record_property):
+    # A figure to look at, not a floor: what else runs on the machine decides it.
+    with null_server() as server:
+        flags = ("--duration", "2", "--no-charts", "--processes", "1")
+        load_test(tmp_path, server.url, *flags)
+    figures = only_result(tmp_path)["figures"]
+    record_property("requests_per_second", round(figures["qps"]))
+    record_property("generator_cpu_cores", round(figures["generator_cpu_cores"], 2))
+    assert (figures["success_rate_percent"], figures["generator_processes"]) == (100, 1)

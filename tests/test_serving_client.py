@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +18,8 @@ from held_client import HeldClient
 from benchmarking.storage import run_store
 from workloads.common import client
 from workloads.common.errors import GpuUnavailableError, JobFailedError, OutOfGpuMemoryError
-from workloads.inference import api_key, load_test, serving_client
-from workloads.inference.load_generator import RECORD_FIELDS, Measured
+from workloads.inference import api_key, inference_server, load_test, serving_client
+from workloads.inference.load_generator import RECORD_FIELDS, Measured, Report
 from workloads.inference.serving_client import HeldServer
 
 SCRIPT = "workloads/inference/serving_client.py"
@@ -130,7 +129,7 @@ def test_alone_the_suite_measures_the_capacity_and_offers_half_of_it(tmp_path: P
 
 def flags_of(monkeypatch: pytest.MonkeyPatch, *arguments: str, cores: int = 16):
     monkeypatch.setattr(sys, "argv", ["serving_client.py", *arguments])
-    monkeypatch.setattr(serving_client, "usable_cores", lambda: cores)
+    monkeypatch.setattr(inference_server, "usable_cores", lambda: cores)
     return serving_client.parse_arguments()
 
 
@@ -143,9 +142,7 @@ def test_the_server_gets_a_worker_for_every_four_cores_or_as_many_as_asked(
     arguments, cores: int, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     args = flags_of(monkeypatch, *arguments, cores=cores)
-    assert args.workers == workers
-    given = serving_client.ServingClient(args)._server_arguments()
-    assert given[given.index(serving_client.SERVER_WORKERS_FLAG) + 1] == str(workers)
+    assert f"--workers={workers}" in serving_client.ServingClient(args)._server_arguments()
 
 
 def test_each_client_of_one_seed_has_arrivals_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,7 +152,7 @@ def test_each_client_of_one_seed_has_arrivals_of_its_own(monkeypatch: pytest.Mon
         job._identity, job._rate = {"port": 1}, 50.0
         users = job._make_users()
         assert users.args.upload == "raw"
-        drawn.append(users._schedule())
+        drawn.append(users.intended_offsets())
     assert (drawn[0] == drawn[2]).all()
     assert not np.isin(drawn[0], drawn[1]).any()
 
@@ -181,25 +178,26 @@ class Answering:
     def __init__(self, answers: np.ndarray) -> None:
         self._answers = answers
 
-    def stop(self) -> list[np.ndarray]:
-        return [self._answers]
+    def stop(self) -> list[Report]:
+        return [Report(0, self._answers, 0.0, 0)]
 
     def measured(self) -> Measured:
-        return Measured(self._answers, Counter(), [0.0], 0)
+        return Measured(self._answers, [0.0], 0)
 
 
 def test_a_stop_counts_what_is_past_its_bound_without_an_answer_as_missed() -> None:
     begin = time.monotonic() - 10
     users = load_test.LoadTest(load_test.parse_arguments(["--rate", "1", "--slo-ms", "2000"]))
     # Due after 1, 5, 7 and 9.5 s: answered, failed, and not yet answered, which the last may be.
-    users._offsets = np.array([1.0, 5.0, 7.0, 9.5])
+    users._start_seconds, users._offsets = begin, np.array([1.0, 5.0, 7.0, 9.5])
     rows = [
-        (begin + due, begin, begin + due, begin + due + 0.1, ok) for due, ok in ((1, 1), (5, 0))
+        (begin + due, begin, begin + due, begin + due + 0.1, failure)
+        for due, failure in ((1, ""), (5, "timeout"))
     ]
     users._generator = Answering(np.array(rows, dtype=RECORD_FIELDS))
     recorder = Stopped()
     with pytest.raises(client.StopRequested):
-        users.collect(recorder, begin)
+        users.collect(recorder)
     kinds = [(kind, round(start - begin, 3)) for kind, start, _ in recorder.units]
     assert kinds == [("request", 1), ("missed_request", 5), ("missed_request", 7)]
     assert recorder.units[2][1] == recorder.units[2][2]
@@ -215,7 +213,7 @@ def pretend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(serving_client, "SERVER", script)
         server = HeldServer([])
         server.wait_until_loaded()
-        return server, server.warm_up()["pid"]
+        return server, server.start_serving()["pid"]
 
     return start
 
@@ -235,7 +233,7 @@ def test_a_server_that_ends_by_itself_is_told_by_its_kind(pretend, code: int, ki
 
 
 def test_a_server_is_asked_to_stop_before_it_is_told(pretend) -> None:
-    server, _ = pretend("assert sys.stdin.read() == 'stop\\n'; tell('done', peak_memory_mib=7)")
+    server, _ = pretend("assert sys.stdin.read() == 'go\\n'; tell('done', peak_memory_mib=7)")
     server.stop()
     server.stop()
     assert server.peak_memory_mib == 7
