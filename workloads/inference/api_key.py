@@ -47,9 +47,9 @@ def admits(key: str | None, authorization: str) -> bool:
     return is_equal and scheme.lower() == "bearer"
 
 
-def header(key: str | None) -> str:
-    """Return the header line that carries the key, empty without one."""
-    return f"Authorization: Bearer {key}\r\n" if key else ""
+def headers(key: str | None) -> dict[str, str]:
+    """Return the header that carries the key, none without one."""
+    return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 def _key(text: str) -> str:

@@ -207,23 +207,17 @@ class LoadGenerator:
         _require_open_files(max(len(plans), *(part.connections for part in plans)))
         self.processes = len(plans)
         self.reports: list[Report] = []
-        self._processes: list[tuple[subprocess.Popen, Connection]] = []
-        self._running: dict[Connection, int] = {}
+        self._running: dict[Connection, int] = {}  # what has not ended, by its place
         try:
-            for _ in plans:
-                self._processes.append(_start_process())
-            # All interpreters start at the same time, and only then are they written to.
-            for (_, pipe), part in zip(self._processes, plans, strict=True):
-                _send(pipe, part)
-        except OSError as error:
-            self.close()
+            self._processes = [_start_process() for _ in plans]
+        except OSError as error:  # those that have started end with their sockets
             raise UsageError(
                 f"cannot start {len(plans)} processes of the load generator ({error}); use fewer "
                 "--processes, or close other programs"
             ) from error
-        except BaseException:
-            self.close()
-            raise
+        # All interpreters start at the same time, and only then are they written to.
+        for (_, pipe), part in zip(self._processes, plans, strict=True):
+            _send(pipe, part)
 
     @property
     def running(self) -> bool:
@@ -299,7 +293,6 @@ class LoadGenerator:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-        self._processes = []
 
     def _receive(self, index: int) -> Report | None:
         """Return the next report of a process; None where it has ended as it should."""

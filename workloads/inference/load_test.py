@@ -150,7 +150,7 @@ class LoadTest(client.Workload):
         bodies, content_type = load_generator.encode_bodies(images, args.upload)
         plan = load_generator.LoadPlan(
             url=str(self._url / "predict"),
-            headers={"Content-Type": content_type, **_key_header(args.api_key)},
+            headers={"Content-Type": content_type, **api_key.headers(args.api_key)},
             bodies=bodies,
             clients=args.clients,
             connections=max(args.clients, args.max_connections if args.rate else 0),
@@ -336,10 +336,6 @@ def server_url(text: str) -> URL:
     return url.with_query(None).with_fragment(None)
 
 
-def _key_header(key: str | None) -> dict[str, str]:
-    return {"Authorization": f"Bearer {key}"} if key else {}
-
-
 async def _wait_until_ready(url: URL, args: argparse.Namespace) -> None:
     """See ``LoadTest.wait_for_server``."""
     import aiohttp
@@ -365,7 +361,7 @@ async def _wait_until_ready(url: URL, args: argparse.Namespace) -> None:
                 so_far = f"{waited_seconds:.0f} of {limit_seconds:g} s"
                 console.note(f"waiting for the server at {url} ... ({state} yet, {so_far})")
             await asyncio.sleep(READY_PROBE_SECONDS)
-        async with session.get(url / "stats", headers=_key_header(args.api_key)) as response:
+        async with session.get(url / "stats", headers=api_key.headers(args.api_key)) as response:
             if response.status == 401:
                 given = "does not take this API key" if args.api_key else "wants an API key"
                 raise UsageError(

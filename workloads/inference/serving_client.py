@@ -240,8 +240,8 @@ class ServingClient(client.Workload):
             JobFailedError: It answered nothing.
         """
         # One batch comes together while the other is computed.
-        flags = ("--clients", 2 * self.args.max_batch, "--duration", CALIBRATION_SECONDS)
-        users = Users(self._load_arguments(*flags), self._server)
+        args = self._load_arguments(clients=2 * self.args.max_batch, duration=CALIBRATION_SECONDS)
+        users = Users(args, self._server)
         try:
             users.load()
             users.warm_up()
@@ -259,22 +259,25 @@ class ServingClient(client.Workload):
 
     def _make_users(self) -> Users:
         args = self.args
-        duration_seconds = max(STEADY_SECONDS, args.duration) if args.hold else args.duration
         load_arguments = self._load_arguments(
-            "--rate", self._rate, "--slo-ms", args.slo_ms, "--duration", duration_seconds,
-            "--max-connections", args.max_connections,
-        )  # fmt: skip
+            rate=self._rate,
+            arrival="poisson",
+            slo_ms=args.slo_ms,
+            duration=max(STEADY_SECONDS, args.duration) if args.hold else args.duration,
+            max_connections=args.max_connections,
+        )
         return Users(load_arguments, self._server, args.duration if args.hold else None)
 
-    def _load_arguments(self, *flags: object) -> argparse.Namespace:
-        url = f"http://127.0.0.1:{self._identity['port']}"
-        common = ["--server", url, "--upload", "raw", "--no-charts", "--seed", self.args.seed,
-                  "--client-index", self.args.client_index]  # fmt: skip
-        if self.args.processes is not None:
-            common += ["--processes", self.args.processes]
-        args = load_test.parse_arguments([str(part) for part in (*common, *flags)])
+    def _load_arguments(self, **flags: object) -> argparse.Namespace:
+        """Return the load test's flags: these, those of every load here, else its defaults."""
+        args = load_test.parse_arguments([])
+        args.server = f"http://127.0.0.1:{self._identity['port']}"
+        args.upload = "raw"
         # Its files would repeat what this job's result holds.
         args.hold = True
+        for name in ("seed", "client_index", "processes"):
+            setattr(args, name, getattr(self.args, name))
+        vars(args).update(flags)
         return args
 
     def _require_answers(self, figures: dict) -> None:
