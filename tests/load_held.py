@@ -171,8 +171,9 @@ class Soak:
         self.server.process.wait()
 
     def _run(
-        self, rate: float | None, duration_seconds: float, offsets: list[float] | None = None
-    ) -> tuple[Measured, list[Figures]]:
+        self, clients: int, duration_seconds: float, rate: float | None = None,
+        offsets: list[float] | None = None,
+    ) -> tuple[Measured, list[Figures]]:  # fmt: skip
         """Run the load test's generator: a closed loop, or sends at ``offsets`` in seconds.
 
         Returns:
@@ -188,11 +189,11 @@ class Soak:
         images = load_generator.encode_images(16, self.options.seed)
         plan = load_generator.LoadPlan(
             url=f"{self.server.url}/predict", headers={"Content-Type": "image/jpeg"},
-            bodies=images, clients=self.clients, duration_seconds=duration_seconds,
-            connections=self.clients if rate is None else max(self.clients, MAX_CONNECTIONS),
+            bodies=images, clients=clients, duration_seconds=duration_seconds,
+            connections=clients if rate is None else max(clients, MAX_CONNECTIONS),
             timeout_seconds=TIMEOUT_SECONDS, offsets=offsets,
         )  # fmt: skip
-        processes = load_generator.default_processes(self.clients, rate)
+        processes = load_generator.default_processes(clients, rate)
         generator = load_generator.LoadGenerator(plan, processes)
         try:
             generator.wait_until_prepared()
@@ -220,8 +221,10 @@ class Soak:
         """Warm up until memory is steady; return the requests a second of the last rounds."""
         seconds = self.options.round_seconds
         with self.chaos.running():
+            # The server keeps what it has made for each picture that was there at one time.
+            self._run(max(self.clients, MAX_CONNECTIONS), seconds)
             while len(self.rounds) < MAX_ROUNDS and not self._steady():
-                measured, samples = self._run(None, seconds)
+                measured, samples = self._run(self.clients, seconds)
                 answered = (measured.requests["failure"] == "").sum()
                 resident = [sample.resident_mib for sample in samples]
                 self.rounds.append((answered / seconds, statistics.median(resident)))
@@ -242,7 +245,7 @@ class Soak:
         enough_seconds = (count + 10 * count**0.5 + 10) / rate
         offsets = arrival_offsets(rate, "poisson", enough_seconds, self.options.seed)[:count]
         with self.chaos.running():
-            return self._run(rate, float(offsets[-1]) + 0.001, offsets.tolist())
+            return self._run(self.clients, float(offsets[-1]) + 0.001, rate, offsets.tolist())
 
     def lead_in_requests(self, rate: float) -> int:
         """Return how many of the requests at ``rate`` a second are sent before the judged ones."""
