@@ -223,7 +223,10 @@ def pretend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     [(1, JobFailedError), (3, GpuUnavailableError), (12, OutOfGpuMemoryError)],
 )
 def test_a_server_that_ends_by_itself_is_told_by_its_kind(pretend, code: int, kind: type) -> None:
-    server, _ = pretend(f"tell('error', status='x', message='the card is gone')\nsys.exit({code})")
+    server, _ = pretend(
+        f"sys.stdin.readline(); tell('error', status='x', message='the card is gone')\n"
+        f"sys.exit({code})"
+    )
     deadline = time.monotonic() + 10
     with pytest.raises(kind, match="the card is gone"):
         while time.monotonic() < deadline:
