@@ -21,7 +21,7 @@ from server_process import running
 from waiting import is_running, wait_until
 
 from workloads.common.errors import UsageError
-from workloads.common.latency import is_few
+from workloads.common.results import is_few
 from workloads.inference import load_generator, load_report
 
 GUIDE_FIGURES = (
