@@ -248,7 +248,7 @@ def picture_attacks() -> list[Attack]:
         # Whoever sends too much may find the connection closed before the end.
         statuses = (status, None) if len(content) > MAX_BODY_BYTES else (status,)
         # Whoever is told the size it claims was read no further than the header.
-        says = f"{CLAIMED}x{CLAIMED} pixels" if name.startswith("lying") else ""
+        says = "pixels" if name.startswith("lying") else ""
         attacks.append(_attack(f"{name}, raw", post("/predict", content), *statuses, says=says))
         attacks.append(_attack(f"{name}, form", form(image=content), *statuses, says=says))
     return attacks

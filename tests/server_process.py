@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -40,13 +40,18 @@ class ServerProcess:
     """A server started by hand, ready to answer."""
 
     def __init__(
-        self, folder: Path, *arguments: str, script: Path = STUB, **environment: object
+        self,
+        folder: Path,
+        *arguments: str,
+        script: Path = STUB,
+        under: Sequence[str] = (),
+        **environment: object,
     ) -> None:
         self.results = folder / "results"
         self.log = folder / "stderr.log"
         with self.log.open("w") as log, (folder / "stdout.log").open("w") as out:
             self.process = subprocess.Popen(
-                (sys.executable, str(script), *SMALL, "--port", "0", "--results-dir",
+                (*under, sys.executable, str(script), *SMALL, "--port", "0", "--results-dir",
                  str(self.results), *arguments),
                 stdout=out, stderr=log, stdin=subprocess.DEVNULL,
                 env={**os.environ, **{name: str(value) for name, value in environment.items()}},
@@ -87,10 +92,8 @@ def _children(pid: int) -> list[int]:
 
 
 @contextmanager
-def running(
-    folder: Path, *arguments: str, script: Path = STUB, **environment: object
-) -> Iterator[ServerProcess]:
-    server = ServerProcess(folder, *arguments, script=script, **environment)
+def running(folder: Path, *arguments: str, **options: object) -> Iterator[ServerProcess]:
+    server = ServerProcess(folder, *arguments, **options)
     try:
         yield server
     finally:

@@ -194,6 +194,7 @@ def test_no_page_of_another_origin_and_no_foreign_name_reaches_a_local_server(se
         ({"Host": "evil.example", "Origin": "http://evil.example"}, 403),
         ({"Origin": "http://evil.example"}, 403),
         ({"Origin": "null"}, 403),
+        ({"Origin": "http://[::1"}, 403),
         ({"Host": f"localhost:{server.port}", "Origin": f"http://localhost:{server.port}"}, 200),
         ({"Host": "127.1.2.3"}, 200),
         ({"Host": "[::1]:1"}, 200),
@@ -445,8 +446,9 @@ def test_both_families_of_addresses_are_served_and_printed_as_urls(tmp_path):
 
 def test_variables_of_other_web_servers_change_nothing(tmp_path):
     with running(
-        tmp_path, GUNICORN_CMD_ARGS="--bind 0.0.0.0:1", SCRIPT_NAME="/x", WEB_CONCURRENCY=7,
-        FLASK_DEBUG=1, GUNICORN_FD=0, GUNICORN_PID=1, LISTEN_FDS=3, PORT=1,
+        tmp_path, GUNICORN_CMD_ARGS="--bind 0.0.0.0:1", SCRIPT_NAME="/x", WEB_CONCURRENCY="",
+        FLASK_DEBUG=1, GUNICORN_FD=0, GEVENT_LOOP="nosuch", SENDFILE="?", GUNICORN_PID=1,
+        LISTEN_FDS=3, PORT=1,
     ) as server:  # fmt: skip
         assert server.predict(jpeg()).status_code == 200
         assert len(server.workers()) == 2
@@ -469,7 +471,9 @@ def test_a_second_signal_ends_a_server_that_drains_at_once(tmp_path):
         pool.submit(server.batch_predict, {})
         wait_until(lambda: server.stats()["requests_inside"], "a request inside")
         server.process.send_signal(signal.SIGINT)
-        time.sleep(0.5)
+        server.process.send_signal(signal.SIGINT)  # a terminal's to the group, say: the same one
+        time.sleep(1.3)
+        assert server.process.poll() is None
         begin = time.monotonic()
         server.process.send_signal(signal.SIGINT)
         assert server.process.wait(10) == 130

@@ -327,3 +327,100 @@ def test_a_stopped_worker_does_not_outlast_a_short_drain(tmp_path):
         assert server.stop() == 0
         assert time.monotonic() - begin < 6.0
         assert not is_running(stopped)
+
+
+def test_many_clients_come_together_in_large_batches(tmp_path):
+    with (
+        running(tmp_path, STUB_BATCH_SECONDS=0.1) as server,
+        ThreadPoolExecutor(64) as pool,
+    ):
+        begin = time.monotonic()
+        statuses = list(pool.map(lambda _: server.predict(jpeg()).status_code, range(256)))
+        assert set(statuses) == {200}
+        assert time.monotonic() - begin < 8.0
+        assert max(map(int, server.stats()["batch_size_histogram"])) >= 16
+
+
+def test_health_and_statistics_are_told_while_a_batch_takes_long(tmp_path):
+    with running(tmp_path, STUB_BATCH_SECONDS=4) as server, ThreadPoolExecutor(8) as pool:
+        waiting = [pool.submit(server.predict, jpeg()) for _ in range(8)]
+        time.sleep(0.5)
+        begin = time.monotonic()
+        assert requests.get(f"{server.url}/health", timeout=10).status_code == 200
+        assert server.stats()["requests_inside"] >= 1
+        assert time.monotonic() - begin < 2.0
+        assert {one.result().status_code for one in waiting} == {200}
+
+
+def repeating_tiff() -> bytes:
+    """A TIFF of 20x20000 whose rows are all the same million bytes of the file."""
+    rows, width, data = 20_000, 20, bytes(1_000_000)
+    entries = {256: (4, [width]), 257: (4, [rows]), 258: (3, [8]), 259: (3, [8]), 262: (3, [1]),
+               273: (4, [8] * rows), 277: (3, [1]), 278: (4, [1]),
+               279: (4, [len(data)] * rows)}  # fmt: skip
+    directory, extra = b"", b""
+    start = 8 + len(data)
+    extra_start = start + 2 + 12 * len(entries) + 4
+    for tag, (kind, values) in entries.items():
+        packed = struct.pack(f"<{len(values)}{'I' if kind == 4 else 'H'}", *values)
+        place = packed.ljust(4, b"\0")
+        if len(packed) > 4:
+            place = struct.pack("<I", extra_start + len(extra))
+            extra += packed
+        directory += struct.pack("<HHI", tag, kind, len(values)) + place
+    head = struct.pack("<2sHI", b"II", 42, start)
+    return head + data + struct.pack("<H", len(entries)) + directory + bytes(4) + extra
+
+
+def gif_of_a_huge_frame() -> bytes:
+    """A GIF whose screen is small and whose one frame claims 40000x40000."""
+    screen = struct.pack("<6sHHBBB", b"GIF89a", 100, 100, 0, 0, 0)
+    control = struct.pack("<BBBBHBB", 0x21, 0xF9, 4, 8, 0, 0, 0)
+    frame = struct.pack("<BHHHHB", 0x2C, 0, 0, 40_000, 40_000, 0)
+    return screen + control + frame + b"\x02\x02\x4c\x01\x00\x3b"
+
+
+@pytest.mark.parametrize(
+    ("content", "status"),
+    [(repeating_tiff(), 400), (gif_of_a_huge_frame(), 413)],
+    ids=["TIFF that repeats", "GIF of a huge frame"],
+)
+def test_a_file_that_takes_memory_or_time_before_its_size_is_known_is_refused(
+    server, content, status
+):
+    before = figures_of(server.process.pid).resident_mib
+    begin = time.monotonic()
+    answer = server.predict(content)
+    assert answer.status_code == status, answer.text
+    assert time.monotonic() - begin < 2.0
+    assert figures_of(server.process.pid).resident_mib - before < 100
+
+
+def test_one_connection_that_asks_without_end_keeps_nobody_else_waiting(server):
+    ended = threading.Event()
+
+    def ask_without_end() -> None:
+        with connect(server) as greedy, suppress(OSError):
+            while not ended.is_set():
+                greedy.sendall(b"GET /nothing HTTP/1.1\r\n\r\n" * 50)
+                greedy.recv(1 << 16)
+
+    threads = [threading.Thread(target=ask_without_end) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        assert max(latencies(server, 20)) < 2.0
+    finally:
+        ended.set()
+        for thread in threads:
+            thread.join()
+
+
+def test_few_open_files_end_in_refusals_and_not_in_a_server_that_only_looks_healthy(tmp_path):
+    limit = ("bash", "-c", 'ulimit -n 64 && exec "$@"', "-")
+    with running(tmp_path, under=limit) as server:
+        with ThreadPoolExecutor(48) as pool:
+            futures = [pool.submit(server.predict, jpeg(seed)) for seed in range(96)]
+            statuses = {f.result().status_code for f in futures if f.exception() is None}
+        assert statuses <= {200, 503} and 200 in statuses
+        wait_until(lambda: server.predict(jpeg()).status_code == 200, "a recovery", seconds=20.0)

@@ -13,8 +13,9 @@ message  content                     answered with
 ``r``    ``RECORD``                  nothing: a finished request is counted
 =======  ==========================  ==============================================================
 
-Questions (health, statistics) come on connections of their own, and a thread of its own answers
-them, since a batch may take seconds. One more connection of each worker says that it lives.
+Questions (health, statistics) come on connections of their own, and a thread of its own takes in
+whoever comes through the door and answers them, since a batch may take seconds. One more connection
+of each worker says that it lives.
 
 Adaptive micro-batching: the engine takes what is queued. Only while pictures are known to be on
 their way (being decoded at this moment) does a batch wait for them, at most ``max_delay_seconds``
@@ -53,7 +54,6 @@ RECORD = struct.Struct("=BHI5d")
 SYNTHETIC = struct.Struct("=I")
 REFUSAL = struct.Struct("=H")  # HTTP status; the reason follows as text
 MAX_MESSAGE_BYTES = 1 << 16
-MAX_FREE = 8  # of a worker; more are opened when they are needed
 QUESTION_SECONDS = 10.0  # for an answer that needs no device
 Closable = TypeVar("Closable", "Lane", socket.socket)
 # How soon the engine sees that it is to end.
@@ -159,7 +159,9 @@ class EngineClient:
 
     def __init__(self, door: socket.socket) -> None:
         """Tell the engine through ``door`` that this process is a web worker."""
+        door.settimeout(QUESTION_SECONDS)
         self._door = door
+        self._door_lock = threading.Lock()
         self._lanes: list[Lane] = []
         self._lines: list[socket.socket] = []
         self._life = self._connect(b"worker %d" % os.getpid())
@@ -186,12 +188,13 @@ class EngineClient:
         return answer
 
     def report_unanswered(self, requests: int) -> None:
-        """Say how many requests this worker leaves without an answer."""
+        """Say how many requests this worker leaves without an answer, at its orderly end."""
         self._life.send(b"%d" % requests)
 
     def _connect(self, kind: bytes, *descriptors: int) -> socket.socket:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
+        # A door holds about ten messages, and a second greenlet may not wait for the same socket.
+        with theirs, self._door_lock:
             socket.send_fds(self._door, [kind], [theirs.fileno(), *descriptors])
         return ours
 
@@ -209,7 +212,7 @@ class EngineClient:
         except OSError as error:
             raise Refusal(503, f"the engine does not answer ({error}); try again later") from error
         finally:
-            if is_whole and len(free) < MAX_FREE:
+            if is_whole:
                 free.append(lent)
             elif lent is not None:
                 lent.close()
@@ -260,7 +263,8 @@ class Engine:
         status: What ``/health`` says.
         failure: What the model raised; it is not called again after that.
         workers: Pids of the web workers that live.
-        lost_workers: Pids of those that ended before they were told to.
+        lost_workers: Pids of those that ended without a word, with the requests in them.
+        unanswered: Requests that workers left without an answer when they were told to end.
     """
 
     def __init__(
@@ -301,23 +305,29 @@ class Engine:
         # What is sent to the first end is received at the second, by whoever inherits it.
         self.worker_door, self._door = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._poll, self._line_poll = select.epoll(), select.epoll()
-        self._poll.register(self._door, select.EPOLLIN)
+        self._line_poll.register(self._door, select.EPOLLIN)
         self._lanes: dict[int, _EngineLane] = {}
         self._lines: dict[int, tuple[socket.socket, int | None]] = {}
         self._queue: deque[_Request] = deque()
         self._running = 0
-        self._draining = threading.Event()
+        self._batch_seconds = 0.0
         self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
+        self._thread = self._thread_of(self._serve)
 
     def start(self) -> None:
         """Begin to answer; until there is a model, pictures are refused."""
         self._thread.start()
-        threading.Thread(target=self._answer_questions, name="questions", daemon=True).start()
+        self._thread_of(self._answer_questions).start()
 
-    def drain(self) -> None:
-        """From now on web workers that end were told to."""
-        self._draining.set()
+    def _thread_of(self, work: Callable[[], None]) -> threading.Thread:
+        def run() -> None:
+            # A server whose thread has ended must not look healthy.
+            try:
+                work()
+            except Exception as error:
+                self.failure = self.failure or error
+
+        return threading.Thread(target=run, name=work.__name__, daemon=True)
 
     def close(self, timeout_seconds: float) -> bool:
         """End the loop; return whether it has ended, or the device was still at work."""
@@ -357,52 +367,63 @@ class Engine:
     def _receive(self, timeout_seconds: float) -> None:
         """Take whatever has come, waiting for it as long as that."""
         for descriptor, _ in self._poll.poll(max(0.0, timeout_seconds)):
-            if descriptor == self._door.fileno():
-                self._take_in()
-            else:
-                self._hear(self._lanes[descriptor])
-
-    def _take_in(self) -> None:
-        kind, descriptors, _, _ = socket.recv_fds(self._door, 64, 2)
-        if not descriptors:
-            self._poll.unregister(self._door)  # no worker is left, and none can come
-            return
-        connection = socket.socket(fileno=descriptors[0])
-        if kind == b"lane":
-            memory = memoryview(mmap.mmap(descriptors[1], PICTURE_BYTES + 1))
-            os.close(descriptors[1])
-            picture = np.frombuffer(memory, np.uint8, PICTURE_BYTES)
-            picture = picture.reshape(1, IMAGE_SIZE, IMAGE_SIZE, 3)
-            self._lanes[connection.fileno()] = _EngineLane(connection, memory, picture)
-            self._poll.register(connection, select.EPOLLIN)
-            return
-        pid = int(kind.removeprefix(b"worker ")) if kind != b"line" else None
-        if pid is not None:
-            self.workers.add(pid)
-        self._lines[connection.fileno()] = connection, pid
-        self._line_poll.register(connection, select.EPOLLIN)
+            self._hear(self._lanes[descriptor])
 
     def _answer_questions(self) -> None:
         while True:
             for descriptor, _ in self._line_poll.poll():
-                connection, pid = self._lines[descriptor]
-                message = _received(connection)
-                if message and pid is None:
-                    with suppress(OSError):
-                        connection.send(self._tell(message.decode()))
-                elif message:
-                    self.unanswered += int(message)
+                if descriptor == self._door.fileno():
+                    self._take_in()
                 else:
-                    self._line_poll.unregister(descriptor)
-                    del self._lines[descriptor]
-                    connection.close()
-                    if pid is not None:
-                        self._miss(pid)
+                    self._answer(descriptor, *self._lines[descriptor])
 
-    def _miss(self, pid: int) -> None:
-        self.workers.discard(pid)
-        if not self._draining.is_set():
+    def _take_in(self) -> None:
+        kind, descriptors, _, _ = socket.recv_fds(self._door, 64, 2)
+        if not kind:
+            self._line_poll.unregister(self._door)  # no worker is left, and none can come
+        elif len(descriptors) < (2 if kind == b"lane" else 1):
+            # No more files can be opened here: the worker finds its end closed, and answers 503.
+            for descriptor in descriptors:
+                os.close(descriptor)
+        elif kind == b"lane":
+            self._open_lane(socket.socket(fileno=descriptors[0]), descriptors[1])
+        else:
+            connection = socket.socket(fileno=descriptors[0])
+            pid = None if kind == b"line" else int(kind.removeprefix(b"worker "))
+            if pid is not None:
+                self.workers.add(pid)
+            self._lines[connection.fileno()] = connection, pid
+            self._line_poll.register(connection, select.EPOLLIN)
+
+    def _open_lane(self, connection: socket.socket, shared: int) -> None:
+        try:
+            memory = memoryview(mmap.mmap(shared, PICTURE_BYTES + 1))
+        except OSError:
+            connection.close()
+            return
+        finally:
+            os.close(shared)
+        picture = np.frombuffer(memory, np.uint8, PICTURE_BYTES)
+        picture = picture.reshape(1, IMAGE_SIZE, IMAGE_SIZE, 3)
+        self._lanes[connection.fileno()] = _EngineLane(connection, memory, picture)
+        self._poll.register(connection, select.EPOLLIN)
+
+    def _answer(self, descriptor: int, connection: socket.socket, pid: int | None) -> None:
+        """Answer a question, or hear the last word of the worker with that pid."""
+        message = _received(connection)
+        if message and pid is None:
+            with suppress(OSError):
+                connection.send(self._tell(message.decode()))
+            return
+        if message:
+            self.unanswered += int(message)
+        elif pid in self.workers:
             self.lost_workers.append(pid)
+        if pid is not None:
+            self.workers.discard(pid)
+        self._line_poll.unregister(descriptor)
+        del self._lines[descriptor]
+        connection.close()
 
     def _hear(self, lane: _EngineLane) -> None:
         message = _received(lane.socket)
@@ -433,7 +454,8 @@ class Engine:
         """Take as many requests as fit into one batch; those nobody waits for are dropped."""
         batch: list[_Request] = []
         images = 0
-        oldest_seconds = time.monotonic() - self._answer_seconds
+        # Whoever would have waited too long by the end of this batch is not there any more.
+        oldest_seconds = time.monotonic() + self._batch_seconds - self._answer_seconds
         while self._queue and images + len(self._queue[0].pictures) <= self._max_batch:
             request = self._queue.popleft()
             if not request.lane.closed and request.queued_seconds > oldest_seconds:
@@ -461,6 +483,7 @@ class Engine:
             return
         finally:
             self._running = 0
+        self._batch_seconds = time.monotonic() - started_seconds
         self._statistics.count_batch(len(rows))
         self._announce(batch, rows, ROW.pack(started_seconds, time.monotonic(), len(rows)))
 

@@ -24,6 +24,7 @@ FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")  # without a list, EPS c
 # megabyte can hold tens of thousands.
 MAX_SCANS = 100
 START_OF_SCAN = b"\xff\xda"
+TIFF_LENGTHS = 279, 325  # of each strip, of each tile: TIFF 6.0
 EXIF_ORIENTATION = 0x0112
 EXIF_TRANSPOSITIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -35,9 +36,10 @@ EXIF_TRANSPOSITIONS = {
     8: Image.Transpose.ROTATE_90,
 }
 
-# The pixel limit is ours and is checked after the header is read; Pillow's own only warns at
-# this size and raises at twice as much.
+# Own data may have any size. A server sets Pillow's limit too (``web_app.begin``), since a GIF's
+# frame, unlike its screen, can be looked at nowhere else before its memory is taken.
 Image.MAX_IMAGE_PIXELS = None
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 # Pillow warns about oddities of damaged files, each with other numbers: a log that anyone can fill.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
@@ -89,15 +91,26 @@ def open_image(source: bytes | Path, max_pixels: int | None = None) -> Image.Ima
         raise ImageRejected(
             f"the image has {width}x{height} pixels; at most {max_pixels} are accepted", status=413
         )
-    # In compressed data 0xFF is always followed by 0, so these two bytes are a marker. A file of
-    # one's own may take as long as it likes.
-    is_upload = isinstance(source, bytes) and image.format in ("JPEG", "MPO")
-    scans = source.count(START_OF_SCAN) if is_upload else 0
+    # A file of one's own may take as long as it likes.
+    if isinstance(source, bytes):
+        _require_little_work(image, source)
+    return image
+
+
+def _require_little_work(image: Image.Image, content: bytes) -> None:
+    """Refuse what makes a decoder read the same bytes again and again."""
+    # In compressed data 0xFF is always followed by 0, so these two bytes are a marker.
+    scans = content.count(START_OF_SCAN) if image.format in ("JPEG", "MPO") else 0
     if scans > MAX_SCANS:
         raise ImageRejected(
             f"the JPEG has {scans} scans; at most {MAX_SCANS} are accepted", status=413
         )
-    return image
+    if image.format == "TIFF":
+        with _bad_bytes_rejected():
+            lengths = [image.tag_v2.get(tag, ()) for tag in TIFF_LENGTHS]
+            is_repeating = sum(map(sum, lengths)) > len(content)
+        if is_repeating:
+            raise ImageRejected("the TIFF is damaged: its strips are longer than its file")
 
 
 def open_upload(content: bytes, max_pixels: int) -> Image.Image:
@@ -157,6 +170,8 @@ def _bad_bytes_rejected() -> Iterator[None]:
     except Exception as error:
         if isinstance(error, ImageRejected):
             raise
+        if isinstance(error, Image.DecompressionBombError):
+            raise ImageRejected(f"too many pixels: {error}", status=413) from error
         reason = str(error) or type(error).__name__
         if isinstance(error, Image.UnidentifiedImageError):
             reason = f"not one of {', '.join(FORMATS)}"
@@ -181,6 +196,8 @@ def _orientation(image: Image.Image) -> int | None:
     """Return the EXIF orientation; None where there is none that can be read."""
     try:
         return image.getexif().get(EXIF_ORIENTATION)
+    except ImageRejected:
+        raise
     # Damaged EXIF data raise anything; the picture itself is still good.
     except Exception:
         return None

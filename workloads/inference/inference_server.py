@@ -42,10 +42,14 @@ MAX_PORT = 65535
 CORES_PER_WORKER, MIN_WORKERS, MAX_WORKERS = 4, 2, 4
 MAX_BACKLOG = 4096
 MIB = 2**20
-WEB_WORKER = Path(__file__).with_name("web_worker.py")
-# Read by gunicorn, Flask or systemd's socket activation; only our own settings count.
-FOREIGN_VARIABLES = ("GUNICORN_", "FLASK_", "LISTEN_", "SCRIPT_NAME")
+WEB_WORKER = Path(__file__).resolve().with_name("web_worker.py")
+# Read by gunicorn, gevent, Flask or systemd's socket activation; only our own settings count.
+FOREIGN_VARIABLES = (
+    "GUNICORN_", "WEB_CONCURRENCY", "SENDFILE", "SCRIPT_NAME", "GEVENT", "LIBEV_", "FLASK_",
+    "LISTEN_",
+)  # fmt: skip
 POLL_SECONDS = 0.1
+SAME_SIGNAL_SECONDS = 1.0
 WEB_SERVER_START_SECONDS = 60.0
 # After a drain: for the web server's own end, and for a batch that is under way, since leaving that
 # may harm other clients of an MPS server.
@@ -317,7 +321,7 @@ class InferenceServer(client.Workload):
         # First: where the port is taken, nothing else needs to be begun.
         self._listener = listen(args.host, args.port)
         # Not an Event: its lock, taken when a second signal interrupts the first, is never free.
-        self._is_stopping = False
+        self._stop_seconds: float | None = None
         self._signal_handlers: dict[int, object] = {}
         self._facts: dict[str, object] = {}
         self._started_seconds = time.monotonic()
@@ -365,7 +369,7 @@ class InferenceServer(client.Workload):
             (sys.executable, str(WEB_WORKER)),
             stdin=subprocess.PIPE, pass_fds=(self._listener.fileno(), door.fileno()),
             # A session of its own: Ctrl-C in a terminal reaches us alone, and we end it in order.
-            start_new_session=True,
+            start_new_session=True, cwd=WEB_WORKER.parent,
             env={k: v for k, v in os.environ.items() if not k.startswith(FOREIGN_VARIABLES)},
         )  # fmt: skip
         # Not by the command line or the environment: the key is among them.
@@ -430,7 +434,7 @@ class InferenceServer(client.Workload):
         self._stop_on_signals()
         # What was answered before the start belongs to no job.
         self._statistics.take_units()
-        while not (self._is_stopping or recorder.stop_requested or self._failure()):
+        while self._stop_seconds is None and not (recorder.stop_requested or self._failure()):
             self._record_units(recorder)
             time.sleep(POLL_SECONDS)
         self._drain()
@@ -456,8 +460,13 @@ class InferenceServer(client.Workload):
         """Let the next signal begin the drain, and the one after it end everything."""
 
         def stop(number: int, frame: object) -> None:
-            self._is_stopping = True
-            self._restore_signals()
+            now_seconds = time.monotonic()
+            if self._stop_seconds is None:
+                self._stop_seconds = now_seconds
+            # One that comes at once is the same, sent to the process and to its group.
+            elif now_seconds > self._stop_seconds + SAME_SIGNAL_SECONDS:
+                self._restore_signals()
+                raise KeyboardInterrupt
 
         if not self._signal_handlers:
             for number in (signal.SIGTERM, signal.SIGINT):
@@ -480,7 +489,6 @@ class InferenceServer(client.Workload):
         failure, seconds = self._failure(), self.args.drain_seconds
         self._engine.status = "shutting down" if failure is None else "failed"
         console.note("stopping: answering what has arrived")
-        self._engine.drain()
         # Connections that no worker has accepted yet are to be few when they stop accepting.
         self._listener.listen(0)
         self._end_web_server(WEB_SERVER_END_SECONDS + (seconds if failure is None else 0.0))

@@ -35,6 +35,7 @@ import multipart
 from flask import Flask, Response, g, request
 from gevent.lock import BoundedSemaphore
 from gunicorn.http.errors import NoMoreData, ParseException
+from PIL import Image
 from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
 from workloads.inference import api_key
@@ -51,6 +52,7 @@ PIECE_BYTES = 1 << 18
 BODIES_BYTES = 64 << 20
 # Decoding more pixels takes long enough to be done on a thread, next to the other requests.
 LARGE_IMAGE_PIXELS = 4_000_000
+MIN_PILLOW_LIMIT = 1_000_000  # pixels; it refuses twice as many
 MAX_DECODE_CPU_SECONDS = 2.0  # of a smaller picture; it takes milliseconds
 TCP_ESTABLISHED = 1  # include/net/tcp_states.h of Linux
 PAGE = Path(__file__).with_name("page.html")
@@ -106,7 +108,7 @@ class State:
     class_names: dict[int, str] = field(default_factory=dict)
 
 
-app = Flask(__name__)
+app = Flask(__name__, static_folder=None)
 app.json.sort_keys = False
 app.url_map.merge_slashes = False
 state: State
@@ -116,7 +118,8 @@ def begin(settings: Settings, engine: EngineClient, worker: Worker) -> None:
     """Prepare this process to answer requests."""
     global state
     state = State(settings, engine, worker, BoundedSemaphore(settings.threads))
-    signal.signal(signal.SIGVTALRM, _decoding_takes_too_long)
+    Image.MAX_IMAGE_PIXELS = max(settings.max_pixels, MIN_PILLOW_LIMIT)
+    signal.signal(signal.SIGPROF, _decoding_takes_too_long)
 
 
 @app.before_request
@@ -126,7 +129,7 @@ def check_request() -> None:
     if state.settings.local_only and not _is_local(host):
         raise Refusal(403, "this server answers to names of this machine only, such as localhost")
     origin = request.headers.get("Origin")
-    if request.method == "POST" and origin is not None and urlsplit(origin).netloc != host:
+    if request.method == "POST" and origin is not None and origin.partition("//")[2] != host:
         raise Refusal(403, "pages of other origins may not use this server")
     if request.path not in ("/", "/health") and not api_key.admits(
         state.settings.api_key, request.headers.get("Authorization", "")
@@ -178,9 +181,13 @@ def predict() -> dict:
     content = picture_of(request.content_type or "", _body(state.settings.max_body_bytes))
     received_seconds = time.monotonic()
     deadline_seconds = received_seconds + state.settings.request_seconds
+    with _cpu_limit(MAX_DECODE_CPU_SECONDS):
+        image = open_upload(content, state.settings.max_pixels)
+    picture = _decoded_apart(image, deadline_seconds) if _takes_long(image) else None
     with state.engine.lane() as lane:
-        with lane.decoding():
-            picture = _decode(content, deadline_seconds)
+        if picture is None:
+            with lane.decoding(), _cpu_limit(MAX_DECODE_CPU_SECONDS):
+                picture = small_picture(image)
         decoded_seconds = time.monotonic()
         answer = lane.classify(picture, max(0.0, deadline_seconds - decoded_seconds))
     g.images = 1
@@ -261,8 +268,8 @@ def refuse(error: Exception) -> Response:
     elif isinstance(error, HTTPException):
         status, message = error.code or 500, f"{error.name}: {request.path[:100]}"
         if isinstance(error, MethodNotAllowed):
-            headers = {"Allow": ", ".join(error.valid_methods or ())}
-            message += f" takes {headers['Allow']} alone"
+            headers = {"Allow": ", ".join(sorted(error.valid_methods or ()))}
+            message += f" takes {headers['Allow']}"
     else:
         app.logger.error("request failed", exc_info=error)
     response = app.make_response(({"error": message}, status, headers))
@@ -397,12 +404,13 @@ def _client_has_left() -> bool:
         return True
 
 
-def _decode(content: bytes, deadline_seconds: float) -> bytes:
-    """Decode a picture, at most as long as somebody waits for it."""
-    with _cpu_limit(MAX_DECODE_CPU_SECONDS):
-        image = open_upload(content, state.settings.max_pixels)
-        if image.width * image.height <= LARGE_IMAGE_PIXELS:
-            return small_picture(image)
+def _takes_long(image: Image.Image) -> bool:
+    # What libtiff does with a hostile file in one call, nothing in this thread can end.
+    return image.width * image.height > LARGE_IMAGE_PIXELS or image.format == "TIFF"
+
+
+def _decoded_apart(image: Image.Image, deadline_seconds: float) -> bytes:
+    """Decode a picture on a thread, next to the other requests."""
     refusal = Refusal(503, "the picture could not be decoded in time; try again later")
     with gevent.Timeout(deadline_seconds - time.monotonic(), refusal), state.large_pictures:
         try:
@@ -416,11 +424,11 @@ def _decode(content: bytes, deadline_seconds: float) -> bytes:
 @contextmanager
 def _cpu_limit(seconds: float) -> Iterator[None]:
     """Bound what a picture takes of the processor, whatever is in its file."""
-    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def _decoding_takes_too_long(number: int, frame: object) -> None:

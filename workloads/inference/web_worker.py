@@ -89,8 +89,7 @@ class WebWorker(GeventWorker):
             gevent.sleep(HEARTBEAT_SECONDS)
         self.alive = False
         self._drain(accepting, listener, settings.drain_seconds)
-        if cut_off := sum(self._has_request(greenlet) for greenlet in self._pool):
-            engine.report_unanswered(cut_off)
+        engine.report_unanswered(sum(map(self._has_request, self._pool)))
         # Not by the interpreter's own end, which would wait for a thread that is stuck.
         os._exit(0)
 
@@ -173,6 +172,7 @@ class WebWorker(GeventWorker):
     def handle_request(self, listener_name, req, sock, addr) -> None:
         """Serve one request; gunicorn's object is kept for ``close_after``."""
         gevent.getcurrent().request = req
+        gevent.sleep(0)  # one connection may have sent thousands that need nothing but us
         super().handle_request(listener_name, req, sock, addr)
 
     @staticmethod
@@ -189,7 +189,7 @@ class WebWorker(GeventWorker):
     def handle_error(self, req, client, addr, exc) -> None:
         """Answer what gunicorn's parser refuses."""
         if not isinstance(exc, ParseException):
-            self.log.error("connection failed", exc_info=exc)
+            web_app.app.logger.error("connection failed", exc_info=exc)
         status = {LimitRequestHeaders: 431, LimitRequestLine: 414}.get(type(exc), 400)
         message = f"bad request: {exc}"
         if not isinstance(exc, ParseException):
@@ -234,7 +234,7 @@ class WebServer(BaseApplication):
             "worker_tmp_dir": "/dev/shm" if os.access("/dev/shm", os.W_OK) else None,
             "control_socket_disable": True,
             "forwarded_allow_ips": "",
-            "loglevel": "warning",
+            "loglevel": "critical",  # resets and deadlines of clients are no errors of ours
             "post_fork": lambda server, worker: _die_with_parent(),
             "child_exit": lambda server, worker: self._forget(worker),
         }
