@@ -26,6 +26,7 @@ MAX_SCANS = 100
 START_OF_SCAN = b"\xff\xda"
 TIFF_LENGTHS = 279, 325  # of each strip, of each tile: TIFF 6.0
 EXIF_ORIENTATION = 0x0112
+MAX_EXIF_BYTES = 1 << 16
 EXIF_TRANSPOSITIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -194,6 +195,9 @@ def _turned(image: Image.Image, orientation: int | None) -> Image.Image:
 
 def _orientation(image: Image.Image) -> int | None:
     """Return the EXIF orientation; None where there is none that can be read."""
+    # Longer ones fit no JPEG; Pillow before 13 copies what each of their entries claims.
+    if len(image.info.get("exif", b"")) > MAX_EXIF_BYTES:
+        return None
     try:
         return image.getexif().get(EXIF_ORIENTATION)
     except ImageRejected:
