@@ -19,7 +19,7 @@ print_that_there_is_nothing() {
         printf '  MIG mode is on, but was not switched on here; it is left alone.\n'
 }
 
-# Sets OURS (ids that are still there) and SWITCH_OFF.
+# Sets OURS, the ids that are still there.
 read_own_state() {
     [[ ${STATE[previous_mig_mode]:-} =~ ^(Enabled|Disabled)$ &&
         ${STATE[gpu_instances]:-} =~ ^[0-9,]*$ && ${STATE[instances_before]:-} =~ ^[0-9,]*$ ]] ||
@@ -27,25 +27,20 @@ read_own_state() {
     card::require "changing MIG"
     mig::read_instances
     OURS=$(mig::own_instances)
-    SWITCH_OFF=0
-    [[ ${STATE[previous_mig_mode]} != Disabled || $GPU_MIG_CURRENT$GPU_MIG_PENDING == DisabledDisabled ]] ||
-        SWITCH_OFF=1
 }
 
 check_preconditions() {
     local others
     mig::refuse_holders "$OURS"
     others=$(mig::subtract "$(mig::instance_ids)" "$OURS")
-    if ((SWITCH_OFF)) && [[ -n $others ]]; then
+    [[ ${STATE[previous_mig_mode]} == Enabled || -z $others ]] ||
         die "$EXIT_BUSY" "GPU instances that setup_mig.sh did not create are there (ids $others);" \
             "MIG mode cannot be switched off under them"
-    fi
 }
 
 main() {
     cli::parse 0 "$@"
     transaction::begin
-    user::resolve
     gpu::select
     if ! state::load mig; then
         print_that_there_is_nothing
@@ -54,7 +49,7 @@ main() {
     read_own_state
     check_preconditions
     mig::destroy "$OURS"
-    ((!SWITCH_OFF)) || mig::put_back_mode Disabled
+    [[ ${STATE[previous_mig_mode]} == Enabled ]] || mig::put_back_mode Disabled
     state::remove mig
     ((DRY_RUN)) || printf 'MIG mode is %s on %s, as before.\n' "$GPU_MIG_CURRENT" "$(gpu::title)"
 }

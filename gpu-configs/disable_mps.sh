@@ -58,7 +58,6 @@ main() {
     local has_daemon=0
     cli::parse 0 "$@"
     transaction::begin
-    user::resolve
     gpu::select
     if ! state::load mps && ! state::load compute-mode; then
         print_that_there_is_nothing

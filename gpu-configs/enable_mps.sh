@@ -81,29 +81,21 @@ check_holders() {
         warn "who uses $(gpu::title) could not be asked: $NOT_TOLD"
     fi
     ((${#HOLDERS[@]} > 0)) || return 0
-    log "On $(gpu::title):"
-    printf '  %s\n' "${HOLDERS[@]}" >&2
-    if ((EXCLUSIVE)); then
+    gpu::print_holders
+    ((!EXCLUSIVE)) ||
         die "$EXIT_BUSY" "the processes above use the GPU without MPS, which --exclusive forbids"
-    fi
     warn "the processes above use the GPU without MPS and will contend with its clients"
 }
 
-# Sets PIPE_DIRECTORY and LOG_DIRECTORY below a new folder with a short enough name: a socket's path has
-# to stay under 108 bytes.
+# Sets PIPE_DIRECTORY and LOG_DIRECTORY below a new folder: in /tmp where the path of the socket in it,
+# /pipe/control_privileged, would else come to 108 bytes or more.
 choose_folder() {
-    local parent folder
-    for parent in "$USER_STATE" "/run/user/$INVOKER_UID" /tmp; do
-        folder=$parent/mps.$(tr -dc a-z0-9 </dev/urandom | head -c 8 || true)
-        ((${#folder} + ${#SOCKET} < 108)) || continue
-        [[ $parent == "$USER_STATE" ]] || as_user test -w "$parent" || continue
-        PIPE_DIRECTORY=$folder/pipe
-        LOG_DIRECTORY=$folder/log
-        return 0
-    done
-    die "$EXIT_FAILED" "$USER_STATE is too long for a socket; set GPU_SHARING_STATE_DIR"
+    local folder
+    folder=mps.$(tr -dc a-z0-9 </dev/urandom | head -c 8 || true)
+    ((${#USER_STATE} < 70)) && folder=$USER_STATE/$folder || folder=/tmp/$folder
+    PIPE_DIRECTORY=$folder/pipe
+    LOG_DIRECTORY=$folder/log
 }
-readonly SOCKET=/pipe/control_privileged
 
 # The state is saved before there is anything, so that whatever moment a kill comes at can be undone.
 start_daemon() {
@@ -139,10 +131,7 @@ launch() {
     # shellcheck disable=SC2016 # the inner shell expands
     run --user --note "$(quoted "${settings[@]}") nvidia-cuda-mps-control -d (as $INVOKER_NAME)" \
         env "${without[@]}" "${settings[@]}" bash -p -c '
-            hard=$(ulimit -Hn)
-            [[ $hard != unlimited ]] && ((hard < 16384)) || hard=16384
-            soft=$(ulimit -Sn)
-            [[ $soft == unlimited ]] || ((soft >= hard)) || ulimit -Sn "$hard"
+            ulimit -Sn 16384 2>/dev/null || ulimit -Sn hard
             exec nvidia-cuda-mps-control -d </dev/null >"$CUDA_MPS_LOG_DIRECTORY/start.log" 2>&1
         ' || true # it is the answer that counts
 }
@@ -193,7 +182,6 @@ main() {
     [[ -z $PERCENTAGE ]] || is_percentage "$PERCENTAGE" ||
         cli::usage_error "--percentage is over 0 and up to 100, not '$PERCENTAGE'"
     transaction::begin
-    user::resolve
     gpu::select
     check_preconditions
     ((RUNNING)) || start_daemon

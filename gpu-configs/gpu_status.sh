@@ -152,7 +152,6 @@ main() {
     local line
     cli::parse 0 "$@"
     transaction::begin
-    user::resolve
     mps::find_daemons && DAEMONS_TOLD=1 || DAEMONS_TOLD=0
     if [[ -n $GPU_SELECTOR ]]; then
         gpu::select

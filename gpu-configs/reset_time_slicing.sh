@@ -16,7 +16,6 @@ source "${0%"${0##*/}"}lib/common.sh"
 main() {
     cli::parse 0 "$@"
     transaction::begin
-    user::resolve
     gpu::select
     if ! state::load time-slicing && ! state::load time-slice; then
         printf 'Time slicing was not set up on %s: nothing to undo.\n' "$(gpu::title)"

@@ -52,24 +52,24 @@ check_preconditions() {
 # Replaces each wanted profile that the GPU lacks; says so once a profile, however often it is wanted.
 substitute_profiles() {
     local -A taken=()
-    local -a unknown=()
+    local unknown=""
     local -i i
     local name
-    for name in "${WANTED[@]}"; do
-        [[ -z ${PROFILE_ID[$name]:-} && -z ${taken[$name]:-} ]] || continue
-        if find_substitute "$name"; then
-            log "$(gpu::title) has no profile $name; taking $SUBSTITUTE."
-        else
-            unknown+=("$name")
+    for i in "${!WANTED[@]}"; do
+        name=${WANTED[i]}
+        if [[ -z ${PROFILE_ID[$name]:-} && -z ${taken[$name]:-} ]]; then
+            if find_substitute "$name"; then
+                log "$(gpu::title) has no profile $name; taking $SUBSTITUTE."
+            else
+                unknown+=,$name
+            fi
+            taken[$name]=$SUBSTITUTE
         fi
-        taken[$name]=$SUBSTITUTE
+        WANTED[i]=${taken[$name]:-$name}
     done
-    if ((${#unknown[@]} > 0)); then
-        mig::print_profiles
-        die "$EXIT_UNSUPPORTED" "this GPU has no profile $(mig::join "${unknown[@]}")," \
-            "nor one plain profile like it"
-    fi
-    for i in "${!WANTED[@]}"; do WANTED[i]=${taken[${WANTED[i]}]:-${WANTED[i]}}; done
+    [[ -n $unknown ]] || return 0
+    mig::print_profiles
+    die "$EXIT_UNSUPPORTED" "this GPU has no profile ${unknown#,}, nor one plain profile like it"
 }
 
 # Sets SUBSTITUTE to the plain profile with as many slices as $1; false, and the name itself, where
@@ -102,48 +102,41 @@ already_in_force() {
 }
 
 check_that_it_fits() {
-    local line name
+    local line name start size
+    local -i occupied=0
     [[ -z $OURS ]] || die "$EXIT_BUSY" "the instances ${STATE[layout]:-?} of an earlier run" \
         "are there; remove them first: sudo ./gpu-configs/disable_mig.sh"
     for name in "${WANTED[@]}"; do
         [[ -n ${PLACEMENT_STARTS[$name]:-} ]] ||
             die "$EXIT_UNSUPPORTED" "nvidia-smi lists no place for $name on $(gpu::title)"
     done
-    OCCUPIED=0
-    if ! fits "${WANTED[@]}"; then
+    if ! fits 0 "${WANTED[@]}"; then
         mig::print_profiles
         die "$EXIT_UNSUPPORTED" "$LAYOUT does not fit on $(gpu::title)"
     fi
-    for line in "${INSTANCES[@]}"; do occupy "${line##* }"; done
-    if ! fits "${WANTED[@]}"; then
+    for line in "${INSTANCES[@]}"; do
+        IFS=: read -r start size <<<"${line##* }"
+        occupied=$((occupied | ((1 << size) - 1) << start))
+    done
+    if ! fits "$occupied" "${WANTED[@]}"; then
         log "GPU instances that are there and were not made by this script (id, profile, place):"
         printf '  %s\n' "${INSTANCES[@]}" >&2
         die "$EXIT_BUSY" "$LAYOUT does not fit beside them"
     fi
 }
 
-# occupy START:SIZE
-occupy() { OCCUPIED=$((OCCUPIED | ((1 << ${1#*:}) - 1) << ${1%:*})); }
-
-# fits PROFILE...: whether there is a place for each next to what is OCCUPIED (a bit a memory slice).
+# fits OCCUPIED PROFILE...: whether there is a place for each next to what is occupied (a bit a slice).
 fits() {
-    local -r name=${1:-}
-    local -ri before=$OCCUPIED
+    local -r name=${2:-}
     local -i same=0 mask
     local start other
     [[ -n $name ]] || return 0
     # the totals rule out at once what would take the search below long
-    for other in "$@"; do [[ $other != "$name" ]] || same+=1; done
+    for other in "${@:2}"; do [[ $other != "$name" ]] || same+=1; done
     ((same <= ${PROFILE_TOTAL[$name]})) || return 1
     for start in ${PLACEMENT_STARTS[$name]}; do
         mask=$((((1 << ${PLACEMENT_SIZE[$name]}) - 1) << start))
-        ((OCCUPIED & mask)) && continue
-        OCCUPIED=$((OCCUPIED | mask))
-        if fits "${@:2}"; then
-            OCCUPIED=$before
-            return 0
-        fi
-        OCCUPIED=$before
+        ((!($1 & mask))) && fits $(($1 | mask)) "${@:3}" && return 0
     done
     return 1
 }
@@ -154,10 +147,9 @@ check_permission() {
     gpu::find_holders ||
         die "$EXIT_FAILED" "who uses $(gpu::title) could not be asked, and MIG mode can only be switched on" \
             "while nobody does; nvidia-smi said: $NOT_TOLD"
-    ((${#HOLDERS[@]} == 0)) || {
-        gpu::print_holders
+    gpu::print_holders
+    ((${#HOLDERS[@]} == 0)) ||
         die "$EXIT_BUSY" "MIG mode can only be switched on while nobody uses the GPU"
-    }
 }
 
 # save_state GPU_INSTANCES. `instances_before` tells whose the instances are if this run is killed
@@ -185,6 +177,7 @@ switch_on() {
 create_instances() {
     local created
     local -a ids
+    local -ri devices_before=${#MIG_DEVICES[@]}
     local -i devices
     undo::push destroy_new
     run --card nvidia-smi mig -i "$GPU_UUID" -cgi "$LAYOUT" -C
@@ -194,9 +187,8 @@ create_instances() {
     IFS=, read -ra ids <<<"$created"
     ((${#ids[@]} == ${#WANTED[@]})) ||
         card::failed "only ${#ids[@]} of ${#WANTED[@]} instances were created"
-    devices=${#MIG_DEVICES[@]}
     mig::require_devices
-    devices=$((${#MIG_DEVICES[@]} - devices))
+    devices=$((${#MIG_DEVICES[@]} - devices_before))
     ((devices == ${#WANTED[@]})) || card::failed "$devices of ${#WANTED[@]} MIG devices are there"
     save_state "$created"
 }
@@ -227,7 +219,6 @@ print_in_force() {
 main() {
     parse_arguments "$@"
     transaction::begin
-    user::resolve
     gpu::select
     check_preconditions
     read_own_state

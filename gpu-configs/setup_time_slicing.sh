@@ -85,7 +85,6 @@ TEXT
 main() {
     parse_arguments "$@"
     transaction::begin
-    user::resolve
     gpu::select
     check_preconditions
     check_timeslice

@@ -208,36 +208,28 @@ card::require() {
 #   --state  as whose state of this kind is
 #   --note   what to show instead of the command itself
 run() {
-    local card=0 note="" prefix=()
+    local note=""
+    local -a prefix=()
     while [[ $1 == --* ]]; do
         case $1 in
-            --card) card=1 ;;
+            --card) prefix=(card::keep_output) ;;
             --user) prefix=(as_user) ;;
-            --state)
-                prefix=(state::as "$2")
-                shift
-                ;;
-            --note)
-                note=$2
-                shift
-                ;;
+            --state) prefix=(state::as "$2") && shift ;;
+            --note) note=$2 && shift ;;
         esac
         shift
     done
-    [[ -n $note ]] || note=$(quoted "$@")
+    note=${note:-$(quoted "$@")}
     if ((DRY_RUN)); then
         printf 'would run: %s\n' "$note"
         return 0
     fi
-    if ((card)); then
-        card::require "changing a setting of the GPU"
-        log "run: $note"
-        RUN_OUTPUT=$("$@" 2>&1) || true
-    else
-        log "run: $note"
-        "${prefix[@]}" "$@"
-    fi
+    [[ ${prefix[*]} != card::keep_output ]] || card::require "changing a setting of the GPU"
+    log "run: $note"
+    "${prefix[@]}" "$@"
 }
+
+card::keep_output() { RUN_OUTPUT=$("$@" 2>&1) || true; }
 
 # unless_dry COMMAND: prints what is in force by that command; after a dry run, that nothing is another.
 unless_dry() { if ((DRY_RUN)); then printf 'Dry run: nothing was changed.\n'; else "$@"; fi; }
@@ -252,7 +244,10 @@ card::failed() {
         *"In use"* | *"in use"*) code=$EXIT_BUSY ;;
         *"Not Supported"* | *"not supported"*) code=$EXIT_UNSUPPORTED ;;
     esac
-    ((code != EXIT_BUSY)) || gpu::print_holders
+    if ((code == EXIT_BUSY)); then
+        gpu::find_holders || log "Who uses $(gpu::title) could not be asked: $NOT_TOLD"
+        gpu::print_holders
+    fi
     die "$code" "$1; nvidia-smi said: $words"
 }
 
@@ -287,18 +282,13 @@ undo::on_exit() {
     exit "$status"
 }
 
-undo::on_unexpected() {
-    local -ri status=$1
-    printf 'error: %s failed with status %d (%s, line %s)\n' "$3" "$status" "${0##*/}" "$2" >&2
-    exit "$EXIT_FAILED"
-}
-
 transaction::begin() {
     trap undo::on_exit EXIT
     trap 'exit 130' INT
     trap 'exit 143' TERM
     trap 'exit 129' HUP
-    trap 'undo::on_unexpected "$?" "$LINENO" "$BASH_COMMAND"' ERR
+    trap 'die "$EXIT_FAILED" "$BASH_COMMAND failed with status $? (${0##*/}, line $LINENO)"' ERR
+    user::resolve
 }
 
 # --- saved state ------------------------------------------------------------------------------------

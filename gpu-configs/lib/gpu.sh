@@ -142,9 +142,8 @@ gpu::owner() {
     printf '%s' "${name%"${name##*[! ]}"}"
 }
 
-# The processes on the GPU, on stderr.
+# The HOLDERS, on stderr.
 gpu::print_holders() {
-    gpu::find_holders || log "Who uses $(gpu::title) could not be asked: $NOT_TOLD"
     ((${#HOLDERS[@]} > 0)) || return 0
     log "On $(gpu::title):"
     printf '  %s\n' "${HOLDERS[@]}" >&2

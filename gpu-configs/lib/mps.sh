@@ -83,7 +83,7 @@ mps::refuse_own() {
 # mps::find_clients PIPE_DIRECTORY: fills MPS_CLIENTS with pids; false, with NOT_TOLD, where the daemon
 # could not be asked.
 mps::find_clients() {
-    local answer line
+    local line
     MPS_CLIENTS=()
     mps::numbers "$1" get_server_list || return 1
     for line in "${NUMBERS[@]}"; do
@@ -153,14 +153,12 @@ mps::count_started_here() {
 mps::refuse_other_daemons() {
     local started
     mps::require_daemons
-    if ((${#MPS_FOREIGN[@]} > 0)); then
+    ((${#MPS_FOREIGN[@]} == 0)) ||
         die "$EXIT_BUSY" "another user's MPS control daemon is running: $(IFS=';' && printf '%s' "${MPS_FOREIGN[*]}");" \
             "two users cannot share a GPU through MPS at the same time, ask its owner to quit it"
-    fi
     started=$(mps::count_started_here)
-    if ((${#MPS_OWN[@]} > started)); then
+    ((${#MPS_OWN[@]} <= started)) ||
         die "$EXIT_BUSY" "an MPS control daemon that enable_mps.sh did not start is running" \
-            "($(IFS=',' && printf '%s' "${MPS_OWN[*]}")); end it first: echo quit | nvidia-cuda-mps-control, with its" \
+            "($(mig::join "${MPS_OWN[@]}")); end it first: echo quit | nvidia-cuda-mps-control, with its" \
             "CUDA_MPS_PIPE_DIRECTORY"
-    fi
 }
