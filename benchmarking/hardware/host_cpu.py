@@ -1,13 +1,13 @@
-"""Processor time of a client and of everything that it started, read from `/proc`."""
+"""Processor time of a client and of everything that it started."""
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
-PROC = Path("/proc")
+import psutil
 
 
 @dataclass(frozen=True)
@@ -28,23 +28,8 @@ class CpuReading:
 
     def busiest_thread_since(self, earlier: CpuReading) -> float:
         """Return the most seconds that any one thread has used since `earlier`."""
-        return max(
-            (
-                seconds - earlier.threads.get(thread, 0.0)
-                for thread, seconds in self.threads.items()
-            ),
-            default=0.0,
-        )
-
-
-@dataclass(frozen=True)
-class _Stat:
-    """The fields of one `/proc` stat file that are needed here."""
-
-    parent: int
-    session: int
-    own_seconds: float
-    ended_children_seconds: float
+        used = [now - earlier.threads.get(thread, 0.0) for thread, now in self.threads.items()]
+        return max(used, default=0.0)
 
 
 def read_process_trees(pids: Sequence[int | None]) -> list[CpuReading | None]:
@@ -59,62 +44,35 @@ def read_process_trees(pids: Sequence[int | None]) -> list[CpuReading | None]:
     Returns:
         A reading for each; `None` for one that is gone.
     """
-    stats = _all_processes()
-    return [_read_tree(pid, stats) if pid in stats else None for pid in pids]
+    parents = {one.pid: one.info["ppid"] for one in psutil.process_iter(["ppid"])}
+    sessions = {pid: _session(pid) for pid in parents}
+    return [_read(_family(pid, parents, sessions)) if pid in parents else None for pid in pids]
 
 
-def _read_tree(pid: int, stats: Mapping[int, _Stat]) -> CpuReading:
-    members = _family(pid, stats)
-    threads = {thread: seconds for member in members for thread, seconds in _threads_of(member)}
-    seconds = sum(
-        stats[member].own_seconds + stats[member].ended_children_seconds for member in members
-    )
-    return CpuReading(seconds, threads)
+def _session(pid: int) -> int | None:
+    try:
+        return os.getsid(pid)
+    except OSError:  # it has ended meanwhile
+        return None
 
 
-def _family(pid: int, stats: Mapping[int, _Stat]) -> set[int]:
-    members = {pid} | {other for other, stat in stats.items() if stat.session == pid}
+def _family(
+    pid: int, parents: Mapping[int, int | None], sessions: Mapping[int, int | None]
+) -> set[int]:
+    members = {pid} | {other for other, session in sessions.items() if session == pid}
     while True:
-        found = {other for other, stat in stats.items() if stat.parent in members} - members
+        found = {other for other, parent in parents.items() if parent in members} - members
         if not found:
             return members
         members |= found
 
 
-def _all_processes() -> dict[int, _Stat]:
-    found = {}
-    for entry in os.scandir(PROC):
-        if entry.name.isdecimal():
-            stat = _read_stat(Path(entry.path) / "stat")
-            if stat is not None:
-                found[int(entry.name)] = stat
-    return found
-
-
-def _threads_of(pid: int) -> Iterator[tuple[int, float]]:
-    try:
-        threads = list(os.scandir(PROC / str(pid) / "task"))
-    except OSError:
-        return
-    for entry in threads:
-        stat = _read_stat(Path(entry.path) / "stat")
-        if stat is not None:
-            yield int(entry.name), stat.own_seconds
-
-
-def _read_stat(path: Path) -> _Stat | None:
-    """Read a process's or thread's stat file; `None` when it has ended meanwhile."""
-    try:
-        text = path.read_text(errors="replace")  # a process may call itself anything
-    except OSError:
-        return None
-    # The second field, the name, may hold spaces and brackets: count from its closing one.
-    fields = text.rpartition(")")[2].split()
-    tick = os.sysconf("SC_CLK_TCK")
-    user, system, children_user, children_system = (int(field) for field in fields[11:15])
-    return _Stat(
-        parent=int(fields[1]),
-        session=int(fields[3]),
-        own_seconds=(user + system) / tick,
-        ended_children_seconds=(children_user + children_system) / tick,
-    )
+def _read(members: set[int]) -> CpuReading:
+    seconds, threads = 0.0, {}
+    for pid in members:
+        with contextlib.suppress(psutil.Error):  # it has ended meanwhile
+            process = psutil.Process(pid)
+            times = process.cpu_times()
+            seconds += times.user + times.system + times.children_user + times.children_system
+            threads |= {one.id: one.user_time + one.system_time for one in process.threads()}
+    return CpuReading(seconds, threads)
