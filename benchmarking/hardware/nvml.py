@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -65,18 +67,15 @@ STATE_FIELDS = (
 )  # fmt: skip
 
 
-# What to do about an NVML error (nvmlReturn_t in nvml.h).
-NO_PERMISSION, DRIVER_NOT_LOADED, LIBRARY_NOT_FOUND = 4, 9, 12
-GPU_IS_LOST, RESET_REQUIRED, VERSION_MISMATCH = 15, 16, 18
+# What to do about an NVML error, by nvmlReturn_t (nvml.h).
+DRIVER_NOT_LOADED, LIBRARY_NOT_FOUND = 9, 12
 ADVICE = {
-    NO_PERMISSION: "let this account open /dev/nvidia*, in a container with --gpus all",
+    4: "let this account open /dev/nvidia*, in a container with --gpus all",  # no permission
     DRIVER_NOT_LOADED: "load the driver: sudo modprobe nvidia",
-    GPU_IS_LOST: "the GPU has left the bus: look for Xid in the kernel's log, and restart",
-    RESET_REQUIRED: "the GPU has to be reset: see nvidia-smi --gpu-reset, or restart",
-    VERSION_MISMATCH: "the driver was upgraded while the old one runs: restart",
+    15: "the GPU has left the bus: look for Xid in the kernel's log, and restart",
+    16: "the GPU has to be reset: see nvidia-smi --gpu-reset, or restart",
+    18: "the driver was upgraded while the old one runs: restart",
 }
-
-
 # These say that there is no such thing, which is no failure: an argument that does not fit (a plain
 # GPU asked as a MIG instance), not supported, not found, a function that the driver does not have.
 NO_FAILURES = frozenset((2, 3, 6, 13))
@@ -93,21 +92,12 @@ class GpuUnusableError(Exception):
 
 
 class GpuHiddenError(Exception):
-    """CUDA_VISIBLE_DEVICES hides every GPU."""
-
-    def __init__(self) -> None:
-        """Say so."""
-        super().__init__(f"{VISIBLE} hides every GPU")
+    """CUDA_VISIBLE_DEVICES hides every GPU, as the message says."""
 
 
 def unavailable_reason() -> str | None:
     """Return why there is no GPU to ask, or None when there is one."""
     return _initialized()[0]
-
-
-def is_absent() -> bool:
-    """Whether this machine has no driver at work, so that no GPU of it is missed."""
-    return _initialized()[1]
 
 
 @functools.cache
@@ -152,9 +142,9 @@ def open_gpu(selector: str | int | None = None) -> Gpu | None:
         GpuNotFoundError: a GPU was named that does not exist.
         GpuUnusableError: there is one, but the driver cannot use it.
     """
-    reason = unavailable_reason()
+    reason, is_absent = _initialized()
     if reason is not None:
-        if not is_absent():
+        if not is_absent:
             raise GpuUnusableError(reason)
         if selector is None:
             return None
@@ -168,7 +158,11 @@ def open_gpu(selector: str | int | None = None) -> Gpu | None:
     except NVML_ERRORS as error:
         if getattr(error, "value", None) in ADVICE:
             raise GpuUnusableError(f"NVML says: {in_words(error)}") from None
-        known = ", ".join(_known_selectors())
+        # "0 (GPU-...)" for each GPU, so that the error names the fix
+        known = ", ".join(
+            f"{index} ({_ask('nvmlDeviceGetUUID', handle)})"
+            for index, handle in _handles()[0].items()
+        )
         raise GpuNotFoundError(
             f"GPU {selector} cannot be found ({error}): choose one of {known}."
         ) from None
@@ -185,13 +179,13 @@ def visible_gpu(environment: Mapping[str, str]) -> str | None:
     if VISIBLE not in environment:
         return None
     if names_none(environment[VISIBLE]):
-        raise GpuHiddenError
+        raise GpuHiddenError(f"{VISIBLE} hides every GPU")
     if unavailable_reason() is not None:
         return None
     cards = [_card(handle) for handle in _handles()[0].values()]
     visible = visible_devices(environment, [card for card in cards if card.uuid])
     if not visible:
-        raise GpuHiddenError
+        raise GpuHiddenError(f"{VISIBLE} hides every GPU")
     return visible[0]
 
 
@@ -210,12 +204,6 @@ def compute_processes(selector: str | int | None = None) -> list[dict[str, Any]]
     """Return the compute processes of one GPU (``Gpu.compute_processes``), None when unknown."""
     gpu = _open_or_none(selector)
     return None if gpu is None else gpu.compute_processes()
-
-
-def mps_processes(selector: str | int | None = None) -> list[dict[str, Any]] | None:
-    """Return the MPS clients of one GPU (``Gpu.mps_processes``), None when unknown."""
-    gpu = _open_or_none(selector)
-    return None if gpu is None else gpu.mps_processes()
 
 
 class Gpu:
@@ -242,16 +230,13 @@ class Gpu:
         )
 
     def describe(self) -> dict[str, Any]:
-        """Return what does not change while jobs run.
+        """Return what does not change while jobs run, one value for each of ``DESCRIPTION_FIELDS``.
 
-        Returns:
-            ``index`` and ``uuid`` (of the MIG instance where one was named; the index is the
-            card's), ``name``, ``memory_total_mib``, ``driver_version``, ``cuda_driver_version``
-            ("13.0"), ``mig_mode`` {"current", "pending"} in nvidia-smi's words or None where the
-            GPU has no MIG, ``compute_mode`` in nvidia-smi's words, ``compute_capability``
-            ("9.0"), ``mig_devices`` (list of the card's instances, each with ``uuid``,
-            ``profile`` ("1g.10gb"), ``gpu_instance_id``, ``multiprocessor_count``,
-            ``memory_mib``), ``gpm_supported``.
+        ``uuid`` is the MIG instance's where one was named, ``index`` the card's; ``mig_mode``
+        ({"current", "pending"}; None: the GPU has no MIG) and ``compute_mode`` are in nvidia-smi's
+        words; versions are texts as "13.0"; ``mig_devices`` lists the card's instances, each with
+        ``uuid``, ``profile`` ("1g.10gb"), ``gpu_instance_id``, ``multiprocessor_count``,
+        ``memory_mib``.
         """
         mig_mode = _ask("nvmlDeviceGetMigMode", self._card)
         capability = _ask("nvmlDeviceGetCudaComputeCapability", self._card)
@@ -284,16 +269,14 @@ class Gpu:
         gpm = self._read_gpm()
         utilization = _ask("nvmlDeviceGetUtilizationRates", self._handle)
         used_mib, total_mib = self._memory_mib()
+        percent, source = gpm["graphics_engine_active_percent"], "gpm"
         if utilization is not None:
-            utilization_percent, source = float(utilization.gpu), "nvml"
-        else:
-            utilization_percent = gpm["graphics_engine_active_percent"]
-            source = None if utilization_percent is None else "gpm"
+            percent, source = float(utilization.gpu), "nvml"
         return {
             "gpu_index": self.index,
             "gpu_uuid": self.uuid,
-            "utilization_gpu_percent": utilization_percent,
-            "utilization_source": source,
+            "utilization_gpu_percent": percent,
+            "utilization_source": None if percent is None else source,
             **gpm,
             "memory_used_mib": used_mib,
             "memory_total_mib": total_mib,
@@ -328,33 +311,24 @@ class Gpu:
         """
         if not self.gpm_supported:
             return []
-        if self._is_instance:
-            return [(1, _GpmReader(self._card, _ask("nvmlDeviceGetGpuInstanceId", self._handle)))]
-        weights: dict[int, int] = {}
-        for handle in self._mig_handles:
+        weights: Counter[int | None] = Counter()
+        for handle in [self._handle] if self._is_instance else self._mig_handles:
             device = _describe_mig_device(handle)
             # Compute instances of one GPU instance share its counters.
-            instance_id = device["gpu_instance_id"]
-            weights[instance_id] = weights.get(instance_id, 0) + (
-                device["multiprocessor_count"] or 1
-            )
-        if weights:
-            return [(weight, _GpmReader(self._card, key)) for key, weight in weights.items()]
-        return [(1, _GpmReader(self._card, None))]
+            weights[device["gpu_instance_id"]] += device["multiprocessor_count"] or 1
+        weights = weights or Counter({None: 1})
+        return [(weight, _GpmReader(self._card, key)) for key, weight in weights.items()]
 
     def _read_gpm(self) -> dict[str, float | None]:
         """Return the GPM figures, as a mean over multiprocessors where there are instances."""
-        readings = [(weight, reader.read()) for weight, reader in self._gpm_readers]
-        figures: dict[str, float | None] = {}
+        weights = [weight for weight, _ in self._gpm_readers]
+        readings = [reader.read() for _, reader in self._gpm_readers]
+        figures: dict[str, float | None] = dict.fromkeys(GPM_METRICS)
         for field in GPM_METRICS:
-            known = [(weight, r[field]) for weight, r in readings if r[field] is not None]
-            total = sum(weight for weight, _ in known)
-            complete = bool(readings) and len(known) == len(readings)
-            figures[field] = (
-                round(sum(weight * value for weight, value in known) / total, 3)
-                if complete
-                else None
-            )
+            values = [reading[field] for reading in readings]
+            if values and None not in values:
+                total = sum(map(operator.mul, weights, values))
+                figures[field] = round(total / sum(weights), 3)
         return figures
 
     def _memory_mib(self) -> tuple[float | None, float | None]:
@@ -362,9 +336,7 @@ class Gpu:
         memory = _ask("nvmlDeviceGetMemoryInfo", self._handle, MEMORY_INFO_VERSION_2)
         if memory is None:
             memory = _ask("nvmlDeviceGetMemoryInfo", self._handle)
-        if memory is None:
-            return None, None
-        return round(memory.used / MEBIBYTE, 1), round(memory.total / MEBIBYTE, 1)
+        return _mebibytes(getattr(memory, "used", None)), _mebibytes(getattr(memory, "total", None))
 
     def _throttle_reasons(self) -> list[str] | None:
         """Return the names of what lowers the clock now (an empty list: nothing does)."""
@@ -394,12 +366,7 @@ class Gpu:
         if processes is None:
             return None
         return [
-            {
-                "pid": process.pid,
-                "used_memory_mib": None
-                if process.usedGpuMemory is None
-                else round(process.usedGpuMemory / MEBIBYTE, 1),
-            }
+            {"pid": process.pid, "used_memory_mib": _mebibytes(process.usedGpuMemory)}
             for process in processes
         ]
 
@@ -425,13 +392,13 @@ class _GpmReader:
 
     def read(self) -> dict[str, float | None]:
         """Return the figures since the last call; None for each that is not known."""
-        unknown = dict.fromkeys(GPM_METRICS)
-        if self._earlier is None or self._later is None or not self._take_sample():
-            self._earlier_is_filled = False
-            return unknown
-        figures = self._compare_samples() if self._earlier_is_filled else unknown
-        self._earlier, self._later = self._later, self._earlier
-        self._earlier_is_filled = True
+        is_taken = None not in (self._earlier, self._later) and self._take_sample()
+        figures = dict.fromkeys(GPM_METRICS)
+        if is_taken:
+            if self._earlier_is_filled:
+                figures = self._compare_samples()
+            self._earlier, self._later = self._later, self._earlier
+        self._earlier_is_filled = is_taken
         return figures
 
     def _take_sample(self) -> bool:
@@ -498,19 +465,13 @@ def _handles() -> tuple[dict[int, Any], list[str]]:
 def _card(handle: Any) -> Card:
     capability = _ask("nvmlDeviceGetCudaComputeCapability", handle) or (0, 0)
     memory = _ask("nvmlDeviceGetMemoryInfo", handle)
+    mig_uuids = [_ask("nvmlDeviceGetUUID", one) for one in _mig_handles(handle)]
     return Card(
         uuid=_ask("nvmlDeviceGetUUID", handle) or "",
         name=_ask("nvmlDeviceGetName", handle) or "",
-        mig_uuids=tuple(
-            filter(None, (_ask("nvmlDeviceGetUUID", one) for one in _mig_handles(handle)))
-        ),
+        mig_uuids=tuple(filter(None, mig_uuids)),
         speed=(*capability, 0 if memory is None else memory.total),
     )
-
-
-def _known_selectors() -> list[str]:
-    """Return "0 (GPU-...)" for each GPU, for an error that names the fix."""
-    return [f"{i} ({_ask('nvmlDeviceGetUUID', h)})" for i, h in _handles()[0].items()]
 
 
 def _mig_handles(card: Any) -> list[Any]:
@@ -526,8 +487,8 @@ def _describe_mig_device(handle: Any) -> dict[str, Any]:
         "uuid": _ask("nvmlDeviceGetUUID", handle),
         "profile": _mig_profile(_ask("nvmlDeviceGetName", handle)),
         "gpu_instance_id": _ask("nvmlDeviceGetGpuInstanceId", handle),
-        "multiprocessor_count": None if attributes is None else attributes.multiprocessorCount,
-        "memory_mib": None if attributes is None else attributes.memorySizeMB,
+        "multiprocessor_count": getattr(attributes, "multiprocessorCount", None),
+        "memory_mib": getattr(attributes, "memorySizeMB", None),
     }
 
 
@@ -539,6 +500,10 @@ def _mig_profile(name: str | None) -> str | None:
 def _cuda_version(number: int | None) -> str | None:
     """Return "13.0" for NVML's 13000."""
     return None if number is None else f"{number // 1000}.{number % 1000 // 10}"
+
+
+def _mebibytes(number: int | None) -> float | None:
+    return None if number is None else round(number / MEBIBYTE, 1)
 
 
 def _thousandth(value: int | None) -> float | None:
