@@ -15,7 +15,7 @@ from benchmarking.modes.mode_evidence import (
     verdict_of,
 )
 from benchmarking.modes.mode_scripts import SETUP_MIG
-from benchmarking.modes.sharing_mode import GpuFacts, SharingMode, gpu_answers
+from benchmarking.modes.sharing_mode import GpuFacts, SharingMode
 from benchmarking.planning import mig_layout
 from benchmarking.planning.plan import MODE_MIG
 
@@ -45,37 +45,26 @@ class MigMode(SharingMode):
         there = list(self._facts().get("mig_devices") or [])
         return mig_layout.in_order(self._layout, there) if self._layout else there
 
-    def check(self) -> list[Evidence]:
+    def check_settings(self, facts: GpuFacts) -> list[Evidence]:
         """MIG is on, and there is an instance for every client."""
-        facts = self._facts()
-        answer = gpu_answers(facts)
-        if not answer.ok:
-            return [answer]
         mode = (facts.get("mig_mode") or {}).get("current")
         count = len(self.instances())
         wanted = ",".join(self._layout)
         fix = f"{SETUP_MIG} {wanted or f'1g.5gb {self._clients}'}" if mode else None
         if self._layout:
+            there = facts.get("mig_devices") or []
+            profiles = ",".join(str(one.get("profile") or "unknown") for one in there)
             instances = Evidence(
                 "the layout's instances are there, one for each client in its order",
-                f"{self._profiles_there()} for {wanted}", count == len(self._layout), fix,
+                f"{profiles or 'none'} for {wanted}", count == len(self._layout), fix,
             )  # fmt: skip
         else:
             instances = Evidence(
                 "every client has an instance",
                 f"{count} MIG instances for {self._clients} clients", count >= self._clients, fix,
             )  # fmt: skip
-        return [
-            answer,
-            Evidence(
-                "MIG mode is Enabled", mode or "not supported by this GPU", mode == "Enabled", fix
-            ),
-            instances,
-        ]
-
-    def _profiles_there(self) -> str:
-        there = self._facts().get("mig_devices") or []
-        return ",".join(str(one.get("profile") or "unknown") for one in there) or "none"
+        found = mode or "not supported by this GPU"
+        return [Evidence("MIG mode is Enabled", found, mode == "Enabled", fix), instances]
 
     def client_environment(self, client: int) -> dict[str, str]:
         """Return the instance by UUID; an empty pipe directory keeps MPS away.

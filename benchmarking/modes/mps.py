@@ -18,7 +18,7 @@ from benchmarking.modes.mode_evidence import (
     verdict_of,
 )
 from benchmarking.modes.mode_scripts import ENABLE_MPS
-from benchmarking.modes.sharing_mode import GpuFacts, SharingMode, gpu_answers, mig_is_off
+from benchmarking.modes.sharing_mode import GpuFacts, SharingMode, mig_is_off
 from benchmarking.planning.plan import MODE_MPS
 
 CONTROL_PROGRAM = "nvidia-cuda-mps-control"
@@ -43,18 +43,13 @@ class MpsMode(SharingMode):
         self._candidates = [candidate for candidate in dict.fromkeys(candidates) if candidate]
         self._clients_of_daemon: frozenset[int] | None = None
 
-    def check(self) -> list[Evidence]:
+    def check_settings(self, facts: GpuFacts) -> list[Evidence]:
         """A control daemon answers, and neither MIG nor the compute mode forbids clients."""
-        facts = self._facts()
-        answer = gpu_answers(facts)
-        if not answer.ok:
-            return [answer]
         found = self.pipe_directory()
         tried = ", ".join(map(_with_access, self._candidates)) or "no pipe directory is known"
         daemon = f"yes, at {found}" if found else f"none ({tried})"
         compute_mode = facts.get("compute_mode")
         return [
-            answer,
             mig_is_off(facts),
             Evidence("an MPS control daemon answers", daemon, found is not None, ENABLE_MPS),
             Evidence(
@@ -139,13 +134,11 @@ def mps_clients(pipe_directory: str) -> frozenset[int] | None:
     servers = ask_mps_control(pipe_directory, "get_server_list")
     if servers is None:
         return None
-    answers = [ask_mps_control(pipe_directory, "ps")]
-    for server in _first_numbers(servers):
-        answers.append(ask_mps_control(pipe_directory, f"get_client_list {server}"))
-    known = [answer for answer in answers if answer is not None]
-    if len(known) < len(answers):
+    questions = ["ps", *(f"get_client_list {server}" for server in _first_numbers(servers))]
+    answers = [ask_mps_control(pipe_directory, question) for question in questions]
+    if None in answers:
         return None
-    return frozenset(pid for answer in known for pid in _first_numbers(answer))
+    return frozenset(pid for answer in answers for pid in _first_numbers(answer))
 
 
 def _first_numbers(text: str) -> list[int]:

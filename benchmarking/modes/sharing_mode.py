@@ -47,9 +47,17 @@ class SharingMode(ABC):
         self._describe = describe
         self._own_pid_namespace = own_pid_namespace
 
-    @abstractmethod
     def check(self) -> list[Evidence]:
-        """Look whether the mode is in force now."""
+        """Look whether the mode is in force now; of a GPU that is lost nothing else is asked."""
+        facts = self._facts()
+        is_there = bool(facts.get("uuid"))
+        found = "yes" if is_there else f"no ({GPU_LOST_FIX})"
+        answer = Evidence(GPU_ANSWERS, found, is_there)
+        return [answer, *self.check_settings(facts)] if is_there else [answer]
+
+    def check_settings(self, facts: GpuFacts) -> list[Evidence]:
+        """Look whether what the mode needs of a GPU with these facts is in force."""
+        return []
 
     @abstractmethod
     def client_environment(self, client: int) -> dict[str, str]:
@@ -88,13 +96,6 @@ class SharingMode(ABC):
         if pids & listed:
             return True
         return not self._own_pid_namespace and any(map(process_exists, listed))
-
-
-def gpu_answers(facts: GpuFacts) -> Evidence:
-    """Look whether the driver still knows the GPU; one that left the bus has no facts."""
-    is_there = bool(facts.get("uuid"))
-    found = "yes" if is_there else f"no ({GPU_LOST_FIX})"
-    return Evidence(GPU_ANSWERS, found, is_there)
 
 
 def mig_is_off(facts: GpuFacts) -> Evidence:

@@ -19,7 +19,7 @@ from benchmarking.modes.mode_evidence import (
     without_mps_evidence,
 )
 from benchmarking.modes.mode_scripts import DISABLE_MPS, SETUP_TIME_SLICING, read_state
-from benchmarking.modes.sharing_mode import GpuFacts, SharingMode, gpu_answers, mig_is_off
+from benchmarking.modes.sharing_mode import GpuFacts, SharingMode, mig_is_off
 from benchmarking.planning.plan import MODE_TIME_SLICING
 
 TIMESLICE_QUESTION = ("nvidia-smi", "compute-policy", "-l")
@@ -48,24 +48,15 @@ class WholeGpuMode(SharingMode):
         self._no_mps_folder = no_mps_folder
         self._clients = clients
 
-    def check(self) -> list[Evidence]:
+    def check_settings(self, facts: GpuFacts) -> list[Evidence]:
         """MIG is off (or not there), compute mode is Default."""
-        facts = self._facts()
-        answer = gpu_answers(facts)
-        if not answer.ok:
-            return [answer]
         compute_mode = facts.get("compute_mode")
         setup = f"{SETUP_TIME_SLICING} {self._clients}"
         compute_fix = setup if compute_mode != "Exclusive_Process" else f"sudo {DISABLE_MPS}"
+        is_default = None if compute_mode is None else compute_mode == "Default"
         return [
-            answer,
             mig_is_off(facts),
-            Evidence(
-                "compute mode is Default",
-                str(compute_mode),
-                None if compute_mode is None else compute_mode == "Default",
-                compute_fix,
-            ),
+            Evidence("compute mode is Default", str(compute_mode), is_default, compute_fix),
         ]
 
     def client_environment(self, client: int) -> dict[str, str]:
