@@ -13,12 +13,6 @@
 # shellcheck source=lib/common.sh
 source "${0%"${0##*/}"}lib/common.sh"
 
-print_that_there_is_nothing() {
-    printf 'setup_mig.sh has nothing in force on %s: nothing to undo.\n' "$(gpu::title)"
-    [[ $GPU_MIG_CURRENT != Enabled ]] ||
-        printf '  MIG mode is on, but was not switched on here; it is left alone.\n'
-}
-
 # Sets OURS, the ids that are still there.
 read_own_state() {
     [[ ${STATE[previous_mig_mode]:-} =~ ^(Enabled|Disabled)$ &&
@@ -43,7 +37,9 @@ main() {
     transaction::begin
     gpu::select
     if ! state::load mig; then
-        print_that_there_is_nothing
+        printf 'setup_mig.sh has nothing in force on %s: nothing to undo.\n' "$(gpu::title)"
+        [[ $GPU_MIG_CURRENT != Enabled ]] ||
+            printf '  MIG mode is on, but was not switched on here; it is left alone.\n'
         return 0
     fi
     read_own_state

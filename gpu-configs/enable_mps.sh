@@ -100,7 +100,7 @@ choose_folder() {
 # The state is saved before there is anything, so that whatever moment a kill comes at can be undone.
 start_daemon() {
     choose_folder
-    undo::push state::put_back mps "$(state::text mps)"
+    state::keep mps
     state::save mps "user=$INVOKER_NAME" "uid=$INVOKER_UID" "pipe_directory=$PIPE_DIRECTORY" \
         "log_directory=$LOG_DIRECTORY"
     [[ $STALE_FOLDER != */mps.* ]] || run --user rm -rf -- "$STALE_FOLDER"

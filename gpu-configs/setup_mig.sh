@@ -201,7 +201,7 @@ destroy_new() {
 apply() {
     BEFORE=$(mig::instance_ids)
     mig::require_devices
-    undo::push state::put_back mig "$(state::text mig)"
+    state::keep mig
     save_state ""
     switch_on
     create_instances

@@ -65,7 +65,7 @@ check_timeslice() {
 }
 
 apply() {
-    undo::push state::put_back time-slicing "$(state::text time-slicing)"
+    state::keep time-slicing
     state::save time-slicing "clients=$CLIENTS"
     [[ -z $TIMESLICE ]] || setting::set time-slice "$TIMESLICE"
     undo::forget

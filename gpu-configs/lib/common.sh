@@ -1,8 +1,7 @@
 # shellcheck shell=bash
 # shellcheck disable=SC2034 # set here, read by the scripts that source this
 #
-# What every mode script shares: exit codes, messages, the common flags, the one way to change anything
-# (`run`), undoing after a failure, the user who typed the command, and saved state.
+# What every mode script shares.
 #
 # A script here is a transaction. It checks, saves the previous state, changes, asks the driver or the
 # daemon whether the change took, and prints what is in force. Until it has ended well, a failure or a
@@ -354,8 +353,10 @@ state::require_own() {
         "you left it, then: chmod go-w $(quoted "$2")"
 }
 
-# The text of a saved state file, or nothing; for undoing.
-state::text() { state::as "$1" cat -- "$(state::file "$1")" 2>/dev/null || true; }
+# state::keep KIND: has what is saved now put back, if the script fails from here on.
+state::keep() {
+    undo::push state::put_back "$1" "$(state::as "$1" cat -- "$(state::file "$1")" 2>/dev/null || true)"
+}
 
 # state::save KIND KEY=VALUE...: replaces the file in one step. A user's is readable by its owner alone;
 # root's by all, so that gpu_status.sh needs no root.

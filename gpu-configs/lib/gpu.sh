@@ -8,7 +8,7 @@
 # its exit status decides only what an empty answer means.
 
 # name last: it is the only field that could hold a comma
-GPU_FIELDS=(index uuid compute_mode mig.mode.current mig.mode.pending compute_cap name)
+GPU_FIELDS="index uuid compute_mode mig.mode.current mig.mode.pending compute_cap name"
 # Fields that an older nvidia-smi may not know; each is then [N/A].
 readonly GPU_LATER_FIELDS="mig.mode.current mig.mode.pending compute_cap"
 
@@ -19,15 +19,13 @@ gpu::ask() { timeout -k 5 60 nvidia-smi "$@" 2>&1; }
 # Index and UUID become parts of file names and of arithmetic, so a line with others is no row.
 gpu::query() {
     local output line name
-    local -a names
     QUERY_ROWS=()
     QUERY_REST=()
     QUERY_STATUS=0
-    output=$(IFS=, && gpu::ask "$@" --query-gpu="${GPU_FIELDS[*]}" --format=csv,noheader) || QUERY_STATUS=$?
+    output=$(gpu::ask "$@" --query-gpu="${GPU_FIELDS// /,}" --format=csv,noheader) || QUERY_STATUS=$?
     for name in $GPU_LATER_FIELDS; do
-        [[ $output == *"\"$name\" is not a valid field"* && " ${GPU_FIELDS[*]} " == *" $name "* ]] || continue
-        read -ra names <<<" ${GPU_FIELDS[*]/#$name/} "
-        GPU_FIELDS=("${names[@]}")
+        [[ $output == *"\"$name\" is not a valid field"* && $GPU_FIELDS == *" $name "* ]] || continue
+        GPU_FIELDS=${GPU_FIELDS/ $name / }
         gpu::query "$@"
         return
     done
@@ -71,7 +69,7 @@ gpu::list() {
 gpu::read_line() {
     local name fields=$1
     local -A values=([mig.mode.current]="[N/A]" [mig.mode.pending]="[N/A]" [compute_cap]="[N/A]")
-    for name in "${GPU_FIELDS[@]::${#GPU_FIELDS[@]}-1}"; do
+    for name in ${GPU_FIELDS% name}; do
         values[$name]=${fields%%, *}
         fields=${fields#*, }
     done
@@ -201,7 +199,7 @@ setting::set() {
     if state::load "$1" && [[ ${STATE[set]:-} == "$CURRENT" ]]; then
         previous=${STATE[previous]:-$CURRENT}
     fi
-    undo::push state::put_back "$1" "$(state::text "$1")"
+    state::keep "$1"
     undo::push setting::change "$1" "$CURRENT"
     [[ $2 == "$previous" ]] || state::save "$1" "previous=$previous" "set=$2"
     setting::change "$1" "$2"
