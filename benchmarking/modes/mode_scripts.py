@@ -16,7 +16,6 @@ import stat
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -49,19 +48,6 @@ class ModeScriptError(Exception):
     """A mode was not put in force, or not undone; the message is the script's own, with the fix."""
 
 
-@dataclass(frozen=True)
-class ScriptRun:
-    """One run of a mode script; `message` is the last thing that it said where it failed."""
-
-    script: str
-    arguments: tuple[str, ...]
-    gpu_uuid: str
-    started_at: str
-    seconds: float
-    exit_code: int
-    message: str | None
-
-
 @contextlib.contextmanager
 def in_force(setup: Sequence[str], undo: str, gpu_uuid: str, folder: Path) -> Iterator[None]:
     """Put a mode or a setting in force inside the block and undo it after it, whatever happens.
@@ -83,8 +69,10 @@ def in_force(setup: Sequence[str], undo: str, gpu_uuid: str, folder: Path) -> It
         run_script([undo], gpu_uuid, folder)
 
 
-def run_script(words: Sequence[str], gpu_uuid: str, folder: Path) -> ScriptRun:
+def run_script(words: Sequence[str], gpu_uuid: str, folder: Path) -> None:
     """Run a script to its end and record it; in a session of its own Ctrl-C does not reach it.
+
+    The record's `message` is the last thing that the script said where it failed.
 
     Raises:
         ModeScriptError: It ended with another code than 0.
@@ -95,21 +83,20 @@ def run_script(words: Sequence[str], gpu_uuid: str, folder: Path) -> ScriptRun:
         stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", errors="replace",
         check=False, start_new_session=True,
     )  # fmt: skip
-    run = ScriptRun(
-        script=words[0],
-        arguments=tuple(words[1:]),
-        gpu_uuid=gpu_uuid,
-        started_at=started_at.isoformat(timespec="seconds"),
-        seconds=round(time.monotonic() - started, 3),
-        exit_code=done.returncode,
-        message=_reason(done) if done.returncode else None,
-    )
+    record = {
+        "script": words[0],
+        "arguments": words[1:],
+        "gpu_uuid": gpu_uuid,
+        "started_at": started_at.isoformat(timespec="seconds"),
+        "seconds": round(time.monotonic() - started, 3),
+        "exit_code": done.returncode,
+        "message": _reason(done) if done.returncode else None,
+    }
     # What cannot be written down must not keep a mode from being undone.
     with contextlib.suppress(OSError), (folder / RECORD_FILE).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(asdict(run)) + "\n")
-    if run.exit_code != 0:
-        raise ModeScriptError(f"{run.script}: {run.message}")
-    return run
+        file.write(json.dumps(record) + "\n")
+    if done.returncode != 0:
+        raise ModeScriptError(f"{words[0]}: {record['message']}")
 
 
 def lock_reason(environment: Mapping[str, str]) -> str | None:
