@@ -9,17 +9,12 @@ from typing import Any
 # A GPU that has nothing to do lowers its clock too; NVML lists that among the reasons, but it is
 # no throttling.
 NOT_THROTTLING = frozenset({"gpu_idle"})
-# The figure of the window -> the field of a sample whose mean it is.
-MEANS = {
-    "utilization_gpu_percent": "utilization_gpu_percent",
-    "sm_activity_percent": "sm_activity_percent",
-    "sm_occupancy_percent": "sm_occupancy_percent",
-    "tensor_activity_percent": "tensor_activity_percent",
-    "dram_activity_percent": "dram_activity_percent",
-    "power_draw_watts": "power_draw_watts",
-    "sm_clock_mhz": "sm_clock_mhz",
-    "host_cpu_percent": "host_cpu_percent",
-}
+# The fields of a sample whose mean over the window is told.
+MEANS = (
+    "utilization_gpu_percent", "sm_activity_percent", "sm_occupancy_percent",
+    "tensor_activity_percent", "dram_activity_percent", "power_draw_watts", "sm_clock_mhz",
+    "host_cpu_percent",
+)  # fmt: skip
 # Energy is told only where the counter was read over at least this part of the window.
 ENERGY_COVERAGE = 0.9
 
@@ -35,11 +30,9 @@ def summarize_samples(
         end_seconds: end of the window.
 
     Returns:
-        Means ``utilization_gpu_percent``, ``sm_activity_percent``, ``sm_occupancy_percent``,
-        ``tensor_activity_percent``, ``dram_activity_percent``, ``power_draw_watts``,
-        ``sm_clock_mhz``, ``host_cpu_percent``; ``utilization_source``; the largest
-        ``memory_used_mib_max`` (MiB); ``energy_joules`` over the window from the counter;
-        ``throttle_reasons``, sorted, of the whole window. Unknown is None.
+        The means of ``MEANS``; ``utilization_source``; the largest ``memory_used_mib_max``;
+        ``energy_joules`` over the window from the counter; ``throttle_reasons``, sorted, of the
+        whole window. Unknown is None.
 
         A sample's percentages describe the time since the sample before, so each counts as much
         as that time overlaps the window.
@@ -48,8 +41,7 @@ def summarize_samples(
     inside = [s for s in usable if start_seconds <= s["time_seconds"] <= end_seconds]
     weights = _overlaps([s["time_seconds"] for s in usable], start_seconds, end_seconds)
     summary: dict[str, Any] = {
-        name: _weighted_mean([s.get(field) for s in usable], weights)
-        for name, field in MEANS.items()
+        field: _weighted_mean([s.get(field) for s in usable], weights) for field in MEANS
     }
     weighted = [s for s, weight in zip(usable, weights, strict=True) if weight > 0]
     sources = {s.get("utilization_source") for s in weighted} - {None}
