@@ -149,11 +149,13 @@ class ModeScripts:
         return self.machine.state()["gpus"][0]
 
     def all_files(self) -> dict[str, bytes]:
-        """Every regular file of the folder but the log, the lock and the rules that count calls."""
+        """Every file but programs, the log, the lock and the rules that count calls."""
         return {
             str(path.relative_to(self.folder)): path.read_bytes()
             for path in sorted(self.folder.rglob("*"))
-            if path.is_file() and path.name not in {"calls.jsonl", "lock", "rules.json"}
+            if path.is_file()
+            and "programs" not in path.parts
+            and path.name not in {"calls.jsonl", "lock", "rules.json"}
         }
 
 

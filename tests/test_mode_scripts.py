@@ -13,7 +13,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -39,6 +39,7 @@ TS, RESET, MPS_ON, MPS_OFF, MIG_ON, MIG_OFF, STATUS = (
 # Each script with arguments under which it does its work.
 SCRIPTS = {TS: ["4"], RESET: [], MPS_ON: [], MPS_OFF: [], MIG_ON: ["1g.10gb", "4"], MIG_OFF: [],
            STATUS: []}  # fmt: skip
+UNDO = {TS: RESET, MPS_ON: MPS_OFF, MIG_ON: MIG_OFF}
 SET_SLICE = "nvidia-smi compute-policy -i * --set-timeslice *"
 SET_MODE = "nvidia-smi -i * -c *"
 SWITCH, CREATE = "nvidia-smi -i * -mig *", "nvidia-smi mig -i * -cgi *"
@@ -48,9 +49,9 @@ QUESTION = "nvidia-cuda-mps-control < get_default_active_thread_percentage"
 CLIENTS = "nvidia-cuda-mps-control < get_client_list *"
 QUERY, APPS = "nvidia-smi *--query-gpu=*", "nvidia-smi *--query-compute-apps=*"
 PRIVILEGE = "Insufficient Permissions"
+NO_DAEMON = "Cannot find MPS control daemon process"
 BROKEN = "Failed to initialize NVML: Unknown Error"
 INFOROM = "WARNING: infoROM is corrupted at gpu 0000:00:06.0"
-LOCKED = {"GPU_SETTINGS_LOCKED": "1"}
 OLD_SMI = ["compute_cap"]
 
 Step = Callable[[ModeScripts], object] | tuple[str, ...]
@@ -108,6 +109,15 @@ def forgotten_ids(scripts: ModeScripts) -> None:
     path.write_text(path.read_text().replace("gpu_instances=7,8", "gpu_instances="))
 
 
+def without_ps(scripts: ModeScripts) -> None:
+    folder, fakes = scripts.folder / "programs", Path(__file__).parent / "fakes"
+    folder.mkdir()
+    for program in (*Path("/usr/bin").iterdir(), *fakes.glob("nvidia-*"), fakes / "gpu_machine.py"):
+        if program.name != "ps":
+            (folder / program.name).symlink_to(program)
+    scripts.environment["PATH"] = str(folder)
+
+
 def damaged(kind: str, text: str = "pipe_dir") -> Step:
     def damage(scripts: ModeScripts) -> None:
         scripts.state_directory.mkdir(exist_ok=True, mode=0o700)
@@ -153,7 +163,10 @@ def has(**fields: object) -> Callable[[ModeScripts], None]:
 
 @dataclass(frozen=True)
 class Row:
-    """`then` are steps that follow and have to succeed; `last` is looked at behind them."""
+    """`then` are steps that follow and have to succeed; `last` is looked at behind them.
+
+    Where neither is given a mode that was put in force is undone, which leaves the card as it was.
+    """
 
     name: str
     command: tuple[str, ...]
@@ -164,8 +177,7 @@ class Row:
     then: tuple[Step, ...] = ()
     last: Callable[[ModeScripts], object] | None = None
     kind: str = "h100"
-    environment: tuple[tuple[str, str], ...] = ()
-    prefix: list[str] | None = None
+    environment: dict[str, str] = field(default_factory=dict)
     silent_on: tuple[str, ...] = ()
 
 
@@ -186,7 +198,7 @@ def check(row: Row) -> None:
         take(scripts, row.before)
         scripts.machine.forget_calls()
         files = scripts.all_files()
-        result = scripts.run(*row.command, prefix=row.prefix, **dict(row.environment))
+        result = scripts.run(*row.command, **row.environment)
         said = result.stdout + result.stderr
         assert result.returncode == row.code, said
         for text in row.says:
@@ -198,9 +210,18 @@ def check(row: Row) -> None:
             assert scripts.all_files() == files
         elif row.after is not None:
             assert row.after(scripts) is not False
-        take(scripts, row.then)
-        if row.last is not None:
-            assert row.last(scripts) is not False
+        then, last = row.then, row.last
+        if row.code == 0 and row.command[0] in UNDO and not (then or last):
+            then, last = ((UNDO[row.command[0]],),), as_delivered
+        take(scripts, then)
+        if last is not None:
+            assert last(scripts) is not False
+
+
+def refused(result: subprocess.CompletedProcess[str], code: int, *says: str) -> None:
+    assert result.returncode == code, result.stderr
+    for words in says:
+        assert words in result.stderr
 
 
 # --- what all scripts have in common --------------------------------------------------------------
@@ -223,18 +244,12 @@ def test_help_usage_and_a_missing_driver_are_told_alike_by_every_script(
         assert word in told.stdout
     for arguments, words in ((["--nonsense"], "unknown option: --nonsense"),
                              (["--gpu"], "--gpu needs a value")):  # fmt: skip
-        refused = scripts.run(script, *SCRIPTS[script], *arguments)
-        assert refused.returncode == 2
-        assert words in refused.stderr
+        refused(scripts.run(script, *SCRIPTS[script], *arguments), 2, words)
     assert scripts.machine.calls() == []
-    missing = scripts.run(script, *SCRIPTS[script])
-    assert missing.returncode == 3
-    assert "couldn't communicate with the NVIDIA driver" in missing.stderr
+    refused(scripts.run(script, *SCRIPTS[script]), 3, "couldn't communicate with the NVIDIA driver")
     scripts.machine.change(driver="ok")
     other = scripts.run(script, *SCRIPTS[script], "--gpu", "7")
-    assert other.returncode == 3
-    assert "there is no GPU '7'" in other.stderr
-    assert UUID in other.stderr
+    refused(other, 3, "there is no GPU '7'", UUID)
     assert scripts.machine.changing_calls() == []
 
 
@@ -280,14 +295,14 @@ def test_a_dry_run_says_what_would_be_done_and_locked_settings_forbid_it(
     scripts.machine.forget_calls()
     files = scripts.all_files()
     dry = scripts.must(*command, "--dry-run")
-    locked = scripts.run(*command, GPU_SETTINGS_LOCKED="1")
-    assert locked.returncode == 5
-    assert "GPU_SETTINGS_LOCKED=1 says that others share" in locked.stderr
+    refused(
+        scripts.run(*command, GPU_SETTINGS_LOCKED="1"),
+        5,
+        "GPU_SETTINGS_LOCKED=1 says that others share",
+    )
     scripts.root_lock.parent.mkdir(parents=True)
     scripts.root_lock.touch()
-    by_file = scripts.run(*command)
-    assert by_file.returncode == 5
-    assert f"{scripts.root_lock} says that others share" in by_file.stderr
+    refused(scripts.run(*command), 5, f"{scripts.root_lock} says that others share")
     scripts.root_lock.unlink()
     assert scripts.machine.changing_calls() == []
     assert scripts.all_files() == files
@@ -308,9 +323,9 @@ def test_a_dry_run_says_what_would_be_done_and_locked_settings_forbid_it(
 def test_without_nvidia_smi_the_exit_code_is_3(scripts: ModeScripts, tmp_path: Path) -> None:
     for program in ("bash", "env", "dirname", "id", "getent", "cat", "stat", "ps"):
         (tmp_path / program).symlink_to(shutil.which(program) or program)
-    result = scripts.run(STATUS, PATH=str(tmp_path), HOME=str(tmp_path))
-    assert result.returncode == 3
-    assert "nvidia-smi was not found" in result.stderr
+    refused(
+        scripts.run(STATUS, PATH=str(tmp_path), HOME=str(tmp_path)), 3, "nvidia-smi was not found"
+    )
 
 
 # --- arguments ------------------------------------------------------------------------------------
@@ -344,25 +359,24 @@ PERCENTAGE = "over 0 and up to 100"
 def test_wrong_arguments_are_exit_code_2_with_a_sentence_before_anything_is_asked(
     scripts: ModeScripts, command: list[str], words: str
 ) -> None:
-    result = scripts.run(*command)
-    assert result.returncode == 2
-    assert words in result.stderr
+    refused(scripts.run(*command), 2, words)
     assert scripts.machine.calls() == []
 
 
-# --- the driver and its cards ---------------------------------------------------------------------
+# --- what each script says and does --------------------------------------------------------------
 
 
 @rows(
+    # the driver and its cards
     Row("no GPU", (STATUS,), 3, ("No devices were found",), kind="no-gpu"),
     Row("a library of another version", (STATUS,), 3, ("Driver/library version mismatch",),
         before=(machine(driver="Driver/library version mismatch"),)),
     Row("a damaged infoROM: the row counts, the warning is passed on", (MPS_ON,), 0, (INFOROM,),
-        before=(rule("nvidia-smi *", append=INFOROM),), then=((MPS_OFF,),), last=as_delivered),
+        before=(rule("nvidia-smi *", append=INFOROM),)),
     Row("a damaged infoROM and MIG", (MIG_ON, "1g.10gb", "2"), 0, ("MIG is in force",),
-        before=(rule("nvidia-smi *", append=INFOROM),), then=((MIG_OFF,),), last=as_delivered),
+        before=(rule("nvidia-smi *", append=INFOROM),)),
     Row("a damaged infoROM and a slice", (TS, "4", "--timeslice", "short"), 0, ("Short",),
-        before=(rule("nvidia-smi *", append=INFOROM),), then=((RESET,),), last=as_delivered),
+        before=(rule("nvidia-smi *", append=INFOROM),)),
     Row("an idle GPU with a damaged infoROM is used by nobody", (STATUS,), 0,
         ("in use by:     nobody",), before=(rule("nvidia-smi *", append=INFOROM),)),
     Row("a row and a nonsense exit status", (STATUS,), 0, ("mode in force: time-slicing",),
@@ -382,33 +396,23 @@ def test_wrong_arguments_are_exit_code_2_with_a_sentence_before_anything_is_aske
     Row("the lost GPU is asked for", (STATUS, "--gpu", "0"), 3, ("there is no GPU '0'", "is lost"),
         before=(gpu(lost=True),), kind="h100x2"),
     Row("each GPU has its status", (STATUS,), 0, (UUID, SECOND), untouched, kind="h100x2"),
-    Row("the GPU that was asked for is set up",
-        (TS, "4", "--timeslice", "long", "--gpu", SECOND), 0, ("GPU 1",), has(timeslice="Default"),
-        kind="h100x2", then=((RESET,), (RESET, "--gpu", "1")),
+    Row("the GPU that was asked for is set up", (TS, "4", "--timeslice", "long", "--gpu", SECOND),
+        0, ("GPU 1",), has(timeslice="Default"), kind="h100x2",
+        then=((RESET,), (RESET, "--gpu", "1")),
         last=lambda scripts: scripts.machine.state()["gpus"][1]["timeslice"] == "Default"),
     Row("a GPU without MIG", (MIG_ON, "1g.5gb", "4"), 4, ("has no MIG",), untouched, kind="geforce",
         then=((MIG_OFF,),)),
-    Row("a small GeForce can be shared by MPS", (MPS_ON,), 0, ("RTX 4060",), kind="geforce",
-        then=((MPS_OFF,),), last=as_delivered),
+    Row("a small GeForce can be shared by MPS", (MPS_ON,), 0, ("RTX 4060",), kind="geforce"),
     Row("a GPU too old for MPS", (MPS_ON,), 4, ("MPS needs compute capability 3.5",), untouched,
         kind="k40"),
     Row("a GPU without slices", (TS, "4", "--timeslice", "short"), 4, ("no time slice setting",),
         untouched, kind="k40", then=((TS, "4"), (RESET,)), last=as_delivered),
-)  # fmt: skip
-def test_the_driver_and_its_cards(row: Row) -> None:
-    check(row)
-
-
-# --- what could not be asked is neither none nor off ----------------------------------------------
-
-
-@rows(
+    # what could not be asked is neither none nor off
     Row("who uses the GPU, for --exclusive", (MPS_ON, "--exclusive"), 1,
         ("could not be asked, and --exclusive would shut them out", BROKEN), untouched,
         (process(), rule(APPS, exit=255, text=BROKEN))),
     Row("who uses the GPU, for MPS alone, is a warning", (MPS_ON,), 0,
-        ("warning: who uses GPU 0", "could not be asked"), before=(rule(APPS, exit=4),),
-        then=((MPS_OFF,),), last=as_delivered),
+        ("warning: who uses GPU 0", "could not be asked"), before=(rule(APPS, exit=4),)),
     Row("who uses the GPU, for MIG", (MIG_ON, "1g.10gb", "2"), 1, ("could not be asked", BROKEN),
         untouched, (rule(APPS, exit=255, text=BROKEN),)),
     Row("whether an MPS server is there", (TS, "2"), 1, ("could not be asked",), untouched,
@@ -417,9 +421,9 @@ def test_the_driver_and_its_cards(row: Row) -> None:
         (f"in use by:     could not be asked: {BROKEN}",), untouched,
         (rule(APPS, exit=255, text=BROKEN),), silent_on=("nobody",)),
     Row("processes, in status", (STATUS,), 1, ("MPS daemon:    others could not be asked",),
-        untouched, environment=(("PATH", "{without ps}"),), silent_on=("MPS daemon:    none",)),
+        untouched, (without_ps,), silent_on=("MPS daemon:    none",)),
     Row("processes, for MPS", (MPS_ON,), 1, ("whether MPS daemons run could not be asked",),
-        untouched, environment=(("PATH", "{without ps}"),)),
+        untouched, (without_ps,)),
     Row("the slice, in status", (STATUS,), 1, ("time slice:    could not be asked",), untouched,
         (rule("nvidia-smi compute-policy -l", exit=255, text=BROKEN),)),
     Row("the slice, to set it", (TS, "2", "--timeslice", "long"), 1, ("slice could not be asked",),
@@ -457,41 +461,23 @@ def test_the_driver_and_its_cards(row: Row) -> None:
     Row("the daemon, in status", (STATUS,), 1, ("mode in force: not known", "could not be asked"),
         untouched, ((MPS_ON,), machine(others=[]), rule(QUESTION, exit=124)),
         silent_on=("MPS daemon:    none",)),
-)  # fmt: skip
-def test_what_could_not_be_asked_is_neither_none_nor_off(row: Row, tmp_path: Path) -> None:
-    if ("PATH", "{without ps}") in row.environment:
-        for program in os.listdir("/usr/bin"):
-            if program != "ps":
-                (tmp_path / program).symlink_to(f"/usr/bin/{program}")
-        fakes = Path(__file__).parent / "fakes"
-        for program in ("nvidia-smi", "nvidia-cuda-mps-control", "gpu_machine.py"):
-            (tmp_path / program).symlink_to(fakes / program)
-        row = Row(**{**vars(row), "environment": (("PATH", str(tmp_path)),)})
-    check(row)
-
-
-# --- time slicing ---------------------------------------------------------------------------------
-
-
-@rows(
+    # time slicing
     Row("clients are recorded, the card is left alone", (TS, "4"), 0,
         ("Time slicing is in force", "clients:       4"),
-        lambda scripts: scripts.saved("time-slicing") == {"gpu_uuid": UUID, "clients": "4"},
-        then=((RESET,),), last=as_delivered),
+        lambda scripts: scripts.saved("time-slicing") == {"gpu_uuid": UUID, "clients": "4"}),
     Row("a slice is set", (TS, "4", "--timeslice=short"), 0, ("Short",), has(timeslice="Short"),
         (gpu(timeslice="Medium"),), then=((RESET,),), last=has(timeslice="Medium")),
     Row("twice: the slice from before the first time is put back", (TS, "8", "--timeslice", "long"),
-        0, (), has(timeslice="Long"), ((TS, "4", "--timeslice", "short"),), ((RESET,),),
-        as_delivered),
+        0, (), has(timeslice="Long"), ((TS, "4", "--timeslice", "short"),)),
     Row("without a length the slice stays, and is still known", (TS, "8"), 0, ("Short",),
-        has(timeslice="Short"), ((TS, "4", "--timeslice", "short"),), ((RESET,),), as_delivered),
+        has(timeslice="Short"), ((TS, "4", "--timeslice", "short"),)),
     Row("the length of before is nothing to put back", (TS, "8", "--timeslice", "default"), 0, (),
-        lambda scripts: scripts.saved("time-slice") is None, ((TS, "4", "--timeslice", "short"),),
-        ((RESET,),), as_delivered),
+        lambda scripts: scripts.saved("time-slice") is None, ((TS, "4", "--timeslice", "short"),)),
     Row("a slice that somebody else has set since is left", (RESET,), 0, ("left as it is",),
         has(timeslice="Long"), ((TS, "4", "--timeslice", "short"), gpu(timeslice="Long"))),
     Row("nothing to reset", (RESET,), 0, ("nothing to undo",), untouched),
-    Row("locked settings leave it usable", (TS, "4"), 0, (), environment=tuple(LOCKED.items())),
+    Row("locked settings leave it usable", (TS, "4"), 0, (),
+        environment={"GPU_SETTINGS_LOCKED": "1"}),
     *(Row(f"in the way: {words}", (TS, "4"), 6, (words,), untouched, before)
       for words, before in (
         ("disable_mig.sh", (gpu(mig_current="Enabled", mig_pending="Enabled"),)),
@@ -500,25 +486,15 @@ def test_what_could_not_be_asked_is_neither_none_nor_off(row: Row, tmp_path: Pat
         ("./gpu-configs/disable_mps.sh", ((MPS_ON,),)),
         ("user alice): nvidia-cuda-mps-server", (daemon(user="alice"), client())))),
     Row("another user's daemon alone is a warning", (TS, "4"), 0, ("another user's MPS",),
-        before=(daemon(user="alice"),)),
+        before=(daemon(user="alice"),), last=has(daemons=1)),
     Row("a driver that refuses root in a container", (TS, "4", "--timeslice", "short"), 5,
-        (PRIVILEGE,), as_delivered, environment=(("FAKE_GPU_UID", "65534"),)),
+        (PRIVILEGE,), as_delivered, environment={"FAKE_GPU_UID": "65534"}),
     Row("a change that did not take", (TS, "4", "--timeslice", "short"), 1,
         ("the time slice is Default, not Short", "Successfully set"), as_delivered,
         (rule(SET_SLICE, exit=0, text="Successfully set timeslice policy."),)),
-)  # fmt: skip
-def test_time_slicing(row: Row) -> None:
-    check(row)
-
-
-# --- MPS ------------------------------------------------------------------------------------------
-
-NO_DAEMON = "Cannot find MPS control daemon process"
-
-
-@rows(
+    # MPS
     Row("a daemon is started and named", (MPS_ON,), 0, ("MPS is in force", "percentage:      100"),
-        has(daemons=1, compute_mode="Default"), then=((MPS_OFF,),), last=as_delivered),
+        has(daemons=1, compute_mode="Default")),
     Row("twice keeps the one daemon", (MPS_ON,), 0, ("answers already",), untouched, ((MPS_ON,),)),
     Row("a percentage is set", (MPS_ON, "--percentage=12.5"), 0, ("percentage:      12.5",),
         before=((MPS_ON, "--percentage", "25"),)),
@@ -526,20 +502,18 @@ NO_DAEMON = "Cannot find MPS control daemon process"
         ("percentage of 100.0, not 25",), as_delivered,
         (rule("nvidia-cuda-mps-control < set_default*", exit=0, text="100.0"),)),
     Row("exclusive", (MPS_ON, "--exclusive"), 0, ("undo:            sudo ./gpu-configs/disable",),
-        has(compute_mode="Exclusive_Process"), then=((MPS_OFF,),), last=as_delivered),
+        has(compute_mode="Exclusive_Process")),
     Row("exclusive later and twice", (MPS_ON, "--exclusive"), 0, (), untouched,
-        ((MPS_ON,), (MPS_ON, "--exclusive")), ((MPS_OFF,),), as_delivered),
+        ((MPS_ON,), (MPS_ON, "--exclusive"))),
     Row("exclusive before stays so", (MPS_ON, "--exclusive"), 0, (), has(daemons=1),
         (gpu(compute_mode="Exclusive_Process"),), ((MPS_OFF,),),
         has(daemons=0, compute_mode="Exclusive_Process")),
     Row("after a daemon that died the mode of before is known", (MPS_ON,), 0,
-        ("no longer answers",), has(daemons=1), ((MPS_ON, "--exclusive"), machine(mps={})),
-        ((MPS_OFF,),), as_delivered),
+        ("no longer answers",), has(daemons=1), ((MPS_ON, "--exclusive"), machine(mps={}))),
     Row("a daemon that died is cleaned up", (MPS_OFF,), 0, ("MPS is off",), as_delivered,
         ((MPS_ON,), machine(mps={}))),
     Row("a compute mode that somebody has set since is left", (MPS_OFF,), 0, ("left as it is",),
-        has(compute_mode="Prohibited"),
-        ((MPS_ON, "--exclusive"), gpu(compute_mode="Prohibited"))),
+        has(compute_mode="Prohibited"), ((MPS_ON, "--exclusive"), gpu(compute_mode="Prohibited"))),
     Row("a daemon that takes its time", (MPS_ON,), 0, (), has(daemons=1),
         (rule(QUESTION, exit=1, text=NO_DAEMON, times=3),)),
     Row("a daemon that never answers", (MPS_ON,), 1, ("did not answer", "Failed to start"),
@@ -562,8 +536,8 @@ NO_DAEMON = "Cannot find MPS control daemon process"
         ("echo quit | nvidia-cuda-mps-control",), untouched, (daemon(uid=0, user="root"),),
         ((MPS_OFF,),), has(daemons=1)),
     Row("a daemon of protocol 3 is named", (MPS_ON,), 6,
-        ("(MPS protocol 3, which answers in other",), untouched, (daemon(uid=0, user="root",
-        protocol=3),)),
+        ("(MPS protocol 3, which answers in other",), untouched,
+        (daemon(uid=0, user="root", protocol=3),)),
     Row("a process that only calls itself so", (MPS_ON,), 0, (), has(daemons=1),
         (machine(others=[{"pid": 2**22 + 5, "uid": 1000, "user": "mallory", "comm": "sleep",
                           "args": "nvidia-cuda-mps-control 1000"}]),)),
@@ -581,10 +555,10 @@ NO_DAEMON = "Cannot find MPS control daemon process"
         before=(process(user="alice"),)),
     Row("clients are listed and the daemon stays", (MPS_OFF,), 6, ("pid 938 (user root)",),
         has(daemons=1), ((MPS_ON,), client()), (ended(938), (MPS_OFF,)), as_delivered,
-        environment=(("GPU_SHARING_WAIT_SECONDS", "0"),)),
+        environment={"GPU_SHARING_WAIT_SECONDS": "0"}),
     Row("a daemon that does not quit stays known", (MPS_OFF,), 1, ("still answers 0 s after quit",),
         has(daemons=1), ((MPS_ON,), rule(QUIT, exit=0, text="")), (no_rules, (MPS_OFF,)),
-        as_delivered, environment=(("GPU_SHARING_WAIT_SECONDS", "0"),)),
+        as_delivered, environment={"GPU_SHARING_WAIT_SECONDS": "0"}),
     Row("nothing to disable", (MPS_OFF,), 0, ("nothing to undo",), untouched),
     Row("a damaged state file is named", (MPS_OFF,), 1, (f"mps-{UUID}.state is damaged",),
         untouched, (damaged("mps"),)),
@@ -593,36 +567,9 @@ NO_DAEMON = "Cannot find MPS control daemon process"
     Row("one daemon a GPU", (MPS_ON, "--gpu", "0"), 0, (), has(daemons=2),
         ((MPS_ON, "--gpu", "1"),), ((MPS_OFF, "--gpu", "1"), (MPS_OFF,)), as_delivered,
         kind="h100x2"),
-)  # fmt: skip
-def test_mps(row: Row) -> None:
-    check(row)
-
-
-def test_the_daemon_is_kept_to_its_gpu_where_there_are_several() -> None:
-    with mode_scripts("h100x2") as scripts:
-        scripts.must(MPS_ON, "--gpu", "1")
-        (found,) = scripts.machine.state()["mps"].values()
-        assert found["visible_devices"] == SECOND
-
-
-def test_a_state_folder_too_long_for_a_socket_leaves_the_sockets_elsewhere(
-    scripts: ModeScripts,
-) -> None:
-    scripts.environment["GPU_SHARING_STATE_DIR"] = str(scripts.folder / ("x" * 90))
-    scripts.must(MPS_ON)
-    (pipe,) = scripts.machine.state()["mps"]
-    assert len(f"{pipe}/control_privileged") < 108
-    assert Path(pipe).parent.stat().st_mode & 0o777 == 0o700
-    scripts.must(MPS_OFF)
-    assert not Path(pipe).parent.exists()
-
-
-# --- MIG ------------------------------------------------------------------------------------------
-
-
-@rows(
+    # MIG
     Row("instances are made and named", (MIG_ON, "1g.10gb", "4"), 0, ("MIG is in force", "MIG-"),
-        has(profiles=["1g.10gb"] * 4), then=((MIG_OFF,),), last=as_delivered),
+        has(profiles=["1g.10gb"] * 4)),
     Row("twice changes nothing", (MIG_ON, "1g.5gb", "4"), 0, ("MIG is in force",), untouched,
         ((MIG_ON, "1g.5gb", "4"),)),
     Row("a list makes one instance of each", (MIG_ON, "1g.10gb,2g.20gb,1g.10gb"), 0, (),
@@ -630,7 +577,7 @@ def test_a_state_folder_too_long_for_a_socket_leaves_the_sockets_elsewhere(
         then=((MIG_ON, "2g.20gb,1g.10gb,1g.10gb"), (MIG_OFF,)), last=as_delivered),
     *(Row(f"{kind}: {asked} is {taken}", (MIG_ON, asked, "1"), 0,
           (f"has no profile {asked}; taking {taken}.",) if asked != taken else (),
-          has(profiles=[taken]), kind=kind, then=((MIG_OFF,),), last=as_delivered)
+          has(profiles=[taken]), kind=kind)
       for kind, asked, taken in (
           ("h100", "1g.5gb", "1g.10gb"), ("h100", "3g.20gb", "3g.40gb"),
           ("h100", "1g.10gb+me", "1g.10gb+me"), ("h200", "1g.5gb", "1g.18gb"),
@@ -649,11 +596,10 @@ def test_a_state_folder_too_long_for_a_socket_leaves_the_sockets_elsewhere(
     *(Row(f"does not fit: {' '.join(asked)}", (MIG_ON, *asked), 4, ("does not fit",), untouched)
       for asked in (["1g.10gb", "8"], ["2g.20gb", "4"], ["7g.80gb,1g.10gb"],
                     ["3g.40gb,3g.40gb,1g.10gb"], ["4g.40gb,2g.20gb,1g.10gb,1g.10gb"])),
-    *(Row(f"just fits: {' '.join(asked)}", (MIG_ON, *asked), 0, then=((MIG_OFF,),),
-          last=as_delivered)
+    *(Row(f"just fits: {' '.join(asked)}", (MIG_ON, *asked), 0)
       for asked in (["3g.40gb", "2"], ["1g.10gb", "7"], ["4g.40gb,2g.20gb,1g.10gb"])),
     Row("a driver that refuses root in a container", (MIG_ON, "1g.10gb", "4"), 5, (PRIVILEGE,),
-        as_delivered, environment=(("FAKE_GPU_UID", "65534"),)),
+        as_delivered, environment={"FAKE_GPU_UID": "65534"}),
     Row("processes on the GPU", (MIG_ON, "1g.10gb", "4"), 6, ("pid 4242 (user alice): python3",),
         untouched, (process(user="alice"),)),
     Row("our own daemon", (MIG_ON, "1g.10gb", "4"), 6, ("./gpu-configs/disable_mps.sh",), untouched,
@@ -693,18 +639,9 @@ def test_a_state_folder_too_long_for_a_socket_leaves_the_sockets_elsewhere(
     Row("killed between creating and saving", (MIG_OFF,), 0, (), as_delivered,
         ((MIG_ON, "1g.10gb", "2"), forgotten_ids)),
     Row("instances that did not outlive a reset are made anew", (MIG_ON, "1g.10gb", "2"), 0, (),
-        has(profiles=["1g.10gb"] * 2), ((MIG_ON, "1g.10gb", "2"), no_compute_instances),
-        ((MIG_OFF,),), as_delivered),
+        has(profiles=["1g.10gb"] * 2), ((MIG_ON, "1g.10gb", "2"), no_compute_instances)),
     Row("nothing to disable", (MIG_OFF,), 0, ("nothing to undo",), untouched),
-)  # fmt: skip
-def test_mig(row: Row) -> None:
-    check(row)
-
-
-# --- status ---------------------------------------------------------------------------------------
-
-
-@rows(
+    # status
     Row("an untouched GPU", (STATUS,), 0,
         ("mode in force: time-slicing (what CUDA does by itself)", "compute mode:  Default",
          "time slice:    Default", "MIG mode:      Disabled", "MPS daemon:    none",
@@ -717,7 +654,8 @@ def test_mig(row: Row) -> None:
     Row("a mode without sharing", (STATUS,), 0, ("exclusive (compute mode Exclusive_Process: no",),
         untouched, (gpu(compute_mode="Exclusive_Process"),)),
     *(Row(f"what undoes {' '.join(setup)}", (STATUS,), 0,
-          (f"mode in force: {mode}", f"{saved}-{UUID}.state", f"undo: {undo}"), untouched, (setup,))
+          (f"mode in force: {mode}", f"{saved}-{UUID}.state", f"undo: {undo}"), untouched,
+          (setup,))
       for setup, mode, saved, undo in (
         ((TS, "4"), "time-slicing", "time-slicing", "./gpu-configs/reset_time_slicing.sh --gpu 0"),
         ((TS, "4", "--timeslice", "long"), "time-slicing", "time-slice",
@@ -732,8 +670,27 @@ def test_mig(row: Row) -> None:
     Row("a restore that fails keeps what is saved", (STATUS, "--restore"), 1, (), has(daemons=1),
         ((MPS_ON,), rule(QUIT, exit=0, text="")), (no_rules, (STATUS, "--restore")), as_delivered),
 )  # fmt: skip
-def test_status(row: Row) -> None:
+def test_a_script_says_and_does_what_its_row_tells(row: Row) -> None:
     check(row)
+
+
+def test_the_daemon_is_kept_to_its_gpu_where_there_are_several() -> None:
+    with mode_scripts("h100x2") as scripts:
+        scripts.must(MPS_ON, "--gpu", "1")
+        (found,) = scripts.machine.state()["mps"].values()
+        assert found["visible_devices"] == SECOND
+
+
+def test_a_state_folder_too_long_for_a_socket_leaves_the_sockets_elsewhere(
+    scripts: ModeScripts,
+) -> None:
+    scripts.environment["GPU_SHARING_STATE_DIR"] = str(scripts.folder / ("x" * 90))
+    scripts.must(MPS_ON)
+    (pipe,) = scripts.machine.state()["mps"]
+    assert len(f"{pipe}/control_privileged") < 108
+    assert Path(pipe).parent.stat().st_mode & 0o777 == 0o700
+    scripts.must(MPS_OFF)
+    assert not Path(pipe).parent.exists()
 
 
 # --- whose state it is, and what sudo's caller can set --------------------------------------------
@@ -784,9 +741,8 @@ def test_state_that_somebody_else_may_have_written_is_refused_and_nothing_is_don
     scripts.machine.forget_calls()
     for script in (MPS_OFF, MPS_ON):
         result = scripts.run(script)
-        assert result.returncode == 5
-        (said,) = result.stderr.splitlines()
-        assert words in said
+        refused(result, 5, words)
+        assert result.stderr.count("\n") == 1
     assert scripts.machine.changing_calls() == []
     assert len(scripts.machine.state()["mps"]) == 1
 
@@ -802,9 +758,7 @@ def test_a_state_folder_that_others_may_write_or_one_cannot_enter_is_refused(
     os.chown(scripts.state_directory, NOBODY.pw_uid, NOBODY.pw_gid)
     scripts.state_directory.chmod(folder_mode)
     for script in (MPS_ON, MPS_OFF)[: 1 if folder_mode else 2]:
-        result = scripts.run(script, prefix=AS_NOBODY)
-        assert result.returncode == 5
-        assert words in result.stderr
+        refused(scripts.run(script, prefix=AS_NOBODY), 5, words)
     assert scripts.machine.changing_calls() == []
 
 
@@ -815,18 +769,14 @@ def test_a_state_folder_that_others_may_write_or_one_cannot_enter_is_refused(
     ids=" ".join,
 )
 def test_a_user_is_refused_with_the_sudo_line(scripts: ModeScripts, command: tuple) -> None:
-    result = scripts.run(*command, prefix=AS_NOBODY)
-    assert result.returncode == 5
-    assert f"sudo ./gpu-configs/{' '.join(command)}" in result.stderr
+    refused(scripts.run(*command, prefix=AS_NOBODY), 5, f"sudo ./gpu-configs/{' '.join(command)}")
     assert scripts.machine.changing_calls() == []
 
 
 def test_a_state_folder_that_cannot_be_made_is_named(scripts: ModeScripts) -> None:
     (scripts.folder / "file").write_text("")
     inside_a_file = str(scripts.folder / "file" / "x")
-    result = scripts.run(TS, "4", GPU_SHARING_STATE_DIR=inside_a_file)
-    assert result.returncode == 5
-    assert "GPU_SHARING_STATE_DIR" in result.stderr
+    refused(scripts.run(TS, "4", GPU_SHARING_STATE_DIR=inside_a_file), 5, "GPU_SHARING_STATE_DIR")
 
 
 def test_without_the_variable_state_goes_to_the_users_and_to_roots_own_folder(
@@ -884,9 +834,7 @@ def test_under_sudo_the_daemon_is_the_callers_and_the_compute_mode_is_in_roots_s
     status = sudo.without(STATUS)
     assert "mode in force: mps" in status.stdout
     assert "undo: sudo ./gpu-configs/disable_mps.sh" in status.stdout
-    refused = sudo.without(MPS_OFF)
-    assert refused.returncode == 5
-    assert "sudo ./gpu-configs/disable_mps.sh" in refused.stderr
+    refused(sudo.without(MPS_OFF), 5, "sudo ./gpu-configs/disable_mps.sh")
     assert len(sudo.scripts.machine.state()["mps"]) == 1
     result = sudo.run(MPS_OFF)
     assert result.returncode == 0, result.stderr
@@ -926,9 +874,11 @@ def test_state_that_sudos_caller_has_written_makes_root_undo_nothing(sudo: Sudo)
 @needs_real_root
 @pytest.mark.parametrize("caller", ["nobody", "root"])
 def test_a_lock_in_the_callers_environment_holds_under_sudo_too(sudo: Sudo, caller: str) -> None:
-    result = sudo.run(MPS_ON, "--exclusive", FAKE_SUDO_USER=caller, GPU_SETTINGS_LOCKED="1")
-    assert result.returncode == 5
-    assert "GPU_SETTINGS_LOCKED=1" in result.stderr
+    refused(
+        sudo.run(MPS_ON, "--exclusive", FAKE_SUDO_USER=caller, GPU_SETTINGS_LOCKED="1"),
+        5,
+        "GPU_SETTINGS_LOCKED=1",
+    )
     assert sudo.scripts.machine.changing_calls() == []
 
 
@@ -1008,12 +958,11 @@ def test_a_kill_at_a_random_moment_leaves_the_card_as_it_was(
 ) -> None:
     chosen = random.Random(seed)
     setup, _ = chosen.choice(SET_UPS)
-    undo = {TS: RESET, MPS_ON: MPS_OFF, MIG_ON: MIG_OFF}[setup[0]]
     number = chosen.choice([signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
     command = setup
     if chosen.random() < 0.3:
         scripts.must(*setup)
-        command = (undo,)
+        command = (UNDO[setup[0]],)
     process = subprocess.Popen(
         scripts.command(*command), cwd=scripts.project, env=scripts.environment,
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
