@@ -90,9 +90,9 @@ check_holders() {
 # Sets PIPE_DIRECTORY and LOG_DIRECTORY below a new folder: in /tmp where the path of the socket in it,
 # /pipe/control_privileged, would else come to 108 bytes or more.
 choose_folder() {
-    local folder
-    folder=mps.$(tr -dc a-z0-9 </dev/urandom | head -c 8 || true)
-    ((${#USER_STATE} < 70)) && folder=$USER_STATE/$folder || folder=/tmp/$folder
+    local folder parent=$USER_STATE
+    ((${#parent} < 70)) || parent=/tmp
+    folder=$parent/mps.$(tr -dc a-z0-9 </dev/urandom | head -c 8 || true)
     PIPE_DIRECTORY=$folder/pipe
     LOG_DIRECTORY=$folder/log
 }

@@ -146,6 +146,15 @@ restore() {
             FAILED=1
         fi
     done
+    remove_unfinished
+}
+
+# What a script was still writing when it was killed; what it would have replaced is undone by then.
+remove_unfinished() {
+    local -a files=("$USER_STATE"/*.state.new)
+    [[ ! -e ${files[0]} ]] || run --user rm -f -- "${files[@]}"
+    files=("$ROOT_STATE"/*.state.new)
+    [[ ! -e ${files[0]} || ! -w $ROOT_STATE ]] || run rm -f -- "${files[@]}"
 }
 
 main() {

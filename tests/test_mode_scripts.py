@@ -118,10 +118,10 @@ def without_ps(scripts: ModeScripts) -> None:
     scripts.environment["PATH"] = str(folder)
 
 
-def damaged(kind: str, text: str = "pipe_dir") -> Step:
+def damaged(kind: str, text: str = "pipe_dir", suffix: str = "") -> Step:
     def damage(scripts: ModeScripts) -> None:
         scripts.state_directory.mkdir(exist_ok=True, mode=0o700)
-        (scripts.state_directory / f"{kind}-{UUID}.state").write_text(text)
+        (scripts.state_directory / f"{kind}-{UUID}.state{suffix}").write_text(text)
 
     return damage
 
@@ -667,6 +667,8 @@ def test_wrong_arguments_are_exit_code_2_with_a_sentence_before_anything_is_aske
         (f"disable_mps.sh --gpu {UUID}",), untouched, ((MPS_ON,),)),
     Row("restore", (STATUS, "--restore"), 0, ("MPS is off",), as_delivered,
         ((MPS_ON, "--exclusive"), (STATUS,))),
+    Row("restore, after a kill while state was being written", (STATUS, "--restore"), 0,
+        ("mig-", "state.new"), as_delivered, (damaged("mig", suffix=".new"),)),
     Row("a restore that fails keeps what is saved", (STATUS, "--restore"), 1, (), has(daemons=1),
         ((MPS_ON,), rule(QUIT, exit=0, text="")), (no_rules, (STATUS, "--restore")), as_delivered),
 )  # fmt: skip

@@ -41,27 +41,22 @@ gpu::query() {
 # Fills GPU_LINES, one line a GPU; ends with 3 where there is no driver or no GPU. What else nvidia-smi
 # says, of a GPU that is lost or damaged, is passed on.
 gpu::list() {
-    local line uuid status listing
-    local -a rest uuids
+    local line uuid
+    local -a rest
     command -v nvidia-smi >/dev/null ||
         die "$EXIT_NO_GPU" "nvidia-smi was not found; install the NVIDIA driver"
     gpu::query
     GPU_LINES=("${QUERY_ROWS[@]}")
     rest=("${QUERY_REST[@]}")
-    status=$QUERY_STATUS
     if ((${#GPU_LINES[@]} == 0)); then
         # one GPU that is lost can make the question to all fail
-        listing=$(gpu::ask -L) || true
-        mapfile -t uuids < <(sed -nE 's/^GPU [0-9]+: .*\(UUID: (GPU-[0-9A-Za-z-]+)\)$/\1/p' <<<"$listing")
-        for uuid in "${uuids[@]}"; do
+        for uuid in $({ gpu::ask -L || true; } | sed -nE 's/^GPU [0-9]+: .*\(UUID: (GPU-[0-9A-Za-z-]+)\)$/\1/p'); do
             gpu::query -i "$uuid"
             GPU_LINES+=("${QUERY_ROWS[@]}")
         done
     fi
-    if ((${#GPU_LINES[@]} == 0)); then
-        ((status == 0)) || die "$EXIT_NO_GPU" "no usable GPU (nvidia-smi ended with $status): ${rest[0]:-}"
-        die "$EXIT_NO_GPU" "nvidia-smi names no GPU that can be used: ${rest[0]:-nothing}"
-    fi
+    ((${#GPU_LINES[@]} > 0)) || die "$EXIT_NO_GPU" \
+        "nvidia-smi names no GPU that can be used (it ended with $QUERY_STATUS): ${rest[0]:-nothing}"
     for line in "${rest[@]}"; do warn "nvidia-smi says: $line"; done
 }
 

@@ -20,12 +20,14 @@ mig::not_told() {
 # Fills the PROFILE_* and PLACEMENT_* tables, by profile name.
 mig::read_profiles() {
     local listing name id counts starts size
+    local -A name_of=()
     PROFILE_NAMES=()
     listing=$(gpu::ask mig -lgip) || true
     while read -r name id counts; do
         [[ $name =~ ^$MIG_PROFILE_PATTERN$ && $id =~ ^[0-9]+$ && $counts =~ ^[0-9]+/[0-9]+$ ]] || continue
         PROFILE_NAMES+=("$name")
         PROFILE_ID[$name]=$id
+        name_of[$id]=$name
         PROFILE_FREE[$name]=${counts%/*}
         PROFILE_TOTAL[$name]=${counts#*/}
     done < <(awk -v gpu="$GPU_INDEX" '$1 == "|" && $2 == gpu && $3 == "MIG" { print $4, $5, $6 }' <<<"$listing")
@@ -37,11 +39,10 @@ mig::read_profiles() {
     listing=$(gpu::ask mig -lgipp) || true
     [[ $listing == *"Profile ID"* ]] || mig::not_told "places of MIG profiles" "$listing"
     while read -r id starts size; do
-        for name in "${PROFILE_NAMES[@]}"; do
-            [[ ${PROFILE_ID[$name]} == "$id" ]] || continue
-            PLACEMENT_STARTS[$name]=${starts//,/ }
-            PLACEMENT_SIZE[$name]=$size
-        done
+        name=${name_of[$id]:-}
+        [[ -n $name ]] || continue
+        PLACEMENT_STARTS[$name]=${starts//,/ }
+        PLACEMENT_SIZE[$name]=$size
     done < <(sed -nE "s/^GPU +$GPU_INDEX Profile ID +([0-9]+) Placements? *: *\{([0-9,]+)\}:([0-9]+).*/\1 \2 \3/p" <<<"$listing")
 }
 
@@ -110,18 +111,19 @@ mig::print_devices() {
 # mig::refuse_holders IDS: ends with 6 where processes are on these GPU instances, by the process table,
 # the only listing that names the instance.
 mig::refuse_holders() {
-    local table gi pid name holders=""
+    local table gi pid name
+    local -a holders=()
     [[ -n $1 ]] || return 0
     table=$(gpu::ask) || true
     [[ $table == *"| Processes:"* ]] || mig::not_told "processes on the instances" "$table"
     while read -r gi pid name; do
-        [[ ,$1, != *",$gi,"* ]] || holders+=$(printf 'pid %s (user %s): %s on GPU instance %s' \
-            "$pid" "$(gpu::owner "$pid")" "$(printable "$name")" "$gi")$'\n'
+        [[ ,$1, != *",$gi,"* ]] ||
+            holders+=("pid $pid (user $(gpu::owner "$pid")): $(printable "$name") on GPU instance $gi")
     done < <(awk -v gpu="$GPU_INDEX" '
         $1 == "|" && $2 == gpu && $3 ~ /^[0-9]+$/ && $5 ~ /^[0-9]+$/ && $6 ~ /^[CGM+]+$/ {
             print $3, $5, $7 }' <<<"$table")
-    [[ -n $holders ]] || return 0
-    log "${holders%$'\n'}"
+    ((${#holders[@]} > 0)) || return 0
+    printf '%s\n' "${holders[@]}" >&2
     die "$EXIT_BUSY" "the instances are in use by the processes above; end them first"
 }
 
