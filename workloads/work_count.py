@@ -19,7 +19,6 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,34 +40,11 @@ ADAMW_TENSORS = 3
 Operators = Counter[tuple[str, int, int]]
 
 
-@dataclass(frozen=True)
-class Work:
-    """What one step does: heavy operators, and bytes of parameters and optimizer."""
-
-    operators: Operators
-    parameters: int
-    state_bytes: int
-
-    def to_dict(self) -> dict:
-        """Return plain data for JSON: the operators (one entry for equal ones) and totals."""
-        operators = [
-            {"operator": name, "operations": operations, "bytes": size, "count": count}
-            for (name, operations, size), count in self.operators.items()
-        ]
-        return {
-            "operations": sum(entry["operations"] * entry["count"] for entry in operators),
-            "operator_bytes": sum(entry["bytes"] * entry["count"] for entry in operators),
-            "state_bytes": self.state_bytes,
-            "parameters": self.parameters,
-            "operators": operators,
-        }
-
-
 def main() -> int:
     """Count one job's step and print it."""
     args = parse_arguments()
     work = JOBS[args.job](args)
-    print(json.dumps({"job": args.job, "batch_size": args.batch_size, **work.to_dict()}))
+    print(json.dumps({"job": args.job, "batch_size": args.batch_size, **work}))
     return EXIT_OK
 
 
@@ -81,98 +57,105 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--job", required=True, choices=sorted(JOBS), help="which job")
     parser.add_argument("--batch-size", type=cli.positive_int, required=True, metavar="N")
     parser.add_argument(
-        "--image-size", type=cli.positive_int, default=None, metavar="PIXELS",
+        "--image-size", type=cli.positive_int, metavar="PIXELS",
         help="of square images (default: 32 in training, 224 in inference)",
     )  # fmt: skip
     parser.add_argument(
-        "--classes", type=cli.positive_int, default=None, metavar="N",
+        "--classes", type=cli.positive_int, metavar="N",
         help="outputs of the model (default: ResNet50 training 10, BERT 2, inference 1000)",
     )  # fmt: skip
     bert = parser.add_argument_group("BERT")
     bert.add_argument("--max-length", type=cli.positive_int, default=128, help="(default: 128)")
-    bert.add_argument("--layers", type=cli.positive_int, default=None, help="(default: 12)")
-    bert.add_argument("--hidden", type=cli.positive_int, default=None, help="(default: 768)")
+    bert.add_argument("--layers", type=cli.positive_int, help="(default: 12)")
+    bert.add_argument("--hidden", type=cli.positive_int, help="(default: 768)")
     return parser.parse_args()
 
 
-def count_resnet_training(args: argparse.Namespace, stem: str) -> Work:
+def count_resnet_training(args: argparse.Namespace, stem: str) -> dict:
     """Count a training step of ResNet50 with SGD and momentum."""
     import torch
-    import torch.nn.functional as F
 
     from workloads.training.resnet_training import build_resnet50
 
     size = args.image_size or 32
     with torch.device("meta"):
-        model = build_resnet50(args.classes or 10, stem).to(torch.bfloat16).train()
+        model = build_resnet50(args.classes or 10, stem).to(torch.bfloat16)
         images = torch.zeros(args.batch_size, 3, size, size, dtype=torch.bfloat16)
-        labels = torch.zeros(args.batch_size, dtype=torch.int64)
-
-    def step() -> None:
-        F.cross_entropy(model(images), labels).backward()
-
-    return training_work(step, model, SGD_MOMENTUM_TENSORS)
+    return training_work(lambda: model(images), model, SGD_MOMENTUM_TENSORS)
 
 
-def count_bert_training(args: argparse.Namespace) -> Work:
+def count_bert_training(args: argparse.Namespace) -> dict:
     """Count a training step of BERT with AdamW."""
     import torch
-    import torch.nn.functional as F
 
     from workloads.training.bert_training import Architecture, build_model
 
     with torch.device("meta"):
-        model = build_model(
-            Architecture(args.layers, args.hidden), args.classes or 2, args.max_length
-        )
-        model = model.to(torch.bfloat16).train()
+        architecture = Architecture(args.layers, args.hidden)
+        model = build_model(architecture, args.classes or 2, args.max_length).to(torch.bfloat16)
         tokens = torch.zeros(args.batch_size, args.max_length, dtype=torch.int64)
         mask = torch.zeros(args.batch_size, 1, 1, args.max_length, dtype=torch.bfloat16)
-        labels = torch.zeros(args.batch_size, dtype=torch.int64)
-
-    def step() -> None:
-        F.cross_entropy(model(tokens, attention_mask=mask).logits, labels).backward()
-
-    return training_work(step, model, ADAMW_TENSORS)
+    return training_work(lambda: model(tokens, attention_mask=mask).logits, model, ADAMW_TENSORS)
 
 
-def count_inference(args: argparse.Namespace, name: str) -> Work:
+def count_inference(args: argparse.Namespace, name: str) -> dict:
     """Count a forward pass of one of torchvision's classifiers, batch norm folded in."""
     import torch
     import torchvision
     from torch.fx.experimental.optimization import fuse
 
     size = args.image_size or 224
-    build = getattr(torchvision.models, name)
     with torch.device("meta"):
-        model = build(weights=None, num_classes=args.classes or 1000).eval()
+        model = torchvision.models.get_model(name, weights=None, num_classes=args.classes or 1000)
         images = torch.zeros(args.batch_size, 3, size, size, dtype=torch.bfloat16)
-    model = fuse(model).to(torch.bfloat16)
-
-    def forward() -> None:
-        with torch.no_grad():
-            model(images)
-
-    return Work(count_operators(forward), _parameters(model), 0)
+    model = fuse(model.eval()).to(torch.bfloat16)
+    with torch.no_grad():
+        return _work(count_operators(lambda: model(images)), model, 0)
 
 
-def training_work(step: Callable[[], None], model: torch.nn.Module, state_tensors: int) -> Work:
-    """Return the work of a training step whose optimizer step touches ``state_tensors`` tensors.
+def training_work(
+    forward: Callable[[], torch.Tensor], model: torch.nn.Module, state_tensors: int
+) -> dict:
+    """Return the work of a training step of ``model``.
 
     Args:
-        step: Runs forward and backward once.
+        forward: Returns the logits of a batch.
         model: Its parameters are all trained.
-        state_tensors: Tensors of a parameter's size, itself among them, read and written once.
+        state_tensors: Tensors of a parameter's size, itself among them, that the optimizer reads
+            and writes once.
     """
-    parameters = _parameters(model)
+    from torch.nn.functional import cross_entropy
+
+    def step() -> None:
+        logits = forward()
+        cross_entropy(logits, logits.new_zeros(len(logits)).long()).backward()
+
+    model.train()
     # Gradients were written by the operators; the optimizer reads them once.
     bytes_each = 2 * state_tensors * STATE_ELEMENT_BYTES + ELEMENT_BYTES
-    return Work(count_operators(step), parameters, parameters * bytes_each)
+    return _work(count_operators(step), model, bytes_each)
+
+
+def _work(found: Operators, model: torch.nn.Module, state_bytes_each: int) -> dict:
+    """Return plain data for JSON: the operators (one entry for equal ones) and totals."""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    operators = [
+        {"operator": name, "operations": operations, "bytes": size, "count": count}
+        for (name, operations, size), count in found.items()
+    ]
+    return {
+        "operations": sum(entry["operations"] * entry["count"] for entry in operators),
+        "operator_bytes": sum(entry["bytes"] * entry["count"] for entry in operators),
+        "state_bytes": parameters * state_bytes_each,
+        "parameters": parameters,
+        "operators": operators,
+    }
 
 
 def count_operators(work: Callable[[], None]) -> Operators:
     """Run ``work`` once and count its heavy operators: those the flop counter has a formula for."""
-    from torch.nn import functional
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention
     from torch.overrides import TorchFunctionMode
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils.flop_counter import flop_registry
@@ -194,9 +177,7 @@ def count_operators(work: Callable[[], None]) -> Operators:
         """The meta device would take attention apart, with every score written and read."""
 
         def __torch_function__(self, func, types, args=(), kwargs=None):
-            if func is functional.scaled_dot_product_attention:
-                import torch
-
+            if func is scaled_dot_product_attention:
                 return torch.ops.aten._scaled_dot_product_flash_attention(*args[:3])[0]
             return func(*args, **(kwargs or {}))
 
@@ -217,11 +198,7 @@ def _tensor_bytes(values: Iterable[object]) -> int:
     )
 
 
-def _parameters(model: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-JOBS: dict[str, Callable[[argparse.Namespace], Work]] = {
+JOBS: dict[str, Callable[[argparse.Namespace], dict]] = {
     "resnet50-training-cifar": lambda args: count_resnet_training(args, "cifar"),
     "resnet50-training-imagenet": lambda args: count_resnet_training(args, "imagenet"),
     "bert-training": count_bert_training,

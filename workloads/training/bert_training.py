@@ -20,12 +20,14 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from workloads.common import cli, client, console
+from workloads.common import cli, client
 from workloads.common.errors import DamagedFileError, UsageError, first_line
 from workloads.common.weights import HubUnreachableError, hub_model_folder, packages_hidden
 from workloads.training import texts
+from workloads.training.training_job import TrainingJob, add_job_flags
 
 if TYPE_CHECKING:
+    import torch
     from transformers import BertForSequenceClassification, BertTokenizerFast
 
     from workloads.common.engine import Pacer
@@ -52,12 +54,7 @@ EPILOG = """examples:
 def parse_arguments() -> argparse.Namespace:
     """Return the flags of the command line."""
     parser = cli.workload_parser("Fine-tune BERT for text classification.", EPILOG)
-    job = parser.add_argument_group("the job")
-    job.add_argument("--batch-size", type=cli.positive_int, default=16, help="(default: 16)")
-    job.add_argument("--epochs", type=cli.positive_int, default=3, help="(default: 3)")
-    job.add_argument(
-        "--lr", type=cli.positive_float, default=2e-5, help="learning rate (default: 2e-5)"
-    )
+    job = add_job_flags(parser, batch_size=16, epochs=3, lr=2e-5, lr_name="learning rate")
     job.add_argument(
         "--max-length", type=cli.positive_int, default=128, metavar="TOKENS",
         help="length that every sequence is padded or cut to (default: 128)",
@@ -69,11 +66,11 @@ def parse_arguments() -> argparse.Namespace:
         f"(default: {DEFAULT_MODEL}, from scratch where it is not available)",
     )  # fmt: skip
     model.add_argument(
-        "--layers", type=cli.positive_int, default=None,
+        "--layers", type=cli.positive_int,
         help="layers of a BERT from scratch (default: 12)",
     )  # fmt: skip
     model.add_argument(
-        "--hidden", type=cli.positive_int, default=None,
+        "--hidden", type=cli.positive_int,
         help="hidden size of a BERT from scratch (default: 768)",
     )  # fmt: skip
     data = parser.add_argument_group("the data")
@@ -103,12 +100,13 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-class BertTraining(client.Workload):
+class BertTraining(TrainingJob):
     """The fine-tuning job: epochs of captured steps, then a pass over the held-out texts."""
 
     name = "bert_training"
     title = "BERT fine-tuning"
-    epochs: Sequence[dict] = ()
+    samples_name = "texts"
+    short_job = "--num-samples 64 --epochs 1"
 
     def load(self) -> None:
         """Load texts and weights (the hub is asked here, before torch starts), build the model."""
@@ -142,109 +140,71 @@ class BertTraining(client.Workload):
         self._load_batches(tokenizer)
         self.totals = EpochTotals(where)
 
-    def warm_up(self) -> None:
-        """Prepare training and test for the engine, and go once through all that a job does."""
+    def _make_optimizer(self) -> tuple[torch.optim.Optimizer, Sequence[torch.Tensor]]:
         import torch
 
-        from workloads.common.engine import Pacer, Pass, TrainState, compile_module, step_pool
-
-        self.optimizer = torch.optim.AdamW(
+        optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=self.args.lr, fused=True, capturable=self.device.is_cuda
         )
-        cursors = [batches.cursor for batches in (self.train_batches, self.test_batches) if batches]
-        self.state = TrainState([self.model], self.optimizer, (*cursors, *self.totals.tensors))
-        self.network = compile_module(self.device, self.model)
-        shared = (self.reset, step_pool(self.device))
-        self.test = None
-        if self.test_batches is not None:
-            self.model.eval()
-            self.test = Pass(self.device, "test_step", self.test_batches, self._test_step, *shared)
-        self.model.train()
-        self.train = Pass(self.device, "train_step", self.train_batches, self._train_step, *shared)
-        pacer = Pacer(self.device, client.Recorder(client.EventLog(None)))
-        self.train.rehearse(pacer, self.totals)
-        if self.test is not None:
-            self.model.eval()
-            self.test.rehearse(pacer, self.totals)
-        self.reset()
-        self.device.synchronize()
+        return optimizer, ()
 
-    def reset(self) -> None:
-        """Put weights, optimizer, counters, the place in the data and the random state back."""
-        self.state.restore()
+    def _forward(self, network: torch.nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
+        tokens, mask = inputs
+        return network(tokens, attention_mask=mask).logits
 
-    def run_job(self, recorder: client.Recorder) -> dict:
-        """Fine-tune for all epochs and return losses, accuracies, durations and throughput."""
-        from workloads.common.engine import Pacer
+    def _epoch_figures(self, epoch: dict, pacer: Pacer) -> dict:
+        return {"samples_per_second": self.train_batches.samples / epoch["epoch_seconds"]}
 
-        pacer = Pacer(self.device, recorder)
-        self.epochs = []
-        steps = self.args.epochs * -(-self.train_batches.samples // self.train_batches.batch_size)
-        advice = None if self.device.is_cuda else "--num-samples 64 --epochs 1"
-        with console.progress(steps, "training", advice) as progress:
-            for epoch in range(1, self.args.epochs + 1):
-                self._run_epoch(epoch, pacer, progress)
-        return self.partial_figures() | self._test_figures(pacer)
+    def _describe_epoch(self, epoch: dict) -> str:
+        return (
+            f"train loss {epoch['train_loss']:.4f}, {epoch['train_accuracy_percent']:.1f} %; "
+            f"{epoch['epoch_seconds']:.2f} s, {epoch['samples_per_second']:.0f} samples/s"
+        )
 
-    def partial_figures(self) -> dict | None:
-        """Return the figures of the finished epochs; the held-out texts come after the last."""
-        if not self.epochs:
-            return None
-        training_seconds = sum(epoch["epoch_seconds"] for epoch in self.epochs)
+    def _final_figures(self, last_epoch: dict) -> dict:
         return {
-            "epochs": self.epochs,
-            "mean_epoch_seconds": training_seconds / len(self.epochs),
-            "samples_per_second": len(self.epochs) * self.train_batches.samples / training_seconds,
-            "final_train_loss": self.epochs[-1]["train_loss"],
-            "final_train_accuracy_percent": self.epochs[-1]["train_accuracy_percent"],
+            "final_train_accuracy_percent": last_epoch["train_accuracy_percent"],
             "held_out_loss": None,
             "held_out_accuracy_percent": None,
         }
 
+    def _finish(self, pacer: Pacer) -> dict:
+        if self.test is None:
+            return {}
+        loss, accuracy, _ = self._run_test(pacer)
+        self._check(loss, "the loss on the held-out texts")
+        return {"held_out_loss": loss, "held_out_accuracy_percent": accuracy}
+
     def settings(self) -> dict:
         """Return what the job was run with."""
         config = self.model.config
-        return {
+        return super().settings() | {
             "model": self.args.model,
             "weights": self.weights,
             "weights_source": self.weights_source,
-            "parameters": sum(p.numel() for p in self.model.parameters()),
             "layers": config.num_hidden_layers,
             "hidden_size": config.hidden_size,
             "tokenizer_vocabulary_size": self.vocabulary_size,
-            "dataset": self.dataset.name,
             "labels": list(self.dataset.label_names),
-            "train_samples": len(self.dataset.train),
             "held_out_samples": len(self.dataset.held_out),
             "max_length": self.args.max_length,
-            "batch_size": self.train_batches.batch_size,
-            "epochs": self.args.epochs,
-            "lr": self.args.lr,
-            "seed": self.args.seed,
-            "engine": self.device.engine,
-            "precision": self.device.precision,
         }
 
-    def summary(self, figures: dict) -> list[tuple[str, str]]:
-        """Return the terminal summary, an epoch a line."""
-        rows = [
+    def _describe_input(self) -> list[tuple[str, str]]:
+        return [
             ("Model", f"BERT, {sum(p.numel() for p in self.model.parameters()) / 1e6:.1f} M "
              f"parameters, {self.weights} weights ({self.weights_source})"),
             ("Dataset", f"{self.dataset.name}, {len(self.dataset.train)} training and "
              f"{len(self.dataset.held_out)} held-out texts, {self.args.max_length} tokens each"),
         ]  # fmt: skip
-        rows += [("", note) for note in self.dataset.notes]
-        rows += [(f"Epoch {e['epoch']}", _describe_epoch(e)) for e in figures["epochs"]]
-        rows.append(("Throughput", f"{figures['samples_per_second']:.1f} samples/s"))
-        final_accuracy = figures["final_train_accuracy_percent"]
-        rows.append(("Final accuracy", f"{final_accuracy:.1f} % (training)"))
+
+    def _describe_outcome(self, figures: dict) -> list[tuple[str, str]]:
+        rows = [("Final accuracy", f"{figures['final_train_accuracy_percent']:.1f} % (training)")]
         if figures["held_out_accuracy_percent"] is not None:
             rows.append(
                 ("Held-out accuracy", f"{figures['held_out_accuracy_percent']:.1f} %, loss "
                  f"{figures['held_out_loss']:.4f} (texts never trained on)")
             )  # fmt: skip
-        if figures.get("peak_memory_mib") is not None:
-            rows.append(("Peak memory", f"{figures['peak_memory_mib']:.0f} MiB (PyTorch)"))
         return rows
 
     def resolve(self) -> list[str]:
@@ -257,20 +217,6 @@ class BertTraining(client.Workload):
         elif dataset.name != "synthetic":
             arguments += ["--data", str(texts.write_csv(dataset))]
         return arguments
-
-    def check_unfinished(self) -> None:
-        """Look at the losses of the epoch in hand."""
-        if hasattr(self, "state"):
-            loss = self.totals.loss_sum.item() / self.train_batches.samples
-            self._check(loss, "the loss of the epoch that was stopped")
-
-    def _check(self, loss: float, when: str) -> None:
-        from workloads.common.engine import check_loss
-
-        what = f"{len(self.dataset.train)} texts"
-        warning = check_loss(loss, when, self.args.lr, self.device.precision, what)
-        if warning is not None:
-            self.warn(warning)
 
     def _load_texts(self) -> texts.TextDataset:
         args = self.args
@@ -303,77 +249,11 @@ class BertTraining(client.Workload):
             self.device, train, tokenizer, args.max_length, args.batch_size,
             texts.epoch_orders(len(train), args.epochs, self.order_seed),
         )  # fmt: skip
-        self.test_batches = None
         if len(held_out):
             self.test_batches = texts.TokenBatches(
                 self.device, held_out, tokenizer, args.max_length, TEST_BATCH_SIZE,
                 [torch.arange(len(held_out))],
             )  # fmt: skip
-
-    def _run_epoch(self, number: int, pacer: Pacer, progress: console.Progress) -> None:
-        self.model.train()
-        loss, accuracy, epoch_seconds = self.train.run(
-            pacer, self.totals, number - 1, lambda: progress.advance(detail=f"epoch {number}")
-        )
-        self._check(loss, f"the training loss in epoch {number}")
-        self.epochs.append(
-            {
-                "epoch": number,
-                "train_loss": loss,
-                "train_accuracy_percent": accuracy,
-                "epoch_seconds": epoch_seconds,
-                "samples_per_second": self.train_batches.samples / epoch_seconds,
-            }
-        )
-        self.tell(f"epoch {number}/{self.args.epochs}: {_describe_epoch(self.epochs[-1])}")
-
-    def _test_figures(self, pacer: Pacer) -> dict:
-        """Return loss and accuracy on the held-out texts; nothing where there are none."""
-        if self.test is None:
-            return {}
-        self.model.eval()
-        loss, accuracy, _ = self.test.run(pacer, self.totals)
-        self._check(loss, "the loss on the held-out texts")
-        return {"held_out_loss": loss, "held_out_accuracy_percent": accuracy}
-
-    def _train_step(self, count: int) -> None:
-        import torch.nn.functional as F
-
-        tokens, mask, labels = self.train_batches.take(count)
-        # Without gradients the backward pass writes new ones instead of adding to zeros, which
-        # saves 1.8 GB of memory traffic a step; in a graph they lie in the graph's own memory.
-        self.optimizer.zero_grad(set_to_none=True)
-        with self.device.autocast():
-            logits = self._network_for(count, self.train_batches)(
-                tokens, attention_mask=mask
-            ).logits
-            # Outside the model: its own loss first asks labels and configuration what problem
-            # this is.
-            loss = F.cross_entropy(logits, labels)
-        loss.backward()
-        self.optimizer.step()
-        self.totals.add(logits.detach(), labels, loss.detach())
-
-    def _test_step(self, count: int) -> None:
-        import torch
-        import torch.nn.functional as F
-
-        tokens, mask, labels = self.test_batches.take(count)
-        with torch.no_grad(), self.device.autocast():
-            logits = self._network_for(count, self.test_batches)(tokens, attention_mask=mask).logits
-            loss = F.cross_entropy(logits, labels)
-        self.totals.add(logits, labels, loss)
-
-    def _network_for(self, count: int, batches: texts.TokenBatches):
-        """Return the model; the last, smaller batch is not worth a compilation of its own."""
-        return self.network if count == batches.batch_size else self.model
-
-
-def _describe_epoch(epoch: dict) -> str:
-    return (
-        f"train loss {epoch['train_loss']:.4f}, {epoch['train_accuracy_percent']:.1f} %; "
-        f"{epoch['epoch_seconds']:.2f} s, {epoch['samples_per_second']:.0f} samples/s"
-    )
 
 
 # --- the model ------------------------------------------------------------------------------------

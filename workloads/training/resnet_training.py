@@ -9,6 +9,7 @@ linearly to 0: that shape, with label smoothing, settles what five epochs can re
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import sys
 import time
@@ -23,11 +24,14 @@ from workloads.common.device import clients_on_gpu
 from workloads.common.errors import NotFiniteError, UsageError
 from workloads.common.results import PROJECT_ROOT, written_whole
 from workloads.common.weights import read_checkpoint
+from workloads.training.training_job import TrainingJob, add_job_flags
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from workloads.common.engine import Pacer
+    from workloads.training.images import ImageDataset
 
 MOMENTUM = 0.9
 WEIGHT_DECAY = 5e-4
@@ -46,15 +50,10 @@ EPILOG = """examples:
 def parse_arguments() -> argparse.Namespace:
     """Return the flags of the command line."""
     parser = cli.workload_parser("Train ResNet50 for image classification.", EPILOG)
-    job = parser.add_argument_group("the job")
-    job.add_argument("--batch-size", type=cli.positive_int, default=128, help="(default: 128)")
-    job.add_argument("--epochs", type=cli.positive_int, default=5, help="(default: 5)")
-    job.add_argument(
-        "--lr", type=cli.positive_float, default=0.1, help="highest learning rate (default: 0.1)"
-    )
+    job = add_job_flags(parser, batch_size=128, epochs=5, lr=0.1, lr_name="highest learning rate")
     job.add_argument("--save-model", action="store_true", help="keep the trained model as .pt")
     job.add_argument(
-        "--evaluate", type=Path, metavar="FILE", default=None,
+        "--evaluate", type=Path, metavar="FILE",
         help="test a model kept by --save-model instead of training",
     )  # fmt: skip
     job.add_argument(
@@ -92,22 +91,23 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-class ResNetTraining(client.Workload):
+class ResNetTraining(TrainingJob):
     """The training job: epochs of captured steps, a test pass after each."""
 
     name = "resnet_training"
     title = "ResNet50 training"
-    epochs: Sequence[dict] = ()
+    samples_name = "images"
+    short_job = "--train-samples 256 --epochs 1"
+    label_smoothing = LABEL_SMOOTHING
 
     def load(self) -> None:
         """Open the device, load the images, build the model."""
         from workloads.common.device import open_device
 
         args = self.args
-        if args.evaluate is not None and not args.evaluate.is_file():
-            raise UsageError(
-                f"--evaluate: there is no file {args.evaluate}; name a model kept by --save-model"
-            )
+        self.is_training = args.evaluate is None
+        if not self.is_training and not args.evaluate.is_file():
+            raise UsageError(f"--evaluate: there is no file {args.evaluate}; {FIX}")
         self.device = open_device(args)
 
         import torch
@@ -115,9 +115,7 @@ class ResNetTraining(client.Workload):
         from workloads.common.engine import EpochTotals
         from workloads.training import images
 
-        dataset = images.load_dataset(
-            args.dataset, args.data_dir, args.image_size, args.seed, self.warn
-        )
+        dataset = self._load_dataset()
         self.dataset = dataset.limited(args.train_samples, args.test_samples, args.seed)
         if args.stem == "cifar" and dataset.image_size > images.CIFAR_SIZE:
             console.note(
@@ -125,147 +123,113 @@ class ResNetTraining(client.Workload):
                 "--stem imagenet is meant for them"
             )
         self._load_batches()
-        where = self.device.torch_device
         # Drawing the initial weights takes the CPU half a second.
-        with where:
+        with self.device.torch_device:
             model = build_resnet50(len(dataset.class_names), args.stem)
-        if args.evaluate is not None:
+        if not self.is_training:
             load_model(model, args.evaluate, args.stem, len(dataset.class_names))
         self.model = model.to(memory_format=torch.channels_last)
-        self.totals = EpochTotals(where)
+        self.totals = EpochTotals(self.device.torch_device)
 
-    def warm_up(self) -> None:
-        """Prepare training and test for the engine, and go once through all that a job does."""
+    def _make_optimizer(self) -> tuple[torch.optim.Optimizer, Sequence[torch.Tensor]]:
         import torch
-
-        from workloads.common.engine import Pacer, Pass, TrainState, compile_module, step_pool
 
         where = self.device.torch_device
         self.lr_table = torch.tensor(
-            learning_rates(self.args.lr, self._steps_a_job()), dtype=torch.float32, device=where
+            learning_rates(self.args.lr, self._steps), dtype=torch.float32, device=where
         )
         self.lr = torch.zeros((), device=where)
         self.step_index = torch.zeros((), dtype=torch.int64, device=where)
-        self.optimizer = torch.optim.SGD(
+        optimizer = torch.optim.SGD(
             self.model.parameters(), lr=self.lr, momentum=MOMENTUM, nesterov=True,
             weight_decay=WEIGHT_DECAY, fused=True,
         )  # fmt: skip
-        self.state = TrainState(
-            [self.model], self.optimizer, (self.step_index, *self.totals.tensors)
+        return optimizer, (self.step_index,)
+
+    def _update(self) -> None:
+        # Warm-up steps may run past the end of the table. A plain index by a scalar tensor would
+        # read it on the host, which a capture forbids.
+        last = len(self.lr_table) - 1
+        self.lr.copy_(self.lr_table.take(self.step_index.clamp(max=last)))
+        super()._update()
+        self.step_index.add_(1)
+
+    def _epoch_figures(self, epoch: dict, pacer: Pacer) -> dict:
+        loss, accuracy, seconds = self._run_test(pacer)
+        self._check(loss, f"the test loss after epoch {epoch['epoch']}")
+        return {"test_loss": loss, "test_accuracy_percent": accuracy, "test_seconds": seconds}
+
+    def _describe_epoch(self, epoch: dict) -> str:
+        return (
+            f"train loss {epoch['train_loss']:.3f}, {epoch['train_accuracy_percent']:.1f} %; "
+            f"test loss {epoch['test_loss']:.3f}, {epoch['test_accuracy_percent']:.1f} %; "
+            f"{epoch['epoch_seconds']:.2f} s + {epoch['test_seconds']:.2f} s test"
         )
-        self.network = compile_module(self.device, self.model)
-        shared = (self.reset, step_pool(self.device))
-        self.model.eval()
-        self.test = Pass(self.device, "test_step", self.test_batches, self._test_step, *shared)
-        pacer = Pacer(self.device, client.Recorder(client.EventLog(None)))
-        if self.args.evaluate is None:
-            self.model.train()
-            self.train = Pass(
-                self.device, "train_step", self.train_batches, self._train_step, *shared
-            )
-            self.train.rehearse(pacer, self.totals)
-        self.model.eval()
-        self.test.rehearse(pacer, self.totals)
-        self.reset()
-        self.device.synchronize()
 
-    def reset(self) -> None:
-        """Put weights, optimizer, counters and the order of the images back."""
-        self.state.restore()
-        self.train_batches.restart()
-        self.test_batches.restart()
-
-    def run_job(self, recorder: client.Recorder) -> dict:
-        """Train for all epochs and return losses, accuracies, durations and throughput."""
-        from workloads.common.engine import Pacer
-
-        pacer = Pacer(self.device, recorder)
-        self.epochs = []
-        if self.args.evaluate is not None:
-            return self._evaluate(pacer)
-        advice = None if self.device.is_cuda else "--train-samples 256 --epochs 1"
-        with console.progress(self._steps_a_job(), "training", advice) as progress:
-            for epoch in range(1, self.args.epochs + 1):
-                self._run_epoch(epoch, pacer, progress)
-        if self.args.save_model:
-            self._save_model()
-        return self.partial_figures()
-
-    def partial_figures(self) -> dict | None:
-        """Return the figures of the finished epochs."""
-        if not self.epochs:
-            return None
-        training_seconds = sum(epoch["epoch_seconds"] for epoch in self.epochs)
-        last = self.epochs[-1]
+    def _final_figures(self, last_epoch: dict) -> dict:
+        is_real = self.dataset.name != "synthetic"
         return {
-            "epochs": self.epochs,
-            "mean_epoch_seconds": training_seconds / len(self.epochs),
-            "samples_per_second": len(self.epochs) * len(self.dataset.train) / training_seconds,
-            "final_train_loss": last["train_loss"],
-            "final_test_loss": last["test_loss"],
-        } | self._accuracy(last["test_accuracy_percent"])
+            "final_test_loss": last_epoch["test_loss"],
+            "final_test_accuracy_percent": last_epoch["test_accuracy_percent"] if is_real else None,
+        }
+
+    def _finish(self, pacer: Pacer) -> dict:
+        if self.is_training:
+            if self.args.save_model:
+                self._save_model()
+            return {}
+        loss, accuracy, seconds = self._run_test(pacer)
+        if not math.isfinite(loss):
+            raise NotFiniteError(
+                f"the test loss of {self.args.evaluate} is {loss}: its weights are of a "
+                "training that diverged; train again with a lower --lr"
+            )
+        figures = self._final_figures({"test_loss": loss, "test_accuracy_percent": accuracy})
+        return {"test_seconds": seconds} | figures
 
     def settings(self) -> dict:
         """Return what the job was run with."""
-        return {
+        return super().settings() | {
             "model": "resnet50",
             "stem": self.args.stem,
-            "dataset": self.dataset.name,
             "data_placement": self.train_batches.placement,
             "classes": list(self.dataset.class_names),
-            "train_samples": len(self.dataset.train),
             "test_samples": len(self.dataset.test),
             "image_size": self.dataset.image_size,
-            "batch_size": self.train_batches.batch_size,
-            "epochs": self.args.epochs,
-            "lr": self.args.lr,
-            "seed": self.args.seed,
-            "engine": self.device.engine,
-            "precision": self.device.precision,
-            "parameters": sum(p.numel() for p in self.model.parameters()),
         }
 
-    def summary(self, figures: dict) -> list[tuple[str, str]]:
-        """Return the terminal summary, an epoch a line."""
-        rows = [
-            ("Dataset", f"{self.dataset.name}, {len(self.dataset.train)} training and "
-             f"{len(self.dataset.test)} test images, {self.train_batches.placement}"),
+    def _describe_input(self) -> list[tuple[str, str]]:
+        dataset = self.dataset
+        return [
+            ("Dataset", f"{dataset.name}, {len(dataset.train)} training and "
+             f"{len(dataset.test)} test images, {self.train_batches.placement}"),
         ]  # fmt: skip
-        rows += [("", note) for note in self.dataset.notes]
-        rows += [(f"Epoch {e['epoch']}", _describe_epoch(e)) for e in figures.get("epochs", ())]
-        if "samples_per_second" in figures:
-            rows.append(("Throughput", f"{figures['samples_per_second']:.0f} samples/s"))
+
+    def _describe_outcome(self, figures: dict) -> list[tuple[str, str]]:
         accuracy = figures["final_test_accuracy_percent"]
         claim = "not claimed: synthetic images" if accuracy is None else f"{accuracy:.2f} %"
-        rows.append(("Test accuracy", claim))
-        if figures.get("peak_memory_mib") is not None:
-            rows.append(("Peak memory", f"{figures['peak_memory_mib']:.0f} MiB (PyTorch)"))
-        return rows
+        return [("Test accuracy", claim)]
 
     def resolve(self) -> list[str]:
         """Download or decode once; return flags that find the data locally."""
-        from workloads.training import images
-
-        args = self.args
-        dataset = images.load_dataset(
-            args.dataset, args.data_dir, args.image_size, args.seed, self.warn
-        )
+        dataset = self._load_dataset()
         arguments = ["--dataset", dataset.name]
         if dataset.name != "synthetic":
-            arguments += ["--data-dir", str(args.data_dir.resolve())]
+            arguments += ["--data-dir", str(self.args.data_dir.resolve())]
         return arguments
-
-    def check_unfinished(self) -> None:
-        """Look at the losses of the epoch in hand."""
-        if self.args.evaluate is None and hasattr(self, "state"):
-            loss = self.totals.loss_sum.item() / self.train_batches.samples
-            self._check(loss, "the loss of the epoch that was stopped")
 
     def close(self) -> None:
         """End the decoding threads."""
-        for name in ("train_batches", "test_batches"):
-            if hasattr(self, name):
-                getattr(self, name).close()
+        for batches in filter(None, (self.train_batches, self.test_batches)):
+            batches.close()
+
+    def _load_dataset(self) -> ImageDataset:
+        from workloads.training import images
+
+        args = self.args
+        return images.load_dataset(
+            args.dataset, args.data_dir, args.image_size, args.seed, self.warn
+        )
 
     def _load_batches(self) -> None:
         from workloads.training import images
@@ -276,115 +240,23 @@ class ResNetTraining(client.Workload):
         if dataset.image_size > images.CIFAR_SIZE:
             test_batch_size = min(test_batch_size, args.batch_size)
         self._refuse_batch_of_one(train_batch_size)
-        shared = {
-            "seed": self.order_seed,
-            "workers": args.loader_workers,
-            "clients": clients_on_gpu(),
-        }
-        self.train_batches = images.make_batches(
-            self.device, dataset.train, dataset.image_size, augment=True,
-            batch_size=train_batch_size, **shared,
+        make_batches = functools.partial(
+            images.make_batches, self.device, image_size=dataset.image_size,
+            seed=self.order_seed, workers=args.loader_workers, clients=clients_on_gpu(),
         )  # fmt: skip
-        self.test_batches = images.make_batches(
-            self.device, dataset.test, dataset.image_size, augment=False,
-            batch_size=test_batch_size, **shared,
-        )  # fmt: skip
+        self.train_batches = make_batches(dataset.train, augment=True, batch_size=train_batch_size)
+        self.test_batches = make_batches(dataset.test, augment=False, batch_size=test_batch_size)
 
     def _refuse_batch_of_one(self, batch_size: int) -> None:
         """Batch normalization in training needs two values a channel, and the last maps are 1x1."""
         stride = 8 if self.args.stem == "cifar" else 32
         sizes = {batch_size, len(self.dataset.train) % batch_size}
-        if self.args.evaluate is None and self.dataset.image_size <= stride and 1 in sizes:
+        if self.is_training and self.dataset.image_size <= stride and 1 in sizes:
             raise UsageError(
                 f"with --batch-size {self.args.batch_size} a batch of {len(self.dataset.train)} "
                 "images would hold a single one, which batch normalization cannot train on; "
                 "choose another --batch-size or --train-samples"
             )
-
-    def _check(self, loss: float, when: str) -> None:
-        from workloads.common.engine import check_loss
-
-        what = f"{len(self.dataset.train)} images"
-        warning = check_loss(loss, when, self.args.lr, self.device.precision, what)
-        if warning is not None:
-            self.warn(warning)
-
-    def _steps_a_job(self) -> int:
-        return self.args.epochs * math.ceil(
-            self.train_batches.samples / self.train_batches.batch_size
-        )
-
-    def _run_epoch(self, number: int, pacer: Pacer, progress: console.Progress) -> None:
-        """Train one epoch and test; the training part alone is timed as the epoch."""
-        self.model.train()
-        train_loss, train_accuracy, epoch_seconds = self.train.run(
-            pacer, self.totals, number - 1, lambda: progress.advance(detail=f"epoch {number}")
-        )
-        self._check(train_loss, f"the training loss in epoch {number}")
-        self.model.eval()
-        test_loss, test_accuracy, test_seconds = self.test.run(pacer, self.totals)
-        # The last step's weights show in the test alone.
-        self._check(test_loss, f"the test loss after epoch {number}")
-        self.epochs.append(
-            {
-                "epoch": number,
-                "train_loss": train_loss,
-                "train_accuracy_percent": train_accuracy,
-                "test_loss": test_loss,
-                "test_accuracy_percent": test_accuracy,
-                "epoch_seconds": epoch_seconds,
-                "test_seconds": test_seconds,
-            }
-        )
-        self.tell(f"epoch {number}/{self.args.epochs}: {_describe_epoch(self.epochs[-1])}")
-
-    def _evaluate(self, pacer: Pacer) -> dict:
-        self.model.eval()
-        loss, accuracy, seconds = self.test.run(pacer, self.totals)
-        if not math.isfinite(loss):
-            raise NotFiniteError(
-                f"the test loss of {self.args.evaluate} is {loss}: its weights are of a "
-                "training that diverged; train again with a lower --lr"
-            )
-        return {"final_test_loss": loss, "test_seconds": seconds} | self._accuracy(accuracy)
-
-    def _train_step(self, count: int) -> None:
-        import torch.nn.functional as F
-
-        images, labels = self.train_batches.take(count)
-        # Without gradients the backward pass writes new ones instead of adding to zeros: 10.9 ms a
-        # step instead of 11.3 ms on an H100. In a graph they lie in the graph's own memory.
-        self.optimizer.zero_grad(set_to_none=True)
-        with self.device.autocast():
-            logits = self._network_for(count, self.train_batches.batch_size)(images)
-            loss = F.cross_entropy(logits, labels, label_smoothing=LABEL_SMOOTHING)
-        loss.backward()
-        # Warm-up steps may run past the end of the table. A plain index by a scalar tensor would
-        # read it on the host, which a capture forbids.
-        last = len(self.lr_table) - 1
-        self.lr.copy_(self.lr_table.take(self.step_index.clamp(max=last)))
-        self.optimizer.step()
-        self.step_index.add_(1)
-        self.totals.add(logits.detach(), labels, loss.detach())
-
-    def _test_step(self, count: int) -> None:
-        import torch
-        import torch.nn.functional as F
-
-        images, labels = self.test_batches.take(count)
-        with torch.no_grad(), self.device.autocast():
-            logits = self._network_for(count, self.test_batches.batch_size)(images)
-            loss = F.cross_entropy(logits, labels)
-        self.totals.add(logits, labels, loss)
-
-    def _network_for(self, count: int, batch_size: int) -> nn.Module:
-        """Return the model; the last, smaller batch is not worth a compilation of its own."""
-        return self.network if count == batch_size else self.model
-
-    def _accuracy(self, measured_percent: float) -> dict:
-        """Return the final accuracy, or None where the images are synthetic: it means nothing."""
-        is_real = self.dataset.name != "synthetic"
-        return {"final_test_accuracy_percent": measured_percent if is_real else None}
 
     def _save_model(self) -> None:
         stamp = time.strftime("%Y%m%d-%H%M%S")
@@ -394,14 +266,6 @@ class ResNetTraining(client.Workload):
             test_accuracy_percent=self.epochs[-1]["test_accuracy_percent"],
         )  # fmt: skip
         console.note(f"model: {path}")
-
-
-def _describe_epoch(epoch: dict) -> str:
-    return (
-        f"train loss {epoch['train_loss']:.3f}, {epoch['train_accuracy_percent']:.1f} %; "
-        f"test loss {epoch['test_loss']:.3f}, {epoch['test_accuracy_percent']:.1f} %; "
-        f"{epoch['epoch_seconds']:.2f} s + {epoch['test_seconds']:.2f} s test"
-    )
 
 
 def learning_rates(highest: float, steps: int) -> list[float]:

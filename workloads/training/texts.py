@@ -470,6 +470,10 @@ class TokenBatches:
         """Go to the first batch of ``epoch`` (from 0)."""
         self.cursor.fill_(epoch * self.samples)
 
+    def restart(self) -> None:
+        """Go back to the state before the first epoch."""
+        self.start_epoch()
+
     def start_rehearsal(self) -> None:
         """Go to the first batch."""
         self.start_epoch()
