@@ -307,7 +307,7 @@ def test_resident_and_streamed_images_give_the_same_batches():
     import torch
 
     split = images.synthetic_dataset(3, train_samples=10, test_samples=4).train
-    resident = images.ResidentBatches(cpu_device(), split, 32, True, seed=5, batch_size=4)
+    resident = images.ImageBatches(cpu_device(), split, 32, True, seed=5, batch_size=4)
     streamed = images.StreamedBatches(cpu_device(), split, 32, True, 5, batch_size=4, workers=2)
     for _ in range(2):
         resident.start_epoch()
@@ -322,7 +322,7 @@ def test_resident_and_streamed_images_give_the_same_batches():
 
 def test_an_epoch_shows_every_image_once_and_a_restart_repeats_the_order():
     split = images.synthetic_dataset(3, train_samples=10, test_samples=4).train
-    batches = images.ResidentBatches(cpu_device(), split, 32, True, seed=5, batch_size=4)
+    batches = images.ImageBatches(cpu_device(), split, 32, True, seed=5, batch_size=4)
     batches.start_epoch()
     first = batches.order.tolist()
     batches.start_epoch()

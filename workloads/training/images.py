@@ -18,7 +18,6 @@ import pickle
 import random
 import shutil
 import tarfile
-from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -83,6 +82,14 @@ class Split:
         """Whether the images are in memory."""
         return self.images.dtype == np.uint8
 
+    def limited(self, samples: int | None, seed: int) -> Split:
+        """Return at most this many of the images, the same ones for the same seed."""
+        if samples is None or samples >= len(self):
+            return self
+        chosen = np.random.default_rng(seed).permutation(len(self))[:samples]
+        chosen.sort()
+        return Split(self.images[chosen], self.labels[chosen])
+
 
 @dataclass(frozen=True)
 class ImageDataset:
@@ -104,7 +111,7 @@ class ImageDataset:
     def limited(
         self, train_samples: int | None, test_samples: int | None, seed: int
     ) -> ImageDataset:
-        """Return the dataset with at most this many samples, the same ones for the same seed.
+        """Return the dataset with at most this many samples a split.
 
         Without ``test_samples`` a limited training split keeps the ratio of the two splits.
         """
@@ -112,8 +119,8 @@ class ImageDataset:
             test_samples = max(1, round(len(self.test) * train_samples / len(self.train)))
         return replace(
             self,
-            train=_random_subset(self.train, train_samples, seed),
-            test=_random_subset(self.test, test_samples, seed),
+            train=self.train.limited(train_samples, seed),
+            test=self.test.limited(test_samples, seed),
         )
 
 
@@ -174,14 +181,6 @@ def synthetic_dataset(
     )
 
 
-def _random_subset(split: Split, samples: int | None, seed: int) -> Split:
-    if samples is None or samples >= len(split):
-        return split
-    chosen = np.random.default_rng(seed).permutation(len(split))[:samples]
-    chosen.sort()
-    return Split(split.images[chosen], split.labels[chosen])
-
-
 # --- CIFAR-10 -------------------------------------------------------------------------------------
 
 
@@ -193,23 +192,22 @@ def _load_cifar10(data_dir: Path) -> ImageDataset:
     """
     from torchvision.datasets import CIFAR10
 
-    contents = _cifar10_files(data_dir)
+    folder = data_dir / CIFAR10.base_folder
+    files = {
+        name: _unpickle(content, folder / name)
+        for name, content in _cifar10_files(data_dir).items()
+    }
 
     def split(names: Sequence[Sequence[str]]) -> Split:
-        parts = [
-            _unpickle(contents[name], data_dir / CIFAR10.base_folder / name) for name, _ in names
-        ]
+        parts = [files[name] for name, _ in names]
         images = np.concatenate([part["data"] for part in parts])
-        labels = [label for part in parts for label in part["labels"]]
-        shape = (-1, 3, CIFAR_SIZE, CIFAR_SIZE)
-        return Split(images.reshape(shape), np.asarray(labels, dtype=np.int64))
+        labels = np.concatenate([part["labels"] for part in parts]).astype(np.int64)
+        return Split(images.reshape(-1, 3, CIFAR_SIZE, CIFAR_SIZE), labels)
 
-    meta_name = CIFAR10.meta["filename"]
-    meta = _unpickle(contents[meta_name], data_dir / CIFAR10.base_folder / meta_name)
+    class_names = tuple(files[CIFAR10.meta["filename"]][CIFAR10.meta["key"]])
     return ImageDataset(
-        "cifar10", split(CIFAR10.train_list), split(CIFAR10.test_list),
-        tuple(meta[CIFAR10.meta["key"]]), CIFAR_SIZE,
-    )  # fmt: skip
+        "cifar10", split(CIFAR10.train_list), split(CIFAR10.test_list), class_names, CIFAR_SIZE
+    )
 
 
 def _cifar10_files(data_dir: Path) -> dict[str, bytes]:
@@ -270,18 +268,17 @@ def _content(path: Path, md5: str, damaged: list[Path]) -> bytes | None:
 def _download_archive(url: str, archive: Path, md5: str) -> bytes:
     """Download into ``archive`` and return its content; a failure leaves nothing behind."""
     made = not archive.parent.exists()
-    damaged: list[Path] = []
-    packed = None
     try:
         download(url, archive)
-        packed = _content(archive, md5, damaged)
-    finally:
+        packed = _content(archive, md5, [])
         if packed is None:
-            archive.unlink(missing_ok=True)
-            if made and archive.parent.is_dir() and not any(archive.parent.iterdir()):
+            raise DownloadError("the transfer broke off or brought another file")
+    except BaseException:
+        archive.unlink(missing_ok=True)
+        if made:
+            with contextlib.suppress(OSError):  # somebody uses it by now
                 archive.parent.rmdir()
-    if packed is None:
-        raise DownloadError("the transfer broke off or brought another file")
+        raise
     return packed
 
 
@@ -321,16 +318,21 @@ def _load_folder(data_dir: Path, image_size: int | None) -> ImageDataset:
     notes = [f"{unused} is not used: the test is on {test_dirs[0]}" for unused in test_dirs[1:]]
     train_classes = _class_folders(data_dir / "train")
     test_classes = _class_folders(test_dirs[0])
-    _require_same_classes(data_dir / "train", train_classes, test_dirs[0], test_classes)
-    class_names = sorted(train_classes)
-    train = _list_images([train_classes[name] for name in class_names])
-    test = _list_images([test_classes[name] for name in class_names])
+    for split_dir, missing in (
+        (test_dirs[0], train_classes.keys() - test_classes.keys()),
+        (data_dir / "train", test_classes.keys() - train_classes.keys()),
+    ):
+        if missing:
+            raise UsageError(
+                f"{split_dir} has no folder for the class {min(missing)!r}; train and test must "
+                "have the same classes"
+            )
+    train, test = _list_images(train_classes), _list_images(test_classes)
     files = [*train.images, *test.images]
     fingerprint = _fingerprint(files)
     sizes = _image_sizes(files, fingerprint)
     if image_size is None:
-        is_cifar_size = sizes == {(CIFAR_SIZE, CIFAR_SIZE)}
-        image_size = CIFAR_SIZE if is_cifar_size else LARGE_SIZE
+        image_size = CIFAR_SIZE if sizes == {(CIFAR_SIZE, CIFAR_SIZE)} else LARGE_SIZE
     if sizes != {(image_size, image_size)}:
         ends = sorted({min(sizes), max(sizes)})
         span = " to ".join(f"{width}x{height}" for width, height in ends)
@@ -339,7 +341,7 @@ def _load_folder(data_dir: Path, image_size: int | None) -> ImageDataset:
         images = _decode_cached(files, fingerprint)
         train = Split(images[: len(train)], train.labels)
         test = Split(images[len(train) :], test.labels)
-    return ImageDataset("folder", train, test, class_names, image_size, notes)
+    return ImageDataset("folder", train, test, list(train_classes), image_size, notes)
 
 
 def _is_litter(name: str) -> bool:
@@ -347,7 +349,7 @@ def _is_litter(name: str) -> bool:
 
 
 def _class_folders(split_dir: Path) -> dict[str, Path]:
-    """Return the folder of each class; everything else in ``split_dir`` is refused."""
+    """Return the folder of each class, by name; everything else in ``split_dir`` is refused."""
     classes = {}
     for entry in sorted(split_dir.iterdir()):
         if _is_litter(entry.name):
@@ -360,23 +362,11 @@ def _class_folders(split_dir: Path) -> dict[str, Path]:
     return classes
 
 
-def _require_same_classes(
-    train_dir: Path, train: dict[str, Path], test_dir: Path, test: dict[str, Path]
-) -> None:
-    for split_dir, has, wanted in ((test_dir, test, train), (train_dir, train, test)):
-        missing = sorted(wanted.keys() - has.keys())
-        if missing:
-            raise UsageError(
-                f"{split_dir} has no folder for the class {missing[0]!r}; train and test must "
-                "have the same classes"
-            )
-
-
-def _list_images(folders: Sequence[Path]) -> Split:
+def _list_images(classes: dict[str, Path]) -> Split:
     """Return every file of each class folder, in its subfolders too, in the order of the names."""
     paths: list[str] = []
     labels: list[int] = []
-    for label, folder in enumerate(folders):
+    for label, folder in enumerate(classes.values()):
         files = list(_files_below(folder, set()))
         if not files:
             raise UsageError(f"{folder} holds no images; add some, or remove the class everywhere")
@@ -412,12 +402,9 @@ def _fingerprint(files: Sequence[str]) -> str:
     """
     digest = hashlib.sha256()
     for path in files:
-        try:
+        with _reading(path):
             status = os.stat(path)
-        except OSError as error:
-            raise _unreadable(path, error) from error
-        about = f"{path}\0{status.st_size}\0{status.st_mtime_ns}\n"
-        digest.update(os.fsencode(about))
+        digest.update(os.fsencode(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\n"))
     return digest.hexdigest()[:24]
 
 
@@ -445,11 +432,8 @@ def _image_sizes(files: Sequence[str], fingerprint: str) -> set[tuple[int, int]]
 
 
 def _size(path: str) -> tuple[int, int]:
-    try:
-        with open_image(Path(path)) as image:
-            return image.size
-    except ImageRejected as error:
-        raise _unreadable(path, error) from error
+    with _reading(path), open_image(Path(path)) as image:
+        return image.size
 
 
 def open_rgb(path: str) -> Image:
@@ -458,25 +442,32 @@ def open_rgb(path: str) -> Image:
     Raises:
         UnreadableImageError: The file is no image, truncated, or cannot be read.
     """
-    try:
+    with _reading(path):
         return to_rgb(open_image(Path(path)))
-    except ImageRejected as error:
-        raise _unreadable(path, error) from error
 
 
-def _unreadable(path: str, error: Exception) -> UnreadableImageError:
-    why = getattr(error, "strerror", None) or str(error).removeprefix("cannot decode the image: ")
-    return UnreadableImageError(
-        f"{path} cannot be read as an image ({why}); remove or replace it, none is skipped"
-    )
+@contextlib.contextmanager
+def _reading(path: str) -> Iterator[None]:
+    try:
+        yield
+    except (ImageRejected, OSError) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        raise UnreadableImageError(
+            f"{path} cannot be read as an image "
+            f"({why.removeprefix('cannot decode the image: ')}); remove or replace it, none is "
+            "skipped"
+        ) from error
 
 
 def _decode_cached(files: Sequence[str], fingerprint: str) -> np.ndarray:
     """Decode once and keep the array: eight clients must not decode 60,000 files each."""
     cache = cache_folder() / f"decoded-{fingerprint}.npy"
-    images = _map_cached(cache, len(files))
-    if images is not None:
-        return images
+    if cache.exists():
+        with contextlib.suppress(OSError, ValueError, EOFError):
+            images = np.load(cache, mmap_mode="r")
+            if images.shape == (len(files), 3, CIFAR_SIZE, CIFAR_SIZE):
+                return images
+        console.note(f"{cache} is cut off or damaged: it is made anew")
     console.note(f"decoding {len(files)} images once; kept in {cache}")
     with console.stage(f"decoding {len(files)} images"), ThreadPoolExecutor(usable_cores()) as pool:
         array = np.stack(list(pool.map(_decode_small, files, chunksize=256)))
@@ -488,18 +479,6 @@ def _decode_cached(files: Sequence[str], fingerprint: str) -> np.ndarray:
     with written_whole(cache) as file:
         np.save(file, array)
     return np.load(cache, mmap_mode="r")
-
-
-def _map_cached(cache: Path, count: int) -> np.ndarray | None:
-    """Return the array kept in ``cache``; None where there is none, or (said) a truncated one."""
-    if not cache.exists():
-        return None
-    with contextlib.suppress(OSError, ValueError, EOFError):
-        images = np.load(cache, mmap_mode="r")
-        if images.shape == (count, 3, CIFAR_SIZE, CIFAR_SIZE):
-            return images
-    console.note(f"{cache} is cut off or damaged: it is made anew")
-    return None
 
 
 def _decode_small(path: str) -> np.ndarray:
@@ -514,7 +493,7 @@ def _decode_small(path: str) -> np.ndarray:
 # --- batches on the device ------------------------------------------------------------------------
 
 
-class ImageBatches(ABC):
+class ImageBatches:
     """An epoch's batches, with the guide's augmentation, ready to be captured.
 
     Order, crop positions and flips of an epoch are drawn on the CPU from the seed (the same on
@@ -522,32 +501,27 @@ class ImageBatches(ABC):
     them, so that taking a batch is device work only and can be part of a CUDA graph.
 
     Attributes:
-        placement: ``resident`` or ``streamed``, as recorded in the result.
+        placement: ``resident`` (the whole dataset lies on the device) or ``streamed``.
         samples: How many images there are.
         batch_size: How many a full batch has.
         cursor: int64 scalar on the device, the position of the next sample of the epoch.
     """
 
-    placement: str
+    placement = "resident"
 
     def __init__(
-        self,
-        device: ComputeDevice,
-        labels: np.ndarray,
-        image_size: int,
-        augment: bool,
-        seed: int,
+        self, device: ComputeDevice, split: Split, image_size: int, augment: bool, seed: int,
         batch_size: int,
-    ) -> None:
-        """Prepare epochs over ``labels`` (int64, shape (samples,)); ``augment`` shuffles too."""
+    ) -> None:  # fmt: skip
+        """Prepare epochs over ``split``; ``augment`` shuffles, crops and flips."""
         where = device.torch_device
-        self.samples, self.batch_size = len(labels), batch_size
+        self.samples, self.batch_size = len(split), batch_size
         self._augment = augment
-        self._generator = torch.Generator().manual_seed(seed)
+        self._generator = torch.Generator()
         # Of crops in files: apart, since the order must not depend on where the images are.
-        self._seeds = torch.Generator().manual_seed(seed)
+        self._seeds = torch.Generator()
         self._seed = seed
-        self._labels = torch.from_numpy(labels).to(where)
+        self._labels = torch.from_numpy(split.labels).to(where)
         self.cursor = torch.zeros((), dtype=torch.int64, device=where)
         self.order = torch.arange(self.samples, device=where)
         is_cifar = image_size == CIFAR_SIZE
@@ -557,6 +531,8 @@ class ImageBatches(ABC):
             self._flip = torch.zeros(self.samples, dtype=torch.bool, device=where)
         self._mean = torch.tensor(CIFAR_MEAN if is_cifar else IMAGENET_MEAN, device=where) * 255
         self._std = torch.tensor(CIFAR_STD if is_cifar else IMAGENET_STD, device=where) * 255
+        self._place(split, (3, image_size, image_size))
+        self.restart()
 
     def restart(self) -> None:
         """Return to the state before the first epoch."""
@@ -604,27 +580,13 @@ class ImageBatches(ABC):
         return images.permute(0, 3, 1, 2), self._labels[picked]
 
     def close(self) -> None:
-        """End the processes that decode, if there are any."""
+        """End the threads that decode, if there are any."""
 
-    @abstractmethod
+    def _place(self, split: Split, shape: tuple[int, int, int]) -> None:
+        self._images = torch.tensor(split.images, device=self.cursor.device)
+
     def _pixels(self, picked: torch.Tensor, count: int) -> torch.Tensor:
         """Return uint8 pixels of the samples ``picked``, shape (count, 3, size, size)."""
-
-
-class ResidentBatches(ImageBatches):
-    """The whole dataset lies on the device."""
-
-    placement = "resident"
-
-    def __init__(
-        self, device: ComputeDevice, split: Split, image_size: int, augment: bool, seed: int,
-        batch_size: int,
-    ) -> None:  # fmt: skip
-        """Copy ``split`` to the device."""
-        super().__init__(device, split.labels, image_size, augment, seed, batch_size)
-        self._images = torch.tensor(split.images, device=device.torch_device)
-
-    def _pixels(self, picked: torch.Tensor, count: int) -> torch.Tensor:
         return self._images[picked]
 
 
@@ -642,12 +604,8 @@ class StreamedBatches(ImageBatches):
         seed: int, batch_size: int, workers: int,
     ) -> None:  # fmt: skip
         """Prepare ``workers`` threads that decode batches of ``batch_size`` samples."""
-        super().__init__(device, split.labels, image_size, augment, seed, batch_size)
-        self._split = split
+        super().__init__(device, split, image_size, augment, seed, batch_size)
         self._is_cuda = device.is_cuda
-        self._static = torch.zeros(
-            (batch_size, 3, image_size, image_size), dtype=torch.uint8, device=device.torch_device
-        )
         self._prefetch = 2 * workers
         self._pool = ThreadPoolExecutor(workers, "decode")
         self._decoding: deque[Future[torch.Tensor]] = deque()
@@ -674,6 +632,11 @@ class StreamedBatches(ImageBatches):
     def close(self) -> None:
         """End the threads."""
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _place(self, split: Split, shape: tuple[int, int, int]) -> None:
+        self._split = split
+        shape = (self.batch_size, *shape)
+        self._static = torch.zeros(shape, dtype=torch.uint8, device=self.cursor.device)
 
     def _begin(self, samples: int) -> None:
         super().start_epoch()
@@ -783,15 +746,12 @@ def make_batches(
             divided by this number.
     """
     shared = (device, split, image_size, augment, seed, batch_size)
-    if split.is_decoded and _fits(device, split.images.nbytes, clients):
-        return ResidentBatches(*shared)
+    free_bytes = math.inf
+    if device.is_cuda:
+        free_bytes, _ = torch.cuda.mem_get_info(device.torch_device)
+    share_bytes = free_bytes * RESIDENT_SHARE_OF_FREE_MEMORY / clients
+    if split.is_decoded and split.images.nbytes <= share_bytes:
+        return ImageBatches(*shared)
     if workers is None:
         workers = min(MAX_LOADER_WORKERS, usable_cores() // clients - 1)
     return StreamedBatches(*shared, max(1, workers))
-
-
-def _fits(device: ComputeDevice, size_bytes: int, clients: int) -> bool:
-    if not device.is_cuda:
-        return True
-    free_bytes, _ = torch.cuda.mem_get_info(device.torch_device)
-    return size_bytes <= free_bytes * RESIDENT_SHARE_OF_FREE_MEMORY / clients
