@@ -32,6 +32,15 @@ GPU_BURST_SECONDS = 3.2
 CALIBRATION_SECONDS = 0.5
 MOST_START_DELAY_SECONDS = 3.0
 
+SIZES = {
+    "matrix_size": "rows and columns of the matrices: 1000-2000",
+    "matrix_iterations": "multiplications: 100",
+    "preprocess_iterations": "normalizations and interpolations: 30-50",
+    "train_epochs": "epochs of the small network: 5-10",
+    "inference_images": "images for ResNet18: 50-100",
+    "image_size": "their height and width: 224",
+}
+
 EPILOG = """examples:
   jupyter_simulation.py --num-operations 11
   jupyter_simulation.py --cell-repeats matrix=2100,preprocess=1500,train=600,inference=1300
@@ -55,12 +64,12 @@ def parse_arguments() -> argparse.Namespace:
         help="cells to run (default: 11)",
     )  # fmt: skip
     session.add_argument(
-        "--burst-seconds", type=cli.positive_float, default=None, metavar="S",
+        "--burst-seconds", type=cli.positive_float, metavar="S",
         help="how long a cell shall last alone; its repeats are calibrated once (default: "
         f"{GPU_BURST_SECONDS} on a GPU; on the CPU every operation runs once)",
     )  # fmt: skip
     session.add_argument(
-        "--cell-repeats", type=cell_repeats, default=None, metavar="KIND=N,...",
+        "--cell-repeats", type=cell_repeats, metavar="KIND=N,...",
         help="repeats a cell of each kind instead of calibrating",
     )  # fmt: skip
     session.add_argument(
@@ -72,15 +81,9 @@ def parse_arguments() -> argparse.Namespace:
         help="longest pause (default: 5)",
     )  # fmt: skip
     sizes = parser.add_argument_group("the operations (drawn from the guide's ranges by --seed)")
-    for flag, guide in (
-        ("--matrix-size", "rows and columns of the matrices: 1000-2000"),
-        ("--matrix-iterations", "multiplications: 100"),
-        ("--preprocess-iterations", "normalizations and interpolations: 30-50"),
-        ("--train-epochs", "epochs of the small network: 5-10"),
-        ("--inference-images", "images for ResNet18: 50-100"),
-        ("--image-size", "their height and width: 224"),
-    ):
-        sizes.add_argument(flag, type=cli.positive_int, default=None, metavar="N", help=guide)
+    for name, guide in SIZES.items():
+        flag = f"--{name.replace('_', '-')}"
+        sizes.add_argument(flag, type=cli.positive_int, metavar="N", help=guide)
     sizes.add_argument(
         "--weights", default="auto", metavar="auto|imagenet|none|FILE",
         help="ResNet18's weights; auto: ImageNet, else random with a warning (default: auto)",
@@ -138,14 +141,12 @@ def start_delay(idle_min: float, idle_max: float, seed: int, client_index: int) 
     return random.Random(seed + client_index).uniform(0, most)
 
 
-class OperationTimes:
-    """Collects the operations of one cell; what the pacer sees in the recorder's place.
-
-    The suite's unit of work is the whole cell, which is what a person waits for.
-    """
+class OperationTimes(client.Recorder):
+    """Collects the operations of one cell; the suite's unit is the whole cell."""
 
     def __init__(self, recorder: client.Recorder) -> None:
         """Take stops from ``recorder``."""
+        super().__init__(client.EventLog(None))
         self._recorder = recorder
         self.durations_seconds: list[float] = []
 
@@ -154,11 +155,9 @@ class OperationTimes:
         """Whether the suite wants this client to end."""
         return self._recorder.stop_requested
 
-    def check_stop(self) -> None:
-        """Raise ``StopRequested`` if the suite wants this client to end."""
-        self._recorder.check_stop()
-
-    def unit(self, kind: str, start_seconds: float, end_seconds: float) -> None:
+    def unit(
+        self, kind: str, start_seconds: float, end_seconds: float, *, latency: bool = False
+    ) -> None:
         """Note one finished operation."""
         self.durations_seconds.append(end_seconds - start_seconds)
 
@@ -184,15 +183,7 @@ class JupyterSimulation(client.Workload):
         self.cells = plan_session(args.num_operations, *pauses)
         self.start_delay_seconds = start_delay(*pauses)
         self.kinds = WORKFLOW[: args.num_operations]
-        self.sizes = draw_sizes(
-            args.seed,
-            matrix_size=args.matrix_size,
-            matrix_iterations=args.matrix_iterations,
-            preprocess_iterations=args.preprocess_iterations,
-            train_epochs=args.train_epochs,
-            inference_images=args.inference_images,
-            image_size=args.image_size,
-        )
+        self.sizes = draw_sizes(args.seed, **{name: getattr(args, name) for name in SIZES})
         self.model = self.weights = None
         if "inference" in self.kinds:
             self.model, self.weights = load_inference_model(
@@ -202,18 +193,23 @@ class JupyterSimulation(client.Workload):
 
     def warm_up(self) -> None:
         """Prepare each operation, settle how often a cell repeats it, and run each kind once."""
-        from workloads.common.engine import step_pool
+        from workloads.common.engine import prepare_step, step_pool
         from workloads.interactive import notebook_operations as operations
 
-        shared = (self.device, self.sizes, self.args.seed)
-        pool = step_pool(self.device)
-        prepare = {
-            "matrix": lambda: operations.matrix_operation(*shared, pool),
-            "preprocess": lambda: operations.preprocess_operation(*shared, pool),
-            "train": lambda: operations.train_operation(*shared, pool),
-            "inference": lambda: operations.inference_operation(*shared, self.model),
+        make = {
+            "matrix": operations.matrix_operation,
+            "preprocess": operations.preprocess_operation,
+            "train": operations.train_operation,
         }
-        self.operations = {kind: prepare[kind]() for kind in self.kinds}
+        work = (self.device, self.sizes, self.args.seed)
+        pool = step_pool(self.device)
+        self.operations = {
+            kind: prepare_step(self.device, make[kind](*work), pool=pool)
+            for kind in self.kinds
+            if kind in make
+        }
+        if self.model is not None:
+            self.operations["inference"] = operations.inference_operation(*work, self.model)
         self.repeats = {kind: self._settle_repeats(kind) for kind in self.kinds}
         self.device.synchronize()
 
@@ -229,7 +225,11 @@ class JupyterSimulation(client.Workload):
                 times = OperationTimes(recorder)
                 started_at = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
                 start_seconds = time.monotonic()
-                self._run_operations(cell.kind, Pacer(self.device, times))
+                pacer = Pacer(self.device, times)
+                for _ in range(self.repeats[cell.kind]):
+                    pacer.run(cell.kind, self.operations[cell.kind])
+                # A cell ends when its result is there.
+                pacer.drain()
                 end_seconds = time.monotonic()
                 recorder.unit(cell.kind, start_seconds, end_seconds, latency=True)
                 recorder.flush()
@@ -257,9 +257,32 @@ class JupyterSimulation(client.Workload):
         if not self.finished:
             return None
         session_seconds = time.monotonic() - self.session_start_seconds
-        operation_seconds = {kind: times for kind, times in self.operation_seconds.items() if times}
-        return session_figures(self.finished, operation_seconds, session_seconds) | {
-            "gpu_active_seconds": self._gpu_active_seconds(self.finished),
+
+        import numpy as np
+
+        active_seconds = sum(cell["duration_seconds"] for cell in self.finished)
+        idle_seconds = sum(cell["idle_after_seconds"] for cell in self.finished)
+        operation_seconds = {}
+        for kind, durations in self.operation_seconds.items():
+            if durations:
+                p50, p95 = np.percentile(durations, (50, 95))
+                operation_seconds[kind] = {
+                    "count": len(durations),
+                    "mean_seconds": float(np.mean(durations)),
+                    "p50_seconds": float(p50),
+                    "p95_seconds": float(p95),
+                }
+        # Time in cells is GPU time only where nobody shares the GPU.
+        is_alone = self.device.is_cuda and not self.args.hold
+        return {
+            "operations": list(self.finished),
+            "operation_seconds": operation_seconds,
+            "active_seconds": active_seconds,
+            "idle_seconds": idle_seconds,
+            "session_seconds": session_seconds,
+            "active_percent": 100 * active_seconds / session_seconds,
+            "idle_percent": 100 * idle_seconds / session_seconds,
+            "gpu_active_seconds": active_seconds if is_alone else None,
             "cell_repeats": ",".join(f"{kind}={n}" for kind, n in self.repeats.items()),
         }
 
@@ -310,12 +333,6 @@ class JupyterSimulation(client.Workload):
         arguments, self.warnings = resolve_model_flags(INFERENCE_MODEL, self.args.weights)
         return arguments
 
-    def _run_operations(self, kind: str, pacer) -> None:
-        for _ in range(self.repeats[kind]):
-            pacer.run(kind, self.operations[kind])
-        # A cell ends when its result is there.
-        pacer.drain()
-
     @staticmethod
     def _pause(cell: Cell, recorder: client.Recorder) -> float:
         """Sit idle after ``cell``, less long if a stop arrives; return for how many seconds."""
@@ -334,15 +351,11 @@ class JupyterSimulation(client.Workload):
 
     def _settle_repeats(self, kind: str) -> int:
         """Return how often a cell repeats its operation; runs it, as a cell would, on the way."""
-        if self.args.cell_repeats is not None:
-            self._seconds_an_operation(kind, 0.0)
-            return self.args.cell_repeats[kind]
         burst_seconds = self._burst_seconds()
-        if burst_seconds is None:
-            self._seconds_an_operation(kind, 0.0)
-            return 1
-        seconds = self._seconds_an_operation(kind, CALIBRATION_SECONDS)
-        return max(1, round(burst_seconds / seconds))
+        seconds = self._seconds_an_operation(kind, CALIBRATION_SECONDS if burst_seconds else 0.0)
+        if self.args.cell_repeats is not None:
+            return self.args.cell_repeats[kind]
+        return max(1, round(burst_seconds / seconds)) if burst_seconds else 1
 
     def _seconds_an_operation(self, kind: str, for_seconds: float) -> float:
         """Run the operation, alone, for about ``for_seconds`` and once at least; time it."""
@@ -356,46 +369,6 @@ class JupyterSimulation(client.Workload):
             count += 1
         pacer.drain()
         return (time.monotonic() - start_seconds) / count
-
-    def _gpu_active_seconds(self, cells: Sequence[dict]) -> float | None:
-        """Return the time in cells, which is GPU time only where nobody shares the GPU."""
-        if not self.device.is_cuda or self.args.hold:
-            return None
-        return sum(cell["duration_seconds"] for cell in cells)
-
-
-def session_figures(
-    cells: Sequence[dict], operation_seconds: dict[str, list[float]], session_seconds: float
-) -> dict:
-    """Return the figures of a session.
-
-    Args:
-        cells: One entry a cell, with ``duration_seconds`` and ``idle_after_seconds``.
-        operation_seconds: Raw durations of the documented operations by kind.
-        session_seconds: From the first cell's start to the last cell's end.
-    """
-    import numpy as np
-
-    active_seconds = sum(cell["duration_seconds"] for cell in cells)
-    idle_seconds = sum(cell["idle_after_seconds"] for cell in cells)
-    summaries = {}
-    for kind, durations in operation_seconds.items():
-        p50, p95 = np.percentile(durations, (50, 95))
-        summaries[kind] = {
-            "count": len(durations),
-            "mean_seconds": float(np.mean(durations)),
-            "p50_seconds": float(p50),
-            "p95_seconds": float(p95),
-        }
-    return {
-        "operations": list(cells),
-        "operation_seconds": summaries,
-        "active_seconds": active_seconds,
-        "idle_seconds": idle_seconds,
-        "session_seconds": session_seconds,
-        "active_percent": 100 * active_seconds / session_seconds,
-        "idle_percent": 100 * idle_seconds / session_seconds,
-    }
 
 
 main = client.main_of(JupyterSimulation, parse_arguments)

@@ -1,4 +1,4 @@
-"""The guide's four notebook operations as fixed work, each of them one CUDA graph on a GPU.
+"""The guide's four notebook operations as fixed work that a CUDA graph can hold.
 
 An operation reads and writes fixed tensors and leaves everything that it changes as it found it or
 overwrites it the next time, so running it again is the same work.
@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from workloads.common.engine import capture_forward, compile_module, prepare_step
+from workloads.common.engine import capture_forward, compile_module
+from workloads.inference.models import IMAGENET_MEAN, IMAGENET_STD
 
 if TYPE_CHECKING:
     from workloads.common.device import ComputeDevice
@@ -26,7 +27,6 @@ TRAIN_LR = 0.1
 PREPROCESS_IMAGES = 32
 # Images are interpolated to 7/8 of their size, as from the customary 256 to 224 pixels.
 PREPROCESS_SHRINK = (7, 8)
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def draw_sizes(seed: int, **given: int | None) -> OperationSizes:
 
 
 def matrix_operation(
-    device: ComputeDevice, sizes: OperationSizes, seed: int, pool: tuple[int, int] | None = None
+    device: ComputeDevice, sizes: OperationSizes, seed: int
 ) -> Callable[[], object]:
     """Return the multiplication of two square matrices, and ReLU, ``matrix_iterations`` times."""
     generator = torch.Generator().manual_seed(seed)
@@ -88,11 +88,11 @@ def matrix_operation(
             torch.mm(left, right, out=product)
             product.relu_()
 
-    return prepare_step(device, multiply, pool=pool)
+    return multiply
 
 
 def preprocess_operation(
-    device: ComputeDevice, sizes: OperationSizes, seed: int, pool: tuple[int, int] | None = None
+    device: ComputeDevice, sizes: OperationSizes, seed: int
 ) -> Callable[[], object]:
     """Return normalization and interpolation of uint8 images, ``preprocess_iterations`` times."""
     generator = torch.Generator().manual_seed(seed)
@@ -102,8 +102,10 @@ def preprocess_operation(
     images = torch.randint(
         0, 256, (PREPROCESS_IMAGES, 3, side, side), dtype=torch.uint8, generator=generator
     ).to(where)
-    mean = torch.tensor(IMAGENET_MEAN, device=where, dtype=dtype).view(3, 1, 1)
-    std = torch.tensor(IMAGENET_STD, device=where, dtype=dtype).view(3, 1, 1)
+    mean, std = (
+        torch.tensor(values, device=where, dtype=dtype).view(3, 1, 1)
+        for values in (IMAGENET_MEAN, IMAGENET_STD)
+    )
     target = (sizes.image_size, sizes.image_size)
 
     def preprocess() -> None:
@@ -111,11 +113,11 @@ def preprocess_operation(
             normalized = (images.to(dtype) / 255 - mean) / std
             F.interpolate(normalized, size=target, mode="bilinear", align_corners=False)
 
-    return prepare_step(device, preprocess, pool=pool)
+    return preprocess
 
 
 def train_operation(
-    device: ComputeDevice, sizes: OperationSizes, seed: int, pool: tuple[int, int] | None = None
+    device: ComputeDevice, sizes: OperationSizes, seed: int
 ) -> Callable[[], object]:
     """Return a quick experiment: a 784-256-10 network trained ``train_epochs`` from its start."""
     network = small_network(device, seed)
@@ -138,23 +140,20 @@ def train_operation(
                 loss.backward()
                 optimizer.step()
 
-    return prepare_step(device, train, pool=pool)
+    return train
 
 
 def inference_operation(
     device: ComputeDevice, sizes: OperationSizes, seed: int, model: torch.nn.Module
 ) -> Callable[[], object]:
-    """Return ``model``'s pass over ``inference_images`` random images as one batch."""
+    """Return ``model``'s pass, ready for the engine, over random images as one batch."""
     generator = torch.Generator().manual_seed(seed)
     shape = (sizes.inference_images, 3, sizes.image_size, sizes.image_size)
     images = torch.randn(shape, generator=generator).to(
         device.torch_device, device.model_dtype, memory_format=torch.channels_last
     )
 
-    def classify() -> torch.Tensor:
-        return model(images)
-
-    return capture_forward(device, classify)
+    return capture_forward(device, lambda: model(images))
 
 
 def small_network(device: ComputeDevice, seed: int) -> torch.nn.Module:
