@@ -307,7 +307,7 @@ def test_from_scratch_bert_base_has_its_documented_size():
     import torch
 
     with torch.device("meta"):
-        model = bert_training.build_model(bert_training.Architecture(), 2, 128)
+        model = bert_training.build_model(2, 128)
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(110e6, rel=0.01)
 
 
@@ -344,14 +344,14 @@ def test_without_a_hub_a_run_by_hand_goes_on_from_random_weights(monkeypatch):
     # BERT-base takes half a minute of a small machine; what is tested is the way to it.
     build_any, asked_for = bert_training.build_model, []
 
-    def build_small(architecture, labels, max_length):
-        asked_for.append(architecture)
-        return build_any(bert_training.Architecture(1, 32), labels, max_length)
+    def build_small(labels, max_length, layers, hidden_size):
+        asked_for.append((layers, hidden_size))
+        return build_any(labels, max_length, 1, 32)
 
     monkeypatch.setattr(bert_training, "find_pretrained", unreachable)
     monkeypatch.setattr(bert_training, "build_model", build_small)
     workload = loaded(monkeypatch, "--device", "cpu", "--held-out-samples", "0")
-    assert asked_for == [bert_training.Architecture()]
+    assert asked_for == [(None, None)]
     assert "RANDOM" in workload.warnings[0]
     assert workload.settings()["weights"] == "random"
     assert workload.settings()["held_out_samples"] == 0

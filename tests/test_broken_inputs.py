@@ -144,8 +144,7 @@ def test_what_evaluate_is_given_is_told_apart(tmp_path, saved):
 
 
 def test_a_torn_pretrained_bert_is_named_by_its_file(tmp_path):
-    architecture = bert_training.Architecture(layers=1, hidden_size=64)
-    bert_training.build_model(architecture, 2, 16).save_pretrained(tmp_path)
+    bert_training.build_model(2, 16, layers=1, hidden_size=64).save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
     with pytest.raises(DamagedFileError, match=f"{file} is cut off or damaged"):

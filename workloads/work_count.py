@@ -88,11 +88,11 @@ def count_bert_training(args: argparse.Namespace) -> dict:
     """Count a training step of BERT with AdamW."""
     import torch
 
-    from workloads.training.bert_training import Architecture, build_model
+    from workloads.training.bert_training import build_model
 
     with torch.device("meta"):
-        architecture = Architecture(args.layers, args.hidden)
-        model = build_model(architecture, args.classes or 2, args.max_length).to(torch.bfloat16)
+        model = build_model(args.classes or 2, args.max_length, args.layers, args.hidden)
+        model = model.to(torch.bfloat16)
         tokens = torch.zeros(args.batch_size, args.max_length, dtype=torch.int64)
         mask = torch.zeros(args.batch_size, 1, 1, args.max_length, dtype=torch.bfloat16)
     return training_work(lambda: model(tokens, attention_mask=mask).logits, model, ADAMW_TENSORS)

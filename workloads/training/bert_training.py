@@ -13,7 +13,6 @@ import functools
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -93,7 +92,7 @@ def parse_arguments() -> argparse.Namespace:
         help="your texts instead: columns text and label, optionally split (train or test)",
     )  # fmt: skip
     args = parser.parse_args()
-    if Architecture(args.layers, args.hidden).is_given and args.model != "none":
+    if (args.layers or args.hidden) and args.model != FROM_SCRATCH:
         parser.error("--layers and --hidden shape a BERT from scratch; add --model none")
     if args.max_length < 3:
         parser.error("--max-length needs room for [CLS], a word and [SEP]: give 3 or more")
@@ -121,15 +120,15 @@ class BertTraining(TrainingJob):
 
         self.device = open_device(args)
         where = self.device.torch_device
+        labels = len(self.dataset.label_names)
         if pretrained is None:
             tokenizer = train_tokenizer(self.dataset.train.texts)
-            architecture = Architecture(args.layers, args.hidden)
             # Drawing 110 million initial weights takes the CPU two seconds.
             with where:
-                model = build_model(architecture, len(self.dataset.label_names), args.max_length)
+                model = build_model(labels, args.max_length, args.layers, args.hidden)
         else:
             tokenizer = load_tokenizer(pretrained)
-            model = load_model(pretrained, len(self.dataset.label_names))
+            model = load_model(pretrained, labels)
         self.vocabulary_size = len(tokenizer)
         if args.max_length > model.config.max_position_embeddings:
             raise UsageError(
@@ -137,7 +136,14 @@ class BertTraining(TrainingJob):
                 f"{model.config.max_position_embeddings} positions; lower it"
             )
         self.model = model.to(where)
-        self._load_batches(tokenizer)
+        make_batches = functools.partial(
+            texts.TokenBatches, self.device, tokenizer, args.max_length
+        )
+        self.train_batches = make_batches(
+            self.dataset.train, args.batch_size, args.epochs, self.order_seed
+        )
+        if len(self.dataset.held_out):
+            self.test_batches = make_batches(self.dataset.held_out, TEST_BATCH_SIZE)
         self.totals = EpochTotals(where)
 
     def _make_optimizer(self) -> tuple[torch.optim.Optimizer, Sequence[torch.Tensor]]:
@@ -241,44 +247,12 @@ class BertTraining(TrainingJob):
             )
             return None
 
-    def _load_batches(self, tokenizer: BertTokenizerFast) -> None:
-        import torch
-
-        args, train, held_out = self.args, self.dataset.train, self.dataset.held_out
-        self.train_batches = texts.TokenBatches(
-            self.device, train, tokenizer, args.max_length, args.batch_size,
-            texts.epoch_orders(len(train), args.epochs, self.order_seed),
-        )  # fmt: skip
-        if len(held_out):
-            self.test_batches = texts.TokenBatches(
-                self.device, held_out, tokenizer, args.max_length, TEST_BATCH_SIZE,
-                [torch.arange(len(held_out))],
-            )  # fmt: skip
-
 
 # --- the model ------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Architecture:
-    """A BERT from scratch; None stands for BERT-base (12 layers of 768)."""
-
-    layers: int | None = None
-    hidden_size: int | None = None
-
-    @property
-    def is_given(self) -> bool:
-        """Whether something else than BERT-base was asked for."""
-        return self.layers is not None or self.hidden_size is not None
-
-
 def find_pretrained(model: str) -> Path | None:
-    """Return the local folder of a pretrained model, or None for ``none``.
-
-    May download once, into the hub's cache.
-
-    Args:
-        model: ``none``, a folder, or a model's name on the hub.
+    """Return the local folder of a model (``none``: None), downloaded once where it has a name.
 
     Raises:
         HubUnreachableError: The model is neither here nor can it be downloaded.
@@ -294,14 +268,8 @@ def find_pretrained(model: str) -> Path | None:
                 f"or --model {FROM_SCRATCH} for random weights"
             )
         folder = hub_model_folder(model)
-    _check_folder(folder)
-    return folder.resolve()
-
-
-def _check_folder(folder: Path) -> None:
-    config_path = folder / "config.json"
     try:
-        model_type = json.loads(config_path.read_text(encoding="utf-8")).get("model_type")
+        model_type = _config(folder).get("model_type")
     except (OSError, ValueError, AttributeError) as error:
         raise UsageError(
             f"{folder} holds no readable config.json ({error}); name a folder saved by "
@@ -315,6 +283,11 @@ def _check_folder(folder: Path) -> None:
         raise UsageError(
             f"{folder} has neither tokenizer.json nor vocab.txt; save the model's tokenizer there"
         )
+    return folder.resolve()
+
+
+def _config(folder: Path) -> dict:
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
 
 
 def load_tokenizer(folder: Path) -> BertTokenizerFast:
@@ -324,7 +297,7 @@ def load_tokenizer(folder: Path) -> BertTokenizerFast:
         UsageError: It does not belong to the model.
     """
     tokenizer = _transformers().BertTokenizerFast.from_pretrained(folder, local_files_only=True)
-    vocabulary_size = json.loads((folder / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+    vocabulary_size = _config(folder)["vocab_size"]
     # Where its files are unusable, transformers returns a tokenizer of the special tokens alone,
     # without a word; every word is then [UNK].
     if not vocabulary_size // 2 < len(tokenizer) <= vocabulary_size:
@@ -380,21 +353,23 @@ def load_model(folder: Path, labels: int) -> BertForSequenceClassification:
 
 
 def build_model(
-    architecture: Architecture, labels: int, max_length: int
+    labels: int, max_length: int, layers: int | None = None, hidden_size: int | None = None
 ) -> BertForSequenceClassification:
-    """Build a BERT from random weights (torch's seed) with room for ``max_length`` tokens."""
+    """Build a BERT from random weights (torch's seed) with room for ``max_length`` tokens.
+
+    None stands for BERT-base: 12 layers of 768.
+    """
     import torch
 
     transformers = _transformers()
     shape = {}
-    if architecture.layers is not None:
-        shape["num_hidden_layers"] = architecture.layers
-    if architecture.hidden_size is not None:
-        hidden = architecture.hidden_size
+    if layers is not None:
+        shape["num_hidden_layers"] = layers
+    if hidden_size is not None:
         shape |= {
-            "hidden_size": hidden,
-            "num_attention_heads": max(1, hidden // HEAD_SIZE),
-            "intermediate_size": 4 * hidden,
+            "hidden_size": hidden_size,
+            "num_attention_heads": max(1, hidden_size // HEAD_SIZE),
+            "intermediate_size": 4 * hidden_size,
         }
     config = transformers.BertConfig(
         vocab_size=VOCABULARY_SIZE, num_labels=labels, attn_implementation="sdpa", **shape

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import random
 import re
 from collections.abc import Iterator, Sequence
@@ -247,17 +248,17 @@ def write_csv(dataset: TextDataset) -> Path:
 
     The file lies in the project's cache folder under a name made from its content.
     """
-    digest = hashlib.sha256()
-    rows: list[tuple[str, str, str]] = []
+    content = io.StringIO()
+    writer = csv.writer(content)
+    writer.writerow(("text", "label", "split"))
     for split_name, split in (("train", dataset.train), ("test", dataset.held_out)):
         for text, label in zip(split.texts, split.labels, strict=True):
-            rows.append((text, dataset.label_names[label], split_name))
-            digest.update("\0".join(rows[-1]).encode())
-    path = cache_folder() / f"{dataset.name}-{digest.hexdigest()[:24]}.csv"
-    with written_whole(path, "t", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(("text", "label", "split"))
-        writer.writerows(rows)
+            writer.writerow((text, dataset.label_names[label], split_name))
+    encoded = content.getvalue().encode()
+    digest = hashlib.sha256(encoded).hexdigest()
+    path = cache_folder() / f"{dataset.name}-{digest[:24]}.csv"
+    with written_whole(path) as file:
+        file.write(encoded)
     return path
 
 
@@ -426,23 +427,19 @@ class TokenBatches:
     """
 
     def __init__(
-        self,
-        device: ComputeDevice,
-        split: TextSplit,
-        tokenizer: BertTokenizerFast,
-        max_length: int,
-        batch_size: int,
-        orders: Sequence[torch.Tensor],
-    ) -> None:
+        self, device: ComputeDevice, tokenizer: BertTokenizerFast, max_length: int,
+        split: TextSplit, batch_size: int, epochs: int = 1, seed: int | None = None,
+    ) -> None:  # fmt: skip
         """Tokenize ``split`` and copy it to the device.
 
         Args:
             device: Where the batches are wanted.
+            tokenizer: Pads and cuts to ``max_length`` tokens, padding included.
+            max_length: Tokens a sequence.
             split: Texts and labels; at least one.
-            tokenizer: Pads and cuts to ``max_length`` tokens.
-            max_length: Tokens a sequence, padding included.
             batch_size: Sequences a batch.
-            orders: One permutation of the samples an epoch.
+            epochs: How many orders to draw, the same on every device for the same seed.
+            seed: Of the orders; None: as the texts are.
         """
         import torch
 
@@ -457,7 +454,11 @@ class TokenBatches:
         self._tokens = encoded["input_ids"].to(where, torch.int32)
         self._lengths = encoded["attention_mask"].sum(dim=1).to(where)
         self._labels = torch.tensor(split.labels, dtype=torch.int64, device=where)
-        self._order = torch.cat(list(orders)).to(where)
+        orders = [torch.arange(self.samples)]
+        if seed is not None:
+            generator = torch.Generator().manual_seed(seed)
+            orders = [torch.randperm(self.samples, generator=generator) for _ in range(epochs)]
+        self._order = torch.cat(orders).to(where)
         self.cursor = torch.zeros((), dtype=torch.int64, device=where)
         self._offsets = torch.arange(self.batch_size, device=where)
         self._positions = torch.arange(max_length, device=where)
@@ -497,11 +498,3 @@ class TokenBatches:
         is_token = self._positions < self._lengths[picked, None]
         mask = self._keep.where(is_token, self._drop)[:, None, None, :]
         return self._tokens[picked], mask, self._labels[picked]
-
-
-def epoch_orders(samples: int, epochs: int, seed: int) -> list[torch.Tensor]:
-    """Return one random permutation an epoch, the same on every device for the same seed."""
-    import torch
-
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randperm(samples, generator=generator) for _ in range(epochs)]
