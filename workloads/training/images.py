@@ -63,12 +63,10 @@ MAX_LOADER_WORKERS = 8
 
 @dataclass(frozen=True)
 class Split:
-    """Images and their labels.
+    """Images and their labels (int64 of shape (samples,)).
 
-    Attributes:
-        images: uint8 of shape (samples, 3, size, size); or paths, shape (samples,), of files that
-            are decoded on the way to the device.
-        labels: int64, shape (samples,).
+    Images are uint8 of shape (samples, 3, size, size), or paths of shape (samples,) of files that
+    are decoded on the way to the device.
     """
 
     images: np.ndarray
@@ -93,19 +91,13 @@ class Split:
 
 @dataclass(frozen=True)
 class ImageDataset:
-    """A training and a test split of the same classes.
-
-    Attributes:
-        name: ``cifar10``, ``folder`` or ``synthetic``.
-        image_size: Height and width of what the network sees, in pixels.
-        notes: What a reader of the summary must know about the images.
-    """
+    """Two splits of the same classes; ``notes`` are what a reader of the summary must know."""
 
     name: str
     train: Split
     test: Split
     class_names: Sequence[str]
-    image_size: int
+    image_size: int  # height and width of what the network sees, in pixels
     notes: Sequence[str] = field(default=())
 
     def limited(
@@ -131,14 +123,10 @@ def load_dataset(
     seed: int,
     warn: Callable[[str], None],
 ) -> ImageDataset:
-    """Load the dataset that ``--dataset`` names.
+    """Load the dataset of the ``kind`` that ``--dataset`` names.
 
-    Args:
-        kind: ``auto``, ``cifar10``, ``folder`` or ``synthetic``.
-        data_dir: Folder of the data; CIFAR-10 is downloaded into it.
-        image_size: Height and width for the network; None takes 32 for 32x32 images, else 224.
-        seed: Seed of the synthetic images.
-        warn: Called with what the user must know if synthetic images stand in.
+    ``image_size`` None takes 32 for 32x32 images, else 224. ``warn`` is called with what the user
+    must know if synthetic images stand in.
 
     Raises:
         UsageError: The data is not available; the message names the fix.
@@ -344,25 +332,31 @@ def _load_folder(data_dir: Path, image_size: int | None) -> ImageDataset:
     return ImageDataset("folder", train, test, list(train_classes), image_size, notes)
 
 
-def _is_litter(name: str) -> bool:
-    return name.startswith(".") or name.lower() in LITTER
+def _entries(folder: str | Path) -> list[os.DirEntry]:
+    """Return what lies in ``folder``, by name; of 60,000 files it knows which are folders."""
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError as error:
+        raise UsageError(f"cannot read {folder} ({error.strerror}); chmod or remove it") from error
+    return [
+        entry
+        for entry in entries
+        if not entry.name.startswith(".") and entry.name.lower() not in LITTER
+    ]
 
 
-def _class_folders(split_dir: Path) -> dict[str, Path]:
+def _class_folders(split_dir: Path) -> dict[str, str]:
     """Return the folder of each class, by name; everything else in ``split_dir`` is refused."""
-    classes = {}
-    for entry in sorted(split_dir.iterdir()):
-        if _is_litter(entry.name):
-            continue
-        if not entry.is_dir():
-            raise UsageError(f"{entry} lies in no class folder; move it into one, or remove it")
-        classes[entry.name] = entry
+    classes = {entry.name: entry.path for entry in _entries(split_dir)}
+    for path in classes.values():
+        if not os.path.isdir(path):
+            raise UsageError(f"{path} lies in no class folder; move it into one, or remove it")
     if len(classes) < 2:
         raise UsageError(f"{split_dir} has {len(classes)} class folders; at least 2 are needed")
     return classes
 
 
-def _list_images(classes: dict[str, Path]) -> Split:
+def _list_images(classes: dict[str, str]) -> Split:
     """Return every file of each class folder, in its subfolders too, in the order of the names."""
     paths: list[str] = []
     labels: list[int] = []
@@ -375,23 +369,16 @@ def _list_images(classes: dict[str, Path]) -> Split:
     return Split(np.asarray(paths, dtype=object), np.asarray(labels, dtype=np.int64))
 
 
-def _files_below(folder: Path, seen: set[Path]) -> Iterator[str]:
+def _files_below(folder: str, seen: set[str]) -> Iterator[str]:
     """Yield the files in ``folder`` by name, links to folders followed, each folder once."""
-    if folder.resolve() in seen:
-        return
-    seen.add(folder.resolve())
-    try:
-        # Of 60,000 files it knows which are folders without asking for each.
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    except OSError as error:
-        raise UsageError(f"cannot read {folder} ({error.strerror}); chmod or remove it") from error
-    for entry in entries:
-        if _is_litter(entry.name):
-            continue
-        if entry.is_dir():
-            yield from _files_below(Path(entry.path), seen)
-        else:
-            yield entry.path
+    place = os.path.realpath(folder)
+    if place not in seen:
+        seen.add(place)
+        for entry in _entries(folder):
+            if entry.is_dir():
+                yield from _files_below(entry.path, seen)
+            else:
+                yield entry.path
 
 
 def _fingerprint(files: Sequence[str]) -> str:
@@ -734,16 +721,8 @@ def make_batches(
 ) -> ImageBatches:  # fmt: skip
     """Return resident batches where the images fit a fair share of the device, else streamed ones.
 
-    Args:
-        device: Where the batches are wanted.
-        split: The images.
-        image_size: Height and width in pixels.
-        augment: Whether to shuffle, crop and flip (training).
-        seed: Fixes order and augmentation.
-        batch_size: Samples a batch.
-        workers: Decoding threads of streamed batches; None: a fair share of the cores.
-        clients: How many clients share the GPU; each may fill a quarter of the free memory
-            divided by this number.
+    Each of the ``clients`` that share the GPU may fill its part of a quarter of the free memory.
+    ``workers`` decode what is streamed; None takes a fair share of the cores.
     """
     shared = (device, split, image_size, augment, seed, batch_size)
     free_bytes = math.inf

@@ -69,12 +69,7 @@ class TextSplit:
 
 @dataclass(frozen=True)
 class TextDataset:
-    """Training and held-out texts over the same labels.
-
-    Attributes:
-        name: ``synthetic``, the CSV file's name, or the dataset's name.
-        notes: What a reader of the summary must know about the texts.
-    """
+    """Two splits over the same labels; ``notes`` are what a reader of the summary must know."""
 
     name: str
     train: TextSplit
@@ -96,15 +91,14 @@ class _Row:
 def load_texts(
     dataset: str, data: Path | None, train_samples: int, held_out_samples: int | None, seed: int
 ) -> TextDataset:
-    """Load at most ``train_samples`` training texts and ``held_out_samples`` held-out ones.
+    """Load at most ``train_samples`` texts and on top at most ``held_out_samples`` to test on.
 
     Args:
         dataset: ``synthetic``, or what ``datasets.load_dataset`` understands (a name or a folder).
         data: A CSV file with the columns text and label, which then takes the dataset's place.
-        train_samples: How many texts to train on, at most.
-        held_out_samples: How many texts to keep for testing, at most, on top; None: 100, and no
-            more than are trained on.
-        seed: Which of the rows, where there are more.
+        train_samples: The seed says which, where there are more.
+        held_out_samples: None: 100, and no more than are trained on.
+        seed: Of the choice.
 
     Raises:
         UsageError: The data is not available or cannot be read; the message names the fix.
@@ -430,16 +424,10 @@ class TokenBatches:
         self, device: ComputeDevice, tokenizer: BertTokenizerFast, max_length: int,
         split: TextSplit, batch_size: int, epochs: int = 1, seed: int | None = None,
     ) -> None:  # fmt: skip
-        """Tokenize ``split`` and copy it to the device.
+        """Tokenize ``split`` to ``max_length`` tokens a text and copy it to the device.
 
-        Args:
-            device: Where the batches are wanted.
-            tokenizer: Pads and cuts to ``max_length`` tokens, padding included.
-            max_length: Tokens a sequence.
-            split: Texts and labels; at least one.
-            batch_size: Sequences a batch.
-            epochs: How many orders to draw, the same on every device for the same seed.
-            seed: Of the orders; None: as the texts are.
+        An order is drawn for each epoch, the same on every device for the same seed; without a
+        seed the texts stay as they are.
         """
         import torch
 
