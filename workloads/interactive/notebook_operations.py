@@ -31,15 +31,9 @@ PREPROCESS_SHRINK = (7, 8)
 
 @dataclass(frozen=True)
 class OperationSizes:
-    """How large each operation is.
+    """How large each operation is: sides in rows or pixels, and how often each part is repeated.
 
-    Attributes:
-        matrix_size: Rows and columns of the square matrices.
-        matrix_iterations: Multiplications, each followed by ReLU.
-        preprocess_iterations: Rounds of normalization and interpolation over a batch of images.
-        train_epochs: Passes of the small network over its synthetic data.
-        inference_images: Images that ResNet18 classifies.
-        image_size: Height and width of those images; preprocessing ends at this size too.
+    Preprocessing handles ``PREPROCESS_IMAGES`` of ``image_size``; inference, ``inference_images``.
     """
 
     matrix_size: int

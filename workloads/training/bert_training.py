@@ -65,13 +65,11 @@ def parse_arguments() -> argparse.Namespace:
         f"(default: {DEFAULT_MODEL}, from scratch where it is not available)",
     )  # fmt: skip
     model.add_argument(
-        "--layers", type=cli.positive_int,
-        help="layers of a BERT from scratch (default: 12)",
-    )  # fmt: skip
+        "--layers", type=cli.positive_int, help="layers of a BERT from scratch (default: 12)"
+    )
     model.add_argument(
-        "--hidden", type=cli.positive_int,
-        help="hidden size of a BERT from scratch (default: 768)",
-    )  # fmt: skip
+        "--hidden", type=cli.positive_int, help="hidden size of a BERT from scratch (default: 768)"
+    )
     data = parser.add_argument_group("the data")
     data.add_argument(
         "--num-samples", type=cli.positive_int, default=1000, metavar="N",

@@ -470,10 +470,8 @@ def _decode_cached(files: Sequence[str], fingerprint: str) -> np.ndarray:
 
 def _decode_small(path: str) -> np.ndarray:
     """Return the image as uint8 of shape (3, 32, 32), cropped square and resized where needed."""
-    image = open_rgb(path)
-    if image.size != (CIFAR_SIZE, CIFAR_SIZE):
-        size = (CIFAR_SIZE, CIFAR_SIZE)
-        image = PIL.ImageOps.fit(image, size, PIL.Image.Resampling.BILINEAR)
+    size = (CIFAR_SIZE, CIFAR_SIZE)
+    image = PIL.ImageOps.fit(open_rgb(path), size, PIL.Image.Resampling.BILINEAR)
     return np.asarray(image).transpose(2, 0, 1)
 
 
@@ -673,23 +671,16 @@ def random_crop(image: Image, size: int, seed: int) -> Image:
             left = generator.randint(0, image.width - width)
             top = generator.randint(0, image.height - height)
             box = (left, top, left + width, top + height)
+            part = image.resize((size, size), resample=PIL.Image.Resampling.BILINEAR, box=box)
             break
     else:
-        box = _central_square(image, 1)
-    part = image.resize((size, size), resample=PIL.Image.Resampling.BILINEAR, box=box)
+        part = PIL.ImageOps.fit(image, (size, size), PIL.Image.Resampling.BILINEAR)
     return PIL.ImageOps.mirror(part) if generator.random() < 0.5 else part
 
 
 def central_crop(image: Image, size: int, seed: int = 0) -> Image:
     """Return the central square without the customary margin of one eighth: 224 of 256 pixels."""
-    box = _central_square(image, 7 / 8)
-    return image.resize((size, size), resample=PIL.Image.Resampling.BILINEAR, box=box)
-
-
-def _central_square(image: Image, share: float) -> tuple[float, float, float, float]:
-    side = min(image.size) * share
-    left, top = (image.width - side) / 2, (image.height - side) / 2
-    return left, top, left + side, top + side
+    return PIL.ImageOps.fit(image, (size, size), PIL.Image.Resampling.BILINEAR, bleed=1 / 16)
 
 
 def crop_and_flip(pixels: torch.Tensor, shift: torch.Tensor, flip: torch.Tensor) -> torch.Tensor:
