@@ -17,9 +17,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from held_client import HeldClient
+from no_sync import forbid_host_reads
 from workload_script import assert_usage_error, result_reader, runner_of
 
+from workloads.common import client
 from workloads.common.errors import EXIT_NOT_FINITE, DamagedFileError, UsageError
 from workloads.common.weights import HubUnreachableError
 from workloads.training import bert_training, texts
@@ -304,8 +307,6 @@ def test_a_vocabulary_from_the_corpus_knows_every_word_of_it():
 
 
 def test_from_scratch_bert_base_has_its_documented_size():
-    import torch
-
     with torch.device("meta"):
         model = bert_training.build_model(2, 128)
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(110e6, rel=0.01)
@@ -453,10 +454,8 @@ def test_a_client_that_diverges_tells_the_cause_and_no_done(tmp_path):
 
 
 def loaded(monkeypatch, *arguments: str):
-    from workloads.training.bert_training import BertTraining, parse_arguments
-
     monkeypatch.setattr(sys, "argv", [SCRIPT, *arguments])
-    workload = BertTraining(parse_arguments())
+    workload = bert_training.BertTraining(bert_training.parse_arguments())
     workload.load()
     return workload
 
@@ -468,8 +467,6 @@ def prepared(monkeypatch, *arguments: str):
 
 
 def test_the_warm_up_has_gone_through_every_path_of_the_job(monkeypatch):
-    from workloads.common import client
-
     seen = set()
     build_any = bert_training.build_model
 
@@ -490,8 +487,6 @@ def test_the_warm_up_has_gone_through_every_path_of_the_job(monkeypatch):
 
 
 def test_no_step_makes_the_host_wait_since_that_could_not_be_captured(monkeypatch):
-    from no_sync import forbid_host_reads
-
     workload = prepared(monkeypatch, *TINY)
     with forbid_host_reads():
         workload.train.full_step()
@@ -501,8 +496,6 @@ def test_no_step_makes_the_host_wait_since_that_could_not_be_captured(monkeypatc
 
 
 def test_batches_follow_the_order_and_hide_the_padding(monkeypatch):
-    import torch
-
     workload = prepared(monkeypatch, *TINY, "--epochs", "3")
     batches = workload.train_batches
     seen = []
@@ -520,8 +513,6 @@ def test_batches_follow_the_order_and_hide_the_padding(monkeypatch):
 
 
 def test_the_prepared_mask_gives_what_transformers_own_mask_gives(monkeypatch):
-    import torch
-
     workload = prepared(monkeypatch, *TINY)
     model = workload.model.eval()
     tokens, mask, _ = workload.train_batches.take(16)
@@ -537,8 +528,6 @@ def test_the_prepared_mask_gives_what_transformers_own_mask_gives(monkeypatch):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("batch_size", ["16", "64"])
 def test_ten_captured_steps_learn_what_ten_eager_steps_learn(monkeypatch, precision, batch_size):
-    import torch
-
     def ten_losses(engine: str) -> list[float]:
         workload = loaded(
             monkeypatch, "--model", "none", "--layers", "2", "--hidden", "128", "--num-samples",

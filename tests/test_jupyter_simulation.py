@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import time
 from collections import Counter
@@ -10,10 +11,16 @@ from datetime import datetime
 from types import SimpleNamespace
 
 import pytest
+import torch
+import torch.nn.functional as F
 from held_client import HeldClient
+from no_sync import forbid_host_reads
 from workload_script import assert_usage_error, result_reader, runner_of
 
+from workloads.common.device import open_device
 from workloads.interactive import jupyter_simulation as session
+from workloads.interactive import notebook_operations as operations
+from workloads.interactive.notebook_operations import draw_sizes
 
 SCRIPT = "workloads/interactive/jupyter_simulation.py"
 run_script = runner_of(SCRIPT)
@@ -50,8 +57,6 @@ def test_with_the_default_burst_the_session_has_the_documented_shape():
 
 
 def test_pauses_and_sizes_come_from_the_seed():
-    from workloads.interactive.notebook_operations import draw_sizes
-
     assert session.plan_session(11, 2, 5, seed=1) == session.plan_session(11, 2, 5, seed=1)
     assert session.plan_session(11, 2, 5, seed=1) != session.plan_session(11, 2, 5, seed=2)
     assert draw_sizes(1) == draw_sizes(1) != draw_sizes(2)
@@ -73,8 +78,6 @@ def test_each_client_does_the_same_work_and_pauses_as_long_but_not_in_lockstep()
 
 
 def test_drawn_sizes_lie_in_the_guides_ranges_and_given_ones_win():
-    from workloads.interactive.notebook_operations import draw_sizes
-
     for seed in range(50):
         sizes = draw_sizes(seed)
         assert 1000 <= sizes.matrix_size <= 2000
@@ -101,10 +104,6 @@ def test_cell_repeats_are_read_as_the_result_writes_them():
 
 @pytest.fixture
 def cpu_device() -> SimpleNamespace:
-    import contextlib
-
-    import torch
-
     return SimpleNamespace(
         torch_device=torch.device("cpu"), is_cuda=False, engine="eager", precision="fp32",
         model_dtype=torch.float32, synchronize=lambda: None, autocast=contextlib.nullcontext,
@@ -113,8 +112,6 @@ def cpu_device() -> SimpleNamespace:
 
 @pytest.fixture
 def small_sizes():
-    from workloads.interactive.notebook_operations import draw_sizes
-
     return draw_sizes(
         0, matrix_size=16, matrix_iterations=2, preprocess_iterations=2, train_epochs=3,
         inference_images=2, image_size=32,
@@ -124,11 +121,6 @@ def small_sizes():
 def test_a_training_burst_learns_and_starts_from_its_beginning_each_time(
     cpu_device, small_sizes, monkeypatch
 ):
-    import torch
-    import torch.nn.functional as F
-
-    from workloads.interactive import notebook_operations as operations
-
     network = operations.small_network(cpu_device, seed=1)
     monkeypatch.setattr(operations, "small_network", lambda device, seed: network)
     inputs, labels = operations.synthetic_digits(cpu_device, seed=1)
@@ -143,11 +135,6 @@ def test_a_training_burst_learns_and_starts_from_its_beginning_each_time(
 
 
 def test_no_operation_makes_the_host_wait_since_that_could_not_be_captured(cpu_device, small_sizes):
-    import torch
-    from no_sync import forbid_host_reads
-
-    from workloads.interactive import notebook_operations as operations
-
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 10)).eval()
     prepared = [
         operations.matrix_operation(cpu_device, small_sizes, 0),
@@ -294,11 +281,6 @@ def test_on_a_gpu_cells_last_as_long_as_asked_and_captured_operations_are_faster
 @pytest.mark.gpu
 @pytest.mark.parametrize("engine", ["eager", "graph"])
 def test_on_a_gpu_operations_keep_their_tensors_and_their_results(engine, small_sizes):
-    import torch
-
-    from workloads.common.device import open_device
-    from workloads.interactive import notebook_operations as operations
-
     args = argparse.Namespace(device="cuda", engine=engine, precision="fp32", seed=1, gpu=None)
     device = open_device(args)
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 10))

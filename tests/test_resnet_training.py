@@ -15,7 +15,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from held_client import HeldClient
+from no_sync import forbid_host_reads
 from PIL import Image
 from workload_script import assert_usage_error, result_reader, runner_of
 
@@ -284,14 +286,10 @@ def test_cifar10_that_cannot_be_had_is_an_error_where_it_was_asked_for(tmp_path,
 
 
 def cpu_device() -> SimpleNamespace:
-    import torch
-
     return SimpleNamespace(torch_device=torch.device("cpu"), is_cuda=False, engine="eager")
 
 
 def test_crop_and_flip_is_a_window_of_the_black_padded_image():
-    import torch
-
     pixels = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8)
     shift = torch.tensor([[0, 0], [8, 8], [4, 4], [2, 7], [4, 4]])
     flip = torch.tensor([False, False, False, True, True])
@@ -304,8 +302,6 @@ def test_crop_and_flip_is_a_window_of_the_black_padded_image():
 
 
 def test_resident_and_streamed_images_give_the_same_batches():
-    import torch
-
     split = images.synthetic_dataset(3, train_samples=10, test_samples=4).train
     resident = images.ImageBatches(cpu_device(), split, 32, True, seed=5, batch_size=4)
     streamed = images.StreamedBatches(cpu_device(), split, 32, True, 5, batch_size=4, workers=2)
@@ -343,18 +339,21 @@ def test_the_learning_rate_rises_to_its_height_and_falls_to_zero():
     assert learning_rates(0.1, 1) == [0.1]
 
 
+def loaded(monkeypatch, *flags: str) -> resnet_training.ResNetTraining:
+    monkeypatch.setattr(sys, "argv", [SCRIPT, *flags])
+    workload = resnet_training.ResNetTraining(resnet_training.parse_arguments())
+    workload.load()
+    return workload
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_ten_captured_steps_learn_what_ten_eager_steps_learn(precision):
-    import torch
-
+def test_ten_captured_steps_learn_what_ten_eager_steps_learn(monkeypatch, precision):
     def ten_losses(engine: str) -> list[float]:
-        sys.argv = [
-            SCRIPT, "--dataset", "synthetic", "--train-samples", "640", "--batch-size", "64",
+        workload = loaded(
+            monkeypatch, "--dataset", "synthetic", "--train-samples", "640", "--batch-size", "64",
             "--engine", engine, "--precision", precision, "--lr", "0.001", "--epochs", "1",
-        ]  # fmt: skip
-        workload = resnet_training.ResNetTraining(resnet_training.parse_arguments())
-        workload.load()
+        )  # fmt: skip
         workload.warm_up()
         workload.train_batches.start_epoch()
         workload.model.train()
@@ -383,18 +382,8 @@ def test_streamed_images_feed_a_captured_step(tmp_path):
     assert only_result(tmp_path)["settings"]["data_placement"] == "streamed"
 
 
-def prepared_on_the_cpu(monkeypatch):
-    monkeypatch.setattr(sys, "argv", [SCRIPT, *TINY, "--epochs", "1"])
-    workload = resnet_training.ResNetTraining(resnet_training.parse_arguments())
-    workload.load()
-    workload.warm_up()
-    return workload
-
-
 def count_paths(monkeypatch) -> Counter:
     """Put a network of one layer in ResNet50's place that counts how it is called."""
-    import torch
-
     seen: Counter = Counter()
 
     class Counted(torch.nn.Module):
@@ -415,9 +404,7 @@ def test_the_warm_up_has_gone_through_every_path_of_the_job(monkeypatch, tmp_pat
     data = write_image_folder(tmp_path / "images", size=32, per_class=7)
     flags = ("--dataset", "folder", "--data-dir", str(data), "--batch-size", "8", "--epochs", "2")
     monkeypatch.setattr(resnet_training, "TEST_BATCH_SIZE", 9)
-    monkeypatch.setattr(sys, "argv", [SCRIPT, *flags, "--device", "cpu", "--lr", "0.01"])
-    workload = resnet_training.ResNetTraining(resnet_training.parse_arguments())
-    workload.load()
+    workload = loaded(monkeypatch, *flags, "--device", "cpu", "--lr", "0.01")
     drawn, taken = [], []
     for batches in (workload.train_batches, workload.test_batches):
         start = batches.start_epoch
@@ -441,7 +428,8 @@ def test_the_warm_up_has_gone_through_every_path_of_the_job(monkeypatch, tmp_pat
 
 def test_a_job_that_is_stopped_warns_of_no_loss_but_a_mean_one(monkeypatch):
     count_paths(monkeypatch)
-    workload = prepared_on_the_cpu(monkeypatch)
+    workload = loaded(monkeypatch, *TINY, "--epochs", "1")
+    workload.warm_up()
     for loss_sum, warnings in ((24 * 5000.0, 0), (24 * 50_000.0, 1)):
         workload.totals.loss_sum.fill_(loss_sum)
         workload.check_unfinished()
@@ -452,9 +440,7 @@ def test_another_client_takes_the_same_images_in_another_order(monkeypatch):
     count_paths(monkeypatch)
     orders, settings = [], []
     for index in ("0", "0", "1"):
-        monkeypatch.setattr(sys, "argv", [SCRIPT, *TINY, "--client-index", index])
-        workload = resnet_training.ResNetTraining(resnet_training.parse_arguments())
-        workload.load()
+        workload = loaded(monkeypatch, *TINY, "--client-index", index)
         workload.train_batches.start_epoch()
         orders.append(workload.train_batches.order.tolist())
         settings.append(workload.settings())
@@ -464,9 +450,8 @@ def test_another_client_takes_the_same_images_in_another_order(monkeypatch):
 
 
 def test_no_step_makes_the_host_wait_since_that_could_not_be_captured(monkeypatch):
-    from no_sync import forbid_host_reads
-
-    workload = prepared_on_the_cpu(monkeypatch)
+    workload = loaded(monkeypatch, *TINY, "--epochs", "1")
+    workload.warm_up()
     with forbid_host_reads():
         workload.train.full_step()
         workload.test.full_step()
@@ -475,8 +460,6 @@ def test_no_step_makes_the_host_wait_since_that_could_not_be_captured(monkeypatc
 
 
 def test_streamed_crops_are_the_same_again_after_a_restart(tmp_path):
-    import torch
-
     data = write_image_folder(tmp_path / "images", size=48, per_class=2)
     split = images.load_dataset("folder", data, 40, 0, no_warning).train
     batches = images.StreamedBatches(cpu_device(), split, 40, True, 5, batch_size=6, workers=2)
