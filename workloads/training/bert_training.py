@@ -23,7 +23,7 @@ from workloads.common import cli, client
 from workloads.common.errors import DamagedFileError, UsageError, first_line
 from workloads.common.weights import HubUnreachableError, hub_model_folder, packages_hidden
 from workloads.training import texts
-from workloads.training.training_job import TrainingJob, add_job_flags
+from workloads.training.training_job import TrainingJob
 
 if TYPE_CHECKING:
     import torch
@@ -53,7 +53,12 @@ EPILOG = """examples:
 def parse_arguments() -> argparse.Namespace:
     """Return the flags of the command line."""
     parser = cli.workload_parser("Fine-tune BERT for text classification.", EPILOG)
-    job = add_job_flags(parser, batch_size=16, epochs=3, lr=2e-5, lr_name="learning rate")
+    job = parser.add_argument_group("the job")
+    job.add_argument("--batch-size", type=cli.positive_int, default=16, help="(default: 16)")
+    job.add_argument("--epochs", type=cli.positive_int, default=3, help="(default: 3)")
+    job.add_argument(
+        "--lr", type=cli.positive_float, default=2e-5, help="learning rate (default: 2e-5)"
+    )
     job.add_argument(
         "--max-length", type=cli.positive_int, default=128, metavar="TOKENS",
         help="length that every sequence is padded or cut to (default: 128)",

@@ -37,6 +37,7 @@ from workloads.common.errors import MIB, DamagedFileError, UnreadableImageError,
 from workloads.common.results import cache_folder, written_whole
 from workloads.common.weights import DownloadError, download
 from workloads.inference.image_input import ImageRejected, open_image, to_rgb
+from workloads.inference.models import IMAGENET_MEAN, IMAGENET_STD
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -55,7 +56,6 @@ TEST_FOLDERS = ("test", "val", "valid", "validation")
 LITTER = frozenset(("__macosx", "thumbs.db", "desktop.ini"))
 
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CROP_PADDING = 4
 RESIDENT_SHARE_OF_FREE_MEMORY = 0.25
 MAX_LOADER_WORKERS = 8

@@ -24,7 +24,7 @@ from workloads.common.device import clients_on_gpu
 from workloads.common.errors import NotFiniteError, UsageError
 from workloads.common.results import PROJECT_ROOT, written_whole
 from workloads.common.weights import read_checkpoint
-from workloads.training.training_job import TrainingJob, add_job_flags
+from workloads.training.training_job import TrainingJob
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +50,12 @@ EPILOG = """examples:
 def parse_arguments() -> argparse.Namespace:
     """Return the flags of the command line."""
     parser = cli.workload_parser("Train ResNet50 for image classification.", EPILOG)
-    job = add_job_flags(parser, batch_size=128, epochs=5, lr=0.1, lr_name="highest learning rate")
+    job = parser.add_argument_group("the job")
+    job.add_argument("--batch-size", type=cli.positive_int, default=128, help="(default: 128)")
+    job.add_argument("--epochs", type=cli.positive_int, default=5, help="(default: 5)")
+    job.add_argument(
+        "--lr", type=cli.positive_float, default=0.1, help="highest learning rate (default: 0.1)"
+    )
     job.add_argument("--save-model", action="store_true", help="keep the trained model as .pt")
     job.add_argument(
         "--evaluate", type=Path, metavar="FILE",

@@ -1,13 +1,12 @@
-"""What the training jobs share: flags, steps over two splits, epochs, figures and their checks."""
+"""What the training jobs share: steps over two splits, epochs, figures and their checks."""
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from workloads.common import cli, client, console
+from workloads.common import client, console
 
 if TYPE_CHECKING:
     import torch
@@ -15,20 +14,6 @@ if TYPE_CHECKING:
     from workloads.common.engine import EpochTotals, Pacer
     from workloads.training.images import ImageBatches, ImageDataset
     from workloads.training.texts import TextDataset, TokenBatches
-
-
-def add_job_flags(
-    parser: argparse.ArgumentParser, *, batch_size: int, epochs: int, lr: float, lr_name: str
-) -> argparse._ArgumentGroup:
-    """Add the flags of any training with these defaults; return their group."""
-    job = parser.add_argument_group("the job")
-    for flag, kind, default, name in (
-        ("--batch-size", cli.positive_int, batch_size, ""),
-        ("--epochs", cli.positive_int, epochs, ""),
-        ("--lr", cli.positive_float, lr, f"{lr_name} "),
-    ):
-        job.add_argument(flag, type=kind, default=default, help=f"{name}(default: {default})")
-    return job
 
 
 class TrainingJob(client.Workload):
