@@ -149,16 +149,15 @@ def test_the_control_channel_obeys_commands_and_takes_end_of_file_for_stop():
         commands.write("warm\n")
         commands.flush()
         control.wait_for("warm")
-        assert not control.stopped
-        assert not control.wait_for_stop(0.01)
+        assert not control.stop.wait(0.01)
     with pytest.raises(client.StopRequested):
         control.wait_for("go")
-    assert control.stopped
+    assert control.stop.is_set()
 
 
 def test_a_command_that_came_early_is_not_lost():
     control = client.ControlChannel(io.StringIO("warm\ngo\nstop\n"))
-    assert control.wait_for_stop(5)
+    assert control.stop.wait(5)
 
 
 INTERRUPTED = """

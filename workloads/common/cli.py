@@ -13,7 +13,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn, TextIO
+from typing import NoReturn
 
 from workloads.common.errors import (
     EXIT_FAILED,
@@ -76,7 +76,24 @@ def workload_parser(
     )
     shared = parser.add_argument_group("flags shared by every workload")
     if uses_gpu:
-        _add_gpu_flags(shared)
+        shared.add_argument(
+            "--device", choices=("auto", "cuda", "cpu"), default="auto",
+            help="where to run; auto takes a GPU if there is one (default: auto)",
+        )  # fmt: skip
+        shared.add_argument(
+            "--engine", choices=("eager", "graph", "compile"), default=None,
+            help="how a step is launched: eager; graph, the whole step as one CUDA graph; compile, "
+            "torch.compile inside the graph (default: graph on a GPU, eager on the CPU)",
+        )  # fmt: skip
+        shared.add_argument(
+            "--precision", choices=("fp32", "tf32", "bf16"), default=None,
+            help="arithmetic of matrix products and convolutions (default: bf16 from compute "
+            "capability 8.0 on, else fp32)",
+        )  # fmt: skip
+        shared.add_argument(
+            "--gpu", metavar="INDEX_OR_UUID", default=None,
+            help="which GPU, by nvidia-smi's index or UUID (default: CUDA_VISIBLE_DEVICES, else 0)",
+        )  # fmt: skip
     shared.add_argument(
         "--seed", type=seed, default=42,
         help="fixes data, order, weights and idle times (default: 42)",
@@ -107,34 +124,13 @@ def workload_parser(
     return parser
 
 
-def _add_gpu_flags(shared: argparse._ArgumentGroup) -> None:
-    shared.add_argument(
-        "--device", choices=("auto", "cuda", "cpu"), default="auto",
-        help="where to run; auto takes a GPU if there is one (default: auto)",
-    )  # fmt: skip
-    shared.add_argument(
-        "--engine", choices=("eager", "graph", "compile"), default=None,
-        help="how a step is launched: eager; graph, the whole step as one CUDA graph; compile, "
-        "torch.compile inside the graph (default: graph on a GPU, eager on the CPU)",
-    )  # fmt: skip
-    shared.add_argument(
-        "--precision", choices=("fp32", "tf32", "bf16"), default=None,
-        help="arithmetic of matrix products and convolutions (default: bf16 from compute "
-        "capability 8.0 on, else fp32)",
-    )  # fmt: skip
-    shared.add_argument(
-        "--gpu", metavar="INDEX_OR_UUID", default=None,
-        help="which GPU, by nvidia-smi's index or UUID (default: CUDA_VISIBLE_DEVICES, else 0)",
-    )  # fmt: skip
-
-
 def run_main(main: Callable[[], int], leave: Callable[[int], NoReturn] = sys.exit) -> NoReturn:
     """Run ``main`` and ``leave`` with its exit code; known errors become one sentence and a code.
 
     SIGTERM is turned into ``KeyboardInterrupt``, so that both ways of stopping a script by hand
     unwind its ``finally`` blocks.
     """
-    signal.signal(signal.SIGTERM, _raise_interrupt)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     program = Path(sys.argv[0]).name
     try:
         code = main()
@@ -143,9 +139,7 @@ def run_main(main: Callable[[], int], leave: Callable[[int], NoReturn] = sys.exi
         code = _complain(program, error, error.exit_code)
     except KeyboardInterrupt:
         code = _complain(program, "interrupted", EXIT_INTERRUPTED)
-    except BrokenPipeError:
-        # The reader of our output (`| head`) has left: nothing more to say, and nowhere to.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader of our output (`| head`) has left
         code = EXIT_FAILED
     except Exception as error:
         known = as_out_of_memory(error)
@@ -154,23 +148,14 @@ def run_main(main: Callable[[], int], leave: Callable[[int], NoReturn] = sys.exi
         if known is None:
             raise
         code = _complain(program, known, known.exit_code)
-    _flush_or_drop(sys.stdout)
-    leave(code)
-
-
-def _flush_or_drop(stream: TextIO) -> None:
-    """Write what is left; where that cannot be, Python would try once more and change the code."""
     try:
-        stream.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        sys.stdout.flush()
+    except OSError:  # Python would try once more at its end, and change the code
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    leave(code)
 
 
 def _complain(program: str, message: object, code: int) -> int:
     with contextlib.suppress(OSError):  # its own log may be on the disk that is full
         print(f"{program}: error: {printable(message)}", file=sys.stderr)
     return code
-
-
-def _raise_interrupt(signum: int, frame: object) -> NoReturn:
-    raise KeyboardInterrupt

@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import NoReturn, TextIO
@@ -46,6 +46,16 @@ from workloads.common.results import (
 )
 
 FLUSH_PERIOD_SECONDS = 0.5
+SUMMARY_ROWS = (
+    ("startup_seconds", "Start-up", "{startup_seconds:.1f} s (imports, data, warm-up)"),
+    (
+        "gpu_utilization_percent",
+        "GPU utilization",
+        "{gpu_utilization_percent:.0f} % ({gpu_utilization_source})",
+    ),
+    ("gpu_sm_activity_percent", "SM activity", "{gpu_sm_activity_percent:.0f} %"),
+    ("gpu_memory_used_mib", "GPU memory in use", "{gpu_memory_used_mib:.0f} MiB"),
+)
 
 
 class StopRequested(Exception):
@@ -56,11 +66,6 @@ class EventLog:
     """Appends events as whole JSON lines to a file, or drops them where there is none."""
 
     def __init__(self, path: Path | None) -> None:
-        """Open ``path`` for appending.
-
-        Raises:
-            UsageError: The file cannot be opened.
-        """
         self._file: TextIO | None = None
         self._lock = threading.Lock()
         if path is not None:
@@ -93,16 +98,9 @@ class ControlChannel:
     """Commands from standard input, read by a thread so that work never waits for them."""
 
     def __init__(self, stream: TextIO) -> None:
-        """Start reading ``stream``."""
-        self._commands: set[str] = set()
-        self._changed = threading.Condition()
-        self._closed = False
+        self.stop = threading.Event()
+        self._arrived = {"warm": threading.Event(), "go": threading.Event()}
         threading.Thread(target=self._read, args=(stream,), name="control", daemon=True).start()
-
-    @property
-    def stopped(self) -> bool:
-        """Whether ``stop`` or end-of-file has arrived."""
-        return self._closed or "stop" in self._commands
 
     def wait_for(self, command: str) -> None:
         """Block until ``command`` has arrived.
@@ -110,24 +108,20 @@ class ControlChannel:
         Raises:
             StopRequested: ``stop`` or end-of-file came first.
         """
-        with self._changed:
-            self._changed.wait_for(lambda: command in self._commands or self.stopped)
-        if self.stopped:
+        self._arrived[command].wait()
+        if self.stop.is_set():
             raise StopRequested
-
-    def wait_for_stop(self, timeout_seconds: float) -> bool:
-        """Block until a stop has arrived or the time is over; return whether it has arrived."""
-        with self._changed:
-            return self._changed.wait_for(lambda: self.stopped, timeout_seconds)
 
     def _read(self, stream: TextIO) -> None:
         for line in stream:
-            with self._changed:
-                self._commands.add(line.strip())
-                self._changed.notify_all()
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
+            command = line.strip()
+            if command == "stop":
+                break
+            if command in self._arrived:
+                self._arrived[command].set()
+        self.stop.set()
+        for waited_for in self._arrived.values():
+            waited_for.set()
 
 
 class Recorder:
@@ -139,7 +133,7 @@ class Recorder:
     def __init__(self, events: EventLog, control: ControlChannel | None = None) -> None:
         """Write to ``events`` and take stops from ``control`` (None: never stop)."""
         self._events = events
-        self._control = control
+        self._stop = control.stop if control else threading.Event()
         self._lock = threading.Lock()
         self._buffers: dict[tuple[str, bool], tuple[list[float], list[float]]] = {}
         self._last_flush_seconds = time.monotonic()
@@ -147,7 +141,7 @@ class Recorder:
     @property
     def stop_requested(self) -> bool:
         """Whether the suite wants this client to end."""
-        return self._control is not None and self._control.stopped
+        return self._stop.is_set()
 
     def check_stop(self) -> None:
         """Raise ``StopRequested`` if the suite wants this client to end."""
@@ -156,21 +150,15 @@ class Recorder:
 
     def wait_for_stop(self, timeout_seconds: float) -> bool:
         """Sleep for ``timeout_seconds``, less if a stop arrives; return whether one has."""
-        if self._control is None:
-            time.sleep(timeout_seconds)
-            return False
-        return self._control.wait_for_stop(timeout_seconds)
+        return self._stop.wait(timeout_seconds)
 
     def unit(
         self, kind: str, start_seconds: float, end_seconds: float, *, latency: bool = False
     ) -> None:
-        """Record one finished unit of work.
+        """Record one finished unit of work, its times on CLOCK_MONOTONIC.
 
-        Args:
-            kind: What it was; units of one kind are comparable with each other.
-            start_seconds: Its start on CLOCK_MONOTONIC.
-            end_seconds: Its end on CLOCK_MONOTONIC.
-            latency: Whether its duration is a response time that a user feels.
+        Units of one ``kind`` are comparable with each other; ``latency`` says whether the duration
+        is a response time that a user feels.
         """
         with self._lock:
             starts, durations = self._buffers.setdefault((kind, latency), ([], []))
@@ -215,7 +203,6 @@ class Workload(ABC):
     start_delay_seconds = 0.0
 
     def __init__(self, args: argparse.Namespace) -> None:
-        """Keep the parsed flags; nothing heavy happens before ``load``."""
         self.args = args
         self.warnings: list[str] = []
 
@@ -318,10 +305,9 @@ def _run_by_hand(workload: Workload) -> int:
     begin_seconds = time.monotonic()
     events = EventLog(workload.args.events)
     interruption = None
-    try:
+    with _errors_told(workload, Recorder(events), events) as recorder:
         with console.stage("loading"):
-            _load(workload)
-        events.write("loaded", startup_seconds=time.monotonic() - begin_seconds)
+            _load(workload, events)
         with GpuMonitor(workload.device) as monitor:
             with console.stage("warming up"):
                 workload.warm_up()
@@ -329,22 +315,17 @@ def _run_by_hand(workload: Workload) -> int:
             events.write("ready", identity=workload.identity())
             monitor.begin()
             try:
-                figures = _run_one_job(workload, Recorder(events), events, index=0)
+                figures = _run_one_job(workload, recorder, events, index=0)
             except KeyboardInterrupt as error:
                 figures = workload.partial_figures()
                 if figures is None:
                     raise
-                if workload.device is not None:
-                    workload.device.synchronize()
+                _wait_for_device(workload)
                 interruption = error
             figures |= monitor.figures()
         identity = workload.identity()
         if interruption is None:
             _write_done(workload, events, jobs=1)
-    except Exception as error:
-        _tell_and_raise(events, error)
-    finally:
-        workload.close()
     figures["startup_seconds"] = startup_seconds
     figures["peak_memory_mib"] = workload.peak_memory_mib()
     path = write_result(
@@ -370,58 +351,60 @@ def _run_by_hand(workload: Workload) -> int:
 
 
 def _run_held(workload: Workload) -> int:
-    begin_seconds = time.monotonic()
     events = EventLog(workload.args.events)
     control = ControlChannel(sys.stdin)
-    recorder = Recorder(events, control)
     jobs = 0
-    try:
-        _load(workload)
-        events.write("loaded", startup_seconds=time.monotonic() - begin_seconds)
-        control.wait_for("warm")
-        workload.warm_up()
-        events.write("ready", identity=workload.identity())
-        control.wait_for("go")
-        recorder.wait_for_stop(workload.start_delay_seconds)
-        recorder.check_stop()
-        while True:
-            _run_one_job(workload, recorder, events, index=jobs)
-            jobs += 1
+    with _errors_told(workload, Recorder(events, control), events) as recorder:
+        try:
+            _load(workload, events)
+            control.wait_for("warm")
+            workload.warm_up()
+            events.write("ready", identity=workload.identity())
+            control.wait_for("go")
+            recorder.wait_for_stop(workload.start_delay_seconds)
             recorder.check_stop()
-            workload.reset()
-    except StopRequested:
-        recorder.flush()
-        return _stop(workload, events, jobs)
-    except KeyboardInterrupt:
-        # Leaving an MPS server with work in flight may harm the other clients.
-        if workload.device is not None:
-            workload.device.synchronize()
-        raise
+            while True:
+                _run_one_job(workload, recorder, events, index=jobs)
+                jobs += 1
+                recorder.check_stop()
+                workload.reset()
+        except StopRequested:
+            recorder.flush()
+            _wait_for_device(workload)
+            workload.check_unfinished()
+        except KeyboardInterrupt:
+            # Leaving an MPS server with work in flight may harm the other clients.
+            _wait_for_device(workload)
+            raise
+        _write_done(workload, events, jobs)
+    return EXIT_OK
+
+
+@contextlib.contextmanager
+def _errors_told(workload: Workload, recorder: Recorder, events: EventLog) -> Iterator[Recorder]:
+    """Write an error down with its cause and pass it on; close the workload in every case."""
+    try:
+        yield recorder
     except Exception as error:
-        recorder.flush()
+        with contextlib.suppress(CannotWriteError):  # what went wrong first is what counts
+            recorder.flush()
         _tell_and_raise(events, error)
     finally:
         workload.close()
 
 
-def _stop(workload: Workload, events: EventLog, jobs: int) -> int:
-    """End in order: the device idle, and the job in hand not left with a loss that is none."""
-    try:
-        if workload.device is not None:
-            workload.device.synchronize()
-        workload.check_unfinished()
-    except Exception as error:
-        _tell_and_raise(events, error)
-    _write_done(workload, events, jobs)
-    return EXIT_OK
+def _wait_for_device(workload: Workload) -> None:
+    if workload.device is not None:
+        workload.device.synchronize()
 
 
-def _load(workload: Workload) -> None:
+def _load(workload: Workload, events: EventLog) -> None:
     """Load without garbage collection: what is made here stays.
 
     The collector would look through it again and again, for a sixth of the time that importing
     transformers takes and for 0.2 s at every capture of a graph.
     """
+    begin_seconds = time.monotonic()
     gc.disable()
     try:
         workload.load()
@@ -430,6 +413,7 @@ def _load(workload: Workload) -> None:
         gc.enable()
         # At exit some libraries look for what they leaked, and frozen objects look like it.
         atexit.register(gc.unfreeze)
+    events.write("loaded", startup_seconds=time.monotonic() - begin_seconds)
 
 
 def _run_one_job(workload: Workload, recorder: Recorder, events: EventLog, index: int) -> dict:
@@ -445,13 +429,13 @@ def _run_one_job(workload: Workload, recorder: Recorder, events: EventLog, index
 
 
 def _tell_and_raise(events: EventLog, error: Exception) -> NoReturn:
-    """Write an error down with its cause and pass it on; out of memory gets its sentence here."""
+    """Write an error down and pass it on; out of memory gets its sentence here."""
     known = as_out_of_memory(error) or error
-    fields: dict[str, object] = {"status": "failed", "cause": None}
+    fields: dict[str, object] = {"status": "failed"}
     if isinstance(known, WorkloadError):
         fields |= {"message": str(known), "cause": known.cause}
     else:
-        fields |= {"message": f"{type(error).__name__}: {error}"}
+        fields |= {"message": f"{type(error).__name__}: {error}", "cause": None}
     if isinstance(known, OutOfGpuMemoryError):
         fields |= {"status": "oom", "memory": known.memory}
     with contextlib.suppress(CannotWriteError):  # what went wrong first is what counts
@@ -473,16 +457,9 @@ def _write_done(workload: Workload, events: EventLog, jobs: int) -> None:
 
 def _summary_rows(workload: Workload, figures: dict, identity: dict) -> list[tuple[str, str]]:
     rows = workload.summary(figures)
-    rows.append(("Start-up", f"{figures['startup_seconds']:.1f} s (imports, data, warm-up)"))
-    if figures.get("gpu_utilization_percent") is not None:
-        rows.append(
-            ("GPU utilization", f"{figures['gpu_utilization_percent']:.0f} % "
-             f"({figures['gpu_utilization_source']})")
-        )  # fmt: skip
-    if figures.get("gpu_sm_activity_percent") is not None:
-        rows.append(("SM activity", f"{figures['gpu_sm_activity_percent']:.0f} %"))
-    if figures.get("gpu_memory_used_mib") is not None:
-        rows.append(("GPU memory in use", f"{figures['gpu_memory_used_mib']:.0f} MiB"))
+    for name, label, text in SUMMARY_ROWS:
+        if figures.get(name) is not None:
+            rows.append((label, text.format_map(figures)))
     if workload.device is not None:
         where = identity["gpu_name"] or f"CPU ({identity['host_threads']} threads)"
         rows.append(
@@ -496,8 +473,4 @@ def main_of(
     parse_arguments: Callable[[], argparse.Namespace],
 ) -> Callable[[], int]:
     """Return the ``main`` of a workload script: parse the flags, run the workload."""
-
-    def main() -> int:
-        return run(workload_class(parse_arguments()))
-
-    return main
+    return lambda: run(workload_class(parse_arguments()))
