@@ -1,25 +1,12 @@
 """What can go wrong in a workload and is understood: its sentence, its exit code, its cause.
 
-Running out of memory comes with a snapshot of who held what, a dict of MiB (None: unknown):
-
-=======================  ==========================================================================
-``where``                ``gpu`` or ``host``, whichever memory ran out
-``tried_mib``            what was to be allocated, from the error's text
-``free_mib``             free, as the driver (GPU) or the kernel (host) says; under an MPS memory
-                         limit the driver says what is free within that
-``total_mib``            all there is
-``allowed_mib``          what PyTorch was allowed to take, where it has a limit of its own
-``mps_limit_mib``        the MPS memory limit in this process's environment; GPU only
-``process_mib``          what this process holds; on a GPU as the driver told PyTorch
-``others_mib``           what is neither free nor this process's; unknown under an MPS limit
-``allocated_mib``        in tensors (``torch.cuda.memory_allocated``); GPU only
-``reserved_mib``         in PyTorch's pool (``torch.cuda.memory_reserved``); GPU only
-``peak_allocated_mib``   the most that was ever in tensors; GPU only
-=======================  ==========================================================================
+Running out of memory comes with a snapshot of who held what: ``where`` is ``gpu`` or ``host``,
+whichever memory ran out, and ``SNAPSHOT_KEYS`` name amounts in MiB (None: unknown).
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import sys
@@ -38,9 +25,17 @@ MIB = 2**20
 SHARED_MEMORY = Path("/dev/shm")
 MPS_LIMIT_VARIABLE = "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT"
 SNAPSHOT_KEYS = (
-    "tried_mib", "free_mib", "total_mib", "allowed_mib", "mps_limit_mib", "process_mib",
-    "others_mib", "allocated_mib", "reserved_mib", "peak_allocated_mib",
-)  # fmt: skip
+    "tried_mib",  # what was to be allocated, from the error's text
+    "free_mib",  # as the driver (GPU) or the kernel (host) says; under an MPS limit within that
+    "total_mib",  # all there is
+    "allowed_mib",  # what PyTorch was allowed to take, where it has a limit of its own
+    "mps_limit_mib",  # the MPS memory limit in this process's environment
+    "process_mib",  # what this process holds; on a GPU as the driver told PyTorch
+    "others_mib",  # neither free nor this process's; unknown under an MPS limit
+    "allocated_mib",  # in tensors (torch.cuda.memory_allocated); GPU only
+    "reserved_mib",  # in PyTorch's pool (torch.cuda.memory_reserved); GPU only
+    "peak_allocated_mib",  # the most that was ever in tensors; GPU only
+)
 _UNITS = {"bytes": 1 / MIB, "KiB": 1 / 1024, "MiB": 1.0, "GiB": 1024.0, "TiB": 1024.0**2}
 # Errors of CUDA and its libraries that PyTorch passes on as a plain RuntimeError.
 _GPU_TEXT = re.compile(
@@ -88,7 +83,14 @@ class CannotWriteError(JobFailedError):
     """A file cannot be written: the disk is full, or the folder is shut or gone."""
 
     def __init__(self, path: Path | str, error: OSError) -> None:
-        super().__init__(f"cannot write {path} ({error.strerror or error}): {_place(path)}")
+        path = Path(path)
+        if SHARED_MEMORY in path.parents:
+            fix = "enlarge it, such as by docker run --shm-size=1g"
+        elif "gpu-sharing-bench" in path.parts:
+            fix = "make room there, or set XDG_CACHE_HOME to a folder that you may write"
+        else:
+            fix = "make room there, or name another folder with --results-dir"
+        super().__init__(f"cannot write {path} ({error.strerror or error}): {fix}")
 
 
 class NotFiniteError(WorkloadError):
@@ -157,73 +159,55 @@ def as_out_of_memory(error: BaseException) -> OutOfGpuMemoryError | None:
     torch = sys.modules.get("torch")
     text = str(error)
     if isinstance(error, MemoryError) or _HOST_TEXT.search(text):
-        snapshot = _host_snapshot(text)
+        figures = _host_figures()
     elif torch is not None and (
         isinstance(error, torch.OutOfMemoryError)
         or (isinstance(error, RuntimeError) and _GPU_TEXT.search(text))
     ):
-        snapshot = _gpu_snapshot(torch, text)
+        figures = _gpu_figures(torch, text)
     else:
         return None
+    snapshot = dict.fromkeys(SNAPSHOT_KEYS) | {"tried_mib": _found(_TRIED, text)} | figures
+    total, free, process = (snapshot[key] for key in ("total_mib", "free_mib", "process_mib"))
+    # Free within an MPS limit, taken from the whole card, would be blamed on the others.
+    if snapshot["mps_limit_mib"] is None and None not in (total, free, process):
+        snapshot["others_mib"] = max(0.0, total - free - process)
     return OutOfGpuMemoryError(_describe(snapshot, first_line(error)), snapshot)
 
 
-def _place(path: Path | str) -> str:
-    """Return what to do about a file that cannot be written: each place has another remedy."""
-    path = Path(path)
-    if SHARED_MEMORY in path.parents:
-        return "enlarge it, such as by docker run --shm-size=1g"
-    if "gpu-sharing-bench" in path.parts:
-        return "make room there, or set XDG_CACHE_HOME to a folder that you may write"
-    return "make room there, or name another folder with --results-dir"
-
-
-def _gpu_snapshot(torch: object, text: str) -> dict:
-    snapshot = dict.fromkeys(("where", *SNAPSHOT_KEYS)) | {
+def _gpu_figures(torch: object, text: str) -> dict:
+    figures = {
         "where": "gpu",
-        "tried_mib": _found(_TRIED, text),
         "allowed_mib": _found(_ALLOWED, text),
         "process_mib": _found(_PROCESS, text),
     }
+    limit = _MPS_LIMIT.search(os.environ.get(MPS_LIMIT_VARIABLE, ""))
+    if limit:
+        figures["mps_limit_mib"] = int(limit[1]) * _UNITS[f"{limit[2]}iB"]
     if torch.cuda.is_initialized():
         # After a fault on the card each of these raises too, and then the text has to do.
-        try:
+        with contextlib.suppress(RuntimeError):
             free, total = torch.cuda.mem_get_info()
-            snapshot |= {
+            figures |= {
                 "free_mib": free / MIB,
                 "total_mib": total / MIB,
                 "allocated_mib": torch.cuda.memory_allocated() / MIB,
                 "reserved_mib": torch.cuda.memory_reserved() / MIB,
                 "peak_allocated_mib": torch.cuda.max_memory_allocated() / MIB,
             }
-        except RuntimeError:
-            pass
-    limit = _MPS_LIMIT.search(os.environ.get(MPS_LIMIT_VARIABLE, ""))
-    if limit:
-        # Free within a limit, taken from the whole card, would be blamed on the others.
-        return snapshot | {"mps_limit_mib": int(limit[1]) * _UNITS[f"{limit[2]}iB"]}
-    return snapshot | {"others_mib": _others(snapshot)}
+    return figures
 
 
-def _host_snapshot(text: str) -> dict:
+def _host_figures() -> dict:
     import psutil
 
     memory = psutil.virtual_memory()
-    snapshot = dict.fromkeys(("where", *SNAPSHOT_KEYS)) | {
+    return {
         "where": "host",
-        "tried_mib": _found(_TRIED, text),
         "free_mib": memory.available / MIB,
         "total_mib": memory.total / MIB,
         "process_mib": psutil.Process().memory_info().rss / MIB,
     }
-    return snapshot | {"others_mib": _others(snapshot)}
-
-
-def _others(snapshot: dict) -> float | None:
-    total, free, process = (snapshot[f"{name}_mib"] for name in ("total", "free", "process"))
-    if total is None or free is None or process is None:
-        return None
-    return max(0.0, total - free - process)
 
 
 def _found(pattern: re.Pattern[str], text: str) -> float | None:
@@ -234,25 +218,24 @@ def _found(pattern: re.Pattern[str], text: str) -> float | None:
 
 def _describe(snapshot: dict, said: str) -> str:
     """Return the sentence for the terminal; ``said`` is the error's own first line."""
-    tried, free, total, allowed, mps_limit, process, others = (
-        snapshot[key] for key in SNAPSHOT_KEYS[:7]
+    amounts = {
+        key: f"{mib / 1024:.2f} GiB" if mib >= 1024 else f"{mib:.0f} MiB"
+        for key, mib in snapshot.items()
+        if key in SNAPSHOT_KEYS and mib is not None
+    }
+    where, place = ("GPU", "card") if snapshot["where"] == "gpu" else ("host", "machine")
+    tried, free, total, mps_limit = map(
+        amounts.get, ("tried_mib", "free_mib", "total_mib", "mps_limit_mib")
     )
-    parts = [f"tried {_amount(tried)}" if tried is not None else said]
-    if free is not None and mps_limit is not None:
-        parts[0] += f" with {_amount(free)} free within the MPS memory limit of "
-        parts[0] += _amount(mps_limit)
-    elif free is not None and total is not None:
-        parts[0] += f" with {_amount(free)} of {_amount(total)} free"
-    if allowed is not None:
-        parts.append(f"{_amount(allowed)} allowed")
-    if process is not None:
-        parts.append(f"this process holds {_amount(process)}")
-    if others is not None:
-        place = "on the card" if snapshot["where"] == "gpu" else "on the machine"
-        parts.append(f"others {place} hold {_amount(others)}")
-    where = {"gpu": "GPU", "host": "host"}[snapshot["where"]]
+    first = f"tried {tried}" if tried else said
+    if free and mps_limit:
+        first += f" with {free} free within the MPS memory limit of {mps_limit}"
+    elif free and total:
+        first += f" with {free} of {total} free"
+    others = (
+        ("allowed_mib", "{} allowed"),
+        ("process_mib", "this process holds {}"),
+        ("others_mib", f"others on the {place} hold {{}}"),
+    )
+    parts = [first, *(text.format(amounts[key]) for key, text in others if key in amounts)]
     return f"out of {where} memory: {'; '.join(parts)}; lower --batch-size, or run fewer clients"
-
-
-def _amount(mib: float) -> str:
-    return f"{mib / 1024:.2f} GiB" if mib >= 1024 else f"{mib:.0f} MiB"
