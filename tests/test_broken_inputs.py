@@ -52,7 +52,7 @@ def test_a_training_that_diverges_ends_with_its_epoch_rate_and_way_out(tmp_path)
     arguments = [value if value != "0.01" else "1e30" for value in TINY]
     done = run_resnet(*arguments, "--epochs", "3", "--results-dir", str(tmp_path))
     assert done.returncode == EXIT_NOT_FINITE
-    (sentence,) = done.stderr.strip().splitlines()
+    *_, sentence = done.stderr.strip().splitlines()  # on a slow machine signs of life come first
     for part in ("diverged", "epoch 1", "learning rate 1e+30", "fp32", "try --lr 1e+29"):
         assert part in sentence
     assert not list(tmp_path.iterdir())

@@ -6,10 +6,11 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 
 from workloads.common.errors import printable
 
+LIVE_STAGE_PERIOD_SECONDS = 0.5
 PLAIN_STAGE_PERIOD_SECONDS = 15.0
 PLAIN_PROGRESS_PERIOD_SECONDS = 5.0
 # An estimate takes this many pieces, and is told from this length on; advice comes with long ones.
@@ -41,124 +42,91 @@ def stage(text: str) -> Iterator[None]:
     """
     _stages.append(text)
     try:
-        if len(_stages) > 1:
+        with nullcontext() if len(_stages) > 1 else _signs_of_life():
             yield
-        elif sys.stderr.isatty():
-            with _live_line():
-                yield
-        else:
-            with _plain_lines():
-                yield
     finally:
         _stages.pop()
 
 
-class _Innermost:
-    """The stage that is going on, whenever it is formatted."""
-
-    def __str__(self) -> str:
-        return _stages[-1] if _stages else ""
-
-
 @contextmanager
-def _live_line() -> Iterator[None]:
-    from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    columns = (SpinnerColumn(), TextColumn("{task.fields[stage]}"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as line:
-        line.add_task("", total=None, stage=_Innermost())
-        yield
-
-
-@contextmanager
-def _plain_lines() -> Iterator[None]:
+def _signs_of_life() -> Iterator[None]:
+    show, period_seconds = note, PLAIN_STAGE_PERIOD_SECONDS
     over = threading.Event()
     begin_seconds = time.monotonic()
 
     def tell() -> None:
-        while not over.wait(PLAIN_STAGE_PERIOD_SECONDS):
-            note(f"{_Innermost()}: {time.monotonic() - begin_seconds:.0f} s")
+        while not over.wait(period_seconds):
+            show(f"{_stages[-1]}: {time.monotonic() - begin_seconds:.0f} s")
 
-    threading.Thread(target=tell, name="stage", daemon=True).start()
-    try:
-        yield
-    finally:
-        over.set()
+    with ExitStack() as live_line:
+        if sys.stderr.isatty():
+            from rich.console import Console
+
+            status = live_line.enter_context(Console(stderr=True).status(_stages[-1]))
+            show, period_seconds = status.update, LIVE_STAGE_PERIOD_SECONDS
+        teller = threading.Thread(target=tell, name="stage", daemon=True)
+        teller.start()
+        try:
+            yield
+        finally:
+            over.set()
+            teller.join()
 
 
 class Progress:
-    """Counts finished pieces of work; plain lines every few seconds, for logs and pipes."""
+    """Counts finished pieces of work: on rich's bar, or in plain lines every few seconds."""
 
-    def __init__(self, total: int, description: str, advice: str | None = None) -> None:
-        """Count up to ``total``; ``advice`` are flags of a shorter job, for one that takes long."""
+    def __init__(self, total: int, description: str, advice: str | None, bar: object) -> None:
         self._total = total
         self._description = description
         self._advice = advice
         self._finished = 0
         self._begin_seconds = self._last_line_seconds = time.monotonic()
+        self._bar = bar
+        self._task = bar.add_task(description, total=total) if bar else None
 
     def advance(self, pieces: int = 1, detail: str = "") -> None:
         """Report ``pieces`` more as finished; ``detail`` is shown next to the count."""
         self._finished += pieces
         if self._finished == ESTIMATE_PIECES and self._advice is not None:
             self._estimate()
-        self._show(pieces, detail)
+        now_seconds = time.monotonic()
+        if self._bar:
+            description = f"{self._description} {detail}".rstrip()
+            self._bar.update(self._task, completed=self._finished, description=description)
+        elif now_seconds - self._last_line_seconds >= PLAIN_PROGRESS_PERIOD_SECONDS:
+            self._last_line_seconds = now_seconds
+            note(f"{self._description}: {self._finished}/{self._total} {detail}".rstrip())
 
     def _estimate(self) -> None:
         seconds = (time.monotonic() - self._begin_seconds) / self._finished * self._total
-        if seconds >= ADVICE_SECONDS:
-            note(f"about {duration(seconds)} on this CPU; try {self._advice}")
-        elif seconds >= ESTIMATE_SECONDS:
-            note(f"about {duration(seconds)} on this CPU")
-
-    def _show(self, pieces: int, detail: str) -> None:
-        now = time.monotonic()
-        if now - self._last_line_seconds >= PLAIN_PROGRESS_PERIOD_SECONDS:
-            self._last_line_seconds = now
-            note(f"{self._description}: {self._finished}/{self._total} {detail}".rstrip())
-
-
-class _Bar(Progress):
-    """A bar with the time left, for terminals."""
-
-    def __init__(self, rich_progress, *arguments: object) -> None:
-        super().__init__(*arguments)
-        self._rich = rich_progress
-        self._task = rich_progress.add_task(self._description, total=self._total)
-
-    def _show(self, pieces: int, detail: str) -> None:
-        description = f"{self._description} {detail}".rstrip()
-        self._rich.update(self._task, advance=pieces, description=description)
+        advice = f"; try {self._advice}" if seconds >= ADVICE_SECONDS else ""
+        if seconds >= ESTIMATE_SECONDS:
+            note(f"about {duration(seconds)} on this CPU{advice}")
 
 
 @contextmanager
 def progress(total: int, description: str, advice: str | None = None) -> Iterator[Progress]:
     """Show how far ``total`` pieces of work have come: a bar on a terminal, plain lines elsewhere.
 
-    Everything goes to standard error; standard output is left to results.
-
-    Args:
-        total: How many pieces there are.
-        description: What is counted.
-        advice: Flags of a shorter job; given on a CPU, where a job may take hours, and then the
-            time that it will take is told after a few pieces.
+    Everything goes to standard error; standard output is left to results. ``advice`` are flags of a
+    shorter job; given on a CPU, where a job may take hours, and then the time that it will take is
+    told after a few pieces.
     """
     if not sys.stderr.isatty():
-        yield Progress(total, description, advice)
+        yield Progress(total, description, advice, bar=None)
         return
+    from rich import progress as rich
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as RichProgress
 
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
+        rich.TextColumn("{task.description}"),
+        rich.BarColumn(),
+        rich.MofNCompleteColumn(),
+        rich.TimeRemainingColumn(),
     )
-    with RichProgress(*columns, console=Console(stderr=True), transient=True) as bar:
-        yield _Bar(bar, total, description, advice)
+    with rich.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        yield Progress(total, description, advice, bar)
 
 
 def duration(seconds: float) -> str:

@@ -11,7 +11,6 @@ import contextlib
 import ctypes
 import os
 import re
-import shutil
 import stat
 import subprocess
 import sys
@@ -47,11 +46,9 @@ def usable_cores() -> int:
     cores = len(os.sched_getaffinity(0))
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        if quota != "max":
-            cores = min(cores, max(1, int(quota) // int(period)))
-    except (OSError, ValueError):
+        return min(cores, max(1, int(quota) // int(period)))
+    except (OSError, ValueError):  # no such file, or "max"
         return cores
-    return cores
 
 
 def clients_on_gpu() -> int:
@@ -130,41 +127,35 @@ class ComputeDevice:
 
     def identity(self, batch_size: int | None = None) -> dict:
         """Return who this client is as CUDA sees it: the evidence a sharing mode is checked by."""
-        identity = {
+        import torch
+
+        properties = torch.cuda.get_device_properties(self.torch_device) if self.is_cuda else None
+        versions = package_versions()
+        if properties:
+            versions |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+        return {
             "pid": os.getpid(),
             "device": self.torch_device.type,
-            "gpu_name": None,
-            "gpu_uuid": None,
-            "multiprocessor_count": None,
-            "memory_total_mib": None,
-            "sharing_environment": {
-                name: value
-                for name, value in sorted(os.environ.items())
-                if name.startswith(("CUDA_VISIBLE_DEVICES", "CUDA_MPS_", "CUDA_DEVICE_ORDER"))
-            },
-            "host_threads": _host_threads(),
+            "gpu_name": properties and properties.name,
+            "gpu_uuid": properties and _uuid_text(str(properties.uuid)),
+            "multiprocessor_count": properties and properties.multi_processor_count,
+            "memory_total_mib": properties and properties.total_memory // MIB,
+            "sharing_environment": sharing_environment(),
+            "host_threads": torch.get_num_threads(),
             "engine": self.engine,
             "precision": self.precision,
             "batch_size": batch_size,
-            "versions": package_versions(),
+            "versions": versions,
         }
-        if self.is_cuda:
-            import torch
-
-            properties = torch.cuda.get_device_properties(self.torch_device)
-            identity["gpu_name"] = properties.name
-            identity["gpu_uuid"] = _uuid_text(str(properties.uuid))
-            identity["multiprocessor_count"] = properties.multi_processor_count
-            identity["memory_total_mib"] = properties.total_memory // MIB
-            identity["versions"]["cuda"] = torch.version.cuda
-            identity["versions"]["cudnn"] = torch.backends.cudnn.version()
-        return identity
 
 
-def _host_threads() -> int:
-    import torch
-
-    return torch.get_num_threads()
+def sharing_environment() -> dict[str, str]:
+    """Return the variables of this process that choose a GPU or set its sharing mode."""
+    return {
+        name: value
+        for name, value in sorted(os.environ.items())
+        if name.startswith(("CUDA_VISIBLE_DEVICES", "CUDA_MPS_", "CUDA_DEVICE_ORDER"))
+    }
 
 
 def open_device(args: argparse.Namespace) -> ComputeDevice:
@@ -188,8 +179,7 @@ def open_device(args: argparse.Namespace) -> ComputeDevice:
     # Idle OpenMP threads spin and steal cores from the other clients: measured 158 s instead of
     # 80 s for four clients on two cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    if "OMP_NUM_THREADS" not in os.environ:
-        os.environ["OMP_NUM_THREADS"] = str(usable_cores())
+    os.environ.setdefault("OMP_NUM_THREADS", str(usable_cores()))
     if args.device != "cpu":
         _create_context_meanwhile()
     if args.engine == "compile":
@@ -265,11 +255,8 @@ def _protect_compiler() -> None:
             raise UsageError(
                 f"cannot make {folder} ({error.strerror}); set {variable} to a folder of your own"
             ) from error
-        if (
-            not stat.S_ISDIR(status.st_mode)
-            or status.st_uid != os.geteuid()
-            or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-        ):
+        is_open = not stat.S_ISDIR(status.st_mode) or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+        if is_open or status.st_uid != os.geteuid():
             raise UsageError(
                 f"{folder} is not yours alone, and compiled code is run from there; set "
                 f"{variable} to a folder of your own (chmod 700)"
@@ -283,18 +270,14 @@ def _protect_compiler() -> None:
 
 def driver_listing() -> str | None:
     """Return what ``nvidia-smi`` lists (name, driver version), or None where nothing answers."""
-    nvidia_smi = shutil.which("nvidia-smi")
-    if nvidia_smi is None:
-        return None
     try:
         answer = subprocess.run(
-            (nvidia_smi, "--query-gpu=name,driver_version", "--format=csv,noheader"),
-            capture_output=True, text=True, timeout=30, check=False,
+            ("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"),
+            capture_output=True, text=True, timeout=30, check=True,
         )  # fmt: skip
-    except (OSError, subprocess.TimeoutExpired):
+    except (OSError, subprocess.SubprocessError):
         return None
-    listing = answer.stdout.strip()
-    return listing if answer.returncode == 0 and listing else None
+    return answer.stdout.strip() or None
 
 
 def _why_no_gpu(torch: object) -> str:
@@ -304,14 +287,14 @@ def _why_no_gpu(torch: object) -> str:
             "no NVIDIA driver answers (nvidia-smi fails or is missing); "
             "install the driver, or use --device cpu and leave --gpu away"
         )
+    seen = f"the driver sees {listing.splitlines()[0]}, but PyTorch {torch.__version__}"
     if torch.version.cuda is None:
         return (
-            f"the driver sees {listing.splitlines()[0]}, but this PyTorch ({torch.__version__}) "
-            "was built without CUDA; reinstall it with 'pip install --force-reinstall torch'"
+            f"{seen} was built without CUDA; reinstall it with "
+            "'pip install --force-reinstall torch'"
         )
     return (
-        f"the driver sees {listing.splitlines()[0]}, but PyTorch {torch.__version__} for CUDA "
-        f"{torch.version.cuda} cannot use it; CUDA {torch.version.cuda} needs a driver that "
+        f"{seen} for CUDA {torch.version.cuda} cannot use it; it needs a driver that "
         "shows at least this CUDA version in nvidia-smi's first line, so update the driver or "
         "install a PyTorch build for an older CUDA (and check CUDA_VISIBLE_DEVICES or --gpu)"
     )

@@ -51,7 +51,6 @@ class TrainState:
         """Copy parameters and buffers of ``modules``, ``extra_tensors`` and the random state."""
         import torch
 
-        self._torch = torch
         self._optimizer = optimizer
         model_tensors = [t for m in modules for t in (*m.parameters(), *m.buffers())]
         self._live = [*model_tensors, *extra_tensors]
@@ -61,7 +60,8 @@ class TrainState:
 
     def restore(self) -> None:
         """Put the saved state back, in place."""
-        torch = self._torch
+        import torch
+
         with torch.no_grad():
             for live, saved in zip(self._live, self._saved, strict=True):
                 live.copy_(saved)
@@ -78,7 +78,6 @@ class EpochTotals:
     """Loss and correct answers of an epoch; adding is device work that a CUDA graph can hold."""
 
     def __init__(self, device: torch.device) -> None:
-        """Start at zero on ``device``."""
         import torch
 
         self.loss_sum = torch.zeros((), device=device)
@@ -90,13 +89,7 @@ class EpochTotals:
         return self.loss_sum, self.correct
 
     def add(self, logits: torch.Tensor, labels: torch.Tensor, loss: torch.Tensor) -> None:
-        """Add one batch.
-
-        Args:
-            logits: Shape (batch, classes), detached.
-            labels: int64, shape (batch,).
-            loss: Mean loss of the batch, detached.
-        """
+        """Add one batch: logits (batch, classes), labels (batch,) of int64, its mean loss."""
         self.loss_sum.add_(loss.float() * len(labels))
         self.correct.add_((logits.argmax(dim=1) == labels).sum())
 
@@ -180,11 +173,8 @@ def prepare_step(
 ) -> Callable[[], None]:
     """Return the callable that launches ``step`` once under the device's engine.
 
-    Args:
-        device: The opened device; its engine decides.
-        step: Reads and writes fixed tensors only and never synchronizes; a capture runs it.
-        restore: Puts the state that ``step`` changes back to where it was.
-        pool: Shared with other steps of the job; of its own where there is none.
+    ``step`` reads and writes fixed tensors only and never synchronizes; a capture runs it, and then
+    ``restore`` puts back what it has changed. ``pool`` is shared with other steps of the job.
     """
     if device.engine == "eager":
         return step
@@ -199,22 +189,19 @@ def capture_forward(
 ) -> Callable[[], T]:
     """Return a callable that runs ``forward`` under the engine and returns what it returns.
 
-    Under a graph its output is one static tensor that each call overwrites.
-
-    Args:
-        device: The opened device; its engine decides.
-        forward: Reads fixed input tensors; runs a few times here.
-        stream: What the caller replays it on, where that is not the default stream. Graphs of one
-            stream take turns, so they share their memory; those of two may run at the same time.
+    ``forward`` reads fixed input tensors, and runs a few times here. Under a graph its output is
+    one static tensor that each call overwrites. ``stream`` is what the caller replays it on, where
+    that is not the default one. Graphs of one stream take turns, so they share their memory; those
+    of two may run at the same time.
     """
     import torch
 
     guarded = torch.inference_mode()(forward)
     if device.engine == "eager":
         guarded()
-        device.synchronize()
-        return guarded
-    replay = _capture(guarded, _stream_pool(stream) if stream else None, stream)
+        replay = guarded
+    else:
+        replay = _capture(guarded, _stream_pool(stream) if stream else None, stream)
     device.synchronize()
     return replay
 
@@ -235,8 +222,8 @@ def _capture(
     """Capture ``work`` as one CUDA graph; each call of the result replays it.
 
     The result returns what ``work`` returned at the capture: tensors that each replay overwrites.
-    ``pool`` is the graph's memory, its own where there is none. ``stream`` is captured on: cuBLAS
-    has one workspace a stream, and graphs that run at the same time must not share it.
+    ``stream`` is captured on: cuBLAS has one workspace a stream, and graphs that run at the same
+    time must not share it.
     """
     import torch
 
@@ -281,7 +268,6 @@ class Pacer:
     def __init__(
         self, device: ComputeDevice, recorder: Recorder, depth: int = PIPELINE_DEPTH
     ) -> None:
-        """Record the steps of ``device`` with ``recorder``."""
         self._device = device
         self._recorder = recorder
         self._depth = depth
@@ -342,13 +328,7 @@ class Pacer:
 
 
 class Pass:
-    """One way through a split: its full batches, then what is left as a smaller one.
-
-    Attributes:
-        batches: Where the samples come from.
-        full_batches: How many full batches there are.
-        full_step: Launches the step of one of them.
-    """
+    """One way through a split: its full batches, then what is left as a smaller one."""
 
     def __init__(
         self,
@@ -361,13 +341,7 @@ class Pass:
     ) -> None:
         """Prepare ``step``, which takes the size of its batch, for both sizes.
 
-        Args:
-            device: The opened device.
-            kind: Name of the unit of work; ``_partial`` is added for the smaller batch.
-            batches: The split.
-            step: One batch's work.
-            restore: Puts what ``step`` changes back.
-            pool: The memory that the job's captured steps share.
+        ``kind`` names the unit of work; ``_partial`` is added for the smaller batch.
         """
         self.batches = batches
         self.full_batches, rest = divmod(batches.samples, batches.batch_size)
@@ -383,13 +357,10 @@ class Pass:
         epoch: int = 0,
         advance: Callable[[], None] = lambda: None,
     ) -> tuple[float, float, float]:
-        """Launch every batch; return mean loss, accuracy in percent and seconds.
+        """Launch every batch of epoch ``epoch``'s order, ``advance`` after each.
 
-        Args:
-            pacer: Launches and records.
-            totals: What the steps add to.
-            epoch: Which order of the samples.
-            advance: Called after each launch.
+        Returns:
+            Mean loss, accuracy in percent and seconds.
         """
         start_seconds = time.monotonic()
         self.batches.start_epoch(epoch)

@@ -101,7 +101,15 @@ def read_checkpoint(path: Path, fix: str, *, check_sums: bool = False) -> object
     """
     import torch
 
-    if check_sums:
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(ZIP_MAGIC))
+    except OSError as error:
+        raise UsageError(f"cannot read {path} ({error.strerror}); {fix}") from error
+    if not start:
+        raise DamagedFileError(f"{path} is empty; {fix}")
+    is_archive = start == ZIP_MAGIC
+    if check_sums and is_archive:
         _require_intact(path, fix)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -109,25 +117,21 @@ def read_checkpoint(path: Path, fix: str, *, check_sums: bool = False) -> object
     except Exception as error:
         if as_out_of_memory(error):
             raise
-        _require_intact(path, fix)
-        if isinstance(error, pickle.UnpicklingError) and zipfile.is_zipfile(path):
+        if is_archive:
+            _require_intact(path, fix)
+        if is_archive and isinstance(error, pickle.UnpicklingError):
             raise UsageError(
                 f"{path} holds Python objects instead of weights alone, which are not loaded; "
                 f"save model.state_dict() with torch.save, or {fix}"
             ) from error
-        if _start_of(path, fix).startswith(PICKLE_MAGIC):
+        if start.startswith(PICKLE_MAGIC):
             # The format before PyTorch 1.6, which has no sums: nothing tells more.
             raise _damaged(path, fix) from error
         raise UsageError(f"{path} cannot be read as a PyTorch file; {fix}") from error
 
 
 def _require_intact(path: Path, fix: str) -> None:
-    """Refuse an empty file, and an archive that is cut off or does not fit its sums."""
-    start = _start_of(path, fix)
-    if not start:
-        raise DamagedFileError(f"{path} is empty; {fix}")
-    if not start.startswith(ZIP_MAGIC):
-        return
+    """Refuse an archive that is cut off or does not fit its sums."""
     try:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
@@ -135,14 +139,6 @@ def _require_intact(path: Path, fix: str) -> None:
         raise _damaged(path, fix) from error
     if broken is not None:
         raise DamagedFileError(f"{path} is damaged: {broken} in it fails its checksum; {fix}")
-
-
-def _start_of(path: Path, fix: str) -> bytes:
-    try:
-        with path.open("rb") as file:
-            return file.read(len(ZIP_MAGIC))
-    except OSError as error:
-        raise UsageError(f"cannot read {path} ({error.strerror}); {fix}") from error
 
 
 def _damaged(path: Path, fix: str) -> DamagedFileError:
@@ -183,12 +179,16 @@ def load_classifier(
         UsageError: Weights that were asked for are not available, or do not fit the model.
         DamagedFileError: Their file is empty, cut off or altered.
     """
-    path, kind = resolve_weights(name, weights)
-    if path is None:
-        return _random_classifier(name, seed)
     import torch
     from torchvision import models
 
+    path, kind = resolve_weights(name, weights)
+    if path is None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = models.get_model(name, weights=None)
+        loaded = LoadedWeights(kind, f"seed {seed}", _class_names({}, 1000))
+        return model.eval().requires_grad_(False), loaded
     content = read_checkpoint(path, "name another weights file with --weights")
     content = content if isinstance(content, Mapping) else {}
     state = _state_dict(path, content)
@@ -204,8 +204,8 @@ def load_classifier(
             f"the weights in {path} do not fit {name}; name a file saved from that model with "
             "--weights, or use --weights none"
         ) from error
-    names = _class_names(content, classes)
-    return model.float().eval().requires_grad_(False), LoadedWeights(kind, str(path), names)
+    loaded = LoadedWeights(kind, str(path), _class_names(content, classes))
+    return model.float().eval().requires_grad_(False), loaded
 
 
 def resolve_weights(name: str, weights: str) -> tuple[Path | None, str]:
@@ -226,8 +226,8 @@ def resolve_weights(name: str, weights: str) -> tuple[Path | None, str]:
                 f"no weights file {weights}; name an existing file with --weights, or use "
                 "--weights auto"
             )
-        known = {url.rpartition("/")[2] for url in _published_urls(name)}
-        return path, "imagenet" if path.name in known and is_published(path) else "file"
+        known = any(url.endswith(f"/{path.name}") for url in _published_urls(name))
+        return path, "imagenet" if known and is_published(path) else "file"
     import torch
 
     url = _published_urls(name)[0]
@@ -238,7 +238,16 @@ def resolve_weights(name: str, weights: str) -> tuple[Path | None, str]:
     try:
         download(url, cached)
     except DownloadError as error:
-        return _without_download(name, weights, cached, error)
+        if weights == "imagenet":
+            raise UsageError(
+                f"cannot download the ImageNet weights of {name} ({error}); put the file at "
+                f"{cached}, or use --weights none"
+            ) from error
+        console.loud_warning(
+            f"no pretrained weights for {name} ({error}): going on with RANDOM weights. Speed is "
+            f"the same, predictions mean nothing. To use real ones put the file at {cached}"
+        )
+        return None, "random"
     return cached.resolve(), "imagenet"
 
 
@@ -259,11 +268,14 @@ def download(url: str, target: Path) -> None:
     """
     import torch
 
+    default_timeout = socket.getdefaulttimeout()
     try:
         if not target.is_absolute():  # torch takes ~ for a name where there is no home folder
             raise PermissionError("there is no home folder")
         target.parent.mkdir(parents=True, exist_ok=True)
-        with console.stage(f"downloading {target.name}"), _limited_silence():
+        # Behind a firewall that drops packets, torch would wait forever.
+        socket.setdefaulttimeout(DOWNLOAD_SILENCE_SECONDS)
+        with console.stage(f"downloading {target.name}"):
             torch.hub.download_url_to_file(
                 url, str(target), hash_prefix=_promised_sha256(target.name) or None, progress=False
             )
@@ -276,6 +288,8 @@ def download(url: str, target: Path) -> None:
     except (OSError, ValueError, RuntimeError, EOFError) as error:
         reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
         raise DownloadError(str(reason)) from error
+    finally:
+        socket.setdefaulttimeout(default_timeout)
 
 
 def _promised_sha256(file_name: str) -> str:
@@ -284,53 +298,12 @@ def _promised_sha256(file_name: str) -> str:
     return PUBLISHED_SHA256.get(file_name) or (in_name[1] if in_name else "")
 
 
-@contextlib.contextmanager
-def _limited_silence() -> Iterator[None]:
-    """Let new sockets give up after a while: behind a firewall that drops packets, torch would not.
-
-    Everything that is opened meanwhile gives up too, so nothing else should go on in the process.
-    """
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(DOWNLOAD_SILENCE_SECONDS)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
-
-
-def _without_download(
-    name: str, weights: str, cached: Path, error: DownloadError
-) -> tuple[None, str]:
-    if weights == "imagenet":
-        raise UsageError(
-            f"cannot download the ImageNet weights of {name} ({error}); put the file at {cached}, "
-            "or use --weights none"
-        ) from error
-    console.loud_warning(
-        f"no pretrained weights for {name} ({error}): going on with RANDOM weights. Speed is the "
-        f"same, predictions mean nothing. To use real ones put the file at {cached}"
-    )
-    return None, "random"
-
-
-def _random_classifier(name: str, seed: int) -> tuple[nn.Module, LoadedWeights]:
-    import torch
-    from torchvision import models
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = models.get_model(name, weights=None)
-    names = _class_names({}, 1000)
-    return model.eval().requires_grad_(False), LoadedWeights("random", f"seed {seed}", names)
-
-
 def _state_dict(path: Path, content: Mapping) -> Mapping[str, Tensor]:
     import torch
 
     nested = next((content[key] for key in STATE_DICT_KEYS if key in content), content)
-    if not isinstance(nested, Mapping) or not any(
-        isinstance(value, torch.Tensor) for value in nested.values()
-    ):
+    values = nested.values() if isinstance(nested, Mapping) else ()
+    if not any(isinstance(value, torch.Tensor) for value in values):
         raise UsageError(f"{path} holds no state dict; save model.state_dict() with torch.save")
     return nested
 
@@ -376,10 +349,10 @@ def hub_answers() -> bool:
     probe = threading.Thread(target=lambda: answers.append(_probe(hub_endpoint())), daemon=True)
     probe.start()
     probe.join(HUB_PROBE_SECONDS)
-    if answers != [True]:
-        os.environ["HF_HUB_OFFLINE"] = "1"
-        return False
-    return True
+    if answers == [True]:
+        return True
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    return False
 
 
 def _probe(address: str) -> bool:
