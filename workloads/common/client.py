@@ -322,7 +322,7 @@ def _run_by_hand(workload: Workload) -> int:
                     raise
                 _wait_for_device(workload)
                 interruption = error
-            figures |= monitor.figures()
+        figures |= monitor.figures()
         identity = workload.identity()
         if interruption is None:
             _write_done(workload, events, jobs=1)

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
@@ -26,15 +27,17 @@ SCHEMA_VERSION = 1
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 RECORDED_PACKAGES = (
     "torch", "torchvision", "transformers", "tokenizers", "numpy", "pillow", "flask", "gunicorn",
-    "gevent", "aiohttp",
-    "nvidia-ml-py", "triton",
+    "gevent", "aiohttp", "nvidia-ml-py", "triton",
+)  # fmt: skip
+LATENCY_KEYS = (
+    "mean_ms", "median_ms", "std_ms", "min_ms", "max_ms", "p50_ms", "p95_ms", "p99_ms",
 )  # fmt: skip
 MONITOR_SCRIPT = PROJECT_ROOT / "benchmarking" / "gpu_monitor.py"
-MONITOR_FIGURES = (
-    ("gpu_utilization_percent", "utilization_gpu_percent"),
-    ("gpu_sm_activity_percent", "sm_activity_percent"),
-    ("gpu_memory_used_mib", "memory_used_mib"),
-)
+# Means over the run, and the fields of a sample that they are taken of.
+MONITOR_MEANS = {
+    "gpu_utilization_percent": "utilization_gpu_percent",
+    "gpu_sm_activity_percent": "sm_activity_percent",
+}
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -186,24 +189,20 @@ def summarize_latency_ms(durations_seconds: Sequence[float]) -> dict[str, float 
         durations_seconds: Raw durations in seconds, one a request or batch.
 
     Returns:
-        ``mean_ms, median_ms, std_ms, min_ms, max_ms, p50_ms, p95_ms, p99_ms`` in milliseconds;
-        every value is None where there are no durations. Percentiles interpolate linearly
-        between order statistics (NumPy's default), ``std_ms`` is the sample standard deviation
-        (n - 1), None for a single value.
+        ``LATENCY_KEYS`` in milliseconds, all None where there are no durations. Percentiles
+        interpolate linearly between order statistics (NumPy's default), ``std_ms`` is the sample
+        standard deviation (n - 1), None for a single value.
     """
-    names = ("mean", "median", "std", "min", "max", "p50", "p95", "p99")
     if not len(durations_seconds):
-        return {f"{name}_ms": None for name in names}
+        return dict.fromkeys(LATENCY_KEYS)
     import numpy as np
 
     values = np.asarray(durations_seconds, dtype=np.float64) * 1e3
-    p50, p95, p99 = np.percentile(values, (50, 95, 99))
-    std = values.std(ddof=1) if len(values) > 1 else None
-    figures = (values.mean(), p50, std, values.min(), values.max(), p50, p95, p99)
-    return {
-        f"{name}_ms": None if figure is None else float(figure)
-        for name, figure in zip(names, figures, strict=True)
-    }
+    p50, p95, p99 = np.percentile(values, (50, 95, 99)).tolist()
+    std = float(values.std(ddof=1)) if len(values) > 1 else None
+    low, high = float(values.min()), float(values.max())
+    figures = (float(values.mean()), p50, std, low, high, p50, p95, p99)
+    return dict(zip(LATENCY_KEYS, figures, strict=True))
 
 
 class GpuMonitor:
@@ -214,11 +213,11 @@ class GpuMonitor:
     """
 
     def __init__(self, device: ComputeDevice | None) -> None:
-        self._gpu_uuid = device.identity()["gpu_uuid"] if device and device.is_cuda else None
-        self._process: subprocess.Popen | None = None
+        self._gpu_uuid = device.identity()["gpu_uuid"] if device else None
         self._begin_seconds = float("inf")
-        # Count, sum and maximum, not samples: a server may run for days.
-        self._totals = {field: [0, 0.0, None] for _, field in MONITOR_FIGURES}
+        # Counts, sums and a maximum, not samples: a server may run for days.
+        self._counts, self._sums = Counter(), Counter()
+        self._memory_used_mib: float | None = None
         self._source: str | None = None
 
     def __enter__(self) -> GpuMonitor:
@@ -239,46 +238,44 @@ class GpuMonitor:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._end()
+        """Close the sampler's standard input and wait until it has gone."""
+        if self._gpu_uuid is not None:
+            self._process.stdin.close()
+            self._reader.join()
+            self._process.wait()
 
     def begin(self) -> None:
         """Count samples from now on."""
         self._begin_seconds = time.monotonic()
 
     def figures(self) -> dict:
-        """End the sampler and return what it saw since ``begin``; None where unknown.
+        """Return what was seen between ``begin`` and the block's end; None where unknown.
 
         Returns:
             ``gpu_utilization_percent`` (mean), ``gpu_utilization_source``,
             ``gpu_sm_activity_percent`` (mean), ``gpu_memory_used_mib`` (maximum, whole GPU).
         """
-        self._end()
-        figures: dict = {}
-        for name, field in MONITOR_FIGURES:
-            count, total, highest = self._totals[field]
-            mean = total / count if count else None
-            figures[name] = highest if name == "gpu_memory_used_mib" else mean
-        return figures | {"gpu_utilization_source": self._source}
+        means = {
+            name: self._sums[name] / self._counts[name] if self._counts[name] else None
+            for name in MONITOR_MEANS
+        }
+        return means | {
+            "gpu_memory_used_mib": self._memory_used_mib,
+            "gpu_utilization_source": self._source,
+        }
 
     def _read(self, lines: Iterable[str]) -> None:
         for line in lines:
             sample = json.loads(line)
             if sample.get("time_seconds", 0.0) < self._begin_seconds:
                 continue
-            for field, (count, total, highest) in self._totals.items():
-                value = sample.get(field)
-                if value is not None:
-                    highest = value if highest is None else max(highest, value)
-                    self._totals[field] = [count + 1, total + value, highest]
+            for name, field in MONITOR_MEANS.items():
+                if sample.get(field) is not None:
+                    self._counts[name] += 1
+                    self._sums[name] += sample[field]
+            used_mib = (self._memory_used_mib, sample.get("memory_used_mib"))
+            self._memory_used_mib = max((mib for mib in used_mib if mib is not None), default=None)
             self._source = self._source or sample.get("utilization_source")
-
-    def _end(self) -> None:
-        """Close the sampler's standard input and wait until it has gone; safe to call twice."""
-        if self._process is not None:
-            process, self._process = self._process, None
-            process.stdin.close()
-            self._reader.join()
-            process.wait()
 
 
 def print_summary(title: str, rows: Sequence[tuple[str, str]], warnings: Sequence[str]) -> None:

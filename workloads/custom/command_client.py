@@ -37,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from workloads.common import cli
 from workloads.common.client import Recorder, StopRequested, Workload, main_of
+from workloads.common.device import sharing_environment
 from workloads.common.errors import EXIT_OUT_OF_MEMORY, JobFailedError, OutOfGpuMemoryError
 
 UNIT_KIND = "command"
@@ -168,11 +169,7 @@ class CommandWorkload(Workload):
             ("device", "gpu_name", "gpu_uuid", "multiprocessor_count", "memory_total_mib",
              "engine", "precision", "batch_size")
         )  # fmt: skip
-        sharing = {
-            name: value
-            for name, value in os.environ.items()
-            if name == "CUDA_VISIBLE_DEVICES" or name.startswith("CUDA_MPS_")
-        }
+        sharing = sharing_environment()
         return nothing | {"pid": os.getpid(), "sharing_environment": sharing, "versions": {}}
 
 
