@@ -117,6 +117,8 @@ def test_a_command_gets_sigterm_first_and_time_to_put_its_work_away(tmp_path: Pa
     with HeldClient(tmp_path, SCRIPT, "--command", line, "--shell") as client:
         client.start_working()
         wait_for_line(tmp_path / "pid")
+        # Interrupted while it starts the command, the client could not read what that complains.
+        client.wait_for("processes")
         client.process.send_signal(signal.SIGTERM)
         assert client.exit_code() == 130
     assert (tmp_path / "end").read_text() == "saved\n"

@@ -146,23 +146,21 @@ def package_versions() -> dict[str, str | None]:
 
 def source_revision() -> tuple[str | None, bool | None]:
     """Return (git commit, whether the tree differs from it); (None, None) outside a checkout."""
-    try:
-        # The project may lie, unpacked, inside of another repository.
-        if Path(_git("rev-parse", "--show-toplevel")).resolve() != PROJECT_ROOT:
-            return None, None
-        commit = _git("rev-parse", "HEAD")
-        return commit, bool(_git("status", "--porcelain", "--untracked-files=no"))
-    except (OSError, subprocess.SubprocessError):
+    # The project may lie, unpacked, inside of another repository.
+    if not (PROJECT_ROOT / ".git").exists():
         return None, None
-
-
-def _git(*arguments: str) -> str:
     # GIT_DIR and its like, which hooks and editors leave behind, name another repository.
     environment = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
-    return subprocess.run(
-        ("git", "-C", str(PROJECT_ROOT), *arguments), env=environment, capture_output=True,
-        text=True, timeout=10, check=True,
-    ).stdout.strip()  # fmt: skip
+    try:
+        described = subprocess.run(
+            ("git", "-C", str(PROJECT_ROOT), "describe", "--always", "--abbrev=40", "--exclude=*",
+             "--dirty"),
+            env=environment, capture_output=True, text=True, timeout=10, check=True,
+        ).stdout  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None, None
+    commit, _, dirty = described.strip().partition("-")
+    return commit, bool(dirty)
 
 
 def describe_environment() -> dict:

@@ -405,18 +405,16 @@ def _hub_file(name: str, revision: str | None, file: str) -> Path | None:
 
     try:
         return Path(hf_hub_download(name, file, revision=revision, etag_timeout=HUB_PROBE_SECONDS))
-    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
-        raise UsageError(
-            f"the hub has no model {name!r} that is open to you, or not at {revision or 'main'}; "
-            "check the name given with --model"
-        ) from error
     except errors.LocalEntryNotFoundError as error:
         raise HubUnreachableError(f"{hub_endpoint()} stopped answering") from error
-    except errors.EntryNotFoundError as error:
-        if file in HUB_OPTIONAL_FILES:
+    except (
+        errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.EntryNotFoundError,
+    ) as error:  # fmt: skip
+        if isinstance(error, errors.EntryNotFoundError) and file in HUB_OPTIONAL_FILES:
             return None
         raise UsageError(
-            f"the hub's model {name!r} has no {file}; choose another with --model"
+            f"the hub has no model {name!r} with a {file} that is open to you at "
+            f"{revision or 'main'}; check the name given with --model"
         ) from error
     except PermissionError as error:
         raise UsageError(

@@ -134,19 +134,17 @@ class CommandWorkload(Workload):
             if recorder.stop_requested:
                 stop_seconds = stop_seconds or time.monotonic()
                 if time.monotonic() >= stop_seconds + FINISH_SECONDS:
-                    end_descendants(GRACE_SECONDS)
+                    end_descendants()
                     raise StopRequested
-        if stop_seconds is not None:
+        if stop_seconds:
             # The job that ended meanwhile lies past the window, and failing now harms nobody.
             raise StopRequested
 
-    def reset(self) -> None:
-        """End what a run has left behind in the background."""
-        end_descendants(GRACE_SECONDS)
-
     def close(self) -> None:
-        """Leave no process behind, however this ends."""
-        end_descendants(GRACE_SECONDS)
+        """End what a run has left behind in the background, however this ends."""
+        end_descendants()
+
+    reset = close
 
     def settings(self) -> dict:
         """Return the command and how it is run."""
@@ -181,7 +179,6 @@ class _Run:
 
     def __init__(self, words: list[str], folder: Path) -> None:
         self.ended = threading.Event()
-        self.end_seconds = 0.0
         self.stderr_tail = b""
         self.start_seconds = time.monotonic()
         try:
@@ -190,21 +187,16 @@ class _Run:
             )
         except OSError as error:
             raise JobFailedError(f"cannot start {words[0]}: {error.strerror}") from error
-        self._copier = threading.Thread(target=self._copy_stderr, daemon=True)
-        self._copier.start()
         threading.Thread(target=self._wait, daemon=True).start()
-
-    @property
-    def exit_code(self) -> int:
-        """As Popen has it: negative for a signal."""
-        return self._process.returncode
 
     def _wait(self) -> None:
         # A thread of its own takes the time at once, whatever the others are doing.
-        self._process.wait()
+        copier = threading.Thread(target=self._copy_stderr, daemon=True)
+        copier.start()
+        self.exit_code = self._process.wait()
         self.end_seconds = time.monotonic()
         # What a command leaves in the background may hold its standard error open for long.
-        self._copier.join(1.0)
+        copier.join(1.0)
         self.ended.set()
 
     def _copy_stderr(self) -> None:
@@ -226,27 +218,27 @@ def descendants() -> set[psutil.Process]:
     return found
 
 
-def end_descendants(grace_seconds: float) -> None:
-    """End every descendant: SIGTERM, and SIGKILL for what still runs after ``grace_seconds``.
+def end_descendants() -> None:
+    """End every descendant: SIGTERM, and SIGKILL for what still runs after ``GRACE_SECONDS``.
 
     An interruption cuts the grace short, but never leaves a process behind.
     """
     try:
-        _signal_until_gone(signal.SIGTERM, grace_seconds, again=False)
+        _signal_until_gone(signal.SIGTERM, GRACE_SECONDS)
     finally:
-        _signal_until_gone(signal.SIGKILL, KILL_SECONDS, again=True)
+        _signal_until_gone(signal.SIGKILL, KILL_SECONDS)
         # Their exit status, or they stay as zombies while this runs.
         with contextlib.suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
 
 
-def _signal_until_gone(number: signal.Signals, seconds: float, *, again: bool) -> None:
+def _signal_until_gone(number: signal.Signals, seconds: float) -> None:
     """Signal each descendant once, those that appear meanwhile too, until none is left."""
     deadline = time.monotonic() + seconds
     told: set[psutil.Process] = set()
     while (left := descendants()) and time.monotonic() < deadline:
-        for process in left if again else left - told:
+        for process in left - told:
             with contextlib.suppress(psutil.Error):
                 process.send_signal(number)
         told |= left
@@ -260,8 +252,7 @@ def _require_success(run: _Run) -> None:
     text = run.stderr_tail.decode(errors="replace")
     lines = [line.strip() for line in re.split(r"[\r\n]+", text) if line.strip()]
     how = f"exit code {code}" if code > 0 else f"signal {signal.Signals(-code).name}"
-    said = f": {lines[-1]}" if lines else ""
-    message = f"the command ended with {how}{said}"
+    message = ": ".join([f"the command ended with {how}", *lines[-1:]])
     if code == EXIT_OUT_OF_MEMORY or OUT_OF_MEMORY_TEXT.search(text):
         raise OutOfGpuMemoryError(f"out of GPU memory: {message}")
     raise JobFailedError(message)
