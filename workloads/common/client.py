@@ -168,10 +168,7 @@ class Recorder:
             self.flush()
 
     def processes(self, pids: list[int]) -> None:
-        """Say that the job's work is done by these processes too, since ``pid`` is not all.
-
-        A sharing mode is then proved by what the driver says of any of them.
-        """
+        """Name processes that do the job's work too; any of them can prove a sharing mode."""
         self._events.write("processes", pids=pids)
 
     def flush(self) -> None:
@@ -187,23 +184,16 @@ class Recorder:
 
 
 class Workload(ABC):
-    """One job that can be run, repeated from the same state, and described.
+    """One job that can be run, repeated from the same state, and described."""
 
-    Attributes:
-        name: Prefix of the result file, e.g. ``resnet_training``.
-        title: Heading of the summary.
-        device: The opened device; None for a workload that uses none.
-        warnings: What a reader of the result must know; shown and recorded.
-        start_delay_seconds: How long to wait between ``go`` and the first job.
-    """
-
-    name: str
-    title: str
-    device: ComputeDevice | None = None
-    start_delay_seconds = 0.0
+    name: str  # prefix of the result file
+    title: str  # heading of the summary
+    device: ComputeDevice | None = None  # None for a workload that uses none
+    start_delay_seconds = 0.0  # between `go` and the first job
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
+        # What a reader of the result must know; shown and recorded.
         self.warnings: list[str] = []
 
     @property
@@ -234,11 +224,7 @@ class Workload(ABC):
         return None
 
     def check_unfinished(self) -> None:
-        """Look at a job that was stopped in the middle as its end would have been looked at.
-
-        Raises:
-            NotFiniteError: Its figures so far are those of no real training.
-        """
+        """Raise ``NotFiniteError`` where a job stopped in the middle would have ended with it."""
 
     def close(self) -> None:
         """Let go of what ``load`` took; called once, also after a failure."""
@@ -280,22 +266,15 @@ class Workload(ABC):
 def run(workload: Workload) -> int:
     """Run ``workload`` as its flags say and return the exit code."""
     if workload.args.resolve:
-        return _resolve(workload)
+        with console.stage("looking for data and weights"):
+            arguments = workload.resolve()
+        environment, notes = describe_environment(), workload.warnings
+        answer = {"arguments": arguments, "environment": environment, "notes": notes}
+        print(json.dumps(answer), flush=True)
+        return EXIT_OK
     if workload.args.hold:
         return _run_held(workload)
     return _run_by_hand(workload)
-
-
-def _resolve(workload: Workload) -> int:
-    with console.stage("looking for data and weights"):
-        arguments = workload.resolve()
-    answer = {
-        "arguments": arguments,
-        "environment": describe_environment(),
-        "notes": workload.warnings,
-    }
-    print(json.dumps(answer), flush=True)
-    return EXIT_OK
 
 
 def _run_by_hand(workload: Workload) -> int:

@@ -59,17 +59,11 @@ def clients_on_gpu() -> int:
 
 @dataclass(frozen=True)
 class ComputeDevice:
-    """A device opened for one workload.
+    """A device opened for one workload."""
 
-    Attributes:
-        torch_device: ``cuda:0`` or ``cpu``; CUDA_VISIBLE_DEVICES has made the choice.
-        precision: ``fp32``, ``tf32`` or ``bf16``.
-        engine: ``eager``, ``graph`` or ``compile``; always ``eager`` on the CPU.
-    """
-
-    torch_device: torch.device
-    precision: str
-    engine: str
+    torch_device: torch.device  # `cuda:0` or `cpu`; CUDA_VISIBLE_DEVICES has made the choice
+    precision: str  # `fp32`, `tf32` or `bf16`
+    engine: str  # `eager`, `graph` or `compile`; always `eager` on the CPU
 
     @property
     def is_cuda(self) -> bool:
@@ -160,9 +154,6 @@ def sharing_environment() -> dict[str, str]:
 
 def open_device(args: argparse.Namespace) -> ComputeDevice:
     """Choose device, precision and engine as the shared flags say, and prepare PyTorch for them.
-
-    Args:
-        args: Parsed flags of ``cli.workload_parser``.
 
     Raises:
         GpuUnavailableError: A GPU was asked for or is in the machine, but PyTorch cannot use it.

@@ -52,15 +52,10 @@ _MPS_LIMIT = re.compile(r"(?:^|,)0=(\d+)([KMG])B?(?:,|$)")
 
 
 class WorkloadError(Exception):
-    """What went wrong is understood; the message is one sentence.
-
-    Attributes:
-        exit_code: What the process ends with.
-        cause: The suite's word for it in its records; None where the sentence is all there is.
-    """
+    """What went wrong is understood; the message is one sentence."""
 
     exit_code = EXIT_FAILED
-    cause: str | None = None
+    cause: str | None = None  # the suite's word for it in its records
 
 
 class UsageError(WorkloadError):
@@ -122,8 +117,7 @@ class UnreadableImageError(DamagedFileError):
 class OutOfGpuMemoryError(WorkloadError):
     """Memory ran out, here or in a process that a workload had started.
 
-    Attributes:
-        memory: The snapshot described above, None where nobody took one.
+    ``memory`` is the snapshot described above, None where nobody took one.
     """
 
     exit_code = EXIT_OUT_OF_MEMORY

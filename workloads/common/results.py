@@ -72,12 +72,8 @@ def written_whole(path: Path, mode: str = "b", **how: object) -> Iterator[IO]:
     """Give a file to write to, which takes the place of ``path`` once the block has ended well.
 
     A reader sees the old file or the whole new one, and after a failure nothing is left behind.
-    The folder is made where there is none.
-
-    Args:
-        path: What the file is to be called.
-        mode: ``b`` for bytes, ``t`` for text; both can be read back inside the block.
-        how: Further arguments of ``open``.
+    The folder is made where there is none. ``mode`` is ``b`` for bytes or ``t`` for text, both of
+    which can be read back inside the block; ``how`` are further arguments of ``open``.
 
     Raises:
         OSError: The folder cannot be made or written to.
@@ -183,9 +179,6 @@ def describe_environment() -> dict:
 def summarize_latency_ms(durations_seconds: Sequence[float]) -> dict[str, float | None]:
     """Summarize raw durations in the guide's terms (an average of percentiles means nothing).
 
-    Args:
-        durations_seconds: Raw durations in seconds, one a request or batch.
-
     Returns:
         ``LATENCY_KEYS`` in milliseconds, all None where there are no durations. Percentiles
         interpolate linearly between order statistics (NumPy's default), ``std_ms`` is the sample
@@ -247,11 +240,9 @@ class GpuMonitor:
         self._begin_seconds = time.monotonic()
 
     def figures(self) -> dict:
-        """Return what was seen between ``begin`` and the block's end; None where unknown.
+        """Return means of utilization and SM activity, and the most memory in use on the whole GPU.
 
-        Returns:
-            ``gpu_utilization_percent`` (mean), ``gpu_utilization_source``,
-            ``gpu_sm_activity_percent`` (mean), ``gpu_memory_used_mib`` (maximum, whole GPU).
+        They are of the samples between ``begin`` and the block's end; None where unknown.
         """
         means = {
             name: self._sums[name] / self._counts[name] if self._counts[name] else None

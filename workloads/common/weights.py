@@ -1,7 +1,7 @@
 """Models' weights: files of torch.save, torchvision's classifiers, models of the Hugging Face hub.
 
-``load_classifier`` is what a workload calls; ``resolve_weights`` is the half of it that may touch
-the network, for the one place in a suite run that may (``--resolve``). Both know four choices:
+``load_classifier`` and the half of it that may touch the network, ``resolve_weights``, know four
+choices of a classifier's weights:
 
 - ``auto``: torchvision's default ImageNet weights from the local cache, else one bounded download
   into that cache, else random weights, with a warning and recorded;
@@ -152,17 +152,11 @@ def _damaged(path: Path, fix: str) -> DamagedFileError:
 
 @dataclass(frozen=True)
 class LoadedWeights:
-    """Where the weights of a classifier come from, and what its outputs mean.
+    """Where the weights of a classifier come from, and what its outputs mean."""
 
-    Attributes:
-        kind: ``imagenet``, ``file`` or ``random``, as recorded in results.
-        source: The file, or the seed of random weights, for people.
-        class_names: One name an output.
-    """
-
-    kind: str
-    source: str
-    class_names: tuple[str, ...]
+    kind: str  # `imagenet`, `file` or `random`, as recorded in results
+    source: str  # the file, or the seed of random weights, for people
+    class_names: tuple[str, ...]  # one an output
 
 
 def load_classifier(
@@ -170,10 +164,7 @@ def load_classifier(
 ) -> tuple[nn.Module, LoadedWeights]:
     """Build a torchvision classifier in evaluation mode on the CPU, in fp32.
 
-    Args:
-        name: A torchvision model name, such as ``resnet50``.
-        weights: ``auto``, ``imagenet``, ``none`` or a file (see the module's text).
-        seed: Fixes random weights; the caller's random state is left alone.
+    ``seed`` fixes random weights; the caller's random state is left alone.
 
     Raises:
         UsageError: Weights that were asked for are not available, or do not fit the model.
@@ -368,10 +359,9 @@ def _probe(address: str) -> bool:
 
 
 def hub_model_folder(model: str) -> Path:
-    """Return the local folder of a hub model: from the hub's cache, else downloaded into it.
+    """Return the local folder of ``owner/model`` or ``owner/model@COMMIT``.
 
-    Args:
-        model: A name such as ``owner/model``, or ``owner/model@COMMIT``.
+    It is the hub's cache, into which the model is downloaded once.
 
     Raises:
         HubUnreachableError: It is not in the cache and cannot be downloaded.
