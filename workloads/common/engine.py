@@ -258,19 +258,16 @@ def _capture(
 class Pacer:
     """Launches steps without waiting for each, and still records when each one was done.
 
-    At most ``depth`` steps are in flight: before another is launched, the oldest is waited for
-    (sleeping, not spinning: other clients need the cores) and the moment it was seen complete is
-    its end. So the GPU never runs dry and a stop takes effect within ``depth`` steps. Where the
-    host launches more slowly than the GPU works, a step has ended long before anybody looks; then
-    the GPU's own clock says when, so that the time of a launch is that of the step launched.
+    Before more than ``PIPELINE_DEPTH`` steps are in flight, the oldest is waited for (sleeping, not
+    spinning: other clients need the cores) and the moment it was seen complete is its end. So the
+    GPU never runs dry and a stop takes effect within a few steps. Where the host launches more
+    slowly than the GPU works, a step has ended long before anybody looks; then the GPU's own clock
+    says when, so that the time of a launch is that of the step launched.
     """
 
-    def __init__(
-        self, device: ComputeDevice, recorder: Recorder, depth: int = PIPELINE_DEPTH
-    ) -> None:
+    def __init__(self, device: ComputeDevice, recorder: Recorder) -> None:
         self._device = device
         self._recorder = recorder
-        self._depth = depth
         self._in_flight: deque[tuple[str, torch.cuda.Event]] = deque()
         # The end of the step before, and the event that it was seen by.
         self._previous_end_seconds: float | None = None
@@ -294,7 +291,7 @@ class Pacer:
             self._book(kind, time.monotonic())
             return
         self._in_flight.append((kind, self._record()))
-        if len(self._in_flight) >= self._depth:
+        if len(self._in_flight) >= PIPELINE_DEPTH:
             self._finish_oldest()
 
     def drain(self) -> None:

@@ -170,10 +170,10 @@ def load_classifier(
         UsageError: Weights that were asked for are not available, or do not fit the model.
         DamagedFileError: Their file is empty, cut off or altered.
     """
+    path, kind = resolve_weights(name, weights)
     import torch
     from torchvision import models
 
-    path, kind = resolve_weights(name, weights)
     if path is None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
