@@ -67,16 +67,13 @@ class ChaosClient:
 
     @property
     def statuses(self) -> set[int | None]:
-        """What came back so far, whatever it was sent."""
         return {status for _, status in self.answers}
 
     def start(self) -> None:
-        """Begin."""
         for thread in [*self._threads, *self._slow]:
             thread.start()
 
     def expect_end(self) -> None:
-        """From now on the server may close and refuse connections."""
         self._ending.set()
 
     def stop(self) -> None:
@@ -122,7 +119,6 @@ class ChaosClient:
             self.faults.append(fault)
 
     def report(self) -> dict:
-        """Return what was found, for JSON."""
         by_kind: dict[str, dict[str, int]] = {PICTURE: {}, HTTP: {}, SLOW: {}}
         for (kind, status), times in self.answers.most_common():
             by_kind[kind][str(status)] = times

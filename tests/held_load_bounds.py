@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,43 +15,24 @@ P99_RATIO = 2.0
 
 @dataclass(frozen=True)
 class HeldLoad:
-    """The figures of one run; unknown is None.
+    """The figures of one run; unknown is None."""
 
-    Attributes:
-        requests: How many were sent under the steady load, after its lead-in.
-        failures: Those that were not answered with 200, by kind, the lead-in's too.
-        hostile_requests: How many were answered or closed beside the load.
-        slow_senders: How many of them connected beside the load.
-        chaos_faults: Answers to hostile requests that were not right, as sentences.
-        resident_mib: Median resident memory of the whole server in each quarter of the time.
-        gpu_memory_mib: The same of the memory in use on the card; None without one.
-        p99_ms: In each quarter of the requests, from the intended send; None: none was answered.
-        threads: Of the server at rest, before and after the steady load.
-        open_files: The same.
-        drain_answers: Requests around SIGTERM by status.
-        drain_lost: What became of accepted requests that were not answered, as sentences.
-        drain_seconds: From SIGTERM to the server's end.
-        drain_limit_seconds: Its ``--drain-seconds``.
-        exit_code: The server's.
-        unanswered: Requests that the server itself says it has cut off.
-    """
-
-    requests: int
-    failures: dict[str, int]
-    hostile_requests: int
-    slow_senders: int
-    chaos_faults: list[str]
-    resident_mib: list[float | None]
-    gpu_memory_mib: list[float | None] | None
-    p99_ms: list[float | None]
-    threads: tuple[int, int]
+    requests: int  # sent under the steady load, after its lead-in
+    failures: dict[str, int]  # not answered with 200, by kind, the lead-in's too
+    hostile_requests: int  # answered or closed during the load
+    slow_senders: int  # connected during the load
+    chaos_faults: list[str]  # wrong answers to hostile requests
+    resident_mib: list[float | None]  # of the whole server, median of each quarter of the time
+    gpu_memory_mib: list[float | None] | None  # in use on the card; None without one
+    p99_ms: list[float | None]  # of each quarter of the requests, from the intended send
+    threads: tuple[int, int]  # at rest, before and after the steady load
     open_files: tuple[int, int]
-    drain_answers: dict[int, int]
-    drain_lost: list[str]
-    drain_seconds: float
+    drain_answers: dict[int, int]  # requests around SIGTERM by status
+    drain_lost: list[str]  # accepted requests that were not answered
+    drain_seconds: float  # from SIGTERM to the server's end
     drain_limit_seconds: float
     exit_code: int
-    unanswered: int | None
+    unanswered: int | None  # what the server itself says it has cut off
 
 
 def growth_percent(memory_mib: list[float | None]) -> float | None:
@@ -64,15 +46,11 @@ def p99_ratio(p99_ms: list[float | None]) -> float | None:
     return None if None in p99_ms else max(p99_ms) / min(p99_ms)
 
 
-def quarter_medians(seconds: np.ndarray, values: np.ndarray) -> list[float | None]:
-    """Return the median of ``values`` in each quarter of the time that ``seconds`` span.
-
-    Args:
-        seconds: Ascending times of the samples, shape (n,).
-        values: The samples, shape (n,).
-    """
-    if not len(seconds):
+def quarter_medians(samples: Sequence[tuple[float, float]]) -> list[float | None]:
+    """Return the median value in each quarter of the time that samples (seconds, value) span."""
+    if not len(samples):
         return [None] * QUARTERS
+    seconds, values = np.transpose(samples)
     edges = np.linspace(seconds[0], seconds[-1], QUARTERS + 1)[1:-1]
     quarter = np.searchsorted(edges, seconds, side="right")
     parts = [values[quarter == index] for index in range(QUARTERS)]
@@ -80,12 +58,7 @@ def quarter_medians(seconds: np.ndarray, values: np.ndarray) -> list[float | Non
 
 
 def quarter_p99_ms(latency_seconds: np.ndarray, ok: np.ndarray) -> list[float | None]:
-    """Return the p99 of what was answered in each quarter of the requests, in milliseconds.
-
-    Args:
-        latency_seconds: By intended time, shape (n,).
-        ok: Whether each was answered with 200, shape (n,).
-    """
+    """Return the p99 of what was answered (`ok`) in each quarter of the requests by time."""
     parts = zip(np.array_split(latency_seconds, QUARTERS), np.array_split(ok, QUARTERS),
                 strict=True)  # fmt: skip
     return [p99_ms(*part) for part in parts]

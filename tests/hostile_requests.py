@@ -58,17 +58,20 @@ def damaged_tiff(compression: str) -> bytes:
     return bytes(content)
 
 
+def png_of(width: int, height: int, chunks: bytes) -> bytes:
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + chunks + png_chunk(b"IEND")
+
+
+def png_chunk(kind: bytes, content: bytes = b"") -> bytes:
+    check = struct.pack(">I", zlib.crc32(kind + content))
+    return struct.pack(">I", len(content)) + kind + content + check
+
+
 def png_bomb(width: int, height: int) -> bytes:
     """A PNG file of a few kilobytes that says it has that many pixels, and has them."""
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        check = struct.pack(">I", zlib.crc32(kind + content))
-        return struct.pack(">I", len(content)) + kind + content + check
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
     rows = zlib.compress(b"\0" * min(height * (width + 1), 1 << 24), 9)
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows)
-            + chunk(b"IEND", b""))  # fmt: skip
+    return png_of(width, height, png_chunk(b"IDAT", rows))
 
 
 def lying(kind: str) -> bytes:
@@ -187,12 +190,7 @@ class Attack:
     ) -> tuple[int | None, bytes]:
         """Return status and body of the answer; None and nothing where there was none.
 
-        Args:
-            port: The server's, on this machine.
-            on_connected: Called when the connection stands.
-
-        Raises:
-            TimeoutError: The server neither answers nor closes the connection.
+        Raises `TimeoutError` where the server neither answers nor closes the connection.
         """
         with socket.create_connection(("127.0.0.1", port), PATIENCE_SECONDS) as connection:
             on_connected()
@@ -203,16 +201,17 @@ class Attack:
                     connection.sendall(piece)
                 if self.half_closes:
                     connection.shutdown(socket.SHUT_WR)
-            return (None, b"") if self.leaves else _read_answer(connection)
+            head, _, body = (b"" if self.leaves else read_all(connection)).partition(b"\r\n\r\n")
+            return (int(head.split()[1]) if head else None), body
 
 
-def _read_answer(connection: socket.socket) -> tuple[int | None, bytes]:
+def read_all(connection: socket.socket) -> bytes:
+    """Return what comes until the server closes the connection."""
     answer = b""
     with suppress(ConnectionError):
         while piece := connection.recv(1 << 16):
             answer += piece
-    head, _, body = answer.partition(b"\r\n\r\n")
-    return (int(head.split()[1]) if head else None), body
+    return answer
 
 
 def post(path: str, body: bytes, content_type: str = "application/octet-stream") -> bytes:
@@ -275,6 +274,11 @@ def http_attacks() -> list[Attack]:
         _attack("form without boundary", post("/predict", jpeg(), "multipart/form-data"), 400),
         _attack("no HTTP", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", 400),
         _attack("huge header", b"GET /health HTTP/1.1\r\nX: " + b"x" * 60_000 + b"\r\n\r\n", 431),
+        _attack("huge request line", b"GET /" + b"x" * 40_000 + b" HTTP/1.1\r\n\r\n", 414),
+        _attack("no version", b"BREW\r\n\r\n", 400),
+        _attack("unknown encoding", b"POST /predict HTTP/1.1\r\nTransfer-Encoding: gzip\r\n\r\n",
+                400),
+        _attack("half a request line, half closed", b"GET /he", None, half_closes=True),
         _attack("bad length", b"POST /predict HTTP/1.1\r\nContent-Length: -5\r\n\r\n", 400),
         _attack("two lengths", b"POST /predict HTTP/1.1\r\nContent-Length: 5\r\n"
                 b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),

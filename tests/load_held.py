@@ -61,24 +61,22 @@ EXIT_BROKEN, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Return the flags."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--requests", type=positive_int, default=20000, metavar="N",
-                        help="under the steady load (default: 20000)")  # fmt: skip
-    parser.add_argument("--seed", type=non_negative_int, default=1, help="default: 1")
-    parser.add_argument("--workers", type=positive_int, default=2, metavar="N",
-                        help="the server's own flag (default: 2)")  # fmt: skip
+    for flag, kind, default, text in (
+        ("--requests", positive_int, 20000, "under the steady load"),
+        ("--seed", non_negative_int, 1, "of the pictures, the arrivals and the chaos"),
+        ("--workers", positive_int, 2, "the server's own flag"),
+        ("--chaos-rate", positive_float, 10.0, "hostile requests a second"),
+        ("--round-seconds", positive_float, 5.0, "length of a round of the warm-up"),
+        ("--lead-in-seconds", positive_float, 5.0, "of the same load, before the judged requests"),
+    ):
+        help_text = f"{text} (default: {default:g})"
+        parser.add_argument(flag, type=kind, default=default, metavar="N", help=help_text)
     parser.add_argument("--stub", action="store_true", help="serve a stub instead of a model")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--model", default="resnet18", help="default: resnet18")
-    parser.add_argument("--chaos-rate", type=positive_float, default=10.0, metavar="R",
-                        help="hostile requests a second (default: 10)")  # fmt: skip
-    parser.add_argument("--round-seconds", type=positive_float, default=5.0, metavar="S",
-                        help="length of a round of the warm-up (default: 5)")  # fmt: skip
-    parser.add_argument("--lead-in-seconds", type=positive_float, default=5.0, metavar="S",
-                        help="of the same load, before the N requests (default: 5)")  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     options = parser.parse_args()
     # Not at the end: by then the load has been held for nothing.
@@ -92,17 +90,9 @@ class ServerEndedError(AssertionError):
 
 
 class Chaos:
-    """Chaos clients as processes, one after another, and what they found in sum.
-
-    Attributes:
-        attacks: How many there were.
-        answers: Kind of attack and status ("None": closed without an answer) to how often.
-        faults: What was not right, as sentences.
-        slow_senders: How many of the slow ones have connected.
-    """
+    """Chaos clients as processes, one after another, and their reports in sum."""
 
     def __init__(self, port: int, rate: float, seed: int) -> None:
-        """Remember where to send, how much a second, and where chance begins."""
         self.attacks = 0
         self.slow_senders = 0
         self._process: subprocess.Popen[str] | None = None
@@ -156,7 +146,7 @@ class Soak:
             "--events", str(folder / "events.jsonl"), script=STUB if options.stub else SCRIPT,
         )  # fmt: skip
         try:
-            self._gpu = _card_of(folder / "events.jsonl")
+            self.gpu = _card_of(folder / "events.jsonl")
         except AssertionError:
             self.close()
             raise
@@ -165,7 +155,6 @@ class Soak:
         self.rounds: list[tuple[float, float]] = []
 
     def close(self) -> None:
-        """End what is left of the server."""
         if self.server.process.poll() is None:
             self.server.process.kill()
         self.server.process.wait()
@@ -174,14 +163,7 @@ class Soak:
         self, clients: int, duration_seconds: float, rate: float | None = None,
         offsets: list[float] | None = None,
     ) -> tuple[Measured, list[Figures]]:  # fmt: skip
-        """Run the load test's generator: a closed loop, or sends at ``offsets`` in seconds.
-
-        Returns:
-            What it measured, and the server's figures meanwhile.
-
-        Raises:
-            ServerEndedError: It did, or one of its processes.
-        """
+        """Run the load test's generator: a closed loop, or sends at ``offsets`` in seconds."""
         from server_figures import Watch
 
         from workloads.inference import load_generator
@@ -197,7 +179,7 @@ class Soak:
         generator = load_generator.LoadGenerator(plan, processes)
         try:
             generator.wait_until_prepared()
-            watch = Watch(self.server.process.pid, self.gpu_memory_mib)
+            watch = Watch(self.server.process.pid, self._gpu_memory_mib)
             generator.begin()
             while generator.running:
                 generator.collect(0.5)
@@ -208,14 +190,8 @@ class Soak:
             raise ServerEndedError("the server ended by itself under the load; its log says why")
         return generator.measured(), samples
 
-    @property
-    def has_gpu(self) -> bool:
-        """Whether the server works on a GPU."""
-        return self._gpu is not None
-
-    def gpu_memory_mib(self) -> float | None:
-        """Return the memory in use on the server's card; None without one, or where unknown."""
-        return self._gpu.read_state()["memory_used_mib"] if self._gpu is not None else None
+    def _gpu_memory_mib(self) -> float | None:
+        return self.gpu.read_state()["memory_used_mib"] if self.gpu is not None else None
 
     def capacity(self) -> float:
         """Warm up until memory is steady; return the requests a second of the last rounds."""
@@ -248,31 +224,23 @@ class Soak:
             return self._run(self.clients, float(offsets[-1]) + 0.001, rate, offsets.tolist())
 
     def lead_in_requests(self, rate: float) -> int:
-        """Return how many of the requests at ``rate`` a second are sent before the judged ones."""
         return math.ceil(rate * self.options.lead_in_seconds)
 
     def terminate_under_load(self) -> dict:
-        """Send SIGTERM while clients send all they can, beside the chaos client.
-
-        Returns:
-            What became of everything.
-        """
-        with self.chaos.running():
-            return self._terminate()
-
-    def _terminate(self) -> dict:
+        """Send SIGTERM to a server whose clients send all they can; return what became of them."""
         from closed_loop import ClosedLoop
         from server_process import jpeg
 
-        clients = ClosedLoop(self.server.url, jpeg(), DRAIN_CLIENTS)
-        time.sleep(LOADED_SECONDS_BEFORE_SIGTERM)
-        clients.expect_end()
-        self.chaos.expect_end()
-        begin = time.monotonic()
-        self.server.process.terminate()
-        code = self.server.process.wait(2 * DRAIN_SECONDS)
-        seconds = time.monotonic() - begin
-        clients.join()
+        with self.chaos.running():
+            clients = ClosedLoop(self.server.url, jpeg(), DRAIN_CLIENTS)
+            time.sleep(LOADED_SECONDS_BEFORE_SIGTERM)
+            clients.expect_end()
+            self.chaos.expect_end()
+            begin = time.monotonic()
+            self.server.process.terminate()
+            code = self.server.process.wait(2 * DRAIN_SECONDS)
+            seconds = time.monotonic() - begin
+            clients.join()
         results = [json.loads(path.read_text())["figures"]
                    for path in self.server.results.glob("inference_server_*.json")]  # fmt: skip
         return {
@@ -288,8 +256,7 @@ class Soak:
 def _card_of(events: Path) -> Gpu | None:
     """Return the card that the server has named in its event log; None where it works on the CPU.
 
-    Raises:
-        AssertionError: The server's card cannot be asked.
+    Raises `AssertionError` where that card cannot be asked.
     """
     from waiting import wait_until
 
@@ -327,18 +294,13 @@ def hold(soak: Soak) -> tuple[dict, dict]:
     lead_in, table = np.split(measured.requests, [soak.lead_in_requests(rate)])
     held = [sample for sample in samples
             if sample.seconds >= samples[0].seconds + soak.options.lead_in_seconds]  # fmt: skip
-    seconds = np.array([sample.seconds for sample in held])
-    gpu_memory = None
-    if soak.has_gpu:
-        known = [sample for sample in held if sample.gpu_memory_mib is not None]
-        gpu_memory = quarter_medians(
-            np.array([sample.seconds for sample in known]),
-            np.array([sample.gpu_memory_mib for sample in known]),
-        )
+    known = [sample for sample in held if sample.gpu_memory_mib is not None]
     run = HeldLoad(
         requests=len(table), failures=failures, chaos_faults=soak.chaos.faults,
-        resident_mib=quarter_medians(seconds, np.array([sample.resident_mib for sample in held])),
-        gpu_memory_mib=gpu_memory,
+        resident_mib=quarter_medians([(one.seconds, one.resident_mib) for one in held]),
+        gpu_memory_mib=None if soak.gpu is None else quarter_medians(
+            [(one.seconds, one.gpu_memory_mib) for one in known]
+        ),
         p99_ms=quarter_p99_ms(table["end"] - table["intended"], table["failure"] == ""),
         threads=(before.threads, after.threads), open_files=(before.open_files, after.open_files),
         hostile_requests=hostile, slow_senders=slow, **soak.terminate_under_load(),
@@ -354,7 +316,6 @@ def hold(soak: Soak) -> tuple[dict, dict]:
 
 
 def print_table(figures: dict) -> None:
-    """Print the figures, a line each."""
     from held_load_bounds import growth_percent, p99_ratio
 
     failed = sum(figures["failures"].values())

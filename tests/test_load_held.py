@@ -84,8 +84,9 @@ def test_without_a_gpu_nothing_is_said_of_its_memory() -> None:
 
 def test_a_leaking_server_is_seen_in_the_medians_of_the_quarters() -> None:
     seconds = np.arange(100.0)
-    assert quarter_medians(seconds, 500 + seconds) == [512.0, 537.0, 562.0, 587.0]
-    assert quarter_medians(seconds[:0], seconds[:0]) == [None] * 4
+    samples = np.stack((seconds, 500 + seconds), axis=1)
+    assert quarter_medians(samples) == [512.0, 537.0, 562.0, 587.0]
+    assert quarter_medians([]) == [None] * 4
 
 
 def test_the_p99_of_a_quarter_is_of_what_was_answered() -> None:

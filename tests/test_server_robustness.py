@@ -10,7 +10,6 @@ import socket
 import struct
 import threading
 import time
-import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
@@ -18,6 +17,7 @@ from contextlib import ExitStack, suppress
 import pytest
 import requests
 from closed_loop import ClosedLoop
+from hostile_requests import png_chunk, png_of
 from PIL import Image
 from server_figures import figures_of
 from server_process import ServerProcess, jpeg, running
@@ -158,13 +158,7 @@ def many_scans(scans: int) -> bytes:
 
 def many_chunks(chunks: int) -> bytes:
     """A PNG of one pixel with so many empty chunks that reading them takes seconds."""
-
-    def chunk(kind: bytes, content: bytes = b"") -> bytes:
-        check = struct.pack(">I", zlib.crc32(kind + content))
-        return struct.pack(">I", len(content)) + kind + content + check
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 8, 0, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"zzZz") * chunks + chunk(b"IEND")
+    return png_of(1, 1, png_chunk(b"zzZz") * chunks)
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,8 @@ import re
 import sys
 
 VARIABLE = "INFERENCE_API_KEY"
-CHALLENGE = ("WWW-Authenticate", "Bearer")
 # What RFC 6750 (2.1) calls b64token; nothing in it can end a header.
 _KEY = re.compile(r"[A-Za-z0-9._~+/-]{8,512}=*")
-_HIDDEN = "(hidden)"
 
 
 def add_flag(parser: argparse._ArgumentGroup | argparse.ArgumentParser, what: str) -> None:
@@ -35,7 +33,7 @@ def take(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         except argparse.ArgumentTypeError as error:
             parser.error(f"{VARIABLE}: {error}")
     if args.api_key is not None:
-        sys.argv[:] = [word.replace(args.api_key, _HIDDEN) for word in sys.argv]
+        sys.argv[:] = [word.replace(args.api_key, "(hidden)") for word in sys.argv]
 
 
 def admits(key: str | None, authorization: str) -> bool:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -77,7 +76,10 @@ class BatchInference(client.Workload):
         from workloads.common.engine import capture_forward
 
         self._forward = capture_forward(self.device, lambda: self._model(self._batch))
-        self._run_batch = self._timed_on_cuda() if self.device.is_cuda else self._timed_on_cpu
+        if self.device.is_cuda:
+            from torch.cuda import Event
+
+            self._events = Event(enable_timing=True), Event(enable_timing=True)
         for _ in range(WARM_UP_BATCHES if self.device.is_cuda else 1):
             self._run_batch()
         self._require_finite_outputs()
@@ -113,28 +115,19 @@ class BatchInference(client.Workload):
             "input_copy_median_ms": summarize_latency_ms(self._copy_seconds)["median_ms"],
         }
 
-    def _timed_on_cpu(self) -> tuple[float, float, None]:
+    def _run_batch(self) -> tuple[float, float, float | None]:
+        """Return start and end on the host clock, and the seconds on a GPU."""
         start_seconds = time.monotonic()
-        self._forward()
-        return start_seconds, time.monotonic(), None
-
-    def _timed_on_cuda(self) -> Callable[[], tuple[float, float, float]]:
-        """Return what runs one batch: start and end on the host clock, seconds on the device."""
-        import torch
-
-        begin = torch.cuda.Event(enable_timing=True)
-        end = torch.cuda.Event(enable_timing=True)
-
-        def run_batch() -> tuple[float, float, float]:
-            start_seconds = time.monotonic()
-            begin.record()
+        if not self.device.is_cuda:
             self._forward()
-            end.record()
-            self.device.synchronize()
-            end_seconds = time.monotonic()
-            return start_seconds, end_seconds, begin.elapsed_time(end) / 1e3
-
-        return run_batch
+            return start_seconds, time.monotonic(), None
+        begin, end = self._events
+        begin.record()
+        self._forward()
+        end.record()
+        self.device.synchronize()
+        end_seconds = time.monotonic()
+        return start_seconds, end_seconds, begin.elapsed_time(end) / 1e3
 
     def _require_finite_outputs(self) -> None:
         """Look once, outside of every timing: each batch has the same input, so the same output."""

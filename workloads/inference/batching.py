@@ -25,6 +25,7 @@ the load, since requests queue up while the device works.
 
 from __future__ import annotations
 
+import argparse
 import mmap
 import os
 import resource
@@ -34,10 +35,10 @@ import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -56,8 +57,7 @@ REFUSAL = struct.Struct("=H")  # HTTP status; the reason follows as text
 MAX_MESSAGE_BYTES = 1 << 16
 QUESTION_SECONDS = 10.0  # for an answer that needs no device
 Closable = TypeVar("Closable", "Lane", socket.socket)
-# How soon the engine sees that it is to end.
-POLL_SECONDS = 0.1
+POLL_SECONDS = 0.1  # how soon the engine sees that it is to end
 
 
 class Refusal(Exception):
@@ -75,28 +75,18 @@ class Refusal(Exception):
 
 def allow_many_files() -> None:
     """Raise this process's soft limit of open files to the hard one: a lane takes two."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        with suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What the engine says to one picture, or to one batch of synthetic ones.
+class Answer(NamedTuple):
+    """The engine's answer to one picture, or to one batch of synthetic ones."""
 
-    Attributes:
-        started_seconds: When the batch was begun (CLOCK_MONOTONIC).
-        ended_seconds: When its result was there.
-        batch_images: Pictures in the batch, its neighbors' included.
-        probabilities: Of the likeliest classes, in falling order.
-        classes: Their indices.
-    """
-
-    started_seconds: float
+    started_seconds: float  # the batch's start and end, CLOCK_MONOTONIC
     ended_seconds: float
-    batch_images: int
-    probabilities: list[float]
+    batch_images: int  # of all requests in the batch
+    probabilities: list[float]  # of the likeliest classes, in falling order
     classes: list[int]
 
 
@@ -130,11 +120,11 @@ class Lane:
             OSError: No answer came in time, or the engine is gone.
         """
         self._memory[:PICTURE_BYTES] = picture
-        return _read_answer(self._exchange(b"p", timeout_seconds))
+        return self._exchange(b"p", timeout_seconds)
 
     def classify_synthetic(self, images: int, timeout_seconds: float) -> Answer:
         """Run one batch of ``images`` synthetic pictures; raises as ``classify`` does."""
-        return _read_answer(self._exchange(b"s" + SYNTHETIC.pack(images), timeout_seconds))
+        return self._exchange(b"s" + SYNTHETIC.pack(images), timeout_seconds)
 
     def record(self, *values: float) -> None:
         """Have one finished request counted; ``values`` as in ``RECORD``."""
@@ -145,13 +135,15 @@ class Lane:
         self._socket.close()
         self._memory.close()
 
-    def _exchange(self, message: bytes, timeout_seconds: float) -> bytes:
-        self._socket.settimeout(timeout_seconds)
-        self._socket.send(message)
-        answer = self._socket.recv(MAX_MESSAGE_BYTES)
-        if not answer:
-            raise OSError("it has ended")
-        return answer
+    def _exchange(self, message: bytes, timeout_seconds: float) -> Answer:
+        answer = _asked(self._socket, message, timeout_seconds)
+        kind, content = answer[:1], answer[1:]
+        if kind != b"o":
+            (status,) = REFUSAL.unpack_from(content)
+            raise Refusal(status, content[REFUSAL.size :].decode())
+        values = np.frombuffer(content, np.float32, offset=ROW.size).tolist()
+        half = len(values) // 2
+        return Answer(*ROW.unpack_from(content), values[:half], list(map(int, values[half:])))
 
 
 class EngineClient:
@@ -181,11 +173,7 @@ class EngineClient:
             Refusal: It does not answer (503).
         """
         with self._lend(self._lines, lambda: self._connect(b"line")) as line:
-            line.settimeout(QUESTION_SECONDS)
-            line.send(what.encode())
-            if not (answer := line.recv(MAX_MESSAGE_BYTES)):
-                raise OSError("it has ended")
-        return answer
+            return _asked(line, what.encode(), QUESTION_SECONDS)
 
     def report_unanswered(self, requests: int) -> None:
         """Say how many requests this worker leaves without an answer, at its orderly end."""
@@ -201,55 +189,45 @@ class EngineClient:
     @contextmanager
     def _lend(self, free: list[Closable], make: Callable[[], Closable]) -> Iterator[Closable]:
         """Lend what is free, or a new one; one that failed half-way is given up."""
-        lent, is_whole = None, False
+        lent = None
         try:
             lent = free.pop() if free else make()
             yield lent
-            is_whole = True
         except Refusal:
-            is_whole = True
+            free.append(lent)
             raise
-        except OSError as error:
-            raise Refusal(503, f"the engine does not answer ({error}); try again later") from error
-        finally:
-            if is_whole:
-                free.append(lent)
-            elif lent is not None:
+        except BaseException as error:
+            if lent is not None:
                 lent.close()
+            if not isinstance(error, OSError):
+                raise
+            raise Refusal(503, f"the engine does not answer ({error}); try again later") from error
+        free.append(lent)
 
 
-def _read_answer(message: bytes) -> Answer:
-    kind, content = message[:1], message[1:]
-    if kind != b"o":
-        (status,) = REFUSAL.unpack_from(content)
-        raise Refusal(status, content[REFUSAL.size :].decode())
-    values = np.frombuffer(content, np.float32, offset=ROW.size).tolist()
-    half = len(values) // 2
-    return Answer(*ROW.unpack_from(content), values[:half], list(map(int, values[half:])))
+def _asked(connection: socket.socket, message: bytes, timeout_seconds: float) -> bytes:
+    connection.settimeout(timeout_seconds)
+    connection.send(message)
+    if not (answer := connection.recv(MAX_MESSAGE_BYTES)):
+        raise OSError("it has ended")
+    return answer
 
 
 @dataclass(eq=False)
 class _EngineLane:
-    """The engine's end of a lane."""
+    """The engine's end of a lane, and the one request in it at a time."""
 
     socket: socket.socket
     memory: memoryview
     picture: np.ndarray  # uint8 of shape (1, 224, 224, 3), in the shared memory
+    pictures: np.ndarray = field(init=False)  # of the request
+    queued_seconds: float = 0.0
     closed: bool = False
 
     def send(self, message: bytes) -> None:
         # Whoever waited may be gone, or not reading; neither may hold up the others.
         with suppress(OSError):
             self.socket.send(message, socket.MSG_DONTWAIT)
-
-
-@dataclass(eq=False)
-class _Request:
-    """Pictures that wait for the device."""
-
-    lane: _EngineLane
-    pictures: np.ndarray
-    queued_seconds: float
 
 
 class Engine:
@@ -268,24 +246,11 @@ class Engine:
     """
 
     def __init__(
-        self,
-        *,
-        max_batch: int,
-        max_delay_seconds: float,
-        queue_size: int,
-        answer_seconds: float,
-        statistics: Statistics,
-        tell: Callable[[str], bytes],
+        self, args: argparse.Namespace, statistics: Statistics, tell: Callable[[str], bytes]
     ) -> None:
-        """Prepare; ``start`` begins.
+        """Prepare with the server's flags; ``start`` begins.
 
-        Args:
-            max_batch: The most pictures in one batch.
-            max_delay_seconds: The longest that a batch waits for pictures still being decoded.
-            queue_size: The most pictures that may wait for the device.
-            answer_seconds: After so long nobody waits for an answer any more.
-            statistics: Counts requests and batches.
-            tell: Answers what workers ask, on a thread of its own.
+        ``tell`` answers what workers ask, on a thread of its own.
         """
         allow_many_files()
         self.model: Classifier | None = None
@@ -294,21 +259,16 @@ class Engine:
         self.workers: set[int] = set()
         self.lost_workers: list[int] = []
         self.unanswered = 0
-        self._max_batch = max_batch
-        self._max_delay_seconds = max_delay_seconds
-        self._queue_size = queue_size
-        self._answer_seconds = answer_seconds
-        self._statistics, self._tell = statistics, tell
-        self._noise = np.random.default_rng(0).integers(
-            0, 256, (max_batch, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8
-        )
+        self._args, self._statistics, self._tell = args, statistics, tell
+        shape = (args.max_batch, IMAGE_SIZE, IMAGE_SIZE, 3)
+        self._noise = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
         # What is sent to the first end is received at the second, by whoever inherits it.
         self.worker_door, self._door = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._poll, self._line_poll = select.epoll(), select.epoll()
         self._line_poll.register(self._door, select.EPOLLIN)
         self._lanes: dict[int, _EngineLane] = {}
         self._lines: dict[int, tuple[socket.socket, int | None]] = {}
-        self._queue: deque[_Request] = deque()
+        self._queue: deque[_EngineLane] = deque()
         self._running = 0
         self._batch_seconds = 0.0
         self._closing = threading.Event()
@@ -337,10 +297,9 @@ class Engine:
 
     def gauges(self) -> dict[str, int]:
         """Return how many pictures wait, are being decoded, and are inside the server."""
-        waiting = sum(len(request.pictures) for request in tuple(self._queue))
         decoding = self._decoding()
         return {
-            "waiting_images": waiting,
+            "waiting_images": self._waiting(),
             "decoding_requests": decoding,
             "requests_inside": decoding + len(self._queue) + self._running,
             "workers": len(self.workers),
@@ -356,10 +315,13 @@ class Engine:
         """Return how long the next batch may still wait for more pictures."""
         if not self._queue:
             return POLL_SECONDS
-        waiting = sum(len(request.pictures) for request in self._queue)
-        if waiting >= self._max_batch or not self._decoding():
+        if self._waiting() >= self._args.max_batch or not self._decoding():
             return 0.0
-        return self._queue[0].queued_seconds + self._max_delay_seconds - time.monotonic()
+        end_seconds = self._queue[0].queued_seconds + self._args.max_delay_ms / 1e3
+        return end_seconds - time.monotonic()
+
+    def _waiting(self) -> int:
+        return sum(len(lane.pictures) for lane in tuple(self._queue))
 
     def _decoding(self) -> int:
         return sum(lane.memory[PICTURE_BYTES] for lane in tuple(self._lanes.values()))
@@ -445,22 +407,23 @@ class Engine:
             lane.send(_refusal(500, "the device failed; the server's log has the details"))
         elif self.model is None:
             lane.send(_refusal(503, f"the server is not ready ({self.status}); ask /health"))
-        elif len(self._queue) >= self._queue_size:
+        elif len(self._queue) >= self._args.queue_size:
             lane.send(_refusal(503, "too many requests are waiting; try again in a moment"))
         else:
-            self._queue.append(_Request(lane, pictures, time.monotonic()))
+            lane.pictures, lane.queued_seconds = pictures, time.monotonic()
+            self._queue.append(lane)
 
-    def _next_batch(self) -> list[_Request]:
+    def _next_batch(self) -> list[_EngineLane]:
         """Take as many requests as fit into one batch; those nobody waits for are dropped."""
-        batch: list[_Request] = []
+        batch: list[_EngineLane] = []
         images = 0
         # Whoever would have waited too long by the end of this batch is not there any more.
-        oldest_seconds = time.monotonic() + self._batch_seconds - self._answer_seconds
-        while self._queue and images + len(self._queue[0].pictures) <= self._max_batch:
-            request = self._queue.popleft()
-            if not request.lane.closed and request.queued_seconds > oldest_seconds:
-                batch.append(request)
-                images += len(request.pictures)
+        oldest_seconds = time.monotonic() + self._batch_seconds - self._args.request_seconds
+        while self._queue and images + len(self._queue[0].pictures) <= self._args.max_batch:
+            lane = self._queue.popleft()
+            if not lane.closed and lane.queued_seconds > oldest_seconds:
+                batch.append(lane)
+                images += len(lane.pictures)
         return batch
 
     def _run_batch(self, model: Classifier) -> None:
@@ -470,7 +433,7 @@ class Engine:
         self._running = len(batch)
         started_seconds = time.monotonic()
         try:
-            ticket = model.start([request.pictures for request in batch])
+            ticket = model.start([lane.pictures for lane in batch])
             self._receive(0.0)  # while the device works
             rows = model.finish(ticket)
         # After a failed kernel the device cannot be trusted: all are told, and the server ends.
@@ -478,21 +441,18 @@ class Engine:
             self.failure = error
             batch += self._queue
             self._queue.clear()
-            for request in batch:
-                request.lane.send(_refusal(500, "the device failed; see the server's log"))
+            for lane in batch:
+                lane.send(_refusal(500, "the device failed; see the server's log"))
             return
         finally:
             self._running = 0
         self._batch_seconds = time.monotonic() - started_seconds
         self._statistics.count_batch(len(rows))
-        self._announce(batch, rows, ROW.pack(started_seconds, time.monotonic(), len(rows)))
-
-    @staticmethod
-    def _announce(batch: Iterable[_Request], rows: np.ndarray, head: bytes) -> None:
+        head = b"o" + ROW.pack(started_seconds, time.monotonic(), len(rows))
         position = 0
-        for request in batch:
-            request.lane.send(b"o" + head + rows[position].tobytes())
-            position += len(request.pictures)
+        for lane in batch:
+            lane.send(head + rows[position].tobytes())
+            position += len(lane.pictures)
 
 
 def _received(connection: socket.socket) -> bytes:

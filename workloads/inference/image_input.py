@@ -45,17 +45,10 @@ warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
-def _silence_libtiff() -> None:
-    """Keep libtiff from writing to standard error, past Python, what it finds in damaged files.
-
-    Pillow has no switch for it, but the library that it is linked with has one. Where that cannot
-    be reached (linked in statically, or built without TIFF), the lines stay.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(_imaging.__file__).TIFFSetErrorHandler(None)
-
-
-_silence_libtiff()
+# libtiff writes what it finds in damaged files to standard error, past Python; Pillow has no switch
+# for it, but the library has one, unless it is linked in statically or left out.
+with contextlib.suppress(OSError, AttributeError):
+    ctypes.CDLL(_imaging.__file__).TIFFSetErrorHandler(None)
 
 
 class ImageRejected(Exception):
@@ -94,7 +87,8 @@ def open_image(source: bytes | Path, max_pixels: int | None = None) -> Image.Ima
         )
     # A file of one's own may take as long as it likes.
     if isinstance(source, bytes):
-        _require_little_work(image, source)
+        with _bad_bytes_rejected():
+            _require_little_work(image, source)
     return image
 
 
@@ -107,10 +101,8 @@ def _require_little_work(image: Image.Image, content: bytes) -> None:
             f"the JPEG has {scans} scans; at most {MAX_SCANS} are accepted", status=413
         )
     if image.format == "TIFF":
-        with _bad_bytes_rejected():
-            lengths = [image.tag_v2.get(tag, ()) for tag in TIFF_LENGTHS]
-            is_repeating = sum(map(sum, lengths)) > len(content)
-        if is_repeating:
+        lengths = [image.tag_v2.get(tag, ()) for tag in TIFF_LENGTHS]
+        if sum(map(sum, lengths)) > len(content):
             raise ImageRejected("the TIFF is damaged: its strips are longer than its file")
 
 
@@ -136,7 +128,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         ImageRejected: The picture is damaged.
     """
     with _bad_bytes_rejected():
-        return _turned(_rgb(image), _orientation(image))
+        return _turned(_rgb(image), image)
 
 
 def small_picture(image: Image.Image) -> bytes:
@@ -156,26 +148,24 @@ def small_picture(image: Image.Image) -> bytes:
             # Cropping to the central square before resizing keeps a 20000x1 picture cheap, and
             # rotating the small result is the same as rotating the large original.
             small = ImageOps.fit(small, (IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BILINEAR)
-        return _turned(small, _orientation(image)).tobytes()
+        return _turned(small, image).tobytes()
 
 
 @contextlib.contextmanager
 def _bad_bytes_rejected() -> Iterator[None]:
     """Whatever a step of decoding raises means that the bytes are bad."""
+    reason = f"not one of {', '.join(FORMATS)}"
     try:
         yield
-    except MemoryError:
+    except (MemoryError, ImageRejected):
         raise
+    except Image.DecompressionBombError as error:
+        raise ImageRejected(f"too many pixels: {error}", status=413) from error
     # Fed with arbitrary bytes Pillow raises far more than its documented errors (struct.error,
     # IndexError, SyntaxError, zlib.error ...), and each of them is the sender's fault.
     except Exception as error:
-        if isinstance(error, ImageRejected):
-            raise
-        if isinstance(error, Image.DecompressionBombError):
-            raise ImageRejected(f"too many pixels: {error}", status=413) from error
-        reason = str(error) or type(error).__name__
-        if isinstance(error, Image.UnidentifiedImageError):
-            reason = f"not one of {', '.join(FORMATS)}"
+        if not isinstance(error, Image.UnidentifiedImageError):
+            reason = str(error) or type(error).__name__
         raise ImageRejected(f"cannot decode the image: {reason}") from error
 
 
@@ -187,24 +177,19 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _turned(image: Image.Image, orientation: int | None) -> Image.Image:
-    if orientation not in EXIF_TRANSPOSITIONS:
-        return image
-    return image.transpose(EXIF_TRANSPOSITIONS[orientation])
-
-
-def _orientation(image: Image.Image) -> int | None:
-    """Return the EXIF orientation; None where there is none that can be read."""
+def _turned(image: Image.Image, original: Image.Image) -> Image.Image:
+    """Rotate ``image`` as the EXIF data of ``original`` say, where they can be read."""
     # Longer ones fit no JPEG; Pillow before 13 copies what each of their entries claims.
-    if len(image.info.get("exif", b"")) > MAX_EXIF_BYTES:
-        return None
+    if len(original.info.get("exif", b"")) > MAX_EXIF_BYTES:
+        return image
     try:
-        return image.getexif().get(EXIF_ORIENTATION)
+        transposition = EXIF_TRANSPOSITIONS.get(original.getexif().get(EXIF_ORIENTATION))
     except ImageRejected:
         raise
     # Damaged EXIF data raise anything; the picture itself is still good.
     except Exception:
-        return None
+        return image
+    return image if transposition is None else image.transpose(transposition)
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:

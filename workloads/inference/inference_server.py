@@ -71,58 +71,36 @@ def parse_arguments() -> argparse.Namespace:
     """Return the flags of this script."""
     parser = cli.workload_parser(__doc__)
     add_model_flags(parser)
-    parser.add_argument(
-        "--port", type=cli.non_negative_int, default=5000,
-        help="port to listen on; 0 takes a free one (default: 5000)",
-    )  # fmt: skip
+    batching = parser.add_argument_group("batching")
+    scale = parser.add_argument_group("processes and threads")
+    add_workers_flag(scale)
+    limits = parser.add_argument_group("limits")
+    for group, flag, kind, default, text in (
+        (parser, "--port", cli.non_negative_int, "5000", "port to listen on; 0 takes a free one"),
+        (batching, "--max-batch", cli.positive_int, "32", "most images in one forward pass"),
+        (batching, "--max-delay-ms", cli.non_negative_float, "2",
+         "longest that a batch waits for requests still being decoded"),
+        (scale, "--threads", cli.positive_int, "1",
+         "large pictures that each worker decodes at the same time"),
+        (limits, "--queue-size", cli.positive_int, "256",
+         "requests that may wait for the GPU; more get 503 at once"),
+        (limits, "--max-body-mib", cli.positive_float, "16", "largest request body in MiB"),
+        (limits, "--max-pixels", cli.positive_int, "50000000", "largest image, width x height"),
+        (limits, "--max-batch-predict", cli.positive_int, "1024",
+         "largest batch_size of /batch_predict"),
+        (limits, "--max-connections", cli.positive_int, "1000",
+         "open connections, shared out to the workers; when all are in use, those that send "
+         "nothing are ended for others"),
+        (limits, "--request-seconds", cli.positive_float, "30",
+         "deadline for a whole request to arrive, and for its answer"),
+        (limits, "--drain-seconds", cli.non_negative_float, "30",
+         "longest that a shutdown waits for requests in flight"),
+    ):  # fmt: skip
+        help_text = f"{text} (default: {default})"
+        group.add_argument(flag, type=kind, default=default, help=help_text)
     parser.add_argument(
         "--host", default="0.0.0.0", help="address to listen on (default: 0.0.0.0, all)"
     )
-    batching = parser.add_argument_group("batching")
-    batching.add_argument(
-        "--max-batch", type=cli.positive_int, default=32,
-        help="most images in one forward pass (default: 32)",
-    )  # fmt: skip
-    batching.add_argument(
-        "--max-delay-ms", type=cli.non_negative_float, default=2.0,
-        help="longest that a batch waits for requests still being decoded (default: 2)",
-    )  # fmt: skip
-    scale = parser.add_argument_group("processes and threads")
-    add_workers_flag(scale)
-    scale.add_argument(
-        "--threads", type=cli.positive_int, default=1,
-        help="large pictures that each worker decodes at the same time (default: 1)",
-    )  # fmt: skip
-    limits = parser.add_argument_group("limits")
-    limits.add_argument(
-        "--queue-size", type=cli.positive_int, default=256,
-        help="requests that may wait for the GPU; more get 503 at once (default: 256)",
-    )  # fmt: skip
-    limits.add_argument(
-        "--max-body-mib", type=cli.positive_float, default=16.0,
-        help="largest request body in MiB (default: 16)",
-    )  # fmt: skip
-    limits.add_argument(
-        "--max-pixels", type=cli.positive_int, default=50_000_000,
-        help="largest image, width x height (default: 50000000)",
-    )  # fmt: skip
-    limits.add_argument(
-        "--max-batch-predict", type=cli.positive_int, default=1024,
-        help="largest batch_size of /batch_predict (default: 1024)",
-    )  # fmt: skip
-    limits.add_argument(
-        "--max-connections", type=cli.positive_int, default=1000,
-        help="open connections, shared out to the workers; when all are in use, those that send "
-        "nothing are ended for others (default: 1000)",
-    )  # fmt: skip
-    limits.add_argument(
-        "--request-seconds", type=cli.positive_float, default=30.0,
-        help="deadline for a whole request to arrive, and for its answer (default: 30)",
-    )  # fmt: skip
-    limits.add_argument(
-        "--drain-seconds", type=cli.non_negative_float, default=30.0,
-        help="longest that a shutdown waits for requests in flight (default: 30)",
-    )  # fmt: skip
     api_key.add_flag(limits, "answer only who knows this key, but for /health")
     args = parser.parse_args()
     api_key.take(args, parser)
@@ -198,14 +176,14 @@ class Statistics:
             f"{METRICS}_batch_size_images", "Images in each batch that ran on the device.",
             buckets=BATCH_BOUNDS, registry=registry,
         )  # fmt: skip
-        self._prometheus_seconds = {
-            part: prometheus.Histogram(
+        self._prometheus_seconds = [
+            prometheus.Histogram(
                 f"{METRICS}_request{'' if part == 'total' else f'_{part}'}_seconds",
                 f"Seconds of successful requests: {part}.", ["endpoint"],
                 buckets=LATENCY_BOUNDS_SECONDS, registry=registry,
             )
             for part in PARTS
-        }  # fmt: skip
+        ]  # fmt: skip
 
     def watch(self, gauges: Callable[[], dict[str, int]]) -> None:
         """Show what ``gauges`` returns as metrics, too."""
@@ -236,9 +214,9 @@ class Statistics:
             self._images[endpoint] += images
             self._units.append((UNIT_KINDS[endpoint], start_seconds, end_seconds))
         self._prometheus_images.labels(endpoint).inc(images)
-        for part, value in zip(PARTS, seconds, strict=True):
+        for histogram, value in zip(self._prometheus_seconds, seconds, strict=True):
             if value == value:
-                self._prometheus_seconds[part].labels(endpoint).observe(value)
+                histogram.labels(endpoint).observe(value)
 
     def take_units(self) -> list[tuple[str, float, float]]:
         """Return (kind, start, end) of each request that succeeded since the last call."""
@@ -256,11 +234,10 @@ class Statistics:
         """Return the figures of ``/predict``, and below ``batch_predict`` those of the other.
 
         Latencies are of the last 100,000 successful requests, from the complete request to its
-        answer: ``decode`` is reading and scaling the picture, ``queue`` is waiting for the device,
-        ``gpu`` is the batch from its copy to the device to its answer, ``total`` is all of it.
-        Requests refused for what the caller sent (4xx) are rejected, and no failures. ``qps`` is
-        successful requests a second from the first request to the last answer, so idle time
-        afterwards does not dilute it. Unknown is None.
+        answer: ``decode`` reads and scales the picture, ``queue`` waits for the device, ``gpu`` is
+        the batch from its copy to the device to its answer. Requests refused for what the caller
+        sent (4xx) are rejected, not failed. ``qps`` is successful requests a second from the first
+        request to the last answer: idle time afterwards does not dilute it. Unknown is None.
         """
         return {
             **self._figures("predict"),
@@ -272,28 +249,24 @@ class Statistics:
         with self._lock:
             statuses = self._statuses[endpoint].copy()
             recent = self._recent[endpoint][: statuses[200]].copy()
-        succeeded, responses = statuses[200], len(recent)
+        total, succeeded, responses = sum(statuses.values()), statuses[200], len(recent)
         rejected = sum(n for status, n in statuses.items() if 400 <= status < 500)
-        failed = sum(statuses.values()) - succeeded - rejected
-        latency = _latency_ms(recent[:, 1])
+        judged = total - rejected
+        parts_ms = {part: _latency_ms(recent[:, n]) for n, part in enumerate(PARTS, start=1)}
         span_seconds = recent[:, 0].max() - self._first_seconds[endpoint] if succeeded else 0.0
         latest = int((recent[:, 0] > time.monotonic() - RECENT_SECONDS).sum())
         return {
-            "total_requests": succeeded + rejected + failed,
+            "total_requests": total,
             "successful_requests": succeeded,
             "rejected_requests": rejected,
-            "failed_requests": failed,
-            "success_rate_percent": (
-                round(100 * succeeded / (succeeded + failed), 2) if succeeded + failed else None
-            ),
+            "failed_requests": judged - succeeded,
+            "success_rate_percent": round(100 * succeeded / judged, 2) if judged else None,
             "images": self._images[endpoint],
-            "average_latency_ms": latency["mean_ms"],
-            **{name: latency[name] for name in ("p50_ms", "p95_ms", "p99_ms", "min_ms", "max_ms")},
+            "average_latency_ms": parts_ms["total"]["mean_ms"],
+            **{name: ms for name, ms in parts_ms["total"].items() if name != "mean_ms"},
             "latency_responses": responses,
             "few_responses_for": [f"p{q}_ms" for q in (50, 95, 99) if is_few(responses, q)],
-            "latency_parts_ms": {
-                part: _latency_ms(recent[:, column]) for column, part in enumerate(PARTS, start=1)
-            },
+            "latency_parts_ms": parts_ms,
             "statuses": {str(status): n for status, n in sorted(statuses.items()) if n},
             "qps": round(succeeded / span_seconds, 1) if span_seconds > 0 else None,
             "qps_last_10_seconds": round(latest / RECENT_SECONDS, 1),
@@ -320,20 +293,15 @@ class InferenceServer(client.Workload):
         args = self.args
         # First: where the port is taken, nothing else needs to be begun.
         self._listener = listen(args.host, args.port)
+        host, self._port = self._listener.getsockname()[:2]
+        self._is_local = host == "::1" or host.startswith("127.")
         # Not an Event: its lock, taken when a second signal interrupts the first, is never free.
         self._stop_seconds: float | None = None
         self._signal_handlers: dict[int, object] = {}
         self._facts: dict[str, object] = {}
         self._started_seconds = time.monotonic()
         self._statistics = Statistics()
-        self._engine = Engine(
-            max_batch=args.max_batch,
-            max_delay_seconds=args.max_delay_ms / 1e3,
-            queue_size=args.queue_size,
-            answer_seconds=args.request_seconds,
-            statistics=self._statistics,
-            tell=self._tell,
-        )
+        self._engine = Engine(args, self._statistics, self._tell)
         self._statistics.watch(self._engine.gauges)
         self._engine.start()
         self._web_server = self._start_web_server()
@@ -345,26 +313,15 @@ class InferenceServer(client.Workload):
         console.note(f"listening on {url_of(self._listener)}, loading {args.model}")
         self._load_model()
 
-    @property
-    def _port(self) -> int:
-        return self._listener.getsockname()[1]
-
-    @property
-    def _is_local(self) -> bool:
-        host = self._listener.getsockname()[0]
-        return host == "::1" or host.startswith("127.")
-
     def _start_web_server(self) -> subprocess.Popen:
-        args, door = self.args, self._engine.worker_door
+        door = self._engine.worker_door
         settings = {
+            **vars(self.args),
             "listener": self._listener.fileno(),
             "door": door.fileno(),
             "local_only": self._is_local,
-            "max_body_bytes": int(args.max_body_mib * MIB),
+            "max_body_bytes": int(self.args.max_body_mib * MIB),
         }
-        names = ("workers", "threads", "api_key", "max_batch", "max_pixels", "max_batch_predict",
-                 "max_connections", "request_seconds", "drain_seconds")  # fmt: skip
-        settings |= {name: getattr(args, name) for name in names}
         process = subprocess.Popen(
             (sys.executable, str(WEB_WORKER)),
             stdin=subprocess.PIPE, pass_fds=(self._listener.fileno(), door.fileno()),
@@ -373,7 +330,7 @@ class InferenceServer(client.Workload):
             env={k: v for k, v in os.environ.items() if not k.startswith(FOREIGN_VARIABLES)},
         )  # fmt: skip
         # Not by the command line or the environment: the key is among them.
-        process.stdin.write(json.dumps(settings).encode())
+        process.stdin.write(json.dumps(settings, default=str).encode())
         process.stdin.close()
         door.close()
         return process
@@ -419,14 +376,13 @@ class InferenceServer(client.Workload):
         """Return what a web worker asks for; called on a thread of its own."""
         if what == "metrics":
             return self._statistics.metrics()
+        if what.startswith("name "):
+            return self._classifier.weights.class_names[int(what[5:])].encode()
         uptime_seconds = round(time.monotonic() - self._started_seconds, 3)
         if what == "stats":
             content = self._statistics.snapshot() | self._engine.gauges()
-        elif what == "health":
-            content = {"status": self._engine.status, **self._facts}
         else:
-            names = self._classifier.weights.class_names
-            return json.dumps([names[int(number)] for number in what.split()[1:]]).encode()
+            content = {"status": self._engine.status, **self._facts}
         return json.dumps({**content, "uptime_seconds": uptime_seconds}).encode() + b"\n"
 
     def run_job(self, recorder: client.Recorder) -> dict:
@@ -574,9 +530,9 @@ class InferenceServer(client.Workload):
             rows += [
                 ("Success rate", f"{figures['success_rate_percent']:.1f} %"),
                 ("Average latency", f"{figures['average_latency_ms']:.1f} ms"),
-                ("Latency p50 / p95 / p99", f"{figures['p50_ms']:.1f} / {figures['p95_ms']:.1f} / "
-                 f"{figures['p99_ms']:.1f} ms (n = {figures['latency_responses']}"
-                 f"{f', few for {few}' if few else ''})"),
+                ("Latency p50 / p95 / p99", "{p50_ms:.1f} / {p95_ms:.1f} / {p99_ms:.1f} ms "
+                 "(n = {latency_responses}".format(**figures)
+                 + (f", few for {few})" if few else ")")),
                 ("Throughput", f"{figures['qps']:.1f} requests/s"),
             ]  # fmt: skip
         return rows

@@ -25,9 +25,11 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Protocol
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import gevent
@@ -41,6 +43,9 @@ from werkzeug.exceptions import HTTPException, MethodNotAllowed
 from workloads.inference import api_key
 from workloads.inference.batching import Answer, EngineClient, Refusal
 from workloads.inference.image_input import ImageRejected, open_upload, small_picture
+
+if TYPE_CHECKING:
+    from workloads.inference.web_worker import WebWorker
 
 ENDPOINTS = ("predict", "batch_predict")
 DEFAULT_BATCH_SIZE = 32
@@ -64,48 +69,15 @@ PROMETHEUS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 INTERNAL_ERROR = "internal error; the server's log has the details"
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What a worker has to know (the flags of inference_server.py, two open descriptors)."""
-
-    listener: int
-    door: int
-    workers: int
-    threads: int
-    local_only: bool
-    api_key: str | None
-    max_batch: int
-    max_body_bytes: int
-    max_pixels: int
-    max_batch_predict: int
-    max_connections: int
-    request_seconds: float
-    drain_seconds: float
-
-
-class Worker(Protocol):
-    """The process that the application runs in (web_worker.py)."""
-
-    is_stuck: bool
-
-    def waiting_for_client(self, seconds: float, refusal: Exception | None):
-        """Return a context that bounds a wait for more of the request."""
-
-    def close_after(self, response: Response) -> None:
-        """Close the connection after ``response``."""
-
-
 @dataclass
 class State:
     """What the requests of one worker share."""
 
-    settings: Settings
+    settings: SimpleNamespace  # the flags of inference_server.py, and what it adds to them
     engine: EngineClient
-    worker: Worker
+    worker: WebWorker
     large_pictures: BoundedSemaphore
     held_bytes: int = 0
-    model: dict = field(default_factory=dict)
-    class_names: dict[int, str] = field(default_factory=dict)
 
 
 app = Flask(__name__, static_folder=None)
@@ -114,12 +86,14 @@ app.url_map.merge_slashes = False
 state: State
 
 
-def begin(settings: Settings, engine: EngineClient, worker: Worker) -> None:
+def begin(settings: SimpleNamespace, engine: EngineClient, worker: WebWorker) -> None:
     """Prepare this process to answer requests."""
     global state
     state = State(settings, engine, worker, BoundedSemaphore(settings.threads))
     Image.MAX_IMAGE_PIXELS = max(settings.max_pixels, MIN_PILLOW_LIMIT)
     signal.signal(signal.SIGPROF, _decoding_takes_too_long)
+    # Else gevent logs a traceback for each bad picture that is decoded on a thread.
+    gevent.get_hub().NOT_ERROR += (ImageRejected,)
 
 
 @app.before_request
@@ -170,9 +144,7 @@ def stats() -> Response:
 @app.get("/metrics")
 def metrics() -> Response:
     """Return the statistics in Prometheus's text format."""
-    return Response(
-        state.engine.ask("metrics"), content_type="text/plain; version=0.0.4; charset=utf-8"
-    )
+    return Response(state.engine.ask("metrics"), content_type=PROMETHEUS_TYPE)
 
 
 @app.post("/predict")
@@ -280,24 +252,24 @@ def refuse(error: Exception) -> Response:
     return response
 
 
+@cache
 def _model() -> dict:
-    """Return model and weights, as said in every answer."""
-    if not state.model:
-        facts = json.loads(state.engine.ask("health"))
-        state.model = {name: facts[name] for name in ("model", "weights")}
-    return state.model
+    """Return model and weights, as said in every answer; they are known once one succeeded."""
+    facts = json.loads(state.engine.ask("health"))
+    return {name: facts[name] for name in ("model", "weights")}
+
+
+@cache
+def _class_name(number: int) -> str:
+    return state.engine.ask(f"name {number}").decode()
 
 
 def _top(answer: Answer) -> list[dict]:
-    unknown = [number for number in answer.classes if number not in state.class_names]
-    if unknown:
-        names = json.loads(state.engine.ask(" ".join(map(str, ("names", *unknown)))))
-        state.class_names.update(zip(unknown, names, strict=True))
     return [
         {
             "rank": rank,
             "class_id": number,
-            "class_name": state.class_names[number],
+            "class_name": _class_name(number),
             "probability": round(probability, 6),
         }
         for rank, (number, probability) in enumerate(
