@@ -257,10 +257,11 @@ def http_attacks() -> list[Attack]:
     """Wrong paths, methods, headers, bodies, and connections that break off."""
     good = post("/predict", jpeg())
     part = len(good) // 2
-    sizes = ("0", "-1", "1e9", "1000000000", "NaN", "1.5", "true", "null", '"8"', "[8]", "{}")
-    broken = ("{", '{"batch_size": ', "[" * 1000, "\0", "\xff", "[]", "7", '"batch_size"')
-    bodies = [json_post(f'{{"batch_size": {size}}}') for size in sizes]
-    bodies += [json_post(text) for text in broken]
+    sizes = ("0", "-1", "9", "1e9", "1000000000", "NaN", "1.5", "true", "null", '"8"', "[8]", "{}")
+    bodies = [(f'{{"batch_size": {size}}}', "a whole number from 1 to 8") for size in sizes]
+    broken = ("{", '{"batch_size": ', "[" * 1000, "\0", "\xff\xfe")
+    bodies += [(text, "not valid JSON") for text in broken]
+    bodies += [(text, "JSON object") for text in ("[]", "7", '"batch_size"')]
     chunk = b"10000\r\n" + bytes(1 << 16) + b"\r\n"
     chunked = b"POST /predict HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n"
     return [
@@ -268,7 +269,7 @@ def http_attacks() -> list[Attack]:
           for path in ("/nowhere", "/../etc/passwd", "/%00", "/predict/x")],
         _attack("wrong method", request_line("GET", "/predict"), 405),
         _attack("unknown method", request_line("BREW", "/health"), 405),
-        *[_attack("bad JSON", body, 400) for body in bodies],
+        *[_attack("bad JSON", json_post(body), 400, says=says) for body, says in bodies],
         _attack("wrong field", form(picture=jpeg()), 400),
         _attack("several fields", form(image=jpeg(), photo=jpeg(1)), 200),
         _attack("form without boundary", post("/predict", jpeg(), "multipart/form-data"), 400),

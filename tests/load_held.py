@@ -315,54 +315,12 @@ def hold(soak: Soak) -> tuple[dict, dict]:
     return asdict(run) | more, judged(run)
 
 
-def print_table(figures: dict) -> None:
-    from held_load_bounds import growth_percent, p99_ratio
-
-    failed = sum(figures["failures"].values())
-    sent = figures["lead_in_requests"] + figures["requests"]
-    resident, p99 = figures["resident_mib"], figures["p99_ms"]
-    growth, ratio, gpu = growth_percent(resident), p99_ratio(p99), figures["gpu_memory_mib"]
-    rows = [
-        ("Offered", f"{figures['offered_per_second']:.1f} requests/s, {100 * LOAD_SHARE:g} % of "
-         f"{figures['capacity_per_second']:.1f}, for {figures['load_seconds']:.0f} s"),
-        ("Sent / answered / failed", f"{sent} / {sent - failed} / {failed}, "
-         f"{figures['lead_in_requests']} of them in the lead-in"),
-        ("  failures", _listed(figures["failures"])),
-        ("Hostile requests", f"{figures['chaos_requests']}, beside the load "
-         f"{figures['hostile_requests']} and {figures['slow_senders']} slow senders"),
-        *[(f"  {kind}", _listed(answers)) for kind, answers in figures["chaos_answers"].items()],
-        ("  not answered rightly", "; ".join(figures["chaos_faults"]) or "none"),
-        ("Memory by quarter", f"{_numbers(resident)} MiB, "
-         f"{'unknown' if growth is None else f'{growth:+.2f} %'}"),
-        ("GPU memory by quarter", "no GPU" if gpu is None else f"{_numbers(gpu)} MiB"),
-        ("p99 by quarter", f"{_numbers(p99)} ms, largest over smallest "
-         f"{'unknown' if ratio is None else f'{ratio:.2f}'}"),
-        ("p99 of the lead-in", f"{_numbers([figures['lead_in_p99_ms']])} ms, not judged"),
-        ("Threads first / last", "{} / {}".format(*figures["threads"])),
-        ("Open files first / last", "{} / {}".format(*figures["open_files"])),
-        ("SIGTERM under load", f"answers {_listed(figures['drain_answers'])}, lost "
-         f"{len(figures['drain_lost'])}, cut off {figures['unanswered']}, ended with "
-         f"{figures['exit_code']} after {figures['drain_seconds']:.1f} of "
-         f"{figures['drain_limit_seconds']:g} s"),
-    ]  # fmt: skip
-    for name, text in rows:
-        print(f"{name:26}{text}")
-
-
-def _listed(counts: dict) -> str:
-    words = [f"{'closed' if what == 'None' else what}: {times}" for what, times in counts.items()]
-    return ", ".join(words) or "none"
-
-
-def _numbers(values: list[float | None]) -> str:
-    return " / ".join("unknown" if value is None else f"{value:.1f}" for value in values)
-
-
 def conclude(options: argparse.Namespace, figures: dict, bounds: dict[str, bool]) -> int:
     """Print all, write the file that was asked for, and return the exit code."""
-    print_table(figures)
+    text = json.dumps(figures | {"bounds": bounds}, indent=2)
+    print(text)
     if options.json is not None:
-        options.json.write_text(json.dumps(figures | {"bounds": bounds}, indent=2) + "\n")
+        options.json.write_text(text + "\n")
     broken = [name for name, kept in bounds.items() if not kept]
     if broken:
         print("not kept: " + "; ".join(broken))

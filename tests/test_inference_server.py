@@ -139,22 +139,6 @@ def test_stats_count_what_was_answered_and_keep_batches_and_bad_requests_apart(s
     assert "inference_server_waiting_images" in lines
 
 
-@pytest.mark.parametrize(
-    ("body", "said"),
-    [(b'{"batch_size": 0}', "from 1 to 1024"), (b'{"batch_size": -1}', "from 1 to 1024"),
-     (b'{"batch_size": 1e9}', "whole number"), (b'{"batch_size": 2000}', "from 1 to 1024"),
-     (b'{"batch_size": NaN}', "whole number"), (b'{"batch_size": "8"}', "whole number"),
-     (b'{"batch_size": true}', "whole number"), (b'{"batch_size": null}', "whole number"),
-     (b"[1]", "JSON object"), (b"{", "not valid JSON"), (b"\xff\xfe", "not valid JSON"),
-     (b"[" * 1_000, "not valid JSON")],
-)  # fmt: skip
-def test_a_bad_batch_size_is_a_400_that_says_why(server, body, said):
-    headers = {"Content-Type": "application/json"}
-    answer = requests.post(f"{server.url}/batch_predict", data=body, headers=headers, timeout=10)
-    assert answer.status_code == 400
-    assert said in answer.json()["error"]
-
-
 def test_a_bad_upload_is_a_4xx_that_says_why(server):
     def post(path="/predict", **arguments):
         return requests.post(f"{server.url}{path}", timeout=10, **arguments)

@@ -153,44 +153,39 @@ class BatchInference(client.Workload):
 
     def settings(self) -> dict:
         """Return what was run."""
-        args = self.args
+        names = ("model", "batch_size", "num_batches", "seed")
         return {
-            "model": args.model,
+            **{name: getattr(self.args, name) for name in names},
             "weights": self._weights.kind,
             "weights_source": self._weights.source,
-            "batch_size": args.batch_size,
-            "num_batches": args.num_batches,
             "image_shape": list(IMAGE_SHAPE),
             "engine": self.device.engine,
             "precision": self.device.precision,
-            "seed": args.seed,
         }
 
     def summary(self, figures: dict) -> list[tuple[str, str]]:
         """Return the lines of the terminal summary."""
-        args = self.args
         few = ", ".join(f"p{q}" for q in (50, 95, 99) if is_few(figures["batches"], q))
+
+        def ms(*names: str) -> str:
+            return " / ".join(f"{figures[f'{name}_ms']:.2f}" for name in names) + " ms"
+
         rows = [
-            ("Model", f"{args.model}, weights {self._weights.kind} ({self._weights.source})"),
-            ("Batches", f"{figures['batches']} of {args.batch_size} images"),
-            ("Latency a batch, mean", f"{figures['latency_mean_ms']:.2f} ms"),
-            ("Median (P50)", f"{figures['latency_median_ms']:.2f} ms"),
-            ("Min / max", f"{figures['latency_min_ms']:.2f} / {figures['latency_max_ms']:.2f} ms"),
-            (
-                "P95 / P99",
-                f"{figures['latency_p95_ms']:.2f} / {figures['latency_p99_ms']:.2f} ms"
-                f" (n = {figures['batches']}{f', few for {few}' if few else ''})",
-            ),
+            ("Model", f"{self.args.model}, weights {self._weights.kind} ({self._weights.source})"),
+            ("Batches", f"{figures['batches']} of {self.args.batch_size} images"),
+            ("Latency a batch, mean", ms("latency_mean")),
+            ("Median (P50)", ms("latency_median")),
+            ("Min / max", ms("latency_min", "latency_max")),
+            ("P95 / P99", ms("latency_p95", "latency_p99")
+             + f" (n = {figures['batches']}{f', few for {few}' if few else ''})"),
             ("Throughput", f"{figures['samples_per_second']:.1f} samples/s"),
-        ]
+        ]  # fmt: skip
         if figures["latency_std_ms"] is not None:
-            rows.insert(4, ("Standard deviation", f"{figures['latency_std_ms']:.2f} ms"))
+            rows.insert(4, ("Standard deviation", ms("latency_std")))
         if figures["device_median_ms"] is not None:
-            rows.append(("On the device, median", f"{figures['device_median_ms']:.2f} ms"))
-            rows.append(
-                ("Copy of the input, median", f"{figures['input_copy_median_ms']:.2f} ms, not "
-                 "part of the latency")
-            )  # fmt: skip
+            copy = f"{ms('input_copy_median')}, not part of the latency"
+            rows += [("On the device, median", ms("device_median")),
+                     ("Copy of the input, median", copy)]  # fmt: skip
         return rows
 
 

@@ -61,14 +61,9 @@ POLL_SECONDS = 0.1  # how soon the engine sees that it is to end
 
 
 class Refusal(Exception):
-    """A request that gets no result.
-
-    Attributes:
-        status: The HTTP status to answer with.
-    """
+    """A request that gets no result: the HTTP status, and one sentence for the client."""
 
     def __init__(self, status: int, message: str) -> None:
-        """Keep what is wrong, as one sentence for the client."""
         super().__init__(message)
         self.status = status
 
@@ -123,7 +118,7 @@ class Lane:
         return self._exchange(b"p", timeout_seconds)
 
     def classify_synthetic(self, images: int, timeout_seconds: float) -> Answer:
-        """Run one batch of ``images`` synthetic pictures; raises as ``classify`` does."""
+        """Run one batch of synthetic pictures; raises as ``classify`` does."""
         return self._exchange(b"s" + SYNTHETIC.pack(images), timeout_seconds)
 
     def record(self, *values: float) -> None:
@@ -233,16 +228,8 @@ class _EngineLane:
 class Engine:
     """The loop that owns the device: receives pictures, gathers batches, answers.
 
-    Its thread alone calls the model once ``model`` is set. The attributes may be read and set by
-    any thread.
-
-    Attributes:
-        model: What answers pictures (``models.Classifier``); None while it is being loaded.
-        status: What ``/health`` says.
-        failure: What the model raised; it is not called again after that.
-        workers: Pids of the web workers that live.
-        lost_workers: Pids of those that ended without a word, with the requests in them.
-        unanswered: Requests that workers left without an answer when they were told to end.
+    Its thread alone calls the model once ``model`` is set. The public attributes may be read and
+    set by any thread.
     """
 
     def __init__(
@@ -253,12 +240,12 @@ class Engine:
         ``tell`` answers what workers ask, on a thread of its own.
         """
         allow_many_files()
-        self.model: Classifier | None = None
-        self.status = "loading"
-        self.failure: Exception | None = None
-        self.workers: set[int] = set()
-        self.lost_workers: list[int] = []
-        self.unanswered = 0
+        self.model: Classifier | None = None  # None while it is being loaded
+        self.status = "loading"  # as ``/health`` says it
+        self.failure: Exception | None = None  # of the model, which is not called again after that
+        self.workers: set[int] = set()  # pids of those that live
+        self.lost_workers: list[int] = []  # of those that ended without a word
+        self.unanswered = 0  # requests that workers left when they were told to end
         self._args, self._statistics, self._tell = args, statistics, tell
         shape = (args.max_batch, IMAGE_SIZE, IMAGE_SIZE, 3)
         self._noise = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
@@ -327,7 +314,6 @@ class Engine:
         return sum(lane.memory[PICTURE_BYTES] for lane in tuple(self._lanes.values()))
 
     def _receive(self, timeout_seconds: float) -> None:
-        """Take whatever has come, waiting for it as long as that."""
         for descriptor, _ in self._poll.poll(max(0.0, timeout_seconds)):
             self._hear(self._lanes[descriptor])
 

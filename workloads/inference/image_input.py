@@ -52,14 +52,9 @@ with contextlib.suppress(OSError, AttributeError):
 
 
 class ImageRejected(Exception):
-    """The bytes are no picture that is read here.
-
-    Attributes:
-        status: The HTTP status to answer an upload with.
-    """
+    """No picture that is read here: one sentence for its sender, the HTTP status of an upload."""
 
     def __init__(self, message: str, status: int = 400) -> None:
-        """Keep what is wrong, as one sentence for whoever sent it."""
         super().__init__(message)
         self.status = status
 

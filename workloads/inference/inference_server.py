@@ -153,7 +153,6 @@ class Statistics:
     """What has been answered; written by the engine's thread, read by any."""
 
     def __init__(self) -> None:
-        """Begin with nothing."""
         import numpy as np
         import prometheus_client as prometheus
 

@@ -97,25 +97,24 @@ def load_inference_model(
 
     require_model(name)
     model, loaded = load_classifier(name, weights, seed)
-    fused = _fold_batch_norms(model)
-    if fused is not None and device.is_cuda and device.engine != "eager":
-        fuse_activations(fused)
-        if not _runs(fused, device):
-            fused = _fold_batch_norms(load_classifier(name, weights, seed)[0])
-    model = model if fused is None else fused
+    model = _fold_batch_norms(model)
+    if isinstance(model, torch.fx.GraphModule) and device.is_cuda and device.engine != "eager":
+        fuse_activations(model)
+        if not _runs(model, device):
+            model = _fold_batch_norms(load_classifier(name, weights, seed)[0])
     model.to(device.torch_device, device.model_dtype, memory_format=torch.channels_last)
     return compile_module(device, model), loaded
 
 
-def _fold_batch_norms(model: nn.Module) -> fx.GraphModule | None:
-    """Fold ``model``'s batch norms in place; return its graph, None where it cannot be traced."""
+def _fold_batch_norms(model: nn.Module) -> nn.Module:
+    """Fold ``model``'s batch norms in place; return its graph, itself where it can't be traced."""
     from torch.fx.experimental.optimization import fuse
 
     # A forward pass that depends on its input raises what it likes, and stays as it is.
     try:
         return fuse(model, inplace=True)
     except Exception:
-        return None
+        return model
 
 
 def _runs(model: nn.Module, device: ComputeDevice) -> bool:
@@ -199,8 +198,7 @@ def _fused(convolution: nn.Conv2d) -> nn.Module:
 
 def batch_buckets(max_batch: int) -> list[int]:
     """Return the batch sizes that get a graph: powers of two below ``max_batch``, then itself."""
-    buckets = [1 << power for power in range(max_batch.bit_length()) if 1 << power < max_batch]
-    return [*buckets, max_batch]
+    return [*(1 << power for power in range((max_batch - 1).bit_length())), max_batch]
 
 
 class Classifier:

@@ -98,7 +98,7 @@ def begin(settings: SimpleNamespace, engine: EngineClient, worker: WebWorker) ->
 
 @app.before_request
 def check_request() -> None:
-    """Admit who knows the key, and no web page of somebody else's in a local browser."""
+    """Admit who knows the key, and no foreign web page in a local browser."""
     host = request.headers.get("Host", "")
     if state.settings.local_only and not _is_local(host):
         raise Refusal(403, "this server answers to names of this machine only, such as localhost")

@@ -63,13 +63,9 @@ class Wait(NamedTuple):
 
 
 class WebWorker(GeventWorker):
-    """A gevent worker that bounds how long clients keep it waiting, and drains quickly.
+    """A gevent worker that bounds how long clients keep it waiting, and drains quickly."""
 
-    Attributes:
-        is_stuck: Set where a thread of this process will not come back: the worker is replaced.
-    """
-
-    is_stuck = False
+    is_stuck = False  # set where a thread will not come back: the worker is replaced
 
     def run(self) -> None:
         """Serve until told to stop, or until stuck; then answer what has been read."""
@@ -213,7 +209,6 @@ class WebServer(BaseApplication):
     """gunicorn, set up from ``settings`` and by nothing that the environment says."""
 
     def __init__(self, settings: SimpleNamespace) -> None:
-        """Keep the settings; ``run`` serves."""
         self.settings = settings
         # How many each worker has, by its age; in memory that all of them share.
         self.connections = np.frombuffer(mmap.mmap(-1, 2 * MAX_WORKERS_EVER), np.uint16)
