@@ -29,7 +29,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,6 +43,7 @@ from workloads.common.cli import non_negative_int, positive_float, positive_int 
 
 if TYPE_CHECKING:
     from server_figures import Figures
+    from server_process import ServerProcess
 
     from benchmarking.hardware.nvml import Gpu
     from workloads.inference.load_generator import Measured
@@ -134,30 +135,11 @@ class Chaos:
 class Soak:
     """One server, one load."""
 
-    def __init__(self, options: argparse.Namespace, folder: Path) -> None:
-        """Start the server; its log and its result go to ``folder``."""
-        from hostile_requests import LIMITS
-        from server_process import SCRIPT, STUB, ServerProcess
-
-        self.options = options
-        self.server = ServerProcess(
-            folder, *LIMITS, "--model", options.model, "--device", options.device,
-            "--workers", str(options.workers), "--drain-seconds", str(DRAIN_SECONDS),
-            "--events", str(folder / "events.jsonl"), script=STUB if options.stub else SCRIPT,
-        )  # fmt: skip
-        try:
-            self.gpu = _card_of(folder / "events.jsonl")
-        except AssertionError:
-            self.close()
-            raise
-        self.chaos = Chaos(self.server.port, options.chaos_rate, options.seed)
+    def __init__(self, options: argparse.Namespace, server: ServerProcess, gpu: Gpu | None) -> None:
+        self.options, self.server, self.gpu = options, server, gpu
+        self.chaos = Chaos(server.port, options.chaos_rate, options.seed)
         self.clients = CLIENTS_PER_WORKER * options.workers
         self.rounds: list[tuple[float, float]] = []
-
-    def close(self) -> None:
-        if self.server.process.poll() is None:
-            self.server.process.kill()
-        self.server.process.wait()
 
     def _run(
         self, clients: int, duration_seconds: float, rate: float | None = None,
@@ -332,18 +314,26 @@ def conclude(options: argparse.Namespace, figures: dict, bounds: dict[str, bool]
 
 def run(options: argparse.Namespace, folder: Path) -> int:
     """Hold the load; a server that cannot be started or ends by itself is a sentence."""
-    try:
-        soak = Soak(options, folder)
-    except AssertionError as error:
-        print(f"the server did not start: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
-        return EXIT_USAGE
-    try:
-        return conclude(options, *hold(soak))
-    except ServerEndedError as error:
-        print(f"not kept: {error}")
-        return EXIT_BROKEN
-    finally:
-        soak.close()
+    from hostile_requests import LIMITS
+    from server_process import SCRIPT, STUB, running
+
+    flags = ("--model", options.model, "--device", options.device, "--workers",
+             str(options.workers), "--drain-seconds", str(DRAIN_SECONDS),
+             "--events", str(folder / "events.jsonl"))  # fmt: skip
+    with ExitStack() as stack:
+        try:
+            script = STUB if options.stub else SCRIPT
+            server = stack.enter_context(running(folder, *LIMITS, *flags, script=script))
+            soak = Soak(options, server, _card_of(folder / "events.jsonl"))
+        except AssertionError as error:
+            reason = str(error).strip().splitlines()[-1]
+            print(f"the server did not start: {reason}", file=sys.stderr)
+            return EXIT_USAGE
+        try:
+            return conclude(options, *hold(soak))
+        except ServerEndedError as error:
+            print(f"not kept: {error}")
+            return EXIT_BROKEN
 
 
 def main() -> int:

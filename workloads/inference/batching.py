@@ -30,6 +30,7 @@ import mmap
 import os
 import resource
 import select
+import selectors
 import socket
 import struct
 import threading
@@ -38,6 +39,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
@@ -251,10 +253,9 @@ class Engine:
         self._noise = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
         # What is sent to the first end is received at the second, by whoever inherits it.
         self.worker_door, self._door = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._poll, self._line_poll = select.epoll(), select.epoll()
-        self._line_poll.register(self._door, select.EPOLLIN)
+        self._poll, self._questions = select.epoll(), selectors.DefaultSelector()
+        self._questions.register(self._door, selectors.EVENT_READ, self._take_in)
         self._lanes: dict[int, _EngineLane] = {}
-        self._lines: dict[int, tuple[socket.socket, int | None]] = {}
         self._queue: deque[_EngineLane] = deque()
         self._running = 0
         self._batch_seconds = 0.0
@@ -319,16 +320,13 @@ class Engine:
 
     def _answer_questions(self) -> None:
         while True:
-            for descriptor, _ in self._line_poll.poll():
-                if descriptor == self._door.fileno():
-                    self._take_in()
-                else:
-                    self._answer(descriptor, *self._lines[descriptor])
+            for key, _ in self._questions.select():
+                key.data()
 
     def _take_in(self) -> None:
         kind, descriptors, _, _ = socket.recv_fds(self._door, 64, 2)
         if not kind:
-            self._line_poll.unregister(self._door)  # no worker is left, and none can come
+            self._questions.unregister(self._door)  # no worker is left, and none can come
         elif len(descriptors) < (2 if kind == b"lane" else 1):
             # No more files can be opened here: the worker finds its end closed, and answers 503.
             for descriptor in descriptors:
@@ -340,8 +338,8 @@ class Engine:
             pid = None if kind == b"line" else int(kind.removeprefix(b"worker "))
             if pid is not None:
                 self.workers.add(pid)
-            self._lines[connection.fileno()] = connection, pid
-            self._line_poll.register(connection, select.EPOLLIN)
+            answer = partial(self._answer, connection, pid)
+            self._questions.register(connection, selectors.EVENT_READ, answer)
 
     def _open_lane(self, connection: socket.socket, shared: int) -> None:
         try:
@@ -356,7 +354,7 @@ class Engine:
         self._lanes[connection.fileno()] = _EngineLane(connection, memory, picture)
         self._poll.register(connection, select.EPOLLIN)
 
-    def _answer(self, descriptor: int, connection: socket.socket, pid: int | None) -> None:
+    def _answer(self, connection: socket.socket, pid: int | None) -> None:
         """Answer a question, or hear the last word of the worker with that pid."""
         message = _received(connection)
         if message and pid is None:
@@ -369,8 +367,7 @@ class Engine:
             self.lost_workers.append(pid)
         if pid is not None:
             self.workers.discard(pid)
-        self._line_poll.unregister(descriptor)
-        del self._lines[descriptor]
+        self._questions.unregister(connection)
         connection.close()
 
     def _hear(self, lane: _EngineLane) -> None:

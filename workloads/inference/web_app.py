@@ -25,23 +25,20 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import gevent
 import multipart
 from flask import Flask, Response, g, request
-from gevent.lock import BoundedSemaphore
 from gunicorn.http.errors import NoMoreData, ParseException
 from PIL import Image
 from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
 from workloads.inference import api_key
-from workloads.inference.batching import Answer, EngineClient, Refusal
+from workloads.inference.batching import Answer, Refusal
 from workloads.inference.image_input import ImageRejected, open_upload, small_picture
 
 if TYPE_CHECKING:
@@ -69,28 +66,17 @@ PROMETHEUS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 INTERNAL_ERROR = "internal error; the server's log has the details"
 
 
-@dataclass
-class State:
-    """What the requests of one worker share."""
-
-    settings: SimpleNamespace  # the flags of inference_server.py, and what it adds to them
-    engine: EngineClient
-    worker: WebWorker
-    large_pictures: BoundedSemaphore
-    held_bytes: int = 0
-
-
 app = Flask(__name__, static_folder=None)
 app.json.sort_keys = False
 app.url_map.merge_slashes = False
-state: State
+worker: WebWorker  # the process
 
 
-def begin(settings: SimpleNamespace, engine: EngineClient, worker: WebWorker) -> None:
+def begin(process: WebWorker) -> None:
     """Prepare this process to answer requests."""
-    global state
-    state = State(settings, engine, worker, BoundedSemaphore(settings.threads))
-    Image.MAX_IMAGE_PIXELS = max(settings.max_pixels, MIN_PILLOW_LIMIT)
+    global worker
+    worker = process
+    Image.MAX_IMAGE_PIXELS = max(worker.settings.max_pixels, MIN_PILLOW_LIMIT)
     signal.signal(signal.SIGPROF, _decoding_takes_too_long)
     # Else gevent logs a traceback for each bad picture that is decoded on a thread.
     gevent.get_hub().NOT_ERROR += (ImageRejected,)
@@ -100,13 +86,13 @@ def begin(settings: SimpleNamespace, engine: EngineClient, worker: WebWorker) ->
 def check_request() -> None:
     """Admit who knows the key, and no foreign web page in a local browser."""
     host = request.headers.get("Host", "")
-    if state.settings.local_only and not _is_local(host):
+    if worker.settings.local_only and not _is_local(host):
         raise Refusal(403, "this server answers to names of this machine only, such as localhost")
     origin = request.headers.get("Origin")
     if request.method == "POST" and origin is not None and origin.partition("//")[2] != host:
         raise Refusal(403, "pages of other origins may not use this server")
     if request.path not in ("/", "/health") and not api_key.admits(
-        state.settings.api_key, request.headers.get("Authorization", "")
+        worker.settings.api_key, request.headers.get("Authorization", "")
     ):
         raise Refusal(401, "this server wants its API key: Authorization: Bearer KEY")
 
@@ -131,32 +117,32 @@ def page() -> Response:
 @app.get("/health")
 def health() -> tuple[dict, int]:
     """Say how the server is."""
-    content = json.loads(state.engine.ask("health"))
+    content = json.loads(worker.engine.ask("health"))
     return content, 200 if content["status"] == "ok" else 503
 
 
 @app.get("/stats")
 def stats() -> Response:
     """Return the statistics."""
-    return Response(state.engine.ask("stats"), content_type="application/json")
+    return Response(worker.engine.ask("stats"), content_type="application/json")
 
 
 @app.get("/metrics")
 def metrics() -> Response:
     """Return the statistics in Prometheus's text format."""
-    return Response(state.engine.ask("metrics"), content_type=PROMETHEUS_TYPE)
+    return Response(worker.engine.ask("metrics"), content_type=PROMETHEUS_TYPE)
 
 
 @app.post("/predict")
 def predict() -> dict:
     """Classify one picture."""
-    content = picture_of(request.content_type or "", _body(state.settings.max_body_bytes))
+    content = picture_of(request.content_type or "", _body(worker.settings.max_body_bytes))
     received_seconds = time.monotonic()
-    deadline_seconds = received_seconds + state.settings.request_seconds
+    deadline_seconds = received_seconds + worker.settings.request_seconds
     with _cpu_limit(MAX_DECODE_CPU_SECONDS):
-        image = open_upload(content, state.settings.max_pixels)
+        image = open_upload(content, worker.settings.max_pixels)
     picture = _decoded_apart(image, deadline_seconds) if _takes_long(image) else None
-    with state.engine.lane() as lane:
+    with worker.engine.lane() as lane:
         if picture is None:
             with lane.decoding(), _cpu_limit(MAX_DECODE_CPU_SECONDS):
                 picture = small_picture(image)
@@ -184,14 +170,14 @@ def batch_predict() -> dict:
     """Run a synthetic batch, one batch of the model's after another."""
     size = _batch_size(_body(MAX_JSON_BYTES))
     received_seconds = time.monotonic()
-    deadline_seconds = received_seconds + state.settings.request_seconds
-    max_batch = state.settings.max_batch
+    deadline_seconds = received_seconds + worker.settings.request_seconds
+    max_batch = worker.settings.max_batch
     gpu_seconds = 0.0
-    with state.engine.lane() as lane:
+    with worker.engine.lane() as lane:
         for first in range(0, size, max_batch):
             left_seconds = deadline_seconds - time.monotonic()
             if left_seconds <= 0:
-                raise Refusal(503, f"not done within {state.settings.request_seconds:g} s")
+                raise Refusal(503, f"not done within {worker.settings.request_seconds:g} s")
             if _client_has_left():
                 raise Refusal(499, "the client has left")
             answer = lane.classify_synthetic(min(max_batch, size - first), left_seconds)
@@ -216,7 +202,7 @@ def count(response: Response) -> Response:
     if endpoint in ENDPOINTS:
         parts = (g.get("seconds", {}).get(name, math.nan) for name in ("decode", "queue", "gpu"))
         total_seconds = g.get("seconds", {}).get("total", 0.0)
-        with suppress(Refusal), state.engine.lane() as lane:
+        with suppress(Refusal), worker.engine.lane() as lane:
             lane.record(
                 ENDPOINTS.index(endpoint), response.status_code, g.get("images", 0),
                 time.monotonic() - total_seconds, total_seconds, *parts,
@@ -227,7 +213,7 @@ def count(response: Response) -> Response:
 @app.teardown_request
 def release(error: BaseException | None) -> None:
     """Give back what the body took of the memory for all."""
-    state.held_bytes -= g.pop("held_bytes", 0)
+    worker.held_bytes -= g.pop("held_bytes", 0)
 
 
 @app.errorhandler(Exception)
@@ -248,20 +234,20 @@ def refuse(error: Exception) -> Response:
     if not g.get("is_read") and (
         request.content_length or request.environ.get("HTTP_TRANSFER_ENCODING")
     ):
-        state.worker.close_after(response)
+        worker.close_after(response)
     return response
 
 
 @cache
 def _model() -> dict:
     """Return model and weights, as said in every answer; they are known once one succeeded."""
-    facts = json.loads(state.engine.ask("health"))
+    facts = json.loads(worker.engine.ask("health"))
     return {name: facts[name] for name in ("model", "weights")}
 
 
 @cache
 def _class_name(number: int) -> str:
-    return state.engine.ask(f"name {number}").decode()
+    return worker.engine.ask(f"name {number}").decode()
 
 
 def _top(answer: Answer) -> list[dict]:
@@ -282,11 +268,11 @@ def _body(limit: int) -> bytes:
     """Read the whole body, within bounds of size, time and memory."""
     if (request.content_length or 0) > limit:
         raise _too_large(limit)
-    seconds = state.settings.request_seconds
+    seconds = worker.settings.request_seconds
     refusal = Refusal(408, f"the request did not arrive within {seconds:g} s")
     pieces, length = [], 0
     try:
-        with state.worker.waiting_for_client(seconds, refusal):
+        with worker.waiting_for_client(seconds, refusal):
             while piece := request.environ["wsgi.input"].read(PIECE_BYTES):
                 pieces.append(piece)
                 length += len(piece)
@@ -311,9 +297,9 @@ def _too_large(limit: int) -> Refusal:
 
 
 def _hold(piece_bytes: int) -> None:
-    if state.held_bytes + piece_bytes > max(BODIES_BYTES, 2 * state.settings.max_body_bytes):
+    if worker.held_bytes + piece_bytes > max(BODIES_BYTES, 2 * worker.settings.max_body_bytes):
         raise Refusal(503, "too much is being sent at once; try again in a moment")
-    state.held_bytes += piece_bytes
+    worker.held_bytes += piece_bytes
     g.held_bytes = g.get("held_bytes", 0) + piece_bytes
 
 
@@ -349,7 +335,7 @@ def picture_of(content_type: str, body: bytes) -> bytes:
 
 
 def _batch_size(body: bytes) -> int:
-    limit = state.settings.max_batch_predict
+    limit = worker.settings.max_batch_predict
     default = min(DEFAULT_BATCH_SIZE, limit)
     if not body.strip():
         return default
@@ -384,12 +370,12 @@ def _takes_long(image: Image.Image) -> bool:
 def _decoded_apart(image: Image.Image, deadline_seconds: float) -> bytes:
     """Decode a picture on a thread, next to the other requests."""
     refusal = Refusal(503, "the picture could not be decoded in time; try again later")
-    with gevent.Timeout(deadline_seconds - time.monotonic(), refusal), state.large_pictures:
+    with gevent.Timeout(deadline_seconds - time.monotonic(), refusal), worker.large_pictures:
         try:
             return gevent.get_hub().threadpool.apply(small_picture, (image,))
         except Refusal:
             # Nothing ends a thread but the end of its process.
-            state.worker.is_stuck = True
+            worker.is_stuck = True
             raise
 
 

@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import gevent
 import numpy as np
 from flask import Flask
+from gevent.lock import BoundedSemaphore
 from gevent.pool import Pool
 from gunicorn import util
 from gunicorn.app.base import BaseApplication
@@ -69,12 +70,15 @@ class WebWorker(GeventWorker):
 
     def run(self) -> None:
         """Serve until told to stop, or until stuck; then answer what has been read."""
-        settings = self.app.settings
+        # The flags of inference_server.py, and what it adds to them.
+        self.settings = settings = self.app.settings
         self._silent_seconds = min(SILENT_SECONDS, settings.request_seconds)
         self._waits: dict[gevent.Greenlet, Wait] = {}
         self._pool = Pool(self.worker_connections)
-        engine = EngineClient(socket.socket(fileno=settings.door))
-        web_app.begin(settings, engine, self)
+        self.engine = EngineClient(socket.socket(fileno=settings.door))
+        self.large_pictures = BoundedSemaphore(settings.threads)
+        self.held_bytes = 0  # of bodies that are being read
+        web_app.begin(self)
         listener = self.sockets[0]
         accepting = gevent.spawn(self._accept_all, listener)
         while self.alive and not self.is_stuck:
@@ -85,7 +89,7 @@ class WebWorker(GeventWorker):
             gevent.sleep(HEARTBEAT_SECONDS)
         self.alive = False
         self._drain(accepting, listener, settings.drain_seconds)
-        engine.report_unanswered(sum(map(self._has_request, self._pool)))
+        self.engine.report_unanswered(sum(map(self._has_request, self._pool)))
         # Not by the interpreter's own end, which would wait for a thread that is stuck.
         os._exit(0)
 
