@@ -37,19 +37,14 @@ PICTURE, HTTP, SLOW = "pictures", "broken HTTP", "slow senders"
 
 
 class ChaosClient:
-    """Senders on threads; what they found is in ``answers`` and ``faults``.
-
-    Attributes:
-        answers: How often each status came back to each kind of attack; None: closed without one.
-        faults: What was not right, as sentences.
-        slow_senders: How many slow senders have connected.
-    """
+    """Senders on threads, and what they found."""
 
     def __init__(self, port: int, rate: float, seed: int) -> None:
         """Prepare ``rate`` attacks a second in all on the server at ``port`` of this machine."""
+        # By kind of attack and status; None: closed without one.
         self.answers: Counter[tuple[str, int | None]] = Counter()
-        self.faults: list[str] = []
-        self.slow_senders = 0
+        self.faults: list[str] = []  # what was not right, as sentences
+        self.slow_senders = 0  # that have connected
         self._counting = threading.Lock()
         self._ending = threading.Event()
         self._port = port

@@ -255,7 +255,8 @@ def picture_attacks() -> list[Attack]:
 
 def http_attacks() -> list[Attack]:
     """Wrong paths, methods, headers, bodies, and connections that break off."""
-    good = post("/predict", jpeg())
+    picture = jpeg()
+    good = post("/predict", picture)
     part = len(good) // 2
     sizes = ("0", "-1", "9", "1e9", "1000000000", "NaN", "1.5", "true", "null", '"8"', "[8]", "{}")
     bodies = [(f'{{"batch_size": {size}}}', "a whole number from 1 to 8") for size in sizes]
@@ -284,6 +285,12 @@ def http_attacks() -> list[Attack]:
         _attack("two lengths", b"POST /predict HTTP/1.1\r\nContent-Length: 5\r\n"
                 b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
         _attack("bad chunk", chunked + b"ZZ\r\n", 400),
+        _attack("chunked upload", chunked.replace(b"HTTP/1.1", b"HTTP/1.1\r\nConnection: close")
+                + b"%x\r\n%b\r\n0\r\n\r\n" % (len(picture), picture), 200),
+        # Not taken up: the one answer speaks HTTP/1.1.
+        _attack("offer of HTTP/2", good.replace(
+            b"Connection: close", b"Connection: Upgrade, HTTP2-Settings, close\r\n"
+            b"Upgrade: h2c\r\nHTTP2-Settings: AAMAAABk"), 200, half_closes=True),
         _attack("endless body", (chunked, *[chunk] * 60), 413, None),
         _attack("truncated body, half closed", good[:part], 400, half_closes=True),
         _attack("whole body, half closed", good, 200, half_closes=True),

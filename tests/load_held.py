@@ -271,7 +271,7 @@ def hold(soak: Soak) -> tuple[dict, dict]:
     hostile, slow = soak.chaos.attacks, soak.chaos.slow_senders
     measured, samples = soak.offer(rate)
     hostile, slow = soak.chaos.attacks - hostile, soak.chaos.slow_senders - slow
-    after = figures_at_rest(pid, before.open_files)
+    after = figures_at_rest(pid, before)
     failures = Counter(failure for failure in measured.requests["failure"] if failure)
     lead_in, table = np.split(measured.requests, [soak.lead_in_requests(rate)])
     held = [sample for sample in samples

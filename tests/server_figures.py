@@ -41,11 +41,11 @@ def figures_of(pid: int) -> Figures:
     )
 
 
-def figures_at_rest(pid: int, at_most_files: int | None = None) -> Figures:
+def figures_at_rest(pid: int, at_most: Figures | None = None) -> Figures:
     """Wait until no file has been opened or closed for a second; return the figures then.
 
-    Then, half a minute at the most, for no more open files than `at_most_files`: connections that a
-    client has left are closed when their time is over.
+    Then, half a minute at the most, for no more files and threads than `at_most`: connections that
+    a client has left, and threads that decode large pictures, end when their time is over.
     """
     last = figures_of(pid)
 
@@ -56,9 +56,9 @@ def figures_at_rest(pid: int, at_most_files: int | None = None) -> Figures:
 
     wait_until(rests, "as many open files for a second", poll_seconds=1.0)
     deadline = time.monotonic() + 35.0
-    while at_most_files is not None and time.monotonic() < deadline:
+    while at_most is not None and time.monotonic() < deadline:
         last = figures_of(pid)
-        if last.open_files <= at_most_files:
+        if last.open_files <= at_most.open_files and last.threads <= at_most.threads:
             break
         time.sleep(SAMPLE_SECONDS)
     return last

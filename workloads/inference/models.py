@@ -132,14 +132,13 @@ def _runs(model: nn.Module, device: ComputeDevice) -> bool:
 
 
 def fuse_activations(model: fx.GraphModule) -> None:
-    """Fuse each ReLU of ``model`` into the convolution (and sum) that alone feeds it, in place.
+    """Fuse each ReLU into the convolution (and sum) that alone feeds it, in place.
+
+    ``model`` is in evaluation mode, its batch norms folded.
 
     Convolution, bias, residual sum and ReLU become one cuDNN kernel, which saves writing and
     reading every activation once more: on an H100 a ResNet50 in bf16 takes 1.57 ms instead of
     2.82 ms for 32 images and 0.41 ms instead of 0.64 ms for one.
-
-    Args:
-        model: In evaluation mode, batch norms folded.
     """
     from torch import fx, nn
 
