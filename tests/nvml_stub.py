@@ -111,7 +111,11 @@ def write_state(path: Path, **state: Any) -> Path:
 def stub_environment(
     library: Path, state: Path, base: Mapping[str, str] = os.environ
 ) -> dict[str, str]:
-    """Return ``base`` with the two variables that make a subprocess see the scripted card."""
+    """Return ``base`` with the two variables that make a subprocess see the scripted card.
+
+    Without CUDA's own, which a workload that was opened in this process may have set.
+    """
+    base = {name: value for name, value in base.items() if not name.startswith("CUDA_")}
     search_path = [str(library), *filter(None, [base.get("LD_LIBRARY_PATH")])]
     return {
         **base,
