@@ -290,7 +290,8 @@ def _chart(path: Path) -> Iterator[Axes]:
     axes.set_axisbelow(True)
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
     yield axes
-    axes.legend(frameon=False, loc="upper right", ncols=3)
+    # Above the axes: inside them it would lie over bars and percentiles.
+    axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1.0), ncols=4, fontsize=9)
     with written_whole(path) as file:
         figure.savefig(file, format="png", dpi=DPI)
 
@@ -318,7 +319,7 @@ def _draw_latency_histogram(axes: Axes, latency_ms: np.ndarray, figures: dict) -
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter(NullFormatter())
     title = f"{len(latency_ms):,} of {figures['total_requests']:,} requests were answered"
-    axes.set_title(title, loc="left", fontsize=11)
+    axes.set_title(title, loc="left", fontsize=11, pad=24)
 
 
 def _draw_qps_timeline(
@@ -345,4 +346,4 @@ def _draw_qps_timeline(
     axes.set_ylim(0, 1.25 * max(answered.max(), failed.max(), offered_rate or 0.0))
     axes.yaxis.set_major_formatter("{x:,.4g}")
     title = f"{ok.sum() / length_seconds:,.0f} requests a second answered on average"
-    axes.set_title(title, loc="left", fontsize=11)
+    axes.set_title(title, loc="left", fontsize=11, pad=24)
