@@ -400,7 +400,7 @@ def test_a_second_signal_ends_a_server_that_drains_at_once(tmp_path):
 def test_the_sliding_window_forgets_what_is_older_than_ten_seconds():
     statistics, now = Statistics(), time.monotonic()
     for age_seconds in (60.0, 13.0, 10.5, 9.0, 5.0, 0.0):
-        statistics.record(0, 200, 1, now - age_seconds - 0.001, 0.001, 0.0, 0.0, 0.0)
+        statistics.record("predict", 200, 1, now - age_seconds - 0.001, 0.001, 0.0, 0.0, 0.0)
     assert statistics.snapshot()["qps_last_10_seconds"] == 0.3
     assert [end - start for _, start, end in statistics.take_units()] == [pytest.approx(1e-3)] * 6
     assert statistics.take_units() == []
@@ -410,7 +410,7 @@ def test_percentiles_are_of_the_latest_hundred_thousand_requests():
     statistics = Statistics()
     for number in range(120_000):
         seconds = 1.0 if number < 110_000 else 0.001
-        statistics.record(0, 200, 1, 0.0, seconds, 0.0, 0.0, seconds)
+        statistics.record("predict", 200, 1, 0.0, seconds, 0.0, 0.0, seconds)
     figures = statistics.snapshot()
     assert (figures["successful_requests"], figures["latency_responses"]) == (120_000, 100_000)
     assert (figures["min_ms"], figures["p95_ms"]) == (1.0, 1000.0)

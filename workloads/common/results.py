@@ -281,3 +281,8 @@ def print_summary(title: str, rows: Sequence[tuple[str, str]], warnings: Sequenc
 def is_few(responses: int, percentile: float) -> bool:
     """Return whether a percentile of so many responses rests on fewer than five beyond it."""
     return responses < round(500 / (100 - percentile))
+
+
+def few_percentiles(responses: int) -> list[str]:
+    """Return which of the guide's percentiles (p50, p95, p99) rest on too few responses."""
+    return [f"p{percentile}" for percentile in (50, 95, 99) if is_few(responses, percentile)]

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from workloads.common import cli, client, console
 from workloads.common.device import clients_on_gpu
 from workloads.common.errors import NotFiniteError
-from workloads.common.results import is_few, summarize_latency_ms
+from workloads.common.results import few_percentiles, summarize_latency_ms
 from workloads.inference.models import (
     add_model_flags,
     load_inference_model,
@@ -165,7 +165,7 @@ class BatchInference(client.Workload):
 
     def summary(self, figures: dict) -> list[tuple[str, str]]:
         """Return the lines of the terminal summary."""
-        few = ", ".join(f"p{q}" for q in (50, 95, 99) if is_few(figures["batches"], q))
+        few = ", ".join(few_percentiles(figures["batches"]))
 
         def ms(*names: str) -> str:
             return " / ".join(f"{figures[f'{name}_ms']:.2f}" for name in names) + " ms"

@@ -51,11 +51,13 @@ if TYPE_CHECKING:
     from workloads.inference.models import Classifier
 
 ROW = struct.Struct("=ddI")  # start and end of the batch (CLOCK_MONOTONIC), pictures in it
-# Endpoint, status, pictures; start of the request (CLOCK_MONOTONIC), seconds in all, of decoding,
-# in the queue, on the device (NaN: none).
+# Index into ENDPOINTS, status, pictures; start of the request (CLOCK_MONOTONIC), seconds in all, of
+# decoding, in the queue, on the device (NaN: none).
 RECORD = struct.Struct("=BHI5d")
+ENDPOINTS = ("predict", "batch_predict")
 SYNTHETIC = struct.Struct("=I")
 REFUSAL = struct.Struct("=H")  # HTTP status; the reason follows as text
+DEVICE_FAILED = "the device failed; the server's log has the details"
 MAX_MESSAGE_BYTES = 1 << 16
 QUESTION_SECONDS = 10.0  # for an answer that needs no device
 Closable = TypeVar("Closable", "Lane", socket.socket)
@@ -123,9 +125,9 @@ class Lane:
         """Run one batch of synthetic pictures; raises as ``classify`` does."""
         return self._exchange(b"s" + SYNTHETIC.pack(images), timeout_seconds)
 
-    def record(self, *values: float) -> None:
+    def record(self, endpoint: str, *values: float) -> None:
         """Have one finished request counted; ``values`` as in ``RECORD``."""
-        self._socket.send(b"r" + RECORD.pack(*values))
+        self._socket.send(b"r" + RECORD.pack(ENDPOINTS.index(endpoint), *values))
 
     def close(self) -> None:
         """Give the lane up; what waits in it is not computed."""
@@ -374,7 +376,8 @@ class Engine:
         message = _received(lane.socket)
         kind, content = message[:1], message[1:]
         if kind == b"r":
-            self._statistics.record(*RECORD.unpack(content))
+            which, *values = RECORD.unpack(content)
+            self._statistics.record(ENDPOINTS[which], *values)
         elif kind == b"p":
             self._let_in(lane, lane.picture)
         elif kind == b"s":
@@ -387,7 +390,7 @@ class Engine:
 
     def _let_in(self, lane: _EngineLane, pictures: np.ndarray) -> None:
         if self.failure is not None:
-            lane.send(_refusal(500, "the device failed; the server's log has the details"))
+            lane.send(_refusal(500, DEVICE_FAILED))
         elif self.model is None:
             lane.send(_refusal(503, f"the server is not ready ({self.status}); ask /health"))
         elif len(self._queue) >= self._args.queue_size:
@@ -425,7 +428,7 @@ class Engine:
             batch += self._queue
             self._queue.clear()
             for lane in batch:
-                lane.send(_refusal(500, "the device failed; see the server's log"))
+                lane.send(_refusal(500, DEVICE_FAILED))
             return
         finally:
             self._running = 0

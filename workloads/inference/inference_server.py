@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from workloads.common import cli, client, console
 from workloads.common.device import usable_cores
 from workloads.common.errors import JobFailedError, UsageError
-from workloads.common.results import is_few, summarize_latency_ms
+from workloads.common.results import few_percentiles, summarize_latency_ms
 from workloads.inference import api_key
 from workloads.inference.models import add_model_flags, resolve_model_flags, weights_notes
 
@@ -55,8 +55,7 @@ WEB_SERVER_START_SECONDS = 60.0
 # may harm other clients of an MPS server.
 WEB_SERVER_END_SECONDS, DEVICE_END_SECONDS = 2.0, 1.0
 
-ENDPOINTS = ("predict", "batch_predict")
-# What one answered request is called in the event log.
+# What one answered request of an endpoint is called in the event log.
 UNIT_KINDS = {"predict": "request", "batch_predict": "batch_request"}
 PARTS = ("total", "decode", "queue", "gpu")
 METRICS = "inference_server"
@@ -158,8 +157,8 @@ class Statistics:
 
         self._lock = threading.Lock()
         # Of the latest successful requests: end (CLOCK_MONOTONIC), seconds by part.
-        self._recent = {name: np.zeros((RECENT_REQUESTS, 1 + len(PARTS))) for name in ENDPOINTS}
-        self._statuses: dict[str, Counter] = {name: Counter() for name in ENDPOINTS}
+        self._recent = {name: np.zeros((RECENT_REQUESTS, 1 + len(PARTS))) for name in UNIT_KINDS}
+        self._statuses: dict[str, Counter] = {name: Counter() for name in UNIT_KINDS}
         self._images: Counter = Counter()
         self._batches: Counter = Counter()
         self._first_seconds: dict[str, float] = {}
@@ -198,10 +197,10 @@ class Statistics:
         self._prometheus_batches.observe(images)
 
     def record(
-        self, which: int, status: int, images: int, start_seconds: float, *seconds: float
+        self, endpoint: str, status: int, images: int, start_seconds: float, *seconds: float
     ) -> None:
         """Count an answered request; ``seconds`` by part, NaN where it had none."""
-        endpoint, end_seconds = ENDPOINTS[which], start_seconds + seconds[0]
+        end_seconds = start_seconds + seconds[0]
         self._prometheus_requests.labels(endpoint, status).inc()
         with self._lock:
             self._first_seconds.setdefault(endpoint, start_seconds)
@@ -264,7 +263,7 @@ class Statistics:
             "average_latency_ms": parts_ms["total"]["mean_ms"],
             **{name: ms for name, ms in parts_ms["total"].items() if name != "mean_ms"},
             "latency_responses": responses,
-            "few_responses_for": [f"p{q}_ms" for q in (50, 95, 99) if is_few(responses, q)],
+            "few_responses_for": [f"{name}_ms" for name in few_percentiles(responses)],
             "latency_parts_ms": parts_ms,
             "statuses": {str(status): n for status, n in sorted(statuses.items()) if n},
             "qps": round(succeeded / span_seconds, 1) if span_seconds > 0 else None,

@@ -38,13 +38,12 @@ from PIL import Image
 from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
 from workloads.inference import api_key
-from workloads.inference.batching import Answer, Refusal
+from workloads.inference.batching import ENDPOINTS, Answer, Refusal
 from workloads.inference.image_input import ImageRejected, open_upload, small_picture
 
 if TYPE_CHECKING:
     from workloads.inference.web_worker import WebWorker
 
-ENDPOINTS = ("predict", "batch_predict")
 DEFAULT_BATCH_SIZE = 32
 MAX_JSON_BYTES = 1024
 MAX_FORM_PARTS = 1000
@@ -204,7 +203,7 @@ def count(response: Response) -> Response:
         total_seconds = g.get("seconds", {}).get("total", 0.0)
         with suppress(Refusal), worker.engine.lane() as lane:
             lane.record(
-                ENDPOINTS.index(endpoint), response.status_code, g.get("images", 0),
+                endpoint, response.status_code, g.get("images", 0),
                 time.monotonic() - total_seconds, total_seconds, *parts,
             )  # fmt: skip
     return response
