@@ -29,7 +29,7 @@ from benchmarking.analysis.document import Document
 from benchmarking.analysis.runs import RunView
 from benchmarking.command_line.driver_words import tell_driver
 from benchmarking.command_line.one_line_parser import EXIT_USAGE, OneLineParser
-from benchmarking.storage import run_store
+from benchmarking.records import run_folder
 
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
@@ -124,17 +124,17 @@ def read_and_compare(
         raise UsageError(
             f"{results_dir} is not a folder: give the one that holds the runs by --results-dir"
         )
-    folders = run_store.find_runs(results_dir)
+    folders = run_folder.find_runs(results_dir)
     problems = unreadable_runs(results_dir, folders)
-    refusals, torn_refusals = run_store.read_refusals(results_dir)
+    refusals, torn_refusals = run_folder.read_refusals(results_dir)
     if not folders:
         said = [*problems, *(f"refused: {refusal['sentence']}" for refusal in reversed(refusals))]
         detail = f" ({said[0]})" if said else ""
         raise UsageError(
             f"no run in {results_dir}{detail}: make one with benchmarking/benchmark_suite.py first"
         )
-    runs = named_runs(results_dir, [run_store.read_run(folder) for folder in folders])
-    phases, torn = run_store.read_phases(results_dir)
+    runs = named_runs(results_dir, [run_folder.read_run(folder) for folder in folders])
+    phases, torn = run_folder.read_phases(results_dir)
     compared = comparison.compare(
         [RunView.of(run, name) for name, run in runs.items()],
         phases,
@@ -154,15 +154,15 @@ def lenders(results_dir: Path, folders: Sequence[Path]) -> list[RunView]:
     views = []
     for folder in beside:
         try:
-            run = run_store.read_run(folder)
-        except run_store.RunStoreError:
+            run = run_folder.read_run(folder)
+        except run_folder.RunStoreError:
             continue
         if folder != results_dir.resolve():
             views.append(RunView.of(run, run.run_id))
     return views
 
 
-def named_runs(results_dir: Path, runs: Sequence[run_store.Run]) -> dict[str, run_store.Run]:
+def named_runs(results_dir: Path, runs: Sequence[run_folder.Run]) -> dict[str, run_folder.Run]:
     """Runs by run id; those that share one, as experiments do, by their path below the folder."""
     paths = [run.folder.relative_to(results_dir).as_posix() for run in runs]
     times = Counter(run.run_id for run in runs)
@@ -178,11 +178,11 @@ def named_runs(results_dir: Path, runs: Sequence[run_store.Run]) -> dict[str, ru
 def unreadable_runs(results_dir: Path, readable: Sequence[Path]) -> list[str]:
     """Say, a sentence each, why a folder with a manifest is not among the readable runs."""
     problems = []
-    for manifest in sorted(results_dir.rglob(run_store.MANIFEST_FILE)):
+    for manifest in sorted(results_dir.rglob(run_folder.MANIFEST_FILE)):
         if manifest.parent not in readable:
             try:
-                run_store.read_run(manifest.parent)
-            except run_store.RunStoreError as error:
+                run_folder.read_run(manifest.parent)
+            except run_folder.RunStoreError as error:
                 problems.append(str(error))
     return problems
 
@@ -192,7 +192,7 @@ def draw_and_build(compared: Comparison, folders: dict[str, Path], output: Path)
     from benchmarking.analysis import drawing
 
     def samples_of(run: RunView) -> list[dict]:
-        samples, torn = run_store.read_samples(folders[run.run_id])
+        samples, torn = run_folder.read_samples(folders[run.run_id])
         compared.problems += torn
         return samples
 
@@ -235,7 +235,7 @@ def write_files(compared: Comparison, document: Document, output: Path) -> None:
         "comparison.csv": frame.to_csv(index=False),
     }
     for name, text in texts.items():
-        run_store.write_text_atomic(output / name, text)
+        run_folder.write_text_atomic(output / name, text)
 
 
 def write_run_reports(compared: Comparison, folders: dict[str, Path], slo_ms: float | None) -> None:
@@ -250,7 +250,7 @@ def write_run_reports(compared: Comparison, folders: dict[str, Path], slo_ms: fl
             document = draw_and_build(alone, folders, Path(charts))
         with writing(folders[run.run_id]):
             path = folders[run.run_id] / "report.html"
-            run_store.write_text_atomic(path, html_report.render(document))
+            run_folder.write_text_atomic(path, html_report.render(document))
 
 
 if __name__ == "__main__":

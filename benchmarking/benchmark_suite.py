@@ -33,16 +33,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarking.command_line.argument_types import positive_float, positive_int
 from benchmarking.command_line.driver_words import tell_driver
 from benchmarking.command_line.one_line_parser import OneLineParser
-from benchmarking.planning import mig_layout, mps_knobs, pairs
-from benchmarking.planning.plan import MIXES, MODE_EXCLUSIVE, MODE_MIG, MODE_MPS, MODES
-from benchmarking.planning.plan_file import PlanFileError, read_plan_file
-from benchmarking.planning.ramp import MOST_CLIENTS
-from benchmarking.running import suite_console
-from benchmarking.running.launcher import Interruption
-from benchmarking.running.parent_death import DRIVER_VARIABLE, end_with_driver
-from benchmarking.running.resumption import EarlierPart, read_earlier, request_data
-from benchmarking.running.suite_run import SuiteRun
-from benchmarking.running.suite_setup import (
+from benchmarking.records import run_folder
+from benchmarking.suite import console, mig_layout, mps_knobs, pairs
+from benchmarking.suite.launcher import Interruption
+from benchmarking.suite.parent_death import DRIVER_VARIABLE, end_with_driver
+from benchmarking.suite.plan import MIXES, MODE_EXCLUSIVE, MODE_MIG, MODE_MPS, MODES
+from benchmarking.suite.plan_file import PlanFileError, read_plan_file
+from benchmarking.suite.ramp import MOST_CLIENTS
+from benchmarking.suite.resume import EarlierPart, read_earlier, request_data
+from benchmarking.suite.run import SuiteRun
+from benchmarking.suite.setup import (
     EXIT_COMPLETE,
     EXIT_FAILED,
     EXIT_INTERRUPTED,
@@ -53,7 +53,6 @@ from benchmarking.running.suite_setup import (
     no_mps_folder,
     prepare,
 )
-from benchmarking.storage import run_store
 
 
 def main() -> int:
@@ -66,14 +65,14 @@ def main() -> int:
         with Interruption().watching() as interruption, no_mps_folder() as folder:
             end_with_driver(os.environ)
             setup = prepare(request, folder, os.environ, require_mode=not options.dry_run)
-            suite_console.print_plan(setup, verbose=options.verbose or options.dry_run)
+            console.print_plan(setup, verbose=options.verbose or options.dry_run)
             return EXIT_COMPLETE if options.dry_run else run(setup, interruption, earlier)
     except SuiteError as error:
         complain(error, error.exit_code)
         if error.exit_code != EXIT_USAGE and not options.dry_run:
             note_refusal(error, earlier.run.folder.parent if earlier else options.results_dir)
         return error.exit_code
-    except (run_store.RunStoreError, PlanFileError) as error:
+    except (run_folder.RunStoreError, PlanFileError) as error:
         return complain(error, EXIT_USAGE)
     except OSError as error:  # before the run began: a disk without room for its first file
         said = f"cannot write to {options.results_dir} ({error.strerror or error})"
@@ -86,13 +85,13 @@ def run(setup: Setup, interruption: Interruption, earlier: EarlierPart | None) -
     writer = earlier.reopen(setup.notes) if earlier else new_run(setup)
     if setup.is_contended:
         writer.update_manifest(is_contended=True)
-    say = suite_console.Teller().say
+    say = console.Teller().say
     suite = SuiteRun(setup, writer, interruption, say, earlier=earlier)
     code = suite.execute()
     tell_driver(suite.ending or "")
     try:
-        suite_console.print_summary(run_store.read_run(writer.folder))
-    except run_store.RunStoreError as error:
+        console.print_summary(run_folder.read_run(writer.folder))
+    except run_folder.RunStoreError as error:
         return complain(error, code or EXIT_FAILED, is_last_word=suite.ending is None)
     if DRIVER_VARIABLE not in os.environ:  # a driver makes the report itself, and goes on itself
         tell_what_next(writer.folder, interrupted=code == EXIT_INTERRUPTED)
@@ -109,11 +108,11 @@ def tell_what_next(folder: Path, *, interrupted: bool) -> None:
         print(f"to go on: {shlex.join(rest)}")
 
 
-def new_run(setup: Setup) -> run_store.RunWriter:
+def new_run(setup: Setup) -> run_folder.RunWriter:
     """Make the run's folder, with all in it that going on after a cut needs."""
     request = setup.request
     manifest = {**setup.manifest(sys.argv), "request": request_data(request)}
-    writer = run_store.create_run(request.results_dir, manifest, run_id=request.run_id)
+    writer = run_folder.create_run(request.results_dir, manifest, run_id=request.run_id)
     if request.plan_file is not None:
         writer.save_plan_file(request.plan_file.text)
     return writer
@@ -156,7 +155,7 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         type=Path,
         metavar="FILE",
         help="clients of your own, any command among them, listed in a TOML file "
-        "(see benchmarking/planning/plan_file.py); over again for more than it lists",
+        "(see benchmarking/suite/plan_file.py); over again for more than it lists",
     )
     add_ramp_flags(parser)
     add_mps_flags(parser)
@@ -456,7 +455,7 @@ def complain(error: Exception, code: int, *, is_last_word: bool = True) -> int:
 def note_refusal(error: SuiteError, results_dir: Path) -> None:
     """Keep what was refused before there was a run; where that cannot be, it was at least said."""
     with contextlib.suppress(OSError):
-        run_store.append_refusal(results_dir, sys.argv, error.exit_code, str(error))
+        run_folder.append_refusal(results_dir, sys.argv, error.exit_code, str(error))
 
 
 if __name__ == "__main__":

@@ -36,9 +36,10 @@ from benchmarking.command_line.argument_types import positive_float, positive_in
 from benchmarking.command_line.one_line_parser import OneLineParser
 from benchmarking.modes.mode_scripts import lock_reason, read_state
 from benchmarking.modes.mps import MpsMode, ask_mps_control
-from benchmarking.planning import mps_knobs
-from benchmarking.planning.plan import MIXES, MODE_MPS, MODES, PlannedClient, PlannedCoRun
-from benchmarking.running.launcher import (
+from benchmarking.records.run_folder import ClientPaths, utc_now, write_json_atomic
+from benchmarking.speed.process_run import Interrupted, Processes, RunFailedError
+from benchmarking.suite import mps_knobs
+from benchmarking.suite.launcher import (
     OUTCOME_INTERRUPTED,
     Client,
     CoRunOutcome,
@@ -49,9 +50,10 @@ from benchmarking.running.launcher import (
     client_base_environment,
     tail_of,
 )
-from benchmarking.running.proofs import judge_clients
-from benchmarking.running.sampler import Sampler
-from benchmarking.running.suite_setup import (
+from benchmarking.suite.plan import MIXES, MODE_MPS, MODES, PlannedClient, PlannedCoRun
+from benchmarking.suite.proofs import judge_clients
+from benchmarking.suite.sampler import Sampler
+from benchmarking.suite.setup import (
     EXIT_COMPLETE,
     EXIT_FAILED,
     EXIT_INTERRUPTED,
@@ -63,8 +65,6 @@ from benchmarking.running.suite_setup import (
     no_mps_folder,
     prepare,
 )
-from benchmarking.speed.process_run import Interrupted, Processes, RunFailedError
-from benchmarking.storage.run_store import ClientPaths, utc_now, write_json_atomic
 
 FAULTS = tuple(text.FAULT_WORDS)
 FAULT_CLIENT = "workloads/custom/fault_client.py"

@@ -4,7 +4,7 @@
     python3 benchmarking/check_plan.py examples/plans/own-commands.toml
 
 Exit codes: 0 good, 2 not; each mistake is a sentence on standard error. The last line on standard
-output is `clients: N`. The file's keys are described in benchmarking/planning/plan_file.py.
+output is `clients: N`. The file's keys are described in benchmarking/suite/plan_file.py.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarking.command_line.one_line_parser import EXIT_USAGE, OneLineParser
-from benchmarking.planning.plan_file import PlanEntry, PlanFileError, read_plan_file
+from benchmarking.suite.plan_file import PlanEntry, PlanFileError, read_plan_file
 
 
 def main() -> int:

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarking.command_line.argument_types import positive_int
 from benchmarking.command_line.one_line_parser import EXIT_USAGE, OneLineParser
 from benchmarking.hardware import nvml
-from benchmarking.running.launcher import Interruption
+from benchmarking.records.run_folder import utc_now, write_json_atomic
 from benchmarking.speed.jobs import (
     JOBS,
     SIZE_CPU,
@@ -41,7 +41,7 @@ from benchmarking.speed.jobs import (
 )
 from benchmarking.speed.process_run import Interrupted, Processes, RunFailedError
 from benchmarking.speed.text import markdown
-from benchmarking.storage.run_store import utc_now, write_json_atomic
+from benchmarking.suite.launcher import Interruption
 
 SCHEMA_VERSION = 1
 EXIT_COMPLETE, EXIT_FAILED, EXIT_NO_GPU, EXIT_INTERRUPTED = 0, 1, 3, 130

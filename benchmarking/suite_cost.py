@@ -38,8 +38,10 @@ from benchmarking.cost.windows import (
     work_rate,
 )
 from benchmarking.hardware import host_limit
-from benchmarking.planning.plan import MIXES, MODES, Plan, PlannedCoRun
-from benchmarking.running.launcher import (
+from benchmarking.records.run_folder import ClientPaths, utc_now, write_json_atomic
+from benchmarking.speed.process_run import Interrupted, Processes, RunFailedError
+from benchmarking.suite.co_run_records import start_skew_ms
+from benchmarking.suite.launcher import (
     OUTCOME_INTERRUPTED,
     OUTCOME_OK,
     Client,
@@ -49,8 +51,8 @@ from benchmarking.running.launcher import (
     Patience,
     client_base_environment,
 )
-from benchmarking.running.records import start_skew_ms
-from benchmarking.running.suite_setup import (
+from benchmarking.suite.plan import MIXES, MODES, Plan, PlannedCoRun
+from benchmarking.suite.setup import (
     EXIT_COMPLETE,
     EXIT_INTERRUPTED,
     Request,
@@ -59,8 +61,6 @@ from benchmarking.running.suite_setup import (
     no_mps_folder,
     prepare,
 )
-from benchmarking.speed.process_run import Interrupted, Processes, RunFailedError
-from benchmarking.storage.run_store import ClientPaths, utc_now, write_json_atomic
 
 SCHEMA_VERSION = 1
 READY_TIMEOUT_SECONDS = 1800.0

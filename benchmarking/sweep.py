@@ -28,12 +28,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarking import benchmark_suite
 from benchmarking.command_line.one_line_parser import EXIT_USAGE, OneLineParser
-from benchmarking.planning import pairs
-from benchmarking.planning.plan import MODE_EXCLUSIVE, MODE_TIME_SLICING
-from benchmarking.planning.plan_file import PlanFileError
-from benchmarking.running.launcher import Interruption
-from benchmarking.running.suite_setup import SuiteError, no_mps_folder, prepare
-from benchmarking.storage.run_store import RunStoreError, utc_now
+from benchmarking.records.run_folder import RunStoreError, utc_now
+from benchmarking.suite import pairs
+from benchmarking.suite.launcher import Interruption
+from benchmarking.suite.plan import MODE_EXCLUSIVE, MODE_TIME_SLICING
+from benchmarking.suite.plan_file import PlanFileError
+from benchmarking.suite.setup import SuiteError, no_mps_folder, prepare
 from benchmarking.sweeping.knobs import JOB_FLAG, KNOBS, TIMESLICES, Knob, alone_words, knob_called
 from benchmarking.sweeping.sweep_run import SweepRun, card_of
 

@@ -16,7 +16,7 @@ from typing import Any
 from mode_script_runner import PROJECT_ROOT, ROOT_PREFIX, UUID, ModeScripts, open_folder
 from waiting import wait_until
 
-from benchmarking.storage import run_store
+from benchmarking.records import run_folder
 
 PYTHON = PROJECT_ROOT / "tests" / "fakes" / "python_without_torch"
 AS_BEFORE = {
@@ -160,9 +160,9 @@ class DriverRunner(ModeScripts):
     def refusal(self, folder: Path | None = None) -> dict[str, Any]:
         """What was refused, once, and nothing else was left; as the published schema has it."""
         folder = folder or self.output
-        (refusal,), warnings = run_store.read_refusals(folder)
+        (refusal,), warnings = run_folder.read_refusals(folder)
         assert warnings == []
-        assert [path.name for path in folder.iterdir()] == [run_store.REFUSALS_FILE]
+        assert [path.name for path in folder.iterdir()] == [run_folder.REFUSALS_FILE]
         return refusal
 
 

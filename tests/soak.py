@@ -52,8 +52,8 @@ from fakes.gpu_machine import FakeMachine  # noqa: E402
 from program_copy import copy_programs  # noqa: E402
 from waiting import is_running, wait_until  # noqa: E402
 
-from benchmarking.planning.plan import WORKLOADS  # noqa: E402
-from benchmarking.storage import run_store  # noqa: E402
+from benchmarking.records import run_folder  # noqa: E402
+from benchmarking.suite.plan import WORKLOADS  # noqa: E402
 
 CLIENT = TESTS / "fakes" / "scripted_client.py"
 MARKER = "GPU_SHARING_SOAK_ROUND"
@@ -236,8 +236,8 @@ class Round:
     def finished_rows(self) -> Counter[tuple]:
         """What is on disk of finished co-runs: run, co-run, when its window began."""
         rows: Counter[tuple] = Counter()
-        for folder in run_store.find_runs(self.output) if self.output.exists() else []:
-            for record in run_store.read_run(folder).co_run_records:
+        for folder in run_folder.find_runs(self.output) if self.output.exists() else []:
+            for record in run_folder.read_run(folder).co_run_records:
                 if record["outcome"] == "ok":
                     key = (folder.name, record["co_run"], record["window_start_seconds"])
                     rows[key] += 1
@@ -248,7 +248,7 @@ class Round:
         lost = finished - self.finished_rows()
         if lost:
             raise BrokenPromiseError(f"rows are lost: {lost}")
-        if self.output.exists() and run_store.find_runs(self.output):
+        if self.output.exists() and run_folder.find_runs(self.output):
             self.must([sys.executable, "benchmarking/analyze_results.py", "--results-dir",
                        str(self.output)])  # fmt: skip
 
@@ -275,10 +275,10 @@ class Round:
         """Whether every run of the round has ended with all that was asked for."""
         if not self.script.endswith(".sh"):
             folder = self.output / "mine"
-            return run_store.read_run(folder).manifest["outcome"] == "complete"
+            return run_folder.read_run(folder).manifest["outcome"] == "complete"
         path = self.output / "phases.jsonl"
         if self.script == "stress_test.sh":
-            runs = [run_store.read_run(f).manifest for f in run_store.find_runs(self.output)]
+            runs = [run_folder.read_run(f).manifest for f in run_folder.find_runs(self.output)]
             return bool(runs) and all(run["outcome"] == "complete" for run in runs)
         last = {}
         for line in path.read_text().splitlines() if path.exists() else []:

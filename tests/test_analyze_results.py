@@ -19,7 +19,7 @@ from PIL import Image
 
 from benchmarking.analysis import comparison, mode_charts, timeline_chart
 from benchmarking.analysis.runs import CoRun, RunView
-from benchmarking.storage import run_store
+from benchmarking.records import run_folder
 
 FIXTURE = PROJECT_ROOT / "tests" / "fixtures" / "synthetic_gpu"
 SCRIPT = PROJECT_ROOT / "benchmarking" / "analyze_results.py"
@@ -317,7 +317,7 @@ def test_the_readmes_latencies_of_single_images_are_those_of_the_records():
     row = "| {} | {} | {:.3f} ms{} | {} | {:.3f} ms{} |"
     readme = (PROJECT_ROOT / "README.md").read_text()
     folder = PROJECT_ROOT / "examples" / "h100-single-image"
-    runs = [run_store.read_run(folder / mode) for mode in ("time-slicing", "mps")]
+    runs = [run_folder.read_run(folder / mode) for mode in ("time-slicing", "mps")]
 
     def mean_ms(run, clients):
         records = run.clients_of(f"single-image-{clients}-r0")

@@ -25,11 +25,11 @@ from recorded_rows import client, co_run
 from waiting import wait_until
 
 from benchmarking.modes.mode_evidence import Evidence, Proof
-from benchmarking.planning import baselines
-from benchmarking.planning.plan import WORKLOADS, PlannedClient, PlannedCoRun
-from benchmarking.running import records, sampler, suite_console
-from benchmarking.running.launcher import ClientOutcome, CoRunOutcome
-from benchmarking.storage import run_store
+from benchmarking.records import run_folder
+from benchmarking.suite import baselines, console, sampler
+from benchmarking.suite import co_run_records as records
+from benchmarking.suite.launcher import ClientOutcome, CoRunOutcome
+from benchmarking.suite.plan import WORKLOADS, PlannedClient, PlannedCoRun
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 CLIENT = Path(__file__).parent / "fakes" / "scripted_client.py"
@@ -98,17 +98,17 @@ class Bench:
             check=False,
         )  # fmt: skip
 
-    def only_run(self) -> run_store.Run:
+    def only_run(self) -> run_folder.Run:
         """The newest run; every line of it is as the published schema has it."""
-        run = run_store.read_run(run_store.find_runs(self.results)[-1])
+        run = run_folder.read_run(run_folder.find_runs(self.results)[-1])
         assert run.warnings == []
         return run
 
     def refusal(self) -> dict:
         """What was refused, once, and nothing else was left; as the published schema has it."""
-        (refusal,), warnings = run_store.read_refusals(self.results)
+        (refusal,), warnings = run_folder.read_refusals(self.results)
         assert warnings == []
-        assert [path.name for path in self.results.iterdir()] == [run_store.REFUSALS_FILE]
+        assert [path.name for path in self.results.iterdir()] == [run_folder.REFUSALS_FILE]
         return refusal
 
 
@@ -146,11 +146,11 @@ def start_daemon(bench: Bench) -> None:
     (state / f"mps-{nvml_stub.GPU_UUID}.state").write_text(f"pipe_directory={pipe}\n")
 
 
-def indices(run: run_store.Run) -> list[int]:
+def indices(run: run_folder.Run) -> list[int]:
     return [record["identity"]["client_index"] for record in run.client_records]
 
 
-def verdicts(run: run_store.Run, phase: str = "co_run") -> list[str]:
+def verdicts(run: run_folder.Run, phase: str = "co_run") -> list[str]:
     return [record["proof"]["verdict"] for record in run.client_records
             if record["phase"] == phase]  # fmt: skip
 
@@ -163,7 +163,7 @@ class Demonstration:
     """One finished run without a GPU that several tests look at."""
 
     done: subprocess.CompletedProcess[str]
-    run: run_store.Run
+    run: run_folder.Run
 
 
 @pytest.fixture(scope="module")
@@ -546,14 +546,14 @@ def test_what_was_refused_is_in_the_report_of_its_folder(gpu_bench: Callable) ->
     )
     assert nothing.returncode == 2
     assert f"(refused: {sentence})" in nothing.stderr
-    with (bench.results / run_store.REFUSALS_FILE).open("a") as stream:
+    with (bench.results / run_folder.REFUSALS_FILE).open("a") as stream:
         stream.write('{"exit_code": 0}\n')
     assert bench.run(*flags, "--beside-others").returncode == 0
     subprocess.run(analyze, env=bench.environment, capture_output=True, check=True)
     report = (bench.results / "report.md").read_text()
     assert "## What was refused, and why" in report
     assert sentence in report
-    assert f"{run_store.REFUSALS_FILE}: line 2 is not as it was written, skipped" in report
+    assert f"{run_folder.REFUSALS_FILE}: line 2 is not as it was written, skipped" in report
 
 
 @pytest.mark.parametrize("crashes", [False, True])
@@ -657,7 +657,7 @@ def test_mig_gives_each_client_its_instance_and_uses_an_earlier_whole_gpu_baseli
     bench.script({"match": "*", "identity": {"multiprocessor_count": 16}})
     done = bench.run("--mode", "mig", *jobs, "--run-id", "sliced")
     assert done.returncode == 0, done.stderr
-    run = run_store.read_run(bench.results / "sliced")
+    run = run_folder.read_run(bench.results / "sliced")
     assert run.manifest["baseline_run_id"] == "alone"
     assert [record["phase"] for record in run.co_run_records] == ["share_baseline", "co_run"]
     assert verdicts(run) == ["verified", "verified"]
@@ -714,7 +714,7 @@ def test_a_baseline_of_another_run_is_reused_or_refused_naming_the_field(
     jobs = ["--mix", "training", "--workloads", "1", "--quick"]
     assert bench.run("--mode", "exclusive", *jobs, "--run-id", "alone").returncode == 0
     assert bench.run(*jobs, "--baseline", "alone", "--run-id", "again").returncode == 0
-    again = run_store.read_run(bench.results / "again")
+    again = run_folder.read_run(bench.results / "again")
     assert again.manifest["baseline_run_id"] == "alone"
     assert [record["phase"] for record in again.co_run_records] == ["co_run"]
     assert again.co_run_records[0]["summary"]["stp"] > 0
@@ -735,7 +735,7 @@ def test_a_baseline_on_other_data_is_refused_naming_both(bench: Bench) -> None:
     done = bench.run(*jobs, "--baseline", "alone", "--run-id", "other")
     assert done.returncode == 2
     assert "was `--resolved yes`, now it is `--dataset folder`" in done.stderr
-    assert run_store.read_run(bench.results / "other").client_records == []
+    assert run_folder.read_run(bench.results / "other").client_records == []
 
 
 def test_the_newest_reusable_run_is_one_on_the_same_data(tmp_path: Path) -> None:
@@ -743,7 +743,7 @@ def test_the_newest_reusable_run_is_one_on_the_same_data(tmp_path: Path) -> None
         noted = {} if data is None else {"resolved_arguments": {"job": ["--data-dir", data]}}
         made = {**manifest(), "mode": "exclusive", "mix": "training", "plan": {}, "notes": [],
                 **noted}  # fmt: skip
-        run = run_store.create_run(tmp_path, made, run_id=f"run-{number}")
+        run = run_folder.create_run(tmp_path, made, run_id=f"run-{number}")
         run.update_manifest(created_at=f"2026-01-0{3 - number}")
         run.append_record(client("alone", 0, phase="baseline"))
         run.append_record(co_run("alone"))
@@ -882,7 +882,7 @@ def test_a_sampler_with_a_torn_first_line_is_a_failure_that_is_said(
 
 
 def test_a_terminal_that_is_gone_does_not_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    teller = suite_console.Teller()
+    teller = console.Teller()
     with open("/dev/full", "w", buffering=1) as gone:
         monkeypatch.setattr(sys, "stderr", gone)
         with pytest.raises(OSError, match="No space"):

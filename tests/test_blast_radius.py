@@ -21,8 +21,8 @@ from waiting import wait_until
 from benchmarking import blast_radius
 from benchmarking.blast import text
 from benchmarking.blast.aftermath import judge_neighbor
-from benchmarking.planning.plan import WORKLOADS, PlannedClient, PlannedCoRun
-from benchmarking.running.launcher import ClientOutcome, CoRunOutcome
+from benchmarking.suite.launcher import ClientOutcome, CoRunOutcome
+from benchmarking.suite.plan import WORKLOADS, PlannedClient, PlannedCoRun
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 CLIENT = Path(__file__).parent / "fakes" / "scripted_client.py"

@@ -21,7 +21,7 @@ from test_benchmark_suite import Bench
 from tiny_disk import TinyDisk, needs_mount, tiny_disk
 from waiting import wait_until
 
-from benchmarking.storage import run_store
+from benchmarking.records import run_folder
 from workloads.common import cli
 from workloads.common.client import EventLog
 from workloads.common.errors import EXIT_NOT_FINITE, DivergedError
@@ -56,7 +56,7 @@ def fill_when(
 
 
 def records_are_whole(folder: Path) -> bool:
-    return not run_store.read_json_lines(folder / run_store.RECORDS_FILE)[1]
+    return not run_folder.read_json_lines(folder / run_folder.RECORDS_FILE)[1]
 
 
 # --- suite and analysis ---------------------------------------------------------------------------
@@ -95,7 +95,7 @@ def test_a_suite_and_an_analysis_on_a_full_disk_say_so_and_go_on_once_there_is_r
         resume = [*bench.command()[:2], "--resume", "mine", "--results-dir", bench.results]
         gone_on = run_on(disk, tmp_path, bench.environment, *resume)
         assert gone_on.returncode == 0, gone_on.stderr
-        run = run_store.read_run(disk.seen / "mine")
+        run = run_folder.read_run(disk.seen / "mine")
         assert run.warnings == []
         rows = [(row["co_run"], row["client"], row["status"]) for row in run.client_records]
         assert rows == [
@@ -156,7 +156,7 @@ def test_an_experiment_on_a_full_disk_has_that_for_its_reason_and_goes_on(
     assert made.machine.state()["mps"] == {}
     assert processes_of(made.folder) == []
     # what there is room for in the last block of the file: the rows, each whole
-    rows, warnings = run_store.read_phases(disk.seen)
+    rows, warnings = run_folder.read_phases(disk.seen)
     assert warnings == []
     reason = {row["name"]: row["reason"] for row in rows if row["status"] == "failed"}
     assert f"cannot write to {made.output}/time-slicing ({FULL})" in reason["time-slicing"]
@@ -166,7 +166,7 @@ def test_an_experiment_on_a_full_disk_has_that_for_its_reason_and_goes_on(
     disk.make_room()
     gone_on = run_on(disk, made.folder, made.environment, *made.command(resume=True))
     assert gone_on.returncode == 0, gone_on.stderr
-    rows, warnings = run_store.read_phases(disk.seen)
+    rows, warnings = run_folder.read_phases(disk.seen)
     assert warnings == []
     assert {row["status"] for row in rows if row["name"] != "mig"} == {"ok"}
     assert made.machine.state()["mps"] == {}
@@ -243,11 +243,11 @@ def test_a_results_folder_that_is_taken_away_and_brought_back_is_gone_on_with(sc
             stdin=subprocess.DEVNULL, capture_output=True, check=False, timeout=100,
         )  # fmt: skip
         assert gone_on.returncode == 0, gone_on.stderr
-        run = run_store.read_run(made.output / "mps")
+        run = run_folder.read_run(made.output / "mps")
         assert run.manifest["outcome"] == "complete"
         assert len(run.manifest["resumptions"]) == 1
         if script == "run_experiments.sh":
-            phases = {row["name"]: row for row in run_store.read_phases(made.output)[0]}
+            phases = {row["name"]: row for row in run_folder.read_phases(made.output)[0]}
             assert phases["mps"]["status"] == "ok"
             assert phases["mps"]["reason"] == "it was cut off before its end and went on"
 

@@ -18,7 +18,7 @@ from waiting import wait_until
 
 from benchmarking.analysis.document import Table
 from benchmarking.analysis.markdown_report import table
-from benchmarking.running import occupancy
+from benchmarking.suite import occupancy
 
 # Each makes a file `broken` where it is run as a command, from whichever folder.
 HOSTILE_NAMES = [

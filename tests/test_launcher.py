@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 from waiting import is_running, wait_until
 
-from benchmarking.planning.plan import PlannedClient, PlannedCoRun, build_plan
-from benchmarking.running import event_log, launcher
-from benchmarking.running.launcher import FinishRule, Interruption, Launcher, Patience
-from benchmarking.storage.run_store import ClientPaths
+from benchmarking.records.run_folder import ClientPaths
+from benchmarking.suite import event_log, launcher
+from benchmarking.suite.launcher import FinishRule, Interruption, Launcher, Patience
+from benchmarking.suite.plan import PlannedClient, PlannedCoRun, build_plan
 
 CLIENT = Path(__file__).parent / "fakes" / "scripted_client.py"
 SOON = Patience(timeout=10.0, stop=5.0, terminate=2.0, poll=0.01)
@@ -313,8 +313,8 @@ def test_clients_end_when_the_launcher_is_killed(tmp_path: Path) -> None:
         import os, sys
         from pathlib import Path
         sys.path[:0] = [{str(root)!r}, {str(root / "tests")!r}]
-        from benchmarking.running.launcher import FinishRule, Launcher
-        from benchmarking.storage.run_store import ClientPaths
+        from benchmarking.suite.launcher import FinishRule, Launcher
+        from benchmarking.records.run_folder import ClientPaths
         from test_launcher import planned
         def paths_of(co_run, client):
             folder = Path({str(tmp_path)!r})

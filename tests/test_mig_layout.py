@@ -8,7 +8,7 @@ import pytest
 
 from benchmarking.modes.mig import MigMode
 from benchmarking.modes.sharing_mode import ModeNotInForceError
-from benchmarking.planning import mig_layout, plan
+from benchmarking.suite import mig_layout, plan
 
 LAYOUT = ("2g.20gb", "1g.10gb", "1g.10gb")
 INSTANCES = [

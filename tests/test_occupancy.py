@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarking.running import occupancy
+from benchmarking.suite import occupancy
 
 NAME_ITSELF = """
 import sys

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from test_benchmark_suite import Bench, bench, gpu_bench
 
-from benchmarking.storage.run_store import PHASE_CO_RUN
+from benchmarking.records.run_folder import PHASE_CO_RUN
 
 __all__ = ["bench", "gpu_bench"]  # fixtures
 

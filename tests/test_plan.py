@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarking.planning import plan
-from benchmarking.planning.plan import JobOptions, Plan
+from benchmarking.suite import plan
+from benchmarking.suite.plan import JobOptions, Plan
 
 ROOT = str(Path(__file__).resolve().parents[1])
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarking.planning.plan import JobOptions, PlannedClient
-from benchmarking.planning.plan_file import PlanFile, PlanFileError, plan_clients, read_plan_file
+from benchmarking.suite.plan import JobOptions, PlannedClient
+from benchmarking.suite.plan_file import PlanFile, PlanFileError, plan_clients, read_plan_file
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = ROOT / "examples" / "plans" / "own-commands.toml"

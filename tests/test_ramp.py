@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from benchmarking.planning.plan import PlannedClient
-from benchmarking.planning.ramp import MOST_CLIENTS, Ramp
-from benchmarking.running.launcher import ClientOutcome
-from benchmarking.running.stop_reasons import in_words, stop_reason
+from benchmarking.suite.launcher import ClientOutcome
+from benchmarking.suite.plan import PlannedClient
+from benchmarking.suite.ramp import MOST_CLIENTS, Ramp
+from benchmarking.suite.stop_reasons import in_words, stop_reason
 
 
 def tried(ramp: Ramp, breaks_at: float) -> list[int]:

@@ -14,11 +14,11 @@ import pytest
 from test_benchmark_suite import PROJECT_ROOT, Bench
 from waiting import wait_until
 
-from benchmarking.planning.mps_knobs import MpsKnobs
-from benchmarking.planning.plan_file import read_plan_file
-from benchmarking.running import resumption
-from benchmarking.running.suite_setup import Request, SuiteError
-from benchmarking.storage import run_store
+from benchmarking.records import run_folder
+from benchmarking.suite import resume as resumption
+from benchmarking.suite.mps_knobs import MpsKnobs
+from benchmarking.suite.plan_file import read_plan_file
+from benchmarking.suite.setup import Request, SuiteError
 
 RAMP = ("--mix", "interactive", "--workloads", "1,2", "--run-id", "mine")
 CALIBRATED = {"match": "jupyter*", "figures_once": {"cell_repeats": "matrix=3"}}
@@ -48,7 +48,7 @@ def cut_off(bench: Bench, co_run: str, number: signal.Signals) -> None:
     bench.script(CALIBRATED)
 
 
-def rows(run: run_store.Run) -> list[tuple]:
+def rows(run: run_folder.Run) -> list[tuple]:
     return [(row["co_run"], row["client"], row["status"]) for row in run.client_records]
 
 
@@ -86,7 +86,7 @@ def test_a_run_that_was_cut_off_goes_on_without_repeating_what_is_done(
     bench: Bench, co_run: str, number: signal.Signals
 ) -> None:
     cut_off(bench, co_run, number)
-    before = run_store.read_run(bench.results / "mine")
+    before = run_folder.read_run(bench.results / "mine")
     is_killed = number == signal.SIGKILL
     assert before.manifest["outcome"] == ("running" if is_killed else "interrupted")
     kept = [record for record in before.co_run_records if record["outcome"] == "ok"]
@@ -116,7 +116,7 @@ def test_a_run_that_was_cut_off_goes_on_without_repeating_what_is_done(
     ]
     assert all("--cell-repeats matrix=3" in " ".join(command) for command in notebooks)
     assert all(command.count("--resolved") == 1 for command in notebooks)
-    monitors = (run.folder / run_store.SAMPLES_FILE).read_text().count('"monitor"')
+    monitors = (run.folder / run_folder.SAMPLES_FILE).read_text().count('"monitor"')
     assert monitors == 2
 
 
@@ -126,20 +126,20 @@ def test_a_ramp_goes_on_between_its_breaking_point_and_its_last_good_count(bench
     arguments = ("--mix", "training", "--workloads", "1,4", "--bisect", "--run-id", "mine")
     assert bench.run(*arguments).returncode == 1
     folder = bench.results / "mine"
-    whole = run_store.read_run(folder)
+    whole = run_folder.read_run(folder)
     # as if the power had failed while two at once were measured
-    lines = (folder / run_store.RECORDS_FILE).read_text().splitlines(keepends=True)
+    lines = (folder / run_folder.RECORDS_FILE).read_text().splitlines(keepends=True)
     cut = next(index for index, line in enumerate(lines) if '"training-2-r0"' in line)
-    (folder / run_store.RECORDS_FILE).write_text("".join(lines[:cut]) + lines[cut][:40])
+    (folder / run_folder.RECORDS_FILE).write_text("".join(lines[:cut]) + lines[cut][:40])
     manifest = {**whole.manifest, "outcome": "running", "finished_at": None}
-    run_store.write_json_atomic(folder / run_store.MANIFEST_FILE, manifest)
+    run_folder.write_json_atomic(folder / run_folder.MANIFEST_FILE, manifest)
 
     resume = [*bench.command()[:2], "--resume", str(folder)]
     done = subprocess.run(
         resume, env=bench.environment, capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == 1, done.stderr
-    run = run_store.read_run(folder)
+    run = run_folder.read_run(folder)
     assert rows(run) == rows(whole)
     assert "breaking point: 4 at once; 3 held" in run.manifest["notes"]
     assert starts(bench)["training-4-r0"] == 1
@@ -150,14 +150,14 @@ def test_a_ramp_goes_on_between_its_breaking_point_and_its_last_good_count(bench
     assert "run mine is complete" in again.stderr
 
 
-def stored_run(results: Path, **fields: object) -> run_store.RunWriter:
+def stored_run(results: Path, **fields: object) -> run_folder.RunWriter:
     request = resumption.request_data(Request())
     environment = {"gpu_name": "H100", "gpu_uuid": "GPU-1", "driver_version": "550",
                    "git_commit": "aaa", "versions": {"torch": "2.4"}}  # fmt: skip
     manifest = {"command": [], "mode": "mps", "effective_mode": "mps", "mix": "mixed", "plan": {},
                 "environment": environment, "baseline_run_id": None, "notes": [],
                 "request": request, "plan_file": None}  # fmt: skip
-    return run_store.create_run(results, {**manifest, **fields}, run_id="mine")
+    return run_folder.create_run(results, {**manifest, **fields}, run_id="mine")
 
 
 def test_a_request_comes_back_as_it_was_with_limits_and_plan_file(tmp_path: Path) -> None:
@@ -175,7 +175,7 @@ def test_a_request_comes_back_as_it_was_with_limits_and_plan_file(tmp_path: Path
 
 def test_a_run_that_somebody_is_at_work_on_is_refused(tmp_path: Path) -> None:
     writer = stored_run(tmp_path)
-    with pytest.raises(run_store.RunStoreError, match="still going on"):
+    with pytest.raises(run_folder.RunStoreError, match="still going on"):
         resumption.read_earlier("mine", tmp_path)
     writer.finish("interrupted")
     assert resumption.read_earlier("mine", tmp_path).outcome == "interrupted"
@@ -183,7 +183,7 @@ def test_a_run_that_somebody_is_at_work_on_is_refused(tmp_path: Path) -> None:
 
 def test_a_run_without_its_request_is_refused(tmp_path: Path) -> None:
     stored_run(tmp_path, request=None).finish("interrupted")
-    with pytest.raises(run_store.RunStoreError, match="another version of this program"):
+    with pytest.raises(run_folder.RunStoreError, match="another version of this program"):
         resumption.read_earlier("mine", tmp_path)
 
 

@@ -24,7 +24,7 @@ from waiting import wait_until
 
 from benchmarking.modes.mps import MpsMode
 from benchmarking.modes.sharing_mode import ModeNotInForceError
-from benchmarking.storage import run_store
+from benchmarking.records import run_folder
 
 # Root may write everywhere; anybody else already is the user that these tests need.
 AS_USER = AS_NOBODY if os.geteuid() == 0 else []
@@ -151,8 +151,8 @@ def test_a_gpu_that_others_use_is_the_reason_of_each_phase_and_kept_as_refused()
             capture_output=True, text=True, timeout=100, check=False,
         )  # fmt: skip
         assert result.returncode == 1
-        phases, _ = run_store.read_phases(made.output)
-        refusals, _ = run_store.read_refusals(made.output)
+        phases, _ = run_folder.read_phases(made.output)
+        refusals, _ = run_folder.read_refusals(made.output)
     failed = [phase["reason"] for phase in phases if phase["status"] == "failed"]
     assert failed == [refusal["sentence"] for refusal in refusals]
     assert len(failed) == 3
@@ -239,10 +239,10 @@ def test_figures_rows_and_run_ids_stay_right_while_the_wall_clock_is_set(
         done.append(bench.run(*flags))
     took = time.monotonic() - started
     assert [one.returncode for one in done] == [0, 0], done[0].stderr
-    folders = run_store.find_runs(bench.results)
+    folders = run_folder.find_runs(bench.results)
     assert len({folder.name for folder in folders}) == 2
     for folder in folders:
-        run = run_store.read_run(folder)
+        run = run_folder.read_run(folder)
         assert run.warnings == []
         assert [record["co_run"] for record in run.co_run_records] == [
             "baseline-jupyter_simulation", "interactive-2-r0", "interactive-2-r1",

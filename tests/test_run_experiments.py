@@ -20,7 +20,7 @@ from driver_runner import (
 )
 from mode_script_runner import PROJECT_ROOT, needs_root
 
-from benchmarking.storage import run_store
+from benchmarking.records import run_folder
 
 SCRIPT = "run_experiments.sh"
 # What makes a command run without root's rights.
@@ -697,7 +697,7 @@ def test_a_row_that_a_full_disk_cut_off_is_neither_done_nor_part_of_the_next_one
     done_before = len(runner.suite_calls())
     assert runner.drive(SCRIPT, "--resume", str(runner.output)).returncode == 0
     assert len(runner.python_calls()) > done_before
-    phases, warnings = run_store.read_phases(runner.output)
+    phases, warnings = run_folder.read_phases(runner.output)
     assert [phase["name"] for phase in phases] == [
         "baseline", "time-slicing", "mps", "mig", "analysis",
     ]  # fmt: skip

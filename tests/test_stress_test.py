@@ -18,7 +18,7 @@ from driver_runner import (
 )
 from mode_script_runner import needs_root
 
-from benchmarking.storage import run_store
+from benchmarking.records import run_folder
 
 SCRIPT = "stress_test.sh"
 EXAMPLE = "examples/plans/own-commands.toml"
@@ -167,7 +167,7 @@ def test_a_mode_that_cannot_be_had_ends_with_one_sentence_which_is_all_that_it_l
 def test_a_mode_that_cannot_be_enabled_is_kept_as_refused(runner: DriverRunner) -> None:
     runner.machine.fail("nvidia-cuda-mps-control -d", exit=1, text="no")
     assert runner.drive(SCRIPT, "mps", "2", GPU_SHARING_WAIT_SECONDS="1").returncode == 1
-    (refusal,), _ = run_store.read_refusals(runner.output)
+    (refusal,), _ = run_folder.read_refusals(runner.output)
     assert "the MPS daemon did not answer within 1 s" in refusal["sentence"]
 
 

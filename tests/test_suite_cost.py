@@ -16,7 +16,7 @@ import pytest
 
 from benchmarking.cost import text as cost_text
 from benchmarking.cost import windows as cost_windows
-from benchmarking.planning.plan import WORKLOADS
+from benchmarking.suite.plan import WORKLOADS
 
 CLIENT = Path(__file__).parent / "fakes" / "scripted_client.py"
 SHORT = ("--clients", "2", "--seconds", "0.4", "--repeats", "2")

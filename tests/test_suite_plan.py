@@ -17,7 +17,7 @@ import pytest
 from test_benchmark_suite import Bench, bench, gpu_bench, start_daemon, verdicts
 
 from benchmarking.analysis.runs import RunView
-from benchmarking.storage import run_store
+from benchmarking.records import run_folder
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = PROJECT_ROOT / "examples" / "plans" / "own-commands.toml"
@@ -145,7 +145,7 @@ def test_limits_of_mps_clients_reach_them_together_but_not_alone(gpu_bench: Call
 # --- the breaking point -----------------------------------------------------------------------
 
 
-def reasons(run: run_store.Run) -> dict[str, str | None]:
+def reasons(run: run_folder.Run) -> dict[str, str | None]:
     """Why each co-run did not hold, by its name."""
     found = {record["co_run"]: record["stop_reason"] for record in run.co_run_records}
     return {name: reason and reason["kind"] for name, reason in found.items()}
@@ -187,7 +187,7 @@ def test_a_cause_reaches_the_records_the_terminal_and_the_report(bench: Bench) -
         done = bench.run("--mix", "interactive", "--workloads", "2", "--run-id", told["cause"])
         assert done.returncode == 1
         assert sentence in done.stderr
-        run = run_store.read_run(bench.results / told["cause"])
+        run = run_folder.read_run(bench.results / told["cause"])
         assert not run.warnings
         neighbor, record = run.clients_of("interactive-2-r0")
         assert {name: record[name] for name in told} == told

@@ -19,8 +19,8 @@ from waiting import wait_until
 
 from benchmarking.analyze_results import read_and_compare
 from benchmarking.metrics.estimates import estimate
-from benchmarking.planning.plan import WORKLOADS
-from benchmarking.storage import run_store
+from benchmarking.records import run_folder
+from benchmarking.suite.plan import WORKLOADS
 from benchmarking.sweeping import report
 from benchmarking.sweeping.knobs import KNOBS
 from benchmarking.sweeping.points import NOT_RUN, Point, Tail, read_point
@@ -123,7 +123,7 @@ def test_a_flag_of_the_jobs_is_swept_with_a_baseline_for_each_value(sweeper: Swe
     for point, size in zip(found["points"], (1, 8), strict=True):
         assert point["run_id"] == f"batch-size-{size}"
         assert point["stp"]["mean"] > 0
-        run = run_store.read_run(sweeper.output / point["run_id"])
+        run = run_folder.read_run(sweeper.output / point["run_id"])
         records = run.client_records
         assert [record["phase"] for record in records] == ["baseline", "co_run", "co_run"]
         assert {record["identity"]["batch_size"] for record in records} == {size}

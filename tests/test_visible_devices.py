@@ -156,7 +156,7 @@ def test_a_driver_works_whatever_its_shell_inherits(runner: DriverRunner, name: 
 
 ASK = """
 import json, os, sys
-from benchmarking.running.suite_setup import Request, SuiteError, find_gpu
+from benchmarking.suite.setup import Request, SuiteError, find_gpu
 try:
     facts, notes = find_gpu(Request(device=sys.argv[1]), os.environ)
     print(json.dumps([facts and facts["uuid"], facts and facts["name"], notes]))

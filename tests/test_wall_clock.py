@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarking.running import wall_clock
+from benchmarking.suite import wall_clock
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from benchmarking.analysis.interference import InterferenceMatrix, find_matrices
 from benchmarking.analysis.merging import merge
 from benchmarking.analysis.ramps import Ramp, find_ramps
 from benchmarking.analysis.runs import CPU_DEMO, RunView, mode_order
-from benchmarking.planning import baselines
+from benchmarking.suite import baselines
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from benchmarking.analysis.comparison import Section
 from benchmarking.analysis.groups import Group
 from benchmarking.analysis.runs import CoRun, RunView, clients_text
 from benchmarking.command_line.number_text import joined
-from benchmarking.storage import run_store
+from benchmarking.records import run_folder
 
 
 def find_doubts(section: Section) -> list[str]:
@@ -54,7 +54,7 @@ def _run_doubts(run: RunView) -> list[str]:
 
 def _why_running(run: RunView) -> str:
     """A run that was killed had no time to say so."""
-    if run_store.is_held(Path(run.experiment) / run.manifest["run_id"]):
+    if run_folder.is_held(Path(run.experiment) / run.manifest["run_id"]):
         return "the run is still going on"
     return "the run was cut off (benchmark_suite.py --resume goes on with it)"
 

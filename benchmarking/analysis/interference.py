@@ -18,7 +18,7 @@ from benchmarking.analysis.merging import merge
 from benchmarking.analysis.runs import CoRun, RunView, mode_name, mode_order
 from benchmarking.metrics import scores
 from benchmarking.metrics.estimates import Estimate, estimate
-from benchmarking.planning.pairs import CLIENTS
+from benchmarking.suite.pairs import CLIENTS
 
 Record = Mapping[str, Any]
 Pair = tuple[str, str]

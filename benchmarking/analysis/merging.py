@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarking.analysis.runs import RunView, clients_text
-from benchmarking.planning import baselines
+from benchmarking.suite import baselines
 
 
 def merge(runs: Sequence[RunView], clients: int) -> tuple[list[RunView], list[str]]:

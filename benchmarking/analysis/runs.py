@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarking.metrics.breaking_point import says_something_of_the_load
-from benchmarking.planning import baselines
-from benchmarking.planning.mps_knobs import MpsKnobs
-from benchmarking.planning.plan import CARRIED_FIGURES
-from benchmarking.storage import run_store
+from benchmarking.records import run_folder
+from benchmarking.suite import baselines
+from benchmarking.suite.mps_knobs import MpsKnobs
+from benchmarking.suite.plan import CARRIED_FIGURES
 
 Record = Mapping[str, Any]
 
@@ -61,7 +61,7 @@ class RunView:
     experiment: str = ""
 
     @classmethod
-    def of(cls, run: run_store.Run, name: str) -> RunView:
+    def of(cls, run: run_folder.Run, name: str) -> RunView:
         """View of a run as the run store read it, under this name."""
         records = [*run.client_records, *run.co_run_records]
         return cls(name, run.manifest, records, list(run.warnings), str(run.folder.parent))
@@ -140,7 +140,7 @@ class RunView:
             and co_run in (None, record.get("co_run"))
         ]
 
-    def co_runs(self, phase: str = run_store.PHASE_CO_RUN) -> list[dict[str, Any]]:
+    def co_runs(self, phase: str = run_folder.PHASE_CO_RUN) -> list[dict[str, Any]]:
         """Co-run records of a phase."""
         return [
             record
@@ -159,7 +159,7 @@ class RunView:
 
     def successful_baselines(self) -> list[dict[str, Any]]:
         """Client records of the jobs alone that may serve as a reference."""
-        return run_store.successful_baselines(self.clients("baseline"), self.co_runs("baseline"))
+        return run_folder.successful_baselines(self.clients("baseline"), self.co_runs("baseline"))
 
     def engines(self) -> dict[str, tuple[Any, Any]]:
         """Engine and precision by workload, as the clients reported them at `ready`."""

@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from benchmarking.running.event_log import first_unit_end_seconds
-from benchmarking.running.launcher import Client, CoRunOutcome, FinishRule
+from benchmarking.suite.event_log import first_unit_end_seconds
+from benchmarking.suite.launcher import Client, CoRunOutcome, FinishRule
 
 POLL_SECONDS = 0.02
 # Between two new clients where the first could not work.

@@ -17,9 +17,9 @@ from typing import Any
 from benchmarking.hardware.gpu_samples import summarize_samples
 from benchmarking.hardware.host_cpu import CpuReading, read_process_trees
 from benchmarking.metrics.estimates import Estimate, estimate
-from benchmarking.running.event_log import Event
-from benchmarking.running.launcher import Client, FinishRule
-from benchmarking.running.sampler import Sampler
+from benchmarking.suite.event_log import Event
+from benchmarking.suite.launcher import Client, FinishRule
+from benchmarking.suite.sampler import Sampler
 
 # From go, or from the sampler's start or end, until a window may begin.
 SETTLE_SECONDS = 1.0

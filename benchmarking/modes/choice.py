@@ -11,7 +11,7 @@ from benchmarking.modes.mode_scripts import read_state
 from benchmarking.modes.mps import MpsMode, own_default_pipe_directory
 from benchmarking.modes.sharing_mode import GpuFacts, SharingMode, is_own_pid_namespace
 from benchmarking.modes.whole_gpu import WholeGpuMode
-from benchmarking.planning.plan import (
+from benchmarking.suite.plan import (
     MODE_CPU_DEMO,
     MODE_EXCLUSIVE,
     MODE_MIG,

@@ -10,7 +10,7 @@ from benchmarking.modes.mode_evidence import (
     Proof,
 )
 from benchmarking.modes.sharing_mode import SharingMode
-from benchmarking.planning.plan import MODE_CPU_DEMO
+from benchmarking.suite.plan import MODE_CPU_DEMO
 
 
 class CpuDemoMode(SharingMode):

@@ -16,8 +16,8 @@ from benchmarking.modes.mode_evidence import (
 )
 from benchmarking.modes.mode_scripts import SETUP_MIG
 from benchmarking.modes.sharing_mode import GpuFacts, SharingMode
-from benchmarking.planning import mig_layout
-from benchmarking.planning.plan import MODE_MIG
+from benchmarking.suite import mig_layout
+from benchmarking.suite.plan import MODE_MIG
 
 
 class MigMode(SharingMode):

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
-from benchmarking.planning.plan import MODE_MIG, MODE_MPS, MODE_TIME_SLICING
+from benchmarking.suite.plan import MODE_MIG, MODE_MPS, MODE_TIME_SLICING
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "gpu-configs"
 RECORD_FILE = "mode_scripts.jsonl"

@@ -19,7 +19,7 @@ from benchmarking.modes.mode_evidence import (
 )
 from benchmarking.modes.mode_scripts import ENABLE_MPS
 from benchmarking.modes.sharing_mode import GpuFacts, SharingMode, mig_is_off
-from benchmarking.planning.plan import MODE_MPS
+from benchmarking.suite.plan import MODE_MPS
 
 CONTROL_PROGRAM = "nvidia-cuda-mps-control"
 CONTROL_TIMEOUT_SECONDS = 10

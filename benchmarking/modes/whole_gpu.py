@@ -20,7 +20,7 @@ from benchmarking.modes.mode_evidence import (
 )
 from benchmarking.modes.mode_scripts import DISABLE_MPS, SETUP_TIME_SLICING, read_state
 from benchmarking.modes.sharing_mode import GpuFacts, SharingMode, mig_is_off
-from benchmarking.planning.plan import MODE_TIME_SLICING
+from benchmarking.suite.plan import MODE_TIME_SLICING
 
 TIMESLICE_QUESTION = ("nvidia-smi", "compute-policy", "-l")
 QUESTION_SECONDS = 10

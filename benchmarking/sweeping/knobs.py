@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from benchmarking.planning.plan import MODE_MIG, MODE_TIME_SLICING
+from benchmarking.suite.plan import MODE_MIG, MODE_TIME_SLICING
 
 # A value that has a part for each client is written with this, since commas part the values.
 PART = "/"

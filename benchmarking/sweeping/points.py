@@ -15,7 +15,7 @@ from benchmarking.analysis.export import finite
 from benchmarking.analysis.groups import Group
 from benchmarking.analysis.runs import RunView
 from benchmarking.metrics.estimates import Estimate
-from benchmarking.storage import run_store
+from benchmarking.records import run_folder
 
 OK, INTERRUPTED, NOT_RUN = "ok", "interrupted", "not run"
 
@@ -65,7 +65,7 @@ def read_point(value: str, folder: Path, baseline: Path | None, reason: str | No
     `baseline` is the run that it took its baselines from, `reason` why the suite ended badly where
     it did.
     """
-    if not (folder / run_store.MANIFEST_FILE).is_file():
+    if not (folder / run_folder.MANIFEST_FILE).is_file():
         if reason == INTERRUPTED:
             return Point(value, INTERRUPTED)
         return Point(value, "failed", reason=reason)
@@ -91,7 +91,7 @@ def read_point(value: str, folder: Path, baseline: Path | None, reason: str | No
 
 
 def _view(folder: Path) -> RunView:
-    run = run_store.read_run(folder)
+    run = run_folder.read_run(folder)
     return RunView.of(run, run.run_id)
 
 

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarking.modes.mode_scripts import ModeScriptError, in_force, is_set_up, lock_reason
-from benchmarking.planning.plan import MODE_EXCLUSIVE, MODE_MIG
-from benchmarking.running.launcher import Interruption
-from benchmarking.running.suite_setup import (
+from benchmarking.records.run_folder import resolve_run, utc_now, write_json_atomic
+from benchmarking.suite.launcher import Interruption
+from benchmarking.suite.plan import MODE_EXCLUSIVE, MODE_MIG
+from benchmarking.suite.setup import (
     EXIT_COMPLETE,
     EXIT_FAILED,
     EXIT_INTERRUPTED,
@@ -25,7 +26,6 @@ from benchmarking.running.suite_setup import (
     SuiteError,
     find_gpu,
 )
-from benchmarking.storage.run_store import resolve_run, utc_now, write_json_atomic
 from benchmarking.sweeping import report
 from benchmarking.sweeping.knobs import KNOBS, Knob, alone_words
 from benchmarking.sweeping.points import INTERRUPTED, NOT_RUN, OK, Point, read_point

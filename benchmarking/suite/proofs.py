@@ -6,10 +6,10 @@ from typing import Any
 
 from benchmarking.modes.mode_evidence import ProcessLists, Proof, own_pids
 from benchmarking.modes.sharing_mode import SharingMode
-from benchmarking.planning.plan import COMMAND_WORKLOAD, MODE_CPU_DEMO
-from benchmarking.running import occupancy
-from benchmarking.running.event_log import process_ids
-from benchmarking.running.launcher import ClientOutcome, CoRunOutcome
+from benchmarking.suite import occupancy
+from benchmarking.suite.event_log import process_ids
+from benchmarking.suite.launcher import ClientOutcome, CoRunOutcome
+from benchmarking.suite.plan import COMMAND_WORKLOAD, MODE_CPU_DEMO
 
 
 def judge_clients(

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarking.planning.plan import MODE_CPU_DEMO
-from benchmarking.storage import run_store
-from benchmarking.storage.run_store import Run, RunStoreError
+from benchmarking.records import run_folder
+from benchmarking.records.run_folder import Run, RunStoreError
+from benchmarking.suite.plan import MODE_CPU_DEMO
 
 COMPARED_FIELDS = ("gpu_name", "driver_version")
 COMPARED_VERSIONS = ("python", "torch", "torchvision", "transformers")
@@ -108,9 +108,9 @@ def newest_reusable(
     results_dir: Path, ours: Mapping[str, Any], job_keys: Sequence[str]
 ) -> Run | None:
     """Return the newest run below `results_dir` whose whole-GPU baselines fit, if there is one."""
-    for folder in reversed(run_store.find_runs(results_dir)):
+    for folder in reversed(run_folder.find_runs(results_dir)):
         try:
-            run = run_store.read_run(folder)
+            run = run_folder.read_run(folder)
             require_reusable(run, ours, job_keys)
         except (RunStoreError, BaselineMismatchError):
             continue

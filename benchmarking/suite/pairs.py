@@ -8,8 +8,9 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
-from benchmarking.planning import plan as planning
-from benchmarking.planning.plan import (
+from benchmarking.records.run_folder import PHASE_CO_RUN
+from benchmarking.suite import plan as planning
+from benchmarking.suite.plan import (
     MIXES,
     MODE_EXCLUSIVE,
     SIZE_CPU,
@@ -17,7 +18,6 @@ from benchmarking.planning.plan import (
     Plan,
     PlannedCoRun,
 )
-from benchmarking.storage.run_store import PHASE_CO_RUN
 
 MIX = "pairs"
 CLIENTS = 2

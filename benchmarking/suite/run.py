@@ -16,24 +16,23 @@ from typing import Any
 from benchmarking.hardware import host_limit
 from benchmarking.hardware.gpu_samples import summarize_samples
 from benchmarking.modes.sharing_mode import GPU_ANSWERS, GPU_LOST_FIX, SharingMode
-from benchmarking.planning import plan as planning
-from benchmarking.planning.baselines import (
+from benchmarking.records.run_folder import (
+    PHASE_BASELINE,
+    PHASE_CO_RUN,
+    PHASE_SHARE_BASELINE,
+    RunWriter,
+)
+from benchmarking.suite import occupancy, stop_reasons
+from benchmarking.suite import plan as planning
+from benchmarking.suite.baselines import (
     BaselineMismatchError,
     identity_differences,
     newest_reusable,
     require_reusable,
 )
-from benchmarking.planning.mps_knobs import PERCENTAGE_VARIABLE
-from benchmarking.planning.plan import (
-    COMMAND_WORKLOAD,
-    MODE_MIG,
-    SIZE_GUIDE,
-    PlannedCoRun,
-)
-from benchmarking.planning.ramp import Ramp
-from benchmarking.running import occupancy, stop_reasons
-from benchmarking.running.job_resolution import resolve
-from benchmarking.running.launcher import (
+from benchmarking.suite.co_run_records import client_record, co_run_record
+from benchmarking.suite.job_resolution import resolve
+from benchmarking.suite.launcher import (
     OUTCOME_INTERRUPTED,
     OUTCOME_INVALID,
     OUTCOME_OK,
@@ -46,11 +45,18 @@ from benchmarking.running.launcher import (
     Patience,
     client_base_environment,
 )
-from benchmarking.running.proofs import judge_clients, strangers_beside
-from benchmarking.running.records import client_record, co_run_record
-from benchmarking.running.resumption import EarlierPart, unlike_environment
-from benchmarking.running.sampler import Sampler
-from benchmarking.running.suite_setup import (
+from benchmarking.suite.mps_knobs import PERCENTAGE_VARIABLE
+from benchmarking.suite.plan import (
+    COMMAND_WORKLOAD,
+    MODE_MIG,
+    SIZE_GUIDE,
+    PlannedCoRun,
+)
+from benchmarking.suite.proofs import judge_clients, strangers_beside
+from benchmarking.suite.ramp import Ramp
+from benchmarking.suite.resume import EarlierPart, unlike_environment
+from benchmarking.suite.sampler import Sampler
+from benchmarking.suite.setup import (
     EXIT_COMPLETE,
     EXIT_FAILED,
     EXIT_INTERRUPTED,
@@ -61,13 +67,7 @@ from benchmarking.running.suite_setup import (
     Setup,
     SuiteError,
 )
-from benchmarking.running.wall_clock import WallClock
-from benchmarking.storage.run_store import (
-    PHASE_BASELINE,
-    PHASE_CO_RUN,
-    PHASE_SHARE_BASELINE,
-    RunWriter,
-)
+from benchmarking.suite.wall_clock import WallClock
 
 # A client of ours that cannot use the GPU leaves with this code.
 CLIENT_EXIT_NO_GPU = 3

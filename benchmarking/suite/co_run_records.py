@@ -8,8 +8,9 @@ from typing import Any
 from benchmarking.hardware import host_limit
 from benchmarking.metrics import scores
 from benchmarking.modes.mode_evidence import INVALID, UNVERIFIED, Evidence, Proof
-from benchmarking.running.event_log import first_unit_seconds, jobs_of, last_event, units_in_window
-from benchmarking.running.launcher import (
+from benchmarking.records.run_folder import PHASE_BASELINE
+from benchmarking.suite.event_log import first_unit_seconds, jobs_of, last_event, units_in_window
+from benchmarking.suite.launcher import (
     OUTCOME_INTERRUPTED,
     OUTCOME_INVALID,
     OUTCOME_OK,
@@ -18,7 +19,6 @@ from benchmarking.running.launcher import (
     ClientOutcome,
     CoRunOutcome,
 )
-from benchmarking.storage.run_store import PHASE_BASELINE
 
 Record = dict[str, Any]
 

@@ -10,9 +10,9 @@ import tempfile
 import time
 from typing import Any
 
-from benchmarking.planning.plan import PlannedClient
-from benchmarking.running.launcher import Interruption, client_base_environment
-from benchmarking.running.suite_setup import (
+from benchmarking.suite.launcher import Interruption, client_base_environment
+from benchmarking.suite.plan import PlannedClient
+from benchmarking.suite.setup import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
     EXIT_NO_GPU,

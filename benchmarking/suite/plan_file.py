@@ -36,8 +36,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarking.planning import mps_knobs
-from benchmarking.planning.plan import (
+from benchmarking.suite import mps_knobs
+from benchmarking.suite.plan import (
     COMMAND_SCRIPT,
     COMMAND_WORKLOAD,
     WORKLOADS,

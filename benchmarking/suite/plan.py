@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarking.storage.run_store import PHASE_BASELINE, PHASE_CO_RUN, PHASE_SHARE_BASELINE
+from benchmarking.records.run_folder import PHASE_BASELINE, PHASE_CO_RUN, PHASE_SHARE_BASELINE
 
 MODE_EXCLUSIVE = "exclusive"
 MODE_TIME_SLICING = "time-slicing"

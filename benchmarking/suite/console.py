@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarking.metrics.scores import FEWEST_FOR_A_TAIL, percentile
-from benchmarking.running.suite_setup import Setup
-from benchmarking.storage.run_store import PHASE_CO_RUN, Run
+from benchmarking.records.run_folder import PHASE_CO_RUN, Run
+from benchmarking.suite.setup import Setup
 
 CPU_DEMO_BANNER = (
     "CPU DEMONSTRATION: no GPU is in use and no sharing mode is in force; "

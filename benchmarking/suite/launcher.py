@@ -23,9 +23,9 @@ from types import FrameType
 from typing import Any
 
 from benchmarking.hardware.host_cpu import CpuReading, read_process_trees
-from benchmarking.planning.plan import PlannedClient, PlannedCoRun
-from benchmarking.running.event_log import Event, LineFollower, last_event, parse_event
-from benchmarking.storage.run_store import ClientPaths
+from benchmarking.records.run_folder import ClientPaths
+from benchmarking.suite.event_log import Event, LineFollower, last_event, parse_event
+from benchmarking.suite.plan import PlannedClient, PlannedCoRun
 
 EXIT_OUT_OF_MEMORY = 12
 # What a client's exit code alone tells, where its event log does not.

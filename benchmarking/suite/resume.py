@@ -13,19 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarking.planning import baselines
-from benchmarking.planning.mps_knobs import MpsKnobs
-from benchmarking.planning.plan import MODE_TIME_SLICING
-from benchmarking.planning.plan_file import PlanEntry, PlanFile
-from benchmarking.running.launcher import OUTCOME_OK, OUTCOME_TIMEOUT
-from benchmarking.running.suite_setup import EXIT_NO_GPU, EXIT_USAGE, Request, SuiteError
-from benchmarking.storage import run_store
-from benchmarking.storage.run_store import (
+from benchmarking.records import run_folder
+from benchmarking.records.run_folder import (
     PHASE_CO_RUN,
     Run,
     RunStoreError,
     RunWriter,
 )
+from benchmarking.suite import baselines
+from benchmarking.suite.launcher import OUTCOME_OK, OUTCOME_TIMEOUT
+from benchmarking.suite.mps_knobs import MpsKnobs
+from benchmarking.suite.plan import MODE_TIME_SLICING
+from benchmarking.suite.plan_file import PlanEntry, PlanFile
+from benchmarking.suite.setup import EXIT_NO_GPU, EXIT_USAGE, Request, SuiteError
 
 # What tells one environment from another beside what a baseline of another run is compared by.
 COMPARED_FIELDS = ("gpu_uuid", "git_commit", "timeslice")
@@ -64,7 +64,7 @@ class EarlierPart:
 
         `notes` are those of the start; they come in the place of what the end was called.
         """
-        writer = run_store.reopen_run(
+        writer = run_folder.reopen_run(
             self.run, {record["co_run"] for record in self.run.co_run_records
                        if self.finished(record["co_run"])},
         )  # fmt: skip
@@ -78,9 +78,9 @@ def read_earlier(reference: str, results_dir: Path) -> EarlierPart:
 
     Raises `RunStoreError` where there is no such run, or nothing to go on with.
     """
-    folder = run_store.resolve_run(reference, results_dir)
-    run = run_store.read_run(folder)
-    if run_store.is_held(folder):
+    folder = run_folder.resolve_run(reference, results_dir)
+    run = run_folder.read_run(folder)
+    if run_folder.is_held(folder):
         raise RunStoreError(f"run {run.run_id} is still going on: wait for it, or stop it first")
     request = _request_of(run)
     earlier = EarlierPart(run, request)
@@ -158,7 +158,7 @@ def _request_of(run: Run) -> Request:
 
 def _folder_of_baseline(run: Run) -> str | None:
     name = run.manifest["baseline_run_id"]
-    folders = run_store.find_runs(run.folder.parent) if name else []
+    folders = run_folder.find_runs(run.folder.parent) if name else []
     return next((str(folder) for folder in folders if folder.name == name), None)
 
 
@@ -166,7 +166,7 @@ def _plan_file(run: Run, plan: Mapping[str, Any] | None) -> PlanFile | None:
     """Return the plan file as it was read then: relative paths in it have been resolved."""
     if plan is None:
         return None
-    text = (run.folder / run_store.PLAN_FILE).read_text(encoding="utf-8")
+    text = (run.folder / run_folder.PLAN_FILE).read_text(encoding="utf-8")
     entries = tuple(PlanEntry(**_with_tuples(entry)) for entry in plan["clients"])
     return PlanFile(Path(plan["path"]), text, plan["name"], entries)
 

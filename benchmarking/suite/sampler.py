@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from benchmarking.running.event_log import LineFollower
+from benchmarking.suite.event_log import LineFollower
 
 MONITOR_SCRIPT = Path(__file__).resolve().parents[1] / "gpu_monitor.py"
 READY_TIMEOUT_SECONDS = 20.0

@@ -33,8 +33,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import IO, Any
 
-from benchmarking.storage import schema
-from benchmarking.storage.schema import SCHEMA_VERSION
+from benchmarking.records import schema
+from benchmarking.records.schema import SCHEMA_VERSION
 
 MANIFEST_FILE = "manifest.json"
 RECORDS_FILE = "records.jsonl"

@@ -10,8 +10,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarking.planning.plan import Plan, PlannedClient
-from benchmarking.storage.run_store import PHASE_SHARE_BASELINE
+from benchmarking.records.run_folder import PHASE_SHARE_BASELINE
+from benchmarking.suite.plan import Plan, PlannedClient
 
 Instance = Mapping[str, Any]
 

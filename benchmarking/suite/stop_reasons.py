@@ -24,9 +24,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarking.metrics.breaking_point import breaking_point
-from benchmarking.planning.plan import MODE_MPS
-from benchmarking.running.event_log import last_event
-from benchmarking.running.launcher import ClientOutcome
+from benchmarking.suite.event_log import last_event
+from benchmarking.suite.launcher import ClientOutcome
+from benchmarking.suite.plan import MODE_MPS
 
 Record = Mapping[str, Any]
 

@@ -20,10 +20,12 @@ from benchmarking.modes.choice import make_mode
 from benchmarking.modes.mode_evidence import Evidence
 from benchmarking.modes.sharing_mode import ModeNotInForceError, SharingMode
 from benchmarking.modes.whole_gpu import time_slice, time_slicing_warning
-from benchmarking.planning import mig_layout, pairs
-from benchmarking.planning import plan as planning
-from benchmarking.planning.mps_knobs import MpsKnobs
-from benchmarking.planning.plan import (
+from benchmarking.records import run_folder
+from benchmarking.records.run_folder import PHASE_BASELINE, Run
+from benchmarking.suite import mig_layout, occupancy, pairs
+from benchmarking.suite import plan as planning
+from benchmarking.suite.mps_knobs import MpsKnobs
+from benchmarking.suite.plan import (
     MODE_CPU_DEMO,
     MODE_EXCLUSIVE,
     MODE_MIG,
@@ -37,10 +39,7 @@ from benchmarking.planning.plan import (
     PlannedClient,
     PlannedCoRun,
 )
-from benchmarking.planning.plan_file import PlanFile, plan_clients
-from benchmarking.running import occupancy
-from benchmarking.storage import run_store
-from benchmarking.storage.run_store import PHASE_BASELINE, Run
+from benchmarking.suite.plan_file import PlanFile, plan_clients
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 
@@ -434,7 +433,7 @@ def _nvidia_smi_lists_a_gpu() -> bool:
 def _run_called(reference: str | None, results_dir: Path) -> Run | None:
     if reference is None:
         return None
-    return run_store.read_run(run_store.resolve_run(reference, results_dir))
+    return run_folder.read_run(run_folder.resolve_run(reference, results_dir))
 
 
 def usable_cores() -> int:
