@@ -1,0 +1,286 @@
+"""What the files of a run hold: every shape once, as a struct.
+
+msgspec reads and checks them, and `schemas/*.schema.json` is generated from them. Times are seconds
+on CLOCK_MONOTONIC unless a name says otherwise; null is unknown, never 0. Fields that a reader does
+not know are passed over, so that a later version may add some.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta, Struct, field
+
+SCHEMA_VERSION = 3
+
+Mode = Literal["exclusive", "time-slicing", "mps", "mig", "cpu-demo"]
+# A baseline is one job alone on the whole GPU, a share baseline one alone on its own MIG instance,
+# a co-run is jobs together.
+Phase = Literal["baseline", "share_baseline", "co_run"]
+RunOutcome = Literal["running", "complete", "failed", "interrupted", "invalid"]
+CoRunStatus = Literal["ok", "failed", "timeout", "interrupted", "invalid"]
+ClientStatus = Literal["ok", "failed", "oom", "timeout", "killed", "invalid", "interrupted"]
+FailureCause = Literal[
+    "out_of_memory", "diverged", "not_finite", "damaged_file", "unreadable_image"
+]
+Verdict = Literal["verified", "invalid", "unverified", "not_applicable"]
+
+Count = Annotated[int, Meta(ge=0)]
+Positive = Annotated[int, Meta(ge=1)]
+Amount = Annotated[float, Meta(ge=0)]
+Name = Annotated[str, Meta(min_length=1)]
+# What goes on into a command line or an environment.
+Word = Annotated[str, Meta(pattern=r"^[A-Za-z0-9._+-]+$")]
+
+
+class Evidence(Struct, kw_only=True):
+    """One thing that was looked at to tell which mode was in force; `ok` null: not to be told."""
+
+    check: str
+    found: str | None
+    ok: bool | None
+
+
+class Proof(Struct, kw_only=True):
+    """Whether a client ran under the mode that its figures are called by."""
+
+    verdict: Verdict
+    evidence: list[Evidence]
+
+
+class Job(Struct, kw_only=True):
+    """One whole job of a client."""
+
+    index: Count = 0
+    start_seconds: float
+    end_seconds: float
+    duration_seconds: Amount
+    in_window: bool
+
+
+class Units(Struct, kw_only=True):
+    """The units of one kind that lie in the window; `latency`: a user waits for each of them."""
+
+    count: Count
+    seconds: Amount
+    latency: bool
+
+
+class ClientRecord(Struct, kw_only=True, tag="client", tag_field="record"):
+    """A line of records.jsonl: what one client did in one co-run."""
+
+    phase: Phase
+    co_run: Name
+    mode: Mode
+    clients: Positive
+    repeat: Count
+    client: Count
+    workload: Name
+    label: str
+    job_key: Name
+    status: ClientStatus
+    reason: str | None
+    cause: FailureCause | None = None
+    # who held what when memory ran out, in MiB
+    memory: dict[str, Any] | None = None
+    proof: Proof
+    window_start_seconds: float | None
+    window_end_seconds: float | None
+    jobs: list[Job]
+    units: dict[str, Units]
+    latency_ms: list[Amount] | None
+    figures: dict[str, Any]
+    identity: dict[str, Any] | None
+    host_cpu_seconds: Amount | None
+    window_host_cpu_fraction: Amount | None
+    busiest_thread_cpu_fraction: Amount | None
+    peak_memory_mib: Amount | None
+    startup_seconds: Amount | None
+    exit_code: int | None
+    stderr_tail: list[str]
+    slowdown: Amount | None
+    normalized_progress: Amount | None
+    host_limited: bool = False
+
+
+class GpuFigures(Struct, kw_only=True):
+    """The card over a co-run's window, in nvidia-smi's words; means but where a name says more."""
+
+    utilization_gpu_percent: Amount | None = None
+    utilization_source: str | None = None
+    sm_activity_percent: Amount | None = None
+    sm_occupancy_percent: Amount | None = None
+    tensor_activity_percent: Amount | None = None
+    dram_activity_percent: Amount | None = None
+    power_draw_watts: Amount | None = None
+    sm_clock_mhz: Amount | None = None
+    host_cpu_percent: Amount | None = None
+    memory_used_mib_max: Amount | None = None
+    energy_joules: Amount | None = None
+    throttle_reasons: list[str] | None = None
+
+
+class Summary(Struct, kw_only=True):
+    """Figures over all clients of a co-run (defined in `metrics/scores.py`)."""
+
+    clients: Count = 0
+    throughput_clients: Count = 0
+    stp: Amount | None = None
+    antt: Amount | None = None
+    overhead_percent: float | None = None
+    interference_overhead_percent: float | None = None
+    fairness: Amount | None = None
+    energy_ratio: Amount | None = None
+    success_rate_percent: Annotated[float, Meta(ge=0, le=100)] | None = None
+    average_duration_seconds: Amount | None = None
+    total_gpu_time_seconds: Amount | None = None
+
+
+class CoRunRecord(Struct, kw_only=True, tag="co_run", tag_field="record"):
+    """A line of records.jsonl: clients that ran together, written behind the lines of all of them."""
+
+    phase: Phase
+    co_run: Name
+    mode: Mode
+    clients: Positive
+    repeat: Count
+    outcome: CoRunStatus
+    reason: str | None
+    window_start_seconds: float | None
+    window_end_seconds: float | None
+    go_skew_ms: Amount | None
+    start_skew_ms: Amount | None
+    gpu: GpuFigures | None
+    warnings: list[str]
+    # whether other people's processes used the GPU meanwhile
+    is_contended: bool = False
+    summary: Summary
+    # why the count broke, where it did (suite/stop_reasons.py)
+    stop_reason: dict[str, Any] | None = None
+
+
+Record = ClientRecord | CoRunRecord
+
+
+class MpsLimits(Struct, kw_only=True, frozen=True):
+    """What MPS clients are limited to, in turn."""
+
+    percentages: tuple[Word, ...] = ()
+    memory_limits: tuple[Word, ...] = ()
+    priorities: tuple[Word, ...] = ()
+
+
+class Bounds(Struct, kw_only=True):
+    """What breaks a count besides a client that fails."""
+
+    max_slowdown: float | None = None
+    max_p99_ms: float | None = None
+
+
+class Environment(Struct, kw_only=True):
+    """What a run was measured on."""
+
+    gpu_name: str | None = None
+    gpu_uuid: str | None = None
+    gpu_memory_mib: float | None = None
+    multiprocessor_count: int | None = None
+    driver_version: str | None = None
+    cuda_version: str | None = None
+    # length of the card's time slice, as nvidia-smi calls it
+    timeslice: Annotated[str, Meta(pattern="^[A-Za-z]+$")] | None = None
+    versions: dict[str, Any] = field(default_factory=dict)
+    host_cores: int | None = None
+    os: str | None = None
+    git_commit: str | None = None
+    git_dirty: bool | None = None
+
+
+class Resumption(Struct, kw_only=True):
+    """A run that had been cut off went on; how it had ended before, with its notes of then."""
+
+    resumed_at: str
+    ended: RunOutcome | Literal["killed"]
+    finished_at: str | None
+    notes: list[str]
+
+
+class Manifest(Struct, kw_only=True):
+    """manifest.json: what a run was asked for, on what, and how it ended."""
+
+    schema_version: Literal[3]
+    run_id: Name
+    created_at: str
+    command: list[str] = field(default_factory=list)
+    mode: Mode
+    effective_mode: Mode
+    mix: Name
+    is_pairs: bool = False
+    job_size: str | None = None
+    seed: Count = 42
+    mps_limits: MpsLimits | None = None
+    # profile of each client's instance
+    mig_layout: list[Word] | None = None
+    # whether other people's processes were on the GPU at the start
+    is_contended: bool = False
+    bounds: Bounds = field(default_factory=Bounds)
+    plan_file: dict[str, Any] | None = None
+    plan: dict[str, Any]
+    environment: Environment = field(default_factory=Environment)
+    mode_evidence: list[Evidence] = field(default_factory=list)
+    baseline_run_id: str | None = None
+    notes: list[str]
+    resumptions: list[Resumption]
+    # what was asked for, for going on with the run after a cut
+    request: dict[str, Any] | None = None
+    resolved_arguments: dict[str, list[str]] | None = None
+    finished_at: str | None
+    outcome: RunOutcome
+
+
+class Sample(Struct, kw_only=True, tag="sample", tag_field="record"):
+    """A line of gpu_samples.jsonl: the GPU at one moment. Null is what the GPU does not offer."""
+
+    time_seconds: float
+    wall_time: str | None = None
+    gpu_index: int | None = None
+    gpu_uuid: str | None = None
+    utilization_gpu_percent: Amount | None = None
+    utilization_source: str | None = None
+    graphics_engine_active_percent: Amount | None = None
+    sm_activity_percent: Amount | None = None
+    sm_occupancy_percent: Amount | None = None
+    tensor_activity_percent: Amount | None = None
+    dram_activity_percent: Amount | None = None
+    memory_used_mib: Amount | None = None
+    memory_total_mib: Amount | None = None
+    sm_clock_mhz: Amount | None = None
+    power_draw_watts: Amount | None = None
+    energy_joules: Amount | None = None
+    throttle_reasons: list[str] | None = None
+    temperature_celsius: float | None = None
+    host_cpu_percent: Amount | None = None
+    # processes on the card, only in the samples in which they were asked for
+    compute_pids: list[int] | None = None
+    mps_pids: list[int] | None = None
+
+
+class PhaseRecord(Struct, kw_only=True):
+    """A line of phases.jsonl: what one phase of run_experiments.sh did; the later of two counts."""
+
+    phase: Positive
+    name: Name
+    status: Literal["ok", "failed", "skipped"]
+    # why it failed or was skipped; of one that went well, what is to be known of it
+    reason: str = ""
+    # the run of the phase, a folder beside this file; empty where there is none
+    run_folder: str = ""
+    seconds: Amount = 0
+
+
+class Refusal(Struct, kw_only=True):
+    """A line of refusals.jsonl: a command that was refused before there was a run, and why."""
+
+    created_at: Name
+    command: list[str]
+    exit_code: Positive
+    sentence: Name
