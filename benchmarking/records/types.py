@@ -137,7 +137,7 @@ class Summary(Struct, kw_only=True):
 
 
 class CoRunRecord(Struct, kw_only=True, tag="co_run", tag_field="record"):
-    """A line of records.jsonl: clients that ran together, written behind the lines of all of them."""
+    """A line of records.jsonl: clients that ran together, written behind all their lines."""
 
     phase: Phase
     co_run: Name
@@ -237,6 +237,13 @@ class Manifest(Struct, kw_only=True):
     outcome: RunOutcome
 
 
+class GpuProcess(Struct, kw_only=True):
+    """A process on the card, as NVML lists it."""
+
+    pid: int
+    used_memory_mib: Amount | None = None
+
+
 class Sample(Struct, kw_only=True, tag="sample", tag_field="record"):
     """A line of gpu_samples.jsonl: the GPU at one moment. Null is what the GPU does not offer."""
 
@@ -260,8 +267,8 @@ class Sample(Struct, kw_only=True, tag="sample", tag_field="record"):
     temperature_celsius: float | None = None
     host_cpu_percent: Amount | None = None
     # processes on the card, only in the samples in which they were asked for
-    compute_pids: list[int] | None = None
-    mps_pids: list[int] | None = None
+    compute_pids: list[GpuProcess] | None = None
+    mps_pids: list[GpuProcess] | None = None
 
 
 class PhaseRecord(Struct, kw_only=True):
