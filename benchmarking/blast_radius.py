@@ -39,6 +39,7 @@ from benchmarking.modes.mps import MpsMode, ask_mps_control
 from benchmarking.records.run_folder import ClientPaths, utc_now, write_json_atomic
 from benchmarking.speed.process_run import Interrupted, Processes, RunFailedError
 from benchmarking.suite import mps_knobs
+from benchmarking.suite.event_log import tail_of
 from benchmarking.suite.launcher import (
     OUTCOME_INTERRUPTED,
     Client,
@@ -48,7 +49,6 @@ from benchmarking.suite.launcher import (
     StopSignal,
     Timeouts,
     client_base_environment,
-    tail_of,
 )
 from benchmarking.suite.plan import MIXES, MODE_MPS, MODES, PlannedClient, PlannedCoRun
 from benchmarking.suite.proofs import judge_clients

@@ -22,6 +22,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -39,6 +40,7 @@ from benchmarking.cost.windows import (
 )
 from benchmarking.hardware import host_limit
 from benchmarking.records.run_folder import ClientPaths, utc_now, write_json_atomic
+from benchmarking.records.types import GpuFigures
 from benchmarking.speed.process_run import Interrupted, Processes, RunFailedError
 from benchmarking.suite.co_run_records import start_skew_ms
 from benchmarking.suite.launcher import (
@@ -222,8 +224,12 @@ def describe(
         for number in range(len(events))
     ]
     gpu_figures = [window.gpu for window in windows if window.gpu is not None]
-    limits = [warning for figures in gpu_figures
-              for warning in host_limit.warnings(figures, clients, setup.cores)]  # fmt: skip
+    judged = [SimpleNamespace(**client, host_limited=None) for client in clients]
+    limits = [
+        warning
+        for figures in gpu_figures
+        for warning in host_limit.warnings(GpuFigures(**figures), judged, setup.cores)
+    ]
     return {
         "schema_version": SCHEMA_VERSION,
         "created_at": utc_now(),

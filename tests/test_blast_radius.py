@@ -398,7 +398,7 @@ def co_run_of(status: str, ends: list[float], job_ends: list[float]) -> CoRunRes
          "duration_seconds": [0.1] * len(ends)},
         *({"event": "job", "start_seconds": end - 1, "end_seconds": end} for end in job_ends),
     ]  # fmt: skip
-    outcome = ClientResult(planned, status, None, events, None, 0, [])
+    outcome = ClientResult(planned, status, events=events, exit_code=0)
     run = PlannedCoRun("mine", "co_run", "mps", 0, (planned,))
     return CoRunResult(
         run, "ok", None, [outcome], window_start_seconds=100.0, window_end_seconds=110.0

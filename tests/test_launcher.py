@@ -17,6 +17,7 @@ import pytest
 from waiting import is_running, wait_until
 
 from benchmarking.records.run_folder import ClientPaths
+from benchmarking.records.types import Units
 from benchmarking.suite import event_log, launcher
 from benchmarking.suite.launcher import FinishRule, Launcher, StopSignal, Timeouts
 from benchmarking.suite.plan import PlannedClient, PlannedCoRun, build_plan
@@ -56,7 +57,9 @@ def run(tmp_path: Path) -> Callable[..., launcher.CoRunResult]:
     ) -> launcher.CoRunResult:
         rules = [{"match": f"*/{name[1:]}" if name != "all" else "*", **values}
                  for name, values in settings.items()]  # fmt: skip
-        environment = {**os.environ, "SCRIPTED_CLIENT": json.dumps(rules)}
+        inherited = {**os.environ, "SCRIPTED_CLIENT": json.dumps(rules)}
+        environment = launcher.client_base_environment(inherited)
+        stop_signal = stop_signal or StopSignal()
         starter = Launcher(environment, timeouts=timeouts, stop_signal=stop_signal)
         what = co_run if isinstance(co_run, PlannedCoRun) else planned(co_run, command)
         return starter.run(what, paths_of, rule, before_go)
@@ -80,7 +83,7 @@ def test_everyone_finishes_a_job_inside_the_window(run: Callable) -> None:
         jobs = event_log.jobs_of(
             client.events, result.window_start_seconds, result.window_end_seconds
         )
-        assert jobs[0]["in_window"]
+        assert jobs[0].in_window
         assert client.exit_code == 0
 
 
@@ -97,8 +100,8 @@ def test_a_short_job_repeats_until_the_long_one_is_done(run: Callable) -> None:
     result = run(2, c1={"units": 40})
     window = result.window_start_seconds, result.window_end_seconds
     short, long = (event_log.jobs_of(client.events, *window) for client in result.clients)
-    assert sum(job["in_window"] for job in long) >= 1
-    assert sum(job["in_window"] for job in short) >= 4
+    assert sum(job.in_window for job in long) >= 1
+    assert sum(job.in_window for job in short) >= 4
 
 
 def test_the_least_window_is_kept(run: Callable) -> None:
@@ -125,7 +128,7 @@ def test_a_fixed_window_ends_without_a_whole_job_but_with_enough_units(run: Call
     units, _ = event_log.units_in_window(
         result.clients[0].events, result.window_start_seconds, result.window_end_seconds
     )
-    assert units["step"]["count"] >= 10
+    assert units["step"].count >= 10
     assert result.window_end_seconds - result.window_start_seconds < 3
 
 
@@ -344,13 +347,79 @@ def test_signals_are_only_noted_while_watching_and_an_echo_is_no_second_one() ->
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-# --- environment and events -------------------------------------------------------------------
+# --- environment, files and events ------------------------------------------------------------
 
 
 def test_inherited_sharing_variables_do_not_reach_a_client() -> None:
     inherited = {"PATH": "/bin", "CUDA_MPS_PIPE_DIRECTORY": "/x", "CUDA_VISIBLE_DEVICES": "3",
                  "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": "10"}  # fmt: skip
-    assert launcher.client_base_environment(inherited) == {"PATH": "/bin"}
+    assert launcher.client_base_environment(inherited) == {"PATH": "/bin", "PYTHONSAFEPATH": "1"}
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 knows no safe path")
+@pytest.mark.parametrize(("workload", "finds"), [("scripted", False), ("command", True)])
+def test_only_a_users_own_program_imports_what_lies_where_it_runs(
+    run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workload: str, finds: bool
+) -> None:
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    monkeypatch.chdir(tmp_path)
+    Path("planted.py").write_text("print('imported')")
+    client = PlannedClient(0, workload, "Program", "p", (sys.executable, "-c", "import planted"))
+    run(PlannedCoRun("program", "co_run", "time-slicing", 0, (client,)))
+    assert Path("program/0.stdout.log").read_text() == ("imported\n" if finds else "")
+
+
+def test_output_files_are_their_owners_and_no_link_is_followed(
+    run: Callable, tmp_path: Path
+) -> None:
+    run(1)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "pair").iterdir()} == {0o600}
+    for kind in ("events.jsonl", "stdout.log", "stderr.log"):
+        path = tmp_path / "pair" / f"0.{kind}"
+        path.unlink()
+        path.symlink_to(tmp_path / "elsewhere")
+        with pytest.raises(OSError, match="Too many levels of symbolic links"):
+            run(1)
+        assert not (tmp_path / "elsewhere").exists()
+        path.unlink()
+
+
+def test_an_event_log_that_is_taken_away_fails_the_client(run: Callable, tmp_path: Path) -> None:
+    def take_away(clients: list[launcher.Client]) -> None:
+        (tmp_path / "pair" / "0.events.jsonl").unlink()
+
+    result = run(1, before_go=take_away)
+    assert "its event log cannot be read (No such file or directory)" in result.reason
+
+
+NO_EVENTS = [
+    b"\xff\xfe", b"caf\xe9", b'{"event": "caf\xe9"}', b"", b"5", b"[]", b"null", b'{"event": []}',
+    b'{"event": 5}', b'{"event": "loaded', b"[" * 100_000, b'{"time_seconds": 1}',
+    b'{"event": "job"}', b'{"event": "job", "index": 0, "start_seconds": 1, "end_seconds": NaN}',
+    b'{"event": "units", "kind": "s", "latency": false, "start_seconds": 1}',
+    b'{"event": "units", "kind": "s", "latency": false, "start_seconds": [1],'
+    b' "duration_seconds": []}', b'{"event": "ready", "identity": "me"}',
+    b'{"event": "error", "status": "tired"}', b'{"event": "done", "host_cpu_seconds": "many"}',
+    b'{"event": "loaded", "time_seconds": "late"}', b'{"event": "processes"}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("line", NO_EVENTS, ids=range(len(NO_EVENTS)))
+def test_a_line_that_is_no_event_of_the_contract_is_an_error(line: bytes) -> None:
+    event = event_log.parse_event(line)
+    assert (event["event"], event["status"]) == ("error", "failed")
+    assert event["message"].startswith("not an event: ")
+    assert len(event["message"]) < 250
+
+
+@pytest.mark.parametrize(
+    "line", [b'{"event": "of a later contract", "x": 1}', b'{"event": "job", "index": 0, '
+             b'"start_seconds": 1, "end_seconds": 2.5, "figures": {"loss": NaN}}']
+)  # fmt: skip
+def test_what_is_unknown_in_an_event_does_no_harm(line: bytes) -> None:
+    event = event_log.parse_event(line)
+    assert event["event"] in ("of a later contract", "job")
+    assert event.get("figures") in (None, {"loss": None})
 
 
 def test_units_that_cross_the_windows_edges_do_not_count() -> None:
@@ -361,27 +430,30 @@ def test_units_that_cross_the_windows_edges_do_not_count() -> None:
          "start_seconds": [1.5], "duration_seconds": [0.25]},
     ]  # fmt: skip
     units, latency_ms = event_log.units_in_window(events, 1.0, 3.0)
-    assert units["step"] == {"count": 2, "seconds": 1.5, "latency": False}
+    assert units["step"] == Units(count=2, seconds=1.5, latency=False)
     assert latency_ms == [250.0]
-
-
-def test_without_latency_units_there_are_no_latencies() -> None:
     assert event_log.units_in_window([], 0.0, 1.0) == ({}, None)
 
 
-def test_a_line_that_is_still_being_written_waits(tmp_path: Path) -> None:
+def test_a_line_that_is_still_being_written_waits_but_not_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "events.jsonl"
     follower = event_log.LineFollower(path)
-    assert follower.poll() == []
     path.write_text('{"event": "loaded"}\n{"event": "rea')
     assert follower.poll() == [b'{"event": "loaded"}']
     with path.open("a") as stream:
         stream.write('dy"}\n')
     assert follower.poll() == [b'{"event": "ready"}']
+    monkeypatch.setattr(event_log, "MOST_LINE_BYTES", 1000)
+    with path.open("a") as stream:
+        stream.write("x" * 1001)
+    assert follower.poll() == [b"x" * 1001]
+    assert follower.poll() == []
 
 
 def test_the_tail_of_stderr_is_bounded(tmp_path: Path) -> None:
     path = tmp_path / "stderr"
     path.write_text("".join(f"line {i}\n" for i in range(100000)))
-    assert launcher.tail_of(path, 3) == ["line 99997", "line 99998", "line 99999"]
-    assert launcher.tail_of(tmp_path / "missing") == []
+    assert event_log.tail_of(path, 3) == ["line 99997", "line 99998", "line 99999"]
+    assert event_log.tail_of(tmp_path / "missing") == []

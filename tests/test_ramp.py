@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
+import recorded_rows
 
+from benchmarking.records.types import ClientRecord, CoRunRecord
 from benchmarking.suite.launcher import ClientResult
 from benchmarking.suite.plan import PlannedClient
 from benchmarking.suite.ramp import MOST_CLIENTS, Ramp
@@ -56,20 +59,19 @@ def judged(
     *members: dict[str, Any], mode: str = "mps", outcome: str = "failed", **bounds: float
 ) -> dict[str, Any] | None:
     """The reason of a co-run whose clients have these fields, `failed_at` among them."""
-    records, outcomes = [], []
+    records, results = [], []
     for number, fields in enumerate(members):
-        record = {
-            "client": number, "label": "Job", "status": "ok", "reason": None, "mode": mode,
-            "stderr_tail": [], "slowdown": None, "latency_ms": None, "co_run": "c", **fields,
-        }  # fmt: skip
+        row = recorded_rows.client(
+            "c", number, **{"label": "Job", "mode": mode, "latency_ms": None, **fields}
+        )
         events = []
         if "failed_at" in fields:
             events = [{"event": "error", "time_seconds": fields["failed_at"]}]
         planned = PlannedClient(number, "w", "Job", "job", ("x",))
-        records.append(record)
-        outcomes.append(ClientResult(planned, record["status"], None, events, None, 1, []))
-    co_run = {"co_run": "c", "clients": len(members), "outcome": outcome, "reason": "all of it"}
-    return stop_reason(co_run, outcomes, records, **bounds)
+        records.append(msgspec.convert(row, ClientRecord))
+        results.append(ClientResult(planned, events=events))
+    row = recorded_rows.co_run("c", "co_run", outcome, clients=len(members), reason="all of it")
+    return stop_reason(msgspec.convert(row, CoRunRecord), results, records, **bounds)
 
 
 FAULT = {"status": "failed", "reason": "an illegal memory access was encountered"}

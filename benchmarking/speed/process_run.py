@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarking.suite.launcher import StopSignal, tail_of
+from benchmarking.suite.event_log import tail_of
+from benchmarking.suite.launcher import StopSignal
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 POLL_SECONDS = 0.1
