@@ -817,7 +817,7 @@ def client_of(seconds_a_step: float, number: int = 0, status: str = "ok") -> Cli
     planned = PlannedClient(number, "w", "W", "job", ("x",))
     return ClientResult(
         planned, status, events=events, identity={"pid": 1}, exit_code=0,
-        window_host_cpu_seconds=5.0, window_busiest_thread_seconds=2.5,
+        window_host_cpu_fraction=0.5, busiest_thread_cpu_fraction=0.25,
     )  # fmt: skip
 
 

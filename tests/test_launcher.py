@@ -160,7 +160,9 @@ def test_before_go_sees_everyone_ready_and_alive(run: Callable) -> None:
 def test_the_window_records_processor_time_and_skew(run: Callable) -> None:
     result = run(2)
     assert 0 <= result.go_skew_ms < 1000
-    assert all(client.window_host_cpu_seconds >= 0 for client in result.clients)
+    for client in result.clients:
+        assert client.window_host_cpu_fraction >= 0
+        assert client.busiest_thread_cpu_fraction >= 0
 
 
 # --- failures ---------------------------------------------------------------------------------
@@ -223,12 +225,16 @@ def test_a_command_that_does_not_exist_is_a_failed_client(run: Callable) -> None
     assert "cannot start /does/not/exist" in result.reason
 
 
-def test_a_client_killed_from_outside_is_killed(run: Callable) -> None:
-    def kill_first(clients: list[launcher.Client]) -> None:
-        os.kill(clients[0].pid, signal.SIGKILL)
-
-    result = run(2, before_go=kill_first)
-    assert statuses(result) == ["killed", "ok"]
+@pytest.mark.parametrize(
+    ("number", "status", "words"),
+    [(signal.SIGKILL, "killed", "ended by SIGKILL"), (40, "failed", "ended by signal 40")],
+)
+def test_a_client_that_a_signal_ended_says_which(
+    run: Callable, number: int, status: str, words: str
+) -> None:
+    result = run(2, before_go=lambda clients: os.kill(clients[0].pid, number))
+    assert statuses(result) == [status, "ok"]
+    assert result.clients[0].reason == words
     assert result.outcome == "failed"
 
 
@@ -303,8 +309,9 @@ def test_an_exception_before_go_still_stops_everyone(run: Callable) -> None:
     assert not any(is_running(pid) for pid in pids)
 
 
-def test_helpers_that_a_client_leaves_are_swept(run: Callable) -> None:
-    result = run(1, all={"spawn": True})
+@pytest.mark.parametrize("spawn", ["with it", "in a group of its own"])
+def test_helpers_that_a_client_leaves_are_swept(run: Callable, spawn: str) -> None:
+    result = run(1, all={"spawn": spawn})
     helper = int(result.clients[0].stderr_tail[0].split()[1])
     assert result.outcome == "ok"
     wait_until(lambda: not is_running(helper), "the end of the helper", seconds=15)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from benchmarking.suite.event_log import first_unit_end_seconds
+from benchmarking.suite.event_log import first_unit_end_seconds, last_event
 from benchmarking.suite.launcher import Client, CoRunResult, FinishRule
 
 POLL_SECONDS = 0.02
@@ -75,8 +75,8 @@ class Aftermath(threading.Thread):
 
     def _time_of_fault(self) -> float:
         """When it said that it failed, else now, when it is seen to have ended."""
-        error = self._faulty.error
-        return time.monotonic() if error is None else float(error["time_seconds"])
+        error = last_event(self._faulty.events, "error") or {}
+        return error.get("time_seconds") or time.monotonic()
 
     def _bring_newcomers(self, fault_seconds: float) -> None:
         while not self._given_up.is_set():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import msgspec
 
@@ -43,7 +44,6 @@ def client_record(
     record of the same job alone on the whole GPU; without it, slowdown and normalized progress are
     unknown. `gpu` holds the card's figures in the window, where they are known.
     """
-    planned = co_run.planned
     start, end = co_run.window_start_seconds, co_run.window_end_seconds
     status, reason = client.status, client.reason
     if status == STATUS_OK and proof is not None and proof.verdict == INVALID:
@@ -55,7 +55,7 @@ def client_record(
     progress = None
     if status == STATUS_OK:
         reference = baseline.units if baseline else {}
-        if planned.phase == PHASE_BASELINE:  # it is its own
+        if co_run.planned.phase == PHASE_BASELINE:  # it is its own
             reference = units
         alone = scores.unit_seconds(plain(reference))
         progress = scores.normalized_progress(plain(units), alone)
@@ -63,11 +63,7 @@ def client_record(
         last_event(client.events, name) or {} for name in ("job", "loaded", "done")
     )
     record = ClientRecord(
-        phase=planned.phase,
-        co_run=planned.co_run,
-        mode=planned.mode,
-        clients=len(planned.clients),
-        repeat=planned.repeat,
+        **_place(co_run),
         client=client.planned.client,
         workload=client.planned.workload,
         label=client.planned.label,
@@ -77,16 +73,14 @@ def client_record(
         cause=client.cause,
         memory=client.memory,
         proof=msgspec.convert((proof or NEVER_MEASURED).to_dict(), types.Proof),
-        window_start_seconds=start,
-        window_end_seconds=end,
         jobs=jobs_of(client.events, start, end),
         units=units,
         latency_ms=latency_ms,
         figures=job.get("figures") or {},
         identity=client.identity,
         host_cpu_seconds=done.get("host_cpu_seconds"),
-        window_host_cpu_fraction=_fraction(client.window_host_cpu_seconds, start, end),
-        busiest_thread_cpu_fraction=_fraction(client.window_busiest_thread_seconds, start, end),
+        window_host_cpu_fraction=client.window_host_cpu_fraction,
+        busiest_thread_cpu_fraction=client.busiest_thread_cpu_fraction,
         peak_memory_mib=done.get("peak_memory_mib"),
         startup_seconds=loaded.get("startup_seconds"),
         exit_code=client.exit_code,
@@ -98,10 +92,18 @@ def client_record(
     return record
 
 
-def _fraction(seconds: float | None, start: float | None, end: float | None) -> float | None:
-    if seconds is None or start is None or end is None or end <= start:
-        return None
-    return seconds / (end - start)
+def _place(co_run: CoRunResult) -> dict[str, Any]:
+    """What the records of a co-run and of its clients have in common."""
+    planned = co_run.planned
+    return {
+        "phase": planned.phase,
+        "co_run": planned.co_run,
+        "mode": planned.mode,
+        "clients": len(planned.clients),
+        "repeat": planned.repeat,
+        "window_start_seconds": co_run.window_start_seconds,
+        "window_end_seconds": co_run.window_end_seconds,
+    }
 
 
 def co_run_record(
@@ -139,17 +141,10 @@ def co_run_record(
         energy_alone_joules=energy_alone_joules,
         share_baselines=plain(share_baselines) if is_comparable else {},
     )
-    planned = co_run.planned
     return CoRunRecord(
-        phase=planned.phase,
-        co_run=planned.co_run,
-        mode=planned.mode,
-        clients=len(planned.clients),
-        repeat=planned.repeat,
+        **_place(co_run),
         outcome=outcome,
         reason=reason,
-        window_start_seconds=co_run.window_start_seconds,
-        window_end_seconds=co_run.window_end_seconds,
         go_skew_ms=co_run.go_skew_ms,
         start_skew_ms=start_skew_ms(co_run.clients),
         gpu=gpu,

@@ -94,9 +94,9 @@ class ClientResult:
     """What became of one client.
 
     `reason` says in words why `status` is not ok, `cause` in the word of the client contract, where
-    it has one; `memory` is the memory snapshot of when memory ran out. `window_host_cpu_seconds` is
-    the processor time that it and its child processes used in the window,
-    `window_busiest_thread_seconds` that of the one thread of theirs that used most.
+    it has one; `memory` is the memory snapshot of when memory ran out. `window_host_cpu_fraction`
+    is how many cores it and its child processes used in the window, `busiest_thread_cpu_fraction`
+    what the one thread of theirs took that used most.
     """
 
     planned: PlannedClient
@@ -106,8 +106,8 @@ class ClientResult:
     identity: dict[str, Any] | None = None
     exit_code: int | None = None
     stderr_tail: list[str] = field(default_factory=list)
-    window_host_cpu_seconds: float | None = None
-    window_busiest_thread_seconds: float | None = None
+    window_host_cpu_fraction: float | None = None
+    busiest_thread_cpu_fraction: float | None = None
     cause: str | None = None
     memory: dict[str, Any] | None = None
 
@@ -121,7 +121,7 @@ class ClientResult:
 class Client(ClientResult):
     """A client process, whose result grows while it runs and is settled when it has ended.
 
-    `failure` says why it cannot be measured where it is the suite that found out.
+    `failure` is the status and the reason of one that cannot be measured.
     """
 
     paths: ClientPaths | None = None
@@ -130,8 +130,7 @@ class Client(ClientResult):
     is_done: bool = False
     job_seconds: list[float] = field(default_factory=list)
     units: int = 0
-    error: Event | None = None
-    failure: str | None = None
+    failure: tuple[str, str] | None = None
     was_told_to_stop: bool = False
     exited_prematurely: bool = False
     timed_out: bool = False
@@ -140,7 +139,7 @@ class Client(ClientResult):
     @property
     def has_failed(self) -> bool:
         """Whether the client cannot go on, or left before it was told to."""
-        return self.error is not None or self.failure is not None or self.exited_prematurely
+        return self.failure is not None or self.exited_prematurely
 
     @property
     def pid(self) -> int | None:
@@ -150,7 +149,7 @@ class Client(ClientResult):
     def start(self, command: Sequence[str], base_environment: Mapping[str, str]) -> None:
         """Start `command` with its own session, stdin control channel and output files."""
         self._follower = event_log.LineFollower(self.paths.events)
-        environment = {**base_environment, **self.planned.environment}
+        environment = dict(base_environment)
         if self.planned.workload == COMMAND_WORKLOAD and SAFE_PATH_VARIABLE not in os.environ:
             # The user's own program may import what lies where it runs.
             environment.pop(SAFE_PATH_VARIABLE, None)
@@ -162,11 +161,11 @@ class Client(ClientResult):
             try:
                 self.process = subprocess.Popen(
                     [*command, "--events", str(self.paths.events), "--hold"], bufsize=0,
-                    env=environment, stdin=subprocess.PIPE, stdout=stdout, stderr=stderr,
-                    start_new_session=True,
+                    env={**environment, **self.planned.environment}, stdin=subprocess.PIPE,
+                    stdout=stdout, stderr=stderr, start_new_session=True,
                 )  # fmt: skip
             except OSError as error:
-                self.failure = f"cannot start {command[0]}: {error.strerror}"
+                self.failure = (STATUS_FAILED, f"cannot start {command[0]}: {error.strerror}")
 
     def poll(self) -> None:
         """Take in new events and whether the process has ended."""
@@ -179,8 +178,8 @@ class Client(ClientResult):
         try:
             lines = self._follower.poll()
         except OSError as error:
-            if self.error is None:
-                self.failure = f"its event log cannot be read ({error.strerror})"
+            reason = f"its event log cannot be read ({error.strerror})"
+            self.failure = self.failure or (STATUS_FAILED, reason)
             return
         for event in map(event_log.parse_event, lines):
             self.events.append(event)
@@ -194,7 +193,8 @@ class Client(ClientResult):
                 case "units":
                     self.units += len(event["start_seconds"])
                 case "error":
-                    self.error = event
+                    message = str(event.get("message") or "reported an error")
+                    self.failure = (event.get("status") or STATUS_FAILED, message)
                 case "done":
                     self.is_done = True
 
@@ -210,7 +210,7 @@ class Client(ClientResult):
         """Say what became of the client, once it has ended with its co-run."""
         self.stderr_tail = event_log.tail_of(self.paths.stderr) if self.process else []
         self.status, self.reason = self._status(outcome)
-        error = self.error or {}
+        error = event_log.last_event(self.events, "error") or {}
         self.memory = error.get("memory")
         if self.status in (STATUS_FAILED, STATUS_OOM):
             # The client's word if it is one of the contract's, else what its exit code stands for.
@@ -221,10 +221,7 @@ class Client(ClientResult):
         """Status and why, the surest sign first."""
         code = self.exit_code
         if self.failure is not None:
-            return STATUS_FAILED, self.failure
-        if self.error is not None:
-            message = str(self.error.get("message") or "reported an error")
-            return str(self.error.get("status") or STATUS_FAILED), message
+            return self.failure
         if code == EXIT_OUT_OF_MEMORY:
             return STATUS_OOM, "out of memory"
         if self.was_signaled:
@@ -234,7 +231,8 @@ class Client(ClientResult):
         if self.timed_out:
             return STATUS_TIMEOUT, "timed out"
         if code is not None and code < 0:
-            name = signal.Signals(-code).name
+            names = {one.value: one.name for one in signal.Signals}
+            name = names.get(-code, f"signal {-code}")
             is_from_outside = name in ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP")
             return (STATUS_KILLED if is_from_outside else STATUS_FAILED), f"ended by {name}"
         if code != 0:
@@ -304,7 +302,7 @@ class Launcher:
         except CoRunRefused as refusal:
             result.outcome, result.reason = OUTCOME_FAILED, str(refusal)
             for client in clients:
-                client.failure = result.reason
+                client.failure = (STATUS_FAILED, str(refusal))
         finally:
             self._end(clients)
         for client in clients:
@@ -340,12 +338,13 @@ class Launcher:
                 not_before=start + rule.seconds, tolerates_failures=rule.tolerates_failures,
             )  # fmt: skip
         finally:
-            result.window_end_seconds = time.monotonic()
-            cpu_at_stop = read_process_trees(pids)
-            for client, before, after in zip(clients, cpu_at_go, cpu_at_stop, strict=True):
-                if before is not None and after is not None:
-                    client.window_host_cpu_seconds = after.seconds_since(before)
-                    client.window_busiest_thread_seconds = after.busiest_thread_since(before)
+            end = result.window_end_seconds = time.monotonic()
+            cpu_at_end = read_process_trees(pids)
+            for client, before, after in zip(clients, cpu_at_go, cpu_at_end, strict=True):
+                if before is not None and after is not None and end > start:
+                    client.window_host_cpu_fraction = after.seconds_since(before) / (end - start)
+                    busiest = after.busiest_thread_since(before)
+                    client.busiest_thread_cpu_fraction = busiest / (end - start)
 
     def _wait(
         self, clients: list[Client], is_done: Callable[[Client], bool], what: str, deadline: float,

@@ -16,7 +16,7 @@ holds the `--client-index` that it was given.
     ignore_stop     go on when told to stop (false)
     ignore_term     ignore SIGTERM too (false)
     slow_stop       seconds between stop and done (0)
-    spawn           start a helper process that outlives the client (false)
+    spawn           start a helper that outlives the client, "with it" or "in a group of its own"
     identity        fields that replace those of the identity
     figures         figures of each job
     figures_once    figures of each job unless `--cell-repeats` was given
@@ -225,7 +225,11 @@ class Script:
         if self.settings.get("ignore_term"):
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if self.settings.get("spawn"):
-            helper = subprocess.Popen(["sleep", "600"], stdin=subprocess.DEVNULL)
+            # As a shell's job control does it.
+            own_group = os.setpgrp if self.settings["spawn"] == "in a group of its own" else None
+            helper = subprocess.Popen(
+                ["sleep", "600"], stdin=subprocess.DEVNULL, preexec_fn=own_group
+            )
             print(f"helper {helper.pid}", file=sys.stderr, flush=True)
         time.sleep(self.settings.get("load_seconds", 0))
         self.fail_now("load")
