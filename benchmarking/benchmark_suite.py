@@ -35,7 +35,6 @@ from benchmarking.command_line.driver_words import tell_driver
 from benchmarking.command_line.one_line_parser import OneLineParser
 from benchmarking.records import run_folder
 from benchmarking.suite import console, mig_layout, mps_knobs, pairs
-from benchmarking.suite.launcher import StopSignal
 from benchmarking.suite.plan import MIXES, MODE_EXCLUSIVE, MODE_MIG, MODE_MPS, MODES
 from benchmarking.suite.plan_file import PlanFileError, read_plan_file
 from benchmarking.suite.ramp import MOST_CLIENTS
@@ -52,7 +51,7 @@ from benchmarking.suite.setup import (
     no_mps_folder,
     prepare,
 )
-from benchmarking.suite.stop_signal import DRIVER_VARIABLE, end_with_driver
+from benchmarking.suite.stop_signal import DRIVER_VARIABLE, StopSignal, end_with_driver
 
 
 def main() -> int:

@@ -41,7 +41,7 @@ from benchmarking.speed.jobs import (
 )
 from benchmarking.speed.process_run import Interrupted, Processes, RunFailedError
 from benchmarking.speed.text import markdown
-from benchmarking.suite.launcher import StopSignal
+from benchmarking.suite.stop_signal import StopSignal
 
 SCHEMA_VERSION = 1
 EXIT_COMPLETE, EXIT_FAILED, EXIT_NO_GPU, EXIT_INTERRUPTED = 0, 1, 3, 130

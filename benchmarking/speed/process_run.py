@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarking.suite.event_log import tail_of
-from benchmarking.suite.launcher import StopSignal
+from benchmarking.suite.stop_signal import StopSignal
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 POLL_SECONDS = 0.1

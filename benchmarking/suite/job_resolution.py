@@ -10,7 +10,7 @@ import tempfile
 import time
 from typing import Any
 
-from benchmarking.suite.launcher import StopSignal, client_base_environment
+from benchmarking.suite.launcher import client_base_environment
 from benchmarking.suite.plan import PlannedClient
 from benchmarking.suite.setup import (
     EXIT_FAILED,
@@ -20,6 +20,7 @@ from benchmarking.suite.setup import (
     RunEnded,
     SuiteError,
 )
+from benchmarking.suite.stop_signal import StopSignal
 
 
 def resolve(client: PlannedClient, stop_signal: StopSignal) -> dict[str, Any]:

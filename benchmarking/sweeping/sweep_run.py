@@ -13,7 +13,6 @@ from pathlib import Path
 
 from benchmarking.modes.mode_scripts import ModeScriptError, in_force, is_set_up, lock_reason
 from benchmarking.records.run_folder import resolve_run, utc_now, write_json_atomic
-from benchmarking.suite.launcher import StopSignal
 from benchmarking.suite.plan import MODE_EXCLUSIVE, MODE_MIG
 from benchmarking.suite.setup import (
     EXIT_COMPLETE,
@@ -26,6 +25,7 @@ from benchmarking.suite.setup import (
     SuiteError,
     find_gpu,
 )
+from benchmarking.suite.stop_signal import StopSignal
 from benchmarking.sweeping import report
 from benchmarking.sweeping.knobs import KNOBS, Knob, alone_words
 from benchmarking.sweeping.points import INTERRUPTED, NOT_RUN, OK, Point, read_point

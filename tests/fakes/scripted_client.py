@@ -9,7 +9,7 @@ holds the `--client-index` that it was given.
     units           units a job (5)
     latency         whether units are response times (false)
     load_seconds    length of loading (0)
-    fail            "oom", "error", "crash", "exit0", "hang", "signal", "garbage" (none)
+    fail            "oom", "error", "crash", "exit0", "done", "hang", "signal", "garbage", "binary"
     error           further fields of the error event of "oom" and "error"
     exit_code       exit code after "error" (1)
     fail_at         "load", "warm" or seconds after go (0)
@@ -134,14 +134,17 @@ class Script:
             fields = {"status": status, "message": "scripted", **self.settings.get("error", {})}
             self.emit("error", **fields)
             sys.exit(12 if kind == "oom" else self.settings.get("exit_code", 1))
-        if kind == "garbage":
-            with self.events.open("a") as stream:
-                stream.write("this is no event\n")
+        if kind in ("garbage", "binary"):
+            line = b"this is no event\n" if kind == "garbage" else b"caf\xe9\n"
+            with self.events.open("ab") as stream:
+                stream.write(line)
         if kind == "signal":
             os.kill(os.getpid(), signal.SIGSEGV)
         if kind == "hang":
             while self.listen(3600) != "stop":
                 pass
+            self.finish(0)
+        if kind == "done":
             self.finish(0)
         if kind == "crash":
             sys.exit(7)
