@@ -421,6 +421,11 @@ def test_what_is_unknown_in_an_event_does_no_harm(line: bytes) -> None:
     assert event.get("figures") in (None, {"loss": None})
 
 
+def test_half_a_character_is_replaced_and_a_whole_one_kept() -> None:
+    said = json.dumps({"event": "error", "message": "caf\udce9.png \U0001f600 \xe9"}).encode()
+    assert event_log.parse_event(said)["message"] == "caf?.png \U0001f600 \xe9"
+
+
 def test_units_that_cross_the_windows_edges_do_not_count() -> None:
     events = [
         {"event": "units", "kind": "step", "latency": False,

@@ -92,6 +92,9 @@ def parse_event(line: bytes) -> dict[str, Any]:
     """
     try:
         event = json.loads(line, parse_constant=lambda name: None)
+        if b"\\ud" in line or b"\\uD" in line:  # half a character: a file name that is no UTF-8
+            whole = json.dumps(event, ensure_ascii=False).encode(errors="replace")
+            event = json.loads(whole)
         shape = msgspec.convert(event, _SHAPES.get(event["event"], _Event))
         if shape.event == "units" and len(shape.start_seconds) != len(shape.duration_seconds):
             raise ValueError("a start without a duration, or the other way around")
