@@ -127,7 +127,7 @@ class Client(ClientResult):
     paths: ClientPaths | None = None
     process: subprocess.Popen[bytes] | None = None
     is_loaded: bool = False
-    is_done: bool = False
+    has_said_done: bool = False
     job_seconds: list[float] = field(default_factory=list)
     units: int = 0
     failure: tuple[str, str] | None = None
@@ -196,7 +196,7 @@ class Client(ClientResult):
                     message = str(event.get("message") or "reported an error")
                     self.failure = (event.get("status") or STATUS_FAILED, message)
                 case "done":
-                    self.is_done = True
+                    self.has_said_done = True
 
     def send(self, command: str) -> float:
         """Write one command and return when; a client that is gone is left to poll."""
@@ -237,7 +237,7 @@ class Client(ClientResult):
             return (STATUS_KILLED if is_from_outside else STATUS_FAILED), f"ended by {name}"
         if code != 0:
             return STATUS_FAILED, f"exit code {code}"
-        if not self.is_done:
+        if not self.has_said_done:
             return STATUS_FAILED, "exit code 0, but it never said `done`"
         if self.exited_prematurely:
             return STATUS_FAILED, "exited prematurely"
