@@ -1,4 +1,4 @@
-"""A workload started on the leash, as the suite starts it, for tests of the client contract."""
+"""A workload held by its standard input, as the suite holds it, for tests of the contract."""
 
 from __future__ import annotations
 

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import nvml_stub
 import pytest
 from program_copy import copy_programs, processes_of
@@ -26,9 +27,10 @@ from waiting import wait_until
 
 from benchmarking.modes.mode_evidence import Evidence, Proof
 from benchmarking.records import run_folder
+from benchmarking.records.types import ClientRecord
 from benchmarking.suite import baselines, console, sampler
 from benchmarking.suite import co_run_records as records
-from benchmarking.suite.launcher import ClientOutcome, CoRunOutcome
+from benchmarking.suite.launcher import ClientResult, CoRunResult
 from benchmarking.suite.plan import WORKLOADS, PlannedClient, PlannedCoRun
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
@@ -797,12 +799,12 @@ def test_a_gpu_index_that_does_not_exist_is_a_usage_error(gpu_bench: Callable) -
 # --- records and baselines, without processes -------------------------------------------------
 
 
-def co_run_of(outcome: str, *clients: ClientOutcome, phase: str = "co_run") -> CoRunOutcome:
+def co_run_of(outcome: str, *clients: ClientResult, phase: str = "co_run") -> CoRunResult:
     planned = PlannedCoRun("c", phase, "mps", 0, tuple(client.planned for client in clients))
-    return CoRunOutcome(planned, outcome, None, list(clients), 0.5, 1.0, 11.0, 0.1)
+    return CoRunResult(planned, outcome, None, list(clients), 0.5, 1.0, 11.0, 0.1)
 
 
-def client_of(seconds_a_step: float, number: int = 0, status: str = "ok") -> ClientOutcome:
+def client_of(seconds_a_step: float, number: int = 0, status: str = "ok") -> ClientResult:
     steps = int(10 / seconds_a_step)
     events = [
         {"event": "loaded", "startup_seconds": 2.0},
@@ -813,7 +815,10 @@ def client_of(seconds_a_step: float, number: int = 0, status: str = "ok") -> Cli
         {"event": "done", "jobs": 1, "host_cpu_seconds": 3.0, "peak_memory_mib": 7.0},
     ]  # fmt: skip
     planned = PlannedClient(number, "w", "W", "job", ("x",))
-    return ClientOutcome(planned, status, None, events, {"pid": 1}, 0, [], 5.0, 2.5)
+    return ClientResult(
+        planned, status, events=events, identity={"pid": 1}, exit_code=0,
+        window_host_cpu_fraction=0.5, busiest_thread_cpu_fraction=0.25,
+    )  # fmt: skip
 
 
 PROVED = Proof("verified", ())
@@ -821,24 +826,28 @@ UNPROVED = Proof("invalid", (Evidence("it is listed", "no", False),))
 
 
 def test_a_client_record_holds_slowdown_against_its_baseline() -> None:
-    baseline = {"units": {"step": {"count": 100, "seconds": 50.0}}}
-    client = client_of(1.0)
-    record = records.client_record(co_run_of("ok", client), client, PROVED, baseline)
-    assert record["slowdown"] == pytest.approx(2.0)
-    assert record["normalized_progress"] == pytest.approx(0.5)
-    assert record["jobs"][0]["duration_seconds"] == 8.0
-    assert record["window_host_cpu_fraction"] == pytest.approx(0.5)
-    assert record["busiest_thread_cpu_fraction"] == pytest.approx(0.25)
-    assert record["figures"] == {"x": 1}
-    assert (record["startup_seconds"], record["peak_memory_mib"]) == (2.0, 7.0)
+    alone, client = client_of(0.5), client_of(1.0)
+    baseline = records.client_record(
+        co_run_of("ok", alone, phase="baseline"), alone, PROVED, None, None
+    )
+    record = records.client_record(co_run_of("ok", client), client, PROVED, baseline, None)
+    assert (baseline.slowdown, baseline.units["step"].count) == (1.0, 20)
+    assert record.slowdown == pytest.approx(2.0)
+    assert record.normalized_progress == pytest.approx(0.5)
+    assert record.jobs[0].duration_seconds == 8.0
+    assert record.window_host_cpu_fraction == pytest.approx(0.5)
+    assert record.busiest_thread_cpu_fraction == pytest.approx(0.25)
+    assert record.figures == {"x": 1}
+    assert (record.startup_seconds, record.peak_memory_mib) == (2.0, 7.0)
+    assert msgspec.convert(msgspec.to_builtins(record), ClientRecord) == record
 
 
 def test_a_client_without_proof_is_invalid_and_has_no_slowdown() -> None:
     client = client_of(1.0)
-    record = records.client_record(co_run_of("ok", client), client, UNPROVED, None)
-    assert record["status"] == "invalid"
-    assert record["reason"] == "it is listed: no"
-    assert record["slowdown"] is None
+    record = records.client_record(co_run_of("ok", client), client, UNPROVED, None, None)
+    assert record.status == "invalid"
+    assert record.reason == "it is listed: no"
+    assert record.slowdown is None
 
 
 def test_the_start_skew_is_between_the_first_units_of_all_clients() -> None:
@@ -853,14 +862,14 @@ def test_the_start_skew_is_between_the_first_units_of_all_clients() -> None:
 def test_a_co_run_that_lost_its_mode_is_invalid() -> None:
     client = client_of(1.0)
     seen = co_run_of("ok", client)
-    row = records.client_record(seen, client, PROVED, None)
+    row = records.client_record(seen, client, PROVED, None, None)
     record = records.co_run_record(
         seen, [row], None, mode_failure="the daemon is gone", baselines={"job": row},
         energy_alone_joules={},
     )  # fmt: skip
-    assert record["outcome"] == "invalid"
-    assert record["reason"] == "the daemon is gone"
-    assert record["summary"]["stp"] is None
+    assert record.outcome == "invalid"
+    assert record.reason == "the daemon is gone"
+    assert record.summary.stp is None
 
 
 def test_a_sampler_that_cannot_start_is_a_failure_that_is_said(

@@ -6,72 +6,94 @@ import subprocess
 import sys
 import time
 
+import msgspec
 import pytest
+import recorded_rows
 
 from benchmarking.hardware import host_cpu, host_limit
+from benchmarking.records.types import ClientRecord, GpuFigures
 
-EAGER = {
-    "client": 0, "label": "BERT fine-tuning", "job_key": "bert", "slowdown": 1.0,
-    "window_host_cpu_fraction": 1.1, "busiest_thread_cpu_fraction": 0.98,
-}  # fmt: skip
-WAITING = {**EAGER, "client": 1, "label": "Jupyter session", "busiest_thread_cpu_fraction": 0.2}
-IDLE_GPU = {
-    "host_cpu_percent": 7.0, "sm_activity_percent": 21.0, "utilization_gpu_percent": 60.0,
-}  # fmt: skip
-ALONE = {"bert": {"host_limited": True}}
+# One SM-starved GPU, and a client whose launching thread never waits.
+GPU = {"host_cpu_percent": 7.0, "sm_activity_percent": 21.0, "utilization_gpu_percent": 60.0}
 
 
-def judge(record: dict, gpu: dict | None, baselines: dict | None = None) -> bool | None:
-    """Judge a client beside another if there are baselines, else alone."""
-    others = [] if baselines is None else [WAITING]
-    return host_limit.judged([record, *others], gpu, baselines or {})[0]["host_limited"]
+def client(**changes: object) -> ClientRecord:
+    row = {"label": "BERT", "slowdown": 1.0, "window_host_cpu_fraction": 1.1,
+           "busiest_thread_cpu_fraction": 0.98}  # fmt: skip
+    return msgspec.convert(recorded_rows.client("c", 0, **(row | changes)), ClientRecord)
 
 
-def test_alone_a_busy_thread_beside_a_gpu_with_gaps_is_the_limit() -> None:
-    assert judge(EAGER, IDLE_GPU) is True
-    assert judge(WAITING, IDLE_GPU) is False
-    # Who spins while it waits for small kernels leaves the GPU no gap.
-    assert judge(EAGER, {**IDLE_GPU, "utilization_gpu_percent": 99.0}) is False
-    assert judge(EAGER, {**IDLE_GPU, "sm_activity_percent": 80.0}) is False
-    assert judge(EAGER, None) is None
-    assert judge({**EAGER, "busiest_thread_cpu_fraction": None}, IDLE_GPU) is None
+def gpu(**changes: object) -> GpuFigures:
+    return GpuFigures(**(GPU | changes))
 
 
-def test_together_who_was_limited_alone_and_is_hardly_slowed_down_still_is() -> None:
-    assert judge(EAGER, IDLE_GPU, ALONE) is True
-    assert judge({**EAGER, "slowdown": 1.8}, IDLE_GPU, ALONE) is False
-    assert judge(EAGER, IDLE_GPU, {"bert": {"host_limited": False}}) is False
-    assert judge(EAGER, {**IDLE_GPU, "sm_activity_percent": 85.0}, ALONE) is False
-    # An older baseline says nothing of it, and then nothing is claimed.
-    assert judge(EAGER, IDLE_GPU, {"bert": {}}) is None
+@pytest.mark.parametrize(
+    ("record", "figures", "expected"),
+    [
+        ({}, {}, True),
+        ({"busiest_thread_cpu_fraction": 0.2}, {}, False),
+        # Who spins while it waits for small kernels leaves the GPU no gap.
+        ({}, {"utilization_gpu_percent": 99.0}, False),
+        ({}, {"sm_activity_percent": 80.0}, False),
+        ({}, None, None),
+        ({}, {"utilization_gpu_percent": None}, None),
+        ({"busiest_thread_cpu_fraction": None}, {}, None),
+    ],
+)
+def test_alone_a_busy_thread_beside_a_gpu_with_gaps_is_the_limit(
+    record: dict, figures: dict | None, expected: bool | None
+) -> None:
+    known = None if figures is None else gpu(**figures)
+    assert host_limit.is_host_limited(client(**record), known, None) is expected
 
 
-def test_a_limited_client_is_named_in_a_sentence() -> None:
-    limited = {**EAGER, "host_limited": True}
-    (sentence,) = host_limit.warnings(IDLE_GPU, [limited, {**WAITING, "host_limited": False}], 16)
-    assert sentence == (
-        "the host was the limit: SM activity was 21 %, while one thread was busy all the time in "
-        "client 0 (BERT fine-tuning)"
-    )
-    assert host_limit.warnings(IDLE_GPU, [{**EAGER, "host_limited": None}], 16) == []
-    no_gpm = {**IDLE_GPU, "sm_activity_percent": None, "utilization_gpu_percent": 30.0}
-    assert "GPU utilization was 30 %" in host_limit.warnings(no_gpm, [limited])[0]
+@pytest.mark.parametrize(
+    ("record", "figures", "alone", "expected"),
+    [
+        ({}, {}, True, True),
+        ({"slowdown": 1.8}, {}, True, False),
+        ({"slowdown": None}, {}, True, None),
+        ({}, {}, False, False),
+        ({}, {"sm_activity_percent": 85.0}, True, False),
+        # An older baseline says nothing of it, and then nothing is claimed.
+        ({}, {}, None, None),
+        ({"busiest_thread_cpu_fraction": 0.2}, {}, None, False),
+    ],
+)
+def test_together_who_was_limited_alone_and_is_hardly_slowed_down_still_is(
+    record: dict, figures: dict, alone: bool | None, expected: bool | None
+) -> None:
+    baseline = client(host_limited=alone)
+    together = client(clients=2, **record)
+    assert host_limit.is_host_limited(together, gpu(**figures), baseline) is expected
+    if expected:
+        assert host_limit.is_host_limited(together, gpu(**figures), None) is None
 
 
-def test_a_host_without_a_free_core_is_the_limit_only_while_the_gpu_has_little_to_do() -> None:
-    full = {**IDLE_GPU, "host_cpu_percent": 99.0}
-    assert host_limit.warnings(full, []) == [
-        "the host was the limit: its CPU was 99 % busy, while SM activity was 21 %"
-    ]
-    assert host_limit.warnings({**full, "sm_activity_percent": 80.0}, []) == []
-    assert host_limit.warnings(None, []) == []
+LIMITED, WAITING = {"host_limited": True}, {"window_host_cpu_fraction": 1.0}
 
 
-def test_cores_that_a_container_may_not_use_do_not_hide_a_full_host() -> None:
-    clients = [{**EAGER, "window_host_cpu_fraction": 1.0}] * 4
-    (sentence,) = host_limit.warnings(IDLE_GPU, clients, host_cores=4)
-    assert "the clients used 4.0 of 4 cores" in sentence
-    assert host_limit.warnings(IDLE_GPU, clients, host_cores=16) == []
+@pytest.mark.parametrize(
+    ("figures", "clients", "words"),
+    [
+        ({}, [LIMITED, WAITING], "SM activity was 21 %, while one thread was busy all the time in "
+                                 "client 0 (BERT)"),
+        ({"sm_activity_percent": None, "utilization_gpu_percent": 30.0}, [LIMITED],
+         "GPU utilization was 30 %, while one thread was busy all the time in client 0 (BERT)"),
+        ({}, [WAITING], None),
+        ({"host_cpu_percent": 99.0}, [], "its CPU was 99 % busy, while SM activity was 21 %"),
+        ({"host_cpu_percent": 99.0, "sm_activity_percent": 80.0}, [], None),
+        # Cores that a container may not use do not hide a full host.
+        ({}, [WAITING] * 16, "the clients used 16.0 of 16 cores, while SM activity was 21 %"),
+        (None, [LIMITED], None),
+    ],
+)  # fmt: skip
+def test_a_sentence_says_in_what_way_the_host_was_the_bottleneck(
+    figures: dict | None, clients: list[dict], words: str | None
+) -> None:
+    known = None if figures is None else gpu(**figures)
+    said = host_limit.warnings(known, [client(**changes) for changes in clients], 16)
+    assert said == ([f"CPU-bound (host bottleneck): {words}"] if words else [])
 
 
 BURN = "import time; end = time.process_time() + {seconds}\nwhile time.process_time() < end: pass"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -17,12 +18,13 @@ import pytest
 from waiting import is_running, wait_until
 
 from benchmarking.records.run_folder import ClientPaths
+from benchmarking.records.types import Units
 from benchmarking.suite import event_log, launcher
-from benchmarking.suite.launcher import FinishRule, Interruption, Launcher, Patience
+from benchmarking.suite.launcher import FinishRule, Launcher, StopSignal, Timeouts
 from benchmarking.suite.plan import PlannedClient, PlannedCoRun, build_plan
 
 CLIENT = Path(__file__).parent / "fakes" / "scripted_client.py"
-SOON = Patience(timeout=10.0, stop=5.0, terminate=2.0, poll=0.01)
+SOON = Timeouts(timeout=10.0, stop=5.0, terminate=2.0, poll=0.01)
 ONE_JOB = FinishRule(min_seconds=0.1)
 
 
@@ -35,7 +37,7 @@ def planned(count: int, command: tuple[str, ...] | None = None) -> PlannedCoRun:
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Callable[..., launcher.CoRunOutcome]:
+def run(tmp_path: Path) -> Callable[..., launcher.CoRunResult]:
     """Run scripted clients; keyword arguments are settings by client number ("c0") or for all."""
 
     def paths_of(co_run: str, client: int) -> ClientPaths:
@@ -48,23 +50,25 @@ def run(tmp_path: Path) -> Callable[..., launcher.CoRunOutcome]:
         co_run: int | PlannedCoRun = 2,
         *,
         rule: FinishRule = ONE_JOB,
-        patience: Patience = SOON,
-        interruption: Interruption | None = None,
+        timeouts: Timeouts = SOON,
+        stop_signal: StopSignal | None = None,
         before_go: Callable[[list[launcher.Client]], None] = lambda clients: None,
         command: tuple[str, ...] | None = None,
         **settings: dict,
-    ) -> launcher.CoRunOutcome:
+    ) -> launcher.CoRunResult:
         rules = [{"match": f"*/{name[1:]}" if name != "all" else "*", **values}
                  for name, values in settings.items()]  # fmt: skip
-        environment = {**os.environ, "SCRIPTED_CLIENT": json.dumps(rules)}
-        starter = Launcher(environment, patience=patience, interruption=interruption)
+        inherited = {**os.environ, "SCRIPTED_CLIENT": json.dumps(rules)}
+        environment = launcher.client_base_environment(inherited)
+        stop_signal = stop_signal or StopSignal()
+        starter = Launcher(environment, timeouts=timeouts, stop_signal=stop_signal)
         what = co_run if isinstance(co_run, PlannedCoRun) else planned(co_run, command)
         return starter.run(what, paths_of, rule, before_go)
 
     return run_clients
 
 
-def statuses(result: launcher.CoRunOutcome) -> list[str]:
+def statuses(result: launcher.CoRunResult) -> list[str]:
     return [client.status for client in result.clients]
 
 
@@ -80,7 +84,7 @@ def test_everyone_finishes_a_job_inside_the_window(run: Callable) -> None:
         jobs = event_log.jobs_of(
             client.events, result.window_start_seconds, result.window_end_seconds
         )
-        assert jobs[0]["in_window"]
+        assert jobs[0].in_window
         assert client.exit_code == 0
 
 
@@ -97,8 +101,8 @@ def test_a_short_job_repeats_until_the_long_one_is_done(run: Callable) -> None:
     result = run(2, c1={"units": 40})
     window = result.window_start_seconds, result.window_end_seconds
     short, long = (event_log.jobs_of(client.events, *window) for client in result.clients)
-    assert sum(job["in_window"] for job in long) >= 1
-    assert sum(job["in_window"] for job in short) >= 4
+    assert sum(job.in_window for job in long) >= 1
+    assert sum(job.in_window for job in short) >= 4
 
 
 def test_the_least_window_is_kept(run: Callable) -> None:
@@ -106,16 +110,17 @@ def test_the_least_window_is_kept(run: Callable) -> None:
     assert result.window_end_seconds - result.window_start_seconds >= 0.5
 
 
-def test_a_baseline_takes_five_jobs_when_they_are_short(run: Callable) -> None:
-    result = run(1, rule=FinishRule(min_seconds=0.0, min_jobs=5, long_job_seconds=5.0))
-    assert sum(event["event"] == "job" for event in result.clients[0].events) >= 5
-
-
-def test_a_baseline_takes_one_job_when_it_is_long(run: Callable) -> None:
-    rule = FinishRule(min_seconds=0.0, min_jobs=50, long_job_seconds=0.2)
-    result = run(1, rule=rule, all={"unit_seconds": 0.1})
+@pytest.mark.parametrize(
+    ("min_jobs", "unit_seconds", "done"), [(5, 0.01, range(5, 50)), (50, 0.1, range(1, 2))]
+)
+def test_a_baseline_takes_several_short_jobs_or_one_long_one(
+    run: Callable, min_jobs: int, unit_seconds: float, done: range
+) -> None:
+    rule = FinishRule(min_seconds=0.0, min_jobs=min_jobs, long_job_seconds=0.4)
+    result = run(1, rule=rule, all={"unit_seconds": unit_seconds})
     assert result.outcome == "ok"
-    assert sum(event["event"] == "job" for event in result.clients[0].events) == 1
+    jobs = sum(event["event"] == "job" for event in result.clients[0].events)
+    assert jobs in done
 
 
 def test_a_fixed_window_ends_without_a_whole_job_but_with_enough_units(run: Callable) -> None:
@@ -125,7 +130,7 @@ def test_a_fixed_window_ends_without_a_whole_job_but_with_enough_units(run: Call
     units, _ = event_log.units_in_window(
         result.clients[0].events, result.window_start_seconds, result.window_end_seconds
     )
-    assert units["step"]["count"] >= 10
+    assert units["step"].count >= 10
     assert result.window_end_seconds - result.window_start_seconds < 3
 
 
@@ -157,7 +162,9 @@ def test_before_go_sees_everyone_ready_and_alive(run: Callable) -> None:
 def test_the_window_records_processor_time_and_skew(run: Callable) -> None:
     result = run(2)
     assert 0 <= result.go_skew_ms < 1000
-    assert all(client.window_host_cpu_seconds >= 0 for client in result.clients)
+    for client in result.clients:
+        assert client.window_host_cpu_fraction >= 0
+        assert client.busiest_thread_cpu_fraction >= 0
 
 
 # --- failures ---------------------------------------------------------------------------------
@@ -177,7 +184,8 @@ def test_an_out_of_memory_client_ends_the_window_and_the_neighbor_keeps_its_stat
 @pytest.mark.parametrize(
     ("kind", "status", "words"),
     [("crash", "failed", "exit code 7"), ("error", "failed", "scripted"),
-     ("exit0", "failed", "never said"), ("signal", "failed", "SIGSEGV"),
+     ("exit0", "failed", "never said"), ("done", "failed", "exited prematurely"),
+     ("signal", "failed", "SIGSEGV"), ("binary", "failed", "not an event: caf\ufffd"),
      ("garbage", "failed", "not an event")],
 )  # fmt: skip
 def test_every_way_of_failing_is_told_with_its_reason(
@@ -220,68 +228,61 @@ def test_a_command_that_does_not_exist_is_a_failed_client(run: Callable) -> None
     assert "cannot start /does/not/exist" in result.reason
 
 
-def test_a_client_killed_from_outside_is_killed(run: Callable) -> None:
-    def kill_first(clients: list[launcher.Client]) -> None:
-        os.kill(clients[0].pid, signal.SIGKILL)
-
-    result = run(2, before_go=kill_first)
-    assert statuses(result) == ["killed", "ok"]
+@pytest.mark.parametrize(
+    ("number", "status", "words"),
+    [(signal.SIGKILL, "killed", "ended by SIGKILL"), (40, "failed", "ended by signal 40")],
+)
+def test_a_client_that_a_signal_ended_says_which(
+    run: Callable, number: int, status: str, words: str
+) -> None:
+    result = run(2, before_go=lambda clients: os.kill(clients[0].pid, number))
+    assert statuses(result) == [status, "ok"]
+    assert result.clients[0].reason == words
     assert result.outcome == "failed"
 
 
 # --- time limits ------------------------------------------------------------------------------
 
 
-def test_a_stuck_client_becomes_a_timeout_row(run: Callable) -> None:
-    patience = Patience(timeout=3.0, stop=5.0, terminate=2.0, poll=0.01)
-    result = run(2, c1={"fail": "hang", "fail_at": 0.0}, patience=patience)
+@pytest.mark.parametrize(
+    ("settings", "limits", "reason", "exit_code"),
+    [
+        ({"fail": "hang", "fail_at": 0.0}, {"timeout": 3.0}, "timed out", 0),
+        ({"load_seconds": 60}, {"timeout": 0.8, "stop": 0.1}, "did not stop when told to", -15),
+        ({"ignore_stop": True}, {"stop": 0.3}, "did not stop when told to", -15),
+        ({"ignore_stop": True, "ignore_term": True}, {"stop": 0.2, "terminate": 0.3},
+         "did not stop when told to", -9),
+    ],
+)  # fmt: skip
+def test_who_is_not_done_in_time_times_out_and_is_ended_ever_harder(
+    run: Callable, settings: dict, limits: dict, reason: str, exit_code: int
+) -> None:
+    result = run(2, c1=settings, timeouts=dataclasses.replace(SOON, **limits))
     assert result.outcome == "timeout"
     assert statuses(result) == ["ok", "timeout"]
-
-
-def test_a_client_that_never_loads_times_out(run: Callable) -> None:
-    patience = Patience(timeout=0.8, stop=0.1, terminate=2.0, poll=0.01)
-    result = run(2, c0={"load_seconds": 60}, patience=patience)
-    assert result.outcome == "timeout"
-    assert result.clients[0].status == "timeout"
-    assert "did not stop" in result.clients[0].reason
-
-
-def test_a_client_that_ignores_stop_is_terminated(run: Callable) -> None:
-    patience = Patience(timeout=10, stop=0.3, terminate=3.0, poll=0.01)
-    result = run(2, c1={"ignore_stop": True}, patience=patience)
-    assert statuses(result) == ["ok", "timeout"]
-    assert result.clients[1].exit_code == -signal.SIGTERM
-    assert result.outcome == "timeout"
-
-
-def test_a_client_that_ignores_everything_is_killed_last(run: Callable) -> None:
-    patience = Patience(timeout=10, stop=0.2, terminate=0.3, poll=0.01)
-    result = run(1, c0={"ignore_stop": True, "ignore_term": True}, patience=patience)
-    assert result.clients[0].exit_code == -signal.SIGKILL
-    assert statuses(result) == ["timeout"]
+    assert (result.clients[1].reason, result.clients[1].exit_code) == (reason, exit_code)
 
 
 # --- interruption and what is left behind -----------------------------------------------------
 
 
-def test_an_interruption_stops_everyone_by_the_leash(run: Callable) -> None:
-    interruption = Interruption()
-    threading.Timer(0.6, interruption.request).start()
-    result = run(2, rule=FinishRule(min_seconds=60), interruption=interruption)
+def test_an_interruption_stops_everyone_by_standard_input(run: Callable) -> None:
+    stop_signal = StopSignal()
+    threading.Timer(0.6, stop_signal.request).start()
+    result = run(2, rule=FinishRule(min_seconds=60), stop_signal=stop_signal)
     assert result.outcome == "interrupted"
     assert statuses(result) == ["ok", "ok"]
     assert [client.exit_code for client in result.clients] == [0, 0]
 
 
 def test_asking_twice_does_not_wait_for_a_slow_stop(run: Callable) -> None:
-    interruption = Interruption()
+    stop_signal = StopSignal()
     for seconds in (0.5, 1.8):
-        threading.Timer(seconds, interruption.request).start()
+        threading.Timer(seconds, stop_signal.request).start()
     begin = time.monotonic()
     result = run(
-        1, rule=FinishRule(min_seconds=60), interruption=interruption, all={"slow_stop": 30},
-        patience=Patience(timeout=60, stop=30, terminate=2, poll=0.01),
+        1, rule=FinishRule(min_seconds=60), stop_signal=stop_signal, all={"slow_stop": 30},
+        timeouts=Timeouts(timeout=60, stop=30, terminate=2, poll=0.01),
     )  # fmt: skip
     assert time.monotonic() - begin < 10
     assert statuses(result) == ["killed"]
@@ -300,8 +301,9 @@ def test_an_exception_before_go_still_stops_everyone(run: Callable) -> None:
     assert not any(is_running(pid) for pid in pids)
 
 
-def test_helpers_that_a_client_leaves_are_swept(run: Callable) -> None:
-    result = run(1, all={"spawn": True})
+@pytest.mark.parametrize("spawn", ["with it", "in a group of its own"])
+def test_helpers_that_a_client_leaves_are_swept(run: Callable, spawn: str) -> None:
+    result = run(1, all={"spawn": spawn})
     helper = int(result.clients[0].stderr_tail[0].split()[1])
     assert result.outcome == "ok"
     wait_until(lambda: not is_running(helper), "the end of the helper", seconds=15)
@@ -334,23 +336,94 @@ def test_clients_end_when_the_launcher_is_killed(tmp_path: Path) -> None:
 
 
 def test_signals_are_only_noted_while_watching_and_an_echo_is_no_second_one() -> None:
-    interruption = Interruption()
+    stop_signal = StopSignal()
     before = signal.getsignal(signal.SIGTERM)
-    with interruption.watching():
+    with stop_signal.watching():
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGINT)
-    assert interruption.requested
-    assert interruption.count == 1
+    assert stop_signal.requested
+    assert stop_signal.count == 1
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-# --- environment and events -------------------------------------------------------------------
+# --- environment, files and events ------------------------------------------------------------
 
 
 def test_inherited_sharing_variables_do_not_reach_a_client() -> None:
     inherited = {"PATH": "/bin", "CUDA_MPS_PIPE_DIRECTORY": "/x", "CUDA_VISIBLE_DEVICES": "3",
                  "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": "10"}  # fmt: skip
-    assert launcher.client_base_environment(inherited) == {"PATH": "/bin"}
+    assert launcher.client_base_environment(inherited) == {"PATH": "/bin", "PYTHONSAFEPATH": "1"}
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 knows no safe path")
+@pytest.mark.parametrize(("workload", "finds"), [("scripted", False), ("command", True)])
+def test_only_a_users_own_program_imports_what_lies_where_it_runs(
+    run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workload: str, finds: bool
+) -> None:
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    monkeypatch.chdir(tmp_path)
+    Path("planted.py").write_text("print('imported')")
+    client = PlannedClient(0, workload, "Program", "p", (sys.executable, "-c", "import planted"))
+    run(PlannedCoRun("program", "co_run", "time-slicing", 0, (client,)))
+    assert Path("program/0.stdout.log").read_text() == ("imported\n" if finds else "")
+
+
+def test_output_files_are_their_owners_and_no_link_is_followed(
+    run: Callable, tmp_path: Path
+) -> None:
+    run(1)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "pair").iterdir()} == {0o600}
+    for kind in ("events.jsonl", "stdout.log", "stderr.log"):
+        path = tmp_path / "pair" / f"0.{kind}"
+        path.unlink()
+        path.symlink_to(tmp_path / "elsewhere")
+        with pytest.raises(OSError, match="Too many levels of symbolic links"):
+            run(1)
+        assert not (tmp_path / "elsewhere").exists()
+        path.unlink()
+
+
+def test_an_event_log_that_is_taken_away_fails_the_client(run: Callable, tmp_path: Path) -> None:
+    def take_away(clients: list[launcher.Client]) -> None:
+        (tmp_path / "pair" / "0.events.jsonl").unlink()
+
+    result = run(1, before_go=take_away)
+    assert "its event log cannot be read (No such file or directory)" in result.reason
+
+
+NO_EVENTS = [
+    b"\xff\xfe", b"caf\xe9", b'{"event": "caf\xe9"}', b"", b"5", b"[]", b"null", b'{"event": []}',
+    b'{"event": 5}', b'{"event": "loaded', b"[" * 100_000, b'{"time_seconds": 1}',
+    b'{"event": "job"}', b'{"event": "job", "index": 0, "start_seconds": 1, "end_seconds": NaN}',
+    b'{"event": "units", "kind": "s", "latency": false, "start_seconds": 1}',
+    b'{"event": "units", "kind": "s", "latency": false, "start_seconds": [1],'
+    b' "duration_seconds": []}', b'{"event": "ready", "identity": "me"}',
+    b'{"event": "error", "status": "tired"}', b'{"event": "done", "host_cpu_seconds": "many"}',
+    b'{"event": "loaded", "time_seconds": "late"}', b'{"event": "processes"}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("line", NO_EVENTS, ids=range(len(NO_EVENTS)))
+def test_a_line_that_is_no_event_of_the_contract_is_an_error(line: bytes) -> None:
+    event = event_log.parse_event(line)
+    assert (event["event"], event["status"]) == ("error", "failed")
+    assert event["message"].startswith("not an event: ")
+    assert len(event["message"]) < 250
+
+
+@pytest.mark.parametrize(
+    "line", [b'{"event": "of a later contract", "x": 1}', b'{"event": "job", "index": 0, '
+             b'"start_seconds": 1, "end_seconds": 2.5, "figures": {"loss": NaN}}']
+)  # fmt: skip
+def test_what_is_unknown_in_an_event_does_no_harm(line: bytes) -> None:
+    event = event_log.parse_event(line)
+    assert event["event"] in ("of a later contract", "job")
+    assert event.get("figures") in (None, {"loss": None})
+
+
+def test_half_a_character_is_replaced_and_a_whole_one_kept() -> None:
+    said = json.dumps({"event": "error", "message": "caf\udce9.png \U0001f600 \xe9"}).encode()
+    assert event_log.parse_event(said)["message"] == "caf?.png \U0001f600 \xe9"
 
 
 def test_units_that_cross_the_windows_edges_do_not_count() -> None:
@@ -361,27 +434,30 @@ def test_units_that_cross_the_windows_edges_do_not_count() -> None:
          "start_seconds": [1.5], "duration_seconds": [0.25]},
     ]  # fmt: skip
     units, latency_ms = event_log.units_in_window(events, 1.0, 3.0)
-    assert units["step"] == {"count": 2, "seconds": 1.5, "latency": False}
+    assert units["step"] == Units(count=2, seconds=1.5, latency=False)
     assert latency_ms == [250.0]
-
-
-def test_without_latency_units_there_are_no_latencies() -> None:
     assert event_log.units_in_window([], 0.0, 1.0) == ({}, None)
 
 
-def test_a_line_that_is_still_being_written_waits(tmp_path: Path) -> None:
+def test_a_line_that_is_still_being_written_waits_but_not_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "events.jsonl"
     follower = event_log.LineFollower(path)
-    assert follower.poll() == []
     path.write_text('{"event": "loaded"}\n{"event": "rea')
     assert follower.poll() == [b'{"event": "loaded"}']
     with path.open("a") as stream:
         stream.write('dy"}\n')
     assert follower.poll() == [b'{"event": "ready"}']
+    monkeypatch.setattr(event_log, "MOST_LINE_BYTES", 1000)
+    with path.open("a") as stream:
+        stream.write("x" * 1001)
+    assert follower.poll() == [b"x" * 1001]
+    assert follower.poll() == []
 
 
 def test_the_tail_of_stderr_is_bounded(tmp_path: Path) -> None:
     path = tmp_path / "stderr"
     path.write_text("".join(f"line {i}\n" for i in range(100000)))
-    assert launcher.tail_of(path, 3) == ["line 99997", "line 99998", "line 99999"]
-    assert launcher.tail_of(tmp_path / "missing") == []
+    assert event_log.tail_of(path, 3) == ["line 99997", "line 99998", "line 99999"]
+    assert event_log.tail_of(tmp_path / "missing") == []

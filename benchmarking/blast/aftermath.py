@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from benchmarking.suite.event_log import first_unit_end_seconds
-from benchmarking.suite.launcher import Client, CoRunOutcome, FinishRule
+from benchmarking.suite.event_log import first_unit_end_seconds, last_event
+from benchmarking.suite.launcher import Client, CoRunResult, FinishRule
 
 POLL_SECONDS = 0.02
 # Between two new clients where the first could not work.
@@ -38,7 +38,7 @@ class Aftermath(threading.Thread):
     def __init__(
         self,
         faulty: Client,
-        run_newcomer: Callable[[int], CoRunOutcome],
+        run_newcomer: Callable[[int], CoRunResult],
         *,
         over: threading.Event,
         watch_seconds: float,
@@ -53,7 +53,7 @@ class Aftermath(threading.Thread):
         self._patience_seconds = patience_seconds
         self._given_up = threading.Event()
         self.fault_seconds: float | None = None
-        self.attempts: list[CoRunOutcome] = []
+        self.attempts: list[CoRunResult] = []
         self.works_seconds: float | None = None
 
     def run(self) -> None:
@@ -75,8 +75,8 @@ class Aftermath(threading.Thread):
 
     def _time_of_fault(self) -> float:
         """When it said that it failed, else now, when it is seen to have ended."""
-        error = self._faulty.error
-        return time.monotonic() if error is None else float(error["time_seconds"])
+        error = last_event(self._faulty.events, "error") or {}
+        return error.get("time_seconds") or time.monotonic()
 
     def _bring_newcomers(self, fault_seconds: float) -> None:
         while not self._given_up.is_set():
@@ -120,7 +120,7 @@ def unit_ends(events: Sequence[dict]) -> list[float]:
 
 
 def judge_neighbor(
-    seen: CoRunOutcome, number: int, fault_seconds: float, settle_seconds: float = 1.0
+    seen: CoRunResult, number: int, fault_seconds: float, settle_seconds: float = 1.0
 ) -> Neighbor:
     """Return what the fault did to client `number` of the co-run.
 

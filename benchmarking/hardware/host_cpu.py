@@ -1,10 +1,10 @@
-"""Processor time of a client and of everything that it started."""
+"""Processor time of a client and of everything that it started, and the end of what it left."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import psutil
@@ -45,26 +45,14 @@ def read_process_trees(pids: Sequence[int | None]) -> list[CpuReading | None]:
         A reading for each; `None` for one that is gone.
     """
     parents = {one.pid: one.info["ppid"] for one in psutil.process_iter(["ppid"])}
-    sessions = {pid: _session(pid) for pid in parents}
-    return [_read(_family(pid, parents, sessions)) if pid in parents else None for pid in pids]
-
-
-def _session(pid: int) -> int | None:
-    try:
-        return os.getsid(pid)
-    except OSError:  # it has ended meanwhile
-        return None
-
-
-def _family(
-    pid: int, parents: Mapping[int, int | None], sessions: Mapping[int, int | None]
-) -> set[int]:
-    members = {pid} | {other for other, session in sessions.items() if session == pid}
-    while True:
-        found = {other for other, parent in parents.items() if parent in members} - members
-        if not found:
-            return members
-        members |= found
+    sessions = dict(_sessions())
+    readings: list[CpuReading | None] = []
+    for pid in pids:
+        members = {pid} | {other for other, session in sessions.items() if session == pid}
+        while found := {one for one, parent in parents.items() if parent in members} - members:
+            members |= found
+        readings.append(_read(members) if pid in parents else None)
+    return readings
 
 
 def _read(members: set[int]) -> CpuReading:
@@ -76,3 +64,22 @@ def _read(members: set[int]) -> CpuReading:
             seconds += times.user + times.system + times.children_user + times.children_system
             threads |= {one.id: one.user_time + one.system_time for one in process.threads()}
     return CpuReading(seconds, threads)
+
+
+def signal_sessions(leaders: Sequence[int], number: int) -> list[psutil.Process]:
+    """Signal every process in the sessions of `leaders`, and return them."""
+    signaled = []
+    for pid, session in _sessions():
+        with contextlib.suppress(psutil.Error):
+            if session in leaders:
+                process = psutil.Process(pid)
+                process.send_signal(number)
+                signaled.append(process)
+    return signaled
+
+
+def _sessions() -> Iterator[tuple[int, int]]:
+    """Yield every process with the leader of its session."""
+    for pid in psutil.pids():
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            yield pid, os.getsid(pid)

@@ -1,16 +1,15 @@
 """Whether the host, not the GPU, set the pace of a co-run: then every sharing mode looks alike.
 
-Pure functions over records. Two ways are told apart: the host has no core left, or a client's
-launching thread had no moment left. A thread that waits for the GPU may spin, and then it is busy
-all the time too; so a busy thread alone proves nothing, and what the GPU did decides.
+Two ways are told apart: the host has no core left, or a client's launching thread had no moment
+left. A thread that waits for the GPU may spin, and then it is busy all the time too; so a busy
+thread alone proves nothing, and what the GPU did decides.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-Record = Mapping[str, Any]
+from benchmarking.records.types import ClientRecord, GpuFigures
 
 # A GPU this busy has no use for a faster host.
 SATURATED_ACTIVITY_PERCENT = 50.0
@@ -22,106 +21,59 @@ GAPLESS_UTILIZATION_PERCENT = 90.0
 UNDISTURBED_SLOWDOWN = 1.15
 
 
-def judged(
-    client_records: Sequence[Record], gpu: Record | None, baselines: Mapping[str, Record]
-) -> list[dict[str, Any]]:
-    """Return the client records of one co-run, each with `host_limited` (`None`: unknown).
+def is_host_limited(
+    client: ClientRecord, gpu: GpuFigures | None, baseline: ClientRecord | None
+) -> bool | None:
+    """Return whether the host set a client's pace, `None` where that is unknown.
 
-    Alone, a client is limited by its host when one thread of it was busy all the time while the
-    GPU had gaps. Together, when one thread was busy all the time, the GPU was not saturated, the
-    same held alone, and the neighbors hardly slowed it down.
-
-    Args:
-        client_records: Records of the clients that ran together; one client ran alone.
-        gpu: Figures of the GPU in the window; `None` where they are unknown.
-        baselines: Judged records of the jobs alone, by `job_key`.
+    Alone, it did when one thread of the client was busy all the time while the GPU had gaps.
+    Together, when one thread was busy all the time, the GPU was not saturated, the same held alone
+    (`baseline`), and the neighbors hardly slowed it down.
     """
-    is_alone = len(client_records) == 1
-    return [
-        {
-            **record,
-            "host_limited": _is_limited_alone(record, gpu)
-            if is_alone
-            else _is_limited_together(record, gpu, baselines.get(record["job_key"])),
-        }
-        for record in client_records
-    ]
+    busy, (_, activity) = client.busiest_thread_cpu_fraction, _activity(gpu)
+    if busy is None or activity is None:
+        return None
+    may_be = busy >= BUSY_THREAD_FRACTION and activity < SATURATED_ACTIVITY_PERCENT
+    if client.clients == 1:
+        utilization = gpu.utilization_gpu_percent
+        return None if utilization is None else may_be and utilization < GAPLESS_UTILIZATION_PERCENT
+    if not may_be:
+        return False
+    if client.slowdown is None or baseline is None or baseline.host_limited is None:
+        return None
+    return baseline.host_limited and client.slowdown <= UNDISTURBED_SLOWDOWN
 
 
 def warnings(
-    gpu: Record | None, client_records: Iterable[Record], host_cores: int | None = None
+    gpu: GpuFigures | None, clients: Sequence[ClientRecord], host_cores: int | None = None
 ) -> list[str]:
-    """Return sentences that say in what way the host was the limit; none where it was not.
+    """Return the sentence that says in what way the host was the bottleneck; none where it was not.
 
-    Args:
-        gpu: Figures of the GPU in the window; `None` where they are unknown.
-        client_records: Judged records of the clients that ran together.
-        host_cores: How many cores the clients may use; `None`: unknown.
+    `clients` ran together and have been judged; `host_cores` is how many cores they may use.
     """
     name, activity = _activity(gpu)
     if activity is None or activity >= SATURATED_ACTIVITY_PERCENT:
         return []
-    records = list(client_records)
-    busy = _busy_host(gpu or {}, records, host_cores)
-    if busy is not None:
-        return [f"the host was the limit: {busy}, while {name} was {activity:.0f} %"]
-    limited = [
-        f"client {record['client']} ({record['label']})"
-        for record in records
-        if record.get("host_limited")
-    ]
-    if limited:
-        return [
-            f"the host was the limit: {name} was {activity:.0f} %, while one thread was busy all "
-            f"the time in {' and '.join(limited)}"
-        ]
-    return []
-
-
-def _is_limited_alone(record: Record, gpu: Record | None) -> bool | None:
-    busy, (_, activity) = _has_busy_thread(record), _activity(gpu)
-    utilization = (gpu or {}).get("utilization_gpu_percent")
-    if busy is None or activity is None or utilization is None:
-        return None
-    is_saturated = activity >= SATURATED_ACTIVITY_PERCENT
-    return busy and not is_saturated and utilization < GAPLESS_UTILIZATION_PERCENT
-
-
-def _is_limited_together(
-    record: Record, gpu: Record | None, baseline: Record | None
-) -> bool | None:
-    busy, (_, activity) = _has_busy_thread(record), _activity(gpu)
-    if busy is None or activity is None:
-        return None
-    if not busy or activity >= SATURATED_ACTIVITY_PERCENT:
-        return False
-    slowdown = record.get("slowdown")
-    was_limited_alone = (baseline or {}).get("host_limited")
-    if slowdown is None or was_limited_alone is None:
-        return None
-    return was_limited_alone and slowdown <= UNDISTURBED_SLOWDOWN
-
-
-def _has_busy_thread(record: Record) -> bool | None:
-    fraction = record.get("busiest_thread_cpu_fraction")
-    return None if fraction is None else fraction >= BUSY_THREAD_FRACTION
-
-
-def _activity(gpu: Record | None) -> tuple[str, float | None]:
-    """Return how busy the GPU was, by the better of the two figures that is known."""
-    figures = gpu or {}
-    if figures.get("sm_activity_percent") is not None:
-        return "SM activity", figures["sm_activity_percent"]
-    return "GPU utilization", figures.get("utilization_gpu_percent")
-
-
-def _busy_host(gpu: Record, records: Sequence[Record], host_cores: int | None) -> str | None:
-    """Return in words that the host has no core left; `None` where it has, or nobody knows."""
-    host = gpu.get("host_cpu_percent")
-    if host is not None and host >= BUSY_HOST_PERCENT:
-        return f"its CPU was {host:.0f} % busy"
     # In a container the machine's own figure counts cores that the clients cannot use.
-    used = sum(record.get("window_host_cpu_fraction") or 0.0 for record in records)
-    if host_cores and 100 * used / host_cores >= BUSY_HOST_PERCENT:
-        return f"the clients used {used:.1f} of {host_cores} cores"
-    return None
+    used = sum(client.window_host_cpu_fraction or 0.0 for client in clients)
+    limited = [f"client {one.client} ({one.label})" for one in clients if one.host_limited]
+    if (gpu.host_cpu_percent or 0.0) >= BUSY_HOST_PERCENT:
+        why = f"its CPU was {gpu.host_cpu_percent:.0f} % busy, while {name} was {activity:.0f} %"
+    elif host_cores and 100 * used / host_cores >= BUSY_HOST_PERCENT:
+        cores = f"{used:.1f} of {host_cores} cores"
+        why = f"the clients used {cores}, while {name} was {activity:.0f} %"
+    elif limited:
+        why = (
+            f"{name} was {activity:.0f} %, while one thread was busy all the time in "
+            f"{' and '.join(limited)}"
+        )
+    else:
+        return []
+    return [f"CPU-bound (host bottleneck): {why}"]
+
+
+def _activity(gpu: GpuFigures | None) -> tuple[str, float | None]:
+    """Return how busy the GPU was, by the better of the two figures that is known."""
+    if gpu is not None and gpu.sm_activity_percent is not None:
+        return "SM activity", gpu.sm_activity_percent
+    return "GPU utilization", gpu and gpu.utilization_gpu_percent

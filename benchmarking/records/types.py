@@ -100,7 +100,7 @@ class ClientRecord(Struct, kw_only=True, tag="client", tag_field="record"):
     stderr_tail: list[str]
     slowdown: Amount | None
     normalized_progress: Amount | None
-    host_limited: bool = False
+    host_limited: bool | None = None
 
 
 class GpuFigures(Struct, kw_only=True):

@@ -7,77 +7,123 @@ The events are those of the client contract (`loaded`, `ready`, `processes`, `un
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import msgspec
+
+from benchmarking.records.types import Amount, Job, Units
 
 Event = Mapping[str, Any]
+
+# A line that has not ended by then never will.
+MOST_LINE_BYTES = 64 << 20
+STDERR_TAIL_LINES = 20
+
+
+# What is read of each event; it may carry more.
+_FIELDS: dict[str, list[tuple[Any, ...]]] = {
+    "loaded": [("startup_seconds", Amount | None, None)],
+    "ready": [("identity", dict[str, Any] | None, None)],
+    "processes": [("pids", list[int])],
+    "units": [("kind", str), ("latency", bool), ("start_seconds", list[float]),
+              ("duration_seconds", list[float])],
+    "job": [("index", int), ("start_seconds", float), ("end_seconds", float),
+            ("figures", dict[str, Any] | None, None)],
+    "error": [("status", Literal["failed", "oom"] | None, None),
+              ("memory", dict[str, Any] | None, None)],
+    "done": [("host_cpu_seconds", Amount | None, None), ("peak_memory_mib", Amount | None, None)],
+}  # fmt: skip
+_Event = msgspec.defstruct("_Event", [("event", str), ("time_seconds", float | None, None)],
+                           kw_only=True)  # fmt: skip
+_SHAPES = {
+    name: msgspec.defstruct(f"_{name}", fields, bases=(_Event,), kw_only=True)
+    for name, fields in _FIELDS.items()
+}
+
+
+def private_opener(path: str, flags: int) -> int:
+    """Open a file for `open(..., opener=...)`: no link is followed, a new one is its owner's."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o600)
 
 
 class LineFollower:
     """Reads the whole lines that were appended to a file since the last look."""
 
     def __init__(self, path: Path, *, past: int = 0) -> None:
-        """Follow `path`, which need not be there yet, from the byte `past` on."""
+        """Follow `path` from the byte `past` on."""
         self._path = path
         self._offset = past
 
     def poll(self) -> list[bytes]:
         """Return the new lines; one that is still being written waits for the next look.
 
-        Raises `FileNotFoundError` for a file that was there, or whose folder has gone.
+        Raises `OSError` for a file that cannot be read.
         """
-        try:
-            with self._path.open("rb") as stream:
-                stream.seek(self._offset)
-                content = stream.read()
-        except FileNotFoundError:
-            if self._offset or not self._path.parent.is_dir():
-                raise
-            return []
+        with open(self._path, "rb", opener=private_opener) as stream:
+            stream.seek(self._offset)
+            content = stream.read()
         whole = content[: content.rfind(b"\n") + 1]
+        if len(content) - len(whole) > MOST_LINE_BYTES:
+            whole = content
         self._offset += len(whole)
         return whole.splitlines()
+
+
+def tail_of(path: Path, lines: int = STDERR_TAIL_LINES) -> list[str]:
+    """Last lines of a text file, empty when there is none."""
+    try:
+        with path.open("rb") as stream:
+            stream.seek(max(0, path.stat().st_size - 65536))
+            content = stream.read()
+    except OSError:
+        return []
+    return content.decode(errors="replace").splitlines()[-lines:]
 
 
 def parse_event(line: bytes) -> dict[str, Any]:
     """Return one line of an event file as an event.
 
     A line that is none comes back as an `error` event: a client that breaks the contract cannot
-    be measured.
+    be measured. NaN and infinity are no JSON, and unknown.
     """
     try:
-        event = json.loads(line)
-    except ValueError:
-        event = None
-    if isinstance(event, dict) and isinstance(event.get("event"), str):
-        return event
-    text = line.decode(errors="replace")[:200]
-    return {"event": "error", "status": "failed", "message": f"not an event: {text}"}
+        event = json.loads(line, parse_constant=lambda name: None)
+        if b"\\ud" in line or b"\\uD" in line:  # half a character: a file name that is no UTF-8
+            whole = json.dumps(event, ensure_ascii=False).encode(errors="replace")
+            event = json.loads(whole)
+        shape = msgspec.convert(event, _SHAPES.get(event["event"], _Event))
+        if shape.event == "units" and len(shape.start_seconds) != len(shape.duration_seconds):
+            raise ValueError("a start without a duration, or the other way around")
+    except (ValueError, TypeError, LookupError, RecursionError):
+        text = line[:200].decode(errors="replace")
+        event = {"event": "error", "time_seconds": time.monotonic(), "status": "failed",
+                 "message": f"not an event: {text}"}  # fmt: skip
+    return event
 
 
 def last_event(events: Iterable[Event], name: str) -> Event | None:
     """Return the last event of this name, or `None`."""
-    found = None
+    named = [event for event in events if event["event"] == name]
+    return named[-1] if named else None
+
+
+def unit_spans(events: Iterable[Event]) -> Iterator[tuple[Event, float, float]]:
+    """Yield `(event, start_seconds, duration_seconds)` of every unit, as written."""
     for event in events:
-        if event["event"] == name:
-            found = event
-    return found
-
-
-def first_unit_seconds(events: Iterable[Event]) -> float | None:
-    """Return when the first unit began, `None` when there is none."""
-    starts = [min(event["start_seconds"]) for event in events
-              if event["event"] == "units" and event["start_seconds"]]  # fmt: skip
-    return min(starts, default=None)
+        if event["event"] == "units":
+            for start, duration in zip(
+                event["start_seconds"], event["duration_seconds"], strict=True
+            ):
+                yield event, start, duration
 
 
 def first_unit_end_seconds(events: Iterable[Event]) -> float | None:
     """Return when the first finished unit ended, `None` when there is none."""
-    ends = [start + duration for event in events if event["event"] == "units"
-            for start, duration in zip(
-                event["start_seconds"], event["duration_seconds"], strict=True)]  # fmt: skip
-    return min(ends, default=None)
+    return min((start + duration for _, start, duration in unit_spans(events)), default=None)
 
 
 def process_ids(events: Iterable[Event]) -> list[int]:
@@ -88,53 +134,41 @@ def process_ids(events: Iterable[Event]) -> list[int]:
 
 def units_in_window(
     events: Iterable[Event], start_seconds: float, end_seconds: float
-) -> tuple[dict[str, dict[str, Any]], list[float] | None]:
-    """Units that lie wholly in the window: `({kind: {count, seconds, latency}}, latency_ms)`.
+) -> tuple[dict[str, Units], list[float] | None]:
+    """Return the units that lie wholly in the window, by kind, and their latencies in ms.
 
-    `latency_ms` holds the raw durations of all units whose duration is a response time, in the
+    The latencies are the raw durations of all units whose duration is a response time, in the
     order of their ends as written; `None` when there is none.
     """
-    units: dict[str, dict[str, Any]] = {}
+    units: dict[str, Units] = {}
     latency_ms: list[float] = []
-    for event in events:
-        if event["event"] != "units":
-            continue
-        durations = [
-            duration
-            for start, duration in zip(
-                event["start_seconds"], event["duration_seconds"], strict=True
-            )
-            if start >= start_seconds and start + duration <= end_seconds
-        ]
-        if not durations:
+    for event, start, duration in unit_spans(events):
+        if start < start_seconds or start + duration > end_seconds:
             continue
         is_latency = bool(event["latency"])
-        unit = units.setdefault(event["kind"], {"count": 0, "seconds": 0.0, "latency": is_latency})
-        unit["count"] += len(durations)
-        unit["seconds"] += sum(durations)
+        unit = units.setdefault(event["kind"], Units(count=0, seconds=0.0, latency=is_latency))
+        unit.count += 1
+        unit.seconds += duration
         if is_latency:
-            latency_ms += [1000 * duration for duration in durations]
+            latency_ms.append(1000 * duration)
     return units, latency_ms or None
 
 
 def jobs_of(
     events: Iterable[Event], start_seconds: float | None, end_seconds: float | None
-) -> list[dict[str, Any]]:
-    """Whole jobs with their durations; `in_window` when they lie wholly in the window.
-
-    Without a window no job is in it.
-    """
+) -> list[Job]:
+    """Return the whole jobs; without a window none is in it."""
     return [
-        {
-            "index": event["index"],
-            "start_seconds": event["start_seconds"],
-            "end_seconds": event["end_seconds"],
-            "duration_seconds": event["end_seconds"] - event["start_seconds"],
-            "in_window": start_seconds is not None
+        Job(
+            index=event["index"],
+            start_seconds=event["start_seconds"],
+            end_seconds=event["end_seconds"],
+            duration_seconds=event["end_seconds"] - event["start_seconds"],
+            in_window=start_seconds is not None
             and end_seconds is not None
-            and event["start_seconds"] >= start_seconds
+            and start_seconds <= event["start_seconds"]
             and event["end_seconds"] <= end_seconds,
-        }
+        )
         for event in events
         if event["event"] == "job"
     ]

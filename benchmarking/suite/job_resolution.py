@@ -10,7 +10,7 @@ import tempfile
 import time
 from typing import Any
 
-from benchmarking.suite.launcher import Interruption, client_base_environment
+from benchmarking.suite.launcher import client_base_environment
 from benchmarking.suite.plan import PlannedClient
 from benchmarking.suite.setup import (
     EXIT_FAILED,
@@ -20,9 +20,10 @@ from benchmarking.suite.setup import (
     RunEnded,
     SuiteError,
 )
+from benchmarking.suite.stop_signal import StopSignal
 
 
-def resolve(client: PlannedClient, interruption: Interruption) -> dict[str, Any]:
+def resolve(client: PlannedClient, stop_signal: StopSignal) -> dict[str, Any]:
     """Run a job's command with `--resolve` and return its answer.
 
     Raises `SuiteError` with the last thing it said, and code 2 or 3 if those were its own; raises
@@ -35,7 +36,7 @@ def resolve(client: PlannedClient, interruption: Interruption) -> dict[str, Any]
             env=environment, start_new_session=True,
         )  # fmt: skip
         while process.poll() is None:
-            if interruption.requested:
+            if stop_signal.requested:
                 os.killpg(process.pid, signal.SIGTERM)
                 process.wait()
                 raise RunEnded("interrupted", EXIT_INTERRUPTED, "interrupted")

@@ -13,7 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarking.hardware import host_limit
+import msgspec
+
 from benchmarking.hardware.gpu_samples import summarize_samples
 from benchmarking.modes.sharing_mode import GPU_ANSWERS, GPU_LOST_FIX, SharingMode
 from benchmarking.records.run_folder import (
@@ -22,6 +23,7 @@ from benchmarking.records.run_folder import (
     PHASE_SHARE_BASELINE,
     RunWriter,
 )
+from benchmarking.records.types import ClientRecord, CoRunRecord, GpuFigures
 from benchmarking.suite import occupancy, stop_reasons
 from benchmarking.suite import plan as planning
 from benchmarking.suite.baselines import (
@@ -37,12 +39,12 @@ from benchmarking.suite.launcher import (
     OUTCOME_INVALID,
     OUTCOME_OK,
     Client,
-    CoRunOutcome,
     CoRunRefused,
+    CoRunResult,
     FinishRule,
-    Interruption,
     Launcher,
-    Patience,
+    StopSignal,
+    Timeouts,
     client_base_environment,
 )
 from benchmarking.suite.mps_knobs import PERCENTAGE_VARIABLE
@@ -95,10 +97,10 @@ class SuiteRun:
         self,
         setup: Setup,
         writer: RunWriter,
-        interruption: Interruption,
+        stop_signal: StopSignal,
         say: Callable[[str], None],
         *,
-        patience: Patience | None = None,
+        timeouts: Timeouts | None = None,
         earlier: EarlierPart | None = None,
     ) -> None:
         """Take what to do, where to write it, whom to ask whether to stop, and whom to tell.
@@ -109,12 +111,12 @@ class SuiteRun:
         self._earlier = earlier
         self._plan = setup.plan
         self._writer = writer
-        self._interruption = interruption
+        self._stop_signal = stop_signal
         self._say = say
         self._launcher = Launcher(
             client_base_environment(os.environ),
-            patience=patience or Patience(timeout=setup.request.timeout_seconds),
-            interruption=interruption,
+            timeouts=timeouts or Timeouts(timeout=setup.request.timeout_seconds),
+            stop_signal=stop_signal,
             say=say,
         )
         self._reference = _Reference()
@@ -196,7 +198,7 @@ class SuiteRun:
         self._say(f"resolving data and weights: {', '.join(c.label for c in jobs.values())}")
         # At the same time: each spends most of it importing torch, or waiting for a hub.
         with ThreadPoolExecutor(len(jobs)) as pool:
-            answers = list(pool.map(lambda c: resolve(c, self._interruption), jobs.values()))
+            answers = list(pool.map(lambda c: resolve(c, self._stop_signal), jobs.values()))
         if self._earlier:
             self._require_like_earlier(dict(zip(jobs, answers, strict=True)))
         for (job_key, client), answer in zip(jobs.items(), answers, strict=True):
@@ -404,7 +406,7 @@ class SuiteRun:
         Raises `RunEnded` when it did not end well, `SuiteError` when the clients were not what
         they should be: what follows would build on it.
         """
-        if self._interruption.requested:
+        if self._stop_signal.requested:
             raise RunEnded("interrupted", EXIT_INTERRUPTED, "interrupted")
         finished = self._earlier and self._earlier.finished(planned.co_run)
         if finished:
@@ -427,25 +429,27 @@ class SuiteRun:
         self._done.add(planned.co_run)
         samples = self._samples_of(seen, sampler)
         proofs = judge_clients(mode, seen, samples)
-        clients = [
-            client_record(seen, client, proof, self._reference.whole.get(client.planned.job_key))
+        gpu = self._gpu_figures(seen, samples)
+        whole = _structs(self._reference.whole)
+        made = [
+            client_record(seen, client, proof, whole.get(client.planned.job_key), gpu)
             for client, proof in zip(seen.clients, proofs, strict=True)
         ]
         gpu_lost, mode_failure = _lost(mode)
-        gpu = self._gpu_figures(seen, samples)
-        clients = host_limit.judged(clients, gpu, self._reference.whole)
-        record = self._co_run_record(seen, clients, gpu, gpu_lost, mode_failure)
+        co_run = self._co_run_record(seen, made, gpu, gpu_lost, mode_failure)
         strangers = strangers_beside(seen, samples)
-        record["warnings"] += [*clock.warnings(), *occupancy.warnings(strangers)]
-        record["is_contended"] = bool(strangers)
-        reason = self._stop_reason(record, seen, clients, gpu_lost)
-        record["stop_reason"] = self._stop_reasons[planned.co_run] = reason
+        co_run.warnings += [*clock.warnings(), *occupancy.warnings(strangers)]
+        co_run.is_contended = bool(strangers)
+        reason = self._stop_reason(co_run, seen, made, gpu_lost)
+        co_run.stop_reason = self._stop_reasons[planned.co_run] = reason
+        # What follows in this file works with plain data.
+        clients, record = msgspec.to_builtins(made), msgspec.to_builtins(co_run)
         for line in (*clients, record):
             self._writer.append_record(line)
         for warning in record["warnings"]:
             self._say(warning)
         if reason is not None:
-            self._say(f"{planned.co_run} does not hold: {stop_reasons.in_words(reason)}")
+            self._say(f"{planned.co_run} does not hold: {stop_reasons.describe(reason)}")
         if refusal is not None:
             raise refusal
         if gpu_lost and record["outcome"] != OUTCOME_INTERRUPTED:
@@ -470,9 +474,9 @@ class SuiteRun:
 
     def _stop_reason(
         self,
-        record: dict[str, Any],
-        seen: CoRunOutcome,
-        clients: list[dict[str, Any]],
+        record: CoRunRecord,
+        seen: CoRunResult,
+        clients: list[ClientRecord],
         gpu_lost: str | None,
     ) -> dict[str, Any] | None:
         """Why a co-run did not hold; the bounds are for jobs that share the GPU."""
@@ -509,7 +513,7 @@ class SuiteRun:
             seen = None if is_limited else first.get("multiprocessor_count")
             self._describe_environment({"multiprocessor_count": seen, "versions": versions})
 
-    def _samples_of(self, seen: CoRunOutcome, sampler: Sampler) -> list[dict[str, Any]]:
+    def _samples_of(self, seen: CoRunResult, sampler: Sampler) -> list[dict[str, Any]]:
         samples: list[dict[str, Any]] = []
         if seen.window_end_seconds is not None and not sampler.failure:
             samples = list(sampler.samples_past(seen.window_end_seconds))
@@ -520,19 +524,17 @@ class SuiteRun:
 
     def _co_run_record(
         self,
-        seen: CoRunOutcome,
-        clients: list[dict[str, Any]],
-        gpu: dict[str, Any] | None,
+        seen: CoRunResult,
+        clients: list[ClientRecord],
+        gpu: GpuFigures | None,
         gpu_lost: str | None,
         mode_failure: str | None,
-    ) -> dict[str, Any]:
-        baselines, joules = dict(self._reference.whole), dict(self._reference.whole_joules)
-        if seen.planned.phase == PHASE_BASELINE and clients[0]["status"] == "ok":
-            job_key = clients[0]["job_key"]
+    ) -> CoRunRecord:
+        baselines, joules = _structs(self._reference.whole), dict(self._reference.whole_joules)
+        if seen.planned.phase == PHASE_BASELINE and clients[0].status == "ok":
+            job_key = clients[0].job_key
             baselines[job_key] = clients[0]
-            joules[job_key] = self._reference.whole_joules[job_key] = (gpu or {}).get(
-                "energy_joules"
-            )
+            joules[job_key] = self._reference.whole_joules[job_key] = gpu and gpu.energy_joules
         is_mig = seen.planned.mode == MODE_MIG
         return co_run_record(
             seen,
@@ -542,21 +544,23 @@ class SuiteRun:
             gpu_lost=gpu_lost,
             baselines=baselines,
             energy_alone_joules=joules,
-            share_baselines=self._reference.share if is_mig else None,
+            share_baselines=_structs(self._reference.share) if is_mig else None,
             host_cores=self._setup.cores,
         )
 
-    def _gpu_figures(
-        self, seen: CoRunOutcome, samples: list[dict[str, Any]]
-    ) -> dict[str, Any] | None:
+    def _gpu_figures(self, seen: CoRunResult, samples: list[dict[str, Any]]) -> GpuFigures | None:
         start, end = seen.window_start_seconds, seen.window_end_seconds
         if start is None or end is None or not samples:
             return None
         figures = summarize_samples(samples, start, end)
         if self._setup.is_cpu_demo:
             # A GPU that is there but not in use says nothing about this run.
-            return {key: figures[key] if key == "host_cpu_percent" else None for key in figures}
-        return figures
+            return GpuFigures(host_cpu_percent=figures["host_cpu_percent"])
+        return GpuFigures(**figures)
+
+
+def _structs(records: Mapping[str, dict[str, Any]]) -> dict[str, ClientRecord]:
+    return msgspec.convert(records, dict[str, ClientRecord])
 
 
 def _lost(mode: SharingMode) -> tuple[str | None, str | None]:

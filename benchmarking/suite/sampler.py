@@ -1,4 +1,4 @@
-"""The sampler beside a suite run: `gpu_monitor.py` as a subprocess on a leash, read meanwhile."""
+"""The sampler of a suite run: `gpu_monitor.py` as a subprocess that is read while it samples."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
-from benchmarking.suite.event_log import LineFollower
+from benchmarking.suite.event_log import LineFollower, private_opener, tail_of
 
 MONITOR_SCRIPT = Path(__file__).resolve().parents[1] / "gpu_monitor.py"
 READY_TIMEOUT_SECONDS = 20.0
@@ -29,14 +28,8 @@ class Sampler:
 
     def __init__(self, output: Path, log: Path, *, gpu: str | None = None) -> None:
         """Sample the GPU called `gpu` (the first one, or only the host where there is none)."""
-        self._log = log
-        self._command = [
-            sys.executable, str(MONITOR_SCRIPT), "--output", str(output), "--leash",
-            *(["--gpu", gpu] if gpu else []),
-        ]  # fmt: skip
-        # A run that goes on appends to the samples of its first part.
-        self._follower = LineFollower(output, past=output.stat().st_size if output.exists() else 0)
-        self._words = LineFollower(log, past=log.stat().st_size if log.exists() else 0)
+        self._output, self._log = output, log
+        self._gpu = ["--gpu", gpu] if gpu else []
         self._samples: list[dict[str, Any]] = []
         self._is_ready = False
         self._process: subprocess.Popen[bytes] | None = None
@@ -44,35 +37,36 @@ class Sampler:
 
     def __enter__(self) -> Sampler:
         """Start sampling and wait until the first sample is about to follow."""
+        command = [sys.executable, str(MONITOR_SCRIPT), "--output", str(self._output), "--leash"]
         try:
-            with self._log.open("ab") as log:
+            with (
+                open(self._output, "ab", opener=private_opener) as output,
+                open(self._log, "ab", opener=private_opener) as log,
+            ):
+                # A run that goes on appends to the samples of its first part.
+                self._samples_follower = LineFollower(self._output, past=output.tell())
+                self._log_follower = LineFollower(self._log, past=log.tell())
                 self._process = subprocess.Popen(
-                    self._command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=log,
-                    start_new_session=True,
+                    [*command, *self._gpu], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
+                    stderr=log, start_new_session=True,
                 )  # fmt: skip
         except OSError as error:
             self.failure = f"the sampler did not start: {error}"
             return self
         deadline = time.monotonic() + READY_TIMEOUT_SECONDS
-        while not self._is_ready and self._is_running() and time.monotonic() < deadline:
+        while not self._is_ready and self._process.poll() is None and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS)
             self._read()
         if not self._is_ready:
-            self._complain("the sampler did not start")
+            self._fail("the sampler did not start")
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """End the sampler by its leash, harder if it does not listen."""
+    def __exit__(self, *exception: object) -> None:
+        """End the sampler by its standard input, harder if it does not listen."""
         if self._process is None:
             return
-        if self._process.stdin is not None:
-            with contextlib.suppress(BrokenPipeError):
-                self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
         for end_harder in (self._process.terminate, self._process.kill):
             try:
                 self._process.wait(END_TIMEOUT_SECONDS)
@@ -91,11 +85,15 @@ class Sampler:
 
         `seconds` is on CLOCK_MONOTONIC: figures of a window need a reading at its far edge.
         """
+        if self._process is None:
+            return []
         deadline = max(time.monotonic(), seconds) + 2.0
         self._read()
-        while self._last_seconds() < seconds and time.monotonic() < deadline:
-            if not self._is_running():
-                self._complain("the sampler ended early")
+        while not self._samples or self._samples[-1]["time_seconds"] < seconds:
+            if time.monotonic() >= deadline:
+                break
+            if self._process.poll() is not None:
+                self._fail("the sampler ended early")
                 break
             time.sleep(POLL_SECONDS)
             self._read()
@@ -103,27 +101,22 @@ class Sampler:
 
     def complaints(self) -> list[str]:
         """Return what it said of NVML since the last call: which function fails, and how."""
-        said = (line.decode(errors="replace").strip() for line in self._words.poll())
+        lines = self._log_follower.poll() if self._process else []
+        said = (line.decode(errors="replace").strip() for line in lines)
         return [line for line in said if line.startswith("gpu_monitor: nvml")]
 
-    def _last_seconds(self) -> float:
-        return self._samples[-1]["time_seconds"] if self._samples else float("-inf")
-
-    def _is_running(self) -> bool:
-        return self._process is not None and self._process.poll() is None
-
     def _read(self) -> None:
-        for line in self._follower.poll():
+        for line in self._samples_follower.poll():
             try:
                 value = json.loads(line)
             except ValueError:
-                continue  # torn: a sample less, or no ready sampler, which is said
-            if value.get("record") == "monitor":
-                self._is_ready = True
-            elif value.get("record") == "sample":
-                self._samples.append(value)
+                continue  # truncated: a sample less, or no ready sampler, which is said
+            match value:
+                case {"record": "monitor"}:
+                    self._is_ready = True
+                case {"record": "sample", "time_seconds": float()}:
+                    self._samples.append(value)
 
-    def _complain(self, what: str) -> None:
-        lines = self._log.read_text(encoding="utf-8", errors="replace").splitlines()
-        why = next((line for line in reversed(lines) if line.strip()), "it said nothing")
-        self.failure = f"{what}: {why}"
+    def _fail(self, what: str) -> None:
+        said = [line for line in tail_of(self._log) if line.strip()]
+        self.failure = f"{what}: {said[-1] if said else 'it said nothing'}"

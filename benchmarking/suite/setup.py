@@ -346,7 +346,7 @@ def _notes_on_occupants(gpu_uuid: str, *, may_be: bool) -> list[str]:
     pids = occupancy.occupants(nvml.compute_processes(gpu_uuid) or [])
     if not pids:
         return []
-    found = f"other processes are on the GPU: {occupancy.in_words(pids)}"
+    found = f"other processes are on the GPU: {occupancy.describe(pids)}"
     if not may_be:
         raise SuiteError(
             f"{found}; wait until they have ended, choose another card with --gpu, or measure "

@@ -9,14 +9,14 @@ holds the `--client-index` that it was given.
     units           units a job (5)
     latency         whether units are response times (false)
     load_seconds    length of loading (0)
-    fail            "oom", "error", "crash", "exit0", "hang", "signal", "garbage" (none)
+    fail            "oom", "error", "crash", "exit0", "done", "hang", "signal", "garbage", "binary"
     error           further fields of the error event of "oom" and "error"
     exit_code       exit code after "error" (1)
     fail_at         "load", "warm" or seconds after go (0)
     ignore_stop     go on when told to stop (false)
     ignore_term     ignore SIGTERM too (false)
     slow_stop       seconds between stop and done (0)
-    spawn           start a helper process that outlives the client (false)
+    spawn           start a helper that outlives the client, "with it" or "in a group of its own"
     identity        fields that replace those of the identity
     figures         figures of each job
     figures_once    figures of each job unless `--cell-repeats` was given
@@ -134,14 +134,17 @@ class Script:
             fields = {"status": status, "message": "scripted", **self.settings.get("error", {})}
             self.emit("error", **fields)
             sys.exit(12 if kind == "oom" else self.settings.get("exit_code", 1))
-        if kind == "garbage":
-            with self.events.open("a") as stream:
-                stream.write("this is no event\n")
+        if kind in ("garbage", "binary"):
+            line = b"this is no event\n" if kind == "garbage" else b"caf\xe9\n"
+            with self.events.open("ab") as stream:
+                stream.write(line)
         if kind == "signal":
             os.kill(os.getpid(), signal.SIGSEGV)
         if kind == "hang":
             while self.listen(3600) != "stop":
                 pass
+            self.finish(0)
+        if kind == "done":
             self.finish(0)
         if kind == "crash":
             sys.exit(7)
@@ -225,7 +228,11 @@ class Script:
         if self.settings.get("ignore_term"):
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if self.settings.get("spawn"):
-            helper = subprocess.Popen(["sleep", "600"], stdin=subprocess.DEVNULL)
+            # As a shell's job control does it.
+            own_group = os.setpgrp if self.settings["spawn"] == "in a group of its own" else None
+            helper = subprocess.Popen(
+                ["sleep", "600"], stdin=subprocess.DEVNULL, preexec_fn=own_group
+            )
             print(f"helper {helper.pid}", file=sys.stderr, flush=True)
         time.sleep(self.settings.get("load_seconds", 0))
         self.fail_now("load")

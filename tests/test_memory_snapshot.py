@@ -1,4 +1,4 @@
-"""Out of memory: the picture of who held what, its sentence, and that it reaches the event log."""
+"""Out of memory: the snapshot of who held what, its sentence, and that the event log has it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def card(monkeypatch) -> None:
         monkeypatch.setattr(torch.cuda, name, lambda answer=answer: answer)
 
 
-def test_the_picture_says_what_was_tried_and_who_holds_the_card(card):
+def test_the_snapshot_says_what_was_tried_and_who_holds_the_card(card):
     found = as_out_of_memory(torch.OutOfMemoryError(PYTORCH_TEXT))
     assert found.memory == {
         "where": "gpu", "tried_mib": 2560.0, "free_mib": 1024.0, "total_mib": 81920.0,
@@ -78,7 +78,7 @@ def test_other_errors_are_not_taken_for_it(error):
     assert as_out_of_memory(error) is None
 
 
-def test_a_client_out_of_memory_leaves_the_picture_and_its_exit_code(tmp_path):
+def test_a_client_out_of_memory_leaves_the_snapshot_and_its_exit_code(tmp_path):
     # 10^8 images of 602 kB: more than any machine has, refused by the allocator at once.
     with HeldClient(
         tmp_path, "workloads/inference/batch_inference.py", "--model", "resnet18", "--weights",
