@@ -24,8 +24,8 @@ from program_copy import copy_programs, processes_of
 from recorded_rows import client, co_run
 from waiting import wait_until
 
-from benchmarking.modes.mode_evidence import Evidence, Proof
 from benchmarking.records import run_folder
+from benchmarking.records.types import Evidence, Proof
 from benchmarking.suite import baselines, console, sampler
 from benchmarking.suite import co_run_records as records
 from benchmarking.suite.launcher import ClientOutcome, CoRunOutcome
@@ -816,8 +816,8 @@ def client_of(seconds_a_step: float, number: int = 0, status: str = "ok") -> Cli
     return ClientOutcome(planned, status, None, events, {"pid": 1}, 0, [], 5.0, 2.5)
 
 
-PROVED = Proof("verified", ())
-UNPROVED = Proof("invalid", (Evidence("it is listed", "no", False),))
+PROVED = Proof("verified", [])
+UNPROVED = Proof("invalid", [Evidence("it is listed", "no", False)])
 
 
 def test_a_client_record_holds_slowdown_against_its_baseline() -> None:

@@ -13,10 +13,7 @@ from mode_script_runner import NOBODY
 
 from benchmarking.modes import mode_scripts
 from benchmarking.modes import mps as mps_mode
-from benchmarking.modes.choice import make_mode
-from benchmarking.modes.cpu_demo import CpuDemoMode
 from benchmarking.modes.mig import MigMode
-from benchmarking.modes.mode_evidence import ProcessLists
 from benchmarking.modes.mode_scripts import (
     ModeScriptError,
     in_force,
@@ -25,7 +22,13 @@ from benchmarking.modes.mode_scripts import (
     read_state,
 )
 from benchmarking.modes.mps import MpsMode, ask_mps_control
-from benchmarking.modes.sharing_mode import ModeNotInForceError, is_own_pid_namespace
+from benchmarking.modes.sharing_mode import (
+    ModeNotInForceError,
+    ProcessLists,
+    SharingMode,
+    is_own_pid_namespace,
+    make_mode,
+)
 from benchmarking.modes.whole_gpu import WholeGpuMode, time_slice, time_slicing_warning
 
 UUID = "GPU-00000000-1111-2222-3333-444444444444"
@@ -56,12 +59,16 @@ def lists(compute: set[int] | None, mps: set[int] | None) -> ProcessLists:
 
 def whole_gpu(facts: dict | None = None, *, own_namespace: bool = False) -> WholeGpuMode:
     return WholeGpuMode(
-        "time-slicing", lambda: facts or H100, EMPTY, own_pid_namespace=own_namespace, clients=4
+        "time-slicing", lambda: facts or H100, EMPTY, 4, own_pid_namespace=own_namespace
     )
 
 
 def mig(facts: dict | None = None, clients: int = 2) -> MigMode:
-    return MigMode(lambda: facts or H100_MIG, EMPTY, own_pid_namespace=False, clients=clients)
+    return MigMode("mig", lambda: facts or H100_MIG, EMPTY, clients)
+
+
+def cpu_demo() -> SharingMode:
+    return make_mode("cpu-demo", lambda: None, clients=1, no_mps_folder=EMPTY, environment={})
 
 
 @pytest.fixture
@@ -96,8 +103,10 @@ esac
     return start
 
 
-def mps(*candidates: str, facts: dict | None = None, own_namespace: bool = False) -> MpsMode:
-    return MpsMode(lambda: facts or H100, candidates, own_pid_namespace=own_namespace)
+def mps(*candidates: str, facts: dict | None = None) -> MpsMode:
+    mode = MpsMode("mps", lambda: facts or H100, EMPTY, own_pid_namespace=False)
+    mode.candidates = list(candidates)
+    return mode
 
 
 # --- preconditions ----------------------------------------------------------------------------
@@ -182,7 +191,7 @@ def test_mig_client_i_gets_instance_i() -> None:
 
 
 def test_the_cpu_demonstration_hides_gpus() -> None:
-    assert CpuDemoMode().client_environment(0) == {"CUDA_VISIBLE_DEVICES": ""}
+    assert cpu_demo().client_environment(0) == {"CUDA_VISIBLE_DEVICES": ""}
 
 
 # --- proof ------------------------------------------------------------------------------------
@@ -284,9 +293,9 @@ def test_a_mig_instance_that_vanished_makes_its_client_invalid() -> None:
 
 
 def test_the_cpu_demonstration_proves_nothing() -> None:
-    proof = CpuDemoMode().prove(0, identity(device="cpu"), frozenset({11}), lists(None, None))
+    proof = cpu_demo().prove(0, identity(device="cpu"), frozenset({11}), lists(None, None))
     assert proof.verdict == "not_applicable"
-    assert CpuDemoMode().require()
+    assert cpu_demo().require()
 
 
 @pytest.mark.parametrize(
@@ -313,7 +322,7 @@ def test_process_lists_unite_the_samples_of_the_span() -> None:
         {"time_seconds": 1.0, "compute_pids": [{"pid": 1, "used_memory_mib": 5}], "mps_pids": []},
         {"time_seconds": 2.0},
         {"time_seconds": 3.0, "compute_pids": [{"pid": 2, "used_memory_mib": None}],
-         "mps_pids": [3]},
+         "mps_pids": [{"pid": 3, "used_memory_mib": 5}]},
         {"time_seconds": 9.0, "compute_pids": [{"pid": 9, "used_memory_mib": 5}], "mps_pids": []},
     ]  # fmt: skip
     united = ProcessLists.from_samples(samples, 0.5, 5.0)

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import msgspec
+
 from benchmarking.hardware import host_limit
 from benchmarking.metrics import scores
-from benchmarking.modes.mode_evidence import INVALID, UNVERIFIED, Evidence, Proof
+from benchmarking.modes.sharing_mode import INVALID, UNVERIFIED
 from benchmarking.records.run_folder import PHASE_BASELINE
+from benchmarking.records.types import Evidence, Proof
 from benchmarking.suite.event_log import first_unit_seconds, jobs_of, last_event, units_in_window
 from benchmarking.suite.launcher import (
     OUTCOME_INTERRUPTED,
@@ -22,7 +25,7 @@ from benchmarking.suite.launcher import (
 
 Record = dict[str, Any]
 
-NEVER_MEASURED = Proof(UNVERIFIED, (Evidence("it was measured", "no", None),))
+NEVER_MEASURED = Proof(UNVERIFIED, [Evidence("it was measured", "no", None)])
 
 
 def client_record(
@@ -70,7 +73,7 @@ def client_record(
         "reason": reason,
         "cause": client.cause,
         "memory": client.memory,
-        "proof": (proof or NEVER_MEASURED).to_dict(),
+        "proof": msgspec.to_builtins(proof or NEVER_MEASURED),
         "window_start_seconds": start,
         "window_end_seconds": end,
         "jobs": jobs_of(client.events, start, end),
