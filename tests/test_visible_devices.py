@@ -13,6 +13,7 @@ import pytest
 from conftest import PROJECT_ROOT
 from driver_runner import DriverRunner, driver_runner
 
+from benchmarking.hardware import visible_devices as reader
 from benchmarking.hardware.host_cpu import read_process_trees
 from benchmarking.hardware.visible_devices import Card, names_none, visible_devices
 
@@ -71,17 +72,16 @@ def test_some_values_hide_every_gpu_of_any_machine(value: str | None, hides: boo
      (None, [SECOND], SECOND)],
 )  # fmt: skip
 def test_an_index_counts_in_cudas_own_order_where_cards_are_unlike(
-    order: str | None, cuda_says: list[str], first: str
+    monkeypatch: pytest.MonkeyPatch, order: str | None, cuda_says: list[str], first: str
 ) -> None:
+    monkeypatch.setattr(reader, "ask_cuda_for_order", lambda: cuda_says)
     environment = {"CUDA_VISIBLE_DEVICES": "0", **({"CUDA_DEVICE_ORDER": order} if order else {})}
-    assert visible_devices(environment, [T4, H100], lambda: cuda_says) == [first]
+    assert visible_devices(environment, [T4, H100]) == [first]
 
 
-def test_cards_of_one_model_need_no_answer_of_cuda() -> None:
-    def ask() -> list[str]:
-        raise AssertionError("CUDA was asked")
-
-    assert visible_devices({"CUDA_VISIBLE_DEVICES": "1"}, TWINS, ask) == [SECOND]
+def test_cards_of_one_model_need_no_answer_of_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reader, "ask_cuda_for_order", lambda: pytest.fail("CUDA was asked"))
+    assert visible_devices({"CUDA_VISIBLE_DEVICES": "1"}, TWINS) == [SECOND]
 
 
 # --- the drivers ----------------------------------------------------------------------------------
