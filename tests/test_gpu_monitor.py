@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+import nvml_stub
 import pynvml
 import pytest
 from conftest import PROJECT_ROOT
@@ -30,6 +31,10 @@ SAMPLE_KEYS = {
 }  # fmt: skip
 PROCESS_KEYS = {"compute_pids", "mps_pids"}
 HOST_KEYS = {"record", "time_seconds", "wall_time", "host_cpu_percent"}
+GPM_FIELDS = (
+    "graphics_engine_active_percent", "sm_activity_percent", "sm_occupancy_percent",
+    "tensor_activity_percent", "dram_activity_percent",
+)  # fmt: skip
 BUSY = {
     "utilization_gpu_percent": 97, "memory_used_mib": 12345, "sm_clock_mhz": 1755,
     "power_draw_watts": 612.5, "energy_joules": 98765.432, "temperature_celsius": 61,
@@ -198,6 +203,34 @@ def test_without_gpm_its_figures_are_null_and_the_others_stand(card: Callable) -
     assert samples[-1]["utilization_gpu_percent"] == 97
 
 
+@pytest.mark.parametrize(
+    ("state", "lacks", "capability", "memory_mib", "unknown"),
+    [
+        (nvml_stub.GTX_1080_TI, (), "6.1", 11264, {"energy_joules"}),
+        (nvml_stub.RTX_2080, nvml_stub.DRIVER_440_LACKS, "7.5", 7982, PROCESS_KEYS),
+        (nvml_stub.RTX_3060, (), "8.6", 12288, set()),
+    ],
+    ids=["GTX 1080 Ti", "RTX 2080 with an old driver", "RTX 3060"],
+)
+def test_what_an_older_or_smaller_card_lacks_is_null_and_never_0(
+    card: Callable, state: dict, lacks: tuple[str, ...], capability: str, memory_mib: int,
+    unknown: set[str],
+) -> None:  # fmt: skip
+    run = subprocess.run(
+        (*MONITOR, "--output", "-", "--interval", "0.1", "--duration", "0.2"),
+        env=card(lacks, **state), capture_output=True, text=True, timeout=30, check=True,
+    )  # fmt: skip
+    assert run.stderr == ""  # what a card lacks is no failure
+    monitor, first, *_, last = [json.loads(line) for line in run.stdout.splitlines()]
+    assert (monitor["compute_capability"], monitor["memory_total_mib"]) == (capability, memory_mib)
+    assert (monitor["mig_mode"], monitor["mig_devices"]) == (None, [])
+    assert not monitor["gpm_supported"]
+    sample = {**last, **{key: first[key] for key in PROCESS_KEYS}}
+    assert {key for key, value in sample.items() if value is None} == {*GPM_FIELDS, *unknown}
+    assert sample["power_draw_watts"] == state["power_draw_watts"]
+    assert sample["utilization_source"] == "nvml"
+
+
 def test_without_nvml_utilization_gpm_stands_in_and_is_named(card: Callable) -> None:
     _, samples = sample_for(card(**{**BUSY, "utilization_gpu_percent": None}))
     assert samples[0]["utilization_gpu_percent"] == 99.5
@@ -245,10 +278,6 @@ def test_functions_that_fail_for_any_reason_give_null(card: Callable) -> None:
     assert samples[0]["utilization_gpu_percent"] == 97
 
 
-GPM_FIELDS = (
-    "graphics_engine_active_percent", "sm_activity_percent", "sm_occupancy_percent",
-    "tensor_activity_percent", "dram_activity_percent",
-)  # fmt: skip
 UNKNOWN_ERROR = 999
 # What a sample is made of: each function of NVML's with the fields that are unknown without it.
 # Those that only came in the place of older ones, or are older ones, are not missed alone.
@@ -415,7 +444,7 @@ def test_a_card_is_found_by_index_and_by_uuid(card: Callable) -> None:
         assert (samples[0]["gpu_index"], samples[0]["power_draw_watts"]) == (1, 77)
 
 
-@pytest.mark.parametrize("selector", ["7", "GPU-nowhere", "-1"])
+@pytest.mark.parametrize("selector", ["7", "4294967296", "GPU-nowhere", "-1"])
 def test_a_card_that_does_not_exist_is_refused_with_the_ones_there_are(
     card: Callable, selector: str
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import subprocess
@@ -9,10 +10,12 @@ import sys
 from pathlib import Path
 
 import nvml_stub
+import pynvml
 import pytest
 from conftest import PROJECT_ROOT
 from driver_runner import DriverRunner, driver_runner
 
+from benchmarking.hardware import nvml
 from benchmarking.hardware import visible_devices as reader
 from benchmarking.hardware.host_cpu import read_process_trees
 from benchmarking.hardware.visible_devices import Card, names_none, visible_devices
@@ -224,6 +227,45 @@ def test_a_name_that_is_no_utf_8_is_unknown_and_the_work_goes_on(tmp_path: Path)
     assert sampled.returncode == 0, sampled.stderr
     assert '"name": null' in sampled.stdout
     assert "Traceback" not in sampled.stderr
+
+
+class UnreadableError(Exception):
+    """An error whose message the driver gives in no UTF-8."""
+
+    def __str__(self) -> str:
+        return b"\xf8".decode()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        UnicodeDecodeError("utf-8", b"\xf8\x95\xa0\x81", 0, 1, "invalid start byte"),
+        ctypes.ArgumentError("argument 1: wrong type"), OSError("cannot open"), TypeError("x"),
+        AttributeError("undefined symbol"), pynvml.NVMLLibraryMismatchError("versions"),
+        pynvml.NVMLError(999), pynvml.NVMLError(12345), RuntimeError("x"), UnreadableError(),
+    ],
+    ids=lambda error: type(error).__name__,
+)  # fmt: skip
+def test_whatever_pynvml_raises_is_null_or_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    for name in [name for name in vars(pynvml) if name.startswith("nvml")]:
+        monkeypatch.setattr(pynvml, name, fail)
+    monkeypatch.setattr(nvml, "failures", {})
+    handle = object()
+    gpu = nvml.Gpu(handle)
+    facts, state = gpu.describe(), gpu.read_state()
+    assert {key for key, value in facts.items() if value is not None} == {"mig_devices"}
+    assert facts["mig_devices"] == []
+    assert set(state.values()) == {None}
+    assert (gpu.compute_processes(), gpu.mps_processes()) == (None, None)
+    assert {*nvml.failures} >= {"nvmlDeviceGetName", "nvmlDeviceGetUUID", "nvmlDeviceGetPowerUsage"}
+    monkeypatch.setattr(nvml, "_initialized", nvml._initialized.__wrapped__)
+    with pytest.raises(nvml.GpuUnusableError, match=r"^NVML says: ."):
+        nvml.open_gpu()
 
 
 def test_a_process_may_call_itself_anything(tmp_path: Path) -> None:
