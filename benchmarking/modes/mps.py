@@ -110,20 +110,6 @@ class MpsMode(SharingMode):
         ])  # fmt: skip
 
 
-def _bypasses_mps(identity: Identity, lists: ProcessLists) -> list[Evidence]:
-    """What speaks against a command under MPS: the driver lists it, but never as an MPS client.
-
-    One pid that is in only one of the lists means nothing: they are asked for one after the other,
-    and a command's processes come and go. Nor does an MPS list without any entry: not every driver
-    fills it.
-    """
-    own = own_pids(identity)
-    listed = own & (lists.compute or frozenset())
-    if not is_command(identity) or not lists.mps or own & lists.mps or not listed:
-        return []
-    return [Evidence("it runs under MPS", f"pid {min(listed)} runs without", False)]
-
-
 def ask_mps_control(pipe_directory: str, command: str) -> str | None:
     """Return what the MPS control daemon of a pipe directory answers, `None` when none does."""
     # What the caller set for their own programs, such as CUDA_MPS_PROTOCOL_VERSION, stays away.
@@ -156,6 +142,11 @@ def mps_clients(pipe_directory: str) -> frozenset[int] | None:
     return frozenset(pid for answer in answers for pid in _first_numbers(answer))
 
 
+def _first_numbers(text: str) -> list[int]:
+    first_words = (line.split()[0] for line in text.splitlines() if line.split())
+    return [int(word) for word in first_words if word.isdecimal()]
+
+
 def own_default_pipe_directory() -> str:
     """Return where CUDA looks for a daemon by default, if this user started the one there.
 
@@ -169,11 +160,6 @@ def own_default_pipe_directory() -> str:
         return ""
     is_own = socket_owner == os.geteuid() and folder_owner in (0, os.geteuid())
     return str(DEFAULT_PIPE_DIRECTORY) if is_own else ""
-
-
-def _first_numbers(text: str) -> list[int]:
-    first_words = (line.split()[0] for line in text.splitlines() if line.split())
-    return [int(word) for word in first_words if word.isdecimal()]
 
 
 def _is_other_protocol(servers: str) -> bool:
@@ -195,3 +181,17 @@ def _with_obstacle(pipe_directory: str) -> str:
     except OSError:
         pass  # nothing there, which is what the error says already
     return pipe_directory
+
+
+def _bypasses_mps(identity: Identity, lists: ProcessLists) -> list[Evidence]:
+    """What speaks against a command under MPS: the driver lists it, but never as an MPS client.
+
+    One pid that is in only one of the lists means nothing: they are asked for one after the other,
+    and a command's processes come and go. Nor does an MPS list without any entry: not every driver
+    fills it.
+    """
+    own = own_pids(identity)
+    listed = own & (lists.compute or frozenset())
+    if not is_command(identity) or not lists.mps or own & lists.mps or not listed:
+        return []
+    return [Evidence("it runs under MPS", f"pid {min(listed)} runs without", False)]
