@@ -192,6 +192,7 @@ def test_the_cpu_demonstration_hides_gpus() -> None:
         (identity(), None, None, False, "unverified"),
         (identity(), set(), set(), False, "unverified"),
         (identity(), {FOREIGN}, set(), False, "unverified"),
+        (identity(), {2**32 - 1}, set(), False, "unverified"),
         # which GPU it saw
         (identity(gpu_uuid=OTHER_UUID), {11}, set(), False, "invalid"),
         (identity(gpu_uuid=None), {11}, set(), False, "unverified"),

@@ -132,7 +132,9 @@ class SharingMode(ABC):
         """
         if pids & listed:
             return True
-        return not self.own_pid_namespace and any(map(psutil.pid_exists, listed))
+        # NVML's pids are unsigned, which the kernel's are not.
+        is_one_here = any(pid < 2**31 and psutil.pid_exists(pid) for pid in listed)
+        return not self.own_pid_namespace and is_one_here
 
 
 def make_mode(
