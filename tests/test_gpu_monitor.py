@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import nvml_stub
@@ -255,31 +255,15 @@ def test_sensors_that_are_not_supported_give_null(card: Callable) -> None:
 
 
 UNKNOWN_ERROR = 999
-# What a sample is made of: each function of NVML's with the fields that are unknown without it.
-# Those that only came in the place of older ones, or are older ones, are not missed alone.
+# What a sample is made of: functions of NVML's, where a newer one came in the place of an older one
+# both, with the fields that are unknown without them.
 OF_A_SAMPLE = {
-    "nvmlDeviceGetUtilizationRates": ("utilization_gpu_percent",),
-    "nvmlDeviceGetMemoryInfo": (),
-    "nvmlDeviceGetMemoryInfo_v2": (),
-    "nvmlDeviceGetClockInfo": ("sm_clock_mhz",),
-    "nvmlDeviceGetPowerUsage": ("power_draw_watts",),
-    "nvmlDeviceGetTotalEnergyConsumption": ("energy_joules",),
-    "nvmlDeviceGetCurrentClocksEventReasons": (),
-    "nvmlDeviceGetCurrentClocksThrottleReasons": (),
-    "nvmlDeviceGetTemperatureV": (),
-    "nvmlDeviceGetTemperature": (),
-    "nvmlDeviceGetComputeRunningProcesses_v3": (),
-    "nvmlDeviceGetComputeRunningProcesses_v2": (),
-    "nvmlDeviceGetMPSComputeRunningProcesses_v3": (),
-    "nvmlDeviceGetMPSComputeRunningProcesses_v2": (),
-    "nvmlGpmSampleAlloc": GPM_FIELDS,
-    "nvmlGpmSampleGet": GPM_FIELDS,
-    "nvmlGpmMetricsGet": GPM_FIELDS,
-}
-# With the older function failing too.
-IN_EVERY_VERSION = {
+    ("nvmlDeviceGetUtilizationRates",): ("utilization_gpu_percent",),
     ("nvmlDeviceGetMemoryInfo_v2", "nvmlDeviceGetMemoryInfo"):
         ("memory_used_mib", "memory_total_mib"),
+    ("nvmlDeviceGetClockInfo",): ("sm_clock_mhz",),
+    ("nvmlDeviceGetPowerUsage",): ("power_draw_watts",),
+    ("nvmlDeviceGetTotalEnergyConsumption",): ("energy_joules",),
     ("nvmlDeviceGetCurrentClocksEventReasons", "nvmlDeviceGetCurrentClocksThrottleReasons"):
         ("throttle_reasons",),
     ("nvmlDeviceGetTemperatureV", "nvmlDeviceGetTemperature"): ("temperature_celsius",),
@@ -287,43 +271,22 @@ IN_EVERY_VERSION = {
         ("compute_pids",),
     ("nvmlDeviceGetMPSComputeRunningProcesses_v3", "nvmlDeviceGetMPSComputeRunningProcesses_v2"):
         ("mps_pids",),
+    ("nvmlGpmSampleAlloc",): GPM_FIELDS,
+    ("nvmlGpmSampleGet",): GPM_FIELDS,
+    ("nvmlGpmMetricsGet",): GPM_FIELDS,
 }  # fmt: skip
-# Not asked while the newer function answers.
-NEWER_ANSWERS = {
-    "nvmlDeviceGetMemoryInfo", "nvmlDeviceGetCurrentClocksThrottleReasons",
-    "nvmlDeviceGetTemperature", "nvmlDeviceGetComputeRunningProcesses_v2",
-    "nvmlDeviceGetMPSComputeRunningProcesses_v2",
-}  # fmt: skip
-# Asked once, before the first sample, for what the card is.
-OF_A_CARD = {
-    "nvmlInit", "nvmlDeviceGetCount", "nvmlDeviceGetHandleByIndex", "nvmlDeviceGetHandleByUUID",
-    "nvmlDeviceGetDeviceHandleFromMigDeviceHandle", "nvmlDeviceIsMigDeviceHandle",
-    "nvmlDeviceGetIndex", "nvmlDeviceGetUUID", "nvmlGpmQueryDeviceSupport", "nvmlDeviceGetMigMode",
-    "nvmlDeviceGetCudaComputeCapability", "nvmlDeviceGetName", "nvmlSystemGetDriverVersion",
-    "nvmlSystemGetCudaDriverVersion_v2", "nvmlSystemGetCudaDriverVersion",
-    "nvmlDeviceGetComputeMode", "nvmlDeviceGetMaxMigDeviceCount",
-    "nvmlDeviceGetMigDeviceHandleByIndex", "nvmlDeviceGetAttributes_v2",
-    "nvmlDeviceGetGpuInstanceId", "nvmlGpmMigSampleGet",
-}  # fmt: skip
-
-
-def without_versions(names: Iterable[str]) -> set[str]:
-    return {re.sub("_v[23]$", "", name) for name in names}
-
-
-def test_every_function_of_nvml_that_is_called_is_one_whose_failure_is_tested() -> None:
-    source = (PROJECT_ROOT / "benchmarking" / "hardware" / "nvml.py").read_text()
-    called = set(re.findall(r"\bnvml(?:Gpm|Device|System|Init)\w*", source))
-    assert without_versions(called) == without_versions({*OF_A_SAMPLE, *OF_A_CARD})
+# One of two that fails alone is not missed; only the newer one is asked, and named.
+ONE_OF_TWO = [((name,), name == pair[0]) for pair in OF_A_SAMPLE if pair[1:] for name in pair]
 
 
 @pytest.mark.parametrize(
-    ("failing", "unknown"),
-    [*(((name,), fields) for name, fields in OF_A_SAMPLE.items()), *IN_EVERY_VERSION.items()],
-    ids=lambda value: "+".join(value) if value and value[0].startswith("nvml") else "",
-)
-def test_a_function_that_fails_alone_leaves_its_field_unknown_and_is_named_once(
-    card: Callable, failing: tuple[str, ...], unknown: tuple[str, ...]
+    ("failing", "unknown", "is_named"),
+    [*((names, fields, True) for names, fields in OF_A_SAMPLE.items()),
+     *((names, (), is_named) for names, is_named in ONE_OF_TWO)],
+    ids=lambda value: "+".join(value) if value and value is not True else "",
+)  # fmt: skip
+def test_a_function_that_fails_leaves_its_fields_unknown_and_is_named_once(
+    card: Callable, failing: tuple[str, ...], unknown: tuple[str, ...], is_named: bool
 ) -> None:
     environment = card(
         **BUSY, pids={938: 2228}, mps_pids={938: 2228}, fail=dict.fromkeys(failing, UNKNOWN_ERROR)
@@ -343,10 +306,9 @@ def test_a_function_that_fails_alone_leaves_its_field_unknown_and_is_named_once(
     if "utilization_gpu_percent" in unknown:  # GPM's stands in
         assert first["utilization_source"] == "gpm"
     said = [line for line in run.stderr.splitlines() if "failed: Unknown Error" in line]
-    asked = [name for name in failing if len(failing) > 1 or name not in NEWER_ANSWERS]
     # pynvml has one name for both ways to ask for the memory
-    named = dict.fromkeys(name.replace("MemoryInfo_v2", "MemoryInfo") for name in asked)
-    assert [line.split()[1] for line in said] == list(named)
+    named = dict.fromkeys(name.replace("MemoryInfo_v2", "MemoryInfo") for name in failing)
+    assert [line.split()[1] for line in said] == (list(named) if is_named else [])
 
 
 def test_what_a_card_does_not_support_is_no_failure(card: Callable) -> None:
