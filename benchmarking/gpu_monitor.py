@@ -71,11 +71,8 @@ def main() -> int:
     try:
         stop = StopSignal(watch_stdin=arguments.stdin_control)
         gpu = find_gpu(arguments.gpu)
-        with (
-            open_output(arguments.output) as output,
-            open_display(arguments.output, gpu) as display,
-        ):
-            watch(gpu, arguments, stop, output, display)
+        with open_output(arguments.output) as output, open_display(arguments.output, gpu) as screen:
+            watch(gpu, arguments, stop, output, screen)
     except (nvml.GpuNotFoundError, nvml.GpuUnusableError) as error:
         print(f"gpu_monitor: {error}", file=sys.stderr)
         return 3
@@ -183,14 +180,14 @@ def watch(
     arguments: argparse.Namespace,
     stop: StopSignal,
     output: TextIO,
-    display: Display | None,
+    screen: Display | None,
 ) -> None:
     """Write the ready line, then a sample at each deadline until the end."""
     facts = gpu.describe()
     # Percentages are since the reading before: this is the first one's.
     read_sample(gpu)
     stop.wait_until(time.monotonic() + arguments.interval)
-    start = lists_due = time.monotonic()
+    start, lists_due = time.monotonic(), 0.0
     monitor = {"record": "monitor", "ready": True, **timestamp(start), **facts}
     write_line(output, {**monitor, "interval_seconds": arguments.interval, "pid": os.getpid()})
     said: set[str] = set()
@@ -203,8 +200,8 @@ def watch(
             sample |= {"compute_pids": gpu.compute_processes(), "mps_pids": gpu.mps_processes()}
         say_failures(said)
         write_line(output, sample)
-        if display is not None:
-            display.show(sample)
+        if screen is not None:
+            screen.show(sample)
 
 
 def deadlines(start: float, interval: float, duration: float) -> Iterator[float]:

@@ -42,6 +42,7 @@ NOTHING: list[str] = []
         ("", NOTHING), (" ", NOTHING), ("-1", NOTHING), ("-1,0", NOTHING), ("none", NOTHING),
         ("NoDevFiles", NOTHING), ("void", NOTHING), ("all", NOTHING), (",0", NOTHING),
         ("2", NOTHING), ("99999999999999999999", NOTHING), ("gpu-5555", NOTHING),
+        ("9" * 5000, NOTHING), ("\u0661", NOTHING), ("\u20071", NOTHING),
         # named twice hides all
         ("0,0", NOTHING), ("0,1,0", NOTHING), (f"{FIRST},{FIRST}", NOTHING),
         # UUIDs, as short as one GPU alone begins so
@@ -52,7 +53,7 @@ NOTHING: list[str] = []
         (MIG[1], [MIG[1]]), (f"{MIG[2]},{MIG[0]}", [MIG[2]]), ("MIG-b", [MIG[2]]),
         ("MIG-a", NOTHING), ("MIG-c", NOTHING), (f"MIG-{SECOND}", NOTHING), ("MIG-b,0", [MIG[2]]),
     ],
-    ids=repr,
+    ids=lambda value: repr(value)[:30],
 )  # fmt: skip
 def test_the_variable_means_what_cuda_makes_of_it(value: str | None, seen: list[str]) -> None:
     environment = {} if value is None else {"CUDA_VISIBLE_DEVICES": value}

@@ -30,7 +30,8 @@ EXIT_NO_GPU = 3
 
 _LISTED_CARD = re.compile(r"GPU \d+: (?P<name>.*) \(UUID: (?P<uuid>GPU-[0-9A-Za-z-]+)\)")
 _LISTED_MIG = re.compile(r"\s+MIG .*\(UUID: (?P<uuid>MIG-[^)]+)\)")
-_LEADING_NUMBER = re.compile(r"\s*([+-]?\d+)")
+# As `strtoul` reads it: plain digits alone, and so many that no number is in reach.
+_LEADING_NUMBER = re.compile(r"\s*([+-]?[0-9]{1,20})", re.ASCII)
 # Asks CUDA for its devices in its own order, in a process of its own: the driver reads the
 # variables once.
 _ASK_CUDA = """
