@@ -3,15 +3,15 @@
 
     python3 benchmarking/gpu_monitor.py                        # until Ctrl-C, with a live table
     python3 benchmarking/gpu_monitor.py --duration 60 --gpu 1 --output run.jsonl
-    python3 benchmarking/gpu_monitor.py --output - --leash     # as other programs start it
+    python3 benchmarking/gpu_monitor.py --output - --stdin-control   # as other programs start it
 
 The first line is ``{"record": "monitor", "ready": true, ...}`` with the facts of the card (the
 keys of ``nvml.Gpu.describe``), written when the first sample is about to follow. Then come
-``{"record": "sample", ...}`` lines: the keys of ``nvml.STATE_FIELDS``, ``time_seconds``
-(CLOCK_MONOTONIC), ``wall_time`` (UTC), ``host_cpu_percent`` (of all cores, since the sample
-before) and, about once a second, ``compute_pids`` and ``mps_pids`` (each a list of ``{"pid",
-"used_memory_mib"}``). Unknown is null. An existing
-output file is continued. Lines are written whole, so that a killed sampler tears none.
+``{"record": "sample", ...}`` lines, as ``records/types.py`` describes them: the keys of
+``nvml.Gpu.read_state``, ``time_seconds`` (CLOCK_MONOTONIC), ``wall_time`` (UTC),
+``host_cpu_percent`` (of all cores, since the sample before) and, about once a second,
+``compute_pids`` and ``mps_pids``. Unknown is null. An existing output file is continued. Lines are
+written whole, so that a killed sampler truncates none.
 
 A function of NVML's that fails leaves its values null and the others as they are, and is named once
 on stderr.
@@ -19,8 +19,8 @@ on stderr.
 It samples at fixed deadlines, start + n * interval, and leaves out the ones it missed, so it
 never drifts. It runs without a GPU too: then only the host's CPU is known.
 
-Exit codes: 0 ended as asked (also by SIGINT, SIGTERM or the leash), 1 the output broke,
-2 usage, 3 the GPU named by --gpu does not exist.
+Exit codes: 0 ended as asked (also by SIGINT, SIGTERM or the end of standard input), 1 the output
+broke, 2 usage, 3 the GPU named by --gpu does not exist.
 """
 
 from __future__ import annotations
@@ -33,13 +33,16 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
+from types import TracebackType
 from typing import Any, TextIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import psutil
+
 from benchmarking.command_line.one_line_parser import OneLineParser
 from benchmarking.hardware import nvml
 
@@ -66,10 +69,10 @@ def main() -> int:
     """Sample until the duration is over or the end is asked for; return the exit code."""
     arguments = parse_arguments()
     try:
-        with StopRequest(watch_stdin=arguments.leash) as stop:
-            gpu = open_gpu(arguments.gpu)
-            with open_output(arguments.output) as output, open_display(arguments, gpu) as show:
-                watch(gpu, arguments, stop, output, show)
+        stop = StopSignal(watch_stdin=arguments.stdin_control)
+        gpu = find_gpu(arguments.gpu)
+        with open_output(arguments.output) as output, open_display(arguments.output, gpu) as screen:
+            watch(gpu, arguments, stop, output, screen)
     except (nvml.GpuNotFoundError, nvml.GpuUnusableError) as error:
         print(f"gpu_monitor: {error}", file=sys.stderr)
         return 3
@@ -110,6 +113,7 @@ def parse_arguments() -> argparse.Namespace:
         "(default: results/gpu_monitor_<time>.jsonl)",
     )
     parser.add_argument(
+        "--stdin-control",
         "--leash",
         action="store_true",
         help="end when standard input closes, that is, when the starting program is gone",
@@ -126,140 +130,22 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def open_gpu(selector: str | None) -> nvml.Gpu | None:
-    """Return the GPU to sample; says once on stderr when there is none that can be asked."""
-    try:
-        gpu = nvml.open_gpu(selector)
-        reason = nvml.unavailable_reason()
-    except nvml.GpuUnusableError as error:
-        if selector is not None:
-            raise
-        gpu, reason = None, str(error)
-    if gpu is None:
-        print(f"gpu_monitor: no GPU to sample, host CPU only ({reason})", file=sys.stderr)
-    return gpu
-
-
-def watch(
-    gpu: nvml.Gpu | None,
-    arguments: argparse.Namespace,
-    stop: StopRequest,
-    output: TextIO,
-    show: Callable[[Sample], None],
-) -> None:
-    """Write the ready line, then a sample at each deadline until the end."""
-    sampler, complaints = Sampler(gpu), Complaints()
-    facts = dict.fromkeys(nvml.DESCRIPTION_FIELDS) if gpu is None else gpu.describe()
-    # The sampler took its first reading just now; percentages need a second one.
-    stop.wait_until(time.monotonic() + arguments.interval)
-    start = time.monotonic()
-    monitor = {"record": "monitor", "ready": True, **timestamp(start), **facts}
-    write_line(output, {**monitor, "interval_seconds": arguments.interval, "pid": os.getpid()})
-    for deadline in deadlines(start, arguments.interval, arguments.duration):
-        if stop.wait_until(deadline):
-            return
-        sample = sampler.read()
-        complaints.say_new()
-        write_line(output, sample)
-        show(sample)
-
-
-def deadlines(start: float, interval: float, duration: float) -> Iterator[float]:
-    """Yield start, start + interval, ... up to the duration (0: endless), without those missed."""
-    index = 0
-    while not duration or index * interval <= duration + 1e-9:
-        yield start + index * interval
-        index = max(index + 1, int((time.monotonic() - start) / interval))
-
-
-class Complaints:
-    """Says on stderr, once for each function of NVML's, that it failed."""
-
-    def __init__(self) -> None:
-        """Start with nothing said."""
-        self._said: set[str] = set()
-
-    def say_new(self) -> None:
-        """Say what has not been said yet."""
-        for function, words in nvml.failures().items():
-            if function not in self._said:
-                self._said.add(function)
-                print(
-                    f"gpu_monitor: {function} failed: {words}; what it would tell is unknown",
-                    file=sys.stderr, flush=True,
-                )  # fmt: skip
-
-
-class Sampler:
-    """Takes samples of the GPU and the host, each relative to the one before."""
-
-    def __init__(self, gpu: nvml.Gpu | None) -> None:
-        """Take the first reading, from which the first sample counts; no GPU: the host alone."""
-        self._gpu = gpu
-        if gpu is not None:
-            gpu.read_state()
-        self._host_cpu_ticks = read_host_cpu_ticks()
-        self._process_lists_due = 0.0
-
-    def read(self) -> Sample:
-        """Return one sample line for this moment."""
-        now = time.monotonic()
-        state = dict.fromkeys(nvml.STATE_FIELDS) if self._gpu is None else self._gpu.read_state()
-        sample = {"record": "sample", **timestamp(now), **state}
-        sample["host_cpu_percent"] = self._host_cpu_percent()
-        if now >= self._process_lists_due:
-            self._process_lists_due = now + PROCESS_LIST_PERIOD_SECONDS
-            sample["compute_pids"] = self._gpu and self._gpu.compute_processes()
-            sample["mps_pids"] = self._gpu and self._gpu.mps_processes()
-        return sample
-
-    def _host_cpu_percent(self) -> float | None:
-        before, self._host_cpu_ticks = self._host_cpu_ticks, read_host_cpu_ticks()
-        if before is None or self._host_cpu_ticks is None:
-            return None
-        busy, total = (b - a for a, b in zip(before, self._host_cpu_ticks, strict=True))
-        return round(100 * busy / total, 1) if total > 0 else None
-
-
-def read_host_cpu_ticks() -> tuple[int, int] | None:
-    """Return busy and all clock ticks of all cores since boot; None where /proc/stat is missing."""
-    try:
-        with open("/proc/stat", encoding="ascii") as file:
-            # user nice system idle iowait irq softirq steal; guest time is in user already.
-            ticks = [int(field) for field in file.readline().split()[1:9]]
-    except OSError:
-        return None
-    return sum(ticks) - ticks[3] - ticks[4], sum(ticks)
-
-
-class StopRequest:
-    """Knows whether the end was asked for: by SIGINT, by SIGTERM or by the leash.
+class StopSignal:
+    """Knows whether the end was asked for: by SIGINT, SIGTERM or the end of standard input.
 
     A signal writes to a pipe (``signal.set_wakeup_fd``), so that waiting ends at once and no
     signal interrupts a line that is being written.
     """
 
     def __init__(self, watch_stdin: bool) -> None:
-        """Prepare; ``watch_stdin`` makes the end of standard input a request too."""
+        """Catch the signals from now on; ``watch_stdin``: standard input is a control channel."""
         self._requested = False
-        self._wakeup, self._wakeup_end = os.pipe()
-        os.set_blocking(self._wakeup_end, False)
-        self._watched = [self._wakeup]
-        if watch_stdin:
-            self._watched.append(sys.stdin.fileno())
-
-    def __enter__(self) -> StopRequest:
-        """Catch the signals from now on."""
+        self._wakeup, wakeup_end = os.pipe()
+        os.set_blocking(wakeup_end, False)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: None)
-        signal.set_wakeup_fd(self._wakeup_end)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        """Let go of the pipe; the signals stay caught, since the process is about to end."""
-        signal.set_wakeup_fd(-1)
-        os.close(self._wakeup)
-        os.close(self._wakeup_end)
+        signal.set_wakeup_fd(wakeup_end)
+        self._watched = [self._wakeup, *([sys.stdin.fileno()] if watch_stdin else [])]
 
     def wait_until(self, deadline: float) -> bool:
         """Sleep until ``deadline`` (CLOCK_MONOTONIC); return True at once when asked to end."""
@@ -273,6 +159,77 @@ class StopRequest:
                 number == self._wakeup or not os.read(number, 4096) for number in readable
             )
         return True
+
+
+def find_gpu(selector: str | None) -> nvml.Gpu:
+    """Return the GPU to sample; says once on stderr when there is none that can be asked."""
+    try:
+        gpu = nvml.open_gpu(selector)
+        reason = nvml.unavailable_reason()
+    except nvml.GpuUnusableError as error:
+        if selector is not None:
+            raise
+        gpu, reason = None, str(error)
+    if gpu is None:
+        print(f"gpu_monitor: no GPU to sample, host CPU only ({reason})", file=sys.stderr)
+    return gpu or nvml.Gpu(None)
+
+
+def watch(
+    gpu: nvml.Gpu,
+    arguments: argparse.Namespace,
+    stop: StopSignal,
+    output: TextIO,
+    screen: Display | None,
+) -> None:
+    """Write the ready line, then a sample at each deadline until the end."""
+    facts = gpu.describe()
+    # Percentages are since the reading before: this is the first one's.
+    read_sample(gpu)
+    stop.wait_until(time.monotonic() + arguments.interval)
+    start, lists_due = time.monotonic(), 0.0
+    monitor = {"record": "monitor", "ready": True, **timestamp(start), **facts}
+    write_line(output, {**monitor, "interval_seconds": arguments.interval, "pid": os.getpid()})
+    said: set[str] = set()
+    for deadline in deadlines(start, arguments.interval, arguments.duration):
+        if stop.wait_until(deadline):
+            return
+        sample = read_sample(gpu)
+        if sample["time_seconds"] >= lists_due:
+            lists_due = sample["time_seconds"] + PROCESS_LIST_PERIOD_SECONDS
+            sample |= {"compute_pids": gpu.compute_processes(), "mps_pids": gpu.mps_processes()}
+        say_failures(said)
+        write_line(output, sample)
+        if screen is not None:
+            screen.show(sample)
+
+
+def deadlines(start: float, interval: float, duration: float) -> Iterator[float]:
+    """Yield start, start + interval, ... up to the duration (0: endless), without those missed."""
+    index = 0
+    while not duration or index * interval <= duration + 1e-9:
+        yield start + index * interval
+        index = max(index + 1, int((time.monotonic() - start) / interval))
+
+
+def read_sample(gpu: nvml.Gpu) -> Sample:
+    """Return a sample line of this moment, without process lists."""
+    sample = {"record": "sample", **timestamp(time.monotonic()), **gpu.read_state()}
+    sample["host_cpu_percent"] = None
+    with contextlib.suppress(OSError):  # no /proc/stat
+        sample["host_cpu_percent"] = psutil.cpu_percent()
+    return sample
+
+
+def say_failures(said: set[str]) -> None:
+    """Say on stderr, once for each function of NVML's, that it failed; ``said`` grows by them."""
+    for function, message in nvml.failures.items():
+        if function not in said:
+            said.add(function)
+            print(
+                f"gpu_monitor: {function} failed: {message}; what it would tell is unknown",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
 
 
 def timestamp(now: float) -> dict[str, Any]:
@@ -316,107 +273,93 @@ def report_broken_output(error: OSError) -> int:
     return 1
 
 
-@dataclass
-class RunningFigure:
-    """The last value, the mean and the maximum of one field; unknown values don't count."""
-
-    count: int = 0
-    total: float = 0.0
-    largest: float | None = None
-    last: float | None = None
-
-    def add(self, value: float | None) -> None:
-        """Take the value of one sample in."""
-        self.last = value
-        if value is not None:
-            self.count += 1
-            self.total += value
-            self.largest = value if self.largest is None else max(self.largest, value)
-
-    def texts(self, unit: str) -> tuple[str, ...]:
-        """Return last, mean and maximum with the unit; "-" is unknown."""
-        mean = self.total / self.count if self.count else None
-        values = (self.last, mean, self.largest)
-        return tuple("-" if value is None else f"{value:.1f} {unit}" for value in values)
+def open_display(output_name: str, gpu: nvml.Gpu) -> contextlib.AbstractContextManager:
+    """Return what shows the samples; nothing does where they go to standard output."""
+    if output_name == "-":
+        return contextlib.nullcontext()
+    return Display("no GPU" if gpu.uuid is None else f"GPU {gpu.index} {gpu.uuid}", output_name)
 
 
-class RunningFigures:
-    """What the display shows: a running figure of each of ``SHOWN_FIELDS``."""
+class Display:
+    """Shows now, mean and maximum of ``SHOWN_FIELDS``: a live table, or lines and a summary."""
 
-    def __init__(self) -> None:
-        """Start with no sample."""
-        self.samples = 0
-        self._figures = {field: RunningFigure() for field in SHOWN_FIELDS}
+    def __init__(self, title: str, output_name: str) -> None:
+        """Show nothing yet; ``output_name`` is told at the end."""
+        self._title, self._output_name = title, output_name
+        self._last: Sample = {}
+        # Counts, sums and maxima, not samples: it may run for days.
+        self._samples = 0
+        self._counts, self._sums = Counter(), Counter()
+        self._largest: dict[str, float] = {}
+        self._refresh_due = 0.0
+        self._live = None
 
-    def add(self, sample: Sample) -> None:
-        """Take one sample in."""
-        self.samples += 1
-        for field, figure in self._figures.items():
-            figure.add(sample[field])
+    def __enter__(self) -> Display:
+        """Begin: with an empty table on a terminal, else with the title."""
+        if sys.stdout.isatty():
+            from rich.live import Live
 
-    def rows(self) -> list[tuple[str, ...]]:
-        """Return label, last, mean and maximum of each field as texts."""
-        return [
-            (label, *self._figures[field].texts(unit))
-            for field, (label, unit) in SHOWN_FIELDS.items()
-        ]
+            self._live = Live(auto_refresh=False)
+            self._live.start()
+        else:
+            print(self._title, flush=True)
+        return self
 
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Leave the last table, or print the summary."""
+        if self._live is not None:
+            self._refresh()
+            self._live.stop()
+        if kind is not None:
+            return
+        if self._live is None:
+            print(f"{'summary':<16} {'mean':>12} {'max':>12}")
+            for label, _, mean, largest in self._rows():
+                print(f"{label:<16} {mean:>12} {largest:>12}")
+        print(f"{self._samples} samples: {self._output_name}")
 
-@contextlib.contextmanager
-def open_display(
-    arguments: argparse.Namespace, gpu: nvml.Gpu | None
-) -> Iterator[Callable[[Sample], None]]:
-    """Yield a function that shows a sample: nothing for ``-``, a live table, or plain lines."""
-    if arguments.output == "-":
-        yield lambda sample: None
-        return
-    figures = RunningFigures()
-    title = "no GPU" if gpu is None else f"GPU {gpu.index} {gpu.uuid}"
-    show_rows = show_live_table if sys.stdout.isatty() else show_plain_lines
-    with show_rows(title, figures) as refresh:
-        refresh_due = 0.0
+    def show(self, sample: Sample) -> None:
+        """Take one sample in, and show it where the last one shown is a second old."""
+        self._samples += 1
+        self._last = sample
+        for field in SHOWN_FIELDS:
+            value = sample[field]
+            if value is not None:
+                self._counts[field] += 1
+                self._sums[field] += value
+                self._largest[field] = max(value, self._largest.get(field, value))
+        if sample["time_seconds"] >= self._refresh_due:
+            self._refresh_due = sample["time_seconds"] + DISPLAY_PERIOD_SECONDS
+            self._refresh()
 
-        def show(sample: Sample) -> None:
-            nonlocal refresh_due
-            figures.add(sample)
-            if sample["time_seconds"] >= refresh_due:
-                refresh_due = sample["time_seconds"] + DISPLAY_PERIOD_SECONDS
-                refresh()
+    def _refresh(self) -> None:
+        rows = self._rows()
+        if self._live is None:
+            known = (f"{label} {last}" for label, last, _, _ in rows if last != "-")
+            print(", ".join(known), flush=True)
+            return
+        from rich.table import Table
 
-        yield show
-    print(f"{figures.samples} samples: {arguments.output}")
+        table = Table("figure", "now", "mean", "max", title=self._title)
+        for row in rows:
+            table.add_row(*row)
+        self._live.update(table, refresh=True)
 
-
-@contextlib.contextmanager
-def show_live_table(title: str, figures: RunningFigures) -> Iterator[Callable[[], None]]:
-    """Yield a function that redraws the table; the last drawing stays as the summary."""
-    from rich.live import Live
-    from rich.table import Table
-
-    def table() -> Table:
-        drawing = Table("figure", "now", "mean", "max", title=title)
-        for row in figures.rows():
-            drawing.add_row(*row)
-        return drawing
-
-    with Live(table(), auto_refresh=False) as live:
-        yield lambda: live.update(table(), refresh=True)
-        live.update(table(), refresh=True)
-
-
-@contextlib.contextmanager
-def show_plain_lines(title: str, figures: RunningFigures) -> Iterator[Callable[[], None]]:
-    """Yield a function that prints what is known now as one line; prints a summary at the end."""
-    print(title, flush=True)
-
-    def print_line() -> None:
-        known = (f"{label} {last}" for label, last, _, _ in figures.rows() if last != "-")
-        print(", ".join(known), flush=True)
-
-    yield print_line
-    print(f"{'summary':<16} {'mean':>12} {'max':>12}")
-    for label, _, mean, maximum in figures.rows():
-        print(f"{label:<16} {mean:>12} {maximum:>12}")
+    def _rows(self) -> list[tuple[str, ...]]:
+        """Return label, last, mean and maximum of each field as texts; "-" is unknown."""
+        rows = []
+        for field, (label, unit) in SHOWN_FIELDS.items():
+            count = self._counts[field]
+            mean = self._sums[field] / count if count else None
+            values = (self._last.get(field), mean, self._largest.get(field))
+            texts = ("-" if value is None else f"{value:.1f} {unit}" for value in values)
+            rows.append((label, *texts))
+        return rows
 
 
 if __name__ == "__main__":

@@ -76,6 +76,43 @@ H100: dict[str, Any] = {
     "gpm_any_tensor_util": 0,
     "gpm_dram_bw_util": 0,
 }
+# What cards for games lack: MIG (data-center cards since Ampere) and GPM (those since Hopper).
+# Where a source is named, nvidia-smi showed these values there; others lie within the card's range.
+_CONSUMER_CARD: dict[str, Any] = {
+    "memory_reserved_mib": 0, "mig_mode_current": None, "gpm": None,
+    **{key: None for key in H100 if key.startswith("gpm_")},
+}  # fmt: skip
+# Memory, power and temperature: github.com/PromtEngineer/localGPT/issues/14. Cards before Volta
+# tell their power but have no energy counter: github.com/mlco2/codecarbon/issues/1316.
+GTX_1080_TI: dict[str, Any] = {
+    **_CONSUMER_CARD, "name": "NVIDIA GeForce GTX 1080 Ti", "driver_version": "531.14",
+    "cuda_driver_version": 12010, "compute_capability": "6.1", "memory_total_mib": 11264,
+    "memory_used_mib": 1585, "power_draw_watts": 65, "temperature_celsius": 63,
+    "utilization_gpu_percent": 1, "sm_clock_mhz": 1481, "energy_joules": None,
+}  # fmt: skip
+# Memory under a driver that is older than MIG, than GPM and than the process lists that pynvml asks
+# for: github.com/Ricks-Lab/gpu-utils/issues/88.
+RTX_2080: dict[str, Any] = {
+    **_CONSUMER_CARD, "name": "GeForce RTX 2080", "driver_version": "440.100",
+    "cuda_driver_version": 10020, "compute_capability": "7.5", "memory_total_mib": 7982,
+    "power_draw_watts": 42, "temperature_celsius": 41, "sm_clock_mhz": 1515,
+}  # fmt: skip
+DRIVER_440_LACKS = (
+    "nvmlDeviceGetMemoryInfo_v2", "nvmlDeviceGetTemperatureV", "nvmlDeviceGetMigMode",
+    "nvmlDeviceGetCurrentClocksEventReasons", "nvmlDeviceGetMaxMigDeviceCount",
+    "nvmlDeviceGetMigDeviceHandleByIndex", "nvmlDeviceGetDeviceHandleFromMigDeviceHandle",
+    "nvmlDeviceIsMigDeviceHandle", "nvmlDeviceGetGpuInstanceId", "nvmlDeviceGetAttributes_v2",
+    "nvmlGpmQueryDeviceSupport", "nvmlGpmSampleAlloc", "nvmlGpmSampleGet", "nvmlGpmMetricsGet",
+    "nvmlGpmMigSampleGet", "nvmlDeviceGetComputeRunningProcesses_v2",
+    "nvmlDeviceGetComputeRunningProcesses_v3", "nvmlDeviceGetMPSComputeRunningProcesses_v2",
+    "nvmlDeviceGetMPSComputeRunningProcesses_v3",
+)  # fmt: skip
+# Memory, power and temperature: github.com/geerlingguy/raspberry-pi-pcie-devices/issues/790.
+RTX_3060: dict[str, Any] = {
+    **_CONSUMER_CARD, "name": "NVIDIA GeForce RTX 3060", "driver_version": "580.95.05",
+    "compute_capability": "8.6", "memory_total_mib": 12288, "memory_used_mib": 1,
+    "power_draw_watts": 4, "temperature_celsius": 26, "sm_clock_mhz": 210,
+}  # fmt: skip
 
 
 def build_nvml_stub(tmp_dir: Path, without: tuple[str, ...] = ()) -> Path:

@@ -25,9 +25,8 @@ from program_copy import copy_programs, processes_of
 from recorded_rows import client, co_run
 from waiting import wait_until
 
-from benchmarking.modes.mode_evidence import Evidence, Proof
 from benchmarking.records import run_folder
-from benchmarking.records.types import ClientRecord
+from benchmarking.records.types import ClientRecord, Evidence, Proof
 from benchmarking.suite import baselines, console, sampler
 from benchmarking.suite import co_run_records as records
 from benchmarking.suite.launcher import ClientResult, CoRunResult
@@ -460,6 +459,36 @@ def test_time_slicing_on_a_card_is_verified_client_by_client(gpu_bench: Callable
     assert run.co_run_records[-1]["summary"]["energy_ratio"] > 0
 
 
+@pytest.mark.parametrize(
+    ("state", "lacks", "verdict", "has_energy"),
+    [(nvml_stub.GTX_1080_TI, (), "verified", False),
+     # no process lists, so nothing proves the mode
+     (nvml_stub.RTX_2080, nvml_stub.DRIVER_440_LACKS, "unverified", True),
+     (nvml_stub.RTX_3060, (), "verified", True)],
+    ids=["GTX 1080 Ti", "RTX 2080 with an old driver", "RTX 3060"],
+)  # fmt: skip
+def test_an_older_or_smaller_card_is_measured_with_null_for_what_it_lacks(
+    gpu_bench: Callable, tmp_path: Path, state: dict, lacks: tuple, verdict: str, has_energy: bool
+) -> None:
+    bench = gpu_bench(**state)
+    nvml_stub.build_nvml_stub(tmp_path, lacks)
+    done = bench.run("--mode", "time-slicing", "--mix", "training", "--workloads", "2", "--quick")
+    assert done.returncode == 0, done.stderr
+    run = bench.only_run()
+    assert verdicts(run) == [verdict, verdict]
+    assert run.manifest["environment"]["gpu_memory_mib"] == state["memory_total_mib"]
+    gpu, summary = run.co_run_records[-1]["gpu"], run.co_run_records[-1]["summary"]
+    assert {key for key, value in gpu.items() if value is None} == {
+        "sm_activity_percent", "sm_occupancy_percent", "tensor_activity_percent",
+        "dram_activity_percent", *(() if has_energy else ("energy_joules",)),
+    }  # fmt: skip
+    assert (summary["energy_ratio"] is not None) is has_energy
+    assert summary["stp"] > 0
+    sliced = bench.run("--mode", "mig", "--mix", "training")
+    assert sliced.returncode == 4
+    assert "MIG mode is Enabled: not supported by this GPU" in sliced.stderr
+
+
 def test_a_client_that_the_driver_does_not_list_makes_the_run_invalid(
     gpu_bench: Callable,
 ) -> None:
@@ -821,8 +850,8 @@ def client_of(seconds_a_step: float, number: int = 0, status: str = "ok") -> Cli
     )  # fmt: skip
 
 
-PROVED = Proof("verified", ())
-UNPROVED = Proof("invalid", (Evidence("it is listed", "no", False),))
+PROVED = Proof("verified", [])
+UNPROVED = Proof("invalid", [Evidence("it is listed", "no", False)])
 
 
 def test_a_client_record_holds_slowdown_against_its_baseline() -> None:

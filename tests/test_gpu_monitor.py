@@ -12,9 +12,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import nvml_stub
 import pynvml
 import pytest
 from conftest import PROJECT_ROOT
@@ -30,6 +31,10 @@ SAMPLE_KEYS = {
 }  # fmt: skip
 PROCESS_KEYS = {"compute_pids", "mps_pids"}
 HOST_KEYS = {"record", "time_seconds", "wall_time", "host_cpu_percent"}
+GPM_FIELDS = (
+    "graphics_engine_active_percent", "sm_activity_percent", "sm_occupancy_percent",
+    "tensor_activity_percent", "dram_activity_percent",
+)  # fmt: skip
 BUSY = {
     "utilization_gpu_percent": 97, "memory_used_mib": 12345, "sm_clock_mhz": 1755,
     "power_draw_watts": 612.5, "energy_joules": 98765.432, "temperature_celsius": 61,
@@ -190,12 +195,32 @@ def test_a_reason_without_a_name_is_shown_as_its_bit(card: Callable) -> None:
 # --- what a card does not offer
 
 
-def test_without_gpm_its_figures_are_null_and_the_others_stand(card: Callable) -> None:
-    monitor, samples = sample_for(card(**{**BUSY, "gpm": 0}))
-    assert monitor["gpm_supported"] is False
-    assert samples[-1]["sm_activity_percent"] is None
-    assert samples[-1]["dram_activity_percent"] is None
-    assert samples[-1]["utilization_gpu_percent"] == 97
+@pytest.mark.parametrize(
+    ("state", "lacks", "capability", "memory_mib", "unknown"),
+    [
+        (nvml_stub.GTX_1080_TI, (), "6.1", 11264, {"energy_joules"}),
+        (nvml_stub.RTX_2080, nvml_stub.DRIVER_440_LACKS, "7.5", 7982, PROCESS_KEYS),
+        (nvml_stub.RTX_3060, (), "8.6", 12288, set()),
+    ],
+    ids=["GTX 1080 Ti", "RTX 2080 with an old driver", "RTX 3060"],
+)
+def test_what_an_older_or_smaller_card_lacks_is_null_and_never_0(
+    card: Callable, state: dict, lacks: tuple[str, ...], capability: str, memory_mib: int,
+    unknown: set[str],
+) -> None:  # fmt: skip
+    run = subprocess.run(
+        (*MONITOR, "--output", "-", "--interval", "0.1", "--duration", "0.2"),
+        env=card(lacks, **state), capture_output=True, text=True, timeout=30, check=True,
+    )  # fmt: skip
+    assert run.stderr == ""  # what a card lacks is no failure
+    monitor, first, *_, last = [json.loads(line) for line in run.stdout.splitlines()]
+    assert (monitor["compute_capability"], monitor["memory_total_mib"]) == (capability, memory_mib)
+    assert (monitor["mig_mode"], monitor["mig_devices"]) == (None, [])
+    assert not monitor["gpm_supported"]
+    sample = {**last, **{key: first[key] for key in PROCESS_KEYS}}
+    assert {key for key, value in sample.items() if value is None} == {*GPM_FIELDS, *unknown}
+    assert sample["power_draw_watts"] == state["power_draw_watts"]
+    assert sample["utilization_source"] == "nvml"
 
 
 def test_without_nvml_utilization_gpm_stands_in_and_is_named(card: Callable) -> None:
@@ -229,52 +254,16 @@ def test_sensors_that_are_not_supported_give_null(card: Callable) -> None:
     assert samples[0]["utilization_gpu_percent"] == 97
 
 
-def test_functions_that_fail_for_any_reason_give_null(card: Callable) -> None:
-    no_permission, gpu_is_lost = 4, 15
-    failures = {
-        "nvmlDeviceGetComputeRunningProcesses_v3": no_permission,
-        "nvmlDeviceGetComputeRunningProcesses_v2": no_permission,
-        "nvmlDeviceGetPowerUsage": gpu_is_lost,
-        "nvmlGpmMetricsGet": no_permission,
-    }
-    _, samples = sample_for(card(**BUSY, fail=failures))
-    assert samples[0]["compute_pids"] is None
-    assert samples[0]["mps_pids"] == []
-    assert samples[0]["power_draw_watts"] is None
-    assert samples[0]["sm_activity_percent"] is None
-    assert samples[0]["utilization_gpu_percent"] == 97
-
-
-GPM_FIELDS = (
-    "graphics_engine_active_percent", "sm_activity_percent", "sm_occupancy_percent",
-    "tensor_activity_percent", "dram_activity_percent",
-)  # fmt: skip
 UNKNOWN_ERROR = 999
-# What a sample is made of: each function of NVML's with the fields that are unknown without it.
-# Those that only came in the place of older ones, or are older ones, are not missed alone.
+# What a sample is made of: functions of NVML's, where a newer one came in the place of an older one
+# both, with the fields that are unknown without them.
 OF_A_SAMPLE = {
-    "nvmlDeviceGetUtilizationRates": ("utilization_gpu_percent",),
-    "nvmlDeviceGetMemoryInfo": (),
-    "nvmlDeviceGetMemoryInfo_v2": (),
-    "nvmlDeviceGetClockInfo": ("sm_clock_mhz",),
-    "nvmlDeviceGetPowerUsage": ("power_draw_watts",),
-    "nvmlDeviceGetTotalEnergyConsumption": ("energy_joules",),
-    "nvmlDeviceGetCurrentClocksEventReasons": (),
-    "nvmlDeviceGetCurrentClocksThrottleReasons": (),
-    "nvmlDeviceGetTemperatureV": (),
-    "nvmlDeviceGetTemperature": (),
-    "nvmlDeviceGetComputeRunningProcesses_v3": (),
-    "nvmlDeviceGetComputeRunningProcesses_v2": (),
-    "nvmlDeviceGetMPSComputeRunningProcesses_v3": (),
-    "nvmlDeviceGetMPSComputeRunningProcesses_v2": (),
-    "nvmlGpmSampleAlloc": GPM_FIELDS,
-    "nvmlGpmSampleGet": GPM_FIELDS,
-    "nvmlGpmMetricsGet": GPM_FIELDS,
-}
-# With the older function failing too.
-IN_EVERY_VERSION = {
+    ("nvmlDeviceGetUtilizationRates",): ("utilization_gpu_percent",),
     ("nvmlDeviceGetMemoryInfo_v2", "nvmlDeviceGetMemoryInfo"):
         ("memory_used_mib", "memory_total_mib"),
+    ("nvmlDeviceGetClockInfo",): ("sm_clock_mhz",),
+    ("nvmlDeviceGetPowerUsage",): ("power_draw_watts",),
+    ("nvmlDeviceGetTotalEnergyConsumption",): ("energy_joules",),
     ("nvmlDeviceGetCurrentClocksEventReasons", "nvmlDeviceGetCurrentClocksThrottleReasons"):
         ("throttle_reasons",),
     ("nvmlDeviceGetTemperatureV", "nvmlDeviceGetTemperature"): ("temperature_celsius",),
@@ -282,43 +271,22 @@ IN_EVERY_VERSION = {
         ("compute_pids",),
     ("nvmlDeviceGetMPSComputeRunningProcesses_v3", "nvmlDeviceGetMPSComputeRunningProcesses_v2"):
         ("mps_pids",),
+    ("nvmlGpmSampleAlloc",): GPM_FIELDS,
+    ("nvmlGpmSampleGet",): GPM_FIELDS,
+    ("nvmlGpmMetricsGet",): GPM_FIELDS,
 }  # fmt: skip
-# Not asked while the newer function answers.
-NEWER_ANSWERS = {
-    "nvmlDeviceGetMemoryInfo", "nvmlDeviceGetCurrentClocksThrottleReasons",
-    "nvmlDeviceGetTemperature", "nvmlDeviceGetComputeRunningProcesses_v2",
-    "nvmlDeviceGetMPSComputeRunningProcesses_v2",
-}  # fmt: skip
-# Asked once, before the first sample, for what the card is.
-OF_A_CARD = {
-    "nvmlInit", "nvmlDeviceGetCount", "nvmlDeviceGetHandleByIndex", "nvmlDeviceGetHandleByUUID",
-    "nvmlDeviceGetDeviceHandleFromMigDeviceHandle", "nvmlDeviceIsMigDeviceHandle",
-    "nvmlDeviceGetIndex", "nvmlDeviceGetUUID", "nvmlGpmQueryDeviceSupport", "nvmlDeviceGetMigMode",
-    "nvmlDeviceGetCudaComputeCapability", "nvmlDeviceGetName", "nvmlSystemGetDriverVersion",
-    "nvmlSystemGetCudaDriverVersion_v2", "nvmlSystemGetCudaDriverVersion",
-    "nvmlDeviceGetComputeMode", "nvmlDeviceGetMaxMigDeviceCount",
-    "nvmlDeviceGetMigDeviceHandleByIndex", "nvmlDeviceGetAttributes_v2",
-    "nvmlDeviceGetGpuInstanceId", "nvmlGpmMigSampleGet",
-}  # fmt: skip
-
-
-def without_versions(names: Iterable[str]) -> set[str]:
-    return {re.sub("_v[23]$", "", name) for name in names}
-
-
-def test_every_function_of_nvml_that_is_called_is_one_whose_failure_is_tested() -> None:
-    source = (PROJECT_ROOT / "benchmarking" / "hardware" / "nvml.py").read_text()
-    called = set(re.findall(r"\bnvml(?:Gpm|Device|System|Init)\w*", source))
-    assert without_versions(called) == without_versions({*OF_A_SAMPLE, *OF_A_CARD})
+# One of two that fails alone is not missed; only the newer one is asked, and named.
+ONE_OF_TWO = [((name,), name == pair[0]) for pair in OF_A_SAMPLE if pair[1:] for name in pair]
 
 
 @pytest.mark.parametrize(
-    ("failing", "unknown"),
-    [*(((name,), fields) for name, fields in OF_A_SAMPLE.items()), *IN_EVERY_VERSION.items()],
-    ids=lambda value: "+".join(value) if value and value[0].startswith("nvml") else "",
-)
-def test_a_function_that_fails_alone_leaves_its_field_unknown_and_is_named_once(
-    card: Callable, failing: tuple[str, ...], unknown: tuple[str, ...]
+    ("failing", "unknown", "is_named"),
+    [*((names, fields, True) for names, fields in OF_A_SAMPLE.items()),
+     *((names, (), is_named) for names, is_named in ONE_OF_TWO)],
+    ids=lambda value: "+".join(value) if value and value is not True else "",
+)  # fmt: skip
+def test_a_function_that_fails_leaves_its_fields_unknown_and_is_named_once(
+    card: Callable, failing: tuple[str, ...], unknown: tuple[str, ...], is_named: bool
 ) -> None:
     environment = card(
         **BUSY, pids={938: 2228}, mps_pids={938: 2228}, fail=dict.fromkeys(failing, UNKNOWN_ERROR)
@@ -338,10 +306,9 @@ def test_a_function_that_fails_alone_leaves_its_field_unknown_and_is_named_once(
     if "utilization_gpu_percent" in unknown:  # GPM's stands in
         assert first["utilization_source"] == "gpm"
     said = [line for line in run.stderr.splitlines() if "failed: Unknown Error" in line]
-    asked = [name for name in failing if len(failing) > 1 or name not in NEWER_ANSWERS]
     # pynvml has one name for both ways to ask for the memory
-    named = dict.fromkeys(name.replace("MemoryInfo_v2", "MemoryInfo") for name in asked)
-    assert [line.split()[1] for line in said] == list(named)
+    named = dict.fromkeys(name.replace("MemoryInfo_v2", "MemoryInfo") for name in failing)
+    assert [line.split()[1] for line in said] == (list(named) if is_named else [])
 
 
 def test_what_a_card_does_not_support_is_no_failure(card: Callable) -> None:
@@ -382,28 +349,6 @@ def test_an_old_driver_answers_through_the_older_functions(card: Callable) -> No
     assert samples[0]["memory_used_mib"] == 12345 + 480  # all that this driver can tell
 
 
-def test_functions_that_the_driver_lacks_give_null(card: Callable) -> None:
-    environment = card(
-        without=(
-            "nvmlGpmQueryDeviceSupport", "nvmlGpmSampleAlloc", "nvmlGpmSampleGet",
-            "nvmlGpmMetricsGet", "nvmlGpmMigSampleGet", "nvmlDeviceGetMigMode",
-            "nvmlDeviceIsMigDeviceHandle", "nvmlDeviceGetMaxMigDeviceCount",
-            "nvmlDeviceGetDeviceHandleFromMigDeviceHandle", "nvmlDeviceGetTotalEnergyConsumption",
-            "nvmlDeviceGetMPSComputeRunningProcesses_v2",
-            "nvmlDeviceGetMPSComputeRunningProcesses_v3",
-        ),
-        **BUSY,
-    )  # fmt: skip
-    monitor, samples = sample_for(environment)
-    assert monitor["mig_mode"] is None
-    assert monitor["gpm_supported"] is None
-    assert samples[0]["energy_joules"] is None
-    assert samples[0]["mps_pids"] is None
-    assert samples[0]["compute_pids"] == []
-    assert samples[0]["sm_activity_percent"] is None
-    assert samples[0]["utilization_gpu_percent"] == 97
-
-
 # --- which card
 
 
@@ -415,7 +360,7 @@ def test_a_card_is_found_by_index_and_by_uuid(card: Callable) -> None:
         assert (samples[0]["gpu_index"], samples[0]["power_draw_watts"]) == (1, 77)
 
 
-@pytest.mark.parametrize("selector", ["7", "GPU-nowhere", "-1"])
+@pytest.mark.parametrize("selector", ["7", "4294967296", "GPU-nowhere", "-1"])
 def test_a_card_that_does_not_exist_is_refused_with_the_ones_there_are(
     card: Callable, selector: str
 ) -> None:
@@ -528,8 +473,11 @@ def test_the_duration_ends_it(card: Callable) -> None:
     assert 0.42 <= samples[-1]["time_seconds"] - samples[0]["time_seconds"] < 2
 
 
-def test_it_ends_when_its_leash_is_let_go(card: Callable) -> None:
-    with running(card(), "--output", "-", "--leash") as process:
+@pytest.mark.parametrize("flag", ["--stdin-control", "--leash"])
+def test_it_ends_when_its_standard_input_closes_where_that_is_asked_for(
+    card: Callable, flag: str
+) -> None:
+    with running(card(), "--output", "-", flag) as process:
         process.stdin.write("words mean nothing\n")
         process.stdin.flush()
         written = time.monotonic()
@@ -539,13 +487,12 @@ def test_it_ends_when_its_leash_is_let_go(card: Callable) -> None:
         assert process.wait(timeout=5) == 0
 
 
-def test_without_a_leash_a_closed_standard_input_does_not_end_it(card: Callable) -> None:
+def test_a_closed_standard_input_does_not_end_it_unasked(card: Callable) -> None:
     run = subprocess.run(
         (*MONITOR, "--output", "-", "--interval", "0.1", "--duration", "0.3"), env=card(),
         stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=30, check=True,
     )  # fmt: skip
-    last = json.loads(run.stdout.splitlines()[-1])
-    first = json.loads(run.stdout.splitlines()[0])
+    first, *_, last = [json.loads(line) for line in run.stdout.splitlines()]
     assert last["time_seconds"] - first["time_seconds"] > 0.25
 
 

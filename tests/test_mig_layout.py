@@ -19,9 +19,7 @@ INSTANCES = [
 
 def mode(instances: list[dict], layout: tuple[str, ...] = LAYOUT) -> MigMode:
     facts = {"mig_mode": {"current": "Enabled"}, "mig_devices": instances, "uuid": "GPU-1"}
-    return MigMode(
-        lambda: facts, Path("empty"), own_pid_namespace=False, clients=len(layout), layout=layout
-    )
+    return MigMode("mig", lambda: facts, Path("empty"), clients=len(layout), layout=layout)
 
 
 def test_clients_get_instances_in_the_order_of_the_layout_each_its_own():

@@ -309,7 +309,8 @@ def test_the_suite_says_that_a_pipe_directory_is_shut(
     shut: Path, without_roots_rights: None
 ) -> None:
     card = {"uuid": "GPU-1", "compute_mode": "Default"}
-    mode = MpsMode(lambda: card, [str(shut / "pipe")], own_pid_namespace=False)
+    inherited = {"CUDA_MPS_PIPE_DIRECTORY": str(shut / "pipe")}
+    mode = MpsMode("mps", lambda: card, shut, environment=inherited)
     with pytest.raises(ModeNotInForceError) as refused:
         mode.require()
     assert "/shut/pipe: no permission, have its owner give it back)" in str(refused.value)

@@ -14,7 +14,7 @@ from recorded_rows import client, co_run
 
 from benchmarking.analysis import comparison
 from benchmarking.analysis.runs import RunView
-from benchmarking.modes import mode_evidence
+from benchmarking.modes import sharing_mode
 from benchmarking.records import run_folder, schema
 from benchmarking.suite import launcher
 from benchmarking.suite import plan as planning
@@ -358,8 +358,8 @@ def test_the_schemas_name_the_values_that_the_program_writes() -> None:
     assert values(schema.CO_RUN, "outcome") == written
     assert values(schema.MANIFEST, "outcome") == set(run_folder.OUTCOMES)
     proof = json.loads((schema.SCHEMAS / "client.schema.json").read_text())["properties"]["proof"]
-    verdicts = {mode_evidence.VERIFIED, mode_evidence.INVALID, mode_evidence.UNVERIFIED}
-    verdicts.add(mode_evidence.NOT_APPLICABLE)
+    verdicts = {sharing_mode.VERIFIED, sharing_mode.INVALID, sharing_mode.UNVERIFIED}
+    verdicts.add(sharing_mode.NOT_APPLICABLE)
     assert set(proof["properties"]["verdict"]["enum"]) == verdicts
     modes = {*planning.MODES, planning.MODE_CPU_DEMO}
     assert values(schema.MANIFEST, "mode") == values(schema.CLIENT, "mode") == modes

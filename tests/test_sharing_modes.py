@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,7 @@ from mode_script_runner import NOBODY
 
 from benchmarking.modes import mode_scripts
 from benchmarking.modes import mps as mps_mode
-from benchmarking.modes.choice import make_mode
-from benchmarking.modes.cpu_demo import CpuDemoMode
 from benchmarking.modes.mig import MigMode
-from benchmarking.modes.mode_evidence import ProcessLists
 from benchmarking.modes.mode_scripts import (
     ModeScriptError,
     in_force,
@@ -25,10 +23,17 @@ from benchmarking.modes.mode_scripts import (
     read_state,
 )
 from benchmarking.modes.mps import MpsMode, ask_mps_control
-from benchmarking.modes.sharing_mode import ModeNotInForceError, is_own_pid_namespace
+from benchmarking.modes.sharing_mode import (
+    ModeNotInForceError,
+    ProcessLists,
+    SharingMode,
+    is_own_pid_namespace,
+    make_mode,
+)
 from benchmarking.modes.whole_gpu import WholeGpuMode, time_slice, time_slicing_warning
 
 UUID = "GPU-00000000-1111-2222-3333-444444444444"
+OTHER_UUID = "GPU-99999999-1111-2222-3333-444444444444"
 EMPTY = Path("/empty")
 # Somebody's process that lives here, and pids that no process here has (over pid_max).
 LIVING = os.getpid()
@@ -56,12 +61,22 @@ def lists(compute: set[int] | None, mps: set[int] | None) -> ProcessLists:
 
 def whole_gpu(facts: dict | None = None, *, own_namespace: bool = False) -> WholeGpuMode:
     return WholeGpuMode(
-        "time-slicing", lambda: facts or H100, EMPTY, own_pid_namespace=own_namespace, clients=4
+        "time-slicing", lambda: facts or H100, EMPTY, 4, own_pid_namespace=own_namespace
     )
 
 
 def mig(facts: dict | None = None, clients: int = 2) -> MigMode:
-    return MigMode(lambda: facts or H100_MIG, EMPTY, own_pid_namespace=False, clients=clients)
+    return MigMode("mig", lambda: facts or H100_MIG, EMPTY, clients)
+
+
+def mps(*candidates: str, facts: dict | None = None) -> MpsMode:
+    mode = MpsMode("mps", lambda: facts or H100, EMPTY, own_pid_namespace=False)
+    mode.candidates = list(candidates)
+    return mode
+
+
+def cpu_demo() -> SharingMode:
+    return make_mode("cpu-demo", lambda: None, clients=1, no_mps_folder=EMPTY, environment={})
 
 
 @pytest.fixture
@@ -96,71 +111,49 @@ esac
     return start
 
 
-def mps(*candidates: str, facts: dict | None = None, own_namespace: bool = False) -> MpsMode:
-    return MpsMode(lambda: facts or H100, candidates, own_pid_namespace=own_namespace)
-
-
 # --- preconditions ----------------------------------------------------------------------------
 
 
-def test_time_slicing_is_in_force_on_a_card_as_delivered() -> None:
-    assert all(item.ok for item in whole_gpu().require())
-
-
-def test_a_card_without_mig_can_be_time_sliced() -> None:
-    assert all(item.ok for item in whole_gpu({**H100, "mig_mode": None}).require())
+@pytest.mark.parametrize("facts", [H100, {**H100, "mig_mode": None}], ids=["MIG off", "no MIG"])
+def test_time_slicing_is_in_force_on_a_card_as_delivered(facts: dict) -> None:
+    assert all(item.ok for item in whole_gpu(facts).require())
 
 
 @pytest.mark.parametrize(
-    ("change", "advice"),
-    [({"mig_mode": {"current": "Enabled"}}, "gpu-configs/disable_mig.sh"),
-     ({"compute_mode": "Exclusive_Process"}, "gpu-configs/disable_mps.sh"),
-     ({"compute_mode": "Prohibited"}, "gpu-configs/setup_time_slicing.sh 4")],
-)  # fmt: skip
-def test_time_slicing_is_refused_naming_the_script(change: dict, advice: str) -> None:
-    with pytest.raises(ModeNotInForceError, match=advice):
-        whole_gpu({**H100, **change}).require()
-
-
-def test_mps_without_a_daemon_is_refused_naming_the_script(control: Callable) -> None:
-    with pytest.raises(ModeNotInForceError, match=r"gpu-configs/enable_mps\.sh"):
-        mps("/no/such/folder").require()
-
-
-def test_a_socket_folder_without_an_answer_is_no_daemon(control: Callable, tmp_path: Path) -> None:
-    stale = tmp_path / "stale"
-    stale.mkdir()
-    (stale / "control").write_text("")
-    assert mps(str(stale)).pipe_directory() is None
-
-
-def test_mps_takes_the_first_directory_that_answers(control: Callable) -> None:
-    running = control("")
-    mode = mps("/no/such/folder", running)
-    assert all(item.ok for item in mode.require())
-    assert mode.client_environment(0) == {
-        "CUDA_VISIBLE_DEVICES": UUID, "CUDA_MPS_PIPE_DIRECTORY": running}  # fmt: skip
-
-
-def test_mps_on_top_of_mig_is_refused(control: Callable) -> None:
-    with pytest.raises(ModeNotInForceError, match="disable_mig"):
-        mps(control(""), facts=H100_MIG).require()
-
-
-def test_mig_that_is_off_is_refused_naming_the_script() -> None:
-    with pytest.raises(ModeNotInForceError, match=r"setup_mig\.sh 1g\.5gb 2"):
-        mig(H100).require()
-
-
-def test_fewer_instances_than_clients_is_an_error_that_names_both_numbers() -> None:
-    with pytest.raises(ModeNotInForceError, match="2 MIG instances for 4 clients"):
-        mig(clients=4).require()
+    ("mode", "advice"),
+    [
+        (whole_gpu({**H100, "mig_mode": {"current": "Enabled"}}), "gpu-configs/disable_mig.sh"),
+        (whole_gpu({**H100, "compute_mode": "Exclusive_Process"}), "gpu-configs/disable_mps.sh"),
+        (whole_gpu({**H100, "compute_mode": "Prohibited"}), "gpu-configs/setup_time_slicing.sh 4"),
+        (mps("/no/such/folder"), "gpu-configs/enable_mps.sh"),
+        (mps("/no/such/folder", facts=H100_MIG), "gpu-configs/disable_mig.sh"),
+        (mig(H100), "setup_mig.sh 1g.5gb 2"),
+        (mig(clients=4), "2 MIG instances for 4 clients"),
+        (whole_gpu({"uuid": None}), "the driver answers for the GPU: no (look for Xid"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.name,
+)
+def test_a_mode_that_is_not_in_force_is_refused_with_what_mends_it(
+    control: Callable, mode: SharingMode, advice: str
+) -> None:
+    with pytest.raises(ModeNotInForceError, match=re.escape(advice)):
+        mode.require()
 
 
 def test_a_card_without_mig_gets_no_advice_to_switch_it_on() -> None:
     with pytest.raises(ModeNotInForceError, match="not supported") as refusal:
         mig({**H100, "mig_mode": None}).require()
     assert "setup_mig" not in str(refusal.value)
+
+
+def test_mps_takes_the_first_directory_that_answers(control: Callable, tmp_path: Path) -> None:
+    running, stale = control(""), tmp_path / "stale"
+    stale.mkdir()
+    (stale / "control").write_text("")  # a socket file proves no daemon
+    mode = mps("/no/such/folder", str(stale), running)
+    assert all(item.ok for item in mode.require())
+    assert mode.client_environment(0) == {
+        "CUDA_VISIBLE_DEVICES": UUID, "CUDA_MPS_PIPE_DIRECTORY": running}  # fmt: skip
 
 
 def test_no_daemon_program_means_no_daemon(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,55 +175,44 @@ def test_mig_client_i_gets_instance_i() -> None:
 
 
 def test_the_cpu_demonstration_hides_gpus() -> None:
-    assert CpuDemoMode().client_environment(0) == {"CUDA_VISIBLE_DEVICES": ""}
+    assert cpu_demo().client_environment(0) == {"CUDA_VISIBLE_DEVICES": ""}
 
 
 # --- proof ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("compute", "mps_pids", "verdict"),
-    [({11, 12}, set(), "verified"), ({11}, None, "verified"), ({LIVING}, set(), "invalid"),
-     ({11}, {11}, "invalid"), (set(), {11}, "invalid"), (None, None, "unverified"),
-     (set(), set(), "unverified"), ({FOREIGN}, set(), "unverified")],
-)  # fmt: skip
+    ("seen", "compute", "mps_pids", "own_namespace", "verdict"),
+    [
+        (identity(), {11, 12}, set(), False, "verified"),
+        (identity(), {11}, None, False, "verified"),
+        (identity(), {LIVING}, set(), False, "invalid"),
+        (identity(), {11}, {11}, False, "invalid"),
+        (identity(), set(), {11}, False, "invalid"),
+        (identity(), None, None, False, "unverified"),
+        (identity(), set(), set(), False, "unverified"),
+        (identity(), {FOREIGN}, set(), False, "unverified"),
+        (identity(), {2**32 - 1}, set(), False, "unverified"),
+        # which GPU it saw
+        (identity(gpu_uuid=OTHER_UUID), {11}, set(), False, "invalid"),
+        (identity(gpu_uuid=None), {11}, set(), False, "unverified"),
+        (identity(device="cpu"), {11}, set(), False, "invalid"),
+        # pids of another namespace, and one where a neighbor was matched
+        (identity(), {LIVING}, set(), True, "unverified"),
+        (identity(), {12}, set(), True, "invalid"),
+        # a command, which says nothing of itself
+        ({"processes": [11, 13]}, {13}, set(), False, "verified"),
+        ({"processes": [11, 13]}, {12}, set(), False, "unverified"),
+        ({"processes": [11, 13]}, {13}, {13}, False, "invalid"),
+    ],
+)
 def test_a_time_sliced_client_is_a_plain_compute_process(
-    compute: set | None, mps_pids: set | None, verdict: str
+    seen: dict, compute: set | None, mps_pids: set | None, own_namespace: bool, verdict: str
 ) -> None:
-    proof = whole_gpu().prove(0, identity(), frozenset({11}), lists(compute, mps_pids))
+    mode = whole_gpu(own_namespace=own_namespace)
+    proof = mode.prove(0, seen, frozenset({11, 12}), lists(compute, mps_pids))
     assert proof.verdict == verdict
-
-
-def test_a_client_on_another_gpu_is_invalid() -> None:
-    other = identity(gpu_uuid="GPU-99999999-1111-2222-3333-444444444444")
-    proof = whole_gpu().prove(0, other, frozenset({11}), lists({11}, set()))
-    assert proof.verdict == "invalid"
-    assert "GPU-99999999" in proof.reason
-
-
-def test_a_client_that_does_not_know_its_gpu_is_unverified() -> None:
-    proof = whole_gpu().prove(0, identity(gpu_uuid=None), frozenset({11}), lists({11}, set()))
-    assert proof.verdict == "unverified"
-
-
-def test_a_client_on_the_cpu_is_invalid() -> None:
-    proof = whole_gpu().prove(0, identity(device="cpu"), frozenset({11}), lists({11}, set()))
-    assert proof.verdict == "invalid"
-
-
-def test_pids_of_another_namespace_leave_a_client_unverified() -> None:
-    proof = whole_gpu(own_namespace=True).prove(
-        0, identity(), frozenset({11, 12}), lists({LIVING}, set())
-    )
-    assert proof.verdict == "unverified"
-    assert "cannot be matched" in proof.reason
-
-
-def test_in_a_namespace_where_a_neighbor_was_matched_a_missing_pid_is_invalid() -> None:
-    proof = whole_gpu(own_namespace=True).prove(
-        0, identity(11), frozenset({11, 12}), lists({12}, set())
-    )
-    assert proof.verdict == "invalid"
+    assert (proof.reason == "") is (verdict == "verified")
 
 
 @pytest.mark.parametrize(
@@ -249,6 +231,20 @@ def test_an_mps_client_is_known_to_nvml_or_to_the_daemon(
     assert mode.prove(0, identity(), frozenset({11}), lists({11}, nvml)).verdict == verdict
 
 
+@pytest.mark.parametrize(
+    ("nvml", "verdict"),
+    [({13}, "verified"), ({12}, "invalid"), (set(), "unverified"), (None, "unverified")],
+)
+def test_a_command_under_mps_is_invalid_only_where_the_list_knows_others(
+    control: Callable, nvml: set | None, verdict: str
+) -> None:
+    mode = mps(control("12"))
+    mode.observe()
+    command = {"processes": [11, 13]}
+    proof = mode.prove(0, command, frozenset({11, 12, 13}), lists({12, 13}, nvml))
+    assert proof.verdict == verdict
+
+
 def test_a_client_that_runs_without_mps_says_so(control: Callable) -> None:
     mode = mps(control("12"))
     mode.observe()
@@ -262,6 +258,7 @@ def test_mps_pids_that_cannot_be_matched_are_unverified_and_counted(control: Cal
     foreign = {FOREIGN, ALSO_FOREIGN}
     proof = mode.prove(0, identity(), frozenset({11, 12}), lists(foreign, foreign))
     assert proof.verdict == "unverified"
+    assert "cannot be matched" in proof.reason
     assert proof.evidence[-1].found == "2"
 
 
@@ -284,9 +281,9 @@ def test_a_mig_instance_that_vanished_makes_its_client_invalid() -> None:
 
 
 def test_the_cpu_demonstration_proves_nothing() -> None:
-    proof = CpuDemoMode().prove(0, identity(device="cpu"), frozenset({11}), lists(None, None))
+    proof = cpu_demo().prove(0, identity(device="cpu"), frozenset({11}), lists(None, None))
     assert proof.verdict == "not_applicable"
-    assert CpuDemoMode().require()
+    assert cpu_demo().require()
 
 
 @pytest.mark.parametrize(
@@ -313,16 +310,13 @@ def test_process_lists_unite_the_samples_of_the_span() -> None:
         {"time_seconds": 1.0, "compute_pids": [{"pid": 1, "used_memory_mib": 5}], "mps_pids": []},
         {"time_seconds": 2.0},
         {"time_seconds": 3.0, "compute_pids": [{"pid": 2, "used_memory_mib": None}],
-         "mps_pids": [3]},
+         "mps_pids": [{"pid": 3, "used_memory_mib": 5}]},
         {"time_seconds": 9.0, "compute_pids": [{"pid": 9, "used_memory_mib": 5}], "mps_pids": []},
+        {"time_seconds": 20.0, "compute_pids": None, "mps_pids": None},
     ]  # fmt: skip
-    united = ProcessLists.from_samples(samples, 0.5, 5.0)
-    assert united == ProcessLists(frozenset({1, 2}), frozenset({3}))
-
-
-def test_lists_that_nvml_does_not_give_are_unknown_and_not_empty() -> None:
-    samples = [{"time_seconds": 1.0, "compute_pids": None, "mps_pids": None}]
-    assert ProcessLists.from_samples(samples, 0, 2) == ProcessLists(None, None)
+    assert ProcessLists.from_samples(samples, 0.5, 5.0) == lists({1, 2}, {3})
+    # what NVML does not give is unknown and not empty
+    assert ProcessLists.from_samples(samples, 19, 21) == lists(None, None)
 
 
 # --- state of the mode scripts ----------------------------------------------------------------

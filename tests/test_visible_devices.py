@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import subprocess
@@ -9,10 +10,13 @@ import sys
 from pathlib import Path
 
 import nvml_stub
+import pynvml
 import pytest
 from conftest import PROJECT_ROOT
 from driver_runner import DriverRunner, driver_runner
 
+from benchmarking.hardware import nvml
+from benchmarking.hardware import visible_devices as reader
 from benchmarking.hardware.host_cpu import read_process_trees
 from benchmarking.hardware.visible_devices import Card, names_none, visible_devices
 
@@ -38,6 +42,7 @@ NOTHING: list[str] = []
         ("", NOTHING), (" ", NOTHING), ("-1", NOTHING), ("-1,0", NOTHING), ("none", NOTHING),
         ("NoDevFiles", NOTHING), ("void", NOTHING), ("all", NOTHING), (",0", NOTHING),
         ("2", NOTHING), ("99999999999999999999", NOTHING), ("gpu-5555", NOTHING),
+        ("9" * 5000, NOTHING), ("\u0661", NOTHING), ("\u20071", NOTHING),
         # named twice hides all
         ("0,0", NOTHING), ("0,1,0", NOTHING), (f"{FIRST},{FIRST}", NOTHING),
         # UUIDs, as short as one GPU alone begins so
@@ -48,7 +53,7 @@ NOTHING: list[str] = []
         (MIG[1], [MIG[1]]), (f"{MIG[2]},{MIG[0]}", [MIG[2]]), ("MIG-b", [MIG[2]]),
         ("MIG-a", NOTHING), ("MIG-c", NOTHING), (f"MIG-{SECOND}", NOTHING), ("MIG-b,0", [MIG[2]]),
     ],
-    ids=repr,
+    ids=lambda value: repr(value)[:30],
 )  # fmt: skip
 def test_the_variable_means_what_cuda_makes_of_it(value: str | None, seen: list[str]) -> None:
     environment = {} if value is None else {"CUDA_VISIBLE_DEVICES": value}
@@ -71,17 +76,16 @@ def test_some_values_hide_every_gpu_of_any_machine(value: str | None, hides: boo
      (None, [SECOND], SECOND)],
 )  # fmt: skip
 def test_an_index_counts_in_cudas_own_order_where_cards_are_unlike(
-    order: str | None, cuda_says: list[str], first: str
+    monkeypatch: pytest.MonkeyPatch, order: str | None, cuda_says: list[str], first: str
 ) -> None:
+    monkeypatch.setattr(reader, "ask_cuda_for_order", lambda: cuda_says)
     environment = {"CUDA_VISIBLE_DEVICES": "0", **({"CUDA_DEVICE_ORDER": order} if order else {})}
-    assert visible_devices(environment, [T4, H100], lambda: cuda_says) == [first]
+    assert visible_devices(environment, [T4, H100]) == [first]
 
 
-def test_cards_of_one_model_need_no_answer_of_cuda() -> None:
-    def ask() -> list[str]:
-        raise AssertionError("CUDA was asked")
-
-    assert visible_devices({"CUDA_VISIBLE_DEVICES": "1"}, TWINS, ask) == [SECOND]
+def test_cards_of_one_model_need_no_answer_of_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reader, "ask_cuda_for_order", lambda: pytest.fail("CUDA was asked"))
+    assert visible_devices({"CUDA_VISIBLE_DEVICES": "1"}, TWINS) == [SECOND]
 
 
 # --- the drivers ----------------------------------------------------------------------------------
@@ -224,6 +228,45 @@ def test_a_name_that_is_no_utf_8_is_unknown_and_the_work_goes_on(tmp_path: Path)
     assert sampled.returncode == 0, sampled.stderr
     assert '"name": null' in sampled.stdout
     assert "Traceback" not in sampled.stderr
+
+
+class UnreadableError(Exception):
+    """An error whose message the driver gives in no UTF-8."""
+
+    def __str__(self) -> str:
+        return b"\xf8".decode()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        UnicodeDecodeError("utf-8", b"\xf8\x95\xa0\x81", 0, 1, "invalid start byte"),
+        ctypes.ArgumentError("argument 1: wrong type"), OSError("cannot open"), TypeError("x"),
+        AttributeError("undefined symbol"), pynvml.NVMLLibraryMismatchError("versions"),
+        pynvml.NVMLError(999), pynvml.NVMLError(12345), RuntimeError("x"), UnreadableError(),
+    ],
+    ids=lambda error: type(error).__name__,
+)  # fmt: skip
+def test_whatever_pynvml_raises_is_null_or_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    for name in [name for name in vars(pynvml) if name.startswith("nvml")]:
+        monkeypatch.setattr(pynvml, name, fail)
+    monkeypatch.setattr(nvml, "failures", {})
+    handle = object()
+    gpu = nvml.Gpu(handle)
+    facts, state = gpu.describe(), gpu.read_state()
+    assert {key for key, value in facts.items() if value is not None} == {"mig_devices"}
+    assert facts["mig_devices"] == []
+    assert set(state.values()) == {None}
+    assert (gpu.compute_processes(), gpu.mps_processes()) == (None, None)
+    assert {*nvml.failures} >= {"nvmlDeviceGetName", "nvmlDeviceGetUUID", "nvmlDeviceGetPowerUsage"}
+    monkeypatch.setattr(nvml, "_initialized", nvml._initialized.__wrapped__)
+    with pytest.raises(nvml.GpuUnusableError, match=r"^NVML says: ."):
+        nvml.open_gpu()
 
 
 def test_a_process_may_call_itself_anything(tmp_path: Path) -> None:

@@ -9,9 +9,10 @@ Units are those of the names: ``_percent`` 0 to 100, ``_mib``, ``_watts``, ``_jo
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
-import operator
+import re
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -22,11 +23,6 @@ try:
     import pynvml
 except ImportError:
     pynvml = None
-    NVML_ERRORS: tuple[type[Exception], ...] = ()
-else:
-    # A name that is no UTF-8, a library without a symbol, a structure of another version: pynvml
-    # raises what ctypes and decoding raise, besides its own errors.
-    NVML_ERRORS = (pynvml.NVMLError, ValueError, TypeError, AttributeError, OSError)
 
 MEBIBYTE = 1024**2
 # sizeof and revision of nvmlMemory_v2_t. Only version 2 counts used memory as nvidia-smi does:
@@ -34,20 +30,12 @@ MEBIBYTE = 1024**2
 MEMORY_INFO_VERSION_2 = 0x02000028
 COMPUTE_MODES = {0: "Default", 1: "Exclusive_Thread", 2: "Prohibited", 3: "Exclusive_Process"}
 MIG_MODES = {0: "Disabled", 1: "Enabled"}
-# The names that nvidia-smi gives the bits (clocks_event_reasons.* of its --query-gpu).
-CLOCKS_EVENT_REASONS = {
-    0x001: "gpu_idle",
-    0x002: "applications_clocks_setting",
-    0x004: "sw_power_cap",
-    0x008: "hw_slowdown",
-    0x010: "sync_boost",
-    0x020: "sw_thermal_slowdown",
-    0x040: "hw_thermal_slowdown",
-    0x080: "hw_power_brake_slowdown",
-    0x100: "display_clock_setting",
-    0x200: "board_limit",
-    0x400: "reliability",
-}
+# nvidia-smi's names for the bits (clocks_event_reasons.* of its --query-gpu), the lowest first.
+CLOCKS_EVENT_REASONS = (
+    "gpu_idle", "applications_clocks_setting", "sw_power_cap", "hw_slowdown", "sync_boost",
+    "sw_thermal_slowdown", "hw_thermal_slowdown", "hw_power_brake_slowdown",
+    "display_clock_setting", "board_limit", "reliability",
+)  # fmt: skip
 # GPM (GPU performance monitoring, Hopper and newer): the field of a sample -> NVML's metric id.
 GPM_METRICS = {
     "graphics_engine_active_percent": 1,  # NVML_GPM_METRIC_GRAPHICS_UTIL
@@ -56,19 +44,8 @@ GPM_METRICS = {
     "tensor_activity_percent": 5,  # NVML_GPM_METRIC_ANY_TENSOR_UTIL
     "dram_activity_percent": 10,  # NVML_GPM_METRIC_DRAM_BW_UTIL
 }
-DESCRIPTION_FIELDS = (
-    "index", "uuid", "name", "memory_total_mib", "driver_version", "cuda_driver_version",
-    "mig_mode", "compute_mode", "compute_capability", "mig_devices", "gpm_supported",
-)  # fmt: skip
-STATE_FIELDS = (
-    "gpu_index", "gpu_uuid", "utilization_gpu_percent", "utilization_source", *GPM_METRICS,
-    "memory_used_mib", "memory_total_mib", "sm_clock_mhz", "power_draw_watts", "energy_joules",
-    "throttle_reasons", "temperature_celsius",
-)  # fmt: skip
-
-
 # What to do about an NVML error, by nvmlReturn_t (nvml.h).
-DRIVER_NOT_LOADED, LIBRARY_NOT_FOUND = 9, 12
+NOT_FOUND, DRIVER_NOT_LOADED, LIBRARY_NOT_FOUND = 6, 9, 12
 ADVICE = {
     4: "let this account open /dev/nvidia*, in a container with --gpus all",  # no permission
     DRIVER_NOT_LOADED: "load the driver: sudo modprobe nvidia",
@@ -76,11 +53,13 @@ ADVICE = {
     16: "the GPU has to be reset: see nvidia-smi --gpu-reset, or restart",
     18: "the driver was upgraded while the old one runs: restart",
 }
-# These say that there is no such thing, which is no failure: an argument that does not fit (a plain
-# GPU asked as a MIG instance), not supported, not found, a function that the driver does not have.
-NO_FAILURES = frozenset((2, 3, 6, 13))
+# These are no failures: NVML was not initialized, which is said already; an argument that does not
+# fit (a plain GPU asked as a MIG instance); not supported, not found, no such function.
+NO_FAILURES = frozenset((1, 2, 3, NOT_FOUND, 13))
 
-_failures: dict[str, str] = {}
+# Each function of NVML's that has failed so far, with NVML's message. What the driver, the GPU or
+# pynvml does not offer is no failure.
+failures: dict[str, str] = {}
 
 
 class GpuNotFoundError(Exception):
@@ -95,6 +74,49 @@ class GpuHiddenError(Exception):
     """CUDA_VISIBLE_DEVICES hides every GPU, as the message says."""
 
 
+class _CallError(Exception):
+    """A call that failed: NVML's message, with what to do about it where that is known.
+
+    ``code`` is nvmlReturn_t, None where it was not NVML that failed.
+    """
+
+    def __init__(self, message: str, code: int | None) -> None:
+        super().__init__(f"{message} ({ADVICE[code]})" if code in ADVICE else message)
+        self.code = code
+
+
+def _call(function: str, *arguments: Any) -> Any:
+    """Call one function of pynvml; whatever goes wrong is a ``_CallError``."""
+    callee = getattr(pynvml, function, None)
+    if callee is None or None in arguments:
+        raise _CallError("there is no such function, or no GPU", NOT_FOUND)
+    try:
+        return callee(*arguments)
+    # Besides its own errors pynvml raises what ctypes and decoding raise: a name that is no UTF-8,
+    # a structure of another version, a library that is not the driver's.
+    except Exception as error:
+        code = getattr(error, "value", None)
+        try:
+            message = str(error)
+        except Exception:  # asks the driver for the message of an error that pynvml does not know
+            message = f"error {code} without a readable message"
+        raise _CallError(message, code) from None
+
+
+def _ask(functions: str | tuple[str, ...], *arguments: Any) -> Any:
+    """Return what a function of pynvml answers; None when driver, GPU or pynvml cannot answer.
+
+    Of several functions, which came one after another in NVML's history, the first answer counts.
+    """
+    for function in (functions,) if isinstance(functions, str) else functions:
+        try:
+            return _call(function, *arguments)
+        except _CallError as error:
+            if error.code not in NO_FAILURES:
+                failures.setdefault(function, str(error))
+    return None
+
+
 def unavailable_reason() -> str | None:
     """Return why there is no GPU to ask, or None when there is one."""
     return _initialized()[0]
@@ -106,37 +128,17 @@ def _initialized() -> tuple[str | None, bool]:
     if pynvml is None:
         return "the Python package nvidia-ml-py is not installed", True
     try:
-        pynvml.nvmlInit()
-        count = pynvml.nvmlDeviceGetCount()
-    except NVML_ERRORS as error:
-        is_no_driver = getattr(error, "value", None) in (LIBRARY_NOT_FOUND, DRIVER_NOT_LOADED)
-        return f"NVML says: {describe(error)}", is_no_driver
+        _call("nvmlInit")
+        count = _call("nvmlDeviceGetCount")
+    except _CallError as error:
+        return f"NVML says: {error}", error.code in (LIBRARY_NOT_FOUND, DRIVER_NOT_LOADED)
     return (None if count else "the driver answers but lists no GPU"), not count
 
 
-def describe(error: Exception) -> str:
-    """Return NVML's words for an error, with what to do about it where that is known."""
-    advice = ADVICE.get(getattr(error, "value", None))
-    return f"{error} ({advice})" if advice else str(error)
-
-
-def failures() -> dict[str, str]:
-    """Return each function of NVML's that has failed so far, with NVML's word for it.
-
-    What the driver, the GPU or pynvml does not offer is no failure.
-    """
-    return dict(_failures)
-
-
 def open_gpu(selector: str | int | None = None) -> Gpu | None:
-    """Return the GPU or MIG instance that ``selector`` names.
+    """Return the GPU or MIG instance that ``selector`` names, None when this machine has none.
 
-    Args:
-        selector: NVML's index, a ``GPU-...`` or ``MIG-...`` UUID; None means the first GPU that
-            is not lost.
-
-    Returns:
-        None when no GPU was named and this machine has none (``unavailable_reason`` says why).
+    ``selector`` is NVML's index, a ``GPU-...`` or ``MIG-...`` UUID; None: the first GPU not lost.
 
     Raises:
         GpuNotFoundError: a GPU was named that does not exist.
@@ -149,16 +151,15 @@ def open_gpu(selector: str | int | None = None) -> Gpu | None:
         if selector is None:
             return None
         raise GpuNotFoundError(f"GPU {selector} cannot be found: {reason}.")
+    name = str(next(iter(_handles()[0]), 0) if selector is None else selector)
     try:
-        if selector is None:
-            return Gpu(pynvml.nvmlDeviceGetHandleByIndex(next(iter(_handles()[0]), 0)))
-        if str(selector).isdecimal():
-            return Gpu(pynvml.nvmlDeviceGetHandleByIndex(int(selector)))
-        return Gpu(pynvml.nvmlDeviceGetHandleByUUID(str(selector)))
-    except NVML_ERRORS as error:
-        if getattr(error, "value", None) in ADVICE:
-            raise GpuUnusableError(f"NVML says: {describe(error)}") from None
-        # "0 (GPU-...)" for each GPU, so that the error names the fix
+        # NVML takes 32 bits: a longer number would be another GPU's.
+        if re.fullmatch("[0-9]{1,9}", name):
+            return Gpu(_call("nvmlDeviceGetHandleByIndex", int(name)))
+        return Gpu(_call("nvmlDeviceGetHandleByUUID", name))
+    except _CallError as error:
+        if error.code in ADVICE:
+            raise GpuUnusableError(f"NVML says: {error}") from None
         known = ", ".join(
             f"{index} ({_ask('nvmlDeviceGetUUID', handle)})"
             for index, handle in _handles()[0].items()
@@ -178,12 +179,9 @@ def visible_gpu(environment: Mapping[str, str]) -> str | None:
     """
     if VISIBLE not in environment:
         return None
-    if names_none(environment[VISIBLE]):
-        raise GpuHiddenError(f"{VISIBLE} hides every GPU")
-    if unavailable_reason() is not None:
+    if unavailable_reason() is not None and not names_none(environment[VISIBLE]):
         return None
-    cards = [_card(handle) for handle in _handles()[0].values()]
-    visible = visible_devices(environment, [card for card in cards if card.uuid])
+    visible = visible_devices(environment, _cards())
     if not visible:
         raise GpuHiddenError(f"{VISIBLE} hides every GPU")
     return visible[0]
@@ -206,6 +204,38 @@ def compute_processes(selector: str | int | None = None) -> list[dict[str, Any]]
     return None if gpu is None else gpu.compute_processes()
 
 
+def _open_or_none(selector: str | int | None) -> Gpu | None:
+    with contextlib.suppress(GpuNotFoundError, GpuUnusableError):
+        return open_gpu(selector)
+    return None
+
+
+def _handles() -> tuple[dict[int, Any], list[str]]:
+    """Return the handles of all GPUs by index, and a sentence for each that is lost."""
+    handles, lost = {}, []
+    for index in range(_ask("nvmlDeviceGetCount") or 0):
+        try:
+            handles[index] = _call("nvmlDeviceGetHandleByIndex", index)
+        except _CallError as error:
+            lost.append(f"GPU {index} cannot be used: NVML says: {error}")
+    return handles, lost
+
+
+def _cards() -> list[Card]:
+    """Return the GPUs that tell their UUID, as the reader of CUDA_VISIBLE_DEVICES wants them."""
+    cards = []
+    for handle in _handles()[0].values():
+        capability = _ask("nvmlDeviceGetCudaComputeCapability", handle) or (0, 0)
+        memory = _ask("nvmlDeviceGetMemoryInfo", handle)
+        uuid = _ask("nvmlDeviceGetUUID", handle)
+        mig_uuids = [_ask("nvmlDeviceGetUUID", one) for one in _mig_handles(handle)]
+        name = _ask("nvmlDeviceGetName", handle) or ""
+        speed = (*capability, getattr(memory, "total", 0))
+        if uuid is not None:
+            cards.append(Card(uuid, name, tuple(filter(None, mig_uuids)), speed))
+    return cards
+
+
 class Gpu:
     """One GPU, or one MIG instance of it.
 
@@ -215,7 +245,7 @@ class Gpu:
     """
 
     def __init__(self, handle: Any) -> None:
-        """Wrap an NVML device handle of a GPU or of a MIG instance."""
+        """Wrap NVML's handle of a GPU or a MIG instance; None: no GPU, all of it is unknown."""
         self._handle = handle
         card = _ask("nvmlDeviceGetDeviceHandleFromMigDeviceHandle", handle)
         is_mig = getattr(_ask("nvmlDeviceIsMigDeviceHandle", handle), "value", 0)
@@ -225,40 +255,35 @@ class Gpu:
         self.uuid: str | None = _ask("nvmlDeviceGetUUID", handle)
         self._mig_handles = [] if self._is_instance else _mig_handles(self._card)
         support = _ask("nvmlGpmQueryDeviceSupport", self._card)
-        self.gpm_supported: bool | None = (
-            None if support is None else bool(support.isSupportedDevice)
-        )
+        self.gpm_supported: bool | None = support and bool(support.isSupportedDevice)
 
     def describe(self) -> dict[str, Any]:
-        """Return what does not change while jobs run, one value for each of ``DESCRIPTION_FIELDS``.
+        """Return what does not change while jobs run.
 
         ``uuid`` is the MIG instance's where one was named, ``index`` the card's; ``mig_mode``
-        ({"current", "pending"}; None: the GPU has no MIG) and ``compute_mode`` are in nvidia-smi's
-        words; versions are texts as "13.0"; ``mig_devices`` lists the card's instances, each with
-        ``uuid``, ``profile`` ("1g.10gb"), ``gpu_instance_id``, ``multiprocessor_count``,
-        ``memory_mib``.
+        (None: the GPU has no MIG) and ``compute_mode`` are in nvidia-smi's words; versions are
+        texts as "13.0"; ``mig_devices`` lists the card's instances.
         """
-        mig_mode = _ask("nvmlDeviceGetMigMode", self._card)
+        mig = [MIG_MODES.get(mode) for mode in _ask("nvmlDeviceGetMigMode", self._card) or ()]
         capability = _ask("nvmlDeviceGetCudaComputeCapability", self._card)
-        facts = (
-            self.index,
-            self.uuid,
-            _ask("nvmlDeviceGetName", self._handle),
-            self._memory_mib()[1],
-            _ask("nvmlSystemGetDriverVersion"),
-            _cuda_version(_first_answer("nvmlSystemGetCudaDriverVersion_v2",
-                                        "nvmlSystemGetCudaDriverVersion")),
-            mig_mode and {"current": MIG_MODES.get(mig_mode[0]),
-                          "pending": MIG_MODES.get(mig_mode[1])},
-            COMPUTE_MODES.get(_ask("nvmlDeviceGetComputeMode", self._card)),
-            capability and f"{capability[0]}.{capability[1]}",
-            [_describe_mig_device(handle) for handle in _mig_handles(self._card)],
-            self.gpm_supported,
-        )  # fmt: skip
-        return dict(zip(DESCRIPTION_FIELDS, facts, strict=True))
+        cuda = _ask(("nvmlSystemGetCudaDriverVersion_v2", "nvmlSystemGetCudaDriverVersion"))
+        return {
+            "index": self.index,
+            "uuid": self.uuid,
+            "name": _ask("nvmlDeviceGetName", self._handle),
+            "memory_total_mib": self._memory_mib()[1],
+            "driver_version": _ask("nvmlSystemGetDriverVersion"),
+            # 13000 is 13.0
+            "cuda_driver_version": cuda and f"{cuda // 1000}.{cuda % 1000 // 10}",
+            "mig_mode": {"current": mig[0], "pending": mig[1]} if mig else None,
+            "compute_mode": COMPUTE_MODES.get(_ask("nvmlDeviceGetComputeMode", self._card)),
+            "compute_capability": capability and f"{capability[0]}.{capability[1]}",
+            "mig_devices": self._card and [*map(_describe_mig_device, _mig_handles(self._card))],
+            "gpm_supported": self.gpm_supported,
+        }
 
     def read_state(self) -> dict[str, Any]:
-        """Return the values of this moment, one for each of ``STATE_FIELDS``.
+        """Return the values of this moment: the GPU's fields of a ``Sample`` but for processes.
 
         ``utilization_gpu_percent`` is NVML's (some kernel ran), and GPM's graphics engine
         figure where NVML has none (MIG); ``utilization_source`` says which. GPM figures cover the
@@ -269,6 +294,7 @@ class Gpu:
         gpm = self._read_gpm()
         utilization = _ask("nvmlDeviceGetUtilizationRates", self._handle)
         used_mib, total_mib = self._memory_mib()
+        millijoules = _ask("nvmlDeviceGetTotalEnergyConsumption", self._card)
         percent, source = gpm["graphics_engine_active_percent"], "gpm"
         if utilization is not None:
             percent, source = float(utilization.gpu), "nvml"
@@ -281,19 +307,18 @@ class Gpu:
             "memory_used_mib": used_mib,
             "memory_total_mib": total_mib,
             "sm_clock_mhz": _ask("nvmlDeviceGetClockInfo", self._card, 1),  # 1: NVML_CLOCK_SM
-            "power_draw_watts": _thousandth(_ask("nvmlDeviceGetPowerUsage", self._card)),
-            "energy_joules": _thousandth(_ask("nvmlDeviceGetTotalEnergyConsumption", self._card)),
+            "power_draw_watts": _scaled(_ask("nvmlDeviceGetPowerUsage", self._card), 1000),
+            "energy_joules": _scaled(millijoules, 1000),
             "throttle_reasons": self._throttle_reasons(),
-            "temperature_celsius": _first_answer(
-                "nvmlDeviceGetTemperatureV", "nvmlDeviceGetTemperature", arguments=(self._card, 0)
+            "temperature_celsius": _ask(
+                ("nvmlDeviceGetTemperatureV", "nvmlDeviceGetTemperature"), self._card, 0
             ),
         }
 
     def compute_processes(self) -> list[dict[str, Any]] | None:
         """Return ``{"pid", "used_memory_mib"}`` of each compute process; None when unknown.
 
-        MPS clients stand in this list too, beside the MPS server itself. In a container with its
-        own pid namespace the list may be empty or name pids of the host.
+        MPS clients and the server are in it. In a container it may name the host's pids, or none.
         """
         return self._processes("nvmlDeviceGetComputeRunningProcesses")
 
@@ -303,12 +328,8 @@ class Gpu:
 
     @functools.cached_property
     def _gpm_readers(self) -> list[tuple[int, _GpmReader]]:
-        """One reader with weight 1, or one for each GPU instance of a card under MIG.
-
-        The weight is the instance's multiprocessor count, so that the mean over instances is a
-        mean over multiprocessors. They are made on first use: who only asks for facts arms no
-        counters.
-        """
+        """A reader, or one for each GPU instance of a card under MIG, with its multiprocessors."""
+        # Made on first use: who only asks for facts arms no counters.
         if not self.gpm_supported:
             return []
         weights: Counter[int | None] = Counter()
@@ -321,14 +342,12 @@ class Gpu:
 
     def _read_gpm(self) -> dict[str, float | None]:
         """Return the GPM figures, as a mean over multiprocessors where there are instances."""
-        weights = [weight for weight, _ in self._gpm_readers]
-        readings = [reader.read() for _, reader in self._gpm_readers]
+        readings = [(weight, reader.read()) for weight, reader in self._gpm_readers]
         figures: dict[str, float | None] = dict.fromkeys(GPM_METRICS)
-        for field in GPM_METRICS:
-            values = [reading[field] for reading in readings]
-            if values and None not in values:
-                total = sum(map(operator.mul, weights, values))
-                figures[field] = round(total / sum(weights), 3)
+        for field in figures if readings else ():
+            if all(reading[field] is not None for _, reading in readings):
+                total = sum(weight * reading[field] for weight, reading in readings)
+                figures[field] = round(total / sum(weight for weight, _ in readings), 3)
         return figures
 
     def _memory_mib(self) -> tuple[float | None, float | None]:
@@ -336,37 +355,31 @@ class Gpu:
         memory = _ask("nvmlDeviceGetMemoryInfo", self._handle, MEMORY_INFO_VERSION_2)
         if memory is None:
             memory = _ask("nvmlDeviceGetMemoryInfo", self._handle)
-        return _mebibytes(getattr(memory, "used", None)), _mebibytes(getattr(memory, "total", None))
+        used, total = getattr(memory, "used", None), getattr(memory, "total", None)
+        return _scaled(used, MEBIBYTE, 1), _scaled(total, MEBIBYTE, 1)
 
     def _throttle_reasons(self) -> list[str] | None:
         """Return the names of what lowers the clock now (an empty list: nothing does)."""
-        bits = _first_answer(
-            "nvmlDeviceGetCurrentClocksEventReasons",
-            "nvmlDeviceGetCurrentClocksThrottleReasons",  # the name before driver 535
-            arguments=(self._card,),
-        )
+        # The second is what the function was called before driver 535.
+        bits = _ask(("nvmlDeviceGetCurrentClocksEventReasons",
+                     "nvmlDeviceGetCurrentClocksThrottleReasons"), self._card)  # fmt: skip
         if bits is None:
             return None
-        names = [name for bit, name in CLOCKS_EVENT_REASONS.items() if bits & bit]
-        unnamed = bits & ~sum(CLOCKS_EVENT_REASONS)
+        names = [name for bit, name in enumerate(CLOCKS_EVENT_REASONS) if bits & 1 << bit]
+        unnamed = bits >> len(CLOCKS_EVENT_REASONS) << len(CLOCKS_EVENT_REASONS)
         return [*names, f"unknown_{unnamed:#x}"] if unnamed else names
 
     def _processes(self, function: str) -> list[dict[str, Any]] | None:
-        """Ask for a process list; under MIG also instance by instance.
-
-        Asking a card under MIG needs a privilege that asking its instances does not.
-        """
-        # The unversioned names raise an error that is no NVMLError when the driver is old.
+        # Asking a card under MIG needs a privilege that asking its instances does not.
         functions = (f"{function}_v3", f"{function}_v2")
-        processes = _first_answer(*functions, arguments=(self._handle,))
+        processes = _ask(functions, self._handle)
         if processes is None and self._mig_handles:
-            parts = [_first_answer(*functions, arguments=(handle,)) for handle in self._mig_handles]
-            if all(part is not None for part in parts):
-                processes = [process for part in parts for process in part]
+            parts = [_ask(functions, handle) for handle in self._mig_handles]
+            processes = None if None in parts else [one for part in parts for one in part]
         if processes is None:
             return None
         return [
-            {"pid": process.pid, "used_memory_mib": _mebibytes(process.usedGpuMemory)}
+            {"pid": process.pid, "used_memory_mib": _scaled(process.usedGpuMemory, MEBIBYTE, 1)}
             for process in processes
         ]
 
@@ -378,100 +391,38 @@ class _GpmReader:
     """
 
     def __init__(self, card: Any, gpu_instance_id: int | None) -> None:
-        """Allocate two samples, which take turns at being the earlier one."""
-        self._card = card
-        self._gpu_instance_id = gpu_instance_id
+        # two samples, which take turns at being the earlier one
+        self._take = functools.partial(_ask, "nvmlGpmSampleGet", card)
+        if gpu_instance_id is not None:
+            self._take = functools.partial(_ask, "nvmlGpmMigSampleGet", card, gpu_instance_id)
         self._earlier = _ask("nvmlGpmSampleAlloc")
         self._later = _ask("nvmlGpmSampleAlloc")
         self._earlier_is_filled = False
-        self._request = pynvml.c_nvmlGpmMetricsGet_t()
-        self._request.version = pynvml.NVML_GPM_METRICS_GET_VERSION
-        self._request.numMetrics = len(GPM_METRICS)
-        for position, metric_id in enumerate(GPM_METRICS.values()):
-            self._request.metrics[position].metricId = metric_id
 
     def read(self) -> dict[str, float | None]:
         """Return the figures since the last call; None for each that is not known."""
-        is_taken = None not in (self._earlier, self._later) and self._take_sample()
         figures = dict.fromkeys(GPM_METRICS)
+        is_taken = self._earlier is not None and self._take(self._later) is not None
         if is_taken:
-            if self._earlier_is_filled:
-                figures = self._compare_samples()
+            figures = self._compare_samples() if self._earlier_is_filled else figures
             self._earlier, self._later = self._later, self._earlier
         self._earlier_is_filled = is_taken
         return figures
 
-    def _take_sample(self) -> bool:
-        if self._gpu_instance_id is None:
-            return _ask("nvmlGpmSampleGet", self._card, self._later) is not None
-        arguments = (self._card, self._gpu_instance_id, self._later)
-        return _ask("nvmlGpmMigSampleGet", *arguments) is not None
-
     def _compare_samples(self) -> dict[str, float | None]:
-        self._request.sample1 = self._earlier
-        self._request.sample2 = self._later
-        if _ask("nvmlGpmMetricsGet", self._request) is None:
+        request = pynvml.c_nvmlGpmMetricsGet_t()
+        request.version = pynvml.NVML_GPM_METRICS_GET_VERSION
+        request.numMetrics = len(GPM_METRICS)
+        request.sample1, request.sample2 = self._earlier, self._later
+        for position, metric_id in enumerate(GPM_METRICS.values()):
+            request.metrics[position].metricId = metric_id
+        if _ask("nvmlGpmMetricsGet", request) is None:
             return dict.fromkeys(GPM_METRICS)
-        metrics = self._request.metrics
         # The call as a whole succeeds also where single metrics fail, or divide 0 by 0.
         return {
-            field: metrics[position].value
-            if metrics[position].nvmlReturn == 0 and math.isfinite(metrics[position].value)
-            else None
-            for position, field in enumerate(GPM_METRICS)
+            field: one.value if one.nvmlReturn == 0 and math.isfinite(one.value) else None
+            for field, one in zip(GPM_METRICS, request.metrics, strict=False)
         }
-
-
-def _ask(function: str, *arguments: Any) -> Any:
-    """Call one function of pynvml; None when the driver, the GPU or pynvml cannot answer."""
-    callee = getattr(pynvml, function, None)
-    if callee is None:
-        return None
-    try:
-        return callee(*arguments)
-    except NVML_ERRORS as error:
-        if getattr(error, "value", None) not in NO_FAILURES:
-            _failures.setdefault(function, describe(error))
-        return None
-
-
-def _first_answer(*functions: str, arguments: tuple = ()) -> Any:
-    """Return the first answer among functions that came one after another in NVML's history."""
-    for function in functions:
-        answer = _ask(function, *arguments)
-        if answer is not None:
-            return answer
-    return None
-
-
-def _open_or_none(selector: str | int | None) -> Gpu | None:
-    try:
-        return open_gpu(selector)
-    except (GpuNotFoundError, GpuUnusableError):
-        return None
-
-
-def _handles() -> tuple[dict[int, Any], list[str]]:
-    """Return the handles of all GPUs by index, and a sentence for each that is lost."""
-    handles, lost = {}, []
-    for index in range(_ask("nvmlDeviceGetCount") or 0):
-        try:
-            handles[index] = pynvml.nvmlDeviceGetHandleByIndex(index)
-        except NVML_ERRORS as error:
-            lost.append(f"GPU {index} cannot be used: NVML says: {describe(error)}")
-    return handles, lost
-
-
-def _card(handle: Any) -> Card:
-    capability = _ask("nvmlDeviceGetCudaComputeCapability", handle) or (0, 0)
-    memory = _ask("nvmlDeviceGetMemoryInfo", handle)
-    mig_uuids = [_ask("nvmlDeviceGetUUID", one) for one in _mig_handles(handle)]
-    return Card(
-        uuid=_ask("nvmlDeviceGetUUID", handle) or "",
-        name=_ask("nvmlDeviceGetName", handle) or "",
-        mig_uuids=tuple(filter(None, mig_uuids)),
-        speed=(*capability, 0 if memory is None else memory.total),
-    )
 
 
 def _mig_handles(card: Any) -> list[Any]:
@@ -483,29 +434,17 @@ def _mig_handles(card: Any) -> list[Any]:
 
 def _describe_mig_device(handle: Any) -> dict[str, Any]:
     attributes = _ask("nvmlDeviceGetAttributes_v2", handle)
+    # An instance is called "NVIDIA H100 80GB HBM3 MIG 1g.10gb".
+    profile = (_ask("nvmlDeviceGetName", handle) or "").partition(" MIG ")[2]
     return {
         "uuid": _ask("nvmlDeviceGetUUID", handle),
-        "profile": _mig_profile(_ask("nvmlDeviceGetName", handle)),
+        "profile": profile or None,
         "gpu_instance_id": _ask("nvmlDeviceGetGpuInstanceId", handle),
         "multiprocessor_count": getattr(attributes, "multiprocessorCount", None),
         "memory_mib": getattr(attributes, "memorySizeMB", None),
     }
 
 
-def _mig_profile(name: str | None) -> str | None:
-    """Return "1g.10gb" for "NVIDIA H100 80GB HBM3 MIG 1g.10gb", as NVML calls an instance."""
-    return (name or "").partition(" MIG ")[2] or None
-
-
-def _cuda_version(number: int | None) -> str | None:
-    """Return "13.0" for NVML's 13000."""
-    return None if number is None else f"{number // 1000}.{number % 1000 // 10}"
-
-
-def _mebibytes(number: int | None) -> float | None:
-    return None if number is None else round(number / MEBIBYTE, 1)
-
-
-def _thousandth(value: int | None) -> float | None:
-    """Return watts for milliwatts, joules for millijoules."""
-    return None if value is None else value / 1000
+def _scaled(number: int | None, divisor: int, digits: int = 3) -> float | None:
+    """Return a number of NVML's in units that are `divisor` times as large."""
+    return None if number is None else round(number / divisor, digits)

@@ -21,7 +21,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 VISIBLE, ORDER = "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"
@@ -30,7 +30,8 @@ EXIT_NO_GPU = 3
 
 _LISTED_CARD = re.compile(r"GPU \d+: (?P<name>.*) \(UUID: (?P<uuid>GPU-[0-9A-Za-z-]+)\)")
 _LISTED_MIG = re.compile(r"\s+MIG .*\(UUID: (?P<uuid>MIG-[^)]+)\)")
-_LEADING_NUMBER = re.compile(r"\s*([+-]?\d+)")
+# As `strtoul` reads it: plain digits alone, and so many that no number is in reach.
+_LEADING_NUMBER = re.compile(r"\s*([+-]?[0-9]{1,20})", re.ASCII)
 # Asks CUDA for its devices in its own order, in a process of its own: the driver reads the
 # variables once.
 _ASK_CUDA = """
@@ -80,31 +81,25 @@ def main() -> int:
     return 0
 
 
-def visible_devices(
-    environment: Mapping[str, str],
-    cards: Sequence[Card],
-    cuda_order: Callable[[], Sequence[str]] | None = None,
-) -> list[str]:
+def visible_devices(environment: Mapping[str, str], cards: Sequence[Card]) -> list[str]:
     """Return the UUIDs of the cards or of the MIG device that CUDA would see, in its order.
 
     Args:
         environment: The variables of the process that would use CUDA.
         cards: The machine's GPUs in the order of their PCI bus ids, as NVML counts them.
-        cuda_order: Asks CUDA for the UUIDs of the cards in its own order; empty: it cannot be
-            asked. Called only where that order is not known.
     """
     value = environment.get(VISIBLE)
-    if value is None:
-        return [card.uuid for card in _in_cuda_order(environment, cards, cuda_order)]
     if names_none(value):
         return []
+    if value is None:
+        return [card.uuid for card in _in_cuda_order(environment, cards)]
     entries = value.split(",")
     if value.startswith("GPU-"):
         return _distinct(_by_prefix(entries, [card.uuid for card in cards]))
     if value.startswith("MIG-"):
         devices = [uuid for card in cards for uuid in card.mig_uuids]
         return _distinct(_by_prefix(entries, devices))[:1]
-    ordered = _in_cuda_order(environment, cards, cuda_order)
+    ordered = _in_cuda_order(environment, cards)
     found = []
     for entry in entries:
         index = _index(entry)
@@ -149,16 +144,12 @@ def ask_cuda_for_order() -> list[str]:
         return []
 
 
-def _in_cuda_order(
-    environment: Mapping[str, str],
-    cards: Sequence[Card],
-    cuda_order: Callable[[], Sequence[str]] | None,
-) -> list[Card]:
+def _in_cuda_order(environment: Mapping[str, str], cards: Sequence[Card]) -> list[Card]:
     """Return the cards as CUDA counts them; cards of one model stay in the order of the bus."""
     if environment.get(ORDER) == "PCI_BUS_ID" or len({card.name for card in cards}) <= 1:
         return list(cards)
     by_uuid = {card.uuid: card for card in cards}
-    order = (cuda_order or ask_cuda_for_order)()
+    order = ask_cuda_for_order()
     if set(order) == set(by_uuid):
         return [by_uuid[uuid] for uuid in order]
     return sorted(cards, key=lambda card: card.speed, reverse=True)

@@ -2,69 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
-from benchmarking.modes.mode_evidence import (
-    Evidence,
+from benchmarking.modes.mode_scripts import SETUP_MIG
+from benchmarking.modes.sharing_mode import (
+    GpuFacts,
     Identity,
     ProcessLists,
-    Proof,
-    device_evidence,
-    verdict_of,
+    SharingMode,
+    judge,
+    sees_device,
 )
-from benchmarking.modes.mode_scripts import SETUP_MIG
-from benchmarking.modes.sharing_mode import GpuFacts, SharingMode
+from benchmarking.records.types import Evidence, Proof
 from benchmarking.suite import mig_layout
-from benchmarking.suite.plan import MODE_MIG
 
 
 class MigMode(SharingMode):
-    """MIG: client i has instance i for itself, or the instance of a layout's profile i."""
-
-    name = MODE_MIG
-
-    def __init__(
-        self,
-        describe: Callable[[], GpuFacts | None],
-        no_mps_folder: Path,
-        *,
-        own_pid_namespace: bool,
-        clients: int,
-        layout: Sequence[str] = (),
-    ) -> None:
-        """Take how many clients need an instance, and the profiles of these where they matter."""
-        super().__init__(describe, own_pid_namespace=own_pid_namespace)
-        self._no_mps_folder = no_mps_folder
-        self._clients = clients
-        self._layout = tuple(layout)
+    """Client i has instance i for itself, or the instance of the layout's profile i."""
 
     def instances(self) -> list[Mapping[str, Any]]:
         """Return the card's instances in NVML's order, or those of the layout in its order."""
-        there = list(self._facts().get("mig_devices") or [])
-        return mig_layout.in_order(self._layout, there) if self._layout else there
+        there = list(self.facts().get("mig_devices") or [])
+        return mig_layout.in_order(self.layout, there) if self.layout else there
 
     def check_settings(self, facts: GpuFacts) -> list[Evidence]:
         """MIG is on, and there is an instance for every client."""
         mode = (facts.get("mig_mode") or {}).get("current")
-        count = len(self.instances())
-        wanted = ",".join(self._layout)
-        fix = f"{SETUP_MIG} {wanted or f'1g.5gb {self._clients}'}" if mode else None
-        if self._layout:
+        count, wanted = len(self.instances()), ",".join(self.layout)
+        fix = f"{SETUP_MIG} {wanted or f'1g.5gb {self.clients}'}" if mode else None
+        if self.layout:
             there = facts.get("mig_devices") or []
             profiles = ",".join(str(one.get("profile") or "unknown") for one in there)
-            instances = Evidence(
-                "the layout's instances are there, one for each client in its order",
-                f"{profiles or 'none'} for {wanted}", count == len(self._layout), fix,
-            )  # fmt: skip
+            check = "the layout's instances are there, one for each client in its order"
+            found, is_enough = f"{profiles or 'none'} for {wanted}", count == len(self.layout)
         else:
-            instances = Evidence(
-                "every client has an instance",
-                f"{count} MIG instances for {self._clients} clients", count >= self._clients, fix,
-            )  # fmt: skip
-        found = mode or "not supported by this GPU"
-        return [Evidence("MIG mode is Enabled", found, mode == "Enabled", fix), instances]
+            check = "every client has an instance"
+            found = f"{count} MIG instances for {self.clients} clients"
+            is_enough = count >= self.clients
+        return [
+            Evidence(
+                "MIG mode is Enabled", mode or "not supported by this GPU", mode == "Enabled", fix
+            ),
+            Evidence(check, found, is_enough, fix),
+        ]
 
     def client_environment(self, client: int) -> dict[str, str]:
         """Return the instance by UUID; an empty pipe directory keeps MPS away.
@@ -72,12 +53,14 @@ class MigMode(SharingMode):
         A plan made for looking at only may have more clients than there are instances.
         """
         instances = self.instances()
-        missing = f"(MIG instance {client}, not there)"
+        is_there = client < len(instances)
         return {
             "CUDA_VISIBLE_DEVICES": (
-                str(instances[client]["uuid"]) if client < len(instances) else missing
+                str(instances[client]["uuid"])
+                if is_there
+                else f"(MIG instance {client}, not there)"
             ),
-            "CUDA_MPS_PIPE_DIRECTORY": str(self._no_mps_folder),
+            "CUDA_MPS_PIPE_DIRECTORY": str(self.no_mps_folder),
         }
 
     def prove(
@@ -86,11 +69,11 @@ class MigMode(SharingMode):
         """The client sees its own instance's UUID and multiprocessors."""
         instances = self.instances()
         if client >= len(instances):
-            return verdict_of([Evidence("it has an instance", f"{len(instances)} are left", False)])
+            return judge([Evidence("it has an instance", f"{len(instances)} are left", False)])
         instance = instances[client]
         wanted, seen = instance.get("multiprocessor_count"), identity.get("multiprocessor_count")
-        return verdict_of([
-            *device_evidence(identity, instance["uuid"], card_uuid=self._facts().get("uuid")),
+        return judge([
+            *sees_device(identity, instance["uuid"], card_uuid=self.facts().get("uuid")),
             Evidence(
                 "it sees its instance's multiprocessors", f"{seen} of {wanted}",
                 None if wanted is None or seen is None else wanted == seen,

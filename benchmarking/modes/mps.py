@@ -2,99 +2,100 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarking.modes.mode_evidence import (
-    Evidence,
+from benchmarking.modes.mode_scripts import ENABLE_MPS, read_state
+from benchmarking.modes.sharing_mode import (
+    GpuFacts,
     Identity,
     ProcessLists,
-    Proof,
-    device_evidence,
-    listed_evidence,
-    past_mps_evidence,
-    verdict_of,
+    SharingMode,
+    is_command,
+    is_listed,
+    judge,
+    mig_is_off,
+    own_pids,
+    sees_device,
 )
-from benchmarking.modes.mode_scripts import ENABLE_MPS
-from benchmarking.modes.sharing_mode import GpuFacts, SharingMode, mig_is_off
+from benchmarking.records.types import Evidence, Proof
 from benchmarking.suite.plan import MODE_MPS
 
 CONTROL_PROGRAM = "nvidia-cuda-mps-control"
 CONTROL_TIMEOUT_SECONDS = 10
+MODES_FOR_MPS = ("Default", "Exclusive_Process")
 DEFAULT_PIPE_DIRECTORY = Path("/tmp/nvidia-mps")
 
 
 class MpsMode(SharingMode):
-    """CUDA MPS: a control daemon that answers, and clients that it knows."""
+    """A control daemon that answers, and clients that it knows."""
 
-    name = MODE_MPS
+    clients_of_daemon: frozenset[int] | None = None
 
-    def __init__(
-        self,
-        describe: Callable[[], GpuFacts | None],
-        candidates: Sequence[str],
-        *,
-        own_pid_namespace: bool,
-    ) -> None:
-        """Take the pipe directories to try, the likeliest first."""
-        super().__init__(describe, own_pid_namespace=own_pid_namespace)
-        self._candidates = [candidate for candidate in dict.fromkeys(candidates) if candidate]
-        self._clients_of_daemon: frozenset[int] | None = None
+    @functools.cached_property
+    def candidates(self) -> list[str]:
+        """The pipe directories to try: `enable_mps.sh`'s, the inherited one, CUDA's own."""
+        recorded = read_state(MODE_MPS, str(self.facts().get("uuid")), self.environment)
+        tried = (
+            recorded.get("pipe_directory"),
+            self.environment.get("CUDA_MPS_PIPE_DIRECTORY"),
+            own_default_pipe_directory(),
+        )
+        return list(dict.fromkeys(filter(None, tried)))
+
+    def pipe_directory(self) -> str | None:
+        """Return the first candidate at which a daemon answers: socket files prove nothing."""
+        for candidate in self.candidates:
+            answer = ask_mps_control(candidate, "get_server_list")
+            if answer is not None and not _is_other_protocol(answer):
+                return candidate
+        return None
 
     def check_settings(self, facts: GpuFacts) -> list[Evidence]:
         """A control daemon answers, and neither MIG nor the compute mode forbids clients."""
         found = self.pipe_directory()
-        tried = ", ".join(map(_with_access, self._candidates)) or "no pipe directory is known"
+        tried = ", ".join(map(_with_obstacle, self.candidates)) or "no pipe directory is known"
         daemon = f"yes, at {found}" if found else f"none ({tried})"
         compute_mode = facts.get("compute_mode")
+        is_let_in = None if compute_mode is None else compute_mode in MODES_FOR_MPS
         return [
             mig_is_off(facts),
             Evidence("an MPS control daemon answers", daemon, found is not None, ENABLE_MPS),
             Evidence(
-                "compute mode lets the MPS server in", str(compute_mode),
-                None if compute_mode is None else compute_mode in ("Default", "Exclusive_Process"),
-                ENABLE_MPS,
+                "compute mode lets the MPS server in", str(compute_mode), is_let_in, ENABLE_MPS
             ),
-        ]  # fmt: skip
-
-    def pipe_directory(self) -> str | None:
-        """Return the first candidate at which a daemon answers: socket files prove nothing."""
-        for candidate in self._candidates:
-            answer = ask_mps_control(candidate, "get_server_list")
-            if answer is not None and not _has_other_words(answer):
-                return candidate
-        return None
+        ]
 
     def client_environment(self, client: int) -> dict[str, str]:
         """Return the GPU by UUID, and the pipe directory of the daemon that answers."""
         return {
-            "CUDA_VISIBLE_DEVICES": str(self._facts().get("uuid")),
+            "CUDA_VISIBLE_DEVICES": str(self.facts().get("uuid")),
             "CUDA_MPS_PIPE_DIRECTORY": self.pipe_directory() or "",
         }
 
     def observe(self) -> None:
         """Ask the daemon for its clients, in both ways that it knows."""
         directory = self.pipe_directory()
-        self._clients_of_daemon = mps_clients(directory) if directory else None
+        self.clients_of_daemon = mps_clients(directory) if directory else None
 
     def prove(
         self, client: int, identity: Identity, pids: frozenset[int], lists: ProcessLists
     ) -> Proof:
         """NVML's MPS list or the daemon names the client's pid; one of the two is enough."""
-        listed = self._clients_of_daemon
+        listed = self.clients_of_daemon
         both = [
             # A client that runs without MPS is a plain compute process, so both lists are looked at
             # to tell whether pids can be matched.
-            listed_evidence(
+            is_listed(
                 "NVML lists it as MPS client", identity, lists.mps,
-                can_match=self._can_match(pids, lists.all),
+                can_match=self.can_match(pids, lists.all),
             ),
             # A daemon without any client needs no pids to be matched.
-            listed_evidence(
+            is_listed(
                 "the MPS daemon lists it as client", identity, listed,
-                can_match=not listed or self._can_match(pids, listed),
+                can_match=not listed or self.can_match(pids, listed),
             ),
         ]  # fmt: skip
         if any(item.ok for item in both):
@@ -102,10 +103,10 @@ class MpsMode(SharingMode):
             both = [item for item in both if item.ok]
         elif listed is not None:
             both.append(Evidence("clients that the daemon counts", str(len(listed)), None))
-        return verdict_of([
-            *device_evidence(identity, self._facts().get("uuid")),
+        return judge([
+            *sees_device(identity, self.facts().get("uuid")),
             *both,
-            *past_mps_evidence(identity, lists),
+            *_bypasses_mps(identity, lists),
         ])  # fmt: skip
 
 
@@ -161,7 +162,7 @@ def own_default_pipe_directory() -> str:
     return str(DEFAULT_PIPE_DIRECTORY) if is_own else ""
 
 
-def _has_other_words(servers: str) -> bool:
+def _is_other_protocol(servers: str) -> bool:
     """Whether a daemon that was asked for its servers answers otherwise than with pids.
 
     MPS since CUDA 13 has a protocol 3 with other commands, by NVIDIA's manual.
@@ -169,9 +170,9 @@ def _has_other_words(servers: str) -> bool:
     return any(not line.strip().isdecimal() for line in servers.splitlines() if line.strip())
 
 
-def _with_access(pipe_directory: str) -> str:
+def _with_obstacle(pipe_directory: str) -> str:
     """Return a pipe directory as an error names it: one that is shut may hide a daemon."""
-    if _has_other_words(ask_mps_control(pipe_directory, "get_server_list") or ""):
+    if _is_other_protocol(ask_mps_control(pipe_directory, "get_server_list") or ""):
         return f"{pipe_directory}: a daemon that answers in other words (MPS protocol 3?)"
     try:
         os.stat(Path(pipe_directory) / "control")
@@ -180,3 +181,17 @@ def _with_access(pipe_directory: str) -> str:
     except OSError:
         pass  # nothing there, which is what the error says already
     return pipe_directory
+
+
+def _bypasses_mps(identity: Identity, lists: ProcessLists) -> list[Evidence]:
+    """What speaks against a command under MPS: the driver lists it, but never as an MPS client.
+
+    One pid that is in only one of the lists means nothing: they are asked for one after the other,
+    and a command's processes come and go. Nor does an MPS list without any entry: not every driver
+    fills it.
+    """
+    own = own_pids(identity)
+    listed = own & (lists.compute or frozenset())
+    if not is_command(identity) or not lists.mps or own & lists.mps or not listed:
+        return []
+    return [Evidence("it runs under MPS", f"pid {min(listed)} runs without", False)]

@@ -1,25 +1,26 @@
-"""Plain CUDA on the whole GPU: time slicing, and a job alone."""
+"""Plain CUDA on the whole GPU, for time slicing and a job alone; and no GPU at all."""
 
 from __future__ import annotations
 
 import re
 import subprocess
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
-from benchmarking.modes.mode_evidence import (
-    Evidence,
+from benchmarking.modes.mode_scripts import DISABLE_MPS, SETUP_TIME_SLICING, read_state
+from benchmarking.modes.sharing_mode import (
+    NOT_APPLICABLE,
+    GpuFacts,
     Identity,
     ProcessLists,
-    Proof,
-    device_evidence,
-    listed_evidence,
-    verdict_of,
-    without_mps_evidence,
+    SharingMode,
+    is_listed,
+    judge,
+    mig_is_off,
+    own_pids,
+    sees_device,
 )
-from benchmarking.modes.mode_scripts import DISABLE_MPS, SETUP_TIME_SLICING, read_state
-from benchmarking.modes.sharing_mode import GpuFacts, SharingMode, mig_is_off
+from benchmarking.records.types import Evidence, Proof
 from benchmarking.suite.plan import MODE_TIME_SLICING
 
 TIMESLICE_QUESTION = ("nvidia-smi", "compute-policy", "-l")
@@ -27,57 +28,65 @@ QUESTION_SECONDS = 10
 
 
 class WholeGpuMode(SharingMode):
-    """Plain CUDA on the whole GPU: time slicing, and a job alone.
+    """Time slicing, and a job alone.
 
     Clients get an empty folder of the suite's own as MPS pipe directory, since asking one pipe
     directory for a daemon says nothing of another.
     """
 
-    def __init__(
-        self,
-        name: str,
-        describe: Callable[[], GpuFacts | None],
-        no_mps_folder: Path,
-        *,
-        own_pid_namespace: bool,
-        clients: int = 1,
-    ) -> None:
-        """Take the mode's name and the empty folder; `clients` is for the advice only."""
-        super().__init__(describe, own_pid_namespace=own_pid_namespace)
-        self.name = name
-        self._no_mps_folder = no_mps_folder
-        self._clients = clients
-
     def check_settings(self, facts: GpuFacts) -> list[Evidence]:
         """MIG is off (or not there), compute mode is Default."""
         compute_mode = facts.get("compute_mode")
-        setup = f"{SETUP_TIME_SLICING} {self._clients}"
-        compute_fix = setup if compute_mode != "Exclusive_Process" else f"sudo {DISABLE_MPS}"
         is_default = None if compute_mode is None else compute_mode == "Default"
+        fix = f"{SETUP_TIME_SLICING} {self.clients}"
+        if compute_mode == "Exclusive_Process":
+            fix = f"sudo {DISABLE_MPS}"
         return [
             mig_is_off(facts),
-            Evidence("compute mode is Default", str(compute_mode), is_default, compute_fix),
+            Evidence("compute mode is Default", str(compute_mode), is_default, fix),
         ]
 
     def client_environment(self, client: int) -> dict[str, str]:
         """Return the GPU by UUID, and a pipe directory in which no daemon answers."""
         return {
-            "CUDA_VISIBLE_DEVICES": str(self._facts().get("uuid")),
-            "CUDA_MPS_PIPE_DIRECTORY": str(self._no_mps_folder),
+            "CUDA_VISIBLE_DEVICES": str(self.facts().get("uuid")),
+            "CUDA_MPS_PIPE_DIRECTORY": str(self.no_mps_folder),
         }
 
     def prove(
         self, client: int, identity: Identity, pids: frozenset[int], lists: ProcessLists
     ) -> Proof:
         """The client's pid is a plain compute process of this GPU and no MPS client."""
-        return verdict_of([
-            *device_evidence(identity, self._facts().get("uuid")),
-            listed_evidence(
+        return judge([
+            *sees_device(identity, self.facts().get("uuid")),
+            is_listed(
                 "NVML lists it as compute process", identity, lists.compute,
-                can_match=self._can_match(pids, lists.all),
+                can_match=self.can_match(pids, lists.all),
             ),
-            without_mps_evidence(identity, lists.mps),
+            _is_no_mps_client(identity, lists.mps),
         ])  # fmt: skip
+
+
+class CpuDemoMode(SharingMode):
+    """No GPU: the same flow on the CPU, in which no sharing mode can be in force."""
+
+    def check(self) -> list[Evidence]:
+        """Say that there is no GPU in use; that is no error here."""
+        return [Evidence("a GPU is shared", "no: CPU demonstration, no sharing mode", None)]
+
+    def check_settings(self, facts: GpuFacts) -> list[Evidence]:
+        """There is nothing to set."""
+        return []
+
+    def client_environment(self, client: int) -> dict[str, str]:
+        """Hide GPUs from clients, so that a demonstration is one."""
+        return {"CUDA_VISIBLE_DEVICES": ""}
+
+    def prove(
+        self, client: int, identity: Identity, pids: frozenset[int], lists: ProcessLists
+    ) -> Proof:
+        """There is nothing to prove."""
+        return Proof(NOT_APPLICABLE, self.check())
 
 
 def time_slicing_warning(clients: int, gpu_uuid: str, environment: Mapping[str, str]) -> str | None:
@@ -108,3 +117,11 @@ def time_slice(gpu: Mapping[str, Any]) -> str | None:
     # The exit status says nothing: a damaged infoROM changes it, and the table is right.
     found = row.search(answer.stdout)
     return found[1] if found else None
+
+
+def _is_no_mps_client(identity: Identity, mps: frozenset[int] | None) -> Evidence:
+    check = "it is no MPS client"
+    if mps is None:
+        return Evidence(check, "unknown; its MPS pipe directory is empty", True)
+    is_one = bool(own_pids(identity) & mps)
+    return Evidence(check, "it is one" if is_one else "it is none", not is_one)

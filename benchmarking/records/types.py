@@ -33,19 +33,33 @@ Name = Annotated[str, Meta(min_length=1)]
 Word = Annotated[str, Meta(pattern=r"^[A-Za-z0-9._+-]+$")]
 
 
-class Evidence(Struct, kw_only=True):
+class Evidence(Struct, omit_defaults=True):
     """One thing that was looked at to tell which mode was in force; `ok` null: not to be told."""
 
     check: str
     found: str | None
     ok: bool | None
+    # the command that mends it; only what speaks against the mode has one
+    fix: str | None = None
+
+    def __post_init__(self) -> None:
+        """Drop the advice where nothing has to be mended."""
+        if self.ok is not False:
+            self.fix = None
 
 
-class Proof(Struct, kw_only=True):
+class Proof(Struct):
     """Whether a client ran under the mode that its figures are called by."""
 
     verdict: Verdict
     evidence: list[Evidence]
+
+    @property
+    def reason(self) -> str:
+        """The first evidence that spoke against the client, or could not be told."""
+        wanted = False if self.verdict == "invalid" else None
+        against = [item for item in self.evidence if item.ok is wanted]
+        return f"{against[0].check}: {against[0].found}" if against else ""
 
 
 class Job(Struct, kw_only=True):

@@ -9,10 +9,16 @@ import msgspec
 
 from benchmarking.hardware import host_limit
 from benchmarking.metrics import scores
-from benchmarking.modes.mode_evidence import INVALID, UNVERIFIED, Evidence, Proof
-from benchmarking.records import types
+from benchmarking.modes.sharing_mode import INVALID, UNVERIFIED
 from benchmarking.records.run_folder import PHASE_BASELINE
-from benchmarking.records.types import ClientRecord, CoRunRecord, GpuFigures
+from benchmarking.records.types import (
+    ClientRecord,
+    CoRunRecord,
+    Evidence,
+    GpuFigures,
+    Proof,
+    Summary,
+)
 from benchmarking.suite.event_log import jobs_of, last_event, unit_spans, units_in_window
 from benchmarking.suite.launcher import (
     OUTCOME_INTERRUPTED,
@@ -27,7 +33,7 @@ from benchmarking.suite.launcher import (
 # `metrics` takes records as plain data.
 plain = msgspec.to_builtins
 
-NEVER_MEASURED = Proof(UNVERIFIED, (Evidence("it was measured", "no", None),))
+NEVER_MEASURED = Proof(UNVERIFIED, [Evidence("it was measured", "no", None)])
 
 
 def client_record(
@@ -72,7 +78,7 @@ def client_record(
         reason=reason,
         cause=client.cause,
         memory=client.memory,
-        proof=msgspec.convert((proof or NEVER_MEASURED).to_dict(), types.Proof),
+        proof=proof or NEVER_MEASURED,
         jobs=jobs_of(client.events, start, end),
         units=units,
         latency_ms=latency_ms,
@@ -149,7 +155,7 @@ def co_run_record(
         start_skew_ms=start_skew_ms(co_run.clients),
         gpu=gpu,
         warnings=host_limit.warnings(gpu, clients, host_cores),
-        summary=types.Summary(**summary),
+        summary=Summary(**summary),
     )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarking.modes.mode_evidence import ProcessLists
+from benchmarking.modes.sharing_mode import ProcessLists
 
 # The kernel keeps 15 characters of a name. Clients of the server count, not itself.
 MPS_SERVER_PROGRAM = "nvidia-cuda-mps-server"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarking.modes.mode_evidence import ProcessLists, Proof, own_pids
-from benchmarking.modes.sharing_mode import SharingMode
+from benchmarking.modes.sharing_mode import ProcessLists, SharingMode, own_pids
+from benchmarking.records.types import Proof
 from benchmarking.suite import occupancy
 from benchmarking.suite.event_log import process_ids
 from benchmarking.suite.launcher import ClientResult, CoRunResult

@@ -15,13 +15,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from benchmarking.hardware import nvml
-from benchmarking.modes.choice import make_mode
-from benchmarking.modes.mode_evidence import Evidence
-from benchmarking.modes.sharing_mode import ModeNotInForceError, SharingMode
+from benchmarking.modes.sharing_mode import ModeNotInForceError, SharingMode, make_mode
 from benchmarking.modes.whole_gpu import time_slice, time_slicing_warning
 from benchmarking.records import run_folder
 from benchmarking.records.run_folder import PHASE_BASELINE, Run
+from benchmarking.records.types import Evidence
 from benchmarking.suite import mig_layout, occupancy, pairs
 from benchmarking.suite import plan as planning
 from benchmarking.suite.mps_knobs import MpsKnobs
@@ -194,7 +195,7 @@ class Setup:
                 "git_commit": None,
                 "git_dirty": None,
             },
-            "mode_evidence": [item.to_dict() for item in self.evidence],
+            "mode_evidence": msgspec.to_builtins(self.evidence),
             "baseline_run_id": None,
             "notes": list(self.notes),
         }
