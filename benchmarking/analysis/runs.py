@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
+
 from benchmarking.metrics.breaking_point import says_something_of_the_load
 from benchmarking.records import run_folder
 from benchmarking.suite import baselines
@@ -62,9 +64,10 @@ class RunView:
 
     @classmethod
     def of(cls, run: run_folder.Run, name: str) -> RunView:
-        """View of a run as the run store read it, under this name."""
-        records = [*run.client_records, *run.co_run_records]
-        return cls(name, run.manifest, records, list(run.warnings), str(run.folder.parent))
+        """View of a run as the run store read it, under this name: from here on plain data."""
+        manifest = msgspec.to_builtins(run.manifest)
+        records = msgspec.to_builtins([*run.client_records, *run.co_run_records])
+        return cls(name, manifest, records, list(run.warnings), str(run.folder.parent))
 
     @property
     def mode(self) -> str:
@@ -73,9 +76,8 @@ class RunView:
 
     @property
     def mix(self) -> str:
-        """The mix of jobs; older programs put the limits of MPS clients behind its name."""
-        mix = self.manifest.get("mix") or "unknown"
-        return mix.removesuffix(self._limits.name) or mix
+        """The mix of jobs."""
+        return self.manifest.get("mix") or "unknown"
 
     @property
     def settings(self) -> str:
@@ -98,11 +100,8 @@ class RunView:
 
     @property
     def _limits(self) -> MpsKnobs:
-        """What MPS clients were limited to; in older files only the request holds it."""
-        limits = self.manifest.get("mps_limits")
-        if limits is None and "mps_limits" not in self.manifest:
-            limits = (self.manifest.get("request") or {}).get("mps_knobs")
-        return MpsKnobs.from_dict(limits or {})
+        """What MPS clients were limited to."""
+        return MpsKnobs.from_dict(self.manifest.get("mps_limits") or {})
 
     @property
     def is_pairs(self) -> bool:
@@ -159,7 +158,14 @@ class RunView:
 
     def successful_baselines(self) -> list[dict[str, Any]]:
         """Client records of the jobs alone that may serve as a reference."""
-        return run_folder.successful_baselines(self.clients("baseline"), self.co_runs("baseline"))
+        good = {
+            record["co_run"] for record in self.co_runs("baseline") if record["outcome"] == "ok"
+        }
+        return [
+            record
+            for record in self.clients("baseline")
+            if record["status"] == "ok" and record["co_run"] in good
+        ]
 
     def engines(self) -> dict[str, tuple[Any, Any]]:
         """Engine and precision by workload, as the clients reported them at `ready`."""

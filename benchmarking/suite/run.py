@@ -13,6 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
+
 from benchmarking.hardware import host_limit
 from benchmarking.hardware.gpu_samples import summarize_samples
 from benchmarking.modes.sharing_mode import GPU_ANSWERS, GPU_LOST_FIX, SharingMode
@@ -22,6 +24,7 @@ from benchmarking.records.run_folder import (
     PHASE_SHARE_BASELINE,
     RunWriter,
 )
+from benchmarking.records.types import Record
 from benchmarking.suite import occupancy, stop_reasons
 from benchmarking.suite import plan as planning
 from benchmarking.suite.baselines import (
@@ -177,8 +180,8 @@ class SuiteRun:
         """Say something and keep it with the run."""
         if text:
             self._say(text)
-        if text and text not in self._writer.manifest["notes"]:
-            self._writer.update_manifest(notes=[*self._writer.manifest["notes"], text])
+        if text and text not in self._writer.manifest.notes:
+            self._writer.update_manifest(notes=[*self._writer.manifest.notes, text])
 
     # --- once before -------------------------------------------------------------------------
 
@@ -188,7 +191,7 @@ class SuiteRun:
         What a reused baseline's jobs found is looked at first: the same data, and no second search.
         """
         earlier = self._setup.baseline_run
-        found = (earlier.manifest.get("resolved_arguments") if earlier else None) or {}
+        found = (earlier.manifest.resolved_arguments if earlier else None) or {}
         for job_key, arguments in found.items():
             self._change_clients(job_key, arguments)
         jobs = self._plan.jobs()
@@ -228,7 +231,7 @@ class SuiteRun:
 
     def _describe_environment(self, found: Mapping[str, Any]) -> None:
         """Fill in what is not known of the environment yet."""
-        environment = self._writer.manifest["environment"]
+        environment = msgspec.to_builtins(self._writer.manifest.environment)
         unknown = {
             key: value for key, value in found.items()
             if key in environment and value is not None and environment[key] in (None, {})
@@ -271,7 +274,7 @@ class SuiteRun:
         if run is None:
             return
         self._say(f"baselines are those of run {run.run_id}")
-        self._reference.whole = run.baselines()
+        self._reference.whole = msgspec.to_builtins(run.baselines())
         self._reference.whole_joules = run.energy_alone_joules()
         self._writer.update_manifest(baseline_run_id=run.run_id)
         for job_key, record in self._reference.whole.items():
@@ -441,7 +444,7 @@ class SuiteRun:
         reason = self._stop_reason(record, seen, clients, gpu_lost)
         record["stop_reason"] = self._stop_reasons[planned.co_run] = reason
         for line in (*clients, record):
-            self._writer.append_record(line)
+            self._writer.append_record(msgspec.convert(line, Record))
         for warning in record["warnings"]:
             self._say(warning)
         if reason is not None:
