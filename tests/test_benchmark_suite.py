@@ -822,7 +822,7 @@ UNPROVED = Proof("invalid", (Evidence("it is listed", "no", False),))
 
 
 def test_a_client_record_holds_slowdown_against_its_baseline() -> None:
-    baseline = {"units": {"step": {"count": 100, "seconds": 50.0}}}
+    baseline = {"units": {"step": {"count": 100, "seconds": 50.0, "latency": False}}}
     client = client_of(1.0)
     record = records.client_record(co_run_of("ok", client), client, PROVED, baseline)
     assert record["slowdown"] == pytest.approx(2.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from recorded_rows import client, co_run
 
 from benchmarking.suite.launcher import ClientOutcome
 from benchmarking.suite.plan import PlannedClient
@@ -58,18 +59,15 @@ def judged(
     """The reason of a co-run whose clients have these fields, `failed_at` among them."""
     records, outcomes = [], []
     for number, fields in enumerate(members):
-        record = {
-            "client": number, "label": "Job", "status": "ok", "reason": None, "mode": mode,
-            "stderr_tail": [], "slowdown": None, "latency_ms": None, "co_run": "c", **fields,
-        }  # fmt: skip
+        record = client("c", number, mode=mode, label="Job", **{"latency_ms": None, **fields})
         events = []
         if "failed_at" in fields:
             events = [{"event": "error", "time_seconds": fields["failed_at"]}]
         planned = PlannedClient(number, "w", "Job", "job", ("x",))
         records.append(record)
         outcomes.append(ClientOutcome(planned, record["status"], None, events, None, 1, []))
-    co_run = {"co_run": "c", "clients": len(members), "outcome": outcome, "reason": "all of it"}
-    return stop_reason(co_run, outcomes, records, **bounds)
+    changes = {"clients": len(members), "outcome": outcome, "reason": "all of it"}
+    return stop_reason(co_run("c", "co_run", **changes), outcomes, records, **bounds)
 
 
 FAULT = {"status": "failed", "reason": "an illegal memory access was encountered"}

@@ -83,7 +83,7 @@ def test_an_explicit_run_id_that_cannot_be_is_refused(
 
 def test_a_results_dir_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(run_folder.RunStoreError, match="not a folder"):
+    with pytest.raises(run_folder.RunStoreError, match="choose another --results-dir"):
         run_folder.create_run(tmp_path / "file", MANIFEST)
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 
+from benchmarking.metrics import scores
 from benchmarking.metrics.breaking_point import says_something_of_the_load
 from benchmarking.records import run_folder
 from benchmarking.suite import baselines
@@ -150,11 +151,7 @@ class RunView:
     def judged(self, clients: int) -> list[CoRun]:
         """Co-runs of that many clients that say whether the count works, proved in their mode."""
         found = [CoRun(self, record) for record in self.co_runs() if record["clients"] == clients]
-        return [
-            co_run
-            for co_run in found
-            if says_something_of_the_load(co_run.record) and co_run.is_valid
-        ]
+        return [co_run for co_run in found if co_run.is_valid and co_run.is_answer]
 
     def successful_baselines(self) -> list[dict[str, Any]]:
         """Client records of the jobs alone that may serve as a reference."""
@@ -243,6 +240,11 @@ class CoRun:
         return self.record["outcome"] == "ok"
 
     @property
+    def is_answer(self) -> bool:
+        """Whether it says that its clients work together, or that they do not."""
+        return says_something_of_the_load(self.record["outcome"], self.record.get("stop_reason"))
+
+    @property
     def is_valid(self) -> bool:
         """Whether no client was found outside the mode that the co-run is named after."""
         verdicts = {(record.get("proof") or {}).get("verdict") for record in self.clients}
@@ -262,3 +264,46 @@ class CoRun:
     def summary(self, name: str) -> Any:
         """A figure of the co-run's summary."""
         return (self.record.get("summary") or {}).get(name)
+
+
+# --- what the metrics take, out of records -------------------------------------------------------
+
+
+def failed_requests(client: Record) -> int:
+    """Requests in the window that failed or timed out."""
+    return ((client.get("units") or {}).get(scores.FAILED_REQUEST) or {}).get("count", 0)
+
+
+def latency_ms(client: Record, percent: float) -> float | None:
+    """The percentile of one client's requests."""
+    return scores.latency_percentile(client.get("latency_ms"), percent, failed_requests(client))
+
+
+def whole_jobs(client: Record) -> list[Record]:
+    """The client's jobs that lie whole in the window."""
+    return [job for job in client.get("jobs") or [] if job["in_window"]]
+
+
+def mean_job_seconds(client: Record) -> float | None:
+    """Mean wall time of the client's whole jobs in the window."""
+    return scores.mean(job["duration_seconds"] for job in whole_jobs(client))
+
+
+def window_seconds(client: Record) -> float | None:
+    """Length of the window."""
+    start, end = client["window_start_seconds"], client["window_end_seconds"]
+    return None if start is None or end is None else end - start
+
+
+def joules_per_job(gpu: Record | None, clients: Sequence[Record]) -> float | None:
+    """The card's joules a job, where all clients run the same one."""
+    if len({client["job_key"] for client in clients}) != 1:
+        return None
+    jobs = (
+        scores.jobs_in_window(
+            [(job["start_seconds"], job["end_seconds"]) for job in whole_jobs(client)],
+            window_seconds(client),
+        )
+        for client in clients
+    )
+    return scores.joules_per_job((gpu or {}).get("energy_joules"), jobs)

@@ -14,9 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from benchmarking.hardware.gpu_samples import summarize_samples
 from benchmarking.hardware.host_cpu import CpuReading, read_process_trees
 from benchmarking.metrics.estimates import Estimate, estimate
+from benchmarking.records.types import Sample
 from benchmarking.suite.event_log import Event
 from benchmarking.suite.launcher import Client, FinishRule
 from benchmarking.suite.sampler import Sampler
@@ -142,7 +145,13 @@ class WindowMeter(threading.Thread):
                 ),
                 suite_cores=suite_seconds / length,
                 sampler_cores=_used(sampler_before, sampler_after, length),
-                gpu=summarize_samples(samples, start, end) if samples else None,
+                gpu=(
+                    msgspec.to_builtins(
+                        summarize_samples(msgspec.convert(samples, list[Sample]), start, end)
+                    )
+                    if samples
+                    else None
+                ),
             )
         ]
 

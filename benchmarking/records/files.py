@@ -9,19 +9,26 @@ from __future__ import annotations
 
 import errno
 import gzip
+import io
 import json
 import os
 import secrets
 import stat
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
 PACKED_SUFFIX = ".gz"
 # Of all that is read, after unpacking: hours of raw latencies are a tenth of it.
 MAX_MIB = 256
+# So many bad lines of a file are named one by one, and so much is said of each.
+NAMED_LINES = 20
+SHOWN_CHARACTERS = 200
+NOT_DECODED = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+
+_T = TypeVar("_T")
 
 
 def open_own(path: Path) -> int:
@@ -118,3 +125,33 @@ def read_file(path: Path) -> bytes:
     if len(content) > MAX_MIB * 1024**2:
         raise OSError(errno.EFBIG, f"holds more than {MAX_MIB} MiB", str(path))
     return content
+
+
+def read_lines(path: Path, kind: type[_T]) -> tuple[list[_T], list[str]]:
+    """Read the lines of a file, packed or not, that are of a kind, and warnings about the others.
+
+    A file that is not there has no lines.
+    """
+    packed = path.with_name(path.name + PACKED_SUFFIX)
+    source = packed if packed.exists() and not path.exists() else path
+    try:
+        content = read_file(source)
+    except FileNotFoundError:
+        return [], []
+    except OSError as error:
+        return [], [f"{source}: {error.strerror}, skipped"]
+    decoder = msgspec.json.Decoder(kind)
+    values: list[_T] = []
+    warnings: list[str] = []
+    bad = 0
+    for number, line in enumerate(io.BytesIO(content), start=1):
+        try:
+            values.extend([decoder.decode(line)] if line.strip() else [])
+        except NOT_DECODED as error:
+            bad += 1
+            if bad <= NAMED_LINES:
+                said = str(error)[:SHOWN_CHARACTERS]
+                warnings.append(f"{path}: line {number} is truncated or edited, skipped ({said})")
+    if bad > NAMED_LINES:
+        warnings.append(f"{path}: so are {bad - NAMED_LINES} more lines, skipped")
+    return values, warnings

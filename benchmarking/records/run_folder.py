@@ -22,7 +22,6 @@ it its whole co-run: half of one would give other figures.
 from __future__ import annotations
 
 import fcntl
-import io
 import itertools
 import os
 import re
@@ -30,32 +29,13 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 
-from benchmarking.records.files import (
-    PACKED_SUFFIX,
-    append_line,
-    open_own,
-    read_file,
-    write_json_atomic,
-    write_text_atomic,
-)
-from benchmarking.records.types import (
-    SCHEMA_VERSION,
-    ClientRecord,
-    CoRunRecord,
-    Manifest,
-    Monitor,
-    Phase,
-    PhaseRecord,
-    Record,
-    Refusal,
-    Resumption,
-    RunOutcome,
-    Sample,
-)
+from benchmarking.records import files, types
+from benchmarking.records.files import write_json_atomic, write_text_atomic
+from benchmarking.records.types import ClientRecord, CoRunRecord, Manifest, Phase, Record
 
 MANIFEST_FILE = "manifest.json"
 RECORDS_FILE = "records.jsonl"
@@ -72,13 +52,6 @@ PHASE_SHARE_BASELINE: Phase = "share_baseline"
 PHASE_CO_RUN: Phase = "co_run"
 
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-# So many bad lines of a file are named one by one, and so much is said of each: it may be the file
-# of somebody who wants to fill the reader's memory.
-_NAMED_LINES = 20
-_SHOWN_CHARACTERS = 200
-_NOT_DECODED = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
-
-_T = TypeVar("_T")
 
 
 class RunStoreError(Exception):
@@ -152,7 +125,7 @@ class RunWriter:
         Raises `RunStoreError` when another process writes to it.
         """
         # 0600, as all files: who may only read the run must not be able to hold its lock
-        self._lock = open_own(folder / LOCK_FILE)
+        self._lock = files.open_own(folder / LOCK_FILE)
         if not _lock(self._lock):
             os.close(self._lock)
             raise RunStoreError(f"another process is at work in {folder}: wait for it to end")
@@ -178,7 +151,7 @@ class RunWriter:
     def note_resumption(self, ended: str, notes: Sequence[str]) -> None:
         """Note that the run goes on with these notes, and how it `ended` before, with its notes."""
         before = self.manifest
-        entry = Resumption(
+        entry = types.Resumption(
             resumed_at=utc_now(), ended=ended, finished_at=before.finished_at, notes=before.notes
         )
         resumptions = [*before.resumptions, entry]
@@ -186,14 +159,14 @@ class RunWriter:
             resumptions=resumptions, outcome="running", finished_at=None, notes=list(notes)
         )
 
-    def finish(self, outcome: RunOutcome) -> None:
+    def finish(self, outcome: types.RunOutcome) -> None:
         """Note how the run ended, and when; the folder is free from then on."""
         self.update_manifest(outcome=outcome, finished_at=utc_now())
         os.close(self._lock)
 
     def append_record(self, record: Record) -> None:
         """Append one record as a whole line; it is on disk when this returns."""
-        append_line(self.folder / RECORDS_FILE, record)
+        files.append_line(self.folder / RECORDS_FILE, record)
 
     def client_paths(self, co_run: str, client: int) -> ClientPaths:
         """Paths of one client's output; their folder is there when this returns."""
@@ -227,33 +200,31 @@ def create_run(
         )
     stamp = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S")
     base = run_id or f"{known['effective_mode']}-{known['mix']}-{stamp}"
-    folder = _make_folder(Path(results_dir), base, may_rename=run_id is None)
-    names = {"schema_version": SCHEMA_VERSION, "run_id": folder.name, "created_at": utc_now()}
-    return RunWriter(folder, msgspec.convert(names | known, Manifest))
-
-
-def _make_folder(results_dir: Path, base: str, *, may_rename: bool) -> Path:
-    folder = results_dir / base
+    names = (
+        [base] if run_id else itertools.chain([base], (f"{base}-{n}" for n in itertools.count(2)))
+    )
     try:
         results_dir.mkdir(parents=True, exist_ok=True)
-        for number in itertools.count(2):
-            try:
-                folder.mkdir(mode=0o700)
-                return folder.resolve()
-            except FileExistsError:
-                if not may_rename:
-                    raise RunStoreError(
-                        f"there is a run {base!r} in {results_dir} already: choose another --run-id"
-                    ) from None
-                folder = results_dir / f"{base}-{number}"
-    except FileExistsError:
-        raise RunStoreError(
-            f"{results_dir} is not a folder: choose another --results-dir"
-        ) from None
+        folder = next((one for name in names if _make_folder(one := results_dir / name)), None)
     except OSError as error:
         raise RunStoreError(
-            f"cannot create {folder} ({error.strerror}): choose another --results-dir"
+            f"cannot create {results_dir / base} ({error.strerror}): choose another --results-dir"
         ) from error
+    if folder is None:
+        raise RunStoreError(
+            f"there is a run {base!r} in {results_dir} already: choose another --run-id"
+        )
+    first = {"schema_version": types.SCHEMA_VERSION, "run_id": folder.name, "created_at": utc_now()}
+    return RunWriter(folder.resolve(), msgspec.convert(first | known, Manifest))
+
+
+def _make_folder(folder: Path) -> bool:
+    """Make a folder for this user alone; False where the name is taken."""
+    try:
+        folder.mkdir(mode=0o700)
+    except FileExistsError:
+        return False
+    return True
 
 
 def reopen_run(run: Run, finished: Collection[str]) -> RunWriter:
@@ -262,7 +233,7 @@ def reopen_run(run: Run, finished: Collection[str]) -> RunWriter:
     Such a folder becomes `<co_run>.interrupted-1`, `-2`, ... Raises `RunStoreError` when another
     process writes to the run, when it is packed, or when something in it is another's to write to.
     """
-    packed = sorted(run.folder.glob(f"*.jsonl{PACKED_SUFFIX}"))
+    packed = sorted(run.folder.glob(f"*.jsonl{files.PACKED_SUFFIX}"))
     if packed:
         raise RunStoreError(f"{packed[0]} is packed: gunzip it to go on with the run")
     clients = run.folder / CLIENTS_FOLDER
@@ -271,7 +242,7 @@ def reopen_run(run: Run, finished: Collection[str]) -> RunWriter:
     try:
         for name in (SAMPLES_FILE, MONITOR_LOG_FILE):  # the sampler appends to them by itself
             if os.path.lexists(run.folder / name):
-                os.close(open_own(run.folder / name))
+                os.close(files.open_own(run.folder / name))
         writer = RunWriter(run.folder, run.manifest)
     except PermissionError as error:
         raise RunStoreError(f"cannot go on in {run.folder}: {error.strerror}") from error
@@ -314,43 +285,13 @@ def append_refusal(
     Raises `OSError` when it cannot be written.
     """
     results_dir.mkdir(parents=True, exist_ok=True)
-    refusal = Refusal(
+    refusal = types.Refusal(
         created_at=utc_now(), command=list(command), exit_code=exit_code, sentence=sentence
     )
-    append_line(results_dir / REFUSALS_FILE, refusal)
+    files.append_line(results_dir / REFUSALS_FILE, refusal)
 
 
 # --- reading --------------------------------------------------------------------------------
-
-
-def _read_lines(path: Path, kind: type[_T]) -> tuple[list[_T], list[str]]:
-    """Read the lines of a file, packed or not, that are of a kind, and warnings about the others.
-
-    A file that is not there has no lines.
-    """
-    packed = path.with_name(path.name + PACKED_SUFFIX)
-    source = packed if packed.exists() and not path.exists() else path
-    try:
-        content = read_file(source)
-    except FileNotFoundError:
-        return [], []
-    except OSError as error:
-        return [], [f"{source}: {error.strerror}, skipped"]
-    decoder = msgspec.json.Decoder(kind)
-    values: list[_T] = []
-    warnings: list[str] = []
-    bad = 0
-    for number, line in enumerate(io.BytesIO(content), start=1):
-        try:
-            values.extend([decoder.decode(line)] if line.strip() else [])
-        except _NOT_DECODED as error:
-            bad += 1
-            if bad <= _NAMED_LINES:
-                said = str(error)[:_SHOWN_CHARACTERS]
-                warnings.append(f"{path}: line {number} is truncated or edited, skipped ({said})")
-    if bad > _NAMED_LINES:
-        warnings.append(f"{path}: so are {bad - _NAMED_LINES} more lines, skipped")
-    return values, warnings
 
 
 def read_run(folder: Path) -> Run:
@@ -360,7 +301,7 @@ def read_run(folder: Path) -> Run:
     """
     manifest = _read_manifest(folder)
     path = folder / RECORDS_FILE
-    records, warnings = _read_lines(path, Record)
+    records, warnings = files.read_lines(path, Record)
     clients: dict[str, dict[int, ClientRecord]] = {}
     ended: dict[str, CoRunRecord] = {}
     for record in records:
@@ -394,35 +335,35 @@ def read_run(folder: Path) -> Run:
 def _read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST_FILE
     try:
-        return msgspec.json.decode(read_file(path), type=Manifest)
+        return msgspec.json.decode(files.read_file(path), type=Manifest)
     except OSError as error:
         raise RunStoreError(f"{folder} is not a run: {path.name}: {error.strerror}") from error
-    except _NOT_DECODED as error:
+    except files.NOT_DECODED as error:
+        said = str(error)[: files.SHOWN_CHARACTERS]
         raise RunStoreError(
-            f"{path} is no manifest of schema version {SCHEMA_VERSION} "
-            f"({str(error)[:_SHOWN_CHARACTERS]}): use the version of the program that wrote it, or "
-            "take that folder away"
+            f"{path} is no manifest of schema version {types.SCHEMA_VERSION} ({said}): use the "
+            "version of the program that wrote it, or take that folder away"
         ) from error
 
 
-def read_samples(folder: Path) -> tuple[list[Sample], list[str]]:
+def read_samples(folder: Path) -> tuple[list[types.Sample], list[str]]:
     """Read the sampler's samples of a run, in order, and warnings about lines that are none."""
-    lines, warnings = _read_lines(folder / SAMPLES_FILE, Sample | Monitor)
-    return [line for line in lines if isinstance(line, Sample)], warnings
+    lines, warnings = files.read_lines(folder / SAMPLES_FILE, types.Sample | types.Monitor)
+    return [line for line in lines if isinstance(line, types.Sample)], warnings
 
 
-def read_phases(results_dir: Path) -> tuple[list[PhaseRecord], list[str]]:
+def read_phases(results_dir: Path) -> tuple[list[types.PhaseRecord], list[str]]:
     """Read what each phase of an unattended run did, and warnings about lines that do not say it.
 
     Phases that were cut off and done again have two lines; the later counts.
     """
-    lines, warnings = _read_lines(results_dir / PHASES_FILE, PhaseRecord)
+    lines, warnings = files.read_lines(results_dir / PHASES_FILE, types.PhaseRecord)
     return list({line.phase: line for line in lines}.values()), warnings
 
 
-def read_refusals(results_dir: Path) -> tuple[list[Refusal], list[str]]:
+def read_refusals(results_dir: Path) -> tuple[list[types.Refusal], list[str]]:
     """Read what was refused before there was a run, in order, and warnings."""
-    return _read_lines(results_dir / REFUSALS_FILE, Refusal)
+    return files.read_lines(results_dir / REFUSALS_FILE, types.Refusal)
 
 
 def find_runs(results_dir: Path) -> list[Path]:

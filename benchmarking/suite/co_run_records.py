@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import msgspec
+
 from benchmarking.hardware import host_limit
 from benchmarking.metrics import scores
 from benchmarking.modes.mode_evidence import INVALID, UNVERIFIED, Evidence, Proof
 from benchmarking.records.run_folder import PHASE_BASELINE
+from benchmarking.records.types import ClientRecord, GpuFigures, Units
 from benchmarking.suite.event_log import first_unit_seconds, jobs_of, last_event, units_in_window
 from benchmarking.suite.launcher import (
     OUTCOME_INTERRUPTED,
@@ -21,6 +24,7 @@ from benchmarking.suite.launcher import (
 )
 
 Record = dict[str, Any]
+_ByJob = dict[str, ClientRecord]
 
 NEVER_MEASURED = Proof(UNVERIFIED, (Evidence("it was measured", "no", None),))
 
@@ -51,7 +55,10 @@ def client_record(
     # A baseline is its own reference.
     reference = units if planned.phase == PHASE_BASELINE else (baseline or {}).get("units") or {}
     progress = (
-        scores.normalized_progress(units, scores.unit_seconds(reference))
+        scores.normalized_progress(
+            msgspec.convert(units, dict[str, Units]),
+            scores.unit_seconds(msgspec.convert(reference, dict[str, Units])),
+        )
         if status == STATUS_OK
         else None
     )
@@ -146,12 +153,16 @@ def co_run_record(
         "start_skew_ms": start_skew_ms(co_run.clients),
         "gpu": gpu,
         "warnings": host_limit.warnings(gpu, client_records, host_cores),
-        "summary": scores.summarize_co_run(
-            client_records,
-            baselines if is_comparable else {},
-            gpu,
-            energy_alone_joules=energy_alone_joules,
-            share_baselines=share_baselines if is_comparable else {},
+        "summary": msgspec.to_builtins(
+            scores.summarize_co_run(
+                msgspec.convert(client_records, list[ClientRecord]),
+                msgspec.convert(dict(baselines), _ByJob) if is_comparable else {},
+                msgspec.convert(gpu, GpuFigures | None),
+                energy_alone_joules=energy_alone_joules,
+                share_baselines=(
+                    msgspec.convert(share_baselines, _ByJob | None) if is_comparable else {}
+                ),
+            )
         ),
     }
 

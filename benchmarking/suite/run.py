@@ -24,7 +24,7 @@ from benchmarking.records.run_folder import (
     PHASE_SHARE_BASELINE,
     RunWriter,
 )
-from benchmarking.records.types import Record
+from benchmarking.records.types import Record, Sample
 from benchmarking.suite import occupancy, stop_reasons
 from benchmarking.suite import plan as planning
 from benchmarking.suite.baselines import (
@@ -555,7 +555,9 @@ class SuiteRun:
         start, end = seen.window_start_seconds, seen.window_end_seconds
         if start is None or end is None or not samples:
             return None
-        figures = summarize_samples(samples, start, end)
+        figures = msgspec.to_builtins(
+            summarize_samples(msgspec.convert(samples, list[Sample]), start, end)
+        )
         if self._setup.is_cpu_demo:
             # A GPU that is there but not in use says nothing about this run.
             return {key: figures[key] if key == "host_cpu_percent" else None for key in figures}

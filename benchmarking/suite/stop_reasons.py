@@ -23,7 +23,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import msgspec
+
 from benchmarking.metrics.breaking_point import breaking_point
+from benchmarking.records.types import ClientRecord, CoRunRecord
 from benchmarking.suite.event_log import last_event
 from benchmarking.suite.launcher import ClientOutcome
 from benchmarking.suite.plan import MODE_MPS
@@ -68,7 +71,12 @@ def stop_reason(
         return _reason(GPU_LOST, None, gpu_lost, [])
     if co_run["outcome"] in ("failed", "timeout"):
         return _failure(co_run, outcomes, clients)
-    bound = breaking_point([co_run], clients, max_slowdown=max_slowdown, max_p99_ms=max_p99_ms)
+    bound = breaking_point(
+        [msgspec.convert(co_run, CoRunRecord)],
+        msgspec.convert(clients, list[ClientRecord]),
+        max_slowdown=max_slowdown,
+        max_p99_ms=max_p99_ms,
+    )
     if bound["criterion"] is None:
         return None
     return _reason(bound["criterion"], None, bound["detail"], [])
