@@ -201,11 +201,4 @@ def sampler_cost_percent(rates: Sequence[tuple[bool, float]]) -> Estimate | None
     """
     pairs = [dict(rates[index : index + 2]) for index in range(0, len(rates) - 1, 2)]
     ratio = estimate(pair[True] / pair[False] for pair in pairs if pair[False] > 0)
-    if ratio is None:
-        return None
-
-    def cost(value: float) -> float:
-        return 100 * (1 - value)
-
-    raw = tuple(map(cost, ratio.values))
-    return Estimate(cost(ratio.mean), cost(ratio.high), cost(ratio.low), raw, ratio.is_interval)
+    return ratio and ratio.map(lambda value: 100 * (1 - value))

@@ -68,36 +68,30 @@ def breaking_point(
         repeats = judged.setdefault(co_run.clients, [])
         if says_something_of_the_load(co_run.outcome, co_run.stop_reason):
             repeats.append(co_run)
-    found: dict[str, Any] = {
-        "clients": None,
-        "criterion": None,
-        "detail": None,
-        "broken_repeats": 0,
-        "judged_repeats": 0,
-        "last_good_clients": None,
-        "highest_clients_tried": max((n for n, repeats in judged.items() if repeats), default=None),
-        "not_judged": [],
-    }
+    last_good, not_judged, broken, repeats = None, [], [], []
     for clients, repeats in judged.items():
-        if not repeats:
-            found["not_judged"].append(clients)
-            continue
-        broken = []
-        for co_run in repeats:
-            members = [record for record in client_records if record.co_run == co_run.co_run]
-            if reason := _broken_by(co_run, members, max_slowdown, max_p99_ms):
-                broken.append(reason)
+        broken = [
+            reason
+            for co_run in repeats
+            if (reason := _broken_by(co_run, client_records, max_slowdown, max_p99_ms))
+        ]
         if broken:
-            criterion, detail = broken[0]
-            return found | {
-                "clients": clients,
-                "criterion": criterion,
-                "detail": detail,
-                "broken_repeats": len(broken),
-                "judged_repeats": len(repeats),
-            }
-        found["last_good_clients"] = clients
-    return found
+            break
+        if repeats:
+            last_good = clients
+        else:
+            not_judged.append(clients)
+    criterion, detail = broken[0] if broken else (None, None)
+    return {
+        "clients": clients if broken else None,
+        "criterion": criterion,
+        "detail": detail,
+        "broken_repeats": len(broken),
+        "judged_repeats": len(repeats) if broken else 0,
+        "last_good_clients": last_good,
+        "highest_clients_tried": max((n for n, repeats in judged.items() if repeats), default=None),
+        "not_judged": not_judged,
+    }
 
 
 def says_something_of_the_load(outcome: str, stop_reason: Mapping[str, Any] | None) -> bool:
@@ -111,11 +105,12 @@ def says_something_of_the_load(outcome: str, stop_reason: Mapping[str, Any] | No
 
 def _broken_by(
     co_run: CoRunRecord,
-    members: Sequence[ClientRecord],
+    client_records: Sequence[ClientRecord],
     max_slowdown: float | None,
     max_p99_ms: float | None,
 ) -> tuple[str, str | None] | None:
     """Which criterion this co-run breaks, and in words; `None` when it meets them."""
+    members = [record for record in client_records if record.co_run == co_run.co_run]
     if co_run.outcome in ("failed", "timeout"):
         statuses = [record.status for record in members]
         cause = next((status for status in _FAILURES_BY_CAUSE if status in statuses), None)

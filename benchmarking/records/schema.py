@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import msgspec
@@ -25,12 +26,14 @@ PUBLISHED = {
 
 def schema_texts() -> dict[Path, str]:
     """Return the text of each schema file."""
+    return {SCHEMAS / f"{kind}.schema.json": _text(struct) for kind, struct in PUBLISHED.items()}
+
+
+def _text(struct: type) -> str:
+    """Return the schema of a struct, whatever holds nothing else on one line."""
     draft = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
-    return {
-        SCHEMAS / f"{kind}.schema.json": json.dumps(draft | msgspec.json.schema(struct), indent=2)
-        + "\n"
-        for kind, struct in PUBLISHED.items()
-    }
+    text = json.dumps(draft | msgspec.json.schema(struct), indent=2)
+    return re.sub(r"[\[{]\s[^\[\]{}]*[\]}]", lambda found: " ".join(found[0].split()), text) + "\n"
 
 
 if __name__ == "__main__":
