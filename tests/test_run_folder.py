@@ -517,6 +517,19 @@ def test_a_file_made_to_stop_the_reader_is_one_sentence(
     assert len(read.warnings) < 25
 
 
+@pytest.mark.parametrize("depth", range(900, 1000, 7))
+def test_what_is_nested_too_deeply_fails_where_it_is_read_or_nowhere(
+    tmp_path: Path, depth: int
+) -> None:
+    line = json.dumps(client("c", 0)).replace('"figures": {}', f'"figures": {{"x": {"[" * depth}0')
+    assert "[[" in line
+    run = written(tmp_path, co_run("c"))
+    with (run.folder / "records.jsonl").open("a") as stream:
+        stream.write(line.replace("[0", "[0" + "]" * depth + "}") + "\n")
+    read = run_folder.read_run(run.folder)
+    assert len(plain(RunView.of(read, "x").records)) == 2 or "recursion" in read.warnings[0]
+
+
 @pytest.mark.parametrize("plant", [lambda path: os.mkfifo(path), sparse, nested])
 def test_a_manifest_made_to_stop_the_reader_is_no_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plant: Callable[[Path], None]

@@ -127,6 +127,14 @@ def read_file(path: Path) -> bytes:
     return content
 
 
+def decode(decoder: msgspec.json.Decoder[_T], content: bytes, reserve: int = 50) -> _T:
+    """Decode with so many calls to spare: what is nested too deeply fails here, not in its users.
+
+    Raises one of `NOT_DECODED`.
+    """
+    return decode(decoder, content, reserve - 1) if reserve else decoder.decode(content)
+
+
 def read_lines(path: Path, kind: type[_T]) -> tuple[list[_T], list[str]]:
     """Read the lines of a file, packed or not, that are of a kind, and warnings about the others.
 
@@ -146,7 +154,7 @@ def read_lines(path: Path, kind: type[_T]) -> tuple[list[_T], list[str]]:
     bad = 0
     for number, line in enumerate(io.BytesIO(content), start=1):
         try:
-            values.extend([decoder.decode(line)] if line.strip() else [])
+            values.extend([decode(decoder, line)] if line.strip() else [])
         except NOT_DECODED as error:
             bad += 1
             if bad <= NAMED_LINES:

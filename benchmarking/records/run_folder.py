@@ -335,7 +335,7 @@ def read_run(folder: Path) -> Run:
 def _read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST_FILE
     try:
-        return msgspec.json.decode(files.read_file(path), type=Manifest)
+        return files.decode(msgspec.json.Decoder(Manifest), files.read_file(path))
     except OSError as error:
         raise RunStoreError(f"{folder} is not a run: {path.name}: {error.strerror}") from error
     except files.NOT_DECODED as error:
