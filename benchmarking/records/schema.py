@@ -1,6 +1,6 @@
 """The published JSON Schemas of the result files, a file a kind of object, made from the structs.
 
-`python3 -m benchmarking.records.schema` writes them anew.
+They are written anew by `python3 -c 'from benchmarking.records.schema import publish; publish()'`.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ def _text(struct: type) -> str:
     return re.sub(r"[\[{]\s[^\[\]{}]*[\]}]", lambda found: " ".join(found[0].split()), text) + "\n"
 
 
-if __name__ == "__main__":
+def publish() -> None:
+    """Write the schema files anew."""
     for path, text in schema_texts().items():
         path.write_text(text, encoding="utf-8")
