@@ -23,6 +23,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import msgspec
+
 from benchmarking.analysis import comparison, decision, export, report_content, terminal_report
 from benchmarking.analysis.comparison import Comparison
 from benchmarking.analysis.document import Document
@@ -126,20 +128,20 @@ def read_and_compare(
         )
     folders = run_folder.find_runs(results_dir)
     problems = unreadable_runs(results_dir, folders)
-    refusals, torn_refusals = run_folder.read_refusals(results_dir)
+    refusals, bad_refusals = run_folder.read_refusals(results_dir)
     if not folders:
-        said = [*problems, *(f"refused: {refusal['sentence']}" for refusal in reversed(refusals))]
+        said = [*problems, *(f"refused: {refusal.sentence}" for refusal in reversed(refusals))]
         detail = f" ({said[0]})" if said else ""
         raise UsageError(
             f"no run in {results_dir}{detail}: make one with benchmarking/benchmark_suite.py first"
         )
     runs = named_runs(results_dir, [run_folder.read_run(folder) for folder in folders])
-    phases, torn = run_folder.read_phases(results_dir)
+    phases, bad_phases = run_folder.read_phases(results_dir)
     compared = comparison.compare(
         [RunView.of(run, name) for name, run in runs.items()],
-        phases,
-        [*problems, *torn, *torn_refusals],
-        refusals=refusals,
+        msgspec.to_builtins(phases),
+        [*problems, *bad_phases, *bad_refusals],
+        refusals=msgspec.to_builtins(refusals),
         references=lenders(results_dir, folders),
         slo_ms=slo_ms,
     )
@@ -192,9 +194,9 @@ def draw_and_build(compared: Comparison, folders: dict[str, Path], output: Path)
     from benchmarking.analysis import drawing
 
     def samples_of(run: RunView) -> list[dict]:
-        samples, torn = run_folder.read_samples(folders[run.run_id])
-        compared.problems += torn
-        return samples
+        samples, bad_lines = run_folder.read_samples(folders[run.run_id])
+        compared.problems += bad_lines
+        return msgspec.to_builtins(samples)
 
     try:
         output.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mode_script_runner import PROJECT_ROOT, ROOT_PREFIX, UUID, ModeScripts, open_folder
+from recorded_rows import plain
 from waiting import wait_until
 
 from benchmarking.records import run_folder
@@ -163,7 +164,7 @@ class DriverRunner(ModeScripts):
         (refusal,), warnings = run_folder.read_refusals(folder)
         assert warnings == []
         assert [path.name for path in folder.iterdir()] == [run_folder.REFUSALS_FILE]
-        return refusal
+        return plain(refusal)
 
 
 def without_gpu_programs() -> str:

@@ -1,6 +1,15 @@
-"""Whole lines of `records.jsonl` to change for a test."""
+"""Whole lines of `records.jsonl` to change for a test, and what was recorded as plain data."""
 
 from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+
+from benchmarking.records import run_folder
 
 ROW = {"mode": "mps", "clients": 1, "repeat": 0, "reason": None,
        "window_start_seconds": 1.0, "window_end_seconds": 2.0}  # fmt: skip
@@ -27,3 +36,23 @@ def co_run(name: str, phase: str = "baseline", outcome: str = "ok", **changes: o
         "summary": {"stp": None, "antt": None},
     }  # fmt: skip
     return {**record, **changes}
+
+
+def plain(value: Any) -> Any:
+    """Structs as they stand in a file."""
+    return json.loads(msgspec.json.encode(value))
+
+
+def read_plain(folder: Path) -> SimpleNamespace:
+    """A run as it is read, its records as plain data."""
+    run = run_folder.read_run(folder)
+    return SimpleNamespace(
+        folder=run.folder,
+        run_id=run.run_id,
+        manifest=plain(run.manifest),
+        client_records=plain(run.client_records),
+        co_run_records=plain(run.co_run_records),
+        warnings=run.warnings,
+        clients_of=lambda co_run: plain(run.clients_of(co_run)),
+        baselines=lambda: plain(run.baselines()),
+    )

@@ -238,8 +238,8 @@ class Round:
         rows: Counter[tuple] = Counter()
         for folder in run_folder.find_runs(self.output) if self.output.exists() else []:
             for record in run_folder.read_run(folder).co_run_records:
-                if record["outcome"] == "ok":
-                    key = (folder.name, record["co_run"], record["window_start_seconds"])
+                if record.outcome == "ok":
+                    key = (folder.name, record.co_run, record.window_start_seconds)
                     rows[key] += 1
         return rows
 
@@ -275,11 +275,11 @@ class Round:
         """Whether every run of the round has ended with all that was asked for."""
         if not self.script.endswith(".sh"):
             folder = self.output / "mine"
-            return run_folder.read_run(folder).manifest["outcome"] == "complete"
+            return run_folder.read_run(folder).manifest.outcome == "complete"
         path = self.output / "phases.jsonl"
         if self.script == "stress_test.sh":
             runs = [run_folder.read_run(f).manifest for f in run_folder.find_runs(self.output)]
-            return bool(runs) and all(run["outcome"] == "complete" for run in runs)
+            return bool(runs) and all(run.outcome == "complete" for run in runs)
         last = {}
         for line in path.read_text().splitlines() if path.exists() else []:
             last[json.loads(line)["phase"]] = json.loads(line)["status"]

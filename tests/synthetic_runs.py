@@ -73,7 +73,8 @@ def client_record(
         "figures": FIGURES[workload],
         "identity": {"pid": 4242, "device": "cuda", "engine": "graph", "precision": "bf16",
                      "batch_size": batch_size, "multiprocessor_count": 132},
-        "host_cpu_seconds": seconds / 10, "peak_memory_mib": 3000, "startup_seconds": 9.0,
+        "host_cpu_seconds": seconds / 10, "window_host_cpu_fraction": None,
+        "busiest_thread_cpu_fraction": None, "peak_memory_mib": 3000, "startup_seconds": 9.0,
         "exit_code": 0, "stderr_tail": [], "reason": None,
         "slowdown": None, "normalized_progress": None,
     } | more  # fmt: skip
@@ -125,14 +126,14 @@ def run(
             record["identity"] |= {"device": "cpu", "engine": "eager", "precision": "fp32"}
     return {
         "manifest": {
-            "schema_version": 1, "run_id": run_id, "created_at": created_at,
+            "schema_version": 3, "run_id": run_id, "created_at": created_at,
             "command": ["benchmark_suite.py", "--mode", mode, "--mix", mix],
             "mode": mode, "effective_mode": mode if gpu else "cpu-demo", "mix": mix,
             "job_size": "guide" if gpu else "cpu", "seed": 42,
             "plan": {"baseline": [], "co_runs": []},
             "environment": GPU if gpu else NO_GPU,
             "mode_evidence": [{"check": "MIG mode", "found": "Disabled", "ok": True}],
-            "baseline_run_id": None, "notes": [], "finished_at": created_at,
+            "baseline_run_id": None, "notes": [], "resumptions": [], "finished_at": created_at,
             "outcome": "complete",
         } | manifest,
         "records": records,
@@ -152,7 +153,7 @@ def _co_run(
         "clients": len(members), "repeat": repeat, "outcome": "ok", "reason": None,
         "warnings": [], "window_start_seconds": members[0]["window_start_seconds"],
         "window_end_seconds": max(member["window_end_seconds"] for member in members),
-        "go_skew_ms": 0.4,
+        "go_skew_ms": 0.4, "start_skew_ms": None,
         "gpu": {
             "utilization_gpu_percent": busy, "utilization_source": "nvml" if gpu else None,
             "sm_activity_percent": 70.0 if gpu else None,

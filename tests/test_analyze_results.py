@@ -91,17 +91,17 @@ def test_without_output_the_report_lands_beside_the_runs_and_can_be_made_again(t
     assert first.returncode == 0, first.stderr
     before = (results / "report.md").read_text()
     assert "| 4 | mig | skipped | MIG mode is off |" in before
-    assert "phases.jsonl: line 2 is not as it was written, skipped" in before
+    assert "phases.jsonl: line 2 is truncated or edited, skipped" in before
     assert analyze("--results-dir", results).returncode == 0
     assert (results / "report.md").read_text() == before
 
 
-def test_torn_lines_and_unreadable_runs_are_said(tmp_path):
+def test_truncated_lines_and_unreadable_runs_are_said(tmp_path):
     results = tmp_path / "results"
     shutil.copytree(FIXTURE, results)
-    torn = results / "time-slicing-mixed-20260101-000000"
+    truncated = results / "time-slicing-mixed-20260101-000000"
     for name in ("records.jsonl", "gpu_samples.jsonl"):
-        with (torn / name).open("a") as stream:
+        with (truncated / name).open("a") as stream:
             stream.write('{"record": "cli')
     (results / "broken").mkdir()
     (results / "broken" / "manifest.json").write_text("{")
@@ -110,7 +110,7 @@ def test_torn_lines_and_unreadable_runs_are_said(tmp_path):
     problems = (results / "report.md").read_text().split("## Problems while reading")[1]
     assert "records.jsonl: line" in problems
     assert "gpu_samples.jsonl: line" in problems
-    assert "broken/manifest.json is not JSON" in problems
+    assert "broken/manifest.json is no manifest of schema version 3 (" in problems
 
 
 def test_runs_that_share_an_id_are_all_kept_and_named_by_their_paths(tmp_path):
@@ -321,7 +321,7 @@ def test_the_readmes_latencies_of_single_images_are_those_of_the_records():
 
     def mean_ms(run, clients):
         records = run.clients_of(f"single-image-{clients}-r0")
-        return statistics.fmean(ms for record in records for ms in record["latency_ms"])
+        return statistics.fmean(ms for record in records for ms in record.latency_ms)
 
     alone = [mean_ms(run, 1) for run in runs]
     for clients in (1, 3, 5, 7):

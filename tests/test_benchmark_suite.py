@@ -21,12 +21,13 @@ from pathlib import Path
 import msgspec
 import nvml_stub
 import pytest
+from msgspec.structs import asdict, replace
 from program_copy import copy_programs, processes_of
-from recorded_rows import client, co_run
+from recorded_rows import client, co_run, plain, read_plain
 from waiting import wait_until
 
 from benchmarking.records import run_folder
-from benchmarking.records.types import ClientRecord, Evidence, Proof
+from benchmarking.records.types import ClientRecord, Environment, Evidence, Manifest, Proof
 from benchmarking.suite import baselines, console, sampler
 from benchmarking.suite import co_run_records as records
 from benchmarking.suite.launcher import ClientResult, CoRunResult
@@ -101,7 +102,7 @@ class Bench:
 
     def only_run(self) -> run_folder.Run:
         """The newest run; every line of it is as the published schema has it."""
-        run = run_folder.read_run(run_folder.find_runs(self.results)[-1])
+        run = read_plain(run_folder.find_runs(self.results)[-1])
         assert run.warnings == []
         return run
 
@@ -110,7 +111,7 @@ class Bench:
         (refusal,), warnings = run_folder.read_refusals(self.results)
         assert warnings == []
         assert [path.name for path in self.results.iterdir()] == [run_folder.REFUSALS_FILE]
-        return refusal
+        return plain(refusal)
 
 
 @pytest.fixture
@@ -584,7 +585,7 @@ def test_what_was_refused_is_in_the_report_of_its_folder(gpu_bench: Callable) ->
     report = (bench.results / "report.md").read_text()
     assert "## What was refused, and why" in report
     assert sentence in report
-    assert f"{run_folder.REFUSALS_FILE}: line 2 is not as it was written, skipped" in report
+    assert f"{run_folder.REFUSALS_FILE}: line 2 is truncated or edited, skipped" in report
 
 
 @pytest.mark.parametrize("crashes", [False, True])
@@ -688,7 +689,7 @@ def test_mig_gives_each_client_its_instance_and_uses_an_earlier_whole_gpu_baseli
     bench.script({"match": "*", "identity": {"multiprocessor_count": 16}})
     done = bench.run("--mode", "mig", *jobs, "--run-id", "sliced")
     assert done.returncode == 0, done.stderr
-    run = run_folder.read_run(bench.results / "sliced")
+    run = read_plain(bench.results / "sliced")
     assert run.manifest["baseline_run_id"] == "alone"
     assert [record["phase"] for record in run.co_run_records] == ["share_baseline", "co_run"]
     assert verdicts(run) == ["verified", "verified"]
@@ -745,7 +746,7 @@ def test_a_baseline_of_another_run_is_reused_or_refused_naming_the_field(
     jobs = ["--mix", "training", "--workloads", "1", "--quick"]
     assert bench.run("--mode", "exclusive", *jobs, "--run-id", "alone").returncode == 0
     assert bench.run(*jobs, "--baseline", "alone", "--run-id", "again").returncode == 0
-    again = run_folder.read_run(bench.results / "again")
+    again = read_plain(bench.results / "again")
     assert again.manifest["baseline_run_id"] == "alone"
     assert [record["phase"] for record in again.co_run_records] == ["co_run"]
     assert again.co_run_records[0]["summary"]["stp"] > 0
@@ -766,21 +767,20 @@ def test_a_baseline_on_other_data_is_refused_naming_both(bench: Bench) -> None:
     done = bench.run(*jobs, "--baseline", "alone", "--run-id", "other")
     assert done.returncode == 2
     assert "was `--resolved yes`, now it is `--dataset folder`" in done.stderr
-    assert run_folder.read_run(bench.results / "other").client_records == []
+    assert read_plain(bench.results / "other").client_records == []
 
 
 def test_the_newest_reusable_run_is_one_on_the_same_data(tmp_path: Path) -> None:
     for number, data in enumerate(["here", "elsewhere", None]):
         noted = {} if data is None else {"resolved_arguments": {"job": ["--data-dir", data]}}
-        made = {**manifest(), "mode": "exclusive", "mix": "training", "plan": {}, "notes": [],
-                **noted}  # fmt: skip
-        run = run_folder.create_run(tmp_path, made, run_id=f"run-{number}")
-        run.update_manifest(created_at=f"2026-01-0{3 - number}")
+        made = asdict(replace(manifest(), **noted, created_at=f"2026-01-0{3 - number}"))
+        made["run_id"] = f"run-{number}"
+        run = run_folder.create_run(tmp_path, made, run_id=made["run_id"])
         run.append_record(client("alone", 0, phase="baseline"))
         run.append_record(co_run("alone"))
 
     def found(data: str) -> str | None:
-        ours = {**manifest(), "resolved_arguments": {"job": ["--data-dir", data]}}
+        ours = replace(manifest(), resolved_arguments={"job": ["--data-dir", data]})
         run = baselines.newest_reusable(tmp_path, ours, ["job"])
         return run and run.run_id
 
@@ -930,11 +930,13 @@ def test_a_terminal_that_is_gone_does_not_end_the_run(monkeypatch: pytest.Monkey
         os.dup2(os.open(os.devnull, os.O_WRONLY), gone.fileno())
 
 
-def manifest(**environment: object) -> dict:
-    versions = {"python": "3.11", "torch": "2.11"}
-    return {"effective_mode": "mps", "job_size": "guide",
-            "environment": {"gpu_name": "H100", "driver_version": "580", "versions": versions,
-                            **environment}}  # fmt: skip
+def manifest(**environment: object) -> Manifest:
+    known = {"gpu_name": "H100", "driver_version": "580",
+             "versions": {"python": "3.11", "torch": "2.11"}}  # fmt: skip
+    return Manifest(
+        schema_version=3, run_id="r", created_at="", mode="mps", effective_mode="mps", mix="mixed",
+        job_size="guide", plan={}, notes=[], environment=Environment(**{**known, **environment}),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -951,9 +953,7 @@ def test_unlike_environments_are_named_by_field(changes: dict, words: str) -> No
 
 def test_another_job_size_or_a_cpu_demonstration_is_no_baseline() -> None:
     ours = manifest()
-    assert baselines.differences({**ours, "job_size": "quick"}, ours) == [
-        "job size was quick, now it is guide"]  # fmt: skip
-    assert "cpu-demo was True" in baselines.differences(
-        {**ours, "effective_mode": "cpu-demo"}, ours
-    )[0]  # fmt: skip
+    quick, on_cpu = replace(ours, job_size="quick"), replace(ours, effective_mode="cpu-demo")
+    assert baselines.differences(quick, ours) == ["job size was quick, now it is guide"]
+    assert "cpu-demo was True" in baselines.differences(on_cpu, ours)[0]
     assert baselines.differences(ours, ours) == []

@@ -183,19 +183,6 @@ def test_limited_mps_is_compared_with_time_slicing_and_other_limits_have_a_row_o
     assert section.left_out == section.same_twice == []
 
 
-def test_the_limits_that_older_files_have_in_the_name_of_the_mix_are_read_from_there():
-    old = mps([2.0], request={"mps_knobs": EVEN})
-    old["manifest"]["mix"] = "mixed-mps-even"
-    (section,) = compare(time_slicing([4.0]), old).sections
-    assert [(group.mode_name, group.mix) for group in section.groups] == [
-        ("time slicing", "mixed"), ("MPS (even)", "mixed"),
-    ]  # fmt: skip
-    oldest = mps([2.0])
-    oldest["manifest"]["mix"] = "mixed-mps-even"
-    (section,) = compare(oldest).sections
-    assert [group.mix for group in section.groups] == ["mixed-mps-even"]
-
-
 def test_settings_of_one_mode_share_its_color_in_a_chart_and_nothing_else():
     looks = charts.styles([("mps", "MPS"), ("mps", "MPS (even)"), ("mps", "MPS"), ("mig", "MIG")])
     assert looks["MPS"] == charts.style("mps")

@@ -16,6 +16,7 @@ import pytest
 from conftest import PROJECT_ROOT
 from mode_script_runner import open_folder
 from program_copy import processes_of
+from recorded_rows import read_plain
 from soak import Round
 from test_benchmark_suite import Bench
 from tiny_disk import TinyDisk, needs_mount, tiny_disk
@@ -56,7 +57,7 @@ def fill_when(
 
 
 def records_are_whole(folder: Path) -> bool:
-    return not run_folder.read_json_lines(folder / run_folder.RECORDS_FILE)[1]
+    return not any("truncated" in warning for warning in run_folder.read_run(folder).warnings)
 
 
 # --- suite and analysis ---------------------------------------------------------------------------
@@ -95,7 +96,7 @@ def test_a_suite_and_an_analysis_on_a_full_disk_say_so_and_go_on_once_there_is_r
         resume = [*bench.command()[:2], "--resume", "mine", "--results-dir", bench.results]
         gone_on = run_on(disk, tmp_path, bench.environment, *resume)
         assert gone_on.returncode == 0, gone_on.stderr
-        run = run_folder.read_run(disk.seen / "mine")
+        run = read_plain(disk.seen / "mine")
         assert run.warnings == []
         rows = [(row["co_run"], row["client"], row["status"]) for row in run.client_records]
         assert rows == [
@@ -158,7 +159,7 @@ def test_an_experiment_on_a_full_disk_has_that_for_its_reason_and_goes_on(
     # what there is room for in the last block of the file: the rows, each whole
     rows, warnings = run_folder.read_phases(disk.seen)
     assert warnings == []
-    reason = {row["name"]: row["reason"] for row in rows if row["status"] == "failed"}
+    reason = {row.name: row.reason for row in rows if row.status == "failed"}
     assert f"cannot write to {made.output}/time-slicing ({FULL})" in reason["time-slicing"]
     assert f"cannot write to {made.output} ({FULL})" in reason["mps"]
     assert f"cannot write to {made.output} ({FULL})" in reason["analysis"]
@@ -168,7 +169,7 @@ def test_an_experiment_on_a_full_disk_has_that_for_its_reason_and_goes_on(
     assert gone_on.returncode == 0, gone_on.stderr
     rows, warnings = run_folder.read_phases(disk.seen)
     assert warnings == []
-    assert {row["status"] for row in rows if row["name"] != "mig"} == {"ok"}
+    assert {row.status for row in rows if row.name != "mig"} == {"ok"}
     assert made.machine.state()["mps"] == {}
 
 
@@ -243,13 +244,13 @@ def test_a_results_folder_that_is_taken_away_and_brought_back_is_gone_on_with(sc
             stdin=subprocess.DEVNULL, capture_output=True, check=False, timeout=100,
         )  # fmt: skip
         assert gone_on.returncode == 0, gone_on.stderr
-        run = run_folder.read_run(made.output / "mps")
+        run = read_plain(made.output / "mps")
         assert run.manifest["outcome"] == "complete"
         assert len(run.manifest["resumptions"]) == 1
         if script == "run_experiments.sh":
-            phases = {row["name"]: row for row in run_folder.read_phases(made.output)[0]}
-            assert phases["mps"]["status"] == "ok"
-            assert phases["mps"]["reason"] == "it was cut off before its end and went on"
+            phases = {row.name: row for row in run_folder.read_phases(made.output)[0]}
+            assert phases["mps"].status == "ok"
+            assert phases["mps"].reason == "it was cut off before its end and went on"
 
 
 # --- a job by hand --------------------------------------------------------------------------------

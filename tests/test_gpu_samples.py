@@ -5,30 +5,19 @@ from __future__ import annotations
 import pytest
 
 from benchmarking.hardware.gpu_samples import energy_between, summarize_samples
-
-RECORD_KEYS = {
-    "utilization_gpu_percent", "utilization_source", "sm_activity_percent",
-    "sm_occupancy_percent", "tensor_activity_percent", "dram_activity_percent",
-    "memory_used_mib_max", "power_draw_watts", "energy_joules", "sm_clock_mhz",
-    "throttle_reasons", "host_cpu_percent",
-}  # fmt: skip
+from benchmarking.records.types import GpuFigures, Sample
 
 
-def sample(time_seconds: float, **fields: object) -> dict:
-    return {"record": "sample", "time_seconds": time_seconds, **fields}
+def sample(time_seconds: float, **fields: object) -> Sample:
+    return Sample(time_seconds=time_seconds, **fields)
 
 
-def energy_line(*points: tuple[float, float]) -> list[dict]:
+def energy_line(*points: tuple[float, float]) -> list[Sample]:
     return [sample(time, energy_joules=joules) for time, joules in points]
 
 
-def test_the_summary_has_the_keys_of_a_co_run_record_and_nothing_else() -> None:
-    assert set(summarize_samples([], 0, 1)) == RECORD_KEYS
-    assert set(summarize_samples([sample(0.5)], 0, 1)) == RECORD_KEYS
-
-
 def test_without_samples_every_figure_is_unknown() -> None:
-    assert set(summarize_samples([], 0, 1).values()) == {None}
+    assert summarize_samples([], 0, 1) == GpuFigures()
 
 
 def test_unknown_fields_stay_unknown_and_do_not_become_zero() -> None:
@@ -37,37 +26,35 @@ def test_unknown_fields_stay_unknown_and_do_not_become_zero() -> None:
                energy_joules=None, throttle_reasons=None, host_cpu_percent=10.0)
         for t in (0.0, 1.0, 2.0)
     ]  # fmt: skip
-    summary = summarize_samples(samples, 0, 2)
-    assert summary.pop("host_cpu_percent") == 10.0
-    assert set(summary.values()) == {None}
+    assert summarize_samples(samples, 0, 2) == GpuFigures(host_cpu_percent=10.0)
 
 
 def test_a_percentage_counts_for_the_time_before_its_sample() -> None:
     # The window 0.5..2.0 overlaps the second before 1.0 by half, the second before 2.0 wholly.
     samples = [sample(t, sm_activity_percent=v) for t, v in ((0, 7.0), (1, 40.0), (2, 70.0))]
     summary = summarize_samples(samples, 0.5, 2.0)
-    assert summary["sm_activity_percent"] == pytest.approx((0.5 * 40 + 1.0 * 70) / 1.5)
+    assert summary.sm_activity_percent == pytest.approx((0.5 * 40 + 1.0 * 70) / 1.5)
 
 
 def test_a_null_between_values_is_left_out_of_the_mean() -> None:
     values = ((0, 10.0), (1, 20.0), (2, None), (3, 40.0))
     samples = [sample(t, power_draw_watts=v) for t, v in values]
-    assert summarize_samples(samples, 0, 3)["power_draw_watts"] == pytest.approx(30.0)
+    assert summarize_samples(samples, 0, 3).power_draw_watts == pytest.approx(30.0)
 
 
 def test_memory_is_the_maximum_inside_the_window_only() -> None:
     samples = [
         sample(t, memory_used_mib=v) for t, v in ((0, 9000.0), (1, 100.0), (2, 300.0), (3, 9999.0))
     ]
-    assert summarize_samples(samples, 0.5, 2.5)["memory_used_mib_max"] == 300.0
+    assert summarize_samples(samples, 0.5, 2.5).memory_used_mib_max == 300.0
 
 
 def test_throttle_reasons_are_united_and_idleness_is_none_of_them() -> None:
     reasons = (["gpu_idle"], ["sw_power_cap"], [], ["hw_slowdown", "sw_power_cap"])
     samples = [sample(t, throttle_reasons=names) for t, names in enumerate(reasons)]
     summary = summarize_samples(samples, 0, 3)
-    assert summary["throttle_reasons"] == ["hw_slowdown", "sw_power_cap"]
-    assert summarize_samples(samples[:1], 0, 3)["throttle_reasons"] == []
+    assert summary.throttle_reasons == ["hw_slowdown", "sw_power_cap"]
+    assert summarize_samples(samples[:1], 0, 3).throttle_reasons == []
 
 
 def test_the_source_of_the_utilization_is_named() -> None:
@@ -75,12 +62,7 @@ def test_the_source_of_the_utilization_is_named() -> None:
         sample(0, utilization_gpu_percent=50.0, utilization_source="gpm"),
         sample(1, utilization_gpu_percent=None, utilization_source=None),
     ]
-    assert summarize_samples(samples, -1, 1)["utilization_source"] == "gpm"
-
-
-def test_lines_that_are_no_samples_are_ignored() -> None:
-    monitor = {"record": "monitor", "ready": True, "time_seconds": 0.5, "memory_used_mib": 9e9}
-    assert summarize_samples([monitor], 0, 1)["memory_used_mib_max"] is None
+    assert summarize_samples(samples, -1, 1).utilization_source == "gpm"
 
 
 def test_energy_is_interpolated_between_the_readings_around_the_window() -> None:

@@ -4,31 +4,28 @@ from __future__ import annotations
 
 import math
 
+import msgspec
 import numpy
 import pytest
+import recorded_rows
 
-from benchmarking.metrics import intervals, scores
+from benchmarking.metrics import estimates, scores
 from benchmarking.metrics.breaking_point import breaking_point, saturation_count, sufficient_count
 from benchmarking.metrics.estimates import estimate, excess_percent, range_estimate
+from benchmarking.records.types import ClientRecord, CoRunRecord, GpuFigures, Summary, Units
 
 
-def unit(count: int, seconds: float, *, latency: bool = False) -> dict:
-    return {"count": count, "seconds": seconds, "latency": latency}
+def unit(count: int, seconds: float, *, latency: bool = False) -> Units:
+    return Units(count=count, seconds=seconds, latency=latency)
 
 
-def client(job_key: str, units: dict, *, status: str = "ok", **more: object) -> dict:
-    record = {
-        "record": "client",
-        "co_run": "mixed-2-r0",
-        "mode": "time-slicing",
-        "clients": 2,
-        "job_key": job_key,
-        "status": status,
-        "units": units,
-        "jobs": [],
-        "latency_ms": None,
-    }
-    return record | more
+def client(job_key: str, units: dict[str, Units], **more: object) -> ClientRecord:
+    changes = {"job_key": job_key, "units": units, "latency_ms": None, **more}
+    return msgspec.convert(recorded_rows.client("mixed-2-r0", 0, **changes), ClientRecord)
+
+
+def slowdown(units: dict[str, Units], alone: dict[str, float]) -> float:
+    return 1 / scores.normalized_progress(units, alone)
 
 
 # --- one client -----------------------------------------------------------------------------
@@ -39,7 +36,7 @@ def test_with_one_kind_of_unit_progress_is_exactly_t_over_c():
     shared = {"train_step": unit(5, 2.0)}  # C = 0.4 s
     assert alone == {"train_step": pytest.approx(0.1)}
     assert scores.normalized_progress(shared, alone) == pytest.approx(0.25)
-    assert scores.slowdown(shared, alone) == pytest.approx(4.0)
+    assert slowdown(shared, alone) == pytest.approx(4.0)
 
 
 def test_several_kinds_of_unit_are_weighted_as_they_ran():
@@ -47,7 +44,7 @@ def test_several_kinds_of_unit_are_weighted_as_they_ran():
     shared = {"train_step": unit(20, 4.0), "test_step": unit(10, 2.0)}
     # W = 20 x 0.1 + 10 x 0.05 = 2.5 s alone; D = 4 + 2 = 6 s
     assert scores.normalized_progress(shared, alone) == pytest.approx(2.5 / 6)
-    assert scores.slowdown(shared, alone) == pytest.approx(2.4)
+    assert slowdown(shared, alone) == pytest.approx(2.4)
 
 
 def test_progress_is_unknown_without_units_or_without_a_kinds_baseline():
@@ -55,7 +52,6 @@ def test_progress_is_unknown_without_units_or_without_a_kinds_baseline():
     assert scores.normalized_progress({"train_step": unit(0, 0.0)}, {"train_step": 0.1}) is None
     both = {"train_step": unit(5, 2.0), "test_step": unit(1, 0.1)}
     assert scores.normalized_progress(both, {"train_step": 0.1}) is None
-    assert scores.slowdown(both, {"train_step": 0.1}) is None
 
 
 def test_a_kind_that_never_ran_in_the_window_needs_no_baseline():
@@ -108,15 +104,15 @@ def test_a_tail_needs_a_hundred_responses_and_a_median_one():
     assert scores.percentiles_ms([2.0])["p99"] is None
 
 
-def test_a_request_that_was_missed_counts_as_infinitely_late():
+def test_a_request_that_failed_counts_as_infinitely_late():
     answers = [float(n) for n in range(1, 100)]
-    assert scores.latency_percentile(answers, 99, missed=1) == math.inf  # rank 98.01 of 99
-    assert scores.latency_percentile([*answers, 100.0] * 2, 99, missed=1) == pytest.approx(100.0)
-    assert scores.latency_percentile(answers, 50, missed=99) == math.inf
-    assert scores.latency_percentile(None, 99, missed=100) == math.inf
-    assert scores.tail_slowdown(answers, [1.0] * 100, 99, missed=1) == math.inf
-    assert scores.tail_slowdown([1.0] * 100, answers, 99, missed_alone=1) is None
-    assert scores.percentiles_ms(answers, missed=1)["p99"] == math.inf
+    assert scores.latency_percentile(answers, 99, failed=1) == math.inf  # rank 98.01 of 99
+    assert scores.latency_percentile([*answers, 100.0] * 2, 99, failed=1) == pytest.approx(100.0)
+    assert scores.latency_percentile(answers, 50, failed=99) == math.inf
+    assert scores.latency_percentile(None, 99, failed=100) == math.inf
+    assert scores.tail_slowdown(answers, [1.0] * 100, 99, failed=1) == math.inf
+    assert scores.tail_slowdown([1.0] * 100, answers, 99, failed_alone=1) is None
+    assert scores.percentiles_ms(answers, failed=1)["p99"] == math.inf
 
 
 def test_repeats_without_a_bound_differ_from_others_only_when_all_of_them_have_none():
@@ -147,19 +143,10 @@ def test_the_excess_of_a_ratio_keeps_its_interval():
 # --- all clients of a co-run ----------------------------------------------------------------
 
 
-def test_stp_antt_and_overhead_follow_their_definitions():
-    assert scores.system_throughput([0.5, 0.25]) == pytest.approx(0.75)
-    assert scores.average_normalized_turnaround_time([2.0, 4.0]) == pytest.approx(3.0)
+def test_overhead_follows_its_definition():
     assert scores.overhead_percent(0.8) == pytest.approx(25.0)
     assert scores.overhead_percent(2.0) == pytest.approx(-50.0)
     assert scores.overhead_percent(None) is None
-    with pytest.raises(ValueError, match="at least one slowdown"):
-        scores.average_normalized_turnaround_time([])
-
-
-def test_interference_overhead_is_percent_over_alone():
-    assert scores.interference_overhead_percent([1.0, 1.1]) == pytest.approx(5.0)
-    assert scores.interference_overhead_percent([]) is None
 
 
 def test_jain_fairness_is_one_for_equals_and_one_over_n_when_one_takes_all():
@@ -170,14 +157,14 @@ def test_jain_fairness_is_one_for_equals_and_one_over_n_when_one_takes_all():
 
 
 def test_energy_ratio_charges_each_unit_its_solo_joules():
-    baseline = {"units": {"train_step": unit(100, 10.0)}}
+    baseline = {"train_step": unit(100, 10.0)}
     solo = scores.solo_energy_joules({"train_step": unit(30, 9.0)}, baseline, 3000.0)
     assert solo == pytest.approx(900.0)  # 30 units x (3000 J / 100 units)
     assert scores.energy_ratio(1350.0, [solo, solo]) == pytest.approx(0.75)
 
 
 def test_energy_of_several_kinds_is_shared_by_their_seconds_alone():
-    baseline = {"units": {"train_step": unit(10, 1.0), "test_step": unit(20, 1.0)}}
+    baseline = {"train_step": unit(10, 1.0), "test_step": unit(20, 1.0)}
     shared = {"train_step": unit(5, 2.0), "test_step": unit(2, 0.4)}
     # seconds-alone: 5 x 0.1 + 2 x 0.05 = 0.6 of the baseline's 2 s, which took 400 J
     assert scores.solo_energy_joules(shared, baseline, 400.0) == pytest.approx(120.0)
@@ -187,89 +174,91 @@ def test_energy_ratio_is_unknown_when_any_part_is():
     assert scores.energy_ratio(None, [1.0]) is None
     assert scores.energy_ratio(10.0, [1.0, None]) is None
     assert scores.energy_ratio(10.0, []) is None
-    assert scores.solo_energy_joules({"x": unit(1, 1.0)}, {"units": {}}, 5.0) is None
+    assert scores.solo_energy_joules({"x": unit(1, 1.0)}, {}, 5.0) is None
     one = {"x": unit(1, 1.0)}
-    assert scores.solo_energy_joules(one, {"units": one}, None) is None
+    assert scores.solo_energy_joules(one, one, None) is None
 
 
-def summary_of_two(**changes: object) -> dict:
+def summary_of_two(**changes: object) -> Summary:
     """Summary of two clients with T/C of 0.5 and 0.25, with the second one's record changed."""
     baselines = {
         "resnet": client("resnet", {"train_step": unit(100, 10.0)}),
         "batch": client("batch", {"batch": unit(1000, 10.0, latency=True)}),
     }
     job = {"index": 0, "start_seconds": 0.0, "end_seconds": 8.0, "duration_seconds": 8.0}
+    second = {
+        "job_key": "batch",
+        "units": {"batch": unit(250, 10.0, latency=True)},
+        "jobs": [
+            job | {"duration_seconds": 3.0, "in_window": True},
+            job | {"duration_seconds": 5.0, "in_window": True},
+            job | {"duration_seconds": 99.0, "in_window": False},
+        ],
+    }
     clients = [
         client("resnet", {"train_step": unit(50, 10.0)}, jobs=[job | {"in_window": True}]),
-        client(
-            "batch",
-            {"batch": unit(250, 10.0, latency=True)},
-            jobs=[
-                job | {"duration_seconds": 3.0, "in_window": True},
-                job | {"duration_seconds": 5.0, "in_window": True},
-                job | {"duration_seconds": 99.0, "in_window": False},
-            ],
-        )
-        | changes,
+        client(**{**second, **changes}),
     ]
     return scores.summarize_co_run(
         clients,
         baselines,
-        {"energy_joules": 900.0},
+        GpuFigures(energy_joules=900.0),
         energy_alone_joules={"resnet": 1000.0, "batch": 2000.0},
     )
 
 
 def test_a_co_run_is_summed_up_from_its_clients():
     summary = summary_of_two()
-    assert summary["stp"] == pytest.approx(0.75)
-    assert summary["antt"] == pytest.approx(3.0)
-    assert summary["overhead_percent"] == pytest.approx(100 / 3)
-    assert summary["interference_overhead_percent"] == pytest.approx(200.0)
-    assert summary["fairness"] == pytest.approx(0.75**2 / (2 * (0.25 + 0.0625)))
+    assert summary.stp == pytest.approx(0.75)
+    assert summary.antt == pytest.approx(3.0)
+    assert summary.overhead_percent == pytest.approx(100 / 3)
+    assert summary.interference_overhead_percent == pytest.approx(200.0)
+    assert summary.fairness == pytest.approx(0.75**2 / (2 * (0.25 + 0.0625)))
     # 50 of 100 steps: 500 J; 250 of 1000 batches: 500 J; together 900 J
-    assert summary["energy_ratio"] == pytest.approx(0.9)
-    assert summary["success_rate_percent"] == 100
-    assert summary["average_duration_seconds"] == pytest.approx((8 + 4) / 2)
-    assert summary["total_gpu_time_seconds"] == pytest.approx(12)
+    assert summary.energy_ratio == pytest.approx(0.9)
+    assert summary.success_rate_percent == 100
+    assert summary.average_duration_seconds == pytest.approx((8 + 4) / 2)
+    assert summary.total_gpu_time_seconds == pytest.approx(12)
 
 
 def test_a_co_run_with_a_failed_client_is_no_result_of_one_client_fewer():
     summary = summary_of_two(status="oom")
-    assert summary["success_rate_percent"] == 50
+    assert summary.success_rate_percent == 50
     for figure in ("stp", "antt", "overhead_percent", "fairness", "energy_ratio"):
-        assert summary[figure] is None
-    assert summary["average_duration_seconds"] == pytest.approx(8)
-    assert summary["total_gpu_time_seconds"] is None
+        assert getattr(summary, figure) is None
+    assert summary.average_duration_seconds == pytest.approx(8)
+    assert summary.total_gpu_time_seconds is None
 
 
 def test_without_a_baseline_nothing_is_claimed_but_durations_stay():
     summary = summary_of_two(job_key="never measured alone")
-    assert summary["stp"] is None
-    assert summary["overhead_percent"] is None
-    assert summary["energy_ratio"] is None
-    assert summary["total_gpu_time_seconds"] == pytest.approx(12)
+    assert summary.stp is None
+    assert summary.overhead_percent is None
+    assert summary.energy_ratio is None
+    assert summary.total_gpu_time_seconds == pytest.approx(12)
 
 
 def test_clients_at_an_offered_rate_stay_out_of_throughput_figures():
     summary = summary_of_two(units={"request": unit(250, 10.0, latency=True)})
-    assert (summary["clients"], summary["throughput_clients"]) == (2, 1)
-    assert summary["stp"] == pytest.approx(0.5)
-    assert summary["energy_ratio"] is None
+    assert (summary.clients, summary.throughput_clients) == (2, 1)
+    assert summary.stp == pytest.approx(0.5)
+    assert summary.energy_ratio is None
     # What lasts as long as it was told to says nothing, either.
-    assert summary["total_gpu_time_seconds"] == pytest.approx(8)
+    assert summary.total_gpu_time_seconds == pytest.approx(8)
 
 
-def test_missed_requests_are_no_work_but_count_against_the_bound():
-    missed = {"missed_request": unit(50, 0.0), "request": unit(150, 3.0, latency=True)}
-    assert scores.slowdown(missed, {"request": 0.01}) == pytest.approx(2.0)
-    record = {"units": missed, "latency_ms": [20.0] * 150}
-    assert scores.missed_requests(record) == 50
-    assert scores.slo_attainment_percent([20.0] * 150, 30.0, missed=50) == pytest.approx(75.0)
-    assert scores.slo_attainment_percent([], 30.0, missed=50) == 0
-    assert scores.goodput_per_second([record], 30.0) is None
-    windows = {"window_start_seconds": 5.0, "window_end_seconds": 15.0}
-    assert scores.goodput_per_second([record | windows] * 2, 30.0) == pytest.approx(15.0)
+def test_failed_requests_are_no_work_but_count_against_the_bound():
+    units = {"missed_request": unit(50, 0.0), "request": unit(150, 3.0, latency=True)}
+    assert slowdown(units, {"request": 0.01}) == pytest.approx(2.0)
+    assert scores.slo_attainment_percent([20.0] * 150, 30.0, failed=50) == pytest.approx(75.0)
+    assert scores.slo_attainment_percent([], 30.0, failed=50) == 0
+
+
+def test_goodput_is_what_was_answered_in_time_over_all_windows():
+    answers = [20.0] * 300 + [40.0] * 10
+    assert scores.goodput_per_second(answers, 30.0, [10.0, 10.0]) == pytest.approx(15.0)
+    assert scores.goodput_per_second(answers, 30.0, [10.0, None]) is None
+    assert scores.goodput_per_second([], 30.0, []) is None
 
 
 def test_interference_under_mig_is_judged_on_the_clients_own_instance():
@@ -277,10 +266,10 @@ def test_interference_under_mig_is_judged_on_the_clients_own_instance():
     instance = {"resnet": client("resnet", {"train_step": unit(100, 6.0)})}
     shared = [client("resnet", {"train_step": unit(100, 6.3)}, mode="mig")]
     without = scores.summarize_co_run(shared, whole_gpu, None)
-    assert without["interference_overhead_percent"] is None
+    assert without.interference_overhead_percent is None
     summary = scores.summarize_co_run(shared, whole_gpu, None, share_baselines=instance)
-    assert summary["interference_overhead_percent"] == pytest.approx(5.0)
-    assert summary["stp"] == pytest.approx(1 / 6.3)
+    assert summary.interference_overhead_percent == pytest.approx(5.0)
+    assert summary.stp == pytest.approx(1 / 6.3)
 
 
 # --- repeats --------------------------------------------------------------------------------
@@ -292,18 +281,18 @@ def test_interference_under_mig_is_judged_on_the_clients_own_instance():
      (0.99, 2, 9.925), (0.99, 5, 4.032), (0.90, 4, 2.132), (0.95, 120, 1.980)],
 )  # fmt: skip
 def test_t_quantiles_are_those_of_the_printed_table(confidence, degrees, table):
-    assert intervals.student_t_quantile(confidence, degrees) == pytest.approx(table, abs=5e-4)
+    assert estimates.student_t_quantile(confidence, degrees) == pytest.approx(table, abs=5e-4)
 
 
 def test_t_quantiles_refuse_what_has_no_meaning():
     with pytest.raises(ValueError, match="degrees of freedom"):
-        intervals.student_t_quantile(0.95, 0)
+        estimates.student_t_quantile(0.95, 0)
     with pytest.raises(ValueError, match="between 0 and 1"):
-        intervals.student_t_quantile(95, 2)
+        estimates.student_t_quantile(95, 2)
 
 
 def test_three_repeats_give_a_t_interval_on_the_logarithms():
-    mean, low, high = intervals.geometric_mean_interval([math.e, math.e**2, math.e**3])
+    mean, low, high = estimates.geometric_mean_interval([math.e, math.e**2, math.e**3])
     # logs 1 2 3: mean 2, standard deviation 1; half width 4.30265 / sqrt(3) = 2.48414
     assert mean == pytest.approx(math.e**2)
     assert math.log(low) == pytest.approx(2 - 2.48414, abs=1e-4)
@@ -311,29 +300,38 @@ def test_three_repeats_give_a_t_interval_on_the_logarithms():
 
 
 def test_under_three_repeats_there_is_only_the_range():
-    mean, low, high = intervals.geometric_mean_interval([8.0, 2.0])
+    mean, low, high = estimates.geometric_mean_interval([8.0, 2.0])
     assert (mean, low, high) == (pytest.approx(4.0), 2.0, 8.0)
-    assert intervals.geometric_mean_interval([1.02]) == (1.02, 1.02, 1.02)
+    assert estimates.geometric_mean_interval([1.02]) == (1.02, 1.02, 1.02)
 
 
 @pytest.mark.parametrize("values", [[], [1.0, 0.0], [1.0, -2.0], [1.0, math.nan]])
 def test_a_geometric_mean_needs_positive_values(values):
     with pytest.raises(ValueError, match="positive values"):
-        intervals.geometric_mean_interval(values)
+        estimates.geometric_mean_interval(values)
 
 
 def test_intervals_that_touch_show_no_difference():
-    assert intervals.intervals_overlap((1.0, 0.9, 1.1), (1.2, 1.1, 1.3))
-    assert intervals.intervals_overlap((1.0, 0.5, 2.0), (1.2, 1.1, 1.3))
-    assert not intervals.intervals_overlap((1.0, 0.9, 1.1), (1.3, 1.2, 1.4))
+    def interval(low: float, high: float) -> estimates.Estimate:
+        return estimates.Estimate((low + high) / 2, low, high, (1.0, 1.0, 1.0), is_interval=True)
+
+    assert interval(0.9, 1.1).overlaps(interval(1.1, 1.3))
+    assert interval(0.5, 2.0).overlaps(interval(1.1, 1.3))
+    assert interval(0.9, 1.1).shows_difference_from(interval(1.2, 1.4))
 
 
 # --- stress test ----------------------------------------------------------------------------
 
 
-def co_run(clients: int, outcome: str = "ok", **more: object) -> dict:
-    name = f"training-{clients}-r{more.get('repeat', 0)}"
-    return {"co_run": name, "clients": clients, "outcome": outcome, "reason": None} | more
+def co_run(clients: int, outcome: str = "ok", repeat: int = 0, **more: object) -> CoRunRecord:
+    name = f"training-{clients}-r{repeat}"
+    changes = {"outcome": outcome, "clients": clients, **more}
+    return msgspec.convert(recorded_rows.co_run(name, "co_run", **changes), CoRunRecord)
+
+
+def members_of(co_run: CoRunRecord, *changes: dict) -> list[ClientRecord]:
+    rows = [recorded_rows.client(co_run.co_run, n, **change) for n, change in enumerate(changes)]
+    return msgspec.convert(rows, list[ClientRecord])
 
 
 def test_saturation_is_the_first_count_under_95_percent_of_the_best_so_far():
@@ -357,15 +355,15 @@ def test_a_ramp_in_which_everything_holds_has_no_breaking_point():
 )  # fmt: skip
 def test_the_breaking_point_names_the_criterion_that_fired(statuses, criterion):
     failed = co_run(4, "failed", reason="client 3 ran out of memory")
-    members = [{"co_run": failed["co_run"], "status": status} for status in statuses]
+    members = members_of(failed, *({"status": status} for status in statuses))
     point = breaking_point([co_run(1), co_run(2), failed], members)
     assert (point["clients"], point["criterion"]) == (4, criterion)
     assert point["detail"] == "client 3 ran out of memory"
     assert point["last_good_clients"] == 2
 
 
-def test_a_felt_slowdown_past_its_bound_breaks_only_when_a_bound_was_asked_for():
-    members = [{"co_run": "training-4-r0", "status": "ok", "slowdown": 3.5}]
+def test_a_slowdown_past_its_bound_breaks_only_when_a_bound_was_asked_for():
+    members = members_of(co_run(4), {"slowdown": 3.5})
     assert breaking_point([co_run(4)], members)["clients"] is None
     assert breaking_point([co_run(4)], members, max_slowdown=4.0)["clients"] is None
     point = breaking_point([co_run(4)], members, max_slowdown=3.0)
@@ -374,7 +372,7 @@ def test_a_felt_slowdown_past_its_bound_breaks_only_when_a_bound_was_asked_for()
 
 
 def test_a_p99_past_its_bound_is_taken_from_raw_latencies():
-    members = [{"co_run": "training-2-r0", "status": "ok", "latency_ms": [5.0] * 90 + [50.0] * 10}]
+    members = members_of(co_run(2), {"latency_ms": [5.0] * 90 + [50.0] * 10})
     assert breaking_point([co_run(2)], members, max_p99_ms=60)["clients"] is None
     point = breaking_point([co_run(2)], members, max_p99_ms=40)
     assert (point["clients"], point["criterion"]) == (2, "p99")
@@ -410,29 +408,17 @@ def test_slo_attainment_is_the_share_of_raw_latencies_within_the_bound():
     assert scores.slo_attainment_percent(None, 3.0) is None
 
 
-def repeating(job_key: str, ends: list[float], window_end: float) -> dict:
-    """A client that began at 0 and repeated its job until the window ended."""
-    starts = [0.0, *ends[:-1]]
-    jobs = [
-        {"start_seconds": start, "end_seconds": end, "in_window": end <= window_end}
-        for start, end in zip(starts, ends, strict=True)
-    ]
-    return {"job_key": job_key, "jobs": jobs,
-            "window_start_seconds": 0.0, "window_end_seconds": window_end}  # fmt: skip
-
-
 def test_a_job_that_the_windows_end_cuts_counts_in_part():
     # two whole jobs of 4 s, and half a third one
-    assert scores.jobs_in_window(repeating("a", [4.0, 8.0, 12.0], 10.0)) == pytest.approx(2.5)
-    assert scores.jobs_in_window(repeating("a", [12.0], 10.0)) is None
+    assert scores.jobs_in_window([(0.0, 4.0), (4.0, 8.0)], 10.0) == pytest.approx(2.5)
+    assert scores.jobs_in_window([], 10.0) is None
+    assert scores.jobs_in_window([(0.0, 4.0)], None) is None
 
 
-def test_joules_a_job_are_known_only_where_all_clients_run_the_same_job():
-    twins = [repeating("a", [4.0, 8.0, 12.0], 10.0), repeating("a", [5.0, 10.0], 10.0)]
-    assert scores.joules_per_job(900.0, twins) == pytest.approx(900 / 4.5)
-    assert scores.joules_per_job(900.0, [twins[0], repeating("b", [5.0], 10.0)]) is None
-    assert scores.joules_per_job(900.0, [twins[0], repeating("a", [12.0], 10.0)]) is None
-    assert scores.joules_per_job(None, twins) is None
+def test_joules_a_job_need_the_jobs_of_all_clients():
+    assert scores.joules_per_job(900.0, [2.5, 2.0]) == pytest.approx(900 / 4.5)
+    assert scores.joules_per_job(900.0, [2.5, None]) is None
+    assert scores.joules_per_job(None, [2.5]) is None
     assert scores.joules_per_job(900.0, []) is None
 
 
@@ -443,5 +429,5 @@ def test_more_clients_gain_nothing_from_the_first_count_near_the_best_on():
 
 
 def test_nothing_is_said_of_the_success_of_clients_that_were_interrupted():
-    assert scores.success_rate_percent([{"status": "ok"}, {"status": "oom"}]) == 50.0
-    assert scores.success_rate_percent([{"status": "interrupted"}, {"status": "ok"}]) is None
+    assert scores.success_rate_percent(["ok", "oom"]) == 50.0
+    assert scores.success_rate_percent(["interrupted", "ok"]) is None

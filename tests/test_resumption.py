@@ -11,6 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from recorded_rows import read_plain
 from test_benchmark_suite import PROJECT_ROOT, Bench
 from waiting import wait_until
 
@@ -86,7 +87,7 @@ def test_a_run_that_was_cut_off_goes_on_without_repeating_what_is_done(
     bench: Bench, co_run: str, number: signal.Signals
 ) -> None:
     cut_off(bench, co_run, number)
-    before = run_folder.read_run(bench.results / "mine")
+    before = read_plain(bench.results / "mine")
     is_killed = number == signal.SIGKILL
     assert before.manifest["outcome"] == ("running" if is_killed else "interrupted")
     kept = [record for record in before.co_run_records if record["outcome"] == "ok"]
@@ -126,7 +127,7 @@ def test_a_ramp_goes_on_between_its_breaking_point_and_its_last_good_count(bench
     arguments = ("--mix", "training", "--workloads", "1,4", "--bisect", "--run-id", "mine")
     assert bench.run(*arguments).returncode == 1
     folder = bench.results / "mine"
-    whole = run_folder.read_run(folder)
+    whole = read_plain(folder)
     # as if the power had failed while two at once were measured
     lines = (folder / run_folder.RECORDS_FILE).read_text().splitlines(keepends=True)
     cut = next(index for index, line in enumerate(lines) if '"training-2-r0"' in line)
@@ -139,7 +140,7 @@ def test_a_ramp_goes_on_between_its_breaking_point_and_its_last_good_count(bench
         resume, env=bench.environment, capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == 1, done.stderr
-    run = run_folder.read_run(folder)
+    run = read_plain(folder)
     assert rows(run) == rows(whole)
     assert "breaking point: 4 at once; 3 held" in run.manifest["notes"]
     assert starts(bench)["training-4-r0"] == 1

@@ -18,6 +18,7 @@ import nvml_stub
 import pytest
 from driver_runner import AS_BEFORE, DriverRunner
 from mode_script_runner import AS_NOBODY, NOBODY, PROJECT_ROOT, ModeScripts, open_folder
+from recorded_rows import read_plain
 from soak import Round
 from test_benchmark_suite import Bench
 from waiting import wait_until
@@ -153,13 +154,13 @@ def test_a_gpu_that_others_use_is_the_reason_of_each_phase_and_kept_as_refused()
         assert result.returncode == 1
         phases, _ = run_folder.read_phases(made.output)
         refusals, _ = run_folder.read_refusals(made.output)
-    failed = [phase["reason"] for phase in phases if phase["status"] == "failed"]
-    assert failed == [refusal["sentence"] for refusal in refusals]
+    failed = [phase.reason for phase in phases if phase.status == "failed"]
+    assert failed == [refusal.sentence for refusal in refusals]
     assert len(failed) == 3
     for sentence in failed:
         assert sentence.startswith(f"other processes are on the GPU: pid {os.getpid()} (")
         assert f"benchmark_suite.py: error: {sentence}" in result.stderr.splitlines()
-    assert {refusal["exit_code"] for refusal in refusals} == {4}
+    assert {refusal.exit_code for refusal in refusals} == {4}
 
 
 # --- clocks ---------------------------------------------------------------------------------------
@@ -242,7 +243,7 @@ def test_figures_rows_and_run_ids_stay_right_while_the_wall_clock_is_set(
     folders = run_folder.find_runs(bench.results)
     assert len({folder.name for folder in folders}) == 2
     for folder in folders:
-        run = run_folder.read_run(folder)
+        run = read_plain(folder)
         assert run.warnings == []
         assert [record["co_run"] for record in run.co_run_records] == [
             "baseline-jupyter_simulation", "interactive-2-r0", "interactive-2-r1",

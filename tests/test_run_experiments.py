@@ -698,11 +698,11 @@ def test_a_row_that_a_full_disk_cut_off_is_neither_done_nor_part_of_the_next_one
     assert runner.drive(SCRIPT, "--resume", str(runner.output)).returncode == 0
     assert len(runner.python_calls()) > done_before
     phases, warnings = run_folder.read_phases(runner.output)
-    assert [phase["name"] for phase in phases] == [
+    assert [phase.name for phase in phases] == [
         "baseline", "time-slicing", "mps", "mig", "analysis",
     ]  # fmt: skip
     (warning,) = warnings
-    assert "line 2 is torn" in warning
+    assert "line 2 is truncated" in warning
 
 
 def test_without_a_gpu_one_demonstration_runs_whichever_mode_is_asked_for(

@@ -14,8 +14,8 @@ import pytest
 import requests
 from conftest import PROJECT_ROOT
 from held_client import HeldClient
+from recorded_rows import read_plain
 
-from benchmarking.records import run_folder
 from workloads.common import client
 from workloads.common.errors import GpuUnavailableError, JobFailedError, OutOfGpuMemoryError
 from workloads.inference import api_key, inference_server, load_test, serving_client
@@ -113,14 +113,14 @@ def test_the_suites_runs_never_hold_the_key_that_their_server_wants(tmp_path: Pa
     names = {path.name for path in files_below(tmp_path)}
     assert {"manifest.json", "records.jsonl", "terminal.txt"} <= names
     assert all(KEY.encode() not in file.read_bytes() for file in files_below(tmp_path))
-    (record,) = run_folder.read_run(tmp_path / "alone").client_records
+    (record,) = read_plain(tmp_path / "alone").client_records
     assert record["units"]["request"]["count"] > 0
     assert record["status"] == "ok"
 
 
 def test_alone_the_suite_measures_the_capacity_and_offers_half_of_it(tmp_path: Path) -> None:
     run_alone(tmp_path)
-    (record,) = run_folder.read_run(tmp_path / "alone").client_records
+    (record,) = read_plain(tmp_path / "alone").client_records
     figures = record["figures"]
     assert figures["request_rate"] == pytest.approx(figures["closed_loop_capacity"] / 2, rel=0.01)
     assert figures["slo_ms"] == 100

@@ -168,7 +168,7 @@ def test_a_mode_that_cannot_be_enabled_is_kept_as_refused(runner: DriverRunner) 
     runner.machine.fail("nvidia-cuda-mps-control -d", exit=1, text="no")
     assert runner.drive(SCRIPT, "mps", "2", GPU_SHARING_WAIT_SECONDS="1").returncode == 1
     (refusal,), _ = run_folder.read_refusals(runner.output)
-    assert "the MPS daemon did not answer within 1 s" in refusal["sentence"]
+    assert "the MPS daemon did not answer within 1 s" in refusal.sentence
 
 
 def test_a_disk_that_is_full_is_no_breaking_point(runner: DriverRunner) -> None:

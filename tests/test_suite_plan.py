@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from recorded_rows import read_plain
 from test_benchmark_suite import Bench, bench, gpu_bench, start_daemon, verdicts
 
 from benchmarking.analysis.runs import RunView
@@ -187,7 +188,7 @@ def test_a_cause_reaches_the_records_the_terminal_and_the_report(bench: Bench) -
         done = bench.run("--mix", "interactive", "--workloads", "2", "--run-id", told["cause"])
         assert done.returncode == 1
         assert sentence in done.stderr
-        run = run_folder.read_run(bench.results / told["cause"])
+        run = read_plain(bench.results / told["cause"])
         assert not run.warnings
         neighbor, record = run.clients_of("interactive-2-r0")
         assert {name: record[name] for name in told} == told

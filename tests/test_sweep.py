@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 import synthetic_runs
 from program_copy import copy_programs, processes_of, scripted_card
+from recorded_rows import read_plain
 from waiting import wait_until
 
 from benchmarking.analyze_results import read_and_compare
 from benchmarking.metrics.estimates import estimate
-from benchmarking.records import run_folder
 from benchmarking.suite.plan import WORKLOADS
 from benchmarking.sweeping import report
 from benchmarking.sweeping.knobs import KNOBS
@@ -123,7 +123,7 @@ def test_a_flag_of_the_jobs_is_swept_with_a_baseline_for_each_value(sweeper: Swe
     for point, size in zip(found["points"], (1, 8), strict=True):
         assert point["run_id"] == f"batch-size-{size}"
         assert point["stp"]["mean"] > 0
-        run = run_folder.read_run(sweeper.output / point["run_id"])
+        run = read_plain(sweeper.output / point["run_id"])
         records = run.client_records
         assert [record["phase"] for record in records] == ["baseline", "co_run", "co_run"]
         assert {record["identity"]["batch_size"] for record in records} == {size}

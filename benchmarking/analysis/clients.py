@@ -8,7 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarking.analysis.guide_checks import Check, card_checks, workload_checks
-from benchmarking.analysis.runs import CoRun, RunView
+from benchmarking.analysis.runs import (
+    CoRun,
+    RunView,
+    failed_requests,
+    joules_per_job,
+    latency_ms,
+    mean_job_seconds,
+)
 from benchmarking.analysis.service import ServiceFigures, bound_of, service_figures
 from benchmarking.metrics import scores
 from benchmarking.metrics.estimates import Estimate, estimate
@@ -104,7 +111,7 @@ def alone_rows(runs_newest_first: Sequence[RunView], slo_ms: float | None) -> li
             gpu = gpu_by_co_run.get(record["co_run"], {})
             row = _row([record], None, "alone", slo_ms)
             row.checks += card_checks(record["workload"], gpu)
-            row.joules_per_job = scores.joules_per_job(gpu.get("energy_joules"), [record])
+            row.joules_per_job = joules_per_job(gpu, [record])
             rows[record["job_key"]] = row
     return list(rows.values())
 
@@ -115,7 +122,7 @@ def _row(
     first = records[0]
     good = [record for record in records if record["status"] == "ok"]
     latencies = [value for record in good for value in record.get("latency_ms") or []]
-    missed = sum(map(scores.missed_requests, good))
+    missed = sum(map(failed_requests, good))
     alone = baseline or {}
     peaks = [r["peak_memory_mib"] for r in records if r.get("peak_memory_mib") is not None]
     proofs = [record.get("proof") or {} for record in records]
@@ -132,20 +139,20 @@ def _row(
         proof=sorted({proof.get("verdict") or "unverified" for proof in proofs}),
         reasons=reasons,
         slowdown=estimate(record.get("slowdown") for record in good),
-        job_seconds=_mean(scores.mean_job_seconds(record) for record in good),
+        job_seconds=_mean(mean_job_seconds(record) for record in good),
         latency=scores.percentiles_ms(latencies, missed),
         tail_slowdown={
             percent: scores.tail_slowdown(
                 latencies,
                 alone.get("latency_ms"),
                 percent,
-                missed=missed,
-                missed_alone=scores.missed_requests(alone),
+                failed=missed,
+                failed_alone=failed_requests(alone),
             )
             for percent in TAIL_PERCENTILES
         },
-        p99_ms=_of_every(scores.record_latency_ms(r, scores.TAIL_PERCENT) for r in good),
-        median_ms=estimate(scores.record_latency_ms(r, 50) for r in good),
+        p99_ms=_of_every(latency_ms(r, scores.TAIL_PERCENT) for r in good),
+        median_ms=estimate(latency_ms(r, 50) for r in good),
         responses=len(latencies),
         missed=missed,
         slo=_slo(good, latencies, slo_ms),
@@ -163,7 +170,7 @@ def _slo(
     bound_ms = slo_ms or bound_of(good)
     if bound_ms is None:
         return None
-    missed = sum(map(scores.missed_requests, good))
+    missed = sum(map(failed_requests, good))
     share = scores.slo_attainment_percent(latencies, bound_ms, missed)
     return None if share is None else SloAttainment(share, bound_ms)
 

@@ -11,8 +11,14 @@ from typing import Any
 
 from benchmarking.analysis.clients import ClientRow, client_rows
 from benchmarking.analysis.guide_checks import Check, mode_checks
-from benchmarking.analysis.runs import CPU_DEMO, CoRun, RunView, clients_text, mode_name
-from benchmarking.metrics import scores
+from benchmarking.analysis.runs import (
+    CPU_DEMO,
+    CoRun,
+    RunView,
+    clients_text,
+    joules_per_job,
+    mode_name,
+)
 from benchmarking.metrics.estimates import (
     Estimate,
     estimate,
@@ -183,10 +189,7 @@ def build_group(
         stp_per_multiprocessor=_stp_per_multiprocessor(runs[0], mode, stp, co_runs),
         fairness=range_estimate(c.summary("fairness") for c in good),
         energy_ratio=estimate(c.summary("energy_ratio") for c in good),
-        joules_per_job=estimate(
-            scores.joules_per_job((c.record.get("gpu") or {}).get("energy_joules"), c.clients)
-            for c in good
-        ),
+        joules_per_job=estimate(joules_per_job(c.record.get("gpu"), c.clients) for c in good),
         success_rate_percent=_mean_of(co_runs, "success_rate_percent"),
         average_duration_seconds=_mean_of(good, "average_duration_seconds"),
         total_gpu_time_seconds=_mean_of(good, "total_gpu_time_seconds"),

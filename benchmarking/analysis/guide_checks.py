@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarking.analysis import expectations
+from benchmarking.analysis.runs import mean_job_seconds
 from benchmarking.metrics import scores
 
 Record = Mapping[str, Any]
@@ -59,7 +60,7 @@ def measured_quantities(record: Record, latencies_ms: Sequence[float]) -> dict[s
         found["mean_latency_ms"] = statistics.fmean(latencies_ms)
         p99_ms = scores.latency_percentile(latencies_ms, scores.TAIL_PERCENT)
         found |= {} if p99_ms is None else {"p99_latency_ms": p99_ms}
-    job_seconds = scores.mean_job_seconds(record)
+    job_seconds = mean_job_seconds(record)
     if job_seconds is not None:
         found["job_seconds"] = job_seconds
     return found

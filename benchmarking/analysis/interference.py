@@ -15,7 +15,7 @@ from typing import Any
 from benchmarking.analysis import noise
 from benchmarking.analysis.groups import build_group
 from benchmarking.analysis.merging import merge
-from benchmarking.analysis.runs import CoRun, RunView, mode_name, mode_order
+from benchmarking.analysis.runs import CoRun, RunView, failed_requests, mode_name, mode_order
 from benchmarking.metrics import scores
 from benchmarking.metrics.estimates import Estimate, estimate
 from benchmarking.suite.pairs import CLIENTS
@@ -190,13 +190,13 @@ def _cell(
     job_key = co_runs[0].clients[places[0]].get("job_key", "")
     by_itself = alone.get(job_key) or {}
     alone_ms = by_itself.get("latency_ms") or []
-    missed = sum(scores.missed_requests(r) for members in records for r in members)
+    missed = sum(failed_requests(r) for members in records for r in members)
     tail_slowdown = scores.tail_slowdown(
         latencies,
         alone_ms,
         scores.TAIL_PERCENT,
-        missed=missed,
-        missed_alone=scores.missed_requests(by_itself),
+        failed=missed,
+        failed_alone=failed_requests(by_itself),
     )
     return InterferenceCell(
         job=job,

@@ -53,7 +53,9 @@ def _why_apart(run: RunView, chosen: Sequence[RunView], clients: int) -> str | N
     jobs = [_job_keys(one, clients) for one in (run, newest)]
     if jobs[0] != jobs[1]:
         return f"other jobs than the newer {newest.run_id}"
-    data = baselines.data_differences(run.manifest, newest.manifest, jobs[0])
+    data = baselines.data_differences(
+        *(one.manifest.get("resolved_arguments") for one in (run, newest)), jobs[0]
+    )
     if data:
         return f"older than {newest.run_id}: {data[0]}"
     if run.knobs(clients) != newest.knobs(clients):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarking.analysis.groups import Group
-from benchmarking.analysis.runs import CoRun
+from benchmarking.analysis.runs import CoRun, latency_ms
 from benchmarking.metrics import scores
 from benchmarking.metrics.estimates import Estimate, range_estimate
 
@@ -26,8 +26,8 @@ NO_FLOOR = "no A/A was taken, so the noise floor is unknown"
 
 _OF_CLIENT: Mapping[str, Callable[[Mapping[str, Any]], float | None]] = {
     SLOWDOWN: lambda record: record.get("slowdown"),
-    P99: lambda record: scores.record_latency_ms(record, scores.TAIL_PERCENT),
-    MEDIAN: lambda record: scores.record_latency_ms(record, 50),
+    P99: lambda record: latency_ms(record, scores.TAIL_PERCENT),
+    MEDIAN: lambda record: latency_ms(record, 50),
 }
 
 

@@ -10,9 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 from benchmarking.analysis import noise
 from benchmarking.analysis.groups import Group
 from benchmarking.metrics.breaking_point import breaking_point, saturation_count, sufficient_count
+from benchmarking.records.types import ClientRecord, CoRunRecord
 
 
 @dataclass
@@ -84,8 +87,8 @@ def _ramp(mode: str, mix: str, groups: list[Group], floor: noise.SameTwice | Non
         for group in groups
     }
     point = breaking_point(
-        co_runs,
-        clients,
+        msgspec.convert(co_runs, list[CoRunRecord]),
+        msgspec.convert(clients, list[ClientRecord]),
         max_slowdown=bounds.get("max_slowdown"),
         max_p99_ms=bounds.get("max_p99_ms"),
     )

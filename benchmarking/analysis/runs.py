@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
+
+from benchmarking.metrics import scores
 from benchmarking.metrics.breaking_point import says_something_of_the_load
 from benchmarking.records import run_folder
 from benchmarking.suite import baselines
@@ -62,9 +65,10 @@ class RunView:
 
     @classmethod
     def of(cls, run: run_folder.Run, name: str) -> RunView:
-        """View of a run as the run store read it, under this name."""
-        records = [*run.client_records, *run.co_run_records]
-        return cls(name, run.manifest, records, list(run.warnings), str(run.folder.parent))
+        """View of a run as the run store read it, under this name: from here on plain data."""
+        manifest = msgspec.to_builtins(run.manifest)
+        records = msgspec.to_builtins([*run.client_records, *run.co_run_records])
+        return cls(name, manifest, records, list(run.warnings), str(run.folder.parent))
 
     @property
     def mode(self) -> str:
@@ -73,9 +77,8 @@ class RunView:
 
     @property
     def mix(self) -> str:
-        """The mix of jobs; older programs put the limits of MPS clients behind its name."""
-        mix = self.manifest.get("mix") or "unknown"
-        return mix.removesuffix(self._limits.name) or mix
+        """The mix of jobs."""
+        return self.manifest.get("mix") or "unknown"
 
     @property
     def settings(self) -> str:
@@ -98,11 +101,8 @@ class RunView:
 
     @property
     def _limits(self) -> MpsKnobs:
-        """What MPS clients were limited to; in older files only the request holds it."""
-        limits = self.manifest.get("mps_limits")
-        if limits is None and "mps_limits" not in self.manifest:
-            limits = (self.manifest.get("request") or {}).get("mps_knobs")
-        return MpsKnobs.from_dict(limits or {})
+        """What MPS clients were limited to."""
+        return MpsKnobs.from_dict(self.manifest.get("mps_limits") or {})
 
     @property
     def is_pairs(self) -> bool:
@@ -151,15 +151,18 @@ class RunView:
     def judged(self, clients: int) -> list[CoRun]:
         """Co-runs of that many clients that say whether the count works, proved in their mode."""
         found = [CoRun(self, record) for record in self.co_runs() if record["clients"] == clients]
-        return [
-            co_run
-            for co_run in found
-            if says_something_of_the_load(co_run.record) and co_run.is_valid
-        ]
+        return [co_run for co_run in found if co_run.is_valid and co_run.is_answer]
 
     def successful_baselines(self) -> list[dict[str, Any]]:
         """Client records of the jobs alone that may serve as a reference."""
-        return run_folder.successful_baselines(self.clients("baseline"), self.co_runs("baseline"))
+        good = {
+            record["co_run"] for record in self.co_runs("baseline") if record["outcome"] == "ok"
+        }
+        return [
+            record
+            for record in self.clients("baseline")
+            if record["status"] == "ok" and record["co_run"] in good
+        ]
 
     def engines(self) -> dict[str, tuple[Any, Any]]:
         """Engine and precision by workload, as the clients reported them at `ready`."""
@@ -237,6 +240,11 @@ class CoRun:
         return self.record["outcome"] == "ok"
 
     @property
+    def is_answer(self) -> bool:
+        """Whether it says that its clients work together, or that they do not."""
+        return says_something_of_the_load(self.record["outcome"], self.record.get("stop_reason"))
+
+    @property
     def is_valid(self) -> bool:
         """Whether no client was found outside the mode that the co-run is named after."""
         verdicts = {(record.get("proof") or {}).get("verdict") for record in self.clients}
@@ -256,3 +264,46 @@ class CoRun:
     def summary(self, name: str) -> Any:
         """A figure of the co-run's summary."""
         return (self.record.get("summary") or {}).get(name)
+
+
+# --- what the metrics take, out of records -------------------------------------------------------
+
+
+def failed_requests(client: Record) -> int:
+    """Requests in the window that failed or timed out."""
+    return ((client.get("units") or {}).get(scores.FAILED_REQUEST) or {}).get("count", 0)
+
+
+def latency_ms(client: Record, percent: float) -> float | None:
+    """The percentile of one client's requests."""
+    return scores.latency_percentile(client.get("latency_ms"), percent, failed_requests(client))
+
+
+def whole_jobs(client: Record) -> list[Record]:
+    """The client's jobs that lie whole in the window."""
+    return [job for job in client.get("jobs") or [] if job["in_window"]]
+
+
+def mean_job_seconds(client: Record) -> float | None:
+    """Mean wall time of the client's whole jobs in the window."""
+    return scores.mean(job["duration_seconds"] for job in whole_jobs(client))
+
+
+def window_seconds(client: Record) -> float | None:
+    """Length of the window."""
+    start, end = client["window_start_seconds"], client["window_end_seconds"]
+    return None if start is None or end is None else end - start
+
+
+def joules_per_job(gpu: Record | None, clients: Sequence[Record]) -> float | None:
+    """The card's joules a job, where all clients run the same one."""
+    if len({client["job_key"] for client in clients}) != 1:
+        return None
+    jobs = (
+        scores.jobs_in_window(
+            [(job["start_seconds"], job["end_seconds"]) for job in whole_jobs(client)],
+            window_seconds(client),
+        )
+        for client in clients
+    )
+    return scores.joules_per_job((gpu or {}).get("energy_joules"), jobs)

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarking.analysis.runs import failed_requests, window_seconds
 from benchmarking.metrics import scores
 
 Record = Mapping[str, Any]
@@ -38,7 +39,7 @@ def service_figures(records: Sequence[Record], slo_ms: float | None) -> ServiceF
 
     `slo_ms` is a bound that was given for the comparison; without one the service's own counts.
     """
-    if not records or not all(map(scores.is_offered_rate, records)):
+    if not records or not all(scores.is_offered_rate(record["units"]) for record in records):
         return None
     figures = [record.get("figures") or {} for record in records]
     bound_ms = slo_ms or bound_of(records)
@@ -46,8 +47,13 @@ def service_figures(records: Sequence[Record], slo_ms: float | None) -> ServiceF
     return ServiceFigures(
         offered_per_second=_first(figures, "request_rate"),
         answered=sum(len(record.get("latency_ms") or []) for record in records),
-        missed=sum(map(scores.missed_requests, records)),
-        goodput_per_second=bound_ms and scores.goodput_per_second(records, bound_ms),
+        missed=sum(map(failed_requests, records)),
+        goodput_per_second=bound_ms
+        and scores.goodput_per_second(
+            [ms for record in records for ms in record["latency_ms"] or []],
+            bound_ms,
+            [window_seconds(record) for record in records],
+        ),
         bound_ms=bound_ms,
         late_percent=max(late, default=None),
         limit=_first(figures, "generator_limited_reason"),

@@ -14,9 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from benchmarking.hardware.gpu_samples import summarize_samples
 from benchmarking.hardware.host_cpu import CpuReading, read_process_trees
 from benchmarking.metrics.estimates import Estimate, estimate
+from benchmarking.records.types import Sample
 from benchmarking.suite.event_log import Event
 from benchmarking.suite.launcher import Client, FinishRule
 from benchmarking.suite.sampler import Sampler
@@ -142,7 +145,13 @@ class WindowMeter(threading.Thread):
                 ),
                 suite_cores=suite_seconds / length,
                 sampler_cores=_used(sampler_before, sampler_after, length),
-                gpu=summarize_samples(samples, start, end) if samples else None,
+                gpu=(
+                    msgspec.to_builtins(
+                        summarize_samples(msgspec.convert(samples, list[Sample]), start, end)
+                    )
+                    if samples
+                    else None
+                ),
             )
         ]
 
@@ -192,11 +201,4 @@ def sampler_cost_percent(rates: Sequence[tuple[bool, float]]) -> Estimate | None
     """
     pairs = [dict(rates[index : index + 2]) for index in range(0, len(rates) - 1, 2)]
     ratio = estimate(pair[True] / pair[False] for pair in pairs if pair[False] > 0)
-    if ratio is None:
-        return None
-
-    def cost(value: float) -> float:
-        return 100 * (1 - value)
-
-    raw = tuple(map(cost, ratio.values))
-    return Estimate(cost(ratio.mean), cost(ratio.high), cost(ratio.low), raw, ratio.is_interval)
+    return ratio and ratio.map(lambda value: 100 * (1 - value))

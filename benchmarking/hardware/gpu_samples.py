@@ -1,10 +1,11 @@
-"""What a span of sampler lines says: the ``gpu`` object of a co-run's record. Pure functions."""
+"""What a span of samples says of the card: the `gpu` of a co-run's record. Pure functions."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+
+from benchmarking.records.types import GpuFigures, Sample
 
 # A GPU that has nothing to do lowers its clock too; NVML lists that among the reasons, but it is
 # no throttling.
@@ -20,43 +21,34 @@ ENERGY_COVERAGE = 0.9
 
 
 def summarize_samples(
-    samples: Sequence[Mapping[str, Any]], start_seconds: float, end_seconds: float
-) -> dict[str, Any]:
-    """Return the figures of one GPU between two moments.
+    samples: Sequence[Sample], start_seconds: float, end_seconds: float
+) -> GpuFigures:
+    """Return the figures of one GPU between two moments on CLOCK_MONOTONIC.
 
-    Args:
-        samples: sampler lines in the order of time; lines that are no samples are ignored.
-        start_seconds: begin of the window on CLOCK_MONOTONIC.
-        end_seconds: end of the window.
+    `samples` are in the order of time. The figures are the means of `MEANS`, the largest
+    `memory_used_mib_max`, `energy_joules` over the window from the counter, and the sorted
+    `throttle_reasons` of the whole window. Unknown is None.
 
-    Returns:
-        The means of ``MEANS``; ``utilization_source``; the largest ``memory_used_mib_max``;
-        ``energy_joules`` over the window from the counter; ``throttle_reasons``, sorted, of the
-        whole window. Unknown is None.
-
-        A sample's percentages describe the time since the sample before, so each counts as much
-        as that time overlaps the window.
+    A sample's percentages describe the time since the sample before, so each counts as much as that
+    time overlaps the window.
     """
-    usable = [s for s in samples if s.get("record", "sample") == "sample"]
-    inside = [s for s in usable if start_seconds <= s["time_seconds"] <= end_seconds]
-    weights = _overlaps([s["time_seconds"] for s in usable], start_seconds, end_seconds)
-    summary: dict[str, Any] = {
-        field: _weighted_mean([s.get(field) for s in usable], weights) for field in MEANS
-    }
-    weighted = [s for s, weight in zip(usable, weights, strict=True) if weight > 0]
-    sources = {s.get("utilization_source") for s in weighted} - {None}
-    summary["utilization_source"] = "+".join(sorted(sources)) or None
-    summary["memory_used_mib_max"] = max(_known(inside, "memory_used_mib"), default=None)
-    summary["energy_joules"] = energy_between(usable, start_seconds, end_seconds)
-    reasons = _known(inside, "throttle_reasons")
-    summary["throttle_reasons"] = (
-        sorted({name for names in reasons for name in names} - NOT_THROTTLING) if reasons else None
+    inside = [s for s in samples if start_seconds <= s.time_seconds <= end_seconds]
+    weights = _overlaps([s.time_seconds for s in samples], start_seconds, end_seconds)
+    sources = {s.utilization_source for s, weight in zip(samples, weights, strict=True) if weight}
+    reasons = [s.throttle_reasons for s in inside if s.throttle_reasons is not None]
+    return GpuFigures(
+        **{name: _weighted_mean([getattr(s, name) for s in samples], weights) for name in MEANS},
+        utilization_source="+".join(sorted(sources - {None})) or None,
+        memory_used_mib_max=max(
+            (s.memory_used_mib for s in inside if s.memory_used_mib is not None), default=None
+        ),
+        energy_joules=energy_between(samples, start_seconds, end_seconds),
+        throttle_reasons=sorted({*itertools.chain(*reasons)} - NOT_THROTTLING) if reasons else None,
     )
-    return summary
 
 
 def energy_between(
-    samples: Sequence[Mapping[str, Any]], start_seconds: float, end_seconds: float
+    samples: Sequence[Sample], start_seconds: float, end_seconds: float
 ) -> float | None:
     """Return the joules that a counter gained between two moments.
 
@@ -64,11 +56,7 @@ def energy_between(
     the window, the missing rest is taken at the mean power of what was seen. None where there are
     fewer readings, or where the counter ran backwards (the driver was loaded anew).
     """
-    points = [
-        (s["time_seconds"], s["energy_joules"])
-        for s in samples
-        if s.get("energy_joules") is not None
-    ]
+    points = [(s.time_seconds, s.energy_joules) for s in samples if s.energy_joules is not None]
     if len(points) < 2 or end_seconds <= start_seconds:
         return None
     start, end = max(start_seconds, points[0][0]), min(end_seconds, points[-1][0])
@@ -106,10 +94,6 @@ def _weighted_mean(values: Sequence[float | None], weights: Sequence[float]) -> 
     if not pairs:
         return None
     return sum(value * weight for value, weight in pairs) / sum(weight for _, weight in pairs)
-
-
-def _known(samples: Sequence[Mapping[str, Any]], field: str) -> list[Any]:
-    return [s[field] for s in samples if s.get(field) is not None]
 
 
 def _interpolate(points: Sequence[tuple[float, float]], time: float) -> float:

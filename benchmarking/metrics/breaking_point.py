@@ -6,13 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarking.command_line.number_text import duration
-from benchmarking.metrics.scores import missed_requests, percentile, slo_attainment_percent
-
-Record = Mapping[str, Any]
+from benchmarking.metrics.scores import FAILED_REQUEST, percentile, slo_attainment_percent
+from benchmarking.records.types import ClientRecord, CoRunRecord
 
 SATURATION_FRACTION = 0.95
 
-# Which status names the cause when several clients of one co-run failed: a neighbour that was
+# Which status names the cause when several clients of one co-run failed: a neighbor that was
 # killed or timed out is more often the consequence than the cause.
 _FAILURES_BY_CAUSE = ("oom", "failed", "timeout", "killed")
 
@@ -24,13 +23,11 @@ def saturation_count(
 
     Counts with an unknown STP are passed over. `None` when no count saturates.
     """
-    best: float | None = None
+    best = 0.0
     for clients, stp in sorted(stp_by_clients.items()):
-        if stp is None:
-            continue
-        if best is not None and stp < fraction * best:
+        if stp is not None and stp < fraction * best:
             return clients
-        best = stp if best is None else max(best, stp)
+        best = max(best, stp or 0.0)
     return None
 
 
@@ -47,19 +44,18 @@ def sufficient_count(
 
 
 def breaking_point(
-    co_runs: Sequence[Record],
-    client_records: Sequence[Record] = (),
+    co_runs: Sequence[CoRunRecord],
+    client_records: Sequence[ClientRecord] = (),
     *,
     max_slowdown: float | None = None,
     max_p99_ms: float | None = None,
 ) -> dict[str, Any]:
     """First count of clients at which a client failed, or a bound that was asked for was passed.
 
-    `co_runs` are the co-run records of one ramp (`clients`, `outcome`, `reason`, `co_run`);
-    `client_records` their clients, matched by `co_run`. Of several repeats at one count, one that
-    breaks is enough. Invalid and interrupted co-runs, and those that lost the GPU, prove nothing
-    either way: their counts are listed in `not_judged`, unless another repeat of that count was
-    judged, and are not tried.
+    `co_runs` are those of one ramp, `client_records` their clients, matched by `co_run`. Of several
+    repeats at one count, one that breaks is enough. Invalid and interrupted co-runs, and those that
+    lost the GPU, prove nothing either way: their counts are listed in `not_judged`, unless another
+    repeat of that count was judged, and are not tried.
 
     Returns `{"clients": int | None, "criterion": "oom"|"failed"|"timeout"|"killed"|"slowdown"|
     "p99"|None, "detail": str | None, "broken_repeats": int, "judged_repeats": int,
@@ -67,99 +63,81 @@ def breaking_point(
     "not_judged": [int, ...]}`; `clients` is `None` when it was not reached, `criterion` and
     `detail` are the first broken repeat's.
     """
-    by_count: dict[int, list[Record]] = {}
-    for co_run in co_runs:
-        by_count.setdefault(co_run["clients"], []).append(co_run)
-    judged_by_count = {
-        clients: [run for run in repeats if says_something_of_the_load(run)]
-        for clients, repeats in sorted(by_count.items())
-    }
-    tried = [clients for clients, judged in judged_by_count.items() if judged]
-    found: dict[str, Any] = {
-        "clients": None,
-        "criterion": None,
-        "detail": None,
-        "broken_repeats": 0,
-        "judged_repeats": 0,
-        "last_good_clients": None,
-        "highest_clients_tried": max(tried, default=None),
-        "not_judged": [],
-    }
-    for clients, judged in judged_by_count.items():
-        if not judged:
-            found["not_judged"].append(clients)
-            continue
+    judged: dict[int, list[CoRunRecord]] = {}
+    for co_run in sorted(co_runs, key=lambda co_run: co_run.clients):
+        repeats = judged.setdefault(co_run.clients, [])
+        if says_something_of_the_load(co_run.outcome, co_run.stop_reason):
+            repeats.append(co_run)
+    last_good, not_judged, broken, repeats = None, [], [], []
+    for clients, repeats in judged.items():
         broken = [
-            (criterion, detail)
-            for run in judged
-            for criterion, detail in [
-                _broken_by(run, _members(run, client_records), max_slowdown, max_p99_ms)
-            ]
-            if criterion is not None
+            reason
+            for co_run in repeats
+            if (reason := _broken_by(co_run, client_records, max_slowdown, max_p99_ms))
         ]
         if broken:
-            criterion, detail = broken[0]
-            return found | {
-                "clients": clients,
-                "criterion": criterion,
-                "detail": detail,
-                "broken_repeats": len(broken),
-                "judged_repeats": len(judged),
-            }
-        found["last_good_clients"] = clients
-    return found
+            break
+        if repeats:
+            last_good = clients
+        else:
+            not_judged.append(clients)
+    criterion, detail = broken[0] if broken else (None, None)
+    return {
+        "clients": clients if broken else None,
+        "criterion": criterion,
+        "detail": detail,
+        "broken_repeats": len(broken),
+        "judged_repeats": len(repeats) if broken else 0,
+        "last_good_clients": last_good,
+        "highest_clients_tried": max((n for n, repeats in judged.items() if repeats), default=None),
+        "not_judged": not_judged,
+    }
 
 
-def _members(co_run: Record, client_records: Sequence[Record]) -> list[Record]:
-    return [record for record in client_records if record.get("co_run") == co_run.get("co_run")]
-
-
-def says_something_of_the_load(co_run: Record) -> bool:
+def says_something_of_the_load(outcome: str, stop_reason: Mapping[str, Any] | None) -> bool:
     """Whether a co-run proves that its clients work together, or that they do not.
 
     One that was invalid or interrupted, or lost the GPU, proves neither.
     """
-    kind = (co_run.get("stop_reason") or {}).get("kind")
-    return co_run["outcome"] in ("ok", "failed", "timeout") and kind != "gpu_lost"
+    kind = (stop_reason or {}).get("kind")
+    return outcome in ("ok", "failed", "timeout") and kind != "gpu_lost"
 
 
 def _broken_by(
-    co_run: Record,
-    members: Sequence[Record],
+    co_run: CoRunRecord,
+    client_records: Sequence[ClientRecord],
     max_slowdown: float | None,
     max_p99_ms: float | None,
-) -> tuple[str | None, str | None]:
-    """Which criterion this co-run breaks, and in words; `(None, None)` when it holds."""
-    if co_run["outcome"] in ("failed", "timeout"):
-        statuses = [record["status"] for record in members]
+) -> tuple[str, str | None] | None:
+    """Which criterion this co-run breaks, and in words; `None` when it meets them."""
+    members = [record for record in client_records if record.co_run == co_run.co_run]
+    if co_run.outcome in ("failed", "timeout"):
+        statuses = [record.status for record in members]
         cause = next((status for status in _FAILURES_BY_CAUSE if status in statuses), None)
-        return cause or co_run["outcome"], co_run.get("reason")
-    slowdowns = [record["slowdown"] for record in members if record.get("slowdown") is not None]
-    if max_slowdown is not None and slowdowns and max(slowdowns) > max_slowdown:
-        return "slowdown", f"slowdown {max(slowdowns):.2f} passes the bound of {max_slowdown:g}"
-    if max_p99_ms is not None and (share := _kept_by_fewest(members, max_p99_ms)) < 99:
+        return cause or co_run.outcome, co_run.reason
+    worst = max((r.slowdown for r in members if r.slowdown is not None), default=0.0)
+    if max_slowdown is not None and worst > max_slowdown:
+        return "slowdown", f"slowdown {worst:.2f} passes the bound of {max_slowdown:g}"
+    if max_p99_ms is None:
+        return None
+    share = _fewest_within(members, max_p99_ms)
+    if share < 99:
         return (
             "p99",
             f"only {share:.1f} % of all requests were answered within the bound of "
             f"{duration(max_p99_ms)}",
         )
-    tails = [percentile(record["latency_ms"], 99) for record in members if record.get("latency_ms")]
-    if max_p99_ms is not None and tails and max(tails) > max_p99_ms:
-        return (
-            "p99",
-            f"p99 latency {duration(max(tails))} passes the bound of {duration(max_p99_ms)}",
-        )
-    return None, None
+    p99_ms = max((percentile(r.latency_ms, 99) for r in members if r.latency_ms), default=0.0)
+    if p99_ms > max_p99_ms:
+        return "p99", f"p99 latency {duration(p99_ms)} passes the bound of {duration(max_p99_ms)}"
+    return None
 
 
-def _kept_by_fewest(members: Sequence[Record], bound_ms: float) -> float:
-    """Lowest share of requests within the bound, in percent, where some were missed; else 100.
+def _fewest_within(members: Sequence[ClientRecord], bound_ms: float) -> float:
+    """Lowest share of requests within the bound, in percent, where some failed; else 100.
 
-    What was missed has no latency, so the percentile of the answers would not show it.
+    What failed has no latency, so the percentile of the answers would not show it.
     """
-    shares = (
-        slo_attainment_percent(record.get("latency_ms"), bound_ms, missed)
-        for record in members
-        if (missed := missed_requests(record))
-    )
-    return min((share for share in shares if share is not None), default=100.0)
+    failed = ((r.latency_ms, r.units[FAILED_REQUEST].count) for r in members
+              if FAILED_REQUEST in r.units)  # fmt: skip
+    return min((slo_attainment_percent(ms, bound_ms, n) for ms, n in failed if n), default=100.0)

@@ -1,13 +1,17 @@
-"""Figures over repeats: a center, a spread, the raw values, and when two of them differ."""
+"""Figures over repeats: a center, a spread, the raw values, and when two of them differ.
+
+Source of Student's t: M. Abramowitz and I. Stegun, "Handbook of Mathematical Functions", 26.7.3 and
+26.7.4.
+"""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from benchmarking.metrics import intervals, scores
+from benchmarking.metrics.scores import difference_percent, overhead_percent
 
 # Where a claim compares modes; under three there is a range, but no interval.
 MIN_REPEATS_FOR_CLAIM = 3
@@ -56,21 +60,19 @@ class Estimate:
 
         Ranges that lie apart show nothing: three repeats of the same often do.
         """
-        if min(self.repeats, other.repeats) < MIN_REPEATS_FOR_CLAIM:
-            return False
-        if not (self.is_interval and other.is_interval):
-            return False
-        return not self.overlaps(other)
+        is_claim = min(self.repeats, other.repeats) >= MIN_REPEATS_FOR_CLAIM
+        return is_claim and self.is_interval and other.is_interval and not self.overlaps(other)
 
     def overlaps(self, other: Estimate) -> bool:
         """Whether both have a spread at all and the two overlap."""
-        if min(self.repeats, other.repeats) < 2:
-            return False
-        return intervals.intervals_overlap(self._triple, other._triple)
+        has_spread = min(self.repeats, other.repeats) > 1
+        return has_spread and self.low <= other.high and other.low <= self.high
 
-    @property
-    def _triple(self) -> tuple[float, float, float]:
-        return (self.mean, self.low, self.high)
+    def map(self, change: Callable[[float], float]) -> Estimate:
+        """The estimate of a figure that rises, or falls, with this one."""
+        low, high = sorted((change(self.low), change(self.high)))
+        raw = tuple(map(change, self.values))
+        return Estimate(change(self.mean), low, high, raw, self.is_interval)
 
 
 def estimate(values: Iterable[float | None]) -> Estimate | None:
@@ -78,27 +80,17 @@ def estimate(values: Iterable[float | None]) -> Estimate | None:
     known = tuple(value for value in values if value is not None and value > 0)
     if not known:
         return None
-    return Estimate(*intervals.geometric_mean_interval(known), known, is_interval=len(known) >= 3)
+    return Estimate(*geometric_mean_interval(known), known, is_interval=len(known) >= 3)
 
 
 def overhead_estimate(stp: Estimate | None) -> Estimate | None:
     """The overhead (percent) that an STP estimate means; high STP is low overhead."""
-    if stp is None:
-        return None
-    of = scores.overhead_percent
-    raw = tuple(of(value) for value in stp.values)
-    return Estimate(of(stp.mean), of(stp.high), of(stp.low), raw, stp.is_interval)
+    return stp and stp.map(overhead_percent)
 
 
 def excess_percent(ratio: Estimate | None) -> Estimate | None:
     """By how much a ratio lies over 1, in percent: 3.0 for 1.03."""
-    if ratio is None:
-        return None
-    mean, low, high, *raw = (
-        scores.difference_percent(1.0, value)
-        for value in (ratio.mean, ratio.low, ratio.high, *ratio.values)
-    )
-    return Estimate(mean, low, high, tuple(raw), ratio.is_interval)
+    return ratio and ratio.map(lambda value: difference_percent(1.0, value))
 
 
 def range_estimate(values: Iterable[float | None]) -> Estimate | None:
@@ -110,3 +102,66 @@ def range_estimate(values: Iterable[float | None]) -> Estimate | None:
     if not known:
         return None
     return Estimate(statistics.median(known), min(known), max(known), known)
+
+
+def geometric_mean_interval(
+    values: Sequence[float], confidence: float = 0.95
+) -> tuple[float, float, float]:
+    """Geometric mean of repeats with its interval: `(mean, low, high)`.
+
+    From three values on the interval is Student's t on the logarithms (df = n - 1); ratios are
+    skewed, their logarithms less so. Under three it is only the range of the values. Of infinite
+    values among finite ones the logarithms have no bounded spread: the interval is all that is
+    positive. Raises `ValueError` without values, or when one is not positive.
+    """
+    if not values or any(not value > 0 for value in values):
+        raise ValueError(f"a geometric mean needs positive values, not {list(values)}")
+    low, high = min(values), max(values)
+    if high == math.inf:
+        return high, low if len(values) < 3 or low == math.inf else 0.0, high
+    logs = [math.log(value) for value in values]
+    center = statistics.fmean(logs)
+    if len(logs) < 3:
+        return min(max(math.exp(center), low), high), low, high  # exp(log(x)) is not always x
+    half = student_t_quantile(confidence, len(logs) - 1) * statistics.stdev(logs)
+    half /= math.sqrt(len(logs))
+    return math.exp(center), math.exp(center - half), math.exp(center + half)
+
+
+def student_t_quantile(confidence: float, degrees_of_freedom: int) -> float:
+    """The `t` with `P(|T| <= t) = confidence` (two-sided): 4.303 for 0.95 and 2 degrees.
+
+    Found by bisection over the exact probability. Raises `ValueError` when `confidence` is not
+    between 0 and 1, or under one degree of freedom.
+    """
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must be between 0 and 1, not {confidence}")
+    if degrees_of_freedom < 1:
+        raise ValueError(f"degrees of freedom must be 1 or more, not {degrees_of_freedom}")
+    low, high = 0.0, math.pi / 2
+    for _ in range(200):  # more halvings than a double has digits
+        middle = (low + high) / 2
+        t = math.sqrt(degrees_of_freedom) * math.tan(middle)
+        if _student_t_probability(t, degrees_of_freedom) < confidence:
+            low = middle
+        else:
+            high = middle
+    return math.sqrt(degrees_of_freedom) * math.tan((low + high) / 2)
+
+
+def _student_t_probability(t: float, degrees_of_freedom: int) -> float:
+    """`P(|T| <= t)` for Student's t with whole degrees of freedom, exactly.
+
+    26.7.3 (odd) and 26.7.4 (even): a finite sum of powers of the cosine of
+    `theta = atan(t / sqrt(df))`.
+    """
+    theta = math.atan(t / math.sqrt(degrees_of_freedom))
+    sine, cosine = math.sin(theta), math.cos(theta)
+    odd = degrees_of_freedom % 2 == 1
+    term = cosine if odd else 1.0
+    total = 0.0
+    for step in range(1, degrees_of_freedom // 2 + 1):
+        total += term
+        ratio = 2 * step / (2 * step + 1) if odd else (2 * step - 1) / (2 * step)
+        term *= ratio * cosine * cosine
+    return 2 / math.pi * (theta + sine * total) if odd else sine * total

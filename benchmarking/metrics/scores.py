@@ -1,7 +1,7 @@
-"""Figures of a co-run: pure functions over plain numbers and record dicts, no input or output.
+"""Figures of a co-run: pure functions over plain numbers and records, no input or output.
 
 Notation, for client i: `T_i` is the seconds that a unit of work takes alone on the whole GPU,
-`C_i` the seconds that it takes beside the others, in the window in which everyone runs.
+`C_i` the seconds that it takes next to the others, in the window in which everyone runs.
 `T/C` is the normalized progress (1 = as fast as alone), `C/T` the slowdown.
 
 Unknown is `None` everywhere: a figure that lacks one of its inputs is `None`, never 0.
@@ -16,75 +16,71 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
-Units = Mapping[str, Mapping[str, Any]]
-Record = Mapping[str, Any]
+from benchmarking.records.types import ClientRecord, GpuFigures, Summary, Units
+
+UnitsByKind = Mapping[str, Units]
 
 # A client whose units are requests at a fixed offered rate does no more work on a faster GPU,
 # so its progress says nothing about throughput: it is judged by its latency alone.
-# A request that failed, or was past its bound without an answer, is no work and has no latency.
-MISSED_KIND = "missed_request"
-OFFERED_RATE_KINDS = frozenset({"request", MISSED_KIND})
+# A request that failed or timed out is no work and has no latency.
+FAILED_REQUEST = "missed_request"
+OFFERED_RATE_KINDS = frozenset({"request", FAILED_REQUEST})
 
 # p99 of fewer responses is their maximum and little else; p95 of a few dozen hardly more.
 FEWEST_FOR_A_TAIL = 100
 TAIL_PERCENT = 99
 
 
-# --- one client -----------------------------------------------------------------------------
+# --- work -----------------------------------------------------------------------------------
 
 
-def unit_seconds(units: Units) -> dict[str, float]:
-    """Mean seconds of a unit, by kind: `{kind: seconds / count}`.
-
-    `units` is `{kind: {"count": int, "seconds": float}}`, as in a client record. Kinds without a
-    unit, or without time, are left out.
-    """
+def unit_seconds(units: UnitsByKind) -> dict[str, float]:
+    """Mean seconds of a unit, by kind; those without a unit, or without time, are excluded."""
     return {
-        kind: unit["seconds"] / unit["count"]
+        kind: unit.seconds / unit.count
         for kind, unit in units.items()
-        if unit.get("count") and unit.get("seconds")
+        if unit.count and unit.seconds
     }
 
 
-def work_seconds(units: Units, alone: Mapping[str, float]) -> float | None:
+def work_seconds(units: UnitsByKind, alone: Mapping[str, float]) -> float | None:
     """Work done, in seconds-alone: `W = sum over kinds of count * T_kind`.
 
     `alone` holds `T_kind`, the mean seconds of a unit when the job runs alone. `None` when there
     are no units or a kind has no baseline.
     """
-    done = {kind: unit["count"] for kind, unit in _answered(units).items() if unit.get("count")}
+    done = _done(units)
     if not done or any(not alone.get(kind) for kind in done):
         return None
-    return sum(count * alone[kind] for kind, count in done.items())
+    return sum(unit.count * alone[kind] for kind, unit in done.items())
 
 
-def spent_seconds(units: Units) -> float:
+def spent_seconds(units: UnitsByKind) -> float:
     """Seconds that these units took: `D = sum of unit durations`."""
-    return sum(unit["seconds"] for unit in _answered(units).values() if unit.get("count"))
+    return sum(unit.seconds for unit in _done(units).values())
 
 
-def _answered(units: Units) -> Units:
-    """The units in which work was done."""
-    return {kind: unit for kind, unit in units.items() if kind != MISSED_KIND}
+def _done(units: UnitsByKind) -> UnitsByKind:
+    return {kind: unit for kind, unit in units.items() if kind != FAILED_REQUEST and unit.count}
 
 
-def normalized_progress(units: Units, alone: Mapping[str, float]) -> float | None:
+def normalized_progress(units: UnitsByKind, alone: Mapping[str, float]) -> float | None:
     """Normalized progress `T/C = W / D`: 1 = as fast as alone, 0.25 = a quarter of that.
 
-    `W` is the work done in seconds-alone (`work_seconds`), `D` the seconds it took
-    (`spent_seconds`). With one kind of unit this is exactly `T/C`; several kinds are weighted as
-    they ran. `None` when there are no units or a kind has no baseline.
+    With one kind of unit this is exactly `T/C`; several kinds are weighted as they ran. `None` when
+    there are no units or a kind has no baseline.
     """
     work, spent = work_seconds(units, alone), spent_seconds(units)
     return work / spent if work is not None and spent > 0 else None
 
 
-def slowdown(units: Units, alone: Mapping[str, float]) -> float | None:
-    """Slowdown `C/T = D / W` that this user feels: the inverse of `normalized_progress`."""
-    progress = normalized_progress(units, alone)
-    return 1 / progress if progress else None
+def is_offered_rate(kinds: Iterable[str]) -> bool:
+    """Whether units of these kinds are requests at a fixed offered rate (a server's)."""
+    return not OFFERED_RATE_KINDS.isdisjoint(kinds)
+
+
+# --- latency --------------------------------------------------------------------------------
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
@@ -105,25 +101,25 @@ def percentile(values: Sequence[float], percent: float) -> float:
 
 
 def latency_percentile(
-    latencies: Sequence[float] | None, percent: float, missed: int = 0
+    latencies: Sequence[float] | None, percent: float, failed: int = 0
 ) -> float | None:
-    """Percentile over all requests: what was missed has no latency and counts as infinitely late.
+    """Percentile over all requests; the `failed` ones have no latency and are infinitely late.
 
     Else a server that drops its slowest requests would have the best tail. `None` without a
     request, and of a tail (over the median) under `FEWEST_FOR_A_TAIL` of them.
     """
-    asked = len(latencies or ()) + missed
+    asked = len(latencies or ()) + failed
     if not asked or (percent > 50 and asked < FEWEST_FOR_A_TAIL):
         return None
-    return percentile([*(latencies or ()), *[math.inf] * missed], percent)
+    return percentile([*(latencies or ()), *[math.inf] * failed], percent)
 
 
 def percentiles_ms(
-    latencies: Sequence[float] | None, missed: int = 0
+    latencies: Sequence[float] | None, failed: int = 0
 ) -> dict[str, float | None] | None:
     """Mean, median, std, min, max, p50, p95 and p99 of raw latencies, in their own unit (ms).
 
-    `std` is the population's. p50, p95 and p99 are `latency_percentile`s over what was `missed`,
+    `std` is the population's. p50, p95 and p99 are `latency_percentile`s over the failed requests,
     too; the others are of the answers. `None` without latencies. Percentiles of percentiles mean
     nothing: pass the raw values of all repeats, merged.
     """
@@ -135,7 +131,7 @@ def percentiles_ms(
         "std": statistics.pstdev(latencies),
         "min": min(latencies),
         "max": max(latencies),
-        **{f"p{part}": latency_percentile(latencies, part, missed) for part in (50, 95, 99)},
+        **{f"p{part}": latency_percentile(latencies, part, failed) for part in (50, 95, 99)},
     }
 
 
@@ -144,78 +140,74 @@ def tail_slowdown(
     alone: Sequence[float] | None,
     percent: float,
     *,
-    missed: int = 0,
-    missed_alone: int = 0,
+    failed: int = 0,
+    failed_alone: int = 0,
 ) -> float | None:
-    """`latency_percentile` beside others, over the same one alone.
+    """`latency_percentile` next to others, over the same one alone.
 
     `None` when either side has none (no latencies, or too few for a tail), or the one alone is 0
     or infinite.
     """
-    reference = latency_percentile(alone, percent, missed_alone)
-    found = latency_percentile(shared, percent, missed)
+    reference = latency_percentile(alone, percent, failed_alone)
+    found = latency_percentile(shared, percent, failed)
     if found is None or not reference or math.isinf(reference):
         return None
     return found / reference
 
 
 def slo_attainment_percent(
-    latencies: Sequence[float] | None, bound: float, missed: int = 0
+    latencies: Sequence[float] | None, bound: float, failed: int = 0
 ) -> float | None:
     """Share of all requests that were answered within `bound`, in percent.
 
-    `latencies` are the raw ones of the answers, in the unit of `bound`; `missed` counts requests
-    that failed or were past their bound without an answer. `None` without a request.
+    `latencies` are the raw ones of the answers, in the unit of `bound`. `None` without a request.
     """
-    asked = len(latencies or ()) + missed
+    asked = len(latencies or ()) + failed
     return 100 * sum(latency <= bound for latency in latencies or ()) / asked if asked else None
 
 
-def missed_requests(client_record: Record) -> int:
-    """Requests in the window that failed, or were past their bound without an answer."""
-    return ((client_record.get("units") or {}).get(MISSED_KIND) or {}).get("count", 0)
-
-
-def record_latency_ms(client_record: Record, percent: float) -> float | None:
-    """`latency_percentile` of one client record."""
-    missed = missed_requests(client_record)
-    return latency_percentile(client_record.get("latency_ms"), percent, missed)
-
-
-def goodput_per_second(client_records: Sequence[Record], bound_ms: float) -> float | None:
-    """Requests a second that were answered within `bound_ms`, over the windows of all repeats.
+def goodput_per_second(
+    latencies_ms: Iterable[float], bound_ms: float, window_seconds: Sequence[float | None]
+) -> float | None:
+    """Requests a second that were answered within the bound, over the windows of all repeats.
 
     `None` when a window is unknown or there is none.
     """
-    edges = [(r.get("window_start_seconds"), r.get("window_end_seconds")) for r in client_records]
-    if not edges or any(start is None or end is None for start, end in edges):
+    known = all_known(window_seconds)
+    seconds = math.fsum(known) if known else 0
+    return sum(ms <= bound_ms for ms in latencies_ms) / seconds if seconds > 0 else None
+
+
+# --- whole jobs -----------------------------------------------------------------------------
+
+
+def jobs_in_window(
+    whole_jobs: Sequence[tuple[float, float]], window_seconds: float | None
+) -> float | None:
+    """How many jobs a client did in its window: its length over the mean time from job to job.
+
+    `whole_jobs` are start and end of those that lie in it, in order: a client repeats its job until
+    the window ends, so the last one counts in part. `None` when there was no whole one.
+    """
+    if not whole_jobs or window_seconds is None:
         return None
-    met = sum(ms <= bound_ms for record in client_records for ms in record.get("latency_ms") or [])
-    seconds = math.fsum(end - start for start, end in edges)
-    return met / seconds if seconds > 0 else None
+    cycle = (whole_jobs[-1][1] - whole_jobs[0][0]) / len(whole_jobs)
+    return window_seconds / cycle if cycle > 0 else None
 
 
-def difference_percent(reference: float, value: float) -> float:
-    """By how much `value` lies over `reference`, in percent: `100 * (value / reference - 1)`."""
-    return 100 * (value / reference - 1) if value != reference else 0.0  # both may be infinite
+def joules_per_job(
+    window_joules: float | None, client_jobs: Iterable[float | None]
+) -> float | None:
+    """The card's joules in the window over the jobs (`jobs_in_window`) of all its clients.
+
+    Only for clients that run the same job: the card does not tell whose joules they are. `None`
+    when an input is missing.
+    """
+    jobs = all_known(client_jobs)
+    return window_joules / math.fsum(jobs) if jobs and window_joules is not None else None
 
 
 # --- all clients of a co-run ----------------------------------------------------------------
-
-
-def system_throughput(progress: Sequence[float]) -> float:
-    """STP `= sum of T_i / C_i`: how many GPUs' worth of work the sharing delivers."""
-    return math.fsum(progress)
-
-
-def average_normalized_turnaround_time(slowdowns: Sequence[float]) -> float:
-    """ANTT `= mean of C_i / T_i`: the average felt slowdown.
-
-    Raises `ValueError` without a slowdown.
-    """
-    if not slowdowns:
-        raise ValueError("ANTT needs at least one slowdown")
-    return statistics.fmean(slowdowns)
 
 
 def overhead_percent(stp: float | None) -> float | None:
@@ -226,13 +218,9 @@ def overhead_percent(stp: float | None) -> float | None:
     return 100 * (1 / stp - 1) if stp else None
 
 
-def interference_overhead_percent(same_share_slowdowns: Sequence[float]) -> float | None:
-    """Interference overhead `= 100 * (mean of shared / alone on the same share - 1)`.
-
-    The share is the whole GPU under time slicing and MPS, the client's own instance under MIG:
-    there this is the guide's "0 % (isolated)". `None` without a slowdown.
-    """
-    return 100 * (statistics.fmean(same_share_slowdowns) - 1) if same_share_slowdowns else None
+def difference_percent(reference: float, value: float) -> float:
+    """By how much `value` lies over `reference`, in percent: `100 * (value / reference - 1)`."""
+    return 100 * (value / reference - 1) if value != reference else 0.0  # both may be infinite
 
 
 def jain_fairness(progress: Sequence[float]) -> float | None:
@@ -244,165 +232,123 @@ def jain_fairness(progress: Sequence[float]) -> float | None:
     return math.fsum(progress) ** 2 / (len(progress) * squares) if squares else None
 
 
-def solo_energy_joules(units: Units, baseline: Record, energy_alone: float | None) -> float | None:
+def solo_energy_joules(
+    units: UnitsByKind, alone: UnitsByKind, energy_alone: float | None
+) -> float | None:
     """Joules that this work takes when its job runs alone: units done x solo joules a unit.
 
-    `energy_alone` is the card's energy over the baseline's window. Alone, the kinds of one job
-    share that energy by time, so the work is scaled by its seconds-alone: with one kind this is
-    exactly `count * (energy_alone / count_alone)`. `None` when an input is missing.
+    `alone` holds the units of the job's baseline, `energy_alone` the card's joules over its window.
+    Alone, the kinds of one job share that energy by time, so the work is scaled by its
+    seconds-alone: with one kind this is exactly `count * (energy_alone / count_alone)`. `None` when
+    an input is missing.
     """
-    alone_units = baseline.get("units") or {}
-    work, alone_spent = work_seconds(units, unit_seconds(alone_units)), spent_seconds(alone_units)
+    work, alone_spent = work_seconds(units, unit_seconds(alone)), spent_seconds(alone)
     if work is None or energy_alone is None or alone_spent <= 0:
         return None
     return energy_alone * work / alone_spent
 
 
-def energy_ratio(window_joules: float | None, solo_joules: Sequence[float | None]) -> float | None:
+def energy_ratio(window_joules: float | None, solo_joules: Iterable[float | None]) -> float | None:
     """Card's joules in the window, over what the same work takes one job after another.
 
     `solo_joules` holds `solo_energy_joules` of each client. Under 1 = sharing saves energy.
     `None` when any input is missing: no hardware tells the power of one client.
     """
-    known = [joules for joules in solo_joules if joules is not None]
-    if window_joules is None or not known or len(known) < len(solo_joules) or sum(known) <= 0:
+    known = all_known(solo_joules)
+    if window_joules is None or known is None or sum(known) <= 0:
         return None
     return window_joules / math.fsum(known)
 
 
-def jobs_in_window(client_record: Record) -> float | None:
-    """How many jobs the client did in its window: its length over the mean time from job to job.
-
-    A client repeats its job until the window ends, so the last one counts in part. `None` when no
-    whole job was finished in the window.
-    """
-    whole = [job for job in client_record.get("jobs") or [] if job.get("in_window")]
-    start, end = (client_record.get(f"window_{edge}_seconds") for edge in ("start", "end"))
-    if not whole or start is None or end is None:
-        return None
-    cycle = (whole[-1]["end_seconds"] - whole[0]["start_seconds"]) / len(whole)
-    return (end - start) / cycle if cycle > 0 else None
-
-
-def joules_per_job(window_joules: float | None, client_records: Sequence[Record]) -> float | None:
-    """The card's joules in the window over the jobs that all clients did in it (`jobs_in_window`).
-
-    Only where all clients run the same job: the card does not tell whose joules they are. `None`
-    otherwise, or when an input is missing.
-    """
-    if len({record.get("job_key") for record in client_records}) != 1 or window_joules is None:
-        return None
-    jobs = _all_known(jobs_in_window(record) for record in client_records)
-    return window_joules / math.fsum(jobs) if jobs else None
-
-
-def success_rate_percent(client_records: Sequence[Record]) -> float | None:
+def success_rate_percent(statuses: Sequence[str]) -> float | None:
     """Share of clients whose status is `ok`, in percent.
 
     `None` without clients, or when one was interrupted: nobody knows how it would have ended.
     """
-    if not client_records or any(record["status"] == "interrupted" for record in client_records):
+    if not statuses or "interrupted" in statuses:
         return None
-    succeeded = sum(record["status"] == "ok" for record in client_records)
-    return 100 * succeeded / len(client_records)
-
-
-def mean_job_seconds(client_record: Record) -> float | None:
-    """Mean wall time of the client's whole jobs in the window; `None` when none was finished."""
-    durations = [
-        job["duration_seconds"] for job in client_record.get("jobs") or [] if job.get("in_window")
-    ]
-    return statistics.fmean(durations) if durations else None
-
-
-def is_offered_rate(client_record: Record) -> bool:
-    """Whether the client answers requests at a fixed offered rate (a server with its tester)."""
-    return any(kind in OFFERED_RATE_KINDS for kind in client_record.get("units") or {})
-
-
-def client_progress(client_record: Record, baselines: Mapping[str, Record]) -> float | None:
-    """Normalized progress of a client record against the baseline of its own job.
-
-    `baselines` maps `job_key` to the baseline's client record. `None` when the client's status is
-    not `ok`, or its job has no baseline.
-    """
-    baseline = baselines.get(client_record.get("job_key", ""))
-    if client_record["status"] != "ok" or baseline is None:
-        return None
-    alone = unit_seconds(baseline.get("units") or {})
-    return normalized_progress(client_record.get("units") or {}, alone)
+    return 100 * statuses.count("ok") / len(statuses)
 
 
 def summarize_co_run(
-    client_records: Sequence[Record],
-    baselines: Mapping[str, Record],
-    gpu: Record | None,
+    client_records: Sequence[ClientRecord],
+    baselines: Mapping[str, ClientRecord],
+    gpu: GpuFigures | None,
     *,
     energy_alone_joules: Mapping[str, float | None] | None = None,
-    share_baselines: Mapping[str, Record] | None = None,
-) -> dict[str, Any]:
-    """Figures of one co-run from its client records; the `summary` of a co-run record.
+    share_baselines: Mapping[str, ClientRecord] | None = None,
+) -> Summary:
+    """Figures of one co-run from its client records.
 
-    `baselines` maps `job_key` to the baseline's client record (the whole GPU, alone); `gpu` is the
-    co-run's GPU section (`energy_joules` is read); `energy_alone_joules` maps `job_key` to the
-    card's energy over that job's baseline window; `share_baselines` are the jobs alone on the
-    client's own share (MIG: its instance), needed for the interference overhead where the share
-    is not the whole GPU.
+    `baselines` maps `job_key` to the baseline's client record (the whole GPU, alone);
+    `energy_alone_joules` maps it to the card's energy over that baseline's window;
+    `share_baselines` are the jobs alone on the client's own share (MIG: its instance), needed for
+    the interference overhead where the share is not the whole GPU.
 
-    Figures over all clients are `None` as soon as one client that counts failed or has no
-    baseline: a co-run of n is never summed up as one of n - 1. Clients at a fixed offered rate
-    stay out of STP, ANTT, overhead, fairness, energy and durations; `throughput_clients` says how
-    many counted. `average_duration_seconds` and `total_gpu_time_seconds` are the mean and the sum
-    over clients of the mean seconds of one whole job.
+    STP is the sum of `T_i / C_i`, ANTT the mean of `C_i / T_i`; the interference overhead is the
+    mean slowdown against the job alone on the same share, in percent over 1 (under MIG the guide's
+    "0 % (isolated)"). Figures over all clients are `None` as soon as one client that counts failed
+    or has no baseline: a co-run of n is never summed up as one of n - 1. Clients at a fixed offered
+    rate stay out of STP, ANTT, overhead, fairness, energy and durations; `throughput_clients` says
+    how many counted. `average_duration_seconds` and `total_gpu_time_seconds` are the mean and the
+    sum over clients of the mean seconds of one whole job.
     """
-    counted = [record for record in client_records if not is_offered_rate(record)]
-    progress = _all_known(client_progress(record, baselines) for record in counted)
+    counted = [record for record in client_records if not is_offered_rate(record.units)]
+    progress = all_known(_progress(record, baselines) for record in counted)
     slowdowns = [1 / x for x in progress] if progress and all(progress) else None
-    stp = system_throughput(progress) if progress else None
+    stp = math.fsum(progress) if progress else None
 
-    share = baselines if share_baselines is None else share_baselines
-    share_progress = _all_known(client_progress(record, share) for record in counted)
-    is_mig = any(record.get("mode") == "mig" for record in client_records)
-    knows_share = share_baselines is not None or not is_mig
-    interference = (
-        interference_overhead_percent([1 / x for x in share_progress])
-        if share_progress and all(share_progress) and knows_share
-        else None
-    )
+    is_mig = any(record.mode == "mig" for record in client_records)
+    share = baselines if share_baselines is None and not is_mig else share_baselines or {}
+    on_share = all_known(_progress(record, share) for record in counted)
+    interference = None
+    if on_share and all(on_share):
+        interference = 100 * (statistics.fmean(1 / x for x in on_share) - 1)
 
     energies = energy_alone_joules or {}
-    solo = (
-        [
-            solo_energy_joules(
-                record.get("units") or {},
-                baselines.get(record["job_key"], {}),
-                energies.get(record["job_key"]),
-            )
-            for record in client_records
-        ]
-        if len(counted) == len(client_records) and progress
-        else [None]
+    charged = counted if progress and len(counted) == len(client_records) else []
+    solo_joules = [
+        solo_energy_joules(one.units, baselines[one.job_key].units, energies.get(one.job_key))
+        for one in charged
+    ]
+    durations = [
+        mean(job.duration_seconds for job in record.jobs if job.in_window)
+        for record in counted
+        if record.status == "ok"
+    ]
+    finished = [seconds for seconds in durations if seconds is not None]
+    return Summary(
+        clients=len(client_records),
+        throughput_clients=len(counted),
+        stp=stp,
+        antt=statistics.fmean(slowdowns) if slowdowns else None,
+        overhead_percent=overhead_percent(stp),
+        interference_overhead_percent=interference,
+        fairness=jain_fairness(progress) if progress else None,
+        energy_ratio=energy_ratio(gpu and gpu.energy_joules, solo_joules),
+        success_rate_percent=success_rate_percent([record.status for record in client_records]),
+        average_duration_seconds=mean(finished),
+        total_gpu_time_seconds=(
+            math.fsum(finished) if finished and len(finished) == len(counted) else None
+        ),
     )
 
-    durations = [mean_job_seconds(record) for record in counted if record["status"] == "ok"]
-    finished = [seconds for seconds in durations if seconds is not None]
-    everyone_finished = bool(finished) and len(finished) == len(counted)
-    return {
-        "clients": len(client_records),
-        "throughput_clients": len(counted),
-        "stp": stp,
-        "antt": average_normalized_turnaround_time(slowdowns) if slowdowns else None,
-        "overhead_percent": overhead_percent(stp),
-        "interference_overhead_percent": interference,
-        "fairness": jain_fairness(progress) if progress else None,
-        "energy_ratio": energy_ratio((gpu or {}).get("energy_joules"), solo),
-        "success_rate_percent": success_rate_percent(client_records),
-        "average_duration_seconds": statistics.fmean(finished) if finished else None,
-        "total_gpu_time_seconds": math.fsum(finished) if everyone_finished else None,
-    }
+
+def _progress(record: ClientRecord, baselines: Mapping[str, ClientRecord]) -> float | None:
+    """Normalized progress against the baseline of the client's own job."""
+    baseline = baselines.get(record.job_key)
+    if record.status != "ok" or baseline is None:
+        return None
+    return normalized_progress(record.units, unit_seconds(baseline.units))
 
 
-def _all_known(values: Iterable[float | None]) -> list[float] | None:
+def mean(values: Iterable[float | None]) -> float | None:
+    """Mean of the known values; `None` without any."""
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None
+
+
+def all_known(values: Iterable[float | None]) -> list[float] | None:
     """The values as a list, or `None` when there are none or one of them is unknown."""
-    known = list(values)
-    return None if not known or any(x is None for x in known) else known  # type: ignore[return-value]
+    found = list(values)
+    return None if not found or None in found else found  # type: ignore[return-value]

@@ -1,75 +1,42 @@
-"""The published JSON Schemas of the result files, the check against them, and older versions.
+"""The published JSON Schemas of the result files, a file a kind of object, made from the structs.
 
-The schemas (draft 7) lie in `schemas/`, a file a kind of object. They name what readers rely on;
-further fields are allowed. What an older program wrote is brought to the present version first.
-
-Schema history:
-    1  first version.
-    2  manifests list `resumptions`; records have `start_skew_ms` and `busiest_thread_cpu_fraction`.
+They are written anew by `python3 -c 'from benchmarking.records.schema import publish; publish()'`.
 """
 
 from __future__ import annotations
 
-import functools
 import json
-from collections.abc import Callable, Mapping
+import re
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
 
-SCHEMA_VERSION = 2
+import msgspec
+
+from benchmarking.records import types
+
 SCHEMAS = Path(__file__).resolve().parent / "schemas"
-
-MANIFEST, CLIENT, CO_RUN, SAMPLE = "manifest", "client", "co_run", "sample"
-PHASE, REFUSAL = "phase", "refusal"  # lines of files beside the runs
-
-# What a version brought, with what stands for it in a file of an earlier one.
-_ADDED: Mapping[int, Mapping[str, Mapping[str, Any]]] = MappingProxyType(
-    {
-        2: {
-            MANIFEST: {"resumptions": []},
-            CLIENT: {"busiest_thread_cpu_fraction": None, "window_host_cpu_fraction": None},
-            CO_RUN: {"start_skew_ms": None},
-        }
-    }
-)
+PUBLISHED = {
+    "manifest": types.Manifest,
+    "client": types.ClientRecord,
+    "co_run": types.CoRunRecord,
+    "sample": types.Sample,
+    "phase": types.PhaseRecord,
+    "refusal": types.Refusal,
+}
 
 
-class UnknownVersionError(Exception):
-    """An object is of a schema version that this program does not know."""
+def schema_texts() -> dict[Path, str]:
+    """Return the text of each schema file."""
+    return {SCHEMAS / f"{kind}.schema.json": _text(struct) for kind, struct in PUBLISHED.items()}
 
 
-def upgraded(kind: str, value: dict[str, Any], version: object) -> dict[str, Any]:
-    """Return an object of a file of schema `version` as the present version has it.
-
-    Raises:
-        UnknownVersionError: `version` is none of the past or present ones.
-    """
-    if type(version) is not int or not 1 <= version <= SCHEMA_VERSION:
-        raise UnknownVersionError(
-            f"has schema version {version}, this program reads 1 to {SCHEMA_VERSION}"
-        )
-    for later in range(version + 1, SCHEMA_VERSION + 1):
-        value = {**_ADDED[later].get(kind, {}), **value}
-    return {**value, "schema_version": SCHEMA_VERSION} if kind == MANIFEST else value
+def _text(struct: type) -> str:
+    """Return the schema of a struct, whatever holds nothing else on one line."""
+    draft = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
+    text = json.dumps(draft | msgspec.json.schema(struct), indent=2)
+    return re.sub(r"[\[{]\s[^\[\]{}]*[\]}]", lambda found: " ".join(found[0].split()), text) + "\n"
 
 
-def problem(kind: str, value: object) -> str | None:
-    """Return what is wrong with an object of the present version; None when it is as published."""
-    # Imported when a run is read: `--help` should not wait for it.
-    from fastjsonschema import JsonSchemaValueException
-
-    try:
-        _validator(kind)(value)
-    except JsonSchemaValueException as error:
-        return error.message
-    return None
-
-
-@functools.cache
-def _validator(kind: str) -> Callable[[object], object]:
-    """Compile the schema of a kind of object into a function."""
-    import fastjsonschema
-
-    text = (SCHEMAS / f"{kind}.schema.json").read_text(encoding="utf-8")
-    return fastjsonschema.compile(json.loads(text))
+def publish() -> None:
+    """Write the schema files anew."""
+    for path, text in schema_texts().items():
+        path.write_text(text, encoding="utf-8")

@@ -114,6 +114,7 @@ class ClientRecord(Struct, kw_only=True, tag="client", tag_field="record"):
     stderr_tail: list[str]
     slowdown: Amount | None
     normalized_progress: Amount | None
+    # null: too little is known of its CPU seconds
     host_limited: bool | None = None
 
 
@@ -221,7 +222,7 @@ class Resumption(Struct, kw_only=True):
 class Manifest(Struct, kw_only=True):
     """manifest.json: what a run was asked for, on what, and how it ended."""
 
-    schema_version: Literal[3]
+    schema_version: Literal[3]  # SCHEMA_VERSION
     run_id: Name
     created_at: str
     command: list[str] = field(default_factory=list)
@@ -243,12 +244,12 @@ class Manifest(Struct, kw_only=True):
     mode_evidence: list[Evidence] = field(default_factory=list)
     baseline_run_id: str | None = None
     notes: list[str]
-    resumptions: list[Resumption]
+    resumptions: list[Resumption] = field(default_factory=list)
     # what was asked for, for going on with the run after a cut
     request: dict[str, Any] | None = None
     resolved_arguments: dict[str, list[str]] | None = None
-    finished_at: str | None
-    outcome: RunOutcome
+    finished_at: str | None = None
+    outcome: RunOutcome = "running"
 
 
 class GpuProcess(Struct, kw_only=True):
@@ -283,6 +284,10 @@ class Sample(Struct, kw_only=True, tag="sample", tag_field="record"):
     # processes on the card, only in the samples in which they were asked for
     compute_pids: list[GpuProcess] | None = None
     mps_pids: list[GpuProcess] | None = None
+
+
+class Monitor(Struct, kw_only=True, tag="monitor", tag_field="record"):
+    """The first line of gpu_samples.jsonl, and of each part of it: the sampler is ready."""
 
 
 class PhaseRecord(Struct, kw_only=True):

@@ -13,6 +13,7 @@ from typing import Any
 
 from benchmarking.records import run_folder
 from benchmarking.records.run_folder import Run, RunStoreError
+from benchmarking.records.types import Manifest
 from benchmarking.suite.plan import MODE_CPU_DEMO
 
 COMPARED_FIELDS = ("gpu_name", "driver_version")
@@ -24,34 +25,20 @@ class BaselineMismatchError(Exception):
     """A baseline was taken under other conditions; the message names the differing field."""
 
 
-def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+def differences(theirs: Manifest, ours: Manifest) -> list[str]:
     """Say in what the manifest `theirs` of a baseline's run differs from our manifest `ours`.
 
     Empty when its baselines may be reused, the jobs apart.
     """
-    found = [
-        _difference(field, theirs["environment"].get(field), ours["environment"].get(field))
-        for field in COMPARED_FIELDS
-    ]
-    their_versions = theirs["environment"].get("versions") or {}
-    our_versions = ours["environment"].get("versions") or {}
-    found += [
-        _difference(f"version of {name}", their_versions.get(name), our_versions.get(name))
-        for name in COMPARED_VERSIONS
-    ]
-    found.append(_difference("job size", theirs.get("job_size"), ours.get("job_size")))
-    on_cpu = [manifest.get("effective_mode") == MODE_CPU_DEMO for manifest in (theirs, ours)]
+    then, now = theirs.environment, ours.environment
+    pairs = {name: (getattr(then, name), getattr(now, name)) for name in COMPARED_FIELDS}
+    for name in COMPARED_VERSIONS:
+        pairs[f"version of {name}"] = (then.versions.get(name), now.versions.get(name))
+    pairs["job size"] = (theirs.job_size, ours.job_size)
+    on_cpu = tuple(manifest.effective_mode == MODE_CPU_DEMO for manifest in (theirs, ours))
     if any(on_cpu):
-        found.append(_difference("cpu-demo", *on_cpu))
-        cores = [manifest["environment"].get("host_cores") for manifest in (theirs, ours)]
-        found.append(_difference("host cores", *cores))
-    return [difference for difference in found if difference]
-
-
-def missing_jobs(run: Run, job_keys: Iterable[str]) -> list[str]:
-    """Return the jobs of which a run has no successful baseline."""
-    available = run.baselines()
-    return [key for key in job_keys if key not in available]
+        pairs |= {"cpu-demo": on_cpu, "host cores": (then.host_cores, now.host_cores)}
+    return _unlike(pairs)
 
 
 def identity_differences(
@@ -61,52 +48,57 @@ def identity_differences(
     theirs = (baseline or {}).get("identity")
     if not theirs or not identity:
         return []
-    pairs = (
-        _difference(field, theirs.get(field), identity.get(field))
-        for field in COMPARED_IDENTITY_FIELDS
-    )
-    return [difference for difference in pairs if difference]
+    return _unlike({n: (theirs.get(n), identity.get(n)) for n in COMPARED_IDENTITY_FIELDS})
+
+
+def _unlike(pairs: Mapping[str, tuple[Any, Any]]) -> list[str]:
+    return [f"{name} was {then}, now it is {now}" for name, (then, now) in pairs.items()
+            if then != now]  # fmt: skip
 
 
 def data_differences(
-    theirs: Mapping[str, Any], ours: Mapping[str, Any], job_keys: Iterable[str]
+    theirs: Mapping[str, Sequence[str]] | None,
+    ours: Mapping[str, Sequence[str]] | None,
+    job_keys: Iterable[str],
 ) -> list[str]:
-    """Say which jobs found other data or weights in the run of manifest `theirs` than in ours.
+    """Say which jobs found other data or weights in another run than in ours.
 
-    A run that did not note what its jobs found is taken at its word.
+    Both are the `resolved_arguments` of a manifest. A run that did not note what its jobs found is
+    taken at its word.
     """
-    found, found_now = (
-        manifest.get("resolved_arguments") or {} for manifest in (theirs, ours)
-    )  # fmt: skip
+    then, now = theirs or {}, ours or {}
     return [
-        f"data of {key.split()[0]} was {_words(found[key])}, now it is {_words(found_now[key])}"
+        f"data of {key.split()[0]} was {_describe(then[key])}, now it is {_describe(now[key])}"
         for key in job_keys
-        if key in found and key in found_now and list(found[key]) != list(found_now[key])
+        if key in then and key in now and list(then[key]) != list(now[key])
     ]
 
 
-def _words(arguments: Sequence[str]) -> str:
+def _describe(arguments: Sequence[str]) -> str:
     return f"`{shlex.join(arguments)}`" if arguments else "without flags"
 
 
-def require_reusable(run: Run, ours: Mapping[str, Any], job_keys: Sequence[str]) -> None:
+def require_reusable(run: Run, ours: Manifest, job_keys: Sequence[str]) -> None:
     """Raise `BaselineMismatchError` unless `run`'s baselines fit our manifest and jobs."""
-    found = [*differences(run.manifest, ours), *data_differences(run.manifest, ours, job_keys)]
+    theirs = run.manifest
+    found = [
+        *differences(theirs, ours),
+        *data_differences(theirs.resolved_arguments, ours.resolved_arguments, job_keys),
+    ]
     if found:
         raise BaselineMismatchError(
             f"the baseline of run {run.run_id} cannot be reused: {'; '.join(found)}"
         )
-    missing = missing_jobs(run, job_keys)
-    if missing:
-        raise BaselineMismatchError(
-            f"run {run.run_id} has no baseline of this job: {missing[0]} "
-            "(take one with --mode exclusive and the same flags)"
-        )
+    available = run.baselines()
+    for key in job_keys:
+        if key not in available:
+            raise BaselineMismatchError(
+                f"run {run.run_id} has no baseline of this job: {key} "
+                "(take one with --mode exclusive and the same flags)"
+            )
 
 
-def newest_reusable(
-    results_dir: Path, ours: Mapping[str, Any], job_keys: Sequence[str]
-) -> Run | None:
+def newest_reusable(results_dir: Path, ours: Manifest, job_keys: Sequence[str]) -> Run | None:
     """Return the newest run below `results_dir` whose whole-GPU baselines fit, if there is one."""
     for folder in reversed(run_folder.find_runs(results_dir)):
         try:
@@ -116,7 +108,3 @@ def newest_reusable(
             continue
         return run
     return None
-
-
-def _difference(name: str, theirs: Any, ours: Any) -> str | None:
-    return None if theirs == ours else f"{name} was {theirs}, now it is {ours}"

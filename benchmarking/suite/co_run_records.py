@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import msgspec
-
 from benchmarking.hardware import host_limit
 from benchmarking.metrics import scores
 from benchmarking.modes.sharing_mode import INVALID, UNVERIFIED
@@ -17,7 +15,6 @@ from benchmarking.records.types import (
     Evidence,
     GpuFigures,
     Proof,
-    Summary,
 )
 from benchmarking.suite.event_log import jobs_of, last_event, unit_spans, units_in_window
 from benchmarking.suite.launcher import (
@@ -29,9 +26,6 @@ from benchmarking.suite.launcher import (
     ClientResult,
     CoRunResult,
 )
-
-# `metrics` takes records as plain data.
-plain = msgspec.to_builtins
 
 NEVER_MEASURED = Proof(UNVERIFIED, [Evidence("it was measured", "no", None)])
 
@@ -63,8 +57,8 @@ def client_record(
         reference = baseline.units if baseline else {}
         if co_run.planned.phase == PHASE_BASELINE:  # it is its own
             reference = units
-        alone = scores.unit_seconds(plain(reference))
-        progress = scores.normalized_progress(plain(units), alone)
+        alone = scores.unit_seconds(reference)
+        progress = scores.normalized_progress(units, alone)
     job, loaded, done = (
         last_event(client.events, name) or {} for name in ("job", "loaded", "done")
     )
@@ -141,11 +135,11 @@ def co_run_record(
         reason = f"{gpu_lost}; {reason}" if reason else gpu_lost
     is_comparable = outcome not in (OUTCOME_INTERRUPTED, OUTCOME_INVALID)
     summary = scores.summarize_co_run(
-        plain(clients),
-        plain(baselines) if is_comparable else {},
-        plain(gpu),
+        clients,
+        baselines if is_comparable else {},
+        gpu,
         energy_alone_joules=energy_alone_joules,
-        share_baselines=plain(share_baselines) if is_comparable else {},
+        share_baselines=share_baselines if is_comparable else {},
     )
     return CoRunRecord(
         **_place(co_run),
@@ -155,7 +149,7 @@ def co_run_record(
         start_skew_ms=start_skew_ms(co_run.clients),
         gpu=gpu,
         warnings=host_limit.warnings(gpu, clients, host_cores),
-        summary=Summary(**summary),
+        summary=summary,
     )
 
 

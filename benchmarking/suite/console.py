@@ -8,6 +8,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import msgspec
+
 from benchmarking.metrics.scores import FEWEST_FOR_A_TAIL, percentile
 from benchmarking.records.run_folder import PHASE_CO_RUN, Run
 from benchmarking.suite.setup import Setup
@@ -67,8 +69,8 @@ def print_plan(setup: Setup, *, verbose: bool = False) -> None:
 
 def print_summary(run: Run) -> None:
     """Print the figures of every co-run (of the baselines where there is nothing else)."""
-    together = [record for record in run.co_run_records if record["phase"] == PHASE_CO_RUN]
-    for record in together or run.co_run_records:
+    records = msgspec.to_builtins(run.co_run_records)
+    for record in [one for one in records if one["phase"] == PHASE_CO_RUN] or records:
         title = (
             f"{record['co_run']}: {record['mode']}, {record['clients']} "
             f"client{'s' if record['clients'] > 1 else ''}, {record['outcome']}"
@@ -76,7 +78,7 @@ def print_summary(run: Run) -> None:
         print(f"\n{title}\n{'-' * len(title)}")
         if record["reason"]:
             print(f"REASON: {record['reason']}")
-        members = run.clients_of(record["co_run"])
+        members = msgspec.to_builtins(run.clients_of(record["co_run"]))
         print_table(
             CLIENT_COLUMNS,
             [_client_row(member) for member in members],
@@ -87,7 +89,7 @@ def print_summary(run: Run) -> None:
             print(f"WARNING: {warning}")
     for warning in run.warnings:
         print(f"WARNING: {warning}")
-    if run.manifest["effective_mode"] == "cpu-demo":
+    if run.manifest.effective_mode == "cpu-demo":
         print(f"\n{CPU_DEMO_BANNER}")
 
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from benchmarking.records import run_folder
 from benchmarking.records.run_folder import (
     PHASE_CO_RUN,
@@ -20,6 +22,7 @@ from benchmarking.records.run_folder import (
     RunStoreError,
     RunWriter,
 )
+from benchmarking.records.types import Environment
 from benchmarking.suite import baselines
 from benchmarking.suite.launcher import OUTCOME_OK, OUTCOME_TIMEOUT
 from benchmarking.suite.mps_knobs import MpsKnobs
@@ -48,13 +51,13 @@ class EarlierPart:
     @property
     def outcome(self) -> str:
         """How the run had ended; one that was killed had no time to say so."""
-        said = self.run.manifest["outcome"]
+        said = self.run.manifest.outcome
         return "interrupted" if said == "running" else said
 
     def finished(self, co_run: str) -> tuple[Record, list[Record]] | None:
         """Return the co-run's record and those of its clients, `None` where it is yet to do."""
-        for record in self.run.co_run_records:
-            clients = self.run.clients_of(co_run)
+        for record in msgspec.to_builtins(self.run.co_run_records):
+            clients = msgspec.to_builtins(self.run.clients_of(co_run))
             if record["co_run"] == co_run and _is_answer(record, clients):
                 return record, clients
         return None
@@ -65,10 +68,10 @@ class EarlierPart:
         `notes` are those of the start; they come in the place of what the end was called.
         """
         writer = run_folder.reopen_run(
-            self.run, {record["co_run"] for record in self.run.co_run_records
-                       if self.finished(record["co_run"])},
+            self.run, {record.co_run for record in self.run.co_run_records
+                       if self.finished(record.co_run)},
         )  # fmt: skip
-        ended = self.run.manifest["outcome"]
+        ended = self.run.manifest.outcome
         writer.note_resumption("killed" if ended == "running" else ended, notes)
         return writer
 
@@ -84,7 +87,7 @@ def read_earlier(reference: str, results_dir: Path) -> EarlierPart:
         raise RunStoreError(f"run {run.run_id} is still going on: wait for it, or stop it first")
     request = _request_of(run)
     earlier = EarlierPart(run, request)
-    if run.manifest["outcome"] == "complete" or _broke_for_good(earlier):
+    if run.manifest.outcome == "complete" or _broke_for_good(earlier):
         raise RunStoreError(
             f"run {run.run_id} is complete: start a new run, or look at {run.folder}"
         )
@@ -102,13 +105,15 @@ def unlike_environment(
     data and weights were found under. What is unknown now or then is not compared.
     """
     theirs = earlier.run.manifest
-    then = theirs["environment"]
+    then = msgspec.to_builtins(theirs.environment)
     now = {key: value for key, value in known_now.items() if value and then.get(key)}
     if "versions" in now:
         now["versions"] = {**then["versions"], **now["versions"]}
         then = {**then, "versions": {**now["versions"], **then["versions"]}}
-    before = {**theirs, "environment": then}
-    ours = {**theirs, "environment": {**then, **now}, "resolved_arguments": resolved}
+    before, ours = (
+        msgspec.structs.replace(theirs, environment=Environment(**environment))
+        for environment in (then, {**then, **now})
+    )
     found = [
         *baselines.differences(before, ours),
         *(
@@ -117,9 +122,9 @@ def unlike_environment(
             if field in now
             and now[field] != then[field]
             # Under the other modes its slices are nothing to a client.
-            and (field != "timeslice" or theirs["effective_mode"] == MODE_TIME_SLICING)
+            and (field != "timeslice" or theirs.effective_mode == MODE_TIME_SLICING)
         ),
-        *baselines.data_differences(before, ours, list(resolved)),
+        *baselines.data_differences(theirs.resolved_arguments, resolved, list(resolved)),
     ]
     if found:
         raise SuiteError(
@@ -142,7 +147,7 @@ def request_data(request: Request) -> dict[str, Any]:
 
 
 def _request_of(run: Run) -> Request:
-    data, plan = run.manifest.get("request"), run.manifest.get("plan_file")
+    data, plan = run.manifest.request, run.manifest.plan_file
     try:
         knobs = MpsKnobs.from_dict(data["mps_knobs"])
         values = {**_with_tuples(data), "mps_knobs": knobs}
@@ -157,7 +162,7 @@ def _request_of(run: Run) -> Request:
 
 
 def _folder_of_baseline(run: Run) -> str | None:
-    name = run.manifest["baseline_run_id"]
+    name = run.manifest.baseline_run_id
     folders = run_folder.find_runs(run.folder.parent) if name else []
     return next((str(folder) for folder in folders if folder.name == name), None)
 
@@ -199,6 +204,6 @@ def _broke_for_good(earlier: EarlierPart) -> bool:
     records = earlier.run.co_run_records
     return (
         earlier.outcome == "failed"
-        and any(record["outcome"] != OUTCOME_OK for record in records)
-        and all(earlier.finished(record["co_run"]) for record in records)
+        and any(record.outcome != OUTCOME_OK for record in records)
+        and all(earlier.finished(record.co_run) for record in records)
     )

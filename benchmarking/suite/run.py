@@ -23,7 +23,7 @@ from benchmarking.records.run_folder import (
     PHASE_SHARE_BASELINE,
     RunWriter,
 )
-from benchmarking.records.types import ClientRecord, CoRunRecord, GpuFigures
+from benchmarking.records.types import ClientRecord, CoRunRecord, GpuFigures, Record, Sample
 from benchmarking.suite import occupancy, stop_reasons
 from benchmarking.suite import plan as planning
 from benchmarking.suite.baselines import (
@@ -179,8 +179,8 @@ class SuiteRun:
         """Say something and keep it with the run."""
         if text:
             self._say(text)
-        if text and text not in self._writer.manifest["notes"]:
-            self._writer.update_manifest(notes=[*self._writer.manifest["notes"], text])
+        if text and text not in self._writer.manifest.notes:
+            self._writer.update_manifest(notes=[*self._writer.manifest.notes, text])
 
     # --- once before -------------------------------------------------------------------------
 
@@ -190,7 +190,7 @@ class SuiteRun:
         What a reused baseline's jobs found is looked at first: the same data, and no second search.
         """
         earlier = self._setup.baseline_run
-        found = (earlier.manifest.get("resolved_arguments") if earlier else None) or {}
+        found = (earlier.manifest.resolved_arguments if earlier else None) or {}
         for job_key, arguments in found.items():
             self._change_clients(job_key, arguments)
         jobs = self._plan.jobs()
@@ -230,7 +230,7 @@ class SuiteRun:
 
     def _describe_environment(self, found: Mapping[str, Any]) -> None:
         """Fill in what is not known of the environment yet."""
-        environment = self._writer.manifest["environment"]
+        environment = msgspec.to_builtins(self._writer.manifest.environment)
         unknown = {
             key: value for key, value in found.items()
             if key in environment and value is not None and environment[key] in (None, {})
@@ -273,7 +273,7 @@ class SuiteRun:
         if run is None:
             return
         self._say(f"baselines are those of run {run.run_id}")
-        self._reference.whole = run.baselines()
+        self._reference.whole = msgspec.to_builtins(run.baselines())
         self._reference.whole_joules = run.energy_alone_joules()
         self._writer.update_manifest(baseline_run_id=run.run_id)
         for job_key, record in self._reference.whole.items():
@@ -445,7 +445,7 @@ class SuiteRun:
         # What follows in this file works with plain data.
         clients, record = msgspec.to_builtins(made), msgspec.to_builtins(co_run)
         for line in (*clients, record):
-            self._writer.append_record(line)
+            self._writer.append_record(msgspec.convert(line, Record))
         for warning in record["warnings"]:
             self._say(warning)
         if reason is not None:
@@ -552,7 +552,9 @@ class SuiteRun:
         start, end = seen.window_start_seconds, seen.window_end_seconds
         if start is None or end is None or not samples:
             return None
-        figures = summarize_samples(samples, start, end)
+        figures = msgspec.to_builtins(
+            summarize_samples(msgspec.convert(samples, list[Sample]), start, end)
+        )
         if self._setup.is_cpu_demo:
             # A GPU that is there but not in use says nothing about this run.
             return GpuFigures(host_cpu_percent=figures["host_cpu_percent"])

@@ -23,8 +23,6 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import msgspec
-
 from benchmarking.metrics.breaking_point import breaking_point
 from benchmarking.records.types import ClientRecord, CoRunRecord
 from benchmarking.suite.event_log import last_event
@@ -75,10 +73,7 @@ def stop_reason(
         return _reason(GPU_LOST, gpu_lost)
     if co_run.outcome in ("failed", "timeout"):
         return _failure(co_run, results, clients)
-    bound = breaking_point(
-        [msgspec.to_builtins(co_run)], msgspec.to_builtins(clients), max_slowdown=max_slowdown,
-        max_p99_ms=max_p99_ms,
-    )  # fmt: skip
+    bound = breaking_point([co_run], clients, max_slowdown=max_slowdown, max_p99_ms=max_p99_ms)
     return _reason(bound["criterion"], bound["detail"]) if bound["criterion"] else None
 
 

@@ -1,0 +1,38 @@
+"""The figures of the recorded runs stay as they are, to the last digit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import PROJECT_ROOT
+
+EXAMPLES = PROJECT_ROOT / "examples"
+RECORDED = sorted(path.parent.name for path in EXAMPLES.glob("*/comparison.json"))
+
+
+def test_every_recorded_experiment_has_its_figures() -> None:
+    experiments = {path.parents[1].name for path in EXAMPLES.glob("*/*/manifest.json")}
+    assert experiments == set(RECORDED)
+
+
+@pytest.mark.parametrize("experiment", RECORDED)
+def test_the_analysis_of_a_recorded_experiment_gives_the_figures_that_it_gave(
+    tmp_path: Path, experiment: str
+) -> None:
+    results, output = tmp_path / experiment, tmp_path / "output"
+    shutil.copytree(EXAMPLES / experiment, results)
+    analyze = [sys.executable, PROJECT_ROOT / "benchmarking" / "analyze_results.py"]
+    done = subprocess.run(
+        [*analyze, "--results-dir", results, "--output", output],
+        capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found, recorded = (
+        json.loads((folder / "comparison.json").read_text()) for folder in (output, results)
+    )
+    assert found == recorded
