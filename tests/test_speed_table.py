@@ -15,7 +15,7 @@ import program_copy
 import pytest
 from waiting import wait_until
 
-from benchmarking.speed import jobs as speed_jobs
+from benchmarking import speed_jobs
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 FAKE = Path(__file__).parent / "fakes" / "scripted_speed.py"
@@ -29,7 +29,7 @@ class Bench:
         self.calls_path = root / "calls"
         self.script = root / "benchmarking" / "speed_table.py"
         stand_ins = {job.script for job in speed_jobs.JOBS}
-        names = {"benchmarking/speed/card_rates.py", "workloads/work_count.py", *stand_ins}
+        names = {"benchmarking/hardware/card_rates.py", "workloads/work_count.py", *stand_ins}
         program_copy.copy_programs(root, FAKE, names)
         self.card, self.environment = program_copy.scripted_card(root)
         self.environment["SPEED_CALLS"] = str(self.calls_path)
@@ -154,7 +154,7 @@ def test_what_else_was_on_the_card_is_noted(bench: Bench) -> None:
     ("arguments", "complaint"),
     [
         (("--only", "resnet51"), "there is no job resnet51; choose of resnet50-training-cifar"),
-        (("--engines", "eager"), "'eager': choose of graph, compile"),
+        (("--engines", "eager"), "there is no engine eager; choose of graph, compile"),
         (("--repeats", "0"), "'0' is not a whole number of 1 or more"),
         (("--data-dir", "/nowhere"), "--data-dir /nowhere is no folder"),
         (("--gpu", "7"), "GPU 7 cannot be found"),
