@@ -18,9 +18,8 @@ import pytest
 from test_benchmark_suite import CONTROL_PROGRAM
 from waiting import wait_until
 
-from benchmarking import blast_radius
-from benchmarking.blast import text
-from benchmarking.blast.aftermath import judge_neighbor
+from benchmarking import blast_radius, blast_report
+from benchmarking.blast_radius import judge_neighbor
 from benchmarking.suite.launcher import ClientOutcome, CoRunOutcome
 from benchmarking.suite.plan import WORKLOADS, PlannedClient, PlannedCoRun
 
@@ -353,12 +352,12 @@ def record_of(mode: str, fault: str, **newcomer: object) -> dict[str, Any]:
 
 
 def test_what_the_fault_cost_a_new_client_comes_before_what_it_took_to_load() -> None:
-    said = text.conclusion(record_of("mps", "assert"))
+    said = blast_report.conclusion(record_of("mps", "assert"))
     assert said.endswith(
         "The fault itself cost a new client 1.50 s, its own loading not counted: it had done its "
         "first work 8.00 s after the fault, and 6.50 s of that it was loading."
     )
-    assert "| no | None | 50.0 | 49.0 | 900 | 2.50 | CUDA error: x |" in text.markdown(
+    assert "| no | None | 50.0 | 49.0 | 900 | 2.50 | CUDA error: x |" in blast_report.markdown(
         record_of("mps", "assert")
     )
 
@@ -408,16 +407,16 @@ def co_run_of(status: str, ends: list[float], job_ends: list[float]) -> CoRunOut
 def test_rates_pause_and_loss_of_a_neighbor() -> None:
     steady = [100 + 0.5 * n for n in range(1, 10)]  # up to 104.5; the fault comes at 105
     stalled = judge_neighbor(co_run_of("ok", [*steady, 108.0, 109.0], [104.5]), 0, 105.0)
-    assert stalled.rate_before == pytest.approx(8 / 4)  # from one second after go on
-    assert stalled.rate_after == pytest.approx(2 / 5)
-    assert stalled.longest_gap_ms == pytest.approx(3500)
-    assert stalled.lost_seconds == 0
+    assert stalled["rate_before"] == pytest.approx(8 / 4)  # from one second after go on
+    assert stalled["rate_after"] == pytest.approx(2 / 5)
+    assert stalled["longest_gap_ms"] == pytest.approx(3500)
+    assert stalled["lost_seconds"] == 0
 
     dead = judge_neighbor(co_run_of("failed", steady, [102.0]), 0, 105.0)
-    assert not dead.survived
-    assert dead.rate_after == 0
-    assert dead.longest_gap_ms is None
-    assert dead.lost_seconds == pytest.approx(2.5)
+    assert not dead["survived"]
+    assert dead["rate_after"] == 0
+    assert dead["longest_gap_ms"] is None
+    assert dead["lost_seconds"] == pytest.approx(2.5)
 
 
 def test_a_card_on_which_nothing_works_any_more_is_said_so() -> None:
@@ -426,6 +425,6 @@ def test_a_card_on_which_nothing_works_any_more_is_said_so() -> None:
         "neighbors": [{"survived": False, "longest_gap_ms": None, "lost_seconds": 2.5}],
         "newcomer": {"works_after_seconds": None, "patience_seconds": 120.0},
     }  # fmt: skip
-    said = text.conclusion(found)
+    said = blast_report.conclusion(found)
     assert "left 0 of 1 neighbors alive. 2.50 s of their work were lost." in said
     assert said.endswith("No new client worked within 120 s.")
