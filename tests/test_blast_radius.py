@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import nvml_stub
 import program_copy
 import pytest
 from test_benchmark_suite import CONTROL_PROGRAM
+from tiny_disk import needs_mount, tiny_disk
 from waiting import wait_until
 
 from benchmarking import blast_radius, blast_report
@@ -63,6 +65,15 @@ class Blast:
         """What a client said of itself when it was ready."""
         events = (self.output / "clients" / f"{client}.events.jsonl").read_text().splitlines()
         return next(e["identity"] for e in map(json.loads, events) if e["event"] == "ready")
+
+    def shorten(self, constant: str, seconds: int) -> None:
+        """Give a time limit of the copied program another value."""
+        program = self.root / "benchmarking" / "blast_radius.py"
+        text, count = re.subn(
+            rf"^{constant} = .*$", f"{constant} = {seconds}", program.read_text(), flags=re.M
+        )
+        assert count == 1
+        program.write_text(text)
 
     def start_daemon(self) -> None:
         """Pretend that `enable_mps.sh` was run: a daemon that answers, a state, a server's log."""
@@ -330,6 +341,37 @@ def test_the_illegal_store_is_one_float_behind_whatever_a_card_can_hold(
     address = 4 * far_store.FAR_ELEMENTS
     assert address % 128 == 0
     assert 2**46 <= address < 2**63  # 64 TiB, and no address that wraps round
+
+
+def test_a_fault_that_never_comes_ends_within_the_time_limit(blast: Blast) -> None:
+    blast.shorten("READY_SECONDS", 5)
+    done = blast.run("--fault", "exit", "--neighbors", "1",
+                     rules=({"match": "fault_client:*", "fail": None},))  # fmt: skip
+    assert done.returncode == 1
+    assert blast.found()["not_run"].startswith("there was no fault to see: ")
+    assert program_copy.processes_of(blast.root) == []
+
+
+@needs_mount
+def test_a_disk_that_runs_full_is_one_sentence_and_leaves_no_process(blast: Blast) -> None:
+    blast.shorten("NEWCOMER_SECONDS", 3)
+    with tiny_disk(blast.output) as disk:
+        process = subprocess.Popen(
+            disk.command(blast.root, *blast.command("--fault", "oom", "--neighbors", "1")),
+            env=blast.scripted(), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        events = disk.seen / "clients" / "0.events.jsonl"
+        wait_until(lambda: events.exists() and '"units"' in events.read_text(), "units are done")
+        disk.fill()
+        _, stderr = process.communicate(timeout=90)
+        assert process.returncode == 1
+        assert stderr.splitlines()[-1] == (
+            f"blast_radius.py: error: cannot write to {blast.output} (No space left on device): "
+            "make room there, or name another --output-dir"
+        )
+        assert "Traceback" not in stderr
+    assert program_copy.processes_of(blast.root) == []
 
 
 def record_of(mode: str, fault: str, **newcomer: object) -> dict[str, Any]:
