@@ -17,13 +17,13 @@ import synthetic_runs
 from program_copy import copy_programs, processes_of, scripted_card
 from waiting import wait_until
 
+from benchmarking import sweep_report as report
 from benchmarking.analyze_results import read_and_compare
 from benchmarking.metrics.estimates import estimate
 from benchmarking.records import run_folder
 from benchmarking.suite.plan import WORKLOADS
-from benchmarking.sweeping import report
-from benchmarking.sweeping.knobs import KNOBS
-from benchmarking.sweeping.points import NOT_RUN, Point, Tail, read_point
+from benchmarking.sweep import KNOBS
+from benchmarking.sweep_report import NOT_RUN, Point, Tail, read_point
 
 CLIENT = Path(__file__).parent / "fakes" / "scripted_client.py"
 FAST = {"match": "*", "unit_seconds": 0.02, "units": 4}
@@ -259,7 +259,7 @@ def test_a_best_value_is_claimed_only_where_intervals_lie_apart() -> None:
 
 def test_the_chart_of_a_sweep_has_one_message() -> None:
     sweep = sweep_of(v50=[1.2, 1.3, 1.25], v100=[1.0, 1.1, 1.05])
-    assert report._headline(sweep) == "STP is the highest at mps-percentage 50: 1.25, n = 3"
+    assert report.headline(sweep) == "STP is the highest at mps-percentage 50: 1.25, n = 3"
 
 
 def test_a_p99_has_its_interval_and_one_of_missed_requests_is_not_the_lowest(
