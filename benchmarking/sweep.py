@@ -34,7 +34,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarking import benchmark_suite
@@ -50,6 +49,7 @@ from benchmarking.records.run_folder import (
 )
 from benchmarking.suite import pairs
 from benchmarking.suite.launcher import Interruption
+from benchmarking.suite.parent_death import DRIVER_VARIABLE
 from benchmarking.suite.plan import MODE_EXCLUSIVE, MODE_MIG, MODE_TIME_SLICING
 from benchmarking.suite.program import exit_code_of, make_folder
 from benchmarking.suite.resume import read_earlier
@@ -76,20 +76,10 @@ POLL_SECONDS = 0.1
 # What ends one value; anything else would end the others as well.
 ONE_VALUE_ONLY = {EXIT_COMPLETE, EXIT_FAILED, EXIT_INVALID}
 
-RESERVED = {"results_dir": "--results-dir", "run_id": "--run-id", "dry_run": "--dry-run",
-            "resume": "--resume"}  # fmt: skip
-
-# Flags of the suite that a job alone has no use for, and whether a value follows each.
-NOT_ALONE = {
-    "--mps-percentage": True,
-    "--mps-memory-limit": True,
-    "--mps-priority": True,
-    "--mig-layout": True,
-    "--baseline": True,
-    "--max-slowdown": True,
-    "--bisect": False,
-    "--until-break": False,
-}
+# Flags of the suite that the sweep itself gives.
+RESERVED = ("results_dir", "run_id", "dry_run", "resume")
+# What the suite's flags begin with that a job alone has no use for.
+NOT_ALONE = ("--mps-", "--mig-layout", "--baseline", "--max-slowdown", "--bisect", "--until-break")
 
 # --- the knobs ------------------------------------------------------------------------------------
 
@@ -176,8 +166,8 @@ def main() -> int:
 def parse_arguments() -> argparse.Namespace:
     """Return the checked arguments; ends the process with code 2 where they make no sense.
 
-    `suite` are the suite's flags, `request` what they ask for without the knob; `kept` is the
-    content of `sweep.json` where a sweep goes on.
+    `suite` are the suite's flags, `request` what they ask for without the knob; `sweep` is a new
+    sweep, or one that goes on as far as it has come.
     """
     parser = OneLineParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -190,21 +180,24 @@ def parse_arguments() -> argparse.Namespace:
     add("--output", type=Path, metavar="DIR", help="new folder (default: results/sweep-KNOB-TIME)")
     add("--resume", type=Path, metavar="DIR", help="go on with a sweep that was cut off, with its "
         "own flags; values that are done are not repeated")  # fmt: skip
-    add(
-        "--change-card",
-        action="store_true",
+    add("--change-card", action="store_true",
         help="allow a knob that changes settings of the GPU; each value is put in force by a "
         "script of gpu-configs (root, or sudo without a password) and taken back after its run",
-    )
+        )  # fmt: skip
     add("suite", nargs="*", metavar="-- FLAGS", help="flags of benchmark_suite.py")
     options = parser.parse_args()
     if options.resume is not None:
         return resumed(parser, options)
     check(parser, options)
     usual = Path("results") / f"sweep-{options.knob.name}-{utc_now()[:19].replace(':', '')}"
-    options.output, options.kept = options.output or usual, None
+    options.output = options.output or usual
     if options.output.exists() and (not options.output.is_dir() or any(options.output.iterdir())):
         parser.error(f"--output {options.output} is not empty: name a new folder")
+    points = [Point(value, NOT_RUN) for value in options.values]
+    options.sweep = Sweep(
+        options.knob.name, sys.argv, utc_now(), options.request.baseline, points,
+        directory=os.getcwd(),
+    )  # fmt: skip
     return options
 
 
@@ -212,24 +205,27 @@ def resumed(parser: argparse.ArgumentParser, given: argparse.Namespace) -> argpa
     """Return the arguments of the sweep to go on with, as they were given then and there."""
     if given.knob or given.values or given.output or given.change_card or given.suite:
         parser.error("--resume goes on with the sweep's own flags: leave the others away")
-    folder = given.resume.resolve()
+    folder, refused = given.resume.resolve(), f"--resume {given.resume}"
     try:
         kept = json.loads((folder / SWEEP_FILE).read_text(encoding="utf-8"))
-        asked = (kept["knob"], [point["value"] for point in kept["points"]])
-        options = parser.parse_args(kept["command"][1:])
-        os.chdir(kept["directory"])  # relative paths among its flags count from there
-        check(parser, options)
+        asked = [(point["value"], point["outcome"], point["run_id"], point["reason"])
+                 for point in kept["points"]]  # fmt: skip
+        sweep = Sweep(
+            kept["knob"], kept["command"], kept["created_at"], kept["baseline"],
+            [Point(*fields) for fields in asked], directory=kept["directory"],
+        )  # fmt: skip
+        os.chdir(sweep.directory)  # relative paths among its flags count from there
     except (OSError, ValueError, TypeError, KeyError) as error:
-        parser.error(
-            f"--resume {given.resume} is no sweep to go on with: start a new one ({error})"
-        )
-    if (options.knob.name, options.values) != asked:
-        parser.error(f"--resume {given.resume}: {SWEEP_FILE} is not as it was written: start anew")
+        parser.error(f"{refused} is no sweep that can go on: start a new one ({error})")
+    options = parser.parse_args(sweep.command[1:])
+    check(parser, options)
+    if (options.knob.name, options.values) != (sweep.knob, [p.value for p in sweep.points]):
+        parser.error(f"{refused}: {SWEEP_FILE} is not as it was written: start a new sweep")
     if kept["outcome"] == "complete":
-        parser.error(f"--resume {given.resume}: that sweep is complete: look at its report.html")
+        parser.error(f"{refused}: that sweep is complete: look at its report.html")
     if any(is_held(path) for path in folder.iterdir() if path.is_dir()):
-        parser.error(f"--resume {given.resume}: that sweep is still going on: wait, or stop it")
-    options.output, options.kept = folder, kept
+        parser.error(f"{refused}: that sweep is still going on: wait, or stop it")
+    options.output, options.sweep = folder, sweep
     return options
 
 
@@ -243,38 +239,40 @@ def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
         parser.error(f"--knob {knob.name} changes the card: allow it by --change-card")
     usual = benchmark_suite.parse_arguments([])
     options.request = request = benchmark_suite.parse_arguments(options.suite)
-    for name, flag in RESERVED.items():
-        if getattr(request, name) != getattr(usual, name):
-            parser.error(f"{flag} behind -- is the sweep's own: leave it")
-    if knob.flag and getattr(request, knob.flag[2:].replace("-", "_")):
-        parser.error(f"{knob.flag} behind -- is the knob itself: leave it")
-    if knob.job_flag and (request.job_arguments or request.baseline):
-        parser.error("each value is another job: leave --job-arguments and --baseline behind --")
-    if request.mode == MODE_EXCLUSIVE or request.mix == pairs.MIX:
-        parser.error("a sweep needs clients that run together: leave exclusive and pairs")
-    if len(request.workloads or ()) > 1:
-        parser.error("--workloads behind -- needs one count: sweep it by --knob workloads")
-    if knob.card_mode == MODE_TIME_SLICING:
-        if request.mode != MODE_TIME_SLICING:
-            parser.error(f"--knob {knob.name} needs -- --mode {MODE_TIME_SLICING}")
-        unknown = [value for value in options.values if value not in TIMESLICES]
-        if unknown:
-            parser.error(f"{unknown[0]!r} is no time slice: {', '.join(TIMESLICES)}")
+    unknown = [value for value in options.values if value not in TIMESLICES]
+    is_timeslice = knob.card_mode == MODE_TIME_SLICING
+    for is_wrong, complaint in (
+        *((getattr(request, name) != getattr(usual, name),
+           f"--{name.replace('_', '-')} behind -- is the sweep's own: leave it")
+          for name in RESERVED),
+        (knob.flag and getattr(request, knob.flag[2:].replace("-", "_")),
+         f"{knob.flag} behind -- is the knob itself: leave it"),
+        (knob.job_flag and (request.job_arguments or request.baseline),
+         "each value is another job: leave --job-arguments and --baseline behind --"),
+        (request.mode == MODE_EXCLUSIVE or request.mix == pairs.MIX,
+         "a sweep needs clients that run together: leave exclusive and pairs"),
+        (len(request.workloads or ()) > 1,
+         "--workloads behind -- needs one count: sweep it by --knob workloads"),
+        (is_timeslice and request.mode != MODE_TIME_SLICING,
+         f"--knob {knob.name} needs -- --mode {MODE_TIME_SLICING}"),
+        (is_timeslice and unknown,
+         f"{', '.join(unknown)}: no time slice, choose of {', '.join(TIMESLICES)}"),
+    ):  # fmt: skip
+        if is_wrong:
+            parser.error(complaint)
     for value in options.values:
         benchmark_suite.parse_arguments([*options.suite, *knob.suite_words(value)])
     benchmark_suite.parse_arguments([*alone_words(options.suite), "--mode", MODE_EXCLUSIVE])
 
 
 def alone_words(words: Sequence[str]) -> list[str]:
-    """Return the suite's flags without those that jobs alone have no use for."""
+    """Return the suite's flags, with their values, without those that jobs alone cannot use."""
     kept: list[str] = []
-    rest = iter(words)
-    for word in rest:
-        name, equals, _ = word.partition("=")
-        if name not in NOT_ALONE:
-            kept.append(word)
-        elif NOT_ALONE[name] and not equals:
-            next(rest, None)
+    is_kept = True
+    for word in words:
+        if word.startswith("--"):
+            is_kept = not word.startswith(NOT_ALONE)
+        kept += [word] if is_kept else []
     return kept
 
 
@@ -297,6 +295,7 @@ class SweepRun:
         self._knob: Knob = options.knob
         self._stop = stop
         self._folder: Path = options.output
+        self._sweep: Sweep = options.sweep
         self._gpu_uuid = ""
         if self._knob.card_mode:
             self._gpu_uuid = card_to_change(self._knob.card_mode, options)
@@ -308,19 +307,7 @@ class SweepRun:
         self._baseline: Path | None = None
         if options.request.baseline is not None:
             self._baseline = resolve_run(options.request.baseline, options.request.results_dir)
-        self._sweep = self._sweep_so_far(options.kept)
-
-    def _sweep_so_far(self, kept: dict[str, Any] | None) -> Sweep:
-        """Return the sweep as it was cut off, or a new one."""
-        baseline = str(self._baseline) if self._baseline else None
-        if kept is None:
-            points = [Point(value, NOT_RUN) for value in self._options.values]
-            command, when = sys.argv, utc_now()
-            return Sweep(self._knob.name, command, when, baseline, points, directory=os.getcwd())
-        points = [Point(point["value"], point["outcome"], point["run_id"], point["reason"])
-                  for point in kept["points"]]  # fmt: skip
-        command, when = kept["command"], kept["created_at"]
-        return Sweep(self._knob.name, command, when, baseline, points, directory=kept["directory"])
+            self._sweep.baseline = str(self._baseline)
 
     def execute(self) -> int:
         """Measure everything that is missing, write the report; return the exit code."""
@@ -400,12 +387,12 @@ class SweepRun:
         """The card's setting of a value; nothing where the knob leaves the card alone."""
         if not self._knob.card_mode:
             return contextlib.nullcontext()
-        setup, undo = CARD_SCRIPTS[self._knob.card_mode]
-        clients = (self._options.request.workloads or (USUAL_CLIENTS,))[0]
-        arguments = [value.replace(PART, ",")]
+        script, undo = CARD_SCRIPTS[self._knob.card_mode]
+        setup = [script, value.replace(PART, ",")]
         if self._knob.card_mode == MODE_TIME_SLICING:
-            arguments = [str(clients), "--timeslice", value]
-        return in_force([setup, *arguments], undo, self._gpu_uuid, self._folder)
+            clients = (self._options.request.workloads or (USUAL_CLIENTS,))[0]
+            setup = [script, str(clients), "--timeslice", value]
+        return in_force(setup, undo, self._gpu_uuid, self._folder)
 
     def _run(self, words: Sequence[str], run_id: str) -> int:
         """Run the suite, or the rest of a run that was cut off; return its exit code."""
@@ -454,7 +441,10 @@ def is_settled(folder: Path) -> bool:
 def run_suite(words: Sequence[str], stop: Interruption) -> int:
     """Run the suite to its end; asked to stop, it is asked, too, and keeps its records."""
     suite = str(Path(__file__).with_name("benchmark_suite.py"))
-    process = subprocess.Popen([sys.executable, suite, *words], stdin=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, suite, *words], stdin=subprocess.DEVNULL,
+        env={**os.environ, DRIVER_VARIABLE: str(os.getpid())},  # it ends with this process
+    )  # fmt: skip
     told = 0
     while process.poll() is None:
         if stop.count > told:

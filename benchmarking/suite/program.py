@@ -161,21 +161,13 @@ def run_script(
                     )
                 time.sleep(POLL_SECONDS)
         finally:
-            _end(process)
+            # Whatever is left of its session is asked to end, then killed.
+            for number, seconds in ((signal.SIGTERM, END_SECONDS), (signal.SIGKILL, None)):
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, number)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(seconds)
         if process.returncode != 0:
             said = [line for line in tail_of(stderr) if line.strip()]
             raise ScriptFailedError(said[-1] if said else f"exit code {process.returncode}")
         return stdout.read_text(encoding="utf-8", errors="replace")
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a process that still runs, and whatever it left in its session."""
-    if process.poll() is None:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(END_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
