@@ -81,8 +81,6 @@ RESERVED = ("results_dir", "run_id", "dry_run", "resume")
 # What the suite's flags begin with that a job alone has no use for.
 NOT_ALONE = ("--mps-", "--mig-layout", "--baseline", "--max-slowdown", "--bisect", "--until-break")
 
-# --- the knobs ------------------------------------------------------------------------------------
-
 # A value that has a part for each client is written with this, since commas part the values.
 PART = "/"
 # A flag of the jobs themselves, as in `job-flag=--batch-size`.
@@ -153,9 +151,6 @@ def values(text: str) -> list[str]:
     return found
 
 
-# --- the program ----------------------------------------------------------------------------------
-
-
 def main() -> int:
     """Check everything, measure the values, say where the report is; return the exit code."""
     options = parse_arguments()
@@ -195,9 +190,8 @@ def parse_arguments() -> argparse.Namespace:
         parser.error(f"--output {options.output} is not empty: name a new folder")
     points = [Point(value, NOT_RUN) for value in options.values]
     options.sweep = Sweep(
-        options.knob.name, sys.argv, utc_now(), options.request.baseline, points,
-        directory=os.getcwd(),
-    )  # fmt: skip
+        options.knob.name, sys.argv, utc_now(), None, points, directory=os.getcwd()
+    )
     return options
 
 
@@ -208,12 +202,10 @@ def resumed(parser: argparse.ArgumentParser, given: argparse.Namespace) -> argpa
     folder, refused = given.resume.resolve(), f"--resume {given.resume}"
     try:
         kept = json.loads((folder / SWEEP_FILE).read_text(encoding="utf-8"))
-        asked = [(point["value"], point["outcome"], point["run_id"], point["reason"])
-                 for point in kept["points"]]  # fmt: skip
-        sweep = Sweep(
-            kept["knob"], kept["command"], kept["created_at"], kept["baseline"],
-            [Point(*fields) for fields in asked], directory=kept["directory"],
-        )  # fmt: skip
+        points = [Point(point["value"], point["outcome"], point["run_id"], point["reason"])
+                  for point in kept["points"]]  # fmt: skip
+        fields = {name: kept[name] for name in ("knob", "command", "created_at", "directory")}
+        sweep = Sweep(**fields, baseline=None, points=points)
         os.chdir(sweep.directory)  # relative paths among its flags count from there
     except (OSError, ValueError, TypeError, KeyError) as error:
         parser.error(f"{refused} is no sweep that can go on: start a new one ({error})")
@@ -402,8 +394,8 @@ class SweepRun:
         if (folder / MANIFEST_FILE).is_file():
             return run_suite(["--resume", str(folder)], self._stop)
         shutil.rmtree(folder, ignore_errors=True)  # cut off before there was anything in it
-        where = ["--results-dir", str(self._folder), "--run-id", run_id]
-        return run_suite([*words, *where], self._stop)
+        words = [*words, "--results-dir", str(self._folder), "--run-id", run_id]
+        return run_suite(words, self._stop)
 
     def _save(self) -> None:
         write_json_atomic(self._folder / SWEEP_FILE, self._sweep.to_dict())
@@ -412,8 +404,7 @@ class SweepRun:
 def card_to_change(mode: str, options: argparse.Namespace) -> str:
     """Return the UUID of the card whose settings may be changed; raises `SuiteError`."""
     flag = f"--knob {options.knob.name}"
-    lock = lock_reason(os.environ)
-    if lock is not None:
+    if lock := lock_reason(os.environ):
         raise SuiteError(f"{lock} forbids {flag}, which changes the card", EXIT_USAGE)
     request = Request(gpu=options.request.gpu, device=options.request.device)
     gpu, _ = find_gpu(request, os.environ)

@@ -10,7 +10,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import nvml_stub
@@ -20,7 +19,7 @@ from test_benchmark_suite import CONTROL_PROGRAM
 from tiny_disk import needs_mount, tiny_disk
 from waiting import wait_until
 
-from benchmarking import blast_radius, blast_report
+from benchmarking import blast_report
 from benchmarking.blast_radius import judge_neighbor
 from benchmarking.suite.launcher import ClientOutcome, CoRunOutcome
 from benchmarking.suite.plan import WORKLOADS, PlannedClient, PlannedCoRun
@@ -109,6 +108,7 @@ def test_neighbors_that_survive_lose_nothing_and_a_new_client_works(blast: Blast
         assert neighbor["rate_after"] > 10
     assert (found["faulty"]["status"], found["faulty"]["exit_code"]) == ("oom", 12)
     assert 1.4 < found["fault_after_seconds"] < 4
+    assert MEMORY_LIMIT not in blast.identity("2")["sharing_environment"]
     assert found["newcomer"]["attempts"] == 1
     assert 0 < found["newcomer"]["works_after_seconds"] < 20
     assert "left 2 of 2 neighbors alive" in done.stdout
@@ -202,25 +202,6 @@ def test_a_card_that_others_use_is_refused_unless_that_is_told(tmp_path: Path) -
     assert done.returncode == 0, done.stderr
     assert blast.found()["not_run"] is None
     assert f"- other processes are on the GPU: pid {os.getpid()} (" in done.stdout
-
-
-@pytest.mark.parametrize(
-    ("mode", "fault", "allow"),
-    [("mps", "oom", False), ("mps", "illegal-access", True), ("time-slicing", "oom", False)],
-)
-def test_the_faulty_client_is_told_its_fault_and_limited_by_the_daemon_only_under_mps(
-    mode: str, fault: str, *, allow: bool
-) -> None:
-    healthy = PlannedClient(0, "batch_inference", "Batch inference", "job", ("true",), {"A": "1"})
-    planned = PlannedCoRun("mine", "co_run", mode, 0, (healthy, healthy))
-    options = SimpleNamespace(fault=fault, window=10.0, allow_illegal_access=allow)
-    setup = SimpleNamespace(mode=SimpleNamespace(name=mode), gpu={"uuid": "GPU-1"})
-    kept, faulty = blast_radius.with_fault(options, setup, planned).clients
-    assert kept == healthy
-    assert faulty.command[2:6] == ("--fault", fault, "--after", "5")
-    assert ("--allow-illegal-access" in faulty.command) is allow
-    limit = {MEMORY_LIMIT: "0=8G"} if (mode, fault) == ("mps", "oom") else {}
-    assert faulty.environment == {"A": "1", **limit}
 
 
 def test_ctrl_c_leaves_no_process(blast: Blast) -> None:
@@ -393,7 +374,13 @@ def record_of(mode: str, fault: str, **newcomer: object) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def test_what_the_fault_cost_a_new_client_comes_before_what_it_took_to_load() -> None:
+def test_the_conclusion_says_what_was_lost_and_what_the_fault_itself_cost_a_new_client() -> None:
+    dead = record_of("mps", "assert", works_after_seconds=None)
+    assert blast_report.conclusion(dead) == (
+        "Under MPS, a failed assertion in a client's kernel left 1 of 2 neighbors alive, with a "
+        "longest pause of 120 ms. 2.50 s of their work were lost. No new client worked within "
+        "120 s."
+    )
     said = blast_report.conclusion(record_of("mps", "assert"))
     assert said.endswith(
         "The fault itself cost a new client 1.50 s, its own loading not counted: it had done its "
@@ -459,14 +446,3 @@ def test_rates_pause_and_loss_of_a_neighbor() -> None:
     assert dead["rate_after"] == 0
     assert dead["longest_gap_ms"] is None
     assert dead["lost_seconds"] == pytest.approx(2.5)
-
-
-def test_a_card_on_which_nothing_works_any_more_is_said_so() -> None:
-    found = {
-        "mode": "mps", "fault": "assert",
-        "neighbors": [{"survived": False, "longest_gap_ms": None, "lost_seconds": 2.5}],
-        "newcomer": {"works_after_seconds": None, "patience_seconds": 120.0},
-    }  # fmt: skip
-    said = blast_report.conclusion(found)
-    assert "left 0 of 1 neighbors alive. 2.50 s of their work were lost." in said
-    assert said.endswith("No new client worked within 120 s.")
