@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import itertools
 import os
 import sys
@@ -213,10 +212,11 @@ def measure(options: argparse.Namespace, setup: Setup, stop: Interruption) -> di
         folder / "gpu_samples.jsonl", folder / "gpu_monitor.log", gpu=gpu and gpu["uuid"]
     ) as sampler:
         servers_before = mps_servers(setup)
-        seen, aftermath = run_clients(options, setup, planned, stop)
+        blast = Blast(options, setup, planned, stop)
+        seen = blast.run()
         if seen.outcome == OUTCOME_INTERRUPTED or stop.requested:
             raise RunEnded("interrupted", EXIT_INTERRUPTED)
-        if aftermath.fault_seconds is None:
+        if blast.fault_seconds is None:
             raise SuiteError(f"there was no fault to see: {seen.reason}", EXIT_FAILED)
         samples = list(sampler.samples_past(seen.window_end_seconds))
     proofs = judge_clients(setup.mode, seen, samples)
@@ -224,9 +224,9 @@ def measure(options: argparse.Namespace, setup: Setup, stop: Interruption) -> di
         "mode": setup.mode.name,
         "notes": list(setup.notes),
         "gpu": gpu,
-        "fault_after_seconds": aftermath.fault_seconds - seen.window_start_seconds,
+        "fault_after_seconds": blast.fault_seconds - seen.window_start_seconds,
         "neighbors": [
-            judge_neighbor(seen, number, aftermath.fault_seconds)
+            judge_neighbor(seen, number, blast.fault_seconds)
             | {"proof": proofs[number].verdict if proofs[number] else None}
             for number in range(options.neighbors)
         ],
@@ -234,7 +234,7 @@ def measure(options: argparse.Namespace, setup: Setup, stop: Interruption) -> di
             key: getattr(seen.clients[-1], key)
             for key in ("status", "reason", "exit_code", "stderr_tail")
         },
-        "newcomer": describe_newcomer(aftermath),
+        "newcomer": describe_newcomer(blast),
         "mps": describe_mps(setup, servers_before),
     }
 
@@ -256,105 +256,94 @@ def with_fault(options: argparse.Namespace, setup: Setup, planned: PlannedCoRun)
 
 
 @dataclass
-class Aftermath:
-    """What came from the fault on; times on CLOCK_MONOTONIC, `None` where it did not come."""
+class Blast:
+    """A co-run with a fault, and what comes from the fault on.
 
+    `fault_seconds` and `works_seconds`, when a new client had done its first unit, are on
+    CLOCK_MONOTONIC, `None` where it did not come to that.
+    """
+
+    options: argparse.Namespace
+    setup: Setup
+    planned: PlannedCoRun
+    stop: Interruption
+    rule: UntilOver = field(default_factory=lambda: UntilOver(0.0, tolerates_failures=True))
+    given_up: threading.Event = field(default_factory=threading.Event)
     fault_seconds: float | None = None
     works_seconds: float | None = None
     attempts: list[CoRunOutcome] = field(default_factory=list)
 
+    def run(self) -> CoRunOutcome:
+        """Run neighbors, fault and newcomers by the suite's launcher; leave no process behind."""
+        seen = None
+        watching: list[Future[None]] = []
 
-def run_clients(
-    options: argparse.Namespace, setup: Setup, planned: PlannedCoRun, stop: Interruption
-) -> tuple[CoRunOutcome, Aftermath]:
-    """Run neighbors, fault and newcomers by the suite's launcher; leave no process behind."""
-    rule = UntilOver(min_seconds=0.0, tolerates_failures=True)
-    given_up = threading.Event()
-    watching: list[Future[Aftermath]] = []
+        def before_go(clients: Sequence[Client]) -> None:
+            self.setup.mode.observe()
+            say(f"the fault comes in {self.options.window / 2:g} s")
+            watching.append(pool.submit(self._watch, clients[-1]))
 
-    def before_go(clients: Sequence[Client]) -> None:
-        setup.mode.observe()
-        say(f"the fault comes in {options.window / 2:g} s")
-        run = functools.partial(run_newcomer, options, planned, stop)
-        watching.append(
-            pool.submit(watch, clients[-1], run, options.window / 2, rule.over, given_up)
-        )
-
-    seen = None
-    with ThreadPoolExecutor(1) as pool:
-        try:
-            seen = launch(options, planned, str, stop, READY_SECONDS, rule, before_go)
-        finally:
-            # Where all have failed a new client may be yet to come; else there is no more to see.
-            if seen is None or seen.outcome != OUTCOME_FAILED:
-                given_up.set()
-    return seen, watching[0].result() if watching else Aftermath()
-
-
-def watch(
-    faulty: Client,
-    run_newcomer: Callable[[int], CoRunOutcome],
-    watch_seconds: float,
-    over: threading.Event,
-    given_up: threading.Event,
-) -> Aftermath:
-    """Wait for the fault, for a new client that works, and until neighbors were seen for long.
-
-    Sets `over` at its end, and ends early when `given_up` is set.
-    """
-    seen = Aftermath()
-    try:
-        while not faulty.has_failed:
-            if given_up.wait(POLL_SECONDS):
-                return seen
-        # When it said that it failed, else now, when it is seen to have ended.
-        seen.fault_seconds = (faulty.error or {}).get("time_seconds") or time.monotonic()
-        while not given_up.is_set():
-            seen.attempts.append(run_newcomer(len(seen.attempts)))
-            seen.works_seconds = first_unit_end_seconds(seen.attempts[-1].clients[0].events)
-            is_late = time.monotonic() - seen.fault_seconds > NEWCOMER_SECONDS
-            if seen.works_seconds is not None or is_late:
-                break
-            given_up.wait(RETRY_SECONDS)
-        given_up.wait(max(0.0, seen.fault_seconds + watch_seconds - time.monotonic()))
+        with ThreadPoolExecutor(1) as pool:
+            try:
+                seen = self._launch(self.planned, "{}", READY_SECONDS, self.rule, before_go)
+            finally:
+                # Where all have failed a new client may be yet to come; else there is no more.
+                if seen is None or seen.outcome != OUTCOME_FAILED:
+                    self.given_up.set()
+        for future in watching:
+            future.result()  # raises what the watching raised
         return seen
-    finally:
-        over.set()
 
+    def _watch(self, faulty: Client) -> None:
+        """Wait for the fault and a new client that works; watch neighbors for half the window."""
+        try:
+            while not faulty.has_failed:
+                if self.given_up.wait(POLL_SECONDS):
+                    return
+            # When it said that it failed, else now, when it is seen to have ended.
+            self.fault_seconds = (faulty.error or {}).get("time_seconds") or time.monotonic()
+            watched = self.fault_seconds + self.options.window / 2
+            while not self.given_up.is_set():
+                self.attempts.append(self._run_newcomer())
+                events = self.attempts[-1].clients[0].events
+                self.works_seconds = first_unit_end_seconds(events)
+                is_late = time.monotonic() - self.fault_seconds > NEWCOMER_SECONDS
+                if self.works_seconds is not None or is_late:
+                    break
+                self.given_up.wait(RETRY_SECONDS)
+            self.given_up.wait(max(0.0, watched - time.monotonic()))
+        finally:
+            self.rule.over.set()
 
-def run_newcomer(
-    options: argparse.Namespace, planned: PlannedCoRun, stop: Interruption, attempt: int
-) -> CoRunOutcome:
-    """Run a job like the first neighbor's in the faulty one's place, until a unit is done."""
-    say(f"a new client starts (attempt {attempt + 1})")
-    like, place = planned.clients[0], planned.clients[-1]
-    kept = {name: value for name, value in place.environment.items()
-            if name != mps_knobs.MEMORY_VARIABLE}  # fmt: skip
-    newcomer = dataclasses.replace(like, client=place.client + 1, environment=kept)
-    alone = dataclasses.replace(planned, co_run="newcomer", clients=(newcomer,))
-    rule = FinishRule(min_seconds=0.0, window_seconds=0.0, min_units=1)
-    return launch(
-        options, alone, lambda client: f"newcomer-{attempt}", stop, NEWCOMER_SECONDS, rule
-    )
+    def _run_newcomer(self) -> CoRunOutcome:
+        """Run a job like the first neighbor's in the faulty one's place, until a unit is done."""
+        attempt = len(self.attempts)
+        say(f"a new client starts (attempt {attempt + 1})")
+        like, place = self.planned.clients[0], self.planned.clients[-1]
+        kept = {name: value for name, value in place.environment.items()
+                if name != mps_knobs.MEMORY_VARIABLE}  # fmt: skip
+        newcomer = dataclasses.replace(like, client=place.client + 1, environment=kept)
+        alone = dataclasses.replace(self.planned, co_run="newcomer", clients=(newcomer,))
+        rule = FinishRule(min_seconds=0.0, window_seconds=0.0, min_units=1)
+        return self._launch(alone, f"newcomer-{attempt}", NEWCOMER_SECONDS, rule, lambda _: None)
 
-
-def launch(
-    options: argparse.Namespace,
-    planned: PlannedCoRun,
-    name_of: Callable[[int], str],
-    stop: Interruption,
-    timeout: float,
-    rule: FinishRule,
-    before_go: Callable[[list[Client]], None] = lambda clients: None,
-) -> CoRunOutcome:
-    """Run clients by the suite's launcher; `name_of` a client's number names its files."""
-    environment = client_base_environment(os.environ)
-    patience = Patience(timeout=timeout)
-    launcher = Launcher(environment, patience=patience, interruption=stop, say=say)
-    folder = options.output_dir / "clients"
-    return launcher.run(
-        planned, lambda _, client: client_paths(folder, name_of(client)), rule, before_go
-    )
+    def _launch(
+        self,
+        planned: PlannedCoRun,
+        name: str,
+        timeout: float,
+        rule: FinishRule,
+        before_go: Callable[[list[Client]], None],
+    ) -> CoRunOutcome:
+        """Run clients by the suite's launcher; `name` of their files may hold the number."""
+        launcher = Launcher(
+            client_base_environment(os.environ), patience=Patience(timeout=timeout),
+            interruption=self.stop, say=say,
+        )  # fmt: skip
+        folder = self.options.output_dir / "clients"
+        return launcher.run(
+            planned, lambda _, client: client_paths(folder, name.format(client)), rule, before_go
+        )
 
 
 def judge_neighbor(seen: CoRunOutcome, number: int, fault_seconds: float) -> dict[str, Any]:
@@ -393,17 +382,16 @@ def judge_neighbor(seen: CoRunOutcome, number: int, fault_seconds: float) -> dic
     }
 
 
-def describe_newcomer(aftermath: Aftermath) -> dict[str, Any]:
+def describe_newcomer(blast: Blast) -> dict[str, Any]:
     """Return when a new client worked, and how long its own start took."""
-    works, events = aftermath.works_seconds, []
-    if aftermath.attempts:
-        events = aftermath.attempts[-1].clients[0].events
+    works, last = blast.works_seconds, blast.attempts[-1:]
+    events = [event for attempt in last for event in attempt.clients[0].events]
     loaded = [event["startup_seconds"] for event in events if event["event"] == "loaded"]
     times = {
-        "works_after_seconds": None if works is None else works - aftermath.fault_seconds,
+        "works_after_seconds": None if works is None else works - blast.fault_seconds,
         "startup_seconds": loaded[0] if loaded else None,
     }
-    ends = [attempt.clients[0] for attempt in aftermath.attempts]
+    ends = [attempt.clients[0] for attempt in blast.attempts]
     return {
         "attempts": len(ends),
         "patience_seconds": NEWCOMER_SECONDS,
@@ -426,11 +414,12 @@ def describe_mps(setup: Setup, servers_before: str | None) -> dict[str, Any] | N
     if not isinstance(setup.mode, MpsMode):
         return None
     state = read_state(MODE_MPS, str((setup.gpu or {}).get("uuid")), os.environ)
-    folder = state.get("log_directory", "")
-    log = tail_of(Path(folder) / "server.log", SERVER_LOG_LINES) if folder else []
+    folder = state.get("log_directory")
     return {
-        "servers_before": servers_before, "servers_after": mps_servers(setup), "server_log": log,
-    }  # fmt: skip
+        "servers_before": servers_before,
+        "servers_after": mps_servers(setup),
+        "server_log": tail_of(Path(folder) / "server.log", SERVER_LOG_LINES) if folder else [],
+    }
 
 
 def say(line: str) -> None:

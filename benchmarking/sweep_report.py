@@ -46,7 +46,7 @@ HOW_TO_READ = (
     "**ANTT**: mean slowdown, what users feel on average.",
     "**p99, times alone**: p99 of the raw latencies of all repeats over that of the job alone; in "
     f"the chart the geometric mean of the repeats' p99s. Of fewer than {FEWEST_FOR_A_TAIL} "
-    "responses there is none, and a request that was missed counts as infinitely late (∞).",
+    "responses there is none, and a failed or timed-out request counts as infinitely late (∞).",
     "A best value is named only where three or more "
     "repeats each have intervals that do not overlap; else it is said what was seen.",
 )
@@ -68,8 +68,8 @@ class Tail:
     """p99 response time of one latency job, of copies the worst one's.
 
     `p99_ms` has the p99 of each repeat; `merged_ms` is that of all raw latencies together,
-    `slowdown` the same over p99 alone, where that is known. Requests that were missed count as
-    infinitely late; of too few responses there is no tail.
+    `slowdown` the same over p99 alone, where that is known. Failed and timed-out requests count
+    as infinitely late; of too few responses there is no tail.
     """
 
     label: str
@@ -79,7 +79,7 @@ class Tail:
 
     @property
     def is_unbounded(self) -> bool:
-        """Whether so many requests were missed that their p99 is infinite."""
+        """Whether so many requests failed that their p99 is infinite."""
         return math.inf in (self.merged_ms, self.p99_ms.mean)
 
     @property
@@ -321,7 +321,7 @@ def _draw(sweep: Sweep, path: Path) -> Picture | None:
             for found in tails.values():
                 for place, tail in enumerate(found):
                     if tail and tail.is_unbounded:
-                        axes[2].annotate("∞: missed", (place, 0.95), va="top",
+                        axes[2].annotate("∞: failed", (place, 0.95), va="top",
                                          xycoords=("data", "axes fraction"), **_NOTE)  # fmt: skip
             figure.legend(*axes[2].get_legend_handles_labels(), loc="outside upper left", ncols=2,
                           frameon=False)  # fmt: skip
