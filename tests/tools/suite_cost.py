@@ -25,6 +25,7 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ from benchmarking.suite.launcher import (
     Patience,
     client_base_environment,
 )
-from benchmarking.suite.plan import MIXES, MODES
+from benchmarking.suite.plan import MODES
 from benchmarking.suite.program import (
     UntilOver,
     client_paths,
@@ -100,10 +101,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--repeats", type=positive_int, default=5, metavar="R",
         help="pairs of windows, one without and one with the sampler (default: 5)")  # fmt: skip
     add("--mode", choices=MODES[:3], default=MODES[0], help="(default: %(default)s)")
-    add("--mix", choices=sorted(MIXES), default="inference",
-        help="the clients' jobs; short units give precise rates (default: inference)")  # fmt: skip
     add("--gpu", metavar="INDEX_OR_UUID", help="which GPU (default: the first)")
-    add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="(default: auto)")
     add("--output-dir", type=Path, default=Path("results/suite_cost"),
         help="folder of the result (default: results/suite_cost)")  # fmt: skip
     add("arguments", nargs="*", metavar="-- FLAGS", help="flags of every client")
@@ -113,10 +111,10 @@ def parse_arguments() -> argparse.Namespace:
 def run(options: argparse.Namespace, stop: Interruption) -> int:
     """Do what `main` says; raises `SuiteError` and `RunEnded`."""
     make_folder("--output-dir", options.output_dir)
+    # Short units give precise rates.
     request = Request(
-        mode=options.mode, mix=options.mix, counts=(options.clients,), gpu=options.gpu,
-        device=options.device,
-    )  # fmt: skip
+        mode=options.mode, mix="inference", counts=(options.clients,), gpu=options.gpu
+    )
     with no_mps_folder() as empty, tempfile.TemporaryDirectory(prefix="suite-cost-") as folder:
         setup = prepare(request, empty, os.environ, require_mode=True)
         seen, windows = run_clients(options, setup, stop, Path(folder))
@@ -169,59 +167,48 @@ def run_clients(
 
 
 def measure(
-    options: argparse.Namespace,
-    clients: Sequence[Client],
-    gpu_uuid: str | None,
-    folder: Path,
-    over: threading.Event,
-    given_up: threading.Event,
-) -> list[Window]:
-    """Measure pairs of windows, then set `over`; raises `SuiteError` where the sampler fails.
+    options: argparse.Namespace, clients: Sequence[Client], gpu_uuid: str | None, folder: Path,
+    over: threading.Event, given_up: threading.Event,
+) -> list[Window]:  # fmt: skip
+    """Measure pairs of windows, then set `over`; times on CLOCK_MONOTONIC, cores that were used.
 
-    The order within a pair changes from pair to pair, so that a drift cancels out.
+    The order within a pair changes from pair to pair, so that a drift cancels out. Raises
+    `SuiteError` where the sampler fails.
     """
     windows: list[Window] = []
     try:
         for number in range(2 * options.repeats):
-            if number % 4 in (0, 3):  # off on, on off, off on, ...
-                windows.append(measure_window(options, clients, None, given_up))
-                continue
+            is_sampled = number % 4 in (1, 2)  # off on, on off, off on, ...
             output, log = folder / f"samples-{number}.jsonl", folder / f"samples-{number}.log"
-            with Sampler(output, log, gpu=gpu_uuid) as sampler:
-                windows.append(measure_window(options, clients, sampler, given_up))
-            if sampler.failure:
+            with Sampler(output, log, gpu=gpu_uuid) if is_sampled else nullcontext() as sampler:
+                given_up.wait(SETTLE_SECONDS)
+                pids = [*(client.pid for client in clients), sampler.pid if sampler else None]
+                before, own_before = read_process_trees(pids), time.process_time()
+                start = time.monotonic()
+                if given_up.wait(options.seconds):
+                    return windows  # of clients that have failed, or were told to stop
+                seconds = (end := time.monotonic()) - start
+                own_seconds, after = time.process_time() - own_before, read_process_trees(pids)
+                samples = sampler.samples_past(end) if sampler else []
+            if sampler and sampler.failure:
                 raise SuiteError(sampler.failure, EXIT_FAILED)
+            known = [(old, new) if old and new else None
+                     for old, new in zip(before, after, strict=True)]  # fmt: skip
+            cores = [pair and pair[1].seconds_since(pair[0]) / seconds for pair in known]
+            windows.append({
+                "is_sampled": is_sampled,
+                "start_seconds": start,
+                "end_seconds": end,
+                "client_cores": cores[:-1],
+                "busiest_cores": [pair and pair[1].busiest_thread_since(pair[0]) / seconds
+                                  for pair in known[:-1]],
+                "suite_cores": own_seconds / seconds,
+                "sampler_cores": cores[-1],
+                "gpu": summarize_samples(samples, start, end) if samples else None,
+            })  # fmt: skip
         return windows
     finally:
         over.set()
-
-
-def measure_window(
-    options: argparse.Namespace,
-    clients: Sequence[Client],
-    sampler: Sampler | None,
-    given_up: threading.Event,
-) -> Window:
-    """Measure one window; times on CLOCK_MONOTONIC, processor time in cores used."""
-    given_up.wait(SETTLE_SECONDS)
-    pids = [*(client.pid for client in clients), sampler.pid if sampler else None]
-    before, suite_before, start = read_process_trees(pids), time.process_time(), time.monotonic()
-    given_up.wait(options.seconds)
-    end, suite_after, after = time.monotonic(), time.process_time(), read_process_trees(pids)
-    known = [(old, new) if old and new else None for old, new in zip(before, after, strict=True)]
-    cores = [pair and pair[1].seconds_since(pair[0]) / (end - start) for pair in known]
-    busiest = [pair and pair[1].busiest_thread_since(pair[0]) / (end - start) for pair in known]
-    samples = sampler.samples_past(end) if sampler else []
-    return {
-        "is_sampled": sampler is not None,
-        "start_seconds": start,
-        "end_seconds": end,
-        "client_cores": cores[:-1],
-        "busiest_cores": busiest[:-1],
-        "suite_cores": (suite_after - suite_before) / (end - start),
-        "sampler_cores": cores[-1],
-        "gpu": summarize_samples(samples, start, end) if samples else None,
-    }
 
 
 # --- figures --------------------------------------------------------------------------------------
