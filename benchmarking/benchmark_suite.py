@@ -35,8 +35,6 @@ from benchmarking.command_line.driver_words import tell_driver
 from benchmarking.command_line.one_line_parser import OneLineParser
 from benchmarking.records import run_folder
 from benchmarking.suite import console, mig_layout, mps_knobs, pairs
-from benchmarking.suite.launcher import Interruption
-from benchmarking.suite.parent_death import DRIVER_VARIABLE, end_with_driver
 from benchmarking.suite.plan import MIXES, MODE_EXCLUSIVE, MODE_MIG, MODE_MPS, MODES
 from benchmarking.suite.plan_file import PlanFileError, read_plan_file
 from benchmarking.suite.ramp import MOST_CLIENTS
@@ -53,6 +51,7 @@ from benchmarking.suite.setup import (
     no_mps_folder,
     prepare,
 )
+from benchmarking.suite.stop_signal import DRIVER_VARIABLE, StopSignal, end_with_driver
 
 
 def main() -> int:
@@ -62,11 +61,11 @@ def main() -> int:
     try:
         earlier = read_earlier(options.resume, options.results_dir) if options.resume else None
         request = earlier.request if earlier else request_from(options)
-        with Interruption().watching() as interruption, no_mps_folder() as folder:
+        with StopSignal().watching() as stop_signal, no_mps_folder() as folder:
             end_with_driver(os.environ)
             setup = prepare(request, folder, os.environ, require_mode=not options.dry_run)
             console.print_plan(setup, verbose=options.verbose or options.dry_run)
-            return EXIT_COMPLETE if options.dry_run else run(setup, interruption, earlier)
+            return EXIT_COMPLETE if options.dry_run else run(setup, stop_signal, earlier)
     except SuiteError as error:
         complain(error, error.exit_code)
         if error.exit_code != EXIT_USAGE and not options.dry_run:
@@ -80,13 +79,13 @@ def main() -> int:
         return complain(OSError(f"{said}: {advice}"), EXIT_FAILED)
 
 
-def run(setup: Setup, interruption: Interruption, earlier: EarlierPart | None) -> int:
+def run(setup: Setup, stop_signal: StopSignal, earlier: EarlierPart | None) -> int:
     """Carry out the plan, or its rest, and print what came of it; return the exit code."""
     writer = earlier.reopen(setup.notes) if earlier else new_run(setup)
     if setup.is_contended:
         writer.update_manifest(is_contended=True)
     say = console.Teller().say
-    suite = SuiteRun(setup, writer, interruption, say, earlier=earlier)
+    suite = SuiteRun(setup, writer, stop_signal, say, earlier=earlier)
     code = suite.execute()
     tell_driver(suite.ending or "")
     try:

@@ -51,11 +51,11 @@ from benchmarking.suite.launcher import (
     OUTCOME_FAILED,
     OUTCOME_INTERRUPTED,
     Client,
-    CoRunOutcome,
+    CoRunResult,
     FinishRule,
-    Interruption,
     Launcher,
-    Patience,
+    StopSignal,
+    Timeouts,
     client_base_environment,
     tail_of,
 )
@@ -147,13 +147,13 @@ def free_folder(options: argparse.Namespace) -> Path:
     return next(path for path in itertools.chain([base], numbered) if not path.exists())
 
 
-def print_summary(options: argparse.Namespace, stop: Interruption) -> int:
+def print_summary(options: argparse.Namespace, stop: StopSignal) -> int:
     """Print one table of what was measured before; return the exit code."""
     print(summary(options.summary), end="")
     return EXIT_COMPLETE
 
 
-def let_it_happen(options: argparse.Namespace, stop: Interruption) -> int:
+def let_it_happen(options: argparse.Namespace, stop: StopSignal) -> int:
     """Prepare, measure, write and print what was found, or why nothing was; return the code."""
     if is_measured(options.output_dir):
         raise SuiteError(
@@ -198,7 +198,7 @@ def refuse_harm(options: argparse.Namespace) -> None:
         )  # fmt: skip
 
 
-def measure(options: argparse.Namespace, setup: Setup, stop: Interruption) -> dict[str, Any]:
+def measure(options: argparse.Namespace, setup: Setup, stop: StopSignal) -> dict[str, Any]:
     """Run the co-run and its newcomers; return what was found as plain data.
 
     Raises:
@@ -266,14 +266,14 @@ class Blast:
     options: argparse.Namespace
     setup: Setup
     planned: PlannedCoRun
-    stop: Interruption
+    stop: StopSignal
     rule: UntilOver = field(default_factory=lambda: UntilOver(0.0, tolerates_failures=True))
     given_up: threading.Event = field(default_factory=threading.Event)
     fault_seconds: float | None = None
     works_seconds: float | None = None
-    attempts: list[CoRunOutcome] = field(default_factory=list)
+    attempts: list[CoRunResult] = field(default_factory=list)
 
-    def run(self) -> CoRunOutcome:
+    def run(self) -> CoRunResult:
         """Run neighbors, fault and newcomers by the suite's launcher; leave no process behind."""
         seen = None
         watching: list[Future[None]] = []
@@ -315,7 +315,7 @@ class Blast:
         finally:
             self.rule.over.set()
 
-    def _run_newcomer(self) -> CoRunOutcome:
+    def _run_newcomer(self) -> CoRunResult:
         """Run a job like the first neighbor's in the faulty one's place, until a unit is done."""
         attempt = len(self.attempts)
         say(f"a new client starts (attempt {attempt + 1})")
@@ -334,11 +334,11 @@ class Blast:
         timeout: float,
         rule: FinishRule,
         before_go: Callable[[list[Client]], None],
-    ) -> CoRunOutcome:
+    ) -> CoRunResult:
         """Run clients by the suite's launcher; `name` of their files may hold the number."""
         launcher = Launcher(
-            client_base_environment(os.environ), patience=Patience(timeout=timeout),
-            interruption=self.stop, say=say,
+            client_base_environment(os.environ), timeouts=Timeouts(timeout=timeout),
+            stop_signal=self.stop, say=say,
         )  # fmt: skip
         folder = self.options.output_dir / "clients"
         return launcher.run(
@@ -346,7 +346,7 @@ class Blast:
         )
 
 
-def judge_neighbor(seen: CoRunOutcome, number: int, fault_seconds: float) -> dict[str, Any]:
+def judge_neighbor(seen: CoRunResult, number: int, fault_seconds: float) -> dict[str, Any]:
     """Return what the fault did to client `number`; times in seconds, rates in units a second.
 
     Rates leave out the first second after go; `rate_after` is that of the time from the fault to

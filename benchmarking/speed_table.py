@@ -37,7 +37,6 @@ from benchmarking.hardware import nvml
 from benchmarking.records.run_folder import utc_now
 from benchmarking.speed_jobs import BATCH, EPOCH, JOBS, RESNET, SpeedJob, floor_seconds
 from benchmarking.suite import occupancy
-from benchmarking.suite.launcher import Interruption
 from benchmarking.suite.plan import SIZE_CPU, SIZE_GUIDE, SIZE_QUICK
 from benchmarking.suite.program import (
     ScriptFailedError,
@@ -55,6 +54,7 @@ from benchmarking.suite.setup import (
     RunEnded,
     find_gpu,
 )
+from benchmarking.suite.stop_signal import StopSignal
 
 SCHEMA_VERSION = 1
 EAGER, COMPILE = "eager", "compile"
@@ -143,7 +143,7 @@ def listed(what: str, known: Sequence[str]) -> Callable[[str], list[str]]:
     return parse
 
 
-def measure(options: argparse.Namespace, stop: Interruption) -> int:
+def measure(options: argparse.Namespace, stop: StopSignal) -> int:
     """Measure, write and print the table; return the exit code."""
     make_folder("--output-dir", options.output_dir)
     with compile_cache() as cache:
@@ -197,7 +197,7 @@ class Row:
 class SpeedTable:
     """Measures row by row; `content` is the table so far, as it is written to disk."""
 
-    def __init__(self, options: argparse.Namespace, stop: Interruption, cache: Path) -> None:
+    def __init__(self, options: argparse.Namespace, stop: StopSignal, cache: Path) -> None:
         """Find the GPU and say what will be run; raises `SuiteError` where it cannot be used."""
         self._options = options
         self._stop = stop
@@ -331,7 +331,7 @@ class SpeedTable:
     def _note_neighbors(self, what: str) -> list[Mapping[str, Any]]:
         """Return what else is on the GPU just before a measurement, and note a change of it."""
         neighbors = (nvml.compute_processes(self._gpu_uuid) or []) if self._gpu_uuid else []
-        pids = occupancy.in_words(process["pid"] for process in neighbors)
+        pids = occupancy.describe(process["pid"] for process in neighbors)
         if pids and pids != self._noted_neighbors:
             self._note(f"from {what} on, other processes were on the GPU: {pids}")
         elif self._noted_neighbors and not pids:

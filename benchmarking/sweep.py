@@ -48,8 +48,6 @@ from benchmarking.records.run_folder import (
     write_json_atomic,
 )
 from benchmarking.suite import pairs
-from benchmarking.suite.launcher import Interruption
-from benchmarking.suite.parent_death import DRIVER_VARIABLE
 from benchmarking.suite.plan import MODE_EXCLUSIVE, MODE_MIG, MODE_TIME_SLICING
 from benchmarking.suite.program import exit_code_of, make_folder
 from benchmarking.suite.resume import read_earlier
@@ -66,6 +64,7 @@ from benchmarking.suite.setup import (
     no_mps_folder,
     prepare,
 )
+from benchmarking.suite.stop_signal import DRIVER_VARIABLE, StopSignal
 from benchmarking.sweep_report import INTERRUPTED, NOT_RUN, OK, Point, Sweep, read_point, write
 
 SWEEP_FILE = "sweep.json"
@@ -276,7 +275,7 @@ def resume_command(folder: Path) -> str:
 class SweepRun:
     """Measures value by value; `sweep.json` is written after each, the report at the end."""
 
-    def __init__(self, options: argparse.Namespace, stop: Interruption) -> None:
+    def __init__(self, options: argparse.Namespace, stop: StopSignal) -> None:
         """Look whether the first value can be measured at all, before anything takes its time.
 
         Raises:
@@ -429,7 +428,7 @@ def is_settled(folder: Path) -> bool:
     return False
 
 
-def run_suite(words: Sequence[str], stop: Interruption) -> int:
+def run_suite(words: Sequence[str], stop: StopSignal) -> int:
     """Run the suite to its end; asked to stop, it is asked, too, and keeps its records."""
     suite = str(Path(__file__).with_name("benchmark_suite.py"))
     process = subprocess.Popen(

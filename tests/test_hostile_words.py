@@ -86,7 +86,7 @@ def test_a_strangers_process_name_steers_no_terminal(scripts: ModeScripts, tmp_p
     with subprocess.Popen([sleep, "60"]) as process:
         comm = Path(f"/proc/{process.pid}/comm")
         wait_until(lambda: b"python" not in comm.read_bytes(), "the program's start")
-        words = occupancy.in_words([process.pid])
+        words = occupancy.describe([process.pid])
         process.kill()
     assert words == f"pid {process.pid} (?[2Jabcdefghij\ufffd)"
 

@@ -71,6 +71,6 @@ def test_without_one_of_ours_in_the_list_nobody_is_called_a_stranger() -> None:
 
 def test_a_process_is_named_with_its_owner_where_that_is_another() -> None:
     own = os.getpid()
-    assert occupancy.in_words([own]).startswith(f"pid {own} (")
-    assert " of " not in occupancy.in_words([own])
-    assert occupancy.in_words([2**22 + 1]) == f"pid {2**22 + 1} (name unknown)"
+    assert occupancy.describe([own]).startswith(f"pid {own} (")
+    assert " of " not in occupancy.describe([own])
+    assert occupancy.describe([2**22 + 1]) == f"pid {2**22 + 1} (name unknown)"

@@ -85,7 +85,7 @@ class RunView:
         """
         if self.mode == "mps":
             is_from_plan = not self._limits.name and any(map(_knobs_of, self._planned_clients()))
-            return "limits of the plan" if is_from_plan else self._limits.in_words
+            return "limits of the plan" if is_from_plan else self._limits.description
         if self.mode == "mig":
             return ", ".join(self.manifest.get("mig_layout") or ())
         slices = self.environment.get("timeslice") if self.mode == "time-slicing" else None

@@ -10,7 +10,7 @@ import tempfile
 import time
 from typing import Any
 
-from benchmarking.suite.launcher import Interruption, client_base_environment
+from benchmarking.suite.launcher import StopSignal, client_base_environment
 from benchmarking.suite.plan import PlannedClient
 from benchmarking.suite.setup import (
     EXIT_FAILED,
@@ -22,7 +22,7 @@ from benchmarking.suite.setup import (
 )
 
 
-def resolve(client: PlannedClient, interruption: Interruption) -> dict[str, Any]:
+def resolve(client: PlannedClient, stop_signal: StopSignal) -> dict[str, Any]:
     """Run a job's command with `--resolve` and return its answer.
 
     Raises `SuiteError` with the last thing it said, and code 2 or 3 if those were its own; raises
@@ -35,7 +35,7 @@ def resolve(client: PlannedClient, interruption: Interruption) -> dict[str, Any]
             env=environment, start_new_session=True,
         )  # fmt: skip
         while process.poll() is None:
-            if interruption.requested:
+            if stop_signal.requested:
                 os.killpg(process.pid, signal.SIGTERM)
                 process.wait()
                 raise RunEnded("interrupted", EXIT_INTERRUPTED, "interrupted")

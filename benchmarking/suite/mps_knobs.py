@@ -85,7 +85,7 @@ class MpsKnobs:
         return "".join(f"-{'-'.join([word, *values])}" for word, values in parts.items() if values)
 
     @property
-    def in_words(self) -> str:
+    def description(self) -> str:
         """The limits as they stand behind the mode's name: `even`, `50/25 %, 8G of memory`."""
         shares = "/".join(self.percentages)
         parts = [

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarking.modes.mode_evidence import ProcessLists
+from benchmarking.modes.sharing_mode import ProcessLists
 
 # The kernel keeps 15 characters of a name. Clients of the server count, not itself.
 MPS_SERVER_PROGRAM = "nvidia-cuda-mps-server"
@@ -42,10 +42,10 @@ def warnings(pids: Sequence[int]) -> list[str]:
     """Return the sentence for the record of a co-run that strangers disturbed; none without."""
     if not pids:
         return []
-    return [f"the GPU was contended: other processes used it meanwhile, {in_words(pids)}"]
+    return [f"the GPU was contended: other processes used it meanwhile, {describe(pids)}"]
 
 
-def in_words(pids: Iterable[int]) -> str:
+def describe(pids: Iterable[int]) -> str:
     """Return processes with name and owner, as far as they can be seen from here."""
     return ", ".join(f"pid {pid} ({_name(pid) or 'name unknown'}{_owner(pid)})" for pid in pids)
 

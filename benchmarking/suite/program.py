@@ -22,7 +22,7 @@ from benchmarking.records.run_folder import (
     write_text_atomic,
 )
 from benchmarking.suite.job_resolution import resolve
-from benchmarking.suite.launcher import Client, FinishRule, Interruption, tail_of
+from benchmarking.suite.launcher import Client, FinishRule, StopSignal, tail_of
 from benchmarking.suite.plan import Plan
 from benchmarking.suite.plan_file import PlanFileError
 from benchmarking.suite.setup import (
@@ -39,7 +39,7 @@ POLL_SECONDS = 0.1
 END_SECONDS = 60.0
 
 
-def exit_code_of(work: Callable[[Interruption], int], folder: Path, fix: str) -> int:
+def exit_code_of(work: Callable[[StopSignal], int], folder: Path, fix: str) -> int:
     """Return the exit code of `work`; what ends it early is one sentence on standard error.
 
     Args:
@@ -49,7 +49,7 @@ def exit_code_of(work: Callable[[Interruption], int], folder: Path, fix: str) ->
     """
     program = Path(sys.argv[0]).name
     try:
-        with Interruption().watching() as stop:
+        with StopSignal().watching() as stop:
             return work(stop)
     except RunEnded as end:
         print(f"{program}: {end}", file=sys.stderr)
@@ -101,7 +101,7 @@ class UntilOver(FinishRule):
         return self.over.is_set()
 
 
-def resolve_jobs(plan: Plan, stop: Interruption, say: Callable[[str], None]) -> Plan:
+def resolve_jobs(plan: Plan, stop: StopSignal, say: Callable[[str], None]) -> Plan:
     """Return the plan with each job's data and weights found once; raises what `resolve` raises."""
     for job_key, job in plan.jobs().items():
         say(f"resolving data and weights: {job.label}")
@@ -128,7 +128,7 @@ class ScriptFailedError(Exception):
 
 
 def run_script(
-    command: Sequence[str], environment: Mapping[str, str], stop: Interruption, timeout: float
+    command: Sequence[str], environment: Mapping[str, str], stop: StopSignal, timeout: float
 ) -> str:
     """Run a script of the project and return its standard output; leave no process behind.
 

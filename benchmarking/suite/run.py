@@ -37,12 +37,12 @@ from benchmarking.suite.launcher import (
     OUTCOME_INVALID,
     OUTCOME_OK,
     Client,
-    CoRunOutcome,
     CoRunRefused,
+    CoRunResult,
     FinishRule,
-    Interruption,
     Launcher,
-    Patience,
+    StopSignal,
+    Timeouts,
     client_base_environment,
 )
 from benchmarking.suite.mps_knobs import PERCENTAGE_VARIABLE
@@ -95,10 +95,10 @@ class SuiteRun:
         self,
         setup: Setup,
         writer: RunWriter,
-        interruption: Interruption,
+        stop_signal: StopSignal,
         say: Callable[[str], None],
         *,
-        patience: Patience | None = None,
+        timeouts: Timeouts | None = None,
         earlier: EarlierPart | None = None,
     ) -> None:
         """Take what to do, where to write it, whom to ask whether to stop, and whom to tell.
@@ -109,12 +109,12 @@ class SuiteRun:
         self._earlier = earlier
         self._plan = setup.plan
         self._writer = writer
-        self._interruption = interruption
+        self._stop_signal = stop_signal
         self._say = say
         self._launcher = Launcher(
             client_base_environment(os.environ),
-            patience=patience or Patience(timeout=setup.request.timeout_seconds),
-            interruption=interruption,
+            timeouts=timeouts or Timeouts(timeout=setup.request.timeout_seconds),
+            stop_signal=stop_signal,
             say=say,
         )
         self._reference = _Reference()
@@ -196,7 +196,7 @@ class SuiteRun:
         self._say(f"resolving data and weights: {', '.join(c.label for c in jobs.values())}")
         # At the same time: each spends most of it importing torch, or waiting for a hub.
         with ThreadPoolExecutor(len(jobs)) as pool:
-            answers = list(pool.map(lambda c: resolve(c, self._interruption), jobs.values()))
+            answers = list(pool.map(lambda c: resolve(c, self._stop_signal), jobs.values()))
         if self._earlier:
             self._require_like_earlier(dict(zip(jobs, answers, strict=True)))
         for (job_key, client), answer in zip(jobs.items(), answers, strict=True):
@@ -404,7 +404,7 @@ class SuiteRun:
         Raises `RunEnded` when it did not end well, `SuiteError` when the clients were not what
         they should be: what follows would build on it.
         """
-        if self._interruption.requested:
+        if self._stop_signal.requested:
             raise RunEnded("interrupted", EXIT_INTERRUPTED, "interrupted")
         finished = self._earlier and self._earlier.finished(planned.co_run)
         if finished:
@@ -445,7 +445,7 @@ class SuiteRun:
         for warning in record["warnings"]:
             self._say(warning)
         if reason is not None:
-            self._say(f"{planned.co_run} does not hold: {stop_reasons.in_words(reason)}")
+            self._say(f"{planned.co_run} does not hold: {stop_reasons.describe(reason)}")
         if refusal is not None:
             raise refusal
         if gpu_lost and record["outcome"] != OUTCOME_INTERRUPTED:
@@ -471,7 +471,7 @@ class SuiteRun:
     def _stop_reason(
         self,
         record: dict[str, Any],
-        seen: CoRunOutcome,
+        seen: CoRunResult,
         clients: list[dict[str, Any]],
         gpu_lost: str | None,
     ) -> dict[str, Any] | None:
@@ -509,7 +509,7 @@ class SuiteRun:
             seen = None if is_limited else first.get("multiprocessor_count")
             self._describe_environment({"multiprocessor_count": seen, "versions": versions})
 
-    def _samples_of(self, seen: CoRunOutcome, sampler: Sampler) -> list[dict[str, Any]]:
+    def _samples_of(self, seen: CoRunResult, sampler: Sampler) -> list[dict[str, Any]]:
         samples: list[dict[str, Any]] = []
         if seen.window_end_seconds is not None and not sampler.failure:
             samples = list(sampler.samples_past(seen.window_end_seconds))
@@ -520,7 +520,7 @@ class SuiteRun:
 
     def _co_run_record(
         self,
-        seen: CoRunOutcome,
+        seen: CoRunResult,
         clients: list[dict[str, Any]],
         gpu: dict[str, Any] | None,
         gpu_lost: str | None,
@@ -547,7 +547,7 @@ class SuiteRun:
         )
 
     def _gpu_figures(
-        self, seen: CoRunOutcome, samples: list[dict[str, Any]]
+        self, seen: CoRunResult, samples: list[dict[str, Any]]
     ) -> dict[str, Any] | None:
         start, end = seen.window_start_seconds, seen.window_end_seconds
         if start is None or end is None or not samples:

@@ -16,9 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarking.hardware import nvml
-from benchmarking.modes.choice import make_mode
-from benchmarking.modes.mode_evidence import Evidence
-from benchmarking.modes.sharing_mode import ModeNotInForceError, SharingMode
+from benchmarking.modes.sharing_mode import Evidence, ModeNotInForceError, SharingMode, make_mode
 from benchmarking.modes.whole_gpu import time_slice, time_slicing_warning
 from benchmarking.records import run_folder
 from benchmarking.records.run_folder import PHASE_BASELINE, Run
@@ -346,7 +344,7 @@ def _notes_on_occupants(gpu_uuid: str, *, may_be: bool) -> list[str]:
     pids = occupancy.occupants(nvml.compute_processes(gpu_uuid) or [])
     if not pids:
         return []
-    found = f"other processes are on the GPU: {occupancy.in_words(pids)}"
+    found = f"other processes are on the GPU: {occupancy.describe(pids)}"
     if not may_be:
         raise SuiteError(
             f"{found}; wait until they have ended, choose another card with --gpu, or measure "

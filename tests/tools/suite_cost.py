@@ -44,10 +44,10 @@ from benchmarking.suite.launcher import (
     OUTCOME_INTERRUPTED,
     OUTCOME_OK,
     Client,
-    CoRunOutcome,
-    Interruption,
+    CoRunResult,
     Launcher,
-    Patience,
+    StopSignal,
+    Timeouts,
     client_base_environment,
 )
 from benchmarking.suite.plan import MODES
@@ -108,7 +108,7 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def run(options: argparse.Namespace, stop: Interruption) -> int:
+def run(options: argparse.Namespace, stop: StopSignal) -> int:
     """Do what `main` says; raises `SuiteError` and `RunEnded`."""
     make_folder("--output-dir", options.output_dir)
     # Short units give precise rates.
@@ -126,8 +126,8 @@ def run(options: argparse.Namespace, stop: Interruption) -> int:
 
 
 def run_clients(
-    options: argparse.Namespace, setup: Setup, stop: Interruption, folder: Path
-) -> tuple[CoRunOutcome, list[Window]]:
+    options: argparse.Namespace, setup: Setup, stop: StopSignal, folder: Path
+) -> tuple[CoRunResult, list[Window]]:
     """Start the clients by the suite's launcher and measure while they run."""
     plan = setup.plan.map_clients(lambda client: client.with_arguments(options.arguments))
     planned = resolve_jobs(plan, stop, say).co_runs[0]
@@ -147,8 +147,8 @@ def run_clients(
         # A second of settling and five for the sampler's start and end come to each window.
         windows_seconds = 2 * options.repeats * (options.seconds + SETTLE_SECONDS + 5)
         launcher = Launcher(
-            client_base_environment(os.environ), interruption=stop, say=say,
-            patience=Patience(timeout=TIMEOUT_SECONDS + windows_seconds),
+            client_base_environment(os.environ), stop_signal=stop, say=say,
+            timeouts=Timeouts(timeout=TIMEOUT_SECONDS + windows_seconds),
         )  # fmt: skip
         try:
             seen = launcher.run(
@@ -215,7 +215,7 @@ def measure(
 
 
 def describe(
-    options: argparse.Namespace, setup: Setup, seen: CoRunOutcome, windows: Sequence[Window]
+    options: argparse.Namespace, setup: Setup, seen: CoRunResult, windows: Sequence[Window]
 ) -> dict[str, Any]:
     """Return everything that was found as plain data for JSON."""
     for window, rates in zip(windows, work_rates(seen, windows), strict=True):
@@ -261,7 +261,7 @@ def mean(values: Iterable[float | None]) -> float | None:
     return statistics.fmean(known) if known else None
 
 
-def work_rates(seen: CoRunOutcome, windows: Sequence[Window]) -> list[list[float]]:
+def work_rates(seen: CoRunResult, windows: Sequence[Window]) -> list[list[float]]:
     """Return each client's work a second by window, in mean-unit seconds of its kind of unit.
 
     A unit that lies partly in the window counts by that part: with whole units only, the edges
