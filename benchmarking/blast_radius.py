@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Let one client go wrong beside healthy ones, and report who survived.
+"""Let one client go wrong next to healthy ones, and report who survived.
 
     python3 benchmarking/blast_radius.py --mode time-slicing --fault oom
     python3 benchmarking/blast_radius.py --mode mps --fault assert --neighbors 3
@@ -12,8 +12,8 @@ the neighbors that survived, their rates before and after, the longest pause, th
 lost, and when a new client works again. A fault that is refused or does not happen leaves a record
 of that, with the reason. It is part of no other program.
 
-Exit codes: 0 measured, 1 the fault could not be seen, 2 usage, 3 no usable GPU, 4 the mode is not
-in force, 130 interrupted.
+Exit codes: 0 measured, 1 the fault could not be seen or the record not be written, 2 usage, 3 no
+usable GPU, 4 the mode is not in force, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -23,24 +23,32 @@ import dataclasses
 import itertools
 import os
 import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from benchmarking.blast import summary, text
-from benchmarking.blast.aftermath import Aftermath, UntilOver, judge_neighbor
+from benchmarking.blast_report import (
+    FAULTS,
+    SCHEMA_VERSION,
+    is_measured,
+    markdown,
+    own_cost_seconds,
+    summary,
+)
 from benchmarking.command_line.argument_types import positive_float, positive_int
 from benchmarking.command_line.one_line_parser import OneLineParser
 from benchmarking.modes.mode_scripts import lock_reason, read_state
 from benchmarking.modes.mps import MpsMode, ask_mps_control
-from benchmarking.records.run_folder import ClientPaths, utc_now, write_json_atomic
-from benchmarking.speed.process_run import Interrupted, Processes, RunFailedError
+from benchmarking.records.run_folder import utc_now
 from benchmarking.suite import mps_knobs
-from benchmarking.suite.event_log import tail_of
+from benchmarking.suite.event_log import first_unit_end_seconds, last_event, tail_of
 from benchmarking.suite.launcher import (
+    OUTCOME_FAILED,
     OUTCOME_INTERRUPTED,
     Client,
     CoRunResult,
@@ -51,6 +59,14 @@ from benchmarking.suite.launcher import (
     client_base_environment,
 )
 from benchmarking.suite.plan import MIXES, MODE_MPS, MODES, PlannedClient, PlannedCoRun
+from benchmarking.suite.program import (
+    UntilOver,
+    client_paths,
+    exit_code_of,
+    make_folder,
+    resolve_jobs,
+    write_report,
+)
 from benchmarking.suite.proofs import judge_clients
 from benchmarking.suite.sampler import Sampler
 from benchmarking.suite.setup import (
@@ -60,41 +76,33 @@ from benchmarking.suite.setup import (
     EXIT_USAGE,
     PROJECT_ROOT,
     Request,
+    RunEnded,
     Setup,
     SuiteError,
     no_mps_folder,
     prepare,
 )
 
-FAULTS = tuple(text.FAULT_WORDS)
+NAME = "blast_radius"
 FAULT_CLIENT = "workloads/custom/fault_client.py"
 # Under MPS the daemon's own limit stands behind the cap that the client sets itself.
 MPS_MEMORY_LIMIT = "8G"
 READY_SECONDS = 1800.0
 NEWCOMER_SECONDS = 120.0
+# Between two new clients where the first could not work.
+RETRY_SECONDS = 1.0
+# From go on, until a neighbor's rate counts.
+SETTLE_SECONDS = 1.0
+POLL_SECONDS = 0.02
 SERVER_LOG_LINES = 12
 
 
 def main() -> int:
-    """Prepare, let it happen, print and write what was found; return the exit code."""
+    """Let it happen, or read what happened; return the exit code."""
     options = parse_arguments()
-    try:
-        if options.summary:
-            print(summary.markdown(summary.find_records(options.summary)), end="")
-            return EXIT_COMPLETE
-        refuse_harm(options)
-        found = prepare_and_measure(options)
-    except summary.RecordError as error:
-        return complain(error, EXIT_USAGE)
-    except (SuiteError, RunFailedError) as error:
-        note_not_run(options, error)
-        return complain(error, getattr(error, "exit_code", EXIT_FAILED))
-    except Interrupted:
-        print("blast_radius.py: interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    print(write(found, options.output_dir))
-    print(f"results: {options.output_dir}")
-    return EXIT_COMPLETE
+    work = print_summary if options.summary else let_it_happen
+    fix = "or name another --output-dir"
+    return exit_code_of(lambda stop: work(options, stop), options.output_dir or Path(), fix)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -104,7 +112,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--mode", choices=MODES[:3], default=MODES[0], help="(default: %(default)s)")
-    add("--fault", choices=FAULTS)
+    add("--fault", choices=tuple(FAULTS))
     add("--neighbors", type=positive_int, default=3, metavar="N", help="(default: 3)")
     add("--mix", choices=sorted(MIXES), default="inference",
         help="the neighbors' jobs (default: inference)")  # fmt: skip
@@ -113,8 +121,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--allow-illegal-access", action="store_true",
         help="for --fault illegal-access on a card of your own: under MPS it ends the work of "
         "everybody on the card")  # fmt: skip
-    add("--beside-others", action="store_true",
-        help="measure although other people's processes are on the GPU, and say so")  # fmt: skip
+    add("--allow-contention", "--beside-others", action="store_true",
+        help="measure although foreign processes are on the GPU, and say so")  # fmt: skip
     add("--gpu", metavar="INDEX_OR_UUID", help="which GPU (default: the first)")
     add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="(default: auto)")
     add("--output-dir", type=Path, metavar="DIR",
@@ -125,24 +133,52 @@ def parse_arguments() -> argparse.Namespace:
     options = parser.parse_args()
     if bool(options.summary) == bool(options.fault):
         parser.error("give --fault to measure one, or --summary for a table of several")
-    if options.summary:
-        return options
-    options.output_dir = options.output_dir or free_folder(options)
-    if summary.may_be_measured(options.output_dir):
-        parser.error(f"--output-dir {options.output_dir} holds a record; name another folder")
-    try:
-        options.output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"--output-dir {options.output_dir}: {error.strerror}; name another folder")
+    if options.fault:
+        options.output_dir = options.output_dir or free_folder(options)
     return options
 
 
 def free_folder(options: argparse.Namespace) -> Path:
     """Return a folder for this call: two may come in the same second."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    base = Path("results") / f"blast_radius-{options.mode}-{options.fault}-{stamp}"
+    base = Path("results") / f"{NAME}-{options.mode}-{options.fault}-{stamp}"
     numbered = (base.with_name(f"{base.name}-{number}") for number in itertools.count(2))
     return next(path for path in itertools.chain([base], numbered) if not path.exists())
+
+
+def print_summary(options: argparse.Namespace, stop: StopSignal) -> int:
+    """Print one table of what was measured before; return the exit code."""
+    print(summary(options.summary), end="")
+    return EXIT_COMPLETE
+
+
+def let_it_happen(options: argparse.Namespace, stop: StopSignal) -> int:
+    """Prepare, measure, write and print what was found, or why nothing was; return the code."""
+    if is_measured(options.output_dir):
+        raise SuiteError(
+            f"--output-dir {options.output_dir} holds a record; name another folder", EXIT_USAGE
+        )
+    make_folder("--output-dir", options.output_dir)
+    record = {
+        "schema_version": SCHEMA_VERSION, "created_at": utc_now(), "command": sys.argv,
+        "mode": options.mode, "fault": options.fault, "not_run": None,
+    }  # fmt: skip
+    request = Request(
+        mode=options.mode, mix=options.mix, counts=(options.neighbors + 1,), gpu=options.gpu,
+        device=options.device, quick=True, beside_others=options.allow_contention,
+    )  # fmt: skip
+    try:
+        refuse_harm(options)
+        with no_mps_folder() as empty:
+            record |= measure(options, prepare(request, empty, os.environ, require_mode=True), stop)
+    except SuiteError as error:
+        record["not_run"] = str(error)
+        write_report(options.output_dir, NAME, record, markdown(record))
+        raise
+    write_report(options.output_dir, NAME, record, markdown(record))
+    print(markdown(record))
+    print(f"results: {options.output_dir}")
+    return EXIT_COMPLETE
 
 
 def refuse_harm(options: argparse.Namespace) -> None:
@@ -161,98 +197,45 @@ def refuse_harm(options: argparse.Namespace) -> None:
         )  # fmt: skip
 
 
-def prepare_and_measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Find the GPU, check the mode, and measure; raises what `prepare` and `measure` raise."""
-    request = Request(
-        mode=options.mode, mix=options.mix, counts=(options.neighbors + 1,), gpu=options.gpu,
-        device=options.device, quick=True, beside_others=options.beside_others,
-    )  # fmt: skip
-    with StopSignal().watching() as stop_signal, no_mps_folder() as empty:
-        setup = prepare(request, empty, os.environ, require_mode=True)
-        return measure(options, setup, stop_signal)
-
-
-def write(found: Mapping[str, Any], folder: Path) -> str:
-    """Write a record and its report into a folder; return the report."""
-    write_json_atomic(folder / summary.RECORD_FILE, found)
-    report = text.markdown(found)
-    (folder / "blast_radius.md").write_text(report, encoding="utf-8")
-    return report
-
-
-def note_not_run(options: argparse.Namespace, error: Exception) -> None:
-    """Leave on record why the fault did not happen."""
-    record = summary.not_run(options.mode, options.fault, sys.argv, utc_now(), str(error))
-    write(record, options.output_dir)
-
-
-def complain(error: Exception, code: int) -> int:
-    """Print an error in a sentence and return its exit code."""
-    print(f"blast_radius.py: error: {error}", file=sys.stderr)
-    return code
-
-
-def measure(options: argparse.Namespace, setup: Setup, stop_signal: StopSignal) -> dict[str, Any]:
+def measure(options: argparse.Namespace, setup: Setup, stop: StopSignal) -> dict[str, Any]:
     """Run the co-run and its newcomers; return what was found as plain data.
 
     Raises:
-        RunFailedError: The clients did not get ready, or there was no fault to see.
-        Interrupted: Somebody asked to end; no process is left.
+        SuiteError: The clients did not get ready, or there was no fault to see.
+        RunEnded: Somebody asked to stop; no process is left.
     """
-    planned = with_fault(options, setup, resolved(setup, Processes(stop_signal, READY_SECONDS)))
+    planned = with_fault(options, setup, resolve_jobs(setup.plan, stop, say).co_runs[0])
     say(f"{options.neighbors} neighbors and a faulty client get ready under {setup.mode.name}")
+    folder, gpu = options.output_dir, setup.gpu and dict(setup.gpu)
     with Sampler(
-        options.output_dir / "gpu_samples.jsonl", options.output_dir / "gpu_monitor.log",
-        gpu=setup.gpu["uuid"] if setup.gpu else None,
-    ) as sampler:  # fmt: skip
+        folder / "gpu_samples.jsonl", folder / "gpu_monitor.log", gpu=gpu and gpu["uuid"]
+    ) as sampler:
         servers_before = mps_servers(setup)
-        seen, aftermath = run_clients(options, setup, planned, stop_signal)
-        if seen.outcome == OUTCOME_INTERRUPTED or stop_signal.requested:
-            raise Interrupted
-        if aftermath is None or aftermath.fault_seconds is None:
-            raise RunFailedError(f"there was no fault to see: {seen.reason}")
+        blast = Blast(options, setup, planned, stop)
+        seen = blast.run()
+        if seen.outcome == OUTCOME_INTERRUPTED or stop.requested:
+            raise RunEnded("interrupted", EXIT_INTERRUPTED)
+        if blast.fault_seconds is None:
+            raise SuiteError(f"there was no fault to see: {seen.reason}", EXIT_FAILED)
         samples = list(sampler.samples_past(seen.window_end_seconds))
     proofs = judge_clients(setup.mode, seen, samples)
     return {
-        "schema_version": summary.SCHEMA_VERSION,
-        "created_at": utc_now(),
-        "command": sys.argv,
         "mode": setup.mode.name,
-        "fault": options.fault,
-        "not_run": None,
         "notes": list(setup.notes),
-        "gpu": setup.gpu and dict(setup.gpu),
-        "fault_after_seconds": aftermath.fault_seconds - seen.window_start_seconds,
+        "gpu": gpu,
+        "fault_after_seconds": blast.fault_seconds - seen.window_start_seconds,
         "neighbors": [
-            {
-                **dataclasses.asdict(judge_neighbor(seen, number, aftermath.fault_seconds)),
-                "proof": proofs[number].verdict if proofs[number] else None,
-            }
+            judge_neighbor(seen, number, blast.fault_seconds)
+            | {"proof": proofs[number].verdict if proofs[number] else None}
             for number in range(options.neighbors)
         ],
         "faulty": {
             key: getattr(seen.clients[-1], key)
             for key in ("status", "reason", "exit_code", "stderr_tail")
         },
-        "newcomer": describe_newcomer(aftermath, options),
+        "newcomer": describe_newcomer(blast),
         "mps": describe_mps(setup, servers_before),
     }
-
-
-def resolved(setup: Setup, processes: Processes) -> PlannedCoRun:
-    """Return the co-run with its data and weights found once."""
-    plan = setup.plan
-    for job_key, client in plan.jobs().items():
-        say(f"resolving data and weights: {client.label}")
-        answer = processes.run_for_json(
-            client.command[1], [*client.command[2:], "--resolve"], client.environment
-        )
-        plan = plan.map_clients(
-            lambda other, key=job_key, found=answer["arguments"]: (
-                other.with_arguments(found) if other.job_key == key else other
-            )
-        )
-    return plan.co_runs[0]
 
 
 def with_fault(options: argparse.Namespace, setup: Setup, planned: PlannedCoRun) -> PlannedCoRun:
@@ -264,92 +247,158 @@ def with_fault(options: argparse.Namespace, setup: Setup, planned: PlannedCoRun)
     device = "cuda" if setup.gpu else "cpu"
     flags = ["--fault", options.fault, "--after", f"{options.window / 2:g}", "--device", device]
     flags += ["--allow-illegal-access"] if options.allow_illegal_access else []
-    command = (sys.executable, str(PROJECT_ROOT / FAULT_CLIENT), *flags)
     faulty = PlannedClient(
-        last.client, "fault", f"faulty job ({options.fault})", f"fault {options.fault}", command,
-        environment,
+        last.client, "fault", f"faulty job ({options.fault})", f"fault {options.fault}",
+        (sys.executable, str(PROJECT_ROOT / FAULT_CLIENT), *flags), environment,
     )  # fmt: skip
     return dataclasses.replace(planned, clients=(*planned.clients[:-1], faulty))
 
 
-def run_clients(
-    options: argparse.Namespace, setup: Setup, planned: PlannedCoRun, stop_signal: StopSignal
-) -> tuple[CoRunResult, Aftermath | None]:
-    """Run neighbors, fault and newcomers by the suite's launcher; leave no process behind."""
-    rule = UntilOver(min_seconds=0.0)
-    aftermath: Aftermath | None = None
-    launcher = Launcher(
-        client_base_environment(os.environ), timeouts=Timeouts(timeout=READY_SECONDS),
-        stop_signal=stop_signal, say=say,
-    )  # fmt: skip
+@dataclass
+class Blast:
+    """A co-run with a fault, and what comes from the fault on.
 
-    def before_go(clients: Sequence[Client]) -> None:
-        nonlocal aftermath
-        setup.mode.observe()
-        say(f"the fault comes in {options.window / 2:g} s")
-        aftermath = Aftermath(
-            clients[-1], lambda attempt: run_newcomer(options, planned, stop_signal, attempt),
-            over=rule.over, watch_seconds=options.window / 2, patience_seconds=NEWCOMER_SECONDS,
+    `fault_seconds` and `works_seconds`, when a new client had done its first unit, are on
+    CLOCK_MONOTONIC, `None` where it did not come to that.
+    """
+
+    options: argparse.Namespace
+    setup: Setup
+    planned: PlannedCoRun
+    stop: StopSignal
+    rule: UntilOver = field(default_factory=lambda: UntilOver(0.0, tolerates_failures=True))
+    given_up: threading.Event = field(default_factory=threading.Event)
+    fault_seconds: float | None = None
+    works_seconds: float | None = None
+    attempts: list[CoRunResult] = field(default_factory=list)
+
+    def run(self) -> CoRunResult:
+        """Run neighbors, fault and newcomers by the suite's launcher; leave no process behind."""
+        seen = None
+        watching: list[Future[None]] = []
+
+        def before_go(clients: Sequence[Client]) -> None:
+            self.setup.mode.observe()
+            say(f"the fault comes in {self.options.window / 2:g} s")
+            watching.append(pool.submit(self._watch, clients[-1]))
+
+        with ThreadPoolExecutor(1) as pool:
+            try:
+                seen = self._launch(self.planned, "{}", READY_SECONDS, self.rule, before_go)
+            finally:
+                # Where all have failed a new client may be yet to come; else there is no more.
+                if seen is None or seen.outcome != OUTCOME_FAILED:
+                    self.given_up.set()
+        for future in watching:
+            future.result()  # raises what the watching raised
+        return seen
+
+    def _watch(self, faulty: Client) -> None:
+        """Wait for the fault and a new client that works; watch neighbors for half the window."""
+        try:
+            while not faulty.has_failed:
+                if self.given_up.wait(POLL_SECONDS):
+                    return
+            # When it said that it failed, else now, when it is seen to have ended.
+            error = last_event(faulty.events, "error") or {}
+            self.fault_seconds = error.get("time_seconds") or time.monotonic()
+            watched = self.fault_seconds + self.options.window / 2
+            while not self.given_up.is_set():
+                self.attempts.append(self._run_newcomer())
+                events = self.attempts[-1].clients[0].events
+                self.works_seconds = first_unit_end_seconds(events)
+                is_late = time.monotonic() - self.fault_seconds > NEWCOMER_SECONDS
+                if self.works_seconds is not None or is_late:
+                    break
+                self.given_up.wait(RETRY_SECONDS)
+            self.given_up.wait(max(0.0, watched - time.monotonic()))
+        finally:
+            self.rule.over.set()
+
+    def _run_newcomer(self) -> CoRunResult:
+        """Run a job like the first neighbor's in the faulty one's place, until a unit is done."""
+        attempt = len(self.attempts)
+        say(f"a new client starts (attempt {attempt + 1})")
+        like, place = self.planned.clients[0], self.planned.clients[-1]
+        kept = {name: value for name, value in place.environment.items()
+                if name != mps_knobs.MEMORY_VARIABLE}  # fmt: skip
+        newcomer = dataclasses.replace(like, client=place.client + 1, environment=kept)
+        alone = dataclasses.replace(self.planned, co_run="newcomer", clients=(newcomer,))
+        rule = FinishRule(min_seconds=0.0, window_seconds=0.0, min_units=1)
+        return self._launch(alone, f"newcomer-{attempt}", NEWCOMER_SECONDS, rule, lambda _: None)
+
+    def _launch(
+        self,
+        planned: PlannedCoRun,
+        name: str,
+        timeout: float,
+        rule: FinishRule,
+        before_go: Callable[[list[Client]], None],
+    ) -> CoRunResult:
+        """Run clients by the suite's launcher; `name` of their files may hold the number."""
+        launcher = Launcher(
+            client_base_environment(os.environ), timeouts=Timeouts(timeout=timeout),
+            stop_signal=self.stop, say=say,
         )  # fmt: skip
-        aftermath.start()
-
-    seen = launcher.run(
-        planned, lambda _, client: client_paths(options.output_dir, str(client)), rule, before_go
-    )
-    if aftermath is not None:
-        if seen.outcome == OUTCOME_INTERRUPTED:
-            aftermath.give_up()
-        aftermath.join()
-    return seen, aftermath
+        folder = self.options.output_dir / "clients"
+        return launcher.run(
+            planned, lambda _, client: client_paths(folder, name.format(client)), rule, before_go
+        )
 
 
-def run_newcomer(
-    options: argparse.Namespace, planned: PlannedCoRun, stop_signal: StopSignal, attempt: int
-) -> CoRunResult:
-    """Run a job like the first neighbor's in the faulty one's place, until a unit is done."""
-    say(f"a new client starts (attempt {attempt + 1})")
-    like, place = planned.clients[0], planned.clients[-1]
-    kept = {name: value for name, value in place.environment.items()
-            if name != mps_knobs.MEMORY_VARIABLE}  # fmt: skip
-    newcomer = dataclasses.replace(like, client=place.client + 1, environment=kept)
-    launcher = Launcher(
-        client_base_environment(os.environ), timeouts=Timeouts(timeout=NEWCOMER_SECONDS),
-        stop_signal=stop_signal, say=say,
+def judge_neighbor(seen: CoRunResult, number: int, fault_seconds: float) -> dict[str, Any]:
+    """Return what the fault did to client `number`; times in seconds, rates in units a second.
+
+    Rates leave out the first second after go; `rate_after` is that of the time from the fault to
+    the end of the window, so a stall lowers it. `longest_gap_ms` is the longest time without a
+    finished unit that ends after the fault, `lost_seconds` the work of the job in hand that is
+    gone, 0 for one that survived.
+    """
+    client = seen.clients[number]
+    units = [event for event in client.events if event["event"] == "units"]
+    ends = sorted(
+        start + duration for event in units
+        for start, duration in zip(event["start_seconds"], event["duration_seconds"], strict=True)
     )  # fmt: skip
-    return launcher.run(
-        dataclasses.replace(planned, co_run="newcomer", clients=(newcomer,)),
-        lambda _, client: client_paths(options.output_dir, f"newcomer-{attempt}"),
-        FinishRule(min_seconds=0.0, window_seconds=0.0, min_units=1),
-    )
-
-
-def client_paths(folder: Path, name: str) -> ClientPaths:
-    """Return where a client's output goes."""
-    (folder / "clients").mkdir(exist_ok=True)
-    kinds = ("events.jsonl", "stdout.log", "stderr.log")
-    paths = ClientPaths(*(folder / "clients" / f"{name}.{kind}" for kind in kinds))
-    paths.events.unlink(missing_ok=True)  # of an earlier call into the same folder
-    return paths
-
-
-def describe_newcomer(aftermath: Aftermath, options: argparse.Namespace) -> dict[str, Any]:
-    """Return when a new client worked, and how long its own start took."""
-    last = aftermath.attempts[-1] if aftermath.attempts else None
-    works, fault = aftermath.works_seconds, aftermath.fault_seconds
-    loaded = [event for event in (last.clients[0].events if last else ())
-              if event["event"] == "loaded"]  # fmt: skip
-    times = {
-        "works_after_seconds": None if works is None else works - fault,
-        "startup_seconds": loaded[0]["startup_seconds"] if loaded else None,
-    }
+    begin, end = seen.window_start_seconds + SETTLE_SECONDS, seen.window_end_seconds
+    before = [at for at in ends if begin <= at < fault_seconds]
+    after = [at for at in ends if fault_seconds <= at <= end]
+    survived = client.status == "ok"
+    points = [*before[-1:], *after, *([end] if survived else [])]
+    gaps = [later - earlier for earlier, later in itertools.pairwise(points)]
+    job_ends = [event["end_seconds"] for event in client.events if event["event"] == "job"]
+    last_safe = max(job_ends, default=seen.window_start_seconds)
+    died = max(ends, default=seen.window_start_seconds)
     return {
-        "attempts": len(aftermath.attempts),
+        "client": client.planned.client,
+        "label": client.planned.label,
+        "survived": survived,
+        "status": client.status,
+        "reason": client.reason,
+        "rate_before": len(before) / (fault_seconds - begin) if fault_seconds > begin else None,
+        "rate_after": len(after) / (end - fault_seconds) if end > fault_seconds else None,
+        "longest_gap_ms": 1000 * max(gaps) if gaps else None,
+        "lost_seconds": 0.0 if survived else max(0.0, died - last_safe),
+    }
+
+
+def describe_newcomer(blast: Blast) -> dict[str, Any]:
+    """Return when a new client worked, and how long its own start took."""
+    works, last = blast.works_seconds, blast.attempts[-1:]
+    events = [event for attempt in last for event in attempt.clients[0].events]
+    loaded = [event["startup_seconds"] for event in events if event["event"] == "loaded"]
+    times = {
+        "works_after_seconds": None if works is None else works - blast.fault_seconds,
+        "startup_seconds": loaded[0] if loaded else None,
+    }
+    ends = [attempt.clients[0] for attempt in blast.attempts]
+    return {
+        "attempts": len(ends),
         "patience_seconds": NEWCOMER_SECONDS,
-        "fault_cost_seconds": text.own_cost_seconds(times),
+        "fault_cost_seconds": own_cost_seconds(times),
         **times,
-        "failures": [seen.clients[0].reason for seen in aftermath.attempts
-                     if seen.clients[0].status != "ok"],
-    }  # fmt: skip
+        "failures": [client.reason for client in ends if client.status != "ok"],
+    }
 
 
 def mps_servers(setup: Setup) -> str | None:
@@ -365,11 +414,12 @@ def describe_mps(setup: Setup, servers_before: str | None) -> dict[str, Any] | N
     if not isinstance(setup.mode, MpsMode):
         return None
     state = read_state(MODE_MPS, str((setup.gpu or {}).get("uuid")), os.environ)
-    folder = state.get("log_directory", "")
-    log = tail_of(Path(folder) / "server.log", SERVER_LOG_LINES) if folder else []
+    folder = state.get("log_directory")
     return {
-        "servers_before": servers_before, "servers_after": mps_servers(setup), "server_log": log,
-    }  # fmt: skip
+        "servers_before": servers_before,
+        "servers_after": mps_servers(setup),
+        "server_log": tail_of(Path(folder) / "server.log", SERVER_LOG_LINES) if folder else [],
+    }
 
 
 def say(line: str) -> None:

@@ -10,75 +10,109 @@ in its default precision. The table is written after each row, as `speed_table.j
 `speed_table.md`; a run that fails is a row that says why. Run it on an idle GPU without a sharing
 mode: what else was on the card is noted. Without a GPU it shows tiny sizes, eager only.
 
-Exit codes: 0 all rows are there, 1 some failed, 2 usage, 130 interrupted.
+Exit codes: 0 all rows are there, 1 some failed or the table cannot be written, 2 usage, 3 no usable
+GPU, 130 interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
+import json
 import os
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarking.command_line.argument_types import positive_int
-from benchmarking.command_line.one_line_parser import EXIT_USAGE, OneLineParser
+from benchmarking.command_line.number_text import duration, significant
+from benchmarking.command_line.one_line_parser import OneLineParser
 from benchmarking.hardware import nvml
-from benchmarking.records.run_folder import utc_now, write_json_atomic
-from benchmarking.speed.jobs import (
-    JOBS,
-    SIZE_CPU,
-    SIZE_GUIDE,
-    SIZE_QUICK,
-    UNIT_BATCH,
-    SpeedJob,
-    floor_seconds,
+from benchmarking.records.run_folder import utc_now
+from benchmarking.speed_jobs import BATCH, EPOCH, JOBS, RESNET, SpeedJob, floor_seconds
+from benchmarking.suite import occupancy
+from benchmarking.suite.plan import SIZE_CPU, SIZE_GUIDE, SIZE_QUICK
+from benchmarking.suite.program import (
+    ScriptFailedError,
+    exit_code_of,
+    make_folder,
+    markdown_table,
+    run_script,
+    write_report,
 )
-from benchmarking.speed.process_run import Interrupted, Processes, RunFailedError
-from benchmarking.speed.text import markdown
+from benchmarking.suite.setup import (
+    EXIT_COMPLETE,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    Request,
+    RunEnded,
+    find_gpu,
+)
 from benchmarking.suite.stop_signal import StopSignal
 
 SCHEMA_VERSION = 1
-EXIT_COMPLETE, EXIT_FAILED, EXIT_NO_GPU, EXIT_INTERRUPTED = 0, 1, 3, 130
 EAGER, COMPILE = "eager", "compile"
 ENGINES = ("graph", COMPILE)
 CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 
-Row = dict[str, Any]
+UNKNOWN = "-"
+COLUMNS = (
+    "workload", "engine", "batch", "figure", "against eager fp32", "fraction of the card's floor",
+    "start-up",
+)  # fmt: skip
+
+FIGURES = (
+    "Figures are medians: of the epochs after the first (the only one where there is one), of "
+    "all batches. fp32 is true fp32: TF32 is off. Tests after an epoch and the copy of inputs "
+    "to the card are not in them. Start-up is everything before the first timed step: imports, "
+    "data, model, warm-up, capture, compilation."
+)
+COMPILED = (
+    "Engine compile starts from one prewarmed cache (TORCHINDUCTOR_CACHE_DIR); in brackets "
+    "the start-up that filled it, where this run did."
+)
+FLOOR = (
+    "The floor of a job counts its convolutions, matrix products and attention, forward "
+    "and backward, in bf16: each takes at least its operations over the card's matrix "
+    "rate, or its bytes (inputs read once, outputs written once) over the card's "
+    "bandwidth, whichever is longer. In training, parameters and optimizer state are read "
+    "and written once in fp32, and gradients read once. Everything else is taken as free. "
+    "Data that stays in the card's cache between operators may beat it. The fraction is "
+    "the floor over the figure."
+)
+QUICK = "Taken with --quick: shorter epochs and fewer batches."
+TINY = (
+    "Tiny sizes, for want of a GPU: ResNet50 on 8 images in batches of 4, a BERT of 2 "
+    "layers of 64 on 8 texts of 32 tokens, batches of one image in inference."
+)
 
 
 def main() -> int:
     """Measure every row, write the table, print it; return the exit code."""
     options = parse_arguments()
-    with StopSignal().watching() as stop_signal, compile_cache() as cache:
-        table = SpeedTable(options, Processes(stop_signal, options.timeout), cache)
-        try:
-            code = table.measure()
-        except Interrupted:
-            code = EXIT_INTERRUPTED
-            table.finish("interrupted")
-    print(markdown(table.content))
-    print(f"results: {options.output_dir}")
-    return code
+    fix = "or name another --output-dir"
+    return exit_code_of(lambda stop: measure(options, stop), options.output_dir, fix)
 
 
 def parse_arguments() -> argparse.Namespace:
     """Return the flags of the command line."""
+    names = [job.name for job in JOBS]
     parser = OneLineParser(
         description="Measure the speed of every workload under each engine, against eager fp32.",
-        epilog=f"jobs: {', '.join(job.name for job in JOBS)}",
+        epilog=f"jobs: {', '.join(names)}",
     )
     add = parser.add_argument
     add("--quick", action="store_true", help="shorter epochs and fewer batches")
-    add("--only", type=job_list, default=list(JOBS), metavar="NAME,...",
+    add("--only", type=listed("job", names), default=names, metavar="NAME,...",
         help="only these jobs (default: all)")  # fmt: skip
-    add("--engines", type=engine_list, default=list(ENGINES), metavar="NAME,...",
-        help="engines beside the reference (default: graph,compile)")  # fmt: skip
+    add("--engines", type=listed("engine", ENGINES), default=ENGINES, metavar="NAME,...",
+        help="engines next to the reference (default: graph,compile)")  # fmt: skip
     add("--repeats", type=positive_int, default=1, metavar="R",
         help="runs of each row; the median counts (default: 1)")  # fmt: skip
     add("--timeout", type=positive_int, default=1800, metavar="SECONDS",
@@ -91,210 +125,33 @@ def parse_arguments() -> argparse.Namespace:
     options = parser.parse_args()
     if options.data_dir is not None and not Path(options.data_dir).is_dir():
         parser.error(f"--data-dir {options.data_dir} is no folder: name one that is there")
-    try:
-        options.output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"--output-dir {options.output_dir}: {error.strerror}; name another folder")
     return options
 
 
-class SpeedTable:
-    """Measures row by row; `content` is the table so far, as it is written to disk."""
+def listed(what: str, known: Sequence[str]) -> Callable[[str], list[str]]:
+    """Argument type: some of the known names, with commas between them."""
 
-    def __init__(self, options: argparse.Namespace, processes: Processes, cache: Path) -> None:
-        """Find the GPU and say what will be run."""
-        self._options = options
-        self._processes = processes
-        self._cache = cache
-        # What somebody filled before says nothing of a start from an empty cache.
-        self._fills_cache = not any(cache.iterdir())
-        self._noted_neighbors = ""
-        gpu = find_gpu(options.gpu)
-        self._selector = gpu["uuid"] if gpu else None
-        size = SIZE_CPU if gpu is None else SIZE_QUICK if options.quick else SIZE_GUIDE
-        self.content: dict[str, Any] = {
-            "schema_version": SCHEMA_VERSION,
-            "created_at": utc_now(),
-            "command": sys.argv,
-            "outcome": "running",
-            "job_size": size,
-            "gpu": gpu,
-            "card_rates": None,
-            "versions": {},
-            "rows": [],
-            "notes": [],
-        }
-
-    def measure(self) -> int:
-        """Measure the card, then every job under every engine; return the exit code."""
-        self._measure_card()
-        engines = self._options.engines if self._selector else []
-        for job in self._options.only:
-            reference = self._measure_row(job, EAGER, "fp32" if self._selector else None)
-            work = self._count_work(job, reference)
-            self._complete(reference, reference, job, work)
-            for engine in engines:
-                row = self._measure_row(job, engine, None)
-                self._complete(row, reference, job, work or self._count_work(job, row))
-        self.finish("complete")
-        failed = any(row["status"] != "ok" for row in self.content["rows"])
-        return EXIT_FAILED if failed else EXIT_COMPLETE
-
-    def finish(self, outcome: str) -> None:
-        """Say how it ended, in the files too."""
-        self.content["outcome"] = outcome
-        self._write()
-
-    def _measure_card(self) -> None:
-        if self._selector is None:
-            self._note("no GPU: tiny sizes on the CPU, engine eager; floors are unknown")
-            return
-        self._note_neighbors("the card's rates")
-        say("the card's copy bandwidth and matrix rate")
-        try:
-            self.content["card_rates"] = self._processes.run_for_json(
-                "benchmarking/speed/card_rates.py", ["--gpu", self._selector]
+    def parse(text: str) -> list[str]:
+        names = list(dict.fromkeys(part.strip() for part in text.split(",")))
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            raise argparse.ArgumentTypeError(
+                f"there is no {what} {', '.join(unknown)}; choose of {', '.join(known)}"
             )
-        except RunFailedError as error:
-            self._note(f"the card's rates are unknown: {error}")
+        return names
 
-    def _measure_row(self, job: SpeedJob, engine: str, precision: str | None) -> Row:
-        """Run one job under one engine and return its row, which is already in the table."""
-        row: Row = {
-            "name": job.name, "title": job.title, "engine": engine, "precision": precision,
-            "batch_size": None, "unit": job.unit, "status": "ok", "reason": None,
-            "is_reference": engine == EAGER, "seconds": None, "values": [],
-            "samples_per_second": None, "train_samples": None, "speedup": None,
-            "floor_seconds": None, "floor_fraction": None, "work": None,
-            "startup_seconds": None, "cold_startup_seconds": None, "neighbors": [],
-            "settings": None, "warnings": [],
-        }  # fmt: skip
-        name = f"{job.name}, engine {engine}"
-        row["neighbors"] = self._note_neighbors(name)
-        flags = self._flags(job, engine, precision)
-        environment = {CACHE_VARIABLE: str(self._cache)} if engine == COMPILE else {}
-        try:
-            if engine == COMPILE and self._fills_cache:
-                say(f"{name}: filling the cache")
-                first = self._processes.run_workload(
-                    job.script, [*flags, *job.prewarm], environment
-                )
-                row["cold_startup_seconds"] = first["figures"]["startup_seconds"]
-            results = []
-            for repeat in range(self._options.repeats):
-                say(f"{name}: run {repeat + 1}/{self._options.repeats}")
-                results.append(self._processes.run_workload(job.script, flags, environment))
-            self._fill(row, job, results)
-        except RunFailedError as error:
-            row["status"], row["reason"] = "failed", str(error)
-            say(f"{name}: failed: {error}")
-        self.content["rows"].append(row)
-        self._write()
-        return row
-
-    def _flags(self, job: SpeedJob, engine: str, precision: str | None) -> list[str]:
-        flags = [*job.arguments[self.content["job_size"]], "--engine", engine]
-        flags += ["--precision", precision] if precision else []
-        flags += ["--gpu", self._selector] if self._selector else ["--device", "cpu"]
-        if job.takes_images:
-            dataset = self._options.dataset or (None if self._selector else "synthetic")
-            flags += ["--dataset", dataset] if dataset else []
-            flags += ["--data-dir", self._options.data_dir] if self._options.data_dir else []
-        return flags
-
-    def _fill(self, row: Row, job: SpeedJob, results: Sequence[Mapping[str, Any]]) -> None:
-        """Take the figures of a row from the results of its runs."""
-        last, settings = results[-1], results[-1]["settings"]
-        row["values"] = [job.measure(result["figures"]) for result in results]
-        row["seconds"] = statistics.median(row["values"])
-        row["startup_seconds"] = statistics.median(
-            result["figures"]["startup_seconds"] for result in results
-        )
-        row["engine"], row["precision"] = settings["engine"], settings["precision"]
-        row["batch_size"] = settings["batch_size"]
-        row["train_samples"] = settings.get("train_samples")
-        samples = row["batch_size"] if job.unit == UNIT_BATCH else row["train_samples"]
-        row["samples_per_second"] = samples / row["seconds"]
-        row["settings"], row["warnings"] = settings, last["warnings"]
-        versions = {name: text for name, text in last["identity"]["versions"].items() if text}
-        self.content["versions"] = {**self.content["versions"], **versions}
-
-    def _count_work(self, job: SpeedJob, row: Row) -> dict[str, Any] | None:
-        """Count what one step of the job takes at least; unknown after a failure."""
-        if row["settings"] is None:
-            return None
-        try:
-            return self._processes.run_for_json(
-                "workloads/work_count.py", job.work_flags(row["settings"])
-            )
-        except RunFailedError as error:
-            self._note(f"{job.name}: the floor is unknown: {error}")
-            return None
-
-    def _complete(
-        self, row: Row, reference: Row, job: SpeedJob, work: Mapping[str, Any] | None
-    ) -> None:
-        """Set a row against the reference and the floor."""
-        if row["seconds"] is None:
-            return
-        if reference["seconds"] is not None:
-            row["speedup"] = reference["seconds"] / row["seconds"]
-        if work is not None:
-            row["work"] = {key: value for key, value in work.items() if key != "operators"}
-            row["floor_seconds"] = floor_seconds(
-                work, self.content["card_rates"], job.steps(row["settings"])
-            )
-            if row["floor_seconds"] is not None:
-                row["floor_fraction"] = row["floor_seconds"] / row["seconds"]
-        self._write()
-
-    def _note_neighbors(self, what: str) -> list[dict[str, Any]]:
-        """Return what else is on the GPU just before a measurement, and note a change of it."""
-        neighbors = (nvml.compute_processes(self._selector) or []) if self._selector else []
-        pids = ", ".join(describe_process(process) for process in neighbors)
-        if pids and pids != self._noted_neighbors:
-            self._note(f"from {what} on, other processes were on the GPU: {pids}")
-        elif self._noted_neighbors and not pids:
-            self._note(f"from {what} on, the GPU was free of other processes")
-        self._noted_neighbors = pids
-        return neighbors
-
-    def _note(self, text: str) -> None:
-        say(text)
-        self.content["notes"].append(text)
-
-    def _write(self) -> None:
-        folder = self._options.output_dir
-        write_json_atomic(folder / "speed_table.json", self.content)
-        (folder / "speed_table.md").write_text(markdown(self.content), encoding="utf-8")
+    return parse
 
 
-def find_gpu(selector: str | None) -> dict[str, Any] | None:
-    """Return the facts of the GPU to use, None where there is none.
-
-    Ends the process with code 2 where a GPU was named that does not exist, with 3 where the driver
-    cannot use it.
-    """
-    try:
-        gpu = nvml.open_gpu(selector or nvml.visible_gpu(os.environ))
-    except nvml.GpuHiddenError:
-        return None
-    except nvml.GpuNotFoundError as error:
-        print(f"speed_table.py: error: {error}", file=sys.stderr)
-        raise SystemExit(EXIT_USAGE) from None
-    except nvml.GpuUnusableError as error:
-        print(f"speed_table.py: error: {error}", file=sys.stderr)
-        raise SystemExit(EXIT_NO_GPU) from None
-    return gpu and gpu.describe()
-
-
-def describe_process(process: Mapping[str, Any]) -> str:
-    """Return a process of NVML's list in words; its name only where its pid is visible here."""
-    try:
-        name = Path(f"/proc/{process['pid']}/comm").read_text(errors="replace").strip()
-    except OSError:
-        name = "name unknown"
-    return f"pid {process['pid']} ({name})"
+def measure(options: argparse.Namespace, stop: StopSignal) -> int:
+    """Measure, write and print the table; return the exit code."""
+    make_folder("--output-dir", options.output_dir)
+    with compile_cache() as cache:
+        table = SpeedTable(options, stop, cache)
+        code = table.measure()
+    print(markdown(table.content))
+    print(f"results: {options.output_dir}")
+    return code
 
 
 @contextlib.contextmanager
@@ -309,27 +166,276 @@ def compile_cache() -> Iterator[Path]:
         yield Path(folder)
 
 
-def job_list(text: str) -> list[SpeedJob]:
-    """Argument type: names of jobs, with commas between them, in the table's order."""
-    names = {part.strip() for part in text.split(",")}
-    unknown = sorted(names - {job.name for job in JOBS})
-    if unknown:
-        known = ", ".join(job.name for job in JOBS)
-        raise argparse.ArgumentTypeError(f"there is no job {', '.join(unknown)}; choose of {known}")
-    return [job for job in JOBS if job.name in names]
+@dataclass
+class Row:
+    """One job under one engine; `None` where it is not known, or not for this job."""
+
+    name: str
+    title: str
+    engine: str
+    precision: str | None
+    unit: str
+    is_reference: bool
+    status: str = "ok"
+    reason: str | None = None
+    batch_size: int | None = None
+    seconds: float | None = None
+    values: list[float] = field(default_factory=list)
+    samples_per_second: float | None = None
+    train_samples: int | None = None
+    speedup: float | None = None
+    floor_seconds: float | None = None
+    floor_fraction: float | None = None
+    work: dict[str, Any] | None = None
+    startup_seconds: float | None = None
+    cold_startup_seconds: float | None = None
+    neighbors: list[Mapping[str, Any]] = field(default_factory=list)
+    settings: dict[str, Any] | None = None
+    warnings: list[str] = field(default_factory=list)
 
 
-def engine_list(text: str) -> list[str]:
-    """Argument type: names of engines, with commas between them."""
-    names = [part.strip() for part in text.split(",")]
-    if any(name not in ENGINES for name in names):
-        raise argparse.ArgumentTypeError(f"{text!r}: choose of {', '.join(ENGINES)}")
-    return list(dict.fromkeys(names))
+class SpeedTable:
+    """Measures row by row; `content` is the table so far, as it is written to disk."""
+
+    def __init__(self, options: argparse.Namespace, stop: StopSignal, cache: Path) -> None:
+        """Find the GPU and say what will be run; raises `SuiteError` where it cannot be used."""
+        self._options = options
+        self._stop = stop
+        self._cache = cache
+        # What somebody filled before says nothing of a start from an empty cache.
+        self._fills_cache = not any(cache.iterdir())
+        self._noted_neighbors = ""
+        gpu, _ = find_gpu(Request(gpu=options.gpu), os.environ)
+        self._gpu_uuid = gpu["uuid"] if gpu else None
+        self._rows: list[Row] = []
+        self.content: dict[str, Any] = {
+            "schema_version": SCHEMA_VERSION,
+            "created_at": utc_now(),
+            "command": sys.argv,
+            "outcome": "running",
+            "job_size": SIZE_CPU if gpu is None else SIZE_QUICK if options.quick else SIZE_GUIDE,
+            "gpu": gpu,
+            "card_rates": None,
+            "versions": {},
+            "rows": [],
+            "notes": [],
+        }
+
+    def measure(self) -> int:
+        """Measure the card, then every job under every engine; return the exit code."""
+        try:
+            self._measure_card()
+            for job in JOBS:
+                if job.name in self._options.only:
+                    self._measure_job(job)
+            self.content["outcome"] = "complete"
+        except RunEnded:
+            self.content["outcome"] = "interrupted"
+        self._write()
+        if self.content["outcome"] == "interrupted":
+            return EXIT_INTERRUPTED
+        return EXIT_FAILED if any(row.status != "ok" for row in self._rows) else EXIT_COMPLETE
+
+    def _measure_card(self) -> None:
+        if self._gpu_uuid is None:
+            self._note("no GPU: tiny sizes on the CPU, engine eager; floors are unknown")
+            return
+        self._note_neighbors("the card's rates")
+        say("the card's copy bandwidth and matrix rate")
+        try:
+            self.content["card_rates"] = self._answer_of(
+                "benchmarking/hardware/card_rates.py", ["--gpu", self._gpu_uuid]
+            )
+        except ScriptFailedError as error:
+            self._note(f"the card's rates are unknown: {error}")
+
+    def _measure_job(self, job: SpeedJob) -> None:
+        """Measure the job's reference, then its engines, each against reference and floor."""
+        work = reference = None
+        for engine in (EAGER, *(self._options.engines if self._gpu_uuid else ())):
+            row = self._measure_row(job, engine)
+            self._rows.append(row)
+            reference = reference or row
+            if row.settings is not None:
+                work = work or self._count_work(job, row.settings)
+                row.speedup = reference.seconds and reference.seconds / row.seconds
+                self._set_floor(row, work)
+            self._write()
+
+    def _measure_row(self, job: SpeedJob, engine: str) -> Row:
+        """Run one job under one engine, as often as was asked for."""
+        precision = "fp32" if engine == EAGER and self._gpu_uuid else None
+        row = Row(job.name, job.title, engine, precision, job.unit, is_reference=engine == EAGER)
+        name = f"{job.name}, engine {engine}"
+        row.neighbors = self._note_neighbors(name)
+        flags = self._flags(job, engine, precision)
+        environment = {CACHE_VARIABLE: str(self._cache)} if engine == COMPILE else {}
+        try:
+            if engine == COMPILE and self._fills_cache:
+                say(f"{name}: filling the cache")
+                first = self._result_of(job.script, [*flags, *job.prewarm.split()], environment)
+                row.cold_startup_seconds = first["figures"]["startup_seconds"]
+            results = []
+            for repeat in range(self._options.repeats):
+                say(f"{name}: run {repeat + 1}/{self._options.repeats}")
+                results.append(self._result_of(job.script, flags, environment))
+            self._fill(row, job, results)
+        except ScriptFailedError as error:
+            row.status, row.reason = "failed", str(error)
+            say(f"{name}: failed: {error}")
+        return row
+
+    def _flags(self, job: SpeedJob, engine: str, precision: str | None) -> list[str]:
+        smaller = {SIZE_QUICK: job.quick, SIZE_CPU: job.cpu}.get(self.content["job_size"], "")
+        flags = [*job.guide.split(), *smaller.split(), "--engine", engine]
+        flags += ["--precision", precision] if precision else []
+        flags += ["--gpu", self._gpu_uuid] if self._gpu_uuid else ["--device", "cpu"]
+        if job.script == RESNET:
+            dataset = self._options.dataset or (None if self._gpu_uuid else "synthetic")
+            flags += ["--dataset", dataset] if dataset else []
+            flags += ["--data-dir", self._options.data_dir] if self._options.data_dir else []
+        return flags
+
+    def _fill(self, row: Row, job: SpeedJob, results: Sequence[Mapping[str, Any]]) -> None:
+        """Take the figures of a row from the results of its runs."""
+        settings, versions = results[-1]["settings"], results[-1]["identity"]["versions"]
+        row.values = [job.seconds_of(result["figures"]) for result in results]
+        row.seconds = statistics.median(row.values)
+        startups = [result["figures"]["startup_seconds"] for result in results]
+        row.startup_seconds = statistics.median(startups)
+        row.engine, row.precision = settings["engine"], settings["precision"]
+        row.batch_size = settings["batch_size"]
+        row.train_samples = settings.get("train_samples")
+        samples = row.batch_size if job.unit == BATCH else row.train_samples
+        row.samples_per_second = samples / row.seconds
+        row.settings, row.warnings = settings, results[-1]["warnings"]
+        self.content["versions"] |= {name: text for name, text in versions.items() if text}
+
+    def _count_work(self, job: SpeedJob, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Count what one step of the job takes at least."""
+        try:
+            return self._answer_of("workloads/work_count.py", job.work_flags(settings))
+        except ScriptFailedError as error:
+            self._note(f"{job.name}: the floor is unknown: {error}")
+            return None
+
+    def _set_floor(self, row: Row, work: Mapping[str, Any] | None) -> None:
+        if work is None:
+            return
+        row.work = {key: value for key, value in work.items() if key != "operators"}
+        # An epoch's last batch may be a part of one.
+        steps = 1.0 if row.unit == BATCH else row.train_samples / row.batch_size
+        row.floor_seconds = floor_seconds(work, self.content["card_rates"], steps)
+        row.floor_fraction = row.floor_seconds and row.floor_seconds / row.seconds
+
+    def _note_neighbors(self, what: str) -> list[Mapping[str, Any]]:
+        """Return what else is on the GPU just before a measurement, and note a change of it."""
+        neighbors = (nvml.compute_processes(self._gpu_uuid) or []) if self._gpu_uuid else []
+        pids = occupancy.describe(process["pid"] for process in neighbors)
+        if pids and pids != self._noted_neighbors:
+            self._note(f"from {what} on, other processes were on the GPU: {pids}")
+        elif self._noted_neighbors and not pids:
+            self._note(f"from {what} on, the GPU was free of other processes")
+        self._noted_neighbors = pids
+        return neighbors
+
+    def _note(self, text: str) -> None:
+        say(text)
+        self.content["notes"].append(text)
+
+    def _write(self) -> None:
+        self.content["rows"] = [dataclasses.asdict(row) for row in self._rows]
+        write_report(self._options.output_dir, "speed_table", self.content, markdown(self.content))
+
+    def _result_of(
+        self, script: str, arguments: Sequence[str], environment: Mapping[str, str]
+    ) -> dict[str, Any]:
+        """Run a workload by hand and return its result file; raises what `run_script` raises."""
+        with tempfile.TemporaryDirectory(prefix="speed-") as folder:
+            self._run([script, *arguments, "--results-dir", folder], environment)
+            results = list(Path(folder).glob("*.json"))
+            if len(results) != 1:
+                raise ScriptFailedError(f"{script} wrote {len(results)} result files, not one")
+            return json.loads(results[0].read_text(encoding="utf-8"))
+
+    def _answer_of(self, script: str, arguments: Sequence[str]) -> dict[str, Any]:
+        """Run a program that prints one JSON object; raises what `run_script` raises."""
+        answer = self._run([script, *arguments], {})
+        try:
+            return json.loads(answer)
+        except ValueError as error:
+            raise ScriptFailedError(f"{script} printed no JSON: {answer[:200]!r}") from error
+
+    def _run(self, command: Sequence[str], environment: Mapping[str, str]) -> str:
+        return run_script(command, environment, self._stop, self._options.timeout)
 
 
 def say(text: str) -> None:
     """Print one line of progress."""
     print(f"[speed] {text}", file=sys.stderr, flush=True)
+
+
+# --- the table as people read it ------------------------------------------------------------------
+
+
+def markdown(table: Mapping[str, Any]) -> str:
+    """Return the whole table, as `speed_table.json` holds it, with how to read it."""
+    is_compiled = any(row["engine"] == "compile" for row in table["rows"])
+    explanations = {
+        FIGURES: True,
+        COMPILED: is_compiled,
+        FLOOR: table["card_rates"] is not None,
+        QUICK: table["job_size"] == SIZE_QUICK,
+        TINY: table["job_size"] == SIZE_CPU,
+    }
+    lines = ["# Speed table", "", *header(table), ""]
+    lines += markdown_table(COLUMNS, map(cells, table["rows"]))
+    for text, applies in explanations.items():
+        lines += ["", text] if applies else []
+    if table["notes"]:
+        lines += ["", "Notes:", "", *(f"- {note}" for note in table["notes"])]
+    return "\n".join(lines) + "\n"
+
+
+def header(table: Mapping[str, Any]) -> list[str]:
+    """Return what the table was taken on."""
+    gpu, rates, versions = table["gpu"] or {}, table["card_rates"], table["versions"]
+    parts = [gpu.get("name") or "CPU (no GPU in use; these figures say nothing about GPUs)"]
+    parts += [f"driver {gpu['driver_version']}"] if gpu.get("driver_version") else []
+    parts += [f"{name} {versions[name]}" for name in ("torch", "cuda") if versions.get(name)]
+    lines = [f"{', '.join([*parts, table['created_at'][:10]])}."]
+    if rates is not None:
+        bandwidth = significant(rates["copy_bytes_per_second"] / 1e12)
+        rate = significant(rates["matrix_operations_per_second"] / 1e12)
+        lines.append(
+            f"Measured rates of the card: {bandwidth} TB/s (copy, read and written), {rate} "
+            f"TFLOP/s (bf16 product of {rates['matrix_size']} x {rates['matrix_size']})."
+        )
+    if table["outcome"] != "complete":
+        lines.append(f"**{table['outcome'].capitalize()}: rows are missing.**")
+    return lines
+
+
+def cells(row: Mapping[str, Any]) -> list[str]:
+    """Return a row as it stands under `COLUMNS`."""
+    engine = f"{row['engine']}, {row['precision']}" if row["precision"] else row["engine"]
+    head = [row["title"], engine, str(row["batch_size"] or UNKNOWN)]
+    if row["status"] != "ok":
+        return [*head, f"failed: {row['reason']}", UNKNOWN, UNKNOWN, UNKNOWN]
+    speedup = floor = UNKNOWN
+    if row["is_reference"]:
+        speedup = "1"
+    elif row["speedup"] is not None:
+        speedup = f"{significant(row['speedup'])} x"
+    if row["floor_fraction"] is not None:
+        least = duration(1e3 * row["floor_seconds"])
+        floor = f"{100 * row['floor_fraction']:.0f} % (floor {least})"
+    startup = f"{row['startup_seconds']:.1f} s"
+    if row["cold_startup_seconds"] is not None:
+        startup += f" (cache empty: {row['cold_startup_seconds']:.1f} s)"
+    what = f"an epoch of {row['train_samples']:,}" if row["unit"] == EPOCH else "a batch"
+    rate = f"{row['samples_per_second']:,.0f} samples/s"
+    return [*head, f"{duration(1e3 * row['seconds'])} {what} ({rate})", speedup, floor, startup]
 
 
 if __name__ == "__main__":

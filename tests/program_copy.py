@@ -21,8 +21,7 @@ PROJECT_ROOT = Path(__file__).resolve().parents[1]
 
 # Constants of the programs by file, in seconds. A window holds two process lists at least.
 SHORTENED = {
-    "blast/aftermath.py": {"RETRY_SECONDS": 0.2},
-    "cost/windows.py": {"SETTLE_SECONDS": 0.2},
+    "blast_radius.py": {"RETRY_SECONDS": 0.2},
     "gpu_monitor.py": {"PROCESS_LIST_PERIOD_SECONDS": 0.1},
     "suite/run.py": {"GUIDE_MIN_SECONDS": 0.4, "SMALL_MIN_SECONDS": 0.4},
 }

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import nvml_stub
 import program_copy
 import pytest
 from test_benchmark_suite import CONTROL_PROGRAM
+from tiny_disk import needs_mount, tiny_disk
 from waiting import wait_until
 
-from benchmarking import blast_radius
-from benchmarking.blast import text
-from benchmarking.blast.aftermath import judge_neighbor
+from benchmarking import blast_report
+from benchmarking.blast_radius import judge_neighbor
 from benchmarking.suite.launcher import ClientResult, CoRunResult
 from benchmarking.suite.plan import WORKLOADS, PlannedClient, PlannedCoRun
 
@@ -65,6 +65,15 @@ class Blast:
         events = (self.output / "clients" / f"{client}.events.jsonl").read_text().splitlines()
         return next(e["identity"] for e in map(json.loads, events) if e["event"] == "ready")
 
+    def shorten(self, constant: str, seconds: int) -> None:
+        """Give a time limit of the copied program another value."""
+        program = self.root / "benchmarking" / "blast_radius.py"
+        text, count = re.subn(
+            rf"^{constant} = .*$", f"{constant} = {seconds}", program.read_text(), flags=re.M
+        )
+        assert count == 1
+        program.write_text(text)
+
     def start_daemon(self) -> None:
         """Pretend that `enable_mps.sh` was run: a daemon that answers, a state, a server's log."""
         programs, pipe, state = (self.root / name for name in ("bin", "pipe", "state"))
@@ -99,6 +108,7 @@ def test_neighbors_that_survive_lose_nothing_and_a_new_client_works(blast: Blast
         assert neighbor["rate_after"] > 10
     assert (found["faulty"]["status"], found["faulty"]["exit_code"]) == ("oom", 12)
     assert 1.4 < found["fault_after_seconds"] < 4
+    assert MEMORY_LIMIT not in blast.identity("2")["sharing_environment"]
     assert found["newcomer"]["attempts"] == 1
     assert 0 < found["newcomer"]["works_after_seconds"] < 20
     assert "left 2 of 2 neighbors alive" in done.stdout
@@ -192,25 +202,6 @@ def test_a_card_that_others_use_is_refused_unless_that_is_told(tmp_path: Path) -
     assert done.returncode == 0, done.stderr
     assert blast.found()["not_run"] is None
     assert f"- other processes are on the GPU: pid {os.getpid()} (" in done.stdout
-
-
-@pytest.mark.parametrize(
-    ("mode", "fault", "allow"),
-    [("mps", "oom", False), ("mps", "illegal-access", True), ("time-slicing", "oom", False)],
-)
-def test_the_faulty_client_is_told_its_fault_and_limited_by_the_daemon_only_under_mps(
-    mode: str, fault: str, *, allow: bool
-) -> None:
-    healthy = PlannedClient(0, "batch_inference", "Batch inference", "job", ("true",), {"A": "1"})
-    planned = PlannedCoRun("mine", "co_run", mode, 0, (healthy, healthy))
-    options = SimpleNamespace(fault=fault, window=10.0, allow_illegal_access=allow)
-    setup = SimpleNamespace(mode=SimpleNamespace(name=mode), gpu={"uuid": "GPU-1"})
-    kept, faulty = blast_radius.with_fault(options, setup, planned).clients
-    assert kept == healthy
-    assert faulty.command[2:6] == ("--fault", fault, "--after", "5")
-    assert ("--allow-illegal-access" in faulty.command) is allow
-    limit = {MEMORY_LIMIT: "0=8G"} if (mode, fault) == ("mps", "oom") else {}
-    assert faulty.environment == {"A": "1", **limit}
 
 
 def test_ctrl_c_leaves_no_process(blast: Blast) -> None:
@@ -333,6 +324,37 @@ def test_the_illegal_store_is_one_float_behind_whatever_a_card_can_hold(
     assert 2**46 <= address < 2**63  # 64 TiB, and no address that wraps round
 
 
+def test_a_fault_that_never_comes_ends_within_the_time_limit(blast: Blast) -> None:
+    blast.shorten("READY_SECONDS", 5)
+    done = blast.run("--fault", "exit", "--neighbors", "1",
+                     rules=({"match": "fault_client:*", "fail": None},))  # fmt: skip
+    assert done.returncode == 1
+    assert blast.found()["not_run"].startswith("there was no fault to see: ")
+    assert program_copy.processes_of(blast.root) == []
+
+
+@needs_mount
+def test_a_disk_that_runs_full_is_one_sentence_and_leaves_no_process(blast: Blast) -> None:
+    blast.shorten("NEWCOMER_SECONDS", 3)
+    with tiny_disk(blast.output) as disk:
+        process = subprocess.Popen(
+            disk.command(blast.root, *blast.command("--fault", "oom", "--neighbors", "1")),
+            env=blast.scripted(), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        events = disk.seen / "clients" / "0.events.jsonl"
+        wait_until(lambda: events.exists() and '"units"' in events.read_text(), "units are done")
+        disk.fill()
+        _, stderr = process.communicate(timeout=90)
+        assert process.returncode == 1
+        assert stderr.splitlines()[-1] == (
+            f"blast_radius.py: error: cannot write to {blast.output} (No space left on device): "
+            "make room there, or name another --output-dir"
+        )
+        assert "Traceback" not in stderr
+    assert program_copy.processes_of(blast.root) == []
+
+
 def record_of(mode: str, fault: str, **newcomer: object) -> dict[str, Any]:
     """A record of a fault that one of two neighbors survived."""
     healthy = {
@@ -352,13 +374,19 @@ def record_of(mode: str, fault: str, **newcomer: object) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def test_what_the_fault_cost_a_new_client_comes_before_what_it_took_to_load() -> None:
-    said = text.conclusion(record_of("mps", "assert"))
+def test_the_conclusion_says_what_was_lost_and_what_the_fault_itself_cost_a_new_client() -> None:
+    dead = record_of("mps", "assert", works_after_seconds=None)
+    assert blast_report.conclusion(dead) == (
+        "Under MPS, a failed assertion in a client's kernel left 1 of 2 neighbors alive, with a "
+        "longest pause of 120 ms. 2.50 s of their work were lost. No new client worked within "
+        "120 s."
+    )
+    said = blast_report.conclusion(record_of("mps", "assert"))
     assert said.endswith(
         "The fault itself cost a new client 1.50 s, its own loading not counted: it had done its "
         "first work 8.00 s after the fault, and 6.50 s of that it was loading."
     )
-    assert "| no | None | 50.0 | 49.0 | 900 | 2.50 | CUDA error: x |" in text.markdown(
+    assert "| no | None | 50.0 | 49.0 | 900 | 2.50 | CUDA error: x |" in blast_report.markdown(
         record_of("mps", "assert")
     )
 
@@ -398,7 +426,7 @@ def co_run_of(status: str, ends: list[float], job_ends: list[float]) -> CoRunRes
          "duration_seconds": [0.1] * len(ends)},
         *({"event": "job", "start_seconds": end - 1, "end_seconds": end} for end in job_ends),
     ]  # fmt: skip
-    outcome = ClientResult(planned, status, events=events, exit_code=0)
+    outcome = ClientResult(planned, status, None, events, None, 0, [])
     run = PlannedCoRun("mine", "co_run", "mps", 0, (planned,))
     return CoRunResult(
         run, "ok", None, [outcome], window_start_seconds=100.0, window_end_seconds=110.0
@@ -408,24 +436,13 @@ def co_run_of(status: str, ends: list[float], job_ends: list[float]) -> CoRunRes
 def test_rates_pause_and_loss_of_a_neighbor() -> None:
     steady = [100 + 0.5 * n for n in range(1, 10)]  # up to 104.5; the fault comes at 105
     stalled = judge_neighbor(co_run_of("ok", [*steady, 108.0, 109.0], [104.5]), 0, 105.0)
-    assert stalled.rate_before == pytest.approx(8 / 4)  # from one second after go on
-    assert stalled.rate_after == pytest.approx(2 / 5)
-    assert stalled.longest_gap_ms == pytest.approx(3500)
-    assert stalled.lost_seconds == 0
+    assert stalled["rate_before"] == pytest.approx(8 / 4)  # from one second after go on
+    assert stalled["rate_after"] == pytest.approx(2 / 5)
+    assert stalled["longest_gap_ms"] == pytest.approx(3500)
+    assert stalled["lost_seconds"] == 0
 
     dead = judge_neighbor(co_run_of("failed", steady, [102.0]), 0, 105.0)
-    assert not dead.survived
-    assert dead.rate_after == 0
-    assert dead.longest_gap_ms is None
-    assert dead.lost_seconds == pytest.approx(2.5)
-
-
-def test_a_card_on_which_nothing_works_any_more_is_said_so() -> None:
-    found = {
-        "mode": "mps", "fault": "assert",
-        "neighbors": [{"survived": False, "longest_gap_ms": None, "lost_seconds": 2.5}],
-        "newcomer": {"works_after_seconds": None, "patience_seconds": 120.0},
-    }  # fmt: skip
-    said = text.conclusion(found)
-    assert "left 0 of 1 neighbors alive. 2.50 s of their work were lost." in said
-    assert said.endswith("No new client worked within 120 s.")
+    assert not dead["survived"]
+    assert dead["rate_after"] == 0
+    assert dead["longest_gap_ms"] is None
+    assert dead["lost_seconds"] == pytest.approx(2.5)

@@ -13,9 +13,10 @@ from typing import Any
 import nvml_stub
 import program_copy
 import pytest
+from tiny_disk import needs_mount, tiny_disk
 from waiting import wait_until
 
-from benchmarking.speed import jobs as speed_jobs
+from benchmarking import speed_jobs
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 FAKE = Path(__file__).parent / "fakes" / "scripted_speed.py"
@@ -29,7 +30,7 @@ class Bench:
         self.calls_path = root / "calls"
         self.script = root / "benchmarking" / "speed_table.py"
         stand_ins = {job.script for job in speed_jobs.JOBS}
-        names = {"benchmarking/speed/card_rates.py", "workloads/work_count.py", *stand_ins}
+        names = {"benchmarking/hardware/card_rates.py", "workloads/work_count.py", *stand_ins}
         program_copy.copy_programs(root, FAKE, names)
         self.card, self.environment = program_copy.scripted_card(root)
         self.environment["SPEED_CALLS"] = str(self.calls_path)
@@ -141,6 +142,30 @@ def test_ctrl_c_leaves_the_finished_rows_and_no_process(bench: Bench) -> None:
     assert program_copy.processes_of(bench.script.parents[1]) == []
 
 
+@needs_mount
+def test_a_disk_without_room_is_one_sentence(bench: Bench) -> None:
+    with tiny_disk(bench.output) as disk:
+        disk.fill()
+        words = (
+            sys.executable,
+            bench.script,
+            "--output-dir",
+            bench.output,
+            "--only",
+            "vgg16-batch32",
+        )
+        done = subprocess.run(
+            disk.command(bench.output.parent, *words), env=bench.environment, capture_output=True,
+            text=True, timeout=60, check=False,
+        )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        f"speed_table.py: error: cannot write to {bench.output} (No space left on device): "
+        "make room there, or name another --output-dir"
+    )
+    assert "Traceback" not in done.stderr
+
+
 def test_what_else_was_on_the_card_is_noted(bench: Bench) -> None:
     nvml_stub.write_state(bench.card, pids={os.getpid(): 400})
     bench.run("--only", "resnet50-batch1", "--engines", "graph")
@@ -154,7 +179,7 @@ def test_what_else_was_on_the_card_is_noted(bench: Bench) -> None:
     ("arguments", "complaint"),
     [
         (("--only", "resnet51"), "there is no job resnet51; choose of resnet50-training-cifar"),
-        (("--engines", "eager"), "'eager': choose of graph, compile"),
+        (("--engines", "eager"), "there is no engine eager; choose of graph, compile"),
         (("--repeats", "0"), "'0' is not a whole number of 1 or more"),
         (("--data-dir", "/nowhere"), "--data-dir /nowhere is no folder"),
         (("--gpu", "7"), "GPU 7 cannot be found"),

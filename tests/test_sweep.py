@@ -15,15 +15,16 @@ from pathlib import Path
 import pytest
 import synthetic_runs
 from program_copy import copy_programs, processes_of, scripted_card
-from recorded_rows import read_plain
+from tiny_disk import needs_mount, tiny_disk
 from waiting import wait_until
 
+from benchmarking import sweep_report as report
 from benchmarking.analyze_results import read_and_compare
 from benchmarking.metrics.estimates import estimate
+from benchmarking.records import run_folder
 from benchmarking.suite.plan import WORKLOADS
-from benchmarking.sweeping import report
-from benchmarking.sweeping.knobs import KNOBS
-from benchmarking.sweeping.points import NOT_RUN, Point, Tail, read_point
+from benchmarking.sweep import KNOBS
+from benchmarking.sweep_report import NOT_RUN, Point, Tail, read_point
 
 CLIENT = Path(__file__).parent / "fakes" / "scripted_client.py"
 FAST = {"match": "*", "unit_seconds": 0.02, "units": 4}
@@ -60,6 +61,14 @@ class Sweeper:
             timeout=100, check=False,
         )  # fmt: skip
 
+    def resume(self, *words: str) -> subprocess.CompletedProcess[str]:
+        """Go on from another folder than the one where the sweep was started."""
+        script = str(self.root / "benchmarking" / "sweep.py")
+        return subprocess.run(
+            [sys.executable, script, "--resume", str(self.output), *words], cwd="/",
+            env=self.environment, capture_output=True, text=True, timeout=100, check=False,
+        )  # fmt: skip
+
     def content(self) -> dict:
         return json.loads((self.output / "sweep.json").read_text())
 
@@ -84,6 +93,7 @@ def log_of_mode_scripts(sweeper: Sweeper) -> Callable[[], list[str]]:
 def test_every_value_is_measured_against_one_baseline_and_charted(sweeper: Sweeper) -> None:
     enough_for_a_tail = {"match": "batch_inference*", "unit_seconds": 0.002, "units": 120}
     sweeper.script(enough_for_a_tail)
+    sweeper.environment["MPLBACKEND"] = "nonsense"
     done = sweeper.run("workloads", "1,2", "--mix", "inference", "--device", "cpu")
     assert done.returncode == 0, done.stderr
     found = sweeper.content()
@@ -123,11 +133,11 @@ def test_a_flag_of_the_jobs_is_swept_with_a_baseline_for_each_value(sweeper: Swe
     for point, size in zip(found["points"], (1, 8), strict=True):
         assert point["run_id"] == f"batch-size-{size}"
         assert point["stp"]["mean"] > 0
-        run = read_plain(sweeper.output / point["run_id"])
+        run = run_folder.read_run(sweeper.output / point["run_id"])
         records = run.client_records
-        assert [record["phase"] for record in records] == ["baseline", "co_run", "co_run"]
-        assert {record["identity"]["batch_size"] for record in records} == {size}
-        assert {record["job_key"].endswith(f"--batch-size {size}") for record in records} == {True}
+        assert [record.phase for record in records] == ["baseline", "co_run", "co_run"]
+        assert {record.identity["batch_size"] for record in records} == {size}
+        assert {record.job_key.endswith(f"--batch-size {size}") for record in records} == {True}
     assert "against the baseline of its own run" in (sweeper.output / "report.md").read_text()
 
 
@@ -141,7 +151,9 @@ def test_a_value_that_fails_is_said_and_the_others_go_on(sweeper: Sweeper) -> No
     assert "## Values without figures\n\n- 3: failed" in text
 
 
-def test_ctrl_c_leaves_finished_values_a_report_and_no_process(sweeper: Sweeper) -> None:
+def test_ctrl_c_leaves_finished_values_and_no_process_and_the_command_to_go_on(
+    sweeper: Sweeper,
+) -> None:
     sweeper.script({"match": "resnet_training:training-2-r0/*", "unit_seconds": 0.2, "units": 100})
     process = subprocess.Popen(
         sweeper.command("workloads", "1,2,3", "--mix", "training", "--device", "cpu"),
@@ -152,8 +164,11 @@ def test_ctrl_c_leaves_finished_values_a_report_and_no_process(sweeper: Sweeper)
         lambda: any('"ready"' in path.read_text() for path in events.rglob("1.events.jsonl")),
         "the second value's client is ready",
     )
+    running = sweeper.resume()
+    assert running.returncode == 2
+    assert "that sweep is still going on" in running.stderr
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     found = sweeper.content()
     assert found["outcome"] == "interrupted"
@@ -161,6 +176,56 @@ def test_ctrl_c_leaves_finished_values_a_report_and_no_process(sweeper: Sweeper)
     assert "- 3: not run" in (sweeper.output / "report.md").read_text()
     assert "Traceback" not in errors
     assert processes_of(sweeper.root) == []
+
+    script = sweeper.root / "benchmarking" / "sweep.py"
+    assert f"to go on: python3 {script} --resume {sweeper.output}" in output.splitlines()
+    changed = sweeper.resume("--values", "1,2")
+    assert changed.returncode == 2
+    assert "leave the others away" in changed.stderr
+    sweeper.script()
+    manifests = [sweeper.output / run / "manifest.json" for run in ("baseline", "workloads-1")]
+    before = [path.read_bytes() for path in manifests]
+    rest = sweeper.resume()
+    assert rest.returncode == 0, rest.stderr
+    assert [path.read_bytes() for path in manifests] == before
+    found = sweeper.content()
+    assert (found["outcome"], [p["outcome"] for p in found["points"]]) == ("complete", ["ok"] * 3)
+    assert all(p["stp"]["mean"] > 0 for p in found["points"])
+    assert found["command"][-8:] == process.args[-8:]
+    again = sweeper.resume()
+    assert again.returncode == 2
+    assert "that sweep is complete: look at its report.html" in again.stderr
+
+
+@needs_mount
+def test_a_disk_that_runs_full_is_one_sentence_and_the_sweep_goes_on_once_there_is_room(
+    sweeper: Sweeper,
+) -> None:
+    command = sweeper.command("workloads", "1,2", "--mix", "training", "--device", "cpu")
+    with tiny_disk(sweeper.output) as disk:
+        process = subprocess.Popen(
+            disk.command(sweeper.root, *command), env=sweeper.environment, text=True,
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        wait_until(lambda: (disk.seen / "workloads-1").exists(), "the first value runs")
+        disk.fill()
+        _, errors = process.communicate(timeout=90)
+        assert process.returncode == 1
+        script = sweeper.root / "benchmarking" / "sweep.py"
+        assert errors.splitlines()[-1] == (
+            f"sweep.py: error: cannot write to {sweeper.output} (No space left on device): make "
+            f"room there, then go on with python3 {script} --resume {sweeper.output}"
+        )
+        assert "Traceback" not in errors
+        disk.make_room()
+        resume = disk.command(Path("/"), *command[:2], "--resume", sweeper.output)
+        rest = subprocess.run(
+            resume, env=sweeper.environment, capture_output=True, text=True, timeout=100,
+            check=False,
+        )  # fmt: skip
+        assert rest.returncode == 0, rest.stderr
+        found = json.loads((disk.seen / "sweep.json").read_text())
+        assert [p["outcome"] for p in found["points"]] == ["ok", "ok"]
 
 
 def test_a_knob_of_the_card_is_put_in_force_for_its_value_and_taken_back(tmp_path: Path) -> None:
@@ -259,7 +324,7 @@ def test_a_best_value_is_claimed_only_where_intervals_lie_apart() -> None:
 
 def test_the_chart_of_a_sweep_has_one_message() -> None:
     sweep = sweep_of(v50=[1.2, 1.3, 1.25], v100=[1.0, 1.1, 1.05])
-    assert report._headline(sweep) == "STP is the highest at mps-percentage 50: 1.25, n = 3"
+    assert report.headline(sweep) == "STP is the highest at mps-percentage 50: 1.25, n = 3"
 
 
 def test_a_p99_has_its_interval_and_one_of_missed_requests_is_not_the_lowest(

@@ -7,6 +7,7 @@ functions that draw, with the Agg backend: no display is needed and `--help` sta
 from __future__ import annotations
 
 import io
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -64,6 +65,7 @@ def styles(modes: Iterable[tuple[str, str]]) -> dict[str, Mapping[str, str]]:
 
 def drawing_rules() -> AbstractContextManager[None]:
     """Settings under which charts are drawn and saved: text stays text, and `$` is no formula."""
+    os.environ["MPLBACKEND"] = "Agg"  # a backend that is inherited may not exist
     import matplotlib
 
     return matplotlib.rc_context(

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measure what the card can do at most: copy bandwidth and bf16 matrix rate, as JSON.
 
-    python3 benchmarking/speed/card_rates.py
+    python3 benchmarking/hardware/card_rates.py
 
 A copy within the device's memory (bytes read and bytes written both count) and a product of two
 8192 x 8192 matrices in bf16, each timed by CUDA events ten times; the best of each counts, since

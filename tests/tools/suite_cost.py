@@ -1,0 +1,340 @@
+#!/usr/bin/env python3
+"""Measure what the suite itself costs: its sampler, its start signal, the host's cores.
+
+    python3 tests/tools/suite_cost.py                           # 8 clients of batch inference
+    python3 tests/tools/suite_cost.py --clients 4 --mode mps -- --model resnet18 --batch-size 8
+
+The suite's own launcher starts the clients under the mode asked for, which must be in force. While
+they run on, windows with the sampler off and on take turns; what differs between the two windows
+of a pair is the sampler. Flags behind `--` go to every client. The result is printed and written
+as `suite_cost.json`. Without a GPU it runs as a CPU demonstration.
+
+Exit codes: 0 measured, 1 a client or the sampler failed, 2 usage, 3 no usable GPU, 4 the mode is
+not in force, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from benchmarking.command_line.argument_types import positive_float, positive_int
+from benchmarking.command_line.number_text import significant
+from benchmarking.command_line.one_line_parser import OneLineParser
+from benchmarking.hardware import host_limit
+from benchmarking.hardware.gpu_samples import summarize_samples
+from benchmarking.hardware.host_cpu import read_process_trees
+from benchmarking.metrics.estimates import Estimate, estimate
+from benchmarking.records.run_folder import utc_now, write_json_atomic
+from benchmarking.records.types import Sample
+from benchmarking.suite.co_run_records import start_skew_ms
+from benchmarking.suite.console import print_table
+from benchmarking.suite.launcher import (
+    OUTCOME_INTERRUPTED,
+    OUTCOME_OK,
+    Client,
+    CoRunResult,
+    Launcher,
+    StopSignal,
+    Timeouts,
+    client_base_environment,
+)
+from benchmarking.suite.plan import MODES
+from benchmarking.suite.program import (
+    UntilOver,
+    client_paths,
+    exit_code_of,
+    make_folder,
+    resolve_jobs,
+)
+from benchmarking.suite.sampler import Sampler
+from benchmarking.suite.setup import (
+    EXIT_COMPLETE,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    Request,
+    RunEnded,
+    Setup,
+    SuiteError,
+    no_mps_folder,
+    prepare,
+)
+
+TIMEOUT_SECONDS = 1800.0
+# From go, or from the sampler's start or end, until a window may begin.
+SETTLE_SECONDS = 1.0
+# The suite is to cost less than this.
+MOST_SAMPLER_COST_PERCENT = 0.5
+MOST_START_SKEW_MS = 50.0
+
+Window = dict[str, Any]
+
+
+def main() -> int:
+    """Prepare, measure, print and write what was found; return the exit code."""
+    options = parse_arguments()
+    fix = "or name another --output-dir"
+    return exit_code_of(lambda stop: run(options, stop), options.output_dir, fix)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Return the flags of the command line."""
+    parser = OneLineParser(
+        description="Measure the cost of the sampler, the start skew and the host's cores.",
+        epilog="Flags behind -- go to every client, such as: -- --model resnet18 --batch-size 8",
+    )
+    add = parser.add_argument
+    add("--clients", type=positive_int, default=8, help="(default: 8)")
+    add("--seconds", type=positive_float, default=10.0, metavar="S",
+        help="length of a window (default: 10)")  # fmt: skip
+    add("--repeats", type=positive_int, default=5, metavar="R",
+        help="pairs of windows, one without and one with the sampler (default: 5)")  # fmt: skip
+    add("--mode", choices=MODES[:3], default=MODES[0], help="(default: %(default)s)")
+    add("--gpu", metavar="INDEX_OR_UUID", help="which GPU (default: the first)")
+    add("--output-dir", type=Path, default=Path("results/suite_cost"),
+        help="folder of the result (default: results/suite_cost)")  # fmt: skip
+    add("arguments", nargs="*", metavar="-- FLAGS", help="flags of every client")
+    return parser.parse_args()
+
+
+def run(options: argparse.Namespace, stop: StopSignal) -> int:
+    """Do what `main` says; raises `SuiteError` and `RunEnded`."""
+    make_folder("--output-dir", options.output_dir)
+    # Short units give precise rates.
+    request = Request(
+        mode=options.mode, mix="inference", counts=(options.clients,), gpu=options.gpu
+    )
+    with no_mps_folder() as empty, tempfile.TemporaryDirectory(prefix="suite-cost-") as folder:
+        setup = prepare(request, empty, os.environ, require_mode=True)
+        seen, windows = run_clients(options, setup, stop, Path(folder))
+    found = describe(options, setup, seen, windows)
+    write_json_atomic(options.output_dir / "suite_cost.json", found)
+    print_cost(found)
+    print(f"results: {options.output_dir / 'suite_cost.json'}")
+    return EXIT_COMPLETE
+
+
+def run_clients(
+    options: argparse.Namespace, setup: Setup, stop: StopSignal, folder: Path
+) -> tuple[CoRunResult, list[Window]]:
+    """Start the clients by the suite's launcher and measure while they run."""
+    plan = setup.plan.map_clients(lambda client: client.with_arguments(options.arguments))
+    planned = resolve_jobs(plan, stop, say).co_runs[0]
+    say(f"{options.clients} clients get ready: {planned.command_line_of(planned.clients[0])}")
+    rule = UntilOver(min_seconds=0.0)
+    given_up = threading.Event()
+    measuring: list[Future[list[Window]]] = []
+    gpu_uuid = setup.gpu["uuid"] if setup.gpu else None
+
+    def before_go(clients: list[Client]) -> None:
+        say(f"measuring {2 * options.repeats} windows of {options.seconds:g} s")
+        measuring.append(
+            pool.submit(measure, options, clients, gpu_uuid, folder, rule.over, given_up)
+        )
+
+    with ThreadPoolExecutor(1) as pool:
+        # A second of settling and five for the sampler's start and end come to each window.
+        windows_seconds = 2 * options.repeats * (options.seconds + SETTLE_SECONDS + 5)
+        launcher = Launcher(
+            client_base_environment(os.environ), stop_signal=stop, say=say,
+            timeouts=Timeouts(timeout=TIMEOUT_SECONDS + windows_seconds),
+        )  # fmt: skip
+        try:
+            seen = launcher.run(
+                planned, lambda _, client: client_paths(folder, str(client)), rule, before_go
+            )
+        finally:
+            given_up.set()
+    if seen.outcome == OUTCOME_INTERRUPTED:
+        raise RunEnded("interrupted", EXIT_INTERRUPTED)
+    if seen.outcome != OUTCOME_OK:
+        tails = [client.stderr_tail[-1] for client in seen.clients
+                 if client.status != "ok" and client.stderr_tail]  # fmt: skip
+        said = f" ({tails[0]})" if tails else ""
+        raise SuiteError(f"{seen.reason}{said}", EXIT_FAILED)
+    return seen, measuring[0].result()
+
+
+def measure(
+    options: argparse.Namespace, clients: Sequence[Client], gpu_uuid: str | None, folder: Path,
+    over: threading.Event, given_up: threading.Event,
+) -> list[Window]:  # fmt: skip
+    """Measure pairs of windows, then set `over`; times on CLOCK_MONOTONIC, cores that were used.
+
+    The order within a pair changes from pair to pair, so that a drift cancels out. Raises
+    `SuiteError` where the sampler fails.
+    """
+    windows: list[Window] = []
+    try:
+        for number in range(2 * options.repeats):
+            is_sampled = number % 4 in (1, 2)  # off on, on off, off on, ...
+            output, log = folder / f"samples-{number}.jsonl", folder / f"samples-{number}.log"
+            with Sampler(output, log, gpu=gpu_uuid) if is_sampled else nullcontext() as sampler:
+                given_up.wait(SETTLE_SECONDS)
+                pids = [*(client.pid for client in clients), sampler.pid if sampler else None]
+                before, own_before = read_process_trees(pids), time.process_time()
+                start = time.monotonic()
+                if given_up.wait(options.seconds):
+                    return windows  # of clients that have failed, or were told to stop
+                seconds = (end := time.monotonic()) - start
+                own_seconds, after = time.process_time() - own_before, read_process_trees(pids)
+                samples = sampler.samples_past(end) if sampler else []
+            if sampler and sampler.failure:
+                raise SuiteError(sampler.failure, EXIT_FAILED)
+            known = [(old, new) if old and new else None
+                     for old, new in zip(before, after, strict=True)]  # fmt: skip
+            cores = [pair and pair[1].seconds_since(pair[0]) / seconds for pair in known]
+            windows.append({
+                "is_sampled": is_sampled,
+                "start_seconds": start,
+                "end_seconds": end,
+                "client_cores": cores[:-1],
+                "busiest_cores": [pair and pair[1].busiest_thread_since(pair[0]) / seconds
+                                  for pair in known[:-1]],
+                "suite_cores": own_seconds / seconds,
+                "sampler_cores": cores[-1],
+                "gpu": summarize_samples(msgspec.convert(samples, list[Sample]), start, end)
+                if samples else None,
+            })  # fmt: skip
+        return windows
+    finally:
+        over.set()
+
+
+# --- figures --------------------------------------------------------------------------------------
+
+
+def describe(
+    options: argparse.Namespace, setup: Setup, seen: CoRunResult, windows: Sequence[Window]
+) -> dict[str, Any]:
+    """Return everything that was found as plain data for JSON."""
+    for window, rates in zip(windows, work_rates(seen, windows), strict=True):
+        window["work_rates"] = rates
+    clients = [
+        {
+            "client": client.planned.client,
+            "label": client.planned.label,
+            "command": list(seen.planned.command_of(client.planned)),
+            "host_threads": client.planned.environment.get("OMP_NUM_THREADS"),
+            "work_rate": mean(w["work_rates"][number] for w in windows),
+            "window_host_cpu_fraction": mean(w["client_cores"][number] for w in windows),
+            "busiest_thread_cpu_fraction": mean(w["busiest_cores"][number] for w in windows),
+        }
+        for number, client in enumerate(seen.clients)
+    ]
+    cost = sampler_cost_percent(windows)
+    judged = [SimpleNamespace(**client, host_limited=None) for client in clients]
+    limits = [warning for window in windows if window["gpu"]
+              for warning in host_limit.warnings(window["gpu"], judged, setup.cores)]  # fmt: skip
+    return {
+        "schema_version": 1,
+        "created_at": utc_now(),
+        "command": sys.argv,
+        "mode": setup.mode.name,
+        "gpu": setup.gpu and dict(setup.gpu),
+        "host_cores": setup.cores,
+        "clients": clients,
+        "window_seconds": options.seconds,
+        "pairs": options.repeats,
+        "sampler_cost_percent": cost and vars(cost) | {"text": cost.text(2, " %")},
+        "go_skew_ms": seen.go_skew_ms,
+        "start_skew_ms": start_skew_ms(seen.clients),
+        "suite_cores": mean(window["suite_cores"] for window in windows),
+        "sampler_cores": mean(window["sampler_cores"] for window in windows),
+        "host_limits": list(dict.fromkeys(limits)),
+        "windows": msgspec.to_builtins(windows),
+    }
+
+
+def mean(values: Iterable[float | None]) -> float | None:
+    """Return the mean of the known values, `None` without any."""
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None
+
+
+def work_rates(seen: CoRunResult, windows: Sequence[Window]) -> list[list[float]]:
+    """Return each client's work a second by window, in mean-unit seconds of its kind of unit.
+
+    A unit that lies partly in the window counts by that part: with whole units only, the edges
+    would cost a precision of one unit in however many there are.
+    """
+    units: list[list[tuple[str, float, float]]] = [
+        [
+            (event["kind"], begin, duration)
+            for event in client.events if event["event"] == "units"
+            for begin, duration in zip(
+                event["start_seconds"], event["duration_seconds"], strict=True)
+        ]
+        for client in seen.clients
+    ]  # fmt: skip
+    durations: dict[str, list[float]] = {}
+    for kind, _, duration in itertools.chain.from_iterable(units):
+        durations.setdefault(kind, []).append(duration)
+    worth = {kind: statistics.fmean(values) for kind, values in durations.items()}
+
+    def rate(own: Sequence[tuple[str, float, float]], start: float, end: float) -> float:
+        parts = ((kind, min(begin + duration, end) - max(begin, start), duration)
+                 for kind, begin, duration in own if duration > 0)  # fmt: skip
+        work = sum(worth[kind] * min(1.0, inside / duration)
+                   for kind, inside, duration in parts if inside > 0)  # fmt: skip
+        return work / (end - start)
+
+    return [[rate(own, w["start_seconds"], w["end_seconds"]) for own in units] for w in windows]
+
+
+def sampler_cost_percent(windows: Sequence[Window]) -> Estimate | None:
+    """Return by how many percent the sampler lowers throughput; two by two, windows are pairs."""
+    rates = [(window["is_sampled"], sum(window["work_rates"])) for window in windows]
+    pairs = [dict(pair) for pair in zip(rates[::2], rates[1::2], strict=True)]
+    ratio = estimate(pair[True] / pair[False] for pair in pairs if pair[False] > 0)
+    if ratio is None:
+        return None
+    average, low, high, *raw = (
+        100 * (1 - value) for value in (ratio.mean, ratio.high, ratio.low, *ratio.values)
+    )
+    return Estimate(average, low, high, tuple(raw), ratio.is_interval)
+
+
+def print_cost(found: dict[str, Any]) -> None:
+    """Print what matters of `suite_cost.json`, next to what the suite may cost."""
+    figures = ("client", "work_rate", "window_host_cpu_fraction", "busiest_thread_cpu_fraction")
+    rows = [[text_of(client[name]) for name in figures] for client in found["clients"]]
+    print_table(("client", "work/s", "cores", "busiest thread"), rows)
+    cost = found["sampler_cost_percent"]
+    print(f"sampler costs {cost['text'] if cost else 'an unknown part'} of throughput (aim: under "
+          f"{MOST_SAMPLER_COST_PERCENT:g} %, by the whole interval)")  # fmt: skip
+    print(f"go sent within {text_of(found['go_skew_ms'])} ms, first units within "
+          f"{text_of(found['start_skew_ms'])} ms (aim: {MOST_START_SKEW_MS:g} ms)")  # fmt: skip
+    print(f"cores used by the suite {text_of(found['suite_cores'])}, by the sampler "
+          f"{text_of(found['sampler_cores'])}, of {found['host_cores']}")  # fmt: skip
+    for warning in found["host_limits"]:
+        print(f"WARNING: {warning}")
+
+
+def text_of(value: float | None) -> str:
+    """Return a number with three significant digits; one that is not known says so."""
+    return "unknown" if value is None else significant(value)
+
+
+def say(text: str) -> None:
+    """Print one line of progress."""
+    print(f"[cost] {text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
