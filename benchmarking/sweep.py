@@ -26,10 +26,9 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarking import benchmark_suite
 from benchmarking.command_line.one_line_parser import EXIT_USAGE, OneLineParser
 from benchmarking.records.run_folder import RunStoreError, utc_now
-from benchmarking.suite import pairs
+from benchmarking.suite import flags, pairs
 from benchmarking.suite.launcher import Interruption
 from benchmarking.suite.plan import MODE_EXCLUSIVE, MODE_TIME_SLICING
 from benchmarking.suite.plan_file import PlanFileError
@@ -78,7 +77,7 @@ def parse_arguments() -> argparse.Namespace:
     options = parser.parse_args()
     if options.knob.changes_card and not options.change_card:
         parser.error(f"--knob {options.knob.name} changes the card: allow it by --change-card")
-    options.request = benchmark_suite.parse_arguments(options.suite)
+    options.request = flags.parse_arguments(options.suite)
     check_suite_flags(parser, options)
     if options.knob.changes_card:
         options.gpu = card_of(parser, options.request, options.knob)
@@ -92,7 +91,7 @@ def parse_arguments() -> argparse.Namespace:
 def check_suite_flags(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """Refuse flags that are the sweep's own, and values that the suite would refuse."""
     knob: Knob = options.knob
-    usual = benchmark_suite.parse_arguments([])
+    usual = flags.parse_arguments([])
     for name, flag in RESERVED.items():
         if getattr(options.request, name) != getattr(usual, name):
             parser.error(f"{flag} behind -- is the sweep's own: leave it")
@@ -111,8 +110,8 @@ def check_suite_flags(parser: argparse.ArgumentParser, options: argparse.Namespa
         if unknown:
             parser.error(f"{unknown[0]!r} is no time slice: {', '.join(TIMESLICES)}")
     for value in options.values:
-        benchmark_suite.parse_arguments([*options.suite, *knob.suite_words(value)])
-    benchmark_suite.parse_arguments([*alone_words(options.suite), "--mode", MODE_EXCLUSIVE])
+        flags.parse_arguments([*options.suite, *knob.suite_words(value)])
+    flags.parse_arguments([*alone_words(options.suite), "--mode", MODE_EXCLUSIVE])
 
 
 def require_mode(options: argparse.Namespace) -> None:
@@ -123,7 +122,7 @@ def require_mode(options: argparse.Namespace) -> None:
     if options.knob.changes_card:
         return
     words = [*options.suite, *options.knob.suite_words(options.values[0])]
-    request = benchmark_suite.request_from(benchmark_suite.parse_arguments(words))
+    request = flags.request_from(flags.parse_arguments(words))
     with no_mps_folder() as folder:
         prepare(request, folder, os.environ, require_mode=True)
 
