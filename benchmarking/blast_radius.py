@@ -32,13 +32,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarking.blast import summary, text
 from benchmarking.blast.aftermath import Aftermath, UntilOver, judge_neighbor
-from benchmarking.command_line.argument_types import positive_float, positive_int
-from benchmarking.command_line.one_line_parser import OneLineParser
 from benchmarking.modes.mode_scripts import lock_reason, read_state
 from benchmarking.modes.mps import MpsMode, ask_mps_control
 from benchmarking.records.run_folder import ClientPaths, utc_now, write_json_atomic
 from benchmarking.speed.process_run import Interrupted, Processes, RunFailedError
 from benchmarking.suite import mps_knobs
+from benchmarking.suite.cli import OneLineParser, positive_float, positive_int
 from benchmarking.suite.launcher import (
     OUTCOME_INTERRUPTED,
     Client,

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarking.command_line.one_line_parser import EXIT_USAGE, OneLineParser
+from benchmarking.suite.cli import EXIT_USAGE, OneLineParser
 from benchmarking.suite.plan_file import PlanEntry, PlanFileError, read_plan_file
 
 

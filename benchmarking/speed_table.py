@@ -26,8 +26,6 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarking.command_line.argument_types import positive_int
-from benchmarking.command_line.one_line_parser import EXIT_USAGE, OneLineParser
 from benchmarking.hardware import nvml
 from benchmarking.records.run_folder import utc_now, write_json_atomic
 from benchmarking.speed.jobs import (
@@ -41,6 +39,7 @@ from benchmarking.speed.jobs import (
 )
 from benchmarking.speed.process_run import Interrupted, Processes, RunFailedError
 from benchmarking.speed.text import markdown
+from benchmarking.suite.cli import EXIT_USAGE, OneLineParser, positive_int
 from benchmarking.suite.launcher import Interruption
 
 SCHEMA_VERSION = 1

@@ -25,8 +25,6 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarking.command_line.argument_types import positive_float, positive_int
-from benchmarking.command_line.one_line_parser import OneLineParser
 from benchmarking.cost import text as cost_text
 from benchmarking.cost.windows import (
     SETTLE_SECONDS,
@@ -40,6 +38,7 @@ from benchmarking.cost.windows import (
 from benchmarking.hardware import host_limit
 from benchmarking.records.run_folder import ClientPaths, utc_now, write_json_atomic
 from benchmarking.speed.process_run import Interrupted, Processes, RunFailedError
+from benchmarking.suite.cli import OneLineParser, positive_float, positive_int
 from benchmarking.suite.co_run_records import start_skew_ms
 from benchmarking.suite.launcher import (
     OUTCOME_INTERRUPTED,

@@ -26,9 +26,9 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarking.command_line.one_line_parser import EXIT_USAGE, OneLineParser
 from benchmarking.records.run_folder import RunStoreError, utc_now
 from benchmarking.suite import flags, pairs
+from benchmarking.suite.cli import EXIT_USAGE, OneLineParser
 from benchmarking.suite.launcher import Interruption
 from benchmarking.suite.plan import MODE_EXCLUSIVE, MODE_TIME_SLICING
 from benchmarking.suite.plan_file import PlanFileError

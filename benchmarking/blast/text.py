@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from benchmarking.analysis.runs import mode_name
-from benchmarking.command_line.number_text import significant
+from benchmarking.metrics.number_text import significant
 
 FAULT_WORDS = {
     "exit": "a client that ended with code 1",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarking.command_line.number_text import significant
+from benchmarking.metrics.number_text import significant
 
 # The suite is to cost less than this.
 MOST_SAMPLER_COST_PERCENT = 0.5

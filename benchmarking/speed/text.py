@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarking.command_line.number_text import duration, significant
+from benchmarking.metrics.number_text import duration, significant
 from benchmarking.speed.jobs import SIZE_CPU, SIZE_QUICK, UNIT_EPOCH
 
 Table = Mapping[str, Any]
