@@ -36,7 +36,7 @@ from benchmarking.modes.mode_scripts import lock_reason, read_state
 from benchmarking.modes.mps import MpsMode, ask_mps_control
 from benchmarking.records.run_folder import ClientPaths, utc_now, write_json_atomic
 from benchmarking.speed.process_run import Interrupted, Processes, RunFailedError
-from benchmarking.suite import mps_knobs
+from benchmarking.suite import limits
 from benchmarking.suite.cli import OneLineParser, positive_float, positive_int
 from benchmarking.suite.launcher import (
     OUTCOME_INTERRUPTED,
@@ -112,7 +112,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--allow-illegal-access", action="store_true",
         help="for --fault illegal-access on a card of your own: under MPS it ends the work of "
         "everybody on the card")  # fmt: skip
-    add("--beside-others", action="store_true",
+    add("--allow-contention", "--beside-others", action="store_true",
         help="measure although other people's processes are on the GPU, and say so")  # fmt: skip
     add("--gpu", metavar="INDEX_OR_UUID", help="which GPU (default: the first)")
     add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="(default: auto)")
@@ -164,7 +164,7 @@ def prepare_and_measure(options: argparse.Namespace) -> dict[str, Any]:
     """Find the GPU, check the mode, and measure; raises what `prepare` and `measure` raise."""
     request = Request(
         mode=options.mode, mix=options.mix, counts=(options.neighbors + 1,), gpu=options.gpu,
-        device=options.device, quick=True, beside_others=options.beside_others,
+        device=options.device, quick=True, allow_contention=options.allow_contention,
     )  # fmt: skip
     with Interruption().watching() as interruption, no_mps_folder() as empty:
         setup = prepare(request, empty, os.environ, require_mode=True)
@@ -261,7 +261,7 @@ def with_fault(options: argparse.Namespace, setup: Setup, planned: PlannedCoRun)
     last = planned.clients[-1]
     environment = dict(last.environment)
     if setup.mode.name == MODE_MPS and options.fault == "oom":
-        environment |= mps_knobs.variables(memory_limit=MPS_MEMORY_LIMIT)
+        environment |= limits.variables(memory_limit=MPS_MEMORY_LIMIT)
     device = "cuda" if setup.gpu else "cpu"
     flags = ["--fault", options.fault, "--after", f"{options.window / 2:g}", "--device", device]
     flags += ["--allow-illegal-access"] if options.allow_illegal_access else []
@@ -311,7 +311,7 @@ def run_newcomer(
     say(f"a new client starts (attempt {attempt + 1})")
     like, place = planned.clients[0], planned.clients[-1]
     kept = {name: value for name, value in place.environment.items()
-            if name != mps_knobs.MEMORY_VARIABLE}  # fmt: skip
+            if name != limits.MEMORY_VARIABLE}  # fmt: skip
     newcomer = dataclasses.replace(like, client=place.client + 1, environment=kept)
     launcher = Launcher(
         client_base_environment(os.environ), patience=Patience(timeout=NEWCOMER_SECONDS),

@@ -27,10 +27,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarking.records.run_folder import RunStoreError, utc_now
-from benchmarking.suite import flags, pairs
+from benchmarking.suite import flags
 from benchmarking.suite.cli import EXIT_USAGE, OneLineParser
 from benchmarking.suite.launcher import Interruption
-from benchmarking.suite.plan import MODE_EXCLUSIVE, MODE_TIME_SLICING
+from benchmarking.suite.plan import MODE_EXCLUSIVE, MODE_TIME_SLICING, PAIRS_MIX
 from benchmarking.suite.plan_file import PlanFileError
 from benchmarking.suite.setup import SuiteError, no_mps_folder, prepare
 from benchmarking.sweeping.knobs import JOB_FLAG, KNOBS, TIMESLICES, Knob, alone_words, knob_called
@@ -99,7 +99,7 @@ def check_suite_flags(parser: argparse.ArgumentParser, options: argparse.Namespa
         parser.error(f"{knob.flag} behind -- is the knob itself: leave it")
     if knob.job_flag and (options.request.job_arguments or options.request.baseline):
         parser.error("each value is another job: leave --job-arguments and --baseline behind --")
-    if options.request.mode == MODE_EXCLUSIVE or options.request.mix == pairs.MIX:
+    if options.request.mode == MODE_EXCLUSIVE or options.request.mix == PAIRS_MIX:
         parser.error("a sweep needs clients that run together: leave exclusive and pairs")
     if len(options.request.workloads or ()) > 1:
         parser.error("--workloads behind -- needs one count: sweep it by --knob workloads")

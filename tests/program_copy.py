@@ -24,7 +24,7 @@ SHORTENED = {
     "blast/aftermath.py": {"RETRY_SECONDS": 0.2},
     "cost/windows.py": {"SETTLE_SECONDS": 0.2},
     "gpu_monitor.py": {"PROCESS_LIST_PERIOD_SECONDS": 0.1},
-    "suite/run.py": {"GUIDE_MIN_SECONDS": 0.4, "SMALL_MIN_SECONDS": 0.4},
+    "suite/preflight.py": {"GUIDE_MIN_SECONDS": 0.4, "SMALL_MIN_SECONDS": 0.4},
 }
 
 

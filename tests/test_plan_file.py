@@ -28,7 +28,7 @@ def mistakes(folder: Path, text: str) -> list[str]:
 
 
 def clients(plan: PlanFile, count: int, **options: str) -> tuple[PlannedClient, ...]:
-    return plan_clients(plan, count, JobOptions(**options), python="python3", root="/p")
+    return plan_clients(plan, count, JobOptions(**options, root="/p"))
 
 
 def test_a_workload_of_ours_gets_the_plans_flags_last(tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ from test_benchmark_suite import PROJECT_ROOT, Bench
 from waiting import wait_until
 
 from benchmarking.records import run_folder
+from benchmarking.records.types import MpsLimits
 from benchmarking.suite import resume as resumption
-from benchmarking.suite.mps_knobs import MpsKnobs
 from benchmarking.suite.plan_file import read_plan_file
 from benchmarking.suite.setup import Request, SuiteError
 
@@ -164,7 +164,7 @@ def test_a_request_comes_back_as_it_was_with_limits_and_plan_file(tmp_path: Path
     plan_file = read_plan_file(PROJECT_ROOT / "examples" / "plans" / "own-commands.toml")
     asked = Request(
         results_dir=tmp_path, plan_file=plan_file, mix=plan_file.name, counts=(1, 2), slo_ms=3.0,
-        mps_knobs=MpsKnobs(("even",)), mig_layout=("1g.5gb",),
+        mps_limits=MpsLimits(percentages=("even",)), mig_layout=("1g.5gb",),
     )  # fmt: skip
     fields = {"request": resumption.request_data(asked), "plan_file": plan_file.to_dict()}
     writer = stored_run(tmp_path, **fields)

@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
+
 from benchmarking.metrics.breaking_point import says_something_of_the_load
 from benchmarking.records import run_folder
-from benchmarking.suite import baselines
-from benchmarking.suite.mps_knobs import MpsKnobs
+from benchmarking.records.types import MpsLimits
+from benchmarking.suite import baselines, limits
 from benchmarking.suite.plan import CARRIED_FIGURES
 
 Record = Mapping[str, Any]
@@ -75,7 +77,7 @@ class RunView:
     def mix(self) -> str:
         """The mix of jobs; older programs put the limits of MPS clients behind its name."""
         mix = self.manifest.get("mix") or "unknown"
-        return mix.removesuffix(self._limits.name) or mix
+        return mix.removesuffix(limits.co_run_suffix(self._limits)) or mix
 
     @property
     def settings(self) -> str:
@@ -84,8 +86,9 @@ class RunView:
         Runs of one mode that was set up otherwise are no repeats of each other: each has its row.
         """
         if self.mode == "mps":
-            is_from_plan = not self._limits.name and any(map(_knobs_of, self._planned_clients()))
-            return "limits of the plan" if is_from_plan else self._limits.in_words
+            told = limits.describe(self._limits)
+            is_from_plan = not told and any(map(_knobs_of, self._planned_clients()))
+            return "limits of the plan" if is_from_plan else told
         if self.mode == "mig":
             return ", ".join(self.manifest.get("mig_layout") or ())
         slices = self.environment.get("timeslice") if self.mode == "time-slicing" else None
@@ -97,12 +100,12 @@ class RunView:
         return mode_name(self.mode, self.settings)
 
     @property
-    def _limits(self) -> MpsKnobs:
+    def _limits(self) -> MpsLimits:
         """What MPS clients were limited to; in older files only the request holds it."""
-        limits = self.manifest.get("mps_limits")
-        if limits is None and "mps_limits" not in self.manifest:
-            limits = (self.manifest.get("request") or {}).get("mps_knobs")
-        return MpsKnobs.from_dict(limits or {})
+        found = self.manifest.get("mps_limits")
+        if found is None and "mps_limits" not in self.manifest:
+            found = (self.manifest.get("request") or {}).get("mps_knobs")
+        return msgspec.convert(found or {}, MpsLimits)
 
     @property
     def is_pairs(self) -> bool:

@@ -16,7 +16,7 @@ from benchmarking.modes.mode_evidence import (
 )
 from benchmarking.modes.mode_scripts import SETUP_MIG
 from benchmarking.modes.sharing_mode import GpuFacts, SharingMode
-from benchmarking.suite import mig_layout
+from benchmarking.suite import limits
 from benchmarking.suite.plan import MODE_MIG
 
 
@@ -43,7 +43,7 @@ class MigMode(SharingMode):
     def instances(self) -> list[Mapping[str, Any]]:
         """Return the card's instances in NVML's order, or those of the layout in its order."""
         there = list(self._facts().get("mig_devices") or [])
-        return mig_layout.in_order(self._layout, there) if self._layout else there
+        return limits.instances_in_order(self._layout, there) if self._layout else there
 
     def check_settings(self, facts: GpuFacts) -> list[Evidence]:
         """MIG is on, and there is an instance for every client."""

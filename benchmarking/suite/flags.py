@@ -7,7 +7,8 @@ import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarking.suite import mig_layout, mps_knobs, pairs
+from benchmarking.records.types import MpsLimits
+from benchmarking.suite import limits
 from benchmarking.suite.cli import (
     OneLineParser,
     counts,
@@ -15,8 +16,17 @@ from benchmarking.suite.cli import (
     positive_float,
     positive_int,
 )
-from benchmarking.suite.plan import MIXES, MODE_EXCLUSIVE, MODE_MIG, MODE_MPS, MODES
-from benchmarking.suite.plan_file import read_plan_file
+from benchmarking.suite.plan import (
+    MIXES,
+    MODE_EXCLUSIVE,
+    MODE_MIG,
+    MODE_MPS,
+    MODES,
+    PAIR_CLIENTS,
+    PAIR_WINDOW_SECONDS,
+    PAIRS_MIX,
+)
+from benchmarking.suite.plan_file import plan_of_jobs, read_plan_file
 from benchmarking.suite.ramp import MOST_CLIENTS
 from benchmarking.suite.setup import Request
 
@@ -31,7 +41,8 @@ Run real jobs side by side on one GPU under a sharing mode, and record what it c
     python3 benchmarking/benchmark_suite.py --mode mps --mix pairs    # each job with each other
     python3 benchmarking/benchmark_suite.py --mode exclusive          # each job alone: the baseline
     python3 benchmarking/benchmark_suite.py --plan examples/plans/own-commands.toml  # your own jobs
-    python3 benchmarking/benchmark_suite.py --mode mig --dry-run      # only show the plan
+    python3 benchmarking/benchmark_suite.py --job 'python train.py' --job ./serve.sh  # without one
+    python3 benchmarking/benchmark_suite.py --mode mig --dry-run      # check all, show the plan
     python3 benchmarking/benchmark_suite.py --resume RUN_ID           # go on after it was cut off
 
 Each distinct job runs alone first; then all clients warm up one at a time, start together and
@@ -71,15 +82,18 @@ def add_experiment(parser: argparse.ArgumentParser) -> None:
         help="how many clients at once; several counts make several co-runs, up to the first that "
         f"fails (default: {USUAL_CLIENTS}, with --plan its clients once)")  # fmt: skip
     jobs = parser.add_mutually_exclusive_group()
-    jobs.add_argument("--mix", choices=(*MIXES, pairs.MIX), default="mixed",
+    jobs.add_argument("--mix", choices=(*MIXES, PAIRS_MIX), default="mixed",
         help="mixed: ResNet50 training, batch inference, Jupyter session, BERT fine-tuning, over "
         "again for more than four; pairs: each of these with each other one and itself, "
-        f"{pairs.WINDOW_SECONDS:g} s a pair; serving: an inference server with its users and "
+        f"{PAIR_WINDOW_SECONDS:g} s a pair; serving: an inference server with its users and "
         "three ResNet50 trainings; else copies of one (default: %(default)s)")  # fmt: skip
     jobs.add_argument("--plan", type=Path, metavar="FILE",
         help="clients of your own, any command among them, listed in a TOML file "
         "(see benchmarking/suite/plan_file.py); over again for more than it lists")  # fmt: skip
-    add("--mig-layout", type=listed(mig_layout.profile), default=(),
+    jobs.add_argument("--job", action="append", metavar="COMMAND",
+        help="a client of your own without a file, as --job 'python train.py --epochs 1'; give it "
+        "once for each (default of --workloads: as many as there are)")  # fmt: skip
+    add("--mig-layout", type=listed(limits.profile), default=(),
         metavar="PROFILE[,PROFILE...]",
         help="under mig, the instance of each client, such as 2g.20gb,1g.10gb,1g.10gb (made "
         "beforehand by gpu-configs/setup_mig.sh; default: client i has instance i)")  # fmt: skip
@@ -123,15 +137,15 @@ def add_ramp(group: argparse._ArgumentGroup) -> None:
 def add_mps_limits(group: argparse._ArgumentGroup) -> None:
     """Add what limits the clients of an MPS server."""
     add = group.add_argument
-    add("--mps-percentage", type=listed(mps_knobs.percentage, mps_knobs.EVEN), default=(),
+    add("--mps-percentage", type=listed(limits.percentage, limits.EVEN), default=(),
         metavar="even|N[,N...]",
         help="share of the multiprocessors that a client may use; even: 100 / clients",
     )  # fmt: skip
-    add("--mps-memory-limit", type=listed(mps_knobs.memory_limit), default=(),
+    add("--mps-memory-limit", type=listed(limits.memory_limit), default=(),
         metavar="SIZE[,SIZE...]",
         help="GPU memory that a client may allocate, such as 512M or 8G")  # fmt: skip
-    add("--mps-priority", type=listed(mps_knobs.priority), default=(), metavar="RANK[,RANK...]",
-        help=" or ".join(mps_knobs.PRIORITIES))  # fmt: skip
+    add("--mps-priority", type=listed(limits.priority), default=(), metavar="RANK[,RANK...]",
+        help=" or ".join(limits.PRIORITIES))  # fmt: skip
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:
@@ -152,10 +166,14 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     add("--job-arguments", type=words_of, default=(), metavar="WORDS",
         help="further flags for every job of the mix, as --job-arguments='--batch-size 8'",
     )  # fmt: skip
-    add("--allow-contention", "--beside-others", action="store_true", dest="beside_others",
+    add("--allow-contention", "--beside-others", action="store_true",
         help="measure although foreign processes are on the GPU, and mark the run contended",
     )  # fmt: skip
-    add("--dry-run", action="store_true", help="show the plan and stop; nothing is run")
+    add(
+        "--dry-run",
+        action="store_true",
+        help="check everything, show the plan and stop; no job is run",
+    )
     add("--verbose", action="store_true", help="show every client's command and environment")
     add("--resume", metavar="RUN",
         help="go on with a run that was cut off or failed (id or folder), with the flags that it "
@@ -180,13 +198,15 @@ def check_mix(
     """Refuse what a kind of jobs has no use for, and fill in the defaults of pairs."""
     if options.plan is not None and options.job_arguments:
         parser.error("--job-arguments: with --plan each client's arguments stand in that file")
-    if options.mix != pairs.MIX:
+    if options.job is not None and options.job_arguments:
+        parser.error("--job-arguments: with --job give each command its own")
+    if options.mix != PAIRS_MIX:
         return
     ramp = (options.max_slowdown, options.slo_ms, options.bisect, options.until_break)
     if options.workloads or any(ramp):
         parser.error("--mix pairs has two clients in each co-run: leave --workloads and bounds")
-    options.workloads = (pairs.CLIENTS,)
-    options.window = options.window or pairs.WINDOW_SECONDS
+    options.workloads = (PAIR_CLIENTS,)
+    options.window = options.window or PAIR_WINDOW_SECONDS
 
 
 def check_mig_layout(
@@ -197,7 +217,7 @@ def check_mig_layout(
         return
     if options.mode != MODE_MIG:
         parser.error("--mig-layout needs --mode mig")
-    if options.mix == pairs.MIX:
+    if options.mix == PAIRS_MIX:
         parser.error("--mix pairs needs instances of one size: leave --mig-layout")
     instances = len(options.mig_layout)
     options.workloads = options.workloads or (instances,)
@@ -231,18 +251,22 @@ def request_from(options: argparse.Namespace) -> Request:
     Raises `PlanFileError` for a plan file that cannot be used.
     """
     plan_file = read_plan_file(options.plan) if options.plan else None
+    if options.job:
+        plan_file = plan_of_jobs(options.job, Path.cwd())
     usual_count = len(plan_file.members) if plan_file else USUAL_CLIENTS
     same = ("mode", "bisect", "until_break", "max_slowdown", "slo_ms", "mig_layout",
             "job_arguments", "quick", "repeats", "budget_minutes", "min_seconds", "baseline",
             "results_dir", "run_id", "gpu", "engine", "precision", "seed", "device", "dataset",
-            "data_dir", "beside_others")  # fmt: skip
+            "data_dir", "allow_contention")  # fmt: skip
     return Request(
         **{name: getattr(options, name) for name in same},
         mix=plan_file.name if plan_file else options.mix,
         counts=options.workloads or (usual_count,),
         plan_file=plan_file,
-        mps_knobs=mps_knobs.MpsKnobs(
-            options.mps_percentage, options.mps_memory_limit, options.mps_priority
+        mps_limits=MpsLimits(
+            percentages=options.mps_percentage,
+            memory_limits=options.mps_memory_limit,
+            priorities=options.mps_priority,
         ),
         window_seconds=options.window,
         timeout_seconds=options.timeout,

@@ -5,11 +5,9 @@ Every record is written as soon as it is known, since what comes later may fail.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,8 +20,7 @@ from benchmarking.records.run_folder import (
     PHASE_SHARE_BASELINE,
     RunWriter,
 )
-from benchmarking.suite import occupancy, stop_reasons
-from benchmarking.suite import plan as planning
+from benchmarking.suite import preflight, proofs, stop_reasons
 from benchmarking.suite.baselines import (
     BaselineMismatchError,
     identity_differences,
@@ -31,7 +28,8 @@ from benchmarking.suite.baselines import (
     require_reusable,
 )
 from benchmarking.suite.co_run_records import client_record, co_run_record
-from benchmarking.suite.job_resolution import resolve
+from benchmarking.suite.console import Progress
+from benchmarking.suite.jobs import resolve_all
 from benchmarking.suite.launcher import (
     OUTCOME_INTERRUPTED,
     OUTCOME_INVALID,
@@ -45,14 +43,14 @@ from benchmarking.suite.launcher import (
     Patience,
     client_base_environment,
 )
-from benchmarking.suite.mps_knobs import PERCENTAGE_VARIABLE
+from benchmarking.suite.limits import PERCENTAGE_VARIABLE
 from benchmarking.suite.plan import (
     COMMAND_WORKLOAD,
     MODE_MIG,
-    SIZE_GUIDE,
+    Plan,
     PlannedCoRun,
+    carried_arguments,
 )
-from benchmarking.suite.proofs import judge_clients, strangers_beside
 from benchmarking.suite.ramp import Ramp
 from benchmarking.suite.resume import EarlierPart, unlike_environment
 from benchmarking.suite.sampler import Sampler
@@ -67,38 +65,36 @@ from benchmarking.suite.setup import (
     Setup,
     SuiteError,
 )
-from benchmarking.suite.wall_clock import WallClock
+
+Record = dict[str, Any]
 
 # A client of ours that cannot use the GPU leaves with this code.
 CLIENT_EXIT_NO_GPU = 3
-
-# The least measured seconds, alone and together: under these a figure is noise. What is measured
-# alone stands behind every figure of the run, so there jobs are never fewer on a GPU.
-GUIDE_MIN_SECONDS = 5.0
-BASELINE_MIN_JOBS = 5
-SMALL_MIN_SECONDS = 2.0
+# Past what a time service adds to the wall clock, or takes from it, in slewing.
+CLOCK_TOLERANCE_SECONDS = 2.0
 
 
 @dataclass
 class _Reference:
     """Baselines by job: on the whole GPU, and on the client's own share where there is one."""
 
-    whole: dict[str, dict[str, Any]] = field(default_factory=dict)
+    whole: dict[str, Record] = field(default_factory=dict)
     whole_joules: dict[str, float | None] = field(default_factory=dict)
-    share: dict[str, dict[str, Any]] = field(default_factory=dict)
+    share: dict[str, Record] = field(default_factory=dict)
 
 
 class SuiteRun:
-    """Carries out a setup, writing every record as soon as it is known."""
+    """Carries out a setup, writing every record as soon as it is known.
+
+    `ending` says why the run ended, where it did not come to its end.
+    """
 
     def __init__(
         self,
         setup: Setup,
         writer: RunWriter,
-        interruption: Interruption,
-        say: Callable[[str], None],
-        *,
-        patience: Patience | None = None,
+        stop: Interruption,
+        progress: Progress,
         earlier: EarlierPart | None = None,
     ) -> None:
         """Take what to do, where to write it, whom to ask whether to stop, and whom to tell.
@@ -106,28 +102,26 @@ class SuiteRun:
         `earlier` is what a run that goes on has of it already.
         """
         self._setup = setup
-        self._earlier = earlier
+        self._request = setup.request
         self._plan = setup.plan
         self._writer = writer
-        self._interruption = interruption
-        self._say = say
+        self._stop = stop
+        self._progress = progress
+        self._say = progress.say
+        self._earlier = earlier
         self._launcher = Launcher(
             client_base_environment(os.environ),
-            patience=patience or Patience(timeout=setup.request.timeout_seconds),
-            interruption=interruption,
-            say=say,
+            patience=Patience(timeout=setup.request.timeout_seconds),
+            interruption=stop,
+            say=progress.say,
         )
         self._reference = _Reference()
         self._done: set[str] = set()
         self._added_arguments: dict[str, list[str]] = {}
-        self._stop_reasons: dict[str, dict[str, Any] | None] = {}
+        self._stop_reasons: dict[str, Record | None] = {}
         self._start_seconds = time.monotonic()
-        # Why the run ended, where it did not come to its end, and the code for it.
         self.ending: str | None = None
         self._code = EXIT_FAILED
-        self._min_seconds = setup.request.min_seconds or (
-            GUIDE_MIN_SECONDS if setup.job_size == SIZE_GUIDE else SMALL_MIN_SECONDS
-        )
 
     def execute(self) -> int:
         """Run everything and return the exit code; the manifest says how it ended.
@@ -187,43 +181,44 @@ class SuiteRun:
 
         What a reused baseline's jobs found is looked at first: the same data, and no second search.
         """
-        earlier = self._setup.baseline_run
-        found = (earlier.manifest.get("resolved_arguments") if earlier else None) or {}
+        reused = self._setup.baseline_run
+        found = (reused.manifest.get("resolved_arguments") if reused else None) or {}
         for job_key, arguments in found.items():
             self._change_clients(job_key, arguments)
         jobs = self._plan.jobs()
-        resolved: dict[str, list[str]] = {}
-        self._say(f"resolving data and weights: {', '.join(c.label for c in jobs.values())}")
-        # At the same time: each spends most of it importing torch, or waiting for a hub.
-        with ThreadPoolExecutor(len(jobs)) as pool:
-            answers = list(pool.map(lambda c: resolve(c, self._interruption), jobs.values()))
+        labels = ", ".join(client.label for client in jobs.values())
+        with self._progress.stage(f"resolving data and weights: {labels}", None):
+            answers = resolve_all(jobs.values(), self._stop, self._say)
+        resolved = {
+            job_key: [str(argument) for argument in answer.get("arguments") or []]
+            for job_key, answer in zip(jobs, answers, strict=True)
+        }
         if self._earlier:
-            self._require_like_earlier(dict(zip(jobs, answers, strict=True)))
+            self._require_like_earlier(answers, resolved)
         for (job_key, client), answer in zip(jobs.items(), answers, strict=True):
-            arguments = [str(argument) for argument in answer.get("arguments") or []]
-            if arguments != found.get(job_key):
-                self._change_clients(job_key, arguments)
-            resolved[job_key] = arguments
+            if resolved[job_key] != found.get(job_key):
+                self._change_clients(job_key, resolved[job_key])
             for note in answer.get("notes") or []:
                 self._note(f"{client.label}: {note}")
             self._describe_environment(answer.get("environment") or {})
         self._writer.update_manifest(resolved_arguments=resolved)
         self._save_plan()
 
-    def _require_like_earlier(self, answers: Mapping[str, Mapping[str, Any]]) -> None:
-        """Refuse to go on in another environment, or with other data; `answers` by job."""
+    def _require_like_earlier(
+        self, answers: Sequence[Record], resolved: Mapping[str, Sequence[str]]
+    ) -> None:
+        """Refuse to go on in another environment, or with other data."""
         gpu = self._setup.gpu or {}
-        known = {"gpu_name": gpu.get("name"), "gpu_uuid": gpu.get("uuid"),
-                 "driver_version": gpu.get("driver_version"),
-                 "timeslice": self._setup.timeslice,
-                 "host_cores": self._setup.cores}  # fmt: skip
-        for answer in answers.values():
+        known = {
+            "gpu_name": gpu.get("name"),
+            "gpu_uuid": gpu.get("uuid"),
+            "driver_version": gpu.get("driver_version"),
+            "timeslice": self._setup.timeslice,
+            "host_cores": self._setup.cores,
+        }
+        for answer in answers:
             environment = answer.get("environment") or {}
             known |= {name: environment.get(name) for name in ("versions", "git_commit")}
-        resolved = {
-            job_key: [str(argument) for argument in answer.get("arguments") or []]
-            for job_key, answer in answers.items()
-        }
         unlike_environment(self._earlier, known, resolved)
 
     def _describe_environment(self, found: Mapping[str, Any]) -> None:
@@ -236,23 +231,22 @@ class SuiteRun:
         if unknown:
             self._writer.update_manifest(environment={**environment, **unknown})
 
-    def _change_clients(self, job_key: str, arguments: list[str]) -> None:
+    def _change_clients(self, job_key: str, arguments: Sequence[str]) -> None:
         """Give more flags to the clients of a job that have not run yet."""
-        if arguments:
-            self._added_arguments.setdefault(job_key, []).extend(arguments)
-            self._plan = self._plan.map_clients(
-                lambda client: (
-                    client.with_arguments(arguments) if client.job_key == job_key else client
-                ),
-                skip=self._done,
-            )
+        self._added_arguments.setdefault(job_key, []).extend(arguments)
+        self._plan = self._plan.map_clients(
+            lambda client: (
+                client.with_arguments(arguments) if client.job_key == job_key else client
+            ),
+            skip=self._done,
+        )
 
     def _save_plan(self) -> None:
-        self._writer.update_manifest(plan=self._plan.to_dict())
+        self._writer.update_manifest(plan=self._setup.secrets.hide(self._plan.to_dict()))
 
     def _take_over_baselines(self) -> None:
         """Reuse another run's baselines where they were asked for, or where MIG needs them."""
-        request, manifest = self._setup.request, self._writer.manifest
+        results_dir, manifest = self._request.results_dir, self._writer.manifest
         jobs = list(self._plan.jobs())
         run = self._setup.baseline_run
         if run is not None:
@@ -261,11 +255,11 @@ class SuiteRun:
             except BaselineMismatchError as error:
                 raise SuiteError(str(error), EXIT_USAGE) from error
         elif self._setup.mode.name == MODE_MIG:
-            run = newest_reusable(request.results_dir, manifest, jobs)
+            run = newest_reusable(results_dir, manifest, jobs)
             if run is None:
                 self._note(
                     "MIG is on and no matching whole-GPU baseline was found in "
-                    f"{request.results_dir}: STP and overhead stay unknown (take one with --mode "
+                    f"{results_dir}: STP and overhead stay unknown (take one with --mode "
                     "exclusive before MIG is enabled)"
                 )
         if run is None:
@@ -275,54 +269,49 @@ class SuiteRun:
         self._reference.whole_joules = run.energy_alone_joules()
         self._writer.update_manifest(baseline_run_id=run.run_id)
         for job_key, record in self._reference.whole.items():
-            self._change_clients(job_key, planning.carried_arguments(record["figures"]))
+            self._change_clients(job_key, carried_arguments(record["figures"]))
         self._save_plan()
 
     # --- alone and together ------------------------------------------------------------------
 
     def _run_baselines(self, sampler: Sampler) -> None:
-        is_cpu = self._setup.is_cpu_demo
-        least = self._setup.request.min_seconds or (
-            SMALL_MIN_SECONDS if is_cpu else GUIDE_MIN_SECONDS
-        )
-        rule = FinishRule(
-            min_seconds=least, min_jobs=1 if is_cpu else BASELINE_MIN_JOBS, long_job_seconds=least
-        )
+        least = preflight.least_seconds(self._setup, is_baseline=True)
+        jobs = 1 if self._setup.is_cpu_demo else preflight.BASELINE_MIN_JOBS
+        rule = FinishRule(min_seconds=least, min_jobs=jobs, long_job_seconds=least)
         total = len(self._plan.baseline)
         for number in range(total):
             planned = self._plan.baseline[number]
             client = planned.clients[0]
-            where = "on its instance" if planned.phase == PHASE_SHARE_BASELINE else "alone"
-            self._say(f"baseline {number + 1}/{total}: {client.label} {where}")
-            record = self._run_one(planned, rule, sampler)[0]
-            if planned.phase == PHASE_SHARE_BASELINE:
-                self._reference.share[client.job_key] = record
-            else:
-                self._reference.whole[client.job_key] = record
-            if planned.phase == PHASE_BASELINE or client.job_key not in self._reference.whole:
-                self._change_clients(client.job_key, planning.carried_arguments(record["figures"]))
+            is_share = planned.phase == PHASE_SHARE_BASELINE
+            where = "on its instance" if is_share else "alone"
+            seconds = preflight.estimated_seconds(planned, self._setup, is_baseline=True)
+            with self._progress.stage(
+                f"baseline {number + 1}/{total}: {client.label} {where}", seconds
+            ):
+                record = self._run_one(planned, rule, sampler)[0]
+            known = self._reference.share if is_share else self._reference.whole
+            known[client.job_key] = record
+            if not is_share or client.job_key not in self._reference.whole:
+                self._change_clients(client.job_key, carried_arguments(record["figures"]))
             self._save_plan()
 
     def _run_co_runs(self, sampler: Sampler) -> None:
-        """Run the counts of the plan, and those beside them that the ramp asks for."""
-        request = self._setup.request
-        if request.is_pairs:
+        """Run the counts of the plan, and those next to them that the ramp asks for."""
+        if self._request.is_pairs:
             self._run_pairs(sampler)
             return
         ramp = Ramp(
             sorted({len(run.clients) for run in self._plan.co_runs}),
-            step=request.mix_size,
-            bisect=request.bisect,
-            until_break=request.until_break,
+            step=self._request.mix_size,
+            bisect=self._request.bisect,
+            until_break=self._request.until_break,
         )
         failure: RunEnded | None = None
         while (count := ramp.next_count()) is not None:
             try:
                 holds = self._run_count(count, sampler)
             except RunEnded as end:
-                if end.exit_code != EXIT_FAILED:
-                    raise
-                failure, holds = failure or end, False
+                failure, holds = failure or _only_failed(end), False
             ramp.note(count, holds=holds)
         if ramp.first_bad is not None:
             held = "no smaller count" if ramp.last_good is None else f"{ramp.last_good}"
@@ -338,9 +327,7 @@ class SuiteRun:
             try:
                 took = max(took, self._run_planned(planned, took, sampler))
             except RunEnded as end:
-                if end.exit_code != EXIT_FAILED:
-                    raise
-                failure = failure or end
+                failure = failure or _only_failed(end)
         if failure is not None:
             raise failure
 
@@ -358,59 +345,53 @@ class SuiteRun:
 
         `took` is how long the longest one before it took.
         """
-        request = self._setup.request
+        budget = self._request.budget_minutes
+        elapsed = time.monotonic() - self._start_seconds
+        is_over = budget is not None and elapsed + took > 60 * budget
         is_done = self._earlier and self._earlier.finished(planned.co_run)
-        if planned.repeat > 0 and not is_done and not self._fits_budget(took):
+        if planned.repeat > 0 and not is_done and is_over:
             self._note(
-                f"{planned.co_run} left out: the budget of {request.budget_minutes:g} minutes "
-                "allows no further repeat"
+                f"{planned.co_run} left out: the budget of {budget:g} minutes allows no further "
+                "repeat"
             )
             return 0.0
-        rule = FinishRule(min_seconds=self._min_seconds, window_seconds=request.window_seconds)
-        self._say(f"co-run {planned.co_run}: {len(planned.clients)} clients under {planned.mode}")
+        rule = FinishRule(
+            min_seconds=preflight.least_seconds(self._setup, is_baseline=False),
+            window_seconds=self._request.window_seconds,
+        )
+        what = f"co-run {planned.co_run}: {len(planned.clients)} clients under {planned.mode}"
+        usual = preflight.estimated_seconds(planned, self._setup, is_baseline=False)
         begin = time.monotonic()
-        self._run_one(planned, rule, sampler)
+        with self._progress.stage(what, took or usual):
+            self._run_one(planned, rule, sampler)
         return time.monotonic() - begin
 
     def _co_runs_of(self, count: int) -> list[PlannedCoRun]:
         """The co-runs of one count; those that the ramp has asked for are added to the plan."""
         planned = [run for run in self._plan.co_runs if len(run.clients) == count]
-        if not planned:
-            added = self._setup.co_runs_of(count)
-            self._plan = planning.Plan(
-                self._plan.baseline, (*self._plan.co_runs, *map(self._with_added_arguments, added))
-            )
-            self._save_plan()
-            planned = list(self._plan.co_runs[-len(added) :])
-        return planned
-
-    def _with_added_arguments(self, run: PlannedCoRun) -> PlannedCoRun:
-        clients = (
-            client.with_arguments(self._added_arguments.get(client.job_key, []))
-            for client in run.clients
+        if planned:
+            return planned
+        added = Plan((), self._setup.co_runs_of(count)).map_clients(
+            lambda client: client.with_arguments(self._added_arguments.get(client.job_key, []))
         )
-        return dataclasses.replace(run, clients=tuple(clients))
+        self._plan = Plan(self._plan.baseline, (*self._plan.co_runs, *added.co_runs))
+        self._save_plan()
+        return list(added.co_runs)
 
-    def _fits_budget(self, seconds: float) -> bool:
-        budget = self._setup.request.budget_minutes
-        elapsed = time.monotonic() - self._start_seconds
-        return budget is None or elapsed + seconds <= 60 * budget
+    # --- one co-run --------------------------------------------------------------------------
 
-    def _run_one(
-        self, planned: PlannedCoRun, rule: FinishRule, sampler: Sampler
-    ) -> list[dict[str, Any]]:
+    def _run_one(self, planned: PlannedCoRun, rule: FinishRule, sampler: Sampler) -> list[Record]:
         """Run one co-run, write its records, return those of its clients.
 
         Raises `RunEnded` when it did not end well, `SuiteError` when the clients were not what
         they should be: what follows would build on it.
         """
-        if self._interruption.requested:
+        if self._stop.requested:
             raise RunEnded("interrupted", EXIT_INTERRUPTED, "interrupted")
         finished = self._earlier and self._earlier.finished(planned.co_run)
         if finished:
             return self._take_from_record(*finished)
         mode = self._setup.alone_mode if planned.phase == PHASE_BASELINE else self._setup.mode
-
         refusal: SuiteError | None = None
 
         def before_go(clients: list[Client]) -> None:
@@ -422,30 +403,10 @@ class SuiteRun:
                 raise CoRunRefused(str(error)) from error
             mode.observe()
 
-        clock = WallClock()
+        clock = wall_clock_offset()
         seen = self._launcher.run(planned, self._writer.client_paths, rule, before_go)
         self._done.add(planned.co_run)
-        samples = self._samples_of(seen, sampler)
-        proofs = judge_clients(mode, seen, samples)
-        clients = [
-            client_record(seen, client, proof, self._reference.whole.get(client.planned.job_key))
-            for client, proof in zip(seen.clients, proofs, strict=True)
-        ]
-        gpu_lost, mode_failure = _lost(mode)
-        gpu = self._gpu_figures(seen, samples)
-        clients = host_limit.judged(clients, gpu, self._reference.whole)
-        record = self._co_run_record(seen, clients, gpu, gpu_lost, mode_failure)
-        strangers = strangers_beside(seen, samples)
-        record["warnings"] += [*clock.warnings(), *occupancy.warnings(strangers)]
-        record["is_contended"] = bool(strangers)
-        reason = self._stop_reason(record, seen, clients, gpu_lost)
-        record["stop_reason"] = self._stop_reasons[planned.co_run] = reason
-        for line in (*clients, record):
-            self._writer.append_record(line)
-        for warning in record["warnings"]:
-            self._say(warning)
-        if reason is not None:
-            self._say(f"{planned.co_run} does not hold: {stop_reasons.in_words(reason)}")
+        record, clients, gpu_lost = self._recorded(seen, mode, sampler, clock)
         if refusal is not None:
             raise refusal
         if gpu_lost and record["outcome"] != OUTCOME_INTERRUPTED:
@@ -455,9 +416,7 @@ class SuiteRun:
         _raise_unless_well(record, clients)
         return clients
 
-    def _take_from_record(
-        self, record: dict[str, Any], clients: list[dict[str, Any]]
-    ) -> list[dict[str, Any]]:
+    def _take_from_record(self, record: Record, clients: list[Record]) -> list[Record]:
         """Do as if a co-run of the earlier part had been run just now."""
         self._say(f"{record['co_run']} is done already")
         self._done.add(record["co_run"])
@@ -467,19 +426,6 @@ class SuiteRun:
             self._reference.whole_joules[clients[0]["job_key"]] = joules
         _raise_unless_well(record, clients)
         return clients
-
-    def _stop_reason(
-        self,
-        record: dict[str, Any],
-        seen: CoRunOutcome,
-        clients: list[dict[str, Any]],
-        gpu_lost: str | None,
-    ) -> dict[str, Any] | None:
-        """Why a co-run did not hold; the bounds are for jobs that share the GPU."""
-        request, bounds = self._setup.request, {}
-        if seen.planned.phase == PHASE_CO_RUN:
-            bounds = {"max_slowdown": request.max_slowdown, "max_p99_ms": request.slo_ms}
-        return stop_reasons.stop_reason(record, seen.clients, clients, **bounds, gpu_lost=gpu_lost)
 
     def _check_identities(self, clients: list[Client]) -> None:
         """Refuse clients on another kind of device, or unlike those of the baseline."""
@@ -503,14 +449,65 @@ class SuiteRun:
                 )
         if self._setup.mode.name != MODE_MIG:
             first = clients[0].identity or {}
-            versions = first.get("versions") or {}
             # A client with a part of the multiprocessors is shown no others.
             is_limited = PERCENTAGE_VARIABLE in clients[0].planned.environment
             seen = None if is_limited else first.get("multiprocessor_count")
+            versions = first.get("versions") or {}
             self._describe_environment({"multiprocessor_count": seen, "versions": versions})
 
-    def _samples_of(self, seen: CoRunOutcome, sampler: Sampler) -> list[dict[str, Any]]:
-        samples: list[dict[str, Any]] = []
+    def _recorded(
+        self, seen: CoRunOutcome, mode: SharingMode, sampler: Sampler, clock: float
+    ) -> tuple[Record, list[Record], str | None]:
+        """Judge what was seen of a co-run and write its records: they, and how the GPU was lost."""
+        planned, reference = seen.planned, self._reference
+        samples = self._samples_of(seen, sampler)
+        gpu = self._gpu_figures(seen, samples)
+        gpu_lost, mode_failure = _lost(mode)
+        clients = [
+            client_record(seen, client, proof, reference.whole.get(client.planned.job_key))
+            for client, proof in zip(
+                seen.clients, proofs.judge_clients(mode, seen, samples), strict=True
+            )
+        ]
+        clients = host_limit.judged(clients, gpu, reference.whole)
+        baselines = dict(reference.whole)
+        if planned.phase == PHASE_BASELINE and clients[0]["status"] == "ok":
+            # A baseline is its own reference.
+            job_key = clients[0]["job_key"]
+            baselines[job_key] = clients[0]
+            reference.whole_joules[job_key] = (gpu or {}).get("energy_joules")
+        record = co_run_record(
+            seen,
+            clients,
+            gpu,
+            mode_failure=mode_failure,
+            gpu_lost=gpu_lost,
+            baselines=baselines,
+            energy_alone_joules=reference.whole_joules,
+            share_baselines=reference.share if planned.mode == MODE_MIG else None,
+            host_cores=self._setup.cores,
+        )
+        foreign = proofs.foreign_pids_in_window(seen, samples)
+        record["warnings"] += [*clock_warnings(clock), *proofs.contention_warnings(foreign)]
+        record["is_contended"] = bool(foreign)
+        # The bounds are for jobs that share the GPU.
+        request, bounds = self._request, {}
+        if planned.phase == PHASE_CO_RUN:
+            bounds = {"max_slowdown": request.max_slowdown, "max_p99_ms": request.slo_ms}
+        reason = stop_reasons.stop_reason(
+            record, seen.clients, clients, **bounds, gpu_lost=gpu_lost
+        )
+        record["stop_reason"] = self._stop_reasons[planned.co_run] = reason
+        for line in (*clients, record):
+            self._writer.append_record(self._setup.secrets.hide(line))
+        for warning in record["warnings"]:
+            self._say(warning)
+        if reason is not None:
+            self._say(f"{planned.co_run} does not hold: {stop_reasons.in_words(reason)}")
+        return record, clients, gpu_lost
+
+    def _samples_of(self, seen: CoRunOutcome, sampler: Sampler) -> list[Record]:
+        samples: list[Record] = []
         if seen.window_end_seconds is not None and not sampler.failure:
             samples = list(sampler.samples_past(seen.window_end_seconds))
             self._note(sampler.failure)
@@ -518,37 +515,7 @@ class SuiteRun:
             self._note(complaint)
         return samples
 
-    def _co_run_record(
-        self,
-        seen: CoRunOutcome,
-        clients: list[dict[str, Any]],
-        gpu: dict[str, Any] | None,
-        gpu_lost: str | None,
-        mode_failure: str | None,
-    ) -> dict[str, Any]:
-        baselines, joules = dict(self._reference.whole), dict(self._reference.whole_joules)
-        if seen.planned.phase == PHASE_BASELINE and clients[0]["status"] == "ok":
-            job_key = clients[0]["job_key"]
-            baselines[job_key] = clients[0]
-            joules[job_key] = self._reference.whole_joules[job_key] = (gpu or {}).get(
-                "energy_joules"
-            )
-        is_mig = seen.planned.mode == MODE_MIG
-        return co_run_record(
-            seen,
-            clients,
-            gpu,
-            mode_failure=mode_failure,
-            gpu_lost=gpu_lost,
-            baselines=baselines,
-            energy_alone_joules=joules,
-            share_baselines=self._reference.share if is_mig else None,
-            host_cores=self._setup.cores,
-        )
-
-    def _gpu_figures(
-        self, seen: CoRunOutcome, samples: list[dict[str, Any]]
-    ) -> dict[str, Any] | None:
+    def _gpu_figures(self, seen: CoRunOutcome, samples: list[Record]) -> Record | None:
         start, end = seen.window_start_seconds, seen.window_end_seconds
         if start is None or end is None or not samples:
             return None
@@ -569,7 +536,14 @@ def _lost(mode: SharingMode) -> tuple[str | None, str | None]:
     return None, f"{lost.check}: {lost.found}"
 
 
-def _raise_unless_well(record: Mapping[str, Any], clients: list[dict[str, Any]]) -> None:
+def _only_failed(end: RunEnded) -> RunEnded:
+    """Return the end of a co-run whose clients failed; any other ends the whole run."""
+    if end.exit_code != EXIT_FAILED:
+        raise end
+    return end
+
+
+def _raise_unless_well(record: Mapping[str, Any], clients: list[Record]) -> None:
     outcome, what = record["outcome"], f"{record['co_run']}: {record['reason']}"
     if outcome == OUTCOME_OK:
         return
@@ -585,3 +559,17 @@ def _raise_unless_well(record: Mapping[str, Any], clients: list[dict[str, Any]])
     no_gpu = any(client["exit_code"] == CLIENT_EXIT_NO_GPU for client in clients)
     reason = f"{what} ({said})" if said else what
     raise RunEnded("failed", EXIT_NO_GPU if no_gpu else EXIT_FAILED, reason)
+
+
+def wall_clock_offset() -> float:
+    """Return how far the wall clock is from the monotonic one: it changes when it is set."""
+    return time.time() - time.monotonic()
+
+
+def clock_warnings(offset: float) -> list[str]:
+    """Say, in one sentence or none, by how much the wall clock was set since it had an `offset`."""
+    seconds = wall_clock_offset() - offset
+    if abs(seconds) <= CLOCK_TOLERANCE_SECONDS:
+        return []
+    said = f"the clock was set by {seconds:+.0f} s meanwhile"
+    return [f"{said}; figures come from the monotonic clock"]

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarking.records import run_folder
-from benchmarking.suite import console, flags
+from benchmarking.suite import console, flags, locks, preflight
 from benchmarking.suite.cli import EXIT_USAGE
+from benchmarking.suite.jobs import require_known_flags
 from benchmarking.suite.launcher import Interruption
 from benchmarking.suite.plan_file import PlanFileError
 from benchmarking.suite.resume import read_earlier, request_data
@@ -26,6 +27,7 @@ from benchmarking.suite.setup import (
     EXIT_COMPLETE,
     EXIT_FAILED,
     EXIT_INTERRUPTED,
+    EXIT_MODE_NOT_IN_FORCE,
     PROJECT_ROOT,
     Setup,
     SuiteError,
@@ -91,14 +93,18 @@ def _planned_and_run(
     request = earlier.request if earlier else flags.request_from(options)
     with _watched(stop) as stop, no_mps_folder() as folder:
         setup = prepare(request, folder, os.environ, require_mode=not options.dry_run)
+        setup.notes.extend(preflight.notes_before(setup))
+        if options.dry_run:
+            require_known_flags(setup.plan.jobs().values())
         console.print_plan(setup, verbose=options.verbose or options.dry_run)
         if options.dry_run:
             return SessionResult(EXIT_COMPLETE, None, None)
-        writer = earlier.reopen(setup.notes) if earlier else _new_run(setup, command)
-        if setup.is_contended:
-            writer.update_manifest(is_contended=True)
-        suite = SuiteRun(setup, writer, stop, console.Teller().say, earlier=earlier)
-        code = suite.execute()
+        with _alone_on_the_card(setup):
+            writer = earlier.reopen(setup.notes) if earlier else _new_run(setup, command)
+            if setup.is_contended:
+                writer.update_manifest(is_contended=True)
+            suite = SuiteRun(setup, writer, stop, console.Progress(), earlier)
+            code = suite.execute()
     return _told(SessionResult(code, suite.ending, writer.folder), from_driver=from_driver)
 
 
@@ -110,6 +116,20 @@ def _watched(stop: Interruption | None) -> Iterator[Interruption]:
         return
     with Interruption().watching() as own:
         yield own
+
+
+@contextlib.contextmanager
+def _alone_on_the_card(setup: Setup) -> Iterator[None]:
+    """Let no second run on the card, or on the CPU, unless that is allowed."""
+    if setup.request.allow_contention:
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locks.hold(setup.gpu["uuid"] if setup.gpu else None))
+        except locks.InUseError as error:
+            raise SuiteError(str(error), EXIT_MODE_NOT_IN_FORCE) from error
+        yield
 
 
 def _new_run(setup: Setup, command: Sequence[str]) -> run_folder.RunWriter:
