@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -179,6 +180,27 @@ def test_a_run_that_somebody_is_at_work_on_is_refused(tmp_path: Path) -> None:
         resumption.read_earlier("mine", tmp_path)
     writer.finish("interrupted")
     assert resumption.read_earlier("mine", tmp_path).outcome == "interrupted"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda folder: (folder / "plan.toml").write_text("x = 1"), "is not the plan that the run"),
+        (lambda folder: (folder / "plan.toml").chmod(0o666), "may have been written by somebody"),
+        (lambda folder: folder.chmod(0o777), "may have been written by somebody else"),
+    ],
+)
+def test_a_run_that_others_may_have_written_is_not_executed(
+    tmp_path: Path, spoil: Callable, words: str
+) -> None:
+    plan_file = read_plan_file(PROJECT_ROOT / "examples" / "plans" / "own-commands.toml")
+    writer = stored_run(tmp_path, plan_file=plan_file.to_dict())
+    writer.save_plan_file(plan_file.text)
+    writer.finish("interrupted")
+    assert resumption.read_earlier("mine", tmp_path).request.plan_file == plan_file
+    spoil(writer.folder)
+    with pytest.raises(run_folder.RunStoreError, match=words):
+        resumption.read_earlier("mine", tmp_path)
 
 
 def test_a_run_without_its_request_is_refused(tmp_path: Path) -> None:

@@ -234,7 +234,7 @@ def parse_plan(text: str, path: str, folder: Path, *, shown: str | None = None) 
         raise PlanFileError(mistakes)
     hidden = _secrets_of(entries)
     kept = hidden.hide(text)
-    if Secrets(hidden.named).hide(_toml(kept)) != _toml(kept):
+    if Secrets(hidden.names).hide(_toml(kept)) != _toml(kept):
         raise PlanFileError([f"{shown}: a secret is written with escapes: use inherit for it"])
     return PlanFile(path, folder, kept, name, tuple(entries), hidden)
 
@@ -249,14 +249,15 @@ def _toml(text: str) -> dict[str, Any]:
 
 def _secrets_of(entries: Sequence[PlanEntry]) -> Secrets:
     """What of the plan is not to be recorded."""
-    named: dict[str, str] = {}
+    names: dict[str, str] = {}
+    inherited: set[str] = set()
     for entry in entries:
-        named |= {name: value for name, value in entry.environment.items() if looks_secret(name)}
-        named |= secrets_of_words(entry.arguments)
-        if entry.command is not None:
-            named |= secrets_of_words(shlex.split(entry.command))
-    inherited = frozenset(name for entry in entries for name in entry.inherit)
-    return Secrets({name: named[name] for name in named if name not in inherited}, inherited)
+        inherited |= set(entry.inherit)
+        names |= {value: name for name, value in entry.environment.items()
+                  if looks_secret(name) and name not in entry.inherit}  # fmt: skip
+        names |= secrets_of_words(shlex.split(entry.command or ""))
+        names |= secrets_of_words(entry.arguments)
+    return Secrets(names, frozenset(inherited))
 
 
 class _Table:

@@ -146,10 +146,9 @@ def estimate(setup: Setup) -> str:
     """Return one line: about how long the plan takes, and what it consists of."""
     plan = setup.plan
     repeats = max((run.repeat + 1 for run in plan.co_runs), default=0)
-    parts = [f"{len(plan.baseline)} jobs alone"] if plan.baseline else []
+    parts = [f"{_counted(len(plan.baseline), 'job')} alone"] if plan.baseline else []
     if plan.co_runs:
-        each = len(plan.co_runs) // repeats
-        what = f"{each} co-run{'s' if each > 1 else ''}"
+        what = _counted(len(plan.co_runs) // repeats, "co-run")
         parts.append(f"{repeats} repeats of {what}" if repeats > 1 else what)
     seconds = [
         *(estimated_seconds(run, setup, is_baseline=True) for run in plan.baseline),
@@ -160,6 +159,10 @@ def estimate(setup: Setup) -> str:
     budget = setup.request.budget_minutes
     whole = min(sum(seconds), 60 * budget) if budget and repeats > 1 else sum(seconds)
     return f"{_duration(whole)}: {', '.join(parts)}"
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'s' if number > 1 else ''}"
 
 
 def _duration(seconds: float) -> str:

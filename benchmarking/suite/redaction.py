@@ -34,15 +34,15 @@ def looks_secret(name: str) -> bool:
 
 
 def secrets_of_words(words: Iterable[str]) -> dict[str, str]:
-    """Return the secrets of a command line by name: `--token X`, `--token=X`, `HF_TOKEN=X`."""
+    """Return the secrets of a command line with names: `--token X`, `--token=X`, `HF_TOKEN=X`."""
     found: dict[str, str] = {}
     before = ""
     for word in words:
         name, has_value, value = word.partition("=")
         if has_value and looks_secret(name):
-            found[_variable(name)] = value
+            found[value] = _variable(name)
         elif before.startswith("-") and "=" not in before and looks_secret(before):
-            found[_variable(before)] = word
+            found[word] = _variable(before)
         before = word
     return found
 
@@ -58,15 +58,15 @@ def _digest(salt: str, value: str) -> str:
 
 @dataclass
 class Secrets:
-    """The secrets of one run: values to hide wherever they stand, and inherited variables."""
+    """The secrets of one run: names by the values to hide everywhere, and inherited variables."""
 
-    named: dict[str, str] = field(default_factory=dict)
+    names: Mapping[str, str] = field(default_factory=dict)
     inherited: frozenset[str] = frozenset()
     salt: str = field(default_factory=lambda: secrets.token_hex(4))
 
     def __or__(self, other: Secrets) -> Secrets:
         """Return the secrets of both."""
-        return Secrets({**self.named, **other.named}, self.inherited | other.inherited, self.salt)
+        return Secrets({**self.names, **other.names}, self.inherited | other.inherited, self.salt)
 
     def hide(self, data: Any, *, mask: str = "hidden:{name}:{salt}:{digest}") -> Any:
         """Return plain data, or a text, with a mask in the place of every secret."""
@@ -78,7 +78,8 @@ class Secrets:
         if isinstance(data, (list, tuple)):
             return type(data)(self.hide(value, mask=mask) for value in data)
         if isinstance(data, str):
-            for name, value in self.named.items():
+            # The longest first, as one may be part of another.
+            for value, name in sorted(self.names.items(), key=lambda item: -len(item[0])):
                 if len(value) >= _SHORTEST and value in data:
                     digest = _digest(self.salt, value)
                     shown = mask.format(name=name, salt=self.salt, digest=digest)
