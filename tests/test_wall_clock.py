@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarking.suite import run
+from benchmarking.suite import measurement as run
 
 
 @pytest.mark.parametrize(
