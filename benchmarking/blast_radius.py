@@ -37,7 +37,16 @@ from benchmarking.modes.mps import MpsMode, ask_mps_control
 from benchmarking.records.run_folder import ClientPaths, utc_now, write_json_atomic
 from benchmarking.speed.process_run import Interrupted, Processes, RunFailedError
 from benchmarking.suite import limits
-from benchmarking.suite.cli import OneLineParser, positive_float, positive_int
+from benchmarking.suite.cli import (
+    EXIT_COMPLETE,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_USAGE,
+    OneLineParser,
+    SuiteError,
+    positive_float,
+    positive_int,
+)
 from benchmarking.suite.launcher import (
     OUTCOME_INTERRUPTED,
     Client,
@@ -51,19 +60,9 @@ from benchmarking.suite.launcher import (
 )
 from benchmarking.suite.plan import MIXES, MODE_MPS, MODES, PlannedClient, PlannedCoRun
 from benchmarking.suite.proofs import judge_clients
+from benchmarking.suite.request import Request
 from benchmarking.suite.sampler import Sampler
-from benchmarking.suite.setup import (
-    EXIT_COMPLETE,
-    EXIT_FAILED,
-    EXIT_INTERRUPTED,
-    EXIT_USAGE,
-    PROJECT_ROOT,
-    Request,
-    Setup,
-    SuiteError,
-    no_mps_folder,
-    prepare,
-)
+from benchmarking.suite.setup import PROJECT_ROOT, Setup, no_mps_folder, prepare
 
 FAULTS = tuple(text.FAULT_WORDS)
 FAULT_CLIENT = "workloads/custom/fault_client.py"

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import statistics
 import sys
 import tempfile
@@ -38,7 +39,14 @@ from benchmarking.cost.windows import (
 from benchmarking.hardware import host_limit
 from benchmarking.records.run_folder import ClientPaths, utc_now, write_json_atomic
 from benchmarking.speed.process_run import Interrupted, Processes, RunFailedError
-from benchmarking.suite.cli import OneLineParser, positive_float, positive_int
+from benchmarking.suite.cli import (
+    EXIT_COMPLETE,
+    EXIT_INTERRUPTED,
+    OneLineParser,
+    SuiteError,
+    positive_float,
+    positive_int,
+)
 from benchmarking.suite.co_run_records import start_skew_ms
 from benchmarking.suite.launcher import (
     OUTCOME_INTERRUPTED,
@@ -51,15 +59,8 @@ from benchmarking.suite.launcher import (
     client_base_environment,
 )
 from benchmarking.suite.plan import MIXES, MODES, Plan, PlannedCoRun
-from benchmarking.suite.setup import (
-    EXIT_COMPLETE,
-    EXIT_INTERRUPTED,
-    Request,
-    Setup,
-    SuiteError,
-    no_mps_folder,
-    prepare,
-)
+from benchmarking.suite.request import Request
+from benchmarking.suite.setup import Setup, no_mps_folder, prepare
 
 SCHEMA_VERSION = 1
 READY_TIMEOUT_SECONDS = 1800.0
@@ -133,7 +134,8 @@ def measure(
     """
     processes = Processes(interruption, READY_TIMEOUT_SECONDS)
     planned = prepare_clients(setup.plan, options.arguments, processes)
-    say(f"{options.clients} clients get ready: {planned.command_line_of(planned.clients[0])}")
+    first = shlex.join(planned.command_of(planned.clients[0]))
+    say(f"{options.clients} clients get ready: {first}")
     with tempfile.TemporaryDirectory(prefix="suite-cost-") as name:
         outcome, windows = run_clients(options, setup, planned, interruption, Path(name))
     return describe(options, setup, outcome, windows)

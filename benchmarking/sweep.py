@@ -28,11 +28,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarking.records.run_folder import RunStoreError, utc_now
 from benchmarking.suite import flags
-from benchmarking.suite.cli import EXIT_USAGE, OneLineParser
+from benchmarking.suite.cli import EXIT_USAGE, OneLineParser, SuiteError
 from benchmarking.suite.launcher import Interruption
 from benchmarking.suite.plan import MODE_EXCLUSIVE, MODE_TIME_SLICING, PAIRS_MIX
 from benchmarking.suite.plan_file import PlanFileError
-from benchmarking.suite.setup import SuiteError, no_mps_folder, prepare
+from benchmarking.suite.setup import no_mps_folder, prepare
 from benchmarking.sweeping.knobs import JOB_FLAG, KNOBS, TIMESLICES, Knob, alone_words, knob_called
 from benchmarking.sweeping.sweep_run import SweepRun, card_of
 

@@ -9,14 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from benchmarking.suite.own_jobs import plan_clients, plan_of_jobs
 from benchmarking.suite.plan import JobOptions, PlannedClient
 from benchmarking.suite.plan_file import (
     PlanFile,
     PlanFileError,
     count_clients,
     parse_plan,
-    plan_clients,
-    plan_of_jobs,
     read_plan_file,
     text_hash,
 )

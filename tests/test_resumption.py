@@ -18,8 +18,9 @@ from waiting import wait_until
 from benchmarking.records import run_folder
 from benchmarking.records.types import MpsLimits
 from benchmarking.suite import resume as resumption
+from benchmarking.suite.cli import SuiteError
 from benchmarking.suite.plan_file import read_plan_file
-from benchmarking.suite.setup import Request, SuiteError
+from benchmarking.suite.request import Request
 
 RAMP = ("--mix", "interactive", "--workloads", "1,2", "--run-id", "mine")
 CALIBRATED = {"match": "jupyter*", "figures_once": {"cell_repeats": "matrix=3"}}

@@ -1,4 +1,4 @@
-"""What the programs of this folder share on the command line: one-sentence errors, argument types.
+"""What the programs of this folder share with their users: exit codes, errors, argument types.
 
 Imports nothing of the project, so that every program may use it at no cost.
 """
@@ -10,7 +10,28 @@ import math
 import sys
 from typing import NoReturn
 
-EXIT_USAGE = 2
+EXIT_COMPLETE, EXIT_FAILED, EXIT_USAGE, EXIT_NO_GPU = 0, 1, 2, 3
+EXIT_MODE_NOT_IN_FORCE, EXIT_INVALID, EXIT_INTERRUPTED = 4, 5, 130
+
+
+class SuiteError(Exception):
+    """The run cannot be done as asked; the message names the fix."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        """Keep the message and the exit code that belongs to it."""
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class RunEnded(Exception):
+    """The run ends early, with an outcome for the manifest and an exit code."""
+
+    def __init__(self, outcome: str, exit_code: int, reason: str | None = None) -> None:
+        """Keep what becomes of the run, and why in words."""
+        super().__init__(reason or outcome)
+        self.outcome = outcome
+        self.exit_code = exit_code
+        self.reason = reason
 
 
 class UsageExit(SystemExit):

@@ -16,6 +16,7 @@ from benchmarking.suite.cli import (
     positive_float,
     positive_int,
 )
+from benchmarking.suite.own_jobs import plan_of_jobs
 from benchmarking.suite.plan import (
     MIXES,
     MODE_EXCLUSIVE,
@@ -26,9 +27,9 @@ from benchmarking.suite.plan import (
     PAIR_WINDOW_SECONDS,
     PAIRS_MIX,
 )
-from benchmarking.suite.plan_file import plan_of_jobs, read_plan_file
+from benchmarking.suite.plan_file import read_plan_file
 from benchmarking.suite.ramp import MOST_CLIENTS
-from benchmarking.suite.setup import Request
+from benchmarking.suite.request import Request
 
 PROGRAM = "benchmark_suite.py"
 USUAL_CLIENTS = 4
@@ -68,8 +69,14 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     ))  # fmt: skip
     add_run(parser)
     options = parser.parse_args(words)
-    for check in (check_resume, check_mix, check_mig_layout, check_rest):
-        check(parser, options, words)
+    wrong = contradiction(options, words)
+    if wrong is not None:
+        parser.error(wrong)
+    if options.mix == PAIRS_MIX:
+        options.workloads = (PAIR_CLIENTS,)
+        options.window_seconds = options.window_seconds or PAIR_WINDOW_SECONDS
+    elif options.mig_layout:
+        options.workloads = options.workloads or (len(options.mig_layout),)
     return options
 
 
@@ -103,13 +110,13 @@ def add_experiment(parser: argparse.ArgumentParser) -> None:
     add("--budget-minutes", type=positive_float, metavar="M",
         help="leave out repeats that would take longer than this in all; the first is always done",
     )  # fmt: skip
-    add("--window", type=positive_float, metavar="S",
+    add("--window", dest="window_seconds", type=positive_float, metavar="S",
         help="measure for S seconds and 10 units a client, whole jobs or not (default: until "
         "every client has finished a job)")  # fmt: skip
     add("--min-seconds", type=positive_float, metavar="S",
         help="measure each baseline and co-run for at least so long (default: 5, co-runs of small "
         "jobs 2; NVML's process lists, which prove the mode, come once a second)")  # fmt: skip
-    add("--timeout", type=positive_float, default=1800.0, metavar="S",
+    add("--timeout", dest="timeout_seconds", type=positive_float, default=1800.0, metavar="S",
         help="time limit for getting ready, and again for measuring (default: %(default)g)",
     )  # fmt: skip
     add("--baseline", metavar="RUN",
@@ -180,87 +187,54 @@ def add_run(parser: argparse.ArgumentParser) -> None:
         "was started with; what is done is not repeated, and a budget counts anew")  # fmt: skip
 
 
-def check_resume(
-    parser: argparse.ArgumentParser, options: argparse.Namespace, words: Sequence[str]
-) -> None:
-    """Refuse flags that would make the rest of a run another one."""
-    if options.resume is None:
-        return
-    flags = {word.split("=")[0] for word in words if word.startswith("--")}
-    others = sorted(flags - {"--resume", "--results-dir", "--verbose"})
-    if others:
-        parser.error(f"--resume goes on with the run's own flags: leave {', '.join(others)} away")
-
-
-def check_mix(
-    parser: argparse.ArgumentParser, options: argparse.Namespace, words: Sequence[str]
-) -> None:
-    """Refuse what a kind of jobs has no use for, and fill in the defaults of pairs."""
-    if options.plan is not None and options.job_arguments:
-        parser.error("--job-arguments: with --plan each client's arguments stand in that file")
-    if options.job is not None and options.job_arguments:
-        parser.error("--job-arguments: with --job give each command its own")
-    if options.mix != PAIRS_MIX:
-        return
+def contradiction(options: argparse.Namespace, words: Sequence[str]) -> str | None:
+    """Return the first thing that makes no sense in flags that are good each by itself."""
+    is_pairs, is_own = options.mix == PAIRS_MIX, options.plan or options.job
     ramp = (options.max_slowdown, options.slo_ms, options.bisect, options.until_break)
-    if options.workloads or any(ramp):
-        parser.error("--mix pairs has two clients in each co-run: leave --workloads and bounds")
-    options.workloads = (PAIR_CLIENTS,)
-    options.window = options.window or PAIR_WINDOW_SECONDS
-
-
-def check_mig_layout(
-    parser: argparse.ArgumentParser, options: argparse.Namespace, words: Sequence[str]
-) -> None:
-    """Refuse a layout that has no instance for a client, or no meaning; it counts the clients."""
-    if not options.mig_layout:
-        return
-    if options.mode != MODE_MIG:
-        parser.error("--mig-layout needs --mode mig")
-    if options.mix == PAIRS_MIX:
-        parser.error("--mix pairs needs instances of one size: leave --mig-layout")
-    instances = len(options.mig_layout)
-    options.workloads = options.workloads or (instances,)
-    if max(options.workloads) > instances:
-        parser.error(
-            f"--mig-layout has {instances} instances for {max(options.workloads)} clients: name "
-            "one for each, or give fewer --workloads"
-        )
-
-
-def check_rest(
-    parser: argparse.ArgumentParser, options: argparse.Namespace, words: Sequence[str]
-) -> None:
-    """Refuse pairs of flags that contradict each other."""
-    if options.window is not None and options.window >= options.timeout:
-        parser.error(f"--window {options.window:g} needs a --timeout above it")
-    if options.until_break and options.mode == MODE_MIG:
-        parser.error("--until-break: under MIG there are as many clients as instances; leave it")
-    limits = (options.mps_percentage, options.mps_memory_limit, options.mps_priority)
-    if any(limits) and options.mode != MODE_MPS:
-        parser.error("limits of MPS clients need --mode mps")
-    if options.mode == MODE_EXCLUSIVE and options.baseline is not None:
-        parser.error("--mode exclusive takes baselines: leave --baseline away")
-    if options.data_dir is not None and not Path(options.data_dir).is_dir():
-        parser.error(f"--data-dir {options.data_dir} is no folder: name one that is there")
+    mps_limits = (options.mps_percentage, options.mps_memory_limit, options.mps_priority)
+    instances, most = len(options.mig_layout), max(options.workloads or (0,))
+    window = options.window_seconds
+    flags = {word.split("=")[0] for word in words if word.startswith("--")}
+    # Others would make the rest of a run another one.
+    others = sorted(flags - {"--resume", "--results-dir", "--verbose"})
+    found = (
+        (options.resume is not None and others,
+         f"--resume goes on with the run's own flags: leave {', '.join(others)} away"),
+        (window is not None and window >= options.timeout_seconds,
+         f"--window {window or 0:g} needs a --timeout above it"),
+        (is_pairs and (options.workloads or any(ramp)),
+         "--mix pairs has two clients in each co-run: leave --workloads and bounds"),
+        (is_own and options.job_arguments,
+         "--job-arguments: with --plan or --job each client has its own arguments there"),
+        (options.until_break and options.mode == MODE_MIG,
+         "--until-break: under MIG there are as many clients as instances; leave it"),
+        (instances and options.mode != MODE_MIG, "--mig-layout needs --mode mig"),
+        (instances and is_pairs,
+         "--mix pairs needs instances of one size: leave --mig-layout"),
+        (instances and most > instances,
+         f"--mig-layout has {instances} instances for {most} clients: name one for each, or give "
+         "fewer --workloads"),
+        (any(mps_limits) and options.mode != MODE_MPS, "limits of MPS clients need --mode mps"),
+        (options.mode == MODE_EXCLUSIVE and options.baseline is not None,
+         "--mode exclusive takes baselines: leave --baseline away"),
+        (options.data_dir is not None and not Path(options.data_dir).is_dir(),
+         f"--data-dir {options.data_dir} is no folder: name one that is there"),
+    )  # fmt: skip
+    return next((sentence for is_wrong, sentence in found if is_wrong), None)
 
 
 def request_from(options: argparse.Namespace) -> Request:
     """Return checked flags as the request that the rest of the program knows.
 
-    Raises `PlanFileError` for a plan file that cannot be used.
+    Raises `PlanFileError` for a plan that cannot be used.
     """
     plan_file = read_plan_file(options.plan) if options.plan else None
     if options.job:
         plan_file = plan_of_jobs(options.job, Path.cwd())
     usual_count = len(plan_file.members) if plan_file else USUAL_CLIENTS
-    same = ("mode", "bisect", "until_break", "max_slowdown", "slo_ms", "mig_layout",
-            "job_arguments", "quick", "repeats", "budget_minutes", "min_seconds", "baseline",
-            "results_dir", "run_id", "gpu", "engine", "precision", "seed", "device", "dataset",
-            "data_dir", "allow_contention")  # fmt: skip
+    fields = {name: vars(options)[name] for name in Request.__struct_fields__ if name in options}
     return Request(
-        **{name: getattr(options, name) for name in same},
-        mix=plan_file.name if plan_file else options.mix,
+        **{**fields, "mix": plan_file.name if plan_file else options.mix},
         counts=options.workloads or (usual_count,),
         plan_file=plan_file,
         mps_limits=MpsLimits(
@@ -268,8 +242,6 @@ def request_from(options: argparse.Namespace) -> Request:
             memory_limits=options.mps_memory_limit,
             priorities=options.mps_priority,
         ),
-        window_seconds=options.window,
-        timeout_seconds=options.timeout,
     )
 
 

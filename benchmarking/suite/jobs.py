@@ -13,9 +13,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import IO, Any
 
-from benchmarking.suite.launcher import Interruption, client_base_environment
-from benchmarking.suite.plan import PlannedClient
-from benchmarking.suite.setup import (
+from benchmarking.suite.cli import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
     EXIT_NO_GPU,
@@ -23,6 +21,8 @@ from benchmarking.suite.setup import (
     RunEnded,
     SuiteError,
 )
+from benchmarking.suite.launcher import Interruption, client_base_environment
+from benchmarking.suite.plan import PlannedClient
 
 # About what is downloaded once where a job says that it is missing, in MB, by a name in its line.
 DOWNLOAD_MB = {

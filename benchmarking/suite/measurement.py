@@ -14,6 +14,15 @@ from benchmarking.modes.sharing_mode import GPU_ANSWERS, GPU_LOST_FIX, SharingMo
 from benchmarking.records.run_folder import PHASE_BASELINE, PHASE_CO_RUN, RunWriter
 from benchmarking.suite import proofs, stop_reasons
 from benchmarking.suite.baselines import identity_differences
+from benchmarking.suite.cli import (
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_INVALID,
+    EXIT_NO_GPU,
+    EXIT_USAGE,
+    RunEnded,
+    SuiteError,
+)
 from benchmarking.suite.co_run_records import client_record, co_run_record
 from benchmarking.suite.console import Progress
 from benchmarking.suite.launcher import (
@@ -33,16 +42,7 @@ from benchmarking.suite.limits import PERCENTAGE_VARIABLE
 from benchmarking.suite.plan import COMMAND_WORKLOAD, MODE_MIG, PlannedCoRun
 from benchmarking.suite.resume import EarlierPart
 from benchmarking.suite.sampler import Sampler
-from benchmarking.suite.setup import (
-    EXIT_FAILED,
-    EXIT_INTERRUPTED,
-    EXIT_INVALID,
-    EXIT_NO_GPU,
-    EXIT_USAGE,
-    RunEnded,
-    Setup,
-    SuiteError,
-)
+from benchmarking.suite.setup import Setup
 
 Record = dict[str, Any]
 

@@ -27,9 +27,7 @@ command line's `--job` makes the same list without a file.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import json
 import os
 import re
 import shlex
@@ -41,14 +39,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarking.suite import limits
-from benchmarking.suite.plan import (
-    COMMAND_SCRIPT,
-    COMMAND_WORKLOAD,
-    WORKLOADS,
-    JobOptions,
-    PlannedClient,
-    planned_client,
-)
+from benchmarking.suite.plan import WORKLOADS
 from benchmarking.suite.redaction import (
     NotRevealedError,
     Secrets,
@@ -57,7 +48,21 @@ from benchmarking.suite.redaction import (
     secrets_of_words,
 )
 
-FILE_KEYS = ("name", "client")
+# What each key holds: its type, what it is where it is left away, and how a complaint names it.
+KEYS: Mapping[str, tuple[type, Any, str]] = {
+    "name": (str, "", "a text"),
+    "workload": (str, "", f"one of {', '.join(WORKLOADS)}"),
+    "arguments": (list, [], 'a list of texts, as ["--epochs", "3"]'),
+    "command": (str, "", 'a text or a list of texts, as ["./train.sh", "--fast"]'),
+    "shell": (bool, False, "true or false"),
+    "working_directory": (str, "", "a text"),
+    "latency": (bool, False, "true or false"),
+    "count": (int, 1, "a whole number of 1 or more"),
+    "label": (str, "", "a text"),
+    "environment": (dict, {}, 'a table of texts, as { DATA = "/data" }'),
+    "inherit": (list, [], 'a list of texts, as ["HF_TOKEN"]'),
+    "knobs": (dict, {}, "a table, as { mps_percentage = 50 }"),
+}
 SHARED_KEYS = ("workload", "command", "count", "label", "environment", "inherit", "knobs")
 WORKLOAD_KEYS = ("arguments",)
 COMMAND_KEYS = ("shell", "working_directory", "latency")
@@ -72,9 +77,6 @@ FLAGS_OF_THE_SUITE = ("--device", "--gpu", "--events", "--hold", "--resolve", "-
 # Programs whose first word without a dash is a file, where it ends like one.
 INTERPRETERS = re.compile(r"python[0-9.]*|bash|sh|node|perl|Rscript|julia")
 SCRIPT_SUFFIXES = (".py", ".sh", ".js", ".pl", ".R", ".jl")
-MOST_NAME_CHARACTERS = 40
-# What stands for the file of jobs that were given on the command line.
-JOBS_PLAN = "--job"
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -168,29 +170,7 @@ def count_clients(path: Path) -> int:
     return len(read_plan_file(path).members)
 
 
-def plan_of_jobs(lines: Sequence[str], folder: Path) -> PlanFile:
-    """Return the plan that `--job` makes of command lines, each run in `folder`."""
-    names = [_job_name(line) for line in lines]
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(Path(name).stem for name in names))
-    tables = [f'name = "{name.strip(".-_")[:MOST_NAME_CHARACTERS] or "jobs"}"\n']
-    for number, (line, label) in enumerate(zip(lines, names, strict=True)):
-        others = [job for job in dict.fromkeys(lines[:number]) if _job_name(job) == label]
-        shown = f"{label} ({len(others) + 1})" if others and line not in others else label
-        # A JSON text is a TOML text.
-        tables.append(f"[[client]]\ncommand = {json.dumps(line)}\nlabel = {json.dumps(shown)}\n")
-    return parse_plan("\n".join(tables), JOBS_PLAN, folder)
-
-
-def _job_name(line: str) -> str:
-    """What a command line is called: its script, or its program."""
-    try:
-        words = shlex.split(line) or ["job"]
-    except ValueError:
-        return "job"
-    return Path(_script_of(words) or words[0]).name
-
-
-def _script_of(words: Sequence[str]) -> str | None:
+def script_of(words: Sequence[str]) -> str | None:
     """The file that an interpreter is given, `None` where there is none to be told."""
     if not INTERPRETERS.fullmatch(Path(words[0]).name):
         return None
@@ -216,9 +196,9 @@ def parse_plan(text: str, path: str, folder: Path, *, shown: str | None = None) 
         raise PlanFileError([f"{shown} {kind}({error}): mend that place"]) from error
     mistakes: list[str] = []
     known = _Table(content, shown, mistakes)
-    known.allow(FILE_KEYS)
+    known.allow(("name", "client"))
     default_name = re.sub(r"[^A-Za-z0-9._-]", "-", Path(path).stem).lstrip(".-_") or "plan"
-    name = known.get("name", str, default_name, "a text")
+    name = known.get("name") or default_name
     if not _NAME.fullmatch(name):
         known.complain("name", "use letters, digits, '.', '_' and '-', as it names a folder")
     tables = content.get("client")
@@ -276,18 +256,19 @@ class _Table:
             if key not in keys:
                 self.complain(key, f"there is no such key here; there are {', '.join(keys)}")
 
-    def get(self, key: str, kind: type, default: Any, wanted: str) -> Any:
-        """Value of a key, or the default where it is missing or of another type."""
+    def get(self, key: str) -> Any:
+        """Value of a key, its default where it is missing or of another type."""
+        kind, default, wanted = KEYS[key]
         value = self.content.get(key, default)
         # To Python a bool is a whole number, to whoever writes a plan it is not.
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             self.complain(key, f"is {value!r}, but needs {wanted}")
             return default
-        return value
+        return self.words(key) if kind is list else value
 
-    def words(self, key: str, example: str = '["--epochs", "3"]') -> tuple[str, ...]:
+    def words(self, key: str) -> tuple[str, ...]:
         """A list of texts."""
-        value = self.get(key, list, [], f"a list of texts, as {example}")
+        value = self.content.get(key, [])
         if not all(isinstance(word, str) for word in value):
             self.complain(key, 'holds something else than texts: put each in quotes, as "3"')
             return ()
@@ -304,29 +285,27 @@ def _entry(table: _Table, folder: Path) -> PlanEntry:
         *(WORKLOAD_KEYS if has_workload or not has_command else ()),
         *(COMMAND_KEYS if has_command or not has_workload else ()),
     ))  # fmt: skip
-    count = table.get("count", int, 1, "a whole number of 1 or more")
+    count = table.get("count")
     if count < 1:
-        table.complain("count", f"is {count}, but needs a whole number of 1 or more")
-    label = table.get("label", str, "", "a text")
+        table.complain("count", f"is {count}, but needs {KEYS['count'][2]}")
     special = _command_fields(table, folder) if has_command else _workload_fields(table)
-    environment, inherit = _environment(table)
+    special["label"] = table.get("label") or special["label"]
     return PlanEntry(
-        **{**special, "label": label or special["label"]},
+        **special,
         count=count,
-        environment=environment,
-        inherit=inherit,
+        environment=_environment(table),
+        inherit=table.words("inherit"),
         knobs=_knobs(table),
     )
 
 
 def _workload_fields(table: _Table) -> dict[str, Any]:
-    known = ", ".join(WORKLOADS)
-    workload = table.get("workload", str, "", f"one of {known}")
+    workload = table.get("workload")
     if workload and workload not in WORKLOADS:
+        known = ", ".join(WORKLOADS)
         table.complain("workload", f"there is no workload {workload!r}; there are {known}")
-    arguments = table.words("arguments")
-    for word in arguments:
-        flag = word.partition("=")[0]
+    arguments = table.get("arguments")
+    for flag in (word.partition("=")[0] for word in arguments):
         if flag in FLAGS_OF_THE_SUITE:
             table.complain("arguments", f"leave {flag} away, the suite gives it to every client")
     kind = WORKLOADS.get(workload)
@@ -334,17 +313,14 @@ def _workload_fields(table: _Table) -> dict[str, Any]:
 
 
 def _command_fields(table: _Table, folder: Path) -> dict[str, Any]:
-    directory = folder / table.get("working_directory", str, "", "a text")
+    directory = folder / table.get("working_directory")
     if not directory.is_dir():
         table.complain("working_directory", f"there is no folder {directory}: name one")
-    shell = table.get("shell", bool, False, "true or false")
-    if not isinstance(table.content["command"], list):
-        wanted = 'a text or a list of texts, as ["./train.sh", "--fast"]'
-        line = table.get("command", str, "", wanted)
-    else:
-        if shell:
-            table.complain("command", "with shell = true give one text, not a list")
-        line = shlex.join(table.words("command"))
+    shell = table.get("shell")
+    is_list = isinstance(table.content["command"], list)
+    if is_list and shell:
+        table.complain("command", "with shell = true give one text, not a list")
+    line = shlex.join(table.words("command")) if is_list else table.get("command")
     words = _split(table, line)
     if words and not shell:
         _check_files(table, words, directory)
@@ -352,7 +328,7 @@ def _command_fields(table: _Table, folder: Path) -> dict[str, Any]:
         "command": line,
         "shell": shell,
         "working_directory": str(directory.resolve()),
-        "latency": table.get("latency", bool, False, "true or false"),
+        "latency": table.get("latency"),
         "label": Path(words[0]).name if words else "command",
     }
 
@@ -374,7 +350,7 @@ def _check_files(table: _Table, words: Sequence[str], directory: Path) -> None:
     Of an interpreter's script, too.
     """
     program = str(directory / words[0]) if os.sep in words[0] else words[0]
-    script = _script_of(words)
+    script = script_of(words)
     if shutil.which(program) is None:
         table.complain(
             "command", f"there is no program {words[0]!r} that can be run in {directory}: mend the "
@@ -384,24 +360,23 @@ def _check_files(table: _Table, words: Sequence[str], directory: Path) -> None:
         table.complain("command", f"there is no file {script!r} in {directory}: mend the name")
 
 
-def _environment(table: _Table) -> tuple[dict[str, str], tuple[str, ...]]:
-    """The client's variables, inherited ones among them, and the names of these."""
-    found = dict(table.get("environment", dict, {}, 'a table of texts, as { DATA = "/data" }'))
+def _environment(table: _Table) -> dict[str, str]:
+    """The client's variables, inherited ones among them."""
+    found = dict(table.get("environment"))
     for name, value in found.items():
         wrong = _wrong_variable(name)
         if wrong is None and not isinstance(value, str):
             wrong = 'needs a text: put it in quotes, as "1"'
         if wrong:
             table.complain(f"environment.{name}", wrong)
-    inherit = table.words("inherit", '["HF_TOKEN"]')
-    for name in inherit:
+    for name in table.get("inherit"):
         wrong = _wrong_variable(name)
         if wrong is None and name not in os.environ:
             wrong = "is not set where this was started: export it, or leave it away"
         if wrong:
             table.complain(f"inherit.{name}", wrong)
         found[name] = os.environ.get(name, "")
-    return found, inherit
+    return found
 
 
 def _wrong_variable(name: str) -> str | None:
@@ -413,9 +388,8 @@ def _wrong_variable(name: str) -> str | None:
 
 
 def _knobs(table: _Table) -> dict[str, str]:
-    given = table.get("knobs", dict, {}, "a table, as { mps_percentage = 50 }")
     found: dict[str, str] = {}
-    for name, value in given.items():
+    for name, value in table.get("knobs").items():
         if name not in KNOBS:
             table.complain(f"knobs.{name}", f"there is no such knob; there are {', '.join(KNOBS)}")
             continue
@@ -424,42 +398,3 @@ def _knobs(table: _Table) -> dict[str, str]:
         except ValueError as error:
             table.complain(f"knobs.{name}", str(error))
     return found
-
-
-def plan_clients(plan: PlanFile, count: int, options: JobOptions) -> tuple[PlannedClient, ...]:
-    """Return `count` clients of a plan: its clients in order, starting over after the last."""
-    members = plan.members
-    return tuple(
-        _planned(i, members[i % len(members)], plan.secrets, options) for i in range(count)
-    )
-
-
-def _planned(client: int, entry: PlanEntry, hidden: Secrets, options: JobOptions) -> PlannedClient:
-    if entry.workload is not None:
-        made = planned_client(client, entry.workload, options, entry.arguments)
-    else:
-        made = _command_client(client, entry, options)
-    # What is in the environment can be part of the work; who may read a model is not.
-    variables = [
-        name if name in entry.inherit else f"{name}={value}"
-        for name, value in entry.environment.items()
-    ]
-    key = f"{made.job_key} {shlex.join(variables)}" if variables else made.job_key
-    knobs = {name.removeprefix("mps_"): value for name, value in entry.knobs.items()}
-    environment = {**entry.environment, **limits.variables(**knobs)}
-    return dataclasses.replace(
-        made, label=entry.label, job_key=hidden.name(key), environment=environment
-    )
-
-
-def _command_client(client: int, entry: PlanEntry, options: JobOptions) -> PlannedClient:
-    job = ["--command", str(entry.command), "--working-directory", entry.working_directory]
-    job += ["--shell"] if entry.shell else []
-    job += ["--latency"] if entry.latency else []
-    return PlannedClient(
-        client=client,
-        workload=COMMAND_WORKLOAD,
-        label=entry.label,
-        job_key=shlex.join([COMMAND_WORKLOAD, *job]),
-        command=(options.python, f"{options.root}/{COMMAND_SCRIPT}", *job),
-    )

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from benchmarking.modes.mig import MigMode
 from benchmarking.modes.sharing_mode import is_own_pid_namespace
+from benchmarking.suite.cli import EXIT_FAILED, EXIT_USAGE, SuiteError
 from benchmarking.suite.plan import (
     SIZE_CPU,
     SIZE_GUIDE,
@@ -17,7 +18,7 @@ from benchmarking.suite.plan import (
     PlannedClient,
     PlannedCoRun,
 )
-from benchmarking.suite.setup import EXIT_FAILED, EXIT_USAGE, Setup, SuiteError
+from benchmarking.suite.setup import Setup
 
 # The least measured seconds, alone and together: under these a figure is noise. What is measured
 # alone stands behind every figure of the run, so there jobs are never fewer on a GPU.

@@ -25,11 +25,12 @@ from benchmarking.records.run_folder import (
     RunWriter,
 )
 from benchmarking.suite import baselines
+from benchmarking.suite.cli import EXIT_NO_GPU, EXIT_USAGE, SuiteError
 from benchmarking.suite.launcher import OUTCOME_OK, OUTCOME_TIMEOUT
 from benchmarking.suite.plan import MODE_TIME_SLICING
 from benchmarking.suite.plan_file import PlanFile, parse_plan, text_hash
 from benchmarking.suite.redaction import NotRevealedError, reveal
-from benchmarking.suite.setup import EXIT_NO_GPU, EXIT_USAGE, Request, SuiteError
+from benchmarking.suite.request import Request
 
 # What tells one environment from another besides what a baseline of another run is compared by.
 COMPARED_FIELDS = ("gpu_uuid", "git_commit", "timeslice")

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from benchmarking.records.run_folder import PHASE_SHARE_BASELINE, RunWriter
 from benchmarking.suite import preflight
 from benchmarking.suite.baselines import BaselineMismatchError, newest_reusable, require_reusable
+from benchmarking.suite.cli import EXIT_COMPLETE, EXIT_FAILED, EXIT_USAGE, RunEnded, SuiteError
 from benchmarking.suite.console import Progress
 from benchmarking.suite.jobs import resolve_all
 from benchmarking.suite.launcher import FinishRule, Interruption
@@ -19,14 +20,7 @@ from benchmarking.suite.plan import MODE_MIG, Plan, PlannedCoRun, carried_argume
 from benchmarking.suite.ramp import Ramp
 from benchmarking.suite.resume import EarlierPart, unlike_environment
 from benchmarking.suite.sampler import Sampler
-from benchmarking.suite.setup import (
-    EXIT_COMPLETE,
-    EXIT_FAILED,
-    EXIT_USAGE,
-    RunEnded,
-    Setup,
-    SuiteError,
-)
+from benchmarking.suite.setup import Setup
 
 
 class SuiteRun:

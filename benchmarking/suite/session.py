@@ -17,23 +17,20 @@ from pathlib import Path
 
 from benchmarking.records import run_folder
 from benchmarking.suite import console, flags, locks, preflight
-from benchmarking.suite.cli import EXIT_USAGE
+from benchmarking.suite.cli import (
+    EXIT_COMPLETE,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_MODE_NOT_IN_FORCE,
+    EXIT_USAGE,
+    SuiteError,
+)
 from benchmarking.suite.jobs import require_known_flags
 from benchmarking.suite.launcher import Interruption
 from benchmarking.suite.plan_file import PlanFileError
 from benchmarking.suite.resume import read_earlier, request_data
 from benchmarking.suite.run import SuiteRun
-from benchmarking.suite.setup import (
-    EXIT_COMPLETE,
-    EXIT_FAILED,
-    EXIT_INTERRUPTED,
-    EXIT_MODE_NOT_IN_FORCE,
-    PROJECT_ROOT,
-    Setup,
-    SuiteError,
-    no_mps_folder,
-    prepare,
-)
+from benchmarking.suite.setup import PROJECT_ROOT, Setup, no_mps_folder, prepare
 
 SUITE_SCRIPT = PROJECT_ROOT / "benchmarking" / "benchmark_suite.py"
 ANALYSIS_SCRIPT = PROJECT_ROOT / "benchmarking" / "analyze_results.py"

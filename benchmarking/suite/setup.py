@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
-import re
-import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,16 +21,17 @@ from benchmarking.modes.whole_gpu import time_slice, time_slicing_warning
 from benchmarking.records import run_folder
 from benchmarking.records.run_folder import PHASE_BASELINE, Run
 from benchmarking.records.types import MpsLimits
-from benchmarking.suite import limits, proofs
+from benchmarking.suite import limits
 from benchmarking.suite import plan as planning
+from benchmarking.suite.card import find_gpu, look_for_foreign_processes, usable_cores
+from benchmarking.suite.cli import EXIT_MODE_NOT_IN_FORCE, EXIT_USAGE, SuiteError
+from benchmarking.suite.own_jobs import JOBS_PLAN, plan_clients
 from benchmarking.suite.plan import (
     MODE_CPU_DEMO,
     MODE_EXCLUSIVE,
     MODE_MIG,
     MODE_MPS,
     MODE_TIME_SLICING,
-    PAIR_CLIENTS,
-    PAIRS_MIX,
     SIZE_CPU,
     SIZE_GUIDE,
     SIZE_QUICK,
@@ -43,104 +40,11 @@ from benchmarking.suite.plan import (
     PlannedClient,
     PlannedCoRun,
 )
-from benchmarking.suite.plan_file import JOBS_PLAN, PlanFile, plan_clients
-from benchmarking.suite.redaction import Secrets, secrets_of_words
+from benchmarking.suite.plan_file import PlanFile
+from benchmarking.suite.redaction import Secrets
+from benchmarking.suite.request import Request
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
-
-EXIT_COMPLETE, EXIT_FAILED, EXIT_USAGE, EXIT_NO_GPU = 0, 1, 2, 3
-EXIT_MODE_NOT_IN_FORCE, EXIT_INVALID, EXIT_INTERRUPTED = 4, 5, 130
-
-
-class SuiteError(Exception):
-    """The run cannot be done as asked; the message names the fix."""
-
-    def __init__(self, message: str, exit_code: int) -> None:
-        """Keep the message and the exit code that belongs to it."""
-        super().__init__(message)
-        self.exit_code = exit_code
-
-
-class RunEnded(Exception):
-    """The run ends early, with an outcome for the manifest and an exit code."""
-
-    def __init__(self, outcome: str, exit_code: int, reason: str | None = None) -> None:
-        """Keep what becomes of the run, and why in words."""
-        super().__init__(reason or outcome)
-        self.outcome = outcome
-        self.exit_code = exit_code
-        self.reason = reason
-
-
-class Request(msgspec.Struct, frozen=True, kw_only=True):
-    """What was asked for on the command line; kept in the manifest, to go on after a cut."""
-
-    mode: str = MODE_TIME_SLICING
-    mix: str = "mixed"
-    counts: tuple[int, ...] = (4,)
-    quick: bool = False
-    repeats: int = 1
-    budget_minutes: float | None = None
-    min_seconds: float | None = None
-    window_seconds: float | None = None
-    timeout_seconds: float = 1800.0
-    baseline: str | None = None
-    gpu: str | None = None
-    engine: str | None = None
-    precision: str | None = None
-    seed: int = 42
-    device: str = "auto"
-    dataset: str | None = None
-    data_dir: str | None = None
-    bisect: bool = False
-    until_break: bool = False
-    max_slowdown: float | None = None
-    slo_ms: float | None = None
-    mps_limits: MpsLimits = MpsLimits()
-    mig_layout: tuple[str, ...] = ()
-    job_arguments: tuple[str, ...] = ()
-    allow_contention: bool = False
-    # not in the manifest's request: the run's own folder and its plan.toml say so
-    results_dir: Path = Path("results")
-    run_id: str | None = None
-    plan_file: PlanFile | None = None
-
-    @property
-    def co_run_prefix(self) -> str:
-        """What the names of its co-runs begin with: under other limits they are other co-runs."""
-        return f"{self.mix}{limits.co_run_suffix(self.mps_limits)}"
-
-    @property
-    def is_pairs(self) -> bool:
-        """Whether every job runs with each other one, two at a time."""
-        return self.mix == PAIRS_MIX and self.plan_file is None
-
-    @property
-    def workloads(self) -> tuple[str, ...]:
-        """What makes the whole mix once; `command` for a command of a plan."""
-        if self.plan_file:
-            return tuple(
-                entry.workload or planning.COMMAND_WORKLOAD for entry in self.plan_file.members
-            )
-        return planning.MIXES["mixed" if self.is_pairs else self.mix]
-
-    @property
-    def mix_size(self) -> int:
-        """How many clients make the whole mix once."""
-        return PAIR_CLIENTS if self.is_pairs else len(self.workloads)
-
-    @property
-    def has_latency(self) -> bool:
-        """Whether some client of the mix has response times."""
-        if self.plan_file:
-            return self.plan_file.has_latency
-        return any(planning.WORKLOADS[workload].has_latency for workload in self.workloads)
-
-    @property
-    def secrets(self) -> Secrets:
-        """What of it is not to be recorded or printed."""
-        mine = Secrets(secrets_of_words(self.job_arguments))
-        return mine | self.plan_file.secrets if self.plan_file else mine
 
 
 @dataclass(frozen=True)
@@ -253,7 +157,7 @@ def prepare(
     is_contended = False
     if gpu:
         allowed = request.allow_contention or not require_mode
-        is_contended, found = _look_for_foreign_processes(gpu["uuid"], allowed=allowed)
+        is_contended, found = look_for_foreign_processes(gpu["uuid"], allowed=allowed)
         notes += found
         if request.mode == MODE_TIME_SLICING:
             warning = time_slicing_warning(most, gpu["uuid"], environment)
@@ -368,26 +272,6 @@ def _environment_of(
     }
 
 
-def _look_for_foreign_processes(gpu_uuid: str, *, allowed: bool) -> tuple[bool, list[str]]:
-    """Look who is on the GPU before a client of ours is: whether somebody, and notes.
-
-    Raises `SuiteError` where somebody is and may not be.
-    """
-    processes = nvml.compute_processes(gpu_uuid)
-    if processes is None:
-        return False, ["whether other processes are on the GPU could not be asked"]
-    pids = proofs.foreign_pids(processes)
-    if not pids:
-        return False, []
-    found = f"other processes are on the GPU: {proofs.describe_pids(pids)}"
-    if not allowed:
-        raise SuiteError(
-            f"{found}; wait until they have ended, choose another card with --gpu, or measure "
-            "next to them with --allow-contention", EXIT_MODE_NOT_IN_FORCE,
-        )  # fmt: skip
-    return True, [f"{found}: the GPU is contended, figures hold next to them only"]
-
-
 def _notes_on_plan_file(plan_file: PlanFile | None) -> list[str]:
     if plan_file is None:
         return []
@@ -396,84 +280,3 @@ def _notes_on_plan_file(plan_file: PlanFile | None) -> list[str]:
     if any(entry.command for entry in plan_file.entries):
         notes.append("a command's start-up is part of its runs: use runs that are long next to it")
     return notes
-
-
-def find_gpu(
-    request: Request, environment: Mapping[str, str]
-) -> tuple[dict[str, Any] | None, list[str]]:
-    """Return the facts of the GPU to use and notes; `None` only where there is no GPU to use.
-
-    Raises `SuiteError`: code 2 for a `--gpu` that does not exist, code 3 where a GPU is there or
-    was asked for but cannot be used.
-    """
-    if request.device == "cpu":
-        return None, ["--device cpu: CPU demonstration, whatever mode was asked for"]
-    try:
-        selector = request.gpu or nvml.visible_gpu(environment)
-        gpu = nvml.open_gpu(selector)
-    except nvml.GpuHiddenError as error:
-        if request.device == "auto":
-            return None, [f"{error}: CPU demonstration"]
-        raise SuiteError(
-            f"--device cuda, but {error}: unset it, or name a GPU by --gpu", EXIT_NO_GPU
-        ) from error
-    except nvml.GpuNotFoundError as error:
-        code = EXIT_USAGE if nvml.unavailable_reason() is None else EXIT_NO_GPU
-        raise SuiteError(str(error), code) from error
-    except nvml.GpuUnusableError as error:
-        raise SuiteError(
-            f"{error}; --device cpu gives the CPU demonstration", EXIT_NO_GPU
-        ) from error
-    if gpu is None:
-        return None, [_without_a_gpu(request)]
-    facts = gpu.describe()
-    if facts["uuid"] is None:
-        raise SuiteError(
-            "the driver does not tell the GPU's UUID, so no job can be sent to it: look for "
-            "Xid in the kernel's log, and restart", EXIT_NO_GPU,
-        )  # fmt: skip
-    if str(facts["uuid"]).startswith("MIG-"):
-        raise SuiteError(
-            f"{selector} is a MIG instance: name the card with --gpu, each client gets an "
-            "instance of it", EXIT_USAGE,
-        )  # fmt: skip
-    return facts, nvml.lost_gpus()
-
-
-def _without_a_gpu(request: Request) -> str:
-    """Return the note on a machine without a GPU; raises `SuiteError` where one is or must be."""
-    reason = nvml.unavailable_reason()
-    if _nvidia_smi_lists_a_gpu():
-        raise SuiteError(
-            f"nvidia-smi lists a GPU but it cannot be asked: {reason} "
-            "(pip install -r requirements.txt, or --device cpu for the CPU demonstration)",
-            EXIT_NO_GPU,
-        )
-    if request.device == "cuda":
-        raise SuiteError(
-            f"--device cuda, but there is no GPU: {reason} (leave --device away for the CPU "
-            "demonstration)", EXIT_NO_GPU,
-        )  # fmt: skip
-    return f"no GPU here ({reason}): CPU demonstration, whatever mode was asked for"
-
-
-def _nvidia_smi_lists_a_gpu() -> bool:
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return False
-    listing = subprocess.run(
-        [program, "-L"], stdin=subprocess.DEVNULL, capture_output=True, check=False,
-        encoding="utf-8", errors="replace",
-    )  # fmt: skip
-    # A damaged or lost GPU changes the exit status and adds a line; the others are listed.
-    return re.search(r"^GPU \d+: .*\(UUID: ", listing.stdout, re.MULTILINE) is not None
-
-
-def usable_cores() -> int:
-    """Return how many cores this process may use: affinity, and a container's quota if lower."""
-    cores = len(os.sched_getaffinity(0))
-    with contextlib.suppress(OSError, ValueError):
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        if quota != "max":
-            cores = min(cores, max(1, int(quota) // int(period)))
-    return cores

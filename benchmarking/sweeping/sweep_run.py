@@ -13,19 +13,19 @@ from pathlib import Path
 
 from benchmarking.modes.mode_scripts import ModeScriptError, in_force, is_set_up, lock_reason
 from benchmarking.records.run_folder import resolve_run, utc_now, write_json_atomic
-from benchmarking.suite.launcher import Interruption
-from benchmarking.suite.plan import MODE_EXCLUSIVE, MODE_MIG
-from benchmarking.suite.setup import (
+from benchmarking.suite.card import find_gpu
+from benchmarking.suite.cli import (
     EXIT_COMPLETE,
     EXIT_FAILED,
     EXIT_INTERRUPTED,
     EXIT_INVALID,
     EXIT_NO_GPU,
     EXIT_USAGE,
-    Request,
     SuiteError,
-    find_gpu,
 )
+from benchmarking.suite.launcher import Interruption
+from benchmarking.suite.plan import MODE_EXCLUSIVE, MODE_MIG
+from benchmarking.suite.request import Request
 from benchmarking.sweeping import report
 from benchmarking.sweeping.knobs import KNOBS, Knob, alone_words
 from benchmarking.sweeping.points import INTERRUPTED, NOT_RUN, OK, Point, read_point
