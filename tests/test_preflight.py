@@ -16,6 +16,7 @@ import pytest
 from test_benchmark_suite import Bench, bench, gpu_bench
 from waiting import wait_until
 
+from benchmarking.records import run_folder
 from benchmarking.suite import locks, preflight
 from benchmarking.suite.cli import EXIT_USAGE
 from benchmarking.suite.session import run_suite
@@ -113,15 +114,20 @@ def test_a_second_run_is_refused_with_the_pid_of_the_first(bench: Bench) -> None
     )  # fmt: skip
     try:
         wait_until(lambda: list(bench.results.rglob("0.events.jsonl")), "a client")
-        second = bench.run("--mix", "training", "--run-id", "second")
+        second = bench.run("--mix=training", "--job-arguments=--token hunter2", "--run-id=second")
         assert second.returncode == 4
         sentence = f"another run is at work on this machine's CPU: pid {first.pid}"
         assert sentence in second.stderr
         assert "--allow-contention" in second.stderr
         assert not (bench.results / "second").exists()
+        assert "hunter2" not in (bench.results / run_folder.REFUSALS_FILE).read_text()
         bench.script()
         allowed = bench.run("--mix", "inference", "--workloads", "1", "--allow-contention")
         assert allowed.returncode == 0, allowed.stderr
+        manifests = [run_folder.read_run(path).manifest for path in bench.results.iterdir()
+                     if path.name.startswith("cpu-demo-inference")]  # fmt: skip
+        assert [manifest["is_contended"] for manifest in manifests] == [True]
+        assert sentence in manifests[0]["notes"][-1]
     finally:
         first.terminate()
         first.wait(60)
@@ -140,7 +146,7 @@ def test_a_driver_holds_the_lock_over_its_suite_runs(
             pass
         done = subprocess.run(ask, capture_output=True, text=True, check=False)
         assert f"GPU GPU-1: pid {os.getpid()} of" not in done.stderr
-        assert f"at work on GPU GPU-1: pid {os.getpid()};" in done.stderr
+        assert f"at work on GPU GPU-1: pid {os.getpid()}; wait" in done.stderr
     assert subprocess.run(ask, capture_output=True, text=True, check=False).stdout == "held\n"
 
 

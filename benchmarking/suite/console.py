@@ -55,15 +55,16 @@ class Progress:
         from rich.console import Console
         from rich.live import Live
 
-        end_seconds = time.monotonic() + (seconds or 0.0)
+        begin_seconds = time.monotonic()
 
         class Line:
             """The live line, made anew at each look."""
 
             def __rich__(self) -> str:
-                left = end_seconds - time.monotonic()
-                told = f"about {left:.0f} s left" if left > 0 else f"{-left:.0f} s more than usual"
-                return f"  … {text.split(':')[0]}" + (f": {told}" if seconds else "")
+                spent = time.monotonic() - begin_seconds
+                left = (seconds or 0.0) - spent
+                told = f"about {left:.0f} s left" if left > 0 else f"{spent:.0f} s"
+                return f"  … {text.split(' (')[0]}: {told}"
 
         console = Console(stderr=True, markup=False, highlight=False)
         live = Live(Line(), console=console, transient=True, refresh_per_second=2)

@@ -33,6 +33,8 @@ from benchmarking.suite.request import Request
 
 PROGRAM = "benchmark_suite.py"
 USUAL_CLIENTS = 4
+# Other flags would make the rest of a run another one.
+GOES_WITH_RESUME = {"--resume", "--results-dir", "--verbose", "--allow-contention"}
 
 DESCRIPTION = """\
 Run real jobs side by side on one GPU under a sharing mode, and record what it cost them.
@@ -195,8 +197,7 @@ def contradiction(options: argparse.Namespace, words: Sequence[str]) -> str | No
     instances, most = len(options.mig_layout), max(options.workloads or (0,))
     window = options.window_seconds
     flags = {word.split("=")[0] for word in words if word.startswith("--")}
-    # Others would make the rest of a run another one.
-    others = sorted(flags - {"--resume", "--results-dir", "--verbose"})
+    others = sorted(flags - GOES_WITH_RESUME)
     found = (
         (options.resume is not None and others,
          f"--resume goes on with the run's own flags: leave {', '.join(others)} away"),

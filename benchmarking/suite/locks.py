@@ -68,10 +68,7 @@ def _in_use(what: str, pid: str, owner: int | None = None) -> str:
     )
     with contextlib.suppress(KeyError):
         who += f" of {pwd.getpwuid(owner).pw_name}" if owner is not None else ""
-    return (
-        f"another run is at work on {what}: {who}; wait for its end, or measure next to it with "
-        "--allow-contention"
-    )
+    return f"another run is at work on {what}: {who}; wait for its end"
 
 
 def _folder() -> Path:
@@ -107,10 +104,7 @@ def _opened(path: Path) -> Iterator[int]:
 
 
 def _cannot_lock(path: Path) -> str:
-    return (
-        f"whether another run is at work cannot be told: remove {path}, name another folder by "
-        f"{FOLDER_VARIABLE}, or go on without by --allow-contention"
-    )
+    return f"whether another run is at work cannot be told: remove {path}, or set {FOLDER_VARIABLE}"
 
 
 def _held_by_others(folder: Path, key: str) -> list[tuple[int, int]]:

@@ -6,10 +6,12 @@ inherits. What was hidden is given again by the environment when a run goes on (
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
 import secrets
-from collections.abc import Iterable, Mapping
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,6 +47,15 @@ def secrets_of_words(words: Iterable[str]) -> dict[str, str]:
             found[word] = _variable(before)
         before = word
     return found
+
+
+def hidden_in_command_line(words: Sequence[str]) -> list[str]:
+    """Return a command line to record: secrets hidden, in words that are command lines, too."""
+    names = secrets_of_words(words)
+    for text in (part for word in words for part in (word, word.partition("=")[2])):
+        with contextlib.suppress(ValueError):
+            names |= secrets_of_words(shlex.split(text))
+    return Secrets(names).hide(list(words))
 
 
 def _variable(name: str) -> str:

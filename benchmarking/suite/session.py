@@ -15,6 +15,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
+
 from benchmarking.records import run_folder
 from benchmarking.suite import console, flags, locks, preflight
 from benchmarking.suite.cli import (
@@ -28,6 +30,7 @@ from benchmarking.suite.cli import (
 from benchmarking.suite.jobs import require_known_flags
 from benchmarking.suite.launcher import Interruption
 from benchmarking.suite.plan_file import PlanFileError
+from benchmarking.suite.redaction import hidden_in_command_line
 from benchmarking.suite.resume import read_earlier, request_data
 from benchmarking.suite.run import SuiteRun
 from benchmarking.suite.setup import PROJECT_ROOT, Setup, no_mps_folder, prepare
@@ -63,7 +66,8 @@ def run_suite(
         if not from_driver:
             raise
         return SessionResult(int(end.code or 0), getattr(end, "sentence", None), None)
-    command = [flags.PROGRAM if from_driver else sys.argv[0], *words]
+    program = flags.PROGRAM if from_driver else sys.argv[0]
+    command = [program, *hidden_in_command_line(words)]
     try:
         return _planned_and_run(options, command, stop, from_driver=from_driver)
     except SuiteError as error:
@@ -88,6 +92,8 @@ def _planned_and_run(
 ) -> SessionResult:
     earlier = read_earlier(options.resume, options.results_dir) if options.resume else None
     request = earlier.request if earlier else flags.request_from(options)
+    if options.allow_contention:  # the one flag that a run may go on with
+        request = msgspec.structs.replace(request, allow_contention=True)
     with _watched(stop) as stop, no_mps_folder() as folder:
         setup = prepare(request, folder, os.environ, require_mode=not options.dry_run)
         setup.notes.extend(preflight.notes_before(setup))
@@ -96,9 +102,10 @@ def _planned_and_run(
         console.print_plan(setup, verbose=options.verbose or options.dry_run)
         if options.dry_run:
             return SessionResult(EXIT_COMPLETE, None, None)
-        with _alone_on_the_card(setup):
+        with contextlib.ExitStack() as stack:
+            is_alone = _lock_card(setup, stack) and not setup.is_contended
             writer = earlier.reopen(setup.notes) if earlier else _new_run(setup, command)
-            if setup.is_contended:
+            if not is_alone:
                 writer.update_manifest(is_contended=True)
             suite = SuiteRun(setup, writer, stop, console.Progress(), earlier)
             code = suite.execute()
@@ -115,18 +122,21 @@ def _watched(stop: Interruption | None) -> Iterator[Interruption]:
         yield own
 
 
-@contextlib.contextmanager
-def _alone_on_the_card(setup: Setup) -> Iterator[None]:
-    """Let no second run on the card, or on the CPU, unless that is allowed."""
-    if setup.request.allow_contention:
-        yield
-        return
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(locks.hold(setup.gpu["uuid"] if setup.gpu else None))
-        except locks.InUseError as error:
-            raise SuiteError(str(error), EXIT_MODE_NOT_IN_FORCE) from error
-        yield
+def _lock_card(setup: Setup, stack: contextlib.ExitStack) -> bool:
+    """Hold the card's lock, or the CPU's, until the stack ends; say whether no other run is there.
+
+    Raises `SuiteError` (code 4) where one is and that is not allowed.
+    """
+    try:
+        stack.enter_context(locks.hold(setup.gpu["uuid"] if setup.gpu else None))
+    except locks.InUseError as error:
+        if not setup.request.allow_contention:
+            raise SuiteError(
+                f"{error}, or measure next to it with --allow-contention", EXIT_MODE_NOT_IN_FORCE
+            ) from error
+        setup.notes.append(f"{error}: figures hold next to it only")
+        return False
+    return True
 
 
 def _new_run(setup: Setup, command: Sequence[str]) -> run_folder.RunWriter:
