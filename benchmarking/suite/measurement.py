@@ -61,6 +61,37 @@ class Reference:
     share: dict[str, Record] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class RunContext:
+    """What to do, where to write it, whom to ask whether to stop, and whom to tell.
+
+    `earlier` is what a run that goes on has of it already.
+    """
+
+    setup: Setup
+    writer: RunWriter
+    stop: Interruption
+    progress: Progress
+    earlier: EarlierPart | None = None
+
+    def note(self, text: str | None) -> None:
+        """Say something and keep it with the run."""
+        if text:
+            self.progress.say(text)
+        if text and text not in self.writer.manifest["notes"]:
+            self.writer.update_manifest(notes=[*self.writer.manifest["notes"], text])
+
+    def describe_environment(self, found: Mapping[str, Any]) -> None:
+        """Fill in what is not known of the environment yet."""
+        environment = self.writer.manifest["environment"]
+        unknown = {
+            key: value for key, value in found.items()
+            if key in environment and value is not None and environment[key] in (None, {})
+        }  # fmt: skip
+        if unknown:
+            self.writer.update_manifest(environment={**environment, **unknown})
+
+
 class Measurement:
     """Runs the co-runs of a setup, and writes every record as soon as it is known.
 
@@ -68,50 +99,20 @@ class Measurement:
     each of them did not hold.
     """
 
-    def __init__(
-        self,
-        setup: Setup,
-        writer: RunWriter,
-        stop: Interruption,
-        progress: Progress,
-        earlier: EarlierPart | None = None,
-    ) -> None:
-        """Take what to do, where to write it, whom to ask whether to stop, and whom to tell.
-
-        `earlier` is what a run that goes on has of it already.
-        """
-        self._setup = setup
-        self._request = setup.request
-        self._writer = writer
-        self._stop = stop
-        self._say = progress.say
-        self._earlier = earlier
+    def __init__(self, context: RunContext) -> None:
+        """Start with nothing measured."""
+        self._context = context
+        self._setup = context.setup
+        self._say = context.progress.say
         self._launcher = Launcher(
             client_base_environment(os.environ),
-            patience=Patience(timeout=setup.request.timeout_seconds),
-            interruption=stop,
-            say=progress.say,
+            patience=Patience(timeout=context.setup.request.timeout_seconds),
+            interruption=context.stop,
+            say=context.progress.say,
         )
         self.reference = Reference()
         self.done: set[str] = set()
         self.stop_reasons: dict[str, Record | None] = {}
-
-    def note(self, text: str | None) -> None:
-        """Say something and keep it with the run."""
-        if text:
-            self._say(text)
-        if text and text not in self._writer.manifest["notes"]:
-            self._writer.update_manifest(notes=[*self._writer.manifest["notes"], text])
-
-    def describe_environment(self, found: Mapping[str, Any]) -> None:
-        """Fill in what is not known of the environment yet."""
-        environment = self._writer.manifest["environment"]
-        unknown = {
-            key: value for key, value in found.items()
-            if key in environment and value is not None and environment[key] in (None, {})
-        }  # fmt: skip
-        if unknown:
-            self._writer.update_manifest(environment={**environment, **unknown})
 
     def run_one(self, planned: PlannedCoRun, rule: FinishRule, sampler: Sampler) -> list[Record]:
         """Run one co-run, write its records, return those of its clients.
@@ -119,9 +120,10 @@ class Measurement:
         Raises `RunEnded` when it did not end well, `SuiteError` when the clients were not what
         they should be: what follows would build on it.
         """
-        if self._stop.requested:
+        if self._context.stop.requested:
             raise RunEnded("interrupted", EXIT_INTERRUPTED, "interrupted")
-        finished = self._earlier and self._earlier.finished(planned.co_run)
+        earlier = self._context.earlier
+        finished = earlier and earlier.finished(planned.co_run)
         if finished:
             return self._take_from_record(*finished)
         mode = self._setup.alone_mode if planned.phase == PHASE_BASELINE else self._setup.mode
@@ -137,7 +139,7 @@ class Measurement:
             mode.observe()
 
         clock = wall_clock_offset()
-        seen = self._launcher.run(planned, self._writer.client_paths, rule, before_go)
+        seen = self._launcher.run(planned, self._context.writer.client_paths, rule, before_go)
         self.done.add(planned.co_run)
         record, clients, gpu_lost = self._recorded(seen, mode, sampler, clock)
         if refusal is not None:
@@ -186,7 +188,7 @@ class Measurement:
             is_limited = PERCENTAGE_VARIABLE in clients[0].planned.environment
             seen = None if is_limited else first.get("multiprocessor_count")
             versions = first.get("versions") or {}
-            self.describe_environment({"multiprocessor_count": seen, "versions": versions})
+            self._context.describe_environment({"multiprocessor_count": seen, "versions": versions})
 
     def _recorded(
         self, seen: CoRunOutcome, mode: SharingMode, sampler: Sampler, clock: float
@@ -224,7 +226,7 @@ class Measurement:
         record["warnings"] += [*clock_warnings(clock), *proofs.contention_warnings(foreign)]
         record["is_contended"] = bool(foreign)
         # The bounds are for jobs that share the GPU.
-        request, bounds = self._request, {}
+        request, bounds = self._setup.request, {}
         if planned.phase == PHASE_CO_RUN:
             bounds = {"max_slowdown": request.max_slowdown, "max_p99_ms": request.slo_ms}
         reason = stop_reasons.stop_reason(
@@ -232,7 +234,7 @@ class Measurement:
         )
         record["stop_reason"] = self.stop_reasons[planned.co_run] = reason
         for line in (*clients, record):
-            self._writer.append_record(self._setup.secrets.hide(line))
+            self._context.writer.append_record(self._setup.secrets.hide(line))
         for warning in record["warnings"]:
             self._say(warning)
         if reason is not None:
@@ -243,9 +245,9 @@ class Measurement:
         samples: list[Record] = []
         if seen.window_end_seconds is not None and not sampler.failure:
             samples = list(sampler.samples_past(seen.window_end_seconds))
-            self.note(sampler.failure)
+            self._context.note(sampler.failure)
         for complaint in sampler.complaints():
-            self.note(complaint)
+            self._context.note(complaint)
         return samples
 
     def _gpu_figures(self, seen: CoRunOutcome, samples: list[Record]) -> Record | None:

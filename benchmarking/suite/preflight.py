@@ -10,6 +10,7 @@ from pathlib import Path
 
 from benchmarking.modes.mig import MigMode
 from benchmarking.modes.sharing_mode import is_own_pid_namespace
+from benchmarking.records.run_folder import PHASE_CO_RUN
 from benchmarking.suite.cli import EXIT_FAILED, EXIT_USAGE, SuiteError
 from benchmarking.suite.plan import (
     SIZE_CPU,
@@ -117,27 +118,28 @@ def _need_and_room(run: PlannedCoRun, setup: Setup) -> tuple[float, float]:
 # --- how long it takes ------------------------------------------------------------------------
 
 
-def least_seconds(setup: Setup, *, is_baseline: bool) -> float:
+def least_seconds(setup: Setup, phase: str) -> float:
     """Return how long a window lasts at least."""
+    is_baseline = phase != PHASE_CO_RUN
     is_long = not setup.is_cpu_demo if is_baseline else setup.job_size == SIZE_GUIDE
     usual = GUIDE_MIN_SECONDS if is_long else SMALL_MIN_SECONDS
     return setup.request.min_seconds or usual
 
 
-def estimated_seconds(run: PlannedCoRun, setup: Setup, *, is_baseline: bool) -> float | None:
+def estimated_seconds(run: PlannedCoRun, setup: Setup) -> float | None:
     """Return about how long a co-run takes; `None` where a command's length is unknown."""
     kinds = [WORKLOADS.get(client.workload) for client in run.clients]
     if None in kinds:
         return None
-    others = len(kinds) - 1
+    is_baseline = run.phase != PHASE_CO_RUN
     around = START_SECONDS + WARM_UP_SECONDS * len(kinds)
     if setup.request.window_seconds and not is_baseline:
         return around + setup.request.window_seconds
     longest = max(kind.job_seconds[setup.job_size] for kind in kinds)
-    least = least_seconds(setup, is_baseline=is_baseline)
+    least = least_seconds(setup, run.phase)
     if is_baseline and not setup.is_cpu_demo and longest < least:
         longest *= BASELINE_MIN_JOBS
-    slowed = 1 + SLOWED_BY_A_NEIGHBOR * others
+    slowed = 1 + SLOWED_BY_A_NEIGHBOR * (len(kinds) - 1)
     if setup.job_size == SIZE_CPU:
         slowed = max(1.0, len(kinds) / setup.cores)
     return around + max(least, longest * slowed)
@@ -151,10 +153,7 @@ def estimate(setup: Setup) -> str:
     if plan.co_runs:
         what = _counted(len(plan.co_runs) // repeats, "co-run")
         parts.append(f"{repeats} repeats of {what}" if repeats > 1 else what)
-    seconds = [
-        *(estimated_seconds(run, setup, is_baseline=True) for run in plan.baseline),
-        *(estimated_seconds(run, setup, is_baseline=False) for run in plan.co_runs),
-    ]
+    seconds = [estimated_seconds(run, setup) for run in (*plan.baseline, *plan.co_runs)]
     if None in seconds:
         return f"as long as your commands take: {', '.join(parts)}"
     budget = setup.request.budget_minutes

@@ -8,19 +8,17 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 
-from benchmarking.records.run_folder import PHASE_SHARE_BASELINE, RunWriter
+from benchmarking.records.run_folder import PHASE_BASELINE, PHASE_SHARE_BASELINE
 from benchmarking.suite import preflight
 from benchmarking.suite.baselines import BaselineMismatchError, newest_reusable, require_reusable
 from benchmarking.suite.cli import EXIT_COMPLETE, EXIT_FAILED, EXIT_USAGE, RunEnded, SuiteError
-from benchmarking.suite.console import Progress
 from benchmarking.suite.jobs import resolve_all
-from benchmarking.suite.launcher import FinishRule, Interruption
-from benchmarking.suite.measurement import Measurement, Record
+from benchmarking.suite.launcher import FinishRule
+from benchmarking.suite.measurement import Measurement, Record, RunContext
 from benchmarking.suite.plan import MODE_MIG, Plan, PlannedCoRun, carried_arguments
 from benchmarking.suite.ramp import Ramp
-from benchmarking.suite.resume import EarlierPart, unlike_environment
+from benchmarking.suite.resume import unlike_environment
 from benchmarking.suite.sampler import Sampler
-from benchmarking.suite.setup import Setup
 
 
 class SuiteRun:
@@ -29,27 +27,16 @@ class SuiteRun:
     `ending` says why the run ended, where it did not come to its end.
     """
 
-    def __init__(
-        self,
-        setup: Setup,
-        writer: RunWriter,
-        stop: Interruption,
-        progress: Progress,
-        earlier: EarlierPart | None = None,
-    ) -> None:
-        """Take what to do, where to write it, whom to ask whether to stop, and whom to tell.
-
-        `earlier` is what a run that goes on has of it already.
-        """
-        self._setup = setup
-        self._request = setup.request
-        self._plan = setup.plan
-        self._writer = writer
-        self._stop = stop
-        self._progress = progress
-        self._say = progress.say
-        self._earlier = earlier
-        self._measured = Measurement(setup, writer, stop, progress, earlier)
+    def __init__(self, context: RunContext) -> None:
+        """Take what to do and how; nothing is run yet."""
+        self._context = context
+        self._setup = context.setup
+        self._request = context.setup.request
+        self._writer = context.writer
+        self._progress = context.progress
+        self._earlier = context.earlier
+        self._plan = context.setup.plan
+        self._measured = Measurement(context)
         self._added_arguments: dict[str, list[str]] = {}
         self._start_seconds = time.monotonic()
         self.ending: str | None = None
@@ -68,7 +55,7 @@ class SuiteRun:
                 f"cannot write to {folder} ({error.strerror or error}): make room there or bring "
                 f"it back, then go on with --resume {folder}"
             )
-            self._say(said)
+            self._progress.say(said)
             self.ending = f"{said}; before that: {self.ending}" if self.ending else said
             return self._code
 
@@ -83,16 +70,16 @@ class SuiteRun:
                 self._writer.monitor_log_path,
                 gpu=gpu["uuid"] if gpu else None,
             ) as sampler:
-                self._measured.note(sampler.failure)
+                self._context.note(sampler.failure)
                 self._run_baselines(sampler)
                 self._run_co_runs(sampler)
             outcome = "complete"
         except RunEnded as end:
             outcome, self._code, self.ending = end.outcome, end.exit_code, end.reason
-            self._measured.note(self.ending)
+            self._context.note(self.ending)
         except SuiteError as error:
             self._code, self.ending = error.exit_code, str(error)
-            self._measured.note(self.ending)
+            self._context.note(self.ending)
             # Nothing new is known of a run that may not go on here, or not yet.
             if self._earlier and not self._measured.done:
                 outcome = self._earlier.outcome
@@ -114,7 +101,7 @@ class SuiteRun:
         jobs = self._plan.jobs()
         labels = ", ".join(client.label for client in jobs.values())
         with self._progress.stage(f"resolving data and weights: {labels}", None):
-            answers = resolve_all(jobs.values(), self._stop, self._say)
+            answers = resolve_all(jobs.values(), self._context.stop, self._progress.say)
         resolved = {
             job_key: [str(argument) for argument in answer.get("arguments") or []]
             for job_key, answer in zip(jobs, answers, strict=True)
@@ -125,8 +112,8 @@ class SuiteRun:
             if resolved[job_key] != found.get(job_key):
                 self._change_clients(job_key, resolved[job_key])
             for note in answer.get("notes") or []:
-                self._measured.note(f"{client.label}: {note}")
-            self._measured.describe_environment(answer.get("environment") or {})
+                self._context.note(f"{client.label}: {note}")
+            self._context.describe_environment(answer.get("environment") or {})
         self._writer.update_manifest(resolved_arguments=resolved)
         self._save_plan()
 
@@ -173,14 +160,14 @@ class SuiteRun:
         elif self._setup.mode.name == MODE_MIG:
             run = newest_reusable(results_dir, manifest, jobs)
             if run is None:
-                self._measured.note(
+                self._context.note(
                     "MIG is on and no matching whole-GPU baseline was found in "
                     f"{results_dir}: STP and overhead stay unknown (take one with --mode "
                     "exclusive before MIG is enabled)"
                 )
         if run is None:
             return
-        self._say(f"baselines are those of run {run.run_id}")
+        self._progress.say(f"baselines are those of run {run.run_id}")
         reference = self._measured.reference
         reference.whole, reference.whole_joules = run.baselines(), run.energy_alone_joules()
         self._writer.update_manifest(baseline_run_id=run.run_id)
@@ -191,7 +178,7 @@ class SuiteRun:
     # --- alone and together ------------------------------------------------------------------
 
     def _run_baselines(self, sampler: Sampler) -> None:
-        least = preflight.least_seconds(self._setup, is_baseline=True)
+        least = preflight.least_seconds(self._setup, PHASE_BASELINE)
         jobs = 1 if self._setup.is_cpu_demo else preflight.BASELINE_MIN_JOBS
         rule = FinishRule(min_seconds=least, min_jobs=jobs, long_job_seconds=least)
         total = len(self._plan.baseline)
@@ -200,7 +187,7 @@ class SuiteRun:
             client = planned.clients[0]
             is_share = planned.phase == PHASE_SHARE_BASELINE
             where = "on its instance" if is_share else "alone"
-            seconds = preflight.estimated_seconds(planned, self._setup, is_baseline=True)
+            seconds = preflight.estimated_seconds(planned, self._setup)
             with self._progress.stage(
                 f"baseline {number + 1}/{total}: {client.label} {where}", seconds
             ):
@@ -231,7 +218,7 @@ class SuiteRun:
             ramp.note(count, holds=holds)
         if ramp.first_bad is not None:
             held = "no smaller count" if ramp.last_good is None else f"{ramp.last_good}"
-            self._measured.note(f"breaking point: {ramp.first_bad} at once; {held} held")
+            self._context.note(f"breaking point: {ramp.first_bad} at once; {held} held")
         if failure is not None:
             raise failure
 
@@ -266,17 +253,17 @@ class SuiteRun:
         is_over = budget is not None and elapsed + took > 60 * budget
         is_done = self._earlier and self._earlier.finished(planned.co_run)
         if planned.repeat > 0 and not is_done and is_over:
-            self._measured.note(
+            self._context.note(
                 f"{planned.co_run} left out: the budget of {budget:g} minutes allows no further "
                 "repeat"
             )
             return 0.0
         rule = FinishRule(
-            min_seconds=preflight.least_seconds(self._setup, is_baseline=False),
+            min_seconds=preflight.least_seconds(self._setup, planned.phase),
             window_seconds=self._request.window_seconds,
         )
         what = f"co-run {planned.co_run}: {len(planned.clients)} clients under {planned.mode}"
-        usual = preflight.estimated_seconds(planned, self._setup, is_baseline=False)
+        usual = preflight.estimated_seconds(planned, self._setup)
         begin = time.monotonic()
         with self._progress.stage(what, took or usual):
             self._measured.run_one(planned, rule, sampler)

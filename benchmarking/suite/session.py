@@ -29,6 +29,7 @@ from benchmarking.suite.cli import (
 )
 from benchmarking.suite.jobs import require_known_flags
 from benchmarking.suite.launcher import Interruption
+from benchmarking.suite.measurement import RunContext
 from benchmarking.suite.plan_file import PlanFileError
 from benchmarking.suite.redaction import hidden_in_command_line
 from benchmarking.suite.resume import read_earlier, request_data
@@ -107,7 +108,7 @@ def _planned_and_run(
             writer = earlier.reopen(setup.notes) if earlier else _new_run(setup, command)
             if not is_alone:
                 writer.update_manifest(is_contended=True)
-            suite = SuiteRun(setup, writer, stop, console.Progress(), earlier)
+            suite = SuiteRun(RunContext(setup, writer, stop, console.Progress(), earlier))
             code = suite.execute()
     return _told(SessionResult(code, suite.ending, writer.folder), from_driver=from_driver)
 
@@ -135,6 +136,7 @@ def _lock_card(setup: Setup, stack: contextlib.ExitStack) -> bool:
                 f"{error}, or measure next to it with --allow-contention", EXIT_MODE_NOT_IN_FORCE
             ) from error
         setup.notes.append(f"{error}: figures hold next to it only")
+        print(f"  note: {setup.notes[-1]}", flush=True)
         return False
     return True
 

@@ -20,7 +20,7 @@ from benchmarking.modes.sharing_mode import ModeNotInForceError, SharingMode
 from benchmarking.modes.whole_gpu import time_slice, time_slicing_warning
 from benchmarking.records import run_folder
 from benchmarking.records.run_folder import PHASE_BASELINE, Run
-from benchmarking.records.types import MpsLimits
+from benchmarking.records.types import Environment, MpsLimits
 from benchmarking.suite import limits
 from benchmarking.suite import plan as planning
 from benchmarking.suite.card import find_gpu, look_for_foreign_processes, usable_cores
@@ -93,20 +93,18 @@ class Setup:
             "bounds": {"max_slowdown": request.max_slowdown, "max_p99_ms": request.slo_ms},
             "plan_file": request.plan_file.to_dict() if request.plan_file else None,
             "plan": self.plan.to_dict(),
-            "environment": {
-                "gpu_name": gpu.get("name"),
-                "gpu_uuid": gpu.get("uuid"),
-                "gpu_memory_mib": gpu.get("memory_total_mib"),
-                "multiprocessor_count": None,
-                "driver_version": gpu.get("driver_version"),
-                "cuda_version": gpu.get("cuda_driver_version"),
-                "timeslice": self.timeslice,
-                "versions": {},
-                "host_cores": self.cores,
-                "os": None,
-                "git_commit": None,
-                "git_dirty": None,
-            },
+            # what else there is to know, the jobs themselves will tell
+            "environment": msgspec.to_builtins(
+                Environment(
+                    gpu_name=gpu.get("name"),
+                    gpu_uuid=gpu.get("uuid"),
+                    gpu_memory_mib=gpu.get("memory_total_mib"),
+                    driver_version=gpu.get("driver_version"),
+                    cuda_version=gpu.get("cuda_driver_version"),
+                    timeslice=self.timeslice,
+                    host_cores=self.cores,
+                )
+            ),
             "mode_evidence": [item.to_dict() for item in self.evidence],
             "baseline_run_id": None,
             "notes": list(self.notes),
