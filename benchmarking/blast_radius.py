@@ -50,11 +50,11 @@ from benchmarking.suite.cli import (
 from benchmarking.suite.launcher import (
     OUTCOME_INTERRUPTED,
     Client,
-    CoRunOutcome,
+    CoRunResult,
     FinishRule,
-    Interruption,
     Launcher,
-    Patience,
+    StopSignal,
+    Timeouts,
     client_base_environment,
     tail_of,
 )
@@ -165,9 +165,9 @@ def prepare_and_measure(options: argparse.Namespace) -> dict[str, Any]:
         mode=options.mode, mix=options.mix, counts=(options.neighbors + 1,), gpu=options.gpu,
         device=options.device, quick=True, allow_contention=options.allow_contention,
     )  # fmt: skip
-    with Interruption().watching() as interruption, no_mps_folder() as empty:
+    with StopSignal().watching() as stop_signal, no_mps_folder() as empty:
         setup = prepare(request, empty, os.environ, require_mode=True)
-        return measure(options, setup, interruption)
+        return measure(options, setup, stop_signal)
 
 
 def write(found: Mapping[str, Any], folder: Path) -> str:
@@ -190,24 +190,22 @@ def complain(error: Exception, code: int) -> int:
     return code
 
 
-def measure(
-    options: argparse.Namespace, setup: Setup, interruption: Interruption
-) -> dict[str, Any]:
+def measure(options: argparse.Namespace, setup: Setup, stop_signal: StopSignal) -> dict[str, Any]:
     """Run the co-run and its newcomers; return what was found as plain data.
 
     Raises:
         RunFailedError: The clients did not get ready, or there was no fault to see.
         Interrupted: Somebody asked to end; no process is left.
     """
-    planned = with_fault(options, setup, resolved(setup, Processes(interruption, READY_SECONDS)))
+    planned = with_fault(options, setup, resolved(setup, Processes(stop_signal, READY_SECONDS)))
     say(f"{options.neighbors} neighbors and a faulty client get ready under {setup.mode.name}")
     with Sampler(
         options.output_dir / "gpu_samples.jsonl", options.output_dir / "gpu_monitor.log",
         gpu=setup.gpu["uuid"] if setup.gpu else None,
     ) as sampler:  # fmt: skip
         servers_before = mps_servers(setup)
-        seen, aftermath = run_clients(options, setup, planned, interruption)
-        if seen.outcome == OUTCOME_INTERRUPTED or interruption.requested:
+        seen, aftermath = run_clients(options, setup, planned, stop_signal)
+        if seen.outcome == OUTCOME_INTERRUPTED or stop_signal.requested:
             raise Interrupted
         if aftermath is None or aftermath.fault_seconds is None:
             raise RunFailedError(f"there was no fault to see: {seen.reason}")
@@ -273,14 +271,14 @@ def with_fault(options: argparse.Namespace, setup: Setup, planned: PlannedCoRun)
 
 
 def run_clients(
-    options: argparse.Namespace, setup: Setup, planned: PlannedCoRun, interruption: Interruption
-) -> tuple[CoRunOutcome, Aftermath | None]:
+    options: argparse.Namespace, setup: Setup, planned: PlannedCoRun, stop_signal: StopSignal
+) -> tuple[CoRunResult, Aftermath | None]:
     """Run neighbors, fault and newcomers by the suite's launcher; leave no process behind."""
     rule = UntilOver(min_seconds=0.0)
     aftermath: Aftermath | None = None
     launcher = Launcher(
-        client_base_environment(os.environ), patience=Patience(timeout=READY_SECONDS),
-        interruption=interruption, say=say,
+        client_base_environment(os.environ), timeouts=Timeouts(timeout=READY_SECONDS),
+        stop_signal=stop_signal, say=say,
     )  # fmt: skip
 
     def before_go(clients: Sequence[Client]) -> None:
@@ -288,7 +286,7 @@ def run_clients(
         setup.mode.observe()
         say(f"the fault comes in {options.window / 2:g} s")
         aftermath = Aftermath(
-            clients[-1], lambda attempt: run_newcomer(options, planned, interruption, attempt),
+            clients[-1], lambda attempt: run_newcomer(options, planned, stop_signal, attempt),
             over=rule.over, watch_seconds=options.window / 2, patience_seconds=NEWCOMER_SECONDS,
         )  # fmt: skip
         aftermath.start()
@@ -304,8 +302,8 @@ def run_clients(
 
 
 def run_newcomer(
-    options: argparse.Namespace, planned: PlannedCoRun, interruption: Interruption, attempt: int
-) -> CoRunOutcome:
+    options: argparse.Namespace, planned: PlannedCoRun, stop_signal: StopSignal, attempt: int
+) -> CoRunResult:
     """Run a job like the first neighbor's in the faulty one's place, until a unit is done."""
     say(f"a new client starts (attempt {attempt + 1})")
     like, place = planned.clients[0], planned.clients[-1]
@@ -313,8 +311,8 @@ def run_newcomer(
             if name != limits.MEMORY_VARIABLE}  # fmt: skip
     newcomer = dataclasses.replace(like, client=place.client + 1, environment=kept)
     launcher = Launcher(
-        client_base_environment(os.environ), patience=Patience(timeout=NEWCOMER_SECONDS),
-        interruption=interruption, say=say,
+        client_base_environment(os.environ), timeouts=Timeouts(timeout=NEWCOMER_SECONDS),
+        stop_signal=stop_signal, say=say,
     )  # fmt: skip
     return launcher.run(
         dataclasses.replace(planned, co_run="newcomer", clients=(newcomer,)),

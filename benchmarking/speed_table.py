@@ -40,7 +40,7 @@ from benchmarking.speed.jobs import (
 from benchmarking.speed.process_run import Interrupted, Processes, RunFailedError
 from benchmarking.speed.text import markdown
 from benchmarking.suite.cli import EXIT_USAGE, OneLineParser, positive_int
-from benchmarking.suite.launcher import Interruption
+from benchmarking.suite.stop_signal import StopSignal
 
 SCHEMA_VERSION = 1
 EXIT_COMPLETE, EXIT_FAILED, EXIT_NO_GPU, EXIT_INTERRUPTED = 0, 1, 3, 130
@@ -54,8 +54,8 @@ Row = dict[str, Any]
 def main() -> int:
     """Measure every row, write the table, print it; return the exit code."""
     options = parse_arguments()
-    with Interruption().watching() as interruption, compile_cache() as cache:
-        table = SpeedTable(options, Processes(interruption, options.timeout), cache)
+    with StopSignal().watching() as stop_signal, compile_cache() as cache:
+        table = SpeedTable(options, Processes(stop_signal, options.timeout), cache)
         try:
             code = table.measure()
         except Interrupted:

@@ -52,10 +52,10 @@ from benchmarking.suite.launcher import (
     OUTCOME_INTERRUPTED,
     OUTCOME_OK,
     Client,
-    CoRunOutcome,
-    Interruption,
+    CoRunResult,
     Launcher,
-    Patience,
+    StopSignal,
+    Timeouts,
     client_base_environment,
 )
 from benchmarking.suite.plan import MIXES, MODES, Plan, PlannedCoRun
@@ -72,9 +72,9 @@ def main() -> int:
     """Prepare, measure, print and write what was found; return the exit code."""
     options = parse_arguments()
     try:
-        with Interruption().watching() as interruption, no_mps_folder() as empty:
+        with StopSignal().watching() as stop_signal, no_mps_folder() as empty:
             setup = prepare(request_from(options), empty, os.environ, require_mode=True)
-            found = measure(options, setup, interruption)
+            found = measure(options, setup, stop_signal)
     except (SuiteError, RunFailedError) as error:
         print(f"suite_cost.py: error: {error}", file=sys.stderr)
         return error.exit_code
@@ -123,21 +123,19 @@ def request_from(options: argparse.Namespace) -> Request:
     )  # fmt: skip
 
 
-def measure(
-    options: argparse.Namespace, setup: Setup, interruption: Interruption
-) -> dict[str, Any]:
+def measure(options: argparse.Namespace, setup: Setup, stop_signal: StopSignal) -> dict[str, Any]:
     """Run the clients with the sampler on and off in turn; return the result as plain data.
 
     Raises:
         RunFailedError: A client or the sampler failed.
         Interrupted: Somebody asked to end; no process is left.
     """
-    processes = Processes(interruption, READY_TIMEOUT_SECONDS)
+    processes = Processes(stop_signal, READY_TIMEOUT_SECONDS)
     planned = prepare_clients(setup.plan, options.arguments, processes)
     first = shlex.join(planned.command_of(planned.clients[0]))
     say(f"{options.clients} clients get ready: {first}")
     with tempfile.TemporaryDirectory(prefix="suite-cost-") as name:
-        outcome, windows = run_clients(options, setup, planned, interruption, Path(name))
+        outcome, windows = run_clients(options, setup, planned, stop_signal, Path(name))
     return describe(options, setup, outcome, windows)
 
 
@@ -161,9 +159,9 @@ def run_clients(
     options: argparse.Namespace,
     setup: Setup,
     planned: PlannedCoRun,
-    interruption: Interruption,
+    stop_signal: StopSignal,
     folder: Path,
-) -> tuple[CoRunOutcome, list[Window]]:
+) -> tuple[CoRunResult, list[Window]]:
     """Start the clients by the suite's launcher and measure while they run."""
     rule = UntilMeasured(min_seconds=0.0)
     meter: WindowMeter | None = None
@@ -180,8 +178,8 @@ def run_clients(
     window_seconds = options.seconds + SETTLE_SECONDS + SAMPLER_SECONDS
     launcher = Launcher(
         client_base_environment(os.environ),
-        patience=Patience(timeout=READY_TIMEOUT_SECONDS + 2 * options.repeats * window_seconds),
-        interruption=interruption, say=say,
+        timeouts=Timeouts(timeout=READY_TIMEOUT_SECONDS + 2 * options.repeats * window_seconds),
+        stop_signal=stop_signal, say=say,
     )  # fmt: skip
     outcome = launcher.run(planned, lambda _, client: client_paths(folder, client), rule, before_go)
     if meter is not None:
@@ -200,7 +198,7 @@ def client_paths(folder: Path, client: int) -> ClientPaths:
     return ClientPaths(*(folder / f"{client}.{kind}" for kind in kinds))
 
 
-def what_failed(outcome: CoRunOutcome) -> str:
+def what_failed(outcome: CoRunResult) -> str:
     """Return the reason of a co-run that did not end well, with a client's last words."""
     tails = [client.stderr_tail[-1] for client in outcome.clients
              if client.status != "ok" and client.stderr_tail]  # fmt: skip
@@ -208,7 +206,7 @@ def what_failed(outcome: CoRunOutcome) -> str:
 
 
 def describe(
-    options: argparse.Namespace, setup: Setup, outcome: CoRunOutcome, windows: Sequence[Window]
+    options: argparse.Namespace, setup: Setup, outcome: CoRunResult, windows: Sequence[Window]
 ) -> dict[str, Any]:
     """Return everything that was found as plain data for JSON."""
     events = [client.events for client in outcome.clients]
@@ -259,7 +257,7 @@ def describe(
 def describe_client(
     number: int,
     setup: Setup,
-    outcome: CoRunOutcome,
+    outcome: CoRunResult,
     windows: Sequence[Window],
     rates: Sequence[float],
 ) -> dict[str, Any]:

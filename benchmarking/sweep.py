@@ -29,10 +29,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarking.records.run_folder import RunStoreError, utc_now
 from benchmarking.suite import flags
 from benchmarking.suite.cli import EXIT_USAGE, OneLineParser, SuiteError
-from benchmarking.suite.launcher import Interruption
 from benchmarking.suite.plan import MODE_EXCLUSIVE, MODE_TIME_SLICING, PAIRS_MIX
 from benchmarking.suite.plan_file import PlanFileError
 from benchmarking.suite.setup import no_mps_folder, prepare
+from benchmarking.suite.stop_signal import StopSignal
 from benchmarking.sweeping.knobs import JOB_FLAG, KNOBS, TIMESLICES, Knob, alone_words, knob_called
 from benchmarking.sweeping.sweep_run import SweepRun, card_of
 
@@ -44,8 +44,8 @@ def main() -> int:
     options = parse_arguments()
     try:
         require_mode(options)
-        with Interruption().watching() as interruption:
-            code = SweepRun(options, interruption).execute()
+        with StopSignal().watching() as stop_signal:
+            code = SweepRun(options, stop_signal).execute()
     except (SuiteError, RunStoreError, PlanFileError) as error:
         print(f"sweep.py: error: {error}", file=sys.stderr)
         return getattr(error, "exit_code", EXIT_USAGE)

@@ -24,11 +24,11 @@ from program_copy import copy_programs, processes_of
 from recorded_rows import client, co_run
 from waiting import wait_until
 
-from benchmarking.modes.mode_evidence import Evidence, Proof
+from benchmarking.modes.sharing_mode import Evidence, Proof
 from benchmarking.records import run_folder
 from benchmarking.suite import baselines, console, sampler
 from benchmarking.suite import co_run_records as records
-from benchmarking.suite.launcher import ClientOutcome, CoRunOutcome
+from benchmarking.suite.launcher import ClientResult, CoRunResult
 from benchmarking.suite.plan import WORKLOADS, PlannedClient, PlannedCoRun
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
@@ -799,12 +799,12 @@ def test_a_gpu_index_that_does_not_exist_is_a_usage_error(gpu_bench: Callable) -
 # --- records and baselines, without processes -------------------------------------------------
 
 
-def co_run_of(outcome: str, *clients: ClientOutcome, phase: str = "co_run") -> CoRunOutcome:
+def co_run_of(outcome: str, *clients: ClientResult, phase: str = "co_run") -> CoRunResult:
     planned = PlannedCoRun("c", phase, "mps", 0, tuple(client.planned for client in clients))
-    return CoRunOutcome(planned, outcome, None, list(clients), 0.5, 1.0, 11.0, 0.1)
+    return CoRunResult(planned, outcome, None, list(clients), 0.5, 1.0, 11.0, 0.1)
 
 
-def client_of(seconds_a_step: float, number: int = 0, status: str = "ok") -> ClientOutcome:
+def client_of(seconds_a_step: float, number: int = 0, status: str = "ok") -> ClientResult:
     steps = int(10 / seconds_a_step)
     events = [
         {"event": "loaded", "startup_seconds": 2.0},
@@ -815,7 +815,7 @@ def client_of(seconds_a_step: float, number: int = 0, status: str = "ok") -> Cli
         {"event": "done", "jobs": 1, "host_cpu_seconds": 3.0, "peak_memory_mib": 7.0},
     ]  # fmt: skip
     planned = PlannedClient(number, "w", "W", "job", ("x",))
-    return ClientOutcome(planned, status, None, events, {"pid": 1}, 0, [], 5.0, 2.5)
+    return ClientResult(planned, status, None, events, {"pid": 1}, 0, [], 5.0, 2.5)
 
 
 PROVED = Proof("verified", ())

@@ -21,7 +21,7 @@ from waiting import wait_until
 from benchmarking import blast_radius
 from benchmarking.blast import text
 from benchmarking.blast.aftermath import judge_neighbor
-from benchmarking.suite.launcher import ClientOutcome, CoRunOutcome
+from benchmarking.suite.launcher import ClientResult, CoRunResult
 from benchmarking.suite.plan import WORKLOADS, PlannedClient, PlannedCoRun
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
@@ -391,16 +391,16 @@ def test_the_summary_is_one_table_of_measured_and_refused_faults(blast: Blast) -
     assert "a/blast_radius.json is no record of a fault" in torn.stderr
 
 
-def co_run_of(status: str, ends: list[float], job_ends: list[float]) -> CoRunOutcome:
+def co_run_of(status: str, ends: list[float], job_ends: list[float]) -> CoRunResult:
     planned = PlannedClient(0, "batch_inference", "Batch inference", "job", ("true",))
     events = [
         {"event": "units", "kind": "batch", "start_seconds": [end - 0.1 for end in ends],
          "duration_seconds": [0.1] * len(ends)},
         *({"event": "job", "start_seconds": end - 1, "end_seconds": end} for end in job_ends),
     ]  # fmt: skip
-    outcome = ClientOutcome(planned, status, None, events, None, 0, [])
+    outcome = ClientResult(planned, status, None, events, None, 0, [])
     run = PlannedCoRun("mine", "co_run", "mps", 0, (planned,))
-    return CoRunOutcome(
+    return CoRunResult(
         run, "ok", None, [outcome], window_start_seconds=100.0, window_end_seconds=110.0
     )
 

@@ -18,11 +18,11 @@ from waiting import is_running, wait_until
 
 from benchmarking.records.run_folder import ClientPaths
 from benchmarking.suite import event_log, launcher
-from benchmarking.suite.launcher import FinishRule, Interruption, Launcher, Patience
+from benchmarking.suite.launcher import FinishRule, Launcher, StopSignal, Timeouts
 from benchmarking.suite.plan import PlannedClient, PlannedCoRun, build_plan, counted_co_runs
 
 CLIENT = Path(__file__).parent / "fakes" / "scripted_client.py"
-SOON = Patience(timeout=10.0, stop=5.0, terminate=2.0, poll=0.01)
+SOON = Timeouts(timeout=10.0, stop=5.0, terminate=2.0, poll=0.01)
 ONE_JOB = FinishRule(min_seconds=0.1)
 
 
@@ -35,7 +35,7 @@ def planned(count: int, command: tuple[str, ...] | None = None) -> PlannedCoRun:
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Callable[..., launcher.CoRunOutcome]:
+def run(tmp_path: Path) -> Callable[..., launcher.CoRunResult]:
     """Run scripted clients; keyword arguments are settings by client number ("c0") or for all."""
 
     def paths_of(co_run: str, client: int) -> ClientPaths:
@@ -48,23 +48,23 @@ def run(tmp_path: Path) -> Callable[..., launcher.CoRunOutcome]:
         co_run: int | PlannedCoRun = 2,
         *,
         rule: FinishRule = ONE_JOB,
-        patience: Patience = SOON,
-        interruption: Interruption | None = None,
+        timeouts: Timeouts = SOON,
+        stop_signal: StopSignal | None = None,
         before_go: Callable[[list[launcher.Client]], None] = lambda clients: None,
         command: tuple[str, ...] | None = None,
         **settings: dict,
-    ) -> launcher.CoRunOutcome:
+    ) -> launcher.CoRunResult:
         rules = [{"match": f"*/{name[1:]}" if name != "all" else "*", **values}
                  for name, values in settings.items()]  # fmt: skip
         environment = {**os.environ, "SCRIPTED_CLIENT": json.dumps(rules)}
-        starter = Launcher(environment, patience=patience, interruption=interruption)
+        starter = Launcher(environment, timeouts=timeouts, stop_signal=stop_signal)
         what = co_run if isinstance(co_run, PlannedCoRun) else planned(co_run, command)
         return starter.run(what, paths_of, rule, before_go)
 
     return run_clients
 
 
-def statuses(result: launcher.CoRunOutcome) -> list[str]:
+def statuses(result: launcher.CoRunResult) -> list[str]:
     return [client.status for client in result.clients]
 
 
@@ -234,55 +234,55 @@ def test_a_client_killed_from_outside_is_killed(run: Callable) -> None:
 
 
 def test_a_stuck_client_becomes_a_timeout_row(run: Callable) -> None:
-    patience = Patience(timeout=3.0, stop=5.0, terminate=2.0, poll=0.01)
-    result = run(2, c1={"fail": "hang", "fail_at": 0.0}, patience=patience)
+    timeouts = Timeouts(timeout=3.0, stop=5.0, terminate=2.0, poll=0.01)
+    result = run(2, c1={"fail": "hang", "fail_at": 0.0}, timeouts=timeouts)
     assert result.outcome == "timeout"
     assert statuses(result) == ["ok", "timeout"]
 
 
 def test_a_client_that_never_loads_times_out(run: Callable) -> None:
-    patience = Patience(timeout=0.8, stop=0.1, terminate=2.0, poll=0.01)
-    result = run(2, c0={"load_seconds": 60}, patience=patience)
+    timeouts = Timeouts(timeout=0.8, stop=0.1, terminate=2.0, poll=0.01)
+    result = run(2, c0={"load_seconds": 60}, timeouts=timeouts)
     assert result.outcome == "timeout"
     assert result.clients[0].status == "timeout"
     assert "did not stop" in result.clients[0].reason
 
 
 def test_a_client_that_ignores_stop_is_terminated(run: Callable) -> None:
-    patience = Patience(timeout=10, stop=0.3, terminate=3.0, poll=0.01)
-    result = run(2, c1={"ignore_stop": True}, patience=patience)
+    timeouts = Timeouts(timeout=10, stop=0.3, terminate=3.0, poll=0.01)
+    result = run(2, c1={"ignore_stop": True}, timeouts=timeouts)
     assert statuses(result) == ["ok", "timeout"]
     assert result.clients[1].exit_code == -signal.SIGTERM
     assert result.outcome == "timeout"
 
 
 def test_a_client_that_ignores_everything_is_killed_last(run: Callable) -> None:
-    patience = Patience(timeout=10, stop=0.2, terminate=0.3, poll=0.01)
-    result = run(1, c0={"ignore_stop": True, "ignore_term": True}, patience=patience)
+    timeouts = Timeouts(timeout=10, stop=0.2, terminate=0.3, poll=0.01)
+    result = run(1, c0={"ignore_stop": True, "ignore_term": True}, timeouts=timeouts)
     assert result.clients[0].exit_code == -signal.SIGKILL
     assert statuses(result) == ["timeout"]
 
 
-# --- interruption and what is left behind -----------------------------------------------------
+# --- stop_signal and what is left behind -----------------------------------------------------
 
 
 def test_an_interruption_stops_everyone_by_the_leash(run: Callable) -> None:
-    interruption = Interruption()
-    threading.Timer(0.6, interruption.request).start()
-    result = run(2, rule=FinishRule(min_seconds=60), interruption=interruption)
+    stop_signal = StopSignal()
+    threading.Timer(0.6, stop_signal.request).start()
+    result = run(2, rule=FinishRule(min_seconds=60), stop_signal=stop_signal)
     assert result.outcome == "interrupted"
     assert statuses(result) == ["ok", "ok"]
     assert [client.exit_code for client in result.clients] == [0, 0]
 
 
 def test_asking_twice_does_not_wait_for_a_slow_stop(run: Callable) -> None:
-    interruption = Interruption()
+    stop_signal = StopSignal()
     for seconds in (0.5, 1.8):
-        threading.Timer(seconds, interruption.request).start()
+        threading.Timer(seconds, stop_signal.request).start()
     begin = time.monotonic()
     result = run(
-        1, rule=FinishRule(min_seconds=60), interruption=interruption, all={"slow_stop": 30},
-        patience=Patience(timeout=60, stop=30, terminate=2, poll=0.01),
+        1, rule=FinishRule(min_seconds=60), stop_signal=stop_signal, all={"slow_stop": 30},
+        timeouts=Timeouts(timeout=60, stop=30, terminate=2, poll=0.01),
     )  # fmt: skip
     assert time.monotonic() - begin < 10
     assert statuses(result) == ["killed"]
@@ -335,13 +335,13 @@ def test_clients_end_when_the_launcher_is_killed(tmp_path: Path) -> None:
 
 
 def test_signals_are_only_noted_while_watching_and_an_echo_is_no_second_one() -> None:
-    interruption = Interruption()
+    stop_signal = StopSignal()
     before = signal.getsignal(signal.SIGTERM)
-    with interruption.watching():
+    with stop_signal.watching():
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGINT)
-    assert interruption.requested
-    assert interruption.count == 1
+    assert stop_signal.requested
+    assert stop_signal.count == 1
     assert signal.getsignal(signal.SIGTERM) is before
 
 

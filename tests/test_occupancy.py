@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from benchmarking.suite import proofs
-from benchmarking.suite.launcher import ClientOutcome, CoRunOutcome
+from benchmarking.suite.launcher import ClientResult, CoRunResult
 from benchmarking.suite.plan import PlannedClient, PlannedCoRun
 
 NAME_ITSELF = """
@@ -64,11 +64,11 @@ def test_an_mps_server_does_not_occupy_the_gpu_and_what_calls_itself_one_does(
 def foreign(samples: list[dict], start: float, end: float, *own: int) -> list[int]:
     """The foreign pids in the window of a co-run whose clients had these pids."""
     planned = [PlannedClient(i, "w", "W", "job", ("x",)) for i in range(len(own))]
-    clients = [ClientOutcome(one, "ok", None, [], {"pid": pid}, 0, [])
+    clients = [ClientResult(one, "ok", None, [], {"pid": pid}, 0, [])
                for one, pid in zip(planned, own, strict=True)]  # fmt: skip
     run = PlannedCoRun("c", "co_run", "mps", 0, tuple(planned))
     return proofs.foreign_pids_in_window(
-        CoRunOutcome(run, "ok", None, clients, start, start, end), samples
+        CoRunResult(run, "ok", None, clients, start, start, end), samples
     )
 
 

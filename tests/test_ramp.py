@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from benchmarking.suite.launcher import ClientOutcome
+from benchmarking.suite.launcher import ClientResult
 from benchmarking.suite.plan import PlannedClient
 from benchmarking.suite.ramp import MOST_CLIENTS, Ramp
-from benchmarking.suite.stop_reasons import in_words, stop_reason
+from benchmarking.suite.stop_reasons import describe, stop_reason
 
 
 def tried(ramp: Ramp, breaks_at: float) -> list[int]:
@@ -67,7 +67,7 @@ def judged(
             events = [{"event": "error", "time_seconds": fields["failed_at"]}]
         planned = PlannedClient(number, "w", "Job", "job", ("x",))
         records.append(record)
-        outcomes.append(ClientOutcome(planned, record["status"], None, events, None, 1, []))
+        outcomes.append(ClientResult(planned, record["status"], None, events, None, 1, []))
     co_run = {"co_run": "c", "clients": len(members), "outcome": outcome, "reason": "all of it"}
     return stop_reason(co_run, outcomes, records, **bounds)
 
@@ -78,13 +78,13 @@ FAULT = {"status": "failed", "reason": "an illegal memory access was encountered
 def test_out_of_memory_is_the_cause_whatever_else_failed_with_it() -> None:
     found = judged({**FAULT, "failed_at": 1.0}, {"status": "oom", "failed_at": 2.0}, {})
     assert (found["kind"], found["client"], found["lost_neighbors"]) == ("oom", 1, [])
-    assert in_words(found) == "client 1 (Job) ran out of memory"
+    assert describe(found) == "client 1 (Job) ran out of memory"
 
 
 def test_who_fails_after_another_under_mps_was_taken_along() -> None:
     found = judged({**FAULT, "failed_at": 1.2}, {**FAULT, "failed_at": 1.0}, {})
     assert (found["kind"], found["client"], found["lost_neighbors"]) == ("crash", 1, [0])
-    assert in_words(found).endswith("; it took along client 0")
+    assert describe(found).endswith("; it took along client 0")
 
 
 def test_without_mps_each_failure_is_its_own() -> None:
@@ -107,13 +107,13 @@ def test_crash_kill_and_time_limit_are_told_apart(status: str, kind: str, words:
     outcome = "timeout" if status == "timeout" else "failed"
     found = judged({"status": status, "reason": "so it was"}, {}, outcome=outcome)
     assert found["kind"] == kind
-    assert words in in_words(found)
+    assert words in describe(found)
 
 
 def test_out_of_memory_says_who_held_what() -> None:
     said = "out of GPU memory: tried 2.50 GiB with 1.00 GiB of 80.00 GiB free"
     found = judged({"status": "oom", "reason": said})
-    assert in_words(found) == f"client 0 (Job) ran {said.replace('GPU ', '')}"
+    assert describe(found) == f"client 0 (Job) ran {said.replace('GPU ', '')}"
 
 
 @pytest.mark.parametrize("cause", ["diverged", "not_finite", "damaged_file", "unreadable_image"])
@@ -121,7 +121,7 @@ def test_a_cause_that_the_client_named_is_the_reason_and_no_crash(cause: str) ->
     named = {"status": "failed", "cause": cause, "reason": "the sentence", "failed_at": 2.0}
     found = judged({**FAULT, "failed_at": 3.0}, named, mode="time-slicing")
     assert (found["kind"], found["client"]) == (cause, 1)
-    assert in_words(found) == "client 1 (Job): the sentence"
+    assert describe(found) == "client 1 (Job): the sentence"
 
 
 def test_a_neighbor_without_proof_is_not_the_cause() -> None:
@@ -140,7 +140,7 @@ def test_a_bound_that_is_passed_is_a_reason_though_nothing_failed() -> None:
     assert judged(slow, late, outcome="ok", max_slowdown=2.6, max_p99_ms=80.0) is None
     found = judged(slow, late, outcome="ok", max_slowdown=2.5)
     assert found["kind"] == "slowdown"
-    assert "2.60 passes the bound of 2.5" in in_words(found)
+    assert "2.60 passes the bound of 2.5" in describe(found)
     assert judged(slow, late, outcome="ok", max_p99_ms=50.0)["kind"] == "p99"
 
 

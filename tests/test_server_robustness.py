@@ -197,7 +197,7 @@ def test_a_worker_that_is_killed_is_replaced_and_said_and_costs_only_its_own_req
         for _ in range(5):
             assert server.predict(jpeg()).status_code == 200
         assert server.stop() == 0
-        assert f"web worker {first} ended before it was told to" in server.log.read_text()
+        assert f"web worker {first} exited prematurely" in server.log.read_text()
         assert result_of(server)["figures"]["lost_workers"] == 1
 
 

@@ -13,10 +13,8 @@ from mode_script_runner import NOBODY
 
 from benchmarking.modes import mode_scripts
 from benchmarking.modes import mps as mps_mode
-from benchmarking.modes.choice import make_mode
 from benchmarking.modes.cpu_demo import CpuDemoMode
 from benchmarking.modes.mig import MigMode
-from benchmarking.modes.mode_evidence import ProcessLists
 from benchmarking.modes.mode_scripts import (
     ModeScriptError,
     in_force,
@@ -25,7 +23,12 @@ from benchmarking.modes.mode_scripts import (
     read_state,
 )
 from benchmarking.modes.mps import MpsMode, ask_mps_control
-from benchmarking.modes.sharing_mode import ModeNotInForceError, is_own_pid_namespace
+from benchmarking.modes.sharing_mode import (
+    ModeNotInForceError,
+    ProcessLists,
+    is_own_pid_namespace,
+    make_mode,
+)
 from benchmarking.modes.whole_gpu import WholeGpuMode, time_slice, time_slicing_warning
 
 UUID = "GPU-00000000-1111-2222-3333-444444444444"

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from benchmarking.suite.event_log import first_unit_end_seconds
-from benchmarking.suite.launcher import Client, CoRunOutcome, FinishRule
+from benchmarking.suite.launcher import Client, CoRunResult, FinishRule
 
 POLL_SECONDS = 0.02
 # Between two new clients where the first could not work.
@@ -38,7 +38,7 @@ class Aftermath(threading.Thread):
     def __init__(
         self,
         faulty: Client,
-        run_newcomer: Callable[[int], CoRunOutcome],
+        run_newcomer: Callable[[int], CoRunResult],
         *,
         over: threading.Event,
         watch_seconds: float,
@@ -53,7 +53,7 @@ class Aftermath(threading.Thread):
         self._patience_seconds = patience_seconds
         self._given_up = threading.Event()
         self.fault_seconds: float | None = None
-        self.attempts: list[CoRunOutcome] = []
+        self.attempts: list[CoRunResult] = []
         self.works_seconds: float | None = None
 
     def run(self) -> None:
@@ -120,7 +120,7 @@ def unit_ends(events: Sequence[dict]) -> list[float]:
 
 
 def judge_neighbor(
-    seen: CoRunOutcome, number: int, fault_seconds: float, settle_seconds: float = 1.0
+    seen: CoRunResult, number: int, fault_seconds: float, settle_seconds: float = 1.0
 ) -> Neighbor:
     """Return what the fault did to client `number` of the co-run.
 

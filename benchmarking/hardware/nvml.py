@@ -110,11 +110,11 @@ def _initialized() -> tuple[str | None, bool]:
         count = pynvml.nvmlDeviceGetCount()
     except NVML_ERRORS as error:
         is_no_driver = getattr(error, "value", None) in (LIBRARY_NOT_FOUND, DRIVER_NOT_LOADED)
-        return f"NVML says: {in_words(error)}", is_no_driver
+        return f"NVML says: {describe(error)}", is_no_driver
     return (None if count else "the driver answers but lists no GPU"), not count
 
 
-def in_words(error: Exception) -> str:
+def describe(error: Exception) -> str:
     """Return NVML's words for an error, with what to do about it where that is known."""
     advice = ADVICE.get(getattr(error, "value", None))
     return f"{error} ({advice})" if advice else str(error)
@@ -157,7 +157,7 @@ def open_gpu(selector: str | int | None = None) -> Gpu | None:
         return Gpu(pynvml.nvmlDeviceGetHandleByUUID(str(selector)))
     except NVML_ERRORS as error:
         if getattr(error, "value", None) in ADVICE:
-            raise GpuUnusableError(f"NVML says: {in_words(error)}") from None
+            raise GpuUnusableError(f"NVML says: {describe(error)}") from None
         # "0 (GPU-...)" for each GPU, so that the error names the fix
         known = ", ".join(
             f"{index} ({_ask('nvmlDeviceGetUUID', handle)})"
@@ -431,7 +431,7 @@ def _ask(function: str, *arguments: Any) -> Any:
         return callee(*arguments)
     except NVML_ERRORS as error:
         if getattr(error, "value", None) not in NO_FAILURES:
-            _failures.setdefault(function, in_words(error))
+            _failures.setdefault(function, describe(error))
         return None
 
 
@@ -458,7 +458,7 @@ def _handles() -> tuple[dict[int, Any], list[str]]:
         try:
             handles[index] = pynvml.nvmlDeviceGetHandleByIndex(index)
         except NVML_ERRORS as error:
-            lost.append(f"GPU {index} cannot be used: NVML says: {in_words(error)}")
+            lost.append(f"GPU {index} cannot be used: NVML says: {describe(error)}")
     return handles, lost
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from benchmarking.modes.mode_evidence import (
+from benchmarking.modes.sharing_mode import (
     NOT_APPLICABLE,
     Evidence,
     Identity,
     ProcessLists,
     Proof,
+    SharingMode,
 )
-from benchmarking.modes.sharing_mode import SharingMode
 from benchmarking.suite.plan import MODE_CPU_DEMO
 
 

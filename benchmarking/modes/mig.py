@@ -6,16 +6,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarking.modes.mode_evidence import (
+from benchmarking.modes.mode_scripts import SETUP_MIG
+from benchmarking.modes.sharing_mode import (
     Evidence,
+    GpuFacts,
     Identity,
     ProcessLists,
     Proof,
+    SharingMode,
     device_evidence,
     verdict_of,
 )
-from benchmarking.modes.mode_scripts import SETUP_MIG
-from benchmarking.modes.sharing_mode import GpuFacts, SharingMode
 from benchmarking.suite import limits
 from benchmarking.suite.plan import MODE_MIG
 

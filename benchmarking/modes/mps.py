@@ -7,18 +7,20 @@ import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarking.modes.mode_evidence import (
+from benchmarking.modes.mode_scripts import ENABLE_MPS
+from benchmarking.modes.sharing_mode import (
     Evidence,
+    GpuFacts,
     Identity,
     ProcessLists,
     Proof,
+    SharingMode,
     device_evidence,
     listed_evidence,
+    mig_is_off,
     past_mps_evidence,
     verdict_of,
 )
-from benchmarking.modes.mode_scripts import ENABLE_MPS
-from benchmarking.modes.sharing_mode import GpuFacts, SharingMode, mig_is_off
 from benchmarking.suite.plan import MODE_MPS
 
 CONTROL_PROGRAM = "nvidia-cuda-mps-control"

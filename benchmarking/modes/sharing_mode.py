@@ -15,8 +15,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarking.modes.mode_evidence import Evidence, Identity, ProcessLists, Proof
 from benchmarking.modes.mode_scripts import DISABLE_MIG
+from benchmarking.modes.sharing_mode import Evidence, Identity, ProcessLists, Proof
 
 GPU_ANSWERS = "the driver answers for the GPU"
 GPU_LOST_FIX = (

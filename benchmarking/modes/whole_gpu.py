@@ -8,18 +8,20 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarking.modes.mode_evidence import (
+from benchmarking.modes.mode_scripts import DISABLE_MPS, SETUP_TIME_SLICING, read_state
+from benchmarking.modes.sharing_mode import (
     Evidence,
+    GpuFacts,
     Identity,
     ProcessLists,
     Proof,
+    SharingMode,
     device_evidence,
     listed_evidence,
+    mig_is_off,
     verdict_of,
     without_mps_evidence,
 )
-from benchmarking.modes.mode_scripts import DISABLE_MPS, SETUP_TIME_SLICING, read_state
-from benchmarking.modes.sharing_mode import GpuFacts, SharingMode, mig_is_off
 from benchmarking.suite.plan import MODE_TIME_SLICING
 
 TIMESLICE_QUESTION = ("nvidia-smi", "compute-policy", "-l")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarking.suite.launcher import Interruption, tail_of
+from benchmarking.suite.launcher import StopSignal, tail_of
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 POLL_SECONDS = 0.1
@@ -42,7 +42,7 @@ class RunFailedError(Exception):
 class Processes:
     """Starts one process after another, each with a time limit, and leaves none behind."""
 
-    interruption: Interruption
+    stop_signal: StopSignal
     timeout_seconds: float
 
     def run_workload(
@@ -101,7 +101,7 @@ class Processes:
     def _wait(self, process: subprocess.Popen[bytes]) -> None:
         deadline = time.monotonic() + self.timeout_seconds
         while process.poll() is None:
-            if self.interruption.requested:
+            if self.stop_signal.requested:
                 raise Interrupted
             if time.monotonic() >= deadline:
                 raise RunFailedError(

@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarking.hardware import host_limit
 from benchmarking.metrics import scores
-from benchmarking.modes.mode_evidence import INVALID, UNVERIFIED, Evidence, Proof
+from benchmarking.modes.sharing_mode import INVALID, UNVERIFIED, Evidence, Proof
 from benchmarking.records.run_folder import PHASE_BASELINE
 from benchmarking.suite.event_log import first_unit_seconds, jobs_of, last_event, units_in_window
 from benchmarking.suite.launcher import (
@@ -16,8 +16,8 @@ from benchmarking.suite.launcher import (
     OUTCOME_OK,
     STATUS_INVALID,
     STATUS_OK,
-    ClientOutcome,
-    CoRunOutcome,
+    ClientResult,
+    CoRunResult,
 )
 
 Record = dict[str, Any]
@@ -26,7 +26,7 @@ NEVER_MEASURED = Proof(UNVERIFIED, (Evidence("it was measured", "no", None),))
 
 
 def client_record(
-    co_run: CoRunOutcome, client: ClientOutcome, proof: Proof | None, baseline: Record | None
+    co_run: CoRunResult, client: ClientResult, proof: Proof | None, baseline: Record | None
 ) -> Record:
     """Return the record of one client.
 
@@ -97,7 +97,7 @@ def _fraction(seconds: float | None, start: float | None, end: float | None) -> 
 
 
 def co_run_record(
-    co_run: CoRunOutcome,
+    co_run: CoRunResult,
     client_records: list[Record],
     gpu: Record | None,
     *,
@@ -156,7 +156,7 @@ def co_run_record(
     }
 
 
-def start_skew_ms(clients: Iterable[ClientOutcome]) -> float | None:
+def start_skew_ms(clients: Iterable[ClientResult]) -> float | None:
     """Return the time between the first and the last client's first unit, of all clients.
 
     `None` for fewer than two clients, or when one of them never did a unit.

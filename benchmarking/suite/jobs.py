@@ -21,7 +21,7 @@ from benchmarking.suite.cli import (
     RunEnded,
     SuiteError,
 )
-from benchmarking.suite.launcher import Interruption, client_base_environment
+from benchmarking.suite.launcher import StopSignal, client_base_environment
 from benchmarking.suite.plan import PlannedClient
 
 # About what is downloaded once where a job says that it is missing, in MB, by a name in its line.
@@ -41,7 +41,7 @@ runpy.run_path(sys.argv[0]).get("parse_arguments", int)()
 
 
 def resolve_all(
-    clients: Iterable[PlannedClient], stop: Interruption, say: Callable[[str], None]
+    clients: Iterable[PlannedClient], stop: StopSignal, say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
     """Run each job's command with `--resolve` and return the answers in order.
 
@@ -54,9 +54,7 @@ def resolve_all(
         return list(pool.map(lambda client: _resolve(client, stop, say), jobs))
 
 
-def _resolve(
-    client: PlannedClient, stop: Interruption, say: Callable[[str], None]
-) -> dict[str, Any]:
+def _resolve(client: PlannedClient, stop: StopSignal, say: Callable[[str], None]) -> dict[str, Any]:
     environment = {**client_base_environment(os.environ), **client.environment}
     with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
         process = subprocess.Popen(

@@ -40,7 +40,7 @@ OUTCOME_OK, OUTCOME_FAILED, OUTCOME_TIMEOUT = "ok", "failed", "timeout"
 OUTCOME_INTERRUPTED, OUTCOME_INVALID = "interrupted", "invalid"
 
 
-class Interruption:
+class StopSignal:
     """Turns SIGINT, SIGTERM and SIGHUP into a question, so that cleaning up is never cut short.
 
     `count` says how often somebody asked; from the second time on waiting politely ends. A Ctrl-C
@@ -68,7 +68,7 @@ class Interruption:
             self._last_seconds = now
 
     @contextlib.contextmanager
-    def watching(self) -> Iterator[Interruption]:
+    def watching(self) -> Iterator[StopSignal]:
         """Catch the signals inside the block; outside they do what they did before."""
         previous = {number: signal.getsignal(number) for number in self.SIGNALS}
 
@@ -89,7 +89,7 @@ KILLED_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
-class Patience:
+class Timeouts:
     """How long the launcher waits, in seconds.
 
     `timeout` bounds start to ready, and go to the end of the window; `stop` is the time to finish
@@ -225,7 +225,7 @@ class Client:
                 self._process.stdin.flush()
         return time.monotonic()
 
-    def drop_leash(self) -> None:
+    def close_stdin(self) -> None:
         """Close the leash: end-of-file means stop even to a client that missed the command."""
         with contextlib.suppress(BrokenPipeError):
             if self._process is not None and self._process.stdin is not None:
@@ -248,7 +248,7 @@ class Client:
 
 
 @dataclass(frozen=True)
-class ClientOutcome:
+class ClientResult:
     """What became of one client.
 
     `reason` says in words why `status` is not ok, `cause` in the word of the client contract, where
@@ -277,13 +277,13 @@ class ClientOutcome:
 
 
 @dataclass
-class CoRunOutcome:
+class CoRunResult:
     """What was seen of a co-run; times on CLOCK_MONOTONIC, `None` where it did not get so far."""
 
     planned: PlannedCoRun
     outcome: str
     reason: str | None
-    clients: list[ClientOutcome] = field(default_factory=list)
+    clients: list[ClientResult] = field(default_factory=list)
     ready_seconds: float | None = None
     window_start_seconds: float | None = None
     window_end_seconds: float | None = None
@@ -304,20 +304,20 @@ class _EndOfWindow(Exception):
 
 
 class Launcher:
-    """Runs one co-run after another with the same patience and environment."""
+    """Runs one co-run after another with the same timeouts and environment."""
 
     def __init__(
         self,
         base_environment: Mapping[str, str],
         *,
-        patience: Patience | None = None,
-        interruption: Interruption | None = None,
+        timeouts: Timeouts | None = None,
+        stop_signal: StopSignal | None = None,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
         """Keep what all co-runs share; `say` gets a line of progress now and then."""
         self._base_environment = base_environment
-        self._patience = patience or Patience()
-        self._interruption = interruption or Interruption()
+        self._timeouts = timeouts or Timeouts()
+        self._stop_signal = stop_signal or StopSignal()
         self._say = say
 
     def run(
@@ -326,17 +326,17 @@ class Launcher:
         paths_of: Callable[[str, int], ClientPaths],
         rule: FinishRule,
         before_go: Callable[[list[Client]], None] = lambda clients: None,
-    ) -> CoRunOutcome:
+    ) -> CoRunResult:
         """Run the clients of `planned` until `rule` is met by all, and leave no process behind.
 
         `before_go` is called once, when every client is ready and idle; `CoRunRefused` makes the
         co-run and its clients failed, whatever else it raises is passed on. Failure, timeout and
-        interruption are outcomes, not exceptions.
+        stop_signal are outcomes, not exceptions.
         """
         clients = [
             Client(client, paths_of(planned.co_run, client.client)) for client in planned.clients
         ]
-        result = CoRunOutcome(planned, OUTCOME_OK, None)
+        result = CoRunResult(planned, OUTCOME_OK, None)
         cpu_at_go: list[CpuReading | None] = [None] * len(clients)
         cpu_at_stop = cpu_at_go
         try:
@@ -370,7 +370,7 @@ class Launcher:
 
     def _get_ready(self, planned: PlannedCoRun, clients: list[Client]) -> None:
         """Load in parallel, then warm up one at a time, so that nobody tunes beside a neighbor."""
-        deadline = time.monotonic() + self._patience.timeout
+        deadline = time.monotonic() + self._timeouts.timeout
         for client in clients:
             client.start(planned.command_of(client.planned), self._base_environment)
         self._wait(clients, lambda client: client.is_loaded, "load", deadline)
@@ -382,7 +382,7 @@ class Launcher:
             )  # fmt: skip
 
     def _contend(self, clients: list[Client], rule: FinishRule, go_seconds: float) -> None:
-        deadline = go_seconds + self._patience.timeout
+        deadline = go_seconds + self._timeouts.timeout
         self._wait(
             clients, rule.is_done, "finish", deadline, not_before=go_seconds + rule.seconds,
             tolerates_failures=rule.tolerates_failures,
@@ -414,16 +414,16 @@ class Launcher:
             now = time.monotonic()
             if not waiting and now >= not_before:
                 return
-            if self._interruption.requested:
+            if self._stop_signal.requested:
                 raise _EndOfWindow(OUTCOME_INTERRUPTED, "interrupted")
             if now >= deadline:
                 for client in waiting:
                     client.timed_out = True
                 names = " and ".join(client.name for client in waiting)
                 raise _EndOfWindow(
-                    OUTCOME_TIMEOUT, f"{names} did not {what} within {self._patience.timeout:g} s"
+                    OUTCOME_TIMEOUT, f"{names} did not {what} within {self._timeouts.timeout:g} s"
                 )
-            time.sleep(self._patience.poll)
+            time.sleep(self._timeouts.poll)
 
     # --- ending ---------------------------------------------------------------------------
 
@@ -432,22 +432,22 @@ class Launcher:
         for client in clients:
             client.send("stop")
         for client in clients:
-            client.drop_leash()
-        patient_count = max(1, self._interruption.count)
+            client.close_stdin()
+        patient_count = max(1, self._stop_signal.count)
         self._wait_for_end(
-            clients, self._patience.stop, lambda: self._interruption.count > patient_count
+            clients, self._timeouts.stop, lambda: self._stop_signal.count > patient_count
         )
         for client in clients:
             if not client.has_ended:
                 self._say(f"{client.name} does not stop: sending SIGTERM")
                 client.terminated = True
                 client.signal_process(signal.SIGTERM)
-        self._wait_for_end(clients, self._patience.terminate)
+        self._wait_for_end(clients, self._timeouts.terminate)
         for client in clients:
             if not client.has_ended:
                 self._say(f"{client.name} does not terminate: sending SIGKILL")
                 client.signal_process(signal.SIGKILL)
-        self._wait_for_end(clients, max(KILLED_SECONDS, self._patience.terminate))
+        self._wait_for_end(clients, max(KILLED_SECONDS, self._timeouts.terminate))
         self._sweep(clients)
 
     def _wait_for_end(
@@ -464,15 +464,15 @@ class Launcher:
                 return
             if time.monotonic() >= deadline or give_up():
                 return
-            time.sleep(self._patience.poll)
+            time.sleep(self._timeouts.poll)
 
     def _sweep(self, clients: list[Client]) -> None:
         """End helper processes that clients left in their sessions (data loaders, servers)."""
         left = [client for client in clients if client.signal_group(signal.SIGTERM)]
-        deadline = time.monotonic() + min(5.0, self._patience.terminate)
+        deadline = time.monotonic() + min(5.0, self._timeouts.terminate)
         while left and time.monotonic() < deadline:
             left = [client for client in left if client.signal_group(0)]
-            time.sleep(self._patience.poll)
+            time.sleep(self._timeouts.poll)
         for client in left:
             client.signal_group(signal.SIGKILL)
 
@@ -503,13 +503,13 @@ def client_base_environment(inherited: Mapping[str, str]) -> dict[str, str]:
 
 def _client_outcome(
     client: Client, outcome: str, cpu_at_go: CpuReading | None, cpu_at_stop: CpuReading | None
-) -> ClientOutcome:
+) -> ClientResult:
     status, reason = _status(client, outcome)
     used = busiest = None
     if cpu_at_go is not None and cpu_at_stop is not None:
         used = cpu_at_stop.seconds_since(cpu_at_go)
         busiest = cpu_at_stop.busiest_thread_since(cpu_at_go)
-    return ClientOutcome(
+    return ClientResult(
         planned=client.planned,
         status=status,
         reason=reason,
@@ -552,7 +552,7 @@ def _status(client: Client, outcome: str) -> tuple[str, str | None]:
             return STATUS_KILLED, "did not stop when the run was interrupted"
         return STATUS_TIMEOUT, "did not stop when told to"
     if client.timed_out:
-        return STATUS_TIMEOUT, "was not done within the time limit"
+        return STATUS_TIMEOUT, "timed out"
     if code is not None and code < 0:
         name = signal.Signals(-code).name
         outside = -code in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -562,11 +562,11 @@ def _status(client: Client, outcome: str) -> tuple[str, str | None]:
     if last_event(client.events, "done") is None:
         return STATUS_FAILED, "exit code 0, but it never said `done`"
     if client.ended_early:
-        return STATUS_FAILED, "ended before it was told to"
+        return STATUS_FAILED, "exited prematurely"
     return STATUS_OK, None
 
 
-def _settle_outcome(result: CoRunOutcome) -> None:
+def _settle_outcome(result: CoRunResult) -> None:
     """A client that failed only while ending still fails the co-run; reasons name the cause."""
     bad = [client for client in result.clients if client.status != STATUS_OK]
     if all(client.reason == result.reason for client in bad):

@@ -30,12 +30,12 @@ from benchmarking.suite.launcher import (
     OUTCOME_INVALID,
     OUTCOME_OK,
     Client,
-    CoRunOutcome,
     CoRunRefused,
+    CoRunResult,
     FinishRule,
-    Interruption,
     Launcher,
-    Patience,
+    StopSignal,
+    Timeouts,
     client_base_environment,
 )
 from benchmarking.suite.limits import PERCENTAGE_VARIABLE
@@ -70,7 +70,7 @@ class RunContext:
 
     setup: Setup
     writer: RunWriter
-    stop: Interruption
+    stop: StopSignal
     progress: Progress
     earlier: EarlierPart | None = None
 
@@ -106,8 +106,8 @@ class Measurement:
         self._say = context.progress.say
         self._launcher = Launcher(
             client_base_environment(os.environ),
-            patience=Patience(timeout=context.setup.request.timeout_seconds),
-            interruption=context.stop,
+            timeouts=Timeouts(timeout=context.setup.request.timeout_seconds),
+            stop_signal=context.stop,
             say=context.progress.say,
         )
         self.reference = Reference()
@@ -191,7 +191,7 @@ class Measurement:
             self._context.describe_environment({"multiprocessor_count": seen, "versions": versions})
 
     def _recorded(
-        self, seen: CoRunOutcome, mode: SharingMode, sampler: Sampler, clock: float
+        self, seen: CoRunResult, mode: SharingMode, sampler: Sampler, clock: float
     ) -> tuple[Record, list[Record], str | None]:
         """Judge what was seen of a co-run and write its records: they, and how the GPU was lost."""
         planned, reference = seen.planned, self.reference
@@ -238,10 +238,10 @@ class Measurement:
         for warning in record["warnings"]:
             self._say(warning)
         if reason is not None:
-            self._say(f"{planned.co_run} does not hold: {stop_reasons.in_words(reason)}")
+            self._say(f"{planned.co_run} does not hold: {stop_reasons.describe(reason)}")
         return record, clients, gpu_lost
 
-    def _samples_of(self, seen: CoRunOutcome, sampler: Sampler) -> list[Record]:
+    def _samples_of(self, seen: CoRunResult, sampler: Sampler) -> list[Record]:
         samples: list[Record] = []
         if seen.window_end_seconds is not None and not sampler.failure:
             samples = list(sampler.samples_past(seen.window_end_seconds))
@@ -250,7 +250,7 @@ class Measurement:
             self._context.note(complaint)
         return samples
 
-    def _gpu_figures(self, seen: CoRunOutcome, samples: list[Record]) -> Record | None:
+    def _gpu_figures(self, seen: CoRunResult, samples: list[Record]) -> Record | None:
         start, end = seen.window_start_seconds, seen.window_end_seconds
         if start is None or end is None or not samples:
             return None

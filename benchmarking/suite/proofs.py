@@ -12,10 +12,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarking.modes.mode_evidence import ProcessLists, Proof, own_pids
-from benchmarking.modes.sharing_mode import SharingMode
+from benchmarking.modes.sharing_mode import ProcessLists, Proof, SharingMode, own_pids
 from benchmarking.suite.event_log import process_ids
-from benchmarking.suite.launcher import ClientOutcome, CoRunOutcome
+from benchmarking.suite.launcher import ClientResult, CoRunResult
 from benchmarking.suite.plan import COMMAND_WORKLOAD, MODE_CPU_DEMO
 
 # The kernel keeps 15 characters of a name. Clients of the server count, not itself.
@@ -24,7 +23,7 @@ MPS_SERVER = MPS_SERVER_PROGRAM[:15]
 
 
 def judge_clients(
-    mode: SharingMode, seen: CoRunOutcome, samples: list[dict[str, Any]]
+    mode: SharingMode, seen: CoRunResult, samples: list[dict[str, Any]]
 ) -> list[Proof | None]:
     """Judge every client of a co-run that was measured; on the CPU there is nothing to judge."""
     start, end = seen.ready_seconds, seen.window_end_seconds
@@ -40,7 +39,7 @@ def judge_clients(
     ]
 
 
-def foreign_pids_in_window(seen: CoRunOutcome, samples: Sequence[Mapping[str, Any]]) -> list[int]:
+def foreign_pids_in_window(seen: CoRunResult, samples: Sequence[Mapping[str, Any]]) -> list[int]:
     """Return the pids on the GPU in a co-run's window that are none of its clients'.
 
     None are named where not one of our own is listed: in a pid namespace of its own a container
@@ -70,13 +69,13 @@ def describe_pids(pids: Iterable[int]) -> str:
     return ", ".join(f"pid {pid} ({_name(pid) or 'name unknown'}{_owner(pid)})" for pid in pids)
 
 
-def _pids_of(seen: CoRunOutcome) -> frozenset[int]:
+def _pids_of(seen: CoRunResult) -> frozenset[int]:
     """Every pid under which a client of a co-run may use the GPU."""
     identities = map(_identity_with_processes, seen.clients)
     return frozenset().union(*map(own_pids, identities))
 
 
-def _identity_with_processes(client: ClientOutcome) -> dict[str, Any]:
+def _identity_with_processes(client: ClientResult) -> dict[str, Any]:
     """A client's identity, with `processes` for a command: it works by those that it starts."""
     identity = dict(client.identity or {})
     if client.planned.workload == COMMAND_WORKLOAD:

@@ -28,13 +28,13 @@ from benchmarking.suite.cli import (
     SuiteError,
 )
 from benchmarking.suite.jobs import require_known_flags
-from benchmarking.suite.launcher import Interruption
 from benchmarking.suite.measurement import RunContext
 from benchmarking.suite.plan_file import PlanFileError
 from benchmarking.suite.redaction import hidden_in_command_line
 from benchmarking.suite.resume import read_earlier, request_data
 from benchmarking.suite.run import SuiteRun
 from benchmarking.suite.setup import PROJECT_ROOT, Setup, no_mps_folder, prepare
+from benchmarking.suite.stop_signal import StopSignal
 
 SUITE_SCRIPT = PROJECT_ROOT / "benchmarking" / "benchmark_suite.py"
 ANALYSIS_SCRIPT = PROJECT_ROOT / "benchmarking" / "analyze_results.py"
@@ -53,7 +53,7 @@ class SessionResult:
 
 
 def run_suite(
-    words: Sequence[str], stop: Interruption | None = None, *, from_driver: bool = False
+    words: Sequence[str], stop: StopSignal | None = None, *, from_driver: bool = False
 ) -> SessionResult:
     """Plan, show the plan, run it, show the figures, as the flags `words` say.
 
@@ -87,7 +87,7 @@ def run_suite(
 def _planned_and_run(
     options: argparse.Namespace,
     command: Sequence[str],
-    stop: Interruption | None,
+    stop: StopSignal | None,
     *,
     from_driver: bool,
 ) -> SessionResult:
@@ -114,12 +114,12 @@ def _planned_and_run(
 
 
 @contextlib.contextmanager
-def _watched(stop: Interruption | None) -> Iterator[Interruption]:
+def _watched(stop: StopSignal | None) -> Iterator[StopSignal]:
     """Give the caller's stop signal, or one that catches the signals meanwhile."""
     if stop is not None:
         yield stop
         return
-    with Interruption().watching() as own:
+    with StopSignal().watching() as own:
         yield own
 
 

@@ -14,9 +14,7 @@ from typing import Any
 import msgspec
 
 from benchmarking.hardware import nvml
-from benchmarking.modes.choice import make_mode
-from benchmarking.modes.mode_evidence import Evidence
-from benchmarking.modes.sharing_mode import ModeNotInForceError, SharingMode
+from benchmarking.modes.sharing_mode import Evidence, ModeNotInForceError, SharingMode, make_mode
 from benchmarking.modes.whole_gpu import time_slice, time_slicing_warning
 from benchmarking.records import run_folder
 from benchmarking.records.run_folder import PHASE_BASELINE, Run

@@ -25,7 +25,7 @@ from typing import Any
 
 from benchmarking.metrics.breaking_point import breaking_point
 from benchmarking.suite.event_log import last_event
-from benchmarking.suite.launcher import ClientOutcome
+from benchmarking.suite.launcher import ClientResult
 from benchmarking.suite.plan import MODE_MPS
 
 Record = Mapping[str, Any]
@@ -44,13 +44,13 @@ _LOST_TEXT = re.compile(
     re.IGNORECASE,
 )
 
-# How a client begins its sentence; `in_words` has said so by then.
+# How a client begins its sentence; `describe` has said so by then.
 _OUT_OF_MEMORY = re.compile(r"^out of (GPU |host )?memory: ")
 
 
 def stop_reason(
     co_run: Record,
-    outcomes: Sequence[ClientOutcome],
+    outcomes: Sequence[ClientResult],
     clients: Sequence[Record],
     *,
     max_slowdown: float | None = None,
@@ -74,7 +74,7 @@ def stop_reason(
     return _reason(bound["criterion"], None, bound["detail"], [])
 
 
-def in_words(reason: Mapping[str, Any]) -> str:
+def describe(reason: Mapping[str, Any]) -> str:
     """Return the reason as half a sentence for a terminal."""
     who = f"client {reason['client']} ({reason['label']})"
     text = {
@@ -95,7 +95,7 @@ def _after_oom(detail: str | None) -> str:
 
 
 def _failure(
-    co_run: Record, outcomes: Sequence[ClientOutcome], clients: Sequence[Record]
+    co_run: Record, outcomes: Sequence[ClientResult], clients: Sequence[Record]
 ) -> dict[str, Any]:
     # A client without proof did not fail: it was hardly there when another one ended the window.
     failed = [record for record in clients if record["status"] not in ("ok", "invalid")]

@@ -23,9 +23,9 @@ from benchmarking.suite.cli import (
     EXIT_USAGE,
     SuiteError,
 )
-from benchmarking.suite.launcher import Interruption
 from benchmarking.suite.plan import MODE_EXCLUSIVE, MODE_MIG
 from benchmarking.suite.request import Request
+from benchmarking.suite.stop_signal import StopSignal
 from benchmarking.sweeping import report
 from benchmarking.sweeping.knobs import KNOBS, Knob, alone_words
 from benchmarking.sweeping.points import INTERRUPTED, NOT_RUN, OK, Point, read_point
@@ -43,7 +43,7 @@ _ONE_VALUE_ONLY = {EXIT_COMPLETE, EXIT_FAILED, EXIT_INVALID}
 class SweepRun:
     """Measures value by value; `sweep.json` is written after each, the report at the end."""
 
-    def __init__(self, options: argparse.Namespace, interruption: Interruption) -> None:
+    def __init__(self, options: argparse.Namespace, stop_signal: StopSignal) -> None:
         """Take the checked arguments and whom to ask whether to stop.
 
         Raises:
@@ -51,7 +51,7 @@ class SweepRun:
         """
         self._options = options
         self._knob: Knob = options.knob
-        self._interruption = interruption
+        self._stop_signal = stop_signal
         self._folder: Path = options.output
         self._baseline: Path | None = None
         if options.request.baseline is not None:
@@ -108,7 +108,7 @@ class SweepRun:
     def _measure_values(self) -> int:
         worst = EXIT_COMPLETE
         for number, value in enumerate(self._options.values):
-            if self._interruption.requested:
+            if self._stop_signal.requested:
                 return EXIT_INTERRUPTED
             total = len(self._options.values)
             print(f"\nsweep: {number + 1}/{total}: {self._knob.name} {value}", flush=True)
@@ -147,7 +147,7 @@ class SweepRun:
 
     def _run_suite(self, words: Sequence[str], run_id: str) -> int:
         """Run the suite to its end; asked to stop, it is asked, too, and keeps its records."""
-        if self._interruption.requested:
+        if self._stop_signal.requested:
             return EXIT_INTERRUPTED
         where = ["--results-dir", str(self._folder), "--run-id", run_id]
         process = subprocess.Popen(
@@ -155,8 +155,8 @@ class SweepRun:
         )
         told = 0
         while process.poll() is None:
-            if self._interruption.count > told:
-                told = self._interruption.count
+            if self._stop_signal.count > told:
+                told = self._stop_signal.count
                 process.send_signal(signal.SIGINT if told == 1 else signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(POLL_SECONDS)

@@ -447,7 +447,7 @@ class InferenceServer(client.Workload):
         self._listener.listen(0)
         self._end_web_server(WEB_SERVER_END_SECONDS + (seconds if failure is None else 0.0))
         for pid in self._engine.lost_workers:
-            self.warn(f"web worker {pid} ended before it was told to, with the requests in it")
+            self.warn(f"web worker {pid} exited prematurely, with the requests in it")
         if self._engine.unanswered:
             self.warn(
                 f"{self._engine.unanswered} requests were cut off by the end; give them more than "
