@@ -30,8 +30,8 @@ from benchmarking.analysis.comparison import Comparison
 from benchmarking.analysis.document import Document
 from benchmarking.analysis.runs import RunView
 from benchmarking.command_line.driver_words import tell_driver
-from benchmarking.command_line.one_line_parser import EXIT_USAGE, OneLineParser
 from benchmarking.records import run_folder
+from benchmarking.suite.cli import EXIT_USAGE, OneLineParser
 
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130

@@ -40,12 +40,21 @@ from benchmarking.blast_report import (
     own_cost_seconds,
     summary,
 )
-from benchmarking.command_line.argument_types import positive_float, positive_int
-from benchmarking.command_line.one_line_parser import OneLineParser
 from benchmarking.modes.mode_scripts import lock_reason, read_state
 from benchmarking.modes.mps import MpsMode, ask_mps_control
 from benchmarking.records.run_folder import utc_now
-from benchmarking.suite import mps_knobs
+from benchmarking.suite import limits
+from benchmarking.suite.cli import (
+    EXIT_COMPLETE,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_USAGE,
+    OneLineParser,
+    RunEnded,
+    SuiteError,
+    positive_float,
+    positive_int,
+)
 from benchmarking.suite.event_log import first_unit_end_seconds, last_event, tail_of
 from benchmarking.suite.launcher import (
     OUTCOME_FAILED,
@@ -54,7 +63,6 @@ from benchmarking.suite.launcher import (
     CoRunResult,
     FinishRule,
     Launcher,
-    StopSignal,
     Timeouts,
     client_base_environment,
 )
@@ -68,20 +76,10 @@ from benchmarking.suite.program import (
     write_report,
 )
 from benchmarking.suite.proofs import judge_clients
+from benchmarking.suite.request import Request
 from benchmarking.suite.sampler import Sampler
-from benchmarking.suite.setup import (
-    EXIT_COMPLETE,
-    EXIT_FAILED,
-    EXIT_INTERRUPTED,
-    EXIT_USAGE,
-    PROJECT_ROOT,
-    Request,
-    RunEnded,
-    Setup,
-    SuiteError,
-    no_mps_folder,
-    prepare,
-)
+from benchmarking.suite.setup import PROJECT_ROOT, Setup, no_mps_folder, prepare
+from benchmarking.suite.stop_signal import StopSignal
 
 NAME = "blast_radius"
 FAULT_CLIENT = "workloads/custom/fault_client.py"
@@ -165,7 +163,7 @@ def let_it_happen(options: argparse.Namespace, stop: StopSignal) -> int:
     }  # fmt: skip
     request = Request(
         mode=options.mode, mix=options.mix, counts=(options.neighbors + 1,), gpu=options.gpu,
-        device=options.device, quick=True, beside_others=options.allow_contention,
+        device=options.device, quick=True, allow_contention=options.allow_contention,
     )  # fmt: skip
     try:
         refuse_harm(options)
@@ -243,7 +241,7 @@ def with_fault(options: argparse.Namespace, setup: Setup, planned: PlannedCoRun)
     last = planned.clients[-1]
     environment = dict(last.environment)
     if setup.mode.name == MODE_MPS and options.fault == "oom":
-        environment |= mps_knobs.variables(memory_limit=MPS_MEMORY_LIMIT)
+        environment |= limits.variables(memory_limit=MPS_MEMORY_LIMIT)
     device = "cuda" if setup.gpu else "cpu"
     flags = ["--fault", options.fault, "--after", f"{options.window / 2:g}", "--device", device]
     flags += ["--allow-illegal-access"] if options.allow_illegal_access else []
@@ -321,7 +319,7 @@ class Blast:
         say(f"a new client starts (attempt {attempt + 1})")
         like, place = self.planned.clients[0], self.planned.clients[-1]
         kept = {name: value for name, value in place.environment.items()
-                if name != mps_knobs.MEMORY_VARIABLE}  # fmt: skip
+                if name != limits.MEMORY_VARIABLE}  # fmt: skip
         newcomer = dataclasses.replace(like, client=place.client + 1, environment=kept)
         alone = dataclasses.replace(self.planned, co_run="newcomer", clients=(newcomer,))
         rule = FinishRule(min_seconds=0.0, window_seconds=0.0, min_units=1)

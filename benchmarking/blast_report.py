@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarking.analysis.runs import mode_name, mode_order
-from benchmarking.command_line.number_text import significant
+from benchmarking.metrics.number_text import significant
+from benchmarking.suite.cli import EXIT_USAGE, SuiteError
 from benchmarking.suite.program import markdown_table
-from benchmarking.suite.setup import EXIT_USAGE, SuiteError
 
 RECORD_FILE = "blast_radius.json"
 SCHEMA_VERSION = 2

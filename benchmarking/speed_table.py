@@ -30,13 +30,20 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarking.command_line.argument_types import positive_int
-from benchmarking.command_line.number_text import duration, significant
-from benchmarking.command_line.one_line_parser import OneLineParser
 from benchmarking.hardware import nvml
+from benchmarking.metrics.number_text import duration, significant
 from benchmarking.records.run_folder import utc_now
 from benchmarking.speed_jobs import BATCH, EPOCH, JOBS, RESNET, SpeedJob, floor_seconds
-from benchmarking.suite import occupancy
+from benchmarking.suite import proofs
+from benchmarking.suite.card import find_gpu
+from benchmarking.suite.cli import (
+    EXIT_COMPLETE,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    OneLineParser,
+    RunEnded,
+    positive_int,
+)
 from benchmarking.suite.plan import SIZE_CPU, SIZE_GUIDE, SIZE_QUICK
 from benchmarking.suite.program import (
     ScriptFailedError,
@@ -46,14 +53,7 @@ from benchmarking.suite.program import (
     run_script,
     write_report,
 )
-from benchmarking.suite.setup import (
-    EXIT_COMPLETE,
-    EXIT_FAILED,
-    EXIT_INTERRUPTED,
-    Request,
-    RunEnded,
-    find_gpu,
-)
+from benchmarking.suite.request import Request
 from benchmarking.suite.stop_signal import StopSignal
 
 SCHEMA_VERSION = 1
@@ -331,7 +331,7 @@ class SpeedTable:
     def _note_neighbors(self, what: str) -> list[Mapping[str, Any]]:
         """Return what else is on the GPU just before a measurement, and note a change of it."""
         neighbors = (nvml.compute_processes(self._gpu_uuid) or []) if self._gpu_uuid else []
-        pids = occupancy.describe(process["pid"] for process in neighbors)
+        pids = proofs.describe_pids(process["pid"] for process in neighbors)
         if pids and pids != self._noted_neighbors:
             self._note(f"from {what} on, other processes were on the GPU: {pids}")
         elif self._noted_neighbors and not pids:

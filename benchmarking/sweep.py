@@ -28,16 +28,12 @@ import os
 import re
 import shlex
 import shutil
-import signal
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarking import benchmark_suite
-from benchmarking.command_line.one_line_parser import OneLineParser
 from benchmarking.modes.mode_scripts import ModeScriptError, in_force, is_set_up, lock_reason
 from benchmarking.records.run_folder import (
     MANIFEST_FILE,
@@ -47,30 +43,30 @@ from benchmarking.records.run_folder import (
     utc_now,
     write_json_atomic,
 )
-from benchmarking.suite import pairs
-from benchmarking.suite.plan import MODE_EXCLUSIVE, MODE_MIG, MODE_TIME_SLICING
-from benchmarking.suite.program import exit_code_of, make_folder
-from benchmarking.suite.resume import read_earlier
-from benchmarking.suite.setup import (
+from benchmarking.suite import flags
+from benchmarking.suite.card import find_gpu
+from benchmarking.suite.cli import (
     EXIT_COMPLETE,
     EXIT_FAILED,
     EXIT_INTERRUPTED,
     EXIT_INVALID,
     EXIT_NO_GPU,
     EXIT_USAGE,
-    Request,
+    OneLineParser,
     SuiteError,
-    find_gpu,
-    no_mps_folder,
-    prepare,
 )
-from benchmarking.suite.stop_signal import DRIVER_VARIABLE, StopSignal
+from benchmarking.suite.plan import MODE_EXCLUSIVE, MODE_MIG, MODE_TIME_SLICING, PAIRS_MIX
+from benchmarking.suite.program import exit_code_of, make_folder
+from benchmarking.suite.request import Request
+from benchmarking.suite.resume import read_earlier
+from benchmarking.suite.session import run_suite
+from benchmarking.suite.setup import no_mps_folder, prepare
+from benchmarking.suite.stop_signal import StopSignal
 from benchmarking.sweep_report import INTERRUPTED, NOT_RUN, OK, Point, Sweep, read_point, write
 
 SWEEP_FILE = "sweep.json"
 BASELINE = "baseline"
 USUAL_CLIENTS = 4
-POLL_SECONDS = 0.1
 
 # What ends one value; anything else would end the others as well.
 ONE_VALUE_ONLY = {EXIT_COMPLETE, EXIT_FAILED, EXIT_INVALID}
@@ -228,8 +224,8 @@ def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     knob: Knob = options.knob
     if knob.card_mode and not options.change_card:
         parser.error(f"--knob {knob.name} changes the card: allow it by --change-card")
-    usual = benchmark_suite.parse_arguments([])
-    options.request = request = benchmark_suite.parse_arguments(options.suite)
+    usual = flags.parse_arguments([])
+    options.request = request = flags.parse_arguments(options.suite)
     unknown = [value for value in options.values if value not in TIMESLICES]
     is_timeslice = knob.card_mode == MODE_TIME_SLICING
     for is_wrong, complaint in (
@@ -240,7 +236,7 @@ def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
          f"{knob.flag} behind -- is the knob itself: leave it"),
         (knob.job_flag and (request.job_arguments or request.baseline),
          "each value is another job: leave --job-arguments and --baseline behind --"),
-        (request.mode == MODE_EXCLUSIVE or request.mix == pairs.MIX,
+        (request.mode == MODE_EXCLUSIVE or request.mix == PAIRS_MIX,
          "a sweep needs clients that run together: leave exclusive and pairs"),
         (len(request.workloads or ()) > 1,
          "--workloads behind -- needs one count: sweep it by --knob workloads"),
@@ -252,8 +248,8 @@ def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
         if is_wrong:
             parser.error(complaint)
     for value in options.values:
-        benchmark_suite.parse_arguments([*options.suite, *knob.suite_words(value)])
-    benchmark_suite.parse_arguments([*alone_words(options.suite), "--mode", MODE_EXCLUSIVE])
+        flags.parse_arguments([*options.suite, *knob.suite_words(value)])
+    flags.parse_arguments([*alone_words(options.suite), "--mode", MODE_EXCLUSIVE])
 
 
 def alone_words(words: Sequence[str]) -> list[str]:
@@ -292,7 +288,7 @@ class SweepRun:
             self._gpu_uuid = card_to_change(self._knob.card_mode, options)
         else:
             words = [*options.suite, *self._knob.suite_words(options.values[0])]
-            request = benchmark_suite.request_from(benchmark_suite.parse_arguments(words))
+            request = flags.request_from(flags.parse_arguments(words))
             with no_mps_folder() as folder:
                 prepare(request, folder, os.environ, require_mode=True)
         self._baseline: Path | None = None
@@ -394,7 +390,8 @@ class SweepRun:
             return run_suite(["--resume", str(folder)], self._stop)
         shutil.rmtree(folder, ignore_errors=True)  # cut off before there was anything in it
         words = [*words, "--results-dir", str(self._folder), "--run-id", run_id]
-        return run_suite(words, self._stop)
+        code = run_suite(words, self._stop, from_driver=True).exit_code
+        return EXIT_INTERRUPTED if self._stop.requested else code
 
     def _save(self) -> None:
         write_json_atomic(self._folder / SWEEP_FILE, self._sweep.to_dict())
@@ -426,23 +423,6 @@ def is_settled(folder: Path) -> bool:
     except RunStoreError:
         return True
     return False
-
-
-def run_suite(words: Sequence[str], stop: StopSignal) -> int:
-    """Run the suite to its end; asked to stop, it is asked, too, and keeps its records."""
-    suite = str(Path(__file__).with_name("benchmark_suite.py"))
-    process = subprocess.Popen(
-        [sys.executable, suite, *words], stdin=subprocess.DEVNULL,
-        env={**os.environ, DRIVER_VARIABLE: str(os.getpid())},  # it ends with this process
-    )  # fmt: skip
-    told = 0
-    while process.poll() is None:
-        if stop.count > told:
-            told = stop.count
-            process.send_signal(signal.SIGINT if told == 1 else signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(POLL_SECONDS)
-    return EXIT_INTERRUPTED if told else process.returncode
 
 
 if __name__ == "__main__":

@@ -28,8 +28,8 @@ from benchmarking.analysis.export import finite
 from benchmarking.analysis.noise import NO_FLOOR, is_shown
 from benchmarking.analysis.report_content import CPU_DEMO_NOTICE
 from benchmarking.analysis.runs import CPU_DEMO, RunView, clients_text, mode_name
-from benchmarking.command_line.number_text import duration, joined
 from benchmarking.metrics.estimates import MIN_REPEATS_FOR_CLAIM, Estimate
+from benchmarking.metrics.number_text import duration, joined
 from benchmarking.metrics.scores import FEWEST_FOR_A_TAIL
 from benchmarking.records import run_folder
 

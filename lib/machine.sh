@@ -65,8 +65,18 @@ plan::read() {
         log "$PLAN is checked once there is an environment; one client is assumed here."
         return
     fi
-    said=$("$PYTHON" "$PROJECT_ROOT/benchmarking/check_plan.py" "$PLAN") || exit "$EXIT_USAGE"
-    PLAN_CLIENTS=${said##*clients: }
+    said=$("$PYTHON" -c '
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from benchmarking.suite.plan_file import PlanFileError, count_clients
+try:
+    print(count_clients(Path(sys.argv[2])))
+except PlanFileError as error:
+    for mistake in error.mistakes:
+        print(f"error: {mistake}", file=sys.stderr)
+    sys.exit(2)' "$PROJECT_ROOT" "$PLAN") || exit "$EXIT_USAGE"
+    PLAN_CLIENTS=$said
 }
 
 # Sets HAS_GPU and, with a GPU, everything that gpu::select sets. Ends with 3 where a GPU is asked for

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import fcntl
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 GPU_TURNS = Path(__file__)  # locked while a test uses the GPU
 sys.path.insert(0, str(PROJECT_ROOT))
+# Runs of tests in other processes are nobody's business here.
+os.environ["GPU_SHARING_LOCK_DIR"] = tempfile.mkdtemp(prefix="locks-")
+atexit.register(shutil.rmtree, os.environ["GPU_SHARING_LOCK_DIR"], ignore_errors=True)
 os.umask(0o022)  # under one that lets a group write, saved states would be refused
 pytest.register_assert_rewrite("driver_runner", "mode_script_runner", "waiting")
 if "PYTEST_XDIST_WORKER" in os.environ:

@@ -23,7 +23,7 @@ PROJECT_ROOT = Path(__file__).resolve().parents[1]
 SHORTENED = {
     "blast_radius.py": {"RETRY_SECONDS": 0.2},
     "gpu_monitor.py": {"PROCESS_LIST_PERIOD_SECONDS": 0.1},
-    "suite/run.py": {"GUIDE_MIN_SECONDS": 0.4, "SMALL_MIN_SECONDS": 0.4},
+    "suite/preflight.py": {"GUIDE_MIN_SECONDS": 0.4, "SMALL_MIN_SECONDS": 0.4},
 }
 
 

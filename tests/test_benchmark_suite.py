@@ -351,7 +351,8 @@ def test_an_interrupted_run_keeps_what_was_done_and_leaves_no_process(
     *_, advice, results = stdout.splitlines()
     run = bench.only_run()
     assert results == f"results: {run.folder}"
-    assert advice == f"to go on: python3 benchmarking/benchmark_suite.py --resume {run.folder}"
+    script = bench.root / "benchmarking" / "benchmark_suite.py"  # he stands in another folder
+    assert advice == f"to go on: python3 {script} --resume {run.folder}"
     assert run.manifest["outcome"] == "interrupted"
     assert [record["outcome"] for record in run.co_run_records] == ["ok", "interrupted"]
     assert {client["status"] for client in run.clients_of("training-2-r0")} == {"interrupted"}
@@ -509,7 +510,7 @@ def test_a_gpu_that_others_use_is_refused_naming_them(gpu_bench: Callable) -> No
     done = bench.run("--mix", "training", "--workloads", "1", "--quick")
     assert done.returncode == 4
     assert f"other processes are on the GPU: pid {os.getpid()} (" in done.stderr
-    assert "--beside-others" in done.stderr
+    assert "--allow-contention" in done.stderr
     refusal = bench.refusal()
     assert refusal["exit_code"] == 4
     assert refusal["command"][-1] == "--quick"
@@ -726,7 +727,8 @@ def test_a_mig_layout_gives_clients_instances_of_its_sizes_and_is_kept_with_the_
 
 def test_mig_without_a_whole_gpu_baseline_leaves_stp_unknown(gpu_bench: Callable) -> None:
     bench = gpu_bench(
-        mig_mode_current=1, mig_devices=[("MIG-aaaaaaaa-0000-0000-0000-000000000000", 7, 16, 1, 0)]
+        mig_mode_current=1,
+        mig_devices=[("MIG-aaaaaaaa-0000-0000-0000-000000000000", 7, 16, 9984, 0)],
     )
     bench.script({"match": "*", "identity": {"multiprocessor_count": 16}})
     done = bench.run("--mode", "mig", "--mix", "training", "--workloads", "1", "--quick")
@@ -920,12 +922,12 @@ def test_a_sampler_with_a_torn_first_line_is_a_failure_that_is_said(
 
 
 def test_a_terminal_that_is_gone_does_not_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    teller = console.Teller()
+    progress = console.Progress()
     with open("/dev/full", "w", buffering=1) as gone:
         monkeypatch.setattr(sys, "stderr", gone)
         with pytest.raises(OSError, match="No space"):
             print("lost", file=sys.stderr, flush=True)
-        teller.say("nobody reads this")
+        progress.say("nobody reads this")
         monkeypatch.undo()
         os.dup2(os.open(os.devnull, os.O_WRONLY), gone.fileno())
 

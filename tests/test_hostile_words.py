@@ -18,7 +18,7 @@ from waiting import wait_until
 
 from benchmarking.analysis.document import Table
 from benchmarking.analysis.markdown_report import table
-from benchmarking.suite import occupancy
+from benchmarking.suite import proofs
 
 # Each makes a file `broken` where it is run as a command, from whichever folder.
 HOSTILE_NAMES = [
@@ -86,7 +86,7 @@ def test_a_strangers_process_name_steers_no_terminal(scripts: ModeScripts, tmp_p
     with subprocess.Popen([sleep, "60"]) as process:
         comm = Path(f"/proc/{process.pid}/comm")
         wait_until(lambda: b"python" not in comm.read_bytes(), "the program's start")
-        words = occupancy.describe([process.pid])
+        words = proofs.describe_pids([process.pid])
         process.kill()
     assert words == f"pid {process.pid} (?[2Jabcdefghij\ufffd)"
 

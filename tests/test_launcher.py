@@ -20,8 +20,9 @@ from waiting import is_running, wait_until
 from benchmarking.records.run_folder import ClientPaths
 from benchmarking.records.types import Units
 from benchmarking.suite import event_log, launcher
-from benchmarking.suite.launcher import FinishRule, Launcher, StopSignal, Timeouts
-from benchmarking.suite.plan import PlannedClient, PlannedCoRun, build_plan
+from benchmarking.suite.launcher import FinishRule, Launcher, Timeouts
+from benchmarking.suite.plan import PlannedClient, PlannedCoRun, build_plan, counted_co_runs
+from benchmarking.suite.stop_signal import StopSignal
 
 CLIENT = Path(__file__).parent / "fakes" / "scripted_client.py"
 SOON = Timeouts(timeout=10.0, stop=5.0, terminate=2.0, poll=0.01)
@@ -139,7 +140,8 @@ def test_copies_of_a_job_have_an_index_each_the_same_in_two_modes_and_share_one_
 ) -> None:
     copies = planned(3).clients
     for mode in ("time-slicing", "mps"):
-        layout = build_plan(mode, lambda n: copies[:n], name="mine", counts=(3,), repeats=2)
+        co_runs = counted_co_runs(mode, lambda n: copies[:n], name="mine", counts=(3,), repeats=2)
+        layout = build_plan(mode, copies, co_runs)
         seen = {
             co_run.co_run: [c.identity["client_index"] for c in run(co_run).clients]
             for co_run in (*layout.baseline, *layout.co_runs)
@@ -263,7 +265,7 @@ def test_who_is_not_done_in_time_times_out_and_is_ended_ever_harder(
     assert (result.clients[1].reason, result.clients[1].exit_code) == (reason, exit_code)
 
 
-# --- interruption and what is left behind -----------------------------------------------------
+# --- stop_signal and what is left behind -----------------------------------------------------
 
 
 def test_an_interruption_stops_everyone_by_standard_input(run: Callable) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarking.modes.mig import MigMode
 from benchmarking.modes.sharing_mode import ModeNotInForceError
-from benchmarking.suite import mig_layout, plan
+from benchmarking.suite import limits, plan
 
 LAYOUT = ("2g.20gb", "1g.10gb", "1g.10gb")
 INSTANCES = [
@@ -42,17 +42,15 @@ def test_a_client_past_an_instance_that_vanished_gets_none_of_another_size():
 
 
 def test_a_job_on_instances_of_unlike_size_has_no_baseline_on_its_instance():
-    def clients_of(count: int) -> list[plan.PlannedClient]:
-        jobs = ("resnet_training", "batch_inference", "resnet_training")
-        return [
-            plan.planned_client(i, jobs[i], plan.JobOptions(), python="python3", root=".")
-            for i in range(count)
-        ]
-
-    laid_out = plan.build_plan(
-        "mig", clients_of, name="mixed", counts=(3,), whole_gpu_baseline=False, share_baseline=True
+    jobs = ("resnet_training", "batch_inference", "resnet_training")
+    clients = [plan.planned_client(i, jobs[i], plan.JobOptions()) for i in range(3)]
+    co_runs = plan.counted_co_runs(
+        "mig", lambda n: clients[:n], name="mixed", counts=(3,), repeats=1
     )
-    kept, unlike = mig_layout.without_unlike_shares(laid_out, LAYOUT)
+    laid_out = plan.build_plan(
+        "mig", clients, co_runs, whole_gpu_baseline=False, share_baseline=True
+    )
+    kept, unlike = limits.without_unlike_shares(laid_out, LAYOUT)
     assert [run.clients[0].workload for run in kept.baseline] == ["batch_inference"]
     assert unlike == ["ResNet50 training"]
 
@@ -60,4 +58,4 @@ def test_a_job_on_instances_of_unlike_size_has_no_baseline_on_its_instance():
 @pytest.mark.parametrize("text", ["", "1g", "10gb", "1g.10gb;reboot", "0g.5gb"])
 def test_what_is_no_profile_is_refused(text):
     with pytest.raises(ValueError, match="is no MIG profile"):
-        mig_layout.profile(text)
+        limits.profile(text)

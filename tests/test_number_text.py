@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarking.command_line import number_text
+from benchmarking.metrics import number_text
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarking.suite import occupancy
+from benchmarking.suite import proofs
+from benchmarking.suite.launcher import ClientResult, CoRunResult
+from benchmarking.suite.plan import PlannedClient, PlannedCoRun
 
 NAME_ITSELF = """
 import sys
@@ -55,22 +57,33 @@ def test_an_mps_server_does_not_occupy_the_gpu_and_what_calls_itself_one_does(
     mps_server: int, impostor: int
 ) -> None:
     pids = [mps_server, impostor, os.getpid(), 2**22 + 1]
-    found = occupancy.occupants([{"pid": pid} for pid in pids])
+    found = proofs.foreign_pids([{"pid": pid} for pid in pids])
     assert found == sorted(pids[1:])
 
 
-def test_who_is_listed_within_the_window_and_is_not_ours_is_a_stranger() -> None:
+def foreign(samples: list[dict], start: float, end: float, *own: int) -> list[int]:
+    """The foreign pids in the window of a co-run whose clients had these pids."""
+    planned = [PlannedClient(i, "w", "W", "job", ("x",)) for i in range(len(own))]
+    clients = [ClientResult(one, "ok", None, [], {"pid": pid}, 0, [])
+               for one, pid in zip(planned, own, strict=True)]  # fmt: skip
+    run = PlannedCoRun("c", "co_run", "mps", 0, tuple(planned))
+    return proofs.foreign_pids_in_window(
+        CoRunResult(run, "ok", None, clients, start, start, end), samples
+    )
+
+
+def test_who_is_listed_within_the_window_and_is_not_ours_is_foreign() -> None:
     seen = [sample(0.5, 7), sample(1.0, 10, 11), sample(2.0, 10, 12, mps=(13,)), sample(3.5, 8)]
-    assert occupancy.strangers(seen, 1.0, 3.0, frozenset({10})) == [11, 12, 13]
-    assert occupancy.strangers(seen, 1.0, 3.0, frozenset({10, 11, 12, 13})) == []
+    assert foreign(seen, 1.0, 3.0, 10) == [11, 12, 13]
+    assert foreign(seen, 1.0, 3.0, 10, 11, 12, 13) == []
 
 
-def test_without_one_of_ours_in_the_list_nobody_is_called_a_stranger() -> None:
-    assert occupancy.strangers([sample(1.0, 10, 11)], 0.0, 2.0, frozenset({99})) == []
+def test_without_one_of_ours_in_the_list_nobody_is_called_foreign() -> None:
+    assert foreign([sample(1.0, 10, 11)], 0.0, 2.0, 99) == []
 
 
 def test_a_process_is_named_with_its_owner_where_that_is_another() -> None:
     own = os.getpid()
-    assert occupancy.describe([own]).startswith(f"pid {own} (")
-    assert " of " not in occupancy.describe([own])
-    assert occupancy.describe([2**22 + 1]) == f"pid {2**22 + 1} (name unknown)"
+    assert proofs.describe_pids([own]).startswith(f"pid {own} (")
+    assert " of " not in proofs.describe_pids([own])
+    assert proofs.describe_pids([2**22 + 1]) == f"pid {2**22 + 1} (name unknown)"

@@ -14,18 +14,21 @@ ROOT = str(Path(__file__).resolve().parents[1])
 
 
 def clients(mix: str, count: int, **options: object) -> tuple[plan.PlannedClient, ...]:
-    return plan.mix_clients(mix, count, JobOptions(**options), python="python3", root=ROOT)
+    return plan.mix_clients(mix, count, JobOptions(**options, root=ROOT))
 
 
-def build(mode: str, mix: str = "mixed", counts: tuple[int, ...] = (4,), **more: object) -> Plan:
-    return plan.build_plan(mode, lambda n: clients(mix, n), name=mix, counts=counts, **more)
+def build(
+    mode: str, mix: str = "mixed", counts: tuple[int, ...] = (4,), repeats: int = 1, **more: object
+) -> Plan:
+    co_runs = plan.counted_co_runs(
+        mode, lambda n: clients(mix, n), name=mix, counts=counts, repeats=repeats
+    )
+    return plan.build_plan(mode, clients(mix, max(counts)), co_runs, **more)
 
 
 def test_the_rate_that_a_service_bears_alone_is_fixed_for_its_co_runs() -> None:
     assert plan.carried_arguments({"request_rate": 12.5, "qps": 13.0}) == ["--rate", "12.5"]
-    service, *trainings = plan.mix_clients(
-        "serving", 4, plan.JobOptions(slo_ms=50.0), python="python3", root="/p"
-    )
+    service, *trainings = clients("serving", 4, slo_ms=50.0)
     assert service.command[-2:] == ("--slo-ms", "50")
     assert "--slo-ms" not in service.job_key
     assert {client.workload for client in trainings} == {"resnet_training"}
@@ -115,7 +118,7 @@ def test_under_mig_each_job_also_runs_alone_on_the_share_of_its_first_client() -
 
 def test_two_jobs_of_one_workload_get_different_baseline_names() -> None:
     members = [clients("training", 1)[0], clients("training", 1, size="quick")[0]]
-    layout = plan.build_plan("mps", lambda n: members[:n], name="own", counts=(2,))
+    layout = plan.build_plan("mps", members, [])
     names = [run.co_run for run in layout.baseline]
     assert names == ["baseline-resnet_training", "baseline-resnet_training-2"]
 

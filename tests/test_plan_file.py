@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from benchmarking.suite.own_jobs import plan_clients, plan_of_jobs
 from benchmarking.suite.plan import JobOptions, PlannedClient
-from benchmarking.suite.plan_file import PlanFile, PlanFileError, plan_clients, read_plan_file
+from benchmarking.suite.plan_file import (
+    PlanFile,
+    PlanFileError,
+    count_clients,
+    parse_plan,
+    read_plan_file,
+    text_hash,
+)
+from benchmarking.suite.redaction import looks_secret
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = ROOT / "examples" / "plans" / "own-commands.toml"
@@ -28,7 +38,7 @@ def mistakes(folder: Path, text: str) -> list[str]:
 
 
 def clients(plan: PlanFile, count: int, **options: str) -> tuple[PlannedClient, ...]:
-    return plan_clients(plan, count, JobOptions(**options), python="python3", root="/p")
+    return plan_clients(plan, count, JobOptions(**options, root="/p"))
 
 
 def test_a_workload_of_ours_gets_the_plans_flags_last(tmp_path: Path) -> None:
@@ -147,21 +157,109 @@ def test_a_file_that_is_not_there_is_a_sentence(tmp_path: Path) -> None:
         read_plan_file(tmp_path / "no.toml")
 
 
+def test_the_clients_of_a_plan_are_counted() -> None:
+    assert count_clients(EXAMPLE) == 4
+
+
 @pytest.mark.parametrize(
-    ("text", "code", "last"),
+    ("arguments", "words"),
     [
-        (EXAMPLE.read_text(), 0, "clients: 4"),
-        ("a = 1\nb = 2\n[[client]]\ncommand='true'", 2, "b: there is no such key"),
+        ("[]", []),
+        ('["--bach-size", "3"]', ["unrecognized arguments: --bach-size 3"]),
+        ('["--epochs", "x"]', ["argument --epochs: 'x' is not a whole number"]),
     ],
 )
-def test_the_checker_counts_the_clients_or_tells_every_mistake(
-    tmp_path: Path, text: str, code: int, last: str
+def test_a_dry_run_lets_our_workloads_look_at_their_flags(
+    tmp_path: Path, arguments: str, words: list[str]
 ) -> None:
-    for name in ("hash_job.py", "own-commands.toml"):
-        (tmp_path / name).write_text(text)
+    path = tmp_path / "mine.toml"
+    path.write_text(f'[[client]]\nworkload = "bert_training"\narguments = {arguments}\n')
     done = subprocess.run(
-        [sys.executable, "benchmarking/check_plan.py", str(tmp_path / "own-commands.toml")],
-        cwd=ROOT, capture_output=True, text=True, timeout=30, check=False,
+        [sys.executable, "benchmarking/benchmark_suite.py", "--plan", str(path), "--dry-run"],
+        cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
-    assert done.returncode == code, done.stderr
-    assert last in (done.stdout or done.stderr).splitlines()[-1]
+    assert done.returncode == (2 if words else 0), done.stderr
+    assert all(
+        f"error: BERT fine-tuning: bert_training.py: error: {w}" in done.stderr for w in words
+    )
+
+
+def test_jobs_of_the_command_line_are_a_plan_that_is_named_after_them(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text("")
+    job = f"{sys.executable} train.py --epochs 1"
+    plan = plan_of_jobs([job, job, f"{sys.executable} train.py", "sleep 1"], tmp_path)
+    assert plan.name == "train-train-train-sleep"
+    members = clients(plan, 5)
+    assert [client.label for client in members] == [
+        "train.py", "train.py", "train.py (2)", "sleep", "train.py"]  # fmt: skip
+    assert len({client.job_key for client in members}) == 3
+    with pytest.raises(PlanFileError, match=r"--job: client 1: command: there is no file 'no\.py'"):
+        plan_of_jobs([f"{sys.executable} no.py"], tmp_path)
+
+
+# --- secrets ----------------------------------------------------------------------------------
+
+SECRET = "hunter2-hunter2"
+WITH_SECRETS = f"""
+[[client]]
+command = "sleep 1"
+environment = {{ HF_TOKEN = "{SECRET}", SIZE = "large-model" }}
+[[client]]
+workload = "bert_training"
+arguments = ["--api-key", "{SECRET}-2", "--tokenizer=plain-words"]
+"""
+
+
+def test_secrets_are_named_in_what_is_recorded_and_given_to_the_job(tmp_path: Path) -> None:
+    plan = read(tmp_path, WITH_SECRETS)
+    first, second = clients(plan, 2)
+    assert first.environment["HF_TOKEN"] == SECRET
+    assert f"{SECRET}-2" in second.command
+    recorded = str(plan.secrets.hide([dataclasses.asdict(client) for client in (first, second)]))
+    for text in (plan.text, recorded, first.job_key, second.job_key):
+        assert SECRET not in text
+    assert "hidden:HF_TOKEN:" in plan.text
+    assert "large-model" in first.job_key
+    assert "plain-words" in recorded
+
+
+def test_a_kept_plan_gets_its_secrets_back_from_the_environment_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = read(tmp_path, WITH_SECRETS)
+    monkeypatch.setenv("API_KEY", f"{SECRET}-2")
+    for value in (None, "another value"):
+        if value:
+            monkeypatch.setenv("HF_TOKEN", value)
+        with pytest.raises(PlanFileError, match="HF_TOKEN is not kept with the run: set the var"):
+            parse_plan(plan.text, "plan.toml", tmp_path)
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    again = parse_plan(plan.text, "plan.toml", tmp_path)
+    assert again.entries == plan.entries
+    assert text_hash(again.text) == text_hash(plan.text)
+
+
+def test_an_inherited_variable_is_recorded_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = '[[client]]\ncommand = "true"\ninherit = ["MY_LICENSE"]\n'
+    monkeypatch.delenv("MY_LICENSE", raising=False)
+    assert "inherit.MY_LICENSE: is not set where this was started" in mistakes(tmp_path, text)[0]
+    monkeypatch.setenv("MY_LICENSE", "1")
+    plan = read(tmp_path, text)
+    (client,) = clients(plan, 1)
+    assert client.environment == {"MY_LICENSE": "1"}
+    assert client.job_key.endswith(" MY_LICENSE")
+    recorded = plan.secrets.hide(dataclasses.asdict(client))
+    assert recorded["environment"] == {"MY_LICENSE": "inherited:MY_LICENSE"}
+
+
+@pytest.mark.parametrize(
+    ("name", "is_secret"),
+    [("HF_TOKEN", True), ("--api-key", True), ("DB_PASSWORD", True),
+     ("AWS_SECRET_ACCESS_KEY", True), ("--token", True), ("TOKENIZERS_PARALLELISM", False),
+     ("--max-tokens", False),
+     ("SORT_KEY", False), ("DATA", False)],
+)  # fmt: skip
+def test_a_secret_is_told_by_its_name(name: str, is_secret: bool) -> None:
+    assert looks_secret(name) == is_secret

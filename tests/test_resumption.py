@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,11 @@ from test_benchmark_suite import PROJECT_ROOT, Bench
 from waiting import wait_until
 
 from benchmarking.records import run_folder
+from benchmarking.records.types import MpsLimits
 from benchmarking.suite import resume as resumption
-from benchmarking.suite.mps_knobs import MpsKnobs
+from benchmarking.suite.cli import SuiteError
 from benchmarking.suite.plan_file import read_plan_file
-from benchmarking.suite.setup import Request, SuiteError
+from benchmarking.suite.request import Request
 
 RAMP = ("--mix", "interactive", "--workloads", "1,2", "--run-id", "mine")
 CALIBRATED = {"match": "jupyter*", "figures_once": {"cell_repeats": "matrix=3"}}
@@ -165,7 +167,7 @@ def test_a_request_comes_back_as_it_was_with_limits_and_plan_file(tmp_path: Path
     plan_file = read_plan_file(PROJECT_ROOT / "examples" / "plans" / "own-commands.toml")
     asked = Request(
         results_dir=tmp_path, plan_file=plan_file, mix=plan_file.name, counts=(1, 2), slo_ms=3.0,
-        mps_knobs=MpsKnobs(("even",)), mig_layout=("1g.5gb",),
+        mps_limits=MpsLimits(percentages=("even",)), mig_layout=("1g.5gb",),
     )  # fmt: skip
     fields = {"request": resumption.request_data(asked), "plan_file": plan_file.to_dict()}
     writer = stored_run(tmp_path, **fields)
@@ -180,6 +182,27 @@ def test_a_run_that_somebody_is_at_work_on_is_refused(tmp_path: Path) -> None:
         resumption.read_earlier("mine", tmp_path)
     writer.finish("interrupted")
     assert resumption.read_earlier("mine", tmp_path).outcome == "interrupted"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda folder: (folder / "plan.toml").write_text("x = 1"), "is not the plan that the run"),
+        (lambda folder: (folder / "plan.toml").chmod(0o666), "may have been written by somebody"),
+        (lambda folder: folder.chmod(0o777), "may have been written by somebody else"),
+    ],
+)
+def test_a_run_that_others_may_have_written_is_not_executed(
+    tmp_path: Path, spoil: Callable, words: str
+) -> None:
+    plan_file = read_plan_file(PROJECT_ROOT / "examples" / "plans" / "own-commands.toml")
+    writer = stored_run(tmp_path, plan_file=plan_file.to_dict())
+    writer.save_plan_file(plan_file.text)
+    writer.finish("interrupted")
+    assert resumption.read_earlier("mine", tmp_path).request.plan_file == plan_file
+    spoil(writer.folder)
+    with pytest.raises(run_folder.RunStoreError, match=words):
+        resumption.read_earlier("mine", tmp_path)
 
 
 def test_a_run_without_its_request_is_refused(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ the real one.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -61,7 +62,29 @@ def test_the_example_plan_runs_alone_and_together_and_is_kept_with_the_run(bench
     assert (run.folder / "plan.toml").read_text() == EXAMPLE.read_text()
     assert run.manifest["mix"] == "own-commands"
     assert run.manifest["plan_file"]["path"] == str(EXAMPLE)
-    assert [entry["count"] for entry in run.manifest["plan_file"]["clients"]] == [1, 2, 1]
+    assert run.manifest["plan_file"]["sha256"] == hashlib.sha256(EXAMPLE.read_bytes()).hexdigest()
+
+
+def test_jobs_without_a_file_run_and_are_kept_as_a_plan_without_their_secrets(
+    bench: Bench,
+) -> None:
+    plan_of(bench, "")
+    done = bench.run(
+        "--job", "sleep 0.1", "--job", "env PASSWORD=hunter2-hunter2 sleep 0.1", "--workloads", "3"
+    )
+    assert done.returncode == 0, done.stderr
+    run = bench.only_run()
+    assert [record["co_run"] for record in run.co_run_records] == [
+        "baseline-command", "baseline-command-2", "sleep-env-3-r0"]  # fmt: skip
+    members = run.clients_of("sleep-env-3-r0")
+    assert [record["label"] for record in members] == ["sleep", "env", "sleep"]
+    assert len({record["job_key"] for record in members}) == 2
+    assert all(record["slowdown"] > 0 for record in members)
+    files = [path.read_text() for path in run.folder.rglob("*") if path.is_file()]
+    assert not any("hunter2-hunter2" in text for text in (*files, done.stdout, done.stderr))
+    assert "hidden:PASSWORD:" in (run.folder / "plan.toml").read_text()
+    both = bench.run("--job", "true", "--mix", "training")
+    assert "not allowed with argument" in both.stderr
 
 
 def test_a_command_that_fails_is_a_failed_client_with_its_last_words(bench: Bench) -> None:

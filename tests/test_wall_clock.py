@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarking.suite import wall_clock
+from benchmarking.suite import measurement as run
 
 
 @pytest.mark.parametrize(
@@ -13,11 +13,11 @@ from benchmarking.suite import wall_clock
 def test_only_what_no_time_service_does_is_said(
     monkeypatch: pytest.MonkeyPatch, seconds: float, words: str | None
 ) -> None:
-    clock = wall_clock.WallClock()
-    assert clock.warnings() == []
-    real = wall_clock.time.time
-    monkeypatch.setattr(wall_clock.time, "time", lambda: real() + seconds)
-    said = clock.warnings()
+    offset = run.wall_clock_offset()
+    assert run.clock_warnings(offset) == []
+    real = run.time.time
+    monkeypatch.setattr(run.time, "time", lambda: real() + seconds)
+    said = run.clock_warnings(offset)
     assert said == (
         [f"the clock was set by {words} meanwhile; figures come from the monotonic clock"]
         if words

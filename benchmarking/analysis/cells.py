@@ -9,8 +9,8 @@ from benchmarking.analysis.clients import TAIL_PERCENTILES, ClientRow
 from benchmarking.analysis.document import UNKNOWN
 from benchmarking.analysis.groups import Group
 from benchmarking.analysis.runs import CPU_DEMO
-from benchmarking.command_line.number_text import duration, durations, significant
 from benchmarking.metrics.estimates import Estimate
+from benchmarking.metrics.number_text import duration, durations, significant
 
 
 def number(value: float | None, decimals: int = 2, unit: str = "") -> str:

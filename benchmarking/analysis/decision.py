@@ -24,8 +24,8 @@ from benchmarking.analysis.verdicts import (
     stand,
     verdict,
 )
-from benchmarking.command_line.number_text import duration, joined
 from benchmarking.metrics.estimates import MIN_REPEATS_FOR_CLAIM, Estimate
+from benchmarking.metrics.number_text import duration, joined
 
 Pairs = Sequence[noise.SameTwice]
 

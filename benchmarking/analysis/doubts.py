@@ -7,7 +7,7 @@ from pathlib import Path
 from benchmarking.analysis.comparison import Section
 from benchmarking.analysis.groups import Group
 from benchmarking.analysis.runs import CoRun, RunView, clients_text
-from benchmarking.command_line.number_text import joined
+from benchmarking.metrics.number_text import joined
 from benchmarking.records import run_folder
 
 

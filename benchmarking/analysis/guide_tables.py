@@ -9,7 +9,7 @@ from benchmarking.analysis.document import UNKNOWN, Block, Chapter, Paragraph, T
 from benchmarking.analysis.expectations import Expectation
 from benchmarking.analysis.groups import Group
 from benchmarking.analysis.guide_checks import Check
-from benchmarking.command_line.number_text import duration, significant
+from benchmarking.metrics.number_text import duration, significant
 
 _TITLE = "Against the guide's expected ranges"
 

@@ -18,7 +18,7 @@ from benchmarking.analysis.merging import merge
 from benchmarking.analysis.runs import CoRun, RunView, failed_requests, mode_name, mode_order
 from benchmarking.metrics import scores
 from benchmarking.metrics.estimates import Estimate, estimate
-from benchmarking.suite.pairs import CLIENTS
+from benchmarking.suite.plan import PAIR_CLIENTS
 
 Record = Mapping[str, Any]
 Pair = tuple[str, str]
@@ -112,13 +112,13 @@ def find_matrices(
         groups = []
         latency_jobs: frozenset[str] = frozenset()
         for candidates in by_pair.values():
-            chosen, others = merge(candidates, CLIENTS)
+            chosen, others = merge(candidates, PAIR_CLIENTS)
             left_out += others
             latency_jobs = latency_jobs.union(*map(_with_latency, chosen))
             if chosen:
                 alone = alone_of(chosen[0])
                 cells += _cells(chosen, alone)
-                groups.append(build_group(chosen, CLIENTS, alone))
+                groups.append(build_group(chosen, PAIR_CLIENTS, alone))
         jobs = tuple(dict.fromkeys(job for pair in by_pair for job in pair))
         if cells:
             with_latency = latency_jobs.intersection(jobs)
@@ -130,7 +130,7 @@ def find_matrices(
 def _by_pair(run: RunView) -> dict[Pair, RunView]:
     """The run as one run for each planned pair of labels, with that pair's co-runs alone."""
     by_pair: dict[Pair, list[dict[str, Any]]] = {}
-    for planned in run.planned(CLIENTS):
+    for planned in run.planned(PAIR_CLIENTS):
         first, second = (client["label"] for client in planned["clients"])
         by_pair.setdefault((first, second), []).append(planned)
     return {pair: _only(run, pair, planned) for pair, planned in by_pair.items()}
@@ -160,7 +160,7 @@ def _with_latency(run: RunView) -> set[str]:
 
 def _cells(runs: Sequence[RunView], alone: Mapping[str, Record]) -> list[InterferenceCell]:
     """Both directions of one pair; one cell for a job beside itself."""
-    co_runs = [co_run for run in runs for co_run in run.judged(CLIENTS)]
+    co_runs = [co_run for run in runs for co_run in run.judged(PAIR_CLIENTS)]
     first, second = (client["label"] for client in co_runs[0].clients)
     directions = (
         [(first, second, (0, 1))]

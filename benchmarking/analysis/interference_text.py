@@ -16,8 +16,8 @@ from benchmarking.analysis.document import (
     code,
 )
 from benchmarking.analysis.interference import OK, InterferenceCell, InterferenceMatrix
-from benchmarking.command_line.number_text import duration
 from benchmarking.metrics.estimates import MIN_REPEATS_FOR_CLAIM
+from benchmarking.metrics.number_text import duration
 from benchmarking.metrics.scores import FEWEST_FOR_A_TAIL
 
 

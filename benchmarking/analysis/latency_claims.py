@@ -14,8 +14,8 @@ from benchmarking.analysis.clients import ClientRow, copies_by_label, worst_copy
 from benchmarking.analysis.comparison import Claim
 from benchmarking.analysis.groups import Group, run_ids_of
 from benchmarking.analysis.verdicts import Candidate, Words, repeats_text, stand, verdict
-from benchmarking.command_line.number_text import duration, joined
 from benchmarking.metrics.estimates import Estimate
+from benchmarking.metrics.number_text import duration, joined
 from benchmarking.metrics.scores import FEWEST_FOR_A_TAIL
 
 

@@ -15,8 +15,8 @@ from benchmarking.analysis.document import Picture
 from benchmarking.analysis.groups import Group
 from benchmarking.analysis.noise import SameTwice
 from benchmarking.analysis.runs import CPU_DEMO
-from benchmarking.command_line.number_text import duration
 from benchmarking.metrics.estimates import Estimate
+from benchmarking.metrics.number_text import duration
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

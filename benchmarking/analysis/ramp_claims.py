@@ -10,9 +10,9 @@ from benchmarking.analysis.noise import NO_FLOOR, is_shown
 from benchmarking.analysis.ramps import Ramp
 from benchmarking.analysis.runs import clients_text
 from benchmarking.analysis.verdicts import repeats_text
-from benchmarking.command_line.number_text import joined
 from benchmarking.metrics.breaking_point import SATURATION_FRACTION
 from benchmarking.metrics.estimates import MIN_REPEATS_FOR_CLAIM
+from benchmarking.metrics.number_text import joined
 
 # A gain up to this counts as none.
 _NOTHING = f"{100 * (1 - SATURATION_FRACTION):.0f} %"

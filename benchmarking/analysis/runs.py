@@ -11,8 +11,8 @@ import msgspec
 from benchmarking.metrics import scores
 from benchmarking.metrics.breaking_point import says_something_of_the_load
 from benchmarking.records import run_folder
-from benchmarking.suite import baselines
-from benchmarking.suite.mps_knobs import MpsKnobs
+from benchmarking.records.types import MpsLimits
+from benchmarking.suite import baselines, limits
 from benchmarking.suite.plan import CARRIED_FIGURES
 
 Record = Mapping[str, Any]
@@ -87,8 +87,9 @@ class RunView:
         Runs of one mode that was set up otherwise are no repeats of each other: each has its row.
         """
         if self.mode == "mps":
-            is_from_plan = not self._limits.name and any(map(_knobs_of, self._planned_clients()))
-            return "limits of the plan" if is_from_plan else self._limits.description
+            told = limits.describe(self._limits)
+            is_from_plan = not told and any(map(_knobs_of, self._planned_clients()))
+            return "limits of the plan" if is_from_plan else told
         if self.mode == "mig":
             return ", ".join(self.manifest.get("mig_layout") or ())
         slices = self.environment.get("timeslice") if self.mode == "time-slicing" else None
@@ -100,9 +101,9 @@ class RunView:
         return mode_name(self.mode, self.settings)
 
     @property
-    def _limits(self) -> MpsKnobs:
+    def _limits(self) -> MpsLimits:
         """What MPS clients were limited to."""
-        return MpsKnobs.from_dict(self.manifest.get("mps_limits") or {})
+        return msgspec.convert(self.manifest.get("mps_limits") or {}, MpsLimits)
 
     @property
     def is_pairs(self) -> bool:

@@ -6,7 +6,7 @@ from benchmarking.analysis import cells
 from benchmarking.analysis.clients import ClientRow
 from benchmarking.analysis.comparison import Section
 from benchmarking.analysis.document import UNKNOWN, Bullets, Chapter, Paragraph, Table
-from benchmarking.command_line.number_text import duration
+from benchmarking.metrics.number_text import duration
 
 HEADER = (
     "where", "service", "offered /s", "mean latency", "p99 latency", "mean slowdown",

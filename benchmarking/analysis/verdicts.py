@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarking.analysis.noise import NO_FLOOR, SameTwice, is_inside, is_shown
-from benchmarking.command_line.number_text import joined
 from benchmarking.metrics.estimates import MIN_REPEATS_FOR_CLAIM, Estimate
+from benchmarking.metrics.number_text import joined
 
 
 @dataclass(frozen=True)

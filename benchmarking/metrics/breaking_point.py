@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarking.command_line.number_text import duration
+from benchmarking.metrics.number_text import duration
 from benchmarking.metrics.scores import FAILED_REQUEST, percentile, slo_attainment_percent
 from benchmarking.records.types import ClientRecord, CoRunRecord
 

@@ -15,7 +15,7 @@ from benchmarking.modes.sharing_mode import (
     sees_device,
 )
 from benchmarking.records.types import Evidence, Proof
-from benchmarking.suite import mig_layout
+from benchmarking.suite import limits
 
 
 class MigMode(SharingMode):
@@ -24,7 +24,7 @@ class MigMode(SharingMode):
     def instances(self) -> list[Mapping[str, Any]]:
         """Return the card's instances in NVML's order, or those of the layout in its order."""
         there = list(self.facts().get("mig_devices") or [])
-        return mig_layout.in_order(self.layout, there) if self.layout else there
+        return limits.instances_in_order(self.layout, there) if self.layout else there
 
     def check_settings(self, facts: GpuFacts) -> list[Evidence]:
         """MIG is on, and there is an instance for every client."""

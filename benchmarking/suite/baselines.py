@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarking.records import run_folder
 from benchmarking.records.run_folder import Run, RunStoreError
-from benchmarking.records.types import Manifest
+from benchmarking.records.types import ClientRecord, Manifest
 from benchmarking.suite.plan import MODE_CPU_DEMO
 
 COMPARED_FIELDS = ("gpu_name", "driver_version")
@@ -42,10 +42,10 @@ def differences(theirs: Manifest, ours: Manifest) -> list[str]:
 
 
 def identity_differences(
-    baseline: Mapping[str, Any] | None, identity: Mapping[str, Any] | None
+    baseline: ClientRecord | None, identity: Mapping[str, Any] | None
 ) -> list[str]:
     """Say in what a client differs from the one that took its job's baseline."""
-    theirs = (baseline or {}).get("identity")
+    theirs = baseline and baseline.identity
     if not theirs or not identity:
         return []
     return _unlike({n: (theirs.get(n), identity.get(n)) for n in COMPARED_IDENTITY_FIELDS})

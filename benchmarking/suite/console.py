@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
-
-import msgspec
 
 from benchmarking.metrics.scores import FEWEST_FOR_A_TAIL, percentile
 from benchmarking.records.run_folder import PHASE_CO_RUN, Run
+from benchmarking.records.types import ClientRecord, CoRunRecord, GpuFigures
+from benchmarking.suite import preflight
 from benchmarking.suite.setup import Setup
 
 CPU_DEMO_BANNER = (
@@ -22,24 +23,65 @@ UNKNOWN = "unknown"
 CLIENT_COLUMNS = (
     "client", "workload", "status", "job (s)", "jobs", "slowdown", "p99 (ms)", "cores", "proof",
 )  # fmt: skip
+WITHOUT_GPU = ("GPU utilization", "SM activity", "GPU memory", "Power", "Energy ratio")
 
 
-class Teller:
-    """Prints progress on standard error, with the time since the start."""
+class Progress:
+    """Tells how far a run is, on standard error, with the time since the start.
+
+    On a terminal the stage at work has a live line with its seconds left.
+    """
 
     def __init__(self) -> None:
         """Start the clock."""
         self._start_seconds = time.monotonic()
+        self._live: Any = None
 
     def say(self, text: str) -> None:
         """Print one line; a run goes on where nobody can read it any more."""
-        elapsed = time.monotonic() - self._start_seconds
+        line = f"[{time.monotonic() - self._start_seconds:7.1f} s] {text}"
         with contextlib.suppress(OSError):
-            print(f"[{elapsed:7.1f} s] {text}", file=sys.stderr, flush=True)
+            if self._live is not None:
+                self._live.console.print(line, markup=False, highlight=False, soft_wrap=True)
+            else:
+                print(line, file=sys.stderr, flush=True)
+
+    @contextlib.contextmanager
+    def stage(self, text: str, seconds: float | None) -> Iterator[None]:
+        """Say that a stage of about so many seconds begins, and show it until it is over."""
+        self.say(f"{text} (about {seconds:.0f} s)" if seconds else text)
+        if not sys.stderr.isatty():
+            yield
+            return
+        from rich.console import Console
+        from rich.live import Live
+
+        begin_seconds = time.monotonic()
+
+        class Line:
+            """The live line, made anew at each look."""
+
+            def __rich__(self) -> str:
+                spent = time.monotonic() - begin_seconds
+                left = (seconds or 0.0) - spent
+                told = f"about {left:.0f} s left" if left > 0 else f"{spent:.0f} s"
+                return f"  … {text.split(' (')[0]}: {told}"
+
+        console = Console(stderr=True, markup=False, highlight=False)
+        live = Live(Line(), console=console, transient=True, refresh_per_second=2)
+        with contextlib.suppress(OSError):
+            live.start()
+        self._live = live
+        try:
+            yield
+        finally:
+            self._live = None
+            with contextlib.suppress(OSError):
+                live.stop()
 
 
 def print_plan(setup: Setup, *, verbose: bool = False) -> None:
-    """Print what will run beside what, on what, and the evidence for the mode."""
+    """Print what will run with what, on what, the evidence for the mode, and how long it takes."""
     request, gpu = setup.request, setup.gpu
     where = f"{gpu['name']} ({gpu['uuid']})" if gpu else f"CPU, {setup.cores} cores"
     print(f"Plan: mode {request.mode}, mix {request.mix}, job size {setup.job_size}, on {where}")
@@ -52,40 +94,37 @@ def print_plan(setup: Setup, *, verbose: bool = False) -> None:
             print(f"      run {item.fix}")
     for note in setup.notes:
         print(f"  note: {note}")
-    for run in setup.plan.baseline:
-        print(f"  {run.co_run}: {run.clients[0].label} alone")
-        print(f"      {run.command_line_of(run.clients[0])}")
+    plan = setup.secrets.hide(setup.plan.to_dict())
+    for row in plan["baseline"]:
+        print(f"  {row['co_run']}: {row['label']} alone")
+        print(f"      {shlex.join(row['command'])}")
     if setup.baseline_run is not None:
         print(f"  baselines are those of run {setup.baseline_run.run_id}")
-    for run in setup.plan.co_runs:
-        labels = ", ".join(f"{client.client} {client.label}" for client in run.clients)
-        print(f"  {run.co_run}: {len(run.clients)} together: {labels}")
-        if verbose:
-            for client in run.clients:
-                variables = " ".join(f"{key}={value}" for key, value in client.environment.items())
-                print(f"      {variables} {run.command_line_of(client)}")
-    sys.stdout.flush()
+    for run in plan["co_runs"]:
+        labels = ", ".join(f"{client['client']} {client['label']}" for client in run["clients"])
+        print(f"  {run['co_run']}: {len(run['clients'])} together: {labels}")
+        for client in run["clients"] if verbose else ():
+            variables = " ".join(f"{key}={value}" for key, value in client["environment"].items())
+            print(f"      {variables} {shlex.join(client['command'])}")
+    print(f"  {preflight.estimate(setup)}", flush=True)
 
 
 def print_summary(run: Run) -> None:
     """Print the figures of every co-run (of the baselines where there is nothing else)."""
-    records = msgspec.to_builtins(run.co_run_records)
-    for record in [one for one in records if one["phase"] == PHASE_CO_RUN] or records:
+    together = [record for record in run.co_run_records if record.phase == PHASE_CO_RUN]
+    for record in together or run.co_run_records:
         title = (
-            f"{record['co_run']}: {record['mode']}, {record['clients']} "
-            f"client{'s' if record['clients'] > 1 else ''}, {record['outcome']}"
+            f"{record.co_run}: {record.mode}, {record.clients} "
+            f"client{'s' if record.clients > 1 else ''}, {record.outcome}"
         )
         print(f"\n{title}\n{'-' * len(title)}")
-        if record["reason"]:
-            print(f"REASON: {record['reason']}")
-        members = msgspec.to_builtins(run.clients_of(record["co_run"]))
-        print_table(
-            CLIENT_COLUMNS,
-            [_client_row(member) for member in members],
-        )
+        if record.reason:
+            print(f"REASON: {record.reason}")
+        members = run.clients_of(record.co_run)
+        print_table(CLIENT_COLUMNS, [_client_row(member) for member in members])
         for label, text in _figures(record):
             print(f"  {label:<18}{text}")
-        for warning in record.get("warnings") or []:
+        for warning in record.warnings:
             print(f"WARNING: {warning}")
     for warning in run.warnings:
         print(f"WARNING: {warning}")
@@ -93,51 +132,51 @@ def print_summary(run: Run) -> None:
         print(f"\n{CPU_DEMO_BANNER}")
 
 
-def _client_row(record: Mapping[str, Any]) -> tuple[str, ...]:
-    durations = [job["duration_seconds"] for job in record["jobs"] if job["in_window"]]
-    latencies = record["latency_ms"] or []
+def _client_row(record: ClientRecord) -> tuple[str, ...]:
+    durations = [job.duration_seconds for job in record.jobs if job.in_window]
+    latencies = record.latency_ms or []
     p99_ms = percentile(latencies, 99) if len(latencies) >= FEWEST_FOR_A_TAIL else None
     return (
-        str(record["client"]),
-        record["label"],
-        record["status"],
+        str(record.client),
+        record.label,
+        record.status,
         _number(sum(durations) / len(durations) if durations else None, ".2f"),
         str(len(durations)),
-        _number(record["slowdown"], ".2f"),
+        _number(record.slowdown, ".2f"),
         _number(p99_ms, ".1f", unknown="-"),
-        _number(record.get("window_host_cpu_fraction"), ".2f", unknown="-"),
-        record["proof"]["verdict"].replace("_", " "),
+        _number(record.window_host_cpu_fraction, ".2f", unknown="-"),
+        record.proof.verdict.replace("_", " "),
     )
 
 
-def _figures(record: Mapping[str, Any]) -> list[tuple[str, str]]:
-    summary, gpu = record["summary"], record["gpu"] or {}
-    source = gpu.get("utilization_source")
-    counted = summary.get("throughput_clients")
+def _figures(record: CoRunRecord) -> list[tuple[str, str]]:
+    summary, gpu = record.summary, record.gpu or GpuFigures()
+    counted = summary.throughput_clients
     # Whoever answers at a fixed rate delivers no more on a faster GPU.
-    is_part = counted not in (None, record["clients"])
-    only = f", throughput clients only: {counted} of {record['clients']}" if is_part else ""
+    is_part = counted != record.clients
+    only = f", throughput clients only: {counted} of {record.clients}" if is_part else ""
     lines = [
-        ("Success rate", _number(summary["success_rate_percent"], ".0f", " %")),
-        ("Average duration", _number(summary["average_duration_seconds"], ".2f", " s a job")),
-        ("Total GPU time", _number(summary["total_gpu_time_seconds"], ".2f", " s")),
-        ("STP", _number(summary["stp"], ".2f", f" (GPUs' worth of work{only})")),
-        ("ANTT", _number(summary["antt"], ".2f", " (mean slowdown)")),
-        ("Overhead", _number(summary["overhead_percent"], "+.1f",
-                             " % against one after the other")),
-        ("Fairness", _number(summary["fairness"], ".3f", " (Jain, 1 = all equally slowed)")),
-        ("Energy ratio", _number(summary["energy_ratio"], ".2f", " (under 1 = sharing saves)")),
-        ("GPU utilization", _number(gpu.get("utilization_gpu_percent"), ".0f",
-                                    f" % ({source})")),
-        ("SM activity", _number(gpu.get("sm_activity_percent"), ".0f", " %")),
-        ("GPU memory", _number(gpu.get("memory_used_mib_max"), ".0f", " MiB at most")),
-        ("Power", _number(gpu.get("power_draw_watts"), ".0f", " W")),
-        ("Host CPU", _number(gpu.get("host_cpu_percent"), ".0f", " %")),
+        ("Success rate", summary.success_rate_percent, ".0f", " %"),
+        ("Average duration", summary.average_duration_seconds, ".2f", " s a job"),
+        ("Total GPU time", summary.total_gpu_time_seconds, ".2f", " s"),
+        ("STP", summary.stp, ".2f", f" (GPUs' worth of work{only})"),
+        ("ANTT", summary.antt, ".2f", " (mean slowdown)"),
+        ("Overhead", summary.overhead_percent, "+.1f", " % against one after the other"),
+        ("Fairness", summary.fairness, ".3f", " (Jain, 1 = all equally slowed)"),
+        ("Energy ratio", summary.energy_ratio, ".2f", " (under 1 = sharing saves)"),
+        ("GPU utilization", gpu.utilization_gpu_percent, ".0f",
+         f" % ({gpu.utilization_source})"),
+        ("SM activity", gpu.sm_activity_percent, ".0f", " %"),
+        ("GPU memory", gpu.memory_used_mib_max, ".0f", " MiB at most"),
+        ("Power", gpu.power_draw_watts, ".0f", " W"),
+        ("Host CPU", gpu.host_cpu_percent, ".0f", " %"),
     ]  # fmt: skip
-    if record["mode"] == "cpu-demo":
-        without_gpu = ("GPU utilization", "SM activity", "GPU memory", "Power", "Energy ratio")
-        return [line for line in lines if line[0] not in without_gpu]
-    return lines
+    hidden = WITHOUT_GPU if record.mode == "cpu-demo" else ()
+    return [
+        (label, _number(value, form, unit))
+        for label, value, form, unit in lines
+        if label not in hidden
+    ]
 
 
 def _number(value: float | None, form: str, unit: str = "", *, unknown: str = UNKNOWN) -> str:

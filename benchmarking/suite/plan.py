@@ -1,4 +1,4 @@
-"""What runs beside what, decided before anything runs: mixes, job sizes, command lines.
+"""What runs with what, decided before anything runs: jobs, mixes, pairs, command lines.
 
 Pure: no process is started and no file is touched. A plan is plain data (`to_dict`), so it is
 printed and saved with the run.
@@ -7,8 +7,9 @@ printed and saved with the run.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import shlex
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,18 +29,23 @@ SIZE_GUIDE, SIZE_QUICK, SIZE_CPU = "guide", "quick", "cpu"
 class WorkloadKind:
     """One of the project's workloads: how it is called, its script, its flags by job size.
 
-    `has_latency` says whether durations of its units are response times.
+    `has_latency` says whether durations of its units are response times. `job_seconds` is about how
+    long a job takes alone, by size; `memory_mib` what a client of it takes of a card, its CUDA
+    context included, at the sizes for GPUs (`None`: never measured).
     """
 
     label: str
     script: str
     arguments: Mapping[str, tuple[str, ...]]
+    job_seconds: Mapping[str, float]
+    memory_mib: float | None = None
     has_latency: bool = False
 
 
 # The guide's sizes are each script's defaults, spelled out so that the record shows them. The CPU
 # sizes are for two cores: one thread takes about 15 s for a BERT job, 6 s for a ResNet50 job and
-# 3 to 6 s for the two others.
+# 3 to 6 s for the two others. Seconds and memory on a GPU are those of an H100: the README's table
+# and the baselines of examples/h100-mixed-4 (memory_used_mib_max of each).
 WORKLOADS: Mapping[str, WorkloadKind] = {
     "resnet_training": WorkloadKind(
         "ResNet50 training",
@@ -50,6 +56,8 @@ WORKLOADS: Mapping[str, WorkloadKind] = {
             SIZE_CPU: ("--stem", "imagenet", "--batch-size", "16", "--epochs", "1",
                        "--train-samples", "320"),
         },
+        {SIZE_GUIDE: 22, SIZE_QUICK: 1.2, SIZE_CPU: 6},
+        memory_mib=3450,
     ),
     "batch_inference": WorkloadKind(
         "Batch inference",
@@ -59,6 +67,8 @@ WORKLOADS: Mapping[str, WorkloadKind] = {
             SIZE_QUICK: ("--model", "resnet50", "--batch-size", "32", "--num-batches", "100"),
             SIZE_CPU: ("--model", "resnet18", "--batch-size", "1", "--num-batches", "60"),
         },
+        {SIZE_GUIDE: 0.2, SIZE_QUICK: 0.2, SIZE_CPU: 5},
+        memory_mib=1070,
         has_latency=True,
     ),
     "jupyter_simulation": WorkloadKind(
@@ -74,6 +84,8 @@ WORKLOADS: Mapping[str, WorkloadKind] = {
                        "--preprocess-iterations", "4", "--train-epochs", "2",
                        "--inference-images", "8"),
         },
+        {SIZE_GUIDE: 67, SIZE_QUICK: 6.3, SIZE_CPU: 6},
+        memory_mib=1590,
         has_latency=True,
     ),
     "bert_training": WorkloadKind(
@@ -85,9 +97,11 @@ WORKLOADS: Mapping[str, WorkloadKind] = {
             SIZE_CPU: ("--batch-size", "4", "--epochs", "1", "--num-samples", "40",
                        "--max-length", "32", "--held-out-samples", "8"),
         },
+        {SIZE_GUIDE: 1.6, SIZE_QUICK: 0.6, SIZE_CPU: 15},
+        memory_mib=4800,
     ),
-    # A server and its users. What they offer is half of what the server bears alone, measured in
-    # the baseline (see CARRIED_FIGURES); --rate fixes it by hand.
+    # A server and its users. What they offer is half of what the server delivers alone, measured
+    # in the baseline (see CARRIED_FIGURES); --rate fixes it by hand.
     "serving": WorkloadKind(
         "Inference service",
         "workloads/inference/serving_client.py",
@@ -96,6 +110,7 @@ WORKLOADS: Mapping[str, WorkloadKind] = {
             SIZE_QUICK: ("--model", "resnet50", "--duration", "10"),
             SIZE_CPU: ("--model", "resnet18", "--max-batch", "4", "--duration", "5"),
         },
+        {SIZE_GUIDE: 30, SIZE_QUICK: 10, SIZE_CPU: 5},
         has_latency=True,
     ),
 }  # fmt: skip
@@ -113,8 +128,17 @@ MIXES: Mapping[str, tuple[str, ...]] = {
     "serving": ("serving", "resnet_training", "resnet_training", "resnet_training"),
 }
 
-# Figures of a job's baseline that become flags of its co-runs: work that is calibrated once,
-# alone, and fixed from then on.
+# Every job of the mixed mix with each other one and with itself; a pair gives both directions.
+PAIRS_MIX = "pairs"
+PAIR_CLIENTS = 2
+# Long enough for ten units of every quick job next to another, the notebook's cells (0.4 s alone)
+# among them.
+PAIR_WINDOW_SECONDS = 10.0
+# Without a GPU two jobs are enough to show the flow: one that is all throughput, one with latency.
+PAIRS_ON_CPU = ("resnet_training", "batch_inference")
+
+# Figures of a job's baseline that become flags of its co-runs: calibrated parameters, measured
+# once, alone, and fixed from then on.
 CARRIED_FIGURES: Mapping[str, str] = {
     "cell_repeats": "--cell-repeats",
     "request_rate": "--rate",
@@ -137,6 +161,9 @@ class JobOptions:
     data_dir: str | None = None
     slo_ms: float | None = None
     arguments: tuple[str, ...] = ()
+    # who runs the scripts, and the project's folder that they lie in
+    python: str = "python3"
+    root: str = "."
 
 
 @dataclass(frozen=True)
@@ -179,19 +206,18 @@ class PlannedCoRun:
         index = client.client if self.phase == PHASE_CO_RUN else 0
         return (*client.command, "--client-index", str(index))
 
-    def command_line_of(self, client: PlannedClient) -> str:
-        """Return `command_of` as one line for a shell."""
-        return shlex.join(self.command_of(client))
+    def map_clients(self, change: Callable[[PlannedClient], PlannedClient]) -> PlannedCoRun:
+        """Return the co-run with every client replaced by `change(client)`."""
+        return dataclasses.replace(self, clients=tuple(map(change, self.clients)))
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON, with the commands as they are run."""
-        return {
-            **_fields_without_clients(self),
-            "clients": [
-                {**dataclasses.asdict(client), "command": list(self.command_of(client))}
-                for client in self.clients
-            ],
-        }
+        clients = [
+            {**dataclasses.asdict(client), "command": list(self.command_of(client))}
+            for client in self.clients
+        ]
+        return {"co_run": self.co_run, "phase": self.phase, "mode": self.mode,
+                "repeat": self.repeat, "clients": clients}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -203,73 +229,42 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON; a baseline is its one client with the co-run's fields."""
-        return {
-            "baseline": [
-                {**_fields_without_clients(run), **run.to_dict()["clients"][0]}
-                for run in self.baseline
-            ],
-            "co_runs": [run.to_dict() for run in self.co_runs],
-        }
+        baseline = [run.to_dict() for run in self.baseline]
+        for row in baseline:
+            row.update(row.pop("clients")[0])
+        return {"baseline": baseline, "co_runs": [run.to_dict() for run in self.co_runs]}
+
+    def map_runs(self, change: Callable[[PlannedCoRun], PlannedCoRun]) -> Plan:
+        """Return the plan with every co-run and baseline replaced by `change(run)`."""
+        return Plan(tuple(map(change, self.baseline)), tuple(map(change, self.co_runs)))
 
     def map_clients(
-        self,
-        change: Callable[[PlannedClient], PlannedClient],
-        *,
-        skip: Collection[str] = (),
+        self, change: Callable[[PlannedClient], PlannedClient], *, skip: Collection[str] = ()
     ) -> Plan:
         """Return the plan with every client replaced by `change(client)`.
 
         Co-runs whose names are in `skip` (those that have been run) stay as they are.
         """
-
-        def changed(runs: tuple[PlannedCoRun, ...]) -> tuple[PlannedCoRun, ...]:
-            return tuple(
-                run
-                if run.co_run in skip
-                else dataclasses.replace(run, clients=tuple(map(change, run.clients)))
-                for run in runs
-            )
-
-        return Plan(changed(self.baseline), changed(self.co_runs))
-
-    def with_environments(
-        self, environment_of: Callable[[PlannedCoRun], Callable[[PlannedClient], Mapping[str, str]]]
-    ) -> Plan:
-        """Return the plan with `environment_of(co_run)(client)` as every client's environment."""
-
-        def equipped(run: PlannedCoRun) -> PlannedCoRun:
-            of_client = environment_of(run)
-            clients = (
-                dataclasses.replace(client, environment=dict(of_client(client)))
-                for client in run.clients
-            )
-            return dataclasses.replace(run, clients=tuple(clients))
-
-        return Plan(tuple(map(equipped, self.baseline)), tuple(map(equipped, self.co_runs)))
+        return self.map_runs(lambda run: run if run.co_run in skip else run.map_clients(change))
 
     def jobs(self) -> dict[str, PlannedClient]:
         """Return one client of each distinct job, by `job_key`, in order of appearance."""
-        clients = (client for run in (*self.baseline, *self.co_runs) for client in run.clients)
-        found: dict[str, PlannedClient] = {}
-        for client in clients:
-            found.setdefault(client.job_key, client)
-        return found
+        runs = (*self.baseline, *self.co_runs)
+        return distinct_jobs(client for run in runs for client in run.clients)
 
 
-def _fields_without_clients(run: PlannedCoRun) -> dict[str, Any]:
-    return {"co_run": run.co_run, "phase": run.phase, "mode": run.mode, "repeat": run.repeat}
+def distinct_jobs(clients: Iterable[PlannedClient]) -> dict[str, PlannedClient]:
+    """Return the first client of each job, by `job_key`."""
+    found: dict[str, PlannedClient] = {}
+    for client in clients:
+        found.setdefault(client.job_key, client)
+    return found
 
 
 def planned_client(
-    client: int,
-    workload: str,
-    options: JobOptions,
-    *,
-    python: str,
-    root: str,
-    arguments: Sequence[str] = (),
+    client: int, workload: str, options: JobOptions, arguments: Sequence[str] = ()
 ) -> PlannedClient:
-    """Return client number `client` running `workload`; `root` is the project's folder.
+    """Return client number `client` running `workload`.
 
     `arguments` come last on the command line, so they override what job size and options say.
     """
@@ -282,81 +277,104 @@ def planned_client(
     if workload == "serving" and options.slo_ms is not None:
         # Which requests are late enough to be given up, not what is offered.
         how += _flags(slo_ms=f"{options.slo_ms:g}")
+    script = f"{options.root}/{kind.script}"
     return PlannedClient(
         client=client,
         workload=workload,
         label=kind.label,
         job_key=shlex.join([workload, *job, *arguments]),
-        command=(python, f"{root}/{kind.script}", *job, *how, *arguments),
+        command=(options.python, script, *job, *how, *arguments),
     )
 
 
 def _flags(**values: str | None) -> list[str]:
-    pairs = ((f"--{name.replace('_', '-')}", value) for name, value in values.items())
-    return [part for flag, value in pairs if value is not None for part in (flag, value)]
+    given = ((f"--{name.replace('_', '-')}", value) for name, value in values.items())
+    return [part for flag, value in given if value is not None for part in (flag, value)]
 
 
-def mix_clients(
-    mix: str, count: int, options: JobOptions, *, python: str, root: str
-) -> tuple[PlannedClient, ...]:
+def mix_clients(mix: str, count: int, options: JobOptions) -> tuple[PlannedClient, ...]:
     """Return `count` clients of a mix: its workloads in order, starting over after the last."""
-    workloads = MIXES[mix]
-    return tuple(
-        planned_client(i, workloads[i % len(workloads)], options, python=python, root=root)
-        for i in range(count)
-    )
+    workloads = itertools.cycle(MIXES[mix])
+    return tuple(planned_client(i, next(workloads), options) for i in range(count))
 
 
-def build_plan(
+def counted_co_runs(
     mode: str,
     clients_of: Callable[[int], Sequence[PlannedClient]],
     *,
     name: str,
     counts: Sequence[int],
-    repeats: int = 1,
+    repeats: int,
+) -> tuple[PlannedCoRun, ...]:
+    """Lay out every count and repeat, called `<name>-<n>-r<repeat>`.
+
+    `clients_of(n)` gives the clients of a co-run of n.
+    """
+    return tuple(
+        PlannedCoRun(f"{name}-{n}-r{repeat}", PHASE_CO_RUN, mode, repeat, tuple(clients_of(n)))
+        for n in counts
+        for repeat in range(repeats)
+    )
+
+
+def pair_workloads(job_size: str) -> tuple[str, ...]:
+    """Return the workloads that are paired: those of the mixed mix, fewer on the CPU."""
+    return PAIRS_ON_CPU if job_size == SIZE_CPU else MIXES["mixed"]
+
+
+def paired_co_runs(
+    mode: str, options: JobOptions, *, name: str, repeats: int
+) -> tuple[PlannedCoRun, ...]:
+    """Lay out every pair, called `<name>-<workload>-<workload>-r<repeat>`.
+
+    All pairs come once before the first repeat.
+    """
+    pairs = list(itertools.combinations_with_replacement(pair_workloads(options.size), 2))
+    return tuple(
+        PlannedCoRun(
+            f"{name}-{one}-{other}-r{repeat}", PHASE_CO_RUN, mode, repeat,
+            (planned_client(0, one, options), planned_client(1, other, options)),
+        )
+        for repeat in range(repeats)
+        for one, other in pairs
+    )  # fmt: skip
+
+
+def baselines_of(
+    clients: Iterable[PlannedClient], phase: str, mode: str
+) -> tuple[PlannedCoRun, ...]:
+    """Lay out each distinct job alone, called `baseline-<workload>` or `share-<workload>`.
+
+    On a share of the GPU that is the share of the first client that runs the job.
+    """
+    prefix = "share" if phase == PHASE_SHARE_BASELINE else "baseline"
+    runs: list[PlannedCoRun] = []
+    for client in distinct_jobs(clients).values():
+        same = sum(run.clients[0].workload == client.workload for run in runs)
+        name = f"{prefix}-{client.workload}" + (f"-{same + 1}" if same else "")
+        runs.append(PlannedCoRun(name, phase, mode, 0, (client,)))
+    return tuple(runs)
+
+
+def build_plan(
+    mode: str,
+    clients: Sequence[PlannedClient],
+    co_runs: Sequence[PlannedCoRun],
+    *,
     whole_gpu_baseline: bool = True,
     share_baseline: bool = False,
     baseline_mode: str = MODE_EXCLUSIVE,
 ) -> Plan:
-    """Lay out a suite run.
+    """Put the baselines of all `clients` before the co-runs; `mode` "exclusive" has no co-runs.
 
-    `clients_of(n)` gives the clients of a co-run of n. Each distinct job of the largest count gets
-    one baseline on the whole GPU and, with `share_baseline`, one on the share of the first client
-    that runs it. `mode` "exclusive" has baselines only. Co-runs are called `<name>-<n>-r<repeat>`,
-    baselines `baseline-<workload>` (`share-<workload>`).
+    Each distinct job gets one on the whole GPU and, with `share_baseline`, one on its own share.
     """
-    everyone = list(clients_of(max(counts)))
-    alone: list[PlannedCoRun] = []
+    alone: tuple[PlannedCoRun, ...] = ()
     if whole_gpu_baseline:
-        alone += _alone(everyone, "baseline", PHASE_BASELINE, baseline_mode)
+        alone += baselines_of(clients, PHASE_BASELINE, baseline_mode)
     if share_baseline:
-        alone += _alone(everyone, "share", PHASE_SHARE_BASELINE, mode)
-    co_runs = () if mode == MODE_EXCLUSIVE else tuple(
-        PlannedCoRun(f"{name}-{n}-r{repeat}", PHASE_CO_RUN, mode, repeat, tuple(clients_of(n)))
-        for n in counts
-        for repeat in range(repeats)
-    )  # fmt: skip
-    return Plan(tuple(alone), co_runs)
-
-
-def _alone(
-    clients: Sequence[PlannedClient], prefix: str, phase: str, mode: str
-) -> list[PlannedCoRun]:
-    """One co-run of one for each distinct job; the client keeps its number, hence its share."""
-    distinct: dict[str, PlannedClient] = {}
-    for client in clients:
-        distinct.setdefault(client.job_key, client)
-    runs: list[PlannedCoRun] = []
-    for client in distinct.values():
-        same = sum(run.clients[0].workload == client.workload for run in runs)
-        name = f"{prefix}-{client.workload}" + (f"-{same + 1}" if same else "")
-        runs.append(PlannedCoRun(name, phase, mode, 0, (client,)))
-    return runs
-
-
-def host_threads(cores: int, clients: int) -> int:
-    """Threads a client may use: its fair share of the host, so that none starves another."""
-    return max(1, cores // clients)
+        alone += baselines_of(clients, PHASE_SHARE_BASELINE, mode)
+    return Plan(alone, () if mode == MODE_EXCLUSIVE else tuple(co_runs))
 
 
 def shared_host_environment(cores: int, clients: int) -> dict[str, str]:
@@ -365,7 +383,7 @@ def shared_host_environment(cores: int, clients: int) -> dict[str, str]:
     A client takes its share of the GPU's memory by GPU_SHARING_CLIENTS. Idle OpenMP threads spin by
     default; four clients of two threads on two cores took twice the time of four clients of one.
     """
-    threads = str(host_threads(cores, clients))
+    threads = str(max(1, cores // clients))
     return {
         "OMP_NUM_THREADS": threads,
         "MKL_NUM_THREADS": threads,

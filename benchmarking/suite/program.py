@@ -21,19 +21,13 @@ from benchmarking.records.run_folder import (
     write_json_atomic,
     write_text_atomic,
 )
+from benchmarking.suite.cli import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, RunEnded, SuiteError
 from benchmarking.suite.event_log import tail_of
-from benchmarking.suite.job_resolution import resolve
+from benchmarking.suite.jobs import resolve_all
 from benchmarking.suite.launcher import Client, FinishRule
 from benchmarking.suite.plan import Plan
 from benchmarking.suite.plan_file import PlanFileError
-from benchmarking.suite.setup import (
-    EXIT_FAILED,
-    EXIT_INTERRUPTED,
-    EXIT_USAGE,
-    PROJECT_ROOT,
-    RunEnded,
-    SuiteError,
-)
+from benchmarking.suite.setup import PROJECT_ROOT
 from benchmarking.suite.stop_signal import StopSignal
 
 POLL_SECONDS = 0.1
@@ -104,16 +98,12 @@ class UntilOver(FinishRule):
 
 
 def resolve_jobs(plan: Plan, stop: StopSignal, say: Callable[[str], None]) -> Plan:
-    """Return the plan with each job's data and weights found once; raises what `resolve` raises."""
-    for job_key, job in plan.jobs().items():
-        say(f"resolving data and weights: {job.label}")
-        found = resolve(job, stop).get("arguments") or []
-        plan = plan.map_clients(
-            lambda client, key=job_key, arguments=found: (
-                client.with_arguments(arguments) if client.job_key == key else client
-            )
-        )
-    return plan
+    """Return the plan with each job's data and weights found once; raises as `resolve_all` does."""
+    jobs = plan.jobs()
+    say(f"resolving data and weights: {', '.join(job.label for job in jobs.values())}")
+    answers = resolve_all(jobs.values(), stop, say)
+    found = dict(zip(jobs, (answer.get("arguments") or [] for answer in answers), strict=True))
+    return plan.map_clients(lambda client: client.with_arguments(found[client.job_key]))
 
 
 def client_paths(folder: Path, name: str) -> ClientPaths:

@@ -1,19 +1,22 @@
 """Going on with a run that was cut off: whether it may, and what of it is done already.
 
-The run is laid out anew from its request, kept in the manifest. A co-run with an answer on record
-is taken from there, so that ramp, carried flags and plan come out as they did; any other is done
-again under its name.
+The run is laid out anew from its request, kept in the manifest, and its `plan.toml`. A co-run with
+an answer on record is taken from there, so that ramp, calibrated flags and plan come out as they
+did; any other is done again under its name. What goes on with a run executes what its folder says,
+so the folder must be the caller's own.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import os
+import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
+from msgspec.structs import replace
 
 from benchmarking.records import run_folder
 from benchmarking.records.run_folder import (
@@ -22,23 +25,25 @@ from benchmarking.records.run_folder import (
     RunStoreError,
     RunWriter,
 )
-from benchmarking.records.types import Environment
+from benchmarking.records.types import ClientRecord, CoRunRecord, Environment
 from benchmarking.suite import baselines
+from benchmarking.suite.cli import EXIT_NO_GPU, EXIT_USAGE, SuiteError
 from benchmarking.suite.launcher import OUTCOME_OK, OUTCOME_TIMEOUT
-from benchmarking.suite.mps_knobs import MpsKnobs
 from benchmarking.suite.plan import MODE_TIME_SLICING
-from benchmarking.suite.plan_file import PlanEntry, PlanFile
-from benchmarking.suite.setup import EXIT_NO_GPU, EXIT_USAGE, Request, SuiteError
+from benchmarking.suite.plan_file import PlanFile, parse_plan, text_hash
+from benchmarking.suite.redaction import NotRevealedError, reveal
+from benchmarking.suite.request import Request
 
-# What tells one environment from another beside what a baseline of another run is compared by.
+# What tells one environment from another besides what a baseline of another run is compared by.
 COMPARED_FIELDS = ("gpu_uuid", "git_commit", "timeslice")
 
 # Kinds of stop reasons that say nothing of the load: the co-run is done again.
 NO_ANSWERS = ("refused", "killed", "damaged_file", "unreadable_image", "gpu_lost")
 
-_START_ANEW = "start a new run (--baseline with this one's id reuses baselines that fit)"
+# What of a request the run's own folder says.
+NOT_IN_MANIFEST = ("results_dir", "run_id", "plan_file")
 
-Record = dict[str, Any]
+_START_ANEW = "start a new run (--baseline with this one's id reuses baselines that fit)"
 
 
 @dataclass(frozen=True)
@@ -54,11 +59,11 @@ class EarlierPart:
         said = self.run.manifest.outcome
         return "interrupted" if said == "running" else said
 
-    def finished(self, co_run: str) -> tuple[Record, list[Record]] | None:
+    def finished(self, co_run: str) -> tuple[CoRunRecord, list[ClientRecord]] | None:
         """Return the co-run's record and those of its clients, `None` where it is yet to do."""
-        for record in msgspec.to_builtins(self.run.co_run_records):
-            clients = msgspec.to_builtins(self.run.clients_of(co_run))
-            if record["co_run"] == co_run and _is_answer(record, clients):
+        for record in self.run.co_run_records:
+            clients = self.run.clients_of(co_run)
+            if record.co_run == co_run and _is_answer(record, clients):
                 return record, clients
         return None
 
@@ -67,10 +72,8 @@ class EarlierPart:
 
         `notes` are those of the start; they come in the place of what the end was called.
         """
-        writer = run_folder.reopen_run(
-            self.run, {record.co_run for record in self.run.co_run_records
-                       if self.finished(record.co_run)},
-        )  # fmt: skip
+        names = {record.co_run for record in self.run.co_run_records}
+        writer = run_folder.reopen_run(self.run, {name for name in names if self.finished(name)})
         ended = self.run.manifest.outcome
         writer.note_resumption("killed" if ended == "running" else ended, notes)
         return writer
@@ -79,19 +82,36 @@ class EarlierPart:
 def read_earlier(reference: str, results_dir: Path) -> EarlierPart:
     """Read the run to go on with, by id or folder.
 
-    Raises `RunStoreError` where there is no such run, or nothing to go on with.
+    Raises `RunStoreError` where there is no such run, nothing to go on with, or somebody else could
+    have written what it would execute.
     """
     folder = run_folder.resolve_run(reference, results_dir)
+    _require_own(folder)
     run = run_folder.read_run(folder)
     if run_folder.is_held(folder):
         raise RunStoreError(f"run {run.run_id} is still going on: wait for it, or stop it first")
-    request = _request_of(run)
-    earlier = EarlierPart(run, request)
+    earlier = EarlierPart(run, _request_of(run))
     if run.manifest.outcome == "complete" or _broke_for_good(earlier):
         raise RunStoreError(
             f"run {run.run_id} is complete: start a new run, or look at {run.folder}"
         )
     return earlier
+
+
+def _require_own(folder: Path) -> None:
+    """Refuse a run that somebody else than its user, or root, may have written."""
+    files = (run_folder.MANIFEST_FILE, run_folder.PLAN_FILE, run_folder.RECORDS_FILE)
+    for path in (folder, *(folder / name for name in files)):
+        try:
+            found = path.lstat()
+        except FileNotFoundError:
+            continue
+        is_open = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+        if stat.S_ISLNK(found.st_mode) or found.st_uid not in (0, os.getuid()) or is_open:
+            raise RunStoreError(
+                f"{path} may have been written by somebody else, and --resume executes what it "
+                "says: copy the folder, look at its plan.toml, and chmod -R go-w it"
+            )
 
 
 def unlike_environment(
@@ -105,15 +125,13 @@ def unlike_environment(
     data and weights were found under. What is unknown now or then is not compared.
     """
     theirs = earlier.run.manifest
-    then = msgspec.to_builtins(theirs.environment)
+    then = msgspec.structs.asdict(theirs.environment)
     now = {key: value for key, value in known_now.items() if value and then.get(key)}
     if "versions" in now:
         now["versions"] = {**then["versions"], **now["versions"]}
-        then = {**then, "versions": {**now["versions"], **then["versions"]}}
-    before, ours = (
-        msgspec.structs.replace(theirs, environment=Environment(**environment))
-        for environment in (then, {**then, **now})
-    )
+        then["versions"] = {**now["versions"], **then["versions"]}
+    before = replace(theirs, environment=Environment(**then))
+    ours = replace(theirs, environment=Environment(**{**then, **now}), resolved_arguments=resolved)
     found = [
         *baselines.differences(before, ours),
         *(
@@ -124,7 +142,7 @@ def unlike_environment(
             # Under the other modes its slices are nothing to a client.
             and (field != "timeslice" or theirs.effective_mode == MODE_TIME_SLICING)
         ),
-        *baselines.data_differences(theirs.resolved_arguments, resolved, list(resolved)),
+        *baselines.data_differences(before, ours, list(resolved)),
     ]
     if found:
         raise SuiteError(
@@ -134,27 +152,37 @@ def unlike_environment(
 
 
 def request_data(request: Request) -> dict[str, Any]:
-    """Return a request as plain data for the manifest; a plan file is kept there by itself."""
-    data = {item.name: getattr(request, item.name) for item in dataclasses.fields(request)}
-    for name in ("plan_file", "results_dir", "run_id"):
-        del data[name]
-    data["mps_knobs"] = dataclasses.asdict(request.mps_knobs)
+    """Return a request as plain data for the manifest."""
+    plain = msgspec.structs.replace(request, results_dir=None, plan_file=None)
+    data = {
+        name: value
+        for name, value in msgspec.to_builtins(plain).items()
+        if name not in NOT_IN_MANIFEST
+    }
     # The run may go on from another folder.
     data["data_dir"] = str(Path(request.data_dir).resolve()) if request.data_dir else None
     if request.baseline and Path(request.baseline).is_dir():
         data["baseline"] = str(Path(request.baseline).resolve())
-    return data
+    return request.secrets.hide(data)
 
 
 def _request_of(run: Run) -> Request:
-    data, plan = run.manifest.request, run.manifest.plan_file
     try:
-        knobs = MpsKnobs.from_dict(data["mps_knobs"])
-        values = {**_with_tuples(data), "mps_knobs": knobs}
-        # Under MIG the newest baseline was looked for; there may be a newer one by now.
-        values["baseline"] = values["baseline"] or _folder_of_baseline(run)
-        return Request(**values, results_dir=run.folder.parent, plan_file=_plan_file(run, plan))
-    except (TypeError, KeyError, AttributeError, OSError) as error:
+        data = reveal(run.manifest.request, os.environ)
+        known = set(Request.__struct_fields__) - set(NOT_IN_MANIFEST)
+        if set(data) != known:
+            raise KeyError
+        request = msgspec.convert(data, Request)
+        return msgspec.structs.replace(
+            request,
+            results_dir=run.folder.parent,
+            plan_file=_plan_file(run),
+            # Under MIG the newest baseline was looked for; there may be a newer one by now.
+            baseline=request.baseline or _folder_of_baseline(run),
+        )
+    except NotRevealedError as error:
+        raise RunStoreError(f"run {run.run_id} cannot go on: {error}") from error
+    except (TypeError, KeyError, OSError, msgspec.ValidationError) as error:
         raise RunStoreError(
             f"run {run.run_id} was made by another version of this program, which kept too little "
             f"to go on with: {_START_ANEW}"
@@ -167,35 +195,34 @@ def _folder_of_baseline(run: Run) -> str | None:
     return next((str(folder) for folder in folders if folder.name == name), None)
 
 
-def _plan_file(run: Run, plan: Mapping[str, Any] | None) -> PlanFile | None:
-    """Return the plan file as it was read then: relative paths in it have been resolved."""
-    if plan is None:
+def _plan_file(run: Run) -> PlanFile | None:
+    """Return the plan that is kept with the run, which is the one that was looked at then.
+
+    Raises `PlanFileError` where what it names is no longer there.
+    """
+    recorded = run.manifest.plan_file
+    if recorded is None:
         return None
-    text = (run.folder / run_folder.PLAN_FILE).read_text(encoding="utf-8")
-    entries = tuple(PlanEntry(**_with_tuples(entry)) for entry in plan["clients"])
-    return PlanFile(Path(plan["path"]), text, plan["name"], entries)
+    path = run.folder / run_folder.PLAN_FILE
+    text = path.read_text(encoding="utf-8")
+    if text_hash(text) != recorded["sha256"]:
+        raise RunStoreError(f"{path} is not the plan that the run was started with: {_START_ANEW}")
+    return parse_plan(text, recorded["path"], Path(recorded["folder"]))
 
 
-def _with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Undo what JSON makes of tuples."""
-    return {
-        name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
-    }
-
-
-def _is_answer(record: Record, clients: Sequence[Record]) -> bool:
+def _is_answer(record: CoRunRecord, clients: Sequence[ClientRecord]) -> bool:
     """Whether a co-run need not be done again: it went well, or broke under its load.
 
-    A client that somebody else killed, or that met a torn file, says nothing of the load.
+    A client that somebody else killed, or that met a truncated file, says nothing of the load.
     """
-    if record["outcome"] == OUTCOME_OK:
+    if record.outcome == OUTCOME_OK:
         return True
-    reason = record.get("stop_reason") or {"kind": "refused"}
+    reason = record.stop_reason or {"kind": "refused"}
     return (
-        record["phase"] == PHASE_CO_RUN
-        and record["outcome"] in ("failed", OUTCOME_TIMEOUT)
+        record.phase == PHASE_CO_RUN
+        and record.outcome in ("failed", OUTCOME_TIMEOUT)
         and reason["kind"] not in NO_ANSWERS
-        and not any(client["exit_code"] == EXIT_NO_GPU for client in clients)
+        and not any(client.exit_code == EXIT_NO_GPU for client in clients)
     )
 
 

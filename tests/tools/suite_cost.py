@@ -33,15 +33,23 @@ from typing import Any
 import msgspec
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from benchmarking.command_line.argument_types import positive_float, positive_int
-from benchmarking.command_line.number_text import significant
-from benchmarking.command_line.one_line_parser import OneLineParser
 from benchmarking.hardware import host_limit
 from benchmarking.hardware.gpu_samples import summarize_samples
 from benchmarking.hardware.host_cpu import read_process_trees
 from benchmarking.metrics.estimates import Estimate, estimate
+from benchmarking.metrics.number_text import significant
 from benchmarking.records.run_folder import utc_now, write_json_atomic
 from benchmarking.records.types import Sample
+from benchmarking.suite.cli import (
+    EXIT_COMPLETE,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    OneLineParser,
+    RunEnded,
+    SuiteError,
+    positive_float,
+    positive_int,
+)
 from benchmarking.suite.co_run_records import start_skew_ms
 from benchmarking.suite.console import print_table
 from benchmarking.suite.launcher import (
@@ -50,7 +58,6 @@ from benchmarking.suite.launcher import (
     Client,
     CoRunResult,
     Launcher,
-    StopSignal,
     Timeouts,
     client_base_environment,
 )
@@ -62,18 +69,10 @@ from benchmarking.suite.program import (
     make_folder,
     resolve_jobs,
 )
+from benchmarking.suite.request import Request
 from benchmarking.suite.sampler import Sampler
-from benchmarking.suite.setup import (
-    EXIT_COMPLETE,
-    EXIT_FAILED,
-    EXIT_INTERRUPTED,
-    Request,
-    RunEnded,
-    Setup,
-    SuiteError,
-    no_mps_folder,
-    prepare,
-)
+from benchmarking.suite.setup import Setup, no_mps_folder, prepare
+from benchmarking.suite.stop_signal import StopSignal
 
 TIMEOUT_SECONDS = 1800.0
 # From go, or from the sampler's start or end, until a window may begin.

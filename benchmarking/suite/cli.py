@@ -1,0 +1,86 @@
+"""What the programs of this folder share with their users: exit codes, errors, argument types.
+
+Imports nothing of the project, so that every program may use it at no cost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from typing import NoReturn
+
+EXIT_COMPLETE, EXIT_FAILED, EXIT_USAGE, EXIT_NO_GPU = 0, 1, 2, 3
+EXIT_MODE_NOT_IN_FORCE, EXIT_INVALID, EXIT_INTERRUPTED = 4, 5, 130
+
+
+class SuiteError(Exception):
+    """The run cannot be done as asked; the message names the fix."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        """Keep the message and the exit code that belongs to it."""
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class RunEnded(Exception):
+    """The run ends early, with an outcome for the manifest and an exit code."""
+
+    def __init__(self, outcome: str, exit_code: int, reason: str | None = None) -> None:
+        """Keep what becomes of the run, and why in words."""
+        super().__init__(reason or outcome)
+        self.outcome = outcome
+        self.exit_code = exit_code
+        self.reason = reason
+
+
+class UsageExit(SystemExit):
+    """The command line makes no sense; ends the program unless a caller in-process catches it."""
+
+    def __init__(self, sentence: str) -> None:
+        """Keep the sentence that was printed."""
+        super().__init__(EXIT_USAGE)
+        self.sentence = sentence
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser whose errors are one sentence instead of a usage dump."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print `message` and raise `UsageExit`, which leaves with exit code 2."""
+        sentence = f"{message} (see {self.prog} --help)"
+        print(f"{self.prog}: error: {sentence}", file=sys.stderr)
+        raise UsageExit(sentence)
+
+
+def positive_int(text: str) -> int:
+    """Argument type: a whole number of 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+    return int(text)
+
+
+def non_negative_int(text: str) -> int:
+    """Argument type: a whole number of 0 or more."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
+    return int(text)
+
+
+def positive_float(text: str) -> float:
+    """Argument type: a number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
+
+
+def counts(text: str) -> tuple[int, ...]:
+    """Argument type: whole numbers of 1 or more, each once, rising, with commas between them."""
+    values = tuple(positive_int(part.strip()) for part in text.split(","))
+    if list(values) != sorted(set(values)):
+        raise argparse.ArgumentTypeError(f"{text!r}: give each count once, the smallest first")
+    return values

@@ -1,0 +1,307 @@
+"""One co-run at a time: launched, judged by what was seen of it, written to the run's records."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from benchmarking.hardware.gpu_samples import summarize_samples
+from benchmarking.modes.sharing_mode import GPU_ANSWERS, GPU_LOST_FIX, SharingMode
+from benchmarking.records.run_folder import PHASE_BASELINE, PHASE_CO_RUN, RunWriter
+from benchmarking.records.types import ClientRecord, CoRunRecord, GpuFigures, Sample
+from benchmarking.suite import proofs, stop_reasons
+from benchmarking.suite.baselines import identity_differences
+from benchmarking.suite.cli import (
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_INVALID,
+    EXIT_NO_GPU,
+    EXIT_USAGE,
+    RunEnded,
+    SuiteError,
+)
+from benchmarking.suite.co_run_records import client_record, co_run_record
+from benchmarking.suite.console import Progress
+from benchmarking.suite.launcher import (
+    OUTCOME_INTERRUPTED,
+    OUTCOME_INVALID,
+    OUTCOME_OK,
+    Client,
+    CoRunRefused,
+    CoRunResult,
+    FinishRule,
+    Launcher,
+    Timeouts,
+    client_base_environment,
+)
+from benchmarking.suite.limits import PERCENTAGE_VARIABLE
+from benchmarking.suite.plan import COMMAND_WORKLOAD, MODE_MIG, PlannedCoRun
+from benchmarking.suite.resume import EarlierPart
+from benchmarking.suite.sampler import Sampler
+from benchmarking.suite.setup import Setup
+from benchmarking.suite.stop_signal import StopSignal
+
+# A client of ours that cannot use the GPU leaves with this code.
+CLIENT_EXIT_NO_GPU = 3
+# Past what a time service adds to the wall clock, or takes from it, in slewing.
+CLOCK_TOLERANCE_SECONDS = 2.0
+
+
+@dataclass
+class Reference:
+    """Baselines by job: on the whole GPU, and on the client's own share where there is one."""
+
+    whole: dict[str, ClientRecord] = field(default_factory=dict)
+    whole_joules: dict[str, float | None] = field(default_factory=dict)
+    share: dict[str, ClientRecord] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """What to do, where to write it, whom to ask whether to stop, and whom to tell.
+
+    `earlier` is what a run that goes on has of it already.
+    """
+
+    setup: Setup
+    writer: RunWriter
+    stop: StopSignal
+    progress: Progress
+    earlier: EarlierPart | None = None
+
+    def note(self, text: str | None) -> None:
+        """Say something and keep it with the run."""
+        if text:
+            self.progress.say(text)
+        if text and text not in self.writer.manifest.notes:
+            self.writer.update_manifest(notes=[*self.writer.manifest.notes, text])
+
+    def describe_environment(self, found: Mapping[str, Any]) -> None:
+        """Fill in what is not known of the environment yet."""
+        environment = msgspec.structs.asdict(self.writer.manifest.environment)
+        unknown = {
+            key: value for key, value in found.items()
+            if key in environment and value is not None and environment[key] in (None, {})
+        }  # fmt: skip
+        if unknown:
+            self.writer.update_manifest(environment={**environment, **unknown})
+
+
+class Measurement:
+    """Runs the co-runs of a setup, and writes every record as soon as it is known.
+
+    `reference` are the baselines so far, `done` the names of what has been run, `stop_reasons` why
+    each of them did not hold.
+    """
+
+    def __init__(self, context: RunContext) -> None:
+        """Start with nothing measured."""
+        self._context = context
+        self._setup = context.setup
+        self._say = context.progress.say
+        self._launcher = Launcher(
+            client_base_environment(os.environ),
+            timeouts=Timeouts(timeout=context.setup.request.timeout_seconds),
+            stop_signal=context.stop,
+            say=context.progress.say,
+        )
+        self.reference = Reference()
+        self.done: set[str] = set()
+        self.stop_reasons: dict[str, dict[str, Any] | None] = {}
+
+    def run_one(
+        self, planned: PlannedCoRun, rule: FinishRule, sampler: Sampler
+    ) -> list[ClientRecord]:
+        """Run one co-run, write its records, return those of its clients.
+
+        Raises `RunEnded` when it did not end well, `SuiteError` when the clients were not what
+        they should be: what follows would build on it.
+        """
+        if self._context.stop.requested:
+            raise RunEnded("interrupted", EXIT_INTERRUPTED, "interrupted")
+        earlier = self._context.earlier
+        finished = earlier and earlier.finished(planned.co_run)
+        if finished:
+            return self._take_from_record(*finished)
+        mode = self._setup.alone_mode if planned.phase == PHASE_BASELINE else self._setup.mode
+        refusal: SuiteError | None = None
+
+        def before_go(clients: list[Client]) -> None:
+            nonlocal refusal
+            try:
+                self._check_identities(clients)
+            except SuiteError as error:
+                refusal = error
+                raise CoRunRefused(str(error)) from error
+            mode.observe()
+
+        clock = wall_clock_offset()
+        seen = self._launcher.run(planned, self._context.writer.client_paths, rule, before_go)
+        self.done.add(planned.co_run)
+        record, clients, gpu_lost = self._recorded(seen, mode, sampler, clock)
+        if refusal is not None:
+            raise refusal
+        if gpu_lost and record.outcome != OUTCOME_INTERRUPTED:
+            # What follows would only meet the same.
+            outcome = "invalid" if record.outcome == OUTCOME_INVALID else "failed"
+            raise RunEnded(outcome, EXIT_NO_GPU, f"{planned.co_run}: {record.reason}")
+        _raise_unless_well(record, clients)
+        return clients
+
+    def _take_from_record(
+        self, record: CoRunRecord, clients: list[ClientRecord]
+    ) -> list[ClientRecord]:
+        """Do as if a co-run of the earlier part had been run just now."""
+        self._say(f"{record.co_run} is done already")
+        self.done.add(record.co_run)
+        self.stop_reasons[record.co_run] = record.stop_reason
+        if record.phase == PHASE_BASELINE:
+            joules = record.gpu and record.gpu.energy_joules
+            self.reference.whole_joules[clients[0].job_key] = joules
+        _raise_unless_well(record, clients)
+        return clients
+
+    def _check_identities(self, clients: list[Client]) -> None:
+        """Refuse clients on another kind of device, or unlike those of the baseline."""
+        wanted = "cpu" if self._setup.is_cpu_demo else "cuda"
+        for client in clients:
+            identity = client.identity or {}
+            # A command says nothing of its device: the driver's process lists do.
+            is_command = client.planned.workload == COMMAND_WORKLOAD
+            if not is_command and identity.get("device") != wanted:
+                raise SuiteError(
+                    f"{client.name} ran on {identity.get('device')} though a GPU is there: torch "
+                    f"{(identity.get('versions') or {}).get('torch')} cannot use it with driver "
+                    f"{(self._setup.gpu or {}).get('driver_version')}; install a build of torch "
+                    "that fits, or give --device cpu", EXIT_NO_GPU,
+                )  # fmt: skip
+            baseline = self.reference.whole.get(client.planned.job_key)
+            unlike = identity_differences(baseline, identity)
+            if unlike:
+                raise SuiteError(
+                    f"{client.name} is unlike its baseline: {'; '.join(unlike)}", EXIT_USAGE
+                )
+        if self._setup.mode.name != MODE_MIG:
+            first = clients[0].identity or {}
+            # A client with a part of the multiprocessors is shown no others.
+            is_limited = PERCENTAGE_VARIABLE in clients[0].planned.environment
+            seen = None if is_limited else first.get("multiprocessor_count")
+            versions = first.get("versions") or {}
+            self._context.describe_environment({"multiprocessor_count": seen, "versions": versions})
+
+    def _recorded(
+        self, seen: CoRunResult, mode: SharingMode, sampler: Sampler, clock: float
+    ) -> tuple[CoRunRecord, list[ClientRecord], str | None]:
+        """Judge what was seen of a co-run and write its records: they, and how the GPU was lost."""
+        planned, reference = seen.planned, self.reference
+        samples = self._samples_of(seen, sampler)
+        gpu = self._gpu_figures(seen, samples)
+        gpu_lost, mode_failure = _lost(mode)
+        clients = [
+            client_record(seen, client, proof, reference.whole.get(client.planned.job_key), gpu)
+            for client, proof in zip(
+                seen.clients, proofs.judge_clients(mode, seen, samples), strict=True
+            )
+        ]
+        baselines = dict(reference.whole)
+        if planned.phase == PHASE_BASELINE and clients[0].status == "ok":
+            # A baseline is its own reference.
+            job_key = clients[0].job_key
+            baselines[job_key] = clients[0]
+            reference.whole_joules[job_key] = gpu and gpu.energy_joules
+        record = co_run_record(
+            seen,
+            clients,
+            gpu,
+            mode_failure=mode_failure,
+            gpu_lost=gpu_lost,
+            baselines=baselines,
+            energy_alone_joules=reference.whole_joules,
+            share_baselines=reference.share if planned.mode == MODE_MIG else None,
+            host_cores=self._setup.cores,
+        )
+        foreign = proofs.foreign_pids_in_window(seen, samples)
+        record.warnings += [*clock_warnings(clock), *proofs.contention_warnings(foreign)]
+        record.is_contended = bool(foreign)
+        # The bounds are for jobs that share the GPU.
+        request, bounds = self._setup.request, {}
+        if planned.phase == PHASE_CO_RUN:
+            bounds = {"max_slowdown": request.max_slowdown, "max_p99_ms": request.slo_ms}
+        reason = stop_reasons.stop_reason(
+            record, seen.clients, clients, **bounds, gpu_lost=gpu_lost
+        )
+        record.stop_reason = self.stop_reasons[planned.co_run] = reason
+        for line in (*clients, record):
+            shown = self._setup.secrets.hide(msgspec.to_builtins(line))
+            self._context.writer.append_record(msgspec.convert(shown, type(line)))
+        for warning in record.warnings:
+            self._say(warning)
+        if reason is not None:
+            self._say(f"{planned.co_run} does not hold: {stop_reasons.describe(reason)}")
+        return record, clients, gpu_lost
+
+    def _samples_of(self, seen: CoRunResult, sampler: Sampler) -> list[dict[str, Any]]:
+        samples: list[dict[str, Any]] = []
+        if seen.window_end_seconds is not None and not sampler.failure:
+            samples = list(sampler.samples_past(seen.window_end_seconds))
+            self._context.note(sampler.failure)
+        for complaint in sampler.complaints():
+            self._context.note(complaint)
+        return samples
+
+    def _gpu_figures(self, seen: CoRunResult, samples: list[dict[str, Any]]) -> GpuFigures | None:
+        start, end = seen.window_start_seconds, seen.window_end_seconds
+        if start is None or end is None or not samples:
+            return None
+        figures = summarize_samples(msgspec.convert(samples, list[Sample]), start, end)
+        if self._setup.is_cpu_demo:
+            # A GPU that is there but not in use says nothing about this run.
+            return GpuFigures(host_cpu_percent=figures.host_cpu_percent)
+        return figures
+
+
+def _lost(mode: SharingMode) -> tuple[str | None, str | None]:
+    """Say whether the GPU no longer answers, or else whether the mode is no longer in force."""
+    lost = next((item for item in mode.check() if item.ok is False), None)
+    if lost is None:
+        return None, None
+    if lost.check == GPU_ANSWERS:
+        return f"the GPU was lost, the driver no longer answers for it: {GPU_LOST_FIX}", None
+    return None, f"{lost.check}: {lost.found}"
+
+
+def _raise_unless_well(record: CoRunRecord, clients: list[ClientRecord]) -> None:
+    outcome, what = record.outcome, f"{record.co_run}: {record.reason}"
+    if outcome == OUTCOME_OK:
+        return
+    if outcome == OUTCOME_INTERRUPTED:
+        raise RunEnded("interrupted", EXIT_INTERRUPTED, "interrupted")
+    if outcome == OUTCOME_INVALID:
+        raise RunEnded("invalid", EXIT_INVALID, what)
+    said = next(
+        (client.stderr_tail[-1] for client in clients
+         if client.status != "ok" and client.stderr_tail
+         and str(client.reason) not in client.stderr_tail[-1]), None,
+    )  # fmt: skip
+    no_gpu = any(client.exit_code == CLIENT_EXIT_NO_GPU for client in clients)
+    reason = f"{what} ({said})" if said else what
+    raise RunEnded("failed", EXIT_NO_GPU if no_gpu else EXIT_FAILED, reason)
+
+
+def wall_clock_offset() -> float:
+    """Return how far the wall clock is from the monotonic one: it changes when it is set."""
+    return time.time() - time.monotonic()
+
+
+def clock_warnings(offset: float) -> list[str]:
+    """Say, in one sentence or none, by how much the wall clock was set since it had an `offset`."""
+    seconds = wall_clock_offset() - offset
+    if abs(seconds) <= CLOCK_TOLERANCE_SECONDS:
+        return []
+    said = f"the clock was set by {seconds:+.0f} s meanwhile"
+    return [f"{said}; figures come from the monotonic clock"]

@@ -1,0 +1,169 @@
+"""What can be told before the first minute: memory, disk, pids that cannot be seen, how long.
+
+Warnings are notes of the run; only what cannot work at all is refused.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from benchmarking.modes.mig import MigMode
+from benchmarking.modes.sharing_mode import is_own_pid_namespace
+from benchmarking.records.run_folder import PHASE_CO_RUN
+from benchmarking.suite.cli import EXIT_FAILED, EXIT_USAGE, SuiteError
+from benchmarking.suite.plan import (
+    SIZE_CPU,
+    SIZE_GUIDE,
+    WORKLOADS,
+    PlannedClient,
+    PlannedCoRun,
+)
+from benchmarking.suite.setup import Setup
+
+# The least measured seconds, alone and together: under these a figure is noise. What is measured
+# alone stands behind every figure of the run, so there jobs are never fewer on a GPU.
+GUIDE_MIN_SECONDS = 5.0
+BASELINE_MIN_JOBS = 5
+SMALL_MIN_SECONDS = 2.0
+
+LITTLE_DISK_MB = 500
+# Past this many times the memory that is there, no allocator's thrift makes jobs fit.
+WIDE_MARGIN = 1.5
+# What was measured is of an H100, and other engines and cards take some more.
+FULL_FRACTION = 0.9
+
+# Of a co-run that is not its window: imports, loading, ending, and each client's turn to warm up
+# (examples/h100-mixed-4: 10 s for one client, 16 s for four).
+START_SECONDS, WARM_UP_SECONDS = 8.0, 2.0
+# Four of the mixed mix on an H100 made the longest job last 1.6 times as long (it waits between
+# its cells). CPU jobs wait for each other's cores.
+SLOWED_BY_A_NEIGHBOR = 0.25
+
+
+def notes_before(setup: Setup) -> list[str]:
+    """Return warnings about what is likely to go wrong; `setup` is a plan whose mode is in force.
+
+    Raises `SuiteError` for what cannot work: no byte of disk, jobs far larger than the card.
+    """
+    notes = _disk_notes(setup.request.results_dir)
+    if setup.gpu is None:
+        return notes
+    if is_own_pid_namespace():
+        notes.append(
+            "this is a container with a pid namespace of its own: where NVML's pids cannot be "
+            "matched with the clients', all of them end `unverified` (start it with --pid=host)"
+        )
+    return [*notes, *_memory_notes(setup)]
+
+
+def _disk_notes(results_dir: Path) -> list[str]:
+    folder = next(
+        place for place in (results_dir, *results_dir.resolve().parents) if place.exists()
+    )
+    free_mb = shutil.disk_usage(folder).free / 1e6
+    if free_mb == 0:
+        raise SuiteError(
+            f"cannot write to {results_dir} (No space left on device): make room there, or name "
+            "another --results-dir", EXIT_FAILED,
+        )  # fmt: skip
+    if free_mb >= LITTLE_DISK_MB:
+        return []
+    return [f"only {free_mb:.0f} MB are free in {results_dir}: a run whose disk gets full ends"]
+
+
+# --- memory -----------------------------------------------------------------------------------
+
+
+def _memory_mib(client: PlannedClient) -> float:
+    """What a client takes of a card; 0 where that was never measured, as for a command."""
+    kind = WORKLOADS.get(client.workload)
+    return (kind.memory_mib if kind else None) or 0.0
+
+
+def _memory_notes(setup: Setup) -> list[str]:
+    """Whether the co-runs fit the card: of several counts, of which the larger may break, once."""
+    too_large = [
+        (run, need, room)
+        for run in setup.plan.co_runs
+        for need, room in [_need_and_room(run, setup)]
+        if room and need > FULL_FRACTION * room
+    ]
+    if not too_large:
+        return []
+    run, need, room = too_large[0]
+    sentence = (
+        f"{run.co_run} needs about {need / 1024:.0f} GiB of GPU memory and {room / 1024:.0f} GiB "
+        "are there"
+    )
+    fewest = min(len(run.clients) for run in setup.plan.co_runs)
+    if len(run.clients) == fewest and need > WIDE_MARGIN * room:
+        raise SuiteError(
+            f"{sentence}: take fewer --workloads, another --mix, or smaller jobs by "
+            "--job-arguments or --plan", EXIT_USAGE,
+        )  # fmt: skip
+    return [f"{sentence}: it may run out of memory"]
+
+
+def _need_and_room(run: PlannedCoRun, setup: Setup) -> tuple[float, float]:
+    """MiB that a co-run takes, and that are there; under MIG of the tightest client."""
+    needs = [_memory_mib(client) for client in run.clients]
+    if not isinstance(setup.mode, MigMode):
+        return sum(needs), (setup.gpu or {}).get("memory_total_mib") or 0.0
+    rooms = [instance.get("memory_mib") or 0.0 for instance in setup.mode.instances()]
+    pairs = [(need, room) for need, room in zip(needs, rooms, strict=False) if room]
+    return max(pairs, key=lambda pair: pair[0] / pair[1], default=(0.0, 0.0))
+
+
+# --- how long it takes ------------------------------------------------------------------------
+
+
+def least_seconds(setup: Setup, phase: str) -> float:
+    """Return how long a window lasts at least."""
+    is_baseline = phase != PHASE_CO_RUN
+    is_long = not setup.is_cpu_demo if is_baseline else setup.job_size == SIZE_GUIDE
+    usual = GUIDE_MIN_SECONDS if is_long else SMALL_MIN_SECONDS
+    return setup.request.min_seconds or usual
+
+
+def estimated_seconds(run: PlannedCoRun, setup: Setup) -> float | None:
+    """Return about how long a co-run takes; `None` where a command's length is unknown."""
+    kinds = [WORKLOADS.get(client.workload) for client in run.clients]
+    if None in kinds:
+        return None
+    is_baseline = run.phase != PHASE_CO_RUN
+    around = START_SECONDS + WARM_UP_SECONDS * len(kinds)
+    if setup.request.window_seconds and not is_baseline:
+        return around + setup.request.window_seconds
+    longest = max(kind.job_seconds[setup.job_size] for kind in kinds)
+    least = least_seconds(setup, run.phase)
+    if is_baseline and not setup.is_cpu_demo and longest < least:
+        longest *= BASELINE_MIN_JOBS
+    slowed = 1 + SLOWED_BY_A_NEIGHBOR * (len(kinds) - 1)
+    if setup.job_size == SIZE_CPU:
+        slowed = max(1.0, len(kinds) / setup.cores)
+    return around + max(least, longest * slowed)
+
+
+def estimate(setup: Setup) -> str:
+    """Return one line: about how long the plan takes, and what it consists of."""
+    plan = setup.plan
+    repeats = max((run.repeat + 1 for run in plan.co_runs), default=0)
+    parts = [f"{_counted(len(plan.baseline), 'job')} alone"] if plan.baseline else []
+    if plan.co_runs:
+        what = _counted(len(plan.co_runs) // repeats, "co-run")
+        parts.append(f"{repeats} repeats of {what}" if repeats > 1 else what)
+    seconds = [estimated_seconds(run, setup) for run in (*plan.baseline, *plan.co_runs)]
+    if None in seconds:
+        return f"as long as your commands take: {', '.join(parts)}"
+    budget = setup.request.budget_minutes
+    whole = min(sum(seconds), 60 * budget) if budget and repeats > 1 else sum(seconds)
+    return f"{_duration(whole)}: {', '.join(parts)}"
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'s' if number > 1 else ''}"
+
+
+def _duration(seconds: float) -> str:
+    return f"about {seconds:.0f} s" if seconds < 90 else f"about {seconds / 60:.0f} min"

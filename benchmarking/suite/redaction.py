@@ -1,0 +1,124 @@
+"""Secrets of plans and flags stay out of what is recorded and printed: names and salted hashes do.
+
+A secret is the value of an environment variable or a flag whose name says so, and whatever a plan
+inherits. What was hidden is given again by the environment when a run goes on (`reveal`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import re
+import secrets
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+_SECRET_WORDS = frozenset(
+    ("TOKEN", "SECRET", "PASSWORD", "PASSWD", "PASSPHRASE", "CREDENTIAL", "CREDENTIALS", "APIKEY")
+)
+_SECRET_KEYS = frozenset(("API", "ACCESS", "PRIVATE", "SECRET", "AUTH", "ENCRYPTION", "SIGNING"))
+# A shorter value cannot be told from other text, and hides nothing worth stealing.
+_SHORTEST = 6
+_MASK = re.compile(r"hidden:([A-Z0-9_]+):([0-9a-f]{8}):([0-9a-f]{16})")
+
+
+class NotRevealedError(Exception):
+    """A value that was hidden is not in the environment; the message names the variable."""
+
+
+def looks_secret(name: str) -> bool:
+    """Whether a variable or flag of this name holds a secret: `HF_TOKEN`, `--api-key`."""
+    words = re.split(r"[^A-Z0-9]+", name.upper().strip("-"))
+    is_key = words[-1] == "KEY" and len(words) > 1 and words[-2] in _SECRET_KEYS
+    return is_key or not _SECRET_WORDS.isdisjoint(words)
+
+
+def secrets_of_words(words: Iterable[str]) -> dict[str, str]:
+    """Return the secrets of a command line with names: `--token X`, `--token=X`, `HF_TOKEN=X`."""
+    found: dict[str, str] = {}
+    before = ""
+    for word in words:
+        name, has_value, value = word.partition("=")
+        if has_value and looks_secret(name):
+            found[value] = _variable(name)
+        elif before.startswith("-") and "=" not in before and looks_secret(before):
+            found[word] = _variable(before)
+        before = word
+    return found
+
+
+def hidden_in_command_line(words: Sequence[str]) -> list[str]:
+    """Return a command line to record: secrets hidden, in words that are command lines, too."""
+    names = secrets_of_words(words)
+    for text in (part for word in words for part in (word, word.partition("=")[2])):
+        with contextlib.suppress(ValueError):
+            names |= secrets_of_words(shlex.split(text))
+    return Secrets(names).hide(list(words))
+
+
+def _variable(name: str) -> str:
+    """A flag's name as the variable from which it is given again: `--api-key` is `API_KEY`."""
+    return re.sub(r"[^A-Z0-9]+", "_", name.upper().strip("-"))
+
+
+def _digest(salt: str, value: str) -> str:
+    return hashlib.sha256(f"{salt}{value}".encode()).hexdigest()[:16]
+
+
+@dataclass
+class Secrets:
+    """The secrets of one run: names by the values to hide everywhere, and inherited variables."""
+
+    names: Mapping[str, str] = field(default_factory=dict)
+    inherited: frozenset[str] = frozenset()
+    salt: str = field(default_factory=lambda: secrets.token_hex(4))
+
+    def __or__(self, other: Secrets) -> Secrets:
+        """Return the secrets of both."""
+        return Secrets({**self.names, **other.names}, self.inherited | other.inherited, self.salt)
+
+    def hide(self, data: Any, *, mask: str = "hidden:{name}:{salt}:{digest}") -> Any:
+        """Return plain data, or a text, with a mask in the place of every secret."""
+        if isinstance(data, Mapping):
+            return {
+                key: f"inherited:{key}" if key in self.inherited else self.hide(value, mask=mask)
+                for key, value in data.items()
+            }
+        if isinstance(data, (list, tuple)):
+            return type(data)(self.hide(value, mask=mask) for value in data)
+        if isinstance(data, str):
+            # The longest first, as one may be part of another.
+            for value, name in sorted(self.names.items(), key=lambda item: -len(item[0])):
+                if len(value) >= _SHORTEST and value in data:
+                    digest = _digest(self.salt, value)
+                    shown = mask.format(name=name, salt=self.salt, digest=digest)
+                    data = data.replace(value, shown)
+        return data
+
+    def name(self, text: str) -> str:
+        """Return a text that is the same whatever the secrets are: a job's key."""
+        return self.hide(text, mask="<{name}>")
+
+
+def reveal(data: Any, environment: Mapping[str, str]) -> Any:
+    """Return plain data with what `Secrets.hide` took from it, as the environment has it.
+
+    Raises `NotRevealedError` where a variable is missing or has another value than then.
+    """
+    if isinstance(data, Mapping):
+        return {key: reveal(value, environment) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return type(data)(reveal(value, environment) for value in data)
+    return _MASK.sub(lambda m: _value(m, environment), data) if isinstance(data, str) else data
+
+
+def _value(mask: re.Match[str], environment: Mapping[str, str]) -> str:
+    name, salt, digest = mask.groups()
+    value = environment.get(name)
+    if value is None or _digest(salt, value) != digest:
+        raise NotRevealedError(
+            f"the value of {name} is not kept with the run: set the variable {name} to what it was"
+        )
+    return value

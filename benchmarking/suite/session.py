@@ -1,0 +1,192 @@
+"""One suite run from its flags to its summary: what `benchmark_suite.py` is, and drivers call.
+
+A driver calls `run_suite` in its own process with a stop signal that it shares: what it caught
+stops the suite politely, the second time harder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from benchmarking.records import run_folder
+from benchmarking.suite import console, flags, locks, preflight
+from benchmarking.suite.cli import (
+    EXIT_COMPLETE,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_MODE_NOT_IN_FORCE,
+    EXIT_USAGE,
+    SuiteError,
+)
+from benchmarking.suite.jobs import require_known_flags
+from benchmarking.suite.measurement import RunContext
+from benchmarking.suite.plan_file import PlanFileError
+from benchmarking.suite.redaction import hidden_in_command_line
+from benchmarking.suite.resume import read_earlier, request_data
+from benchmarking.suite.run import SuiteRun
+from benchmarking.suite.setup import PROJECT_ROOT, Setup, no_mps_folder, prepare
+from benchmarking.suite.stop_signal import StopSignal
+
+SUITE_SCRIPT = PROJECT_ROOT / "benchmarking" / "benchmark_suite.py"
+ANALYSIS_SCRIPT = PROJECT_ROOT / "benchmarking" / "analyze_results.py"
+
+
+@dataclass(frozen=True)
+class SessionResult:
+    """How a session ended: its exit code, the sentence that it ended with, the run's folder.
+
+    `reason` is `None` where there is nothing to say, `folder` where there is no run.
+    """
+
+    exit_code: int
+    reason: str | None
+    folder: Path | None
+
+
+def run_suite(
+    words: Sequence[str], stop: StopSignal | None = None, *, from_driver: bool = False
+) -> SessionResult:
+    """Plan, show the plan, run it, show the figures, as the flags `words` say.
+
+    Without `stop` the signals that end a run are caught here. `from_driver` leaves out the commands
+    that follow a run, and returns usage errors (exit code 2) as a result; else they leave the
+    process.
+    """
+    try:
+        options = flags.parse_arguments(words)
+    except SystemExit as end:
+        if not from_driver:
+            raise
+        return SessionResult(int(end.code or 0), getattr(end, "sentence", None), None)
+    program = flags.PROGRAM if from_driver else sys.argv[0]
+    command = [program, *hidden_in_command_line(words)]
+    try:
+        return _planned_and_run(options, command, stop, from_driver=from_driver)
+    except SuiteError as error:
+        result = _refused(error, error.exit_code)
+        if error.exit_code != EXIT_USAGE and not options.dry_run:
+            _note_refusal(options, command, result)
+        return result
+    except (run_folder.RunStoreError, PlanFileError) as error:
+        return _refused(error, EXIT_USAGE)
+    except OSError as error:  # before the run began: a disk without room for its first file
+        said = f"cannot write to {options.results_dir} ({error.strerror or error})"
+        advice = "make room there, or name another --results-dir"
+        return _refused(OSError(f"{said}: {advice}"), EXIT_FAILED)
+
+
+def _planned_and_run(
+    options: argparse.Namespace,
+    command: Sequence[str],
+    stop: StopSignal | None,
+    *,
+    from_driver: bool,
+) -> SessionResult:
+    earlier = read_earlier(options.resume, options.results_dir) if options.resume else None
+    request = earlier.request if earlier else flags.request_from(options)
+    if options.allow_contention:  # the one flag that a run may go on with
+        request = msgspec.structs.replace(request, allow_contention=True)
+    with _watched(stop) as stop, no_mps_folder() as folder:
+        setup = prepare(request, folder, os.environ, require_mode=not options.dry_run)
+        setup.notes.extend(preflight.notes_before(setup))
+        if options.dry_run:
+            require_known_flags(setup.plan.jobs().values())
+        console.print_plan(setup, verbose=options.verbose or options.dry_run)
+        if options.dry_run:
+            return SessionResult(EXIT_COMPLETE, None, None)
+        with contextlib.ExitStack() as stack:
+            is_alone = _lock_card(setup, stack) and not setup.is_contended
+            writer = earlier.reopen(setup.notes) if earlier else _new_run(setup, command)
+            if not is_alone:
+                writer.update_manifest(is_contended=True)
+            suite = SuiteRun(RunContext(setup, writer, stop, console.Progress(), earlier))
+            code = suite.execute()
+    return _told(SessionResult(code, suite.ending, writer.folder), from_driver=from_driver)
+
+
+@contextlib.contextmanager
+def _watched(stop: StopSignal | None) -> Iterator[StopSignal]:
+    """Give the caller's stop signal, or one that catches the signals meanwhile."""
+    if stop is not None:
+        yield stop
+        return
+    with StopSignal().watching() as own:
+        yield own
+
+
+def _lock_card(setup: Setup, stack: contextlib.ExitStack) -> bool:
+    """Hold the card's lock, or the CPU's, until the stack ends; say whether no other run is there.
+
+    Raises `SuiteError` (code 4) where one is and that is not allowed.
+    """
+    try:
+        stack.enter_context(locks.hold(setup.gpu["uuid"] if setup.gpu else None))
+    except locks.InUseError as error:
+        if not setup.request.allow_contention:
+            raise SuiteError(
+                f"{error}, or measure next to it with --allow-contention", EXIT_MODE_NOT_IN_FORCE
+            ) from error
+        setup.notes.append(f"{error}: figures hold next to it only")
+        print(f"  note: {setup.notes[-1]}", flush=True)
+        return False
+    return True
+
+
+def _new_run(setup: Setup, command: Sequence[str]) -> run_folder.RunWriter:
+    """Make the run's folder, with all in it that going on after a cut needs."""
+    request = setup.request
+    manifest = {**setup.manifest(list(command)), "request": request_data(request)}
+    writer = run_folder.create_run(request.results_dir, manifest, run_id=request.run_id)
+    if request.plan_file is not None:
+        writer.save_plan_file(request.plan_file.text)
+    return writer
+
+
+def _told(result: SessionResult, *, from_driver: bool) -> SessionResult:
+    """Print the figures of a run that has ended, and the commands that follow it."""
+    try:
+        console.print_summary(run_folder.read_run(result.folder))
+    except run_folder.RunStoreError as error:
+        refused = _refused(error, result.exit_code or EXIT_FAILED)
+        return SessionResult(refused.exit_code, result.reason or refused.reason, result.folder)
+    if not from_driver:
+        report = shell_words(ANALYSIS_SCRIPT, "--results-dir", str(result.folder))
+        print(f"\nreport.html with its charts: {report}")
+        if result.exit_code == EXIT_INTERRUPTED:
+            print(f"to go on: {shell_words(SUITE_SCRIPT, '--resume', str(result.folder))}")
+    print(f"results: {result.folder}", flush=True)
+    return result
+
+
+def shell_words(script: Path, *words: str) -> str:
+    """Return a command that works from the present folder: the script by its shortest path."""
+    with contextlib.suppress(ValueError, FileNotFoundError):
+        script = script.relative_to(Path.cwd())
+    return shlex.join(["python3", str(script), *words])
+
+
+def _refused(error: Exception, code: int) -> SessionResult:
+    """Print an error, one sentence for each thing that is wrong."""
+    for sentence in str(error).splitlines():
+        print(f"{flags.PROGRAM}: error: {sentence}", file=sys.stderr)
+    return SessionResult(code, str(error), None)
+
+
+def _note_refusal(
+    options: argparse.Namespace, command: Sequence[str], result: SessionResult
+) -> None:
+    """Keep what was refused before there was a run; where that cannot be, it was at least said."""
+    folder = options.results_dir
+    if options.resume:
+        folder = run_folder.resolve_run(options.resume, options.results_dir).parent
+    with contextlib.suppress(OSError):
+        run_folder.append_refusal(folder, command, result.exit_code, str(result.reason))
