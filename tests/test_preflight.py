@@ -126,7 +126,7 @@ def test_a_second_run_is_refused_with_the_pid_of_the_first(bench: Bench) -> None
         assert allowed.returncode == 0, allowed.stderr
         manifests = [run_folder.read_run(path).manifest for path in bench.results.iterdir()
                      if path.name.startswith("cpu-demo-inference")]  # fmt: skip
-        assert [manifest["is_contended"] for manifest in manifests] == [True]
+        assert [manifest.is_contended for manifest in manifests] == [True]
         assert sentence in manifests[0]["notes"][-1]
     finally:
         first.terminate()

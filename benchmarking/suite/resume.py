@@ -142,7 +142,7 @@ def unlike_environment(
             # Under the other modes its slices are nothing to a client.
             and (field != "timeslice" or theirs.effective_mode == MODE_TIME_SLICING)
         ),
-        *baselines.data_differences(before, ours, list(resolved)),
+        *baselines.data_differences(theirs.resolved_arguments, resolved, list(resolved)),
     ]
     if found:
         raise SuiteError(
