@@ -48,21 +48,20 @@ check_preconditions() {
     mps::refuse_started_by_hand
     ((!EXCLUSIVE)) || [[ $GPU_COMPUTE_MODE == Exclusive_Process ]] ||
         card::require "changing the compute mode (--exclusive)"
-    [[ -n $PIPE ]] || check_holders
+    ((RUNNING)) || check_holders
 }
 
-# Sets PIPE, where the daemon of an earlier time still answers, else GONE, where it left its pipes.
+# Sets PIPE and, where the daemon of an earlier time still answers there, RUNNING.
 find_earlier_daemon() {
+    RUNNING=0
     PIPE=""
-    GONE=""
     mps::load || return 0
     if mps::is_up "$PIPE"; then
+        RUNNING=1
         log "The MPS daemon at $PIPE answers already."
     else
-        GONE=$PIPE
-        PIPE=""
         log "note: the MPS daemon of the last time no longer answers; starting a new one in place of its" \
-            "pipes at $GONE"
+            "pipes at $PIPE"
     fi
 }
 
@@ -85,12 +84,12 @@ check_holders() {
 # kill comes at can be undone.
 start_daemon() {
     local folder=$USER_STATE
+    local -r gone=$PIPE
     ((${#folder} < 70)) || folder=/tmp
     folder+=/mps.$(tr -dc a-z0-9 </dev/urandom | head -c 8 || true)
     PIPE=$folder/pipe
-    state::keep mps
     state::save mps "user=$INVOKER_NAME" "uid=$INVOKER_UID" "pipe_directory=$PIPE" "log_directory=$folder/log"
-    [[ -z $GONE ]] || mps::stop "$GONE"
+    [[ -z $gone ]] || mps::stop "$gone"
     undo::push mps::stop "$PIPE"
     run as_user mkdir -m 700 -- "$folder" "$PIPE" "$folder/log" ||
         die "$EXIT_PERMISSION" "cannot create $PIPE as $INVOKER_NAME"
@@ -145,7 +144,7 @@ main() {
     transaction::begin
     gpu::select
     check_preconditions
-    [[ -n $PIPE ]] || start_daemon
+    ((RUNNING)) || start_daemon
     set_percentage
     ((!EXCLUSIVE)) || setting::set compute-mode Exclusive_Process
     undo::forget

@@ -15,7 +15,7 @@ OPTIONS["--restore"]="RESTORE!"
 FAILED=0         # whether something could not be asked or undone
 UNDO_COMMANDS=() # script and GPU
 # Which script undoes which kinds of saved state.
-readonly UNDO_SCRIPTS=("reset_time_slicing.sh time-slicing time-slice" "disable_mps.sh mps compute-mode"
+readonly UNDOES=("reset_time_slicing.sh time-slicing time-slice" "disable_mps.sh mps compute-mode"
     "disable_mig.sh mig")
 
 show() { printf '  %-14s %s\n' "$1:" "$2"; }
@@ -63,7 +63,7 @@ print_mps() {
 
 print_saved() {
     local row script kinds kind key sudo any=0
-    for row in "${UNDO_SCRIPTS[@]}"; do
+    for row in "${UNDOES[@]}"; do
         read -r script kinds <<<"$row"
         sudo="none"
         for kind in $kinds; do

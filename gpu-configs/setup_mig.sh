@@ -91,14 +91,10 @@ already_in_force() {
 }
 
 check_that_it_fits() {
-    local line name start size
+    local line start size
     local -i occupied=0
     [[ -z $OURS ]] || die "$EXIT_BUSY" "the instances ${STATE[layout]:-?} of an earlier run" \
         "are there; remove them first: sudo ./gpu-configs/disable_mig.sh"
-    for name in "${WANTED[@]}"; do
-        [[ -n ${PLACEMENT_STARTS[$name]} ]] ||
-            die "$EXIT_UNSUPPORTED" "nvidia-smi lists no place for $name on $(gpu::title)"
-    done
     if ! fits 0 "${WANTED[@]}"; then
         mig::print_profiles
         die "$EXIT_UNSUPPORTED" "$LAYOUT does not fit on $(gpu::title)"
@@ -148,19 +144,6 @@ save_state() {
         "instances_before=$BEFORE"
 }
 
-switch_on() {
-    [[ $GPU_MIG_CURRENT != Enabled ]] || return 0
-    undo::push setting::change MIG-mode Disabled
-    setting::ask MIG-mode Enabled
-    gpu::refresh
-    if [[ $GPU_MIG_CURRENT == Disabled && $GPU_MIG_PENDING == Enabled && $RUN_OUTPUT != *"In use"* ]]; then
-        undo::forget # a restart is what makes it effective: left pending, as it has to be
-        die "$EXIT_BUSY" "MIG mode is pending: restart the machine (or reset the GPU), then run this" \
-            "again; to take it back: sudo ./gpu-configs/disable_mig.sh. nvidia-smi said: $RUN_OUTPUT"
-    fi
-    setting::verify MIG-mode Enabled
-}
-
 # A client needs a MIG device, that is a GPU instance with a compute instance in it.
 create_instances() {
     local created
@@ -203,9 +186,9 @@ main() {
         check_that_it_fits
         check_permission
         require "the MIG devices of $(gpu::title)" mig::find_devices
-        state::keep mig
         save_state ""
-        switch_on
+        [[ $GPU_MIG_CURRENT == Enabled ]] || undo::push setting::change MIG-mode Disabled
+        setting::change MIG-mode Enabled
         create_instances
         undo::forget
     fi

@@ -73,7 +73,6 @@ main() {
     transaction::begin
     gpu::select
     check_preconditions
-    state::keep time-slicing
     state::save time-slicing "clients=$CLIENTS"
     [[ -z $TIMESLICE ]] || setting::set time-slice "$TIMESLICE"
     undo::forget

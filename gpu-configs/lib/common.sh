@@ -57,7 +57,7 @@ warn() { log "warning: $*"; }
 
 # die CODE TEXT...
 die() {
-    DIED_OF=${*:2}
+    DIED_OF=${*:2} # read by lib/records.sh alone: goes with it
     printf 'error: %s\n' "${*:2}" >&2
     exit "$1"
 }
@@ -261,6 +261,11 @@ card::failed() {
             gpu::find_holders || log "Who uses $(gpu::title) could not be asked: $NOT_TOLD"
             gpu::print_holders
             ;;
+        *"in pending enable state"*)
+            undo::forget # a restart is what makes it effective: left pending, as it has to be
+            die "$EXIT_BUSY" "MIG mode is pending: restart the machine (or reset the GPU), then run this" \
+                "again; to take it back: sudo ./gpu-configs/disable_mig.sh. nvidia-smi said: $words"
+            ;;
         *[Nn]"ot "[Ss]upported*) code=$EXIT_UNSUPPORTED ;;
     esac
     die "$code" "$1; nvidia-smi said: $words"
@@ -361,13 +366,17 @@ state::load() {
 # state::damaged KIND WHY
 state::damaged() { die "$EXIT_FAILED" "$(state::file "$1") is damaged ($2); look at it and remove it"; }
 
-# state::save KIND KEY=VALUE...: replaces the file in one step. A user's is readable by its owner alone;
-# root's by all, so that gpu_status.sh needs no root.
+# state::save KIND KEY=VALUE...: replaces the file in one step; what was saved before is put back if the
+# script fails later. A user's is readable by its owner alone; root's by all, so that gpu_status.sh needs no
+# root.
 state::save() {
     local umask=077
+    local -a before
     local -r file=$(state::file "$1")
     ! state::is_roots "$1" || umask=022
     state::is_there "$1" "${file%/*}/." directory || true
+    mapfile -t before < <(state::as "$1" cat -- "$file" 2>/dev/null || true)
+    undo::push state::put_back "$1" "${before[@]:1}"
     # shellcheck disable=SC2016 # the inner shell expands
     run --note "save $file: ${*:2}" state::as "$1" bash -p -c '
         umask "$1"
@@ -382,39 +391,21 @@ state::remove() {
     run --note "$(quoted rm -f -- "$file")" state::as "$1" rm -f -- "$file"
 }
 
-# state::keep KIND: has what is saved now put back, if the script fails from here on.
-state::keep() {
-    undo::push state::put_back "$1" "$(state::as "$1" cat -- "$(state::file "$1")" 2>/dev/null || true)"
-}
-
-# state::put_back KIND TEXT: undo for state::save and state::remove. Kept as it is where the rest could
-# not be undone, since then there is still something to be undone later.
+# state::put_back KIND [KEY=VALUE...]: undo for state::save. Kept as it is where the rest could not be
+# undone, since then there is still something to be undone later.
 state::put_back() {
-    local -a lines
     ((UNDO_FAILED == 0)) || return 0
-    if [[ -z $2 ]]; then
-        state::remove "$1"
-    else
-        mapfile -t lines <<<"$2"
-        state::save "$1" "${lines[@]:1}"
-    fi
+    if (($# == 1)); then state::remove "$1"; else state::save "$@"; fi
 }
 
 # state::driver_at_work: whether a driver is at work with a mode on the chosen GPU; STATE then holds its
 # note (mode, pid, output). The start time, in the kernel's ticks, tells it from a later process with its pid.
 state::driver_at_work() {
-    state::load driver || return 1
-    [[ ${STATE[pid]:-} =~ ^[0-9]+$ && ${STATE[started]:-} =~ ^[0-9]+$ &&
-        $(process::start "${STATE[pid]}") == "${STATE[started]}" ]]
-}
-
-# process::start PID: in ticks since the machine started; nothing where it has ended.
-process::start() {
-    local text
-    local -a fields
-    text=$(cat "/proc/$1/stat" 2>/dev/null) || return 0
-    read -ra fields <<<"${text##*) }" # a program's name may hold anything
-    [[ ${fields[0]} == Z ]] || printf '%s' "${fields[19]}"
+    local started
+    state::load driver && [[ ${STATE[pid]:-} =~ ^[0-9]+$ ]] || return 1
+    # behind the program's name, which may hold anything, and the process's state
+    started=$(sed -nE 's/.*\) [^Z] //p' "/proc/${STATE[pid]}/stat" 2>/dev/null | cut -d ' ' -f 19) || return 1
+    [[ -n $started && $started == "${STATE[started]:-}" ]]
 }
 
 # shellcheck source=gpu.sh
@@ -423,3 +414,26 @@ source "${BASH_SOURCE[0]%/*}/gpu.sh"
 source "${BASH_SOURCE[0]%/*}/mps.sh"
 # shellcheck source=mig.sh
 source "${BASH_SOURCE[0]%/*}/mig.sh"
+
+# --- for run_experiments.sh, stress_test.sh and lib/ alone: to be deleted with them -----------------
+
+DIED_OF=""
+declare -A UNDO_SCRIPTS=(["time-slicing"]=reset_time_slicing.sh ["mps"]=disable_mps.sh ["mig"]=disable_mig.sh)
+declare -A STATE_KINDS=(["time-slicing"]="time-slicing time-slice" ["mps"]="mps compute-mode" ["mig"]=mig)
+declare -n PROFILE_ID=PROFILE_TOTAL
+
+# state::needs_root MODE: whether undoing the mode takes root.
+state::needs_root() {
+    local kind
+    for kind in ${STATE_KINDS[$1]}; do
+        state::is_roots "$kind" && state::load "$kind" && return 0
+    done
+    return 1
+}
+
+# process::start PID: in ticks since the machine started; nothing where it has ended.
+process::start() { sed -nE 's/.*\) [^Z] //p' "/proc/$1/stat" 2>/dev/null | cut -d ' ' -f 19 || true; }
+
+# mps::probe PIPE_DIRECTORY: whether a daemon answers there.
+mps::probe() { mps::look "$1" && [[ $DAEMON == up ]]; }
+mps::answers() { mps::is_up "$1"; }

@@ -161,29 +161,19 @@ setting::read() {
     [[ $1 != MIG-mode || $GPU_MIG_PENDING == "$CURRENT" ]] || CURRENT+=" (pending: $GPU_MIG_PENDING)"
 }
 
-# setting::ask NAME VALUE: asks nvidia-smi for it.
-setting::ask() {
+# setting::change NAME VALUE: asks nvidia-smi for it, unless it is so, and reads it back.
+setting::change() {
     local -rA number=([Default]=0 [Short]=1 [Medium]=2 [Long]=3 [Disabled]=0 [Enabled]=1)
+    require "the ${1/-/ }" setting::read "$1"
+    [[ $CURRENT != "$2" ]] || return 0
     case $1 in
         compute-mode) run card::change nvidia-smi -i "$GPU_UUID" -c "${2^^}" ;; # reported in small letters
         time-slice) run card::change nvidia-smi compute-policy -i "$GPU_UUID" --set-timeslice "${number[$2]}" ;;
         MIG-mode) run card::change nvidia-smi -i "$GPU_UUID" -mig "${number[$2]}" ;;
     esac
-}
-
-# setting::verify NAME VALUE: reads it back.
-setting::verify() {
     ((!DRY_RUN)) || return 0
     require "the ${1/-/ }" setting::read "$1"
     [[ $CURRENT == "$2" ]] || card::failed "the ${1/-/ } is $CURRENT, not $2"
-}
-
-# setting::change NAME VALUE: unless it is so.
-setting::change() {
-    require "the ${1/-/ }" setting::read "$1"
-    [[ $CURRENT != "$2" ]] || return 0
-    setting::ask "$@"
-    setting::verify "$@"
 }
 
 # setting::set NAME VALUE: changes it and saves what it was before any of our changes. A saved value
@@ -195,11 +185,13 @@ setting::set() {
     [[ $CURRENT != "$2" ]] || return 0
     previous=$CURRENT
     ! state::load "$1" || [[ ${STATE[set]:-} != "$CURRENT" ]] || previous=${STATE[previous]:-$CURRENT}
-    state::keep "$1"
+    if [[ $2 == "$previous" ]]; then
+        setting::put_back "$1"
+        return
+    fi
+    state::save "$1" "previous=$previous" "set=$2"
     undo::push setting::change "$1" "$CURRENT"
-    [[ $2 == "$previous" ]] || state::save "$1" "previous=$previous" "set=$2"
     setting::change "$1" "$2"
-    [[ $2 != "$previous" ]] || state::remove "$1"
 }
 
 # setting::check_saved NAME: false where nothing is saved; ends the script where it cannot be put back.

@@ -109,7 +109,7 @@ mig::find_holders() {
     table=$(gpu::ask) || true
     [[ $table == *"| Processes:"* ]] || not_told "$table" || return
     while read -r gi pid name; do
-        [[ ,$1, != *",$gi,"* ]] || 
+        [[ ,$1, != *",$gi,"* ]] ||
             HOLDERS+=("pid $pid (user $(process::owner "$pid")): $(printable "$name") on GPU instance $gi")
     done < <(awk -v gpu="$GPU_INDEX" '
         $1 == "|" && $2 == gpu && $3 ~ /^[0-9]+$/ && $5 ~ /^[0-9]+$/ && $6 ~ /^[CGM+]+$/ {
