@@ -2,7 +2,6 @@
 # Usage: sudo ./gpu-configs/disable_mig.sh [options]
 #
 # Destroys the MIG instances that setup_mig.sh created and puts MIG mode back to what it was.
-#
 
 # shellcheck source=lib/common.sh
 source "${0%"${0##*/}"}lib/common.sh"

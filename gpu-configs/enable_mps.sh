@@ -20,7 +20,8 @@ OPTIONS+=(["--exclusive"]="EXCLUSIVE!" ["--percentage"]=PERCENTAGE)
 parse_arguments() {
     cli::parse 0 "$@"
     # the control program ignores what is out of range, without an error
-    [[ -z $PERCENTAGE || ($PERCENTAGE =~ ^(100(\.0{1,3})?|[0-9]{1,2}(\.[0-9]{1,3})?)$ && $PERCENTAGE == *[1-9]*) ]] ||
+    [[ -z $PERCENTAGE || $PERCENTAGE =~ ^(100(\.0{1,3})?|[0-9]{1,2}(\.[0-9]{1,3})?)$ &&
+        $PERCENTAGE == *[1-9]* ]] ||
         cli::usage_error "--percentage is over 0 and up to 100, not '$PERCENTAGE'"
 }
 
@@ -94,7 +95,7 @@ start_daemon() {
     run as_user mkdir -m 700 -- "$folder" "$PIPE" "$folder/log" ||
         die "$EXIT_PERMISSION" "cannot create $PIPE as $INVOKER_NAME"
     launch "$folder/log"
-    ((DRY_RUN)) || mps::wait_until up "$PIPE" || {
+    ((DRY_RUN)) || wait_until mps::is_told up "$PIPE" || {
         as_user tail -n 5 -- "$folder/log/start.log" "$folder/log/control.log" >&2 || true
         die "$EXIT_FAILED" "the MPS daemon did not answer within $WAIT_SECONDS s"
     }

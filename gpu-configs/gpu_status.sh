@@ -18,7 +18,11 @@ UNDO_COMMANDS=() # script and GPU
 readonly UNDOES=("reset_time_slicing.sh time-slicing time-slice" "disable_mps.sh mps compute-mode"
     "disable_mig.sh mig")
 
-show() { printf '  %-14s %s\n' "$1:" "$2"; }
+# show LABEL VALUE...: a line each
+show() {
+    local value
+    for value in "${@:2}"; do printf '  %-14s %s\n' "$1:" "$value"; done
+}
 
 # told LABEL QUESTION...: whether it was answered; else that is what is shown.
 told() {
@@ -45,13 +49,12 @@ mode_in_force() {
 }
 
 print_mps() {
-    local line
     if [[ $DAEMON == up ]]; then
         show "MPS daemon" "of user ${STATE[user]:-?}, answers at $PIPE"
         show "  percentage" "$ACTIVE_THREADS (default active threads of a client)"
         ! told "  clients" mps::find_clients "$PIPE" || show "  clients" "${MPS_CLIENTS[*]:-none}"
     fi
-    for line in "${MPS_FOREIGN[@]}"; do show "MPS daemon" "another, $line"; done
+    show "MPS daemon" "${MPS_FOREIGN[@]/#/another, }"
     if ((!DAEMONS_TOLD)); then
         told "MPS daemons" mps::find_daemons || true
     elif [[ $DAEMON == gone ]] && ((${#MPS_OWN[@]} > 0)); then
@@ -84,28 +87,28 @@ print_saved() {
 }
 
 print_gpu() {
-    local line pending=""
+    local pending=""
     DAEMON=gone # the one that enable_mps.sh started
     printf '%s\n' "$(gpu::title)"
     ! mps::load || told "MPS daemon" mps::look "$PIPE" || DAEMON=unknown
     show "mode in force" "$(mode_in_force)"
     show "compute mode" "$GPU_COMPUTE_MODE"
     ! told "time slice" setting::read time-slice || show "time slice" "${CURRENT:-not a setting of this GPU}"
-    [[ $GPU_MIG_CURRENT == "$GPU_MIG_PENDING" ]] || pending=" (pending: $GPU_MIG_PENDING, after a reset of the GPU)"
+    [[ $GPU_MIG_CURRENT == "$GPU_MIG_PENDING" ]] ||
+        pending=" (pending: $GPU_MIG_PENDING, after a reset of the GPU)"
     show "MIG mode" "$GPU_MIG_CURRENT$pending"
-    [[ $GPU_MIG_CURRENT != Enabled ]] || ! told "MIG devices" mig::find_devices || mig::print_devices "    "
+    [[ $GPU_MIG_CURRENT != Enabled ]] || ! told "MIG devices" mig::find_devices ||
+        show "MIG device" "${MIG_DEVICES[@]}"
     print_mps
-    if told "in use by" gpu::find_holders; then
-        ((${#HOLDERS[@]} > 0)) || HOLDERS=(nobody)
-    fi
-    for line in "${HOLDERS[@]}"; do show "in use by" "$line"; done
+    ! told "in use by" gpu::find_holders || ((${#HOLDERS[@]} > 0)) || HOLDERS=(nobody)
+    show "in use by" "${HOLDERS[@]}"
     print_saved
 }
 
 # Runs the undo commands; each says itself where it needs root. None of them where a run is at work: it
 # undoes its mode itself, and its clients would be cut off.
 restore() {
-    local command script
+    local command script file
     for command in "${UNDO_COMMANDS[@]}"; do
         GPU_UUID=${command#* }
         ! state::driver_at_work ||
@@ -121,15 +124,9 @@ restore() {
             FAILED=1
         fi
     done
-    remove_unfinished
-}
-
-# What a script was still writing when it was killed; what it would have replaced is undone by then.
-remove_unfinished() {
-    local -a files=("$USER_STATE"/*.state.new)
-    [[ ! -e ${files[0]} ]] || run as_user rm -f -- "${files[@]}"
-    files=("$ROOT_STATE"/*.state.new)
-    [[ ! -e ${files[0]} || ! -w $ROOT_STATE ]] || run rm -f -- "${files[@]}"
+    # What a script was still writing when it was killed; what it would have replaced is undone by now.
+    for file in "$ROOT_STATE"/*.state.new; do [[ ! -w $file ]] || run rm -f -- "$file"; done
+    for file in "$USER_STATE"/*.state.new; do [[ ! -e $file ]] || run as_user rm -f -- "$file"; done
 }
 
 main() {

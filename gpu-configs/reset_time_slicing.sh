@@ -3,7 +3,6 @@
 #
 # Puts the GPU's time slice back to what setup_time_slicing.sh found, and forgets the number of clients.
 # Needs root only where the time slice was changed. Does nothing where nothing was set up.
-#
 
 # shellcheck source=lib/common.sh
 source "${0%"${0##*/}"}lib/common.sh"

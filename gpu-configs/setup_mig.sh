@@ -6,7 +6,6 @@
 # list, such as 2g.20gb,1g.10gb,1g.10gb. Whether they fit is checked before anything is changed. A profile
 # that this GPU lacks (1g.5gb is the A100 40GB's) is replaced by its own profile of as many slices.
 # Undo: sudo ./gpu-configs/disable_mig.sh
-#
 
 # shellcheck source=lib/common.sh
 source "${0%"${0##*/}"}lib/common.sh"
@@ -52,7 +51,8 @@ substitute_profiles() {
         substitute=$(find_substitute "$name")
         if [[ -n $substitute ]]; then
             log "$(gpu::title) has no profile $name; taking $substitute."
-            mapfile -t WANTED < <(printf '%s\n' "${WANTED[@]}" | awk -v a="$name" -v b="$substitute" '$0 == a { $0 = b } 1')
+            mapfile -t WANTED < <(printf '%s\n' "${WANTED[@]}" |
+                awk -v lacking="$name" -v taken="$substitute" '$0 == lacking { $0 = taken } 1')
         else
             unknown+=,$name
         fi
@@ -70,7 +70,8 @@ find_substitute() {
     [[ $1 != *[+-]* ]] || return 0
     for name in "${PROFILE_NAMES[@]}"; do
         [[ $name != "${1%%g.*}"g.* || $name == *[+-]* ]] || printf '%d %s\n' "${PROFILE_TOTAL[$name]}" "$name"
-    done | sort -rn | awk 'NR == 1 { most = $1; name = $2 } NR == 2 && $1 == most { name = "" } END { print name }'
+    done | sort -rn | awk '
+        NR == 1 { most = $1; name = $2 } NR == 2 && $1 == most { name = "" } END { print name }'
 }
 
 # Sets OURS, the instances of an earlier run that are still there: they do not outlive a reset of the GPU.
@@ -84,10 +85,6 @@ read_own_state() {
         mig::require_instances
     fi
     BEFORE=$IDS
-}
-
-already_in_force() {
-    [[ -n $OURS && $OURS == "${STATE[gpu_instances]}" && ${STATE[layout]:-} == "$LAYOUT" ]]
 }
 
 check_that_it_fits() {
@@ -137,18 +134,17 @@ check_permission() {
         die "$EXIT_BUSY" "MIG mode can only be switched on while nobody uses the GPU"
 }
 
-# save_state GPU_INSTANCES. `instances_before` tells whose the instances are if this run is killed
-# between creating them and saving their ids.
-save_state() {
-    state::save mig "previous_mig_mode=$PREVIOUS_MODE" "layout=$LAYOUT" "gpu_instances=$1" \
-        "instances_before=$BEFORE"
-}
-
-# A client needs a MIG device, that is a GPU instance with a compute instance in it.
-create_instances() {
+# `instances_before` tells whose the instances are if this is killed before it has saved their ids. A client
+# needs a MIG device, that is a GPU instance with a compute instance in it.
+apply() {
     local created
-    local -a ids
-    local -i devices=-${#MIG_DEVICES[@]}
+    local -a ids plan=("previous_mig_mode=$PREVIOUS_MODE" "layout=$LAYOUT" "instances_before=$BEFORE")
+    local -i devices
+    require "the MIG devices of $(gpu::title)" mig::find_devices
+    devices=-${#MIG_DEVICES[@]}
+    state::save mig "${plan[@]}" "gpu_instances="
+    [[ $GPU_MIG_CURRENT == Enabled ]] || undo::push setting::change MIG-mode Disabled
+    setting::change MIG-mode Enabled
     undo::push destroy_new
     run card::change nvidia-smi mig -i "$GPU_UUID" -cgi "$LAYOUT" -C
     ((!DRY_RUN)) || return 0
@@ -160,7 +156,7 @@ create_instances() {
     require "the MIG devices of $(gpu::title)" mig::find_devices
     devices+=${#MIG_DEVICES[@]}
     ((devices == ${#WANTED[@]})) || card::failed "$devices of ${#WANTED[@]} MIG devices are there"
-    save_state "$created"
+    state::save mig "${plan[@]}" "gpu_instances=$created"
 }
 
 destroy_new() {
@@ -171,7 +167,7 @@ destroy_new() {
 print_in_force() {
     mig::find_devices || warn "the MIG devices could not be asked: $NOT_TOLD"
     printf 'MIG is in force on %s\n' "$(gpu::title)"
-    mig::print_devices "  "
+    printf '  %s\n' "${MIG_DEVICES[@]}"
     printf '  a client sees one: CUDA_VISIBLE_DEVICES=MIG-...\n'
     printf '  undo: sudo ./gpu-configs/disable_mig.sh\n'
 }
@@ -182,14 +178,10 @@ main() {
     gpu::select
     check_preconditions
     read_own_state
-    if ! already_in_force; then
+    if [[ -z $OURS || $OURS != "${STATE[gpu_instances]}" || ${STATE[layout]:-} != "$LAYOUT" ]]; then
         check_that_it_fits
         check_permission
-        require "the MIG devices of $(gpu::title)" mig::find_devices
-        save_state ""
-        [[ $GPU_MIG_CURRENT == Enabled ]] || undo::push setting::change MIG-mode Disabled
-        setting::change MIG-mode Enabled
-        create_instances
+        apply
         undo::forget
     fi
     unless_dry print_in_force

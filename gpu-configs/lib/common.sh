@@ -1,12 +1,10 @@
 # shellcheck shell=bash
 # shellcheck disable=SC2034 # set here, read by the scripts that source this
 #
-# What every mode script shares.
-#
-# A script is a transaction. It checks, saves the previous state, changes, asks the driver or the daemon
-# whether the change took, and prints what is in force. Until it has ended well, a failure or a signal puts
-# back what it changed. The undo scripts only go forward: stopped half-way, their state file is still there
-# and the next run finishes the work.
+# What every mode script shares. A script is a transaction. It checks, saves the previous state, changes,
+# asks the driver or the daemon whether the change took, and prints what is in force. Until it has ended
+# well, a failure or a signal puts back what it changed. The undo scripts only go forward: stopped half-way,
+# their state file is still there and the next run finishes the work.
 #
 # A question is a function that fills variables, and is false, with NOT_TOLD, where it could not be asked:
 # that is neither "there is none" nor "it is off".
@@ -62,7 +60,7 @@ die() {
     exit "$1"
 }
 
-# The text of somebody else, such as a process's name, without what would steer the terminal.
+# Somebody else's text, such as a process's name, without what would steer the terminal.
 printable() { printf '%s' "${1//[[:cntrl:]]/?}"; }
 
 # join WORD...: with commas between.
@@ -96,6 +94,18 @@ require() {
     die "$EXIT_FAILED" "$1 could not be asked: $NOT_TOLD"
 }
 
+# wait_until COMMAND...: tries it again for WAIT_SECONDS, by a clock that nobody sets; once in a dry run.
+wait_until() {
+    local now end
+    read -r now _ </proc/uptime
+    end=$((${now%.*} + (DRY_RUN ? 0 : WAIT_SECONDS)))
+    until "$@"; do
+        ((${now%.*} < end)) || return 1
+        sleep 0.1
+        read -r now _ </proc/uptime
+    done
+}
+
 # --- flags ----------------------------------------------------------------------------------------
 
 cli::usage_error() {
@@ -108,6 +118,8 @@ cli::usage_error() {
 cli::help() {
     sed -n '2,/^$/s/^# \{0,1\}//p' "$0"
     cat <<'TEXT'
+
+As in every mode script:
   --gpu INDEX_OR_UUID    which GPU (default: the first; gpu_status.sh: each)
   --dry-run              print what would be done, change nothing
   --help                 this text
@@ -165,11 +177,8 @@ user::resolve() {
     fi
     entry=$(getent passwd "$uid") || entry="$uid::$uid:$(id -g)::/nonexistent:"
     IFS=: read -r INVOKER_NAME _ INVOKER_UID INVOKER_GID _ INVOKER_HOME _ <<<"$entry"
-    if ((uid == EUID)); then
-        INVOKER_HOME=${HOME:-$INVOKER_HOME}
-    else
-        [[ $INVOKER_NAME != "$uid" ]] || die "$EXIT_FAILED" "no account has the user id $uid"
-    fi
+    ((uid != EUID)) || INVOKER_HOME=${HOME:-$INVOKER_HOME}
+    ((uid == EUID)) || [[ $INVOKER_NAME != "$uid" ]] || die "$EXIT_FAILED" "no account has the user id $uid"
     USER_STATE=${GPU_SHARING_STATE_DIR:-${XDG_STATE_HOME:-$INVOKER_HOME/.local/state}/gpu-sharing-bench}
     [[ $USER_STATE == /* ]] || USER_STATE=$PWD/$USER_STATE
     [[ $USER_STATE != *[[:cntrl:]]* ]] || die "$EXIT_USAGE" "the state folder's name holds a" \
@@ -178,8 +187,7 @@ user::resolve() {
     ((EUID != 0 || uid != 0)) || [[ -z ${GPU_SHARING_STATE_DIR:-} ]] || ROOT_STATE=$USER_STATE # root's own wish
 }
 
-# user::inherit_from_sudo NAME...: sudo hands no variables back to its command, but they are in its own
-# environment.
+# user::inherit_from_sudo NAME...: sudo hands these variables to no command, but has them itself.
 user::inherit_from_sudo() {
     local parent line name
     parent=$(cat "/proc/$PPID/comm" 2>/dev/null) || return 0
@@ -258,7 +266,7 @@ card::failed() {
         *[Pp]ermission*) code=$EXIT_PERMISSION ;;
         *[Ii]"n use"*)
             code=$EXIT_BUSY
-            gpu::find_holders || log "Who uses $(gpu::title) could not be asked: $NOT_TOLD"
+            gpu::find_holders || log "Who uses it could not be asked: $NOT_TOLD"
             gpu::print_holders
             ;;
         *"in pending enable state"*)
@@ -318,7 +326,7 @@ declare -A STATE=()
 
 state::is_roots() { [[ $1 == mig || $1 == compute-mode || $1 == time-slice ]]; }
 
-# state::file KIND: where the state of this kind for the chosen GPU is kept.
+# state::file KIND: where the state of this kind is kept, of the chosen GPU.
 state::file() {
     local folder=$USER_STATE
     ! state::is_roots "$1" || folder=$ROOT_STATE
@@ -331,9 +339,9 @@ state::as() { if state::is_roots "$1"; then "${@:2}"; else as_user "${@:2}"; fi;
 # state::is_there KIND PATH FILE_TYPE: whether that is there. Ends with 5 where somebody else could have
 # written it: it names folders that are removed and settings that are put back as root.
 state::is_there() {
-    local facts owner mode type wanted=$INVOKER_UID
+    local facts owner mode type wanted="$INVOKER_UID $INVOKER_NAME"
     local -r remedy="set GPU_SHARING_STATE_DIR to a folder of your own"
-    ! state::is_roots "$1" || wanted=0
+    ! state::is_roots "$1" || wanted="0 root"
     facts=$(state::as "$1" stat -c '%u %a %F' -- "$2" 2>&1) || {
         [[ $facts != *"No such file"* && $facts != *"Not a directory"* ]] || return 1
         die "$EXIT_PERMISSION" "cannot look at $2: ${facts##*: }; $remedy"
@@ -342,13 +350,11 @@ state::is_there() {
     # shellcheck disable=SC2053 # a pattern: an empty file is a type of its own
     [[ $type == $3 ]] || die "$EXIT_PERMISSION" \
         "$2 is a $type, which these scripts never make; look at it and remove it"
-    ((owner == wanted || owner == 0)) || die "$EXIT_PERMISSION" "$2 belongs to user" \
-        "$(user::name "$owner"), not to $(user::name "$wanted"); remove it, or $remedy"
+    ((owner == ${wanted%% *} || owner == 0)) || die "$EXIT_PERMISSION" "$2 belongs to user" \
+        "$(id -un "$owner" 2>/dev/null || printf '%s' "$owner"), not to ${wanted#* }; remove it, or $remedy"
     (((8#$mode & 8#022) == 0)) || die "$EXIT_PERMISSION" "others may write $2; look whether it is as" \
         "you left it, then: chmod go-w $(quoted "$2")"
 }
-
-user::name() { id -un "$1" 2>/dev/null || printf '%s' "$1"; }
 
 # state::load KIND: fills STATE; false where nothing is saved.
 state::load() {
@@ -363,7 +369,6 @@ state::load() {
     [[ ${STATE[gpu_uuid]:-} == "$GPU_UUID" ]] || state::damaged "$1" "no gpu_uuid of this GPU"
 }
 
-# state::damaged KIND WHY
 state::damaged() { die "$EXIT_FAILED" "$(state::file "$1") is damaged ($2); look at it and remove it"; }
 
 # state::save KIND KEY=VALUE...: replaces the file in one step; what was saved before is put back if the
@@ -385,7 +390,6 @@ state::save() {
         "$(state::as "$1" id -un); set GPU_SHARING_STATE_DIR to a folder that this user may write"
 }
 
-# state::remove KIND
 state::remove() {
     local -r file=$(state::file "$1")
     run --note "$(quoted rm -f -- "$file")" state::as "$1" rm -f -- "$file"
@@ -435,5 +439,5 @@ state::needs_root() {
 process::start() { sed -nE 's/.*\) [^Z] //p' "/proc/$1/stat" 2>/dev/null | cut -d ' ' -f 19 || true; }
 
 # mps::probe PIPE_DIRECTORY: whether a daemon answers there.
-mps::probe() { mps::look "$1" && [[ $DAEMON == up ]]; }
+mps::probe() { mps::is_told up "$1"; }
 mps::answers() { mps::is_up "$1"; }

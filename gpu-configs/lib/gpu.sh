@@ -42,6 +42,7 @@ gpu::query() {
 # says, of a GPU that is lost or damaged, is passed on.
 gpu::list() {
     local line uuid
+    local -r names='s/^GPU [0-9]+: .*\(UUID: (GPU-[0-9A-Za-z-]+)\)$/\1/p'
     local -a rest
     command -v nvidia-smi >/dev/null ||
         die "$EXIT_NO_GPU" "nvidia-smi was not found; install the NVIDIA driver"
@@ -50,7 +51,7 @@ gpu::list() {
     rest=("${QUERY_REST[@]}")
     if ((${#GPU_LINES[@]} == 0)); then
         # one GPU that is lost can make the question to all fail
-        for uuid in $({ gpu::ask -L || true; } | sed -nE 's/^GPU [0-9]+: .*\(UUID: (GPU-[0-9A-Za-z-]+)\)$/\1/p'); do
+        for uuid in $({ gpu::ask -L || true; } | sed -nE "$names"); do
             gpu::query -i "$uuid"
             GPU_LINES+=("${QUERY_ROWS[@]}")
         done
@@ -149,7 +150,8 @@ setting::read() {
     local output status=0
     if [[ $1 == time-slice ]]; then
         output=$(gpu::ask compute-policy -l) || status=$?
-        CURRENT=$(awk -v gpu="$GPU_INDEX" '$1 == "|" && $2 == gpu && $3 == "Timeslice" { print $4; exit }' <<<"$output")
+        CURRENT=$(awk -v gpu="$GPU_INDEX" '
+            $1 == "|" && $2 == gpu && $3 == "Timeslice" { print $4; exit }' <<<"$output")
         # 2 and 3: no such command in this nvidia-smi, no such setting on this GPU
         [[ -n $CURRENT || $status == [23] || $output == *"compute policies"* ]] ||
             not_told "${output:-nvidia-smi ended with $status}"

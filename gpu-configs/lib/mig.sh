@@ -55,7 +55,8 @@ mig::read_instances() {
     IDS=""
     [[ $GPU_MIG_CURRENT == Enabled ]] || return 0
     listing=$(gpu::ask mig -lgi) || true
-    mapfile -t INSTANCES < <(awk -v gpu="$GPU_INDEX" '$1 == "|" && $2 == gpu && $3 == "MIG" { print $6, $4, $7 }' <<<"$listing")
+    mapfile -t INSTANCES < <(awk -v gpu="$GPU_INDEX" '
+        $1 == "|" && $2 == gpu && $3 == "MIG" { print $6, $4, $7 }' <<<"$listing")
     IDS=$(join "${INSTANCES[@]%% *}")
     # the header alone: other GPUs have instances
     [[ -n $IDS || $listing == *"| GPU instances"* || $listing == *"No GPU instances found"* ||
@@ -92,12 +93,6 @@ mig::find_devices() {
     mapfile -t MIG_DEVICES < <(awk -v gpu="$GPU_UUID" '
         /^[^ ]/ { here = index($0, gpu) > 0 }
         here && $1 == "MIG" { sub(/\)$/, "", $NF); print $NF, $2 }' <<<"$listing")
-}
-
-# mig::print_devices: those of MIG_DEVICES, indented by $1.
-mig::print_devices() {
-    local device
-    for device in "${MIG_DEVICES[@]}"; do printf '%s%-12s %s\n' "$1" "${device#* }" "${device%% *}"; done
 }
 
 # mig::find_holders IDS: a question: fills HOLDERS with the processes on these GPU instances, by the process

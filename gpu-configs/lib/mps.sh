@@ -34,7 +34,8 @@ mps::look() {
     answer=$(mps::ask "$1" get_default_active_thread_percentage) || status=$?
     DAEMON=gone
     [[ $answer != *"Cannot find MPS control daemon"* ]] || return 0
-    [[ $status == 0 && $answer =~ ^[0-9]+(\.[0-9]+)?$ ]] || not_told "${answer:-nothing, status $status}" || return
+    [[ $status == 0 && $answer =~ ^[0-9]+(\.[0-9]+)?$ ]] ||
+        not_told "${answer:-nothing, status $status}" || return
     DAEMON=up
     ACTIVE_THREADS=$answer
 }
@@ -45,27 +46,16 @@ mps::is_up() {
     [[ $DAEMON == up ]]
 }
 
-# mps::wait_until up|gone PIPE_DIRECTORY
-mps::wait_until() {
-    local -i tenths
-    for ((tenths = 0; tenths <= 10 * WAIT_SECONDS; tenths++)); do
-        if mps::look "$2"; then
-            [[ $DAEMON != "$1" ]] || return 0
-        else
-            tenths+=10 # a question that fails may have taken its whole time
-        fi
-        sleep 0.1
-    done
-    return 1
-}
+# mps::is_told up|gone PIPE_DIRECTORY: whether it is told to be so.
+mps::is_told() { mps::look "$2" && [[ $DAEMON == "$1" ]]; }
 
 # mps::stop PIPE_DIRECTORY: ends the daemon there, if any, and removes its folder. `quit` is answered by
 # nothing reliable: the daemon is gone when the control program finds none.
 mps::stop() {
     if ! mps::look "$1" || [[ $DAEMON == up ]]; then
         mps::tell "$1" quit
-        ((DRY_RUN)) || mps::wait_until gone "$1" || die "$EXIT_FAILED" "the MPS daemon at $1 still answers" \
-            "$WAIT_SECONDS s after quit; its log is in ${1%/*}/log"
+        ((DRY_RUN)) || wait_until mps::is_told gone "$1" || die "$EXIT_FAILED" "the MPS daemon at $1 still" \
+            "answers $WAIT_SECONDS s after quit; its log is in ${1%/*}/log"
     fi
     # only a folder of the form that enable_mps.sh creates
     [[ ${1%/*} != */mps.* ]] || run as_user rm -rf -- "${1%/*}"
@@ -93,25 +83,16 @@ mps::refuse_own() {
 
 # mps::find_clients PIPE_DIRECTORY: a question: fills MPS_CLIENTS with pids.
 mps::find_clients() {
-    local server
+    local servers server clients client
+    local -r numbers='^[0-9[:space:]]*$'
     MPS_CLIENTS=()
-    mps::find_numbers "$1" get_server_list || return
-    for server in "${NUMBERS[@]}"; do
-        mps::find_numbers "$1" "get_client_list $server" || return
-        MPS_CLIENTS+=("${NUMBERS[@]}")
+    servers=$(mps::ask "$1" get_server_list) && [[ $servers =~ $numbers ]] || not_told "$servers" || return
+    for server in $servers; do
+        clients=$(mps::ask "$1" "get_client_list $server") || not_told "$clients" || return
+        [[ $clients != Server*"not found" ]] || continue # it has ended meanwhile
+        [[ $clients =~ $numbers ]] || not_told "$clients" || return
+        for client in $clients; do MPS_CLIENTS+=("$client"); done
     done
-}
-
-# mps::find_numbers PIPE_DIRECTORY COMMAND: a question whose answer has one number a line: fills NUMBERS. A
-# server that has ended meanwhile is "not found".
-mps::find_numbers() {
-    local answer line
-    NUMBERS=()
-    answer=$(mps::ask "$1" "$2") || not_told "${answer:-nothing, status $?}" || return
-    while read -r line; do
-        [[ $line =~ ^[0-9]*$ || $line == Server*"not found" ]] || not_told "$answer" || return
-        [[ ! $line =~ ^[0-9]+$ ]] || NUMBERS+=("$line")
-    done <<<"$answer"
 }
 
 # A question: fills MPS_OWN and MPS_FOREIGN with a readable line for each control daemon of the invoking user
