@@ -4,14 +4,8 @@
 # For each GPU: the sharing mode in force, MIG, the MPS daemon and whose it is, compute mode, time slice,
 # the processes on it, what the mode scripts have saved, and the command that would undo it.
 #
-#   --gpu INDEX_OR_UUID    only this GPU
-#   --restore              undo what the mode scripts have saved, as after a script that was killed;
-#                          without it nothing is changed
-#   --dry-run              with --restore: print the commands
-#   --help                 this text
-#
-# Exit codes: 0 said, 1 something could not be asked or undone, 2 usage, 3 no driver or GPU, 6 a run is at
-# work with the mode
+#   --restore              undo what the mode scripts have saved, as after a script that was killed; ends
+#                          with 6 where a run is at work. Without it nothing is changed
 
 # shellcheck source=lib/common.sh
 source "${0%"${0##*/}"}lib/common.sh"
@@ -20,35 +14,28 @@ RESTORE=0
 OPTIONS["--restore"]="RESTORE!"
 FAILED=0         # whether something could not be asked or undone
 UNDO_COMMANDS=() # script and GPU
+# Which script undoes which kinds of saved state.
+readonly UNDOES=("reset_time_slicing.sh time-slicing time-slice" "disable_mps.sh mps compute-mode"
+    "disable_mig.sh mig")
 
-# told QUESTION...: whether it was answered; else that is what is printed.
-told() {
-    ! "$@" || return 0
-    FAILED=1
-    printf 'could not be asked: %s\n' "$NOT_TOLD"
-    return 1
+# show LABEL VALUE...: a line each
+show() {
+    local value
+    for value in "${@:2}"; do printf '  %-14s %s\n' "$1:" "$value"; done
 }
 
-# Sets DAEMON, whether the daemon that enable_mps.sh started answers: yes, no or unknown.
-find_our_daemon() {
-    local status=0
-    DAEMON=no
-    mps::load || return 0
-    mps::probe "${STATE[pipe_directory]}" || status=$?
-    case $status in
-        0) DAEMON=yes ;;
-        2)
-            DAEMON=unknown
-            NOT_TOLD=$MPS_ANSWER
-            return 1
-            ;;
-    esac
+# told LABEL QUESTION...: whether it was answered; else that is what is shown.
+told() {
+    ! "${@:2}" || return 0
+    FAILED=1
+    show "$1" "could not be asked: $NOT_TOLD"
+    return 1
 }
 
 mode_in_force() {
     if [[ $GPU_MIG_CURRENT == Enabled ]]; then
         printf 'mig'
-    elif [[ $DAEMON == yes ]]; then
+    elif [[ $DAEMON == up ]]; then
         printf 'mps'
     elif [[ $DAEMON == unknown ]] || ((!DAEMONS_TOLD)); then
         printf 'not known, since MPS could not be asked'
@@ -61,78 +48,69 @@ mode_in_force() {
     fi
 }
 
-print_mig() {
-    printf '  MIG mode:      %s' "$GPU_MIG_CURRENT"
-    [[ $GPU_MIG_CURRENT == "$GPU_MIG_PENDING" ]] ||
-        printf ' (pending: %s, after a reset of the GPU)' "$GPU_MIG_PENDING"
-    printf '\n'
-    [[ $GPU_MIG_CURRENT != Enabled ]] || ! told mig::find_devices || mig::print_devices "    "
-}
-
 print_mps() {
-    local line
-    if [[ $DAEMON == yes ]]; then
-        printf '  MPS daemon:    of user %s, answers at %s\n' "${STATE[user]:-?}" "${STATE[pipe_directory]}"
-        printf '    default active thread percentage %s, clients: ' "$MPS_ANSWER"
-        ! told mps::find_clients "${STATE[pipe_directory]}" || printf '%s\n' "${MPS_CLIENTS[*]:-none}"
-    elif [[ $DAEMON == unknown ]]; then
-        printf '  MPS daemon:    at %s ' "${STATE[pipe_directory]}"
-        told find_our_daemon || true
+    if [[ $DAEMON == up ]]; then
+        show "MPS daemon" "of user ${STATE[user]:-?}, answers at $PIPE"
+        show "  percentage" "$ACTIVE_THREADS (default active threads of a client)"
+        ! told "  clients" mps::find_clients "$PIPE" || show "  clients" "${MPS_CLIENTS[*]:-none}"
     fi
-    for line in "${MPS_FOREIGN[@]}"; do printf '  MPS daemon:    another, %s\n' "$line"; done
+    show "MPS daemon" "${MPS_FOREIGN[@]/#/another, }"
     if ((!DAEMONS_TOLD)); then
-        printf '  MPS daemon:    others '
-        told mps::find_daemons || true
-    elif [[ $DAEMON == no ]] && ((${#MPS_OWN[@]} > 0)); then
-        printf '  MPS daemon:    of user %s, %s, not started by enable_mps.sh for this GPU\n' \
-            "$INVOKER_NAME" "${MPS_OWN[*]}"
-    elif [[ $DAEMON == no ]] && ((${#MPS_FOREIGN[@]} == 0)); then
-        printf '  MPS daemon:    none\n'
+        told "MPS daemons" mps::find_daemons || true
+    elif [[ $DAEMON == gone ]] && ((${#MPS_OWN[@]} > 0)); then
+        show "MPS daemon" "of user $INVOKER_NAME, ${MPS_OWN[*]}, not started by enable_mps.sh for this GPU"
+    elif [[ $DAEMON == gone ]] && ((${#MPS_FOREIGN[@]} == 0)); then
+        show "MPS daemon" none
     fi
 }
 
 print_saved() {
-    local mode kind key undo any=0
-    for mode in time-slicing mps mig; do
-        undo=""
-        for kind in ${STATE_KINDS[$mode]}; do
+    local row script kinds kind key sudo any=0
+    for row in "${UNDOES[@]}"; do
+        read -r script kinds <<<"$row"
+        sudo="none"
+        for kind in $kinds; do
             state::load "$kind" || continue
-            undo="./gpu-configs/${UNDO_SCRIPTS[$mode]} --gpu $GPU_INDEX"
-            printf '  saved:         %s\n' "$(state::file "$kind")"
+            show "saved" "$(state::file "$kind")"
             for key in "${!STATE[@]}"; do
                 [[ $key == gpu_uuid ]] || printf '    %s=%s\n' "$key" "$(printable "${STATE[$key]}")"
             done | sort
+            [[ $sudo != none ]] || sudo=""
+            ! state::is_roots "$kind" || sudo="sudo "
         done
-        [[ -n $undo ]] || continue
+        [[ $sudo != none ]] || continue
         any=1
-        UNDO_COMMANDS+=("${UNDO_SCRIPTS[$mode]} $GPU_UUID")
-        ! state::needs_root "$mode" || undo="sudo $undo"
-        printf '    undo: %s\n' "$undo"
+        UNDO_COMMANDS+=("$script $GPU_UUID")
+        printf '    undo: %s./gpu-configs/%s --gpu %s\n' "$sudo" "$script" "$GPU_INDEX"
     done
-    ((any)) || printf '  saved:         nothing, so nothing here to undo\n'
+    ((any)) || show "saved" "nothing, so nothing here to undo"
 }
 
 print_gpu() {
-    find_our_daemon || true
+    local pending=""
+    DAEMON=gone # the one that enable_mps.sh started
     printf '%s\n' "$(gpu::title)"
-    printf '  mode in force: %s\n' "$(mode_in_force)"
-    printf '  compute mode:  %s\n' "$GPU_COMPUTE_MODE"
-    printf '  time slice:    '
-    ! told setting::read time-slice || printf '%s\n' "${CURRENT:-not a setting of this GPU}"
-    print_mig
+    ! mps::load || told "MPS daemon" mps::look "$PIPE" || DAEMON=unknown
+    show "mode in force" "$(mode_in_force)"
+    show "compute mode" "$GPU_COMPUTE_MODE"
+    ! told "time slice" setting::read time-slice || show "time slice" "${CURRENT:-not a setting of this GPU}"
+    [[ $GPU_MIG_CURRENT == "$GPU_MIG_PENDING" ]] ||
+        pending=" (pending: $GPU_MIG_PENDING, after a reset of the GPU)"
+    show "MIG mode" "$GPU_MIG_CURRENT$pending"
+    [[ $GPU_MIG_CURRENT != Enabled ]] || ! told "MIG devices" mig::find_devices ||
+        show "MIG device" "${MIG_DEVICES[@]}"
     print_mps
-    printf '  in use by:     '
-    ! told gpu::find_holders || { ((${#HOLDERS[@]})) && printf '\n' || printf 'nobody\n'; }
-    ((${#HOLDERS[@]} == 0)) || printf '    %s\n' "${HOLDERS[@]}"
+    ! told "in use by" gpu::find_holders || ((${#HOLDERS[@]} > 0)) || HOLDERS=(nobody)
+    show "in use by" "${HOLDERS[@]}"
     print_saved
 }
 
 # Runs the undo commands; each says itself where it needs root. None of them where a run is at work: it
 # undoes its mode itself, and its clients would be cut off.
 restore() {
-    local command script
+    local command script file
     for command in "${UNDO_COMMANDS[@]}"; do
-        read -r _ GPU_UUID <<<"$command"
+        GPU_UUID=${command#* }
         ! state::driver_at_work ||
             die "$EXIT_BUSY" "a run is at work with ${STATE[mode]:-a mode} on $GPU_UUID: pid" \
                 "${STATE[pid]}, into ${STATE[output]:-?}; wait for its end, or stop it: it undoes" \
@@ -146,15 +124,9 @@ restore() {
             FAILED=1
         fi
     done
-    remove_unfinished
-}
-
-# What a script was still writing when it was killed; what it would have replaced is undone by then.
-remove_unfinished() {
-    local -a files=("$USER_STATE"/*.state.new)
-    [[ ! -e ${files[0]} ]] || run --user rm -f -- "${files[@]}"
-    files=("$ROOT_STATE"/*.state.new)
-    [[ ! -e ${files[0]} || ! -w $ROOT_STATE ]] || run rm -f -- "${files[@]}"
+    # What a script was still writing when it was killed; what it would have replaced is undone by now.
+    for file in "$ROOT_STATE"/*.state.new; do [[ ! -w $file ]] || run rm -f -- "$file"; done
+    for file in "$USER_STATE"/*.state.new; do [[ ! -e $file ]] || run as_user rm -f -- "$file"; done
 }
 
 main() {

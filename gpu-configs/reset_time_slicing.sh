@@ -3,12 +3,6 @@
 #
 # Puts the GPU's time slice back to what setup_time_slicing.sh found, and forgets the number of clients.
 # Needs root only where the time slice was changed. Does nothing where nothing was set up.
-#
-#   --gpu INDEX_OR_UUID    which GPU (default: the first)
-#   --dry-run              print what would be done, change nothing
-#   --help                 this text
-#
-# Exit codes: 0 done, 1 failed or could not be asked, 2 usage, 3 no driver or GPU, 5 no permission
 
 # shellcheck source=lib/common.sh
 source "${0%"${0##*/}"}lib/common.sh"

@@ -5,13 +5,6 @@
 # Switches MIG mode on and creates COUNT instances of one profile, or one instance of each profile of a
 # list, such as 2g.20gb,1g.10gb,1g.10gb. Whether they fit is checked before anything is changed. A profile
 # that this GPU lacks (1g.5gb is the A100 40GB's) is replaced by its own profile of as many slices.
-#
-#   --gpu INDEX_OR_UUID    which GPU (default: the first)
-#   --dry-run              print what would be done, change nothing
-#   --help                 this text
-#
-# Exit codes: 0 in force, 1 failed or could not be asked, 2 usage, 3 no driver or GPU, 4 not supported by
-# this GPU, 5 no permission, 6 something else holds the GPU (named) or it has to be reset first.
 # Undo: sudo ./gpu-configs/disable_mig.sh
 
 # shellcheck source=lib/common.sh
@@ -42,74 +35,63 @@ check_preconditions() {
         die "$EXIT_BUSY" "MIG mode is $GPU_MIG_CURRENT, pending $GPU_MIG_PENDING: the GPU has to be" \
             "reset, or the machine restarted, before anything else"
     mps::refuse_own
-    mig::read_profiles
+    require "the MIG profiles and places of $(gpu::title)" mig::read_profiles
+    ((${#PROFILE_NAMES[@]})) || die "$EXIT_UNSUPPORTED" "nvidia-smi lists no MIG profiles for $(gpu::title)"
     substitute_profiles
     # the largest first, as they are created best
     mapfile -t WANTED < <(printf '%s\n' "${WANTED[@]}" | sort -s -t g -k 1,1nr)
-    LAYOUT=$(mig::join "${WANTED[@]}")
+    LAYOUT=$(join "${WANTED[@]}")
 }
 
-# Replaces each wanted profile that the GPU lacks; says so once a profile, however often it is wanted.
+# Replaces each wanted profile that the GPU lacks.
 substitute_profiles() {
-    local -A taken=()
-    local unknown=""
-    local -i i
-    local name
-    for i in "${!WANTED[@]}"; do
-        name=${WANTED[i]}
-        if [[ -z ${PROFILE_ID[$name]:-} && -z ${taken[$name]:-} ]]; then
-            if find_substitute "$name"; then
-                log "$(gpu::title) has no profile $name; taking $SUBSTITUTE."
-            else
-                unknown+=,$name
-            fi
-            taken[$name]=$SUBSTITUTE
+    local name substitute unknown=""
+    for name in $(printf '%s\n' "${WANTED[@]}" | awk '!seen[$0]++'); do
+        [[ -z ${PROFILE_TOTAL[$name]:-} ]] || continue
+        substitute=$(find_substitute "$name")
+        if [[ -n $substitute ]]; then
+            log "$(gpu::title) has no profile $name; taking $substitute."
+            mapfile -t WANTED < <(printf '%s\n' "${WANTED[@]}" |
+                awk -v lacking="$name" -v taken="$substitute" '$0 == lacking { $0 = taken } 1')
+        else
+            unknown+=,$name
         fi
-        WANTED[i]=${taken[$name]:-$name}
     done
     [[ -n $unknown ]] || return 0
     mig::print_profiles
     die "$EXIT_UNSUPPORTED" "this GPU has no profile ${unknown#,}, nor one plain profile like it"
 }
 
-# Sets SUBSTITUTE to the plain profile with as many slices as $1; false, and the name itself, where
-# there is none or more than one. Plain: no +me or the like, and none that trades instances for more
-# memory (the H100 has 1g.10gb seven times, 1g.20gb only four times).
+# find_substitute PROFILE: prints the plain profile with as many slices, if there is one. Plain: no +me or
+# the like, and none that trades instances for more memory (the H100 has 1g.10gb seven times, 1g.20gb only
+# four times).
 find_substitute() {
     local name
-    local -a plain
-    mapfile -t plain < <(for name in "${PROFILE_NAMES[@]}"; do
-        [[ ! $name =~ ^${1%%g.*}g\.[0-9]+gb$ ]] || printf '%d %s\n' "${PROFILE_TOTAL[$name]}" "$name"
-    done | sort -rn)
-    SUBSTITUTE=$1
-    [[ $1 =~ ^[0-9]+g\.[0-9]+gb$ ]] && ((${#plain[@]} > 0)) || return 1
-    ((${#plain[@]} == 1)) || [[ ${plain[0]% *} != "${plain[1]% *}" ]] || return 1
-    SUBSTITUTE=${plain[0]#* }
+    [[ $1 != *[+-]* ]] || return 0
+    for name in "${PROFILE_NAMES[@]}"; do
+        [[ $name != "${1%%g.*}"g.* || $name == *[+-]* ]] || printf '%d %s\n' "${PROFILE_TOTAL[$name]}" "$name"
+    done | sort -rn | awk '
+        NR == 1 { most = $1; name = $2 } NR == 2 && $1 == most { name = "" } END { print name }'
 }
 
 # Sets OURS, the instances of an earlier run that are still there: they do not outlive a reset of the GPU.
 read_own_state() {
     PREVIOUS_MODE=$GPU_MIG_CURRENT
     OURS=""
-    mig::read_instances
-    state::load mig || return 0
-    [[ $GPU_MIG_CURRENT != Enabled ]] || PREVIOUS_MODE=${STATE[previous_mig_mode]:-Enabled}
-    OURS=$(mig::own_instances)
-}
-
-already_in_force() {
-    [[ -n $OURS && $OURS == "${STATE[gpu_instances]}" && ${STATE[layout]:-} == "$LAYOUT" ]]
+    if state::load mig; then
+        [[ $GPU_MIG_CURRENT != Enabled ]] || PREVIOUS_MODE=${STATE[previous_mig_mode]:-Enabled}
+        mig::find_own
+    else
+        mig::require_instances
+    fi
+    BEFORE=$IDS
 }
 
 check_that_it_fits() {
-    local line name start size
+    local line start size
     local -i occupied=0
     [[ -z $OURS ]] || die "$EXIT_BUSY" "the instances ${STATE[layout]:-?} of an earlier run" \
         "are there; remove them first: sudo ./gpu-configs/disable_mig.sh"
-    for name in "${WANTED[@]}"; do
-        [[ -n ${PLACEMENT_STARTS[$name]:-} ]] ||
-            die "$EXIT_UNSUPPORTED" "nvidia-smi lists no place for $name on $(gpu::title)"
-    done
     if ! fits 0 "${WANTED[@]}"; then
         mig::print_profiles
         die "$EXIT_UNSUPPORTED" "$LAYOUT does not fit on $(gpu::title)"
@@ -152,66 +134,40 @@ check_permission() {
         die "$EXIT_BUSY" "MIG mode can only be switched on while nobody uses the GPU"
 }
 
-# save_state GPU_INSTANCES. `instances_before` tells whose the instances are if this run is killed
-# between creating them and saving their ids.
-save_state() {
-    state::save mig "previous_mig_mode=$PREVIOUS_MODE" "layout=$LAYOUT" "gpu_instances=$1" \
-        "instances_before=$BEFORE"
-}
-
-switch_on() {
-    [[ $GPU_MIG_CURRENT != Enabled ]] || return 0
-    undo::push mig::put_back_mode Disabled
-    mig::change_mode Enabled
-    ((!DRY_RUN)) || return 0
-    [[ $GPU_MIG_CURRENT != Enabled || $GPU_MIG_PENDING != Enabled ]] || return 0
-    if [[ $GPU_MIG_PENDING == Enabled && $RUN_OUTPUT != *"In use"* ]]; then
-        undo::forget # a restart is what makes it effective: left pending, as it has to be
-        die "$EXIT_BUSY" "MIG mode is pending: restart the machine (or reset the GPU), then run this" \
-            "again; to take it back: sudo ./gpu-configs/disable_mig.sh. nvidia-smi said: $RUN_OUTPUT"
-    fi
-    card::failed "MIG mode is $GPU_MIG_CURRENT (pending: $GPU_MIG_PENDING), not Enabled"
-}
-
-# A client needs a MIG device, that is a GPU instance with a compute instance in it.
-create_instances() {
+# `instances_before` tells whose the instances are if this is killed before it has saved their ids. A client
+# needs a MIG device, that is a GPU instance with a compute instance in it.
+apply() {
     local created
-    local -a ids
-    local -ri devices_before=${#MIG_DEVICES[@]}
+    local -a ids plan=("previous_mig_mode=$PREVIOUS_MODE" "layout=$LAYOUT" "instances_before=$BEFORE")
     local -i devices
+    require "the MIG devices of $(gpu::title)" mig::find_devices
+    devices=-${#MIG_DEVICES[@]}
+    state::save mig "${plan[@]}" "gpu_instances="
+    [[ $GPU_MIG_CURRENT == Enabled ]] || undo::push setting::change MIG-mode Disabled
+    setting::change MIG-mode Enabled
     undo::push destroy_new
-    run --card nvidia-smi mig -i "$GPU_UUID" -cgi "$LAYOUT" -C
+    run card::change nvidia-smi mig -i "$GPU_UUID" -cgi "$LAYOUT" -C
     ((!DRY_RUN)) || return 0
-    mig::read_instances
-    created=$(mig::subtract "$(mig::instance_ids)" "$BEFORE")
+    mig::require_instances
+    created=$(mig::subtract "$IDS" "$BEFORE")
     IFS=, read -ra ids <<<"$created"
     ((${#ids[@]} == ${#WANTED[@]})) ||
         card::failed "only ${#ids[@]} of ${#WANTED[@]} instances were created"
-    mig::require_devices
-    devices=$((${#MIG_DEVICES[@]} - devices_before))
+    require "the MIG devices of $(gpu::title)" mig::find_devices
+    devices+=${#MIG_DEVICES[@]}
     ((devices == ${#WANTED[@]})) || card::failed "$devices of ${#WANTED[@]} MIG devices are there"
-    save_state "$created"
+    state::save mig "${plan[@]}" "gpu_instances=$created"
 }
 
 destroy_new() {
-    mig::read_instances
-    mig::destroy "$(mig::subtract "$(mig::instance_ids)" "$BEFORE")"
-}
-
-apply() {
-    BEFORE=$(mig::instance_ids)
-    mig::require_devices
-    state::keep mig
-    save_state ""
-    switch_on
-    create_instances
-    undo::forget
+    mig::require_instances
+    mig::destroy "$(mig::subtract "$IDS" "$BEFORE")"
 }
 
 print_in_force() {
     mig::find_devices || warn "the MIG devices could not be asked: $NOT_TOLD"
     printf 'MIG is in force on %s\n' "$(gpu::title)"
-    mig::print_devices "  "
+    printf '  %s\n' "${MIG_DEVICES[@]}"
     printf '  a client sees one: CUDA_VISIBLE_DEVICES=MIG-...\n'
     printf '  undo: sudo ./gpu-configs/disable_mig.sh\n'
 }
@@ -222,10 +178,11 @@ main() {
     gpu::select
     check_preconditions
     read_own_state
-    if ! already_in_force; then
+    if [[ -z $OURS || $OURS != "${STATE[gpu_instances]}" || ${STATE[layout]:-} != "$LAYOUT" ]]; then
         check_that_it_fits
         check_permission
         apply
+        undo::forget
     fi
     unless_dry print_in_force
 }

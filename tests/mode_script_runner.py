@@ -14,7 +14,8 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -178,3 +179,179 @@ def mode_scripts(kind: str = "h100") -> Iterator[ModeScripts]:
     """A fresh ModeScripts, cleaned away at the end."""
     with open_folder() as folder:
         yield ModeScripts(folder, kind)
+
+
+# --- rows: steps that lead somewhere, a command, what it says, what is in force -------------------
+
+SECOND = "GPU-55555555-6666-7777-8888-999999999999"
+TS, RESET, MPS_ON, MPS_OFF, MIG_ON, MIG_OFF, STATUS = (
+    "setup_time_slicing.sh", "reset_time_slicing.sh", "enable_mps.sh", "disable_mps.sh",
+    "setup_mig.sh", "disable_mig.sh", "gpu_status.sh",
+)  # fmt: skip
+# Each script with arguments under which it does its work.
+SCRIPTS = {TS: ["4"], RESET: [], MPS_ON: [], MPS_OFF: [], MIG_ON: ["1g.10gb", "4"], MIG_OFF: [],
+           STATUS: []}  # fmt: skip
+UNDO = {TS: RESET, MPS_ON: MPS_OFF, MIG_ON: MIG_OFF}
+
+Step = Callable[[ModeScripts], object] | tuple[str, ...]
+
+
+def gpu(**fields: object) -> Step:
+    return lambda scripts: scripts.machine.change_gpu(**fields)
+
+
+def machine(**fields: object) -> Step:
+    return lambda scripts: scripts.machine.change(**fields)
+
+
+def rule(match: str, **fields: object) -> Step:
+    return lambda scripts: scripts.machine.fail(match, **fields)
+
+
+def no_rules(scripts: ModeScripts) -> None:
+    scripts.machine.forget_rules()
+
+
+def process(pid: int = 4242, **fields: object) -> Step:
+    return lambda scripts: scripts.machine.add_process(pid=pid, **fields)
+
+
+def ended(pid: int) -> Step:
+    return lambda scripts: scripts.machine.remove_process(pid)
+
+
+def daemon(**fields: object) -> Step:
+    return lambda scripts: scripts.machine.add_mps_daemon("/nonexistent/pipe", **fields)
+
+
+def client(pid: int = 938) -> Step:
+    return lambda scripts: scripts.machine.add_mps_client(pid)
+
+
+def instance(gi: int = 11, start: int = 4) -> Step:
+    """MIG mode as an administrator has left it, with an instance."""
+    made = {"gi": gi, "ci": 0, "profile": "1g.10gb", "profile_id": 19, "start": start, "size": 1,
+            "uuid": "MIG-of-another"}  # fmt: skip
+    return gpu(mig_current="Enabled", mig_pending="Enabled", instances=[made])
+
+
+def no_compute_instances(scripts: ModeScripts) -> None:
+    scripts.machine.change_gpu(instances=[])
+
+
+def forgotten_ids(scripts: ModeScripts) -> None:
+    """As if the script had been killed between creating instances and saving their ids."""
+    (path,) = scripts.state_directory.iterdir()
+    path.write_text(path.read_text().replace("gpu_instances=7,8", "gpu_instances="))
+
+
+def without_ps(scripts: ModeScripts) -> None:
+    folder, fakes = scripts.folder / "programs", Path(__file__).parent / "fakes"
+    folder.mkdir()
+    for program in (*Path("/usr/bin").iterdir(), *fakes.glob("nvidia-*"), fakes / "gpu_machine.py"):
+        if program.name != "ps":
+            (folder / program.name).symlink_to(program)
+    scripts.environment["PATH"] = str(folder)
+
+
+def damaged(kind: str, text: str = "pipe_dir", suffix: str = "") -> Step:
+    def damage(scripts: ModeScripts) -> None:
+        scripts.state_directory.mkdir(exist_ok=True, mode=0o700)
+        (scripts.state_directory / f"{kind}-{UUID}.state{suffix}").write_text(text)
+
+    return damage
+
+
+def as_delivered(scripts: ModeScripts) -> None:
+    card = scripts.gpu()
+    assert (card["mig_current"], card["mig_pending"], card["instances"]) in (
+        ("Disabled", "Disabled", []), ("[N/A]", "[N/A]", []),
+    )  # fmt: skip
+    assert card["compute_mode"] == "Default"
+    assert card["timeslice"] in ("Default", None)
+    assert scripts.machine.state()["mps"] == {}
+    assert scripts.left_behind() == []
+
+
+def untouched(scripts: ModeScripts) -> None:
+    """Filled in by `check`: nothing was asked to change, and no file is another."""
+
+
+def has(**fields: object) -> Callable[[ModeScripts], None]:
+    """The first GPU has these fields; `daemons`, `profiles` and `gis` are looked up."""
+
+    def look(scripts: ModeScripts) -> None:
+        card = scripts.gpu()
+        instances = card["instances"]
+        found = {
+            **card,
+            "daemons": len(scripts.machine.state()["mps"]),
+            "profiles": sorted(i["profile"] for i in instances if i["ci"] is not None),
+            "gis": [i["gi"] for i in instances],
+        }
+        assert {name: found[name] for name in fields} == fields
+
+    return look
+
+
+@dataclass(frozen=True)
+class Row:
+    """`then` are steps that follow and have to succeed; `last` is looked at behind them.
+
+    Where neither is given a mode that was put in force is undone, which leaves the card as it was.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    code: int = 0
+    says: tuple[str, ...] = ()
+    after: Callable[[ModeScripts], object] | None = None
+    before: tuple[Step, ...] = ()
+    then: tuple[Step, ...] = ()
+    last: Callable[[ModeScripts], object] | None = None
+    kind: str = "h100"
+    environment: dict[str, str] = field(default_factory=dict)
+    silent_on: tuple[str, ...] = ()
+
+
+def rows(*table: Row) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("row", table, ids=[row.name for row in table])
+
+
+def take(scripts: ModeScripts, steps: tuple[Step, ...]) -> None:
+    for step in steps:
+        if callable(step):
+            step(scripts)
+        else:
+            scripts.must(*step)
+
+
+def check(row: Row) -> None:
+    with mode_scripts(row.kind) as scripts:
+        take(scripts, row.before)
+        scripts.machine.forget_calls()
+        files = scripts.all_files()
+        result = scripts.run(*row.command, **row.environment)
+        said = result.stdout + result.stderr
+        assert result.returncode == row.code, said
+        for text in row.says:
+            assert text in said
+        for text in row.silent_on:
+            assert text not in said
+        if row.after is untouched:
+            assert scripts.machine.changing_calls() == []
+            assert scripts.all_files() == files
+        elif row.after is not None:
+            assert row.after(scripts) is not False
+        then, last = row.then, row.last
+        if row.code == 0 and row.command[0] in UNDO and not (then or last):
+            then, last = ((UNDO[row.command[0]],),), as_delivered
+        take(scripts, then)
+        if last is not None:
+            assert last(scripts) is not False
+
+
+def refused(result: subprocess.CompletedProcess[str], code: int, *says: str) -> None:
+    assert result.returncode == code, result.stderr
+    for words in says:
+        assert words in result.stderr

@@ -13,33 +13,52 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 from mode_script_runner import (
     AS_NOBODY,
+    MIG_OFF,
+    MIG_ON,
+    MPS_OFF,
+    MPS_ON,
     NOBODY,
+    RESET,
+    SCRIPTS,
+    SECOND,
+    STATUS,
+    TS,
+    UNDO,
     UUID,
     ModeScripts,
-    mode_scripts,
+    Row,
+    as_delivered,
+    check,
+    client,
+    daemon,
+    damaged,
+    ended,
+    forgotten_ids,
+    gpu,
+    has,
+    instance,
+    machine,
     needs_real_root,
     needs_root,
+    no_compute_instances,
+    no_rules,
+    process,
+    refused,
+    rows,
+    rule,
+    untouched,
+    without_ps,
     without_random_names,
-)
+)  # fmt: skip
 from waiting import wait_until
 
 pytestmark = needs_root
 
-SECOND = "GPU-55555555-6666-7777-8888-999999999999"
-TS, RESET, MPS_ON, MPS_OFF, MIG_ON, MIG_OFF, STATUS = (
-    "setup_time_slicing.sh", "reset_time_slicing.sh", "enable_mps.sh", "disable_mps.sh",
-    "setup_mig.sh", "disable_mig.sh", "gpu_status.sh",
-)  # fmt: skip
-# Each script with arguments under which it does its work.
-SCRIPTS = {TS: ["4"], RESET: [], MPS_ON: [], MPS_OFF: [], MIG_ON: ["1g.10gb", "4"], MIG_OFF: [],
-           STATUS: []}  # fmt: skip
-UNDO = {TS: RESET, MPS_ON: MPS_OFF, MIG_ON: MIG_OFF}
 SET_SLICE = "nvidia-smi compute-policy -i * --set-timeslice *"
 SET_MODE = "nvidia-smi -i * -c *"
 SWITCH, CREATE = "nvidia-smi -i * -mig *", "nvidia-smi mig -i * -cgi *"
@@ -53,176 +72,8 @@ NO_DAEMON = "Cannot find MPS control daemon process"
 BROKEN = "Failed to initialize NVML: Unknown Error"
 INFOROM = "WARNING: infoROM is corrupted at gpu 0000:00:06.0"
 OLD_SMI = ["compute_cap"]
-
-Step = Callable[[ModeScripts], object] | tuple[str, ...]
-
-
-# --- steps ----------------------------------------------------------------------------------------
-
-
-def gpu(**fields: object) -> Step:
-    return lambda scripts: scripts.machine.change_gpu(**fields)
-
-
-def machine(**fields: object) -> Step:
-    return lambda scripts: scripts.machine.change(**fields)
-
-
-def rule(match: str, **fields: object) -> Step:
-    return lambda scripts: scripts.machine.fail(match, **fields)
-
-
-def no_rules(scripts: ModeScripts) -> None:
-    scripts.machine.forget_rules()
-
-
-def process(pid: int = 4242, **fields: object) -> Step:
-    return lambda scripts: scripts.machine.add_process(pid=pid, **fields)
-
-
-def ended(pid: int) -> Step:
-    return lambda scripts: scripts.machine.remove_process(pid)
-
-
-def daemon(**fields: object) -> Step:
-    return lambda scripts: scripts.machine.add_mps_daemon("/nonexistent/pipe", **fields)
-
-
-def client(pid: int = 938) -> Step:
-    return lambda scripts: scripts.machine.add_mps_client(pid)
-
-
-def instance(gi: int = 11, start: int = 4) -> Step:
-    """MIG mode as an administrator has left it, with an instance."""
-    made = {"gi": gi, "ci": 0, "profile": "1g.10gb", "profile_id": 19, "start": start, "size": 1,
-            "uuid": "MIG-of-another"}  # fmt: skip
-    return gpu(mig_current="Enabled", mig_pending="Enabled", instances=[made])
-
-
-def no_compute_instances(scripts: ModeScripts) -> None:
-    scripts.machine.change_gpu(instances=[])
-
-
-def forgotten_ids(scripts: ModeScripts) -> None:
-    """As if the script had been killed between creating instances and saving their ids."""
-    (path,) = scripts.state_directory.iterdir()
-    path.write_text(path.read_text().replace("gpu_instances=7,8", "gpu_instances="))
-
-
-def without_ps(scripts: ModeScripts) -> None:
-    folder, fakes = scripts.folder / "programs", Path(__file__).parent / "fakes"
-    folder.mkdir()
-    for program in (*Path("/usr/bin").iterdir(), *fakes.glob("nvidia-*"), fakes / "gpu_machine.py"):
-        if program.name != "ps":
-            (folder / program.name).symlink_to(program)
-    scripts.environment["PATH"] = str(folder)
-
-
-def damaged(kind: str, text: str = "pipe_dir", suffix: str = "") -> Step:
-    def damage(scripts: ModeScripts) -> None:
-        scripts.state_directory.mkdir(exist_ok=True, mode=0o700)
-        (scripts.state_directory / f"{kind}-{UUID}.state{suffix}").write_text(text)
-
-    return damage
-
-
-# --- what is in force afterwards ------------------------------------------------------------------
-
-
-def as_delivered(scripts: ModeScripts) -> None:
-    card = scripts.gpu()
-    assert (card["mig_current"], card["mig_pending"], card["instances"]) in (
-        ("Disabled", "Disabled", []), ("[N/A]", "[N/A]", []),
-    )  # fmt: skip
-    assert card["compute_mode"] == "Default"
-    assert card["timeslice"] in ("Default", None)
-    assert scripts.machine.state()["mps"] == {}
-    assert scripts.left_behind() == []
-
-
-def untouched(scripts: ModeScripts) -> None:
-    """Filled in by `check`: nothing was asked to change, and no file is another."""
-
-
-def has(**fields: object) -> Callable[[ModeScripts], None]:
-    """The first GPU has these fields; `daemons`, `profiles` and `gis` are looked up."""
-
-    def look(scripts: ModeScripts) -> None:
-        card = scripts.gpu()
-        instances = card["instances"]
-        found = {
-            **card,
-            "daemons": len(scripts.machine.state()["mps"]),
-            "profiles": sorted(i["profile"] for i in instances if i["ci"] is not None),
-            "gis": [i["gi"] for i in instances],
-        }
-        assert {name: found[name] for name in fields} == fields
-
-    return look
-
-
-@dataclass(frozen=True)
-class Row:
-    """`then` are steps that follow and have to succeed; `last` is looked at behind them.
-
-    Where neither is given a mode that was put in force is undone, which leaves the card as it was.
-    """
-
-    name: str
-    command: tuple[str, ...]
-    code: int = 0
-    says: tuple[str, ...] = ()
-    after: Callable[[ModeScripts], object] | None = None
-    before: tuple[Step, ...] = ()
-    then: tuple[Step, ...] = ()
-    last: Callable[[ModeScripts], object] | None = None
-    kind: str = "h100"
-    environment: dict[str, str] = field(default_factory=dict)
-    silent_on: tuple[str, ...] = ()
-
-
-def rows(*table: Row) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("row", table, ids=[row.name for row in table])
-
-
-def take(scripts: ModeScripts, steps: tuple[Step, ...]) -> None:
-    for step in steps:
-        if callable(step):
-            step(scripts)
-        else:
-            scripts.must(*step)
-
-
-def check(row: Row) -> None:
-    with mode_scripts(row.kind) as scripts:
-        take(scripts, row.before)
-        scripts.machine.forget_calls()
-        files = scripts.all_files()
-        result = scripts.run(*row.command, **row.environment)
-        said = result.stdout + result.stderr
-        assert result.returncode == row.code, said
-        for text in row.says:
-            assert text in said
-        for text in row.silent_on:
-            assert text not in said
-        if row.after is untouched:
-            assert scripts.machine.changing_calls() == []
-            assert scripts.all_files() == files
-        elif row.after is not None:
-            assert row.after(scripts) is not False
-        then, last = row.then, row.last
-        if row.code == 0 and row.command[0] in UNDO and not (then or last):
-            then, last = ((UNDO[row.command[0]],),), as_delivered
-        take(scripts, then)
-        if last is not None:
-            assert last(scripts) is not False
-
-
-def refused(result: subprocess.CompletedProcess[str], code: int, *says: str) -> None:
-    assert result.returncode == code, result.stderr
-    for words in says:
-        assert words in result.stderr
-
+MIG_IS_ON = gpu(mig_current="Enabled", mig_pending="Enabled")
+ROOTS = {"uid": 0, "user": "root"}
 
 # --- what all scripts have in common --------------------------------------------------------------
 
@@ -371,14 +222,11 @@ def test_wrong_arguments_are_exit_code_2_with_a_sentence_before_anything_is_aske
     Row("no GPU", (STATUS,), 3, ("No devices were found",), kind="no-gpu"),
     Row("a library of another version", (STATUS,), 3, ("Driver/library version mismatch",),
         before=(machine(driver="Driver/library version mismatch"),)),
-    Row("a damaged infoROM: the row counts, the warning is passed on", (MPS_ON,), 0, (INFOROM,),
-        before=(rule("nvidia-smi *", append=INFOROM),)),
-    Row("a damaged infoROM and MIG", (MIG_ON, "1g.10gb", "2"), 0, ("MIG is in force",),
-        before=(rule("nvidia-smi *", append=INFOROM),)),
-    Row("a damaged infoROM and a slice", (TS, "4", "--timeslice", "short"), 0, ("Short",),
-        before=(rule("nvidia-smi *", append=INFOROM),)),
-    Row("an idle GPU with a damaged infoROM is used by nobody", (STATUS,), 0,
-        ("in use by:     nobody",), before=(rule("nvidia-smi *", append=INFOROM),)),
+    *(Row(f"a damaged infoROM: {command[0]} goes on and passes the warning on", command, 0,
+          (words, INFOROM), before=(rule("nvidia-smi *", append=INFOROM),))
+      for command, words in (
+        ((MPS_ON,), "MPS is in force"), ((MIG_ON, "1g.10gb", "2"), "MIG is in force"),
+        ((TS, "4", "--timeslice", "short"), "Short"), ((STATUS,), "in use by:     nobody"))),
     Row("a row and a nonsense exit status", (STATUS,), 0, ("mode in force: time-slicing",),
         before=(rule(QUERY, append="", exit=255),)),
     *(Row(f"an nvidia-smi without compute_cap: {script}", (script, *arguments), 0,
@@ -420,7 +268,7 @@ def test_wrong_arguments_are_exit_code_2_with_a_sentence_before_anything_is_aske
     Row("status says so and is no success", (STATUS,), 1,
         (f"in use by:     could not be asked: {BROKEN}",), untouched,
         (rule(APPS, exit=255, text=BROKEN),), silent_on=("nobody",)),
-    Row("processes, in status", (STATUS,), 1, ("MPS daemon:    others could not be asked",),
+    Row("processes, in status", (STATUS,), 1, ("MPS daemons:   could not be asked",),
         untouched, (without_ps,), silent_on=("MPS daemon:    none",)),
     Row("processes, for MPS", (MPS_ON,), 1, ("whether MPS daemons run could not be asked",),
         untouched, (without_ps,)),
@@ -438,9 +286,9 @@ def test_wrong_arguments_are_exit_code_2_with_a_sentence_before_anything_is_aske
     Row("instances, to destroy them", (MIG_OFF,), 1, ("the GPU instances of", "could not be asked"),
         untouched, ((MIG_ON, "1g.10gb", "2"), rule("nvidia-smi mig -lgi", exit=255, text=BROKEN)),
         then=(no_rules, (MIG_OFF,)), last=as_delivered),
-    Row("profiles", (MIG_ON, "1g.10gb", "2"), 1, ("the MIG profiles of", BROKEN), untouched,
+    Row("profiles", (MIG_ON, "1g.10gb", "2"), 1, ("the MIG profiles and", BROKEN), untouched,
         (rule("nvidia-smi mig -lgip", exit=255, text=BROKEN),)),
-    Row("places of profiles", (MIG_ON, "1g.10gb", "2"), 1, ("places of MIG profiles",), untouched,
+    Row("places of profiles", (MIG_ON, "1g.10gb", "2"), 1, ("the MIG profiles and",), untouched,
         (rule("nvidia-smi mig -lgipp", exit=4, text=PRIVILEGE),)),
     Row("devices, in status", (STATUS,), 1, ("could not be asked: nothing",), untouched,
         ((MIG_ON, "1g.10gb", "2"), rule("nvidia-smi -L", exit=255, text="nothing"))),
@@ -448,10 +296,10 @@ def test_wrong_arguments_are_exit_code_2_with_a_sentence_before_anything_is_aske
         ((MIG_ON, "1g.10gb", "2"), no_compute_instances,
          rule("nvidia-smi mig -lgi", exit=6, text="No MIG-enabled devices found."))),
     Row("clients of the daemon: it is not ended under them", (MPS_OFF,), 1,
-        ("could not be asked for its clients",), has(daemons=1),
+        ("the clients of the MPS daemon at", "could not be asked: Timed out"), has(daemons=1),
         ((MPS_ON,), client(), rule(CLIENTS, exit=1, text="Timed out")),
         then=(no_rules, ended(938), (MPS_OFF,)), last=as_delivered),
-    Row("the daemon of the last time, for a new one", (MPS_ON,), 1, ("could not be asked whether",),
+    Row("the daemon of the last time, for a new one", (MPS_ON,), 1, ("asked: Connection refused",),
         untouched, ((MPS_ON,), rule(QUESTION, exit=1, text="Connection refused"))),
     Row("the daemon of the last time, for time slicing", (TS, "2"), 1, ("could not be asked",),
         untouched, ((MPS_ON,), rule(QUESTION, exit=124))),
@@ -461,6 +309,29 @@ def test_wrong_arguments_are_exit_code_2_with_a_sentence_before_anything_is_aske
     Row("the daemon, in status", (STATUS,), 1, ("mode in force: not known", "could not be asked"),
         untouched, ((MPS_ON,), machine(others=[]), rule(QUESTION, exit=124)),
         silent_on=("MPS daemon:    none",)),
+    # what is in the way is named, with the remedy, and nothing is changed
+    *(Row(f"in the way of {command[0]}: {words}", command, 6, (words,), untouched, before)
+      for command, words, *before in (
+        ((TS, "4"), "sudo ./gpu-configs/disable_mig.sh", MIG_IS_ON),
+        ((TS, "4"), "compute mode is Exclusive_Process", gpu(compute_mode="Exclusive_Process")),
+        ((TS, "4"), "compute mode is Prohibited", gpu(compute_mode="Prohibited")),
+        ((TS, "4"), "./gpu-configs/disable_mps.sh", (MPS_ON,)),
+        ((TS, "4"), "user alice): nvidia-cuda-mps-server", daemon(user="alice"), client()),
+        ((MPS_ON,), "sudo ./gpu-configs/disable_mig.sh", MIG_IS_ON),
+        ((MPS_ON,), "compute mode is Prohibited", gpu(compute_mode="Prohibited")),
+        ((MPS_ON,), "another user's MPS control", daemon(user="alice")),
+        ((MPS_ON,), r"of user CORP\jane doe;", daemon(user=r"CORP\jane doe")),
+        ((MPS_ON,), "(MPS protocol 3, which answers in other", daemon(**ROOTS, protocol=3)),
+        ((MPS_ON,), "echo quit | nvidia-cuda-mps-control", daemon(**ROOTS)),
+        ((MPS_ON, "--exclusive"), "pid 4242 (user alice): python3, 512 MiB", process(user="alice")),
+        ((MIG_ON, "1g.10gb", "4"), "pid 4242 (user alice): python3", process(user="alice")),
+        ((MIG_ON, "1g.10gb", "4"), "./gpu-configs/disable_mps.sh", (MPS_ON,)),
+        ((MIG_ON, "1g.10gb", "4"), "pending Enabled", gpu(mig_pending="Enabled")),
+        ((MIG_ON, "3g.40gb", "2"), "11 1g.10gb 4:1", instance()),
+        ((MIG_ON, "2g.20gb", "2"), "sudo ./gpu-configs/disable_mig.sh",
+         (MIG_ON, "1g.10gb", "4")))),
+    Row("in the way of MIG: a client that is not listed", (MIG_ON, "1g.10gb", "4"), 6,
+        ("In use by another client",), as_delivered, (gpu(mig_switch="in_use"),)),
     # time slicing
     Row("clients are recorded, the card is left alone", (TS, "4"), 0,
         ("Time slicing is in force", "clients:       4"),
@@ -478,13 +349,6 @@ def test_wrong_arguments_are_exit_code_2_with_a_sentence_before_anything_is_aske
     Row("nothing to reset", (RESET,), 0, ("nothing to undo",), untouched),
     Row("locked settings leave it usable", (TS, "4"), 0, (),
         environment={"GPU_SETTINGS_LOCKED": "1"}),
-    *(Row(f"in the way: {words}", (TS, "4"), 6, (words,), untouched, before)
-      for words, before in (
-        ("disable_mig.sh", (gpu(mig_current="Enabled", mig_pending="Enabled"),)),
-        ("compute mode is Exclusive_Process", (gpu(compute_mode="Exclusive_Process"),)),
-        ("compute mode is Prohibited", (gpu(compute_mode="Prohibited"),)),
-        ("./gpu-configs/disable_mps.sh", ((MPS_ON,),)),
-        ("user alice): nvidia-cuda-mps-server", (daemon(user="alice"), client())))),
     Row("another user's daemon alone is a warning", (TS, "4"), 0, ("another user's MPS",),
         before=(daemon(user="alice"),), last=has(daemons=1)),
     Row("a driver that refuses root in a container", (TS, "4", "--timeslice", "short"), 5,
@@ -526,30 +390,16 @@ def test_wrong_arguments_are_exit_code_2_with_a_sentence_before_anything_is_aske
         1, (), has(daemons=1, compute_mode="Default"),
         ((MPS_ON, "--percentage", "50"), rule(SET_MODE, exit=0, text="All done.")),
         (no_rules, (MPS_ON,)), lambda scripts: "50.0" in scripts.must(MPS_ON).stdout),
-    Row("another user's daemon", (MPS_ON,), 6, ("of user alice", "another user's MPS control"),
-        untouched, (daemon(user="alice"),)),
-    Row("another user's daemon whose account has a blank", (MPS_ON,), 6,
-        (r"of user CORP\jane doe;",), untouched, (daemon(user=r"CORP\jane doe"),)),
     Row("another user's daemon stays", (MPS_OFF,), 0, ("left alone: MPS control daemon, pid",),
         untouched, (daemon(user="alice"),)),
-    Row("a daemon of one's own started by hand", (MPS_ON,), 6,
-        ("echo quit | nvidia-cuda-mps-control",), untouched, (daemon(uid=0, user="root"),),
-        ((MPS_OFF,),), has(daemons=1)),
-    Row("a daemon of protocol 3 is named", (MPS_ON,), 6,
-        ("(MPS protocol 3, which answers in other",), untouched,
-        (daemon(uid=0, user="root", protocol=3),)),
+    Row("a daemon of one's own started by hand stays", (MPS_OFF,), 0, ("left alone",), untouched,
+        (daemon(**ROOTS),)),
     Row("a process that only calls itself so", (MPS_ON,), 0, (), has(daemons=1),
         (machine(others=[{"pid": 2**22 + 5, "uid": 1000, "user": "mallory", "comm": "sleep",
                           "args": "nvidia-cuda-mps-control 1000"}]),)),
     Row("a process whose program is another", (MPS_ON,), 0, (), has(daemons=1),
         (machine(others=[{"pid": os.getpid(), "uid": 1000, "user": "mallory",
                           "comm": "nvidia-cuda-mps", "args": "nvidia-cuda-mps-control -d"}]),)),
-    Row("MIG mode is on", (MPS_ON,), 6, ("sudo ./gpu-configs/disable_mig.sh",), untouched,
-        (gpu(mig_current="Enabled", mig_pending="Enabled"),)),
-    Row("compute mode is Prohibited", (MPS_ON,), 6, ("compute mode is Prohibited",), untouched,
-        (gpu(compute_mode="Prohibited"),)),
-    Row("processes without MPS forbid exclusive", (MPS_ON, "--exclusive"), 6,
-        ("pid 4242 (user alice): python3, 512 MiB",), untouched, (process(user="alice"),)),
     Row("processes without MPS are a warning else", (MPS_ON,), 0,
         ("pid 4242 (user alice): python3", "will contend with its clients"),
         before=(process(user="alice"),)),
@@ -567,6 +417,9 @@ def test_wrong_arguments_are_exit_code_2_with_a_sentence_before_anything_is_aske
     Row("one daemon a GPU", (MPS_ON, "--gpu", "0"), 0, (), has(daemons=2),
         ((MPS_ON, "--gpu", "1"),), ((MPS_OFF, "--gpu", "1"), (MPS_OFF,)), as_delivered,
         kind="h100x2"),
+    Row("a daemon is kept to its GPU where there are several", (MPS_ON, "--gpu", "1"), 0, (),
+        lambda scripts: [d["visible_devices"] for d in scripts.machine.state()["mps"].values()]
+        == [SECOND], then=((MPS_OFF, "--gpu", "1"),), last=as_delivered, kind="h100x2"),
     # MIG
     Row("instances are made and named", (MIG_ON, "1g.10gb", "4"), 0, ("MIG is in force", "MIG-"),
         has(profiles=["1g.10gb"] * 4)),
@@ -600,17 +453,9 @@ def test_wrong_arguments_are_exit_code_2_with_a_sentence_before_anything_is_aske
       for asked in (["3g.40gb", "2"], ["1g.10gb", "7"], ["4g.40gb,2g.20gb,1g.10gb"])),
     Row("a driver that refuses root in a container", (MIG_ON, "1g.10gb", "4"), 5, (PRIVILEGE,),
         as_delivered, environment={"FAKE_GPU_UID": "65534"}),
-    Row("processes on the GPU", (MIG_ON, "1g.10gb", "4"), 6, ("pid 4242 (user alice): python3",),
-        untouched, (process(user="alice"),)),
-    Row("our own daemon", (MIG_ON, "1g.10gb", "4"), 6, ("./gpu-configs/disable_mps.sh",), untouched,
-        ((MPS_ON,),)),
-    Row("pending because of a client that is not listed", (MIG_ON, "1g.10gb", "4"), 6,
-        ("In use by another client",), as_delivered, (gpu(mig_switch="in_use"),)),
     Row("pending until a restart", (MIG_ON, "1g.10gb", "4"), 6, ("restart the machine",),
         has(mig_pending="Enabled", instances=[]), (gpu(mig_switch="reset_not_supported"),),
         ((MIG_OFF,),), as_delivered),
-    Row("still pending", (MIG_ON, "1g.10gb", "4"), 6, ("pending Enabled",), untouched,
-        (gpu(mig_pending="Enabled"),)),
     Row("after the restart it goes on and knows that MIG was off", (MIG_ON, "1g.10gb", "4"), 0, (),
         has(profiles=["1g.10gb"] * 4),
         (gpu(mig_switch="reset_not_supported"), lambda scripts: scripts.run(MIG_ON, "1g.10gb", "4"),
@@ -623,12 +468,8 @@ def test_wrong_arguments_are_exit_code_2_with_a_sentence_before_anything_is_aske
     Row("instances are added and only those undone", (MIG_ON, "2g.20gb", "2"), 0, (),
         has(profiles=["1g.10gb", "2g.20gb", "2g.20gb"]), (instance(),), ((MIG_OFF,),),
         has(gis=[11], mig_current="Enabled")),
-    Row("no room next to others' instances", (MIG_ON, "3g.40gb", "2"), 6, ("11 1g.10gb 4:1",),
-        untouched, (instance(),)),
     Row("MIG that was switched on by hand stays on", (MIG_OFF,), 0, ("it is left alone",),
         untouched, (instance(),)),
-    Row("another layout of ours has to go first", (MIG_ON, "2g.20gb", "2"), 6,
-        ("sudo ./gpu-configs/disable_mig.sh",), untouched, ((MIG_ON, "1g.10gb", "4"),)),
     Row("instances in use", (MIG_OFF,), 6, ("pid 4242 (user alice): python3 on GPU instance 8",),
         untouched, ((MIG_ON, "1g.10gb", "2"), process(user="alice", gi=8)),
         (ended(4242), (MIG_OFF,)), as_delivered),
@@ -676,13 +517,6 @@ def test_a_script_says_and_does_what_its_row_tells(row: Row) -> None:
     check(row)
 
 
-def test_the_daemon_is_kept_to_its_gpu_where_there_are_several() -> None:
-    with mode_scripts("h100x2") as scripts:
-        scripts.must(MPS_ON, "--gpu", "1")
-        (found,) = scripts.machine.state()["mps"].values()
-        assert found["visible_devices"] == SECOND
-
-
 def test_a_state_folder_too_long_for_a_socket_leaves_the_sockets_elsewhere(
     scripts: ModeScripts,
 ) -> None:
@@ -712,6 +546,28 @@ def test_state_is_for_its_owner_alone_whatever_the_umask(scripts: ModeScripts) -
         as_delivered(scripts)
 
 
+class Sudo:
+    """`nobody` types `sudo ./gpu-configs/...`, with a state folder of their own."""
+
+    def __init__(self, scripts: ModeScripts) -> None:
+        self.scripts = scripts
+        self.folder = scripts.folder / "of-nobody"
+        self.folder.mkdir()
+        os.chown(self.folder, NOBODY.pw_uid, NOBODY.pw_gid)
+        self.variables = {"GPU_SHARING_STATE_DIR": str(self.folder / "state")}
+
+    def run(self, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        return self.scripts.run(*command, prefix=["sudo"], **{**self.variables, **environment})
+
+    def without(self, *command: str) -> subprocess.CompletedProcess[str]:
+        return self.scripts.run(*command, prefix=AS_NOBODY, **self.variables)
+
+
+@pytest.fixture
+def sudo(scripts: ModeScripts) -> Sudo:
+    return Sudo(scripts)
+
+
 def as_link(path: Path) -> None:
     """Somebody else's text, by a link."""
     path.rename(path.parent.parent / "text")
@@ -731,37 +587,23 @@ def as_folder(path: Path) -> None:
         (as_folder, "is a directory, which these scripts never make"),
         (lambda path: path.chmod(0o620), "others may write"),
         (lambda path: path.parent.chmod(0o1777), "chmod go-w"),
-        (lambda path: os.chown(path, NOBODY.pw_uid, -1), "belongs to user nobody"),
-        (lambda path: os.chown(path.parent, NOBODY.pw_uid, -1), "GPU_SHARING_STATE_DIR"),
+        (lambda path: path.parent.chmod(0o000), "cannot look at"),
+        (lambda path: os.chown(path, 1, -1), "belongs to user daemon"),
+        (lambda path: os.chown(path.parent, 1, -1), "GPU_SHARING_STATE_DIR"),
     ],
 )
 def test_state_that_somebody_else_may_have_written_is_refused_and_nothing_is_done(
-    scripts: ModeScripts, spoil: Callable[[Path], None], words: str
+    sudo: Sudo, spoil: Callable[[Path], None], words: str
 ) -> None:
-    scripts.must(MPS_ON)
-    spoil(scripts.state_directory / f"mps-{UUID}.state")
-    scripts.machine.forget_calls()
+    assert sudo.without(MPS_ON).returncode == 0
+    spoil(sudo.folder / "state" / f"mps-{UUID}.state")
+    sudo.scripts.machine.forget_calls()
     for script in (MPS_OFF, MPS_ON):
-        result = scripts.run(script)
+        result = sudo.without(script)
         refused(result, 5, words)
         assert result.stderr.count("\n") == 1
-    assert scripts.machine.changing_calls() == []
-    assert len(scripts.machine.state()["mps"]) == 1
-
-
-@needs_real_root
-@pytest.mark.parametrize(
-    ("folder_mode", "words"), [(0o1777, "others may write"), (0o000, "cannot look at")]
-)
-def test_a_state_folder_that_others_may_write_or_one_cannot_enter_is_refused(
-    scripts: ModeScripts, folder_mode: int, words: str
-) -> None:
-    scripts.state_directory.mkdir()
-    os.chown(scripts.state_directory, NOBODY.pw_uid, NOBODY.pw_gid)
-    scripts.state_directory.chmod(folder_mode)
-    for script in (MPS_ON, MPS_OFF)[: 1 if folder_mode else 2]:
-        refused(scripts.run(script, prefix=AS_NOBODY), 5, words)
-    assert scripts.machine.changing_calls() == []
+    assert sudo.scripts.machine.changing_calls() == []
+    assert len(sudo.scripts.machine.state()["mps"]) == 1
 
 
 @needs_real_root
@@ -795,28 +637,6 @@ def test_without_the_variable_state_goes_to_the_users_and_to_roots_own_folder(
     scripts.must(RESET)
     assert list(scripts.root_state.iterdir()) == []
     as_delivered(scripts)
-
-
-class Sudo:
-    """`nobody` types `sudo ./gpu-configs/...`, with a state folder of their own."""
-
-    def __init__(self, scripts: ModeScripts) -> None:
-        self.scripts = scripts
-        self.folder = scripts.folder / "of-nobody"
-        self.folder.mkdir()
-        os.chown(self.folder, NOBODY.pw_uid, NOBODY.pw_gid)
-        self.variables = {"GPU_SHARING_STATE_DIR": str(self.folder / "state")}
-
-    def run(self, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        return self.scripts.run(*command, prefix=["sudo"], **{**self.variables, **environment})
-
-    def without(self, *command: str) -> subprocess.CompletedProcess[str]:
-        return self.scripts.run(*command, prefix=AS_NOBODY, **self.variables)
-
-
-@pytest.fixture
-def sudo(scripts: ModeScripts) -> Sudo:
-    return Sudo(scripts)
 
 
 @needs_real_root
@@ -925,32 +745,25 @@ SET_UPS = [
 ]
 
 
-@pytest.mark.parametrize(("command", "during"), SET_UPS)
+@pytest.mark.parametrize(
+    ("before", "command", "during"),
+    [*(((), *set_up) for set_up in SET_UPS), (SET_UPS[0][0], (RESET,), SET_SLICE),
+     (SET_UPS[1][0], (MPS_OFF,), SET_MODE), (SET_UPS[3][0], (MIG_OFF,), DESTROY)],
+)  # fmt: skip
 @pytest.mark.parametrize(
     ("number", "group", "status"), [(signal.SIGINT, True, 130), (signal.SIGTERM, False, 143)]
 )
-def test_a_signal_in_the_middle_puts_everything_back(
-    scripts: ModeScripts, command: tuple[str, ...], during: str,
+def test_a_signal_in_the_middle_puts_everything_back_and_an_undo_is_finished_by_the_next(
+    scripts: ModeScripts, before: tuple[str, ...], command: tuple[str, ...], during: str,
     number: signal.Signals, group: bool, status: int,
 ) -> None:  # fmt: skip
+    if before:
+        scripts.must(*before)
     code, stderr = scripts.interrupt(*command, during=during, number=number, group=group)
     assert code == status, stderr
-    assert "Putting back" in stderr
-    as_delivered(scripts)
-
-
-@pytest.mark.parametrize(
-    ("setup", "undo", "during"),
-    [(SET_UPS[0][0], RESET, SET_SLICE), (SET_UPS[1][0], MPS_OFF, SET_MODE),
-     (SET_UPS[3][0], MIG_OFF, DESTROY)],
-)  # fmt: skip
-def test_an_undo_that_was_interrupted_is_finished_by_the_next_one(
-    scripts: ModeScripts, setup: tuple[str, ...], undo: str, during: str
-) -> None:
-    scripts.must(*setup)
-    code, _ = scripts.interrupt(undo, during=during, number=signal.SIGTERM, group=False)
-    assert code == 143
-    scripts.must(undo)
+    assert ("Putting back" in stderr) == (not before)
+    if before:
+        scripts.must(*command)
     as_delivered(scripts)
 
 

@@ -1,13 +1,13 @@
 # shellcheck shell=bash
 # shellcheck disable=SC2034 # set here, read by the scripts that source this
 #
-# What every mode script shares.
+# What every mode script shares. A script is a transaction. It checks, saves the previous state, changes,
+# asks the driver or the daemon whether the change took, and prints what is in force. Until it has ended
+# well, a failure or a signal puts back what it changed. The undo scripts only go forward: stopped half-way,
+# their state file is still there and the next run finishes the work.
 #
-# A script here is a transaction. It checks, saves the previous state, changes, asks the driver or the
-# daemon whether the change took, and prints what is in force. Until it has ended well, a failure or a
-# signal puts back what it changed. The undo scripts only go forward: stopped half-way, their state file
-# is still there and the next run finishes the work. Nothing is concluded from a question that failed:
-# "could not be asked" is neither "there is none" nor "it is off".
+# A question is a function that fills variables, and is false, with NOT_TOLD, where it could not be asked:
+# that is neither "there is none" nor "it is off".
 
 # What a shell may inherit and would work otherwise with: `bash -p` in the first line of each script
 # ignores most of it, but not where a script is run as `bash script.sh`.
@@ -20,28 +20,20 @@ export LC_ALL=C
 # Keeps the folders of PATH that belong to root, or to whose these scripts are: where sudo passes the
 # caller's PATH on, nobody else decides which programs root runs.
 path::trust() {
-    local folder facts owner kept=""
+    local folder facts kept=""
     local -a folders
     local -r owner_of_scripts=$(PATH=/usr/bin:/bin stat -c %u -- "${BASH_SOURCE[0]}")
     IFS=: read -ra folders <<<"$PATH"
     for folder in "${folders[@]}"; do
         facts=$(PATH=/usr/bin:/bin stat -Lc '%u %A' -- "$folder" 2>/dev/null) || continue
-        owner=${facts% *}
         # the ninth letter of drwxr-xr-x: others may write
-        if [[ $folder == /* && $facts != *w? ]] && ((owner == 0 || owner == owner_of_scripts)); then
-            kept+=:$folder
-        fi
+        if [[ $folder == /* && $facts =~ ^(0|$owner_of_scripts)\ .{8}[^w] ]]; then kept+=:$folder; fi
     done
     PATH=${kept#:}
 }
 ((EUID != 0)) || [[ ${SUDO_UID:-0} == 0 ]] || path::trust
 
-readonly EXIT_FAILED=1
-readonly EXIT_USAGE=2
-readonly EXIT_NO_GPU=3
-readonly EXIT_UNSUPPORTED=4
-readonly EXIT_PERMISSION=5
-readonly EXIT_BUSY=6
+readonly EXIT_FAILED=1 EXIT_USAGE=2 EXIT_NO_GPU=3 EXIT_UNSUPPORTED=4 EXIT_PERMISSION=5 EXIT_BUSY=6
 
 # Root's own, so that nobody who may run these scripts by sudo decides what root puts back.
 readonly STATE_OF_ROOT=/var/lib/gpu-sharing-bench
@@ -50,14 +42,12 @@ readonly LOCK_OF_ROOT=/etc/gpu-sharing-bench/settings-locked
 # How long to wait for a daemon to answer, or for its last clients to leave.
 WAIT_SECONDS=${GPU_SHARING_WAIT_SECONDS:-10}
 [[ $WAIT_SECONDS =~ ^(0|[1-9][0-9]{0,4})$ ]] || WAIT_SECONDS=10
-readonly WAIT_SECONDS
 
 DRY_RUN=0
 GPU_SELECTOR=""
 THIS_COMMAND=("./gpu-configs/${0##*/}" "$@")
-DIED_OF="" # the sentence that `die` ended with
 
-# --- messages -------------------------------------------------------------------------------------
+# --- messages and questions -----------------------------------------------------------------------
 
 # A terminal that was closed takes no text: that must not end the work, least of all an undo.
 log() { printf '%s\n' "$*" >&2 2>/dev/null || true; }
@@ -65,25 +55,55 @@ warn() { log "warning: $*"; }
 
 # die CODE TEXT...
 die() {
-    DIED_OF=${*:2}
+    DIED_OF=${*:2} # read by lib/records.sh alone: goes with it
     printf 'error: %s\n' "${*:2}" >&2
     exit "$1"
 }
 
-# The text of somebody else, such as a process's name, without what would steer the terminal.
+# Somebody else's text, such as a process's name, without what would steer the terminal.
 printable() { printf '%s' "${1//[[:cntrl:]]/?}"; }
+
+# join WORD...: with commas between.
+join() {
+    local IFS=,
+    printf '%s' "$*"
+}
 
 # The words as they could be typed again. Only what needs quoting is quoted.
 quoted() {
     local word text=""
     for word in "$@"; do
-        if [[ $word =~ ^[A-Za-z0-9_./:,=@%+-]+$ ]]; then
-            text+=" $word"
-        else
-            text+=" '${word//\'/\'\\\'\'}'"
-        fi
+        [[ $word =~ ^[A-Za-z0-9_./:,=@%+-]+$ ]] || word="'${word//\'/\'\\\'\'}'"
+        text+=" $word"
     done
     printf '%s' "${text# }"
+}
+
+# not_told ANSWER: how a question ends that could not be asked.
+not_told() {
+    NOT_TOLD=$(printable "${1%%$'\n'*}")
+    NOT_TOLD=${NOT_TOLD:-nothing was said}
+    return 1
+}
+
+# require WHAT QUESTION...: ends the script where the question could not be asked.
+require() {
+    ! "${@:2}" || return 0
+    ((EUID == 0)) || [[ $NOT_TOLD != *[Pp]ermission* ]] ||
+        die "$EXIT_PERMISSION" "$1 could not be asked: $NOT_TOLD; root may: sudo $(quoted "${THIS_COMMAND[@]}")"
+    die "$EXIT_FAILED" "$1 could not be asked: $NOT_TOLD"
+}
+
+# wait_until COMMAND...: tries it again for WAIT_SECONDS, by a clock that nobody sets; once in a dry run.
+wait_until() {
+    local now end
+    read -r now _ </proc/uptime
+    end=$((${now%.*} + (DRY_RUN ? 0 : WAIT_SECONDS)))
+    until "$@"; do
+        ((${now%.*} < end)) || return 1
+        sleep 0.1
+        read -r now _ </proc/uptime
+    done
 }
 
 # --- flags ----------------------------------------------------------------------------------------
@@ -94,37 +114,50 @@ cli::usage_error() {
     exit "$EXIT_USAGE"
 }
 
+# The comment that the script begins with, and what is the same for all.
+cli::help() {
+    sed -n '2,/^$/s/^# \{0,1\}//p' "$0"
+    cat <<'TEXT'
+
+As in every mode script:
+  --gpu INDEX_OR_UUID    which GPU (default: the first; gpu_status.sh: each)
+  --dry-run              print what would be done, change nothing
+  --help                 this text
+
+Environment: GPU_SHARING_STATE_DIR (where the user's state is kept), GPU_SHARING_WAIT_SECONDS (how long to
+wait for an MPS daemon or its clients, default 10), GPU_SETTINGS_LOCKED=1 (forbids to change the card).
+Exit codes: 0 done or in force, 1 failed or could not be asked, 2 usage, 3 no driver or GPU, 4 not supported
+by this GPU, 5 no permission, 6 something else holds the GPU (named)
+TEXT
+}
+
 # The variable that each flag sets: to the value that follows or, where the name ends in !, to 1.
 declare -A OPTIONS=(["--gpu"]=GPU_SELECTOR ["--dry-run"]="DRY_RUN!")
 
 # cli::parse MOST WORD...: sets the variables of OPTIONS, and POSITIONAL to what else there is, MOST words.
-# The help is the comment that the script begins with.
 cli::parse() {
     local -ri most=$1
-    local variable
+    local flag variable
     shift
     POSITIONAL=()
     while (($#)); do
-        case $1 in
-            --help | -h)
-                sed -n '2,/^$/s/^# \{0,1\}//p' "$0"
-                exit 0
-                ;;
-            -*)
-                variable=${OPTIONS[${1%%=*}]:-}
-                [[ -n $variable ]] || cli::usage_error "unknown option: $1"
-                [[ $1 != *=* || $variable == *! ]] || set -- "${1%%=*}" "${1#*=}" "${@:2}"
-                if [[ $variable == *! ]]; then
-                    [[ $1 != *=* ]] || cli::usage_error "${1%%=*} takes no value"
-                    printf -v "${variable%!}" 1
-                else
-                    [[ -n ${2:-} && $2 != --* ]] || cli::usage_error "$1 needs a value"
-                    printf -v "$variable" '%s' "$2"
-                    shift
-                fi
-                ;;
-            *) POSITIONAL+=("$1") ;;
-        esac
+        flag=${1%%=*}
+        if [[ $1 != -* ]]; then
+            POSITIONAL+=("$1")
+        elif [[ $1 == --help || $1 == -h ]]; then
+            cli::help
+            exit 0
+        elif variable=${OPTIONS[$flag]:-} && [[ -z $variable ]]; then
+            cli::usage_error "unknown option: $1"
+        elif [[ $variable == *! ]]; then
+            [[ $1 == "$flag" ]] || cli::usage_error "$flag takes no value"
+            printf -v "${variable%!}" 1
+        else
+            [[ $1 == "$flag" ]] || set -- "$flag" "${1#*=}" "${@:2}"
+            [[ -n ${2:-} && $2 != --* ]] || cli::usage_error "$flag needs a value"
+            printf -v "$variable" '%s' "$2"
+            shift
+        fi
         shift
     done
     ((${#POSITIONAL[@]} <= most)) || cli::usage_error "unexpected argument: ${POSITIONAL[most]}"
@@ -136,37 +169,32 @@ cli::parse() {
 # in that user's folders is done as that user. What root itself does, it does by root's own state and
 # lock; the caller's variables only say where the caller's state is, and that settings are locked.
 user::resolve() {
-    local entry
-    entry=$(getent passwd "$EUID") || entry="$EUID::$EUID:$(id -g)::/nonexistent:"
-    IFS=: read -r INVOKER_NAME _ INVOKER_UID INVOKER_GID _ INVOKER_HOME _ <<<"$entry"
-    INVOKER_HOME=${HOME:-$INVOKER_HOME}
-    ROOT_STATE=$STATE_OF_ROOT
+    local entry uid=$EUID
     ((EUID != 0)) || user::inherit_from_sudo GPU_SETTINGS_LOCKED
     if ((EUID == 0)) && [[ ${SUDO_UID:-} =~ ^[1-9][0-9]*$ ]]; then
-        user::inherit_from_sudo GPU_SHARING_STATE_DIR
-        user::inherit_from_sudo XDG_STATE_HOME
-        entry=$(getent passwd "$SUDO_UID") || die "$EXIT_FAILED" "no account has the user id $SUDO_UID"
-        IFS=: read -r INVOKER_NAME _ INVOKER_UID INVOKER_GID _ INVOKER_HOME _ <<<"$entry"
-    elif ((EUID == 0)) && [[ -n ${GPU_SHARING_STATE_DIR:-} ]]; then
-        ROOT_STATE=$(user::absolute "$GPU_SHARING_STATE_DIR") # root's own wish
+        uid=$SUDO_UID
+        user::inherit_from_sudo GPU_SHARING_STATE_DIR XDG_STATE_HOME
     fi
+    entry=$(getent passwd "$uid") || entry="$uid::$uid:$(id -g)::/nonexistent:"
+    IFS=: read -r INVOKER_NAME _ INVOKER_UID INVOKER_GID _ INVOKER_HOME _ <<<"$entry"
+    ((uid != EUID)) || INVOKER_HOME=${HOME:-$INVOKER_HOME}
+    ((uid == EUID)) || [[ $INVOKER_NAME != "$uid" ]] || die "$EXIT_FAILED" "no account has the user id $uid"
     USER_STATE=${GPU_SHARING_STATE_DIR:-${XDG_STATE_HOME:-$INVOKER_HOME/.local/state}/gpu-sharing-bench}
-    USER_STATE=$(user::absolute "$USER_STATE")
+    [[ $USER_STATE == /* ]] || USER_STATE=$PWD/$USER_STATE
     [[ $USER_STATE != *[[:cntrl:]]* ]] || die "$EXIT_USAGE" "the state folder's name holds a" \
         "line break or the like; set GPU_SHARING_STATE_DIR to another"
-    readonly INVOKER_UID INVOKER_GID INVOKER_NAME INVOKER_HOME USER_STATE ROOT_STATE
+    ROOT_STATE=$STATE_OF_ROOT
+    ((EUID != 0 || uid != 0)) || [[ -z ${GPU_SHARING_STATE_DIR:-} ]] || ROOT_STATE=$USER_STATE # root's own wish
 }
 
-user::absolute() { [[ $1 == /* ]] && printf '%s' "$1" || printf '%s/%s' "$PWD" "$1"; }
-
-# sudo hands no variables back to its command, but they are in its own environment.
+# user::inherit_from_sudo NAME...: sudo hands these variables to no command, but has them itself.
 user::inherit_from_sudo() {
-    local parent line
-    [[ -z ${!1:-} ]] || return 0
+    local parent line name
     parent=$(cat "/proc/$PPID/comm" 2>/dev/null) || return 0
     [[ $parent == sudo ]] || return 0
     while IFS= read -r -d '' line; do
-        [[ $line != "$1="* ]] || printf -v "$1" '%s' "${line#*=}"
+        name=${line%%=*}
+        [[ " $* " != *" $name "* || -n ${!name:-} ]] || printf -v "$name" '%s' "${line#*=}"
     done <"/proc/$PPID/environ"
 }
 
@@ -176,62 +204,58 @@ as_user() {
         "$@"
     else
         setpriv --reuid="$INVOKER_UID" --regid="$INVOKER_GID" --init-groups \
-            env -u SUDO_USER -u SUDO_UID -u SUDO_GID -u SUDO_COMMAND \
-            HOME="$INVOKER_HOME" USER="$INVOKER_NAME" LOGNAME="$INVOKER_NAME" "$@"
+            env HOME="$INVOKER_HOME" USER="$INVOKER_NAME" LOGNAME="$INVOKER_NAME" "$@"
     fi
 }
 
 # --- changes ----------------------------------------------------------------------------------------
 
-# card::require WHAT: ends with 5 unless the card's settings may be changed from here.
-card::require() {
-    local reason=""
-    if [[ -e $LOCK_OF_ROOT ]]; then
-        reason="$1 is refused: $LOCK_OF_ROOT says that others share this GPU's settings"
-    elif [[ ${GPU_SETTINGS_LOCKED:-0} == 1 ]]; then
-        reason="$1 is refused: GPU_SETTINGS_LOCKED=1 says that others share this GPU's settings"
-    elif ((EUID != 0)); then
-        reason="$1 needs root: sudo $(quoted "${THIS_COMMAND[@]}")"
-    fi
-    [[ -n $reason ]] || return 0
-    ((DRY_RUN)) || die "$EXIT_PERMISSION" "$reason"
-    warn "outside of a dry run: $reason"
-}
-
-# run [--card] [--user] [--state KIND] [--note TEXT] COMMAND...
-# Every change goes through here, so that a dry run is complete: it prints and does nothing.
-#   --card   a setting of the GPU: needs root, is refused where settings are locked; what the command
-#            printed is kept in RUN_OUTPUT and its exit status is not trusted (nvidia-smi ends well with
-#            a change that is only pending): the caller reads the setting back
-#   --user   as the invoking user
-#   --state  as whose state of this kind is
-#   --note   what to show instead of the command itself
+# run [--note TEXT] [as_user | card::change] COMMAND...
+# Every change goes through here, so that a dry run is complete: it prints and does nothing. TEXT is shown
+# instead of the command itself.
 run() {
-    local note=""
-    local -a prefix=()
-    while [[ $1 == --* ]]; do
-        case $1 in
-            --card) prefix=(card::keep_output) ;;
-            --user) prefix=(as_user) ;;
-            --state) prefix=(state::as "$2") && shift ;;
-            --note) note=$2 && shift ;;
-        esac
-        shift
-    done
-    note=${note:-$(quoted "$@")}
+    local note
+    case $1 in
+        --note)
+            note=$2
+            shift 2
+            ;;
+        as_user | card::change) note=$(quoted "${@:2}") ;;
+        *) note=$(quoted "$@") ;;
+    esac
     if ((DRY_RUN)); then
         printf 'would run: %s\n' "$note"
-        return 0
+    else
+        log "run: $note"
+        "$@"
     fi
-    [[ ${prefix[*]} != card::keep_output ]] || card::require "changing a setting of the GPU"
-    log "run: $note"
-    "${prefix[@]}" "$@"
 }
-
-card::keep_output() { RUN_OUTPUT=$("$@" 2>&1) || true; }
 
 # unless_dry COMMAND: prints what is in force by that command; after a dry run, that nothing is another.
 unless_dry() { if ((DRY_RUN)); then printf 'Dry run: nothing was changed.\n'; else "$@"; fi; }
+
+# card::require WHAT: ends with 5 unless the card's settings may be changed from here.
+card::require() {
+    local reason
+    if [[ -e $LOCK_OF_ROOT ]]; then
+        reason="is refused: $LOCK_OF_ROOT says that others share this GPU's settings"
+    elif [[ ${GPU_SETTINGS_LOCKED:-0} == 1 ]]; then
+        reason="is refused: GPU_SETTINGS_LOCKED=1 says that others share this GPU's settings"
+    elif ((EUID != 0)); then
+        reason="needs root: sudo $(quoted "${THIS_COMMAND[@]}")"
+    else
+        return 0
+    fi
+    ((DRY_RUN)) || die "$EXIT_PERMISSION" "$1 $reason"
+    warn "outside of a dry run: $1 $reason"
+}
+
+# card::change COMMAND...: keeps in RUN_OUTPUT what was printed. The exit status is not trusted, since
+# nvidia-smi ends well with a change that is only pending: the caller reads the setting back.
+card::change() {
+    card::require "changing a setting of the GPU"
+    RUN_OUTPUT=$("$@" 2>&1) || true
+}
 
 # card::failed WHAT: a setting that was read back is not what was asked for; ends with the code that
 # the driver's own words call for. The words are those of NVIDIA's manuals, unverified on a card.
@@ -240,13 +264,18 @@ card::failed() {
     local code=$EXIT_FAILED
     case $words in
         *[Pp]ermission*) code=$EXIT_PERMISSION ;;
-        *"In use"* | *"in use"*) code=$EXIT_BUSY ;;
-        *"Not Supported"* | *"not supported"*) code=$EXIT_UNSUPPORTED ;;
+        *[Ii]"n use"*)
+            code=$EXIT_BUSY
+            gpu::find_holders || log "Who uses it could not be asked: $NOT_TOLD"
+            gpu::print_holders
+            ;;
+        *"in pending enable state"*)
+            undo::forget # a restart is what makes it effective: left pending, as it has to be
+            die "$EXIT_BUSY" "MIG mode is pending: restart the machine (or reset the GPU), then run this" \
+                "again; to take it back: sudo ./gpu-configs/disable_mig.sh. nvidia-smi said: $words"
+            ;;
+        *[Nn]"ot "[Ss]upported*) code=$EXIT_UNSUPPORTED ;;
     esac
-    if ((code == EXIT_BUSY)); then
-        gpu::find_holders || log "Who uses $(gpu::title) could not be asked: $NOT_TOLD"
-        gpu::print_holders
-    fi
     die "$code" "$1; nvidia-smi said: $words"
 }
 
@@ -257,9 +286,7 @@ UNDO_FAILED=0
 
 # undo::push COMMAND...: what puts a change back. Pushed *before* the change, because a signal can come
 # between a change and the next line; so the command has to look first whether there is anything to do.
-undo::push() {
-    ((DRY_RUN)) || UNDO+=("$(printf '%q ' "$@")")
-}
+undo::push() { ((DRY_RUN)) || UNDO+=("$(printf '%q ' "$@")"); }
 
 # From here on nothing is put back: the work is done, or is meant to stay as it is.
 undo::forget() { UNDO=(); }
@@ -274,9 +301,8 @@ undo::on_exit() {
         for ((i = ${#UNDO[@]} - 1; i >= 0; i--)); do
             (eval "${UNDO[i]}") || UNDO_FAILED=1
         done
-        if ((UNDO_FAILED)); then
+        ((!UNDO_FAILED)) ||
             log "Not everything could be put back. See ./gpu-configs/gpu_status.sh for what is in force."
-        fi
     fi
     exit "$status"
 }
@@ -297,13 +323,10 @@ transaction::begin() {
 # kept in root's.
 
 declare -A STATE=()
-# Which script undoes which kinds.
-readonly -A UNDO_SCRIPTS=(["time-slicing"]=reset_time_slicing.sh ["mps"]=disable_mps.sh ["mig"]=disable_mig.sh)
-readonly -A STATE_KINDS=(["time-slicing"]="time-slicing time-slice" ["mps"]="mps compute-mode" ["mig"]=mig)
 
 state::is_roots() { [[ $1 == mig || $1 == compute-mode || $1 == time-slice ]]; }
 
-# state::file KIND: where the state of this kind for the chosen GPU is kept.
+# state::file KIND: where the state of this kind is kept, of the chosen GPU.
 state::file() {
     local folder=$USER_STATE
     ! state::is_roots "$1" || folder=$ROOT_STATE
@@ -311,82 +334,97 @@ state::file() {
 }
 
 # state::as KIND COMMAND...: runs a command as whose state of this kind is.
-state::as() {
-    if state::is_roots "$1"; then "${@:2}"; else as_user "${@:2}"; fi
-}
+state::as() { if state::is_roots "$1"; then "${@:2}"; else as_user "${@:2}"; fi; }
 
-# state::load KIND: fills STATE; false where nothing is saved.
-state::load() {
-    local file text line
-    STATE=()
-    file=$(state::file "$1")
-    text=$(state::as "$1" stat -- "$file" 2>&1) || {
-        [[ $text != *"No such file"* && $text != *"Not a directory"* ]] || return 1
-        die "$EXIT_PERMISSION" "cannot look at $file: ${text##*: }"
+# state::is_there KIND PATH FILE_TYPE: whether that is there. Ends with 5 where somebody else could have
+# written it: it names folders that are removed and settings that are put back as root.
+state::is_there() {
+    local facts owner mode type wanted="$INVOKER_UID $INVOKER_NAME"
+    local -r remedy="set GPU_SHARING_STATE_DIR to a folder of your own"
+    ! state::is_roots "$1" || wanted="0 root"
+    facts=$(state::as "$1" stat -c '%u %a %F' -- "$2" 2>&1) || {
+        [[ $facts != *"No such file"* && $facts != *"Not a directory"* ]] || return 1
+        die "$EXIT_PERMISSION" "cannot look at $2: ${facts##*: }; $remedy"
     }
-    state::require_own "$1" "${file%/*}/." directory
-    state::require_own "$1" "$file" "regular*file"
-    text=$(state::as "$1" cat -- "$file") || die "$EXIT_PERMISSION" "cannot read $file"
-    while IFS= read -r line; do
-        [[ ! $line =~ ^([a-z_]+)=(.*)$ ]] || STATE[${BASH_REMATCH[1]}]=${BASH_REMATCH[2]}
-    done <<<"$text"
-    [[ ${STATE[gpu_uuid]:-} == "$GPU_UUID" ]] ||
-        die "$EXIT_FAILED" "$file is damaged (no gpu_uuid of this GPU); look at it and remove it"
-}
-
-# state::require_own KIND PATH FILE_TYPE: ends with 5 where somebody else could have written what is
-# there: it names folders that are removed and settings that are put back as root.
-state::require_own() {
-    local facts owner mode type wanted=$INVOKER_UID
-    ! state::is_roots "$1" || wanted=0
-    facts=$(state::as "$1" stat -c '%u %a %F' -- "$2" 2>/dev/null) ||
-        die "$EXIT_PERMISSION" "cannot look at $2; set GPU_SHARING_STATE_DIR to a folder of your own"
     read -r owner mode type <<<"$facts"
     # shellcheck disable=SC2053 # a pattern: an empty file is a type of its own
     [[ $type == $3 ]] || die "$EXIT_PERMISSION" \
         "$2 is a $type, which these scripts never make; look at it and remove it"
-    ((owner == wanted || owner == 0)) ||
-        die "$EXIT_PERMISSION" "$2 belongs to user $(id -un "$owner" 2>/dev/null || printf '%s' "$owner")," \
-            "not to $(id -un "$wanted" 2>/dev/null || printf '%s' "$wanted"); remove it, or set" \
-            "GPU_SHARING_STATE_DIR to a folder of your own"
+    ((owner == ${wanted%% *} || owner == 0)) || die "$EXIT_PERMISSION" "$2 belongs to user" \
+        "$(id -un "$owner" 2>/dev/null || printf '%s' "$owner"), not to ${wanted#* }; remove it, or $remedy"
     (((8#$mode & 8#022) == 0)) || die "$EXIT_PERMISSION" "others may write $2; look whether it is as" \
         "you left it, then: chmod go-w $(quoted "$2")"
 }
 
-# state::keep KIND: has what is saved now put back, if the script fails from here on.
-state::keep() {
-    undo::push state::put_back "$1" "$(state::as "$1" cat -- "$(state::file "$1")" 2>/dev/null || true)"
+# state::load KIND: fills STATE; false where nothing is saved.
+state::load() {
+    local text line
+    local -r file=$(state::file "$1")
+    STATE=()
+    state::is_there "$1" "${file%/*}/." directory && state::is_there "$1" "$file" "regular*file" || return 1
+    text=$(state::as "$1" cat -- "$file") || die "$EXIT_PERMISSION" "cannot read $file"
+    while IFS= read -r line; do
+        [[ ! $line =~ ^([a-z_]+)=(.*)$ ]] || STATE[${BASH_REMATCH[1]}]=${BASH_REMATCH[2]}
+    done <<<"$text"
+    [[ ${STATE[gpu_uuid]:-} == "$GPU_UUID" ]] || state::damaged "$1" "no gpu_uuid of this GPU"
 }
 
-# state::save KIND KEY=VALUE...: replaces the file in one step. A user's is readable by its owner alone;
-# root's by all, so that gpu_status.sh needs no root.
+state::damaged() { die "$EXIT_FAILED" "$(state::file "$1") is damaged ($2); look at it and remove it"; }
+
+# state::save KIND KEY=VALUE...: replaces the file in one step; what was saved before is put back if the
+# script fails later. A user's is readable by its owner alone; root's by all, so that gpu_status.sh needs no
+# root.
 state::save() {
     local umask=077
+    local -a before
     local -r file=$(state::file "$1")
     ! state::is_roots "$1" || umask=022
-    ! state::as "$1" test -d "${file%/*}" || state::require_own "$1" "${file%/*}/." directory
+    state::is_there "$1" "${file%/*}/." directory || true
+    mapfile -t before < <(state::as "$1" cat -- "$file" 2>/dev/null || true)
+    undo::push state::put_back "$1" "${before[@]:1}"
     # shellcheck disable=SC2016 # the inner shell expands
-    run --state "$1" --note "save $file: ${*:2}" bash -p -c '
+    run --note "save $file: ${*:2}" state::as "$1" bash -p -c '
         umask "$1"
         mkdir -p -- "${2%/*}" && printf "%s\n" "${@:3}" >"$2.new" && sync -- "$2.new" && mv -fT -- "$2.new" "$2"
     ' save "$umask" "$file" "gpu_uuid=$GPU_UUID" "${@:2}" || die "$EXIT_PERMISSION" "cannot write $file as" \
         "$(state::as "$1" id -un); set GPU_SHARING_STATE_DIR to a folder that this user may write"
 }
 
-state::remove() { run --state "$1" rm -f -- "$(state::file "$1")"; }
-
-# state::put_back KIND TEXT: undo for state::save and state::remove. Kept as it is where the rest could
-# not be undone, since then there is still something to be undone later.
-state::put_back() {
-    local -a lines
-    ((UNDO_FAILED == 0)) || return 0
-    if [[ -z $2 ]]; then
-        state::remove "$1"
-    else
-        mapfile -t lines <<<"$2"
-        state::save "$1" "${lines[@]:1}"
-    fi
+state::remove() {
+    local -r file=$(state::file "$1")
+    run --note "$(quoted rm -f -- "$file")" state::as "$1" rm -f -- "$file"
 }
+
+# state::put_back KIND [KEY=VALUE...]: undo for state::save. Kept as it is where the rest could not be
+# undone, since then there is still something to be undone later.
+state::put_back() {
+    ((UNDO_FAILED == 0)) || return 0
+    if (($# == 1)); then state::remove "$1"; else state::save "$@"; fi
+}
+
+# state::driver_at_work: whether a driver is at work with a mode on the chosen GPU; STATE then holds its
+# note (mode, pid, output). The start time, in the kernel's ticks, tells it from a later process with its pid.
+state::driver_at_work() {
+    local started
+    state::load driver && [[ ${STATE[pid]:-} =~ ^[0-9]+$ ]] || return 1
+    # behind the program's name, which may hold anything, and the process's state
+    started=$(sed -nE 's/.*\) [^Z] //p' "/proc/${STATE[pid]}/stat" 2>/dev/null | cut -d ' ' -f 19) || return 1
+    [[ -n $started && $started == "${STATE[started]:-}" ]]
+}
+
+# shellcheck source=gpu.sh
+source "${BASH_SOURCE[0]%/*}/gpu.sh"
+# shellcheck source=mps.sh
+source "${BASH_SOURCE[0]%/*}/mps.sh"
+# shellcheck source=mig.sh
+source "${BASH_SOURCE[0]%/*}/mig.sh"
+
+# --- for run_experiments.sh, stress_test.sh and lib/ alone: to be deleted with them -----------------
+
+DIED_OF=""
+declare -A UNDO_SCRIPTS=(["time-slicing"]=reset_time_slicing.sh ["mps"]=disable_mps.sh ["mig"]=disable_mig.sh)
+declare -A STATE_KINDS=(["time-slicing"]="time-slicing time-slice" ["mps"]="mps compute-mode" ["mig"]=mig)
+declare -n PROFILE_ID=PROFILE_TOTAL
 
 # state::needs_root MODE: whether undoing the mode takes root.
 state::needs_root() {
@@ -397,36 +435,9 @@ state::needs_root() {
     return 1
 }
 
-# state::driver_at_work: whether run_experiments.sh or stress_test.sh is at work with a mode on the chosen
-# GPU; STATE then holds its note (mode, pid, output). The start time tells it from a later process with
-# its pid.
-state::driver_at_work() {
-    state::load driver || return 1
-    [[ ${STATE[pid]:-} =~ ^[0-9]+$ && ${STATE[started]:-} =~ ^[0-9]+$ ]] || return 1
-    [[ $(process::start "${STATE[pid]}") == "${STATE[started]}" ]]
-}
+# process::start PID: in ticks since the machine started; nothing where it has ended.
+process::start() { sed -nE 's/.*\) [^Z] //p' "/proc/$1/stat" 2>/dev/null | cut -d ' ' -f 19 || true; }
 
-# process::runs PID PROGRAM: whether a process runs that program, as far as it may be looked at. What a
-# process calls itself is anybody's choice.
-process::runs() {
-    local program
-    program=$(readlink -- "/proc/$1/exe" 2>/dev/null) || return 0
-    program=${program% (deleted)}
-    [[ ${program##*/} == "$2" ]]
-}
-
-# process::start PID: in the kernel's ticks since the machine started; nothing where it has ended.
-process::start() {
-    local text
-    local -a fields
-    text=$(cat "/proc/$1/stat" 2>/dev/null) || return 0
-    read -ra fields <<<"${text##*) }" # a program's name may hold anything
-    [[ ${fields[0]} == Z ]] || printf '%s' "${fields[19]}"
-}
-
-# shellcheck source=gpu.sh
-source "${BASH_SOURCE[0]%/*}/gpu.sh"
-# shellcheck source=mps.sh
-source "${BASH_SOURCE[0]%/*}/mps.sh"
-# shellcheck source=mig.sh
-source "${BASH_SOURCE[0]%/*}/mig.sh"
+# mps::probe PIPE_DIRECTORY: whether a daemon answers there.
+mps::probe() { mps::is_told up "$1"; }
+mps::answers() { mps::is_up "$1"; }
