@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from mode_script_runner import NOBODY
 
+from benchmarking.hardware.nvidia_tools import ask_mps_control, time_slice
 from benchmarking.modes import mode_scripts
 from benchmarking.modes import mps as mps_mode
 from benchmarking.modes.choice import make_mode
@@ -24,9 +25,9 @@ from benchmarking.modes.mode_scripts import (
     lock_reason,
     read_state,
 )
-from benchmarking.modes.mps import MpsMode, ask_mps_control
+from benchmarking.modes.mps import MpsMode
 from benchmarking.modes.sharing_mode import ModeNotInForceError, is_own_pid_namespace
-from benchmarking.modes.whole_gpu import WholeGpuMode, time_slice, time_slicing_warning
+from benchmarking.modes.whole_gpu import WholeGpuMode, time_slicing_warning
 
 UUID = "GPU-00000000-1111-2222-3333-444444444444"
 EMPTY = Path("/empty")

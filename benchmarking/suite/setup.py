@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarking.hardware import nvml
+from benchmarking.hardware.nvidia_tools import time_slice
 from benchmarking.modes.choice import make_mode
 from benchmarking.modes.mode_evidence import Evidence
 from benchmarking.modes.sharing_mode import ModeNotInForceError, SharingMode
-from benchmarking.modes.whole_gpu import time_slice, time_slicing_warning
+from benchmarking.modes.whole_gpu import time_slicing_warning
 from benchmarking.records import run_folder
 from benchmarking.records.run_folder import PHASE_BASELINE, Run
 from benchmarking.suite import mig_layout, occupancy, pairs
