@@ -238,7 +238,9 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         help="further flags for every job of the mix, as --job-arguments='--batch-size 8'",
     )
     add(
+        "--allow-contention",
         "--beside-others",
+        dest="beside_others",
         action="store_true",
         help="measure although other people's processes are on the GPU, and mark it contended",
     )

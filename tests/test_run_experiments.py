@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 from driver_runner import (
     AS_BEFORE,
+    SYSTEM_PYTHON,
     UUID,
     DriverRunner,
     driver_runner,
     without_gpu_programs,
 )
-from mode_script_runner import PROJECT_ROOT, needs_root
+from mode_script_runner import needs_root
 
 from benchmarking.records import run_folder
 
@@ -234,7 +235,7 @@ def test_a_signal_stops_the_suite_first_then_undoes_the_mode_then_reports(
         SCRIPT, "--modes", "mps,mig", run_id="mps", signals=[number]
     )
     assert status == code, stderr
-    assert {"program": "benchmark_suite.py", "signal": "SIGINT"} in runner.python_calls()
+    assert {"program": "benchmark_suite.py", "signal": 1} in runner.python_calls()
     assert_mps_was_interrupted(runner)
     assert runner.reason("mig") == "interrupted before it began"
     last = stderr.splitlines()[-1]
@@ -248,7 +249,7 @@ def test_a_closed_terminal_stops_the_suite_then_undoes_the_mode_then_reports(
     status = runner.drive_until_hangup(SCRIPT, "--modes", "mps,mig", run_id="mps")
     assert status == 129, (runner.output / "after-hangup.log").read_text()
     told, ended = runner.python_calls()[-3:-1]
-    assert told == {"program": "benchmark_suite.py", "signal": "SIGINT"}
+    assert told == {"program": "benchmark_suite.py", "signal": 1}
     # the daemon was still there when the suite had ended its clients
     assert ended["ended"] == "mps"
     assert ended["gpu"]["daemons"] == 1
@@ -256,23 +257,16 @@ def test_a_closed_terminal_stops_the_suite_then_undoes_the_mode_then_reports(
     assert "MPS is off" in (runner.output / "after-hangup.log").read_text()
 
 
-def test_a_driver_that_has_to_end_itself_ends_the_suite_before_it_undoes_the_mode(
-    runner: DriverRunner,
+@pytest.mark.parametrize("crash", ["ValueError", "SystemExit", "MemoryError"])
+def test_a_suite_that_crashes_is_a_failed_phase_and_its_mode_is_undone(
+    runner: DriverRunner, crash: str
 ) -> None:
-    runner.rule(mps={"wait": True, "slow_to_end": 0.5})
-    (runner.folder / "die").write_text("trap 'exit 1' USR1\n")
-    status, stderr = runner.drive_until_signal(
-        SCRIPT,
-        "--modes",
-        "mps",
-        run_id="mps",
-        signals=[signal.SIGUSR1],
-        BASH_ENV=str(runner.folder / "die"),
-    )
-    assert status == 1, stderr
-    ended = runner.python_calls()[-1]
-    assert ended["ended"] == "mps"
-    assert ended["gpu"]["daemons"] == 1
+    runner.rule(mps={"crash": crash})
+    result = runner.drive(SCRIPT, "--modes", "mps")
+    assert result.returncode == 1
+    assert runner.reason("mps") == f"the suite crashed ({crash}: the suite has a fault)"
+    assert "Traceback" in result.stderr
+    assert runner.outcomes()["analysis"] == "ok"
     assert not runner.machine.state()["mps"]
     assert runner.left_behind() == []
 
@@ -283,10 +277,7 @@ def test_a_second_ctrl_c_ends_a_suite_that_does_not_listen(runner: DriverRunner)
         SCRIPT, run_id="baseline", signals=[signal.SIGINT, signal.SIGINT]
     )
     assert status == 130, stderr
-    assert [call["signal"] for call in runner.python_calls() if "signal" in call] == [
-        "SIGINT",
-        "SIGTERM",
-    ]
+    assert [call["signal"] for call in runner.python_calls() if "signal" in call] == [1, 2]
     assert list(runner.suite_calls()) == ["baseline"]
 
 
@@ -607,8 +598,12 @@ def test_without_root_sudo_is_used_for_card_settings_alone_and_never_asks(
     (programs / "sudo").chmod(0o755)
     result = subprocess.run(
         [*AS_NOBODY, f"./{SCRIPT}", "--dry-run", "--mig", "--output", str(runner.output)],
-        cwd=PROJECT_ROOT,
-        env={**runner.environment, "PATH": f"{programs}:{runner.environment['PATH']}"},
+        cwd=runner.project,
+        env={
+            **runner.environment,
+            "PYTHON": SYSTEM_PYTHON,
+            "PATH": f"{programs}:{runner.environment['PATH']}",
+        },
         capture_output=True,
         text=True,
         timeout=60,

@@ -1,0 +1,339 @@
+"""The flags that run_experiments.sh and stress_test.sh share, and the errors of both.
+
+Standard library alone: usage errors are answered by the system's Python.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import stat
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from benchmarking.hardware.nvidia_tools import PROFILE_PATTERN
+
+PROJECT_ROOT = Path(__file__).resolve().parents[2]
+EXIT_FAILED, EXIT_USAGE, EXIT_NO_GPU = 1, 2, 3
+# Script, working folder and arguments of a run, each ended by NUL, for --resume.
+SAVED_ARGUMENTS = "arguments.nul"
+
+SHARED_HELP = """\
+  --job 'COMMAND'       a job of your own in place of the mix, such as 'python train.py --epochs 1';
+                        again for each further one
+  --plan FILE           jobs of your own with their settings, in place of the mix
+  --quick               small jobs, for a demonstration
+  --allow-contention    measure although foreign processes are on the GPU (or: --beside-others)
+  --repeats N           repeats of each co-run
+  --output DIR          folder for the runs and the report; must not hold an earlier one
+  --resume DIR          go on with what was cut off in that folder, with the flags saved there
+  --gpu INDEX_OR_UUID   which GPU (default: the first one visible)
+  --device auto|cuda|cpu  cpu: the CPU demonstration, even where there is a GPU
+  --engine, --precision, --seed, --dataset, --data-dir   passed on to the jobs
+  --mps-percentage even|N[,N...], --mps-memory-limit, --mps-priority   limits of the clients under
+                        mps (see benchmarking/benchmark_suite.py --help)
+  --dry-run             print every command and change nothing
+
+Changes to the GPU's settings are made only when told to, need root (sudo without a password, or a
+root shell), and are undone at the end:
+  --mig                 the mig mode may switch MIG on and make its instances
+  --mig-profile NAME    size of these instances (default 1g.5gb, or this GPU's one-slice profile)
+  --mig-layout LIST     or the instance of each job, such as 2g.20gb,1g.10gb,1g.10gb
+  --exclusive           MPS with compute mode EXCLUSIVE_PROCESS
+  --timeslice default|short|medium|long   length of a time slice
+"""
+
+Check = Callable[[str], Any]
+
+
+class Refused(Exception):
+    """The driver ends with one sentence (or a line for each mistake) and an exit code.
+
+    `has_hint`: the help is named, too. `is_said`: the sentence is on the terminal already.
+    """
+
+    def __init__(
+        self, exit_code: int, sentence: str, *, has_hint: bool = False, is_said: bool = False
+    ) -> None:
+        """Keep what is said at the end."""
+        super().__init__(sentence)
+        self.exit_code = exit_code
+        self.has_hint = has_hint
+        self.is_said = is_said
+
+
+def usage_error(sentence: str) -> Refused:
+    """Return the error of arguments that make no sense."""
+    return Refused(EXIT_USAGE, sentence, has_hint=True)
+
+
+class DriverParser(argparse.ArgumentParser):
+    """Parses the arguments of a driver with `check` functions whose `ValueError` is the message."""
+
+    def __init__(self, script: str, help_text: str) -> None:
+        """Take the name of the script and the whole text of its help."""
+        super().__init__(prog=script, add_help=False, allow_abbrev=False)
+        self.add_argument("--help", "-h", action="help")
+        self._help_text = help_text
+        self._add_shared_flags()
+
+    def format_help(self) -> str:
+        """Return the help as it was written."""
+        return self._help_text
+
+    def error(self, message: str) -> NoReturn:
+        """Raise the message as a `Refused`."""
+        raise usage_error(message.removeprefix("argument "))
+
+    def add(self, flag: str, check: Check, **others: Any) -> None:
+        """Add a flag with a value."""
+        self.add_argument(flag, action=_Checked, check=check, **others)
+
+    def checked(self, name: str, check: Check, text: str | None) -> Any:
+        """Return what a check makes of a text; what it does not take is an error of this name."""
+        try:
+            return check(text)
+        except ValueError as error:
+            self.error(f"{name}{error}")
+
+    def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
+        """Return the options; `words` are the arguments, `positional` those that are no flags.
+
+        With --resume they are the arguments saved in its folder, `resumed`, given where they were.
+        """
+        words, resumed = self._words(arguments)
+        options, rest = self.parse_known_args(words)
+        unknown = [word for word in rest if word.startswith("-")]
+        if unknown:
+            self.error(f"unknown option: {unknown[0]}")
+        options.positional = rest
+        options.script, options.words, options.resumed = self.prog, words, resumed
+        options.suite_flags = [
+            *(["--quick"] if options.quick else []),
+            *(["--allow-contention"] if options.allow_contention else []),
+            *_given(options, "engine", "precision", "dataset", "data_dir", "seed"),
+        ]
+        options.mps_flags = _given(options, "mps_percentage", "mps_memory_limit", "mps_priority")
+        return options
+
+    def _words(self, arguments: Sequence[str]) -> tuple[list[str], Path | None]:
+        first, equals, value = (arguments[0] if arguments else "").partition("=")
+        if first != "--resume":
+            return list(arguments), None
+        values = [value, *arguments[1:]] if equals else arguments[1:]
+        if len(values) != 1:
+            self.error(
+                "--resume needs a folder and takes no other flags: it goes on with those saved "
+                "there"
+            )
+        folder = Path(values[0]).resolve()
+        saved = _read_saved(folder)
+        if not saved:
+            self.error(
+                f"--resume: '{values[0]}' holds no {SAVED_ARGUMENTS}; name the folder of an "
+                f"earlier {self.prog}"
+            )
+        script, working_folder, *words = saved
+        if script != self.prog:
+            self.error(f"--resume: {folder} was made by {script}; go on with that")
+        try:
+            os.chdir(working_folder)
+        except OSError:
+            raise Refused(
+                EXIT_USAGE, f"the folder that it was started from is gone: {working_folder}"
+            ) from None
+        return words, folder
+
+    def _add_shared_flags(self) -> None:
+        switch = {"action": "store_true"}
+        for flag in ("--quick", "--exclusive", "--mig", "--dry-run"):
+            self.add_argument(flag, **switch)
+        self.add_argument("--allow-contention", "--beside-others", **switch)
+        self.add("--resume", _no_resume)
+        self.add("--output", path())
+        self.add("--gpu", some_text("an index or a UUID"))
+        self.add("--device", one_of("auto", "cpu", "cuda"), default="auto")
+        self.add("--repeats", whole_number)
+        self.add("--timeslice", one_of("default", "short", "medium", "long"))
+        self.add("--plan", path(Path.is_file, "is not a file"))
+        self.add("--job", some_text("a command"), default=[])
+        # The guide's; setup_mig.sh takes this card's profile of the same size for it.
+        self.add("--mig-profile", some_text("a value"), default="1g.5gb")
+        self.add("--mig-layout", _mig_layout, default=[])
+        self.add("--engine", one_of("eager", "graph", "compile"))
+        self.add("--precision", one_of("fp32", "tf32", "bf16"))
+        self.add("--dataset", one_of("auto", "cifar10", "folder", "synthetic"))
+        self.add("--data-dir", path(Path.is_dir, "is not a folder"))
+        self.add("--seed", matching(r"\d+", "a whole number from 0 on"))
+        for flag in ("--mps-percentage", "--mps-memory-limit", "--mps-priority"):
+            self.add(flag, some_text("a value"))
+
+
+class _Checked(argparse.Action):
+    """A value that `check` takes, with a `ValueError` for the rest; a forgotten one is an error."""
+
+    def __init__(self, *args: Any, check: Check, **others: Any) -> None:
+        super().__init__(*args, nargs="?", **others)
+        self._check = check
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        value = parser.checked(option_string, self._check, values)
+        if self.dest == "job":
+            value = [*namespace.job, value]
+        setattr(namespace, self.dest, value)
+
+
+def one_of(*choices: str) -> Check:
+    """Return a check for one of these words."""
+
+    def check(text: str | None) -> str:
+        if text not in choices:
+            raise ValueError(f" needs one of: {' '.join(choices)}")
+        return text
+
+    return check
+
+
+def matching(pattern: str, what: str) -> Check:
+    """Return a check for text that matches a pattern as a whole; `what` it is, for the message."""
+
+    def check(text: str | None) -> str:
+        if not re.fullmatch(pattern, text or "", re.ASCII):
+            raise ValueError(f" needs {what}")
+        return text
+
+    return check
+
+
+def whole_number(text: str | None) -> int:
+    """Check for a count."""
+    return int(matching("[1-9][0-9]{0,3}", "a whole number from 1 on, 9999 at most")(text))
+
+
+def number_above_0(what: str = "a number above 0") -> Check:
+    """Return a check for a number, kept as it was written; `what` it is, for the message."""
+    return matching(r"(?=.*[1-9])\d+(\.\d+)?", what)
+
+
+def some_text(what: str) -> Check:
+    """Return a check for text that is not empty; `what` it is, for the message."""
+
+    def check(text: str | None) -> str:
+        if text is None:
+            raise ValueError(" needs a value")
+        if not text:
+            raise ValueError(f" needs {what}")
+        return text
+
+    return check
+
+
+def path(is_good: Callable[[Path], bool] = lambda path: True, complaint: str = "") -> Check:
+    """Return a check for a path; it is returned such that no program takes it for a flag."""
+
+    def check(text: str | None) -> str:
+        text = some_text("a path")(text)
+        if not is_good(Path(text)):
+            raise ValueError(f": '{text}' {complaint}")
+        return f"./{text}" if text.startswith("-") else text
+
+    return check
+
+
+def check_one_kind_of_jobs(parser: DriverParser, options: argparse.Namespace) -> None:
+    """Refuse jobs that are given in two ways."""
+    kinds = {"--mix": options.mix, "--plan": options.plan, "--job": options.job}
+    given = [flag for flag, value in kinds.items() if value]
+    if len(given) > 1:
+        parser.error(f"{given[0]} and {given[1]}: give one of the two")
+
+
+def jobs_of(options: argparse.Namespace, usual_mix: str) -> list[str]:
+    """Return the suite's flags for the jobs."""
+    if options.plan:
+        return ["--plan", options.plan]
+    if options.job:
+        return [word for job in options.job for word in ("--job", job)]
+    return ["--mix", options.mix or usual_mix]
+
+
+def save_arguments(options: argparse.Namespace, folder: str) -> None:
+    """Keep the arguments for --resume, for their owner alone; raises `OSError`."""
+    words = [options.script, os.getcwd(), *options.words]
+    file = os.open(
+        os.path.join(folder, SAVED_ARGUMENTS), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600
+    )
+    with open(file, "wb") as stream:
+        stream.write(b"".join(os.fsencode(word) + b"\0" for word in words))
+
+
+def _read_saved(folder: Path) -> list[str]:
+    """Return what `save_arguments` kept; empty where there is none.
+
+    Raises `Refused` where somebody else could have written it: they are run as commands.
+    """
+    try:
+        with (folder / SAVED_ARGUMENTS).open("rb") as stream:
+            status = os.fstat(stream.fileno())
+            saved = stream.read()
+    except OSError:
+        return []
+    is_own = status.st_uid == os.geteuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    if not is_own:
+        raise Refused(
+            EXIT_USAGE,
+            f"--resume: {folder / SAVED_ARGUMENTS} is not yours alone, and what it holds would be "
+            "run; go on as its owner, or start anew",
+        )
+    return [os.fsdecode(word) for word in saved.split(b"\0")[:-1]]
+
+
+def _no_resume(text: str | None) -> NoReturn:
+    raise ValueError(" goes on with the flags saved in its folder: give no others")
+
+
+def _mig_layout(text: str | None) -> list[str]:
+    profiles = some_text("a value")(text).split(",")
+    if not all(re.fullmatch(PROFILE_PATTERN, profile) for profile in profiles):
+        raise ValueError(" needs MIG profiles with commas between, such as 2g.20gb,1g.10gb")
+    return profiles
+
+
+def _given(options: argparse.Namespace, *names: str) -> list[str]:
+    """Return the flags of these names that were given, with their values."""
+    given = [(name, getattr(options, name)) for name in names]
+    return [
+        word
+        for name, value in given
+        if value is not None
+        for word in (f"--{name.replace('_', '-')}", value)
+    ]
+
+
+def command_name(script: str) -> str:
+    """Return how the script is called from the present folder."""
+    try:
+        name = os.path.relpath(PROJECT_ROOT / script)
+    except OSError:  # the present folder is gone
+        name = ".."
+    if name.startswith(".."):
+        return str(PROJECT_ROOT / script)
+    return name if "/" in name else f"./{name}"
+
+
+def complain(refused: Refused, command: str) -> None:
+    """Print why the driver ends."""
+    if not refused.is_said:
+        for line in str(refused).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+    if refused.has_hint:
+        print(f"Try '{command} --help'.", file=sys.stderr)
