@@ -1,19 +1,16 @@
 #!/usr/bin/env bash
 # Finds the Python that the programs run with, and installs what is missing on first use.
-# Sourced by run_experiments.sh, stress_test.sh and run_tests.sh:
 #
 #   environment::any_python                 prints a Python that is new enough for what needs no packages
 #   environment::set_up REQUIREMENTS_FILE   sets PYTHON, or ends the script with one sentence
-#
-# Run by benchmarking/suite/driver.py, it becomes the program in that Python, named by
-# GPU_SHARING_PYTHON; a dry run installs nothing:
-#
-#   setup_environment.sh [--dry-run] PROGRAM WORD...
 #
 # In this order: $PYTHON where the caller sets it; the active python3, PYTHONPATH included, where it
 # has everything; .venv beside this file, made from the requirements file on first use. A stamp in
 # .venv says for which requirements it is complete, so that an installation that was interrupted is
 # finished at the next start.
+#
+# Run by benchmarking/suite/driver.py as `setup_environment.sh [--dry-run] PROGRAM WORD...` it becomes
+# the program in that Python, named by GPU_SHARING_PYTHON; a dry run installs nothing.
 
 # Under it the names of the functions here would be none.
 set +o posix
@@ -34,16 +31,13 @@ if [[ -n ${PYTHONPATH:-} ]]; then
 fi
 
 environment::set_up() {
-    local stamp
     if ! environment::find "$1"; then
         environment::install "$1"
         PYTHON=$VENV_PYTHON
     fi
     # Where the folder may only be read, a stamp that is old or missing costs a look at every start.
-    if [[ $PYTHON == "$VENV_PYTHON" && -w $VENV_FOLDER ]]; then
-        stamp=$(environment::stamp "$1")
-        environment::fingerprint "$1" >"$stamp"
-    fi
+    [[ $PYTHON != "$VENV_PYTHON" || ! -w $VENV_FOLDER ]] ||
+        environment::fingerprint "$1" >"$(environment::stamp "$1")"
 }
 
 # environment::find REQUIREMENTS_FILE: sets PYTHON without installing; false where nothing fits.
@@ -92,19 +86,15 @@ environment::missing() { "$1" "$ENVIRONMENT_ROOT/benchmarking/check_requirements
 # A folder that somebody else filled, or whose requirements have moved a little, may be complete
 # without its stamp; only a real import tells.
 environment::venv_is_complete() {
-    local stamp
-    stamp=$(environment::stamp "$1")
     environment::is_new_enough "$VENV_PYTHON" || return 1
-    [[ -f $stamp && $(<"$stamp") == "$(environment::fingerprint "$1")" ]] ||
+    [[ $(cat -- "$(environment::stamp "$1")" 2>/dev/null) == "$(environment::fingerprint "$1")" ]] ||
         environment::missing "$VENV_PYTHON" "$1" --import >/dev/null
 }
 
 environment::stamp() { printf '%s/complete-%s.sha256' "$VENV_FOLDER" "$(basename -- "$1")"; }
 
 # Of every requirements file, since one names the other.
-environment::fingerprint() {
-    cat -- "$(dirname -- "$1")"/requirements*.txt | sha256sum | cut -d ' ' -f 1
-}
+environment::fingerprint() { cat -- "${1%/*}"/requirements*.txt | sha256sum | cut -d ' ' -f 1; }
 
 environment::install() {
     local missing
@@ -132,13 +122,12 @@ environment::install() {
 environment::make_venv() {
     local candidate
     for candidate in "${PYTHON_NAMES[@]}"; do
-        if environment::is_new_enough "$candidate" &&
-            "$candidate" -I -c 'import venv, ensurepip' 2>/dev/null; then
-            environment::log "Making $VENV_FOLDER with $(command -v "$candidate")."
-            "$candidate" -I -m venv --clear "$VENV_FOLDER" ||
-                environment::die "$candidate could not make $VENV_FOLDER (see above)"
-            return
-        fi
+        environment::is_new_enough "$candidate" || continue
+        "$candidate" -I -c 'import venv, ensurepip' 2>/dev/null || continue
+        environment::log "Making $VENV_FOLDER with $(command -v "$candidate")."
+        "$candidate" -I -m venv --clear "$VENV_FOLDER" ||
+            environment::die "$candidate could not make $VENV_FOLDER (see above)"
+        return
     done
     environment::die "no Python >= $OLDEST_PYTHON with its venv module was found; install one" \
         "(Debian, Ubuntu: apt install python3-venv)"
@@ -147,16 +136,13 @@ environment::make_venv() {
 # environment::become [--dry-run] PROGRAM WORD...
 environment::become() {
     local -r requirements=$ENVIRONMENT_ROOT/requirements.txt
-    local runner
+    local runner=""
     if [[ $1 != --dry-run ]]; then
         environment::set_up "$requirements"
-    else
-        shift
-        environment::find "$requirements" || {
-            printf 'would install: requirements.txt into %s\n' "$VENV_FOLDER"
-            runner=$(environment::any_python)
-            PYTHON=$VENV_PYTHON
-        }
+    elif shift && ! environment::find "$requirements"; then
+        printf 'would install: requirements.txt into %s\n' "$VENV_FOLDER"
+        runner=$(environment::any_python)
+        PYTHON=$VENV_PYTHON
     fi
     GPU_SHARING_PYTHON=$PYTHON exec "${runner:-$PYTHON}" "$@"
 }

@@ -31,12 +31,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarking.command_line.argument_types import positive_float, positive_int
-from benchmarking.command_line.driver_words import tell_driver
 from benchmarking.command_line.one_line_parser import OneLineParser
 from benchmarking.records import run_folder
 from benchmarking.suite import console, mig_layout, mps_knobs, pairs
 from benchmarking.suite.launcher import Interruption
-from benchmarking.suite.parent_death import DRIVER_VARIABLE, end_with_driver
 from benchmarking.suite.plan import MIXES, MODE_EXCLUSIVE, MODE_MIG, MODE_MPS, MODES
 from benchmarking.suite.plan_file import PlanFileError, read_plan_file
 from benchmarking.suite.ramp import MOST_CLIENTS
@@ -63,7 +61,6 @@ def main() -> int:
         earlier = read_earlier(options.resume, options.results_dir) if options.resume else None
         request = earlier.request if earlier else request_from(options)
         with Interruption().watching() as interruption, no_mps_folder() as folder:
-            end_with_driver(os.environ)
             setup = prepare(request, folder, os.environ, require_mode=not options.dry_run)
             console.print_plan(setup, verbose=options.verbose or options.dry_run)
             return EXIT_COMPLETE if options.dry_run else run(setup, interruption, earlier)
@@ -88,13 +85,11 @@ def run(setup: Setup, interruption: Interruption, earlier: EarlierPart | None) -
     say = console.Teller().say
     suite = SuiteRun(setup, writer, interruption, say, earlier=earlier)
     code = suite.execute()
-    tell_driver(suite.ending or "")
     try:
         console.print_summary(run_folder.read_run(writer.folder))
     except run_folder.RunStoreError as error:
-        return complain(error, code or EXIT_FAILED, is_last_word=suite.ending is None)
-    if DRIVER_VARIABLE not in os.environ:  # a driver makes the report itself, and goes on itself
-        tell_what_next(writer.folder, interrupted=code == EXIT_INTERRUPTED)
+        return complain(error, code or EXIT_FAILED)
+    tell_what_next(writer.folder, interrupted=code == EXIT_INTERRUPTED)
     print(f"results: {writer.folder}", flush=True)
     return code
 
@@ -442,15 +437,10 @@ def listed(check: Callable[[str], str], *words: str) -> Callable[[str], tuple[st
     return parse
 
 
-def complain(error: Exception, code: int, *, is_last_word: bool = True) -> int:
-    """Print an error, one sentence for each thing that is wrong, and return its exit code.
-
-    A driver script is told it too, unless it has been told already why the run ended.
-    """
+def complain(error: Exception, code: int) -> int:
+    """Print an error, one sentence for each thing that is wrong, and return its exit code."""
     for sentence in str(error).splitlines():
         print(f"benchmark_suite.py: error: {sentence}", file=sys.stderr)
-    if is_last_word:
-        tell_driver(str(error))
     return code
 
 

@@ -18,10 +18,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarking.modes.mode_scripts import ModeScriptError
 from benchmarking.suite import driver_arguments as arguments
-from benchmarking.suite.driver import PHASES_FILE, Driver, append_line, driving, say
+from benchmarking.suite.driver import Driver, append_line, driving, say
 from benchmarking.suite.driver_arguments import EXIT_FAILED, EXIT_NO_GPU, SHARED_HELP, Refused
 
-SCRIPT = "run_experiments.sh"
+SCRIPT, PHASES_FILE = "run_experiments.sh", "phases.jsonl"
 HELP = f"""\
 Usage: ./run_experiments.sh [options]
 
@@ -72,7 +72,7 @@ def main() -> int:
 def parse_arguments() -> argparse.Namespace:
     """Return the checked options; raises `Refused`."""
     parser = arguments.DriverParser(SCRIPT, HELP)
-    parser.add("--modes", _modes, default=list(MODES))
+    parser.add("--modes", _modes, list(MODES))
     parser.add("--mix", arguments.one_of(*MIXES))
     parser.add("--workloads", arguments.whole_number)
     parser.add("--phase-minutes", arguments.number_above_0("a number of minutes over 0"))
@@ -81,7 +81,6 @@ def parse_arguments() -> argparse.Namespace:
     options = parser.parse(sys.argv[1:])
     if options.positional:
         parser.error(f"unexpected argument: {options.positional[0]}")
-    arguments.check_one_kind_of_jobs(parser, options)
     if options.mix == "pairs" and options.workloads:
         parser.error("--mix pairs has two jobs in each co-run: leave --workloads")
     return options
@@ -210,11 +209,9 @@ class Experiment:
             self._run_twice(phase, mode)
         except ModeScriptError as error:
             phase.end("failed", str(error))
-        try:
-            modes.undo()
-        except ModeScriptError as error:
-            say(f"error: {error}")
-            phase.end("failed", str(error))
+        failure = self.driver.undo_mode()
+        if failure:
+            phase.end("failed", failure)
 
     def _run_twice(self, phase: Phase, mode: str) -> None:
         """Run the jobs together; again for the noise floor, if it is wanted and none has it yet."""

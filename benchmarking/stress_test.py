@@ -13,7 +13,6 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarking.modes.mode_scripts import ModeScriptError
 from benchmarking.suite import driver_arguments as arguments
 from benchmarking.suite.driver import Driver, SuiteEnd, driving, say
 from benchmarking.suite.driver_arguments import (
@@ -21,7 +20,7 @@ from benchmarking.suite.driver_arguments import (
     EXIT_NO_GPU,
     SHARED_HELP,
     Refused,
-    usage_error,
+    UsageError,
 )
 
 SCRIPT = "stress_test.sh"
@@ -69,8 +68,8 @@ def main() -> int:
         if driver.options.mode == "mig":
             driver.require_layout(counts[-1])
         driver.prepare(f"stress-{driver.mode_name(driver.options.mode)}")
-        end, has_failed = ramp_up(driver, counts)
-        return finish(driver, end, has_failed=has_failed)
+        end, went_well = ramp_up(driver, counts)
+        return finish(driver, end, went_well=went_well)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -91,7 +90,6 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("--until-break: under mig there are as many jobs as instances")
     if options.mps_flags and options.mode != "mps":
         parser.error(f"{options.mps_flags[0]} needs MODE mps")
-    arguments.check_one_kind_of_jobs(parser, options)
     if options.slo_ms and jobs_of(options) == ["--mix", "training"]:
         parser.error(
             "--slo-ms needs jobs with response times: --mix inference, interactive, mixed or "
@@ -111,7 +109,7 @@ def counts_of(driver: Driver) -> list[int]:
     size = driver.count_jobs() or GROUPS[options.mix or "training"]
     maximum = options.maximum or max(size, 8 // size * size)
     if maximum % size != 0:
-        raise usage_error(f"MAX needs to be a multiple of {size}: so many jobs make the mix once")
+        raise UsageError(f"MAX needs to be a multiple of {size}: so many jobs make the mix once")
     steps = range(size, maximum, size) if size > 1 else [1, *range(2, maximum, 2)]
     return [*(count for count in steps if count < maximum), maximum]
 
@@ -122,7 +120,7 @@ def require_mode(driver: Driver, maximum: int) -> None:
     What another run has left behind may stand in the way until `prepare` has undone it.
     """
     mode = driver.options.mode
-    if driver.gpu is None or driver.modes.has_leftovers():
+    if driver.gpu is None or driver.modes.has_note():
         return
     reason = driver.modes.why_not(mode, maximum)
     if reason:
@@ -130,32 +128,25 @@ def require_mode(driver: Driver, maximum: int) -> None:
 
 
 def ramp_up(driver: Driver, counts: list[int]) -> tuple[SuiteEnd, bool]:
-    """Run the counts under the mode, undo it, make the report; return whether those two failed."""
-    options, modes = driver.options, driver.modes
+    """Run the counts under the mode, undo it, make the report.
+
+    Returns how the suite ended, and whether undo and report went well.
+    """
+    options = driver.options
     require_mode(driver, counts[-1])
     if driver.gpu is not None:
-        try:
-            modes.enable(options.mode, counts[-1])
-        except ModeScriptError as error:
-            code = driver.interrupted or EXIT_FAILED
-            raise Refused(code, str(error)) from None
+        driver.modes.enable(options.mode, counts[-1])
     flags = ["--mode", options.mode, *jobs_of(options)]
     flags += ["--workloads", ",".join(map(str, counts)), "--repeats", str(options.repeats or 1)]
-    for flag, value in (("--max-slowdown", options.max_slowdown), ("--slo-ms", options.slo_ms)):
-        flags += [flag, value] if value else []
+    flags += arguments.flags_of(options, "max_slowdown", "slo_ms")
     flags += ["--until-break"] if options.until_break else []
     flags += [] if options.no_bisect else ["--bisect"]
     end = driver.run_suite(driver.mode_name(options.mode), [*flags, *options.mps_flags])
-    has_failed = False
-    try:
-        modes.undo()
-    except ModeScriptError as error:
-        say(f"error: {error}")
-        has_failed = True
-    return end, driver.analyze() is not None or has_failed
+    failures = [driver.undo_mode(), driver.analyze()]
+    return end, not any(failures)
 
 
-def finish(driver: Driver, end: SuiteEnd, *, has_failed: bool) -> int:
+def finish(driver: Driver, end: SuiteEnd, *, went_well: bool) -> int:
     """Say where the report is; return the exit code of the whole. Raises `Refused`."""
     if driver.options.dry_run:
         return 0
@@ -164,7 +155,7 @@ def finish(driver: Driver, end: SuiteEnd, *, has_failed: bool) -> int:
     chart = f" (the ramp is {charts[0].name})" if charts else ""
     say(f"Report, table and charts: {driver.output}{chart}")
     driver.leave_interrupted()
-    if has_failed:
+    if not went_well:
         return EXIT_FAILED
     if end.exit_code in (0, EXIT_NO_GPU):
         return end.exit_code

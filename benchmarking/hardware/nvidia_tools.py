@@ -18,7 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarking.hardware.visible_devices import cards_of_nvidia_smi
+from benchmarking.hardware.visible_devices import (
+    VISIBLE,
+    Card,
+    cards_of_nvidia_smi,
+    names_none,
+    visible_devices,
+)
 
 QUESTION_SECONDS = 60
 MPS_QUESTION_SECONDS = 10
@@ -28,8 +34,13 @@ FIELDS = ("index", "uuid", "compute_mode", MIG_FIELD, "name")
 PROFILE_PATTERN = r"\d+g\.\d+gb(?:[+-][a-z.]+)*"
 
 
-class NoAnswerError(Exception):
+class NoGpuError(Exception):
     """There is no GPU to be used, or it cannot be asked; the message is a sentence with the fix."""
+
+    def __init__(self, sentence: str, exit_code: int = 3) -> None:
+        """Keep what a driver says and ends with."""
+        super().__init__(sentence)
+        self.exit_code = exit_code
 
 
 @dataclass(frozen=True)
@@ -70,11 +81,11 @@ def lists_a_gpu() -> bool:
     """Whether nvidia-smi names any GPU, in whatever place: one that is lost hides no other.
 
     Raises:
-        NoAnswerError: A driver is there and does not answer.
+        NoGpuError: A driver is there and does not answer.
     """
     if shutil.which("nvidia-smi") is None:
         if Path("/proc/driver/nvidia/version").exists():
-            raise NoAnswerError(
+            raise NoGpuError(
                 "an NVIDIA driver is loaded but nvidia-smi was not found; add it to the PATH, or "
                 "choose --device cpu"
             )
@@ -84,74 +95,89 @@ def lists_a_gpu() -> bool:
         return True
     if not text.strip() or "No devices" in text:
         return False
-    said = printable(text.splitlines()[0])
-    raise NoAnswerError(
-        f"nvidia-smi does not answer ({said}); mend the driver, or choose --device cpu"
+    raise NoGpuError(
+        f"nvidia-smi does not answer ({_first_line(text)}); mend the driver, or choose --device cpu"
     )
 
 
-def select(selector: str | None, say: Callable[[str], None]) -> Gpu:
-    """Return the GPU of an index or a UUID, else the first; `say` gets warnings and choices.
+def find_gpu(device: str, selector: str | None, say: Callable[[str], None]) -> Gpu | None:
+    """Return the GPU to use, `None` for the demonstration on the CPU; `say` gets lines about it.
+
+    Args:
+        device: auto, cuda or cpu; only a machine without a GPU gets the demonstration unasked.
+        selector: An index or a UUID; else the first GPU that CUDA would see is taken.
 
     Raises:
-        NoAnswerError: There is none.
+        NoGpuError: A GPU was asked for or is there, but cannot be used.
     """
+    if device == "cpu":
+        say("CPU demonstration, as asked for (--device cpu).")
+        return None
+    if device == "auto" and not selector and _hides_gpus():
+        say("CPU demonstration: CUDA_VISIBLE_DEVICES hides every GPU.")
+        return None
+    if lists_a_gpu():
+        gpu = select(selector or _first_visible(), say)
+        say(gpu.title)
+        return gpu
+    if device == "cuda" or selector:
+        raise NoGpuError(
+            "no NVIDIA GPU was found; without --device cuda and --gpu the CPU demonstration runs"
+        )
+    say("No NVIDIA GPU was found: this is the CPU demonstration, no sharing mode is in force.")
+    return None
+
+
+def select(selector: str | None, say: Callable[[str], None]) -> Gpu:
+    """Return the GPU of an index or a UUID, else the first; raises `NoGpuError`."""
     gpus, rest, status = _query()
     if not gpus:  # one GPU that is lost can make the question to all fail
         gpus = [gpu for card in cards_of_nvidia_smi() for gpu in _query("-i", card.uuid)[0]]
     if not gpus:
-        raise NoAnswerError(
-            f"nvidia-smi names no GPU that can be used (it ended with {status}): "
-            f"{(rest or ['nothing'])[0]}"
+        said = (rest or ["nothing"])[0]
+        raise NoGpuError(
+            f"nvidia-smi names no GPU that can be used (it ended with {status}): {said}"
         )
     for line in rest:
         say(f"warning: nvidia-smi says: {line}")
-    if not selector:
-        if len(gpus) > 1:
-            say(f"Taking GPU {gpus[0].index} of {len(gpus)}; --gpu chooses another.")
-        return gpus[0]
-    for gpu in gpus:
-        if selector in (gpu.index, gpu.uuid):
-            return gpu
+    if not selector and len(gpus) > 1:
+        say(f"Taking GPU {gpus[0].index} of {len(gpus)}; --gpu chooses another.")
+    chosen = [gpu for gpu in gpus if not selector or selector in (gpu.index, gpu.uuid)]
+    if chosen:
+        return chosen[0]
     for gpu in gpus:
         say(f"  {gpu.title}")
-    raise NoAnswerError(f"there is no GPU '{printable(selector)}'; those above are there")
+    raise NoGpuError(f"there is no GPU '{printable(selector)}'; those above are there")
 
 
 def refresh(gpu: Gpu) -> Gpu:
-    """Return the GPU with its present settings; raises `NoAnswerError` where it is gone."""
+    """Return the GPU with its present settings; raises `NoGpuError` where it is gone."""
     gpus, rest, _ = _query("-i", gpu.uuid)
     if len(gpus) != 1:
-        raise NoAnswerError(
-            f"GPU {gpu.uuid} no longer answers: {(rest or ['nothing was said'])[0]}"
-        )
+        raise NoGpuError(f"GPU {gpu.uuid} no longer answers: {(rest or ['nothing was said'])[0]}")
     return gpus[0]
 
 
 def mig_instances(gpu: Gpu) -> list[str]:
-    """Return the profile of each MIG device of a GPU; raises `NoAnswerError`."""
+    """Return the profile of each MIG device of a GPU; raises `NoGpuError`."""
     text, _ = ask("-L")
-    blocks = re.split(r"^(?=\S)", text, flags=re.MULTILINE)
-    for block in blocks:
+    for block in re.split(r"^(?=\S)", text, flags=re.MULTILINE):
         if f"(UUID: {gpu.uuid})" in block.partition("\n")[0]:
             return re.findall(r"^\s+MIG (\S+)", block, re.MULTILINE)
-    raise NoAnswerError(
-        f"its MIG devices could not be asked: {printable(text.partition(chr(10))[0])}"
-    )
+    raise NoGpuError(f"its MIG devices could not be asked: {_first_line(text)}")
 
 
 def mig_profiles(gpu: Gpu) -> list[str]:
-    """Return the names of the MIG profiles that a GPU has; raises `NoAnswerError`."""
+    """Return the names of the MIG profiles that a GPU has; raises `NoGpuError`."""
     text, _ = ask("mig", "-lgip")
     row = rf"^\|\s+{gpu.index}\s+MIG ({PROFILE_PATTERN})\s+\d+\s+\d+/\d+\s"
     names = re.findall(row, text, re.MULTILINE)
     if names:
         return names
     if "GPU instance profiles" in text or "No MIG-supported devices" in text:
-        raise NoAnswerError(f"nvidia-smi lists no MIG profiles for {gpu.title}")
-    raise NoAnswerError(
-        f"the MIG profiles of {gpu.title} could not be asked; nvidia-smi said: "
-        f"{printable(text.partition(chr(10))[0])}"
+        raise NoGpuError(f"nvidia-smi lists no MIG profiles for {gpu.title}")
+    raise NoGpuError(
+        f"the MIG profiles of {gpu.title} could not be asked; nvidia-smi said: {_first_line(text)}"
     )
 
 
@@ -197,28 +223,58 @@ def is_own_pipe_directory(folder: Path) -> bool:
     return socket.st_uid == own and not stat.S_ISLNK(socket.st_mode) and folder_owner in (0, own)
 
 
-def _query(*selection: str) -> tuple[list[Gpu], list[str], int]:
+def _query(*selection: str, fields: tuple[str, ...] = FIELDS) -> tuple[list[Gpu], list[str], int]:
     """Return the GPUs that it can tell about, what else it said, and its exit status.
 
     Index and UUID become parts of file names, so a line with others is no GPU.
     """
-    fields = list(FIELDS)
-    text, status = _ask_for(fields, selection)
-    is_older = f'"{MIG_FIELD}" is not a valid field' in text
-    if is_older:
-        fields.remove(MIG_FIELD)
-        text, status = _ask_for(fields, selection)
+    text, status = ask(*selection, f"--query-gpu={','.join(fields)}", "--format=csv,noheader")
+    if f'"{MIG_FIELD}" is not a valid field' in text and MIG_FIELD in fields:  # an older nvidia-smi
+        return _query(*selection, fields=tuple(field for field in fields if field != MIG_FIELD))
     gpus, rest = [], []
     for line in filter(str.strip, text.split("\n")):
         values = line.split(", ", len(fields) - 1)
-        if is_older:
-            values.insert(FIELDS.index(MIG_FIELD), "[N/A]")
-        if re.match(r"\d{1,4}, GPU-[0-9A-Za-z-]+, ", line) and len(values) == len(FIELDS):
-            gpus.append(Gpu(*map(printable, values)))
+        if re.match(r"\d{1,4}, GPU-[0-9A-Za-z-]+, ", line) and len(values) == len(fields):
+            known = dict(zip(fields, map(printable, values), strict=True))
+            gpus.append(Gpu(*(known.get(field, "[N/A]") for field in FIELDS)))
         else:
             rest.append(printable(line))
     return gpus, rest, status
 
 
-def _ask_for(fields: Sequence[str], selection: Sequence[str]) -> tuple[str, int]:
-    return ask(*selection, f"--query-gpu={','.join(fields)}", "--format=csv,noheader")
+def _hides_gpus() -> bool:
+    """Whether CUDA_VISIBLE_DEVICES hides every GPU; the driver is asked only where it has to be."""
+    value = os.environ.get(VISIBLE)
+    if value is None or names_none(value):
+        return value is not None
+    return lists_a_gpu() and not visible_devices(os.environ, _cards())
+
+
+def _first_visible() -> str | None:
+    """Return the UUID of the first GPU that CUDA would see, `None` where nothing restricts it."""
+    if VISIBLE not in os.environ:
+        return None
+    found = visible_devices(os.environ, _cards())
+    if not found:
+        raise NoGpuError(
+            f"CUDA_VISIBLE_DEVICES='{printable(os.environ[VISIBLE])}' hides every GPU; unset it, "
+            "name a GPU by --gpu, or choose --device cpu"
+        )
+    if found[0].startswith("MIG-"):
+        raise NoGpuError(
+            f"CUDA_VISIBLE_DEVICES names the MIG device {found[0]}, which is not the whole card: "
+            "name the card with --gpu, each client gets an instance of it",
+            exit_code=2,
+        )
+    return found[0]
+
+
+def _cards() -> Sequence[Card]:
+    cards = cards_of_nvidia_smi()
+    if not cards:
+        raise NoGpuError("nvidia-smi lists no GPU, so none can be chosen")
+    return cards
+
+
+def _first_line(text: str) -> str:
+    return printable(text.partition("\n")[0])

@@ -14,12 +14,11 @@ import os
 import shlex
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarking.hardware.nvidia_tools import (
     Gpu,
-    NoAnswerError,
+    NoGpuError,
     ask_mps_control,
     is_own_pipe_directory,
     mig_instances,
@@ -31,20 +30,12 @@ from benchmarking.modes import mode_scripts
 from benchmarking.modes.mode_scripts import KINDS_OF_ROOT, STATE_KINDS, ModeScriptError
 
 LOG_FILE = "mode-scripts.log"
-NOTE_KIND = "driver"
+NOTE = "driver"  # the kind of state that a driver's note is
 UNDO_SCRIPTS = {
     "time-slicing": "reset_time_slicing.sh",
     "mps": "disable_mps.sh",
     "mig": "disable_mig.sh",
 }
-
-
-@dataclass(frozen=True)
-class ModeScript:
-    """A script of `gpu-configs/` with its arguments, and whether a change of it needs root."""
-
-    words: Sequence[str]
-    as_root: bool = False
 
 
 class ModeSwitch:
@@ -57,13 +48,15 @@ class ModeSwitch:
     def __init__(
         self, gpu: Gpu | None, options: argparse.Namespace, say: Callable[[str], None]
     ) -> None:
-        """Take the GPU, `None` where there is none: then no mode can be used."""
+        """Take the GPU; where there is none, no mode can be used."""
         self.gpu = gpu
         self.folder = Path()  # for the records of what the scripts did
         self._options = options
         self._say = say
+        # The mode that is to be undone, and how.
         self._enabled: str | None = None
-        self._undo_script = ModeScript(())
+        self._undo_words: Sequence[str] = ()
+        self._as_root = False
 
     def why_not(self, mode: str, clients: int) -> str | None:
         """Return why a mode cannot be used here for so many clients, `None` where it can."""
@@ -80,14 +73,14 @@ class ModeSwitch:
             return "MIG is off; --mig allows to switch it on"
         try:
             instances = mig_instances(self.gpu)
-        except NoAnswerError as error:
+        except NoGpuError as error:
             return str(error)
-        layout = self._options.mig_layout
-        if self._has_instances(instances, clients):
+        if self._suffice(instances, clients):
             return None
-        if layout:
-            return f"the instances {','.join(layout)} are not there; --mig allows to make them"
-        return f"{len(instances)} MIG instances for {clients} clients; --mig allows to make them"
+        layout = ",".join(self._options.mig_layout)
+        found = f"{len(instances)} MIG instances for {clients} clients"
+        missing = f"the instances {layout} are not there" if layout else found
+        return f"{missing}; --mig allows to make them"
 
     def enable(self, mode: str, clients: int) -> list[str]:
         """Put a mode in force, unless it is; return what its script says is to be known of it.
@@ -100,88 +93,79 @@ class ModeSwitch:
             self._say(f"{mode} is set up already; it is used as it is and left so.")
             return []
         had_state = self._is_set_up(mode)
-        script, self._undo_script = self._scripts(mode, clients)
-        self._note(mode)  # before the change: a signal can come between the two
+        words = self._choose_scripts(mode, clients)
+        self._write_note(mode)  # before the change: a signal can come between the two
         self._enabled = mode
         try:
-            said = self._run(script)
-        except ModeScriptError:
+            said = self._run(words)
+        except ModeScriptError as error:
             # The script has put its changes back, but for MIG mode that waits for a restart.
             if had_state or not self._is_set_up(mode):
                 self._enabled = None
-                self._forget_note()
-            raise
+                self._remove_note()
+            raise ModeScriptError(str(error).removeprefix(f"{words[0]}: ")) from None
         return [line.removeprefix("note: ") for line in said if line.startswith("note: ")]
 
     def undo(self) -> None:
-        """Undo what `enable` did, if anything.
-
-        Raises:
-            ModeScriptError: That failed; the message names the command to run.
-        """
+        """Undo what `enable` did, if anything; raises `ModeScriptError` naming what to run."""
         mode, self._enabled = self._enabled, None
         if mode is None:
             return
         try:
-            self._run(self._undo_script)
+            self._run(self._undo_words)
         except ModeScriptError:
-            command = self._command_of(self._undo_script)
+            command = self._command(self._undo_words)
             raise ModeScriptError(f"{mode} could not be undone; run {command}") from None
-        self._forget_note()
+        self._remove_note()
 
-    # --- what a driver that was killed has left ----------------------------------------------
+    # --- notes of drivers ----------------------------------------------------------------------
+
+    def has_note(self) -> bool:
+        """Whether a driver is at work with a mode, or was killed before it undid it."""
+        return bool(self._state(NOTE))
 
     def other_driver(self) -> str | None:
         """Return who else is at work with a mode on this GPU, in words."""
-        note = self._state(NOTE_KIND)
+        note = self._state(NOTE)
         pid = note.get("pid", "")
         # The start time tells it from a later process with its pid.
-        if not pid.isdecimal() or note.get("started") != start_ticks(int(pid)):
+        if not pid.isdecimal() or note.get("started") != _start_ticks(int(pid)):
             return None
         return (
             f"another run is at work with {note.get('mode') or 'a mode'} on {self.gpu.title}: "
             f"pid {pid}, into {note.get('output', '?')}; wait for its end, or stop it"
         )
 
-    def has_leftovers(self) -> bool:
-        """Whether a driver has noted a mode and did not undo it."""
-        return bool(self._state(NOTE_KIND))
-
-    def undo_leftovers(self) -> None:
+    def undo_what_was_left(self) -> None:
         """Undo the mode of a driver that was killed; raises `ModeScriptError`."""
-        mode = self._state(NOTE_KIND).get("mode")
+        if not self.has_note():
+            return
+        mode = self._state(NOTE).get("mode")
         if mode not in UNDO_SCRIPTS or not self._is_set_up(mode):
-            if self.has_leftovers():
-                self._forget_note()
+            self._remove_note()
             return
         self._say(f"{mode} was left in force when the script was cut off; it is undone first.")
-        kinds = KINDS_OF_ROOT.intersection(STATE_KINDS[mode])
-        needs_root = any(self._state(kind) for kind in kinds)
+        kinds_of_root = KINDS_OF_ROOT.intersection(STATE_KINDS[mode])
+        self._as_root = any(map(self._state, kinds_of_root)) and self._may_become_root()
+        self._undo_words = [UNDO_SCRIPTS[mode]]
         self._enabled = mode
-        self._undo_script = ModeScript(
-            [UNDO_SCRIPTS[mode]], as_root=needs_root and self._may_become_root()
-        )
         self.undo()
         self.gpu = refresh(self.gpu)
 
-    def _note(self, mode: str) -> None:
+    def _write_note(self, mode: str) -> None:
         if self._options.dry_run:
             return
         file = self._note_file()
-        lines = {
-            "gpu_uuid": self.gpu.uuid,
-            "mode": mode,
-            "pid": os.getpid(),
-            "started": start_ticks(os.getpid()),
-            "output": printable(str(self.folder.resolve())),
-        }
-        text = "".join(f"{key}={value}\n" for key, value in lines.items())
         unfinished = Path(f"{file}.new")
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
         try:
             file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
             with open(os.open(unfinished, flags, 0o600), "w", encoding="utf-8") as stream:
-                stream.write(text)
+                stream.write(
+                    f"gpu_uuid={self.gpu.uuid}\nmode={mode}\npid={os.getpid()}\n"
+                    f"started={_start_ticks(os.getpid())}\n"
+                    f"output={printable(str(self.folder.resolve()))}\n"
+                )
                 stream.flush()
                 os.fsync(stream.fileno())
             unfinished.replace(file)
@@ -190,7 +174,7 @@ class ModeSwitch:
                 f"cannot write {file}; set GPU_SHARING_STATE_DIR to a folder that you may write"
             ) from None
 
-    def _forget_note(self) -> None:
+    def _remove_note(self) -> None:
         if self._options.dry_run:
             return
         try:
@@ -199,21 +183,18 @@ class ModeSwitch:
             self._say(f"warning: cannot remove {self._note_file()}")
 
     def _note_file(self) -> Path:
-        folder = mode_scripts.state_folders(NOTE_KIND, os.environ)[0]
-        return folder / f"{NOTE_KIND}-{self.gpu.uuid}.state"
+        folder = mode_scripts.state_folders(NOTE, os.environ)[0]
+        return folder / f"{NOTE}-{self.gpu.uuid}.state"
 
     # --- scripts ------------------------------------------------------------------------------
 
-    def _scripts(self, mode: str, clients: int) -> tuple[ModeScript, ModeScript]:
-        """Return what sets a mode up as the options ask for it, and what undoes that."""
+    def _choose_scripts(self, mode: str, clients: int) -> list[str]:
+        """Return what sets a mode up as the options ask for it; sets what undoes it."""
         options = self._options
-        undo = [UNDO_SCRIPTS[mode]]
-        if mode == "time-slicing":
-            words = ["setup_time_slicing.sh", str(clients)]
-            if options.timeslice:
-                words += ["--timeslice", options.timeslice]
-                undo = self._saved_time_slice() or undo
-            changes_card = bool(options.timeslice)
+        self._undo_words = [UNDO_SCRIPTS[mode]]
+        if mode == "mig":
+            layout = ",".join(options.mig_layout)
+            words = ["setup_mig.sh", *([layout] if layout else [options.mig_profile, str(clients)])]
         elif mode == "mps":
             words = ["enable_mps.sh", *(["--exclusive"] if options.exclusive else [])]
             if options.exclusive and self._is_set_up("mps"):
@@ -221,15 +202,16 @@ class ModeSwitch:
                     "warning: MPS is set up without --exclusive; it is switched off altogether at "
                     "the end"
                 )
-            changes_card = options.exclusive
         else:
-            layout = ",".join(options.mig_layout)
-            words = ["setup_mig.sh", *([layout] if layout else [options.mig_profile, str(clients)])]
-            changes_card = True
-        as_root = changes_card and self._may_become_root()
-        return ModeScript(words, as_root), ModeScript(undo, as_root)
+            words = ["setup_time_slicing.sh", str(clients)]
+            if options.timeslice:
+                words += ["--timeslice", options.timeslice]
+                self._undo_words = self._saved_time_slicing() or self._undo_words
+        changes_card = {"time-slicing": options.timeslice, "mps": options.exclusive, "mig": True}
+        self._as_root = bool(changes_card[mode]) and self._may_become_root()
+        return words
 
-    def _saved_time_slice(self) -> list[str] | None:
+    def _saved_time_slicing(self) -> list[str] | None:
         """Return what sets up again the time slicing that the user had, with its length."""
         clients = self._state("time-slicing").get("clients")
         length = time_slice(vars(self.gpu))
@@ -238,32 +220,27 @@ class ModeSwitch:
         return ["setup_time_slicing.sh", clients, "--timeslice", length.lower()]
 
     def _may_become_root(self) -> bool:
-        locked = os.environ.get(mode_scripts.LOCK_VARIABLE) == "1"
-        return not locked and mode_scripts.may_use_sudo()
+        is_locked = os.environ.get(mode_scripts.LOCK_VARIABLE) == "1"
+        return not is_locked and mode_scripts.may_use_sudo()
 
-    def _command_of(self, script: ModeScript) -> str:
-        return shlex.join(
-            mode_scripts.command_of(script.words, self.gpu.uuid, as_root=script.as_root)
+    def _command(self, words: Sequence[str]) -> str:
+        command = mode_scripts.command_of(words, self.gpu.uuid, as_root=self._as_root)
+        return shlex.join(command)
+
+    def _run(self, words: Sequence[str]) -> list[str]:
+        """Run a script and return what it said, which is kept too; raises `ModeScriptError`."""
+        if self._options.dry_run:
+            print(f"would run: {self._command(words)}", flush=True)
+            return []
+        self._say(f"run: {self._command(words)}")
+        return mode_scripts.run_script(
+            words, self.gpu.uuid, self.folder, as_root=self._as_root, say=self._say_and_keep
         )
 
-    def _run(self, script: ModeScript) -> list[str]:
-        """Run a script; its words are kept in a log too. Raises `ModeScriptError`."""
-        if self._options.dry_run:
-            print(f"would run: {self._command_of(script)}", flush=True)
-            return []
-        self._say(f"run: {self._command_of(script)}")
-
-        def say(line: str) -> None:
-            self._say(line)
-            with contextlib.suppress(OSError), (self.folder / LOG_FILE).open("a") as log:
-                log.write(f"{line}\n")
-
-        try:
-            return mode_scripts.run_script(
-                script.words, self.gpu.uuid, self.folder, as_root=script.as_root, say=say
-            )
-        except ModeScriptError as error:
-            raise ModeScriptError(str(error).removeprefix(f"{script.words[0]}: ")) from None
+    def _say_and_keep(self, line: str) -> None:
+        self._say(line)
+        with contextlib.suppress(OSError), (self.folder / LOG_FILE).open("ab") as log:
+            log.write(f"{line}\n".encode())
 
     # --- what is in force ---------------------------------------------------------------------
 
@@ -277,10 +254,9 @@ class ModeSwitch:
         """Whether a mode is set up already, and in the way that the options ask for."""
         options = self._options
         if mode == "mig":
-            if self.gpu.mig_mode != "Enabled":
-                return False
-            with contextlib.suppress(NoAnswerError):
-                return self._has_instances(mig_instances(self.gpu), clients)
+            with contextlib.suppress(NoGpuError):
+                is_on = self.gpu.mig_mode == "Enabled"
+                return is_on and self._suffice(mig_instances(self.gpu), clients)
             return False
         if mode == "mps":
             return self._finds_daemon() and (not options.exclusive or self._is_exclusive())
@@ -295,7 +271,7 @@ class ModeSwitch:
     def _is_exclusive(self) -> bool:
         return refresh(self.gpu).compute_mode == "Exclusive_Process"
 
-    def _has_instances(self, instances: Sequence[str], clients: int) -> bool:
+    def _suffice(self, instances: Sequence[str], clients: int) -> bool:
         if self._options.mig_layout:
             return not Counter(self._options.mig_layout) - Counter(instances)
         return len(instances) >= clients
@@ -315,22 +291,20 @@ class ModeSwitch:
         return True
 
 
-def start_ticks(pid: int) -> str | None:
+def _start_ticks(pid: int) -> str | None:
     """Return when a process started, in the kernel's ticks since boot; `None` where it has ended.
 
-    What gpu-configs/lib/common.sh (process::start) reads.
+    It has to be what gpu-configs/lib/common.sh (process::start) reads.
     """
     try:
         text = Path(f"/proc/{pid}/stat").read_bytes().decode(errors="replace")
     except OSError:
         return None
-    fields = text.rpartition(") ")[2].split()  # a program's name may hold anything
-    return None if fields[0] == "Z" else fields[19]
+    state, *fields = text.rpartition(") ")[2].split()  # a program's name may hold anything
+    return None if state == "Z" else fields[18]
 
 
 def _answers(pipe_directory: str) -> bool:
     """Whether a daemon answers there: files prove nothing."""
     answer = ask_mps_control(pipe_directory, "get_default_active_thread_percentage") or ""
-    with contextlib.suppress(ValueError):
-        return float(answer) >= 0
-    return False
+    return answer.strip().replace(".", "", 1).isdecimal()

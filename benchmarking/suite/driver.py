@@ -28,30 +28,23 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
-from benchmarking.hardware import nvidia_tools
-from benchmarking.hardware.nvidia_tools import Gpu, NoAnswerError
-from benchmarking.hardware.visible_devices import (
-    VISIBLE,
-    cards_of_nvidia_smi,
-    names_none,
-    visible_devices,
-)
+from benchmarking.hardware.nvidia_tools import Gpu, NoGpuError, find_gpu, mig_profiles
 from benchmarking.modes.enabling import ModeSwitch
 from benchmarking.modes.mode_scripts import ModeScriptError
-from benchmarking.suite import driver_arguments
 from benchmarking.suite.driver_arguments import (
     EXIT_FAILED,
-    EXIT_NO_GPU,
     EXIT_USAGE,
     PROJECT_ROOT,
     Refused,
-    usage_error,
+    UsageError,
+    command_name,
+    save_arguments,
 )
 
 EXIT_INTERRUPTED = 130
 SUITE = PROJECT_ROOT / "benchmarking" / "benchmark_suite.py"
 ANALYSIS = PROJECT_ROOT / "benchmarking" / "analyze_results.py"
-PHASES_FILE, REFUSALS_FILE = "phases.jsonl", "refusals.jsonl"
+REFUSALS_FILE = "refusals.jsonl"
 # Set for the Python that has everything: its path, and the GPU as it was found before.
 PYTHON_VARIABLE, GPU_VARIABLE = "GPU_SHARING_PYTHON", "GPU_SHARING_GPU"
 # Under sudo the mode scripts act for the account that called sudo, but everything here runs as
@@ -77,32 +70,35 @@ class SuiteEnd(NamedTuple):
 @contextlib.contextmanager
 def driving(script: str, parse_arguments: Callable[[], argparse.Namespace]) -> Iterator[Driver]:
     """Give the driver inside; whatever ends it, the mode is undone and a refusal kept."""
-    command = driver_arguments.command_name(script)
+    command = command_name(script)
     driver = None
     try:
         driver = Driver(parse_arguments(), command)
         driver.inspect_machine()
         yield driver
-    except Refused as refused:
-        driver_arguments.complain(refused, command)
+    except (Refused, NoGpuError, ModeScriptError) as error:
+        code = getattr(error, "exit_code", EXIT_FAILED)
+        say("\n".join(f"error: {line}" for line in str(error).splitlines()))
+        if isinstance(error, UsageError):
+            say(f"Try '{command} --help'.")
         if driver is not None:
-            driver.note_refusal(refused)
-        raise SystemExit(refused.exit_code) from None
+            driver.note_refusal(code, str(error))
+        raise SystemExit(code) from None
     except KeyboardInterrupt:  # before there is anything to undo
         raise SystemExit(EXIT_INTERRUPTED) from None
     finally:
         if driver is not None:
-            driver.end()
+            driver.undo_mode()
+            driver.leave_dead_terminal()
 
 
 class Driver:
-    """A driver at work."""
+    """A driver at work. What it cannot do raises `Refused`, `NoGpuError` or `ModeScriptError`."""
 
     def __init__(self, options: argparse.Namespace, command: str) -> None:
         """Take the options, and how the driver is called from the present folder."""
         self.options = options
         self.output: str = options.output or ""
-        self.gpu: Gpu | None = None
         self.modes = ModeSwitch(None, options, say)
         self.interrupted: int | None = None  # the exit code that a signal asks for
         self.notes: list[str] = []  # what is to be known of a run that went well
@@ -114,40 +110,35 @@ class Driver:
         for name in SUDO_VARIABLES:
             os.environ.pop(name, None)
 
+    @property
+    def gpu(self) -> Gpu | None:
+        """The GPU, `None` for the demonstration on the CPU."""
+        return self.modes.gpu
+
     # --- before anything runs -----------------------------------------------------------------
 
     def inspect_machine(self) -> None:
-        """Choose the GPU, none for the demonstration on the CPU; raises `Refused`."""
-        found = os.environ.pop(GPU_VARIABLE, None)
-        if self._python is not None and found is not None:
-            facts = json.loads(found)
-            self.gpu = Gpu(**facts) if facts else None
-        else:
-            try:
-                self.gpu = find_gpu(self.options.device, self.options.gpu)
-            except NoAnswerError as error:
-                raise Refused(EXIT_NO_GPU, str(error)) from None
-        self.modes.gpu = self.gpu
+        """Choose the GPU, none for the demonstration on the CPU."""
+        found = json.loads(os.environ.pop(GPU_VARIABLE, "null"))
+        if self._python is None:
+            self.modes.gpu = find_gpu(self.options.device, self.options.gpu, say)
+        elif found is not None:
+            self.modes.gpu = Gpu(**found)
 
     def enter_environment(self) -> None:
         """Become the Python that has everything, unless this is it, as the same process."""
         if self._python is not None:
             return
         options = self.options
-        again = ["--resume", str(options.resumed)] if options.resumed else options.words
-        facts = json.dumps(vars(self.gpu) if self.gpu else None)
-        os.execvpe(
-            "bash",
-            [
-                "bash", str(PROJECT_ROOT / "setup_environment.sh"),
-                *(["--dry-run"] if options.dry_run else []),
-                str(PROJECT_ROOT / "benchmarking" / f"{Path(options.script).stem}.py"), *again,
-            ],
-            {**os.environ, GPU_VARIABLE: facts},
-        )  # fmt: skip
+        command = ["bash", str(PROJECT_ROOT / "setup_environment.sh")]
+        command += ["--dry-run"] if options.dry_run else []
+        command += [str(PROJECT_ROOT / "benchmarking" / f"{Path(options.script).stem}.py")]
+        command += ["--resume", str(options.resumed)] if options.resumed else options.words
+        gpu = json.dumps(vars(self.gpu) if self.gpu else None)
+        os.execvpe("bash", command, {**os.environ, GPU_VARIABLE: gpu})
 
     def count_jobs(self) -> int | None:
-        """Return how many clients the user's own jobs are, `None` with a mix; raises `Refused`.
+        """Return how many clients the user's own jobs are, `None` with a mix.
 
         Where the environment is yet to be made, which only a dry run goes on with, a plan counts as
         one client.
@@ -168,31 +159,26 @@ class Driver:
             raise Refused(EXIT_USAGE, "\n".join(error.mistakes)) from None
 
     def require_layout(self, clients: int) -> None:
-        """Raise `Refused` where --mig-layout lacks an instance, or the GPU a profile of it."""
+        """Refuse a --mig-layout without an instance for each client, or with unknown profiles."""
         layout = self.options.mig_layout
-        if not layout:
-            return
-        if clients > len(layout):
-            raise usage_error(
+        if layout and clients > len(layout):
+            raise UsageError(
                 f"--mig-layout has {len(layout)} instances for {clients} jobs; name one for each"
             )
-        if self.gpu is None or "N/A" in self.gpu.mig_mode:
+        if not layout or self.gpu is None or "N/A" in self.gpu.mig_mode:
             return
-        try:
-            profiles = nvidia_tools.mig_profiles(self.gpu)
-        except NoAnswerError as error:
-            raise Refused(EXIT_FAILED, str(error)) from None
-        unknown = dict.fromkeys(name for name in layout if name not in profiles)
+        profiles = mig_profiles(self.gpu)
+        unknown = ",".join(dict.fromkeys(name for name in layout if name not in profiles))
         if unknown:
-            raise usage_error(
-                f"--mig-layout: {self.gpu.title} has no profile {','.join(unknown)}; it has "
+            raise UsageError(
+                f"--mig-layout: {self.gpu.title} has no profile {unknown}; it has "
                 f"{' '.join(profiles)}"
             )
 
     def prepare(self, name: str) -> None:
         """Make the folder of this name and the time, or take that of --resume; catch signals.
 
-        Undoes what a driver that was killed has left. Raises `Refused`.
+        Undoes what a driver that was killed has left.
         """
         other = self.modes.other_driver()
         if other:
@@ -201,38 +187,29 @@ class Driver:
             self.output = str(self.options.resumed)
             self._require_nobody_at_work()
         else:
-            self._make_folder(self.output or f"results/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+            self.output = self.output or f"results/{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+            self._make_folder()
         self.modes.folder = Path(self.output)
         self._catch_signals()
-        try:
-            self.modes.undo_leftovers()
-        except ModeScriptError as error:
-            raise Refused(EXIT_FAILED, str(error)) from None
-        self.gpu = self.modes.gpu
+        self.modes.undo_what_was_left()
 
-    def _make_folder(self, folder: str) -> None:
-        self.output = folder
-        found = [path.name for path in Path(folder).glob("[!.]*")]
+    def _make_folder(self) -> None:
+        folder = Path(self.output)
         # What was refused before did not use the folder.
-        if found and found != [REFUSALS_FILE]:
-            raise usage_error(f"--output: {folder} is not empty; name another folder")
-        command = shlex.join(["mkdir", "-p", "--", folder])
+        if {path.name for path in folder.glob("[!.]*")} - {REFUSALS_FILE}:
+            raise UsageError(f"--output: {self.output} is not empty; name another folder")
+        command = shlex.join(["mkdir", "-p", "--", self.output])
         if self.options.dry_run:
             print(f"would run: {command}", flush=True)
             return
         say(f"run: {command}")
+        failure = f"cannot make the folder {self.output}; name another by --output"
         try:
-            Path(folder).mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            failure = f"cannot write into {self.output}; name another folder by --output"
+            save_arguments(self.options, self.output)
         except OSError:
-            raise Refused(
-                EXIT_USAGE, f"cannot make the folder {folder}; name another by --output"
-            ) from None
-        try:
-            driver_arguments.save_arguments(self.options, folder)
-        except OSError:
-            raise Refused(
-                EXIT_USAGE, f"cannot write into {folder}; name another folder by --output"
-            ) from None
+            raise Refused(EXIT_USAGE, failure) from None
 
     def _require_nobody_at_work(self) -> None:
         for lock in Path(self.output).glob("*/run.lock"):
@@ -240,10 +217,9 @@ class Driver:
                 with lock.open("rb") as stream:
                     fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                raise Refused(
-                    EXIT_USAGE,
-                    f"the suite is still at work in {lock.parent}; wait for its end, or stop it",
-                ) from None
+                folder = lock.parent
+                said = f"the suite is still at work in {folder}; wait for its end, or stop it"
+                raise Refused(EXIT_USAGE, said) from None
 
     # --- signals --------------------------------------------------------------------------------
 
@@ -254,17 +230,16 @@ class Driver:
 
         self._session, self._stop = session, session.StopSignal()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            # nohup has it ignored
-            if signal.getsignal(number) is not signal.SIG_IGN:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
                 signal.signal(number, self._note_signal)
 
     def _note_signal(self, number: int, frame: FrameType | None) -> None:
         self.interrupted = 128 + number
         self._stop.request()
-        self._leave_dead_terminal()
+        self.leave_dead_terminal()
         say("Stopping: what was enabled is undone, and what was done is reported.")
 
-    def _leave_dead_terminal(self) -> None:
+    def leave_dead_terminal(self) -> None:
         """Exchange a closed terminal, or a pipe whose reader has ended, for a file.
 
         Undoing and reporting are done by programs that fail where they cannot write.
@@ -292,28 +267,29 @@ class Driver:
 
         A run that came to its end, even to a breaking point, is left as it is.
         """
-        folder = os.path.join(self.output, run_id)
+        folder = Path(self.output, run_id)
         outcome = _outcome(folder) if self.options.resumed else None
         if outcome == "complete":
             return SuiteEnd(0, "")
         if outcome is not None:
-            end = self._call_suite(["--resume", folder])
+            end = self._call_suite(["--resume", os.path.join(self.output, run_id)])
             if end.exit_code == EXIT_USAGE and outcome == "failed":
                 return SuiteEnd(1, REASONS[1])  # not that there is nothing to go on with
             self.notes.append("it was cut off before its end and went on")
             return end
-        if self.options.resumed:
-            _remove_empty_run(Path(folder))
-        words = [*flags, "--results-dir", self.output, "--run-id", run_id,
-                 "--device", self.options.device, *self.options.suite_flags]  # fmt: skip
-        if self.gpu is not None:
-            words += ["--gpu", self.gpu.uuid]
+        if self.options.resumed:  # a run that was cut off before its first word
+            with contextlib.suppress(OSError):
+                (folder / "run.lock").unlink(missing_ok=True)
+                folder.rmdir()
+        words = [*flags, "--results-dir", self.output, "--run-id", run_id]
+        words += ["--device", self.options.device, *self.options.suite_flags]
+        words += ["--gpu", self.gpu.uuid] if self.gpu else []
         if self.options.mig_layout and "mig" in flags:
             words += ["--mig-layout", ",".join(self.options.mig_layout)]
         return self._call_suite(words)
 
     def _call_suite(self, words: list[str]) -> SuiteEnd:
-        if not self._announce([str(SUITE), *words]):
+        if not self._announce(SUITE, words):
             return SuiteEnd(0, "")
         self._has_begun = True
         try:
@@ -325,44 +301,53 @@ class Driver:
             code, reason = EXIT_FAILED, f"the suite crashed ({type(error).__name__}: {error})"
         if self.interrupted is not None:
             code, reason = EXIT_INTERRUPTED, None
-            self._leave_dead_terminal()  # its reader may have ended a moment after the signal
+            self.leave_dead_terminal()  # its reader may have ended a moment after the signal
         if code == 0:
             return SuiteEnd(0, "")
         usual = REASONS.get(code, f"the suite ended with status {code}")
-        return SuiteEnd(code, without_controls(reason) if reason else usual)
+        return SuiteEnd(code, without_controls(reason or usual))
 
     def analyze(self) -> str | None:
         """Make the report of all runs; return why it failed, `None` where it did not.
 
         In a process of its own: a chart that crashes does not take the driver along.
         """
-        words = [str(ANALYSIS), "--results-dir", self.output, "--each-run"]
-        if not self._announce(words):
+        words = ["--results-dir", self.output, "--each-run"]
+        if not self._announce(ANALYSIS, words):
             return None
         process = subprocess.Popen(
-            [str(self._python), *words], stdin=subprocess.DEVNULL, stderr=subprocess.PIPE,
-            encoding="utf-8", errors="replace",
+            [str(self._python), str(ANALYSIS), *words], stdin=subprocess.DEVNULL,
+            stderr=subprocess.PIPE, encoding="utf-8", errors="replace",
         )  # fmt: skip
         sentence = ""
         for line in process.stderr or ():
             say(line.rstrip("\n"))
             sentence = line.partition(f"{ANALYSIS.name}: error: ")[2].strip() or sentence
         code = process.wait()
-        return (
-            without_controls(sentence) or f"the analysis ended with status {code}" if code else None
-        )
+        if code == 0:
+            return None
+        return without_controls(sentence) or f"the analysis ended with status {code}"
 
-    def _announce(self, words: Sequence[str]) -> bool:
-        """Print a command of the Python that has everything; whether it is run."""
-        command = shlex.join([str(self._python), *words])
+    def _announce(self, program: Path, words: Sequence[str]) -> bool:
+        """Print a command of the Python that has everything; return whether it is run."""
+        command = shlex.join([str(self._python), str(program), *words])
         if self.options.dry_run:
             print(f"would run: {command}", flush=True)
             return False
-        self._leave_dead_terminal()
+        self.leave_dead_terminal()
         say(f"run: {command}")
         return True
 
     # --- the end --------------------------------------------------------------------------------
+
+    def undo_mode(self) -> str | None:
+        """Undo what is enabled, if anything; return why that failed, which is said, too."""
+        try:
+            self.modes.undo()
+        except ModeScriptError as error:
+            say(f"error: {error}")
+            return str(error)
+        return None
 
     def leave_interrupted(self) -> None:
         """End an interrupted driver, naming how to go on: what is done is not lost."""
@@ -374,62 +359,31 @@ class Driver:
         """Return what goes on with what was cut off."""
         return shlex.join([self._command, "--resume", self.output])
 
-    def note_refusal(self, refused: Refused) -> None:
+    def note_refusal(self, exit_code: int, sentence: str) -> None:
         """Keep what was refused before the suite was started, which else no record would tell.
 
         Wrong usage apart; what cannot be written was said on the terminal. A folder that somebody
         else made is not written to.
         """
-        if self.options.dry_run or self._has_begun or refused.exit_code == EXIT_USAGE:
+        if self.options.dry_run or self._has_begun or exit_code == EXIT_USAGE:
             return
         folder = str(self.options.resumed or self.output or "results")
         row = {
             "created_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "command": [without_controls(word) for word in (self._command, *self.options.words)],
-            "exit_code": refused.exit_code,
-            "sentence": without_controls(str(refused)),
+            "exit_code": exit_code,
+            "sentence": without_controls(sentence),
         }
         with contextlib.suppress(OSError):
             os.makedirs(folder, exist_ok=True)
             if os.lstat(folder).st_uid == os.geteuid():
                 append_line(Path(folder, REFUSALS_FILE), row)
 
-    def end(self) -> None:
-        """Undo what is still enabled."""
-        try:
-            self.modes.undo()
-        except ModeScriptError as error:
-            say(f"error: {error}")
-        self._leave_dead_terminal()
-
 
 def say(text: str) -> None:
     """Print a line on standard error, also in the midst of a print; nobody may be there to read."""
     with contextlib.suppress(OSError):
         os.write(2, f"{text}\n".encode(errors="backslashreplace"))
-
-
-def find_gpu(device: str, selector: str | None) -> Gpu | None:
-    """Return the GPU to use, `None` for the demonstration on the CPU.
-
-    Only a machine without a GPU gets the demonstration unasked. Raises `Refused`, `NoAnswerError`.
-    """
-    if device == "cpu":
-        say("CPU demonstration, as asked for (--device cpu).")
-    elif device == "auto" and not selector and _hides_gpus():
-        say("CPU demonstration: CUDA_VISIBLE_DEVICES hides every GPU.")
-    elif nvidia_tools.lists_a_gpu():
-        gpu = nvidia_tools.select(selector or _first_visible(), say)
-        say(gpu.title)
-        return gpu
-    elif device == "cuda" or selector:
-        raise Refused(
-            EXIT_NO_GPU,
-            "no NVIDIA GPU was found; without --device cuda and --gpu the CPU demonstration runs",
-        )
-    else:
-        say("No NVIDIA GPU was found: this is the CPU demonstration, no sharing mode is in force.")
-    return None
 
 
 def append_line(path: Path, row: dict[str, Any]) -> None:
@@ -442,7 +396,8 @@ def append_line(path: Path, row: dict[str, Any]) -> None:
         size = stream.seek(0, os.SEEK_END)
         is_cut_off = size > 0 and os.pread(stream.fileno(), 1, size - 1) != b"\n"
         line = f"{json.dumps(row, separators=(',', ':'))}\n".encode()
-        line = b"\n" + line if is_cut_off else line
+        if is_cut_off:
+            line = b"\n" + line
         if stream.write(line) != len(line):
             stream.truncate(size)
             raise OSError("no room for a whole line")
@@ -453,60 +408,15 @@ def without_controls(text: str) -> str:
     return re.sub(r"[\x00-\x1f\x7f]", " ", text).encode(errors="replace").decode()
 
 
-def _hides_gpus() -> bool:
-    """Whether CUDA_VISIBLE_DEVICES hides every GPU; asked of the driver only where it has to be."""
-    value = os.environ.get(VISIBLE)
-    if value is None:
-        return False
-    if names_none(value):
-        return True
-    return nvidia_tools.lists_a_gpu() and not visible_devices(os.environ, _cards())
-
-
-def _first_visible() -> str | None:
-    """Return the UUID of the first GPU that CUDA would see, `None` where nothing restricts it."""
-    if VISIBLE not in os.environ:
-        return None
-    found = visible_devices(os.environ, _cards())
-    if not found:
-        value = nvidia_tools.printable(os.environ[VISIBLE])
-        raise Refused(
-            EXIT_NO_GPU,
-            f"CUDA_VISIBLE_DEVICES='{value}' hides every GPU; unset it, name a GPU by --gpu, or "
-            "choose --device cpu",
-        )
-    if found[0].startswith("MIG-"):
-        raise Refused(
-            EXIT_USAGE,
-            f"CUDA_VISIBLE_DEVICES names the MIG device {found[0]}, which is not the whole card: "
-            "name the card with --gpu, each client gets an instance of it",
-        )
-    return found[0]
-
-
-def _cards() -> Sequence[Any]:
-    cards = cards_of_nvidia_smi()
-    if not cards:
-        raise NoAnswerError("nvidia-smi lists no GPU, so none can be chosen")
-    return cards
-
-
-def _outcome(folder: str) -> str | None:
+def _outcome(folder: Path) -> str | None:
     """Return how the run in a folder ended by its manifest, `None` where there is no run."""
     try:
-        manifest = json.loads(Path(folder, "manifest.json").read_text(encoding="utf-8"))
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, ValueError):
         return ""
     return str(manifest.get("outcome", "")) if isinstance(manifest, dict) else ""
-
-
-def _remove_empty_run(folder: Path) -> None:
-    """Remove what a run that was cut off before its first word has left."""
-    with contextlib.suppress(OSError):
-        (folder / "run.lock").unlink(missing_ok=True)
-        folder.rmdir()
 
 
 def _is_dead(stream: int) -> bool:

@@ -9,7 +9,6 @@ import argparse
 import os
 import re
 import stat
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -46,32 +45,28 @@ root shell), and are undone at the end:
   --timeslice default|short|medium|long   length of a time slice
 """
 
-Check = Callable[[str], Any]
+Check = Callable[[str | None], Any]
 
 
 class Refused(Exception):
-    """The driver ends with one sentence (or a line for each mistake) and an exit code.
+    """The driver ends with one sentence (or a line for each mistake) and an exit code."""
 
-    `has_hint`: the help is named, too. `is_said`: the sentence is on the terminal already.
-    """
-
-    def __init__(
-        self, exit_code: int, sentence: str, *, has_hint: bool = False, is_said: bool = False
-    ) -> None:
+    def __init__(self, exit_code: int, sentence: str) -> None:
         """Keep what is said at the end."""
         super().__init__(sentence)
         self.exit_code = exit_code
-        self.has_hint = has_hint
-        self.is_said = is_said
 
 
-def usage_error(sentence: str) -> Refused:
-    """Return the error of arguments that make no sense."""
-    return Refused(EXIT_USAGE, sentence, has_hint=True)
+class UsageError(Refused):
+    """Arguments that make no sense; the help is named, too."""
+
+    def __init__(self, sentence: str) -> None:
+        """Keep what is said at the end."""
+        super().__init__(EXIT_USAGE, sentence)
 
 
 class DriverParser(argparse.ArgumentParser):
-    """Parses the arguments of a driver with `check` functions whose `ValueError` is the message."""
+    """Parses a driver's arguments by checks: functions whose `ValueError` ends the message."""
 
     def __init__(self, script: str, help_text: str) -> None:
         """Take the name of the script and the whole text of its help."""
@@ -85,12 +80,12 @@ class DriverParser(argparse.ArgumentParser):
         return self._help_text
 
     def error(self, message: str) -> NoReturn:
-        """Raise the message as a `Refused`."""
-        raise usage_error(message.removeprefix("argument "))
+        """Raise the message as `UsageError`."""
+        raise UsageError(message.removeprefix("argument "))
 
-    def add(self, flag: str, check: Check, **others: Any) -> None:
+    def add(self, flag: str, check: Check, default: Any = None) -> None:
         """Add a flag with a value."""
-        self.add_argument(flag, action=_Checked, check=check, **others)
+        self.add_argument(flag, action=_Checked, check=check, default=default)
 
     def checked(self, name: str, check: Check, text: str | None) -> Any:
         """Return what a check makes of a text; what it does not take is an error of this name."""
@@ -104,65 +99,80 @@ class DriverParser(argparse.ArgumentParser):
 
         With --resume they are the arguments saved in its folder, `resumed`, given where they were.
         """
-        words, resumed = self._words(arguments)
+        words, resumed = list(arguments), None
+        if words and words[0].partition("=")[0] == "--resume":
+            words, resumed = self._read_saved(words)
         options, rest = self.parse_known_args(words)
         unknown = [word for word in rest if word.startswith("-")]
         if unknown:
             self.error(f"unknown option: {unknown[0]}")
-        options.positional = rest
+        jobs = {"--mix": options.mix, "--plan": options.plan, "--job": options.job}
+        given = [flag for flag, value in jobs.items() if value]
+        if len(given) > 1:
+            self.error(f"{given[0]} and {given[1]}: give one of the two")
         options.script, options.words, options.resumed = self.prog, words, resumed
+        options.positional = rest
         options.suite_flags = [
             *(["--quick"] if options.quick else []),
             *(["--allow-contention"] if options.allow_contention else []),
-            *_given(options, "engine", "precision", "dataset", "data_dir", "seed"),
+            *flags_of(options, "engine", "precision", "dataset", "data_dir", "seed"),
         ]
-        options.mps_flags = _given(options, "mps_percentage", "mps_memory_limit", "mps_priority")
+        options.mps_flags = flags_of(options, "mps_percentage", "mps_memory_limit", "mps_priority")
         return options
 
-    def _words(self, arguments: Sequence[str]) -> tuple[list[str], Path | None]:
-        first, equals, value = (arguments[0] if arguments else "").partition("=")
-        if first != "--resume":
-            return list(arguments), None
-        values = [value, *arguments[1:]] if equals else arguments[1:]
+    def _read_saved(self, words: list[str]) -> tuple[list[str], Path]:
+        """Return the words saved in the folder that --resume names, and go where they were given.
+
+        Raises `Refused` where somebody else could have written them: they are run as commands.
+        """
+        _, equals, value = words[0].partition("=")
+        values = [value] * bool(equals) + words[1:]
         if len(values) != 1:
             self.error(
                 "--resume needs a folder and takes no other flags: it goes on with those saved "
                 "there"
             )
         folder = Path(values[0]).resolve()
-        saved = _read_saved(folder)
-        if not saved:
+        try:
+            with (folder / SAVED_ARGUMENTS).open("rb") as stream:
+                status = os.fstat(stream.fileno())
+                script, origin, *saved = map(os.fsdecode, stream.read().split(b"\0")[:-1])
+        except (OSError, ValueError):
             self.error(
                 f"--resume: '{values[0]}' holds no {SAVED_ARGUMENTS}; name the folder of an "
                 f"earlier {self.prog}"
             )
-        script, working_folder, *words = saved
+        if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise Refused(
+                EXIT_USAGE,
+                f"--resume: {folder / SAVED_ARGUMENTS} is not yours alone, and what it holds would "
+                "be run; go on as its owner, or start anew",
+            )
         if script != self.prog:
             self.error(f"--resume: {folder} was made by {script}; go on with that")
         try:
-            os.chdir(working_folder)
+            os.chdir(origin)
         except OSError:
             raise Refused(
-                EXIT_USAGE, f"the folder that it was started from is gone: {working_folder}"
+                EXIT_USAGE, f"the folder that it was started from is gone: {origin}"
             ) from None
-        return words, folder
+        return saved, folder
 
     def _add_shared_flags(self) -> None:
-        switch = {"action": "store_true"}
         for flag in ("--quick", "--exclusive", "--mig", "--dry-run"):
-            self.add_argument(flag, **switch)
-        self.add_argument("--allow-contention", "--beside-others", **switch)
+            self.add_argument(flag, action="store_true")
+        self.add_argument("--allow-contention", "--beside-others", action="store_true")
         self.add("--resume", _no_resume)
         self.add("--output", path())
         self.add("--gpu", some_text("an index or a UUID"))
-        self.add("--device", one_of("auto", "cpu", "cuda"), default="auto")
+        self.add("--device", one_of("auto", "cpu", "cuda"), "auto")
         self.add("--repeats", whole_number)
         self.add("--timeslice", one_of("default", "short", "medium", "long"))
         self.add("--plan", path(Path.is_file, "is not a file"))
-        self.add("--job", some_text("a command"), default=[])
+        self.add("--job", some_text("a command"), [])
         # The guide's; setup_mig.sh takes this card's profile of the same size for it.
-        self.add("--mig-profile", some_text("a value"), default="1g.5gb")
-        self.add("--mig-layout", _mig_layout, default=[])
+        self.add("--mig-profile", some_text("a value"), "1g.5gb")
+        self.add("--mig-layout", _mig_layout, [])
         self.add("--engine", one_of("eager", "graph", "compile"))
         self.add("--precision", one_of("fp32", "tf32", "bf16"))
         self.add("--dataset", one_of("auto", "cifar10", "folder", "synthetic"))
@@ -249,14 +259,6 @@ def path(is_good: Callable[[Path], bool] = lambda path: True, complaint: str = "
     return check
 
 
-def check_one_kind_of_jobs(parser: DriverParser, options: argparse.Namespace) -> None:
-    """Refuse jobs that are given in two ways."""
-    kinds = {"--mix": options.mix, "--plan": options.plan, "--job": options.job}
-    given = [flag for flag, value in kinds.items() if value]
-    if len(given) > 1:
-        parser.error(f"{given[0]} and {given[1]}: give one of the two")
-
-
 def jobs_of(options: argparse.Namespace, usual_mix: str) -> list[str]:
     """Return the suite's flags for the jobs."""
     if options.plan:
@@ -276,27 +278,6 @@ def save_arguments(options: argparse.Namespace, folder: str) -> None:
         stream.write(b"".join(os.fsencode(word) + b"\0" for word in words))
 
 
-def _read_saved(folder: Path) -> list[str]:
-    """Return what `save_arguments` kept; empty where there is none.
-
-    Raises `Refused` where somebody else could have written it: they are run as commands.
-    """
-    try:
-        with (folder / SAVED_ARGUMENTS).open("rb") as stream:
-            status = os.fstat(stream.fileno())
-            saved = stream.read()
-    except OSError:
-        return []
-    is_own = status.st_uid == os.geteuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-    if not is_own:
-        raise Refused(
-            EXIT_USAGE,
-            f"--resume: {folder / SAVED_ARGUMENTS} is not yours alone, and what it holds would be "
-            "run; go on as its owner, or start anew",
-        )
-    return [os.fsdecode(word) for word in saved.split(b"\0")[:-1]]
-
-
 def _no_resume(text: str | None) -> NoReturn:
     raise ValueError(" goes on with the flags saved in its folder: give no others")
 
@@ -308,15 +289,13 @@ def _mig_layout(text: str | None) -> list[str]:
     return profiles
 
 
-def _given(options: argparse.Namespace, *names: str) -> list[str]:
+def flags_of(options: argparse.Namespace, *names: str) -> list[str]:
     """Return the flags of these names that were given, with their values."""
-    given = [(name, getattr(options, name)) for name in names]
-    return [
-        word
-        for name, value in given
-        if value is not None
-        for word in (f"--{name.replace('_', '-')}", value)
-    ]
+    words = []
+    for name in names:
+        value = getattr(options, name)
+        words += [] if value is None else [f"--{name.replace('_', '-')}", value]
+    return words
 
 
 def command_name(script: str) -> str:
@@ -328,12 +307,3 @@ def command_name(script: str) -> str:
     if name.startswith(".."):
         return str(PROJECT_ROOT / script)
     return name if "/" in name else f"./{name}"
-
-
-def complain(refused: Refused, command: str) -> None:
-    """Print why the driver ends."""
-    if not refused.is_said:
-        for line in str(refused).splitlines():
-            print(f"error: {line}", file=sys.stderr)
-    if refused.has_hint:
-        print(f"Try '{command} --help'.", file=sys.stderr)
