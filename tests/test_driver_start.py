@@ -14,8 +14,6 @@ import pytest
 from driver_runner import SYSTEM_PYTHON, DriverRunner
 from waiting import wait_until
 
-from benchmarking.records import run_folder
-
 SCRIPT = "run_experiments.sh"
 OLD_PYTHON = "#!/bin/sh\nexit 1\n"
 BARE_PYTHON = f'#!/bin/sh\nexec {SYSTEM_PYTHON} -S "$@"\n'
@@ -97,8 +95,7 @@ def test_a_gpu_that_does_not_answer_is_told_before_anything_is_installed(
     assert result.returncode == 3
     assert "mend the driver" in result.stderr
     assert not (runner.project / ".venv").exists()
-    (refusal,), _ = run_folder.read_refusals(runner.project / "results")
-    assert "mend the driver" in refusal["sentence"]
+    assert "mend the driver" in runner.refusal(runner.project / "results")["sentence"]
 
 
 def test_a_refusal_is_not_written_through_somebodys_link(runner: DriverRunner) -> None:
