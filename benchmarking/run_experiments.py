@@ -7,6 +7,7 @@ Each job alone, then the same mix of jobs together under time slicing, MPS and M
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -244,17 +245,17 @@ class Experiment:
 
     def _was_ok(self, number: int) -> bool:
         """Whether a run that goes on has had this phase; its last whole line counts."""
-        path = Path(self.driver.output, PHASES_FILE)
-        if self.options.resumed is None or not path.exists():
-            return False
+        lines: list[str] = []
+        if self.options.resumed:
+            with contextlib.suppress(OSError):
+                path = Path(self.driver.output, PHASES_FILE)
+                lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
         status = None
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
+        for line in lines:
+            with contextlib.suppress(ValueError, TypeError, KeyError):
                 row = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(row, dict) and row.get("phase") == number:
-                status = row.get("status")
+                if row["phase"] == number:
+                    status = row["status"]
         return status == "ok"
 
     def _record(self, number: int, name: str, phase: Phase, seconds: int) -> None:

@@ -181,6 +181,16 @@ def test_a_run_under_nohup_outlives_its_terminal(runner: DriverRunner) -> None:
     assert process.wait(60) == 143
 
 
+def test_a_mode_script_that_may_not_be_run_fails_its_phase_alone(runner: DriverRunner) -> None:
+    script = runner.project / "gpu-configs" / "enable_mps.sh"
+    script.chmod(0o644)
+    result = runner.drive(SCRIPT, "--modes", "mps")
+    assert result.returncode == 1
+    assert runner.reason("mps") == f"cannot run {script} (Permission denied)"
+    assert runner.outcomes()["analysis"] == "ok"
+    assert runner.left_behind() == []
+
+
 def test_what_a_mode_script_said_and_took_is_kept(runner: DriverRunner) -> None:
     assert runner.drive(SCRIPT, "--modes", "mps").returncode == 0
     assert "MPS is off" in (runner.output / "mode-scripts.log").read_text()

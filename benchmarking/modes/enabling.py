@@ -269,7 +269,9 @@ class ModeSwitch:
         return self._is_set_up("time-slicing") or self._finds_daemon()
 
     def _is_exclusive(self) -> bool:
-        return refresh(self.gpu).compute_mode == "Exclusive_Process"
+        with contextlib.suppress(NoGpuError):  # the script says so, too
+            return refresh(self.gpu).compute_mode == "Exclusive_Process"
+        return False
 
     def _suffice(self, instances: Sequence[str], clients: int) -> bool:
         if self._options.mig_layout:

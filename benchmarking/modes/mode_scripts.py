@@ -91,7 +91,10 @@ def run_script(
         ModeScriptError: It ended with another code than 0.
     """
     started_at, started = datetime.now(timezone.utc), time.monotonic()
-    code, said = _run_and_listen(command_of(words, gpu_uuid, as_root=as_root), say)
+    try:
+        code, said = _run_and_listen(command_of(words, gpu_uuid, as_root=as_root), say)
+    except OSError as error:
+        code, said = 126, [f"error: cannot run {SCRIPTS / words[0]} ({error.strerror})"]
     record = {
         "script": words[0],
         "arguments": words[1:],
