@@ -424,33 +424,37 @@ def test_exclusive_and_timeslice_are_undone_after_their_phase(runner: DriverRunn
     assert runner.python_calls()[-1]["gpu"] == AS_BEFORE
 
 
-@needs_root
-def test_another_time_slice_than_the_saved_one_is_set_and_the_saved_one_set_up_again(
-    runner: DriverRunner,
-) -> None:
-    runner.must("setup_time_slicing.sh", "2", "--timeslice", "short")
-    before = runner.saved("time-slicing")
-    result = runner.drive(SCRIPT, "--modes=time-slicing", "--timeslice=long", as_root=True)
-    assert result.returncode == 0, result.stderr
-    assert runner.suite_calls()["time-slicing"]["gpu"]["timeslice"] == "Long"
-    assert runner.python_calls()[-1]["gpu"]["timeslice"] == "Short"
-    assert runner.saved("time-slicing") == before
+SHORT, LONG = {**AS_BEFORE, "timeslice": "Short"}, {**AS_BEFORE, "timeslice": "Long"}
+SHORT_SLICES = ("setup_time_slicing.sh", "2", "--timeslice", "short")
+EXCLUSIVE = {**AS_BEFORE, "daemons": 1, "compute_mode": "Exclusive_Process"}
+IS_USED = "is set up already; it is used as it is and left so"
 
 
 @needs_root
-@pytest.mark.parametrize("flags", [(), ("--timeslice", "short")])
-def test_a_time_slice_that_is_set_up_as_asked_is_used_and_left(
-    runner: DriverRunner, flags: tuple[str, ...]
-) -> None:
-    runner.must("setup_time_slicing.sh", "2", "--timeslice", "short")
-    changes = runner.machine.changing_calls()
-    before = runner.saved("time-slicing")
-    result = runner.drive(SCRIPT, "--modes=time-slicing", *flags, as_root=True)
+@pytest.mark.parametrize(
+    ("set_up", "flags", "during", "after", "said"),
+    [
+        (SHORT_SLICES, (), SHORT, SHORT, IS_USED),
+        (SHORT_SLICES, ("--timeslice", "short"), SHORT, SHORT, IS_USED),
+        (SHORT_SLICES, ("--timeslice=long",), LONG, SHORT, "--timeslice short --gpu"),
+        (("enable_mps.sh", "--exclusive"), ("--exclusive",), EXCLUSIVE, EXCLUSIVE, IS_USED),
+        (("enable_mps.sh",), ("--exclusive",), EXCLUSIVE, AS_BEFORE,
+         "switched off altogether at the end"),
+    ],
+)  # fmt: skip
+def test_what_the_user_had_set_up_is_used_where_it_is_what_was_asked_for_and_else_set_up_again(
+    runner: DriverRunner, set_up: tuple[str, ...], flags: tuple[str, ...], during: dict,
+    after: dict, said: str,
+) -> None:  # fmt: skip
+    mode = "mps" if set_up[0] == "enable_mps.sh" else "time-slicing"
+    runner.must(*set_up)
+    saved = runner.saved(mode)
+    result = runner.drive(SCRIPT, f"--modes={mode}", *flags, as_root=True)
     assert result.returncode == 0, result.stderr
-    assert "time-slicing is set up already" in result.stderr
-    assert runner.suite_calls()["time-slicing"]["gpu"]["timeslice"] == "Short"
-    assert runner.machine.changing_calls() == changes
-    assert runner.saved("time-slicing") == before
+    assert said in result.stderr
+    assert runner.suite_calls()[mode]["gpu"] == during
+    assert runner.python_calls()[-1]["gpu"] == after
+    assert runner.saved(mode) == (None if after == AS_BEFORE else saved)
 
 
 @needs_root
@@ -462,28 +466,6 @@ def test_a_saved_time_slice_that_a_driver_reload_has_reset_is_set_anew(
     result = runner.drive(SCRIPT, "--modes=time-slicing", "--timeslice=long", as_root=True)
     assert result.returncode == 0, result.stderr
     assert runner.suite_calls()["time-slicing"]["gpu"]["timeslice"] == "Long"
-
-
-@needs_root
-def test_a_daemon_without_exclusive_mode_gets_it_when_asked_for(runner: DriverRunner) -> None:
-    runner.must("enable_mps.sh")
-    result = runner.drive(SCRIPT, "--modes=mps", "--exclusive", as_root=True)
-    assert result.returncode == 0, result.stderr
-    assert "switched off altogether at the end" in result.stderr
-    gpu = runner.suite_calls()["mps"]["gpu"]
-    assert gpu == {**AS_BEFORE, "daemons": 1, "compute_mode": "Exclusive_Process"}
-    assert runner.python_calls()[-1]["gpu"] == AS_BEFORE
-
-
-@needs_root
-def test_a_daemon_with_exclusive_mode_is_used_and_left(runner: DriverRunner) -> None:
-    runner.must("enable_mps.sh", "--exclusive")
-    before = runner.saved("mps")
-    result = runner.drive(SCRIPT, "--modes=mps", "--exclusive", as_root=True)
-    assert result.returncode == 0, result.stderr
-    assert "mps is set up already" in result.stderr
-    assert runner.saved("mps") == before
-    assert runner.python_calls()[-1]["gpu"]["compute_mode"] == "Exclusive_Process"
 
 
 @needs_root
