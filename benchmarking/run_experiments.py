@@ -72,14 +72,18 @@ def main() -> int:
 
 def parse_arguments() -> argparse.Namespace:
     """Return the checked options; raises `Refused`."""
-    parser = arguments.DriverParser(SCRIPT, HELP)
-    parser.add("--modes", _modes, list(MODES))
-    parser.add("--mix", arguments.one_of(*MIXES))
-    parser.add("--workloads", arguments.whole_number)
-    parser.add("--phase-minutes", arguments.number_above_0("a number of minutes over 0"))
-    parser.add("--baseline", arguments.path(_is_run, "is no run folder"))
-    parser.add_argument("--noise-floor", action="store_true")
-    options = parser.parse(sys.argv[1:])
+    parser = arguments.DriverParser(SCRIPT, HELP, ["--noise-floor"])
+    checks = {
+        "--modes": _modes,
+        "--mix": arguments.one_of(*MIXES),
+        "--workloads": arguments.WHOLE_NUMBER,
+        "--phase-minutes": arguments.matching(arguments.ABOVE_0, "a number of minutes over 0"),
+        "--baseline": arguments.path(
+            lambda folder: (folder / "manifest.json").exists(), "is no run folder"
+        ),
+    }
+    options = parser.parse(sys.argv[1:], checks)
+    options.modes = options.modes or list(MODES)
     if options.positional:
         parser.error(f"unexpected argument: {options.positional[0]}")
     if options.mix == "pairs" and options.workloads:
@@ -91,15 +95,12 @@ def _modes(text: str | None) -> list[str]:
     return [arguments.one_of(*MODES)(mode) for mode in (text or "").split(",")]
 
 
-def _is_run(folder: Path) -> bool:
-    return (folder / "manifest.json").exists()
-
-
 def choose_workloads(driver: Driver) -> int:
     """Return how many jobs run together; a layout has an instance for each. Raises `Refused`."""
     options = driver.options
     usual = 2 if options.mix == "pairs" else driver.count_jobs() or 4
-    workloads = options.workloads or len(options.mig_layout) or usual
+    layout = options.mig_layout
+    workloads = int(options.workloads or (layout.count(",") + 1 if layout else usual))
     if "mig" in options.modes:
         driver.require_layout(workloads)
     return workloads
@@ -107,11 +108,14 @@ def choose_workloads(driver: Driver) -> int:
 
 @dataclass
 class Phase:
-    """What became of a phase; `reason` is also what is to be known of one that went well."""
+    """What became of a phase, as a line of phases.jsonl has it."""
 
+    phase: int
+    name: str
     status: str = "ok"
-    reason: str = ""
+    reason: str = ""  # also what is to be known of one that went well
     run_folder: str = ""
+    seconds: int = 0
 
     def end(self, status: str, reason: str) -> None:
         """Note that it failed or was skipped, and why."""
@@ -132,7 +136,7 @@ class Experiment:
 
     def run_phase(self, number: int, name: str, measure: Callable[[Phase], None]) -> None:
         """Run a phase and append its outcome to phases.jsonl; raises `Refused` if that fails."""
-        driver, phase, begun = self.driver, Phase(), time.monotonic()
+        driver, phase, begun = self.driver, Phase(number, name), time.monotonic()
         driver.notes = []
         say(f"\nPhase {number}: {name}")
         is_measured = name != "analysis"
@@ -154,7 +158,8 @@ class Experiment:
         if not self.options.dry_run or phase.status != "ok":
             why = f" ({phase.reason})" if phase.reason else ""
             say(f"Phase {number}: {name}: {phase.status}{why}")
-        self._record(number, name, phase, int(time.monotonic() - begun))
+        phase.seconds = int(time.monotonic() - begun)
+        self._record(phase)
 
     def measure_baseline(self, phase: Phase) -> None:
         """Measure each job alone on the whole GPU."""
@@ -233,7 +238,7 @@ class Experiment:
             flags += ["--workloads", str(self.workloads)]
         flags += arguments.jobs_of(options, "mixed")
         if mode == "mps":
-            flags += options.mps_flags
+            flags += arguments.mps_flags(options)
         if mode != "exclusive":
             flags += ["--repeats", str(options.repeats or (3 if self.driver.gpu else 1))]
             flags += ["--baseline", self.baseline] if self.baseline else []
@@ -258,21 +263,14 @@ class Experiment:
                     status = row["status"]
         return status == "ok"
 
-    def _record(self, number: int, name: str, phase: Phase, seconds: int) -> None:
+    def _record(self, phase: Phase) -> None:
         if self.options.dry_run:
             return
         output = self.driver.output
-        has_run = phase.run_folder and os.path.exists(os.path.join(output, phase.run_folder))
-        row = {
-            "phase": number,
-            "name": name,
-            "status": phase.status,
-            "reason": phase.reason,
-            "run_folder": phase.run_folder if has_run else "",
-            "seconds": seconds,
-        }
+        if not os.path.exists(os.path.join(output, phase.run_folder)):
+            phase.run_folder = ""
         try:
-            append_line(Path(output, PHASES_FILE), row)
+            append_line(Path(output, PHASES_FILE), vars(phase))
         except OSError:
             raise Refused(
                 EXIT_FAILED,

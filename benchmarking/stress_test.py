@@ -74,22 +74,22 @@ def main() -> int:
 
 def parse_arguments() -> argparse.Namespace:
     """Return the checked options; raises `Refused`."""
-    parser = arguments.DriverParser(SCRIPT, HELP)
-    parser.add("--mix", arguments.one_of(*GROUPS))
-    parser.add("--max-slowdown", arguments.number_above_0())
-    parser.add("--slo-ms", arguments.number_above_0())
-    parser.add_argument("--until-break", action="store_true")
-    parser.add_argument("--no-bisect", action="store_true")
-    options = parser.parse(sys.argv[1:])
+    parser = arguments.DriverParser(SCRIPT, HELP, ["--until-break", "--no-bisect"])
+    above_0 = arguments.matching(arguments.ABOVE_0, "a number above 0")
+    checks = {
+        "--mix": arguments.one_of(*GROUPS), "--max-slowdown": above_0, "--slo-ms": above_0,
+    }  # fmt: skip
+    options = parser.parse(sys.argv[1:], checks)
     if len(options.positional) > 2:
         parser.error(f"unexpected argument: {options.positional[2]}")
     mode, maximum = (*options.positional, None, None)[:2]
     options.mode = parser.checked("MODE", arguments.one_of(*MODES), mode or MODES[0])
-    options.maximum = parser.checked("MAX", arguments.whole_number, maximum) if maximum else None
+    options.maximum = parser.checked("MAX", arguments.WHOLE_NUMBER, maximum) if maximum else None
     if options.mode == "mig" and options.until_break:
         parser.error("--until-break: under mig there are as many jobs as instances")
-    if options.mps_flags and options.mode != "mps":
-        parser.error(f"{options.mps_flags[0]} needs MODE mps")
+    limits = arguments.mps_flags(options)
+    if limits and options.mode != "mps":
+        parser.error(f"{limits[0]} needs MODE mps")
     if options.slo_ms and jobs_of(options) == ["--mix", "training"]:
         parser.error(
             "--slo-ms needs jobs with response times: --mix inference, interactive, mixed or "
@@ -107,7 +107,7 @@ def counts_of(driver: Driver) -> list[int]:
     """Return how many jobs are tried at once, the largest last; raises `Refused`."""
     options = driver.options
     size = driver.count_jobs() or GROUPS[options.mix or "training"]
-    maximum = options.maximum or max(size, 8 // size * size)
+    maximum = int(options.maximum or max(size, 8 // size * size))
     if maximum % size != 0:
         raise UsageError(f"MAX needs to be a multiple of {size}: so many jobs make the mix once")
     steps = range(size, maximum, size) if size > 1 else [1, *range(2, maximum, 2)]
@@ -141,7 +141,8 @@ def ramp_up(driver: Driver, counts: list[int]) -> tuple[SuiteEnd, bool]:
     flags += arguments.flags_of(options, "max_slowdown", "slo_ms")
     flags += ["--until-break"] if options.until_break else []
     flags += [] if options.no_bisect else ["--bisect"]
-    end = driver.run_suite(driver.mode_name(options.mode), [*flags, *options.mps_flags])
+    flags += arguments.mps_flags(options)
+    end = driver.run_suite(driver.mode_name(options.mode), flags)
     failures = [driver.undo_mode(), driver.analyze()]
     return end, not any(failures)
 

@@ -20,7 +20,6 @@ from typing import Any
 
 from benchmarking.hardware.visible_devices import (
     VISIBLE,
-    Card,
     cards_of_nvidia_smi,
     names_none,
     visible_devices,
@@ -113,19 +112,25 @@ def find_gpu(device: str, selector: str | None, say: Callable[[str], None]) -> G
     if device == "cpu":
         say("CPU demonstration, as asked for (--device cpu).")
         return None
-    if device == "auto" and not selector and _hides_gpus():
-        say("CPU demonstration: CUDA_VISIBLE_DEVICES hides every GPU.")
+    restricting = None if selector else os.environ.get(VISIBLE)
+    is_hidden = names_none(restricting)
+    if not (is_hidden and device == "auto") and not lists_a_gpu():
+        if device == "cuda" or selector:
+            raise NoGpuError(
+                "no NVIDIA GPU was found; without --device cuda and --gpu the CPU demonstration "
+                "runs"
+            )
+        say("No NVIDIA GPU was found: this is the CPU demonstration, no sharing mode is in force.")
         return None
-    if lists_a_gpu():
-        gpu = select(selector or _first_visible(), say)
-        say(gpu.title)
-        return gpu
-    if device == "cuda" or selector:
-        raise NoGpuError(
-            "no NVIDIA GPU was found; without --device cuda and --gpu the CPU demonstration runs"
-        )
-    say("No NVIDIA GPU was found: this is the CPU demonstration, no sharing mode is in force.")
-    return None
+    if restricting is not None:
+        visible = [] if is_hidden else visible_devices(os.environ, cards_of_nvidia_smi())
+        if not visible and device == "auto":
+            say("CPU demonstration: CUDA_VISIBLE_DEVICES hides every GPU.")
+            return None
+        selector = _whole_card(visible, restricting)
+    gpu = select(selector, say)
+    say(gpu.title)
+    return gpu
 
 
 def select(selector: str | None, say: Callable[[str], None]) -> Gpu:
@@ -242,38 +247,20 @@ def _query(*selection: str, fields: tuple[str, ...] = FIELDS) -> tuple[list[Gpu]
     return gpus, rest, status
 
 
-def _hides_gpus() -> bool:
-    """Whether CUDA_VISIBLE_DEVICES hides every GPU; the driver is asked only where it has to be."""
-    value = os.environ.get(VISIBLE)
-    if value is None or names_none(value):
-        return value is not None
-    return lists_a_gpu() and not visible_devices(os.environ, _cards())
-
-
-def _first_visible() -> str | None:
-    """Return the UUID of the first GPU that CUDA would see, `None` where nothing restricts it."""
-    if VISIBLE not in os.environ:
-        return None
-    found = visible_devices(os.environ, _cards())
-    if not found:
+def _whole_card(visible: Sequence[str], restricting: str) -> str:
+    """Return the first of the visible devices, which has to be a whole card."""
+    if not visible:
         raise NoGpuError(
-            f"CUDA_VISIBLE_DEVICES='{printable(os.environ[VISIBLE])}' hides every GPU; unset it, "
-            "name a GPU by --gpu, or choose --device cpu"
+            f"CUDA_VISIBLE_DEVICES='{printable(restricting)}' hides every GPU; unset it, name a "
+            "GPU by --gpu, or choose --device cpu"
         )
-    if found[0].startswith("MIG-"):
+    if visible[0].startswith("MIG-"):
         raise NoGpuError(
-            f"CUDA_VISIBLE_DEVICES names the MIG device {found[0]}, which is not the whole card: "
+            f"CUDA_VISIBLE_DEVICES names the MIG device {visible[0]}, which is not the whole card: "
             "name the card with --gpu, each client gets an instance of it",
             exit_code=2,
         )
-    return found[0]
-
-
-def _cards() -> Sequence[Card]:
-    cards = cards_of_nvidia_smi()
-    if not cards:
-        raise NoGpuError("nvidia-smi lists no GPU, so none can be chosen")
-    return cards
+    return visible[0]
 
 
 def _first_line(text: str) -> str:

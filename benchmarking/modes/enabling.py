@@ -77,7 +77,7 @@ class ModeSwitch:
             return str(error)
         if self._suffice(instances, clients):
             return None
-        layout = ",".join(self._options.mig_layout)
+        layout = self._options.mig_layout
         found = f"{len(instances)} MIG instances for {clients} clients"
         missing = f"the instances {layout} are not there" if layout else found
         return f"{missing}; --mig allows to make them"
@@ -193,8 +193,8 @@ class ModeSwitch:
         options = self._options
         self._undo_words = [UNDO_SCRIPTS[mode]]
         if mode == "mig":
-            layout = ",".join(options.mig_layout)
-            words = ["setup_mig.sh", *([layout] if layout else [options.mig_profile, str(clients)])]
+            profiles = [options.mig_layout or options.mig_profile]
+            words = ["setup_mig.sh", *profiles, *([] if options.mig_layout else [str(clients)])]
         elif mode == "mps":
             words = ["enable_mps.sh", *(["--exclusive"] if options.exclusive else [])]
             if options.exclusive and self._is_set_up("mps"):
@@ -275,7 +275,7 @@ class ModeSwitch:
 
     def _suffice(self, instances: Sequence[str], clients: int) -> bool:
         if self._options.mig_layout:
-            return not Counter(self._options.mig_layout) - Counter(instances)
+            return not Counter(self._options.mig_layout.split(",")) - Counter(instances)
         return len(instances) >= clients
 
     def _finds_daemon(self) -> bool:

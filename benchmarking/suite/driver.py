@@ -39,6 +39,7 @@ from benchmarking.suite.driver_arguments import (
     UsageError,
     command_name,
     save_arguments,
+    suite_flags,
 )
 
 EXIT_INTERRUPTED = 130
@@ -160,12 +161,14 @@ class Driver:
 
     def require_layout(self, clients: int) -> None:
         """Refuse a --mig-layout without an instance for each client, or with unknown profiles."""
-        layout = self.options.mig_layout
-        if layout and clients > len(layout):
+        if not self.options.mig_layout:
+            return
+        layout = self.options.mig_layout.split(",")
+        if clients > len(layout):
             raise UsageError(
                 f"--mig-layout has {len(layout)} instances for {clients} jobs; name one for each"
             )
-        if not layout or self.gpu is None or "N/A" in self.gpu.mig_mode:
+        if self.gpu is None or "N/A" in self.gpu.mig_mode:
             return
         profiles = mig_profiles(self.gpu)
         unknown = ",".join(dict.fromkeys(name for name in layout if name not in profiles))
@@ -282,10 +285,10 @@ class Driver:
                 (folder / "run.lock").unlink(missing_ok=True)
                 folder.rmdir()
         words = [*flags, "--results-dir", self.output, "--run-id", run_id]
-        words += ["--device", self.options.device, *self.options.suite_flags]
+        words += suite_flags(self.options)
         words += ["--gpu", self.gpu.uuid] if self.gpu else []
         if self.options.mig_layout and "mig" in flags:
-            words += ["--mig-layout", ",".join(self.options.mig_layout)]
+            words += ["--mig-layout", self.options.mig_layout]
         return self._call_suite(words)
 
     def _call_suite(self, words: list[str]) -> SuiteEnd:
@@ -411,12 +414,11 @@ def without_controls(text: str) -> str:
 def _outcome(folder: Path) -> str | None:
     """Return how the run in a folder ended by its manifest, `None` where there is no run."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        return json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["outcome"]
     except FileNotFoundError:
         return None
-    except (OSError, ValueError):
+    except (OSError, ValueError, KeyError, TypeError):
         return ""
-    return str(manifest.get("outcome", "")) if isinstance(manifest, dict) else ""
 
 
 def _is_dead(stream: int) -> bool:

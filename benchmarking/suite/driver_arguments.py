@@ -9,7 +9,7 @@ import argparse
 import os
 import re
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -66,14 +66,16 @@ class UsageError(Refused):
 
 
 class DriverParser(argparse.ArgumentParser):
-    """Parses a driver's arguments by checks: functions whose `ValueError` ends the message."""
+    """Parses a driver's arguments."""
 
-    def __init__(self, script: str, help_text: str) -> None:
-        """Take the name of the script and the whole text of its help."""
+    def __init__(self, script: str, help_text: str, switches: Sequence[str]) -> None:
+        """Take the name of the script, the whole text of its help, its flags without a value."""
         super().__init__(prog=script, add_help=False, allow_abbrev=False)
-        self.add_argument("--help", "-h", action="help")
         self._help_text = help_text
-        self._add_shared_flags()
+        self.add_argument("--help", "-h", action="help")
+        for flag in ("--quick", "--exclusive", "--mig", "--dry-run", *switches):
+            self.add_argument(flag, action="store_true")
+        self.add_argument("--allow-contention", "--beside-others", action="store_true")
 
     def format_help(self) -> str:
         """Return the help as it was written."""
@@ -83,10 +85,6 @@ class DriverParser(argparse.ArgumentParser):
         """Raise the message as `UsageError`."""
         raise UsageError(message.removeprefix("argument "))
 
-    def add(self, flag: str, check: Check, default: Any = None) -> None:
-        """Add a flag with a value."""
-        self.add_argument(flag, action=_Checked, check=check, default=default)
-
     def checked(self, name: str, check: Check, text: str | None) -> Any:
         """Return what a check makes of a text; what it does not take is an error of this name."""
         try:
@@ -94,30 +92,33 @@ class DriverParser(argparse.ArgumentParser):
         except ValueError as error:
             self.error(f"{name}{error}")
 
-    def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
-        """Return the options; `words` are the arguments, `positional` those that are no flags.
+    def parse(self, arguments: Sequence[str], checks: Mapping[str, Check]) -> argparse.Namespace:
+        """Return the options; `checks` are the driver's own flags with a value.
 
-        With --resume they are the arguments saved in its folder, `resumed`, given where they were.
+        `words` are the arguments, `positional` those that are no flags. With --resume they are the
+        arguments saved in its folder, `resumed`, given where they were.
         """
         words, resumed = list(arguments), None
         if words and words[0].partition("=")[0] == "--resume":
             words, resumed = self._read_saved(words)
+        checks = {**SHARED_CHECKS, **checks}
+        for flag in checks:
+            self.add_argument(flag, action="append", nargs="?", default=[])
         options, rest = self.parse_known_args(words)
         unknown = [word for word in rest if word.startswith("-")]
         if unknown:
             self.error(f"unknown option: {unknown[0]}")
+        for flag, check in checks.items():
+            name = flag.strip("-").replace("-", "_")
+            values = [self.checked(flag, check, text) for text in getattr(options, name)]
+            last = values[-1] if values else DEFAULTS.get(name)
+            setattr(options, name, values if flag == "--job" else last)
         jobs = {"--mix": options.mix, "--plan": options.plan, "--job": options.job}
         given = [flag for flag, value in jobs.items() if value]
         if len(given) > 1:
             self.error(f"{given[0]} and {given[1]}: give one of the two")
         options.script, options.words, options.resumed = self.prog, words, resumed
         options.positional = rest
-        options.suite_flags = [
-            *(["--quick"] if options.quick else []),
-            *(["--allow-contention"] if options.allow_contention else []),
-            *flags_of(options, "engine", "precision", "dataset", "data_dir", "seed"),
-        ]
-        options.mps_flags = flags_of(options, "mps_percentage", "mps_memory_limit", "mps_priority")
         return options
 
     def _read_saved(self, words: list[str]) -> tuple[list[str], Path]:
@@ -158,60 +159,6 @@ class DriverParser(argparse.ArgumentParser):
             ) from None
         return saved, folder
 
-    def _add_shared_flags(self) -> None:
-        for flag in ("--quick", "--exclusive", "--mig", "--dry-run"):
-            self.add_argument(flag, action="store_true")
-        self.add_argument("--allow-contention", "--beside-others", action="store_true")
-        self.add("--resume", _no_resume)
-        self.add("--output", path())
-        self.add("--gpu", some_text("an index or a UUID"))
-        self.add("--device", one_of("auto", "cpu", "cuda"), "auto")
-        self.add("--repeats", whole_number)
-        self.add("--timeslice", one_of("default", "short", "medium", "long"))
-        self.add("--plan", path(Path.is_file, "is not a file"))
-        self.add("--job", some_text("a command"), [])
-        # The guide's; setup_mig.sh takes this card's profile of the same size for it.
-        self.add("--mig-profile", some_text("a value"), "1g.5gb")
-        self.add("--mig-layout", _mig_layout, [])
-        self.add("--engine", one_of("eager", "graph", "compile"))
-        self.add("--precision", one_of("fp32", "tf32", "bf16"))
-        self.add("--dataset", one_of("auto", "cifar10", "folder", "synthetic"))
-        self.add("--data-dir", path(Path.is_dir, "is not a folder"))
-        self.add("--seed", matching(r"\d+", "a whole number from 0 on"))
-        for flag in ("--mps-percentage", "--mps-memory-limit", "--mps-priority"):
-            self.add(flag, some_text("a value"))
-
-
-class _Checked(argparse.Action):
-    """A value that `check` takes, with a `ValueError` for the rest; a forgotten one is an error."""
-
-    def __init__(self, *args: Any, check: Check, **others: Any) -> None:
-        super().__init__(*args, nargs="?", **others)
-        self._check = check
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option_string: str | None = None,
-    ) -> None:
-        value = parser.checked(option_string, self._check, values)
-        if self.dest == "job":
-            value = [*namespace.job, value]
-        setattr(namespace, self.dest, value)
-
-
-def one_of(*choices: str) -> Check:
-    """Return a check for one of these words."""
-
-    def check(text: str | None) -> str:
-        if text not in choices:
-            raise ValueError(f" needs one of: {' '.join(choices)}")
-        return text
-
-    return check
-
 
 def matching(pattern: str, what: str) -> Check:
     """Return a check for text that matches a pattern as a whole; `what` it is, for the message."""
@@ -224,39 +171,56 @@ def matching(pattern: str, what: str) -> Check:
     return check
 
 
-def whole_number(text: str | None) -> int:
-    """Check for a count."""
-    return int(matching("[1-9][0-9]{0,3}", "a whole number from 1 on, 9999 at most")(text))
-
-
-def number_above_0(what: str = "a number above 0") -> Check:
-    """Return a check for a number, kept as it was written; `what` it is, for the message."""
-    return matching(r"(?=.*[1-9])\d+(\.\d+)?", what)
-
-
-def some_text(what: str) -> Check:
-    """Return a check for text that is not empty; `what` it is, for the message."""
-
-    def check(text: str | None) -> str:
-        if text is None:
-            raise ValueError(" needs a value")
-        if not text:
-            raise ValueError(f" needs {what}")
-        return text
-
-    return check
+def one_of(*choices: str) -> Check:
+    """Return a check for one of these words."""
+    return matching("|".join(choices), f"one of: {' '.join(choices)}")
 
 
 def path(is_good: Callable[[Path], bool] = lambda path: True, complaint: str = "") -> Check:
     """Return a check for a path; it is returned such that no program takes it for a flag."""
 
     def check(text: str | None) -> str:
-        text = some_text("a path")(text)
+        text = SOME_TEXT(text)
         if not is_good(Path(text)):
             raise ValueError(f": '{text}' {complaint}")
         return f"./{text}" if text.startswith("-") else text
 
     return check
+
+
+def _no_resume(text: str | None) -> NoReturn:
+    raise ValueError(" goes on with the flags saved in its folder: give no others")
+
+
+SOME_TEXT = matching(r"(?s).+", "a value")
+WHOLE_NUMBER = matching("[1-9][0-9]{0,3}", "a whole number from 1 on, 9999 at most")
+ABOVE_0 = r"(?=.*[1-9])\d+(\.\d+)?"
+# The flags with a value that both drivers have; a `ValueError` is the end of the message.
+SHARED_CHECKS: Mapping[str, Check] = {
+    "--resume": _no_resume,
+    "--output": path(),
+    "--gpu": SOME_TEXT,
+    "--device": one_of("auto", "cpu", "cuda"),
+    "--repeats": WHOLE_NUMBER,
+    "--timeslice": one_of("default", "short", "medium", "long"),
+    "--plan": path(Path.is_file, "is not a file"),
+    "--job": SOME_TEXT,
+    "--mig-profile": SOME_TEXT,
+    "--mig-layout": matching(
+        f"{PROFILE_PATTERN}(,{PROFILE_PATTERN})*",
+        "MIG profiles with commas between, such as 2g.20gb,1g.10gb",
+    ),
+    "--engine": one_of("eager", "graph", "compile"),
+    "--precision": one_of("fp32", "tf32", "bf16"),
+    "--dataset": one_of("auto", "cifar10", "folder", "synthetic"),
+    "--data-dir": path(Path.is_dir, "is not a folder"),
+    "--seed": matching(r"\d+", "a whole number from 0 on"),
+    "--mps-percentage": SOME_TEXT,
+    "--mps-memory-limit": SOME_TEXT,
+    "--mps-priority": SOME_TEXT,
+}
+# The profile is the guide's; setup_mig.sh takes this card's profile of the same size for it.
+DEFAULTS = {"device": "auto", "mig_profile": "1g.5gb"}
 
 
 def jobs_of(options: argparse.Namespace, usual_mix: str) -> list[str]:
@@ -278,15 +242,18 @@ def save_arguments(options: argparse.Namespace, folder: str) -> None:
         stream.write(b"".join(os.fsencode(word) + b"\0" for word in words))
 
 
-def _no_resume(text: str | None) -> NoReturn:
-    raise ValueError(" goes on with the flags saved in its folder: give no others")
+def suite_flags(options: argparse.Namespace) -> list[str]:
+    """Return the flags that every run of the suite gets."""
+    return [
+        *(["--quick"] if options.quick else []),
+        *(["--allow-contention"] if options.allow_contention else []),
+        *flags_of(options, "device", "engine", "precision", "dataset", "data_dir", "seed"),
+    ]
 
 
-def _mig_layout(text: str | None) -> list[str]:
-    profiles = some_text("a value")(text).split(",")
-    if not all(re.fullmatch(PROFILE_PATTERN, profile) for profile in profiles):
-        raise ValueError(" needs MIG profiles with commas between, such as 2g.20gb,1g.10gb")
-    return profiles
+def mps_flags(options: argparse.Namespace) -> list[str]:
+    """Return the limits of clients under MPS."""
+    return flags_of(options, "mps_percentage", "mps_memory_limit", "mps_priority")
 
 
 def flags_of(options: argparse.Namespace, *names: str) -> list[str]:
