@@ -6,20 +6,27 @@ import contextlib
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
+import sys
 import termios
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from mode_script_runner import PROJECT_ROOT, ROOT_PREFIX, UUID, ModeScripts, open_folder
+from program_copy import copy_programs
 from recorded_rows import plain
 from waiting import wait_until
 
 from benchmarking.records import run_folder
 
-PYTHON = PROJECT_ROOT / "tests" / "fakes" / "python_without_torch"
+PRETENDED_SUITE = PROJECT_ROOT / "tests" / "fakes" / "pretended_suite.py"
+REPLACED = ("benchmarking/suite/session.py", "benchmarking/analyze_results.py")
+SCRIPTS = ("run_experiments.sh", "stress_test.sh", "setup_environment.sh")
+# One that every user may run.
+SYSTEM_PYTHON = shutil.which("python3", path="/usr/bin:/bin:/usr/local/bin") or sys.executable
 AS_BEFORE = {
     "daemons": 0,
     "mig": "Disabled",
@@ -41,14 +48,15 @@ def _own_the_terminal() -> None:
 
 
 class DriverRunner(ModeScripts):
-    """A driver script run from the project's folder, writing into a folder of the test's own."""
+    """A driver script run from a copy of the project whose suite is pretended."""
 
     def __init__(self, folder: Path, kind: str) -> None:
         super().__init__(folder, kind)
         self.output = folder / "output"
-        self.python_state = folder / "python"
-        self.python_state.mkdir()
-        self.environment |= {"PYTHON": str(PYTHON), "FAKE_PYTHON_STATE": str(self.python_state)}
+        self.suite_state = folder / "suite"
+        self.suite_state.mkdir()
+        copy_drivers(self.project)
+        self.environment |= {"PYTHON": sys.executable, "FAKE_SUITE_STATE": str(self.suite_state)}
 
     def drive(
         self, script: str, *arguments: str, as_root: bool = False, **environment: str
@@ -56,7 +64,7 @@ class DriverRunner(ModeScripts):
         """Run a driver to its end."""
         return subprocess.run(
             self._command(script, arguments, as_root),
-            cwd=PROJECT_ROOT,
+            cwd=self.project,
             env={**self.environment, **environment},
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -76,7 +84,7 @@ class DriverRunner(ModeScripts):
         """Send signals to the driver alone, each once the suite had the one before."""
         process = subprocess.Popen(
             self._command(script, arguments, False),
-            cwd=PROJECT_ROOT,
+            cwd=self.project,
             env={**self.environment, **environment},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -97,7 +105,7 @@ class DriverRunner(ModeScripts):
         terminal, inside = os.openpty()
         process = subprocess.Popen(
             self._command(script, arguments, False),
-            cwd=PROJECT_ROOT,
+            cwd=self.project,
             env=self.environment,
             stdin=inside,
             stdout=inside,
@@ -124,11 +132,11 @@ class DriverRunner(ModeScripts):
     def rule(self, **rules: dict[str, Any]) -> None:
         """Say what the pretended suite does, by run id (`time_slicing` for time-slicing)."""
         named = {name.replace("_", "-"): rule for name, rule in rules.items()}
-        (self.python_state / "rules.json").write_text(json.dumps(named))
+        (self.suite_state / "rules.json").write_text(json.dumps(named))
 
     def python_calls(self) -> list[dict[str, Any]]:
         """Every call of suite and analysis, and every signal they got, oldest first."""
-        path = self.python_state / "calls.jsonl"
+        path = self.suite_state / "calls.jsonl"
         if not path.exists():
             return []
         return [json.loads(line) for line in path.read_text().splitlines(keepends=True)]
@@ -167,6 +175,16 @@ class DriverRunner(ModeScripts):
         return plain(refusal)
 
 
+def copy_drivers(project: Path) -> None:
+    """Copy all that a driver consists of; its suite is pretended, and it needs no package."""
+    copy_programs(project, PRETENDED_SUITE, REPLACED)
+    for name in SCRIPTS:
+        shutil.copy(PROJECT_ROOT / name, project)
+    (project / "requirements.txt").touch()
+    for name in ("examples", "workloads"):
+        (project / name).symlink_to(PROJECT_ROOT / name)
+
+
 def without_gpu_programs() -> str:
     """A PATH on which neither the fakes nor a real nvidia-smi are found."""
     folders = os.environ["PATH"].split(os.pathsep)
@@ -180,4 +198,6 @@ def driver_runner(kind: str = "h100") -> Iterator[DriverRunner]:
         yield DriverRunner(folder, kind)
 
 
-__all__ = ["AS_BEFORE", "UUID", "DriverRunner", "driver_runner", "without_gpu_programs"]
+__all__ = [
+    "AS_BEFORE", "SYSTEM_PYTHON", "UUID", "DriverRunner", "driver_runner", "without_gpu_programs",
+]  # fmt: skip

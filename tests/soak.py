@@ -97,7 +97,7 @@ class Round:
     @classmethod
     def blows(cls, script: str) -> list[tuple[str, signal.Signals]]:
         """Return who may be hit in a run of `script`, and how."""
-        targets = [SUITE, A_CLIENT, SAMPLER, *([DRIVER, DAEMON] if script.endswith(".sh") else [])]
+        targets = [A_CLIENT, SAMPLER, *([DRIVER, DAEMON] if script.endswith(".sh") else [SUITE])]
         return [(target, number) for target in targets
                 for number in (SIGNALS if target != DAEMON else (signal.SIGKILL,))]  # fmt: skip
 
@@ -108,8 +108,7 @@ class Round:
     def prepare(self) -> None:
         """Lay out a copy of the programs, the pretended GPU and the environment."""
         copy_programs(self.folder, CLIENT, [kind.script for kind in WORKLOADS.values()])
-        for name in ("lib", "gpu-configs"):
-            shutil.copytree(PROJECT_ROOT / name, self.folder / name)
+        shutil.copytree(PROJECT_ROOT / "gpu-configs", self.folder / "gpu-configs")
         for name in ("run_experiments.sh", "stress_test.sh", "setup_environment.sh",
                      "requirements.txt"):  # fmt: skip
             shutil.copy(PROJECT_ROOT / name, self.folder)

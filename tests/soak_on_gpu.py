@@ -22,9 +22,10 @@ class GpuRound(Round):
     # Other rounds, or tests, may be on the card at the same time.
     commands: ClassVar[dict[str, list[str]]] = {
         "run_experiments.sh": ["--modes", "time-slicing,mps", "--mix", "inference",
-                               "--workloads", "2", "--repeats", "1", "--quick", "--beside-others"],
+                               "--workloads", "2", "--repeats", "1", "--quick",
+                               "--allow-contention"],
         "benchmarking/benchmark_suite.py": ["--mix", "inference", "--workloads", "1,2", "--quick",
-                                            "--beside-others"],
+                                            "--allow-contention"],
     }  # fmt: skip
     longest_seconds: ClassVar[dict[str, float]] = {
         "run_experiments.sh": 40.0, "benchmarking/benchmark_suite.py": 22.0,
@@ -33,13 +34,13 @@ class GpuRound(Round):
     @classmethod
     def blows(cls, script: str) -> list[tuple[str, signal.Signals]]:
         """Return who may be hit: SIGINT and SIGKILL only for those without work on the card."""
-        targets = [SUITE, SAMPLER, *([DRIVER] if script.endswith(".sh") else [])]
+        targets = [SAMPLER, DRIVER if script.endswith(".sh") else SUITE]
         return [*((target, number) for target in targets for number in SIGNALS),
                 (A_CLIENT, signal.SIGTERM)]  # fmt: skip
 
     def prepare(self) -> None:
         """Lay out a copy of the programs and of their environment."""
-        for name in ("benchmarking", "workloads", "lib", "gpu-configs"):
+        for name in ("benchmarking", "workloads", "gpu-configs"):
             shutil.copytree(PROJECT_ROOT / name, self.folder / name,
                             ignore=shutil.ignore_patterns("__pycache__"))  # fmt: skip
         for name in ("run_experiments.sh", "setup_environment.sh", "requirements.txt"):

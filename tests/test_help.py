@@ -16,7 +16,7 @@ import pytest
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 FOLDERS_OF_SCRIPTS = (".", "gpu-configs")
-FOLDERS_OF_PROGRAMS = ("benchmarking", "benchmarking/*", "workloads", "workloads/*", "lib")
+FOLDERS_OF_PROGRAMS = ("benchmarking", "benchmarking/*", "workloads", "workloads/*")
 # Sourced by the scripts, never run itself.
 SOURCED = {"setup_environment.sh"}
 # A process of inference_server.py, which hands it open sockets.

@@ -11,7 +11,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from driver_runner import DriverRunner
+from driver_runner import DriverRunner, copy_drivers
 from mode_script_runner import PROJECT_ROOT, ModeScripts
 from test_benchmark_suite import Bench
 from waiting import wait_until
@@ -28,7 +28,7 @@ HOSTILE_NAMES = [
 HOSTILE_FOLDERS = ["-x with  spaces é中", 'it\'s "$HOME" `id`;& \\n', "a[b]*?{c,d}"]
 SCRIPT_SOURCES = sorted(
     path
-    for folder in (".", "lib", "gpu-configs", "gpu-configs/lib")
+    for folder in (".", "gpu-configs", "gpu-configs/lib")
     for path in (PROJECT_ROOT / folder).glob("*.sh")
 )
 
@@ -96,10 +96,8 @@ def project(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     """The scripts in a folder of that name."""
     root = tmp_path_factory.mktemp("project") / request.param
     root.mkdir()
-    for path in [*SCRIPT_SOURCES, *PROJECT_ROOT.glob("requirements*.txt")]:
-        target = root / path.relative_to(PROJECT_ROOT)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, target)
+    shutil.copytree(PROJECT_ROOT / "gpu-configs", root / "gpu-configs")
+    copy_drivers(root)
     return root
 
 
@@ -190,8 +188,7 @@ def test_a_bar_in_a_name_makes_no_cell_of_the_markdown_table() -> None:
 
 def test_no_script_writes_to_a_name_in_tmp_that_others_can_guess() -> None:
     # Where CUDA itself looks for a daemon, and a parent of a folder with a random name.
-    known = {"local -r usual=${CUDA_MPS_PIPE_DIRECTORY:-/tmp/nvidia-mps}",
-             "((${#parent} < 70)) || parent=/tmp"}  # fmt: skip
+    known = {"((${#parent} < 70)) || parent=/tmp"}
     lines = {
         line.strip()
         for path in SCRIPT_SOURCES
@@ -208,12 +205,11 @@ def test_no_script_writes_to_a_name_in_tmp_that_others_can_guess() -> None:
 
 
 def test_sudo_is_run_for_mode_scripts_alone_and_never_asks() -> None:
-    runs_sudo = [
-        (path.name, line.strip())
-        for path in SCRIPT_SOURCES
-        for line in path.read_text().splitlines()
-        if re.search(r"(^|exec |\$\(|&& |\|\| |=\()sudo (?!\./)", line.strip())
-    ]
-    assert {name for name, _ in runs_sudo} == {"modes.sh"}
-    assert all("sudo -n" in line for _, line in runs_sudo)
-    assert [line for _, line in runs_sudo if "as_root" in line] == ["as_root=(sudo -n)"]
+    in_a_shell = re.compile(r"(^|exec |\$\(|&& |\|\| |=\()\s*sudo (?!\./)", re.MULTILINE)
+    assert not [path.name for path in SCRIPT_SOURCES if in_a_shell.search(path.read_text())]
+    commands = {
+        (path.name, command)
+        for path in PROJECT_ROOT.glob("benchmarking/**/*.py")
+        for command in re.findall(r'\["sudo", "?[^",]*', path.read_text())
+    }
+    assert commands == {("mode_scripts.py", '["sudo", "-n')}

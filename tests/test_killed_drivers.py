@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from driver_runner import AS_BEFORE, UUID, DriverRunner
-from mode_script_runner import PROJECT_ROOT, needs_root
+from mode_script_runner import needs_root
 from waiting import wait_until
 
 LEFT = "was left in force when the script was cut off"
@@ -81,13 +81,13 @@ def test_a_gpu_that_another_driver_is_at_work_with_is_refused_and_left(
     runner.rule(mps={"wait": True})
     first = subprocess.Popen(
         ["./run_experiments.sh", "--modes", "mps", "--output", str(runner.output)],
-        cwd=PROJECT_ROOT, env=runner.environment, stdin=subprocess.DEVNULL,
+        cwd=runner.project, env=runner.environment, stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
     wait_until(lambda: any("waiting" in call for call in runner.python_calls()), "the suite")
     second = str(runner.folder / "second")
     result = subprocess.run(
-        ["./stress_test.sh", "mps", "--output", second], cwd=PROJECT_ROOT, env=runner.environment,
+        ["./stress_test.sh", "mps", "--output", second], cwd=runner.project, env=runner.environment,
         capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     restored = runner.run("gpu_status.sh", "--restore")
@@ -116,4 +116,4 @@ def test_a_note_of_a_process_that_is_another_now_or_of_no_mode_is_forgotten(
     assert result.returncode == 0, result.stderr
     assert LEFT not in result.stderr
     assert runner.left_behind() == []
-    assert not (PROJECT_ROOT / "broken").exists()
+    assert not (runner.project / "broken").exists()

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import nvml_stub
 import pytest
-from driver_runner import AS_BEFORE, DriverRunner
+from driver_runner import AS_BEFORE, SYSTEM_PYTHON, DriverRunner
 from mode_script_runner import AS_NOBODY, NOBODY, PROJECT_ROOT, ModeScripts, open_folder
 from recorded_rows import read_plain
 from soak import Round
@@ -39,14 +39,15 @@ FORWARD, BACK = "3600", "-3600"
 def users(runner: DriverRunner) -> DriverRunner:
     """The driver scripts in folders that a user without root's rights owns."""
     if AS_USER:
-        for folder in (runner.folder, runner.python_state):
+        for folder in (runner.folder, runner.suite_state):
             os.chown(folder, NOBODY.pw_uid, NOBODY.pw_gid)
+    runner.environment["PYTHON"] = SYSTEM_PYTHON
     return runner
 
 
 def drive_as_user(users: DriverRunner, *command: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [*AS_USER, *map(str, command)], cwd=PROJECT_ROOT, env=users.environment,
+        [*AS_USER, *map(str, command)], cwd=users.project, env=users.environment,
         stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
 
@@ -75,7 +76,7 @@ def test_a_results_folder_that_is_shut_meanwhile_ends_the_run_in_a_sentence_and_
     users.rule(mps={"wait": True})
     process = subprocess.Popen(
         [*AS_USER, "./run_experiments.sh", "--modes", "mps", "--output", str(users.output)],
-        cwd=PROJECT_ROOT, env=users.environment, stdin=subprocess.DEVNULL,
+        cwd=users.project, env=users.environment, stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     wait_until(lambda: any("waiting" in call for call in users.python_calls()), "the suite")

@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 from driver_runner import (
     AS_BEFORE,
+    SYSTEM_PYTHON,
     UUID,
     DriverRunner,
     driver_runner,
     without_gpu_programs,
 )
-from mode_script_runner import PROJECT_ROOT, needs_root
+from mode_script_runner import needs_root
 
 from benchmarking.records import run_folder
 
@@ -234,7 +235,7 @@ def test_a_signal_stops_the_suite_first_then_undoes_the_mode_then_reports(
         SCRIPT, "--modes", "mps,mig", run_id="mps", signals=[number]
     )
     assert status == code, stderr
-    assert {"program": "benchmark_suite.py", "signal": "SIGINT"} in runner.python_calls()
+    assert {"program": "benchmark_suite.py", "signal": 1} in runner.python_calls()
     assert_mps_was_interrupted(runner)
     assert runner.reason("mig") == "interrupted before it began"
     last = stderr.splitlines()[-1]
@@ -248,7 +249,7 @@ def test_a_closed_terminal_stops_the_suite_then_undoes_the_mode_then_reports(
     status = runner.drive_until_hangup(SCRIPT, "--modes", "mps,mig", run_id="mps")
     assert status == 129, (runner.output / "after-hangup.log").read_text()
     told, ended = runner.python_calls()[-3:-1]
-    assert told == {"program": "benchmark_suite.py", "signal": "SIGINT"}
+    assert told == {"program": "benchmark_suite.py", "signal": 1}
     # the daemon was still there when the suite had ended its clients
     assert ended["ended"] == "mps"
     assert ended["gpu"]["daemons"] == 1
@@ -256,23 +257,16 @@ def test_a_closed_terminal_stops_the_suite_then_undoes_the_mode_then_reports(
     assert "MPS is off" in (runner.output / "after-hangup.log").read_text()
 
 
-def test_a_driver_that_has_to_end_itself_ends_the_suite_before_it_undoes_the_mode(
-    runner: DriverRunner,
+@pytest.mark.parametrize("crash", ["ValueError", "SystemExit", "MemoryError"])
+def test_a_suite_that_crashes_is_a_failed_phase_and_its_mode_is_undone(
+    runner: DriverRunner, crash: str
 ) -> None:
-    runner.rule(mps={"wait": True, "slow_to_end": 0.5})
-    (runner.folder / "die").write_text("trap 'exit 1' USR1\n")
-    status, stderr = runner.drive_until_signal(
-        SCRIPT,
-        "--modes",
-        "mps",
-        run_id="mps",
-        signals=[signal.SIGUSR1],
-        BASH_ENV=str(runner.folder / "die"),
-    )
-    assert status == 1, stderr
-    ended = runner.python_calls()[-1]
-    assert ended["ended"] == "mps"
-    assert ended["gpu"]["daemons"] == 1
+    runner.rule(mps={"crash": crash})
+    result = runner.drive(SCRIPT, "--modes", "mps")
+    assert result.returncode == 1
+    assert runner.reason("mps") == f"the suite crashed ({crash}: the suite has a fault)"
+    assert "Traceback" in result.stderr
+    assert runner.outcomes()["analysis"] == "ok"
     assert not runner.machine.state()["mps"]
     assert runner.left_behind() == []
 
@@ -283,10 +277,7 @@ def test_a_second_ctrl_c_ends_a_suite_that_does_not_listen(runner: DriverRunner)
         SCRIPT, run_id="baseline", signals=[signal.SIGINT, signal.SIGINT]
     )
     assert status == 130, stderr
-    assert [call["signal"] for call in runner.python_calls() if "signal" in call] == [
-        "SIGINT",
-        "SIGTERM",
-    ]
+    assert [call["signal"] for call in runner.python_calls() if "signal" in call] == [1, 2]
     assert list(runner.suite_calls()) == ["baseline"]
 
 
@@ -433,33 +424,37 @@ def test_exclusive_and_timeslice_are_undone_after_their_phase(runner: DriverRunn
     assert runner.python_calls()[-1]["gpu"] == AS_BEFORE
 
 
-@needs_root
-def test_another_time_slice_than_the_saved_one_is_set_and_the_saved_one_set_up_again(
-    runner: DriverRunner,
-) -> None:
-    runner.must("setup_time_slicing.sh", "2", "--timeslice", "short")
-    before = runner.saved("time-slicing")
-    result = runner.drive(SCRIPT, "--modes=time-slicing", "--timeslice=long", as_root=True)
-    assert result.returncode == 0, result.stderr
-    assert runner.suite_calls()["time-slicing"]["gpu"]["timeslice"] == "Long"
-    assert runner.python_calls()[-1]["gpu"]["timeslice"] == "Short"
-    assert runner.saved("time-slicing") == before
+SHORT, LONG = {**AS_BEFORE, "timeslice": "Short"}, {**AS_BEFORE, "timeslice": "Long"}
+SHORT_SLICES = ("setup_time_slicing.sh", "2", "--timeslice", "short")
+EXCLUSIVE = {**AS_BEFORE, "daemons": 1, "compute_mode": "Exclusive_Process"}
+IS_USED = "is set up already; it is used as it is and left so"
 
 
 @needs_root
-@pytest.mark.parametrize("flags", [(), ("--timeslice", "short")])
-def test_a_time_slice_that_is_set_up_as_asked_is_used_and_left(
-    runner: DriverRunner, flags: tuple[str, ...]
-) -> None:
-    runner.must("setup_time_slicing.sh", "2", "--timeslice", "short")
-    changes = runner.machine.changing_calls()
-    before = runner.saved("time-slicing")
-    result = runner.drive(SCRIPT, "--modes=time-slicing", *flags, as_root=True)
+@pytest.mark.parametrize(
+    ("set_up", "flags", "during", "after", "said"),
+    [
+        (SHORT_SLICES, (), SHORT, SHORT, IS_USED),
+        (SHORT_SLICES, ("--timeslice", "short"), SHORT, SHORT, IS_USED),
+        (SHORT_SLICES, ("--timeslice=long",), LONG, SHORT, "--timeslice short --gpu"),
+        (("enable_mps.sh", "--exclusive"), ("--exclusive",), EXCLUSIVE, EXCLUSIVE, IS_USED),
+        (("enable_mps.sh",), ("--exclusive",), EXCLUSIVE, AS_BEFORE,
+         "switched off altogether at the end"),
+    ],
+)  # fmt: skip
+def test_what_the_user_had_set_up_is_used_where_it_is_what_was_asked_for_and_else_set_up_again(
+    runner: DriverRunner, set_up: tuple[str, ...], flags: tuple[str, ...], during: dict,
+    after: dict, said: str,
+) -> None:  # fmt: skip
+    mode = "mps" if set_up[0] == "enable_mps.sh" else "time-slicing"
+    runner.must(*set_up)
+    saved = runner.saved(mode)
+    result = runner.drive(SCRIPT, f"--modes={mode}", *flags, as_root=True)
     assert result.returncode == 0, result.stderr
-    assert "time-slicing is set up already" in result.stderr
-    assert runner.suite_calls()["time-slicing"]["gpu"]["timeslice"] == "Short"
-    assert runner.machine.changing_calls() == changes
-    assert runner.saved("time-slicing") == before
+    assert said in result.stderr
+    assert runner.suite_calls()[mode]["gpu"] == during
+    assert runner.python_calls()[-1]["gpu"] == after
+    assert runner.saved(mode) == (None if after == AS_BEFORE else saved)
 
 
 @needs_root
@@ -471,28 +466,6 @@ def test_a_saved_time_slice_that_a_driver_reload_has_reset_is_set_anew(
     result = runner.drive(SCRIPT, "--modes=time-slicing", "--timeslice=long", as_root=True)
     assert result.returncode == 0, result.stderr
     assert runner.suite_calls()["time-slicing"]["gpu"]["timeslice"] == "Long"
-
-
-@needs_root
-def test_a_daemon_without_exclusive_mode_gets_it_when_asked_for(runner: DriverRunner) -> None:
-    runner.must("enable_mps.sh")
-    result = runner.drive(SCRIPT, "--modes=mps", "--exclusive", as_root=True)
-    assert result.returncode == 0, result.stderr
-    assert "switched off altogether at the end" in result.stderr
-    gpu = runner.suite_calls()["mps"]["gpu"]
-    assert gpu == {**AS_BEFORE, "daemons": 1, "compute_mode": "Exclusive_Process"}
-    assert runner.python_calls()[-1]["gpu"] == AS_BEFORE
-
-
-@needs_root
-def test_a_daemon_with_exclusive_mode_is_used_and_left(runner: DriverRunner) -> None:
-    runner.must("enable_mps.sh", "--exclusive")
-    before = runner.saved("mps")
-    result = runner.drive(SCRIPT, "--modes=mps", "--exclusive", as_root=True)
-    assert result.returncode == 0, result.stderr
-    assert "mps is set up already" in result.stderr
-    assert runner.saved("mps") == before
-    assert runner.python_calls()[-1]["gpu"]["compute_mode"] == "Exclusive_Process"
 
 
 @needs_root
@@ -607,8 +580,12 @@ def test_without_root_sudo_is_used_for_card_settings_alone_and_never_asks(
     (programs / "sudo").chmod(0o755)
     result = subprocess.run(
         [*AS_NOBODY, f"./{SCRIPT}", "--dry-run", "--mig", "--output", str(runner.output)],
-        cwd=PROJECT_ROOT,
-        env={**runner.environment, "PATH": f"{programs}:{runner.environment['PATH']}"},
+        cwd=runner.project,
+        env={
+            **runner.environment,
+            "PYTHON": SYSTEM_PYTHON,
+            "PATH": f"{programs}:{runner.environment['PATH']}",
+        },
         capture_output=True,
         text=True,
         timeout=60,

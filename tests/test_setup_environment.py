@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 from conftest import PROJECT_ROOT
 
-from lib import check_requirements
+from benchmarking import check_requirements
 
 DRIVER = """
 set -Eeuo pipefail
@@ -82,9 +82,10 @@ class Project:
 
 
 def make_project(folder: Path, requirements: str = "tiny-tool>=1.2,<2  # for tests\n") -> Project:
-    (folder / "lib").mkdir(parents=True)
+    (folder / "benchmarking").mkdir(parents=True)
     shutil.copy(PROJECT_ROOT / "setup_environment.sh", folder)
-    shutil.copy(PROJECT_ROOT / "lib" / "check_requirements.py", folder / "lib")
+    checker = Path("benchmarking") / "check_requirements.py"
+    shutil.copy(PROJECT_ROOT / checker, folder / checker)
     (folder / "requirements.txt").write_text(requirements)
     return Project(folder)
 

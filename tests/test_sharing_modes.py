@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from mode_script_runner import NOBODY
 
+from benchmarking.hardware.nvidia_tools import ask_mps_control, time_slice
 from benchmarking.modes import mode_scripts
 from benchmarking.modes import mps as mps_mode
 from benchmarking.modes.mig import MigMode
@@ -22,7 +23,7 @@ from benchmarking.modes.mode_scripts import (
     lock_reason,
     read_state,
 )
-from benchmarking.modes.mps import MpsMode, ask_mps_control
+from benchmarking.modes.mps import MpsMode
 from benchmarking.modes.sharing_mode import (
     ModeNotInForceError,
     ProcessLists,
@@ -30,7 +31,7 @@ from benchmarking.modes.sharing_mode import (
     is_own_pid_namespace,
     make_mode,
 )
-from benchmarking.modes.whole_gpu import WholeGpuMode, time_slice, time_slicing_warning
+from benchmarking.modes.whole_gpu import WholeGpuMode, time_slicing_warning
 
 UUID = "GPU-00000000-1111-2222-3333-444444444444"
 OTHER_UUID = "GPU-99999999-1111-2222-3333-444444444444"

@@ -16,7 +16,7 @@ RUN, SUITE = "run_experiments.sh", "benchmarking/benchmark_suite.py"
 @pytest.mark.parametrize(
     ("script", "target", "number", "not_before"),
     [
-        # While MPS is on, with a suite that has nobody above it any more.
+        # While MPS is on.
         (RUN, soak.DRIVER, signal.SIGKILL, soak.DAEMON),
         (RUN, soak.DRIVER, signal.SIGTERM, soak.A_CLIENT),
         (SUITE, soak.SUITE, signal.SIGKILL, soak.A_CLIENT),

