@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from held_client import HeldClient
 from no_sync import forbid_host_reads
-from workload_script import assert_usage_error, result_reader, runner_of
+from workload_script import assert_refused, result_reader, runner_of
 
 from workloads.common.device import open_device
 from workloads.interactive import jupyter_simulation as session
@@ -196,7 +196,7 @@ def test_a_run_by_hand_reports_every_figure_of_the_guide(tmp_path):
     ],
 )
 def test_wrong_arguments_end_with_one_sentence_and_code_2(arguments, fix):
-    assert_usage_error(run_script(*arguments), fix)
+    assert_refused(run_script(*arguments), fix)
 
 
 def test_resolve_names_the_weights_that_clients_use_without_downloading():
