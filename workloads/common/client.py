@@ -398,7 +398,13 @@ def _report(workload: Workload, outcome: dict) -> None:
     if device is not None:
         where = identity["gpu_name"] or f"CPU ({identity['host_threads']} threads)"
         rows.append(("Device", f"{where}, engine {device.engine}, {device.precision}"))
-    finished = " (interrupted: what was finished)" if outcome["interrupted"] else ""
-    results.print_summary(workload.title + finished, rows, workload.warnings, path)
+    title = workload.title
+    if outcome["interrupted"]:
+        title += " (interrupted: what was finished)"
+    width = max(len(label) for label, _ in rows)
+    lines = ["", title, "-" * len(title)]
+    lines += [f"{label:<{width}}  {text}" for label, text in rows]
+    lines += [f"NOTE: {warning}" for warning in workload.warnings]
+    print(errors.printable("\n".join([*lines, "", f"result: {path}"])), flush=True)
     if outcome["interrupted"]:
         raise KeyboardInterrupt

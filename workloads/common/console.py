@@ -6,6 +6,7 @@ written again and again; elsewhere a line comes now and then.
 
 from __future__ import annotations
 
+import shutil
 import sys
 import threading
 import time
@@ -103,7 +104,8 @@ def _show(over: threading.Event, is_stage: bool) -> None:
     plain_seconds = PLAIN_STAGE_PERIOD_SECONDS if is_stage else PLAIN_PROGRESS_PERIOD_SECONDS
     while not over.wait(LIVE_PERIOD_SECONDS if is_live else plain_seconds):
         if is_live:
-            print(f"{CLEAR_LINE}{printable(_shown[-1])}", end="", file=sys.stderr, flush=True)
+            line = printable(_shown[-1])[: shutil.get_terminal_size().columns - 1]
+            print(CLEAR_LINE + line, end="", file=sys.stderr, flush=True)
         else:
             note(str(_shown[-1]))
     if is_live:

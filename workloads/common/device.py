@@ -131,23 +131,20 @@ class ComputeDevice:
         }
         if self.is_cuda:
             properties = torch.cuda.get_device_properties(self.torch_device)
+            # CUDA's may be bare; nvidia-smi's form is wanted.
+            uuid = str(properties.uuid)
+            if not uuid.startswith(("GPU-", "MIG-")):
+                is_mig = os.environ.get("CUDA_VISIBLE_DEVICES", "").startswith("MIG-")
+                uuid = f"{'MIG' if is_mig else 'GPU'}-{uuid}"
             identity |= {
                 "gpu_name": properties.name,
-                "gpu_uuid": _uuid_text(str(properties.uuid)),
+                "gpu_uuid": uuid,
                 "multiprocessor_count": properties.multi_processor_count,
                 "memory_total_mib": properties.total_memory // MIB,
             }
             cudnn = torch.backends.cudnn.version()
             identity["versions"] |= {"cuda": torch.version.cuda, "cudnn": cudnn}
         return identity
-
-
-def _uuid_text(uuid: str) -> str:
-    """Return CUDA's bare UUID in nvidia-smi's form (``GPU-...``, ``MIG-...``)."""
-    if uuid.startswith(("GPU-", "MIG-")):
-        return uuid
-    is_mig = os.environ.get("CUDA_VISIBLE_DEVICES", "").startswith("MIG-")
-    return f"{'MIG' if is_mig else 'GPU'}-{uuid}"
 
 
 def open_device(args: argparse.Namespace) -> ComputeDevice:

@@ -1,7 +1,6 @@
 """What can go wrong in a workload and is understood: its sentence, its exit code, its cause.
 
-Running out of memory comes with a snapshot of who held what: ``where`` is ``gpu`` or ``host``,
-whichever memory ran out, and ``SNAPSHOT_KEYS`` name amounts in MiB (None: unknown).
+Running out of memory comes with a snapshot of who held what (``_snapshot``).
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from types import ModuleType
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -100,7 +100,7 @@ class UnreadableImageError(DamagedFileError):
 class OutOfGpuMemoryError(WorkloadError):
     """Memory ran out, here or in a process that a workload had started.
 
-    ``memory`` is the snapshot described above, None where nobody took one.
+    ``memory`` is the snapshot, None where nobody took one.
     """
 
     exit_code = EXIT_OUT_OF_MEMORY
@@ -142,34 +142,16 @@ def as_known(error: BaseException) -> WorkloadError | None:
 # --- out of memory --------------------------------------------------------------------------------
 
 MPS_LIMIT_VARIABLE = "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT"
-SNAPSHOT_KEYS = (
-    "tried_mib",  # what was to be allocated, from the error's text
-    "free_mib",  # as the driver (GPU) or the kernel (host) says; under an MPS limit within that
-    "total_mib",  # all there is
-    "allowed_mib",  # what PyTorch was allowed to take, where it has a limit of its own
-    "mps_limit_mib",  # the MPS memory limit in this process's environment
-    "process_mib",  # what this process holds; on a GPU as the driver told PyTorch
-    "others_mib",  # neither free nor this process's; unknown under an MPS limit
-    "allocated_mib",  # in tensors (torch.cuda.memory_allocated); GPU only
-    "reserved_mib",  # in PyTorch's pool (torch.cuda.memory_reserved); GPU only
-    "peak_allocated_mib",  # the most that was ever in tensors; GPU only
-)
+# One device only is shown to a client under a limit of the suite's, as number 0.
+_MPS_LIMIT = re.compile(r"(?:^|,)0=(\d+)([KMG])B?(?:,|$)")
 _UNITS = {"bytes": 1 / MIB, "KiB": 1 / 1024, "MiB": 1.0, "GiB": 1024.0, "TiB": 1024.0**2}
+_AMOUNT = r"([\d.]+) (bytes|[KMGT]iB)"
 # Errors of CUDA and its libraries that PyTorch passes on as a plain RuntimeError.
 _GPU_TEXT = re.compile(
     r"CUDA error: out of memory|CUDA out of memory|cudaErrorMemoryAllocation|"
     r"CUBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_ALLOC_FAILED",
 )
 _HOST_TEXT = re.compile(r"DefaultCPUAllocator: (not enough|can't allocate) memory")
-# What PyTorch's text says of amounts.
-_AMOUNT = r"([\d.]+) (bytes|[KMGT]iB)"
-_TEXTS = {
-    "tried_mib": rf"[Tt]ried to allocate {_AMOUNT}",
-    "allowed_mib": rf"{_AMOUNT} allowed",
-    "process_mib": rf"this process has {_AMOUNT} memory in use",
-}
-# One device only is shown to a client under a limit of the suite's, as number 0.
-_MPS_LIMIT = re.compile(r"(?:^|,)0=(\d+)([KMG])B?(?:,|$)")
 
 
 def as_out_of_memory(error: BaseException) -> OutOfGpuMemoryError | None:
@@ -180,53 +162,63 @@ def as_out_of_memory(error: BaseException) -> OutOfGpuMemoryError | None:
     torch = sys.modules.get("torch")
     text = str(error)
     if isinstance(error, MemoryError) or _HOST_TEXT.search(text):
-        import psutil
-
-        memory = psutil.virtual_memory()
-        where, figures = (
-            "host",
-            {
-                "free_mib": memory.available / MIB,
-                "total_mib": memory.total / MIB,
-                "process_mib": psutil.Process().memory_info().rss / MIB,
-            },
-        )
-    elif torch is not None and (
+        torch = None
+    elif torch is None or not (
         isinstance(error, torch.OutOfMemoryError)
         or (isinstance(error, RuntimeError) and _GPU_TEXT.search(text))
     ):
-        where, figures = "gpu", _gpu_figures(torch)
-    else:
         return None
-    snapshot: dict = {"where": where, **dict.fromkeys(SNAPSHOT_KEYS)}
-    for key, pattern in _TEXTS.items():
-        if match := re.search(pattern, text):
-            snapshot[key] = float(match[1]) * _UNITS[match[2]]
-    snapshot |= figures
-    total, free, process = (snapshot[key] for key in ("total_mib", "free_mib", "process_mib"))
-    # Free within an MPS limit, taken from the whole card, would be blamed on the others.
-    if snapshot["mps_limit_mib"] is None and None not in (total, free, process):
-        snapshot["others_mib"] = max(0.0, total - free - process)
+    snapshot = _snapshot(torch, text)
     return OutOfGpuMemoryError(_describe(snapshot, first_line(error)), snapshot)
 
 
-def _gpu_figures(torch: object) -> dict:
-    figures = {}
-    limit = _MPS_LIMIT.search(os.environ.get(MPS_LIMIT_VARIABLE, ""))
-    if limit:
-        figures["mps_limit_mib"] = int(limit[1]) * _UNITS[f"{limit[2]}iB"]
-    if torch.cuda.is_initialized():
+def _snapshot(torch: ModuleType | None, text: str) -> dict:
+    """Return who holds what on the GPU, without ``torch`` on the host, beside what ``text`` says.
+
+    Amounts are in MiB; None is unknown.
+    """
+
+    def said(words: str) -> float | None:
+        match = re.search(words.format(_AMOUNT), text)
+        return float(match[1]) * _UNITS[match[2]] if match else None
+
+    snapshot = {
+        "where": "gpu" if torch else "host",
+        "tried_mib": said("[Tt]ried to allocate {}"),
+        "free_mib": None,  # as driver or kernel says; under an MPS limit within that
+        "total_mib": None,  # all there is
+        "allowed_mib": said("{} allowed"),  # to PyTorch, where it has a limit of its own
+        "mps_limit_mib": None,  # the MPS memory limit in this process's environment
+        "process_mib": said("this process has {} memory in use"),
+        "others_mib": None,  # neither free nor this process's; unknown under an MPS limit
+        "allocated_mib": None,  # in tensors; this and what follows on the GPU only
+        "reserved_mib": None,  # in PyTorch's pool
+        "peak_allocated_mib": None,  # the most that was ever in tensors
+    }
+    if torch is None:
+        import psutil
+
+        memory = psutil.virtual_memory()
+        snapshot |= {"free_mib": memory.available / MIB, "total_mib": memory.total / MIB}
+        snapshot["process_mib"] = psutil.Process().memory_info().rss / MIB
+    elif limit := _MPS_LIMIT.search(os.environ.get(MPS_LIMIT_VARIABLE, "")):
+        snapshot["mps_limit_mib"] = int(limit[1]) * _UNITS[f"{limit[2]}iB"]
+    if torch is not None and torch.cuda.is_initialized():
         # After a fault on the card each of these raises too, and then the text has to do.
         with contextlib.suppress(RuntimeError):
             free, total = torch.cuda.mem_get_info()
-            figures |= {
+            snapshot |= {
                 "free_mib": free / MIB,
                 "total_mib": total / MIB,
                 "allocated_mib": torch.cuda.memory_allocated() / MIB,
                 "reserved_mib": torch.cuda.memory_reserved() / MIB,
                 "peak_allocated_mib": torch.cuda.max_memory_allocated() / MIB,
             }
-    return figures
+    total, free, process = (snapshot[key] for key in ("total_mib", "free_mib", "process_mib"))
+    # Free within an MPS limit, taken from the whole card, would be blamed on the others.
+    if snapshot["mps_limit_mib"] is None and None not in (total, free, process):
+        snapshot["others_mib"] = max(0.0, total - free - process)
+    return snapshot
 
 
 def _describe(snapshot: dict, said: str) -> str:

@@ -1,4 +1,4 @@
-"""Result files, what stands in them with a job's own figures, and the summary on the terminal."""
+"""Result files, and what stands in them beside a job's own figures."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from workloads.common.errors import CannotWriteError, UsageError, printable
+from workloads.common.errors import CannotWriteError, UsageError
 
 if TYPE_CHECKING:
     from workloads.common.device import ComputeDevice
@@ -260,17 +260,6 @@ class GpuMonitor:
             )
             if figures["gpu_utilization_source"] is None:
                 figures["gpu_utilization_source"] = sample.get("utilization_source")
-
-
-def print_summary(
-    title: str, rows: Sequence[tuple[str, str]], warnings: Sequence[str], result: Path
-) -> None:
-    """Print ``rows`` (label, text) under ``title``, warnings last, and where the ``result`` is."""
-    width = max((len(label) for label, _ in rows), default=0)
-    lines = [f"{label:<{width}}  {text}" for label, text in rows]
-    lines += [f"NOTE: {warning}" for warning in warnings]
-    lines = ["", title, "-" * len(title), *lines, "", f"result: {result}"]
-    print(printable("\n".join(lines)), flush=True)
 
 
 def is_few(responses: int, percentile: float) -> bool:

@@ -351,10 +351,9 @@ def hub_model_folder(model: str) -> Path:
             for file in HUB_OPTIONAL_FILES:
                 with contextlib.suppress(errors.RemoteEntryNotFoundError):
                     get(file)
-    except errors.LocalEntryNotFoundError as error:
-        raise HubUnreachableError(f"{hub_endpoint()} stopped answering") from error
     except (
-        errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.EntryNotFoundError,
+        errors.RepositoryNotFoundError, errors.RevisionNotFoundError,
+        errors.RemoteEntryNotFoundError,
     ) as error:  # fmt: skip
         raise UsageError(
             f"the hub has no model {name!r} with {' and '.join(HUB_FILES)} that is open to you at "

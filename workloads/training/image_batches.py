@@ -133,19 +133,16 @@ class StreamedBatches(ImageBatches):
         super().restart()
         self._seeds.manual_seed(self._seed)
 
-    def start_epoch(self, epoch: int = 0) -> None:
-        """Draw the epoch's order and let the threads begin."""
-        self._begin(self.samples)
-
     def start_rehearsal(self) -> None:
         """Let the threads decode one full batch and the smaller rest."""
-        self._begin(self.batch_size + self.samples % self.batch_size)
+        self.start_epoch(samples=self.batch_size + self.samples % self.batch_size)
 
-    def _begin(self, samples: int) -> None:
-        super().start_epoch()
+    def start_epoch(self, epoch: int = 0, samples: int | None = None) -> None:
+        """Draw the epoch's order and let the threads begin with its first ``samples`` (all)."""
+        super().start_epoch(epoch)
         seeds = torch.randint(2**62, (self.samples,), generator=self._seeds)
         order = list(zip(self.order.tolist(), seeds.tolist(), strict=True))[:samples]
-        starts = range(0, samples, self.batch_size)
+        starts = range(0, len(order), self.batch_size)
         self._waiting = iter([order[start : start + self.batch_size] for start in starts])
         self._decoding.clear()
         for _ in range(self._prefetch):

@@ -93,6 +93,8 @@ def load_texts(
 ) -> TextDataset:
     """Load at most ``train_samples`` texts and on top at most ``held_out_samples`` to test on.
 
+    Without rows marked as test, some are held out of the others.
+
     Args:
         dataset: ``synthetic``, or what ``datasets.load_dataset`` understands (a name or a folder).
         data: A CSV file with the columns text and label, which then takes the dataset's place.
@@ -109,7 +111,58 @@ def load_texts(
         return synthetic_texts(train_samples, held_out_samples)
     rows, notes = read_csv(data) if data is not None else _load_named(dataset)
     name = (data or Path(dataset)).name
-    return _select(name, rows, notes, train_samples, held_out_samples, seed)
+    label_names = _label_names(name, rows)
+    number = {label: index for index, label in enumerate(label_names)}
+    # Files are often sorted by label, so the first rows would not do.
+    shuffled = random.Random(seed).sample(list(rows), len(rows))
+    test_rows = [row for row in shuffled if row.is_test]
+    train_rows = [row for row in shuffled if not row.is_test]
+    most = HELD_OUT_SAMPLES if held_out_samples is None else held_out_samples
+    if not test_rows:
+        held_out = min(most, int(len(rows) * LARGEST_HELD_OUT_SHARE))
+        test_rows, train_rows = train_rows[:held_out], train_rows[held_out:]
+    if not train_rows:
+        raise UsageError(
+            f"{name} has no row to train on: every one says split=test; mark some train"
+        )
+    train_rows = train_rows[:train_samples]
+    test_rows = test_rows[: most if held_out_samples is not None else min(most, len(train_rows))]
+    untrained = {row.label for row in test_rows} - {row.label for row in train_rows}
+    if untrained:
+        raise UsageError(
+            f"{name}: the label {min(untrained)!r} is tested and never trained on; mark some of "
+            "its rows train, or raise --num-samples"
+        )
+
+    def split(chosen: Sequence[_Row]) -> TextSplit:
+        return TextSplit([row.text for row in chosen], [number[row.label] for row in chosen])
+
+    return TextDataset(name, split(train_rows), split(test_rows), label_names, notes)
+
+
+def _label_names(name: str, rows: Sequence[_Row]) -> list[str]:
+    """Return the distinct labels in order: by number where all are numbers, else by name."""
+    first: dict[int | str, _Row] = {}
+    for row in rows:
+        meaning = int(row.label) if _is_number(row.label) else row.label.casefold()
+        other = first.setdefault(meaning, row)
+        if other.label != row.label:
+            raise UsageError(
+                f"{name}: the labels {other.label!r} ({other.where}) and {row.label!r} "
+                f"({row.where}) look like one; write them alike"
+            )
+    if len(first) < 2:
+        raise UsageError(
+            f"{name} has {len(rows)} rows with {len(first)} different labels; at least two "
+            "labels are needed"
+        )
+    labels = [row.label for row in first.values()]
+    return sorted(labels, key=int if all(map(_is_number, labels)) else None)
+
+
+def _is_number(label: str) -> bool:
+    # isdigit would take digits that int refuses, such as a superscript or a circled one.
+    return re.fullmatch("-?[0-9]{1,18}", label) is not None
 
 
 def synthetic_texts(train_samples: int, held_out_samples: int) -> TextDataset:
@@ -314,74 +367,6 @@ def _split_rows(name: str, split_name: str, split) -> list[_Row]:
         label = names[label] if names is not None else label
         rows.append(_Row(text, str(label).strip(), split_name != "train", f"{split_name} {index}"))
     return rows
-
-
-# --- which rows -----------------------------------------------------------------------------------
-
-
-def _select(
-    name: str,
-    rows: Sequence[_Row],
-    notes: Sequence[str],
-    train_samples: int,
-    held_out_samples: int | None,
-    seed: int,
-) -> TextDataset:
-    """Choose rows by the seed; without rows marked as test, some are held out of the others."""
-    label_names = _label_names(name, rows)
-    number = {label: index for index, label in enumerate(label_names)}
-    # Files are often sorted by label, so the first rows would not do.
-    shuffled = random.Random(seed).sample(list(rows), len(rows))
-    test_rows = [row for row in shuffled if row.is_test]
-    train_rows = [row for row in shuffled if not row.is_test]
-    most = HELD_OUT_SAMPLES if held_out_samples is None else held_out_samples
-    if not test_rows:
-        held_out = min(most, int(len(rows) * LARGEST_HELD_OUT_SHARE))
-        test_rows, train_rows = train_rows[:held_out], train_rows[held_out:]
-    if not train_rows:
-        raise UsageError(
-            f"{name} has no row to train on: every one says split=test; mark some train"
-        )
-    train_rows = train_rows[:train_samples]
-    test_rows = test_rows[: most if held_out_samples is not None else min(most, len(train_rows))]
-    untrained = {row.label for row in test_rows} - {row.label for row in train_rows}
-    if untrained:
-        raise UsageError(
-            f"{name}: the label {min(untrained)!r} is tested and never trained on; mark some of "
-            "its rows train, or raise --num-samples"
-        )
-
-    def split(chosen: Sequence[_Row]) -> TextSplit:
-        return TextSplit([row.text for row in chosen], [number[row.label] for row in chosen])
-
-    return TextDataset(name, split(train_rows), split(test_rows), label_names, notes)
-
-
-def _label_names(name: str, rows: Sequence[_Row]) -> list[str]:
-    """Return the distinct labels in order: by number where all are numbers, else by name."""
-    first: dict[str, _Row] = {}
-    for row in rows:
-        first.setdefault(row.label, row)
-    if len(first) < 2:
-        raise UsageError(
-            f"{name} has {len(rows)} rows with {len(first)} different labels; at least two "
-            "labels are needed"
-        )
-    alike: dict[object, str] = {}
-    for label in first:
-        meaning = int(label) if _is_number(label) else label.casefold()
-        other = alike.setdefault(meaning, label)
-        if other != label:
-            raise UsageError(
-                f"{name}: the labels {other!r} ({first[other].where}) and {label!r} "
-                f"({first[label].where}) look like one; write them alike"
-            )
-    return sorted(first, key=int if all(map(_is_number, first)) else None)
-
-
-def _is_number(label: str) -> bool:
-    # isdigit would take digits that int refuses, such as a superscript or a circled one.
-    return re.fullmatch("-?[0-9]{1,18}", label) is not None
 
 
 # --- batches on the device ------------------------------------------------------------------------
