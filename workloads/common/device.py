@@ -171,8 +171,9 @@ def open_device(args: argparse.Namespace) -> ComputeDevice:
     if args.engine == "compile":
         _protect_compiler()
     # Who names a GPU wants one.
-    asked = args.device == "cuda" or (args.device == "auto" and args.gpu is not None)
-    use_cuda = asked or (args.device == "auto" and _gpu_expected())
+    use_cuda = args.device == "cuda" or (
+        args.device == "auto" and (args.gpu is not None or _gpu_expected())
+    )
     if use_cuda and not torch.cuda.is_available():
         raise GpuUnavailableError(_why_no_gpu())
     device = torch.device("cuda:0" if use_cuda else "cpu")

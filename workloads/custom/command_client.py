@@ -251,7 +251,5 @@ def _require_success(run: _Run) -> None:
     raise JobFailedError(message)
 
 
-main = main_of(CommandWorkload, parse_arguments)
-
 if __name__ == "__main__":
-    cli.run_main(main)
+    cli.run_main(main_of(CommandWorkload, parse_arguments))

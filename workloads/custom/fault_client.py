@@ -133,7 +133,5 @@ class FaultyJob(client.Workload):
         torch.cuda.synchronize()
 
 
-main = client.main_of(FaultyJob, parse_arguments)
-
 if __name__ == "__main__":
-    cli.run_main(main)
+    cli.run_main(client.main_of(FaultyJob, parse_arguments))

@@ -335,7 +335,5 @@ class JupyterSimulation(client.Workload):
         return arguments
 
 
-main = client.main_of(JupyterSimulation, parse_arguments)
-
 if __name__ == "__main__":
-    cli.run_main(main)
+    cli.run_main(client.main_of(JupyterSimulation, parse_arguments))

@@ -377,7 +377,5 @@ def _transformers() -> ModuleType:
     return transformers
 
 
-main = client.main_of(BertTraining, parse_arguments)
-
 if __name__ == "__main__":
-    cli.run_main(main)
+    cli.run_main(client.main_of(BertTraining, parse_arguments))

@@ -153,8 +153,9 @@ def _load_cifar10(data_dir: Path) -> ImageDataset:
     """
     from torchvision.datasets import CIFAR10
 
+    folder = data_dir / CIFAR10.base_folder
     contents = _cifar10_files(data_dir)
-    files = {name: _unpickle(content, data_dir / name) for name, content in contents.items()}
+    files = {name: _unpickle(content, folder / name) for name, content in contents.items()}
 
     def split(names: Sequence[Sequence[str]]) -> Split:
         parts = [files[name] for name, _ in names]

@@ -298,7 +298,5 @@ def load_model(model: torch.nn.Module, path: Path, stem: str, classes: int) -> N
         raise UsageError(f"{path} holds the weights of another network; {FIX}") from error
 
 
-main = client.main_of(ResNetTraining, parse_arguments)
-
 if __name__ == "__main__":
-    cli.run_main(main)
+    cli.run_main(client.main_of(ResNetTraining, parse_arguments))
