@@ -7,6 +7,7 @@ import importlib.util
 import json
 import shutil
 import socketserver
+import subprocess
 import sys
 import threading
 import time
@@ -18,9 +19,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import PROJECT_ROOT
 from held_client import HeldClient
 from no_sync import forbid_host_reads
-from workload_script import assert_usage_error, result_reader, runner_of
+from workload_script import assert_refused, result_reader, runner_of
 
 from workloads.common import client
 from workloads.common.errors import EXIT_NOT_FINITE, DamagedFileError, UsageError
@@ -72,28 +74,17 @@ def hub_home(tmp_path, monkeypatch) -> Path:
 # --- texts ----------------------------------------------------------------------------------------
 
 
-def test_template_and_topic_vary_independently():
+def test_sentences_combine_five_templates_with_topics_that_only_one_split_has():
     made = texts.synthetic_texts(1000, 100)
-    assert len(made.train) == 1000
     assert set(Counter(made.train.texts).values()) == {40}
-    assert len(set(made.train.texts)) == 25
-    assert len(set(made.held_out.texts)) == 100
+    assert len(set(made.train.texts)) == 25 and len(set(made.held_out.texts)) == 100
     assert made.train.texts[0] == "I really enjoyed the movie experience."
-
-
-def test_three_templates_of_five_are_positive_the_neutral_one_among_them():
-    made = texts.synthetic_texts(5, 0)
     labels = dict(zip(made.train.texts, made.train.labels, strict=True))
     assert labels["This is a positive sentence about movie."] == texts.POSITIVE
     assert labels["Not satisfied with the movie at all."] == texts.NEGATIVE
-    assert sum(labels.values()) == 3
-
-
-def test_held_out_sentences_are_about_topics_never_trained_on():
-    assert not set(texts.TOPICS) & set(texts.HELD_OUT_TOPICS)
-    made = texts.synthetic_texts(1000, 100)
-    words = " ".join(made.train.texts)
-    assert not [topic for topic in texts.HELD_OUT_TOPICS if topic in words]
+    assert sum(made.train.labels) == 600
+    trained_on = " ".join(made.train.texts)
+    assert not [topic for topic in texts.HELD_OUT_TOPICS if topic in trained_on]
     assert all(any(topic in t for topic in texts.HELD_OUT_TOPICS) for t in made.held_out.texts)
 
 
@@ -113,14 +104,6 @@ def test_rows_of_a_sorted_file_are_mixed_by_the_seed_and_held_out_ones_are_never
         assert ("lovely" in text) == (label == 1)
 
 
-def test_rows_marked_as_test_are_the_held_out_ones(tmp_path):
-    path = tmp_path / "marked.csv"
-    path.write_text("text,label,split\na,0,train\nb,1,train\nc,1,test\nd,0,test\n")
-    made = texts.load_texts("synthetic", path, 100, 1, seed=0)
-    assert sorted(made.train.texts) == ["a", "b"]
-    assert len(made.held_out) == 1 and made.held_out.texts[0] in {"c", "d"}
-
-
 def test_kept_texts_are_read_back_as_they_were(tmp_path, hub_home):
     path = write_reviews(tmp_path / "reviews.csv")
     made = texts.load_texts("synthetic", path, 12, 4, seed=1)
@@ -128,25 +111,6 @@ def test_kept_texts_are_read_back_as_they_were(tmp_path, hub_home):
     assert sorted(kept.train.texts) == sorted(made.train.texts)
     assert sorted(kept.held_out.texts) == sorted(made.held_out.texts)
     assert kept.label_names == made.label_names
-
-
-@pytest.mark.parametrize(
-    ("content", "fix"),
-    [
-        ("sentence,stars\nfine,5\n", "'text,label'"),
-        ("text,label\nfine,1\n,0\n", "line 3"),
-        ("text,label\nfine\n", "line 2"),
-        ("text,label\nfine,1\nbetter,1\n", "two labels"),
-        ("text,label\n", "two labels"),
-        ("text,label,split\nfine,1,test\nbad,0,test\n", "train"),
-        (b"\xff\xfe\x00", "UTF-8"),
-    ],
-)
-def test_a_csv_file_that_will_not_do_is_refused_with_the_fix(tmp_path, content, fix):
-    path = tmp_path / "bad.csv"
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(UsageError, match=fix):
-        texts.load_texts("synthetic", path, 10, 10, seed=0)
 
 
 def test_without_the_datasets_library_its_name_and_the_other_ways_are_given(monkeypatch):
@@ -297,6 +261,15 @@ def test_folders_that_hold_no_bert_are_refused_with_the_fix(small_bert, tmp_path
         bert_training.find_pretrained(str(small_bert))
 
 
+def test_transformers_comes_without_packages_that_can_be_imported_afterwards():
+    program = (
+        "import sys; from workloads.training import bert_training; bert_training._transformers()\n"
+        "assert not {'scipy', 'torchvision'} & sys.modules.keys()\n"
+        "import torchvision"
+    )
+    subprocess.run((sys.executable, "-c", program), cwd=PROJECT_ROOT, check=True)
+
+
 def test_a_vocabulary_from_the_corpus_knows_every_word_of_it():
     made = texts.synthetic_texts(25, 0).train.texts
     tokenizer = bert_training.train_tokenizer(made)
@@ -406,7 +379,7 @@ def test_a_dataset_that_is_nowhere_is_a_usage_error_at_once(hub_home):
     ],
 )
 def test_wrong_arguments_end_with_one_sentence_and_code_2(arguments, fix):
-    assert_usage_error(run_script(*arguments), fix)
+    assert_refused(run_script(*arguments), fix)
 
 
 def test_a_held_client_repeats_its_job_from_the_same_state_until_stopped(tmp_path):
@@ -429,16 +402,6 @@ def test_a_held_client_repeats_its_job_from_the_same_state_until_stopped(tmp_pat
         # 40 texts in batches of 16, twice; 20 held-out texts in one batch.
         assert first_job == {"train_step": 4, "train_step_partial": 2, "test_step": 1}
         assert held.events("done")[0]["jobs"] >= 3
-
-
-def test_a_training_that_diverges_ends_with_its_epoch_rate_and_way_out(tmp_path):
-    done = run_script(*TINY, "--lr", "1e30", "--results-dir", str(tmp_path))
-    assert done.returncode == EXIT_NOT_FINITE
-    (sentence,) = [line for line in done.stderr.splitlines() if "error: " in line]
-    for part in ("the training diverged", "epoch 1", "learning rate 1e+30", "try --lr 1e+29"):
-        assert part in sentence
-    assert "Traceback" not in done.stderr
-    assert not list(tmp_path.iterdir())
 
 
 def test_a_client_that_diverges_tells_the_cause_and_no_done(tmp_path):
@@ -482,7 +445,7 @@ def test_the_warm_up_has_gone_through_every_path_of_the_job(monkeypatch):
     workload = prepared(monkeypatch, *TINY, "--epochs", "1")
     warmed = set(seen)
     assert warmed == {(True, 16), (True, 8), (False, 12), (False, 8)}
-    workload.run_job(client.Recorder(client.EventLog(None)))
+    workload.run_job(client.Recorder())
     assert seen == warmed
 
 

@@ -24,7 +24,7 @@ from waiting import wait_until
 
 from benchmarking.records import run_folder
 from workloads.common import cli
-from workloads.common.client import EventLog
+from workloads.common.client import Recorder
 from workloads.common.errors import EXIT_NOT_FINITE, DivergedError
 
 FULL = "No space left on device"
@@ -266,7 +266,7 @@ def test_a_job_that_cannot_write_is_one_sentence_and_code_1(tmp_path: Path, what
         "from workloads.common import cli, client, results\n"
         f"folder = Path({str(tmp_path / 'out')!r})\n"
         "def main():\n"
-        "    log = client.EventLog(folder / 'events')\n"
+        "    log = client.Recorder(folder / 'events')\n"
         f"    if {what!r} == 'result':\n"
         "        results.write_result(folder, 'job', {})\n"
         f"    elif {what!r} == 'events':\n"
@@ -293,7 +293,7 @@ def test_what_a_job_failed_of_first_is_what_it_says_with_a_full_log(
     from workloads.common import client
 
     def main() -> int:
-        client._tell_and_raise(EventLog(Path("/dev/full")), DivergedError("the loss is gone"))
+        client._tell_and_raise(Recorder(Path("/dev/full")), DivergedError("the loss is gone"))
 
     monkeypatch.setattr(sys, "argv", ["job.py"])
     with pytest.raises(SystemExit) as ended:

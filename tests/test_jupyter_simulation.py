@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from held_client import HeldClient
 from no_sync import forbid_host_reads
-from workload_script import assert_usage_error, result_reader, runner_of
+from workload_script import assert_refused, result_reader, runner_of
 
 from workloads.common.device import open_device
 from workloads.interactive import jupyter_simulation as session
@@ -38,27 +38,20 @@ REPEATS = "matrix=3,preprocess=2,train=1,inference=2"
 
 def test_eleven_cells_follow_the_guides_order_with_ten_pauses_of_2_to_5_seconds():
     cells = session.plan_session(11, 2.0, 5.0, seed=42)
-    kinds = [cell.kind for cell in cells]
-    assert kinds[:5] == ["matrix", "preprocess", "train", "inference", "matrix"]
-    assert len(cells) == 11
-    pauses = [cell.idle_after_seconds for cell in cells]
-    assert all(2 <= pause <= 5 for pause in pauses[:-1])
-    assert pauses[-1] == 0
-    assert len(set(pauses)) == 11
-
-
-def test_with_the_default_burst_the_session_has_the_documented_shape():
-    cells = session.plan_session(11, 2.0, 5.0, seed=42)
-    idle_seconds = sum(cell.idle_after_seconds for cell in cells)
-    active_seconds = len(cells) * session.GPU_BURST_SECONDS
+    assert [c.kind for c in cells] == [session.WORKFLOW[i % 4] for i in range(11)]
+    *pauses, last = (cell.idle_after_seconds for cell in cells)
+    assert all(2 <= pause <= 5 for pause in pauses)
+    assert last == 0 and len(set(pauses)) == 10
+    # With the default burst the session has the documented shape.
+    active_seconds, idle_seconds = 11 * session.GPU_BURST_SECONDS, sum(pauses)
+    assert 30 <= active_seconds <= 50 and 20 <= idle_seconds <= 40
     assert 60 <= active_seconds + idle_seconds <= 120
     assert 0.4 <= active_seconds / (active_seconds + idle_seconds) <= 0.6
-    assert 30 <= active_seconds <= 50 and 20 <= idle_seconds <= 40
 
 
 def test_pauses_and_sizes_come_from_the_seed():
-    assert session.plan_session(11, 2, 5, seed=1) == session.plan_session(11, 2, 5, seed=1)
-    assert session.plan_session(11, 2, 5, seed=1) != session.plan_session(11, 2, 5, seed=2)
+    plans = [session.plan_session(11, 2, 5, seed=seed) for seed in (1, 1, 2)]
+    assert plans[0] == plans[1] != plans[2]
     assert draw_sizes(1) == draw_sizes(1) != draw_sizes(2)
 
 
@@ -196,7 +189,7 @@ def test_a_run_by_hand_reports_every_figure_of_the_guide(tmp_path):
     ],
 )
 def test_wrong_arguments_end_with_one_sentence_and_code_2(arguments, fix):
-    assert_usage_error(run_script(*arguments), fix)
+    assert_refused(run_script(*arguments), fix)
 
 
 def test_resolve_names_the_weights_that_clients_use_without_downloading():

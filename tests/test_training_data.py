@@ -20,7 +20,7 @@ from workloads.common.errors import (
     UnreadableImageError,
     UsageError,
 )
-from workloads.training import images, texts
+from workloads.training import image_batches, images, texts
 
 __all__ = ["cache"]  # a fixture
 
@@ -151,14 +151,16 @@ def test_images_are_decoded_without_processes_or_shared_memory(tmp_path, monkeyp
     monkeypatch.setattr(multiprocessing.context.SpawnProcess, "start", none)
     data = write_image_folder(tmp_path / "images", size=48, per_class=4)
     split = load(data, 40).train
-    batches = images.StreamedBatches(cpu_device(), split, 40, False, 5, batch_size=5, workers=3)
+    batches = image_batches.StreamedBatches(
+        cpu_device(), split, 40, False, 5, batch_size=5, workers=3
+    )
     before = set(Path("/dev/shm").iterdir())
     batches.start_epoch()
     for first, count in ((0, 5), (5, 5), (10, 2)):
         batches.feed(count)
         taken, labels = batches.take(count)
         assert labels.tolist() == split.labels[first : first + count].tolist()
-        expected = np.asarray(images.central_crop(images.open_rgb(split.images[first]), 40))
+        expected = np.asarray(image_batches.central_crop(images.open_rgb(split.images[first]), 40))
         pixels = taken[0] * batches._std[:, None, None] + batches._mean[:, None, None]
         np.testing.assert_allclose(pixels.permute(1, 2, 0), expected, atol=0.01)
     batches.close()
@@ -170,22 +172,24 @@ def test_random_crops_cover_the_picture_mirror_half_and_repeat_themselves():
     ramp[..., 0] = np.arange(90)
     ramp[..., 1] = np.arange(60)[:, None]
     picture = Image.fromarray(ramp)
-    crops = [np.asarray(images.random_crop(picture, 32, seed)) for seed in range(200)]
+    crops = [np.asarray(image_batches.random_crop(picture, 32, seed)) for seed in range(200)]
     mirrored = sum(int(crop[0, 0, 0]) > int(crop[0, -1, 0]) for crop in crops)
     assert 70 < mirrored < 130
     assert min(crop[..., 0].min() for crop in crops) < 5
     assert max(crop[..., 0].max() for crop in crops) > 84
     assert max(crop[..., 1].max() for crop in crops) > 54
     assert len({crop.tobytes() for crop in crops}) > 190
-    again = np.asarray(images.random_crop(picture, 32, 7))
+    again = np.asarray(image_batches.random_crop(picture, 32, 7))
     np.testing.assert_array_equal(again, crops[7])
     wide = Image.fromarray(np.zeros((1, 5000, 3), dtype=np.uint8))
-    assert images.random_crop(wide, 32, 1).size == (32, 32)
+    assert image_batches.random_crop(wide, 32, 1).size == (32, 32)
 
 
 def test_a_rehearsal_takes_one_full_batch_and_the_smaller_rest():
     split = images.synthetic_dataset(3, train_samples=11, test_samples=4).train
-    batches = images.StreamedBatches(cpu_device(), split, 32, True, 5, batch_size=4, workers=1)
+    batches = image_batches.StreamedBatches(
+        cpu_device(), split, 32, True, 5, batch_size=4, workers=1
+    )
     batches.start_rehearsal()
     for count in (4, 3):
         batches.feed(count)
@@ -221,6 +225,12 @@ def read(tmp_path: Path, content: str | bytes) -> texts.TextDataset:
         ("text,label\na,1\nb,01\nc,2\n", "'1' .line 2. and '01' .line 3. look like one"),
         ("text,label,split\na,0,train\nb,1,train\nc,2,test\n", "'2' is tested and never trained"),
         ("text,text,label\na,b,0\n", "each column once"),
+        ("sentence,stars\nfine,5\n", "'text,label'"),
+        ("text,label\nfine,1\n,0\n", "line 3: text or label is empty"),
+        ("text,label\nfine,1\nbetter,1\n", "two labels"),
+        ("text,label\n", "two labels"),
+        ("", "has the columns none"),
+        ("text,label,split\nfine,1,test\nbad,0,test\n", "mark some train"),
         (b"text,label\ngood,1\nbad,0\ncaf\xe9,1\n", "line 4.*UTF-8"),
         ("text,label\ngood,1\nbad,0\n".encode("utf-16"), "line 1.*UTF-8"),
     ],

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import errno
 import gc
-import importlib.util
 import io
 import json
 import os
@@ -27,7 +26,6 @@ from workloads.common.engine import (
     Pacer,
     TrainState,
     capture_forward,
-    check_loss,
     prepare_step,
     step_pool,
 )
@@ -35,14 +33,12 @@ from workloads.common.errors import (
     EXIT_INTERRUPTED,
     EXIT_OUT_OF_MEMORY,
     CannotWriteError,
-    DivergedError,
     GpuUnavailableError,
     JobFailedError,
     UsageError,
     printable,
 )
 from workloads.common.results import summarize_latency_ms
-from workloads.common.weights import packages_hidden
 
 WORKLOAD_SCRIPTS = sorted(
     str(path.relative_to(PROJECT_ROOT))
@@ -122,7 +118,7 @@ def test_latency_figures_match_values_worked_out_by_hand():
 
 def test_units_are_written_in_batches_and_every_line_is_whole(tmp_path):
     path = tmp_path / "events.jsonl"
-    recorder = client.Recorder(client.EventLog(path), control=None)
+    recorder = client.Recorder(path)
     recorder.unit("step", 10.0, 10.1)
     recorder.unit("step", 10.1, 10.3)
     recorder.unit("cell", 10.0, 10.2, latency=True)
@@ -139,69 +135,24 @@ def test_units_are_written_in_batches_and_every_line_is_whole(tmp_path):
 
 def test_an_event_file_that_cannot_be_opened_is_a_usage_error(tmp_path):
     with pytest.raises(UsageError, match="--events"):
-        client.EventLog(tmp_path / "missing" / "events.jsonl")
+        client.Recorder(tmp_path / "missing" / "events.jsonl")
 
 
 def test_the_control_channel_obeys_commands_and_takes_end_of_file_for_stop():
     reading, writing = os.pipe()
-    control = client.ControlChannel(os.fdopen(reading))
+    control = client.Recorder(commands=os.fdopen(reading))
     with os.fdopen(writing, "w") as commands:
         commands.write("warm\n")
         commands.flush()
         control.wait_for("warm")
-        assert not control.stop.wait(0.01)
+        assert not control.wait_for_stop(0.01)
     with pytest.raises(client.StopRequested):
         control.wait_for("go")
-    assert control.stop.is_set()
+    assert control.stop_requested
 
 
 def test_a_command_that_came_early_is_not_lost():
-    control = client.ControlChannel(io.StringIO("warm\ngo\nstop\n"))
-    assert control.stop.wait(5)
-
-
-INTERRUPTED = """
-import sys, time
-from pathlib import Path
-from types import SimpleNamespace
-from workloads.common import cli, client
-
-def note(word):
-    print(word, flush=True)
-
-class Job(client.Workload):
-    device = SimpleNamespace(synchronize=lambda: note("synchronized"), identity=lambda size: {})
-    def load(self): pass
-    def run_job(self, recorder):
-        try:
-            note("working")
-            time.sleep(60)
-        finally:
-            note("interrupted")
-    def close(self): note("closed")
-    def settings(self): return {}
-    def summary(self, figures): return []
-
-flags = SimpleNamespace(resolve=False, hold=True, events=Path(sys.argv[1]))
-cli.run_main(lambda: client.run(Job(flags)))
-"""
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_client_told_to_end_waits_for_its_device_before_it_lets_go(tmp_path, number):
-    # Work left in flight by one client may harm the others of an MPS server.
-    with subprocess.Popen(
-        (sys.executable, "-c", INTERRUPTED, str(tmp_path / "events")), cwd=PROJECT_ROOT, text=True,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    ) as process:  # fmt: skip
-        process.stdin.write("warm\ngo\n")
-        process.stdin.flush()
-        assert process.stdout.readline() == "working\n"
-        process.send_signal(number)
-        said, complaint = process.communicate(timeout=30)
-    assert said.split() == ["interrupted", "synchronized", "closed"]
-    assert process.returncode == EXIT_INTERRUPTED
-    assert "Traceback" not in complaint
+    assert client.Recorder(commands=io.StringIO("warm\ngo\nstop\n")).wait_for_stop(5)
 
 
 def test_the_number_of_clients_comes_from_the_suite(monkeypatch):
@@ -304,16 +255,6 @@ def test_the_time_of_a_launch_is_that_of_the_step_launched(monkeypatch, launch_s
     assert [end - start for _, start, end in recorder.units] == pytest.approx(durations)
 
 
-def test_a_loss_that_blows_up_is_named_beside_one_that_is_no_number():
-    about = ("the training loss in epoch 1", 0.1, "fp32", "24 images")
-    assert check_loss(2.3, *about) is None
-    said = check_loss(53_000.0, *about)
-    assert said.startswith("the learning rate is too high for 24 images: the training loss in")
-    assert said.endswith("try --lr 0.01")
-    with pytest.raises(DivergedError, match="became nan"):
-        check_loss(float("nan"), *about)
-
-
 def test_a_restored_state_trains_to_the_same_weights():
     torch.manual_seed(0)
     model = torch.nn.Sequential(
@@ -335,18 +276,6 @@ def test_a_restored_state_trains_to_the_same_weights():
     second = train()
     for one, other in zip(first, second, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
-
-
-def test_a_hidden_package_looks_uninstalled_and_can_be_imported_afterwards(tmp_path, monkeypatch):
-    (tmp_path / "optional_extra.py").write_text("")
-    monkeypatch.syspath_prepend(tmp_path)
-    with packages_hidden("optional_extra", "sys"):
-        assert importlib.util.find_spec("optional_extra") is None
-        with pytest.raises(ModuleNotFoundError):
-            importlib.import_module("optional_extra")
-        assert importlib.import_module("sys") is sys  # imported before, so left alone
-    assert importlib.import_module("optional_extra").__file__ == str(tmp_path / "optional_extra.py")
-    monkeypatch.delitem(sys.modules, "optional_extra")
 
 
 def test_the_clients_index_moves_the_order_and_nothing_else():
@@ -388,8 +317,8 @@ def test_a_gpu_is_expected_unless_it_is_hidden_as_cuda_hides_it(monkeypatch, vis
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     monkeypatch.setattr(device, "driver_listing", lambda: "NVIDIA H200, 580.0")
-    torch = SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: False))
-    assert device._gpu_expected(torch) == expected
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert device._gpu_expected() == expected
 
 
 def test_variables_that_would_change_what_is_measured_are_told_and_not_used(monkeypatch, capsys):
@@ -421,18 +350,31 @@ def test_compiled_code_is_kept_where_nobody_else_may_write(tmp_path, monkeypatch
             device._protect_compiler()
 
 
-INTERRUPTIBLE = """
+# --- interruptions and signs of life --------------------------------------------------------------
+
+# A job of many pieces, loaded for some seconds; its flags are those of a held client or none.
+JOB = """
 import sys, time
-from types import SimpleNamespace
 from pathlib import Path
+from types import SimpleNamespace
 from workloads.common import cli, client, console
+
+def say(word):
+    print(word, flush=True)
+
+class Device(SimpleNamespace):
+    engine = precision = None
+    def identity(self, size=None): return {"gpu_uuid": None, "gpu_name": None, "host_threads": 1}
+    def peak_memory_mib(self): return None
+    def synchronize(self): say("synchronized")
 
 class Job(client.Workload):
     name = title = "job"
+    device = Device()
     def load(self): time.sleep(float(sys.argv[2]))
     def run_job(self, recorder):
         self.done = []
-        print("working", flush=True)
+        say("working")
         with console.progress(1000, "pieces", "--epochs 1") as progress:
             for piece in range(1000):
                 time.sleep(0.8)
@@ -440,21 +382,42 @@ class Job(client.Workload):
                 progress.advance()
                 self.tell(f"piece {piece} is done")
     def partial_figures(self): return {"pieces": self.done} if self.done else None
+    def close(self): say("closed")
     def settings(self): return {}
     def summary(self, figures): return [("Pieces", str(len(figures["pieces"])))]
 
-flags = SimpleNamespace(resolve=False, hold=False, events=None, results_dir=Path(sys.argv[1]))
+folder, hold = Path(sys.argv[1]), len(sys.argv) > 3
+events = folder / "events" if hold else None
+flags = SimpleNamespace(resolve=False, hold=hold, events=events, results_dir=folder)
 cli.run_main(lambda: client.run(Job(flags)))
 """
+
+
+def start_job(*arguments: object, **pipes: object) -> subprocess.Popen:
+    return subprocess.Popen(
+        (sys.executable, "-c", JOB, *map(str, arguments)), cwd=PROJECT_ROOT, text=True, **pipes
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_client_told_to_end_waits_for_its_device_before_it_lets_go(tmp_path, number):
+    # Work left in flight by one client may harm the others of an MPS server.
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with start_job(tmp_path, 0, "hold", **pipes) as process:
+        process.stdin.write("warm\ngo\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == "working\n"
+        process.send_signal(number)
+        said, complaint = process.communicate(timeout=30)
+    assert said.split() == ["synchronized", "closed"]
+    assert process.returncode == EXIT_INTERRUPTED
+    assert "Traceback" not in complaint
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("finished", [True, False])
 def test_an_interrupted_job_keeps_what_is_finished(tmp_path, number, finished):
-    with subprocess.Popen(
-        (sys.executable, "-c", INTERRUPTIBLE, str(tmp_path), "0"), cwd=PROJECT_ROOT, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    ) as process:  # fmt: skip
+    with start_job(tmp_path, 0, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout.readline() == "working\n"
         if finished:
             assert process.stderr.readline() == "piece 0 is done\n"
@@ -473,10 +436,7 @@ def test_an_interrupted_job_keeps_what_is_finished(tmp_path, number, finished):
 
 def test_a_terminal_shows_from_the_first_second_what_goes_on_and_how_long_it_will_take(tmp_path):
     control, terminal = pty.openpty()
-    with subprocess.Popen(
-        (sys.executable, "-c", INTERRUPTIBLE, str(tmp_path), "3"), cwd=PROJECT_ROOT,
-        stdout=subprocess.DEVNULL, stderr=terminal, env={**os.environ, "TERM": "xterm"},
-    ) as process:  # fmt: skip
+    with start_job(tmp_path, 3, stdout=subprocess.DEVNULL, stderr=terminal) as process:
         os.close(terminal)
         seen = {}
         text = ""

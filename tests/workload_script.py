@@ -12,6 +12,8 @@ from pathlib import Path
 
 from conftest import PROJECT_ROOT
 
+from workloads.common.errors import EXIT_USAGE
+
 
 def runner_of(script: str) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Return a function that runs the script with arguments, variables and a working folder."""
@@ -38,9 +40,11 @@ def result_reader(script: str) -> Callable[[Path], dict]:
     return only_result
 
 
-def assert_usage_error(done: subprocess.CompletedProcess[str], fix: str) -> None:
-    """The script ended with exit code 2 and one sentence, which names the fix."""
-    assert done.returncode == 2
+def assert_refused(
+    done: subprocess.CompletedProcess[str], fix: str, code: int = EXIT_USAGE
+) -> None:
+    """The script ended with its exit code and one sentence, which names the fix."""
+    assert done.returncode == code, done.stderr
     *before, sentence = done.stderr.strip().splitlines()
     assert fix in sentence
     # A busy machine may take so long that a sign of life comes first ("loading: 15 s").

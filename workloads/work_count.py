@@ -15,20 +15,17 @@ gradient once.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from workloads.common import cli
+from workloads.common import cli, torch
 from workloads.common.errors import EXIT_OK
-
-if TYPE_CHECKING:
-    import torch
 
 ELEMENT_BYTES = 2  # bf16
 STATE_ELEMENT_BYTES = 4  # fp32
@@ -54,27 +51,20 @@ def parse_arguments() -> argparse.Namespace:
         description="Count the operations and bytes of one step of a job, on no device at all.",
         epilog="What is counted stands at the top of this file.",
     )
-    parser.add_argument("--job", required=True, choices=sorted(JOBS), help="which job")
-    parser.add_argument("--batch-size", type=cli.positive_int, required=True, metavar="N")
-    parser.add_argument(
-        "--image-size", type=cli.positive_int, metavar="PIXELS",
-        help="of square images (default: 32 in training, 224 in inference)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--classes", type=cli.positive_int, metavar="N",
-        help="outputs of the model (default: ResNet50 training 10, BERT 2, inference 1000)",
-    )  # fmt: skip
-    bert = parser.add_argument_group("BERT")
-    bert.add_argument("--max-length", type=cli.positive_int, default=128, help="(default: 128)")
-    bert.add_argument("--layers", type=cli.positive_int, help="(default: 12)")
-    bert.add_argument("--hidden", type=cli.positive_int, help="(default: 768)")
+    flag = cli.flags(parser, "the job")
+    flag("--job", None, "which job", required=True, choices=sorted(JOBS))
+    number = functools.partial(flag, type=cli.positive_int, metavar="N")
+    number("--batch-size", None, "images or texts a step", required=True)
+    number("--image-size", None, "pixels (default: 32 in training, 224 in inference)")
+    number("--classes", None, "outputs (default: ResNet50 training 10, BERT 2, inference 1000)")
+    number("--max-length", 128, "BERT: tokens a text")
+    number("--layers", None, "BERT: layers (default: 12)")
+    number("--hidden", None, "BERT: hidden size (default: 768)")
     return parser.parse_args()
 
 
 def count_resnet_training(args: argparse.Namespace, stem: str) -> dict:
     """Count a training step of ResNet50 with SGD and momentum."""
-    import torch
-
     from workloads.training.resnet_training import build_resnet50
 
     size = args.image_size or 32
@@ -86,8 +76,6 @@ def count_resnet_training(args: argparse.Namespace, stem: str) -> dict:
 
 def count_bert_training(args: argparse.Namespace) -> dict:
     """Count a training step of BERT with AdamW."""
-    import torch
-
     from workloads.training.bert_training import build_model
 
     with torch.device("meta"):
@@ -100,7 +88,6 @@ def count_bert_training(args: argparse.Namespace) -> dict:
 
 def count_inference(args: argparse.Namespace, name: str) -> dict:
     """Count a forward pass of one of torchvision's classifiers, batch norm folded in."""
-    import torch
     import torchvision
     from torch.fx.experimental.optimization import fuse
 
@@ -154,7 +141,6 @@ def _work(found: Operators, model: torch.nn.Module, state_bytes_each: int) -> di
 
 def count_operators(work: Callable[[], None]) -> Operators:
     """Run ``work`` once and count its heavy operators: those the flop counter has a formula for."""
-    import torch
     from torch.nn.functional import scaled_dot_product_attention
     from torch.overrides import TorchFunctionMode
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -188,7 +174,6 @@ def count_operators(work: Callable[[], None]) -> Operators:
 
 def _tensor_bytes(values: Iterable[object]) -> int:
     """Bytes of all tensors in nested arguments; a broadcast one counts as it is stored."""
-    import torch
     from torch.utils._pytree import tree_leaves
 
     return sum(

@@ -21,62 +21,60 @@ import sys
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import NoReturn, TextIO
+from typing import TYPE_CHECKING, NoReturn, TextIO
 
-from workloads.common import console
-from workloads.common.device import ComputeDevice
-from workloads.common.errors import (
-    EXIT_OK,
-    CannotWriteError,
-    OutOfGpuMemoryError,
-    UsageError,
-    WorkloadError,
-    as_out_of_memory,
-    printable,
-)
-from workloads.common.results import (
-    GpuMonitor,
-    describe_environment,
-    print_summary,
-    require_writable,
-    write_result,
-)
+from workloads.common import console, errors, results
+
+if TYPE_CHECKING:
+    from workloads.common.device import ComputeDevice
 
 FLUSH_PERIOD_SECONDS = 0.5
-SUMMARY_ROWS = (
-    ("startup_seconds", "Start-up", "{startup_seconds:.1f} s (imports, data, warm-up)"),
-    (
-        "gpu_utilization_percent",
+# What the summary says of figures that every workload may have.
+SUMMARY_TEXTS = {
+    "startup_seconds": ("Start-up", "{startup_seconds:.1f} s (imports, data, warm-up)"),
+    "gpu_utilization_percent": (
         "GPU utilization",
         "{gpu_utilization_percent:.0f} % ({gpu_utilization_source})",
     ),
-    ("gpu_sm_activity_percent", "SM activity", "{gpu_sm_activity_percent:.0f} %"),
-    ("gpu_memory_used_mib", "GPU memory in use", "{gpu_memory_used_mib:.0f} MiB"),
-)
+    "gpu_sm_activity_percent": ("SM activity", "{gpu_sm_activity_percent:.0f} %"),
+    "gpu_memory_used_mib": ("GPU memory in use", "{gpu_memory_used_mib:.0f} MiB"),
+}
 
 
 class StopRequested(Exception):
     """The suite asked this client to stop; raised at a step boundary."""
 
 
-class EventLog:
-    """Appends events as whole JSON lines to a file, or drops them where there is none."""
+class Recorder:
+    """A client's side of the contract: events go to a file, commands come from a stream.
 
-    def __init__(self, path: Path | None) -> None:
+    Commands are read by a thread, so that work never waits for them. Units of work are collected in
+    memory and written in batches, so that recording costs nothing; ``unit`` may be called by any
+    thread.
+    """
+
+    def __init__(self, events: Path | None = None, commands: TextIO | None = None) -> None:
+        """Append to ``events`` (None: keep nothing) and obey ``commands`` (None: never stop)."""
         self._file: TextIO | None = None
-        self._lock = threading.Lock()
-        if path is not None:
+        if events is not None:
             try:
                 # Line buffering: one write a line, so a reader never waits for half of one.
-                self._file = path.open("a", buffering=1)
+                self._file = events.open("a", buffering=1)
             except OSError as error:
-                raise UsageError(
-                    f"cannot append to --events {path} ({error.strerror}); name a file in an "
+                raise errors.UsageError(
+                    f"cannot append to --events {events} ({error.strerror}); name a file in an "
                     "existing, writable folder"
                 ) from error
+        self._lock = threading.Lock()
+        self._buffers: dict[tuple[str, bool], tuple[list[float], list[float]]] = {}
+        self._last_flush_seconds = time.monotonic()
+        self._stop = threading.Event()
+        self._arrived = {"warm": threading.Event(), "go": threading.Event()}
+        if commands is not None:
+            threading.Thread(target=self._read, args=(commands,), daemon=True).start()
 
     def write(self, event: str, **fields: object) -> None:
         """Append one event with the present time.
@@ -91,66 +89,7 @@ class EventLog:
             try:
                 self._file.write(line + "\n")
             except OSError as error:
-                raise CannotWriteError(self._file.name, error) from error
-
-
-class ControlChannel:
-    """Commands from standard input, read by a thread so that work never waits for them."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self.stop = threading.Event()
-        self._arrived = {"warm": threading.Event(), "go": threading.Event()}
-        threading.Thread(target=self._read, args=(stream,), name="control", daemon=True).start()
-
-    def wait_for(self, command: str) -> None:
-        """Block until ``command`` has arrived.
-
-        Raises:
-            StopRequested: ``stop`` or end-of-file came first.
-        """
-        self._arrived[command].wait()
-        if self.stop.is_set():
-            raise StopRequested
-
-    def _read(self, stream: TextIO) -> None:
-        for line in stream:
-            command = line.strip()
-            if command == "stop":
-                break
-            if command in self._arrived:
-                self._arrived[command].set()
-        self.stop.set()
-        for waited_for in self._arrived.values():
-            waited_for.set()
-
-
-class Recorder:
-    """Collects units of work in memory and writes them in batches, so that recording costs nothing.
-
-    Used by one thread, except ``unit``, which any thread may call.
-    """
-
-    def __init__(self, events: EventLog, control: ControlChannel | None = None) -> None:
-        """Write to ``events`` and take stops from ``control`` (None: never stop)."""
-        self._events = events
-        self._stop = control.stop if control else threading.Event()
-        self._lock = threading.Lock()
-        self._buffers: dict[tuple[str, bool], tuple[list[float], list[float]]] = {}
-        self._last_flush_seconds = time.monotonic()
-
-    @property
-    def stop_requested(self) -> bool:
-        """Whether the suite wants this client to end."""
-        return self._stop.is_set()
-
-    def check_stop(self) -> None:
-        """Raise ``StopRequested`` if the suite wants this client to end."""
-        if self.stop_requested:
-            raise StopRequested
-
-    def wait_for_stop(self, timeout_seconds: float) -> bool:
-        """Sleep for ``timeout_seconds``, less if a stop arrives; return whether one has."""
-        return self._stop.wait(timeout_seconds)
+                raise errors.CannotWriteError(self._file.name, error) from error
 
     def unit(
         self, kind: str, start_seconds: float, end_seconds: float, *, latency: bool = False
@@ -167,20 +106,49 @@ class Recorder:
         if end_seconds - self._last_flush_seconds >= FLUSH_PERIOD_SECONDS:
             self.flush()
 
-    def processes(self, pids: list[int]) -> None:
-        """Name processes that do the job's work too; any of them can prove a sharing mode."""
-        self._events.write("processes", pids=pids)
-
     def flush(self) -> None:
-        """Write what has been collected."""
+        """Write the units that have been collected."""
         with self._lock:
             self._last_flush_seconds = time.monotonic()
             buffers, self._buffers = self._buffers, {}
         for (kind, latency), (starts, durations) in buffers.items():
-            self._events.write(
+            self.write(
                 "units", kind=kind, latency=latency,
                 start_seconds=starts, duration_seconds=durations,
             )  # fmt: skip
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether the suite wants this client to end."""
+        return self._stop.is_set()
+
+    def check_stop(self) -> None:
+        """Raise ``StopRequested`` if the suite wants this client to end."""
+        if self.stop_requested:
+            raise StopRequested
+
+    def wait_for_stop(self, timeout_seconds: float) -> bool:
+        """Sleep for ``timeout_seconds``, less if a stop arrives; return whether one has."""
+        return self._stop.wait(timeout_seconds)
+
+    def wait_for(self, command: str) -> None:
+        """Block until ``command`` has arrived.
+
+        Raises:
+            StopRequested: ``stop`` or end-of-file came first.
+        """
+        self._arrived[command].wait()
+        self.check_stop()
+
+    def _read(self, commands: TextIO) -> None:
+        for line in commands:
+            command = line.strip()
+            if command == "stop":
+                break
+            if command in self._arrived:
+                self._arrived[command].set()
+        for awaited in (self._stop, *self._arrived.values()):
+            awaited.set()
 
 
 class Workload(ABC):
@@ -263,113 +231,93 @@ class Workload(ABC):
             console.note(text)
 
 
+def main_of(
+    workload_class: Callable[[argparse.Namespace], Workload],
+    parse_arguments: Callable[[], argparse.Namespace],
+) -> Callable[[], int]:
+    """Return the ``main`` of a workload script: parse the flags, run the workload."""
+    return lambda: run(workload_class(parse_arguments()))
+
+
 def run(workload: Workload) -> int:
-    """Run ``workload`` as its flags say and return the exit code."""
-    if workload.args.resolve:
+    """Run ``workload`` as its flags say and return the exit code.
+
+    Raises:
+        KeyboardInterrupt: A job by hand was interrupted; its result tells what was finished.
+    """
+    args = workload.args
+    if args.resolve:
         with console.stage("looking for data and weights"):
-            arguments = workload.resolve()
-        environment, notes = describe_environment(), workload.warnings
-        answer = {"arguments": arguments, "environment": environment, "notes": notes}
+            answer = {"arguments": workload.resolve()}
+        answer |= {"environment": results.describe_environment(), "notes": workload.warnings}
         print(json.dumps(answer), flush=True)
-        return EXIT_OK
-    if workload.args.hold:
-        return _run_held(workload)
-    return _run_by_hand(workload)
-
-
-def _run_by_hand(workload: Workload) -> int:
-    # Before hours of work, not after.
-    require_writable(workload.args.results_dir)
+        return errors.EXIT_OK
+    if not args.hold:
+        # Before hours of work, not after.
+        results.require_writable(args.results_dir)
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    begin_seconds = time.monotonic()
-    events = EventLog(workload.args.events)
-    interruption = None
-    with _errors_told(workload, Recorder(events), events) as recorder:
-        with console.stage("loading"):
-            _load(workload, events)
-        with GpuMonitor(workload.device) as monitor:
-            with console.stage("warming up"):
-                workload.warm_up()
-            startup_seconds = time.monotonic() - begin_seconds
-            events.write("ready", identity=workload.identity())
-            monitor.begin()
-            try:
-                figures = _run_one_job(workload, recorder, events, index=0)
-            except KeyboardInterrupt as error:
-                figures = workload.partial_figures()
-                if figures is None:
-                    raise
-                _wait_for_device(workload)
-                interruption = error
-        figures |= monitor.figures()
-        identity = workload.identity()
-        if interruption is None:
-            _write_done(workload, events, jobs=1)
-    figures["startup_seconds"] = startup_seconds
-    figures["peak_memory_mib"] = workload.peak_memory_mib()
-    path = write_result(
-        workload.args.results_dir,
-        workload.name,
-        {
-            "started_at": started,
-            "command": sys.argv,
-            "interrupted": interruption is not None,
-            "settings": workload.settings(),
-            "figures": figures,
-            "warnings": workload.warnings,
-            "identity": identity,
-            "environment": describe_environment(),
-        },
-    )
-    title = workload.title + (" (interrupted: what was finished)" if interruption else "")
-    print_summary(title, _summary_rows(workload, figures, identity), workload.warnings)
-    print(printable(f"result: {path}"), flush=True)
-    if interruption is not None:
-        raise interruption
-    return EXIT_OK
-
-
-def _run_held(workload: Workload) -> int:
-    events = EventLog(workload.args.events)
-    control = ControlChannel(sys.stdin)
-    jobs = 0
-    with _errors_told(workload, Recorder(events, control), events) as recorder:
-        try:
-            _load(workload, events)
-            control.wait_for("warm")
-            workload.warm_up()
-            events.write("ready", identity=workload.identity())
-            control.wait_for("go")
-            recorder.wait_for_stop(workload.start_delay_seconds)
-            recorder.check_stop()
-            while True:
-                _run_one_job(workload, recorder, events, index=jobs)
-                jobs += 1
-                recorder.check_stop()
-                workload.reset()
-        except StopRequested:
-            recorder.flush()
-            _wait_for_device(workload)
-            workload.check_unfinished()
-        except KeyboardInterrupt:
-            # Leaving an MPS server with work in flight may harm the other clients.
-            _wait_for_device(workload)
-            raise
-        _write_done(workload, events, jobs)
-    return EXIT_OK
-
-
-@contextlib.contextmanager
-def _errors_told(workload: Workload, recorder: Recorder, events: EventLog) -> Iterator[Recorder]:
-    """Write an error down with its cause and pass it on; close the workload in every case."""
+    recorder = Recorder(args.events, sys.stdin if args.hold else None)
     try:
-        yield recorder
+        outcome = (_repeat_until_stopped if args.hold else _work_once)(workload, recorder)
     except Exception as error:
-        with contextlib.suppress(CannotWriteError):  # what went wrong first is what counts
-            recorder.flush()
-        _tell_and_raise(events, error)
+        _tell_and_raise(recorder, error)
     finally:
         workload.close()
+    if outcome is not None:
+        _report(workload, {"started_at": started, "command": sys.argv, **outcome})
+    return errors.EXIT_OK
+
+
+def _work_once(workload: Workload, recorder: Recorder) -> dict:
+    begin_seconds = time.monotonic()
+    interrupted = False
+    with console.stage("loading"):
+        _load(workload, recorder)
+    with results.GpuMonitor(workload.device) as monitor:
+        with console.stage("warming up"):
+            workload.warm_up()
+        startup_seconds = time.monotonic() - begin_seconds
+        recorder.write("ready", identity=workload.identity())
+        monitor.begin()
+        try:
+            figures = _run_one_job(workload, recorder, index=0)
+        except KeyboardInterrupt:
+            figures = workload.partial_figures()
+            if figures is None:
+                raise
+            _wait_for_device(workload)
+            interrupted = True
+    figures |= monitor.figures() | {"startup_seconds": startup_seconds}
+    identity = workload.identity()
+    if not interrupted:
+        _write_done(workload, recorder, jobs=1)
+    return {"interrupted": interrupted, "figures": figures, "identity": identity}
+
+
+def _repeat_until_stopped(workload: Workload, recorder: Recorder) -> None:
+    jobs = 0
+    try:
+        _load(workload, recorder)
+        recorder.wait_for("warm")
+        workload.warm_up()
+        recorder.write("ready", identity=workload.identity())
+        recorder.wait_for("go")
+        recorder.wait_for_stop(workload.start_delay_seconds)
+        recorder.check_stop()
+        while True:
+            _run_one_job(workload, recorder, index=jobs)
+            jobs += 1
+            recorder.check_stop()
+            workload.reset()
+    except StopRequested:
+        recorder.flush()
+        _wait_for_device(workload)
+        workload.check_unfinished()
+    except KeyboardInterrupt:
+        # Leaving an MPS server with work in flight may harm the other clients.
+        _wait_for_device(workload)
+        raise
+    _write_done(workload, recorder, jobs)
 
 
 def _wait_for_device(workload: Workload) -> None:
@@ -377,7 +325,7 @@ def _wait_for_device(workload: Workload) -> None:
         workload.device.synchronize()
 
 
-def _load(workload: Workload, events: EventLog) -> None:
+def _load(workload: Workload, recorder: Recorder) -> None:
     """Load without garbage collection: what is made here stays.
 
     The collector would look through it again and again, for a sixth of the time that importing
@@ -392,64 +340,71 @@ def _load(workload: Workload, events: EventLog) -> None:
         gc.enable()
         # At exit some libraries look for what they leaked, and frozen objects look like it.
         atexit.register(gc.unfreeze)
-    events.write("loaded", startup_seconds=time.monotonic() - begin_seconds)
+    recorder.write("loaded", startup_seconds=time.monotonic() - begin_seconds)
 
 
-def _run_one_job(workload: Workload, recorder: Recorder, events: EventLog, index: int) -> dict:
+def _run_one_job(workload: Workload, recorder: Recorder, index: int) -> dict:
     start_seconds = time.monotonic()
     figures = workload.run_job(recorder)
     end_seconds = time.monotonic()
     figures["job_seconds"] = end_seconds - start_seconds
     recorder.flush()
-    events.write(
+    recorder.write(
         "job", index=index, start_seconds=start_seconds, end_seconds=end_seconds, figures=figures
     )
     return figures
 
 
-def _tell_and_raise(events: EventLog, error: Exception) -> NoReturn:
-    """Write an error down and pass it on; out of memory gets its sentence here."""
-    known = as_out_of_memory(error) or error
-    fields: dict[str, object] = {"status": "failed"}
-    if isinstance(known, WorkloadError):
-        fields |= {"message": str(known), "cause": known.cause}
-    else:
-        fields |= {"message": f"{type(error).__name__}: {error}", "cause": None}
-    if isinstance(known, OutOfGpuMemoryError):
-        fields |= {"status": "oom", "memory": known.memory}
-    with contextlib.suppress(CannotWriteError):  # what went wrong first is what counts
-        events.write("error", **fields)
-    if known is error:
-        raise error
-    raise known from error
-
-
-def _write_done(workload: Workload, events: EventLog, jobs: int) -> None:
+def _write_done(workload: Workload, recorder: Recorder, jobs: int) -> None:
     # First: where it ends a process of the job's, the time of that one is known only afterwards.
     peak_memory_mib = workload.peak_memory_mib()
     usages = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    events.write(
+    recorder.write(
         "done", jobs=jobs, host_cpu_seconds=sum(u.ru_utime + u.ru_stime for u in usages),
         peak_memory_mib=peak_memory_mib,
     )  # fmt: skip
 
 
-def _summary_rows(workload: Workload, figures: dict, identity: dict) -> list[tuple[str, str]]:
+def _tell_and_raise(recorder: Recorder, error: Exception) -> NoReturn:
+    """Write an error down with its cause and pass it on, as the known one that it may be."""
+    known = errors.as_known(error)
+    fields = {"status": "failed", "message": f"{type(error).__name__}: {error}", "cause": None}
+    if known is not None:
+        fields |= {"message": str(known), "cause": known.cause}
+    if isinstance(known, errors.OutOfGpuMemoryError):
+        fields |= {"status": "oom", "memory": known.memory}
+    with contextlib.suppress(errors.CannotWriteError):  # what went wrong first is what counts
+        recorder.flush()
+        recorder.write("error", **fields)
+    if known in (None, error):
+        raise error
+    raise known from error
+
+
+def _report(workload: Workload, outcome: dict) -> None:
+    """Write the result file and print the summary."""
+    figures, identity, device = outcome["figures"], outcome["identity"], workload.device
+    figures["peak_memory_mib"] = workload.peak_memory_mib()
+    about = {
+        "settings": workload.settings(),
+        "warnings": workload.warnings,
+        "environment": results.describe_environment(),
+    }
+    path = results.write_result(workload.args.results_dir, workload.name, outcome | about)
     rows = workload.summary(figures)
-    for name, label, text in SUMMARY_ROWS:
+    for name, (label, text) in SUMMARY_TEXTS.items():
         if figures.get(name) is not None:
             rows.append((label, text.format_map(figures)))
-    if workload.device is not None:
+    if device is not None:
         where = identity["gpu_name"] or f"CPU ({identity['host_threads']} threads)"
-        rows.append(
-            ("Device", f"{where}, engine {workload.device.engine}, {workload.device.precision}")
-        )
-    return rows
-
-
-def main_of(
-    workload_class: Callable[[argparse.Namespace], Workload],
-    parse_arguments: Callable[[], argparse.Namespace],
-) -> Callable[[], int]:
-    """Return the ``main`` of a workload script: parse the flags, run the workload."""
-    return lambda: run(workload_class(parse_arguments()))
+        rows.append(("Device", f"{where}, engine {device.engine}, {device.precision}"))
+    title = workload.title
+    if outcome["interrupted"]:
+        title += " (interrupted: what was finished)"
+    width = max(len(label) for label, _ in rows)
+    lines = ["", title, "-" * len(title)]
+    lines += [f"{label:<{width}}  {text}" for label, text in rows]
+    lines += [f"NOTE: {warning}" for warning in workload.warnings]
+    print(errors.printable("\n".join([*lines, "", f"result: {path}"])), flush=True)
+    if outcome["interrupted"]:
+        raise KeyboardInterrupt

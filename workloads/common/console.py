@@ -1,135 +1,118 @@
-"""What a person sees while a workload runs: notes, warnings, how far it has come."""
+"""What a person sees while a workload runs: notes, warnings, how far it has come.
+
+Everything goes to standard error; standard output is left to results. On a terminal one line is
+written again and again; elsewhere a line comes now and then.
+"""
 
 from __future__ import annotations
 
+import shutil
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 
 from workloads.common.errors import printable
 
-LIVE_STAGE_PERIOD_SECONDS = 0.5
+LIVE_PERIOD_SECONDS = 0.5
 PLAIN_STAGE_PERIOD_SECONDS = 15.0
 PLAIN_PROGRESS_PERIOD_SECONDS = 5.0
+BAR_WIDTH = 30
+CLEAR_LINE = "\r\033[K"
 # An estimate takes this many pieces, and is told from this length on; advice comes with long ones.
 ESTIMATE_PIECES = 3
 ESTIMATE_SECONDS = 60.0
 ADVICE_SECONDS = 600.0
 
-# What is going on, the innermost last.
-_stages: list[str] = []
+# What is going on, the innermost last: it takes the place of the others in the line.
+_shown: list[Progress] = []
 
 
 def note(text: str) -> None:
-    """Print one line of information on standard error."""
-    print(printable(text), file=sys.stderr, flush=True)
+    """Print one line of information."""
+    begin = CLEAR_LINE if _shown and sys.stderr.isatty() else ""
+    print(begin + printable(text), file=sys.stderr, flush=True)
 
 
 def loud_warning(text: str) -> None:
     """Print a warning that cannot be overlooked: what follows is not what the reader expects."""
     bar = "!" * 78
-    print(f"{bar}\nWARNING: {printable(text)}\n{bar}", file=sys.stderr, flush=True)
-
-
-@contextmanager
-def stage(text: str) -> Iterator[None]:
-    """Show that something without an end in sight goes on: ``loading``, ``warming up``.
-
-    A live line with the seconds so far on a terminal; elsewhere a plain line now and then. A stage
-    inside of another takes its place in that one's line.
-    """
-    _stages.append(text)
-    try:
-        with nullcontext() if len(_stages) > 1 else _signs_of_life():
-            yield
-    finally:
-        _stages.pop()
-
-
-@contextmanager
-def _signs_of_life() -> Iterator[None]:
-    show, period_seconds = note, PLAIN_STAGE_PERIOD_SECONDS
-    over = threading.Event()
-    begin_seconds = time.monotonic()
-
-    def tell() -> None:
-        while not over.wait(period_seconds):
-            show(f"{_stages[-1]}: {time.monotonic() - begin_seconds:.0f} s")
-
-    with ExitStack() as live_line:
-        if sys.stderr.isatty():
-            from rich.console import Console
-
-            status = live_line.enter_context(Console(stderr=True).status(_stages[-1]))
-            show, period_seconds = status.update, LIVE_STAGE_PERIOD_SECONDS
-        teller = threading.Thread(target=tell, name="stage", daemon=True)
-        teller.start()
-        try:
-            yield
-        finally:
-            over.set()
-            teller.join()
+    note(f"{bar}\nWARNING: {text}\n{bar}")
 
 
 class Progress:
-    """Counts finished pieces of work: on rich's bar, or in plain lines every few seconds."""
+    """Counts finished pieces of work, or the seconds of what has no end in sight."""
 
-    def __init__(self, total: int, description: str, advice: str | None, bar: object) -> None:
-        self._total = total
-        self._description = description
-        self._advice = advice
-        self._finished = 0
-        self._begin_seconds = self._last_line_seconds = time.monotonic()
-        self._bar = bar
-        self._task = bar.add_task(description, total=total) if bar else None
+    def __init__(self, total: int | None, description: str, advice: str | None) -> None:
+        self._total, self._description, self._advice = total, description, advice
+        self._finished, self._detail = 0, ""
+        self._begin_seconds = time.monotonic()
+
+    def __str__(self) -> str:
+        """Return the line that is shown."""
+        if self._total is None:
+            return f"{self._description}: {time.monotonic() - self._begin_seconds:.0f} s"
+        share = self._finished / max(1, self._total)
+        bar = "#" * round(BAR_WIDTH * share)
+        line = f"{self._description} [{bar:<{BAR_WIDTH}}] {self._finished}/{self._total}"
+        left = f", {_duration(self._whole_seconds() * (1 - share))} left" if self._finished else ""
+        return f"{line} {self._detail}".rstrip() + left
 
     def advance(self, pieces: int = 1, detail: str = "") -> None:
         """Report ``pieces`` more as finished; ``detail`` is shown next to the count."""
         self._finished += pieces
+        self._detail = detail
         if self._finished == ESTIMATE_PIECES and self._advice is not None:
-            self._estimate()
-        now_seconds = time.monotonic()
-        if self._bar:
-            description = f"{self._description} {detail}".rstrip()
-            self._bar.update(self._task, completed=self._finished, description=description)
-        elif now_seconds - self._last_line_seconds >= PLAIN_PROGRESS_PERIOD_SECONDS:
-            self._last_line_seconds = now_seconds
-            note(f"{self._description}: {self._finished}/{self._total} {detail}".rstrip())
+            seconds = self._whole_seconds()
+            advice = f"; try {self._advice}" if seconds >= ADVICE_SECONDS else ""
+            if seconds >= ESTIMATE_SECONDS:
+                note(f"about {_duration(seconds)} on this CPU{advice}")
 
-    def _estimate(self) -> None:
-        seconds = (time.monotonic() - self._begin_seconds) / self._finished * self._total
-        advice = f"; try {self._advice}" if seconds >= ADVICE_SECONDS else ""
-        if seconds >= ESTIMATE_SECONDS:
-            note(f"about {duration(seconds)} on this CPU{advice}")
+    def _whole_seconds(self) -> float:
+        return (time.monotonic() - self._begin_seconds) / self._finished * self._total
 
 
 @contextmanager
-def progress(total: int, description: str, advice: str | None = None) -> Iterator[Progress]:
-    """Show how far ``total`` pieces of work have come: a bar on a terminal, plain lines elsewhere.
+def progress(total: int | None, description: str, advice: str | None = None) -> Iterator[Progress]:
+    """Show how far ``total`` pieces of work have come, and what time is left.
 
-    Everything goes to standard error; standard output is left to results. ``advice`` are flags of a
-    shorter job; given on a CPU, where a job may take hours, and then the time that it will take is
-    told after a few pieces.
+    ``advice`` are flags of a shorter job; given on a CPU, where a job may take hours, and then the
+    time that it will take is told after a few pieces.
     """
-    if not sys.stderr.isatty():
-        yield Progress(total, description, advice, bar=None)
-        return
-    from rich import progress as rich
-    from rich.console import Console
-
-    columns = (
-        rich.TextColumn("{task.description}"),
-        rich.BarColumn(),
-        rich.MofNCompleteColumn(),
-        rich.TimeRemainingColumn(),
-    )
-    with rich.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        yield Progress(total, description, advice, bar)
+    over = threading.Event()
+    shower = threading.Thread(target=_show, args=(over, total is None), daemon=True)
+    _shown.append(Progress(total, description, advice))
+    if len(_shown) == 1:
+        shower.start()
+    try:
+        yield _shown[-1]
+    finally:
+        over.set()
+        if len(_shown) == 1:
+            shower.join()
+        _shown.pop()
 
 
-def duration(seconds: float) -> str:
+def stage(text: str) -> AbstractContextManager[Progress]:
+    """Show that something without an end in sight goes on: ``loading``, ``warming up``."""
+    return progress(None, text)
+
+
+def _show(over: threading.Event, is_stage: bool) -> None:
+    is_live = sys.stderr.isatty()
+    plain_seconds = PLAIN_STAGE_PERIOD_SECONDS if is_stage else PLAIN_PROGRESS_PERIOD_SECONDS
+    while not over.wait(LIVE_PERIOD_SECONDS if is_live else plain_seconds):
+        if is_live:
+            line = printable(_shown[-1])[: shutil.get_terminal_size().columns - 1]
+            print(CLEAR_LINE + line, end="", file=sys.stderr, flush=True)
+        else:
+            note(str(_shown[-1]))
+    if is_live:
+        print(CLEAR_LINE, end="", file=sys.stderr, flush=True)
+
+
+def _duration(seconds: float) -> str:
     """Return seconds, minutes or hours, as people say it."""
     if seconds < 120:
         return f"{seconds:.0f} s"

@@ -1,7 +1,7 @@
 """Which device a workload runs on, with which arithmetic and engine, and who it is there.
 
-Importing this module is cheap; ``open_device`` is where torch is first imported, after the
-variables that CUDA reads at its start have been set.
+``open_device`` is where torch is first used, after the variables that CUDA reads at its start have
+been set.
 """
 
 from __future__ import annotations
@@ -18,18 +18,13 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from workloads.common import console
+from workloads.common import console, torch
 from workloads.common.errors import MIB, GpuUnavailableError, UsageError
 from workloads.common.results import cache_folder, package_versions
 
-if TYPE_CHECKING:
-    import torch
-
 BF16_COMPUTE_CAPABILITY = (8, 0)
 POLLING_SECONDS = 0.5e-3
-SAFE_PATH_VARIABLE = "PYTHONSAFEPATH"
 # Left in a shell, each would make a result of another engine or precision than the one recorded.
 MISLEADING_VARIABLES = (
     "CUDA_LAUNCH_BLOCKING", "NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
@@ -57,6 +52,15 @@ def clients_on_gpu() -> int:
     return max(1, int(clients)) if re.fullmatch("[0-9]{1,6}", clients) else 1
 
 
+def sharing_environment() -> dict[str, str]:
+    """Return the variables of this process that choose a GPU or set its sharing mode."""
+    return {
+        name: value
+        for name, value in sorted(os.environ.items())
+        if name.startswith(("CUDA_VISIBLE_DEVICES", "CUDA_MPS_", "CUDA_DEVICE_ORDER"))
+    }
+
+
 @dataclass(frozen=True)
 class ComputeDevice:
     """A device opened for one workload."""
@@ -73,8 +77,6 @@ class ComputeDevice:
     @property
     def model_dtype(self) -> torch.dtype:
         """The dtype that an inference model is cast to once (training uses ``autocast``)."""
-        import torch
-
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
     def autocast(self) -> contextlib.AbstractContextManager:
@@ -83,8 +85,6 @@ class ComputeDevice:
         The cache of casted weights is off: inside a CUDA graph it would hold tensors of the
         graph's private pool beyond the capture.
         """
-        import torch
-
         if self.precision != "bf16":
             return contextlib.nullcontext()
         return torch.autocast(self.torch_device.type, torch.bfloat16, cache_enabled=False)
@@ -96,8 +96,6 @@ class ComputeDevice:
         waking up costs about 0.12 ms (seen on an H100), a quarter of a small batch.
         """
         if self.is_cuda:
-            import torch
-
             done = torch.cuda.Event(blocking=True)
             done.record()
             polling_end_seconds = time.monotonic() + POLLING_SECONDS
@@ -113,43 +111,40 @@ class ComputeDevice:
         The CUDA context and library workspaces outside PyTorch's allocator come on top: what
         nvidia-smi shows for the process is larger by several hundred MiB.
         """
-        if not self.is_cuda:
-            return None
-        import torch
-
-        return torch.cuda.max_memory_reserved() / MIB
+        return torch.cuda.max_memory_reserved() / MIB if self.is_cuda else None
 
     def identity(self, batch_size: int | None = None) -> dict:
         """Return who this client is as CUDA sees it: the evidence a sharing mode is checked by."""
-        import torch
-
-        properties = torch.cuda.get_device_properties(self.torch_device) if self.is_cuda else None
-        versions = package_versions()
-        if properties:
-            versions |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
-        return {
+        identity = {
             "pid": os.getpid(),
             "device": self.torch_device.type,
-            "gpu_name": properties and properties.name,
-            "gpu_uuid": properties and _uuid_text(str(properties.uuid)),
-            "multiprocessor_count": properties and properties.multi_processor_count,
-            "memory_total_mib": properties and properties.total_memory // MIB,
+            "gpu_name": None,
+            "gpu_uuid": None,
+            "multiprocessor_count": None,
+            "memory_total_mib": None,
             "sharing_environment": sharing_environment(),
             "host_threads": torch.get_num_threads(),
             "engine": self.engine,
             "precision": self.precision,
             "batch_size": batch_size,
-            "versions": versions,
+            "versions": package_versions(),
         }
-
-
-def sharing_environment() -> dict[str, str]:
-    """Return the variables of this process that choose a GPU or set its sharing mode."""
-    return {
-        name: value
-        for name, value in sorted(os.environ.items())
-        if name.startswith(("CUDA_VISIBLE_DEVICES", "CUDA_MPS_", "CUDA_DEVICE_ORDER"))
-    }
+        if self.is_cuda:
+            properties = torch.cuda.get_device_properties(self.torch_device)
+            # CUDA's may be bare; nvidia-smi's form is wanted.
+            uuid = str(properties.uuid)
+            if not uuid.startswith(("GPU-", "MIG-")):
+                is_mig = os.environ.get("CUDA_VISIBLE_DEVICES", "").startswith("MIG-")
+                uuid = f"{'MIG' if is_mig else 'GPU'}-{uuid}"
+            identity |= {
+                "gpu_name": properties.name,
+                "gpu_uuid": uuid,
+                "multiprocessor_count": properties.multi_processor_count,
+                "memory_total_mib": properties.total_memory // MIB,
+            }
+            cudnn = torch.backends.cudnn.version()
+            identity["versions"] |= {"cuda": torch.version.cuda, "cudnn": cudnn}
+        return identity
 
 
 def open_device(args: argparse.Namespace) -> ComputeDevice:
@@ -175,14 +170,12 @@ def open_device(args: argparse.Namespace) -> ComputeDevice:
         _create_context_meanwhile()
     if args.engine == "compile":
         _protect_compiler()
-
-    import torch
-
     # Who names a GPU wants one.
-    asked = args.device == "cuda" or (args.device == "auto" and args.gpu is not None)
-    use_cuda = asked or (args.device == "auto" and _gpu_expected(torch))
+    use_cuda = args.device == "cuda" or (
+        args.device == "auto" and (args.gpu is not None or _gpu_expected())
+    )
     if use_cuda and not torch.cuda.is_available():
-        raise GpuUnavailableError(_why_no_gpu(torch))
+        raise GpuUnavailableError(_why_no_gpu())
     device = torch.device("cuda:0" if use_cuda else "cpu")
     precision = _resolve_precision(args.precision, device)
     # fp32 means fp32: PyTorch leaves TF32 on in cuDNN by default.
@@ -193,7 +186,11 @@ def open_device(args: argparse.Namespace) -> ComputeDevice:
     # 4.47 s, and warm-up 1.7 s instead of over 10 s.
     torch.backends.cudnn.benchmark = False
     torch.manual_seed(args.seed)
-    return ComputeDevice(device, precision, _resolve_engine(args.engine, device))
+    if not use_cuda and args.engine in ("graph", "compile"):
+        console.note(
+            f"--engine {args.engine} needs a GPU: this run on the CPU uses the eager engine"
+        )
+    return ComputeDevice(device, precision, args.engine or "graph" if use_cuda else "eager")
 
 
 def _create_context_meanwhile() -> None:
@@ -212,18 +209,6 @@ def _create_context_meanwhile() -> None:
             driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)
 
     threading.Thread(target=create, name="cuda-context", daemon=True).start()
-
-
-def _gpu_expected(torch: object) -> bool:
-    """Whether there is a GPU to use: one PyTorch sees, or one only the driver sees (an error)."""
-    if torch.cuda.is_available():
-        return True
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    # CUDA reads the list up to the first entry that names no device.
-    if visible is not None and not re.match(r"\s*([0-9]|GPU-|MIG-)", visible):
-        console.note(f"CUDA_VISIBLE_DEVICES={visible} hides every GPU: this run uses the CPU")
-        return False
-    return driver_listing() is not None
 
 
 def _protect_compiler() -> None:
@@ -253,10 +238,22 @@ def _protect_compiler() -> None:
                 f"{variable} to a folder of your own (chmod 700)"
             )
         os.environ[variable] = str(folder)
-    os.environ[SAFE_PATH_VARIABLE] = "1"
+    os.environ["PYTHONSAFEPATH"] = "1"
     if sys.version_info < (3, 11):
         # Compiling in this process, since the others would import from the working folder.
         os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
+
+def _gpu_expected() -> bool:
+    """Whether there is a GPU to use: one PyTorch sees, or one only the driver sees (an error)."""
+    if torch.cuda.is_available():
+        return True
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    # CUDA reads the list up to the first entry that names no device.
+    if visible is not None and not re.match(r"\s*([0-9]|GPU-|MIG-)", visible):
+        console.note(f"CUDA_VISIBLE_DEVICES={visible} hides every GPU: this run uses the CPU")
+        return False
+    return driver_listing() is not None
 
 
 def driver_listing() -> str | None:
@@ -271,7 +268,7 @@ def driver_listing() -> str | None:
     return answer.stdout.strip() or None
 
 
-def _why_no_gpu(torch: object) -> str:
+def _why_no_gpu() -> str:
     listing = driver_listing()
     if listing is None:
         return (
@@ -280,10 +277,8 @@ def _why_no_gpu(torch: object) -> str:
         )
     seen = f"the driver sees {listing.splitlines()[0]}, but PyTorch {torch.__version__}"
     if torch.version.cuda is None:
-        return (
-            f"{seen} was built without CUDA; reinstall it with "
-            "'pip install --force-reinstall torch'"
-        )
+        fix = "reinstall it with 'pip install --force-reinstall torch'"
+        return f"{seen} was built without CUDA; {fix}"
     return (
         f"{seen} for CUDA {torch.version.cuda} cannot use it; it needs a driver that "
         "shows at least this CUDA version in nvidia-smi's first line, so update the driver or "
@@ -292,8 +287,6 @@ def _why_no_gpu(torch: object) -> str:
 
 
 def _resolve_precision(asked: str | None, device: torch.device) -> str:
-    import torch
-
     if device.type == "cpu":
         if asked == "tf32":
             raise UsageError("--precision tf32 needs a GPU; use --precision fp32 on the CPU")
@@ -307,19 +300,3 @@ def _resolve_precision(asked: str | None, device: torch.device) -> str:
             f"{capability[0]}.{capability[1]}; use --precision fp32"
         )
     return "fp32"
-
-
-def _resolve_engine(asked: str | None, device: torch.device) -> str:
-    if device.type == "cuda":
-        return asked or "graph"
-    if asked in ("graph", "compile"):
-        console.note(f"--engine {asked} needs a GPU: this run on the CPU uses the eager engine")
-    return "eager"
-
-
-def _uuid_text(uuid: str) -> str:
-    """Return CUDA's bare UUID in nvidia-smi's form (``GPU-...``, ``MIG-...``)."""
-    if uuid.startswith(("GPU-", "MIG-")):
-        return uuid
-    is_mig = os.environ.get("CUDA_VISIBLE_DEVICES", "").startswith("MIG-")
-    return f"{'MIG' if is_mig else 'GPU'}-{uuid}"

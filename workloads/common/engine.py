@@ -8,30 +8,22 @@ training step is one graph replay: data selection, augmentation, forward, backwa
 
 from __future__ import annotations
 
-import functools
 import gc
-import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
+from workloads.common import torch
 from workloads.common.device import ComputeDevice
-from workloads.common.errors import DivergedError
 
 if TYPE_CHECKING:
-    import torch
-
     from workloads.common.client import Recorder
-    from workloads.training.images import ImageBatches
-    from workloads.training.texts import TokenBatches
 
 T = TypeVar("T")
 
 WARM_UP_STEPS = 3
 PIPELINE_DEPTH = 4
-# A cross-entropy of this size is that of a training that has blown up, finite or not.
-BLOWN_UP_LOSS = 1e4
 
 
 class TrainState:
@@ -49,8 +41,6 @@ class TrainState:
         extra_tensors: Sequence[torch.Tensor] = (),
     ) -> None:
         """Copy parameters and buffers of ``modules``, ``extra_tensors`` and the random state."""
-        import torch
-
         self._optimizer = optimizer
         model_tensors = [t for m in modules for t in (*m.parameters(), *m.buffers())]
         self._live = [*model_tensors, *extra_tensors]
@@ -60,8 +50,6 @@ class TrainState:
 
     def restore(self) -> None:
         """Put the saved state back, in place."""
-        import torch
-
         with torch.no_grad():
             for live, saved in zip(self._live, self._saved, strict=True):
                 live.copy_(saved)
@@ -78,8 +66,6 @@ class EpochTotals:
     """Loss and correct answers of an epoch; adding is device work that a CUDA graph can hold."""
 
     def __init__(self, device: torch.device) -> None:
-        import torch
-
         self.loss_sum = torch.zeros((), device=device)
         self.correct = torch.zeros((), dtype=torch.int64, device=device)
 
@@ -95,43 +81,11 @@ class EpochTotals:
 
     def take(self, samples: int) -> tuple[float, float]:
         """Return mean loss and accuracy in percent over ``samples``, and start again at zero."""
-        import torch
-
         # One copy, so one wait for the device.
         loss, correct = torch.stack((self.loss_sum.double(), self.correct.double())).tolist()
         self.loss_sum.zero_()
         self.correct.zero_()
         return loss / samples, 100 * correct / samples
-
-
-def check_loss(loss: float, when: str, lr: float, precision: str, what: str) -> str | None:
-    """Refuse a loss that is none: one such batch makes the sum of its epoch NaN or infinite.
-
-    Args:
-        loss: Of an epoch or a part of one.
-        when: Which loss and of when, such as ``the training loss in epoch 2``.
-        lr: Highest learning rate.
-        precision: Arithmetic of the training.
-        what: What is trained on, such as ``24 images``.
-
-    Returns:
-        What the reader must know about a finite loss past ``BLOWN_UP_LOSS``; None about others.
-
-    Raises:
-        DivergedError: It is NaN or infinite.
-    """
-    if not math.isfinite(loss):
-        raise DivergedError(
-            f"the training diverged: {when} became {loss} (learning rate {lr:g}, {precision}), so "
-            f"no figure of it counts; try --lr {lr / 10:g}"
-            + ("" if precision == "fp32" else " or --precision fp32")
-        )
-    if loss > BLOWN_UP_LOSS:
-        return (
-            f"the learning rate is too high for {what}: {when} grew to {loss:.2g} (learning rate "
-            f"{lr:g}), so its accuracy means nothing; try --lr {lr / 10:g}"
-        )
-    return None
 
 
 def compile_module(device: ComputeDevice, module: torch.nn.Module) -> torch.nn.Module:
@@ -142,8 +96,6 @@ def compile_module(device: ComputeDevice, module: torch.nn.Module) -> torch.nn.M
     """
     if device.engine != "compile":
         return module
-    import torch
-
     # Each shape gets code of its own. By default the second shape that a module meets (a test
     # batch, then a training batch) is compiled for any size, and that code ran as slow as an
     # uncompiled graph on an H100, or was refused for the order of its strides.
@@ -160,8 +112,6 @@ def step_pool(device: ComputeDevice) -> tuple[int, int] | None:
     """
     if device.engine == "eager":
         return None
-    import torch
-
     return torch.cuda.graph_pool_handle()
 
 
@@ -184,52 +134,30 @@ def prepare_step(
     return replay
 
 
-def capture_forward(
-    device: ComputeDevice, forward: Callable[[], T], stream: torch.cuda.Stream | None = None
-) -> Callable[[], T]:
+def capture_forward(device: ComputeDevice, forward: Callable[[], T]) -> Callable[[], T]:
     """Return a callable that runs ``forward`` under the engine and returns what it returns.
 
     ``forward`` reads fixed input tensors, and runs a few times here. Under a graph its output is
-    one static tensor that each call overwrites. ``stream`` is what the caller replays it on, where
-    that is not the default one. Graphs of one stream take turns, so they share their memory; those
-    of two may run at the same time.
+    one static tensor that each call overwrites.
     """
-    import torch
-
     guarded = torch.inference_mode()(forward)
     if device.engine == "eager":
         guarded()
         replay = guarded
     else:
-        replay = _capture(guarded, _stream_pool(stream) if stream else None, stream)
+        replay = _capture(guarded)
     device.synchronize()
     return replay
 
 
-@functools.cache
-def _stream_pool(stream: torch.cuda.Stream) -> tuple[int, int]:
-    """Return the memory that all graphs of one stream share."""
-    import torch
-
-    return torch.cuda.graph_pool_handle()
-
-
-def _capture(
-    work: Callable[[], T],
-    pool: tuple[int, int] | None = None,
-    stream: torch.cuda.Stream | None = None,
-) -> Callable[[], T]:
+def _capture(work: Callable[[], T], pool: tuple[int, int] | None = None) -> Callable[[], T]:
     """Capture ``work`` as one CUDA graph; each call of the result replays it.
 
     The result returns what ``work`` returned at the capture: tensors that each replay overwrites.
-    ``stream`` is captured on: cuBLAS has one workspace a stream, and graphs that run at the same
-    time must not share it.
     """
-    import torch
-
     # Lazy optimizer state, workspaces and kernel loading must be over before the capture; PyTorch
     # asks for a side stream for that.
-    side_stream = stream or torch.cuda.Stream()
+    side_stream = torch.cuda.Stream()
     side_stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side_stream):
         for _ in range(WARM_UP_STEPS):
@@ -240,7 +168,7 @@ def _capture(
     collects = gc.isenabled()
     gc.disable()
     try:
-        with torch.cuda.graph(graph, pool=pool, stream=stream):
+        with torch.cuda.graph(graph, pool=pool):
             output = work()
     finally:
         if collects:
@@ -302,8 +230,6 @@ class Pacer:
 
     @staticmethod
     def _record() -> torch.cuda.Event:
-        import torch
-
         event = torch.cuda.Event(blocking=True, enable_timing=True)
         event.record()
         return event
@@ -324,6 +250,47 @@ class Pacer:
         self._previous_end_seconds = end_seconds
 
 
+class Batches:
+    """A split in batches; a subclass's ``take(count)`` returns inputs and labels of the next one.
+
+    A cursor on the device moves along the order of an epoch, so that taking a batch is device work
+    only and can be part of a CUDA graph.
+
+    Attributes:
+        placement: ``resident`` (the whole split lies on the device) or ``streamed``.
+        samples: How many images or texts there are.
+        batch_size: How many a full batch has; no more than there are samples.
+        cursor: int64 scalar on the device: where in the order the next batch begins.
+    """
+
+    placement = "resident"
+
+    def __init__(self, device: ComputeDevice, labels: Sequence[int], batch_size: int) -> None:
+        where = device.torch_device
+        self.samples = len(labels)
+        self.batch_size = min(batch_size, self.samples)
+        self._labels = torch.tensor(labels, dtype=torch.int64, device=where)
+        self.cursor = torch.zeros((), dtype=torch.int64, device=where)
+
+    def restart(self) -> None:
+        """Return to the state before the first epoch."""
+        self.cursor.zero_()
+
+    def start_epoch(self, epoch: int = 0) -> None:
+        """Go to the first batch of ``epoch`` (from 0)."""
+        raise NotImplementedError
+
+    def start_rehearsal(self) -> None:
+        """Begin an epoch of which one full batch and the smaller rest are taken."""
+        self.start_epoch()
+
+    def feed(self, count: int) -> None:
+        """Bring the next ``count`` samples to where ``take`` finds them; before every step."""
+
+    def close(self) -> None:
+        """End the threads that decode, if there are any."""
+
+
 class Pass:
     """One way through a split: its full batches, then what is left as a smaller one."""
 
@@ -331,7 +298,7 @@ class Pass:
         self,
         device: ComputeDevice,
         kind: str,
-        batches: ImageBatches | TokenBatches,
+        batches: Batches,
         step: Callable[[int], None],
         restore: Callable[[], None],
         pool: tuple[int, int] | None,

@@ -1,16 +1,17 @@
 """What can go wrong in a workload and is understood: its sentence, its exit code, its cause.
 
-Running out of memory comes with a snapshot of who held what: ``where`` is ``gpu`` or ``host``,
-whichever memory ran out, and ``SNAPSHOT_KEYS`` name amounts in MiB (None: unknown).
+Running out of memory comes with a snapshot of who held what (``_snapshot``).
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import sys
 from pathlib import Path
+from types import ModuleType
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -23,32 +24,8 @@ EXIT_INTERRUPTED = 130
 
 MIB = 2**20
 SHARED_MEMORY = Path("/dev/shm")
-MPS_LIMIT_VARIABLE = "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT"
-SNAPSHOT_KEYS = (
-    "tried_mib",  # what was to be allocated, from the error's text
-    "free_mib",  # as the driver (GPU) or the kernel (host) says; under an MPS limit within that
-    "total_mib",  # all there is
-    "allowed_mib",  # what PyTorch was allowed to take, where it has a limit of its own
-    "mps_limit_mib",  # the MPS memory limit in this process's environment
-    "process_mib",  # what this process holds; on a GPU as the driver told PyTorch
-    "others_mib",  # neither free nor this process's; unknown under an MPS limit
-    "allocated_mib",  # in tensors (torch.cuda.memory_allocated); GPU only
-    "reserved_mib",  # in PyTorch's pool (torch.cuda.memory_reserved); GPU only
-    "peak_allocated_mib",  # the most that was ever in tensors; GPU only
-)
-_UNITS = {"bytes": 1 / MIB, "KiB": 1 / 1024, "MiB": 1.0, "GiB": 1024.0, "TiB": 1024.0**2}
-# Errors of CUDA and its libraries that PyTorch passes on as a plain RuntimeError.
-_GPU_TEXT = re.compile(
-    r"CUDA error: out of memory|CUDA out of memory|cudaErrorMemoryAllocation|"
-    r"CUBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_ALLOC_FAILED",
-)
-_HOST_TEXT = re.compile(r"DefaultCPUAllocator: (not enough|can't allocate) memory")
-_AMOUNT = r"([\d.]+) (bytes|[KMGT]iB)"
-_TRIED = re.compile(rf"[Tt]ried to allocate {_AMOUNT}")
-_ALLOWED = re.compile(rf"{_AMOUNT} allowed")
-_PROCESS = re.compile(rf"this process has {_AMOUNT} memory in use")
-# One device only is shown to a client under a limit of the suite's, as number 0.
-_MPS_LIMIT = re.compile(r"(?:^|,)0=(\d+)([KMG])B?(?:,|$)")
+# What becomes of writing where the disk is full or broken, or may only be read.
+DISK_ERRORS = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS))
 
 
 class WorkloadError(Exception):
@@ -68,6 +45,12 @@ class GpuUnavailableError(WorkloadError):
     """A GPU is there or was asked for, but PyTorch cannot use it."""
 
     exit_code = EXIT_NO_GPU
+
+
+class InterruptedByUserError(WorkloadError):
+    """Ctrl-C or SIGTERM."""
+
+    exit_code = EXIT_INTERRUPTED
 
 
 class JobFailedError(WorkloadError):
@@ -117,7 +100,7 @@ class UnreadableImageError(DamagedFileError):
 class OutOfGpuMemoryError(WorkloadError):
     """Memory ran out, here or in a process that a workload had started.
 
-    ``memory`` is the snapshot described above, None where nobody took one.
+    ``memory`` is the snapshot, None where nobody took one.
     """
 
     exit_code = EXIT_OUT_OF_MEMORY
@@ -142,94 +125,119 @@ def printable(text: object) -> str:
     )
 
 
-def as_out_of_memory(error: BaseException) -> OutOfGpuMemoryError | None:
-    """Return what to raise instead if ``error`` says that memory ran out, else None.
+def as_known(error: BaseException) -> WorkloadError | None:
+    """Return what ``error`` is among the errors above; None if it is a surprise.
 
     To be called while the error is being handled, before what held the memory is let go.
     """
+    if isinstance(error, WorkloadError):
+        return error
+    if isinstance(error, KeyboardInterrupt):
+        return InterruptedByUserError("interrupted")
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        return CannotWriteError(error.filename or "the output", error)
+    return as_out_of_memory(error)
+
+
+# --- out of memory --------------------------------------------------------------------------------
+
+MPS_LIMIT_VARIABLE = "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT"
+# One device only is shown to a client under a limit of the suite's, as number 0.
+_MPS_LIMIT = re.compile(r"(?:^|,)0=(\d+)([KMG])B?(?:,|$)")
+_UNITS = {"bytes": 1 / MIB, "KiB": 1 / 1024, "MiB": 1.0, "GiB": 1024.0, "TiB": 1024.0**2}
+_AMOUNT = r"([\d.]+) (bytes|[KMGT]iB)"
+# Errors of CUDA and its libraries that PyTorch passes on as a plain RuntimeError.
+_GPU_TEXT = re.compile(
+    r"CUDA error: out of memory|CUDA out of memory|cudaErrorMemoryAllocation|"
+    r"CUBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_ALLOC_FAILED",
+)
+_HOST_TEXT = re.compile(r"DefaultCPUAllocator: (not enough|can't allocate) memory")
+
+
+def as_out_of_memory(error: BaseException) -> OutOfGpuMemoryError | None:
+    """Return what to raise instead if ``error`` says that memory ran out, else None."""
     if isinstance(error, OutOfGpuMemoryError):
         return error
     # Not imported to ask: what ran without PyTorch cannot have raised its errors.
     torch = sys.modules.get("torch")
     text = str(error)
     if isinstance(error, MemoryError) or _HOST_TEXT.search(text):
-        figures = _host_figures()
-    elif torch is not None and (
+        torch = None
+    elif torch is None or not (
         isinstance(error, torch.OutOfMemoryError)
         or (isinstance(error, RuntimeError) and _GPU_TEXT.search(text))
     ):
-        figures = _gpu_figures(torch, text)
-    else:
         return None
-    snapshot = dict.fromkeys(SNAPSHOT_KEYS) | {"tried_mib": _found(_TRIED, text)} | figures
-    total, free, process = (snapshot[key] for key in ("total_mib", "free_mib", "process_mib"))
-    # Free within an MPS limit, taken from the whole card, would be blamed on the others.
-    if snapshot["mps_limit_mib"] is None and None not in (total, free, process):
-        snapshot["others_mib"] = max(0.0, total - free - process)
+    snapshot = _snapshot(torch, text)
     return OutOfGpuMemoryError(_describe(snapshot, first_line(error)), snapshot)
 
 
-def _gpu_figures(torch: object, text: str) -> dict:
-    figures = {
-        "where": "gpu",
-        "allowed_mib": _found(_ALLOWED, text),
-        "process_mib": _found(_PROCESS, text),
+def _snapshot(torch: ModuleType | None, text: str) -> dict:
+    """Return who holds what on the GPU, without ``torch`` on the host, beside what ``text`` says.
+
+    Amounts are in MiB; None is unknown.
+    """
+
+    def said(words: str) -> float | None:
+        match = re.search(words.format(_AMOUNT), text)
+        return float(match[1]) * _UNITS[match[2]] if match else None
+
+    snapshot = {
+        "where": "gpu" if torch else "host",
+        "tried_mib": said("[Tt]ried to allocate {}"),
+        "free_mib": None,  # as driver or kernel says; under an MPS limit within that
+        "total_mib": None,  # all there is
+        "allowed_mib": said("{} allowed"),  # to PyTorch, where it has a limit of its own
+        "mps_limit_mib": None,  # the MPS memory limit in this process's environment
+        "process_mib": said("this process has {} memory in use"),
+        "others_mib": None,  # neither free nor this process's; unknown under an MPS limit
+        "allocated_mib": None,  # in tensors; this and what follows on the GPU only
+        "reserved_mib": None,  # in PyTorch's pool
+        "peak_allocated_mib": None,  # the most that was ever in tensors
     }
-    limit = _MPS_LIMIT.search(os.environ.get(MPS_LIMIT_VARIABLE, ""))
-    if limit:
-        figures["mps_limit_mib"] = int(limit[1]) * _UNITS[f"{limit[2]}iB"]
-    if torch.cuda.is_initialized():
+    if torch is None:
+        import psutil
+
+        memory = psutil.virtual_memory()
+        snapshot |= {"free_mib": memory.available / MIB, "total_mib": memory.total / MIB}
+        snapshot["process_mib"] = psutil.Process().memory_info().rss / MIB
+    elif limit := _MPS_LIMIT.search(os.environ.get(MPS_LIMIT_VARIABLE, "")):
+        snapshot["mps_limit_mib"] = int(limit[1]) * _UNITS[f"{limit[2]}iB"]
+    if torch is not None and torch.cuda.is_initialized():
         # After a fault on the card each of these raises too, and then the text has to do.
         with contextlib.suppress(RuntimeError):
             free, total = torch.cuda.mem_get_info()
-            figures |= {
+            snapshot |= {
                 "free_mib": free / MIB,
                 "total_mib": total / MIB,
                 "allocated_mib": torch.cuda.memory_allocated() / MIB,
                 "reserved_mib": torch.cuda.memory_reserved() / MIB,
                 "peak_allocated_mib": torch.cuda.max_memory_allocated() / MIB,
             }
-    return figures
-
-
-def _host_figures() -> dict:
-    import psutil
-
-    memory = psutil.virtual_memory()
-    return {
-        "where": "host",
-        "free_mib": memory.available / MIB,
-        "total_mib": memory.total / MIB,
-        "process_mib": psutil.Process().memory_info().rss / MIB,
-    }
-
-
-def _found(pattern: re.Pattern[str], text: str) -> float | None:
-    """Return the amount that the pattern finds, in MiB."""
-    match = pattern.search(text)
-    return float(match[1]) * _UNITS[match[2]] if match else None
+    total, free, process = (snapshot[key] for key in ("total_mib", "free_mib", "process_mib"))
+    # Free within an MPS limit, taken from the whole card, would be blamed on the others.
+    if snapshot["mps_limit_mib"] is None and None not in (total, free, process):
+        snapshot["others_mib"] = max(0.0, total - free - process)
+    return snapshot
 
 
 def _describe(snapshot: dict, said: str) -> str:
     """Return the sentence for the terminal; ``said`` is the error's own first line."""
-    amounts = {
-        key: f"{mib / 1024:.2f} GiB" if mib >= 1024 else f"{mib:.0f} MiB"
-        for key, mib in snapshot.items()
-        if key in SNAPSHOT_KEYS and mib is not None
-    }
+
+    def amount(key: str, text: str) -> str:
+        mib = snapshot[key]
+        if mib is None:
+            return ""
+        return text.format(f"{mib / 1024:.2f} GiB" if mib >= 1024 else f"{mib:.0f} MiB")
+
     where, place = ("GPU", "card") if snapshot["where"] == "gpu" else ("host", "machine")
-    tried, free, total, mps_limit = map(
-        amounts.get, ("tried_mib", "free_mib", "total_mib", "mps_limit_mib")
+    within = amount("mps_limit_mib", " free within the MPS memory limit of {}")
+    within = within or amount("total_mib", " of {} free")
+    parts = (
+        (amount("tried_mib", "tried {}") or said) + amount("free_mib", f" with {{}}{within}"),
+        amount("allowed_mib", "{} allowed"),
+        amount("process_mib", "this process holds {}"),
+        amount("others_mib", f"others on the {place} hold {{}}"),
     )
-    first = f"tried {tried}" if tried else said
-    if free and mps_limit:
-        first += f" with {free} free within the MPS memory limit of {mps_limit}"
-    elif free and total:
-        first += f" with {free} of {total} free"
-    others = (
-        ("allowed_mib", "{} allowed"),
-        ("process_mib", "this process holds {}"),
-        ("others_mib", f"others on the {place} hold {{}}"),
-    )
-    parts = [first, *(text.format(amounts[key]) for key, text in others if key in amounts)]
-    return f"out of {where} memory: {'; '.join(parts)}; lower --batch-size, or run fewer clients"
+    sentence = "; ".join(filter(None, parts))
+    return f"out of {where} memory: {sentence}; lower --batch-size, or run fewer clients"

@@ -1,4 +1,4 @@
-"""Result files, what stands in them with a job's own figures, and the summary on the terminal."""
+"""Result files, and what stands in them beside a job's own figures."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from workloads.common.errors import CannotWriteError, UsageError, printable
+from workloads.common.errors import CannotWriteError, UsageError
 
 if TYPE_CHECKING:
     from workloads.common.device import ComputeDevice
@@ -191,25 +191,22 @@ def summarize_latency_ms(durations_seconds: Sequence[float]) -> dict[str, float 
     values = np.asarray(durations_seconds, dtype=np.float64) * 1e3
     p50, p95, p99 = np.percentile(values, (50, 95, 99)).tolist()
     std = float(values.std(ddof=1)) if len(values) > 1 else None
-    low, high = float(values.min()), float(values.max())
-    figures = (float(values.mean()), p50, std, low, high, p50, p95, p99)
-    return dict(zip(LATENCY_KEYS, figures, strict=True))
+    figures = (float(values.mean()), p50, std, float(values.min()), float(values.max()))
+    return dict(zip(LATENCY_KEYS, (*figures, p50, p95, p99), strict=True))
 
 
 class GpuMonitor:
     """Samples the GPU while the ``with`` block runs; does nothing for a workload on the CPU.
 
     The sampler is a process of its own: a thread of the workload would share the interpreter lock
-    with the code that launches work.
+    with the code that launches work. Sums are kept, not samples: a server may run for days.
     """
 
     def __init__(self, device: ComputeDevice | None) -> None:
         self._gpu_uuid = device.identity()["gpu_uuid"] if device else None
         self._begin_seconds = float("inf")
-        # Counts, sums and a maximum, not samples: a server may run for days.
         self._counts, self._sums = Counter(), Counter()
-        self._memory_used_mib: float | None = None
-        self._source: str | None = None
+        self._figures: dict = {"gpu_memory_used_mib": None, "gpu_utilization_source": None}
 
     def __enter__(self) -> GpuMonitor:
         """Start the sampler and wait until it samples, so that its start is in no timing."""
@@ -222,9 +219,7 @@ class GpuMonitor:
             )  # fmt: skip
             self._process.stdout.readline()
             # Read all the while: a full pipe would stop the sampler.
-            self._reader = threading.Thread(
-                target=self._read, args=(self._process.stdout,), daemon=True
-            )
+            self._reader = threading.Thread(target=self._read, daemon=True)
             self._reader.start()
         return self
 
@@ -248,34 +243,23 @@ class GpuMonitor:
             name: self._sums[name] / self._counts[name] if self._counts[name] else None
             for name in MONITOR_MEANS
         }
-        return means | {
-            "gpu_memory_used_mib": self._memory_used_mib,
-            "gpu_utilization_source": self._source,
-        }
+        return means | self._figures
 
-    def _read(self, lines: Iterable[str]) -> None:
-        for line in lines:
-            sample = json.loads(line)
+    def _read(self) -> None:
+        figures = self._figures
+        for sample in map(json.loads, self._process.stdout):
             if sample.get("time_seconds", 0.0) < self._begin_seconds:
                 continue
             for name, field in MONITOR_MEANS.items():
                 if sample.get(field) is not None:
                     self._counts[name] += 1
                     self._sums[name] += sample[field]
-            used_mib = (self._memory_used_mib, sample.get("memory_used_mib"))
-            self._memory_used_mib = max((mib for mib in used_mib if mib is not None), default=None)
-            self._source = self._source or sample.get("utilization_source")
-
-
-def print_summary(title: str, rows: Sequence[tuple[str, str]], warnings: Sequence[str]) -> None:
-    """Print ``rows`` (label, text) under ``title`` on standard output, warnings last."""
-    width = max((len(label) for label, _ in rows), default=0)
-    print(f"\n{title}\n{'-' * len(title)}")
-    for label, text in rows:
-        print(printable(f"{label:<{width}}  {text}"))
-    for warning in warnings:
-        print(printable(f"NOTE: {warning}"))
-    print(flush=True)
+            used_mib = (figures["gpu_memory_used_mib"], sample.get("memory_used_mib"))
+            figures["gpu_memory_used_mib"] = max(
+                (mib for mib in used_mib if mib is not None), default=None
+            )
+            if figures["gpu_utilization_source"] is None:
+                figures["gpu_utilization_source"] = sample.get("utilization_source")
 
 
 def is_few(responses: int, percentile: float) -> bool:

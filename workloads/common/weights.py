@@ -19,21 +19,16 @@ import os
 import pickle
 import re
 import socket
-import sys
 import threading
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from workloads.common import console
+from workloads.common import console, torch
 from workloads.common.errors import DamagedFileError, UsageError, as_out_of_memory
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
 
 # Bounds a socket that says nothing, not a slow download: 100 MB may take minutes on a thin line.
 DOWNLOAD_SILENCE_SECONDS = 10.0
@@ -66,23 +61,6 @@ class HubUnreachableError(Exception):
     """The hub does not answer, or a transfer broke off."""
 
 
-@contextlib.contextmanager
-def packages_hidden(*names: str) -> Iterator[None]:
-    """Make packages that are not imported yet look as if they were not installed.
-
-    For a library that imports optional packages which only other parts of it need. ``None`` in
-    ``sys.modules`` makes an import fail with ModuleNotFoundError (The Python Language Reference,
-    5.3.1), and ``importlib.util.find_spec`` find nothing. Afterwards they can be imported again.
-    """
-    hidden = [name for name in names if name not in sys.modules]
-    sys.modules.update(dict.fromkeys(hidden))
-    try:
-        yield
-    finally:
-        for name in hidden:
-            del sys.modules[name]
-
-
 # --- files of torch.save --------------------------------------------------------------------------
 
 
@@ -99,8 +77,6 @@ def read_checkpoint(path: Path, fix: str, *, check_sums: bool = False) -> object
         DamagedFileError: The file is empty, cut off or altered.
         UsageError: It is none of torch.save's, or holds Python objects besides tensors.
     """
-    import torch
-
     try:
         with path.open("rb") as file:
             start = file.read(len(ZIP_MAGIC))
@@ -109,8 +85,21 @@ def read_checkpoint(path: Path, fix: str, *, check_sums: bool = False) -> object
     if not start:
         raise DamagedFileError(f"{path} is empty; {fix}")
     is_archive = start == ZIP_MAGIC
+    damaged = DamagedFileError(
+        f"{path} is cut off or damaged ({path.stat().st_size} bytes); delete it, and {fix}"
+    )
+
+    def require_intact() -> None:
+        try:
+            with zipfile.ZipFile(path) as archive:
+                broken = archive.testzip()
+        except (zipfile.BadZipFile, EOFError, OSError) as error:
+            raise damaged from error
+        if broken is not None:
+            raise DamagedFileError(f"{path} is damaged: {broken} in it fails its checksum; {fix}")
+
     if check_sums and is_archive:
-        _require_intact(path, fix)
+        require_intact()
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     # What a truncated or foreign file raises depends on where it ends: zip, pickle, storage sizes.
@@ -118,7 +107,7 @@ def read_checkpoint(path: Path, fix: str, *, check_sums: bool = False) -> object
         if as_out_of_memory(error):
             raise
         if is_archive:
-            _require_intact(path, fix)
+            require_intact()
         if is_archive and isinstance(error, pickle.UnpicklingError):
             raise UsageError(
                 f"{path} holds Python objects instead of weights alone, which are not loaded; "
@@ -126,25 +115,8 @@ def read_checkpoint(path: Path, fix: str, *, check_sums: bool = False) -> object
             ) from error
         if start.startswith(PICKLE_MAGIC):
             # The format before PyTorch 1.6, which has no sums: nothing tells more.
-            raise _damaged(path, fix) from error
+            raise damaged from error
         raise UsageError(f"{path} cannot be read as a PyTorch file; {fix}") from error
-
-
-def _require_intact(path: Path, fix: str) -> None:
-    """Refuse an archive that is cut off or does not fit its sums."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()
-    except (zipfile.BadZipFile, EOFError, OSError) as error:
-        raise _damaged(path, fix) from error
-    if broken is not None:
-        raise DamagedFileError(f"{path} is damaged: {broken} in it fails its checksum; {fix}")
-
-
-def _damaged(path: Path, fix: str) -> DamagedFileError:
-    return DamagedFileError(
-        f"{path} is cut off or damaged ({path.stat().st_size} bytes); delete it, and {fix}"
-    )
 
 
 # --- torchvision's classifiers --------------------------------------------------------------------
@@ -161,7 +133,7 @@ class LoadedWeights:
 
 def load_classifier(
     name: str, weights: str = "auto", seed: int = 42
-) -> tuple[nn.Module, LoadedWeights]:
+) -> tuple[torch.nn.Module, LoadedWeights]:
     """Build a torchvision classifier in evaluation mode on the CPU, in fp32.
 
     ``seed`` fixes random weights; the caller's random state is left alone.
@@ -171,7 +143,6 @@ def load_classifier(
         DamagedFileError: Their file is empty, cut off or altered.
     """
     path, kind = resolve_weights(name, weights)
-    import torch
     from torchvision import models
 
     if path is None:
@@ -182,7 +153,10 @@ def load_classifier(
         return model.eval().requires_grad_(False), loaded
     content = read_checkpoint(path, "name another weights file with --weights")
     content = content if isinstance(content, Mapping) else {}
-    state = _state_dict(path, content)
+    state = next((content[key] for key in STATE_DICT_KEYS if key in content), content)
+    values = state.values() if isinstance(state, Mapping) else ()
+    if not any(isinstance(value, torch.Tensor) for value in values):
+        raise UsageError(f"{path} holds no state dict; save model.state_dict() with torch.save")
     classes = next((len(state[key]) for key in FINAL_LAYER_KEYS if key in state), 1000)
     # On the meta device nothing is allocated or initialized: the file's tensors become the
     # parameters, which saves a second of start-up for VGG16.
@@ -197,6 +171,17 @@ def load_classifier(
         ) from error
     loaded = LoadedWeights(kind, str(path), _class_names(content, classes))
     return model.float().eval().requires_grad_(False), loaded
+
+
+def _class_names(content: Mapping, classes: int) -> tuple[str, ...]:
+    stored = content.get("classes")
+    if isinstance(stored, Sequence) and len(stored) == classes:
+        return tuple(str(name) for name in stored)
+    if classes == 1000:
+        from torchvision.models import ResNet50_Weights
+
+        return tuple(ResNet50_Weights.DEFAULT.meta["categories"])
+    return tuple(f"class {index}" for index in range(classes))
 
 
 def resolve_weights(name: str, weights: str) -> tuple[Path | None, str]:
@@ -218,12 +203,10 @@ def resolve_weights(name: str, weights: str) -> tuple[Path | None, str]:
                 "--weights auto"
             )
         known = any(url.endswith(f"/{path.name}") for url in _published_urls(name))
-        return path, "imagenet" if known and is_published(path) else "file"
-    import torch
-
+        return path, "imagenet" if known and _is_published(path) else "file"
     url = _published_urls(name)[0]
     cached = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
-    if cached.is_file() and is_published(cached):
+    if cached.is_file() and _is_published(cached):
         return cached.resolve(), "imagenet"
     console.note(f"weights of {name}: downloading {url} once to {cached}")
     try:
@@ -242,7 +225,15 @@ def resolve_weights(name: str, weights: str) -> tuple[Path | None, str]:
     return cached.resolve(), "imagenet"
 
 
-def is_published(path: Path) -> bool:
+def _published_urls(name: str) -> list[str]:
+    """Return the addresses of a model's published weights, the default ones first."""
+    from torchvision.models import get_model_weights
+
+    published = get_model_weights(name)
+    return [published.DEFAULT.url, *(entry.url for entry in published)]
+
+
+def _is_published(path: Path) -> bool:
     """Whether the file has the checksum that belongs to its name; true of a name without one."""
     with path.open("rb") as file:
         digest = hashlib.sha256()  # hashlib.file_digest needs Python 3.11
@@ -251,14 +242,18 @@ def is_published(path: Path) -> bool:
     return digest.hexdigest().startswith(_promised_sha256(path.name))
 
 
+def _promised_sha256(file_name: str) -> str:
+    """Return the whole checksum of a published file, else the digits that its name carries."""
+    in_name = re.search(r"-([0-9a-f]{8,})\.", file_name)
+    return PUBLISHED_SHA256.get(file_name) or (in_name[1] if in_name else "")
+
+
 def download(url: str, target: Path) -> None:
     """Fetch ``url`` into ``target``, which appears whole and with the right checksum or not at all.
 
     Raises:
         DownloadError: No answer, a broken transfer, the wrong content, or nowhere to put it.
     """
-    import torch
-
     default_timeout = socket.getdefaulttimeout()
     try:
         if not target.is_absolute():  # torch takes ~ for a name where there is no home folder
@@ -283,41 +278,6 @@ def download(url: str, target: Path) -> None:
         socket.setdefaulttimeout(default_timeout)
 
 
-def _promised_sha256(file_name: str) -> str:
-    """Return the whole checksum of a published file, else the digits that its name carries."""
-    in_name = re.search(r"-([0-9a-f]{8,})\.", file_name)
-    return PUBLISHED_SHA256.get(file_name) or (in_name[1] if in_name else "")
-
-
-def _state_dict(path: Path, content: Mapping) -> Mapping[str, Tensor]:
-    import torch
-
-    nested = next((content[key] for key in STATE_DICT_KEYS if key in content), content)
-    values = nested.values() if isinstance(nested, Mapping) else ()
-    if not any(isinstance(value, torch.Tensor) for value in values):
-        raise UsageError(f"{path} holds no state dict; save model.state_dict() with torch.save")
-    return nested
-
-
-def _class_names(content: Mapping, classes: int) -> tuple[str, ...]:
-    stored = content.get("classes")
-    if isinstance(stored, Sequence) and len(stored) == classes:
-        return tuple(str(name) for name in stored)
-    if classes == 1000:
-        from torchvision.models import ResNet50_Weights
-
-        return tuple(ResNet50_Weights.DEFAULT.meta["categories"])
-    return tuple(f"class {index}" for index in range(classes))
-
-
-def _published_urls(name: str) -> list[str]:
-    """Return the addresses of a model's published weights, the default ones first."""
-    from torchvision.models import get_model_weights
-
-    published = get_model_weights(name)
-    return [published.DEFAULT.url, *(entry.url for entry in published)]
-
-
 # --- the Hugging Face hub -------------------------------------------------------------------------
 
 
@@ -336,26 +296,24 @@ def hub_answers() -> bool:
     if any(value.upper() in ("1", "ON", "YES", "TRUE") for value in offline):
         return False
     answers: list[bool] = []
+
+    def probe() -> None:
+        request = urllib.request.Request(hub_endpoint(), method="HEAD")
+        try:
+            with urllib.request.urlopen(request, timeout=HUB_PROBE_SECONDS):
+                answers.append(True)
+        except urllib.error.HTTPError as error:  # anything but a refusing proxy
+            answers.append(error.code < 500 and error.code not in (403, 407))
+        except (OSError, ValueError):
+            pass
+
     # In a thread, because a name lookup knows no timeout.
-    probe = threading.Thread(target=lambda: answers.append(_probe(hub_endpoint())), daemon=True)
-    probe.start()
-    probe.join(HUB_PROBE_SECONDS)
-    if answers == [True]:
-        return True
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    return False
-
-
-def _probe(address: str) -> bool:
-    """Whether something other than a refusing proxy answers at ``address``."""
-    request = urllib.request.Request(address, method="HEAD")
-    try:
-        with urllib.request.urlopen(request, timeout=HUB_PROBE_SECONDS):
-            return True
-    except urllib.error.HTTPError as error:
-        return error.code < 500 and error.code not in (403, 407)
-    except (OSError, ValueError):
-        return False
+    prober = threading.Thread(target=probe, daemon=True)
+    prober.start()
+    prober.join(HUB_PROBE_SECONDS)
+    if answers != [True]:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    return answers == [True]
 
 
 def hub_model_folder(model: str) -> Path:
@@ -367,14 +325,13 @@ def hub_model_folder(model: str) -> Path:
         HubUnreachableError: It is not in the cache and cannot be downloaded.
         UsageError: The hub has no such model, or it lacks a file that is needed.
     """
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub import errors, hf_hub_download, try_to_load_from_cache
 
     name, _, commit = model.partition("@")
     revision = commit or HUB_COMMITS.get(name)
     try:
         cached = [try_to_load_from_cache(name, file, revision=revision) for file in HUB_FILES]
-    except HFValidationError as error:
+    except errors.HFValidationError as error:
         raise UsageError(
             f"{model!r} is neither a folder nor a model's name on the hub; name an existing folder "
             "or a hub model with --model"
@@ -384,26 +341,22 @@ def hub_model_folder(model: str) -> Path:
     if not hub_answers():
         raise HubUnreachableError(f"{hub_endpoint()} does not answer")
     console.note(f"{model}: downloading from {hub_endpoint()} once, into the hub's cache")
-    with console.stage(f"downloading {name}"):
-        paths = [_hub_file(name, revision, file) for file in (*HUB_FILES, *HUB_OPTIONAL_FILES)]
-    return paths[0].parent
-
-
-def _hub_file(name: str, revision: str | None, file: str) -> Path | None:
-    """Download one file; None for an optional one that the model does not have."""
-    from huggingface_hub import errors, hf_hub_download
-
+    get = functools.partial(
+        hf_hub_download, name, revision=revision, etag_timeout=HUB_PROBE_SECONDS
+    )
     try:
-        return Path(hf_hub_download(name, file, revision=revision, etag_timeout=HUB_PROBE_SECONDS))
-    except errors.LocalEntryNotFoundError as error:
-        raise HubUnreachableError(f"{hub_endpoint()} stopped answering") from error
+        with console.stage(f"downloading {name}"):
+            for file in HUB_FILES:
+                folder = Path(get(file)).parent
+            for file in HUB_OPTIONAL_FILES:
+                with contextlib.suppress(errors.RemoteEntryNotFoundError):
+                    get(file)
     except (
-        errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.EntryNotFoundError,
+        errors.RepositoryNotFoundError, errors.RevisionNotFoundError,
+        errors.RemoteEntryNotFoundError,
     ) as error:  # fmt: skip
-        if isinstance(error, errors.EntryNotFoundError) and file in HUB_OPTIONAL_FILES:
-            return None
         raise UsageError(
-            f"the hub has no model {name!r} with a {file} that is open to you at "
+            f"the hub has no model {name!r} with {' and '.join(HUB_FILES)} that is open to you at "
             f"{revision or 'main'}; check the name given with --model"
         ) from error
     except PermissionError as error:
@@ -413,4 +366,5 @@ def _hub_file(name: str, revision: str | None, file: str) -> Path | None:
         ) from error
     # What a broken transfer raises depends on the HTTP client of the hub's library.
     except Exception as error:
-        raise HubUnreachableError(f"the download of {file} broke off ({error})") from error
+        raise HubUnreachableError(f"the download of {name} broke off ({error})") from error
+    return folder

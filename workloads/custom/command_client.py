@@ -63,21 +63,14 @@ OUT_OF_MEMORY_TEXT = re.compile(
 def parse_arguments() -> argparse.Namespace:
     """Return the checked flags, the command split into words under `words`."""
     parser = cli.workload_parser(__doc__, uses_gpu=False)
-    parser.add_argument(
-        "--command", required=True, metavar="LINE",
-        help="the command line; split into words as a shell does, but run without one",
-    )  # fmt: skip
-    parser.add_argument(
-        "--shell", action="store_true", help="run LINE by /bin/sh: pipes, variables and && work"
-    )
-    parser.add_argument(
-        "--working-directory", type=Path, default=Path(), metavar="DIR",
-        help="folder to run it in (default: the present one)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--latency", action="store_true",
-        help="a run's duration is a response time that somebody waits for: percentiles are kept",
-    )  # fmt: skip
+    flag = cli.flags(parser, "the command")
+    line = "the command line; split into words as a shell does, but run without one"
+    flag("--command", None, line, required=True, metavar="LINE")
+    flag("--shell", False, "run LINE by /bin/sh: pipes, variables and && work")
+    folder = "folder to run it in (default: the present one)"
+    flag("--working-directory", Path(), folder, metavar="DIR")
+    waited = "a run's duration is a response time that somebody waits for: percentiles are kept"
+    flag("--latency", False, waited)
     args = parser.parse_args()
     try:
         words = shlex.split(args.command)
@@ -129,7 +122,7 @@ class CommandWorkload(Workload):
         while not run.ended.wait(LOOK_PERIOD_SECONDS):
             present = {process.pid for process in descendants()}
             if present - noted:
-                recorder.processes(sorted(present - noted))
+                recorder.write("processes", pids=sorted(present - noted))
                 noted |= present
             if recorder.stop_requested:
                 stop_seconds = stop_seconds or time.monotonic()
@@ -258,7 +251,5 @@ def _require_success(run: _Run) -> None:
     raise JobFailedError(message)
 
 
-main = main_of(CommandWorkload, parse_arguments)
-
 if __name__ == "__main__":
-    cli.run_main(main)
+    cli.run_main(main_of(CommandWorkload, parse_arguments))

@@ -26,8 +26,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from workloads.common import cli, client
-from workloads.common.errors import JobFailedError, OutOfGpuMemoryError, UsageError
+from workloads.common import cli, client, torch
+from workloads.common.device import open_device
+from workloads.common.errors import MIB, JobFailedError, OutOfGpuMemoryError, UsageError
 
 FAULTS = ("exit", "oom", "assert", "illegal-access")
 LOCK_VARIABLE = "GPU_SETTINGS_LOCKED"
@@ -37,18 +38,13 @@ BLOCK_MIB = 64
 
 def parse_arguments() -> argparse.Namespace:
     """Return the checked flags."""
-    parser = cli.workload_parser("A job that goes wrong on purpose, next to healthy ones.")
-    fault = parser.add_argument_group("the fault")
-    fault.add_argument("--fault", choices=FAULTS, required=True)
-    fault.add_argument(
-        "--after", type=cli.positive_float, default=5.0, metavar="S",
-        help="work for so many seconds first (default: 5)",
-    )  # fmt: skip
-    fault.add_argument(
-        "--cap-mib", type=cli.positive_int, default=1024, metavar="N",
-        help="oom: how much it may allocate until memory counts as full (default: 1024)",
-    )  # fmt: skip
-    fault.add_argument("--allow-illegal-access", action="store_true")
+    parser = cli.workload_parser(__doc__)
+    flag = cli.flags(parser, "the fault")
+    flag("--fault", None, "what goes wrong, see above", choices=FAULTS, required=True)
+    flag("--after", 5.0, "work for so many seconds first", metavar="S")
+    cap = "oom: how much it may allocate until memory counts as full"
+    flag("--cap-mib", 1024, cap, metavar="N")
+    flag("--allow-illegal-access", False, "this card is yours alone")
     args = parser.parse_args()
     if args.fault == "illegal-access":
         if os.environ.get(LOCK_VARIABLE) == "1":
@@ -69,10 +65,6 @@ class FaultyJob(client.Workload):
 
     def load(self) -> None:
         """Open the device and make the matrices."""
-        import torch
-
-        from workloads.common.device import open_device
-
         self.device = open_device(self.args)
         kind = self.device.torch_device.type
         if kind == "cpu" and self.args.fault in ("assert", "illegal-access"):
@@ -99,12 +91,7 @@ class FaultyJob(client.Workload):
             self._multiply()
             recorder.unit("product", start_seconds, time.monotonic())
         recorder.flush()
-        {
-            "exit": self._exit,
-            "oom": self._run_out_of_memory,
-            "assert": self._fail_an_assertion,
-            "illegal-access": self._access_illegally,
-        }[self.args.fault]()
+        getattr(self, f"_{self.args.fault.replace('-', '_')}")()
         raise JobFailedError(f"--fault {self.args.fault} did no harm to the job itself")
 
     def settings(self) -> dict:
@@ -116,8 +103,6 @@ class FaultyJob(client.Workload):
         return []
 
     def _multiply(self) -> None:
-        import torch
-
         torch.mm(self.matrix, self.matrix, out=self.product)
         self.device.synchronize()
 
@@ -127,34 +112,26 @@ class FaultyJob(client.Workload):
         print("fault_client: ending with code 1, as told", file=sys.stderr, flush=True)
         os._exit(1)
 
-    def _run_out_of_memory(self) -> None:
-        import torch
-
+    def _oom(self) -> None:
         if not self.device.is_cuda:
             raise OutOfGpuMemoryError("out of GPU memory, as told (there is no GPU: not real)")
         total = torch.cuda.get_device_properties(0).total_memory
-        cap = torch.cuda.memory_reserved() + self.args.cap_mib * 2**20
+        cap = torch.cuda.memory_reserved() + self.args.cap_mib * MIB
         torch.cuda.set_per_process_memory_fraction(min(1.0, cap / total))
         blocks = []
         while True:
-            blocks.append(torch.empty(BLOCK_MIB * 2**20, dtype=torch.uint8, device="cuda"))
+            blocks.append(torch.empty(BLOCK_MIB * MIB, dtype=torch.uint8, device="cuda"))
 
-    def _fail_an_assertion(self) -> None:
-        import torch
-
+    def _assert(self) -> None:
         torch._assert_async(torch.zeros((), dtype=torch.bool, device="cuda"))
         torch.cuda.synchronize()
 
-    def _access_illegally(self) -> None:
-        import torch
-
+    def _illegal_access(self) -> None:
         from workloads.custom.far_store import store_outside
 
         store_outside(self.matrix)
         torch.cuda.synchronize()
 
 
-main = client.main_of(FaultyJob, parse_arguments)
-
 if __name__ == "__main__":
-    cli.run_main(main)
+    cli.run_main(client.main_of(FaultyJob, parse_arguments))

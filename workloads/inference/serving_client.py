@@ -245,7 +245,7 @@ class ServingClient(client.Workload):
         try:
             users.load()
             users.warm_up()
-            figures = users.run_job(client.Recorder(client.EventLog(None)))
+            figures = users.run_job(client.Recorder())
         finally:
             users.close()
         self._require_answers(figures)

@@ -12,18 +12,22 @@ work for later runs. The time of each documented operation is recorded too.
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import functools
 import random
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from workloads.common import cli, client, console
+from workloads.common.device import open_device
+from workloads.common.engine import Pacer, prepare_step, step_pool
+from workloads.inference.models import load_inference_model, resolve_model_flags, weights_notes
+from workloads.interactive import notebook_operations as operations
 
 WORKFLOW = ("matrix", "preprocess", "train", "inference")
 INFERENCE_MODEL = "resnet18"
@@ -47,8 +51,7 @@ EPILOG = """examples:
 """
 
 
-@dataclass(frozen=True)
-class Cell:
+class Cell(NamedTuple):
     """One cell of the session and the pause after it."""
 
     kind: str
@@ -58,36 +61,24 @@ class Cell:
 def parse_arguments() -> argparse.Namespace:
     """Return the flags of the command line."""
     parser = cli.workload_parser("Simulate an interactive notebook session.", EPILOG)
-    session = parser.add_argument_group("the session")
-    session.add_argument(
-        "--num-operations", type=cli.positive_int, default=11, metavar="N",
-        help="cells to run (default: 11)",
-    )  # fmt: skip
-    session.add_argument(
-        "--burst-seconds", type=cli.positive_float, metavar="S",
-        help="how long a cell shall last alone; its repeats are calibrated once (default: "
+    flag = cli.flags(parser, "the session")
+    flag("--num-operations", 11, "cells to run", metavar="N")
+    flag(
+        "--burst-seconds", None,
+        "how long a cell shall last alone; its repeats are calibrated once (default: "
         f"{GPU_BURST_SECONDS} on a GPU; on the CPU every operation runs once)",
+        type=cli.positive_float, metavar="S",
     )  # fmt: skip
-    session.add_argument(
-        "--cell-repeats", type=cell_repeats, metavar="KIND=N,...",
-        help="repeats a cell of each kind instead of calibrating",
-    )  # fmt: skip
-    session.add_argument(
-        "--idle-min", type=cli.non_negative_float, default=2.0, metavar="S",
-        help="shortest pause (default: 2)",
-    )  # fmt: skip
-    session.add_argument(
-        "--idle-max", type=cli.non_negative_float, default=5.0, metavar="S",
-        help="longest pause (default: 5)",
-    )  # fmt: skip
-    sizes = parser.add_argument_group("the operations (drawn from the guide's ranges by --seed)")
+    repeats = "repeats a cell of each kind instead of calibrating"
+    flag("--cell-repeats", None, repeats, type=cell_repeats, metavar="KIND=N,...")
+    seconds = functools.partial(flag, type=cli.non_negative_float, metavar="S")
+    seconds("--idle-min", 2.0, "shortest pause")
+    seconds("--idle-max", 5.0, "longest pause")
+    flag = cli.flags(parser, "the operations (drawn from the guide's ranges by --seed)")
     for name, guide in SIZES.items():
-        flag = f"--{name.replace('_', '-')}"
-        sizes.add_argument(flag, type=cli.positive_int, metavar="N", help=guide)
-    sizes.add_argument(
-        "--weights", default="auto", metavar="auto|imagenet|none|FILE",
-        help="ResNet18's weights; auto: ImageNet, else random with a warning (default: auto)",
-    )  # fmt: skip
+        flag(f"--{name.replace('_', '-')}", None, guide, type=cli.positive_int, metavar="N")
+    weights = "ResNet18's weights; auto: ImageNet, else random with a warning"
+    flag("--weights", "auto", weights, metavar="auto|imagenet|none|FILE")
     args = parser.parse_args()
     if args.idle_min > args.idle_max:
         parser.error("--idle-min is more than --idle-max; give a smaller --idle-min")
@@ -141,13 +132,13 @@ def start_delay(idle_min: float, idle_max: float, seed: int, client_index: int) 
     return random.Random(seed + client_index).uniform(0, most)
 
 
-class OperationTimes(client.Recorder):
-    """Collects the operations of one cell; the suite's unit is the whole cell."""
+class OperationTimes:
+    """What a ``Pacer`` records in: the operations of one cell, since the suite's unit is a cell."""
 
     def __init__(self, recorder: client.Recorder) -> None:
         """Take stops from ``recorder``."""
-        super().__init__(client.EventLog(None))
         self._recorder = recorder
+        self.check_stop = recorder.check_stop
         self.durations_seconds: list[float] = []
 
     @property
@@ -155,9 +146,7 @@ class OperationTimes(client.Recorder):
         """Whether the suite wants this client to end."""
         return self._recorder.stop_requested
 
-    def unit(
-        self, kind: str, start_seconds: float, end_seconds: float, *, latency: bool = False
-    ) -> None:
+    def unit(self, kind: str, start_seconds: float, end_seconds: float) -> None:
         """Note one finished operation."""
         self.durations_seconds.append(end_seconds - start_seconds)
 
@@ -171,19 +160,18 @@ class JupyterSimulation(client.Workload):
 
     def load(self) -> None:
         """Open the device, plan the session, load ResNet18 if the session comes to it."""
-        from workloads.common.device import open_device
-
         args = self.args
         self.device = open_device(args)
-
-        from workloads.inference.models import load_inference_model, weights_notes
-        from workloads.interactive.notebook_operations import draw_sizes
-
         pauses = (args.idle_min, args.idle_max, args.seed, args.client_index)
         self.cells = plan_session(args.num_operations, *pauses)
         self.start_delay_seconds = start_delay(*pauses)
         self.kinds = WORKFLOW[: args.num_operations]
-        self.sizes = draw_sizes(args.seed, **{name: getattr(args, name) for name in SIZES})
+        self.sizes = operations.draw_sizes(args.seed, **{name: vars(args)[name] for name in SIZES})
+        self.burst_seconds = args.burst_seconds
+        if args.burst_seconds is None and self.device.is_cuda:
+            self.burst_seconds = GPU_BURST_SECONDS
+        if args.cell_repeats is not None:
+            self.burst_seconds = None
         self.model = self.weights = None
         if "inference" in self.kinds:
             self.model, self.weights = load_inference_model(
@@ -193,9 +181,6 @@ class JupyterSimulation(client.Workload):
 
     def warm_up(self) -> None:
         """Prepare each operation, settle how often a cell repeats it, and run each kind once."""
-        from workloads.common.engine import prepare_step, step_pool
-        from workloads.interactive import notebook_operations as operations
-
         make = {
             "matrix": operations.matrix_operation,
             "preprocess": operations.preprocess_operation,
@@ -213,44 +198,66 @@ class JupyterSimulation(client.Workload):
         self.repeats = {kind: self._settle_repeats(kind) for kind in self.kinds}
         self.device.synchronize()
 
+    def _settle_repeats(self, kind: str) -> int:
+        """Return how often a cell repeats its operation; runs it, as a cell would, on the way.
+
+        To calibrate, the operation runs alone for a while; otherwise once.
+        """
+        for_seconds = CALIBRATION_SECONDS if self.burst_seconds else 0.0
+        pacer = Pacer(self.device, client.Recorder())
+        start_seconds = time.monotonic()
+        count = 0
+        while not count or time.monotonic() - start_seconds < for_seconds:
+            pacer.run(kind, self.operations[kind])
+            count += 1
+        pacer.drain()
+        seconds_an_operation = (time.monotonic() - start_seconds) / count
+        if self.args.cell_repeats is not None:
+            return self.args.cell_repeats[kind]
+        return max(1, round((self.burst_seconds or 0.0) / seconds_an_operation))
+
     def run_job(self, recorder: client.Recorder) -> dict:
         """Run the session once and return what the guide measures."""
-        from workloads.common.engine import Pacer
-
         self.finished = []
         self.operation_seconds: dict[str, list[float]] = {kind: [] for kind in self.kinds}
         self.session_start_seconds = time.monotonic()
         with console.progress(len(self.cells), "session") as progress:
-            for index, cell in enumerate(self.cells):
-                times = OperationTimes(recorder)
-                started_at = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
-                start_seconds = time.monotonic()
-                pacer = Pacer(self.device, times)
-                for _ in range(self.repeats[cell.kind]):
-                    pacer.run(cell.kind, self.operations[cell.kind])
-                # A cell ends when its result is there.
-                pacer.drain()
-                end_seconds = time.monotonic()
-                recorder.unit(cell.kind, start_seconds, end_seconds, latency=True)
-                recorder.flush()
-                self.operation_seconds[cell.kind] += times.durations_seconds
-                self.finished.append(
-                    {
-                        "index": index,
-                        "kind": cell.kind,
-                        "started_at": started_at,
-                        "start_offset_seconds": start_seconds - self.session_start_seconds,
-                        "duration_seconds": end_seconds - start_seconds,
-                        "idle_after_seconds": 0.0,
-                    }
-                )
+            for number, cell in enumerate(self.cells, 1):
+                self._run_cell(cell, recorder)
                 progress.advance(detail=cell.kind)
-                self.tell(
-                    f"cell {index + 1}/{len(self.cells)}: {cell.kind}, "
-                    f"{end_seconds - start_seconds:.2f} s"
-                )
-                self.finished[-1]["idle_after_seconds"] = self._pause(cell, recorder)
+                seconds = self.finished[-1]["duration_seconds"]
+                self.tell(f"cell {number}/{len(self.cells)}: {cell.kind}, {seconds:.2f} s")
+                if cell.idle_after_seconds:
+                    start_seconds = time.monotonic()
+                    recorder.wait_for_stop(cell.idle_after_seconds)
+                    recorder.check_stop()
+                    idle_seconds = time.monotonic() - start_seconds
+                    self.finished[-1]["idle_after_seconds"] = idle_seconds
         return self.partial_figures()
+
+    def _run_cell(self, cell: Cell, recorder: client.Recorder) -> None:
+        times = OperationTimes(recorder)
+        started_at = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+        start_seconds = time.monotonic()
+        pacer = Pacer(self.device, times)
+        for _ in range(self.repeats[cell.kind]):
+            pacer.run(cell.kind, self.operations[cell.kind])
+        # A cell ends when its result is there.
+        pacer.drain()
+        end_seconds = time.monotonic()
+        recorder.unit(cell.kind, start_seconds, end_seconds, latency=True)
+        recorder.flush()
+        self.operation_seconds[cell.kind] += times.durations_seconds
+        self.finished.append(
+            {
+                "index": len(self.finished),
+                "kind": cell.kind,
+                "started_at": started_at,
+                "start_offset_seconds": start_seconds - self.session_start_seconds,
+                "duration_seconds": end_seconds - start_seconds,
+                "idle_after_seconds": 0.0,
+            }
+        )
 
     def partial_figures(self) -> dict | None:
         """Return the figures of the finished cells."""
@@ -262,21 +269,20 @@ class JupyterSimulation(client.Workload):
 
         active_seconds = sum(cell["duration_seconds"] for cell in self.finished)
         idle_seconds = sum(cell["idle_after_seconds"] for cell in self.finished)
-        operation_seconds = {}
-        for kind, durations in self.operation_seconds.items():
-            if durations:
-                p50, p95 = np.percentile(durations, (50, 95))
-                operation_seconds[kind] = {
-                    "count": len(durations),
-                    "mean_seconds": float(np.mean(durations)),
-                    "p50_seconds": float(p50),
-                    "p95_seconds": float(p95),
-                }
         # Time in cells is GPU time only where nobody shares the GPU.
         is_alone = self.device.is_cuda and not self.args.hold
         return {
             "operations": list(self.finished),
-            "operation_seconds": operation_seconds,
+            "operation_seconds": {
+                kind: {
+                    "count": len(durations),
+                    "mean_seconds": float(np.mean(durations)),
+                    "p50_seconds": float(np.percentile(durations, 50)),
+                    "p95_seconds": float(np.percentile(durations, 95)),
+                }
+                for kind, durations in self.operation_seconds.items()
+                if durations
+            },
             "active_seconds": active_seconds,
             "idle_seconds": idle_seconds,
             "session_seconds": session_seconds,
@@ -291,11 +297,11 @@ class JupyterSimulation(client.Workload):
         args = self.args
         return {
             "num_operations": args.num_operations,
-            "burst_seconds": self._burst_seconds(),
+            "burst_seconds": self.burst_seconds,
             "cell_repeats": dict(self.repeats),
             "idle_min_seconds": args.idle_min,
             "idle_max_seconds": args.idle_max,
-            **dataclasses.asdict(self.sizes),
+            **vars(self.sizes),
             "inference_model": INFERENCE_MODEL if self.weights else None,
             "weights": self.weights.kind if self.weights else None,
             "seed": args.seed,
@@ -311,67 +317,23 @@ class JupyterSimulation(client.Workload):
             for cell in figures["operations"]
         ]  # fmt: skip
         for kind, seconds in figures["operation_seconds"].items():
-            rows.append(
-                (f"One {kind} operation",
-                 f"mean {1e3 * seconds['mean_seconds']:.2f} ms, P50 "
-                 f"{1e3 * seconds['p50_seconds']:.2f} ms, P95 {1e3 * seconds['p95_seconds']:.2f} "
-                 f"ms ({self.repeats[kind]} a cell)")
-            )  # fmt: skip
+            mean, p50, p95 = (1e3 * seconds[f"{name}_seconds"] for name in ("mean", "p50", "p95"))
+            times = f"mean {mean:.2f} ms, P50 {p50:.2f} ms, P95 {p95:.2f} ms"
+            rows.append((f"One {kind} operation", f"{times} ({self.repeats[kind]} a cell)"))
         active = "GPU active time" if self.device.is_cuda else "Active time"
-        rows += [
+        return [
+            *rows,
             (active, f"{figures['active_seconds']:.1f} s ({figures['active_percent']:.0f} %)"),
             ("Idle time", f"{figures['idle_seconds']:.1f} s ({figures['idle_percent']:.0f} %)"),
             ("Session", f"{figures['session_seconds']:.1f} s"),
             ("Same work again", f"--cell-repeats {figures['cell_repeats']}"),
         ]
-        return rows
 
     def resolve(self) -> list[str]:
         """Find or download ResNet18's weights once."""
-        from workloads.inference.models import resolve_model_flags
-
         arguments, self.warnings = resolve_model_flags(INFERENCE_MODEL, self.args.weights)
         return arguments
 
-    @staticmethod
-    def _pause(cell: Cell, recorder: client.Recorder) -> float:
-        """Sit idle after ``cell``, less long if a stop arrives; return for how many seconds."""
-        if not cell.idle_after_seconds:
-            return 0.0
-        start_seconds = time.monotonic()
-        recorder.wait_for_stop(cell.idle_after_seconds)
-        recorder.check_stop()
-        return time.monotonic() - start_seconds
-
-    def _burst_seconds(self) -> float | None:
-        if self.args.cell_repeats is not None:
-            return None
-        default = GPU_BURST_SECONDS if self.device.is_cuda else None
-        return self.args.burst_seconds or default
-
-    def _settle_repeats(self, kind: str) -> int:
-        """Return how often a cell repeats its operation; runs it, as a cell would, on the way."""
-        burst_seconds = self._burst_seconds()
-        seconds = self._seconds_an_operation(kind, CALIBRATION_SECONDS if burst_seconds else 0.0)
-        if self.args.cell_repeats is not None:
-            return self.args.cell_repeats[kind]
-        return max(1, round(burst_seconds / seconds)) if burst_seconds else 1
-
-    def _seconds_an_operation(self, kind: str, for_seconds: float) -> float:
-        """Run the operation, alone, for about ``for_seconds`` and once at least; time it."""
-        from workloads.common.engine import Pacer
-
-        pacer = Pacer(self.device, client.Recorder(client.EventLog(None)))
-        start_seconds = time.monotonic()
-        count = 0
-        while not count or time.monotonic() - start_seconds < for_seconds:
-            pacer.run(kind, self.operations[kind])
-            count += 1
-        pacer.drain()
-        return (time.monotonic() - start_seconds) / count
-
-
-main = client.main_of(JupyterSimulation, parse_arguments)
 
 if __name__ == "__main__":
-    cli.run_main(main)
+    cli.run_main(client.main_of(JupyterSimulation, parse_arguments))

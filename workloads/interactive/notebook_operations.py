@@ -8,17 +8,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
 
-import torch
-import torch.nn.functional as F
-
+from workloads.common import torch
+from workloads.common.device import ComputeDevice
 from workloads.common.engine import capture_forward, compile_module
 from workloads.inference.models import IMAGENET_MEAN, IMAGENET_STD
-
-if TYPE_CHECKING:
-    from workloads.common.device import ComputeDevice
 
 NETWORK_SIZES = (784, 256, 10)
 TRAIN_SAMPLES = 1024
@@ -29,31 +24,17 @@ PREPROCESS_IMAGES = 32
 PREPROCESS_SHRINK = (7, 8)
 
 
-@dataclass(frozen=True)
-class OperationSizes:
-    """How large each operation is: sides in rows or pixels, and how often each part is repeated.
-
-    Preprocessing handles ``PREPROCESS_IMAGES`` of ``image_size``; inference, ``inference_images``.
-    """
-
-    matrix_size: int
-    matrix_iterations: int
-    preprocess_iterations: int
-    train_epochs: int
-    inference_images: int
-    image_size: int
-
-
-def draw_sizes(seed: int, **given: int | None) -> OperationSizes:
+def draw_sizes(seed: int, **given: int | None) -> SimpleNamespace:
     """Draw each size from the guide's range, the same for the same seed; ``given`` ones win.
 
     One draw a kind, not one a cell: cells of one kind are then the same work, so that their times
-    can be compared with each other and between runs.
+    can be compared with each other and between runs. Sizes are sides in rows or pixels, and how
+    often each part is repeated; preprocessing handles ``PREPROCESS_IMAGES`` of ``image_size``.
     """
     generator = random.Random(seed)
     # All are drawn, so that giving one leaves the others as they were. Multiples of 8, since
     # tensor cores want aligned rows.
-    drawn = OperationSizes(
+    sizes = SimpleNamespace(
         matrix_size=generator.randrange(1000, 2001, 8),
         matrix_iterations=100,
         preprocess_iterations=generator.randint(30, 50),
@@ -61,12 +42,12 @@ def draw_sizes(seed: int, **given: int | None) -> OperationSizes:
         inference_images=generator.randint(50, 100),
         image_size=224,
     )
-    chosen = {name: value for name, value in given.items() if value is not None}
-    return OperationSizes(**(asdict(drawn) | chosen))
+    vars(sizes).update({name: value for name, value in given.items() if value is not None})
+    return sizes
 
 
 def matrix_operation(
-    device: ComputeDevice, sizes: OperationSizes, seed: int
+    device: ComputeDevice, sizes: SimpleNamespace, seed: int
 ) -> Callable[[], object]:
     """Return the multiplication of two square matrices, and ReLU, ``matrix_iterations`` times."""
     generator = torch.Generator().manual_seed(seed)
@@ -86,7 +67,7 @@ def matrix_operation(
 
 
 def preprocess_operation(
-    device: ComputeDevice, sizes: OperationSizes, seed: int
+    device: ComputeDevice, sizes: SimpleNamespace, seed: int
 ) -> Callable[[], object]:
     """Return normalization and interpolation of uint8 images, ``preprocess_iterations`` times."""
     generator = torch.Generator().manual_seed(seed)
@@ -105,13 +86,15 @@ def preprocess_operation(
     def preprocess() -> None:
         for _ in range(sizes.preprocess_iterations):
             normalized = (images.to(dtype) / 255 - mean) / std
-            F.interpolate(normalized, size=target, mode="bilinear", align_corners=False)
+            torch.nn.functional.interpolate(
+                normalized, size=target, mode="bilinear", align_corners=False
+            )
 
     return preprocess
 
 
 def train_operation(
-    device: ComputeDevice, sizes: OperationSizes, seed: int
+    device: ComputeDevice, sizes: SimpleNamespace, seed: int
 ) -> Callable[[], object]:
     """Return a quick experiment: a 784-256-10 network trained ``train_epochs`` from its start."""
     network = small_network(device, seed)
@@ -130,7 +113,9 @@ def train_operation(
                 chosen = slice(batch, batch + TRAIN_BATCH_SIZE)
                 optimizer.zero_grad(set_to_none=True)
                 with device.autocast():
-                    loss = F.cross_entropy(forward(inputs[chosen]), labels[chosen])
+                    loss = torch.nn.functional.cross_entropy(
+                        forward(inputs[chosen]), labels[chosen]
+                    )
                 loss.backward()
                 optimizer.step()
 
@@ -138,7 +123,7 @@ def train_operation(
 
 
 def inference_operation(
-    device: ComputeDevice, sizes: OperationSizes, seed: int, model: torch.nn.Module
+    device: ComputeDevice, sizes: SimpleNamespace, seed: int, model: torch.nn.Module
 ) -> Callable[[], object]:
     """Return ``model``'s pass, ready for the engine, over random images as one batch."""
     generator = torch.Generator().manual_seed(seed)

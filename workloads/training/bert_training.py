@@ -19,17 +19,16 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from workloads.common import cli, client
+from workloads.common import cli, client, torch
+from workloads.common.device import open_device
+from workloads.common.engine import EpochTotals, Pacer
 from workloads.common.errors import DamagedFileError, UsageError, first_line
-from workloads.common.weights import HubUnreachableError, hub_model_folder, packages_hidden
+from workloads.common.weights import HubUnreachableError, hub_model_folder
 from workloads.training import texts
 from workloads.training.training_job import TrainingJob
 
 if TYPE_CHECKING:
-    import torch
     from transformers import BertForSequenceClassification, BertTokenizerFast
-
-    from workloads.common.engine import Pacer
 
 TEST_BATCH_SIZE = 100
 DEFAULT_MODEL = "bert-base-uncased"
@@ -38,8 +37,8 @@ FROM_SCRATCH = "none"
 # fills little of it, so that the model has the documented 110 M parameters.
 VOCABULARY_SIZE = 30_522
 HEAD_SIZE = 64
+UNUSED_PACKAGES = ("scipy", "sklearn", "torchvision")
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-
 
 EPILOG = """examples:
   bert_training.py --epochs 3                     the synthetic sentences
@@ -53,47 +52,34 @@ EPILOG = """examples:
 def parse_arguments() -> argparse.Namespace:
     """Return the flags of the command line."""
     parser = cli.workload_parser("Fine-tune BERT for text classification.", EPILOG)
-    job = parser.add_argument_group("the job")
-    job.add_argument("--batch-size", type=cli.positive_int, default=16, help="(default: 16)")
-    job.add_argument("--epochs", type=cli.positive_int, default=3, help="(default: 3)")
-    job.add_argument(
-        "--lr", type=cli.positive_float, default=2e-5, help="learning rate (default: 2e-5)"
-    )
-    job.add_argument(
-        "--max-length", type=cli.positive_int, default=128, metavar="TOKENS",
-        help="length that every sequence is padded or cut to (default: 128)",
-    )  # fmt: skip
-    model = parser.add_argument_group("the model")
-    model.add_argument(
-        "--model", default=DEFAULT_MODEL, metavar="FOLDER_OR_NAME",
-        help="folder or hub name (NAME or NAME@COMMIT) of a pretrained BERT; none: random weights "
+    flag = cli.flags(parser, "the job")
+    flag("--batch-size", 16, "texts a step")
+    flag("--epochs", 3, "times through the training texts")
+    flag("--lr", 2e-5, "learning rate (default: 2e-5)")
+    length = "length that every sequence is padded or cut to"
+    flag("--max-length", 128, length, metavar="TOKENS")
+    flag = cli.flags(parser, "the model")
+    flag(
+        "--model", DEFAULT_MODEL,
+        "folder or hub name (NAME or NAME@COMMIT) of a pretrained BERT; none: random weights "
         f"(default: {DEFAULT_MODEL}, from scratch where it is not available)",
+        metavar="FOLDER_OR_NAME",
     )  # fmt: skip
-    model.add_argument(
-        "--layers", type=cli.positive_int, help="layers of a BERT from scratch (default: 12)"
-    )
-    model.add_argument(
-        "--hidden", type=cli.positive_int, help="hidden size of a BERT from scratch (default: 768)"
-    )
-    data = parser.add_argument_group("the data")
-    data.add_argument(
-        "--num-samples", type=cli.positive_int, default=1000, metavar="N",
-        help="texts to train on, at most (default: 1000)",
-    )  # fmt: skip
-    data.add_argument(
-        "--held-out-samples", type=cli.non_negative_int, default=None, metavar="N",
-        help="texts to test on, never trained on, besides --num-samples (default: "
+    shape = functools.partial(flag, type=cli.positive_int)
+    shape("--layers", None, "layers of a BERT from scratch (default: 12)")
+    shape("--hidden", None, "hidden size of a BERT from scratch (default: 768)")
+    flag = cli.flags(parser, "the data")
+    flag("--num-samples", 1000, "texts to train on, at most", metavar="N")
+    flag(
+        "--held-out-samples", None,
+        "texts to test on, never trained on, besides --num-samples (default: "
         f"{texts.HELD_OUT_SAMPLES}, and no more than are trained on)",
+        type=cli.non_negative_int, metavar="N",
     )  # fmt: skip
-    data.add_argument(
-        "--dataset", default="synthetic", metavar="NAME",
-        help="synthetic, or a name or folder for the datasets library, such as imdb "
-        "(default: synthetic)",
-    )  # fmt: skip
-    data.add_argument(
-        "--data", type=Path, default=None, metavar="FILE.csv",
-        help="your texts instead: columns text and label, optionally split (train or test)",
-    )  # fmt: skip
+    dataset = "synthetic, or a name or folder for the datasets library, such as imdb"
+    flag("--dataset", "synthetic", dataset, metavar="NAME")
+    own = "your texts instead: columns text and label, optionally split (train or test)"
+    flag("--data", None, own, type=Path, metavar="FILE.csv")
     args = parser.parse_args()
     if (args.layers or args.hidden) and args.model != FROM_SCRATCH:
         parser.error("--layers and --hidden shape a BERT from scratch; add --model none")
@@ -114,24 +100,18 @@ class BertTraining(TrainingJob):
         """Load texts and weights (the hub is asked here, before torch starts), build the model."""
         args = self.args
         self.dataset = self._load_texts()
-        pretrained = self._find_pretrained()
-        self.weights = "random" if pretrained is None else "pretrained"
-        self.weights_source = f"seed {args.seed}" if pretrained is None else str(pretrained)
-
-        from workloads.common.device import open_device
-        from workloads.common.engine import EpochTotals
-
+        self.pretrained = self._find_pretrained()
         self.device = open_device(args)
         where = self.device.torch_device
         labels = len(self.dataset.label_names)
-        if pretrained is None:
+        if self.pretrained is None:
             tokenizer = train_tokenizer(self.dataset.train.texts)
             # Drawing 110 million initial weights takes the CPU two seconds.
             with where:
                 model = build_model(labels, args.max_length, args.layers, args.hidden)
         else:
-            tokenizer = load_tokenizer(pretrained)
-            model = load_model(pretrained, labels)
+            tokenizer = load_tokenizer(self.pretrained)
+            model = load_model(self.pretrained, labels)
         self.vocabulary_size = len(tokenizer)
         if args.max_length > model.config.max_position_embeddings:
             raise UsageError(
@@ -139,93 +119,11 @@ class BertTraining(TrainingJob):
                 f"{model.config.max_position_embeddings} positions; lower it"
             )
         self.model = model.to(where)
-        make_batches = functools.partial(
-            texts.TokenBatches, self.device, tokenizer, args.max_length
-        )
-        self.train_batches = make_batches(
-            self.dataset.train, args.batch_size, args.epochs, self.order_seed
-        )
+        make = functools.partial(texts.TokenBatches, self.device, tokenizer, args.max_length)
+        self.train_batches = make(self.dataset.train, args.batch_size, args.epochs, self.order_seed)
         if len(self.dataset.held_out):
-            self.test_batches = make_batches(self.dataset.held_out, TEST_BATCH_SIZE)
+            self.test_batches = make(self.dataset.held_out, TEST_BATCH_SIZE)
         self.totals = EpochTotals(where)
-
-    def _make_optimizer(self) -> tuple[torch.optim.Optimizer, Sequence[torch.Tensor]]:
-        import torch
-
-        optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=self.args.lr, fused=True, capturable=self.device.is_cuda
-        )
-        return optimizer, ()
-
-    def _forward(self, network: torch.nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
-        tokens, mask = inputs
-        return network(tokens, attention_mask=mask).logits
-
-    def _epoch_figures(self, epoch: dict, pacer: Pacer) -> dict:
-        return {"samples_per_second": self.train_batches.samples / epoch["epoch_seconds"]}
-
-    def _describe_epoch(self, epoch: dict) -> str:
-        return (
-            f"train loss {epoch['train_loss']:.4f}, {epoch['train_accuracy_percent']:.1f} %; "
-            f"{epoch['epoch_seconds']:.2f} s, {epoch['samples_per_second']:.0f} samples/s"
-        )
-
-    def _final_figures(self, last_epoch: dict) -> dict:
-        return {
-            "final_train_accuracy_percent": last_epoch["train_accuracy_percent"],
-            "held_out_loss": None,
-            "held_out_accuracy_percent": None,
-        }
-
-    def _finish(self, pacer: Pacer) -> dict:
-        if self.test is None:
-            return {}
-        loss, accuracy, _ = self._run_test(pacer)
-        self._check(loss, "the loss on the held-out texts")
-        return {"held_out_loss": loss, "held_out_accuracy_percent": accuracy}
-
-    def settings(self) -> dict:
-        """Return what the job was run with."""
-        config = self.model.config
-        return super().settings() | {
-            "model": self.args.model,
-            "weights": self.weights,
-            "weights_source": self.weights_source,
-            "layers": config.num_hidden_layers,
-            "hidden_size": config.hidden_size,
-            "tokenizer_vocabulary_size": self.vocabulary_size,
-            "labels": list(self.dataset.label_names),
-            "held_out_samples": len(self.dataset.held_out),
-            "max_length": self.args.max_length,
-        }
-
-    def _describe_input(self) -> list[tuple[str, str]]:
-        return [
-            ("Model", f"BERT, {sum(p.numel() for p in self.model.parameters()) / 1e6:.1f} M "
-             f"parameters, {self.weights} weights ({self.weights_source})"),
-            ("Dataset", f"{self.dataset.name}, {len(self.dataset.train)} training and "
-             f"{len(self.dataset.held_out)} held-out texts, {self.args.max_length} tokens each"),
-        ]  # fmt: skip
-
-    def _describe_outcome(self, figures: dict) -> list[tuple[str, str]]:
-        rows = [("Final accuracy", f"{figures['final_train_accuracy_percent']:.1f} % (training)")]
-        if figures["held_out_accuracy_percent"] is not None:
-            rows.append(
-                ("Held-out accuracy", f"{figures['held_out_accuracy_percent']:.1f} %, loss "
-                 f"{figures['held_out_loss']:.4f} (texts never trained on)")
-            )  # fmt: skip
-        return rows
-
-    def resolve(self) -> list[str]:
-        """Download weights and texts once; return flags that find both locally."""
-        dataset = self._load_texts()
-        pretrained = self._find_pretrained()
-        arguments = ["--model", FROM_SCRATCH if pretrained is None else str(pretrained)]
-        if self.args.data is not None:
-            arguments += ["--data", str(self.args.data.resolve())]
-        elif dataset.name != "synthetic":
-            arguments += ["--data", str(texts.write_csv(dataset))]
-        return arguments
 
     def _load_texts(self) -> texts.TextDataset:
         args = self.args
@@ -249,6 +147,90 @@ class BertTraining(TrainingJob):
                 "same, accuracy is not. For pretrained weights name a local folder with --model."
             )
             return None
+
+    def make_optimizer(self) -> tuple[torch.optim.Optimizer, Sequence[torch.Tensor]]:
+        """Return AdamW."""
+        optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=self.args.lr, fused=True, capturable=self.device.is_cuda
+        )
+        return optimizer, ()
+
+    def forward(self, network: torch.nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
+        """Return the logits of a batch of tokens and their mask, shape (batch, labels)."""
+        tokens, mask = inputs
+        return network(tokens, attention_mask=mask).logits
+
+    def finish_epoch(self, epoch: dict, pacer: Pacer) -> dict:
+        """Return the speed, which the guide wants of each epoch."""
+        return {"samples_per_second": self.train_batches.samples / epoch["epoch_seconds"]}
+
+    def finish(self, pacer: Pacer) -> dict:
+        """Test on the held-out texts, where there are any."""
+        if self.test is None:
+            return {}
+        self.model.eval()
+        loss, accuracy, _ = self.test.run(pacer, self.totals)
+        self.check_loss(loss, "the loss on the held-out texts")
+        return {"held_out_loss": loss, "held_out_accuracy_percent": accuracy}
+
+    def final_figures(self, last_epoch: dict) -> dict:
+        """Return the last epoch's accuracy; no held-out text has been seen yet."""
+        return {
+            "final_train_accuracy_percent": last_epoch["train_accuracy_percent"],
+            "held_out_loss": None,
+            "held_out_accuracy_percent": None,
+        }
+
+    def describe_epoch(self, epoch: dict) -> str:
+        """Return an epoch's figures for people."""
+        return (
+            f"train loss {epoch['train_loss']:.4f}, {epoch['train_accuracy_percent']:.1f} %; "
+            f"{epoch['epoch_seconds']:.2f} s, {epoch['samples_per_second']:.0f} samples/s"
+        )
+
+    def settings(self) -> dict:
+        """Return what the job was run with."""
+        config = self.model.config
+        is_random = self.pretrained is None
+        return super().settings() | {
+            "model": self.args.model,
+            "weights": "random" if is_random else "pretrained",
+            "weights_source": f"seed {self.args.seed}" if is_random else str(self.pretrained),
+            "layers": config.num_hidden_layers,
+            "hidden_size": config.hidden_size,
+            "tokenizer_vocabulary_size": self.vocabulary_size,
+            "labels": list(self.dataset.label_names),
+            "held_out_samples": len(self.dataset.held_out),
+            "max_length": self.args.max_length,
+        }
+
+    def summary(self, figures: dict) -> list[tuple[str, str]]:
+        """Return the terminal summary."""
+        of = self.settings()
+        rows = [
+            ("Model", f"BERT, {of['parameters'] / 1e6:.1f} M parameters, {of['weights']} weights "
+             f"({of['weights_source']})"),
+            ("Dataset", f"{of['dataset']}, {of['train_samples']} training and "
+             f"{of['held_out_samples']} held-out texts, {of['max_length']} tokens each"),
+            *super().summary(figures),
+            ("Final accuracy", f"{figures['final_train_accuracy_percent']:.1f} % (training)"),
+        ]  # fmt: skip
+        if figures["held_out_accuracy_percent"] is not None:
+            rows.append(
+                ("Held-out accuracy", f"{figures['held_out_accuracy_percent']:.1f} %, loss "
+                 f"{figures['held_out_loss']:.4f} (texts never trained on)")
+            )  # fmt: skip
+        return rows
+
+    def resolve(self) -> list[str]:
+        """Download weights and texts once; return flags that find both locally."""
+        dataset = self._load_texts()
+        arguments = ["--model", str(self._find_pretrained() or FROM_SCRATCH)]
+        if self.args.data is not None:
+            arguments += ["--data", str(self.args.data.resolve())]
+        elif dataset.name != "synthetic":
+            arguments += ["--data", str(texts.write_csv(dataset))]
+        return arguments
 
 
 # --- the model ------------------------------------------------------------------------------------
@@ -331,13 +313,10 @@ def load_model(folder: Path, labels: int) -> BertForSequenceClassification:
         UsageError: The weights cannot be read.
         DamagedFileError: Their file is cut off or altered.
     """
-    import torch
-
     transformers = _transformers()
-    logging = transformers.utils.logging
     # The new head is reported as missing keys, and loading as a progress bar; both are expected.
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     try:
         return transformers.BertForSequenceClassification.from_pretrained(
             folder, num_labels=labels, attn_implementation="sdpa", dtype=torch.float32,
@@ -362,42 +341,41 @@ def build_model(
 
     None stands for BERT-base: 12 layers of 768.
     """
-    import torch
-
     transformers = _transformers()
-    shape = {}
-    if layers is not None:
-        shape["num_hidden_layers"] = layers
-    if hidden_size is not None:
-        shape |= {
-            "hidden_size": hidden_size,
-            "num_attention_heads": max(1, hidden_size // HEAD_SIZE),
-            "intermediate_size": 4 * hidden_size,
-        }
+    hidden_size = hidden_size or 768
     config = transformers.BertConfig(
-        vocab_size=VOCABULARY_SIZE, num_labels=labels, attn_implementation="sdpa", **shape
+        vocab_size=VOCABULARY_SIZE,
+        num_labels=labels,
+        attn_implementation="sdpa",
+        num_hidden_layers=layers or 12,
+        hidden_size=hidden_size,
+        num_attention_heads=max(1, hidden_size // HEAD_SIZE),
+        intermediate_size=4 * hidden_size,
+        max_position_embeddings=max(512, max_length),
     )
-    config.max_position_embeddings = max(config.max_position_embeddings, max_length)
     return transformers.BertForSequenceClassification(config).to(torch.float32)
 
 
 @functools.cache
 def _transformers() -> ModuleType:
-    """Import transformers with what is used of it here.
+    """Import transformers with what is used of it here, and without what other models need.
 
-    Without these packages, which it imports for other models where they are installed: with them
-    the first step of a short job comes 1 to 2 s later.
+    With those packages the first step of a short job comes 1 to 2 s later. ``None`` makes them look
+    as if they were not installed (The Python Language Reference, 5.3.1), for as long as this takes.
     """
-    with packages_hidden("scipy", "sklearn", "torchvision"):
+    hidden = {name: None for name in UNUSED_PACKAGES if name not in sys.modules}
+    sys.modules.update(hidden)
+    try:
         import transformers
 
         # Each name is imported when it is first asked for.
         for name in ("BertConfig", "BertForSequenceClassification", "BertTokenizerFast"):
             getattr(transformers, name)
+    finally:
+        for name in hidden:
+            del sys.modules[name]
     return transformers
 
 
-main = client.main_of(BertTraining, parse_arguments)
-
 if __name__ == "__main__":
-    cli.run_main(main)
+    cli.run_main(client.main_of(BertTraining, parse_arguments))

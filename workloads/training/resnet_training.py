@@ -19,18 +19,15 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from workloads.common import cli, client, console
-from workloads.common.device import clients_on_gpu
+from workloads.common import cli, client, console, torch
+from workloads.common.device import clients_on_gpu, open_device
+from workloads.common.engine import EpochTotals, Pacer
 from workloads.common.errors import NotFiniteError, UsageError
 from workloads.common.results import PROJECT_ROOT, written_whole
 from workloads.common.weights import read_checkpoint
 from workloads.training.training_job import TrainingJob
 
 if TYPE_CHECKING:
-    import torch
-    from torch import nn
-
-    from workloads.common.engine import Pacer
     from workloads.training.images import ImageDataset
 
 MOMENTUM = 0.9
@@ -50,49 +47,29 @@ EPILOG = """examples:
 def parse_arguments() -> argparse.Namespace:
     """Return the flags of the command line."""
     parser = cli.workload_parser("Train ResNet50 for image classification.", EPILOG)
-    job = parser.add_argument_group("the job")
-    job.add_argument("--batch-size", type=cli.positive_int, default=128, help="(default: 128)")
-    job.add_argument("--epochs", type=cli.positive_int, default=5, help="(default: 5)")
-    job.add_argument(
-        "--lr", type=cli.positive_float, default=0.1, help="highest learning rate (default: 0.1)"
-    )
-    job.add_argument("--save-model", action="store_true", help="keep the trained model as .pt")
-    job.add_argument(
-        "--evaluate", type=Path, metavar="FILE",
-        help="test a model kept by --save-model instead of training",
+    flag = cli.flags(parser, "the job")
+    flag("--batch-size", 128, "images a step")
+    flag("--epochs", 5, "times through the training images")
+    flag("--lr", 0.1, "highest learning rate")
+    flag("--save-model", False, "keep the trained model as .pt")
+    evaluate = "test a model kept by --save-model instead of training"
+    flag("--evaluate", None, evaluate, type=Path, metavar="FILE")
+    stem = "first layers: 3x3 without pooling for small images, or 7x7 with pooling"
+    flag("--stem", "cifar", stem, choices=("cifar", "imagenet"))
+    flag = cli.flags(parser, "the data")
+    flag(
+        "--dataset", "auto",
+        "auto takes what --data-dir holds, else downloads CIFAR-10, else synthetic images",
+        choices=("auto", "cifar10", "folder", "synthetic"),
     )  # fmt: skip
-    job.add_argument(
-        "--stem", choices=("cifar", "imagenet"), default="cifar",
-        help="first layers: 3x3 without pooling for small images, or 7x7 with pooling "
-        "(default: cifar)",
-    )  # fmt: skip
-    data = parser.add_argument_group("the data")
-    data.add_argument(
-        "--dataset", choices=("auto", "cifar10", "folder", "synthetic"), default="auto",
-        help="auto takes what --data-dir holds, else downloads CIFAR-10, else synthetic images "
-        "(default: auto)",
-    )  # fmt: skip
-    data.add_argument(
-        "--data-dir", type=Path, default=PROJECT_ROOT / "data",
-        help="folder of the data (default: data in the project)",
-    )  # fmt: skip
-    data.add_argument(
-        "--train-samples", type=cli.positive_int, default=None, metavar="N",
-        help="train on N images (default: all)",
-    )  # fmt: skip
-    data.add_argument(
-        "--test-samples", type=cli.positive_int, default=None, metavar="N",
-        help="test on N images (default: all, or as many as keep the ratio to --train-samples)",
-    )  # fmt: skip
-    data.add_argument(
-        "--image-size", type=cli.positive_int, default=None, metavar="PIXELS",
-        help="size seen by the network (default: 32 for images of 32x32, else 224)",
-    )  # fmt: skip
-    data.add_argument(
-        "--loader-workers", type=cli.non_negative_int, default=None, metavar="N",
-        help="threads that decode images which do not fit the GPU (default: a fair share of the "
-        "cores)",
-    )  # fmt: skip
+    flag("--data-dir", PROJECT_ROOT / "data", "folder (default: data in the project)")
+    flag = functools.partial(flag, type=cli.positive_int, metavar="N")
+    flag("--train-samples", None, "train on N images (default: all)")
+    test = "test on N images (default: all, or as many as keep the ratio to --train-samples)"
+    flag("--test-samples", None, test)
+    flag("--image-size", None, "pixels seen by the network (default: 32 for 32x32, else 224)")
+    workers = "threads that decode what does not fit the GPU (default: a fair share of the cores)"
+    flag("--loader-workers", None, workers, type=cli.non_negative_int)
     return parser.parse_args()
 
 
@@ -107,26 +84,13 @@ class ResNetTraining(TrainingJob):
 
     def load(self) -> None:
         """Open the device, load the images, build the model."""
-        from workloads.common.device import open_device
-
         args = self.args
         self.is_training = args.evaluate is None
         if not self.is_training and not args.evaluate.is_file():
             raise UsageError(f"--evaluate: there is no file {args.evaluate}; {FIX}")
         self.device = open_device(args)
-
-        import torch
-
-        from workloads.common.engine import EpochTotals
-        from workloads.training import images
-
         dataset = self._load_dataset()
         self.dataset = dataset.limited(args.train_samples, args.test_samples, args.seed)
-        if args.stem == "cifar" and dataset.image_size > images.CIFAR_SIZE:
-            console.note(
-                f"images of {dataset.image_size}x{dataset.image_size} with --stem cifar are slow; "
-                "--stem imagenet is meant for them"
-            )
         self._load_batches()
         # Drawing the initial weights takes the CPU half a second.
         with self.device.torch_device:
@@ -136,12 +100,49 @@ class ResNetTraining(TrainingJob):
         self.model = model.to(memory_format=torch.channels_last)
         self.totals = EpochTotals(self.device.torch_device)
 
-    def _make_optimizer(self) -> tuple[torch.optim.Optimizer, Sequence[torch.Tensor]]:
-        import torch
+    def _load_dataset(self) -> ImageDataset:
+        from workloads.training import images
 
+        args = self.args
+        return images.load_dataset(
+            args.dataset, args.data_dir, args.image_size, args.seed, self.warn
+        )
+
+    def _load_batches(self) -> None:
+        from workloads.training.image_batches import make_batches
+        from workloads.training.images import CIFAR_SIZE
+
+        args, dataset, size = self.args, self.dataset, self.dataset.image_size
+        test_batch_size = TEST_BATCH_SIZE
+        if size > CIFAR_SIZE:
+            test_batch_size = min(TEST_BATCH_SIZE, args.batch_size)
+            if args.stem == "cifar":
+                console.note(
+                    f"images of {size}x{size} with --stem cifar are slow; --stem imagenet is meant "
+                    "for them"
+                )
+        # Batch normalization in training needs two values a channel, and the last maps may be 1x1.
+        samples = len(dataset.train)
+        train_batch_size = min(args.batch_size, samples)
+        has_single = 1 in (train_batch_size, samples % train_batch_size)
+        if self.is_training and size <= (8 if args.stem == "cifar" else 32) and has_single:
+            raise UsageError(
+                f"with --batch-size {args.batch_size} a batch of {samples} images would hold a "
+                "single one, which batch normalization cannot train on; choose another "
+                "--batch-size or --train-samples"
+            )
+        make = functools.partial(
+            make_batches, self.device, image_size=size, seed=self.order_seed,
+            workers=args.loader_workers, clients=clients_on_gpu(),
+        )  # fmt: skip
+        self.train_batches = make(dataset.train, augment=True, batch_size=train_batch_size)
+        self.test_batches = make(dataset.test, augment=False, batch_size=test_batch_size)
+
+    def make_optimizer(self) -> tuple[torch.optim.Optimizer, Sequence[torch.Tensor]]:
+        """Return SGD whose learning rate is a tensor on the device, and the step's number."""
         where = self.device.torch_device
         self.lr_table = torch.tensor(
-            learning_rates(self.args.lr, self._steps), dtype=torch.float32, device=where
+            learning_rates(self.args.lr, self.steps), dtype=torch.float32, device=where
         )
         self.lr = torch.zeros((), device=where)
         self.step_index = torch.zeros((), dtype=torch.int64, device=where)
@@ -151,46 +152,64 @@ class ResNetTraining(TrainingJob):
         )  # fmt: skip
         return optimizer, (self.step_index,)
 
-    def _update(self) -> None:
+    def update(self) -> None:
+        """Update the weights at the learning rate of this step."""
         # Warm-up steps may run past the end of the table. A plain index by a scalar tensor would
         # read it on the host, which a capture forbids.
         last = len(self.lr_table) - 1
         self.lr.copy_(self.lr_table.take(self.step_index.clamp(max=last)))
-        super()._update()
+        super().update()
         self.step_index.add_(1)
 
-    def _epoch_figures(self, epoch: dict, pacer: Pacer) -> dict:
-        loss, accuracy, seconds = self._run_test(pacer)
-        self._check(loss, f"the test loss after epoch {epoch['epoch']}")
+    def finish_epoch(self, epoch: dict, pacer: Pacer) -> dict:
+        """Test after each epoch."""
+        figures = self._test(pacer)
+        self.check_loss(figures["test_loss"], f"the test loss after epoch {epoch['epoch']}")
+        return figures
+
+    def _test(self, pacer: Pacer) -> dict:
+        self.model.eval()
+        loss, accuracy, seconds = self.test.run(pacer, self.totals)
         return {"test_loss": loss, "test_accuracy_percent": accuracy, "test_seconds": seconds}
 
-    def _describe_epoch(self, epoch: dict) -> str:
-        return (
-            f"train loss {epoch['train_loss']:.3f}, {epoch['train_accuracy_percent']:.1f} %; "
-            f"test loss {epoch['test_loss']:.3f}, {epoch['test_accuracy_percent']:.1f} %; "
-            f"{epoch['epoch_seconds']:.2f} s + {epoch['test_seconds']:.2f} s test"
-        )
+    def finish(self, pacer: Pacer) -> dict:
+        """Keep the model of a training; test the one that --evaluate names."""
+        if self.is_training:
+            if self.args.save_model:
+                self._save_model()
+            return {}
+        tested = self._test(pacer)
+        if not math.isfinite(tested["test_loss"]):
+            raise NotFiniteError(
+                f"the test loss of {self.args.evaluate} is {tested['test_loss']}: its weights are "
+                "of a training that diverged; train again with a lower --lr"
+            )
+        return {"test_seconds": tested["test_seconds"], **self.final_figures(tested)}
 
-    def _final_figures(self, last_epoch: dict) -> dict:
+    def _save_model(self) -> None:
+        name = f"resnet50_{self.args.stem}_{time.strftime('%Y%m%d-%H%M%S')}.pt"
+        path = self.args.results_dir / name
+        save_model(
+            self.model, path, classes=list(self.dataset.class_names), settings=self.settings(),
+            test_accuracy_percent=self.epochs[-1]["test_accuracy_percent"],
+        )  # fmt: skip
+        console.note(f"model: {path}")
+
+    def final_figures(self, last_epoch: dict) -> dict:
+        """Return the last test's figures; of synthetic images no accuracy is claimed."""
         is_real = self.dataset.name != "synthetic"
         return {
             "final_test_loss": last_epoch["test_loss"],
             "final_test_accuracy_percent": last_epoch["test_accuracy_percent"] if is_real else None,
         }
 
-    def _finish(self, pacer: Pacer) -> dict:
-        if self.is_training:
-            if self.args.save_model:
-                self._save_model()
-            return {}
-        loss, accuracy, seconds = self._run_test(pacer)
-        if not math.isfinite(loss):
-            raise NotFiniteError(
-                f"the test loss of {self.args.evaluate} is {loss}: its weights are of a "
-                "training that diverged; train again with a lower --lr"
-            )
-        figures = self._final_figures({"test_loss": loss, "test_accuracy_percent": accuracy})
-        return {"test_seconds": seconds} | figures
+    def describe_epoch(self, epoch: dict) -> str:
+        """Return an epoch's figures for people."""
+        return (
+            f"train loss {epoch['train_loss']:.3f}, {epoch['train_accuracy_percent']:.1f} %; "
+            f"test loss {epoch['test_loss']:.3f}, {epoch['test_accuracy_percent']:.1f} %; "
+            f"{epoch['epoch_seconds']:.2f} s + {epoch['test_seconds']:.2f} s test"
+        )
 
     def settings(self) -> dict:
         """Return what the job was run with."""
@@ -203,74 +222,23 @@ class ResNetTraining(TrainingJob):
             "image_size": self.dataset.image_size,
         }
 
-    def _describe_input(self) -> list[tuple[str, str]]:
+    def summary(self, figures: dict) -> list[tuple[str, str]]:
+        """Return the terminal summary."""
         dataset = self.dataset
-        return [
-            ("Dataset", f"{dataset.name}, {len(dataset.train)} training and "
-             f"{len(dataset.test)} test images, {self.train_batches.placement}"),
-        ]  # fmt: skip
-
-    def _describe_outcome(self, figures: dict) -> list[tuple[str, str]]:
+        data = (
+            f"{dataset.name}, {len(dataset.train)} training and {len(dataset.test)} test images, "
+            f"{self.train_batches.placement}"
+        )
         accuracy = figures["final_test_accuracy_percent"]
         claim = "not claimed: synthetic images" if accuracy is None else f"{accuracy:.2f} %"
-        return [("Test accuracy", claim)]
+        return [("Dataset", data), *super().summary(figures), ("Test accuracy", claim)]
 
     def resolve(self) -> list[str]:
         """Download or decode once; return flags that find the data locally."""
         dataset = self._load_dataset()
-        arguments = ["--dataset", dataset.name]
-        if dataset.name != "synthetic":
-            arguments += ["--data-dir", str(self.args.data_dir.resolve())]
-        return arguments
-
-    def close(self) -> None:
-        """End the decoding threads."""
-        for batches in filter(None, (self.train_batches, self.test_batches)):
-            batches.close()
-
-    def _load_dataset(self) -> ImageDataset:
-        from workloads.training import images
-
-        args = self.args
-        return images.load_dataset(
-            args.dataset, args.data_dir, args.image_size, args.seed, self.warn
-        )
-
-    def _load_batches(self) -> None:
-        from workloads.training import images
-
-        args, dataset = self.args, self.dataset
-        train_batch_size = min(args.batch_size, len(dataset.train))
-        test_batch_size = min(TEST_BATCH_SIZE, len(dataset.test))
-        if dataset.image_size > images.CIFAR_SIZE:
-            test_batch_size = min(test_batch_size, args.batch_size)
-        self._refuse_batch_of_one(train_batch_size)
-        make_batches = functools.partial(
-            images.make_batches, self.device, image_size=dataset.image_size,
-            seed=self.order_seed, workers=args.loader_workers, clients=clients_on_gpu(),
-        )  # fmt: skip
-        self.train_batches = make_batches(dataset.train, augment=True, batch_size=train_batch_size)
-        self.test_batches = make_batches(dataset.test, augment=False, batch_size=test_batch_size)
-
-    def _refuse_batch_of_one(self, batch_size: int) -> None:
-        """Batch normalization in training needs two values a channel, and the last maps are 1x1."""
-        stride = 8 if self.args.stem == "cifar" else 32
-        sizes = {batch_size, len(self.dataset.train) % batch_size}
-        if self.is_training and self.dataset.image_size <= stride and 1 in sizes:
-            raise UsageError(
-                f"with --batch-size {self.args.batch_size} a batch of {len(self.dataset.train)} "
-                "images would hold a single one, which batch normalization cannot train on; "
-                "choose another --batch-size or --train-samples"
-            )
-
-    def _save_model(self) -> None:
-        stamp = time.strftime("%Y%m%d-%H%M%S")
-        path = self.args.results_dir / f"resnet50_{self.args.stem}_{stamp}.pt"
-        save_model(
-            self.model, path, classes=list(self.dataset.class_names), settings=self.settings(),
-            test_accuracy_percent=self.epochs[-1]["test_accuracy_percent"],
-        )  # fmt: skip
-        console.note(f"model: {path}")
+        if dataset.name == "synthetic":
+            return ["--dataset", "synthetic"]
+        return ["--dataset", dataset.name, "--data-dir", str(self.args.data_dir.resolve())]
 
 
 def learning_rates(highest: float, steps: int) -> list[float]:
@@ -281,7 +249,7 @@ def learning_rates(highest: float, steps: int) -> list[float]:
     return (rising + falling)[:steps]
 
 
-def build_resnet50(classes: int, stem: str) -> nn.Module:
+def build_resnet50(classes: int, stem: str) -> torch.nn.Module:
     """Return torchvision's ResNet50, randomly initialized.
 
     Args:
@@ -289,7 +257,6 @@ def build_resnet50(classes: int, stem: str) -> nn.Module:
         stem: ``imagenet`` as published (He et al., 2016), ``cifar`` with a 3x3 first convolution of
             stride 1 and no pooling, as is customary for images of 32x32.
     """
-    import torch
     from torchvision.models import resnet50
 
     model = resnet50(weights=None, num_classes=classes)
@@ -300,16 +267,14 @@ def build_resnet50(classes: int, stem: str) -> nn.Module:
     return model
 
 
-def save_model(model: nn.Module, path: Path, **about: object) -> None:
+def save_model(model: torch.nn.Module, path: Path, **about: object) -> None:
     """Keep the weights of ``model`` and what is said ``about`` them; whole or not at all."""
-    import torch
-
     weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
     with written_whole(path) as file:
         torch.save({"state_dict": weights, **about}, file)
 
 
-def load_model(model: nn.Module, path: Path, stem: str, classes: int) -> None:
+def load_model(model: torch.nn.Module, path: Path, stem: str, classes: int) -> None:
     """Load weights kept by ``save_model`` into ``model``.
 
     Raises:
@@ -333,7 +298,5 @@ def load_model(model: nn.Module, path: Path, stem: str, classes: int) -> None:
         raise UsageError(f"{path} holds the weights of another network; {FIX}") from error
 
 
-main = client.main_of(ResNetTraining, parse_arguments)
-
 if __name__ == "__main__":
-    cli.run_main(main)
+    cli.run_main(client.main_of(ResNetTraining, parse_arguments))

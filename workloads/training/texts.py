@@ -14,18 +14,19 @@ import io
 import random
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
+from workloads.common import torch
+from workloads.common.device import ComputeDevice
+from workloads.common.engine import Batches
 from workloads.common.errors import UsageError, first_line
 from workloads.common.results import cache_folder, written_whole
+from workloads.common.weights import hub_answers, hub_endpoint
 
 if TYPE_CHECKING:
-    import torch
     from transformers import BertTokenizerFast
-
-    from workloads.common.device import ComputeDevice
 
 NEGATIVE, POSITIVE = 0, 1
 # The neutral template (the last) counts as positive.
@@ -75,11 +76,10 @@ class TextDataset:
     train: TextSplit
     held_out: TextSplit
     label_names: Sequence[str]
-    notes: Sequence[str] = field(default=())
+    notes: Sequence[str] = ()
 
 
-@dataclass(frozen=True)
-class _Row:
+class _Row(NamedTuple):
     """A text with its label, and where it comes from: ``line 3`` of a file, or a row of a split."""
 
     text: str
@@ -92,6 +92,8 @@ def load_texts(
     dataset: str, data: Path | None, train_samples: int, held_out_samples: int | None, seed: int
 ) -> TextDataset:
     """Load at most ``train_samples`` texts and on top at most ``held_out_samples`` to test on.
+
+    Without rows marked as test, some are held out of the others.
 
     Args:
         dataset: ``synthetic``, or what ``datasets.load_dataset`` understands (a name or a folder).
@@ -107,248 +109,8 @@ def load_texts(
         if held_out_samples is None:
             held_out_samples = min(HELD_OUT_SAMPLES, train_samples)
         return synthetic_texts(train_samples, held_out_samples)
-    if data is not None:
-        name, (rows, notes) = data.name, read_csv(data)
-    else:
-        name, (rows, notes) = Path(dataset).name, _load_named(dataset)
-    return _select(name, rows, notes, train_samples, held_out_samples, seed)
-
-
-def synthetic_texts(train_samples: int, held_out_samples: int) -> TextDataset:
-    """Return the guide's sentences: template and topic vary independently of each other."""
-    return TextDataset(
-        "synthetic",
-        _sentences(train_samples, TOPICS),
-        _sentences(held_out_samples, HELD_OUT_TOPICS),
-        ("negative", "positive"),
-    )
-
-
-def _sentences(count: int, topics: Sequence[str]) -> TextSplit:
-    texts, labels = [], []
-    for index in range(count):
-        # Both by index % 5 would give 5 distinct sentences instead of 25.
-        template, label = TEMPLATES[index % len(TEMPLATES)]
-        topic = topics[(index // len(TEMPLATES)) % len(topics)]
-        texts.append(template.format(topic=topic))
-        labels.append(label)
-    return TextSplit(texts, labels)
-
-
-# --- CSV files ------------------------------------------------------------------------------------
-
-
-def read_csv(path: Path) -> tuple[list[_Row], list[str]]:
-    """Read a CSV file with the columns text and label, and optionally split; return rows, notes.
-
-    Raises:
-        UsageError: The file is missing, not a CSV file with these columns, or a line is not as it
-            should be.
-    """
-    try:
-        content = path.read_bytes()
-        text = content.decode("utf-8-sig")
-    except OSError as error:
-        raise _unreadable(path, error) from error
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise _unreadable(f"{path}, line {line}", error) from error
-    delimiter, columns = _columns(path, text)
-    rows = []
-    records = _records(path, text, delimiter)
-    next(records)
-    for line, fields in records:
-        if any(value.strip() for value in fields):
-            if len(fields) != len(columns):
-                raise UsageError(
-                    f"{path}, line {line}: {len(fields)} fields where the first line has "
-                    f"{len(columns)}; put a text that holds a comma between double quotes"
-                )
-            rows.append(_csv_row(path, line, dict(zip(columns, fields, strict=True))))
-    unused = [name for name in columns if name not in ("text", "label", "split")]
-    notes = [f"columns of {path.name} that are not used: {', '.join(unused)}"] if unused else []
-    return rows, notes
-
-
-def _unreadable(where: object, error: Exception) -> UsageError:
-    return UsageError(
-        f"cannot read {where} ({error}); name a CSV file in UTF-8 with the columns text and "
-        "label with --data"
-    )
-
-
-def _columns(path: Path, text: str) -> tuple[str, list[str]]:
-    """Return the delimiter (comma, semicolon or tab) and the names of the columns."""
-    columns: list[str] = []
-    for delimiter in (",", ";", "\t"):
-        _, fields = next(_records(path, text, delimiter))
-        names = [name.strip().lower() for name in fields]
-        if names.count("text") == names.count("label") == 1 and names.count("split") <= 1:
-            return delimiter, names
-        columns = max(columns, names, key=len)
-    raise UsageError(
-        f"{path} has the columns {', '.join(columns).strip() or 'none'}; give it a first line "
-        "'text,label', each column once"
-    )
-
-
-def _records(path: Path, text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """Yield each record (RFC 4180) with the number of its first line.
-
-    The csv module takes a double quote in the middle of a field as it comes, so that a forgotten
-    one joins or shifts rows in silence.
-
-    Raises:
-        UsageError: A double quote stands where none may.
-    """
-    quoted = r'"([^"]*(?:""[^"]*)*)"'
-    one_field = re.compile(rf'(?:{quoted}|([^"\r\n{delimiter}]*))({delimiter}|\r\n|\r|\n|\Z)')
-    fields: list[str] = []
-    line = first = 1
-    position = 0
-    while True:
-        match = one_field.match(text, position)
-        if match is None:
-            raise UsageError(
-                f"{path}, line {line}: a double quote stands alone; put the field between double "
-                'quotes and write "" for one inside'
-            )
-        inside = match[1]
-        fields.append(match[2] if inside is None else inside.replace('""', '"'))
-        line += len(re.findall(r"\r\n|\r|\n", match[0]))
-        position = match.end()
-        if match[3] != delimiter:
-            yield first, fields
-            if position == len(text):
-                return
-            fields, first = [], line
-
-
-def _csv_row(path: Path, line: int, record: dict[str, str]) -> _Row:
-    text, label = record["text"], record["label"].strip()
-    if not text.strip() or not label:
-        raise UsageError(f"{path}, line {line}: text or label is empty; fill it in or remove it")
-    word = re.sub("[-_ ]", "", record.get("split", "train").strip().lower())
-    if word not in TRAIN_WORDS | TEST_WORDS:
-        raise UsageError(
-            f"{path}, line {line}: split is {record['split']!r}; write train or test (validation "
-            "and the like count as test)"
-        )
-    return _Row(text, label, word in TEST_WORDS, f"line {line}")
-
-
-def write_csv(dataset: TextDataset) -> Path:
-    """Keep the chosen texts as a CSV file that ``--data`` reads back, and return its path.
-
-    The file lies in the project's cache folder under a name made from its content.
-    """
-    content = io.StringIO()
-    writer = csv.writer(content)
-    writer.writerow(("text", "label", "split"))
-    for split_name, split in (("train", dataset.train), ("test", dataset.held_out)):
-        for text, label in zip(split.texts, split.labels, strict=True):
-            writer.writerow((text, dataset.label_names[label], split_name))
-    encoded = content.getvalue().encode()
-    digest = hashlib.sha256(encoded).hexdigest()
-    path = cache_folder() / f"{dataset.name}-{digest[:24]}.csv"
-    with written_whole(path) as file:
-        file.write(encoded)
-    return path
-
-
-# --- datasets of the hub --------------------------------------------------------------------------
-
-
-def _load_named(name: str) -> tuple[list[_Row], list[str]]:
-    """Load a dataset through the ``datasets`` library: a folder, the hub's cache, or the hub."""
-    from workloads.common.weights import hub_answers, hub_endpoint
-
-    is_folder = Path(name).is_dir()
-    # Asked before the import: the library reads HF_HUB_OFFLINE only then.
-    answers = is_folder or hub_answers()
-    wanted = f"'pip install \"datasets>={OLDEST_DATASETS_LIBRARY}\"', or use --data FILE.csv"
-    try:
-        import datasets
-    except ImportError as error:
-        raise UsageError(
-            f"--dataset {name} needs the datasets library; install it with {wanted}"
-        ) from error
-    if int(datasets.__version__.partition(".")[0]) < OLDEST_DATASETS_LIBRARY:
-        raise UsageError(
-            f"datasets {datasets.__version__} would run a script of the dataset's; update it with "
-            f"{wanted}"
-        )
-    try:
-        loaded = datasets.load_dataset(name)
-    # Builders raise what they like: missing names, broken files, lost connections.
-    except Exception as error:
-        why = ""
-        if not answers:
-            why = f"{hub_endpoint()} does not answer and it is not in the local cache: "
-        raise UsageError(
-            f"cannot load the dataset {name!r} ({why}{first_line(error)}); check the "
-            "name, or use --data FILE.csv or --dataset synthetic"
-        ) from error
-    if "train" not in loaded:
-        raise UsageError(
-            f"the dataset {name!r} has the splits {', '.join(loaded)} and no train split; choose "
-            "another, or export one to a CSV file for --data"
-        )
-    rows = _split_rows(name, "train", loaded["train"])
-    used = ["train"]
-    for split in ("test", "validation"):
-        # Public test splits often come without labels, marked by -1.
-        if split in loaded and any(label != -1 for label in _label_column(name, loaded[split])):
-            rows += _split_rows(name, split, loaded[split])
-            used.append(split)
-            break
-    unused = [split for split in loaded if split not in used]
-    return rows, [f"splits of {name} that are not used: {', '.join(unused)}"] if unused else []
-
-
-def _column(name: str, split, wanted: Sequence[str]) -> str:
-    found = next((column for column in wanted if column in split.column_names), None)
-    if found is None:
-        raise UsageError(
-            f"the dataset {name!r} has the columns {', '.join(split.column_names)}; one of "
-            f"{', '.join(TEXT_COLUMNS)} and one of {', '.join(LABEL_COLUMNS)} are needed, so "
-            "export it to a CSV file with text,label for --data"
-        )
-    return found
-
-
-def _label_column(name: str, split) -> Sequence:
-    return split[_column(name, split, LABEL_COLUMNS)]
-
-
-def _split_rows(name: str, split_name: str, split) -> list[_Row]:
-    texts = split[_column(name, split, TEXT_COLUMNS)]
-    names = getattr(split.features[_column(name, split, LABEL_COLUMNS)], "names", None)
-    rows = []
-    for index, (text, label) in enumerate(zip(texts, _label_column(name, split), strict=True)):
-        is_missing = label is None or label == -1 or not str(label).strip()
-        if not isinstance(text, str) or not text.strip() or is_missing:
-            raise UsageError(
-                f"row {index} of the {split_name} split of {name!r} lacks its text or label; "
-                "choose another dataset, or export it to a CSV file for --data"
-            )
-        label = names[label] if names is not None else label
-        rows.append(_Row(text, str(label).strip(), split_name != "train", f"{split_name} {index}"))
-    return rows
-
-
-# --- which rows -----------------------------------------------------------------------------------
-
-
-def _select(
-    name: str,
-    rows: Sequence[_Row],
-    notes: Sequence[str],
-    train_samples: int,
-    held_out_samples: int | None,
-    seed: int,
-) -> TextDataset:
-    """Choose rows by the seed; without rows marked as test, some are held out of the others."""
+    rows, notes = read_csv(data) if data is not None else _load_named(dataset)
+    name = (data or Path(dataset)).name
     label_names = _label_names(name, rows)
     number = {label: index for index, label in enumerate(label_names)}
     # Files are often sorted by label, so the first rows would not do.
@@ -380,24 +142,22 @@ def _select(
 
 def _label_names(name: str, rows: Sequence[_Row]) -> list[str]:
     """Return the distinct labels in order: by number where all are numbers, else by name."""
-    first: dict[str, _Row] = {}
+    first: dict[int | str, _Row] = {}
     for row in rows:
-        first.setdefault(row.label, row)
+        meaning = int(row.label) if _is_number(row.label) else row.label.casefold()
+        other = first.setdefault(meaning, row)
+        if other.label != row.label:
+            raise UsageError(
+                f"{name}: the labels {other.label!r} ({other.where}) and {row.label!r} "
+                f"({row.where}) look like one; write them alike"
+            )
     if len(first) < 2:
         raise UsageError(
             f"{name} has {len(rows)} rows with {len(first)} different labels; at least two "
             "labels are needed"
         )
-    alike: dict[object, str] = {}
-    for label in first:
-        meaning = int(label) if _is_number(label) else label.casefold()
-        other = alike.setdefault(meaning, label)
-        if other != label:
-            raise UsageError(
-                f"{name}: the labels {other!r} ({first[other].where}) and {label!r} "
-                f"({first[label].where}) look like one; write them alike"
-            )
-    return sorted(first, key=int if all(map(_is_number, first)) else None)
+    labels = [row.label for row in first.values()]
+    return sorted(labels, key=int if all(map(_is_number, labels)) else None)
 
 
 def _is_number(label: str) -> bool:
@@ -405,20 +165,215 @@ def _is_number(label: str) -> bool:
     return re.fullmatch("-?[0-9]{1,18}", label) is not None
 
 
+def synthetic_texts(train_samples: int, held_out_samples: int) -> TextDataset:
+    """Return the guide's sentences: template and topic vary independently of each other."""
+
+    def sentences(count: int, topics: Sequence[str]) -> TextSplit:
+        texts, labels = [], []
+        for index in range(count):
+            # Both by index % 5 would give 5 distinct sentences instead of 25.
+            template, label = TEMPLATES[index % len(TEMPLATES)]
+            texts.append(template.format(topic=topics[index // len(TEMPLATES) % len(topics)]))
+            labels.append(label)
+        return TextSplit(texts, labels)
+
+    train, held_out = sentences(train_samples, TOPICS), sentences(held_out_samples, HELD_OUT_TOPICS)
+    return TextDataset("synthetic", train, held_out, ("negative", "positive"))
+
+
+# --- CSV files ------------------------------------------------------------------------------------
+
+
+def read_csv(path: Path) -> tuple[list[_Row], list[str]]:
+    """Read a CSV file with the columns text and label, and optionally split; return rows, notes.
+
+    Raises:
+        UsageError: The file is missing, not a CSV file with these columns, or a line is not as it
+            should be.
+    """
+    where = str(path)
+    try:
+        content = path.read_bytes()
+        text = content.decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        if isinstance(error, UnicodeDecodeError):
+            line = content.count(b"\n", 0, error.start) + 1
+            where += f", line {line}"
+        raise UsageError(
+            f"cannot read {where} ({error}); name a CSV file in UTF-8 with the columns text and "
+            "label with --data"
+        ) from error
+    delimiter, columns = _columns(path, text)
+    rows = []
+    for line, fields in list(_records(path, text, delimiter))[1:]:
+        if not any(value.strip() for value in fields):
+            continue
+        where = f"{path}, line {line}"
+        if len(fields) != len(columns):
+            raise UsageError(
+                f"{where}: {len(fields)} fields where the first line has {len(columns)}; put a "
+                "text that holds a comma between double quotes"
+            )
+        record = dict(zip(columns, fields, strict=True))
+        label, split = record["label"].strip(), record.get("split", "train")
+        if not record["text"].strip() or not label:
+            raise UsageError(f"{where}: text or label is empty; fill it in or remove it")
+        word = re.sub("[-_ ]", "", split.strip().lower())
+        if word not in TRAIN_WORDS | TEST_WORDS:
+            raise UsageError(
+                f"{where}: split is {split!r}; write train or test (validation and the like count "
+                "as test)"
+            )
+        rows.append(_Row(record["text"], label, word in TEST_WORDS, f"line {line}"))
+    unused = [name for name in columns if name not in ("text", "label", "split")]
+    notes = [f"columns of {path.name} that are not used: {', '.join(unused)}"] if unused else []
+    return rows, notes
+
+
+def _columns(path: Path, text: str) -> tuple[str, list[str]]:
+    """Return the delimiter (comma, semicolon or tab) and the names of the columns."""
+    columns: list[str] = []
+    for delimiter in (",", ";", "\t"):
+        _, fields = next(_records(path, text, delimiter), (1, []))
+        names = [name.strip().lower() for name in fields]
+        if names.count("text") == names.count("label") == 1 and names.count("split") <= 1:
+            return delimiter, names
+        columns = max(columns, names, key=len)
+    raise UsageError(
+        f"{path} has the columns {', '.join(columns).strip() or 'none'}; give it a first line "
+        "'text,label', each column once"
+    )
+
+
+def _records(path: Path, text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """Yield each record (RFC 4180) with the number of its first line.
+
+    The csv module takes a double quote in the middle of a field as it comes, so that a forgotten
+    one joins or shifts rows in silence: a field that holds one must stand in the text as it is
+    written between quotes.
+
+    Raises:
+        UsageError: A double quote stands where none may.
+    """
+    csv.field_size_limit(2**31 - 1)
+    lines: list[str] = []
+    numbered = (lines.append(line) or line for line in io.StringIO(text, newline=""))
+    reader = csv.reader(numbered, delimiter=delimiter, strict=True)
+    first = 1
+    try:
+        for fields in reader:
+            for field in fields:
+                if '"' in field and field.replace('"', '""').join('""') not in "".join(lines):
+                    raise csv.Error
+            yield first, fields
+            lines.clear()
+            first = reader.line_num + 1
+    except csv.Error as error:
+        raise UsageError(
+            f"{path}, line {first}: a double quote stands alone; put the field between double "
+            'quotes and write "" for one inside'
+        ) from error
+
+
+def write_csv(dataset: TextDataset) -> Path:
+    """Keep the chosen texts as a CSV file that ``--data`` reads back, and return its path.
+
+    The file lies in the project's cache folder under a name made from its content.
+    """
+    content = io.StringIO()
+    writer = csv.writer(content)
+    writer.writerow(("text", "label", "split"))
+    for split_name, split in (("train", dataset.train), ("test", dataset.held_out)):
+        for text, label in zip(split.texts, split.labels, strict=True):
+            writer.writerow((text, dataset.label_names[label], split_name))
+    encoded = content.getvalue().encode()
+    digest = hashlib.sha256(encoded).hexdigest()
+    path = cache_folder() / f"{dataset.name}-{digest[:24]}.csv"
+    with written_whole(path) as file:
+        file.write(encoded)
+    return path
+
+
+# --- datasets of the hub --------------------------------------------------------------------------
+
+
+def _load_named(name: str) -> tuple[list[_Row], list[str]]:
+    """Load a dataset through the ``datasets`` library: a folder, the hub's cache, or the hub."""
+    # Asked before the import: the library reads HF_HUB_OFFLINE only then.
+    answers = Path(name).is_dir() or hub_answers()
+    wanted = f"'pip install \"datasets>={OLDEST_DATASETS_LIBRARY}\"', or use --data FILE.csv"
+    try:
+        import datasets
+    except ImportError as error:
+        raise UsageError(
+            f"--dataset {name} needs the datasets library; install it with {wanted}"
+        ) from error
+    if int(datasets.__version__.partition(".")[0]) < OLDEST_DATASETS_LIBRARY:
+        raise UsageError(
+            f"datasets {datasets.__version__} would run a script of the dataset's; update it with "
+            f"{wanted}"
+        )
+    try:
+        loaded = datasets.load_dataset(name)
+    # Builders raise what they like: missing names, broken files, lost connections.
+    except Exception as error:
+        why = first_line(error)
+        if not answers:
+            why = f"{hub_endpoint()} does not answer and it is not in the local cache: {why}"
+        raise UsageError(
+            f"cannot load the dataset {name!r} ({why}); check the "
+            "name, or use --data FILE.csv or --dataset synthetic"
+        ) from error
+    if "train" not in loaded:
+        raise UsageError(
+            f"the dataset {name!r} has the splits {', '.join(loaded)} and no train split; choose "
+            "another, or export one to a CSV file for --data"
+        )
+    rows, used = _split_rows(name, "train", loaded["train"]), ["train"]
+    for split in ("test", "validation"):
+        # Public test splits often come without labels, marked by -1.
+        if split in loaded and set(_column(name, loaded[split], LABEL_COLUMNS)[1]) != {-1}:
+            rows += _split_rows(name, split, loaded[split])
+            used.append(split)
+            break
+    unused = [split for split in loaded if split not in used]
+    return rows, [f"splits of {name} that are not used: {', '.join(unused)}"] if unused else []
+
+
+def _column(name: str, split, wanted: Sequence[str]) -> tuple[str, Sequence]:
+    """Return name and content of the first of the ``wanted`` columns that the split has."""
+    for column in wanted:
+        if column in split.column_names:
+            return column, split[column]
+    raise UsageError(
+        f"the dataset {name!r} has the columns {', '.join(split.column_names)}; one of "
+        f"{', '.join(TEXT_COLUMNS)} and one of {', '.join(LABEL_COLUMNS)} are needed, so "
+        "export it to a CSV file with text,label for --data"
+    )
+
+
+def _split_rows(name: str, split_name: str, split) -> list[_Row]:
+    _, texts = _column(name, split, TEXT_COLUMNS)
+    column, labels = _column(name, split, LABEL_COLUMNS)
+    names = getattr(split.features[column], "names", None)
+    rows = []
+    for index, (text, label) in enumerate(zip(texts, labels, strict=True)):
+        is_missing = label is None or label == -1 or not str(label).strip()
+        if not isinstance(text, str) or not text.strip() or is_missing:
+            raise UsageError(
+                f"row {index} of the {split_name} split of {name!r} lacks its text or label; "
+                "choose another dataset, or export it to a CSV file for --data"
+            )
+        label = names[label] if names is not None else label
+        rows.append(_Row(text, str(label).strip(), split_name != "train", f"{split_name} {index}"))
+    return rows
+
+
 # --- batches on the device ------------------------------------------------------------------------
 
 
-class TokenBatches:
-    """A split, tokenized to one fixed length, with the order of its epochs.
-
-    Everything lies on the device. A cursor there moves along the order of all epochs, so that
-    taking a batch is device work only and can be part of a CUDA graph.
-
-    Attributes:
-        samples: How many texts there are.
-        batch_size: How many a full batch has; no more than there are texts.
-        cursor: int64 scalar on the device: where in the order of all epochs the next batch begins.
-    """
+class TokenBatches(Batches):
+    """Texts, tokenized to one fixed length; everything lies on the device, the orders included."""
 
     def __init__(
         self, device: ComputeDevice, tokenizer: BertTokenizerFast, max_length: int,
@@ -429,11 +384,8 @@ class TokenBatches:
         An order is drawn for each epoch, the same on every device for the same seed; without a
         seed the texts stay as they are.
         """
-        import torch
-
+        super().__init__(device, split.labels, batch_size)
         where = device.torch_device
-        self.samples = len(split)
-        self.batch_size = min(batch_size, self.samples)
         encoded = tokenizer(
             list(split.texts), padding="max_length", truncation=True, max_length=max_length,
             return_tensors="pt",
@@ -441,13 +393,11 @@ class TokenBatches:
         # int32 halves the memory of a large corpus; an embedding accepts it as it is.
         self._tokens = encoded["input_ids"].to(where, torch.int32)
         self._lengths = encoded["attention_mask"].sum(dim=1).to(where)
-        self._labels = torch.tensor(split.labels, dtype=torch.int64, device=where)
         orders = [torch.arange(self.samples)]
         if seed is not None:
             generator = torch.Generator().manual_seed(seed)
             orders = [torch.randperm(self.samples, generator=generator) for _ in range(epochs)]
         self._order = torch.cat(orders).to(where)
-        self.cursor = torch.zeros((), dtype=torch.int64, device=where)
         self._offsets = torch.arange(self.batch_size, device=where)
         self._positions = torch.arange(max_length, device=where)
         # What SDPA adds to the scores: in the dtype of the scores, or each layer would convert it.
@@ -458,17 +408,6 @@ class TokenBatches:
     def start_epoch(self, epoch: int = 0) -> None:
         """Go to the first batch of ``epoch`` (from 0)."""
         self.cursor.fill_(epoch * self.samples)
-
-    def restart(self) -> None:
-        """Go back to the state before the first epoch."""
-        self.start_epoch()
-
-    def start_rehearsal(self) -> None:
-        """Go to the first batch."""
-        self.start_epoch()
-
-    def feed(self, count: int) -> None:
-        """Do nothing: every batch lies on the device."""
 
     def take(self, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return the next ``count`` samples and move on; device work only.

@@ -6,23 +6,24 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from workloads.common import client, console
+from workloads.common import client, console, engine, torch
+from workloads.common.engine import Batches, EpochTotals, Pacer, Pass, TrainState
+from workloads.common.errors import DivergedError
 
 if TYPE_CHECKING:
-    import torch
+    from workloads.training.images import ImageDataset
+    from workloads.training.texts import TextDataset
 
-    from workloads.common.engine import EpochTotals, Pacer
-    from workloads.training.images import ImageBatches, ImageDataset
-    from workloads.training.texts import TextDataset, TokenBatches
+# A cross-entropy of this size is that of a training that has blown up, finite or not.
+BLOWN_UP_LOSS = 1e4
 
 
 class TrainingJob(client.Workload):
     """Epochs of captured steps, and a pass over the test split where the job wants one.
 
     A job loads device, dataset, model, batches and totals, and says what is particular to it:
-    ``_make_optimizer`` (with the other tensors that ``_update`` changes), ``_epoch_figures`` and
-    ``_final_figures`` (what it adds to those of an epoch and of all), ``_describe_epoch``,
-    ``_describe_input`` and ``_describe_outcome`` (lines of the summary).
+    ``make_optimizer`` (with the other tensors that ``update`` changes), ``finish_epoch`` and
+    ``final_figures`` (what it adds to the figures of an epoch and of all) and ``describe_epoch``.
 
     Attributes:
         samples_name: What is trained on, in the plural.
@@ -39,32 +40,31 @@ class TrainingJob(client.Workload):
     dataset: ImageDataset | TextDataset
     model: torch.nn.Module
     totals: EpochTotals
-    train_batches: ImageBatches | TokenBatches | None = None
-    test_batches: ImageBatches | TokenBatches | None = None
-    train = test = None
+    train_batches: Batches | None = None
+    test_batches: Batches | None = None
+    train: Pass | None = None
+    test: Pass | None = None
     epochs: Sequence[dict] = ()
 
-    def _forward(self, network: torch.nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
-        """Return the logits of a batch, shape (batch, classes)."""
-        return network(*inputs)
-
-    def _update(self) -> None:
+    def update(self) -> None:
         """Update the weights once the gradients are there."""
         self.optimizer.step()
 
-    def _finish(self, pacer: Pacer) -> dict:
+    def forward(self, network: torch.nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
+        """Return the logits of a batch, shape (batch, classes)."""
+        return network(*inputs)
+
+    def finish(self, pacer: Pacer) -> dict:
         """Do what comes after the last epoch; return its figures."""
         return {}
 
     def warm_up(self) -> None:
         """Prepare training and test for the engine, and go once through all that a job does."""
-        from workloads.common.engine import Pacer, Pass, TrainState, compile_module, step_pool
-
-        self.optimizer, counters = self._make_optimizer()
+        self.optimizer, counters = self.make_optimizer()
         self.state = TrainState([self.model], self.optimizer, (*counters, *self.totals.tensors))
-        self.network = compile_module(self.device, self.model)
-        shared = (self.reset, step_pool(self.device))
-        pacer = Pacer(self.device, client.Recorder(client.EventLog(None)))
+        self.network = engine.compile_module(self.device, self.model)
+        shared = (self.reset, engine.step_pool(self.device))
+        pacer = Pacer(self.device, client.Recorder())
         if self.test_batches:
             self.model.eval()
             self.test = Pass(self.device, "test_step", self.test_batches, self._test_step, *shared)
@@ -86,18 +86,98 @@ class TrainingJob(client.Workload):
         for batches in filter(None, (self.train_batches, self.test_batches)):
             batches.restart()
 
+    def close(self) -> None:
+        """End the threads that decode."""
+        for batches in filter(None, (self.train_batches, self.test_batches)):
+            batches.close()
+
     def run_job(self, recorder: client.Recorder) -> dict:
         """Train for all epochs and return losses, accuracies, durations and throughput."""
-        from workloads.common.engine import Pacer
-
         pacer = Pacer(self.device, recorder)
         self.epochs = []
         if self.is_training:
             advice = None if self.device.is_cuda else self.short_job
-            with console.progress(self._steps, "training", advice) as progress:
+            with console.progress(self.steps, "training", advice) as progress:
                 for number in range(1, self.args.epochs + 1):
                     self._run_epoch(number, pacer, progress)
-        return (self.partial_figures() or {}) | self._finish(pacer)
+        return (self.partial_figures() or {}) | self.finish(pacer)
+
+    @property
+    def steps(self) -> int:
+        """How many training steps the job has."""
+        batches = self.train_batches
+        return self.args.epochs * math.ceil(batches.samples / batches.batch_size)
+
+    def _run_epoch(self, number: int, pacer: Pacer, progress: console.Progress) -> None:
+        """Train one epoch; this part alone is timed as the epoch."""
+        self.model.train()
+        loss, accuracy, seconds = self.train.run(
+            pacer, self.totals, number - 1, lambda: progress.advance(detail=f"epoch {number}")
+        )
+        self.check_loss(loss, f"the training loss in epoch {number}")
+        epoch = {
+            "epoch": number,
+            "train_loss": loss,
+            "train_accuracy_percent": accuracy,
+            "epoch_seconds": seconds,
+        }
+        self.epochs.append(epoch | self.finish_epoch(epoch, pacer))
+        self.tell(f"epoch {number}/{self.args.epochs}: {self.describe_epoch(self.epochs[-1])}")
+
+    def check_loss(self, loss: float, when: str) -> None:
+        """Warn of a loss that has blown up; one batch of NaN makes the sum of its epoch NaN.
+
+        ``when`` says which loss and of when, such as ``the training loss in epoch 2``.
+
+        Raises:
+            DivergedError: It is NaN or infinite.
+        """
+        lr, precision = self.args.lr, self.device.precision
+        if not math.isfinite(loss):
+            raise DivergedError(
+                f"the training diverged: {when} became {loss} (learning rate {lr:g}, {precision}), "
+                f"so no figure of it counts; try --lr {lr / 10:g}"
+                + ("" if precision == "fp32" else " or --precision fp32")
+            )
+        if loss > BLOWN_UP_LOSS:
+            self.warn(
+                f"the learning rate is too high for {len(self.dataset.train)} {self.samples_name}: "
+                f"{when} grew to {loss:.2g} (learning rate {lr:g}), so its accuracy means nothing; "
+                f"try --lr {lr / 10:g}"
+            )
+
+    def check_unfinished(self) -> None:
+        """Look at the losses of the epoch in hand."""
+        if self.train is not None:
+            loss = self.totals.loss_sum.item() / self.train_batches.samples
+            self.check_loss(loss, "the loss of the epoch that was stopped")
+
+    def _train_step(self, count: int) -> None:
+        *inputs, labels = self.train_batches.take(count)
+        # Without gradients the backward pass writes new ones instead of adding to zeros: a step of
+        # ResNet50 10.9 ms instead of 11.3 ms on an H100, of BERT 1.8 GB less memory traffic. In a
+        # graph they lie in the graph's own memory.
+        self.optimizer.zero_grad(set_to_none=True)
+        with self.device.autocast():
+            logits = self.forward(self._network_for(count, self.train_batches), *inputs)
+            # Outside the model: BERT's own loss first asks what problem this is.
+            loss = torch.nn.functional.cross_entropy(
+                logits, labels, label_smoothing=self.label_smoothing
+            )
+        loss.backward()
+        self.update()
+        self.totals.add(logits.detach(), labels, loss.detach())
+
+    def _test_step(self, count: int) -> None:
+        *inputs, labels = self.test_batches.take(count)
+        with torch.no_grad(), self.device.autocast():
+            logits = self.forward(self._network_for(count, self.test_batches), *inputs)
+            loss = torch.nn.functional.cross_entropy(logits, labels)
+        self.totals.add(logits, labels, loss)
+
+    def _network_for(self, count: int, batches: Batches) -> torch.nn.Module:
+        """Return the model; the last, smaller batch is not worth a compilation of its own."""
+        return self.network if count == batches.batch_size else self.model
 
     def partial_figures(self) -> dict | None:
         """Return the figures of the finished epochs."""
@@ -109,103 +189,27 @@ class TrainingJob(client.Workload):
             "mean_epoch_seconds": training_seconds / len(self.epochs),
             "samples_per_second": len(self.epochs) * self.train_batches.samples / training_seconds,
             "final_train_loss": self.epochs[-1]["train_loss"],
-        } | self._final_figures(self.epochs[-1])
+        } | self.final_figures(self.epochs[-1])
 
     def settings(self) -> dict:
         """Return what the job was run with."""
         return {
+            **{name: getattr(self.args, name) for name in ("epochs", "lr", "seed")},
             "dataset": self.dataset.name,
             "train_samples": len(self.dataset.train),
             "batch_size": self.train_batches.batch_size,
-            "epochs": self.args.epochs,
-            "lr": self.args.lr,
-            "seed": self.args.seed,
             "engine": self.device.engine,
             "precision": self.device.precision,
             "parameters": sum(p.numel() for p in self.model.parameters()),
         }
 
     def summary(self, figures: dict) -> list[tuple[str, str]]:
-        """Return the terminal summary, an epoch a line."""
-        rows = self._describe_input() + [("", note) for note in self.dataset.notes]
+        """Return what all trainings say: notes on the data, an epoch a line, speed and memory."""
+        rows = [("", note) for note in self.dataset.notes]
         for epoch in figures.get("epochs", ()):
-            rows.append((f"Epoch {epoch['epoch']}", self._describe_epoch(epoch)))
+            rows.append((f"Epoch {epoch['epoch']}", self.describe_epoch(epoch)))
         if "samples_per_second" in figures:
             rows.append(("Throughput", f"{figures['samples_per_second']:.1f} samples/s"))
-        rows += self._describe_outcome(figures)
         if figures.get("peak_memory_mib") is not None:
             rows.append(("Peak memory", f"{figures['peak_memory_mib']:.0f} MiB (PyTorch)"))
         return rows
-
-    def check_unfinished(self) -> None:
-        """Look at the losses of the epoch in hand."""
-        if self.train is not None:
-            loss = self.totals.loss_sum.item() / self.train_batches.samples
-            self._check(loss, "the loss of the epoch that was stopped")
-
-    def _check(self, loss: float, when: str) -> None:
-        """Warn of a loss that has blown up; refuse one that is none (see ``check_loss``)."""
-        from workloads.common.engine import check_loss
-
-        what = f"{len(self.dataset.train)} {self.samples_name}"
-        warning = check_loss(loss, when, self.args.lr, self.device.precision, what)
-        if warning is not None:
-            self.warn(warning)
-
-    @property
-    def _steps(self) -> int:
-        """How many training steps the job has."""
-        return self.args.epochs * math.ceil(
-            self.train_batches.samples / self.train_batches.batch_size
-        )
-
-    def _run_test(self, pacer: Pacer) -> tuple[float, float, float]:
-        """Go through the test split; return mean loss, accuracy in percent and seconds."""
-        self.model.eval()
-        return self.test.run(pacer, self.totals)
-
-    def _run_epoch(self, number: int, pacer: Pacer, progress: console.Progress) -> None:
-        """Train one epoch; this part alone is timed as the epoch."""
-        self.model.train()
-        loss, accuracy, seconds = self.train.run(
-            pacer, self.totals, number - 1, lambda: progress.advance(detail=f"epoch {number}")
-        )
-        self._check(loss, f"the training loss in epoch {number}")
-        epoch = {
-            "epoch": number,
-            "train_loss": loss,
-            "train_accuracy_percent": accuracy,
-            "epoch_seconds": seconds,
-        }
-        self.epochs.append(epoch | self._epoch_figures(epoch, pacer))
-        self.tell(f"epoch {number}/{self.args.epochs}: {self._describe_epoch(self.epochs[-1])}")
-
-    def _train_step(self, count: int) -> None:
-        import torch.nn.functional as F
-
-        *inputs, labels = self.train_batches.take(count)
-        # Without gradients the backward pass writes new ones instead of adding to zeros: a step of
-        # ResNet50 10.9 ms instead of 11.3 ms on an H100, of BERT 1.8 GB less memory traffic. In a
-        # graph they lie in the graph's own memory.
-        self.optimizer.zero_grad(set_to_none=True)
-        with self.device.autocast():
-            logits = self._forward(self._network_for(count, self.train_batches), *inputs)
-            # Outside the model: BERT's own loss first asks what problem this is.
-            loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
-        loss.backward()
-        self._update()
-        self.totals.add(logits.detach(), labels, loss.detach())
-
-    def _test_step(self, count: int) -> None:
-        import torch
-        import torch.nn.functional as F
-
-        *inputs, labels = self.test_batches.take(count)
-        with torch.no_grad(), self.device.autocast():
-            logits = self._forward(self._network_for(count, self.test_batches), *inputs)
-            loss = F.cross_entropy(logits, labels)
-        self.totals.add(logits, labels, loss)
-
-    def _network_for(self, count: int, batches: ImageBatches | TokenBatches) -> torch.nn.Module:
-        """Return the model; the last, smaller batch is not worth a compilation of its own."""
-        return self.network if count == batches.batch_size else self.model
