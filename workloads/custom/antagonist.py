@@ -33,7 +33,7 @@ RATES = {"hbm": ("GB/s", 1e9), "sm": ("TFLOP/s", 1e12), "pcie": ("GB/s", 1e9)}
 # rows of a square matrix) are doubled until one takes about so long, to the largest.
 LAUNCH_SECONDS = 0.5e-3
 SIZES = {
-    "cuda": {"hbm": (2**26, 2**31), "sm": (4096, 16_384), "pcie": (2**24, 2**28)},
+    "cuda": {"hbm": (2**26, 2**31), "sm": (8192, 16_384), "pcie": (2**24, 2**28)},
     "cpu": {"hbm": (2**20, 2**26), "sm": (256, 1024)},
 }
 WARM_UP_LAUNCHES = 20

