@@ -39,7 +39,20 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     folder = tmp_path_factory.mktemp("model")
-    words = ["<unk>", *"once upon a time there was model that shared its card with others".split()]
+    words = [
+        "<unk>",
+        "once",
+        "upon",
+        "a",
+        "time",
+        "there",
+        "was",
+        "model",
+        "that",
+        "shared",
+        "its",
+        "card",
+    ]
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)

@@ -163,8 +163,9 @@ class TokenGeneration(client.Workload):
             torch.set_default_dtype(usual_dtype)
 
     def _pretrained_model(self) -> torch.nn.Module:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
+        logging.disable_progress_bar()
         folder = self._folder()
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
