@@ -24,7 +24,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from workloads.common import cli, client, console
+from workloads.common import cli, client, console, torch
 from workloads.common.errors import UsageError
 
 # Unit and scale of what a launch moves or computes a second.
@@ -89,22 +89,16 @@ class Antagonist(client.Workload):
             size *= 2
 
     def _copy(self, size: int) -> tuple[Callable[[], object], float]:
-        import torch
-
         source = torch.zeros(size, dtype=torch.uint8, device=self.device.torch_device)
         target = torch.empty_like(source)
         return lambda: target.copy_(source), 2.0 * size  # read and written
 
     def _copy_from_host(self, size: int) -> tuple[Callable[[], object], float]:
-        import torch
-
         source = torch.zeros(size, dtype=torch.uint8).pin_memory()
         target = torch.empty(size, dtype=torch.uint8, device=self.device.torch_device)
         return lambda: target.copy_(source, non_blocking=True), float(size)
 
     def _multiply(self, size: int) -> tuple[Callable[[], object], float]:
-        import torch
-
         dtype = self.device.model_dtype
         a, b = (
             torch.randn(size, size, dtype=dtype, device=self.device.torch_device) for _ in range(2)

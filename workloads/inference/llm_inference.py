@@ -20,17 +20,13 @@ import inspect
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from workloads.common import cli, client, console
+from workloads.common import cli, client, console, torch
 from workloads.common.errors import MIB, OutOfGpuMemoryError, UsageError
 from workloads.common.results import few_percentiles, summarize_latency_ms
 from workloads.common.weights import HubUnreachableError, hub_model_folder
-
-if TYPE_CHECKING:
-    import torch
 
 GIB = 2**30
 # Layers, hidden size, attention heads, key-value heads, feed-forward size, vocabulary, and whether
@@ -99,8 +95,6 @@ class TokenGeneration(client.Workload):
         from workloads.common.device import open_device
 
         self.device = open_device(self.args)
-        import torch
-
         args = self.args
         self._tokenizer = None
         if args.model is None:
@@ -138,7 +132,6 @@ class TokenGeneration(client.Workload):
         self._written = torch.zeros(1, dtype=torch.int64, device=place)
 
     def _random_model(self) -> torch.nn.Module:
-        import torch
         from transformers import LlamaConfig, LlamaForCausalLM
 
         layers, hidden, heads, key_value_heads, feed_forward, vocabulary, tied = SHAPES[
@@ -199,8 +192,6 @@ class TokenGeneration(client.Workload):
 
     def _prompt_tokens(self, vocabulary: int) -> torch.Tensor:
         """Return the prompts, (batch, tokens): one text for all, or random tokens for each."""
-        import torch
-
         args, place = self.args, self.device.torch_device
         if args.prompt is not None:
             tokens = self._tokenizer(args.prompt, return_tensors="pt").input_ids
@@ -240,8 +231,6 @@ class TokenGeneration(client.Workload):
         return cache
 
     def _free_bytes(self) -> int:
-        import torch
-
         if self.device.is_cuda:
             return torch.cuda.mem_get_info()[0]
         import psutil
@@ -258,7 +247,7 @@ class TokenGeneration(client.Workload):
         self._decoder = compile_module(self.device, self._model)
         self._prefill()  # what the decode step goes on from
         self._decode = prepare_step(self.device, self._generate_one, pool=pool)
-        self._answer_request(client.Recorder(client.EventLog(None)))
+        self._answer_request(client.Recorder())
 
     def _read_prompts(self) -> None:
         """Fill the cache from the prompts and take the first token; one launch."""
@@ -273,8 +262,6 @@ class TokenGeneration(client.Workload):
         self._take_token(self._decoder, self._tokens)
 
     def _take_token(self, model: torch.nn.Module, inputs: torch.Tensor) -> None:
-        import torch
-
         with torch.inference_mode():
             logits = model(
                 inputs, **{_cache_name(): self._cache}, use_cache=True, logits_to_keep=1
@@ -374,8 +361,8 @@ class TokenGeneration(client.Workload):
         return rows
 
 
-class _Steps(client.Recorder):
-    """Passes a step's time on as a latency, and keeps it."""
+class _Steps:
+    """What a `Pacer` books its steps with: passes their times on as latencies, and keeps them."""
 
     def __init__(self, recorder: client.Recorder) -> None:
         self._recorder = recorder
@@ -386,12 +373,14 @@ class _Steps(client.Recorder):
         """Whether the suite wants this client to end."""
         return self._recorder.stop_requested
 
-    def unit(
-        self, kind: str, start_seconds: float, end_seconds: float, *, latency: bool = True
-    ) -> None:
+    def check_stop(self) -> None:
+        """Raise `StopRequested` if it does."""
+        self._recorder.check_stop()
+
+    def unit(self, kind: str, start_seconds: float, end_seconds: float) -> None:
         """Record one step."""
         self.seconds.append(end_seconds - start_seconds)
-        self._recorder.unit(kind, start_seconds, end_seconds, latency=latency)
+        self._recorder.unit(kind, start_seconds, end_seconds, latency=True)
 
 
 def _registered_attention() -> str:
@@ -427,7 +416,7 @@ def _attention(
     Returns:
         (batch, tokens, heads, width), and no weights.
     """
-    import torch
+    import torch  # the module itself, since the compiler reads this function
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     batch, heads, tokens, width = query.shape
