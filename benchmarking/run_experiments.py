@@ -49,7 +49,8 @@ Options:
   --baseline RUN        folder of an earlier baseline run to use in place of phase 1
 {SHARED_HELP}
 Defaults: --repeats 3 (CPU: 1), --output results/experiments-<date-time>.
-Exit codes: 0 every phase that ran succeeded, 1 one failed, 2 usage, 3 no usable GPU, 130 Ctrl-C
+Exit codes: 0 every phase that ran succeeded, 1 one failed, 2 usage, 3 no usable GPU, 4 another run
+is at work on it, 130 Ctrl-C
 """
 MODES = ("time-slicing", "mps", "mig")
 MIXES = ("mixed", "training", "inference", "interactive", "serving", "pairs")

@@ -50,7 +50,7 @@ Options:
 With --plan FILE or --job counts go in multiples of its clients, and MAX has to be one.
 Defaults: --repeats 1, --output results/stress-<mode>-<date-time>.
 Exit codes: 0 done (a breaking point is a result), 1 nothing could be measured, 2 usage, 3 no usable
-GPU, 130 Ctrl-C
+GPU, 4 another run is at work on it, 130 Ctrl-C
 """
 MODES = ("time-slicing", "mps", "mig")
 # How many jobs make a mix once.

@@ -21,6 +21,7 @@ from recorded_rows import plain
 from waiting import wait_until
 
 from benchmarking.records import run_folder
+from benchmarking.suite import locks
 
 PRETENDED_SUITE = PROJECT_ROOT / "tests" / "fakes" / "pretended_suite.py"
 REPLACED = ("benchmarking/suite/session.py", "benchmarking/analyze_results.py")
@@ -56,7 +57,12 @@ class DriverRunner(ModeScripts):
         self.suite_state = folder / "suite"
         self.suite_state.mkdir()
         copy_drivers(self.project)
-        self.environment |= {"PYTHON": sys.executable, "FAKE_SUITE_STATE": str(self.suite_state)}
+        self.locks = folder / "locks"  # its own: other tests pretend the same card
+        self.locks.mkdir()
+        self.environment |= {
+            "PYTHON": sys.executable, "FAKE_SUITE_STATE": str(self.suite_state),
+            locks.FOLDER_VARIABLE: str(self.locks),
+        }  # fmt: skip
 
     def drive(
         self, script: str, *arguments: str, as_root: bool = False, **environment: str
@@ -147,7 +153,7 @@ class DriverRunner(ModeScripts):
         for call in self.python_calls():
             if call["program"] == "benchmark_suite.py" and "arguments" in call:
                 words = iter(call["arguments"])
-                switches = ("--quick", "--bisect", "--until-break")
+                switches = ("--quick", "--bisect", "--until-break", "--allow-contention")
                 flags = {word: "" if word in switches else next(words) for word in words}
                 flags.setdefault("--run-id", Path(flags.get("--resume", "")).name)
                 calls[flags["--run-id"]] = {**call, "flags": flags}

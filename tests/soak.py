@@ -118,6 +118,7 @@ class Round:
             nvml_stub.build_nvml_stub(self.folder), self.card,
             self.machine.environment(
                 GPU_SHARING_STATE_DIR=str(self.folder / "state"), GPU_SHARING_WAIT_SECONDS="2",
+                GPU_SHARING_LOCK_DIR=str(self.folder),
                 PYTHON=sys.executable, SCRIPTED_CLIENT=json.dumps([JOBS]),
                 **{MARKER: str(self.folder)},
             ),

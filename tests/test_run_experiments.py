@@ -22,6 +22,7 @@ from driver_runner import (
 from mode_script_runner import needs_root
 
 from benchmarking.records import run_folder
+from benchmarking.suite import locks
 
 SCRIPT = "run_experiments.sh"
 # What makes a command run without root's rights.
@@ -124,6 +125,21 @@ def test_a_gpu_that_torch_cannot_use_ends_the_run_with_3(runner: DriverRunner) -
     assert list(runner.suite_calls()) == ["baseline"]
     assert runner.reason("mps") == "the GPU cannot be used"
     assert runner.machine.changing_calls() == []
+
+
+def test_a_card_that_another_run_is_at_work_on_is_refused_before_any_mode_is_enabled(
+    runner: DriverRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(locks.FOLDER_VARIABLE, str(runner.locks))
+    with locks.hold(UUID):
+        refused = runner.drive(SCRIPT, "--modes", "mps")
+        assert refused.returncode == 4
+        assert f"another run is at work on GPU {UUID}: pid {os.getpid()}" in refused.stderr
+        assert runner.suite_calls() == {}
+        assert runner.machine.changing_calls() == []
+        allowed = runner.drive(SCRIPT, "--modes", "mps", "--allow-contention")
+    assert allowed.returncode == 0, allowed.stderr
+    assert "--allow-contention" in runner.suite_calls()["mps"]["flags"]
 
 
 def test_an_earlier_baseline_takes_the_place_of_phase_1(runner: DriverRunner) -> None:

@@ -42,7 +42,7 @@ from benchmarking.suite.driver_arguments import (
     suite_flags,
 )
 
-EXIT_INTERRUPTED = 130
+EXIT_IN_USE, EXIT_INTERRUPTED = 4, 130
 SUITE = PROJECT_ROOT / "benchmarking" / "benchmark_suite.py"
 ANALYSIS = PROJECT_ROOT / "benchmarking" / "analyze_results.py"
 REFUSALS_FILE = "refusals.jsonl"
@@ -90,6 +90,7 @@ def driving(script: str, parse_arguments: Callable[[], argparse.Namespace]) -> I
     finally:
         if driver is not None:
             driver.undo_mode()
+            driver.held.close()
             driver.leave_dead_terminal()
 
 
@@ -103,6 +104,7 @@ class Driver:
         self.modes = ModeSwitch(None, options, say)
         self.interrupted: int | None = None  # the exit code that a signal asks for
         self.notes: list[str] = []  # what is to be known of a run that went well
+        self.held = contextlib.ExitStack()  # the card's lock, over all runs of the suite
         self._command = command
         self._python = os.environ.pop(PYTHON_VARIABLE, None)
         self._has_begun = False  # from then on the suite's records tell what was done
@@ -186,6 +188,7 @@ class Driver:
         other = self.modes.other_driver()
         if other:
             raise Refused(EXIT_FAILED, other)
+        self._hold_card()
         if self.options.resumed:
             self.output = str(self.options.resumed)
             self._require_nobody_at_work()
@@ -195,6 +198,19 @@ class Driver:
         self.modes.folder = Path(self.output)
         self._catch_signals()
         self.modes.undo_what_was_left()
+
+    def _hold_card(self) -> None:
+        """Refuse to start while another run is at work on the card, or on the CPU."""
+        if self.options.dry_run or self.options.allow_contention:
+            return
+        from benchmarking.suite import locks
+
+        try:
+            self.held.enter_context(locks.hold(self.gpu.uuid if self.gpu else None))
+        except locks.InUseError as error:
+            raise Refused(
+                EXIT_IN_USE, f"{error}, or measure next to it with --allow-contention"
+            ) from None
 
     def _make_folder(self) -> None:
         folder = Path(self.output)
