@@ -37,10 +37,11 @@ does not stop the others; Ctrl-C stops, undoes what was enabled and reports what
 
 Options:
   --modes LIST          which of time-slicing,mps,mig (default: all)
-  --mix mixed|training|inference|interactive|serving|pairs   which jobs (default: mixed: ResNet50
-                        training, batch inference, Jupyter session, BERT fine-tuning; serving: an
-                        inference server with its users, three ResNet50 trainings; pairs: each job
-                        of the mixed mix next to each other one, 10 s a pair)
+  --mix mixed|training|inference|interactive|serving|llm|pairs   which jobs (default: mixed:
+                        ResNet50 training, batch inference, Jupyter session, BERT fine-tuning;
+                        serving: an inference server with its users, three ResNet50 trainings; llm:
+                        token generation in the place of BERT; pairs: each job of the mixed mix next
+                        to each other one, 10 s a pair)
   --workloads N         jobs that run together (default: 4; with --plan or --job: each of them once)
   --phase-minutes N     budget of each phase (default: 5 for phase 1, 10 for the others); it limits
                         repeats, never below one
@@ -53,7 +54,7 @@ Exit codes: 0 every phase that ran succeeded, 1 one failed, 2 usage, 3 no usable
 is at work on it, 130 Ctrl-C
 """
 MODES = ("time-slicing", "mps", "mig")
-MIXES = ("mixed", "training", "inference", "interactive", "serving", "pairs")
+MIXES = ("mixed", "training", "inference", "interactive", "serving", "llm", "pairs")
 
 
 def main() -> int:

@@ -37,13 +37,14 @@ NVIDIA GPU it is a demonstration on the CPU.
   MAX                   largest count (default: 8); always tried itself
 
 Options:
-  --mix training|inference|interactive|mixed|serving   which jobs (default: training); mixed and
-                        serving (an inference server with its users, three trainings) go in fours,
-                        or the counts would be of different jobs
+  --mix training|inference|interactive|mixed|serving|llm   which jobs (default: training); mixed,
+                        serving (an inference server with its users, three trainings) and llm (token
+                        generation in the place of BERT) go in fours, or the counts would be of
+                        different jobs
   --max-slowdown X      a count breaks, too, where a job is slower than alone by more than this
                         factor
   --slo-ms Y            a count breaks, too, where the p99 of a job's response times is above Y ms
-                        (--mix inference, interactive, mixed, serving)
+                        (--mix inference, interactive, mixed, serving, llm)
   --until-break         go on past MAX by doubling, up to 64 jobs (not under mig)
   --no-bisect           stop at the first count that breaks
 {SHARED_HELP}
@@ -54,7 +55,7 @@ GPU, 4 another run is at work on it, 130 Ctrl-C
 """
 MODES = ("time-slicing", "mps", "mig")
 # How many jobs make a mix once.
-GROUPS = {"training": 1, "inference": 1, "interactive": 1, "mixed": 4, "serving": 4}
+GROUPS = {"training": 1, "inference": 1, "interactive": 1, "mixed": 4, "serving": 4, "llm": 4}
 
 
 def main() -> int:
@@ -92,8 +93,8 @@ def parse_arguments() -> argparse.Namespace:
         parser.error(f"{limits[0]} needs MODE mps")
     if options.slo_ms and jobs_of(options) == ["--mix", "training"]:
         parser.error(
-            "--slo-ms needs jobs with response times: --mix inference, interactive, mixed or "
-            "serving"
+            "--slo-ms needs jobs with response times: --mix inference, interactive, mixed, "
+            "serving or llm"
         )
     return options
 

@@ -95,7 +95,8 @@ def add_experiment(parser: argparse.ArgumentParser) -> None:
         help="mixed: ResNet50 training, batch inference, Jupyter session, BERT fine-tuning, over "
         "again for more than four; pairs: each of these with each other one and itself, "
         f"{PAIR_WINDOW_SECONDS:g} s a pair; serving: an inference server with its users and "
-        "three ResNet50 trainings; else copies of one (default: %(default)s)")  # fmt: skip
+        "three ResNet50 trainings; llm: token generation, ResNet50 training, batch inference, "
+        "Jupyter session; else copies of one (default: %(default)s)")  # fmt: skip
     jobs.add_argument("--plan", type=Path, metavar="FILE",
         help="clients of your own, any command among them, listed in a TOML file "
         "(see benchmarking/suite/plan_file.py); over again for more than it lists")  # fmt: skip

@@ -113,6 +113,20 @@ WORKLOADS: Mapping[str, WorkloadKind] = {
         {SIZE_GUIDE: 30, SIZE_QUICK: 10, SIZE_CPU: 5},
         has_latency=True,
     ),
+    "llm_inference": WorkloadKind(
+        "Token generation",
+        "workloads/inference/llm_inference.py",
+        {
+            SIZE_GUIDE: ("--shape", "1b", "--batch-size", "8", "--prompt-tokens", "512",
+                         "--output-tokens", "128", "--requests", "8"),
+            SIZE_QUICK: ("--shape", "1b", "--batch-size", "8", "--prompt-tokens", "512",
+                         "--output-tokens", "128", "--requests", "2"),
+            SIZE_CPU: ("--shape", "smollm2", "--layers", "2", "--batch-size", "1",
+                       "--prompt-tokens", "16", "--output-tokens", "16", "--requests", "10"),
+        },
+        {SIZE_GUIDE: 3, SIZE_QUICK: 0.8, SIZE_CPU: 3},
+        has_latency=True,
+    ),
 }  # fmt: skip
 
 # What a client of a plan file is called that runs a command of the user's own.
@@ -126,6 +140,7 @@ MIXES: Mapping[str, tuple[str, ...]] = {
     "inference": ("batch_inference",),
     "interactive": ("jupyter_simulation",),
     "serving": ("serving", "resnet_training", "resnet_training", "resnet_training"),
+    "llm": ("llm_inference", "resnet_training", "batch_inference", "jupyter_simulation"),
 }
 
 # Every job of the mixed mix with each other one and with itself; a pair gives both directions.

@@ -129,8 +129,8 @@ def prepare(
     if request.slo_ms is not None and not request.has_latency:
         raise SuiteError(
             f"--slo-ms needs jobs with response times, and {request.mix} has none: choose --mix "
-            "inference, interactive, mixed or serving, or set latency = true for a command of the "
-            "plan",
+            "inference, interactive, mixed, serving or llm, or set latency = true for a command of "
+            "the plan",
             EXIT_USAGE,
         )
     gpu, notes = find_gpu(request, environment)
