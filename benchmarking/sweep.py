@@ -387,9 +387,10 @@ class SweepRun:
             return EXIT_INTERRUPTED
         folder = self._folder / run_id
         if (folder / MANIFEST_FILE).is_file():
-            return run_suite(["--resume", str(folder)], self._stop)
-        shutil.rmtree(folder, ignore_errors=True)  # cut off before there was anything in it
-        words = [*words, "--results-dir", str(self._folder), "--run-id", run_id]
+            words = ["--resume", str(folder)]
+        else:
+            shutil.rmtree(folder, ignore_errors=True)  # cut off before there was anything in it
+            words = [*words, "--results-dir", str(self._folder), "--run-id", run_id]
         code = run_suite(words, self._stop, from_driver=True).exit_code
         return EXIT_INTERRUPTED if self._stop.requested else code
 

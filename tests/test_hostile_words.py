@@ -188,7 +188,7 @@ def test_a_bar_in_a_name_makes_no_cell_of_the_markdown_table() -> None:
 
 def test_no_script_writes_to_a_name_in_tmp_that_others_can_guess() -> None:
     # Where CUDA itself looks for a daemon, and a parent of a folder with a random name.
-    known = {"((${#parent} < 70)) || parent=/tmp"}
+    known = {"((${#folder} < 70)) || folder=/tmp"}
     lines = {
         line.strip()
         for path in SCRIPT_SOURCES

@@ -127,7 +127,7 @@ def test_a_second_run_is_refused_with_the_pid_of_the_first(bench: Bench) -> None
         manifests = [run_folder.read_run(path).manifest for path in bench.results.iterdir()
                      if path.name.startswith("cpu-demo-inference")]  # fmt: skip
         assert [manifest.is_contended for manifest in manifests] == [True]
-        assert sentence in manifests[0]["notes"][-1]
+        assert sentence in manifests[0].notes[-1]
     finally:
         first.terminate()
         first.wait(60)

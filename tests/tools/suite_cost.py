@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
+import shlex
 import statistics
 import sys
 import tempfile
@@ -134,7 +135,9 @@ def run_clients(
     """Start the clients by the suite's launcher and measure while they run."""
     plan = setup.plan.map_clients(lambda client: client.with_arguments(options.arguments))
     planned = resolve_jobs(plan, stop, say).co_runs[0]
-    say(f"{options.clients} clients get ready: {planned.command_line_of(planned.clients[0])}")
+    say(
+        f"{options.clients} clients get ready: {shlex.join(planned.command_of(planned.clients[0]))}"
+    )
     rule = UntilOver(min_seconds=0.0)
     given_up = threading.Event()
     measuring: list[Future[list[Window]]] = []
