@@ -121,19 +121,22 @@ def test_a_state_folder_that_may_only_be_read_fails_the_phase_with_the_variable_
 def test_an_environment_that_may_only_be_read_is_used_as_it_is(scripts: ModeScripts) -> None:
     project = scripts.folder / "project"
     (project / ".venv" / "bin").mkdir(parents=True)
-    for name in ("setup_environment.sh", "requirements.txt", "requirements-dev.txt"):
-        shutil.copy(PROJECT_ROOT / name, project)
+    (project / "benchmarking").mkdir()
+    for name in ("setup_environment.sh", "benchmarking/environment.py"):
+        shutil.copy(PROJECT_ROOT / name, project / name)
+    (project / "requirements.txt").write_text("no-such-package>=1,<2\n")
     python = project / ".venv" / "bin" / "python"
     python.write_text("#!/bin/sh\nexit 0\n")  # has everything
     python.chmod(0o755)
     for folder in (project / ".venv", project):
         folder.chmod(0o555)
-    found = "environment::find() { PYTHON=$VENV_PYTHON; }"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHON"}
+    environment["PATH"] = f"{Path(SYSTEM_PYTHON).parent}:{environment['PATH']}"
     set_up = 'environment::set_up "$PWD/requirements.txt"; echo "$PYTHON"'
     result = subprocess.run(
         [*AS_USER, "bash", "-Eeuo", "pipefail", "-c",
-         f"source ./setup_environment.sh; {found}; {set_up}"],
-        cwd=project, capture_output=True, text=True, timeout=60, check=False,
+         f"source ./setup_environment.sh; {set_up}"],
+        cwd=project, env=environment, capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert (result.returncode, result.stdout, result.stderr) == (0, f"{python}\n", "")
     for folder in (project, project / ".venv"):

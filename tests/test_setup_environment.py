@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 from conftest import PROJECT_ROOT
 
-from benchmarking import check_requirements
+from benchmarking import environment
 
 DRIVER = """
 set -Eeuo pipefail
@@ -28,14 +28,16 @@ environment::set_up "$PWD/requirements.txt"
 printf 'python: %s\\n' "$PYTHON"
 """
 
-# A pip during whose work somebody presses Ctrl-C: it and the shell get the signal, and it ends, as
-# the real one, with a status of its own.
 REQUIREMENT = r"[a-z0-9_-]+>=[0-9.]+,<[0-9]+(; python_version < \"3\.[0-9]+\")? +# \S.+"
+# A pip during whose work somebody presses Ctrl-C: all of the foreground get the signal, and pip, as
+# the real one, takes its time and ends with a status of its own.
 SLOW_PIP = """
-import os, signal, sys
+import os, signal, sys, time
 if "install" in sys.argv:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.kill(os.getppid(), signal.SIGINT)
+    os.killpg(0, signal.SIGINT)
+    time.sleep(1)
+    print("pip has ended")
     sys.exit(2)
 """
 
@@ -73,6 +75,7 @@ class Project:
             text=True,
             timeout=120,
             check=False,
+            start_new_session=True,
             # pytest may itself have been started in the background, where SIGINT is ignored
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
@@ -84,8 +87,8 @@ class Project:
 def make_project(folder: Path, requirements: str = "tiny-tool>=1.2,<2  # for tests\n") -> Project:
     (folder / "benchmarking").mkdir(parents=True)
     shutil.copy(PROJECT_ROOT / "setup_environment.sh", folder)
-    checker = Path("benchmarking") / "check_requirements.py"
-    shutil.copy(PROJECT_ROOT / checker, folder / checker)
+    program = Path("benchmarking") / "environment.py"
+    shutil.copy(PROJECT_ROOT / program, folder / program)
     (folder / "requirements.txt").write_text(requirements)
     return Project(folder)
 
@@ -196,7 +199,9 @@ def test_ctrl_c_during_an_installation_ends_with_130_and_no_advice(complete: Pro
     (complete.folder / "requirements.txt").write_text("tiny-tool>=1.3,<2\n")
     result = complete.start()
     assert result.returncode == 130
+    assert result.stderr.endswith("pip has ended\n")
     assert "error:" not in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 @pytest.mark.parametrize("python_path", [None, "", ".", ":/nonexistent", "relative:"])
@@ -213,6 +218,22 @@ def test_modules_in_the_folder_that_a_script_is_started_in_are_never_run(
     (next(project.venv.glob("complete-*"))).unlink()
     assert project.start(**variables).returncode == 0
     assert not (tmp_path / "run").exists()
+
+
+def test_a_program_is_become_with_its_words_as_they_are(complete: Project) -> None:
+    program = complete.folder / "program.py"
+    program.write_text(
+        "import os, sys\nprint(sys.argv[1:], os.environ['GPU_SHARING_PYTHON'], os.getpid())\n"
+    )
+    words = ["--", "--dry-run", "--help", "", "x y", "--"]
+    for flags in ([], ["--dry-run"]):
+        process = subprocess.Popen(
+            ["./setup_environment.sh", *flags, str(program), *words], cwd=complete.folder,
+            env={**os.environ, "PYTHON": f"{complete.venv}/bin/python"}, stdout=subprocess.PIPE,
+            text=True,
+        )  # fmt: skip
+        printed, _ = process.communicate(timeout=60)
+        assert printed == f"{words} {complete.venv}/bin/python {process.pid}\n"
 
 
 def test_a_cdpath_sends_nobody_elsewhere(complete: Project) -> None:
@@ -285,7 +306,7 @@ def test_a_python_that_the_caller_names_is_used_or_refused_never_replaced(
     ],
 )
 def test_versions_are_compared_as_numbers(version: str, bounds: str, fits: bool) -> None:
-    assert check_requirements.within_bounds(version, bounds) is fits
+    assert environment.within_bounds(version, bounds) is fits
 
 
 @pytest.mark.parametrize("name", ["requirements.txt", "requirements-dev.txt"])
@@ -302,14 +323,14 @@ def test_a_package_for_older_pythons_is_wanted_by_them_alone(tmp_path: Path) -> 
     wanted.write_text(
         'old>=1,<2; python_version < "3.1"  # x\nnew>=1,<2; python_version < "9.0"  # y\n'
     )
-    assert check_requirements.read_requirements(wanted) == [("new", ">=1,<2")]
+    assert environment.read_requirements(wanted) == [("new", ">=1,<2")]
 
 
 def test_the_running_python_has_everything_that_the_tests_need() -> None:
-    requirements = check_requirements.read_requirements(PROJECT_ROOT / "requirements-dev.txt")
+    requirements = environment.read_requirements(PROJECT_ROOT / "requirements-dev.txt")
     assert {"torch", "pytest"} <= {package for package, _ in requirements}
     problems = [
-        check_requirements.problem_with(package, bounds, really_import=False)
+        environment.problem_with(package, bounds, really_import=False)
         for package, bounds in requirements
     ]
     assert problems == [None] * len(requirements)
