@@ -59,6 +59,7 @@ class DriverRunner(ModeScripts):
         copy_drivers(self.project)
         self.locks = folder / "locks"  # its own: other tests pretend the same card
         self.locks.mkdir()
+        self.locks.chmod(0o1777)  # as /run/lock: some tests drive as another user
         self.environment |= {
             "PYTHON": sys.executable, "FAKE_SUITE_STATE": str(self.suite_state),
             locks.FOLDER_VARIABLE: str(self.locks),
