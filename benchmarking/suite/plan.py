@@ -125,6 +125,7 @@ WORKLOADS: Mapping[str, WorkloadKind] = {
                        "--prompt-tokens", "16", "--output-tokens", "16", "--requests", "10"),
         },
         {SIZE_GUIDE: 3, SIZE_QUICK: 0.8, SIZE_CPU: 3},
+        memory_mib=3500,  # seen on an H200
         has_latency=True,
     ),
 }  # fmt: skip
