@@ -29,8 +29,8 @@ from benchmarking.analysis import comparison, decision, export, report_content, 
 from benchmarking.analysis.comparison import Comparison
 from benchmarking.analysis.document import Document
 from benchmarking.analysis.runs import RunView
+from benchmarking.cli import EXIT_USAGE, OneLineParser
 from benchmarking.records import run_folder
-from benchmarking.suite.cli import EXIT_USAGE, OneLineParser
 
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130

@@ -40,11 +40,7 @@ from benchmarking.blast_report import (
     own_cost_seconds,
     summary,
 )
-from benchmarking.modes.mode_scripts import lock_reason, read_state
-from benchmarking.modes.mps import MpsMode, ask_mps_control
-from benchmarking.records.run_folder import utc_now
-from benchmarking.suite import limits
-from benchmarking.suite.cli import (
+from benchmarking.cli import (
     EXIT_COMPLETE,
     EXIT_FAILED,
     EXIT_INTERRUPTED,
@@ -55,6 +51,11 @@ from benchmarking.suite.cli import (
     positive_float,
     positive_int,
 )
+from benchmarking.modes.mode_scripts import lock_reason, read_state
+from benchmarking.modes.mps import MpsMode, ask_mps_control
+from benchmarking.modes.names import MODE_MPS, MODES
+from benchmarking.records.run_folder import utc_now
+from benchmarking.suite import limits
 from benchmarking.suite.event_log import first_unit_end_seconds, last_event, tail_of
 from benchmarking.suite.launcher import (
     OUTCOME_FAILED,
@@ -66,7 +67,7 @@ from benchmarking.suite.launcher import (
     Timeouts,
     client_base_environment,
 )
-from benchmarking.suite.plan import MIXES, MODE_MPS, MODES, PlannedClient, PlannedCoRun
+from benchmarking.suite.plan import MIXES, PlannedClient, PlannedCoRun
 from benchmarking.suite.program import (
     UntilOver,
     client_paths,

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarking.analysis.runs import mode_name, mode_order
+from benchmarking.cli import EXIT_USAGE, SuiteError
 from benchmarking.metrics.number_text import significant
-from benchmarking.suite.cli import EXIT_USAGE, SuiteError
 from benchmarking.suite.program import markdown_table
 
 RECORD_FILE = "blast_radius.json"

@@ -43,8 +43,8 @@ from typing import Any, TextIO
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import psutil
 
+from benchmarking.cli import OneLineParser
 from benchmarking.hardware import nvml
-from benchmarking.suite.cli import OneLineParser
 
 SHORTEST_INTERVAL_SECONDS = 0.1  # NVML refreshes its GPM counters no faster
 PROCESS_LIST_PERIOD_SECONDS = 1.0

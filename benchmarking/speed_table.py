@@ -30,13 +30,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarking.hardware import nvml
-from benchmarking.metrics.number_text import duration, significant
-from benchmarking.records.run_folder import utc_now
-from benchmarking.speed_jobs import BATCH, EPOCH, JOBS, RESNET, SpeedJob, floor_seconds
-from benchmarking.suite import proofs
-from benchmarking.suite.card import find_gpu
-from benchmarking.suite.cli import (
+from benchmarking.cli import (
     EXIT_COMPLETE,
     EXIT_FAILED,
     EXIT_INTERRUPTED,
@@ -44,6 +38,12 @@ from benchmarking.suite.cli import (
     RunEnded,
     positive_int,
 )
+from benchmarking.hardware import nvml
+from benchmarking.metrics.number_text import duration, significant
+from benchmarking.records.run_folder import utc_now
+from benchmarking.speed_jobs import BATCH, EPOCH, JOBS, RESNET, SpeedJob, floor_seconds
+from benchmarking.suite import proofs
+from benchmarking.suite.card import find_gpu
 from benchmarking.suite.plan import SIZE_CPU, SIZE_GUIDE, SIZE_QUICK
 from benchmarking.suite.program import (
     ScriptFailedError,

@@ -34,7 +34,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarking.cli import (
+    EXIT_COMPLETE,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_INVALID,
+    EXIT_NO_GPU,
+    EXIT_USAGE,
+    OneLineParser,
+    SuiteError,
+)
 from benchmarking.modes.mode_scripts import ModeScriptError, in_force, is_set_up, lock_reason
+from benchmarking.modes.names import MODE_EXCLUSIVE, MODE_MIG, MODE_TIME_SLICING
 from benchmarking.records.run_folder import (
     MANIFEST_FILE,
     RunStoreError,
@@ -45,17 +56,7 @@ from benchmarking.records.run_folder import (
 )
 from benchmarking.suite import flags
 from benchmarking.suite.card import find_gpu
-from benchmarking.suite.cli import (
-    EXIT_COMPLETE,
-    EXIT_FAILED,
-    EXIT_INTERRUPTED,
-    EXIT_INVALID,
-    EXIT_NO_GPU,
-    EXIT_USAGE,
-    OneLineParser,
-    SuiteError,
-)
-from benchmarking.suite.plan import MODE_EXCLUSIVE, MODE_MIG, MODE_TIME_SLICING, PAIRS_MIX
+from benchmarking.suite.plan import PAIRS_MIX
 from benchmarking.suite.program import exit_code_of, make_folder
 from benchmarking.suite.request import Request
 from benchmarking.suite.resume import read_earlier

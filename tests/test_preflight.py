@@ -16,9 +16,9 @@ import pytest
 from test_benchmark_suite import Bench, bench, gpu_bench
 from waiting import wait_until
 
+from benchmarking.cli import EXIT_USAGE
 from benchmarking.records import run_folder
 from benchmarking.suite import locks, preflight
-from benchmarking.suite.cli import EXIT_USAGE
 from benchmarking.suite.session import run_suite
 
 __all__ = ["bench", "gpu_bench"]  # fixtures

@@ -16,10 +16,10 @@ from recorded_rows import read_plain
 from test_benchmark_suite import PROJECT_ROOT, Bench
 from waiting import wait_until
 
+from benchmarking.cli import SuiteError
 from benchmarking.records import run_folder
 from benchmarking.records.types import MpsLimits
 from benchmarking.suite import resume as resumption
-from benchmarking.suite.cli import SuiteError
 from benchmarking.suite.plan_file import read_plan_file
 from benchmarking.suite.request import Request
 

@@ -18,10 +18,9 @@ from recorded_rows import client, co_run, plain
 
 from benchmarking.analysis import comparison
 from benchmarking.analysis.runs import RunView
-from benchmarking.modes import sharing_mode
+from benchmarking.modes import names, sharing_mode
 from benchmarking.records import files, run_folder, schema, types
 from benchmarking.suite import launcher
-from benchmarking.suite import plan as planning
 
 MANIFEST = {"mode": "mps", "effective_mode": "mps", "mix": "mixed", "plan": {}, "notes": []}
 NOT_OWN = "is a link or another user's"
@@ -564,4 +563,4 @@ def test_the_structs_name_the_values_that_the_program_writes() -> None:
     assert set(get_args(types.CoRunStatus)) == constants(launcher, "OUTCOME_")
     verdicts = {sharing_mode.VERIFIED, sharing_mode.INVALID, sharing_mode.UNVERIFIED}
     assert set(get_args(types.Verdict)) == verdicts | {sharing_mode.NOT_APPLICABLE}
-    assert set(get_args(types.Mode)) == {*planning.MODES, planning.MODE_CPU_DEMO}
+    assert set(get_args(types.Mode)) == {*names.MODES, names.MODE_CPU_DEMO}

@@ -15,6 +15,7 @@ from mode_script_runner import NOBODY
 from benchmarking.hardware.nvidia_tools import ask_mps_control, time_slice
 from benchmarking.modes import mode_scripts
 from benchmarking.modes import mps as mps_mode
+from benchmarking.modes.choice import make_mode
 from benchmarking.modes.mig import MigMode
 from benchmarking.modes.mode_scripts import (
     ModeScriptError,
@@ -29,7 +30,6 @@ from benchmarking.modes.sharing_mode import (
     ProcessLists,
     SharingMode,
     is_own_pid_namespace,
-    make_mode,
 )
 from benchmarking.modes.whole_gpu import WholeGpuMode, time_slicing_warning
 

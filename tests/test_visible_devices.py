@@ -161,7 +161,7 @@ def test_a_driver_works_whatever_its_shell_inherits(runner: DriverRunner, name: 
 ASK = """
 import json, os, sys
 from benchmarking.suite.request import (Request)
-from benchmarking.suite.cli import (SuiteError)
+from benchmarking.cli import (SuiteError)
 from benchmarking.suite.card import (find_gpu)
 try:
     facts, notes = find_gpu(Request(device=sys.argv[1]), os.environ)

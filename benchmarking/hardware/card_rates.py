@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from benchmarking.suite.cli import OneLineParser
+from benchmarking.cli import OneLineParser
 
 EXIT_NO_GPU = 3
 REPEATS = 10

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarking.modes.mode_scripts import SETUP_MIG
@@ -15,7 +15,6 @@ from benchmarking.modes.sharing_mode import (
     sees_device,
 )
 from benchmarking.records.types import Evidence, Proof
-from benchmarking.suite import limits
 
 
 class MigMode(SharingMode):
@@ -24,7 +23,7 @@ class MigMode(SharingMode):
     def instances(self) -> list[Mapping[str, Any]]:
         """Return the card's instances in NVML's order, or those of the layout in its order."""
         there = list(self.facts().get("mig_devices") or [])
-        return limits.instances_in_order(self.layout, there) if self.layout else there
+        return instances_in_order(self.layout, there) if self.layout else there
 
     def check_settings(self, facts: GpuFacts) -> list[Evidence]:
         """MIG is on, and there is an instance for every client."""
@@ -79,3 +78,22 @@ class MigMode(SharingMode):
                 None if wanted is None or seen is None else wanted == seen,
             ),
         ])  # fmt: skip
+
+
+def instances_in_order(
+    layout: Sequence[str], instances: Sequence[Mapping[str, Any]]
+) -> list[Mapping[str, Any]]:
+    """Return one instance for each profile of the layout, in its order.
+
+    `instances` are a card's as NVML describes them, each with its `profile`. Ends before the first
+    profile that no unused instance has: what follows would belong to other clients.
+    """
+    unused = list(instances)
+    ordered: list[Mapping[str, Any]] = []
+    for wanted in layout:
+        found = next((one for one in unused if one.get("profile") == wanted), None)
+        if found is None:
+            return ordered
+        unused.remove(found)
+        ordered.append(found)
+    return ordered

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from benchmarking.hardware.nvidia_tools import ask_mps_control, is_own_pipe_directory
 from benchmarking.modes.mode_scripts import ENABLE_MPS, read_state
+from benchmarking.modes.names import MODE_MPS
 from benchmarking.modes.sharing_mode import (
     GpuFacts,
     Identity,
@@ -21,7 +22,6 @@ from benchmarking.modes.sharing_mode import (
     sees_device,
 )
 from benchmarking.records.types import Evidence, Proof
-from benchmarking.suite.plan import MODE_MPS
 
 MODES_FOR_MPS = ("Default", "Exclusive_Process")
 DEFAULT_PIPE_DIRECTORY = Path("/tmp/nvidia-mps")

@@ -20,13 +20,6 @@ import psutil
 
 from benchmarking.modes.mode_scripts import DISABLE_MIG
 from benchmarking.records.types import Evidence, Proof
-from benchmarking.suite.plan import (
-    MODE_CPU_DEMO,
-    MODE_EXCLUSIVE,
-    MODE_MIG,
-    MODE_MPS,
-    MODE_TIME_SLICING,
-)
 
 VERIFIED, INVALID, UNVERIFIED = "verified", "invalid", "unverified"
 NOT_APPLICABLE = "not_applicable"
@@ -135,33 +128,6 @@ class SharingMode(ABC):
         # NVML's pids are unsigned, which the kernel's are not.
         is_one_here = any(pid < 2**31 and psutil.pid_exists(pid) for pid in listed)
         return not self.own_pid_namespace and is_one_here
-
-
-def make_mode(
-    name: str,
-    describe: Callable[[], GpuFacts | None],
-    *,
-    clients: int,
-    no_mps_folder: Path,
-    environment: Mapping[str, str],
-    layout: Sequence[str] = (),
-) -> SharingMode:
-    """Return the mode called `name`; the arguments are the fields of `SharingMode`."""
-    # Imported here, since each mode builds on this file.
-    from benchmarking.modes.mig import MigMode
-    from benchmarking.modes.mps import MpsMode
-    from benchmarking.modes.whole_gpu import CpuDemoMode, WholeGpuMode
-
-    modes: dict[str, type[SharingMode]] = {
-        MODE_TIME_SLICING: WholeGpuMode,
-        MODE_EXCLUSIVE: WholeGpuMode,
-        MODE_MPS: MpsMode,
-        MODE_MIG: MigMode,
-        MODE_CPU_DEMO: CpuDemoMode,
-    }
-    if name not in modes:
-        raise ValueError(f"there is no sharing mode {name!r}")
-    return modes[name](name, describe, no_mps_folder, clients, environment, layout)
 
 
 # --- evidence -------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from benchmarking.modes.mode_scripts import DISABLE_MPS, SETUP_TIME_SLICING, read_state
+from benchmarking.modes.names import MODE_TIME_SLICING
 from benchmarking.modes.sharing_mode import (
     NOT_APPLICABLE,
     GpuFacts,
@@ -18,7 +19,6 @@ from benchmarking.modes.sharing_mode import (
     sees_device,
 )
 from benchmarking.records.types import Evidence, Proof
-from benchmarking.suite.plan import MODE_TIME_SLICING
 
 
 class WholeGpuMode(SharingMode):

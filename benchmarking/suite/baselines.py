@@ -11,10 +11,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarking.modes.names import MODE_CPU_DEMO
 from benchmarking.records import run_folder
 from benchmarking.records.run_folder import Run, RunStoreError
 from benchmarking.records.types import ClientRecord, Manifest
-from benchmarking.suite.plan import MODE_CPU_DEMO
 
 COMPARED_FIELDS = ("gpu_name", "driver_version")
 COMPARED_VERSIONS = ("python", "torch", "torchvision", "transformers")

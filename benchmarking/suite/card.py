@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarking.cli import EXIT_MODE_NOT_IN_FORCE, EXIT_NO_GPU, EXIT_USAGE, SuiteError
 from benchmarking.hardware import nvml
 from benchmarking.suite import proofs
-from benchmarking.suite.cli import EXIT_MODE_NOT_IN_FORCE, EXIT_NO_GPU, EXIT_USAGE, SuiteError
 from benchmarking.suite.request import Request
 
 

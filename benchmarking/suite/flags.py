@@ -7,26 +7,18 @@ import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarking.records.types import MpsLimits
-from benchmarking.suite import limits
-from benchmarking.suite.cli import (
+from benchmarking.cli import (
     OneLineParser,
     counts,
     non_negative_int,
     positive_float,
     positive_int,
 )
+from benchmarking.modes.names import MODE_EXCLUSIVE, MODE_MIG, MODE_MPS, MODES
+from benchmarking.records.types import MpsLimits
+from benchmarking.suite import limits
 from benchmarking.suite.own_jobs import plan_of_jobs
-from benchmarking.suite.plan import (
-    MIXES,
-    MODE_EXCLUSIVE,
-    MODE_MIG,
-    MODE_MPS,
-    MODES,
-    PAIR_CLIENTS,
-    PAIR_WINDOW_SECONDS,
-    PAIRS_MIX,
-)
+from benchmarking.suite.plan import MIXES, PAIR_CLIENTS, PAIR_WINDOW_SECONDS, PAIRS_MIX
 from benchmarking.suite.plan_file import read_plan_file
 from benchmarking.suite.ramp import MOST_CLIENTS
 from benchmarking.suite.request import Request

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import IO, Any
 
-from benchmarking.suite.cli import (
+from benchmarking.cli import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
     EXIT_NO_GPU,

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from benchmarking.records.run_folder import PHASE_SHARE_BASELINE
 from benchmarking.records.types import MpsLimits
@@ -114,25 +113,6 @@ def profile(text: str) -> str:
     if not _PROFILE.fullmatch(text):
         raise ValueError(f"{text!r} is no MIG profile; one is written like 1g.10gb")
     return text
-
-
-def instances_in_order(
-    layout: Sequence[str], instances: Sequence[Mapping[str, Any]]
-) -> list[Mapping[str, Any]]:
-    """Return one instance for each profile of the layout, in its order.
-
-    `instances` are a card's as NVML describes them, each with its `profile`. Ends before the first
-    profile that no unused instance has: what follows would belong to other clients.
-    """
-    unused = list(instances)
-    ordered: list[Mapping[str, Any]] = []
-    for wanted in layout:
-        found = next((one for one in unused if one.get("profile") == wanted), None)
-        if found is None:
-            return ordered
-        unused.remove(found)
-        ordered.append(found)
-    return ordered
 
 
 def without_unlike_shares(plan: Plan, layout: Sequence[str]) -> tuple[Plan, list[str]]:

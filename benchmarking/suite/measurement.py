@@ -10,13 +10,7 @@ from typing import Any
 
 import msgspec
 
-from benchmarking.hardware.gpu_samples import summarize_samples
-from benchmarking.modes.sharing_mode import GPU_ANSWERS, GPU_LOST_FIX, SharingMode
-from benchmarking.records.run_folder import PHASE_BASELINE, PHASE_CO_RUN, RunWriter
-from benchmarking.records.types import ClientRecord, CoRunRecord, GpuFigures, Sample
-from benchmarking.suite import proofs, stop_reasons
-from benchmarking.suite.baselines import identity_differences
-from benchmarking.suite.cli import (
+from benchmarking.cli import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
     EXIT_INVALID,
@@ -25,6 +19,13 @@ from benchmarking.suite.cli import (
     RunEnded,
     SuiteError,
 )
+from benchmarking.hardware.gpu_samples import summarize_samples
+from benchmarking.modes.names import MODE_MIG
+from benchmarking.modes.sharing_mode import GPU_ANSWERS, GPU_LOST_FIX, SharingMode
+from benchmarking.records.run_folder import PHASE_BASELINE, PHASE_CO_RUN, RunWriter
+from benchmarking.records.types import ClientRecord, CoRunRecord, GpuFigures, Sample
+from benchmarking.suite import proofs, stop_reasons
+from benchmarking.suite.baselines import identity_differences
 from benchmarking.suite.co_run_records import client_record, co_run_record
 from benchmarking.suite.console import Progress
 from benchmarking.suite.launcher import (
@@ -40,7 +41,7 @@ from benchmarking.suite.launcher import (
     client_base_environment,
 )
 from benchmarking.suite.limits import PERCENTAGE_VARIABLE
-from benchmarking.suite.plan import COMMAND_WORKLOAD, MODE_MIG, PlannedCoRun
+from benchmarking.suite.plan import COMMAND_WORKLOAD, PlannedCoRun
 from benchmarking.suite.resume import EarlierPart
 from benchmarking.suite.sampler import Sampler
 from benchmarking.suite.setup import Setup

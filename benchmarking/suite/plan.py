@@ -13,14 +13,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from benchmarking.modes.names import MODE_EXCLUSIVE
 from benchmarking.records.run_folder import PHASE_BASELINE, PHASE_CO_RUN, PHASE_SHARE_BASELINE
-
-MODE_EXCLUSIVE = "exclusive"
-MODE_TIME_SLICING = "time-slicing"
-MODE_MPS = "mps"
-MODE_MIG = "mig"
-MODE_CPU_DEMO = "cpu-demo"
-MODES = (MODE_TIME_SLICING, MODE_MPS, MODE_MIG, MODE_EXCLUSIVE)
 
 SIZE_GUIDE, SIZE_QUICK, SIZE_CPU = "guide", "quick", "cpu"
 

@@ -8,17 +8,11 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from benchmarking.cli import EXIT_FAILED, EXIT_USAGE, SuiteError
 from benchmarking.modes.mig import MigMode
 from benchmarking.modes.sharing_mode import is_own_pid_namespace
 from benchmarking.records.run_folder import PHASE_CO_RUN
-from benchmarking.suite.cli import EXIT_FAILED, EXIT_USAGE, SuiteError
-from benchmarking.suite.plan import (
-    SIZE_CPU,
-    SIZE_GUIDE,
-    WORKLOADS,
-    PlannedClient,
-    PlannedCoRun,
-)
+from benchmarking.suite.plan import SIZE_CPU, SIZE_GUIDE, WORKLOADS, PlannedClient, PlannedCoRun
 from benchmarking.suite.setup import Setup
 
 # The least measured seconds, alone and together: under these a figure is noise. What is measured

@@ -15,13 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarking.cli import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, RunEnded, SuiteError
 from benchmarking.records.run_folder import (
     ClientPaths,
     RunStoreError,
     write_json_atomic,
     write_text_atomic,
 )
-from benchmarking.suite.cli import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, RunEnded, SuiteError
 from benchmarking.suite.event_log import tail_of
 from benchmarking.suite.jobs import resolve_all
 from benchmarking.suite.launcher import Client, FinishRule

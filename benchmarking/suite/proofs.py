@@ -12,11 +12,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarking.modes.names import MODE_CPU_DEMO
 from benchmarking.modes.sharing_mode import ProcessLists, SharingMode, own_pids
 from benchmarking.records.types import Proof
 from benchmarking.suite.event_log import process_ids
 from benchmarking.suite.launcher import ClientResult, CoRunResult
-from benchmarking.suite.plan import COMMAND_WORKLOAD, MODE_CPU_DEMO
+from benchmarking.suite.plan import COMMAND_WORKLOAD
 
 # The kernel keeps 15 characters of a name. Clients of the server count, not itself.
 MPS_SERVER_PROGRAM = "nvidia-cuda-mps-server"

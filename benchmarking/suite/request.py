@@ -6,10 +6,11 @@ from pathlib import Path
 
 import msgspec
 
+from benchmarking.modes.names import MODE_TIME_SLICING
 from benchmarking.records.types import MpsLimits
 from benchmarking.suite import limits
 from benchmarking.suite import plan as planning
-from benchmarking.suite.plan import MODE_TIME_SLICING, PAIR_CLIENTS, PAIRS_MIX
+from benchmarking.suite.plan import PAIR_CLIENTS, PAIRS_MIX
 from benchmarking.suite.plan_file import PlanFile
 from benchmarking.suite.redaction import Secrets, secrets_of_words
 

@@ -18,6 +18,8 @@ from typing import Any
 import msgspec
 from msgspec.structs import replace
 
+from benchmarking.cli import EXIT_NO_GPU, EXIT_USAGE, SuiteError
+from benchmarking.modes.names import MODE_TIME_SLICING
 from benchmarking.records import run_folder
 from benchmarking.records.run_folder import (
     PHASE_CO_RUN,
@@ -27,9 +29,7 @@ from benchmarking.records.run_folder import (
 )
 from benchmarking.records.types import ClientRecord, CoRunRecord, Environment
 from benchmarking.suite import baselines
-from benchmarking.suite.cli import EXIT_NO_GPU, EXIT_USAGE, SuiteError
 from benchmarking.suite.launcher import OUTCOME_OK, OUTCOME_TIMEOUT
-from benchmarking.suite.plan import MODE_TIME_SLICING
 from benchmarking.suite.plan_file import PlanFile, parse_plan, text_hash
 from benchmarking.suite.redaction import NotRevealedError, reveal
 from benchmarking.suite.request import Request

@@ -9,14 +9,15 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from benchmarking.cli import EXIT_COMPLETE, EXIT_FAILED, EXIT_USAGE, RunEnded, SuiteError
+from benchmarking.modes.names import MODE_MIG
 from benchmarking.records.run_folder import PHASE_BASELINE, PHASE_SHARE_BASELINE
 from benchmarking.suite import preflight
 from benchmarking.suite.baselines import BaselineMismatchError, newest_reusable, require_reusable
-from benchmarking.suite.cli import EXIT_COMPLETE, EXIT_FAILED, EXIT_USAGE, RunEnded, SuiteError
 from benchmarking.suite.jobs import resolve_all
 from benchmarking.suite.launcher import FinishRule
 from benchmarking.suite.measurement import Measurement, RunContext
-from benchmarking.suite.plan import MODE_MIG, Plan, PlannedCoRun, carried_arguments
+from benchmarking.suite.plan import Plan, PlannedCoRun, carried_arguments
 from benchmarking.suite.ramp import Ramp
 from benchmarking.suite.resume import unlike_environment
 from benchmarking.suite.sampler import Sampler

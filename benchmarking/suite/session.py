@@ -17,9 +17,7 @@ from pathlib import Path
 
 import msgspec
 
-from benchmarking.records import run_folder
-from benchmarking.suite import console, flags, locks, preflight
-from benchmarking.suite.cli import (
+from benchmarking.cli import (
     EXIT_COMPLETE,
     EXIT_FAILED,
     EXIT_INTERRUPTED,
@@ -27,6 +25,8 @@ from benchmarking.suite.cli import (
     EXIT_USAGE,
     SuiteError,
 )
+from benchmarking.records import run_folder
+from benchmarking.suite import console, flags, locks, preflight
 from benchmarking.suite.jobs import require_known_flags
 from benchmarking.suite.measurement import RunContext
 from benchmarking.suite.plan_file import PlanFileError

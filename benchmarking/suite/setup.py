@@ -13,9 +13,18 @@ from typing import Any
 
 import msgspec
 
+from benchmarking.cli import EXIT_MODE_NOT_IN_FORCE, EXIT_USAGE, SuiteError
 from benchmarking.hardware import nvml
 from benchmarking.hardware.nvidia_tools import time_slice
-from benchmarking.modes.sharing_mode import ModeNotInForceError, SharingMode, make_mode
+from benchmarking.modes.choice import make_mode
+from benchmarking.modes.names import (
+    MODE_CPU_DEMO,
+    MODE_EXCLUSIVE,
+    MODE_MIG,
+    MODE_MPS,
+    MODE_TIME_SLICING,
+)
+from benchmarking.modes.sharing_mode import ModeNotInForceError, SharingMode
 from benchmarking.modes.whole_gpu import time_slicing_warning
 from benchmarking.records import run_folder
 from benchmarking.records.run_folder import PHASE_BASELINE, Run
@@ -23,14 +32,8 @@ from benchmarking.records.types import Environment, Evidence, MpsLimits
 from benchmarking.suite import limits
 from benchmarking.suite import plan as planning
 from benchmarking.suite.card import find_gpu, look_for_foreign_processes, usable_cores
-from benchmarking.suite.cli import EXIT_MODE_NOT_IN_FORCE, EXIT_USAGE, SuiteError
 from benchmarking.suite.own_jobs import JOBS_PLAN, plan_clients
 from benchmarking.suite.plan import (
-    MODE_CPU_DEMO,
-    MODE_EXCLUSIVE,
-    MODE_MIG,
-    MODE_MPS,
-    MODE_TIME_SLICING,
     SIZE_CPU,
     SIZE_GUIDE,
     SIZE_QUICK,

@@ -24,10 +24,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarking.metrics.breaking_point import breaking_point
+from benchmarking.modes.names import MODE_MPS
 from benchmarking.records.types import ClientRecord, CoRunRecord
 from benchmarking.suite.event_log import last_event
 from benchmarking.suite.launcher import ClientResult
-from benchmarking.suite.plan import MODE_MPS
 
 GPU_LOST = "gpu_lost"
 

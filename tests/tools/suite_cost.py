@@ -34,14 +34,7 @@ from typing import Any
 import msgspec
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from benchmarking.hardware import host_limit
-from benchmarking.hardware.gpu_samples import summarize_samples
-from benchmarking.hardware.host_cpu import read_process_trees
-from benchmarking.metrics.estimates import Estimate, estimate
-from benchmarking.metrics.number_text import significant
-from benchmarking.records.run_folder import utc_now, write_json_atomic
-from benchmarking.records.types import Sample
-from benchmarking.suite.cli import (
+from benchmarking.cli import (
     EXIT_COMPLETE,
     EXIT_FAILED,
     EXIT_INTERRUPTED,
@@ -51,6 +44,14 @@ from benchmarking.suite.cli import (
     positive_float,
     positive_int,
 )
+from benchmarking.hardware import host_limit
+from benchmarking.hardware.gpu_samples import summarize_samples
+from benchmarking.hardware.host_cpu import read_process_trees
+from benchmarking.metrics.estimates import Estimate, estimate
+from benchmarking.metrics.number_text import significant
+from benchmarking.modes.names import MODES
+from benchmarking.records.run_folder import utc_now, write_json_atomic
+from benchmarking.records.types import Sample
 from benchmarking.suite.co_run_records import start_skew_ms
 from benchmarking.suite.console import print_table
 from benchmarking.suite.launcher import (
@@ -62,7 +63,6 @@ from benchmarking.suite.launcher import (
     Timeouts,
     client_base_environment,
 )
-from benchmarking.suite.plan import MODES
 from benchmarking.suite.program import (
     UntilOver,
     client_paths,

@@ -1,0 +1,41 @@
+"""The mode of a name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from benchmarking.modes.mig import MigMode
+from benchmarking.modes.mps import MpsMode
+from benchmarking.modes.names import (
+    MODE_CPU_DEMO,
+    MODE_EXCLUSIVE,
+    MODE_MIG,
+    MODE_MPS,
+    MODE_TIME_SLICING,
+)
+from benchmarking.modes.sharing_mode import GpuFacts, SharingMode
+from benchmarking.modes.whole_gpu import CpuDemoMode, WholeGpuMode
+
+MODE_CLASSES: Mapping[str, type[SharingMode]] = {
+    MODE_TIME_SLICING: WholeGpuMode,
+    MODE_EXCLUSIVE: WholeGpuMode,
+    MODE_MPS: MpsMode,
+    MODE_MIG: MigMode,
+    MODE_CPU_DEMO: CpuDemoMode,
+}
+
+
+def make_mode(
+    name: str,
+    describe: Callable[[], GpuFacts | None],
+    *,
+    clients: int,
+    no_mps_folder: Path,
+    environment: Mapping[str, str],
+    layout: Sequence[str] = (),
+) -> SharingMode:
+    """Return the mode called `name`; the arguments are the fields of `SharingMode`."""
+    if name not in MODE_CLASSES:
+        raise ValueError(f"there is no sharing mode {name!r}")
+    return MODE_CLASSES[name](name, describe, no_mps_folder, clients, environment, layout)
