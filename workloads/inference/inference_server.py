@@ -123,7 +123,7 @@ def listen(host: str, port: int) -> socket.socket:
     """Return a socket that listens there; ``::`` takes IPv4 as well.
 
     Raises:
-        UsageError: That cannot be had.
+        UsageError: The address is not available.
     """
     try:
         family, _, _, _, address = socket.getaddrinfo(

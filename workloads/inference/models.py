@@ -67,7 +67,7 @@ def resolve_model_flags(model: str, weights: str) -> tuple[list[str], list[str]]
     """Find or download the weights once; return (flags that need no network, notes).
 
     Raises:
-        UsageError: There is no such model, or its weights cannot be had.
+        UsageError: There is no such model, or its weights are not available.
     """
     require_model(model)
     path, kind = resolve_weights(model, weights)
@@ -78,7 +78,7 @@ def resolve_model_flags(model: str, weights: str) -> tuple[list[str], list[str]]
 def weights_notes(model: str, asked: str, kind: str) -> list[str]:
     """Return what a reader of the result must know about the weights."""
     if asked == "auto" and kind == "random":
-        return [f"no pretrained weights for {model} could be had: its weights are random"]
+        return [f"no pretrained weights for {model} are available: its weights are random"]
     return []
 
 
@@ -91,7 +91,7 @@ def load_inference_model(
     which is the reference, ReLUs and residual sums are fused into them as well.
 
     Raises:
-        UsageError: There is no such model, or its weights cannot be had or do not fit.
+        UsageError: There is no such model, or its weights are not available or do not fit.
     """
     import torch
 
@@ -213,7 +213,7 @@ class Classifier:
         """Load the model and set aside the buffers of the largest batch.
 
         Raises:
-            UsageError: There is no such model, or its weights cannot be had or do not fit.
+            UsageError: There is no such model, or its weights are not available or do not fit.
         """
         import torch
 
