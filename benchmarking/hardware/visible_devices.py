@@ -1,8 +1,5 @@
 """Which GPUs CUDA would see: the one reader of CUDA_VISIBLE_DEVICES and CUDA_DEVICE_ORDER.
 
-    python3 -I benchmarking/hardware/visible_devices.py                # UUIDs, one a line
-    python3 -I benchmarking/hardware/visible_devices.py --names-none   # exit 0: hides every GPU
-
 The rules are CUDA's (CUDA C++ Programming Guide, "CUDA Environment Variables"; torch.cuda's
 `_parse_visible_devices` reads alike): a list of indices ends at the first entry that is none or
 that no GPU has; an index is what `strtoul` makes of an entry; a list of `GPU-` or `MIG-` UUIDs,
@@ -15,7 +12,6 @@ Standard library alone: the drivers ask it before anything is installed.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -26,7 +22,6 @@ from dataclasses import dataclass, replace
 
 VISIBLE, ORDER = "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"
 QUESTION_SECONDS = 60
-EXIT_NO_GPU = 3
 
 _LISTED_CARD = re.compile(r"GPU \d+: (?P<name>.*) \(UUID: (?P<uuid>GPU-[0-9A-Za-z-]+)\)")
 _LISTED_MIG = re.compile(r"\s+MIG .*\(UUID: (?P<uuid>MIG-[^)]+)\)")
@@ -60,25 +55,6 @@ class Card:
     name: str = ""
     mig_uuids: tuple[str, ...] = ()
     speed: tuple[float, ...] = ()
-
-
-def main() -> int:
-    """Print the visible devices of this machine, or judge the variable alone."""
-    parser = argparse.ArgumentParser(
-        description="Print the UUIDs of the devices that CUDA would see, one a line."
-    )
-    parser.add_argument("--names-none", action="store_true",
-                        help="ask nobody; exit code 0 if the variable hides every GPU of any "
-                        "machine, else 1")  # fmt: skip
-    if parser.parse_args().names_none:
-        return 0 if names_none(os.environ.get(VISIBLE)) else 1
-    cards = cards_of_nvidia_smi()
-    if not cards:
-        print("error: nvidia-smi lists no GPU, so none can be chosen", file=sys.stderr)
-        return EXIT_NO_GPU
-    for uuid in visible_devices(os.environ, cards):
-        print(uuid)
-    return 0
 
 
 def visible_devices(environment: Mapping[str, str], cards: Sequence[Card]) -> list[str]:
@@ -197,7 +173,3 @@ def _answer(*command: str, environment: Mapping[str, str] | None = None) -> str:
         ).stdout  # fmt: skip
     except (OSError, subprocess.TimeoutExpired):
         return ""
-
-
-if __name__ == "__main__":
-    sys.exit(main())
