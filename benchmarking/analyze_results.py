@@ -31,6 +31,7 @@ from benchmarking.analysis.document import Document
 from benchmarking.analysis.runs import RunView
 from benchmarking.cli import EXIT_USAGE, OneLineParser
 from benchmarking.records import run_folder
+from benchmarking.records.writing import write_text_atomic
 
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
@@ -235,7 +236,7 @@ def write_files(compared: Comparison, document: Document, output: Path) -> None:
         "comparison.csv": frame.to_csv(index=False),
     }
     for name, text in texts.items():
-        run_folder.write_text_atomic(output / name, text)
+        write_text_atomic(output / name, text)
 
 
 def write_run_reports(compared: Comparison, folders: dict[str, Path], slo_ms: float | None) -> None:
@@ -250,7 +251,7 @@ def write_run_reports(compared: Comparison, folders: dict[str, Path], slo_ms: fl
             document = draw_and_build(alone, folders, Path(charts))
         with writing(folders[run.run_id]):
             path = folders[run.run_id] / "report.html"
-            run_folder.write_text_atomic(path, html_report.render(document))
+            write_text_atomic(path, html_report.render(document))
 
 
 if __name__ == "__main__":

@@ -18,8 +18,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarking.modes.mode_scripts import ModeScriptError
+from benchmarking.records.writing import append_text
 from benchmarking.suite import driver_arguments as arguments
-from benchmarking.suite.driver import Driver, append_line, driving, say
+from benchmarking.suite.driver import Driver, driving, say
 from benchmarking.suite.driver_arguments import EXIT_FAILED, EXIT_NO_GPU, SHARED_HELP, Refused
 
 SCRIPT, PHASES_FILE = "run_experiments.sh", "phases.jsonl"
@@ -272,7 +273,7 @@ class Experiment:
         if not os.path.exists(os.path.join(output, phase.run_folder)):
             phase.run_folder = ""
         try:
-            append_line(Path(output, PHASES_FILE), vars(phase))
+            append_text(Path(output, PHASES_FILE), json.dumps(vars(phase)))
         except OSError:
             raise Refused(
                 EXIT_FAILED,

@@ -31,7 +31,7 @@ from benchmarking.analysis.runs import CPU_DEMO, RunView, clients_text, mode_nam
 from benchmarking.metrics.estimates import MIN_REPEATS_FOR_CLAIM, Estimate
 from benchmarking.metrics.number_text import duration, joined
 from benchmarking.metrics.scores import FEWEST_FOR_A_TAIL
-from benchmarking.records import run_folder
+from benchmarking.records import run_folder, writing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -202,7 +202,7 @@ def write(sweep: Sweep, folder: Path) -> None:
         ("report.md", markdown_report.render(document)),
         ("report.html", html_report.render(document)),
     ):
-        run_folder.write_text_atomic(folder / name, page)
+        writing.write_text_atomic(folder / name, page)
 
 
 def headline(sweep: Sweep) -> str:

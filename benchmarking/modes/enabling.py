@@ -28,6 +28,7 @@ from benchmarking.hardware.nvidia_tools import (
 )
 from benchmarking.modes import mode_scripts
 from benchmarking.modes.mode_scripts import KINDS_OF_ROOT, STATE_KINDS, ModeScriptError
+from benchmarking.records.writing import append_text
 
 LOG_FILE = "mode-scripts.log"
 NOTE = "driver"  # the kind of state that a driver's note is
@@ -239,8 +240,8 @@ class ModeSwitch:
 
     def _say_and_keep(self, line: str) -> None:
         self._say(line)
-        with contextlib.suppress(OSError), (self.folder / LOG_FILE).open("ab") as log:
-            log.write(f"{line}\n".encode())
+        with contextlib.suppress(OSError):
+            append_text(self.folder / LOG_FILE, line)
 
     # --- what is in force ---------------------------------------------------------------------
 

@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
+from benchmarking.records.writing import append_text
+
 SCRIPTS = Path(__file__).resolve().parents[2] / "gpu-configs"
 RECORD_FILE = "mode_scripts.jsonl"
 
@@ -105,8 +107,8 @@ def run_script(
         "message": _reason(said, code) if code else None,
     }
     # What cannot be written down must not keep a mode from being undone.
-    with contextlib.suppress(OSError), (folder / RECORD_FILE).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+    with contextlib.suppress(OSError):
+        append_text(folder / RECORD_FILE, json.dumps(record))
     if code != 0:
         raise ModeScriptError(f"{words[0]}: {record['message']}")
     return said

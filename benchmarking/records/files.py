@@ -1,8 +1,7 @@
-"""Files of a results folder, opened so that nobody else's are written to and none is waited for.
+"""JSON in the files of a results folder: written as `writing.py` does, and read with suspicion.
 
-Others may be able to write where results lie, and a folder of results may come from elsewhere. So
-no link is followed on writing, no file of another user is written to, and of what is read neither
-the kind of file nor its size, packed or not, is taken on trust.
+A folder of results may come from elsewhere: of what is read neither the kind of file nor its size,
+packed or not, is taken on trust.
 """
 
 from __future__ import annotations
@@ -12,13 +11,14 @@ import gzip
 import io
 import json
 import os
-import secrets
 import stat
 import zlib
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
+
+from benchmarking.records.writing import append_text, write_text_atomic
 
 PACKED_SUFFIX = ".gz"
 # Of all that is read, after unpacking: hours of raw latencies are a tenth of it.
@@ -31,52 +31,12 @@ NOT_DECODED = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 _T = TypeVar("_T")
 
 
-def open_own(path: Path) -> int:
-    """Open a file to append lines to it, made where it is missing (mode 0600).
-
-    Returns its descriptor; a last line that was cut off is ended, or the next one would be part of
-    it. Raises `OSError` for a link, for what is no regular file, and for a file that belongs
-    neither to this user nor to whoever owns the folder.
-    """
-    not_own = OSError(errno.EPERM, f"{path.name} is a link or another user's", str(path))
-    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK
-    try:
-        descriptor = os.open(path, flags, 0o600)
-    except OSError as error:
-        raise not_own if error.errno == errno.ELOOP else error from None
-    try:
-        status = os.fstat(descriptor)
-        owners = (os.geteuid(), path.parent.stat().st_uid)
-        is_file = stat.S_ISREG(status.st_mode) and status.st_nlink == 1
-        if not is_file or status.st_uid not in owners:
-            raise not_own
-        if status.st_size and os.pread(descriptor, 1, status.st_size - 1) != b"\n":
-            os.write(descriptor, b"\n")
-    except OSError:
-        os.close(descriptor)
-        raise
-    return descriptor
-
-
 def append_line(path: Path, value: Any) -> None:
-    """Append `value` as one line of JSON, by one write; it is on disk when this returns.
+    """Append `value` as one line of JSON; raises as `append_text` does.
 
-    Raises `OSError` when it cannot be written, on a full disk for instance (nothing of the line is
-    there then) or where the file is not one's own, and `ValueError` for what is not a number.
+    Raises `ValueError` for what is not a number, too.
     """
-    line = (_json(value) + "\n").encode()
-    descriptor = open_own(path)
-    try:
-        size = os.fstat(descriptor).st_size
-        try:
-            if os.write(descriptor, line) < len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-            os.fsync(descriptor)
-        except OSError:
-            os.ftruncate(descriptor, size)
-            raise
-    finally:
-        os.close(descriptor)
+    append_text(path, _json(value))
 
 
 def write_json_atomic(path: Path, value: Any) -> None:
@@ -85,23 +45,6 @@ def write_json_atomic(path: Path, value: Any) -> None:
     Raises `ValueError` for what is not a number.
     """
     write_text_atomic(path, _json(value, indent=2) + "\n", mode=0o600)
-
-
-def write_text_atomic(path: Path, text: str, *, mode: int = 0o666) -> None:
-    """Write a text so that readers see the old file or the new one, never half.
-
-    `mode` is cut by the umask. A link in its place is replaced, not followed.
-    """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8", newline="") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _json(value: Any, indent: int | None = None) -> str:

@@ -33,8 +33,8 @@ from typing import Any
 
 import msgspec
 
-from benchmarking.records import files, types
-from benchmarking.records.files import write_json_atomic, write_text_atomic
+from benchmarking.records import files, types, writing
+from benchmarking.records.files import write_json_atomic
 from benchmarking.records.types import ClientRecord, CoRunRecord, Manifest, Phase, Record
 
 MANIFEST_FILE = "manifest.json"
@@ -125,7 +125,7 @@ class RunWriter:
         Raises `RunStoreError` when another process writes to it.
         """
         # 0600, as all files: who may only read the run must not be able to hold its lock
-        self._lock = files.open_own(folder / LOCK_FILE)
+        self._lock = writing.open_own(folder / LOCK_FILE)
         if not _lock(self._lock):
             os.close(self._lock)
             raise RunStoreError(f"another process is at work in {folder}: wait for it to end")
@@ -146,7 +146,7 @@ class RunWriter:
 
     def save_plan_file(self, text: str) -> None:
         """Keep the plan file of the run as it was."""
-        write_text_atomic(self.folder / PLAN_FILE, text, mode=0o600)
+        writing.write_text_atomic(self.folder / PLAN_FILE, text, mode=0o600)
 
     def note_resumption(self, ended: str, notes: Sequence[str]) -> None:
         """Note that the run goes on with these notes, and how it `ended` before, with its notes."""
@@ -242,7 +242,7 @@ def reopen_run(run: Run, finished: Collection[str]) -> RunWriter:
     try:
         for name in (SAMPLES_FILE, MONITOR_LOG_FILE):  # the sampler appends to them by itself
             if os.path.lexists(run.folder / name):
-                os.close(files.open_own(run.folder / name))
+                os.close(writing.open_own(run.folder / name))
         writer = RunWriter(run.folder, run.manifest)
     except PermissionError as error:
         raise RunStoreError(f"cannot go on in {run.folder}: {error.strerror}") from error

@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 from benchmarking.hardware.nvidia_tools import Gpu, NoGpuError, find_gpu, mig_profiles
 from benchmarking.modes.enabling import ModeSwitch
 from benchmarking.modes.mode_scripts import ModeScriptError
+from benchmarking.records.writing import append_text
 from benchmarking.suite.driver_arguments import (
     EXIT_FAILED,
     EXIT_USAGE,
@@ -396,30 +397,13 @@ class Driver:
         with contextlib.suppress(OSError):
             os.makedirs(folder, exist_ok=True)
             if os.lstat(folder).st_uid == os.geteuid():
-                append_line(Path(folder, REFUSALS_FILE), row)
+                append_text(Path(folder, REFUSALS_FILE), json.dumps(row))
 
 
 def say(text: str) -> None:
     """Print a line on standard error, also in the midst of a print; nobody may be there to read."""
     with contextlib.suppress(OSError):
         os.write(2, f"{text}\n".encode(errors="backslashreplace"))
-
-
-def append_line(path: Path, row: dict[str, Any]) -> None:
-    """Append a JSON line, whole or not at all, and not to a last line that was cut off.
-
-    Links are not followed. Raises `OSError`.
-    """
-    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
-    with open(os.open(path, flags, 0o644), "r+b", buffering=0) as stream:
-        size = stream.seek(0, os.SEEK_END)
-        is_cut_off = size > 0 and os.pread(stream.fileno(), 1, size - 1) != b"\n"
-        line = f"{json.dumps(row, separators=(',', ':'))}\n".encode()
-        if is_cut_off:
-            line = b"\n" + line
-        if stream.write(line) != len(line):
-            stream.truncate(size)
-            raise OSError("no room for a whole line")
 
 
 def without_controls(text: str) -> str:

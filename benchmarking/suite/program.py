@@ -20,8 +20,8 @@ from benchmarking.records.run_folder import (
     ClientPaths,
     RunStoreError,
     write_json_atomic,
-    write_text_atomic,
 )
+from benchmarking.records.writing import write_text_atomic
 from benchmarking.suite.event_log import tail_of
 from benchmarking.suite.jobs import resolve_all
 from benchmarking.suite.launcher import Client, FinishRule

@@ -1,0 +1,78 @@
+"""Files of a results folder, written so that nobody else's are written to.
+
+Others may be able to write where results lie: no link is followed, and no file of another user is
+written to. Standard library alone: the drivers keep refusals before anything is installed.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import stat
+from pathlib import Path
+
+
+def open_own(path: Path) -> int:
+    """Open a file to append lines to it, made where it is missing (mode 0600).
+
+    Returns its descriptor; a last line that was cut off is ended, or the next one would be part of
+    it. Raises `OSError` for a link, for what is no regular file, and for a file that belongs
+    neither to this user nor to whoever owns the folder.
+    """
+    not_own = OSError(errno.EPERM, f"{path.name} is a link or another user's", str(path))
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK
+    try:
+        descriptor = os.open(path, flags, 0o600)
+    except OSError as error:
+        raise not_own if error.errno == errno.ELOOP else error from None
+    try:
+        status = os.fstat(descriptor)
+        owners = (os.geteuid(), path.parent.stat().st_uid)
+        is_file = stat.S_ISREG(status.st_mode) and status.st_nlink == 1
+        if not is_file or status.st_uid not in owners:
+            raise not_own
+        if status.st_size and os.pread(descriptor, 1, status.st_size - 1) != b"\n":
+            os.write(descriptor, b"\n")
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def append_text(path: Path, line: str) -> None:
+    """Append a line by one write; it is on disk when this returns.
+
+    Raises `OSError` when it cannot be written, on a full disk for instance (nothing of the line is
+    there then) or where the file is not one's own.
+    """
+    content = f"{line}\n".encode()
+    descriptor = open_own(path)
+    try:
+        size = os.fstat(descriptor).st_size
+        try:
+            if os.write(descriptor, content) < len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+            os.fsync(descriptor)
+        except OSError:
+            os.ftruncate(descriptor, size)
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def write_text_atomic(path: Path, text: str, *, mode: int = 0o666) -> None:
+    """Write a text so that readers see the old file or the new one, never half.
+
+    `mode` is cut by the umask. A link in its place is replaced, not followed.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8", newline="") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
