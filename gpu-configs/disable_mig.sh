@@ -14,10 +14,7 @@ check_preconditions() {
     card::require "changing MIG"
     mig::find_own
     require "who uses the GPU instances of $(gpu::title)" mig::find_holders "$OURS"
-    if ((${#HOLDERS[@]})); then
-        gpu::print_holders
-        die "$EXIT_BUSY" "the instances are in use by the processes above; end them first"
-    fi
+    ! gpu::print_holders || die "$EXIT_BUSY" "the instances are in use by the processes above; end them first"
     others=$(mig::subtract "$IDS" "$OURS")
     [[ ${STATE[previous_mig_mode]} == Enabled || -z $others ]] ||
         die "$EXIT_BUSY" "GPU instances that setup_mig.sh did not create are there (ids $others);" \
@@ -38,7 +35,7 @@ main() {
     mig::destroy "$OURS"
     [[ ${STATE[previous_mig_mode]} == Enabled ]] || setting::change MIG-mode Disabled
     state::remove mig
-    ((DRY_RUN)) || printf 'MIG mode is %s on %s, as before.\n' "$GPU_MIG_CURRENT" "$(gpu::title)"
+    transaction::end printf 'MIG mode is %s on %s, as before.\n' "$GPU_MIG_CURRENT" "$(gpu::title)"
 }
 
 main "$@"

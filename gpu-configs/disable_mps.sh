@@ -52,8 +52,7 @@ main() {
     stop_daemon
     setting::put_back compute-mode
     [[ -z ${PIPE:-} ]] || state::remove mps
-    ((DRY_RUN)) ||
-        printf 'MPS is off on %s, compute mode %s.\n' "$(gpu::title)" "$GPU_COMPUTE_MODE"
+    transaction::end printf 'MPS is off on %s, compute mode %s.\n' "$(gpu::title)" "$GPU_COMPUTE_MODE"
 }
 
 main "$@"

@@ -15,55 +15,43 @@ source "${0%"${0##*/}"}lib/common.sh"
 
 EXCLUSIVE=0
 PERCENTAGE=""
+RUNNING=0 # whether the daemon of an earlier time still answers at PIPE
+PIPE=""
 OPTIONS+=(["--exclusive"]="EXCLUSIVE!" ["--percentage"]=PERCENTAGE)
 
 parse_arguments() {
     cli::parse 0 "$@"
     # the control program ignores what is out of range, without an error
-    [[ -z $PERCENTAGE || $PERCENTAGE =~ ^(100(\.0{1,3})?|[0-9]{1,2}(\.[0-9]{1,3})?)$ &&
-        $PERCENTAGE == *[1-9]* ]] ||
+    [[ -z $PERCENTAGE || ($PERCENTAGE =~ ^(100(\.0{1,3})?|[0-9]{1,2}(\.[0-9]{1,3})?)$ && $PERCENTAGE == *[1-9]*) ]] ||
         cli::usage_error "--percentage is over 0 and up to 100, not '$PERCENTAGE'"
 }
 
 check_preconditions() {
-    command -v nvidia-cuda-mps-control >/dev/null || die "$EXIT_NO_GPU" \
-        "nvidia-cuda-mps-control was not found; it comes with the NVIDIA driver" \
-        "(in a container: NVIDIA_DRIVER_CAPABILITIES=compute,utility)"
+    command -v nvidia-cuda-mps-control >/dev/null ||
+        die "$EXIT_NO_GPU" "nvidia-cuda-mps-control was not found; it comes with the NVIDIA driver" \
+            "(in a container: NVIDIA_DRIVER_CAPABILITIES=compute,utility)"
     if [[ ! $GPU_COMPUTE_CAPABILITY =~ ^[0-9]+\.[0-9]$ ]]; then
         warn "nvidia-smi does not tell the compute capability of $(gpu::title); MPS needs 3.5"
     elif ((10#${GPU_COMPUTE_CAPABILITY/./} < 35)); then
-        die "$EXIT_UNSUPPORTED" "MPS needs compute capability 3.5;" \
-            "$(gpu::title) has $GPU_COMPUTE_CAPABILITY"
+        die "$EXIT_UNSUPPORTED" "MPS needs compute capability 3.5; $(gpu::title) has $GPU_COMPUTE_CAPABILITY"
     fi
     [[ $GPU_MIG_CURRENT != Enabled ]] ||
-        die "$EXIT_BUSY" "MIG mode is on, and MPS on top of MIG would need a daemon for each" \
-            "instance; switch it off: sudo ./gpu-configs/disable_mig.sh"
+        die "$EXIT_BUSY" "MIG mode is on; switch it off: sudo ./gpu-configs/disable_mig.sh"
     [[ $GPU_COMPUTE_MODE != Prohibited ]] ||
         die "$EXIT_BUSY" "compute mode is Prohibited, nothing can run on $(gpu::title);" \
             "if nobody needs it so: sudo nvidia-smi -i $GPU_INDEX -c DEFAULT"
-    find_earlier_daemon
+    if mps::load && mps::is_up "$PIPE"; then
+        RUNNING=1
+        log "The MPS daemon at $PIPE answers already."
+    fi
     require "whether MPS daemons run" mps::find_daemons
-    ((${#MPS_FOREIGN[@]} == 0)) || die "$EXIT_BUSY" "another user's MPS control daemon is running:" \
-        "$(join "${MPS_FOREIGN[@]}"); two users cannot share a GPU through MPS at the same time, ask its" \
-        "owner to quit it"
+    ((${#MPS_FOREIGN[@]} == 0)) ||
+        die "$EXIT_BUSY" "another user's MPS control daemon is running: $(join "${MPS_FOREIGN[@]}"); only one" \
+            "user at a time can share a GPU through MPS, ask its owner to quit it"
     mps::refuse_started_by_hand
     ((!EXCLUSIVE)) || [[ $GPU_COMPUTE_MODE == Exclusive_Process ]] ||
         card::require "changing the compute mode (--exclusive)"
     ((RUNNING)) || check_holders
-}
-
-# Sets PIPE and, where the daemon of an earlier time still answers there, RUNNING.
-find_earlier_daemon() {
-    RUNNING=0
-    PIPE=""
-    mps::load || return 0
-    if mps::is_up "$PIPE"; then
-        RUNNING=1
-        log "The MPS daemon at $PIPE answers already."
-    else
-        log "note: the MPS daemon of the last time no longer answers; starting a new one in place of its" \
-            "pipes at $PIPE"
-    fi
 }
 
 # Whoever computes next to MPS takes turns with all of its clients together.
@@ -73,8 +61,7 @@ check_holders() {
             "would shut them out; nvidia-smi said: $NOT_TOLD"
         warn "who uses $(gpu::title) could not be asked: $NOT_TOLD"
     fi
-    ((${#HOLDERS[@]} > 0)) || return 0
-    gpu::print_holders
+    gpu::print_holders || return 0
     ((!EXCLUSIVE)) ||
         die "$EXIT_BUSY" "the processes above use the GPU without MPS, which --exclusive forbids"
     warn "the processes above use the GPU without MPS and will contend with its clients"
@@ -90,7 +77,10 @@ start_daemon() {
     folder+=/mps.$(tr -dc a-z0-9 </dev/urandom | head -c 8 || true)
     PIPE=$folder/pipe
     state::save mps "user=$INVOKER_NAME" "uid=$INVOKER_UID" "pipe_directory=$PIPE" "log_directory=$folder/log"
-    [[ -z $gone ]] || mps::stop "$gone"
+    if [[ -n $gone ]]; then
+        log "note: the MPS daemon of the last time, at $gone, no longer answers; starting a new one"
+        mps::stop "$gone"
+    fi
     undo::push mps::stop "$PIPE"
     run as_user mkdir -m 700 -- "$folder" "$PIPE" "$folder/log" ||
         die "$EXIT_PERMISSION" "cannot create $PIPE as $INVOKER_NAME"
@@ -105,7 +95,7 @@ start_daemon() {
 # pipe open. Where there are several GPUs it is kept to the one, or its server would take memory on all.
 launch() {
     local -a settings=("CUDA_MPS_PIPE_DIRECTORY=$PIPE" "CUDA_MPS_LOG_DIRECTORY=$1")
-    ((${#GPU_LINES[@]} == 1)) || settings+=("CUDA_VISIBLE_DEVICES=$GPU_UUID")
+    ((GPU_COUNT == 1)) || settings+=("CUDA_VISIBLE_DEVICES=$GPU_UUID")
     # shellcheck disable=SC2016 # the inner shell expands
     run --note "$(quoted "${settings[@]}") nvidia-cuda-mps-control -d (as $INVOKER_NAME)" \
         mps::run "${settings[@]}" bash -p -c '
@@ -148,8 +138,7 @@ main() {
     ((RUNNING)) || start_daemon
     set_percentage
     ((!EXCLUSIVE)) || setting::set compute-mode Exclusive_Process
-    undo::forget
-    unless_dry print_in_force
+    transaction::end print_in_force
 }
 
 main "$@"

@@ -32,8 +32,8 @@ check_preconditions() {
     [[ $GPU_MIG_CURRENT == Enabled || $GPU_MIG_CURRENT == Disabled ]] ||
         die "$EXIT_UNSUPPORTED" "$(gpu::title) has no MIG; A100, H100 and other large GPUs have"
     [[ $GPU_MIG_CURRENT == "$GPU_MIG_PENDING" ]] ||
-        die "$EXIT_BUSY" "MIG mode is $GPU_MIG_CURRENT, pending $GPU_MIG_PENDING: the GPU has to be" \
-            "reset, or the machine restarted, before anything else"
+        die "$EXIT_BUSY" "MIG mode is $GPU_MIG_CURRENT, pending $GPU_MIG_PENDING: reset the GPU, or restart" \
+            "the machine, before anything else"
     mps::refuse_own
     require "the MIG profiles and places of $(gpu::title)" mig::read_profiles
     ((${#PROFILE_NAMES[@]})) || die "$EXIT_UNSUPPORTED" "nvidia-smi lists no MIG profiles for $(gpu::title)"
@@ -41,6 +41,10 @@ check_preconditions() {
     # the largest first, as they are created best
     mapfile -t WANTED < <(printf '%s\n' "${WANTED[@]}" | sort -s -t g -k 1,1nr)
     LAYOUT=$(join "${WANTED[@]}")
+    mig::find_own
+    PREVIOUS_MODE=${STATE[previous_mig_mode]:-Enabled}
+    [[ $GPU_MIG_CURRENT == Enabled ]] || PREVIOUS_MODE=Disabled
+    BEFORE=$IDS
 }
 
 # Replaces each wanted profile that the GPU lacks.
@@ -72,19 +76,6 @@ find_substitute() {
         [[ $name != "${1%%g.*}"g.* || $name == *[+-]* ]] || printf '%d %s\n' "${PROFILE_TOTAL[$name]}" "$name"
     done | sort -rn | awk '
         NR == 1 { most = $1; name = $2 } NR == 2 && $1 == most { name = "" } END { print name }'
-}
-
-# Sets OURS, the instances of an earlier run that are still there: they do not outlive a reset of the GPU.
-read_own_state() {
-    PREVIOUS_MODE=$GPU_MIG_CURRENT
-    OURS=""
-    if state::load mig; then
-        [[ $GPU_MIG_CURRENT != Enabled ]] || PREVIOUS_MODE=${STATE[previous_mig_mode]:-Enabled}
-        mig::find_own
-    else
-        mig::require_instances
-    fi
-    BEFORE=$IDS
 }
 
 check_that_it_fits() {
@@ -129,9 +120,7 @@ check_permission() {
     gpu::find_holders ||
         die "$EXIT_FAILED" "who uses $(gpu::title) could not be asked, and MIG mode can only be switched on" \
             "while nobody does; nvidia-smi said: $NOT_TOLD"
-    gpu::print_holders
-    ((${#HOLDERS[@]} == 0)) ||
-        die "$EXIT_BUSY" "MIG mode can only be switched on while nobody uses the GPU"
+    ! gpu::print_holders || die "$EXIT_BUSY" "MIG mode can only be switched on while nobody uses the GPU"
 }
 
 # `instances_before` tells whose the instances are if this is killed before it has saved their ids. A client
@@ -177,14 +166,12 @@ main() {
     transaction::begin
     gpu::select
     check_preconditions
-    read_own_state
     if [[ -z $OURS || $OURS != "${STATE[gpu_instances]}" || ${STATE[layout]:-} != "$LAYOUT" ]]; then
         check_that_it_fits
         check_permission
         apply
-        undo::forget
     fi
-    unless_dry print_in_force
+    transaction::end print_in_force
 }
 
 main "$@"

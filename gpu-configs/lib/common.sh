@@ -107,11 +107,7 @@ wait_until() {
 
 # --- flags ----------------------------------------------------------------------------------------
 
-cli::usage_error() {
-    printf 'error: %s\n' "$*" >&2
-    printf "Try '%s --help'.\n" "${THIS_COMMAND[0]}" >&2
-    exit "$EXIT_USAGE"
-}
+cli::usage_error() { die "$EXIT_USAGE" "$*"$'\n'"Try '${THIS_COMMAND[0]} --help'."; }
 
 # The comment that the script begins with, and what is the same for all.
 cli::help() {
@@ -230,9 +226,6 @@ run() {
     fi
 }
 
-# unless_dry COMMAND: prints what is in force by that command; after a dry run, that nothing is another.
-unless_dry() { if ((DRY_RUN)); then printf 'Dry run: nothing was changed.\n'; else "$@"; fi; }
-
 # card::require WHAT: ends with 5 unless the card's settings may be changed from here.
 card::require() {
     local reason
@@ -266,10 +259,10 @@ card::failed() {
         *[Ii]"n use"*)
             code=$EXIT_BUSY
             gpu::find_holders || log "Who uses it could not be asked: $NOT_TOLD"
-            gpu::print_holders
+            gpu::print_holders || true
             ;;
         *"in pending enable state"*)
-            undo::forget # a restart is what makes it effective: left pending, as it has to be
+            UNDO=() # a restart is what makes it effective: left pending, as it has to be
             die "$EXIT_BUSY" "MIG mode is pending: restart the machine (or reset the GPU), then run this" \
                 "again; to take it back: sudo ./gpu-configs/disable_mig.sh. nvidia-smi said: $words"
             ;;
@@ -286,9 +279,6 @@ UNDO_FAILED=0
 # undo::push COMMAND...: what puts a change back. Pushed *before* the change, because a signal can come
 # between a change and the next line; so the command has to look first whether there is anything to do.
 undo::push() { ((DRY_RUN)) || UNDO+=("$(printf '%q ' "$@")"); }
-
-# From here on nothing is put back: the work is done, or is meant to stay as it is.
-undo::forget() { UNDO=(); }
 
 undo::on_exit() {
     local -ri status=$?
@@ -313,6 +303,12 @@ transaction::begin() {
     trap 'exit 129' HUP
     trap 'die "$EXIT_FAILED" "$BASH_COMMAND failed with status $? (${0##*/}, line $LINENO)"' ERR
     user::resolve
+}
+
+# transaction::end COMMAND...: from here on nothing is put back; what is in force is printed by the command.
+transaction::end() {
+    UNDO=()
+    if ((DRY_RUN)); then printf 'Dry run: nothing was changed.\n'; else "$@"; fi
 }
 
 # --- saved state ------------------------------------------------------------------------------------
@@ -399,16 +395,6 @@ state::remove() {
 state::put_back() {
     ((UNDO_FAILED == 0)) || return 0
     if (($# == 1)); then state::remove "$1"; else state::save "$@"; fi
-}
-
-# state::driver_at_work: whether a driver is at work with a mode on the chosen GPU; STATE then holds its
-# note (mode, pid, output). The start time, in the kernel's ticks, tells it from a later process with its pid.
-state::driver_at_work() {
-    local started
-    state::load driver && [[ ${STATE[pid]:-} =~ ^[0-9]+$ ]] || return 1
-    # behind the program's name, which may hold anything, and the process's state
-    started=$(sed -nE 's/.*\) [^Z] //p' "/proc/${STATE[pid]}/stat" 2>/dev/null | cut -d ' ' -f 19) || return 1
-    [[ -n $started && $started == "${STATE[started]:-}" ]]
 }
 
 # shellcheck source=gpu.sh
