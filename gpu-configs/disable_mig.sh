@@ -27,8 +27,7 @@ main() {
     gpu::select
     if ! state::load mig; then
         printf 'setup_mig.sh has nothing in force on %s: nothing to undo.\n' "$(gpu::title)"
-        [[ $GPU_MIG_CURRENT != Enabled ]] ||
-            printf '  MIG mode is on, but was not switched on here; it is left alone.\n'
+        [[ $GPU_MIG_CURRENT != Enabled ]] || printf '  MIG mode was not switched on here; it is left alone.\n'
         return 0
     fi
     check_preconditions

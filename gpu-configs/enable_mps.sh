@@ -1,14 +1,13 @@
 #!/bin/bash -p
 # Usage: [sudo] ./gpu-configs/enable_mps.sh [options]
 #
-# Starts the NVIDIA MPS control daemon for you (under sudo: for the user who called sudo), waits until it
-# answers, and says what is in force. The state file names its pipe directory.
+# Starts the NVIDIA MPS control daemon for you (under sudo: for the user who called sudo).
 # Undo: ./gpu-configs/disable_mps.sh
 #
 #   --exclusive            also set compute mode EXCLUSIVE_PROCESS, so that a process that bypasses MPS
 #                          fails loudly; needs root, the only thing here that does
-#   --percentage N         default active thread percentage of a client (over 0, up to 100); counts for
-#                          MPS servers that start from then on. It limits, it does not reserve
+#   --percentage N         default active thread percentage of a client (over 0, up to 100), for MPS
+#                          servers that start from then on. It limits, it does not reserve
 
 # shellcheck source=lib/common.sh
 source "${0%"${0##*/}"}lib/common.sh"
@@ -22,7 +21,7 @@ OPTIONS+=(["--exclusive"]="EXCLUSIVE!" ["--percentage"]=PERCENTAGE)
 parse_arguments() {
     cli::parse 0 "$@"
     # the control program ignores what is out of range, without an error
-    [[ -z $PERCENTAGE || ($PERCENTAGE =~ ^(100(\.0{1,3})?|[0-9]{1,2}(\.[0-9]{1,3})?)$ && $PERCENTAGE == *[1-9]*) ]] ||
+    [[ ${PERCENTAGE:-1} =~ ^(100(\.0{1,3})?|[0-9]{1,2}(\.[0-9]{1,3})?)$ && ${PERCENTAGE:-1} == *[1-9]* ]] ||
         cli::usage_error "--percentage is over 0 and up to 100, not '$PERCENTAGE'"
 }
 
@@ -38,17 +37,15 @@ check_preconditions() {
     [[ $GPU_MIG_CURRENT != Enabled ]] ||
         die "$EXIT_BUSY" "MIG mode is on; switch it off: sudo ./gpu-configs/disable_mig.sh"
     [[ $GPU_COMPUTE_MODE != Prohibited ]] ||
-        die "$EXIT_BUSY" "compute mode is Prohibited, nothing can run on $(gpu::title);" \
-            "if nobody needs it so: sudo nvidia-smi -i $GPU_INDEX -c DEFAULT"
+        die "$EXIT_BUSY" "compute mode is Prohibited; if nobody needs it so: sudo nvidia-smi -i $GPU_INDEX -c 0"
     if mps::load && mps::is_up "$PIPE"; then
         RUNNING=1
         log "The MPS daemon at $PIPE answers already."
     fi
-    require "whether MPS daemons run" mps::find_daemons
+    mps::refuse_started_by_hand
     ((${#MPS_FOREIGN[@]} == 0)) ||
         die "$EXIT_BUSY" "another user's MPS control daemon is running: $(join "${MPS_FOREIGN[@]}"); only one" \
             "user at a time can share a GPU through MPS, ask its owner to quit it"
-    mps::refuse_started_by_hand
     ((!EXCLUSIVE)) || [[ $GPU_COMPUTE_MODE == Exclusive_Process ]] ||
         card::require "changing the compute mode (--exclusive)"
     ((RUNNING)) || check_holders
@@ -57,25 +54,28 @@ check_preconditions() {
 # Whoever computes next to MPS takes turns with all of its clients together.
 check_holders() {
     if ! gpu::find_holders; then
-        ((!EXCLUSIVE)) || die "$EXIT_FAILED" "who uses $(gpu::title) could not be asked, and --exclusive" \
-            "would shut them out; nvidia-smi said: $NOT_TOLD"
+        ((!EXCLUSIVE)) || die "$EXIT_FAILED" \
+            "who uses the GPU could not be asked, and --exclusive would shut them out: $NOT_TOLD"
         warn "who uses $(gpu::title) could not be asked: $NOT_TOLD"
     fi
     gpu::print_holders || return 0
-    ((!EXCLUSIVE)) ||
-        die "$EXIT_BUSY" "the processes above use the GPU without MPS, which --exclusive forbids"
+    ((!EXCLUSIVE)) || die "$EXIT_BUSY" "the processes above use the GPU without MPS, which --exclusive forbids"
     warn "the processes above use the GPU without MPS and will contend with its clients"
 }
 
 # Everything is in a new folder: in /tmp where the path of the socket in it, /pipe/control_privileged, would
 # else come to 108 bytes or more. The state is saved before there is anything, so that whatever moment a
-# kill comes at can be undone.
+# kill comes at can be undone. The daemon's own output goes to a file: it would else hold the caller's
+# terminal or pipe open. Where there are several GPUs it is kept to the one, or its server would take memory
+# on all.
 start_daemon() {
     local folder=$USER_STATE
+    local -a settings
     local -r gone=$PIPE
     ((${#folder} < 70)) || folder=/tmp
     folder+=/mps.$(tr -dc a-z0-9 </dev/urandom | head -c 8 || true)
     PIPE=$folder/pipe
+    settings=("CUDA_MPS_PIPE_DIRECTORY=$PIPE" "CUDA_MPS_LOG_DIRECTORY=$folder/log")
     state::save mps "user=$INVOKER_NAME" "uid=$INVOKER_UID" "pipe_directory=$PIPE" "log_directory=$folder/log"
     if [[ -n $gone ]]; then
         log "note: the MPS daemon of the last time, at $gone, no longer answers; starting a new one"
@@ -84,17 +84,6 @@ start_daemon() {
     undo::push mps::stop "$PIPE"
     run as_user mkdir -m 700 -- "$folder" "$PIPE" "$folder/log" ||
         die "$EXIT_PERMISSION" "cannot create $PIPE as $INVOKER_NAME"
-    launch "$folder/log"
-    ((DRY_RUN)) || wait_until mps::is_told up "$PIPE" || {
-        as_user tail -n 5 -- "$folder/log/start.log" "$folder/log/control.log" >&2 || true
-        die "$EXIT_FAILED" "the MPS daemon did not answer within $WAIT_SECONDS s"
-    }
-}
-
-# launch LOG_DIRECTORY. The daemon's own output goes to a file: it would else hold the caller's terminal or
-# pipe open. Where there are several GPUs it is kept to the one, or its server would take memory on all.
-launch() {
-    local -a settings=("CUDA_MPS_PIPE_DIRECTORY=$PIPE" "CUDA_MPS_LOG_DIRECTORY=$1")
     ((GPU_COUNT == 1)) || settings+=("CUDA_VISIBLE_DEVICES=$GPU_UUID")
     # shellcheck disable=SC2016 # the inner shell expands
     run --note "$(quoted "${settings[@]}") nvidia-cuda-mps-control -d (as $INVOKER_NAME)" \
@@ -102,6 +91,10 @@ launch() {
             ulimit -Sn 16384 2>/dev/null || ulimit -Sn hard
             exec nvidia-cuda-mps-control -d </dev/null >"$CUDA_MPS_LOG_DIRECTORY/start.log" 2>&1
         ' || true # it is the answer that counts
+    ((DRY_RUN)) || wait_until mps::is_told up "$PIPE" || {
+        as_user tail -n 5 -- "$folder/log/start.log" "$folder/log/control.log" >&2 || true
+        die "$EXIT_FAILED" "the MPS daemon did not answer within $WAIT_SECONDS s"
+    }
 }
 
 set_percentage() {

@@ -84,7 +84,6 @@ print_saved() {
 }
 
 print_gpu() {
-    local pending=""
     DAEMON=gone # the one that enable_mps.sh started
     gpu::title
     printf '\n'
@@ -93,9 +92,7 @@ print_gpu() {
     show "mode in force" "$(mode_in_force)"
     show "compute mode" "$GPU_COMPUTE_MODE"
     ! told "time slice" setting::read time-slice || show "time slice" "${CURRENT:-not a setting of this GPU}"
-    [[ $GPU_MIG_CURRENT == "$GPU_MIG_PENDING" ]] ||
-        pending=" (pending: $GPU_MIG_PENDING, after a reset of the GPU)"
-    show "MIG mode" "$GPU_MIG_CURRENT$pending"
+    show "MIG mode" "$GPU_MIG_MODE"
     [[ $GPU_MIG_CURRENT != Enabled ]] || ! told "MIG devices" mig::find_devices ||
         show "MIG device" "${MIG_DEVICES[@]}"
     print_mps
@@ -113,7 +110,8 @@ restore() {
         GPU_UUID=${command#* }
         state::load driver && [[ ${STATE[pid]:-} =~ ^[0-9]+$ ]] || continue
         # behind the program's name, which may hold anything, and the process's state
-        started=$(sed -nE 's/.*\) [^Z] //p' "/proc/${STATE[pid]}/stat" 2>/dev/null | cut -d ' ' -f 19) || continue
+        started=$(sed -nE 's/.*\) [^Z] //p' "/proc/${STATE[pid]}/stat" 2>/dev/null | cut -d ' ' -f 19) ||
+            continue
         [[ $started != "${STATE[started]:-unknown}" ]] ||
             die "$EXIT_BUSY" "a run is at work with ${STATE[mode]:-a mode} on $GPU_UUID: pid ${STATE[pid]}," \
                 "into ${STATE[output]:-?}; wait for its end, or stop it: it undoes what it enabled"

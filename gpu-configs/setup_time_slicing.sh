@@ -4,8 +4,7 @@
 # Prepares one GPU for time slicing among CLIENTS processes (1 to 9999), and says what is in force.
 # Undo: ./gpu-configs/reset_time_slicing.sh
 #
-#   --timeslice LENGTH     default, short, medium or long; needs root. Without it the GPU keeps the
-#                          length it has, and the script needs no root
+#   --timeslice LENGTH     default, short, medium or long; needs root. Without it the length stays
 
 # shellcheck source=lib/common.sh
 source "${0%"${0##*/}"}lib/common.sh"
@@ -28,10 +27,7 @@ check_preconditions() {
     local holder pid
     [[ $GPU_MIG_CURRENT != Enabled ]] ||
         die "$EXIT_BUSY" "MIG mode is on; switch it off: sudo ./gpu-configs/disable_mig.sh"
-    [[ $GPU_MIG_PENDING != Enabled ]] ||
-        warn "MIG mode is pending: the GPU will be in MIG mode after its next reset"
     mps::refuse_own
-    require "whether MPS daemons run" mps::find_daemons
     mps::refuse_started_by_hand
     require "whether an MPS server holds $(gpu::title)" gpu::find_holders
     for holder in "${HOLDERS[@]}"; do
@@ -41,13 +37,12 @@ check_preconditions() {
     done
     ((${#MPS_FOREIGN[@]} == 0)) || warn "another user's MPS control daemon is running: ${MPS_FOREIGN[*]}"
     [[ $GPU_COMPUTE_MODE == Default ]] ||
-        die "$EXIT_BUSY" "compute mode is $GPU_COMPUTE_MODE, so clients cannot share;" \
-            "if nobody needs it so: sudo nvidia-smi -i $GPU_INDEX -c DEFAULT"
+        die "$EXIT_BUSY" "compute mode is $GPU_COMPUTE_MODE, so clients cannot share; if nobody needs it so:" \
+            "sudo nvidia-smi -i $GPU_INDEX -c 0"
     gpu::print_holders || true
     [[ -n $TIMESLICE ]] || return 0
     require "the time slice" setting::read time-slice
-    [[ -n $CURRENT ]] ||
-        die "$EXIT_UNSUPPORTED" "$(gpu::title) has no time slice setting; leave --timeslice out"
+    [[ -n $CURRENT ]] || die "$EXIT_UNSUPPORTED" "$(gpu::title) has no time slice setting; omit --timeslice"
     [[ $TIMESLICE == "$CURRENT" ]] || card::require "changing the time slice"
 }
 

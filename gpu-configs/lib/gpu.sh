@@ -44,8 +44,7 @@ gpu::list() {
     local line uuid
     local -r names='s/^GPU [0-9]+: .*\(UUID: (GPU-[0-9A-Za-z-]+)\)$/\1/p'
     local -a rows rest titles=()
-    command -v nvidia-smi >/dev/null ||
-        die "$EXIT_NO_GPU" "nvidia-smi was not found; install the NVIDIA driver"
+    command -v nvidia-smi >/dev/null || die "$EXIT_NO_GPU" "nvidia-smi was not found; install the NVIDIA driver"
     gpu::query
     rows=("${QUERY_ROWS[@]}")
     rest=("${QUERY_REST[@]}")
@@ -86,6 +85,8 @@ gpu::read_line() {
     for name in GPU_MIG_CURRENT GPU_MIG_PENDING GPU_COMPUTE_CAPABILITY; do
         [[ ${!name} != "$GPU_UUID" ]] || printf -v "$name" '[N/A]'
     done
+    GPU_MIG_MODE=$GPU_MIG_CURRENT
+    [[ $GPU_MIG_PENDING == "$GPU_MIG_CURRENT" ]] || GPU_MIG_MODE+=" (pending: $GPU_MIG_PENDING)"
 }
 
 # Chooses the GPU of --gpu, or the first, and fills the GPU_* variables.
@@ -153,12 +154,10 @@ setting::read() {
         return
     fi
     gpu::query -i "$GPU_UUID"
-    ((${#QUERY_ROWS[@]} == 1)) ||
-        die "$EXIT_NO_GPU" "GPU $GPU_UUID no longer answers: ${QUERY_REST[0]:-nothing was said}"
+    ((${#QUERY_ROWS[@]} == 1)) || die "$EXIT_NO_GPU" "GPU $GPU_UUID no longer answers: ${QUERY_REST[0]:-}"
     gpu::read_line "${QUERY_ROWS[0]}"
     CURRENT=$GPU_COMPUTE_MODE
-    [[ $1 != MIG-mode ]] || CURRENT=$GPU_MIG_CURRENT
-    [[ $1 != MIG-mode || $GPU_MIG_PENDING == "$CURRENT" ]] || CURRENT+=" (pending: $GPU_MIG_PENDING)"
+    [[ $1 != MIG-mode ]] || CURRENT=$GPU_MIG_MODE
 }
 
 # setting::change NAME VALUE: asks nvidia-smi for it, unless it is so, and reads it back.

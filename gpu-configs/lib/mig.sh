@@ -38,7 +38,6 @@ mig::read_profiles() {
         END { for (i = 1; i <= count; i++) print row[ids[i]], places[ids[i]] }' <<<"$profiles"$'\n'"$places")
 }
 
-# Prints the profiles of this GPU, on stderr.
 mig::print_profiles() {
     local name
     log "Profiles of $(gpu::title):"

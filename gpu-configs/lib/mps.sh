@@ -119,16 +119,17 @@ mps::find_daemons() {
     done <<<"$listing"
 }
 
-# Ends with 6 where the user has a daemon, of MPS_OWN, that enable_mps.sh did not start: more than those that
-# it started, on any GPU, and that still answer.
+# Finds the daemons; ends with 6 where the user has one that enable_mps.sh did not start: more than those
+# that it started, on any GPU, and that still answer.
 mps::refuse_started_by_hand() {
     local file pipe
     local -i started=0
+    require "whether MPS daemons run" mps::find_daemons
     for file in "$USER_STATE"/mps-*.state; do
         pipe=$(as_user sed -n 's/^pipe_directory=//p' "$file" 2>/dev/null) || continue
         [[ -z $pipe ]] || ! mps::is_up "$pipe" || started+=1
     done
     ((${#MPS_OWN[@]} <= started)) ||
-        die "$EXIT_BUSY" "an MPS daemon that enable_mps.sh did not start is running ($(join "${MPS_OWN[@]}"));" \
+        die "$EXIT_BUSY" "a daemon that enable_mps.sh did not start is running ($(join "${MPS_OWN[@]}"));" \
             "end it: echo quit | nvidia-cuda-mps-control, with its CUDA_MPS_PIPE_DIRECTORY"
 }
