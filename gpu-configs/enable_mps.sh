@@ -78,7 +78,8 @@ start_daemon() {
     settings=("CUDA_MPS_PIPE_DIRECTORY=$PIPE" "CUDA_MPS_LOG_DIRECTORY=$folder/log")
     state::save mps "user=$INVOKER_NAME" "uid=$INVOKER_UID" "pipe_directory=$PIPE" "log_directory=$folder/log"
     if [[ -n $gone ]]; then
-        log "note: the MPS daemon of the last time, at $gone, no longer answers; starting a new one"
+        log "note: the MPS daemon of the last time no longer answers; starting a new one in place of its" \
+            "pipes at $gone"
         mps::stop "$gone"
     fi
     undo::push mps::stop "$PIPE"
