@@ -85,8 +85,7 @@ print_saved() {
 
 print_gpu() {
     DAEMON=gone # the one that enable_mps.sh started
-    gpu::title
-    printf '\n'
+    printf '%s\n' "$(gpu::title)"
     ! mps::load || told "MPS daemon" mps::look "$PIPE" || true
     told "MPS daemons" mps::find_daemons || [[ $DAEMON == up ]] || DAEMON=unknown
     show "mode in force" "$(mode_in_force)"
