@@ -408,7 +408,7 @@ def test_wrong_arguments_are_exit_code_2_with_a_sentence_before_anything_is_aske
         ((MIG_OFF,),), m.as_delivered),
     m.Row("after the restart it knows that MIG was off", FOUR, 0, (),
         m.has(profiles=["1g.10gb"] * 4),
-        (m.gpu(mig_switch="reset_not_supported"), lambda it: it.runFOUR,
+        (m.gpu(mig_switch="reset_not_supported"), lambda it: it.run(*FOUR),
          m.gpu(mig_current="Enabled", mig_switch="ok")), ((MIG_OFF,),), m.as_delivered),
     m.Row("a failure half-way destroys what was made", FOUR, 1,
         ("only 2 of 4 instances were created", "Insufficient Resources"), m.as_delivered,
