@@ -14,10 +14,7 @@ check_preconditions() {
     card::require "changing MIG"
     mig::find_own
     require "who uses the GPU instances of $(gpu::title)" mig::find_holders "$OURS"
-    if ((${#HOLDERS[@]})); then
-        gpu::print_holders
-        die "$EXIT_BUSY" "the instances are in use by the processes above; end them first"
-    fi
+    ! gpu::print_holders || die "$EXIT_BUSY" "the instances are in use by the processes above; end them first"
     others=$(mig::subtract "$IDS" "$OURS")
     [[ ${STATE[previous_mig_mode]} == Enabled || -z $others ]] ||
         die "$EXIT_BUSY" "GPU instances that setup_mig.sh did not create are there (ids $others);" \
@@ -30,15 +27,14 @@ main() {
     gpu::select
     if ! state::load mig; then
         printf 'setup_mig.sh has nothing in force on %s: nothing to undo.\n' "$(gpu::title)"
-        [[ $GPU_MIG_CURRENT != Enabled ]] ||
-            printf '  MIG mode is on, but was not switched on here; it is left alone.\n'
+        [[ $GPU_MIG_CURRENT != Enabled ]] || printf '  MIG mode was not switched on here; it is left alone.\n'
         return 0
     fi
     check_preconditions
     mig::destroy "$OURS"
     [[ ${STATE[previous_mig_mode]} == Enabled ]] || setting::change MIG-mode Disabled
     state::remove mig
-    ((DRY_RUN)) || printf 'MIG mode is %s on %s, as before.\n' "$GPU_MIG_CURRENT" "$(gpu::title)"
+    transaction::end printf 'MIG mode is %s on %s, as before.\n' "$GPU_MIG_CURRENT" "$(gpu::title)"
 }
 
 main "$@"

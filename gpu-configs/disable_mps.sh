@@ -1,9 +1,8 @@
 #!/bin/bash -p
 # Usage: [sudo] ./gpu-configs/disable_mps.sh [options]
 #
-# Ends the MPS daemon that enable_mps.sh started, checks that nothing answers any more, removes its
-# folders and puts the compute mode back (that alone needs root). Waits a while for clients to leave; with
-# clients still attached it stops and lists them.
+# Ends the MPS daemon that enable_mps.sh started and puts the compute mode back (that alone needs root).
+# Waits a while for clients to leave; with clients still attached it stops and lists them.
 
 # shellcheck source=lib/common.sh
 source "${0%"${0##*/}"}lib/common.sh"
@@ -21,39 +20,34 @@ wait_for_clients() {
     die "$EXIT_BUSY" "the MPS daemon has clients; end them first"
 }
 
-print_that_there_is_nothing() {
+# Ends the script but where the compute mode alone is to be put back, and nobody's daemon needs it.
+leave_daemons() {
     require "whether MPS daemons run" mps::find_daemons
+    if state::load compute-mode; then
+        ((${#MPS_FOREIGN[@]} == 0)) || die "$EXIT_BUSY" "the compute mode was set for another user's MPS" \
+            "control daemon: ${MPS_FOREIGN[*]}; run this as that user"
+        return 0
+    fi
     printf 'enable_mps.sh has nothing in force on %s: nothing to undo.\n' "$(gpu::title)"
     ((${#MPS_OWN[@]} + ${#MPS_FOREIGN[@]} == 0)) ||
         printf '  left alone: MPS control daemon, %s\n' "${MPS_FOREIGN[@]}" "${MPS_OWN[@]}"
-}
-
-# What would keep the compute mode from being put back is looked for first.
-stop_daemon() {
-    setting::check_saved compute-mode || true
-    if mps::load; then
-        ! mps::is_up "$PIPE" || wait_for_clients
-        mps::stop "$PIPE"
-    else
-        require "whether MPS daemons run" mps::find_daemons
-        ((${#MPS_FOREIGN[@]} == 0)) || die "$EXIT_BUSY" "the compute mode was set for another user's MPS" \
-            "control daemon: ${MPS_FOREIGN[*]}; run this as that user"
-    fi
+    exit 0
 }
 
 main() {
     cli::parse 0 "$@"
     transaction::begin
     gpu::select
-    if ! state::load mps && ! state::load compute-mode; then
-        print_that_there_is_nothing
-        return 0
+    setting::check_saved compute-mode || true # what would keep it from being put back comes first
+    if mps::load; then
+        ! mps::is_up "$PIPE" || wait_for_clients
+        mps::stop "$PIPE"
+        state::remove mps
+    else
+        leave_daemons
     fi
-    stop_daemon
     setting::put_back compute-mode
-    [[ -z ${PIPE:-} ]] || state::remove mps
-    ((DRY_RUN)) ||
-        printf 'MPS is off on %s, compute mode %s.\n' "$(gpu::title)" "$GPU_COMPUTE_MODE"
+    transaction::end printf 'MPS is off on %s, compute mode %s.\n' "$(gpu::title)" "$GPU_COMPUTE_MODE"
 }
 
 main "$@"

@@ -1,117 +1,101 @@
 #!/bin/bash -p
 # Usage: [sudo] ./gpu-configs/enable_mps.sh [options]
 #
-# Starts the NVIDIA MPS control daemon for you (under sudo: for the user who called sudo), waits until it
-# answers, and says what is in force. The state file names its pipe directory.
+# Starts the NVIDIA MPS control daemon for you (under sudo: for the user who called sudo).
 # Undo: ./gpu-configs/disable_mps.sh
 #
 #   --exclusive            also set compute mode EXCLUSIVE_PROCESS, so that a process that bypasses MPS
 #                          fails loudly; needs root, the only thing here that does
-#   --percentage N         default active thread percentage of a client (over 0, up to 100); counts for
-#                          MPS servers that start from then on. It limits, it does not reserve
+#   --percentage N         default active thread percentage of a client (over 0, up to 100), for MPS
+#                          servers that start from then on. It limits, it does not reserve
 
 # shellcheck source=lib/common.sh
 source "${0%"${0##*/}"}lib/common.sh"
 
 EXCLUSIVE=0
 PERCENTAGE=""
+RUNNING=0 # whether the daemon of an earlier time still answers at PIPE
+PIPE=""
 OPTIONS+=(["--exclusive"]="EXCLUSIVE!" ["--percentage"]=PERCENTAGE)
 
 parse_arguments() {
     cli::parse 0 "$@"
     # the control program ignores what is out of range, without an error
-    [[ -z $PERCENTAGE || $PERCENTAGE =~ ^(100(\.0{1,3})?|[0-9]{1,2}(\.[0-9]{1,3})?)$ &&
-        $PERCENTAGE == *[1-9]* ]] ||
+    [[ ${PERCENTAGE:-1} =~ ^(100(\.0{1,3})?|[0-9]{1,2}(\.[0-9]{1,3})?)$ && ${PERCENTAGE:-1} == *[1-9]* ]] ||
         cli::usage_error "--percentage is over 0 and up to 100, not '$PERCENTAGE'"
 }
 
 check_preconditions() {
-    command -v nvidia-cuda-mps-control >/dev/null || die "$EXIT_NO_GPU" \
-        "nvidia-cuda-mps-control was not found; it comes with the NVIDIA driver" \
-        "(in a container: NVIDIA_DRIVER_CAPABILITIES=compute,utility)"
+    command -v nvidia-cuda-mps-control >/dev/null ||
+        die "$EXIT_NO_GPU" "nvidia-cuda-mps-control was not found; it comes with the NVIDIA driver" \
+            "(in a container: NVIDIA_DRIVER_CAPABILITIES=compute,utility)"
     if [[ ! $GPU_COMPUTE_CAPABILITY =~ ^[0-9]+\.[0-9]$ ]]; then
         warn "nvidia-smi does not tell the compute capability of $(gpu::title); MPS needs 3.5"
     elif ((10#${GPU_COMPUTE_CAPABILITY/./} < 35)); then
-        die "$EXIT_UNSUPPORTED" "MPS needs compute capability 3.5;" \
-            "$(gpu::title) has $GPU_COMPUTE_CAPABILITY"
+        die "$EXIT_UNSUPPORTED" "MPS needs compute capability 3.5; $(gpu::title) has $GPU_COMPUTE_CAPABILITY"
     fi
     [[ $GPU_MIG_CURRENT != Enabled ]] ||
-        die "$EXIT_BUSY" "MIG mode is on, and MPS on top of MIG would need a daemon for each" \
-            "instance; switch it off: sudo ./gpu-configs/disable_mig.sh"
+        die "$EXIT_BUSY" "MIG mode is on; switch it off: sudo ./gpu-configs/disable_mig.sh"
     [[ $GPU_COMPUTE_MODE != Prohibited ]] ||
-        die "$EXIT_BUSY" "compute mode is Prohibited, nothing can run on $(gpu::title);" \
-            "if nobody needs it so: sudo nvidia-smi -i $GPU_INDEX -c DEFAULT"
-    find_earlier_daemon
-    require "whether MPS daemons run" mps::find_daemons
-    ((${#MPS_FOREIGN[@]} == 0)) || die "$EXIT_BUSY" "another user's MPS control daemon is running:" \
-        "$(join "${MPS_FOREIGN[@]}"); two users cannot share a GPU through MPS at the same time, ask its" \
-        "owner to quit it"
+        die "$EXIT_BUSY" "compute mode is Prohibited; if nobody needs it so: sudo nvidia-smi -i $GPU_INDEX -c 0"
+    if mps::load && mps::is_up "$PIPE"; then
+        RUNNING=1
+        log "The MPS daemon at $PIPE answers already."
+    fi
     mps::refuse_started_by_hand
+    ((${#MPS_FOREIGN[@]} == 0)) ||
+        die "$EXIT_BUSY" "another user's MPS control daemon is running: $(join "${MPS_FOREIGN[@]}"); only one" \
+            "user at a time can share a GPU through MPS, ask its owner to quit it"
     ((!EXCLUSIVE)) || [[ $GPU_COMPUTE_MODE == Exclusive_Process ]] ||
         card::require "changing the compute mode (--exclusive)"
     ((RUNNING)) || check_holders
 }
 
-# Sets PIPE and, where the daemon of an earlier time still answers there, RUNNING.
-find_earlier_daemon() {
-    RUNNING=0
-    PIPE=""
-    mps::load || return 0
-    if mps::is_up "$PIPE"; then
-        RUNNING=1
-        log "The MPS daemon at $PIPE answers already."
-    else
-        log "note: the MPS daemon of the last time no longer answers; starting a new one in place of its" \
-            "pipes at $PIPE"
-    fi
-}
-
 # Whoever computes next to MPS takes turns with all of its clients together.
 check_holders() {
     if ! gpu::find_holders; then
-        ((!EXCLUSIVE)) || die "$EXIT_FAILED" "who uses $(gpu::title) could not be asked, and --exclusive" \
-            "would shut them out; nvidia-smi said: $NOT_TOLD"
+        ((!EXCLUSIVE)) || die "$EXIT_FAILED" \
+            "who uses the GPU could not be asked, and --exclusive would shut them out: $NOT_TOLD"
         warn "who uses $(gpu::title) could not be asked: $NOT_TOLD"
     fi
-    ((${#HOLDERS[@]} > 0)) || return 0
-    gpu::print_holders
-    ((!EXCLUSIVE)) ||
-        die "$EXIT_BUSY" "the processes above use the GPU without MPS, which --exclusive forbids"
+    gpu::print_holders || return 0
+    ((!EXCLUSIVE)) || die "$EXIT_BUSY" "the processes above use the GPU without MPS, which --exclusive forbids"
     warn "the processes above use the GPU without MPS and will contend with its clients"
 }
 
 # Everything is in a new folder: in /tmp where the path of the socket in it, /pipe/control_privileged, would
 # else come to 108 bytes or more. The state is saved before there is anything, so that whatever moment a
-# kill comes at can be undone.
+# kill comes at can be undone. The daemon's own output goes to a file: it would else hold the caller's
+# terminal or pipe open. Where there are several GPUs it is kept to the one, or its server would take memory
+# on all.
 start_daemon() {
     local folder=$USER_STATE
+    local -a settings
     local -r gone=$PIPE
     ((${#folder} < 70)) || folder=/tmp
     folder+=/mps.$(tr -dc a-z0-9 </dev/urandom | head -c 8 || true)
     PIPE=$folder/pipe
+    settings=("CUDA_MPS_PIPE_DIRECTORY=$PIPE" "CUDA_MPS_LOG_DIRECTORY=$folder/log")
     state::save mps "user=$INVOKER_NAME" "uid=$INVOKER_UID" "pipe_directory=$PIPE" "log_directory=$folder/log"
-    [[ -z $gone ]] || mps::stop "$gone"
+    if [[ -n $gone ]]; then
+        log "note: the MPS daemon of the last time no longer answers; starting a new one in place of its" \
+            "pipes at $gone"
+        mps::stop "$gone"
+    fi
     undo::push mps::stop "$PIPE"
     run as_user mkdir -m 700 -- "$folder" "$PIPE" "$folder/log" ||
         die "$EXIT_PERMISSION" "cannot create $PIPE as $INVOKER_NAME"
-    launch "$folder/log"
-    ((DRY_RUN)) || wait_until mps::is_told up "$PIPE" || {
-        as_user tail -n 5 -- "$folder/log/start.log" "$folder/log/control.log" >&2 || true
-        die "$EXIT_FAILED" "the MPS daemon did not answer within $WAIT_SECONDS s"
-    }
-}
-
-# launch LOG_DIRECTORY. The daemon's own output goes to a file: it would else hold the caller's terminal or
-# pipe open. Where there are several GPUs it is kept to the one, or its server would take memory on all.
-launch() {
-    local -a settings=("CUDA_MPS_PIPE_DIRECTORY=$PIPE" "CUDA_MPS_LOG_DIRECTORY=$1")
-    ((${#GPU_LINES[@]} == 1)) || settings+=("CUDA_VISIBLE_DEVICES=$GPU_UUID")
+    ((GPU_COUNT == 1)) || settings+=("CUDA_VISIBLE_DEVICES=$GPU_UUID")
     # shellcheck disable=SC2016 # the inner shell expands
     run --note "$(quoted "${settings[@]}") nvidia-cuda-mps-control -d (as $INVOKER_NAME)" \
         mps::run "${settings[@]}" bash -p -c '
             ulimit -Sn 16384 2>/dev/null || ulimit -Sn hard
             exec nvidia-cuda-mps-control -d </dev/null >"$CUDA_MPS_LOG_DIRECTORY/start.log" 2>&1
         ' || true # it is the answer that counts
+    ((DRY_RUN)) || wait_until mps::is_told up "$PIPE" || {
+        as_user tail -n 5 -- "$folder/log/start.log" "$folder/log/control.log" >&2 || true
+        die "$EXIT_FAILED" "the MPS daemon did not answer within $WAIT_SECONDS s"
+    }
 }
 
 set_percentage() {
@@ -148,8 +132,7 @@ main() {
     ((RUNNING)) || start_daemon
     set_percentage
     ((!EXCLUSIVE)) || setting::set compute-mode Exclusive_Process
-    undo::forget
-    unless_dry print_in_force
+    transaction::end print_in_force
 }
 
 main "$@"

@@ -37,7 +37,7 @@ mode_in_force() {
         printf 'mig'
     elif [[ $DAEMON == up ]]; then
         printf 'mps'
-    elif [[ $DAEMON == unknown ]] || ((!DAEMONS_TOLD)); then
+    elif [[ $DAEMON == unknown ]]; then
         printf 'not known, since MPS could not be asked'
     elif ((${#MPS_OWN[@]} + ${#MPS_FOREIGN[@]} > 0)); then
         printf 'mps, by a daemon that enable_mps.sh did not start (for the clients that use it)'
@@ -55,48 +55,43 @@ print_mps() {
         ! told "  clients" mps::find_clients "$PIPE" || show "  clients" "${MPS_CLIENTS[*]:-none}"
     fi
     show "MPS daemon" "${MPS_FOREIGN[@]/#/another, }"
-    if ((!DAEMONS_TOLD)); then
-        told "MPS daemons" mps::find_daemons || true
-    elif [[ $DAEMON == gone ]] && ((${#MPS_OWN[@]} > 0)); then
-        show "MPS daemon" "of user $INVOKER_NAME, ${MPS_OWN[*]}, not started by enable_mps.sh for this GPU"
-    elif [[ $DAEMON == gone ]] && ((${#MPS_FOREIGN[@]} == 0)); then
-        show "MPS daemon" none
-    fi
+    [[ $DAEMON == gone ]] || return 0
+    show "MPS daemon" "${MPS_OWN[@]/%/ of user $INVOKER_NAME, not started by enable_mps.sh for this GPU}"
+    ((${#MPS_OWN[@]} + ${#MPS_FOREIGN[@]} > 0)) || show "MPS daemon" none
 }
 
 print_saved() {
-    local row script kinds kind key sudo any=0
+    local row script kinds kind key found sudo
+    local -ri undoes_before=${#UNDO_COMMANDS[@]}
     for row in "${UNDOES[@]}"; do
         read -r script kinds <<<"$row"
-        sudo="none"
+        found=0
+        sudo=""
         for kind in $kinds; do
             state::load "$kind" || continue
+            found=1
             show "saved" "$(state::file "$kind")"
             for key in "${!STATE[@]}"; do
                 [[ $key == gpu_uuid ]] || printf '    %s=%s\n' "$key" "$(printable "${STATE[$key]}")"
             done | sort
-            [[ $sudo != none ]] || sudo=""
             ! state::is_roots "$kind" || sudo="sudo "
         done
-        [[ $sudo != none ]] || continue
-        any=1
+        ((found)) || continue
         UNDO_COMMANDS+=("$script $GPU_UUID")
         printf '    undo: %s./gpu-configs/%s --gpu %s\n' "$sudo" "$script" "$GPU_INDEX"
     done
-    ((any)) || show "saved" "nothing, so nothing here to undo"
+    ((${#UNDO_COMMANDS[@]} > undoes_before)) || show "saved" "nothing, so nothing here to undo"
 }
 
 print_gpu() {
-    local pending=""
     DAEMON=gone # the one that enable_mps.sh started
     printf '%s\n' "$(gpu::title)"
-    ! mps::load || told "MPS daemon" mps::look "$PIPE" || DAEMON=unknown
+    ! mps::load || told "MPS daemon" mps::look "$PIPE" || true
+    told "MPS daemons" mps::find_daemons || [[ $DAEMON == up ]] || DAEMON=unknown
     show "mode in force" "$(mode_in_force)"
     show "compute mode" "$GPU_COMPUTE_MODE"
     ! told "time slice" setting::read time-slice || show "time slice" "${CURRENT:-not a setting of this GPU}"
-    [[ $GPU_MIG_CURRENT == "$GPU_MIG_PENDING" ]] ||
-        pending=" (pending: $GPU_MIG_PENDING, after a reset of the GPU)"
-    show "MIG mode" "$GPU_MIG_CURRENT$pending"
+    show "MIG mode" "$GPU_MIG_MODE"
     [[ $GPU_MIG_CURRENT != Enabled ]] || ! told "MIG devices" mig::find_devices ||
         show "MIG device" "${MIG_DEVICES[@]}"
     print_mps
@@ -106,15 +101,19 @@ print_gpu() {
 }
 
 # Runs the undo commands; each says itself where it needs root. None of them where a run is at work: it
-# undoes its mode itself, and its clients would be cut off.
+# undoes its mode itself, and its clients would be cut off. The start time, in the kernel's ticks, tells the
+# run's process from a later one with its pid.
 restore() {
-    local command script file
+    local command script file started
     for command in "${UNDO_COMMANDS[@]}"; do
         GPU_UUID=${command#* }
-        ! state::driver_at_work ||
-            die "$EXIT_BUSY" "a run is at work with ${STATE[mode]:-a mode} on $GPU_UUID: pid" \
-                "${STATE[pid]}, into ${STATE[output]:-?}; wait for its end, or stop it: it undoes" \
-                "what it enabled"
+        state::load driver && [[ ${STATE[pid]:-} =~ ^[0-9]+$ ]] || continue
+        # behind the program's name, which may hold anything, and the process's state
+        started=$(sed -nE 's/.*\) [^Z] //p' "/proc/${STATE[pid]}/stat" 2>/dev/null | cut -d ' ' -f 19) ||
+            continue
+        [[ $started != "${STATE[started]:-unknown}" ]] ||
+            die "$EXIT_BUSY" "a run is at work with ${STATE[mode]:-a mode} on $GPU_UUID: pid ${STATE[pid]}," \
+                "into ${STATE[output]:-?}; wait for its end, or stop it: it undoes what it enabled"
     done
     for command in "${UNDO_COMMANDS[@]}"; do
         read -r script GPU_UUID <<<"$command"
@@ -133,17 +132,11 @@ main() {
     local line
     cli::parse 0 "$@"
     transaction::begin
-    mps::find_daemons && DAEMONS_TOLD=1 || DAEMONS_TOLD=0
-    if [[ -n $GPU_SELECTOR ]]; then
-        gpu::select
+    gpu::list
+    for line in "${GPU_LINES[@]}"; do
+        gpu::read_line "$line"
         print_gpu
-    else
-        gpu::list
-        for line in "${GPU_LINES[@]}"; do
-            gpu::read_line "$line"
-            print_gpu
-        done
-    fi
+    done
     ((!RESTORE)) || restore
     exit "$FAILED"
 }

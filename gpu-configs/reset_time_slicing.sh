@@ -17,7 +17,7 @@ main() {
     fi
     setting::put_back time-slice
     state::remove time-slicing
-    ((DRY_RUN)) || printf 'Time slicing is reset on %s.\n' "$(gpu::title)"
+    transaction::end printf 'Time slicing is reset on %s.\n' "$(gpu::title)"
 }
 
 main "$@"

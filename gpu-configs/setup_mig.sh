@@ -3,8 +3,8 @@
 #        sudo ./gpu-configs/setup_mig.sh PROFILE,PROFILE,... [options]
 #
 # Switches MIG mode on and creates COUNT instances of one profile, or one instance of each profile of a
-# list, such as 2g.20gb,1g.10gb,1g.10gb. Whether they fit is checked before anything is changed. A profile
-# that this GPU lacks (1g.5gb is the A100 40GB's) is replaced by its own profile of as many slices.
+# list, such as 2g.20gb,1g.10gb,1g.10gb. A profile that this GPU lacks (1g.5gb is the A100 40GB's) is
+# replaced by its own profile of as many slices.
 # Undo: sudo ./gpu-configs/disable_mig.sh
 
 # shellcheck source=lib/common.sh
@@ -18,8 +18,7 @@ parse_arguments() {
     ((${#POSITIONAL[@]} > 0)) || cli::usage_error "give a profile and a count, or a list of profiles"
     IFS=, read -ra WANTED <<<"${POSITIONAL[0]}"
     for name in "${WANTED[@]}"; do
-        [[ $name =~ ^$MIG_PROFILE_PATTERN$ ]] ||
-            cli::usage_error "'$name' is no MIG profile; one is written like 1g.10gb"
+        [[ $name =~ ^$MIG_PROFILE_PATTERN$ ]] || cli::usage_error "'$name' is no MIG profile, such as 1g.10gb"
     done
     ((${#POSITIONAL[@]} == 2)) || return 0
     ((${#WANTED[@]} == 1)) || cli::usage_error "a list of profiles takes no count"
@@ -32,8 +31,7 @@ check_preconditions() {
     [[ $GPU_MIG_CURRENT == Enabled || $GPU_MIG_CURRENT == Disabled ]] ||
         die "$EXIT_UNSUPPORTED" "$(gpu::title) has no MIG; A100, H100 and other large GPUs have"
     [[ $GPU_MIG_CURRENT == "$GPU_MIG_PENDING" ]] ||
-        die "$EXIT_BUSY" "MIG mode is $GPU_MIG_CURRENT, pending $GPU_MIG_PENDING: the GPU has to be" \
-            "reset, or the machine restarted, before anything else"
+        die "$EXIT_BUSY" "MIG mode is $GPU_MIG_MODE: reset the GPU, or restart the machine, first"
     mps::refuse_own
     require "the MIG profiles and places of $(gpu::title)" mig::read_profiles
     ((${#PROFILE_NAMES[@]})) || die "$EXIT_UNSUPPORTED" "nvidia-smi lists no MIG profiles for $(gpu::title)"
@@ -41,9 +39,12 @@ check_preconditions() {
     # the largest first, as they are created best
     mapfile -t WANTED < <(printf '%s\n' "${WANTED[@]}" | sort -s -t g -k 1,1nr)
     LAYOUT=$(join "${WANTED[@]}")
+    mig::find_own
+    PREVIOUS_MODE=${STATE[previous_mig_mode]:-Enabled}
+    [[ $GPU_MIG_CURRENT == Enabled ]] || PREVIOUS_MODE=Disabled
+    BEFORE=$IDS
 }
 
-# Replaces each wanted profile that the GPU lacks.
 substitute_profiles() {
     local name substitute unknown=""
     for name in $(printf '%s\n' "${WANTED[@]}" | awk '!seen[$0]++'); do
@@ -51,8 +52,7 @@ substitute_profiles() {
         substitute=$(find_substitute "$name")
         if [[ -n $substitute ]]; then
             log "$(gpu::title) has no profile $name; taking $substitute."
-            mapfile -t WANTED < <(printf '%s\n' "${WANTED[@]}" |
-                awk -v lacking="$name" -v taken="$substitute" '$0 == lacking { $0 = taken } 1')
+            mapfile -t WANTED < <(printf '%s\n' "${WANTED[@]}" | sed "s/^$name\$/$substitute/")
         else
             unknown+=,$name
         fi
@@ -74,20 +74,7 @@ find_substitute() {
         NR == 1 { most = $1; name = $2 } NR == 2 && $1 == most { name = "" } END { print name }'
 }
 
-# Sets OURS, the instances of an earlier run that are still there: they do not outlive a reset of the GPU.
-read_own_state() {
-    PREVIOUS_MODE=$GPU_MIG_CURRENT
-    OURS=""
-    if state::load mig; then
-        [[ $GPU_MIG_CURRENT != Enabled ]] || PREVIOUS_MODE=${STATE[previous_mig_mode]:-Enabled}
-        mig::find_own
-    else
-        mig::require_instances
-    fi
-    BEFORE=$IDS
-}
-
-check_that_it_fits() {
+check_room_and_permission() {
     local line start size
     local -i occupied=0
     [[ -z $OURS ]] || die "$EXIT_BUSY" "the instances ${STATE[layout]:-?} of an earlier run" \
@@ -105,6 +92,10 @@ check_that_it_fits() {
         printf '  %s\n' "${INSTANCES[@]}" >&2
         die "$EXIT_BUSY" "$LAYOUT does not fit beside them"
     fi
+    card::require "changing MIG"
+    [[ $GPU_MIG_CURRENT == Disabled ]] || return 0
+    require "who uses $(gpu::title)" gpu::find_holders
+    ! gpu::print_holders || die "$EXIT_BUSY" "MIG mode can only be switched on while nobody uses the GPU"
 }
 
 # fits OCCUPIED PROFILE...: whether there is a place for each next to what is occupied (a bit a slice).
@@ -121,17 +112,6 @@ fits() {
         ((!($1 & mask))) && fits $(($1 | mask)) "${@:3}" && return 0
     done
     return 1
-}
-
-check_permission() {
-    card::require "changing MIG"
-    [[ $GPU_MIG_CURRENT == Disabled ]] || return 0
-    gpu::find_holders ||
-        die "$EXIT_FAILED" "who uses $(gpu::title) could not be asked, and MIG mode can only be switched on" \
-            "while nobody does; nvidia-smi said: $NOT_TOLD"
-    gpu::print_holders
-    ((${#HOLDERS[@]} == 0)) ||
-        die "$EXIT_BUSY" "MIG mode can only be switched on while nobody uses the GPU"
 }
 
 # `instances_before` tells whose the instances are if this is killed before it has saved their ids. A client
@@ -151,8 +131,7 @@ apply() {
     mig::require_instances
     created=$(mig::subtract "$IDS" "$BEFORE")
     IFS=, read -ra ids <<<"$created"
-    ((${#ids[@]} == ${#WANTED[@]})) ||
-        card::failed "only ${#ids[@]} of ${#WANTED[@]} instances were created"
+    ((${#ids[@]} == ${#WANTED[@]})) || card::failed "only ${#ids[@]} of ${#WANTED[@]} instances were created"
     require "the MIG devices of $(gpu::title)" mig::find_devices
     devices+=${#MIG_DEVICES[@]}
     ((devices == ${#WANTED[@]})) || card::failed "$devices of ${#WANTED[@]} MIG devices are there"
@@ -177,14 +156,11 @@ main() {
     transaction::begin
     gpu::select
     check_preconditions
-    read_own_state
     if [[ -z $OURS || $OURS != "${STATE[gpu_instances]}" || ${STATE[layout]:-} != "$LAYOUT" ]]; then
-        check_that_it_fits
-        check_permission
+        check_room_and_permission
         apply
-        undo::forget
     fi
-    unless_dry print_in_force
+    transaction::end print_in_force
 }
 
 main "$@"

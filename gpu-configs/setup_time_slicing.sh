@@ -4,8 +4,7 @@
 # Prepares one GPU for time slicing among CLIENTS processes (1 to 9999), and says what is in force.
 # Undo: ./gpu-configs/reset_time_slicing.sh
 #
-#   --timeslice LENGTH     default, short, medium or long; needs root. Without it the GPU keeps the
-#                          length it has, and the script needs no root
+#   --timeslice LENGTH     default, short, medium or long; needs root. Without it the length stays
 
 # shellcheck source=lib/common.sh
 source "${0%"${0##*/}"}lib/common.sh"
@@ -25,36 +24,26 @@ parse_arguments() {
 }
 
 check_preconditions() {
-    [[ $GPU_MIG_CURRENT != Enabled ]] ||
-        die "$EXIT_BUSY" "MIG mode is on, $(gpu::title) cannot be shared as a whole;" \
-            "switch it off: sudo ./gpu-configs/disable_mig.sh"
-    [[ $GPU_MIG_PENDING != Enabled ]] ||
-        warn "MIG mode is pending: the GPU will be in MIG mode after its next reset"
-    mps::refuse_own
-    require "whether MPS daemons run" mps::find_daemons
-    mps::refuse_started_by_hand
-    refuse_mps_server
-    ((${#MPS_FOREIGN[@]} == 0)) ||
-        warn "another user's MPS control daemon is running: ${MPS_FOREIGN[*]}"
-    [[ $GPU_COMPUTE_MODE == Default ]] ||
-        die "$EXIT_BUSY" "compute mode is $GPU_COMPUTE_MODE, so clients cannot share;" \
-            "if nobody needs it so: sudo nvidia-smi -i $GPU_INDEX -c DEFAULT"
-    gpu::print_holders
-    [[ -n $TIMESLICE ]] || return 0
-    require "the time slice" setting::read time-slice
-    [[ -n $CURRENT ]] ||
-        die "$EXIT_UNSUPPORTED" "$(gpu::title) has no time slice setting; leave --timeslice out"
-    [[ $TIMESLICE == "$CURRENT" ]] || card::require "changing the time slice"
-}
-
-refuse_mps_server() {
     local holder pid
+    [[ $GPU_MIG_CURRENT != Enabled ]] ||
+        die "$EXIT_BUSY" "MIG mode is on; switch it off: sudo ./gpu-configs/disable_mig.sh"
+    mps::refuse_own
+    mps::refuse_started_by_hand
     require "whether an MPS server holds $(gpu::title)" gpu::find_holders
     for holder in "${HOLDERS[@]}"; do
         read -r _ pid _ <<<"$holder"
         [[ $holder != *nvidia-cuda-mps-server* ]] || ! process::runs "$pid" nvidia-cuda-mps-server ||
             die "$EXIT_BUSY" "an MPS server holds $(gpu::title): $holder"
     done
+    ((${#MPS_FOREIGN[@]} == 0)) || warn "another user's MPS control daemon is running: ${MPS_FOREIGN[*]}"
+    [[ $GPU_COMPUTE_MODE == Default ]] ||
+        die "$EXIT_BUSY" "compute mode is $GPU_COMPUTE_MODE, so clients cannot share; if nobody needs it so:" \
+            "sudo nvidia-smi -i $GPU_INDEX -c 0"
+    gpu::print_holders || true
+    [[ -n $TIMESLICE ]] || return 0
+    require "the time slice" setting::read time-slice
+    [[ -n $CURRENT ]] || die "$EXIT_UNSUPPORTED" "$(gpu::title) has no time slice setting; omit --timeslice"
+    [[ $TIMESLICE == "$CURRENT" ]] || card::require "changing the time slice"
 }
 
 print_in_force() {
@@ -75,8 +64,7 @@ main() {
     check_preconditions
     state::save time-slicing "clients=$CLIENTS"
     [[ -z $TIMESLICE ]] || setting::set time-slice "$TIMESLICE"
-    undo::forget
-    unless_dry print_in_force
+    transaction::end print_in_force
 }
 
 main "$@"

@@ -101,33 +101,31 @@ class ModeScripts:
         assert result.returncode == 0, result.stderr
         return result
 
-    def interrupt(
-        self, script: str, *arguments: str, during: str, number: signal.Signals, group: bool
-    ) -> tuple[int, str]:
-        """Send a signal while the call that matches `during` is under way.
-
-        `group`: to the whole foreground group, as Ctrl-C does, else to the script alone.
-        """
-        self.machine.fail(during, seconds=1.0)
-        process = subprocess.Popen(
+    def start(self, script: str, *arguments: str, stderr: int) -> subprocess.Popen[str]:
+        """Start a script in a group of its own."""
+        return subprocess.Popen(
             self.command(script, *arguments),
             cwd=self.project,
             env=self.environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
+            stderr=stderr,
             text=True,
             start_new_session=True,
             # pytest may itself have been started in the background, where SIGINT is ignored
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
+
+    def interrupt(
+        self, script: str, *arguments: str, during: str, number: signal.Signals, group: bool
+    ) -> tuple[int, str]:
+        """Send a signal while the call that matches `during` is under way."""
+        self.machine.fail(during, seconds=1.0)
+        process = self.start(script, *arguments, stderr=subprocess.PIPE)
         rules = self.folder / "machine" / "rules.json"
         wait_until(lambda: '"seen"' in rules.read_text(), f"the call {during}")
         time.sleep(0.1)  # until it sleeps, with all that it writes written
-        if group:
-            os.killpg(process.pid, number)
-        else:
-            process.send_signal(number)
+        send(process, number, group)
         _, stderr = process.communicate(timeout=60)
         self.machine.forget_rules()
         return process.returncode, stderr
@@ -158,6 +156,14 @@ class ModeScripts:
             and "programs" not in path.parts
             and path.name not in {"calls.jsonl", "lock", "rules.json"}
         }
+
+
+def send(process: subprocess.Popen[str], number: signal.Signals, group: bool) -> None:
+    """Send a signal to the whole foreground group, as Ctrl-C does, else to the script alone."""
+    if group:
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
 
 
 def without_random_names(text: str) -> str:

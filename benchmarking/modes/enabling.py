@@ -3,7 +3,7 @@
 A mode that is set up already is used and left so; what a driver sets up is the driver's to undo. So
 it notes, next to the mode's own state, that it is at work with it: after a SIGKILL the next start
 undoes the mode, or `gpu_status.sh --restore`, which leaves it alone while the driver lives
-(gpu-configs/lib/common.sh, state::driver_at_work). Standard library alone, for dry runs.
+(gpu-configs/gpu_status.sh, restore). Standard library alone, for dry runs.
 """
 
 from __future__ import annotations
@@ -297,7 +297,7 @@ class ModeSwitch:
 def _start_ticks(pid: int) -> str | None:
     """Return when a process started, in the kernel's ticks since boot; `None` where it has ended.
 
-    It has to be what gpu-configs/lib/common.sh (process::start) reads.
+    It has to be what gpu-configs/gpu_status.sh (restore) reads.
     """
     try:
         text = Path(f"/proc/{pid}/stat").read_bytes().decode(errors="replace")

@@ -107,11 +107,7 @@ wait_until() {
 
 # --- flags ----------------------------------------------------------------------------------------
 
-cli::usage_error() {
-    printf 'error: %s\n' "$*" >&2
-    printf "Try '%s --help'.\n" "${THIS_COMMAND[0]}" >&2
-    exit "$EXIT_USAGE"
-}
+cli::usage_error() { die "$EXIT_USAGE" "$*"$'\n'"Try '${THIS_COMMAND[0]} --help'."; }
 
 # The comment that the script begins with, and what is the same for all.
 cli::help() {
@@ -177,7 +173,6 @@ user::resolve() {
     entry=$(getent passwd "$uid") || entry="$uid::$uid:$(id -g)::/nonexistent:"
     IFS=: read -r INVOKER_NAME _ INVOKER_UID INVOKER_GID _ INVOKER_HOME _ <<<"$entry"
     ((uid != EUID)) || INVOKER_HOME=${HOME:-$INVOKER_HOME}
-    ((uid == EUID)) || [[ $INVOKER_NAME != "$uid" ]] || die "$EXIT_FAILED" "no account has the user id $uid"
     USER_STATE=${GPU_SHARING_STATE_DIR:-${XDG_STATE_HOME:-$INVOKER_HOME/.local/state}/gpu-sharing-bench}
     [[ $USER_STATE == /* ]] || USER_STATE=$PWD/$USER_STATE
     [[ $USER_STATE != *[[:cntrl:]]* ]] || die "$EXIT_USAGE" "the state folder's name holds a" \
@@ -188,9 +183,8 @@ user::resolve() {
 
 # user::inherit_from_sudo NAME...: sudo hands these variables to no command, but has them itself.
 user::inherit_from_sudo() {
-    local parent line name
-    parent=$(cat "/proc/$PPID/comm" 2>/dev/null) || return 0
-    [[ $parent == sudo ]] || return 0
+    local line name
+    grep -qsx sudo "/proc/$PPID/comm" || return 0
     while IFS= read -r -d '' line; do
         name=${line%%=*}
         [[ " $* " != *" $name "* || -n ${!name:-} ]] || printf -v "$name" '%s' "${line#*=}"
@@ -230,9 +224,6 @@ run() {
     fi
 }
 
-# unless_dry COMMAND: prints what is in force by that command; after a dry run, that nothing is another.
-unless_dry() { if ((DRY_RUN)); then printf 'Dry run: nothing was changed.\n'; else "$@"; fi; }
-
 # card::require WHAT: ends with 5 unless the card's settings may be changed from here.
 card::require() {
     local reason
@@ -266,12 +257,12 @@ card::failed() {
         *[Ii]"n use"*)
             code=$EXIT_BUSY
             gpu::find_holders || log "Who uses it could not be asked: $NOT_TOLD"
-            gpu::print_holders
+            gpu::print_holders || true
             ;;
         *"in pending enable state"*)
-            undo::forget # a restart is what makes it effective: left pending, as it has to be
-            die "$EXIT_BUSY" "MIG mode is pending: restart the machine (or reset the GPU), then run this" \
-                "again; to take it back: sudo ./gpu-configs/disable_mig.sh. nvidia-smi said: $words"
+            UNDO=() # a restart is what makes it effective: left pending, as it has to be
+            die "$EXIT_BUSY" "MIG mode is pending: restart the machine or reset the GPU, then run this again;" \
+                "to take it back: sudo ./gpu-configs/disable_mig.sh. nvidia-smi said: $words"
             ;;
         *[Nn]"ot "[Ss]upported*) code=$EXIT_UNSUPPORTED ;;
     esac
@@ -287,9 +278,6 @@ UNDO_FAILED=0
 # between a change and the next line; so the command has to look first whether there is anything to do.
 undo::push() { ((DRY_RUN)) || UNDO+=("$(printf '%q ' "$@")"); }
 
-# From here on nothing is put back: the work is done, or is meant to stay as it is.
-undo::forget() { UNDO=(); }
-
 undo::on_exit() {
     local -ri status=$?
     local -i i
@@ -300,8 +288,7 @@ undo::on_exit() {
         for ((i = ${#UNDO[@]} - 1; i >= 0; i--)); do
             (eval "${UNDO[i]}") || UNDO_FAILED=1
         done
-        ((!UNDO_FAILED)) ||
-            log "Not everything could be put back. See ./gpu-configs/gpu_status.sh for what is in force."
+        ((!UNDO_FAILED)) || log "Not everything could be put back; see ./gpu-configs/gpu_status.sh."
     fi
     exit "$status"
 }
@@ -313,6 +300,12 @@ transaction::begin() {
     trap 'exit 129' HUP
     trap 'die "$EXIT_FAILED" "$BASH_COMMAND failed with status $? (${0##*/}, line $LINENO)"' ERR
     user::resolve
+}
+
+# transaction::end COMMAND...: from here on nothing is put back; what is in force is printed by the command.
+transaction::end() {
+    UNDO=()
+    if ((DRY_RUN)); then printf 'Dry run: nothing was changed.\n'; else "$@"; fi
 }
 
 # --- saved state ------------------------------------------------------------------------------------
@@ -338,22 +331,23 @@ state::as() { if state::is_roots "$1"; then "${@:2}"; else as_user "${@:2}"; fi;
 # state::is_there KIND PATH FILE_TYPE: whether that is there. Ends with 5 where somebody else could have
 # written it: it names folders that are removed and settings that are put back as root.
 state::is_there() {
-    local facts owner mode type wanted="$INVOKER_UID $INVOKER_NAME"
-    local -r remedy="set GPU_SHARING_STATE_DIR to a folder of your own"
-    ! state::is_roots "$1" || wanted="0 root"
+    local facts owner mode type wanted=$INVOKER_UID
+    ! state::is_roots "$1" || wanted=0
     facts=$(state::as "$1" stat -c '%u %a %F' -- "$2" 2>&1) || {
         [[ $facts != *"No such file"* && $facts != *"Not a directory"* ]] || return 1
-        die "$EXIT_PERMISSION" "cannot look at $2: ${facts##*: }; $remedy"
+        state::distrust "cannot look at $2: ${facts##*: }"
     }
     read -r owner mode type <<<"$facts"
     # shellcheck disable=SC2053 # a pattern: an empty file is a type of its own
-    [[ $type == $3 ]] || die "$EXIT_PERMISSION" \
-        "$2 is a $type, which these scripts never make; look at it and remove it"
-    ((owner == ${wanted%% *} || owner == 0)) || die "$EXIT_PERMISSION" "$2 belongs to user" \
-        "$(id -un "$owner" 2>/dev/null || printf '%s' "$owner"), not to ${wanted#* }; remove it, or $remedy"
-    (((8#$mode & 8#022) == 0)) || die "$EXIT_PERMISSION" "others may write $2; look whether it is as" \
-        "you left it, then: chmod go-w $(quoted "$2")"
+    [[ $type == $3 ]] ||
+        state::distrust "$2 is a $type, which these scripts never make; look at it and remove it"
+    ((owner == wanted || owner == 0)) ||
+        state::distrust "$2 belongs to user $(id -un "$owner" 2>/dev/null || true) ($owner); remove it"
+    (((8#$mode & 8#022) == 0)) ||
+        state::distrust "others may write $2; if it is as you left it, chmod go-w $(quoted "$2")"
 }
+
+state::distrust() { die "$EXIT_PERMISSION" "$1, or set GPU_SHARING_STATE_DIR to a folder of your own"; }
 
 # state::load KIND: fills STATE; false where nothing is saved.
 state::load() {
@@ -399,16 +393,6 @@ state::remove() {
 state::put_back() {
     ((UNDO_FAILED == 0)) || return 0
     if (($# == 1)); then state::remove "$1"; else state::save "$@"; fi
-}
-
-# state::driver_at_work: whether a driver is at work with a mode on the chosen GPU; STATE then holds its
-# note (mode, pid, output). The start time, in the kernel's ticks, tells it from a later process with its pid.
-state::driver_at_work() {
-    local started
-    state::load driver && [[ ${STATE[pid]:-} =~ ^[0-9]+$ ]] || return 1
-    # behind the program's name, which may hold anything, and the process's state
-    started=$(sed -nE 's/.*\) [^Z] //p' "/proc/${STATE[pid]}/stat" 2>/dev/null | cut -d ' ' -f 19) || return 1
-    [[ -n $started && $started == "${STATE[started]:-}" ]]
 }
 
 # shellcheck source=gpu.sh

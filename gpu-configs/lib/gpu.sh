@@ -38,27 +38,37 @@ gpu::query() {
     done <<<"$output"
 }
 
-# Fills GPU_LINES, one line a GPU; ends with 3 where there is no driver or no GPU. What else nvidia-smi
-# says, of a GPU that is lost or damaged, is passed on.
+# Fills GPU_LINES, one line a GPU, of --gpu or all, and GPU_COUNT; ends with 3 where there is no driver or no
+# such GPU. What else nvidia-smi says, of a GPU that is lost or damaged, is passed on.
 gpu::list() {
     local line uuid
     local -r names='s/^GPU [0-9]+: .*\(UUID: (GPU-[0-9A-Za-z-]+)\)$/\1/p'
-    local -a rest
-    command -v nvidia-smi >/dev/null ||
-        die "$EXIT_NO_GPU" "nvidia-smi was not found; install the NVIDIA driver"
+    local -a rows rest titles=()
+    command -v nvidia-smi >/dev/null || die "$EXIT_NO_GPU" "nvidia-smi was not found; install the NVIDIA driver"
     gpu::query
-    GPU_LINES=("${QUERY_ROWS[@]}")
+    rows=("${QUERY_ROWS[@]}")
     rest=("${QUERY_REST[@]}")
-    if ((${#GPU_LINES[@]} == 0)); then
+    if ((${#rows[@]} == 0)); then
         # one GPU that is lost can make the question to all fail
         for uuid in $({ gpu::ask -L || true; } | sed -nE "$names"); do
             gpu::query -i "$uuid"
-            GPU_LINES+=("${QUERY_ROWS[@]}")
+            rows+=("${QUERY_ROWS[@]}")
         done
     fi
-    ((${#GPU_LINES[@]} > 0)) || die "$EXIT_NO_GPU" \
+    GPU_COUNT=${#rows[@]}
+    ((GPU_COUNT > 0)) || die "$EXIT_NO_GPU" \
         "nvidia-smi names no GPU that can be used (it ended with $QUERY_STATUS): ${rest[0]:-nothing}"
     for line in "${rest[@]}"; do warn "nvidia-smi says: $line"; done
+    GPU_LINES=()
+    for line in "${rows[@]}"; do
+        gpu::read_line "$line"
+        titles+=("  $(gpu::title)")
+        [[ -n $GPU_SELECTOR && $GPU_SELECTOR != "$GPU_INDEX" && $GPU_SELECTOR != "$GPU_UUID" ]] ||
+            GPU_LINES+=("$line")
+    done
+    ((${#GPU_LINES[@]} == 0)) || return 0
+    printf '%s\n' "${titles[@]}" >&2
+    die "$EXIT_NO_GPU" "there is no GPU '$GPU_SELECTOR'; those above are there"
 }
 
 # gpu::read_line ROW: sets GPU_INDEX, GPU_UUID, ... of a row of gpu::query.
@@ -75,30 +85,15 @@ gpu::read_line() {
     for name in GPU_MIG_CURRENT GPU_MIG_PENDING GPU_COMPUTE_CAPABILITY; do
         [[ ${!name} != "$GPU_UUID" ]] || printf -v "$name" '[N/A]'
     done
+    GPU_MIG_MODE=$GPU_MIG_CURRENT
+    [[ $GPU_MIG_PENDING == "$GPU_MIG_CURRENT" ]] || GPU_MIG_MODE+=" (pending: $GPU_MIG_PENDING)"
 }
 
 # Chooses the GPU of --gpu, or the first, and fills the GPU_* variables.
 gpu::select() {
-    local line
-    local -a others=()
     gpu::list
-    [[ -n $GPU_SELECTOR ]] || ((${#GPU_LINES[@]} == 1)) ||
-        log "Taking GPU ${GPU_LINES[0]%%,*} of ${#GPU_LINES[@]}; --gpu chooses another."
-    for line in "${GPU_LINES[@]}"; do
-        gpu::read_line "$line"
-        [[ -n $GPU_SELECTOR && $GPU_SELECTOR != "$GPU_INDEX" && $GPU_SELECTOR != "$GPU_UUID" ]] || return 0
-        others+=("  $(gpu::title)")
-    done
-    printf '%s\n' "${others[@]}" >&2
-    die "$EXIT_NO_GPU" "there is no GPU '$GPU_SELECTOR'; those above are there"
-}
-
-# Reads the settings of the chosen GPU anew.
-gpu::refresh() {
-    gpu::query -i "$GPU_UUID"
-    ((${#QUERY_ROWS[@]} == 1)) ||
-        die "$EXIT_NO_GPU" "GPU $GPU_UUID no longer answers: ${QUERY_REST[0]:-nothing was said}"
-    gpu::read_line "${QUERY_ROWS[0]}"
+    gpu::read_line "${GPU_LINES[0]}"
+    ((${#GPU_LINES[@]} == 1)) || log "Taking GPU $GPU_INDEX of $GPU_COUNT; --gpu chooses another."
 }
 
 gpu::title() { printf 'GPU %s (%s, %s)' "$GPU_INDEX" "$GPU_NAME" "$GPU_UUID"; }
@@ -120,9 +115,9 @@ gpu::find_holders() {
     [[ -z $said && $status == @(0|14) ]] || not_told "${said:-nvidia-smi ended with $status}"
 }
 
-# The HOLDERS, on stderr.
+# Prints the HOLDERS on stderr; false where there are none.
 gpu::print_holders() {
-    ((${#HOLDERS[@]} > 0)) || return 0
+    ((${#HOLDERS[@]} > 0)) || return 1
     log "On $(gpu::title):"
     printf '  %s\n' "${HOLDERS[@]}" >&2
 }
@@ -145,7 +140,8 @@ process::runs() {
 
 # --- settings: compute-mode, time-slice and MIG-mode ------------------------------------------------
 
-# setting::read NAME: a question: sets CURRENT, which is nothing where the GPU has no such setting.
+# setting::read NAME: a question: sets CURRENT, which is nothing where the GPU has no such setting. The
+# GPU_* variables are read anew for those that are among them.
 setting::read() {
     local output status=0
     if [[ $1 == time-slice ]]; then
@@ -157,10 +153,11 @@ setting::read() {
             not_told "${output:-nvidia-smi ended with $status}"
         return
     fi
-    gpu::refresh
+    gpu::query -i "$GPU_UUID"
+    ((${#QUERY_ROWS[@]} == 1)) || die "$EXIT_NO_GPU" "GPU $GPU_UUID no longer answers: ${QUERY_REST[0]:-}"
+    gpu::read_line "${QUERY_ROWS[0]}"
     CURRENT=$GPU_COMPUTE_MODE
-    [[ $1 != MIG-mode ]] || CURRENT=$GPU_MIG_CURRENT
-    [[ $1 != MIG-mode || $GPU_MIG_PENDING == "$CURRENT" ]] || CURRENT+=" (pending: $GPU_MIG_PENDING)"
+    [[ $1 != MIG-mode ]] || CURRENT=$GPU_MIG_MODE
 }
 
 # setting::change NAME VALUE: asks nvidia-smi for it, unless it is so, and reads it back.

@@ -38,7 +38,6 @@ mig::read_profiles() {
         END { for (i = 1; i <= count; i++) print row[ids[i]], places[ids[i]] }' <<<"$profiles"$'\n'"$places")
 }
 
-# Prints the profiles of this GPU, on stderr.
 mig::print_profiles() {
     local name
     log "Profiles of $(gpu::title):"
@@ -76,10 +75,12 @@ mig::subtract() {
 
 mig::intersect() { mig::subtract "$1" "$(mig::subtract "$1" "$2")"; }
 
-# mig::find_own: sets OURS to those of the instances there that the loaded state claims. A run that was
-# killed before it saved their ids has still said which were there before.
+# Loads the state of setup_mig.sh and sets OURS to those of the instances there that it claims. A run that
+# was killed before it saved their ids has still said which were there before.
 mig::find_own() {
     mig::require_instances
+    OURS=""
+    state::load mig || return 0
     OURS=$(mig::subtract "$IDS" "${STATE[instances_before]:-}")
     [[ -z ${STATE[gpu_instances]:-} ]] || OURS=$(mig::intersect "$IDS" "${STATE[gpu_instances]}")
 }

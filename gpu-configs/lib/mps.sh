@@ -14,30 +14,31 @@ mps::run() {
     as_user env "${without[@]}" "$@"
 }
 
-# mps::ask PIPE_DIRECTORY COMMAND: prints the daemon's answer.
+# mps::ask PIPE_DIRECTORY COMMAND: sets ANSWER to what the daemon says.
 mps::ask() {
-    printf '%s\n' "$2" | mps::run CUDA_MPS_PIPE_DIRECTORY="$1" timeout 20 nvidia-cuda-mps-control 2>&1
+    ANSWER=$(mps::run CUDA_MPS_PIPE_DIRECTORY="$1" timeout 20 nvidia-cuda-mps-control 2>&1 <<<"$2")
 }
 
 # mps::tell PIPE_DIRECTORY COMMAND: a command that changes something. Its answer and its status say
 # nothing reliable; the caller asks afterwards.
 mps::tell() {
-    run --note "echo $2 | CUDA_MPS_PIPE_DIRECTORY=$(quoted "$1") nvidia-cuda-mps-control" mps::tell_quietly "$@"
+    run --note "echo $2 | CUDA_MPS_PIPE_DIRECTORY=$(quoted "$1") nvidia-cuda-mps-control" mps::ask "$@" || true
 }
 
-mps::tell_quietly() { mps::ask "$@" >/dev/null || true; }
-
-# mps::look PIPE_DIRECTORY: a question: sets DAEMON to up or gone, and where it is up ACTIVE_THREADS, its
-# default active thread percentage.
+# mps::look PIPE_DIRECTORY: a question: sets DAEMON to up, gone or unknown, and where it is up
+# ACTIVE_THREADS, its default active thread percentage.
 mps::look() {
-    local status=0 answer
-    answer=$(mps::ask "$1" get_default_active_thread_percentage) || status=$?
-    DAEMON=gone
-    [[ $answer != *"Cannot find MPS control daemon"* ]] || return 0
-    [[ $status == 0 && $answer =~ ^[0-9]+(\.[0-9]+)?$ ]] ||
-        not_told "${answer:-nothing, status $status}" || return
-    DAEMON=up
-    ACTIVE_THREADS=$answer
+    local status=0
+    mps::ask "$1" get_default_active_thread_percentage || status=$?
+    DAEMON=unknown
+    if [[ $ANSWER == *"Cannot find MPS control daemon"* ]]; then
+        DAEMON=gone
+    elif [[ $status == 0 && $ANSWER =~ ^[0-9]+(\.[0-9]+)?$ ]]; then
+        DAEMON=up
+        ACTIVE_THREADS=$ANSWER
+    else
+        not_told "${ANSWER:-nothing, status $status}"
+    fi
 }
 
 # mps::is_up PIPE_DIRECTORY: ends the script where that could not be asked.
@@ -52,7 +53,8 @@ mps::is_told() { mps::look "$2" && [[ $DAEMON == "$1" ]]; }
 # mps::stop PIPE_DIRECTORY: ends the daemon there, if any, and removes its folder. `quit` is answered by
 # nothing reliable: the daemon is gone when the control program finds none.
 mps::stop() {
-    if ! mps::look "$1" || [[ $DAEMON == up ]]; then
+    mps::look "$1" || true
+    if [[ $DAEMON != gone ]]; then
         mps::tell "$1" quit
         ((DRY_RUN)) || wait_until mps::is_told gone "$1" || die "$EXIT_FAILED" "the MPS daemon at $1 still" \
             "answers $WAIT_SECONDS s after quit; its log is in ${1%/*}/log"
@@ -83,15 +85,15 @@ mps::refuse_own() {
 
 # mps::find_clients PIPE_DIRECTORY: a question: fills MPS_CLIENTS with pids.
 mps::find_clients() {
-    local servers server clients client
+    local server client
     local -r numbers='^[0-9[:space:]]*$'
     MPS_CLIENTS=()
-    servers=$(mps::ask "$1" get_server_list) && [[ $servers =~ $numbers ]] || not_told "$servers" || return
-    for server in $servers; do
-        clients=$(mps::ask "$1" "get_client_list $server") || not_told "$clients" || return
-        [[ $clients != Server*"not found" ]] || continue # it has ended meanwhile
-        [[ $clients =~ $numbers ]] || not_told "$clients" || return
-        for client in $clients; do MPS_CLIENTS+=("$client"); done
+    mps::ask "$1" get_server_list && [[ $ANSWER =~ $numbers ]] || not_told "$ANSWER" || return
+    for server in $ANSWER; do
+        mps::ask "$1" "get_client_list $server" || not_told "$ANSWER" || return
+        [[ $ANSWER != Server*"not found" ]] || continue # it has ended meanwhile
+        [[ $ANSWER =~ $numbers ]] || not_told "$ANSWER" || return
+        for client in $ANSWER; do MPS_CLIENTS+=("$client"); done
     done
 }
 
@@ -117,17 +119,17 @@ mps::find_daemons() {
     done <<<"$listing"
 }
 
-# Ends with 6 where the user has a daemon, of MPS_OWN, that enable_mps.sh did not start: more than those that
-# it started, on any GPU, and that still answer.
+# Finds the daemons; ends with 6 where the user has one that enable_mps.sh did not start: more than those
+# that it started, on any GPU, and that still answer.
 mps::refuse_started_by_hand() {
     local file pipe
     local -i started=0
+    require "whether MPS daemons run" mps::find_daemons
     for file in "$USER_STATE"/mps-*.state; do
         pipe=$(as_user sed -n 's/^pipe_directory=//p' "$file" 2>/dev/null) || continue
         [[ -z $pipe ]] || ! mps::is_up "$pipe" || started+=1
     done
     ((${#MPS_OWN[@]} <= started)) ||
-        die "$EXIT_BUSY" "an MPS control daemon that enable_mps.sh did not start is running" \
-            "($(join "${MPS_OWN[@]}")); end it first: echo quit | nvidia-cuda-mps-control, with its" \
-            "CUDA_MPS_PIPE_DIRECTORY"
+        die "$EXIT_BUSY" "a daemon that enable_mps.sh did not start is running ($(join "${MPS_OWN[@]}"));" \
+            "end it: echo quit | nvidia-cuda-mps-control, with its CUDA_MPS_PIPE_DIRECTORY"
 }
