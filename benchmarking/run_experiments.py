@@ -273,7 +273,8 @@ class Experiment:
         if not os.path.exists(os.path.join(output, phase.run_folder)):
             phase.run_folder = ""
         try:
-            append_text(Path(output, PHASES_FILE), json.dumps(vars(phase)))
+            row = json.dumps(vars(phase), separators=(",", ":"))
+            append_text(Path(output, PHASES_FILE), row)
         except OSError:
             raise Refused(
                 EXIT_FAILED,

@@ -397,7 +397,8 @@ class Driver:
         with contextlib.suppress(OSError):
             os.makedirs(folder, exist_ok=True)
             if os.lstat(folder).st_uid == os.geteuid():
-                append_text(Path(folder, REFUSALS_FILE), json.dumps(row))
+                line = json.dumps(row, separators=(",", ":"))
+                append_text(Path(folder, REFUSALS_FILE), line)
 
 
 def say(text: str) -> None:
