@@ -28,7 +28,7 @@ def figures_of(tmp_path: Path, *arguments: object) -> dict:
 def test_the_share_of_the_time_is_reached_within_5_points(
     kind: str, duty: float, tmp_path: Path
 ) -> None:
-    figures = figures_of(tmp_path, "--kind", kind, "--duty", duty, "--duration", 2,
+    figures = figures_of(tmp_path, "--kind", kind, "--duty", duty, "--duration", 1,
                          "--device", "cpu")  # fmt: skip
     assert figures["achieved_duty_percent"] == pytest.approx(100 * duty, abs=5)
     assert (figures["rate"] > 0) == (duty > 0)

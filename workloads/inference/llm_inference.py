@@ -81,7 +81,20 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("--layers is for a --shape")
     if args.output_tokens < 2:
         parser.error("--output-tokens: the time per output token needs 2 or more")
+    if args.prompt is None:  # of a text, the length is known once the model is
+        require_room(args, args.prompt_tokens)
     return args
+
+
+def require_room(args: argparse.Namespace, prompt_tokens: int) -> int:
+    """Return the length of the cache; raises `UsageError` where it holds no prompt and answer."""
+    needed = prompt_tokens + args.output_tokens
+    if args.cache_tokens is not None and args.cache_tokens < needed:
+        raise UsageError(
+            f"--cache-tokens {args.cache_tokens} holds no {prompt_tokens} prompt and "
+            f"{args.output_tokens} output tokens; give {needed} or more"
+        )
+    return args.cache_tokens or needed
 
 
 class TokenGeneration(client.Workload):
@@ -110,13 +123,7 @@ class TokenGeneration(client.Workload):
         config = self._model.config
         self._prompt = self._prompt_tokens(config.vocab_size)
         self._prompt_tokens_count = self._prompt.shape[1]
-        needed = self._prompt_tokens_count + args.output_tokens
-        self._cache_tokens = args.cache_tokens or needed
-        if self._cache_tokens < needed:
-            raise UsageError(
-                f"--cache-tokens {self._cache_tokens} holds no {self._prompt_tokens_count} prompt "
-                f"and {args.output_tokens} output tokens; give {needed} or more"
-            )
+        self._cache_tokens = require_room(args, self._prompt_tokens_count)
         most = getattr(config, "max_position_embeddings", None)
         if args.model is not None and most is not None and self._cache_tokens > most:
             raise UsageError(
