@@ -28,7 +28,7 @@ from benchmarking.hardware.nvidia_tools import (
 )
 from benchmarking.modes import mode_scripts
 from benchmarking.modes.mode_scripts import KINDS_OF_ROOT, STATE_KINDS, ModeScriptError
-from benchmarking.records.writing import append_text
+from benchmarking.records.writing import append_text, write_text_atomic
 
 LOG_FILE = "mode-scripts.log"
 NOTE = "driver"  # the kind of state that a driver's note is
@@ -157,19 +157,14 @@ class ModeSwitch:
         if self._options.dry_run:
             return
         file = self._note_file()
-        unfinished = Path(f"{file}.new")
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
+        note = (
+            f"gpu_uuid={self.gpu.uuid}\nmode={mode}\npid={os.getpid()}\n"
+            f"started={_start_ticks(os.getpid())}\n"
+            f"output={printable(str(self.folder.resolve()))}\n"
+        )
         try:
             file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with open(os.open(unfinished, flags, 0o600), "w", encoding="utf-8") as stream:
-                stream.write(
-                    f"gpu_uuid={self.gpu.uuid}\nmode={mode}\npid={os.getpid()}\n"
-                    f"started={_start_ticks(os.getpid())}\n"
-                    f"output={printable(str(self.folder.resolve()))}\n"
-                )
-                stream.flush()
-                os.fsync(stream.fileno())
-            unfinished.replace(file)
+            write_text_atomic(file, note, mode=0o600)
         except OSError:
             raise ModeScriptError(
                 f"cannot write {file}; set GPU_SHARING_STATE_DIR to a folder that you may write"

@@ -165,11 +165,6 @@ def read_plan_file(path: Path) -> PlanFile:
     return parse_plan(text, str(path.resolve()), path.resolve().parent, shown=str(path))
 
 
-def count_clients(path: Path) -> int:
-    """Return how many clients a plan file lists; raises `PlanFileError` with all its mistakes."""
-    return len(read_plan_file(path).members)
-
-
 def script_of(words: Sequence[str]) -> str | None:
     """The file that an interpreter is given, `None` where there is none to be told."""
     if not INTERPRETERS.fullmatch(Path(words[0]).name):
