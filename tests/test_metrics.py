@@ -195,9 +195,10 @@ def summary_of_two(**changes: object) -> Summary:
             job | {"duration_seconds": 99.0, "in_window": False},
         ],
     }
+    window = {"window_start_seconds": 5.0, "window_end_seconds": 15.0}
     clients = [
-        client("resnet", {"train_step": unit(50, 10.0)}, jobs=[job | {"in_window": True}]),
-        client(**{**second, **changes}),
+        client("resnet", {"train_step": unit(50, 10.0)}, jobs=[job | {"in_window": True}], **window),
+        client(**{**second, **window, **changes}),
     ]
     return scores.summarize_co_run(
         clients,
@@ -219,6 +220,12 @@ def test_a_co_run_is_summed_up_from_its_clients():
     assert summary.success_rate_percent == 100
     assert summary.average_duration_seconds == pytest.approx((8 + 4) / 2)
     assert summary.total_gpu_time_seconds == pytest.approx(12)
+
+
+def test_pauses_are_no_work_but_slow_nobody_down():
+    half_idle = summary_of_two(units={"batch": unit(125, 5.0, latency=True)})
+    assert half_idle.stp == pytest.approx(0.5 + 0.125)
+    assert half_idle.antt == pytest.approx(3.0)
 
 
 def test_a_co_run_with_a_failed_client_is_no_result_of_one_client_fewer():
@@ -264,7 +271,8 @@ def test_goodput_is_what_was_answered_in_time_over_all_windows():
 def test_interference_under_mig_is_judged_on_the_clients_own_instance():
     whole_gpu = {"resnet": client("resnet", {"train_step": unit(100, 1.0)})}
     instance = {"resnet": client("resnet", {"train_step": unit(100, 6.0)})}
-    shared = [client("resnet", {"train_step": unit(100, 6.3)}, mode="mig")]
+    window = {"window_start_seconds": 1.0, "window_end_seconds": 7.3}
+    shared = [client("resnet", {"train_step": unit(100, 6.3)}, mode="mig", **window)]
     without = scores.summarize_co_run(shared, whole_gpu, None)
     assert without.interference_overhead_percent is None
     summary = scores.summarize_co_run(shared, whole_gpu, None, share_baselines=instance)

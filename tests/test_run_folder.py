@@ -263,13 +263,14 @@ def test_a_truncated_sample_is_skipped_and_the_monitor_line_is_no_sample(tmp_pat
 
 
 @pytest.mark.parametrize("outcome", ["failed", "interrupted", "invalid", "timeout", None])
-def test_baselines_are_the_latest_whose_client_and_co_run_ended_well_with_their_energy(
+def test_baselines_whose_client_and_co_run_ended_well_are_pooled_with_their_energy(
     tmp_path: Path, outcome: str | None
 ) -> None:
     rows = []
     for number, status in enumerate(["ok", "ok", "failed"]):
         name = f"baseline-{number}"
-        rows.append(client(name, 0, phase="baseline", status=status))
+        units = {"batch": {"count": 2.5, "seconds": 0.5 + number, "latency": True}}
+        rows.append(client(name, 0, phase="baseline", status=status, units=units))
         rows.append(co_run(name, gpu={"energy_joules": number}))
     rows.append(client("baseline-bad", 0, phase="baseline", job_key="other"))
     if outcome:  # else: the program was killed before it wrote the co-run's record
@@ -278,6 +279,9 @@ def test_baselines_are_the_latest_whose_client_and_co_run_ended_well_with_their_
     read = run_folder.read_run(written(tmp_path, *rows).folder)
     assert {key: record.co_run for key, record in read.baselines().items()} == {"job": "baseline-1"}
     assert read.energy_alone_joules() == {"job": 1}
+    (batch,) = read.baselines()["job"].units.values()
+    assert (batch.count, batch.seconds) == (5.0, 2.0)
+    assert len(read.baselines()["job"].latency_ms) == 4
 
 
 def test_a_report_takes_no_baseline_that_did_not_end_well() -> None:

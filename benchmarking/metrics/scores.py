@@ -1,7 +1,8 @@
 """Figures of a co-run: pure functions over plain numbers and records, no input or output.
 
 Notation, for client i: `T_i` is the seconds that a unit of work takes alone on the whole GPU,
-`C_i` the seconds that it takes next to the others, in the window in which everyone runs.
+`C_i` the seconds that it takes next to the others, `n_i` the units done in the window of length
+`L` in which everyone runs; those across its edges count by their share.
 `T/C` is the normalized progress (1 = as fast as alone), `C/T` the slowdown.
 
 Unknown is `None` everywhere: a figure that lacks one of its inputs is `None`, never 0.
@@ -285,7 +286,9 @@ def summarize_co_run(
     `share_baselines` are the jobs alone on the client's own share (MIG: its instance), needed for
     the interference overhead where the share is not the whole GPU.
 
-    STP is the sum of `T_i / C_i`, ANTT the mean of `C_i / T_i`; the interference overhead is the
+    STP, the work delivered, is the sum of `n_i T_i / L`: seconds of alone-work a second, in which
+    pauses and gaps between jobs are no work (for clients that never pause it is the sum of
+    `T_i / C_i`, as Eyerman and Eeckhout have it). ANTT is the mean of `C_i / T_i`; the interference overhead is the
     mean slowdown against the job alone on the same share, in percent over 1 (under MIG the guide's
     "0 % (isolated)"). Figures over all clients are `None` as soon as one client that counts failed
     or has no baseline: a co-run of n is never summed up as one of n - 1. Clients at a fixed offered
@@ -296,7 +299,7 @@ def summarize_co_run(
     counted = [record for record in client_records if not is_offered_rate(record.units)]
     progress = all_known(_progress(record, baselines) for record in counted)
     slowdowns = [1 / x for x in progress] if progress and all(progress) else None
-    stp = math.fsum(progress) if progress else None
+    stp = work_delivered(counted, baselines) if progress else None
 
     is_mig = any(record.mode == "mig" for record in client_records)
     share = baselines if share_baselines is None and not is_mig else share_baselines or {}
@@ -332,6 +335,26 @@ def summarize_co_run(
             math.fsum(finished) if finished and len(finished) == len(counted) else None
         ),
     )
+
+
+def work_delivered(
+    records: Iterable[ClientRecord], baselines: Mapping[str, ClientRecord]
+) -> float | None:
+    """STP of clients that shared a window: `sum of n_i T_i / L`, in GPUs' worth of work.
+
+    `None` when one of them has no baseline, or the window is unknown.
+    """
+    delivered = []
+    for record in records:
+        start, end, baseline = (
+            record.window_start_seconds, record.window_end_seconds, baselines.get(record.job_key),
+        )  # fmt: skip
+        if baseline is None or start is None or end is None or end <= start:
+            return None
+        work = work_seconds(record.units, unit_seconds(baseline.units))
+        delivered.append(None if work is None else work / (end - start))
+    known = all_known(delivered)
+    return math.fsum(known) if known else None
 
 
 def _progress(record: ClientRecord, baselines: Mapping[str, ClientRecord]) -> float | None:

@@ -49,6 +49,7 @@ PHASES_FILE = "phases.jsonl"
 
 PHASE_BASELINE: Phase = "baseline"
 PHASE_SHARE_BASELINE: Phase = "share_baseline"
+PHASE_NULL: Phase = "null"
 PHASE_CO_RUN: Phase = "co_run"
 
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -91,26 +92,46 @@ class Run:
         return sorted(members, key=lambda record: record.client)
 
     def baselines(self) -> dict[str, ClientRecord]:
-        """Client records of the successful whole-GPU baselines, by `job_key`; the latest of each.
+        """Client records of the successful whole-GPU baselines, by `job_key`; repeats are pooled.
 
         The co-run must have ended well too: a client that was interrupted, or ran under a mode that
         was lost meanwhile, ends well by itself.
         """
+        found: dict[str, list[ClientRecord]] = {}
+        for record in self._good_baselines():
+            found.setdefault(record.job_key, []).append(record)
+        return {job_key: pooled(records) for job_key, records in found.items()}
+
+    def energy_alone_joules(self) -> dict[str, float | None]:
+        """The card's joules over the windows of each job's baselines, by `job_key`."""
+        energy = {r.co_run: r.gpu.energy_joules for r in self.co_run_records if r.gpu is not None}
+        joules: dict[str, float | None] = {}
+        for record in self._good_baselines():
+            before, more = joules.get(record.job_key, 0.0), energy.get(record.co_run)
+            joules[record.job_key] = None if None in (before, more) else before + more
+        return joules
+
+    def _good_baselines(self) -> list[ClientRecord]:
         good = {
             record.co_run
             for record in self.co_run_records
             if record.phase == PHASE_BASELINE and record.outcome == "ok"
         }
-        return {
-            record.job_key: record
-            for record in self.client_records
-            if record.status == "ok" and record.co_run in good
-        }
+        return [one for one in self.client_records if one.status == "ok" and one.co_run in good]
 
-    def energy_alone_joules(self) -> dict[str, float | None]:
-        """The card's joules over the window of each job's baseline, by `job_key`."""
-        energy = {r.co_run: r.gpu.energy_joules for r in self.co_run_records if r.gpu is not None}
-        return {key: energy.get(record.co_run) for key, record in self.baselines().items()}
+
+def pooled(records: Sequence[ClientRecord]) -> ClientRecord:
+    """Return repeats of one client as one: the latest, with the units and latencies of all."""
+    units: dict[str, types.Units] = {}
+    for kind, unit in (item for record in records for item in record.units.items()):
+        before = units.get(kind) or types.Units(count=0, seconds=0.0, latency=unit.latency)
+        units[kind] = types.Units(
+            count=before.count + unit.count,
+            seconds=before.seconds + unit.seconds,
+            latency=unit.latency,
+        )
+    latencies = [ms for record in records for ms in record.latency_ms or ()]
+    return msgspec.structs.replace(records[-1], units=units, latency_ms=latencies or None)
 
 
 # --- writing --------------------------------------------------------------------------------

@@ -15,8 +15,9 @@ SCHEMA_VERSION = 3
 
 Mode = Literal["exclusive", "time-slicing", "mps", "mig", "cpu-demo"]
 # A baseline is one job alone on the whole GPU, a share baseline one alone on its own MIG instance,
-# a co-run is jobs together.
-Phase = Literal["baseline", "share_baseline", "co_run"]
+# a null one client where a baseline would find the same (its distance from the baseline is the
+# method's own error), a co-run is jobs together.
+Phase = Literal["baseline", "share_baseline", "null", "co_run"]
 RunOutcome = Literal["running", "complete", "failed", "interrupted", "invalid"]
 CoRunStatus = Literal["ok", "failed", "timeout", "interrupted", "invalid"]
 ClientStatus = Literal["ok", "failed", "oom", "timeout", "killed", "invalid", "interrupted"]
@@ -73,9 +74,13 @@ class Job(Struct, kw_only=True):
 
 
 class Units(Struct, kw_only=True):
-    """The units of one kind that lie in the window; `latency`: a user waits for each of them."""
+    """The units of one kind in the window; `latency`: a user waits for each of them.
 
-    count: Count
+    One across an edge counts by its share inside, in `count` as in `seconds`; requests count where
+    they end.
+    """
+
+    count: Amount
     seconds: Amount
     latency: bool
 
@@ -132,11 +137,17 @@ class GpuFigures(Struct, kw_only=True):
     host_cpu_percent: Amount | None = None
     memory_used_mib_max: Amount | None = None
     energy_joules: Amount | None = None
+    temperature_celsius_max: float | None = None
     throttle_reasons: list[str] | None = None
+    # the part of the window that samples tell of
+    coverage_percent: Amount | None = None
 
 
 class Summary(Struct, kw_only=True):
-    """Figures over all clients of a co-run (defined in `metrics/scores.py`)."""
+    """Figures over all clients of a co-run (defined in `metrics/scores.py`).
+
+    Against the baselines that were known at the time: a report takes those of all rounds.
+    """
 
     clients: Count = 0
     throughput_clients: Count = 0
@@ -161,6 +172,8 @@ class CoRunRecord(Struct, kw_only=True, tag="co_run", tag_field="record"):
     repeat: Count
     outcome: CoRunStatus
     reason: str | None
+    # the counting window; it opens that long after `go`
+    settle_seconds: Amount = 0.0
     window_start_seconds: float | None
     window_end_seconds: float | None
     go_skew_ms: Amount | None
@@ -223,6 +236,11 @@ class Manifest(Struct, kw_only=True):
     """manifest.json: what a run was asked for, on what, and how it ended."""
 
     schema_version: Literal[3]  # SCHEMA_VERSION
+    # 1: units wholly in the window counted, which opened with `go`
+    method: Literal[1, 2] = 1
+    # what runs have in common whose repeats are rounds, one next to the other; null: a run by
+    # itself, whose comparison with others is not guarded against drift
+    session: str | None = None
     run_id: Name
     created_at: str
     command: list[str] = field(default_factory=list)
