@@ -197,7 +197,9 @@ def summary_of_two(**changes: object) -> Summary:
     }
     window = {"window_start_seconds": 5.0, "window_end_seconds": 15.0}
     clients = [
-        client("resnet", {"train_step": unit(50, 10.0)}, jobs=[job | {"in_window": True}], **window),
+        client(
+            "resnet", {"train_step": unit(50, 10.0)}, jobs=[job | {"in_window": True}], **window
+        ),
         client(**{**second, **window, **changes}),
     ]
     return scores.summarize_co_run(
