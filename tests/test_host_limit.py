@@ -125,7 +125,7 @@ child.kill()
             time.sleep(0.05)
         assert 0.6 <= reading.seconds < 2.0
         nothing = host_cpu.CpuReading(0.0)
-        assert 0.2 <= reading.busiest_thread_since(nothing) < reading.seconds
+        assert 0.2 <= reading.busiest_since(nothing) < reading.seconds
     finally:
         client.communicate(timeout=10)
 

@@ -111,17 +111,44 @@ def test_the_least_window_is_kept(run: Callable) -> None:
     assert result.window_end_seconds - result.window_start_seconds >= 0.5
 
 
-@pytest.mark.parametrize(
-    ("min_jobs", "unit_seconds", "done"), [(5, 0.01, range(5, 50)), (50, 0.1, range(1, 2))]
-)
-def test_a_baseline_takes_several_short_jobs_or_one_long_one(
-    run: Callable, min_jobs: int, unit_seconds: float, done: range
+def test_counting_opens_for_all_at_once_some_time_after_go(run: Callable) -> None:
+    result = run(2, rule=FinishRule(min_seconds=0.3, settle_seconds=0.4))
+    went = min(
+        start for client in result.clients for _, start, _ in event_log.unit_spans(client.events)
+    )
+    assert 0.3 < result.window_start_seconds - went < 0.6
+    assert result.settle_seconds == 0.4
+    # Units in hand at the end come to theirs next to the same neighbors.
+    for client in result.clients:
+        _, start, duration = list(event_log.unit_spans(client.events))[-1]
+        assert start + duration > result.window_end_seconds
+
+
+def test_a_client_that_fails_before_counting_opens_ends_the_co_run(run: Callable) -> None:
+    rule = FinishRule(min_seconds=5, settle_seconds=5)
+    result = run(2, c1={"fail": "crash", "fail_at": 0.1}, rule=rule)
+    assert result.outcome == "failed"
+    assert 0 < result.window_end_seconds - result.window_start_seconds < 4
+
+
+@pytest.mark.parametrize(("unit_seconds", "jobs"), [(0.01, range(5, 50)), (0.1, range(1, 3))])
+def test_a_window_holds_a_whole_job_however_long_it_is(
+    run: Callable, unit_seconds: float, jobs: range
 ) -> None:
-    rule = FinishRule(min_seconds=0.0, min_jobs=min_jobs, long_job_seconds=0.4)
+    rule = FinishRule(min_seconds=0.4, settle_seconds=0.1, needs_whole_job=True)
     result = run(1, rule=rule, all={"unit_seconds": unit_seconds})
     assert result.outcome == "ok"
-    jobs = sum(event["event"] == "job" for event in result.clients[0].events)
-    assert jobs in done
+    window = result.window_start_seconds, result.window_end_seconds
+    assert (
+        sum(job.in_window for job in event_log.jobs_of(result.clients[0].events, *window)) in jobs
+    )
+
+
+def test_without_a_length_a_window_is_as_long_as_a_job_of_the_slowest(run: Callable) -> None:
+    rule = FinishRule(min_seconds=0.1, settle_seconds=0.3)
+    result = run(2, rule=rule, c1={"units": 40})
+    longest = max(result.clients[1].job_seconds)
+    assert longest <= result.window_end_seconds - result.window_start_seconds < 1.5 * longest
 
 
 def test_a_fixed_window_ends_without_a_whole_job_but_with_enough_units(run: Callable) -> None:
@@ -133,6 +160,13 @@ def test_a_fixed_window_ends_without_a_whole_job_but_with_enough_units(run: Call
     )
     assert units["step"].count >= 10
     assert result.window_end_seconds - result.window_start_seconds < 3
+
+
+def test_a_fixed_window_does_not_wait_for_units_for_ever(run: Callable) -> None:
+    rule = FinishRule(min_seconds=99, window_seconds=0.2, longest_seconds=0.6)
+    result = run(1, rule=rule, all={"unit_seconds": 0.5})
+    assert result.outcome == "ok"
+    assert 0.6 <= result.window_end_seconds - result.window_start_seconds < 0.9
 
 
 def test_copies_of_a_job_have_an_index_each_the_same_in_two_modes_and_share_one_baseline(
@@ -428,17 +462,34 @@ def test_half_a_character_is_replaced_and_a_whole_one_kept() -> None:
     assert event_log.parse_event(said)["message"] == "caf?.png \U0001f600 \xe9"
 
 
-def test_units_that_cross_the_windows_edges_do_not_count() -> None:
+def test_units_across_the_windows_edges_count_by_their_share() -> None:
     events = [
         {"event": "units", "kind": "step", "latency": False,
-         "start_seconds": [0.5, 1.0, 2.0, 2.9], "duration_seconds": [1.0, 1.0, 0.5, 0.2]},
+         "start_seconds": [0.0, 0.5, 2.0, 2.9], "duration_seconds": [0.9, 1.0, 0.5, 0.4]},
+        {"event": "units", "kind": "cell", "latency": True,
+         "start_seconds": [0.75, 1.5, 2.5], "duration_seconds": [0.5, 0.25, 1.0]},
+        # Requests at an offered rate are no work: each counts where it ends.
         {"event": "units", "kind": "request", "latency": True,
-         "start_seconds": [1.5], "duration_seconds": [0.25]},
+         "start_seconds": [0.5, 2.9], "duration_seconds": [0.75, 0.25]},
     ]  # fmt: skip
     units, latency_ms = event_log.units_in_window(events, 1.0, 3.0)
-    assert units["step"] == Units(count=2, seconds=1.5, latency=False)
-    assert latency_ms == [250.0]
+    assert units == {
+        "step": Units(count=pytest.approx(1.75), seconds=pytest.approx(1.1), latency=False),
+        "cell": Units(count=2.0, seconds=1.0, latency=True),
+        "request": Units(count=1, seconds=0.75, latency=True),
+    }
+    assert latency_ms == [500.0, 250.0, 750.0]
     assert event_log.units_in_window([], 0.0, 1.0) == ({}, None)
+
+
+def test_a_run_of_a_command_that_was_cut_off_counts_by_its_share_of_a_mean_one() -> None:
+    events = [
+        {"event": "units", "kind": "command", "latency": False,
+         "start_seconds": [0.0, 4.0], "duration_seconds": [4.0, 4.0]},
+        {"event": "unfinished", "kind": "command", "latency": False, "start_seconds": 8.0},
+    ]  # fmt: skip
+    units, _ = event_log.units_in_window(events, 2.0, 9.0)
+    assert units == {"command": Units(count=0.5 + 1 + 0.25, seconds=7.0, latency=False)}
 
 
 def test_a_line_that_is_still_being_written_waits_but_not_for_ever(

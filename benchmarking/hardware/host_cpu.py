@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import psutil
 
@@ -14,22 +15,31 @@ import psutil
 class CpuReading:
     """Processor seconds (user and system) so far: of all processes, and of each living thread.
 
-    `threads` goes by thread id. `seconds` holds threads and processes that have ended too, if
-    their parents have noticed.
+    `threads` goes by thread id, `waits` likewise: seconds that the thread was ready to run and had
+    no core. `seconds` holds threads and processes that have ended too, if their parents have
+    noticed.
     """
 
     seconds: float
     threads: dict[int, float] = field(default_factory=dict)
+    waits: dict[int, float] = field(default_factory=dict)
 
     def seconds_since(self, earlier: CpuReading) -> float:
         """Return the processor seconds since `earlier`; never negative."""
         # A process that was orphaned and has ended takes its time away with it.
         return max(0.0, self.seconds - earlier.seconds)
 
-    def busiest_thread_since(self, earlier: CpuReading) -> float:
+    def busiest_since(self, earlier: CpuReading) -> float:
         """Return the most seconds that any one thread has used since `earlier`."""
-        used = [now - earlier.threads.get(thread, 0.0) for thread, now in self.threads.items()]
-        return max(used, default=0.0)
+        return _most(earlier.threads, self.threads)
+
+    def longest_wait_since(self, earlier: CpuReading) -> float:
+        """Return the most seconds that any one thread has waited for a core since `earlier`."""
+        return _most(earlier.waits, self.waits)
+
+
+def _most(earlier: dict[int, float], now: dict[int, float]) -> float:
+    return max((value - earlier.get(thread, 0.0) for thread, value in now.items()), default=0.0)
 
 
 def read_process_trees(pids: Sequence[int | None]) -> list[CpuReading | None]:
@@ -56,14 +66,23 @@ def read_process_trees(pids: Sequence[int | None]) -> list[CpuReading | None]:
 
 
 def _read(members: set[int]) -> CpuReading:
-    seconds, threads = 0.0, {}
+    seconds, threads, waits = 0.0, {}, {}
     for pid in members:
         with contextlib.suppress(psutil.Error):  # it has ended meanwhile
             process = psutil.Process(pid)
             times = process.cpu_times()
             seconds += times.user + times.system + times.children_user + times.children_system
             threads |= {one.id: one.user_time + one.system_time for one in process.threads()}
-    return CpuReading(seconds, threads)
+            waits |= {one.id: _seconds_without_a_core(pid, one.id) for one in process.threads()}
+    return CpuReading(seconds, threads, waits)
+
+
+def _seconds_without_a_core(pid: int, thread: int) -> float:
+    """The second number of schedstat (Documentation/scheduler/sched-stats of the kernel), in ns."""
+    try:
+        return int(Path(f"/proc/{pid}/task/{thread}/schedstat").read_text().split()[1]) / 1e9
+    except (OSError, IndexError, ValueError):  # ended meanwhile, or a kernel without it
+        return 0.0
 
 
 def signal_sessions(leaders: Sequence[int], number: int) -> list[psutil.Process]:

@@ -64,7 +64,7 @@ class Proof(Struct):
 
 
 class Job(Struct, kw_only=True):
-    """One whole job of a client."""
+    """One whole job of a client; `in_window`: it began after `go` and ended in the window."""
 
     index: Count = 0
     start_seconds: float
@@ -113,6 +113,7 @@ class ClientRecord(Struct, kw_only=True, tag="client", tag_field="record"):
     host_cpu_seconds: Amount | None
     window_host_cpu_fraction: Amount | None
     busiest_thread_cpu_fraction: Amount | None
+    cpu_wait_fraction: Amount | None = None
     peak_memory_mib: Amount | None
     startup_seconds: Amount | None
     exit_code: int | None

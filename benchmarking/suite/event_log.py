@@ -1,12 +1,13 @@
 """What clients write about themselves, read while it is written, and the figures in a window.
 
-The events are those of the client contract (`loaded`, `ready`, `processes`, `units`, `job`,
-`error`, `done`), one JSON object a line, all times on CLOCK_MONOTONIC.
+The events are those of the client contract (`loaded`, `ready`, `processes`, `units`,
+`unfinished`, `job`, `error`, `done`), one JSON object a line, all times on CLOCK_MONOTONIC.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,6 +16,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from benchmarking.metrics.scores import OFFERED_RATE_KINDS
 from benchmarking.records.types import Amount, Job, Units
 
 Event = Mapping[str, Any]
@@ -31,6 +33,7 @@ _FIELDS: dict[str, list[tuple[Any, ...]]] = {
     "processes": [("pids", list[int])],
     "units": [("kind", str), ("latency", bool), ("start_seconds", list[float]),
               ("duration_seconds", list[float])],
+    "unfinished": [("kind", str), ("latency", bool), ("start_seconds", float)],
     "job": [("index", int), ("start_seconds", float), ("end_seconds", float),
             ("figures", dict[str, Any] | None, None)],
     "error": [("status", Literal["failed", "oom"] | None, None),
@@ -135,23 +138,46 @@ def process_ids(events: Iterable[Event]) -> list[int]:
 def units_in_window(
     events: Iterable[Event], start_seconds: float, end_seconds: float
 ) -> tuple[dict[str, Units], list[float] | None]:
-    """Return the units that lie wholly in the window, by kind, and their latencies in ms.
+    """Return the units in the window, by kind, and the latencies in ms of those that end in it.
 
-    The latencies are the raw durations of all units whose duration is a response time, in the
-    order of their ends as written; `None` when there is none.
+    A unit across an edge counts by its share inside, in count as in seconds. One that was never
+    finished is taken to be as long as the mean of its kind. Requests at an offered rate are no
+    work: they count whole, where they end. Latencies are raw durations, as written; `None` when
+    there is none.
     """
     units: dict[str, Units] = {}
     latency_ms: list[float] = []
+    events = list(events)
     for event, start, duration in unit_spans(events):
-        if start < start_seconds or start + duration > end_seconds:
-            continue
-        is_latency = bool(event["latency"])
-        unit = units.setdefault(event["kind"], Units(count=0, seconds=0.0, latency=is_latency))
-        unit.count += 1
-        unit.seconds += duration
-        if is_latency:
+        end = start + duration
+        ends_inside = start_seconds < end <= end_seconds
+        inside = min(end, end_seconds) - max(start, start_seconds)
+        if event["kind"] in OFFERED_RATE_KINDS or duration <= 0:
+            count, seconds = float(ends_inside), duration * ends_inside
+        else:
+            count, seconds = max(0.0, inside / duration), max(0.0, inside)
+        if count:
+            _add(units, event["kind"], count, seconds, latency=bool(event["latency"]))
+        if ends_inside and event["latency"]:
             latency_ms.append(1000 * duration)
+    for event in events:
+        if event["event"] == "unfinished":
+            inside = end_seconds - max(event["start_seconds"], start_seconds)
+            whole = [s for other, _, s in unit_spans(events) if other["kind"] == event["kind"]]
+            if whole and inside > 0:
+                mean_seconds = math.fsum(whole) / len(whole)
+                # However long it took, no more than all of it was done.
+                count = min(1.0, inside / mean_seconds)
+                _add(units, event["kind"], count, inside, latency=bool(event["latency"]))
     return units, latency_ms or None
+
+
+def _add(
+    units: dict[str, Units], kind: str, count: float, seconds: float, *, latency: bool
+) -> None:
+    unit = units.setdefault(kind, Units(count=0.0, seconds=0.0, latency=latency))
+    unit.count += count
+    unit.seconds += seconds
 
 
 def jobs_of(

@@ -11,6 +11,7 @@ SIGKILL only after another grace, since killing an MPS client hard may harm its 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import subprocess
@@ -35,6 +36,8 @@ CAUSE_OF_EXIT_CODE = {EXIT_OUT_OF_MEMORY: "out_of_memory", 34: "not_finite", 65:
 CAUSES = get_args(FailureCause)
 # A killed process ends when the kernel gets to it: in the driver, or on a busy machine, later.
 KILLED_SECONDS = 10.0
+# How long everyone goes on past the window, as a part of the time to settle before it.
+TAIL_PART = 1 / 3
 # Keeps Python from importing modules that lie where a process happens to run.
 SAFE_PATH_VARIABLE = "PYTHONSAFEPATH"
 
@@ -61,27 +64,30 @@ class Timeouts:
 
 @dataclass(frozen=True)
 class FinishRule:
-    """When the window may end: every client has done this much.
+    """When the counting window opens, and when it may close: for all clients at once.
 
-    Without `window_seconds`: at least `min_seconds` since go and, for every client, `min_jobs`
-    whole jobs, or one that took `long_job_seconds`. With it: that many seconds and `min_units`
-    units for every client, whole jobs or not.
+    It opens `settle_seconds` after go. With `window_seconds` it lasts so long, and on until every
+    client has done `min_units` units, but never past `longest_seconds`. Without, it lasts
+    `min_seconds` and as long as a job of the slowest client takes; with `needs_whole_job`, until a
+    whole job of every client lies in it, so that it holds every kind of unit.
     """
 
     min_seconds: float
-    min_jobs: int = 1
-    long_job_seconds: float = 0.0
+    settle_seconds: float = 0.0
+    needs_whole_job: bool = False
     window_seconds: float | None = None
+    longest_seconds: float = math.inf
     min_units: int = 10
     # Whether a client that fails is left behind, instead of ending the window.
     tolerates_failures: bool = False
 
-    def is_done(self, client: Client) -> bool:
-        """Whether this client has done enough, the elapsed time apart."""
+    def is_done(self, client: Client, window_seconds: float) -> bool:
+        """Whether this client has done enough in a window of that length so far."""
         if self.window_seconds is not None:
-            return client.units >= self.min_units
-        long_enough = any(seconds >= self.long_job_seconds for seconds in client.job_seconds)
-        return len(client.job_seconds) >= (1 if long_enough else self.min_jobs)
+            return client.units >= self.min_units or window_seconds >= self.longest_seconds
+        if self.needs_whole_job:
+            return client.whole_jobs > 0
+        return any(seconds <= window_seconds for seconds in client.job_seconds)
 
     @property
     def seconds(self) -> float:
@@ -96,7 +102,8 @@ class ClientResult:
     `reason` says in words why `status` is not ok, `cause` in the word of the client contract, where
     it has one; `memory` is the memory snapshot of when memory ran out. `window_host_cpu_fraction`
     is how many cores it and its child processes used in the window, `busiest_thread_cpu_fraction`
-    what the one thread of theirs took that used most.
+    what the one thread of theirs took that used most, `cpu_wait_fraction` the part of the window
+    that the one waited for a core that waited longest.
     """
 
     planned: PlannedClient
@@ -108,6 +115,7 @@ class ClientResult:
     stderr_tail: list[str] = field(default_factory=list)
     window_host_cpu_fraction: float | None = None
     busiest_thread_cpu_fraction: float | None = None
+    cpu_wait_fraction: float | None = None
     cause: str | None = None
     memory: dict[str, Any] | None = None
 
@@ -121,7 +129,8 @@ class ClientResult:
 class Client(ClientResult):
     """A client process, whose result grows while it runs and is settled when it has ended.
 
-    `failure` is the status and the reason of one that cannot be measured.
+    `failure` is the status and the reason of one that cannot be measured. `units` and `whole_jobs`
+    are those that have ended, and lie whole, in the window that opens at `window_start_seconds`.
     """
 
     paths: ClientPaths | None = None
@@ -129,6 +138,8 @@ class Client(ClientResult):
     is_loaded: bool = False
     has_said_done: bool = False
     job_seconds: list[float] = field(default_factory=list)
+    window_start_seconds: float = math.inf
+    whole_jobs: int = 0
     units: int = 0
     failure: tuple[str, str] | None = None
     was_told_to_stop: bool = False
@@ -190,8 +201,12 @@ class Client(ClientResult):
                     self.identity = dict(event.get("identity") or {})
                 case "job":
                     self.job_seconds.append(event["end_seconds"] - event["start_seconds"])
+                    self.whole_jobs += event["start_seconds"] >= self.window_start_seconds
                 case "units":
-                    self.units += len(event["start_seconds"])
+                    spans = event_log.unit_spans([event])
+                    self.units += sum(
+                        at + seconds > self.window_start_seconds for _, at, seconds in spans
+                    )
                 case "error":
                     message = str(event.get("message") or "reported an error")
                     self.failure = (event.get("status") or STATUS_FAILED, message)
@@ -253,6 +268,7 @@ class CoRunResult:
     reason: str | None
     clients: Sequence[ClientResult] = ()
     ready_seconds: float | None = None
+    settle_seconds: float = 0.0
     window_start_seconds: float | None = None
     window_end_seconds: float | None = None
     go_skew_ms: float | None = None
@@ -324,27 +340,51 @@ class Launcher:
             )  # fmt: skip
 
     def _measure(self, result: CoRunResult, clients: list[Client], rule: FinishRule) -> None:
-        """Let everyone go at once and wait until all have done enough: the window."""
-        pids = [client.pid for client in clients]
-        cpu_at_go = read_process_trees(pids)
-        # The window opens before the first command: a job that the first client begins while
-        # the last one is still being told (see go_skew_ms) lies in it.
+        """Let everyone go at once, let them settle, and count until all have done enough."""
+        # Where a client fails before the window opens, the time since go is on record.
         start = result.window_start_seconds = time.monotonic()
+        result.settle_seconds = rule.settle_seconds
+        for client in clients:
+            client.window_start_seconds = start + rule.settle_seconds
+        go_seconds = [client.send("go") for client in clients]
+        result.go_skew_ms = 1000 * (go_seconds[-1] - go_seconds[0])
         try:
-            go_seconds = [client.send("go") for client in clients]
-            result.go_skew_ms = 1000 * (go_seconds[-1] - go_seconds[0])
+            self._let_run(clients, start + rule.settle_seconds, rule)
+            self._count(result, clients, rule, start + rule.settle_seconds)
+        finally:
+            result.window_end_seconds = result.window_end_seconds or time.monotonic()
+        # Units that are in hand at the end shall come to theirs next to the same neighbors.
+        tail_seconds = TAIL_PART * rule.settle_seconds
+        self._let_run(clients, result.window_end_seconds + tail_seconds, rule)
+
+    def _let_run(self, clients: list[Client], until_seconds: float, rule: FinishRule) -> None:
+        self._wait(
+            clients, lambda client: True, "run", math.inf, until_seconds,
+            tolerates_failures=rule.tolerates_failures,
+        )  # fmt: skip
+
+    def _count(
+        self, result: CoRunResult, clients: list[Client], rule: FinishRule, opening: float
+    ) -> None:
+        """Keep the window open from `opening` on until everyone has done enough."""
+        pids = [client.pid for client in clients]
+        cpu_at_start = read_process_trees(pids)
+        result.window_start_seconds = opening
+        try:
             self._wait(
-                clients, rule.is_done, "finish", start + self.timeouts.timeout,
-                not_before=start + rule.seconds, tolerates_failures=rule.tolerates_failures,
+                clients, lambda client: rule.is_done(client, time.monotonic() - opening), "finish",
+                opening + self.timeouts.timeout, opening + rule.seconds,
+                tolerates_failures=rule.tolerates_failures,
             )  # fmt: skip
         finally:
-            end = result.window_end_seconds = time.monotonic()
+            result.window_end_seconds = time.monotonic()
+            seconds = result.window_end_seconds - opening
             cpu_at_end = read_process_trees(pids)
-            for client, before, after in zip(clients, cpu_at_go, cpu_at_end, strict=True):
-                if before is not None and after is not None and end > start:
-                    client.window_host_cpu_fraction = after.seconds_since(before) / (end - start)
-                    busiest = after.busiest_thread_since(before)
-                    client.busiest_thread_cpu_fraction = busiest / (end - start)
+            for client, before, after in zip(clients, cpu_at_start, cpu_at_end, strict=True):
+                if before is not None and after is not None and seconds > 0:
+                    client.window_host_cpu_fraction = after.seconds_since(before) / seconds
+                    client.busiest_thread_cpu_fraction = after.busiest_since(before) / seconds
+                    client.cpu_wait_fraction = after.longest_wait_since(before) / seconds
 
     def _wait(
         self, clients: list[Client], is_done: Callable[[Client], bool], what: str, deadline: float,

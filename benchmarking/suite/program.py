@@ -92,7 +92,7 @@ class UntilOver(FinishRule):
 
     over: threading.Event = field(default_factory=threading.Event)
 
-    def is_done(self, client: Client) -> bool:
+    def is_done(self, client: Client, window_seconds: float) -> bool:
         """Whether the window is over, the same for every client."""
         return self.over.is_set()
 

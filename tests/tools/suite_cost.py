@@ -206,7 +206,7 @@ def measure(
                 "start_seconds": start,
                 "end_seconds": end,
                 "client_cores": cores[:-1],
-                "busiest_cores": [pair and pair[1].busiest_thread_since(pair[0]) / seconds
+                "busiest_cores": [pair and pair[1].busiest_since(pair[0]) / seconds
                                   for pair in known[:-1]],
                 "suite_cores": own_seconds / seconds,
                 "sampler_cores": cores[-1],

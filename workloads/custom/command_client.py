@@ -110,7 +110,14 @@ class CommandWorkload(Workload):
         """
         recorder.check_stop()
         run = _Run(self.args.words, self.args.working_directory)
-        self._watch(run, recorder)
+        try:
+            self._watch(run, recorder)
+        except StopRequested:
+            latency, start_seconds = self.args.latency, run.start_seconds
+            recorder.write(
+                "unfinished", kind=UNIT_KIND, latency=latency, start_seconds=start_seconds
+            )
+            raise
         _require_success(run)
         recorder.unit(UNIT_KIND, run.start_seconds, run.end_seconds, latency=self.args.latency)
         return {"command_seconds": run.end_seconds - run.start_seconds}
