@@ -69,13 +69,23 @@ def non_negative_int(text: str) -> int:
 
 def positive_float(text: str) -> float:
     """Argument type: a number above 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
+    if not 0 < _number(text) < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return value
+    return float(text)
+
+
+def non_negative_float(text: str) -> float:
+    """Argument type: a number of 0 or more."""
+    if not 0 <= _number(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 0 or more")
+    return float(text)
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def counts(text: str) -> tuple[int, ...]:

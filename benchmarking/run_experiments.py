@@ -1,20 +1,23 @@
 #!/usr/bin/env python3
 """Compare the GPU sharing modes, unattended: what ./run_experiments.sh becomes.
 
-Each job alone, then the same mix of jobs together under time slicing, MPS and MIG, then the report.
+In rounds: each job alone, then the same mix of jobs together under time slicing and MPS; then MIG,
+and the report.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarking.modes.mode_scripts import ModeScriptError
@@ -27,35 +30,45 @@ SCRIPT, PHASES_FILE = "run_experiments.sh", "phases.jsonl"
 HELP = f"""\
 Usage: ./run_experiments.sh [options]
 
-Phase 1 baseline       each job of the mix alone
+Phase 1 baseline       each job of the mix alone, and one client under time slicing: the null
 Phase 2 time-slicing   the mix together, as CUDA does by itself
-Phase 3 mps            the mix together under NVIDIA MPS
+Phase 3 mps            the mix together under NVIDIA MPS, without limits and with even shares
 Phase 4 mig            each job on a MIG instance of its own (where MIG is on, or with --mig)
 Phase 5 analysis       decision, table, charts: report.html, report.md
 
-Without an NVIDIA GPU phases 1 and 2 run as a small demonstration on the CPU. A phase that fails
-does not stop the others; Ctrl-C stops, undoes what was enabled and reports what was done.
+Phases 1 to 3 take turns in rounds, their order reversed from one to the next, so that what drifts
+meanwhile makes no winner; the null says how wrong the method itself is. Without an NVIDIA GPU
+phases 1 and 2 run as a small demonstration on the CPU. A phase that fails does not stop the others;
+Ctrl-C stops, undoes what was enabled and reports what was done.
 
 Options:
-  --modes LIST          which of time-slicing,mps,mig (default: all)
+  --modes LIST          which of time-slicing,mps,mps:even,mps:N,mig (default: time-slicing,mps,
+                        mps:even,mig); mps:50 gives each client half of the multiprocessors,
+                        mps:50/25 in turn, mps:even each the same
   --mix mixed|training|inference|interactive|serving|llm|pairs   which jobs (default: mixed:
                         ResNet50 training, batch inference, Jupyter session, BERT fine-tuning;
                         serving: an inference server with its users, three ResNet50 trainings; llm:
                         token generation in the place of BERT; pairs: each job of the mixed mix next
                         to each other one, 10 s a pair)
   --workloads N         jobs that run together (default: 4; with --plan or --job: each of them once)
-  --phase-minutes N     budget of each phase (default: 5 for phase 1, 10 for the others); it limits
-                        repeats, never below one
-  --noise-floor         measure the first mode that runs twice: differences between modes that are
-                        no larger than those between its two runs are called noise
+  --full                the guide's own job sizes, each window as long as a job of the slowest
+  --phase-minutes N     minutes for all rounds together: as many are done as fit, at least one
+  --noise-floor         nothing more than usual: every round measures the null
   --baseline RUN        folder of an earlier baseline run to use in place of phase 1
 {SHARED_HELP}
-Defaults: --repeats 3 (CPU: 1), --output results/experiments-<date-time>.
+Defaults: --repeats 4 (rounds; 3 with --quick, 1 for pairs and on the CPU; a claim needs 3), 3 s to
+settle and 14 s counted together, 3 + 7 s alone (--quick: 2 + 8 s), --output
+results/experiments-<date-time>.
 Exit codes: 0 every phase that ran succeeded, 1 one failed, 2 usage, 3 no usable GPU, 4 another run
 is at work on it, 130 Ctrl-C
 """
-MODES = ("time-slicing", "mps", "mig")
 MIXES = ("mixed", "training", "inference", "interactive", "serving", "llm", "pairs")
+TIME_SLICING, MPS, MIG = "time-slicing", "mps", "mig"
+USUAL_MODES = (TIME_SLICING, MPS, "mps:even", MIG)
+# Seconds to settle, counted alone at the least, and counted together.
+USUAL_SECONDS = ("3", "7", "14")
+QUICK_SECONDS = ("2", "8", "8")
+ROUNDS, QUICK_ROUNDS = 4, 3
 
 
 def main() -> int:
@@ -65,17 +78,15 @@ def main() -> int:
         workloads = choose_workloads(driver)
         driver.prepare("experiments")
         experiment = Experiment(driver, workloads)
-        experiment.run_phase(1, "baseline", experiment.measure_baseline)
-        experiment.run_phase(2, driver.mode_name(MODES[0]), experiment.measure_time_slicing)
-        experiment.run_phase(3, "mps", experiment.measure_mps)
-        experiment.run_phase(4, "mig", experiment.measure_mig)
-        experiment.run_phase(5, "analysis", experiment.analyze)
+        experiment.measure_rounds()
+        experiment.measure_mig()
+        experiment.analyze()
         return experiment.exit_code()
 
 
 def parse_arguments() -> argparse.Namespace:
     """Return the checked options; raises `Refused`."""
-    parser = arguments.DriverParser(SCRIPT, HELP, ["--noise-floor"])
+    parser = arguments.DriverParser(SCRIPT, HELP, ["--noise-floor", "--full"])
     checks = {
         "--modes": _modes,
         "--mix": arguments.one_of(*MIXES),
@@ -86,16 +97,23 @@ def parse_arguments() -> argparse.Namespace:
         ),
     }
     options = parser.parse(sys.argv[1:], checks)
-    options.modes = options.modes or list(MODES)
+    options.modes = options.modes or list(USUAL_MODES)
     if options.positional:
         parser.error(f"unexpected argument: {options.positional[0]}")
     if options.mix == "pairs" and options.workloads:
         parser.error("--mix pairs has two jobs in each co-run: leave --workloads")
+    if options.full and (options.quick or options.mix == "pairs"):
+        parser.error("--full is for the guide's own job sizes: leave --quick and --mix pairs")
     return options
 
 
 def _modes(text: str | None) -> list[str]:
-    return [arguments.one_of(*MODES)(mode) for mode in (text or "").split(",")]
+    share = r"even|[1-9]\d?(\.\d+)?|100"
+    check = arguments.matching(
+        f"time-slicing|mig|mps(:({share})(/({share}))*)?",
+        "some of: time-slicing mps mps:even mps:PERCENT mig",
+    )
+    return list(dict.fromkeys(check(mode) for mode in (text or "").split(",")))
 
 
 def choose_workloads(driver: Driver) -> int:
@@ -104,25 +122,50 @@ def choose_workloads(driver: Driver) -> int:
     usual = 2 if options.mix == "pairs" else driver.count_jobs() or 4
     layout = options.mig_layout
     workloads = int(options.workloads or (layout.count(",") + 1 if layout else usual))
-    if "mig" in options.modes:
+    if MIG in options.modes:
         driver.require_layout(workloads)
     return workloads
 
 
 @dataclass
 class Phase:
-    """What became of a phase, as a line of phases.jsonl has it."""
+    """A phase, and what became of it, as a line of phases.jsonl has it.
+
+    `name` is the mode with its limits; `rounds` are those that it has done.
+    """
 
     phase: int
     name: str
     status: str = "ok"
     reason: str = ""  # also what is to be known of one that went well
     run_folder: str = ""
-    seconds: int = 0
+    seconds: float = 0.0
+    rounds: int = 0
+    was_done_before: bool = False
+    is_noted: bool = False  # in phases.jsonl, as it is now
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def mode(self) -> str:
+        """The mode, its limits apart."""
+        return self.name.partition(":")[0]
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there is something left to measure."""
+        return self.status == "ok" and not self.was_done_before and not self.is_noted
 
     def end(self, status: str, reason: str) -> None:
-        """Note that it failed or was skipped, and why."""
-        self.status, self.reason = status, reason
+        """Say that it failed or was skipped, and why."""
+        self.status, self.reason, self.is_noted = status, reason, False
+
+    def row(self) -> dict[str, Any]:
+        """Return the line of phases.jsonl."""
+        reason = "; ".join(dict.fromkeys(filter(None, [self.reason, *self.notes])))
+        return {
+            "phase": self.phase, "name": self.name, "status": self.status, "reason": reason,
+            "run_folder": self.run_folder, "seconds": int(self.seconds),
+        }  # fmt: skip
 
 
 class Experiment:
@@ -133,154 +176,269 @@ class Experiment:
         self.driver = driver
         self.options = driver.options
         self.workloads = workloads
-        self.baseline: str | None = driver.options.baseline  # a run folder, once it is complete
+        self.baseline: str | None = driver.options.baseline  # a run folder, once it is there
         self.gpu_is_unusable = False
         self.failed_phases = 0
+        self._rows_before = self._read_rows()
 
-    def run_phase(self, number: int, name: str, measure: Callable[[Phase], None]) -> None:
-        """Run a phase and append its outcome to phases.jsonl; raises `Refused` if that fails."""
-        driver, phase, begun = self.driver, Phase(number, name), time.monotonic()
-        driver.notes = []
-        say(f"\nPhase {number}: {name}")
-        is_measured = name != "analysis"
-        if is_measured and self._was_ok(number):
-            say(f"Phase {number}: {name}: done before")
-            if name == "baseline":
-                self.baseline = os.path.join(driver.output, name)
-            return
-        if is_measured and driver.interrupted is not None:
-            phase.end("skipped", "interrupted before it began")
-        elif is_measured and self.gpu_is_unusable:
-            phase.end("skipped", "the GPU cannot be used")
-        else:
-            measure(phase)
-            if is_measured and driver.interrupted is not None and phase.status == "ok":
-                phase.end("failed", "interrupted")
-            phase.reason = "; ".join(filter(None, [phase.reason, *driver.notes]))
-        self.failed_phases += phase.status == "failed"
-        if not self.options.dry_run or phase.status != "ok":
-            why = f" ({phase.reason})" if phase.reason else ""
-            say(f"Phase {number}: {name}: {phase.status}{why}")
-        phase.seconds = int(time.monotonic() - begun)
-        self._record(phase)
+    def measure_rounds(self) -> None:
+        """Measure each job alone and then together under each mode, in turns; note the phases."""
+        alone, together = self._alone(), self._together()
+        phases = [alone, *together]
+        for phase in phases:
+            if not phase.is_open:
+                self._finish(phase)
+        if any(phase.is_open for phase in phases):
+            begun = time.monotonic()
+            rounds = self._plan_rounds([phase for phase in phases if phase.is_open])
+            for number in range(1, rounds + 1):
+                said = f"\nRound {number} of {rounds}"
+                say(f"{said}; those after it are alike" if self.options.dry_run else said)
+                self._measure_round(number, rounds, alone, together)
+                if self.options.dry_run or self._is_over(begun, number, rounds, phases):
+                    break
+        for phase in phases:
+            self._note_interruption(phase)
+            self._finish(phase)
 
-    def measure_baseline(self, phase: Phase) -> None:
-        """Measure each job alone on the whole GPU."""
-        modes = self.driver.modes
-        reason = modes.why_not("exclusive", 1) if self.driver.gpu else None
-        if self.baseline is not None:
+    def _alone(self) -> Phase:
+        """Phase 1: each job alone on the whole GPU, and the null."""
+        phase = self._phase(1, "baseline")
+        reason = self.driver.modes.why_not("exclusive", 1) if self.driver.gpu else None
+        if self.options.baseline is not None:
             phase.end("skipped", f"the baseline of {self.baseline} is used")
         elif reason:
             phase.end("skipped", f"{reason}; each job runs alone on its instance in phase 4")
-        else:
-            self._run_suite(phase, "baseline", "exclusive", "5")
-            if phase.status == "ok":
-                self.baseline = os.path.join(self.driver.output, "baseline")
+        elif phase.was_done_before:
+            self.baseline = os.path.join(self.driver.output, phase.name)
+        return phase
 
-    def measure_time_slicing(self, phase: Phase) -> None:
-        """Measure the jobs together as CUDA runs them by itself.
-
-        Without a GPU it is a demonstration of the flow, whichever mode was asked for first.
-        """
+    def _together(self) -> list[Phase]:
+        """Phases 2 and 3; without a GPU one demonstration, whatever mode was asked for first."""
         if self.driver.gpu is None:
-            self._run_twice(phase, self.options.modes[0])
-        else:
-            self._measure_mode(phase, "time-slicing")
+            demo = self._phase(2, self.driver.mode_name(self.options.modes[0]))
+            unusable = self._phase(3, MPS)
+            unusable.end("skipped", self._why_skipped(MPS) or "")
+            return [demo, unusable]
+        asked = [mode for mode in self.options.modes if mode.partition(":")[0] == MPS]
+        phases = [self._phase(2, TIME_SLICING), *(self._phase(3, mode) for mode in asked or [MPS])]
+        for phase in phases:
+            reason = self._why_skipped(phase.name)
+            if reason:
+                phase.end("skipped", reason)
+        return phases
 
-    def measure_mps(self, phase: Phase) -> None:
-        """Measure the jobs together under MPS."""
-        self._measure_mode(phase, "mps")
-
-    def measure_mig(self, phase: Phase) -> None:
-        """Measure each job on a MIG instance of its own, all at once."""
-        self._measure_mode(phase, "mig")
-
-    def analyze(self, phase: Phase) -> None:
-        """Make the report of what there is."""
-        if not self.options.dry_run and not any(Path(self.driver.output).glob("*/manifest.json")):
-            phase.end("skipped", "no phase left a run")
-            return
-        reason = self.driver.analyze()
-        if reason:
-            phase.end("failed", reason)
-
-    def _measure_mode(self, phase: Phase, mode: str) -> None:
-        modes = self.driver.modes
+    def _why_skipped(self, mode: str) -> str | None:
         if mode not in self.options.modes:
-            phase.end("skipped", f"not asked for (--modes {','.join(self.options.modes)})")
-            return
-        reason = modes.why_not(mode, self.workloads)
-        if reason:
-            phase.end("skipped", reason)
-            return
-        try:
-            self.driver.notes += modes.enable(mode, self.workloads)
-            self._run_twice(phase, mode)
-        except ModeScriptError as error:
-            phase.end("failed", str(error))
-        failure = self.driver.undo_mode()
-        if failure:
-            phase.end("failed", failure)
+            return f"not asked for (--modes {','.join(self.options.modes)})"
+        return self.driver.modes.why_not(mode.partition(":")[0], self.workloads)
 
-    def _run_twice(self, phase: Phase, mode: str) -> None:
-        """Run the jobs together; again for the noise floor, if it is wanted and none has it yet."""
-        name = self.driver.mode_name(mode)
-        self._run_suite(phase, name, mode, "10")
-        if not self.options.noise_floor or phase.status != "ok" or self.driver.interrupted:
-            return
-        floors = Path(self.driver.output).glob("*-again/manifest.json")
-        if all(floor.parent.name == f"{name}-again" for floor in floors):
-            self._run_suite(phase, f"{name}-again", mode, "10")
-            phase.run_folder = name
-
-    def _run_suite(self, phase: Phase, run_id: str, mode: str, minutes: str) -> None:
-        """Run the suite once; later runs reuse the baseline of the first."""
+    def _plan_rounds(self, phases: Sequence[Phase]) -> int:
+        """Return how many rounds are done, and say it, with about how long they take."""
         options = self.options
-        flags = ["--mode", mode, "--budget-minutes", options.phase_minutes or minutes]
-        if options.mix != "pairs":
-            flags += ["--workloads", str(self.workloads)]
-        flags += arguments.jobs_of(options, "mixed")
-        if mode == "mps":
-            flags += arguments.mps_flags(options)
-        if mode != "exclusive":
-            flags += ["--repeats", str(options.repeats or (3 if self.driver.gpu else 1))]
-            flags += ["--baseline", self.baseline] if self.baseline else []
-        phase.run_folder = run_id
-        end = self.driver.run_suite(run_id, flags)
+        usual = QUICK_ROUNDS if options.quick else ROUNDS
+        if options.mix == "pairs" or self.driver.gpu is None:
+            usual = 1
+        wanted = int(options.repeats or usual)
+        if options.dry_run:
+            return wanted
+        each = [self.driver.estimate(phase.name, self._flags(phase, wanted)) for phase in phases]
+        if None in each or not sum(each):
+            say(f"{wanted} rounds, each as long as your commands take")
+            return wanted
+        minutes = sum(each) / 60
+        fitting = int(float(options.phase_minutes) / minutes) if options.phase_minutes else wanted
+        rounds = max(1, min(wanted, fitting))
+        why = f" ({wanted} do not fit in {options.phase_minutes} min)" if rounds < wanted else ""
+        few = "; a claim needs 3" if rounds < 3 and self.driver.gpu else ""
+        of = f"{rounds} round{'s' if rounds > 1 else ''} of {', '.join(p.name for p in phases)}"
+        say(f"{of}: about {max(1, round(rounds * minutes))} min{why}{few}")
+        return rounds
+
+    def _measure_round(
+        self, number: int, rounds: int, alone: Phase, together: Sequence[Phase]
+    ) -> None:
+        if alone.is_open:
+            self._measure(alone, number, rounds)
+            if number == 1 and alone.status == "ok":
+                self.baseline = os.path.join(self.driver.output, alone.name)
+        order = list(together if number % 2 else reversed(together))
+        for mode, members in itertools.groupby(order, key=lambda phase: phase.mode):
+            self._measure_mode(mode, list(members), number, rounds)
+
+    def _measure_mode(self, mode: str, phases: Sequence[Phase], number: int, rounds: int) -> None:
+        """Put a mode in force for the phases that need it, and undo it."""
+        driver = self.driver
+        phases = [phase for phase in phases if phase.is_open]
+        if not phases or driver.interrupted is not None or self.gpu_is_unusable:
+            return
+        failure = None
+        try:
+            notes = driver.modes.enable(mode, self.workloads) if driver.gpu else []
+            for phase in phases:
+                phase.notes += notes
+                self._measure(phase, number, rounds)
+        except ModeScriptError as error:
+            failure = str(error)
+        failure = driver.undo_mode() or failure
+        for phase in phases if failure else ():
+            phase.end("failed", str(failure))
+            self._finish(phase)
+
+    def _measure(self, phase: Phase, number: int, rounds: int) -> None:
+        """Run the suite for one round of a phase."""
+        driver, begun = self.driver, time.monotonic()
+        if driver.interrupted is not None or self.gpu_is_unusable:
+            return
+        driver.notes = []
+        phase.run_folder = phase.name.replace(":", "-").replace("/", "-")
+        end = driver.run_round(phase.run_folder, self._flags(phase, rounds), number)
+        phase.notes += driver.notes
+        phase.rounds = number
+        phase.seconds += time.monotonic() - begun
         if end.exit_code != 0:
             phase.end("failed", end.reason)
         self.gpu_is_unusable |= end.exit_code == EXIT_NO_GPU
+        if phase.status != "ok" or number == rounds:
+            self._finish(phase)
 
-    def _was_ok(self, number: int) -> bool:
-        """Whether a run that goes on has had this phase; its last whole line counts."""
-        lines: list[str] = []
-        if self.options.resumed:
-            with contextlib.suppress(OSError):
-                path = Path(self.driver.output, PHASES_FILE)
-                lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-        status = None
-        for line in lines:
-            with contextlib.suppress(ValueError, TypeError, KeyError):
-                row = json.loads(line)
-                if row["phase"] == number:
-                    status = row["status"]
-        return status == "ok"
+    def _flags(self, phase: Phase, rounds: int) -> list[str]:
+        """Return what the suite is told; the same in every round."""
+        options = self.options
+        is_alone, is_mig = phase.phase == 1, phase.mode == MIG
+        mode = phase.mode
+        if self.driver.gpu is None and not is_alone:
+            mode = options.modes[0].partition(":")[0]
+        flags = ["--mode", "exclusive" if is_alone else mode, "--repeats", str(rounds)]
+        if options.mix != "pairs":
+            flags += ["--workloads", str(self.workloads)]
+        flags += arguments.jobs_of(options, "mixed")
+        if self.driver.gpu is not None and not options.full:
+            settle, alone, together = QUICK_SECONDS if options.quick else USUAL_SECONDS
+            flags += ["--quick", "--settle", settle]
+            if is_alone or not self.baseline:
+                flags += ["--min-seconds", alone]
+            if not is_alone and options.mix != "pairs":  # which has a window of its own
+                flags += ["--window", together]
+        flags += [] if is_mig else ["--session", self.driver.session_name()]
+        flags += ["--null"] if is_alone else []
+        if mode == MPS and not is_alone:
+            share = phase.name.partition(":")[2].replace("/", ",") or options.mps_percentage
+            flags += ["--mps-percentage", share] if share else []
+            flags += arguments.flags_of(options, "mps_memory_limit", "mps_priority")
+        if not is_alone and self.baseline:
+            flags += ["--baseline", self.baseline]
+        return flags
 
-    def _record(self, phase: Phase) -> None:
+    def _is_over(self, begun: float, number: int, rounds: int, phases: Sequence[Phase]) -> bool:
+        """Whether no further round is done; what is left out by the budget is noted."""
+        minutes, spent = self.options.phase_minutes, time.monotonic() - begun
+        if number == rounds or not minutes or spent * (number + 1) / number <= 60 * float(minutes):
+            return number == rounds
+        for phase in phases:
+            if phase.is_open:
+                left = (
+                    "round " + str(rounds)
+                    if number + 1 == rounds
+                    else (f"rounds {number + 1} to {rounds}")
+                )
+                phase.notes.append(f"{left} left out: the budget of {minutes} minutes is spent")
+        return True
+
+    def measure_mig(self) -> None:
+        """Phase 4: each job on a MIG instance of its own; a block, since its set-up is slow."""
+        phase, driver = self._phase(4, MIG), self.driver
+        say(f"\nPhase {phase.phase}: {phase.name}")
+        reason = self._why_skipped(MIG)
+        begun = time.monotonic()
+        if phase.is_open and driver.interrupted is None and reason:
+            phase.end("skipped", reason)
+        elif phase.is_open and driver.interrupted is None and not self.gpu_is_unusable:
+            driver.notes = []
+            try:
+                phase.notes += driver.modes.enable(MIG, self.workloads)
+                repeats = int(self.options.repeats or ROUNDS)
+                phase.run_folder, phase.rounds = MIG, 1
+                end = driver.run_suite(MIG, self._flags(phase, repeats))
+                if end.exit_code != 0:
+                    phase.end("failed", end.reason)
+                self.gpu_is_unusable |= end.exit_code == EXIT_NO_GPU
+            except ModeScriptError as error:
+                phase.end("failed", str(error))
+            failure = driver.undo_mode()
+            if failure:
+                phase.end("failed", failure)
+            phase.notes += driver.notes
+        phase.seconds = time.monotonic() - begun
+        self._note_interruption(phase)
+        self._finish(phase)
+
+    def analyze(self) -> None:
+        """Phase 5: make the report of what there is."""
+        phase, begun = Phase(5, "analysis"), time.monotonic()
+        say(f"\nPhase {phase.phase}: {phase.name}")
+        if not self.options.dry_run and not any(Path(self.driver.output).glob("*/manifest.json")):
+            phase.end("skipped", "no phase left a run")
+        else:
+            reason = self.driver.analyze()
+            if reason:
+                phase.end("failed", reason)
+        phase.seconds = time.monotonic() - begun
+        self._finish(phase)
+
+    def _phase(self, number: int, name: str) -> Phase:
+        row = self._rows_before.get((number, name), {})
+        return Phase(number, name, was_done_before=row.get("status") == "ok")
+
+    def _note_interruption(self, phase: Phase) -> None:
+        if not phase.is_open:
+            return
+        if self.driver.interrupted is not None and phase.rounds == 0:
+            phase.end("skipped", "interrupted before it began")
+        elif self.driver.interrupted is not None:
+            phase.end("failed", "interrupted")
+        elif self.gpu_is_unusable and phase.rounds == 0:
+            phase.end("skipped", "the GPU cannot be used")
+
+    def _finish(self, phase: Phase) -> None:
+        """Say what became of a phase and append it to phases.jsonl; raises `Refused`."""
+        if phase.was_done_before and not phase.is_noted:
+            say(f"Phase {phase.phase}: {phase.name}: done before")
+        if phase.was_done_before or phase.is_noted:
+            phase.is_noted = True
+            return
+        phase.is_noted = True
+        self.failed_phases += phase.status == "failed"
+        row = phase.row()
+        if not self.options.dry_run or phase.status != "ok":
+            why = f" ({row['reason']})" if row["reason"] else ""
+            say(f"Phase {phase.phase}: {phase.name}: {phase.status}{why}")
         if self.options.dry_run:
             return
         output = self.driver.output
         if not os.path.exists(os.path.join(output, phase.run_folder)):
-            phase.run_folder = ""
+            row["run_folder"] = ""
         try:
-            row = json.dumps(vars(phase), separators=(",", ":"))
-            append_text(Path(output, PHASES_FILE), row)
+            append_text(Path(output, PHASES_FILE), json.dumps(row, separators=(",", ":")))
         except OSError:
             raise Refused(
                 EXIT_FAILED,
                 f"cannot write {output}/{PHASES_FILE}; make room or bring it back, then "
                 f"{self.driver.resume_command()}",
             ) from None
+
+    def _read_rows(self) -> dict[tuple[int, str], dict[str, Any]]:
+        """Return the phases of a run that goes on; of each the last whole line counts."""
+        rows: dict[tuple[int, str], dict[str, Any]] = {}
+        if not self.options.resumed:
+            return rows
+        with contextlib.suppress(OSError):
+            text = Path(self.driver.output, PHASES_FILE).read_text(errors="replace")
+            for line in text.splitlines():
+                with contextlib.suppress(ValueError, TypeError, KeyError):
+                    row = json.loads(line)
+                    rows[row["phase"], row["name"]] = row
+        return rows
 
     def exit_code(self) -> int:
         """Say where the results are; return the exit code of the whole."""

@@ -140,6 +140,7 @@ def ramp_up(driver: Driver, counts: list[int]) -> tuple[SuiteEnd, bool]:
     flags = ["--mode", options.mode, *jobs_of(options)]
     flags += ["--workloads", ",".join(map(str, counts)), "--repeats", str(options.repeats or 1)]
     flags += arguments.flags_of(options, "max_slowdown", "slo_ms")
+    flags += ["--quick"] if options.quick else []
     flags += ["--until-break"] if options.until_break else []
     flags += [] if options.no_bisect else ["--bisect"]
     flags += arguments.mps_flags(options)

@@ -149,16 +149,25 @@ class DriverRunner(ModeScripts):
         return [json.loads(line) for line in path.read_text().splitlines(keepends=True)]
 
     def suite_calls(self) -> dict[str, dict[str, Any]]:
-        """Calls of the suite by run id, in order, with their flags as a dict."""
-        calls = {}
+        """The last call of the suite for each run id, with its flags as a dict."""
+        return {call["flags"]["--run-id"]: call for call in self.all_suite_calls()}
+
+    def all_suite_calls(self) -> list[dict[str, Any]]:
+        """Every call of the suite, in order, with its flags as a dict."""
+        calls = []
         for call in self.python_calls():
             if call["program"] == "benchmark_suite.py" and "arguments" in call:
                 words = iter(call["arguments"])
-                switches = ("--quick", "--bisect", "--until-break", "--allow-contention")
+                switches = ("--quick", "--bisect", "--until-break", "--allow-contention", "--null")
                 flags = {word: "" if word in switches else next(words) for word in words}
                 flags.setdefault("--run-id", Path(flags.get("--resume", "")).name)
-                calls[flags["--run-id"]] = {**call, "flags": flags}
+                calls.append({**call, "flags": flags})
         return calls
+
+    def turns(self) -> list[str]:
+        """The runs in the order of their rounds, as `2 mps-even`."""
+        flags = [call["flags"] for call in self.all_suite_calls()]
+        return [f"{one.get('--round', '-')} {one['--run-id']}" for one in flags]
 
     def phases(self) -> list[dict[str, Any]]:
         """The lines of phases.jsonl."""

@@ -49,7 +49,7 @@ sys.path[:0] = [str(PROJECT_ROOT), str(TESTS)]
 
 import nvml_stub  # noqa: E402
 from fakes.gpu_machine import FakeMachine  # noqa: E402
-from program_copy import copy_programs  # noqa: E402
+from program_copy import copy_programs, shorten_windows  # noqa: E402
 from waiting import is_running, wait_until  # noqa: E402
 
 from benchmarking.records import run_folder  # noqa: E402
@@ -108,6 +108,7 @@ class Round:
     def prepare(self) -> None:
         """Lay out a copy of the programs, the pretended GPU and the environment."""
         copy_programs(self.folder, CLIENT, [kind.script for kind in WORKLOADS.values()])
+        shorten_windows(self.folder)
         shutil.copytree(PROJECT_ROOT / "gpu-configs", self.folder / "gpu-configs")
         for name in ("run_experiments.sh", "stress_test.sh", "setup_environment.sh",
                      "requirements.txt"):  # fmt: skip

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -206,13 +207,14 @@ def test_each_job_runs_alone_first_and_then_all_together(demonstration: Demonstr
         "baseline-bert_training", "mixed-4-r0",
     ]  # fmt: skip
     alone = [record for record in run.client_records if record["phase"] == "baseline"]
-    assert [record["slowdown"] for record in alone] == [1.0] * 4
+    assert [record["slowdown"] for record in alone] == [pytest.approx(1.0)] * 4
     together = run.clients_of("mixed-4-r0")
     assert all(any(job["in_window"] for job in record["jobs"]) for record in together)
     assert all(record["slowdown"] > 0 for record in together)
     summary = run.co_run_records[-1]["summary"]
+    # Scripted jobs pause only from job to job.
     expected = sum(record["normalized_progress"] for record in together)
-    assert summary["stp"] == pytest.approx(expected)
+    assert 0.95 * expected < summary["stp"] < expected
     assert summary["success_rate_percent"] == 100
     assert run.co_run_records[-1]["gpu"]["host_cpu_percent"] > 0
     assert run.co_run_records[-1]["gpu"]["utilization_gpu_percent"] is None
@@ -246,16 +248,75 @@ def test_the_calibration_of_the_baseline_reaches_the_co_run(demonstration: Demon
 
 def test_latencies_are_kept_raw(demonstration: Demonstration) -> None:
     record = demonstration.run.clients_of("mixed-4-r0")[1]
-    assert len(record["latency_ms"]) == record["units"]["step"]["count"]
+    assert abs(len(record["latency_ms"]) - record["units"]["step"]["count"]) < 1
     assert demonstration.run.clients_of("mixed-4-r0")[0]["latency_ms"] is None
 
 
-def test_exclusive_mode_is_the_baseline_and_its_stp_is_one(bench: Bench) -> None:
+def test_exclusive_mode_is_the_baseline_whose_stp_is_one_but_for_gaps_between_jobs(
+    bench: Bench,
+) -> None:
     done = bench.run("--mode", "exclusive", "--mix", "inference", "--workloads", "2")
     assert done.returncode == 0, done.stderr
     run = bench.only_run()
     assert [record["phase"] for record in run.co_run_records] == ["baseline"]
-    assert run.co_run_records[0]["summary"]["stp"] == pytest.approx(1.0)
+    assert 0.95 < run.co_run_records[0]["summary"]["stp"] < 1.0
+
+
+def test_rounds_go_into_one_run_the_first_calibrates_and_each_is_measured_once(
+    bench: Bench,
+) -> None:
+    bench.script({"match": "jupyter_simulation:*", "figures_once": {"cell_repeats": "matrix=3"}})
+    flags = ("--mode", "exclusive", "--mix", "mixed", "--workloads", "4", "--repeats", "2",
+             "--null", "--run-id", "alone", "--session", "mine")  # fmt: skip
+    for number in (1, 2, 2):
+        done = bench.run(*flags, "--round", str(number))
+        assert done.returncode == 0, done.stderr
+    run = bench.only_run()
+    jobs = ("resnet_training", "batch_inference", "jupyter_simulation", "bert_training")
+    assert [record["co_run"] for record in run.co_run_records] == [
+        name for number in (0, 1)
+        for name in (*(f"baseline-{job}-r{number}" for job in jobs), f"null-r{number}")
+    ]  # fmt: skip
+    assert (run.manifest["outcome"], run.manifest["resumptions"]) == ("complete", [])
+    assert (run.manifest["session"], run.manifest["method"]) == ("mine", 2)
+    commands = {row["co_run"]: row["command"] for row in run.manifest["plan"]["baseline"]}
+    assert "--cell-repeats" not in commands["baseline-jupyter_simulation-r0"]
+    assert "--cell-repeats" in commands["baseline-jupyter_simulation-r1"]
+    (null,) = run.clients_of("null-r1")
+    assert (null["phase"], null["workload"]) == ("null", "resnet_training")
+    assert 0.9 < null["slowdown"] < 1.1
+
+    together = ("--workloads", "4", "--repeats", "2", "--baseline", str(run.folder),
+                "--run-id", "together", "--round")  # fmt: skip
+    for number in ("1", "2"):
+        done = bench.run(*together, number)
+        assert done.returncode == 0, done.stderr
+    other = bench.run(*together, "2", "--seed", "7")
+    assert other.returncode == 2
+    assert "together was made with other flags: name another --run-id" in other.stderr
+    made = run_folder.read_run(bench.results / "together")
+    assert [record.co_run for record in made.co_run_records] == ["mixed-4-r0", "mixed-4-r1"]
+
+
+def test_a_baseline_that_was_disturbed_is_measured_again_and_the_first_counts_no_longer(
+    bench: Bench,
+) -> None:
+    # Together it is faster than it was alone, which nobody is.
+    slow_once = {"match": "*:baseline-*", "unit_seconds": 0.05}
+    path = bench.root / "benchmarking" / "suite" / "baselines.py"
+    path.write_text(
+        re.sub("(?m)^TOLERATED_FRACTION = .*$", "TOLERATED_FRACTION = 0.5", path.read_text())
+    )
+    bench.script(slow_once, {"match": "*:inference-1-*", "unit_seconds": 0.02})
+    done = bench.run("--mix", "inference", "--workloads", "1")
+    assert done.returncode == 0, done.stderr
+    run = bench.only_run()
+    (note,) = [note for note in run.manifest["notes"] if "disturbed" in note]
+    assert "baseline-batch_inference: the baseline was disturbed (client 0:" in note
+    assert "faster together than alone); it is repeated" in note
+    rows = map(json.loads, (run.folder / "records.jsonl").read_text().splitlines())
+    names = [row["co_run"] for row in rows if row["record"] == "co_run"]
+    assert names.count("baseline-batch_inference") == 2
 
 
 def test_counts_and_repeats_make_rows_of_their_own(bench: Bench) -> None:
@@ -832,7 +893,7 @@ def test_a_gpu_index_that_does_not_exist_is_a_usage_error(gpu_bench: Callable) -
 
 def co_run_of(outcome: str, *clients: ClientResult, phase: str = "co_run") -> CoRunResult:
     planned = PlannedCoRun("c", phase, "mps", 0, tuple(client.planned for client in clients))
-    return CoRunResult(planned, outcome, None, list(clients), 0.5, 1.0, 11.0, 0.1)
+    return CoRunResult(planned, outcome, None, list(clients), 0.5, 0.0, 1.0, 11.0, 0.1)
 
 
 def client_of(seconds_a_step: float, number: int = 0, status: str = "ok") -> ClientResult:

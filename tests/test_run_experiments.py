@@ -30,65 +30,126 @@ AS_NOBODY = ["setpriv", "--reuid=65534", "--clear-groups"] if os.geteuid() == 0 
 SECOND_UUID = "GPU-55555555-6666-7777-8888-999999999999"
 
 
-def test_the_phases_run_in_order_each_with_its_mode_alone_and_no_card_setting_touched(
+def test_the_phases_take_turns_each_with_its_mode_alone_and_no_card_setting_touched(
     runner: DriverRunner,
 ) -> None:
-    result = runner.drive(SCRIPT, "--quick", "--engine=eager", "--seed", "7")
+    result = runner.drive(SCRIPT, "--quick", "--engine=eager", "--seed", "7", "--repeats", "2")
     assert result.returncode == 0, result.stderr
-    calls = runner.suite_calls()
-    assert list(calls) == ["baseline", "time-slicing", "mps"]
-    assert [call["gpu"]["daemons"] for call in calls.values()] == [0, 0, 1]
+    assert runner.turns() == [
+        "1 baseline", "1 time-slicing", "1 mps", "1 mps-even",
+        "2 baseline", "2 mps-even", "2 mps", "2 time-slicing",
+    ]  # fmt: skip
+    daemons = [call["gpu"]["daemons"] for call in runner.all_suite_calls()]
+    assert daemons == [0, 0, 1, 1, 0, 1, 1, 0]
     assert runner.python_calls()[-1]["program"] == "analyze_results.py"
     assert runner.python_calls()[-1]["gpu"] == AS_BEFORE
     changes = runner.machine.changing_calls()
     assert not [command for command in changes if command.startswith("nvidia-smi")]
     assert runner.left_behind() == []
-    phases = runner.phases()
+    phases = sorted(runner.phases(), key=lambda phase: (phase["phase"], phase["name"]))
     assert [set(phase) for phase in phases] == [
         {"phase", "name", "status", "reason", "run_folder", "seconds"}
-    ] * 5
+    ] * 6
     assert [(phase["phase"], phase["name"], phase["status"]) for phase in phases] == [
         (1, "baseline", "ok"),
         (2, "time-slicing", "ok"),
         (3, "mps", "ok"),
+        (3, "mps:even", "ok"),
         (4, "mig", "skipped"),
         (5, "analysis", "ok"),
     ]
-    assert [phase["run_folder"] for phase in phases] == ["baseline", "time-slicing", "mps", "", ""]
+    folders = [phase["run_folder"] for phase in phases]
+    assert folders == ["baseline", "time-slicing", "mps", "mps-even", "", ""]
     assert "--mig" in runner.reason("mig")
 
 
-def test_the_suite_is_told_mode_size_budget_gpu_and_baseline(runner: DriverRunner) -> None:
-    runner.drive(SCRIPT, "--quick", "--modes", "mps", "--phase-minutes", "2.5", "--gpu", "0")
+def test_the_suite_is_told_mode_size_window_gpu_and_baseline(runner: DriverRunner) -> None:
+    runner.drive(SCRIPT, "--modes", "mps", "--gpu", "0")
     calls = runner.suite_calls()
+    session = calls["mps"]["flags"]["--session"]
     shared = {
         "--mix": "mixed",
         "--workloads": "4",
-        "--budget-minutes": "2.5",
+        "--repeats": "4",
+        "--round": "4",
+        "--session": session,
         "--results-dir": str(runner.output),
         "--device": "auto",
         "--quick": "",
+        "--settle": "3",
         "--gpu": UUID,
     }
+    assert session.startswith("output-")
     assert calls["baseline"]["flags"] == {
         **shared,
         "--mode": "exclusive",
+        "--null": "",
+        "--min-seconds": "7",
         "--run-id": "baseline",
     }
     assert calls["mps"]["flags"] == {
         **shared,
         "--mode": "mps",
-        "--repeats": "3",
+        "--window": "14",
         "--baseline": str(runner.output / "baseline"),
         "--run-id": "mps",
     }
     assert runner.reason("time-slicing") == "not asked for (--modes mps)"
 
 
-def test_without_a_budget_the_phases_have_the_guides_minutes(runner: DriverRunner) -> None:
-    runner.drive(SCRIPT, "--modes", "time-slicing")
-    calls = runner.suite_calls().values()
-    assert [call["flags"]["--budget-minutes"] for call in calls] == ["5", "10"]
+@pytest.mark.parametrize(
+    ("flags", "alone", "together", "rounds"),
+    [
+        (["--quick"], {"--settle": "2", "--min-seconds": "8"}, {"--window": "8"}, "3"),
+        (["--full"], {"--quick": None, "--settle": None, "--min-seconds": None},
+         {"--quick": None, "--window": None}, "4"),
+        (["--mix", "pairs"], {"--settle": "3"}, {"--window": None, "--workloads": None}, "1"),
+        (["--noise-floor", "--repeats", "3"], {"--null": ""}, {"--null": None}, "3"),
+    ],
+)  # fmt: skip
+def test_job_sizes_windows_and_rounds(
+    runner: DriverRunner, flags: list[str], alone: dict, together: dict, rounds: str
+) -> None:
+    assert runner.drive(SCRIPT, *flags, "--modes", "time-slicing").returncode == 0
+    calls = runner.suite_calls()
+    assert list(calls) == ["baseline", "time-slicing"]
+    for call, wanted in zip(calls.values(), (alone, together), strict=True):
+        assert {name: call["flags"].get(name) for name in wanted} == wanted
+        assert call["flags"]["--repeats"] == call["flags"]["--round"] == rounds
+
+
+def test_a_budget_is_for_all_rounds_together_and_said_before_the_first(
+    runner: DriverRunner,
+) -> None:
+    # A round of baseline and time slicing takes two pretended minutes.
+    result = runner.drive(SCRIPT, "--modes", "time-slicing", "--phase-minutes", "5.5")
+    assert (
+        "2 rounds of baseline, time-slicing: about 4 min (4 do not fit in 5.5 min); a claim needs 3"
+    ) in result.stderr
+    assert runner.turns()[-1] == "2 time-slicing"
+
+
+@pytest.mark.parametrize(
+    ("mode", "share"), [("mps:even", "even"), ("mps:50", "50"), ("mps:60/20", "60,20")]
+)
+def test_mps_with_a_limit_is_a_mode_of_its_own(runner: DriverRunner, mode: str, share: str) -> None:
+    flags = ("--modes", f"mps,{mode}", "--repeats", "1", "--mps-percentage", "75")
+    assert runner.drive(SCRIPT, *flags).returncode == 0
+    calls = runner.suite_calls()
+    given = [call["flags"].get("--mps-percentage") for call in calls.values()]
+    assert given == [None, "75", share]
+    assert list(calls)[2] == mode.replace(":", "-").replace("/", "-")
+    # One daemon serves both.
+    assert (
+        sum("nvidia-cuda-mps-control -d" in line for line in runner.machine.changing_calls()) == 1
+    )
+
+
+@pytest.mark.parametrize("mode", ["mps:0", "mps:101", "mps:", "mps:even/", "time-slicing:50", "x"])
+def test_a_mode_that_there_is_not_is_a_usage_error(runner: DriverRunner, mode: str) -> None:
+    refused = runner.drive(SCRIPT, "--modes", mode)
+    assert refused.returncode == 2
+    assert "--modes needs some of: time-slicing mps mps:even mps:PERCENT mig" in refused.stderr
 
 
 def test_a_phase_that_fails_does_not_stop_the_others(runner: DriverRunner) -> None:
@@ -99,9 +160,13 @@ def test_a_phase_that_fails_does_not_stop_the_others(runner: DriverRunner) -> No
         "baseline": "failed",
         "time-slicing": "failed",
         "mps": "ok",
+        "mps:even": "ok",
         "mig": "skipped",
         "analysis": "ok",
     }
+    assert [turn for turn in runner.turns() if "baseline" in turn or "slicing" in turn] == [
+        "1 baseline", "1 time-slicing",
+    ]  # fmt: skip
     assert runner.reason("time-slicing") == "there is no proof that the mode was in force"
     # the baseline of a failed phase is not reused: the suite takes its own
     assert "--baseline" not in runner.suite_calls()["mps"]["flags"]
@@ -152,12 +217,12 @@ def test_an_earlier_baseline_takes_the_place_of_phase_1(runner: DriverRunner) ->
     assert flags["--baseline"] == str(earlier)
 
 
-def test_limits_of_mps_clients_are_for_the_mps_phase_alone(runner: DriverRunner) -> None:
+def test_limits_of_mps_clients_are_for_mps_alone(runner: DriverRunner) -> None:
     result = runner.drive(SCRIPT, "--mps-percentage", "even", "--mps-memory-limit=8G")
     assert result.returncode == 0, result.stderr
     given = {name: call["flags"].get("--mps-percentage") for name, call in
              runner.suite_calls().items()}  # fmt: skip
-    assert given == {"baseline": None, "time-slicing": None, "mps": "even"}
+    assert given == {"baseline": None, "time-slicing": None, "mps": "even", "mps-even": "even"}
     assert runner.suite_calls()["mps"]["flags"]["--mps-memory-limit"] == "8G"
 
 
@@ -188,25 +253,6 @@ def test_pairs_are_run_in_every_phase_and_have_no_count(runner: DriverRunner) ->
     assert "two jobs in each co-run: leave --workloads" in refused.stderr
 
 
-@pytest.mark.parametrize(
-    ("modes", "runs"),
-    [
-        ("time-slicing,mps", ["baseline", "time-slicing", "time-slicing-again", "mps"]),
-        ("mps", ["baseline", "mps", "mps-again"]),
-    ],
-)
-def test_the_noise_floor_is_the_first_mode_taken_twice_while_it_is_in_force(
-    runner: DriverRunner, modes: str, runs: list[str]
-) -> None:
-    done = runner.drive(SCRIPT, "--noise-floor", "--modes", modes)
-    assert done.returncode == 0, done.stderr
-    assert list(runner.suite_calls()) == runs
-    flags = {name: call["flags"] for name, call in runner.suite_calls().items()}
-    assert {**flags[runs[1]], "--run-id": ""} == {**flags[runs[2]], "--run-id": ""}
-    assert runs[1] in [phase["run_folder"] for phase in runner.phases()]
-    assert runner.left_behind() == []
-
-
 def test_a_plan_with_mistakes_is_exit_2_before_anything_is_done(
     runner: DriverRunner, tmp_path: Path
 ) -> None:
@@ -231,13 +277,13 @@ def assert_mps_was_interrupted(runner: DriverRunner) -> None:
     assert analysis["gpu"] == AS_BEFORE
     assert runner.left_behind() == []
     assert runner.outcomes() == {
-        "baseline": "ok",
+        "baseline": "failed",
         "time-slicing": "skipped",
         "mps": "failed",
         "mig": "skipped",
         "analysis": "ok",
     }
-    assert runner.reason("mps") == "interrupted"
+    assert runner.reason("baseline") == runner.reason("mps") == "interrupted"
 
 
 @pytest.mark.parametrize(
@@ -301,39 +347,36 @@ def test_an_experiment_that_was_killed_goes_on_with_its_flags_and_the_phases_tha
     runner: DriverRunner,
 ) -> None:
     runner.rule(mps={"kill_driver": True})
-    flags = ("--modes", "time-slicing,mps", "--seed", "7", "--data-dir", "/tmp")
+    flags = ("--modes", "time-slicing,mps", "--seed", "7", "--data-dir", "/tmp", "--repeats", "2")
     assert runner.drive(SCRIPT, *flags).returncode == -signal.SIGKILL
-    assert runner.outcomes() == {"baseline": "ok", "time-slicing": "ok"}
+    assert not (runner.output / "phases.jsonl").exists()
     assert runner.machine.state()["mps"]
-    done_before = len(runner.python_calls())
+    before = runner.all_suite_calls()
 
     runner.rule()
     result = runner.drive(SCRIPT, "--resume", str(runner.output))
     assert result.returncode == 0, result.stderr
     assert "mps was left in force when the script was cut off" in result.stderr
-    suite, analysis = runner.python_calls()[done_before:]
-    assert suite["arguments"] == ["--resume", str(runner.output / "mps")]
-    assert suite["gpu"]["daemons"] == 1
-    assert analysis["program"] == "analyze_results.py"
-    assert [phase["phase"] for phase in runner.phases()] == [1, 2, 3, 4, 5]
-    assert runner.outcomes()["mps"] == "ok"
+    # Word for word: the suite keeps what a round has already.
+    again = runner.all_suite_calls()[len(before) :]
+    assert [call["arguments"] for call in again[:3]] == [call["arguments"] for call in before]
+    assert runner.turns()[len(before) :] == [
+        "1 baseline", "1 time-slicing", "1 mps", "2 baseline", "2 mps", "2 time-slicing",
+    ]  # fmt: skip
+    assert set(runner.outcomes().values()) == {"ok", "skipped"}
     assert not runner.machine.state()["mps"]
     assert runner.left_behind() == []
 
+    calls = len(runner.python_calls())
+    assert runner.drive(SCRIPT, "--resume", str(runner.output)).returncode == 0
+    assert [call["program"] for call in runner.python_calls()[calls:]] == ["analyze_results.py"]
 
-def test_a_phase_whose_run_came_to_a_breaking_point_keeps_that_for_its_reason(
-    runner: DriverRunner,
-) -> None:
+
+def test_a_mode_whose_run_broke_keeps_that_for_its_reason(runner: DriverRunner) -> None:
     runner.rule(mps={"exit": 1, "outcome": "failed", "words": "client 3 ran out of memory"})
     assert runner.drive(SCRIPT, "--modes", "mps").returncode == 1
     assert runner.reason("mps") == "client 3 ran out of memory"
-    # What the suite says to that: there is nothing to go on with.
-    words = "run mps is complete: start a new run"
-    runner.rule(mps={"exit": 2, "outcome": "failed", "words": words})
-    assert runner.drive(SCRIPT, "--resume", str(runner.output)).returncode == 1
-    assert [phase["reason"] for phase in runner.phases() if phase["name"] == "mps"] == [
-        "client 3 ran out of memory", "a co-run failed",
-    ]  # fmt: skip
+    assert runner.turns()[-1] == "4 baseline"
 
 
 def test_a_phase_without_a_run_is_resumed_with_the_saved_flags(runner: DriverRunner) -> None:
@@ -526,6 +569,7 @@ def test_instances_that_were_there_are_used_and_left_and_the_whole_gpu_phases_ar
         "baseline": "skipped",
         "time-slicing": "skipped",
         "mps": "skipped",
+        "mps:even": "skipped",
         "mig": "ok",
         "analysis": "ok",
     }
@@ -576,6 +620,7 @@ def test_a_dry_run_prints_every_command_and_changes_nothing(runner: DriverRunner
         "--mode time-slicing",
         "reset_time_slicing.sh",
         "enable_mps.sh",
+        "--mode mps",
         "--mode mps",
         "disable_mps.sh",
         "setup_mig.sh 1g.5gb 4",
@@ -718,8 +763,11 @@ def test_the_first_visible_gpu_is_taken_and_passed_on_by_uuid(runner: DriverRunn
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--modes", "mps,mpz"], "--modes needs one of: time-slicing mps mig"),
-        (["--modes", ""], "--modes needs one of"),
+        (
+            ["--modes", "mps,mpz"],
+            "--modes needs some of: time-slicing mps mps:even mps:PERCENT mig",
+        ),
+        (["--modes", ""], "--modes needs some of"),
         (["--workloads", "0"], "--workloads needs a whole number from 1 on"),
         (["--repeats"], "--repeats needs a whole number from 1 on"),
         (["--phase-minutes", "0.0"], "--phase-minutes needs a number of minutes over 0"),

@@ -18,6 +18,8 @@ MEANS = (
 )  # fmt: skip
 # Energy is told only where the counter was read over at least this part of the window.
 ENERGY_COVERAGE = 0.9
+# The sampler takes ten samples a second; between two further apart than this there is a hole.
+HOLE_SECONDS = 1.0
 
 
 def summarize_samples(
@@ -26,8 +28,9 @@ def summarize_samples(
     """Return the figures of one GPU between two moments on CLOCK_MONOTONIC.
 
     `samples` are in the order of time. The figures are the means of `MEANS`, the largest
-    `memory_used_mib_max`, `energy_joules` over the window from the counter, and the sorted
-    `throttle_reasons` of the whole window. Unknown is None.
+    `memory_used_mib_max` and `temperature_celsius_max`, `energy_joules` over the window from the
+    counter (and the power as these over its seconds), the sorted `throttle_reasons` of the whole
+    window, and how much of it the samples cover. Unknown is None.
 
     A sample's percentages describe the time since the sample before, so each counts as much as that
     time overlaps the window.
@@ -36,15 +39,35 @@ def summarize_samples(
     weights = _overlaps([s.time_seconds for s in samples], start_seconds, end_seconds)
     sources = {s.utilization_source for s, weight in zip(samples, weights, strict=True) if weight}
     reasons = [s.throttle_reasons for s in inside if s.throttle_reasons is not None]
+    temperatures = [s.temperature_celsius for s in inside if s.temperature_celsius is not None]
+    joules = energy_between(samples, start_seconds, end_seconds)
+    means = {name: _weighted_mean([getattr(s, name) for s in samples], weights) for name in MEANS}
+    if joules is not None:  # NVML's power is a trailing mean, which begins before the window
+        means["power_draw_watts"] = joules / (end_seconds - start_seconds)
     return GpuFigures(
-        **{name: _weighted_mean([getattr(s, name) for s in samples], weights) for name in MEANS},
+        **means,
         utilization_source="+".join(sorted(sources - {None})) or None,
         memory_used_mib_max=max(
             (s.memory_used_mib for s in inside if s.memory_used_mib is not None), default=None
         ),
-        energy_joules=energy_between(samples, start_seconds, end_seconds),
+        energy_joules=joules,
+        temperature_celsius_max=max(temperatures, default=None),
+        coverage_percent=_coverage_percent(samples, start_seconds, end_seconds),
         throttle_reasons=sorted({*itertools.chain(*reasons)} - NOT_THROTTLING) if reasons else None,
     )
+
+
+def _coverage_percent(samples: Sequence[Sample], start: float, end: float) -> float | None:
+    """Return for how much of a span there are samples no further apart than `HOLE_SECONDS`."""
+    times = [s.time_seconds for s in samples]
+    if len(times) < 2 or end <= start:
+        return None
+    covered = sum(
+        max(0.0, min(later, end) - max(earlier, start))
+        for earlier, later in itertools.pairwise(times)
+        if later - earlier <= HOLE_SECONDS
+    )
+    return 100 * covered / (end - start)
 
 
 def energy_between(

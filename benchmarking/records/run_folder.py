@@ -376,10 +376,12 @@ def read_samples(folder: Path) -> tuple[list[types.Sample], list[str]]:
 def read_phases(results_dir: Path) -> tuple[list[types.PhaseRecord], list[str]]:
     """Read what each phase of an unattended run did, and warnings about lines that do not say it.
 
-    Phases that were cut off and done again have two lines; the later counts.
+    In the order of phases and names. Phases that were cut off and done again have two lines; the
+    later counts.
     """
     lines, warnings = files.read_lines(results_dir / PHASES_FILE, types.PhaseRecord)
-    return list({line.phase: line for line in lines}.values()), warnings
+    latest = {(line.phase, line.name): line for line in lines}
+    return [latest[key] for key in sorted(latest)], warnings
 
 
 def read_refusals(results_dir: Path) -> tuple[list[types.Refusal], list[str]]:

@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta, Struct, field
 
 SCHEMA_VERSION = 3
+# How it is measured; under 1 the window opened with `go`, and only units wholly in it counted.
+METHOD = 2
 
 Mode = Literal["exclusive", "time-slicing", "mps", "mig", "cpu-demo"]
 # A baseline is one job alone on the whole GPU, a share baseline one alone on its own MIG instance,
@@ -237,8 +239,7 @@ class Manifest(Struct, kw_only=True):
     """manifest.json: what a run was asked for, on what, and how it ended."""
 
     schema_version: Literal[3]  # SCHEMA_VERSION
-    # 1: units wholly in the window counted, which opened with `go`
-    method: Literal[1, 2] = 1
+    method: Literal[1, 2] = 1  # METHOD
     # what runs have in common whose repeats are rounds, one next to the other; null: a run by
     # itself, whose comparison with others is not guarded against drift
     session: str | None = None

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarking.metrics import scores
 from benchmarking.modes.names import MODE_CPU_DEMO
 from benchmarking.records import run_folder
 from benchmarking.records.run_folder import Run, RunStoreError
@@ -19,6 +20,11 @@ from benchmarking.records.types import ClientRecord, Manifest
 COMPARED_FIELDS = ("gpu_name", "driver_version")
 COMPARED_VERSIONS = ("python", "torch", "torchvision", "transformers")
 COMPARED_IDENTITY_FIELDS = ("device", "engine", "precision", "batch_size")
+
+# Repeats of a baseline differ by 0.4 to 0.6 % within a quarter of an hour; past this they were
+# disturbed, and nobody is faster together than alone by as much.
+TOLERATED_FRACTION = 0.02
+MOST_CPU_WAIT_FRACTION = 0.05
 
 
 class BaselineMismatchError(Exception):
@@ -39,6 +45,40 @@ def differences(theirs: Manifest, ours: Manifest) -> list[str]:
     if any(on_cpu):
         pairs |= {"cpu-demo": on_cpu, "host cores": (then.host_cores, now.host_cores)}
     return _unlike(pairs)
+
+
+def impossible_speed(client: ClientRecord) -> str | None:
+    """Say by how much a client was faster together than alone, `None` where it was not.
+
+    Nobody is: the baseline was disturbed.
+    """
+    if client.slowdown is None or client.slowdown >= 1 - TOLERATED_FRACTION:
+        return None
+    return f"{100 * (1 - client.slowdown):.1f} % faster together than alone"
+
+
+def disturbed(repeats: Mapping[str, ClientRecord]) -> tuple[str, str] | None:
+    """Return which of a job's baselines was disturbed, and how one can tell; `None` if none was.
+
+    `repeats` are they by co-run, the newest last: in it the job may have been short of a core, and
+    the slowest of all may be slower than the fastest by more than repeats ever are.
+    """
+    newest = list(repeats)[-1]
+    wait = repeats[newest].cpu_wait_fraction or 0.0
+    if wait > MOST_CPU_WAIT_FRACTION:
+        return newest, f"a thread of it waited for a core for {100 * wait:.0f} % of the time"
+    progress = {
+        name: scores.normalized_progress(record.units, scores.unit_seconds(repeats[newest].units))
+        for name, record in repeats.items()
+    }
+    known = {name: value for name, value in progress.items() if value}
+    if not known:
+        return None
+    slowest = min(known, key=known.__getitem__)
+    excess = max(known.values()) / known[slowest] - 1
+    if excess <= TOLERATED_FRACTION:
+        return None
+    return slowest, f"{100 * excess:.1f} % slower than in another round"
 
 
 def identity_differences(

@@ -36,6 +36,7 @@ from benchmarking.suite.driver_arguments import (
     EXIT_FAILED,
     EXIT_USAGE,
     PROJECT_ROOT,
+    SAVED_ARGUMENTS,
     Refused,
     UsageError,
     command_name,
@@ -47,6 +48,7 @@ EXIT_IN_USE, EXIT_INTERRUPTED = 4, 130
 SUITE = PROJECT_ROOT / "benchmarking" / "benchmark_suite.py"
 ANALYSIS = PROJECT_ROOT / "benchmarking" / "analyze_results.py"
 REFUSALS_FILE = "refusals.jsonl"
+WENT_ON = "it was cut off before its end and went on"
 # Set for the Python that has everything: its path, and the GPU as it was found before.
 PYTHON_VARIABLE, GPU_VARIABLE = "GPU_SHARING_PYTHON", "GPU_SHARING_GPU"
 # Under sudo the mode scripts act for the account that called sudo, but everything here runs as
@@ -287,18 +289,41 @@ class Driver:
 
         A run that came to its end, even to a breaking point, is left as it is.
         """
-        folder = Path(self.output, run_id)
-        outcome = _outcome(folder) if self.options.resumed else None
+        outcome = _outcome(Path(self.output, run_id)) if self.options.resumed else None
         if outcome == "complete":
             return SuiteEnd(0, "")
         if outcome is not None:
             end = self._call_suite(["--resume", os.path.join(self.output, run_id)])
             if end.exit_code == EXIT_USAGE and outcome == "failed":
                 return SuiteEnd(1, REASONS[1])  # not that there is nothing to go on with
-            self.notes.append("it was cut off before its end and went on")
+            self.notes.append(WENT_ON)
             return end
-        if self.options.resumed:  # a run that was cut off before its first word
-            with contextlib.suppress(OSError):
+        return self._call_suite(self._words(run_id, flags))
+
+    def run_round(self, run_id: str, flags: Sequence[str], number: int) -> SuiteEnd:
+        """Run one round of the suite into a folder of the output; what it has already is kept."""
+        outcome = _outcome(Path(self.output, run_id)) if self.options.resumed else None
+        if outcome in ("running", "interrupted"):
+            self.notes.append(WENT_ON)
+        return self._call_suite([*self._words(run_id, flags), "--round", str(number)])
+
+    def estimate(self, run_id: str, flags: Sequence[str]) -> float | None:
+        """Return about how many seconds one repeat of a run takes, `None` where nobody can tell."""
+        return self._session.estimate_repeat_seconds(self._words(run_id, flags))
+
+    def session_name(self) -> str:
+        """Return what the runs of this driver have in common, also after it was cut off."""
+        with contextlib.suppress(OSError):
+            begun = os.stat(os.path.join(self.output, SAVED_ARGUMENTS)).st_mtime
+            stamp = datetime.fromtimestamp(begun, timezone.utc).strftime("%Y%m%d-%H%M%S")
+            return f"{Path(self.output).resolve().name}-{stamp}"
+        return "new"
+
+    def _words(self, run_id: str, flags: Sequence[str]) -> list[str]:
+        """Return the suite's arguments for a run of that name."""
+        folder = Path(self.output, run_id)
+        if self.options.resumed and _outcome(folder) is None:
+            with contextlib.suppress(OSError):  # it was cut off before its first word
                 (folder / "run.lock").unlink(missing_ok=True)
                 folder.rmdir()
         words = [*flags, "--results-dir", self.output, "--run-id", run_id]
@@ -306,7 +331,7 @@ class Driver:
         words += ["--gpu", self.gpu.uuid] if self.gpu else []
         if self.options.mig_layout and "mig" in flags:
             words += ["--mig-layout", self.options.mig_layout]
-        return self._call_suite(words)
+        return words
 
     def _call_suite(self, words: list[str]) -> SuiteEnd:
         if not self._announce(SUITE, words):

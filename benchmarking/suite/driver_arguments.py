@@ -26,7 +26,7 @@ SHARED_HELP = """\
   --plan FILE           jobs of your own with their settings, in place of the mix
   --quick               small jobs, for a demonstration
   --allow-contention    measure although foreign processes are on the GPU (or: --beside-others)
-  --repeats N           repeats of each co-run
+  --repeats N           repeats of each co-run: rounds
   --output DIR          folder for the runs and the report; must not hold an earlier one
   --resume DIR          go on with what was cut off in that folder, with the flags saved there
   --gpu INDEX_OR_UUID   which GPU (default: the first one visible)
@@ -245,7 +245,6 @@ def save_arguments(options: argparse.Namespace, folder: str) -> None:
 def suite_flags(options: argparse.Namespace) -> list[str]:
     """Return the flags that every run of the suite gets."""
     return [
-        *(["--quick"] if options.quick else []),
         *(["--allow-contention"] if options.allow_contention else []),
         *flags_of(options, "device", "engine", "precision", "dataset", "data_dir", "seed"),
     ]

@@ -10,6 +10,7 @@ from pathlib import Path
 from benchmarking.cli import (
     OneLineParser,
     counts,
+    non_negative_float,
     non_negative_int,
     positive_float,
     positive_int,
@@ -41,7 +42,8 @@ Run real jobs side by side on one GPU under a sharing mode, and record what it c
     python3 benchmarking/benchmark_suite.py --resume RUN_ID           # go on after it was cut off
 
 Each distinct job runs alone first; then all clients warm up one at a time, start together and
-repeat their jobs until everyone has finished once. The mode is proved client by client. Without
+repeat their jobs. Some seconds later counting opens for all at once, and lasts as long as a job of
+the slowest (or --window). The mode is proved client by client. Without
 a GPU the same flow runs as a CPU demonstration, labelled so.
 
 Exit codes: 0 complete, 1 a client failed or a file could not be written, 2 usage, 3 no usable GPU,
@@ -102,15 +104,28 @@ def add_experiment(parser: argparse.ArgumentParser) -> None:
     add("--quick", action="store_true", help="smaller jobs, for a demonstration")
     add("--repeats", type=positive_int, default=1, metavar="N",
         help="how often each co-run is done (default: 1)")  # fmt: skip
+    add("--round", type=positive_int, metavar="K",
+        help="measure repeat K of --repeats alone, of baselines too, into the run of --run-id: "
+        "several modes' runs can take turns")  # fmt: skip
+    add("--session", metavar="NAME",
+        help="what runs have in common whose rounds took turns: a report then calls their "
+        "comparison guarded against drift")  # fmt: skip
     add("--budget-minutes", type=positive_float, metavar="M",
         help="leave out repeats that would take longer than this in all; the first is always done",
     )  # fmt: skip
+    add("--null", action="store_true",
+        help="with the baselines, also measure one client under time slicing: its distance from "
+        "its baseline is the method's own error")  # fmt: skip
+    add("--settle", dest="settle_seconds", type=non_negative_float, metavar="S",
+        help="seconds between the common start and the opening of the window (default: 3, with "
+        "--quick 2, on the CPU 0.5)")  # fmt: skip
     add("--window", dest="window_seconds", type=positive_float, metavar="S",
-        help="measure for S seconds and 10 units a client, whole jobs or not (default: until "
-        "every client has finished a job)")  # fmt: skip
+        help="count for S seconds and 10 units a client, whole jobs or not, but never over 3 S "
+        "(default: as long as a job of the slowest client takes)")  # fmt: skip
     add("--min-seconds", type=positive_float, metavar="S",
-        help="measure each baseline and co-run for at least so long (default: 5, co-runs of small "
-        "jobs 2; NVML's process lists, which prove the mode, come once a second)")  # fmt: skip
+        help="count each baseline and co-run for at least so long (default: 7, co-runs of small "
+        "jobs and the CPU 2; NVML's process lists, which prove the mode, come once a second)",
+    )  # fmt: skip
     add("--timeout", dest="timeout_seconds", type=positive_float, default=1800.0, metavar="S",
         help="time limit for getting ready, and again for measuring (default: %(default)g)",
     )  # fmt: skip
@@ -194,6 +209,9 @@ def contradiction(options: argparse.Namespace, words: Sequence[str]) -> str | No
     found = (
         (options.resume is not None and others,
          f"--resume goes on with the run's own flags: leave {', '.join(others)} away"),
+        (options.round is not None and not (options.run_id and options.round <= options.repeats),
+         "--round K needs --run-id, and --repeats of K at least"),
+        (options.round is not None and any(ramp), "--round: leave the bounds of a ramp away"),
         (window is not None and window >= options.timeout_seconds,
          f"--window {window or 0:g} needs a --timeout above it"),
         (is_pairs and (options.workloads or any(ramp)),

@@ -22,7 +22,14 @@ from benchmarking.cli import (
 from benchmarking.hardware.gpu_samples import summarize_samples
 from benchmarking.modes.names import MODE_MIG
 from benchmarking.modes.sharing_mode import GPU_ANSWERS, GPU_LOST_FIX, SharingMode
-from benchmarking.records.run_folder import PHASE_BASELINE, PHASE_CO_RUN, RunWriter
+from benchmarking.records.run_folder import (
+    PHASE_BASELINE,
+    PHASE_CO_RUN,
+    PHASE_NULL,
+    PHASE_SHARE_BASELINE,
+    RunWriter,
+    pooled,
+)
 from benchmarking.records.types import ClientRecord, CoRunRecord, GpuFigures, Sample
 from benchmarking.suite import proofs, stop_reasons
 from benchmarking.suite.baselines import identity_differences
@@ -60,13 +67,34 @@ class Reference:
     whole: dict[str, ClientRecord] = field(default_factory=dict)
     whole_joules: dict[str, float | None] = field(default_factory=dict)
     share: dict[str, ClientRecord] = field(default_factory=dict)
+    _repeats: dict[str, dict[str, tuple[CoRunRecord, ClientRecord]]] = field(default_factory=dict)
+
+    def add(self, record: CoRunRecord, client: ClientRecord) -> None:
+        """Take in a job alone that ended well; one measured again counts in place of the first."""
+        if record.outcome != OUTCOME_OK or client.status != OUTCOME_OK:
+            return
+        if record.phase == PHASE_SHARE_BASELINE:
+            self.share[client.job_key] = client
+        if record.phase != PHASE_BASELINE:
+            return
+        repeats = self._repeats.setdefault(client.job_key, {})
+        repeats.pop(record.co_run, None)
+        repeats[record.co_run] = (record, client)
+        joules = [one.gpu and one.gpu.energy_joules for one, _ in repeats.values()]
+        self.whole[client.job_key] = pooled([one for _, one in repeats.values()])
+        self.whole_joules[client.job_key] = None if None in joules else sum(joules)
+
+    def repeats_of(self, job_key: str) -> dict[str, ClientRecord]:
+        """Return what was measured of a job alone here, by co-run, the newest last."""
+        return {name: client for name, (_, client) in self._repeats.get(job_key, {}).items()}
 
 
 @dataclass(frozen=True)
 class RunContext:
     """What to do, where to write it, whom to ask whether to stop, and whom to tell.
 
-    `earlier` is what a run that goes on has of it already.
+    `earlier` is what a run that goes on has of it already; `round` the one repeat that is to be
+    measured now, counted from 1 on, `None` for all.
     """
 
     setup: Setup
@@ -74,6 +102,7 @@ class RunContext:
     stop: StopSignal
     progress: Progress
     earlier: EarlierPart | None = None
+    round: int | None = None
 
     def note(self, text: str | None) -> None:
         """Say something and keep it with the run."""
@@ -116,9 +145,11 @@ class Measurement:
         self.stop_reasons: dict[str, dict[str, Any] | None] = {}
 
     def run_one(
-        self, planned: PlannedCoRun, rule: FinishRule, sampler: Sampler
+        self, planned: PlannedCoRun, rule: FinishRule, sampler: Sampler, *, is_again: bool = False
     ) -> list[ClientRecord]:
         """Run one co-run, write its records, return those of its clients.
+
+        One that is on record is taken from there, unless it `is_again` to be run.
 
         Raises `RunEnded` when it did not end well, `SuiteError` when the clients were not what
         they should be: what follows would build on it.
@@ -127,9 +158,10 @@ class Measurement:
             raise RunEnded("interrupted", EXIT_INTERRUPTED, "interrupted")
         earlier = self._context.earlier
         finished = earlier and earlier.finished(planned.co_run)
-        if finished:
+        if finished and not is_again:
             return self._take_from_record(*finished)
-        mode = self._setup.alone_mode if planned.phase == PHASE_BASELINE else self._setup.mode
+        is_alone = planned.phase in (PHASE_BASELINE, PHASE_NULL)
+        mode = self._setup.alone_mode if is_alone else self._setup.mode
         refusal: SuiteError | None = None
 
         def before_go(clients: list[Client]) -> None:
@@ -158,12 +190,11 @@ class Measurement:
         self, record: CoRunRecord, clients: list[ClientRecord]
     ) -> list[ClientRecord]:
         """Do as if a co-run of the earlier part had been run just now."""
-        self._say(f"{record.co_run} is done already")
+        if self._context.round is None:
+            self._say(f"{record.co_run} is done already")
         self.done.add(record.co_run)
         self.stop_reasons[record.co_run] = record.stop_reason
-        if record.phase == PHASE_BASELINE:
-            joules = record.gpu and record.gpu.energy_joules
-            self.reference.whole_joules[clients[0].job_key] = joules
+        self.reference.add(record, clients[0])
         _raise_unless_well(record, clients)
         return clients
 
@@ -210,11 +241,12 @@ class Measurement:
             )
         ]
         baselines = dict(reference.whole)
+        joules = reference.whole_joules
         if planned.phase == PHASE_BASELINE and clients[0].status == "ok":
             # A baseline is its own reference.
             job_key = clients[0].job_key
             baselines[job_key] = clients[0]
-            reference.whole_joules[job_key] = gpu and gpu.energy_joules
+            joules = {**joules, job_key: gpu and gpu.energy_joules}
         record = co_run_record(
             seen,
             clients,
@@ -222,10 +254,11 @@ class Measurement:
             mode_failure=mode_failure,
             gpu_lost=gpu_lost,
             baselines=baselines,
-            energy_alone_joules=reference.whole_joules,
+            energy_alone_joules=joules,
             share_baselines=reference.share if planned.mode == MODE_MIG else None,
             host_cores=self._setup.cores,
         )
+        reference.add(record, clients[0])
         foreign = proofs.foreign_pids_in_window(seen, samples)
         record.warnings += [*clock_warnings(clock), *proofs.contention_warnings(foreign)]
         record.is_contended = bool(foreign)

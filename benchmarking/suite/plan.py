@@ -13,8 +13,13 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarking.modes.names import MODE_EXCLUSIVE
-from benchmarking.records.run_folder import PHASE_BASELINE, PHASE_CO_RUN, PHASE_SHARE_BASELINE
+from benchmarking.modes.names import MODE_CPU_DEMO, MODE_EXCLUSIVE, MODE_TIME_SLICING
+from benchmarking.records.run_folder import (
+    PHASE_BASELINE,
+    PHASE_CO_RUN,
+    PHASE_NULL,
+    PHASE_SHARE_BASELINE,
+)
 
 SIZE_GUIDE, SIZE_QUICK, SIZE_CPU = "guide", "quick", "cpu"
 
@@ -351,19 +356,41 @@ def paired_co_runs(
 
 
 def baselines_of(
-    clients: Iterable[PlannedClient], phase: str, mode: str
+    clients: Iterable[PlannedClient], phase: str, mode: str, repeats: int = 1
 ) -> tuple[PlannedCoRun, ...]:
     """Lay out each distinct job alone, called `baseline-<workload>` or `share-<workload>`.
 
-    On a share of the GPU that is the share of the first client that runs the job.
+    On a share of the GPU that is the share of the first client that runs the job. Of several
+    repeats each has its number in its name, and all jobs come once before the first repeat.
     """
     prefix = "share" if phase == PHASE_SHARE_BASELINE else "baseline"
-    runs: list[PlannedCoRun] = []
+    once: list[PlannedCoRun] = []
     for client in distinct_jobs(clients).values():
-        same = sum(run.clients[0].workload == client.workload for run in runs)
+        same = sum(run.clients[0].workload == client.workload for run in once)
         name = f"{prefix}-{client.workload}" + (f"-{same + 1}" if same else "")
-        runs.append(PlannedCoRun(name, phase, mode, 0, (client,)))
-    return tuple(runs)
+        once.append(PlannedCoRun(name, phase, mode, 0, (client,)))
+    if repeats == 1:
+        return tuple(once)
+    return tuple(
+        dataclasses.replace(run, co_run=f"{run.co_run}-r{repeat}", repeat=repeat)
+        for repeat in range(repeats)
+        for run in once
+    )
+
+
+def null_runs(
+    clients: Sequence[PlannedClient], mode: str, repeats: int
+) -> tuple[PlannedCoRun, ...]:
+    """Lay out one client under time slicing: what a baseline is, under another name.
+
+    It is the first training, or else the first client; its distance from its baseline is the
+    method's own error.
+    """
+    trainings = [client for client in clients if client.workload.endswith("_training")]
+    return tuple(
+        PlannedCoRun(f"null-r{repeat}", PHASE_NULL, mode, repeat, ((trainings or clients)[0],))
+        for repeat in range(repeats)
+    )
 
 
 def build_plan(
@@ -374,14 +401,21 @@ def build_plan(
     whole_gpu_baseline: bool = True,
     share_baseline: bool = False,
     baseline_mode: str = MODE_EXCLUSIVE,
+    baseline_repeats: int = 1,
+    null: bool = False,
 ) -> Plan:
     """Put the baselines of all `clients` before the co-runs; `mode` "exclusive" has no co-runs.
 
-    Each distinct job gets one on the whole GPU and, with `share_baseline`, one on its own share.
+    Each distinct job gets `baseline_repeats` on the whole GPU, with `null` each time the null
+    behind them, and, with `share_baseline`, one on its own share.
     """
     alone: tuple[PlannedCoRun, ...] = ()
     if whole_gpu_baseline:
-        alone += baselines_of(clients, PHASE_BASELINE, baseline_mode)
+        alone += baselines_of(clients, PHASE_BASELINE, baseline_mode, baseline_repeats)
+    if null:
+        is_cpu = baseline_mode == MODE_CPU_DEMO
+        nulls = null_runs(clients, MODE_CPU_DEMO if is_cpu else MODE_TIME_SLICING, baseline_repeats)
+        alone = tuple(sorted((*alone, *nulls), key=lambda run: run.repeat))
     if share_baseline:
         alone += baselines_of(clients, PHASE_SHARE_BASELINE, mode)
     return Plan(alone, () if mode == MODE_EXCLUSIVE else tuple(co_runs))

@@ -5,6 +5,7 @@ Warnings are notes of the run; only what cannot work at all is refused.
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 
@@ -12,14 +13,28 @@ from benchmarking.cli import EXIT_FAILED, EXIT_USAGE, SuiteError
 from benchmarking.modes.mig import MigMode
 from benchmarking.modes.sharing_mode import is_own_pid_namespace
 from benchmarking.records.run_folder import PHASE_CO_RUN
-from benchmarking.suite.plan import SIZE_CPU, SIZE_GUIDE, WORKLOADS, PlannedClient, PlannedCoRun
+from benchmarking.suite.launcher import TAIL_PART, FinishRule
+from benchmarking.suite.plan import (
+    COMMAND_WORKLOAD,
+    SIZE_CPU,
+    SIZE_GUIDE,
+    WORKLOADS,
+    PlannedClient,
+    PlannedCoRun,
+)
 from benchmarking.suite.setup import Setup
 
-# The least measured seconds, alone and together: under these a figure is noise. What is measured
-# alone stands behind every figure of the run, so there jobs are never fewer on a GPU.
-GUIDE_MIN_SECONDS = 5.0
-BASELINE_MIN_JOBS = 5
+# The least counted seconds of whole jobs: under these a figure is noise. What is
+# measured alone stands behind every figure of the run.
+GUIDE_MIN_SECONDS = 7.0
 SMALL_MIN_SECONDS = 2.0
+# From the common start to the opening of the window: by then everyone is at work.
+SETTLE_SECONDS = 3.0
+QUICK_SETTLE_SECONDS = 2.0
+CPU_SETTLE_SECONDS = 0.5
+
+# A window that waits for units of a slow client ends after so many times its length.
+LONGEST_WINDOW = 3.0
 
 LITTLE_DISK_MB = 500
 # Past this many times the memory that is there, no allocator's thrift makes jobs fit.
@@ -113,11 +128,35 @@ def _need_and_room(run: PlannedCoRun, setup: Setup) -> tuple[float, float]:
 
 
 def least_seconds(setup: Setup, phase: str) -> float:
-    """Return how long a window lasts at least."""
-    is_baseline = phase != PHASE_CO_RUN
-    is_long = not setup.is_cpu_demo if is_baseline else setup.job_size == SIZE_GUIDE
+    """Return how long a window of whole jobs lasts at least."""
+    is_alone = phase != PHASE_CO_RUN
+    is_long = not setup.is_cpu_demo if is_alone else setup.job_size == SIZE_GUIDE
     usual = GUIDE_MIN_SECONDS if is_long else SMALL_MIN_SECONDS
     return setup.request.min_seconds or usual
+
+
+def finish_rule(setup: Setup, run: PlannedCoRun) -> FinishRule:
+    """Return when the window of a co-run opens and closes.
+
+    Alone it holds a whole job, and with it units of every kind. A user's own command is one unit,
+    however long: next to one the window is as long as a run of the slowest.
+    """
+    request, is_alone = setup.request, run.phase != PHASE_CO_RUN
+    settle_seconds = request.settle_seconds
+    if settle_seconds is None:
+        on_gpu = QUICK_SETTLE_SECONDS if request.quick else SETTLE_SECONDS
+        settle_seconds = CPU_SETTLE_SECONDS if setup.is_cpu_demo else on_gpu
+    window_seconds = None if is_alone else request.window_seconds
+    least = least_seconds(setup, run.phase)
+    if any(client.workload == COMMAND_WORKLOAD for client in run.clients):
+        return FinishRule(window_seconds or least, settle_seconds)
+    return FinishRule(
+        min_seconds=least,
+        settle_seconds=settle_seconds,
+        needs_whole_job=is_alone,
+        window_seconds=window_seconds,
+        longest_seconds=LONGEST_WINDOW * window_seconds if window_seconds else math.inf,
+    )
 
 
 def estimated_seconds(run: PlannedCoRun, setup: Setup) -> float | None:
@@ -125,25 +164,33 @@ def estimated_seconds(run: PlannedCoRun, setup: Setup) -> float | None:
     kinds = [WORKLOADS.get(client.workload) for client in run.clients]
     if None in kinds:
         return None
-    is_baseline = run.phase != PHASE_CO_RUN
-    around = START_SECONDS + WARM_UP_SECONDS * len(kinds)
-    if setup.request.window_seconds and not is_baseline:
-        return around + setup.request.window_seconds
+    rule = finish_rule(setup, run)
+    around = START_SECONDS + WARM_UP_SECONDS * len(kinds) + (1 + TAIL_PART) * rule.settle_seconds
+    if rule.window_seconds:
+        return around + rule.window_seconds
     longest = max(kind.job_seconds[setup.job_size] for kind in kinds)
-    least = least_seconds(setup, run.phase)
-    if is_baseline and not setup.is_cpu_demo and longest < least:
-        longest *= BASELINE_MIN_JOBS
+    if rule.needs_whole_job:
+        longest *= 1.5  # the one in hand when the window opens is no whole one
     slowed = 1 + SLOWED_BY_A_NEIGHBOR * (len(kinds) - 1)
     if setup.job_size == SIZE_CPU:
         slowed = max(1.0, len(kinds) / setup.cores)
-    return around + max(least, longest * slowed)
+    return around + max(rule.min_seconds, longest * slowed)
+
+
+def estimated_round_seconds(setup: Setup) -> float | None:
+    """Return about how long one repeat of the co-runs takes, of the baselines where it is they."""
+    first = [run for run in setup.plan.co_runs or setup.plan.baseline if run.repeat == 0]
+    seconds = [estimated_seconds(run, setup) for run in first]
+    return None if None in seconds else sum(seconds)
 
 
 def estimate(setup: Setup) -> str:
     """Return one line: about how long the plan takes, and what it consists of."""
     plan = setup.plan
     repeats = max((run.repeat + 1 for run in plan.co_runs), default=0)
-    parts = [f"{_counted(len(plan.baseline), 'job')} alone"] if plan.baseline else []
+    alone = f"{_counted(len(plan.jobs()), 'job')} alone"
+    rounds = max((run.repeat + 1 for run in plan.baseline), default=0)
+    parts = [f"{rounds} rounds of {alone}" if rounds > 1 else alone] if plan.baseline else []
     if plan.co_runs:
         what = _counted(len(plan.co_runs) // repeats, "co-run")
         parts.append(f"{repeats} repeats of {what}" if repeats > 1 else what)

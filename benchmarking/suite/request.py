@@ -24,6 +24,9 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     quick: bool = False
     repeats: int = 1
     budget_minutes: float | None = None
+    null: bool = False
+    session: str | None = None
+    settle_seconds: float | None = None
     min_seconds: float | None = None
     window_seconds: float | None = None
     timeout_seconds: float = 1800.0

@@ -75,8 +75,26 @@ class EarlierPart:
         names = {record.co_run for record in self.run.co_run_records}
         writer = run_folder.reopen_run(self.run, {name for name in names if self.finished(name)})
         ended = self.run.manifest.outcome
-        writer.note_resumption("killed" if ended == "running" else ended, notes)
+        if ended == "complete":  # the next round of it
+            writer.update_manifest(outcome="running", finished_at=None)
+        else:
+            writer.note_resumption("killed" if ended == "running" else ended, notes)
         return writer
+
+
+def read_rounds_before(request: Request) -> EarlierPart | None:
+    """Read the rounds that a run has already, `None` before its first.
+
+    Raises `RunStoreError` where it is another run, or somebody else could have written it.
+    """
+    folder = request.results_dir / str(request.run_id)
+    if not (folder / run_folder.MANIFEST_FILE).exists():
+        return None
+    _require_own(folder)
+    run = run_folder.read_run(folder)
+    if run.manifest.request != msgspec.json.decode(msgspec.json.encode(request_data(request))):
+        raise RunStoreError(f"run {run.run_id} was made with other flags: name another --run-id")
+    return EarlierPart(run, request)
 
 
 def read_earlier(reference: str, results_dir: Path) -> EarlierPart:

@@ -5,17 +5,18 @@ Every record is written as soon as it is known, since what comes later may fail.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarking.cli import EXIT_COMPLETE, EXIT_FAILED, EXIT_USAGE, RunEnded, SuiteError
-from benchmarking.modes.names import MODE_MIG
-from benchmarking.records.run_folder import PHASE_BASELINE, PHASE_SHARE_BASELINE
-from benchmarking.suite import preflight
+from benchmarking.modes.names import MODE_MIG, MODE_MPS
+from benchmarking.records.run_folder import PHASE_BASELINE, PHASE_NULL, PHASE_SHARE_BASELINE
+from benchmarking.records.types import ClientRecord
+from benchmarking.suite import baselines, preflight
 from benchmarking.suite.baselines import BaselineMismatchError, newest_reusable, require_reusable
 from benchmarking.suite.jobs import resolve_all
-from benchmarking.suite.launcher import FinishRule
 from benchmarking.suite.measurement import Measurement, RunContext
 from benchmarking.suite.plan import Plan, PlannedCoRun, carried_arguments
 from benchmarking.suite.ramp import Ramp
@@ -40,6 +41,7 @@ class SuiteRun:
         self._plan = context.setup.plan
         self._measured = Measurement(context)
         self._added_arguments: dict[str, list[str]] = {}
+        self._repeated: set[str] = set()  # jobs whose baseline was measured again
         self._start_seconds = time.monotonic()
         self.ending: str | None = None
         self._code = EXIT_FAILED
@@ -64,6 +66,9 @@ class SuiteRun:
     def _execute(self) -> int:
         gpu = self._setup.gpu
         outcome = "failed"
+        if self._round_is_done():
+            self._writer.finish("complete")
+            return EXIT_COMPLETE
         try:
             self._resolve_jobs()
             self._take_over_baselines()
@@ -88,6 +93,18 @@ class SuiteRun:
         finally:
             self._writer.finish(outcome)
         return EXIT_COMPLETE if outcome == "complete" else self._code
+
+    def _round_is_done(self) -> bool:
+        """Whether nothing of a round is left to do, so that nobody need look for data again."""
+        number, earlier = self._context.round, self._earlier
+        runs = [*self._plan.baseline, *self._plan.co_runs]
+        due = [run.co_run for run in runs if number is not None and run.repeat == number - 1]
+        found = [earlier.finished(name) for name in due if earlier]
+        return (
+            bool(due)
+            and len(found) == len(due)
+            and all(record is not None and record[0].outcome == "ok" for record in found)
+        )
 
     # --- once before -------------------------------------------------------------------------
 
@@ -180,25 +197,69 @@ class SuiteRun:
     # --- alone and together ------------------------------------------------------------------
 
     def _run_baselines(self, sampler: Sampler) -> None:
-        least = preflight.least_seconds(self._setup, PHASE_BASELINE)
-        jobs = 1 if self._setup.is_cpu_demo else preflight.BASELINE_MIN_JOBS
-        rule = FinishRule(min_seconds=least, min_jobs=jobs, long_job_seconds=least)
+        """Run every job alone, and the null; the first repeat calibrates what is carried on."""
         total = len(self._plan.baseline)
         for number in range(total):
             planned = self._plan.baseline[number]
-            client = planned.clients[0]
-            is_share = planned.phase == PHASE_SHARE_BASELINE
-            where = "on its instance" if is_share else "alone"
-            seconds = preflight.estimated_seconds(planned, self._setup)
-            with self._progress.stage(
-                f"baseline {number + 1}/{total}: {client.label} {where}", seconds
-            ):
-                record = self._measured.run_one(planned, rule, sampler)[0]
-            known = self._measured.reference.share if is_share else self._measured.reference.whole
-            known[client.job_key] = record
-            if not is_share or client.job_key not in self._measured.reference.whole:
-                self._change_clients(client.job_key, carried_arguments(record.figures))
+            if not self._is_in_round(planned):
+                continue
+            is_calibrated = planned.clients[0].job_key in self._measured.reference.whole
+            where = {PHASE_SHARE_BASELINE: " on its instance", PHASE_NULL: ", the null"}
+            what = f"{planned.clients[0].label} alone{where.get(planned.phase, '')}"
+            stage = f"baseline {number + 1}/{total}: {what}"
+            record = self._run_alone(planned, stage, sampler)
+            if not is_calibrated:
+                self._change_clients(record.job_key, carried_arguments(record.figures))
             self._save_plan()
+            if planned.phase == PHASE_BASELINE and not self._is_done(planned):
+                self._repeat_disturbed(record.job_key, sampler)
+
+    def _run_alone(
+        self, planned: PlannedCoRun, stage: str, sampler: Sampler, *, is_again: bool = False
+    ) -> ClientRecord:
+        seconds = preflight.estimated_seconds(planned, self._setup)
+        with self._stage(planned, stage, seconds):
+            rule = preflight.finish_rule(self._setup, planned)
+            return self._measured.run_one(planned, rule, sampler, is_again=is_again)[0]
+
+    def _repeat_disturbed(self, job_key: str, sampler: Sampler) -> None:
+        """Measure a baseline again that was disturbed, once for each job."""
+        found = baselines.disturbed(self._measured.reference.repeats_of(job_key))
+        if found is None or self._setup.is_cpu_demo:
+            return
+        name, why = found
+        planned = next(run for run in self._plan.baseline if run.co_run == name)
+        self._measure_again(planned, why, sampler)
+        found = baselines.disturbed(self._measured.reference.repeats_of(job_key))
+        if found is not None:
+            self._context.note(f"{found[0]}: still disturbed ({found[1]})")
+
+    def _measure_again(self, planned: PlannedCoRun, why: str, sampler: Sampler) -> None:
+        """Measure a baseline once more; what it was before counts no longer."""
+        client = planned.clients[0]
+        self._context.note(f"{planned.co_run}: the baseline was disturbed ({why}); it is repeated")
+        # With what was calibrated by then, so that it is the same work.
+        added = self._added_arguments.get(client.job_key, ())
+        again = planned.map_clients(lambda one: one.with_arguments(added))
+        self._run_alone(again, f"again: {client.label} alone", sampler, is_again=True)
+
+    def _is_in_round(self, planned: PlannedCoRun) -> bool:
+        """Whether a co-run is to be done now, or was in an earlier round."""
+        number = self._context.round
+        if number is None or planned.repeat == number - 1:
+            return True
+        return planned.repeat < number - 1 and self._is_done(planned)
+
+    def _is_done(self, planned: PlannedCoRun) -> bool:
+        return bool(self._earlier and self._earlier.finished(planned.co_run))
+
+    def _stage(
+        self, planned: PlannedCoRun, text: str, seconds: float | None
+    ) -> contextlib.AbstractContextManager[None]:
+        """Say that a co-run begins, unless one of an earlier round is only looked up."""
+        if self._context.round is not None and self._is_done(planned):
+            return contextlib.nullcontext()
+        return self._progress.stage(text, seconds)
 
     def _run_co_runs(self, sampler: Sampler) -> None:
         """Run the counts of the plan, and those next to them that the ramp asks for."""
@@ -228,7 +289,7 @@ class SuiteRun:
         """Run every pair: one that fails is an answer, and says nothing of the others."""
         failure: RunEnded | None = None
         took = 0.0
-        for planned in self._plan.co_runs:
+        for planned in filter(self._is_in_round, self._plan.co_runs):
             try:
                 took = max(took, self._run_planned(planned, took, sampler))
             except RunEnded as end:
@@ -239,7 +300,7 @@ class SuiteRun:
     def _run_count(self, count: int, sampler: Sampler) -> bool:
         """Run every repeat of one count; return whether all stayed within the bounds."""
         took = 0.0
-        for planned in self._co_runs_of(count):
+        for planned in filter(self._is_in_round, self._co_runs_of(count)):
             took = max(took, self._run_planned(planned, took, sampler))
             if self._measured.stop_reasons.get(planned.co_run) is not None:
                 return False
@@ -253,23 +314,36 @@ class SuiteRun:
         budget = self._request.budget_minutes
         elapsed = time.monotonic() - self._start_seconds
         is_over = budget is not None and elapsed + took > 60 * budget
-        is_done = self._earlier and self._earlier.finished(planned.co_run)
-        if planned.repeat > 0 and not is_done and is_over:
+        if planned.repeat > 0 and not self._is_done(planned) and is_over:
             self._context.note(
                 f"{planned.co_run} left out: the budget of {budget:g} minutes allows no further "
                 "repeat"
             )
             return 0.0
-        rule = FinishRule(
-            min_seconds=preflight.least_seconds(self._setup, planned.phase),
-            window_seconds=self._request.window_seconds,
-        )
+        rule = preflight.finish_rule(self._setup, planned)
         what = f"co-run {planned.co_run}: {len(planned.clients)} clients under {planned.mode}"
         usual = preflight.estimated_seconds(planned, self._setup)
         begin = time.monotonic()
-        with self._progress.stage(what, took or usual):
-            self._measured.run_one(planned, rule, sampler)
-        return time.monotonic() - begin
+        with self._stage(planned, what, took or usual):
+            clients = self._measured.run_one(planned, rule, sampler)
+        seconds = time.monotonic() - begin
+        self._repeat_impossible_baselines(clients, sampler)
+        return seconds
+
+    def _repeat_impossible_baselines(
+        self, clients: Sequence[ClientRecord], sampler: Sampler
+    ) -> None:
+        """Measure again, once, what was alone slower than together; under MPS and MIG it cannot."""
+        own = {run.clients[0].job_key: run for run in self._plan.baseline}
+        if self._setup.mode.name in (MODE_MPS, MODE_MIG):
+            return
+        for client in clients:
+            planned = own.get(client.job_key)
+            faster = baselines.impossible_speed(client)
+            if planned is None or faster is None or client.job_key in self._repeated:
+                continue
+            self._repeated.add(client.job_key)
+            self._measure_again(planned, f"client {client.client}: {faster}", sampler)
 
     def _co_runs_of(self, count: int) -> list[PlannedCoRun]:
         """The co-runs of one count; those that the ramp has asked for are added to the plan."""

@@ -31,7 +31,7 @@ from benchmarking.suite.jobs import require_known_flags
 from benchmarking.suite.measurement import RunContext
 from benchmarking.suite.plan_file import PlanFileError
 from benchmarking.suite.redaction import hidden_in_command_line
-from benchmarking.suite.resume import read_earlier, request_data
+from benchmarking.suite.resume import read_earlier, read_rounds_before, request_data
 from benchmarking.suite.run import SuiteRun
 from benchmarking.suite.setup import PROJECT_ROOT, Setup, no_mps_folder, prepare
 from benchmarking.suite.stop_signal import StopSignal
@@ -93,6 +93,8 @@ def _planned_and_run(
 ) -> SessionResult:
     earlier = read_earlier(options.resume, options.results_dir) if options.resume else None
     request = earlier.request if earlier else flags.request_from(options)
+    if options.round is not None:
+        earlier = read_rounds_before(request)
     if options.allow_contention:  # the one flag that a run may go on with
         request = msgspec.structs.replace(request, allow_contention=True)
     with _watched(stop) as stop, no_mps_folder() as folder:
@@ -100,7 +102,8 @@ def _planned_and_run(
         setup.notes.extend(preflight.notes_before(setup))
         if options.dry_run:
             require_known_flags(setup.plan.jobs().values())
-        console.print_plan(setup, verbose=options.verbose or options.dry_run)
+        if earlier is None or options.resume:
+            console.print_plan(setup, verbose=options.verbose or options.dry_run)
         if options.dry_run:
             return SessionResult(EXIT_COMPLETE, None, None)
         with contextlib.ExitStack() as stack:
@@ -108,9 +111,26 @@ def _planned_and_run(
             writer = earlier.reopen(setup.notes) if earlier else _new_run(setup, command)
             if not is_alone:
                 writer.update_manifest(is_contended=True)
-            suite = SuiteRun(RunContext(setup, writer, stop, console.Progress(), earlier))
+            progress = console.Progress()
+            suite = SuiteRun(RunContext(setup, writer, stop, progress, earlier, options.round))
             code = suite.execute()
+    if options.round is not None and from_driver:  # it has the report at the end
+        return SessionResult(code, suite.ending, writer.folder)
     return _told(SessionResult(code, suite.ending, writer.folder), from_driver=from_driver)
+
+
+def estimate_repeat_seconds(words: Sequence[str]) -> float | None:
+    """Return about how long one repeat of a run with these flags takes, baselines included.
+
+    `None` where nobody can tell: what the flags lack, the run itself will say.
+    """
+    try:
+        request = flags.request_from(flags.parse_arguments(words))
+        with no_mps_folder() as folder:
+            setup = prepare(request, folder, os.environ, require_mode=False)
+    except (SystemExit, SuiteError, PlanFileError, run_folder.RunStoreError):
+        return None
+    return preflight.estimated_round_seconds(setup)
 
 
 @contextlib.contextmanager

@@ -27,8 +27,8 @@ from benchmarking.modes.names import (
 from benchmarking.modes.sharing_mode import ModeNotInForceError, SharingMode
 from benchmarking.modes.whole_gpu import time_slicing_warning
 from benchmarking.records import run_folder
-from benchmarking.records.run_folder import PHASE_BASELINE, Run
-from benchmarking.records.types import Environment, Evidence, MpsLimits
+from benchmarking.records.run_folder import PHASE_BASELINE, PHASE_NULL, Run
+from benchmarking.records.types import METHOD, Environment, Evidence, MpsLimits
 from benchmarking.suite import limits
 from benchmarking.suite import plan as planning
 from benchmarking.suite.card import find_gpu, look_for_foreign_processes, usable_cores
@@ -88,6 +88,8 @@ class Setup:
             "mix": request.mix,
             "is_pairs": request.is_pairs,
             "job_size": self.job_size,
+            "method": METHOD,
+            "session": request.session,
             "seed": request.seed,
             "mps_limits": msgspec.to_builtins(request.mps_limits) if is_limited else None,
             "mig_layout": list(request.mig_layout) or None,
@@ -221,7 +223,7 @@ def _lay_out(
         return planning.mix_clients(request.mix, count, options)
 
     def equipped(run: PlannedCoRun) -> PlannedCoRun:
-        under = alone_mode if run.phase == PHASE_BASELINE else mode
+        under = alone_mode if run.phase in (PHASE_BASELINE, PHASE_NULL) else mode
         return run.map_clients(
             lambda client: dataclasses.replace(
                 client,
@@ -244,7 +246,8 @@ def _lay_out(
     is_mig = mode.name == MODE_MIG
     plan = planning.build_plan(
         plan_mode, clients, co_runs, baseline_mode=alone_mode.name, share_baseline=is_mig,
-        whole_gpu_baseline=request.baseline is None and not is_mig,
+        whole_gpu_baseline=request.baseline is None and not is_mig, null=request.null,
+        baseline_repeats=request.repeats if request.mode == MODE_EXCLUSIVE else 1,
     )  # fmt: skip
     return plan.map_runs(equipped), co_runs_of
 
