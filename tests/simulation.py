@@ -21,18 +21,27 @@ Job = Callable[[random.Random], Iterator[Step]]
 
 @dataclass
 class SimulatedClient:
-    """One client: its job, repeated; what it finished, as (kind, start, end), and its true work."""
+    """One client: its job, repeated; what it finished: units as (kind, start, end), whole jobs.
+
+    `now` is the card's clock.
+    """
 
     job: Job
     seed: int
     restart_seconds: float = 0.01
+    delay_seconds: float = 0.0  # before its first job
     units: list[tuple[str, float, float]] = field(default_factory=list)
+    jobs: list[tuple[float, float]] = field(default_factory=list)
+    now: float = 0.0
 
     def steps(self) -> Iterator[Step]:
         """The steps of one job after the other, without an end."""
         generator = random.Random(self.seed)
+        yield None, self.delay_seconds
         while True:
+            begun = self.now
             yield from self.job(generator)
+            self.jobs.append((begun, self.now))
             yield None, self.restart_seconds
 
 
@@ -53,7 +62,8 @@ class SimulatedCard:
         now = work = 0.0
         while now < seconds:
             for index, plan in enumerate(plans):
-                while left[index] <= 0.0:
+                while left[index] <= 0.0:  # a pause of no length, too
+                    clients[index].now = now
                     kinds[index], left[index] = next(plan)
                     begun[index] = now
             active = sum(kind is not None for kind in kinds)
@@ -114,8 +124,12 @@ RESNET = steady(("train_step", 100, 0.0094), ("test_step", 6, 0.005), ("part", 1
 INFERENCE = steady(("batch", 10, 0.0163))
 BERT = steady(("train_step", 63, 0.0077), ("held_out", 10, 0.003))
 NOTEBOOK = notebook(8, 0.4, (0.25, 0.625))
+TOKENS = steady(("prefill", 1, 0.035), ("tokens", 26, 0.0135))
+# What a server does at a fixed rate is no work: its neighbors are what counts.
 MIXES = {
     "mixed": (RESNET, INFERENCE, NOTEBOOK, BERT),
+    "llm": (TOKENS, RESNET, INFERENCE, NOTEBOOK),
+    "serving": (RESNET,) * 3,
     "training": (RESNET,) * 4,
     "inference": (INFERENCE,) * 4,
     "interactive": (NOTEBOOK,) * 4,

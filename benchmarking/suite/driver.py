@@ -303,7 +303,7 @@ class Driver:
     def run_round(self, run_id: str, flags: Sequence[str], number: int) -> SuiteEnd:
         """Run one round of the suite into a folder of the output; what it has already is kept."""
         outcome = _outcome(Path(self.output, run_id)) if self.options.resumed else None
-        if outcome in ("running", "interrupted"):
+        if outcome not in (None, "complete", "failed"):
             self.notes.append(WENT_ON)
         return self._call_suite([*self._words(run_id, flags), "--round", str(number)])
 
