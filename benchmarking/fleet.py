@@ -1,0 +1,390 @@
+#!/usr/bin/env python3
+"""Run the same comparison on every card of a host or of a Ray cluster, and name the odd card.
+
+    python3 benchmarking/fleet.py run -- --quick --modes time-slicing,mps
+    python3 benchmarking/fleet.py run --address auto --output /shared/fleet -- --plan jobs.toml
+    python3 benchmarking/fleet.py unit --output /shared/fleet -- --quick   # one card, without Ray
+    python3 benchmarking/fleet.py report --output /shared/fleet
+
+`run` starts Ray on this host, or joins a cluster (--address). What stands behind `--` goes to
+run_experiments.sh (see its --help), once for each whole card, into DIR/HOST/UUID/. Before that
+what mode scripts have left on the card is undone, and its health is looked at for 20 s. One card
+of a host is measured at a time. The same command again goes on with what was cut off, and repeats
+what was refused or failed; Ctrl-C ends politely. `unit` is one card here, for schedulers that give
+out cards by themselves; `report` makes the report of what is there: fleet.md, fleet.json. See
+docs/fleet.md.
+
+Exit codes: 0 every card was measured, 1 one was not, 2 usage, 3 no GPU, 130 interrupted; `unit`:
+those of run_experiments.sh.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import secrets
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarking import fleet_report
+from benchmarking.cli import (
+    EXIT_COMPLETE,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_NO_GPU,
+    EXIT_USAGE,
+    OneLineParser,
+    SuiteError,
+)
+from benchmarking.suite.fleet_unit import DRIVER, RECORD_WORD, run_unit
+from benchmarking.suite.program import exit_code_of, make_folder
+from benchmarking.suite.stop_signal import StopSignal
+
+OUTPUT = Path("results/fleet")
+# Flags of run_experiments.sh that the fleet itself gives.
+RESERVED = ("--gpu", "--output", "--resume", "--dry-run")
+MOST_ATTEMPTS = 3  # of a unit whose worker was killed
+WAIT_SECONDS = 0.5
+# Archives of results pass through it, nothing else.
+OBJECT_STORE_BYTES = 256 * 2**20
+# Becomes the program in a process that is no child of Ray's worker: those a worker kills by SIGKILL
+# when it ends.
+DETACH = "import os, sys; os.fork() and os._exit(0); os.execv(sys.argv[1], sys.argv[1:])"
+
+
+def main() -> int:
+    """Do what the command says; return the exit code."""
+    options = parse_arguments()
+    command = {"run": run_fleet, "unit": run_unit, "report": make_report}[options.command]
+    fix = "then start it again: it goes on"
+    return exit_code_of(lambda stop: command(options, stop), options.output, fix)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Return the checked arguments; `flags` are those of run_experiments.sh."""
+    parser = OneLineParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="run|unit|report")
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--output", type=Path, default=OUTPUT, metavar="DIR",
+                        help=f"folder of the fleet (default: {OUTPUT})")  # fmt: skip
+    usage = "fleet.py %s [options] -- FLAGS OF run_experiments.sh"
+    run = commands.add_parser("run", parents=[shared], usage=usage % "run", help="every card")
+    run.add_argument("--address", metavar="ADDRESS", help="Ray cluster to join, such as auto or "
+        "HOST:6379 (default: Ray on this host)")  # fmt: skip
+    run.add_argument("--archive", type=Path, metavar="DIR", help="hosts share no folder: each "
+        "writes below DIR of its own, and the results come back to --output")  # fmt: skip
+    run.add_argument("--all-cards", action="store_true", help="all cards of a host at once: what "
+        "they do to each other through cores and power")  # fmt: skip
+    unit = commands.add_parser("unit", parents=[shared], usage=usage % "unit", help="one card")
+    unit.add_argument("--gpu", metavar="INDEX_OR_UUID", help="which (default: the first visible)")
+    unit.add_argument("--host", metavar="NAME", help="folder below DIR (default: this host's name)")
+    unit.add_argument("--stop-at-eof", action="store_true",
+                      help="end politely at the end of standard input")  # fmt: skip
+    commands.add_parser("report", parents=[shared], help="the report of what there is")
+    words = sys.argv[1:]
+    own = words[: words.index("--")] if "--" in words else words
+    options = parser.parse_args(own)
+    options.flags = words[len(own) + 1 :]
+    given = {word.partition("=")[0] for word in options.flags}
+    reserved = [flag for flag in RESERVED if flag in given]
+    if reserved:
+        parser.error(f"{reserved[0]} behind -- is the fleet's own: leave it")
+    options.output = options.output.absolute()
+    return options
+
+
+def make_report(options: argparse.Namespace, stop: StopSignal) -> int:
+    """Make the report of the units that there are; return the exit code."""
+    return fleet_report.write(options.output, [])
+
+
+def run_fleet(options: argparse.Namespace, stop: StopSignal) -> int:
+    """Measure every card, then make the report; return the exit code.
+
+    Raises:
+        SuiteError: run_experiments.sh refuses the flags, or there is no Ray or no GPU.
+    """
+    check_flags(options.flags)
+    ray = join_ray(options.address)
+    make_folder("--output", options.output)
+    # Tells a host that shares the folder from one where there merely is one of that name.
+    mark = options.output / f".fleet-{secrets.token_hex(8)}"
+    mark.touch()
+    try:
+        fleet = Fleet(ray, options, mark, stop)
+        fleet.measure()
+    finally:
+        mark.unlink()
+        ray.shutdown()
+    code = fleet_report.write(options.output, fleet.rows_without_record())
+    if stop.requested:
+        print("Interrupted; the same command goes on", flush=True)
+        return EXIT_INTERRUPTED
+    return code
+
+
+def check_flags(flags: list[str]) -> None:
+    """Refuse here, and not on each card, what run_experiments.sh refuses; raises `SuiteError`."""
+    command = [str(DRIVER), *flags, "--device", "cpu", "--dry-run"]
+    done = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8",
+        errors="replace", check=False, env={"PYTHON": sys.executable, **os.environ},
+    )  # fmt: skip
+    if done.returncode != EXIT_COMPLETE:
+        said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        sentence = said[-1].removeprefix("error: ") if said else f"status {done.returncode}"
+        raise SuiteError(f"{DRIVER.name}: {sentence}", EXIT_USAGE)
+
+
+def join_ray(address: str | None) -> Any:
+    """Return the module `ray`, connected; raises `SuiteError` where it is missing or refuses."""
+    # Else Ray reports to its makers.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        import ray
+    except ImportError as error:
+        raise SuiteError(
+            f"Ray is missing ({error}): pip install -r requirements-fleet.txt, or measure card "
+            "by card with fleet.py unit, which needs no Ray", EXIT_FAILED,
+        ) from error  # fmt: skip
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    own = {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+    try:
+        ray.init(address, log_to_driver=False, logging_level="ERROR",
+                 **(own if address == "local" else {}))  # fmt: skip
+    except Exception as error:  # whatever Ray raises where it cannot start or connect
+        sentence = f"cannot join Ray at {address}: {first_line(error)} (is it there, and is its "
+        sentence += "token here? see docs/fleet.md)"
+        raise SuiteError(sentence, EXIT_FAILED) from error
+    return ray
+
+
+def first_line(error: BaseException) -> str:
+    """Return what an error says, without the pages that Ray adds."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+class Card:
+    """A card of Ray's, held for the fleet by an actor, which starts the process of its unit.
+
+    It runs on the card's host by Ray's Python, so it uses the standard library and Ray alone.
+    """
+
+    def __init__(self) -> None:
+        """Have no unit yet."""
+        self._unit: Any = None
+        self._is_stopped = False
+
+    def pid(self) -> int:
+        """Return the worker's process id; answers as soon as Ray has given the card."""
+        return os.getpid()
+
+    def measure(
+        self, words: list[str], directory: str, mark: str | None, with_archive: bool
+    ) -> Iterator[str | bytes]:
+        """Run the unit; give each line that it says, and the archive of its files at last.
+
+        `mark` is a file that a host which shares the fleet's folder sees; `None` asks for none.
+        """
+        import ray
+
+        if mark is not None and not os.path.exists(mark):
+            yield f"error: {os.path.dirname(mark)} is not shared with this host: use --archive DIR"
+            return
+        if self._is_stopped:
+            return
+        os.environ.pop("OMP_NUM_THREADS", None)  # Ray's, which means the worker
+        (gpu,) = ray.get_runtime_context().get_accelerator_ids()["GPU"]
+        program, command, *rest = words
+        self._unit = subprocess.Popen(
+            [sys.executable, "-c", DETACH, sys.executable, program, command, "--gpu", gpu, *rest],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            encoding="utf-8", errors="replace", cwd=directory, start_new_session=True,
+        )  # fmt: skip
+        record = ""
+        for line in self._unit.stdout:
+            yield line.rstrip("\n")
+            record = line.strip().partition(RECORD_WORD)[2] or record
+        self.stop()
+        if with_archive and record:
+            packed, path = BytesIO(), Path(record)
+            with tarfile.open(fileobj=packed, mode="w:gz") as archive:
+                for one in (path, path.with_suffix(".log"), path.with_suffix("")):
+                    if one.exists():
+                        archive.add(one, f"{path.parent.name}/{one.name}")
+            yield packed.getvalue()
+
+    def stop(self) -> None:
+        """Let the unit end politely: the end of its standard input asks for it."""
+        self._is_stopped = True
+        if self._unit is not None:
+            self._unit.stdin.close()
+
+
+@dataclass
+class Unit:
+    """A card of the cluster, and how far it is."""
+
+    host: str
+    node_id: str
+    card: Any = None  # the actor that holds it
+    worker_pid: Any = None  # that actor's answer to come
+    lines: Any = None  # what the unit says, once it is at work
+    attempts: int = 0
+    has_record: bool = False
+    last_line: str = ""
+    is_over: bool = False
+
+
+class Fleet:
+    """The units of all cards at work, as Ray gives the cards and as hosts have room."""
+
+    def __init__(self, ray: Any, options: argparse.Namespace, mark: Path, stop: StopSignal) -> None:
+        """Ask Ray for every card; raises `SuiteError` where it knows of none."""
+        self._ray, self._options, self._mark, self._stop = ray, options, mark, stop
+        self._was_stopped = False
+        self._units = [
+            Unit(node_name(node), node["NodeID"])
+            for node in ray.nodes()
+            if node["Alive"]
+            for _ in range(int(node["Resources"].get("GPU", 0)))
+        ]
+        if not self._units:
+            raise SuiteError(
+                "Ray knows of no GPU: look at nvidia-smi, and at CUDA_VISIBLE_DEVICES where Ray "
+                "was started", EXIT_NO_GPU,
+            )  # fmt: skip
+        for unit in self._units:
+            self._ask_for_card(unit)
+
+    def measure(self) -> None:
+        """Measure every card; Ctrl-C lets those at work end, and begins no other."""
+        hosts = len({unit.node_id for unit in self._units})
+        print(f"fleet: {len(self._units)} cards on {hosts} hosts", flush=True)
+        while not all(unit.is_over for unit in self._units):
+            if self._stop.requested and not self._was_stopped:
+                self._stop_all()
+            self._begin_units()
+            self._listen()
+
+    def rows_without_record(self) -> list[dict[str, Any]]:
+        """Return host and reason of each card that has no record of its own."""
+        return [
+            {"host": unit.host, "reason": unit.last_line or "not begun"}
+            for unit in self._units
+            if not unit.has_record
+        ]
+
+    def _ask_for_card(self, unit: Unit) -> None:
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        # Two calls at once: the unit's lines, and what stops it.
+        unit.card = self._ray.remote(Card).options(
+            num_gpus=1, num_cpus=0, max_concurrency=2,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(unit.node_id, soft=False),
+        ).remote()  # fmt: skip
+        unit.worker_pid = unit.card.pid.remote()
+        unit.lines = None
+
+    def _begin_units(self) -> None:
+        """Begin with each card that Ray has given, one a host unless all are wanted at once."""
+        waiting = {
+            unit.worker_pid: unit for unit in self._units if not (unit.lines or unit.is_over)
+        }
+        if not waiting:
+            return
+        given, _ = self._ray.wait(list(waiting), num_returns=len(waiting), timeout=0)
+        for answer in given:
+            unit = waiting[answer]
+            # One whose worker was killed keeps its turn: its driver may still be ending.
+            begun = [one for one in self._units if one.attempts and not one.is_over]
+            is_busy = any(one.node_id == unit.node_id for one in begun if one is not unit)
+            if is_busy and not self._options.all_cards:
+                continue
+            try:
+                pid = self._ray.get(answer)
+            except self._ray.exceptions.RayError as error:
+                self._end(unit, f"Ray lost the card: {first_line(error)}")
+                continue
+            unit.attempts += 1
+            self._say(unit, f"a unit begins, in Ray's worker {pid}")
+            unit.lines = unit.card.measure.options(num_returns="streaming").remote(
+                self._command(unit), os.getcwd(),
+                None if self._options.archive else str(self._mark), bool(self._options.archive),
+            )  # fmt: skip
+
+    def _command(self, unit: Unit) -> list[str]:
+        output = (self._options.archive or self._options.output).absolute()
+        own = ["unit", "--host", unit.host, "--output", str(output), "--stop-at-eof"]
+        return [os.path.abspath(__file__), *own, "--", *self._options.flags]
+
+    def _listen(self) -> None:
+        """Hear what units say for a moment."""
+        talking = {unit.lines: unit for unit in self._units if unit.lines and not unit.is_over}
+        if not talking:
+            time.sleep(WAIT_SECONDS)
+            return
+        for lines in self._ray.wait(list(talking), timeout=WAIT_SECONDS)[0]:
+            self._hear(talking[lines])
+
+    def _hear(self, unit: Unit) -> None:
+        """Take the next thing that a unit says; a unit whose worker was killed begins anew."""
+        try:
+            said = self._ray.get(next(unit.lines))
+        except StopIteration:
+            self._end(unit, unit.last_line)
+            return
+        except self._ray.exceptions.RayActorError as error:
+            if unit.attempts < MOST_ATTEMPTS and not self._stop.requested:
+                self._say(unit, "its worker has died; the unit goes on in another")
+                self._ask_for_card(unit)
+            else:
+                self._end(unit, f"Ray's worker died: {first_line(error)}")
+            return
+        except self._ray.exceptions.RayError as error:
+            self._end(unit, first_line(error))
+            return
+        if isinstance(said, bytes):
+            with tarfile.open(fileobj=BytesIO(said)) as archive:
+                archive.extractall(self._options.output, filter="data")
+        elif RECORD_WORD in said:
+            unit.has_record = True
+        elif said:
+            unit.last_line = said
+            self._say(unit, said)
+
+    def _end(self, unit: Unit, last_line: str) -> None:
+        unit.is_over, unit.last_line = True, last_line
+        over = sum(one.is_over for one in self._units)
+        self._say(unit, f"done, {over} of {len(self._units)}")
+
+    def _stop_all(self) -> None:
+        self._was_stopped = True
+        print("Stopping: units at work undo their modes and report; no other begins.", flush=True)
+        for unit in self._units:
+            if unit.lines is not None and not unit.is_over:
+                unit.card.stop.remote()
+            unit.is_over = unit.is_over or unit.lines is None
+
+    def _say(self, unit: Unit, text: str) -> None:
+        print(f"{unit.host}: {text}", flush=True)
+
+
+def node_name(node: dict[str, Any]) -> str:
+    """Return the name of a node's host, or the one that `ray start --node-name` gave it."""
+    named = node["NodeName"] != node["NodeManagerAddress"]
+    return node["NodeName"] if named else node["NodeManagerHostname"]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
