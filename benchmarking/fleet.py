@@ -3,16 +3,16 @@
 
     python3 benchmarking/fleet.py run -- --quick --modes time-slicing,mps
     python3 benchmarking/fleet.py run --address auto --output /shared/fleet -- --plan jobs.toml
-    python3 benchmarking/fleet.py unit --output /shared/fleet -- --quick   # one card, without Ray
+    python3 benchmarking/fleet.py unit --output /shared/fleet -- --quick   # here, without Ray
     python3 benchmarking/fleet.py report --output /shared/fleet
 
 `run` starts Ray on this host, or joins a cluster (--address). What stands behind `--` goes to
 run_experiments.sh (see its --help), once for each whole card, into DIR/HOST/UUID/. Before that
 what mode scripts have left on the card is undone, and its health is looked at for 20 s. One card
 of a host is measured at a time. The same command again goes on with what was cut off, and repeats
-what was refused or failed; Ctrl-C ends politely. `unit` is one card here, for schedulers that give
-out cards by themselves; `report` makes the report of what is there: fleet.md, fleet.json. See
-docs/fleet.md.
+what was refused or failed; Ctrl-C ends politely. `unit` measures the cards that it sees here, for
+schedulers that give out cards by themselves; `report` makes the report of what there is: fleet.md,
+fleet.json. See docs/fleet.md.
 
 Exit codes: 0 every card was measured, 1 one was not, 2 usage, 3 no GPU, 130 interrupted; `unit`:
 those of run_experiments.sh.
@@ -21,6 +21,7 @@ those of run_experiments.sh.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import secrets
 import subprocess
@@ -44,7 +45,7 @@ from benchmarking.cli import (
     OneLineParser,
     SuiteError,
 )
-from benchmarking.suite.fleet_unit import DRIVER, RECORD_WORD, run_unit
+from benchmarking.suite.fleet_unit import DRIVER, RECORD_WORD, run_units
 from benchmarking.suite.program import exit_code_of, make_folder
 from benchmarking.suite.stop_signal import StopSignal
 
@@ -52,7 +53,7 @@ OUTPUT = Path("results/fleet")
 # Flags of run_experiments.sh that the fleet itself gives.
 RESERVED = ("--gpu", "--output", "--resume", "--dry-run")
 MOST_ATTEMPTS = 3  # of a unit whose worker was killed
-WAIT_SECONDS = 0.5
+WAIT_SECONDS = 0.2
 # Archives of results pass through it, nothing else.
 OBJECT_STORE_BYTES = 256 * 2**20
 # Becomes the program in a process that is no child of Ray's worker: those a worker kills by SIGKILL
@@ -63,7 +64,7 @@ DETACH = "import os, sys; os.fork() and os._exit(0); os.execv(sys.argv[1], sys.a
 def main() -> int:
     """Do what the command says; return the exit code."""
     options = parse_arguments()
-    command = {"run": run_fleet, "unit": run_unit, "report": make_report}[options.command]
+    command = {"run": run_fleet, "unit": run_units, "report": make_report}[options.command]
     fix = "then start it again: it goes on"
     return exit_code_of(lambda stop: command(options, stop), options.output, fix)
 
@@ -85,8 +86,9 @@ def parse_arguments() -> argparse.Namespace:
         "writes below DIR of its own, and the results come back to --output")  # fmt: skip
     run.add_argument("--all-cards", action="store_true", help="all cards of a host at once: what "
         "they do to each other through cores and power")  # fmt: skip
-    unit = commands.add_parser("unit", parents=[shared], usage=usage % "unit", help="one card")
-    unit.add_argument("--gpu", metavar="INDEX_OR_UUID", help="which (default: the first visible)")
+    unit = commands.add_parser("unit", parents=[shared], usage=usage % "unit",
+                                help="cards of this host, without Ray")  # fmt: skip
+    unit.add_argument("--gpu", metavar="INDEX_OR_UUID", help="which (default: each visible)")
     unit.add_argument("--host", metavar="NAME", help="folder below DIR (default: this host's name)")
     unit.add_argument("--stop-at-eof", action="store_true",
                       help="end politely at the end of standard input")  # fmt: skip
@@ -148,8 +150,6 @@ def check_flags(flags: list[str]) -> None:
 
 def join_ray(address: str | None) -> Any:
     """Return the module `ray`, connected; raises `SuiteError` where it is missing or refuses."""
-    # Else Ray reports to its makers.
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray
     except ImportError as error:
@@ -158,10 +158,14 @@ def join_ray(address: str | None) -> Any:
             "by card with fleet.py unit, which needs no Ray", EXIT_FAILED,
         ) from error  # fmt: skip
     address = address or os.environ.get("RAY_ADDRESS") or "local"
-    own = {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+    own = {}
+    if address == "local":
+        own = {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+        # The token that Ray leaves in it is readable by all where the umask lets it.
+        with contextlib.suppress(OSError, RuntimeError):
+            (Path.home() / ".ray").mkdir(mode=0o700, exist_ok=True)
     try:
-        ray.init(address, log_to_driver=False, logging_level="ERROR",
-                 **(own if address == "local" else {}))  # fmt: skip
+        ray.init(address, log_to_driver=False, logging_level="ERROR", **own)
     except Exception as error:  # whatever Ray raises where it cannot start or connect
         sentence = f"cannot join Ray at {address}: {first_line(error)} (is it there, and is its "
         sentence += "token here? see docs/fleet.md)"

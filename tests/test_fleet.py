@@ -22,11 +22,13 @@ from typing import Any
 
 import nvml_stub
 import pytest
+import yaml
 from conftest import PROJECT_ROOT
 from program_copy import copy_programs, processes_of
 from waiting import wait_until
 
 from benchmarking import fleet_report
+from benchmarking.fleet import parse_arguments
 
 FAKES = PROJECT_ROOT / "tests" / "fakes"
 RECORDED = PROJECT_ROOT / "examples" / "h100-mixed-4" / "comparison.json"
@@ -38,6 +40,14 @@ CARDS = {
     for host, count in {"host-a": 2, "host-b": 4}.items()
 }
 ALL_CARDS = [uuid for uuids in CARDS.values() for uuid in uuids]
+# `nvidia-smi -L` of the host whose cards NVML's stub has.
+LIST_CARDS = r"""
+sed -n 's/^uuid_\([0-9]*\)=\(.*\)/GPU \1: NVIDIA H100 (UUID: \2)/p' "$NVML_STUB_STATE"
+"""
+LIST_MIG = """
+echo 'GPU 0: NVIDIA H100 (UUID: GPU-0)'
+echo '  MIG 1g.10gb     Device  0: (UUID: MIG-1)'
+"""
 REFUSAL = "other processes are on the GPU: pid 4711 of somebody"
 
 
@@ -62,8 +72,9 @@ class Fleet:
 
     def start(self, command: str, output: Path, *words: str, **popen: Any) -> subprocess.Popen[str]:
         """Start the program; `run` joins the cluster."""
-        joined = ["--address", self.address] if command == "run" else []
         popen = {"env": self.environment, "stdin": subprocess.DEVNULL, **popen}
+        address = popen.pop("address", self.address)
+        joined = ["--address", address] if command == "run" else []
         return subprocess.Popen(
             [sys.executable, self.root / "benchmarking" / "fleet.py", command, *joined,
              "--output", output, *words, *([] if command == "report" else ["--", *self.flags])],
@@ -105,6 +116,13 @@ def cards_in(output: Path) -> dict[str, dict[str, Any]]:
     return {card["uuid"]: card for card in json.loads((output / "fleet.json").read_text())["cards"]}
 
 
+def write_program(path: Path, text: str) -> None:
+    """Write a shell script that can be run by its name."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+
+
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     """The programs, and the cluster as long as this module's tests run."""
@@ -116,10 +134,12 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     state = root / "state"
     state.mkdir()
     shutil.copy(RECORDED, state)
+    write_program(root / "bin" / "nvidia-smi", LIST_CARDS)
     temporary = tempfile.mkdtemp(prefix="ray-")  # short: Ray's sockets lie in it
     environment = {
         **nvml_stub.stub_environment(nvml_stub.build_nvml_stub(root), root / "no-card.txt"),
-        "HOME": str(root), "RAY_TMPDIR": temporary, "FAKE_FLEET": str(state),
+        "PATH": f"{root / 'bin'}:{os.environ['PATH']}", "HOME": str(root),
+        "RAY_TMPDIR": temporary, "FAKE_FLEET": str(state),
         "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16),
     }  # fmt: skip
     hosts = []
@@ -257,6 +277,58 @@ def test_a_unit_by_itself_needs_no_ray_and_only_looks_where_the_card_is_locked(
     assert "is of another plan" in said
 
 
+def test_the_driver_of_a_unit_that_was_killed_is_waited_for(fleet: Fleet, tmp_path: Path) -> None:
+    fleet.rule(a1={"wait": True})
+    environment = {**fleet.environment, "NVML_STUB_STATE": str(fleet.root / "host-a.txt")}
+    first = fleet.start("unit", tmp_path, "--gpu", "1", env=environment)
+    wait_until(lambda: fleet.has_mode("GPU-a1"), "a mode in force")
+    first.kill()
+    first.communicate()
+    second = fleet.start("unit", tmp_path, "--gpu", "GPU-a1", env=environment)
+    with pytest.raises(subprocess.TimeoutExpired):
+        second.wait(timeout=2)
+    os.kill(int((fleet.state / "mode-GPU-a1").read_text()), signal.SIGTERM)
+    said, _ = second.communicate(timeout=60)
+    assert second.returncode == 0, said
+    assert "goes on where it was cut off" in said
+
+
+def test_the_slurm_script_measures_each_card_of_its_node(fleet: Fleet, tmp_path: Path) -> None:
+    fleet.rule(a0={"refuse": REFUSAL})
+    write_program(tmp_path / "srun", 'shift\nexec "$@"')
+    environment = {
+        **fleet.environment, "PATH": f"{tmp_path}:{Path(sys.executable).parent}:"
+        f"{fleet.environment['PATH']}", "NVML_STUB_STATE": str(fleet.root / "host-a.txt"),
+        "SLURM_SUBMIT_DIR": str(fleet.root),
+    }  # fmt: skip
+    output = tmp_path / "fleet"
+    done = subprocess.run(
+        [PROJECT_ROOT / "examples" / "fleet" / "slurm-array.sh", output, "--quick"],
+        env=environment, capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert (done.returncode, fleet.driven()) == (4, CARDS["host-a"]), done.stderr
+    fleet.run("report", output)
+    outcomes = {uuid: card["outcome"] for uuid, card in cards_in(output).items()}
+    assert outcomes == {"GPU-a0": "refused", "GPU-a1": "measured"}
+
+
+def test_the_jobs_of_kubernetes_show_the_hosts_pids_and_call_a_command_that_there_is() -> None:
+    folder = PROJECT_ROOT / "examples" / "fleet"
+    job = yaml.safe_load((folder / "kubernetes-job.yaml").read_text())
+    ray_job = yaml.safe_load((folder / "kuberay-job.yaml").read_text())["spec"]
+    (workers,) = ray_job["rayClusterSpec"]["workerGroupSpecs"]
+    for pod in (job["spec"]["template"]["spec"], workers["template"]["spec"]):
+        assert pod["hostPID"] is True
+        assert pod["containers"][0]["resources"]["limits"] == {"nvidia.com/gpu": 8}
+    (unit,) = job["spec"]["template"]["spec"]["containers"]
+    for words in ([*unit["command"], *unit["args"]], ray_job["entrypoint"].split()):
+        sys_argv = ["fleet.py", *words[2:]]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", sys_argv)
+            options = parse_arguments()
+        assert (options.output, options.flags) == (Path("/fleet"), ["--quick"])
+
+
 def without_ray(folder: Path) -> dict[str, str]:
     """What hides Ray from a program."""
     (folder / "ray.py").write_text("raise ImportError('No module named ray')\n")
@@ -267,12 +339,16 @@ def test_what_cannot_be_done_is_said_in_a_sentence(fleet: Fleet, tmp_path: Path)
     fleet.rule()
     output = tmp_path / "fleet"
     hidden = {**fleet.environment, **without_ray(tmp_path)}
+    write_program(tmp_path / "mig" / "nvidia-smi", LIST_MIG)
+    mig = {**fleet.environment, "PATH": f"{tmp_path / 'mig'}:{os.environ['PATH']}",
+           "CUDA_VISIBLE_DEVICES": "MIG-1"}  # fmt: skip
     stranger = {**fleet.environment, "RAY_AUTH_TOKEN": "", "HOME": str(tmp_path)}
     refused = [
         (1, "pip install -r requirements-fleet.txt", fleet.run("run", output, env=hidden)),
         (1, "cannot join Ray at", fleet.run("run", output, env=stranger)),
         (2, "holds no unit of a fleet", fleet.run("report", output)),
-        (3, "there is no GPU here", fleet.run("unit", output)),
+        (2, "MIG-1 is a MIG instance", fleet.run("unit", output, env=mig)),
+        (3, "nvidia-smi lists no GPU here", fleet.run("unit", output)),
     ]
     for flags, complaint in ((["--gpu=1"], "--gpu behind -- is the fleet's own"),
                              (["--nonsense"], "unknown option: --nonsense")):  # fmt: skip
@@ -284,12 +360,19 @@ def test_what_cannot_be_done_is_said_in_a_sentence(fleet: Fleet, tmp_path: Path)
         assert "Traceback" not in said
 
 
-def test_ray_on_this_host_without_a_card_says_so(fleet: Fleet, tmp_path: Path) -> None:
+def test_ray_on_this_host_has_a_token_of_its_user_alone_and_says_that_there_is_no_card(
+    fleet: Fleet, tmp_path: Path
+) -> None:
     fleet.rule()
-    fleet.address = "local"
-    code, said = fleet.run("run", tmp_path, env={**fleet.environment, "CUDA_VISIBLE_DEVICES": ""})
+    joining = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")
+    environment = {name: v for name, v in fleet.environment.items() if name not in joining}
+    environment |= {"HOME": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
+    code, said = fleet.run("run", tmp_path, env=environment, address="local")
     assert code == 3, said
     assert "Ray knows of no GPU" in said
+    token = tmp_path / ".ray" / "auth_token"
+    assert token.exists()
+    assert token.parent.stat().st_mode & 0o77 == 0
 
 
 HEALTHY = {"copy_bytes_per_second": 4e12, "matrix_operations_per_second": 7e14,
@@ -331,8 +414,7 @@ def test_the_health_check_reads_the_card_while_it_is_loaded(tmp_path: Path) -> N
         "[2.0] NVRM: Xid (PCI:0000:19:00): 48, pid=1, DBE",
     }
     for name, text in programs.items():
-        (tmp_path / name).write_text(f"#!/bin/sh\ncat <<'E'\n{text}\nE\n")
-        (tmp_path / name).chmod(0o755)
+        write_program(tmp_path / name, f"cat <<'E'\n{text}\nE")
     environment = nvml_stub.stub_environment(nvml_stub.build_nvml_stub(tmp_path), card)
     environment["PATH"] = f"{tmp_path}:{environment['PATH']}"
     code = (

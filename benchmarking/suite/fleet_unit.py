@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarking.cli import (
+    EXIT_COMPLETE,
     EXIT_INTERRUPTED,
     EXIT_MODE_NOT_IN_FORCE,
     EXIT_NO_GPU,
@@ -38,7 +39,7 @@ from benchmarking.cli import (
     SuiteError,
 )
 from benchmarking.hardware import nvml
-from benchmarking.hardware.visible_devices import VISIBLE
+from benchmarking.hardware.visible_devices import VISIBLE, cards_of_nvidia_smi, visible_devices
 from benchmarking.modes.mode_scripts import ModeScriptError, lock_reason, run_script
 from benchmarking.records.run_folder import utc_now, write_json_atomic
 from benchmarking.suite import program
@@ -58,32 +59,41 @@ RECORD_WORD = "record: "
 IDENTITY = ("plan", "commit")
 
 
-def run_unit(options: argparse.Namespace, stop: StopSignal) -> int:
-    """Measure one card, or go on where that was cut off; return the driver's exit code.
+def run_units(options: argparse.Namespace, stop: StopSignal) -> int:
+    """Measure one card after another, or go on where that was cut off; return the exit code.
+
+    That is the driver's, of several cards the last that is not 0.
 
     Args:
-        options: `gpu` (an entry of CUDA_VISIBLE_DEVICES; `None`: the first visible one), `host`
+        options: `gpu` (an entry of CUDA_VISIBLE_DEVICES; `None`: each visible card), `host`
             (`None`: this one's name), `output`, `flags` for run_experiments.sh, `stop_at_eof`.
         stop: Whether somebody asked to stop.
 
     Raises:
-        SuiteError: There is no such card, or its folder is another unit's.
-        RunEnded: Somebody asked to stop before it began.
+        SuiteError: There is no card, or its folder is another unit's.
+        RunEnded: Somebody asked to stop before a card was begun.
     """
     # Ray blocks SIGINT in its workers, which their children inherit.
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     if options.stop_at_eof:
         threading.Thread(target=_stop_at_eof, args=[stop], daemon=True).start()
-    gpu = _find_card(options.gpu)
     place = options.output / _host_name(options.host)
     program.make_folder("--output", place)
-    path = place / f"{gpu['uuid']}.json"
+    code = EXIT_COMPLETE
+    for gpu in _find_cards(options.gpu):
+        if stop.requested:
+            raise RunEnded("interrupted", EXIT_INTERRUPTED)
+        code = _run_unit(gpu, place / f"{gpu['uuid']}.json", options.flags, stop) or code
+    return code
+
+
+def _run_unit(gpu: dict[str, Any], path: Path, flags: Sequence[str], stop: StopSignal) -> int:
     with _held(path.with_suffix(".lock"), stop) as lock:
-        record = _begin(path, gpu, options.flags)
-        if record["exit_code"] == 0:
+        record = _begin(path, gpu, flags)
+        if record["exit_code"] == EXIT_COMPLETE:
             _say(gpu, "done before")
         else:
-            _measure(record, path, options.flags, lock, stop)
+            _measure(record, path, flags, lock, stop)
     _say(gpu, f"{RECORD_WORD}{path}")
     return record["exit_code"]
 
@@ -95,24 +105,26 @@ def _stop_at_eof(stop: StopSignal) -> None:
     stop.request()
 
 
-def _find_card(selector: str | None) -> dict[str, Any]:
-    """Return the facts of a card, which has to be a whole one; raises `SuiteError`."""
+def _find_cards(selector: str | None) -> list[dict[str, Any]]:
+    """Return the facts of the cards to measure; raises `SuiteError` where one is no whole card."""
     environment = dict(os.environ) | ({VISIBLE: selector} if selector else {})
     # Every program here is told its card by name.
     os.environ.pop(VISIBLE, None)
-    try:
-        uuid = nvml.visible_gpu(environment)
-        gpu = nvml.open_gpu(uuid)
-    except (nvml.GpuHiddenError, nvml.GpuNotFoundError, nvml.GpuUnusableError) as error:
-        raise SuiteError(str(error), EXIT_NO_GPU) from error
-    if gpu is None:
-        raise SuiteError(f"there is no GPU here: {nvml.unavailable_reason()}", EXIT_NO_GPU)
-    if str(gpu.uuid).startswith("MIG-"):
+    uuids = visible_devices(environment, cards_of_nvidia_smi())
+    if not uuids:
+        restriction = environment.get(VISIBLE)
+        why = f", or none named {restriction!r}" if restriction is not None else ""
+        raise SuiteError(f"nvidia-smi lists no GPU here{why}", EXIT_NO_GPU)
+    if uuids[0].startswith("MIG-"):
         raise SuiteError(
-            f"{gpu.uuid} is a MIG instance, and a unit is a whole card: switch MIG off by "
+            f"{uuids[0]} is a MIG instance, and a unit is a whole card: switch MIG off by "
             "disable_mig.sh, or name the card", EXIT_USAGE,
         )  # fmt: skip
-    return gpu.describe()
+    cards = [nvml.describe_gpu(uuid) for uuid in uuids]
+    if None in cards:
+        reason = nvml.unavailable_reason() or "look for Xid in the kernel's log"
+        raise SuiteError(f"a GPU of {', '.join(uuids)} cannot be asked: {reason}", EXIT_NO_GPU)
+    return cards
 
 
 def _host_name(name: str | None) -> str:

@@ -5,8 +5,8 @@ gpu_status.sh. Standard library alone.
 In the folder of FAKE_FLEET: calls.jsonl has one object a call, {"program", "words", "time"}, and
 one where a driver ends; rules.json says by the card's UUID {"slow": true} for figures that are a
 tenth lower, {"refuse": sentence} to end with 4, {"wait": true} to enable a mode, which is the file
-mode-UUID, and to wait for SIGTERM unless the run is resumed, {"meet": count} to wait for so many
-drivers at once; comparison.json is the report that each card gets.
+mode-UUID with its pid, and to wait for SIGTERM unless the run is resumed, {"meet": count} to wait
+for so many drivers at once; comparison.json is the report that each card gets.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ def wait_for_term(uuid: str) -> None:
     mode = FOLDER / f"mode-{uuid}"
     asked: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
-    mode.touch()
+    partial = mode.with_suffix(".new")
+    partial.write_text(str(os.getpid()))
+    partial.replace(mode)
     end = time.monotonic() + WAIT_SECONDS
     while not asked and time.monotonic() < end:
         time.sleep(0.02)
