@@ -205,8 +205,6 @@ class Card:
         if mark is not None and not os.path.exists(mark):
             yield f"error: {os.path.dirname(mark)} is not shared with this host: use --archive DIR"
             return
-        if self._is_stopped:
-            return
         os.environ.pop("OMP_NUM_THREADS", None)  # Ray's, which means the worker
         (gpu,) = ray.get_runtime_context().get_accelerator_ids()["GPU"]
         program, command, *rest = words
@@ -215,6 +213,8 @@ class Card:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             encoding="utf-8", errors="replace", cwd=directory, start_new_session=True,
         )  # fmt: skip
+        if self._is_stopped:  # before there was a unit
+            self.stop()
         record = ""
         for line in self._unit.stdout:
             yield line.rstrip("\n")

@@ -86,8 +86,7 @@ def read_card(path: Path) -> Row:
         "outcome": OUTCOMES.get(code, refused),
         "reason": record["reason"],
         "health": record["health"],
-        "notes": record["notes"],
-        "flags": [],
+        "flags": [record["health_failure"]] if record["health_failure"] else [],
         "modes": {_mode_name(group): _figures(group) for group in groups},
         "best_mode": _best_mode(section, groups),
         # Cards merge only where this is alike, as runs do.
@@ -168,11 +167,10 @@ def _best_mode(section: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) 
 
 
 def flag(cards: Sequence[Row]) -> None:
-    """Note in each card's `flags` what its health check has against it."""
+    """Add to each card's `flags` what its health check has against it."""
     for card in cards:
         health = card["health"]
         if health is None:
-            card["flags"] = card["notes"] if card["outcome"] == "measured" else []
             continue
         peers = [one["health"] for one in cards if one["health"] and one["model"] == card["model"]]
         for rate, name in RATES.items():
@@ -280,7 +278,7 @@ def _decision_text(kind: Row) -> str:
     what = f"{kind['model']}, driver {kind['environment']['driver_version']}"
     if not count:
         return f"{what}: no card was measured whose health is that of its model."
-    said = f"{kind['decision']} delivers most" if kind["decision"] else "no mode delivers most"
+    said = f"{kind['decision']} delivers most" if kind["decision"] else "no difference is shown"
     return f"{what}: **{said}**; {kind['agreeing']} of {count} cards agree."
 
 

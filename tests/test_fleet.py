@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -209,36 +209,31 @@ def test_a_slow_card_is_flagged_a_killed_worker_resumed_and_a_refusal_a_row(
         assert call["words"][0] == "--restore"
     assert processes_of(fleet.root / "benchmarking") == []
 
-    # The same command repeats what was refused, and that alone.
-    fleet.rule()
-    code, said = fleet.run("run", tmp_path)
-    assert (code, fleet.driven()) == (0, ["GPU-b2"]), said
-    assert said.count("done before") == 5
-    assert cards_in(tmp_path)["GPU-b2"]["outcome"] == "measured"
+    # The same command repeats what was refused, and that alone; Ctrl-C ends it politely.
+    fleet.rule(b2={"wait": True})
+    process = fleet.start("run", tmp_path)
+    wait_until(lambda: fleet.has_mode("GPU-b2"), "a mode in force on GPU-b2")
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert (process.returncode, fleet.driven()) == (130, ["GPU-b2"]), said
+    assert "GPU-b0: done before" in said
+    assert "the same command goes on" in said
+    assert cards_in(tmp_path)["GPU-b2"]["outcome"] == "interrupted"
+    assert "| host-b |  | not measured: not begun |" in (tmp_path / "fleet.md").read_text()
+    assert not fleet.has_mode("GPU-b2")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_a_fleet_that_is_ended_leaves_no_mode_and_goes_on_later(
-    fleet: Fleet, tmp_path: Path, number: signal.Signals
-) -> None:
+def test_a_fleet_that_is_killed_leaves_no_mode(fleet: Fleet, tmp_path: Path) -> None:
     fleet.rule(b0={"wait": True}, b1={"wait": True}, a0={"refuse": REFUSAL})
     process = fleet.start("run", tmp_path)
-    for line in process.stdout:
-        if "Phase 1" in line:
-            break
-    (uuid,) = re.findall(r"GPU-b\d", line)
+    line = next(line for line in process.stdout if "Phase 1" in line and "GPU-b" in line)
+    uuid = re.search(r"GPU-b\d", line)[0]
     wait_until(lambda: fleet.has_mode(uuid), f"a mode in force on {uuid}")
-    process.send_signal(number)
-    said, _ = process.communicate(timeout=60)
+    process.kill()
+    process.communicate()
     wait_until(lambda: not fleet.has_mode(uuid), "the end of the mode")
     wait_until(lambda: processes_of(fleet.root / "benchmarking") == [], "the end of the units")
-    record = json.loads((tmp_path / "host-b" / f"{uuid}.json").read_text())
-    assert record["exit_code"] == 143
-    if number is signal.SIGINT:
-        assert process.returncode == 130
-        assert "the same command goes on" in said
-        assert cards_in(tmp_path)[uuid]["outcome"] == "interrupted"
-        assert "| host-b |  | not measured: not begun |" in (tmp_path / "fleet.md").read_text()
+    assert json.loads((tmp_path / "host-b" / f"{uuid}.json").read_text())["exit_code"] == 143
 
 
 def test_all_cards_at_once_write_on_their_hosts_and_come_back_as_an_archive(
@@ -375,6 +370,42 @@ def test_ray_on_this_host_has_a_token_of_its_user_alone_and_says_that_there_is_n
     assert token.parent.stat().st_mode & 0o77 == 0
 
 
+@pytest.mark.parametrize(
+    ("change", "best_mode"),
+    [
+        (lambda section, mps: None, "mps"),
+        (lambda section, mps: mps["stp"].update(low=1.0), None),
+        (lambda section, mps: mps["stp"].update(is_interval=False), None),
+        (lambda section, mps: mps.update(settings="even"), "mps (even)"),
+        (lambda section, mps: mps.update(outcome="failed"), None),
+        (lambda section, mps: section.update(conclusions=[conclusion("sure")]), "mig"),
+        (lambda section, mps: section.update(conclusions=[conclusion("cannot tell")]), None),
+    ],
+)
+def test_a_card_decides_for_a_mode_only_where_a_difference_is_shown(
+    tmp_path: Path, change: Callable[[dict, dict], None], best_mode: str | None
+) -> None:
+    comparison = json.loads(RECORDED.read_text())
+    section = comparison["sections"][0]
+    (mps,) = (group for group in section["groups"]
+              if (group["mode"], group["clients"]) == ("mps", 4))  # fmt: skip
+    change(section, mps)
+    (tmp_path / "GPU-0").mkdir()
+    (tmp_path / "GPU-0" / "comparison.json").write_text(json.dumps(comparison))
+    unit = {
+        "host": "host", "gpu": {"uuid": "GPU-0", "name": "H100", "driver_version": "580"},
+        "exit_code": 0, "reason": None, "health": None, "health_failure": None, "commit": None,
+        "plan": "1", "host_cores": 16,
+    }  # fmt: skip
+    (tmp_path / "GPU-0.json").write_text(json.dumps(unit))
+    assert fleet_report.read_card(tmp_path / "GPU-0.json")["best_mode"] == best_mode
+
+
+def conclusion(verdict: str) -> dict[str, Any]:
+    """What a comparison with conclusions says of a card."""
+    return {"subject": "whole card", "best_mode": "mig", "verdict": verdict}
+
+
 HEALTHY = {"copy_bytes_per_second": 4e12, "matrix_operations_per_second": 7e14,
            "power_limit_watts": 700.0, "throttle_reasons": ["sw_power_cap"], "xids": [31],
            "ecc_uncorrected_errors": 0.0}  # fmt: skip
@@ -393,7 +424,7 @@ HEALTHY = {"copy_bytes_per_second": 4e12, "matrix_operations_per_second": 7e14,
 )
 def test_what_the_health_check_has_against_a_card(health: dict[str, Any], flags: list[str]) -> None:
     cards = [
-        {"model": model, "outcome": "measured", "notes": [], "flags": [], "health": found}
+        {"model": model, "flags": [], "health": found}
         for model, found in [
             ("H200", {**HEALTHY, **health}), ("H200", HEALTHY), ("H200", HEALTHY),
             ("L4", {**HEALTHY, "copy_bytes_per_second": 1e11, "power_limit_watts": 72.0}),

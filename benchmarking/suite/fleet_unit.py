@@ -42,6 +42,7 @@ from benchmarking.hardware import nvml
 from benchmarking.hardware.visible_devices import VISIBLE, cards_of_nvidia_smi, visible_devices
 from benchmarking.modes.mode_scripts import ModeScriptError, lock_reason, run_script
 from benchmarking.records.run_folder import utc_now, write_json_atomic
+from benchmarking.records.writing import append_text, open_own
 from benchmarking.suite import program
 from benchmarking.suite.card import look_for_foreign_processes, usable_cores
 from benchmarking.suite.driver_arguments import PROJECT_ROOT, SAVED_ARGUMENTS
@@ -168,8 +169,7 @@ def _begin(path: Path, gpu: dict[str, Any], flags: Sequence[str]) -> dict[str, A
     except FileNotFoundError:
         return {
             "schema_version": SCHEMA_VERSION, "host": path.parent.name, "gpu": gpu, **wanted,
-            "flags": list(flags), "host_cores": usable_cores(), "attempts": 0, "health": None,
-            "notes": [], "exit_code": None, "reason": None,
+            "host_cores": usable_cores(), "attempts": 0, "health": None, "exit_code": None,
         }  # fmt: skip
     except (OSError, ValueError) as error:
         raise SuiteError(f"{path} cannot be read: remove it ({error})", EXIT_USAGE) from error
@@ -215,8 +215,8 @@ def _measure(
     """Look at the card, then run the driver on it; the record says how that ended."""
     gpu = record["gpu"]
     record |= {
-        "attempts": record["attempts"] + 1, "started_at": utc_now(), "exit_code": None,
-        "reason": None, "notes": [],
+        "attempts": record["attempts"] + 1, "started_at": utc_now(), "health_failure": None,
+        "notes": [], "exit_code": None, "reason": None,
     }  # fmt: skip
     write_json_atomic(path, record)
     try:
@@ -248,18 +248,17 @@ def _undo_what_was_left(record: dict[str, Any], path: Path) -> None:
             raise SuiteError(str(error), EXIT_MODE_NOT_IN_FORCE) from error
         record["notes"].append(str(error))
         return
-    with path.with_suffix(".log").open("a", encoding="utf-8") as log:
-        log.write("".join(f"{line}\n" for line in said))
+    append_text(path.with_suffix(".log"), "\n".join(said))
 
 
 def _look_at_health(record: dict[str, Any], stop: StopSignal) -> dict[str, Any] | None:
-    """Return what the health check found, `None` where it failed; the notes say why."""
+    """Return what the health check found, `None` where it failed; the record says why."""
     _say(record["gpu"], "health check")
     command = [HEALTH_CHECK, "--gpu", record["gpu"]["uuid"]]
     try:
         return json.loads(program.run_script(command, {}, stop, HEALTH_SECONDS))
     except (program.ScriptFailedError, ValueError) as error:
-        record["notes"].append(f"the health check failed: {error}")
+        record["health_failure"] = f"the health check failed: {error}"
         return None
 
 
@@ -275,7 +274,8 @@ def _drive(
     if (folder / SAVED_ARGUMENTS).is_file():
         words = ["--resume", str(folder)]
         _say(gpu, "goes on where it was cut off")
-    with log.open("ab") as said, log.open("rb") as heard:
+    # Their owner's alone: the driver's words hold those of the user's own jobs.
+    with os.fdopen(open_own(log), "ab") as said, log.open("rb") as heard:
         heard.seek(0, os.SEEK_END)
         process = subprocess.Popen(
             [str(DRIVER), *words], stdin=subprocess.DEVNULL, stdout=said, stderr=said,
