@@ -45,6 +45,7 @@ from benchmarking.cli import (
     OneLineParser,
     SuiteError,
 )
+from benchmarking.modes.mode_scripts import LOCK_VARIABLE
 from benchmarking.suite.fleet_unit import DRIVER, RECORD_WORD, run_units
 from benchmarking.suite.program import exit_code_of, make_folder
 from benchmarking.suite.stop_signal import StopSignal
@@ -194,24 +195,27 @@ class Card:
         return os.getpid()
 
     def measure(
-        self, words: list[str], directory: str, mark: str | None, with_archive: bool
+        self, words: list[str], environment: dict[str, str], directory: str, mark: str | None
     ) -> Iterator[str | bytes]:
         """Run the unit; give each line that it says, and the archive of its files at last.
 
-        `mark` is a file that a host which shares the fleet's folder sees; `None` asks for none.
+        `environment` is added to that of Ray's worker. `mark` is a file that a host which shares
+        the fleet's folder sees; `None`: the results go back as an archive.
         """
         import ray
 
         if mark is not None and not os.path.exists(mark):
             yield f"error: {os.path.dirname(mark)} is not shared with this host: use --archive DIR"
             return
-        os.environ.pop("OMP_NUM_THREADS", None)  # Ray's, which means the worker
+        environment = {**os.environ, **environment}
+        environment.pop("OMP_NUM_THREADS", None)  # Ray's, which means the worker
         (gpu,) = ray.get_runtime_context().get_accelerator_ids()["GPU"]
         program, command, *rest = words
         self._unit = subprocess.Popen(
             [sys.executable, "-c", DETACH, sys.executable, program, command, "--gpu", gpu, *rest],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            encoding="utf-8", errors="replace", cwd=directory, start_new_session=True,
+            encoding="utf-8", errors="replace", cwd=directory, env=environment,
+            start_new_session=True,
         )  # fmt: skip
         if self._is_stopped:  # before there was a unit
             self.stop()
@@ -220,7 +224,7 @@ class Card:
             yield line.rstrip("\n")
             record = line.strip().partition(RECORD_WORD)[2] or record
         self.stop()
-        if with_archive and record:
+        if mark is None and record:
             packed, path = BytesIO(), Path(record)
             with tarfile.open(fileobj=packed, mode="w:gz") as archive:
                 for one in (path, path.with_suffix(".log"), path.with_suffix("")):
@@ -322,10 +326,12 @@ class Fleet:
                 continue
             unit.attempts += 1
             self._say(unit, f"a unit begins, in Ray's worker {pid}")
+            # Who locks the cards' settings here means the hosts', too.
+            lock = {name: os.environ[name] for name in (LOCK_VARIABLE,) if name in os.environ}
+            mark = None if self._options.archive else str(self._mark)
             unit.lines = unit.card.measure.options(num_returns="streaming").remote(
-                self._command(unit), os.getcwd(),
-                None if self._options.archive else str(self._mark), bool(self._options.archive),
-            )  # fmt: skip
+                self._command(unit), lock, os.getcwd(), mark
+            )
 
     def _command(self, unit: Unit) -> list[str]:
         output = (self._options.archive or self._options.output).absolute()

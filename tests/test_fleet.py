@@ -240,8 +240,12 @@ def test_all_cards_at_once_write_on_their_hosts_and_come_back_as_an_archive(
     fleet: Fleet, tmp_path: Path
 ) -> None:
     fleet.rule(b0={"meet": 2}, b1={"meet": 2}, b3={"refuse": REFUSAL})
-    code, said = fleet.run("run", tmp_path / "here", "--all-cards", "--archive", tmp_path / "there")
+    locked = {**fleet.environment, "GPU_SETTINGS_LOCKED": "1"}  # here, and so on the hosts
+    code, said = fleet.run(
+        "run", tmp_path / "here", "--all-cards", "--archive", tmp_path / "there", env=locked
+    )
     assert code == 1, said
+    assert not any("--restore" in call["words"] for call in fleet.calls("gpu_status.sh"))
     assert cards_in(tmp_path / "here")["GPU-b3"]["reason"] == REFUSAL
     for name in ("GPU-b0.json", "GPU-b0.log", "GPU-b0/comparison.json"):
         there, here = (tmp_path / one / "host-b" / name for one in ("there", "here"))

@@ -8,7 +8,7 @@ temperature and throttle reasons four times a second; the median of the rates co
 may be fast until it is warm. Power limits and ECC errors are nvidia-smi's, Xids the kernel log's,
 which many machines show to root alone. What cannot be read is null, never 0.
 
-Exit codes: 0, 2 usage, 3 no GPU that PyTorch can use.
+Exit codes: 0, 2 usage, 3 no GPU that can be used.
 """
 
 from __future__ import annotations
@@ -56,9 +56,13 @@ def main() -> int:
                         help="how long to load it (default: 20)")  # fmt: skip
     arguments = parser.parse_args()
     os.environ["CUDA_VISIBLE_DEVICES"] = arguments.gpu
-    found = look(arguments.gpu, arguments.seconds, measure_rates)
+    reason = "PyTorch sees no GPU to measure"
+    try:
+        found = look(arguments.gpu, arguments.seconds, measure_rates)
+    except (nvml.GpuNotFoundError, nvml.GpuUnusableError) as error:
+        found, reason = None, str(error)
     if found is None:
-        print("card_health.py: error: PyTorch sees no GPU to measure", file=sys.stderr)
+        print(f"card_health.py: error: {reason}", file=sys.stderr)
         return EXIT_NO_GPU
     print(json.dumps(found))
     return 0

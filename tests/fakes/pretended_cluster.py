@@ -1,6 +1,6 @@
 """A Ray cluster on this machine, as long as standard input lasts: hosts with pretended cards.
 
-pretended_cluster.py HOST=CARDS=NVML_STATE...   prints its address
+pretended_cluster.py HOST=CARDS=NVML_STATE...   prints its address; the first host is the head
 """
 
 from __future__ import annotations
@@ -9,16 +9,16 @@ import sys
 
 from ray.cluster_utils import Cluster
 
-SMALL = {"object_store_memory": 80 * 2**20, "include_dashboard": False}
-
 
 def main() -> None:
-    """Start a head without cards and the hosts, then wait."""
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **SMALL})
+    """Start the hosts, then wait."""
+    cluster = Cluster()
     for word in sys.argv[1:]:
         host, cards, state = word.split("=")
-        cluster.add_node(node_name=host, num_cpus=1, num_gpus=int(cards),
-                         env_vars={"NVML_STUB_STATE": state}, **SMALL)  # fmt: skip
+        cluster.add_node(
+            node_name=host, num_cpus=1, num_gpus=int(cards), object_store_memory=80 * 2**20,
+            include_dashboard=False, env_vars={"NVML_STUB_STATE": state},
+        )  # fmt: skip
     print(cluster.address, flush=True)
     sys.stdin.read()
     cluster.shutdown()
