@@ -14,7 +14,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarking.cli import EXIT_COMPLETE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, SuiteError
+from benchmarking.cli import (
+    EXIT_COMPLETE,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_MODE_NOT_IN_FORCE,
+    EXIT_NO_GPU,
+    EXIT_USAGE,
+    SuiteError,
+)
 from benchmarking.metrics.number_text import duration, significant
 from benchmarking.records.run_folder import utc_now
 from benchmarking.suite.program import markdown_table, write_report
@@ -28,8 +36,13 @@ BROKEN_CLOCKS = ("hw_slowdown", "hw_thermal_slowdown", "hw_power_brake_slowdown"
                  "sw_thermal_slowdown")  # fmt: skip
 # What a program did wrong: a fault of its own, not of the card's.
 XIDS_OF_PROGRAMS = frozenset({13, 31, 43, 45})
-OUTCOMES = {EXIT_COMPLETE: "measured", EXIT_FAILED: "failed", None: "cut off"}
-INTERRUPTIONS = (EXIT_INTERRUPTED, 129, 143)
+# By exit code; any other is a failure. None: the unit was killed, or is still at work.
+OUTCOMES = {
+    EXIT_COMPLETE: "measured",
+    **dict.fromkeys((EXIT_USAGE, EXIT_NO_GPU, EXIT_MODE_NOT_IN_FORCE), "refused"),
+    **dict.fromkeys((EXIT_INTERRUPTED, 129, 143), "interrupted"),
+    None: "cut off",
+}
 CARD_COLUMNS = ("host", "card", "outcome", "mode", "work delivered", "worst slowdown", "p99",
                 "joules")  # fmt: skip
 MODEL_COLUMNS = ("model", "cards", "averaged", "mode", "work delivered", "worst slowdown", "p99",
@@ -76,14 +89,13 @@ def read_card(path: Path) -> Row:
         section = _section(path.with_suffix("") / "comparison.json")
     except (OSError, ValueError) as error:
         raise SuiteError(f"{path} cannot be read ({error})", EXIT_USAGE) from error
-    code, gpu = record["exit_code"], record["gpu"]
-    refused = "interrupted" if code in INTERRUPTIONS else "refused"
+    gpu = record["gpu"]
     groups = _compared_groups(section)
     return {
         "host": record["host"],
         "uuid": gpu["uuid"],
         "model": gpu["name"],
-        "outcome": OUTCOMES.get(code, refused),
+        "outcome": OUTCOMES.get(record["exit_code"], "failed"),
         "reason": record["reason"],
         "health": record["health"],
         "flags": [record["health_failure"]] if record["health_failure"] else [],
@@ -201,7 +213,7 @@ def merge(cards: Sequence[Row]) -> list[Row]:
     """Return a row for each kind of card: its decision, its figures by mode, its outliers."""
     kinds: dict[str, list[Row]] = {}
     for card in cards:
-        if card["outcome"] == "measured":
+        if card["outcome"] == OUTCOMES[EXIT_COMPLETE]:
             kinds.setdefault(json.dumps(card["environment"], sort_keys=True), []).append(card)
     return [_kind(alike, cards) for alike in kinds.values()]
 
@@ -252,9 +264,15 @@ def markdown(found: Mapping[str, Any]) -> str:
     """Return the report as Markdown."""
     lines = ["# Fleet", ""]
     for kind in found["models"]:
-        lines += [_decision_text(kind), ""]
+        lines += [_decision_text(kind, found["models"]), ""]
         lines += [f"- odd: {card}: {'; '.join(why)}" for card, why in kind["outliers"].items()]
         lines += [""] if kind["outliers"] else []
+    for card in found["cards"]:
+        if card["flags"] and card["outcome"] != OUTCOMES[EXIT_COMPLETE]:
+            lines += [
+                f"Not measured: {card['host']} {card['uuid']}: {'; '.join(card['flags'])}",
+                "",
+            ]
     models = [
         (kind["model"], kind["cards"], kind["averaged"], mode, *_cells(figures))
         for kind in found["models"]
@@ -273,9 +291,14 @@ def markdown(found: Mapping[str, Any]) -> str:
     return "\n".join([*lines, *markdown_table(CARD_COLUMNS, rows)]) + "\n"
 
 
-def _decision_text(kind: Row) -> str:
-    count = kind["averaged"]
-    what = f"{kind['model']}, driver {kind['environment']['driver_version']}"
+def _decision_text(kind: Row, kinds: Sequence[Row]) -> str:
+    count, environment = kind["averaged"], kind["environment"]
+    what = f"{kind['model']}, driver {environment['driver_version']}"
+    # What sets it apart from other cards of the model.
+    others = [one["environment"] for one in kinds if one["model"] == kind["model"]]
+    for name in sorted(environment.keys() - {"driver_version"}):
+        if any(environment[name] != other.get(name) for other in others):
+            what += f", {name} {environment[name]}"
     if not count:
         return f"{what}: no card was measured whose health is that of its model."
     said = f"{kind['decision']} delivers most" if kind["decision"] else "no difference is shown"

@@ -396,13 +396,34 @@ def test_a_card_decides_for_a_mode_only_where_a_difference_is_shown(
     change(section, mps)
     (tmp_path / "GPU-0").mkdir()
     (tmp_path / "GPU-0" / "comparison.json").write_text(json.dumps(comparison))
-    unit = {
-        "host": "host", "gpu": {"uuid": "GPU-0", "name": "H100", "driver_version": "580"},
-        "exit_code": 0, "reason": None, "health": None, "health_failure": None, "commit": None,
+    (tmp_path / "GPU-0.json").write_text(json.dumps(unit_record("GPU-0")))
+    assert fleet_report.read_card(tmp_path / "GPU-0.json")["best_mode"] == best_mode
+
+
+def test_cards_are_averaged_only_where_runs_would_be_merged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lost = {"exit_code": 137, "health_failure": "it has fallen off the bus"}
+    units = {"GPU-0": {}, "GPU-1": {}, "GPU-2": {"commit": "b"}, "GPU-3": lost}
+    for uuid, fields in units.items():
+        (tmp_path / "host" / uuid).mkdir(parents=True)
+        shutil.copy(RECORDED, tmp_path / "host" / uuid)
+        (tmp_path / "host" / f"{uuid}.json").write_text(json.dumps(unit_record(uuid) | fields))
+    assert fleet_report.write(tmp_path, []) == 1
+    said = capsys.readouterr().out
+    assert "H100, driver 580, commit a: **mps delivers most**; 2 of 2 cards agree." in said
+    assert "H100, driver 580, commit b: **mps delivers most**; 1 of 1 cards agree." in said
+    assert "Not measured: host GPU-3: it has fallen off the bus" in said
+    assert "| host | GPU-3 | failed (flagged) |" in said
+
+
+def unit_record(uuid: str) -> dict[str, Any]:
+    """The record of a card that was measured."""
+    return {
+        "host": "host", "gpu": {"uuid": uuid, "name": "H100", "driver_version": "580"},
+        "exit_code": 0, "reason": None, "health": None, "health_failure": None, "commit": "a",
         "plan": "1", "host_cores": 16,
     }  # fmt: skip
-    (tmp_path / "GPU-0.json").write_text(json.dumps(unit))
-    assert fleet_report.read_card(tmp_path / "GPU-0.json")["best_mode"] == best_mode
 
 
 def conclusion(verdict: str) -> dict[str, Any]:
