@@ -185,6 +185,7 @@ def test_a_slow_card_is_flagged_a_killed_worker_resumed_and_a_refusal_a_row(
     assert (record["attempts"], record["exit_code"]) == (2, 0)
     assert not fleet.has_mode("GPU-b1")
     # refused: a row, not a retry
+    assert f"GPU-b2: ended with 4: {REFUSAL}" in said
     assert (cards["GPU-b2"]["outcome"], cards["GPU-b2"]["reason"]) == ("refused", REFUSAL)
     assert fleet.driven().count("GPU-b2") == 1
     (kind,) = json.loads((tmp_path / "fleet.json").read_text())["models"]
@@ -216,6 +217,7 @@ def test_a_slow_card_is_flagged_a_killed_worker_resumed_and_a_refusal_a_row(
     said, _ = process.communicate(timeout=60)
     assert (process.returncode, fleet.driven()) == (130, ["GPU-b2"]), said
     assert "GPU-b0: done before" in said
+    assert "GPU-b2: ended with 143" in said
     assert "the same command goes on" in said
     assert cards_in(tmp_path)["GPU-b2"]["outcome"] == "interrupted"
     assert "| host-b |  | not measured: not begun |" in (tmp_path / "fleet.md").read_text()
@@ -358,16 +360,22 @@ def test_what_cannot_be_done_is_said_in_a_sentence(fleet: Fleet, tmp_path: Path)
         assert "Traceback" not in said
 
 
-def test_ray_on_this_host_has_a_token_of_its_user_alone_and_says_that_there_is_no_card(
-    fleet: Fleet, tmp_path: Path
+@pytest.mark.parametrize(
+    ("cards", "code", "wanted"),
+    [("0", 0, "**mps delivers most**; 1 of 1 cards agree"), ("", 3, "Ray knows of no GPU")],
+)
+def test_ray_on_this_host_finds_its_cards_and_has_a_token_of_its_user_alone(
+    fleet: Fleet, tmp_path: Path, cards: str, code: int, wanted: str
 ) -> None:
     fleet.rule()
     joining = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")
     environment = {name: v for name, v in fleet.environment.items() if name not in joining}
-    environment |= {"HOME": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
-    code, said = fleet.run("run", tmp_path, env=environment, address="local")
-    assert code == 3, said
-    assert "Ray knows of no GPU" in said
+    environment |= {
+        "HOME": str(tmp_path), "CUDA_VISIBLE_DEVICES": cards,
+        "NVML_STUB_STATE": str(fleet.root / "host-a.txt"),
+    }  # fmt: skip
+    status, said = fleet.run("run", tmp_path, env=environment, address="local")
+    assert (status, wanted in said) == (code, True), said
     token = tmp_path / ".ray" / "auth_token"
     assert token.exists()
     assert token.parent.stat().st_mode & 0o77 == 0

@@ -95,6 +95,8 @@ def _run_unit(gpu: dict[str, Any], path: Path, flags: Sequence[str], stop: StopS
             _say(gpu, "done before")
         else:
             _measure(record, path, flags, lock, stop)
+            why = f": {record['reason']}" if record["reason"] else ""
+            _say(gpu, f"ended with {record['exit_code']}{why}")
     _say(gpu, f"{RECORD_WORD}{path}")
     return record["exit_code"]
 
