@@ -27,8 +27,8 @@ import secrets
 import subprocess
 import sys
 import tarfile
-import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -246,21 +246,17 @@ class Unit:
     host: str
     node_id: str
     card: Any = None  # the actor that holds it
-    worker_pid: Any = None  # that actor's answer to come
-    lines: Any = None  # what the unit says, once it is at work
     attempts: int = 0
     has_record: bool = False
-    last_line: str = ""
-    is_over: bool = False
+    reason: str = "not begun"  # why it has none: the last thing that it said
 
 
 class Fleet:
-    """The units of all cards at work, as Ray gives the cards and as hosts have room."""
+    """The units of all cards at work: a thread for each host, or for each card."""
 
     def __init__(self, ray: Any, options: argparse.Namespace, mark: Path, stop: StopSignal) -> None:
-        """Ask Ray for every card; raises `SuiteError` where it knows of none."""
+        """Look which cards Ray knows; raises `SuiteError` where it knows of none."""
         self._ray, self._options, self._mark, self._stop = ray, options, mark, stop
-        self._was_stopped = False
         self._units = [
             Unit(node_name(node), node["NodeID"])
             for node in ray.nodes()
@@ -272,28 +268,45 @@ class Fleet:
                 "Ray knows of no GPU: look at nvidia-smi, and at CUDA_VISIBLE_DEVICES where Ray "
                 "was started", EXIT_NO_GPU,
             )  # fmt: skip
-        for unit in self._units:
-            self._ask_for_card(unit)
 
     def measure(self) -> None:
         """Measure every card; Ctrl-C lets those at work end, and begins no other."""
-        hosts = len({unit.node_id for unit in self._units})
-        print(f"fleet: {len(self._units)} cards on {hosts} hosts", flush=True)
-        while not all(unit.is_over for unit in self._units):
-            if self._stop.requested and not self._was_stopped:
-                self._stop_all()
-            self._begin_units()
-            self._listen()
+        hosts: dict[str, list[Unit]] = {}
+        for unit in self._units:
+            hosts.setdefault(unit.node_id, []).append(unit)
+        print(f"fleet: {len(self._units)} cards on {len(hosts)} hosts", flush=True)
+        turns = list(hosts.values())
+        if self._options.all_cards:
+            turns = [[unit] for unit in self._units]
+        was_stopped = False
+        with ThreadPoolExecutor(len(turns)) as pool:
+            threads = [pool.submit(self._measure_in_turn, units) for units in turns]
+            while wait(threads, timeout=WAIT_SECONDS).not_done:
+                if self._stop.requested and not was_stopped:
+                    was_stopped = True
+                    print("Stopping: units at work undo their modes and report", flush=True)
+                    for card in [unit.card for unit in self._units if unit.card]:
+                        card.stop.remote()
+        for thread in threads:
+            thread.result()
 
     def rows_without_record(self) -> list[dict[str, Any]]:
         """Return host and reason of each card that has no record of its own."""
         return [
-            {"host": unit.host, "reason": unit.last_line or "not begun"}
+            {"host": unit.host, "reason": unit.reason}
             for unit in self._units
             if not unit.has_record
         ]
 
-    def _ask_for_card(self, unit: Unit) -> None:
+    def _measure_in_turn(self, units: list[Unit]) -> None:
+        """Measure cards of a host, one after another, as Ray gives them; all are held from now."""
+        asked = {self._ask_for_card(unit): unit for unit in units}
+        while asked and not self._stop.requested:
+            for given in self._ray.wait(list(asked), timeout=WAIT_SECONDS)[0]:
+                self._measure(asked.pop(given), given)
+
+    def _ask_for_card(self, unit: Unit) -> Any:
+        """Ask Ray for a card on the unit's host; return the answer to come, the worker's pid."""
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         # Two calls at once: the unit's lines, and what stops it.
@@ -301,93 +314,41 @@ class Fleet:
             num_gpus=1, num_cpus=0, max_concurrency=2,
             scheduling_strategy=NodeAffinitySchedulingStrategy(unit.node_id, soft=False),
         ).remote()  # fmt: skip
-        unit.worker_pid = unit.card.pid.remote()
-        unit.lines = None
+        return unit.card.pid.remote()
 
-    def _begin_units(self) -> None:
-        """Begin with each card that Ray has given, one a host unless all are wanted at once."""
-        waiting = {
-            unit.worker_pid: unit for unit in self._units if not (unit.lines or unit.is_over)
-        }
-        if not waiting:
-            return
-        given, _ = self._ray.wait(list(waiting), num_returns=len(waiting), timeout=0)
-        for answer in given:
-            unit = waiting[answer]
-            # One whose worker was killed keeps its turn: its driver may still be ending.
-            begun = [one for one in self._units if one.attempts and not one.is_over]
-            is_busy = any(one.node_id == unit.node_id for one in begun if one is not unit)
-            if is_busy and not self._options.all_cards:
-                continue
-            try:
-                pid = self._ray.get(answer)
-            except self._ray.exceptions.RayError as error:
-                self._end(unit, f"Ray lost the card: {first_line(error)}")
-                continue
-            unit.attempts += 1
-            self._say(unit, f"a unit begins, in Ray's worker {pid}")
-            # Who locks the cards' settings here means the hosts', too.
-            lock = {name: os.environ[name] for name in (LOCK_VARIABLE,) if name in os.environ}
-            mark = None if self._options.archive else str(self._mark)
-            unit.lines = unit.card.measure.options(num_returns="streaming").remote(
-                self._command(unit), lock, os.getcwd(), mark
-            )
-
-    def _command(self, unit: Unit) -> list[str]:
+    def _measure(self, unit: Unit, given: Any) -> None:
+        """Measure a card that Ray has given; a unit whose worker is killed goes on in another."""
         output = (self._options.archive or self._options.output).absolute()
         own = ["unit", "--host", unit.host, "--output", str(output), "--stop-at-eof"]
-        return [os.path.abspath(__file__), *own, "--", *self._options.flags]
-
-    def _listen(self) -> None:
-        """Hear what units say for a moment."""
-        talking = {unit.lines: unit for unit in self._units if unit.lines and not unit.is_over}
-        if not talking:
-            time.sleep(WAIT_SECONDS)
-            return
-        for lines in self._ray.wait(list(talking), timeout=WAIT_SECONDS)[0]:
-            self._hear(talking[lines])
-
-    def _hear(self, unit: Unit) -> None:
-        """Take the next thing that a unit says; a unit whose worker was killed begins anew."""
+        words = [os.path.abspath(__file__), *own, "--", *self._options.flags]
+        # Who locks the cards' settings here means the hosts', too.
+        lock = {name: os.environ[name] for name in (LOCK_VARIABLE,) if name in os.environ}
+        mark = None if self._options.archive else str(self._mark)
+        unit.attempts += 1
         try:
-            said = self._ray.get(next(unit.lines))
-        except StopIteration:
-            self._end(unit, unit.last_line)
-            return
-        except self._ray.exceptions.RayActorError as error:
-            if unit.attempts < MOST_ATTEMPTS and not self._stop.requested:
-                self._say(unit, "its worker has died; the unit goes on in another")
-                self._ask_for_card(unit)
-            else:
-                self._end(unit, f"Ray's worker died: {first_line(error)}")
-            return
+            worker = self._ray.get(given)
+            print(f"{unit.host}: a unit begins, in Ray's worker {worker}", flush=True)
+            measure = unit.card.measure.options(num_returns="streaming")
+            for answer in measure.remote(words, lock, os.getcwd(), mark):
+                self._take(unit, self._ray.get(answer))
         except self._ray.exceptions.RayError as error:
-            self._end(unit, first_line(error))
-            return
+            unit.reason = f"Ray: {first_line(error)}"
+            print(f"{unit.host}: {unit.reason}", flush=True)
+            is_dead = isinstance(error, self._ray.exceptions.RayActorError)
+            if is_dead and unit.attempts < MOST_ATTEMPTS:
+                # It keeps its turn: its driver may still be ending.
+                self._measure_in_turn([unit])
+
+    def _take(self, unit: Unit, said: str | bytes) -> None:
+        """Take what the unit's actor gives: a line, or the archive of its files."""
         if isinstance(said, bytes):
             with tarfile.open(fileobj=BytesIO(said)) as archive:
                 archive.extractall(self._options.output, filter="data")
         elif RECORD_WORD in said:
             unit.has_record = True
-        elif said:
-            unit.last_line = said
-            self._say(unit, said)
-
-    def _end(self, unit: Unit, last_line: str) -> None:
-        unit.is_over, unit.last_line = True, last_line
-        over = sum(one.is_over for one in self._units)
-        self._say(unit, f"done, {over} of {len(self._units)}")
-
-    def _stop_all(self) -> None:
-        self._was_stopped = True
-        print("Stopping: units at work undo their modes and report; no other begins.", flush=True)
-        for unit in self._units:
-            if unit.lines is not None and not unit.is_over:
-                unit.card.stop.remote()
-            unit.is_over = unit.is_over or unit.lines is None
-
-    def _say(self, unit: Unit, text: str) -> None:
-        print(f"{unit.host}: {text}", flush=True)
+        else:
+            unit.reason = said
+            print(f"{unit.host}: {said}", flush=True)
 
 
 def node_name(node: dict[str, Any]) -> str:

@@ -177,7 +177,7 @@ def test_a_slow_card_is_flagged_a_killed_worker_resumed_and_a_refusal_a_row(
     assert cards["GPU-a1"]["flags"] == ["copy rate 10.0 % under the median of its model"]
     assert [uuid for uuid, card in cards.items() if card["flags"]] == ["GPU-a1"]
     # killed: the driver was told to end, undid its mode, and went on in the same folder
-    assert said.count("its worker has died") == 1
+    assert said.count("Ray: The actor died") == 1
     ends = [call["exit_code"] for call in fleet.calls("run_experiments.sh")
             if "exit_code" in call and card_of(call) == "GPU-b1"]  # fmt: skip
     assert ends == [143, 0]
