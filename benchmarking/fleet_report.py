@@ -1,0 +1,321 @@
+"""The report of a fleet: cards x modes, the decision for each model of card, and the odd cards.
+
+Each unit's figures are those of its own report, `comparison.json`. Cards are averaged only where
+runs would be merged: same model, driver, versions, engines and job size, same code, same cores; and
+only those whose health is that of their model.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarking.cli import (
+    EXIT_COMPLETE,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_MODE_NOT_IN_FORCE,
+    EXIT_NO_GPU,
+    EXIT_USAGE,
+    SuiteError,
+)
+from benchmarking.metrics.number_text import duration, significant
+from benchmarking.records.run_folder import utc_now
+from benchmarking.suite.program import markdown_table, write_report
+
+SCHEMA_VERSION = 1
+NAME = "fleet"
+# A card that much under the median of its model is flagged; one that far off it is an outlier.
+PERCENT = 3.0
+RATES = {"copy_bytes_per_second": "copy rate", "matrix_operations_per_second": "bf16 rate"}
+BROKEN_CLOCKS = ("hw_slowdown", "hw_thermal_slowdown", "hw_power_brake_slowdown",
+                 "sw_thermal_slowdown")  # fmt: skip
+# What a program did wrong: a fault of its own, not of the card's.
+XIDS_OF_PROGRAMS = frozenset({13, 31, 43, 45})
+# By exit code; any other is a failure. None: the unit was killed, or is still at work.
+OUTCOMES = {
+    EXIT_COMPLETE: "measured",
+    **dict.fromkeys((EXIT_USAGE, EXIT_NO_GPU, EXIT_MODE_NOT_IN_FORCE), "refused"),
+    **dict.fromkeys((EXIT_INTERRUPTED, 129, 143), "interrupted"),
+    None: "cut off",
+}
+CARD_COLUMNS = ("host", "card", "outcome", "mode", "work delivered", "worst slowdown", "p99",
+                "joules")  # fmt: skip
+MODEL_COLUMNS = ("model", "cards", "averaged", "mode", "work delivered", "worst slowdown", "p99",
+                 "joules")  # fmt: skip
+FIGURES = ("work_delivered", "worst_slowdown", "p99_ms", "joules_per_job", "energy_ratio")
+
+Row = dict[str, Any]
+
+
+def write(folder: Path, without_record: Sequence[Row]) -> int:
+    """Write fleet.json and fleet.md, print the latter; return the fleet's exit code.
+
+    Args:
+        folder: The fleet's.
+        without_record: `host` and `reason` of each card that has no record of its own.
+
+    Raises `SuiteError` where there is nothing to report.
+    """
+    cards = [read_card(path) for path in sorted(folder.glob("*/GPU-*.json"))]
+    if not cards and not without_record:
+        raise SuiteError(f"{folder} holds no unit of a fleet: name another by --output", EXIT_USAGE)
+    flag(cards)
+    found = {
+        "schema_version": SCHEMA_VERSION,
+        "created_at": utc_now(),
+        "cards": cards,
+        "without_record": list(without_record),
+        "models": merge(cards),
+    }
+    text = markdown(found)
+    write_report(folder, NAME, found, text)
+    print(f"\n{text}\nreport: {folder / NAME}.md", flush=True)
+    is_complete = all(card["outcome"] == OUTCOMES[EXIT_COMPLETE] for card in cards)
+    return EXIT_COMPLETE if is_complete and not without_record else EXIT_FAILED
+
+
+# --- what there is -------------------------------------------------------------------------------
+
+
+def read_card(path: Path) -> Row:
+    """Return a unit's record with the figures of its comparison, by mode."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        section = _section(path.with_suffix("") / "comparison.json")
+    except (OSError, ValueError) as error:
+        raise SuiteError(f"{path} cannot be read ({error})", EXIT_USAGE) from error
+    gpu = record["gpu"]
+    groups = _compared_groups(section)
+    return {
+        "host": record["host"],
+        "uuid": gpu["uuid"],
+        "model": gpu["name"],
+        "outcome": OUTCOMES.get(record["exit_code"], "failed"),
+        "reason": record["reason"],
+        "health": record["health"],
+        "flags": [record["health_failure"]] if record["health_failure"] else [],
+        "modes": {_mode_name(group): _figures(group) for group in groups},
+        "best_mode": _best_mode(section, groups),
+        # Cards merge only where this is alike, as runs do.
+        "environment": {
+            **(section.get("environment") or {}), "versions": section.get("versions"),
+            "engines": section.get("engines"), "driver_version": gpu["driver_version"],
+            "commit": record["commit"], "plan": record["plan"], "host_cores": record["host_cores"],
+        },
+    }  # fmt: skip
+
+
+def _section(path: Path) -> Mapping[str, Any]:
+    """Return the newest section of a comparison, empty where there is none."""
+    if not path.exists():
+        return {}
+    sections = json.loads(path.read_text(encoding="utf-8")).get("sections") or [{}]
+    return sections[0]
+
+
+def _compared_groups(section: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the rows of clients together, at the mix and count where most modes worked."""
+    by_load: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
+    for group in section.get("groups") or []:
+        if group["clients"] > 1 and group["mode"] != "exclusive":
+            by_load.setdefault((group["mix"], group["clients"]), []).append(group)
+    return max(by_load.values(), default=[],
+               key=lambda groups: (sum(map(_worked, groups)), groups[0]["clients"]))  # fmt: skip
+
+
+def _worked(group: Mapping[str, Any]) -> bool:
+    return group["outcome"] == "ok" and group.get("stp") is not None
+
+
+def _mode_name(group: Mapping[str, Any]) -> str:
+    return f"{group['mode']} ({group['settings']})" if group.get("settings") else group["mode"]
+
+
+def _figures(group: Mapping[str, Any]) -> Row:
+    """Return what the table shows of a mode; `None` is unknown."""
+    clients = group.get("client_rows") or []
+    slowdowns = {row["label"]: _mean(row.get("slowdown")) for row in clients}
+    known = {label: value for label, value in slowdowns.items() if value is not None}
+    worst = max(known, key=known.get, default=None)
+    tails = [_mean(row.get("p99_ms")) for row in clients]
+    return {
+        "outcome": group["outcome"],
+        "work_delivered": _mean(group.get("stp")),
+        "worst_slowdown": known.get(worst),
+        "worst_job": worst,
+        "p99_ms": max((tail for tail in tails if tail is not None), default=None),
+        "joules_per_job": _mean(group.get("joules_per_job")),
+        "energy_ratio": _mean(group.get("energy_ratio")),
+    }
+
+
+def _mean(estimate: Mapping[str, Any] | None) -> float | None:
+    return None if estimate is None else estimate["mean"]
+
+
+def _best_mode(section: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> str | None:
+    """Return the mode that delivers most on a card, `None` where no difference is shown.
+
+    That is the conclusion on the whole card where the comparison has one; else the first by its
+    mean, whose interval has to lie apart from those of all others.
+    """
+    for conclusion in section.get("conclusions") or []:
+        if conclusion.get("subject") == "whole card":
+            return conclusion.get("best_mode") if conclusion.get("verdict") == "sure" else None
+    ranked = sorted(filter(_worked, groups), key=lambda group: group["stp"]["mean"], reverse=True)
+    estimates = [group["stp"] for group in ranked]
+    if len(ranked) < 2 or not all(one["is_interval"] for one in estimates):
+        return None
+    is_apart = all(estimates[0]["low"] > other["high"] for other in estimates[1:])
+    return _mode_name(ranked[0]) if is_apart else None
+
+
+# --- what they say together ----------------------------------------------------------------------
+
+
+def flag(cards: Sequence[Row]) -> None:
+    """Add to each card's `flags` what its health check has against it."""
+    for card in cards:
+        health = card["health"]
+        if health is None:
+            continue
+        peers = [one["health"] for one in cards if one["health"] and one["model"] == card["model"]]
+        for rate, name in RATES.items():
+            under = -_percent_off(health.get(rate), [peer.get(rate) for peer in peers])
+            if under > PERCENT:
+                card["flags"].append(f"{name} {under:.1f} % under the median of its model")
+        limits = Counter(peer.get("power_limit_watts") for peer in peers)
+        usual, limit = limits.most_common(1)[0][0], health.get("power_limit_watts")
+        if limits[limit] < limits[usual]:
+            card["flags"].append(f"power limit {limit} W, of others {usual} W")
+        slowed = sorted(set(BROKEN_CLOCKS).intersection(health.get("throttle_reasons") or []))
+        errors = health.get("ecc_uncorrected_errors")
+        xids = sorted(set(health.get("xids") or []) - XIDS_OF_PROGRAMS)
+        card["flags"] += [f"clock lowered by {', '.join(slowed)}"] if slowed else []
+        card["flags"] += [f"{errors:g} uncorrected ECC errors"] if errors else []
+        card["flags"] += [f"Xid {', '.join(map(str, xids))}"] if xids else []
+
+
+def _percent_off(value: float | None, all_values: Sequence[float | None]) -> float:
+    """Return how far a value lies off the median, in percent of it; 0 where that is unknown."""
+    known = [one for one in all_values if one is not None]
+    if value is None or not known:
+        return 0.0
+    return (value / statistics.median(known) - 1) * 100
+
+
+def merge(cards: Sequence[Row]) -> list[Row]:
+    """Return a row for each kind of card: its decision, its figures by mode, its outliers."""
+    kinds: dict[str, list[Row]] = {}
+    for card in cards:
+        if card["outcome"] == OUTCOMES[EXIT_COMPLETE]:
+            kinds.setdefault(json.dumps(card["environment"], sort_keys=True), []).append(card)
+    return [_kind(alike, cards) for alike in kinds.values()]
+
+
+def _kind(alike: Sequence[Row], cards: Sequence[Row]) -> Row:
+    model = alike[0]["model"]
+    averaged = [card for card in alike if not card["flags"]]
+    modes = {}
+    for mode in dict.fromkeys(mode for card in averaged for mode in card["modes"]):
+        rows = [card["modes"][mode] for card in averaged if mode in card["modes"]]
+        modes[mode] = {name: _average(row[name] for row in rows) for name in FIGURES}
+    votes = Counter(card["best_mode"] for card in averaged)
+    decision, agreeing = votes.most_common(1)[0] if votes else (None, 0)
+    outliers = {}
+    for card in alike:
+        reasons = [*card["flags"], *_far_off(card, averaged)]
+        if card in averaged and card["best_mode"] != decision:
+            reasons.append(f"decides for {card['best_mode'] or 'no mode'}")
+        if reasons:
+            outliers[f"{card['host']} {card['uuid']}"] = reasons
+    return {
+        "model": model, "environment": alike[0]["environment"],
+        "cards": sum(card["model"] == model for card in cards), "averaged": len(averaged),
+        "decision": decision, "agreeing": agreeing, "modes": modes, "outliers": outliers,
+    }  # fmt: skip
+
+
+def _average(values: Any) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None
+
+
+def _far_off(card: Row, averaged: Sequence[Row]) -> list[str]:
+    """Return in which modes a card delivers other work than the median of those averaged."""
+    found = []
+    for mode, figures in card["modes"].items():
+        others = [one["modes"].get(mode, {}).get("work_delivered") for one in averaged]
+        off = _percent_off(figures["work_delivered"], others)
+        if abs(off) > PERCENT:
+            found.append(f"delivers {abs(off):.1f} % {'less' if off < 0 else 'more'} under {mode}")
+    return found
+
+
+# --- as people read it ---------------------------------------------------------------------------
+
+
+def markdown(found: Mapping[str, Any]) -> str:
+    """Return the report as Markdown."""
+    lines = ["# Fleet", ""]
+    for kind in found["models"]:
+        lines += [_decision_text(kind, found["models"]), ""]
+        lines += [f"- odd: {card}: {'; '.join(why)}" for card, why in kind["outliers"].items()]
+        lines += [""] if kind["outliers"] else []
+    for card in found["cards"]:
+        if card["flags"] and card["outcome"] != OUTCOMES[EXIT_COMPLETE]:
+            lines += [
+                f"Not measured: {card['host']} {card['uuid']}: {'; '.join(card['flags'])}",
+                "",
+            ]
+    models = [
+        (kind["model"], kind["cards"], kind["averaged"], mode, *_cells(figures))
+        for kind in found["models"]
+        for mode, figures in kind["modes"].items()
+    ]
+    lines += [*markdown_table(MODEL_COLUMNS, models), ""] if models else []
+    rows = []
+    for card in found["cards"]:
+        outcome = card["outcome"] + (f": {card['reason']}" if card["reason"] else "")
+        outcome += " (flagged)" if card["flags"] else ""
+        modes = card["modes"] or {"": dict.fromkeys(FIGURES)}
+        rows += [(card["host"], card["uuid"], outcome, mode, *_cells(figures))
+                 for mode, figures in modes.items()]  # fmt: skip
+    rows += [(row["host"], "", f"not measured: {row['reason']}", "", *_cells({}))
+             for row in found["without_record"]]  # fmt: skip
+    return "\n".join([*lines, *markdown_table(CARD_COLUMNS, rows)]) + "\n"
+
+
+def _decision_text(kind: Row, kinds: Sequence[Row]) -> str:
+    count, environment = kind["averaged"], kind["environment"]
+    what = f"{kind['model']}, driver {environment['driver_version']}"
+    # What sets it apart from other cards of the model.
+    others = [one["environment"] for one in kinds if one["model"] == kind["model"]]
+    for name in sorted(environment.keys() - {"driver_version"}):
+        if any(environment[name] != other.get(name) for other in others):
+            what += f", {name} {environment[name]}"
+    if not count:
+        return f"{what}: no card was measured whose health is that of its model."
+    said = f"{kind['decision']} delivers most" if kind["decision"] else "no difference is shown"
+    return f"{what}: **{said}**; {kind['agreeing']} of {count} cards agree."
+
+
+def _cells(figures: Mapping[str, Any]) -> list[str]:
+    """Return the cells of a mode's figures, empty where one is unknown."""
+
+    def cell(name: str, write: Callable[[float], str]) -> str:
+        value = figures.get(name)
+        return "" if value is None else write(value)
+
+    worst = cell("worst_slowdown", "{:.2f}".format)
+    worst += f" ({figures['worst_job']})" if figures.get("worst_job") else ""
+    joules = cell("joules_per_job", lambda value: f"{significant(value)} a job")
+    return [
+        cell("work_delivered", "{:.2f}".format), worst, cell("p99_ms", duration),
+        joules or cell("energy_ratio", "{:.2f} x alone".format),
+    ]  # fmt: skip

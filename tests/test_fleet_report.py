@@ -1,0 +1,139 @@
+"""What a fleet's report makes of its units, and what the health check reads of a card."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nvml_stub
+import pytest
+from conftest import PROJECT_ROOT
+
+from benchmarking import fleet_report
+
+RECORDED = PROJECT_ROOT / "examples" / "h100-mixed-4" / "comparison.json"
+
+
+@pytest.mark.parametrize(
+    ("change", "best_mode"),
+    [
+        (lambda section, mps: None, "mps"),
+        (lambda section, mps: mps["stp"].update(low=1.0), None),
+        (lambda section, mps: mps["stp"].update(is_interval=False), None),
+        (lambda section, mps: mps.update(settings="even"), "mps (even)"),
+        (lambda section, mps: mps.update(outcome="failed"), None),
+        (lambda section, mps: section.update(conclusions=[conclusion("sure")]), "mig"),
+        (lambda section, mps: section.update(conclusions=[conclusion("cannot tell")]), None),
+    ],
+)
+def test_a_card_decides_for_a_mode_only_where_a_difference_is_shown(
+    tmp_path: Path, change: Callable[[dict, dict], None], best_mode: str | None
+) -> None:
+    comparison = json.loads(RECORDED.read_text())
+    section = comparison["sections"][0]
+    (mps,) = (group for group in section["groups"]
+              if (group["mode"], group["clients"]) == ("mps", 4))  # fmt: skip
+    change(section, mps)
+    (tmp_path / "GPU-0").mkdir()
+    (tmp_path / "GPU-0" / "comparison.json").write_text(json.dumps(comparison))
+    (tmp_path / "GPU-0.json").write_text(json.dumps(unit_record("GPU-0")))
+    assert fleet_report.read_card(tmp_path / "GPU-0.json")["best_mode"] == best_mode
+
+
+def test_cards_are_averaged_only_where_runs_would_be_merged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lost = {"exit_code": 137, "health_failure": "it has fallen off the bus"}
+    units = {"GPU-0": {}, "GPU-1": {}, "GPU-2": {"commit": "b"}, "GPU-3": lost}
+    for uuid, fields in units.items():
+        (tmp_path / "host" / uuid).mkdir(parents=True)
+        shutil.copy(RECORDED, tmp_path / "host" / uuid)
+        (tmp_path / "host" / f"{uuid}.json").write_text(json.dumps(unit_record(uuid) | fields))
+    assert fleet_report.write(tmp_path, []) == 1
+    said = capsys.readouterr().out
+    assert "H100, driver 580, commit a: **mps delivers most**; 2 of 2 cards agree." in said
+    assert "H100, driver 580, commit b: **mps delivers most**; 1 of 1 cards agree." in said
+    assert "Not measured: host GPU-3: it has fallen off the bus" in said
+    assert "| host | GPU-3 | failed (flagged) |" in said
+
+
+def unit_record(uuid: str) -> dict[str, Any]:
+    """The record of a card that was measured."""
+    return {
+        "host": "host", "gpu": {"uuid": uuid, "name": "H100", "driver_version": "580"},
+        "exit_code": 0, "reason": None, "health": None, "health_failure": None, "commit": "a",
+        "plan": "1", "host_cores": 16,
+    }  # fmt: skip
+
+
+def conclusion(verdict: str) -> dict[str, Any]:
+    """What a comparison with conclusions says of a card."""
+    return {"subject": "whole card", "best_mode": "mig", "verdict": verdict}
+
+
+HEALTHY = {"copy_bytes_per_second": 4e12, "matrix_operations_per_second": 7e14,
+           "power_limit_watts": 700.0, "throttle_reasons": ["sw_power_cap"], "xids": [31],
+           "ecc_uncorrected_errors": 0.0}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("health", "flags"),
+    [
+        ({"matrix_operations_per_second": 6.8e14}, []),
+        ({"matrix_operations_per_second": 6.7e14}, ["bf16 rate 4.3 % under the median"]),
+        ({"copy_bytes_per_second": None, "xids": None}, []),
+        ({"power_limit_watts": 500.0}, ["power limit 500.0 W, of others 700.0 W"]),
+        ({"throttle_reasons": ["hw_slowdown"], "xids": [31, 79]}, ["clock lowered", "Xid 79"]),
+        ({"ecc_uncorrected_errors": 2.0}, ["2 uncorrected ECC errors"]),
+    ],
+)
+def test_what_the_health_check_has_against_a_card(health: dict[str, Any], flags: list[str]) -> None:
+    cards = [
+        {"model": model, "flags": [], "health": found}
+        for model, found in [
+            ("H200", {**HEALTHY, **health}), ("H200", HEALTHY), ("H200", HEALTHY),
+            ("L4", {**HEALTHY, "copy_bytes_per_second": 1e11, "power_limit_watts": 72.0}),
+        ]
+    ]  # fmt: skip
+    fleet_report.flag(cards)
+    assert len(cards[0]["flags"]) == len(flags)
+    for found, wanted in zip(cards[0]["flags"], flags, strict=True):
+        assert wanted in found
+    assert [card["flags"] for card in cards[1:]] == [[], [], []]
+
+
+def test_the_health_check_reads_the_card_while_it_is_loaded(tmp_path: Path) -> None:
+    card = nvml_stub.write_state(tmp_path / "card.txt", clocks_event_reasons="0x9")
+    programs = {
+        "nvidia-smi": "00000000:18:00.0, 700.00, 700.00, 1980, 3, [N/A]",
+        "dmesg": "[1.0] NVRM: Xid (PCI:0000:18:00): 79, GPU has fallen off the bus.\n"
+        "[2.0] NVRM: Xid (PCI:0000:19:00): 48, pid=1, DBE",
+    }
+    for name, text in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\ncat <<'E'\n{text}\nE\n")
+        (tmp_path / name).chmod(0o755)
+    environment = nvml_stub.stub_environment(nvml_stub.build_nvml_stub(tmp_path), card)
+    environment["PATH"] = f"{tmp_path}:{environment['PATH']}"
+    code = (
+        "import json, time; from benchmarking.hardware import card_health\n"
+        "rates = iter([7e14, 5e14, 6e14])\n"
+        "def measure():\n"
+        "    time.sleep(0.4)\n"
+        "    return {'copy_bytes_per_second': 4e12, 'matrix_operations_per_second': next(rates)}\n"
+        f"print(json.dumps(card_health.look('{nvml_stub.GPU_UUID}', 1.0, measure)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=PROJECT_ROOT,
+                          capture_output=True, text=True, check=True)  # fmt: skip
+    assert json.loads(done.stdout) == {
+        "seconds": 1.0, "repeats": 3, "copy_bytes_per_second": 4e12,
+        "matrix_operations_per_second": 6e14, "sm_clock_mhz": 1980, "power_draw_watts": 119.25,
+        "temperature_celsius_max": 50, "throttle_reasons": ["hw_slowdown"],
+        "pci_bus_id": "00000000:18:00.0", "power_limit_watts": 700.0,
+        "power_default_limit_watts": 700.0, "sm_clock_max_mhz": 1980.0,
+        "ecc_corrected_errors": 3.0, "ecc_uncorrected_errors": None, "xids": [79],
+    }  # fmt: skip
