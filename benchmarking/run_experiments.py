@@ -45,24 +45,26 @@ Options:
   --modes LIST          which of time-slicing,mps,mps:even,mps:N,mig (default: time-slicing,mps,
                         mps:even,mig); mps:50 gives each client half of the multiprocessors,
                         mps:50/25 in turn, mps:even each the same
-  --mix mixed|training|inference|interactive|serving|llm|pairs   which jobs (default: mixed:
+  --mix mixed|training|inference|interactive|serving|llm|pairs|noisy   which jobs (default: mixed:
                         ResNet50 training, batch inference, Jupyter session, BERT fine-tuning;
                         serving: an inference server with its users, three ResNet50 trainings; llm:
                         token generation in the place of BERT; pairs: each job of the mixed mix next
-                        to each other one, 10 s a pair)
+                        to each other one, 10 s a pair; noisy: each of these and token generation
+                        next to one that presses the card's memory, its multiprocessors or the bus)
   --workloads N         jobs that run together (default: 4; with --plan or --job: each of them once)
   --full                the guide's own job sizes, each window as long as a job of the slowest
   --phase-minutes N     minutes for all rounds together: as many are done as fit, at least one
   --noise-floor         nothing more than usual: every round measures the null
   --baseline RUN        folder of an earlier baseline run to use in place of phase 1
 {SHARED_HELP}
-Defaults: --repeats 4 (rounds; 3 with --quick, 1 for pairs and on the CPU; a claim needs 3), 3 s to
-settle and 14 s counted together, 3 + 7 s alone (--quick: 2 + 8 s), --output
+Defaults: --repeats 4 (rounds; 3 with --quick, 1 for pairs, noisy and on the CPU; a claim needs 3),
+3 s to settle and 14 s counted together, 3 + 7 s alone (--quick: 2 + 8 s), --output
 results/experiments-<date-time>.
 Exit codes: 0 every phase that ran succeeded, 1 one failed, 2 usage, 3 no usable GPU, 4 another run
 is at work on it, 130 Ctrl-C
 """
-MIXES = ("mixed", "training", "inference", "interactive", "serving", "llm", "pairs")
+MIXES = ("mixed", "training", "inference", "interactive", "serving", "llm", "pairs", "noisy")
+PAIRED_MIXES = ("pairs", "noisy")  # of two jobs in each co-run, small ones in any case
 TIME_SLICING, MPS, MIG = "time-slicing", "mps", "mig"
 USUAL_MODES = (TIME_SLICING, MPS, "mps:even", MIG)
 # Seconds to settle, counted alone at the least, and counted together.
@@ -100,10 +102,10 @@ def parse_arguments() -> argparse.Namespace:
     options.modes = options.modes or list(USUAL_MODES)
     if options.positional:
         parser.error(f"unexpected argument: {options.positional[0]}")
-    if options.mix == "pairs" and options.workloads:
-        parser.error("--mix pairs has two jobs in each co-run: leave --workloads")
-    if options.full and (options.quick or options.mix == "pairs"):
-        parser.error("--full is for the guide's own job sizes: leave --quick and --mix pairs")
+    if options.mix in PAIRED_MIXES and options.workloads:
+        parser.error(f"--mix {options.mix} has two jobs in each co-run: leave --workloads")
+    if options.full and (options.quick or options.mix in PAIRED_MIXES):
+        parser.error("--full is for the guide's own job sizes: leave --quick, pairs and noisy")
     return options
 
 
@@ -119,7 +121,7 @@ def _modes(text: str | None) -> list[str]:
 def choose_workloads(driver: Driver) -> int:
     """Return how many jobs run together; a layout has an instance for each. Raises `Refused`."""
     options = driver.options
-    usual = 2 if options.mix == "pairs" else driver.count_jobs() or 4
+    usual = 2 if options.mix in PAIRED_MIXES else driver.count_jobs() or 4
     layout = options.mig_layout
     workloads = int(options.workloads or (layout.count(",") + 1 if layout else usual))
     if MIG in options.modes:
@@ -237,7 +239,7 @@ class Experiment:
         """Return how many rounds are done, and say it, with about how long they take."""
         options = self.options
         usual = QUICK_ROUNDS if options.quick else ROUNDS
-        if options.mix == "pairs" or self.driver.gpu is None:
+        if options.mix in PAIRED_MIXES or self.driver.gpu is None:
             usual = 1
         wanted = int(options.repeats or usual)
         if options.dry_run:
@@ -310,16 +312,20 @@ class Experiment:
         if self.driver.gpu is None and not is_alone:
             mode = options.modes[0].partition(":")[0]
         flags = ["--mode", "exclusive" if is_alone else mode, "--repeats", str(rounds)]
-        if options.mix != "pairs":
+        is_paired = options.mix in PAIRED_MIXES
+        if not is_paired:
             flags += ["--workloads", str(self.workloads)]
         flags += arguments.jobs_of(options, "mixed")
         if self.driver.gpu is not None and not options.full:
             settle, alone, together = QUICK_SECONDS if options.quick else USUAL_SECONDS
-            flags += ["--quick", "--settle", settle]
+            flags += ["--quick"] if options.quick or not is_paired else []
+            flags += ["--settle", settle]
             if is_alone or not self.baseline:
                 flags += ["--min-seconds", alone]
-            if not is_alone and options.mix != "pairs":  # which has a window of its own
+            if not is_alone and not is_paired:  # those have a window of their own
                 flags += ["--window", together]
+        if options.mix == "noisy" and not self._why_skipped(MIG):
+            flags += ["--duty-steps"]  # from which on is a slice of its own better?
         flags += [] if is_mig else ["--session", self.driver.session_name()]
         flags += ["--null"] if is_alone else []
         if mode == MPS and not is_alone:

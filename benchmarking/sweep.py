@@ -56,7 +56,7 @@ from benchmarking.records.run_folder import (
 )
 from benchmarking.suite import flags
 from benchmarking.suite.card import find_gpu
-from benchmarking.suite.plan import PAIRS_MIX
+from benchmarking.suite.plan import PAIRED_MIXES
 from benchmarking.suite.program import exit_code_of, make_folder
 from benchmarking.suite.request import Request
 from benchmarking.suite.resume import read_earlier
@@ -237,7 +237,7 @@ def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
          f"{knob.flag} behind -- is the knob itself: leave it"),
         (knob.job_flag and (request.job_arguments or request.baseline),
          "each value is another job: leave --job-arguments and --baseline behind --"),
-        (request.mode == MODE_EXCLUSIVE or request.mix == PAIRS_MIX,
+        (request.mode == MODE_EXCLUSIVE or request.mix in PAIRED_MIXES,
          "a sweep needs clients that run together: leave exclusive and pairs"),
         (len(request.workloads or ()) > 1,
          "--workloads behind -- needs one count: sweep it by --knob workloads"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 
 from test_benchmark_suite import Bench, bench, gpu_bench
@@ -56,3 +57,27 @@ def test_a_window_that_was_asked_for_is_kept(gpu_bench: Callable) -> None:
     assert len(windows) == 10
     assert min(windows) >= 0.5
     assert json.dumps(run.manifest["plan"]).count('"pairs-') == 10
+
+
+def test_noisy_puts_each_job_next_to_each_antagonist(gpu_bench: Callable) -> None:
+    bench = gpu_bench()
+    done = bench.run("--mix", "noisy", "--dry-run", "--duty-steps")
+    assert done.returncode == 0, done.stderr
+    names = re.findall(r"^  (noisy-\S+): 2 together", done.stdout, re.MULTILINE)
+    jobs = ("resnet_training", "batch_inference", "jupyter_simulation", "bert_training",
+            "llm_inference")  # fmt: skip
+    steps = [f"noisy-llm_inference-hbm-{percent}-r0" for percent in (25, 50, 75)]
+    kinds = ("hbm", "sm", "pcie")
+    assert names == [f"noisy-{job}-{kind}-r0" for job in jobs for kind in kinds] + steps
+    # Each alone as well, an antagonist for each kind and duty.
+    assert len(re.findall(r"^  baseline-\S+: ", done.stdout, re.MULTILINE)) == 5 + 3 + 3
+
+
+def test_noisy_on_the_cpu_is_a_demonstration_of_two_jobs(bench: Bench) -> None:
+    done = bench.run("--mix", "noisy", "--window", "0.3")
+    assert done.returncode == 0, done.stderr
+    run = bench.only_run()
+    pairs = [record["co_run"] for record in run.co_run_records if record["phase"] == PHASE_CO_RUN]
+    jobs = ("resnet_training", "batch_inference")
+    assert pairs == [f"noisy-{job}-{kind}-r0" for job in jobs for kind in ("hbm", "sm")]
+    assert (run.manifest["mix"], run.manifest["is_pairs"]) == ("noisy", False)

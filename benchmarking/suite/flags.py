@@ -19,7 +19,13 @@ from benchmarking.modes.names import MODE_EXCLUSIVE, MODE_MIG, MODE_MPS, MODES
 from benchmarking.records.types import MpsLimits
 from benchmarking.suite import limits
 from benchmarking.suite.own_jobs import plan_of_jobs
-from benchmarking.suite.plan import MIXES, PAIR_CLIENTS, PAIR_WINDOW_SECONDS, PAIRS_MIX
+from benchmarking.suite.plan import (
+    MIXES,
+    NOISY_MIX,
+    PAIR_CLIENTS,
+    PAIR_WINDOW_SECONDS,
+    PAIRED_MIXES,
+)
 from benchmarking.suite.plan_file import read_plan_file
 from benchmarking.suite.ramp import MOST_CLIENTS
 from benchmarking.suite.request import Request
@@ -68,7 +74,7 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     wrong = contradiction(options, words)
     if wrong is not None:
         parser.error(wrong)
-    if options.mix == PAIRS_MIX:
+    if options.mix in PAIRED_MIXES:
         options.workloads = (PAIR_CLIENTS,)
         options.window_seconds = options.window_seconds or PAIR_WINDOW_SECONDS
     elif options.mig_layout:
@@ -85,12 +91,14 @@ def add_experiment(parser: argparse.ArgumentParser) -> None:
         help="how many clients at once; several counts make several co-runs, up to the first that "
         f"fails (default: {USUAL_CLIENTS}, with --plan its clients once)")  # fmt: skip
     jobs = parser.add_mutually_exclusive_group()
-    jobs.add_argument("--mix", choices=(*MIXES, PAIRS_MIX), default="mixed",
+    jobs.add_argument("--mix", choices=(*MIXES, *PAIRED_MIXES), default="mixed",
         help="mixed: ResNet50 training, batch inference, Jupyter session, BERT fine-tuning, over "
         "again for more than four; pairs: each of these with each other one and itself, "
-        f"{PAIR_WINDOW_SECONDS:g} s a pair; serving: an inference server with its users and "
-        "three ResNet50 trainings; llm: token generation, ResNet50 training, batch inference, "
-        "Jupyter session; else copies of one (default: %(default)s)")  # fmt: skip
+        f"{PAIR_WINDOW_SECONDS:g} s a pair; noisy: each of these, and token generation, next to "
+        "an antagonist that presses the card's memory, its multiprocessors or the bus; serving: "
+        "an inference server with its users and three ResNet50 trainings; llm: token generation, "
+        "ResNet50 training, batch inference, Jupyter session; else copies of one (default: "
+        "%(default)s)")  # fmt: skip
     jobs.add_argument("--plan", type=Path, metavar="FILE",
         help="clients of your own, any command among them, listed in a TOML file "
         "(see benchmarking/suite/plan_file.py); over again for more than it lists")  # fmt: skip
@@ -101,7 +109,12 @@ def add_experiment(parser: argparse.ArgumentParser) -> None:
         metavar="PROFILE[,PROFILE...]",
         help="under mig, the instance of each client, such as 2g.20gb,1g.10gb,1g.10gb (made "
         "beforehand by gpu-configs/setup_mig.sh; default: client i has instance i)")  # fmt: skip
-    add("--quick", action="store_true", help="smaller jobs, for a demonstration")
+    add("--quick", action="store_true",
+        help="smaller jobs, for a demonstration; of --mix noisy two jobs and two antagonists",
+    )  # fmt: skip
+    add("--duty-steps", action="store_true",
+        help="with --mix noisy: also token generation next to memory that is pressed for 25, 50 "
+        "and 75 %% of the time")  # fmt: skip
     add("--repeats", type=positive_int, default=1, metavar="N",
         help="how often each co-run is done (default: 1)")  # fmt: skip
     add("--round", type=positive_int, metavar="K",
@@ -199,7 +212,7 @@ def add_run(parser: argparse.ArgumentParser) -> None:
 
 def contradiction(options: argparse.Namespace, words: Sequence[str]) -> str | None:
     """Return the first thing that makes no sense in flags that are good each by itself."""
-    is_pairs, is_own = options.mix == PAIRS_MIX, options.plan or options.job
+    is_pairs, is_own = options.mix in PAIRED_MIXES, options.plan or options.job
     ramp = (options.max_slowdown, options.slo_ms, options.bisect, options.until_break)
     mps_limits = (options.mps_percentage, options.mps_memory_limit, options.mps_priority)
     instances, most = len(options.mig_layout), max(options.workloads or (0,))
@@ -215,14 +228,15 @@ def contradiction(options: argparse.Namespace, words: Sequence[str]) -> str | No
         (window is not None and window >= options.timeout_seconds,
          f"--window {window or 0:g} needs a --timeout above it"),
         (is_pairs and (options.workloads or any(ramp)),
-         "--mix pairs has two clients in each co-run: leave --workloads and bounds"),
+         f"--mix {options.mix} has two clients in each co-run: leave --workloads and bounds"),
+        (options.duty_steps and options.mix != NOISY_MIX, "--duty-steps needs --mix noisy"),
         (is_own and options.job_arguments,
          "--job-arguments: with --plan or --job each client has its own arguments there"),
         (options.until_break and options.mode == MODE_MIG,
          "--until-break: under MIG there are as many clients as instances; leave it"),
         (instances and options.mode != MODE_MIG, "--mig-layout needs --mode mig"),
         (instances and is_pairs,
-         "--mix pairs needs instances of one size: leave --mig-layout"),
+         f"--mix {options.mix} needs instances of one size: leave --mig-layout"),
         (instances and most > instances,
          f"--mig-layout has {instances} instances for {most} clients: name one for each, or give "
          "fewer --workloads"),

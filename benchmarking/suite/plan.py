@@ -127,7 +127,17 @@ WORKLOADS: Mapping[str, WorkloadKind] = {
         memory_mib=3500,  # seen on an H200
         has_latency=True,
     ),
+    # What presses one resource of the card: which, and for which share of the time, its flags say.
+    "antagonist": WorkloadKind(
+        "Antagonist",
+        "workloads/custom/antagonist.py",
+        dict.fromkeys((SIZE_GUIDE, SIZE_QUICK, SIZE_CPU), ("--duration", "2")),
+        dict.fromkeys((SIZE_GUIDE, SIZE_QUICK, SIZE_CPU), 2.0),
+        memory_mib=4600,  # two buffers of 2 GiB and a context
+    ),
 }  # fmt: skip
+
+ANTAGONIST = "antagonist"
 
 # What a client of a plan file is called that runs a command of the user's own.
 COMMAND_WORKLOAD = "command"
@@ -151,6 +161,16 @@ PAIR_CLIENTS = 2
 PAIR_WINDOW_SECONDS = 10.0
 # Without a GPU two jobs are enough to show the flow: one that is all throughput, one with latency.
 PAIRS_ON_CPU = ("resnet_training", "batch_inference")
+
+# Every job next to a neighbor that presses one resource of the card all the time, and with
+# `duty_steps` token generation next to one that presses its memory for a part of it.
+NOISY_MIX = "noisy"
+NOISY_JOBS, NOISY_JOBS_QUICK = (*MIXES["mixed"], "llm_inference"), (
+    "llm_inference", "resnet_training",
+)  # fmt: skip
+PRESSED, PRESSED_QUICK = ("hbm", "sm", "pcie"), ("hbm", "sm")
+DUTY_STEPS = ("0.25", "0.5", "0.75")
+PAIRED_MIXES = (PAIRS_MIX, NOISY_MIX)
 
 # Figures of a job's baseline that become flags of its co-runs: calibrated parameters, measured
 # once, alone, and fixed from then on.
@@ -338,21 +358,58 @@ def pair_workloads(job_size: str) -> tuple[str, ...]:
 
 
 def paired_co_runs(
-    mode: str, options: JobOptions, *, name: str, repeats: int
+    mode: str,
+    pairs: Sequence[tuple[PlannedClient, PlannedClient]],
+    *,
+    name: str,
+    repeats: int,
 ) -> tuple[PlannedCoRun, ...]:
-    """Lay out every pair, called `<name>-<workload>-<workload>-r<repeat>`.
+    """Lay out every pair, called `<name>-<one>-<other>-r<repeat>`.
 
     All pairs come once before the first repeat.
     """
-    pairs = list(itertools.combinations_with_replacement(pair_workloads(options.size), 2))
     return tuple(
         PlannedCoRun(
-            f"{name}-{one}-{other}-r{repeat}", PHASE_CO_RUN, mode, repeat,
-            (planned_client(0, one, options), planned_client(1, other, options)),
+            f"{name}-{_name_in_pair(one)}-{_name_in_pair(other)}-r{repeat}", PHASE_CO_RUN, mode,
+            repeat, (one, other),
         )
         for repeat in range(repeats)
         for one, other in pairs
     )  # fmt: skip
+
+
+def _name_in_pair(client: PlannedClient) -> str:
+    """The workload; of an antagonist what it presses, and for how many percent of the time."""
+    if client.workload != ANTAGONIST:
+        return client.workload
+    words = client.job_key.split()
+    kind, duty = (words[words.index(flag) + 1] for flag in ("--kind", "--duty"))
+    return kind if float(duty) == 1 else f"{kind}-{100 * float(duty):.0f}"
+
+
+def job_pairs(options: JobOptions) -> list[tuple[PlannedClient, PlannedClient]]:
+    """Return each job of the mixed mix with each other one and with itself."""
+    workloads = pair_workloads(options.size)
+    return [
+        (planned_client(0, one, options), planned_client(1, other, options))
+        for one, other in itertools.combinations_with_replacement(workloads, 2)
+    ]
+
+
+def noisy_pairs(
+    options: JobOptions, *, quick: bool, duty_steps: bool
+) -> list[tuple[PlannedClient, PlannedClient]]:
+    """Return each job with each antagonist; on the CPU there is no bus to press."""
+    is_cpu = options.size == SIZE_CPU
+    jobs = PAIRS_ON_CPU if is_cpu else NOISY_JOBS_QUICK if quick else NOISY_JOBS
+    kinds = PRESSED_QUICK if is_cpu or quick else PRESSED
+    neighbors = [(job, kind, "1") for job in jobs for kind in kinds]
+    neighbors += [("llm_inference", "hbm", duty) for duty in DUTY_STEPS if duty_steps]
+    return [
+        (planned_client(0, job, options),
+         planned_client(1, ANTAGONIST, options, ("--kind", kind, "--duty", duty)))
+        for job, kind, duty in neighbors
+    ]  # fmt: skip
 
 
 def baselines_of(

@@ -10,7 +10,7 @@ from benchmarking.modes.names import MODE_TIME_SLICING
 from benchmarking.records.types import MpsLimits
 from benchmarking.suite import limits
 from benchmarking.suite import plan as planning
-from benchmarking.suite.plan import PAIR_CLIENTS, PAIRS_MIX
+from benchmarking.suite.plan import PAIR_CLIENTS, PAIRED_MIXES, PAIRS_MIX
 from benchmarking.suite.plan_file import PlanFile
 from benchmarking.suite.redaction import Secrets, secrets_of_words
 
@@ -24,6 +24,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     quick: bool = False
     repeats: int = 1
     budget_minutes: float | None = None
+    duty_steps: bool = False
     null: bool = False
     session: str | None = None
     settle_seconds: float | None = None
@@ -62,18 +63,25 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
         return self.mix == PAIRS_MIX and self.plan_file is None
 
     @property
+    def is_paired(self) -> bool:
+        """Whether co-runs are of two: jobs with each other, or with a noisy neighbor."""
+        return self.mix in PAIRED_MIXES and self.plan_file is None
+
+    @property
     def workloads(self) -> tuple[str, ...]:
         """What makes the whole mix once; `command` for a command of a plan."""
         if self.plan_file:
             return tuple(
                 entry.workload or planning.COMMAND_WORKLOAD for entry in self.plan_file.members
             )
-        return planning.MIXES["mixed" if self.is_pairs else self.mix]
+        if self.is_paired:
+            return planning.MIXES["mixed"] if self.is_pairs else planning.NOISY_JOBS
+        return planning.MIXES[self.mix]
 
     @property
     def mix_size(self) -> int:
         """How many clients make the whole mix once."""
-        return PAIR_CLIENTS if self.is_pairs else len(self.workloads)
+        return PAIR_CLIENTS if self.is_paired else len(self.workloads)
 
     @property
     def has_latency(self) -> bool:

@@ -263,7 +263,7 @@ class SuiteRun:
 
     def _run_co_runs(self, sampler: Sampler) -> None:
         """Run the counts of the plan, and those next to them that the ramp asks for."""
-        if self._request.is_pairs:
+        if self._request.is_paired:
             self._run_pairs(sampler)
             return
         ramp = Ramp(

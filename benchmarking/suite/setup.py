@@ -165,7 +165,7 @@ def prepare(
             warning = time_slicing_warning(most, gpu["uuid"], environment)
             notes += [warning] if warning else []
     # A pair's window of seconds has room for small jobs only.
-    is_small = request.quick or request.is_pairs
+    is_small = request.quick or request.is_paired
     job_size = SIZE_CPU if gpu is None else SIZE_QUICK if is_small else SIZE_GUIDE
     cores = usable_cores()
     plan, co_runs_of = _lay_out(request, mode, alone_mode, job_size, cores)
@@ -235,11 +235,14 @@ def _lay_out(
         added = planning.counted_co_runs(plan_mode, clients_of, counts=(count,), **named)
         return tuple(map(equipped, added))
 
-    if request.is_pairs:
+    if request.is_paired:
+        pairs = (
+            planning.job_pairs(options) if request.is_pairs
+            else planning.noisy_pairs(options, quick=request.quick, duty_steps=request.duty_steps)
+        )  # fmt: skip
         # Number 0 each, as every job alone runs on the first client's share.
-        workloads = planning.pair_workloads(job_size)
-        clients = [planning.planned_client(0, workload, options) for workload in workloads]
-        co_runs = planning.paired_co_runs(plan_mode, options, **named)
+        clients = [dataclasses.replace(one, client=0) for pair in pairs for one in pair]
+        co_runs = planning.paired_co_runs(plan_mode, pairs, **named)
     else:
         clients = clients_of(max(request.counts))
         co_runs = planning.counted_co_runs(plan_mode, clients_of, counts=request.counts, **named)
