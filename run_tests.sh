@@ -18,6 +18,7 @@ tests that use the GPU take turns.
   ./run_tests.sh -k metrics -x       arguments are passed on to pytest
   ./run_tests.sh -k metrics -n 0     in one process, which shows prints (-s) at once
   ./run_tests.sh -m gpu              what needs a real GPU
+  ./run_tests.sh -m download         what downloads a model first (93 MB)
 HELP
 }
 

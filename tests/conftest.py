@@ -48,13 +48,17 @@ def find_browser() -> str | None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect what needs a GPU or a browser where there is none.
+    """Deselect what needs a GPU or a browser where there is none, and large downloads by default.
 
     Skipped tests would make the count of those that ran look larger than it is.
     """
     missing = [
         mark
-        for mark, found in (("gpu", has_nvidia_gpu()), ("browser", find_browser()))
+        for mark, found in (
+            ("gpu", has_nvidia_gpu()),
+            ("browser", find_browser()),
+            ("download", "download" in config.getoption("markexpr")),
+        )
         if not found
     ]
     cannot_run = [item for item in items if any(item.get_closest_marker(mark) for mark in missing)]
