@@ -20,7 +20,7 @@ from hostile_requests import read_all
 from server_process import SCRIPT, SMALL, ServerProcess, jpeg, png, running
 from waiting import wait_until
 
-from workloads.inference.inference_server import Statistics
+from workloads.inference.batching import Statistics
 
 GUIDE_STATS = (
     "total_requests", "success_rate_percent", "average_latency_ms", "p50_ms", "p95_ms", "p99_ms",
@@ -400,16 +400,16 @@ def test_a_second_signal_ends_a_server_that_drains_at_once(tmp_path):
 
 
 def test_the_sliding_window_forgets_what_is_older_than_ten_seconds():
-    statistics, now = Statistics(), time.monotonic()
+    statistics, now = Statistics(dict), time.monotonic()
     for age_seconds in (60.0, 13.0, 10.5, 9.0, 5.0, 0.0):
         statistics.record("predict", 200, 1, now - age_seconds - 0.001, 0.001, 0.0, 0.0, 0.0)
     assert statistics.snapshot()["qps_last_10_seconds"] == 0.3
     assert [end - start for _, start, end in statistics.take_units()] == [pytest.approx(1e-3)] * 6
-    assert statistics.take_units() == []
+    assert list(statistics.take_units()) == []
 
 
 def test_percentiles_are_of_the_latest_hundred_thousand_requests():
-    statistics = Statistics()
+    statistics = Statistics(dict)
     for number in range(120_000):
         seconds = 1.0 if number < 110_000 else 0.001
         statistics.record("predict", 200, 1, 0.0, seconds, 0.0, 0.0, seconds)

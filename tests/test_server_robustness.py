@@ -105,6 +105,29 @@ def test_two_hundred_silent_connections_hold_nobody_off(tmp_path):
         assert silent[0].recv(1) == b""
 
 
+def test_one_address_cannot_take_all_connections_and_this_machine_may(tmp_path):
+    with (
+        running(tmp_path, "--max-connections-per-address", "4") as server,
+        ExitStack() as stack,
+    ):
+
+        def answers_from(address: str) -> list[bytes]:
+            where = ("127.0.0.1", server.port)
+            opened = [
+                stack.enter_context(socket.create_connection(where, 10, (address, 0)))
+                for _ in range(12)
+            ]
+            for connection in opened:
+                connection.sendall(b"GET /health HTTP/1.1\r\n\r\n")
+            return [connection.recv(4096).split(b"\r\n")[0] for connection in opened]
+
+        held = answers_from("127.0.0.2")
+        assert held.count(b"HTTP/1.1 503 Refused") == 8 and held.count(b"HTTP/1.1 200 OK") == 4
+        for other in ("127.0.0.3", "127.0.0.1"):
+            assert answers_from(other).count(b"HTTP/1.1 200 OK") >= 4
+        assert set(answers_from("127.0.0.1")) == {b"HTTP/1.1 200 OK"}
+
+
 def test_who_never_reads_his_answers_is_cut(server):
     with connect(server) as greedy:
         greedy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)

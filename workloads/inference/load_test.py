@@ -94,7 +94,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "only, not with --events)",
     )  # fmt: skip
     add_number_flags(parser, NUMBER_FLAGS + GENERATOR_FLAGS)
-    api_key.add_flag(parser, "the server's key, if it wants one")
+    api_key.add_flag(cli.flags(parser, "access"), "the server's key, if it wants one")
     args = parser.parse_args(arguments)
     api_key.take(args, parser)
     if args.rate is not None:

@@ -52,9 +52,6 @@ LOAD_FLAGS: tuple[load_test.NumberFlag, ...] = (
     ("--slo-ms", cli.positive_float, DEFAULT_SLO_MS, "X",
      "bound on the latency of an answer, in milliseconds"),
 )  # fmt: skip
-SERVER_FLAGS: tuple[load_test.NumberFlag, ...] = (
-    ("--max-batch", cli.positive_int, 32, "N", "most images in one forward pass"),
-)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -63,9 +60,9 @@ def parse_arguments() -> argparse.Namespace:
     add_model_flags(parser)
     load = parser.add_argument_group("the load")
     load_test.add_number_flags(load, LOAD_FLAGS + load_test.GENERATOR_FLAGS)
-    server = parser.add_argument_group("the server (its other flags keep their defaults)")
-    load_test.add_number_flags(server, SERVER_FLAGS)
-    add_workers_flag(server)
+    flag = cli.flags(parser, "the server (its other flags keep their defaults)")
+    flag("--max-batch", 32, "most images in one forward pass")
+    add_workers_flag(flag)
     return parser.parse_args()
 
 
