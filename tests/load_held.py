@@ -170,7 +170,7 @@ class Soak:
             generator.close()
         if watch.failure or self.server.process.poll() is not None:
             raise ServerEndedError("the server ended by itself under the load; its log says why")
-        return generator.measured(), samples
+        return load_generator.Measured.together(generator.reports), samples
 
     def _gpu_memory_mib(self) -> float | None:
         return self.gpu.read_state()["memory_used_mib"] if self.gpu is not None else None

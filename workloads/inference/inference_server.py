@@ -20,7 +20,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -50,8 +50,8 @@ WEB_SERVER_START_SECONDS = 60.0
 WEB_SERVER_END_SECONDS, DEVICE_END_SECONDS = 2.0, 1.0
 
 
-def parse_arguments() -> argparse.Namespace:
-    """Return the flags of this script."""
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the flags of this script, from the command line where no ``arguments`` are given."""
     parser = cli.workload_parser(__doc__)
     add_model_flags(parser)
     flag = cli.flags(parser, "addresses and batching")
@@ -77,7 +77,7 @@ def parse_arguments() -> argparse.Namespace:
     flag("--drain-seconds", 30.0, "longest that a shutdown waits for requests in flight",
          type=cli.non_negative_float)  # fmt: skip
     api_key.add_flag(flag, "answer only who knows this key, but for /health")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     api_key.take(args, parser)
     if args.port > MAX_PORT:
         parser.error(f"--port {args.port} is above {MAX_PORT}")
@@ -252,6 +252,11 @@ class InferenceServer(client.Workload):
             return JobFailedError("the web server has ended; look above for its message")
         return self._engine.failure
 
+    def require_working(self) -> None:
+        """Raise what ended the device's work or the web server, if anything has."""
+        if (failure := self._failure()) is not None:
+            raise failure
+
     def _stop_on_signals(self) -> None:
         """Let the next signal begin the drain, and the one after it end everything."""
 
@@ -311,7 +316,8 @@ class InferenceServer(client.Workload):
         """End the web server and the engine, also after a failure."""
         if self._web_server is not None:
             self._end_web_server(0.0)
-            self._engine.close(0.0 if self._is_device_busy else DEVICE_END_SECONDS)
+            seconds = 0.0 if self._is_device_busy else DEVICE_END_SECONDS
+            self._is_device_busy = not self._engine.close(seconds)
 
     def leave(self, code: int) -> NoReturn:
         """End the process; without the interpreter's own end where the device is still at work.
@@ -372,11 +378,10 @@ class InferenceServer(client.Workload):
         return rows
 
 
-def main() -> NoReturn:
-    """Serve until the end, whatever that is."""
-    server = InferenceServer(parse_arguments())
+def serve(server: InferenceServer) -> NoReturn:
+    """Run ``server`` until the end, whatever that is."""
     cli.run_main(lambda: client.run(server), server.leave)
 
 
 if __name__ == "__main__":
-    main()
+    serve(InferenceServer(parse_arguments()))
