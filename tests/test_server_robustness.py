@@ -16,9 +16,9 @@ from contextlib import ExitStack, suppress
 
 import pytest
 import requests
-from closed_loop import ClosedLoop
 from hostile_requests import png_chunk, png_of
 from PIL import Image
+from server_clients import ClosedLoop
 from server_figures import figures_of
 from server_process import ServerProcess, jpeg, running
 from waiting import is_running, wait_until

@@ -10,7 +10,7 @@ message  content                     answered with
 =======  ==========================  =======================================================
 ``p``    (the slot of the memory)    ``ROW`` with classes, or a refusal
 ``s``    uint32: how many synthetic  the same
-``r``    ``RECORD``                  nothing: a finished request is counted
+``r``    ``RECORD``, some            nothing: finished requests are counted
 ``q``    a question                  its answer
 ``e``    uint32: unanswered ones     nothing: the worker ends in good order
 =======  ==========================  =======================================================
@@ -67,7 +67,6 @@ POLL_SECONDS = 0.1  # how soon the engine sees that it is to end
 UNIT_KINDS = {"predict": "request", "batch_predict": "batch_request"}
 ENDPOINTS = tuple(UNIT_KINDS)
 PARTS = ("total", "decode", "queue", "gpu")
-METRICS = "inference_server"
 LATENCY_BOUNDS_SECONDS = (
     0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0,
 )  # fmt: skip
@@ -89,31 +88,30 @@ class Statistics:
         self._batches: Counter = Counter()
         self._first_seconds: dict[str, float] = {}
         self._units: deque[tuple[str, float, float]] = deque()
-        self._registry = prometheus.CollectorRegistry(auto_describe=False)
-        by_endpoint = {"labelnames": ["endpoint"], "registry": self._registry}
-        self._request_counter = prometheus.Counter(
-            f"{METRICS}_requests", "Answered requests.", ["endpoint", "status"],
-            registry=self._registry,
-        )  # fmt: skip
-        self._image_counter = prometheus.Counter(
-            f"{METRICS}_images", "Images classified.", **by_endpoint
+        self._registry = registry = prometheus.CollectorRegistry(auto_describe=False)
+
+        def metric(
+            kind: str, name: str, text: str, *labels: str, **how: object
+        ) -> prometheus.metrics.MetricWrapperBase:
+            make = getattr(prometheus, kind)
+            return make(f"inference_server_{name}", text, labels, registry=registry, **how)
+
+        self._request_counter = metric(
+            "Counter", "requests", "Answered requests.", "endpoint", "status"
         )
-        self._batch_sizes = prometheus.Histogram(
-            f"{METRICS}_batch_size_images", "Images in each batch that ran on the device.",
-            buckets=BATCH_BOUNDS, registry=self._registry,
-        )  # fmt: skip
+        self._image_counter = metric("Counter", "images", "Images classified.", "endpoint")
+        text = "Images in each batch that ran on the device."
+        self._batch_sizes = metric("Histogram", "batch_size_images", text, buckets=BATCH_BOUNDS)
         self._seconds = [
-            prometheus.Histogram(
-                f"{METRICS}_request{'' if part == 'total' else f'_{part}'}_seconds",
-                f"Seconds of successful requests: {part}.", buckets=LATENCY_BOUNDS_SECONDS,
-                **by_endpoint,
+            metric(
+                "Histogram", f"request{'' if part == 'total' else f'_{part}'}_seconds",
+                f"Seconds of successful requests: {part}.", "endpoint",
+                buckets=LATENCY_BOUNDS_SECONDS,
             )
             for part in PARTS
         ]  # fmt: skip
         for name in gauges():
-            gauge = prometheus.Gauge(
-                f"{METRICS}_{name}", f"At this moment: {name}.", registry=self._registry
-            )
+            gauge = metric("Gauge", name, f"At this moment: {name}.")
             gauge.set_function(lambda name=name: gauges()[name])
 
     def count_batch(self, images: int) -> None:
@@ -328,6 +326,7 @@ class Engine:
             self._receive(self._delay_seconds())
             if self._queue and self.model is not None and self._delay_seconds() <= 0:
                 self._run_batch(self.model)
+        self._receive(0.0)  # the last requests' records
 
     def _delay_seconds(self) -> float:
         """Return how long the next batch may still wait for more pictures."""
@@ -360,8 +359,8 @@ class Engine:
         kind, slot = HEAD.unpack_from(message)
         content = message[HEAD.size :]
         if kind == b"r":
-            which, *values = RECORD.unpack(content)
-            self.statistics.record(ENDPOINTS[which], *values)
+            for which, *values in RECORD.iter_unpack(content):
+                self.statistics.record(ENDPOINTS[which], *values)
             return
         pictures = (
             worker.pictures[slot] if kind == b"p" else self._noise[: COUNT.unpack(content)[0]]

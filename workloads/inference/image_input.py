@@ -82,8 +82,7 @@ def open_image(source: bytes | Path, max_pixels: int | None = None) -> Image.Ima
         )
     # A file of one's own may take as long as it likes.
     if isinstance(source, bytes):
-        with _bad_bytes_rejected():
-            _require_little_work(image, source)
+        _require_little_work(image, source)
     return image
 
 
@@ -96,8 +95,9 @@ def _require_little_work(image: Image.Image, content: bytes) -> None:
             f"the JPEG has {scans} scans; at most {MAX_SCANS} are accepted", status=413
         )
     if image.format == "TIFF":
-        lengths = [image.tag_v2.get(tag, ()) for tag in TIFF_LENGTHS]
-        if sum(map(sum, lengths)) > len(content):
+        with _bad_bytes_rejected():
+            claimed_bytes = sum(sum(image.tag_v2.get(tag, ())) for tag in TIFF_LENGTHS)
+        if claimed_bytes > len(content):
             raise ImageRejected("the TIFF is damaged: its strips are longer than its file")
 
 

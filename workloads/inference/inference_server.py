@@ -53,8 +53,8 @@ WEB_SERVER_END_SECONDS, DEVICE_END_SECONDS = 2.0, 1.0
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the flags of this script, from the command line where no ``arguments`` are given."""
     parser = cli.workload_parser(__doc__)
-    add_model_flags(parser)
-    flag = cli.flags(parser, "addresses and batching")
+    flag = cli.flags(parser, "the model, its batches and its address")
+    add_model_flags(flag)
     flag("--host", "0.0.0.0", "address to listen on (default: 0.0.0.0, all)")
     flag("--port", 5000, "port to listen on; 0 takes a free one", type=cli.non_negative_int)
     flag("--max-batch", 32, "most images in one forward pass")

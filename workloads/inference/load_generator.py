@@ -162,15 +162,11 @@ def encode_bodies(images: list[bytes], upload: str) -> tuple[list[bytes], str]:
 def arrival_offsets(rate: float, arrival: str, duration_seconds: float, seed: int) -> np.ndarray:
     """Return when an open loop intends to send; drawn up front, so that no answer can delay it.
 
-    Args:
-        rate: Requests a second, on average.
-        arrival: ``constant`` (request i at i / rate) or ``poisson`` (a Poisson process: given how
-            many arrive, each does so at any time alike; its gaps are exponential).
-        duration_seconds: Sends are intended before this time only.
-        seed: Fixes the draw.
+    ``rate`` is in requests a second; ``arrival`` is ``constant`` (request i at i / rate) or
+    ``poisson`` (given how many arrive, each does so at any time alike; gaps are exponential).
 
     Returns:
-        Ascending float64 seconds after the start, possibly none.
+        Ascending float64 seconds after the start, below ``duration_seconds``, possibly none.
     """
     import numpy as np
 
@@ -198,7 +194,7 @@ class LoadGenerator:
         plans = plan.split(processes)
         _require_open_files(max(len(plans), *(part.connections for part in plans)))
         self.reports: list[Measured] = []  # what has come so far
-        self._running: dict[Connection, int] = {}  # what has not ended, by its place
+        self.running: dict[Connection, int] = {}  # those that still send or wait, by their place
         try:
             self._processes = [_start_process() for _ in plans]
         except OSError as error:  # those that have started end with their sockets
@@ -210,11 +206,6 @@ class LoadGenerator:
         for (_, pipe), part in zip(self._processes, plans, strict=True):
             _send(pipe, part)
 
-    @property
-    def running(self) -> bool:
-        """Whether any process is still sending or waiting for answers."""
-        return bool(self._running)
-
     def wait_until_prepared(self) -> None:
         """Block until every client has warmed up."""
         for index in range(len(self._processes)):
@@ -224,17 +215,17 @@ class LoadGenerator:
         """Let every client send; return the agreed start on CLOCK_MONOTONIC."""
         start_seconds = time.monotonic() + START_LEAD_SECONDS
         for index, (_, pipe) in enumerate(self._processes):
-            self._running[pipe] = index
+            self.running[pipe] = index
             _send(pipe, start_seconds)
         return start_seconds
 
     def collect(self, timeout_seconds: float) -> list[Measured]:
         """Return the reports that come within ``timeout_seconds``."""
         arrived = []
-        for pipe in wait(list(self._running), timeout_seconds):
-            report = self._receive(self._running[pipe])
+        for pipe in wait(list(self.running), timeout_seconds):
+            report = self._receive(self.running[pipe])
             if report is None:
-                del self._running[pipe]
+                del self.running[pipe]
             else:
                 arrived.append(report)
         self.reports += arrived
@@ -242,7 +233,7 @@ class LoadGenerator:
 
     def stop(self) -> list[Measured]:
         """Give up the requests in flight, end the run, return the reports not seen yet."""
-        for pipe in self._running:
+        for pipe in self.running:
             _send(pipe, None)
         rest = []
         while self.running:

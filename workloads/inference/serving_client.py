@@ -35,7 +35,6 @@ DEFAULT_SLO_MS = 100.0
 def parse_arguments() -> argparse.Namespace:
     """Return the flags of this script, and the server's other flags at their defaults."""
     parser = cli.workload_parser(__doc__)
-    add_model_flags(parser)
     flag = cli.flags(parser, "the load")
     flag("--rate", None, "requests a second, on average (default: half of the capacity, measured "
          "first)", type=cli.positive_float, metavar="R")  # fmt: skip
@@ -44,6 +43,7 @@ def parse_arguments() -> argparse.Namespace:
          metavar="X")  # fmt: skip
     load_test.add_generator_flags(flag)
     flag = cli.flags(parser, "the server (its other flags keep their defaults)")
+    add_model_flags(flag)
     flag("--max-batch", 32, "most images in one forward pass", metavar="N")
     inference_server.add_workers_flag(flag)
     args = parser.parse_args()

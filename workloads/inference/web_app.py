@@ -37,7 +37,7 @@ from PIL import Image
 from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
 from workloads.inference import api_key
-from workloads.inference.batching import ENDPOINTS, ROW
+from workloads.inference.batching import COUNT, ENDPOINTS, RECORD, ROW
 from workloads.inference.image_input import ImageRejected, open_upload, small_picture
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 DEFAULT_BATCH_SIZE = 32
 MAX_JSON_BYTES = 1024
+QUESTION_SECONDS = 10.0  # for an answer of the engine that needs no device
 MAX_FORM_PARTS = 1000
 # A body is read in pieces. The first one is free, the rest comes out of what all bodies of a worker
 # may hold together: a thousand clients may each send the largest one.
@@ -88,10 +89,16 @@ class Answer(NamedTuple):
     batch_images: int  # of all requests in the batch
     values: list[float]  # probabilities of the likeliest classes, in falling order, then classes
 
-    @classmethod
-    def of(cls, content: bytes) -> Answer:
-        """Return what a message of the engine holds."""
-        return cls(*ROW.unpack_from(content), memoryview(content)[ROW.size :].cast("f").tolist())
+
+def _ask(
+    kind: bytes, timeout_seconds: float, content: bytes = b"", picture: bytes | None = None
+) -> Answer:
+    message = worker.pictures.ask(kind, content, max(0.0, timeout_seconds), picture)
+    return Answer(*ROW.unpack_from(message), memoryview(message)[ROW.size :].cast("f").tolist())
+
+
+def _question(text: str) -> bytes:
+    return worker.questions.ask(b"q", text.encode(), QUESTION_SECONDS)
 
 
 def begin(process: WebWorker) -> None:
@@ -140,20 +147,20 @@ def page() -> Response:
 @app.get("/health")
 def health() -> tuple[dict, int]:
     """Say how the server is."""
-    content = json.loads(worker.engine.question("health"))
+    content = json.loads(_question("health"))
     return content, 200 if content["status"] == "ok" else 503
 
 
 @app.get("/stats")
 def stats() -> Response:
     """Return the statistics."""
-    return Response(worker.engine.question("stats"), content_type="application/json")
+    return Response(_question("stats"), content_type="application/json")
 
 
 @app.get("/metrics")
 def metrics() -> Response:
     """Return the statistics in Prometheus's text format."""
-    return Response(worker.engine.question("metrics"), content_type=PROMETHEUS_TYPE)
+    return Response(_question("metrics"), content_type=PROMETHEUS_TYPE)
 
 
 @app.post("/predict")
@@ -164,7 +171,7 @@ def predict() -> dict:
     deadline_seconds = received_seconds + worker.settings.request_seconds
     picture = _decoded(content, deadline_seconds)
     decoded_seconds = time.monotonic()
-    answer = worker.engine.classify(picture, max(0.0, deadline_seconds - decoded_seconds))
+    answer = _ask(b"p", deadline_seconds - decoded_seconds, picture=picture)
     total, decode, queue, gpu = seconds = (
         time.monotonic() - received_seconds,
         decoded_seconds - received_seconds,
@@ -207,7 +214,8 @@ def batch_predict() -> dict:
             raise Refusal(503, f"not done within {worker.settings.request_seconds:g} s")
         if _client_has_left():
             raise Refusal(499, "the client has left")
-        answer = worker.engine.classify_synthetic(min(max_batch, size - first), left_seconds)
+        images = COUNT.pack(min(max_batch, size - first))
+        answer = _ask(b"s", left_seconds, images)
         gpu_seconds += answer.ended_seconds - answer.started_seconds
     seconds = time.monotonic() - received_seconds
     g.figures = (size, seconds, math.nan, math.nan, gpu_seconds)
@@ -223,12 +231,14 @@ def batch_predict() -> dict:
 
 @app.after_request
 def count(response: Response) -> Response:
-    """Have an inference request counted, whatever was answered."""
+    """Have an inference request counted, whatever was answered; the answer comes now."""
     endpoint = request.path[1:]
     if endpoint in ENDPOINTS:
         images, *seconds = g.get("figures", NO_FIGURES)
-        start_seconds = time.monotonic() - seconds[0]
-        worker.engine.record(endpoint, response.status_code, images, start_seconds, *seconds)
+        which, start_seconds = ENDPOINTS.index(endpoint), time.monotonic() - seconds[0]
+        record = (which, response.status_code, images, start_seconds, *seconds)
+        worker.record(RECORD.pack(*record))
+    worker.hold_packets(request.environ["gunicorn.socket"], True)
     return response
 
 
@@ -262,13 +272,13 @@ def refuse(error: Exception) -> Response:
 @cache
 def _model() -> dict:
     """Return model and weights, as said in every answer; they are known once one succeeded."""
-    facts = json.loads(worker.engine.question("health"))
+    facts = json.loads(_question("health"))
     return {name: facts[name] for name in ("model", "weights")}
 
 
 @cache
 def _class_name(number: int) -> str:
-    return worker.engine.question(f"name {number}").decode()
+    return _question(f"name {number}").decode()
 
 
 def _body(limit: int) -> bytes:
@@ -372,14 +382,14 @@ def _decoded(content: bytes, deadline_seconds: float) -> bytes:
     """Decode a picture: here, or on a thread next to the other requests if it takes long."""
     # Whatever is in the file, it is bounded what a picture takes of the processor.
     signal.setitimer(signal.ITIMER_PROF, MAX_DECODE_CPU_SECONDS)
-    worker.engine.set_decoding(1)
+    worker.memory[-1] = 1  # for the engine: a picture is on its way
     try:
         image = open_upload(content, worker.settings.max_pixels)
         # What libtiff does with a hostile file in one call, nothing in this thread can end.
         if image.width * image.height <= LARGE_IMAGE_PIXELS and image.format != "TIFF":
             return small_picture(image)
     finally:
-        worker.engine.set_decoding(0)
+        worker.memory[-1] = 0
         signal.setitimer(signal.ITIMER_PROF, 0)
     refusal = Refusal(503, "the picture could not be decoded in time; try again later")
     with gevent.Timeout(deadline_seconds - time.monotonic(), refusal), worker.large_pictures:

@@ -42,7 +42,7 @@ from gunicorn.workers.ggevent import GeventWorker
 
 from workloads.inference import batching, web_app
 from workloads.inference.image_input import PICTURE_BYTES
-from workloads.inference.web_app import INTERNAL_ERROR, Answer, Refusal
+from workloads.inference.web_app import INTERNAL_ERROR, Refusal
 
 SILENT_SECONDS = 10.0  # nothing received, or an answer not taken
 CROWDED_SECONDS = 1.0  # who is waited for longer gives way when every connection is taken
@@ -52,7 +52,8 @@ HEARTBEAT_SECONDS = 0.1
 WAIT_FOR_OTHERS_SECONDS, MAX_WAITS_FOR_OTHERS = 1e-3, 20
 MAX_WORKERS_EVER = 1024
 LINGER_SECONDS, LINGER_BYTES = 2.0, 8 << 20
-QUESTIONS, QUESTION_SECONDS = 256, 10.0  # at a time; for an answer that needs no device
+RECORD_SECONDS = 0.01
+QUESTIONS = 256  # to the engine, at a time
 BUFFER_BYTES = 1 << 20  # of a connection to the engine, as far as the system allows
 OWN_ADDRESSES = ("127.0.0.1", "::1", "::ffff:127.0.0.1")
 USAGE = "usage: python3 workloads/inference/inference_server.py, which starts this program"
@@ -60,34 +61,39 @@ PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 class Channel:
-    """A connection to the engine, on which many greenlets may wait for their answers at once."""
+    """A connection to the engine, on which many greenlets may wait for their answers at once.
 
-    def __init__(self, slots: int) -> None:
+    With memory for pictures each slot has its part of it.
+    """
+
+    def __init__(self, slots: int, memory: mmap.mmap | None = None) -> None:
         self._socket, self.engines_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         for end in (self._socket, self.engines_end):
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_BYTES)
+        self._memory = memory
         self._free = list(range(slots))[::-1]
         self._answers: dict[int, AsyncResult] = {}
         self._sending = BoundedSemaphore()  # a second greenlet may not wait for the same socket
         gevent.spawn(self._receive)
 
-    def take_slot(self) -> int:
-        """Return a slot for ``ask``; it is free again once the engine has answered."""
-        if not self._free:
-            raise Refusal(503, batching.FULL)
-        return self._free.pop()
-
-    def send(self, kind: bytes, content: bytes = b"", slot: int = 0) -> None:
-        """Send a message that has no answer."""
+    def send(self, kind: bytes, content: bytes, slot: int = 0) -> None:
+        """Send a message, which without a slot has no answer."""
         with self._sending:
             self._socket.send(batching.HEAD.pack(kind, slot) + content)
 
-    def ask(self, slot: int, kind: bytes, content: bytes, timeout_seconds: float) -> bytes:
-        """Send a message in a slot of ``take_slot`` and return its answer.
+    def ask(
+        self, kind: bytes, content: bytes, timeout_seconds: float, picture: bytes | None = None
+    ) -> bytes:
+        """Send a message and return its answer.
 
         Raises:
             Refusal: The engine refuses, or does not answer in time.
         """
+        if not self._free:
+            raise Refusal(503, batching.FULL)
+        slot = self._free.pop()  # until the engine has answered, also if nobody waits any more
+        if picture is not None:
+            self._memory[slot * PICTURE_BYTES : (slot + 1) * PICTURE_BYTES] = picture
         answer = self._answers[slot] = AsyncResult()
         self.send(kind, content, slot)
         try:
@@ -105,54 +111,6 @@ class Channel:
                 self._free.append(slot)
                 self._answers.pop(slot).set((status, message[batching.ANSWER.size :]))
         os._exit(1)  # the engine has ended, or has given this worker up
-
-
-class EngineClient:
-    """The engine as a web worker sees it."""
-
-    def __init__(self, door: socket.socket, slots: int) -> None:
-        """Tell the engine through ``door`` that this worker is there."""
-        descriptor = os.memfd_create("pictures")
-        os.ftruncate(descriptor, slots * PICTURE_BYTES + 1)
-        self._memory = mmap.mmap(descriptor, 0)
-        self._pictures, self._questions = Channel(slots), Channel(QUESTIONS)
-        with self._pictures.engines_end as pictures, self._questions.engines_end as questions:
-            descriptors = [pictures.fileno(), questions.fileno(), descriptor]
-            socket.send_fds(door, [b"%d" % os.getpid()], descriptors)
-        os.close(descriptor)
-
-    def set_decoding(self, pictures: int) -> None:
-        """Let the engine know how many pictures are on their way."""
-        self._memory[-1] = pictures
-
-    def classify(self, picture: bytes, timeout_seconds: float) -> Answer:
-        """Have ``picture`` classified, uint8 of shape (224, 224, 3).
-
-        Raises:
-            Refusal: The engine takes it not, or no answer came in time.
-        """
-        slot = self._pictures.take_slot()
-        self._memory[slot * PICTURE_BYTES : (slot + 1) * PICTURE_BYTES] = picture
-        return Answer.of(self._pictures.ask(slot, b"p", b"", timeout_seconds))
-
-    def classify_synthetic(self, images: int, timeout_seconds: float) -> Answer:
-        """Run one batch of synthetic pictures; raises as ``classify`` does."""
-        slot, content = self._pictures.take_slot(), batching.COUNT.pack(images)
-        return Answer.of(self._pictures.ask(slot, b"s", content, timeout_seconds))
-
-    def record(self, endpoint: str, *values: float) -> None:
-        """Have one finished request counted; ``values`` as in ``batching.RECORD``."""
-        which = batching.ENDPOINTS.index(endpoint)
-        self._pictures.send(b"r", batching.RECORD.pack(which, *values))
-
-    def question(self, text: str) -> bytes:
-        """Return what the engine says to ``text``; raises as ``classify`` does."""
-        slot = self._questions.take_slot()
-        return self._questions.ask(slot, b"q", text.encode(), QUESTION_SECONDS)
-
-    def report_unanswered(self, requests: int) -> None:
-        """Say how many requests this worker leaves without an answer, at its orderly end."""
-        self._questions.send(b"e", batching.COUNT.pack(requests))
 
 
 @dataclass(eq=False)
@@ -186,9 +144,10 @@ class WebWorker(GeventWorker):
         self._addresses: Counter[str] = Counter()  # connections of each
         self._waits: dict[gevent.Greenlet, Wait] = {}
         self._pool = Pool(self.worker_connections)
-        self.engine = EngineClient(socket.socket(fileno=settings.door), self.worker_connections)
+        self._connect_to_engine(socket.socket(fileno=settings.door))
         self.large_pictures = BoundedSemaphore(settings.threads)
         self.held_bytes = 0  # of bodies that are being read
+        self._records: list[bytes] = []  # of finished requests
         web_app.begin(self)
         listener = self.sockets[0]
         accepting = gevent.spawn(self._accept_all, listener)
@@ -199,9 +158,34 @@ class WebWorker(GeventWorker):
             gevent.sleep(HEARTBEAT_SECONDS)
         self.alive = False
         self._drain(accepting, listener, settings.drain_seconds)
-        self.engine.report_unanswered(sum(map(self._has_request, self._pool)))
+        self._send_records()
+        unanswered = sum(map(self._has_request, self._pool))
+        self.questions.send(b"e", batching.COUNT.pack(unanswered))
         # Not by the interpreter's own end, which would wait for a thread that is stuck.
         os._exit(0)
+
+    def _connect_to_engine(self, door: socket.socket) -> None:
+        descriptor = os.memfd_create("pictures")
+        os.ftruncate(descriptor, self.worker_connections * PICTURE_BYTES + 1)
+        # The last byte: how many pictures are on their way, being decoded.
+        self.memory = mmap.mmap(descriptor, 0)
+        self.pictures = Channel(self.worker_connections, self.memory)
+        self.questions = Channel(QUESTIONS)
+        with self.pictures.engines_end as pictures, self.questions.engines_end as questions:
+            descriptors = [pictures.fileno(), questions.fileno(), descriptor]
+            socket.send_fds(door, [b"%d" % os.getpid()], descriptors)
+        os.close(descriptor)
+
+    def record(self, content: bytes) -> None:
+        """Have a finished request counted, soon: waking the engine for each would cost both."""
+        if not self._records:
+            gevent.spawn_later(RECORD_SECONDS, self._send_records)
+        self._records.append(content)
+
+    def _send_records(self) -> None:
+        records, self._records = self._records, []
+        if records:
+            self.pictures.send(b"r", b"".join(records))
 
     def _accept_all(self, listener: socket.socket) -> None:
         while True:
@@ -289,7 +273,16 @@ class WebWorker(GeventWorker):
         """Serve one request; gunicorn's object is kept for ``close_after``."""
         gevent.getcurrent().request = req
         gevent.sleep(0)  # one connection may have sent thousands that need nothing but us
-        super().handle_request(listener_name, req, sock, addr)
+        try:
+            super().handle_request(listener_name, req, sock, addr)
+        finally:
+            self.hold_packets(sock, False)
+
+    @staticmethod
+    def hold_packets(client: socket.socket, on: bool) -> None:
+        """Let head and body of an answer be one packet, or send what was held."""
+        with suppress(OSError):
+            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, on)
 
     @staticmethod
     def close_after(response: Flask.response_class) -> None:
