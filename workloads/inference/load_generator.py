@@ -43,14 +43,12 @@ if TYPE_CHECKING:
 
 IMAGE_SIZE = 224
 # A process offers several times as much (see README.md); a part of that keeps clients punctual.
-CLIENTS_PER_PROCESS = 16
-RATE_PER_PROCESS = 1000.0
+CLIENTS_PER_PROCESS, RATE_PER_PROCESS = 16, 1000.0
 # Files of a process that are no connection: its own socket, the event loop's, a resolver's.
 OTHER_OPEN_FILES = 32
 # Long enough for every process to have heard of the start before it comes.
 START_LEAD_SECONDS = 0.02
-REPORT_SECONDS = 0.25
-END_SECONDS = 2.0
+REPORT_SECONDS, END_SECONDS = 0.25, 2.0
 # Below what servers keep an idle connection for, so that they do not close one that we just use.
 IDLE_CONNECTION_SECONDS = 5.0
 # A refused or reset connection fails in microseconds; without a pause one dead server would fill
@@ -68,9 +66,7 @@ OWN_FAILURES = {
 # A record of one request: float64 seconds on CLOCK_MONOTONIC, and the kind of failure, empty for an
 # answer with status 200. `free` is when a client was free to send it, `sent` is NaN where it never
 # was.
-RECORD_FIELDS = [
-    ("intended", "f8"), ("free", "f8"), ("sent", "f8"), ("end", "f8"), ("failure", "O"),
-]  # fmt: skip
+RECORD_FIELDS = [*((name, "f8") for name in ("intended", "free", "sent", "end")), ("failure", "O")]
 
 
 @dataclass(frozen=True)
@@ -135,10 +131,10 @@ def encode_images(count: int, seed: int) -> list[bytes]:
     import numpy as np
     from PIL import Image
 
-    random = np.random.default_rng(seed)
     files = [io.BytesIO() for _ in range(count)]
-    for file in files:
-        pixels = random.integers(0, 256, (IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
+    shape = (count, IMAGE_SIZE, IMAGE_SIZE, 3)
+    noise = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+    for file, pixels in zip(files, noise, strict=True):
         Image.fromarray(pixels).save(file, "JPEG")
     return [file.getvalue() for file in files]
 
@@ -223,33 +219,29 @@ class LoadGenerator:
         """Return the reports that come within ``timeout_seconds``."""
         arrived = []
         for pipe in wait(list(self.running), timeout_seconds):
-            report = self._receive(self.running[pipe])
-            if report is None:
-                del self.running[pipe]
-            else:
+            if report := self._receive(self.running[pipe]):
                 arrived.append(report)
+            else:
+                del self.running[pipe]
         self.reports += arrived
         return arrived
 
     def stop(self) -> list[Measured]:
         """Give up the requests in flight, end the run, return the reports not seen yet."""
+        first = len(self.reports)
         for pipe in self.running:
             _send(pipe, None)
-        rest = []
         while self.running:
-            rest += self.collect(END_SECONDS)
-        return rest
+            self.collect(END_SECONDS)
+        return self.reports[first:]
 
     def close(self) -> None:
         """End the processes; may be called twice."""
         for _, pipe in self._processes:
             pipe.close()
         for process, _ in self._processes:
-            try:
-                process.wait(END_SECONDS)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            process.kill()
+            process.wait()
 
     def _receive(self, index: int) -> Measured | None:
         """Return the next report of a process; None where it has ended as it should."""
@@ -269,17 +261,17 @@ class LoadGenerator:
         if isinstance(message, str):
             raise UsageError(message)
         records, cpu_seconds, connections_opened = message
-        of_each = [0.0] * len(self._processes)
-        of_each[index] = cpu_seconds
+        of_each = [cpu_seconds * (index == place) for place in range(len(self._processes))]
         return Measured(np.array(records, RECORD_FIELDS), of_each, connections_opened)
 
 
 def _require_open_files(connections: int) -> None:
     """Raise the soft limit of open files, which the processes inherit, as far as they need it."""
     needed = connections + OTHER_OPEN_FILES
+    # RLIM_INFINITY is -1.
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < needed:
-        if hard != resource.RLIM_INFINITY and hard < needed:
+    if 0 <= soft < needed:
+        if 0 <= hard < needed:
             raise UsageError(
                 f"the load generator needs {needed} open files a process, and this system allows "
                 f"{hard}; raise that limit (ulimit -Hn), use more --processes, or ask for fewer "
@@ -304,7 +296,7 @@ def _start_process() -> tuple[subprocess.Popen, Connection]:
 
 
 def _send(pipe: Connection, message: object) -> None:
-    """Send to a process; that it has died is found where its reports are received."""
+    # That it has died is found where its reports are received.
     with contextlib.suppress(ConnectionError):
         pipe.send(message)
 
@@ -331,8 +323,7 @@ class _Clients:
         self._messages: asyncio.Queue[float | None] = asyncio.Queue()
         self._bodies = itertools.cycle(plan.bodies)
         self._records: list[tuple[float, float, float, float, str]] = []
-        self._cpu_seconds = 0.0
-        self._connections_opened = 0
+        self._cpu_seconds, self._connections_opened = 0.0, 0
 
     async def run(self) -> None:
         """Warm up, send from the start on, report all along, until it is over or a stop comes."""
@@ -370,8 +361,7 @@ class _Clients:
                 ttl_dns_cache=None,
             ),
             timeout=aiohttp.ClientTimeout(total=plan.timeout_seconds),
-            headers={"User-Agent": "gpu-sharing-bench", "Accept": "application/json"}
-            | plan.headers,
+            headers={"User-Agent": "gpu-sharing-bench", **plan.headers},
             skip_auto_headers=("Accept-Encoding",),
             cookie_jar=aiohttp.DummyCookieJar(),
             trace_configs=[trace],
