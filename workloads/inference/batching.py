@@ -1,9 +1,9 @@
 """The engine: takes pictures from the web workers, gathers batches, answers, and keeps statistics.
 
 A web worker makes two connections to the engine and memory for its pictures, and sends the engine
-its ends through the one socket that all workers inherit (the door). Nothing has a name, an index or
-a lock, and whoever dies closes his end, so there is nothing to clean up. On a connection many
-requests may wait at once: each message names a slot, which is taken until its one answer has come.
+its ends through the one socket that all workers inherit (the door). Nothing has a name, and whoever
+dies closes his end, so there is nothing to clean up. On a connection many requests may wait at
+once: each message names a slot, which is taken until its one answer has come.
 
 =======  ==========================  =======================================================
 message  content                     answered with
@@ -15,8 +15,7 @@ message  content                     answered with
 ``e``    uint32: unanswered ones     nothing: the worker ends in good order
 =======  ==========================  =======================================================
 
-The last two come on the second connection, which a thread of its own hears, since a batch may take
-seconds.
+The last two come on the second connection, which has a thread of its own: a batch may take seconds.
 
 Adaptive micro-batching: the engine takes what is queued. Only while pictures are known to be on
 their way (being decoded at this moment) does a batch wait for them, at most ``max_delay_seconds``
@@ -35,11 +34,13 @@ import socket
 import struct
 import threading
 import time
+from bisect import bisect_left
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -48,6 +49,8 @@ from workloads.common.results import few_percentiles, summarize_latency_ms
 from workloads.inference.image_input import IMAGE_SIZE
 
 if TYPE_CHECKING:
+    from prometheus_client.core import Metric
+
     from workloads.inference.models import Classifier
 
 HEAD = struct.Struct("=cI")  # of a message: its kind and slot
@@ -61,8 +64,8 @@ MAX_MESSAGE_BYTES = 1 << 16
 DEVICE_FAILED = "the device failed; the server's log has the details"
 FULL = "too many requests are waiting; try again in a moment"
 LATE = "the engine does not answer (timed out); try again later"
+READING_SECONDS = 1.0  # that a worker has to take an answer where none of its room is left
 POLL_SECONDS = 0.1  # how soon the engine sees that it is to end
-
 # What one answered request of an endpoint is called in the event log.
 UNIT_KINDS = {"predict": "request", "batch_predict": "batch_request"}
 ENDPOINTS = tuple(UNIT_KINDS)
@@ -78,46 +81,21 @@ class Statistics:
     """What has been answered; written by the engine's thread, read by any."""
 
     def __init__(self, gauges: Callable[[], dict[str, int]]) -> None:
-        """Show what ``gauges`` returns as metrics, too."""
-        import prometheus_client as prometheus
-
+        self._gauges = gauges  # shown as metrics, too
         # Of the latest successful requests: end (CLOCK_MONOTONIC), seconds by part.
         self._recent = {name: np.zeros((RECENT_REQUESTS, 1 + len(PARTS))) for name in ENDPOINTS}
+        # Of all of them, by part: how many fell between which bounds, and their sum.
+        buckets = len(PARTS), len(LATENCY_BOUNDS_SECONDS) + 1
+        self._buckets = {name: np.zeros(buckets, np.int64) for name in ENDPOINTS}
+        self._sums = {name: np.zeros(len(PARTS)) for name in ENDPOINTS}
         self._statuses: dict[str, Counter] = {name: Counter() for name in ENDPOINTS}
-        self._images: Counter = Counter()
-        self._batches: Counter = Counter()
+        self._images, self._batches = Counter(), Counter()
         self._first_seconds: dict[str, float] = {}
         self._units: deque[tuple[str, float, float]] = deque()
-        self._registry = registry = prometheus.CollectorRegistry(auto_describe=False)
-
-        def metric(
-            kind: str, name: str, text: str, *labels: str, **how: object
-        ) -> prometheus.metrics.MetricWrapperBase:
-            make = getattr(prometheus, kind)
-            return make(f"inference_server_{name}", text, labels, registry=registry, **how)
-
-        self._request_counter = metric(
-            "Counter", "requests", "Answered requests.", "endpoint", "status"
-        )
-        self._image_counter = metric("Counter", "images", "Images classified.", "endpoint")
-        text = "Images in each batch that ran on the device."
-        self._batch_sizes = metric("Histogram", "batch_size_images", text, buckets=BATCH_BOUNDS)
-        self._seconds = [
-            metric(
-                "Histogram", f"request{'' if part == 'total' else f'_{part}'}_seconds",
-                f"Seconds of successful requests: {part}.", "endpoint",
-                buckets=LATENCY_BOUNDS_SECONDS,
-            )
-            for part in PARTS
-        ]  # fmt: skip
-        for name in gauges():
-            gauge = metric("Gauge", name, f"At this moment: {name}.")
-            gauge.set_function(lambda name=name: gauges()[name])
 
     def count_batch(self, images: int) -> None:
         """Count a batch that ran on the device."""
         self._batches[images] += 1
-        self._batch_sizes.observe(images)
 
     def record(
         self, endpoint: str, status: int, images: int, start_seconds: float, *seconds: float
@@ -125,17 +103,17 @@ class Statistics:
         """Count an answered request; ``seconds`` by part, NaN where it had none."""
         statuses, end_seconds = self._statuses[endpoint], start_seconds + seconds[0]
         self._first_seconds.setdefault(endpoint, start_seconds)
-        self._request_counter.labels(endpoint, status).inc()
         if status == 200:
             # Before it is counted: whoever reads meanwhile finds as many rows as requests.
             row = statuses[200] % RECENT_REQUESTS
             self._recent[endpoint][row] = (end_seconds, *seconds)
             self._images[endpoint] += images
-            self._image_counter.labels(endpoint).inc(images)
             self._units.append((UNIT_KINDS[endpoint], start_seconds, end_seconds))
-            for histogram, value in zip(self._seconds, seconds, strict=True):
+            for part, value in enumerate(seconds):
                 if value == value:
-                    histogram.labels(endpoint).observe(value)
+                    bucket = bisect_left(LATENCY_BOUNDS_SECONDS, value)
+                    self._buckets[endpoint][part, bucket] += 1
+                    self._sums[endpoint][part] += value
         statuses[status] += 1
 
     def take_units(self) -> Iterator[tuple[str, float, float]]:
@@ -147,7 +125,42 @@ class Statistics:
         """Return everything in Prometheus's text format."""
         from prometheus_client import generate_latest
 
-        return generate_latest(self._registry)
+        return generate_latest(self)
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield everything as Prometheus's library knows it, which calls this."""
+        from prometheus_client import core
+
+        name, by_endpoint = "inference_server_{}".format, {"labels": ["endpoint"]}
+        requests = core.CounterMetricFamily(
+            name("requests"), "Answered requests.", labels=["endpoint", "status"]
+        )
+        images = core.CounterMetricFamily(name("images"), "Images classified.", **by_endpoint)
+        times = [
+            core.HistogramMetricFamily(
+                name(f"request{'' if part == 'total' else f'_{part}'}_seconds"),
+                f"Seconds of successful requests: {part}.", **by_endpoint,
+            )
+            for part in PARTS
+        ]  # fmt: skip
+        for endpoint in ENDPOINTS:
+            images.add_metric([endpoint], self._images[endpoint])
+            for status, count in sorted(self._statuses[endpoint].items()):
+                requests.add_metric([endpoint, str(status)], count)
+            for part, family in enumerate(times):
+                below = _below(LATENCY_BOUNDS_SECONDS, self._buckets[endpoint][part])
+                family.add_metric([endpoint], below, self._sums[endpoint][part])
+        sizes = sorted(self._batches.items())
+        counts = [0] * (len(BATCH_BOUNDS) + 1)
+        for size, count in sizes:
+            counts[bisect_left(BATCH_BOUNDS, size)] += count
+        yield core.HistogramMetricFamily(
+            name("batch_size_images"), "Images in each batch that ran on the device.",
+            buckets=_below(BATCH_BOUNDS, counts), sum_value=sum(n * count for n, count in sizes),
+        )  # fmt: skip
+        yield from (requests, images, *times)
+        for what, value in self._gauges().items():
+            yield core.GaugeMetricFamily(name(what), f"At this moment: {what}.", value)
 
     def snapshot(self) -> dict:
         """Return the figures of ``/predict``, and below ``batch_predict`` those of the other.
@@ -189,6 +202,13 @@ class Statistics:
             "qps": round(succeeded / span_seconds, 1) if span_seconds > 0 else None,
             "qps_last_10_seconds": round(latest / RECENT_SECONDS, 1),
         }
+
+
+def _below(bounds: Sequence[float], counts: Sequence[int]) -> list[tuple[str, int]]:
+    """Return Prometheus's buckets: how many were at most each bound."""
+    return [
+        *zip([*map(str, map(float, bounds)), "+Inf"], accumulate(map(int, counts)), strict=True)
+    ]
 
 
 def _latency_ms(seconds: np.ndarray) -> dict[str, float | None]:
@@ -293,6 +313,7 @@ class Engine:
         content = np.frombuffer(mmap.mmap(descriptors[2], 0), np.uint8)
         os.close(descriptors[2])
         pictures.setblocking(False)
+        questions.settimeout(READING_SECONDS)
         shape = (-1, 1, IMAGE_SIZE, IMAGE_SIZE, 3)
         worker = _Worker(pictures, content[:-1].reshape(shape), content[-1:])
         self._workers[pictures.fileno()] = worker
@@ -301,19 +322,16 @@ class Engine:
         self._questions.register(questions, selectors.EVENT_READ, hear)
 
     def _hear_question(self, connection: socket.socket, pid: int) -> None:
-        try:
+        message = b""
+        with suppress(OSError):  # it has ended, or does not read, and ends when it is given up
             message = connection.recv(MAX_MESSAGE_BYTES)
-        except OSError:
-            message = b""
-        kind, slot = HEAD.unpack_from(message) if message else (b"", 0)
-        content = message[HEAD.size :]
-        if kind == b"q":
-            with suppress(OSError):
-                answer = ANSWER.pack(slot, 200) + self._tell(content.decode())
-                connection.send(answer, socket.MSG_DONTWAIT)
-            return
-        if kind == b"e":
-            self.unanswered += COUNT.unpack(content)[0]
+            if message.startswith(b"q"):
+                _, slot = HEAD.unpack_from(message)
+                answer = self._tell(message[HEAD.size :].decode())
+                connection.send(ANSWER.pack(slot, 200) + answer)
+                return
+        if message.startswith(b"e"):
+            self.unanswered += COUNT.unpack_from(message, HEAD.size)[0]
         else:
             self.lost_workers.append(pid)
         self._questions.unregister(connection)

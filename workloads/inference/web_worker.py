@@ -53,7 +53,8 @@ WAIT_FOR_OTHERS_SECONDS, MAX_WAITS_FOR_OTHERS = 1e-3, 20
 MAX_WORKERS_EVER = 1024
 LINGER_SECONDS, LINGER_BYTES = 2.0, 8 << 20
 RECORD_SECONDS = 0.01
-QUESTIONS = 256  # to the engine, at a time
+# Messages to the engine that wait for an answer; so many answers fit into a buffer of 416 KiB.
+MAX_SLOTS = 512
 BUFFER_BYTES = 1 << 20  # of a connection to the engine, as far as the system allows
 OWN_ADDRESSES = ("127.0.0.1", "::1", "::ffff:127.0.0.1")
 USAGE = "usage: python3 workloads/inference/inference_server.py, which starts this program"
@@ -166,11 +167,11 @@ class WebWorker(GeventWorker):
 
     def _connect_to_engine(self, door: socket.socket) -> None:
         descriptor = os.memfd_create("pictures")
-        os.ftruncate(descriptor, self.worker_connections * PICTURE_BYTES + 1)
+        slots = min(self.worker_connections, MAX_SLOTS)
+        os.ftruncate(descriptor, slots * PICTURE_BYTES + 1)
         # The last byte: how many pictures are on their way, being decoded.
         self.memory = mmap.mmap(descriptor, 0)
-        self.pictures = Channel(self.worker_connections, self.memory)
-        self.questions = Channel(QUESTIONS)
+        self.pictures, self.questions = Channel(slots, self.memory), Channel(slots)
         with self.pictures.engines_end as pictures, self.questions.engines_end as questions:
             descriptors = [pictures.fileno(), questions.fileno(), descriptor]
             socket.send_fds(door, [b"%d" % os.getpid()], descriptors)
