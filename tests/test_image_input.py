@@ -1,4 +1,4 @@
-"""Decoding of uploaded pictures: every good kind, and bytes that are no picture or a trap."""
+"""Decoding of uploaded pictures to the right pixels; what is refused: hostile_requests.py."""
 
 from __future__ import annotations
 
@@ -69,11 +69,6 @@ def test_an_animated_picture_gives_its_first_frame():
     assert tuple(decoded(content)[100, 100]) == (255, 0, 0)
 
 
-@pytest.mark.parametrize("size", [(1, 1), (20000, 1), (1, 20000), (1000, 1000)])
-def test_extreme_shapes_and_the_pixel_limit_itself_are_fine(size):
-    assert tuple(decoded(encoded(Image.new("RGB", size, "lime"), "PNG"))[0, 0]) == (0, 255, 0)
-
-
 def test_a_decompression_bomb_is_refused_by_its_header():
     bomb = encoded(Image.new("1", (13000, 13000)), "PNG")
     assert len(bomb) < 30_000
@@ -99,31 +94,3 @@ def test_a_file_on_disk_is_read_at_its_own_size_and_not_in_a_programmable_format
     path.write_bytes(encoded(NOISE, "EPS"))
     with pytest.raises(ImageRejected, match="not one of JPEG"):
         open_image(path)
-
-
-@pytest.mark.parametrize(
-    "content",
-    [b"", b"x", b"GIF89a", b"\x89PNG\r\n\x1a\n" + b"\0" * 50, b"%!PS-Adobe-3.0 EPSF-3.0\n" * 9],
-    ids=["empty", "one byte", "gif header", "png header", "eps"],
-)
-def test_bytes_that_are_no_picture_are_the_senders_fault(content):
-    with pytest.raises(ImageRejected) as refusal:
-        decoded(content)
-    assert refusal.value.status == 400
-
-
-@pytest.mark.parametrize("kind", FORMATS)
-@pytest.mark.filterwarnings("ignore:Tag data larger")
-def test_truncated_and_damaged_files_are_refused_or_decoded_but_never_crash(kind):
-    content = encoded(NOISE, kind)
-    random = np.random.default_rng(2)
-    refused = 0
-    for _ in range(60):
-        damaged = bytearray(content[: random.integers(1, len(content))])
-        for position in random.integers(0, len(damaged), 5):
-            damaged[position] = random.integers(0, 256)
-        try:
-            decoded(bytes(damaged))
-        except ImageRejected:
-            refused += 1
-    assert refused >= 30

@@ -60,11 +60,9 @@ class ImageRejected(Exception):
 
 
 def open_image(source: bytes | Path, max_pixels: int | None = None) -> Image.Image:
-    """Read the header of an image file; nothing is decoded yet.
+    """Read the header of an image file, whole or by its path; nothing is decoded yet.
 
-    Args:
-        source: The whole file, or its path.
-        max_pixels: The most pixels (width x height) that are accepted; None: any number.
+    More than ``max_pixels`` (width x height) are refused.
 
     Raises:
         ImageRejected: Not an image of a known format, damaged, unreadable, or it would cost too

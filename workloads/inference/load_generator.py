@@ -63,9 +63,8 @@ OWN_FAILURES = {
     errno.ENOBUFS: "network buffers",
     errno.ENOMEM: "memory",
 }
-# A record of one request: float64 seconds on CLOCK_MONOTONIC, and the kind of failure, empty for an
-# answer with status 200. `free` is when a client was free to send it, `sent` is NaN where it never
-# was.
+# Of one request: seconds on CLOCK_MONOTONIC, and the kind of failure, empty for status 200. `free`
+# is when a client was free to send it, `sent` is NaN where it never was.
 RECORD_FIELDS = [*((name, "f8") for name in ("intended", "free", "sent", "end")), ("failure", "O")]
 
 

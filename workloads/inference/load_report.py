@@ -32,7 +32,8 @@ LATE_SHARE_LIMIT_PERCENT = 1.0
 BUSY_PROCESS_LIMIT_PERCENT = 90.0
 DPI = 120
 BINS = 60
-BAR_COLOR, LINE_COLOR = "#7fa6c9", "#1f3a57"
+BARS = {"facecolor": "#7fa6c9", "edgecolor": "#1f3a57"}
+LINES = {"color": "black", "linewidth": 1.4}
 
 
 def load_figures(
@@ -84,18 +85,12 @@ def _share_percent(chosen: np.ndarray) -> float | None:
 
 
 def latency_figures(seconds: np.ndarray, what: str) -> dict[str, object]:
-    """Return ``mean_<what>_ms`` and the like.
+    """Return ``mean_<what>_ms`` and the like, null where there is none or it is infinite.
 
-    Args:
-        seconds: Raw durations, shape (n,); of failed and timed-out requests infinite, so that a
-            server does not look better for dropping what is slow. They count in the percentiles;
-            mean, standard deviation, minimum and maximum are of the others.
-        what: ``latency`` or ``service``.
-
-    Returns:
-        The figures, null where there is none or it is infinite. ``<what>_percentile_requests`` is
-        how many requests are in the percentiles, ``infinite_<what>_percentiles`` names those that
-        are infinite.
+    ``seconds``, of shape (n,), are infinite for failed and timed-out requests, so that a server
+    does not look better for dropping what is slow: these count in the percentiles alone.
+    ``<what>_percentile_requests`` is how many requests are in the percentiles,
+    ``infinite_<what>_percentiles`` names those that are infinite.
     """
     import numpy as np
 
@@ -133,11 +128,10 @@ def open_loop_figures(
 ) -> dict[str, object]:
     """Return how well the intended sends were kept, and the service times.
 
-    Returns:
-        ``offered_rate`` and ``achieved_rate`` (requests a second, intended and really sent before
-        ``start_seconds + duration_seconds``), ``late_sends`` (more than LATE_SEND_SECONDS after
-        the intended time, or never), of those ``late_for_connection`` (every connection was busy)
-        and ``late_by_generator`` (a free client was too slow), the latter also as a share.
+    ``offered_rate`` and ``achieved_rate`` are requests a second, intended and really sent before
+    the end; ``late_sends`` came more than LATE_SEND_SECONDS after the intended time, or never, of
+    those ``late_for_connection`` since every connection was busy and ``late_by_generator`` since a
+    free client was too slow.
     """
     import numpy as np
 
@@ -289,13 +283,12 @@ def _draw_latency_histogram(axes: Axes, latency_ms: np.ndarray, figures: dict) -
     from matplotlib.ticker import LogLocator, NullFormatter
 
     edges = np.geomspace(latency_ms.min() * 0.98, latency_ms.max() * 1.02, BINS + 1)
-    colors = {"color": BAR_COLOR, "edgecolor": LINE_COLOR, "linewidth": 0.4}
-    axes.hist(latency_ms, bins=edges, label="answered", **colors)
+    axes.hist(latency_ms, bins=edges, label="answered", linewidth=0.4, **BARS)
     for name, style in (("p50", "-"), ("p99", "--"), ("p99_9", ":")):
         value = figures[f"{name}_latency_ms"]
         if value is not None:
             text = f"{name.replace('_', '.')}: {value:.3g} ms"
-            axes.axvline(value, color="black", linestyle=style, linewidth=1.4, label=text)
+            axes.axvline(value, linestyle=style, label=text, **LINES)
     axes.set(xscale="log", yscale="log", xlabel="Latency (ms)", ylabel="Requests")
     axes.set_ylim(bottom=0.7)
     axes.yaxis.set_major_formatter("{x:,.0f}")
@@ -319,12 +312,11 @@ def _draw_qps_timeline(
         np.histogram(ended_seconds[chosen], edges)[0] * bins / length_seconds
         for chosen in (ok, ~ok)
     )
-    colors = {"facecolor": BAR_COLOR, "edgecolor": LINE_COLOR}
-    axes.stairs(answered, edges, fill=True, label="answered", **colors)
+    axes.stairs(answered, edges, fill=True, label="answered", **BARS)
     if failed.any():
-        axes.stairs(failed, edges, color="black", linestyle="--", linewidth=1.4, label="failed")
+        axes.stairs(failed, edges, linestyle="--", label="failed", **LINES)
     if offered_rate is not None:
-        axes.axhline(offered_rate, color="black", linestyle=":", linewidth=1.4, label="offered")
+        axes.axhline(offered_rate, linestyle=":", label="offered", **LINES)
     axes.set(xlabel="Time since the start (s)", ylabel="Requests a second")
     axes.set_xlim(0, length_seconds)
     axes.set_ylim(0, 1.25 * max(answered.max(), failed.max(), offered_rate or 0.0))

@@ -119,14 +119,8 @@ class LoadTest(client.Workload):
         self.files: dict[str, Path] = {}
 
     def wait_for_server(self) -> None:
-        """Wait until ``/health`` answers with anything but 503; this is no start-up of ours.
-
-        Raises:
-            UsageError: Nobody answers, the server does not get ready, or wants another API key.
-        """
-        url = server_url(self.args.server)
-        asyncio.run(_wait_until_ready(url, self.args))
-        self._url = url
+        """Wait until the server is ready; this is no start-up of ours."""
+        self._url = asyncio.run(wait_until_ready(server_url(self.args.server), self.args))
 
     def load(self) -> None:
         """Start the processes of the load generator."""
@@ -334,8 +328,12 @@ def server_url(text: str) -> URL:
     return url.with_query(None).with_fragment(None)
 
 
-async def _wait_until_ready(url: URL, args: argparse.Namespace) -> None:
-    """See ``LoadTest.wait_for_server``."""
+async def wait_until_ready(url: URL, args: argparse.Namespace) -> URL:
+    """Wait until ``/health`` answers with anything but 503; return ``url``.
+
+    Raises:
+        UsageError: Nobody answers, the server does not get ready, or wants another API key.
+    """
     import aiohttp
 
     started_seconds, next_line_seconds = time.monotonic(), 0.0
@@ -365,6 +363,7 @@ async def _wait_until_ready(url: URL, args: argparse.Namespace) -> None:
                 raise UsageError(
                     f"the server {args.server} {given}; give its own by {api_key.VARIABLE}"
                 )
+    return url
 
 
 def main() -> int:

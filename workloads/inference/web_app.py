@@ -26,7 +26,7 @@ import time
 from contextlib import suppress
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import gevent
@@ -81,20 +81,17 @@ class Refusal(Exception):
         self.status = status
 
 
-class Answer(NamedTuple):
-    """The engine's answer to one picture, or to one batch of synthetic ones."""
-
-    started_seconds: float  # the batch's start and end, CLOCK_MONOTONIC
-    ended_seconds: float
-    batch_images: int  # of all requests in the batch
-    values: list[float]  # probabilities of the likeliest classes, in falling order, then classes
-
-
 def _ask(
     kind: bytes, timeout_seconds: float, content: bytes = b"", picture: bytes | None = None
-) -> Answer:
+) -> tuple[float, float, int, list[float]]:
+    """Have the engine run a batch.
+
+    Returns:
+        Its start and end (CLOCK_MONOTONIC), the pictures of all requests in it, and for one of ours
+        the probabilities of the likeliest classes, in falling order, then these classes.
+    """
     message = worker.pictures.ask(kind, content, max(0.0, timeout_seconds), picture)
-    return Answer(*ROW.unpack_from(message), memoryview(message)[ROW.size :].cast("f").tolist())
+    return (*ROW.unpack_from(message), memoryview(message)[ROW.size :].cast("f").tolist())
 
 
 def _question(text: str) -> bytes:
@@ -171,16 +168,18 @@ def predict() -> dict:
     deadline_seconds = received_seconds + worker.settings.request_seconds
     picture = _decoded(content, deadline_seconds)
     decoded_seconds = time.monotonic()
-    answer = _ask(b"p", deadline_seconds - decoded_seconds, picture=picture)
+    begin_seconds, end_seconds, batch_images, values = _ask(
+        b"p", deadline_seconds - decoded_seconds, picture=picture
+    )
     total, decode, queue, gpu = seconds = (
         time.monotonic() - received_seconds,
         decoded_seconds - received_seconds,
-        answer.started_seconds - decoded_seconds,
-        answer.ended_seconds - answer.started_seconds,
+        begin_seconds - decoded_seconds,
+        end_seconds - begin_seconds,
     )
     g.figures = (1, *seconds)
-    half = len(answer.values) // 2
-    top = zip(map(int, answer.values[half:]), answer.values[:half], strict=True)
+    half = len(values) // 2
+    top = zip(map(int, values[half:]), values[:half], strict=True)
     return {
         "predictions": [
             {
@@ -195,7 +194,7 @@ def predict() -> dict:
         "decode_ms": round(decode * 1e3, 3),
         "queue_ms": round(queue * 1e3, 3),
         "gpu_ms": round(gpu * 1e3, 3),
-        "batch_size": answer.batch_images,
+        "batch_size": batch_images,
         **_model(),
     }
 
@@ -215,8 +214,8 @@ def batch_predict() -> dict:
         if _client_has_left():
             raise Refusal(499, "the client has left")
         images = COUNT.pack(min(max_batch, size - first))
-        answer = _ask(b"s", left_seconds, images)
-        gpu_seconds += answer.ended_seconds - answer.started_seconds
+        begin_seconds, end_seconds, *_ = _ask(b"s", left_seconds, images)
+        gpu_seconds += end_seconds - begin_seconds
     seconds = time.monotonic() - received_seconds
     g.figures = (size, seconds, math.nan, math.nan, gpu_seconds)
     return {
