@@ -91,7 +91,7 @@ class Statistics:
         self._statuses: dict[str, Counter] = {name: Counter() for name in ENDPOINTS}
         self._images, self._batches = Counter(), Counter()
         self._first_seconds: dict[str, float] = {}
-        self._units: deque[tuple[str, float, float]] = deque()
+        self._units: deque[tuple[str, float, float]] = deque(maxlen=RECENT_REQUESTS)
 
     def count_batch(self, images: int) -> None:
         """Count a batch that ran on the device."""

@@ -247,6 +247,7 @@ class WebWorker(GeventWorker):
         try:
             yield wait
         finally:
+            me.is_cut |= wait.is_cut
             del self._waits[me]
 
     def timeout_ctx(self):
@@ -255,7 +256,8 @@ class WebWorker(GeventWorker):
 
     def handle(self, listener: socket.socket, client: socket.socket, address: tuple) -> None:
         """Serve one connection, unless its address has too many."""
-        gevent.getcurrent().client = client
+        me = gevent.getcurrent()
+        me.client, me.is_cut = client, False
         client.settimeout(self._silent_seconds)
         origin = _origin(address[0])
         self._addresses[origin] += 1
@@ -272,7 +274,10 @@ class WebWorker(GeventWorker):
 
     def handle_request(self, listener_name, req, sock, addr) -> None:
         """Serve one request; gunicorn's object is kept for ``close_after``."""
-        gevent.getcurrent().request = req
+        me = gevent.getcurrent()
+        me.request = req
+        if me.is_cut:  # it came at the last moment, and nothing more can
+            req.force_close()
         gevent.sleep(0)  # one connection may have sent thousands that need nothing but us
         try:
             super().handle_request(listener_name, req, sock, addr)
