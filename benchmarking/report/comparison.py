@@ -23,7 +23,7 @@ have it: `mps`, `mps:even`, `mps:50/25`.
       own_error     {percent, ratio (estimate: one client under time slicing over the same alone),
                     label, rounds, is_over_limit (above 2 %)}; null: not measured
       conclusions[] one for each subject of each mix, at the count with the most modes:
-        mix, clients, pair ([a, b] of a pair's own mix, else null)
+        mix, clients
         subject     "whole card" or a job's label; of a job its workload and how many copies
         figure      work (of the whole card: seconds of alone-work a second, higher is better),
                     slowdown (times as long as alone, lower is better; of copies their mean), of a
@@ -44,18 +44,19 @@ have it: `mps`, `mps:even`, `mps:50/25`.
                     smallest difference that would be found four times in five}; `other` may be
                     "alone": the same jobs one after another, or the job by itself
         runner_up, runner_up_percent (the best over it), smallest_shown_percent, reason, run_ids
-      expectations[]               {mix, clients, source (guide, vendor), rule (a sentence), mode,
-                    subject, found (estimate in percent, or null), verdict, holds (yes, no, cannot
+      expectations[]               {mix, clients, source (guide, vendor), rule (in words), mode,
+                    subject, expected, found (in a word or a figure each), holds (yes, no, cannot
                     tell)}: does it hold for this mix on this card?
       worst_slowdowns[]            {mix, clients, variant, label, slowdown (estimate), caused_by
                     (label, or null), source (pairs, one neighbor, null), next_to[] labels}, the
-                    worst first, one for each mode
+                    worst first, one for each mode of each mix and pair
       not_measured[]               {mode, reason}
       groups[]      a row for each mode, mix and count of clients:
         mode, settings, variant, mix, clients, outcome, reason, run_ids, gpu_uuids, co_runs,
         baseline_ids, is_unverified, drift_guarded, rounds,
         invalid     why figures against the baseline are void, or null
         stp         estimate: work delivered, the sum of n_i T_i / L
+        stp_alone   estimate: the same of each job alone, the clients' mean (under 1 with pauses)
         antt, overhead_percent, interference_overhead_percent, mechanism_overhead_percent,
         energy_ratio, joules_per_job, joules_per_work (a second of alone-work), estimates;
         fairness (median and range)
@@ -64,11 +65,11 @@ have it: `mps`, `mps:even`, `mps:50/25`.
         cost_per_1000_work, energy_cost_per_1000_work      of 1,000 seconds of alone-work
         gpu         means over the rounds of what the card's samples say, in nvidia-smi's words
         client_rows[]              {client, workload, label, job_key, statuses, proof, reasons,
-                    slowdown (estimate), job_seconds, job_time_ratio (over alone), latency {mean, median,
-                    std, min, max, p50, p95, p99}: all rounds' raw values together, tail_percent
-                    (the highest percentile that stands), tail_ms (estimate: its mean is that of
-                    the raw values together), tail_slowdown {"50", "95", "99"}, p99_ms, median_ms
-                    (estimates, as tail_ms), responses, missed, is_closed_loop (p99 is service
+                    slowdown (estimate), job_seconds, job_time_ratio (over alone), latency {mean,
+                    median, std, min, max, p50, p95, p99}: all rounds' raw values together,
+                    tail_percent (the highest percentile that stands), tail_ms (estimate: its mean
+                    is that of the raw values together), tail_slowdown {"50", "95", "99"}, p99_ms,
+                    median_ms (estimates, as tail_ms), responses, missed, is_closed_loop (p99 is service
                     time), slo {percent, bound_ms}, service, joules_per_job, peak_memory_mib,
                     invalid, checks[] against the guide's ranges}
         checks[]
@@ -76,6 +77,8 @@ have it: `mps`, `mps:even`, `mps:50/25`.
                     saturation_clients, sufficient_clients}; `fits`: the most clients that met the
                     criteria before it broke
       interference[]               of pairs: {mode, settings, variant, mix, latency_jobs, cells[]}
+      pair_choices[]               {jobs: [a, b], work delivered by both: as in conclusions} which
+                    mode for each pair
       noisy[]       {label, kind, points[{variant, duty, slowdown (estimate)}],
                     break_even[{variant, duty or null, reason}]}: the neighbor's duty from which a
                     slice of one's own (MIG) is better
@@ -186,7 +189,9 @@ def _section(
     rows = {id(group): group_row(group, percent) for group in groups}
     single = [group for group in groups if group.pair is None]
     is_cpu_demo = section.environment["is_cpu_demo"]
-    concluded = conclusions.conclude(groups, rows, matters_percent, is_cpu_demo=is_cpu_demo)
+    concluded, pair_choices = conclusions.conclude(
+        groups, rows, matters_percent, is_cpu_demo=is_cpu_demo
+    )
     lenders = [baseline_run(run, measured.every_run) for run in section.runs]
     found = {
         "title": _title(section.environment),
@@ -199,8 +204,9 @@ def _section(
         "drift_guarded": bool(groups) and all(group.is_guarded for group in groups),
         "own_error": own_error,
         "conclusions": concluded,
+        "pair_choices": pair_choices,
         "expectations": judgments.expectations(concluded, rows.values()),
-        "worst_slowdowns": judgments.worst_slowdowns(concluded, groups, rows),
+        "worst_slowdowns": judgments.worst_slowdowns(groups, rows),
         "not_measured": judgments.not_measured(single, results, is_cpu_demo=is_cpu_demo),
         "groups": [rows[id(group)] for group in single],
         "ramps": ramps.find_ramps(single, rows),

@@ -47,10 +47,11 @@ class _Subject:
 
 def conclude(
     groups: Sequence[Group], rows: Rows, matters_percent: float, *, is_cpu_demo: bool
-) -> list[dict[str, Any]]:
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Conclude on every mix at the count where its modes can be compared best.
 
-    `rows` are the groups' rows by `id(group)`. All claims of a section are one family.
+    `rows` are the groups' rows by `id(group)`. All claims of a section are one family. Returns the
+    conclusions, and of each pair's own mix the one on the work delivered by both.
     """
     subjects = [
         subject for together in most_compared(groups) for subject in _subjects(together, rows)
@@ -58,7 +59,12 @@ def conclude(
     claimed = [subject for subject in subjects if subject.is_claim]
     figures = [claims.Figure(subject.values, subject.is_higher_better) for subject in claimed]
     judged = dict(zip(map(id, claimed), claims.judge(figures, matters_percent), strict=True))
-    return [_conclusion(subject, judged.get(id(subject), []), is_cpu_demo) for subject in subjects]
+    found = [_conclusion(one, judged.get(id(one), []), is_cpu_demo) for one in subjects]
+    pairs = [subject.groups[0].pair for subject in subjects]
+    return (
+        [one for one, pair in zip(found, pairs, strict=True) if pair is None],
+        [{"jobs": pair, **one} for one, pair in zip(found, pairs, strict=True) if pair],
+    )
 
 
 def most_compared(groups: Sequence[Group]) -> list[list[Group]]:
@@ -90,6 +96,8 @@ def _subjects(groups: Sequence[Group], rows: Rows) -> list[_Subject]:
     """The whole card's figures, then each job's; a job is there if some mode has run it."""
     counted = [row["throughput_clients"] for row in (rows[id(group)] for group in groups)]
     found = [_whole_card(groups, rows)] if any(counted) else []
+    if groups[0].pair:
+        return found
     labels = dict.fromkeys(label for group in groups for label in group.by_label())
     for label in labels:
         found.append(_job(groups, rows, label))
@@ -238,7 +246,6 @@ def _conclusion(
     return {
         "mix": first.first.manifest.mix,
         "clients": first.clients,
-        "pair": first.pair,
         "subject": subject.name,
         "workload": subject.workload,
         "copies": subject.copies,

@@ -220,6 +220,7 @@ def group_row(group: Group, own_error_percent: float | None) -> dict[str, Any]:
         "rounds": len(good),
         "invalid": next((found["invalid"] for found in rows if found["invalid"]), None),
         "stp": plain(stp),
+        "stp_alone": plain(_stp_alone(group.co_runs[0])),
         "antt": plain(antt),
         "overhead_percent": plain(overhead_estimate(stp)),
         "interference_overhead_percent": plain(_interference(good, mode, antt)),
@@ -247,6 +248,18 @@ def group_row(group: Group, own_error_percent: float | None) -> dict[str, Any]:
 
 def _estimate_of(co_runs: Sequence[CoRun], name: str) -> Estimate | None:
     return estimate(getattr(one.summary, name) for one in co_runs)
+
+
+def _stp_alone(co_run: CoRun) -> Estimate | None:
+    """What each client's job delivers alone in each round, by the rule of STP; their mean."""
+    counted = [client for client in co_run.clients if not scores.is_offered_rate(client.units)]
+    alone = co_run.alone
+    rounds = zip(*(alone.repeats.get(client.job_key, ()) for client in counted), strict=False)
+    delivered = (
+        scores.all_known(scores.work_delivered([one], alone.pooled) for one in of_round)
+        for of_round in rounds
+    )
+    return estimate(statistics.fmean(found) for found in delivered if found)
 
 
 def _interference(good: Sequence[CoRun], mode: str, antt: Estimate | None) -> Estimate | None:

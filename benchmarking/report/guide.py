@@ -57,11 +57,9 @@ class Expectation:
             verdict = "below"
         elif value > self.highest:
             verdict = "above"
-        expected = dataclasses.asdict(self)
+        name = _NAMES.get(self.quantity, self.quantity.rsplit("_", 1)[0].replace("_", " "))
         return {
-            "expectation": expected,
-            "name": _NAMES.get(self.quantity, self.quantity.rsplit("_", 1)[0].replace("_", " ")),
-            "range": self.range_text,
+            "expectation": dataclasses.asdict(self) | {"name": name},
             "value": value,
             "verdict": verdict,
             "situation": situation,

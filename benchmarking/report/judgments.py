@@ -12,7 +12,7 @@ from benchmarking.metrics.number_text import joined
 from benchmarking.modes.names import MODE_CPU_DEMO, MODE_MIG, MODE_MPS, MODE_TIME_SLICING
 from benchmarking.records import run_folder
 from benchmarking.report import claims, guide
-from benchmarking.report.conclusions import WHOLE_CARD
+from benchmarking.report.conclusions import WHOLE_CARD, most_compared
 from benchmarking.report.groups import Group, plain
 from benchmarking.report.merging import clients_text
 from benchmarking.report.runs import MeasuredRun, Results, pressed_resource
@@ -32,7 +32,7 @@ def expectations(
     by_place = {(row["mix"], row["clients"], row["variant"]): row for row in rows}
     found: list[dict[str, Any]] = []
     for one in concluded:
-        if one["pair"] is not None or not one["is_claim"]:
+        if not one["is_claim"]:
             continue
         place = {"mix": one["mix"], "clients": one["clients"], "subject": one["subject"]}
         if one["subject"] == WHOLE_CARD:
@@ -61,10 +61,10 @@ def _guides(row: Mapping[str, Any]) -> list[dict[str, Any]]:
         what = expected.quantity.removesuffix("_percent").replace("_", " ")
         found.append({
             "source": "guide",
-            "rule": f"{what} under {row['variant']} is {expected.range_text}",
+            "rule": f"{what} under {row['variant']}",
             "mode": row["variant"],
-            "found": value,
-            "verdict": None,
+            "expected": expected.range_text,
+            "found": value and f"{value['mean']:.1f} %",
             "holds": holds,
         })  # fmt: skip
     return found
@@ -93,21 +93,19 @@ def _vendors_rule(one: Mapping[str, Any]) -> dict[str, Any] | None:
         "source": "vendor",
         "rule": f"{name} for {what}",
         "mode": expected,
-        "found": None,
-        "verdict": verdict,
+        "expected": expected,
+        "found": pair["better"] if verdict == claims.SURE else verdict,
         "holds": holds,
     }
 
 
-def worst_slowdowns(
-    concluded: Sequence[Mapping[str, Any]], groups: Sequence[Group], rows: Rows
-) -> list[dict[str, Any]]:
+def worst_slowdowns(groups: Sequence[Group], rows: Rows) -> list[dict[str, Any]]:
     """The job that suffered most under each mode, and who caused it where that can be told.
 
     One neighbor alone is the cause; of several it is the one that slowed the job most where the two
     were measured as a pair under the same mode.
     """
-    places = {(one["mix"], one["clients"]) for one in concluded if one["pair"] is None}
+    compared = [group for together in most_compared(groups) for group in together]
     by_neighbor: dict[tuple[str, str], dict[str, float]] = {}
     for group in (group for group in groups if group.clients == 2):
         for row, other in zip(rows[id(group)]["client_rows"],
@@ -116,9 +114,7 @@ def worst_slowdowns(
                 neighbors = by_neighbor.setdefault((group.first.variant, row["label"]), {})
                 neighbors[other["label"]] = row["slowdown"]["mean"]
     found = []
-    for group in groups:
-        if (group.first.manifest.mix, group.clients) not in places:
-            continue
+    for group in compared:
         known = [row for row in rows[id(group)]["client_rows"]
                  if row["slowdown"] and not row["service"]]  # fmt: skip
         if not known:
