@@ -6,6 +6,7 @@ Source of Student's t: M. Abramowitz and I. Stegun, "Handbook of Mathematical Fu
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
@@ -128,6 +129,7 @@ def geometric_mean_interval(
     return math.exp(center), math.exp(center - half), math.exp(center + half)
 
 
+@functools.cache
 def student_t_quantile(confidence: float, degrees_of_freedom: int) -> float:
     """The `t` with `P(|T| <= t) = confidence` (two-sided): 4.303 for 0.95 and 2 degrees.
 
@@ -142,14 +144,14 @@ def student_t_quantile(confidence: float, degrees_of_freedom: int) -> float:
     for _ in range(200):  # more halvings than a double has digits
         middle = (low + high) / 2
         t = math.sqrt(degrees_of_freedom) * math.tan(middle)
-        if _student_t_probability(t, degrees_of_freedom) < confidence:
+        if student_t_probability(t, degrees_of_freedom) < confidence:
             low = middle
         else:
             high = middle
     return math.sqrt(degrees_of_freedom) * math.tan((low + high) / 2)
 
 
-def _student_t_probability(t: float, degrees_of_freedom: int) -> float:
+def student_t_probability(t: float, degrees_of_freedom: int) -> float:
     """`P(|T| <= t)` for Student's t with whole degrees of freedom, exactly.
 
     26.7.3 (odd) and 26.7.4 (even): a finite sum of powers of the cosine of

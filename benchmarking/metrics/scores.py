@@ -107,12 +107,21 @@ def latency_percentile(
     """Percentile over all requests; the `failed` ones have no latency and are infinitely late.
 
     Else a server that drops its slowest requests would have the best tail. `None` without a
-    request, and of a tail (over the median) under `FEWEST_FOR_A_TAIL` of them.
+    request, and of a tail under the `fewest_responses` that bear it.
     """
     asked = len(latencies or ()) + failed
-    if not asked or (percent > 50 and asked < FEWEST_FOR_A_TAIL):
+    if asked < fewest_responses(percent):
         return None
     return percentile([*(latencies or ()), *[math.inf] * failed], percent)
+
+
+def fewest_responses(percent: float) -> int:
+    """From how many responses on a percentile stands: p95 from 100, p99 from 500.
+
+    Five of them lie beyond it then; of fewer it is their maximum and little else. The median needs
+    no more than one.
+    """
+    return 1 if percent <= 50 else math.ceil(round(5 * 100 / (100 - percent), 6))
 
 
 def percentiles_ms(

@@ -23,7 +23,8 @@ have it: `mps`, `mps:even`, `mps:50/25`.
       own_error     {percent, ratio (estimate: one client under time slicing over the same alone),
                     label, rounds, is_over_limit (above 2 %)}; null: not measured
       conclusions[] one for each subject of each mix, at the count with the most modes:
-        mix, clients, subject ("whole card" or a job's label), copies of that job,
+        mix, clients
+        subject     "whole card" or a job's label; of a job its workload and how many copies
         figure      work (of the whole card: seconds of alone-work a second, higher is better),
                     slowdown (times as long as alone, lower is better; of copies their mean), of a
                     service median_ms; energy_joules_per_work and tail_ms: intervals, no verdict
@@ -43,17 +44,19 @@ have it: `mps`, `mps:even`, `mps:50/25`.
                     smallest difference that would be found four times in five}; `other` may be
                     "alone": the same jobs one after another, or the job by itself
         runner_up, runner_up_percent (the best over it), smallest_shown_percent, reason, run_ids
-      expectations[]               {source (guide, vendor), rule, mode, subject, expected, found,
-                    holds (yes, no, cannot tell)} for this mix on this card; mix, clients
+      expectations[]               {mix, clients, source (guide, vendor), rule (in words), mode,
+                    subject, expected, found (in a word or a figure each), holds (yes, no, cannot
+                    tell)}: does it hold for this mix on this card?
       worst_slowdowns[]            {mix, clients, variant, label, slowdown (estimate), caused_by
                     (label, or null), source (pairs, one neighbor, null), next_to[] labels}, the
-                    worst first, one for each mode
+                    worst first, one for each mode of each mix and pair
       not_measured[]               {mode, reason}
       groups[]      a row for each mode, mix and count of clients:
         mode, settings, variant, mix, clients, outcome, reason, run_ids, gpu_uuids, co_runs,
-        baseline_ids, is_unverified, rounds, invalid (why figures against the baseline are void)
+        baseline_ids, is_unverified, drift_guarded, rounds,
+        invalid     why figures against the baseline are void, or null
         stp         estimate: work delivered, the sum of n_i T_i / L
-        stp_alone   what the same jobs deliver one after another, by the same rule (about 1)
+        stp_alone   estimate: the same of each job alone, the clients' mean (under 1 with pauses)
         antt, overhead_percent, interference_overhead_percent, mechanism_overhead_percent,
         energy_ratio, joules_per_job, joules_per_work (a second of alone-work), estimates;
         fairness (median and range)
@@ -61,12 +64,12 @@ have it: `mps`, `mps:even`, `mps:50/25`.
         total_gpu_time_seconds, throughput_clients
         cost_per_1000_work, energy_cost_per_1000_work      of 1,000 seconds of alone-work
         gpu         means over the rounds of what the card's samples say, in nvidia-smi's words
-        client_rows[]              {client, workload, label, statuses, proof, reasons, slowdown
-                    (estimate), job_seconds, job_time_ratio (over alone), latency {mean, median,
-                    std, min, max, p50, p95, p99}: all rounds' raw values together, tail_percent
-                    (the highest percentile that stands), tail_ms (estimate: its mean is that of
-                    the raw values together), tail_slowdown {"50", "95", "99"}, p99_ms, median_ms
-                    (estimates, as tail_ms), responses, missed, is_closed_loop (p99 is service
+        client_rows[]              {client, workload, label, job_key, statuses, proof, reasons,
+                    slowdown (estimate), job_seconds, job_time_ratio (over alone), latency {mean,
+                    median, std, min, max, p50, p95, p99}: all rounds' raw values together,
+                    tail_percent (the highest percentile that stands), tail_ms (estimate: its mean
+                    is that of the raw values together), tail_slowdown {"50", "95", "99"}, p99_ms,
+                    median_ms (estimates, as tail_ms), responses, missed, is_closed_loop (p99 is service
                     time), slo {percent, bound_ms}, service, joules_per_job, peak_memory_mib,
                     invalid, checks[] against the guide's ranges}
         checks[]
@@ -74,7 +77,8 @@ have it: `mps`, `mps:even`, `mps:50/25`.
                     saturation_clients, sufficient_clients}; `fits`: the most clients that met the
                     criteria before it broke
       interference[]               of pairs: {mode, settings, variant, mix, latency_jobs, cells[]}
-      pair_choices[]               {jobs: [a, b], best, verdict, modes[]} which mode for each pair
+      pair_choices[]               {jobs: [a, b], work delivered by both: as in conclusions} which
+                    mode for each pair
       noisy[]       {label, kind, points[{variant, duty, slowdown (estimate)}],
                     break_even[{variant, duty or null, reason}]}: the neighbor's duty from which a
                     slice of one's own (MIG) is better
@@ -87,3 +91,248 @@ window_start_seconds, window_end_seconds, jobs (list of {start_seconds, end_seco
 duration_seconds, in_window}), latency_ms (list or None), failed_requests, slowdown, stp and antt
 (of the whole co-run), is_service, and the card's figures of the co-run as gpu_*.
 """
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from benchmarking.metrics.estimates import estimate
+from benchmarking.modes.names import MODE_MIG
+from benchmarking.records.run_folder import PHASE_NULL, PHASE_SHARE_BASELINE
+from benchmarking.records.types import CoRunRecord
+from benchmarking.report import claims, conclusions, judgments, ramps
+from benchmarking.report.groups import (
+    CoRun,
+    Group,
+    alone_rows,
+    group_row,
+    kind_of,
+    measure,
+    plain,
+    table_rows,
+)
+from benchmarking.report.merging import Alone, Section, alone_of, baseline_run, find_sections, merge
+from benchmarking.report.runs import MeasuredRun, Results
+
+if TYPE_CHECKING:
+    import pandas
+
+SCHEMA_VERSION = 5
+OWN_ERROR_LIMIT_PERCENT = 2.0
+
+
+def compare(
+    results: Results,
+    *,
+    slo_ms: float | None = None,
+    matters_percent: float = claims.MATTERS_PERCENT,
+    gpu_price_per_hour: float | None = None,
+    kwh_price: float | None = None,
+) -> tuple[dict[str, Any], pandas.DataFrame]:
+    """Compare the runs of a results folder; returns the comparison and the table of clients.
+
+    `slo_ms` bounds the responses of latency jobs; without it the bound that a run was given counts.
+    """
+    import pandas
+
+    sections, rows = [], []
+    for number, section in enumerate(find_sections(results.runs), start=1):
+        measured = _Measured(section, [*results.runs, *results.references])
+        found, clients = _section(measured, results, slo_ms, matters_percent)
+        _add_costs(found["groups"], gpu_price_per_hour, kwh_price)
+        sections.append(found)
+        rows += [{"section": number, **client} for client in clients]
+    comparison = {
+        "schema_version": SCHEMA_VERSION,
+        "matters_percent": matters_percent,
+        "prices": {"gpu_price_per_hour": gpu_price_per_hour, "kwh_price": kwh_price},
+        "sections": sections,
+        "phases": results.phases,
+        "problems": [*results.problems, *(text for run in results.runs for text in run.problems)],
+        "refusals": results.refusals,
+    }
+    return comparison, pandas.DataFrame(rows, dtype=object)
+
+
+class _Measured:
+    """A section's co-runs with their figures; each run's baselines are looked up once."""
+
+    def __init__(self, section: Section, every_run: Sequence[MeasuredRun]) -> None:
+        self.section = section
+        self.every_run = every_run
+        self._alone: dict[tuple[str, str], Alone] = {}
+
+    def co_run(self, run: MeasuredRun, record: CoRunRecord) -> CoRun:
+        share = self.alone(run, PHASE_SHARE_BASELINE) if run.mode == MODE_MIG else None
+        return measure(run, record, self.alone(run), share)
+
+    def alone(self, run: MeasuredRun, phase: Any = "baseline") -> Alone:
+        key = (run.name, phase)
+        if key not in self._alone:
+            self._alone[key] = alone_of(run, self.every_run, phase)
+        return self._alone[key]
+
+    def baseline_ids(self, runs: Sequence[MeasuredRun]) -> list[str]:
+        lenders = [baseline_run(run, self.every_run) or run for run in runs]
+        return list(dict.fromkeys(lender.name for lender in lenders))
+
+
+def _section(
+    measured: _Measured, results: Results, slo_ms: float | None, matters_percent: float
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """One section as data, and the rows of its clients."""
+    section = measured.section
+    groups, excluded = _groups(measured, slo_ms)
+    own_error = _own_error(measured)
+    percent = own_error and own_error["percent"]
+    rows = {id(group): group_row(group, percent) for group in groups}
+    single = [group for group in groups if group.pair is None]
+    is_cpu_demo = section.environment["is_cpu_demo"]
+    concluded, pair_choices = conclusions.conclude(
+        groups, rows, matters_percent, is_cpu_demo=is_cpu_demo
+    )
+    lenders = [baseline_run(run, measured.every_run) for run in section.runs]
+    found = {
+        "title": _title(section.environment),
+        "cpu_demo": is_cpu_demo,
+        "environment": section.environment,
+        "versions": section.versions,
+        "engines": {name: list(pair) for name, pair in section.engines.items()},
+        "run_ids": [run.name for run in section.runs],
+        "runs": [_run(run) for run in section.runs],
+        "drift_guarded": bool(groups) and all(group.is_guarded for group in groups),
+        "own_error": own_error,
+        "conclusions": concluded,
+        "pair_choices": pair_choices,
+        "expectations": judgments.expectations(concluded, rows.values()),
+        "worst_slowdowns": judgments.worst_slowdowns(groups, rows),
+        "not_measured": judgments.not_measured(single, results, is_cpu_demo=is_cpu_demo),
+        "groups": [rows[id(group)] for group in single],
+        "ramps": ramps.find_ramps(single, rows),
+        "interference": ramps.interference(groups, section.runs),
+        "noisy": judgments.noisy(groups),
+        "same_twice": judgments.same_twice(groups),
+        "alone": alone_rows([*section.runs, *(run for run in lenders if run)], slo_ms),
+        "left_out": excluded,
+        "doubts": judgments.doubts(section.runs, single, rows),
+    }
+    clients = [
+        row
+        for run in section.runs
+        for record in run.co_run_records
+        for row in table_rows(measured.co_run(run, record))
+    ]
+    return found, clients
+
+
+def _title(environment: Mapping[str, Any]) -> str:
+    """GPU, driver and job size in a few words."""
+    size = f"job size {environment['job_size']}"
+    if environment["is_cpu_demo"]:
+        return f"CPU demonstration ({size})"
+    return f"{environment['gpu_name']}, driver {environment['driver_version']}, {size}"
+
+
+def _groups(measured: _Measured, slo_ms: float | None) -> tuple[list[Group], list[str]]:
+    """A group for each combination of mode, settings, mix and clients, and what is excluded."""
+    candidates: dict[tuple[str, str, str, int], list[MeasuredRun]] = {}
+    newest_first = (part for whole in measured.section.runs for part in whole.by_jobs())
+    for run in newest_first:
+        for clients in sorted({record.clients for record in run.co_runs()}):
+            key = (run.mode, run.settings, run.manifest.mix, clients)
+            candidates.setdefault(key, []).append(run)
+    groups, excluded = [], []
+    for (*_, clients), runs in candidates.items():
+        chosen, others = merge(runs, clients)
+        excluded += others
+        if chosen:
+            co_runs = [measured.co_run(run, one) for run in chosen for one in run.judged(clients)]
+            bound_ms = slo_ms or chosen[0].manifest.bounds.max_p99_ms
+            groups.append(Group(chosen, co_runs, measured.baseline_ids(chosen), bound_ms))
+    groups.sort(key=lambda one: (one.first.manifest.mix, one.clients, one.first.mode_order))
+    return groups, excluded
+
+
+def _own_error(measured: _Measured) -> dict[str, Any] | None:
+    """One client where a baseline would find the same; its distance from it is the method's own."""
+    nulls = [
+        measured.co_run(run, record)
+        for run in measured.section.runs
+        for record in run.co_runs(PHASE_NULL)
+        if record.outcome == "ok"
+    ]
+    ratio = estimate(one.slowdown(one.clients[0]) for one in nulls)
+    if ratio is None:
+        return None
+    percent = 100 * abs(ratio.mean - 1)
+    return {
+        "percent": percent,
+        "ratio": plain(ratio),
+        "label": nulls[0].clients[0].label,
+        "rounds": ratio.repeats,
+        "is_over_limit": percent > OWN_ERROR_LIMIT_PERCENT,
+    }
+
+
+def _run(run: MeasuredRun) -> dict[str, Any]:
+    """A run's own facts, with the proof of its mode."""
+    manifest = run.manifest
+    return {
+        "run_id": run.name,
+        "created_at": manifest.created_at,
+        "outcome": manifest.outcome,
+        **kind_of(run),
+        "mix": manifest.mix,
+        "session": manifest.session,
+        "method": manifest.method,
+        "gpu_uuid": manifest.environment.gpu_uuid,
+        "command": manifest.command,
+        "notes": manifest.notes,
+        "mode_evidence": [_evidence(item) for item in manifest.mode_evidence],
+        "co_runs": [
+            {
+                "co_run": record.co_run,
+                "phase": record.phase,
+                "clients": record.clients,
+                "repeat": record.repeat,
+                "outcome": record.outcome,
+                "reason": record.reason,
+                "window_seconds": _span(record),
+                "warnings": record.warnings,
+                "proofs": [
+                    {
+                        "client": client.client,
+                        "label": client.label or client.workload,
+                        "verdict": client.proof.verdict,
+                        "evidence": [_evidence(item) for item in client.proof.evidence],
+                    }
+                    for client in run.clients_of(record)
+                ],
+            }
+            for record in run.co_run_records
+        ],
+    }
+
+
+def _span(record: CoRunRecord) -> float | None:
+    start, end = record.window_start_seconds, record.window_end_seconds
+    return None if start is None or end is None else end - start
+
+
+def _evidence(item: Any) -> dict[str, Any]:
+    return {"check": item.check, "found": item.found, "ok": item.ok}
+
+
+def _add_costs(
+    groups: Sequence[dict[str, Any]], gpu_price_per_hour: float | None, kwh_price: float | None
+) -> None:
+    """What 1,000 seconds of alone-work cost, by the card's hours and by its energy."""
+    for group in groups:
+        stp, joules = group["stp"], group["joules_per_work"]
+        group["cost_per_1000_work"] = (
+            gpu_price_per_hour * 1000 / stp["mean"] / 3600 if gpu_price_per_hour and stp else None
+        )
+        group["energy_cost_per_1000_work"] = (
+            kwh_price * 1000 * joules["mean"] / 3.6e6 if kwh_price and joules else None
+        )

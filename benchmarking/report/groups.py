@@ -1,0 +1,524 @@
+"""One row of the scorecard and its clients: co-runs of one mode, mix and count, over their rounds.
+
+Every figure against the jobs alone is taken anew here, with the baselines of all rounds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from benchmarking.metrics import scores
+from benchmarking.metrics.estimates import (
+    Estimate,
+    estimate,
+    excess_percent,
+    overhead_estimate,
+    range_estimate,
+)
+from benchmarking.modes.names import MODE_MIG, MODE_MPS
+from benchmarking.records.types import ClientRecord, CoRunRecord, GpuFigures, Summary
+from benchmarking.report import guide
+from benchmarking.report.merging import Alone
+from benchmarking.report.runs import NOISY, MeasuredRun
+
+TAIL_PERCENTILES = (50, 95, 99)
+# Of which the highest that has enough responses is the one that is compared.
+COMPARED_TAILS = (99.9, 99, 95, 90, 50)
+DISTURBED = "invalid: the baseline was disturbed"
+# A client cannot be faster than alone by more than this, or than the method's own error.
+LEAST_ERROR_PERCENT = 2.0
+
+_GPU_FIGURES: Mapping[str, Callable[[Sequence[float]], float]] = {
+    name: max if name.endswith("_max") else statistics.fmean
+    for name in (
+        "utilization_gpu_percent", "sm_activity_percent", "sm_occupancy_percent",
+        "tensor_activity_percent", "dram_activity_percent", "memory_used_mib_max",
+        "power_draw_watts", "energy_joules", "sm_clock_mhz", "host_cpu_percent",
+        "temperature_celsius_max", "coverage_percent",
+    )
+}  # fmt: skip
+
+
+@dataclass
+class CoRun:
+    """One co-run with its clients, and its figures against the jobs alone."""
+
+    run: MeasuredRun
+    record: CoRunRecord
+    clients: list[ClientRecord]
+    alone: Alone
+    summary: Summary
+
+    @property
+    def is_ok(self) -> bool:
+        """Whether every client did its work to the end."""
+        return self.record.outcome == "ok"
+
+    @property
+    def is_unverified(self) -> bool:
+        """Whether some client's membership in the mode could not be checked."""
+        return any(client.proof.verdict == "unverified" for client in self.clients)
+
+    @property
+    def window_seconds(self) -> float | None:
+        """Length of the counting window."""
+        start, end = self.record.window_start_seconds, self.record.window_end_seconds
+        return None if start is None or end is None else end - start
+
+    def slowdown(self, client: ClientRecord) -> float | None:
+        """Times as long as alone that a unit of the client's work took."""
+        reference = self.alone.pooled.get(client.job_key)
+        if client.status != "ok" or reference is None or self.record.outcome == "invalid":
+            return None
+        seconds = scores.unit_seconds(reference.units)
+        progress = scores.normalized_progress(client.units, seconds)
+        return 1 / progress if progress else None
+
+    def joules_per_job(self) -> float | None:
+        """The card's joules a job, where all clients run the same one."""
+        if len({client.job_key for client in self.clients}) != 1 or self.record.gpu is None:
+            return None
+        jobs = (
+            scores.jobs_in_window(
+                [(job.start_seconds, job.end_seconds) for job in client.jobs if job.in_window],
+                self.window_seconds,
+            )
+            for client in self.clients
+        )
+        return scores.joules_per_job(self.record.gpu.energy_joules, jobs)
+
+    def joules_per_work(self) -> float | None:
+        """The card's joules a second of alone-work; unknown beside clients that are no part of it.
+
+        The card does not tell whose joules they are.
+        """
+        joules = self.record.gpu and self.record.gpu.energy_joules
+        is_whole = self.summary.throughput_clients == self.record.clients
+        if joules is None or not self.summary.stp or not self.window_seconds or not is_whole:
+            return None
+        return joules / (self.summary.stp * self.window_seconds)
+
+
+def measure(
+    run: MeasuredRun, record: CoRunRecord, alone: Alone, own_share: Alone | None = None
+) -> CoRun:
+    """Take a co-run's figures; `own_share` are the jobs alone on their instances (MIG)."""
+    clients = run.clients_of(record)
+    is_comparable = record.outcome not in ("interrupted", "invalid")
+    summary = scores.summarize_co_run(
+        clients,
+        alone.pooled if is_comparable else {},
+        record.gpu,
+        energy_alone_joules=alone.energy_joules,
+        share_baselines=own_share and own_share.pooled,
+    )
+    return CoRun(run, record, clients, alone, summary)
+
+
+@dataclass
+class Group:
+    """The co-runs of one mode, mix and count, from one or several runs; newest run first."""
+
+    runs: list[MeasuredRun]
+    co_runs: list[CoRun]
+    baseline_ids: list[str]
+    slo_ms: float | None
+
+    @property
+    def first(self) -> MeasuredRun:
+        """The newest run, which stands for what all have in common."""
+        return self.runs[0]
+
+    @property
+    def good(self) -> list[CoRun]:
+        """The co-runs that ended well."""
+        return [co_run for co_run in self.co_runs if co_run.is_ok]
+
+    @property
+    def clients(self) -> int:
+        """How many clients ran together."""
+        return self.co_runs[0].record.clients
+
+    @property
+    def run_ids(self) -> list[str]:
+        """The runs that the figures come from, newest first."""
+        return [run.name for run in self.runs]
+
+    @property
+    def pair(self) -> list[str] | None:
+        """The labels of a pair's own mix, else `None`."""
+        is_pair = self.first.manifest.is_pairs or self.first.manifest.mix.startswith(f"{NOISY}: ")
+        return [client.label for client in self.co_runs[0].clients] if is_pair else None
+
+    @property
+    def kind(self) -> dict[str, Any]:
+        """What tells the group from others."""
+        return kind_of(self.first) | {"mix": self.first.manifest.mix, "clients": self.clients}
+
+    @property
+    def is_guarded(self) -> bool:
+        """Whether its rounds were spread over a session, one next to those of the other modes."""
+        sessions = {run.manifest.session for run in self.runs}
+        return len(sessions) == 1 and None not in sessions and self.first.mode != MODE_MIG
+
+    def proportions(self) -> tuple[tuple[str, int], ...]:
+        """The jobs' shares in lowest terms: alike where one count is so many copies of another."""
+        keys = [client.job_key for client in self.co_runs[0].clients]
+        unit = math.gcd(*map(keys.count, keys)) or 1
+        return tuple(sorted((key, keys.count(key) // unit) for key in set(keys)))
+
+    def by_label(self) -> dict[str, list[ClientRecord]]:
+        """The clients of its first co-run by what they run: copies of one job stand together."""
+        found: dict[str, list[ClientRecord]] = {}
+        for client in self.co_runs[0].clients:
+            found.setdefault(client.label or client.workload, []).append(client)
+        return found
+
+    def members(self, client: int) -> list[tuple[CoRun, ClientRecord]]:
+        """One client's records over the co-runs, each with its co-run."""
+        return [(one, r) for one in self.co_runs for r in one.clients if r.client == client]
+
+
+def kind_of(run: MeasuredRun) -> dict[str, str]:
+    """The mode of a run in three ways."""
+    return {"mode": run.mode, "settings": run.settings, "variant": run.variant}
+
+
+def plain(found: Estimate | None) -> dict[str, Any] | None:
+    """An estimate as it stands in the comparison."""
+    return found and dataclasses.asdict(found) | {"values": list(found.values)}
+
+
+# --- a group as data --------------------------------------------------------------------------
+
+
+def group_row(group: Group, own_error_percent: float | None) -> dict[str, Any]:
+    """The group's figures; those against a baseline that was disturbed are marked."""
+    good, mode = group.good, group.first.mode
+    broken = next((one.record for one in group.co_runs if not one.is_ok), None)
+    stp, antt = (_estimate_of(good, name) for name in ("stp", "antt"))
+    rows = client_rows(group, own_error_percent)
+    gpu = gpu_figures([one.record.gpu for one in good or group.co_runs])
+    uuids = {run.manifest.environment.gpu_uuid for run in group.runs}
+    row = {
+        **group.kind,
+        "outcome": broken.outcome if broken else "ok",
+        "reason": broken.reason if broken else None,
+        "run_ids": group.run_ids,
+        "gpu_uuids": sorted(uuid for uuid in uuids if uuid),
+        "co_runs": [f"{one.run.name}/{one.record.co_run}" for one in group.co_runs],
+        "baseline_ids": group.baseline_ids,
+        "is_unverified": any(one.is_unverified for one in group.co_runs),
+        "drift_guarded": group.is_guarded,
+        "rounds": len(good),
+        "invalid": next((found["invalid"] for found in rows if found["invalid"]), None),
+        "stp": plain(stp),
+        "stp_alone": plain(_stp_alone(group.co_runs[0])),
+        "antt": plain(antt),
+        "overhead_percent": plain(overhead_estimate(stp)),
+        "interference_overhead_percent": plain(_interference(good, mode, antt)),
+        "mechanism_overhead_percent": plain(
+            excess_percent(antt) if group.clients == 1 and mode in (MODE_MPS, MODE_MIG) else None
+        ),
+        "stp_per_multiprocessor": _stp_per_multiprocessor(group, stp),
+        "fairness": plain(range_estimate(one.summary.fairness for one in good)),
+        "energy_ratio": plain(_estimate_of(good, "energy_ratio")),
+        "joules_per_job": plain(estimate(one.joules_per_job() for one in good)),
+        "joules_per_work": plain(estimate(one.joules_per_work() for one in good)),
+        "success_rate_percent": scores.mean(
+            one.summary.success_rate_percent for one in group.co_runs
+        ),
+        "average_duration_seconds": scores.mean(
+            one.summary.average_duration_seconds for one in good
+        ),
+        "total_gpu_time_seconds": scores.mean(one.summary.total_gpu_time_seconds for one in good),
+        "throughput_clients": good[0].summary.throughput_clients if good else None,
+        "gpu": gpu,
+        "client_rows": rows,
+    }
+    return row | {"checks": _mode_checks(row)}
+
+
+def _estimate_of(co_runs: Sequence[CoRun], name: str) -> Estimate | None:
+    return estimate(getattr(one.summary, name) for one in co_runs)
+
+
+def _stp_alone(co_run: CoRun) -> Estimate | None:
+    """What each client's job delivers alone in each round, by the rule of STP; their mean."""
+    counted = [client for client in co_run.clients if not scores.is_offered_rate(client.units)]
+    alone = co_run.alone
+    rounds = zip(*(alone.repeats.get(client.job_key, ()) for client in counted), strict=False)
+    delivered = (
+        scores.all_known(scores.work_delivered([one], alone.pooled) for one in of_round)
+        for of_round in rounds
+    )
+    return estimate(statistics.fmean(found) for found in delivered if found)
+
+
+def _interference(good: Sequence[CoRun], mode: str, antt: Estimate | None) -> Estimate | None:
+    percents = (one.summary.interference_overhead_percent for one in good)
+    found = estimate(1 + percent / 100 for percent in percents if percent is not None)
+    return excess_percent(antt if found is None and mode != MODE_MIG else found)
+
+
+def _stp_per_multiprocessor(group: Group, stp: Estimate | None) -> float | None:
+    """STP as if the instances had all of the card's multiprocessors (MIG; else `None`)."""
+    whole = group.first.manifest.environment.multiprocessor_count
+    if group.first.mode != MODE_MIG or stp is None or not whole:
+        return None
+    identities = [client.identity or {} for client in group.co_runs[0].clients]
+    counts = [identity.get("multiprocessor_count") for identity in identities]
+    return stp.mean * whole / sum(counts) if counts and all(counts) else None
+
+
+def gpu_figures(found: Iterable[GpuFigures | None]) -> dict[str, Any]:
+    """GPU figures over rounds, with the names of their sources and of every throttle reason."""
+    sections = [one or GpuFigures() for one in found]
+    combined: dict[str, Any] = {}
+    for name, combine in _GPU_FIGURES.items():
+        known = [value for one in sections if (value := getattr(one, name)) is not None]
+        combined[name] = combine(known) if known else None
+    sources = sorted({one.utilization_source for one in sections if one.utilization_source})
+    combined["utilization_source"] = ", ".join(sources) or None
+    reasons = {reason for one in sections for reason in one.throttle_reasons or ()}
+    return combined | {"throttle_reasons": sorted(reasons)}
+
+
+def _mode_checks(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The guide's ranges of the mode; one client alone shares nothing, so none apply to it."""
+    if row["clients"] < 2:
+        return []
+    ranges = [one for one in guide.MODE_EXPECTATIONS if one.subject == row["mode"]]
+    measured = {
+        "success_rate_percent": row["success_rate_percent"],
+        "utilization_gpu_percent": row["gpu"]["utilization_gpu_percent"],
+    }
+    for name in ("overhead_percent", "interference_overhead_percent"):
+        measured[name] = row[name] and row[name]["mean"]
+    return guide.checks(ranges, measured, f"{row['mix']}, {row['clients']} clients")
+
+
+# --- its clients ------------------------------------------------------------------------------
+
+
+def client_rows(group: Group, own_error_percent: float | None) -> list[dict[str, Any]]:
+    """A row for each client that some co-run has a record of."""
+    numbers = sorted({client.client for one in group.co_runs for client in one.clients})
+    allowed = max(own_error_percent or 0.0, LEAST_ERROR_PERCENT)
+    rows = []
+    for number in numbers:
+        members = group.members(number)
+        row = client_row(members, "beside the others", group.slo_ms)
+        felt = row["slowdown"]
+        is_impossible = felt and not row["service"] and felt["mean"] < 1 - allowed / 100
+        rows.append(row | {"invalid": DISTURBED if is_impossible else None})
+    return rows
+
+
+def alone_rows(
+    runs_newest_first: Sequence[MeasuredRun], slo_ms: float | None
+) -> list[dict[str, Any]]:
+    """Each distinct job alone, from the newest run that holds it, with the card's figures."""
+    rows: dict[str, dict[str, Any]] = {}
+    for run in runs_newest_first:
+        found: dict[str, list[tuple[CoRun, ClientRecord]]] = {}
+        by_name = {record.co_run: record for record in run.co_runs("baseline")}
+        for client in run.good_alone():
+            co_run = CoRun(run, by_name[client.co_run], [client], Alone(), Summary())
+            found.setdefault(client.job_key, []).append((co_run, client))
+        for job_key, members in found.items():
+            if job_key not in rows:
+                row = client_row(members, "alone", slo_ms)
+                # A job next to itself alone: 1 by definition, with its own spread over rounds.
+                gpus = [one.record.gpu for one, _ in members if one.record.gpu is not None]
+                row["slowdown"] = plain(estimate(_relative_to_all(members)))
+                row["joules_per_job"] = scores.mean(one.joules_per_job() for one, _ in members)
+                if gpus:
+                    row["checks"] += guide.card_checks(row["workload"], gpus[-1])
+                rows[job_key] = row | {"invalid": None}
+    return list(rows.values())
+
+
+def _relative_to_all(members: Sequence[tuple[CoRun, ClientRecord]]) -> list[float]:
+    records = [client for _, client in members]
+    return Alone.of(records).slowdowns(records[0].job_key)
+
+
+def client_row(
+    members: Sequence[tuple[CoRun, ClientRecord]], situation: str, slo_ms: float | None
+) -> dict[str, Any]:
+    """One client over the co-runs; latencies are the raw ones of all of them together."""
+    records = [client for _, client in members]
+    first = records[0]
+    good = [(one, client) for one, client in members if client.status == "ok"]
+    good_records = [client for _, client in good]
+    latencies = [ms for client in good_records for ms in client.latency_ms or ()]
+    failed = sum(failed_requests(client) for client in good_records)
+    reference = members[0][0].alone.pooled.get(first.job_key)
+    bound_ms = slo_ms or next((c.figures["slo_ms"] for c in good_records
+                               if c.figures.get("slo_ms")), None)  # fmt: skip
+    share = bound_ms and scores.slo_attainment_percent(latencies, bound_ms, failed)
+    job_seconds = scores.mean(guide.mean_job_seconds(client) for client in good_records)
+    alone_seconds = reference and guide.mean_job_seconds(reference)
+    highest = highest_tail(len(latencies) + failed)
+    service = _service(good, bound_ms)
+    return {
+        "client": first.client,
+        "workload": first.workload,
+        "label": first.label or first.workload,
+        "job_key": first.job_key,
+        "statuses": [client.status for client in records],
+        "proof": sorted({client.proof.verdict for client in records}),
+        "reasons": [client.reason or f"exit code {client.exit_code}"
+                    for client in records if client.status != "ok"],
+        "slowdown": plain(estimate(one.slowdown(client) for one, client in good)),
+        "job_seconds": job_seconds,
+        "job_time_ratio": job_seconds / alone_seconds if job_seconds and alone_seconds else None,
+        "latency": scores.percentiles_ms(latencies, failed),
+        "tail_slowdown": {
+            str(percent): tail_slowdown(latencies, failed, reference, percent)
+            for percent in TAIL_PERCENTILES
+        },
+        "tail_percent": highest,
+        "tail_ms": plain(percentile_estimate(good_records, highest)),
+        "p99_ms": plain(percentile_estimate(good_records, 99)),
+        "median_ms": plain(percentile_estimate(good_records, 50)),
+        "responses": len(latencies),
+        "missed": failed,
+        "is_closed_loop": bool(latencies) and service is None,
+        "slo": None if share is None else {"percent": share, "bound_ms": bound_ms},
+        "service": service,
+        "joules_per_job": None,
+        "peak_memory_mib": max(
+            (c.peak_memory_mib for c in records if c.peak_memory_mib is not None), default=None
+        ),
+        "checks": guide.workload_checks(good_records, latencies, situation),
+    }  # fmt: skip
+
+
+def failed_requests(client: ClientRecord) -> int:
+    """Requests in the window that failed or timed out."""
+    unit = client.units.get(scores.FAILED_REQUEST)
+    return round(unit.count) if unit else 0
+
+
+def highest_tail(requests: int) -> float | None:
+    """The highest percentile that so many requests bear; `None` without any."""
+    bearable = [one for one in COMPARED_TAILS if requests >= scores.fewest_responses(one)]
+    return bearable[0] if bearable else None
+
+
+def tail_slowdown(
+    latencies: Sequence[float], failed: int, alone: ClientRecord | None, percent: float
+) -> float | None:
+    """A percentile of the raw latencies together over the same one alone."""
+    if alone is None:
+        return None
+    return scores.tail_slowdown(
+        latencies,
+        alone.latency_ms,
+        percent,
+        failed=failed,
+        failed_alone=failed_requests(alone),
+    )
+
+
+def percentile_estimate(records: Sequence[ClientRecord], percent: float | None) -> Estimate | None:
+    """A percentile of all rounds' raw latencies together, with the spread that the rounds give it.
+
+    `None` where all of them are too few, or too many requests failed.
+    """
+    latencies = [ms for client in records for ms in client.latency_ms or ()]
+    failed = sum(map(failed_requests, records))
+    together = percent and scores.latency_percentile(latencies, percent, failed)
+    if not together or math.isinf(together):
+        return None
+    of_rounds = estimate(
+        scores.percentile([*(c.latency_ms or ()), *[math.inf] * failed_requests(c)], percent)
+        for c in records
+        if c.latency_ms
+    )
+    if of_rounds is None or math.isinf(of_rounds.mean):
+        return None
+    scale = together / of_rounds.mean if of_rounds.is_interval else 1.0
+    return dataclasses.replace(
+        of_rounds, mean=together, low=of_rounds.low * scale, high=of_rounds.high * scale
+    )
+
+
+def _service(
+    good: Sequence[tuple[CoRun, ClientRecord]], bound_ms: float | None
+) -> dict[str, Any] | None:
+    """An inference service: what was offered to it and what it answered; `None` of other jobs.
+
+    Its requests come at a fixed rate, so a busy neighbor shows as latency and not as less work.
+    """
+    records = [client for _, client in good]
+    if not records or not all(scores.is_offered_rate(client.units) for client in records):
+        return None
+
+    def first(name: str) -> Any:
+        return next((c.figures[name] for c in records if c.figures.get(name) is not None), None)
+
+    late = [c.figures.get("late_by_generator_percent") or 0 for c in records]
+    return {
+        "offered_per_second": first("request_rate"),
+        "answered": sum(len(client.latency_ms or ()) for client in records),
+        "missed": sum(map(failed_requests, records)),
+        "goodput_per_second": bound_ms
+        and scores.goodput_per_second(
+            [ms for client in records for ms in client.latency_ms or ()],
+            bound_ms,
+            [one.window_seconds for one, _ in good],
+        ),
+        "bound_ms": bound_ms,
+        "late_percent": max(late) or None,
+        "limit": first("generator_limited_reason"),
+    }
+
+
+def table_rows(co_run: CoRun) -> list[dict[str, Any]]:
+    """The rows of a co-run's clients in the table of all clients."""
+    gpu = msgspec.to_builtins(co_run.record.gpu or GpuFigures())
+    shared = {
+        "run_id": co_run.run.name,
+        "folder": str(co_run.run.folder),
+        "session": co_run.run.manifest.session,
+        **kind_of(co_run.run),
+        "mix": co_run.run.manifest.mix,
+        "phase": co_run.record.phase,
+        "co_run": co_run.record.co_run,
+        "clients": co_run.record.clients,
+        "repeat": co_run.record.repeat,
+        "outcome": co_run.record.outcome,
+        "window_start_seconds": co_run.record.window_start_seconds,
+        "window_end_seconds": co_run.record.window_end_seconds,
+        "stp": co_run.summary.stp,
+        "antt": co_run.summary.antt,
+        **{f"gpu_{name}": value for name, value in gpu.items()},
+    }
+    return [
+        {
+            **shared,
+            "client": client.client,
+            "workload": client.workload,
+            "label": client.label or client.workload,
+            "job_key": client.job_key,
+            "status": client.status,
+            "reason": client.reason,
+            "verdict": client.proof.verdict,
+            "jobs": msgspec.to_builtins(client.jobs),
+            "latency_ms": client.latency_ms,
+            "failed_requests": failed_requests(client),
+            "slowdown": co_run.slowdown(client),
+            "is_service": scores.is_offered_rate(client.units),
+        }
+        for client in co_run.clients
+    ]

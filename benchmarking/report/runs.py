@@ -1,0 +1,374 @@
+"""The runs of a results folder, read with suspicion, and what each of them was measured under.
+
+A results folder may come from elsewhere: sizes are bounded (`records.files`), links to files are
+not followed, what steers a terminal or breaks a line is taken out of every text, and a number that
+nothing measures makes its co-run unreadable.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from benchmarking.metrics.breaking_point import says_something_of_the_load
+from benchmarking.modes.names import (
+    MODE_CPU_DEMO,
+    MODE_EXCLUSIVE,
+    MODE_MIG,
+    MODE_MPS,
+    MODE_TIME_SLICING,
+)
+from benchmarking.records import run_folder
+from benchmarking.records.run_folder import PHASE_BASELINE, PHASE_CO_RUN
+from benchmarking.records.types import ClientRecord, CoRunRecord, Manifest, MpsLimits, Phase, Record
+from benchmarking.suite import baselines, limits
+from benchmarking.suite.plan import CARRIED_FIGURES
+
+_MODE_ORDER = (MODE_TIME_SLICING, MODE_MPS, MODE_MIG, MODE_EXCLUSIVE, MODE_CPU_DEMO)
+DEFAULT_TIMESLICE = "Default"
+# The mix of a job next to each antagonist.
+NOISY = "noisy"
+# Of texts so many characters are kept; what is measured here lies far within the numbers.
+LONGEST_TEXT = 10_000
+LARGEST, SMALLEST = 1e18, 1e-18
+
+# What of a client's environment changes how the mode treats it; folders of daemons do not.
+_KNOB_PREFIX = "CUDA_MPS_"
+_NO_KNOBS = frozenset({"CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"})
+
+_LINE_BREAKS = re.compile(r"\s*[\t\n\v\f\r\x1c-\x1e\x85\u2028\u2029]+\s*")
+# Controls, and what turns the direction of writing.
+_UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+_T = TypeVar("_T")
+
+
+class NothingToReportError(Exception):
+    """There is no run to report on; the message is one sentence naming the fix."""
+
+
+@dataclass
+class MeasuredRun:
+    """One run: its manifest, its records, and what was wrong with its files.
+
+    `name` is its run id, or its path below the results folder where several share that id.
+    """
+
+    name: str
+    folder: Path
+    manifest: Manifest
+    client_records: list[ClientRecord]
+    co_run_records: list[CoRunRecord]
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def mode(self) -> str:
+        """The mode in force: `cpu-demo` without a GPU, whatever was asked for."""
+        return self.manifest.effective_mode
+
+    @property
+    def settings(self) -> str:
+        """What the mode was set to, in words; empty where it was left as it is."""
+        if self.mode == MODE_MPS:
+            return limits.describe(self._limits) or (
+                "limits of the plan" if self._has_knobs else ""
+            )
+        if self.mode == MODE_MIG:
+            return ", ".join(self.manifest.mig_layout or ())
+        slices = self.manifest.environment.timeslice if self.mode == MODE_TIME_SLICING else None
+        return f"{slices.lower()} slices" if slices and slices != DEFAULT_TIMESLICE else ""
+
+    @property
+    def mode_order(self) -> tuple[int, str]:
+        """Sort key of modes: the guide's order, then by settings."""
+        return (_MODE_ORDER.index(self.mode), self.settings)
+
+    @property
+    def variant(self) -> str:
+        """Mode and limits in one name, as flags have it: `mps`, `mps:even`, `mps:50/25`."""
+        if self.mode == MODE_TIME_SLICING and self.settings:
+            return f"{self.mode}:{self.settings.removesuffix(' slices')}"
+        if self.mode != MODE_MPS:
+            return self.mode
+        told = self._limits
+        parts = (told.percentages, told.memory_limits, told.priorities)
+        limited = ",".join("/".join(values) for values in parts if values)
+        limited = limited or ("plan" if self._has_knobs else "")
+        return f"{self.mode}:{limited}" if limited else self.mode
+
+    @property
+    def _limits(self) -> MpsLimits:
+        return self.manifest.mps_limits or MpsLimits()
+
+    @property
+    def _has_knobs(self) -> bool:
+        return any(_knobs_of(client) for co_run in self._planned for client in co_run["clients"])
+
+    @property
+    def age(self) -> tuple[str, str]:
+        """Sort key by time of creation, oldest first."""
+        return (self.manifest.created_at, self.name)
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        """What must be alike for figures to be compared; versions, engine and precision apart.
+
+        The same rule decides which baselines may be reused. On the CPU the host is the device, so
+        its cores count too.
+        """
+        here = self.manifest.environment
+        is_cpu_demo = self.mode == MODE_CPU_DEMO
+        return {
+            **{name: getattr(here, name) for name in baselines.COMPARED_FIELDS},
+            "job_size": self.manifest.job_size,
+            "is_cpu_demo": is_cpu_demo,
+            "host_cores": here.host_cores if is_cpu_demo else None,
+            "method": self.manifest.method,
+        }
+
+    @property
+    def versions(self) -> dict[str, Any]:
+        """Versions that count; a run that ended before any client was ready knows none."""
+        found = self.manifest.environment.versions
+        return {name: found[name] for name in baselines.COMPARED_VERSIONS if name in found}
+
+    def engines(self) -> dict[str, tuple[Any, Any]]:
+        """Engine and precision by workload, as the clients reported them at `ready`."""
+        found: dict[str, tuple[Any, Any]] = {}
+        for record in self.client_records:
+            if record.identity:
+                pair = (record.identity.get("engine"), record.identity.get("precision"))
+                found.setdefault(record.workload, pair)
+        return found
+
+    def carried(self) -> dict[str, str]:
+        """Work that was calibrated alone and then fixed, by flag, job and mix in words."""
+        found = {}
+        for client in (client for co_run in self._planned for client in co_run["clients"]):
+            command = client.get("command") or []
+            for flag in CARRIED_FIGURES.values():
+                if flag in command[:-1]:
+                    value = command[len(command) - command[::-1].index(flag)]
+                    found[f"{flag} of {client.get('job_key')} in {self.manifest.mix}"] = value
+        return found
+
+    def co_runs(self, phase: Phase = PHASE_CO_RUN) -> list[CoRunRecord]:
+        """Co-run records of a phase."""
+        return [record for record in self.co_run_records if record.phase == phase]
+
+    def clients_of(self, co_run: CoRunRecord) -> list[ClientRecord]:
+        """Client records of a co-run, in client order."""
+        members = [one for one in self.client_records if one.co_run == co_run.co_run]
+        return sorted(members, key=lambda record: record.client)
+
+    def judged(self, clients: int) -> list[CoRunRecord]:
+        """Co-runs of that many clients that say whether the count works, proved in their mode."""
+        return [
+            one
+            for one in self.co_runs()
+            if one.clients == clients and self.is_valid(one)
+            and says_something_of_the_load(one.outcome, one.stop_reason)
+        ]  # fmt: skip
+
+    def is_valid(self, co_run: CoRunRecord) -> bool:
+        """Whether no client was found outside the mode that the co-run is named after."""
+        verdicts = {record.proof.verdict for record in self.clients_of(co_run)}
+        return co_run.outcome != "invalid" and "invalid" not in verdicts
+
+    def good_alone(self, phase: Phase = PHASE_BASELINE) -> list[ClientRecord]:
+        """Client records of the jobs alone that may serve as a reference."""
+        good = {one.co_run for one in self.co_runs(phase) if one.outcome == "ok"}
+        return [one for one in self.client_records if one.status == "ok" and one.co_run in good]
+
+    def is_contended(self, clients: int) -> bool:
+        """Whether other people's processes used the GPU at the time."""
+        return self.manifest.is_contended or any(one.is_contended for one in self.judged(clients))
+
+    @property
+    def _planned(self) -> list[dict[str, Any]]:
+        found = self.manifest.plan.get("co_runs")
+        planned = found if isinstance(found, list) else []
+        return [one for one in planned if isinstance(one, dict) and one.get("clients")]
+
+    def planned(self, clients: int) -> list[dict[str, Any]]:
+        """The plan's co-runs of that many clients."""
+        return [co_run for co_run in self._planned if len(co_run["clients"]) == clients]
+
+    def knobs(self, clients: int) -> list[dict[str, str]]:
+        """Settings of the mode that each client was given, by client."""
+        first = next(iter(self.planned(clients)), {"clients": []})
+        return [_knobs_of(client) for client in first["clients"]]
+
+    def by_jobs(self) -> list[MeasuredRun]:
+        """Split a run whose co-runs of one count are of unlike jobs: each pair is its own mix."""
+        if not self.manifest.is_pairs and self.manifest.mix != NOISY:
+            return [self]
+        pairs: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+        for planned in self._planned:
+            pairs.setdefault(tuple(map(job_name, planned["clients"])), []).append(planned)
+        return [self._only(jobs, planned) for jobs, planned in pairs.items()]
+
+    def _only(self, jobs: tuple[str, ...], planned: list[dict[str, Any]]) -> MeasuredRun:
+        names = {co_run["co_run"] for co_run in planned}
+        mix = f"{self.manifest.mix}: {' beside '.join(jobs)}"
+        return replace(
+            self,
+            manifest=msgspec.structs.replace(self.manifest, mix=mix, plan={"co_runs": planned}),
+            client_records=[r for r in self.client_records if _is_of(r, names)],
+            co_run_records=[r for r in self.co_run_records if _is_of(r, names)],
+        )
+
+
+def job_name(client: Mapping[str, Any]) -> str:
+    """What a planned client is called; of antagonists with what they press and how much."""
+    label = str(client.get("label") or client.get("workload"))
+    pressed = pressed_resource(str(client.get("job_key") or ""))
+    return label if pressed is None else f"{label} ({pressed[0]}, duty {pressed[1]:g})"
+
+
+def pressed_resource(job_key: str) -> tuple[str, float] | None:
+    """What an antagonist presses and for which share of the time; `None` of other jobs."""
+    kind, duty = (re.search(rf"--{flag} (\S+)", job_key) for flag in ("kind", "duty"))
+    if not job_key.startswith("antagonist") or kind is None:
+        return None
+    try:
+        return kind.group(1), min(1.0, max(0.0, float(duty.group(1)))) if duty else 1.0
+    except ValueError:
+        return None
+
+
+def _is_of(record: Record, names: set[str]) -> bool:
+    return record.phase != PHASE_CO_RUN or record.co_run in names
+
+
+def _knobs_of(client: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        name: value
+        for name, value in (client.get("environment") or {}).items()
+        if name.startswith(_KNOB_PREFIX) and name not in _NO_KNOBS
+    }
+
+
+# --- reading ----------------------------------------------------------------------------------
+
+
+@dataclass
+class Results:
+    """What a results folder holds; `references` only lend their baselines."""
+
+    runs: list[MeasuredRun]
+    references: list[MeasuredRun] = field(default_factory=list)
+    phases: list[dict[str, Any]] = field(default_factory=list)
+    refusals: list[dict[str, Any]] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def read_results(results_dir: Path) -> Results:
+    """Read every run at or below the folder; of one run's folder those beside it lend baselines.
+
+    Raises `NothingToReportError` when the folder is missing or holds no run.
+    """
+    if not results_dir.is_dir():
+        raise NothingToReportError(
+            f"{results_dir} is not a folder: give the one that holds the runs by --results-dir"
+        )
+    manifests = sorted(results_dir.rglob(run_folder.MANIFEST_FILE))
+    runs, problems = _read_all([path.parent for path in manifests])
+    refusals, bad_refusals = run_folder.read_refusals(results_dir)
+    phases, bad_phases = run_folder.read_phases(results_dir)
+    results = Results(
+        runs=_named_by_path(results_dir, sorted(runs, key=lambda run: run.age)),
+        phases=[cleaned(msgspec.to_builtins(phase)) for phase in phases],
+        refusals=[cleaned(msgspec.to_builtins(refusal)) for refusal in refusals],
+        problems=[cleaned(text) for text in (*problems, *bad_phases, *bad_refusals)],
+    )
+    if not runs:
+        refused = (f"refused: {one['sentence']}" for one in reversed(results.refusals))
+        said = next(iter([*results.problems, *refused]), "")
+        raise NothingToReportError(
+            f"no run in {results_dir}{f' ({said})' if said else ''}: make one with "
+            "benchmarking/benchmark_suite.py first"
+        )
+    if [run.folder for run in runs] == [results_dir]:
+        beside = [path.parent for path in results_dir.resolve().parent.glob("*/manifest.json")]
+        others = [folder for folder in beside if folder != results_dir.resolve()]
+        results.references, _ = _read_all(others)
+    return results
+
+
+def _read_all(folders: Sequence[Path]) -> tuple[list[MeasuredRun], list[str]]:
+    """Read the runs that can be read, and say of the others why not."""
+    runs, problems = [], []
+    for folder in folders:
+        try:
+            runs.append(read_run(folder))
+        except run_folder.RunStoreError as error:
+            problems.append(str(error))
+    return runs, problems
+
+
+def read_run(folder: Path) -> MeasuredRun:
+    """Read one run; raises `RunStoreError` when there is no manifest to be read."""
+    run = run_folder.read_run(folder)
+    problems = list(run.warnings)
+    try:
+        manifest = _cleaned_struct(run.manifest)
+    except ValueError as error:
+        raise run_folder.RunStoreError(f"{folder}: its manifest holds {error}") from error
+    records: list[Any] = []
+    unreadable: dict[str, str] = {}
+    for record in (*run.client_records, *run.co_run_records):
+        try:
+            records.append(_cleaned_struct(record))
+        except ValueError as error:
+            unreadable[cleaned(record.co_run)] = str(error)
+    problems += [f"{name} excluded: it holds {why}" for name, why in unreadable.items()]
+    kept = [record for record in records if record.co_run not in unreadable]
+    return MeasuredRun(
+        name=manifest.run_id,
+        folder=folder,
+        manifest=manifest,
+        client_records=[one for one in kept if isinstance(one, ClientRecord)],
+        co_run_records=[one for one in kept if isinstance(one, CoRunRecord)],
+        problems=[f"{manifest.run_id}: {cleaned(problem)}" for problem in problems],
+    )
+
+
+def _cleaned_struct(value: _T) -> _T:
+    return msgspec.convert(cleaned(msgspec.to_builtins(value)), type(value))
+
+
+def cleaned(value: Any) -> Any:
+    """Return plain data without what steers a terminal, breaks a line or overflows.
+
+    Raises `ValueError` for a number that nothing measures.
+    """
+    if isinstance(value, str):
+        return _UNSAFE.sub("?", _LINE_BREAKS.sub(" ", value[:LONGEST_TEXT]))
+    if isinstance(value, dict):
+        return {cleaned(key): cleaned(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [cleaned(item) for item in value]
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if not abs(value) <= LARGEST:
+            raise ValueError("a number beyond 1e18")
+        return value if abs(value) >= SMALLEST else 0
+    return value
+
+
+def _named_by_path(results_dir: Path, runs: list[MeasuredRun]) -> list[MeasuredRun]:
+    """Runs by run id; those that share one, as experiments do, by their path below the folder."""
+    times = Counter(run.name for run in runs)
+    paths = [cleaned(run.folder.relative_to(results_dir).as_posix()) for run in runs]
+    names = [
+        run.name if times[run.name] == 1 else path for run, path in zip(runs, paths, strict=True)
+    ]
+    if len(set(names)) < len(runs):  # a renamed folder bears another run's id
+        names = paths
+    return [replace(run, name=name) for run, name in zip(runs, names, strict=True)]
