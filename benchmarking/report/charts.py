@@ -1,0 +1,550 @@
+"""Every figure of the reports.
+
+Bars and the rows of the first table come from the same entries of the comparison, so they agree.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarking.metrics.number_text import duration
+from benchmarking.metrics.scores import FEWEST_FOR_A_TAIL
+from benchmarking.report.drawing import (
+    Picture,
+    drawing_rules,
+    error_bar,
+    known,
+    new_figure,
+    save,
+    spread_note,
+    styles,
+    wrapped,
+)
+from benchmarking.report.wording import clients_text, mode_name, number, subject_text
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Record = Mapping[str, Any]
+
+# --- which charts a section gets ------------------------------------------------------------------
+
+# Past that many, repeats of a count look alike and make the report long: the first stands for them.
+MOST_TIMELINES = 6
+
+
+def draw_section(
+    section: Record, clients: Any, samples_of: Callable[[str], Sequence[Record]], folder: Path,
+    prefix: str = "",
+) -> dict[str, list[Picture]]:  # fmt: skip
+    """Draw a section's charts into a folder that is there: `compared`, `pairs`, `timelines`.
+
+    Args:
+        section: A section of the comparison.
+        clients: The table of clients that belongs to the comparison.
+        samples_of: Gives the GPU samples of a run's folder.
+        folder: Where the PNG files go.
+        prefix: Comes before every file's name.
+
+    Raises:
+        OSError: A file cannot be written.
+    """
+
+    def path(name: str) -> Path:
+        return folder / (re.sub(r"[^\w.-]+", "-", f"{prefix}{name}")[:200].strip("-") + ".png")
+
+    compared, pairs = [], []
+    by_mix: dict[tuple[str, int], list[Record]] = {}
+    for conclusion in section["conclusions"]:
+        by_mix.setdefault((conclusion["mix"], conclusion["clients"]), []).append(conclusion)
+    for (mix, count), conclusions in by_mix.items():
+        subject = f"{mix}, {clients_text(count)}"
+        compared += [
+            draw_work(conclusions, subject, path(f"throughput-{mix}-{count}")),
+            draw_slowdowns(conclusions, subject, path(f"slowdown-{mix}-{count}")),
+            draw_tails(conclusions, section["alone"], subject, path(f"tail-{mix}-{count}")),
+        ]
+    for mix in dict.fromkeys(ramp["mix"] for ramp in section["ramps"]):
+        compared.append(draw_ramps(section, mix, path(f"scaling-{mix}")))
+    for matrix in section["interference"]:
+        name = f"{matrix['mode']} {matrix['settings']}".strip() + f"-{matrix['mix']}"
+        every = section["interference"]
+        pairs += [
+            draw_heat_map(matrix, every, "slowdown", path(f"slowdowns-{name}")),
+            draw_heat_map(matrix, every, "tail_slowdown", path(f"tails-{name}")),
+        ]
+    timelines = [
+        draw_timeline(rows, samples_of(rows["folder"].iloc[0]), path(f"timeline-{name}"))
+        for name, rows in shown_timelines(section, clients)
+    ]
+    drawn = {"compared": compared, "pairs": pairs, "timelines": timelines}
+    return {
+        kind: [picture for picture in pictures if picture is not None]
+        for kind, pictures in drawn.items()
+    }
+
+
+def shown_timelines(section: Record, clients: Any) -> list[tuple[str, Any]]:
+    """The co-runs to draw: `run-co_run` and the rows of its clients; all, or one of each group."""
+    every = [group["co_runs"] for group in section["groups"]]
+    is_all = sum(map(len, every)) <= MOST_TIMELINES
+    names = [name for co_runs in every for name in (co_runs if is_all else co_runs[:1])]
+    found = []
+    for name in names:
+        run_id, _, co_run = name.rpartition("/")
+        is_its_own = (clients["run_id"] == run_id) & (clients["co_run"] == co_run)
+        rows = clients[is_its_own & (clients["phase"] == "co_run")].sort_values("client")
+        if len(rows):
+            found.append((f"{run_id}-{co_run}", rows))
+    return found
+
+
+# --- bars: modes next to each other ---------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One bar: what it belongs to, its mode and the mode's name, its estimate, how it is written."""
+
+    category: str
+    mode: str
+    mode_name: str
+    found: Record
+    text: str
+
+
+def draw_work(conclusions: Sequence[Record], subject: str, path: Path) -> Picture | None:
+    """Work delivered by each mode; `None` when no mode has a figure."""
+    bars = bars_of(conclusions, "work", lambda found: f"{found['mean']:.2f}")
+    # A single subject: the modes themselves are the categories.
+    bars = [Bar(bar.mode_name, bar.mode, bar.mode_name, bar.found, bar.text) for bar in bars]
+    is_cpu = any(bar.mode == "cpu-demo" for bar in bars)
+    unit = "1 = as much as alone" if is_cpu else "GPUs' worth"
+    return draw_bars(
+        bars, path, f"Work delivered ({unit}; higher is better)", "one job after another",
+        f"Work delivered: {subject}",
+    )  # fmt: skip
+
+
+def draw_slowdowns(conclusions: Sequence[Record], subject: str, path: Path) -> Picture | None:
+    """How much longer a unit of each job's work takes; `None` without a slowdown."""
+    bars = bars_of(conclusions, "slowdown", lambda found: f"{found['mean']:.2f}")
+    return draw_bars(
+        bars, path, "times as long as alone (lower is better)", "alone",
+        f"How much slower each job ran: {subject}",
+    )  # fmt: skip
+
+
+def draw_tails(
+    conclusions: Sequence[Record], alone: Sequence[Record], subject: str, path: Path
+) -> Picture | None:
+    """Highest percentile of each job's response times over the same alone; `None` without any."""
+    bars = []
+    for conclusion in conclusions:
+        row = next((row for row in alone if row["label"] == conclusion["subject"]), None)
+        for mode in conclusion["modes"] if conclusion["figure"] == "tail_ms" and row else ():
+            percent, found = mode.get("percent"), mode["estimate"]
+            by_itself = (row["latency"] or {}).get(f"p{percent:g}") if percent else None
+            if found and by_itself and math.isfinite(by_itself):
+                parts = {part: found[part] / by_itself for part in ("mean", "low", "high")}
+                bars.append(
+                    Bar(
+                        f"{conclusion['subject']}, p{percent:g}",
+                        mode["mode"],
+                        mode_name(mode["mode"], mode["settings"]),
+                        {**found, **parts},
+                        f"{parts['mean']:.1f} ({duration(found['mean'])})",
+                    )
+                )
+    return draw_bars(
+        bars, path, "response time (times that alone; lower is better)", "alone",
+        f"Slowest responses: {subject}",
+    )  # fmt: skip
+
+
+def bars_of(
+    conclusions: Sequence[Record], figure: str, write: Callable[[Record], str]
+) -> list[Bar]:
+    """The bars of one figure: a category a subject, a bar a mode that has the figure."""
+    return [
+        Bar(
+            subject_text(conclusion),
+            mode["mode"],
+            mode_name(mode["mode"], mode["settings"]),
+            mode["estimate"],
+            write(mode["estimate"]),
+        )
+        for conclusion in conclusions
+        if conclusion["figure"] == figure
+        for mode in conclusion["modes"]
+        if mode["estimate"]
+    ]
+
+
+def draw_bars(
+    bars: Sequence[Bar], path: Path, label: str, reference: str, caption: str
+) -> Picture | None:
+    """Horizontal bars by category, a style a mode, with a dashed line at 1, the `reference`.
+
+    An infinite figure has no bar, but its text. `None` without any finite one.
+    """
+    highest = max((known(bar.found, "high") for bar in bars), default=0.0)
+    if not highest:
+        return None
+    categories = list(dict.fromkeys(bar.category for bar in bars))
+    modes = list(dict.fromkeys((bar.mode, bar.mode_name) for bar in bars))
+    looks = styles(modes)
+    is_split = categories != [name for _, name in modes]
+    ordered = sorted(bars, key=lambda bar: categories.index(bar.category))
+    places: dict[str, list[float]] = {}
+    place = 0.0
+    with drawing_rules():
+        figure, (panel,) = new_figure(0.9 + 0.27 * len(bars) + 0.12 * len(categories) * is_split)
+        for bar in ordered:
+            place += 0.45 if is_split and places and bar.category not in places else 0.0
+            places.setdefault(bar.category, []).append(place)
+            look = looks[bar.mode_name]
+            panel.barh(
+                place, known(bar.found, "mean"), 0.86, xerr=error_bar(bar.found),
+                color=look["color"], hatch=look["hatch"], edgecolor="black", linewidth=0.8,
+                capsize=3,
+            )  # fmt: skip
+            # In a column of their own: next to its bar a value near 1 would lie on the dashed line.
+            panel.annotate(
+                bar.text, (1, place), xycoords=("axes fraction", "data"), ha="right", va="center",
+                fontweight="bold",
+            )  # fmt: skip
+            place += 1
+        panel.axvline(1, color="black", linestyle="--", linewidth=1)
+        panel.set_yticks(
+            [sum(found) / len(found) for found in places.values()], map(wrapped, places)
+        )
+        panel.invert_yaxis()
+        room = 1.1 + 0.03 * max(len(bar.text) for bar in bars)
+        panel.set_xlim(0, max(1.0, highest) * room)
+        panel.set_xlabel(label)
+        panel.grid(axis="x", color="0.85")
+        if is_split:
+            draw_legend(figure, looks)
+        note = spread_note([bar.found for bar in bars])
+        figure.supxlabel(f"dashed: {reference}; {note}", fontsize=8)
+        listed = "; ".join(f"{bar.category}, {bar.mode_name} {bar.text}" for bar in ordered)
+        return save(figure, path, caption, f"Bars, {label}: {listed}.")
+
+
+def draw_legend(figure: Figure, looks: Mapping[str, Mapping[str, str]]) -> None:
+    """Name the modes over the panel."""
+    from matplotlib.patches import Patch
+
+    handles = [
+        Patch(facecolor=look["color"], hatch=look["hatch"], edgecolor="black", label=name)
+        for name, look in looks.items()
+    ]
+    figure.legend(handles=handles, loc="outside upper left", ncols=3, frameon=False)
+
+
+# --- lines: figures against a number of clients, or against the values of a sweep -----------------
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of one panel: its estimates (or `None`) at the places of the x axis."""
+
+    name: str
+    places: Sequence[float]
+    found: Sequence[Record | None]
+    look: Mapping[str, str]
+
+
+def draw_ramps(section: Record, mix: str, path: Path) -> Picture | None:
+    """Work delivered and mean slowdown against the number of clients; `None` without figures."""
+    ramps = [ramp for ramp in section["ramps"] if ramp["mix"] == mix]
+    groups = {
+        (group["variant"], group["clients"]): group
+        for group in section["groups"]
+        if group["mix"] == mix
+    }
+    looks = styles((ramp["mode"], mode_name(ramp["mode"], ramp["settings"])) for ramp in ramps)
+    panels: dict[str, list[Line]] = {}
+    for figure, title in (("stp", "work delivered"), ("antt", "times as long\nas alone (mean)")):
+        panels[title] = [
+            Line(
+                name := mode_name(ramp["mode"], ramp["settings"]),
+                ramp["clients"],
+                [groups.get((ramp["variant"], count), {}).get(figure) for count in ramp["clients"]],
+                looks[name],
+            )
+            for ramp in ramps
+        ]
+    counts = sorted({count for ramp in ramps for count in ramp["clients"]})
+    marks = []
+    for ramp in ramps:
+        point = ramp["breaking_point"]
+        if point["clients"] is not None:
+            name = mode_name(ramp["mode"], ramp["settings"])
+            marks.append((point["clients"], f"{name} breaks at {point['clients']}"))
+    return draw_lines(
+        panels, counts, [str(count) for count in counts], "clients at the same time", path,
+        f"Work and slowdown by number of clients: copies of {mix}", marks=marks,
+    )  # fmt: skip
+
+
+def draw_lines(
+    panels: Mapping[str, Sequence[Line]], ticks: Sequence[float], labels: Sequence[str],
+    axis: str, path: Path, caption: str, *, marks: Iterable[tuple[float, str]] = (),
+    notes: Iterable[tuple[float, str]] = (),
+) -> Picture | None:  # fmt: skip
+    """Panels of lines below each other over one x axis, with a grey line at 1 in each.
+
+    Args:
+        panels: Lines by the title of the panel's own axis.
+        ticks: Places on the x axis.
+        labels: What stands at them.
+        axis: What the x axis is.
+        path: Of the PNG file.
+        caption: What the chart shows.
+        marks: Places of vertical lines in the first panel, and what they are.
+        notes: Places in the first panel that have no figure, and why.
+    """
+    found = [one for lines in panels.values() for line in lines for one in line.found if one]
+    if not any(known(one, "mean") for one in found):
+        return None
+    with drawing_rules():
+        figure, axes = new_figure(0.9 + 1.6 * len(panels), len(panels), sharex=True)
+        for panel, (title, lines) in zip(axes, panels.items(), strict=True):
+            draw_panel(panel, title, lines)
+        for row, (place, text) in enumerate(marks):
+            axes[0].axvline(place, color="0.3", linestyle=":", linewidth=1.5)
+            axes[0].annotate(
+                text, (place, 1), xycoords=("data", "axes fraction"), xytext=(3, 3 + 11 * row),
+                textcoords="offset points", ha="right", va="bottom", fontsize=8,
+            )  # fmt: skip
+        for place, text in notes:
+            axes[0].annotate(text, (place, 0.05), xycoords=("data", "axes fraction"), **NOTE)
+        margin = 0.06 * (ticks[-1] - ticks[0]) or 0.5
+        axes[-1].set_xlim(ticks[0] - margin, ticks[-1] + margin)
+        axes[-1].set_xticks(ticks, labels)
+        axes[-1].set_xlabel(axis)
+        handles, names = {}, [line.name for line in panels[next(iter(panels))]]
+        for panel in axes:
+            handles |= dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
+        if len(names) > 1 or len(handles) > 1:
+            figure.legend(
+                handles.values(), handles, loc="outside upper left", ncols=2, frameon=False
+            )
+        figure.supxlabel(f"grey: 1, as alone; {spread_note(found)}", fontsize=8)
+        description = f"Lines of {', '.join(panels)} against {axis}.".replace("\n", " ")
+        return save(figure, path, caption, description)
+
+
+def draw_panel(panel: Axes, title: str, lines: Sequence[Line]) -> None:
+    """Draw the lines of one panel, with a gap where a place has no figure."""
+    for line in lines:
+        means = [known(one, "mean") if one else math.nan for one in line.found]
+        below, above = [], []
+        for one, mean in zip(line.found, means, strict=True):
+            low, high = (known(one, "low"), known(one, "high")) if one else (mean, mean)
+            below.append(max(0.0, mean - low))
+            above.append(max(0.0, high - mean))
+        panel.errorbar(
+            line.places, means, yerr=[below, above], capsize=3, label=line.name,
+            markeredgecolor="black", color=line.look["color"], marker=line.look["marker"],
+            linestyle=line.look["linestyle"],
+        )  # fmt: skip
+    highs = [known(one, "high") for line in lines for one in line.found if one]
+    panel.axhline(1, color="0.5", linewidth=1)
+    panel.set_ylim(0, 1.1 * max([1.0, *highs]))
+    panel.set_ylabel(title)
+    panel.grid(color="0.85")
+
+
+# --- pairs: who slows whom ------------------------------------------------------------------------
+
+# From here on of the color scale the cells are dark, and their figures white.
+DARK = 0.55
+
+
+def draw_heat_map(
+    matrix: Record, every: Sequence[Record], figure: str, path: Path
+) -> Picture | None:
+    """A row a job that suffers, a column a job next to it; darker is worse, 1 is white.
+
+    `figure` is `slowdown` or `tail_slowdown`; `every` are the matrices that the reader sees next to
+    this one, for one scale of shades. `None` where no cell has the figure.
+    """
+    value = {"slowdown": slowdown_of, "tail_slowdown": lambda cell: cell["tail_slowdown"]}[figure]
+    cells = {(cell["job"], cell["beside"]): cell for cell in matrix["cells"]}
+    columns = list(dict.fromkeys(job for job, _ in cells))
+    rows = [job for job in columns if any(value(cells[job, other]) for other in columns)]
+    if not rows:
+        return None
+    finite = [value(cell) or 0.0 for one in every for cell in one["cells"]]
+    highest = max([2.0, *(found for found in finite if math.isfinite(found))])
+    label = {"slowdown": "times as long as alone", "tail_slowdown": "p99, times that alone"}[figure]
+    with drawing_rules():
+        chart, (panel,) = new_figure(0.9 + 0.5 * len(rows))
+        shades = [
+            [min(value(cells[row, column]) or math.nan, highest) for column in columns]
+            for row in rows
+        ]
+        # One hue whose lightness falls evenly: the order of the cells survives a grey print. As
+        # shapes and not as a picture, which an SVG inside a page would have to embed.
+        panel.pcolormesh(
+            range(len(columns) + 1), range(len(rows) + 1), shades, cmap="Blues", vmin=1,
+            vmax=highest, edgecolors="0.6", linewidth=0.8,
+        )  # fmt: skip
+        for y, row in enumerate(rows):
+            for x, column in enumerate(columns):
+                found = value(cells[row, column])
+                is_dark = found is not None and (found - 1) / (highest - 1) > DARK
+                panel.annotate(
+                    why_missing(cells[row, column], figure) if found is None else number(found),
+                    (x + 0.5, y + 0.5), ha="center", va="center",
+                    color="white" if is_dark else "black",
+                    fontweight="normal" if found is None else "bold",
+                    style="italic" if found is None else "normal",
+                )  # fmt: skip
+        panel.invert_yaxis()
+        for set_ticks, names in ((panel.set_xticks, columns), (panel.set_yticks, rows)):
+            set_ticks([place + 0.5 for place in range(len(names))], map(wrapped, names))
+        panel.set_xlabel("next to")
+        panel.spines[:].set_visible(False)
+        panel.tick_params(length=0, labelsize=8)
+        chart.supxlabel(f"{label}; darker is worse", fontsize=8)
+        name = mode_name(matrix["mode"], matrix["settings"])
+        what = "How much slower each job ran" if figure == "slowdown" else "Slowest responses"
+        return save(
+            chart, path, f"{what} two at a time, {name}",
+            f"Heat map, {label}, under {name}; rows suffer, columns stand next to them.",
+        )  # fmt: skip
+
+
+def slowdown_of(cell: Record) -> float | None:
+    """The mean slowdown of a cell of pairs."""
+    return cell["slowdown"]["mean"] if cell["slowdown"] else None
+
+
+def why_missing(cell: Record, figure: str) -> str:
+    """Why a cell has no figure, in a word or two."""
+    if cell["outcome"] != "ok":
+        return cell["outcome"]
+    is_few = figure == "tail_slowdown" and cell["responses"] < FEWEST_FOR_A_TAIL
+    return f"n = {cell['responses']}" if is_few else "unknown"
+
+
+# --- timelines: who ran when ----------------------------------------------------------------------
+
+# What is drawn, best first: how much of the GPU worked says more than that some of it did.
+ACTIVITY_SOURCES = (
+    ("sm_activity_percent", "SM activity (NVML GPM)"),
+    ("utilization_gpu_percent", "GPU utilization"),
+    ("host_cpu_percent", "Host CPU"),
+)
+MARGIN_SECONDS = 2.0
+MOST_BARS = 60  # jobs that are shorter than a sixtieth of the window would make one grey block
+
+
+def draw_timeline(rows: Any, samples: Sequence[Record], path: Path) -> Picture | None:
+    """Jobs by client over the activity of the GPU; `None` without a window.
+
+    `rows` are those of one co-run in the table of clients. Without a sample of activity only the
+    jobs are drawn.
+    """
+    start, end = rows[["window_start_seconds", "window_end_seconds"]].iloc[0]
+    if not end > start:  # not a number either
+        return None
+    near = [
+        sample
+        for sample in samples
+        if start - MARGIN_SECONDS <= sample["time_seconds"] <= end + MARGIN_SECONDS
+    ]
+    source = activity_source(near)
+    heights = [0.3 * len(rows) + 0.1, *([1.3] if source else [])]
+    with drawing_rules():
+        figure, panels = new_figure(
+            0.8 + sum(heights), len(heights), sharex=True, height_ratios=heights
+        )
+        draw_jobs(panels[0], rows, start, end)
+        if source:
+            draw_activity(panels[1], near, source[0], start)
+            panels[1].set_title(f"{source[1]} (%)", loc="left", fontsize=9)
+        for panel in panels:
+            panel.axvline(0, color="black", linewidth=0.8)
+            panel.axvline(end - start, color="black", linewidth=0.8)
+        panels[-1].set_xlabel("time since all clients were let go (s)")
+        first = rows.iloc[0]
+        name = f"{first['run_id']}, {first['co_run']}"
+        shown = f", and {source[1]} in percent" if source else ""
+        return save(
+            figure, path, f"{mode_name(first['mode'], first['settings'])}: {name}",
+            f"Jobs of each client over time in {name}{shown}.",
+        )  # fmt: skip
+
+
+def activity_source(samples: Sequence[Record]) -> tuple[str, str] | None:
+    """The best activity that the samples carry, and its name with where it comes from."""
+    for key, name in ACTIVITY_SOURCES:
+        if any(sample.get(key) is not None for sample in samples):
+            if key == "utilization_gpu_percent":
+                origins = {sample.get("utilization_source") for sample in samples} - {None}
+                name += f" ({', '.join(sorted(origins)) or 'source unknown'})"
+            return key, name
+    return None
+
+
+def draw_jobs(panel: Axes, rows: Any, start: float, end: float) -> None:
+    """A row a client: whole jobs in alternating shades, the one that the end cut in white."""
+
+    def draw_bar(row: int, begin: float, end: float, color: str) -> None:
+        panel.barh(
+            row, end - begin, 0.62, left=begin - start, color=color, edgecolor="black",
+            linewidth=0.5,
+        )  # fmt: skip
+
+    for row, client in enumerate(rows.to_dict("records")):
+        jobs = [job for job in client["jobs"] or () if job["in_window"]]
+        if len(jobs) > MOST_BARS:
+            draw_bar(row, jobs[0]["start_seconds"], jobs[-1]["end_seconds"], "0.7")
+        else:
+            for index, job in enumerate(jobs):
+                shade = "0.7" if index % 2 else "0.5"
+                draw_bar(row, job["start_seconds"], job["end_seconds"], shade)
+        done = jobs[-1]["end_seconds"] if jobs else start
+        if client["status"] == "ok" and done < end:  # a client starts over until told to stop
+            draw_bar(row, done, end, "white")
+        count = f"{len(jobs)} job{'' if len(jobs) == 1 else 's'}"
+        if client["status"] != "ok":
+            count += f"\n{client['status']}"
+        panel.annotate(
+            count, (1, row), xycoords=("axes fraction", "data"), xytext=(3, 0),
+            textcoords="offset points", ha="left", va="center", fontsize=8,
+        )  # fmt: skip
+    labels = [
+        f"{client}: {label}" for client, label in zip(rows["client"], rows["label"], strict=True)
+    ]
+    panel.set_yticks(range(len(rows)), [textwrap.shorten(label, 22) for label in labels])
+    panel.set_ylim(len(rows) - 0.5, -0.5)
+
+
+def draw_activity(panel: Axes, samples: Sequence[Record], key: str, start: float) -> None:
+    """A line a device: a MIG instance's samples are apart from its neighbor's."""
+    by_device: dict[str, list[Record]] = {}
+    for sample in samples:
+        if sample.get(key) is not None:
+            by_device.setdefault(str(sample.get("gpu_uuid")), []).append(sample)
+    for index, series in enumerate(by_device.values()):
+        panel.plot(
+            [sample["time_seconds"] - start for sample in series],
+            [sample[key] for sample in series],
+            color="black", linewidth=0.9, linestyle=("-", "--", ":", "-.")[index % 4],
+        )  # fmt: skip
+    panel.set_ylim(0, 105)
+    panel.set_yticks(range(0, 101, 25))
+    panel.grid(axis="y", color="0.85")

@@ -1,0 +1,278 @@
+"""A comparison as people read it: page, Markdown and terminal, filled into the same sentences.
+
+`draw` makes the charts, `render_html` and `render_markdown` the two reports, `render_terminal` the
+decision for a terminal of some width. All take the comparison that `comparison.compare` describes.
+Text from records is cleaned of control characters and line breaks first, and escaped for each kind
+of reader; jinja2, matplotlib and rich are imported where they are used.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarking.report import charts, tables, wording
+
+if TYPE_CHECKING:
+    import jinja2
+    from rich.console import Console
+
+Record = Mapping[str, Any]
+Charts = Sequence[Mapping[str, Sequence[charts.Picture]]]
+
+TEMPLATES = Path(__file__).parent / "templates"
+TITLE = "GPU sharing: what was found"
+LONGEST_TEXT = 4000  # characters of one text from a record
+NO_CHARTS: Mapping[str, Sequence[charts.Picture]] = {"compared": (), "pairs": (), "timelines": ()}
+
+
+def draw(
+    comparison: Record, clients: Any, samples_of: Callable[[str], Sequence[Record]], folder: Path
+) -> list[dict[str, list[charts.Picture]]]:
+    """Draw the charts of every section as PNG into a folder that is there, for the reports.
+
+    `clients` is the comparison's table of clients, `samples_of(folder)` gives a run's GPU samples.
+    Raises `OSError` where a file cannot be written.
+    """
+    sections = cleaned(comparison, {"`": "’"})["sections"]
+    clients = clients.assign(label=clients["label"].map(cleaned)) if len(clients) else clients
+    return [
+        charts.draw_section(
+            section,
+            clients[clients["section"] == number] if len(clients) else clients,
+            samples_of,
+            folder,
+            f"section{number}-" if len(sections) > 1 else "",
+        )
+        for number, section in enumerate(sections, start=1)
+    ]
+
+
+def render_html(comparison: Record, drawn: Charts = ()) -> str:
+    """The report as one self-contained page: no script, no network, charts inside as SVG."""
+    return render_page("html", "report.j2", TITLE, context(comparison, drawn))
+
+
+def render_markdown(comparison: Record, drawn: Charts = ()) -> str:
+    """The report as Markdown; what it would take for HTML or a link stays text."""
+    return render_page("md", "report.j2", TITLE, context(comparison, drawn))
+
+
+def render_page(kind: str, template: str, title: str, values: Record) -> str:
+    """A template's body, made of `blocks.{kind}.j2`, in the frame of `page.{kind}.j2`."""
+    from markupsafe import Markup
+
+    made = environment(kind)
+    page = made.get_template(f"blocks.{kind}.j2").module
+    values = cleaned(values, {"`": "’"} if kind == "md" else {})
+    body = made.get_template(template).render(page=page, **values)
+    text = made.get_template(f"page.{kind}.j2").render(title=cleaned(title), body=Markup(body))
+    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n" if kind == "md" else text
+
+
+def render_terminal(comparison: Record, width: int) -> str:
+    """The decision of each section, no wider than `width` columns: headline, table, lines."""
+    from rich.console import Console
+
+    say = environment("text").get_template("sentences.j2").module
+    console = Console(width=width, no_color=True, markup=False, highlight=False, emoji=False)
+    with console.capture() as captured:
+        for section in cleaned(context(comparison))["sections"]:
+            print_section(console, section, say)
+    return "\n".join(line.rstrip() for line in captured.get().splitlines()) + "\n"
+
+
+def print_section(console: Console, section: Record, say: Any) -> None:
+    """Print what a section's first screen shows."""
+    from rich import box
+    from rich.padding import Padding
+    from rich.table import Table
+
+    error = section["own_error"]
+    if section["cpu_demo"]:
+        console.print(say.cpu_notice())
+    if error and error["is_over_limit"]:
+        console.print(say.error_notice(section))
+    for mix in section["mixes"]:
+        console.print(say.headline(mix), say.subject(section, mix), sep="\n")
+        shown = tables.first_table(mix, say.how_sure, "*{}")
+        table = Table(*shown.header, box=box.SIMPLE, pad_edge=False)
+        for row in shown.rows:
+            table.add_row(*row)
+        console.print(table)
+    if not section["mixes"]:
+        headline = say.pairs_headline if section["pair_choices"] else say.baseline_headline
+        console.print(say.section_title(section), headline(section), sep="\n")
+    for title, texts in facts(section, say).items():
+        for text in texts:
+            console.print(Padding(f"{title}: {text}", (0, 0, 0, 2)))
+    console.print()
+
+
+def environment(kind: str) -> jinja2.Environment:
+    """Templates for `html` (every text is escaped), `md` or `text`."""
+    import jinja2
+    from markupsafe import Markup
+
+    made = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=kind != "text",
+        finalize=escaped_for_markdown if kind == "md" else None,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    for function in (
+        wording.clients_text, wording.number, wording.digits, wording.listed, wording.once,
+        wording.figure_text, wording.subject_text, wording.mode_name, tables.group_name,
+    ):  # fmt: skip
+        made.filters[function.__name__] = function
+    made.filters["drawing"] = Markup  # what matplotlib wrote
+    made.tests["contains_item"] = lambda items, item: item in items
+    made.globals |= {"tables": tables, "facts": facts}
+    return made
+
+
+# --- text from records ----------------------------------------------------------------------------
+
+
+def cleaned(value: Any, replaced: Mapping[str, str] | None = None) -> Any:
+    """Plain data with texts that steer no terminal, end no line, and are not endless.
+
+    Control characters, line breaks and marks that change the direction of writing become blanks;
+    `replaced` names further characters and what stands for each.
+    """
+    if isinstance(value, Mapping):
+        return {key: cleaned(item, replaced) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [cleaned(item, replaced) for item in value]
+    if not isinstance(value, str):
+        return value
+    text = value if len(value) <= LONGEST_TEXT else f"{value[:LONGEST_TEXT]}…"
+    for character in set(text):
+        if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp"):
+            text = text.replace(character, " ")
+    for character, other in (replaced or {}).items():
+        text = text.replace(character, other)
+    return text
+
+
+def escaped_for_markdown(value: Any) -> Any:
+    """Text in which Markdown sees no HTML and no link; code keeps its characters."""
+    from markupsafe import Markup
+
+    if hasattr(value, "__html__"):  # made of escaped parts
+        return value
+    marks = re.compile(r"`[^`\n]*`|<|\](?=\()")
+    return Markup(marks.sub(lambda m: m[0] if m[0][0] == "`" else f"\\{m[0]}", str(value)))
+
+
+# --- what the templates are filled with -----------------------------------------------------------
+
+
+def context(comparison: Record, drawn: Charts = ()) -> dict[str, Any]:
+    """The comparison's sections with their charts, mixes and counts of chosen pairs."""
+    made = copy.deepcopy(comparison)
+    for number, section in enumerate(made["sections"]):
+        section["charts"] = drawn[number] if drawn else NO_CHARTS
+        for group in section["groups"]:
+            costs = (group["cost_per_1000_work"], group["energy_cost_per_1000_work"])
+            group["has_price"] = costs != (None, None)
+        section["mixes"] = mixes_of(section)
+        section["service_limits"] = [
+            f"{row['label']}, {row['where']}: {row['service']['limit']}"
+            for row in tables.service_rows(section)
+            if row["service"]["limit"]
+        ]
+        best = [choice["best"] if choice["verdict"] != "cannot tell" else None
+                for choice in section["pair_choices"]]  # fmt: skip
+        names = {mode["variant"]: tables.group_name(mode)
+                 for choice in section["pair_choices"] for mode in choice["modes"]}  # fmt: skip
+        section["pair_counts"] = [
+            (names.get(variant), count) for variant, count in Counter(best).most_common()
+        ]
+        section["pair_rounds"] = min(
+            (len(mode["estimate"]["values"]) for choice in section["pair_choices"]
+             for mode in choice["modes"] if mode["estimate"]), default=0,
+        )  # fmt: skip
+    return made
+
+
+def mixes_of(section: Record) -> list[dict[str, Any]]:
+    """One entry a mix at the count where most modes were measured: what its first screen shows.
+
+    `rows` are the conclusions that stand in its table, the whole card first; `names` the modes'
+    names by variant, in the order of columns; `whole` the conclusion on work delivered.
+    """
+    found: dict[tuple[str, int], list[Record]] = {}
+    for one in section["conclusions"]:
+        found.setdefault((one["mix"], one["clients"]), []).append(one)
+    return [mix_of(section, *key, members) for key, members in found.items()]
+
+
+def mix_of(section: Record, mix: str, clients: int, members: Sequence[Record]) -> dict[str, Any]:
+    """What one mix's first screen shows."""
+    rows = [one for one in members if one["is_claim"]]
+    whole = next((one for one in rows if one["figure"] == "work"), None)
+    modes = [mode for one in rows for mode in one["modes"]]
+    modes.sort(key=lambda mode: (wording.mode_order(mode["mode"]), mode["settings"]))
+    names = {mode["variant"]: tables.group_name(mode) for mode in modes}
+    measured = [mode for mode in whole["modes"] if mode["estimate"]] if whole else []
+    best = next((mode for mode in measured if mode["variant"] == whole["best"]), None)
+    other: dict[str, list[str]] = {}
+    for one in rows:
+        is_another = one["best"] != (whole or {}).get("best")
+        if one["verdict"] == "sure" and one is not whole and is_another:
+            other.setdefault(names[one["best"]], []).append(one["subject"])
+    worst = next((one for one in section["worst_slowdowns"]
+                  if (one["mix"], one["clients"]) == (mix, clients)), None)  # fmt: skip
+    against_alone = [
+        pair for pair in (whole["pairs"] if whole else ())
+        if best and (pair["one"], pair["other"]) == (best["variant"], "alone")
+    ]  # fmt: skip
+    return {
+        "mix": mix,
+        "clients": clients,
+        "rows": [{**one, "runner_up_name": names.get(one["runner_up"])} for one in rows],
+        "names": names,
+        "whole": whole,
+        "best": best,
+        "rounds": min((one["rounds"] for one in rows), default=None),
+        "best_name": best and names[best["variant"]],
+        "tied": [names[mode["variant"]] for mode in measured if mode["is_tied"]],
+        "other_best": other,
+        "is_alone_faster": any(
+            pair["verdict"] == "sure" and pair["better"] == "alone" for pair in against_alone
+        ),
+        "has_one_mode": len(measured) == 1,
+        "worst": worst and {**worst, "mode_name": names.get(worst["variant"], worst["variant"])},
+        "expectations": [one for one in section["expectations"]
+                         if (one["mix"], one["clients"]) == (mix, clients)],
+        "groups": [group for group in section["groups"]
+                   if (group["mix"], group["clients"]) == (mix, clients)],
+        "is_cpu_demo": section["cpu_demo"],
+    }  # fmt: skip
+
+
+def facts(section: Record, say: Any) -> dict[str, list[str]]:
+    """What stands under the first table: sentences of the module `say` by what they are about."""
+    found = {
+        "Worst slowdown": [say.worst(mix["worst"]) for mix in section["mixes"] if mix["worst"]],
+        "How many fit": [say.ramp_line(ramp) for ramp in section["ramps"]],
+        "Not measured": [say.not_measured(one) for one in section["not_measured"]],
+    }
+    if section["groups"] and not section["cpu_demo"]:
+        found["The method's own error"] = [say.own_error(section)]
+    for mix in section["mixes"]:
+        for one in mix["expectations"]:
+            title = {"guide": "The guide expects", "vendor": "Rule of thumb"}[one["source"]]
+            found.setdefault(title, []).append(say.expectation(one))
+        priced = [say.price(group) for group in mix["groups"] if group["has_price"]]
+        if priced:
+            found.setdefault("Cost of 1,000 s of work", []).append("; ".join(priced))
+    return {title: texts for title, texts in found.items() if texts}

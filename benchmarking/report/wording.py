@@ -1,0 +1,137 @@
+"""Names and figures as people read them: in tables, in charts and in the sentences of templates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from benchmarking.metrics.number_text import duration, durations, significant
+
+Record = Mapping[str, Any]
+
+UNKNOWN = "–"
+MODE_NAMES = {
+    "time-slicing": "time slicing",
+    "mps": "MPS",
+    "mig": "MIG",
+    "exclusive": "exclusive",
+    "cpu-demo": "CPU demo",
+}
+ROUNDS_FOR_A_CLAIM = 3
+TAIL_PERCENTILES = (50, 95, 99)
+
+
+def mode_name(mode: str, settings: str = "") -> str:
+    """The mode with what it was set to: `MPS (50/25 %)`; equal shares in words."""
+    name = MODE_NAMES.get(mode, mode)
+    if settings == "even":
+        return f"{name} with even shares"
+    return f"{name} ({settings})" if settings else name
+
+
+def mode_order(mode: str) -> tuple[int, str]:
+    """Sort key of modes: the guide's order, then by name."""
+    known = tuple(MODE_NAMES)
+    return (known.index(mode) if mode in known else len(known), mode)
+
+
+def clients_text(clients: int) -> str:
+    """`1 client`, `4 clients`."""
+    return f"{clients} client{'' if clients == 1 else 's'}"
+
+
+def subject_text(conclusion: Record) -> str:
+    """A job, with how many copies of it there are; or the whole card."""
+    copies = conclusion["copies"] or 1
+    return conclusion["subject"] + (f" (x {copies})" if copies > 1 else "")
+
+
+def number(value: float | None, decimals: int = 2, unit: str = "") -> str:
+    """A number for a table cell, an en dash when it is unknown."""
+    if value is None or math.isnan(value):
+        return UNKNOWN
+    if math.isinf(value):
+        return significant(value)
+    rounded = round(value, decimals) + 0.0  # no "-0"
+    return f"{rounded:,.{decimals}f}{' ' + unit if unit else ''}"
+
+
+def spread(found: Record | None, decimals: int = 2) -> str:
+    """An estimate for a table cell: `1.95 [1.90, 2.00]`, or the value alone from one round."""
+    if found is None:
+        return UNKNOWN
+    mean, low, high = (number(found[part], decimals) for part in ("mean", "low", "high"))
+    return mean if len(found["values"]) < 2 else f"{mean} [{low}, {high}]"
+
+
+def spread_ms(found: Record | None) -> str:
+    """As `spread`, for an estimate in ms: `7.46 ms [7.30 ms, 7.62 ms]`."""
+    if found is None:
+        return UNKNOWN
+    mean, low, high = (milliseconds(found[part]) for part in ("mean", "low", "high"))
+    return mean if len(found["values"]) < 2 else f"{mean} [{low}, {high}]"
+
+
+def milliseconds(value: float | None) -> str:
+    """A duration in ms or s to three significant digits."""
+    return UNKNOWN if value is None else duration(value)
+
+
+def digits(value: float | None) -> str:
+    """A number to three significant digits."""
+    return UNKNOWN if value is None else significant(value)
+
+
+def figure_text(conclusion: Record, found: Record | None, *, with_spread: bool = False) -> str:
+    """A figure of a conclusion in its own unit."""
+    if conclusion["figure"].endswith("_ms"):
+        return spread_ms(found) if with_spread else milliseconds(found and found["mean"])
+    if conclusion["figure"].startswith("energy"):
+        return digits(found and found["mean"])
+    return spread(found) if with_spread else number(found and found["mean"])
+
+
+def latency(row: Record) -> str:
+    """p50, p95 and p99 of the raw values, an en dash for each that too few cannot tell."""
+    if row["latency"] is None:
+        return UNKNOWN
+    found = [row["latency"][f"p{percent}"] for percent in TAIL_PERCENTILES]
+    if None not in found:
+        return durations(found)
+    text = " / ".join(milliseconds(value) for value in found)
+    return f"{text} (n = {row['responses'] + row['missed']})"
+
+
+def tail_slowdowns(row: Record) -> str:
+    """The same percentiles over those alone."""
+    tails = [row["tail_slowdown"][str(percent)] for percent in TAIL_PERCENTILES]
+    return UNKNOWN if tails == [None] * len(tails) else " / ".join(map(number, tails))
+
+
+def slo(row: Record) -> str:
+    """`98.5 % in 50.0 ms`."""
+    if row["slo"] is None:
+        return UNKNOWN
+    return f"{row['slo']['percent']:.1f} % in {duration(row['slo']['bound_ms'])}"
+
+
+def evidence_text(evidence: Any) -> str:
+    """What showed that a mode was in force, and whether it did."""
+    if isinstance(evidence, Mapping):
+        mark = {True: "ok", False: "NOT ok"}.get(evidence.get("ok"), "unknown")
+        return f"{evidence.get('check')}: {evidence.get('found')} ({mark})"
+    return str(evidence)
+
+
+def once(rounds: int) -> str:
+    """`once`, `twice`: how often something was seen that is no claim."""
+    return {1: "once", 2: "twice"}.get(rounds, f"{rounds} times")
+
+
+def listed(names: Sequence[str], last: str = "and") -> str:
+    """Names as a sentence lists them: `MPS, MIG and time slicing`."""
+    names = list(names)
+    if len(names) < 2:
+        return "".join(names)
+    return f"{', '.join(names[:-1])} {last} {names[-1]}"
