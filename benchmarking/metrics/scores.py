@@ -31,6 +31,8 @@ OFFERED_RATE_KINDS = frozenset({"request", FAILED_REQUEST})
 # Of so many responses five lie beyond the p99; of fewer it is their maximum and little else.
 TAIL_PERCENT = 99
 FEWEST_FOR_A_TAIL = 500
+# Of these the highest that has enough responses is compared.
+COMPARED_PERCENTILES = (99.9, 99, 95, 90, 50)
 
 
 # --- work -----------------------------------------------------------------------------------
@@ -121,6 +123,12 @@ def fewest_responses(percent: float) -> int:
     The median needs no more than one.
     """
     return 1 if percent <= 50 else math.ceil(round(5 * 100 / (100 - percent), 6))
+
+
+def highest_percentile(requests: int) -> float | None:
+    """The highest of the compared percentiles that so many requests bear; `None` without any."""
+    borne = (one for one in COMPARED_PERCENTILES if requests >= fewest_responses(one))
+    return next(borne, None)
 
 
 def percentiles_ms(
