@@ -111,7 +111,7 @@ def shown_timelines(section: Record, clients: Any) -> list[tuple[str, Any]]:
 
 @dataclass(frozen=True)
 class Bar:
-    """One bar: what it belongs to, its mode and the mode's name, its estimate, how it is written."""
+    """One bar: what it belongs to, its mode and that one's name, its estimate and its text."""
 
     category: str
     mode: str
@@ -327,7 +327,10 @@ def draw_lines(
                 textcoords="offset points", ha="right", va="bottom", fontsize=8,
             )  # fmt: skip
         for place, text in notes:
-            axes[0].annotate(text, (place, 0.05), xycoords=("data", "axes fraction"), **NOTE)
+            axes[0].annotate(
+                text, (place, 0.05), xycoords=("data", "axes fraction"), ha="center",
+                style="italic", fontsize=8,
+            )  # fmt: skip
         margin = 0.06 * (ticks[-1] - ticks[0]) or 0.5
         axes[-1].set_xlim(ticks[0] - margin, ticks[-1] + margin)
         axes[-1].set_xticks(ticks, labels)
