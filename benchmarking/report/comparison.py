@@ -48,7 +48,7 @@ have it: `mps`, `mps:even`, `mps:50/25`.
                     subject, expected, found (in a word or a figure each), holds (yes, no, cannot
                     tell)}: does it hold for this mix on this card?
       worst_slowdowns[]            {mix, clients, variant, label, slowdown (estimate), caused_by
-                    (label, or null), source (pairs, one neighbor, null), next_to[] labels}, the
+                    (label, or null), source (pairs, only neighbor, null), next_to[] labels}, the
                     worst first, one for each mode of each mix and pair
       not_measured[]               {mode, reason}
       groups[]      a row for each mode, mix and count of clients:
@@ -69,9 +69,9 @@ have it: `mps`, `mps:even`, `mps:50/25`.
                     median, std, min, max, p50, p95, p99}: all rounds' raw values together,
                     tail_percent (the highest percentile that stands), tail_ms (estimate: its mean
                     is that of the raw values together), tail_slowdown {"50", "95", "99"}, p99_ms,
-                    median_ms (estimates, as tail_ms), responses, missed, is_closed_loop (p99 is service
-                    time), slo {percent, bound_ms}, service, joules_per_job, peak_memory_mib,
-                    invalid, checks[] against the guide's ranges}
+                    median_ms (estimates, as tail_ms), responses, missed, is_closed_loop (p99 is
+                    service time), slo {percent, bound_ms}, service, joules_per_job,
+                    peak_memory_mib, invalid, checks[] against the guide's ranges}
         checks[]
       ramps[]       {mode, settings, variant, mix, clients[], bounds, breaking_point, fits,
                     saturation_clients, sufficient_clients}; `fits`: the most clients that met the
@@ -207,7 +207,7 @@ def _section(
         "pair_choices": pair_choices,
         "expectations": judgments.expectations(concluded, rows.values()),
         "worst_slowdowns": judgments.worst_slowdowns(groups, rows),
-        "not_measured": judgments.not_measured(single, results, is_cpu_demo=is_cpu_demo),
+        "not_measured": judgments.not_measured(groups, results, is_cpu_demo=is_cpu_demo),
         "groups": [rows[id(group)] for group in single],
         "ramps": ramps.find_ramps(single, rows),
         "interference": ramps.interference(groups, section.runs),

@@ -5,8 +5,8 @@ Schema history of comparison.json:
     2  a group names several runs (`run_ids`, `gpu_uuids`); joules a job, SLO attainment, noise.
     3  `interference`: runs of pairs stand there, and no longer among the groups.
     4  `settings` beside `mode`: rows of one mode and mix can differ in nothing but these.
-    5  `conclusions` in place of `claims`; STP is work delivered, every figure against the jobs alone
-       is taken with the baselines of all rounds; p99 from 500 responses on, of all rounds together.
+    5  `conclusions` in place of `claims`; STP is work delivered, figures against the jobs alone are
+       taken with the baselines of all rounds; p99 from 500 responses on, of all rounds together.
 """
 
 from __future__ import annotations
@@ -153,9 +153,10 @@ FIGURES = (*_OF_GROUP, *_OF_CLIENT)
 
 @dataclass(frozen=True)
 class Requirement:
-    """`[MODE:][JOB:]FIGURE OP VALUE`: what a figure must meet, under every mode unless one is named.
+    """`[MODE:][JOB:]FIGURE OP VALUE`: what a figure must meet, under every mode if none is named.
 
-    `scope` holds the words before the figure, of which one names a mode and one a job.
+    It speaks of each mix at the count that its modes are compared at. `scope` holds the words
+    before the figure, of which one names a mode and one a job.
     """
 
     text: str
@@ -183,7 +184,8 @@ class Requirement:
             group
             for section in comparison["sections"]
             for group in section["groups"]
-            if group["mode"] != "exclusive"
+            if (group["mix"], group["clients"])
+            in {(one["mix"], one["clients"]) for one in section["conclusions"]}
         ]
         mode, job = self._mode_and_job(groups)
         found = []

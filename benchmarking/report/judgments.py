@@ -102,8 +102,8 @@ def _vendors_rule(one: Mapping[str, Any]) -> dict[str, Any] | None:
 def worst_slowdowns(groups: Sequence[Group], rows: Rows) -> list[dict[str, Any]]:
     """The job that suffered most under each mode, and who caused it where that can be told.
 
-    One neighbor alone is the cause; of several it is the one that slowed the job most where the two
-    were measured as a pair under the same mode.
+    Neighbors of one kind are the cause; of several it is the one that slowed the job most where
+    the two were measured as a pair under the same mode.
     """
     compared = [group for together in most_compared(groups) for group in together]
     by_neighbor: dict[tuple[str, str], dict[str, float]] = {}
@@ -123,16 +123,19 @@ def worst_slowdowns(groups: Sequence[Group], rows: Rows) -> list[dict[str, Any]]
         next_to = [client.label for client in group.co_runs[0].clients
                    if client.client != worst["client"]]  # fmt: skip
         tried = by_neighbor.get((group.first.variant, worst["label"]), {})
-        told = [label for label in next_to if label in tried]
-        caused_by = max(told, key=tried.__getitem__) if len({*told}) == len({*next_to}) else None
+        neighbors = {*next_to}
+        caused_by = None
+        if len(neighbors) == 1:
+            caused_by = next_to[0]
+        elif neighbors and neighbors <= tried.keys():
+            caused_by = max(neighbors, key=tried.__getitem__)
         found.append({
             **group.kind,
             "label": worst["label"],
             "slowdown": worst["slowdown"],
             "invalid": worst["invalid"],
             "caused_by": caused_by,
-            "source": None if caused_by is None else
-            "one neighbor" if group.clients == 2 else "pairs",
+            "source": caused_by and ("pairs" if len(neighbors) > 1 else "only neighbor"),
             "next_to": next_to,
         })  # fmt: skip
     return sorted(found, key=lambda one: one["slowdown"]["mean"], reverse=True)

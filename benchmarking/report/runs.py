@@ -340,6 +340,12 @@ def read_run(folder: Path) -> MeasuredRun:
     )
 
 
+def read_samples(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """Read the GPU samples of a run, in order, and warnings about lines that are none."""
+    samples, warnings = run_folder.read_samples(folder)
+    return cleaned(msgspec.to_builtins(samples)), cleaned(warnings)
+
+
 def _cleaned_struct(value: _T) -> _T:
     return msgspec.convert(cleaned(msgspec.to_builtins(value)), type(value))
 
