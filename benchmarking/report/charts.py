@@ -36,7 +36,7 @@ Record = Mapping[str, Any]
 
 # --- which charts a section gets ------------------------------------------------------------------
 
-# Past that many, repeats of a count look alike and make the report long: the first stands for them.
+# Past that many, rounds of a count look alike and make the report long: the first stands for them.
 MOST_TIMELINES = 6
 
 
@@ -46,67 +46,81 @@ def draw_section(
 ) -> dict[str, list[Picture]]:  # fmt: skip
     """Draw a section's charts into a folder that is there: `compared`, `pairs`, `timelines`.
 
-    Args:
-        section: A section of the comparison.
-        clients: The table of clients that belongs to the comparison.
-        samples_of: Gives the GPU samples of a run's folder.
-        folder: Where the PNG files go.
-        prefix: Comes before every file's name.
-
-    Raises:
-        OSError: A file cannot be written.
+    `clients` is the section's part of the table of clients, `samples_of(folder)` gives the GPU
+    samples of a run; files' names begin with `prefix`. Raises `OSError`.
     """
 
     def path(name: str) -> Path:
         return folder / (re.sub(r"[^\w.-]+", "-", f"{prefix}{name}")[:200].strip("-") + ".png")
 
-    compared, pairs = [], []
     by_mix: dict[tuple[str, int], list[Record]] = {}
     for conclusion in section["conclusions"]:
         by_mix.setdefault((conclusion["mix"], conclusion["clients"]), []).append(conclusion)
-    for (mix, count), conclusions in by_mix.items():
-        subject = f"{mix}, {clients_text(count)}"
-        compared += [
-            draw_work(conclusions, subject, path(f"throughput-{mix}-{count}")),
-            draw_slowdowns(conclusions, subject, path(f"slowdown-{mix}-{count}")),
-            draw_tails(conclusions, section["alone"], subject, path(f"tail-{mix}-{count}")),
-        ]
-    for mix in dict.fromkeys(ramp["mix"] for ramp in section["ramps"]):
-        compared.append(draw_ramps(section, mix, path(f"scaling-{mix}")))
-    for matrix in section["interference"]:
-        name = f"{matrix['mode']} {matrix['settings']}".strip() + f"-{matrix['mix']}"
-        every = section["interference"]
-        pairs += [
-            draw_heat_map(matrix, every, "slowdown", path(f"slowdowns-{name}")),
-            draw_heat_map(matrix, every, "tail_slowdown", path(f"tails-{name}")),
-        ]
+    compared = [
+        draw_bars(
+            figure, conclusions, section, path(f"{BARS[figure].file}-{mix}-{count}"),
+            f"{mix}, {clients_text(count)}",
+        )
+        for (mix, count), conclusions in by_mix.items()
+        for figure in BARS
+    ]  # fmt: skip
+    compared += [
+        draw_ramps(section, mix, path(f"scaling-{mix}"))
+        for mix in dict.fromkeys(ramp["mix"] for ramp in section["ramps"])
+    ]
+    matrices = section["interference"]
+    pairs = [
+        draw_heat_map(matrix, matrices, figure, path(f"{name}-{matrix['variant']}-{matrix['mix']}"))
+        for matrix in matrices
+        for figure, name in (("slowdown", "slowdowns"), ("tail_slowdown", "tails"))
+    ]
     timelines = [
         draw_timeline(rows, samples_of(rows["folder"].iloc[0]), path(f"timeline-{name}"))
         for name, rows in shown_timelines(section, clients)
     ]
     drawn = {"compared": compared, "pairs": pairs, "timelines": timelines}
-    return {
-        kind: [picture for picture in pictures if picture is not None]
-        for kind, pictures in drawn.items()
-    }
+    return {kind: list(filter(None, pictures)) for kind, pictures in drawn.items()}
 
 
 def shown_timelines(section: Record, clients: Any) -> list[tuple[str, Any]]:
     """The co-runs to draw: `run-co_run` and the rows of its clients; all, or one of each group."""
     every = [group["co_runs"] for group in section["groups"]]
     is_all = sum(map(len, every)) <= MOST_TIMELINES
-    names = [name for co_runs in every for name in (co_runs if is_all else co_runs[:1])]
     found = []
-    for name in names:
+    for name in (name for co_runs in every for name in (co_runs if is_all else co_runs[:1])):
         run_id, _, co_run = name.rpartition("/")
         is_its_own = (clients["run_id"] == run_id) & (clients["co_run"] == co_run)
         rows = clients[is_its_own & (clients["phase"] == "co_run")].sort_values("client")
-        if len(rows):
-            found.append((f"{run_id}-{co_run}", rows))
+        found += [(f"{run_id}-{co_run}", rows)] if len(rows) else []
     return found
 
 
 # --- bars: modes next to each other ---------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BarChart:
+    """What the bars of one figure are: the file's name, what they show, the axis, the line at 1."""
+
+    file: str
+    caption: str
+    axis: str
+    reference: str
+
+
+BARS = {
+    "work": BarChart(
+        "throughput", "Work delivered", "seconds of alone-work a second (higher is better)",
+        "one job after another",
+    ),
+    "slowdown": BarChart(
+        "slowdown", "How much slower each job ran", "times as long as alone (lower is better)",
+        "alone",
+    ),
+    "tail_ms": BarChart(
+        "tail", "Slowest responses", "response time, times that alone (lower is better)", "alone"
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -120,94 +134,52 @@ class Bar:
     text: str
 
 
-def draw_work(conclusions: Sequence[Record], subject: str, path: Path) -> Picture | None:
-    """Work delivered by each mode; `None` when no mode has a figure."""
-    bars = bars_of(conclusions, "work", lambda found: f"{found['mean']:.2f}")
-    # A single subject: the modes themselves are the categories.
-    bars = [Bar(bar.mode_name, bar.mode, bar.mode_name, bar.found, bar.text) for bar in bars]
-    is_cpu = any(bar.mode == "cpu-demo" for bar in bars)
-    unit = "1 = as much as alone" if is_cpu else "GPUs' worth"
-    return draw_bars(
-        bars, path, f"Work delivered ({unit}; higher is better)", "one job after another",
-        f"Work delivered: {subject}",
-    )  # fmt: skip
+def bars_of(figure: str, conclusions: Sequence[Record], section: Record) -> list[Bar]:
+    """The bars of one figure: a category a subject, a bar a mode that has the figure.
 
-
-def draw_slowdowns(conclusions: Sequence[Record], subject: str, path: Path) -> Picture | None:
-    """How much longer a unit of each job's work takes; `None` without a slowdown."""
-    bars = bars_of(conclusions, "slowdown", lambda found: f"{found['mean']:.2f}")
-    return draw_bars(
-        bars, path, "times as long as alone (lower is better)", "alone",
-        f"How much slower each job ran: {subject}",
-    )  # fmt: skip
-
-
-def draw_tails(
-    conclusions: Sequence[Record], alone: Sequence[Record], subject: str, path: Path
-) -> Picture | None:
-    """Highest percentile of each job's response times over the same alone; `None` without any."""
+    Of the whole card the modes are the categories. Response times are given over those alone.
+    """
     bars = []
-    for conclusion in conclusions:
-        row = next((row for row in alone if row["label"] == conclusion["subject"]), None)
-        for mode in conclusion["modes"] if conclusion["figure"] == "tail_ms" and row else ():
-            percent, found = mode.get("percent"), mode["estimate"]
-            by_itself = (row["latency"] or {}).get(f"p{percent:g}") if percent else None
-            if found and by_itself and math.isfinite(by_itself):
+    alone = {row["label"]: row["latency"] or {} for row in section["alone"]}
+    for one in (one for one in conclusions if one["figure"] == figure):
+        for mode in (mode for mode in one["modes"] if mode["estimate"]):
+            name, found = mode_name(mode["mode"], mode["settings"]), mode["estimate"]
+            category, text = subject_text(one), number(found["mean"])
+            if figure == "work":
+                category = name
+            elif figure == "tail_ms":
+                percentile = f"p{mode['percent']:g}"
+                by_itself = alone.get(one["subject"], {}).get(percentile)
+                if not by_itself or not math.isfinite(by_itself):
+                    continue
+                category += f", {percentile}"
                 parts = {part: found[part] / by_itself for part in ("mean", "low", "high")}
-                bars.append(
-                    Bar(
-                        f"{conclusion['subject']}, p{percent:g}",
-                        mode["mode"],
-                        mode_name(mode["mode"], mode["settings"]),
-                        {**found, **parts},
-                        f"{parts['mean']:.1f} ({duration(found['mean'])})",
-                    )
-                )
-    return draw_bars(
-        bars, path, "response time (times that alone; lower is better)", "alone",
-        f"Slowest responses: {subject}",
-    )  # fmt: skip
-
-
-def bars_of(
-    conclusions: Sequence[Record], figure: str, write: Callable[[Record], str]
-) -> list[Bar]:
-    """The bars of one figure: a category a subject, a bar a mode that has the figure."""
-    return [
-        Bar(
-            subject_text(conclusion),
-            mode["mode"],
-            mode_name(mode["mode"], mode["settings"]),
-            mode["estimate"],
-            write(mode["estimate"]),
-        )
-        for conclusion in conclusions
-        if conclusion["figure"] == figure
-        for mode in conclusion["modes"]
-        if mode["estimate"]
-    ]
+                text = f"{parts['mean']:.1f} ({duration(found['mean'])})"
+                found = {**found, **parts}
+            bars.append(Bar(category, mode["mode"], name, found, text))
+    return bars
 
 
 def draw_bars(
-    bars: Sequence[Bar], path: Path, label: str, reference: str, caption: str
+    figure: str, conclusions: Sequence[Record], section: Record, path: Path, subject: str
 ) -> Picture | None:
-    """Horizontal bars by category, a style a mode, with a dashed line at 1, the `reference`.
+    """Horizontal bars by category, a style a mode, with a dashed line at 1.
 
     An infinite figure has no bar, but its text. `None` without any finite one.
     """
+    about, bars = BARS[figure], bars_of(figure, conclusions, section)
     highest = max((known(bar.found, "high") for bar in bars), default=0.0)
     if not highest:
         return None
     categories = list(dict.fromkeys(bar.category for bar in bars))
-    modes = list(dict.fromkeys((bar.mode, bar.mode_name) for bar in bars))
-    looks = styles(modes)
-    is_split = categories != [name for _, name in modes]
-    ordered = sorted(bars, key=lambda bar: categories.index(bar.category))
+    bars.sort(key=lambda bar: categories.index(bar.category))
+    looks = styles((bar.mode, bar.mode_name) for bar in bars)
+    is_split = categories != list(looks)
     places: dict[str, list[float]] = {}
     place = 0.0
     with drawing_rules():
-        figure, (panel,) = new_figure(0.9 + 0.27 * len(bars) + 0.12 * len(categories) * is_split)
-        for bar in ordered:
+        chart, (panel,) = new_figure(0.9 + 0.27 * len(bars) + 0.12 * len(categories) * is_split)
+        for bar in bars:
             place += 0.45 if is_split and places and bar.category not in places else 0.0
             places.setdefault(bar.category, []).append(place)
             look = looks[bar.mode_name]
@@ -223,20 +195,20 @@ def draw_bars(
             )  # fmt: skip
             place += 1
         panel.axvline(1, color="black", linestyle="--", linewidth=1)
-        panel.set_yticks(
-            [sum(found) / len(found) for found in places.values()], map(wrapped, places)
-        )
+        middles = [sum(found) / len(found) for found in places.values()]
+        panel.set_yticks(middles, map(wrapped, places))
         panel.invert_yaxis()
         room = 1.1 + 0.03 * max(len(bar.text) for bar in bars)
         panel.set_xlim(0, max(1.0, highest) * room)
-        panel.set_xlabel(label)
+        panel.set_xlabel(about.axis)
         panel.grid(axis="x", color="0.85")
         if is_split:
-            draw_legend(figure, looks)
+            draw_legend(chart, looks)
         note = spread_note([bar.found for bar in bars])
-        figure.supxlabel(f"dashed: {reference}; {note}", fontsize=8)
-        listed = "; ".join(f"{bar.category}, {bar.mode_name} {bar.text}" for bar in ordered)
-        return save(figure, path, caption, f"Bars, {label}: {listed}.")
+        chart.supxlabel(f"dashed: {about.reference}; {note}", fontsize=8)
+        shown = dict.fromkeys(f"{bar.category}, {bar.mode_name} {bar.text}" for bar in bars)
+        description = f"Bars, {about.axis}: {'; '.join(shown)}."
+        return save(chart, path, f"{about.caption}: {subject}", description)
 
 
 def draw_legend(figure: Figure, looks: Mapping[str, Mapping[str, str]]) -> None:
@@ -303,15 +275,9 @@ def draw_lines(
 ) -> Picture | None:  # fmt: skip
     """Panels of lines below each other over one x axis, with a grey line at 1 in each.
 
-    Args:
-        panels: Lines by the title of the panel's own axis.
-        ticks: Places on the x axis.
-        labels: What stands at them.
-        axis: What the x axis is.
-        path: Of the PNG file.
-        caption: What the chart shows.
-        marks: Places of vertical lines in the first panel, and what they are.
-        notes: Places in the first panel that have no figure, and why.
+    `panels` holds lines by what the panel shows, `ticks` and `labels` what stands on the x axis.
+    In the first panel `marks` are places of vertical lines and what they are, `notes` places
+    without a figure and why. `None` where there is nothing to draw.
     """
     found = [one for lines in panels.values() for line in lines for one in line.found if one]
     if not any(known(one, "mean") for one in found):
@@ -335,13 +301,11 @@ def draw_lines(
         axes[-1].set_xlim(ticks[0] - margin, ticks[-1] + margin)
         axes[-1].set_xticks(ticks, labels)
         axes[-1].set_xlabel(axis)
-        handles, names = {}, [line.name for line in panels[next(iter(panels))]]
+        named = {}
         for panel in axes:
-            handles |= dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
-        if len(names) > 1 or len(handles) > 1:
-            figure.legend(
-                handles.values(), handles, loc="outside upper left", ncols=2, frameon=False
-            )
+            named |= dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
+        if named:
+            figure.legend(named.values(), named, loc="outside upper left", ncols=2, frameon=False)
         figure.supxlabel(f"grey: 1, as alone; {spread_note(found)}", fontsize=8)
         description = f"Lines of {', '.join(panels)} against {axis}.".replace("\n", " ")
         return save(figure, path, caption, description)
