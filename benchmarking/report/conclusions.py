@@ -224,11 +224,10 @@ def _conclusion(
     subject: _Subject, pairs: Sequence[dict[str, Any]], is_cpu_demo: bool
 ) -> dict[str, Any]:
     known = {name: found for name, found in subject.estimates.items() if found is not None}
-    choose = max if subject.is_higher_better else min
     ranked = sorted(known, key=lambda name: known[name].mean, reverse=subject.is_higher_better)
-    best = choose(known, key=lambda name: known[name].mean) if len(known) > 1 else None
+    best = next(iter(ranked), None)
     verdict, tied, reason = None, [], None
-    if subject.is_claim and best is None:
+    if subject.is_claim and len(known) < 2:
         verdict = claims.NOT_MEASURED
         reason = "without a GPU nothing is said of sharing modes" if is_cpu_demo else (
             "no other mode was measured" if known else next(iter(subject.reasons.values()), None)
@@ -270,7 +269,7 @@ def _conclusion(
         "rounds": min((found.repeats for found in known.values()), default=0),
         "pairs": list(pairs),
         "runner_up": runner_up,
-        "runner_up_percent": _over(known, best, runner_up) if best else None,
+        "runner_up_percent": _over(known, best, runner_up) if runner_up else None,
         "smallest_shown_percent": max(needed, default=None),
         "reason": reason,
         "run_ids": list(dict.fromkeys(name for group in subject.groups for name in group.run_ids)),

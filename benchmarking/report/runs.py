@@ -49,8 +49,8 @@ _UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069
 _T = TypeVar("_T")
 
 
-class NothingToReportError(Exception):
-    """There is no run to report on; the message is one sentence naming the fix."""
+class UsageError(Exception):
+    """There is nothing to report on, or nowhere to; the message is one sentence naming the fix."""
 
 
 @dataclass
@@ -272,10 +272,10 @@ class Results:
 def read_results(results_dir: Path) -> Results:
     """Read every run at or below the folder; of one run's folder those beside it lend baselines.
 
-    Raises `NothingToReportError` when the folder is missing or holds no run.
+    Raises `UsageError` when the folder is missing or holds no run.
     """
     if not results_dir.is_dir():
-        raise NothingToReportError(
+        raise UsageError(
             f"{results_dir} is not a folder: give the one that holds the runs by --results-dir"
         )
     manifests = sorted(results_dir.rglob(run_folder.MANIFEST_FILE))
@@ -291,7 +291,7 @@ def read_results(results_dir: Path) -> Results:
     if not runs:
         refused = (f"refused: {one['sentence']}" for one in reversed(results.refusals))
         said = next(iter([*results.problems, *refused]), "")
-        raise NothingToReportError(
+        raise UsageError(
             f"no run in {results_dir}{f' ({said})' if said else ''}: make one with "
             "benchmarking/benchmark_suite.py first"
         )
