@@ -118,7 +118,7 @@ BARS = {
         "alone",
     ),
     "tail_ms": BarChart(
-        "tail", "Slowest responses", "response time, times that alone (lower is better)", "alone"
+        "tail", "Response times", "response time, times that alone (lower is better)", "alone"
     ),
 }  # fmt: skip
 
@@ -148,7 +148,7 @@ def bars_of(figure: str, conclusions: Sequence[Record], section: Record) -> list
             if figure == "work":
                 category = name
             elif figure == "tail_ms":
-                percentile = f"p{mode['percent']:g}"
+                percentile = f"p{one['percent']:g}"
                 by_itself = alone.get(one["subject"], {}).get(percentile)
                 if not by_itself or not math.isfinite(by_itself):
                     continue
@@ -386,7 +386,7 @@ def draw_heat_map(
         panel.tick_params(length=0, labelsize=8)
         chart.supxlabel(f"{label}; darker is worse", fontsize=8)
         name = mode_name(matrix["mode"], matrix["settings"])
-        what = "How much slower each job ran" if figure == "slowdown" else "Slowest responses"
+        what = "How much slower each job ran" if figure == "slowdown" else "Response times"
         return save(
             chart, path, f"{what} two at a time, {name}",
             f"Heat map, {label}, under {name}; rows suffer, columns stand next to them.",

@@ -212,7 +212,8 @@ def mix_of(section: Record, mix: str, clients: int, members: Sequence[Record]) -
     modes.sort(key=lambda mode: (wording.mode_order(mode["mode"]), mode["settings"]))
     names = {mode["variant"]: tables.group_name(mode) for mode in modes}
     measured = [mode for mode in whole["modes"] if mode["estimate"]] if whole else []
-    best = next((mode for mode in measured if mode["variant"] == whole["best"]), None)
+    best = next((mode for mode in measured if mode["is_best"]), None)
+    best = best or (measured[0] if len(measured) == 1 else None)
     other: dict[str, list[str]] = {}
     for one in rows:
         is_another = one["best"] != (whole or {}).get("best")
@@ -222,7 +223,7 @@ def mix_of(section: Record, mix: str, clients: int, members: Sequence[Record]) -
                   if (one["mix"], one["clients"]) == (mix, clients)), None)  # fmt: skip
     against_alone = [
         pair for pair in (whole["pairs"] if whole else ())
-        if best and (pair["one"], pair["other"]) == (best["variant"], "alone")
+        if best and {pair["one"], pair["other"]} == {best["variant"], "alone"}
     ]  # fmt: skip
     return {
         "mix": mix,
@@ -258,9 +259,11 @@ def facts(section: Record, say: Any) -> dict[str, list[str]]:
     found = {
         "Worst slowdown": [say.worst(mix["worst"]) for mix in section["mixes"] if mix["worst"]],
         "How many fit": [say.ramp_line(ramp) for ramp in section["ramps"]],
-        "Not measured": [say.not_measured(one) for one in section["not_measured"]],
     }
-    if section["groups"] and not section["cpu_demo"]:
+    if section["cpu_demo"]:
+        return {title: texts for title, texts in found.items() if texts}
+    found["Not measured"] = [say.not_measured(one) for one in section["not_measured"]]
+    if section["groups"]:
         found["The method's own error"] = [say.own_error(section)]
     for mix in section["mixes"]:
         for one in mix["expectations"]:
