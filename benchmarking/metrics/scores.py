@@ -28,9 +28,9 @@ UnitsByKind = Mapping[str, Units]
 FAILED_REQUEST = "missed_request"
 OFFERED_RATE_KINDS = frozenset({"request", FAILED_REQUEST})
 
-# p99 of fewer responses is their maximum and little else; p95 of a few dozen hardly more.
-FEWEST_FOR_A_TAIL = 100
+# Of so many responses five lie beyond the p99; of fewer it is their maximum and little else.
 TAIL_PERCENT = 99
+FEWEST_FOR_A_TAIL = 500
 
 
 # --- work -----------------------------------------------------------------------------------
@@ -116,10 +116,9 @@ def latency_percentile(
 
 
 def fewest_responses(percent: float) -> int:
-    """From how many responses on a percentile stands: p95 from 100, p99 from 500.
+    """From how many responses on a percentile stands, five of them beyond it: p95 from 100.
 
-    Five of them lie beyond it then; of fewer it is their maximum and little else. The median needs
-    no more than one.
+    The median needs no more than one.
     """
     return 1 if percent <= 50 else math.ceil(round(5 * 100 / (100 - percent), 6))
 

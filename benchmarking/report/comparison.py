@@ -12,6 +12,7 @@ have it: `mps`, `mps:even`, `mps:50/25`.
     schema_version  5
     phases, problems, refusals     rows of phases.jsonl, sentences, rows of refusals.jsonl
     prices          {gpu_price_per_hour, kwh_price}; either may be null, costs are in its currency
+    differences[]   {fact, values: one a section, null where unknown}: why runs stand apart
     matters_percent                differences within it do not matter
     sections[]      runs on one environment; figures of two sections are never compared
       title, cpu_demo, environment, versions, engines, run_ids
@@ -112,7 +113,15 @@ from benchmarking.report.groups import (
     plain,
     table_rows,
 )
-from benchmarking.report.merging import Alone, Section, alone_of, baseline_run, find_sections, merge
+from benchmarking.report.merging import (
+    Alone,
+    Section,
+    alone_of,
+    baseline_run,
+    differences,
+    find_sections,
+    merge,
+)
 from benchmarking.report.runs import MeasuredRun, Results
 
 if TYPE_CHECKING:
@@ -137,7 +146,8 @@ def compare(
     import pandas
 
     sections, rows = [], []
-    for number, section in enumerate(find_sections(results.runs), start=1):
+    found_sections = find_sections(results.runs)
+    for number, section in enumerate(found_sections, start=1):
         measured = _Measured(section, [*results.runs, *results.references])
         found, clients = _section(measured, results, slo_ms, matters_percent)
         _add_costs(found["groups"], gpu_price_per_hour, kwh_price)
@@ -148,6 +158,7 @@ def compare(
         "matters_percent": matters_percent,
         "prices": {"gpu_price_per_hour": gpu_price_per_hour, "kwh_price": kwh_price},
         "sections": sections,
+        "differences": differences(found_sections),
         "phases": results.phases,
         "problems": [*results.problems, *(text for run in results.runs for text in run.problems)],
         "refusals": results.refusals,
@@ -250,6 +261,9 @@ def _groups(measured: _Measured, slo_ms: float | None) -> tuple[list[Group], lis
             co_runs = [measured.co_run(run, one) for run in chosen for one in run.judged(clients)]
             bound_ms = slo_ms or chosen[0].manifest.bounds.max_p99_ms
             groups.append(Group(chosen, co_runs, measured.baseline_ids(chosen), bound_ms))
+    layouts = {group.first.settings for group in groups if group.first.mode == MODE_MIG}
+    for run in (run for group in groups for run in group.runs):
+        run.is_one_layout_of_several = run.mode == MODE_MIG and len(layouts) > 1
     groups.sort(key=lambda one: (one.first.manifest.mix, one.clients, one.first.mode_order))
     return groups, excluded
 

@@ -45,6 +45,28 @@ class Section:
             known.update(more)
         return True
 
+    def facts(self) -> dict[str, str]:
+        """What sets the section apart from another, as far as it is known, in words."""
+        engines = {name: " ".join(map(str, pair)) for name, pair in self.engines.items()}
+        named = {
+            **{name.replace("_", " "): value for name, value in self.environment.items()},
+            **{f"version of {name}": value for name, value in self.versions.items()},
+            **{f"engine of {workload}": engine for workload, engine in engines.items()},
+            **{f"calibrated {name}": value for name, value in self.carried.items()},
+        }
+        return {name: str(value) for name, value in named.items() if value is not None}
+
+
+def differences(sections: Sequence[Section]) -> list[dict[str, Any]]:
+    """In what sections differ: a fact with its value in each, `None` where it is not known."""
+    facts = [section.facts() for section in sections]
+    found = []
+    for name in dict.fromkeys(name for known in facts for name in known):
+        values = [known.get(name) for known in facts]
+        if len({value for value in values if value is not None}) > 1:
+            found.append({"fact": name, "values": values})
+    return found
+
 
 def find_sections(runs: Sequence[MeasuredRun]) -> list[Section]:
     """Runs by environment, newest first.

@@ -66,6 +66,7 @@ class MeasuredRun:
     client_records: list[ClientRecord]
     co_run_records: list[CoRunRecord]
     problems: list[str] = field(default_factory=list)
+    is_one_layout_of_several: bool = False
 
     @property
     def mode(self) -> str:
@@ -94,6 +95,8 @@ class MeasuredRun:
         """Mode and limits in one name, as flags have it: `mps`, `mps:even`, `mps:50/25`."""
         if self.mode == MODE_TIME_SLICING and self.settings:
             return f"{self.mode}:{self.settings.removesuffix(' slices')}"
+        if self.mode == MODE_MIG and self.is_one_layout_of_several:
+            return f"{self.mode}:{self.settings.replace(' ', '')}"
         if self.mode != MODE_MPS:
             return self.mode
         told = self._limits
