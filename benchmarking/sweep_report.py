@@ -12,7 +12,7 @@ from typing import Any
 from benchmarking.metrics.number_text import duration
 from benchmarking.modes.names import MODE_CPU_DEMO
 from benchmarking.records import run_folder, writing
-from benchmarking.report import charts, claims, drawing, render
+from benchmarking.report import claims, drawing, render
 from benchmarking.report.comparison import compare
 from benchmarking.report.export import finite
 from benchmarking.report.runs import Results, read_run
@@ -218,10 +218,10 @@ def draw(sweep: Sweep, path: Path) -> drawing.Picture | None:
     look = drawing.styles([(points[0].mode or "", "mode")])["mode"]
     labels = dict.fromkeys(tail["label"] for point in points for tail in point.tails)
     panels = {
-        "work delivered": [charts.Line("", places, [point.stp for point in points], look)],
-        "slowdown (ANTT)": [charts.Line("", places, [point.antt for point in points], look)],
+        "work delivered": [drawing.Line("", places, [point.stp for point in points], look)],
+        "slowdown (ANTT)": [drawing.Line("", places, [point.antt for point in points], look)],
         "p99, times alone": [
-            charts.Line(
+            drawing.Line(
                 label,
                 places,
                 [times_alone(point.tail(label)) for point in points],
@@ -235,7 +235,7 @@ def draw(sweep: Sweep, path: Path) -> drawing.Picture | None:
         for place, point in enumerate(points)
         if point.stp is None
     ]
-    return charts.draw_lines(
+    return drawing.draw_lines(
         {title: lines for title, lines in panels.items() if lines}, places,
         [point.value for point in points], sweep.knob, path,
         f"Work, slowdown and response times by {sweep.knob}", notes=notes,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,10 @@ from typing import TYPE_CHECKING, Any
 from benchmarking.metrics.number_text import duration
 from benchmarking.metrics.scores import FEWEST_FOR_A_TAIL
 from benchmarking.report.drawing import (
+    Line,
     Picture,
+    draw_legend,
+    draw_lines,
     drawing_rules,
     error_bar,
     known,
@@ -30,7 +33,6 @@ from benchmarking.report.wording import clients_text, mode_name, number, subject
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 Record = Mapping[str, Any]
 
@@ -211,28 +213,7 @@ def draw_bars(
         return save(chart, path, f"{about.caption}: {subject}", description)
 
 
-def draw_legend(figure: Figure, looks: Mapping[str, Mapping[str, str]]) -> None:
-    """Name the modes over the panel."""
-    from matplotlib.patches import Patch
-
-    handles = [
-        Patch(facecolor=look["color"], hatch=look["hatch"], edgecolor="black", label=name)
-        for name, look in looks.items()
-    ]
-    figure.legend(handles=handles, loc="outside upper left", ncols=3, frameon=False)
-
-
-# --- lines: figures against a number of clients, or against the values of a sweep -----------------
-
-
-@dataclass(frozen=True)
-class Line:
-    """A line of one panel: its estimates (or `None`) at the places of the x axis."""
-
-    name: str
-    places: Sequence[float]
-    found: Sequence[Record | None]
-    look: Mapping[str, str]
+# --- lines: figures against the number of clients -------------------------------------------------
 
 
 def draw_ramps(section: Record, mix: str, path: Path) -> Picture | None:
@@ -243,93 +224,27 @@ def draw_ramps(section: Record, mix: str, path: Path) -> Picture | None:
         for group in section["groups"]
         if group["mix"] == mix
     }
-    looks = styles((ramp["mode"], mode_name(ramp["mode"], ramp["settings"])) for ramp in ramps)
-    panels: dict[str, list[Line]] = {}
-    for figure, title in (("stp", "work delivered"), ("antt", "times as long\nas alone (mean)")):
-        panels[title] = [
+    names = {ramp["variant"]: mode_name(ramp["mode"], ramp["settings"]) for ramp in ramps}
+    looks = styles((ramp["mode"], names[ramp["variant"]]) for ramp in ramps)
+    panels = {
+        title: [
             Line(
-                name := mode_name(ramp["mode"], ramp["settings"]),
+                names[ramp["variant"]],
                 ramp["clients"],
                 [groups.get((ramp["variant"], count), {}).get(figure) for count in ramp["clients"]],
-                looks[name],
+                looks[names[ramp["variant"]]],
             )
             for ramp in ramps
         ]
+        for figure, title in (("stp", "work delivered"), ("antt", "times as long\nas alone (mean)"))
+    }
     counts = sorted({count for ramp in ramps for count in ramp["clients"]})
-    marks = []
-    for ramp in ramps:
-        point = ramp["breaking_point"]
-        if point["clients"] is not None:
-            name = mode_name(ramp["mode"], ramp["settings"])
-            marks.append((point["clients"], f"{name} breaks at {point['clients']}"))
+    broken = [(ramp["breaking_point"]["clients"], names[ramp["variant"]]) for ramp in ramps]
+    marks = [(count, f"{name} breaks at {count}") for count, name in broken if count is not None]
     return draw_lines(
         panels, counts, [str(count) for count in counts], "clients at the same time", path,
         f"Work and slowdown by number of clients: copies of {mix}", marks=marks,
     )  # fmt: skip
-
-
-def draw_lines(
-    panels: Mapping[str, Sequence[Line]], ticks: Sequence[float], labels: Sequence[str],
-    axis: str, path: Path, caption: str, *, marks: Iterable[tuple[float, str]] = (),
-    notes: Iterable[tuple[float, str]] = (),
-) -> Picture | None:  # fmt: skip
-    """Panels of lines below each other over one x axis, with a grey line at 1 in each.
-
-    `panels` holds lines by what the panel shows, `ticks` and `labels` what stands on the x axis.
-    In the first panel `marks` are places of vertical lines and what they are, `notes` places
-    without a figure and why. `None` where there is nothing to draw.
-    """
-    found = [one for lines in panels.values() for line in lines for one in line.found if one]
-    if not any(known(one, "mean") for one in found):
-        return None
-    with drawing_rules():
-        figure, axes = new_figure(0.9 + 1.6 * len(panels), len(panels), sharex=True)
-        for panel, (title, lines) in zip(axes, panels.items(), strict=True):
-            draw_panel(panel, title, lines)
-        for row, (place, text) in enumerate(marks):
-            axes[0].axvline(place, color="0.3", linestyle=":", linewidth=1.5)
-            axes[0].annotate(
-                text, (place, 1), xycoords=("data", "axes fraction"), xytext=(3, 3 + 11 * row),
-                textcoords="offset points", ha="right", va="bottom", fontsize=8,
-            )  # fmt: skip
-        for place, text in notes:
-            axes[0].annotate(
-                text, (place, 0.05), xycoords=("data", "axes fraction"), ha="center",
-                style="italic", fontsize=8,
-            )  # fmt: skip
-        margin = 0.06 * (ticks[-1] - ticks[0]) or 0.5
-        axes[-1].set_xlim(ticks[0] - margin, ticks[-1] + margin)
-        axes[-1].set_xticks(ticks, labels)
-        axes[-1].set_xlabel(axis)
-        named = {}
-        for panel in axes:
-            named |= dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
-        if named:
-            figure.legend(named.values(), named, loc="outside upper left", ncols=2, frameon=False)
-        figure.supxlabel(f"grey: 1, as alone; {spread_note(found)}", fontsize=8)
-        description = f"Lines of {', '.join(panels)} against {axis}.".replace("\n", " ")
-        return save(figure, path, caption, description)
-
-
-def draw_panel(panel: Axes, title: str, lines: Sequence[Line]) -> None:
-    """Draw the lines of one panel, with a gap where a place has no figure."""
-    for line in lines:
-        means = [known(one, "mean") if one else math.nan for one in line.found]
-        below, above = [], []
-        for one, mean in zip(line.found, means, strict=True):
-            low, high = (known(one, "low"), known(one, "high")) if one else (mean, mean)
-            below.append(max(0.0, mean - low))
-            above.append(max(0.0, high - mean))
-        panel.errorbar(
-            line.places, means, yerr=[below, above], capsize=3, label=line.name,
-            markeredgecolor="black", color=line.look["color"], marker=line.look["marker"],
-            linestyle=line.look["linestyle"],
-        )  # fmt: skip
-    highs = [known(one, "high") for line in lines for one in line.found if one]
-    panel.axhline(1, color="0.5", linewidth=1)
-    panel.set_ylim(0, 1.1 * max([1.0, *highs]))
-    panel.set_ylabel(title)
-    panel.grid(color="0.85")
 
 
 # --- pairs: who slows whom ------------------------------------------------------------------------
@@ -346,7 +261,11 @@ def draw_heat_map(
     `figure` is `slowdown` or `tail_slowdown`; `every` are the matrices that the reader sees next to
     this one, for one scale of shades. `None` where no cell has the figure.
     """
-    value = {"slowdown": slowdown_of, "tail_slowdown": lambda cell: cell["tail_slowdown"]}[figure]
+
+    def value(cell: Record) -> float | None:
+        found = cell[figure]
+        return found["mean"] if isinstance(found, Mapping) else found
+
     cells = {(cell["job"], cell["beside"]): cell for cell in matrix["cells"]}
     columns = list(dict.fromkeys(job for job, _ in cells))
     rows = [job for job in columns if any(value(cells[job, other]) for other in columns)]
@@ -354,7 +273,10 @@ def draw_heat_map(
         return None
     finite = [value(cell) or 0.0 for one in every for cell in one["cells"]]
     highest = max([2.0, *(found for found in finite if math.isfinite(found))])
-    label = {"slowdown": "times as long as alone", "tail_slowdown": "p99, times that alone"}[figure]
+    what, label = {
+        "slowdown": ("How much slower each job ran", "times as long as alone"),
+        "tail_slowdown": ("Response times", "p99, times that alone"),
+    }[figure]
     with drawing_rules():
         chart, (panel,) = new_figure(0.9 + 0.5 * len(rows))
         shades = [
@@ -386,16 +308,10 @@ def draw_heat_map(
         panel.tick_params(length=0, labelsize=8)
         chart.supxlabel(f"{label}; darker is worse", fontsize=8)
         name = mode_name(matrix["mode"], matrix["settings"])
-        what = "How much slower each job ran" if figure == "slowdown" else "Response times"
         return save(
             chart, path, f"{what} two at a time, {name}",
             f"Heat map, {label}, under {name}; rows suffer, columns stand next to them.",
         )  # fmt: skip
-
-
-def slowdown_of(cell: Record) -> float | None:
-    """The mean slowdown of a cell of pairs."""
-    return cell["slowdown"]["mean"] if cell["slowdown"] else None
 
 
 def why_missing(cell: Record, figure: str) -> str:
@@ -425,7 +341,7 @@ def draw_timeline(rows: Any, samples: Sequence[Record], path: Path) -> Picture |
     jobs are drawn.
     """
     start, end = rows[["window_start_seconds", "window_end_seconds"]].iloc[0]
-    if not end > start:  # not a number either
+    if start is None or end is None or end <= start:
         return None
     near = [
         sample
@@ -459,10 +375,9 @@ def activity_source(samples: Sequence[Record]) -> tuple[str, str] | None:
     """The best activity that the samples carry, and its name with where it comes from."""
     for key, name in ACTIVITY_SOURCES:
         if any(sample.get(key) is not None for sample in samples):
-            if key == "utilization_gpu_percent":
-                origins = {sample.get("utilization_source") for sample in samples} - {None}
-                name += f" ({', '.join(sorted(origins)) or 'source unknown'})"
-            return key, name
+            origins = {sample.get("utilization_source") for sample in samples} - {None}
+            is_nvml = key == "utilization_gpu_percent"
+            return key, f"{name} ({', '.join(sorted(origins))})" if is_nvml and origins else name
     return None
 
 
@@ -484,19 +399,18 @@ def draw_jobs(panel: Axes, rows: Any, start: float, end: float) -> None:
                 shade = "0.7" if index % 2 else "0.5"
                 draw_bar(row, job["start_seconds"], job["end_seconds"], shade)
         done = jobs[-1]["end_seconds"] if jobs else start
-        if client["status"] == "ok" and done < end:  # a client starts over until told to stop
+        is_ok = client["status"] == "ok"
+        if is_ok and done < end:  # a client starts over until it is told to stop
             draw_bar(row, done, end, "white")
         count = f"{len(jobs)} job{'' if len(jobs) == 1 else 's'}"
-        if client["status"] != "ok":
-            count += f"\n{client['status']}"
+        count += "" if is_ok else f"\n{client['status']}"
         panel.annotate(
             count, (1, row), xycoords=("axes fraction", "data"), xytext=(3, 0),
             textcoords="offset points", ha="left", va="center", fontsize=8,
         )  # fmt: skip
-    labels = [
-        f"{client}: {label}" for client, label in zip(rows["client"], rows["label"], strict=True)
-    ]
-    panel.set_yticks(range(len(rows)), [textwrap.shorten(label, 22) for label in labels])
+    labels = zip(rows["client"], rows["label"], strict=True)
+    names = [textwrap.shorten(f"{client}: {label}", 22) for client, label in labels]
+    panel.set_yticks(range(len(rows)), names)
     panel.set_ylim(len(rows) - 0.5, -0.5)
 
 

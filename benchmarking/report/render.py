@@ -80,14 +80,14 @@ def render_terminal(comparison: Record, width: int) -> str:
         parts += [say.cpu_notice()] if section["cpu_demo"] else []
         parts += [say.error_notice(section)] if error and error["is_over_limit"] else []
         for mix in section["mixes"]:
-            shown = tables.first_table(mix, say.how_sure, "*{}")
+            shown = first_table(mix, say.how_sure, "*{}")
             parts += [say.headline(mix), say.subject(section, mix), shown]
         if not section["mixes"]:
             headline = say.pairs_headline if section["pair_choices"] else say.baseline_headline
             parts += [headline(section), say.section_title(section)]
         parts += [tables.pair_matrix(section)] if section["pair_choices"] else []
         facts_here = facts(section, say)
-        parts += [f"  {title}: {text}" for title, texts in facts_here.items() for text in texts]
+        parts += [f"  {title}: {' '.join(texts)}" for title, texts in facts_here.items()]
         parts.append("")
     return on_terminal(parts, width)
 
@@ -134,14 +134,14 @@ def environment(kind: str) -> jinja2.Environment:
     for function in (
         wording.clients_text, wording.counted, wording.digits, wording.figure_text, wording.listed,
         wording.milliseconds, wording.mode_name, wording.number, wording.once,
-        wording.subject_text, tables.group_name,
+        wording.sentence, wording.subject_text, tables.group_name,
     ):  # fmt: skip
         made.filters[function.__name__] = function
     made.filters["shell_words"] = shlex.join
     made.filters["drawing"] = Markup  # what matplotlib wrote
     made.filters["code"] = markdown_code
     made.tests["contains_item"] = lambda items, item: item in items
-    made.globals |= {"tables": tables, "facts": facts}
+    made.globals |= {"tables": tables, "first_table": first_table, "facts": facts}
     return made
 
 
@@ -254,6 +254,33 @@ def mix_of(section: Record, mix: str, clients: int, members: Sequence[Record]) -
     }  # fmt: skip
 
 
+def first_table(mix: Record, how_sure: Callable[[Record], str], best: str) -> tables.Table:
+    """Rows: the whole card and each job; columns: each mode; the best marked, and how sure.
+
+    `best` is how a best value is written, as a format: `**{}**`.
+    """
+    rows = []
+    for one in mix["rows"]:
+        modes = {mode["variant"]: mode for mode in one["modes"]}
+        cells = []
+        for variant in mix["names"]:
+            mode = modes.get(variant) or {"estimate": None, "is_best": False}
+            text = wording.figure_text(one, mode["estimate"])
+            cells.append(best.format(text) if mode["is_best"] and mode["estimate"] else text)
+        rows.append([row_label(one), *cells, how_sure(one)])
+    return tables.Table(["", *mix["names"].values(), "how sure"], rows)
+
+
+def row_label(one: Record) -> str:
+    """A subject with its figure in plain words."""
+    figures = {
+        "work": "work delivered",
+        "slowdown": "times as long",
+        "median_ms": "median response",
+    }
+    return f"{wording.subject_text(one)}: {figures.get(one['figure'], one['figure'])}"
+
+
 def facts(section: Record, say: Any) -> dict[str, list[str]]:
     """What stands under the first table: sentences of the module `say` by what they are about."""
     found = {
@@ -267,7 +294,7 @@ def facts(section: Record, say: Any) -> dict[str, list[str]]:
         found["The method's own error"] = [say.own_error(section)]
     for mix in section["mixes"]:
         for one in mix["expectations"]:
-            title = {"guide": "The guide expects", "vendor": "A rule of thumb"}[one["source"]]
+            title = {"guide": "The guide expects", "vendor": "Rule of thumb"}[one["source"]]
             found.setdefault(title, []).append(say.expectation(one))
         priced = [say.price(group) for group in mix["groups"] if group["has_price"]]
         if priced:

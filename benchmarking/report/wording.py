@@ -140,3 +140,8 @@ def counted(labels: Sequence[str]) -> str:
     """Jobs as a sentence lists them, copies together: `6 x Batch inference and BERT`."""
     counts = Counter(labels)
     return listed([f"{count} x {one}" if count > 1 else one for one, count in counts.items()])
+
+
+def sentence(text: str) -> str:
+    """The text with its first letter in upper case."""
+    return text[:1].upper() + text[1:]
