@@ -275,7 +275,8 @@ def _stp_per_multiprocessor(group: Group, stp: Estimate | None) -> float | None:
         return None
     identities = [client.identity or {} for client in group.co_runs[0].clients]
     counts = [identity.get("multiprocessor_count") for identity in identities]
-    return stp.mean * whole / sum(counts) if counts and all(counts) else None
+    is_known = all(isinstance(count, int) and count > 0 for count in counts)
+    return stp.mean * whole / sum(counts) if counts and is_known else None
 
 
 def gpu_figures(found: Iterable[GpuFigures | None]) -> dict[str, Any]:
@@ -362,8 +363,7 @@ def client_row(
     latencies = [ms for client in good_records for ms in client.latency_ms or ()]
     failed = sum(failed_requests(client) for client in good_records)
     reference = members[0][0].alone.pooled.get(first.job_key)
-    bound_ms = slo_ms or next((c.figures["slo_ms"] for c in good_records
-                               if c.figures.get("slo_ms")), None)  # fmt: skip
+    bound_ms = slo_ms or first_figure(good_records, "slo_ms")
     share = bound_ms and scores.slo_attainment_percent(latencies, bound_ms, failed)
     job_seconds = scores.mean(guide.mean_job_seconds(client) for client in good_records)
     alone_seconds = reference and guide.mean_job_seconds(reference)
@@ -401,6 +401,18 @@ def client_row(
         ),
         "checks": guide.workload_checks(good_records, latencies, situation),
     }  # fmt: skip
+
+
+def figure_of(client: ClientRecord, name: str) -> float | None:
+    """A number among what a client told of itself."""
+    value = client.figures.get(name)
+    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+def first_figure(clients: Sequence[ClientRecord], name: str) -> float | None:
+    """The first client's that tells it."""
+    known = (figure_of(client, name) for client in clients)
+    return next((value for value in known if value is not None), None)
 
 
 def failed_requests(client: ClientRecord) -> int:
@@ -464,12 +476,10 @@ def _service(
     if not records or not all(scores.is_offered_rate(client.units) for client in records):
         return None
 
-    def first(name: str) -> Any:
-        return next((c.figures[name] for c in records if c.figures.get(name) is not None), None)
-
-    late = [c.figures.get("late_by_generator_percent") or 0 for c in records]
+    late = [figure_of(client, "late_by_generator_percent") or 0.0 for client in records]
+    limits = (client.figures.get("generator_limited_reason") for client in records)
     return {
-        "offered_per_second": first("request_rate"),
+        "offered_per_second": first_figure(records, "request_rate"),
         "answered": sum(len(client.latency_ms or ()) for client in records),
         "missed": sum(map(failed_requests, records)),
         "goodput_per_second": bound_ms
@@ -480,7 +490,7 @@ def _service(
         ),
         "bound_ms": bound_ms,
         "late_percent": max(late) or None,
-        "limit": first("generator_limited_reason"),
+        "limit": next((str(limit) for limit in limits if limit), None),
     }
 
 

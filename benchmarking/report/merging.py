@@ -167,7 +167,7 @@ def _compared(run: MeasuredRun) -> dict[str, Any]:
         "host cores": here.host_cores,
         # Elsewhere the length of a slice changes nothing.
         "time slice": here.timeslice if run.mode == MODE_TIME_SLICING else None,
-        "window": "of whole jobs" if seconds is None else f"of {seconds:g} s",
+        "window": f"of {seconds:g} s" if isinstance(seconds, (int, float)) else "of whole jobs",
     }
 
 

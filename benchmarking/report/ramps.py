@@ -51,8 +51,8 @@ def _ramp(groups: Sequence[Group], rows: Mapping[int, Mapping[str, Any]]) -> dic
     point = breaking_point(co_runs, clients, **bounds)
     for record in co_runs:  # the run itself saw more than the records hold
         if record.stop_reason and record.clients == point["clients"]:
-            kind, detail = record.stop_reason.get("kind"), record.stop_reason.get("detail")
-            point |= {"criterion": str(kind).replace("_", " "), "detail": detail}
+            kind, detail = (str(record.stop_reason.get(name)) for name in ("kind", "detail"))
+            point |= {"criterion": kind.replace("_", " "), "detail": detail}
             break
     stp = {
         group.clients: row["stp"]
@@ -107,8 +107,8 @@ def interference(groups: Sequence[Group], runs: Sequence[MeasuredRun]) -> list[d
             },
         )
         for part in run.by_jobs():
-            labels = part.planned(2)[0]["clients"] if part.planned(2) else []
-            matrix["jobs"].update(dict.fromkeys(client["label"] for client in labels))
+            clients = (client for one in part.planned(2)[:1] for client in one.clients)
+            matrix["jobs"].update(dict.fromkeys(client.label for client in clients))
         matrix["latency_jobs"] |= {one.label for one in run.client_records if one.latency_ms}
     for group in (group for group in groups if group.first.manifest.is_pairs):
         run = group.first

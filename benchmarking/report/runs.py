@@ -7,9 +7,10 @@ nothing measures makes its co-run unreadable.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -37,6 +38,7 @@ NOISY = "noisy"
 # Of texts so many characters are kept; what is measured here lies far within the numbers.
 LONGEST_TEXT = 10_000
 LARGEST, SMALLEST = 1e18, 1e-18
+DEEPEST = 50
 
 # What of a client's environment changes how the mode treats it; folders of daemons do not.
 _KNOB_PREFIX = "CUDA_MPS_"
@@ -47,6 +49,39 @@ _LINE_BREAKS = re.compile(r"\s*[\t\n\v\f\r\x1c-\x1e\x85\u2028\u2029]+\s*")
 _UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 _T = TypeVar("_T")
+
+
+class PlannedClient(msgspec.Struct, kw_only=True):
+    """What a report asks of a client in a manifest's plan."""
+
+    label: str = ""
+    workload: str = ""
+    job_key: str = ""
+    command: list[str] = []
+    environment: dict[str, str] | None = None
+
+    @property
+    def knobs(self) -> dict[str, str]:
+        """Settings of the mode that it was given."""
+        return {
+            name: value
+            for name, value in (self.environment or {}).items()
+            if name.startswith(_KNOB_PREFIX) and name not in _NO_KNOBS
+        }
+
+    @property
+    def name(self) -> str:
+        """What it is called; an antagonist with what it presses and how much."""
+        label = self.label or self.workload
+        pressed = pressed_resource(self.job_key)
+        return label if pressed is None else f"{label} ({pressed[0]}, duty {pressed[1]:g})"
+
+
+class PlannedCoRun(msgspec.Struct, kw_only=True):
+    """A co-run in a manifest's plan."""
+
+    co_run: str
+    clients: list[PlannedClient]
 
 
 class UsageError(Exception):
@@ -111,7 +146,7 @@ class MeasuredRun:
 
     @property
     def _has_knobs(self) -> bool:
-        return any(_knobs_of(client) for co_run in self._planned for client in co_run["clients"])
+        return any(client.knobs for co_run in self._planned for client in co_run.clients)
 
     @property
     def age(self) -> tuple[str, str]:
@@ -153,12 +188,12 @@ class MeasuredRun:
     def carried(self) -> dict[str, str]:
         """Work that was calibrated alone and then fixed, by flag, job and mix in words."""
         found = {}
-        for client in (client for co_run in self._planned for client in co_run["clients"]):
-            command = client.get("command") or []
+        for client in (client for co_run in self._planned for client in co_run.clients):
+            command = client.command
             for flag in CARRIED_FIGURES.values():
                 if flag in command[:-1]:
                     value = command[len(command) - command[::-1].index(flag)]
-                    found[f"{flag} of {client.get('job_key')} in {self.manifest.mix}"] = value
+                    found[f"{flag} of {client.job_key} in {self.manifest.mix}"] = value
         return found
 
     def co_runs(self, phase: Phase = PHASE_CO_RUN) -> list[CoRunRecord]:
@@ -193,46 +228,41 @@ class MeasuredRun:
         """Whether other people's processes used the GPU at the time."""
         return self.manifest.is_contended or any(one.is_contended for one in self.judged(clients))
 
-    @property
-    def _planned(self) -> list[dict[str, Any]]:
-        found = self.manifest.plan.get("co_runs")
-        planned = found if isinstance(found, list) else []
-        return [one for one in planned if isinstance(one, dict) and one.get("clients")]
+    @functools.cached_property
+    def _planned(self) -> list[PlannedCoRun]:
+        """The plan's co-runs; none of a plan that is no plan."""
+        try:
+            return msgspec.convert(self.manifest.plan.get("co_runs") or [], list[PlannedCoRun])
+        except msgspec.ValidationError:
+            return []
 
-    def planned(self, clients: int) -> list[dict[str, Any]]:
+    def planned(self, clients: int) -> list[PlannedCoRun]:
         """The plan's co-runs of that many clients."""
-        return [co_run for co_run in self._planned if len(co_run["clients"]) == clients]
+        return [co_run for co_run in self._planned if len(co_run.clients) == clients]
 
     def knobs(self, clients: int) -> list[dict[str, str]]:
         """Settings of the mode that each client was given, by client."""
-        first = next(iter(self.planned(clients)), {"clients": []})
-        return [_knobs_of(client) for client in first["clients"]]
+        return [client.knobs for one in self.planned(clients)[:1] for client in one.clients]
 
     def by_jobs(self) -> list[MeasuredRun]:
         """Split a run whose co-runs of one count are of unlike jobs: each pair is its own mix."""
         if not self.manifest.is_pairs and self.manifest.mix != NOISY:
             return [self]
-        pairs: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+        pairs: dict[tuple[str, ...], list[PlannedCoRun]] = {}
         for planned in self._planned:
-            pairs.setdefault(tuple(map(job_name, planned["clients"])), []).append(planned)
+            pairs.setdefault(tuple(client.name for client in planned.clients), []).append(planned)
         return [self._only(jobs, planned) for jobs, planned in pairs.items()]
 
-    def _only(self, jobs: tuple[str, ...], planned: list[dict[str, Any]]) -> MeasuredRun:
-        names = {co_run["co_run"] for co_run in planned}
+    def _only(self, jobs: tuple[str, ...], planned: list[PlannedCoRun]) -> MeasuredRun:
+        names = {co_run.co_run for co_run in planned}
         mix = f"{self.manifest.mix}: {' beside '.join(jobs)}"
+        plan = {"co_runs": msgspec.to_builtins(planned)}
         return replace(
             self,
-            manifest=msgspec.structs.replace(self.manifest, mix=mix, plan={"co_runs": planned}),
+            manifest=msgspec.structs.replace(self.manifest, mix=mix, plan=plan),
             client_records=[r for r in self.client_records if _is_of(r, names)],
             co_run_records=[r for r in self.co_run_records if _is_of(r, names)],
         )
-
-
-def job_name(client: Mapping[str, Any]) -> str:
-    """What a planned client is called; of antagonists with what they press and how much."""
-    label = str(client.get("label") or client.get("workload"))
-    pressed = pressed_resource(str(client.get("job_key") or ""))
-    return label if pressed is None else f"{label} ({pressed[0]}, duty {pressed[1]:g})"
 
 
 def pressed_resource(job_key: str) -> tuple[str, float] | None:
@@ -248,14 +278,6 @@ def pressed_resource(job_key: str) -> tuple[str, float] | None:
 
 def _is_of(record: Record, names: set[str]) -> bool:
     return record.phase != PHASE_CO_RUN or record.co_run in names
-
-
-def _knobs_of(client: Mapping[str, Any]) -> dict[str, str]:
-    return {
-        name: value
-        for name, value in (client.get("environment") or {}).items()
-        if name.startswith(_KNOB_PREFIX) and name not in _NO_KNOBS
-    }
 
 
 # --- reading ----------------------------------------------------------------------------------
@@ -300,7 +322,7 @@ def read_results(results_dir: Path) -> Results:
         )
     if [run.folder for run in runs] == [results_dir]:
         beside = [path.parent for path in results_dir.resolve().parent.glob("*/manifest.json")]
-        others = [folder for folder in beside if folder != results_dir.resolve()]
+        others = [one for one in beside if one != results_dir.resolve() and not one.is_symlink()]
         results.references, _ = _read_all(others)
     return results
 
@@ -353,17 +375,19 @@ def _cleaned_struct(value: _T) -> _T:
     return msgspec.convert(cleaned(msgspec.to_builtins(value)), type(value))
 
 
-def cleaned(value: Any) -> Any:
+def cleaned(value: Any, depth: int = 0) -> Any:
     """Return plain data without what steers a terminal, breaks a line or overflows.
 
-    Raises `ValueError` for a number that nothing measures.
+    Raises `ValueError` for a number that nothing measures, and for what is nested too deeply.
     """
     if isinstance(value, str):
         return _UNSAFE.sub("?", _LINE_BREAKS.sub(" ", value[:LONGEST_TEXT]))
+    if depth > DEEPEST:
+        raise ValueError("what is nested too deeply")
     if isinstance(value, dict):
-        return {cleaned(key): cleaned(item) for key, item in value.items()}
+        return {cleaned(key): cleaned(item, depth + 1) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [cleaned(item) for item in value]
+        return [cleaned(item, depth + 1) for item in value]
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         if not abs(value) <= LARGEST:
             raise ValueError("a number beyond 1e18")
