@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,10 @@ from typing import TYPE_CHECKING, Any
 from benchmarking.metrics.number_text import duration
 from benchmarking.metrics.scores import FEWEST_FOR_A_TAIL
 from benchmarking.report.drawing import (
+    Line,
     Picture,
+    draw_legend,
+    draw_lines,
     drawing_rules,
     error_bar,
     known,
@@ -30,13 +33,12 @@ from benchmarking.report.wording import clients_text, mode_name, number, subject
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 Record = Mapping[str, Any]
 
 # --- which charts a section gets ------------------------------------------------------------------
 
-# Past that many, repeats of a count look alike and make the report long: the first stands for them.
+# Past that many, rounds of a count look alike and make the report long: the first stands for them.
 MOST_TIMELINES = 6
 
 
@@ -46,63 +48,52 @@ def draw_section(
 ) -> dict[str, list[Picture]]:  # fmt: skip
     """Draw a section's charts into a folder that is there: `compared`, `pairs`, `timelines`.
 
-    Args:
-        section: A section of the comparison.
-        clients: The table of clients that belongs to the comparison.
-        samples_of: Gives the GPU samples of a run's folder.
-        folder: Where the PNG files go.
-        prefix: Comes before every file's name.
-
-    Raises:
-        OSError: A file cannot be written.
+    `clients` is the section's part of the table of clients, `samples_of(folder)` gives the GPU
+    samples of a run; files' names begin with `prefix`. Raises `OSError`.
     """
 
     def path(name: str) -> Path:
         return folder / (re.sub(r"[^\w.-]+", "-", f"{prefix}{name}")[:200].strip("-") + ".png")
 
-    compared, pairs = [], []
     by_mix: dict[tuple[str, int], list[Record]] = {}
     for conclusion in section["conclusions"]:
         by_mix.setdefault((conclusion["mix"], conclusion["clients"]), []).append(conclusion)
-    for (mix, count), conclusions in by_mix.items():
-        subject = f"{mix}, {clients_text(count)}"
-        compared += [
-            draw_work(conclusions, subject, path(f"throughput-{mix}-{count}")),
-            draw_slowdowns(conclusions, subject, path(f"slowdown-{mix}-{count}")),
-            draw_tails(conclusions, section["alone"], subject, path(f"tail-{mix}-{count}")),
-        ]
-    for mix in dict.fromkeys(ramp["mix"] for ramp in section["ramps"]):
-        compared.append(draw_ramps(section, mix, path(f"scaling-{mix}")))
-    for matrix in section["interference"]:
-        name = f"{matrix['mode']} {matrix['settings']}".strip() + f"-{matrix['mix']}"
-        every = section["interference"]
-        pairs += [
-            draw_heat_map(matrix, every, "slowdown", path(f"slowdowns-{name}")),
-            draw_heat_map(matrix, every, "tail_slowdown", path(f"tails-{name}")),
-        ]
+    compared = [
+        draw_bars(
+            figure, conclusions, section, path(f"{BARS[figure].file}-{mix}-{count}"),
+            f"{mix}, {clients_text(count)}",
+        )
+        for (mix, count), conclusions in by_mix.items()
+        for figure in BARS
+    ]  # fmt: skip
+    compared += [
+        draw_ramps(section, mix, path(f"scaling-{mix}"))
+        for mix in dict.fromkeys(ramp["mix"] for ramp in section["ramps"])
+    ]
+    matrices = section["interference"]
+    pairs = [
+        draw_heat_map(matrix, matrices, figure, path(f"{name}-{matrix['variant']}-{matrix['mix']}"))
+        for matrix in matrices
+        for figure, name in (("slowdown", "slowdowns"), ("tail_slowdown", "tails"))
+    ]
     timelines = [
         draw_timeline(rows, samples_of(rows["folder"].iloc[0]), path(f"timeline-{name}"))
         for name, rows in shown_timelines(section, clients)
     ]
     drawn = {"compared": compared, "pairs": pairs, "timelines": timelines}
-    return {
-        kind: [picture for picture in pictures if picture is not None]
-        for kind, pictures in drawn.items()
-    }
+    return {kind: list(filter(None, pictures)) for kind, pictures in drawn.items()}
 
 
 def shown_timelines(section: Record, clients: Any) -> list[tuple[str, Any]]:
     """The co-runs to draw: `run-co_run` and the rows of its clients; all, or one of each group."""
     every = [group["co_runs"] for group in section["groups"]]
     is_all = sum(map(len, every)) <= MOST_TIMELINES
-    names = [name for co_runs in every for name in (co_runs if is_all else co_runs[:1])]
     found = []
-    for name in names:
+    for name in (name for co_runs in every for name in (co_runs if is_all else co_runs[:1])):
         run_id, _, co_run = name.rpartition("/")
         is_its_own = (clients["run_id"] == run_id) & (clients["co_run"] == co_run)
         rows = clients[is_its_own & (clients["phase"] == "co_run")].sort_values("client")
-        if len(rows):
-            found.append((f"{run_id}-{co_run}", rows))
+        found += [(f"{run_id}-{co_run}", rows)] if len(rows) else []
     return found
 
 
@@ -110,8 +101,33 @@ def shown_timelines(section: Record, clients: Any) -> list[tuple[str, Any]]:
 
 
 @dataclass(frozen=True)
+class BarChart:
+    """What the bars of one figure are: the file's name, what they show, the axis, the line at 1."""
+
+    file: str
+    caption: str
+    axis: str
+    reference: str
+
+
+BARS = {
+    "work": BarChart(
+        "throughput", "Work delivered", "seconds of alone-work a second (higher is better)",
+        "one job after another",
+    ),
+    "slowdown": BarChart(
+        "slowdown", "How much slower each job ran", "times as long as alone (lower is better)",
+        "alone",
+    ),
+    "tail_ms": BarChart(
+        "tail", "Response times", "response time, times that alone (lower is better)", "alone"
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
 class Bar:
-    """One bar: what it belongs to, its mode and the mode's name, its estimate, how it is written."""
+    """One bar: what it belongs to, its mode and that one's name, its estimate and its text."""
 
     category: str
     mode: str
@@ -120,94 +136,52 @@ class Bar:
     text: str
 
 
-def draw_work(conclusions: Sequence[Record], subject: str, path: Path) -> Picture | None:
-    """Work delivered by each mode; `None` when no mode has a figure."""
-    bars = bars_of(conclusions, "work", lambda found: f"{found['mean']:.2f}")
-    # A single subject: the modes themselves are the categories.
-    bars = [Bar(bar.mode_name, bar.mode, bar.mode_name, bar.found, bar.text) for bar in bars]
-    is_cpu = any(bar.mode == "cpu-demo" for bar in bars)
-    unit = "1 = as much as alone" if is_cpu else "GPUs' worth"
-    return draw_bars(
-        bars, path, f"Work delivered ({unit}; higher is better)", "one job after another",
-        f"Work delivered: {subject}",
-    )  # fmt: skip
+def bars_of(figure: str, conclusions: Sequence[Record], section: Record) -> list[Bar]:
+    """The bars of one figure: a category a subject, a bar a mode that has the figure.
 
-
-def draw_slowdowns(conclusions: Sequence[Record], subject: str, path: Path) -> Picture | None:
-    """How much longer a unit of each job's work takes; `None` without a slowdown."""
-    bars = bars_of(conclusions, "slowdown", lambda found: f"{found['mean']:.2f}")
-    return draw_bars(
-        bars, path, "times as long as alone (lower is better)", "alone",
-        f"How much slower each job ran: {subject}",
-    )  # fmt: skip
-
-
-def draw_tails(
-    conclusions: Sequence[Record], alone: Sequence[Record], subject: str, path: Path
-) -> Picture | None:
-    """Highest percentile of each job's response times over the same alone; `None` without any."""
+    Of the whole card the modes are the categories. Response times are given over those alone.
+    """
     bars = []
-    for conclusion in conclusions:
-        row = next((row for row in alone if row["label"] == conclusion["subject"]), None)
-        for mode in conclusion["modes"] if conclusion["figure"] == "tail_ms" and row else ():
-            percent, found = mode.get("percent"), mode["estimate"]
-            by_itself = (row["latency"] or {}).get(f"p{percent:g}") if percent else None
-            if found and by_itself and math.isfinite(by_itself):
+    alone = {row["label"]: row["latency"] or {} for row in section["alone"]}
+    for one in (one for one in conclusions if one["figure"] == figure):
+        for mode in (mode for mode in one["modes"] if mode["estimate"]):
+            name, found = mode_name(mode["mode"], mode["settings"]), mode["estimate"]
+            category, text = subject_text(one), number(found["mean"])
+            if figure == "work":
+                category = name
+            elif figure == "tail_ms":
+                percentile = f"p{one['percent']:g}"
+                by_itself = alone.get(one["subject"], {}).get(percentile)
+                if not by_itself or not math.isfinite(by_itself):
+                    continue
+                category += f", {percentile}"
                 parts = {part: found[part] / by_itself for part in ("mean", "low", "high")}
-                bars.append(
-                    Bar(
-                        f"{conclusion['subject']}, p{percent:g}",
-                        mode["mode"],
-                        mode_name(mode["mode"], mode["settings"]),
-                        {**found, **parts},
-                        f"{parts['mean']:.1f} ({duration(found['mean'])})",
-                    )
-                )
-    return draw_bars(
-        bars, path, "response time (times that alone; lower is better)", "alone",
-        f"Slowest responses: {subject}",
-    )  # fmt: skip
-
-
-def bars_of(
-    conclusions: Sequence[Record], figure: str, write: Callable[[Record], str]
-) -> list[Bar]:
-    """The bars of one figure: a category a subject, a bar a mode that has the figure."""
-    return [
-        Bar(
-            subject_text(conclusion),
-            mode["mode"],
-            mode_name(mode["mode"], mode["settings"]),
-            mode["estimate"],
-            write(mode["estimate"]),
-        )
-        for conclusion in conclusions
-        if conclusion["figure"] == figure
-        for mode in conclusion["modes"]
-        if mode["estimate"]
-    ]
+                text = f"{parts['mean']:.1f} ({duration(found['mean'])})"
+                found = {**found, **parts}
+            bars.append(Bar(category, mode["mode"], name, found, text))
+    return bars
 
 
 def draw_bars(
-    bars: Sequence[Bar], path: Path, label: str, reference: str, caption: str
+    figure: str, conclusions: Sequence[Record], section: Record, path: Path, subject: str
 ) -> Picture | None:
-    """Horizontal bars by category, a style a mode, with a dashed line at 1, the `reference`.
+    """Horizontal bars by category, a style a mode, with a dashed line at 1.
 
     An infinite figure has no bar, but its text. `None` without any finite one.
     """
+    about, bars = BARS[figure], bars_of(figure, conclusions, section)
     highest = max((known(bar.found, "high") for bar in bars), default=0.0)
     if not highest:
         return None
     categories = list(dict.fromkeys(bar.category for bar in bars))
-    modes = list(dict.fromkeys((bar.mode, bar.mode_name) for bar in bars))
-    looks = styles(modes)
-    is_split = categories != [name for _, name in modes]
-    ordered = sorted(bars, key=lambda bar: categories.index(bar.category))
+    bars.sort(key=lambda bar: categories.index(bar.category))
+    looks = styles((bar.mode, bar.mode_name) for bar in bars)
+    is_split = categories != list(looks)
     places: dict[str, list[float]] = {}
     place = 0.0
     with drawing_rules():
-        figure, (panel,) = new_figure(0.9 + 0.27 * len(bars) + 0.12 * len(categories) * is_split)
-        for bar in ordered:
+        chart, (panel,) = new_figure(0.9 + 0.27 * len(bars) + 0.12 * len(categories) * is_split)
+        for bar in bars:
             place += 0.45 if is_split and places and bar.category not in places else 0.0
             places.setdefault(bar.category, []).append(place)
             look = looks[bar.mode_name]
@@ -223,44 +197,23 @@ def draw_bars(
             )  # fmt: skip
             place += 1
         panel.axvline(1, color="black", linestyle="--", linewidth=1)
-        panel.set_yticks(
-            [sum(found) / len(found) for found in places.values()], map(wrapped, places)
-        )
+        middles = [sum(found) / len(found) for found in places.values()]
+        panel.set_yticks(middles, map(wrapped, places))
         panel.invert_yaxis()
         room = 1.1 + 0.03 * max(len(bar.text) for bar in bars)
         panel.set_xlim(0, max(1.0, highest) * room)
-        panel.set_xlabel(label)
+        panel.set_xlabel(about.axis)
         panel.grid(axis="x", color="0.85")
         if is_split:
-            draw_legend(figure, looks)
+            draw_legend(chart, looks)
         note = spread_note([bar.found for bar in bars])
-        figure.supxlabel(f"dashed: {reference}; {note}", fontsize=8)
-        listed = "; ".join(f"{bar.category}, {bar.mode_name} {bar.text}" for bar in ordered)
-        return save(figure, path, caption, f"Bars, {label}: {listed}.")
+        chart.supxlabel(f"dashed: {about.reference}; {note}", fontsize=8)
+        shown = dict.fromkeys(f"{bar.category}, {bar.mode_name} {bar.text}" for bar in bars)
+        description = f"Bars, {about.axis}: {'; '.join(shown)}."
+        return save(chart, path, f"{about.caption}: {subject}", description)
 
 
-def draw_legend(figure: Figure, looks: Mapping[str, Mapping[str, str]]) -> None:
-    """Name the modes over the panel."""
-    from matplotlib.patches import Patch
-
-    handles = [
-        Patch(facecolor=look["color"], hatch=look["hatch"], edgecolor="black", label=name)
-        for name, look in looks.items()
-    ]
-    figure.legend(handles=handles, loc="outside upper left", ncols=3, frameon=False)
-
-
-# --- lines: figures against a number of clients, or against the values of a sweep -----------------
-
-
-@dataclass(frozen=True)
-class Line:
-    """A line of one panel: its estimates (or `None`) at the places of the x axis."""
-
-    name: str
-    places: Sequence[float]
-    found: Sequence[Record | None]
-    look: Mapping[str, str]
+# --- lines: figures against the number of clients -------------------------------------------------
 
 
 def draw_ramps(section: Record, mix: str, path: Path) -> Picture | None:
@@ -271,98 +224,27 @@ def draw_ramps(section: Record, mix: str, path: Path) -> Picture | None:
         for group in section["groups"]
         if group["mix"] == mix
     }
-    looks = styles((ramp["mode"], mode_name(ramp["mode"], ramp["settings"])) for ramp in ramps)
-    panels: dict[str, list[Line]] = {}
-    for figure, title in (("stp", "work delivered"), ("antt", "times as long\nas alone (mean)")):
-        panels[title] = [
+    names = {ramp["variant"]: mode_name(ramp["mode"], ramp["settings"]) for ramp in ramps}
+    looks = styles((ramp["mode"], names[ramp["variant"]]) for ramp in ramps)
+    panels = {
+        title: [
             Line(
-                name := mode_name(ramp["mode"], ramp["settings"]),
+                names[ramp["variant"]],
                 ramp["clients"],
                 [groups.get((ramp["variant"], count), {}).get(figure) for count in ramp["clients"]],
-                looks[name],
+                looks[names[ramp["variant"]]],
             )
             for ramp in ramps
         ]
+        for figure, title in (("stp", "work delivered"), ("antt", "times as long\nas alone (mean)"))
+    }
     counts = sorted({count for ramp in ramps for count in ramp["clients"]})
-    marks = []
-    for ramp in ramps:
-        point = ramp["breaking_point"]
-        if point["clients"] is not None:
-            name = mode_name(ramp["mode"], ramp["settings"])
-            marks.append((point["clients"], f"{name} breaks at {point['clients']}"))
+    broken = [(ramp["breaking_point"]["clients"], names[ramp["variant"]]) for ramp in ramps]
+    marks = [(count, f"{name} breaks at {count}") for count, name in broken if count is not None]
     return draw_lines(
         panels, counts, [str(count) for count in counts], "clients at the same time", path,
         f"Work and slowdown by number of clients: copies of {mix}", marks=marks,
     )  # fmt: skip
-
-
-def draw_lines(
-    panels: Mapping[str, Sequence[Line]], ticks: Sequence[float], labels: Sequence[str],
-    axis: str, path: Path, caption: str, *, marks: Iterable[tuple[float, str]] = (),
-    notes: Iterable[tuple[float, str]] = (),
-) -> Picture | None:  # fmt: skip
-    """Panels of lines below each other over one x axis, with a grey line at 1 in each.
-
-    Args:
-        panels: Lines by the title of the panel's own axis.
-        ticks: Places on the x axis.
-        labels: What stands at them.
-        axis: What the x axis is.
-        path: Of the PNG file.
-        caption: What the chart shows.
-        marks: Places of vertical lines in the first panel, and what they are.
-        notes: Places in the first panel that have no figure, and why.
-    """
-    found = [one for lines in panels.values() for line in lines for one in line.found if one]
-    if not any(known(one, "mean") for one in found):
-        return None
-    with drawing_rules():
-        figure, axes = new_figure(0.9 + 1.6 * len(panels), len(panels), sharex=True)
-        for panel, (title, lines) in zip(axes, panels.items(), strict=True):
-            draw_panel(panel, title, lines)
-        for row, (place, text) in enumerate(marks):
-            axes[0].axvline(place, color="0.3", linestyle=":", linewidth=1.5)
-            axes[0].annotate(
-                text, (place, 1), xycoords=("data", "axes fraction"), xytext=(3, 3 + 11 * row),
-                textcoords="offset points", ha="right", va="bottom", fontsize=8,
-            )  # fmt: skip
-        for place, text in notes:
-            axes[0].annotate(text, (place, 0.05), xycoords=("data", "axes fraction"), **NOTE)
-        margin = 0.06 * (ticks[-1] - ticks[0]) or 0.5
-        axes[-1].set_xlim(ticks[0] - margin, ticks[-1] + margin)
-        axes[-1].set_xticks(ticks, labels)
-        axes[-1].set_xlabel(axis)
-        handles, names = {}, [line.name for line in panels[next(iter(panels))]]
-        for panel in axes:
-            handles |= dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
-        if len(names) > 1 or len(handles) > 1:
-            figure.legend(
-                handles.values(), handles, loc="outside upper left", ncols=2, frameon=False
-            )
-        figure.supxlabel(f"grey: 1, as alone; {spread_note(found)}", fontsize=8)
-        description = f"Lines of {', '.join(panels)} against {axis}.".replace("\n", " ")
-        return save(figure, path, caption, description)
-
-
-def draw_panel(panel: Axes, title: str, lines: Sequence[Line]) -> None:
-    """Draw the lines of one panel, with a gap where a place has no figure."""
-    for line in lines:
-        means = [known(one, "mean") if one else math.nan for one in line.found]
-        below, above = [], []
-        for one, mean in zip(line.found, means, strict=True):
-            low, high = (known(one, "low"), known(one, "high")) if one else (mean, mean)
-            below.append(max(0.0, mean - low))
-            above.append(max(0.0, high - mean))
-        panel.errorbar(
-            line.places, means, yerr=[below, above], capsize=3, label=line.name,
-            markeredgecolor="black", color=line.look["color"], marker=line.look["marker"],
-            linestyle=line.look["linestyle"],
-        )  # fmt: skip
-    highs = [known(one, "high") for line in lines for one in line.found if one]
-    panel.axhline(1, color="0.5", linewidth=1)
-    panel.set_ylim(0, 1.1 * max([1.0, *highs]))
-    panel.set_ylabel(title)
-    panel.grid(color="0.85")
 
 
 # --- pairs: who slows whom ------------------------------------------------------------------------
@@ -379,7 +261,11 @@ def draw_heat_map(
     `figure` is `slowdown` or `tail_slowdown`; `every` are the matrices that the reader sees next to
     this one, for one scale of shades. `None` where no cell has the figure.
     """
-    value = {"slowdown": slowdown_of, "tail_slowdown": lambda cell: cell["tail_slowdown"]}[figure]
+
+    def value(cell: Record) -> float | None:
+        found = cell[figure]
+        return found["mean"] if isinstance(found, Mapping) else found
+
     cells = {(cell["job"], cell["beside"]): cell for cell in matrix["cells"]}
     columns = list(dict.fromkeys(job for job, _ in cells))
     rows = [job for job in columns if any(value(cells[job, other]) for other in columns)]
@@ -387,7 +273,10 @@ def draw_heat_map(
         return None
     finite = [value(cell) or 0.0 for one in every for cell in one["cells"]]
     highest = max([2.0, *(found for found in finite if math.isfinite(found))])
-    label = {"slowdown": "times as long as alone", "tail_slowdown": "p99, times that alone"}[figure]
+    what, label = {
+        "slowdown": ("How much slower each job ran", "times as long as alone"),
+        "tail_slowdown": ("Response times", "p99, times that alone"),
+    }[figure]
     with drawing_rules():
         chart, (panel,) = new_figure(0.9 + 0.5 * len(rows))
         shades = [
@@ -419,16 +308,10 @@ def draw_heat_map(
         panel.tick_params(length=0, labelsize=8)
         chart.supxlabel(f"{label}; darker is worse", fontsize=8)
         name = mode_name(matrix["mode"], matrix["settings"])
-        what = "How much slower each job ran" if figure == "slowdown" else "Slowest responses"
         return save(
             chart, path, f"{what} two at a time, {name}",
             f"Heat map, {label}, under {name}; rows suffer, columns stand next to them.",
         )  # fmt: skip
-
-
-def slowdown_of(cell: Record) -> float | None:
-    """The mean slowdown of a cell of pairs."""
-    return cell["slowdown"]["mean"] if cell["slowdown"] else None
 
 
 def why_missing(cell: Record, figure: str) -> str:
@@ -458,7 +341,7 @@ def draw_timeline(rows: Any, samples: Sequence[Record], path: Path) -> Picture |
     jobs are drawn.
     """
     start, end = rows[["window_start_seconds", "window_end_seconds"]].iloc[0]
-    if not end > start:  # not a number either
+    if start is None or end is None or end <= start:
         return None
     near = [
         sample
@@ -492,10 +375,9 @@ def activity_source(samples: Sequence[Record]) -> tuple[str, str] | None:
     """The best activity that the samples carry, and its name with where it comes from."""
     for key, name in ACTIVITY_SOURCES:
         if any(sample.get(key) is not None for sample in samples):
-            if key == "utilization_gpu_percent":
-                origins = {sample.get("utilization_source") for sample in samples} - {None}
-                name += f" ({', '.join(sorted(origins)) or 'source unknown'})"
-            return key, name
+            origins = {sample.get("utilization_source") for sample in samples} - {None}
+            is_nvml = key == "utilization_gpu_percent"
+            return key, f"{name} ({', '.join(sorted(origins))})" if is_nvml and origins else name
     return None
 
 
@@ -517,19 +399,18 @@ def draw_jobs(panel: Axes, rows: Any, start: float, end: float) -> None:
                 shade = "0.7" if index % 2 else "0.5"
                 draw_bar(row, job["start_seconds"], job["end_seconds"], shade)
         done = jobs[-1]["end_seconds"] if jobs else start
-        if client["status"] == "ok" and done < end:  # a client starts over until told to stop
+        is_ok = client["status"] == "ok"
+        if is_ok and done < end:  # a client starts over until it is told to stop
             draw_bar(row, done, end, "white")
         count = f"{len(jobs)} job{'' if len(jobs) == 1 else 's'}"
-        if client["status"] != "ok":
-            count += f"\n{client['status']}"
+        count += "" if is_ok else f"\n{client['status']}"
         panel.annotate(
             count, (1, row), xycoords=("axes fraction", "data"), xytext=(3, 0),
             textcoords="offset points", ha="left", va="center", fontsize=8,
         )  # fmt: skip
-    labels = [
-        f"{client}: {label}" for client, label in zip(rows["client"], rows["label"], strict=True)
-    ]
-    panel.set_yticks(range(len(rows)), [textwrap.shorten(label, 22) for label in labels])
+    labels = zip(rows["client"], rows["label"], strict=True)
+    names = [textwrap.shorten(f"{client}: {label}", 22) for client, label in labels]
+    panel.set_yticks(range(len(rows)), names)
     panel.set_ylim(len(rows) - 0.5, -0.5)
 
 

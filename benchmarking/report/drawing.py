@@ -1,4 +1,4 @@
-"""What all charts share: the looks of modes, a figure of the page's width, PNG file and inline SVG.
+"""What all charts share: the looks of modes, a figure of the page's width, PNG and inline SVG.
 
 Narrow enough for a phone, readable in grey: modes differ by hatch, marker and line style as well as
 by color. matplotlib is imported by the functions that draw, with the Agg backend: no display is
@@ -71,6 +71,17 @@ def styles(modes: Iterable[tuple[str, str]]) -> dict[str, Mapping[str, str]]:
         found[name] = {**STYLES.get(mode, OTHER_STYLE), **SETTINGS[before[mode] % len(SETTINGS)]}
         before[mode] += 1
     return found
+
+
+def draw_legend(figure: Figure, looks: Mapping[str, Mapping[str, str]]) -> None:
+    """Name the modes over the panel."""
+    from matplotlib.patches import Patch
+
+    handles = [
+        Patch(facecolor=look["color"], hatch=look["hatch"], edgecolor="black", label=name)
+        for name, look in looks.items()
+    ]
+    figure.legend(handles=handles, loc="outside upper left", ncols=3, frameon=False)
 
 
 def known(found: Record, part: str) -> float:
@@ -150,3 +161,80 @@ def inlined(svg: str, name: str) -> str:
     root = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font: \1 'DejaVu Sans', sans-serif", root)
     prefix = re.sub(r"\W", "-", name)
     return SVG_IDS.sub(lambda match: f"{match.group(1)}{prefix}-", root)
+
+
+# --- lines over one x axis, for ramps and for sweeps ----------------------------------------------
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of one panel: its estimates (or `None`) at the places of the x axis."""
+
+    name: str
+    places: Sequence[float]
+    found: Sequence[Record | None]
+    look: Mapping[str, str]
+
+
+def draw_lines(
+    panels: Mapping[str, Sequence[Line]], ticks: Sequence[float], labels: Sequence[str],
+    axis: str, path: Path, caption: str, *, marks: Iterable[tuple[float, str]] = (),
+    notes: Iterable[tuple[float, str]] = (),
+) -> Picture | None:  # fmt: skip
+    """Panels of lines below each other over one x axis, with a grey line at 1 in each.
+
+    `panels` holds lines by what the panel shows, `ticks` and `labels` what stands on the x axis.
+    In the first panel `marks` are places of vertical lines and what they are, `notes` places
+    without a figure and why. `None` where there is nothing to draw.
+    """
+    found = [one for lines in panels.values() for line in lines for one in line.found if one]
+    if not any(known(one, "mean") for one in found):
+        return None
+    with drawing_rules():
+        figure, axes = new_figure(0.9 + 1.6 * len(panels), len(panels), sharex=True)
+        for panel, (title, lines) in zip(axes, panels.items(), strict=True):
+            draw_panel(panel, title, lines)
+        for row, (place, text) in enumerate(marks):
+            axes[0].axvline(place, color="0.3", linestyle=":", linewidth=1.5)
+            axes[0].annotate(
+                text, (place, 1), xycoords=("data", "axes fraction"), xytext=(3, 3 + 11 * row),
+                textcoords="offset points", ha="right", va="bottom", fontsize=8,
+            )  # fmt: skip
+        for place, text in notes:
+            axes[0].annotate(
+                text, (place, 0.05), xycoords=("data", "axes fraction"), ha="center",
+                style="italic", fontsize=8,
+            )  # fmt: skip
+        margin = 0.06 * (ticks[-1] - ticks[0]) or 0.5
+        axes[-1].set_xlim(ticks[0] - margin, ticks[-1] + margin)
+        axes[-1].set_xticks(ticks, labels)
+        axes[-1].set_xlabel(axis)
+        named = {}
+        for panel in axes:
+            named |= dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
+        if named:
+            figure.legend(named.values(), named, loc="outside upper left", ncols=2, frameon=False)
+        figure.supxlabel(f"grey: 1, as alone; {spread_note(found)}", fontsize=8)
+        description = f"Lines of {', '.join(panels)} against {axis}.".replace("\n", " ")
+        return save(figure, path, caption, description)
+
+
+def draw_panel(panel: Axes, title: str, lines: Sequence[Line]) -> None:
+    """Draw the lines of one panel, with a gap where a place has no figure."""
+    for line in lines:
+        means, lows, highs = (
+            [known(one, part) if one else math.nan for one in line.found]
+            for part in ("mean", "low", "high")
+        )
+        below = [mean - low for mean, low in zip(means, lows, strict=True)]
+        above = [high - mean for mean, high in zip(means, highs, strict=True)]
+        panel.errorbar(
+            line.places, means, yerr=[below, above], capsize=3, label=line.name,
+            markeredgecolor="black", color=line.look["color"], marker=line.look["marker"],
+            linestyle=line.look["linestyle"],
+        )  # fmt: skip
+    highs = [known(one, "high") for line in lines for one in line.found if one]
+    panel.axhline(1, color="0.5", linewidth=1)
+    panel.set_ylim(0, 1.1 * max([1.0, *highs]))
+    panel.set_ylabel(title)
+    panel.grid(color="0.85")

@@ -2,15 +2,15 @@
 
 `draw` makes the charts, `render_html` and `render_markdown` the two reports, `render_terminal` the
 decision for a terminal of some width. All take the comparison that `comparison.compare` describes.
-Text from records is cleaned of control characters and line breaks first, and escaped for each kind
-of reader; jinja2, matplotlib and rich are imported where they are used.
+Texts from records, cleaned when they were read, are escaped for each kind of reader. jinja2,
+matplotlib and rich are imported where they are used.
 """
 
 from __future__ import annotations
 
 import copy
 import re
-import unicodedata
+import shlex
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,14 +20,12 @@ from benchmarking.report import charts, tables, wording
 
 if TYPE_CHECKING:
     import jinja2
-    from rich.console import Console
 
 Record = Mapping[str, Any]
 Charts = Sequence[Mapping[str, Sequence[charts.Picture]]]
 
 TEMPLATES = Path(__file__).parent / "templates"
 TITLE = "GPU sharing: what was found"
-LONGEST_TEXT = 4000  # characters of one text from a record
 NO_CHARTS: Mapping[str, Sequence[charts.Picture]] = {"compared": (), "pairs": (), "timelines": ()}
 
 
@@ -39,8 +37,7 @@ def draw(
     `clients` is the comparison's table of clients, `samples_of(folder)` gives a run's GPU samples.
     Raises `OSError` where a file cannot be written.
     """
-    sections = cleaned(comparison, {"`": "’"})["sections"]
-    clients = clients.assign(label=clients["label"].map(cleaned)) if len(clients) else clients
+    sections = comparison["sections"]
     return [
         charts.draw_section(
             section,
@@ -69,49 +66,56 @@ def render_page(kind: str, template: str, title: str, values: Record) -> str:
 
     made = environment(kind)
     page = made.get_template(f"blocks.{kind}.j2").module
-    values = cleaned(values, {"`": "’"} if kind == "md" else {})
     body = made.get_template(template).render(page=page, **values)
-    text = made.get_template(f"page.{kind}.j2").render(title=cleaned(title), body=Markup(body))
+    text = made.get_template(f"page.{kind}.j2").render(title=title, body=Markup(body))
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n" if kind == "md" else text
 
 
 def render_terminal(comparison: Record, width: int) -> str:
-    """The decision of each section, no wider than `width` columns: headline, table, lines."""
-    from rich.console import Console
+    """The decision of each section, no wider than `width` columns: headline, table, facts."""
+    say = sentences()
+    parts: list[str | tables.Table] = []
+    for section in context(comparison)["sections"]:
+        error = section["own_error"]
+        parts += [say.cpu_notice()] if section["cpu_demo"] else []
+        parts += [say.error_notice(section)] if error and error["is_over_limit"] else []
+        for mix in section["mixes"]:
+            shown = first_table(mix, say.how_sure, "*{}")
+            parts += [say.headline(mix), say.subject(section, mix), shown]
+        if not section["mixes"]:
+            headline = say.pairs_headline if section["pair_choices"] else say.baseline_headline
+            parts += [headline(section), say.section_title(section)]
+        parts += [tables.pair_matrix(section)] if section["pair_choices"] else []
+        facts_here = facts(section, say)
+        parts += [f"  {title}: {' '.join(texts)}" for title, texts in facts_here.items()]
+        parts.append("")
+    return on_terminal(parts, width)
 
-    say = environment("text").get_template("sentences.j2").module
-    console = Console(width=width, no_color=True, markup=False, highlight=False, emoji=False)
-    with console.capture() as captured:
-        for section in cleaned(context(comparison))["sections"]:
-            print_section(console, section, say)
-    return "\n".join(line.rstrip() for line in captured.get().splitlines()) + "\n"
 
-
-def print_section(console: Console, section: Record, say: Any) -> None:
-    """Print what a section's first screen shows."""
+def on_terminal(parts: Sequence[str | tables.Table], width: int) -> str:
+    """Lines, which keep their indentation where they are wrapped, and tables."""
     from rich import box
+    from rich.console import Console
     from rich.padding import Padding
     from rich.table import Table
 
-    error = section["own_error"]
-    if section["cpu_demo"]:
-        console.print(say.cpu_notice())
-    if error and error["is_over_limit"]:
-        console.print(say.error_notice(section))
-    for mix in section["mixes"]:
-        console.print(say.headline(mix), say.subject(section, mix), sep="\n")
-        shown = tables.first_table(mix, say.how_sure, "*{}")
-        table = Table(*shown.header, box=box.SIMPLE, pad_edge=False)
-        for row in shown.rows:
-            table.add_row(*row)
-        console.print(table)
-    if not section["mixes"]:
-        headline = say.pairs_headline if section["pair_choices"] else say.baseline_headline
-        console.print(say.section_title(section), headline(section), sep="\n")
-    for title, texts in facts(section, say).items():
-        for text in texts:
-            console.print(Padding(f"{title}: {text}", (0, 0, 0, 2)))
-    console.print()
+    console = Console(width=width, no_color=True, markup=False, highlight=False, emoji=False)
+    with console.capture() as captured:
+        for part in parts:
+            if isinstance(part, str):
+                indent = len(part) - len(part.lstrip())
+                console.print(Padding(part.strip(), (0, 0, 0, indent)))
+                continue
+            table = Table(*part.header, box=box.SIMPLE, pad_edge=False)
+            for row in part.rows:
+                table.add_row(*row)
+            console.print(table)
+    return "\n".join(line.rstrip() for line in captured.get().splitlines()) + "\n"
+
+
+def sentences() -> Any:
+    """Every sentence, as functions of what fills it, in plain text."""
+    return environment("text").get_template("sentences.j2").module
 
 
 def environment(kind: str) -> jinja2.Environment:
@@ -128,48 +132,33 @@ def environment(kind: str) -> jinja2.Environment:
         lstrip_blocks=True,
     )
     for function in (
-        wording.clients_text, wording.number, wording.digits, wording.listed, wording.once,
-        wording.figure_text, wording.subject_text, wording.mode_name, tables.group_name,
+        wording.clients_text, wording.counted, wording.digits, wording.figure_text, wording.listed,
+        wording.milliseconds, wording.mode_name, wording.number, wording.once,
+        wording.sentence, wording.subject_text, tables.group_name,
     ):  # fmt: skip
         made.filters[function.__name__] = function
+    made.filters["shell_words"] = shlex.join
     made.filters["drawing"] = Markup  # what matplotlib wrote
+    made.filters["code"] = markdown_code
     made.tests["contains_item"] = lambda items, item: item in items
-    made.globals |= {"tables": tables, "facts": facts}
+    made.globals |= {"tables": tables, "first_table": first_table, "facts": facts}
     return made
 
 
-# --- text from records ----------------------------------------------------------------------------
-
-
-def cleaned(value: Any, replaced: Mapping[str, str] | None = None) -> Any:
-    """Plain data with texts that steer no terminal, end no line, and are not endless.
-
-    Control characters, line breaks and marks that change the direction of writing become blanks;
-    `replaced` names further characters and what stands for each.
-    """
-    if isinstance(value, Mapping):
-        return {key: cleaned(item, replaced) for key, item in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [cleaned(item, replaced) for item in value]
-    if not isinstance(value, str):
-        return value
-    text = value if len(value) <= LONGEST_TEXT else f"{value[:LONGEST_TEXT]}…"
-    for character in set(text):
-        if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp"):
-            text = text.replace(character, " ")
-    for character, other in (replaced or {}).items():
-        text = text.replace(character, other)
-    return text
-
-
 def escaped_for_markdown(value: Any) -> Any:
-    """Text in which Markdown sees no HTML and no link; code keeps its characters."""
+    """Text in which Markdown sees no HTML, no link and no code; made of escaped parts, as it is."""
     from markupsafe import Markup
 
-    if hasattr(value, "__html__"):  # made of escaped parts
+    if hasattr(value, "__html__"):
         return value
-    marks = re.compile(r"`[^`\n]*`|<|\](?=\()")
-    return Markup(marks.sub(lambda m: m[0] if m[0][0] == "`" else f"\\{m[0]}", str(value)))
+    return Markup(re.sub(r"<|\](?=\()", r"\\\g<0>", str(value).replace("`", "’")))
+
+
+def markdown_code(text: str) -> Any:
+    """A text as code, whatever it holds."""
+    from markupsafe import Markup
+
+    return Markup("`" + text.replace("`", "’").replace("|", "\\|") + "`") if text else text
 
 
 # --- what the templates are filled with -----------------------------------------------------------
@@ -223,7 +212,8 @@ def mix_of(section: Record, mix: str, clients: int, members: Sequence[Record]) -
     modes.sort(key=lambda mode: (wording.mode_order(mode["mode"]), mode["settings"]))
     names = {mode["variant"]: tables.group_name(mode) for mode in modes}
     measured = [mode for mode in whole["modes"] if mode["estimate"]] if whole else []
-    best = next((mode for mode in measured if mode["variant"] == whole["best"]), None)
+    best = next((mode for mode in measured if mode["is_best"]), None)
+    best = best or (measured[0] if len(measured) == 1 else None)
     other: dict[str, list[str]] = {}
     for one in rows:
         is_another = one["best"] != (whole or {}).get("best")
@@ -233,7 +223,7 @@ def mix_of(section: Record, mix: str, clients: int, members: Sequence[Record]) -
                   if (one["mix"], one["clients"]) == (mix, clients)), None)  # fmt: skip
     against_alone = [
         pair for pair in (whole["pairs"] if whole else ())
-        if best and (pair["one"], pair["other"]) == (best["variant"], "alone")
+        if best and {pair["one"], pair["other"]} == {best["variant"], "alone"}
     ]  # fmt: skip
     return {
         "mix": mix,
@@ -251,7 +241,12 @@ def mix_of(section: Record, mix: str, clients: int, members: Sequence[Record]) -
         ),
         "has_one_mode": len(measured) == 1,
         "worst": worst and {**worst, "mode_name": names.get(worst["variant"], worst["variant"])},
-        "expectations": [one for one in section["expectations"]
+        "expectations": [
+            {**one, "mode_name": names.get(one["mode"], wording.mode_name(one["mode"])),
+             "found_name": names.get(one["found"], one["found"])}
+            for one in section["expectations"] if (one["mix"], one["clients"]) == (mix, clients)
+        ],
+        "XX": [one for one in section["expectations"]
                          if (one["mix"], one["clients"]) == (mix, clients)],
         "groups": [group for group in section["groups"]
                    if (group["mix"], group["clients"]) == (mix, clients)],
@@ -259,14 +254,43 @@ def mix_of(section: Record, mix: str, clients: int, members: Sequence[Record]) -
     }  # fmt: skip
 
 
+def first_table(mix: Record, how_sure: Callable[[Record], str], best: str) -> tables.Table:
+    """Rows: the whole card and each job; columns: each mode; the best marked, and how sure.
+
+    `best` is how a best value is written, as a format: `**{}**`.
+    """
+    rows = []
+    for one in mix["rows"]:
+        modes = {mode["variant"]: mode for mode in one["modes"]}
+        cells = []
+        for variant in mix["names"]:
+            mode = modes.get(variant) or {"estimate": None, "is_best": False}
+            text = wording.figure_text(one, mode["estimate"])
+            cells.append(best.format(text) if mode["is_best"] and mode["estimate"] else text)
+        rows.append([row_label(one), *cells, how_sure(one)])
+    return tables.Table(["", *mix["names"].values(), "how sure"], rows)
+
+
+def row_label(one: Record) -> str:
+    """A subject with its figure in plain words."""
+    figures = {
+        "work": "work delivered",
+        "slowdown": "times as long",
+        "median_ms": "median response",
+    }
+    return f"{wording.subject_text(one)}: {figures.get(one['figure'], one['figure'])}"
+
+
 def facts(section: Record, say: Any) -> dict[str, list[str]]:
     """What stands under the first table: sentences of the module `say` by what they are about."""
     found = {
         "Worst slowdown": [say.worst(mix["worst"]) for mix in section["mixes"] if mix["worst"]],
         "How many fit": [say.ramp_line(ramp) for ramp in section["ramps"]],
-        "Not measured": [say.not_measured(one) for one in section["not_measured"]],
     }
-    if section["groups"] and not section["cpu_demo"]:
+    if section["cpu_demo"]:
+        return {title: texts for title, texts in found.items() if texts}
+    found["Not measured"] = [say.not_measured(one) for one in section["not_measured"]]
+    if section["groups"]:
         found["The method's own error"] = [say.own_error(section)]
     for mix in section["mixes"]:
         for one in mix["expectations"]:

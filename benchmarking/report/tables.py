@@ -61,36 +61,6 @@ def known_only(table: Table) -> tuple[Table, list[str]]:
     return Table(header, rows, table.keys), [table.header[place] for place in empty]
 
 
-# --- the first screen -----------------------------------------------------------------------------
-
-
-def first_table(mix: Record, how_sure: Callable[[Record], str], best: str) -> Table:
-    """Rows: the whole card and each job; columns: each mode; the best marked, and how sure.
-
-    `best` is how a best value is written, as a format: `**{}**`.
-    """
-    rows = []
-    for one in mix["rows"]:
-        modes = {mode["variant"]: mode for mode in one["modes"]}
-        cells = []
-        for variant in mix["names"]:
-            mode = modes.get(variant) or {"estimate": None, "is_best": False}
-            text = figure_text(one, mode["estimate"])
-            cells.append(best.format(text) if mode["is_best"] and mode["estimate"] else text)
-        rows.append([row_label(one), *cells, how_sure(one)])
-    return Table(["", *mix["names"].values(), "how sure"], rows)
-
-
-def row_label(one: Record) -> str:
-    """A subject with its figure in plain words."""
-    figures = {
-        "work": "work delivered",
-        "slowdown": "times as long",
-        "median_ms": "median response",
-    }
-    return f"{subject_text(one)}: {figures.get(one['figure'], one['figure'])}"
-
-
 # --- figures of the whole card --------------------------------------------------------------------
 
 

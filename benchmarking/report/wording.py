@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from benchmarking.metrics.number_text import duration, durations, significant
@@ -129,9 +130,18 @@ def once(rounds: int) -> str:
     return {1: "once", 2: "twice"}.get(rounds, f"{rounds} times")
 
 
-def listed(names: Sequence[str], last: str = "and") -> str:
+def listed(names: Iterable[str], last: str = "and") -> str:
     """Names as a sentence lists them: `MPS, MIG and time slicing`."""
-    names = list(names)
-    if len(names) < 2:
-        return "".join(names)
-    return f"{', '.join(names[:-1])} {last} {names[-1]}"
+    *first, end = names
+    return f"{', '.join(first)} {last} {end}" if first else end
+
+
+def counted(labels: Sequence[str]) -> str:
+    """Jobs as a sentence lists them, copies together: `6 x Batch inference and BERT`."""
+    counts = Counter(labels)
+    return listed([f"{count} x {one}" if count > 1 else one for one, count in counts.items()])
+
+
+def sentence(text: str) -> str:
+    """The text with its first letter in upper case."""
+    return text[:1].upper() + text[1:]
