@@ -306,11 +306,12 @@ def summarize_co_run(
     pauses and gaps between jobs are no work (for clients that never pause it is the sum of
     `T_i / C_i`, as Eyerman and Eeckhout have it). ANTT is the mean of `C_i / T_i`; the interference
     overhead is the mean slowdown against the job alone on the same share, in percent over 1 (under
-    MIG the guide's "0 % (isolated)"). Figures over all clients are `None` as soon as one client that counts failed
-    or has no baseline: a co-run of n is never summed up as one of n - 1. Clients at a fixed offered
-    rate stay out of STP, ANTT, overhead, fairness, energy and durations; `throughput_clients` says
-    how many counted. `average_duration_seconds` and `total_gpu_time_seconds` are the mean and the
-    sum over clients of the mean seconds of one whole job.
+    MIG the guide's "0 % (isolated)"). Figures over all clients are `None` as soon as one client
+    that counts failed or has no baseline: a co-run of n is never summed up as one of n - 1. Clients
+    at a fixed offered rate stay out of STP, ANTT, overhead, fairness, energy and durations;
+    `throughput_clients` says how many counted. `average_duration_seconds` and
+    `total_gpu_time_seconds` are the mean and the sum over clients of the mean seconds of one whole
+    job.
     """
     counted = [record for record in client_records if not is_offered_rate(record.units)]
     progress = all_known(_progress(record, baselines) for record in counted)

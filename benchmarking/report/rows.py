@@ -11,7 +11,6 @@ from benchmarking.metrics.estimates import (
     Estimate,
     estimate,
     excess_percent,
-    overhead_estimate,
     range_estimate,
 )
 from benchmarking.modes.names import MODE_MIG, MODE_MPS
@@ -59,7 +58,7 @@ def group_row(group: Group, own_error_percent: float | None) -> dict[str, Any]:
         "stp": plain(stp),
         "stp_alone": plain(_stp_alone(group.co_runs[0])),
         "antt": plain(antt),
-        "overhead_percent": plain(overhead_estimate(stp)),
+        "overhead_percent": plain(stp and stp.map(scores.overhead_percent)),
         "interference_overhead_percent": plain(_interference(good, mode, antt)),
         "mechanism_overhead_percent": plain(
             excess_percent(antt) if group.clients == 1 and mode in (MODE_MPS, MODE_MIG) else None
