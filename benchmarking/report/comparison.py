@@ -77,7 +77,8 @@ have it: `mps`, `mps:even`, `mps:50/25`.
       ramps[]       {mode, settings, variant, mix, clients[], bounds, breaking_point, fits,
                     saturation_clients, sufficient_clients}; `fits`: the most clients that met the
                     criteria before it broke
-      interference[]               of pairs: {mode, settings, variant, mix, latency_jobs, cells[]}
+      interference[]               of pairs: {mode, settings, variant, mix, latency_jobs,
+                    jobs_in_all (the cells are of the first 50), cells[]}
       pair_choices[]               {jobs: [a, b], work delivered by both: as in conclusions} which
                     mode for each pair
       noisy[]       {label, kind, points[{variant, duty, slowdown (estimate)}],
@@ -307,7 +308,7 @@ def _run(run: MeasuredRun) -> dict[str, Any]:
                 "proofs": [
                     {
                         "client": client.client,
-                        "label": client.label or client.workload,
+                        "label": client.label,
                         "verdict": client.proof.verdict,
                         "evidence": [_evidence(item) for item in client.proof.evidence],
                     }

@@ -149,12 +149,9 @@ class Group:
         unit = math.gcd(*map(keys.count, keys)) or 1
         return tuple(sorted((key, keys.count(key) // unit) for key in set(keys)))
 
-    def by_label(self) -> dict[str, list[ClientRecord]]:
-        """The clients of its first co-run by what they run: copies of one job stand together."""
-        found: dict[str, list[ClientRecord]] = {}
-        for client in self.co_runs[0].clients:
-            found.setdefault(client.label or client.workload, []).append(client)
-        return found
+    def labels(self) -> list[str]:
+        """What its clients run, each once: copies of a job have one label."""
+        return list(dict.fromkeys(client.label for client in self.co_runs[0].clients))
 
     def members(self, client: int) -> list[tuple[CoRun, ClientRecord]]:
         """One client's records over the co-runs, each with its co-run."""
@@ -231,7 +228,7 @@ def table_rows(co_run: CoRun) -> list[dict[str, Any]]:
             **shared,
             "client": client.client,
             "workload": client.workload,
-            "label": client.label or client.workload,
+            "label": client.label,
             "job_key": client.job_key,
             "status": client.status,
             "reason": client.reason,

@@ -14,6 +14,8 @@ from benchmarking.report.rows import client_row
 from benchmarking.report.runs import MeasuredRun
 
 MISSING = "not measured"
+# A matrix of more jobs than these is read by nobody.
+MOST_JOBS = 50
 
 
 def find_ramps(groups: Sequence[Group], rows: Mapping[int, Mapping[str, Any]]) -> list[dict]:
@@ -98,9 +100,8 @@ def interference(groups: Sequence[Group], runs: Sequence[MeasuredRun]) -> list[d
                 "of": {},
             },
         )
-        for part in run.by_jobs():
-            clients = (client for one in part.planned(2)[:1] for client in one.clients)
-            matrix["jobs"].update(dict.fromkeys(client.label for client in clients))
+        for client in (client for planned in run.planned(2) for client in planned.clients):
+            matrix["jobs"].setdefault(client.label)
         matrix["latency_jobs"] |= {one.label for one in run.client_records if one.latency_ms}
     for group in (group for group in groups if group.first.manifest.is_pairs):
         run = group.first
@@ -111,10 +112,11 @@ def interference(groups: Sequence[Group], runs: Sequence[MeasuredRun]) -> list[d
         {
             **{name: matrix[name] for name in ("mode", "settings", "variant", "mix")},
             "latency_jobs": sorted(matrix["latency_jobs"] & matrix["jobs"].keys()),
+            "jobs_in_all": len(matrix["jobs"]),
             "cells": [
                 matrix["of"].get((job, beside)) or _cell(job, beside, MISSING)
-                for job in matrix["jobs"]
-                for beside in matrix["jobs"]
+                for job in [*matrix["jobs"]][:MOST_JOBS]
+                for beside in [*matrix["jobs"]][:MOST_JOBS]
             ],
         }
         for matrix in sorted(matrices.values(), key=lambda one: (one["mix"], one["order"]))

@@ -208,7 +208,7 @@ def client_row(
     return {
         "client": first.client,
         "workload": first.workload,
-        "label": first.label or first.workload,
+        "label": first.label,
         "job_key": first.job_key,
         "statuses": [client.status for client in records],
         "proof": sorted({client.proof.verdict for client in records}),
