@@ -88,7 +88,7 @@ def _bounds(groups: Sequence[Group]) -> dict[str, float | None]:
 def interference(groups: Sequence[Group], runs: Sequence[MeasuredRun]) -> list[dict[str, Any]]:
     """What each job felt next to each other one, by mode; a job next to itself pools both."""
     matrices: dict[tuple[str, str, str], dict[str, Any]] = {}
-    for run in (run for run in runs if run.manifest.is_pairs):
+    for run in (run for run in runs if run.is_matrix):
         matrix = matrices.setdefault(
             (run.mode, run.settings, run.manifest.mix),
             {
@@ -103,7 +103,7 @@ def interference(groups: Sequence[Group], runs: Sequence[MeasuredRun]) -> list[d
         for client in (client for planned in run.planned(2) for client in planned.clients):
             matrix["jobs"].setdefault(client.label)
         matrix["latency_jobs"] |= {one.label for one in run.client_records if one.latency_ms}
-    for group in (group for group in groups if group.first.manifest.is_pairs):
+    for group in (group for group in groups if group.first.is_matrix):
         run = group.first
         mix = run.manifest.mix.split(": ")[0]
         cells = matrices[(run.mode, run.settings, mix)]["of"]

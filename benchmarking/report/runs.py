@@ -252,6 +252,11 @@ class MeasuredRun:
         """Settings of the mode that each client was given, by client."""
         return [client.knobs for one in self.planned(clients)[:1] for client in one.clients]
 
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it, or the run that it is a part of, holds each job next to each other one."""
+        return self.manifest.is_pairs and not self.manifest.mix.startswith(NOISY)
+
     def by_jobs(self) -> list[MeasuredRun]:
         """Split a run whose co-runs of one count are of unlike jobs: each pair is its own mix.
 
