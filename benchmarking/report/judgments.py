@@ -52,10 +52,9 @@ def _guides(row: Mapping[str, Any]) -> list[dict[str, Any]]:
         value = row[expected.quantity]
         holds = claims.CANNOT_TELL
         if value and value["is_interval"]:
-            if expected.lowest <= value["low"] and value["high"] <= expected.highest:
-                holds = YES
-            elif value["high"] < expected.lowest or value["low"] > expected.highest:
-                holds = NO
+            ends = {expected.verdict(value["low"]), expected.verdict(value["high"])}
+            if len(ends) == 1:
+                holds = YES if ends == {"inside"} else NO
         what = expected.quantity.removesuffix("_percent").replace("_", " ")
         found.append({
             "source": "guide",

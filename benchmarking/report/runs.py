@@ -29,6 +29,7 @@ from benchmarking.modes.names import (
 from benchmarking.records import run_folder
 from benchmarking.records.run_folder import PHASE_BASELINE, PHASE_CO_RUN, pooled
 from benchmarking.records.types import ClientRecord, CoRunRecord, Manifest, MpsLimits, Phase
+from benchmarking.report.cleaning import cleaned
 from benchmarking.suite import baselines, limits
 from benchmarking.suite.plan import CARRIED_FIGURES
 
@@ -36,19 +37,12 @@ _MODE_ORDER = (MODE_TIME_SLICING, MODE_MPS, MODE_MIG, MODE_EXCLUSIVE, MODE_CPU_D
 DEFAULT_TIMESLICE = "Default"
 # The mix of a job next to each antagonist.
 NOISY = "noisy"
-# Of texts so many characters are kept; what is measured here lies far within the numbers.
-LONGEST_TEXT = 10_000
-LARGEST, SMALLEST = 1e18, 1e-18
-DEEPEST = 50
+# Of a run so many are read; a long ramp has 10,000.
 MOST_RECORDS = 50_000
 
 # What of a client's environment changes how the mode treats it; folders of daemons do not.
 _KNOB_PREFIX = "CUDA_MPS_"
 _NO_KNOBS = frozenset({"CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"})
-
-_LINE_BREAKS = re.compile(r"\s*[\t\n\v\f\r\x1c-\x1e\x85\u2028\u2029]+\s*")
-# Controls, and what turns the direction of writing.
-_UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 _T = TypeVar("_T")
 
@@ -422,26 +416,6 @@ def read_samples(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
 
 def _cleaned_struct(value: _T) -> _T:
     return msgspec.convert(cleaned(msgspec.to_builtins(value)), type(value))
-
-
-def cleaned(value: Any, depth: int = 0) -> Any:
-    """Return plain data without what steers a terminal, breaks a line or overflows.
-
-    Raises `ValueError` for a number that nothing measures, and for what is nested too deeply.
-    """
-    if isinstance(value, str):
-        return _UNSAFE.sub("?", _LINE_BREAKS.sub(" ", value[:LONGEST_TEXT]))
-    if depth > DEEPEST:
-        raise ValueError("what is nested too deeply")
-    if isinstance(value, dict):
-        return {cleaned(key): cleaned(item, depth + 1) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [cleaned(item, depth + 1) for item in value]
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        if not abs(value) <= LARGEST:
-            raise ValueError("a number beyond 1e18")
-        return value if abs(value) >= SMALLEST else 0
-    return value
 
 
 def _named_by_path(results_dir: Path, runs: list[MeasuredRun]) -> list[MeasuredRun]:
