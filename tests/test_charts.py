@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import synthetic_runs
+from PIL import Image
 from test_report import RAMP, mps, slicing
 
 from benchmarking.report import drawing, render
@@ -116,3 +117,12 @@ def test_a_name_from_a_record_leads_a_chart_to_no_other_folder(tmp_path: Path) -
     run["manifest"]["mix"] = "../../../mix"
     _, drawn = charts_of(tmp_path, run)
     assert all("/" not in picture.file_name for picture in drawn.values())
+
+
+def test_records_of_hundreds_of_clients_are_drawn_in_a_figure_of_bounded_height(
+    tmp_path: Path,
+) -> None:
+    run = synthetic_runs.run("mps", "mps", {400: [3.0]}, mix="training")
+    _, drawn = charts_of(tmp_path, run)
+    with Image.open(tmp_path / drawn["timeline"].file_name) as picture:
+        assert picture.height <= drawing.MOST_INCHES * drawing.DPI

@@ -142,7 +142,7 @@ def bars_of(figure: str, conclusions: Sequence[Record], section: Record) -> list
     Of the whole card the modes are the categories. Response times are given over those alone.
     """
     bars = []
-    alone = {row["label"]: row["latency"] or {} for row in section["alone"]}
+    alone = {row["label"]: row for row in section["alone"]}
     for one in (one for one in conclusions if one["figure"] == figure):
         for mode in (mode for mode in one["modes"] if mode["estimate"]):
             name, found = mode_name(mode["mode"], mode["settings"]), mode["estimate"]
@@ -151,7 +151,7 @@ def bars_of(figure: str, conclusions: Sequence[Record], section: Record) -> list
                 category = name
             elif figure == "tail_ms":
                 percentile = f"p{one['percent']:g}"
-                by_itself = alone.get(one["subject"], {}).get(percentile)
+                by_itself = tail_alone(alone.get(one["subject"]), one["percent"])
                 if not by_itself or not math.isfinite(by_itself):
                     continue
                 category += f", {percentile}"
@@ -160,6 +160,15 @@ def bars_of(figure: str, conclusions: Sequence[Record], section: Record) -> list
                 found = {**found, **parts}
             bars.append(Bar(category, mode["mode"], name, found, text))
     return bars
+
+
+def tail_alone(row: Record | None, percent: float) -> float | None:
+    """The percentile of a job's response times alone, in ms; `None` where it is not known."""
+    if row is None or row["latency"] is None:
+        return None
+    if row["tail_percent"] == percent and row["tail_ms"]:
+        return row["tail_ms"]["mean"]
+    return row["latency"].get(f"p{percent:g}")
 
 
 def draw_bars(
