@@ -133,7 +133,7 @@ def test_each_variant_of_a_mode_has_a_row_of_its_own():
         ("mps:50/25", "50/25 %"), ("mps:even", "even"), ("mps:plan", "limits of the plan"),
     ]  # fmt: skip
     assert conclusion(found)["best"] == "mps:even"
-    assert found["left_out"] == found["same_twice"] == []
+    assert found["left_out"] == []
 
 
 def test_two_layouts_of_mig_are_told_apart():

@@ -31,6 +31,8 @@ OFFERED_RATE_KINDS = frozenset({"request", FAILED_REQUEST})
 # Of so many responses five lie beyond the p99; of fewer it is their maximum and little else.
 TAIL_PERCENT = 99
 FEWEST_FOR_A_TAIL = 500
+# Of these the highest that has enough responses is compared.
+COMPARED_PERCENTILES = (99.9, 99, 95, 90, 50)
 
 
 # --- work -----------------------------------------------------------------------------------
@@ -121,6 +123,12 @@ def fewest_responses(percent: float) -> int:
     The median needs no more than one.
     """
     return 1 if percent <= 50 else math.ceil(round(5 * 100 / (100 - percent), 6))
+
+
+def highest_percentile(requests: int) -> float | None:
+    """The highest of the compared percentiles that so many requests bear; `None` without any."""
+    borne = (one for one in COMPARED_PERCENTILES if requests >= fewest_responses(one))
+    return next(borne, None)
 
 
 def percentiles_ms(
@@ -298,11 +306,12 @@ def summarize_co_run(
     pauses and gaps between jobs are no work (for clients that never pause it is the sum of
     `T_i / C_i`, as Eyerman and Eeckhout have it). ANTT is the mean of `C_i / T_i`; the interference
     overhead is the mean slowdown against the job alone on the same share, in percent over 1 (under
-    MIG the guide's "0 % (isolated)"). Figures over all clients are `None` as soon as one client that counts failed
-    or has no baseline: a co-run of n is never summed up as one of n - 1. Clients at a fixed offered
-    rate stay out of STP, ANTT, overhead, fairness, energy and durations; `throughput_clients` says
-    how many counted. `average_duration_seconds` and `total_gpu_time_seconds` are the mean and the
-    sum over clients of the mean seconds of one whole job.
+    MIG the guide's "0 % (isolated)"). Figures over all clients are `None` as soon as one client
+    that counts failed or has no baseline: a co-run of n is never summed up as one of n - 1. Clients
+    at a fixed offered rate stay out of STP, ANTT, overhead, fairness, energy and durations;
+    `throughput_clients` says how many counted. `average_duration_seconds` and
+    `total_gpu_time_seconds` are the mean and the sum over clients of the mean seconds of one whole
+    job.
     """
     counted = [record for record in client_records if not is_offered_rate(record.units)]
     progress = all_known(_progress(record, baselines) for record in counted)

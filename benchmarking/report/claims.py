@@ -28,6 +28,8 @@ FAMILY_ERROR = 0.05
 POWER = 0.8
 MATTERS_PERCENT = 2.0
 
+WHOLE_CARD = "whole card"
+
 SURE = "sure"
 NO_DIFFERENCE = "no difference that matters"
 CANNOT_TELL = "cannot tell"

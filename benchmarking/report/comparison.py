@@ -83,7 +83,7 @@ have it: `mps`, `mps:even`, `mps:50/25`.
       noisy[]       {label, kind, points[{variant, duty, slowdown (estimate)}],
                     break_even[{variant, duty or null, reason}]}: the neighbor's duty from which a
                     slice of one's own (MIG) is better
-      same_twice[], alone[] (client rows), left_out[], doubts[]
+      alone[] (client rows), left_out[], doubts[]
 
 The table of clients has a row for each client of each co-run: section, run_id, folder, session,
 mode, settings, variant, mix, phase (co_run, baseline, share_baseline, null), co_run, clients,
@@ -103,18 +103,8 @@ from benchmarking.modes.names import MODE_MIG
 from benchmarking.records.run_folder import PHASE_NULL, PHASE_SHARE_BASELINE
 from benchmarking.records.types import CoRunRecord
 from benchmarking.report import claims, conclusions, judgments, ramps
-from benchmarking.report.groups import (
-    CoRun,
-    Group,
-    alone_rows,
-    group_row,
-    kind_of,
-    measure,
-    plain,
-    table_rows,
-)
+from benchmarking.report.groups import CoRun, Group, kind_of, measure, plain, table_rows
 from benchmarking.report.merging import (
-    Alone,
     Section,
     alone_of,
     baseline_run,
@@ -122,7 +112,8 @@ from benchmarking.report.merging import (
     find_sections,
     merge,
 )
-from benchmarking.report.runs import MeasuredRun, Results
+from benchmarking.report.rows import alone_rows, group_row
+from benchmarking.report.runs import Alone, MeasuredRun, Results
 
 if TYPE_CHECKING:
     import pandas
@@ -223,7 +214,6 @@ def _section(
         "ramps": ramps.find_ramps(single, rows),
         "interference": ramps.interference(groups, section.runs),
         "noisy": judgments.noisy(groups),
-        "same_twice": judgments.same_twice(groups),
         "alone": alone_rows([*section.runs, *(run for run in lenders if run)], slo_ms),
         "left_out": excluded,
         "doubts": judgments.doubts(section.runs, single, rows),

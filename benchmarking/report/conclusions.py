@@ -10,19 +10,18 @@ from typing import Any
 
 from benchmarking.metrics import scores
 from benchmarking.metrics.estimates import Estimate, estimate
-from benchmarking.modes.names import MODE_EXCLUSIVE
 from benchmarking.records.types import ClientRecord
 from benchmarking.report import claims
 from benchmarking.report.groups import (
     CoRun,
     Group,
     failed_requests,
+    mean_slowdown,
+    most_compared,
     percentile_estimate,
     plain,
 )
-from benchmarking.report.runs import pressed_resource
 
-WHOLE_CARD = "whole card"
 ALONE = "alone"
 
 Rows = Mapping[int, Mapping[str, Any]]
@@ -67,28 +66,6 @@ def conclude(
     )
 
 
-def most_compared(groups: Sequence[Group]) -> list[list[Group]]:
-    """For each mix the groups of one count: the one with the most modes, the largest such."""
-    by_mix: dict[str, dict[int, list[Group]]] = {}
-    for group in groups:
-        if _is_compared(group):
-            by_count = by_mix.setdefault(group.first.manifest.mix, {})
-            by_count.setdefault(group.clients, []).append(group)
-
-    def rank(item: tuple[int, list[Group]]) -> tuple[int, int]:
-        clients, found = item
-        known = (any(one.summary.stp for one in group.good) for group in found)
-        return sum(known), clients
-
-    return [max(by_count.items(), key=rank)[1] for by_count in by_mix.values()]
-
-
-def _is_compared(group: Group) -> bool:
-    """Whether modes are compared by it; a noisy neighbor asks where a slice begins to pay."""
-    is_noisy = any(pressed_resource(client.job_key) for client in group.co_runs[0].clients)
-    return group.first.mode != MODE_EXCLUSIVE and group.clients > 1 and not is_noisy
-
-
 # --- the figures under each mode --------------------------------------------------------------
 
 
@@ -103,14 +80,14 @@ def _subjects(groups: Sequence[Group], rows: Rows) -> list[_Subject]:
         found.append(_job(groups, rows, label))
         tail = _tail(groups, label)
         found += [tail] if tail else []
-    energy = _Subject(groups, WHOLE_CARD, "energy_joules_per_work", False, is_claim=False)
+    energy = _Subject(groups, claims.WHOLE_CARD, "energy_joules_per_work", False, is_claim=False)
     for group in groups:
         _take(energy, group, [one.joules_per_work() for one in group.good], None)
     return [*found, energy] if any(energy.estimates.values()) else found
 
 
 def _whole_card(groups: Sequence[Group], rows: Rows) -> _Subject:
-    subject = _Subject(groups, WHOLE_CARD, "work", True)
+    subject = _Subject(groups, claims.WHOLE_CARD, "work", True)
     for group in groups:
         _take(subject, group, [one.summary.stp for one in group.good], rows[id(group)]["invalid"])
     alone = [1 / slowdown for slowdown in _alone_rounds(groups, _every_client)]
@@ -135,7 +112,7 @@ def _job(groups: Sequence[Group], rows: Rows, label: str) -> _Subject:
     subject = _Subject(groups, label, "slowdown", False, first.workload, copies)
     for group in groups:
         felt = [one["invalid"] for one in rows[id(group)]["client_rows"] if one["label"] == label]
-        values = [_mean_slowdown(one, members(one)) for one in group.good]
+        values = [mean_slowdown(one, members(one)) for one in group.good]
         _take(subject, group, values, next(filter(None, felt), None))
     subject.values[ALONE] = _alone_rounds(groups, members)
     return subject
@@ -151,19 +128,18 @@ def _tail(groups: Sequence[Group], label: str) -> _Subject | None:
         ]
         for group in groups
     }
-    asked = [
+    requests = [
         sum(len(one.latency_ms or ()) + failed_requests(one) for one in records)
         for copies in by_group.values()
         for records in copies
     ]
-    percents = [percent for percent in (99.9, 99, 95, 90, 50)
-                if asked and min(asked) >= scores.fewest_responses(percent)]  # fmt: skip
-    if not percents:
+    percent = scores.highest_percentile(min(requests, default=0))
+    if percent is None:
         return None
-    subject = _Subject(groups, label, "tail_ms", False, is_claim=False, percent=percents[0])
+    subject = _Subject(groups, label, "tail_ms", False, is_claim=False, percent=percent)
     subject.copies = max(map(len, by_group.values()))
     for variant, copies in by_group.items():
-        known = [percentile_estimate(records, percents[0]) for records in copies]
+        known = [percentile_estimate(records, percent) for records in copies]
         worst = None if None in known else max(known, key=lambda found: found.mean)
         subject.estimates[variant] = worst
         if worst is None:
@@ -195,11 +171,6 @@ def _of_label(label: str) -> Callable[[CoRun], list[ClientRecord]]:
 
 def _every_client(co_run: CoRun) -> list[ClientRecord]:
     return [one for one in co_run.clients if not scores.is_offered_rate(one.units)]
-
-
-def _mean_slowdown(co_run: CoRun, members: Sequence[ClientRecord]) -> float | None:
-    felt = scores.all_known(co_run.slowdown(one) for one in members)
-    return statistics.fmean(felt) if felt else None
 
 
 def _median_ms(members: Sequence[ClientRecord]) -> float | None:

@@ -156,22 +156,13 @@ MODE_EXPECTATIONS: tuple[Expectation, ...] = (
     ),
 )  # fmt: skip
 
-# Names under which a workload's figures give a quantity of the guide, the first that is there wins.
-_FIGURE_NAMES: Mapping[str, tuple[str, ...]] = {
-    "epoch_seconds": ("epoch_seconds", "mean_epoch_seconds", "epoch_duration_seconds"),
-    "test_accuracy_percent": ("test_accuracy_percent", "final_test_accuracy_percent"),
-    "train_accuracy_percent": ("train_accuracy_percent", "final_train_accuracy_percent"),
-    "samples_per_second": ("samples_per_second", "throughput_samples_per_second"),
-    "mean_latency_ms": ("mean_latency_ms", "latency_mean_ms"),
-    "p99_latency_ms": ("p99_latency_ms", "latency_p99_ms", "p99_ms"),
-    "requests_per_second": ("requests_per_second", "qps"),
-    "total_requests": ("total_requests",),
-    "success_rate_percent": ("success_rate_percent",),
-    "session_seconds": ("session_seconds", "total_session_seconds"),
-    "active_seconds": ("active_seconds", "gpu_active_seconds"),
-    "active_percent": ("active_percent", "gpu_active_percent"),
-    "idle_seconds": ("idle_seconds", "total_idle_seconds"),
-    "idle_percent": ("idle_percent",),
+# Names of the guide's quantities in a workload's figures, where they are not the quantity's own.
+_FIGURE_NAMES: Mapping[str, str] = {
+    "epoch_seconds": "mean_epoch_seconds",
+    "test_accuracy_percent": "final_test_accuracy_percent",
+    "train_accuracy_percent": "final_train_accuracy_percent",
+    "requests_per_second": "qps",
+    "active_seconds": "gpu_active_seconds",
 }
 
 
@@ -220,14 +211,11 @@ def mean_job_seconds(record: ClientRecord) -> float | None:
 def _measured_quantities(record: ClientRecord, latencies_ms: Sequence[float]) -> dict[str, float]:
     """The guide's quantities that a client record tells; latency comes from the raw values."""
     found: dict[str, float] = {}
-    for quantity, names in _FIGURE_NAMES.items():
-        figures = (record.figures.get(name) for name in names)
-        value = next((figure for figure in figures if figure is not None), None)
-        if isinstance(value, (list, tuple)):
-            known = [item for item in value if isinstance(item, (int, float))]
-            value = statistics.fmean(known) if known else None
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            found[quantity] = float(value)
+    for quantity in {expected.quantity for expected in WORKLOAD_EXPECTATIONS}:
+        for name in (quantity, _FIGURE_NAMES.get(quantity, quantity)):
+            value = record.figures.get(name)
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                found.setdefault(quantity, float(value))
     if latencies_ms:
         found["mean_latency_ms"] = statistics.fmean(latencies_ms)
         p99_ms = scores.latency_percentile(latencies_ms, scores.TAIL_PERCENT)

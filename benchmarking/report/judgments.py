@@ -6,14 +6,12 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from benchmarking.metrics import scores
 from benchmarking.metrics.estimates import estimate
 from benchmarking.metrics.number_text import joined
 from benchmarking.modes.names import MODE_CPU_DEMO, MODE_MIG, MODE_MPS, MODE_TIME_SLICING
 from benchmarking.records import run_folder
 from benchmarking.report import claims, guide
-from benchmarking.report.conclusions import WHOLE_CARD, most_compared
-from benchmarking.report.groups import Group, plain
+from benchmarking.report.groups import Group, most_compared, plain
 from benchmarking.report.merging import clients_text
 from benchmarking.report.runs import MeasuredRun, Results, pressed_resource
 
@@ -35,7 +33,7 @@ def expectations(
         if not one["is_claim"]:
             continue
         place = {"mix": one["mix"], "clients": one["clients"], "subject": one["subject"]}
-        if one["subject"] == WHOLE_CARD:
+        if one["subject"] == claims.WHOLE_CARD:
             for mode in one["modes"]:
                 row = by_place[(one["mix"], one["clients"], mode["variant"])]
                 found += [{**place, **said} for said in _guides(row)]
@@ -72,7 +70,7 @@ def _guides(row: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _vendors_rule(one: Mapping[str, Any]) -> dict[str, Any] | None:
     """Time slicing for notebooks and throughput, SM sharing for inference that must be quick."""
-    if one["subject"] == WHOLE_CARD:
+    if one["subject"] == claims.WHOLE_CARD:
         what, expected = "throughput", MODE_TIME_SLICING
     elif one["workload"] in NOTEBOOKS:
         what, expected = "notebooks", MODE_TIME_SLICING
@@ -211,38 +209,6 @@ def _break_even(
             return {"duty": before + share * (duty - before), "reason": None}
         before, reached = duty, slowdown
     return {"duty": None, "reason": f"a slice is never better up to duty {before:g}"}
-
-
-def same_twice(groups: Sequence[Group]) -> list[dict[str, Any]]:
-    """Figures that two or more runs took, by run: how far the same mode lies from itself."""
-    found = []
-    for group in groups:
-        if len(group.runs) < 2 or len(group.good) < len(group.co_runs):
-            continue
-        by_run: dict[tuple[str, str | None], list[float]] = {}
-        for run in group.runs:
-            mine = [one for one in group.good if one.run.name == run.name]
-            figures = {("STP", None): [one.summary.stp for one in mine],
-                       ("ANTT", None): [one.summary.antt for one in mine]}  # fmt: skip
-            for number in range(group.clients):
-                of_client = [(one, one.clients[number]) for one in mine]
-                key = ("slowdown", of_client[0][1].label)
-                figures.setdefault(key, []).extend(one.slowdown(c) for one, c in of_client)
-            for key, values in figures.items():
-                known = [value for value in values if value]
-                by_run.setdefault(key, []).extend([statistics.median(known)] if known else [])
-        found += [
-            {
-                **group.kind,
-                "figure": figure,
-                "label": label,
-                "by_run": values,
-                "difference_percent": scores.difference_percent(min(values), max(values)),
-            }
-            for (figure, label), values in by_run.items()
-            if len(values) > 1
-        ]
-    return found
 
 
 # --- doubts -----------------------------------------------------------------------------------

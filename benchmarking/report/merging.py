@@ -13,11 +13,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarking.metrics import scores
 from benchmarking.modes.names import MODE_TIME_SLICING
 from benchmarking.records.run_folder import PHASE_BASELINE, PHASE_SHARE_BASELINE, pooled
 from benchmarking.records.types import ClientRecord, Phase
-from benchmarking.report.runs import MeasuredRun
+from benchmarking.report.runs import Alone, MeasuredRun
 from benchmarking.suite import baselines
 
 
@@ -180,33 +179,6 @@ def _windows(run: MeasuredRun, clients: int) -> set[tuple[object, ...]]:
 
 
 # --- the jobs alone ---------------------------------------------------------------------------
-
-
-@dataclass
-class Alone:
-    """The jobs alone, by `job_key`: all repeats pooled, their energy, and each repeat by itself."""
-
-    pooled: dict[str, ClientRecord] = field(default_factory=dict)
-    energy_joules: dict[str, float | None] = field(default_factory=dict)
-    repeats: dict[str, list[ClientRecord]] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, records: Sequence[ClientRecord]) -> Alone:
-        """Repeats of one job."""
-        job_key = records[0].job_key
-        return cls({job_key: pooled(records)}, repeats={job_key: list(records)})
-
-    def slowdowns(self, job_key: str) -> list[float]:
-        """Seconds of a unit in each repeat, over those of all repeats: the baseline's own error."""
-        reference = self.pooled.get(job_key)
-        if reference is None:
-            return []
-        seconds = scores.unit_seconds(reference.units)
-        found = (
-            scores.normalized_progress(one.units, seconds)
-            for one in self.repeats[job_key]
-        )  # fmt: skip
-        return [1 / progress for progress in found if progress]
 
 
 def alone_of(

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
 
-from benchmarking.metrics import scores
 from benchmarking.metrics.breaking_point import breaking_point, saturation_count, sufficient_count
 from benchmarking.metrics.estimates import estimate
-from benchmarking.records.types import ClientRecord
-from benchmarking.report.groups import (
-    Group,
-    failed_requests,
-    kind_of,
-    plain,
-    tail_slowdown,
-)
+from benchmarking.report.groups import Group, kind_of, mean_slowdown, plain
+from benchmarking.report.rows import client_row
 from benchmarking.report.runs import MeasuredRun
 
 MISSING = "not measured"
@@ -147,28 +139,23 @@ def _cells(group: Group) -> list[dict[str, Any]]:
 def _direction(group: Group, job: str, beside: str, places: Sequence[int]) -> dict[str, Any]:
     """What `job` felt; `places` are the numbers of the clients that run it."""
     outcome = next((one.record.outcome for one in group.co_runs if not one.is_ok), "ok")
-    # A pair that failed once has no figure, whatever its other repeats gave.
-    good = group.co_runs if outcome == "ok" else []
-    members = [(one, [one.clients[place] for place in places]) for one in good]
-    records: list[ClientRecord] = [client for _, clients in members for client in clients]
-    latencies = [ms for client in records for ms in client.latency_ms or ()]
-    failed = sum(map(failed_requests, records))
-    alone = group.co_runs[0].alone.pooled.get(group.co_runs[0].clients[places[0]].job_key)
-    tail = tail_slowdown(latencies, failed, alone, scores.TAIL_PERCENT)
-    felt = (
-        scores.all_known(one.slowdown(client) for client in clients) for one, clients in members
-    )
+    run_ids = group.run_ids
+    if outcome != "ok":  # one that failed once has no figure, whatever its other repeats gave
+        return _cell(job, beside, outcome, run_ids=run_ids)
+    members = [(one, one.clients[place]) for one in group.co_runs for place in places]
+    row = client_row(members, "beside another", None)
+    alone = group.co_runs[0].alone.pooled.get(row["job_key"])
+    tail = row["tail_slowdown"]["99"]
+    felt = (mean_slowdown(one, [one.clients[place] for place in places]) for one in group.co_runs)
     return _cell(
         job,
         beside,
         outcome,
-        slowdown=plain(estimate(statistics.fmean(found) for found in felt if found)),
-        p99_ms=None
-        if tail is None
-        else scores.latency_percentile(latencies, scores.TAIL_PERCENT, failed),
+        slowdown=plain(estimate(felt)),
+        p99_ms=None if tail is None else row["latency"]["p99"],
         tail_slowdown=tail,
-        responses=min(len(latencies), len((alone and alone.latency_ms) or ())),
-        stp=plain(estimate(one.summary.stp for one in good)),
-        is_unverified=any(one.is_unverified for one in good),
-        run_ids=group.run_ids,
+        responses=min(row["responses"], len((alone and alone.latency_ms) or ())),
+        stp=plain(estimate(one.summary.stp for one in group.co_runs)),
+        is_unverified=any(one.is_unverified for one in group.co_runs),
+        run_ids=run_ids,
     )

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from benchmarking.metrics import scores
 from benchmarking.metrics.breaking_point import says_something_of_the_load
 from benchmarking.modes.names import (
     MODE_CPU_DEMO,
@@ -26,7 +27,7 @@ from benchmarking.modes.names import (
     MODE_TIME_SLICING,
 )
 from benchmarking.records import run_folder
-from benchmarking.records.run_folder import PHASE_BASELINE, PHASE_CO_RUN
+from benchmarking.records.run_folder import PHASE_BASELINE, PHASE_CO_RUN, pooled
 from benchmarking.records.types import ClientRecord, CoRunRecord, Manifest, MpsLimits, Phase, Record
 from benchmarking.suite import baselines, limits
 from benchmarking.suite.plan import CARRIED_FIGURES
@@ -278,6 +279,33 @@ def pressed_resource(job_key: str) -> tuple[str, float] | None:
 
 def _is_of(record: Record, names: set[str]) -> bool:
     return record.phase != PHASE_CO_RUN or record.co_run in names
+
+
+@dataclass
+class Alone:
+    """The jobs alone, by `job_key`: all repeats pooled, their energy, and each repeat by itself."""
+
+    pooled: dict[str, ClientRecord] = field(default_factory=dict)
+    energy_joules: dict[str, float | None] = field(default_factory=dict)
+    repeats: dict[str, list[ClientRecord]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, records: Sequence[ClientRecord]) -> Alone:
+        """Repeats of one job."""
+        job_key = records[0].job_key
+        return cls({job_key: pooled(records)}, repeats={job_key: list(records)})
+
+    def slowdowns(self, job_key: str) -> list[float]:
+        """Seconds of a unit in each repeat, over those of all repeats: the baseline's own error."""
+        reference = self.pooled.get(job_key)
+        if reference is None:
+            return []
+        seconds = scores.unit_seconds(reference.units)
+        found = (
+            scores.normalized_progress(one.units, seconds)
+            for one in self.repeats[job_key]
+        )  # fmt: skip
+        return [1 / progress for progress in found if progress]
 
 
 # --- reading ----------------------------------------------------------------------------------
