@@ -15,6 +15,7 @@ from benchmarking.report import drawing, render
 from benchmarking.report.comparison import compare
 from benchmarking.report.drawing import Picture
 from benchmarking.report.runs import read_results
+from benchmarking.report.wording import figure_text
 
 STYLES = {**drawing.STYLES, "another mode": drawing.OTHER_STYLE}
 
@@ -59,12 +60,13 @@ def test_the_bars_are_the_figures_of_the_first_table(tmp_path: Path) -> None:
     section, drawn = charts_of(tmp_path, *(many_responses(run, 1, 30.0) for run in runs))
     assert set(drawn) == {"throughput", "slowdown", "tail", "timeline"}
     for conclusion in section["conclusions"]:
-        name = {"work": "throughput", "slowdown": "slowdown"}.get(conclusion["figure"])
+        names = {"work": "throughput", "slowdown": "slowdown", "tail_ms": "tail"}
+        name = names.get(conclusion["figure"])
         for mode in conclusion["modes"] if name else ():
-            shown = f"{mode['estimate']['mean']:.2f}"
+            shown = figure_text(conclusion, mode["estimate"])
             assert shown in drawn[name].svg
             assert shown in drawn[name].description
-    assert "Batch inference, p99, MPS 5.0 (30.0 ms)" in drawn["tail"].description
+    assert "Batch inference, p99, MPS 30.0 ms" in drawn["tail"].description
 
 
 def test_few_responses_are_shown_by_the_percentile_that_they_can_tell(tmp_path: Path) -> None:
