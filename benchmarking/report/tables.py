@@ -145,9 +145,9 @@ def scorecard(section: Record) -> list[Table]:
 
 
 def unknown_figures(section: Record) -> list[str]:
-    """The names of the scorecard's columns that no row knows."""
+    """The names of the scorecard's columns that no row knows; costs are known where asked for."""
     made = (table_of(section["groups"], columns, keys=3) for columns in (COSTS, CARD))
-    return [name for table in made for name in known_only(table)[1]]
+    return [name for table in made for name in known_only(table)[1] if "cost of" not in name]
 
 
 ABOUT: Mapping[str, Column] = {
@@ -175,14 +175,19 @@ def differences(section: Record) -> Table:
     """Every two modes of every figure with a verdict; `alone` is one job after another."""
     columns: dict[str, Column] = {
         **ABOUT,
-        "mode": lambda one: one["of"]["one"],
-        "against": lambda one: one["of"]["other"],
+        "mode": lambda one: one["names"].get(one["of"]["one"], one["of"]["one"]),
+        "against": lambda one: one["names"].get(one["of"]["other"], one["of"]["other"]),
         "difference %": lambda one: interval_text(one["of"]),
         "p (Holm)": lambda one: p_text(one["of"]["adjusted_p_value"]),
         "verdict": lambda one: one["of"]["verdict"],
         "would have shown from % on": lambda one: number(one["of"]["smallest_shown_percent"], 1),
     }
-    rows = [{**one, "of": pair} for one in section["conclusions"] for pair in one["pairs"]]
+    rows = [
+        {**one, "of": pair, "names": {mode["variant"]: group_name(mode) for mode in one["modes"]}}
+        for one in section["conclusions"]
+        for pair in one["pairs"]
+        if one["figure"] == "work" or "alone" not in (pair["one"], pair["other"])
+    ]
     return table_of(rows, columns, keys=5)
 
 
@@ -305,7 +310,7 @@ def pair_matrix(section: Record) -> Table:
         return marks.get(choice["verdict"], "") + best
 
     rows = [[job, *(cell(chosen.get(frozenset((job, other)))) for other in jobs)] for job in jobs]
-    return Table(["", *(f"next to {job}" for job in jobs)], rows)
+    return Table(["job, next to:", *jobs], rows)
 
 
 def pairs(section: Record) -> Table:
