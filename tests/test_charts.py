@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import synthetic_runs
+from PIL import Image
 from test_report import RAMP, mps, slicing
 
 from benchmarking.report import drawing, render
 from benchmarking.report.comparison import compare
 from benchmarking.report.drawing import Picture
 from benchmarking.report.runs import read_results
+from benchmarking.report.wording import figure_text
 
 STYLES = {**drawing.STYLES, "another mode": drawing.OTHER_STYLE}
 
@@ -58,12 +60,13 @@ def test_the_bars_are_the_figures_of_the_first_table(tmp_path: Path) -> None:
     section, drawn = charts_of(tmp_path, *(many_responses(run, 1, 30.0) for run in runs))
     assert set(drawn) == {"throughput", "slowdown", "tail", "timeline"}
     for conclusion in section["conclusions"]:
-        name = {"work": "throughput", "slowdown": "slowdown"}.get(conclusion["figure"])
+        names = {"work": "throughput", "slowdown": "slowdown", "tail_ms": "tail"}
+        name = names.get(conclusion["figure"])
         for mode in conclusion["modes"] if name else ():
-            shown = f"{mode['estimate']['mean']:.2f}"
+            shown = figure_text(conclusion, mode["estimate"])
             assert shown in drawn[name].svg
             assert shown in drawn[name].description
-    assert "Batch inference, p99, MPS 5.0 (30.0 ms)" in drawn["tail"].description
+    assert "Batch inference, p99, MPS 30.0 ms" in drawn["tail"].description
 
 
 def test_few_responses_are_shown_by_the_percentile_that_they_can_tell(tmp_path: Path) -> None:
@@ -116,3 +119,12 @@ def test_a_name_from_a_record_leads_a_chart_to_no_other_folder(tmp_path: Path) -
     run["manifest"]["mix"] = "../../../mix"
     _, drawn = charts_of(tmp_path, run)
     assert all("/" not in picture.file_name for picture in drawn.values())
+
+
+def test_records_of_hundreds_of_clients_are_drawn_in_a_figure_of_bounded_height(
+    tmp_path: Path,
+) -> None:
+    run = synthetic_runs.run("mps", "mps", {400: [3.0]}, mix="training")
+    _, drawn = charts_of(tmp_path, run)
+    with Image.open(tmp_path / drawn["timeline"].file_name) as picture:
+        assert picture.height <= drawing.MOST_INCHES * drawing.DPI

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarking.metrics.number_text import duration
 from benchmarking.metrics.scores import FEWEST_FOR_A_TAIL
 from benchmarking.report.drawing import (
     Line,
@@ -29,7 +28,13 @@ from benchmarking.report.drawing import (
     styles,
     wrapped,
 )
-from benchmarking.report.wording import clients_text, mode_name, number, subject_text
+from benchmarking.report.wording import (
+    clients_text,
+    figure_text,
+    mode_name,
+    number,
+    subject_text,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -60,7 +65,7 @@ def draw_section(
         by_mix.setdefault((conclusion["mix"], conclusion["clients"]), []).append(conclusion)
     compared = [
         draw_bars(
-            figure, conclusions, section, path(f"{BARS[figure].file}-{mix}-{count}"),
+            figure, conclusions, path(f"{BARS[figure].file}-{mix}-{count}"),
             f"{mix}, {clients_text(count)}",
         )
         for (mix, count), conclusions in by_mix.items()
@@ -102,7 +107,10 @@ def shown_timelines(section: Record, clients: Any) -> list[tuple[str, Any]]:
 
 @dataclass(frozen=True)
 class BarChart:
-    """What the bars of one figure are: the file's name, what they show, the axis, the line at 1."""
+    """What the bars of one figure are: the file's name, what they show, the axis, the line at 1.
+
+    Without a line at 1 the axis is logarithmic.
+    """
 
     file: str
     caption: str
@@ -120,7 +128,7 @@ BARS = {
         "alone",
     ),
     "tail_ms": BarChart(
-        "tail", "Response times", "response time, times that alone (lower is better)", "alone"
+        "tail", "Response times", "time of slow responses, logarithmic (lower is better)", ""
     ),
 }  # fmt: skip
 
@@ -136,40 +144,30 @@ class Bar:
     text: str
 
 
-def bars_of(figure: str, conclusions: Sequence[Record], section: Record) -> list[Bar]:
+def bars_of(figure: str, conclusions: Sequence[Record]) -> list[Bar]:
     """The bars of one figure: a category a subject, a bar a mode that has the figure.
 
-    Of the whole card the modes are the categories. Response times are given over those alone.
+    Of the whole card the modes are the categories.
     """
     bars = []
-    alone = {row["label"]: row["latency"] or {} for row in section["alone"]}
     for one in (one for one in conclusions if one["figure"] == figure):
         for mode in (mode for mode in one["modes"] if mode["estimate"]):
-            name, found = mode_name(mode["mode"], mode["settings"]), mode["estimate"]
-            category, text = subject_text(one), number(found["mean"])
-            if figure == "work":
-                category = name
-            elif figure == "tail_ms":
-                percentile = f"p{one['percent']:g}"
-                by_itself = alone.get(one["subject"], {}).get(percentile)
-                if not by_itself or not math.isfinite(by_itself):
-                    continue
-                category += f", {percentile}"
-                parts = {part: found[part] / by_itself for part in ("mean", "low", "high")}
-                text = f"{parts['mean']:.1f} ({duration(found['mean'])})"
-                found = {**found, **parts}
-            bars.append(Bar(category, mode["mode"], name, found, text))
+            name = mode_name(mode["mode"], mode["settings"])
+            category = name if figure == "work" else subject_text(one)
+            category += f", p{one['percent']:g}" if figure == "tail_ms" else ""
+            text = figure_text(one, mode["estimate"])
+            bars.append(Bar(category, mode["mode"], name, mode["estimate"], text))
     return bars
 
 
 def draw_bars(
-    figure: str, conclusions: Sequence[Record], section: Record, path: Path, subject: str
+    figure: str, conclusions: Sequence[Record], path: Path, subject: str
 ) -> Picture | None:
     """Horizontal bars by category, a style a mode, with a dashed line at 1.
 
     An infinite figure has no bar, but its text. `None` without any finite one.
     """
-    about, bars = BARS[figure], bars_of(figure, conclusions, section)
+    about, bars = BARS[figure], bars_of(figure, conclusions)
     highest = max((known(bar.found, "high") for bar in bars), default=0.0)
     if not highest:
         return None
@@ -196,18 +194,26 @@ def draw_bars(
                 fontweight="bold",
             )  # fmt: skip
             place += 1
-        panel.axvline(1, color="black", linestyle="--", linewidth=1)
         middles = [sum(found) / len(found) for found in places.values()]
         panel.set_yticks(middles, map(wrapped, places))
         panel.invert_yaxis()
         room = 1.1 + 0.03 * max(len(bar.text) for bar in bars)
-        panel.set_xlim(0, max(1.0, highest) * room)
+        note = spread_note([bar.found for bar in bars])
+        if about.reference:
+            panel.axvline(1, color="black", linestyle="--", linewidth=1)
+            panel.set_xlim(0, max(1.0, highest) * room)
+            note = f"dashed: {about.reference}; {note}"
+        else:
+            lowest = min(filter(None, (known(bar.found, "low") for bar in bars)), default=highest)
+            panel.set_xscale("log")
+            panel.xaxis.set_major_formatter(lambda value, _: f"{value:g} ms")
+            panel.xaxis.set_minor_formatter(lambda *_: "")
+            panel.set_xlim(lowest / 4, highest * (4 * highest / lowest) ** (room - 1))
         panel.set_xlabel(about.axis)
         panel.grid(axis="x", color="0.85")
         if is_split:
             draw_legend(chart, looks)
-        note = spread_note([bar.found for bar in bars])
-        chart.supxlabel(f"dashed: {about.reference}; {note}", fontsize=8)
+        chart.supxlabel(note, fontsize=8)
         shown = dict.fromkeys(f"{bar.category}, {bar.mode_name} {bar.text}" for bar in bars)
         description = f"Bars, {about.axis}: {'; '.join(shown)}."
         return save(chart, path, f"{about.caption}: {subject}", description)

@@ -31,7 +31,8 @@ WIDTH = (
     4.6  # inches: on a phone's 360 pixels its 9 point text is as large as the page's small print
 )
 DPI = 160
-LABEL_CHARACTERS = 16
+MOST_INCHES = 80  # of height, far within what can be drawn: records name the number of rows
+LABEL_CHARACTERS, LEGEND_CHARACTERS = 16, 32
 
 # Luminance differs too, by a tenth of the scale and more, so that a grey print tells them apart.
 STYLES: Mapping[str, Mapping[str, str]] = {
@@ -78,7 +79,9 @@ def draw_legend(figure: Figure, looks: Mapping[str, Mapping[str, str]]) -> None:
     from matplotlib.patches import Patch
 
     handles = [
-        Patch(facecolor=look["color"], hatch=look["hatch"], edgecolor="black", label=name)
+        Patch(
+            facecolor=look["color"], hatch=look["hatch"], edgecolor="black", label=shortened(name)
+        )
         for name, look in looks.items()
     ]
     figure.legend(handles=handles, loc="outside upper left", ncols=3, frameon=False)
@@ -109,6 +112,11 @@ def spread_note(found: Sequence[Record]) -> str:
     return f"whiskers: range, from 3 rounds on 95 % interval; {counts} rounds"
 
 
+def shortened(name: str) -> str:
+    """A name as it fits a legend."""
+    return name if len(name) <= LEGEND_CHARACTERS else f"{name[:LEGEND_CHARACTERS]}…"
+
+
 def wrapped(label: str) -> str:
     """A label over as many lines as it needs, three at most."""
     return textwrap.fill(label, LABEL_CHARACTERS, max_lines=3)
@@ -135,7 +143,7 @@ def new_figure(height: float, panels: int = 1, **layout: object) -> tuple[Figure
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(WIDTH, min(height, MOST_INCHES)), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(panels, 1, squeeze=False, **layout)[:, 0]
     for panel in axes:
@@ -229,7 +237,7 @@ def draw_panel(panel: Axes, title: str, lines: Sequence[Line]) -> None:
         below = [mean - low for mean, low in zip(means, lows, strict=True)]
         above = [high - mean for mean, high in zip(means, highs, strict=True)]
         panel.errorbar(
-            line.places, means, yerr=[below, above], capsize=3, label=line.name,
+            line.places, means, yerr=[below, above], capsize=3, label=shortened(line.name),
             markeredgecolor="black", color=line.look["color"], marker=line.look["marker"],
             linestyle=line.look["linestyle"],
         )  # fmt: skip

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarking.report import charts, tables, wording
+from benchmarking.report import charts, evidence, tables, wording
 
 if TYPE_CHECKING:
     import jinja2
@@ -141,7 +141,12 @@ def environment(kind: str) -> jinja2.Environment:
     made.filters["drawing"] = Markup  # what matplotlib wrote
     made.filters["code"] = markdown_code
     made.tests["contains_item"] = lambda items, item: item in items
-    made.globals |= {"tables": tables, "first_table": first_table, "facts": facts}
+    made.globals |= {
+        "tables": tables,
+        "evidence": evidence,
+        "first_table": first_table,
+        "facts": facts,
+    }
     return made
 
 
@@ -267,18 +272,10 @@ def first_table(mix: Record, how_sure: Callable[[Record], str], best: str) -> ta
             mode = modes.get(variant) or {"estimate": None, "is_best": False}
             text = wording.figure_text(one, mode["estimate"])
             cells.append(best.format(text) if mode["is_best"] and mode["estimate"] else text)
-        rows.append([row_label(one), *cells, how_sure(one)])
+        rows.append(
+            [f"{wording.subject_text(one)}: {wording.figure_name(one)}", *cells, how_sure(one)]
+        )
     return tables.Table(["", *mix["names"].values(), "how sure"], rows)
-
-
-def row_label(one: Record) -> str:
-    """A subject with its figure in plain words."""
-    figures = {
-        "work": "work delivered",
-        "slowdown": "times as long",
-        "median_ms": "median response",
-    }
-    return f"{wording.subject_text(one)}: {figures.get(one['figure'], one['figure'])}"
 
 
 def facts(section: Record, say: Any) -> dict[str, list[str]]:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import shlex
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarking.metrics.number_text import duration, significant
 from benchmarking.report import wording
 from benchmarking.report.wording import (
     UNKNOWN,
@@ -148,47 +145,61 @@ def scorecard(section: Record) -> list[Table]:
 
 
 def unknown_figures(section: Record) -> list[str]:
-    """The names of the scorecard's columns that no row knows."""
-    return [
-        name
-        for columns in (COSTS, CARD)
-        for name in known_only(table_of(section["groups"], columns, keys=3))[1]
-    ]
+    """The names of the scorecard's columns that no row knows; costs are known where asked for."""
+    made = (table_of(section["groups"], columns, keys=3) for columns in (COSTS, CARD))
+    return [name for table in made for name in known_only(table)[1] if "cost of" not in name]
+
+
+ABOUT: Mapping[str, Column] = {
+    "mix, clients": lambda one: f"{one['mix']}, {clients_text(one['clients'])}",
+    "subject": subject_text,
+    "figure": wording.figure_name,
+}
 
 
 def conclusions(section: Record) -> Table:
-    """Every comparison with its interval: the first table in full."""
-    rows = []
-    for one in section["conclusions"]:
-        about = [f"{one['mix']}, {clients_text(one['clients'])}", subject_text(one), one["figure"]]
-        for mode in one["modes"]:
-            found = one["pairs"] if mode["variant"] == one["best"] else ()
-            against = [pair_text(pair) for pair in found if pair["one"] == one["best"]]
-            rows.append(
-                [
-                    *about,
-                    mode_name(mode["mode"], mode["settings"]),
-                    figure_text(one, mode["estimate"], with_spread=True)
-                    if mode["estimate"]
-                    else mode["reason"] or UNKNOWN,
-                    (one["verdict"] or "no verdict, an interval only") if mode["is_best"] else "",
-                    "; ".join(against),
-                ]
-            )
-    header = ["mix, clients", "subject", "figure", "mode", "value", "verdict on the best",
-              "the best against"]  # fmt: skip
-    return Table(header, rows, keys=4)
+    """Every figure that is compared, with its interval under each mode."""
+    columns: dict[str, Column] = {
+        **ABOUT,
+        "mode": lambda one: group_name(one["of"]),
+        "value": lambda one: one["of"]["reason"] or figure_text(one, one["of"]["estimate"], True),
+        "verdict on the best": lambda one: (
+            (one["verdict"] or "an interval only") if one["of"]["is_best"] else ""
+        ),
+    }
+    rows = [{**one, "of": mode} for one in section["conclusions"] for mode in one["modes"]]
+    return table_of(rows, columns, keys=4)
 
 
-def pair_text(pair: Record) -> str:
-    """`time-slicing: +16.9 % [+16.5, +17.3], p 0.001 (Holm)`."""
-    percent, low, high = (
-        UNKNOWN if pair[part] is None else f"{pair[part]:+.1f}"
-        for part in ("percent", "low", "high")
-    )
-    p_value = pair["adjusted_p_value"]
-    p_text = "" if p_value is None else f", p {'< 0.001' if p_value < 0.001 else f'{p_value:.3f}'}"
-    return f"{pair['other']}: {percent} % [{low}, {high}]{p_text}, {pair['verdict']}"
+def differences(section: Record) -> Table:
+    """Every two modes of every figure with a verdict; `alone` is one job after another."""
+    columns: dict[str, Column] = {
+        **ABOUT,
+        "mode": lambda one: one["names"].get(one["of"]["one"], one["of"]["one"]),
+        "against": lambda one: one["names"].get(one["of"]["other"], one["of"]["other"]),
+        "difference %": lambda one: interval_text(one["of"]),
+        "p (Holm)": lambda one: p_text(one["of"]["adjusted_p_value"]),
+        "verdict": lambda one: one["of"]["verdict"],
+        "would have shown from % on": lambda one: number(one["of"]["smallest_shown_percent"], 1),
+    }
+    rows = [
+        {**one, "of": pair, "names": {mode["variant"]: group_name(mode) for mode in one["modes"]}}
+        for one in section["conclusions"]
+        for pair in one["pairs"]
+        if one["figure"] == "work" or "alone" not in (pair["one"], pair["other"])
+    ]
+    return table_of(rows, columns, keys=5)
+
+
+def p_text(value: float | None) -> str:
+    """A probability to three decimals."""
+    return "< 0.001" if value is not None and value < 0.001 else number(value, 3)
+
+
+def interval_text(pair: Record) -> str:
+    """`16.9 [16.5, 17.3]`."""
+    percent, low, high = (number(pair[part], 1) for part in ("percent", "low", "high"))
+    return percent if pair["low"] is None else f"{percent} [{low}, {high}]"
 
 
 # --- figures of jobs ------------------------------------------------------------------------------
@@ -270,16 +281,15 @@ def ramps(section: Record) -> Table:
             return f"not reached by {point['highest_clients_tried']}"
         return f"{point['clients']} ({point['criterion']}: {point['detail']})"
 
-    def bounds(ramp: Record) -> str:
-        return ", ".join(f"{name} {value:g}" for name, value in sorted(ramp["bounds"].items()))
-
     columns: dict[str, Column] = {
         "mode": group_name,
         "mix": lambda r: r["mix"],
         "counts tried": lambda r: ", ".join(map(str, r["clients"])),
         "fits": lambda r: str(r["fits"] or 0),
         "breaking point": broken,
-        "bounds asked for": lambda r: bounds(r) or "none",
+        "bounds asked for": lambda r: (
+            ", ".join(f"{k} {v:g}" for k, v in r["bounds"].items()) or "none"
+        ),
         "saturation at": lambda r: str(r["saturation_clients"] or "none"),
     }
     return table_of(section["ramps"], columns, keys=2)
@@ -300,7 +310,7 @@ def pair_matrix(section: Record) -> Table:
         return marks.get(choice["verdict"], "") + best
 
     rows = [[job, *(cell(chosen.get(frozenset((job, other)))) for other in jobs)] for job in jobs]
-    return Table(["", *(f"next to {job}" for job in jobs)], rows)
+    return Table(["job, next to:", *jobs], rows)
 
 
 def pairs(section: Record) -> Table:
@@ -344,114 +354,3 @@ def noisy(section: Record) -> Table:
             ]  # fmt: skip
             rows.append([one["label"], one["kind"], "a slice is better", *cells])
     return Table(["job", "pressed", "duty", *variants], rows, keys=3)
-
-
-# --- the guide's ranges ---------------------------------------------------------------------------
-
-
-def guide_ranges(section: Record) -> Table:
-    """Modes and jobs alone next to the guide's ranges; then jobs together, for orientation."""
-    found = [(group_name(group), check) for group in section["groups"] for check in group["checks"]]
-    if section["environment"]["job_size"] == "guide":
-        found += [(row["label"], check) for row in section["alone"] for check in row["checks"]]
-        found += [
-            (f"{row['label']}, {group_name(group)}", check)
-            for group in section["groups"]
-            for row in group["client_rows"]
-            for check in row["checks"]
-        ]
-    rows = []
-    for name, check in found:
-        expected = check["expectation"]
-        low, high, unit = expected["low"], expected["high"], expected["unit"]
-        value = f"{significant(check['value'])} {unit}"
-        rows.append(
-            [
-                name,
-                check["situation"],
-                expected.get("name") or expected["quantity"].rpartition("_")[0].replace("_", " "),
-                duration(check["value"]) if unit == "ms" else value,
-                f"{low:g} {unit}" if low == high else f"{low:g}-{high:g} {unit}",
-                check["verdict"],
-                f"{expected['experiment']}, {expected['where']}"
-                + (f"; {expected['note']}" if expected["note"] else ""),
-            ]
-        )
-    header = ["what", "situation", "quantity", "measured", "guide expects", "verdict",
-              "where in the guide"]  # fmt: skip
-    return Table(header, rows, keys=3)
-
-
-# --- environment and evidence ---------------------------------------------------------------------
-
-
-def environment(section: Record) -> Table:
-    """Card, driver, versions, engines."""
-    known = section["environment"]
-    engines = (
-        f"{workload}: {', '.join(str(part or 'unknown') for part in engine)}"
-        for workload, engine in sorted(section["engines"].items())
-    )
-    rows = [[name.replace("_", " "), str(value)] for name, value in known.items()
-            if value is not None]  # fmt: skip
-    rows += [
-        ["versions", ", ".join(f"{n} {v}" for n, v in sorted(section["versions"].items()))],
-        ["engine, precision", "; ".join(engines)],
-    ]
-    return Table(["what", "value"], [[name, value or UNKNOWN] for name, value in rows])
-
-
-def runs(section: Record) -> Table:
-    """The runs with the commands that made them."""
-    columns: dict[str, Column] = {
-        "run": lambda r: r["run_id"],
-        "started (UTC)": lambda r: r["created_at"] or UNKNOWN,
-        "mode": group_name,
-        "outcome": lambda r: r["outcome"] or UNKNOWN,
-        "GPU": lambda r: r["gpu_uuid"] or "none",
-        "command": lambda r: shlex.join(map(str, r["command"] or [])) or UNKNOWN,
-    }
-    return table_of(section["runs"], columns, code=(0, 5))
-
-
-def proofs(run: Record) -> Table:
-    """What showed, before a run and for each client, that the mode was in force."""
-    rows = [["before the run", "", wording.evidence_text(one)] for one in run["mode_evidence"]]
-    for co_run in run["co_runs"]:
-        counts = Counter(proof["verdict"] or "unverified" for proof in co_run["proofs"])
-        rows += [
-            [
-                co_run["co_run"],
-                f"{proof['client']}: {proof['label']}, {proof['verdict'] or 'unverified'}",
-                "; ".join(map(wording.evidence_text, proof["evidence"])) or "no evidence recorded",
-            ]
-            for proof in co_run["proofs"]
-        ]
-        rows.append([co_run["co_run"], "all", ", ".join(f"{n} {v}" for v, n in counts.items())])
-    return Table(["co-run", "client", "evidence"], rows, keys=2)
-
-
-def phases(logged: Sequence[Record]) -> Table:
-    """What each phase did; the analysis cannot be in the log yet, or is an earlier one's line."""
-    lines = [line for line in logged if line.get("name") != "analysis"]
-    numbers = [line["phase"] for line in lines if isinstance(line.get("phase"), int)]
-    lines.append({"phase": max(numbers, default=0) + 1, "name": "analysis", "status": "ok",
-                  "reason": "this report"})  # fmt: skip
-    columns: dict[str, Column] = {
-        name: lambda line, name=name: str(line.get(name) or UNKNOWN)
-        for name in ("phase", "name", "status", "reason")
-    }
-    columns["seconds"] = lambda line: number(line.get("seconds"), 0)
-    columns["run"] = lambda line: str(line.get("run_folder") or UNKNOWN)
-    return table_of(lines, columns, keys=2)
-
-
-def refusals(lines: Sequence[Record]) -> Table:
-    """What was refused before it had a run, and why."""
-    columns: dict[str, Column] = {
-        "when (UTC)": lambda line: line["created_at"],
-        "exit code": lambda line: str(line["exit_code"]),
-        "why": lambda line: line["sentence"],
-        "command": lambda line: shlex.join(line["command"]),
-    }
-    return table_of(lines, columns, code=(3,))

@@ -84,13 +84,24 @@ def digits(value: float | None) -> str:
     return UNKNOWN if value is None else significant(value)
 
 
-def figure_text(conclusion: Record, found: Record | None, *, with_spread: bool = False) -> str:
+def figure_text(conclusion: Record, found: Record | None, with_spread: bool = False) -> str:
     """A figure of a conclusion in its own unit."""
     if conclusion["figure"].endswith("_ms"):
         return spread_ms(found) if with_spread else milliseconds(found and found["mean"])
-    if conclusion["figure"].startswith("energy"):
-        return digits(found and found["mean"])
-    return spread(found) if with_spread else number(found and found["mean"])
+    decimals = 0 if conclusion["figure"].startswith("energy") else 2
+    return spread(found, decimals) if with_spread else number(found and found["mean"], decimals)
+
+
+def figure_name(conclusion: Record) -> str:
+    """A conclusion's figure in plain words."""
+    names = {
+        "work": "work delivered",
+        "slowdown": "times as long",
+        "median_ms": "median response",
+        "energy_joules_per_work": "joules a second of work",
+    }
+    percent = conclusion.get("percent")
+    return names.get(conclusion["figure"], f"p{percent:g} response" if percent else "response")
 
 
 def latency(row: Record) -> str:
