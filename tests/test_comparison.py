@@ -16,7 +16,7 @@ from made_up_reports import (
     time_slicing,
 )
 
-from benchmarking.report import guide
+from benchmarking.report import export, guide
 
 OLD = "2025-01-01T00:00:00+00:00"
 NEW = "2026-06-01T00:00:00+00:00"
@@ -487,3 +487,44 @@ def test_one_client_under_mps_gives_its_mechanism_overhead_and_under_time_slicin
         made = synthetic_runs.run("one", mode, {1: [1.04, 1.05, 1.06]}, mix="training")
         found = section(made)["groups"][0]["mechanism_overhead_percent"]
         assert (found is not None) == known
+
+
+# --- requirements -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("required", "missed_under"),
+    [
+        ("mps:work>1.9", ["mps"]),
+        ("mps:even:work>1.9", []),
+        ("mps:50:work>1.9", ["nothing was measured"]),
+        ("mps:even:BERT fine-tuning:slowdown<1.9x", ["mps:even"]),
+        ("work>0.9", []),
+        ("slowdown<3", ["time-slicing"] * 4),
+    ],
+)
+def test_a_requirement_speaks_of_the_variant_that_it_names(required, missed_under):
+    found = compare(
+        time_slicing([4.0]), mps([2.5]), mps([2.0], "even", mps_limits=mps_limits("even"))
+    )
+    missed = export.Requirement.parse(required).missed(found)
+    assert len(missed) == len(missed_under)
+    for sentence, part in zip(missed, missed_under, strict=True):
+        assert f"under {part}," in sentence or part in sentence
+
+
+def test_a_requirement_on_a_mode_of_which_only_variants_ran_speaks_of_all_of_them():
+    found = compare(mps([2.5], "half", mps_limits=mps_limits("50")),
+                    mps([2.0], "even", mps_limits=mps_limits("even")))  # fmt: skip
+    (missed,) = export.Requirement.parse("mps:work>1.9").missed(found)
+    assert "under mps:50, mixed with 4 clients: work is 1.6" in missed
+
+
+def test_figures_against_a_disturbed_baseline_and_of_a_count_that_failed_meet_nothing():
+    found = compare(*session([0.9] * 4, SHARING))
+    (missed,) = export.Requirement.parse("time-slicing:work>1").missed(found)
+    assert missed.endswith("invalid: the baseline was disturbed")
+    broken = mps([2.0])
+    change(broken, lambda r: r.update(outcome="failed"), phase="co_run", record="co_run")
+    (missed,) = export.Requirement.parse("work>0.1").missed(compare(broken))
+    assert missed.endswith("failed")

@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarking.modes.names import MODE_MIG, MODE_MPS, MODE_TIME_SLICING
+
 _FLAT_ESTIMATES = (
     "stp",
     "antt",
@@ -149,6 +151,8 @@ _OF_CLIENT: Mapping[str, Figure] = {
     "slo": lambda row: row["slo"] and row["slo"]["percent"],
 }
 FIGURES = (*_OF_GROUP, *_OF_CLIENT)
+_AGAINST_BASELINE = frozenset(_OF_GROUP) - {"success"} | {"slowdown"}
+_MODES = (MODE_TIME_SLICING, MODE_MPS, MODE_MIG)
 
 
 @dataclass(frozen=True)
@@ -188,29 +192,36 @@ class Requirement:
             in {(one["mix"], one["clients"]) for one in section["conclusions"]}
         ]
         mode, job = self._mode_and_job(groups)
-        found = []
-        is_checked = False
-        for group in groups:
-            if mode not in (None, group["variant"], group["mode"]):
-                continue
+        # A variant that was measured is meant exactly; else every variant of the mode.
+        is_exact = mode in {group["variant"] for group in groups}
+        meant = [
+            group
+            for group in groups
+            if mode in (None, group["variant"]) or (not is_exact and mode == group["mode"])
+        ]
+        found, is_checked = [], False
+        for group in meant:
             where = f"{group['variant']}, {group['mix']} with {group['clients']} clients"
-            if group["outcome"] != "ok":
-                is_checked = True
-                found.append(f"{self.text}: not met under {where}: {group['outcome']}")
-                continue
-            for what, value in self._values(group, job):
-                is_checked = True
-                if not _OPERATORS[self.operator](value, self.value):
-                    found.append(f"{self.text}: not met under {where}: {what} is {value:.4g}")
+            void = group["invalid"] if self.figure in _AGAINST_BASELINE else None
+            reason = group["outcome"] if group["outcome"] != "ok" else void
+            values = [] if reason else self._values(group, job)
+            is_checked |= bool(reason or values)
+            said = (
+                [reason]
+                if reason
+                else [
+                    f"{what} is {value:.4g}"
+                    for what, value in values
+                    if not _OPERATORS[self.operator](value, self.value)
+                ]
+            )
+            found += [f"{self.text}: not met under {where}: {what}" for what in said]
         return found if is_checked else [f"{self.text}: nothing was measured that it speaks of"]
 
     def _mode_and_job(self, groups: Iterable[Mapping[str, Any]]) -> tuple[str | None, str | None]:
-        """Tell a mode from a job: variants hold a colon themselves (`mps:even`).
-
-        A variant that was measured is meant exactly; else the mode's every variant.
-        """
-        variants = {name for group in groups for name in (group["variant"], group["mode"])}
-        known = [name for name in variants | set(_MODES) if f"{self.scope}:".startswith(f"{name}:")]
+        """Tell a mode from a job: variants hold a colon themselves (`mps:even`)."""
+        names = {*_MODES, *(group["variant"] for group in groups)}
+        known = [name for name in names if f"{self.scope}:".startswith(f"{name}:")]
         if not known:
             return None, self.scope or None
         mode = max(known, key=len)
@@ -227,6 +238,3 @@ class Requirement:
                 if figure and job in (None, row["workload"], row["label"])
             ]
         return [(what, value) for what, value in found if value is not None]
-
-
-_MODES = ("time-slicing", "mps", "mig")
