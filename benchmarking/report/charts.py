@@ -64,13 +64,10 @@ def draw_section(
     for conclusion in section["conclusions"]:
         by_mix.setdefault((conclusion["mix"], conclusion["clients"]), []).append(conclusion)
     compared = [
-        draw_bars(
-            figure, conclusions, path(f"{BARS[figure].file}-{mix}-{count}"),
-            f"{mix}, {clients_text(count)}",
-        )
+        draw_bars(figure, conclusions, path(f"{BARS[figure].file}-{mix}-{count}"))
         for (mix, count), conclusions in by_mix.items()
         for figure in BARS
-    ]  # fmt: skip
+    ]
     compared += [
         draw_ramps(section, mix, path(f"scaling-{mix}"))
         for mix in dict.fromkeys(ramp["mix"] for ramp in section["ramps"])
@@ -160,9 +157,7 @@ def bars_of(figure: str, conclusions: Sequence[Record]) -> list[Bar]:
     return bars
 
 
-def draw_bars(
-    figure: str, conclusions: Sequence[Record], path: Path, subject: str
-) -> Picture | None:
+def draw_bars(figure: str, conclusions: Sequence[Record], path: Path) -> Picture | None:
     """Horizontal bars by category, a style a mode, with a dashed line at 1.
 
     An infinite figure has no bar, but its text. `None` without any finite one.
@@ -216,7 +211,8 @@ def draw_bars(
         chart.supxlabel(note, fontsize=8)
         shown = dict.fromkeys(f"{bar.category}, {bar.mode_name} {bar.text}" for bar in bars)
         description = f"Bars, {about.axis}: {'; '.join(shown)}."
-        return save(chart, path, f"{about.caption}: {subject}", description)
+        mix, count = conclusions[0]["mix"], clients_text(conclusions[0]["clients"])
+        return save(chart, path, f"{about.caption}: {mix}, {count}", description, mix)
 
 
 # --- lines: figures against the number of clients -------------------------------------------------
@@ -249,7 +245,7 @@ def draw_ramps(section: Record, mix: str, path: Path) -> Picture | None:
     marks = [(count, f"{name} breaks at {count}") for count, name in broken if count is not None]
     return draw_lines(
         panels, counts, [str(count) for count in counts], "clients at the same time", path,
-        f"Work and slowdown by number of clients: copies of {mix}", marks=marks,
+        f"Work and slowdown by number of clients: copies of {mix}", mix=mix, marks=marks,
     )  # fmt: skip
 
 
