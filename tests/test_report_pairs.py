@@ -125,7 +125,7 @@ def test_the_neighbor_that_a_pair_convicts_is_named_as_the_cause_in_a_larger_mix
 
 def noisy_run(mode: str, felt: dict[float, float]) -> dict:
     """The inference job next to an antagonist at each duty, slowed so."""
-    made = synthetic_runs.run(f"noisy-{mode}", mode, {})
+    made = synthetic_runs.run(f"noisy-{mode}", mode, {}, is_pairs=True)
     made["manifest"]["mix"] = "noisy"
     for duty, slower in felt.items():
         name = f"noisy-{duty}-r0"
@@ -155,4 +155,4 @@ def test_the_duty_from_which_a_slice_is_better_is_interpolated():
 def test_without_mig_the_break_even_is_not_measured_and_no_mode_is_concluded_on():
     found = section(noisy_run("time-slicing", {1.0: 4.0}))
     assert found["noisy"][0]["break_even"][0]["reason"] == "not measured: no MIG"
-    assert found["conclusions"] == found["pair_choices"] == []
+    assert found["conclusions"] == found["pair_choices"] == found["interference"] == []

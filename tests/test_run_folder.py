@@ -498,7 +498,7 @@ def many_bad_lines(path: Path) -> None:
     ("plant", "said"),
     [
         (lambda path: os.mkfifo(path), "is no regular file, skipped"),
-        (lambda path: path.symlink_to("/dev/zero"), "is no regular file, skipped"),
+        (lambda path: path.symlink_to("/dev/zero"), "is a link, skipped"),
         (lambda path: path.mkdir(), "Is a directory, skipped"),
         (sparse, "holds more than 16 MiB, skipped"),
         (packed_zeros, "holds more than 16 MiB, skipped"),

@@ -77,7 +77,8 @@ have it: `mps`, `mps:even`, `mps:50/25`.
       ramps[]       {mode, settings, variant, mix, clients[], bounds, breaking_point, fits,
                     saturation_clients, sufficient_clients}; `fits`: the most clients that met the
                     criteria before it broke
-      interference[]               of pairs: {mode, settings, variant, mix, latency_jobs, cells[]}
+      interference[]               of pairs: {mode, settings, variant, mix, latency_jobs,
+                    jobs_in_all (the cells are of the first 50), cells[]}
       pair_choices[]               {jobs: [a, b], work delivered by both: as in conclusions} which
                     mode for each pair
       noisy[]       {label, kind, points[{variant, duty, slowdown (estimate)}],
@@ -98,12 +99,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from benchmarking.metrics.estimates import estimate
 from benchmarking.modes.names import MODE_MIG
 from benchmarking.records.run_folder import PHASE_NULL, PHASE_SHARE_BASELINE
 from benchmarking.records.types import CoRunRecord
 from benchmarking.report import claims, conclusions, judgments, ramps
-from benchmarking.report.groups import CoRun, Group, kind_of, measure, plain, table_rows
+from benchmarking.report.groups import (
+    CoRun,
+    Group,
+    kind_of,
+    measure,
+    plain,
+    table_rows,
+    window_seconds,
+)
 from benchmarking.report.merging import (
     Section,
     alone_of,
@@ -282,50 +293,32 @@ def _own_error(measured: _Measured) -> dict[str, Any] | None:
 def _run(run: MeasuredRun) -> dict[str, Any]:
     """A run's own facts, with the proof of its mode."""
     manifest = run.manifest
-    return {
-        "run_id": run.name,
-        "created_at": manifest.created_at,
-        "outcome": manifest.outcome,
-        **kind_of(run),
-        "mix": manifest.mix,
-        "session": manifest.session,
-        "method": manifest.method,
-        "gpu_uuid": manifest.environment.gpu_uuid,
-        "command": manifest.command,
-        "notes": manifest.notes,
-        "mode_evidence": [_evidence(item) for item in manifest.mode_evidence],
-        "co_runs": [
-            {
-                "co_run": record.co_run,
-                "phase": record.phase,
-                "clients": record.clients,
-                "repeat": record.repeat,
-                "outcome": record.outcome,
-                "reason": record.reason,
-                "window_seconds": _span(record),
-                "warnings": record.warnings,
-                "proofs": [
-                    {
-                        "client": client.client,
-                        "label": client.label or client.workload,
-                        "verdict": client.proof.verdict,
-                        "evidence": [_evidence(item) for item in client.proof.evidence],
-                    }
-                    for client in run.clients_of(record)
-                ],
-            }
-            for record in run.co_run_records
-        ],
-    }
-
-
-def _span(record: CoRunRecord) -> float | None:
-    start, end = record.window_start_seconds, record.window_end_seconds
-    return None if start is None or end is None else end - start
-
-
-def _evidence(item: Any) -> dict[str, Any]:
-    return {"check": item.check, "found": item.found, "ok": item.ok}
+    told = {
+        name: msgspec.to_builtins(getattr(manifest, name))
+        for name in (
+            "created_at", "outcome", "mix", "session", "method", "command", "notes",
+            "mode_evidence",
+        )
+    }  # fmt: skip
+    co_runs = [
+        {
+            **{
+                name: getattr(record, name)
+                for name in (
+                    "co_run", "phase", "clients", "repeat", "outcome", "reason", "warnings",
+                )
+            },
+            "window_seconds": window_seconds(record),
+            "proofs": [
+                {"client": one.client, "label": one.label, **msgspec.to_builtins(one.proof)}
+                for one in run.clients_of(record)
+            ],
+        }
+        for record in run.co_run_records
+    ]  # fmt: skip
+    kind = kind_of(run)
+    uuid = manifest.environment.gpu_uuid
+    return {"run_id": run.name, **told, **kind, "gpu_uuid": uuid, "co_runs": co_runs}
 
 
 def _add_costs(

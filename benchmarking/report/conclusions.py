@@ -75,7 +75,7 @@ def _subjects(groups: Sequence[Group], rows: Rows) -> list[_Subject]:
     found = [_whole_card(groups, rows)] if any(counted) else []
     if groups[0].pair:
         return found
-    labels = dict.fromkeys(label for group in groups for label in group.by_label())
+    labels = dict.fromkeys(label for group in groups for label in group.labels())
     for label in labels:
         found.append(_job(groups, rows, label))
         tail = _tail(groups, label)
@@ -166,7 +166,7 @@ def _take(
 
 
 def _of_label(label: str) -> Callable[[CoRun], list[ClientRecord]]:
-    return lambda co_run: [one for one in co_run.clients if (one.label or one.workload) == label]
+    return lambda co_run: [one for one in co_run.clients if one.label == label]
 
 
 def _every_client(co_run: CoRun) -> list[ClientRecord]:
@@ -205,11 +205,10 @@ def _conclusion(
         )  # fmt: skip
     elif subject.is_claim:
         verdict, tied = claims.verdict_of(best, ranked[1:], pairs)
-    with_best = [pair for pair in pairs if best in (pair["one"], pair["other"])]
     needed = [
         pair["smallest_shown_percent"]
-        for pair in with_best
-        if {pair["one"], pair["other"]} & {*tied} and pair["smallest_shown_percent"] is not None
+        for pair in pairs
+        if {pair["one"], pair["other"]} in [{best, name} for name in tied]
     ]
     runner_up = ranked[1] if len(ranked) > 1 else None
     first = subject.groups[0]
@@ -241,7 +240,7 @@ def _conclusion(
         "pairs": list(pairs),
         "runner_up": runner_up,
         "runner_up_percent": _over(known, best, runner_up) if runner_up else None,
-        "smallest_shown_percent": max(needed, default=None),
+        "smallest_shown_percent": max(filter(None, needed), default=None),
         "reason": reason,
         "run_ids": list(dict.fromkeys(name for group in subject.groups for name in group.run_ids)),
     }

@@ -20,6 +20,18 @@ from benchmarking.modes.names import MODE_EXCLUSIVE, MODE_MIG
 from benchmarking.records.types import ClientRecord, CoRunRecord, GpuFigures, Summary
 from benchmarking.report.runs import NOISY, Alone, MeasuredRun, pressed_resource
 
+# What the table of clients takes from their records as it is.
+_TABLE_FIELDS = (
+    "phase", "co_run", "clients", "repeat", "client", "workload", "label", "job_key", "status",
+    "reason", "latency_ms",
+)  # fmt: skip
+
+
+def window_seconds(record: CoRunRecord) -> float | None:
+    """Length of the counting window."""
+    start, end = record.window_start_seconds, record.window_end_seconds
+    return None if start is None or end is None else end - start
+
 
 @dataclass
 class CoRun:
@@ -41,12 +53,6 @@ class CoRun:
         """Whether some client's membership in the mode could not be checked."""
         return any(client.proof.verdict == "unverified" for client in self.clients)
 
-    @property
-    def window_seconds(self) -> float | None:
-        """Length of the counting window."""
-        start, end = self.record.window_start_seconds, self.record.window_end_seconds
-        return None if start is None or end is None else end - start
-
     def slowdown(self, client: ClientRecord) -> float | None:
         """Times as long as alone that a unit of the client's work took."""
         reference = self.alone.pooled.get(client.job_key)
@@ -63,7 +69,7 @@ class CoRun:
         jobs = (
             scores.jobs_in_window(
                 [(job.start_seconds, job.end_seconds) for job in client.jobs if job.in_window],
-                self.window_seconds,
+                window_seconds(self.record),
             )
             for client in self.clients
         )
@@ -75,10 +81,13 @@ class CoRun:
         The card does not tell whose joules they are.
         """
         joules = self.record.gpu and self.record.gpu.energy_joules
+        seconds, stp = window_seconds(self.record), self.summary.stp
         is_whole = self.summary.throughput_clients == self.record.clients
-        if joules is None or not self.summary.stp or not self.window_seconds or not is_whole:
-            return None
-        return joules / (self.summary.stp * self.window_seconds)
+        return (
+            joules / (stp * seconds)
+            if joules is not None and stp and seconds and is_whole
+            else None
+        )
 
 
 def measure(
@@ -149,12 +158,9 @@ class Group:
         unit = math.gcd(*map(keys.count, keys)) or 1
         return tuple(sorted((key, keys.count(key) // unit) for key in set(keys)))
 
-    def by_label(self) -> dict[str, list[ClientRecord]]:
-        """The clients of its first co-run by what they run: copies of one job stand together."""
-        found: dict[str, list[ClientRecord]] = {}
-        for client in self.co_runs[0].clients:
-            found.setdefault(client.label or client.workload, []).append(client)
-        return found
+    def labels(self) -> list[str]:
+        """What its clients run, each once: copies of a job have one label."""
+        return list(dict.fromkeys(client.label for client in self.co_runs[0].clients))
 
     def members(self, client: int) -> list[tuple[CoRun, ClientRecord]]:
         """One client's records over the co-runs, each with its co-run."""
@@ -208,20 +214,16 @@ def percentile_estimate(records: Sequence[ClientRecord], percent: float | None) 
 
 def table_rows(co_run: CoRun) -> list[dict[str, Any]]:
     """The rows of a co-run's clients in the table of all clients."""
-    gpu = msgspec.to_builtins(co_run.record.gpu or GpuFigures())
+    record, gpu = co_run.record, msgspec.to_builtins(co_run.record.gpu or GpuFigures())
     shared = {
         "run_id": co_run.run.name,
         "folder": str(co_run.run.folder),
         "session": co_run.run.manifest.session,
         **kind_of(co_run.run),
         "mix": co_run.run.manifest.mix,
-        "phase": co_run.record.phase,
-        "co_run": co_run.record.co_run,
-        "clients": co_run.record.clients,
-        "repeat": co_run.record.repeat,
-        "outcome": co_run.record.outcome,
-        "window_start_seconds": co_run.record.window_start_seconds,
-        "window_end_seconds": co_run.record.window_end_seconds,
+        "outcome": record.outcome,
+        "window_start_seconds": record.window_start_seconds,
+        "window_end_seconds": record.window_end_seconds,
         "stp": co_run.summary.stp,
         "antt": co_run.summary.antt,
         **{f"gpu_{name}": value for name, value in gpu.items()},
@@ -229,15 +231,9 @@ def table_rows(co_run: CoRun) -> list[dict[str, Any]]:
     return [
         {
             **shared,
-            "client": client.client,
-            "workload": client.workload,
-            "label": client.label or client.workload,
-            "job_key": client.job_key,
-            "status": client.status,
-            "reason": client.reason,
+            **{name: getattr(client, name) for name in _TABLE_FIELDS},
             "verdict": client.proof.verdict,
             "jobs": msgspec.to_builtins(client.jobs),
-            "latency_ms": client.latency_ms,
             "failed_requests": failed_requests(client),
             "slowdown": co_run.slowdown(client),
             "is_service": scores.is_offered_rate(client.units),

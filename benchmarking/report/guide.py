@@ -40,28 +40,19 @@ class Expectation:
     rounding: float = 0.0
     note: str = ""
 
-    @property
-    def lowest(self) -> float:
-        """The lowest value that still reads as inside."""
-        return self.low - self.rounding
-
-    @property
-    def highest(self) -> float:
-        """The highest value that still reads as inside."""
-        return self.high + self.rounding
+    def verdict(self, value: float) -> Verdict:
+        """Where a value, in `unit`, lies against the range."""
+        if value < self.low - self.rounding:
+            return "below"
+        return "above" if value > self.high + self.rounding else "inside"
 
     def check(self, value: float, situation: str) -> dict[str, Any]:
         """A measured value, in `unit`, next to the range."""
-        verdict: Verdict = "inside"
-        if value < self.lowest:
-            verdict = "below"
-        elif value > self.highest:
-            verdict = "above"
         name = _NAMES.get(self.quantity, self.quantity.rsplit("_", 1)[0].replace("_", " "))
         return {
             "expectation": dataclasses.asdict(self) | {"name": name},
             "value": value,
-            "verdict": verdict,
+            "verdict": self.verdict(value),
             "situation": situation,
         }
 

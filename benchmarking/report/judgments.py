@@ -52,10 +52,9 @@ def _guides(row: Mapping[str, Any]) -> list[dict[str, Any]]:
         value = row[expected.quantity]
         holds = claims.CANNOT_TELL
         if value and value["is_interval"]:
-            if expected.lowest <= value["low"] and value["high"] <= expected.highest:
-                holds = YES
-            elif value["high"] < expected.lowest or value["low"] > expected.highest:
-                holds = NO
+            ends = {expected.verdict(value["low"]), expected.verdict(value["high"])}
+            if len(ends) == 1:
+                holds = YES if ends == {"inside"} else NO
         what = expected.quantity.removesuffix("_percent").replace("_", " ")
         found.append({
             "source": "guide",
@@ -78,12 +77,13 @@ def _vendors_rule(one: Mapping[str, Any]) -> dict[str, Any] | None:
         what, expected = "latency-sensitive inference", MODE_MPS
     else:
         return None
-    both = {MODE_TIME_SLICING, MODE_MPS}
+    shared = [mode["variant"] for mode in one["modes"] if mode["mode"] == MODE_MPS]
+    both = {MODE_TIME_SLICING, *shared[:1]}
     pair = next((pair for pair in one["pairs"] if {pair["one"], pair["other"]} == both), None)
     verdict = pair["verdict"] if pair else claims.NOT_MEASURED
     holds = claims.CANNOT_TELL
     if verdict == claims.SURE:
-        holds = YES if pair["better"] == expected else NO
+        holds = YES if pair["better"].startswith(expected) else NO
     elif verdict == claims.NO_DIFFERENCE:
         holds = NO
     name = "time slicing" if expected == MODE_TIME_SLICING else "SM sharing (MPS)"
@@ -167,9 +167,8 @@ def noisy(groups: Sequence[Group]) -> list[dict[str, Any]]:
         pressed = [pressed_resource(client.job_key) for client in group.co_runs[0].clients]
         if group.clients != 2 or pressed.count(None) != 1:
             continue
-        place = pressed.index(None)
         kind, duty = next(one for one in pressed if one is not None)
-        members = group.members(place)
+        members = group.members(group.co_runs[0].clients[pressed.index(None)].client)
         slowdown = estimate(one.slowdown(client) for one, client in members if one.is_ok)
         by_mode = felt.setdefault((members[0][1].label, kind), {})
         by_mode.setdefault(group.first.variant, {})[duty] = slowdown

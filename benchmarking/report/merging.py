@@ -197,7 +197,8 @@ def alone_of(
         and other.folder.parent == run.folder.parent
     ]
     borrowed = baseline_run(run, every_run) if phase != PHASE_SHARE_BASELINE else None
-    members = [*session, run] if phase != PHASE_SHARE_BASELINE else [run]
+    whole = next(other for other in every_run if other.name == run.name)
+    members = [*session, whole] if phase != PHASE_SHARE_BASELINE else [whole]
     is_member = borrowed is not None and borrowed.name in {member.name for member in members}
     sources = [members] if borrowed is None or is_member else [[borrowed], members]
     alone = Alone()

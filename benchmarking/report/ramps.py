@@ -14,6 +14,8 @@ from benchmarking.report.rows import client_row
 from benchmarking.report.runs import MeasuredRun
 
 MISSING = "not measured"
+# A matrix of more jobs than these is read by nobody.
+MOST_JOBS = 50
 
 
 def find_ramps(groups: Sequence[Group], rows: Mapping[int, Mapping[str, Any]]) -> list[dict]:
@@ -86,7 +88,7 @@ def _bounds(groups: Sequence[Group]) -> dict[str, float | None]:
 def interference(groups: Sequence[Group], runs: Sequence[MeasuredRun]) -> list[dict[str, Any]]:
     """What each job felt next to each other one, by mode; a job next to itself pools both."""
     matrices: dict[tuple[str, str, str], dict[str, Any]] = {}
-    for run in (run for run in runs if run.manifest.is_pairs):
+    for run in (run for run in runs if run.is_matrix):
         matrix = matrices.setdefault(
             (run.mode, run.settings, run.manifest.mix),
             {
@@ -98,11 +100,10 @@ def interference(groups: Sequence[Group], runs: Sequence[MeasuredRun]) -> list[d
                 "of": {},
             },
         )
-        for part in run.by_jobs():
-            clients = (client for one in part.planned(2)[:1] for client in one.clients)
-            matrix["jobs"].update(dict.fromkeys(client.label for client in clients))
+        for client in (client for planned in run.planned(2) for client in planned.clients):
+            matrix["jobs"].setdefault(client.label)
         matrix["latency_jobs"] |= {one.label for one in run.client_records if one.latency_ms}
-    for group in (group for group in groups if group.first.manifest.is_pairs):
+    for group in (group for group in groups if group.first.is_matrix):
         run = group.first
         mix = run.manifest.mix.split(": ")[0]
         cells = matrices[(run.mode, run.settings, mix)]["of"]
@@ -111,10 +112,11 @@ def interference(groups: Sequence[Group], runs: Sequence[MeasuredRun]) -> list[d
         {
             **{name: matrix[name] for name in ("mode", "settings", "variant", "mix")},
             "latency_jobs": sorted(matrix["latency_jobs"] & matrix["jobs"].keys()),
+            "jobs_in_all": len(matrix["jobs"]),
             "cells": [
                 matrix["of"].get((job, beside)) or _cell(job, beside, MISSING)
-                for job in matrix["jobs"]
-                for beside in matrix["jobs"]
+                for job in [*matrix["jobs"]][:MOST_JOBS]
+                for beside in [*matrix["jobs"]][:MOST_JOBS]
             ],
         }
         for matrix in sorted(matrices.values(), key=lambda one: (one["mix"], one["order"]))

@@ -16,7 +16,14 @@ from benchmarking.metrics.estimates import (
 from benchmarking.modes.names import MODE_MIG, MODE_MPS
 from benchmarking.records.types import ClientRecord, GpuFigures, Summary
 from benchmarking.report import guide
-from benchmarking.report.groups import CoRun, Group, failed_requests, percentile_estimate, plain
+from benchmarking.report.groups import (
+    CoRun,
+    Group,
+    failed_requests,
+    percentile_estimate,
+    plain,
+    window_seconds,
+)
 from benchmarking.report.runs import Alone, MeasuredRun
 
 TAIL_PERCENTILES = (50, 95, 99)
@@ -208,7 +215,7 @@ def client_row(
     return {
         "client": first.client,
         "workload": first.workload,
-        "label": first.label or first.workload,
+        "label": first.label,
         "job_key": first.job_key,
         "statuses": [client.status for client in records],
         "proof": sorted({client.proof.verdict for client in records}),
@@ -278,7 +285,7 @@ def _service(
         and scores.goodput_per_second(
             [ms for client in records for ms in client.latency_ms or ()],
             bound_ms,
-            [one.window_seconds for one, _ in good],
+            [window_seconds(one.record) for one, _ in good],
         ),
         "bound_ms": bound_ms,
         "late_percent": max(late) or None,

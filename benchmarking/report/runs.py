@@ -28,7 +28,8 @@ from benchmarking.modes.names import (
 )
 from benchmarking.records import run_folder
 from benchmarking.records.run_folder import PHASE_BASELINE, PHASE_CO_RUN, pooled
-from benchmarking.records.types import ClientRecord, CoRunRecord, Manifest, MpsLimits, Phase, Record
+from benchmarking.records.types import ClientRecord, CoRunRecord, Manifest, MpsLimits, Phase
+from benchmarking.report.cleaning import cleaned
 from benchmarking.suite import baselines, limits
 from benchmarking.suite.plan import CARRIED_FIGURES
 
@@ -36,18 +37,12 @@ _MODE_ORDER = (MODE_TIME_SLICING, MODE_MPS, MODE_MIG, MODE_EXCLUSIVE, MODE_CPU_D
 DEFAULT_TIMESLICE = "Default"
 # The mix of a job next to each antagonist.
 NOISY = "noisy"
-# Of texts so many characters are kept; what is measured here lies far within the numbers.
-LONGEST_TEXT = 10_000
-LARGEST, SMALLEST = 1e18, 1e-18
-DEEPEST = 50
+# Of a run so many are read; a long ramp has 10,000.
+MOST_RECORDS = 50_000
 
 # What of a client's environment changes how the mode treats it; folders of daemons do not.
 _KNOB_PREFIX = "CUDA_MPS_"
 _NO_KNOBS = frozenset({"CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"})
-
-_LINE_BREAKS = re.compile(r"\s*[\t\n\v\f\r\x1c-\x1e\x85\u2028\u2029]+\s*")
-# Controls, and what turns the direction of writing.
-_UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 _T = TypeVar("_T")
 
@@ -145,7 +140,7 @@ class MeasuredRun:
     def _limits(self) -> MpsLimits:
         return self.manifest.mps_limits or MpsLimits()
 
-    @property
+    @functools.cached_property
     def _has_knobs(self) -> bool:
         return any(client.knobs for co_run in self._planned for client in co_run.clients)
 
@@ -203,8 +198,14 @@ class MeasuredRun:
 
     def clients_of(self, co_run: CoRunRecord) -> list[ClientRecord]:
         """Client records of a co-run, in client order."""
-        members = [one for one in self.client_records if one.co_run == co_run.co_run]
-        return sorted(members, key=lambda record: record.client)
+        return self._by_co_run.get(co_run.co_run, [])
+
+    @functools.cached_property
+    def _by_co_run(self) -> dict[str, list[ClientRecord]]:
+        found: dict[str, list[ClientRecord]] = {}
+        for record in sorted(self.client_records, key=lambda record: record.client):
+            found.setdefault(record.co_run, []).append(record)
+        return found
 
     def judged(self, clients: int) -> list[CoRunRecord]:
         """Co-runs of that many clients that say whether the count works, proved in their mode."""
@@ -245,8 +246,16 @@ class MeasuredRun:
         """Settings of the mode that each client was given, by client."""
         return [client.knobs for one in self.planned(clients)[:1] for client in one.clients]
 
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it, or the run that it is a part of, holds each job next to each other one."""
+        return self.manifest.is_pairs and not self.manifest.mix.startswith(NOISY)
+
     def by_jobs(self) -> list[MeasuredRun]:
-        """Split a run whose co-runs of one count are of unlike jobs: each pair is its own mix."""
+        """Split a run whose co-runs of one count are of unlike jobs: each pair is its own mix.
+
+        The parts hold no baselines; those are found by the run's name.
+        """
         if not self.manifest.is_pairs and self.manifest.mix != NOISY:
             return [self]
         pairs: dict[tuple[str, ...], list[PlannedCoRun]] = {}
@@ -255,15 +264,19 @@ class MeasuredRun:
         return [self._only(jobs, planned) for jobs, planned in pairs.items()]
 
     def _only(self, jobs: tuple[str, ...], planned: list[PlannedCoRun]) -> MeasuredRun:
-        names = {co_run.co_run for co_run in planned}
+        names = dict.fromkeys(co_run.co_run for co_run in planned)
         mix = f"{self.manifest.mix}: {' beside '.join(jobs)}"
         plan = {"co_runs": msgspec.to_builtins(planned)}
         return replace(
             self,
             manifest=msgspec.structs.replace(self.manifest, mix=mix, plan=plan),
-            client_records=[r for r in self.client_records if _is_of(r, names)],
-            co_run_records=[r for r in self.co_run_records if _is_of(r, names)],
+            client_records=[one for name in names for one in self._by_co_run.get(name, [])],
+            co_run_records=[self._co_runs[name] for name in names if name in self._co_runs],
         )
+
+    @functools.cached_property
+    def _co_runs(self) -> dict[str, CoRunRecord]:
+        return {record.co_run: record for record in self.co_runs()}
 
 
 def pressed_resource(job_key: str) -> tuple[str, float] | None:
@@ -275,10 +288,6 @@ def pressed_resource(job_key: str) -> tuple[str, float] | None:
         return kind.group(1), min(1.0, max(0.0, float(duty.group(1)))) if duty else 1.0
     except ValueError:
         return None
-
-
-def _is_of(record: Record, names: set[str]) -> bool:
-    return record.phase != PHASE_CO_RUN or record.co_run in names
 
 
 @dataclass
@@ -376,9 +385,15 @@ def read_run(folder: Path) -> MeasuredRun:
         raise run_folder.RunStoreError(f"{folder}: its manifest holds {error}") from error
     records: list[Any] = []
     unreadable: dict[str, str] = {}
-    for record in (*run.client_records, *run.co_run_records):
+    found = [*run.client_records, *run.co_run_records]
+    if len(found) > MOST_RECORDS:
+        raise run_folder.RunStoreError(f"{folder} holds more than {MOST_RECORDS} records, skipped")
+    for record in found:
         try:
-            records.append(_cleaned_struct(record))
+            read = _cleaned_struct(record)
+            if isinstance(read, ClientRecord):
+                read.label = read.label or read.workload
+            records.append(read)
         except ValueError as error:
             unreadable[cleaned(record.co_run)] = str(error)
     problems += [f"{name} excluded: it holds {why}" for name, why in unreadable.items()]
@@ -401,26 +416,6 @@ def read_samples(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
 
 def _cleaned_struct(value: _T) -> _T:
     return msgspec.convert(cleaned(msgspec.to_builtins(value)), type(value))
-
-
-def cleaned(value: Any, depth: int = 0) -> Any:
-    """Return plain data without what steers a terminal, breaks a line or overflows.
-
-    Raises `ValueError` for a number that nothing measures, and for what is nested too deeply.
-    """
-    if isinstance(value, str):
-        return _UNSAFE.sub("?", _LINE_BREAKS.sub(" ", value[:LONGEST_TEXT]))
-    if depth > DEEPEST:
-        raise ValueError("what is nested too deeply")
-    if isinstance(value, dict):
-        return {cleaned(key): cleaned(item, depth + 1) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [cleaned(item, depth + 1) for item in value]
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        if not abs(value) <= LARGEST:
-            raise ValueError("a number beyond 1e18")
-        return value if abs(value) >= SMALLEST else 0
-    return value
 
 
 def _named_by_path(results_dir: Path, runs: list[MeasuredRun]) -> list[MeasuredRun]:
