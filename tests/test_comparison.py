@@ -16,6 +16,8 @@ from made_up_reports import (
     time_slicing,
 )
 
+from benchmarking.report import guide
+
 OLD = "2025-01-01T00:00:00+00:00"
 NEW = "2026-06-01T00:00:00+00:00"
 GPU = synthetic_runs.GPU
@@ -314,6 +316,25 @@ def test_the_guide_and_the_rule_of_thumb_are_held_against_this_mix():
     }
     few = section(time_slicing([4.7]), mps([2.0]))["expectations"]
     assert {one["holds"] for one in few} == {"cannot tell"}
+
+
+def test_measured_values_stand_next_to_the_guides_ranges():
+    found = section(mps([2.0]))
+    alone = {row["workload"]: row["checks"] for row in found["alone"]}
+    resnet = {one["expectation"]["quantity"]: one["verdict"] for one in alone["resnet_training"]}
+    assert (resnet["epoch_seconds"], resnet["test_accuracy_percent"]) == ("below", "inside")
+    latency = [one["expectation"] for one in alone["batch_inference"]
+               if one["expectation"]["quantity"] == "mean_latency_ms"]  # fmt: skip
+    assert [(one["batch_size"], one["low"], one["high"]) for one in latency] == [(32, 30, 50)]
+    modes = {one["expectation"]["quantity"] for one in found["groups"][0]["checks"]}
+    assert modes == {"success_rate_percent", "overhead_percent", "utilization_gpu_percent"}
+
+
+def test_migs_zero_overhead_is_read_as_a_whole_number():
+    (zero,) = [one for one in guide.MODE_EXPECTATIONS
+               if one.quantity == "interference_overhead_percent"]  # fmt: skip
+    assert [zero.verdict(value) for value in (-0.4, 0.4, 3.0)] == ["inside", "inside", "above"]
+    assert zero.range_text == "0 %"
 
 
 def test_what_was_not_measured_is_said_with_the_reason():
