@@ -11,7 +11,7 @@ from benchmarking.cli import EXIT_USAGE, SuiteError
 from benchmarking.metrics.number_text import significant
 from benchmarking.report import render
 from benchmarking.report.runs import cleaned
-from benchmarking.report.tables import Column, table_of
+from benchmarking.report.tables import Column, Table, table_of
 from benchmarking.report.wording import mode_name, mode_order
 
 RECORD_FILE = "blast_radius.json"
@@ -22,7 +22,7 @@ FAULTS = {
     "assert": "a failed assertion in a client's kernel",
     "illegal-access": "an illegal memory access of a client",
 }
-NO_GPU = "the CPU, which says nothing of a GPU"
+NO_GPU = {"name": "the CPU, which says nothing of a GPU"}
 
 Record = Mapping[str, Any]
 
@@ -37,66 +37,45 @@ NEIGHBOR_COLUMNS: Mapping[str, Column] = {
     "lost s": lambda n: number(n["lost_seconds"]),
     "reason": lambda n: first_line(n["reason"]),
 }
-SUMMARY_COLUMNS: Mapping[str, Column] = {
-    "mode": lambda r: mode_name(r["mode"]),
-    "fault": lambda r: r["fault"],
-    "neighbors survived": lambda r: survivors(r) if r["is_measured"] else "",
-    "longest pause ms": lambda r: number(longest_pause_ms(r)) if r["is_measured"] else "",
-    "lost s": lambda r: number(lost_seconds(r)) if r["is_measured"] else "",
-    "new client after s (its loading not counted)":
-        lambda r: newcomer_text(r["newcomer"]) if r["is_measured"] else "",
-    "with its loading": lambda r: works_text(r["newcomer"]) if r["is_measured"] else "",
-    "not run, because": lambda r: first_line(r.get("not_run")),
-}  # fmt: skip
+SUMMARY_HEADER = (
+    "mode", "fault", "neighbors survived", "longest pause ms", "lost s",
+    "new client after s (its loading not counted)", "with its loading", "not run, because",
+)  # fmt: skip
 
 
 def markdown(found: Record) -> str:
     """Return the report of one fault as Markdown."""
-    neighbors = [] if found["not_run"] else found["neighbors"]
-    values = {
-        "found": found,
-        "faults": FAULTS,
-        "neighbors": table_of(neighbors, NEIGHBOR_COLUMNS),
-        "own_cost": None if found["not_run"] else own_cost_seconds(found["newcomer"]),
-        "reason": "no reason known",
-        "card": found["gpu"]["name"] if found.get("gpu") else NO_GPU,
-    }
+    values = {"found": found, "faults": FAULTS, "card": (found.get("gpu") or NO_GPU)["name"]}
     if not found["not_run"]:
-        values["reason"] = first_line(found["faulty"]["reason"]).rstrip(".") or values["reason"]
+        values |= {
+            "neighbors": table_of(found["neighbors"], NEIGHBOR_COLUMNS),
+            "own_cost": own_cost_seconds(found["newcomer"]),
+            "reason": first_line(found["faulty"]["reason"]).rstrip(".") or "no reason known",
+        }
     title = f"Blast radius: {found['fault']} under {mode_name(found['mode'])}"
     return render.render_page("md", "blast.j2", title, values)
 
 
-def survivors(record: Record) -> str:
-    """How many neighbors survived, and whether their mode was proved."""
-    survived = [one for one in record["neighbors"] if one["survived"]]
-    is_proved = all(one["proof"] == "verified" for one in survived)
-    doubt = "" if is_proved else " (mode not verified)"
-    return f"{len(survived)} of {len(record['neighbors'])}{doubt}"
-
-
-def longest_pause_ms(record: Record) -> float | None:
-    """The longest time without work of a neighbor that survived."""
-    gaps = [one["longest_gap_ms"] for one in record["neighbors"] if one["survived"]]
-    return max(filter(None, gaps), default=None)
-
-
-def lost_seconds(record: Record) -> float:
-    """The work of all neighbors that is gone."""
-    return sum(one["lost_seconds"] for one in record["neighbors"])
-
-
-def newcomer_text(newcomer: Record) -> str:
-    """What the fault cost a new client."""
-    if newcomer["works_after_seconds"] is None:
-        return f"none within {number(newcomer['patience_seconds'])}"
-    return number(own_cost_seconds(newcomer))
-
-
-def works_text(newcomer: Record) -> str:
-    """When a new client had done its first work."""
+def summary_row(record: Record) -> list[str]:
+    """What one fault did, in a line."""
+    head = [mode_name(record["mode"]), record["fault"]]
+    if not record["is_measured"]:
+        return [*head, "", "", "", "", "", first_line(record["not_run"])]
+    neighbors, newcomer = record["neighbors"], record["newcomer"]
+    survived = [one for one in neighbors if one["survived"]]
+    doubt = "" if all(one["proof"] == "verified" for one in survived) else " (mode not verified)"
+    pauses = [one["longest_gap_ms"] for one in survived if one["longest_gap_ms"]]
     works = newcomer["works_after_seconds"]
-    return "" if works is None else number(works)
+    none_worked = f"none within {number(newcomer['patience_seconds'])}"
+    return [
+        *head,
+        f"{len(survived)} of {len(neighbors)}{doubt}",
+        number(max(pauses, default=None)),
+        number(sum(one["lost_seconds"] for one in neighbors)),
+        none_worked if works is None else number(own_cost_seconds(newcomer)),
+        "" if works is None else number(works),
+        "",
+    ]
 
 
 def own_cost_seconds(newcomer: Record) -> float | None:
@@ -134,9 +113,9 @@ def summary(folders: Iterable[Path]) -> str:
     records.sort(
         key=lambda one: (mode_order(one["mode"]), faults.index(one["fault"]), one["created_at"])
     )
-    cards = [record["gpu"]["name"] if record["gpu"] else NO_GPU
-             for record in records if record["is_measured"]]  # fmt: skip
-    values = {"table": table_of(records, SUMMARY_COLUMNS), "cards": list(dict.fromkeys(cards))}
+    cards = [(one["gpu"] or NO_GPU)["name"] for one in records if one["is_measured"]]
+    table = Table(SUMMARY_HEADER, [*map(summary_row, records)])
+    values = {"table": table, "cards": [*dict.fromkeys(cards)]}
     return render.render_page("md", "blast.j2", "Blast radius", values)
 
 

@@ -50,6 +50,8 @@ THREE = (4.0, 4.04, 4.08)
          "; time slicing where the BERT fine-tuning matters."),
         (lambda: [slicing(4.0), mps(2.0)],
          "MPS delivered the most, 2.00 GPUs' worth of work, seen once."),
+        (lambda: [slicing(2.0, 2.001, 2.002), mps(2.001, 2.0, 2.002)],
+         "deliver the same, 2.00 GPUs' worth of work."),
         (lambda: [slicing(*THREE), mps(4.2, 3.9, 4.0)],
          "GPUs' worth of work, but "),
         (lambda: [mps(2.0, 2.02, 2.04)],
@@ -59,7 +61,8 @@ THREE = (4.0, 4.04, 4.08)
         (lambda: [synthetic_runs.run("alone", "exclusive", {})],
          "Each job was measured alone; nothing here says anything about modes."),
     ],
-    ids=["sure", "another mode for a job", "once", "cannot tell", "one mode", "CPU", "baselines"],
+    ids=["sure", "another mode for a job", "once", "no difference", "cannot tell", "one mode",
+         "CPU", "baselines"],
 )  # fmt: skip
 def test_the_headline_says_which_mode_and_how_sure(runs, said: str, tmp_path: Path) -> None:
     comparison = compared(tmp_path, *runs())
@@ -225,6 +228,19 @@ def test_both_reports_hold_every_part_and_unknown_is_a_dash(tmp_path: Path) -> N
     (costs,) = [line for line in scorecard.splitlines() if "| -50" not in line and "| MPS" in line
                 and "| 5,000 |" in line]  # fmt: skip
     assert costs.endswith("| – |")  # the power of this run is unknown, that of the other is not
+
+
+def test_of_several_mixes_the_one_that_says_most_comes_first_and_the_others_are_folded(
+    tmp_path: Path,
+) -> None:
+    other = synthetic_runs.run("other", "mps", {4: [2.0]}, mix="inference")
+    comparison = compared(tmp_path, slicing(*THREE), mps(2.0, 2.02, 2.04), other)
+    shown = " ".join(render.render_terminal(comparison, 100).split())
+    assert shown.startswith("For mixed with 4 clients on this card: MPS delivers 1.98 GPUs' worth")
+    assert " For inference with 4 clients on this card: MPS delivers 2.00" in shown
+    page = render.render_html(comparison)
+    assert page.count("<h1>For mixed with 4 clients") == 1
+    assert page.count("<summary>For inference with 4 clients") == 1
 
 
 def test_unlike_environments_stand_apart_and_all_but_the_newest_are_folded(tmp_path: Path) -> None:

@@ -64,13 +64,10 @@ def draw_section(
     for conclusion in section["conclusions"]:
         by_mix.setdefault((conclusion["mix"], conclusion["clients"]), []).append(conclusion)
     compared = [
-        draw_bars(
-            figure, conclusions, path(f"{BARS[figure].file}-{mix}-{count}"),
-            f"{mix}, {clients_text(count)}",
-        )
+        draw_bars(figure, conclusions, path(f"{BARS[figure].file}-{mix}-{count}"))
         for (mix, count), conclusions in by_mix.items()
         for figure in BARS
-    ]  # fmt: skip
+    ]
     compared += [
         draw_ramps(section, mix, path(f"scaling-{mix}"))
         for mix in dict.fromkeys(ramp["mix"] for ramp in section["ramps"])
@@ -133,78 +130,68 @@ BARS = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Bar:
-    """One bar: what it belongs to, its mode and that one's name, its estimate and its text."""
-
-    category: str
-    mode: str
-    mode_name: str
-    found: Record
-    text: str
+Bar = tuple[str, str, str, Record]  # what it belongs to, its mode's name, its text, its estimate
 
 
-def bars_of(figure: str, conclusions: Sequence[Record]) -> list[Bar]:
-    """The bars of one figure: a category a subject, a bar a mode that has the figure.
+def bars_of(figure: str, conclusions: Sequence[Record]) -> tuple[list[Bar], dict[str, Any]]:
+    """The bars of one figure by what they belong to, and the looks of their modes by name.
 
-    Of the whole card the modes are the categories.
+    A category is a subject; of the whole card the modes themselves are the categories.
     """
-    bars = []
+    bars: list[Bar] = []
+    modes = []
     for one in (one for one in conclusions if one["figure"] == figure):
         for mode in (mode for mode in one["modes"] if mode["estimate"]):
             name = mode_name(mode["mode"], mode["settings"])
             category = name if figure == "work" else subject_text(one)
             category += f", p{one['percent']:g}" if figure == "tail_ms" else ""
-            text = figure_text(one, mode["estimate"])
-            bars.append(Bar(category, mode["mode"], name, mode["estimate"], text))
-    return bars
+            bars.append((category, name, figure_text(one, mode["estimate"]), mode["estimate"]))
+            modes.append((mode["mode"], name))
+    return bars, styles(modes)
 
 
-def draw_bars(
-    figure: str, conclusions: Sequence[Record], path: Path, subject: str
-) -> Picture | None:
+def draw_bars(figure: str, conclusions: Sequence[Record], path: Path) -> Picture | None:
     """Horizontal bars by category, a style a mode, with a dashed line at 1.
 
     An infinite figure has no bar, but its text. `None` without any finite one.
     """
-    about, bars = BARS[figure], bars_of(figure, conclusions)
-    highest = max((known(bar.found, "high") for bar in bars), default=0.0)
+    about, (bars, looks) = BARS[figure], bars_of(figure, conclusions)
+    found = [one for *_, one in bars]
+    highest = max((known(one, "high") for one in found), default=0.0)
     if not highest:
         return None
-    categories = list(dict.fromkeys(bar.category for bar in bars))
-    bars.sort(key=lambda bar: categories.index(bar.category))
-    looks = styles((bar.mode, bar.mode_name) for bar in bars)
+    categories = list(dict.fromkeys(category for category, *_ in bars))
     is_split = categories != list(looks)
     places: dict[str, list[float]] = {}
     place = 0.0
     with drawing_rules():
         chart, (panel,) = new_figure(0.9 + 0.27 * len(bars) + 0.12 * len(categories) * is_split)
-        for bar in bars:
-            place += 0.45 if is_split and places and bar.category not in places else 0.0
-            places.setdefault(bar.category, []).append(place)
-            look = looks[bar.mode_name]
+        for category, name, text, estimate in bars:
+            place += 0.45 if is_split and places and category not in places else 0.0
+            places.setdefault(category, []).append(place)
+            look = looks[name]
             panel.barh(
-                place, known(bar.found, "mean"), 0.86, xerr=error_bar(bar.found),
+                place, known(estimate, "mean"), 0.86, xerr=error_bar(estimate),
                 color=look["color"], hatch=look["hatch"], edgecolor="black", linewidth=0.8,
                 capsize=3,
             )  # fmt: skip
             # In a column of their own: next to its bar a value near 1 would lie on the dashed line.
             panel.annotate(
-                bar.text, (1, place), xycoords=("axes fraction", "data"), ha="right", va="center",
+                text, (1, place), xycoords=("axes fraction", "data"), ha="right", va="center",
                 fontweight="bold",
             )  # fmt: skip
             place += 1
-        middles = [sum(found) / len(found) for found in places.values()]
+        middles = [sum(ones) / len(ones) for ones in places.values()]
         panel.set_yticks(middles, map(wrapped, places))
         panel.invert_yaxis()
-        room = 1.1 + 0.03 * max(len(bar.text) for bar in bars)
-        note = spread_note([bar.found for bar in bars])
+        room = 1.1 + 0.03 * max(len(text) for _, _, text, _ in bars)
+        note = spread_note(found)
         if about.reference:
             panel.axvline(1, color="black", linestyle="--", linewidth=1)
             panel.set_xlim(0, max(1.0, highest) * room)
             note = f"dashed: {about.reference}; {note}"
         else:
-            lowest = min(filter(None, (known(bar.found, "low") for bar in bars)), default=highest)
+            lowest = min(filter(None, (known(one, "low") for one in found)), default=highest)
             panel.set_xscale("log")
             panel.xaxis.set_major_formatter(lambda value, _: f"{value:g} ms")
             panel.xaxis.set_minor_formatter(lambda *_: "")
@@ -214,9 +201,10 @@ def draw_bars(
         if is_split:
             draw_legend(chart, looks)
         chart.supxlabel(note, fontsize=8)
-        shown = dict.fromkeys(f"{bar.category}, {bar.mode_name} {bar.text}" for bar in bars)
+        shown = dict.fromkeys(f"{category}, {name} {text}" for category, name, text, _ in bars)
         description = f"Bars, {about.axis}: {'; '.join(shown)}."
-        return save(chart, path, f"{about.caption}: {subject}", description)
+        mix, count = conclusions[0]["mix"], clients_text(conclusions[0]["clients"])
+        return save(chart, path, f"{about.caption}: {mix}, {count}", description, mix)
 
 
 # --- lines: figures against the number of clients -------------------------------------------------
@@ -249,7 +237,7 @@ def draw_ramps(section: Record, mix: str, path: Path) -> Picture | None:
     marks = [(count, f"{name} breaks at {count}") for count, name in broken if count is not None]
     return draw_lines(
         panels, counts, [str(count) for count in counts], "clients at the same time", path,
-        f"Work and slowdown by number of clients: copies of {mix}", marks=marks,
+        f"Work and slowdown by number of clients: copies of {mix}", mix=mix, marks=marks,
     )  # fmt: skip
 
 

@@ -56,12 +56,13 @@ SVG_IDS = re.compile(r'(\bid="|url\(#|href="#)')
 
 @dataclass(frozen=True)
 class Picture:
-    """A chart: what it shows, the same for who cannot see it, its PNG's name and its SVG."""
+    """A chart: what it shows, the same for who cannot see it, its PNG's name, its SVG, its mix."""
 
     caption: str
     description: str
     file_name: str
     svg: str
+    mix: str = ""
 
 
 def styles(modes: Iterable[tuple[str, str]]) -> dict[str, Mapping[str, str]]:
@@ -152,13 +153,13 @@ def new_figure(height: float, panels: int = 1, **layout: object) -> tuple[Figure
     return figure, axes
 
 
-def save(figure: Figure, path: Path, caption: str, description: str) -> Picture:
+def save(figure: Figure, path: Path, caption: str, description: str, mix: str = "") -> Picture:
     """Write the PNG, whole or not at all and over no link, and return the chart with its SVG."""
     pixels, drawing = io.BytesIO(), io.StringIO()
     figure.savefig(pixels, format="png")
     write_bytes_atomic(path, pixels.getvalue())
     figure.savefig(drawing, format="svg", metadata={"Date": None, "Creator": None})
-    return Picture(caption, description, path.name, inlined(drawing.getvalue(), path.stem))
+    return Picture(caption, description, path.name, inlined(drawing.getvalue(), path.stem), mix)
 
 
 def inlined(svg: str, name: str) -> str:
@@ -186,8 +187,8 @@ class Line:
 
 def draw_lines(
     panels: Mapping[str, Sequence[Line]], ticks: Sequence[float], labels: Sequence[str],
-    axis: str, path: Path, caption: str, *, marks: Iterable[tuple[float, str]] = (),
-    notes: Iterable[tuple[float, str]] = (),
+    axis: str, path: Path, caption: str, *, mix: str = "",
+    marks: Iterable[tuple[float, str]] = (), notes: Iterable[tuple[float, str]] = (),
 ) -> Picture | None:  # fmt: skip
     """Panels of lines below each other over one x axis, with a grey line at 1 in each.
 
@@ -224,7 +225,7 @@ def draw_lines(
             figure.legend(named.values(), named, loc="outside upper left", ncols=2, frameon=False)
         figure.supxlabel(f"grey: 1, as alone; {spread_note(found)}", fontsize=8)
         description = f"Lines of {', '.join(panels)} against {axis}.".replace("\n", " ")
-        return save(figure, path, caption, description)
+        return save(figure, path, caption, description, mix)
 
 
 def draw_panel(panel: Axes, title: str, lines: Sequence[Line]) -> None:

@@ -79,16 +79,17 @@ def render_terminal(comparison: Record, width: int) -> str:
         error = section["own_error"]
         parts += [say.cpu_notice()] if section["cpu_demo"] else []
         parts += [say.error_notice(section)] if error and error["is_over_limit"] else []
-        for mix in section["mixes"]:
-            shown = first_table(mix, say.how_sure, "*{}")
-            parts += [say.headline(mix), say.subject(section, mix), shown]
-        if not section["mixes"]:
-            headline = say.pairs_headline if section["pair_choices"] else say.baseline_headline
-            parts += [headline(section), say.section_title(section)]
-        parts += [tables.pair_matrix(section)] if section["pair_choices"] else []
-        facts_here = facts(section, say)
-        parts += [f"  {title}: {' '.join(texts)}" for title, texts in facts_here.items()]
-        parts.append("")
+        for mix in section["mixes"] or [None]:
+            if mix:
+                shown = first_table(mix, say.how_sure, "*{}")
+                parts += [say.headline(mix), say.subject(section, mix), shown]
+            else:
+                headline = say.pairs_headline if section["pair_choices"] else say.baseline_headline
+                parts += [headline(section), say.section_title(section)]
+                parts += [tables.pair_matrix(section)] if section["pair_choices"] else []
+            said = facts(section, mix, say)
+            parts += [f"  {title}: {' '.join(texts)}" for title, texts in said.items()]
+            parts.append("")
     return on_terminal(parts, width)
 
 
@@ -206,7 +207,10 @@ def mixes_of(section: Record) -> list[dict[str, Any]]:
     found: dict[tuple[str, int], list[Record]] = {}
     for one in section["conclusions"]:
         found.setdefault((one["mix"], one["clients"]), []).append(one)
-    return [mix_of(section, *key, members) for key, members in found.items()]
+    mixes = [mix_of(section, *key, members) for key, members in found.items()]
+    # The one that says most comes first.
+    mixes.sort(key=lambda mix: (len(mix["names"]), mix["rounds"] or 0), reverse=True)
+    return [{**mix, "is_only": len(mixes) == 1, "is_first": mix is mixes[0]} for mix in mixes]
 
 
 def mix_of(section: Record, mix: str, clients: int, members: Sequence[Record]) -> dict[str, Any]:
@@ -239,7 +243,8 @@ def mix_of(section: Record, mix: str, clients: int, members: Sequence[Record]) -
         "best": best,
         "rounds": min((one["rounds"] for one in rows), default=None),
         "best_name": best and names[best["variant"]],
-        "tied": [names[mode["variant"]] for mode in measured if mode["is_tied"]],
+        "tied": [names[mode["variant"]] for mode in measured
+                 if mode["is_tied"] and not mode["is_best"]],
         "other_best": other,
         "is_alone_faster": any(
             pair["verdict"] == "sure" and pair["better"] == "alone" for pair in against_alone
@@ -251,10 +256,9 @@ def mix_of(section: Record, mix: str, clients: int, members: Sequence[Record]) -
              "found_name": names.get(one["found"], one["found"])}
             for one in section["expectations"] if (one["mix"], one["clients"]) == (mix, clients)
         ],
-        "XX": [one for one in section["expectations"]
-                         if (one["mix"], one["clients"]) == (mix, clients)],
         "groups": [group for group in section["groups"]
                    if (group["mix"], group["clients"]) == (mix, clients)],
+        "pictures": [one for one in section["charts"]["compared"] if one.mix == mix],
         "is_cpu_demo": section["cpu_demo"],
     }  # fmt: skip
 
@@ -278,22 +282,23 @@ def first_table(mix: Record, how_sure: Callable[[Record], str], best: str) -> ta
     return tables.Table(["", *mix["names"].values(), "how sure"], rows)
 
 
-def facts(section: Record, say: Any) -> dict[str, list[str]]:
-    """What stands under the first table: sentences of the module `say` by what they are about."""
-    found = {
-        "Worst slowdown": [say.worst(mix["worst"]) for mix in section["mixes"] if mix["worst"]],
-        "How many fit": [say.ramp_line(ramp) for ramp in section["ramps"]],
-    }
-    if section["cpu_demo"]:
-        return {title: texts for title, texts in found.items() if texts}
-    found["Not measured"] = [say.not_measured(one) for one in section["not_measured"]]
-    if section["groups"]:
-        found["The method's own error"] = [say.own_error(section)]
-    for mix in section["mixes"]:
-        for one in mix["expectations"]:
-            title = {"guide": "The guide expects", "vendor": "Rule of thumb"}[one["source"]]
-            found.setdefault(title, []).append(say.expectation(one))
-        priced = [say.price(group) for group in mix["groups"] if group["has_price"]]
-        if priced:
-            found.setdefault("Cost of 1,000 s of work", []).append("; ".join(priced))
+def facts(section: Record, mix: Record | None, say: Any) -> dict[str, list[str]]:
+    """What stands under a mix's table: sentences of the module `say` by what they are about.
+
+    What is said of the whole section stands under the first mix, or where there is none.
+    """
+    found: dict[str, list[str]] = {}
+    if mix and mix["worst"]:
+        found["Worst slowdown"] = [say.worst(mix["worst"])]
+    if mix is None or mix["is_first"]:
+        found["How many fit"] = [say.ramp_line(ramp) for ramp in section["ramps"]]
+        if not section["cpu_demo"]:
+            found["Not measured"] = [say.not_measured(one) for one in section["not_measured"]]
+        if section["groups"] and not section["cpu_demo"]:
+            found["The method's own error"] = [say.own_error(section)]
+    for one in mix["expectations"] if mix and not section["cpu_demo"] else ():
+        title = {"guide": "The guide expects", "vendor": "Rule of thumb"}[one["source"]]
+        found.setdefault(title, []).append(say.expectation(one))
+    priced = [say.price(group) for group in mix["groups"] if group["has_price"]] if mix else []
+    found["Cost of 1,000 s of work"] = ["; ".join(priced)] if priced else []
     return {title: texts for title, texts in found.items() if texts}

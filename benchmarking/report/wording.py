@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from benchmarking.metrics.number_text import duration, durations, significant
@@ -19,15 +19,17 @@ MODE_NAMES = {
     "exclusive": "exclusive",
     "cpu-demo": "CPU demo",
 }
-ROUNDS_FOR_A_CLAIM = 3
 TAIL_PERCENTILES = (50, 95, 99)
 
 
 def mode_name(mode: str, settings: str = "") -> str:
-    """The mode with what it was set to: `MPS (50/25 %)`; equal shares in words."""
+    """The mode with what it was set to: `MPS (50/25 %)`, `MIG (4 x 1g.10gb)`."""
     name = MODE_NAMES.get(mode, mode)
     if settings == "even":
         return f"{name} with even shares"
+    if mode == "mig":
+        slices = Counter(settings.split(", "))
+        settings = ", ".join(f"{n} x {one}" if n > 1 else one for one, n in slices.items())
     return f"{name} ({settings})" if settings else name
 
 
@@ -58,19 +60,15 @@ def number(value: float | None, decimals: int = 2, unit: str = "") -> str:
     return f"{rounded:,.{decimals}f}{' ' + unit if unit else ''}"
 
 
-def spread(found: Record | None, decimals: int = 2) -> str:
-    """An estimate for a table cell: `1.95 [1.90, 2.00]`, or the value alone from one round."""
+def spread(found: Record | None, decimals: int = 2, write: Callable[..., str] | None = None) -> str:
+    """An estimate for a table cell: `1.95 [1.90, 2.00]`, or the value alone from one round.
+
+    `write` writes values of another kind, such as `milliseconds`.
+    """
     if found is None:
         return UNKNOWN
-    mean, low, high = (number(found[part], decimals) for part in ("mean", "low", "high"))
-    return mean if len(found["values"]) < 2 else f"{mean} [{low}, {high}]"
-
-
-def spread_ms(found: Record | None) -> str:
-    """As `spread`, for an estimate in ms: `7.46 ms [7.30 ms, 7.62 ms]`."""
-    if found is None:
-        return UNKNOWN
-    mean, low, high = (milliseconds(found[part]) for part in ("mean", "low", "high"))
+    parts = (found["mean"], found["low"], found["high"])
+    mean, low, high = (write(one) if write else number(one, decimals) for one in parts)
     return mean if len(found["values"]) < 2 else f"{mean} [{low}, {high}]"
 
 
@@ -86,10 +84,12 @@ def digits(value: float | None) -> str:
 
 def figure_text(conclusion: Record, found: Record | None, with_spread: bool = False) -> str:
     """A figure of a conclusion in its own unit."""
-    if conclusion["figure"].endswith("_ms"):
-        return spread_ms(found) if with_spread else milliseconds(found and found["mean"])
+    is_time = conclusion["figure"].endswith("_ms")
     decimals = 0 if conclusion["figure"].startswith("energy") else 2
-    return spread(found, decimals) if with_spread else number(found and found["mean"], decimals)
+    if with_spread:
+        return spread(found, decimals, milliseconds if is_time else None)
+    mean = found and found["mean"]
+    return milliseconds(mean) if is_time else number(mean, decimals)
 
 
 def figure_name(conclusion: Record) -> str:
