@@ -4,6 +4,7 @@
     python3 benchmarking/gpu_monitor.py                        # until Ctrl-C, with a live table
     python3 benchmarking/gpu_monitor.py --duration 60 --gpu 1 --output run.jsonl
     python3 benchmarking/gpu_monitor.py --output - --stdin-control   # as other programs start it
+    python3 benchmarking/gpu_monitor.py --prometheus 9400 --output /dev/null   # for a dashboard
 
 The first line is ``{"record": "monitor", "ready": true, ...}`` with the facts of the card (the
 keys of ``nvml.Gpu.describe``), written when the first sample is about to follow. Then come
@@ -16,11 +17,14 @@ written whole, so that a killed sampler truncates none.
 A function of NVML's that fails leaves its values null and the others as they are, and is named once
 on stderr.
 
+With ``--prometheus PORT`` the newest sample is served at http://127.0.0.1:PORT/metrics under the
+names of NVIDIA's DCGM exporter (DCGM_FI_DEV_GPU_UTIL, DCGM_FI_PROF_SM_ACTIVE, ...).
+
 It samples at fixed deadlines, start + n * interval, and leaves out the ones it missed, so it
 never drifts. It runs without a GPU too: then only the host's CPU is known.
 
 Exit codes: 0 ended as asked (also by SIGINT, SIGTERM or the end of standard input), 1 the output
-broke, 2 usage, 3 the GPU named by --gpu does not exist.
+broke, 2 usage (a port that is taken included), 3 the GPU named by --gpu does not exist.
 """
 
 from __future__ import annotations
@@ -34,7 +38,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
@@ -45,6 +49,7 @@ import psutil
 
 from benchmarking.cli import OneLineParser
 from benchmarking.hardware import nvml
+from benchmarking.hardware.exporter import Exporter
 
 SHORTEST_INTERVAL_SECONDS = 0.1  # NVML refreshes its GPM counters no faster
 PROCESS_LIST_PERIOD_SECONDS = 1.0
@@ -72,7 +77,7 @@ def main() -> int:
         stop = StopSignal(watch_stdin=arguments.stdin_control)
         gpu = find_gpu(arguments.gpu)
         with open_output(arguments.output) as output, open_display(arguments.output, gpu) as screen:
-            watch(gpu, arguments, stop, output, screen)
+            watch(gpu, arguments, stop, output, [screen, open_exporter(arguments, gpu)])
     except (nvml.GpuNotFoundError, nvml.GpuUnusableError) as error:
         print(f"gpu_monitor: {error}", file=sys.stderr)
         return 3
@@ -118,7 +123,21 @@ def parse_arguments() -> argparse.Namespace:
         action="store_true",
         help="end when standard input closes, that is, when the starting program is gone",
     )
+    parser.add_argument(
+        "--prometheus",
+        type=int,
+        metavar="PORT",
+        help="serve the newest sample at /metrics under DCGM exporter names (0: a free port)",
+    )
+    parser.add_argument(
+        "--prometheus-address",
+        default="127.0.0.1",
+        metavar="ADDRESS",
+        help="where --prometheus listens; other machines reach it at 0.0.0.0 (default %(default)s)",
+    )
     arguments = parser.parse_args()
+    if not 0 <= (arguments.prometheus or 0) <= 65535:
+        parser.error(f"--prometheus {arguments.prometheus}: give a port from 0 to 65535")
     if not SHORTEST_INTERVAL_SECONDS <= arguments.interval < float("inf"):
         parser.error(
             f"--interval {arguments.interval:g}: give {SHORTEST_INTERVAL_SECONDS} seconds or more"
@@ -180,7 +199,7 @@ def watch(
     arguments: argparse.Namespace,
     stop: StopSignal,
     output: TextIO,
-    screen: Display | None,
+    viewers: Sequence[Display | Exporter | None],
 ) -> None:
     """Write the ready line, then a sample at each deadline until the end."""
     facts = gpu.describe()
@@ -200,8 +219,8 @@ def watch(
             sample |= {"compute_pids": gpu.compute_processes(), "mps_pids": gpu.mps_processes()}
         say_failures(said)
         write_line(output, sample)
-        if screen is not None:
-            screen.show(sample)
+        for viewer in filter(None, viewers):
+            viewer.show(sample)
 
 
 def deadlines(start: float, interval: float, duration: float) -> Iterator[float]:
@@ -271,6 +290,24 @@ def report_broken_output(error: OSError) -> int:
         return 0
     print(f"gpu_monitor: the samples cannot be written: {error}", file=sys.stderr)
     return 1
+
+
+def open_exporter(arguments: argparse.Namespace, gpu: nvml.Gpu) -> Exporter | None:
+    """Listen where that is asked for; ends the process with code 2 where it cannot."""
+    if arguments.prometheus is None:
+        return None
+    try:
+        exporter = Exporter(arguments.prometheus_address, arguments.prometheus, gpu.describe())
+    except OSError as error:
+        where = f"{arguments.prometheus_address} port {arguments.prometheus}"
+        print(
+            f"gpu_monitor: --prometheus: cannot listen on {where} ({error.strerror}); choose "
+            "another port or --prometheus-address",
+            file=sys.stderr,
+        )
+        raise SystemExit(2) from None
+    print(f"gpu_monitor: serving {exporter.url}", file=sys.stderr, flush=True)
+    return exporter
 
 
 def open_display(output_name: str, gpu: nvml.Gpu) -> contextlib.AbstractContextManager:

@@ -63,7 +63,16 @@ from benchmarking.suite.resume import read_earlier
 from benchmarking.suite.session import run_suite
 from benchmarking.suite.setup import no_mps_folder, prepare
 from benchmarking.suite.stop_signal import StopSignal
-from benchmarking.sweep_report import INTERRUPTED, NOT_RUN, OK, Point, Sweep, read_point, write
+from benchmarking.sweep_report import (
+    INTERRUPTED,
+    NOT_RUN,
+    OK,
+    Point,
+    Sweep,
+    read_point,
+    terminal_text,
+    write,
+)
 
 SWEEP_FILE = "sweep.json"
 BASELINE = "baseline"
@@ -308,6 +317,7 @@ class SweepRun:
         self._sweep.outcome = outcomes.get(code, "failed")
         self._save()
         write(self._sweep, self._folder)
+        print(f"\n{terminal_text(self._sweep, shutil.get_terminal_size((100, 24)).columns)}")
         if any(point.outcome in (NOT_RUN, INTERRUPTED) for point in self._sweep.points):
             print(f"to go on: {resume_command(self._folder)}")
         print(f"report: {self._folder / 'report.html'}", flush=True)

@@ -1,100 +1,50 @@
-"""The report of a sweep: what each value gave, which was best for what, the chart, the table."""
+"""The report of a sweep: what each value gave, which one delivers the most work, the chart."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from benchmarking.analysis import cells, charts, html_report, markdown_report
-from benchmarking.analysis.clients import ClientRow, copies_by_label, worst_copy
-from benchmarking.analysis.comparison import compare
-from benchmarking.analysis.document import (
-    UNKNOWN,
-    Bullets,
-    Chapter,
-    Document,
-    Gallery,
-    Paragraph,
-    Picture,
-    Table,
-    code,
-)
-from benchmarking.analysis.export import finite
-from benchmarking.analysis.noise import NO_FLOOR, is_shown
-from benchmarking.analysis.report_content import CPU_DEMO_NOTICE
-from benchmarking.analysis.runs import CPU_DEMO, RunView, clients_text, mode_name
-from benchmarking.metrics.estimates import MIN_REPEATS_FOR_CLAIM, Estimate
-from benchmarking.metrics.number_text import duration, joined
-from benchmarking.metrics.scores import FEWEST_FOR_A_TAIL
+from benchmarking.metrics.number_text import duration
+from benchmarking.modes.names import MODE_CPU_DEMO
 from benchmarking.records import run_folder, writing
+from benchmarking.report import claims, drawing, render
+from benchmarking.report.comparison import compare
+from benchmarking.report.export import finite
+from benchmarking.report.runs import Results, read_run
+from benchmarking.report.tables import Table
+from benchmarking.report.wording import UNKNOWN, clients_text, mode_name, number, spread
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+Record = Mapping[str, Any]
 
 SCHEMA_VERSION = 1
 CHART_FILE = "sweep.png"
 OK, INTERRUPTED, NOT_RUN = "ok", "interrupted", "not run"
 
-HOW_TO_READ = (
-    "**STP**: sum of the inverse slowdowns, in GPUs' worth of work; over 1, sharing beats running "
-    "the jobs one after another.",
-    "**ANTT**: mean slowdown, what users feel on average.",
-    "**p99, times alone**: p99 of the raw latencies of all repeats over that of the job alone; in "
-    f"the chart the geometric mean of the repeats' p99s. Of fewer than {FEWEST_FOR_A_TAIL} "
-    "responses there is none, and a failed or timed-out request counts as infinitely late (∞).",
-    "A best value is named only where three or more "
-    "repeats each have intervals that do not overlap; else it is said what was seen.",
-)
-ONE_BASELINE = "All values are measured against one baseline."
-OWN_BASELINES = (
-    "Each value is measured against the baseline of its own run: its figures say how well it "
-    "shares the GPU, not how fast its jobs are."
-)
-
 # Looks of the latency jobs in the chart: they differ by marker and line as well as by shade.
-_TAIL_LOOKS = (("o", "-", "0.1"), ("s", "--", "0.45"), ("^", ":", "0.3"), ("D", "-.", "0.6"))
-_NOTE = {"ha": "center", "style": "italic", "fontsize": 8}
+TAIL_LOOKS = [
+    {"marker": marker, "linestyle": line, "color": color}
+    for marker, line, color in (
+        ("o", "-", "0.1"), ("s", "--", "0.45"), ("^", ":", "0.3"), ("D", "-.", "0.6"),
+    )
+]  # fmt: skip
+
 
 # --- what each value gave -------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Tail:
-    """p99 response time of one latency job, of copies the worst one's.
-
-    `p99_ms` has the p99 of each repeat; `merged_ms` is that of all raw latencies together,
-    `slowdown` the same over p99 alone, where that is known. Failed and timed-out requests count
-    as infinitely late; of too few responses there is no tail.
-    """
-
-    label: str
-    p99_ms: Estimate
-    merged_ms: float
-    slowdown: float | None
-
-    @property
-    def is_unbounded(self) -> bool:
-        """Whether so many requests failed that their p99 is infinite."""
-        return math.inf in (self.merged_ms, self.p99_ms.mean)
-
-    @property
-    def times_alone(self) -> Estimate | None:
-        """The repeats' p99 over p99 alone; `None` where that is infinite or not known."""
-        if self.slowdown is None or self.is_unbounded:
-            return None
-        scale, found = self.slowdown / self.merged_ms, self.p99_ms
-        mean, low, high = (scale * value for value in (found.mean, found.low, found.high))
-        return Estimate(mean, low, high, found.values, found.is_interval)
-
-
-@dataclass(frozen=True)
 class Point:
-    """One value of the knob: how its run ended, and its figures where it ended well."""
+    """One value of the knob: how its run ended, and its figures where it ended well.
+
+    `tails` are the p99 response times of the latency jobs, of copies the worst one's: `label`,
+    `p99_ms` (estimate, `None` where it is infinite), `merged_ms` (of all raw values together) and
+    `slowdown` (the same over p99 alone). A job with too few responses has none.
+    """
 
     value: str
     outcome: str
@@ -103,13 +53,13 @@ class Point:
     clients: int | None = None
     mode: str | None = None
     is_unverified: bool = False
-    stp: Estimate | None = None
-    antt: Estimate | None = None
-    tails: tuple[Tail, ...] = ()
+    stp: Record | None = None
+    antt: Record | None = None
+    tails: Sequence[Record] = ()
 
-    def tail(self, label: str) -> Tail | None:
+    def tail(self, label: str) -> Record | None:
         """Return the p99 of the latency job called `label`."""
-        return next((tail for tail in self.tails if tail.label == label), None)
+        return next((tail for tail in self.tails if tail["label"] == label), None)
 
 
 @dataclass
@@ -142,39 +92,40 @@ def read_point(value: str, folder: Path, baseline: Path | None, reason: str | No
         if reason == INTERRUPTED:
             return Point(value, INTERRUPTED)
         return Point(value, "failed", reason=reason)
-    view = _view(folder)
-    found = compare([view], references=[_view(baseline)] if baseline else [])
-    groups = [group for section in found.sections for group in section.groups]
-    outcome = str(view.manifest.get("outcome"))
+    run = read_run(folder)
+    comparison, _ = compare(Results([run], [read_run(baseline)] if baseline else []))
+    groups = [group for section in comparison["sections"] for group in section["groups"]]
+    outcome = run.manifest.outcome
     if not groups or outcome != "complete":
-        return Point(value, "failed" if outcome == "complete" else outcome, view.run_id, reason)
+        return Point(value, "failed" if outcome == "complete" else outcome, run.name, reason)
     group = groups[-1]
-    worst = (
-        worst_copy(copies, lambda row: row.p99_ms and row.p99_ms.mean)
-        for copies in copies_by_label(group.client_rows).values()
-    )
+    by_label: dict[str, list[Record]] = {}
+    for tail in map(tail_of, group["client_rows"]):
+        if tail is not None:
+            by_label.setdefault(tail["label"], []).append(tail)
     return Point(
         value=value,
-        outcome=group.outcome,
-        run_id=view.run_id,
-        reason=group.reason,
-        clients=group.clients,
-        mode=group.mode,
-        is_unverified=group.is_unverified,
-        stp=group.stp,
-        antt=group.antt,
-        tails=tuple(_tail(row) for row in worst if row is not None),
+        outcome=group["outcome"],
+        run_id=run.name,
+        reason=group["reason"],
+        clients=group["clients"],
+        mode=group["mode"],
+        is_unverified=group["is_unverified"],
+        stp=group["stp"],
+        antt=group["antt"],
+        tails=[max(copies, key=lambda tail: tail["merged_ms"]) for copies in by_label.values()],
     )
 
 
-def _view(folder: Path) -> RunView:
-    run = run_folder.read_run(folder)
-    return RunView.of(run, run.run_id)
-
-
-def _tail(row: ClientRow) -> Tail:
-    merged = row.latency["p99"] if row.latency else math.inf  # not one was answered
-    return Tail(row.label, row.p99_ms, merged, row.tail_slowdown[99])
+def tail_of(row: Record) -> Record | None:
+    """The p99 of one client; infinite where so many requests were missed."""
+    none_answered = math.inf if row["missed"] else None
+    merged_ms = row["latency"]["p99"] if row["latency"] else none_answered
+    if merged_ms is None:
+        return None
+    slowdown = row["tail_slowdown"]["99"]
+    return {"label": row["label"], "p99_ms": row["p99_ms"], "merged_ms": merged_ms,
+            "slowdown": slowdown}  # fmt: skip
 
 
 # --- the report -----------------------------------------------------------------------------------
@@ -182,179 +133,119 @@ def _tail(row: ClientRow) -> Tail:
 
 def write(sweep: Sweep, folder: Path) -> None:
     """Draw the chart and write `report.html` and `report.md`; raises `OSError`."""
-    picture = _draw(sweep, folder / CHART_FILE)
-    decision = Chapter("Decision", level=2, is_decision=True)
-    if any(point.mode == CPU_DEMO for point in sweep.points):
-        decision.blocks.append(Paragraph(CPU_DEMO_NOTICE, is_notice=True))
-    decision.blocks.append(Bullets.of(sentences(sweep) or ["No value has figures."]))
-    chapters = [decision, Chapter("What ran", [Paragraph(_subject(sweep))], level=2)]
-    if picture:
-        chapters.append(Chapter("Chart", [Gallery([picture])], level=2))
-    chapters.append(Chapter("Values", [_table(sweep)], level=2))
-    bad = [f"{point.value}: {point.outcome}{f', {point.reason}' if point.reason else ''}"
-           for point in sweep.points if point.outcome != OK]  # fmt: skip
-    if bad:
-        chapters.append(Chapter("Values without figures", [Bullets.of(bad)], level=2))
-    how_to_read = [*HOW_TO_READ, ONE_BASELINE if sweep.baseline else OWN_BASELINES]
-    chapters.append(Chapter("How to read the figures", [Bullets.of(how_to_read)], level=2))
-    document = Document(f"Sweep of {sweep.knob}", chapters)
-    for name, page in (
-        ("report.md", markdown_report.render(document)),
-        ("report.html", html_report.render(document)),
-    ):
+    picture = draw(sweep, folder / CHART_FILE)
+    values = {"found": content(sweep), "pictures": [picture] if picture else []}
+    for name, kind in (("report.md", "md"), ("report.html", "html")):
+        page = render.render_page(kind, "sweep.j2", f"Sweep of {sweep.knob}", values)
         writing.write_text_atomic(folder / name, page)
 
 
-def headline(sweep: Sweep) -> str:
-    """Return the chart's message: the highest STP."""
-    best = max((point for point in sweep.points if point.stp), key=lambda point: point.stp.mean)
-    return (
-        f"STP is the highest at {sweep.knob} {best.value}: {best.stp.mean:.2f}, "
-        f"n = {best.stp.repeats}"
-    )
+def terminal_text(sweep: Sweep, width: int) -> str:
+    """The headline and the table of all values, no wider than `width` columns."""
+    made = content(sweep)
+    say = render.sentences()
+    notice = [say.cpu_notice()] if made["is_cpu_demo"] else []
+    return render.on_terminal([*notice, say.sweep_headline(made), made["table"]], width)
 
 
-def sentences(sweep: Sweep) -> list[str]:
-    """What may be said of the values: the best for throughput, for each latency job's p99."""
-    known = [point for point in sweep.points if point.stp is not None]
-    if not known:
-        return []
-    labels = dict.fromkeys(tail.label for point in known for tail in point.tails)
-    tails = [_tail_sentence(sweep.knob, label, known) for label in labels]
-    return [_throughput_sentence(sweep.knob, known), *tails]
-
-
-def _throughput_sentence(knob: str, known: Sequence[Point]) -> str:
-    best = max(known, key=lambda point: point.stp.mean)
-    others = [point for point in known if point is not best]
-    if not others:
-        return f"STP {best.stp.text()} at {knob} {best.value}, the only value with figures."
-    alike = [point.value for point in others if not is_shown(best.stp, point.stp, None)]
-    lowest = min(others, key=lambda point: point.stp.mean)
-    against = f"STP {best.stp.text()} against {lowest.stp.text()} at {lowest.value}, the lowest"
-    lead = f"{knob} **{best.value}** gave the highest throughput"
-    if not alike:
-        return f"{lead}: {against}; {NO_FLOOR}."
-    if all(point.stp.repeats >= MIN_REPEATS_FOR_CLAIM for point in known):
-        return f"{lead} in these runs, no difference shown from {joined(alike)}: {against}."
-    return f"{lead} in these runs: {against}; repeat (`--repeats 3`) before relying on it."
-
-
-def _tail_sentence(knob: str, label: str, known: Sequence[Point]) -> str:
-    tails = {point.value: tail.p99_ms for point in known if (tail := point.tail(label))}
-    values = sorted(tails, key=lambda value: tails[value].mean)
-    lowest, highest = (
-        f"{duration(tails[value].mean)} ({tails[value].spread_text(duration)}) at {value}"
-        for value in (values[0], values[-1])
-    )
-    if len(values) == 1:
-        return f"p99 latency of {label}: {lowest}."
-    return (
-        f"p99 latency of {label} was the lowest at {knob} **{values[0]}** in these runs: "
-        f"{lowest} against {highest}, the highest."
-    )
-
-
-def _subject(sweep: Sweep) -> str:
+def content(sweep: Sweep) -> dict[str, Any]:
+    """What the sentences and the table of a sweep are filled with."""
+    known = {point.value: point for point in sweep.points if point.stp is not None}
+    best = max(known, key=lambda value: known[value].stp["mean"], default=None)
+    others = sorted((value for value in known if value != best),
+                    key=lambda value: known[value].stp["mean"], reverse=True)  # fmt: skip
+    figure = claims.Figure({value: point.stp["values"] for value, point in known.items()}, True)
+    (pairs,) = claims.judge([figure])
+    verdict, tied = claims.verdict_of(best, others, pairs) if others else (None, [])
     measured = [point for point in sweep.points if point.clients is not None]
-    modes = joined(list(dict.fromkeys(mode_name(point.mode or "") for point in measured)))
-    unverified = " (mode unverified)" if any(point.is_unverified for point in measured) else ""
-    under = f" under {modes}{unverified}" if modes else ""
-    baseline = code(sweep.baseline) if sweep.baseline else "of each value's own"
-    return (
-        f"{len(measured)} of {len(sweep.points)} values measured{under}; baseline {baseline}; "
-        f"command {code(shlex.join(sweep.command))}; outcome {sweep.outcome}."
-    )
+    labels = dict.fromkeys(tail["label"] for point in known.values() for tail in point.tails)
+    return {
+        "sweep": sweep,
+        "best": best and known[best],
+        "lowest": known[others[-1]] if others else None,
+        "verdict": verdict,
+        "tied": tied,
+        "rounds": min((len(point.stp["values"]) for point in known.values()), default=0),
+        "tails": {label: ordered_tails(label, known.values()) for label in labels},
+        "measured": measured,
+        "modes": list(dict.fromkeys(mode_name(point.mode or "") for point in measured)),
+        "is_unverified": any(point.is_unverified for point in measured),
+        "is_cpu_demo": any(point.mode == MODE_CPU_DEMO for point in measured),
+        "failed": [point for point in sweep.points if point.outcome != OK],
+        "table": table(sweep),
+    }
 
 
-def _table(sweep: Sweep) -> Table:
-    labels = list(dict.fromkeys(tail.label for point in sweep.points for tail in point.tails))
-    tails = [f"p99 of {label} (times alone)" for label in labels]
+def ordered_tails(label: str, points: Sequence[Point]) -> list[tuple[str, float]]:
+    """The values with the job's p99 in ms, the lowest first."""
+    found = [(point.value, point.tail(label)) for point in points]
+    known = [(value, tail["merged_ms"]) for value, tail in found if tail]
+    return sorted(known, key=lambda one: one[1])
+
+
+def table(sweep: Sweep) -> Table:
+    """A row a value."""
+    labels = list(dict.fromkeys(tail["label"] for point in sweep.points for tail in point.tails))
     rows = [
         [
             point.value,
             point.outcome,
             UNKNOWN if point.clients is None else clients_text(point.clients),
-            cells.spread(point.stp),
-            cells.spread(point.antt),
-            *(_tail_text(point.tail(label)) for label in labels),
-            code(point.run_id or ""),
+            spread(point.stp),
+            spread(point.antt),
+            *(tail_text(point.tail(label)) for label in labels),
+            point.run_id or UNKNOWN,
         ]
         for point in sweep.points
     ]
-    return Table([sweep.knob, "outcome", "clients", "STP", "ANTT", *tails, "run"], rows)
+    tails = [f"p99 of {label} (times alone)" for label in labels]
+    header = [sweep.knob, "outcome", "clients", "work delivered", "slowdown (ANTT)", *tails, "run"]
+    return Table(header, rows)
 
 
-def _tail_text(tail: Tail | None) -> str:
+def tail_text(tail: Record | None) -> str:
+    """A p99 with what it is over the one alone."""
     if tail is None:
         return UNKNOWN
-    times = "" if tail.slowdown is None else f" ({cells.number(tail.slowdown)})"
-    return f"{duration(tail.merged_ms)}{times}"
+    times = "" if tail["slowdown"] is None else f" ({number(tail['slowdown'])})"
+    return f"{duration(tail['merged_ms'])}{times}"
 
 
-# --- the chart ------------------------------------------------------------------------------------
-
-
-def _draw(sweep: Sweep, path: Path) -> Picture | None:
-    """STP, mean slowdown and p99 one below the other; `None` where no value has an STP."""
+def draw(sweep: Sweep, path: Path) -> drawing.Picture | None:
+    """Work delivered, mean slowdown and p99 below each other; `None` without a figure."""
     points = sweep.points
-    known = [point for point in points if point.stp is not None]
-    if not known:
+    places = range(len(points))
+    look = drawing.styles([(points[0].mode or "", "mode")])["mode"]
+    labels = dict.fromkeys(tail["label"] for point in points for tail in point.tails)
+    panels = {
+        "work delivered": [drawing.Line("", places, [point.stp for point in points], look)],
+        "slowdown (ANTT)": [drawing.Line("", places, [point.antt for point in points], look)],
+        "p99, times alone": [
+            drawing.Line(
+                label,
+                places,
+                [times_alone(point.tail(label)) for point in points],
+                TAIL_LOOKS[number % len(TAIL_LOOKS)],
+            )
+            for number, label in enumerate(labels)
+        ],
+    }
+    notes = [
+        (place, point.outcome if point.outcome != OK else "no baseline")
+        for place, point in enumerate(points)
+        if point.stp is None
+    ]
+    return drawing.draw_lines(
+        {title: lines for title, lines in panels.items() if lines}, places,
+        [point.value for point in points], sweep.knob, path,
+        f"Work, slowdown and response times by {sweep.knob}", notes=notes,
+    )  # fmt: skip
+
+
+def times_alone(tail: Record | None) -> Record | None:
+    """The p99 over the one alone with its spread; `None` where that is infinite or not known."""
+    if tail is None or tail["p99_ms"] is None or tail["slowdown"] is None:
         return None
-    labels = list(dict.fromkeys(t.label for p in known for t in p.tails if t.slowdown is not None))
-    mode = charts.style(known[0].mode or "")
-    look = (mode["marker"], mode["linestyle"], mode["color"])
-    with charts.drawing_rules():
-        panels = 3 if labels else 2
-        figure, axes = charts.new_figure(0.9 + 1.45 * panels, panels, sharex=True)
-        _draw_panel(axes[0], "STP (GPUs' worth)", {None: [point.stp for point in points]}, [look])
-        _draw_panel(axes[1], "slowdown (ANTT)", {None: [point.antt for point in points]}, [look])
-        for place, point in enumerate(points):
-            if point.outcome != OK or point.stp is None:  # where there is no figure, say why
-                text = point.outcome if point.outcome != OK else "no baseline"
-                axes[0].annotate(text, (place, 0.05), xycoords=("data", "axes fraction"), **_NOTE)
-        if labels:
-            tails = {label: [point.tail(label) for point in points] for label in labels}
-            lines = {label: [tail and tail.times_alone for tail in found]
-                     for label, found in tails.items()}  # fmt: skip
-            _draw_panel(axes[2], "p99, times alone", lines, _TAIL_LOOKS)
-            for found in tails.values():
-                for place, tail in enumerate(found):
-                    if tail and tail.is_unbounded:
-                        axes[2].annotate("∞: failed", (place, 0.95), va="top",
-                                         xycoords=("data", "axes fraction"), **_NOTE)  # fmt: skip
-            figure.legend(*axes[2].get_legend_handles_labels(), loc="outside upper left", ncols=2,
-                          frameon=False)  # fmt: skip
-        axes[-1].set_xticks(range(len(points)), [point.value for point in points])
-        axes[-1].set_xlim(-0.4, len(points) - 0.6)
-        axes[-1].set_xlabel(sweep.knob)
-        note = charts.spread_note([point.stp for point in known])
-        figure.supxlabel(f"grey: as one after another, as alone; {note}", fontsize=8)
-        description = (
-            f"STP, mean slowdown and p99 latency against {sweep.knob}; grey lines: 1, as alone."
-        )
-        return charts.save(figure, path, headline(sweep), description)
-
-
-def _draw_panel(
-    panel: Axes,
-    title: str,
-    lines: dict[str | None, list[Estimate | None]],
-    looks: Sequence[tuple[str, str, str]],
-) -> None:
-    """Draw lines of a point a value, with a gap where a value has no figure."""
-    highest = 1.0
-    for number, (label, found) in enumerate(lines.items()):
-        marker, line, color = looks[number % len(looks)]
-        triples = [(e.mean, e.mean - e.low, e.high - e.mean) if e else (math.nan,) * 3
-                   for e in found]  # fmt: skip
-        means, below, above = zip(*triples, strict=True)
-        panel.errorbar(
-            range(len(found)), means, yerr=[below, above], marker=marker, linestyle=line,
-            color=color, markeredgecolor="black", capsize=3, label=label,
-        )  # fmt: skip
-        highest = max([highest, *(estimate.high for estimate in found if estimate)])
-    panel.axhline(1, color="0.5", linewidth=1)
-    panel.set_ylim(0, 1.1 * highest)
-    panel.set_ylabel(title)
-    panel.grid(color="0.85")
+    scale = tail["slowdown"] / tail["merged_ms"]
+    parts = {part: scale * tail["p99_ms"][part] for part in ("mean", "low", "high")}
+    return {**tail["p99_ms"], **parts}

@@ -375,20 +375,19 @@ def record_of(mode: str, fault: str, **newcomer: object) -> dict[str, Any]:
 
 
 def test_the_conclusion_says_what_was_lost_and_what_the_fault_itself_cost_a_new_client() -> None:
-    dead = record_of("mps", "assert", works_after_seconds=None)
-    assert blast_report.conclusion(dead) == (
+    dead = blast_report.markdown(record_of("mps", "assert", works_after_seconds=None))
+    assert (
         "Under MPS, a failed assertion in a client's kernel left 1 of 2 neighbors alive, with a "
         "longest pause of 120 ms. 2.50 s of their work were lost. No new client worked within "
-        "120 s."
+        "120 s.\n" in dead
     )
-    said = blast_report.conclusion(record_of("mps", "assert"))
-    assert said.endswith(
-        "The fault itself cost a new client 1.50 s, its own loading not counted: it had done its "
-        "first work 8.00 s after the fault, and 6.50 s of that it was loading."
+    said = blast_report.markdown(record_of("mps", "assert"))
+    assert (
+        " The fault itself cost a new client 1.50 s, its own loading not counted: it had done its "
+        "first work 8.00 s after the fault, and 6.50 s of that it was loading.\n" in said
     )
-    assert "| no | None | 50.0 | 49.0 | 900 | 2.50 | CUDA error: x |" in blast_report.markdown(
-        record_of("mps", "assert")
-    )
+    assert "| 1 | Batch inference | no | None | 50.0 | 49.0 | 900 | 2.50 | CUDA error: x |" in said
+    assert "\n\nMeasured on A GPU, 2026-01-01" in said
 
 
 def test_the_summary_is_one_table_of_measured_and_refused_faults(blast: Blast) -> None:

@@ -1,80 +1,77 @@
-"""What stands beside what: sections, merged runs, what is left out, where baselines come from."""
+"""What stands in comparison.json: of made-up runs whose right answer is known."""
 
 from __future__ import annotations
 
 import pytest
 import synthetic_runs
-from compared_runs import change, compare, markdown, mps, sentences, time_slicing
+from made_up_reports import (
+    change,
+    compare,
+    conclusion,
+    mps,
+    mps_limits,
+    section,
+    session,
+    slow,
+    time_slicing,
+)
 
-from benchmarking.analysis import charts, comparison
-from benchmarking.analysis.runs import RunView
+from benchmarking.report import guide
+
+OLD = "2025-01-01T00:00:00+00:00"
+NEW = "2026-06-01T00:00:00+00:00"
+GPU = synthetic_runs.GPU
+SLICING, SHARING = [4.0, 4.02, 4.04, 4.02], [2.0, 2.01, 2.02, 2.01]
+
+# --- which runs stand together ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"gpu_name": "Another GPU"},
-        {"driver_version": "590.00"},
-        {"versions": {"torch": "2.15.0"}},
+        {"environment": GPU | {"gpu_name": "Another GPU"}},
+        {"environment": GPU | {"driver_version": "590.00"}},
+        {"environment": GPU | {"versions": GPU["versions"] | {"torch": "2.12.0"}}},
+        {"job_size": "quick"},
+        {"method": 2},
     ],
 )
 def test_unlike_environments_stand_in_separate_sections_and_are_not_compared(changes):
-    other = mps([2.0, 2.02], environment=synthetic_runs.GPU | changes)
-    compared = compare(time_slicing([4.0, 4.02]), other)
-    assert len(compared.sections) == 2
-    assert "no other mode was measured" in sentences(compared)
-    (name,) = changes
-    (difference,) = compared.differences()
-    assert difference.startswith(
-        "version of torch" if name == "versions" else name.replace("_", " ")
-    )
-    assert "2 unlike environments. They stand" in markdown(compared)
-    assert f"\n- {difference}\n" in markdown(compared)
+    sections = compare(time_slicing([4.0]), mps([2.0], **changes))["sections"]
+    assert [[group["mode"] for group in one["groups"]] for one in sections] == [
+        ["mps"], ["time-slicing"],
+    ] or [[group["mode"] for group in one["groups"]] for one in sections] == [
+        ["time-slicing"], ["mps"],
+    ]  # fmt: skip
+    for one in sections:
+        assert conclusion(one)["verdict"] == "not measured"
 
 
-def test_another_job_size_precision_or_engine_opens_another_section():
-    assert len(compare(time_slicing([4.0]), mps([2.0], job_size="quick")).sections) == 2
-    for field, value in (("precision", "fp32"), ("engine", "eager")):
-        other = change(
-            mps([2.0]), lambda r, f=field, v=value: r["identity"].update({f: v}), record="client"
-        )
-        assert len(compare(time_slicing([4.0]), other).sections) == 2
+def test_another_precision_of_a_workload_opens_another_section():
+    other = mps([2.0])
+    change(other, lambda r: r["identity"].update(precision="fp32"), workload="bert_training")
+    assert len(compare(time_slicing([4.0]), other)["sections"]) == 2
 
 
 def test_a_run_without_versions_joins_its_gpus_section():
-    early = mps([], environment=synthetic_runs.GPU | {"versions": {}}, outcome="failed")
-    early["records"].clear()
-    compared = compare(time_slicing([4.0]), early)
-    assert len(compared.sections) == 1
-    assert any("the run's outcome is failed" in doubt for doubt in compared.sections[0].doubts)
-
-
-def renamed(made: dict, run_id: str) -> dict:
-    made["manifest"]["run_id"] = run_id
-    return made
+    unknown = mps([], environment=GPU | {"versions": {}}, outcome="failed")
+    found = section(time_slicing([4.0]), unknown)
+    assert found["run_ids"] == ["slicing", "mps"]
 
 
 def test_runs_of_one_combination_are_merged_and_their_cards_named():
-    other_card = synthetic_runs.GPU | {"gpu_uuid": "GPU-11111111"}
-    older = renamed(
-        mps([3.0, 3.1], created_at="2025-01-01T00:00:00+00:00", environment=other_card), "mps-old"
-    )
-    compared = compare(older, mps([2.0]))
-    (group,) = compared.sections[0].groups
-    assert group.run_ids == ("mps", "mps-old")
-    assert group.stp.values == pytest.approx([2.0, 4 / 3.0, 4 / 3.1])
-    assert group.gpu_uuids == [synthetic_runs.GPU["gpu_uuid"], "GPU-11111111"]
-    assert compared.sections[0].left_out == []
-    text = markdown(compared)
-    assert "merged from 2 runs on 2 cards of one model" in text
-    assert "*(runs `mps`, `mps-old`)*" in text
+    other_card = GPU | {"gpu_uuid": "GPU-11111111"}
+    found = section(mps([3.0, 3.1], "old", created_at=OLD, environment=other_card), mps([2.0]))
+    (group,) = found["groups"]
+    assert group["run_ids"] == ["mps", "old"]
+    assert group["stp"]["values"] == pytest.approx([2.0, 4 / 3.0, 4 / 3.1])
+    assert group["gpu_uuids"] == [GPU["gpu_uuid"], "GPU-11111111"]
+    assert found["left_out"] == []
+    assert any("merged from 2 runs on 2 cards of one model" in one for one in found["doubts"])
 
 
-def _without_one_job(run: dict) -> None:
-    run["records"] = [
-        record | {"job_key": "other"} if record["record"] == "client" else record
-        for record in run["records"]
-    ]
+def contended(run: dict) -> None:
+    change(run, lambda r: r.update(is_contended=True), record="co_run", phase="co_run")
 
 
 def limited(run: dict, percentage: str) -> dict:
@@ -84,112 +81,73 @@ def limited(run: dict, percentage: str) -> dict:
     return run
 
 
-def _contended(run: dict) -> None:
-    change(run, lambda r: r.update(is_contended=True), record="co_run", phase="co_run")
-
-
 @pytest.mark.parametrize(
     ("edit", "reason"),
     [
         (lambda run: run["manifest"].update(request={"window_seconds": 10.0}),
          "older than mps, window of 10 s and not of whole jobs"),
-        (_contended, "measured beside other people's processes, so it is no repeat of mps"),
+        (contended, "measured beside other people's processes, so it is no repeat of mps"),
         (lambda run: run["manifest"].update(is_contended=True),
          "measured beside other people's processes, so it is no repeat of mps"),
-        (lambda run: run["manifest"].update(environment=synthetic_runs.GPU | {"git_commit": None}),
+        (lambda run: run["manifest"].update(environment=GPU | {"git_commit": None}),
          "older than mps, commit unknown and not 0000000"),
-        (lambda run: run["manifest"].update(environment=synthetic_runs.GPU | {"git_commit": "a"}),
-         "older than mps, commit a and not 0000000"),
-        (lambda run: run["manifest"].update(environment=synthetic_runs.GPU | {"host_cores": 8}),
+        (lambda run: run["manifest"].update(environment=GPU | {"host_cores": 8}),
          "older than mps, host cores 8 and not 16"),
-        (_without_one_job, "other jobs than the newer mps"),
+        (lambda run: change(run, lambda r: r.update(job_key="other"), record="client"),
+         "other jobs than the newer mps"),
     ],
 )  # fmt: skip
 def test_a_run_that_differs_is_left_out_of_the_newer_ones_row_and_the_reason_given(edit, reason):
-    old = renamed(mps([3.0], created_at="2025-01-01T00:00:00+00:00"), "mps-old")
+    old = mps([3.0], "mps-old", created_at=OLD)
     edit(old)
-    (section,) = compare(old, mps([2.0])).sections
-    assert [group.run_ids for group in section.groups] == [("mps",)]
-    assert section.left_out == [f"mps-old (MPS, mixed, 4 clients): {reason}"]
-
-
-def test_plans_with_other_limits_are_no_repeats_of_each_other():
-    old = renamed(limited(mps([3.0], created_at="2025-01-01T00:00:00+00:00"), "25"), "mps-old")
-    (section,) = compare(old, limited(mps([2.0]), "50")).sections
-    assert [group.run_ids for group in section.groups] == [("mps",)]
-    assert section.left_out == [
-        "mps-old (MPS (limits of the plan), mixed, 4 clients): "
-        "other settings of the mode than the newer mps"
-    ]
+    found = section(old, mps([2.0]))
+    assert [group["run_ids"] for group in found["groups"]] == [["mps"]]
+    assert found["left_out"] == [f"mps-old (mps, mixed, 4 clients): {reason}"]
 
 
 def test_a_run_that_had_the_card_to_itself_stands_before_a_newer_one_beside_others():
-    contended = renamed(mps([9.0], created_at="2026-06-01T00:00:00+00:00"), "mps-contended")
-    _contended(contended)
-    (section,) = compare(contended, mps([2.0])).sections
-    assert [group.run_ids for group in section.groups] == [("mps",)]
-    (section,) = compare(contended).sections
-    assert section.groups[0].run_ids == ("mps-contended",)
-    assert any("the figures hold beside them only" in doubt for doubt in section.doubts)
+    newer = mps([9.0], "mps-contended", created_at=NEW)
+    contended(newer)
+    assert section(newer, mps([2.0]))["groups"][0]["run_ids"] == ["mps"]
+    found = section(newer)
+    assert found["groups"][0]["run_ids"] == ["mps-contended"]
+    assert any("the figures hold beside them only" in doubt for doubt in found["doubts"])
 
 
-def test_runs_of_unknown_commit_are_merged_and_that_is_a_doubt():
-    unknown = synthetic_runs.GPU | {"git_commit": None}
-    old = renamed(mps([3.0], created_at="2025-01-01T00:00:00+00:00", environment=unknown), "old")
-    (section,) = compare(old, mps([2.0], environment=unknown)).sections
-    assert section.groups[0].run_ids == ("mps", "old")
-    said = "mps and old, 4 clients: the commit of these runs is unknown, and may differ"
-    assert said in section.doubts
-    (section,) = compare(renamed(mps([3.0], created_at="2025-01-01T00:00:00+00:00"), "old"),
-                         mps([2.0])).sections  # fmt: skip
-    assert not [doubt for doubt in section.doubts if "unknown" in doubt]
+def test_a_newer_run_that_proved_nothing_does_not_hide_an_older_one():
+    found = section(mps([2.0], "invalid", created_at=NEW, outcome="invalid"), mps([2.5]))
+    assert found["groups"][0]["run_ids"] == ["mps"]
+    assert any(doubt.startswith("invalid: the run is invalid") for doubt in found["doubts"])
 
 
-def sliced(length: str | None, run_id: str = "slicing", **more: object) -> dict:
-    environment = synthetic_runs.GPU | {"timeslice": length}
-    return renamed(time_slicing([4.0], environment=environment, **more), run_id)
-
-
-def test_other_lengths_of_the_time_slice_have_rows_of_their_own_and_an_unknown_one_joins_none():
-    (section,) = compare(sliced("Default"), sliced("Long", "long"), mps([2.0])).sections
-    assert [group.mode_name for group in section.groups] == [
-        "time slicing", "time slicing (long slices)", "MPS",
+def test_each_variant_of_a_mode_has_a_row_of_its_own():
+    found = section(
+        time_slicing([4.0]),
+        time_slicing([4.0], "long", environment=GPU | {"timeslice": "Long"}),
+        mps([2.5]),
+        mps([2.0], "even", mps_limits=mps_limits("even")),
+        mps([2.2], "parts", mps_limits=mps_limits("50", "25")),
+        limited(mps([2.1], "plan"), "30"),
+    )
+    names = [(group["variant"], group["settings"]) for group in found["groups"]]
+    assert names == [
+        ("time-slicing", ""), ("time-slicing:long", "long slices"), ("mps", ""),
+        ("mps:50/25", "50/25 %"), ("mps:even", "even"), ("mps:plan", "limits of the plan"),
     ]  # fmt: skip
-    assert section.left_out == section.same_twice == []
-    old = sliced(None, "old", created_at="2025-01-01T00:00:00+00:00")
-    (section,) = compare(sliced("Default"), old).sections
-    assert section.left_out == [
-        "old (time slicing, mixed, 4 clients): older than slicing, time slice unknown and not "
-        "Default"
+    assert conclusion(found)["best"] == "mps:even"
+    assert found["left_out"] == []
+
+
+def test_two_layouts_of_mig_are_told_apart():
+    layouts = (["1g.10gb"] * 4, ["2g.20gb"] * 4)
+    made = [
+        synthetic_runs.run(f"mig{number}", "mig", {4: [4.0 - number]}, mig_layout=layout)
+        for number, layout in enumerate(layouts)
     ]
-
-
-EVEN = {"percentages": ["even"], "memory_limits": [], "priorities": []}
-
-
-def test_limited_mps_is_compared_with_time_slicing_and_other_limits_have_a_row_of_their_own():
-    even = mps([2.0, 2.02, 2.04], mps_limits=EVEN)
-    compared = compare(time_slicing([4.0, 4.02, 4.04]), even)
-    (section,) = compared.sections
-    assert [(group.mode_name, group.mix) for group in section.groups] == [
-        ("time slicing", "mixed"), ("MPS (even)", "mixed"),
+    assert [one["variant"] for one in conclusion(section(*made))["modes"]] == [
+        "mig:1g.10gb,1g.10gb,1g.10gb,1g.10gb", "mig:2g.20gb,2g.20gb,2g.20gb,2g.20gb",
     ]  # fmt: skip
-    text = sentences(compared)
-    assert text.count("choose MPS (even) for throughput") == 1
-    assert "no other mode was measured" not in text
-    halves = renamed(mps([3.0], mps_limits=EVEN | {"percentages": ["50"]}), "halves")
-    (section,) = compare(even, halves, renamed(mps([2.5], mps_limits=None), "free")).sections
-    assert [group.mode_name for group in section.groups] == ["MPS", "MPS (50 %)", "MPS (even)"]
-    assert section.left_out == section.same_twice == []
-
-
-def test_settings_of_one_mode_share_its_color_in_a_chart_and_nothing_else():
-    looks = charts.styles([("mps", "MPS"), ("mps", "MPS (even)"), ("mps", "MPS"), ("mig", "MIG")])
-    assert looks["MPS"] == charts.style("mps")
-    assert looks["MIG"] == charts.style("mig")
-    assert looks["MPS (even)"]["color"] == looks["MPS"]["color"]
-    for kind in ("hatch", "marker", "linestyle"):
-        assert looks["MPS (even)"][kind] != looks["MPS"][kind]
+    assert conclusion(section(made[0]))["best"] == "mig"
 
 
 def carrying(made: dict, *words: str) -> dict:
@@ -199,97 +157,209 @@ def carrying(made: dict, *words: str) -> dict:
 
 
 @pytest.mark.parametrize("flag", ["--rate", "--cell-repeats"])
-@pytest.mark.parametrize("other", [mps, time_slicing])
-def test_runs_at_unlike_calibrated_load_are_neither_merged_nor_compared(flag, other):
-    old = renamed(other([4.0], created_at="2025-01-01T00:00:00+00:00"), "old")
+def test_runs_at_unlike_calibrated_load_are_neither_merged_nor_compared(flag):
+    old = time_slicing([4.0], created_at=OLD)
     alike = compare(carrying(old, flag, "9", flag, "10"), carrying(mps([2.0]), flag, "10"))
-    assert len(alike.sections) == 1
+    assert len(alike["sections"]) == 1
     unlike = compare(carrying(old, flag, "10.1"), carrying(mps([2.0]), flag, "10"))
-    assert [len(section.groups) for section in unlike.sections] == [1, 1]
-    assert unlike.differences() == [
-        f"calibrated {flag} of serving in mixed: 10 in section 1, 10.1 in section 2; give all "
-        "runs one `--baseline` to compare them"
+    assert [len(one["groups"]) for one in unlike["sections"]] == [1, 1]
+    assert unlike["differences"] == [
+        {"fact": f"calibrated {flag} of serving in mixed", "values": ["10", "10.1"]}
     ]
 
 
-def test_a_newer_run_that_proved_nothing_does_not_hide_an_older_one():
-    newer = mps([2.0], created_at="2026-06-01T00:00:00+00:00", outcome="invalid")
-    newer["manifest"]["run_id"] = "mps-invalid"
-    compared = compare(newer, mps([2.5]))
-    (group,) = compared.sections[0].groups
-    assert group.run_ids == ("mps",)
-    assert "mps-invalid: the run is invalid" in markdown(compared)
+# --- against the jobs alone ---------------------------------------------------------------------
 
 
-def test_a_co_run_with_an_unproved_client_is_in_no_figure():
-    run = mps([2.0, 9.0])
-    change(run, lambda r: r["proof"].update(verdict="invalid"), co_run="mixed-4-r1", client=2,
-           record="client")  # fmt: skip
-    compared = compare(run)
-    (group,) = compared.sections[0].groups
-    assert group.stp.values == (2.0,)
-    assert "mixed-4-r1: invalid, a client was not proved" in markdown(compared)
+def test_baselines_are_those_of_all_rounds_and_the_null_gives_the_methods_own_error():
+    found = section(*session(SLICING, SHARING, null=1.03, drift=1.06))
+    error = found["own_error"]
+    assert error["rounds"] == 4
+    # Of the units of all rounds the mean: rounds that were slower did fewer of them.
+    assert error["percent"] == pytest.approx(0.0, abs=0.2)
+    assert not error["is_over_limit"]
+    assert found["drift_guarded"]
+    felt = [group["client_rows"][0]["slowdown"]["mean"] for group in found["groups"]]
+    assert felt == pytest.approx([4.02 / 1.03, 2.01 / 1.03], rel=2e-3)
+    alone = next(pair for pair in conclusion(found)["pairs"]
+                 if {pair["one"], pair["other"]} == {"time-slicing", "alone"})  # fmt: skip
+    assert alone["verdict"] == "cannot tell"  # the baselines' own spread is in it
+    bad = section(*session(SLICING, SHARING, null=1.05))["own_error"]
+    assert (round(bad["percent"], 1), bad["is_over_limit"]) == (5.0, True)
 
 
-def test_unverified_clients_are_compared_and_said_to_be_unverified():
-    run = mps([2.0])
-    change(run, lambda r: r["proof"].update(verdict="unverified"), record="client")
-    text = markdown(compare(run))
-    assert "under MPS (mode unverified)" in text
-    assert "| ok, unverified |" in text
-    assert "unverified, the clients could not be matched" in text
+def test_runs_by_hand_are_compared_and_their_drift_is_not_guarded():
+    found = section(time_slicing(SLICING), mps(SHARING))
+    assert (conclusion(found)["best"], conclusion(found)["verdict"]) == ("mps", "sure")
+    assert not found["drift_guarded"]
+    assert found["own_error"] is None
+    assert sum("drift not guarded" in doubt for doubt in found["doubts"]) == 2
 
 
-def test_tails_use_the_baseline_that_a_run_reused():
-    reusing = mps([2.0], baseline_run_id="slicing")
-    reusing["records"] = [r for r in reusing["records"] if r["phase"] == "co_run"]
-    compared = compare(time_slicing([4.0]), reusing)
-    group = next(group for group in compared.sections[0].groups if group.mode == "mps")
-    assert group.client_rows[1].tail_slowdown[99] == pytest.approx(2.0, rel=0.1)
-    alone = compare(reusing).sections[0].groups[0]
-    assert alone.client_rows[1].tail_slowdown[99] is None
+def test_a_disturbed_baseline_is_left_out_and_what_it_makes_impossible_is_invalid():
+    made = session(SLICING, SHARING)
+    change(made[0], lambda r: r.update(outcome="invalid"), phase="baseline", repeat=0,
+           record="co_run")  # fmt: skip
+    slow(made[0], 3.0, phase="baseline", repeat=0)
+    assert section(*made)["groups"][0]["stp"]["mean"] == pytest.approx(4 / 4.02, rel=1e-3)
+    made = session([0.9] * 4, SHARING)
+    found = section(*made)
+    group = next(group for group in found["groups"] if group["mode"] == "time-slicing")
+    assert group["invalid"] == "invalid: the baseline was disturbed"
+    whole = conclusion(found)
+    assert whole["modes"][0]["estimate"] is None
+    assert whole["modes"][0]["reason"] == "invalid: the baseline was disturbed"
+    assert (whole["best"], whole["verdict"]) == ("mps", "not measured")
+    assert any("ResNet50 training: invalid" in doubt for doubt in found["doubts"])
 
 
-def reusing_mps(experiment: str) -> RunView:
+def reusing(experiment: str) -> dict:
     """A run that took its baselines from a run of the id `baseline`."""
     made = mps([2.0], baseline_run_id="baseline")
     records = [record for record in made["records"] if record["phase"] == "co_run"]
-    return RunView(f"{experiment}/mps", made["manifest"], records, experiment=experiment)
+    return made | {"records": records, "experiment": experiment}
 
 
-def baseline(experiment: str, times_slower: float = 1.0, **more: object) -> RunView:
+def baseline(experiment: str, times_slower: float = 1.0, **more: object) -> dict:
     """A run of the id `baseline` in that experiment."""
-    made = synthetic_runs.run("baseline", "exclusive", {}, **more)
-    for record in made["records"]:
-        if record.get("latency_ms"):
-            record["latency_ms"] = [times_slower * value for value in record["latency_ms"]]
-    name = f"{experiment}/baseline"
-    return RunView(name, made["manifest"], made["records"], experiment=experiment)
+    made = slow(synthetic_runs.run("baseline", "exclusive", {}, **more), times_slower)
+    return made | {"experiment": experiment}
 
 
-def p99_slowdown(views: list[RunView]) -> float | None:
-    """The p99 slowdown of the batch inference in the only co-run."""
-    sections = comparison.compare(views).sections
-    (group,) = [group for section in sections for group in section.groups]
-    return group.client_rows[1].tail_slowdown[99]
+@pytest.mark.parametrize(
+    ("lenders", "stp"),
+    [
+        ([baseline("first", 2.0), baseline("second")], 4.0),
+        ([baseline("second"), baseline("first", 2.0)], 4.0),
+        ([baseline("second")], 2.0),
+        ([baseline("other", environment=GPU | {"gpu_name": "Another GPU"})], None),
+        ([baseline("other", created_at=NEW)], None),
+    ],
+)
+def test_a_reused_baseline_is_that_beside_it_else_an_earlier_one_of_a_like_card(lenders, stp):
+    found = compare(*lenders, reusing("first"))
+    (group,) = [group for one in found["sections"] for group in one["groups"]]
+    assert (group["stp"] and group["stp"]["mean"]) == (stp and pytest.approx(stp))
 
 
-def test_a_reused_baseline_is_looked_for_in_the_same_experiment_first():
-    views = [baseline("first", 2.0), baseline("second"), reusing_mps("first")]
-    assert p99_slowdown(views) == pytest.approx(1.0, rel=0.1)
-    assert p99_slowdown([views[1], views[0], views[2]]) == pytest.approx(1.0, rel=0.1)
-    assert p99_slowdown([views[1], views[2]]) == pytest.approx(2.0, rel=0.1)
-
-
-def test_the_baseline_of_another_experiment_must_be_earlier_and_of_a_like_environment():
-    unlike = baseline("other", environment=synthetic_runs.GPU | {"gpu_name": "Another GPU"})
-    later = baseline("other", created_at="2026-02-01T00:00:00+00:00")
-    assert p99_slowdown([unlike, reusing_mps("own")]) is None
-    assert p99_slowdown([later, reusing_mps("own")]) is None
-
-
-def test_migs_stp_is_also_given_per_multiprocessor():
+def test_mig_is_also_given_per_multiprocessor_and_has_no_figure_without_its_own_baseline():
     mig = synthetic_runs.run("mig", "mig", {4: [4.0]})
     change(mig, lambda r: r["identity"].update(multiprocessor_count=16), record="client")
-    (group,) = compare(mig).sections[0].groups
-    assert group.stp_per_multiprocessor == pytest.approx(1.0 * 132 / 64)
+    (group,) = section(mig)["groups"]
+    assert group["stp_per_multiprocessor"] == pytest.approx(1.0 * 132 / 64)
+    assert group["interference_overhead_percent"] is None
+
+
+def test_a_co_run_with_an_unproved_client_is_in_no_figure_and_an_unverified_one_is_said():
+    run = mps([2.0, 9.0])
+    change(run, lambda r: r["proof"].update(verdict="invalid"), co_run="mixed-4-r1", client=2,
+           record="client")  # fmt: skip
+    change(run, lambda r: r["proof"].update(verdict="unverified"), co_run="mixed-4-r0",
+           record="client")  # fmt: skip
+    found = section(run)
+    (group,) = found["groups"]
+    assert group["stp"]["values"] == pytest.approx([2.0])
+    assert group["is_unverified"]
+    assert any("mixed-4-r1: invalid, a client was not proved" in one for one in found["doubts"])
+
+
+# --- conclusions --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("slicing", "sharing", "best", "verdict", "rounds"),
+    [
+        (SLICING, SHARING, "mps", "sure", 4),
+        ([4.0], [2.0], "mps", "not enough rounds", 1),
+        ([4.0, 4.0], [2.0, 2.0, 2.0], "mps", "not enough rounds", 2),
+        (SLICING, [4.001, 4.019, 4.041, 4.02], None, "no difference that matters", 4),
+        ([4.0, 4.4, 3.8], [3.9, 4.2, 3.6], "mps", "cannot tell", 3),
+        (SLICING, [], "time-slicing", "not measured", 4),
+    ],
+)
+def test_the_whole_cards_conclusion_says_which_mode_is_best_and_how_sure(
+    slicing, sharing, best, verdict, rounds
+):
+    whole = conclusion(section(time_slicing(slicing), mps(sharing)))
+    assert (whole["verdict"], whole["rounds"]) == (verdict, rounds)
+    if best is not None:
+        assert whole["best"] == best
+        assert [mode["variant"] for mode in whole["modes"] if mode["is_best"]] == [best]
+    if verdict == "cannot tell":
+        assert whole["smallest_shown_percent"] > 5
+
+
+def test_the_best_may_be_another_mode_for_a_job_and_the_worst_is_named_with_its_neighbors():
+    made = slow(mps(SHARING), 3.0, phase="co_run", workload="bert_training")
+    found = section(time_slicing(SLICING), made)
+    assert conclusion(found)["best"] == "mps"
+    bert = conclusion(found, "BERT fine-tuning")
+    assert (bert["best"], bert["verdict"], bert["workload"]) == (
+        "time-slicing", "sure", "bert_training",
+    )  # fmt: skip
+    worst = found["worst_slowdowns"][0]
+    assert (worst["variant"], worst["label"]) == ("mps", "BERT fine-tuning")
+    assert worst["slowdown"]["mean"] == pytest.approx(6.03, rel=1e-2)
+    assert worst["caused_by"] is None
+    assert worst["next_to"] == ["ResNet50 training", "Batch inference", "Interactive session"]
+
+
+def test_the_guide_and_the_rule_of_thumb_are_held_against_this_mix():
+    found = section(time_slicing([4.7, 4.71, 4.72, 4.71]), mps(SHARING))["expectations"]
+    holds = {(one["source"], one["rule"]): one["holds"] for one in found}
+    assert holds == {
+        ("guide", "overhead under time-slicing"): "yes",
+        ("guide", "overhead under mps"): "no",
+        ("vendor", "time slicing for throughput"): "no",
+        ("vendor", "time slicing for notebooks"): "no",
+        ("vendor", "SM sharing (MPS) for latency-sensitive inference"): "yes",
+    }
+    few = section(time_slicing([4.7]), mps([2.0]))["expectations"]
+    assert {one["holds"] for one in few} == {"cannot tell"}
+
+
+def test_measured_values_stand_next_to_the_guides_ranges():
+    found = section(mps([2.0]))
+    alone = {row["workload"]: row["checks"] for row in found["alone"]}
+    resnet = {one["expectation"]["quantity"]: one["verdict"] for one in alone["resnet_training"]}
+    assert (resnet["epoch_seconds"], resnet["test_accuracy_percent"]) == ("below", "inside")
+    latency = [one["expectation"] for one in alone["batch_inference"]
+               if one["expectation"]["quantity"] == "mean_latency_ms"]  # fmt: skip
+    assert [(one["batch_size"], one["low"], one["high"]) for one in latency] == [(32, 30, 50)]
+    modes = {one["expectation"]["quantity"] for one in found["groups"][0]["checks"]}
+    assert modes == {"success_rate_percent", "overhead_percent", "utilization_gpu_percent"}
+
+
+def test_migs_zero_overhead_is_read_as_a_whole_number():
+    (zero,) = [one for one in guide.MODE_EXPECTATIONS
+               if one.quantity == "interference_overhead_percent"]  # fmt: skip
+    assert [zero.verdict(value) for value in (-0.4, 0.4, 3.0)] == ["inside", "inside", "above"]
+    assert zero.range_text == "0 %"
+
+
+def test_what_was_not_measured_is_said_with_the_reason():
+    found = section(time_slicing([4.0]))
+    assert found["not_measured"] == [
+        {"mode": "mps", "reason": "no run of it in this folder"},
+        {"mode": "mig", "reason": "no run of it in this folder"},
+    ]
+
+
+def test_copies_of_one_job_are_one_subject_and_cause_what_they_feel_themselves():
+    made = synthetic_runs.run("training", "mps", {4: [3.0, 3.1, 3.2]}, mix="training")
+    found = section(made)
+    one = conclusion(found, "ResNet50 training")
+    assert one["copies"] == 4
+    assert one["modes"][0]["estimate"]["values"] == pytest.approx([3.0, 3.1, 3.2])
+    worst = found["worst_slowdowns"][0]
+    assert (worst["caused_by"], worst["source"]) == ("ResNet50 training", "only neighbor")
+
+
+def test_a_cpu_demonstration_concludes_nothing_of_modes():
+    found = section(synthetic_runs.run("demo", "time-slicing", {4: [3.9] * 3}, gpu=False))
+    assert found["cpu_demo"]
+    whole = conclusion(found)
+    assert (whole["verdict"], whole["reason"]) == (
+        "not measured", "without a GPU nothing is said of sharing modes",
+    )  # fmt: skip
+    assert {one["reason"] for one in found["not_measured"]} == {"no GPU was used"}

@@ -9,9 +9,11 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -439,6 +441,65 @@ def test_a_pending_mig_mode_is_told_apart_from_the_current_one(card: Callable) -
     assert monitor["mig_mode"] == {"current": "Disabled", "pending": "Enabled"}
 
 
+# --- for Prometheus
+
+
+def scraped(environment: dict[str, str], *arguments: str) -> tuple[dict[str, float], str]:
+    """Return what a dashboard reads, values by DCGM's name, and the labels of the last one."""
+    with running(environment, "--output", "-", "--prometheus", "0", *arguments) as process:
+        read_until(process, lambda record: record["record"] == "sample")
+        read_until(process, lambda record: record["record"] == "sample")
+        url = process.stderr.readline().split()[-1]
+        assert url.startswith("http://127.0.0.1:")
+        page = urllib.request.urlopen(url, timeout=10).read().decode()
+    lines = re.findall(r"^(\w+)\{(.*)\} (\S+)$", page, re.MULTILINE)
+    assert len({labels for _, labels, _ in lines}) == 1
+    return {name: float(value) for name, _, value in lines}, lines[0][1]
+
+
+def test_a_dashboard_of_dcgm_reads_its_own_names_units_and_labels(card: Callable) -> None:
+    values, labels = scraped(card(**BUSY))
+    assert values == {
+        "DCGM_FI_DEV_GPU_UTIL": 97,
+        "DCGM_FI_PROF_GR_ENGINE_ACTIVE": 0.995,
+        "DCGM_FI_PROF_SM_ACTIVE": pytest.approx(0.8225),
+        "DCGM_FI_PROF_SM_OCCUPANCY": 0.315,
+        "DCGM_FI_PROF_PIPE_TENSOR_ACTIVE": 0.21125,
+        "DCGM_FI_PROF_DRAM_ACTIVE": 0.44,
+        "DCGM_FI_DEV_FB_USED": 12345,
+        "DCGM_FI_DEV_FB_FREE": 81559 - 12345,
+        "DCGM_FI_DEV_FB_TOTAL": 81559,
+        "DCGM_FI_DEV_SM_CLOCK": 1755,
+        "DCGM_FI_DEV_GPU_TEMP": 61,
+        "DCGM_FI_DEV_POWER_USAGE": 612.5,
+        "DCGM_FI_DEV_TOTAL_ENERGY_CONSUMPTION": 98765432,
+    }
+    for label in ('gpu="0"', f'UUID="{GPU_UUID}"', 'modelName="NVIDIA H100 80GB HBM3"'):
+        assert label in labels.split(",")
+    assert f'Hostname="{socket.gethostname()}"' in labels.split(",")
+
+
+def test_a_dashboard_reads_a_mig_instance_and_nothing_that_is_unknown(card: Callable) -> None:
+    values, labels = scraped(card(**{**MIG, "sm_clock_mhz": None}), "--gpu", MIG_LARGE)
+    assert "DCGM_FI_DEV_SM_CLOCK" not in values
+    assert "DCGM_FI_DEV_GPU_UTIL" not in values  # DCGM has none of an instance either
+    assert values["DCGM_FI_PROF_SM_ACTIVE"] == 0.6
+    assert values["DCGM_FI_DEV_FB_USED"] == 2000
+    assert 'GPU_I_ID="8"' in labels
+    assert 'GPU_I_PROFILE="3g.40gb"' in labels
+
+
+def test_a_port_that_is_taken_ends_with_code_2_and_one_sentence(card: Callable) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        run = subprocess.run(
+            (*MONITOR, "--output", "-", "--prometheus", port), env=card(), capture_output=True,
+            text=True, timeout=30, check=False,
+        )  # fmt: skip
+    assert (run.returncode, run.stderr.count("\n")) == (2, 1)
+    assert "choose another port" in run.stderr
+
+
 # --- its life
 
 
@@ -577,6 +638,7 @@ def test_an_existing_file_is_continued(card: Callable, tmp_path: Path) -> None:
         (("--interval", "0.05"), "give 0.1 seconds or more"),
         (("--interval", "nan"), "give 0.1 seconds or more"),
         (("--duration", "-1"), "give 0 (no end) or more seconds"),
+        (("--prometheus", "70000"), "give a port from 0 to 65535"),
         (("--output", "/proc/no/such/file"), "name a file that can be written"),
     ],
 )

@@ -6,56 +6,72 @@ import html
 import json
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import markupsafe
 import pytest
 import synthetic_runs
-from compared_runs import change, compare, document, mps, time_slicing
 from conftest import PROJECT_ROOT, find_browser
 from PIL import Image
-
-from benchmarking import analyze_results
-from benchmarking.analysis import html_report, markdown_report
-from benchmarking.analysis.document import Bullets, Chapter, Document, Paragraph, Table, plain
+from test_report import mps, slicing
 
 HOSTILE = "</style></svg><script>document.title='broken'</script><img src=x onerror=alert(1)> $x_$"
+MARKDOWN = "a`b`\n\n# <b>x</b> [y](javascript:z) | \x1b]0;title\x07 \u202e"
 
 
 def hostile_runs() -> list[dict]:
-    """Two runs whose card, labels, notes, paths and reasons try to be markup."""
+    """Two runs whose card, labels, notes, mix, paths and reasons try to be markup."""
     environment = synthetic_runs.GPU | {"gpu_name": HOSTILE, "git_commit": HOSTILE}
-    runs = []
-    for run in (
-        time_slicing([4.0, 4.04, 4.08], environment=environment, notes=[HOSTILE]),
-        mps([2.0, 2.02, 2.04], environment=environment, command=["suite.py", "--data", HOSTILE]),
-    ):
-        change(run, lambda r: r.update(label=HOSTILE), record="client", client=1)
-        change(run, lambda r: r.update(outcome="failed", reason=HOSTILE), co_run="mixed-4-r2",
-               record="co_run")  # fmt: skip
-        runs.append(run)
+    runs = [
+        slicing(4.0, 4.04, 4.08, environment=environment, notes=[HOSTILE, MARKDOWN]),
+        mps(2.0, 2.02, 2.04, environment=environment, command=["suite.py", "--data", HOSTILE]),
+    ]
+    for run in runs:
+        run["manifest"]["mode_evidence"] = [{"check": MARKDOWN, "found": HOSTILE, "ok": True}]
+        for record in run["records"]:
+            if record["record"] == "client" and record["workload"] == "batch_inference":
+                record["label"] = HOSTILE
+            if record["record"] == "client" and record["workload"] == "bert_training":
+                record["label"] = MARKDOWN
+            if record["record"] == "co_run" and record["co_run"] == "mixed-4-r2":
+                record |= {"outcome": "failed", "reason": HOSTILE + MARKDOWN}
     return runs
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A report with charts, made of what a malicious or careless user may have recorded."""
+def reported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder of a report made of what a malicious user may have recorded, and what it printed.
+
+    The program is started as from a notebook, whose backend it must not use.
+    """
     results = tmp_path_factory.mktemp("results")
     for run in hostile_runs():
         synthetic_runs.write(results, run)
-    folders, compared = analyze_results.read_and_compare(results)
-    return html_report.render(analyze_results.draw_and_build(compared, folders, results))
+    done = subprocess.run(
+        [sys.executable, PROJECT_ROOT / "benchmarking" / "analyze_results.py", "--results-dir",
+         results], capture_output=True, text=True, check=False, timeout=100,
+        env={"MPLBACKEND": "module://matplotlib_inline.backend_inline", "HOME": str(results)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return results, done.stdout
 
 
-def test_text_from_records_stays_text_in_the_page_and_in_its_charts(report):
+@pytest.fixture(scope="module")
+def report(reported: tuple[Path, str]) -> str:
+    return (reported[0] / "report.html").read_text(encoding="utf-8")
+
+
+def test_text_from_records_stays_text_in_the_page_and_in_its_charts(report: str) -> None:
     assert "<script" not in report
     assert "<img" not in report
+    assert "<b>" not in report
     assert report.count("<style") == 1 + report.count("<svg")  # the page's, and each chart's own
     assert str(markupsafe.escape(HOSTILE)) in report
-    assert report.count("<svg") == report.count("</svg>") == 9
+    assert report.count("<svg") == report.count("</svg>") >= 4
 
 
-def test_the_page_holds_all_that_it_shows_and_asks_nobody_for_more(report):
+def test_the_page_holds_all_that_it_shows_and_asks_nobody_for_more(report: str) -> None:
     assert not re.search(r"""(?:src|href)=["'](?!#)""", report)
     assert not re.search(r"url\((?!#)", report)
     assert "default-src 'none'" in report
@@ -64,33 +80,18 @@ def test_the_page_holds_all_that_it_shows_and_asks_nobody_for_more(report):
     assert {name for name in re.findall(r"url\(#([^)]+)\)", report)} <= set(ids)
 
 
-def test_both_reports_hold_the_same_sentences_and_cells():
-    made = document(compare(time_slicing([4.0]), mps([2.0])))
-    page = re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]+>", "", html_report.render(made))))
-    text = markdown_report.render(made)
-    for chapter in made.chapters:
-        for block in chapter.blocks:
-            if isinstance(block, Table):
-                said = [cell for row in block.rows for cell in row]
-            elif isinstance(block, Bullets):
-                said = [item.text for item in block.items]
-            else:
-                said = [block.text] if isinstance(block, Paragraph) else []
-            for sentence in said:
-                assert plain(sentence) in page
-                assert markdown_report.inline(sentence) in text
-
-
-def test_markdown_keeps_html_and_links_from_records_as_text():
-    text = markdown_report.inline("<b>bold</b> [x](javascript:y) **so `a<b`** *run `c`*")
-    assert text == r"\<b>bold\</b> [x\](javascript:y) **so `a<b`** *run `c`*"
-
-
-def test_unbalanced_marks_and_globs_are_plain_text():
-    texts = ["a * b * c", "data/*.jpg and *.png", "half `open", "2 ** 3 ** 4", "**"]
-    made = Document("t", [Chapter("c", [Paragraph(text) for text in texts])])
-    page = html.unescape(html_report.render(made))
-    assert all(f"<p>{text}</p>" in page for text in texts)
+def test_names_make_no_markup_in_markdown_and_steer_no_terminal(
+    reported: tuple[Path, str],
+) -> None:
+    folder, printed = reported
+    text = (folder / "report.md").read_text(encoding="utf-8")
+    outside_code = re.sub(r"`[^`\n]*`", "", text)
+    assert not re.search(r"(?<!\\)<", outside_code)
+    assert "](javascript" not in outside_code.replace("\\](", "")
+    assert text.count("`") % 2 == 0
+    assert not re.search(r"^#+ \\?<b>", text, re.MULTILINE)
+    for shown in (text, printed, (folder / "comparison.csv").read_text(encoding="utf-8")):
+        assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e]", shown.replace("\r", ""))
 
 
 def browse(page: Path, *arguments: str) -> str:
@@ -112,11 +113,12 @@ def measured(page: str, width: int, folder: Path) -> dict:
         f'<body style="margin:0"><iframe srcdoc="{html.escape(page)}" '
         f'style="width:{width}px;height:9000px;border:0"></iframe><script>'
         "onload = () => { const page = frames[0].document; const root = page.documentElement;"
-        "const small = [...page.querySelectorAll('p, li, td')].filter("
+        "const small = [...page.querySelectorAll('p, li, td, dd, small')].filter("
         "e => e.getClientRects().length && parseFloat(getComputedStyle(e).fontSize) < 12);"
+        "const table = page.querySelector('.first');"
         "document.body.textContent = JSON.stringify({width: root.scrollWidth, "
         "height: root.querySelector('main').offsetHeight, title: page.title, "
-        "charts: page.querySelectorAll('figure svg').length, small: small.length, "
+        "table: table && table.getBoundingClientRect().bottom, small: small.length, "
         "scripts: page.querySelectorAll('script, img').length}); }</script>"
     )
     dumped = browse(frame, "--dump-dom", "--virtual-time-budget=3000")
@@ -124,35 +126,62 @@ def measured(page: str, width: int, folder: Path) -> dict:
 
 
 @pytest.mark.browser
+@pytest.mark.parametrize(("width", "height"), [(390, 844), (1200, 900)])
+def test_a_browser_shows_the_decision_on_the_first_screen(
+    width: int, height: int, tmp_path: Path
+) -> None:
+    page = page_of(tmp_path, slicing(4.0, 4.04, 4.08), mps(2.0, 2.02, 2.04))
+    found = measured(page, width, tmp_path)
+    assert found["width"] == width
+    assert found["table"] < height
+    assert found["height"] < 4000
+    assert found["title"] == "GPU sharing: what was found"
+    assert (found["scripts"], found["small"]) == (0, 0)
+
+
+def page_of(folder: Path, *made: dict) -> str:
+    """The page of made-up runs, with its charts."""
+    for run in made:
+        synthetic_runs.write(folder / "results", run)
+    subprocess.run(
+        [sys.executable, PROJECT_ROOT / "benchmarking" / "analyze_results.py", "--results-dir",
+         folder / "results"], stdout=subprocess.DEVNULL, check=True, timeout=100,
+    )  # fmt: skip
+    return (folder / "results" / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.browser
 @pytest.mark.parametrize("width", [390, 1200])
-def test_a_browser_shows_the_report_without_sideways_scrolling(report, tmp_path, width):
+def test_hostile_names_push_nothing_sideways(report: str, width: int, tmp_path: Path) -> None:
     found = measured(report, width, tmp_path)
     assert found["width"] == width
-    assert found["height"] > 2000
-    assert found["title"] == "GPU sharing: what was found"
-    assert (found["charts"], found["scripts"], found["small"]) == (9, 0, 0)
+    assert (found["scripts"], found["title"]) == (0, "GPU sharing: what was found")
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize(
-    ("name", "charts"),
-    [("h100-mixed-4", 6), ("h100-pairs", 4), ("h100-single-image", 12), ("h100-mps-percentage", 1)],
-)
-def test_the_recorded_pages_fit_a_phone(name, charts, tmp_path):
-    page = (PROJECT_ROOT / "examples" / name / "report.html").read_text(encoding="utf-8")
-    found = measured(page, 390, tmp_path)
+@pytest.mark.parametrize("example", ["mixed-4", "pairs", "single-image"])
+def test_the_recorded_runs_are_reported_on_less_than_4000_pixels(
+    example: str, tmp_path: Path
+) -> None:
+    subprocess.run(
+        [sys.executable, PROJECT_ROOT / "benchmarking" / "analyze_results.py", "--results-dir",
+         PROJECT_ROOT / "examples" / f"h100-{example}", "--output", tmp_path],
+        stdout=subprocess.DEVNULL, check=True, timeout=100,
+    )  # fmt: skip
+    found = measured((tmp_path / "report.html").read_text(encoding="utf-8"), 390, tmp_path)
     assert found["width"] == 390
-    assert (found["charts"], found["scripts"], found["small"]) == (charts, 0, 0)
+    assert found["height"] < 4000
+    assert (found["scripts"], found["small"]) == (0, 0)
 
 
 @pytest.mark.browser
-def test_a_browser_paints_and_prints_the_report(report, tmp_path):
+def test_a_browser_paints_and_prints_the_report(report: str, tmp_path: Path) -> None:
     page = tmp_path / "report.html"
     page.write_text(report, encoding="utf-8")
-    browse(page, f"--screenshot={tmp_path / 'page.png'}", "--window-size=1200,3000")
+    browse(page, f"--screenshot={tmp_path / 'page.png'}", "--window-size=1200,900")
     with Image.open(tmp_path / "page.png") as picture:
-        assert picture.size == (1200, 3000)
-        lower = picture.convert("L").crop((0, 1500, 1200, 3000))
-        assert len(lower.getcolors(maxcolors=256)) > 50
+        assert picture.size == (1200, 900)
+        assert len(picture.convert("L").getcolors(maxcolors=256)) > 50
     browse(page, f"--print-to-pdf={tmp_path / 'page.pdf'}")
+    # What is folded on the screen is on paper.
     assert (tmp_path / "page.pdf").read_bytes().count(b"/Type /Page\n") >= 3

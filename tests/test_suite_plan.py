@@ -18,8 +18,8 @@ import pytest
 from recorded_rows import read_plain
 from test_benchmark_suite import Bench, bench, gpu_bench, start_daemon, verdicts
 
-from benchmarking.analysis.runs import RunView
 from benchmarking.records import run_folder
+from benchmarking.report.runs import read_run
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = PROJECT_ROOT / "examples" / "plans" / "own-commands.toml"
@@ -162,8 +162,8 @@ def test_limits_of_mps_clients_reach_them_together_but_not_alone(gpu_bench: Call
         "percentages": ["even"], "memory_limits": ["8G", "4G"], "priorities": [],
     }  # fmt: skip
     assert run.co_run_records[-1]["co_run"] == "training-mps-even-mem-8G-4G-2-r0"
-    view = RunView.of(run, run.run_id)
-    assert (view.mix, view.mode_name) == ("training", "MPS (even, 8G/4G of memory)")
+    read = read_run(run.folder)
+    assert (read.settings, read.variant) == ("even, 8G/4G of memory", "mps:even,8G/4G")
 
 
 # --- the breaking point -----------------------------------------------------------------------

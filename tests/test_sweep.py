@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,12 +21,13 @@ from tiny_disk import needs_mount, tiny_disk
 from waiting import wait_until
 
 from benchmarking import sweep_report as report
-from benchmarking.analyze_results import read_and_compare
 from benchmarking.metrics.estimates import estimate
 from benchmarking.records import run_folder
+from benchmarking.report.comparison import compare
+from benchmarking.report.runs import read_results
 from benchmarking.suite.plan import WORKLOADS
 from benchmarking.sweep import KNOBS
-from benchmarking.sweep_report import NOT_RUN, Point, Tail, read_point
+from benchmarking.sweep_report import NOT_RUN, Point, read_point
 
 CLIENT = Path(__file__).parent / "fakes" / "scripted_client.py"
 FAST = {"match": "*", "unit_seconds": 0.02, "units": 4}
@@ -91,7 +94,7 @@ def log_of_mode_scripts(sweeper: Sweeper) -> Callable[[], list[str]]:
 
 
 def test_every_value_is_measured_against_one_baseline_and_charted(sweeper: Sweeper) -> None:
-    enough_for_a_tail = {"match": "batch_inference*", "unit_seconds": 0.002, "units": 120}
+    enough_for_a_tail = {"match": "batch_inference*", "unit_seconds": 0.0005, "units": 600}
     sweeper.script(enough_for_a_tail)
     sweeper.environment["MPLBACKEND"] = "nonsense"
     done = sweeper.run("workloads", "1,2", "--mix", "inference", "--device", "cpu")
@@ -109,6 +112,9 @@ def test_every_value_is_measured_against_one_baseline_and_charted(sweeper: Sweep
     assert "<svg" in page
     assert "CPU demonstration: no GPU was used" in page
     assert (sweeper.output / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    assert "CPU demonstration" in done.stdout
+    assert "GPUs' worth" not in done.stdout + page
+    assert re.search(r"^ 2 +ok +2 clients", done.stdout, re.MULTILINE)
     assert done.stdout.splitlines()[-1] == f"report: {sweeper.output / 'report.html'}"
 
 
@@ -138,7 +144,10 @@ def test_a_flag_of_the_jobs_is_swept_with_a_baseline_for_each_value(sweeper: Swe
         assert [record.phase for record in records] == ["baseline", "co_run", "co_run"]
         assert {record.identity["batch_size"] for record in records} == {size}
         assert {record.job_key.endswith(f"--batch-size {size}") for record in records} == {True}
-    assert "against the baseline of its own run" in (sweeper.output / "report.md").read_text()
+    assert (
+        "each value against the baseline of its own run"
+        in (sweeper.output / "report.md").read_text()
+    )
 
 
 def test_a_value_that_fails_is_said_and_the_others_go_on(sweeper: Sweeper) -> None:
@@ -148,7 +157,7 @@ def test_a_value_that_fails_is_said_and_the_others_go_on(sweeper: Sweeper) -> No
     assert [p["outcome"] for p in sweeper.content()["points"]] == ["failed", "ok"]
     assert sweeper.content()["points"][0]["stp"] is None
     text = (sweeper.output / "report.md").read_text()
-    assert "## Values without figures\n\n- 3: failed" in text
+    assert "### Values without figures\n\n- 3: failed" in text
 
 
 def test_ctrl_c_leaves_finished_values_and_no_process_and_the_command_to_go_on(
@@ -297,52 +306,67 @@ def test_values_of_a_limit_stay_apart_in_the_sweep_and_in_the_report_of_its_fold
         synthetic_runs.write(tmp_path, run)
     points = [read_point(value, tmp_path / knob.slug(value), None, None)
               for value in ("even", "50/25")]  # fmt: skip
-    assert [point.stp.mean for point in points] == pytest.approx([2.0, 1.6])
-    _, compared = read_and_compare(tmp_path)
-    (section,) = compared.sections
-    assert [group.mode_name for group in section.groups] == ["MPS (50/25 %)", "MPS (even)"]
+    assert [point.stp["mean"] for point in points] == pytest.approx([2.0, 1.6])
+    comparison, _ = compare(read_results(tmp_path))
+    (section,) = comparison["sections"]
+    assert [group["settings"] for group in section["groups"]] == ["50/25 %", "even"]
 
 
 def sweep_of(**values: list[float]) -> report.Sweep:
     points = [
-        Point(value[1:], "ok", "run", None, 4, "mps", stp=estimate(stp))
+        Point(value[1:], "ok", "run", None, 4, "mps", stp=estimate_of(stp))
         for value, stp in values.items()
     ]
     return report.Sweep("mps-percentage", ["sweep.py"], "2026-01-01", "baseline", points)
 
 
-def test_a_best_value_is_claimed_only_where_intervals_lie_apart() -> None:
-    (apart,) = report.sentences(sweep_of(v50=[1.2, 1.21, 1.22], v100=[1.0, 1.01, 1.02]))
-    assert "mps-percentage **50** gave the highest throughput: STP 1.21 (" in apart
-    (overlap,) = report.sentences(sweep_of(v50=[1.2, 1.3, 1.1], v100=[1.2, 1.15, 1.22]))
-    assert "in these runs, no difference shown from " in overlap
-    assert apart.endswith("; no A/A was taken, so the noise floor is unknown.")
-    (single,) = report.sentences(sweep_of(v50=[1.2], v100=[1.0]))
-    assert "in these runs: STP 1.20 (n = 1) against 1.00 (n = 1) at 100" in single
-    assert "repeat (`--repeats 3`)" in single
+def estimate_of(values: list[float]) -> dict:
+    return dataclasses.asdict(estimate(values))
 
 
-def test_the_chart_of_a_sweep_has_one_message() -> None:
-    sweep = sweep_of(v50=[1.2, 1.3, 1.25], v100=[1.0, 1.1, 1.05])
-    assert report.headline(sweep) == "STP is the highest at mps-percentage 50: 1.25, n = 3"
-
-
-def test_a_p99_has_its_interval_and_one_of_missed_requests_is_not_the_lowest(
-    tmp_path: Path,
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"v50": [1.2, 1.21, 1.22], "v100": [1.0, 1.01, 1.02]},
+         "mps-percentage 50 delivers the most, 1.21 GPUs' worth of work, against 1.01 at 100, the "
+         "lowest: sure."),
+        ({"v50": [1.2, 1.3, 1.1], "v100": [1.2, 1.15, 1.22]},
+         "mps-percentage 50 delivered the most, 1.20 GPUs' worth of work, against 1.19 at 100, "
+         "the lowest: cannot tell between it and 100."),
+        ({"v50": [1.2], "v100": [1.0]},
+         "mps-percentage 50 delivered the most, 1.20 GPUs' worth of work, against 1.00 at 100, "
+         "the lowest: seen once, repeat (--repeats 3) before relying on it."),
+        ({"v50": [1.2]},
+         "mps-percentage 50 delivers 1.20 GPUs' worth of work, the only value with figures."),
+    ],
+    ids=["sure", "cannot tell", "once", "alone"],
+)  # fmt: skip
+def test_the_best_value_is_named_with_how_sure_it_is(
+    values: dict[str, list[float]], said: str, tmp_path: Path
 ) -> None:
-    sweep = sweep_of(v50=[1.2] * 3, v100=[1.0] * 3)
-    quick, dropping = (
-        Tail("Service", estimate(values), max(values), max(values) / 5.0)
-        for values in ([10.0, 11.0, 12.0], [math.inf] * 3)
-    )
-    sweep.points = [
-        replace(point, tails=(tail,))
-        for point, tail in zip(sweep.points, (dropping, quick), strict=True)
-    ]
-    _, said = report.sentences(sweep)
-    assert said.startswith("p99 latency of Service was the lowest at mps-percentage **100** in")
-    assert "11.0 ms (8.75 ms to 13.8 ms; 95 % interval, n = 3) at 100 against ∞ (n = 3) at" in said
+    sweep = sweep_of(**values)
     report.write(sweep, tmp_path)
-    assert "| ∞ (∞) |" in (tmp_path / "report.md").read_text()
+    assert f"## {said}\n" in (tmp_path / "report.md").read_text()
+    shown = report.terminal_text(sweep, 80)
+    assert " ".join(shown.split()).startswith(said)
+    assert max(map(len, shown.splitlines())) <= 80
+
+
+def test_a_p99_of_missed_requests_is_infinite_and_not_the_lowest(tmp_path: Path) -> None:
+    sweep = sweep_of(v50=[1.2] * 3, v100=[1.0] * 3)
+    tails = [
+        {"label": "Service", "p99_ms": None, "merged_ms": math.inf, "slowdown": math.inf},
+        {"label": "Service", "p99_ms": estimate_of([10.0, 11.0, 12.0]), "merged_ms": 12.0,
+         "slowdown": 2.4},
+    ]  # fmt: skip
+    sweep.points = [replace(point, tails=[tail])
+                    for point, tail in zip(sweep.points, tails, strict=True)]  # fmt: skip
+    report.write(sweep, tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert (
+        "- p99 latency of Service was the lowest in these runs at mps-percentage 100, 12.0 ms, "
+        "against ∞ at 50, the highest." in text
+    )
+    assert "| ∞ (∞) |" in text
     kept = json.loads(json.dumps(sweep.to_dict(), allow_nan=False))
     assert kept["points"][0]["tails"][0]["merged_ms"] is None

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarking.metrics.number_text import duration
-from benchmarking.metrics.scores import FAILED_REQUEST, percentile, slo_attainment_percent
+from benchmarking.metrics.scores import FAILED_REQUEST, mean, percentile, slo_attainment_percent
 from benchmarking.records.types import ClientRecord, CoRunRecord
 
 SATURATION_FRACTION = 0.95
@@ -53,41 +53,42 @@ def breaking_point(
     """First count of clients at which a client failed, or a bound that was asked for was passed.
 
     `co_runs` are those of one ramp, `client_records` their clients, matched by `co_run`. Of several
-    repeats at one count, one that breaks is enough. Invalid and interrupted co-runs, and those that
-    lost the GPU, prove nothing either way: their counts are listed in `not_judged`, unless another
-    repeat of that count was judged, and are not tried.
+    repeats at one count, one that fails is enough; a bound is held against the estimate of the
+    count: a job's mean slowdown and its raw latencies, over copies and repeats. Invalid and
+    interrupted co-runs, and those that lost the GPU, prove nothing either way: their counts are
+    listed in `not_judged`, unless another repeat of that count was judged, and are not tried.
 
     Returns `{"clients": int | None, "criterion": "oom"|"failed"|"timeout"|"killed"|"slowdown"|
     "p99"|None, "detail": str | None, "broken_repeats": int, "judged_repeats": int,
     "last_good_clients": int | None, "highest_clients_tried": int | None,
-    "not_judged": [int, ...]}`; `clients` is `None` when it was not reached, `criterion` and
-    `detail` are the first broken repeat's.
+    "not_judged": [int, ...]}`; `clients` is `None` when it was not reached.
     """
     judged: dict[int, list[CoRunRecord]] = {}
     for co_run in sorted(co_runs, key=lambda co_run: co_run.clients):
         repeats = judged.setdefault(co_run.clients, [])
         if says_something_of_the_load(co_run.outcome, co_run.stop_reason):
             repeats.append(co_run)
-    last_good, not_judged, broken, repeats = None, [], [], []
+    last_good, not_judged, broken, repeats, reason = None, [], 0, [], None
     for clients, repeats in judged.items():
-        broken = [
-            reason
-            for co_run in repeats
-            if (reason := _broken_by(co_run, client_records, max_slowdown, max_p99_ms))
-        ]
-        if broken:
+        members = {one.co_run: [r for r in client_records if r.co_run == one.co_run]
+                   for one in repeats}  # fmt: skip
+        failures = [_failure(one, members[one.co_run]) for one in repeats if one.outcome != "ok"]
+        everyone = [record for found in members.values() for record in found]
+        passed = _passed_bound(everyone, max_slowdown, max_p99_ms)
+        if failures or passed:
+            reason, broken = (failures[0], len(failures)) if failures else (passed, len(repeats))
             break
         if repeats:
             last_good = clients
         else:
             not_judged.append(clients)
-    criterion, detail = broken[0] if broken else (None, None)
+    criterion, detail = reason or (None, None)
     return {
-        "clients": clients if broken else None,
+        "clients": clients if reason else None,
         "criterion": criterion,
         "detail": detail,
-        "broken_repeats": len(broken),
-        "judged_repeats": len(repeats) if broken else 0,
+        "broken_repeats": broken,
+        "judged_repeats": len(repeats) if reason else 0,
         "last_good_clients": last_good,
         "highest_clients_tried": max((n for n, repeats in judged.items() if repeats), default=None),
         "not_judged": not_judged,
@@ -103,41 +104,37 @@ def says_something_of_the_load(outcome: str, stop_reason: Mapping[str, Any] | No
     return outcome in ("ok", "failed", "timeout") and kind != "gpu_lost"
 
 
-def _broken_by(
-    co_run: CoRunRecord,
-    client_records: Sequence[ClientRecord],
-    max_slowdown: float | None,
-    max_p99_ms: float | None,
-) -> tuple[str, str | None] | None:
-    """Which criterion this co-run breaks, and in words; `None` when it meets them."""
-    members = [record for record in client_records if record.co_run == co_run.co_run]
-    if co_run.outcome in ("failed", "timeout"):
-        statuses = [record.status for record in members]
-        cause = next((status for status in _FAILURES_BY_CAUSE if status in statuses), None)
-        return cause or co_run.outcome, co_run.reason
-    worst = max((r.slowdown for r in members if r.slowdown is not None), default=0.0)
+def _failure(co_run: CoRunRecord, members: Sequence[ClientRecord]) -> tuple[str, str | None]:
+    """What made a co-run fail, and in words."""
+    statuses = [record.status for record in members]
+    cause = next((status for status in _FAILURES_BY_CAUSE if status in statuses), None)
+    return cause or co_run.outcome, co_run.reason
+
+
+def _passed_bound(
+    records: Sequence[ClientRecord], max_slowdown: float | None, max_p99_ms: float | None
+) -> tuple[str, str] | None:
+    """Which bound some job's estimate passes, and in words; `None` when all meet them."""
+    by_job: dict[str, list[ClientRecord]] = {}
+    for record in records:
+        by_job.setdefault(record.job_key, []).append(record)
+    felt = [mean(record.slowdown for record in copies) for copies in by_job.values()]
+    worst = max((slowdown for slowdown in felt if slowdown is not None), default=0.0)
     if max_slowdown is not None and worst > max_slowdown:
         return "slowdown", f"slowdown {worst:.2f} passes the bound of {max_slowdown:g}"
     if max_p99_ms is None:
         return None
-    share = _fewest_within(members, max_p99_ms)
-    if share < 99:
-        return (
-            "p99",
-            f"only {share:.1f} % of all requests were answered within the bound of "
-            f"{duration(max_p99_ms)}",
-        )
-    p99_ms = max((percentile(r.latency_ms, 99) for r in members if r.latency_ms), default=0.0)
-    if p99_ms > max_p99_ms:
-        return "p99", f"p99 latency {duration(p99_ms)} passes the bound of {duration(max_p99_ms)}"
+    for copies in by_job.values():
+        latencies = [ms for record in copies for ms in record.latency_ms or ()]
+        failed = sum(r.units[FAILED_REQUEST].count for r in copies if FAILED_REQUEST in r.units)
+        share = slo_attainment_percent(latencies, max_p99_ms, round(failed))
+        if failed and share < 99:  # what failed has no latency, so no percentile would show it
+            return "p99", (
+                f"only {share:.1f} % of all requests were answered within the bound of "
+                f"{duration(max_p99_ms)}"
+            )
+        p99_ms = percentile(latencies, 99) if latencies else 0.0
+        if p99_ms > max_p99_ms:
+            said = f"p99 latency {duration(p99_ms)} passes the bound of {duration(max_p99_ms)}"
+            return "p99", said
     return None
-
-
-def _fewest_within(members: Sequence[ClientRecord], bound_ms: float) -> float:
-    """Lowest share of requests within the bound, in percent, where some failed; else 100.
-
-    What failed has no latency, so the percentile of the answers would not show it.
-    """
-    failed = ((r.latency_ms, r.units[FAILED_REQUEST].count) for r in members
-              if FAILED_REQUEST in r.units)  # fmt: skip
-    return min((slo_attainment_percent(ms, bound_ms, n) for ms, n in failed if n), default=100.0)

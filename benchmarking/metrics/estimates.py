@@ -1,4 +1,4 @@
-"""Figures over repeats: a center, a spread, the raw values, and when two of them differ.
+"""Figures over rounds: a center, a spread, the raw values; and Student's t.
 
 Source of Student's t: M. Abramowitz and I. Stegun, "Handbook of Mathematical Functions", 26.7.3 and
 26.7.4.
@@ -6,12 +6,13 @@ Source of Student's t: M. Abramowitz and I. Stegun, "Handbook of Mathematical Fu
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from benchmarking.metrics.scores import difference_percent, overhead_percent
+from benchmarking.metrics.scores import difference_percent
 
 # Where a claim compares modes; under three there is a range, but no interval.
 MIN_REPEATS_FOR_CLAIM = 3
@@ -19,7 +20,7 @@ MIN_REPEATS_FOR_CLAIM = 3
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure over repeats: its center, its interval or range, its raw values."""
+    """A figure over rounds: its center, its interval or range, and its value in each."""
 
     mean: float
     low: float
@@ -29,44 +30,8 @@ class Estimate:
 
     @property
     def repeats(self) -> int:
-        """How many repeats it rests on."""
+        """How many rounds it rests on."""
         return len(self.values)
-
-    @property
-    def spread_name(self) -> str:
-        """What `low` and `high` are, in words."""
-        if self.repeats == 1:
-            return "n = 1"
-        return f"{'95 % interval' if self.is_interval else 'range'}, n = {self.repeats}"
-
-    def spread_text(self, write: Callable[[float], str]) -> str:
-        """`8.75 ms to 13.8 ms; 95 % interval, n = 3`; without edges where they say nothing."""
-        if self.repeats == 1 or math.isinf(self.low):
-            return f"n = {self.repeats}"
-        return f"{write(self.low)} to {write(self.high)}; {self.spread_name}"
-
-    def text(self, decimals: int = 2, unit: str = "") -> str:
-        """`1.95 (1.90 to 2.00; 95 % interval, n = 3)`, or `1.95 (n = 1)`."""
-        mean, low, high = (  # the added zero turns "-0" into "0"
-            f"{round(value, decimals) + 0.0:.{decimals}f}"
-            for value in (self.mean, self.low, self.high)
-        )
-        if self.repeats < 2:
-            return f"{mean}{unit} ({self.spread_name})"
-        return f"{mean}{unit} ({low} to {high}; {self.spread_name})"
-
-    def shows_difference_from(self, other: Estimate) -> bool:
-        """Whether both rest on enough repeats and their intervals do not overlap.
-
-        Ranges that lie apart show nothing: three repeats of the same often do.
-        """
-        is_claim = min(self.repeats, other.repeats) >= MIN_REPEATS_FOR_CLAIM
-        return is_claim and self.is_interval and other.is_interval and not self.overlaps(other)
-
-    def overlaps(self, other: Estimate) -> bool:
-        """Whether both have a spread at all and the two overlap."""
-        has_spread = min(self.repeats, other.repeats) > 1
-        return has_spread and self.low <= other.high and other.low <= self.high
 
     def map(self, change: Callable[[float], float]) -> Estimate:
         """The estimate of a figure that rises, or falls, with this one."""
@@ -81,11 +46,6 @@ def estimate(values: Iterable[float | None]) -> Estimate | None:
     if not known:
         return None
     return Estimate(*geometric_mean_interval(known), known, is_interval=len(known) >= 3)
-
-
-def overhead_estimate(stp: Estimate | None) -> Estimate | None:
-    """The overhead (percent) that an STP estimate means; high STP is low overhead."""
-    return stp and stp.map(overhead_percent)
 
 
 def excess_percent(ratio: Estimate | None) -> Estimate | None:
@@ -128,6 +88,7 @@ def geometric_mean_interval(
     return math.exp(center), math.exp(center - half), math.exp(center + half)
 
 
+@functools.cache
 def student_t_quantile(confidence: float, degrees_of_freedom: int) -> float:
     """The `t` with `P(|T| <= t) = confidence` (two-sided): 4.303 for 0.95 and 2 degrees.
 
@@ -142,14 +103,14 @@ def student_t_quantile(confidence: float, degrees_of_freedom: int) -> float:
     for _ in range(200):  # more halvings than a double has digits
         middle = (low + high) / 2
         t = math.sqrt(degrees_of_freedom) * math.tan(middle)
-        if _student_t_probability(t, degrees_of_freedom) < confidence:
+        if student_t_probability(t, degrees_of_freedom) < confidence:
             low = middle
         else:
             high = middle
     return math.sqrt(degrees_of_freedom) * math.tan((low + high) / 2)
 
 
-def _student_t_probability(t: float, degrees_of_freedom: int) -> float:
+def student_t_probability(t: float, degrees_of_freedom: int) -> float:
     """`P(|T| <= t)` for Student's t with whole degrees of freedom, exactly.
 
     26.7.3 (odd) and 26.7.4 (even): a finite sum of powers of the cosine of

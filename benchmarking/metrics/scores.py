@@ -28,9 +28,11 @@ UnitsByKind = Mapping[str, Units]
 FAILED_REQUEST = "missed_request"
 OFFERED_RATE_KINDS = frozenset({"request", FAILED_REQUEST})
 
-# p99 of fewer responses is their maximum and little else; p95 of a few dozen hardly more.
-FEWEST_FOR_A_TAIL = 100
+# Of so many responses five lie beyond the p99; of fewer it is their maximum and little else.
 TAIL_PERCENT = 99
+FEWEST_FOR_A_TAIL = 500
+# Of these the highest that has enough responses is compared.
+COMPARED_PERCENTILES = (99.9, 99, 95, 90, 50)
 
 
 # --- work -----------------------------------------------------------------------------------
@@ -107,12 +109,26 @@ def latency_percentile(
     """Percentile over all requests; the `failed` ones have no latency and are infinitely late.
 
     Else a server that drops its slowest requests would have the best tail. `None` without a
-    request, and of a tail (over the median) under `FEWEST_FOR_A_TAIL` of them.
+    request, and of a tail under the `fewest_responses` that bear it.
     """
     asked = len(latencies or ()) + failed
-    if not asked or (percent > 50 and asked < FEWEST_FOR_A_TAIL):
+    if asked < fewest_responses(percent):
         return None
     return percentile([*(latencies or ()), *[math.inf] * failed], percent)
+
+
+def fewest_responses(percent: float) -> int:
+    """From how many responses on a percentile stands, five of them beyond it: p95 from 100.
+
+    The median needs no more than one.
+    """
+    return 1 if percent <= 50 else math.ceil(round(5 * 100 / (100 - percent), 6))
+
+
+def highest_percentile(requests: int) -> float | None:
+    """The highest of the compared percentiles that so many requests bear; `None` without any."""
+    borne = (one for one in COMPARED_PERCENTILES if requests >= fewest_responses(one))
+    return next(borne, None)
 
 
 def percentiles_ms(

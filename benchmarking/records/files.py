@@ -55,9 +55,16 @@ def _json(value: Any, indent: int | None = None) -> str:
 def read_file(path: Path) -> bytes:
     """Return what a file holds, unpacked where its name ends in `.gz`.
 
-    Raises `OSError` for what cannot be read, is no regular file, is damaged or holds too much.
+    Raises `OSError` for what cannot be read, is a link or no regular file, is damaged or holds too
+    much.
     """
-    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as stream:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise OSError(errno.ELOOP, "is a link", str(path)) from None
+        raise
+    with os.fdopen(descriptor, "rb") as stream:
         if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
             raise OSError(errno.EINVAL, "is no regular file", str(path))
         try:

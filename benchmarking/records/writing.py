@@ -66,11 +66,16 @@ def write_text_atomic(path: Path, text: str, *, mode: int = 0o666) -> None:
 
     `mode` is cut by the umask. A link in its place is replaced, not followed.
     """
+    write_bytes_atomic(path, text.encode("utf-8"), mode=mode)
+
+
+def write_bytes_atomic(path: Path, content: bytes, *, mode: int = 0o666) -> None:
+    """As `write_text_atomic`, for a file that is no text."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8", newline="") as stream:
-            stream.write(text)
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(path)

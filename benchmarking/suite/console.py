@@ -110,9 +110,11 @@ def print_plan(setup: Setup, *, verbose: bool = False) -> None:
 
 
 def print_summary(run: Run) -> None:
-    """Print the figures of every co-run (of the baselines where there is nothing else)."""
-    together = [record for record in run.co_run_records if record.phase == PHASE_CO_RUN]
-    for record in together or run.co_run_records:
+    """Print the figures of every co-run, and of each job alone in one line."""
+    for record in run.co_run_records:
+        if record.phase != PHASE_CO_RUN:
+            print(_line_alone(record, run.clients_of(record.co_run)))
+            continue
         title = (
             f"{record.co_run}: {record.mode}, {record.clients} "
             f"client{'s' if record.clients > 1 else ''}, {record.outcome}"
@@ -130,6 +132,14 @@ def print_summary(run: Run) -> None:
         print(f"WARNING: {warning}")
     if run.manifest.effective_mode == "cpu-demo":
         print(f"\n{CPU_DEMO_BANNER}")
+
+
+def _line_alone(record: CoRunRecord, members: Sequence[ClientRecord]) -> str:
+    """`baseline-bert_training: BERT fine-tuning alone, ok, 1.43 s a job`, and why it is not ok."""
+    labels = ", ".join(member.label for member in members)
+    seconds = _number(record.summary.average_duration_seconds, ".2f")
+    why = f"; REASON: {record.reason}" if record.reason else ""
+    return f"{record.co_run}: {labels} alone, {record.outcome}, {seconds} s a job{why}"
 
 
 def _client_row(record: ClientRecord) -> tuple[str, ...]:
@@ -155,11 +165,13 @@ def _figures(record: CoRunRecord) -> list[tuple[str, str]]:
     # Whoever answers at a fixed rate delivers no more on a faster GPU.
     is_part = counted != record.clients
     only = f", throughput clients only: {counted} of {record.clients}" if is_part else ""
+    is_cpu_demo = record.mode == "cpu-demo"
+    worth = "1 = one job after another" if is_cpu_demo else "GPUs' worth of work delivered"
     lines = [
         ("Success rate", summary.success_rate_percent, ".0f", " %"),
         ("Average duration", summary.average_duration_seconds, ".2f", " s a job"),
         ("Total GPU time", summary.total_gpu_time_seconds, ".2f", " s"),
-        ("STP", summary.stp, ".2f", f" (GPUs' worth of work{only})"),
+        ("STP", summary.stp, ".2f", f" ({worth}{only})"),
         ("ANTT", summary.antt, ".2f", " (mean slowdown)"),
         ("Overhead", summary.overhead_percent, "+.1f", " % against one after the other"),
         ("Fairness", summary.fairness, ".3f", " (Jain, 1 = all equally slowed)"),
@@ -171,7 +183,7 @@ def _figures(record: CoRunRecord) -> list[tuple[str, str]]:
         ("Power", gpu.power_draw_watts, ".0f", " W"),
         ("Host CPU", gpu.host_cpu_percent, ".0f", " %"),
     ]  # fmt: skip
-    hidden = WITHOUT_GPU if record.mode == "cpu-demo" else ()
+    hidden = WITHOUT_GPU if is_cpu_demo else ()
     return [
         (label, _number(value, form, unit))
         for label, value, form, unit in lines

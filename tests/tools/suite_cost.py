@@ -253,7 +253,7 @@ def describe(
         "clients": clients,
         "window_seconds": options.seconds,
         "pairs": options.repeats,
-        "sampler_cost_percent": cost and vars(cost) | {"text": cost.text(2, " %")},
+        "sampler_cost_percent": cost and vars(cost) | {"text": text_with_spread(cost)},
         "go_skew_ms": seen.go_skew_ms,
         "start_skew_ms": start_skew_ms(seen.clients),
         "suite_cores": mean(window["suite_cores"] for window in windows),
@@ -310,6 +310,11 @@ def sampler_cost_percent(windows: Sequence[Window]) -> Estimate | None:
         100 * (1 - value) for value in (ratio.mean, ratio.high, ratio.low, *ratio.values)
     )
     return Estimate(average, low, high, tuple(raw), ratio.is_interval)
+
+
+def text_with_spread(found: Estimate) -> str:
+    """`1.95 % (1.90 to 2.00, n = 3)`."""
+    return f"{found.mean:.2f} % ({found.low:.2f} to {found.high:.2f}, n = {found.repeats})"
 
 
 def print_cost(found: dict[str, Any]) -> None:

@@ -1,1 +1,0 @@
-"""From recorded runs to a comparison, a decision and the report that people read."""

@@ -1,0 +1,425 @@
+"""Every figure of the reports.
+
+Bars and the rows of the first table come from the same entries of the comparison, so they agree.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarking.metrics.scores import FEWEST_FOR_A_TAIL
+from benchmarking.report.drawing import (
+    Line,
+    Picture,
+    draw_legend,
+    draw_lines,
+    drawing_rules,
+    error_bar,
+    known,
+    new_figure,
+    save,
+    spread_note,
+    styles,
+    wrapped,
+)
+from benchmarking.report.wording import (
+    clients_text,
+    figure_text,
+    mode_name,
+    number,
+    subject_text,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Record = Mapping[str, Any]
+
+# --- which charts a section gets ------------------------------------------------------------------
+
+# Past that many, rounds of a count look alike and make the report long: the first stands for them.
+MOST_TIMELINES = 6
+
+
+def draw_section(
+    section: Record, clients: Any, samples_of: Callable[[str], Sequence[Record]], folder: Path,
+    prefix: str = "",
+) -> dict[str, list[Picture]]:  # fmt: skip
+    """Draw a section's charts into a folder that is there: `compared`, `pairs`, `timelines`.
+
+    `clients` is the section's part of the table of clients, `samples_of(folder)` gives the GPU
+    samples of a run; files' names begin with `prefix`. Raises `OSError`.
+    """
+
+    def path(name: str) -> Path:
+        return folder / (re.sub(r"[^\w.-]+", "-", f"{prefix}{name}")[:200].strip("-") + ".png")
+
+    by_mix: dict[tuple[str, int], list[Record]] = {}
+    for conclusion in section["conclusions"]:
+        by_mix.setdefault((conclusion["mix"], conclusion["clients"]), []).append(conclusion)
+    compared = [
+        draw_bars(figure, conclusions, path(f"{BARS[figure].file}-{mix}-{count}"))
+        for (mix, count), conclusions in by_mix.items()
+        for figure in BARS
+    ]
+    compared += [
+        draw_ramps(section, mix, path(f"scaling-{mix}"))
+        for mix in dict.fromkeys(ramp["mix"] for ramp in section["ramps"])
+    ]
+    matrices = section["interference"]
+    pairs = [
+        draw_heat_map(matrix, matrices, figure, path(f"{name}-{matrix['variant']}-{matrix['mix']}"))
+        for matrix in matrices
+        for figure, name in (("slowdown", "slowdowns"), ("tail_slowdown", "tails"))
+    ]
+    timelines = [
+        draw_timeline(rows, samples_of(rows["folder"].iloc[0]), path(f"timeline-{name}"))
+        for name, rows in shown_timelines(section, clients)
+    ]
+    drawn = {"compared": compared, "pairs": pairs, "timelines": timelines}
+    return {kind: list(filter(None, pictures)) for kind, pictures in drawn.items()}
+
+
+def shown_timelines(section: Record, clients: Any) -> list[tuple[str, Any]]:
+    """The co-runs to draw: `run-co_run` and the rows of its clients; all, or one of each group."""
+    every = [group["co_runs"] for group in section["groups"]]
+    is_all = sum(map(len, every)) <= MOST_TIMELINES
+    found = []
+    for name in (name for co_runs in every for name in (co_runs if is_all else co_runs[:1])):
+        run_id, _, co_run = name.rpartition("/")
+        is_its_own = (clients["run_id"] == run_id) & (clients["co_run"] == co_run)
+        rows = clients[is_its_own & (clients["phase"] == "co_run")].sort_values("client")
+        found += [(f"{run_id}-{co_run}", rows)] if len(rows) else []
+    return found
+
+
+# --- bars: modes next to each other ---------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BarChart:
+    """What the bars of one figure are: the file's name, what they show, the axis, the line at 1.
+
+    Without a line at 1 the axis is logarithmic.
+    """
+
+    file: str
+    caption: str
+    axis: str
+    reference: str
+
+
+BARS = {
+    "work": BarChart(
+        "throughput", "Work delivered", "seconds of alone-work a second (higher is better)",
+        "one job after another",
+    ),
+    "slowdown": BarChart(
+        "slowdown", "How much slower each job ran", "times as long as alone (lower is better)",
+        "alone",
+    ),
+    "tail_ms": BarChart(
+        "tail", "Response times", "time of slow responses, logarithmic (lower is better)", ""
+    ),
+}  # fmt: skip
+
+
+Bar = tuple[str, str, str, Record]  # what it belongs to, its mode's name, its text, its estimate
+
+
+def bars_of(figure: str, conclusions: Sequence[Record]) -> tuple[list[Bar], dict[str, Any]]:
+    """The bars of one figure by what they belong to, and the looks of their modes by name.
+
+    A category is a subject; of the whole card the modes themselves are the categories.
+    """
+    bars: list[Bar] = []
+    modes = []
+    for one in (one for one in conclusions if one["figure"] == figure):
+        for mode in (mode for mode in one["modes"] if mode["estimate"]):
+            name = mode_name(mode["mode"], mode["settings"])
+            category = name if figure == "work" else subject_text(one)
+            category += f", p{one['percent']:g}" if figure == "tail_ms" else ""
+            bars.append((category, name, figure_text(one, mode["estimate"]), mode["estimate"]))
+            modes.append((mode["mode"], name))
+    return bars, styles(modes)
+
+
+def draw_bars(figure: str, conclusions: Sequence[Record], path: Path) -> Picture | None:
+    """Horizontal bars by category, a style a mode, with a dashed line at 1.
+
+    An infinite figure has no bar, but its text. `None` without any finite one.
+    """
+    about, (bars, looks) = BARS[figure], bars_of(figure, conclusions)
+    found = [one for *_, one in bars]
+    highest = max((known(one, "high") for one in found), default=0.0)
+    if not highest:
+        return None
+    categories = list(dict.fromkeys(category for category, *_ in bars))
+    is_split = categories != list(looks)
+    places: dict[str, list[float]] = {}
+    place = 0.0
+    with drawing_rules():
+        chart, (panel,) = new_figure(0.9 + 0.27 * len(bars) + 0.12 * len(categories) * is_split)
+        for category, name, text, estimate in bars:
+            place += 0.45 if is_split and places and category not in places else 0.0
+            places.setdefault(category, []).append(place)
+            look = looks[name]
+            panel.barh(
+                place, known(estimate, "mean"), 0.86, xerr=error_bar(estimate),
+                color=look["color"], hatch=look["hatch"], edgecolor="black", linewidth=0.8,
+                capsize=3,
+            )  # fmt: skip
+            # In a column of their own: next to its bar a value near 1 would lie on the dashed line.
+            panel.annotate(
+                text, (1, place), xycoords=("axes fraction", "data"), ha="right", va="center",
+                fontweight="bold",
+            )  # fmt: skip
+            place += 1
+        middles = [sum(ones) / len(ones) for ones in places.values()]
+        panel.set_yticks(middles, map(wrapped, places))
+        panel.invert_yaxis()
+        room = 1.1 + 0.03 * max(len(text) for _, _, text, _ in bars)
+        note = spread_note(found)
+        if about.reference:
+            panel.axvline(1, color="black", linestyle="--", linewidth=1)
+            panel.set_xlim(0, max(1.0, highest) * room)
+            note = f"dashed: {about.reference}; {note}"
+        else:
+            lowest = min(filter(None, (known(one, "low") for one in found)), default=highest)
+            panel.set_xscale("log")
+            panel.xaxis.set_major_formatter(lambda value, _: f"{value:g} ms")
+            panel.xaxis.set_minor_formatter(lambda *_: "")
+            panel.set_xlim(lowest / 4, highest * (4 * highest / lowest) ** (room - 1))
+        panel.set_xlabel(about.axis)
+        panel.grid(axis="x", color="0.85")
+        if is_split:
+            draw_legend(chart, looks)
+        chart.supxlabel(note, fontsize=8)
+        shown = dict.fromkeys(f"{category}, {name} {text}" for category, name, text, _ in bars)
+        description = f"Bars, {about.axis}: {'; '.join(shown)}."
+        mix, count = conclusions[0]["mix"], clients_text(conclusions[0]["clients"])
+        return save(chart, path, f"{about.caption}: {mix}, {count}", description, mix)
+
+
+# --- lines: figures against the number of clients -------------------------------------------------
+
+
+def draw_ramps(section: Record, mix: str, path: Path) -> Picture | None:
+    """Work delivered and mean slowdown against the number of clients; `None` without figures."""
+    ramps = [ramp for ramp in section["ramps"] if ramp["mix"] == mix]
+    groups = {
+        (group["variant"], group["clients"]): group
+        for group in section["groups"]
+        if group["mix"] == mix
+    }
+    names = {ramp["variant"]: mode_name(ramp["mode"], ramp["settings"]) for ramp in ramps}
+    looks = styles((ramp["mode"], names[ramp["variant"]]) for ramp in ramps)
+    panels = {
+        title: [
+            Line(
+                names[ramp["variant"]],
+                ramp["clients"],
+                [groups.get((ramp["variant"], count), {}).get(figure) for count in ramp["clients"]],
+                looks[names[ramp["variant"]]],
+            )
+            for ramp in ramps
+        ]
+        for figure, title in (("stp", "work delivered"), ("antt", "times as long\nas alone (mean)"))
+    }
+    counts = sorted({count for ramp in ramps for count in ramp["clients"]})
+    broken = [(ramp["breaking_point"]["clients"], names[ramp["variant"]]) for ramp in ramps]
+    marks = [(count, f"{name} breaks at {count}") for count, name in broken if count is not None]
+    return draw_lines(
+        panels, counts, [str(count) for count in counts], "clients at the same time", path,
+        f"Work and slowdown by number of clients: copies of {mix}", mix=mix, marks=marks,
+    )  # fmt: skip
+
+
+# --- pairs: who slows whom ------------------------------------------------------------------------
+
+# From here on of the color scale the cells are dark, and their figures white.
+DARK = 0.55
+
+
+def draw_heat_map(
+    matrix: Record, every: Sequence[Record], figure: str, path: Path
+) -> Picture | None:
+    """A row a job that suffers, a column a job next to it; darker is worse, 1 is white.
+
+    `figure` is `slowdown` or `tail_slowdown`; `every` are the matrices that the reader sees next to
+    this one, for one scale of shades. `None` where no cell has the figure.
+    """
+
+    def value(cell: Record) -> float | None:
+        found = cell[figure]
+        return found["mean"] if isinstance(found, Mapping) else found
+
+    cells = {(cell["job"], cell["beside"]): cell for cell in matrix["cells"]}
+    columns = list(dict.fromkeys(job for job, _ in cells))
+    rows = [job for job in columns if any(value(cells[job, other]) for other in columns)]
+    if not rows:
+        return None
+    finite = [value(cell) or 0.0 for one in every for cell in one["cells"]]
+    highest = max([2.0, *(found for found in finite if math.isfinite(found))])
+    what, label = {
+        "slowdown": ("How much slower each job ran", "times as long as alone"),
+        "tail_slowdown": ("Response times", "p99, times that alone"),
+    }[figure]
+    with drawing_rules():
+        chart, (panel,) = new_figure(0.9 + 0.5 * len(rows))
+        shades = [
+            [min(value(cells[row, column]) or math.nan, highest) for column in columns]
+            for row in rows
+        ]
+        # One hue whose lightness falls evenly: the order of the cells survives a grey print. As
+        # shapes and not as a picture, which an SVG inside a page would have to embed.
+        panel.pcolormesh(
+            range(len(columns) + 1), range(len(rows) + 1), shades, cmap="Blues", vmin=1,
+            vmax=highest, edgecolors="0.6", linewidth=0.8,
+        )  # fmt: skip
+        for y, row in enumerate(rows):
+            for x, column in enumerate(columns):
+                found = value(cells[row, column])
+                is_dark = found is not None and (found - 1) / (highest - 1) > DARK
+                panel.annotate(
+                    why_missing(cells[row, column], figure) if found is None else number(found),
+                    (x + 0.5, y + 0.5), ha="center", va="center",
+                    color="white" if is_dark else "black",
+                    fontweight="normal" if found is None else "bold",
+                    style="italic" if found is None else "normal",
+                )  # fmt: skip
+        panel.invert_yaxis()
+        for set_ticks, names in ((panel.set_xticks, columns), (panel.set_yticks, rows)):
+            set_ticks([place + 0.5 for place in range(len(names))], map(wrapped, names))
+        panel.set_xlabel("next to")
+        panel.spines[:].set_visible(False)
+        panel.tick_params(length=0, labelsize=8)
+        chart.supxlabel(f"{label}; darker is worse", fontsize=8)
+        name = mode_name(matrix["mode"], matrix["settings"])
+        return save(
+            chart, path, f"{what} two at a time, {name}",
+            f"Heat map, {label}, under {name}; rows suffer, columns stand next to them.",
+        )  # fmt: skip
+
+
+def why_missing(cell: Record, figure: str) -> str:
+    """Why a cell has no figure, in a word or two."""
+    if cell["outcome"] != "ok":
+        return cell["outcome"]
+    is_few = figure == "tail_slowdown" and cell["responses"] < FEWEST_FOR_A_TAIL
+    return f"n = {cell['responses']}" if is_few else "unknown"
+
+
+# --- timelines: who ran when ----------------------------------------------------------------------
+
+# What is drawn, best first: how much of the GPU worked says more than that some of it did.
+ACTIVITY_SOURCES = (
+    ("sm_activity_percent", "SM activity (NVML GPM)"),
+    ("utilization_gpu_percent", "GPU utilization"),
+    ("host_cpu_percent", "Host CPU"),
+)
+MARGIN_SECONDS = 2.0
+MOST_BARS = 60  # jobs that are shorter than a sixtieth of the window would make one grey block
+
+
+def draw_timeline(rows: Any, samples: Sequence[Record], path: Path) -> Picture | None:
+    """Jobs by client over the activity of the GPU; `None` without a window.
+
+    `rows` are those of one co-run in the table of clients. Without a sample of activity only the
+    jobs are drawn.
+    """
+    start, end = rows[["window_start_seconds", "window_end_seconds"]].iloc[0]
+    if start is None or end is None or end <= start:
+        return None
+    near = [
+        sample
+        for sample in samples
+        if start - MARGIN_SECONDS <= sample["time_seconds"] <= end + MARGIN_SECONDS
+    ]
+    source = activity_source(near)
+    heights = [0.3 * len(rows) + 0.1, *([1.3] if source else [])]
+    with drawing_rules():
+        figure, panels = new_figure(
+            0.8 + sum(heights), len(heights), sharex=True, height_ratios=heights
+        )
+        draw_jobs(panels[0], rows, start, end)
+        if source:
+            draw_activity(panels[1], near, source[0], start)
+            panels[1].set_title(f"{source[1]} (%)", loc="left", fontsize=9)
+        for panel in panels:
+            panel.axvline(0, color="black", linewidth=0.8)
+            panel.axvline(end - start, color="black", linewidth=0.8)
+        panels[-1].set_xlabel("time since all clients were let go (s)")
+        first = rows.iloc[0]
+        name = f"{first['run_id']}, {first['co_run']}"
+        shown = f", and {source[1]} in percent" if source else ""
+        return save(
+            figure, path, f"{mode_name(first['mode'], first['settings'])}: {name}",
+            f"Jobs of each client over time in {name}{shown}.",
+        )  # fmt: skip
+
+
+def activity_source(samples: Sequence[Record]) -> tuple[str, str] | None:
+    """The best activity that the samples carry, and its name with where it comes from."""
+    for key, name in ACTIVITY_SOURCES:
+        if any(sample.get(key) is not None for sample in samples):
+            origins = {sample.get("utilization_source") for sample in samples} - {None}
+            is_nvml = key == "utilization_gpu_percent"
+            return key, f"{name} ({', '.join(sorted(origins))})" if is_nvml and origins else name
+    return None
+
+
+def draw_jobs(panel: Axes, rows: Any, start: float, end: float) -> None:
+    """A row a client: whole jobs in alternating shades, the one that the end cut in white."""
+
+    def draw_bar(row: int, begin: float, end: float, color: str) -> None:
+        panel.barh(
+            row, end - begin, 0.62, left=begin - start, color=color, edgecolor="black",
+            linewidth=0.5,
+        )  # fmt: skip
+
+    for row, client in enumerate(rows.to_dict("records")):
+        jobs = [job for job in client["jobs"] or () if job["in_window"]]
+        if len(jobs) > MOST_BARS:
+            draw_bar(row, jobs[0]["start_seconds"], jobs[-1]["end_seconds"], "0.7")
+        else:
+            for index, job in enumerate(jobs):
+                shade = "0.7" if index % 2 else "0.5"
+                draw_bar(row, job["start_seconds"], job["end_seconds"], shade)
+        done = jobs[-1]["end_seconds"] if jobs else start
+        is_ok = client["status"] == "ok"
+        if is_ok and done < end:  # a client starts over until it is told to stop
+            draw_bar(row, done, end, "white")
+        count = f"{len(jobs)} job{'' if len(jobs) == 1 else 's'}"
+        count += "" if is_ok else f"\n{client['status']}"
+        panel.annotate(
+            count, (1, row), xycoords=("axes fraction", "data"), xytext=(3, 0),
+            textcoords="offset points", ha="left", va="center", fontsize=8,
+        )  # fmt: skip
+    labels = zip(rows["client"], rows["label"], strict=True)
+    names = [textwrap.shorten(f"{client}: {label}", 22) for client, label in labels]
+    panel.set_yticks(range(len(rows)), names)
+    panel.set_ylim(len(rows) - 0.5, -0.5)
+
+
+def draw_activity(panel: Axes, samples: Sequence[Record], key: str, start: float) -> None:
+    """A line a device: a MIG instance's samples are apart from its neighbor's."""
+    by_device: dict[str, list[Record]] = {}
+    for sample in samples:
+        if sample.get(key) is not None:
+            by_device.setdefault(str(sample.get("gpu_uuid")), []).append(sample)
+    for index, series in enumerate(by_device.values()):
+        panel.plot(
+            [sample["time_seconds"] - start for sample in series],
+            [sample[key] for sample in series],
+            color="black", linewidth=0.9, linestyle=("-", "--", ":", "-.")[index % 4],
+        )  # fmt: skip
+    panel.set_ylim(0, 105)
+    panel.set_yticks(range(0, 101, 25))
+    panel.grid(axis="y", color="0.85")

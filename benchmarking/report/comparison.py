@@ -1,0 +1,335 @@
+"""What the runs of a results folder say together: a plain dict, and a table of all clients.
+
+`compare()` returns `(comparison, clients)`. Everything that renders takes these two and nothing
+else. `comparison` is what comparison.json holds. Null is unknown, never 0.
+
+An estimate is `{"mean", "low", "high", "values", "is_interval"}`: a figure over rounds. `values`
+has one a round; `low` and `high` are its 95 % interval where `is_interval` (three rounds or more),
+else the lowest and the highest value. `mode` is time-slicing, mps, mig, exclusive or cpu-demo,
+`settings` what it was set to in words (`even`, `50/25 %`), `variant` both in one name, as flags
+have it: `mps`, `mps:even`, `mps:50/25`.
+
+    schema_version  5
+    phases, problems, refusals     rows of phases.jsonl, sentences, rows of refusals.jsonl
+    prices          {gpu_price_per_hour, kwh_price}; either may be null, costs are in its currency
+    differences[]   {fact, values: one a section, null where unknown}: why runs stand apart
+    matters_percent                differences within it do not matter
+    sections[]      runs on one environment; figures of two sections are never compared
+      title, cpu_demo, environment, versions, engines, run_ids
+      runs[]        {run_id, created_at, outcome, mode, settings, variant, mix, session, method,
+                    gpu_uuid, command, notes, mode_evidence[],
+                    co_runs[{co_run, phase, clients, repeat, outcome, reason, window_seconds,
+                    warnings, proofs[{client, label, verdict, evidence[]}]}]}
+      drift_guarded                whether every mode was measured in rounds of one session
+      own_error     {percent, ratio (estimate: one client under time slicing over the same alone),
+                    label, rounds, is_over_limit (above 2 %)}; null: not measured
+      conclusions[] one for each subject of each mix, at the count with the most modes:
+        mix, clients
+        subject     "whole card" or a job's label; of a job its workload and how many copies
+        figure      work (of the whole card: seconds of alone-work a second, higher is better),
+                    slowdown (times as long as alone, lower is better; of copies their mean), of a
+                    service median_ms; energy_joules_per_work and tail_ms: intervals, no verdict
+        better      "higher" or "lower"
+        is_claim    whether the verdict is one; without, `verdict` is null
+        modes[]     {variant, mode, settings, estimate or null, reason it has none, is_best,
+                    is_tied: not surely worse than the best, percent: of tail_ms which percentile}
+        best        variant, or null
+        verdict     sure: the best is better than every other one
+                    no difference that matters: so says every one that is not surely worse
+                    cannot tell: these rounds show no difference; see smallest_shown_percent
+                    not enough rounds: `rounds` (1 or 2) of three
+                    not measured: `reason`
+        rounds      the fewest of the modes
+        pairs[]     {one, other, percent, low, high (95 % interval of one over other, in percent),
+                    p_value, adjusted_p_value (Holm), verdict, better, smallest_shown_percent: the
+                    smallest difference that would be found four times in five}; `other` may be
+                    "alone": the same jobs one after another, or the job by itself
+        runner_up, runner_up_percent (the best over it), smallest_shown_percent, reason, run_ids
+      expectations[]               {mix, clients, source (guide, vendor), rule (in words), mode,
+                    subject, expected, found (in a word or a figure each), holds (yes, no, cannot
+                    tell)}: does it hold for this mix on this card?
+      worst_slowdowns[]            {mix, clients, variant, label, slowdown (estimate), caused_by
+                    (label, or null), source (pairs, only neighbor, null), next_to[] labels}, the
+                    worst first, one for each mode of each mix and pair
+      not_measured[]               {mode, reason}
+      groups[]      a row for each mode, mix and count of clients:
+        mode, settings, variant, mix, clients, outcome, reason, run_ids, gpu_uuids, co_runs,
+        baseline_ids, is_unverified, drift_guarded, rounds,
+        invalid     why figures against the baseline are void, or null
+        stp         estimate: work delivered, the sum of n_i T_i / L
+        stp_alone   estimate: the same of each job alone, the clients' mean (under 1 with pauses)
+        antt, overhead_percent, interference_overhead_percent, mechanism_overhead_percent,
+        energy_ratio, joules_per_job, joules_per_work (a second of alone-work), estimates;
+        fairness (median and range)
+        stp_per_multiprocessor, success_rate_percent, average_duration_seconds,
+        total_gpu_time_seconds, throughput_clients
+        cost_per_1000_work, energy_cost_per_1000_work      of 1,000 seconds of alone-work
+        gpu         means over the rounds of what the card's samples say, in nvidia-smi's words
+        client_rows[]              {client, workload, label, job_key, statuses, proof, reasons,
+                    slowdown (estimate), job_seconds, job_time_ratio (over alone), latency {mean,
+                    median, std, min, max, p50, p95, p99}: all rounds' raw values together,
+                    tail_percent (the highest percentile that stands), tail_ms (estimate: its mean
+                    is that of the raw values together), tail_slowdown {"50", "95", "99"}, p99_ms,
+                    median_ms (estimates, as tail_ms), responses, missed, is_closed_loop (p99 is
+                    service time), slo {percent, bound_ms}, service, joules_per_job,
+                    peak_memory_mib, invalid, checks[] against the guide's ranges}
+        checks[]
+      ramps[]       {mode, settings, variant, mix, clients[], bounds, breaking_point, fits,
+                    saturation_clients, sufficient_clients}; `fits`: the most clients that met the
+                    criteria before it broke
+      interference[]               of pairs: {mode, settings, variant, mix, latency_jobs,
+                    jobs_in_all (the cells are of the first 50), cells[]}
+      pair_choices[]               {jobs: [a, b], work delivered by both: as in conclusions} which
+                    mode for each pair
+      noisy[]       {label, kind, points[{variant, duty, slowdown (estimate)}],
+                    break_even[{variant, duty or null, reason}]}: the neighbor's duty from which a
+                    slice of one's own (MIG) is better
+      alone[] (client rows), left_out[], doubts[]
+
+The table of clients has a row for each client of each co-run: section, run_id, folder, session,
+mode, settings, variant, mix, phase (co_run, baseline, share_baseline, null), co_run, clients,
+repeat, client, workload, label, job_key, status, reason, outcome (of the co-run), verdict (proof),
+window_start_seconds, window_end_seconds, jobs (list of {start_seconds, end_seconds,
+duration_seconds, in_window}), latency_ms (list or None), failed_requests, slowdown, stp and antt
+(of the whole co-run), is_service, and the card's figures of the co-run as gpu_*.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from benchmarking.metrics.estimates import estimate
+from benchmarking.modes.names import MODE_MIG
+from benchmarking.records.run_folder import PHASE_NULL, PHASE_SHARE_BASELINE
+from benchmarking.records.types import CoRunRecord
+from benchmarking.report import claims, conclusions, judgments, ramps
+from benchmarking.report.groups import (
+    CoRun,
+    Group,
+    kind_of,
+    measure,
+    plain,
+    table_rows,
+    window_seconds,
+)
+from benchmarking.report.merging import (
+    Section,
+    alone_of,
+    baseline_run,
+    differences,
+    find_sections,
+    merge,
+)
+from benchmarking.report.rows import alone_rows, group_row
+from benchmarking.report.runs import Alone, MeasuredRun, Results
+
+if TYPE_CHECKING:
+    import pandas
+
+SCHEMA_VERSION = 5
+OWN_ERROR_LIMIT_PERCENT = 2.0
+
+
+def compare(
+    results: Results,
+    *,
+    slo_ms: float | None = None,
+    matters_percent: float = claims.MATTERS_PERCENT,
+    gpu_price_per_hour: float | None = None,
+    kwh_price: float | None = None,
+) -> tuple[dict[str, Any], pandas.DataFrame]:
+    """Compare the runs of a results folder; returns the comparison and the table of clients.
+
+    `slo_ms` bounds the responses of latency jobs; without it the bound that a run was given counts.
+    """
+    import pandas
+
+    sections, rows = [], []
+    found_sections = find_sections(results.runs)
+    for number, section in enumerate(found_sections, start=1):
+        measured = _Measured(section, [*results.runs, *results.references])
+        found, clients = _section(measured, results, slo_ms, matters_percent)
+        _add_costs(found["groups"], gpu_price_per_hour, kwh_price)
+        sections.append(found)
+        rows += [{"section": number, **client} for client in clients]
+    comparison = {
+        "schema_version": SCHEMA_VERSION,
+        "matters_percent": matters_percent,
+        "prices": {"gpu_price_per_hour": gpu_price_per_hour, "kwh_price": kwh_price},
+        "sections": sections,
+        "differences": differences(found_sections),
+        "phases": results.phases,
+        "problems": [*results.problems, *(text for run in results.runs for text in run.problems)],
+        "refusals": results.refusals,
+    }
+    return comparison, pandas.DataFrame(rows, dtype=object)
+
+
+class _Measured:
+    """A section's co-runs with their figures; each run's baselines are looked up once."""
+
+    def __init__(self, section: Section, every_run: Sequence[MeasuredRun]) -> None:
+        self.section = section
+        self.every_run = every_run
+        self._alone: dict[tuple[str, str], Alone] = {}
+
+    def co_run(self, run: MeasuredRun, record: CoRunRecord) -> CoRun:
+        share = self.alone(run, PHASE_SHARE_BASELINE) if run.mode == MODE_MIG else None
+        return measure(run, record, self.alone(run), share)
+
+    def alone(self, run: MeasuredRun, phase: Any = "baseline") -> Alone:
+        key = (run.name, phase)
+        if key not in self._alone:
+            self._alone[key] = alone_of(run, self.every_run, phase)
+        return self._alone[key]
+
+    def baseline_ids(self, runs: Sequence[MeasuredRun]) -> list[str]:
+        lenders = [baseline_run(run, self.every_run) or run for run in runs]
+        return list(dict.fromkeys(lender.name for lender in lenders))
+
+
+def _section(
+    measured: _Measured, results: Results, slo_ms: float | None, matters_percent: float
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """One section as data, and the rows of its clients."""
+    section = measured.section
+    groups, excluded = _groups(measured, slo_ms)
+    own_error = _own_error(measured)
+    percent = own_error and own_error["percent"]
+    rows = {id(group): group_row(group, percent) for group in groups}
+    single = [group for group in groups if group.pair is None]
+    is_cpu_demo = section.environment["is_cpu_demo"]
+    concluded, pair_choices = conclusions.conclude(
+        groups, rows, matters_percent, is_cpu_demo=is_cpu_demo
+    )
+    lenders = [baseline_run(run, measured.every_run) for run in section.runs]
+    found = {
+        "title": _title(section.environment),
+        "cpu_demo": is_cpu_demo,
+        "environment": section.environment,
+        "versions": section.versions,
+        "engines": {name: list(pair) for name, pair in section.engines.items()},
+        "run_ids": [run.name for run in section.runs],
+        "runs": [_run(run) for run in section.runs],
+        "drift_guarded": bool(groups) and all(group.is_guarded for group in groups),
+        "own_error": own_error,
+        "conclusions": concluded,
+        "pair_choices": pair_choices,
+        "expectations": judgments.expectations(concluded, rows.values()),
+        "worst_slowdowns": judgments.worst_slowdowns(groups, rows),
+        "not_measured": judgments.not_measured(groups, results, is_cpu_demo=is_cpu_demo),
+        "groups": [rows[id(group)] for group in single],
+        "ramps": ramps.find_ramps(single, rows),
+        "interference": ramps.interference(groups, section.runs),
+        "noisy": judgments.noisy(groups),
+        "alone": alone_rows([*section.runs, *(run for run in lenders if run)], slo_ms),
+        "left_out": excluded,
+        "doubts": judgments.doubts(section.runs, single, rows),
+    }
+    clients = [
+        row
+        for run in section.runs
+        for record in run.co_run_records
+        for row in table_rows(measured.co_run(run, record))
+    ]
+    return found, clients
+
+
+def _title(environment: Mapping[str, Any]) -> str:
+    """GPU, driver and job size in a few words."""
+    size = f"job size {environment['job_size']}"
+    if environment["is_cpu_demo"]:
+        return f"CPU demonstration ({size})"
+    return f"{environment['gpu_name']}, driver {environment['driver_version']}, {size}"
+
+
+def _groups(measured: _Measured, slo_ms: float | None) -> tuple[list[Group], list[str]]:
+    """A group for each combination of mode, settings, mix and clients, and what is excluded."""
+    candidates: dict[tuple[str, str, str, int], list[MeasuredRun]] = {}
+    newest_first = (part for whole in measured.section.runs for part in whole.by_jobs())
+    for run in newest_first:
+        for clients in sorted({record.clients for record in run.co_runs()}):
+            key = (run.mode, run.settings, run.manifest.mix, clients)
+            candidates.setdefault(key, []).append(run)
+    groups, excluded = [], []
+    for (*_, clients), runs in candidates.items():
+        chosen, others = merge(runs, clients)
+        excluded += others
+        if chosen:
+            co_runs = [measured.co_run(run, one) for run in chosen for one in run.judged(clients)]
+            bound_ms = slo_ms or chosen[0].manifest.bounds.max_p99_ms
+            groups.append(Group(chosen, co_runs, measured.baseline_ids(chosen), bound_ms))
+    layouts = {group.first.settings for group in groups if group.first.mode == MODE_MIG}
+    for run in (run for group in groups for run in group.runs):
+        run.is_one_layout_of_several = run.mode == MODE_MIG and len(layouts) > 1
+    groups.sort(key=lambda one: (one.first.manifest.mix, one.clients, one.first.mode_order))
+    return groups, excluded
+
+
+def _own_error(measured: _Measured) -> dict[str, Any] | None:
+    """One client where a baseline would find the same; its distance from it is the method's own."""
+    nulls = [
+        measured.co_run(run, record)
+        for run in measured.section.runs
+        for record in run.co_runs(PHASE_NULL)
+        if record.outcome == "ok"
+    ]
+    ratio = estimate(one.slowdown(one.clients[0]) for one in nulls)
+    if ratio is None:
+        return None
+    percent = 100 * abs(ratio.mean - 1)
+    return {
+        "percent": percent,
+        "ratio": plain(ratio),
+        "label": nulls[0].clients[0].label,
+        "rounds": ratio.repeats,
+        "is_over_limit": percent > OWN_ERROR_LIMIT_PERCENT,
+    }
+
+
+def _run(run: MeasuredRun) -> dict[str, Any]:
+    """A run's own facts, with the proof of its mode."""
+    manifest = run.manifest
+    told = {
+        name: msgspec.to_builtins(getattr(manifest, name))
+        for name in (
+            "created_at", "outcome", "mix", "session", "method", "command", "notes",
+            "mode_evidence",
+        )
+    }  # fmt: skip
+    co_runs = [
+        {
+            **{
+                name: getattr(record, name)
+                for name in (
+                    "co_run", "phase", "clients", "repeat", "outcome", "reason", "warnings",
+                )
+            },
+            "window_seconds": window_seconds(record),
+            "proofs": [
+                {"client": one.client, "label": one.label, **msgspec.to_builtins(one.proof)}
+                for one in run.clients_of(record)
+            ],
+        }
+        for record in run.co_run_records
+    ]  # fmt: skip
+    kind = kind_of(run)
+    uuid = manifest.environment.gpu_uuid
+    return {"run_id": run.name, **told, **kind, "gpu_uuid": uuid, "co_runs": co_runs}
+
+
+def _add_costs(
+    groups: Sequence[dict[str, Any]], gpu_price_per_hour: float | None, kwh_price: float | None
+) -> None:
+    """What 1,000 seconds of alone-work cost, by the card's hours and by its energy."""
+    for group in groups:
+        stp, joules = group["stp"], group["joules_per_work"]
+        group["cost_per_1000_work"] = (
+            gpu_price_per_hour * 1000 / stp["mean"] / 3600 if gpu_price_per_hour and stp else None
+        )
+        group["energy_cost_per_1000_work"] = (
+            kwh_price * 1000 * joules["mean"] / 3.6e6 if kwh_price and joules else None
+        )

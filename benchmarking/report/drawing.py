@@ -1,0 +1,249 @@
+"""What all charts share: the looks of modes, a figure of the page's width, PNG and inline SVG.
+
+Narrow enough for a phone, readable in grey: modes differ by hatch, marker and line style as well as
+by color. matplotlib is imported by the functions that draw, with the Agg backend: no display is
+needed, whatever is inherited.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import re
+import textwrap
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarking.records.writing import write_bytes_atomic
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Record = Mapping[str, Any]
+
+WIDTH = (
+    4.6  # inches: on a phone's 360 pixels its 9 point text is as large as the page's small print
+)
+DPI = 160
+MOST_INCHES = 80  # of height, far within what can be drawn: records name the number of rows
+LABEL_CHARACTERS, LEGEND_CHARACTERS = 16, 32
+
+# Luminance differs too, by a tenth of the scale and more, so that a grey print tells them apart.
+STYLES: Mapping[str, Mapping[str, str]] = {
+    "time-slicing": {"color": "#23527c", "hatch": "", "marker": "o", "linestyle": "-"},
+    "mps": {"color": "#e08e45", "hatch": "//", "marker": "s", "linestyle": "--"},
+    "mig": {"color": "#a9cf8d", "hatch": "xx", "marker": "^", "linestyle": ":"},
+    "exclusive": {"color": "#dddddd", "hatch": "--", "marker": "v", "linestyle": "-."},
+    "cpu-demo": {"color": "#676767", "hatch": "..", "marker": "D", "linestyle": "-."},
+}
+OTHER_STYLE = {"color": "#a46f95", "hatch": "\\\\", "marker": "P", "linestyle": "-."}
+# One mode under several settings keeps its color.
+SETTINGS: Sequence[Mapping[str, str]] = (
+    {},
+    {"hatch": "..", "marker": "D", "linestyle": "-."},
+    {"hatch": "oo", "marker": "v", "linestyle": ":"},
+    {"hatch": "++", "marker": "P", "linestyle": "-"},
+)
+# Ids are unique in a document, and one document holds many charts.
+SVG_IDS = re.compile(r'(\bid="|url\(#|href="#)')
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A chart: what it shows, the same for who cannot see it, its PNG's name, its SVG, its mix."""
+
+    caption: str
+    description: str
+    file_name: str
+    svg: str
+    mix: str = ""
+
+
+def styles(modes: Iterable[tuple[str, str]]) -> dict[str, Mapping[str, str]]:
+    """Styles by name of pairs of mode and name; names of one mode differ by all but the color."""
+    found: dict[str, Mapping[str, str]] = {}
+    before: Counter[str] = Counter()
+    for mode, name in dict.fromkeys(modes):
+        found[name] = {**STYLES.get(mode, OTHER_STYLE), **SETTINGS[before[mode] % len(SETTINGS)]}
+        before[mode] += 1
+    return found
+
+
+def draw_legend(figure: Figure, looks: Mapping[str, Mapping[str, str]]) -> None:
+    """Name the modes over the panel."""
+    from matplotlib.patches import Patch
+
+    handles = [
+        Patch(
+            facecolor=look["color"], hatch=look["hatch"], edgecolor="black", label=shortened(name)
+        )
+        for name, look in looks.items()
+    ]
+    figure.legend(handles=handles, loc="outside upper left", ncols=3, frameon=False)
+
+
+def known(found: Record, part: str) -> float:
+    """A part of an estimate, 0 where it is unknown or infinite and cannot be drawn."""
+    value = found[part]
+    return value if value is not None and math.isfinite(value) else 0.0
+
+
+def error_bar(found: Record) -> list[list[float]] | None:
+    """Distances below and above the mean, as matplotlib wants them; `None` for a single round."""
+    mean, low, high = (known(found, part) for part in ("mean", "low", "high"))
+    return (
+        [[mean - low], [high - mean]] if len(found["values"]) > 1 and low <= mean <= high else None
+    )
+
+
+def spread_note(found: Sequence[Record]) -> str:
+    """What the whiskers are."""
+    rounds = sorted({len(one["values"]) for one in found})
+    counts = "/".join(str(count) for count in rounds)
+    if rounds[-1] < 2:
+        return "no whiskers: one round"
+    if all(one["is_interval"] for one in found):
+        return f"whiskers: 95 % interval, {counts} rounds"
+    return f"whiskers: range, from 3 rounds on 95 % interval; {counts} rounds"
+
+
+def shortened(name: str) -> str:
+    """A name as it fits a legend."""
+    return name if len(name) <= LEGEND_CHARACTERS else f"{name[:LEGEND_CHARACTERS]}…"
+
+
+def wrapped(label: str) -> str:
+    """A label over as many lines as it needs, three at most."""
+    return textwrap.fill(label, LABEL_CHARACTERS, max_lines=3)
+
+
+def drawing_rules() -> AbstractContextManager[None]:
+    """Settings under which charts are drawn and saved: text stays text, and `$` is no formula."""
+    os.environ["MPLBACKEND"] = "Agg"  # a backend that is inherited may not exist
+    import matplotlib
+
+    return matplotlib.rc_context(
+        {
+            "svg.fonttype": "none",
+            "svg.hashsalt": "report",  # the same records give the same file
+            "font.size": 9,
+            "text.parse_math": False,
+            "hatch.linewidth": 0.6,
+        }
+    )
+
+
+def new_figure(height: float, panels: int = 1, **layout: object) -> tuple[Figure, Sequence[Axes]]:
+    """A figure of `panels` below each other, `height` inches in all, on the Agg canvas."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, min(height, MOST_INCHES)), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(panels, 1, squeeze=False, **layout)[:, 0]
+    for panel in axes:
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.set_axisbelow(True)
+    return figure, axes
+
+
+def save(figure: Figure, path: Path, caption: str, description: str, mix: str = "") -> Picture:
+    """Write the PNG, whole or not at all and over no link, and return the chart with its SVG."""
+    pixels, drawing = io.BytesIO(), io.StringIO()
+    figure.savefig(pixels, format="png")
+    write_bytes_atomic(path, pixels.getvalue())
+    figure.savefig(drawing, format="svg", metadata={"Date": None, "Creator": None})
+    return Picture(caption, description, path.name, inlined(drawing.getvalue(), path.stem), mix)
+
+
+def inlined(svg: str, name: str) -> str:
+    """An SVG file's root element, with ids of its own, scaled by its place."""
+    root = svg[svg.index("<svg") :]
+    root = re.sub(r"<metadata>.*?</metadata>", "", root, flags=re.DOTALL)
+    root = re.sub(r' (?:width|height)="[\d.]+pt"', "", root, count=2)
+    root = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font: \1 'DejaVu Sans', sans-serif", root)
+    prefix = re.sub(r"\W", "-", name)
+    return SVG_IDS.sub(lambda match: f"{match.group(1)}{prefix}-", root)
+
+
+# --- lines over one x axis, for ramps and for sweeps ----------------------------------------------
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of one panel: its estimates (or `None`) at the places of the x axis."""
+
+    name: str
+    places: Sequence[float]
+    found: Sequence[Record | None]
+    look: Mapping[str, str]
+
+
+def draw_lines(
+    panels: Mapping[str, Sequence[Line]], ticks: Sequence[float], labels: Sequence[str],
+    axis: str, path: Path, caption: str, *, mix: str = "",
+    marks: Iterable[tuple[float, str]] = (), notes: Iterable[tuple[float, str]] = (),
+) -> Picture | None:  # fmt: skip
+    """Panels of lines below each other over one x axis, with a grey line at 1 in each.
+
+    `panels` holds lines by what the panel shows, `ticks` and `labels` what stands on the x axis.
+    In the first panel `marks` are places of vertical lines and what they are, `notes` places
+    without a figure and why. `None` where there is nothing to draw.
+    """
+    found = [one for lines in panels.values() for line in lines for one in line.found if one]
+    if not any(known(one, "mean") for one in found):
+        return None
+    with drawing_rules():
+        figure, axes = new_figure(0.9 + 1.6 * len(panels), len(panels), sharex=True)
+        for panel, (title, lines) in zip(axes, panels.items(), strict=True):
+            draw_panel(panel, title, lines)
+        for row, (place, text) in enumerate(marks):
+            axes[0].axvline(place, color="0.3", linestyle=":", linewidth=1.5)
+            axes[0].annotate(
+                text, (place, 1), xycoords=("data", "axes fraction"), xytext=(3, 3 + 11 * row),
+                textcoords="offset points", ha="right", va="bottom", fontsize=8,
+            )  # fmt: skip
+        for place, text in notes:
+            axes[0].annotate(
+                text, (place, 0.05), xycoords=("data", "axes fraction"), ha="center",
+                style="italic", fontsize=8,
+            )  # fmt: skip
+        margin = 0.06 * (ticks[-1] - ticks[0]) or 0.5
+        axes[-1].set_xlim(ticks[0] - margin, ticks[-1] + margin)
+        axes[-1].set_xticks(ticks, labels)
+        axes[-1].set_xlabel(axis)
+        named = {}
+        for panel in axes:
+            named |= dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
+        if named:
+            figure.legend(named.values(), named, loc="outside upper left", ncols=2, frameon=False)
+        figure.supxlabel(f"grey: 1, as alone; {spread_note(found)}", fontsize=8)
+        description = f"Lines of {', '.join(panels)} against {axis}.".replace("\n", " ")
+        return save(figure, path, caption, description, mix)
+
+
+def draw_panel(panel: Axes, title: str, lines: Sequence[Line]) -> None:
+    """Draw the lines of one panel, with a gap where a place has no figure."""
+    for line in lines:
+        means, lows, highs = (
+            [known(one, part) if one else math.nan for one in line.found]
+            for part in ("mean", "low", "high")
+        )
+        below = [mean - low for mean, low in zip(means, lows, strict=True)]
+        above = [high - mean for mean, high in zip(means, highs, strict=True)]
+        panel.errorbar(
+            line.places, means, yerr=[below, above], capsize=3, label=shortened(line.name),
+            markeredgecolor="black", color=line.look["color"], marker=line.look["marker"],
+            linestyle=line.look["linestyle"],
+        )  # fmt: skip
+    highs = [known(one, "high") for line in lines for one in line.found if one]
+    panel.axhline(1, color="0.5", linewidth=1)
+    panel.set_ylim(0, 1.1 * max([1.0, *highs]))
+    panel.set_ylabel(title)
+    panel.grid(color="0.85")

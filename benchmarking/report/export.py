@@ -1,0 +1,240 @@
+"""The comparison for programs: comparison.json, comparison.csv, and requirements on its figures.
+
+Schema history of comparison.json:
+    1  first version.
+    2  a group names several runs (`run_ids`, `gpu_uuids`); joules a job, SLO attainment, noise.
+    3  `interference`: runs of pairs stand there, and no longer among the groups.
+    4  `settings` beside `mode`: rows of one mode and mix can differ in nothing but these.
+    5  `conclusions` in place of `claims`; STP is work delivered, figures against the jobs alone are
+       taken with the baselines of all rounds; p99 from 500 responses on, of all rounds together.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import operator
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarking.modes.names import MODE_MIG, MODE_MPS, MODE_TIME_SLICING
+
+_FLAT_ESTIMATES = (
+    "stp",
+    "antt",
+    "overhead_percent",
+    "interference_overhead_percent",
+    "mechanism_overhead_percent",
+    "fairness",
+    "energy_ratio",
+    "joules_per_job",
+    "joules_per_work",
+)
+_FLAT_FIGURES = (
+    "stp_per_multiprocessor",
+    "success_rate_percent",
+    "average_duration_seconds",
+    "total_gpu_time_seconds",
+    "throughput_clients",
+    "cost_per_1000_work",
+    "energy_cost_per_1000_work",
+)
+# A cell that begins so is run as a formula by a spreadsheet.
+_FORMULA = ("=", "+", "-", "@")
+
+
+def json_text(comparison: Mapping[str, Any]) -> str:
+    """The comparison as JSON; what is infinite is null."""
+    return json.dumps(finite(comparison), indent=1, allow_nan=False) + "\n"
+
+
+def finite(value: Any) -> Any:
+    """The same plain data with `None` for what is infinite or no number, which JSON cannot hold."""
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def csv_text(comparison: Mapping[str, Any]) -> str:
+    """One row for each mode, mix and count of clients."""
+    import pandas
+
+    rows = [
+        _flat_row(number, section, group)
+        for number, section in enumerate(comparison["sections"], start=1)
+        for group in section["groups"]
+    ]
+    # As objects: a column of counts with an unknown among them would become one of floats.
+    frame = pandas.DataFrame(rows, columns=None if rows else ["section"], dtype=object)
+    return frame.to_csv(index=False)
+
+
+def _flat_row(number: int, section: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
+    environment = section["environment"]
+    row: dict[str, Any] = {
+        "section": number,
+        "gpu_name": environment["gpu_name"],
+        "driver_version": environment["driver_version"],
+        "job_size": environment["job_size"],
+        "run_id": " ".join(group["run_ids"]),
+        "gpu_uuid": " ".join(group["gpu_uuids"]),
+        "mode": group["mode"],
+        "settings": group["settings"],
+        "variant": group["variant"],
+        "mix": group["mix"],
+        "clients": group["clients"],
+        "repeats": len(group["co_runs"]),
+        "outcome": group["outcome"],
+        "unverified": group["is_unverified"],
+    }
+    for name in _FLAT_ESTIMATES:
+        for part in ("mean", "low", "high"):
+            row[f"{name}_{part}"] = group[name] and group[name][part]
+    row |= {name: group[name] for name in _FLAT_FIGURES}
+    gpu = group["gpu"]
+    row |= {name: value for name, value in gpu.items() if name != "throttle_reasons"}
+    row["throttle_reasons"] = " ".join(gpu["throttle_reasons"])
+    return {
+        name: f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA) else value
+        for name, value in row.items()
+    }
+
+
+# --- requirements -----------------------------------------------------------------------------
+
+_OPERATORS: Mapping[str, Callable[[float, float], bool]] = {
+    "<=": operator.le,
+    ">=": operator.ge,
+    "<": operator.lt,
+    ">": operator.gt,
+}
+# What a unit behind the value stands for, in the figure's own unit.
+_UNITS = {"": 1.0, "x": 1.0, "%": 1.0, "ms": 1.0, "s": 1000.0, "j": 1.0}
+_REQUIREMENT = re.compile(
+    r"(?P<scope>(?:[^<>]*:)?)(?P<figure>\w+)\s*(?P<operator><=|>=|<|>)\s*"
+    r"(?P<value>\d+(?:\.\d+)?)\s*(?P<unit>ms|s|x|%|J|j)?"
+)
+
+Figure = Callable[[Mapping[str, Any]], float | None]
+
+
+def _mean(name: str) -> Figure:
+    return lambda row: row[name] and row[name]["mean"]
+
+
+def _percentile(name: str) -> Figure:
+    return lambda row: _late(row) if row["latency"] is None else row["latency"][name]
+
+
+def _late(row: Mapping[str, Any]) -> float | None:
+    """Of a client all of whose requests failed, every answer is infinitely late."""
+    return math.inf if row["missed"] else None
+
+
+_OF_GROUP: Mapping[str, Figure] = {
+    "work": _mean("stp"),
+    "antt": _mean("antt"),
+    "overhead": _mean("overhead_percent"),
+    "fairness": _mean("fairness"),
+    "energy": _mean("joules_per_work"),
+    "energy_ratio": _mean("energy_ratio"),
+    "success": lambda row: row["success_rate_percent"],
+    "cost": lambda row: row["cost_per_1000_work"],
+}
+_OF_CLIENT: Mapping[str, Figure] = {
+    "slowdown": _mean("slowdown"),
+    **{name: _percentile(name) for name in ("p50", "p95", "p99", "mean")},
+    "slo": lambda row: row["slo"] and row["slo"]["percent"],
+}
+FIGURES = (*_OF_GROUP, *_OF_CLIENT)
+_AGAINST_BASELINE = frozenset(_OF_GROUP) - {"success"} | {"slowdown"}
+_MODES = (MODE_TIME_SLICING, MODE_MPS, MODE_MIG)
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """`[MODE:][JOB:]FIGURE OP VALUE`: what a figure must meet, under every mode if none is named.
+
+    It speaks of each mix at the count that its modes are compared at. `scope` holds the words
+    before the figure, of which one names a mode and one a job.
+    """
+
+    text: str
+    scope: str
+    figure: str
+    operator: str
+    value: float
+
+    @classmethod
+    def parse(cls, text: str) -> Requirement:
+        """Read a requirement such as `mps:batch_inference:p99<50ms`; raises `ValueError`."""
+        match = _REQUIREMENT.fullmatch(text.strip())
+        if match is None or match["figure"] not in FIGURES:
+            raise ValueError(
+                f"{text!r} is not [MODE:][JOB:]FIGURE OP VALUE, such as mps:p99<50ms or work>1.1; "
+                f"figures are {', '.join(FIGURES)}"
+            )
+        scale = _UNITS[(match["unit"] or "").lower()]
+        scope = match["scope"].removesuffix(":").strip()
+        return cls(text, scope, match["figure"], match["operator"], scale * float(match["value"]))
+
+    def missed(self, comparison: Mapping[str, Any]) -> list[str]:
+        """Say, a sentence each, where it is not met; what was not measured does not meet it."""
+        groups = [
+            group
+            for section in comparison["sections"]
+            for group in section["groups"]
+            if (group["mix"], group["clients"])
+            in {(one["mix"], one["clients"]) for one in section["conclusions"]}
+        ]
+        mode, job = self._mode_and_job(groups)
+        # A variant that was measured is meant exactly; else every variant of the mode.
+        is_exact = mode in {group["variant"] for group in groups}
+        meant = [
+            group
+            for group in groups
+            if mode in (None, group["variant"]) or (not is_exact and mode == group["mode"])
+        ]
+        found, is_checked = [], False
+        for group in meant:
+            where = f"{group['variant']}, {group['mix']} with {group['clients']} clients"
+            void = group["invalid"] if self.figure in _AGAINST_BASELINE else None
+            reason = group["outcome"] if group["outcome"] != "ok" else void
+            values = [] if reason else self._values(group, job)
+            is_checked |= bool(reason or values)
+            said = (
+                [reason]
+                if reason
+                else [
+                    f"{what} is {value:.4g}"
+                    for what, value in values
+                    if not _OPERATORS[self.operator](value, self.value)
+                ]
+            )
+            found += [f"{self.text}: not met under {where}: {what}" for what in said]
+        return found if is_checked else [f"{self.text}: nothing was measured that it speaks of"]
+
+    def _mode_and_job(self, groups: Iterable[Mapping[str, Any]]) -> tuple[str | None, str | None]:
+        """Tell a mode from a job: variants hold a colon themselves (`mps:even`)."""
+        names = {*_MODES, *(group["variant"] for group in groups)}
+        known = [name for name in names if f"{self.scope}:".startswith(f"{name}:")]
+        if not known:
+            return None, self.scope or None
+        mode = max(known, key=len)
+        return mode, self.scope[len(mode) + 1 :] or None
+
+    def _values(self, group: Mapping[str, Any], job: str | None) -> Sequence[tuple[str, float]]:
+        if self.figure in _OF_GROUP and job is None:
+            found = [(self.figure, _OF_GROUP[self.figure](group))]
+        else:
+            figure = _OF_CLIENT.get(self.figure)
+            found = [
+                (f"{self.figure} of {row['label']}", figure(row))
+                for row in group["client_rows"]
+                if figure and job in (None, row["workload"], row["label"])
+            ]
+        return [(what, value) for what, value in found if value is not None]

@@ -1,0 +1,430 @@
+"""The runs of a results folder, read with suspicion, and what each of them was measured under.
+
+A results folder may come from elsewhere: sizes are bounded (`records.files`), links to files are
+not followed, what steers a terminal or breaks a line is taken out of every text, and a number that
+nothing measures makes its co-run unreadable.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from benchmarking.metrics import scores
+from benchmarking.metrics.breaking_point import says_something_of_the_load
+from benchmarking.modes.names import (
+    MODE_CPU_DEMO,
+    MODE_EXCLUSIVE,
+    MODE_MIG,
+    MODE_MPS,
+    MODE_TIME_SLICING,
+)
+from benchmarking.records import run_folder
+from benchmarking.records.run_folder import PHASE_BASELINE, PHASE_CO_RUN, pooled
+from benchmarking.records.types import ClientRecord, CoRunRecord, Manifest, MpsLimits, Phase
+from benchmarking.report.cleaning import cleaned
+from benchmarking.suite import baselines, limits
+from benchmarking.suite.plan import CARRIED_FIGURES
+
+_MODE_ORDER = (MODE_TIME_SLICING, MODE_MPS, MODE_MIG, MODE_EXCLUSIVE, MODE_CPU_DEMO)
+DEFAULT_TIMESLICE = "Default"
+# The mix of a job next to each antagonist.
+NOISY = "noisy"
+# Of a run so many are read; a long ramp has 10,000.
+MOST_RECORDS = 50_000
+
+# What of a client's environment changes how the mode treats it; folders of daemons do not.
+_KNOB_PREFIX = "CUDA_MPS_"
+_NO_KNOBS = frozenset({"CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"})
+
+_T = TypeVar("_T")
+
+
+class PlannedClient(msgspec.Struct, kw_only=True):
+    """What a report asks of a client in a manifest's plan."""
+
+    label: str = ""
+    workload: str = ""
+    job_key: str = ""
+    command: list[str] = []
+    environment: dict[str, str] | None = None
+
+    @property
+    def knobs(self) -> dict[str, str]:
+        """Settings of the mode that it was given."""
+        return {
+            name: value
+            for name, value in (self.environment or {}).items()
+            if name.startswith(_KNOB_PREFIX) and name not in _NO_KNOBS
+        }
+
+    @property
+    def name(self) -> str:
+        """What it is called; an antagonist with what it presses and how much."""
+        label = self.label or self.workload
+        pressed = pressed_resource(self.job_key)
+        return label if pressed is None else f"{label} ({pressed[0]}, duty {pressed[1]:g})"
+
+
+class PlannedCoRun(msgspec.Struct, kw_only=True):
+    """A co-run in a manifest's plan."""
+
+    co_run: str
+    clients: list[PlannedClient]
+
+
+class UsageError(Exception):
+    """There is nothing to report on, or nowhere to; the message is one sentence naming the fix."""
+
+
+@dataclass
+class MeasuredRun:
+    """One run: its manifest, its records, and what was wrong with its files.
+
+    `name` is its run id, or its path below the results folder where several share that id.
+    """
+
+    name: str
+    folder: Path
+    manifest: Manifest
+    client_records: list[ClientRecord]
+    co_run_records: list[CoRunRecord]
+    problems: list[str] = field(default_factory=list)
+    is_one_layout_of_several: bool = False
+
+    @property
+    def mode(self) -> str:
+        """The mode in force: `cpu-demo` without a GPU, whatever was asked for."""
+        return self.manifest.effective_mode
+
+    @property
+    def settings(self) -> str:
+        """What the mode was set to, in words; empty where it was left as it is."""
+        if self.mode == MODE_MPS:
+            return limits.describe(self._limits) or (
+                "limits of the plan" if self._has_knobs else ""
+            )
+        if self.mode == MODE_MIG:
+            return ", ".join(self.manifest.mig_layout or ())
+        slices = self.manifest.environment.timeslice if self.mode == MODE_TIME_SLICING else None
+        return f"{slices.lower()} slices" if slices and slices != DEFAULT_TIMESLICE else ""
+
+    @property
+    def mode_order(self) -> tuple[int, str]:
+        """Sort key of modes: the guide's order, then by settings."""
+        return (_MODE_ORDER.index(self.mode), self.settings)
+
+    @property
+    def variant(self) -> str:
+        """Mode and limits in one name, as flags have it: `mps`, `mps:even`, `mps:50/25`."""
+        if self.mode == MODE_TIME_SLICING and self.settings:
+            return f"{self.mode}:{self.settings.removesuffix(' slices')}"
+        if self.mode == MODE_MIG and self.is_one_layout_of_several:
+            return f"{self.mode}:{self.settings.replace(' ', '')}"
+        if self.mode != MODE_MPS:
+            return self.mode
+        told = self._limits
+        parts = (told.percentages, told.memory_limits, told.priorities)
+        limited = ",".join("/".join(values) for values in parts if values)
+        limited = limited or ("plan" if self._has_knobs else "")
+        return f"{self.mode}:{limited}" if limited else self.mode
+
+    @property
+    def _limits(self) -> MpsLimits:
+        return self.manifest.mps_limits or MpsLimits()
+
+    @functools.cached_property
+    def _has_knobs(self) -> bool:
+        return any(client.knobs for co_run in self._planned for client in co_run.clients)
+
+    @property
+    def age(self) -> tuple[str, str]:
+        """Sort key by time of creation, oldest first."""
+        return (self.manifest.created_at, self.name)
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        """What must be alike for figures to be compared; versions, engine and precision apart.
+
+        The same rule decides which baselines may be reused. On the CPU the host is the device, so
+        its cores count too.
+        """
+        here = self.manifest.environment
+        is_cpu_demo = self.mode == MODE_CPU_DEMO
+        return {
+            **{name: getattr(here, name) for name in baselines.COMPARED_FIELDS},
+            "job_size": self.manifest.job_size,
+            "is_cpu_demo": is_cpu_demo,
+            "host_cores": here.host_cores if is_cpu_demo else None,
+            "method": self.manifest.method,
+        }
+
+    @property
+    def versions(self) -> dict[str, Any]:
+        """Versions that count; a run that ended before any client was ready knows none."""
+        found = self.manifest.environment.versions
+        return {name: found[name] for name in baselines.COMPARED_VERSIONS if name in found}
+
+    def engines(self) -> dict[str, tuple[Any, Any]]:
+        """Engine and precision by workload, as the clients reported them at `ready`."""
+        found: dict[str, tuple[Any, Any]] = {}
+        for record in self.client_records:
+            if record.identity:
+                pair = (record.identity.get("engine"), record.identity.get("precision"))
+                found.setdefault(record.workload, pair)
+        return found
+
+    def carried(self) -> dict[str, str]:
+        """Work that was calibrated alone and then fixed, by flag, job and mix in words."""
+        found = {}
+        for client in (client for co_run in self._planned for client in co_run.clients):
+            command = client.command
+            for flag in CARRIED_FIGURES.values():
+                if flag in command[:-1]:
+                    value = command[len(command) - command[::-1].index(flag)]
+                    found[f"{flag} of {client.job_key} in {self.manifest.mix}"] = value
+        return found
+
+    def co_runs(self, phase: Phase = PHASE_CO_RUN) -> list[CoRunRecord]:
+        """Co-run records of a phase."""
+        return [record for record in self.co_run_records if record.phase == phase]
+
+    def clients_of(self, co_run: CoRunRecord) -> list[ClientRecord]:
+        """Client records of a co-run, in client order."""
+        return self._by_co_run.get(co_run.co_run, [])
+
+    @functools.cached_property
+    def _by_co_run(self) -> dict[str, list[ClientRecord]]:
+        found: dict[str, list[ClientRecord]] = {}
+        for record in sorted(self.client_records, key=lambda record: record.client):
+            found.setdefault(record.co_run, []).append(record)
+        return found
+
+    def judged(self, clients: int) -> list[CoRunRecord]:
+        """Co-runs of that many clients that say whether the count works, proved in their mode."""
+        return [
+            one
+            for one in self.co_runs()
+            if one.clients == clients and self.is_valid(one)
+            and says_something_of_the_load(one.outcome, one.stop_reason)
+        ]  # fmt: skip
+
+    def is_valid(self, co_run: CoRunRecord) -> bool:
+        """Whether no client was found outside the mode that the co-run is named after."""
+        verdicts = {record.proof.verdict for record in self.clients_of(co_run)}
+        return co_run.outcome != "invalid" and "invalid" not in verdicts
+
+    def good_alone(self, phase: Phase = PHASE_BASELINE) -> list[ClientRecord]:
+        """Client records of the jobs alone that may serve as a reference."""
+        good = {one.co_run for one in self.co_runs(phase) if one.outcome == "ok"}
+        return [one for one in self.client_records if one.status == "ok" and one.co_run in good]
+
+    def is_contended(self, clients: int) -> bool:
+        """Whether other people's processes used the GPU at the time."""
+        return self.manifest.is_contended or any(one.is_contended for one in self.judged(clients))
+
+    @functools.cached_property
+    def _planned(self) -> list[PlannedCoRun]:
+        """The plan's co-runs; none of a plan that is no plan."""
+        try:
+            return msgspec.convert(self.manifest.plan.get("co_runs") or [], list[PlannedCoRun])
+        except msgspec.ValidationError:
+            return []
+
+    def planned(self, clients: int) -> list[PlannedCoRun]:
+        """The plan's co-runs of that many clients."""
+        return [co_run for co_run in self._planned if len(co_run.clients) == clients]
+
+    def knobs(self, clients: int) -> list[dict[str, str]]:
+        """Settings of the mode that each client was given, by client."""
+        return [client.knobs for one in self.planned(clients)[:1] for client in one.clients]
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it, or the run that it is a part of, holds each job next to each other one."""
+        return self.manifest.is_pairs and not self.manifest.mix.startswith(NOISY)
+
+    def by_jobs(self) -> list[MeasuredRun]:
+        """Split a run whose co-runs of one count are of unlike jobs: each pair is its own mix.
+
+        The parts hold no baselines; those are found by the run's name.
+        """
+        if not self.manifest.is_pairs and self.manifest.mix != NOISY:
+            return [self]
+        pairs: dict[tuple[str, ...], list[PlannedCoRun]] = {}
+        for planned in self._planned:
+            pairs.setdefault(tuple(client.name for client in planned.clients), []).append(planned)
+        return [self._only(jobs, planned) for jobs, planned in pairs.items()]
+
+    def _only(self, jobs: tuple[str, ...], planned: list[PlannedCoRun]) -> MeasuredRun:
+        names = dict.fromkeys(co_run.co_run for co_run in planned)
+        mix = f"{self.manifest.mix}: {' beside '.join(jobs)}"
+        plan = {"co_runs": msgspec.to_builtins(planned)}
+        return replace(
+            self,
+            manifest=msgspec.structs.replace(self.manifest, mix=mix, plan=plan),
+            client_records=[one for name in names for one in self._by_co_run.get(name, [])],
+            co_run_records=[self._co_runs[name] for name in names if name in self._co_runs],
+        )
+
+    @functools.cached_property
+    def _co_runs(self) -> dict[str, CoRunRecord]:
+        return {record.co_run: record for record in self.co_runs()}
+
+
+def pressed_resource(job_key: str) -> tuple[str, float] | None:
+    """What an antagonist presses and for which share of the time; `None` of other jobs."""
+    kind, duty = (re.search(rf"--{flag} (\S+)", job_key) for flag in ("kind", "duty"))
+    if not job_key.startswith("antagonist") or kind is None:
+        return None
+    try:
+        return kind.group(1), min(1.0, max(0.0, float(duty.group(1)))) if duty else 1.0
+    except ValueError:
+        return None
+
+
+@dataclass
+class Alone:
+    """The jobs alone, by `job_key`: all repeats pooled, their energy, and each repeat by itself."""
+
+    pooled: dict[str, ClientRecord] = field(default_factory=dict)
+    energy_joules: dict[str, float | None] = field(default_factory=dict)
+    repeats: dict[str, list[ClientRecord]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, records: Sequence[ClientRecord]) -> Alone:
+        """Repeats of one job."""
+        job_key = records[0].job_key
+        return cls({job_key: pooled(records)}, repeats={job_key: list(records)})
+
+    def slowdowns(self, job_key: str) -> list[float]:
+        """Seconds of a unit in each repeat, over those of all repeats: the baseline's own error."""
+        reference = self.pooled.get(job_key)
+        if reference is None:
+            return []
+        seconds = scores.unit_seconds(reference.units)
+        found = (
+            scores.normalized_progress(one.units, seconds)
+            for one in self.repeats[job_key]
+        )  # fmt: skip
+        return [1 / progress for progress in found if progress]
+
+
+# --- reading ----------------------------------------------------------------------------------
+
+
+@dataclass
+class Results:
+    """What a results folder holds; `references` only lend their baselines."""
+
+    runs: list[MeasuredRun]
+    references: list[MeasuredRun] = field(default_factory=list)
+    phases: list[dict[str, Any]] = field(default_factory=list)
+    refusals: list[dict[str, Any]] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def read_results(results_dir: Path) -> Results:
+    """Read every run at or below the folder; of one run's folder those beside it lend baselines.
+
+    Raises `UsageError` when the folder is missing or holds no run.
+    """
+    if not results_dir.is_dir():
+        raise UsageError(
+            f"{results_dir} is not a folder: give the one that holds the runs by --results-dir"
+        )
+    manifests = sorted(results_dir.rglob(run_folder.MANIFEST_FILE))
+    runs, problems = _read_all([path.parent for path in manifests])
+    refusals, bad_refusals = run_folder.read_refusals(results_dir)
+    phases, bad_phases = run_folder.read_phases(results_dir)
+    results = Results(
+        runs=_named_by_path(results_dir, sorted(runs, key=lambda run: run.age)),
+        phases=[cleaned(msgspec.to_builtins(phase)) for phase in phases],
+        refusals=[cleaned(msgspec.to_builtins(refusal)) for refusal in refusals],
+        problems=[cleaned(text) for text in (*problems, *bad_phases, *bad_refusals)],
+    )
+    if not runs:
+        refused = (f"refused: {one['sentence']}" for one in reversed(results.refusals))
+        said = next(iter([*results.problems, *refused]), "")
+        raise UsageError(
+            f"no run in {results_dir}{f' ({said})' if said else ''}: make one with "
+            "benchmarking/benchmark_suite.py first"
+        )
+    if [run.folder for run in runs] == [results_dir]:
+        beside = [path.parent for path in results_dir.resolve().parent.glob("*/manifest.json")]
+        others = [one for one in beside if one != results_dir.resolve() and not one.is_symlink()]
+        results.references, _ = _read_all(others)
+    return results
+
+
+def _read_all(folders: Sequence[Path]) -> tuple[list[MeasuredRun], list[str]]:
+    """Read the runs that can be read, and say of the others why not."""
+    runs, problems = [], []
+    for folder in folders:
+        try:
+            runs.append(read_run(folder))
+        except run_folder.RunStoreError as error:
+            problems.append(str(error))
+    return runs, problems
+
+
+def read_run(folder: Path) -> MeasuredRun:
+    """Read one run; raises `RunStoreError` when there is no manifest to be read."""
+    run = run_folder.read_run(folder)
+    problems = list(run.warnings)
+    try:
+        manifest = _cleaned_struct(run.manifest)
+    except ValueError as error:
+        raise run_folder.RunStoreError(f"{folder}: its manifest holds {error}") from error
+    records: list[Any] = []
+    unreadable: dict[str, str] = {}
+    found = [*run.client_records, *run.co_run_records]
+    if len(found) > MOST_RECORDS:
+        raise run_folder.RunStoreError(f"{folder} holds more than {MOST_RECORDS} records, skipped")
+    for record in found:
+        try:
+            read = _cleaned_struct(record)
+            if isinstance(read, ClientRecord):
+                read.label = read.label or read.workload
+            records.append(read)
+        except ValueError as error:
+            unreadable[cleaned(record.co_run)] = str(error)
+    problems += [f"{name} excluded: it holds {why}" for name, why in unreadable.items()]
+    kept = [record for record in records if record.co_run not in unreadable]
+    return MeasuredRun(
+        name=manifest.run_id,
+        folder=folder,
+        manifest=manifest,
+        client_records=[one for one in kept if isinstance(one, ClientRecord)],
+        co_run_records=[one for one in kept if isinstance(one, CoRunRecord)],
+        problems=[f"{manifest.run_id}: {cleaned(problem)}" for problem in problems],
+    )
+
+
+def read_samples(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """Read the GPU samples of a run, in order, and warnings about lines that are none."""
+    samples, warnings = run_folder.read_samples(folder)
+    return cleaned(msgspec.to_builtins(samples)), cleaned(warnings)
+
+
+def _cleaned_struct(value: _T) -> _T:
+    return msgspec.convert(cleaned(msgspec.to_builtins(value)), type(value))
+
+
+def _named_by_path(results_dir: Path, runs: list[MeasuredRun]) -> list[MeasuredRun]:
+    """Runs by run id; those that share one, as experiments do, by their path below the folder."""
+    times = Counter(run.name for run in runs)
+    paths = [cleaned(run.folder.relative_to(results_dir).as_posix()) for run in runs]
+    names = [
+        run.name if times[run.name] == 1 else path for run, path in zip(runs, paths, strict=True)
+    ]
+    if len(set(names)) < len(runs):  # a renamed folder bears another run's id
+        names = paths
+    return [replace(run, name=name) for run, name in zip(runs, names, strict=True)]
