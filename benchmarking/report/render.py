@@ -250,6 +250,10 @@ def mix_of(section: Record, mix: str, clients: int, members: Sequence[Record]) -
             pair["verdict"] == "sure" and pair["better"] == "alone" for pair in against_alone
         ),
         "has_one_mode": len(measured) == 1,
+        "failed": {
+            names[mode["variant"]]: mode["reason"] for mode in (whole["modes"] if whole else ())
+            if not mode["estimate"] and mode["reason"]
+        },
         "worst": worst and {**worst, "mode_name": names.get(worst["variant"], worst["variant"])},
         "expectations": [
             {**one, "mode_name": names.get(one["mode"], wording.mode_name(one["mode"])),
@@ -290,6 +294,8 @@ def facts(section: Record, mix: Record | None, say: Any) -> dict[str, list[str]]
     found: dict[str, list[str]] = {}
     if mix and mix["worst"]:
         found["Worst slowdown"] = [say.worst(mix["worst"])]
+    if mix and mix["failed"]:
+        found["Did not work"] = [f"{name}: {why}." for name, why in mix["failed"].items()]
     if mix is None or mix["is_first"]:
         found["How many fit"] = [say.ramp_line(ramp) for ramp in section["ramps"]]
         if not section["cpu_demo"]:
