@@ -189,17 +189,17 @@ def table(sweep: Sweep) -> Table:
     rows = [
         [
             point.value,
-            point.outcome,
-            UNKNOWN if point.clients is None else clients_text(point.clients),
             spread(point.stp),
             spread(point.antt),
             *(tail_text(point.tail(label)) for label in labels),
+            point.outcome,
+            UNKNOWN if point.clients is None else clients_text(point.clients),
             point.run_id or UNKNOWN,
         ]
         for point in sweep.points
     ]
     tails = [f"p99 of {label} (times alone)" for label in labels]
-    header = [sweep.knob, "outcome", "clients", "work delivered", "slowdown (ANTT)", *tails, "run"]
+    header = [sweep.knob, "work delivered", "slowdown (ANTT)", *tails, "outcome", "clients", "run"]
     return Table(header, rows)
 
 
@@ -238,7 +238,7 @@ def draw(sweep: Sweep, path: Path) -> drawing.Picture | None:
     return drawing.draw_lines(
         {title: lines for title, lines in panels.items() if lines}, places,
         [point.value for point in points], sweep.knob, path,
-        f"Work, slowdown and response times by {sweep.knob}", notes=notes,
+        f"What each value of {sweep.knob} gave", notes=notes,
     )  # fmt: skip
 
 

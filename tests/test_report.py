@@ -230,6 +230,25 @@ def test_both_reports_hold_every_part_and_unknown_is_a_dash(tmp_path: Path) -> N
     assert costs.endswith("| – |")  # the power of this run is unknown, that of the other is not
 
 
+def test_a_mode_that_failed_is_named_with_its_reason(tmp_path: Path) -> None:
+    broken = slicing(*THREE)
+    for record in broken["records"]:
+        if record["record"] == "co_run" and record["phase"] == "co_run":
+            record |= {"outcome": "failed", "reason": "out of memory"}
+    shown = " ".join(render.render_terminal(compared(tmp_path, broken, mps(2.0)), 100).split())
+    assert "MPS delivers 2.00 GPUs' worth of work, seen once; time slicing did not work." in shown
+    assert "Did not work: time slicing: failed: out of memory." in shown
+
+
+def test_a_mix_of_services_alone_is_decided_by_its_jobs(tmp_path: Path) -> None:
+    comparison = compared(tmp_path, slicing(*THREE), mps(2.0, 2.02, 2.04))
+    (section,) = comparison["sections"]
+    section["conclusions"] = [one for one in section["conclusions"]
+                              if one["subject"] == "Batch inference"]  # fmt: skip
+    shown = render.render_terminal(comparison, 100)
+    assert shown.startswith("For this mix on this card: MPS where the Batch inference matters.")
+
+
 def test_of_several_mixes_the_one_that_says_most_comes_first_and_the_others_are_folded(
     tmp_path: Path,
 ) -> None:

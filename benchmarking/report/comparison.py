@@ -17,7 +17,7 @@ have it: `mps`, `mps:even`, `mps:50/25`.
     sections[]      runs on one environment; figures of two sections are never compared
       title, cpu_demo, environment, versions, engines, run_ids
       runs[]        {run_id, created_at, outcome, mode, settings, variant, mix, session, method,
-                    gpu_uuid, command, notes, mode_evidence[],
+                    gpu_uuid, environment, command, notes, mode_evidence[],
                     co_runs[{co_run, phase, clients, repeat, outcome, reason, window_seconds,
                     warnings, proofs[{client, label, verdict, evidence[]}]}]}
       drift_guarded                whether every mode was measured in rounds of one session
@@ -131,6 +131,11 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 5
 OWN_ERROR_LIMIT_PERCENT = 2.0
+# What is told of each run's machine, besides what the section's runs have in common.
+RUN_ENVIRONMENT = (
+    "gpu_memory_mib", "multiprocessor_count", "cuda_version", "host_cores", "os", "git_commit",
+    "git_dirty",
+)  # fmt: skip
 
 
 def compare(
@@ -317,8 +322,12 @@ def _run(run: MeasuredRun) -> dict[str, Any]:
         for record in run.co_run_records
     ]  # fmt: skip
     kind = kind_of(run)
+    found = {name: getattr(manifest.environment, name) for name in RUN_ENVIRONMENT}
     uuid = manifest.environment.gpu_uuid
-    return {"run_id": run.name, **told, **kind, "gpu_uuid": uuid, "co_runs": co_runs}
+    return {
+        "run_id": run.name, **told, **kind, "gpu_uuid": uuid, "environment": found,
+        "co_runs": co_runs,
+    }  # fmt: skip
 
 
 def _add_costs(

@@ -57,19 +57,24 @@ def measured_text(check: Record) -> str:
 
 
 def environment(section: Record) -> Table:
-    """Card, driver, versions, engines."""
-    known = section["environment"]
-    engines = (
+    """Card, driver, versions, engines, host; what the runs have not in common, each once."""
+    known = {name: [value] for name, value in section["environment"].items()}
+    for run in section["runs"]:
+        dirty = " (dirty tree)" if run["environment"]["git_dirty"] else ""
+        commit = run["environment"]["git_commit"]
+        told = {**run["environment"], "git_dirty": None, "git_commit": commit and commit + dirty}
+        for name, value in told.items():
+            known.setdefault(name, []).append(value)
+    known["versions"] = [f"{name} {version}" for name, version in section["versions"].items()]
+    known["engine, precision"] = [
         f"{workload}: {', '.join(str(part or 'unknown') for part in engine)}"
         for workload, engine in sorted(section["engines"].items())
-    )
-    rows = [[name.replace("_", " "), str(value)] for name, value in known.items()
-            if value is not None]  # fmt: skip
-    rows += [
-        ["versions", ", ".join(f"{n} {v}" for n, v in sorted(section["versions"].items()))],
-        ["engine, precision", "; ".join(engines)],
     ]
-    return Table(["what", "value"], [[name, value or UNKNOWN] for name, value in rows])
+    rows = [
+        [name.replace("_", " "), "; ".join(dict.fromkeys(str(v) for v in values if v is not None))]
+        for name, values in known.items()
+    ]
+    return Table(["what", "value"], [row for row in rows if row[1]])
 
 
 def runs(section: Record) -> Table:

@@ -237,7 +237,7 @@ def mix_of(section: Record, mix: str, clients: int, members: Sequence[Record]) -
     return {
         "mix": mix,
         "clients": clients,
-        "rows": [{**one, "runner_up_name": names.get(one["runner_up"])} for one in rows],
+        "rows": [row_of(one, names, section["cpu_demo"]) for one in rows],
         "names": names,
         "whole": whole,
         "best": best,
@@ -250,6 +250,10 @@ def mix_of(section: Record, mix: str, clients: int, members: Sequence[Record]) -
             pair["verdict"] == "sure" and pair["better"] == "alone" for pair in against_alone
         ),
         "has_one_mode": len(measured) == 1,
+        "failed": {
+            names[mode["variant"]]: mode["reason"] for mode in (whole["modes"] if whole else ())
+            if not mode["estimate"] and mode["reason"]
+        },
         "worst": worst and {**worst, "mode_name": names.get(worst["variant"], worst["variant"])},
         "expectations": [
             {**one, "mode_name": names.get(one["mode"], wording.mode_name(one["mode"])),
@@ -261,6 +265,14 @@ def mix_of(section: Record, mix: str, clients: int, members: Sequence[Record]) -
         "pictures": [one for one in section["charts"]["compared"] if one.mix == mix],
         "is_cpu_demo": section["cpu_demo"],
     }  # fmt: skip
+
+
+def row_of(one: Record, names: Record, is_cpu_demo: bool) -> dict[str, Any]:
+    """A conclusion as a row of the first table: one mode alone is not the best of any."""
+    modes = [{**mode, "is_best": mode["is_best"] and len(names) > 1} for mode in one["modes"]]
+    verdict = None if is_cpu_demo else one["verdict"]  # the notice over all says it once
+    runner_up_name = names.get(one["runner_up"])
+    return {**one, "modes": modes, "verdict": verdict, "runner_up_name": runner_up_name}
 
 
 def first_table(mix: Record, how_sure: Callable[[Record], str], best: str) -> tables.Table:
@@ -290,6 +302,8 @@ def facts(section: Record, mix: Record | None, say: Any) -> dict[str, list[str]]
     found: dict[str, list[str]] = {}
     if mix and mix["worst"]:
         found["Worst slowdown"] = [say.worst(mix["worst"])]
+    if mix and mix["failed"]:
+        found["Did not work"] = [f"{name}: {why}." for name, why in mix["failed"].items()]
     if mix is None or mix["is_first"]:
         found["How many fit"] = [say.ramp_line(ramp) for ramp in section["ramps"]]
         if not section["cpu_demo"]:
