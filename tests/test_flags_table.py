@@ -1,4 +1,4 @@
-"""The page of all flags and exit codes says what every program's --help says, no more and no less."""
+"""The page of all flags and exit codes says what every --help says, no more and no less."""
 
 from __future__ import annotations
 
