@@ -244,6 +244,9 @@ class Experiment:
         wanted = int(options.repeats or usual)
         if options.dry_run:
             return wanted
+        before = self._rounds_before()
+        if before:
+            return before
         each = [self.driver.estimate(phase.name, self._flags(phase, wanted)) for phase in phases]
         if None in each or not sum(each):
             say(f"{wanted} rounds, each as long as your commands take")
@@ -256,6 +259,16 @@ class Experiment:
         of = f"{rounds} round{'s' if rounds > 1 else ''} of {', '.join(p.name for p in phases)}"
         say(f"{of}: about {max(1, round(rounds * minutes))} min{why}{few}")
         return rounds
+
+    def _rounds_before(self) -> int | None:
+        """Return how many rounds were planned where this goes on: what is there has that number."""
+        manifests = Path(self.driver.output).glob("*/manifest.json")
+        for path in manifests if self.options.resumed else ():
+            with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+                request = json.loads(path.read_text(encoding="utf-8"))["request"]
+                if request["session"]:
+                    return int(request["repeats"])
+        return None
 
     def _measure_round(
         self, number: int, rounds: int, alone: Phase, together: Sequence[Phase]

@@ -24,9 +24,9 @@ with atheris.instrument_imports(include=["workloads.inference", "PIL"]):
     import numpy as np
     from PIL import Image
 
-    from workloads.inference.batching import Refusal
     from workloads.inference.image_input import FORMATS, ImageRejected, open_upload, small_picture
-    from workloads.inference.web_app import picture_of
+    from workloads.inference.web_app import Refusal, picture_of
+
 
 MAX_PIXELS = 1_000_000
 MODES = {

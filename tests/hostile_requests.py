@@ -136,6 +136,7 @@ ODD_PICTURES = {
     "rotated by EXIF": rotated(),
     "animated": animation(),
     "1x1": encoded("PNG", array=NOISE[:1, :1]),
+    "of the most pixels": encoded("PNG", array=np.zeros((1000, 1000, 3), np.uint8)),
     "20000x1": encoded("PNG", array=np.zeros((1, 20000, 3), np.uint8)),
     "1x20000": encoded("PNG", array=np.zeros((20000, 1, 3), np.uint8)),
     # As browsers show it: the rows that are there, and black.

@@ -1,10 +1,12 @@
 """The inference server with a stub model: everything but the device, and no torch.
 
     python3 tests/stub_server.py --port 0 --host 127.0.0.1      # the flags of inference_server.py
+    python3 tests/stub_server.py serving --rate 20              # the flags of serving_client.py
 
 The class of a picture is the red value of its first pixel, so an answer shows whose picture it is
 of. In the environment: STUB_LOAD_SECONDS and STUB_BATCH_SECONDS, how long loading and a batch take
-(0); STUB_FAIL, fail at a batch whose first picture has that class.
+(0); STUB_FAIL, fail at a batch whose first picture has that class; STUB_FAIL_AFTER, fail after so
+many batches.
 """
 
 from __future__ import annotations
@@ -19,8 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from workloads.common import cli, client
-from workloads.inference import inference_server
+from workloads.inference import inference_server, serving_client
 
 
 class StubModel:
@@ -30,12 +31,15 @@ class StubModel:
         kind="random", source="stub", class_names=[f"class {n}" for n in range(256)]
     )
 
+    _batches_left = int(os.environ.get("STUB_FAIL_AFTER", -1))
+
     def warm_up(self) -> None:
         pass
 
     def start(self, pictures: list[np.ndarray]) -> np.ndarray:
         first = np.concatenate([array[:, 0, 0, 0] for array in pictures]).astype(np.float32)
-        if str(int(first[0])) == os.environ.get("STUB_FAIL"):
+        self._batches_left -= 1
+        if str(int(first[0])) == os.environ.get("STUB_FAIL") or self._batches_left == -1:
             raise RuntimeError("the stub model fails")
         return first
 
@@ -46,8 +50,8 @@ class StubModel:
         return np.concatenate([probabilities, classes], axis=1)
 
 
-class StubServer(inference_server.InferenceServer):
-    """The real server, whose model and device are stubs."""
+class Stubbed:
+    """Takes the place of a server's model and device."""
 
     def _load_model(self) -> None:
         time.sleep(float(os.environ.get("STUB_LOAD_SECONDS", 0)))
@@ -57,11 +61,19 @@ class StubServer(inference_server.InferenceServer):
 
     def identity(self) -> dict:
         return {"pid": os.getpid(), "port": self._port, "gpu_name": None, "gpu_uuid": None,
-                "host_threads": 1,
-                "workers": self.args.workers, "model": self.args.model, "weights": "random",
-                "device": "cpu"}  # fmt: skip
+                "workers": self.args.workers, **self._facts}  # fmt: skip
+
+
+class StubServer(Stubbed, inference_server.InferenceServer):
+    """The real server, whose model and device are stubs."""
+
+
+class StubService(Stubbed, serving_client.ServingClient):
+    """The real service, whose model and device are stubs."""
 
 
 if __name__ == "__main__":
-    server = StubServer(inference_server.parse_arguments())
-    cli.run_main(lambda: client.run(server), server.leave)
+    if sys.argv[1:2] == ["serving"]:
+        del sys.argv[1]
+        inference_server.serve(StubService(serving_client.parse_arguments()))
+    inference_server.serve(StubServer(inference_server.parse_arguments()))

@@ -1,4 +1,4 @@
-"""Decoding of uploaded pictures: every good kind, and bytes that are no picture or a trap."""
+"""Decoding of uploaded pictures to the right pixels; what is refused: hostile_requests.py."""
 
 from __future__ import annotations
 
@@ -21,45 +21,37 @@ MAX_PIXELS = 1_000_000
 NOISE = np.random.default_rng(0).integers(0, 256, (60, 100, 3), dtype=np.uint8)
 
 
-def decode_image(content: bytes, max_pixels: int) -> np.ndarray:
-    small = small_picture(open_upload(content, max_pixels))
-    return np.frombuffer(small, np.uint8).reshape(224, 224, 3)
+def decoded(content: bytes) -> np.ndarray:
+    picture = small_picture(open_upload(content, MAX_PIXELS))
+    return np.frombuffer(picture, np.uint8).reshape(224, 224, 3)
 
 
-def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
+def encoded(image: Image.Image | np.ndarray, kind: str, **options: object) -> bytes:
     file = io.BytesIO()
+    image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
     image.save(file, kind, **options)
     return file.getvalue()
 
 
-@pytest.mark.parametrize("kind", FORMATS)
-def test_every_listed_format_becomes_a_224x224_rgb_array(kind):
-    pixels = decode_image(encoded(Image.fromarray(NOISE), kind), MAX_PIXELS)
-    assert pixels.shape == (224, 224, 3)
-    assert pixels.dtype == np.uint8
-    assert abs(pixels.mean() - NOISE.mean()) < 3
-
-
 @pytest.mark.parametrize(
     ("mode", "kind"),
-    [("L", "PNG"), ("1", "PNG"), ("P", "PNG"), ("LA", "PNG"), ("RGBA", "PNG"), ("CMYK", "JPEG"),
-     ("CMYK", "TIFF"), ("F", "TIFF"), ("LAB", "TIFF")],
+    [*(("RGB", kind) for kind in FORMATS), ("L", "PNG"), ("1", "PNG"), ("P", "PNG"), ("LA", "PNG"),
+     ("RGBA", "PNG"), ("CMYK", "JPEG"), ("CMYK", "TIFF"), ("F", "TIFF"), ("LAB", "TIFF")],
 )  # fmt: skip
-def test_every_color_mode_keeps_its_brightness(mode, kind):
-    pixels = decode_image(encoded(Image.fromarray(NOISE).convert(mode), kind), MAX_PIXELS)
+def test_every_format_and_color_mode_keeps_its_brightness(mode, kind):
+    pixels = decoded(encoded(Image.fromarray(NOISE).convert(mode), kind))
     assert abs(pixels.mean() - NOISE.mean()) < 5
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
 def test_sixteen_bit_grey_is_scaled_and_not_clipped(kind):
-    ramp = np.full((30, 30), 0x4000, dtype=np.uint16)
-    pixels = decode_image(encoded(Image.fromarray(ramp), kind), MAX_PIXELS)
+    pixels = decoded(encoded(np.full((30, 30), 0x4000, dtype=np.uint16), kind))
     assert pixels.min() == pixels.max() == 0x40
 
 
 def test_a_224x224_picture_is_left_as_it_is():
     noise = np.random.default_rng(1).integers(0, 256, (224, 224, 3), dtype=np.uint8)
-    assert np.array_equal(decode_image(encoded(Image.fromarray(noise), "PNG"), MAX_PIXELS), noise)
+    assert np.array_equal(decoded(encoded(noise, "PNG")), noise)
 
 
 def test_exif_rotation_is_applied():
@@ -67,28 +59,21 @@ def test_exif_rotation_is_applied():
     picture[:50] = 255
     exif = Image.Exif()
     exif[0x0112] = 6  # to be shown turned clockwise: what was above is on the right
-    pixels = decode_image(encoded(Image.fromarray(picture), "JPEG", exif=exif), MAX_PIXELS)
-    assert pixels[:, 200].mean() > 250
-    assert pixels[:, 20].mean() < 5
+    pixels = decoded(encoded(picture, "JPEG", exif=exif))
+    assert pixels[:, 200].mean() > 250 and pixels[:, 20].mean() < 5
 
 
 def test_an_animated_picture_gives_its_first_frame():
     frames = [Image.new("RGB", (40, 40), color) for color in ("red", "blue")]
     content = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
-    assert tuple(decode_image(content, MAX_PIXELS)[100, 100]) == (255, 0, 0)
-
-
-@pytest.mark.parametrize("size", [(1, 1), (20000, 1), (1, 20000)])
-def test_extreme_shapes_are_fine(size):
-    content = encoded(Image.new("RGB", size, "lime"), "PNG")
-    assert tuple(decode_image(content, MAX_PIXELS)[0, 0]) == (0, 255, 0)
+    assert tuple(decoded(content)[100, 100]) == (255, 0, 0)
 
 
 def test_a_decompression_bomb_is_refused_by_its_header():
     bomb = encoded(Image.new("1", (13000, 13000)), "PNG")
     assert len(bomb) < 30_000
     with pytest.raises(ImageRejected, match="13000x13000 pixels; at most 1000000") as refusal:
-        decode_image(bomb, MAX_PIXELS)
+        decoded(bomb)
     assert refusal.value.status == 413
 
 
@@ -98,50 +83,14 @@ def test_a_large_jpeg_decodes_small_and_another_large_picture_does_not():
     assert max(open_upload(encoded(large, "JPEG"), 10_000_000).size) < 600
 
 
-@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
-def test_a_file_on_disk_is_read_at_its_own_size_as_the_server_reads_it(tmp_path, kind):
+def test_a_file_on_disk_is_read_at_its_own_size_and_not_in_a_programmable_format(tmp_path):
     ramp = np.tile(np.linspace(0, 0xFFFF, 40).astype(np.uint16), (30, 1))
-    path = tmp_path / "gradient"
-    path.write_bytes(encoded(Image.fromarray(ramp), kind))
-    image = to_rgb(open_image(path))
-    assert (image.mode, image.size) == ("RGB", (40, 30))
-    assert abs(np.asarray(image).mean() - 127) < 1
-
-
-def test_a_programmable_format_under_a_pictures_name_is_refused(tmp_path):
     path = tmp_path / "a.png"
-    path.write_bytes(encoded(Image.fromarray(NOISE), "EPS"))
+    for kind in ("PNG", "TIFF"):
+        path.write_bytes(encoded(ramp, kind))
+        image = to_rgb(open_image(path))
+        assert (image.mode, image.size) == ("RGB", (40, 30))
+        assert abs(np.asarray(image).mean() - 127) < 1
+    path.write_bytes(encoded(NOISE, "EPS"))
     with pytest.raises(ImageRejected, match="not one of JPEG"):
         open_image(path)
-
-
-def test_the_pixel_limit_itself_is_accepted():
-    content = encoded(Image.new("RGB", (1000, 1000)), "PNG")
-    assert decode_image(content, MAX_PIXELS).shape == (224, 224, 3)
-
-
-@pytest.mark.parametrize(
-    "content",
-    [b"", b"x", b"GIF89a", b"\x89PNG\r\n\x1a\n" + b"\0" * 50, b"%!PS-Adobe-3.0 EPSF-3.0\n" * 9],
-    ids=["empty", "one byte", "gif header", "png header", "eps"],
-)
-def test_bytes_that_are_no_picture_are_the_senders_fault(content):
-    with pytest.raises(ImageRejected) as refusal:
-        decode_image(content, MAX_PIXELS)
-    assert refusal.value.status == 400
-
-
-@pytest.mark.parametrize("kind", FORMATS)
-def test_truncated_and_damaged_files_are_refused_or_decoded_but_never_crash(kind):
-    content = encoded(Image.fromarray(NOISE), kind)
-    random = np.random.default_rng(2)
-    refused = 0
-    for _ in range(60):
-        damaged = bytearray(content[: random.integers(1, len(content))])
-        for position in random.integers(0, len(damaged), 5):
-            damaged[position] = random.integers(0, 256)
-        try:
-            assert decode_image(bytes(damaged), MAX_PIXELS).shape == (224, 224, 3)
-        except ImageRejected:
-            refused += 1
-    assert refused >= 30

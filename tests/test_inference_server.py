@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import socket
@@ -20,7 +19,7 @@ from hostile_requests import read_all
 from server_process import SCRIPT, SMALL, ServerProcess, jpeg, png, running
 from waiting import wait_until
 
-from workloads.inference.inference_server import Statistics
+from workloads.inference.batching import Statistics
 
 GUIDE_STATS = (
     "total_requests", "success_rate_percent", "average_latency_ms", "p50_ms", "p95_ms", "p99_ms",
@@ -138,38 +137,48 @@ def test_stats_count_what_was_answered_and_keep_batches_and_bad_requests_apart(s
     assert "inference_server_waiting_images" in lines
 
 
-def test_a_bad_upload_is_a_4xx_that_says_why(server):
-    def post(path="/predict", **arguments):
-        return requests.post(f"{server.url}{path}", timeout=10, **arguments)
-
-    two = [("image", ("a.jpg", jpeg())), ("image", ("b.jpg", jpeg()))]
-    for answer, status, said in (
-        (post(), 400, "no image"),
-        (post(files={"picture": ("a.jpg", jpeg())}), 400, "fields found: 'picture'"),
-        (post(files=two), 400, "2 fields named 'image'"),
-        (post(files={"image": ("a.jpg", b"")}), 400, "empty"),
-        (post(data=jpeg()[:1000]), 400, "cannot decode"),
-        (post(data=b"x", headers={"Content-Type": "multipart/form-data"}), 400, "no file"),
-        (post(data=b"x", headers={"Content-Type": "multipart/form-data; boundary=a"}), 400, "dam"),
-        (post(json={"image": 1}), 400, "not one of"),
-        (post("/batch_predict", data=b'{"batch_size": 3}'), 415, "application/json"),
-        (post("/batch_predict", json={"batch_size": 3, "x": "y" * 1024}), 413, "1024 bytes"),
-    ):
-        assert answer.status_code == status, answer.text
-        assert said in answer.json()["error"]
+TWO = [("image", ("a.jpg", jpeg())), ("image", ("b.jpg", jpeg()))]
+MULTIPART = "multipart/form-data"
 
 
-def test_wrong_paths_and_methods_are_json_errors(server):
-    for method, path, status in (
-        ("GET", "/nowhere", 404), ("GET", "/predict", 405), ("PUT", "/stats", 405),
-        ("BREW", "/health", 405), ("BREW", "/nowhere", 404),
-    ):  # fmt: skip
-        answer = requests.request(method, server.url + path, timeout=10)
-        assert answer.status_code == status
+@pytest.mark.parametrize(
+    ("path", "how", "status", "said"),
+    [
+        ("/predict", {}, 400, "no image"),
+        ("/predict", {"files": {"picture": ("a", jpeg())}}, 400, "fields found: 'picture'"),
+        ("/predict", {"files": TWO}, 400, "2 fields named 'image'"),
+        ("/predict", {"files": {"image": ("a.jpg", b"")}}, 400, "empty"),
+        ("/predict", {"data": jpeg()[:1000]}, 400, "cannot decode"),
+        ("/predict", {"data": b"x", "headers": {"Content-Type": MULTIPART}}, 400, "no file"),
+        ("/predict", {"data": b"x", "headers": {"Content-Type": f"{MULTIPART}; boundary=a"}}, 400,
+         "damaged"),
+        ("/predict", {"json": {"image": 1}}, 400, "not one of"),
+        ("/predict", {"data": bytes(1_500_000)}, 413, "too large"),
+        ("/batch_predict", {"data": b'{"batch_size": 3}'}, 415, "application/json"),
+        ("/batch_predict", {"json": {"batch_size": 3, "x": "y" * 1024}}, 413, "1024 bytes"),
+        ("/batch_predict", {"json": {"batch_size": 1025}}, 400, "from 1 to 1024"),
+    ],
+)  # fmt: skip
+def test_a_bad_upload_is_a_4xx_that_says_why(server, path, how, status, said):
+    answer = requests.post(server.url + path, timeout=10, **how)
+    assert answer.status_code == status, answer.text
+    assert said in answer.json()["error"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "allowed"),
+    [("GET", "/nowhere", 404, ""), ("GET", "/predict", 405, "POST"), ("PUT", "/stats", 405, "GET"),
+     ("BREW", "/health", 405, "GET"), ("BREW", "/nowhere", 404, ""),
+     ("OPTIONS", "/predict", 200, "POST"), ("HEAD", "/health", 200, "")],
+)  # fmt: skip
+def test_methods_and_paths_are_answered_as_http_says(server, method, path, status, allowed):
+    answer = requests.request(method, server.url + path, timeout=10)
+    assert answer.status_code == status
+    assert not allowed or allowed in answer.headers["Allow"].split(", ")
+    if status == 200:
+        assert answer.content == b"" and (allowed or int(answer.headers["Content-Length"]) > 0)
+    else:
         assert answer.json()["error"]
-        if status == 405:
-            allowed = answer.headers["Allow"].split(", ")
-            assert ("POST" if path == "/predict" else "GET") in allowed
 
 
 def test_no_page_of_another_origin_and_no_foreign_name_reaches_a_local_server(server):
@@ -209,57 +218,36 @@ def test_the_page_shows_classes_and_figures_at_the_width_of_a_phone(server, tmp_
     assert f"{server.url}/predict -F" in done.stdout
 
 
-def test_too_long_a_body_is_a_413(server):
-    answer = server.predict(b"\0" * (1_500_000))
-    assert answer.status_code == 413
-    assert "too large" in answer.json()["error"]
-    # It is refused by its announced length, before it is sent.
+def talk(server: ServerProcess, *pieces: bytes) -> bytes:
+    """Send the pieces over one connection; return all that came until its end."""
     with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
-        connection.sendall(b"POST /predict HTTP/1.1\r\nContent-Length: 999999999\r\n\r\n")
-        answer = connection.makefile("rb").read()
+        for piece in pieces:
+            connection.sendall(piece)
+        return read_all(connection)
+
+
+def test_what_is_sent_over_one_connection_is_answered_in_order_and_announced_excess_ends_it(server):
+    answer = talk(server, b"POST /predict HTTP/1.1\r\nContent-Length: 999999999\r\n\r\n")
     assert answer.startswith(b"HTTP/1.1 413 ") and b"Connection: close" in answer
     assert "too large" in json.loads(answer.partition(b"\r\n\r\n")[2])["error"]
-
-
-def test_requests_sent_ahead_are_answered_in_order_and_the_last_one_closes(server):
     content = jpeg()
-    predict = b"POST /predict HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % len(content) + content
+    predict = b"POST /predict HTTP/1.1\r\nContent-Length: %d\r\n" % len(content)
     others = b"GET /nowhere HTTP/1.1\r\n\r\n" * 20 + b"GET /health HTTP/1.0\r\n\r\n"
-    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
-        connection.sendall(predict + others)
-        answers = read_all(connection)
-    statuses = re.findall(rb"HTTP/1\.[01] (\d+) ", answers)
-    assert statuses == [b"200", *[b"404"] * 20, b"200"]
+    answers = talk(server, predict + b"\r\n" + content + others)
+    assert re.findall(rb"HTTP/1\.[01] (\d+) ", answers) == [b"200", *[b"404"] * 20, b"200"]
     assert answers.count(b"Connection: close") == 1
-
-
-def test_a_client_that_asks_first_is_told_to_go_on(server):
-    content = jpeg()
-    head = b"POST /predict HTTP/1.1\r\nConnection: close\r\nExpect: 100-continue\r\n"
+    head = predict + b"Connection: close\r\nExpect: 100-continue\r\n\r\n"
     with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
-        connection.sendall(head + b"Content-Length: %d\r\n\r\n" % len(content))
+        connection.sendall(head)
         assert connection.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
         connection.sendall(content)
-        assert connection.makefile("rb").read().startswith(b"HTTP/1.1 200 ")
+        assert read_all(connection).startswith(b"HTTP/1.1 200 ")
 
 
-def test_head_and_options_have_no_body(server):
-    head = requests.head(f"{server.url}/health", timeout=10)
-    assert (head.status_code, head.content) == (200, b"")
-    assert int(head.headers["Content-Length"]) > 0
-    options = requests.options(f"{server.url}/predict", timeout=10)
-    assert (options.status_code, options.content) == (200, b"")
-    assert "POST" in options.headers["Allow"]
-
-
-def test_too_many_pixels_are_a_413(strict_server):
+def test_the_largest_picture_and_the_largest_synthetic_batch_are_flags(strict_server):
     assert strict_server.predict(jpeg(size=100)).status_code == 200
     answer = strict_server.predict(jpeg(size=101))
-    assert answer.status_code == 413
-    assert "101x101" in answer.json()["error"]
-
-
-def test_the_largest_synthetic_batch_is_a_flag(strict_server):
+    assert answer.status_code == 413 and "101x101" in answer.json()["error"]
     assert strict_server.batch_predict({"batch_size": 4}).status_code == 200
     assert strict_server.batch_predict({"batch_size": 5}).status_code == 400
 
@@ -322,29 +310,20 @@ def test_a_client_on_the_control_channel_is_healthy_only_when_warm_and_drains_on
         assert client.events("done")[0]["jobs"] == 1
 
 
-def start(folder, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    """Start the real script with flags that it cannot serve with."""
-    return subprocess.run(
-        (sys.executable, str(SCRIPT), *SMALL, *arguments), capture_output=True, text=True,
-        check=False, cwd=folder, timeout=60, env={**os.environ, **environment},
-    )  # fmt: skip
-
-
-def test_a_taken_port_is_one_sentence_and_exit_code_2(tmp_path):
+def test_a_taken_port_and_an_unknown_model_are_one_sentence_and_exit_code_2(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        done = start(tmp_path, "--port", str(port))
-    assert done.returncode == 2
-    assert f"cannot listen on 127.0.0.1:{port}" in done.stderr
-    assert "--port" in done.stderr and "Traceback" not in done.stderr
-
-
-def test_an_unknown_model_is_one_sentence_that_names_the_nearest(tmp_path):
-    done = start(tmp_path, "--model", "resnet5", "--port", "0")
-    assert done.returncode == 2
-    last = done.stderr.splitlines()[-1]
-    assert "no classifier 'resnet5'" in last and "resnet50" in last
-    assert "Traceback" not in done.stderr
+        port = str(taken.getsockname()[1])
+        for flags, said in (
+            (("--port", port), f"cannot listen on 127.0.0.1:{port} "),
+            (("--port", "70000"), "above 65535"),
+            (("--model", "resnet5", "--port", "0"), "no classifier 'resnet5'; the nearest of"),
+        ):
+            done = subprocess.run(
+                (sys.executable, str(SCRIPT), *SMALL, *flags), capture_output=True, text=True,
+                check=False, cwd=tmp_path, timeout=60,
+            )  # fmt: skip
+            assert done.returncode == 2
+            assert said in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
 
 
 def test_both_families_of_addresses_are_served_and_printed_as_urls(tmp_path):
@@ -399,17 +378,14 @@ def test_a_second_signal_ends_a_server_that_drains_at_once(tmp_path):
         assert time.monotonic() - begin < 4
 
 
-def test_the_sliding_window_forgets_what_is_older_than_ten_seconds():
-    statistics, now = Statistics(), time.monotonic()
+def test_the_window_of_ten_seconds_and_that_of_a_hundred_thousand_requests_slide():
+    statistics, now = Statistics(dict), time.monotonic()
     for age_seconds in (60.0, 13.0, 10.5, 9.0, 5.0, 0.0):
         statistics.record("predict", 200, 1, now - age_seconds - 0.001, 0.001, 0.0, 0.0, 0.0)
     assert statistics.snapshot()["qps_last_10_seconds"] == 0.3
     assert [end - start for _, start, end in statistics.take_units()] == [pytest.approx(1e-3)] * 6
-    assert statistics.take_units() == []
-
-
-def test_percentiles_are_of_the_latest_hundred_thousand_requests():
-    statistics = Statistics()
+    assert list(statistics.take_units()) == []
+    statistics = Statistics(dict)
     for number in range(120_000):
         seconds = 1.0 if number < 110_000 else 0.001
         statistics.record("predict", 200, 1, 0.0, seconds, 0.0, 0.0, seconds)

@@ -29,6 +29,8 @@ GUIDE_FIGURES = (
     "mean_latency_ms", "median_latency_ms", "p50_latency_ms", "p95_latency_ms", "p99_latency_ms",
     "max_latency_ms", "qps", "requests_per_minute",
 )  # fmt: skip
+SHORT = ("--duration", "0.3", "--no-charts")
+NAN, INF = float("nan"), float("inf")
 
 
 @pytest.fixture
@@ -37,11 +39,19 @@ def server():
         yield server
 
 
+def measure(folder: Path, server, *flags: str, code: int = 0, **how: object) -> tuple[dict, str]:
+    """Run the load test; return its figures and what it said."""
+    done = load_test(folder, getattr(server, "url", server), *flags, **how)
+    assert done.returncode == code, done.stderr
+    return only_result(folder)["figures"], done.stdout + done.stderr
+
+
+# --- what is sent, and the figures of the guide ---------------------------------------------------
+
+
 def test_every_figure_of_the_guide_is_in_the_result_and_adds_up(server, tmp_path, record_property):
     flags = ("--clients", "20", "--processes", "1", "--duration", "1.5", "--no-charts")
-    done = load_test(tmp_path, server.url, *flags)
-    assert done.returncode == 0, done.stderr
-    figures = only_result(tmp_path)["figures"]
+    figures, said = measure(tmp_path, server, *flags)
     # Figures to look at, not floors: what else runs on the machine decides them.
     record_property("requests_per_second", round(figures["qps"]))
     record_property("generator_cpu_cores", round(figures["generator_cpu_cores"], 2))
@@ -68,20 +78,21 @@ def test_every_figure_of_the_guide_is_in_the_result_and_adds_up(server, tmp_path
     # A closed loop of n clients: their waiting fills n seconds a second, and no more.
     assert figures["qps"] * figures["mean_latency_ms"] / 1e3 <= 20.0
     for label in ("Total requests", "Success rate", "Queries per second", "P95 / P99"):
-        assert label in done.stdout
-    assert "waiting for" not in done.stderr
+        assert label in said
+    assert "waiting for" not in said
 
 
-def test_raw_uploads_are_the_jpeg_itself_and_a_proxy_in_the_environment_is_not_asked(
-    server, tmp_path
-):
+def test_raw_uploads_are_the_jpeg_itself_and_nothing_around_a_run_is_used(server, tmp_path):
+    planted = tmp_path / "planted"
+    planted.mkdir()
+    for name in ("multiprocessing.py", "aiohttp.py", "asyncio.py"):
+        (planted / name).write_text("raise SystemExit('imported from the working directory')")
     proxies = dict.fromkeys(("http_proxy", "HTTP_PROXY", "ALL_PROXY"), "http://127.0.0.1:9")
-    done = load_test(
-        tmp_path, server.url, "--duration", "0.3", "--no-charts", "--upload", "raw",
-        env={**os.environ, **proxies},
+    environment = {**os.environ, **proxies}
+    figures, _ = measure(
+        tmp_path, server, *SHORT, "--upload", "raw", env=environment, cwd=planted
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert only_result(tmp_path)["figures"]["success_rate_percent"] == 100
+    assert figures["success_rate_percent"] == 100
     counts = server.counts()
     assert counts["image/jpeg"] == counts["jpeg"] == counts["/predict"] > 0
 
@@ -92,8 +103,7 @@ def test_raw_uploads_are_the_jpeg_itself_and_a_proxy_in_the_environment_is_not_a
      ("/al%20ready", "/al%20ready/predict"), ("/?q=ü#f", "/predict")],
 )  # fmt: skip
 def test_an_address_outside_ascii_is_percent_encoded(path, asked, server, tmp_path):
-    done = load_test(tmp_path, server.url + path, "--duration", "0.2", "--no-charts")
-    assert done.returncode == 0, done.stderr
+    measure(tmp_path, server.url + path, *SHORT)
     assert server.counts()[asked] > 0
 
 
@@ -103,85 +113,141 @@ def test_an_address_outside_ascii_is_percent_encoded(path, asked, server, tmp_pa
 )
 def test_failures_are_counted_by_kind_and_are_infinitely_late(statuses, kind, tmp_path):
     with null_server("--statuses", statuses) as server:
-        done = load_test(tmp_path, server.url, "--clients", "3", "--duration", "0.5")
-    assert done.returncode == 0
-    figures = only_result(tmp_path)["figures"]
+        figures, said = measure(tmp_path, server, "--clients", "3", "--duration", "0.5")
     assert figures["errors"] == {kind: figures["failed_requests"]}
     assert figures["failed_requests"] > 0 and figures["successful_requests"] > 0
     assert figures["success_rate_percent"] == pytest.approx(
         100 * figures["successful_requests"] / figures["total_requests"]
     )
-    assert f"Failed: {kind}" in done.stdout
     assert figures["p99_latency_ms"] is None and figures["max_latency_ms"] > 0
     assert "p99" in figures["infinite_latency_percentiles"]
     assert figures["latency_percentile_requests"] == figures["total_requests"]
-    assert f"infinite (few), n = {figures['total_requests']}" in done.stdout
+    assert f"Failed: {kind}" in said
+    assert f"infinite (few), n = {figures['total_requests']}" in said
 
 
 def test_no_success_at_all_is_exit_code_1_and_timeouts_are_failures(tmp_path):
+    flags = ("--clients", "2", "--duration", "0.3", "--timeout", "0.2", "--warm-up-requests", "0")
     with null_server("--statuses", "-1") as server:
-        done = load_test(
-            tmp_path, server.url, "--clients", "2", "--duration", "0.3", "--timeout", "0.2",
-            "--warm-up-requests", "0",
-        )  # fmt: skip
-    assert done.returncode == 1
-    figures = only_result(tmp_path)["figures"]
+        figures, said = measure(tmp_path, server, *flags, code=1)
     assert figures["errors"] == {"timeout": figures["total_requests"]}
     assert figures["success_rate_percent"] == 0
     assert figures["mean_latency_ms"] is None
-    assert "Median (P50) latency  infinite (few), n = " in done.stdout
-    assert "Mean latency          none (of the answered)" in done.stdout
+    assert "Median (P50) latency  infinite (few), n = " in said
+    assert "Mean latency          none (of the answered)" in said
+
+
+def test_the_real_server_answers_the_load_and_counts_the_same(tmp_path):
+    with running(tmp_path, "--max-batch", "4") as server:
+        figures, _ = measure(tmp_path, server, "--clients", "4", "--duration", "2")
+        assert figures["success_rate_percent"] == 100
+        stats = server.stats()
+    assert stats["successful_requests"] == figures["successful_requests"] + 4 * 2
+    # The client's latency is the server's and the way there and back.
+    assert figures["p50_latency_ms"] >= 0.8 * stats["p50_ms"] > 0
+
+
+# --- the open loop --------------------------------------------------------------------------------
+
+
+def test_a_stall_shows_in_latency_from_the_intended_send_and_not_in_service_time(tmp_path):
+    # The server stands still for one of three seconds. Four connections can wait for it; the other
+    # requests of that second wait for a connection, which service time does not see.
+    with null_server("--stall-after", "1", "--stall-seconds", "1") as server:
+        figures, said = measure(
+            tmp_path, server, "--rate", "200", "--arrival", "constant", "--duration", "3",
+            "--clients", "4", "--max-connections", "4", "--slo-ms", "300", "--no-charts",
+        )  # fmt: skip
+    assert figures["total_requests"] == figures["successful_requests"] == 600
+    # 200 requests were due in the stall, the last ones near its end: 10 % waited 0.7 s or more.
+    assert figures["p95_latency_ms"] > 500
+    assert 900 < figures["max_latency_ms"] < 2000
+    # Only the four in flight felt it as service time, 0.7 % of all.
+    assert figures["p95_service_ms"] < 200 < 900 < figures["max_service_ms"]
+    assert figures["late_for_connection"] > 150
+    # Within 300 ms: what was due outside the stall or in its last 0.3 s, about 460 of 600.
+    assert 60 < figures["slo_attainment_percent"] < 85
+    assert only_result(tmp_path)["settings"]["loop"] == "open"
+    assert "Late sends" in said and "Within 300 ms" in said
+
+
+def test_a_closed_loop_hides_the_same_stall(tmp_path):
+    with null_server("--stall-after", "0.5", "--stall-seconds", "0.5") as server:
+        flags = ("--clients", "2", "--duration", "1.5", "--no-charts")
+        figures, _ = measure(tmp_path, server, *flags)
+    assert figures["max_latency_ms"] > 400
+    assert figures["p99_latency_ms"] < 200
+    assert "p99_service_ms" not in figures
+    assert only_result(tmp_path)["settings"]["loop"] == "closed"
+
+
+def test_requests_that_find_no_connection_in_time_fail_and_are_counted(tmp_path):
+    with null_server("--stall-after", "0", "--stall-seconds", "1.5") as server:
+        figures, _ = measure(
+            tmp_path, server, "--rate", "50", "--arrival", "constant", "--duration", "1",
+            "--clients", "1", "--max-connections", "1", "--timeout", "0.4", "--no-charts",
+            "--warm-up-requests", "0", "--processes", "1",
+        )  # fmt: skip
+    assert figures["total_requests"] == 50
+    assert figures["errors"]["not sent in time"] > 0
+    assert sum(figures["errors"].values()) == figures["failed_requests"]
+
+
+def test_raw_values_lie_next_to_the_result_by_hand(server, tmp_path):
+    flags = ("--rate", "300", "--duration", "1", "--no-charts")
+    figures, _ = measure(tmp_path, server, *flags)
+    raw = np.load(tmp_path / figures["raw_file"])
+    assert len(raw) == figures["total_requests"] and raw["ok"].all()
+    assert np.percentile(raw["latency_ms"], 99.9) == pytest.approx(
+        figures["p99_9_latency_ms"], rel=1e-3
+    )
+    assert (np.diff(raw["intended_seconds"]) >= 0).all()
+    assert raw["intended_seconds"][0] > 0 and raw["intended_seconds"][-1] < 1
+
+
+# --- before the load: the server, this machine, flags ---------------------------------------------
 
 
 def test_a_server_that_is_still_loading_is_waited_for_visibly_and_not_called_start_up(tmp_path):
-    waits = ",".join(["503"] * 8)
-    with null_server("--health-statuses", f"{waits},200") as server:
-        done = load_test(tmp_path, server.url, "--duration", "0.3", "--no-charts")
-        assert done.returncode == 0
-        assert f"waiting for the server at {server.url}" in done.stderr
-    # Eight probes are two seconds.
-    assert 0 < only_result(tmp_path)["figures"]["startup_seconds"] < 1.9
+    with null_server("--health-statuses", ",".join(["503"] * 8 + ["200"])) as server:
+        figures, said = measure(tmp_path, server, *SHORT)
+        assert f"waiting for the server at {server.url}" in said
+    assert 0 < figures["startup_seconds"] < 1.9  # eight probes are two seconds
+
+
+NOBODY = "http://127.0.0.1:9"
 
 
 @pytest.mark.parametrize(
-    ("url", "said"),
-    [("http://127.0.0.1:9", "does not answer"), ("localhost:5000", "is no address"),
-     ("ftp://localhost", "is no address"), ("http://", "is no address"),
-     ("http://localhost:port", "is no address"), ("http://me:secret@localhost", "no user name")],
+    ("url", "flags", "said"),
+    [(NOBODY, (), "does not answer"), ("localhost:5000", (), "is no address"),
+     ("ftp://localhost", (), "is no address"), ("http://", (), "is no address"),
+     ("http://localhost:port", (), "is no address"), ("http://me:secret@here", (), "no user name"),
+     (NOBODY, ("--rate", "0"), "'0' is not"), (NOBODY, ("--slo-ms", "-1"), "'-1' is not"),
+     (NOBODY, ("--arrival", "poisson"), "give its --rate"),
+     (NOBODY, ("--processes", "0"), "'0' is not")],
 )  # fmt: skip
-def test_an_unreachable_server_is_exit_code_2_and_one_sentence(url, said, tmp_path):
-    done = load_test(tmp_path, url, "--connect-seconds", "0.3")
+def test_what_cannot_be_done_is_exit_code_2_and_one_sentence(url, flags, said, tmp_path):
+    done = load_test(tmp_path, url, "--connect-seconds", "0.3", *flags)
     assert done.returncode == 2
-    assert said in done.stderr and "Traceback" not in done.stderr
-    assert "secret" not in done.stderr
+    (error,) = [line for line in done.stderr.splitlines() if "waiting for" not in line]
+    assert said in error and "secret" not in error
     assert list(tmp_path.iterdir()) == []
 
 
-def with_open_files(soft: int, hard: int) -> dict[str, object]:
-    limits = (soft, hard)
-    return {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_NOFILE, limits)}
+def test_a_soft_limit_of_open_files_is_raised_and_a_hard_one_is_named(server, tmp_path):
+    def limit(hard: int) -> dict:
+        return {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))}
 
-
-def test_a_low_soft_limit_of_open_files_is_raised_as_far_as_the_clients_need(server, tmp_path):
-    done = load_test(
-        tmp_path, server.url, "--clients", "100", "--duration", "0.5", "--processes", "1",
-        "--no-charts", **with_open_files(64, 4096),
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert only_result(tmp_path)["figures"]["success_rate_percent"] == 100
-    assert server.counts()["connections"] == 100
-
-
-def test_a_hard_limit_of_open_files_that_is_too_low_is_exit_code_2_with_the_remedy(
-    server, tmp_path
-):
-    done = load_test(
-        tmp_path, server.url, "--clients", "100", "--processes", "1", **with_open_files(64, 64)
-    )
+    flags = ("--clients", "100", "--processes", "1", *SHORT)
+    done = load_test(tmp_path, server.url, *flags, **limit(64))
     assert done.returncode == 2
     (said,) = [line for line in done.stderr.splitlines() if "error:" in line]
     assert "needs 132 open files a process" in said and "ulimit -Hn" in said
     assert list(tmp_path.iterdir()) == []
+    figures, _ = measure(tmp_path, server, *flags, **limit(4096))
+    assert figures["success_rate_percent"] == 100
+    assert server.counts()["connections"] == 100
 
 
 @pytest.mark.parametrize(
@@ -193,7 +259,7 @@ def test_a_hard_limit_of_open_files_that_is_too_low_is_exit_code_2_with_the_reme
 def test_nothing_heavy_is_imported_by_the_load_test_its_processes_or_a_run_without_charts(
     program, heavy, server, tmp_path
 ):
-    flags = ["--server", server.url, "--duration", "0.3", "--no-charts", "--rate", "50"]
+    flags = ["--server", server.url, *SHORT, "--rate", "50"]
     program = (
         f"import sys; sys.argv = ['x', *{flags!r}]; sys.path.insert(0, {str(PROJECT_ROOT)!r})\n"
         f"{program}\nprint([name for name in {heavy!r} if name in sys.modules])"
@@ -204,61 +270,37 @@ def test_nothing_heavy_is_imported_by_the_load_test_its_processes_or_a_run_witho
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-def test_what_lies_where_it_is_started_is_not_imported(server, tmp_path):
-    planted = tmp_path / "planted"
-    planted.mkdir()
-    for name in ("multiprocessing.py", "aiohttp.py", "asyncio.py"):
-        (planted / name).write_text("raise SystemExit('imported from the working directory')")
-    done = load_test(
-        tmp_path, server.url, "--duration", "0.2", "--processes", "1", "--no-charts", cwd=planted
-    )
-    assert done.returncode == 0, done.stderr
+# --- held by the suite, and ended -----------------------------------------------------------------
 
 
-def test_held_by_the_suite_jobs_repeat_and_each_request_is_a_latency_unit(server, tmp_path):
+def test_held_by_the_suite_jobs_follow_each_other_and_a_stop_loses_no_finished_request(
+    server, tmp_path
+):
     with HeldClient(
         tmp_path, "workloads/inference/load_test.py", "--server", server.url,
-        "--clients", "2", "--duration", "0.5",
-    ) as client:  # fmt: skip
-        assert client.start_working()["device"] is None
-        jobs = client.wait_for("job", count=2)
-        client.say("stop")
-        assert client.exit_code() == 0
-        done = client.events("done")[0]
-        assert done["jobs"] >= 2
-        units = client.events("units")
-    assert {(event["kind"], event["latency"]) for event in units} == {("request", True)}
-    starts = [start for event in units for start in event["start_seconds"]]
-    counted = [
-        sum(job["start_seconds"] <= start <= job["end_seconds"] for start in starts) for job in jobs
-    ]
-    assert counted == [job["figures"]["successful_requests"] for job in jobs]
-
-
-def test_a_stop_ends_all_at_once_and_loses_no_finished_request(server, tmp_path):
-    with HeldClient(
-        tmp_path, "workloads/inference/load_test.py", "--server", server.url,
-        "--clients", "2", "--processes", "2", "--duration", "60",
-    ) as client:  # fmt: skip
-        client.start_working()
-        client.wait_for("units")
-        processes = child_pids(client.process.pid)
+        "--clients", "2", "--processes", "2", "--duration", "0.5",
+    ) as held:  # fmt: skip
+        assert held.start_working()["device"] is None
+        jobs = held.wait_for("job", count=2)
+        processes = child_pids(held.process.pid)
         asked_seconds = time.monotonic()
-        client.say("stop")
-        assert client.exit_code(10) == 0
-        ends = [
-            start + duration
-            for event in client.events("units")
-            for start, duration in zip(
-                event["start_seconds"], event["duration_seconds"], strict=True
-            )
-        ]
-    assert len(processes) == 2
-    assert not any(map(is_running, processes))
+        held.say("stop")
+        assert held.exit_code(10) == 0
+        assert held.events("done")[0]["jobs"] >= 2
+        units = held.events("units")
+    assert len(processes) == 2 and not any(map(is_running, processes))
+    assert {(event["kind"], event["latency"]) for event in units} == {("request", True)}
+    ends = [
+        start + duration
+        for event in units
+        for start, duration in zip(event["start_seconds"], event["duration_seconds"], strict=True)
+    ]
     # The server had every request; but for those in flight, each is a unit.
     counted = server.counts()["/predict"] - 2 * 2
     assert counted - 2 <= len(ends) <= counted
     assert max(ends) > asked_seconds - 0.2
+    in_jobs = sum(job["figures"]["successful_requests"] for job in jobs)
+    assert 0 < in_jobs <= sum(end <= jobs[-1]["end_seconds"] for end in ends)
     assert list(tmp_path.glob("load_test_*")) == []
 
 
@@ -267,36 +309,31 @@ def child_pids(parent: int) -> list[int]:
     return [int(pid) for pid in children]
 
 
-def started_load_test(server, folder: Path) -> subprocess.Popen:
+@pytest.mark.parametrize(
+    ("victim", "number", "code", "said"),
+    [("all", signal.SIGKILL, -9, ""), ("all", signal.SIGTERM, 130, ""),
+     ("all", signal.SIGINT, 130, ""),
+     ("one", signal.SIGKILL, 1, "process 0 of the load generator ended with code -9")],
+)  # fmt: skip
+def test_no_process_outlives_a_load_test_that_is_ended_or_has_lost_one(
+    victim, number, code, said, server, tmp_path
+):
     process = subprocess.Popen(
         (sys.executable, str(SCRIPT), "--server", server.url, "--clients", "2",
-         "--processes", "2", "--duration", "60", "--results-dir", str(folder)),
+         "--processes", "2", "--duration", "60", "--results-dir", str(tmp_path)),
         stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     wait_until(lambda: server.counts().get("/predict", 0) >= 100, "100 requests")
-    return process
-
-
-@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_no_process_outlives_a_load_test_that_is_ended(signal_number, server, tmp_path):
-    process = started_load_test(server, tmp_path)
     processes = child_pids(process.pid)
     assert len(processes) == 2
-    process.send_signal(signal_number)
-    _, said = process.communicate(timeout=10)
-    assert process.returncode == (-9 if signal_number == signal.SIGKILL else 130)
-    assert "Traceback" not in said
+    os.kill(process.pid if victim == "all" else processes[0], number)
+    _, told = process.communicate(timeout=20)
+    assert process.returncode == code
+    assert said in told and "Traceback" not in told
     wait_until(lambda: not any(map(is_running, processes)), "the end of all", seconds=10)
 
 
-def test_a_process_that_dies_fails_the_test_in_one_sentence(server, tmp_path):
-    process = started_load_test(server, tmp_path)
-    os.kill(child_pids(process.pid)[0], signal.SIGKILL)
-    _, said = process.communicate(timeout=20)
-    assert process.returncode == 1
-    assert "process 0 of the load generator ended with code -9" in said
-    assert "Traceback" not in said
-
+# --- charts ---------------------------------------------------------------------------------------
 
 INHERITED = {
     "a notebook's backend": {"MPLBACKEND": "module://matplotlib_inline.backend_inline"},
@@ -313,68 +350,27 @@ def test_charts_are_drawn_whatever_is_inherited_and_told_where_they_are(
     (tmp_path / "damaged").write_bytes(b"\xff\xfe: 1\n")
     (tmp_path / "matplotlibrc").write_text("text.usetex: True\nfont.size: 70\n")
     inherited = {name: text.format(folder=tmp_path) for name, text in inherited.items()}
-    done = load_test(
-        tmp_path, server.url, "--rate", "300", "--duration", "0.5",
+    figures, said = measure(
+        tmp_path, server, "--rate", "300", "--duration", "0.5",
         env={**os.environ, **inherited}, cwd=tmp_path,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    figures = only_result(tmp_path)["figures"]
     for chart in ("latency_chart", "qps_chart"):
         assert (tmp_path / figures[chart]).read_bytes().startswith(b"\x89PNG")
-        assert f"{chart.replace('_', ' ')}: {tmp_path / figures[chart]}" in done.stdout
-    assert "could not be drawn" not in done.stderr
+        assert f"{chart.replace('_', ' ')}: {tmp_path / figures[chart]}" in said
+    assert "could not be drawn" not in said
 
 
 def test_charts_that_cannot_be_drawn_cost_nothing_but_themselves(server, tmp_path):
     # A damaged settings file in the working directory is read by the import itself.
     (tmp_path / "matplotlibrc").write_bytes(b"\xff\xfe: 1\n")
-    done = load_test(tmp_path, server.url, "--duration", "0.3", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    result = only_result(tmp_path)
-    assert "the charts could not be drawn" in " ".join(result["warnings"])
-    assert "latency_chart" not in result["figures"]
+    figures, _ = measure(tmp_path, server, "--duration", "0.3", cwd=tmp_path)
+    assert "the charts could not be drawn" in " ".join(only_result(tmp_path)["warnings"])
+    assert "latency_chart" not in figures
     assert list(tmp_path.glob("*.png")) == []
 
 
-def test_raw_values_lie_next_to_the_result_by_hand(server, tmp_path):
-    done = load_test(tmp_path, server.url, "--rate", "300", "--duration", "1", "--no-charts")
-    assert done.returncode == 0, done.stderr
-    figures = only_result(tmp_path)["figures"]
-    raw = np.load(tmp_path / figures["raw_file"])
-    assert len(raw) == figures["total_requests"] and raw["ok"].all()
-    assert np.percentile(raw["latency_ms"], 99.9) == pytest.approx(
-        figures["p99_9_latency_ms"], rel=1e-3
-    )
-    assert (np.diff(raw["intended_seconds"]) >= 0).all()
-    assert raw["intended_seconds"][0] > 0 and raw["intended_seconds"][-1] < 1
+# --- figures --------------------------------------------------------------------------------------
 
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [(("--rate", "0"), "0"), (("--arrival", "poisson"), "give its --rate"),
-     (("--slo-ms", "-1"), "-1"), (("--processes", "0"), "0")],
-)  # fmt: skip
-def test_wrong_flags_are_exit_code_2_and_one_sentence(arguments, said):
-    done = subprocess.run(
-        (sys.executable, str(SCRIPT), *arguments), capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 2
-    assert said in done.stderr and len(done.stderr.splitlines()) == 1
-
-
-def test_the_real_server_answers_the_load_and_counts_the_same(tmp_path):
-    with running(tmp_path, "--max-batch", "4") as server:
-        done = load_test(tmp_path, server.url, "--clients", "4", "--duration", "2")
-        assert done.returncode == 0, done.stderr
-        figures = only_result(tmp_path)["figures"]
-        assert figures["success_rate_percent"] == 100
-        stats = server.stats()
-    assert stats["successful_requests"] == figures["successful_requests"] + 4 * 2
-    # The client's latency is the server's and the way there and back.
-    assert figures["p50_latency_ms"] >= 0.8 * stats["p50_ms"] > 0
-
-
-NAN, INF = float("nan"), float("inf")
 # Started at 100 s, ten a second: two on time; one that every connection was busy for; one that a
 # free client sent 3 ms late; one that failed after 10 ms; one that was never sent.
 SCENE = np.array(
@@ -388,14 +384,6 @@ SCENE = np.array(
     ],
     dtype=load_generator.RECORD_FIELDS,
 )
-
-
-def test_the_figures_of_an_open_loop_count_from_the_intended_send_and_say_whose_fault_it_was():
-    measured = load_generator.Measured(SCENE, [0.4, 0.2], connections_opened=3)
-    figures = load_report.load_figures(measured, 100.0, 0.4, slo_ms=50.0, is_open_loop=True)
-    assert {name: figures[name] for name in EXPECTED} == EXPECTED
-
-
 EXPECTED = {
     "total_requests": 6,
     "successful_requests": 4,
@@ -429,18 +417,38 @@ EXPECTED = {
     "generator_cpu_cores": pytest.approx(0.6 / 1.6),
     "generator_busiest_process_percent": pytest.approx(25),
     "generator_limited": True,
-}  # fmt: skip
+}
+
+
+def figures_of(requests: np.ndarray) -> dict:
+    parts = [
+        load_generator.Measured(requests[::2], [0.4, 0.0], connections_opened=1),
+        load_generator.Measured(requests[1::2], [0.0, 0.2], connections_opened=2),
+    ]
+    measured = load_generator.Measured.together(parts)
+    return load_report.load_figures(measured, 100.0, 0.4, slo_ms=50.0, is_open_loop=True)
+
+
+def test_the_figures_of_an_open_loop_count_from_the_intended_send_and_say_whose_fault_it_was():
+    figures = figures_of(SCENE)
+    assert {name: figures[name] for name in EXPECTED} == EXPECTED
 
 
 def test_without_any_request_figures_are_unknown_and_the_summary_says_none():
-    measured = load_generator.Measured(SCENE[:0], [0.0], 0)
-    figures = load_report.load_figures(measured, 0.0, 1.0, slo_ms=50.0, is_open_loop=True)
+    figures = figures_of(SCENE[:0])
     unknown = ("success_rate_percent", "slo_attainment_percent", "p99_latency_ms", "p99_service_ms",
                "late_by_generator_percent")  # fmt: skip
     assert {figures[name] for name in unknown} == {None}
     assert (figures["qps"], figures["infinite_latency_percentiles"]) == (0, [])
     rows = dict(load_report.summary_rows(figures, slo_ms=50.0))
     assert (rows["Total requests"], "P90 latency" in rows) == ("0", False)
+
+
+def test_charts_can_be_drawn_of_a_single_request_and_of_failures(tmp_path):
+    for number, requests in enumerate((SCENE[:1], SCENE)):
+        paths = tmp_path / f"latency{number}.png", tmp_path / f"qps{number}.png"
+        load_report.draw_charts(*paths, requests, figures_of(requests), 100.0, 3.0)
+        assert all(path.stat().st_size > 5000 for path in paths)
 
 
 @pytest.mark.parametrize(
@@ -468,6 +476,9 @@ def test_the_generator_is_flagged_for_lateness_and_for_want_of_processor_time(
 ):
     limit = load_report.generator_limit(late_percent, busiest_percent)
     assert limit is None if said is None else said in limit
+
+
+# --- the generator --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -529,65 +540,9 @@ def test_a_failure_is_named_by_what_the_system_said_unless_this_machine_lacks_so
     error = OSError("x") if number is None else OSError(number, "x")
     if kind is None:
         with pytest.raises(UsageError, match="the load generator failed, not the server"):
-            load_generator._kind_of_failure(error)
+            load_generator.kind_of_failure(error)
     else:
-        assert load_generator._kind_of_failure(error) == kind
-
-
-def test_a_stall_shows_in_latency_from_the_intended_send_and_not_in_service_time(tmp_path):
-    # The server stands still for one of three seconds. Four connections can wait for it; the other
-    # requests of that second wait for a connection, which service time does not see.
-    with null_server("--stall-after", "1", "--stall-seconds", "1") as server:
-        done = load_test(
-            tmp_path, server.url, "--rate", "200", "--arrival", "constant", "--duration", "3",
-            "--clients", "4", "--max-connections", "4", "--slo-ms", "300", "--no-charts",
-        )  # fmt: skip
-    result = only_result(tmp_path)
-    figures = result["figures"]
-    assert figures["total_requests"] == figures["successful_requests"] == 600
-    # 200 requests were due in the stall, the last ones near its end: 10 % waited 0.7 s or more.
-    assert figures["p95_latency_ms"] > 500
-    assert 900 < figures["max_latency_ms"] < 2000
-    # Only the four in flight felt it as service time, 0.7 % of all.
-    assert figures["p95_service_ms"] < 200 < 900 < figures["max_service_ms"]
-    assert figures["late_for_connection"] > 150
-    # Within 300 ms: what was due outside the stall or in its last 0.3 s, about 460 of 600.
-    assert 60 < figures["slo_attainment_percent"] < 85
-    assert result["settings"]["loop"] == "open"
-    assert "Late sends" in done.stdout and "Within 300 ms" in done.stdout
-
-
-def test_a_closed_loop_hides_the_same_stall(tmp_path):
-    with null_server("--stall-after", "0.5", "--stall-seconds", "0.5") as server:
-        load_test(tmp_path, server.url, "--clients", "2", "--duration", "1.5", "--no-charts")
-    result = only_result(tmp_path)
-    figures = result["figures"]
-    assert figures["max_latency_ms"] > 400
-    assert figures["p99_latency_ms"] < 200
-    assert "p99_service_ms" not in figures and result["settings"]["loop"] == "closed"
-
-
-def test_requests_that_find_no_connection_in_time_fail_and_are_counted(tmp_path):
-    with null_server("--stall-after", "0", "--stall-seconds", "1.5") as server:
-        load_test(
-            tmp_path, server.url, "--rate", "50", "--arrival", "constant", "--duration", "1",
-            "--clients", "1", "--max-connections", "1", "--timeout", "0.4", "--no-charts",
-            "--warm-up-requests", "0", "--processes", "1",
-        )  # fmt: skip
-    figures = only_result(tmp_path)["figures"]
-    assert figures["total_requests"] == 50
-    assert figures["errors"]["not sent in time"] > 0
-    assert sum(figures["errors"].values()) == figures["failed_requests"]
-
-
-def test_charts_can_be_drawn_of_a_single_request_and_of_failures(tmp_path):
-    for number, requests in enumerate((SCENE[:1], SCENE)):
-        load_report.draw_charts(
-            tmp_path / f"latency{number}.png", tmp_path / f"qps{number}.png", requests,
-            load_report.request_figures(requests, None), 100.0, 1.0, 3.0,
-        )  # fmt: skip
-    assert len(list(tmp_path.glob("*.png"))) == 4
-    assert all(path.stat().st_size > 5000 for path in tmp_path.glob("*.png"))
+        assert load_generator.kind_of_failure(error) == kind
 
 
 def test_timers_of_the_generator_wake_before_the_next_millisecond():
@@ -599,7 +554,7 @@ def test_timers_of_the_generator_wake_before_the_next_millisecond():
             naps.append(time.monotonic() - begin)
         return min(naps)
 
-    loop = asyncio.SelectorEventLoop(load_generator._PunctualSelector())
+    loop = asyncio.SelectorEventLoop(load_generator.PunctualSelector())
     # epoll alone would let each of them last a whole millisecond or more.
     assert 0.0002 <= loop.run_until_complete(shortest_nap_seconds()) < 0.001
     loop.close()

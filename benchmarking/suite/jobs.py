@@ -31,6 +31,8 @@ DOWNLOAD_MB = {
     "bert-base-uncased": 440,
 }  # fmt: skip
 FLAG_CHECK_SECONDS = 60.0
+# What jobs answered to this process, by their command.
+_answers: dict[tuple[str, ...], dict[str, Any]] = {}
 # Runs a script up to the end of its own `parse_arguments`, which complains as it always does.
 _PARSE_ONLY = """
 import sys
@@ -47,12 +49,18 @@ def resolve_all(
     """Run each job's command with `--resolve` and return the answers in order.
 
     At the same time: each spends most of it importing torch, or waiting for a hub. `say` is told
-    what is missing and downloaded. Raises `SuiteError` with the last thing that a job said, and
-    code 2 or 3 if those were its own; raises `RunEnded` when interrupted.
+    what is missing and downloaded. A process asks each job once: what it found is there. Raises
+    `SuiteError` with the last thing that a job said, and code 2 or 3 if those were its own; raises
+    `RunEnded` when interrupted.
     """
     jobs = list(clients)
-    with ThreadPoolExecutor(len(jobs)) as pool:
-        return list(pool.map(lambda client: _resolve(client, stop, say), jobs))
+    unknown = [client for client in jobs if client.command not in _answers]
+    if unknown:
+        say(f"resolving data and weights: {', '.join(client.label for client in unknown)}")
+        with ThreadPoolExecutor(len(unknown)) as pool:
+            found = pool.map(lambda client: _resolve(client, stop, say), unknown)
+            _answers.update(zip((client.command for client in unknown), found, strict=True))
+    return [_answers[client.command] for client in jobs]
 
 
 def _resolve(client: PlannedClient, stop: StopSignal, say: Callable[[str], None]) -> dict[str, Any]:

@@ -100,7 +100,6 @@ class UntilOver(FinishRule):
 def resolve_jobs(plan: Plan, stop: StopSignal, say: Callable[[str], None]) -> Plan:
     """Return the plan with each job's data and weights found once; raises as `resolve_all` does."""
     jobs = plan.jobs()
-    say(f"resolving data and weights: {', '.join(job.label for job in jobs.values())}")
     answers = resolve_all(jobs.values(), stop, say)
     found = dict(zip(jobs, (answer.get("arguments") or [] for answer in answers), strict=True))
     return plan.map_clients(lambda client: client.with_arguments(found[client.job_key]))

@@ -118,9 +118,7 @@ class SuiteRun:
         for job_key, arguments in found.items():
             self._change_clients(job_key, arguments)
         jobs = self._plan.jobs()
-        labels = ", ".join(client.label for client in jobs.values())
-        with self._progress.stage(f"resolving data and weights: {labels}", None):
-            answers = resolve_all(jobs.values(), self._context.stop, self._progress.say)
+        answers = resolve_all(jobs.values(), self._context.stop, self._progress.say)
         resolved = {
             job_key: [str(argument) for argument in answer.get("arguments") or []]
             for job_key, answer in zip(jobs, answers, strict=True)
@@ -326,7 +324,7 @@ class SuiteRun:
         begin = time.monotonic()
         with self._stage(planned, what, took or usual):
             clients = self._measured.run_one(planned, rule, sampler)
-        seconds = time.monotonic() - begin
+        seconds = 0.0 if self._is_done(planned) else time.monotonic() - begin
         self._repeat_impossible_baselines(clients, sampler)
         return seconds
 

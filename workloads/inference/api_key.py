@@ -11,18 +11,17 @@ import hmac
 import os
 import re
 import sys
+from collections.abc import Callable
 
 VARIABLE = "INFERENCE_API_KEY"
 # What RFC 6750 (2.1) calls b64token; nothing in it can end a header.
 _KEY = re.compile(r"[A-Za-z0-9._~+/-]{8,512}=*")
 
 
-def add_flag(parser: argparse._ArgumentGroup | argparse.ArgumentParser, what: str) -> None:
-    """Add ``--api-key``; ``what`` says what the key does here."""
-    parser.add_argument(
-        "--api-key", type=_key, default=None, metavar="KEY",
-        help=f"{what}; better given by {VARIABLE}, since flags show in the list of processes",
-    )  # fmt: skip
+def add_flag(flag: Callable[..., None], what: str) -> None:
+    """Add ``--api-key`` by ``flag`` of ``cli.flags``; ``what`` says what the key does here."""
+    text = f"{what}; better given by {VARIABLE}, since flags show in the list of processes"
+    flag("--api-key", None, text, type=_key, metavar="KEY")
 
 
 def take(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:

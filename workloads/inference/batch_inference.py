@@ -37,13 +37,10 @@ WARM_UP_BATCHES = 5
 def parse_arguments() -> argparse.Namespace:
     """Return the flags of this script."""
     parser = cli.workload_parser("Measure latency and throughput of batch inference.")
-    add_model_flags(parser)
-    parser.add_argument(
-        "--batch-size", type=cli.positive_int, default=32, help="images a batch (default: 32)"
-    )
-    parser.add_argument(
-        "--num-batches", type=cli.positive_int, default=100, help="batches to run (default: 100)"
-    )
+    flag = cli.flags(parser, "the job")
+    add_model_flags(flag)
+    flag("--batch-size", 32, "images a batch")
+    flag("--num-batches", 100, "batches to run")
     return parser.parse_args()
 
 
@@ -79,7 +76,7 @@ class BatchInference(client.Workload):
         if self.device.is_cuda:
             from torch.cuda import Event
 
-            self._events = Event(enable_timing=True), Event(enable_timing=True)
+            self._begin, self._end = Event(enable_timing=True), Event(enable_timing=True)
         for _ in range(WARM_UP_BATCHES if self.device.is_cuda else 1):
             self._run_batch()
         self._require_finite_outputs()
@@ -89,18 +86,18 @@ class BatchInference(client.Workload):
     def run_job(self, recorder: client.Recorder) -> dict:
         """Run all batches and return the figures."""
         args = self.args
+        # Next to others the time between two events holds their slices too.
+        has_own_device = self.device.is_cuda and clients_on_gpu() == 1
         latencies: list[float] = []
-        # Beside others the time between two events holds their slices too.
-        alone = clients_on_gpu() == 1
         device_seconds: list[float] = []
         with console.progress(args.num_batches, "batches") as bar:
             for _ in range(args.num_batches):
                 recorder.check_stop()
-                start_seconds, end_seconds, on_device = self._run_batch()
+                start_seconds, end_seconds = self._run_batch()
                 recorder.unit("batch", start_seconds, end_seconds, latency=True)
                 latencies.append(end_seconds - start_seconds)
-                if alone and on_device is not None:
-                    device_seconds.append(on_device)
+                if has_own_device:
+                    device_seconds.append(self._begin.elapsed_time(self._end) / 1e3)
                 bar.advance()
         elapsed_seconds = sum(latencies)
         images = args.batch_size * args.num_batches
@@ -115,19 +112,17 @@ class BatchInference(client.Workload):
             "input_copy_median_ms": summarize_latency_ms(self._copy_seconds)["median_ms"],
         }
 
-    def _run_batch(self) -> tuple[float, float, float | None]:
-        """Return start and end on the host clock, and the seconds on a GPU."""
+    def _run_batch(self) -> tuple[float, float]:
+        """Return start and end on the host clock; on a GPU the events have its own."""
         start_seconds = time.monotonic()
         if not self.device.is_cuda:
             self._forward()
-            return start_seconds, time.monotonic(), None
-        begin, end = self._events
-        begin.record()
-        self._forward()
-        end.record()
-        self.device.synchronize()
-        end_seconds = time.monotonic()
-        return start_seconds, end_seconds, begin.elapsed_time(end) / 1e3
+        else:
+            self._begin.record()
+            self._forward()
+            self._end.record()
+            self.device.synchronize()
+        return start_seconds, time.monotonic()
 
     def _require_finite_outputs(self) -> None:
         """Look once, outside of every timing: each batch has the same input, so the same output."""

@@ -1,21 +1,21 @@
-"""From the web workers to the model and back: lanes between the processes, and micro-batching.
+"""The engine: takes pictures from the web workers, gathers batches, answers, and keeps statistics.
 
-A lane is a socket pair with memory for one picture, made by a web worker, which sends the engine
-its end over the one socket that all workers inherit (the door). Nothing has a name, an index or a
-lock, and whoever dies closes his end, so there is nothing to clean up. A worker writes the picture
-into the memory and sends one small message; the answer is one small message.
+A web worker makes two connections to the engine and memory for its pictures, and sends the engine
+its ends through the one socket that all workers inherit (the door). Nothing has a name, and whoever
+dies closes his end, so there is nothing to clean up. On a connection many requests may wait at
+once: each message names a slot, which is taken until its one answer has come.
 
-=======  ==========================  ==============================================================
+=======  ==========================  =======================================================
 message  content                     answered with
-=======  ==========================  ==============================================================
-``p``    (the picture is in memory)  ``ROW``, or a refusal
-``s``    uint32: how many synthetic  ``ROW``, or a refusal
-``r``    ``RECORD``                  nothing: a finished request is counted
-=======  ==========================  ==============================================================
+=======  ==========================  =======================================================
+``p``    (the slot of the memory)    ``ROW`` with classes, or a refusal
+``s``    uint32: how many synthetic  the same
+``r``    ``RECORD``, some            nothing: finished requests are counted
+``q``    a question                  its answer
+``e``    uint32: unanswered ones     nothing: the worker ends in good order
+=======  ==========================  =======================================================
 
-Questions (health, statistics) come on connections of their own, and a thread of its own takes in
-whoever comes through the door and answers them, since a batch may take seconds. One more connection
-of each worker says that it lives.
+The last two come on the second connection, which has a thread of its own: a batch may take seconds.
 
 Adaptive micro-batching: the engine takes what is queued. Only while pictures are known to be on
 their way (being decoded at this moment) does a batch wait for them, at most ``max_delay_seconds``
@@ -28,205 +28,209 @@ from __future__ import annotations
 import argparse
 import mmap
 import os
-import resource
 import select
 import selectors
 import socket
 import struct
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass, field
+from bisect import bisect_left
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from itertools import accumulate
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from workloads.inference.image_input import IMAGE_SIZE, PICTURE_BYTES
+from workloads.common.results import few_percentiles, summarize_latency_ms
+from workloads.inference.image_input import IMAGE_SIZE
 
 if TYPE_CHECKING:
-    from workloads.inference.inference_server import Statistics
+    from prometheus_client.core import Metric
+
     from workloads.inference.models import Classifier
 
+HEAD = struct.Struct("=cI")  # of a message: its kind and slot
+ANSWER = struct.Struct("=IH")  # slot, HTTP status; the reason of a refusal follows as text
 ROW = struct.Struct("=ddI")  # start and end of the batch (CLOCK_MONOTONIC), pictures in it
 # Index into ENDPOINTS, status, pictures; start of the request (CLOCK_MONOTONIC), seconds in all, of
 # decoding, in the queue, on the device (NaN: none).
 RECORD = struct.Struct("=BHI5d")
-ENDPOINTS = ("predict", "batch_predict")
-SYNTHETIC = struct.Struct("=I")
-REFUSAL = struct.Struct("=H")  # HTTP status; the reason follows as text
-DEVICE_FAILED = "the device failed; the server's log has the details"
+COUNT = struct.Struct("=I")
 MAX_MESSAGE_BYTES = 1 << 16
-QUESTION_SECONDS = 10.0  # for an answer that needs no device
-Closable = TypeVar("Closable", "Lane", socket.socket)
+DEVICE_FAILED = "the device failed; the server's log has the details"
+FULL = "too many requests are waiting; try again in a moment"
+LATE = "the engine does not answer (timed out); try again later"
+READING_SECONDS = 1.0  # that a worker has to take an answer where none of its room is left
 POLL_SECONDS = 0.1  # how soon the engine sees that it is to end
+# What one answered request of an endpoint is called in the event log.
+UNIT_KINDS = {"predict": "request", "batch_predict": "batch_request"}
+ENDPOINTS = tuple(UNIT_KINDS)
+PARTS = ("total", "decode", "queue", "gpu")
+LATENCY_BOUNDS_SECONDS = (
+    0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0,
+)  # fmt: skip
+BATCH_BOUNDS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+RECENT_REQUESTS, RECENT_SECONDS = 100_000, 10.0
 
 
-class Refusal(Exception):
-    """A request that gets no result: the HTTP status, and one sentence for the client."""
+class Statistics:
+    """What has been answered; written by the engine's thread, read by any."""
 
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
+    def __init__(self, gauges: Callable[[], dict[str, int]]) -> None:
+        self._gauges = gauges  # shown as metrics, too
+        # Of the latest successful requests: end (CLOCK_MONOTONIC), seconds by part.
+        self._recent = {name: np.zeros((RECENT_REQUESTS, 1 + len(PARTS))) for name in ENDPOINTS}
+        # Of all of them, by part: how many fell between which bounds, and their sum.
+        buckets = len(PARTS), len(LATENCY_BOUNDS_SECONDS) + 1
+        self._buckets = {name: np.zeros(buckets, np.int64) for name in ENDPOINTS}
+        self._sums = {name: np.zeros(len(PARTS)) for name in ENDPOINTS}
+        self._statuses: dict[str, Counter] = {name: Counter() for name in ENDPOINTS}
+        self._images, self._batches = Counter(), Counter()
+        self._first_seconds: dict[str, float] = {}
+        self._units: deque[tuple[str, float, float]] = deque(maxlen=RECENT_REQUESTS)
 
+    def count_batch(self, images: int) -> None:
+        """Count a batch that ran on the device."""
+        self._batches[images] += 1
 
-def allow_many_files() -> None:
-    """Raise this process's soft limit of open files to the hard one: a lane takes two."""
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    with suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    def record(
+        self, endpoint: str, status: int, images: int, start_seconds: float, *seconds: float
+    ) -> None:
+        """Count an answered request; ``seconds`` by part, NaN where it had none."""
+        statuses, end_seconds = self._statuses[endpoint], start_seconds + seconds[0]
+        self._first_seconds.setdefault(endpoint, start_seconds)
+        if status == 200:
+            # Before it is counted: whoever reads meanwhile finds as many rows as requests.
+            row = statuses[200] % RECENT_REQUESTS
+            self._recent[endpoint][row] = (end_seconds, *seconds)
+            self._images[endpoint] += images
+            self._units.append((UNIT_KINDS[endpoint], start_seconds, end_seconds))
+            for part, value in enumerate(seconds):
+                if value == value:
+                    bucket = bisect_left(LATENCY_BOUNDS_SECONDS, value)
+                    self._buckets[endpoint][part, bucket] += 1
+                    self._sums[endpoint][part] += value
+        statuses[status] += 1
 
+    def take_units(self) -> Iterator[tuple[str, float, float]]:
+        """Yield (kind, start, end) of each request that succeeded and was not yielded before."""
+        while self._units:
+            yield self._units.popleft()
 
-class Answer(NamedTuple):
-    """The engine's answer to one picture, or to one batch of synthetic ones."""
+    def metrics(self) -> bytes:
+        """Return everything in Prometheus's text format."""
+        from prometheus_client import generate_latest
 
-    started_seconds: float  # the batch's start and end, CLOCK_MONOTONIC
-    ended_seconds: float
-    batch_images: int  # of all requests in the batch
-    probabilities: list[float]  # of the likeliest classes, in falling order
-    classes: list[int]
+        return generate_latest(self)
 
+    def collect(self) -> Iterator[Metric]:
+        """Yield everything as Prometheus's library knows it, which calls this."""
+        from prometheus_client import core
 
-class Lane:
-    """A web worker's end of one lane; used by one request at a time."""
+        name, by_endpoint = "inference_server_{}".format, {"labels": ["endpoint"]}
+        requests = core.CounterMetricFamily(
+            name("requests"), "Answered requests.", labels=["endpoint", "status"]
+        )
+        images = core.CounterMetricFamily(name("images"), "Images classified.", **by_endpoint)
+        times = [
+            core.HistogramMetricFamily(
+                name(f"request{'' if part == 'total' else f'_{part}'}_seconds"),
+                f"Seconds of successful requests: {part}.", **by_endpoint,
+            )
+            for part in PARTS
+        ]  # fmt: skip
+        for endpoint in ENDPOINTS:
+            images.add_metric([endpoint], self._images[endpoint])
+            for status, count in sorted(self._statuses[endpoint].items()):
+                requests.add_metric([endpoint, str(status)], count)
+            for part, family in enumerate(times):
+                below = _below(LATENCY_BOUNDS_SECONDS, self._buckets[endpoint][part])
+                family.add_metric([endpoint], below, self._sums[endpoint][part])
+        sizes = sorted(self._batches.items())
+        counts = [0] * (len(BATCH_BOUNDS) + 1)
+        for size, count in sizes:
+            counts[bisect_left(BATCH_BOUNDS, size)] += count
+        yield core.HistogramMetricFamily(
+            name("batch_size_images"), "Images in each batch that ran on the device.",
+            buckets=_below(BATCH_BOUNDS, counts), sum_value=sum(n * count for n, count in sizes),
+        )  # fmt: skip
+        yield from (requests, images, *times)
+        for what, value in self._gauges().items():
+            yield core.GaugeMetricFamily(name(what), f"At this moment: {what}.", value)
 
-    def __init__(self, connect: Callable[..., socket.socket]) -> None:
-        """Open a lane; ``connect`` hands the engine its end and the memory."""
-        memory = os.memfd_create("lane")
-        try:
-            os.ftruncate(memory, PICTURE_BYTES + 1)
-            self._memory = mmap.mmap(memory, PICTURE_BYTES + 1)
-            self._socket = connect(b"lane", memory)
-        finally:
-            os.close(memory)
+    def snapshot(self) -> dict:
+        """Return the figures of ``/predict``, and below ``batch_predict`` those of the other.
 
-    @contextmanager
-    def decoding(self) -> Iterator[None]:
-        """Let the engine know that a picture is on its way, while it is being decoded."""
-        self._memory[PICTURE_BYTES] = 1
-        try:
-            yield
-        finally:
-            self._memory[PICTURE_BYTES] = 0
-
-    def classify(self, picture: bytes, timeout_seconds: float) -> Answer:
-        """Have ``picture`` classified, uint8 of shape (224, 224, 3).
-
-        Raises:
-            Refusal: The engine takes it not.
-            OSError: No answer came in time, or the engine is gone.
+        Latencies are of the last 100,000 successful requests, from the complete request to its
+        answer: ``decode`` reads and scales the picture, ``queue`` waits for the device, ``gpu`` is
+        the batch from its copy to the device to its answer. Requests refused for what the caller
+        sent (4xx) are rejected, not failed. ``qps`` is successful requests a second from the first
+        request to the last answer: idle time afterwards does not dilute it. Unknown is None.
         """
-        self._memory[:PICTURE_BYTES] = picture
-        return self._exchange(b"p", timeout_seconds)
+        return {
+            **self._figures("predict"),
+            "batch_predict": self._figures("batch_predict"),
+            "batch_size_histogram": {str(size): n for size, n in sorted(self._batches.items())},
+        }
 
-    def classify_synthetic(self, images: int, timeout_seconds: float) -> Answer:
-        """Run one batch of synthetic pictures; raises as ``classify`` does."""
-        return self._exchange(b"s" + SYNTHETIC.pack(images), timeout_seconds)
-
-    def record(self, endpoint: str, *values: float) -> None:
-        """Have one finished request counted; ``values`` as in ``RECORD``."""
-        self._socket.send(b"r" + RECORD.pack(ENDPOINTS.index(endpoint), *values))
-
-    def close(self) -> None:
-        """Give the lane up; what waits in it is not computed."""
-        self._socket.close()
-        self._memory.close()
-
-    def _exchange(self, message: bytes, timeout_seconds: float) -> Answer:
-        answer = _asked(self._socket, message, timeout_seconds)
-        kind, content = answer[:1], answer[1:]
-        if kind != b"o":
-            (status,) = REFUSAL.unpack_from(content)
-            raise Refusal(status, content[REFUSAL.size :].decode())
-        values = np.frombuffer(content, np.float32, offset=ROW.size).tolist()
-        half = len(values) // 2
-        return Answer(*ROW.unpack_from(content), values[:half], list(map(int, values[half:])))
-
-
-class EngineClient:
-    """The engine as a web worker sees it."""
-
-    def __init__(self, door: socket.socket) -> None:
-        """Tell the engine through ``door`` that this process is a web worker."""
-        door.settimeout(QUESTION_SECONDS)
-        self._door = door
-        self._door_lock = threading.Lock()
-        self._lanes: list[Lane] = []
-        self._lines: list[socket.socket] = []
-        self._life = self._connect(b"worker %d" % os.getpid())
-
-    def lane(self) -> AbstractContextManager[Lane]:
-        """Lend a lane; there are as many as requests are under way.
-
-        Raises:
-            Refusal: The engine does not answer (503), or refuses.
-        """
-        return self._lend(self._lanes, lambda: Lane(self._connect))
-
-    def ask(self, what: str) -> bytes:
-        """Return what the engine says about ``what``.
-
-        Raises:
-            Refusal: It does not answer (503).
-        """
-        with self._lend(self._lines, lambda: self._connect(b"line")) as line:
-            return _asked(line, what.encode(), QUESTION_SECONDS)
-
-    def report_unanswered(self, requests: int) -> None:
-        """Say how many requests this worker leaves without an answer, at its orderly end."""
-        self._life.send(b"%d" % requests)
-
-    def _connect(self, kind: bytes, *descriptors: int) -> socket.socket:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        # A door holds about ten messages, and a second greenlet may not wait for the same socket.
-        with theirs, self._door_lock:
-            socket.send_fds(self._door, [kind], [theirs.fileno(), *descriptors])
-        return ours
-
-    @contextmanager
-    def _lend(self, free: list[Closable], make: Callable[[], Closable]) -> Iterator[Closable]:
-        """Lend what is free, or a new one; one that failed half-way is given up."""
-        lent = None
-        try:
-            lent = free.pop() if free else make()
-            yield lent
-        except Refusal:
-            free.append(lent)
-            raise
-        except BaseException as error:
-            if lent is not None:
-                lent.close()
-            if not isinstance(error, OSError):
-                raise
-            raise Refusal(503, f"the engine does not answer ({error}); try again later") from error
-        free.append(lent)
+    def _figures(self, endpoint: str) -> dict:
+        statuses = self._statuses[endpoint].copy()
+        recent = self._recent[endpoint][: statuses[200]].copy()
+        total, succeeded, responses = sum(statuses.values()), statuses[200], len(recent)
+        rejected = sum(n for status, n in statuses.items() if 400 <= status < 500)
+        judged = total - rejected
+        parts_ms = {part: _latency_ms(recent[:, n]) for n, part in enumerate(PARTS, start=1)}
+        span_seconds = recent[:, 0].max() - self._first_seconds[endpoint] if succeeded else 0.0
+        latest = int((recent[:, 0] > time.monotonic() - RECENT_SECONDS).sum())
+        return {
+            "total_requests": total,
+            "successful_requests": succeeded,
+            "rejected_requests": rejected,
+            "failed_requests": judged - succeeded,
+            "success_rate_percent": round(100 * succeeded / judged, 2) if judged else None,
+            "images": self._images[endpoint],
+            "average_latency_ms": parts_ms["total"]["mean_ms"],
+            **{name: ms for name, ms in parts_ms["total"].items() if name != "mean_ms"},
+            "latency_responses": responses,
+            "few_responses_for": [f"{name}_ms" for name in few_percentiles(responses)],
+            "latency_parts_ms": parts_ms,
+            "statuses": {str(status): n for status, n in sorted(statuses.items()) if n},
+            "qps": round(succeeded / span_seconds, 1) if span_seconds > 0 else None,
+            "qps_last_10_seconds": round(latest / RECENT_SECONDS, 1),
+        }
 
 
-def _asked(connection: socket.socket, message: bytes, timeout_seconds: float) -> bytes:
-    connection.settimeout(timeout_seconds)
-    connection.send(message)
-    if not (answer := connection.recv(MAX_MESSAGE_BYTES)):
-        raise OSError("it has ended")
-    return answer
+def _below(bounds: Sequence[float], counts: Sequence[int]) -> list[tuple[str, int]]:
+    """Return Prometheus's buckets: how many were at most each bound."""
+    return [
+        *zip([*map(str, map(float, bounds)), "+Inf"], accumulate(map(int, counts)), strict=True)
+    ]
+
+
+def _latency_ms(seconds: np.ndarray) -> dict[str, float | None]:
+    figures = summarize_latency_ms(seconds[seconds == seconds])
+    names = ("mean_ms", "p50_ms", "p95_ms", "p99_ms", "min_ms", "max_ms")
+    return {name: figures[name] and round(figures[name], 3) for name in names}
 
 
 @dataclass(eq=False)
-class _EngineLane:
-    """The engine's end of a lane, and the one request in it at a time."""
+class _Worker:
+    """A web worker's pictures as the engine sees them."""
 
-    socket: socket.socket
-    memory: memoryview
-    picture: np.ndarray  # uint8 of shape (1, 224, 224, 3), in the shared memory
-    pictures: np.ndarray = field(init=False)  # of the request
-    queued_seconds: float = 0.0
-    closed: bool = False
+    connection: socket.socket
+    pictures: np.ndarray  # uint8 of shape (slots, 1, 224, 224, 3), in memory that both share
+    decoding: np.ndarray  # uint8 of shape (1,): how many pictures are being decoded
 
-    def send(self, message: bytes) -> None:
-        # Whoever waited may be gone, or not reading; neither may hold up the others.
-        with suppress(OSError):
-            self.socket.send(message, socket.MSG_DONTWAIT)
+
+class _Request(NamedTuple):
+    worker: _Worker
+    slot: int
+    pictures: np.ndarray  # uint8 of shape (n, 224, 224, 3)
+    queued_seconds: float
 
 
 class Engine:
@@ -236,33 +240,30 @@ class Engine:
     set by any thread.
     """
 
-    def __init__(
-        self, args: argparse.Namespace, statistics: Statistics, tell: Callable[[str], bytes]
-    ) -> None:
+    def __init__(self, args: argparse.Namespace, tell: Callable[[str], bytes]) -> None:
         """Prepare with the server's flags; ``start`` begins.
 
         ``tell`` answers what workers ask, on a thread of its own.
         """
-        allow_many_files()
         self.model: Classifier | None = None  # None while it is being loaded
         self.status = "loading"  # as ``/health`` says it
         self.failure: Exception | None = None  # of the model, which is not called again after that
-        self.workers: set[int] = set()  # pids of those that live
-        self.lost_workers: list[int] = []  # of those that ended without a word
+        self.lost_workers: list[int] = []  # pids of those that ended without a word
         self.unanswered = 0  # requests that workers left when they were told to end
-        self._args, self._statistics, self._tell = args, statistics, tell
+        self._args, self._tell = args, tell
         shape = (args.max_batch, IMAGE_SIZE, IMAGE_SIZE, 3)
         self._noise = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
         # What is sent to the first end is received at the second, by whoever inherits it.
         self.worker_door, self._door = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._poll, self._questions = select.epoll(), selectors.DefaultSelector()
         self._questions.register(self._door, selectors.EVENT_READ, self._take_in)
-        self._lanes: dict[int, _EngineLane] = {}
-        self._queue: deque[_EngineLane] = deque()
+        self._workers: dict[int, _Worker] = {}
+        self._queue: deque[_Request] = deque()
         self._running = 0
         self._batch_seconds = 0.0
         self._closing = threading.Event()
         self._thread = self._thread_of(self._serve)
+        self.statistics = Statistics(self.gauges)
 
     def start(self) -> None:
         """Begin to answer; until there is a model, pictures are refused."""
@@ -292,14 +293,58 @@ class Engine:
             "waiting_images": self._waiting(),
             "decoding_requests": decoding,
             "requests_inside": decoding + len(self._queue) + self._running,
-            "workers": len(self.workers),
+            "workers": len(self._workers),
         }
+
+    # --- the thread of questions ------------------------------------------------------------------
+
+    def _answer_questions(self) -> None:
+        while True:
+            for key, _ in self._questions.select():
+                key.data()
+
+    def _take_in(self) -> None:
+        """Receive a new worker's connections, its memory and its pid."""
+        pid, descriptors, _, _ = socket.recv_fds(self._door, MAX_MESSAGE_BYTES, 3)
+        if not pid:
+            self._questions.unregister(self._door)  # no worker is left, and none can come
+            return
+        pictures, questions = (socket.socket(fileno=number) for number in descriptors[:2])
+        content = np.frombuffer(mmap.mmap(descriptors[2], 0), np.uint8)
+        os.close(descriptors[2])
+        pictures.setblocking(False)
+        questions.settimeout(READING_SECONDS)
+        shape = (-1, 1, IMAGE_SIZE, IMAGE_SIZE, 3)
+        worker = _Worker(pictures, content[:-1].reshape(shape), content[-1:])
+        self._workers[pictures.fileno()] = worker
+        self._poll.register(pictures, select.EPOLLIN)
+        hear = partial(self._hear_question, questions, int(pid))
+        self._questions.register(questions, selectors.EVENT_READ, hear)
+
+    def _hear_question(self, connection: socket.socket, pid: int) -> None:
+        message = b""
+        with suppress(OSError):  # it has ended, or does not read, and ends when it is given up
+            message = connection.recv(MAX_MESSAGE_BYTES)
+            if message.startswith(b"q"):
+                _, slot = HEAD.unpack_from(message)
+                answer = self._tell(message[HEAD.size :].decode())
+                connection.send(ANSWER.pack(slot, 200) + answer)
+                return
+        if message.startswith(b"e"):
+            self.unanswered += COUNT.unpack_from(message, HEAD.size)[0]
+        else:
+            self.lost_workers.append(pid)
+        self._questions.unregister(connection)
+        connection.close()
+
+    # --- the thread of the device -----------------------------------------------------------------
 
     def _serve(self) -> None:
         while not self._closing.is_set():
             self._receive(self._delay_seconds())
             if self._queue and self.model is not None and self._delay_seconds() <= 0:
                 self._run_batch(self.model)
+        self._receive(0.0)  # the last requests' records
 
     def _delay_seconds(self) -> float:
         """Return how long the next batch may still wait for more pictures."""
@@ -311,105 +356,69 @@ class Engine:
         return end_seconds - time.monotonic()
 
     def _waiting(self) -> int:
-        return sum(len(lane.pictures) for lane in tuple(self._queue))
+        return sum(len(request.pictures) for request in tuple(self._queue))
 
     def _decoding(self) -> int:
-        return sum(lane.memory[PICTURE_BYTES] for lane in tuple(self._lanes.values()))
+        return sum(int(worker.decoding[0]) for worker in tuple(self._workers.values()))
 
     def _receive(self, timeout_seconds: float) -> None:
         for descriptor, _ in self._poll.poll(max(0.0, timeout_seconds)):
-            self._hear(self._lanes[descriptor])
+            worker = self._workers[descriptor]
+            try:
+                while message := worker.connection.recv(MAX_MESSAGE_BYTES):
+                    self._hear(worker, message)
+            except BlockingIOError:
+                continue
+            except OSError:
+                pass
+            self._forget(worker)
 
-    def _answer_questions(self) -> None:
-        while True:
-            for key, _ in self._questions.select():
-                key.data()
-
-    def _take_in(self) -> None:
-        kind, descriptors, _, _ = socket.recv_fds(self._door, 64, 2)
-        if not kind:
-            self._questions.unregister(self._door)  # no worker is left, and none can come
-        elif len(descriptors) < (2 if kind == b"lane" else 1):
-            # No more files can be opened here: the worker finds its end closed, and answers 503.
-            for descriptor in descriptors:
-                os.close(descriptor)
-        elif kind == b"lane":
-            self._open_lane(socket.socket(fileno=descriptors[0]), descriptors[1])
-        else:
-            connection = socket.socket(fileno=descriptors[0])
-            pid = None if kind == b"line" else int(kind.removeprefix(b"worker "))
-            if pid is not None:
-                self.workers.add(pid)
-            answer = partial(self._answer, connection, pid)
-            self._questions.register(connection, selectors.EVENT_READ, answer)
-
-    def _open_lane(self, connection: socket.socket, shared: int) -> None:
-        try:
-            memory = memoryview(mmap.mmap(shared, PICTURE_BYTES + 1))
-        except OSError:
-            connection.close()
-            return
-        finally:
-            os.close(shared)
-        picture = np.frombuffer(memory, np.uint8, PICTURE_BYTES)
-        picture = picture.reshape(1, IMAGE_SIZE, IMAGE_SIZE, 3)
-        self._lanes[connection.fileno()] = _EngineLane(connection, memory, picture)
-        self._poll.register(connection, select.EPOLLIN)
-
-    def _answer(self, connection: socket.socket, pid: int | None) -> None:
-        """Answer a question, or hear the last word of the worker with that pid."""
-        message = _received(connection)
-        if message and pid is None:
-            with suppress(OSError):
-                connection.send(self._tell(message.decode()))
-            return
-        if message:
-            self.unanswered += int(message)
-        elif pid in self.workers:
-            self.lost_workers.append(pid)
-        if pid is not None:
-            self.workers.discard(pid)
-        self._questions.unregister(connection)
-        connection.close()
-
-    def _hear(self, lane: _EngineLane) -> None:
-        message = _received(lane.socket)
-        kind, content = message[:1], message[1:]
+    def _hear(self, worker: _Worker, message: bytes) -> None:
+        kind, slot = HEAD.unpack_from(message)
+        content = message[HEAD.size :]
         if kind == b"r":
-            which, *values = RECORD.unpack(content)
-            self._statistics.record(ENDPOINTS[which], *values)
-        elif kind == b"p":
-            self._let_in(lane, lane.picture)
-        elif kind == b"s":
-            self._let_in(lane, self._noise[: SYNTHETIC.unpack(content)[0]])
-        else:
-            self._poll.unregister(lane.socket)
-            del self._lanes[lane.socket.fileno()]
-            lane.socket.close()
-            lane.closed = True
-
-    def _let_in(self, lane: _EngineLane, pictures: np.ndarray) -> None:
+            for which, *values in RECORD.iter_unpack(content):
+                self.statistics.record(ENDPOINTS[which], *values)
+            return
+        pictures = (
+            worker.pictures[slot] if kind == b"p" else self._noise[: COUNT.unpack(content)[0]]
+        )
+        request = _Request(worker, slot, pictures, time.monotonic())
         if self.failure is not None:
-            lane.send(_refusal(500, DEVICE_FAILED))
+            self._answer(request, 500, DEVICE_FAILED.encode())
         elif self.model is None:
-            lane.send(_refusal(503, f"the server is not ready ({self.status}); ask /health"))
+            text = f"the server is not ready ({self.status}); ask /health"
+            self._answer(request, 503, text.encode())
         elif len(self._queue) >= self._args.queue_size:
-            lane.send(_refusal(503, "too many requests are waiting; try again in a moment"))
+            self._answer(request, 503, FULL.encode())
         else:
-            lane.pictures, lane.queued_seconds = pictures, time.monotonic()
-            self._queue.append(lane)
+            self._queue.append(request)
 
-    def _next_batch(self) -> list[_EngineLane]:
+    def _answer(self, request: _Request, status: int, content: bytes) -> None:
+        try:
+            request.worker.connection.send(ANSWER.pack(request.slot, status) + content)
+        except OSError:  # it has ended, or does not read, and ends when it finds itself forgotten
+            self._forget(request.worker)
+
+    def _forget(self, worker: _Worker) -> None:
+        if worker.connection.fileno() >= 0:
+            self._poll.unregister(worker.connection)
+            del self._workers[worker.connection.fileno()]
+            worker.connection.close()
+
+    def _next_batch(self) -> list[_Request]:
         """Take as many requests as fit into one batch; those nobody waits for are dropped."""
-        batch: list[_EngineLane] = []
+        batch: list[_Request] = []
         images = 0
         # Whoever would have waited too long by the end of this batch is not there any more.
         oldest_seconds = time.monotonic() + self._batch_seconds - self._args.request_seconds
         while self._queue and images + len(self._queue[0].pictures) <= self._args.max_batch:
-            lane = self._queue.popleft()
-            if not lane.closed and lane.queued_seconds > oldest_seconds:
-                batch.append(lane)
-                images += len(lane.pictures)
+            request = self._queue.popleft()
+            if request.queued_seconds < oldest_seconds:
+                self._answer(request, 503, LATE.encode())
+            elif request.worker.connection.fileno() >= 0:
+                batch.append(request)
+                images += len(request.pictures)
         return batch
 
     def _run_batch(self, model: Classifier) -> None:
@@ -419,7 +428,7 @@ class Engine:
         self._running = len(batch)
         started_seconds = time.monotonic()
         try:
-            ticket = model.start([lane.pictures for lane in batch])
+            ticket = model.start([request.pictures for request in batch])
             self._receive(0.0)  # while the device works
             rows = model.finish(ticket)
         # After a failed kernel the device cannot be trusted: all are told, and the server ends.
@@ -427,27 +436,15 @@ class Engine:
             self.failure = error
             batch += self._queue
             self._queue.clear()
-            for lane in batch:
-                lane.send(_refusal(500, DEVICE_FAILED))
+            for request in batch:
+                self._answer(request, 500, DEVICE_FAILED.encode())
             return
         finally:
             self._running = 0
         self._batch_seconds = time.monotonic() - started_seconds
-        self._statistics.count_batch(len(rows))
-        head = b"o" + ROW.pack(started_seconds, time.monotonic(), len(rows))
+        self.statistics.count_batch(len(rows))
+        head = ROW.pack(started_seconds, time.monotonic(), len(rows))
         position = 0
-        for lane in batch:
-            lane.send(head + rows[position].tobytes())
-            position += len(lane.pictures)
-
-
-def _received(connection: socket.socket) -> bytes:
-    """Return the next message, empty when the other end is closed."""
-    try:
-        return connection.recv(MAX_MESSAGE_BYTES)
-    except OSError:
-        return b""
-
-
-def _refusal(status: int, message: str) -> bytes:
-    return b"!" + REFUSAL.pack(status) + message.encode()
+        for request in batch:
+            self._answer(request, 200, head + rows[position].tobytes())
+            position += len(request.pictures)

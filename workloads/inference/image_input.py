@@ -60,11 +60,9 @@ class ImageRejected(Exception):
 
 
 def open_image(source: bytes | Path, max_pixels: int | None = None) -> Image.Image:
-    """Read the header of an image file; nothing is decoded yet.
+    """Read the header of an image file, whole or by its path; nothing is decoded yet.
 
-    Args:
-        source: The whole file, or its path.
-        max_pixels: The most pixels (width x height) that are accepted; None: any number.
+    More than ``max_pixels`` (width x height) are refused.
 
     Raises:
         ImageRejected: Not an image of a known format, damaged, unreadable, or it would cost too
@@ -82,8 +80,7 @@ def open_image(source: bytes | Path, max_pixels: int | None = None) -> Image.Ima
         )
     # A file of one's own may take as long as it likes.
     if isinstance(source, bytes):
-        with _bad_bytes_rejected():
-            _require_little_work(image, source)
+        _require_little_work(image, source)
     return image
 
 
@@ -96,8 +93,9 @@ def _require_little_work(image: Image.Image, content: bytes) -> None:
             f"the JPEG has {scans} scans; at most {MAX_SCANS} are accepted", status=413
         )
     if image.format == "TIFF":
-        lengths = [image.tag_v2.get(tag, ()) for tag in TIFF_LENGTHS]
-        if sum(map(sum, lengths)) > len(content):
+        with _bad_bytes_rejected():
+            claimed_bytes = sum(sum(image.tag_v2.get(tag, ())) for tag in TIFF_LENGTHS)
+        if claimed_bytes > len(content):
             raise ImageRejected("the TIFF is damaged: its strips are longer than its file")
 
 

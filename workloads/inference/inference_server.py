@@ -4,10 +4,10 @@
     python3 workloads/inference/inference_server.py --model resnet50 --port 5000
     curl -X POST http://localhost:5000/predict -F "image=@your_image.jpg"
 
-This process owns the device: model, micro-batching and statistics. HTTP and decoding happen in
-``--workers`` processes that gunicorn keeps alive (web_worker.py, web_app.py, which lists the
-endpoints). SIGTERM and Ctrl-C stop accepting, answer what has arrived, write the result file and
-leave with exit code 0; a second one leaves at once.
+This process owns the device: model, micro-batching and statistics (batching.py). HTTP and decoding
+happen in ``--workers`` processes that gunicorn keeps alive (web_worker.py, web_app.py, which lists
+the endpoints). SIGTERM and Ctrl-C stop accepting, answer what has arrived, write the result file
+and leave with exit code 0; a second one leaves at once.
 """
 
 from __future__ import annotations
@@ -19,24 +19,18 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from workloads.common import cli, client, console
 from workloads.common.device import usable_cores
 from workloads.common.errors import JobFailedError, UsageError
-from workloads.common.results import few_percentiles, summarize_latency_ms
 from workloads.inference import api_key
 from workloads.inference.models import add_model_flags, resolve_model_flags, weights_notes
-
-if TYPE_CHECKING:
-    import numpy as np
 
 MAX_PORT = 65535
 CORES_PER_WORKER, MIN_WORKERS, MAX_WORKERS = 4, 2, 4
@@ -55,68 +49,51 @@ WEB_SERVER_START_SECONDS = 60.0
 # may harm other clients of an MPS server.
 WEB_SERVER_END_SECONDS, DEVICE_END_SECONDS = 2.0, 1.0
 
-# What one answered request of an endpoint is called in the event log.
-UNIT_KINDS = {"predict": "request", "batch_predict": "batch_request"}
-PARTS = ("total", "decode", "queue", "gpu")
-METRICS = "inference_server"
-LATENCY_BOUNDS_SECONDS = (
-    0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0,
-)  # fmt: skip
-BATCH_BOUNDS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
-RECENT_REQUESTS, RECENT_SECONDS = 100_000, 10.0
 
-
-def parse_arguments() -> argparse.Namespace:
-    """Return the flags of this script."""
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the flags of this script, from the command line where no ``arguments`` are given."""
     parser = cli.workload_parser(__doc__)
-    add_model_flags(parser)
-    batching = parser.add_argument_group("batching")
-    scale = parser.add_argument_group("processes and threads")
-    add_workers_flag(scale)
-    limits = parser.add_argument_group("limits")
-    for group, flag, kind, default, text in (
-        (parser, "--port", cli.non_negative_int, "5000", "port to listen on; 0 takes a free one"),
-        (batching, "--max-batch", cli.positive_int, "32", "most images in one forward pass"),
-        (batching, "--max-delay-ms", cli.non_negative_float, "2",
-         "longest that a batch waits for requests still being decoded"),
-        (scale, "--threads", cli.positive_int, "1",
-         "large pictures that each worker decodes at the same time"),
-        (limits, "--queue-size", cli.positive_int, "256",
-         "requests that may wait for the GPU; more get 503 at once"),
-        (limits, "--max-body-mib", cli.positive_float, "16", "largest request body in MiB"),
-        (limits, "--max-pixels", cli.positive_int, "50000000", "largest image, width x height"),
-        (limits, "--max-batch-predict", cli.positive_int, "1024",
-         "largest batch_size of /batch_predict"),
-        (limits, "--max-connections", cli.positive_int, "1000",
-         "open connections, shared out to the workers; when all are in use, those that send "
-         "nothing are ended for others"),
-        (limits, "--request-seconds", cli.positive_float, "30",
-         "deadline for a whole request to arrive, and for its answer"),
-        (limits, "--drain-seconds", cli.non_negative_float, "30",
-         "longest that a shutdown waits for requests in flight"),
-    ):  # fmt: skip
-        help_text = f"{text} (default: {default})"
-        group.add_argument(flag, type=kind, default=default, help=help_text)
-    parser.add_argument(
-        "--host", default="0.0.0.0", help="address to listen on (default: 0.0.0.0, all)"
-    )
-    api_key.add_flag(limits, "answer only who knows this key, but for /health")
-    args = parser.parse_args()
+    flag = cli.flags(parser, "the model, its batches and its address")
+    add_model_flags(flag)
+    flag("--host", "0.0.0.0", "address to listen on (default: 0.0.0.0, all)")
+    flag("--port", 5000, "port to listen on; 0 takes a free one", type=cli.non_negative_int)
+    flag("--max-batch", 32, "most images in one forward pass")
+    flag("--max-delay-ms", 2.0, "longest that a batch waits for requests still being decoded",
+         type=cli.non_negative_float)  # fmt: skip
+    flag = cli.flags(parser, "processes and threads")
+    add_workers_flag(flag)
+    flag("--threads", 1, "large pictures that each worker decodes at the same time")
+    flag = cli.flags(parser, "limits")
+    flag("--queue-size", 256, "requests that may wait for the GPU; more get 503 at once")
+    flag("--max-body-mib", 16.0, "largest request body in MiB")
+    flag("--max-pixels", 50_000_000, "largest image, width x height")
+    flag("--max-batch-predict", 1024, "largest batch_size of /batch_predict")
+    flag("--max-connections", 1000, "open connections, shared out to the workers; when all are in "
+         "use, those that send nothing are ended for others")  # fmt: skip
+    flag("--max-connections-per-address", None, "connections of one client address (IPv6: of one "
+         "/64), but for this machine's own; more get 503 (default: half of --max-connections)",
+         type=cli.positive_int, metavar="N")  # fmt: skip
+    flag("--request-seconds", 30.0, "deadline for a whole request to arrive, and for its answer")
+    flag("--drain-seconds", 30.0, "longest that a shutdown waits for requests in flight",
+         type=cli.non_negative_float)  # fmt: skip
+    api_key.add_flag(flag, "answer only who knows this key, but for /health")
+    args = parser.parse_args(arguments)
     api_key.take(args, parser)
     if args.port > MAX_PORT:
         parser.error(f"--port {args.port} is above {MAX_PORT}")
+    args.max_connections_per_address = (
+        args.max_connections_per_address or (args.max_connections + 1) // 2
+    )
     return args
 
 
-def add_workers_flag(parser: argparse._ActionsContainer) -> None:
+def add_workers_flag(flag: Callable[..., None]) -> None:
     """Add ``--workers``; its former name is kept, whose 0 meant no process but the engine's."""
     default = min(MAX_WORKERS, max(MIN_WORKERS, usable_cores() // CORES_PER_WORKER))
-    parser.add_argument(
-        "--workers", "--frontends", default=default, metavar="N",
-        type=lambda text: max(1, cli.non_negative_int(text)),
-        help="processes that speak HTTP and decode (default: a quarter of the cores, "
-        f"{MIN_WORKERS} to {MAX_WORKERS}; here {default})",
-    )  # fmt: skip
+    how = {"type": lambda text: max(1, cli.non_negative_int(text)), "metavar": "N"}
+    flag("--workers", default, "processes that speak HTTP and decode (default: a quarter of the "
+         f"cores, {MIN_WORKERS} to {MAX_WORKERS}; here {default})", **how)  # fmt: skip
+    flag("--frontends", None, "former name of --workers", dest="workers", **how)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -148,141 +125,15 @@ def url_of(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-class Statistics:
-    """What has been answered; written by the engine's thread, read by any."""
-
-    def __init__(self) -> None:
-        import numpy as np
-        import prometheus_client as prometheus
-
-        self._lock = threading.Lock()
-        # Of the latest successful requests: end (CLOCK_MONOTONIC), seconds by part.
-        self._recent = {name: np.zeros((RECENT_REQUESTS, 1 + len(PARTS))) for name in UNIT_KINDS}
-        self._statuses: dict[str, Counter] = {name: Counter() for name in UNIT_KINDS}
-        self._images: Counter = Counter()
-        self._batches: Counter = Counter()
-        self._first_seconds: dict[str, float] = {}
-        self._units: list[tuple[str, float, float]] = []
-        self._registry = registry = prometheus.CollectorRegistry(auto_describe=False)
-        self._prometheus_requests = prometheus.Counter(
-            f"{METRICS}_requests", "Answered requests.", ["endpoint", "status"], registry=registry
-        )
-        self._prometheus_images = prometheus.Counter(
-            f"{METRICS}_images", "Images classified.", ["endpoint"], registry=registry
-        )
-        self._prometheus_batches = prometheus.Histogram(
-            f"{METRICS}_batch_size_images", "Images in each batch that ran on the device.",
-            buckets=BATCH_BOUNDS, registry=registry,
-        )  # fmt: skip
-        self._prometheus_seconds = [
-            prometheus.Histogram(
-                f"{METRICS}_request{'' if part == 'total' else f'_{part}'}_seconds",
-                f"Seconds of successful requests: {part}.", ["endpoint"],
-                buckets=LATENCY_BOUNDS_SECONDS, registry=registry,
-            )
-            for part in PARTS
-        ]  # fmt: skip
-
-    def watch(self, gauges: Callable[[], dict[str, int]]) -> None:
-        """Show what ``gauges`` returns as metrics, too."""
-        from prometheus_client import Gauge
-
-        for name in gauges():
-            gauge = Gauge(f"{METRICS}_{name}", f"At this moment: {name}.", registry=self._registry)
-            gauge.set_function(lambda name=name: gauges()[name])
-
-    def count_batch(self, images: int) -> None:
-        """Count a batch that ran on the device."""
-        self._batches[images] += 1
-        self._prometheus_batches.observe(images)
-
-    def record(
-        self, endpoint: str, status: int, images: int, start_seconds: float, *seconds: float
-    ) -> None:
-        """Count an answered request; ``seconds`` by part, NaN where it had none."""
-        end_seconds = start_seconds + seconds[0]
-        self._prometheus_requests.labels(endpoint, status).inc()
-        with self._lock:
-            self._first_seconds.setdefault(endpoint, start_seconds)
-            row = self._statuses[endpoint][200] % RECENT_REQUESTS
-            self._statuses[endpoint][status] += 1
-            if status != 200:
-                return
-            self._recent[endpoint][row] = (end_seconds, *seconds)
-            self._images[endpoint] += images
-            self._units.append((UNIT_KINDS[endpoint], start_seconds, end_seconds))
-        self._prometheus_images.labels(endpoint).inc(images)
-        for histogram, value in zip(self._prometheus_seconds, seconds, strict=True):
-            if value == value:
-                histogram.labels(endpoint).observe(value)
-
-    def take_units(self) -> list[tuple[str, float, float]]:
-        """Return (kind, start, end) of each request that succeeded since the last call."""
-        with self._lock:
-            units, self._units = self._units, []
-        return units
-
-    def metrics(self) -> bytes:
-        """Return everything in Prometheus's text format."""
-        from prometheus_client import generate_latest
-
-        return generate_latest(self._registry)
-
-    def snapshot(self) -> dict:
-        """Return the figures of ``/predict``, and below ``batch_predict`` those of the other.
-
-        Latencies are of the last 100,000 successful requests, from the complete request to its
-        answer: ``decode`` reads and scales the picture, ``queue`` waits for the device, ``gpu`` is
-        the batch from its copy to the device to its answer. Requests refused for what the caller
-        sent (4xx) are rejected, not failed. ``qps`` is successful requests a second from the first
-        request to the last answer: idle time afterwards does not dilute it. Unknown is None.
-        """
-        return {
-            **self._figures("predict"),
-            "batch_predict": self._figures("batch_predict"),
-            "batch_size_histogram": {str(size): n for size, n in sorted(self._batches.items())},
-        }
-
-    def _figures(self, endpoint: str) -> dict:
-        with self._lock:
-            statuses = self._statuses[endpoint].copy()
-            recent = self._recent[endpoint][: statuses[200]].copy()
-        total, succeeded, responses = sum(statuses.values()), statuses[200], len(recent)
-        rejected = sum(n for status, n in statuses.items() if 400 <= status < 500)
-        judged = total - rejected
-        parts_ms = {part: _latency_ms(recent[:, n]) for n, part in enumerate(PARTS, start=1)}
-        span_seconds = recent[:, 0].max() - self._first_seconds[endpoint] if succeeded else 0.0
-        latest = int((recent[:, 0] > time.monotonic() - RECENT_SECONDS).sum())
-        return {
-            "total_requests": total,
-            "successful_requests": succeeded,
-            "rejected_requests": rejected,
-            "failed_requests": judged - succeeded,
-            "success_rate_percent": round(100 * succeeded / judged, 2) if judged else None,
-            "images": self._images[endpoint],
-            "average_latency_ms": parts_ms["total"]["mean_ms"],
-            **{name: ms for name, ms in parts_ms["total"].items() if name != "mean_ms"},
-            "latency_responses": responses,
-            "few_responses_for": [f"{name}_ms" for name in few_percentiles(responses)],
-            "latency_parts_ms": parts_ms,
-            "statuses": {str(status): n for status, n in sorted(statuses.items()) if n},
-            "qps": round(succeeded / span_seconds, 1) if span_seconds > 0 else None,
-            "qps_last_10_seconds": round(latest / RECENT_SECONDS, 1),
-        }
-
-
-def _latency_ms(seconds: np.ndarray) -> dict[str, float | None]:
-    figures = summarize_latency_ms(seconds[seconds == seconds])
-    names = ("mean_ms", "p50_ms", "p95_ms", "p99_ms", "min_ms", "max_ms")
-    return {name: figures[name] and round(figures[name], 3) for name in names}
-
-
 class InferenceServer(client.Workload):
     """Serves until it is told to stop; a unit of work is one answered request."""
 
     name = "inference_server"
     title = "Inference server"
+    _web_server: subprocess.Popen | None = None
     _is_device_busy = False
+    # Not an Event: its lock, taken when a second signal interrupts the first, is never free.
+    _stop_seconds: float | None = None
 
     def load(self) -> None:
         """Listen, answering 503, and load the model meanwhile."""
@@ -292,18 +143,13 @@ class InferenceServer(client.Workload):
         # First: where the port is taken, nothing else needs to be begun.
         self._listener = listen(args.host, args.port)
         host, self._port = self._listener.getsockname()[:2]
-        self._is_local = host == "::1" or host.startswith("127.")
-        # Not an Event: its lock, taken when a second signal interrupts the first, is never free.
-        self._stop_seconds: float | None = None
-        self._signal_handlers: dict[int, object] = {}
+        is_local = host == "::1" or host.startswith("127.")
         self._facts: dict[str, object] = {}
         self._started_seconds = time.monotonic()
-        self._statistics = Statistics()
-        self._engine = Engine(args, self._statistics, self._tell)
-        self._statistics.watch(self._engine.gauges)
+        self._engine = Engine(args, self._tell)
         self._engine.start()
-        self._web_server = self._start_web_server()
-        if args.api_key is None and not self._is_local:
+        self._start_web_server(is_local)
+        if args.api_key is None and not is_local:
             console.note(
                 f"anybody who reaches {args.host} port {self._port} may use this server; to keep "
                 f"others out set {api_key.VARIABLE}, or listen on --host 127.0.0.1"
@@ -311,27 +157,24 @@ class InferenceServer(client.Workload):
         console.note(f"listening on {url_of(self._listener)}, loading {args.model}")
         self._load_model()
 
-    def _start_web_server(self) -> subprocess.Popen:
-        door = self._engine.worker_door
+    def _start_web_server(self, is_local: bool) -> None:
+        inherited = self._listener.fileno(), self._engine.worker_door.fileno()
         settings = {
             **vars(self.args),
-            "listener": self._listener.fileno(),
-            "door": door.fileno(),
-            "local_only": self._is_local,
+            **dict(zip(("listener", "door"), inherited, strict=True)),
+            "local_only": is_local,
             "max_body_bytes": int(self.args.max_body_mib * MIB),
         }
-        process = subprocess.Popen(
-            (sys.executable, str(WEB_WORKER)),
-            stdin=subprocess.PIPE, pass_fds=(self._listener.fileno(), door.fileno()),
+        self._web_server = subprocess.Popen(
+            (sys.executable, str(WEB_WORKER)), stdin=subprocess.PIPE, pass_fds=inherited,
             # A session of its own: Ctrl-C in a terminal reaches us alone, and we end it in order.
             start_new_session=True, cwd=WEB_WORKER.parent,
             env={k: v for k, v in os.environ.items() if not k.startswith(FOREIGN_VARIABLES)},
         )  # fmt: skip
         # Not by the command line or the environment: the key is among them.
-        process.stdin.write(json.dumps(settings, default=str).encode())
-        process.stdin.close()
-        door.close()
-        return process
+        self._web_server.stdin.write(json.dumps(settings, default=str).encode())
+        self._web_server.stdin.close()
+        self._engine.worker_door.close()
 
     def _load_model(self) -> None:
         from workloads.common.device import open_device
@@ -365,7 +208,7 @@ class InferenceServer(client.Workload):
 
     def _wait_for_web_server(self) -> None:
         deadline_seconds = time.monotonic() + WEB_SERVER_START_SECONDS
-        while len(self._engine.workers) < self.args.workers:
+        while self._engine.gauges()["workers"] < self.args.workers:
             if self._web_server.poll() is not None or time.monotonic() > deadline_seconds:
                 raise JobFailedError("the web server did not start; look above for its message")
             time.sleep(POLL_SECONDS / 10)
@@ -373,32 +216,35 @@ class InferenceServer(client.Workload):
     def _tell(self, what: str) -> bytes:
         """Return what a web worker asks for; called on a thread of its own."""
         if what == "metrics":
-            return self._statistics.metrics()
+            return self._engine.statistics.metrics()
         if what.startswith("name "):
             return self._classifier.weights.class_names[int(what[5:])].encode()
-        uptime_seconds = round(time.monotonic() - self._started_seconds, 3)
+        content = {"status": self._engine.status, **self._facts}
         if what == "stats":
-            content = self._statistics.snapshot() | self._engine.gauges()
-        else:
-            content = {"status": self._engine.status, **self._facts}
+            content = self._engine.statistics.snapshot() | self._engine.gauges()
+        uptime_seconds = round(time.monotonic() - self._started_seconds, 3)
         return json.dumps({**content, "uptime_seconds": uptime_seconds}).encode() + b"\n"
 
     def run_job(self, recorder: client.Recorder) -> dict:
         """Serve until a stop or a signal, drain, and return the statistics."""
         self._stop_on_signals()
+        statistics = self._engine.statistics
         # What was answered before the start belongs to no job.
-        self._statistics.take_units()
+        list(statistics.take_units())
         while self._stop_seconds is None and not (recorder.stop_requested or self._failure()):
             self._record_units(recorder)
             time.sleep(POLL_SECONDS)
         self._drain()
         self._record_units(recorder)
-        self._restore_signals()
         return {
-            **self._statistics.snapshot(),
+            **statistics.snapshot(),
             "unanswered_requests": self._engine.unanswered,
             "lost_workers": len(self._engine.lost_workers),
         }
+
+    def _record_units(self, recorder: client.Recorder) -> None:
+        for unit in self._engine.statistics.take_units():
+            recorder.unit(*unit, latency=True)
 
     def _failure(self) -> Exception | None:
         """Return what ended the device's work or the web server, None while both go on."""
@@ -406,9 +252,10 @@ class InferenceServer(client.Workload):
             return JobFailedError("the web server has ended; look above for its message")
         return self._engine.failure
 
-    def _record_units(self, recorder: client.Recorder) -> None:
-        for unit in self._statistics.take_units():
-            recorder.unit(*unit, latency=True)
+    def require_working(self) -> None:
+        """Raise what ended the device's work or the web server, if anything has."""
+        if (failure := self._failure()) is not None:
+            raise failure
 
     def _stop_on_signals(self) -> None:
         """Let the next signal begin the drain, and the one after it end everything."""
@@ -419,16 +266,10 @@ class InferenceServer(client.Workload):
                 self._stop_seconds = now_seconds
             # One that comes at once is the same, sent to the process and to its group.
             elif now_seconds > self._stop_seconds + SAME_SIGNAL_SECONDS:
-                self._restore_signals()
                 raise KeyboardInterrupt
 
-        if not self._signal_handlers:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._signal_handlers[number] = signal.signal(number, stop)
-
-    def _restore_signals(self) -> None:
-        for number, handler in self._signal_handlers.items():
-            signal.signal(number, handler)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, stop)
 
     def reset(self) -> None:
         """End the client: a server that was told to stop by a signal does not start again."""
@@ -473,9 +314,10 @@ class InferenceServer(client.Workload):
 
     def close(self) -> None:
         """End the web server and the engine, also after a failure."""
-        if hasattr(self, "_web_server"):
+        if self._web_server is not None:
             self._end_web_server(0.0)
-            self._engine.close(0.0 if self._is_device_busy else DEVICE_END_SECONDS)
+            seconds = 0.0 if self._is_device_busy else DEVICE_END_SECONDS
+            self._is_device_busy = not self._engine.close(seconds)
 
     def leave(self, code: int) -> NoReturn:
         """End the process; without the interpreter's own end where the device is still at work.
@@ -506,8 +348,8 @@ class InferenceServer(client.Workload):
         """Return what was served, and how."""
         args, weights = self.args, self._classifier.weights
         names = ("model", "host", "max_batch", "max_delay_ms", "queue_size", "workers", "threads",
-                 "max_body_mib", "max_pixels", "max_connections", "request_seconds",
-                 "drain_seconds", "seed")  # fmt: skip
+                 "max_body_mib", "max_pixels", "max_connections", "max_connections_per_address",
+                 "request_seconds", "drain_seconds", "seed")  # fmt: skip
         return {
             **{name: getattr(args, name) for name in names},
             "weights": weights.kind,
@@ -536,11 +378,10 @@ class InferenceServer(client.Workload):
         return rows
 
 
-def main() -> NoReturn:
-    """Serve until the end, whatever that is."""
-    server = InferenceServer(parse_arguments())
+def serve(server: InferenceServer) -> NoReturn:
+    """Run ``server`` until the end, whatever that is."""
     cli.run_main(lambda: client.run(server), server.leave)
 
 
 if __name__ == "__main__":
-    main()
+    serve(InferenceServer(parse_arguments()))

@@ -28,7 +28,7 @@ import selectors
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING
@@ -43,14 +43,12 @@ if TYPE_CHECKING:
 
 IMAGE_SIZE = 224
 # A process offers several times as much (docs/serving.md); a part of that keeps clients punctual.
-CLIENTS_PER_PROCESS = 16
-RATE_PER_PROCESS = 1000.0
+CLIENTS_PER_PROCESS, RATE_PER_PROCESS = 16, 1000.0
 # Files of a process that are no connection: its own socket, the event loop's, a resolver's.
 OTHER_OPEN_FILES = 32
 # Long enough for every process to have heard of the start before it comes.
 START_LEAD_SECONDS = 0.02
-REPORT_SECONDS = 0.25
-END_SECONDS = 2.0
+REPORT_SECONDS, END_SECONDS = 0.25, 2.0
 # Below what servers keep an idle connection for, so that they do not close one that we just use.
 IDLE_CONNECTION_SECONDS = 5.0
 # A refused or reset connection fails in microseconds; without a pause one dead server would fill
@@ -58,20 +56,16 @@ IDLE_CONNECTION_SECONDS = 5.0
 PAUSE_AFTER_FAILURE_SECONDS = 0.05
 NOT_SENT = "not sent in time"
 # Failures of this machine, which say nothing about the server.
-_OWN_FAILURES = {
+OWN_FAILURES = {
     errno.EMFILE: "open files (ulimit -n)",
     errno.ENFILE: "open files",
     errno.EADDRNOTAVAIL: "local ports, as when a server closes every connection",
     errno.ENOBUFS: "network buffers",
     errno.ENOMEM: "memory",
 }
-
-# A record of one request: float64 seconds on CLOCK_MONOTONIC, and the kind of failure, empty for an
-# answer with status 200. `free` is when a client was free to send it, `sent` is NaN where it never
-# was.
-RECORD_FIELDS = [
-    ("intended", "f8"), ("free", "f8"), ("sent", "f8"), ("end", "f8"), ("failure", "O"),
-]  # fmt: skip
+# Of one request: seconds on CLOCK_MONOTONIC, and the kind of failure, empty for status 200. `free`
+# is when a client was free to send it, `sent` is NaN where it never was.
+RECORD_FIELDS = [*((name, "f8") for name in ("intended", "free", "sent", "end")), ("failure", "O")]
 
 
 @dataclass(frozen=True)
@@ -107,29 +101,27 @@ class LoadPlan:
 
 
 @dataclass(frozen=True)
-class Report:
-    """What a process measured since its last report."""
-
-    process: int
-    requests: np.ndarray  # finished ones, structured, with RECORD_FIELDS
-    cpu_seconds: float
-    connections_opened: int  # first ones, and closed ones again
-
-
-@dataclass(frozen=True)
 class Measured:
-    """What was measured over all processes."""
+    """What one process has measured since its last report, or all have in a run."""
 
-    requests: np.ndarray  # structured, with RECORD_FIELDS, by intended time
-    cpu_seconds: list[float]  # of each process
-    connections_opened: int  # after the start
+    requests: np.ndarray  # finished ones, structured, with RECORD_FIELDS
+    cpu_seconds: Sequence[float]  # of each process
+    connections_opened: int  # after the start: first ones, and closed ones again
+
+    @staticmethod
+    def together(reports: Sequence[Measured]) -> Measured:
+        """Join at least one report; the requests are by intended time."""
+        import numpy as np
+
+        requests = np.concatenate([report.requests for report in reports])
+        cpu_seconds = np.sum([report.cpu_seconds for report in reports], axis=0).tolist()
+        opened = sum(report.connections_opened for report in reports)
+        return Measured(requests[np.argsort(requests["intended"])], cpu_seconds, opened)
 
 
 def default_processes(clients: int, rate: float | None) -> int:
     """Return how many processes the load needs, half the usable cores at most."""
-    needed = math.ceil(clients / CLIENTS_PER_PROCESS)
-    if rate is not None:
-        needed = max(needed, math.ceil(rate / RATE_PER_PROCESS))
+    needed = math.ceil(max(clients / CLIENTS_PER_PROCESS, (rate or 0.0) / RATE_PER_PROCESS))
     return max(1, min(needed, usable_cores() // 2))
 
 
@@ -138,22 +130,18 @@ def encode_images(count: int, seed: int) -> list[bytes]:
     import numpy as np
     from PIL import Image
 
-    random = np.random.default_rng(seed)
-    files = []
-    for _ in range(count):
-        pixels = random.integers(0, 256, (IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
-        file = io.BytesIO()
+    files = [io.BytesIO() for _ in range(count)]
+    shape = (count, IMAGE_SIZE, IMAGE_SIZE, 3)
+    noise = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+    for file, pixels in zip(files, noise, strict=True):
         Image.fromarray(pixels).save(file, "JPEG")
-        files.append(file.getvalue())
-    return files
+    return [file.getvalue() for file in files]
 
 
 def encode_bodies(images: list[bytes], upload: str) -> tuple[list[bytes], str]:
     """Return a request body for each JPEG, and their content type.
 
-    Args:
-        images: JPEG files.
-        upload: ``multipart`` (field ``image``, as ``curl -F``) or ``raw`` (the JPEG as the body).
+    ``upload`` is ``multipart`` (field ``image``, as ``curl -F``) or ``raw`` (the JPEG itself).
     """
     if upload == "raw":
         return images, "image/jpeg"
@@ -169,15 +157,11 @@ def encode_bodies(images: list[bytes], upload: str) -> tuple[list[bytes], str]:
 def arrival_offsets(rate: float, arrival: str, duration_seconds: float, seed: int) -> np.ndarray:
     """Return when an open loop intends to send; drawn up front, so that no answer can delay it.
 
-    Args:
-        rate: Requests a second, on average.
-        arrival: ``constant`` (request i at i / rate) or ``poisson`` (a Poisson process: given how
-            many arrive, each does so at any time alike; its gaps are exponential).
-        duration_seconds: Sends are intended before this time only.
-        seed: Fixes the draw.
+    ``rate`` is in requests a second; ``arrival`` is ``constant`` (request i at i / rate) or
+    ``poisson`` (given how many arrive, each does so at any time alike; gaps are exponential).
 
     Returns:
-        Ascending float64 seconds after the start, possibly none.
+        Ascending float64 seconds after the start, below ``duration_seconds``, possibly none.
     """
     import numpy as np
 
@@ -192,9 +176,8 @@ def arrival_offsets(rate: float, arrival: str, duration_seconds: float, seed: in
 class LoadGenerator:
     """All clients, spread over processes, for one run.
 
-    Attributes:
-        processes: How many there are.
-        reports: What has come since the start.
+    What waits for the processes raises JobFailedError where one died, and UsageError where this
+    machine lacks what one needs.
     """
 
     def __init__(self, plan: LoadPlan, processes: int) -> None:
@@ -205,9 +188,8 @@ class LoadGenerator:
         """
         plans = plan.split(processes)
         _require_open_files(max(len(plans), *(part.connections for part in plans)))
-        self.processes = len(plans)
-        self.reports: list[Report] = []
-        self._running: dict[Connection, int] = {}  # what has not ended, by its place
+        self.reports: list[Measured] = []  # what has come so far
+        self.running: dict[Connection, int] = {}  # those that still send or wait, by their place
         try:
             self._processes = [_start_process() for _ in plans]
         except OSError as error:  # those that have started end with their sockets
@@ -219,82 +201,48 @@ class LoadGenerator:
         for (_, pipe), part in zip(self._processes, plans, strict=True):
             _send(pipe, part)
 
-    @property
-    def running(self) -> bool:
-        """Whether any process is still sending or waiting for answers."""
-        return bool(self._running)
-
     def wait_until_prepared(self) -> None:
-        """Block until every client has warmed up.
-
-        Raises:
-            JobFailedError, UsageError: A process died, or cannot go on.
-        """
-        for index in range(self.processes):
+        """Block until every client has warmed up."""
+        for index in range(len(self._processes)):
             self._receive(index)
 
     def begin(self) -> float:
         """Let every client send; return the agreed start on CLOCK_MONOTONIC."""
         start_seconds = time.monotonic() + START_LEAD_SECONDS
         for index, (_, pipe) in enumerate(self._processes):
-            self._running[pipe] = index
+            self.running[pipe] = index
             _send(pipe, start_seconds)
         return start_seconds
 
-    def collect(self, timeout_seconds: float) -> list[Report]:
-        """Return the reports that come within ``timeout_seconds``.
-
-        Raises:
-            JobFailedError, UsageError: A process died, or cannot go on.
-        """
+    def collect(self, timeout_seconds: float) -> list[Measured]:
+        """Return the reports that come within ``timeout_seconds``."""
         arrived = []
-        for pipe in wait(list(self._running), timeout_seconds):
-            report = self._receive(self._running[pipe])
-            if report is None:
-                del self._running[pipe]
-            else:
+        for pipe in wait(list(self.running), timeout_seconds):
+            if report := self._receive(self.running[pipe]):
                 arrived.append(report)
+            else:
+                del self.running[pipe]
         self.reports += arrived
         return arrived
 
-    def stop(self) -> list[Report]:
-        """Give up the requests in flight, end the run, return the reports not seen yet.
-
-        Raises:
-            JobFailedError, UsageError: A process died, or cannot go on.
-        """
-        for pipe in self._running:
+    def stop(self) -> list[Measured]:
+        """Give up the requests in flight, end the run, return the reports not seen yet."""
+        first = len(self.reports)
+        for pipe in self.running:
             _send(pipe, None)
-        rest = []
         while self.running:
-            rest += self.collect(END_SECONDS)
-        return rest
-
-    def measured(self, since: int = 0) -> Measured:
-        """Return what the reports hold, but for the first ``since`` of them."""
-        import numpy as np
-
-        reports = self.reports[since:]
-        nothing = np.empty(0, dtype=RECORD_FIELDS)
-        requests = np.concatenate([nothing, *(report.requests for report in reports)])
-        cpu_seconds = [0.0] * self.processes
-        for report in reports:
-            cpu_seconds[report.process] += report.cpu_seconds
-        opened = sum(report.connections_opened for report in reports)
-        return Measured(requests[np.argsort(requests["intended"])], cpu_seconds, opened)
+            self.collect(END_SECONDS)
+        return self.reports[first:]
 
     def close(self) -> None:
         """End the processes; may be called twice."""
         for _, pipe in self._processes:
             pipe.close()
         for process, _ in self._processes:
-            try:
-                process.wait(END_SECONDS)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            process.kill()
+            process.wait()
 
-    def _receive(self, index: int) -> Report | None:
+    def _receive(self, index: int) -> Measured | None:
         """Return the next report of a process; None where it has ended as it should."""
         import numpy as np
 
@@ -312,16 +260,17 @@ class LoadGenerator:
         if isinstance(message, str):
             raise UsageError(message)
         records, cpu_seconds, connections_opened = message
-        requests = np.array(records, dtype=RECORD_FIELDS)
-        return Report(index, requests, cpu_seconds, connections_opened)
+        of_each = [cpu_seconds * (index == place) for place in range(len(self._processes))]
+        return Measured(np.array(records, RECORD_FIELDS), of_each, connections_opened)
 
 
 def _require_open_files(connections: int) -> None:
     """Raise the soft limit of open files, which the processes inherit, as far as they need it."""
     needed = connections + OTHER_OPEN_FILES
+    # RLIM_INFINITY is -1.
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < needed:
-        if hard != resource.RLIM_INFINITY and hard < needed:
+    if 0 <= soft < needed:
+        if 0 <= hard < needed:
             raise UsageError(
                 f"the load generator needs {needed} open files a process, and this system allows "
                 f"{hard}; raise that limit (ulimit -Hn), use more --processes, or ask for fewer "
@@ -346,15 +295,19 @@ def _start_process() -> tuple[subprocess.Popen, Connection]:
 
 
 def _send(pipe: Connection, message: object) -> None:
-    """Send to a process; that it has died is found where its reports are received."""
+    # That it has died is found where its reports are received.
     with contextlib.suppress(ConnectionError):
         pipe.send(message)
 
 
-class _PunctualSelector(selectors.EpollSelector):
+# --- in a process of the generator ----------------------------------------------------------------
+
+
+class PunctualSelector(selectors.EpollSelector):
     """Wakes up within a tenth of a millisecond of a timer; epoll rounds up to whole ones."""
 
     def select(self, timeout: float | None = None) -> list:
+        """Wait for a file or the time to come; as the selectors' own."""
         if timeout is not None and timeout > 0:
             select.select([self.fileno()], [], [], timeout)
             timeout = 0
@@ -365,13 +318,11 @@ class _Clients:
     """The clients of one process: they send, it reports."""
 
     def __init__(self, plan: LoadPlan, pipe: Connection) -> None:
-        self._plan = plan
-        self._pipe = pipe
+        self._plan, self._pipe = plan, pipe
         self._messages: asyncio.Queue[float | None] = asyncio.Queue()
         self._bodies = itertools.cycle(plan.bodies)
         self._records: list[tuple[float, float, float, float, str]] = []
-        self._cpu_seconds = 0.0
-        self._connections_opened = 0
+        self._cpu_seconds, self._connections_opened = 0.0, 0
 
     async def run(self) -> None:
         """Warm up, send from the start on, report all along, until it is over or a stop comes."""
@@ -400,21 +351,20 @@ class _Clients:
         async def count_connection(*_: object) -> None:
             self._connections_opened += 1
 
-        trace = aiohttp.TraceConfig()
+        plan, trace = self._plan, aiohttp.TraceConfig()
         trace.on_connection_create_end.append(count_connection)
         return aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(
-                limit=self._plan.connections,
+                limit=plan.connections,
                 keepalive_timeout=IDLE_CONNECTION_SECONDS,
                 ttl_dns_cache=None,
             ),
-            timeout=aiohttp.ClientTimeout(total=self._plan.timeout_seconds),
-            headers={"User-Agent": "gpu-sharing-bench", "Accept": "application/json",
-                     **self._plan.headers},
+            timeout=aiohttp.ClientTimeout(total=plan.timeout_seconds),
+            headers={"User-Agent": "gpu-sharing-bench", **plan.headers},
             skip_auto_headers=("Accept-Encoding",),
             cookie_jar=aiohttp.DummyCookieJar(),
             trace_configs=[trace],
-        )  # fmt: skip
+        )
 
     async def _warm_up(self) -> None:
         for _ in range(self._plan.warm_up_requests):
@@ -459,7 +409,7 @@ class _Clients:
         except asyncio.TimeoutError:
             return "timeout"
         except (aiohttp.ClientError, OSError) as error:
-            return _kind_of_failure(error)
+            return kind_of_failure(error)
 
     async def _report(self) -> None:
         cpu_seconds = time.process_time()
@@ -469,17 +419,17 @@ class _Clients:
         await asyncio.get_running_loop().run_in_executor(None, self._pipe.send, report)
 
 
-def _kind_of_failure(error: aiohttp.ClientError | OSError) -> str:
+def kind_of_failure(error: aiohttp.ClientError | OSError) -> str:
     """Return the name of what went wrong.
 
     Raises:
         UsageError: It went wrong for want of something on this machine.
     """
     number = getattr(getattr(error, "os_error", error), "errno", None) or 0
-    if number in _OWN_FAILURES:
+    if number in OWN_FAILURES:
         raise UsageError(
             "the load generator failed, not the server: this machine has none left of its "
-            f"{_OWN_FAILURES[number]}; ask for fewer --clients or a lower --rate"
+            f"{OWN_FAILURES[number]}; ask for fewer --clients or a lower --rate"
         ) from error
     # OSError makes itself the fitting subclass, such as ConnectionResetError, by its number.
     return type(OSError(number, "") if number > 0 else error).__name__
@@ -491,7 +441,7 @@ def serve() -> None:
     # That the load test goes in the middle of a report is no error.
     with contextlib.suppress(EOFError, ConnectionError):
         plan: LoadPlan = pipe.recv()
-        loop = asyncio.SelectorEventLoop(_PunctualSelector())
+        loop = asyncio.SelectorEventLoop(PunctualSelector())
         loop.set_debug(False)  # an inherited PYTHONASYNCIODEBUG would take the speed
         try:
             loop.run_until_complete(_Clients(plan, pipe).run())

@@ -13,8 +13,6 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,22 +32,39 @@ LATE_SHARE_LIMIT_PERCENT = 1.0
 BUSY_PROCESS_LIMIT_PERCENT = 90.0
 DPI = 120
 BINS = 60
-BAR_COLOR, LINE_COLOR = "#7fa6c9", "#1f3a57"
+BARS = {"facecolor": "#7fa6c9", "edgecolor": "#1f3a57"}
+LINES = {"color": "black", "linewidth": 1.4}
 
 
 def load_figures(
     measured: Measured, start_seconds: float, duration_seconds: float, slo_ms: float | None,
     is_open_loop: bool,
 ) -> dict[str, object]:  # fmt: skip
-    """Return every figure of a run that sent from ``start_seconds`` on for a while."""
-    requests = measured.requests
-    last_seconds = requests["end"].max() - start_seconds if len(requests) else 0.0
-    elapsed_seconds = max(duration_seconds, float(last_seconds))
-    figures = request_figures(requests, slo_ms)
-    succeeded = figures["successful_requests"]
+    """Return every figure of a run that sent from ``start_seconds`` on for a while.
+
+    ``slo_attainment_percent`` is the share of all requests that succeeded within ``slo_ms``.
+    """
+    import numpy as np
+
+    requests, cpu_seconds = measured.requests, measured.cpu_seconds
+    ends = requests["end"] - start_seconds
+    elapsed_seconds = float(max(duration_seconds, ends.max(initial=0.0)))
+    total, ok = len(requests), requests["failure"] == ""
+    succeeded = int(ok.sum())
+    latency_seconds = np.where(ok, requests["end"] - requests["intended"], math.inf)
+    figures = {
+        "total_requests": total,
+        "successful_requests": succeeded,
+        "failed_requests": total - succeeded,
+        "success_rate_percent": _share_percent(ok),
+        "errors": dict(Counter(requests["failure"][~ok].tolist())),
+        **latency_figures(latency_seconds, "latency"),
+    }
+    if slo_ms is not None:
+        figures["slo_attainment_percent"] = _share_percent(latency_seconds <= slo_ms / 1e3)
     if is_open_loop:
         figures |= open_loop_figures(requests, start_seconds, duration_seconds)
-    busiest_percent = 100.0 * max(measured.cpu_seconds) / elapsed_seconds
+    busiest_percent = 100.0 * max(cpu_seconds) / elapsed_seconds
     limit = generator_limit(figures.get("late_by_generator_percent"), busiest_percent)
     return figures | {
         # Of successful requests: a refused connection fails in no time and is no throughput.
@@ -57,34 +72,12 @@ def load_figures(
         "requests_per_minute": 60.0 * succeeded / elapsed_seconds,
         "elapsed_seconds": elapsed_seconds,
         "connections_opened": measured.connections_opened,
-        "generator_processes": len(measured.cpu_seconds),
-        "generator_cpu_cores": sum(measured.cpu_seconds) / elapsed_seconds,
+        "generator_processes": len(cpu_seconds),
+        "generator_cpu_cores": sum(cpu_seconds) / elapsed_seconds,
         "generator_busiest_process_percent": busiest_percent,
         "generator_limited": limit is not None,
         "generator_limited_reason": limit,
     }
-
-
-def request_figures(requests: np.ndarray, slo_ms: float | None) -> dict[str, object]:
-    """Return how many requests there were, how many succeeded, what failed, and their latency.
-
-    ``slo_attainment_percent`` is the share of all requests that succeeded within ``slo_ms``.
-    """
-    import numpy as np
-
-    total, ok = len(requests), requests["failure"] == ""
-    latency_seconds = np.where(ok, requests["end"] - requests["intended"], math.inf)
-    figures = {
-        "total_requests": total,
-        "successful_requests": int(ok.sum()),
-        "failed_requests": int(total - ok.sum()),
-        "success_rate_percent": _share_percent(ok),
-        "errors": dict(Counter(requests["failure"][~ok].tolist())),
-        **latency_figures(latency_seconds, "latency"),
-    }
-    if slo_ms is not None:
-        figures["slo_attainment_percent"] = _share_percent(latency_seconds <= slo_ms / 1e3)
-    return figures
 
 
 def _share_percent(chosen: np.ndarray) -> float | None:
@@ -92,27 +85,23 @@ def _share_percent(chosen: np.ndarray) -> float | None:
 
 
 def latency_figures(seconds: np.ndarray, what: str) -> dict[str, object]:
-    """Return ``mean_<what>_ms`` and the like.
+    """Return ``mean_<what>_ms`` and the like, null where there is none or it is infinite.
 
-    Args:
-        seconds: Raw durations, shape (n,); of failed and timed-out requests infinite, so that a
-            server does not look better for dropping what is slow. They count in the percentiles;
-            mean, standard deviation, minimum and maximum are of the others.
-        what: ``latency`` or ``service``.
-
-    Returns:
-        The figures, null where there is none or it is infinite. ``<what>_percentile_requests`` is
-        how many requests are in the percentiles, ``infinite_<what>_percentiles`` names those that
-        are infinite.
+    ``seconds``, of shape (n,), are infinite for failed and timed-out requests, so that a server
+    does not look better for dropping what is slow: these count in the percentiles alone.
+    ``<what>_percentile_requests`` is how many requests are in the percentiles,
+    ``infinite_<what>_percentiles`` names those that are infinite.
     """
     import numpy as np
 
     ascending = np.sort(1e3 * seconds)
-    percentiles = {name: percentile(ascending, rank) for name, rank in PERCENTILES.items()}
-    infinite = [name for name, value in percentiles.items() if value == math.inf]
     figures = summarize_latency_ms(seconds[np.isfinite(seconds)])
-    for name, value in percentiles.items():
-        figures[f"{name}_ms"] = None if name in infinite else value
+    infinite = []
+    for name, rank in PERCENTILES.items():
+        value = percentile(ascending, rank)
+        if value == math.inf:
+            infinite.append(name)
+        figures[f"{name}_ms"] = None if value == math.inf else value
     figures["median_ms"] = figures["p50_ms"]
     order = ("mean", "median", "std", "min", *PERCENTILES, "max")
     return {
@@ -139,11 +128,10 @@ def open_loop_figures(
 ) -> dict[str, object]:
     """Return how well the intended sends were kept, and the service times.
 
-    Returns:
-        ``offered_rate`` and ``achieved_rate`` (requests a second, intended and really sent before
-        ``start_seconds + duration_seconds``), ``late_sends`` (more than LATE_SEND_SECONDS after
-        the intended time, or never), of those ``late_for_connection`` (every connection was busy)
-        and ``late_by_generator`` (a free client was too slow), the latter also as a share.
+    ``offered_rate`` and ``achieved_rate`` are requests a second, intended and really sent before
+    the end; ``late_sends`` came more than LATE_SEND_SECONDS after the intended time, or never, of
+    those ``late_for_connection`` since every connection was busy and ``late_by_generator`` since a
+    free client was too slow.
     """
     import numpy as np
 
@@ -184,54 +172,52 @@ def generator_limit(
 
 def summary_rows(figures: dict, slo_ms: float | None) -> list[tuple[str, str]]:
     """Return label and text of each of a run's ``load_figures``."""
-    rows = [
-        ("Total requests", f"{figures['total_requests']}"),
-        ("Successful / failed",
-         f"{figures['successful_requests']} / {figures['failed_requests']}"),
-    ]  # fmt: skip
+
+    def ms(what: str, name: str) -> str:
+        value = figures[f"{name}_{what}_ms"]
+        if name in figures[f"infinite_{what}_percentiles"]:
+            return "infinite"
+        return "none" if value is None else f"{value:.1f} ms"
+
+    def percentiles(what: str, *names: str) -> str:
+        count = figures[f"{what}_percentile_requests"]
+        marked = [
+            ms(what, name) + (" (few)" if is_few(count, PERCENTILES[name]) else "")
+            for name in names
+        ]
+        return f"{' / '.join(marked)}, n = {count}"
+
+    rows = [("Total requests", "{total_requests}"),
+            ("Successful / failed", "{successful_requests} / {failed_requests}")]  # fmt: skip
     if figures["total_requests"]:
         rows += [
-            ("Success rate", f"{figures['success_rate_percent']:.1f} %"),
-            ("Mean latency", f"{_ms(figures, 'latency', 'mean')} (of the answered)"),
-            ("Median (P50) latency", _percentiles(figures, "latency", "p50")),
-            ("P90 latency", _percentiles(figures, "latency", "p90")),
-            ("P95 / P99 latency", _percentiles(figures, "latency", "p95", "p99")),
-            ("P99.9 latency", _percentiles(figures, "latency", "p99_9")),
-            ("Max latency", f"{_ms(figures, 'latency', 'max')} (of the answered)"),
+            ("Success rate", "{success_rate_percent:.1f} %"),
+            ("Mean latency", f"{ms('latency', 'mean')} (of the answered)"),
+            ("Median (P50) latency", percentiles("latency", "p50")),
+            ("P90 latency", percentiles("latency", "p90")),
+            ("P95 / P99 latency", percentiles("latency", "p95", "p99")),
+            ("P99.9 latency", percentiles("latency", "p99_9")),
+            ("Max latency", f"{ms('latency', 'max')} (of the answered)"),
         ]
         if slo_ms is not None:
-            attained = f"{figures['slo_attainment_percent']:.2f} % of all requests"
-            rows.append((f"Within {slo_ms:g} ms", attained))
+            rows.append((f"Within {slo_ms:g} ms", "{slo_attainment_percent:.2f} % of all requests"))
     rows += [
-        ("Queries per second", f"{figures['qps']:.1f}"),
-        ("Requests per minute", f"{figures['requests_per_minute']:.0f}"),
+        ("Queries per second", "{qps:.1f}"),
+        ("Requests per minute", "{requests_per_minute:.0f}"),
     ]
     if "offered_rate" in figures:
         rows += [
             ("Offered / achieved rate",
-             f"{figures['offered_rate']:.1f} / {figures['achieved_rate']:.1f} requests a second"),
-            ("Late sends", f"{figures['late_sends']} ({figures['late_for_connection']} for want of "
-             f"a connection, {figures['late_by_generator']} by the generator)"),
-            ("P50 / P99 from the actual send", _percentiles(figures, "service", "p50", "p99")),
+             "{offered_rate:.1f} / {achieved_rate:.1f} requests a second"),
+            ("Late sends", "{late_sends} ({late_for_connection} for want of a connection, "
+             "{late_by_generator} by the generator)"),
+            ("P50 / P99 from the actual send", percentiles("service", "p50", "p99")),
         ]  # fmt: skip
     rows.append(
-        ("Load generator", f"{figures['generator_processes']} processes, "
-         f"{figures['generator_cpu_cores']:.2f} cores")
-    )  # fmt: skip
-    return rows + [(f"Failed: {kind}", str(n)) for kind, n in sorted(figures["errors"].items())]
-
-
-def _ms(figures: dict, what: str, name: str) -> str:
-    if name in figures[f"infinite_{what}_percentiles"]:
-        return "infinite"
-    value = figures[f"{name}_{what}_ms"]
-    return "none" if value is None else f"{value:.1f} ms"
-
-
-def _percentiles(figures: dict, what: str, *names: str) -> str:
-    count = figures[f"{what}_percentile_requests"]
-    marks = {name: " (few)" if is_few(count, PERCENTILES[name]) else "" for name in names}
-    return " / ".join(_ms(figures, what, name) + marks[name] for name in names) + f", n = {count}"
+        ("Load generator", "{generator_processes} processes, {generator_cpu_cores:.2f} cores")
+    )
+    filled = [(label, text.format_map(figures)) for label, text in rows]
+    return filled + [(f"Failed: {kind}", str(n)) for kind, n in sorted(figures["errors"].items())]
 
 
 def save_raw(path: Path, requests: np.ndarray, start_seconds: float) -> None:
@@ -255,11 +241,11 @@ def save_raw(path: Path, requests: np.ndarray, start_seconds: float) -> None:
 
 def draw_charts(
     histogram: Path, timeline: Path, requests: np.ndarray, figures: dict, start_seconds: float,
-    duration_seconds: float, offered_rate: float | None,
+    offered_rate: float | None,
 ) -> None:  # fmt: skip
     """Draw the latency histogram and the answers a second over the run as PNG files.
 
-    At least one of ``requests`` succeeded; ``figures`` are their ``request_figures``;
+    At least one of ``requests`` succeeded; ``figures`` are their ``load_figures``;
     ``offered_rate`` is that of an open loop, in requests a second.
     """
     # Nothing that is inherited counts: not the backend of the notebook whose shell this is, nor
@@ -267,50 +253,42 @@ def draw_charts(
     os.environ["MPLBACKEND"] = "Agg"
     os.environ["MATPLOTLIBRC"] = os.devnull
     import matplotlib
+    from matplotlib.figure import Figure
 
     ok = requests["failure"] == ""
     latency_ms = 1e3 * (requests["end"] - requests["intended"])[ok]
     ended_seconds = requests["end"] - start_seconds
-    length_seconds = max(duration_seconds, float(ended_seconds.max()))
-    with matplotlib.rc_context(matplotlib.rcParamsDefault):
-        with _chart(histogram) as axes:
-            _draw_latency_histogram(axes, latency_ms, figures)
-        with _chart(timeline) as axes:
-            _draw_qps_timeline(axes, ended_seconds, ok, length_seconds, offered_rate)
+    for path, draw, values in (
+        (histogram, _draw_latency_histogram, (latency_ms, figures)),
+        (timeline, _draw_qps_timeline,
+         (ended_seconds, ok, figures["elapsed_seconds"], offered_rate)),
+    ):  # fmt: skip
+        with matplotlib.rc_context(matplotlib.rcParamsDefault), written_whole(path) as file:
+            figure = Figure(figsize=(8, 4.2), layout="constrained")
+            axes = figure.add_subplot()
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.set_axisbelow(True)
+            axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+            axes.set_title(draw(axes, *values), loc="left", fontsize=11, pad=24)
+            # Above the axes: inside them it would lie over bars and percentiles.
+            axes.legend(
+                frameon=False, loc="lower right", bbox_to_anchor=(1, 1.0), ncols=4, fontsize=9
+            )
+            figure.savefig(file, format="png", dpi=DPI)
 
 
-@contextmanager
-def _chart(path: Path) -> Iterator[Axes]:
-    """Give axes to draw into, which are written to ``path`` at the end of the block."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.2), layout="constrained")
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_axisbelow(True)
-    axes.grid(axis="y", color="#dddddd", linewidth=0.6)
-    yield axes
-    # Above the axes: inside them it would lie over bars and percentiles.
-    axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1.0), ncols=4, fontsize=9)
-    with written_whole(path) as file:
-        figure.savefig(file, format="png", dpi=DPI)
-
-
-def _draw_latency_histogram(axes: Axes, latency_ms: np.ndarray, figures: dict) -> None:
-    """Draw how the latencies of answered requests spread, both axes logarithmic."""
+def _draw_latency_histogram(axes: Axes, latency_ms: np.ndarray, figures: dict) -> str:
+    """Draw how the latencies of answered requests spread, both axes logarithmic; return a title."""
     import numpy as np
     from matplotlib.ticker import LogLocator, NullFormatter
 
     edges = np.geomspace(latency_ms.min() * 0.98, latency_ms.max() * 1.02, BINS + 1)
-    axes.hist(
-        latency_ms, bins=edges, color=BAR_COLOR, edgecolor=LINE_COLOR, linewidth=0.4,
-        label="answered",
-    )  # fmt: skip
+    axes.hist(latency_ms, bins=edges, label="answered", linewidth=0.4, **BARS)
     for name, style in (("p50", "-"), ("p99", "--"), ("p99_9", ":")):
         value = figures[f"{name}_latency_ms"]
         if value is not None:
             text = f"{name.replace('_', '.')}: {value:.3g} ms"
-            axes.axvline(value, color="black", linestyle=style, linewidth=1.4, label=text)
+            axes.axvline(value, linestyle=style, label=text, **LINES)
     axes.set(xscale="log", yscale="log", xlabel="Latency (ms)", ylabel="Requests")
     axes.set_ylim(bottom=0.7)
     axes.yaxis.set_major_formatter("{x:,.0f}")
@@ -318,32 +296,29 @@ def _draw_latency_histogram(axes: Axes, latency_ms: np.ndarray, figures: dict) -
     axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter(NullFormatter())
-    title = f"{len(latency_ms):,} of {figures['total_requests']:,} requests were answered"
-    axes.set_title(title, loc="left", fontsize=11, pad=24)
+    return f"{len(latency_ms):,} of {figures['total_requests']:,} requests were answered"
 
 
 def _draw_qps_timeline(
     axes: Axes, ended_seconds: np.ndarray, ok: np.ndarray, length_seconds: float,
     offered_rate: float | None,
-) -> None:  # fmt: skip
-    """Draw the answers a second over the run, and the failures where there are any."""
+) -> str:  # fmt: skip
+    """Draw the answers a second over the run, and any failures; return a title."""
     import numpy as np
 
     bins = max(1, min(BINS, round(length_seconds / 0.5)))
     edges = np.linspace(0.0, length_seconds, bins + 1)
-    width_seconds = length_seconds / bins
-    answered = np.histogram(ended_seconds[ok], edges)[0] / width_seconds
-    failed = np.histogram(ended_seconds[~ok], edges)[0] / width_seconds
-    axes.stairs(
-        answered, edges, fill=True, facecolor=BAR_COLOR, edgecolor=LINE_COLOR, label="answered"
+    answered, failed = (
+        np.histogram(ended_seconds[chosen], edges)[0] * bins / length_seconds
+        for chosen in (ok, ~ok)
     )
+    axes.stairs(answered, edges, fill=True, label="answered", **BARS)
     if failed.any():
-        axes.stairs(failed, edges, color="black", linestyle="--", linewidth=1.4, label="failed")
+        axes.stairs(failed, edges, linestyle="--", label="failed", **LINES)
     if offered_rate is not None:
-        axes.axhline(offered_rate, color="black", linestyle=":", linewidth=1.4, label="offered")
+        axes.axhline(offered_rate, linestyle=":", label="offered", **LINES)
     axes.set(xlabel="Time since the start (s)", ylabel="Requests a second")
     axes.set_xlim(0, length_seconds)
     axes.set_ylim(0, 1.25 * max(answered.max(), failed.max(), offered_rate or 0.0))
     axes.yaxis.set_major_formatter("{x:,.4g}")
-    title = f"{ok.sum() / length_seconds:,.0f} requests a second answered on average"
-    axes.set_title(title, loc="left", fontsize=11, pad=24)
+    return f"{ok.sum() / length_seconds:,.0f} requests a second answered on average"

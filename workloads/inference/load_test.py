@@ -35,39 +35,16 @@ if TYPE_CHECKING:
     import numpy as np
     from yarl import URL
 
-    from workloads.inference.load_generator import LoadGenerator, Measured, Report
+    from workloads.inference.load_generator import LoadGenerator, Measured
 
 DISTINCT_IMAGES = 16
+# Held, requests are drawn for so long: windows of the suite are shorter unless it is told so.
+STEADY_SECONDS = 1800.0
 READY_PROBE_SECONDS, PROBE_SECONDS, WAITING_LINE_SECONDS = 0.25, 5.0, 5.0
 COLLECT_SECONDS = 0.2
 # Units of work: a request answered with status 200; one that failed, or was past its bound without
 # an answer, which has no response time.
 ANSWERED, MISSED = "request", "missed_request"
-
-# Name, type, default, metavar, help.
-NumberFlag = tuple[str, Callable[[str], float], "float | None", str, str]
-NUMBER_FLAGS: tuple[NumberFlag, ...] = (
-    ("--clients", cli.positive_int, 10, "N", "concurrent clients"),
-    ("--duration", cli.positive_float, 60.0, "S", "seconds to send requests for"),
-    ("--rate", cli.positive_float, None, "R",
-     "open loop: send R requests a second, whatever the answers do (default: closed loop)"),
-    ("--slo-ms", cli.positive_float, None, "X",
-     "report the share of all requests that were answered within X milliseconds"),
-    ("--timeout", cli.positive_float, 30.0, "S", "seconds a client waits for an answer"),
-    ("--warm-up-requests", cli.non_negative_int, 2, "N",
-     "requests a client before the start, not counted"),
-    ("--connect-seconds", cli.non_negative_float, 10.0, "S",
-     "seconds to wait for a server that is just being started"),
-    ("--ready-seconds", cli.positive_float, 300.0, "S",
-     "seconds to wait for a server that loads its model"),
-)  # fmt: skip
-# The serving client has these too.
-GENERATOR_FLAGS: tuple[NumberFlag, ...] = (
-    ("--processes", cli.positive_int, None, "N",
-     "processes that send (default: as the load needs, half the cores at most)"),
-    ("--max-connections", cli.positive_int, 256, "N",
-     "open loop: requests in flight at most; further ones wait, which counts"),
-)  # fmt: skip
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -75,28 +52,34 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = cli.workload_parser(
         "Send images to the inference server from concurrent clients.", uses_gpu=False
     )
-    parser.add_argument(
-        "--server", default="http://localhost:5000", metavar="URL",
-        help="address of the server (default: http://localhost:5000)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--arrival", choices=("poisson", "constant"),
-        help="gaps of the open loop: random, as from many users, or all the same "
-        "(default: poisson)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--upload", choices=("multipart", "raw"), default="multipart",
-        help="multipart: field 'image', as curl -F; raw: the JPEG as the body (default: multipart)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--charts", action=argparse.BooleanOptionalAction,
-        help="draw a latency histogram and a QPS timeline next to the result (default: by hand "
-        "only, not with --events)",
-    )  # fmt: skip
-    add_number_flags(parser, NUMBER_FLAGS + GENERATOR_FLAGS)
-    api_key.add_flag(parser, "the server's key, if it wants one")
+    flag = cli.flags(parser, "the server")
+    flag("--server", "http://localhost:5000", "address of the server", metavar="URL")
+    flag("--connect-seconds", 10.0, "seconds to wait for a server that is just being started",
+         type=cli.non_negative_float, metavar="S")  # fmt: skip
+    flag("--ready-seconds", 300.0, "seconds to wait for a server that loads its model", metavar="S")
+    api_key.add_flag(flag, "the server's key, if it wants one")
+    flag = cli.flags(parser, "the load")
+    flag("--clients", 10, "concurrent clients", metavar="N")
+    flag("--duration", 60.0, "seconds to send requests for", metavar="S")
+    flag("--rate", None, "open loop: send R requests a second, whatever the answers do "
+         "(default: closed loop)", type=cli.positive_float, metavar="R")  # fmt: skip
+    flag("--arrival", None, "gaps of the open loop: random, as from many users, or all the same "
+         "(default: poisson)", choices=("poisson", "constant"))  # fmt: skip
+    flag("--upload", "multipart", "multipart: field 'image', as curl -F; raw: the JPEG as the body",
+         choices=("multipart", "raw"))  # fmt: skip
+    flag("--timeout", 30.0, "seconds a client waits for an answer", metavar="S")
+    flag("--warm-up-requests", 2, "requests a client before the start, not counted",
+         type=cli.non_negative_int, metavar="N")  # fmt: skip
+    add_generator_flags(flag)
+    flag = cli.flags(parser, "the report")
+    flag("--slo-ms", None, "report the share of all requests that were answered within X "
+         "milliseconds", type=cli.positive_float, metavar="X")  # fmt: skip
+    flag("--charts", None, "draw a latency histogram and a QPS timeline next to the result "
+         "(default: by hand only, not with --events)",
+         action=argparse.BooleanOptionalAction)  # fmt: skip
     args = parser.parse_args(arguments)
     api_key.take(args, parser)
+    args.writes_files = not args.hold
     if args.rate is not None:
         args.arrival = args.arrival or "poisson"
     elif args.arrival is not None:
@@ -104,39 +87,40 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     return args
 
 
-def add_number_flags(parser: argparse._ActionsContainer, flags: Sequence[NumberFlag]) -> None:
-    """Add flags that take a number; each one's help says its default, if there is one."""
-    for name, number, default, metavar, text in flags:
-        if default is not None:
-            text += f" (default: {default:g})"
-        parser.add_argument(name, type=number, default=default, metavar=metavar, help=text)
+def add_generator_flags(flag: Callable[..., None]) -> None:
+    """Add the flags of the generator, which the serving client has too."""
+    flag("--processes", None, "processes that send (default: as the load needs, half the cores at "
+         "most)", type=cli.positive_int, metavar="N")  # fmt: skip
+    flag("--max-connections", 256, "open loop: requests in flight at most; further ones wait, "
+         "which counts", metavar="N")  # fmt: skip
 
 
 class LoadTest(client.Workload):
-    """Sends requests for a while; a unit of work is one request."""
+    """Sends requests for a while; a unit of work is one request.
+
+    By hand the job is one run of the generator. Held, a job is the next stretch of one long run: a
+    pause until the last answer has come would give a server that falls behind time to catch up, and
+    less would be offered the slower it is.
+    """
 
     name = "load_test"
     title = "Load test"
     nothing_succeeded = False
     _url: URL | None = None
     _generator: LoadGenerator | None = None
-    _start_seconds: float | None = None
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        """Keep the parsed flags."""
+    def __init__(
+        self, args: argparse.Namespace, look_after: Callable[[], None] = lambda: None
+    ) -> None:
+        """Keep the parsed flags; ``look_after`` is called all along and may raise what ends all."""
         super().__init__(args)
+        self._look_after = look_after
         # What is written next to the result, by its key in the result.
         self.files: dict[str, Path] = {}
 
     def wait_for_server(self) -> None:
-        """Wait until ``/health`` answers with anything but 503; this is no start-up of ours.
-
-        Raises:
-            UsageError: Nobody answers, the server does not get ready, or wants another API key.
-        """
-        url = server_url(self.args.server)
-        asyncio.run(_wait_until_ready(url, self.args))
-        self._url = url
+        """Wait until the server is ready; this is no start-up of ours."""
+        self._url = asyncio.run(wait_until_ready(server_url(self.args.server), self.args))
 
     def load(self) -> None:
         """Start the processes of the load generator."""
@@ -145,7 +129,8 @@ class LoadTest(client.Workload):
         args = self.args
         if self._url is None:
             self.wait_for_server()
-        self._offsets = self.intended_offsets()
+        seconds = max(STEADY_SECONDS, args.duration) if args.hold else args.duration
+        self.offsets = self.draw_offsets(seconds)
         images = load_generator.encode_images(DISTINCT_IMAGES, args.seed)
         bodies, content_type = load_generator.encode_bodies(images, args.upload)
         plan = load_generator.LoadPlan(
@@ -154,15 +139,16 @@ class LoadTest(client.Workload):
             bodies=bodies,
             clients=args.clients,
             connections=max(args.clients, args.max_connections if args.rate else 0),
-            duration_seconds=args.duration,
+            duration_seconds=seconds,
             timeout_seconds=args.timeout,
             warm_up_requests=args.warm_up_requests,
-            offsets=None if self._offsets is None else self._offsets.tolist(),
+            offsets=None if self.offsets is None else self.offsets.tolist(),
         )
         processes = args.processes or load_generator.default_processes(args.clients, args.rate)
         self._generator = load_generator.LoadGenerator(plan, processes)
+        self._start_seconds: float | None = None
 
-    def intended_offsets(self) -> np.ndarray | None:
+    def draw_offsets(self, seconds: float) -> np.ndarray | None:
         """Return when the open loop intends to send, in seconds; None for a closed loop.
 
         Raises:
@@ -173,7 +159,7 @@ class LoadTest(client.Workload):
         args = self.args
         if args.rate is None:
             return None
-        offsets = arrival_offsets(args.rate, args.arrival, args.duration, self.order_seed)
+        offsets = arrival_offsets(args.rate, args.arrival, seconds, self.order_seed)
         if not len(offsets):
             raise UsageError(
                 f"--rate {args.rate:g} for --duration {args.duration:g} seconds draws no request; "
@@ -185,52 +171,51 @@ class LoadTest(client.Workload):
         """Wait until every client has sent its uncounted requests."""
         self._generator.wait_until_prepared()
 
-    def reset(self) -> None:
-        """Prepare another run, since a generator runs once."""
-        self.close()
-        self.load()
-        self.warm_up()
-
-    def look_after(self) -> None:
-        """Called a few times a second while requests are sent; may raise what ends the job."""
-
     def run_job(self, recorder: client.Recorder) -> dict:
-        """Send for ``--duration`` seconds, wait for the last answers, return the figures."""
-        self._start_seconds = self._generator.begin()
-        with console.progress(int(self.args.duration), "seconds") as bar:
+        """Send for ``--duration`` seconds; by hand, wait for the last answers; return the figures.
+
+        Raises:
+            StopRequested: The suite asked to stop.
+        """
+        args = self.args
+        if self._start_seconds is not None and not self._generator.running:
+            self.close()  # a generator runs once
+            self.load()
+            self.warm_up()
+        if self._start_seconds is None:
+            self._start_seconds = self._generator.begin()
+        begin_seconds = time.monotonic() if args.hold else self._start_seconds
+        end_seconds = begin_seconds + args.duration
+        reports: list[Measured] = []
+        with console.progress(int(args.duration), "seconds") as bar:
             shown = finished = 0
             while self._generator.running:
-                finished += self.collect(recorder)
-                elapsed = int(min(time.monotonic() - self._start_seconds, self.args.duration))
+                reports += self.collect(recorder)
+                finished = sum(len(report.requests) for report in reports)
+                elapsed = int(min(time.monotonic() - begin_seconds, args.duration))
                 bar.advance(elapsed - shown, f"{finished} requests")
                 shown = elapsed
-        measured = self._generator.measured()
-        figures = self.figures(measured, self._start_seconds, self.args.duration)
-        # Under the suite every latency is in the event log, and nobody looks at a client's charts.
-        if not self.args.hold:
-            self._write_files(measured.requests, figures)
-        return figures
+                if args.hold and reports and time.monotonic() >= end_seconds:
+                    break
+        return self._figures(reports, begin_seconds)
 
-    def collect(self, recorder: client.Recorder) -> int:
-        """Record the requests that finish within a moment; return how many there were.
+    def collect(self, recorder: client.Recorder) -> list[Measured]:
+        """Record the requests that finish within a moment, and return them.
 
         Raises:
             StopRequested: The suite asked to stop; the generator has stopped.
         """
-        self.look_after()
-        if recorder.stop_requested:
-            self._record(self._generator.stop(), recorder)
-            self._record_unanswered(recorder)
-            recorder.check_stop()
-        return self._record(self._generator.collect(COLLECT_SECONDS), recorder)
-
-    @staticmethod
-    def _record(reports: list[Report], recorder: client.Recorder) -> int:
+        self._look_after()
+        generator, stops = self._generator, recorder.stop_requested
+        reports = generator.stop() if stops else generator.collect(COLLECT_SECONDS)
         for report in reports:
             for intended, _, _, end, failure in report.requests.tolist():
                 kind = MISSED if failure else ANSWERED
                 recorder.unit(kind, intended, end, latency=kind == ANSWERED)
-        return sum(len(report.requests) for report in reports)
+        if stops:
+            self._record_unanswered(recorder)
+            recorder.check_stop()
+        return reports
 
     def _record_unanswered(self, recorder: client.Recorder) -> None:
         """After a stop: those due so long ago that they have missed the bound, still unanswered.
@@ -240,25 +225,34 @@ class LoadTest(client.Workload):
         """
         import numpy as np
 
-        if self._offsets is None or self.args.slo_ms is None:
+        if self.offsets is None or self.args.slo_ms is None:
             return
-        due = self._start_seconds + self._offsets
+        due = self._start_seconds + self.offsets
         past_bound = due[due < time.monotonic() - self.args.slo_ms / 1e3]
-        finished = self._generator.measured().requests["intended"]
-        for intended in np.setdiff1d(past_bound, finished).tolist():
-            recorder.unit(MISSED, intended, intended)
+        finished = [report.requests["intended"] for report in self._generator.reports]
+        for intended in np.setdiff1d(past_bound, np.concatenate([past_bound[:0], *finished])):
+            recorder.unit(MISSED, float(intended), float(intended))
 
-    def figures(self, measured: Measured, start_seconds: float, duration_seconds: float) -> dict:
-        """Return the figures of what was sent from ``start_seconds`` on; units are in the names."""
-        from workloads.inference import load_report
+    def _figures(self, reports: list[Measured], begin_seconds: float) -> dict:
+        from workloads.inference import load_generator, load_report
 
+        args = self.args
+        measured = load_generator.Measured.together(reports)
         figures = load_report.load_figures(
-            measured, start_seconds, duration_seconds, self.args.slo_ms, self.args.rate is not None
+            measured, begin_seconds, args.duration, args.slo_ms, args.rate is not None
         )
         self.nothing_succeeded = not figures["successful_requests"]
         limit = figures["generator_limited_reason"]
         if limit is not None and not self.warnings:
             self.warn(limit)
+        # Under the suite every latency is in the event log, and nobody looks at a client's charts.
+        if args.writes_files:
+            self._write_files(measured.requests, figures)
+        if args.hold and self.offsets is not None:
+            # Those that finished are not those that were due where answers are late.
+            due = self._start_seconds + self.offsets - begin_seconds
+            offered = int(((due >= 0) & (due < args.duration)).sum())
+            figures["offered_rate"] = offered / args.duration
         return figures
 
     def _write_files(self, requests: np.ndarray, figures: dict) -> None:
@@ -273,9 +267,7 @@ class LoadTest(client.Workload):
         if draws_charts and not self.nothing_succeeded:
             charts = [args.results_dir / f"{stem}_{what}.png" for what in ("latency", "qps")]
             try:
-                load_report.draw_charts(
-                    *charts, requests, figures, start_seconds, args.duration, args.rate
-                )
+                load_report.draw_charts(*charts, requests, figures, start_seconds, args.rate)
                 self.files |= zip(("latency_chart", "qps_chart"), charts, strict=True)
             except Exception as error:  # whatever ails matplotlib here, the figures are there
                 self.warn(
@@ -336,8 +328,12 @@ def server_url(text: str) -> URL:
     return url.with_query(None).with_fragment(None)
 
 
-async def _wait_until_ready(url: URL, args: argparse.Namespace) -> None:
-    """See ``LoadTest.wait_for_server``."""
+async def wait_until_ready(url: URL, args: argparse.Namespace) -> URL:
+    """Wait until ``/health`` answers with anything but 503; return ``url``.
+
+    Raises:
+        UsageError: Nobody answers, the server does not get ready, or wants another API key.
+    """
     import aiohttp
 
     started_seconds, next_line_seconds = time.monotonic(), 0.0
@@ -367,6 +363,7 @@ async def _wait_until_ready(url: URL, args: argparse.Namespace) -> None:
                 raise UsageError(
                     f"the server {args.server} {given}; give its own by {api_key.VARIABLE}"
                 )
+    return url
 
 
 def main() -> int:

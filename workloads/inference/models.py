@@ -7,7 +7,6 @@ server runs: uint8 pictures in, the likeliest classes out, one graph replay a ba
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import operator
 import time
@@ -32,18 +31,13 @@ TOP_CLASSES = 5
 POLLING_SECONDS = 1e-3
 
 
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """Add ``--model`` and ``--weights``."""
-    parser.add_argument(
-        "--model", default="resnet50", metavar="NAME",
-        help="resnet50, resnet18, vgg16 or any other classifier of torchvision, such as vit_b_16 "
-        "(default: resnet50)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--weights", default="auto", metavar="auto|imagenet|none|FILE",
-        help="auto: torchvision's ImageNet weights, else random ones with a warning; imagenet: an "
-        "error without them; none: random; FILE: a saved state dict (default: auto)",
-    )  # fmt: skip
+def add_model_flags(flag: Callable[..., None]) -> None:
+    """Add ``--model`` and ``--weights`` by ``flag`` of ``cli.flags``."""
+    flag("--model", "resnet50", "resnet50, resnet18, vgg16 or any other classifier of torchvision, "
+         "such as vit_b_16", metavar="NAME")  # fmt: skip
+    flag("--weights", "auto", "auto: torchvision's ImageNet weights, else random ones with a "
+         "warning; imagenet: an error without them; none: random; FILE: a saved state dict",
+         metavar="auto|imagenet|none|FILE")  # fmt: skip
 
 
 def require_model(name: str) -> None:

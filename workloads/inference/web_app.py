@@ -11,7 +11,7 @@
 
 With an API key everything but ``/`` and ``/health`` wants it (``Authorization: Bearer KEY``, RFC
 6750), else 401. Every error is JSON: ``{"error": "one sentence"}``. The device belongs to another
-process, which batching.py reaches.
+process, which web_worker.py reaches.
 """
 
 from __future__ import annotations
@@ -23,9 +23,8 @@ import math
 import signal
 import socket
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from functools import cache
+from contextlib import suppress
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -38,7 +37,7 @@ from PIL import Image
 from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
 from workloads.inference import api_key
-from workloads.inference.batching import ENDPOINTS, Answer, Refusal
+from workloads.inference.batching import COUNT, ENDPOINTS, RECORD, ROW
 from workloads.inference.image_input import ImageRejected, open_upload, small_picture
 
 if TYPE_CHECKING:
@@ -46,6 +45,7 @@ if TYPE_CHECKING:
 
 DEFAULT_BATCH_SIZE = 32
 MAX_JSON_BYTES = 1024
+QUESTION_SECONDS = 10.0  # for an answer of the engine that needs no device
 MAX_FORM_PARTS = 1000
 # A body is read in pieces. The first one is free, the rest comes out of what all bodies of a worker
 # may hold together: a thousand clients may each send the largest one.
@@ -63,12 +63,39 @@ PAGE_POLICY = (
 )
 PROMETHEUS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 INTERNAL_ERROR = "internal error; the server's log has the details"
-
+CUT_OFF = "the request ends before it is whole"
+# Of a request without a result: pictures, seconds in all and by part.
+NO_FIGURES = (0, 0.0, math.nan, math.nan, math.nan)
 
 app = Flask(__name__, static_folder=None)
 app.json.sort_keys = False
 app.url_map.merge_slashes = False
 worker: WebWorker  # the process
+
+
+class Refusal(Exception):
+    """A request that gets no result: the HTTP status, and one sentence for the client."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+def _ask(
+    kind: bytes, timeout_seconds: float, content: bytes = b"", picture: bytes | None = None
+) -> tuple[float, float, int, list[float]]:
+    """Have the engine run a batch.
+
+    Returns:
+        Its start and end (CLOCK_MONOTONIC), the pictures of all requests in it, and for one of ours
+        the probabilities of the likeliest classes, in falling order, then these classes.
+    """
+    message = worker.pictures.ask(kind, content, max(0.0, timeout_seconds), picture)
+    return (*ROW.unpack_from(message), memoryview(message)[ROW.size :].cast("f").tolist())
+
+
+def _question(text: str) -> bytes:
+    return worker.questions.ask(b"q", text.encode(), QUESTION_SECONDS)
 
 
 def begin(process: WebWorker) -> None:
@@ -96,6 +123,7 @@ def check_request() -> None:
         raise Refusal(401, "this server wants its API key: Authorization: Bearer KEY")
 
 
+@lru_cache(maxsize=64)
 def _is_local(host: str) -> bool:
     """Whether a Host header names this machine, or nothing (no browser leaves it away)."""
     with suppress(ValueError):
@@ -116,20 +144,20 @@ def page() -> Response:
 @app.get("/health")
 def health() -> tuple[dict, int]:
     """Say how the server is."""
-    content = json.loads(worker.engine.ask("health"))
+    content = json.loads(_question("health"))
     return content, 200 if content["status"] == "ok" else 503
 
 
 @app.get("/stats")
 def stats() -> Response:
     """Return the statistics."""
-    return Response(worker.engine.ask("stats"), content_type="application/json")
+    return Response(_question("stats"), content_type="application/json")
 
 
 @app.get("/metrics")
 def metrics() -> Response:
     """Return the statistics in Prometheus's text format."""
-    return Response(worker.engine.ask("metrics"), content_type=PROMETHEUS_TYPE)
+    return Response(_question("metrics"), content_type=PROMETHEUS_TYPE)
 
 
 @app.post("/predict")
@@ -138,28 +166,35 @@ def predict() -> dict:
     content = picture_of(request.content_type or "", _body(worker.settings.max_body_bytes))
     received_seconds = time.monotonic()
     deadline_seconds = received_seconds + worker.settings.request_seconds
-    with _cpu_limit(MAX_DECODE_CPU_SECONDS):
-        image = open_upload(content, worker.settings.max_pixels)
-    picture = _decoded_apart(image, deadline_seconds) if _takes_long(image) else None
-    with worker.engine.lane() as lane:
-        if picture is None:
-            with lane.decoding(), _cpu_limit(MAX_DECODE_CPU_SECONDS):
-                picture = small_picture(image)
-        decoded_seconds = time.monotonic()
-        answer = lane.classify(picture, max(0.0, deadline_seconds - decoded_seconds))
-    g.images = 1
-    g.seconds = {
-        "total": time.monotonic() - received_seconds,
-        "decode": decoded_seconds - received_seconds,
-        "queue": answer.started_seconds - decoded_seconds,
-        "gpu": answer.ended_seconds - answer.started_seconds,
-    }
-    milliseconds = {name: round(seconds * 1e3, 3) for name, seconds in g.seconds.items()}
+    picture = _decoded(content, deadline_seconds)
+    decoded_seconds = time.monotonic()
+    begin_seconds, end_seconds, batch_images, values = _ask(
+        b"p", deadline_seconds - decoded_seconds, picture=picture
+    )
+    total, decode, queue, gpu = seconds = (
+        time.monotonic() - received_seconds,
+        decoded_seconds - received_seconds,
+        begin_seconds - decoded_seconds,
+        end_seconds - begin_seconds,
+    )
+    g.figures = (1, *seconds)
+    half = len(values) // 2
+    top = zip(map(int, values[half:]), values[:half], strict=True)
     return {
-        "predictions": _top(answer),
-        "latency_ms": milliseconds.pop("total"),
-        **{f"{name}_ms": value for name, value in milliseconds.items()},
-        "batch_size": answer.batch_images,
+        "predictions": [
+            {
+                "rank": rank,
+                "class_id": number,
+                "class_name": _class_name(number),
+                "probability": round(probability, 6),
+            }
+            for rank, (number, probability) in enumerate(top, start=1)
+        ],
+        "latency_ms": round(total * 1e3, 3),
+        "decode_ms": round(decode * 1e3, 3),
+        "queue_ms": round(queue * 1e3, 3),
+        "gpu_ms": round(gpu * 1e3, 3),
+        "batch_size": batch_images,
         **_model(),
     }
 
@@ -172,18 +207,17 @@ def batch_predict() -> dict:
     deadline_seconds = received_seconds + worker.settings.request_seconds
     max_batch = worker.settings.max_batch
     gpu_seconds = 0.0
-    with worker.engine.lane() as lane:
-        for first in range(0, size, max_batch):
-            left_seconds = deadline_seconds - time.monotonic()
-            if left_seconds <= 0:
-                raise Refusal(503, f"not done within {worker.settings.request_seconds:g} s")
-            if _client_has_left():
-                raise Refusal(499, "the client has left")
-            answer = lane.classify_synthetic(min(max_batch, size - first), left_seconds)
-            gpu_seconds += answer.ended_seconds - answer.started_seconds
+    for first in range(0, size, max_batch):
+        left_seconds = deadline_seconds - time.monotonic()
+        if left_seconds <= 0:
+            raise Refusal(503, f"not done within {worker.settings.request_seconds:g} s")
+        if _client_has_left():
+            raise Refusal(499, "the client has left")
+        images = COUNT.pack(min(max_batch, size - first))
+        begin_seconds, end_seconds, *_ = _ask(b"s", left_seconds, images)
+        gpu_seconds += end_seconds - begin_seconds
     seconds = time.monotonic() - received_seconds
-    g.images = size
-    g.seconds = {"total": seconds, "gpu": gpu_seconds}
+    g.figures = (size, seconds, math.nan, math.nan, gpu_seconds)
     return {
         "batch_size": size,
         "batches": math.ceil(size / max_batch),
@@ -196,16 +230,14 @@ def batch_predict() -> dict:
 
 @app.after_request
 def count(response: Response) -> Response:
-    """Have an inference request counted, whatever was answered."""
+    """Have an inference request counted, whatever was answered; the answer comes now."""
     endpoint = request.path[1:]
     if endpoint in ENDPOINTS:
-        parts = (g.get("seconds", {}).get(name, math.nan) for name in ("decode", "queue", "gpu"))
-        total_seconds = g.get("seconds", {}).get("total", 0.0)
-        with suppress(Refusal), worker.engine.lane() as lane:
-            lane.record(
-                endpoint, response.status_code, g.get("images", 0),
-                time.monotonic() - total_seconds, total_seconds, *parts,
-            )  # fmt: skip
+        images, *seconds = g.get("figures", NO_FIGURES)
+        which, start_seconds = ENDPOINTS.index(endpoint), time.monotonic() - seconds[0]
+        record = (which, response.status_code, images, start_seconds, *seconds)
+        worker.record(RECORD.pack(*record))
+    worker.hold_packets(request.environ["gunicorn.socket"], True)
     return response
 
 
@@ -230,9 +262,8 @@ def refuse(error: Exception) -> Response:
     else:
         app.logger.error("request failed", exc_info=error)
     response = app.make_response(({"error": message}, status, headers))
-    if not g.get("is_read") and (
-        request.content_length or request.environ.get("HTTP_TRANSFER_ENCODING")
-    ):
+    has_body = request.content_length or request.environ.get("HTTP_TRANSFER_ENCODING")
+    if has_body and not g.get("is_read"):
         worker.close_after(response)
     return response
 
@@ -240,59 +271,44 @@ def refuse(error: Exception) -> Response:
 @cache
 def _model() -> dict:
     """Return model and weights, as said in every answer; they are known once one succeeded."""
-    facts = json.loads(worker.engine.ask("health"))
+    facts = json.loads(_question("health"))
     return {name: facts[name] for name in ("model", "weights")}
 
 
 @cache
 def _class_name(number: int) -> str:
-    return worker.engine.ask(f"name {number}").decode()
-
-
-def _top(answer: Answer) -> list[dict]:
-    return [
-        {
-            "rank": rank,
-            "class_id": number,
-            "class_name": _class_name(number),
-            "probability": round(probability, 6),
-        }
-        for rank, (number, probability) in enumerate(
-            zip(answer.classes, answer.probabilities, strict=True), start=1
-        )
-    ]
+    return _question(f"name {number}").decode()
 
 
 def _body(limit: int) -> bytes:
     """Read the whole body, within bounds of size, time and memory."""
+    too_large = Refusal(413, f"request entity too large: at most {limit} bytes are accepted")
     if (request.content_length or 0) > limit:
-        raise _too_large(limit)
+        raise too_large
     seconds = worker.settings.request_seconds
-    refusal = Refusal(408, f"the request did not arrive within {seconds:g} s")
-    pieces, length = [], 0
-    try:
-        with worker.waiting_for_client(seconds, refusal):
+    pieces, length, fault = [], 0, None
+    with worker.waiting_for_client(seconds) as wait:
+        try:
             while piece := request.environ["wsgi.input"].read(PIECE_BYTES):
                 pieces.append(piece)
                 length += len(piece)
                 if length > limit:
-                    raise _too_large(limit)
+                    raise too_large
                 if len(pieces) > 1:
                     _hold(len(piece))
-    except TimeoutError as error:
-        raise refusal from error
-    except (NoMoreData, ConnectionError) as error:
-        raise Refusal(400, "the request ends before it is whole") from error
-    except ParseException as error:
-        raise Refusal(400, f"damaged request: {error}") from error
-    if request.content_length not in (None, length):
-        raise Refusal(400, "the request ends before it is whole")
+            if request.content_length not in (None, length):
+                fault = CUT_OFF
+        except ParseException as error:
+            fault = f"damaged request: {error}"
+        except (NoMoreData, OSError) as error:
+            wait.is_cut |= isinstance(error, TimeoutError)
+            fault = CUT_OFF
+    if fault and wait.is_cut:
+        raise Refusal(408, f"the request did not arrive within {seconds:g} s")
+    if fault:
+        raise Refusal(400, fault)
     g.is_read = True
     return b"".join(pieces)
-
-
-def _too_large(limit: int) -> Refusal:
-    return Refusal(413, f"request entity too large: at most {limit} bytes are accepted")
 
 
 def _hold(piece_bytes: int) -> None:
@@ -361,13 +377,19 @@ def _client_has_left() -> bool:
         return True
 
 
-def _takes_long(image: Image.Image) -> bool:
-    # What libtiff does with a hostile file in one call, nothing in this thread can end.
-    return image.width * image.height > LARGE_IMAGE_PIXELS or image.format == "TIFF"
-
-
-def _decoded_apart(image: Image.Image, deadline_seconds: float) -> bytes:
-    """Decode a picture on a thread, next to the other requests."""
+def _decoded(content: bytes, deadline_seconds: float) -> bytes:
+    """Decode a picture: here, or on a thread next to the other requests if it takes long."""
+    # Whatever is in the file, it is bounded what a picture takes of the processor.
+    signal.setitimer(signal.ITIMER_PROF, MAX_DECODE_CPU_SECONDS)
+    worker.memory[-1] = 1  # for the engine: a picture is on its way
+    try:
+        image = open_upload(content, worker.settings.max_pixels)
+        # What libtiff does with a hostile file in one call, nothing in this thread can end.
+        if image.width * image.height <= LARGE_IMAGE_PIXELS and image.format != "TIFF":
+            return small_picture(image)
+    finally:
+        worker.memory[-1] = 0
+        signal.setitimer(signal.ITIMER_PROF, 0)
     refusal = Refusal(503, "the picture could not be decoded in time; try again later")
     with gevent.Timeout(deadline_seconds - time.monotonic(), refusal), worker.large_pictures:
         try:
@@ -376,16 +398,6 @@ def _decoded_apart(image: Image.Image, deadline_seconds: float) -> bytes:
             # Nothing ends a thread but the end of its process.
             worker.is_stuck = True
             raise
-
-
-@contextmanager
-def _cpu_limit(seconds: float) -> Iterator[None]:
-    """Bound what a picture takes of the processor, whatever is in its file."""
-    signal.setitimer(signal.ITIMER_PROF, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def _decoding_takes_too_long(number: int, frame: object) -> None:

@@ -1,36 +1,37 @@
 """The web server's processes: gunicorn, started by inference_server.py, with gevent workers.
 
 gunicorn keeps the number of workers and replaces one that ends. Ours are the bounds on how long a
-client may keep a worker waiting, a drain that does not wait for silent connections, errors of the
-HTTP parser as JSON, and that no process outlives the one that started it.
+client may keep a worker waiting and on the connections of one address, a drain that does not wait
+for silent connections, errors of the HTTP parser as JSON, the way to the engine (batching.py), and
+that no process outlives the one that started it.
 """
 
 from __future__ import annotations
 
 import ctypes
-import fcntl
+import ipaddress
 import json
 import math
 import mmap
 import os
+import resource
 import signal
 import socket
-import struct
 import sys
-import termios
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import gevent
-import numpy as np
 from flask import Flask
+from gevent.event import AsyncResult
 from gevent.lock import BoundedSemaphore
 from gevent.pool import Pool
 from gunicorn import util
@@ -39,9 +40,9 @@ from gunicorn.http.errors import LimitRequestHeaders, LimitRequestLine, ParseExc
 from gunicorn.workers.base_async import AsyncWorker
 from gunicorn.workers.ggevent import GeventWorker
 
-from workloads.inference import web_app
-from workloads.inference.batching import EngineClient, allow_many_files
-from workloads.inference.web_app import INTERNAL_ERROR
+from workloads.inference import batching, web_app
+from workloads.inference.image_input import PICTURE_BYTES
+from workloads.inference.web_app import INTERNAL_ERROR, Refusal
 
 SILENT_SECONDS = 10.0  # nothing received, or an answer not taken
 CROWDED_SECONDS = 1.0  # who is waited for longer gives way when every connection is taken
@@ -49,18 +50,85 @@ CROWDED_SECONDS = 1.0  # who is waited for longer gives way when every connectio
 LAST_REQUEST_SECONDS, LAST_BODY_SECONDS = 0.5, 2.0
 HEARTBEAT_SECONDS = 0.1
 WAIT_FOR_OTHERS_SECONDS, MAX_WAITS_FOR_OTHERS = 1e-3, 20
-MAX_WORKERS_EVER = 4096
+MAX_WORKERS_EVER = 1024
 LINGER_SECONDS, LINGER_BYTES = 2.0, 8 << 20
+RECORD_SECONDS = 0.01
+# Messages to the engine that wait for an answer; so many answers fit into a buffer of 416 KiB.
+MAX_SLOTS = 512
+BUFFER_BYTES = 1 << 20  # of a connection to the engine, as far as the system allows
+OWN_ADDRESSES = ("127.0.0.1", "::1", "::ffff:127.0.0.1")
 USAGE = "usage: python3 workloads/inference/inference_server.py, which starts this program"
 PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
-class Wait(NamedTuple):
-    """A greenlet's wait for its client, and what is raised in it to end that."""
+class Channel:
+    """A connection to the engine, on which many greenlets may wait for their answers at once.
 
-    since_seconds: float
-    ending: BaseException
+    With memory for pictures each slot has its part of it.
+    """
+
+    def __init__(self, slots: int, memory: mmap.mmap | None = None) -> None:
+        self._socket, self.engines_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        for end in (self._socket, self.engines_end):
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_BYTES)
+        self._memory = memory
+        self._free = list(range(slots))[::-1]
+        self._answers: dict[int, AsyncResult] = {}
+        self._sending = BoundedSemaphore()  # a second greenlet may not wait for the same socket
+        gevent.spawn(self._receive)
+
+    def send(self, kind: bytes, content: bytes, slot: int = 0) -> None:
+        """Send a message, which without a slot has no answer."""
+        with self._sending:
+            self._socket.send(batching.HEAD.pack(kind, slot) + content)
+
+    def ask(
+        self, kind: bytes, content: bytes, timeout_seconds: float, picture: bytes | None = None
+    ) -> bytes:
+        """Send a message and return its answer.
+
+        Raises:
+            Refusal: The engine refuses, or does not answer in time.
+        """
+        if not self._free:
+            raise Refusal(503, batching.FULL)
+        slot = self._free.pop()  # until the engine has answered, also if nobody waits any more
+        if picture is not None:
+            self._memory[slot * PICTURE_BYTES : (slot + 1) * PICTURE_BYTES] = picture
+        answer = self._answers[slot] = AsyncResult()
+        self.send(kind, content, slot)
+        try:
+            status, content = answer.get(timeout=timeout_seconds)
+        except gevent.Timeout:
+            raise Refusal(503, batching.LATE) from None
+        if status != 200:
+            raise Refusal(status, content.decode())
+        return content
+
+    def _receive(self) -> None:
+        with suppress(OSError):
+            while message := self._socket.recv(batching.MAX_MESSAGE_BYTES):
+                slot, status = batching.ANSWER.unpack_from(message)
+                self._free.append(slot)
+                self._answers.pop(slot).set((status, message[batching.ANSWER.size :]))
+        os._exit(1)  # the engine has ended, or has given this worker up
+
+
+@dataclass(eq=False)
+class Wait:
+    """A connection's wait for its client."""
+
+    client: socket.socket
+    begin_seconds: float
+    end_seconds: float
     has_request: bool
+    is_cut: bool = False
+
+    def cut(self) -> None:
+        """End it: what has come is still read, and then the connection's end."""
+        self.is_cut = True
+        with suppress(OSError):
+            self.client.shutdown(socket.SHUT_RD)
 
 
 class WebWorker(GeventWorker):
@@ -73,25 +141,52 @@ class WebWorker(GeventWorker):
         # The flags of inference_server.py, and what it adds to them.
         self.settings = settings = self.app.settings
         self._silent_seconds = min(SILENT_SECONDS, settings.request_seconds)
+        self._address_limit = math.ceil(settings.max_connections_per_address / self.cfg.workers)
+        self._addresses: Counter[str] = Counter()  # connections of each
         self._waits: dict[gevent.Greenlet, Wait] = {}
         self._pool = Pool(self.worker_connections)
-        self.engine = EngineClient(socket.socket(fileno=settings.door))
+        self._connect_to_engine(socket.socket(fileno=settings.door))
         self.large_pictures = BoundedSemaphore(settings.threads)
         self.held_bytes = 0  # of bodies that are being read
+        self._records: list[bytes] = []  # of finished requests
         web_app.begin(self)
         listener = self.sockets[0]
         accepting = gevent.spawn(self._accept_all, listener)
         while self.alive and not self.is_stuck:
             self.notify()
             self.count_connections(len(self._pool))
-            if self._pool.full():
-                self._end_waits(CROWDED_SECONDS)
+            self._cut_waits(CROWDED_SECONDS if self._pool.full() else math.inf)
             gevent.sleep(HEARTBEAT_SECONDS)
         self.alive = False
         self._drain(accepting, listener, settings.drain_seconds)
-        self.engine.report_unanswered(sum(map(self._has_request, self._pool)))
+        self._send_records()
+        unanswered = sum(map(self._has_request, self._pool))
+        self.questions.send(b"e", batching.COUNT.pack(unanswered))
         # Not by the interpreter's own end, which would wait for a thread that is stuck.
         os._exit(0)
+
+    def _connect_to_engine(self, door: socket.socket) -> None:
+        descriptor = os.memfd_create("pictures")
+        slots = min(self.worker_connections, MAX_SLOTS)
+        os.ftruncate(descriptor, slots * PICTURE_BYTES + 1)
+        # The last byte: how many pictures are on their way, being decoded.
+        self.memory = mmap.mmap(descriptor, 0)
+        self.pictures, self.questions = Channel(slots, self.memory), Channel(slots)
+        with self.pictures.engines_end as pictures, self.questions.engines_end as questions:
+            descriptors = [pictures.fileno(), questions.fileno(), descriptor]
+            socket.send_fds(door, [b"%d" % os.getpid()], descriptors)
+        os.close(descriptor)
+
+    def record(self, content: bytes) -> None:
+        """Have a finished request counted, soon: waking the engine for each would cost both."""
+        if not self._records:
+            gevent.spawn_later(RECORD_SECONDS, self._send_records)
+        self._records.append(content)
+
+    def _send_records(self) -> None:
+        records, self._records = self._records, []
+        if records:
+            self.pictures.send(b"r", b"".join(records))
 
     def _accept_all(self, listener: socket.socket) -> None:
         while True:
@@ -112,7 +207,7 @@ class WebWorker(GeventWorker):
         """
         for _ in range(MAX_WAITS_FOR_OTHERS):
             self.count_connections(len(self._pool))
-            if len(self._pool) * self.cfg.workers <= self.app.connections.sum():
+            if len(self._pool) * self.cfg.workers <= sum(self.app.connections):
                 break
             gevent.sleep(WAIT_FOR_OTHERS_SECONDS)
 
@@ -127,54 +222,73 @@ class WebWorker(GeventWorker):
             if elapsed > LAST_REQUEST_SECONDS:
                 accepting.kill()
                 listener.close()
-                self._end_waits(0.0, with_request=elapsed > LAST_BODY_SECONDS)
+                self._cut_waits(0.0, with_request=elapsed > LAST_BODY_SECONDS)
                 if not self._pool:
                     break
             gevent.sleep(HEARTBEAT_SECONDS / 2)
 
-    def _end_waits(self, seconds: float, *, with_request: bool = True) -> None:
-        """End the waits of over ``seconds`` for clients of whom nothing has come."""
-        oldest_seconds = time.monotonic() - seconds
-        for greenlet, wait in list(self._waits.items()):
-            if wait.since_seconds < oldest_seconds and (with_request or not wait.has_request):
-                # In the hub, where nothing can happen between the look and the throw.
-                gevent.get_hub().loop.run_callback(self._end_wait, greenlet, wait)
-
-    def _end_wait(self, greenlet: gevent.Greenlet, wait: Wait) -> None:
-        if self._waits.get(greenlet) is wait and not _has_input(greenlet.client):
-            greenlet.throw(wait.ending)
+    def _cut_waits(self, seconds: float = math.inf, *, with_request: bool = True) -> None:
+        """End the waits whose time is over, or that have lasted for ``seconds``."""
+        now = time.monotonic()
+        for wait in list(self._waits.values()):
+            is_long = now - wait.begin_seconds > seconds and (with_request or not wait.has_request)
+            if is_long or now > wait.end_seconds:
+                wait.cut()
 
     def _has_request(self, greenlet: gevent.Greenlet) -> bool:
         wait = self._waits.get(greenlet)
         return wait is None or wait.has_request
 
     @contextmanager
-    def waiting_for_client(self, seconds: float, refusal: Exception | None) -> Iterator[None]:
-        """Bound a wait; in the end ``refusal`` is raised, or None of it remains."""
-        timeout = gevent.Timeout(seconds, refusal or False)
-        me = gevent.getcurrent()
-        self._waits[me] = Wait(time.monotonic(), refusal or timeout, refusal is not None)
+    def waiting_for_client(self, seconds: float, *, has_request: bool = True) -> Iterator[Wait]:
+        """Bound the block's wait for what the client of this greenlet sends."""
+        me, now = gevent.getcurrent(), time.monotonic()
+        self._waits[me] = wait = Wait(me.client, now, now + seconds, has_request)
         try:
-            with timeout:
-                yield
+            yield wait
         finally:
+            me.is_cut |= wait.is_cut
             del self._waits[me]
 
     def timeout_ctx(self):
         """Bound the wait for a request's first line and headers."""
-        return self.waiting_for_client(self._silent_seconds, None)
+        return self.waiting_for_client(self._silent_seconds, has_request=False)
 
     def handle(self, listener: socket.socket, client: socket.socket, address: tuple) -> None:
-        """Serve one connection."""
-        gevent.getcurrent().client = client
+        """Serve one connection, unless its address has too many."""
+        me = gevent.getcurrent()
+        me.client, me.is_cut = client, False
         client.settimeout(self._silent_seconds)
-        AsyncWorker.handle(self, listener, client, address)
+        origin = _origin(address[0])
+        self._addresses[origin] += 1
+        try:
+            if self._addresses[origin] <= self._address_limit or address[0] in OWN_ADDRESSES:
+                AsyncWorker.handle(self, listener, client, address)
+            else:
+                with client:
+                    _refuse(client, 503, "too many connections from your address")
+        finally:
+            self._addresses[origin] -= 1
+            if not self._addresses[origin]:
+                del self._addresses[origin]
 
     def handle_request(self, listener_name, req, sock, addr) -> None:
         """Serve one request; gunicorn's object is kept for ``close_after``."""
-        gevent.getcurrent().request = req
+        me = gevent.getcurrent()
+        me.request = req
+        if me.is_cut:  # it came at the last moment, and nothing more can
+            req.force_close()
         gevent.sleep(0)  # one connection may have sent thousands that need nothing but us
-        super().handle_request(listener_name, req, sock, addr)
+        try:
+            super().handle_request(listener_name, req, sock, addr)
+        finally:
+            self.hold_packets(sock, False)
+
+    @staticmethod
+    def hold_packets(client: socket.socket, on: bool) -> None:
+        """Let head and body of an answer be one packet, or send what was held."""
+        with suppress(OSError):
+            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, on)
 
     @staticmethod
     def close_after(response: Flask.response_class) -> None:
@@ -189,24 +303,29 @@ class WebWorker(GeventWorker):
 
     def handle_error(self, req, client, addr, exc) -> None:
         """Answer what gunicorn's parser refuses."""
-        status = {LimitRequestHeaders: 431, LimitRequestLine: 414}.get(type(exc), 400)
-        message = f"bad request: {exc}"
-        if not isinstance(exc, ParseException):
+        status, message = 500, INTERNAL_ERROR
+        if isinstance(exc, ParseException):
+            status = {LimitRequestHeaders: 431, LimitRequestLine: 414}.get(type(exc), 400)
+            message = f"bad request: {exc}"
+        else:
             web_app.app.logger.error("connection failed", exc_info=exc)
-            status, message = 500, INTERNAL_ERROR
-        body = json.dumps({"error": message}) + "\n"
-        head = f"HTTP/1.1 {status} Refused\r\nConnection: close\r\nContent-Type: application/json"
-        with suppress(OSError):
-            client.sendall(f"{head}\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
-            util.close_graceful(client, LINGER_SECONDS, LINGER_BYTES)
+        _refuse(client, status, message)
+        util.close_graceful(client, LINGER_SECONDS, LINGER_BYTES)
 
 
-def _has_input(client: socket.socket) -> bool:
-    """Whether something has come that was not read yet."""
-    with suppress(OSError, ValueError):
-        answer = fcntl.ioctl(client.fileno(), termios.FIONREAD, bytes(4))
-        return struct.unpack("i", answer)[0] > 0
-    return False
+def _refuse(client: socket.socket, status: int, message: str) -> None:
+    body = json.dumps({"error": message}) + "\n"
+    head = f"HTTP/1.1 {status} Refused\r\nConnection: close\r\nContent-Type: application/json"
+    head += "\r\nRetry-After: 1" if status == 503 else ""
+    with suppress(OSError):
+        client.sendall(f"{head}\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
+
+
+def _origin(address: str) -> str:
+    """Return whom an address belongs to: of IPv6 everybody has at least 2^64."""
+    if "." in address:
+        return address
+    return str(ipaddress.ip_network((address.partition("%")[0], 64), strict=False))
 
 
 class WebServer(BaseApplication):
@@ -215,7 +334,7 @@ class WebServer(BaseApplication):
     def __init__(self, settings: SimpleNamespace) -> None:
         self.settings = settings
         # How many each worker has, by its age; in memory that all of them share.
-        self.connections = np.frombuffer(mmap.mmap(-1, 2 * MAX_WORKERS_EVER), np.uint16)
+        self.connections = memoryview(mmap.mmap(-1, 2 * MAX_WORKERS_EVER)).cast("H")
         super().__init__()
 
     def load_config(self) -> None:
@@ -258,7 +377,9 @@ def main() -> None:
         print(USAGE, file=sys.stdout if is_asked else sys.stderr)
         raise SystemExit(0 if is_asked else 2) from None
     _die_with_parent()
-    allow_many_files()
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     WebServer(settings).run()
 
 
