@@ -264,9 +264,9 @@ def test_the_recorded_h100_run_gives_the_figures_that_the_readme_shows(tmp_path)
         assert stp in readme and antt in readme
 
 
-def test_the_readmes_latencies_of_single_images_are_those_of_the_records():
+def test_the_latencies_of_single_images_among_the_findings_are_those_of_the_records():
     row = "| {} | {} | {:.3f} ms{} | {} | {:.3f} ms{} |"
-    readme = (PROJECT_ROOT / "README.md").read_text()
+    findings = (PROJECT_ROOT / "docs" / "findings.md").read_text()
     folder = PROJECT_ROOT / "examples" / "h100-single-image"
     runs = [run_folder.read_run(folder / mode) for mode in ("time-slicing", "mps")]
 
@@ -276,7 +276,7 @@ def test_the_readmes_latencies_of_single_images_are_those_of_the_records():
 
     alone = [mean_ms(run, 1) for run in runs]
     for clients in (1, 3, 5, 7):
-        (line,) = [line for line in readme.splitlines()
+        (line,) = [line for line in findings.splitlines()
                    if line.startswith(f"| {clients} | ") and line.count(" ms") == 4]  # fmt: skip
         theirs = [cell.strip() for cell in line.split("|")[2:6:2]]
         cells = [clients]

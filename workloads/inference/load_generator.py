@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 IMAGE_SIZE = 224
-# A process offers several times as much (see README.md); a part of that keeps clients punctual.
+# A process offers several times as much (docs/serving.md); a part of that keeps clients punctual.
 CLIENTS_PER_PROCESS, RATE_PER_PROCESS = 16, 1000.0
 # Files of a process that are no connection: its own socket, the event loop's, a resolver's.
 OTHER_OPEN_FILES = 32
