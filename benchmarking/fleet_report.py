@@ -99,7 +99,7 @@ def read_card(path: Path) -> Row:
         "reason": record["reason"],
         "health": record["health"],
         "flags": [record["health_failure"]] if record["health_failure"] else [],
-        "modes": {_mode_name(group): _figures(group) for group in groups},
+        "modes": {group["variant"]: _figures(group) for group in groups},
         "best_mode": _best_mode(section, groups),
         # Cards merge only where this is alike, as runs do.
         "environment": {
@@ -132,10 +132,6 @@ def _worked(group: Mapping[str, Any]) -> bool:
     return group["outcome"] == "ok" and group.get("stp") is not None
 
 
-def _mode_name(group: Mapping[str, Any]) -> str:
-    return f"{group['mode']} ({group['settings']})" if group.get("settings") else group["mode"]
-
-
 def _figures(group: Mapping[str, Any]) -> Row:
     """Return what the table shows of a mode; `None` is unknown."""
     clients = group.get("client_rows") or []
@@ -159,20 +155,13 @@ def _mean(estimate: Mapping[str, Any] | None) -> float | None:
 
 
 def _best_mode(section: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> str | None:
-    """Return the mode that delivers most on a card, `None` where no difference is shown.
-
-    That is the conclusion on the whole card where the comparison has one; else the first by its
-    mean, whose interval has to lie apart from those of all others.
-    """
+    """Return the mode that surely delivers most on a card, `None` where that cannot be told."""
+    compared = {(group["mix"], group["clients"]) for group in groups}
     for conclusion in section.get("conclusions") or []:
-        if conclusion.get("subject") == "whole card":
-            return conclusion.get("best_mode") if conclusion.get("verdict") == "sure" else None
-    ranked = sorted(filter(_worked, groups), key=lambda group: group["stp"]["mean"], reverse=True)
-    estimates = [group["stp"] for group in ranked]
-    if len(ranked) < 2 or not all(one["is_interval"] for one in estimates):
-        return None
-    is_apart = all(estimates[0]["low"] > other["high"] for other in estimates[1:])
-    return _mode_name(ranked[0]) if is_apart else None
+        is_ours = (conclusion["mix"], conclusion["clients"]) in compared
+        if is_ours and conclusion["subject"] == "whole card" and conclusion["verdict"] == "sure":
+            return str(conclusion["best"])
+    return None
 
 
 # --- what they say together ----------------------------------------------------------------------

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import PROJECT_ROOT
-from test_flags_table import ALIASES, COMING_WITH_THE_REPORT, FLAG, flags_on_page
+from test_flags_table import ALIASES, FLAG, flags_on_page
 
 PAGES = sorted(
     [
@@ -72,7 +72,7 @@ def test_commands_are_of_scripts_that_are_there_and_of_flags_that_they_take(page
         flags = {flag for word in own[1:] for flag in FLAG.findall(word.partition("=")[0])[:1]
                  if word.startswith("--")}  # fmt: skip
         if script.name in known and script.name != "run_tests.sh":
-            assert flags <= known[script.name] | ALIASES | COMING_WITH_THE_REPORT, words
+            assert flags <= known[script.name] | ALIASES, words
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

@@ -25,10 +25,6 @@ SUBCOMMANDS = {
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
 # An option's line of --help: its names, then two blanks or the end of the line.
 OPTION_LINE = re.compile(r"^  (?:-h, )?(--[a-z].*?)(?: {2,}|$)", re.MULTILINE)
-# Flags of benchmarking/report and of what comes with it, where that is not there yet.
-COMING_WITH_THE_REPORT = {
-    "--gpu-price", "--kwh-price", "--matters", "--require", "--prometheus", "--prometheus-address",
-}  # fmt: skip
 ALIASES = {"--beside-others", "--frontends", "--leash"}
 
 
@@ -83,8 +79,6 @@ def flags_on_page() -> dict[str, set[str]]:
 @pytest.mark.parametrize("path", PROGRAMS)
 def test_the_page_has_the_flags_of_each_programs_help(path):
     on_page, in_help = flags_on_page()[Path(path).name], flags_in_help(path)
-    if not (PROJECT_ROOT / "benchmarking" / "report").is_dir():
-        on_page -= COMING_WITH_THE_REPORT
     assert on_page == in_help | {"--help"}  # the drivers do not list it
 
 

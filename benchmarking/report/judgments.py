@@ -77,24 +77,39 @@ def _vendors_rule(one: Mapping[str, Any]) -> dict[str, Any] | None:
         what, expected = "latency-sensitive inference", MODE_MPS
     else:
         return None
-    shared = [mode["variant"] for mode in one["modes"] if mode["mode"] == MODE_MPS]
-    both = {MODE_TIME_SLICING, *shared[:1]}
-    pair = next((pair for pair in one["pairs"] if {pair["one"], pair["other"]} == both), None)
-    verdict = pair["verdict"] if pair else claims.NOT_MEASURED
-    holds = claims.CANNOT_TELL
-    if verdict == claims.SURE:
-        holds = YES if pair["better"].startswith(expected) else NO
-    elif verdict == claims.NO_DIFFERENCE:
-        holds = NO
+    pairs = [
+        pair for pair in one["pairs"]
+        if MODE_TIME_SLICING in (pair["one"], pair["other"])
+        and any(side.startswith(MODE_MPS) for side in (pair["one"], pair["other"]))
+    ]  # fmt: skip
+    holds, found = _holds(pairs, expected)
     name = "time slicing" if expected == MODE_TIME_SLICING else "SM sharing (MPS)"
     return {
         "source": "vendor",
         "rule": f"{name} for {what}",
         "mode": expected,
         "expected": expected,
-        "found": pair["better"] if verdict == claims.SURE else verdict,
+        "found": found,
         "holds": holds,
     }
+
+
+def _holds(pairs: Sequence[Mapping[str, Any]], expected: str) -> tuple[str, str]:
+    """Whether the expected mode is surely the better one, and what was found in place of it.
+
+    `pairs` are time slicing against each kind of MPS: MPS has one that is better, time slicing has
+    to be better than all of them.
+    """
+    sure = [pair["better"] for pair in pairs if pair["verdict"] == claims.SURE]
+    for_mps = [better for better in sure if better.startswith(MODE_MPS)]
+    if for_mps:
+        return (YES if expected == MODE_MPS else NO), for_mps[0]
+    if sure and len(sure) == len(pairs):
+        return (YES if expected == MODE_TIME_SLICING else NO), MODE_TIME_SLICING
+    settled = [pair["verdict"] in (claims.SURE, claims.NO_DIFFERENCE) for pair in pairs]
+    if pairs and all(settled):
+        return NO, claims.NO_DIFFERENCE
+    return claims.CANNOT_TELL, pairs[0]["verdict"] if pairs else claims.NOT_MEASURED
 
 
 def worst_slowdowns(groups: Sequence[Group], rows: Rows) -> list[dict[str, Any]]:

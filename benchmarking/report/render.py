@@ -262,9 +262,21 @@ def mix_of(section: Record, mix: str, clients: int, members: Sequence[Record]) -
         ],
         "groups": [group for group in section["groups"]
                    if (group["mix"], group["clients"]) == (mix, clients)],
+        "proofs": proofs_of(section, mix, clients),
         "pictures": [one for one in section["charts"]["compared"] if one.mix == mix],
         "is_cpu_demo": section["cpu_demo"],
     }  # fmt: skip
+
+
+def proofs_of(section: Record, mix: str, clients: int) -> Counter[str]:
+    """How many clients were measured under a mode, by what their proof says."""
+    return Counter(
+        proof["verdict"] or "unverified"
+        for run in section["runs"] if run["mix"] == mix
+        for co_run in run["co_runs"]
+        if co_run["phase"] == "co_run" and co_run["clients"] == clients
+        for proof in co_run["proofs"]
+    )  # fmt: skip
 
 
 def row_of(one: Record, names: Record, is_cpu_demo: bool) -> dict[str, Any]:
