@@ -162,7 +162,16 @@ class SuiteRun:
         )
 
     def _save_plan(self) -> None:
-        self._writer.update_manifest(plan=self._setup.secrets.hide(self._plan.to_dict()))
+        """Keep the plan; what was measured before stands in it as it was run then."""
+        plan = self._setup.secrets.hide(self._plan.to_dict())
+        before = self._earlier.run.manifest.plan if self._earlier else {}
+        for part, rows in plan.items():
+            ran = {
+                row["co_run"]: row for row in before.get(part, ())
+                if self._earlier and self._earlier.finished(row["co_run"])
+            }  # fmt: skip
+            plan[part] = [ran.get(row["co_run"], row) for row in rows]
+        self._writer.update_manifest(plan=plan)
 
     def _take_over_baselines(self) -> None:
         """Reuse another run's baselines where they were asked for, or where MIG needs them."""
