@@ -11,22 +11,22 @@ that a script under test finds first on its PATH. They keep what they know in on
     assert machine.changing_calls() == []
 
 Environment variables
-    FAKE_GPU_STATE    the folder (needed). In it: `machine.json` (the state, only ever rewritten by
-                      a call that changes something), `calls.jsonl` (every call), `rules.json`
-                      (failures)
-    FAKE_GPU_MACHINE  which machine to start with while there is no `machine.json`: one of MACHINES
+    FAKE_GPU_STATE    the folder (needed). In it: `machine` (the state, only ever rewritten by a
+                      call that changes something), `calls` (every call), `rules` (failures); by
+                      marshal, since each start of a fake would wait 10 ms for the import of json
+    FAKE_GPU_MACHINE  which machine to start with while there is no `machine`: one of MACHINES
                       below (default `h100`)
     FAKE_GPU_UID      the user id that the programs take themselves to be run by (default: the real
                       one); lets a test without a second account see "no permission"
     FAKE_SUDO_USER    for the fake `sudo`: the invoking account (default `nobody`)
 
-`calls.jsonl`, one JSON object a call
+`calls`, a dict a call
     command      the command line, or `nvidia-cuda-mps-control < COMMAND` for what it reads
     changes      true for a call that asks for a change, whether or not it succeeded
     uid, exit    who called, and the exit status
     environment  the CUDA_* variables of the call
 
-`rules.json`, a list of objects, the first that matches counts
+`rules`, a list of dicts, the first that matches counts
     match        shell pattern on the command as logged, e.g. "nvidia-smi -i * -mig 1"
     exit         exit status in place of the real one (default 1)
     text         what is printed in place of the real text (default: nothing)
@@ -44,9 +44,8 @@ UNVERIFIED.
 from __future__ import annotations
 
 import fcntl
-import json
+import marshal
 import os
-import re
 import sys
 import time
 
@@ -265,9 +264,9 @@ class Store:
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
-        self.path = os.path.join(folder, "machine.json")
+        self.path = os.path.join(folder, "machine")
         self._lock: int | None = None
-        self._before = ""
+        self._before: dict | None = None
         self.machine: dict = {}
 
     def __enter__(self) -> Store:
@@ -279,41 +278,39 @@ class Store:
             os.umask(previous)
         fcntl.flock(self._lock, fcntl.LOCK_EX)
         try:
-            with open(self.path, encoding="utf-8") as file:
-                self._before = file.read()
-            self.machine = json.loads(self._before)
+            with open(self.path, "rb") as file:
+                known = file.read()
+            self._before, self.machine = marshal.loads(known), marshal.loads(known)
         except FileNotFoundError:
-            self._before = ""
             self.machine = new_machine(os.environ.get("FAKE_GPU_MACHINE", "h100"))
         return self
 
     def __exit__(self, *_: object) -> None:
-        after = json.dumps(self.machine, indent=1)
-        if after != self._before:
-            self._replace(self.path, after)
+        if self.machine != self._before:
+            self._replace(self.path, self.machine)
         assert self._lock is not None
         os.close(self._lock)
 
-    def _replace(self, path: str, text: str) -> None:
+    def _replace(self, path: str, value: object) -> None:
         temporary = f"{path}.{os.getpid()}"
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(temporary, "wb") as file:
+            marshal.dump(value, file)
         os.chmod(temporary, 0o666)
         os.replace(temporary, path)
 
     def matching_rule(self, command: str) -> dict | None:
         """The rule that hits this call; counts the call against it."""
-        path = os.path.join(self.folder, "rules.json")
+        path = os.path.join(self.folder, "rules")
         try:
-            with open(path, encoding="utf-8") as file:
-                rules = json.load(file)
+            with open(path, "rb") as file:
+                rules = marshal.load(file)
         except FileNotFoundError:
             return None
         for rule in rules:
             if not _matches(rule["match"], command):
                 continue
             rule["seen"] = rule.get("seen", 0) + 1
-            self._replace(path, json.dumps(rules))
+            self._replace(path, rules)
             first = rule.get("after", 0)
             if rule["seen"] <= first:
                 continue
@@ -323,7 +320,7 @@ class Store:
         return None
 
     def log(self, command: str, changes: bool, exit_status: int) -> None:
-        """Append one call to calls.jsonl."""
+        """Append one call to `calls`."""
         line = {
             "command": command,
             "changes": changes,
@@ -333,17 +330,29 @@ class Store:
         }
         previous = os.umask(0)
         try:
-            path = os.path.join(self.folder, "calls.jsonl")
+            path = os.path.join(self.folder, "calls")
             descriptor = os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o666)
         finally:
             os.umask(previous)
-        os.write(descriptor, (json.dumps(line) + "\n").encode())
+        os.write(descriptor, marshal.dumps(line))
         os.close(descriptor)
 
 
 def _matches(pattern: str, text: str) -> bool:
     """A shell pattern where only `*` is special (command lines are full of brackets)."""
-    return re.fullmatch(".*".join(re.escape(part) for part in pattern.split("*")), text) is not None
+    first, *others = pattern.split("*")
+    if not others:
+        return text == pattern
+    *between, last = others
+    if not text.startswith(first):
+        return False
+    at = len(first)
+    for part in between:
+        found = text.find(part, at)
+        if found < 0:
+            return False
+        at = found + len(part)
+    return len(text) - len(last) >= at and text.endswith(last)
 
 
 def current_uid() -> int:
@@ -405,13 +414,8 @@ class FakeMachine:
 
     def state(self) -> dict:
         """A copy of the machine's state; see `new_machine` and `_gpu` for its fields."""
-        with open(os.path.join(self.folder, "machine.json"), encoding="utf-8") as file:
-            return json.load(file)
-
-    def state_bytes(self) -> bytes:
-        """The state file as it is on disk, to prove that nothing was touched."""
-        with open(os.path.join(self.folder, "machine.json"), "rb") as file:
-            return file.read()
+        with open(os.path.join(self.folder, "machine"), "rb") as file:
+            return marshal.load(file)
 
     def change(self, **fields: object) -> None:
         """Set top-level fields of the state, e.g. `driver="not-loaded"`."""
@@ -504,28 +508,29 @@ class FakeMachine:
 
     def fail(self, match: str, **rule: object) -> None:
         """Add a rule; see the module's text for its fields."""
-        path = os.path.join(self.folder, "rules.json")
+        path = os.path.join(self.folder, "rules")
         rules = []
         if os.path.exists(path):
-            with open(path, encoding="utf-8") as file:
-                rules = json.load(file)
-        with open(path, "w", encoding="utf-8") as file:
-            json.dump([*rules, {"match": match, **rule}], file)
+            with open(path, "rb") as file:
+                rules = marshal.load(file)
+        with open(path, "wb") as file:
+            marshal.dump([*rules, {"match": match, **rule}], file)
         os.chmod(path, 0o666)
 
     def forget_rules(self) -> None:
         """Drop every rule."""
-        path = os.path.join(self.folder, "rules.json")
+        path = os.path.join(self.folder, "rules")
         if os.path.exists(path):
             os.remove(path)
 
     def calls(self) -> list[dict]:
         """Every call so far, oldest first."""
-        try:
-            with open(os.path.join(self.folder, "calls.jsonl"), encoding="utf-8") as file:
-                return [json.loads(line) for line in file]
-        except FileNotFoundError:
-            return []
+        path, calls = os.path.join(self.folder, "calls"), []
+        if os.path.exists(path):
+            with open(path, "rb") as file:
+                while file.peek(1):
+                    calls.append(marshal.load(file))
+        return calls
 
     def changing_calls(self) -> list[str]:
         """The command lines that asked for a change, oldest first."""
@@ -533,6 +538,6 @@ class FakeMachine:
 
     def forget_calls(self) -> None:
         """Start the list of calls anew."""
-        path = os.path.join(self.folder, "calls.jsonl")
+        path = os.path.join(self.folder, "calls")
         if os.path.exists(path):
             os.remove(path)
