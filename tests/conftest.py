@@ -18,6 +18,7 @@ import pytest
 if TYPE_CHECKING:
     from driver_runner import DriverRunner
     from mode_script_runner import ModeScripts
+    from workload_script import Here
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 GPU_TURNS = Path(__file__)  # locked while a test uses the GPU
@@ -97,6 +98,23 @@ def runner() -> Iterator[DriverRunner]:
 
     with driver_runner() as made:
         yield made
+
+
+@pytest.fixture(scope="module")
+def asked() -> Iterator[DriverRunner]:
+    """Driver scripts for questions that change nothing: dry runs, and what is refused."""
+    from driver_runner import driver_runner
+
+    with driver_runner() as made:
+        yield made
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Here:
+    """Workloads run in the process of the test."""
+    from workload_script import Here
+
+    return Here(monkeypatch, capsys)
 
 
 @pytest.fixture(autouse=True)

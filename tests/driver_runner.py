@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -54,6 +55,7 @@ class DriverRunner(ModeScripts):
     def __init__(self, folder: Path, kind: str) -> None:
         super().__init__(folder, kind)
         self.output = folder / "output"
+        self.rounds = ("--repeats", "1")  # what holds of one round holds of four
         self.suite_state = folder / "suite"
         self.suite_state.mkdir()
         copy_drivers(self.project)
@@ -127,8 +129,12 @@ class DriverRunner(ModeScripts):
 
     def _command(self, script: str, arguments: tuple[str, ...], as_root: bool) -> list[str]:
         prefix = (ROOT_PREFIX or []) if as_root else []
-        output = () if "--resume" in arguments else ("--output", str(self.output))
-        return [*prefix, f"./{script}", *arguments, *output]
+        flags = {word.partition("=")[0] for word in arguments}
+        output = () if "--resume" in flags else ("--output", str(self.output))
+        of_ramps_and_kept = {"--resume", "--repeats", "--quick", "--full", "--phase-minutes"}
+        is_ramp = script != "run_experiments.sh"
+        rounds = () if is_ramp or flags & of_ramps_and_kept else self.rounds
+        return [*prefix, f"./{script}", *arguments, *rounds, *output]
 
     def _wait_for(self, wanted: Callable[[dict], bool], what: str, count: int = 1) -> None:
         wait_until(lambda: sum(map(wanted, self.python_calls())) >= count, what)
@@ -154,15 +160,23 @@ class DriverRunner(ModeScripts):
 
     def all_suite_calls(self) -> list[dict[str, Any]]:
         """Every call of the suite, in order, with its flags as a dict."""
-        calls = []
-        for call in self.python_calls():
-            if call["program"] == "benchmark_suite.py" and "arguments" in call:
-                words = iter(call["arguments"])
-                switches = ("--quick", "--bisect", "--until-break", "--allow-contention", "--null")
-                flags = {word: "" if word in switches else next(words) for word in words}
-                flags.setdefault("--run-id", Path(flags.get("--resume", "")).name)
-                calls.append({**call, "flags": flags})
-        return calls
+        return [
+            {**call, "flags": suite_flags(call["arguments"])}
+            for call in self.python_calls()
+            if call["program"] == "benchmark_suite.py" and "arguments" in call
+        ]
+
+    def planned(self, script: str, *arguments: str, **environment: str) -> dict[str, dict]:
+        """The flags of each run that a dry run promises, which is the first of its rounds."""
+        result = self.drive(script, "--dry-run", *arguments, **environment)
+        assert result.returncode == 0, result.stderr
+        lines = [shlex.split(line) for line in result.stdout.splitlines()]
+        calls = [
+            suite_flags(words[4:])
+            for words in lines
+            if words[:2] == ["would", "run:"] and words[3].endswith("/benchmark_suite.py")
+        ]
+        return {flags["--run-id"]: flags for flags in calls}
 
     def turns(self) -> list[str]:
         """The runs in the order of their rounds, as `2 mps-even`."""
@@ -189,6 +203,15 @@ class DriverRunner(ModeScripts):
         assert warnings == []
         assert [path.name for path in folder.iterdir()] == [run_folder.REFUSALS_FILE]
         return plain(refusal)
+
+
+def suite_flags(arguments: list[str]) -> dict[str, str]:
+    """What a call of the suite was told, by flag."""
+    words = iter(arguments)
+    switches = ("--quick", "--bisect", "--until-break", "--allow-contention", "--null")
+    flags = {word: "" if word in switches else next(words) for word in words}
+    flags.setdefault("--run-id", Path(flags.get("--resume", "")).name)
+    return flags
 
 
 def copy_drivers(project: Path) -> None:

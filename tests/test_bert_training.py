@@ -378,8 +378,8 @@ def test_a_dataset_that_is_nowhere_is_a_usage_error_at_once(hub_home):
         (("--data", "/nowhere.csv"), "--data"),
     ],
 )
-def test_wrong_arguments_end_with_one_sentence_and_code_2(arguments, fix):
-    assert_refused(run_script(*arguments), fix)
+def test_wrong_arguments_end_with_one_sentence_and_code_2(here, arguments, fix):
+    assert_refused(here.run(SCRIPT, *arguments), fix)
 
 
 def test_a_held_client_repeats_its_job_from_the_same_state_until_stopped(tmp_path):

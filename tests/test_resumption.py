@@ -81,7 +81,6 @@ ALL_ROWS = [
     ("co_run", "number"),
     [
         ("baseline-jupyter_simulation", signal.SIGKILL),
-        ("interactive-2-r0", signal.SIGKILL),
         ("interactive-2-r0", signal.SIGINT),
     ],
 )

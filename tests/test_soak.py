@@ -19,7 +19,6 @@ RUN, SUITE = "run_experiments.sh", "benchmarking/benchmark_suite.py"
         # While MPS is on.
         (RUN, soak.DRIVER, signal.SIGKILL, soak.DAEMON),
         (RUN, soak.DRIVER, signal.SIGTERM, soak.A_CLIENT),
-        (SUITE, soak.SUITE, signal.SIGKILL, soak.A_CLIENT),
         (SUITE, soak.SAMPLER, signal.SIGINT, soak.SAMPLER),
         (SUITE, soak.A_CLIENT, signal.SIGKILL, soak.A_CLIENT),
         ("stress_test.sh", soak.DAEMON, signal.SIGKILL, soak.A_CLIENT),
