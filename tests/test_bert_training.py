@@ -289,10 +289,10 @@ def test_from_scratch_bert_base_has_its_documented_size():
 
 
 @needs_pretrained
-def test_a_pretrained_bert_learns_the_sentiment_and_applies_it_to_new_topics(tmp_path):
-    done = run_script(
-        "--model", str(PRETRAINED), "--num-samples", "150", "--epochs", "2", "--lr", "2e-4",
-        "--max-length", "12", "--device", "cpu", "--results-dir", str(tmp_path), **NO_HUB,
+def test_a_pretrained_bert_learns_the_sentiment_and_applies_it_to_new_topics(here, tmp_path):
+    done = here.run(
+        SCRIPT, "--model", str(PRETRAINED), "--num-samples", "150", "--epochs", "2", "--lr", "2e-4",
+        "--max-length", "12", "--device", "cpu", "--results-dir", str(tmp_path),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     result = only_result(tmp_path)

@@ -93,7 +93,7 @@ def test_a_suite_and_an_analysis_on_a_full_disk_say_so_and_go_on_once_there_is_r
         assert not (disk.seen / "report.html").exists()
 
         disk.make_room()
-        resume = [*bench.command()[:2], "--resume", "mine", "--results-dir", bench.results]
+        resume = bench.resume_command("mine")
         gone_on = run_on(disk, tmp_path, bench.environment, *resume)
         assert gone_on.returncode == 0, gone_on.stderr
         run = read_plain(disk.seen / "mine")
