@@ -6,6 +6,7 @@ import atexit
 import fcntl
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -26,6 +27,9 @@ sys.path.insert(0, str(PROJECT_ROOT))
 # Runs of tests in other processes are nobody's business here.
 os.environ["GPU_SHARING_LOCK_DIR"] = tempfile.mkdtemp(prefix="locks-")
 atexit.register(shutil.rmtree, os.environ["GPU_SHARING_LOCK_DIR"], ignore_errors=True)
+# Started in the background, or under nohup, pytest ignores them, and whatever it starts would.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 os.umask(0o022)  # under one that lets a group write, saved states would be refused
 pytest.register_assert_rewrite("driver_runner", "mode_script_runner", "waiting")
 if "PYTEST_XDIST_WORKER" in os.environ:

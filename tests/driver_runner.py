@@ -38,14 +38,7 @@ AS_BEFORE = {
 }
 
 
-def _heed_signals() -> None:
-    """Undo what pytest inherited where it was started in the background, or under nohup."""
-    for number in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
-
-
 def _own_the_terminal() -> None:
-    _heed_signals()
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
@@ -100,7 +93,6 @@ class DriverRunner(ModeScripts):
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
-            preexec_fn=_heed_signals,
         )
         self._wait_for_suite(run_id)
         for count, number in enumerate(signals, start=1):

@@ -112,8 +112,6 @@ class ModeScripts:
             stderr=stderr,
             text=True,
             start_new_session=True,
-            # pytest may itself have been started in the background, where SIGINT is ignored
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def interrupt(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import zipfile
@@ -76,8 +75,6 @@ class Project:
             timeout=120,
             check=False,
             start_new_session=True,
-            # pytest may itself have been started in the background, where SIGINT is ignored
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def site_packages(self) -> Path:

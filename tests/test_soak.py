@@ -27,7 +27,6 @@ RUN, SUITE = "run_experiments.sh", "benchmarking/benchmark_suite.py"
 def test_a_killed_run_leaves_nothing_behind_and_goes_on(
     script: str, target: str, number: signal.Signals, not_before: str
 ) -> None:
-    soak.heed_interrupts()
     for _ in range(3):  # whoever was there may end in the moment of the kill: that is another round
         with open_folder() as folder:  # a short path: those of sockets are limited
             one = soak.Round(folder, script, target, number, moment=0.0, not_before=not_before)
