@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -414,7 +415,8 @@ def test_a_job_that_cannot_be_prepared_ends_the_run_with_its_reason(
 def test_an_interrupted_run_keeps_what_was_done_and_leaves_no_process(bench: Bench) -> None:
     bench.script({"match": "*:training-2-r0/*", "units": 100000})
     flags = ("--mix", "training", "--workloads", "2")
-    process = bench.start(*flags, until="training-2-r0/1", said='"units"')
+    process = bench.start(*flags, until="training-2-r0/1", said='"ready"')
+    time.sleep(0.3)  # into its work, of which a job tells at its end
     process.terminate()
     stdout, stderr = process.communicate(timeout=30)
     assert process.returncode == 130, stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -35,7 +36,8 @@ def bench(tmp_path: Path) -> Bench:
 def cut_off(bench: Bench, co_run: str, number: signal.Signals) -> None:
     """Start the ramp and send it a signal when this co-run, which would take long, is measured."""
     bench.script(CALIBRATED, {"match": f"*:{co_run}/*", **SLOW})
-    process = bench.start(*RAMP, until=f"{co_run}/0", said='"units"')
+    process = bench.start(*RAMP, until=f"{co_run}/0", said='"ready"')
+    time.sleep(0.3)  # into its work, of which a job tells at its end
     process.send_signal(number)
     process.communicate(timeout=30)
     bench.script(CALIBRATED)
