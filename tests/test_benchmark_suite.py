@@ -27,7 +27,7 @@ from recorded_rows import client, co_run, plain, read_plain
 from waiting import wait_until
 
 from benchmarking.records import run_folder
-from benchmarking.records.types import ClientRecord, Environment, Evidence, Manifest, Proof
+from benchmarking.records.types import ClientRecord, Environment, Manifest, Proof
 from benchmarking.suite import baselines, console, sampler
 from benchmarking.suite import co_run_records as records
 from benchmarking.suite.launcher import ClientResult, CoRunResult
@@ -464,7 +464,12 @@ def refusing(tmp_path_factory: pytest.TempPathFactory) -> Bench:
      (["--mix", "other"], "invalid choice"), (["--window", "10", "--timeout", "5"], "--timeout"),
      (["--mode", "exclusive", "--baseline", "x"], "leave --baseline away"),
      (["--data-dir", "/no/such/folder"], "no folder"), (["--baseline", "nothing"], "no run"),
-     (["--run-id", "a/b"], "not a folder name")],
+     (["--run-id", "a/b"], "not a folder name"),
+     (["--mix", "training", "--slo-ms", "50"], "--slo-ms needs jobs with response times"),
+     (["--mode", "mig", "--until-break"], "as many clients as instances"),
+     (["--plan", "/no/plan.toml"], "/no/plan.toml cannot be read"),
+     (["--mode", "mps", "--mps-percentage", "0"], "not a percentage over 0 and up to 100"),
+     (["--mps-percentage", "50"], "limits of MPS clients need --mode mps")],
 )  # fmt: skip
 def test_wrong_arguments_end_with_code_2_and_one_sentence(
     refusing: Bench, arguments: list[str], words: str
@@ -563,7 +568,10 @@ def test_a_client_that_the_driver_does_not_list_makes_the_run_invalid(
     run = bench.only_run()
     assert run.manifest["outcome"] == "invalid"
     assert run.co_run_records[-1]["outcome"] == "invalid"
-    assert [record["status"] for record in run.clients_of("training-2-r0")] == ["ok", "invalid"]
+    listed, hidden = run.clients_of("training-2-r0")
+    assert (listed["status"], hidden["status"]) == ("ok", "invalid")
+    assert hidden["slowdown"] is None
+    assert "is not among" in hidden["reason"]
     assert run.co_run_records[-1]["summary"]["stp"] is None
 
 
@@ -899,7 +907,6 @@ def client_of(seconds_a_step: float, number: int = 0, status: str = "ok") -> Cli
 
 
 PROVED = Proof("verified", [])
-UNPROVED = Proof("invalid", [Evidence("it is listed", "no", False)])
 
 
 def test_a_client_record_holds_slowdown_against_its_baseline() -> None:
@@ -917,14 +924,6 @@ def test_a_client_record_holds_slowdown_against_its_baseline() -> None:
     assert record.figures == {"x": 1}
     assert (record.startup_seconds, record.peak_memory_mib) == (2.0, 7.0)
     assert msgspec.convert(msgspec.to_builtins(record), ClientRecord) == record
-
-
-def test_a_client_without_proof_is_invalid_and_has_no_slowdown() -> None:
-    client = client_of(1.0)
-    record = records.client_record(co_run_of("ok", client), client, UNPROVED, None, None)
-    assert record.status == "invalid"
-    assert record.reason == "it is listed: no"
-    assert record.slowdown is None
 
 
 def test_the_start_skew_is_between_the_first_units_of_all_clients() -> None:
@@ -988,20 +987,16 @@ def manifest(**environment: object) -> Manifest:
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
-    [({"gpu_name": "A100"}, "gpu_name was A100, now it is H100"),
-     ({"driver_version": "1"}, "driver_version"),
-     ({"versions": {"python": "3.11", "torch": "2.15"}}, "version of torch was 2.15")],
+    ("environment", "changes", "words"),
+    [({"gpu_name": "A100"}, {}, "gpu_name was A100, now it is H100"),
+     ({"driver_version": "1"}, {}, "driver_version"),
+     ({"versions": {"python": "3.11", "torch": "2.15"}}, {}, "version of torch was 2.15"),
+     ({}, {"job_size": "quick"}, "job size was quick, now it is guide"),
+     ({}, {"effective_mode": "cpu-demo"}, "cpu-demo was True")],
 )  # fmt: skip
-def test_unlike_environments_are_named_by_field(changes: dict, words: str) -> None:
-    found = baselines.differences(manifest(**changes), manifest())
-    assert len(found) == 1
-    assert words in found[0]
-
-
-def test_another_job_size_or_a_cpu_demonstration_is_no_baseline() -> None:
-    ours = manifest()
-    quick, on_cpu = replace(ours, job_size="quick"), replace(ours, effective_mode="cpu-demo")
-    assert baselines.differences(quick, ours) == ["job size was quick, now it is guide"]
-    assert "cpu-demo was True" in baselines.differences(on_cpu, ours)[0]
-    assert baselines.differences(ours, ours) == []
+def test_unlike_environments_sizes_and_demonstrations_are_named_by_field(
+    environment: dict, changes: dict, words: str
+) -> None:
+    (found,) = baselines.differences(replace(manifest(**environment), **changes), manifest())
+    assert words in found
+    assert baselines.differences(manifest(), manifest()) == []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -189,10 +188,3 @@ def test_a_mode_script_that_may_not_be_run_fails_its_phase_alone(runner: DriverR
     assert runner.reason("mps") == f"cannot run {script} (Permission denied)"
     assert runner.outcomes()["analysis"] == "ok"
     assert runner.left_behind() == []
-
-
-def test_what_a_mode_script_said_and_took_is_kept(runner: DriverRunner) -> None:
-    assert runner.drive(SCRIPT, "--modes", "mps", "--repeats", "1").returncode == 0
-    assert "MPS is off" in (runner.output / "mode-scripts.log").read_text()
-    lines = (runner.output / "mode_scripts.jsonl").read_text().splitlines()
-    assert [json.loads(line)["script"] for line in lines] == ["enable_mps.sh", "disable_mps.sh"]

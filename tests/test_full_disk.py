@@ -177,19 +177,6 @@ def test_an_experiment_on_a_full_disk_has_that_for_its_reason_and_goes_on(
     assert driven.machine.state()["mps"] == {}
 
 
-@needs_mount
-def test_an_experiment_without_room_for_a_row_ends_with_what_to_do(
-    driven: Round, disk: TinyDisk
-) -> None:
-    code, stderr = fill_when(
-        disk, driven.folder, driven.environment, driven.command(resume=False), "*.events.jsonl"
-    )
-    assert code == 1
-    assert f"error: cannot write {driven.output}/phases.jsonl; make room or bring it back" in stderr
-    assert f"Phase 1: baseline: failed (cannot write to {driven.output}/baseline ({FULL})" in stderr
-    assert "Traceback" not in stderr
-
-
 # --- a folder that is taken away ------------------------------------------------------------------
 
 

@@ -16,8 +16,9 @@ from waiting import wait_until
 LEFT = "was left in force when the script was cut off"
 
 
-def test_what_enabling_and_undoing_a_mode_took_is_recorded(runner: DriverRunner) -> None:
+def test_what_enabling_and_undoing_a_mode_said_and_took_is_recorded(runner: DriverRunner) -> None:
     assert runner.drive("run_experiments.sh", "--modes", "time-slicing,mps").returncode == 0
+    assert "MPS is off" in (runner.output / "mode-scripts.log").read_text()
     lines = (runner.output / "mode_scripts.jsonl").read_text().splitlines()
     runs = [json.loads(line) for line in lines]
     assert [(run["script"], run["arguments"]) for run in runs] == [

@@ -224,7 +224,7 @@ def cifar_server(tmp_path, monkeypatch):
     make_cifar_archive(site)
     handler = partial(http.server.SimpleHTTPRequestHandler, directory=str(site))
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     batches = site / CIFAR10.base_folder
 
     def with_md5(names):

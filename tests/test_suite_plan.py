@@ -13,7 +13,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 from recorded_rows import read_plain
 from test_benchmark_suite import Bench, bench, gpu_bench, start_daemon, verdicts
 
@@ -241,19 +240,3 @@ def test_a_bound_that_is_passed_ends_the_ramp_as_a_result(bench: Bench) -> None:
     assert run.co_run_records[-1]["co_run"] == "inference-4-r0"
     assert run.manifest["outcome"] == "complete"
     assert run.manifest["bounds"] == {"max_slowdown": None, "max_p99_ms": 150.0}
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--mix", "training", "--slo-ms", "50"], "--slo-ms needs jobs with response times"),
-        (["--mode", "mig", "--until-break"], "as many clients as instances"),
-        (["--plan", "/no/plan.toml"], "/no/plan.toml cannot be read"),
-        (["--mode", "mps", "--mps-percentage", "0"], "not a percentage over 0 and up to 100"),
-        (["--mps-percentage", "50"], "limits of MPS clients need --mode mps"),
-    ],
-)
-def test_what_cannot_be_asked_for_is_code_2(bench: Bench, arguments: list[str], words: str) -> None:
-    done = bench.run(*arguments)
-    assert done.returncode == 2
-    assert words in done.stderr
