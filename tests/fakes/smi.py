@@ -2,7 +2,7 @@
 
 Environment variables, failure rules, log, what is verified: see `gpu_machine.py` beside this file.
 Answered: no arguments (the table), -L, -q, --query-gpu, --query-compute-apps, compute-policy
-(-l, --set-timeslice), mig (-lgip -lgipp -lcip -lgi -lci -cgi [-C] -dci -dgi), -mig, -c, pmon -c 1.
+(-l, --set-timeslice), mig (-lgip -lgipp -lgi -cgi [-C] -dci -dgi), -mig, -c.
 Whatever changes the card needs user id 0.
 """
 # ruff: noqa: E501  (the tables are as wide as the driver prints them)
@@ -226,35 +226,6 @@ def table(machine, selector):
     return 0, "\n".join(lines)
 
 
-def full_query(machine, selector):
-    """The part of `nvidia-smi -q` that a script may look for."""
-    gpus = chosen(machine, selector)
-    lines = [
-        "",
-        "==============NVSMI LOG==============",
-        "",
-        "Timestamp                                              : Mon Nov 23 17:52:59 2026",
-        f"Driver Version                                         : {machine['driver_version']}",
-        f"CUDA Version                                           : {machine['cuda_version']}",
-        "",
-        f"Attached GPUs                                          : {len(machine['gpus'])}",
-    ]
-    for gpu in gpus:
-        lines += [
-            f"GPU {gpu['bus_id']}",
-            f"    Product Name                                       : {gpu['name']}",
-            "    MIG Mode",
-            f"        Current                                        : {gpu['mig_current']}",
-            f"        Pending                                        : {gpu['mig_pending']}",
-            "    FB Memory Usage",
-            f"        Total                                          : {gpu['memory_total_mib']} MiB",
-            f"        Used                                           : {used_memory(gpu)} MiB",
-            f"    Compute Mode                                       : {gpu['compute_mode']}",
-            "",
-        ]
-    return 0, "\n".join(lines)
-
-
 def set_compute_mode(machine, arguments):
     mode = COMPUTE_MODES.get(arguments["-c"].upper())
     if mode is None:  # UNVERIFIED text
@@ -419,28 +390,6 @@ def list_gpu_instances(gpus):
     return 0, "\n".join([bar, *head, *(line for row in rows for line in (row, bar))])
 
 
-def list_compute_instances(gpus):
-    """From NVIDIA's MIG user guide, UNVERIFIED on this driver."""
-    rows = [
-        f"| {g['index']:>3}     {i['gi']:>3}       MIG {i['profile']:<16} {0:>3}       "
-        f"{i['ci']:>3}          0:1     |"
-        for g in gpus
-        for i in sorted(g["instances"], key=lambda i: i["gi"])
-        if i["ci"] is not None
-    ]
-    if not rows:
-        return fake.SMI_NOT_FOUND, "No compute instances found: Not Found"
-    bar = "+" + "-" * 68 + "+"
-    head = [
-        "| Compute instances:                                                 |",
-        "| GPU     GPU       Name             Profile   Instance   Placement  |",
-        "|       Instance                       ID        ID       Start:Size |",
-        "|         ID                                                         |",
-        "|====================================================================|",
-    ]
-    return 0, "\n".join([bar, *head, *(line for row in rows for line in (row, bar))])
-
-
 FIRST_INSTANCE_ID = {0: 0, 5: 1, 9: 1, 14: 3, 15: 3, 19: 7, 20: 7}
 
 
@@ -537,8 +486,6 @@ def mig(machine, arguments):
         return NO_MIG
     if "-lgi" in arguments:
         return list_gpu_instances(enabled)
-    if "-lci" in arguments:
-        return list_compute_instances(enabled)
     need_root("change MIG instances")
     (gpu,) = enabled
     if "-cgi" in arguments:
@@ -551,19 +498,6 @@ def mig(machine, arguments):
 
 
 WITH_VALUE = {"-i", "-c", "-mig", "-cgi", "-gi", "-ci", "-d", "--set-timeslice", "--format"}
-LONG_NAMES = {
-    "--id": "-i",
-    "--list-gpus": "-L",
-    "--query": "-q",
-    "--display": "-d",
-    "--list": "-l",
-    "--compute-mode": "-c",
-    "--multi-instance-gpu": "-mig",
-    "--create-gpu-instance": "-cgi",
-    "--default-compute-instance": "-C",
-    "--destroy-compute-instance": "-dci",
-    "--destroy-gpu-instance": "-dgi",
-}
 
 
 def parse(words):
@@ -571,7 +505,6 @@ def parse(words):
     arguments, position = {}, 0
     while position < len(words):
         name, equals, value = words[position].partition("=")
-        name = LONG_NAMES.get(name, name)
         position += 1
         if not equals:
             value = ""
@@ -594,14 +527,12 @@ def answer(machine, words):
         return 18, f"Failed to initialize NVML: {machine['driver']}"
     if not machine["gpus"]:
         return fake.SMI_NOT_FOUND, "No devices were found"
-    verb = words[0] if words and words[0] in {"mig", "compute-policy", "pmon"} else None
+    verb = words[0] if words and words[0] in {"mig", "compute-policy"} else None
     arguments = parse(words[1:] if verb else words)
     if verb == "mig":
         return mig(machine, arguments)
     if verb == "compute-policy":
         return compute_policy(machine, arguments)
-    if verb == "pmon":
-        return 0, "# gpu         pid   type     sm    mem    enc    dec    jpg    ofa    command \n"
     if "-L" in arguments:
         if "-i" in arguments:
             return (
@@ -618,8 +549,6 @@ def answer(machine, words):
         return set_mig_mode(machine, arguments)
     if "-c" in arguments:
         return set_compute_mode(machine, arguments)
-    if "-q" in arguments:
-        return full_query(machine, arguments.get("-i"))
     if not set(arguments) - {"-i"}:
         return table(machine, arguments.get("-i"))
     raise Refused(fake.SMI_INVALID_ARGUMENT, "ERROR: the fake does not know this command.")
@@ -638,5 +567,4 @@ CHANGING = {"-c", "-mig", "--set-timeslice", "-cgi", "-cci", "-dci", "-dgi", "-r
 def main():
     words = sys.argv[1:]
     command = " ".join(["nvidia-smi", *words])
-    pmon = words[:1] == ["pmon"]  # its -c is a count
-    sys.exit(fake.answer(command, not pmon and bool(CHANGING & set(parse(words))), act))
+    sys.exit(fake.answer(command, bool(CHANGING & set(parse(words))), act))
