@@ -107,6 +107,7 @@ def test_a_run_by_hand_writes_every_figure_and_a_model_that_loads_back_as_accura
     tested = here.run(SCRIPT, *evaluate, "--results-dir", str(tmp_path / "again"))
     assert tested.returncode == 0, tested.stderr
     again = only_result(tmp_path / "again")["figures"]
+    assert again["final_test_loss"] == pytest.approx(figures["final_test_loss"], rel=1e-5)
     assert again["final_test_accuracy_percent"] == figures["final_test_accuracy_percent"]
     wrong_stem = here.run(SCRIPT, *shared[:4], "--device", "cpu", "--evaluate", str(model))
     assert wrong_stem.returncode == 2
