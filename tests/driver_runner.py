@@ -49,6 +49,7 @@ class DriverRunner(ModeScripts):
         super().__init__(folder, kind)
         self.output = folder / "output"
         self.rounds = ("--repeats", "1")  # what holds of one round holds of four
+        self.prefix: list[str] = []  # what a driver is started by
         self.suite_state = folder / "suite"
         self.suite_state.mkdir()
         copy_drivers(self.project)
@@ -66,35 +67,28 @@ class DriverRunner(ModeScripts):
         """Run a driver to its end."""
         return subprocess.run(
             self._command(script, arguments, as_root),
-            cwd=self.project,
-            env={**self.environment, **environment},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
+            cwd=self.project, env={**self.environment, **environment}, stdin=subprocess.DEVNULL,
+            capture_output=True, text=True, timeout=120, check=False,
+        )  # fmt: skip
+
+    def start_driver(
+        self, script: str, *arguments: str, run_id: str, **how: Any
+    ) -> subprocess.Popen[str]:
+        """Start a driver in a session of its own; return once the suite is at work."""
+        streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL,
+                   "stderr": subprocess.PIPE}  # fmt: skip
+        process = subprocess.Popen(
+            self._command(script, arguments, False), cwd=self.project, env=self.environment,
+            text=True, start_new_session=True, **(streams | how),
+        )  # fmt: skip
+        self._wait_for(lambda call: call.get("waiting") == run_id, f"the suite at work as {run_id}")
+        return process
 
     def drive_until_signal(
-        self,
-        script: str,
-        *arguments: str,
-        run_id: str,
-        signals: list[signal.Signals],
-        **environment: str,
+        self, script: str, *arguments: str, run_id: str, signals: list[signal.Signals]
     ) -> tuple[int, str]:
         """Send signals to the driver alone, each once the suite had the one before."""
-        process = subprocess.Popen(
-            self._command(script, arguments, False),
-            cwd=self.project,
-            env={**self.environment, **environment},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        self._wait_for_suite(run_id)
+        process = self.start_driver(script, *arguments, run_id=run_id)
         for count, number in enumerate(signals, start=1):
             process.send_signal(number)
             self._wait_for(lambda call: "signal" in call, f"signal {count} at the suite", count)
@@ -104,23 +98,16 @@ class DriverRunner(ModeScripts):
     def drive_until_hangup(self, script: str, *arguments: str, run_id: str) -> int:
         """Close the driver's terminal once the suite is at work; return the exit status."""
         terminal, inside = os.openpty()
-        process = subprocess.Popen(
-            self._command(script, arguments, False),
-            cwd=self.project,
-            env=self.environment,
-            stdin=inside,
-            stdout=inside,
-            stderr=inside,
-            start_new_session=True,
-            preexec_fn=_own_the_terminal,
+        streams = dict.fromkeys(("stdin", "stdout", "stderr"), inside)
+        process = self.start_driver(
+            script, *arguments, run_id=run_id, preexec_fn=_own_the_terminal, **streams
         )
         os.close(inside)
-        self._wait_for_suite(run_id)
         os.close(terminal)  # what the kernel makes of it is SIGHUP and a terminal that is dead
         return process.wait(timeout=60)
 
     def _command(self, script: str, arguments: tuple[str, ...], as_root: bool) -> list[str]:
-        prefix = (ROOT_PREFIX or []) if as_root else []
+        prefix = (ROOT_PREFIX or []) if as_root else self.prefix
         flags = {word.partition("=")[0] for word in arguments}
         output = () if "--resume" in flags else ("--output", str(self.output))
         of_ramps_and_kept = {"--resume", "--repeats", "--quick", "--full", "--phase-minutes"}
@@ -130,9 +117,6 @@ class DriverRunner(ModeScripts):
 
     def _wait_for(self, wanted: Callable[[dict], bool], what: str, count: int = 1) -> None:
         wait_until(lambda: sum(map(wanted, self.python_calls())) >= count, what)
-
-    def _wait_for_suite(self, run_id: str) -> None:
-        self._wait_for(lambda call: call.get("waiting") == run_id, f"the suite at work as {run_id}")
 
     def rule(self, **rules: dict[str, Any]) -> None:
         """Say what the pretended suite does, by run id (`time_slicing` for time-slicing)."""

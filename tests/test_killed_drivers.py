@@ -5,13 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-from pathlib import Path
 
 import pytest
 from driver_runner import AS_BEFORE, UUID, DriverRunner
 from mode_script_runner import needs_root
-from waiting import wait_until
 
 LEFT = "was left in force when the script was cut off"
 
@@ -80,26 +77,19 @@ def test_a_gpu_that_another_driver_is_at_work_with_is_refused_and_left(
     runner: DriverRunner,
 ) -> None:
     runner.rule(mps={"wait": True})
-    first = subprocess.Popen(
-        ["./run_experiments.sh", "--modes", "mps", "--output", str(runner.output)],
-        cwd=runner.project, env=runner.environment, stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-    )  # fmt: skip
-    wait_until(lambda: any("waiting" in call for call in runner.python_calls()), "the suite")
-    second = str(runner.folder / "second")
-    result = subprocess.run(
-        ["./stress_test.sh", "mps", "--output", second], cwd=runner.project, env=runner.environment,
-        capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
+    first = runner.start_driver("run_experiments.sh", "--modes", "mps", run_id="mps")
+    second, where_first = runner.folder / "second", runner.output
+    runner.output = second
+    result = runner.drive("stress_test.sh", "mps")
     restored = runner.run("gpu_status.sh", "--restore")
     daemons = runner.machine.state()["mps"]
     first.terminate()
-    first.wait(timeout=60)
+    first.communicate(timeout=60)
     assert result.returncode == 1
     assert "another run is at work with mps on GPU 0 (NVIDIA H100 80GB HBM3, " in result.stderr
-    where = f"pid {first.pid}, into {runner.output}; wait for its end, or stop it"
+    where = f"pid {first.pid}, into {where_first}; wait for its end, or stop it"
     assert where in result.stderr
-    assert where in runner.refusal(Path(second))["sentence"]
+    assert where in runner.refusal()["sentence"]
     assert restored.returncode == 6
     assert f"error: a run is at work with mps on {UUID}: {where}" in restored.stderr
     assert len(daemons) == 1
