@@ -64,47 +64,24 @@ SMI_LOST = 15
 SMI_IN_USE = 19  # UNVERIFIED: the number of NVML_ERROR_IN_USE
 
 
-def _profile(
-    name: str,
-    profile_id: int,
-    total: int,
-    memory_gib: float,
-    multiprocessors: int,
-    second_row: str,
-    decoders: int,
-    starts: list[int],
-    size: int,
-) -> dict:
-    return {
-        "name": name,
-        "id": profile_id,
-        "total": total,
-        "memory_gib": memory_gib,
-        "multiprocessors": multiprocessors,
-        "decoders": decoders,
-        "second_row": second_row,
-        "starts": starts,
-        "size": size,
-    }
+PROFILE_FIELDS = ("name", "memory_gib", "multiprocessors", "id", "total", "second_row", "decoders",
+                  "starts", "size")  # fmt: skip
+# Of an 8-memory-slice card: ids, counts and placements as on the H100.
+_EIGHTHS = [
+    (19, 7, "1     1     0", 1, [0, 1, 2, 3, 4, 5, 6], 1),
+    (20, 1, "1     1     1", 1, [0, 1, 2, 3, 4, 5, 6], 1),
+    (15, 4, "1     1     0", 1, [0, 2, 4, 6], 2),
+    (14, 3, "2     2     0", 2, [0, 2, 4], 2),
+    (9, 2, "3     3     0", 3, [0, 4], 4),
+    (5, 1, "4     4     0", 4, [0], 4),
+    (0, 1, "8     7     1", 7, [0], 8),
+]
 
 
 def _profiles(names: list[str], memory_gib: list[float], multiprocessors: list[int]) -> list[dict]:
-    """The seven profiles of an 8-memory-slice card: ids, counts and placements as on the H100."""
-    shape = [
-        (19, 7, "1     1     0", 1, [0, 1, 2, 3, 4, 5, 6], 1),
-        (20, 1, "1     1     1", 1, [0, 1, 2, 3, 4, 5, 6], 1),
-        (15, 4, "1     1     0", 1, [0, 2, 4, 6], 2),
-        (14, 3, "2     2     0", 2, [0, 2, 4], 2),
-        (9, 2, "3     3     0", 3, [0, 4], 4),
-        (5, 1, "4     4     0", 4, [0], 4),
-        (0, 1, "8     7     1", 7, [0], 8),
-    ]
-    return [
-        _profile(name, profile_id, total, gib, count, second_row, decoders, starts, size)
-        for name, gib, count, (profile_id, total, second_row, decoders, starts, size) in zip(
-            names, memory_gib, multiprocessors, shape, strict=True
-        )
-    ]
+    """The seven profiles of an 8-memory-slice card."""
+    rows = zip(names, memory_gib, multiprocessors, _EIGHTHS, strict=True)
+    return [dict(zip(PROFILE_FIELDS, (*own, *shape), strict=True)) for *own, shape in rows]
 
 
 _SMALL = [9.75, 9.75, 19.62, 19.62, 39.50, 39.50, 79.25]
@@ -139,12 +116,11 @@ _RTX_PRO = [
 
 def _quarters(table: list[tuple], slice_gib: float, slice_sm: int) -> list[dict]:
     """The profiles of a card of four slices."""
-    return [
-        _profile(
-            name, number, total, size * slice_gib, size * slice_sm, "1     1     0", 1, starts, size
-        )
+    rows = (
+        (name, size * slice_gib, size * slice_sm, number, total, "1     1     0", 1, starts, size)
         for name, number, total, starts, size in table
-    ]
+    )
+    return [dict(zip(PROFILE_FIELDS, row, strict=True)) for row in rows]
 
 
 def _gpu(
@@ -190,46 +166,21 @@ def _h100() -> dict:
     )
 
 
+_A100_GIB = [4.75, 4.75, 9.75, 9.75, 19.62, 19.62, 39.38]
+_H200_GIB = [16.0, 16.0, 32.5, 32.5, 69.75, 69.75, 140.0]
+_B200_GIB = [22.0, 22.0, 44.5, 44.5, 89.0, 89.0, 178.0]
 MACHINES = {
     "h100": lambda: [_h100()],
     "h100x2": lambda: [_h100(), _second(_h100())],
-    "a100-40": lambda: [
-        _gpu(
-            "NVIDIA A100-SXM4-40GB",
-            "8.0",
-            40960,
-            108,
-            _profiles(_NAMES_40, [4.75, 4.75, 9.75, 9.75, 19.62, 19.62, 39.38], _AMPERE_SM),
-        )
-    ],
-    "h200": lambda: [
-        _gpu(
-            "NVIDIA H200",
-            "9.0",
-            143771,
-            132,
-            _profiles(_NAMES_141, [16.0, 16.0, 32.5, 32.5, 69.75, 69.75, 140.0], _HOPPER_SM),
-        )
-    ],
-    "b200": lambda: [
-        _gpu(
-            "NVIDIA B200",
-            "10.0",
-            183359,
-            148,
-            _profiles(_NAMES_180, [22.0, 22.0, 44.5, 44.5, 89.0, 89.0, 178.0], _HOPPER_SM),
-        )
-    ],
+    "a100-40": lambda: [_gpu("NVIDIA A100-SXM4-40GB", "8.0", 40960, 108,
+                             _profiles(_NAMES_40, _A100_GIB, _AMPERE_SM))],
+    "h200": lambda: [_gpu("NVIDIA H200", "9.0", 143771, 132,
+                          _profiles(_NAMES_141, _H200_GIB, _HOPPER_SM))],
+    "b200": lambda: [_gpu("NVIDIA B200", "10.0", 183359, 148,
+                          _profiles(_NAMES_180, _B200_GIB, _HOPPER_SM))],
     "a30": lambda: [_gpu("NVIDIA A30", "8.0", 24576, 56, _quarters(_A30, 5.81, 14))],
-    "rtx-pro-6000": lambda: [
-        _gpu(
-            "NVIDIA RTX PRO 6000 Blackwell Server Edition",
-            "12.0",
-            97887,
-            188,
-            _quarters(_RTX_PRO, 23.6, 46),
-        )
-    ],
+    "rtx-pro-6000": lambda: [_gpu("NVIDIA RTX PRO 6000 Blackwell Server Edition", "12.0", 97887,
+                                  188, _quarters(_RTX_PRO, 23.6, 46))],
     "geforce": lambda: [_gpu("NVIDIA GeForce RTX 4060", "8.9", 8188, 24, [])],
     # CUDA counts the fastest first, nvidia-smi by bus id
     "t4-h100": lambda: [_gpu("Tesla T4", "7.5", 15360, 40, []), _second(_h100())],
@@ -237,7 +188,7 @@ MACHINES = {
     "k40": lambda: [{**_gpu("Tesla K40m", "3.0", 11441, 15, []), "timeslice": None}],
     "no-gpu": list,
     "no-driver": list,
-}
+}  # fmt: skip
 
 
 def new_machine(kind: str) -> dict:
@@ -386,6 +337,13 @@ def answer(command: str, changes: bool, act) -> int:
     return status
 
 
+def _process(
+    pid: int, name: str = "python3", user: str = "alice", used_memory_mib: int = 512,
+    gi: int | None = None,
+) -> dict:  # fmt: skip
+    return {"pid": pid, "name": name, "user": user, "used_memory_mib": used_memory_mib, "gi": gi}
+
+
 class FakeMachine:
     """A test's side of the pretended machine."""
 
@@ -427,25 +385,10 @@ class FakeMachine:
         with Store(self.folder) as store:
             store.machine["gpus"][index].update(fields)
 
-    def add_process(
-        self,
-        pid: int = 4242,
-        name: str = "python3",
-        user: str = "alice",
-        used_memory_mib: int = 512,
-        gi: int | None = None,
-        index: int = 0,
-    ) -> None:
-        """Put a process on a GPU (or on its GPU instance `gi`)."""
-        process = {
-            "pid": pid,
-            "name": name,
-            "user": user,
-            "used_memory_mib": used_memory_mib,
-            "gi": gi,
-        }
+    def add_process(self, pid: int = 4242, index: int = 0, **fields: object) -> None:
+        """Put a process on a GPU, by `gi` on its GPU instance."""
         with Store(self.folder) as store:
-            store.machine["gpus"][index]["processes"].append(process)
+            store.machine["gpus"][index]["processes"].append(_process(pid, **fields))
 
     def add_mps_daemon(
         self,
@@ -458,16 +401,9 @@ class FakeMachine:
         """Let a control daemon of somebody run that no script of ours started."""
         with Store(self.folder) as store:
             store.machine["mps"][os.path.realpath(pipe_directory)] = {
-                "pid": pid,
-                "uid": uid,
-                "user": user,
-                "percentage": 100.0,
-                "log_directory": "",
-                "server": None,
-                "clients": [],
-                "visible_devices": None,
-                "protocol": protocol,
-            }
+                "pid": pid, "uid": uid, "user": user, "percentage": 100.0, "log_directory": "",
+                "server": None, "clients": [], "visible_devices": None, "protocol": protocol,
+            }  # fmt: skip
 
     def add_mps_client(self, pid: int, name: str = "python3", index: int = 0) -> None:
         """Attach a client to the only running daemon, whose server starts if need be."""
@@ -478,25 +414,10 @@ class FakeMachine:
             if daemon["server"] is None:
                 daemon["server"] = machine["next_pid"]
                 machine["next_pid"] += 1
-                processes.append(
-                    {
-                        "pid": daemon["server"],
-                        "name": "nvidia-cuda-mps-server",
-                        "user": daemon["user"],
-                        "used_memory_mib": 66,
-                        "gi": None,
-                    }
-                )
+                server = _process(daemon["server"], "nvidia-cuda-mps-server", daemon["user"], 66)
+                processes.append(server)
             daemon["clients"].append({"pid": pid, "name": name})
-            processes.append(
-                {
-                    "pid": pid,
-                    "name": name,
-                    "user": daemon["user"],
-                    "used_memory_mib": 2228,
-                    "gi": None,
-                }
-            )
+            processes.append(_process(pid, name, daemon["user"], 2228))
 
     def remove_process(self, pid: int) -> None:
         """Let a process end: it leaves every GPU and every MPS daemon."""
