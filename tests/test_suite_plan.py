@@ -114,9 +114,9 @@ def test_a_grandchild_on_the_card_proves_a_command_and_one_that_is_never_listed_
 ) -> None:
     bench = gpu_bench()
     # Long enough for a list of processes, however late a busy machine makes it.
-    line = f"{sys.executable} {GPU_COMMAND} 1.5 & wait"
+    line = f"{sys.executable} {GPU_COMMAND} 1.0 & wait"
     shell = f'[[client]]\ncommand = "{line}"\nshell = true\n'
-    done = bench.run("--plan", plan_of(bench, f"{shell}{command_table('1.5', 'hidden')}"))
+    done = bench.run("--plan", plan_of(bench, f"{shell}{command_table('1.0', 'hidden')}"))
     assert done.returncode == 0, done.stderr
     run = bench.only_run()
     assert verdicts(run, "baseline") == ["verified", "unverified"]
@@ -130,7 +130,7 @@ def test_a_command_under_mps_is_proved_by_its_own_process_and_invalid_past_the_d
 ) -> None:
     bench = gpu_bench()
     start_daemon(bench)
-    plan = plan_of(bench, f"{command_table('1.5')}\n{command_table('1.5', 'without_mps')}")
+    plan = plan_of(bench, f"{command_table('1.0')}\n{command_table('1.0', 'without_mps')}")
     done = bench.run("--mode", "mps", "--plan", plan)
     assert done.returncode == 5
     run = bench.only_run()
