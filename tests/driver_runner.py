@@ -71,6 +71,14 @@ class DriverRunner(ModeScripts):
             capture_output=True, text=True, timeout=120, check=False,
         )  # fmt: skip
 
+    def must_drive(
+        self, script: str, *arguments: str, as_root: bool = False, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a driver that has to succeed."""
+        result = self.drive(script, *arguments, as_root=as_root, **environment)
+        assert result.returncode == 0, result.stderr
+        return result
+
     def start_driver(
         self, script: str, *arguments: str, run_id: str, **how: Any
     ) -> subprocess.Popen[str]:

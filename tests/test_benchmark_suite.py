@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import nvml_stub
@@ -93,6 +94,12 @@ class Bench:
 
     def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         return self._to_its_end(self.command(*arguments))
+
+    def must(self, *arguments: str) -> SimpleNamespace:
+        """Run what has to succeed; return what it left."""
+        done = self.run(*arguments)
+        assert done.returncode == 0, done.stderr
+        return self.only_run()
 
     def start(self, *arguments: str, until: str, said: str) -> subprocess.Popen[str]:
         """Start a run; return once a client's log (`mine-1-r0/0`) says this."""
@@ -278,9 +285,7 @@ def test_latencies_are_kept_raw(demonstration: Demonstration) -> None:
 def test_exclusive_mode_is_the_baseline_whose_stp_is_one_but_for_gaps_between_jobs(
     bench: Bench,
 ) -> None:
-    done = bench.run("--mode", "exclusive", "--mix", "inference", "--workloads", "2")
-    assert done.returncode == 0, done.stderr
-    run = bench.only_run()
+    run = bench.must("--mode", "exclusive", "--mix", "inference", "--workloads", "2")
     assert [record["phase"] for record in run.co_run_records] == ["baseline"]
     assert 0.95 < run.co_run_records[0]["summary"]["stp"] < 1.0
 
@@ -331,9 +336,7 @@ def test_a_baseline_that_was_disturbed_is_measured_again_and_the_first_counts_no
         re.sub("(?m)^TOLERATED_FRACTION = .*$", "TOLERATED_FRACTION = 0.5", path.read_text())
     )
     bench.script(slow_once, {"match": "*:inference-1-*", "unit_seconds": 0.02})
-    done = bench.run("--mix", "inference", "--workloads", "1")
-    assert done.returncode == 0, done.stderr
-    run = bench.only_run()
+    run = bench.must("--mix", "inference", "--workloads", "1")
     (note,) = [note for note in run.manifest["notes"] if "disturbed" in note]
     assert "baseline-batch_inference: the baseline was disturbed (client 0:" in note
     assert "faster together than alone); it is repeated" in note
@@ -348,9 +351,7 @@ def test_counts_and_repeats_make_rows_of_which_a_budget_leaves_out_all_but_the_f
     flags = ("--mix", "inference", "--workloads", "1,2", "--repeats", "3")
     planned = re.findall(r"^  (inference-\S+): ", bench.run(*flags, "--dry-run").stdout, re.M)
     assert planned == [f"inference-{count}-r{repeat}" for count in (1, 2) for repeat in range(3)]
-    done = bench.run(*flags, "--budget-minutes", "0.01")
-    assert done.returncode == 0, done.stderr
-    run = bench.only_run()
+    run = bench.must(*flags, "--budget-minutes", "0.01")
     assert [record["co_run"] for record in run.co_run_records][1:] == [
         "inference-1-r0", "inference-2-r0"]  # fmt: skip
     assert sum("left out" in note for note in run.manifest["notes"]) == 4
@@ -502,9 +503,7 @@ def test_time_slicing_on_a_card_is_verified_client_by_client(gpu_bench: Callable
     bench.environment["CUDA_MPS_PIPE_DIRECTORY"] = "/somebody/elses"
     (bench.root / "bin" / "nvidia-smi").write_text("#!/bin/sh\necho '|   0   Timeslice  Long  |'\n")
     (bench.root / "bin" / "nvidia-smi").chmod(0o755)
-    done = bench.run("--mode", "time-slicing", "--mix", "training", "--workloads", "2", "--quick")
-    assert done.returncode == 0, done.stderr
-    run = bench.only_run()
+    run = bench.must("--mode", "time-slicing", "--mix", "training", "--workloads", "2", "--quick")
     assert verdicts(run, "baseline") == ["verified"]
     assert verdicts(run) == ["verified", "verified"]
     assert indices(run) == [0, 0, 1]
@@ -541,9 +540,7 @@ def test_an_older_or_smaller_card_is_measured_with_null_for_what_it_lacks(
 ) -> None:
     bench = gpu_bench(**state)
     nvml_stub.build_nvml_stub(tmp_path, lacks)
-    done = bench.run("--mode", "time-slicing", "--mix", "training", "--workloads", "2", "--quick")
-    assert done.returncode == 0, done.stderr
-    run = bench.only_run()
+    run = bench.must("--mode", "time-slicing", "--mix", "training", "--workloads", "2", "--quick")
     assert verdicts(run) == [verdict, verdict]
     assert run.manifest["environment"]["gpu_memory_mib"] == state["memory_total_mib"]
     gpu, summary = run.co_run_records[-1]["gpu"], run.co_run_records[-1]["summary"]
@@ -591,9 +588,7 @@ def test_a_gpu_that_others_use_is_refused_naming_them(gpu_bench: Callable) -> No
 
 def test_a_run_beside_others_is_marked_contended(gpu_bench: Callable) -> None:
     bench = gpu_bench(pids={os.getpid(): 900})
-    done = bench.run("--mix", "training", "--workloads", "1", "--quick", "--beside-others")
-    assert done.returncode == 0, done.stderr
-    run = bench.only_run()
+    run = bench.must("--mix", "training", "--workloads", "1", "--quick", "--beside-others")
     assert any("the GPU is contended" in note for note in run.manifest["notes"])
     assert run.manifest["is_contended"] is True
     for record in run.co_run_records:
@@ -709,9 +704,7 @@ def test_mps_clients_are_verified_and_their_baselines_run_without_mps(
 ) -> None:
     bench = gpu_bench()
     start_daemon(bench)
-    done = bench.run("--mode", "mps", "--mix", "training", "--workloads", "2", "--quick")
-    assert done.returncode == 0, done.stderr
-    run = bench.only_run()
+    run = bench.must("--mode", "mps", "--mix", "training", "--workloads", "2", "--quick")
     assert run.manifest["mps_limits"] is None
     assert indices(run) == [0, 0, 1]
     assert verdicts(run, "baseline") == ["verified"]
@@ -764,11 +757,9 @@ def test_a_mig_layout_gives_clients_instances_of_its_sizes_and_is_kept_with_the_
         mig_devices=[(small, 7, 16, 9984, 0, "1g.10gb"), (large, 5, 16, 20096, 0, "2g.20gb")],
     )
     bench.script({"match": "*", "identity": {"multiprocessor_count": 16}})
-    done = bench.run(
+    run = bench.must(
         "--mode", "mig", "--mix", "training", "--quick", "--mig-layout", "2g.20gb,1g.10gb"
     )
-    assert done.returncode == 0, done.stderr
-    run = bench.only_run()
     seen = [record["identity"]["gpu_uuid"] for record in run.clients_of("training-2-r0")]
     assert seen == [large, small]
     assert verdicts(run)[-2:] == ["verified", "verified"]
@@ -785,9 +776,7 @@ def test_mig_without_a_whole_gpu_baseline_leaves_stp_unknown(gpu_bench: Callable
         mig_devices=[("MIG-aaaaaaaa-0000-0000-0000-000000000000", 7, 16, 9984, 0)],
     )
     bench.script({"match": "*", "identity": {"multiprocessor_count": 16}})
-    done = bench.run("--mode", "mig", "--mix", "training", "--workloads", "1", "--quick")
-    assert done.returncode == 0, done.stderr
-    run = bench.only_run()
+    run = bench.must("--mode", "mig", "--mix", "training", "--workloads", "1", "--quick")
     assert run.co_run_records[-1]["summary"]["stp"] is None
     assert any("STP and overhead stay unknown" in note for note in run.manifest["notes"])
     more = bench.run("--mode", "mig", "--mix", "training", "--workloads", "4", "--quick")

@@ -106,8 +106,7 @@ def test_project_results_data_state_and_temporary_files_may_lie_in_folders_of_an
     runner.environment |= {"TMPDIR": str(temporary), "GPU_SHARING_STATE_DIR": str(state)}
     runner.output = Path(odd)
     flags = ("--modes", "time-slicing,mps", "--data-dir", f"data {odd}")
-    result = runner.drive("run_experiments.sh", *flags)
-    assert result.returncode == 0, result.stderr
+    runner.must_drive("run_experiments.sh", *flags)
     assert (project / odd / "phases.jsonl").read_text().count('"status":"ok"') == 4
     call = runner.suite_calls()["mps"]
     assert Path(project, call["flags"]["--results-dir"]).samefile(project / odd)

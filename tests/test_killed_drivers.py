@@ -41,8 +41,7 @@ def test_a_new_start_undoes_what_a_killed_driver_left_and_leaves_nothing_itself(
 
     runner.rule(analysis={"files": {"comparison.json": "{}"}})
     runner.output = runner.folder / "second"
-    result = runner.drive(script, *flags)
-    assert result.returncode == 0, result.stderr
+    result = runner.must_drive(script, *flags)
     assert f"mps {LEFT}; it is undone first" in result.stderr
     assert runner.suite_calls()["mps"]["gpu"]["daemons"] == 1
     assert runner.python_calls()[-1]["gpu"] == AS_BEFORE
@@ -58,8 +57,7 @@ def test_instances_that_a_killed_driver_left_stand_in_nobodys_way(runner: Driver
 
     runner.rule(analysis={"files": {"comparison.json": "{}"}})
     runner.output = runner.folder / "second"
-    result = runner.drive("stress_test.sh", "time-slicing", "1", as_root=True)
-    assert result.returncode == 0, result.stderr
+    result = runner.must_drive("stress_test.sh", "time-slicing", "1", as_root=True)
     assert f"mig {LEFT}" in result.stderr
     assert runner.suite_calls()["time-slicing"]["gpu"] == AS_BEFORE
     assert runner.left_behind() == []
@@ -103,8 +101,7 @@ def test_a_note_of_a_process_that_is_another_now_or_of_no_mode_is_forgotten(
     runner.state_directory.mkdir(mode=0o700)
     note = f"gpu_uuid={UUID}\nmode=mps\npid={os.getpid()}\nstarted=1\noutput=/x\n{spoiled}\n"
     (runner.state_directory / f"driver-{UUID}.state").write_text(note)
-    result = runner.drive("run_experiments.sh", "--modes", "time-slicing")
-    assert result.returncode == 0, result.stderr
+    result = runner.must_drive("run_experiments.sh", "--modes", "time-slicing")
     assert LEFT not in result.stderr
     assert runner.left_behind() == []
     assert not (runner.project / "broken").exists()

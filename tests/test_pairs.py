@@ -13,9 +13,7 @@ __all__ = ["bench", "gpu_bench"]  # fixtures
 
 
 def test_each_job_runs_beside_each_other_one_and_itself(bench: Bench) -> None:
-    done = bench.run("--mix", "pairs", "--window", "0.3")
-    assert done.returncode == 0, done.stderr
-    run = bench.only_run()
+    run = bench.must("--mix", "pairs", "--window", "0.3")
     pairs = [record["co_run"] for record in run.co_run_records if record["phase"] == PHASE_CO_RUN]
     assert pairs == [
         "pairs-resnet_training-resnet_training-r0",
@@ -64,9 +62,7 @@ def test_noisy_puts_each_job_next_to_each_antagonist(gpu_bench: Callable) -> Non
 
 
 def test_noisy_on_the_cpu_is_a_demonstration_of_two_jobs(bench: Bench) -> None:
-    done = bench.run("--mix", "noisy", "--window", "0.3")
-    assert done.returncode == 0, done.stderr
-    run = bench.only_run()
+    run = bench.must("--mix", "noisy", "--window", "0.3")
     pairs = [record["co_run"] for record in run.co_run_records if record["phase"] == PHASE_CO_RUN]
     jobs = ("resnet_training", "batch_inference")
     assert pairs == [f"noisy-{job}-{kind}-r0" for job in jobs for kind in ("hbm", "sm")]

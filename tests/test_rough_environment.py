@@ -315,8 +315,7 @@ def test_pipes_of_a_dead_daemon_are_replaced_and_the_mode_is_undone(runner: Driv
     pipe = Path(runner.saved("mps")["pipe_directory"])
     runner.machine.change(mps={})  # it died
     assert (pipe / "control").is_socket()
-    result = runner.drive("run_experiments.sh", "--modes", "mps")
-    assert result.returncode == 0, result.stderr
+    result = runner.must_drive("run_experiments.sh", "--modes", "mps")
     assert "no longer answers; starting a new one" in result.stderr
     said = f"no longer answers; starting a new one in place of its pipes at {pipe}"
     assert said in runner.reason("mps")

@@ -38,8 +38,7 @@ START = "nvidia-cuda-mps-control -d"
 def test_the_phases_take_turns_each_with_its_mode_alone_and_no_card_setting_touched(
     runner: DriverRunner,
 ) -> None:
-    result = runner.drive(SCRIPT, "--quick", "--engine=eager", "--seed", "7", "--repeats", "2")
-    assert result.returncode == 0, result.stderr
+    runner.must_drive(SCRIPT, "--quick", "--engine=eager", "--seed", "7", "--repeats", "2")
     assert runner.turns() == [
         "1 baseline", "1 time-slicing", "1 mps", "1 mps-even",
         "2 baseline", "2 mps-even", "2 mps", "2 time-slicing",
@@ -316,8 +315,7 @@ def test_an_experiment_that_was_killed_goes_on_with_its_flags_and_the_phases_tha
     before = runner.all_suite_calls()
 
     runner.rule()
-    result = runner.drive(SCRIPT, "--resume", str(runner.output))
-    assert result.returncode == 0, result.stderr
+    result = runner.must_drive(SCRIPT, "--resume", str(runner.output))
     assert "mps was left in force when the script was cut off" in result.stderr
     # Word for word: the suite keeps what a round has already.
     again = runner.all_suite_calls()[len(before) :]
@@ -369,8 +367,7 @@ def by_hand(runner: DriverRunner, **daemon: object) -> str:
 
 def test_a_daemon_that_was_started_by_hand_is_used_and_left_running(runner: DriverRunner) -> None:
     pipe = by_hand(runner, uid=os.geteuid(), user="me")
-    result = runner.drive(SCRIPT, "--modes", "mps", CUDA_MPS_PIPE_DIRECTORY=pipe)
-    assert result.returncode == 0, result.stderr
+    runner.must_drive(SCRIPT, "--modes", "mps", CUDA_MPS_PIPE_DIRECTORY=pipe)
     assert runner.outcomes()["mps"] == "ok"
     assert runner.machine.changing_calls() == []
     assert runner.python_calls()[-1]["gpu"]["daemons"] == 1
@@ -383,8 +380,7 @@ def test_a_daemon_that_was_started_by_hand_is_used_and_left_running(runner: Driv
 def test_with_mig_allowed_it_is_switched_on_for_its_phase_and_off_again(
     runner: DriverRunner, layout: tuple[str, ...], count: int
 ) -> None:
-    result = runner.drive(SCRIPT, "--modes", "mig", "--mig", *layout, as_root=True)
-    assert result.returncode == 0, result.stderr
+    runner.must_drive(SCRIPT, "--modes", "mig", "--mig", *layout, as_root=True)
     call = runner.suite_calls()["mig"]
     assert call["gpu"] == {**AS_BEFORE, "mig": "Enabled", "instances": count}
     assert call["flags"].get("--mig-layout") == (layout[1] if layout else None)
@@ -436,8 +432,7 @@ def test_what_the_user_had_set_up_is_used_where_it_is_what_was_asked_for_and_els
     saved = runner.saved(mode)
     if set_up == LONG_SLICES:
         runner.machine.change_gpu(timeslice="Default")
-    result = runner.drive(SCRIPT, f"--modes={mode}", *flags, as_root=True)
-    assert result.returncode == 0, result.stderr
+    result = runner.must_drive(SCRIPT, f"--modes={mode}", *flags, as_root=True)
     assert said in result.stderr
     assert runner.suite_calls()[mode]["gpu"] == during
     if set_up != LONG_SLICES:
@@ -474,8 +469,7 @@ def test_instances_that_were_there_are_used_and_left_and_the_whole_gpu_phases_ar
     runner: DriverRunner,
 ) -> None:
     runner.must("setup_mig.sh", "1g.10gb", "4")
-    result = runner.drive(SCRIPT)
-    assert result.returncode == 0, result.stderr
+    runner.must_drive(SCRIPT)
     assert runner.outcomes() == {
         "baseline": "skipped", "time-slicing": "skipped", "mps": "skipped", "mps:even": "skipped",
         "mig": "ok", "analysis": "ok",
@@ -517,8 +511,7 @@ def test_a_gpu_without_mig_skips_that_phase() -> None:
 
 def test_a_dry_run_prints_every_command_and_changes_nothing(runner: DriverRunner) -> None:
     before = runner.all_files()
-    result = runner.drive(SCRIPT, "--dry-run", "--mig")
-    assert result.returncode == 0, result.stderr
+    result = runner.must_drive(SCRIPT, "--dry-run", "--mig")
     assert runner.all_files() == before
     assert runner.python_calls() == []
     assert not runner.output.exists()
@@ -561,8 +554,7 @@ def test_without_a_gpu_one_demonstration_runs_whichever_mode_is_asked_for(
     runner: DriverRunner, modes: tuple[str, ...], mode: str
 ) -> None:
     runner.rounds = ()
-    result = runner.drive(SCRIPT, *modes, PATH=without_gpu_programs())
-    assert result.returncode == 0, result.stderr
+    result = runner.must_drive(SCRIPT, *modes, PATH=without_gpu_programs())
     assert "CPU demonstration" in result.stderr
     assert runner.outcomes() == {
         "baseline": "ok", "cpu-demo": "ok", "mps": "skipped", "mig": "skipped", "analysis": "ok",
@@ -578,8 +570,7 @@ def test_without_a_gpu_one_demonstration_runs_whichever_mode_is_asked_for(
 def test_a_gpu_that_is_hidden_or_not_wanted_is_left_alone(
     runner: DriverRunner, how: tuple[str, str]
 ) -> None:
-    result = runner.drive(SCRIPT, *how, CUDA_VISIBLE_DEVICES="")
-    assert result.returncode == 0, result.stderr
+    runner.must_drive(SCRIPT, *how, CUDA_VISIBLE_DEVICES="")
     assert runner.outcomes()["cpu-demo"] == "ok"
     assert runner.machine.calls() == []
 

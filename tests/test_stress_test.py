@@ -34,8 +34,7 @@ def leave_ramp(runner: DriverRunner, last_good_clients: int | None) -> None:
 def test_one_suite_run_ramps_up_training_jobs_under_time_slicing_then_the_table_is_made(
     runner: DriverRunner,
 ) -> None:
-    result = runner.drive(SCRIPT)
-    assert result.returncode == 0, result.stderr
+    result = runner.must_drive(SCRIPT)
     (call,) = runner.suite_calls().values()
     assert call["flags"] == {
         "--mode": "time-slicing",
@@ -76,8 +75,7 @@ def test_the_mode_is_on_during_the_ramp_and_off_before_its_chart_which_is_named(
     runner: DriverRunner,
 ) -> None:
     runner.rule(analysis={"files": {"scaling-training.png": ""}})
-    result = runner.drive(SCRIPT, "mps", "2")
-    assert result.returncode == 0, result.stderr
+    result = runner.must_drive(SCRIPT, "mps", "2")
     assert "(the ramp is scaling-training.png)" in result.stderr
     assert runner.suite_calls()["mps"]["gpu"]["daemons"] == 1
     assert runner.python_calls()[-1]["gpu"] == AS_BEFORE
@@ -105,8 +103,7 @@ def test_jobs_of_a_plan_go_up_in_multiples_of_its_clients(asked: DriverRunner) -
 
 @needs_root
 def test_mig_gets_an_instance_for_each_job_of_the_largest_count(runner: DriverRunner) -> None:
-    result = runner.drive(SCRIPT, "mig", "6", "--mig", as_root=True)
-    assert result.returncode == 0, result.stderr
+    runner.must_drive(SCRIPT, "mig", "6", "--mig", as_root=True)
     assert runner.suite_calls()["mig"]["gpu"]["instances"] == 6
     assert runner.python_calls()[-1]["gpu"] == AS_BEFORE
 
@@ -178,8 +175,7 @@ def test_a_disk_that_is_full_is_no_breaking_point(runner: DriverRunner) -> None:
 
 
 def test_without_a_gpu_it_is_a_demonstration(runner: DriverRunner) -> None:
-    result = runner.drive(SCRIPT, "mps", "2", PATH=without_gpu_programs())
-    assert result.returncode == 0, result.stderr
+    result = runner.must_drive(SCRIPT, "mps", "2", PATH=without_gpu_programs())
     assert "CPU demonstration" in result.stderr
     assert "--gpu" not in runner.suite_calls()["cpu-demo"]["flags"]
 
@@ -214,8 +210,7 @@ def test_a_ramp_that_was_killed_goes_on_as_the_same_run(runner: DriverRunner) ->
     assert runner.drive(SCRIPT, "mps", "4", "--max-slowdown", "2").returncode == -9
     runner.rule()
     done_before = len(runner.python_calls())
-    result = runner.drive(SCRIPT, "--resume", str(runner.output))
-    assert result.returncode == 0, result.stderr
+    runner.must_drive(SCRIPT, "--resume", str(runner.output))
     suite, analysis = runner.python_calls()[done_before:]
     assert suite["arguments"] == ["--resume", str(runner.output / "mps")]
     assert analysis["program"] == "analyze_results.py"

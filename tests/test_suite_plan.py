@@ -43,9 +43,7 @@ def command_table(*words: str, **more: str) -> str:
 
 def test_the_example_plan_runs_alone_and_together_and_is_kept_with_the_run(bench: Bench) -> None:
     plan_of(bench, "")
-    done = bench.run("--plan", str(EXAMPLE))
-    assert done.returncode == 0, done.stderr
-    run = bench.only_run()
+    run = bench.must("--plan", str(EXAMPLE))
     assert [record["co_run"] for record in run.co_run_records] == [
         "baseline-batch_inference", "baseline-command", "baseline-command-2", "own-commands-4-r0",
     ]  # fmt: skip
@@ -54,7 +52,7 @@ def test_the_example_plan_runs_alone_and_together_and_is_kept_with_the_run(bench
         "Batch inference", "hashing", "hashing", "a shell line"]  # fmt: skip
     assert [record["status"] for record in records] == ["ok"] * 4
     for record in records[1:]:
-        assert record["units"]["command"]["count"] >= 1
+        assert record["units"]["command"]["count"] > 0.9  # one, to what the window's edge cuts
         assert record["slowdown"] > 0
     assert [bool(record["latency_ms"]) for record in records] == [False, False, False, True]
     assert (run.folder / "plan.toml").read_text() == EXAMPLE.read_text()
@@ -116,9 +114,7 @@ def test_a_grandchild_on_the_card_proves_a_command_and_one_that_is_never_listed_
     # Long enough for a list of processes, however late a busy machine makes it.
     line = f"{sys.executable} {GPU_COMMAND} 1.0 & wait"
     shell = f'[[client]]\ncommand = "{line}"\nshell = true\n'
-    done = bench.run("--plan", plan_of(bench, f"{shell}{command_table('1.0', 'hidden')}"))
-    assert done.returncode == 0, done.stderr
-    run = bench.only_run()
+    run = bench.must("--plan", plan_of(bench, f"{shell}{command_table('1.0', 'hidden')}"))
     assert verdicts(run, "baseline") == ["verified", "unverified"]
     assert verdicts(run) == ["verified", "unverified"]
     evidence = run.clients_of("own-2-r0")[1]["proof"]["evidence"]
@@ -145,12 +141,10 @@ def test_a_command_under_mps_is_proved_by_its_own_process_and_invalid_past_the_d
 def test_limits_of_mps_clients_reach_them_together_but_not_alone(gpu_bench: Callable) -> None:
     bench = gpu_bench()
     start_daemon(bench)
-    done = bench.run(
+    run = bench.must(
         "--mode", "mps", "--mix", "training", "--workloads", "2", "--quick",
         "--mps-percentage", "even", "--mps-memory-limit", "8G,4G",
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    run = bench.only_run()
     seen = [record["identity"]["sharing_environment"] for record in run.client_records]
     percentages = [found.get("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE") for found in seen]
     limits = [found.get("CUDA_MPS_PINNED_DEVICE_MEM_LIMIT") for found in seen]
@@ -232,11 +226,9 @@ def test_a_bound_that_is_passed_ends_the_ramp_as_a_result(bench: Bench) -> None:
         {"match": "*", "latency": True},
         {"match": "*:inference-4-r0/*", "unit_seconds": 0.2},
     )
-    done = bench.run(
+    run = bench.must(
         "--mix", "inference", "--workloads", "1,2,4,6", "--slo-ms", "150", "--until-break"
     )
-    assert done.returncode == 0, done.stderr
-    run = bench.only_run()
     assert reasons(run)["inference-4-r0"] == "p99"
     assert run.co_run_records[-1]["co_run"] == "inference-4-r0"
     assert run.manifest["outcome"] == "complete"
