@@ -6,6 +6,7 @@ import atexit
 import fcntl
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,7 @@ import pytest
 if TYPE_CHECKING:
     from driver_runner import DriverRunner
     from mode_script_runner import ModeScripts
+    from workload_script import Here
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 GPU_TURNS = Path(__file__)  # locked while a test uses the GPU
@@ -25,6 +27,9 @@ sys.path.insert(0, str(PROJECT_ROOT))
 # Runs of tests in other processes are nobody's business here.
 os.environ["GPU_SHARING_LOCK_DIR"] = tempfile.mkdtemp(prefix="locks-")
 atexit.register(shutil.rmtree, os.environ["GPU_SHARING_LOCK_DIR"], ignore_errors=True)
+# Started in the background, or under nohup, pytest ignores them, and whatever it starts would.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 os.umask(0o022)  # under one that lets a group write, saved states would be refused
 pytest.register_assert_rewrite("driver_runner", "mode_script_runner", "waiting")
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -97,6 +102,23 @@ def runner() -> Iterator[DriverRunner]:
 
     with driver_runner() as made:
         yield made
+
+
+@pytest.fixture(scope="module")
+def asked() -> Iterator[DriverRunner]:
+    """Driver scripts for questions that change nothing: dry runs, and what is refused."""
+    from driver_runner import driver_runner
+
+    with driver_runner() as made:
+        yield made
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Here:
+    """Workloads run in the process of the test."""
+    from workload_script import Here
+
+    return Here(monkeypatch, capsys)
 
 
 @pytest.fixture(autouse=True)

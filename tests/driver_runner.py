@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -37,14 +38,7 @@ AS_BEFORE = {
 }
 
 
-def _heed_signals() -> None:
-    """Undo what pytest inherited where it was started in the background, or under nohup."""
-    for number in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
-
-
 def _own_the_terminal() -> None:
-    _heed_signals()
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
@@ -54,6 +48,8 @@ class DriverRunner(ModeScripts):
     def __init__(self, folder: Path, kind: str) -> None:
         super().__init__(folder, kind)
         self.output = folder / "output"
+        self.rounds = ("--repeats", "1")  # what holds of one round holds of four
+        self.prefix: list[str] = []  # what a driver is started by
         self.suite_state = folder / "suite"
         self.suite_state.mkdir()
         copy_drivers(self.project)
@@ -71,36 +67,36 @@ class DriverRunner(ModeScripts):
         """Run a driver to its end."""
         return subprocess.run(
             self._command(script, arguments, as_root),
-            cwd=self.project,
-            env={**self.environment, **environment},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
+            cwd=self.project, env={**self.environment, **environment}, stdin=subprocess.DEVNULL,
+            capture_output=True, text=True, timeout=120, check=False,
+        )  # fmt: skip
+
+    def must_drive(
+        self, script: str, *arguments: str, as_root: bool = False, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a driver that has to succeed."""
+        result = self.drive(script, *arguments, as_root=as_root, **environment)
+        assert result.returncode == 0, result.stderr
+        return result
+
+    def start_driver(
+        self, script: str, *arguments: str, run_id: str, **how: Any
+    ) -> subprocess.Popen[str]:
+        """Start a driver in a session of its own; return once the suite is at work."""
+        streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL,
+                   "stderr": subprocess.PIPE}  # fmt: skip
+        process = subprocess.Popen(
+            self._command(script, arguments, False), cwd=self.project, env=self.environment,
+            text=True, start_new_session=True, **(streams | how),
+        )  # fmt: skip
+        self._wait_for(lambda call: call.get("waiting") == run_id, f"the suite at work as {run_id}")
+        return process
 
     def drive_until_signal(
-        self,
-        script: str,
-        *arguments: str,
-        run_id: str,
-        signals: list[signal.Signals],
-        **environment: str,
+        self, script: str, *arguments: str, run_id: str, signals: list[signal.Signals]
     ) -> tuple[int, str]:
         """Send signals to the driver alone, each once the suite had the one before."""
-        process = subprocess.Popen(
-            self._command(script, arguments, False),
-            cwd=self.project,
-            env={**self.environment, **environment},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-            preexec_fn=_heed_signals,
-        )
-        self._wait_for_suite(run_id)
+        process = self.start_driver(script, *arguments, run_id=run_id)
         for count, number in enumerate(signals, start=1):
             process.send_signal(number)
             self._wait_for(lambda call: "signal" in call, f"signal {count} at the suite", count)
@@ -110,31 +106,25 @@ class DriverRunner(ModeScripts):
     def drive_until_hangup(self, script: str, *arguments: str, run_id: str) -> int:
         """Close the driver's terminal once the suite is at work; return the exit status."""
         terminal, inside = os.openpty()
-        process = subprocess.Popen(
-            self._command(script, arguments, False),
-            cwd=self.project,
-            env=self.environment,
-            stdin=inside,
-            stdout=inside,
-            stderr=inside,
-            start_new_session=True,
-            preexec_fn=_own_the_terminal,
+        streams = dict.fromkeys(("stdin", "stdout", "stderr"), inside)
+        process = self.start_driver(
+            script, *arguments, run_id=run_id, preexec_fn=_own_the_terminal, **streams
         )
         os.close(inside)
-        self._wait_for_suite(run_id)
         os.close(terminal)  # what the kernel makes of it is SIGHUP and a terminal that is dead
         return process.wait(timeout=60)
 
     def _command(self, script: str, arguments: tuple[str, ...], as_root: bool) -> list[str]:
-        prefix = (ROOT_PREFIX or []) if as_root else []
-        output = () if "--resume" in arguments else ("--output", str(self.output))
-        return [*prefix, f"./{script}", *arguments, *output]
+        prefix = (ROOT_PREFIX or []) if as_root else self.prefix
+        flags = {word.partition("=")[0] for word in arguments}
+        output = () if "--resume" in flags else ("--output", str(self.output))
+        of_ramps_and_kept = {"--resume", "--repeats", "--quick", "--full", "--phase-minutes"}
+        is_ramp = script != "run_experiments.sh"
+        rounds = () if is_ramp or flags & of_ramps_and_kept else self.rounds
+        return [*prefix, f"./{script}", *arguments, *rounds, *output]
 
     def _wait_for(self, wanted: Callable[[dict], bool], what: str, count: int = 1) -> None:
         wait_until(lambda: sum(map(wanted, self.python_calls())) >= count, what)
-
-    def _wait_for_suite(self, run_id: str) -> None:
-        self._wait_for(lambda call: call.get("waiting") == run_id, f"the suite at work as {run_id}")
 
     def rule(self, **rules: dict[str, Any]) -> None:
         """Say what the pretended suite does, by run id (`time_slicing` for time-slicing)."""
@@ -154,15 +144,23 @@ class DriverRunner(ModeScripts):
 
     def all_suite_calls(self) -> list[dict[str, Any]]:
         """Every call of the suite, in order, with its flags as a dict."""
-        calls = []
-        for call in self.python_calls():
-            if call["program"] == "benchmark_suite.py" and "arguments" in call:
-                words = iter(call["arguments"])
-                switches = ("--quick", "--bisect", "--until-break", "--allow-contention", "--null")
-                flags = {word: "" if word in switches else next(words) for word in words}
-                flags.setdefault("--run-id", Path(flags.get("--resume", "")).name)
-                calls.append({**call, "flags": flags})
-        return calls
+        return [
+            {**call, "flags": suite_flags(call["arguments"])}
+            for call in self.python_calls()
+            if call["program"] == "benchmark_suite.py" and "arguments" in call
+        ]
+
+    def planned(self, script: str, *arguments: str, **environment: str) -> dict[str, dict]:
+        """The flags of each run that a dry run promises, which is the first of its rounds."""
+        result = self.drive(script, "--dry-run", *arguments, **environment)
+        assert result.returncode == 0, result.stderr
+        lines = [shlex.split(line) for line in result.stdout.splitlines()]
+        calls = [
+            suite_flags(words[4:])
+            for words in lines
+            if words[:2] == ["would", "run:"] and words[3].endswith("/benchmark_suite.py")
+        ]
+        return {flags["--run-id"]: flags for flags in calls}
 
     def turns(self) -> list[str]:
         """The runs in the order of their rounds, as `2 mps-even`."""
@@ -189,6 +187,15 @@ class DriverRunner(ModeScripts):
         assert warnings == []
         assert [path.name for path in folder.iterdir()] == [run_folder.REFUSALS_FILE]
         return plain(refusal)
+
+
+def suite_flags(arguments: list[str]) -> dict[str, str]:
+    """What a call of the suite was told, by flag."""
+    words = iter(arguments)
+    switches = ("--quick", "--bisect", "--until-break", "--allow-contention", "--null")
+    flags = {word: "" if word in switches else next(words) for word in words}
+    flags.setdefault("--run-id", Path(flags.get("--resume", "")).name)
+    return flags
 
 
 def copy_drivers(project: Path) -> None:

@@ -112,8 +112,6 @@ class ModeScripts:
             stderr=stderr,
             text=True,
             start_new_session=True,
-            # pytest may itself have been started in the background, where SIGINT is ignored
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def interrupt(
@@ -122,8 +120,8 @@ class ModeScripts:
         """Send a signal while the call that matches `during` is under way."""
         self.machine.fail(during, seconds=1.0)
         process = self.start(script, *arguments, stderr=subprocess.PIPE)
-        rules = self.folder / "machine" / "rules.json"
-        wait_until(lambda: '"seen"' in rules.read_text(), f"the call {during}")
+        rules = self.folder / "machine" / "rules"
+        wait_until(lambda: b"seen" in rules.read_bytes(), f"the call {during}")
         time.sleep(0.1)  # until it sleeps, with all that it writes written
         send(process, number, group)
         _, stderr = process.communicate(timeout=60)
@@ -154,7 +152,7 @@ class ModeScripts:
             for path in sorted(self.folder.rglob("*"))
             if path.is_file()
             and "programs" not in path.parts
-            and path.name not in {"calls.jsonl", "lock", "rules.json"}
+            and path.name not in {"calls", "lock", "rules"}
         }
 
 
@@ -254,7 +252,7 @@ def forgotten_ids(scripts: ModeScripts) -> None:
 def without_ps(scripts: ModeScripts) -> None:
     folder, fakes = scripts.folder / "programs", Path(__file__).parent / "fakes"
     folder.mkdir()
-    for program in (*Path("/usr/bin").iterdir(), *fakes.glob("nvidia-*"), fakes / "gpu_machine.py"):
+    for program in (*Path("/usr/bin").iterdir(), *fakes.glob("nvidia-*")):
         if program.name != "ps":
             (folder / program.name).symlink_to(program)
     scripts.environment["PATH"] = str(folder)

@@ -249,7 +249,8 @@ class Round:
         lost = finished - self.finished_rows()
         if lost:
             raise BrokenPromiseError(f"rows are lost: {lost}")
-        if self.output.exists() and run_folder.find_runs(self.output):
+        is_made = (self.output / "report.md").exists()  # by the driver, after the kill
+        if not is_made and self.output.exists() and run_folder.find_runs(self.output):
             self.must([sys.executable, "benchmarking/analyze_results.py", "--results-dir",
                        str(self.output)])  # fmt: skip
 

@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from held_client import HeldClient
+from workload_script import Here, assert_refused, result_reader
 
-PROJECT_ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = "workloads/custom/antagonist.py"
 
 
-def figures_of(tmp_path: Path, *arguments: object) -> dict:
+def figures_of(here: Here, tmp_path: Path, *arguments: object) -> dict:
     """Run the script to its end and return its figures."""
-    command = [sys.executable, str(PROJECT_ROOT / SCRIPT), *map(str, arguments)]
-    ended = subprocess.run([*command, "--results-dir", str(tmp_path)], capture_output=True,
-                           text=True, timeout=200, check=False)  # fmt: skip
+    ended = here.run(SCRIPT, *map(str, arguments), "--results-dir", str(tmp_path))
     assert ended.returncode == 0, ended.stderr
-    [path] = tmp_path.glob("antagonist_*.json")
-    return json.loads(path.read_text())["figures"]
+    return result_reader(SCRIPT)(tmp_path)["figures"]
 
 
 @pytest.mark.parametrize(("kind", "duty"), [("hbm", 0.25), ("sm", 0.5), ("hbm", 0)])
 def test_the_share_of_the_time_is_reached_within_5_points(
-    kind: str, duty: float, tmp_path: Path
+    here: Here, kind: str, duty: float, tmp_path: Path
 ) -> None:
-    figures = figures_of(tmp_path, "--kind", kind, "--duty", duty, "--duration", 1,
+    figures = figures_of(here, tmp_path, "--kind", kind, "--duty", duty, "--duration", 1,
                          "--device", "cpu")  # fmt: skip
     assert figures["achieved_duty_percent"] == pytest.approx(100 * duty, abs=5)
     assert (figures["rate"] > 0) == (duty > 0)
@@ -53,15 +47,16 @@ def test_a_client_stops_in_the_middle_of_its_pause(tmp_path: Path) -> None:
         (("--kind", "pcie", "--device", "cpu"), "needs a GPU"),
     ],
 )
-def test_what_cannot_be_done_is_one_sentence(arguments: tuple[str, ...], said: str) -> None:
-    command = [sys.executable, str(PROJECT_ROOT / SCRIPT), *arguments]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
-    assert ended.returncode == 2
-    assert said in ended.stderr and "Traceback" not in ended.stderr
+def test_what_cannot_be_done_is_one_sentence(
+    here: Here, arguments: tuple[str, ...], said: str
+) -> None:
+    assert_refused(here.run(SCRIPT, *arguments), said)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["hbm", "sm", "pcie"])
-def test_at_full_duty_the_card_is_busy_nearly_all_the_time(kind: str, tmp_path: Path) -> None:
-    figures = figures_of(tmp_path, "--kind", kind, "--duration", 2)
+def test_at_full_duty_the_card_is_busy_nearly_all_the_time(
+    here: Here, kind: str, tmp_path: Path
+) -> None:
+    figures = figures_of(here, tmp_path, "--kind", kind, "--duration", 2)
     assert figures["achieved_duty_percent"] > 95

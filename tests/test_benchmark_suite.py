@@ -11,13 +11,13 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import nvml_stub
@@ -28,7 +28,7 @@ from recorded_rows import client, co_run, plain, read_plain
 from waiting import wait_until
 
 from benchmarking.records import run_folder
-from benchmarking.records.types import ClientRecord, Environment, Evidence, Manifest, Proof
+from benchmarking.records.types import ClientRecord, Environment, Manifest, Proof
 from benchmarking.suite import baselines, console, sampler
 from benchmarking.suite import co_run_records as records
 from benchmarking.suite.launcher import ClientResult, CoRunResult
@@ -86,20 +86,50 @@ class Bench:
             self.script()
         return self.environment
 
-    def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+    def _to_its_end(self, command: list[str]) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            self.command(*arguments), env=self.scripted_environment(), capture_output=True,
-            text=True, timeout=100, check=False,
+            command, env=self.scripted_environment(), capture_output=True, text=True, timeout=100,
+            check=False,
         )  # fmt: skip
+
+    def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return self._to_its_end(self.command(*arguments))
+
+    def must(self, *arguments: str) -> SimpleNamespace:
+        """Run what has to succeed; return what it left."""
+        done = self.run(*arguments)
+        assert done.returncode == 0, done.stderr
+        return self.only_run()
+
+    def start(self, *arguments: str, until: str, said: str) -> subprocess.Popen[str]:
+        """Start a run; return once a client's log (`mine-1-r0/0`) says this."""
+        process = subprocess.Popen(
+            self.command(*arguments), env=self.scripted_environment(), stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        logs = f"clients/{until}.events.jsonl"
+        wait_until(
+            lambda: any(said in path.read_text() for path in self.results.rglob(logs)),
+            f"{until} says {said}",
+        )
+        return process
+
+    def resume_command(self, run_id: str) -> list[str]:
+        return [*self.command()[:2], "--resume", run_id, "--results-dir", str(self.results)]
 
     def resume(self, run_id: str) -> subprocess.CompletedProcess[str]:
         """Go on with a run, with the flags that it was started with."""
-        script = str(self.root / "benchmarking" / "benchmark_suite.py")
-        return subprocess.run(
-            [sys.executable, script, "--resume", run_id, "--results-dir", str(self.results)],
-            env=self.scripted_environment(), capture_output=True, text=True, timeout=100,
-            check=False,
-        )  # fmt: skip
+        return self._to_its_end(self.resume_command(run_id))
+
+    def analyze(self) -> subprocess.CompletedProcess[str]:
+        script = str(self.root / "benchmarking" / "analyze_results.py")
+        return self._to_its_end([sys.executable, script, "--results-dir", str(self.results)])
+
+    def report(self) -> str:
+        """Make the report; return its text."""
+        done = self.analyze()
+        assert done.returncode == 0, done.stderr
+        return (self.results / "report.md").read_text()
 
     def only_run(self) -> run_folder.Run:
         """The newest run; every line of it is as the published schema has it."""
@@ -255,9 +285,7 @@ def test_latencies_are_kept_raw(demonstration: Demonstration) -> None:
 def test_exclusive_mode_is_the_baseline_whose_stp_is_one_but_for_gaps_between_jobs(
     bench: Bench,
 ) -> None:
-    done = bench.run("--mode", "exclusive", "--mix", "inference", "--workloads", "2")
-    assert done.returncode == 0, done.stderr
-    run = bench.only_run()
+    run = bench.must("--mode", "exclusive", "--mix", "inference", "--workloads", "2")
     assert [record["phase"] for record in run.co_run_records] == ["baseline"]
     assert 0.95 < run.co_run_records[0]["summary"]["stp"] < 1.0
 
@@ -308,9 +336,7 @@ def test_a_baseline_that_was_disturbed_is_measured_again_and_the_first_counts_no
         re.sub("(?m)^TOLERATED_FRACTION = .*$", "TOLERATED_FRACTION = 0.5", path.read_text())
     )
     bench.script(slow_once, {"match": "*:inference-1-*", "unit_seconds": 0.02})
-    done = bench.run("--mix", "inference", "--workloads", "1")
-    assert done.returncode == 0, done.stderr
-    run = bench.only_run()
+    run = bench.must("--mix", "inference", "--workloads", "1")
     (note,) = [note for note in run.manifest["notes"] if "disturbed" in note]
     assert "baseline-batch_inference: the baseline was disturbed (client 0:" in note
     assert "faster together than alone); it is repeated" in note
@@ -319,17 +345,13 @@ def test_a_baseline_that_was_disturbed_is_measured_again_and_the_first_counts_no
     assert names.count("baseline-batch_inference") == 2
 
 
-def test_counts_and_repeats_make_rows_of_their_own(bench: Bench) -> None:
-    bench.run("--mix", "inference", "--workloads", "1,2", "--repeats", "2")
-    names = [record["co_run"] for record in bench.only_run().co_run_records]
-    assert names[1:] == ["inference-1-r0", "inference-1-r1", "inference-2-r0", "inference-2-r1"]
-
-
-def test_a_budget_leaves_out_repeats_but_never_the_first(bench: Bench) -> None:
-    done = bench.run("--mix", "inference", "--workloads", "1,2", "--repeats", "3",
-                     "--budget-minutes", "0.01")  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    run = bench.only_run()
+def test_counts_and_repeats_make_rows_of_which_a_budget_leaves_out_all_but_the_first(
+    bench: Bench,
+) -> None:
+    flags = ("--mix", "inference", "--workloads", "1,2", "--repeats", "3")
+    planned = re.findall(r"^  (inference-\S+): ", bench.run(*flags, "--dry-run").stdout, re.M)
+    assert planned == [f"inference-{count}-r{repeat}" for count in (1, 2) for repeat in range(3)]
+    run = bench.must(*flags, "--budget-minutes", "0.01")
     assert [record["co_run"] for record in run.co_run_records][1:] == [
         "inference-1-r0", "inference-2-r0"]  # fmt: skip
     assert sum("left out" in note for note in run.manifest["notes"]) == 4
@@ -391,22 +413,12 @@ def test_a_job_that_cannot_be_prepared_ends_the_run_with_its_reason(
     assert bench.only_run().manifest["outcome"] == "failed"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_keeps_what_was_done_and_leaves_no_process(
-    bench: Bench, number: signal.Signals
-) -> None:
+def test_an_interrupted_run_keeps_what_was_done_and_leaves_no_process(bench: Bench) -> None:
     bench.script({"match": "*:training-2-r0/*", "units": 100000})
-    process = subprocess.Popen(
-        bench.command("--mix", "training", "--workloads", "2"), env=bench.environment,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    events = "clients/training-2-r0/1.events.jsonl"
-    wait_until(
-        lambda: any('"ready"' in path.read_text() for path in bench.results.rglob(events)),
-        "a client that is ready",
-    )
-    time.sleep(0.3)
-    process.send_signal(number)
+    flags = ("--mix", "training", "--workloads", "2")
+    process = bench.start(*flags, until="training-2-r0/1", said='"ready"')
+    time.sleep(0.3)  # into its work, of which a job tells at its end
+    process.terminate()
     stdout, stderr = process.communicate(timeout=30)
     assert process.returncode == 130, stderr
     *_, advice, results = stdout.splitlines()
@@ -424,36 +436,26 @@ def test_an_interrupted_run_keeps_what_was_done_and_leaves_no_process(
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
-@pytest.mark.parametrize("is_brought_back", [False, True])
-def test_a_results_folder_that_is_taken_away_ends_the_run_in_a_sentence(
-    bench: Bench, is_brought_back: bool
-) -> None:
+def test_a_results_folder_that_is_deleted_ends_the_run_in_a_sentence(bench: Bench) -> None:
     bench.script({"match": "*:training-2-r0/*", "units": 500})
-    process = subprocess.Popen(
-        bench.command("--mix", "training", "--workloads", "2", "--window", "1", "--run-id", "mine"),
-        env=bench.environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    events = "clients/training-2-r0/1.events.jsonl"
-    wait_until(lambda: list(bench.results.rglob(events)), "clients that start")
-    aside = bench.results.rename(bench.root / "aside")
-    if not is_brought_back:
-        shutil.rmtree(aside)
+    flags = ("--mix", "training", "--workloads", "2", "--window", "1", "--run-id", "mine")
+    process = bench.start(*flags, until="training-2-r0/1", said="")
+    shutil.rmtree(bench.results.rename(bench.root / "aside"))
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "(No such file or directory): make room there or bring it back" in stderr
     assert "Traceback" not in stderr
     assert processes_of(bench.root) == []
     assert not bench.results.exists()
-    if is_brought_back:
-        aside.rename(bench.results)
-        bench.script()
-        assert bench.resume("mine").returncode == 0
-        run = bench.only_run()
-        assert [record["outcome"] for record in run.co_run_records] == ["ok", "ok"]
-        assert [entry["ended"] for entry in run.manifest["resumptions"]] == ["killed"]
 
 
 # --- usage ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def refusing(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    """One for what is refused, which leaves nothing."""
+    return Bench(tmp_path_factory.mktemp("refusing"))
 
 
 @pytest.mark.parametrize(
@@ -463,12 +465,17 @@ def test_a_results_folder_that_is_taken_away_ends_the_run_in_a_sentence(
      (["--mix", "other"], "invalid choice"), (["--window", "10", "--timeout", "5"], "--timeout"),
      (["--mode", "exclusive", "--baseline", "x"], "leave --baseline away"),
      (["--data-dir", "/no/such/folder"], "no folder"), (["--baseline", "nothing"], "no run"),
-     (["--run-id", "a/b"], "not a folder name")],
+     (["--run-id", "a/b"], "not a folder name"),
+     (["--mix", "training", "--slo-ms", "50"], "--slo-ms needs jobs with response times"),
+     (["--mode", "mig", "--until-break"], "as many clients as instances"),
+     (["--plan", "/no/plan.toml"], "/no/plan.toml cannot be read"),
+     (["--mode", "mps", "--mps-percentage", "0"], "not a percentage over 0 and up to 100"),
+     (["--mps-percentage", "50"], "limits of MPS clients need --mode mps")],
 )  # fmt: skip
 def test_wrong_arguments_end_with_code_2_and_one_sentence(
-    bench: Bench, arguments: list[str], words: str
+    refusing: Bench, arguments: list[str], words: str
 ) -> None:
-    done = bench.run(*arguments)
+    done = refusing.run(*arguments)
     assert done.returncode == 2
     assert words in done.stderr
     assert done.stderr.startswith("benchmark_suite.py: error: ")
@@ -496,9 +503,7 @@ def test_time_slicing_on_a_card_is_verified_client_by_client(gpu_bench: Callable
     bench.environment["CUDA_MPS_PIPE_DIRECTORY"] = "/somebody/elses"
     (bench.root / "bin" / "nvidia-smi").write_text("#!/bin/sh\necho '|   0   Timeslice  Long  |'\n")
     (bench.root / "bin" / "nvidia-smi").chmod(0o755)
-    done = bench.run("--mode", "time-slicing", "--mix", "training", "--workloads", "2", "--quick")
-    assert done.returncode == 0, done.stderr
-    run = bench.only_run()
+    run = bench.must("--mode", "time-slicing", "--mix", "training", "--workloads", "2", "--quick")
     assert verdicts(run, "baseline") == ["verified"]
     assert verdicts(run) == ["verified", "verified"]
     assert indices(run) == [0, 0, 1]
@@ -535,9 +540,7 @@ def test_an_older_or_smaller_card_is_measured_with_null_for_what_it_lacks(
 ) -> None:
     bench = gpu_bench(**state)
     nvml_stub.build_nvml_stub(tmp_path, lacks)
-    done = bench.run("--mode", "time-slicing", "--mix", "training", "--workloads", "2", "--quick")
-    assert done.returncode == 0, done.stderr
-    run = bench.only_run()
+    run = bench.must("--mode", "time-slicing", "--mix", "training", "--workloads", "2", "--quick")
     assert verdicts(run) == [verdict, verdict]
     assert run.manifest["environment"]["gpu_memory_mib"] == state["memory_total_mib"]
     gpu, summary = run.co_run_records[-1]["gpu"], run.co_run_records[-1]["summary"]
@@ -562,7 +565,10 @@ def test_a_client_that_the_driver_does_not_list_makes_the_run_invalid(
     run = bench.only_run()
     assert run.manifest["outcome"] == "invalid"
     assert run.co_run_records[-1]["outcome"] == "invalid"
-    assert [record["status"] for record in run.clients_of("training-2-r0")] == ["ok", "invalid"]
+    listed, hidden = run.clients_of("training-2-r0")
+    assert (listed["status"], hidden["status"]) == ("ok", "invalid")
+    assert hidden["slowdown"] is None
+    assert "is not among" in hidden["reason"]
     assert run.co_run_records[-1]["summary"]["stp"] is None
 
 
@@ -582,9 +588,7 @@ def test_a_gpu_that_others_use_is_refused_naming_them(gpu_bench: Callable) -> No
 
 def test_a_run_beside_others_is_marked_contended(gpu_bench: Callable) -> None:
     bench = gpu_bench(pids={os.getpid(): 900})
-    done = bench.run("--mix", "training", "--workloads", "1", "--quick", "--beside-others")
-    assert done.returncode == 0, done.stderr
-    run = bench.only_run()
+    run = bench.must("--mix", "training", "--workloads", "1", "--quick", "--beside-others")
     assert any("the GPU is contended" in note for note in run.manifest["notes"])
     assert run.manifest["is_contended"] is True
     for record in run.co_run_records:
@@ -633,18 +637,13 @@ def test_what_was_refused_is_in_the_report_of_its_folder(gpu_bench: Callable) ->
     flags = ("--mix", "training", "--workloads", "1", "--quick")
     assert bench.run(*flags).returncode == 4
     sentence = bench.refusal()["sentence"]
-    script = str(bench.root / "benchmarking" / "analyze_results.py")
-    analyze = [sys.executable, script, "--results-dir", str(bench.results)]
-    nothing = subprocess.run(
-        analyze, env=bench.environment, capture_output=True, text=True, check=False
-    )
+    nothing = bench.analyze()
     assert nothing.returncode == 2
     assert f"(refused: {sentence})" in nothing.stderr
     with (bench.results / run_folder.REFUSALS_FILE).open("a") as stream:
         stream.write('{"exit_code": 0}\n')
     assert bench.run(*flags, "--beside-others").returncode == 0
-    subprocess.run(analyze, env=bench.environment, capture_output=True, check=True)
-    report = (bench.results / "report.md").read_text()
+    report = bench.report()
     assert "## What was refused, and why" in report
     assert sentence in report
     assert f"{run_folder.REFUSALS_FILE}: line 2 is truncated or edited, skipped" in report
@@ -657,16 +656,8 @@ def test_a_gpu_that_is_lost_meanwhile_is_the_reason_whatever_becomes_of_its_clie
     bench = gpu_bench()
     if crashes:
         bench.script({"match": "*:training-1-r0/0", "fail": "crash", "fail_at": 1.2})
-    arguments = ["--mix", "training", "--workloads", "1,2", "--quick", "--window", "2"]
-    process = subprocess.Popen(
-        bench.command(*arguments), env=bench.scripted_environment(), text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-    events = "clients/training-1-r0/0.events.jsonl"
-    wait_until(
-        lambda: any('"units"' in path.read_text() for path in bench.results.rglob(events)),
-        "a client at work",
-    )
+    flags = ("--mix", "training", "--workloads", "1,2", "--quick", "--window", "2")
+    process = bench.start(*flags, until="training-1-r0/0", said='"units"')
     lost = dict.fromkeys(LOST_FUNCTIONS, 15)
     nvml_stub.write_state(tmp_path / "card.txt", fail=lost)
     stdout, stderr = process.communicate(timeout=60)
@@ -686,16 +677,13 @@ def test_a_gpu_that_is_lost_meanwhile_is_the_reason_whatever_becomes_of_its_clie
     assert lost["stop_reason"]["kind"] == "gpu_lost"
     assert f"training-1-r0 does not hold: {sentence}" in stderr
     assert f"REASON: {sentence}" in stdout
+    if crashes:
+        return
     # the functions that failed are named, once
     notes = [note for note in run.manifest["notes"] if "nvmlDeviceGetUtilizationRates" in note]
     assert len(notes) == 1
     assert "GPU is lost" in notes[0]
-    script = str(bench.root / "benchmarking" / "analyze_results.py")
-    subprocess.run(
-        [sys.executable, script, "--results-dir", str(bench.results)], env=bench.environment,
-        capture_output=True, check=True,
-    )  # fmt: skip
-    assert sentence in (bench.results / "report.md").read_text()
+    assert sentence in bench.report()
     nvml_stub.write_state(tmp_path / "card.txt")
     bench.script()
     assert bench.resume(run.run_id).returncode == 0
@@ -716,9 +704,7 @@ def test_mps_clients_are_verified_and_their_baselines_run_without_mps(
 ) -> None:
     bench = gpu_bench()
     start_daemon(bench)
-    done = bench.run("--mode", "mps", "--mix", "training", "--workloads", "2", "--quick")
-    assert done.returncode == 0, done.stderr
-    run = bench.only_run()
+    run = bench.must("--mode", "mps", "--mix", "training", "--workloads", "2", "--quick")
     assert run.manifest["mps_limits"] is None
     assert indices(run) == [0, 0, 1]
     assert verdicts(run, "baseline") == ["verified"]
@@ -771,11 +757,9 @@ def test_a_mig_layout_gives_clients_instances_of_its_sizes_and_is_kept_with_the_
         mig_devices=[(small, 7, 16, 9984, 0, "1g.10gb"), (large, 5, 16, 20096, 0, "2g.20gb")],
     )
     bench.script({"match": "*", "identity": {"multiprocessor_count": 16}})
-    done = bench.run(
+    run = bench.must(
         "--mode", "mig", "--mix", "training", "--quick", "--mig-layout", "2g.20gb,1g.10gb"
     )
-    assert done.returncode == 0, done.stderr
-    run = bench.only_run()
     seen = [record["identity"]["gpu_uuid"] for record in run.clients_of("training-2-r0")]
     assert seen == [large, small]
     assert verdicts(run)[-2:] == ["verified", "verified"]
@@ -792,9 +776,7 @@ def test_mig_without_a_whole_gpu_baseline_leaves_stp_unknown(gpu_bench: Callable
         mig_devices=[("MIG-aaaaaaaa-0000-0000-0000-000000000000", 7, 16, 9984, 0)],
     )
     bench.script({"match": "*", "identity": {"multiprocessor_count": 16}})
-    done = bench.run("--mode", "mig", "--mix", "training", "--workloads", "1", "--quick")
-    assert done.returncode == 0, done.stderr
-    run = bench.only_run()
+    run = bench.must("--mode", "mig", "--mix", "training", "--workloads", "1", "--quick")
     assert run.co_run_records[-1]["summary"]["stp"] is None
     assert any("STP and overhead stay unknown" in note for note in run.manifest["notes"])
     more = bench.run("--mode", "mig", "--mix", "training", "--workloads", "4", "--quick")
@@ -914,7 +896,6 @@ def client_of(seconds_a_step: float, number: int = 0, status: str = "ok") -> Cli
 
 
 PROVED = Proof("verified", [])
-UNPROVED = Proof("invalid", [Evidence("it is listed", "no", False)])
 
 
 def test_a_client_record_holds_slowdown_against_its_baseline() -> None:
@@ -932,14 +913,6 @@ def test_a_client_record_holds_slowdown_against_its_baseline() -> None:
     assert record.figures == {"x": 1}
     assert (record.startup_seconds, record.peak_memory_mib) == (2.0, 7.0)
     assert msgspec.convert(msgspec.to_builtins(record), ClientRecord) == record
-
-
-def test_a_client_without_proof_is_invalid_and_has_no_slowdown() -> None:
-    client = client_of(1.0)
-    record = records.client_record(co_run_of("ok", client), client, UNPROVED, None, None)
-    assert record.status == "invalid"
-    assert record.reason == "it is listed: no"
-    assert record.slowdown is None
 
 
 def test_the_start_skew_is_between_the_first_units_of_all_clients() -> None:
@@ -1003,20 +976,16 @@ def manifest(**environment: object) -> Manifest:
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
-    [({"gpu_name": "A100"}, "gpu_name was A100, now it is H100"),
-     ({"driver_version": "1"}, "driver_version"),
-     ({"versions": {"python": "3.11", "torch": "2.15"}}, "version of torch was 2.15")],
+    ("environment", "changes", "words"),
+    [({"gpu_name": "A100"}, {}, "gpu_name was A100, now it is H100"),
+     ({"driver_version": "1"}, {}, "driver_version"),
+     ({"versions": {"python": "3.11", "torch": "2.15"}}, {}, "version of torch was 2.15"),
+     ({}, {"job_size": "quick"}, "job size was quick, now it is guide"),
+     ({}, {"effective_mode": "cpu-demo"}, "cpu-demo was True")],
 )  # fmt: skip
-def test_unlike_environments_are_named_by_field(changes: dict, words: str) -> None:
-    found = baselines.differences(manifest(**changes), manifest())
-    assert len(found) == 1
-    assert words in found[0]
-
-
-def test_another_job_size_or_a_cpu_demonstration_is_no_baseline() -> None:
-    ours = manifest()
-    quick, on_cpu = replace(ours, job_size="quick"), replace(ours, effective_mode="cpu-demo")
-    assert baselines.differences(quick, ours) == ["job size was quick, now it is guide"]
-    assert "cpu-demo was True" in baselines.differences(on_cpu, ours)[0]
-    assert baselines.differences(ours, ours) == []
+def test_unlike_environments_sizes_and_demonstrations_are_named_by_field(
+    environment: dict, changes: dict, words: str
+) -> None:
+    (found,) = baselines.differences(replace(manifest(**environment), **changes), manifest())
+    assert words in found
+    assert baselines.differences(manifest(), manifest()) == []

@@ -289,10 +289,10 @@ def test_from_scratch_bert_base_has_its_documented_size():
 
 
 @needs_pretrained
-def test_a_pretrained_bert_learns_the_sentiment_and_applies_it_to_new_topics(tmp_path):
-    done = run_script(
-        "--model", str(PRETRAINED), "--num-samples", "150", "--epochs", "2", "--lr", "2e-4",
-        "--max-length", "12", "--device", "cpu", "--results-dir", str(tmp_path), **NO_HUB,
+def test_a_pretrained_bert_learns_the_sentiment_and_applies_it_to_new_topics(here, tmp_path):
+    done = here.run(
+        SCRIPT, "--model", str(PRETRAINED), "--num-samples", "150", "--epochs", "2", "--lr", "2e-4",
+        "--max-length", "12", "--device", "cpu", "--results-dir", str(tmp_path),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     result = only_result(tmp_path)
@@ -378,8 +378,8 @@ def test_a_dataset_that_is_nowhere_is_a_usage_error_at_once(hub_home):
         (("--data", "/nowhere.csv"), "--data"),
     ],
 )
-def test_wrong_arguments_end_with_one_sentence_and_code_2(arguments, fix):
-    assert_refused(run_script(*arguments), fix)
+def test_wrong_arguments_end_with_one_sentence_and_code_2(here, arguments, fix):
+    assert_refused(here.run(SCRIPT, *arguments), fix)
 
 
 def test_a_held_client_repeats_its_job_from_the_same_state_until_stopped(tmp_path):

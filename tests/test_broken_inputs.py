@@ -12,17 +12,19 @@ import numpy as np
 import pytest
 import torch
 from held_client import HeldClient
+from test_bert_training import SCRIPT as BERT
+from test_bert_training import TINY as TINY_BERT
 from test_resnet_training import SCRIPT as RESNET
 from test_resnet_training import (
     TINY,
     cache,
     cifar_server,
     no_warning,
+    run_one_layer,
     write_image_folder,
 )
 from torchvision import models
 from torchvision.datasets import CIFAR10
-from workload_script import runner_of
 
 from workloads.common import weights
 from workloads.common.engine import EpochTotals
@@ -39,17 +41,15 @@ from workloads.inference.batch_inference import BatchInference
 from workloads.inference.batch_inference import parse_arguments as inference_arguments
 from workloads.training import bert_training, images, resnet_training
 
-__all__ = ["cache", "cifar_server"]  # fixtures
-
-run_resnet = runner_of(RESNET)
+__all__ = ["cache", "cifar_server", "run_one_layer"]  # fixtures
 
 
 # --- losses and outputs that are none -------------------------------------------------------------
 
 
-def test_a_training_that_diverges_ends_with_its_epoch_rate_and_way_out(tmp_path):
+def test_a_training_that_diverges_ends_with_its_epoch_rate_and_way_out(tmp_path, run_one_layer):
     arguments = [value if value != "0.01" else "1e30" for value in TINY]
-    done = run_resnet(*arguments, "--epochs", "3", "--results-dir", str(tmp_path))
+    done = run_one_layer(*arguments, "--epochs", "3", "--results-dir", str(tmp_path))
     assert done.returncode == EXIT_NOT_FINITE
     *_, sentence = done.stderr.strip().splitlines()  # on a slow machine signs of life come first
     for part in ("diverged", "epoch 1", "learning rate 1e+30", "fp32", "try --lr 1e+29"):
@@ -58,9 +58,8 @@ def test_a_training_that_diverges_ends_with_its_epoch_rate_and_way_out(tmp_path)
 
 
 def test_a_diverged_client_that_is_stopped_inside_an_epoch_does_not_end_well(tmp_path):
-    arguments = [value if value not in ("0.01", "24") else {"0.01": "1e30", "24": "4000"}[value]
-                 for value in TINY]  # fmt: skip
-    with HeldClient(tmp_path, RESNET, *arguments, "--epochs", "1") as held:
+    flags = ("--lr", "1e30", "--epochs", "1", "--num-samples", "20000")
+    with HeldClient(tmp_path, BERT, *TINY_BERT, *flags) as held:
         held.start_working()
         while sum(len(e["start_seconds"]) for e in held.wait_for("units")) < 8:
             held.wait_for("units", count=len(held.events("units")) + 1)

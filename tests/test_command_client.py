@@ -62,7 +62,7 @@ def test_what_says_out_of_memory_but_ends_well_is_no_failure(tmp_path: Path) -> 
     assert by_hand(tmp_path, "--command", "sh -c 'echo out of memory >&2'").returncode == 0
 
 
-def test_on_the_leash_it_repeats_the_command_and_names_its_processes(tmp_path: Path) -> None:
+def test_held_it_repeats_the_command_and_names_its_processes(tmp_path: Path) -> None:
     line = "sleep 0.6 & sleep 0.6 & wait"
     with HeldClient(tmp_path, SCRIPT, "--command", line, "--shell", "--latency") as client:
         identity = client.start_working()
@@ -71,7 +71,7 @@ def test_on_the_leash_it_repeats_the_command_and_names_its_processes(tmp_path: P
         assert client.exit_code() == 0
     units = client.events("units")
     assert {(event["kind"], event["latency"]) for event in units} == {("command", True)}
-    assert all(0.6 <= seconds < 3 for event in units for seconds in event["duration_seconds"])
+    assert all(0.6 <= seconds < 10 for event in units for seconds in event["duration_seconds"])
     assert identity["device"] is None
     noted = {pid for event in client.events("processes") for pid in event["pids"]}
     assert len(noted) >= 6  # the shell and both sleeps, twice
@@ -79,7 +79,7 @@ def test_on_the_leash_it_repeats_the_command_and_names_its_processes(tmp_path: P
     assert client.events("done")[0]["host_cpu_seconds"] > 0
 
 
-def test_a_command_that_fails_on_the_leash_is_a_failed_client(tmp_path: Path) -> None:
+def test_a_held_command_that_fails_is_a_failed_client(tmp_path: Path) -> None:
     with HeldClient(tmp_path, SCRIPT, "--command", "sh -c 'echo broken >&2; exit 1'") as client:
         client.start_working()
         assert client.exit_code() == 1

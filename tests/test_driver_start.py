@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 import signal
 import subprocess
 import time
@@ -12,7 +10,6 @@ from pathlib import Path
 
 import pytest
 from driver_runner import SYSTEM_PYTHON, DriverRunner
-from waiting import wait_until
 
 SCRIPT = "run_experiments.sh"
 OLD_PYTHON = "#!/bin/sh\nexit 1\n"
@@ -150,13 +147,9 @@ def test_a_tee_that_ends_takes_neither_the_mode_nor_the_report_along(
 ) -> None:
     runner.rule(mps={"wait": True})
     reader = subprocess.Popen(["sleep", "60"], stdin=subprocess.PIPE)
-    process = subprocess.Popen(
-        [f"./{SCRIPT}", "--modes", "mps", "--output", str(runner.output)], cwd=runner.project,
-        env=runner.environment, stdin=subprocess.DEVNULL, stdout=reader.stdin, stderr=reader.stdin,
-        start_new_session=True,
-    )  # fmt: skip
+    pipe = {"stdout": reader.stdin, "stderr": reader.stdin}
+    process = runner.start_driver(SCRIPT, "--modes", "mps", run_id="mps", **pipe)
     reader.stdin.close()
-    wait_until(lambda: any("waiting" in call for call in runner.python_calls()), "the suite")
     reader.kill()
     reader.wait()
     process.terminate()
@@ -168,17 +161,14 @@ def test_a_tee_that_ends_takes_neither_the_mode_nor_the_report_along(
 
 def test_a_run_under_nohup_outlives_its_terminal(runner: DriverRunner) -> None:
     runner.rule(mps={"wait": True})
-    process = subprocess.Popen(
-        [shutil.which("nohup"), f"./{SCRIPT}", "--modes", "mps", "--output", str(runner.output)],
-        cwd=runner.project, env=runner.environment, stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-    )  # fmt: skip
-    wait_until(lambda: any("waiting" in call for call in runner.python_calls()), "the suite")
+    runner.prefix = ["nohup"]
+    process = runner.start_driver(SCRIPT, "--modes", "mps", run_id="mps")
     os.kill(process.pid, signal.SIGHUP)
     time.sleep(0.3)
     assert not any("signal" in call for call in runner.python_calls())
     process.terminate()
-    assert process.wait(60) == 143
+    process.communicate(timeout=60)
+    assert process.returncode == 143
 
 
 def test_a_mode_script_that_may_not_be_run_fails_its_phase_alone(runner: DriverRunner) -> None:
@@ -189,10 +179,3 @@ def test_a_mode_script_that_may_not_be_run_fails_its_phase_alone(runner: DriverR
     assert runner.reason("mps") == f"cannot run {script} (Permission denied)"
     assert runner.outcomes()["analysis"] == "ok"
     assert runner.left_behind() == []
-
-
-def test_what_a_mode_script_said_and_took_is_kept(runner: DriverRunner) -> None:
-    assert runner.drive(SCRIPT, "--modes", "mps", "--repeats", "1").returncode == 0
-    assert "MPS is off" in (runner.output / "mode-scripts.log").read_text()
-    lines = (runner.output / "mode_scripts.jsonl").read_text().splitlines()
-    assert [json.loads(line)["script"] for line in lines] == ["enable_mps.sh", "disable_mps.sh"]

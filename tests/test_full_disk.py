@@ -27,7 +27,7 @@ from workloads.common import cli
 from workloads.common.client import Recorder
 from workloads.common.errors import EXIT_NOT_FINITE, DivergedError
 
-FULL = "No space left on device"
+RUN, FULL = "run_experiments.sh", "No space left on device"
 
 
 def run_on(
@@ -93,7 +93,7 @@ def test_a_suite_and_an_analysis_on_a_full_disk_say_so_and_go_on_once_there_is_r
         assert not (disk.seen / "report.html").exists()
 
         disk.make_room()
-        resume = [*bench.command()[:2], "--resume", "mine", "--results-dir", bench.results]
+        resume = bench.resume_command("mine")
         gone_on = run_on(disk, tmp_path, bench.environment, *resume)
         assert gone_on.returncode == 0, gone_on.stderr
         run = read_plain(disk.seen / "mine")
@@ -126,13 +126,19 @@ def test_a_suite_that_has_no_room_for_its_first_file_is_one_sentence(tmp_path: P
 
 
 @pytest.fixture
-def driven(request: pytest.FixtureRequest) -> Iterator[tuple[Round, TinyDisk]]:
-    """A driver script with suite, jobs and GPU, whose results go to a small disk."""
+def driven() -> Iterator[Round]:
+    """The driver script with suite, jobs and GPU."""
     with open_folder() as folder:
-        made = Round(folder, request.param, "suite", signal.SIGTERM, 0.0)
+        made = Round(folder, RUN, "suite", signal.SIGTERM, 0.0)
         made.prepare()
-        with tiny_disk(made.output) as disk:
-            yield made, disk
+        yield made
+
+
+@pytest.fixture
+def disk(driven: Round) -> Iterator[TinyDisk]:
+    """A small disk for the driver's results."""
+    with tiny_disk(driven.output) as made:
+        yield made
 
 
 def kept_open(driven: Round) -> dict[str, str]:
@@ -143,114 +149,72 @@ def kept_open(driven: Round) -> dict[str, str]:
 
 
 @needs_mount
-@pytest.mark.parametrize("driven", ["run_experiments.sh"], indirect=True)
 def test_an_experiment_on_a_full_disk_has_that_for_its_reason_and_goes_on(
-    driven: tuple[Round, TinyDisk],
+    driven: Round, disk: TinyDisk
 ) -> None:
-    made, disk = driven
     code, stderr = fill_when(
-        disk, made.folder, kept_open(made), made.command(resume=False),
+        disk, driven.folder, kept_open(driven), driven.command(resume=False),
         "time-slicing/clients/training-2-r0/0.events.jsonl",
     )  # fmt: skip
     assert code == 1
     assert "Traceback" not in stderr
-    assert made.machine.state()["mps"] == {}
-    assert processes_of(made.folder) == []
+    assert driven.machine.state()["mps"] == {}
+    assert processes_of(driven.folder) == []
     # what there is room for in the last block of the file: the rows, each whole
     rows, warnings = run_folder.read_phases(disk.seen)
     assert warnings == []
     reason = {row.name: row.reason for row in rows if row.status == "failed"}
-    assert f"cannot write to {made.output}/time-slicing ({FULL})" in reason["time-slicing"]
-    assert f"cannot write to {made.output} ({FULL})" in reason["mps"]
-    assert f"cannot write to {made.output} ({FULL})" in reason["analysis"]
+    assert f"cannot write to {driven.output}/time-slicing ({FULL})" in reason["time-slicing"]
+    assert f"cannot write to {driven.output} ({FULL})" in reason["mps"]
+    assert f"cannot write to {driven.output} ({FULL})" in reason["analysis"]
 
     disk.make_room()
-    gone_on = run_on(disk, made.folder, made.environment, *made.command(resume=True))
+    gone_on = run_on(disk, driven.folder, driven.environment, *driven.command(resume=True))
     assert gone_on.returncode == 0, gone_on.stderr
     rows, warnings = run_folder.read_phases(disk.seen)
     assert warnings == []
     assert {row.status for row in rows if row.name != "mig"} == {"ok"}
-    assert made.machine.state()["mps"] == {}
-
-
-@needs_mount
-@pytest.mark.parametrize("driven", ["run_experiments.sh"], indirect=True)
-def test_an_experiment_without_room_for_a_row_ends_with_what_to_do(
-    driven: tuple[Round, TinyDisk],
-) -> None:
-    made, disk = driven
-    code, stderr = fill_when(
-        disk, made.folder, made.environment, made.command(resume=False), "*.events.jsonl"
-    )
-    assert code == 1
-    assert f"error: cannot write {made.output}/phases.jsonl; make room or bring it back" in stderr
-    assert f"Phase 1: baseline: failed (cannot write to {made.output}/baseline ({FULL})" in stderr
-    assert "Traceback" not in stderr
-
-
-@needs_mount
-@pytest.mark.parametrize("driven", ["stress_test.sh"], indirect=True)
-def test_a_stress_test_on_a_full_disk_found_no_breaking_point_and_goes_on(
-    driven: tuple[Round, TinyDisk],
-) -> None:
-    made, disk = driven
-    code, stderr = fill_when(
-        disk, made.folder, kept_open(made), made.command(resume=False),
-        "mps/clients/training-2-r0/0.events.jsonl",
-    )  # fmt: skip
-    assert code == 1
-    assert f"cannot write to {made.output}/mps ({FULL}): make room there" in stderr
-    assert "Traceback" not in stderr
-    assert made.machine.state()["mps"] == {}
-    disk.make_room()
-    gone_on = run_on(disk, made.folder, made.environment, *made.command(resume=True))
-    assert gone_on.returncode == 0, gone_on.stderr
-    assert made.machine.state()["mps"] == {}
+    assert driven.machine.state()["mps"] == {}
 
 
 # --- a folder that is taken away ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("script", ["run_experiments.sh", "stress_test.sh"])
-def test_a_results_folder_that_is_taken_away_and_brought_back_is_gone_on_with(script: str) -> None:
-    with open_folder() as folder:
-        made = Round(folder, script, "suite", signal.SIGTERM, 0.0)
-        made.prepare()
-        made.commands = {
-            "run_experiments.sh": ["--modes", "mps", "--mix", "training", "--workloads", "2",
-                                   "--repeats", "1", "--quick"],
-            "stress_test.sh": ["mps", "2", "--quick"],
-        }  # fmt: skip
-        process = subprocess.Popen(
-            made.command(resume=False), cwd=folder, env=kept_open(made), text=True,
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-        )  # fmt: skip
-        events = made.output / "mps" / "clients" / "training-2-r0" / "0.events.jsonl"
-        wait_until(lambda: events.exists() and '"units"' in events.read_text(), "clients at work")
-        aside = folder / "aside"
-        made.output.rename(aside)
-        _, stderr = process.communicate(timeout=100)
-        assert process.returncode == 1
-        said = f"cannot write to {made.output}/mps (No such file or directory): make room there or"
-        assert said in stderr
-        assert "Traceback" not in stderr
-        assert made.machine.state()["mps"] == {}
-        assert processes_of(folder) == []
-        assert not made.output.exists()
+def test_a_results_folder_that_is_taken_away_and_brought_back_is_gone_on_with(
+    driven: Round,
+) -> None:
+    folder = driven.folder
+    driven.commands = {RUN: ["--modes", "mps", "--mix", "training", "--workloads", "2",
+                             "--repeats", "1", "--quick"]}  # fmt: skip
+    process = subprocess.Popen(
+        driven.command(resume=False), cwd=folder, env=kept_open(driven), text=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    events = driven.output / "mps" / "clients" / "training-2-r0" / "0.events.jsonl"
+    wait_until(lambda: events.exists() and '"units"' in events.read_text(), "clients at work")
+    aside = folder / "aside"
+    driven.output.rename(aside)
+    _, stderr = process.communicate(timeout=100)
+    assert process.returncode == 1
+    said = f"cannot write to {driven.output}/mps (No such file or directory): make room there or"
+    assert said in stderr
+    assert "Traceback" not in stderr
+    assert driven.machine.state()["mps"] == {}
+    assert processes_of(folder) == []
+    assert not driven.output.exists()
 
-        aside.rename(made.output)
-        gone_on = subprocess.run(
-            made.command(resume=True), cwd=folder, env=made.environment, text=True,
-            stdin=subprocess.DEVNULL, capture_output=True, check=False, timeout=100,
-        )  # fmt: skip
-        assert gone_on.returncode == 0, gone_on.stderr
-        run = read_plain(made.output / "mps")
-        assert run.manifest["outcome"] == "complete"
-        assert len(run.manifest["resumptions"]) == 1
-        if script == "run_experiments.sh":
-            phases = {row.name: row for row in run_folder.read_phases(made.output)[0]}
-            assert phases["mps"].status == "ok"
-            assert phases["mps"].reason == "it was cut off before its end and went on"
+    aside.rename(driven.output)
+    gone_on = subprocess.run(
+        driven.command(resume=True), cwd=folder, env=driven.environment, text=True,
+        stdin=subprocess.DEVNULL, capture_output=True, check=False, timeout=100,
+    )  # fmt: skip
+    assert gone_on.returncode == 0, gone_on.stderr
+    run = read_plain(driven.output / "mps")
+    assert run.manifest["outcome"] == "complete"
+    assert len(run.manifest["resumptions"]) == 1
+    phases = {row.name: row for row in run_folder.read_phases(driven.output)[0]}
+    assert phases["mps"].status == "ok"
+    assert phases["mps"].reason == "it was cut off before its end and went on"
 
 
 # --- a job by hand --------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Every script explains itself: --help ends well and shows the usage.
+"""Every script explains itself: --help ends well, shows the usage and imports nothing heavy.
 
 The seconds it took are recorded and printed, not judged: they are the machine's as much as the
 script's.
@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
+HEAVY = {"torch", "torchvision", "transformers", "matplotlib", "pandas", "flask"}
 FOLDERS_OF_SCRIPTS = (".", "gpu-configs")
 FOLDERS_OF_PROGRAMS = ("benchmarking", "benchmarking/*", "workloads", "workloads/*")
 # Sourced by the scripts, never run itself.
@@ -50,10 +51,11 @@ def test_the_scripts_are_found() -> None:
 
 
 @pytest.mark.parametrize("name", entry_scripts())
-def test_help_ends_well_and_shows_the_usage(
+def test_help_ends_well_shows_the_usage_and_imports_nothing_heavy(
     name: str, record_property: Callable[[str, object], None]
 ) -> None:
-    command = [f"./{name}"] if name.endswith(".sh") else [sys.executable, name]
+    python = [sys.executable, "-X", "importtime", name]  # which lists what is imported
+    command = [f"./{name}"] if name.endswith(".sh") else python
     started = time.monotonic()
     result = subprocess.run(
         [*command, "--help"],
@@ -67,6 +69,9 @@ def test_help_ends_well_and_shows_the_usage(
     record_property("help_seconds", round(time.monotonic() - started, 2))
     assert result.returncode == 0, result.stderr
     assert "usage" in result.stdout.lower()
+    imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
+    assert "argparse" in imported or name.endswith(".sh")
+    assert name in STARTED_BY_A_PROGRAM or not imported & HEAVY
 
 
 def test_the_checks_do_not_start_where_help_stands_behind_other_words() -> None:

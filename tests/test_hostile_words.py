@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ HOSTILE_NAMES = [
     'NVIDIA $(touch "$FAKE_GPU_STATE/broken") "H100"; touch "$FAKE_GPU_STATE/broken" a[$(id)] é中',
     "NVIDIA `touch $FAKE_GPU_STATE/broken` %s %n 'H100, \\ * | <script>alert(1)</script>",
 ]
-HOSTILE_FOLDERS = ["-x with  spaces é中", 'it\'s "$HOME" `id`;& \\n', "a[b]*?{c,d}"]
+HOSTILE_FOLDER = '-x  é中 it\'s "$HOME" `id`;& \\n a[b]*?{c,d}'
 SCRIPT_SOURCES = sorted(
     path
     for folder in (".", "gpu-configs", "gpu-configs/lib")
@@ -91,44 +92,21 @@ def test_a_strangers_process_name_steers_no_terminal(scripts: ModeScripts, tmp_p
     assert words == f"pid {process.pid} (?[2Jabcdefghij\ufffd)"
 
 
-@pytest.fixture(scope="module", params=HOSTILE_FOLDERS)
-def project(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The scripts in a folder of that name."""
-    root = tmp_path_factory.mktemp("project") / request.param
-    root.mkdir()
-    shutil.copytree(PROJECT_ROOT / "gpu-configs", root / "gpu-configs")
-    copy_drivers(root)
-    return root
-
-
-def drive_in(
-    project: Path, runner: DriverRunner, *words: str, **environment: str
-) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*words],
-        cwd=project,
-        env={**runner.environment, **environment},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-
-
 def test_project_results_data_state_and_temporary_files_may_lie_in_folders_of_any_name(
-    project: Path, runner: DriverRunner
+    runner: DriverRunner, tmp_path: Path
 ) -> None:
-    odd = project.name
+    odd = HOSTILE_FOLDER
+    runner.project = project = tmp_path / odd
+    project.mkdir()
+    shutil.copytree(PROJECT_ROOT / "gpu-configs", project / "gpu-configs")
+    copy_drivers(project)
     temporary, state = project / f"tmp {odd}", runner.folder / f"s{odd}"
     for folder in (temporary, project / f"data {odd}"):
-        folder.mkdir(exist_ok=True)
-    given = {"TMPDIR": str(temporary), "GPU_SHARING_STATE_DIR": str(state)}
+        folder.mkdir()
+    runner.environment |= {"TMPDIR": str(temporary), "GPU_SHARING_STATE_DIR": str(state)}
+    runner.output = Path(odd)
     flags = ("--modes", "time-slicing,mps", "--data-dir", f"data {odd}")
-    result = drive_in(
-        project, runner, "./run_experiments.sh", *flags, "--output", odd, "--quick", **given
-    )
-    assert result.returncode == 0, result.stderr
+    runner.must_drive("run_experiments.sh", *flags)
     assert (project / odd / "phases.jsonl").read_text().count('"status":"ok"') == 4
     call = runner.suite_calls()["mps"]
     assert Path(project, call["flags"]["--results-dir"]).samefile(project / odd)
@@ -137,39 +115,38 @@ def test_project_results_data_state_and_temporary_files_may_lie_in_folders_of_an
     assert not runner.machine.state()["mps"]
     assert list(state.iterdir()) == list(temporary.iterdir()) == []
 
-    again = drive_in(project, runner, "./run_experiments.sh", f"--output={odd}", "--quick", **given)
+    again = runner.drive("run_experiments.sh")
     assert again.returncode == 2
     assert "is not empty; name another folder" in again.stderr
-    resumed = drive_in(project, runner, "./run_experiments.sh", "--resume", odd, **given)
+    resumed = runner.drive("run_experiments.sh", "--resume", odd)
     assert resumed.returncode == 0, resumed.stderr
     shutil.rmtree(project / odd)
 
     runner.rule(analysis={"files": {"comparison.json": "{}", "scaling-x.png": ""}})
-    stress = drive_in(project, runner, "./stress_test.sh", "mps", "2", "--output", odd, **given)
+    stress = runner.drive("stress_test.sh", "mps", "2")
     assert stress.returncode == 0, stress.stderr
     assert "(the ramp is scaling-x.png)" in stress.stderr
-    shutil.rmtree(project / odd)
     assert not any("broken" in path.name for path in project.rglob("*"))
 
 
 @pytest.mark.parametrize("flag", ["--output", "--data-dir", "--plan", "--baseline"])
-def test_a_flag_in_place_of_a_path_is_a_path_forgotten(runner: DriverRunner, flag: str) -> None:
-    result = runner.drive("run_experiments.sh", flag, "--quick")
+def test_a_flag_in_place_of_a_path_is_a_path_forgotten(asked: DriverRunner, flag: str) -> None:
+    result = asked.drive("run_experiments.sh", flag, "--quick")
     assert result.returncode == 2
     assert f"{flag} needs a value" in result.stderr
 
 
-def test_a_count_that_no_machine_could_run_is_refused_at_once(runner: DriverRunner) -> None:
-    result = runner.drive("stress_test.sh", "time-slicing", "99999999999")
+def test_a_count_that_no_machine_could_run_is_refused_at_once(asked: DriverRunner) -> None:
+    result = asked.drive("stress_test.sh", "time-slicing", "99999999999")
     assert result.returncode == 2
     assert "MAX needs a whole number from 1 on, 9999 at most" in result.stderr
 
 
-@pytest.mark.parametrize("run_id", ["../../etc", "a;touch broken", "$(touch broken)", "-x", "é\n"])
-def test_a_run_id_that_is_none_is_one_sentence(tmp_path: Path, run_id: str) -> None:
+def test_a_run_id_that_is_none_is_one_sentence(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
     command = [*bench.command()[:2], "--results-dir", str(bench.results)]
-    for flag in ("--resume", "--run-id"):
+    run_ids = ("../../etc", "a;touch broken", "$(touch broken)", "-x", "é\n")
+    for flag, run_id in product(("--resume", "--run-id"), run_ids):
         done = subprocess.run(
             [*command, f"{flag}={run_id}"], cwd=tmp_path, env=bench.scripted_environment(),
             capture_output=True, text=True, timeout=60, check=False,

@@ -143,9 +143,16 @@ def test_no_operation_makes_the_host_wait_since_that_could_not_be_captured(cpu_d
 # --- by hand --------------------------------------------------------------------------------------
 
 
-def test_a_run_by_hand_reports_every_figure_of_the_guide(tmp_path):
-    done = run_script(
-        *TINY, "--num-operations", "6", "--burst-seconds", "0.1", "--results-dir", str(tmp_path)
+def test_a_run_by_hand_reports_every_figure_of_the_guide(here, tmp_path):
+    done = here.run(
+        SCRIPT,
+        *TINY,
+        "--num-operations",
+        "6",
+        "--burst-seconds",
+        "0.1",
+        "--results-dir",
+        str(tmp_path),
     )
     assert done.returncode == 0, done.stderr
     result = only_result(tmp_path)
@@ -188,12 +195,12 @@ def test_a_run_by_hand_reports_every_figure_of_the_guide(tmp_path):
         (("--weights", "/nowhere.pth", "--device", "cpu"), "--weights"),
     ],
 )
-def test_wrong_arguments_end_with_one_sentence_and_code_2(arguments, fix):
-    assert_refused(run_script(*arguments), fix)
+def test_wrong_arguments_end_with_one_sentence_and_code_2(here, arguments, fix):
+    assert_refused(here.run(SCRIPT, *arguments), fix)
 
 
-def test_resolve_names_the_weights_that_clients_use_without_downloading():
-    done = run_script("--resolve", "--weights", "none")
+def test_resolve_names_the_weights_that_clients_use_without_downloading(here):
+    done = here.run(SCRIPT, "--resolve", "--weights", "none")
     assert json.loads(done.stdout)["arguments"] == ["--weights", "none"]
 
 

@@ -5,19 +5,17 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-from pathlib import Path
 
 import pytest
 from driver_runner import AS_BEFORE, UUID, DriverRunner
 from mode_script_runner import needs_root
-from waiting import wait_until
 
 LEFT = "was left in force when the script was cut off"
 
 
-def test_what_enabling_and_undoing_a_mode_took_is_recorded(runner: DriverRunner) -> None:
+def test_what_enabling_and_undoing_a_mode_said_and_took_is_recorded(runner: DriverRunner) -> None:
     assert runner.drive("run_experiments.sh", "--modes", "time-slicing,mps").returncode == 0
+    assert "MPS is off" in (runner.output / "mode-scripts.log").read_text()
     lines = (runner.output / "mode_scripts.jsonl").read_text().splitlines()
     runs = [json.loads(line) for line in lines]
     assert [(run["script"], run["arguments"]) for run in runs] == [
@@ -43,8 +41,7 @@ def test_a_new_start_undoes_what_a_killed_driver_left_and_leaves_nothing_itself(
 
     runner.rule(analysis={"files": {"comparison.json": "{}"}})
     runner.output = runner.folder / "second"
-    result = runner.drive(script, *flags)
-    assert result.returncode == 0, result.stderr
+    result = runner.must_drive(script, *flags)
     assert f"mps {LEFT}; it is undone first" in result.stderr
     assert runner.suite_calls()["mps"]["gpu"]["daemons"] == 1
     assert runner.python_calls()[-1]["gpu"] == AS_BEFORE
@@ -60,8 +57,7 @@ def test_instances_that_a_killed_driver_left_stand_in_nobodys_way(runner: Driver
 
     runner.rule(analysis={"files": {"comparison.json": "{}"}})
     runner.output = runner.folder / "second"
-    result = runner.drive("stress_test.sh", "time-slicing", "1", as_root=True)
-    assert result.returncode == 0, result.stderr
+    result = runner.must_drive("stress_test.sh", "time-slicing", "1", as_root=True)
     assert f"mig {LEFT}" in result.stderr
     assert runner.suite_calls()["time-slicing"]["gpu"] == AS_BEFORE
     assert runner.left_behind() == []
@@ -79,26 +75,19 @@ def test_a_gpu_that_another_driver_is_at_work_with_is_refused_and_left(
     runner: DriverRunner,
 ) -> None:
     runner.rule(mps={"wait": True})
-    first = subprocess.Popen(
-        ["./run_experiments.sh", "--modes", "mps", "--output", str(runner.output)],
-        cwd=runner.project, env=runner.environment, stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-    )  # fmt: skip
-    wait_until(lambda: any("waiting" in call for call in runner.python_calls()), "the suite")
-    second = str(runner.folder / "second")
-    result = subprocess.run(
-        ["./stress_test.sh", "mps", "--output", second], cwd=runner.project, env=runner.environment,
-        capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
+    first = runner.start_driver("run_experiments.sh", "--modes", "mps", run_id="mps")
+    second, where_first = runner.folder / "second", runner.output
+    runner.output = second
+    result = runner.drive("stress_test.sh", "mps")
     restored = runner.run("gpu_status.sh", "--restore")
     daemons = runner.machine.state()["mps"]
     first.terminate()
-    first.wait(timeout=60)
+    first.communicate(timeout=60)
     assert result.returncode == 1
     assert "another run is at work with mps on GPU 0 (NVIDIA H100 80GB HBM3, " in result.stderr
-    where = f"pid {first.pid}, into {runner.output}; wait for its end, or stop it"
+    where = f"pid {first.pid}, into {where_first}; wait for its end, or stop it"
     assert where in result.stderr
-    assert where in runner.refusal(Path(second))["sentence"]
+    assert where in runner.refusal()["sentence"]
     assert restored.returncode == 6
     assert f"error: a run is at work with mps on {UUID}: {where}" in restored.stderr
     assert len(daemons) == 1
@@ -112,8 +101,7 @@ def test_a_note_of_a_process_that_is_another_now_or_of_no_mode_is_forgotten(
     runner.state_directory.mkdir(mode=0o700)
     note = f"gpu_uuid={UUID}\nmode=mps\npid={os.getpid()}\nstarted=1\noutput=/x\n{spoiled}\n"
     (runner.state_directory / f"driver-{UUID}.state").write_text(note)
-    result = runner.drive("run_experiments.sh", "--modes", "time-slicing")
-    assert result.returncode == 0, result.stderr
+    result = runner.must_drive("run_experiments.sh", "--modes", "time-slicing")
     assert LEFT not in result.stderr
     assert runner.left_behind() == []
     assert not (runner.project / "broken").exists()

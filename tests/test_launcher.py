@@ -76,17 +76,27 @@ def statuses(result: launcher.CoRunResult) -> list[str]:
 # --- the normal course ------------------------------------------------------------------------
 
 
-def test_everyone_finishes_a_job_inside_the_window(run: Callable) -> None:
-    result = run(2)
+def test_everyone_is_ready_before_go_and_finishes_a_job_inside_the_window(run: Callable) -> None:
+    seen: list[int] = []
+
+    def look(clients: list[launcher.Client]) -> None:
+        seen.extend(client.identity["pid"] for client in clients if is_running(client.pid))
+
+    result = run(2, before_go=look, rule=FinishRule(min_seconds=0.5))
+    assert len(seen) == 2
     assert result.outcome == "ok"
     assert statuses(result) == ["ok", "ok"]
     assert result.ready_seconds <= result.window_start_seconds < result.window_end_seconds
+    assert result.window_end_seconds - result.window_start_seconds >= 0.5
+    assert 0 <= result.go_skew_ms < 1000
     for client in result.clients:
         jobs = event_log.jobs_of(
             client.events, result.window_start_seconds, result.window_end_seconds
         )
         assert jobs[0].in_window
         assert client.exit_code == 0
+        assert client.window_host_cpu_fraction >= 0
+        assert client.busiest_thread_cpu_fraction >= 0
 
 
 def test_nobody_warms_up_before_everyone_has_loaded_nor_beside_another(run: Callable) -> None:
@@ -104,11 +114,6 @@ def test_a_short_job_repeats_until_the_long_one_is_done(run: Callable) -> None:
     short, long = (event_log.jobs_of(client.events, *window) for client in result.clients)
     assert sum(job.in_window for job in long) >= 1
     assert sum(job.in_window for job in short) >= 4
-
-
-def test_the_least_window_is_kept(run: Callable) -> None:
-    result = run(1, rule=FinishRule(min_seconds=0.5))
-    assert result.window_end_seconds - result.window_start_seconds >= 0.5
 
 
 def test_counting_opens_for_all_at_once_some_time_after_go(run: Callable) -> None:
@@ -183,24 +188,6 @@ def test_copies_of_a_job_have_an_index_each_the_same_in_two_modes_and_share_one_
         assert seen == {
             "baseline-scripted": [0], "mine-3-r0": [0, 1, 2], "mine-3-r1": [0, 1, 2],
         }  # fmt: skip
-
-
-def test_before_go_sees_everyone_ready_and_alive(run: Callable) -> None:
-    seen: list[int] = []
-
-    def look(clients: list[launcher.Client]) -> None:
-        seen.extend(client.identity["pid"] for client in clients if is_running(client.pid))
-
-    run(2, before_go=look)
-    assert len(seen) == 2
-
-
-def test_the_window_records_processor_time_and_skew(run: Callable) -> None:
-    result = run(2)
-    assert 0 <= result.go_skew_ms < 1000
-    for client in result.clients:
-        assert client.window_host_cpu_fraction >= 0
-        assert client.busiest_thread_cpu_fraction >= 0
 
 
 # --- failures ---------------------------------------------------------------------------------

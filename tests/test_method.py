@@ -17,7 +17,9 @@ from benchmarking.suite.event_log import units_in_window
 # As run_experiments.sh measures by default, in seconds.
 SETTLE, ALONE, TOGETHER = 3.0, 7.0, 14.0
 # So long that what happens at the edges no longer matters.
-LONG = 400.0
+LONG = 200.0
+# Jobs that never pause and are all alike give one answer, whichever they are.
+UNLIKE = {name: MIXES[name] for name in ("mixed", "llm", "training", "interactive")}
 
 
 def events_of(client: SimulatedClient) -> list[dict[str, Any]]:
@@ -72,14 +74,14 @@ def true_slowdowns(jobs: Sequence[Job], capacity: float) -> list[float]:
     return [statistics.fmean(values) for values in zip(*found, strict=True)]
 
 
-@pytest.mark.parametrize("mix", MIXES.values(), ids=MIXES)
+@pytest.mark.parametrize("mix", UNLIKE.values(), ids=UNLIKE)
 @pytest.mark.parametrize("capacity", [1.0, 1.25])
 def test_work_delivered_and_slowdowns_are_right_within_one_percent(
     mix: tuple[Job, ...], capacity: float
 ) -> None:
     end = SETTLE + TOGETHER
     work_ratios, found = [], []
-    for seed in seeds_of(mix, few=12, many=400):
+    for seed in seeds_of(mix, few=6, many=200):
         card, clients = run_together(mix, capacity, end + 2, seed)
         work = sum(
             scores.work_seconds(counted(client, end), measured_alone(client.job, seed))

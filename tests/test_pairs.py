@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 
@@ -14,9 +13,7 @@ __all__ = ["bench", "gpu_bench"]  # fixtures
 
 
 def test_each_job_runs_beside_each_other_one_and_itself(bench: Bench) -> None:
-    done = bench.run("--mix", "pairs", "--window", "0.3")
-    assert done.returncode == 0, done.stderr
-    run = bench.only_run()
+    run = bench.must("--mix", "pairs", "--window", "0.3")
     pairs = [record["co_run"] for record in run.co_run_records if record["phase"] == PHASE_CO_RUN]
     assert pairs == [
         "pairs-resnet_training-resnet_training-r0",
@@ -25,6 +22,9 @@ def test_each_job_runs_beside_each_other_one_and_itself(bench: Bench) -> None:
     ]
     assert all(record["slowdown"] for pair in pairs for record in run.clients_of(pair))
     assert run.manifest["is_pairs"] is True
+    windows = [record["window_end_seconds"] - record["window_start_seconds"]
+               for record in run.co_run_records if record["phase"] == PHASE_CO_RUN]  # fmt: skip
+    assert 0.3 <= min(windows) < 3  # as asked for
 
 
 def test_a_pair_that_fails_leaves_the_others_to_be_measured(bench: Bench) -> None:
@@ -44,19 +44,7 @@ def test_pairs_are_of_small_jobs_since_a_window_of_seconds_holds_no_others(
     assert done.returncode == 0, done.stderr
     assert "--num-operations 8 --burst-seconds 0.4" in done.stdout
     assert "--num-operations 11" not in done.stdout
-
-
-def test_a_window_that_was_asked_for_is_kept(gpu_bench: Callable) -> None:
-    bench = gpu_bench()
-    done = bench.run("--mix", "pairs", "--window", "0.5")
-    assert done.returncode == 0, done.stderr
-    run = bench.only_run()
-    assert run.manifest["job_size"] == "quick"
-    windows = [record["window_end_seconds"] - record["window_start_seconds"]
-               for record in run.co_run_records if record["phase"] == PHASE_CO_RUN]  # fmt: skip
-    assert len(windows) == 10
-    assert min(windows) >= 0.5
-    assert json.dumps(run.manifest["plan"]).count('"pairs-') == 10
+    assert len(re.findall(r"^  pairs-\S+: 2 together", done.stdout, re.MULTILINE)) == 10
 
 
 def test_noisy_puts_each_job_next_to_each_antagonist(gpu_bench: Callable) -> None:
@@ -74,9 +62,7 @@ def test_noisy_puts_each_job_next_to_each_antagonist(gpu_bench: Callable) -> Non
 
 
 def test_noisy_on_the_cpu_is_a_demonstration_of_two_jobs(bench: Bench) -> None:
-    done = bench.run("--mix", "noisy", "--window", "0.3")
-    assert done.returncode == 0, done.stderr
-    run = bench.only_run()
+    run = bench.must("--mix", "noisy", "--window", "0.3")
     pairs = [record["co_run"] for record in run.co_run_records if record["phase"] == PHASE_CO_RUN]
     jobs = ("resnet_training", "batch_inference")
     assert pairs == [f"noisy-{job}-{kind}-r0" for job in jobs for kind in ("hbm", "sm")]

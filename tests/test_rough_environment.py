@@ -21,7 +21,6 @@ from mode_script_runner import AS_NOBODY, NOBODY, PROJECT_ROOT, ModeScripts, ope
 from recorded_rows import read_plain
 from soak import Round
 from test_benchmark_suite import Bench
-from waiting import wait_until
 
 from benchmarking.modes.mps import MpsMode
 from benchmarking.modes.sharing_mode import ModeNotInForceError
@@ -42,29 +41,23 @@ def users(runner: DriverRunner) -> DriverRunner:
         for folder in (runner.folder, runner.suite_state):
             os.chown(folder, NOBODY.pw_uid, NOBODY.pw_gid)
     runner.environment["PYTHON"] = SYSTEM_PYTHON
+    runner.prefix = AS_USER
     return runner
 
 
-def drive_as_user(users: DriverRunner, *command: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*AS_USER, *map(str, command)], cwd=users.project, env=users.environment,
-        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("script", ["run_experiments.sh", "stress_test.sh"])
 @pytest.mark.parametrize(
-    ("output", "words"),
-    [("shut", "cannot write into {}"), ("shut/new", "cannot make the folder {}")],
-)
+    ("script", "output", "words"),
+    [("run_experiments.sh", "shut", "cannot write into {}"),
+     ("stress_test.sh", "shut/new", "cannot make the folder {}")],
+)  # fmt: skip
 def test_a_results_folder_that_may_only_be_read_is_one_sentence_before_anything_is_done(
     users: DriverRunner, script: str, output: str, words: str
 ) -> None:
     (users.folder / "shut").mkdir(mode=0o555)
-    folder = users.folder / output
-    result = drive_as_user(users, f"./{script}", "--output", folder)
+    users.output = users.folder / output
+    result = users.drive(script)
     assert result.returncode == 2
-    assert words.format(folder) + "; name another" in result.stderr.splitlines()[-1]
+    assert words.format(users.output) + "; name another" in result.stderr.splitlines()[-1]
     assert users.machine.changing_calls() == users.python_calls() == []
 
 
@@ -74,13 +67,7 @@ def test_a_results_folder_that_is_shut_meanwhile_ends_the_run_in_a_sentence_and_
     users.output.mkdir(mode=0o777)
     users.output.chmod(0o777)
     users.rule(mps={"wait": True})
-    process = subprocess.Popen(
-        [*AS_USER, "./run_experiments.sh", "--modes", "mps", "--repeats=1",
-         "--output", str(users.output)],
-        cwd=users.project, env=users.environment, stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
-    wait_until(lambda: any("waiting" in call for call in users.python_calls()), "the suite")
+    process = users.start_driver("run_experiments.sh", "--modes", "mps", run_id="mps")
     users.output.chmod(0o555)
     if AS_USER:
         os.chown(users.output, 0, 0)
@@ -102,7 +89,7 @@ def test_a_results_folder_that_is_shut_meanwhile_ends_the_run_in_a_sentence_and_
             os.chown(path, NOBODY.pw_uid, NOBODY.pw_gid)
         path.chmod(0o755)
     users.rule()
-    resumed = drive_as_user(users, "./run_experiments.sh", "--resume", users.output)
+    resumed = users.drive("run_experiments.sh", "--resume", str(users.output))
     assert resumed.returncode == 0, resumed.stderr
     assert users.outcomes()["mps"] == "ok"
     assert users.reason("mps") == "it was cut off before its end and went on"
@@ -112,7 +99,7 @@ def test_a_state_folder_that_may_only_be_read_fails_the_phase_with_the_variable_
     users: DriverRunner,
 ) -> None:
     users.state_directory.mkdir(mode=0o555)
-    result = drive_as_user(users, "./run_experiments.sh", "--modes=mps", "--output", users.output)
+    result = users.drive("run_experiments.sh", "--modes=mps")
     assert result.returncode == 1
     assert "set GPU_SHARING_STATE_DIR to a folder that you may write" in users.reason("mps")
     assert users.outcomes()["analysis"] == "ok"
@@ -273,23 +260,23 @@ def test_figures_rows_and_run_ids_stay_right_while_the_wall_clock_is_set(
 def test_a_pipe_directory_without_permission_is_named_and_its_daemon_is_not_lost(
     users: DriverRunner, shut: Callable[[Path], Path]
 ) -> None:
-    enabled = drive_as_user(users, "./gpu-configs/enable_mps.sh")
+    enabled = users.run("enable_mps.sh", prefix=AS_USER)
     assert enabled.returncode == 0, enabled.stderr
     state = users.saved("mps")
     folder = shut(Path(state["pipe_directory"]))
     folder.chmod(0o000)
     users.machine.forget_calls()
     for script in ("enable_mps.sh", "disable_mps.sh"):
-        result = drive_as_user(users, f"./gpu-configs/{script}")
+        result = users.run(script, prefix=AS_USER)
         assert result.returncode == 5
         assert f"no permission on the MPS pipe directory: chmod u+rwx {folder}" in result.stderr
-    driven = drive_as_user(users, "./run_experiments.sh", "--modes=mps", "--output", users.output)
+    driven = users.drive("run_experiments.sh", "--modes=mps")
     assert driven.returncode == 1
     assert "no permission on the MPS pipe directory" in users.reason("mps")
     assert users.machine.changing_calls() == []
     assert users.saved("mps") == state
     folder.chmod(0o700)
-    assert drive_as_user(users, "./gpu-configs/disable_mps.sh").returncode == 0
+    assert users.run("disable_mps.sh", prefix=AS_USER).returncode == 0
     assert users.machine.state()["mps"] == {}
 
 
@@ -328,8 +315,7 @@ def test_pipes_of_a_dead_daemon_are_replaced_and_the_mode_is_undone(runner: Driv
     pipe = Path(runner.saved("mps")["pipe_directory"])
     runner.machine.change(mps={})  # it died
     assert (pipe / "control").is_socket()
-    result = runner.drive("run_experiments.sh", "--modes", "mps")
-    assert result.returncode == 0, result.stderr
+    result = runner.must_drive("run_experiments.sh", "--modes", "mps")
     assert "no longer answers; starting a new one" in result.stderr
     said = f"no longer answers; starting a new one in place of its pipes at {pipe}"
     assert said in runner.reason("mps")
@@ -337,22 +323,6 @@ def test_pipes_of_a_dead_daemon_are_replaced_and_the_mode_is_undone(runner: Driv
     assert runner.suite_calls()["mps"]["gpu"]["daemons"] == 1
     assert runner.python_calls()[-1]["gpu"] == AS_BEFORE
     assert not pipe.exists()
-    assert runner.left_behind() == []
-
-
-def test_another_users_daemon_fails_the_phase_by_name_and_is_not_touched(
-    runner: DriverRunner,
-) -> None:
-    pipe = runner.folder / "of-alice"
-    pipe.mkdir()
-    runner.machine.add_mps_daemon(str(pipe), uid=1000, user="alice", pid=777)
-    result = runner.drive("run_experiments.sh", "--modes", "mps", CUDA_MPS_PIPE_DIRECTORY=str(pipe))
-    assert result.returncode == 1
-    assert "another user's MPS control daemon is running: pid 777 of user alice" in runner.reason(
-        "mps"
-    )
-    assert runner.machine.changing_calls() == []
-    assert list(runner.machine.state()["mps"]) == [str(pipe)]
     assert runner.left_behind() == []
 
 

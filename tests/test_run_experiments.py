@@ -28,94 +28,63 @@ SCRIPT = "run_experiments.sh"
 # What makes a command run without root's rights.
 AS_NOBODY = ["setpriv", "--reuid=65534", "--clear-groups"] if os.geteuid() == 0 else []
 SECOND_UUID = "GPU-55555555-6666-7777-8888-999999999999"
+PLAN = "examples/plans/own-commands.toml"
+START = "nvidia-cuda-mps-control -d"
+
+
+# --- the course of an experiment ------------------------------------------------------------------
 
 
 def test_the_phases_take_turns_each_with_its_mode_alone_and_no_card_setting_touched(
     runner: DriverRunner,
 ) -> None:
-    result = runner.drive(SCRIPT, "--quick", "--engine=eager", "--seed", "7", "--repeats", "2")
-    assert result.returncode == 0, result.stderr
+    runner.must_drive(SCRIPT, "--quick", "--engine=eager", "--seed", "7", "--repeats", "2")
     assert runner.turns() == [
         "1 baseline", "1 time-slicing", "1 mps", "1 mps-even",
         "2 baseline", "2 mps-even", "2 mps", "2 time-slicing",
     ]  # fmt: skip
     daemons = [call["gpu"]["daemons"] for call in runner.all_suite_calls()]
     assert daemons == [0, 0, 1, 1, 0, 1, 1, 0]
-    assert runner.python_calls()[-1]["program"] == "analyze_results.py"
-    assert runner.python_calls()[-1]["gpu"] == AS_BEFORE
     changes = runner.machine.changing_calls()
     assert not [command for command in changes if command.startswith("nvidia-smi")]
+    assert sum(START in command for command in changes) == 2  # one serves both kinds of MPS
+    assert runner.python_calls()[-1]["program"] == "analyze_results.py"
+    assert runner.python_calls()[-1]["gpu"] == AS_BEFORE
     assert runner.left_behind() == []
     phases = sorted(runner.phases(), key=lambda phase: (phase["phase"], phase["name"]))
     assert [set(phase) for phase in phases] == [
         {"phase", "name", "status", "reason", "run_folder", "seconds"}
     ] * 6
     assert [(phase["phase"], phase["name"], phase["status"]) for phase in phases] == [
-        (1, "baseline", "ok"),
-        (2, "time-slicing", "ok"),
-        (3, "mps", "ok"),
-        (3, "mps:even", "ok"),
-        (4, "mig", "skipped"),
-        (5, "analysis", "ok"),
-    ]
+        (1, "baseline", "ok"), (2, "time-slicing", "ok"), (3, "mps", "ok"), (3, "mps:even", "ok"),
+        (4, "mig", "skipped"), (5, "analysis", "ok"),
+    ]  # fmt: skip
     folders = [phase["run_folder"] for phase in phases]
     assert folders == ["baseline", "time-slicing", "mps", "mps-even", "", ""]
     assert "--mig" in runner.reason("mig")
 
 
-def test_the_suite_is_told_mode_size_window_gpu_and_baseline(runner: DriverRunner) -> None:
-    runner.drive(SCRIPT, "--modes", "mps", "--gpu", "0")
-    calls = runner.suite_calls()
-    session = calls["mps"]["flags"]["--session"]
-    shared = {
-        "--mix": "mixed",
-        "--workloads": "4",
-        "--repeats": "4",
-        "--round": "4",
-        "--session": session,
-        "--results-dir": str(runner.output),
-        "--device": "auto",
-        "--quick": "",
-        "--settle": "3",
-        "--gpu": UUID,
-    }
-    assert session.startswith("output-")
-    assert calls["baseline"]["flags"] == {
-        **shared,
-        "--mode": "exclusive",
-        "--null": "",
-        "--min-seconds": "7",
-        "--run-id": "baseline",
-    }
-    assert calls["mps"]["flags"] == {
-        **shared,
-        "--mode": "mps",
-        "--window": "14",
-        "--baseline": str(runner.output / "baseline"),
-        "--run-id": "mps",
-    }
-    assert runner.reason("time-slicing") == "not asked for (--modes mps)"
-
-
-@pytest.mark.parametrize(
-    ("flags", "alone", "together", "rounds"),
-    [
-        (["--quick"], {"--settle": "2", "--min-seconds": "8"}, {"--window": "8"}, "3"),
-        (["--full"], {"--quick": None, "--settle": None, "--min-seconds": None},
-         {"--quick": None, "--window": None}, "4"),
-        (["--mix", "pairs"], {"--settle": "3"}, {"--window": None, "--workloads": None}, "1"),
-        (["--noise-floor", "--repeats", "3"], {"--null": ""}, {"--null": None}, "3"),
-    ],
-)  # fmt: skip
-def test_job_sizes_windows_and_rounds(
-    runner: DriverRunner, flags: list[str], alone: dict, together: dict, rounds: str
+def test_the_suite_is_told_mode_size_window_gpu_and_baseline_as_a_dry_run_promises(
+    runner: DriverRunner,
 ) -> None:
-    assert runner.drive(SCRIPT, *flags, "--modes", "time-slicing").returncode == 0
-    calls = runner.suite_calls()
-    assert list(calls) == ["baseline", "time-slicing"]
-    for call, wanted in zip(calls.values(), (alone, together), strict=True):
-        assert {name: call["flags"].get(name) for name in wanted} == wanted
-        assert call["flags"]["--repeats"] == call["flags"]["--round"] == rounds
+    promised = runner.planned(SCRIPT, "--modes", "mps", "--gpu", "0")
+    runner.drive(SCRIPT, "--modes", "mps", "--gpu", "0")
+    calls = {name: call["flags"] for name, call in runner.suite_calls().items()}
+    session = calls["mps"]["--session"]
+    assert session.startswith("output-")
+    shared = {
+        "--mix": "mixed", "--workloads": "4", "--repeats": "1", "--round": "1",
+        "--session": session, "--results-dir": str(runner.output), "--device": "auto",
+        "--quick": "", "--settle": "3", "--gpu": UUID,
+    }  # fmt: skip
+    assert calls == {
+        "baseline": {**shared, "--mode": "exclusive", "--null": "", "--min-seconds": "7",
+                     "--run-id": "baseline"},
+        "mps": {**shared, "--mode": "mps", "--window": "14", "--run-id": "mps",
+                "--baseline": str(runner.output / "baseline")},
+    }  # fmt: skip
+    assert {name: {**flags, "--session": session} for name, flags in promised.items()} == calls
+    assert runner.reason("time-slicing") == "not asked for (--modes mps)"
 
 
 def test_a_budget_is_for_all_rounds_together_and_said_before_the_first(
@@ -129,41 +98,65 @@ def test_a_budget_is_for_all_rounds_together_and_said_before_the_first(
     assert runner.turns()[-1] == "2 time-slicing"
 
 
-@pytest.mark.parametrize(
-    ("mode", "share"), [("mps:even", "even"), ("mps:50", "50"), ("mps:60/20", "60,20")]
-)
-def test_mps_with_a_limit_is_a_mode_of_its_own(runner: DriverRunner, mode: str, share: str) -> None:
-    flags = ("--modes", f"mps,{mode}", "--repeats", "1", "--mps-percentage", "75")
-    assert runner.drive(SCRIPT, *flags).returncode == 0
-    calls = runner.suite_calls()
-    given = [call["flags"].get("--mps-percentage") for call in calls.values()]
-    assert given == [None, "75", share]
-    assert list(calls)[2] == mode.replace(":", "-").replace("/", "-")
-    # One daemon serves both.
-    assert (
-        sum("nvidia-cuda-mps-control -d" in line for line in runner.machine.changing_calls()) == 1
-    )
+# Flags, and what of them the suite is told for a run; None: nothing.
+FLAGS = [
+    (["--quick", "--modes", "time-slicing"], {
+        "baseline": {"--settle": "2", "--min-seconds": "8", "--repeats": "3"},
+        "time-slicing": {"--window": "8", "--repeats": "3"}}),
+    (["--full", "--modes", "time-slicing"], {
+        "baseline": {"--quick": None, "--settle": None, "--min-seconds": None, "--repeats": "4"},
+        "time-slicing": {"--quick": None, "--window": None}}),
+    (["--noise-floor", "--repeats", "3", "--modes", "time-slicing"], {
+        "baseline": {"--null": "", "--repeats": "3"}, "time-slicing": {"--null": None}}),
+    (["--mix", "pairs", "--phase-minutes", "99", "--modes", "time-slicing"], {
+        "baseline": {"--settle": "3", "--repeats": "1", "--mix": "pairs", "--workloads": None},
+        "time-slicing": {"--window": None, "--mix": "pairs", "--workloads": None}}),
+    *((flags, {run: told for run in ("baseline", "time-slicing", "mps", "mps-even")})
+      for flags, told in ((["--mix", "serving"], {"--mix": "serving"}),
+                          (["--plan", PLAN], {"--plan": PLAN, "--workloads": "4", "--mix": None}))),
+    *((["--modes", f"mps,{mode}", "--mps-percentage", "75"], {
+        "baseline": {"--mps-percentage": None}, "mps": {"--mps-percentage": "75"},
+        folder: {"--mps-percentage": share}})
+      for mode, folder, share in (("mps:even", "mps-even", "even"), ("mps:50", "mps-50", "50"),
+                                  ("mps:60/20", "mps-60-20", "60,20"))),
+    (["--modes", "time-slicing,mps", "--mps-percentage", "even", "--mps-memory-limit=8G"], {
+        "baseline": {"--mps-percentage": None, "--mps-memory-limit": None},
+        "time-slicing": {"--mps-percentage": None, "--mps-memory-limit": None},
+        "mps": {"--mps-percentage": "even", "--mps-memory-limit": "8G"}}),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("mode", ["mps:0", "mps:101", "mps:", "mps:even/", "time-slicing:50", "x"])
-def test_a_mode_that_there_is_not_is_a_usage_error(runner: DriverRunner, mode: str) -> None:
-    refused = runner.drive(SCRIPT, "--modes", mode)
-    assert refused.returncode == 2
-    assert "--modes needs some of: time-slicing mps mps:even mps:PERCENT mig" in refused.stderr
+@pytest.mark.parametrize(("flags", "told"), FLAGS, ids=[" ".join(flags) for flags, _ in FLAGS])
+def test_flags_reach_the_runs_that_they_are_for(
+    asked: DriverRunner, flags: list[str], told: dict[str, dict]
+) -> None:
+    planned = asked.planned(SCRIPT, *flags)
+    assert list(planned) == list(told)
+    for name, wanted in told.items():
+        assert {flag: planned[name].get(flag) for flag in wanted} == wanted
+
+
+def test_an_earlier_baseline_takes_the_place_of_phase_1(runner: DriverRunner) -> None:
+    earlier = runner.folder / "earlier"
+    earlier.mkdir()
+    (earlier / "manifest.json").write_text("{}")
+    runner.drive(SCRIPT, "--modes", "time-slicing", "--baseline", str(earlier))
+    assert runner.outcomes()["baseline"] == "skipped"
+    flags = runner.suite_calls()["time-slicing"]["flags"]
+    assert flags["--baseline"] == str(earlier)
+
+
+# --- failures -------------------------------------------------------------------------------------
 
 
 def test_a_phase_that_fails_does_not_stop_the_others(runner: DriverRunner) -> None:
     runner.rule(baseline={"exit": 1}, time_slicing={"exit": 5})
-    result = runner.drive(SCRIPT)
+    result = runner.drive(SCRIPT, "--repeats", "2")
     assert result.returncode == 1
     assert runner.outcomes() == {
-        "baseline": "failed",
-        "time-slicing": "failed",
-        "mps": "ok",
-        "mps:even": "ok",
-        "mig": "skipped",
-        "analysis": "ok",
-    }
+        "baseline": "failed", "time-slicing": "failed", "mps": "ok", "mps:even": "ok",
+        "mig": "skipped", "analysis": "ok",
+    }  # fmt: skip
     assert [turn for turn in runner.turns() if "baseline" in turn or "slicing" in turn] == [
         "1 baseline", "1 time-slicing",
     ]  # fmt: skip
@@ -175,8 +168,8 @@ def test_a_phase_that_fails_does_not_stop_the_others(runner: DriverRunner) -> No
 def test_a_mode_that_cannot_be_enabled_is_a_failed_phase_with_the_scripts_words(
     runner: DriverRunner,
 ) -> None:
-    runner.machine.fail("nvidia-cuda-mps-control -d", exit=1, text='not a "good" day')
-    result = runner.drive(SCRIPT, GPU_SHARING_WAIT_SECONDS="1")
+    runner.machine.fail(START, exit=1, text='not a "good" day')
+    result = runner.drive(SCRIPT, "--modes", "time-slicing,mps", GPU_SHARING_WAIT_SECONDS="1")
     assert result.returncode == 1
     assert runner.outcomes()["mps"] == "failed"
     assert "did not answer within 1 s" in runner.reason("mps")
@@ -207,67 +200,43 @@ def test_a_card_that_another_run_is_at_work_on_is_refused_before_any_mode_is_ena
     assert "--allow-contention" in runner.suite_calls()["mps"]["flags"]
 
 
-def test_an_earlier_baseline_takes_the_place_of_phase_1(runner: DriverRunner) -> None:
-    earlier = runner.folder / "earlier"
-    earlier.mkdir()
-    (earlier / "manifest.json").write_text("{}")
-    runner.drive(SCRIPT, "--modes", "time-slicing", "--baseline", str(earlier))
-    assert runner.outcomes()["baseline"] == "skipped"
-    flags = runner.suite_calls()["time-slicing"]["flags"]
-    assert flags["--baseline"] == str(earlier)
-
-
-def test_limits_of_mps_clients_are_for_mps_alone(runner: DriverRunner) -> None:
-    result = runner.drive(SCRIPT, "--mps-percentage", "even", "--mps-memory-limit=8G")
-    assert result.returncode == 0, result.stderr
-    given = {name: call["flags"].get("--mps-percentage") for name, call in
-             runner.suite_calls().items()}  # fmt: skip
-    assert given == {"baseline": None, "time-slicing": None, "mps": "even", "mps-even": "even"}
-    assert runner.suite_calls()["mps"]["flags"]["--mps-memory-limit"] == "8G"
-
-
-def test_a_plan_takes_the_place_of_the_mix_in_every_phase(runner: DriverRunner) -> None:
-    plan = "examples/plans/own-commands.toml"
-    result = runner.drive(SCRIPT, "--plan", plan)
-    assert result.returncode == 0, result.stderr
-    for call in runner.suite_calls().values():
-        assert (call["flags"]["--plan"], call["flags"]["--workloads"]) == (plan, "4")
-        assert "--mix" not in call["flags"]
-
-
-def test_another_mix_is_run_in_every_phase_but_not_beside_a_plan(runner: DriverRunner) -> None:
-    assert runner.drive(SCRIPT, "--mix", "serving").returncode == 0
-    assert {call["flags"]["--mix"] for call in runner.suite_calls().values()} == {"serving"}
-    refused = runner.drive(SCRIPT, "--mix", "serving", "--plan", "examples/plans/own-commands.toml")
-    assert refused.returncode == 2
-    assert "--mix and --plan: give one of the two" in refused.stderr
-
-
-def test_pairs_are_run_in_every_phase_and_have_no_count(runner: DriverRunner) -> None:
-    assert runner.drive(SCRIPT, "--mix", "pairs").returncode == 0
-    for call in runner.suite_calls().values():
-        assert call["flags"]["--mix"] == "pairs"
-        assert "--workloads" not in call["flags"]
-    refused = runner.drive(SCRIPT, "--mix", "pairs", "--workloads", "4")
-    assert refused.returncode == 2
-    assert "two jobs in each co-run: leave --workloads" in refused.stderr
-
-
-def test_a_plan_with_mistakes_is_exit_2_before_anything_is_done(
-    runner: DriverRunner, tmp_path: Path
+@pytest.mark.parametrize("crash", ["ValueError", "SystemExit", "MemoryError"])
+def test_a_suite_that_crashes_is_a_failed_phase_and_its_mode_is_undone(
+    runner: DriverRunner, crash: str
 ) -> None:
-    plan = tmp_path / "plan.toml"
-    plan.write_text('[[client]]\nworkload = "resnet"\n')
-    result = runner.drive(SCRIPT, "--plan", str(plan))
-    assert result.returncode == 2
-    assert "there is no workload 'resnet'" in result.stderr
-    assert not runner.output.exists()
+    runner.rule(mps={"crash": crash})
+    result = runner.drive(SCRIPT, "--modes", "mps")
+    assert result.returncode == 1
+    assert runner.reason("mps") == f"the suite crashed ({crash}: the suite has a fault)"
+    assert "Traceback" in result.stderr
+    assert runner.outcomes()["analysis"] == "ok"
+    assert not runner.machine.state()["mps"]
+    assert runner.left_behind() == []
 
 
-def test_an_analysis_that_fails_makes_the_exit_code_1(runner: DriverRunner) -> None:
-    runner.rule(analysis={"exit": 2})
-    assert runner.drive(SCRIPT, "--modes", "time-slicing").returncode == 1
+def test_a_run_that_broke_is_not_measured_on_and_the_baseline_is(runner: DriverRunner) -> None:
+    runner.rule(mps={"exit": 1, "outcome": "failed", "words": "client 3 ran out of memory"})
+    assert runner.drive(SCRIPT, "--modes", "mps", "--repeats", "2").returncode == 1
+    assert runner.reason("mps") == "client 3 ran out of memory"
+    assert runner.turns() == ["1 baseline", "1 mps", "2 baseline"]
+
+
+def test_the_last_words_of_suite_and_analysis_are_the_reason_of_their_phase(
+    runner: DriverRunner,
+) -> None:
+    sentence = 'r0: client 1 ("ResNet50") ran out of\tmemory; choose \\ fewer'
+    runner.rule(baseline={"exit": 1, "words": sentence}, analysis={"exit": 1, "words": "no room"})
+    result = runner.drive(SCRIPT, "--modes", "time-slicing")
+    assert result.returncode == 1
+    said = sentence.replace("\t", " ")
+    assert runner.reason("baseline") == said
+    assert f"Phase 1: baseline: failed ({said})" in result.stderr
+    assert runner.reason("time-slicing") == ""
     assert runner.outcomes()["analysis"] == "failed"
+    assert runner.reason("analysis") == "no room"
+
+
+# --- signals --------------------------------------------------------------------------------------
 
 
 def assert_mps_was_interrupted(runner: DriverRunner) -> None:
@@ -277,13 +246,10 @@ def assert_mps_was_interrupted(runner: DriverRunner) -> None:
     assert analysis["gpu"] == AS_BEFORE
     assert runner.left_behind() == []
     assert runner.outcomes() == {
-        "baseline": "failed",
-        "time-slicing": "skipped",
-        "mps": "failed",
-        "mig": "skipped",
+        "baseline": "ok", "time-slicing": "skipped", "mps": "failed", "mig": "skipped",
         "analysis": "ok",
-    }
-    assert runner.reason("baseline") == runner.reason("mps") == "interrupted"
+    }  # fmt: skip
+    assert runner.reason("mps") == "interrupted"
 
 
 @pytest.mark.parametrize(
@@ -304,10 +270,11 @@ def test_a_signal_stops_the_suite_first_then_undoes_the_mode_then_reports(
     assert last == f"Interrupted; to go on: ./run_experiments.sh --resume {runner.output}"
 
 
-def test_a_closed_terminal_stops_the_suite_then_undoes_the_mode_then_reports(
+def test_a_baseline_with_rounds_left_is_interrupted_too_and_a_closed_terminal_keeps_a_log(
     runner: DriverRunner,
 ) -> None:
     runner.rule(mps={"wait": True, "slow_to_end": 0.5})
+    runner.rounds = ("--repeats", "2")
     status = runner.drive_until_hangup(SCRIPT, "--modes", "mps,mig", run_id="mps")
     assert status == 129, (runner.output / "after-hangup.log").read_text()
     told, ended = runner.python_calls()[-3:-1]
@@ -315,22 +282,10 @@ def test_a_closed_terminal_stops_the_suite_then_undoes_the_mode_then_reports(
     # the daemon was still there when the suite had ended its clients
     assert ended["ended"] == "mps"
     assert ended["gpu"]["daemons"] == 1
-    assert_mps_was_interrupted(runner)
-    assert "MPS is off" in (runner.output / "after-hangup.log").read_text()
-
-
-@pytest.mark.parametrize("crash", ["ValueError", "SystemExit", "MemoryError"])
-def test_a_suite_that_crashes_is_a_failed_phase_and_its_mode_is_undone(
-    runner: DriverRunner, crash: str
-) -> None:
-    runner.rule(mps={"crash": crash})
-    result = runner.drive(SCRIPT, "--modes", "mps")
-    assert result.returncode == 1
-    assert runner.reason("mps") == f"the suite crashed ({crash}: the suite has a fault)"
-    assert "Traceback" in result.stderr
+    assert runner.python_calls()[-1]["gpu"] == AS_BEFORE
     assert runner.outcomes()["analysis"] == "ok"
-    assert not runner.machine.state()["mps"]
-    assert runner.left_behind() == []
+    assert runner.reason("baseline") == runner.reason("mps") == "interrupted"
+    assert "MPS is off" in (runner.output / "after-hangup.log").read_text()
 
 
 def test_a_second_ctrl_c_ends_a_suite_that_does_not_listen(runner: DriverRunner) -> None:
@@ -343,23 +298,29 @@ def test_a_second_ctrl_c_ends_a_suite_that_does_not_listen(runner: DriverRunner)
     assert list(runner.suite_calls()) == ["baseline"]
 
 
+# --- going on -------------------------------------------------------------------------------------
+
+
 def test_an_experiment_that_was_killed_goes_on_with_its_flags_and_the_phases_that_are_missing(
     runner: DriverRunner,
 ) -> None:
     runner.rule(mps={"kill_driver": True})
-    flags = ("--modes", "time-slicing,mps", "--seed", "7", "--data-dir", "/tmp", "--repeats", "2")
+    folder = str(runner.folder / "a folder; with $words")
+    os.mkdir(folder)
+    flags = ("--modes", "time-slicing,mps", "--seed", "7", "--data-dir", folder, "--repeats", "2")
     assert runner.drive(SCRIPT, *flags).returncode == -signal.SIGKILL
     assert not (runner.output / "phases.jsonl").exists()
     assert runner.machine.state()["mps"]
+    (runner.output / "time-slicing" / "manifest.json").unlink()  # as if it had not begun
     before = runner.all_suite_calls()
 
     runner.rule()
-    result = runner.drive(SCRIPT, "--resume", str(runner.output))
-    assert result.returncode == 0, result.stderr
+    result = runner.must_drive(SCRIPT, "--resume", str(runner.output))
     assert "mps was left in force when the script was cut off" in result.stderr
     # Word for word: the suite keeps what a round has already.
     again = runner.all_suite_calls()[len(before) :]
     assert [call["arguments"] for call in again[:3]] == [call["arguments"] for call in before]
+    assert {call["flags"]["--data-dir"] for call in again} == {folder}
     assert runner.turns()[len(before) :] == [
         "1 baseline", "1 time-slicing", "1 mps", "2 baseline", "2 mps", "2 time-slicing",
     ]  # fmt: skip
@@ -372,120 +333,75 @@ def test_an_experiment_that_was_killed_goes_on_with_its_flags_and_the_phases_tha
     assert [call["program"] for call in runner.python_calls()[calls:]] == ["analyze_results.py"]
 
 
-def test_a_mode_whose_run_broke_keeps_that_for_its_reason(runner: DriverRunner) -> None:
-    runner.rule(mps={"exit": 1, "outcome": "failed", "words": "client 3 ran out of memory"})
-    assert runner.drive(SCRIPT, "--modes", "mps").returncode == 1
-    assert runner.reason("mps") == "client 3 ran out of memory"
-    assert runner.turns()[-1] == "4 baseline"
-
-
-def test_a_phase_without_a_run_is_resumed_with_the_saved_flags(runner: DriverRunner) -> None:
-    runner.rule(baseline={"kill_driver": True})
-    folder = str(runner.folder / "a folder; with $words")
-    os.mkdir(folder)
-    assert runner.drive(SCRIPT, "--modes", "time-slicing", "--data-dir", folder).returncode == -9
-    (runner.output / "baseline" / "manifest.json").unlink()
-    runner.rule()
-    result = runner.drive(SCRIPT, "--resume", str(runner.output))
-    assert result.returncode == 0, result.stderr
-    assert runner.suite_calls()["time-slicing"]["flags"]["--data-dir"] == folder
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (("--resume", "/nowhere"), "'/nowhere' holds no arguments.nul"),
-        (("--resume", "/tmp", "--quick"), "--resume needs a folder and takes no other flags"),
-        (("--quick", "--resume", "/tmp"), "give no others"),
-    ],
-)
-def test_a_resume_that_makes_no_sense_is_exit_2_with_one_sentence(
-    runner: DriverRunner, arguments: tuple[str, ...], words: str
-) -> None:
-    result = runner.drive(SCRIPT, *arguments)
-    assert result.returncode == 2
-    assert words in result.stderr
-
-
-def test_a_daemon_that_enable_mps_started_before_is_used_and_left_running(
+def test_a_row_that_a_full_disk_cut_off_is_neither_done_nor_part_of_the_next_one(
     runner: DriverRunner,
 ) -> None:
-    runner.must("enable_mps.sh")
-    before = runner.saved("mps")
-    result = runner.drive(SCRIPT, "--modes", "time-slicing,mps")
-    assert result.returncode == 0, result.stderr
-    assert runner.saved("mps") == before
-    assert runner.python_calls()[-1]["gpu"]["daemons"] == 1
-    assert runner.outcomes()["time-slicing"] == "ok"
+    assert runner.drive(SCRIPT, "--modes", "time-slicing").returncode == 0
+    path = runner.output / "phases.jsonl"
+    rows = path.read_text().splitlines()
+    torn = rows[1][: rows[1].index('"seconds"')]
+    assert '"status":"ok"' in torn
+    path.write_text(f"{rows[0]}\n{torn}")
+    done_before = len(runner.suite_calls())
+    assert runner.drive(SCRIPT, "--resume", str(runner.output)).returncode == 0
+    assert len(runner.python_calls()) > done_before
+    phases, warnings = run_folder.read_phases(runner.output)
+    assert [phase.name for phase in phases] == [
+        "baseline", "time-slicing", "mps", "mig", "analysis",
+    ]  # fmt: skip
+    (warning,) = warnings
+    assert "line 2 is truncated" in warning
 
 
-def test_a_daemon_that_was_started_by_hand_is_used_and_left_running(runner: DriverRunner) -> None:
+# --- what the user has set up, and card settings --------------------------------------------------
+
+
+def by_hand(runner: DriverRunner, **daemon: object) -> str:
+    """Somebody's daemon, at the pipe directory that the environment shall name."""
     pipe = runner.folder / "by-hand"
     pipe.mkdir()
     (pipe / "control").touch()
-    runner.machine.add_mps_daemon(str(pipe), uid=os.geteuid(), user="me")
-    result = runner.drive(SCRIPT, "--modes", "mps", CUDA_MPS_PIPE_DIRECTORY=str(pipe))
-    assert result.returncode == 0, result.stderr
+    runner.machine.add_mps_daemon(str(pipe), **daemon)
+    return str(pipe)
+
+
+def test_a_daemon_that_was_started_by_hand_is_used_and_left_running(runner: DriverRunner) -> None:
+    pipe = by_hand(runner, uid=os.geteuid(), user="me")
+    runner.must_drive(SCRIPT, "--modes", "mps", CUDA_MPS_PIPE_DIRECTORY=pipe)
     assert runner.outcomes()["mps"] == "ok"
     assert runner.machine.changing_calls() == []
     assert runner.python_calls()[-1]["gpu"]["daemons"] == 1
 
 
 @needs_root
+@pytest.mark.parametrize(
+    ("layout", "count"), [((), 4), (("--mig-layout", "2g.20gb,1g.10gb,1g.10gb"), 3)]
+)
 def test_with_mig_allowed_it_is_switched_on_for_its_phase_and_off_again(
-    runner: DriverRunner,
+    runner: DriverRunner, layout: tuple[str, ...], count: int
 ) -> None:
-    result = runner.drive(SCRIPT, "--modes", "mig", "--mig", as_root=True)
-    assert result.returncode == 0, result.stderr
-    assert runner.suite_calls()["mig"]["gpu"] == {**AS_BEFORE, "mig": "Enabled", "instances": 4}
+    runner.must_drive(SCRIPT, "--modes", "mig", "--mig", *layout, as_root=True)
+    call = runner.suite_calls()["mig"]
+    assert call["gpu"] == {**AS_BEFORE, "mig": "Enabled", "instances": count}
+    assert call["flags"].get("--mig-layout") == (layout[1] if layout else None)
+    assert call["flags"]["--workloads"] == str(count)
     assert runner.python_calls()[-1]["gpu"] == AS_BEFORE
     assert runner.left_behind() == []
 
 
-@needs_root
-def test_a_mig_layout_is_made_given_to_the_suite_and_removed_again(runner: DriverRunner) -> None:
-    layout = "2g.20gb,1g.10gb,1g.10gb"
-    result = runner.drive(SCRIPT, "--modes", "mig", "--mig", "--mig-layout", layout, as_root=True)
-    assert result.returncode == 0, result.stderr
-    call = runner.suite_calls()["mig"]
-    assert call["gpu"] == {**AS_BEFORE, "mig": "Enabled", "instances": 3}
-    words = " ".join(call["arguments"])
-    assert f"--mig-layout {layout}" in words
-    assert "--workloads 3" in words
-    assert runner.python_calls()[-1]["gpu"] == AS_BEFORE
-
-
-def test_a_mig_layout_is_refused_without_its_flag_and_with_profiles_that_the_card_lacks(
+def test_a_mig_layout_without_the_flag_that_allows_mig_changes_nothing(
     runner: DriverRunner,
 ) -> None:
     assert runner.drive(SCRIPT, "--modes", "mig", "--mig-layout", "1g.10gb,2g.20gb").returncode == 0
     assert runner.reason("mig") == "MIG is off; --mig allows to switch it on"
     assert runner.machine.changing_calls() == []
-    for words, said in (
-        (["1g.5gb,1g.5gb,9g.90gb"], "has no profile 1g.5gb,9g.90gb; it has 1g.10gb 1g.10gb+me"),
-        (["1g.10gb,2g.20gb", "--workloads", "4"], "has 2 instances for 4 jobs; name one for each"),
-        (["2g,1g"], "needs MIG profiles with commas between"),
-    ):
-        refused = runner.drive(SCRIPT, "--mig", "--mig-layout", *words)
-        assert refused.returncode == 2
-        assert said in refused.stderr
-
-
-@needs_root
-def test_exclusive_and_timeslice_are_undone_after_their_phase(runner: DriverRunner) -> None:
-    result = runner.drive(
-        SCRIPT, "--modes=time-slicing,mps", "--exclusive", "--timeslice=long", as_root=True
-    )
-    assert result.returncode == 0, result.stderr
-    calls = runner.suite_calls()
-    assert calls["time-slicing"]["gpu"] == {**AS_BEFORE, "timeslice": "Long"}
-    assert calls["mps"]["gpu"] == {**AS_BEFORE, "daemons": 1, "compute_mode": "Exclusive_Process"}
-    assert runner.python_calls()[-1]["gpu"] == AS_BEFORE
 
 
 SHORT, LONG = {**AS_BEFORE, "timeslice": "Short"}, {**AS_BEFORE, "timeslice": "Long"}
 SHORT_SLICES = ("setup_time_slicing.sh", "2", "--timeslice", "short")
-EXCLUSIVE = {**AS_BEFORE, "daemons": 1, "compute_mode": "Exclusive_Process"}
+LONG_SLICES = ("setup_time_slicing.sh", "2", "--timeslice", "long")
+DAEMON = {**AS_BEFORE, "daemons": 1}
+EXCLUSIVE = {**DAEMON, "compute_mode": "Exclusive_Process"}
 IS_USED = "is set up already; it is used as it is and left so"
 
 
@@ -493,9 +409,14 @@ IS_USED = "is set up already; it is used as it is and left so"
 @pytest.mark.parametrize(
     ("set_up", "flags", "during", "after", "said"),
     [
+        ((), ("--timeslice=long",), LONG, AS_BEFORE, ""),
+        ((), ("--exclusive",), EXCLUSIVE, AS_BEFORE, ""),
         (SHORT_SLICES, (), SHORT, SHORT, IS_USED),
         (SHORT_SLICES, ("--timeslice", "short"), SHORT, SHORT, IS_USED),
         (SHORT_SLICES, ("--timeslice=long",), LONG, SHORT, "--timeslice short --gpu"),
+        # as if the driver had been loaded anew since
+        (LONG_SLICES, ("--timeslice=long",), LONG, LONG, ""),
+        (("enable_mps.sh",), (), DAEMON, DAEMON, IS_USED),
         (("enable_mps.sh", "--exclusive"), ("--exclusive",), EXCLUSIVE, EXCLUSIVE, IS_USED),
         (("enable_mps.sh",), ("--exclusive",), EXCLUSIVE, AS_BEFORE,
          "switched off altogether at the end"),
@@ -505,33 +426,25 @@ def test_what_the_user_had_set_up_is_used_where_it_is_what_was_asked_for_and_els
     runner: DriverRunner, set_up: tuple[str, ...], flags: tuple[str, ...], during: dict,
     after: dict, said: str,
 ) -> None:  # fmt: skip
-    mode = "mps" if set_up[0] == "enable_mps.sh" else "time-slicing"
-    runner.must(*set_up)
+    mode = "mps" if during["daemons"] else "time-slicing"
+    if set_up:
+        runner.must(*set_up)
     saved = runner.saved(mode)
-    result = runner.drive(SCRIPT, f"--modes={mode}", *flags, as_root=True)
-    assert result.returncode == 0, result.stderr
+    if set_up == LONG_SLICES:
+        runner.machine.change_gpu(timeslice="Default")
+    result = runner.must_drive(SCRIPT, f"--modes={mode}", *flags, as_root=True)
     assert said in result.stderr
     assert runner.suite_calls()[mode]["gpu"] == during
-    assert runner.python_calls()[-1]["gpu"] == after
-    assert runner.saved(mode) == (None if after == AS_BEFORE else saved)
-
-
-@needs_root
-def test_a_saved_time_slice_that_a_driver_reload_has_reset_is_set_anew(
-    runner: DriverRunner,
-) -> None:
-    runner.must("setup_time_slicing.sh", "2", "--timeslice", "long")
-    runner.machine.change_gpu(timeslice="Default")
-    result = runner.drive(SCRIPT, "--modes=time-slicing", "--timeslice=long", as_root=True)
-    assert result.returncode == 0, result.stderr
-    assert runner.suite_calls()["time-slicing"]["gpu"]["timeslice"] == "Long"
+    if set_up != LONG_SLICES:
+        assert runner.python_calls()[-1]["gpu"] == after
+        assert runner.saved(mode) == (None if after == AS_BEFORE else saved)
 
 
 @needs_root
 def test_a_length_or_exclusive_mode_that_the_script_refuses_fails_the_phase(
     runner: DriverRunner,
 ) -> None:
-    runner.must("setup_time_slicing.sh", "2", "--timeslice", "short")
+    runner.must(*SHORT_SLICES)
     result = runner.drive(
         SCRIPT, "--modes=time-slicing", "--timeslice=long", as_root=True, GPU_SETTINGS_LOCKED="1"
     )
@@ -541,17 +454,10 @@ def test_a_length_or_exclusive_mode_that_the_script_refuses_fails_the_phase(
     assert runner.gpu()["timeslice"] == "Short"
     assert runner.saved("time-slice")["set"] == "Short"
 
-
-@needs_root
-def test_exclusive_with_a_daemon_started_by_hand_fails_the_phase_with_one_sentence(
-    runner: DriverRunner,
-) -> None:
-    pipe = runner.folder / "by-hand"
-    pipe.mkdir()
-    (pipe / "control").touch()
-    runner.machine.add_mps_daemon(str(pipe), uid=0, user="root")
+    runner.output = runner.folder / "second"
+    pipe = by_hand(runner, uid=0, user="root")
     result = runner.drive(
-        SCRIPT, "--modes=mps", "--exclusive", as_root=True, CUDA_MPS_PIPE_DIRECTORY=str(pipe)
+        SCRIPT, "--modes=mps", "--exclusive", as_root=True, CUDA_MPS_PIPE_DIRECTORY=pipe
     )
     assert result.returncode == 1
     assert "that enable_mps.sh did not start is running" in runner.reason("mps")
@@ -563,16 +469,11 @@ def test_instances_that_were_there_are_used_and_left_and_the_whole_gpu_phases_ar
     runner: DriverRunner,
 ) -> None:
     runner.must("setup_mig.sh", "1g.10gb", "4")
-    result = runner.drive(SCRIPT)
-    assert result.returncode == 0, result.stderr
+    runner.must_drive(SCRIPT)
     assert runner.outcomes() == {
-        "baseline": "skipped",
-        "time-slicing": "skipped",
-        "mps": "skipped",
-        "mps:even": "skipped",
-        "mig": "ok",
-        "analysis": "ok",
-    }
+        "baseline": "skipped", "time-slicing": "skipped", "mps": "skipped", "mps:even": "skipped",
+        "mig": "ok", "analysis": "ok",
+    }  # fmt: skip
     assert "MIG is on" in runner.reason("mps")
     assert runner.gpu()["mig_current"] == "Enabled"
     assert len(runner.gpu()["instances"]) == 4
@@ -599,35 +500,27 @@ def test_locked_settings_are_not_changed_even_when_allowed(runner: DriverRunner)
     assert runner.gpu() == before
 
 
-def test_a_gpu_without_mig_skips_that_phase(runner: DriverRunner) -> None:
+def test_a_gpu_without_mig_skips_that_phase() -> None:
     with driver_runner("t4") as other:
         assert other.drive(SCRIPT, "--modes", "mig", "--mig").returncode == 0
         assert other.reason("mig") == "Tesla T4 has no MIG"
 
 
+# --- dry runs -------------------------------------------------------------------------------------
+
+
 def test_a_dry_run_prints_every_command_and_changes_nothing(runner: DriverRunner) -> None:
     before = runner.all_files()
-    result = runner.drive(SCRIPT, "--dry-run", "--mig")
-    assert result.returncode == 0, result.stderr
+    result = runner.must_drive(SCRIPT, "--dry-run", "--mig")
     assert runner.all_files() == before
     assert runner.python_calls() == []
     assert not runner.output.exists()
     lines = [line.removeprefix("would run: ") for line in result.stdout.splitlines()]
     expected = [
-        "mkdir",
-        "--mode exclusive",
-        "setup_time_slicing.sh 4",
-        "--mode time-slicing",
-        "reset_time_slicing.sh",
-        "enable_mps.sh",
-        "--mode mps",
-        "--mode mps",
-        "disable_mps.sh",
-        "setup_mig.sh 1g.5gb 4",
-        "--mode mig",
-        "disable_mig.sh",
-        "analyze_results.py",
-    ]
+        "mkdir", "--mode exclusive", "setup_time_slicing.sh 4", "--mode time-slicing",
+        "reset_time_slicing.sh", "enable_mps.sh", "--mode mps", "--mode mps", "disable_mps.sh",
+        "setup_mig.sh 1g.5gb 4", "--mode mig", "disable_mig.sh", "analyze_results.py",
+    ]  # fmt: skip
     assert len(lines) == len(expected)
     assert all(words in line for words, line in zip(expected, lines, strict=True))
 
@@ -639,42 +532,37 @@ def test_without_root_sudo_is_used_for_card_settings_alone_and_never_asks(
     programs.mkdir()
     (programs / "sudo").write_text('#!/bin/sh\n[ "$1 $2" = "-n true" ]\n')
     (programs / "sudo").chmod(0o755)
+    path = f"{programs}:{runner.environment['PATH']}"
     result = subprocess.run(
         [*AS_NOBODY, f"./{SCRIPT}", "--dry-run", "--mig", "--output", str(runner.output)],
-        cwd=runner.project,
-        env={
-            **runner.environment,
-            "PYTHON": SYSTEM_PYTHON,
-            "PATH": f"{programs}:{runner.environment['PATH']}",
-        },
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=True,
-    )
+        cwd=runner.project, env={**runner.environment, "PYTHON": SYSTEM_PYTHON, "PATH": path},
+        capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
     scripts = [line for line in result.stdout.splitlines() if "gpu-configs" in line]
     with_sudo = [line for line in scripts if line.startswith("would run: sudo -n ")]
     assert [line.partition("gpu-configs/")[2].split()[0] for line in with_sudo] == [
-        "setup_mig.sh",
-        "disable_mig.sh",
-    ]
+        "setup_mig.sh", "disable_mig.sh",
+    ]  # fmt: skip
     assert len(scripts) == 6
 
 
-def test_without_a_gpu_the_cpu_demonstration_runs(runner: DriverRunner) -> None:
-    result = runner.drive(SCRIPT, PATH=without_gpu_programs())
-    assert result.returncode == 0, result.stderr
+# --- which GPU, or none ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("modes", "mode"), [((), "time-slicing"), (("--modes", "mps"), "mps")])
+def test_without_a_gpu_one_demonstration_runs_whichever_mode_is_asked_for(
+    runner: DriverRunner, modes: tuple[str, ...], mode: str
+) -> None:
+    runner.rounds = ()
+    result = runner.must_drive(SCRIPT, *modes, PATH=without_gpu_programs())
     assert "CPU demonstration" in result.stderr
     assert runner.outcomes() == {
-        "baseline": "ok",
-        "cpu-demo": "ok",
-        "mps": "skipped",
-        "mig": "skipped",
-        "analysis": "ok",
-    }
-    assert runner.reason("mps") == runner.reason("mig") == "no NVIDIA GPU"
+        "baseline": "ok", "cpu-demo": "ok", "mps": "skipped", "mig": "skipped", "analysis": "ok",
+    }  # fmt: skip
+    assert runner.reason("mps") == "no NVIDIA GPU"
+    assert list(runner.suite_calls()) == ["baseline", "cpu-demo"]
     flags = runner.suite_calls()["cpu-demo"]["flags"]
-    assert flags["--repeats"] == "1"
+    assert (flags["--mode"], flags["--repeats"]) == (mode, "1")
     assert "--gpu" not in flags
 
 
@@ -682,8 +570,7 @@ def test_without_a_gpu_the_cpu_demonstration_runs(runner: DriverRunner) -> None:
 def test_a_gpu_that_is_hidden_or_not_wanted_is_left_alone(
     runner: DriverRunner, how: tuple[str, str]
 ) -> None:
-    result = runner.drive(SCRIPT, *how, CUDA_VISIBLE_DEVICES="")
-    assert result.returncode == 0, result.stderr
+    runner.must_drive(SCRIPT, *how, CUDA_VISIBLE_DEVICES="")
     assert runner.outcomes()["cpu-demo"] == "ok"
     assert runner.machine.calls() == []
 
@@ -693,6 +580,9 @@ def test_a_driver_that_does_not_answer_is_exit_3_and_no_demonstration(
     runner: DriverRunner, driver: str
 ) -> None:
     runner.machine.change(driver=driver)
+    assert runner.drive(SCRIPT, "--dry-run").returncode == 3
+    assert not runner.output.exists()
+    runner.rounds = ()
     result = runner.drive(SCRIPT)
     assert result.returncode == 3
     assert "mend the driver, or choose --device cpu" in result.stderr
@@ -702,74 +592,26 @@ def test_a_driver_that_does_not_answer_is_exit_3_and_no_demonstration(
     assert f"error: {refusal['sentence']}" in result.stderr.splitlines()
     # the folder is as good as a new one
     runner.machine.change(driver="ok")
-    assert runner.drive(SCRIPT, "--modes", "time-slicing").returncode == 0
+    assert runner.drive(SCRIPT, "--modes", "time-slicing", "--repeats=1").returncode == 0
 
 
-def test_a_dry_run_that_is_refused_leaves_nothing(runner: DriverRunner) -> None:
-    runner.machine.change(driver="not-loaded")
-    assert runner.drive(SCRIPT, "--dry-run").returncode == 3
-    assert not runner.output.exists()
-
-
-def test_what_the_suite_said_at_its_end_is_the_reason_of_its_phase(runner: DriverRunner) -> None:
-    sentence = 'r0: client 1 ("ResNet50") ran out of\tmemory; choose \\ fewer'
-    runner.rule(baseline={"exit": 1, "words": sentence}, analysis={"exit": 1, "words": "no room"})
-    result = runner.drive(SCRIPT, "--modes", "time-slicing")
-    assert result.returncode == 1
-    said = sentence.replace("\t", " ")
-    assert runner.reason("baseline") == said
-    assert f"Phase 1: baseline: failed ({said})" in result.stderr
-    assert runner.reason("time-slicing") == ""
-    assert runner.reason("analysis") == "no room"
-
-
-def test_a_row_that_a_full_disk_cut_off_is_neither_done_nor_part_of_the_next_one(
-    runner: DriverRunner,
-) -> None:
-    assert runner.drive(SCRIPT, "--modes", "time-slicing").returncode == 0
-    path = runner.output / "phases.jsonl"
-    rows = path.read_text().splitlines()
-    torn = rows[1][: rows[1].index('"seconds"')]
-    assert '"status":"ok"' in torn
-    path.write_text(f"{rows[0]}\n{torn}")
-    done_before = len(runner.suite_calls())
-    assert runner.drive(SCRIPT, "--resume", str(runner.output)).returncode == 0
-    assert len(runner.python_calls()) > done_before
-    phases, warnings = run_folder.read_phases(runner.output)
-    assert [phase.name for phase in phases] == [
-        "baseline", "time-slicing", "mps", "mig", "analysis",
-    ]  # fmt: skip
-    (warning,) = warnings
-    assert "line 2 is truncated" in warning
-
-
-def test_without_a_gpu_one_demonstration_runs_whichever_mode_is_asked_for(
-    runner: DriverRunner,
-) -> None:
-    result = runner.drive(SCRIPT, "--modes", "mps", PATH=without_gpu_programs())
-    assert result.returncode == 0, result.stderr
-    assert list(runner.suite_calls()) == ["baseline", "cpu-demo"]
-    assert runner.suite_calls()["cpu-demo"]["flags"]["--mode"] == "mps"
-    assert runner.reason("mps") == "no NVIDIA GPU"
-
-
-def test_the_first_visible_gpu_is_taken_and_passed_on_by_uuid(runner: DriverRunner) -> None:
+def test_the_first_visible_gpu_is_taken_and_passed_on_by_uuid() -> None:
     with driver_runner("h100x2") as two:
-        result = two.drive(SCRIPT, "--modes", "mig", CUDA_VISIBLE_DEVICES="1,0")
-        assert result.returncode == 0, result.stderr
-        assert two.suite_calls()["baseline"]["flags"]["--gpu"] == SECOND_UUID
+        planned = two.planned(SCRIPT, "--modes", "mps", CUDA_VISIBLE_DEVICES="1,0")
+        assert {flags["--gpu"] for flags in planned.values()} == {SECOND_UUID}
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+MODES = "--modes needs some of: time-slicing mps mps:even mps:PERCENT mig"
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (
-            ["--modes", "mps,mpz"],
-            "--modes needs some of: time-slicing mps mps:even mps:PERCENT mig",
-        ),
-        (["--modes", ""], "--modes needs some of"),
+        *((["--modes", given], MODES)
+          for given in ("mps,mpz", "", "mps:0", "mps:101", "mps:", "mps:even/", "time-slicing:50")),
         (["--workloads", "0"], "--workloads needs a whole number from 1 on"),
-        (["--repeats"], "--repeats needs a whole number from 1 on"),
         (["--phase-minutes", "0.0"], "--phase-minutes needs a number of minutes over 0"),
         (["--engine", "fast"], "--engine needs one of: eager graph compile"),
         (["--data-dir", "/nonexistent"], "--data-dir: '/nonexistent' is not a folder"),
@@ -777,16 +619,40 @@ def test_the_first_visible_gpu_is_taken_and_passed_on_by_uuid(runner: DriverRunn
         (["--seed", "-1"], "--seed needs a whole number from 0 on"),
         (["--nonsense"], "unknown option: --nonsense"),
         (["extra"], "unexpected argument: extra"),
+        (["--quick", "--repeats"], "--repeats needs a whole number from 1 on"),
+        (["--mix", "serving", "--plan", PLAN], "--mix and --plan: give one of the two"),
+        (["--mix", "pairs", "--workloads", "4"], "two jobs in each co-run: leave --workloads"),
+        (["--resume", "/nowhere"], "'/nowhere' holds no arguments.nul"),
+        (["--resume", "/tmp", "--quick"], "--resume needs a folder and takes no other flags"),
+        (["--quick", "--resume", "/tmp"], "give no others"),
+        (["--mig", "--mig-layout", "1g.5gb,1g.5gb,9g.90gb"],
+         "has no profile 1g.5gb,9g.90gb; it has 1g.10gb 1g.10gb+me"),
+        (["--mig", "--mig-layout", "1g.10gb,2g.20gb", "--workloads", "4"],
+         "has 2 instances for 4 jobs; name one for each"),
+        (["--mig", "--mig-layout", "2g,1g"], "needs MIG profiles with commas between"),
     ],
-)
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)  # fmt: skip
 def test_a_wrong_argument_is_exit_2_with_one_sentence_before_anything_is_done(
-    runner: DriverRunner, arguments: list[str], words: str
+    asked: DriverRunner, arguments: list[str], words: str
 ) -> None:
-    result = runner.drive(SCRIPT, *arguments)
+    result = asked.drive(SCRIPT, *arguments)
     assert result.returncode == 2
     assert words in result.stderr
-    assert "Try './run_experiments.sh --help'" in result.stderr
-    assert not runner.output.exists()
+    if "--mig" not in arguments and "--resume" not in arguments:
+        assert "Try './run_experiments.sh --help'" in result.stderr
+    assert not asked.output.exists()
+
+
+def test_a_plan_with_mistakes_is_exit_2_before_anything_is_done(
+    asked: DriverRunner, tmp_path: Path
+) -> None:
+    plan = tmp_path / "plan.toml"
+    plan.write_text('[[client]]\nworkload = "resnet"\n')
+    result = asked.drive(SCRIPT, "--plan", str(plan))
+    assert result.returncode == 2
+    assert "there is no workload 'resnet'" in result.stderr
+    assert not asked.output.exists()
 
 
 def test_a_folder_that_holds_something_is_not_written_into(runner: DriverRunner) -> None:

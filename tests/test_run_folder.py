@@ -425,36 +425,20 @@ def test_a_link_in_the_place_of_a_file_is_replaced_and_not_followed(
     assert not (run.folder / name).is_symlink()
 
 
-def planted_samples(folder: Path) -> None:
-    (folder / "gpu_samples.jsonl").symlink_to(folder.parent / "target")
-
-
-def planted_log(folder: Path) -> None:
-    (folder / "gpu_monitor.log").symlink_to(folder.parent / "target")
-
-
-def planted_lock(folder: Path) -> None:
-    (folder / "run.lock").unlink()
-    (folder / "run.lock").symlink_to(folder.parent / "target")
-
-
-def planted_clients(folder: Path) -> None:
-    (folder / "clients").symlink_to(folder.parent)
-
-
-def given_away(folder: Path) -> None:
-    another_users(folder, folder)
-
-
 @pytest.mark.parametrize(
-    "plant", [planted_samples, planted_log, planted_lock, planted_clients, given_away]
+    "planted", ["gpu_samples.jsonl", "gpu_monitor.log", "run.lock", "clients", "."]
 )
 def test_a_run_goes_on_in_no_folder_where_others_planted_something(
-    tmp_path: Path, plant: Callable[[Path], None]
+    tmp_path: Path, planted: str
 ) -> None:
     run = run_folder.create_run(tmp_path, MANIFEST, run_id="mine")
     run.finish("interrupted")
-    plant(run.folder)
+    path = run.folder / planted
+    if planted == ".":
+        another_users(path, path)
+    else:
+        path.unlink(missing_ok=True)
+        path.symlink_to(tmp_path if planted == "clients" else tmp_path / "target")
     with pytest.raises(run_folder.RunStoreError, match=f"{NOT_OWN}|not this user's own run"):
         run_folder.reopen_run(run_folder.read_run(run.folder), set())
     assert not (tmp_path / "target").exists()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import zipfile
@@ -76,8 +75,6 @@ class Project:
             timeout=120,
             check=False,
             start_new_session=True,
-            # pytest may itself have been started in the background, where SIGINT is ignored
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def site_packages(self) -> Path:
@@ -204,19 +201,17 @@ def test_ctrl_c_during_an_installation_ends_with_130_and_no_advice(complete: Pro
     assert "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize("python_path", [None, "", ".", ":/nonexistent", "relative:"])
 def test_modules_in_the_folder_that_a_script_is_started_in_are_never_run(
-    tmp_path: Path, wheels: Path, python_path: str | None
+    tmp_path: Path, wheels: Path
 ) -> None:
     project = make_project(tmp_path / "project")
     for name in ("venv", "ensurepip", "pip", "sys", "importlib", "argparse", "re", "tiny_tool",
                  "multiprocessing", "subprocess", "encodings"):  # fmt: skip
         (project.folder / f"{name}.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')\n")
-    variables = {} if python_path is None else {"PYTHONPATH": python_path}
-    first = project.start(wheels=wheels, **variables)
+    first = project.start(wheels=wheels, PYTHONPATH=".:/nonexistent:relative:")
     assert first.returncode == 0, first.stderr
     (next(project.venv.glob("complete-*"))).unlink()
-    assert project.start(**variables).returncode == 0
+    assert project.start().returncode == 0
     assert not (tmp_path / "run").exists()
 
 

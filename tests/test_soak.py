@@ -19,7 +19,6 @@ RUN, SUITE = "run_experiments.sh", "benchmarking/benchmark_suite.py"
         # While MPS is on.
         (RUN, soak.DRIVER, signal.SIGKILL, soak.DAEMON),
         (RUN, soak.DRIVER, signal.SIGTERM, soak.A_CLIENT),
-        (SUITE, soak.SUITE, signal.SIGKILL, soak.A_CLIENT),
         (SUITE, soak.SAMPLER, signal.SIGINT, soak.SAMPLER),
         (SUITE, soak.A_CLIENT, signal.SIGKILL, soak.A_CLIENT),
         ("stress_test.sh", soak.DAEMON, signal.SIGKILL, soak.A_CLIENT),
@@ -28,7 +27,6 @@ RUN, SUITE = "run_experiments.sh", "benchmarking/benchmark_suite.py"
 def test_a_killed_run_leaves_nothing_behind_and_goes_on(
     script: str, target: str, number: signal.Signals, not_before: str
 ) -> None:
-    soak.heed_interrupts()
     for _ in range(3):  # whoever was there may end in the moment of the kill: that is another round
         with open_folder() as folder:  # a short path: those of sockets are limited
             one = soak.Round(folder, script, target, number, moment=0.0, not_before=not_before)

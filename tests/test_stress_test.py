@@ -34,8 +34,7 @@ def leave_ramp(runner: DriverRunner, last_good_clients: int | None) -> None:
 def test_one_suite_run_ramps_up_training_jobs_under_time_slicing_then_the_table_is_made(
     runner: DriverRunner,
 ) -> None:
-    result = runner.drive(SCRIPT)
-    assert result.returncode == 0, result.stderr
+    result = runner.must_drive(SCRIPT)
     (call,) = runner.suite_calls().values()
     assert call["flags"] == {
         "--mode": "time-slicing",
@@ -66,51 +65,45 @@ def test_one_suite_run_ramps_up_training_jobs_under_time_slicing_then_the_table_
     ],
 )
 def test_the_counts_go_up_in_steps_and_end_with_the_largest(
-    runner: DriverRunner, arguments: list[str], counts: str
+    asked: DriverRunner, arguments: list[str], counts: str
 ) -> None:
-    result = runner.drive(SCRIPT, *arguments, "--dry-run")
+    result = asked.drive(SCRIPT, *arguments, "--dry-run")
     assert f"--workloads {counts} --repeats" in result.stdout
 
 
-def test_the_chart_of_the_ramp_is_named_where_there_is_one(runner: DriverRunner) -> None:
+def test_the_mode_is_on_during_the_ramp_and_off_before_its_chart_which_is_named(
+    runner: DriverRunner,
+) -> None:
     runner.rule(analysis={"files": {"scaling-training.png": ""}})
-    assert "(the ramp is scaling-training.png)" in runner.drive(SCRIPT, "mps", "2").stderr
+    result = runner.must_drive(SCRIPT, "mps", "2")
+    assert "(the ramp is scaling-training.png)" in result.stderr
+    assert runner.suite_calls()["mps"]["gpu"]["daemons"] == 1
+    assert runner.python_calls()[-1]["gpu"] == AS_BEFORE
 
 
-def test_bounds_and_the_search_for_the_exact_count_reach_the_suite(runner: DriverRunner) -> None:
-    result = runner.drive(
+def test_bounds_and_the_search_for_the_exact_count_reach_the_suite(asked: DriverRunner) -> None:
+    planned = asked.planned(
         SCRIPT, "mps", "4", "--mix", "inference", "--max-slowdown=2.5", "--slo-ms", "50",
         "--until-break", "--no-bisect",
     )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    flags = runner.suite_calls()["mps"]["flags"]
+    flags = planned["mps"]
     assert (flags["--max-slowdown"], flags["--slo-ms"]) == ("2.5", "50")
     assert "--until-break" in flags
     assert "--bisect" not in flags
 
 
-def test_jobs_of_a_plan_go_up_in_multiples_of_its_clients(runner: DriverRunner) -> None:
-    refused = runner.drive(SCRIPT, "mps", "6", "--plan", EXAMPLE)
+def test_jobs_of_a_plan_go_up_in_multiples_of_its_clients(asked: DriverRunner) -> None:
+    refused = asked.drive(SCRIPT, "mps", "6", "--plan", EXAMPLE)
     assert refused.returncode == 2
     assert "MAX needs to be a multiple of 4" in refused.stderr
-    result = runner.drive(SCRIPT, "mps", "12", "--plan", EXAMPLE)
-    assert result.returncode == 0, result.stderr
-    flags = runner.suite_calls()["mps"]["flags"]
+    flags = asked.planned(SCRIPT, "mps", "12", "--plan", EXAMPLE)["mps"]
     assert (flags["--plan"], flags["--workloads"]) == (EXAMPLE, "4,8,12")
     assert "--mix" not in flags
 
 
-def test_the_mode_is_on_during_the_ramp_and_off_before_the_table(runner: DriverRunner) -> None:
-    result = runner.drive(SCRIPT, "mps", "4")
-    assert result.returncode == 0, result.stderr
-    assert runner.suite_calls()["mps"]["gpu"]["daemons"] == 1
-    assert runner.python_calls()[-1]["gpu"] == AS_BEFORE
-
-
 @needs_root
 def test_mig_gets_an_instance_for_each_job_of_the_largest_count(runner: DriverRunner) -> None:
-    result = runner.drive(SCRIPT, "mig", "6", "--mig", as_root=True)
-    assert result.returncode == 0, result.stderr
+    runner.must_drive(SCRIPT, "mig", "6", "--mig", as_root=True)
     assert runner.suite_calls()["mig"]["gpu"]["instances"] == 6
     assert runner.python_calls()[-1]["gpu"] == AS_BEFORE
 
@@ -182,8 +175,7 @@ def test_a_disk_that_is_full_is_no_breaking_point(runner: DriverRunner) -> None:
 
 
 def test_without_a_gpu_it_is_a_demonstration(runner: DriverRunner) -> None:
-    result = runner.drive(SCRIPT, "mps", "2", PATH=without_gpu_programs())
-    assert result.returncode == 0, result.stderr
+    result = runner.must_drive(SCRIPT, "mps", "2", PATH=without_gpu_programs())
     assert "CPU demonstration" in result.stderr
     assert "--gpu" not in runner.suite_calls()["cpu-demo"]["flags"]
 
@@ -205,12 +197,12 @@ def test_without_a_gpu_it_is_a_demonstration(runner: DriverRunner) -> None:
     ],
 )
 def test_a_wrong_argument_is_exit_2_before_anything_is_done(
-    runner: DriverRunner, arguments: list[str], words: str
+    asked: DriverRunner, arguments: list[str], words: str
 ) -> None:
-    result = runner.drive(SCRIPT, *arguments)
+    result = asked.drive(SCRIPT, *arguments)
     assert result.returncode == 2
     assert words in result.stderr
-    assert not runner.output.exists()
+    assert not asked.output.exists()
 
 
 def test_a_ramp_that_was_killed_goes_on_as_the_same_run(runner: DriverRunner) -> None:
@@ -218,8 +210,7 @@ def test_a_ramp_that_was_killed_goes_on_as_the_same_run(runner: DriverRunner) ->
     assert runner.drive(SCRIPT, "mps", "4", "--max-slowdown", "2").returncode == -9
     runner.rule()
     done_before = len(runner.python_calls())
-    result = runner.drive(SCRIPT, "--resume", str(runner.output))
-    assert result.returncode == 0, result.stderr
+    runner.must_drive(SCRIPT, "--resume", str(runner.output))
     suite, analysis = runner.python_calls()[done_before:]
     assert suite["arguments"] == ["--resume", str(runner.output / "mps")]
     assert analysis["program"] == "analyze_results.py"

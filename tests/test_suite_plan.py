@@ -9,12 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 from recorded_rows import read_plain
 from test_benchmark_suite import Bench, bench, gpu_bench, start_daemon, verdicts
 
@@ -45,9 +43,7 @@ def command_table(*words: str, **more: str) -> str:
 
 def test_the_example_plan_runs_alone_and_together_and_is_kept_with_the_run(bench: Bench) -> None:
     plan_of(bench, "")
-    done = bench.run("--plan", str(EXAMPLE))
-    assert done.returncode == 0, done.stderr
-    run = bench.only_run()
+    run = bench.must("--plan", str(EXAMPLE))
     assert [record["co_run"] for record in run.co_run_records] == [
         "baseline-batch_inference", "baseline-command", "baseline-command-2", "own-commands-4-r0",
     ]  # fmt: skip
@@ -56,7 +52,7 @@ def test_the_example_plan_runs_alone_and_together_and_is_kept_with_the_run(bench
         "Batch inference", "hashing", "hashing", "a shell line"]  # fmt: skip
     assert [record["status"] for record in records] == ["ok"] * 4
     for record in records[1:]:
-        assert record["units"]["command"]["count"] >= 1
+        assert record["units"]["command"]["count"] > 0.9  # one, to what the window's edge cuts
         assert record["slowdown"] > 0
     assert [bool(record["latency_ms"]) for record in records] == [False, False, False, True]
     assert (run.folder / "plan.toml").read_text() == EXAMPLE.read_text()
@@ -115,11 +111,10 @@ def test_a_grandchild_on_the_card_proves_a_command_and_one_that_is_never_listed_
     gpu_bench: Callable,
 ) -> None:
     bench = gpu_bench()
-    line = f"{sys.executable} {GPU_COMMAND} 0.4 & wait"
+    # Long enough for a list of processes, however late a busy machine makes it.
+    line = f"{sys.executable} {GPU_COMMAND} 1.0 & wait"
     shell = f'[[client]]\ncommand = "{line}"\nshell = true\n'
-    done = bench.run("--plan", plan_of(bench, f"{shell}{command_table('0.4', 'hidden')}"))
-    assert done.returncode == 0, done.stderr
-    run = bench.only_run()
+    run = bench.must("--plan", plan_of(bench, f"{shell}{command_table('1.0', 'hidden')}"))
     assert verdicts(run, "baseline") == ["verified", "unverified"]
     assert verdicts(run) == ["verified", "unverified"]
     evidence = run.clients_of("own-2-r0")[1]["proof"]["evidence"]
@@ -131,7 +126,7 @@ def test_a_command_under_mps_is_proved_by_its_own_process_and_invalid_past_the_d
 ) -> None:
     bench = gpu_bench()
     start_daemon(bench)
-    plan = plan_of(bench, f"{command_table('0.4')}\n{command_table('0.4', 'without_mps')}")
+    plan = plan_of(bench, f"{command_table('1.0')}\n{command_table('1.0', 'without_mps')}")
     done = bench.run("--mode", "mps", "--plan", plan)
     assert done.returncode == 5
     run = bench.only_run()
@@ -146,12 +141,10 @@ def test_a_command_under_mps_is_proved_by_its_own_process_and_invalid_past_the_d
 def test_limits_of_mps_clients_reach_them_together_but_not_alone(gpu_bench: Callable) -> None:
     bench = gpu_bench()
     start_daemon(bench)
-    done = bench.run(
+    run = bench.must(
         "--mode", "mps", "--mix", "training", "--workloads", "2", "--quick",
         "--mps-percentage", "even", "--mps-memory-limit", "8G,4G",
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    run = bench.only_run()
     seen = [record["identity"]["sharing_environment"] for record in run.client_records]
     percentages = [found.get("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE") for found in seen]
     limits = [found.get("CUDA_MPS_PINNED_DEVICE_MEM_LIMIT") for found in seen]
@@ -183,23 +176,8 @@ CAUSES = [
     ),
     (
         "error",
-        {"cause": "unreadable_image", "memory": None},
-        "/data/cat/001.png cannot be read as an image (truncated)",
-    ),
-    (
-        "error",
         {"cause": "diverged", "memory": None},
         "the training diverged: the loss of epoch 2 became nan (learning rate 1e+30, bf16)",
-    ),
-    (
-        "error",
-        {"cause": "damaged_file", "memory": None},
-        "/weights/resnet50.pth does not fit its checksum; delete it",
-    ),
-    (
-        "error",
-        {"cause": "not_finite", "memory": None},
-        "the model's outputs are NaN; name other weights",
     ),
 ]
 
@@ -216,11 +194,7 @@ def test_a_cause_reaches_the_records_the_terminal_and_the_report(bench: Bench) -
         neighbor, record = run.clients_of("interactive-2-r0")
         assert {name: record[name] for name in told} == told
         assert (neighbor["status"], neighbor["cause"]) == ("ok", None)
-    subprocess.run(
-        (sys.executable, bench.root / "benchmarking" / "analyze_results.py",
-         "--results-dir", bench.results), check=True, capture_output=True,
-    )  # fmt: skip
-    report = (bench.results / "report.md").read_text()
+    report = bench.report()
     assert [sentence for *_, sentence in CAUSES if sentence not in report] == []
 
 
@@ -252,28 +226,10 @@ def test_a_bound_that_is_passed_ends_the_ramp_as_a_result(bench: Bench) -> None:
         {"match": "*", "latency": True},
         {"match": "*:inference-4-r0/*", "unit_seconds": 0.2},
     )
-    done = bench.run(
+    run = bench.must(
         "--mix", "inference", "--workloads", "1,2,4,6", "--slo-ms", "150", "--until-break"
     )
-    assert done.returncode == 0, done.stderr
-    run = bench.only_run()
     assert reasons(run)["inference-4-r0"] == "p99"
     assert run.co_run_records[-1]["co_run"] == "inference-4-r0"
     assert run.manifest["outcome"] == "complete"
     assert run.manifest["bounds"] == {"max_slowdown": None, "max_p99_ms": 150.0}
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--mix", "training", "--slo-ms", "50"], "--slo-ms needs jobs with response times"),
-        (["--mode", "mig", "--until-break"], "as many clients as instances"),
-        (["--plan", "/no/plan.toml"], "/no/plan.toml cannot be read"),
-        (["--mode", "mps", "--mps-percentage", "0"], "not a percentage over 0 and up to 100"),
-        (["--mps-percentage", "50"], "limits of MPS clients need --mode mps"),
-    ],
-)
-def test_what_cannot_be_asked_for_is_code_2(bench: Bench, arguments: list[str], words: str) -> None:
-    done = bench.run(*arguments)
-    assert done.returncode == 2
-    assert words in done.stderr

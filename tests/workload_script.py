@@ -1,17 +1,21 @@
-"""A workload run by hand, as a process of its own, and the one result file that it leaves."""
+"""A workload run by hand, in a process of its own or in this one, and the one result it leaves."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import runpy
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from conftest import PROJECT_ROOT
 
+from workloads.common import cli
 from workloads.common.errors import EXIT_USAGE
 
 
@@ -28,6 +32,32 @@ def runner_of(script: str) -> Callable[..., subprocess.CompletedProcess[str]]:
         )  # fmt: skip
 
     return run_script
+
+
+class Here:
+    """Workloads run in this process, for what needs no other: torch is imported once for all."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+        self._monkeypatch, self._capsys = monkeypatch, capsys
+
+    def run(
+        self, what: str | Callable[[], int], *arguments: str
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a script, or a `main` of one, to its end."""
+        name = what if isinstance(what, str) else "workload.py"
+        self._monkeypatch.setattr(sys, "argv", [name, *arguments])
+        self._capsys.readouterr()
+        before = signal.getsignal(signal.SIGTERM)
+        try:
+            with pytest.raises(SystemExit) as ended:
+                if isinstance(what, str):
+                    runpy.run_path(str(PROJECT_ROOT / what), run_name="__main__")
+                else:
+                    cli.run_main(what)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        said = self._capsys.readouterr()
+        return subprocess.CompletedProcess(arguments, ended.value.code, said.out, said.err)
 
 
 def result_reader(script: str) -> Callable[[Path], dict]:

@@ -11,22 +11,22 @@ that a script under test finds first on its PATH. They keep what they know in on
     assert machine.changing_calls() == []
 
 Environment variables
-    FAKE_GPU_STATE    the folder (needed). In it: `machine.json` (the state, only ever rewritten by
-                      a call that changes something), `calls.jsonl` (every call), `rules.json`
-                      (failures)
-    FAKE_GPU_MACHINE  which machine to start with while there is no `machine.json`: one of MACHINES
+    FAKE_GPU_STATE    the folder (needed). In it: `machine` (the state, only ever rewritten by a
+                      call that changes something), `calls` (every call), `rules` (failures); by
+                      marshal, since each start of a fake would wait 10 ms for the import of json
+    FAKE_GPU_MACHINE  which machine to start with while there is no `machine`: one of MACHINES
                       below (default `h100`)
     FAKE_GPU_UID      the user id that the programs take themselves to be run by (default: the real
                       one); lets a test without a second account see "no permission"
     FAKE_SUDO_USER    for the fake `sudo`: the invoking account (default `nobody`)
 
-`calls.jsonl`, one JSON object a call
+`calls`, a dict a call
     command      the command line, or `nvidia-cuda-mps-control < COMMAND` for what it reads
     changes      true for a call that asks for a change, whether or not it succeeded
     uid, exit    who called, and the exit status
     environment  the CUDA_* variables of the call
 
-`rules.json`, a list of objects, the first that matches counts
+`rules`, a list of dicts, the first that matches counts
     match        shell pattern on the command as logged, e.g. "nvidia-smi -i * -mig 1"
     exit         exit status in place of the real one (default 1)
     text         what is printed in place of the real text (default: nothing)
@@ -44,9 +44,8 @@ UNVERIFIED.
 from __future__ import annotations
 
 import fcntl
-import json
+import marshal
 import os
-import re
 import sys
 import time
 
@@ -65,47 +64,24 @@ SMI_LOST = 15
 SMI_IN_USE = 19  # UNVERIFIED: the number of NVML_ERROR_IN_USE
 
 
-def _profile(
-    name: str,
-    profile_id: int,
-    total: int,
-    memory_gib: float,
-    multiprocessors: int,
-    second_row: str,
-    decoders: int,
-    starts: list[int],
-    size: int,
-) -> dict:
-    return {
-        "name": name,
-        "id": profile_id,
-        "total": total,
-        "memory_gib": memory_gib,
-        "multiprocessors": multiprocessors,
-        "decoders": decoders,
-        "second_row": second_row,
-        "starts": starts,
-        "size": size,
-    }
+PROFILE_FIELDS = ("name", "memory_gib", "multiprocessors", "id", "total", "second_row", "decoders",
+                  "starts", "size")  # fmt: skip
+# Of an 8-memory-slice card: ids, counts and placements as on the H100.
+_EIGHTHS = [
+    (19, 7, "1     1     0", 1, [0, 1, 2, 3, 4, 5, 6], 1),
+    (20, 1, "1     1     1", 1, [0, 1, 2, 3, 4, 5, 6], 1),
+    (15, 4, "1     1     0", 1, [0, 2, 4, 6], 2),
+    (14, 3, "2     2     0", 2, [0, 2, 4], 2),
+    (9, 2, "3     3     0", 3, [0, 4], 4),
+    (5, 1, "4     4     0", 4, [0], 4),
+    (0, 1, "8     7     1", 7, [0], 8),
+]
 
 
 def _profiles(names: list[str], memory_gib: list[float], multiprocessors: list[int]) -> list[dict]:
-    """The seven profiles of an 8-memory-slice card: ids, counts and placements as on the H100."""
-    shape = [
-        (19, 7, "1     1     0", 1, [0, 1, 2, 3, 4, 5, 6], 1),
-        (20, 1, "1     1     1", 1, [0, 1, 2, 3, 4, 5, 6], 1),
-        (15, 4, "1     1     0", 1, [0, 2, 4, 6], 2),
-        (14, 3, "2     2     0", 2, [0, 2, 4], 2),
-        (9, 2, "3     3     0", 3, [0, 4], 4),
-        (5, 1, "4     4     0", 4, [0], 4),
-        (0, 1, "8     7     1", 7, [0], 8),
-    ]
-    return [
-        _profile(name, profile_id, total, gib, count, second_row, decoders, starts, size)
-        for name, gib, count, (profile_id, total, second_row, decoders, starts, size) in zip(
-            names, memory_gib, multiprocessors, shape, strict=True
-        )
-    ]
+    """The seven profiles of an 8-memory-slice card."""
+    rows = zip(names, memory_gib, multiprocessors, _EIGHTHS, strict=True)
+    return [dict(zip(PROFILE_FIELDS, (*own, *shape), strict=True)) for *own, shape in rows]
 
 
 _SMALL = [9.75, 9.75, 19.62, 19.62, 39.50, 39.50, 79.25]
@@ -140,12 +116,11 @@ _RTX_PRO = [
 
 def _quarters(table: list[tuple], slice_gib: float, slice_sm: int) -> list[dict]:
     """The profiles of a card of four slices."""
-    return [
-        _profile(
-            name, number, total, size * slice_gib, size * slice_sm, "1     1     0", 1, starts, size
-        )
+    rows = (
+        (name, size * slice_gib, size * slice_sm, number, total, "1     1     0", 1, starts, size)
         for name, number, total, starts, size in table
-    ]
+    )
+    return [dict(zip(PROFILE_FIELDS, row, strict=True)) for row in rows]
 
 
 def _gpu(
@@ -191,46 +166,21 @@ def _h100() -> dict:
     )
 
 
+_A100_GIB = [4.75, 4.75, 9.75, 9.75, 19.62, 19.62, 39.38]
+_H200_GIB = [16.0, 16.0, 32.5, 32.5, 69.75, 69.75, 140.0]
+_B200_GIB = [22.0, 22.0, 44.5, 44.5, 89.0, 89.0, 178.0]
 MACHINES = {
     "h100": lambda: [_h100()],
     "h100x2": lambda: [_h100(), _second(_h100())],
-    "a100-40": lambda: [
-        _gpu(
-            "NVIDIA A100-SXM4-40GB",
-            "8.0",
-            40960,
-            108,
-            _profiles(_NAMES_40, [4.75, 4.75, 9.75, 9.75, 19.62, 19.62, 39.38], _AMPERE_SM),
-        )
-    ],
-    "h200": lambda: [
-        _gpu(
-            "NVIDIA H200",
-            "9.0",
-            143771,
-            132,
-            _profiles(_NAMES_141, [16.0, 16.0, 32.5, 32.5, 69.75, 69.75, 140.0], _HOPPER_SM),
-        )
-    ],
-    "b200": lambda: [
-        _gpu(
-            "NVIDIA B200",
-            "10.0",
-            183359,
-            148,
-            _profiles(_NAMES_180, [22.0, 22.0, 44.5, 44.5, 89.0, 89.0, 178.0], _HOPPER_SM),
-        )
-    ],
+    "a100-40": lambda: [_gpu("NVIDIA A100-SXM4-40GB", "8.0", 40960, 108,
+                             _profiles(_NAMES_40, _A100_GIB, _AMPERE_SM))],
+    "h200": lambda: [_gpu("NVIDIA H200", "9.0", 143771, 132,
+                          _profiles(_NAMES_141, _H200_GIB, _HOPPER_SM))],
+    "b200": lambda: [_gpu("NVIDIA B200", "10.0", 183359, 148,
+                          _profiles(_NAMES_180, _B200_GIB, _HOPPER_SM))],
     "a30": lambda: [_gpu("NVIDIA A30", "8.0", 24576, 56, _quarters(_A30, 5.81, 14))],
-    "rtx-pro-6000": lambda: [
-        _gpu(
-            "NVIDIA RTX PRO 6000 Blackwell Server Edition",
-            "12.0",
-            97887,
-            188,
-            _quarters(_RTX_PRO, 23.6, 46),
-        )
-    ],
+    "rtx-pro-6000": lambda: [_gpu("NVIDIA RTX PRO 6000 Blackwell Server Edition", "12.0", 97887,
+                                  188, _quarters(_RTX_PRO, 23.6, 46))],
     "geforce": lambda: [_gpu("NVIDIA GeForce RTX 4060", "8.9", 8188, 24, [])],
     # CUDA counts the fastest first, nvidia-smi by bus id
     "t4-h100": lambda: [_gpu("Tesla T4", "7.5", 15360, 40, []), _second(_h100())],
@@ -238,7 +188,7 @@ MACHINES = {
     "k40": lambda: [{**_gpu("Tesla K40m", "3.0", 11441, 15, []), "timeslice": None}],
     "no-gpu": list,
     "no-driver": list,
-}
+}  # fmt: skip
 
 
 def new_machine(kind: str) -> dict:
@@ -265,9 +215,9 @@ class Store:
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
-        self.path = os.path.join(folder, "machine.json")
+        self.path = os.path.join(folder, "machine")
         self._lock: int | None = None
-        self._before = ""
+        self._before: dict | None = None
         self.machine: dict = {}
 
     def __enter__(self) -> Store:
@@ -279,41 +229,39 @@ class Store:
             os.umask(previous)
         fcntl.flock(self._lock, fcntl.LOCK_EX)
         try:
-            with open(self.path, encoding="utf-8") as file:
-                self._before = file.read()
-            self.machine = json.loads(self._before)
+            with open(self.path, "rb") as file:
+                known = file.read()
+            self._before, self.machine = marshal.loads(known), marshal.loads(known)
         except FileNotFoundError:
-            self._before = ""
             self.machine = new_machine(os.environ.get("FAKE_GPU_MACHINE", "h100"))
         return self
 
     def __exit__(self, *_: object) -> None:
-        after = json.dumps(self.machine, indent=1)
-        if after != self._before:
-            self._replace(self.path, after)
+        if self.machine != self._before:
+            self._replace(self.path, self.machine)
         assert self._lock is not None
         os.close(self._lock)
 
-    def _replace(self, path: str, text: str) -> None:
+    def _replace(self, path: str, value: object) -> None:
         temporary = f"{path}.{os.getpid()}"
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(temporary, "wb") as file:
+            marshal.dump(value, file)
         os.chmod(temporary, 0o666)
         os.replace(temporary, path)
 
     def matching_rule(self, command: str) -> dict | None:
         """The rule that hits this call; counts the call against it."""
-        path = os.path.join(self.folder, "rules.json")
+        path = os.path.join(self.folder, "rules")
         try:
-            with open(path, encoding="utf-8") as file:
-                rules = json.load(file)
+            with open(path, "rb") as file:
+                rules = marshal.load(file)
         except FileNotFoundError:
             return None
         for rule in rules:
             if not _matches(rule["match"], command):
                 continue
             rule["seen"] = rule.get("seen", 0) + 1
-            self._replace(path, json.dumps(rules))
+            self._replace(path, rules)
             first = rule.get("after", 0)
             if rule["seen"] <= first:
                 continue
@@ -323,7 +271,7 @@ class Store:
         return None
 
     def log(self, command: str, changes: bool, exit_status: int) -> None:
-        """Append one call to calls.jsonl."""
+        """Append one call to `calls`."""
         line = {
             "command": command,
             "changes": changes,
@@ -333,17 +281,29 @@ class Store:
         }
         previous = os.umask(0)
         try:
-            path = os.path.join(self.folder, "calls.jsonl")
+            path = os.path.join(self.folder, "calls")
             descriptor = os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o666)
         finally:
             os.umask(previous)
-        os.write(descriptor, (json.dumps(line) + "\n").encode())
+        os.write(descriptor, marshal.dumps(line))
         os.close(descriptor)
 
 
 def _matches(pattern: str, text: str) -> bool:
     """A shell pattern where only `*` is special (command lines are full of brackets)."""
-    return re.fullmatch(".*".join(re.escape(part) for part in pattern.split("*")), text) is not None
+    first, *others = pattern.split("*")
+    if not others:
+        return text == pattern
+    *between, last = others
+    if not text.startswith(first):
+        return False
+    at = len(first)
+    for part in between:
+        found = text.find(part, at)
+        if found < 0:
+            return False
+        at = found + len(part)
+    return len(text) - len(last) >= at and text.endswith(last)
 
 
 def current_uid() -> int:
@@ -377,6 +337,13 @@ def answer(command: str, changes: bool, act) -> int:
     return status
 
 
+def _process(
+    pid: int, name: str = "python3", user: str = "alice", used_memory_mib: int = 512,
+    gi: int | None = None,
+) -> dict:  # fmt: skip
+    return {"pid": pid, "name": name, "user": user, "used_memory_mib": used_memory_mib, "gi": gi}
+
+
 class FakeMachine:
     """A test's side of the pretended machine."""
 
@@ -405,13 +372,8 @@ class FakeMachine:
 
     def state(self) -> dict:
         """A copy of the machine's state; see `new_machine` and `_gpu` for its fields."""
-        with open(os.path.join(self.folder, "machine.json"), encoding="utf-8") as file:
-            return json.load(file)
-
-    def state_bytes(self) -> bytes:
-        """The state file as it is on disk, to prove that nothing was touched."""
-        with open(os.path.join(self.folder, "machine.json"), "rb") as file:
-            return file.read()
+        with open(os.path.join(self.folder, "machine"), "rb") as file:
+            return marshal.load(file)
 
     def change(self, **fields: object) -> None:
         """Set top-level fields of the state, e.g. `driver="not-loaded"`."""
@@ -423,25 +385,10 @@ class FakeMachine:
         with Store(self.folder) as store:
             store.machine["gpus"][index].update(fields)
 
-    def add_process(
-        self,
-        pid: int = 4242,
-        name: str = "python3",
-        user: str = "alice",
-        used_memory_mib: int = 512,
-        gi: int | None = None,
-        index: int = 0,
-    ) -> None:
-        """Put a process on a GPU (or on its GPU instance `gi`)."""
-        process = {
-            "pid": pid,
-            "name": name,
-            "user": user,
-            "used_memory_mib": used_memory_mib,
-            "gi": gi,
-        }
+    def add_process(self, pid: int = 4242, index: int = 0, **fields: object) -> None:
+        """Put a process on a GPU, by `gi` on its GPU instance."""
         with Store(self.folder) as store:
-            store.machine["gpus"][index]["processes"].append(process)
+            store.machine["gpus"][index]["processes"].append(_process(pid, **fields))
 
     def add_mps_daemon(
         self,
@@ -454,16 +401,9 @@ class FakeMachine:
         """Let a control daemon of somebody run that no script of ours started."""
         with Store(self.folder) as store:
             store.machine["mps"][os.path.realpath(pipe_directory)] = {
-                "pid": pid,
-                "uid": uid,
-                "user": user,
-                "percentage": 100.0,
-                "log_directory": "",
-                "server": None,
-                "clients": [],
-                "visible_devices": None,
-                "protocol": protocol,
-            }
+                "pid": pid, "uid": uid, "user": user, "percentage": 100.0, "log_directory": "",
+                "server": None, "clients": [], "visible_devices": None, "protocol": protocol,
+            }  # fmt: skip
 
     def add_mps_client(self, pid: int, name: str = "python3", index: int = 0) -> None:
         """Attach a client to the only running daemon, whose server starts if need be."""
@@ -474,25 +414,10 @@ class FakeMachine:
             if daemon["server"] is None:
                 daemon["server"] = machine["next_pid"]
                 machine["next_pid"] += 1
-                processes.append(
-                    {
-                        "pid": daemon["server"],
-                        "name": "nvidia-cuda-mps-server",
-                        "user": daemon["user"],
-                        "used_memory_mib": 66,
-                        "gi": None,
-                    }
-                )
+                server = _process(daemon["server"], "nvidia-cuda-mps-server", daemon["user"], 66)
+                processes.append(server)
             daemon["clients"].append({"pid": pid, "name": name})
-            processes.append(
-                {
-                    "pid": pid,
-                    "name": name,
-                    "user": daemon["user"],
-                    "used_memory_mib": 2228,
-                    "gi": None,
-                }
-            )
+            processes.append(_process(pid, name, daemon["user"], 2228))
 
     def remove_process(self, pid: int) -> None:
         """Let a process end: it leaves every GPU and every MPS daemon."""
@@ -504,28 +429,29 @@ class FakeMachine:
 
     def fail(self, match: str, **rule: object) -> None:
         """Add a rule; see the module's text for its fields."""
-        path = os.path.join(self.folder, "rules.json")
+        path = os.path.join(self.folder, "rules")
         rules = []
         if os.path.exists(path):
-            with open(path, encoding="utf-8") as file:
-                rules = json.load(file)
-        with open(path, "w", encoding="utf-8") as file:
-            json.dump([*rules, {"match": match, **rule}], file)
+            with open(path, "rb") as file:
+                rules = marshal.load(file)
+        with open(path, "wb") as file:
+            marshal.dump([*rules, {"match": match, **rule}], file)
         os.chmod(path, 0o666)
 
     def forget_rules(self) -> None:
         """Drop every rule."""
-        path = os.path.join(self.folder, "rules.json")
+        path = os.path.join(self.folder, "rules")
         if os.path.exists(path):
             os.remove(path)
 
     def calls(self) -> list[dict]:
         """Every call so far, oldest first."""
-        try:
-            with open(os.path.join(self.folder, "calls.jsonl"), encoding="utf-8") as file:
-                return [json.loads(line) for line in file]
-        except FileNotFoundError:
-            return []
+        path, calls = os.path.join(self.folder, "calls"), []
+        if os.path.exists(path):
+            with open(path, "rb") as file:
+                while file.peek(1):
+                    calls.append(marshal.load(file))
+        return calls
 
     def changing_calls(self) -> list[str]:
         """The command lines that asked for a change, oldest first."""
@@ -533,6 +459,6 @@ class FakeMachine:
 
     def forget_calls(self) -> None:
         """Start the list of calls anew."""
-        path = os.path.join(self.folder, "calls.jsonl")
+        path = os.path.join(self.folder, "calls")
         if os.path.exists(path):
             os.remove(path)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import marshal
 import os
 import signal
 import sys
@@ -115,10 +116,10 @@ def rule_of(name: str) -> dict:
 
 def pretended_gpu() -> dict | None:
     """What the fake driver would say now, as far as modes go."""
-    path = Path(os.environ.get("FAKE_GPU_STATE", "/nonexistent")) / "machine.json"
+    path = Path(os.environ.get("FAKE_GPU_STATE", "/nonexistent")) / "machine"
     if not path.exists():
         return None
-    machine = json.loads(path.read_text())
+    machine = marshal.loads(path.read_bytes())
     if not machine["gpus"]:
         return None
     gpu = machine["gpus"][0]

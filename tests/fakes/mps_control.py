@@ -1,0 +1,149 @@
+"""The fake `nvidia-cuda-mps-control`: control daemons of the machine in FAKE_GPU_STATE.
+
+Environment variables, failure rules and log: see `gpu_machine.py` beside this file. A daemon is an
+entry of the state, not a process; its socket files are real and, as with the real one, stay behind
+after `quit`. Where CUDA_MPS_PIPE_DIRECTORY is not set, they go below the state folder, never
+to /tmp.
+"""
+
+import os
+import pwd
+import socket
+import sys
+
+import gpu_machine as fake
+
+NO_DAEMON = "Cannot find MPS control daemon process"
+
+
+def pipe_directory():
+    default = os.path.join(os.environ.get("FAKE_GPU_STATE", "/nonexistent"), "default-mps-pipe")
+    return os.path.realpath(os.environ.get("CUDA_MPS_PIPE_DIRECTORY", default))
+
+
+def start_daemon(machine):
+    pipe = pipe_directory()
+    if pipe in machine["mps"]:
+        return 1, "An instance of this daemon is already running"
+    os.makedirs(pipe, exist_ok=True)
+    for name in ("control", "control_privileged"):
+        path = os.path.join(pipe, name)
+        if os.path.exists(path):
+            os.remove(path)
+        # Longer than 107 bytes is refused by the system, as for the real daemon.
+        with socket.socket(socket.AF_UNIX) as file:
+            file.bind(path)
+    log_directory = os.environ.get("CUDA_MPS_LOG_DIRECTORY", pipe)
+    os.makedirs(log_directory, exist_ok=True)
+    for path in (
+        os.path.join(pipe, "control_lock"),
+        os.path.join(log_directory, "control.log"),
+        os.path.join(log_directory, "server.log"),
+    ):
+        with open(path, "a", encoding="utf-8"):
+            pass
+    uid = fake.current_uid()
+    machine["mps"][pipe] = {
+        "pid": machine["next_pid"],
+        "uid": uid,
+        "user": pwd.getpwuid(uid).pw_name,
+        "percentage": float(os.environ.get("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", "100")),
+        "log_directory": log_directory,
+        "server": None,
+        "clients": [],
+        "visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES"),
+        "protocol": int(os.environ.get("CUDA_MPS_PROTOCOL_VERSION", "2")),
+    }
+    machine["next_pid"] += 1
+    return 0, ""
+
+
+def set_percentage(daemon, words):
+    try:
+        value = float(words[0])
+    except (IndexError, ValueError):
+        value = 0.0
+    if 0 < value <= 100:
+        daemon["percentage"] = value
+    return str(daemon["percentage"])  # what is out of range is ignored, the old value printed
+
+
+def client_table(machine, daemon):
+    if not daemon["clients"]:
+        return "Server not found"
+    lines = [
+        "PID       ID        SERVER         DEVICE                    NAMESPACE      COMMAND        "  # noqa: E501
+    ]
+    device = machine["gpus"][0]["uuid"][:22]
+    for number, client in enumerate(daemon["clients"], start=2):
+        lines.append(
+            f"{client['pid']:<10}{number:<10}{daemon['server']:<15}{device:<26}{4026531836:<15}"
+            f"{client['name']:<15}"
+        )
+    return "\n".join(lines)
+
+
+def is_shut(pipe):
+    try:
+        os.stat(os.path.join(pipe, "control"))
+    except PermissionError:
+        return True
+    except OSError:
+        pass  # a daemon that a test only claims to run
+    return False
+
+
+def obey(machine, command):
+    pipe = pipe_directory()
+    daemon = machine["mps"].get(pipe)
+    # A daemon of somebody else does not answer (UNVERIFIED).
+    if daemon is None or is_shut(pipe) or fake.current_uid() not in {daemon["uid"], 0}:
+        return 1, NO_DAEMON
+    verb, *words = command.split() or [""]
+    if daemon["protocol"] >= 3:  # UNVERIFIED: other commands, other words
+        return 0, f'Unknown command "{verb}"'
+    if verb == "quit":
+        del machine["mps"][pipe]
+        for gpu in machine["gpus"]:
+            gpu["processes"] = [p for p in gpu["processes"] if p["pid"] != daemon["server"]]
+        return 0, ""
+    if verb == "get_default_active_thread_percentage":
+        return 0, str(daemon["percentage"])
+    if verb == "set_default_active_thread_percentage":
+        return 0, set_percentage(daemon, words)
+    if verb == "get_server_list":
+        return 0, "" if daemon["server"] is None else str(daemon["server"])
+    if verb == "ps":
+        return 0, client_table(machine, daemon)
+    if verb == "get_client_list":
+        if not words or str(daemon["server"]) != words[0]:
+            return 0, f"Server {words[0] if words else 0} not found"
+        return 0, "\n".join(str(client["pid"]) for client in daemon["clients"])
+    if verb == "get_server_status":
+        if not words:
+            return 0, "A server PID is required"
+        return 0, "ACTIVE" if str(daemon["server"]) == words[0] else f"Server {words[0]} not found"
+    if verb == "terminate_client":
+        return 0, ""
+    if verb in {"get_device_client_list", "set_default_device_pinned_mem_limit"}:
+        return 0, ""
+    return 0, f'Unknown command "{verb}"'
+
+
+QUESTIONS = ("get_", "ps")
+
+
+def main():
+    program = "nvidia-cuda-mps-control"
+    if "-d" in sys.argv[1:]:
+        sys.exit(fake.answer(f"{program} -d", True, start_daemon))
+    status = 0
+    for line in sys.stdin.read().splitlines() or [""]:
+        command = line.strip()
+        changes = not command.startswith(QUESTIONS)
+        status = fake.answer(
+            f"{program} < {command}", changes, lambda machine, asked=command: obey(machine, asked)
+        )
+        if status != 0:
+            break
+    sys.exit(status)
