@@ -185,6 +185,29 @@ def test_a_noisy_neighbor_is_a_table_of_job_resource_and_mode(tmp_path: Path) ->
     assert "| BERT fine-tuning | memory bandwidth | a slice is better | from 0.25 on |" in text
 
 
+def test_noisy_neighbors_by_themselves_are_the_first_screen(tmp_path: Path) -> None:
+    comparison = compared(tmp_path, slicing(*THREE), mps(2.0, 2.02, 2.04))
+    section = comparison["sections"][0]
+    section["conclusions"] = []
+    felt = {"time-slicing": 1.9, "mps": 38.0, "mps:even": 1.7}
+    section["noisy"] = [{
+        "label": "Token generation", "kind": "hbm", "break_even": [],
+        "points": [
+            {"variant": variant, "duty": 1.0, "slowdown": {
+                "mean": mean, "low": mean, "high": mean, "values": [mean], "is_interval": False}}
+            for variant, mean in felt.items()
+        ],
+    }]  # fmt: skip
+    shown = " ".join(render.render_terminal(comparison, 100).split())
+    assert (
+        "Next to a neighbor that presses the card's memory all the time, Token generation takes "
+        "38.00 times as long as alone under MPS, and 1.70 times under MPS with even shares; seen "
+        "once."
+    ) in shown
+    assert "Token generation hbm 1.00 1.90 38.00 1.70" in shown
+    assert shown.count("Token generation") == 2
+
+
 def test_both_reports_hold_every_part_and_unknown_is_a_dash(tmp_path: Path) -> None:
     run = mps(2.0, 2.02, 2.04, notes=["a note of the run"])
     for record in run["records"]:

@@ -84,9 +84,9 @@ def render_terminal(comparison: Record, width: int) -> str:
                 shown = first_table(mix, say.how_sure, "*{}")
                 parts += [say.headline(mix), say.subject(section, mix), shown]
             else:
-                headline = say.pairs_headline if section["pair_choices"] else say.baseline_headline
-                parts += [headline(section), say.section_title(section)]
+                parts += [say.other_headline(section), say.section_title(section)]
                 parts += [tables.pair_matrix(section)] if section["pair_choices"] else []
+                parts += [tables.noisy(section)] if section["noisy"] else []
             said = facts(section, mix, say)
             parts += [f"  {title}: {' '.join(texts)}" for title, texts in said.items()]
             parts.append("")
@@ -179,6 +179,7 @@ def context(comparison: Record, drawn: Charts = ()) -> dict[str, Any]:
             costs = (group["cost_per_1000_work"], group["energy_cost_per_1000_work"])
             group["has_price"] = costs != (None, None)
         section["mixes"] = mixes_of(section)
+        section["noisy_worst"] = noisy_worst_of(section)
         section["service_limits"] = [
             f"{row['label']}, {row['where']}: {row['service']['limit']}"
             for row in tables.service_rows(section)
@@ -196,6 +197,32 @@ def context(comparison: Record, drawn: Charts = ()) -> dict[str, Any]:
              for mode in choice["modes"] if mode["estimate"]), default=0,
         )  # fmt: skip
     return made
+
+
+PRESSED = {"hbm": "the card's memory", "sm": "the card's multiprocessors", "pcie": "the bus"}
+
+
+def noisy_worst_of(section: Record) -> dict[str, Any] | None:
+    """The job that a noisy neighbor slows most, and the mode in which the same slows it least."""
+    points = [
+        {**point, "label": one["label"], "resource": PRESSED.get(one["kind"], one["kind"])}
+        for one in section["noisy"] for point in one["points"] if point["slowdown"]
+    ]  # fmt: skip
+    if not points:
+        return None
+    points.sort(key=lambda point: point["slowdown"]["mean"])
+    worst = points[-1]
+    place = ("label", "resource", "duty")
+    least = next(point for point in points if all(point[key] == worst[key] for key in place))
+    names = [wording.mode_name(*point["variant"].partition(":")[::2]) for point in (worst, least)]
+    return {
+        **worst,
+        "slowdown": worst["slowdown"]["mean"],
+        "rounds": len(worst["slowdown"]["values"]),
+        "mode_name": names[0],
+        "least": least["slowdown"]["mean"],
+        "least_name": names[1] if least is not worst else None,
+    }
 
 
 def mixes_of(section: Record) -> list[dict[str, Any]]:
