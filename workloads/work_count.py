@@ -21,6 +21,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -126,7 +127,7 @@ def training_work(
 def _work(found: Operators, model: torch.nn.Module, state_bytes_each: int) -> dict:
     """Return plain data for JSON: the operators (one entry for equal ones) and totals."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    operators = [
+    operators: list[dict[str, Any]] = [
         {"operator": name, "operations": operations, "bytes": size, "count": count}
         for (name, operations, size), count in found.items()
     ]

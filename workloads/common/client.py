@@ -248,7 +248,7 @@ def run(workload: Workload) -> int:
     args = workload.args
     if args.resolve:
         with console.stage("looking for data and weights"):
-            answer = {"arguments": workload.resolve()}
+            answer: dict[str, object] = {"arguments": workload.resolve()}
         answer |= {"environment": results.describe_environment(), "notes": workload.warnings}
         print(json.dumps(answer), flush=True)
         return errors.EXIT_OK
@@ -282,11 +282,11 @@ def _work_once(workload: Workload, recorder: Recorder) -> dict:
         try:
             figures = _run_one_job(workload, recorder, index=0)
         except KeyboardInterrupt:
-            figures = workload.partial_figures()
-            if figures is None:
+            finished = workload.partial_figures()
+            if finished is None:
                 raise
             _wait_for_device(workload)
-            interrupted = True
+            figures, interrupted = finished, True
     figures |= monitor.figures() | {"startup_seconds": startup_seconds}
     identity = workload.identity()
     if not interrupted:
@@ -368,7 +368,9 @@ def _write_done(workload: Workload, recorder: Recorder, jobs: int) -> None:
 def _tell_and_raise(recorder: Recorder, error: Exception) -> NoReturn:
     """Write an error down with its cause and pass it on, as the known one that it may be."""
     known = errors.as_known(error)
-    fields = {"status": "failed", "message": f"{type(error).__name__}: {error}", "cause": None}
+    fields: dict[str, object] = {
+        "status": "failed", "message": f"{type(error).__name__}: {error}", "cause": None,
+    }  # fmt: skip
     if known is not None:
         fields |= {"message": str(known), "cause": known.cause}
     if isinstance(known, errors.OutOfGpuMemoryError):

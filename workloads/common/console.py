@@ -56,21 +56,23 @@ class Progress:
         share = self._finished / max(1, self._total)
         bar = "#" * round(BAR_WIDTH * share)
         line = f"{self._description} [{bar:<{BAR_WIDTH}}] {self._finished}/{self._total}"
-        left = f", {_duration(self._whole_seconds() * (1 - share))} left" if self._finished else ""
-        return f"{line} {self._detail}".rstrip() + left
+        if self._finished:
+            left_seconds = self._seconds_a_piece() * self._total * (1 - share)
+            return f"{line} {self._detail}".rstrip() + f", {_duration(left_seconds)} left"
+        return f"{line} {self._detail}".rstrip()
 
     def advance(self, pieces: int = 1, detail: str = "") -> None:
         """Report ``pieces`` more as finished; ``detail`` is shown next to the count."""
         self._finished += pieces
         self._detail = detail
-        if self._finished == ESTIMATE_PIECES and self._advice is not None:
-            seconds = self._whole_seconds()
+        if self._finished == ESTIMATE_PIECES and self._advice and self._total is not None:
+            seconds = self._seconds_a_piece() * self._total
             advice = f"; try {self._advice}" if seconds >= ADVICE_SECONDS else ""
             if seconds >= ESTIMATE_SECONDS:
                 note(f"about {_duration(seconds)} on this CPU{advice}")
 
-    def _whole_seconds(self) -> float:
-        return (time.monotonic() - self._begin_seconds) / self._finished * self._total
+    def _seconds_a_piece(self) -> float:
+        return (time.monotonic() - self._begin_seconds) / self._finished
 
 
 @contextmanager

@@ -18,6 +18,7 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from workloads.common import console, torch
 from workloads.common.errors import MIB, GpuUnavailableError, UsageError
@@ -115,7 +116,7 @@ class ComputeDevice:
 
     def identity(self, batch_size: int | None = None) -> dict:
         """Return who this client is as CUDA sees it: the evidence a sharing mode is checked by."""
-        identity = {
+        identity: dict[str, Any] = {
             "pid": os.getpid(),
             "device": self.torch_device.type,
             "gpu_name": None,

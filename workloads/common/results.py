@@ -11,12 +11,12 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 from workloads.common.errors import CannotWriteError, UsageError
 
@@ -68,7 +68,7 @@ def cache_folder() -> Path:
 
 
 @contextmanager
-def written_whole(path: Path, mode: str = "b", **how: object) -> Iterator[IO]:
+def written_whole(path: Path, mode: str = "b", **how: Any) -> Iterator[IO]:
     """Give a file to write to, which takes the place of ``path`` once the block has ended well.
 
     A reader sees the old file or the whole new one, and after a failure nothing is left behind.
@@ -205,7 +205,8 @@ class GpuMonitor:
     def __init__(self, device: ComputeDevice | None) -> None:
         self._gpu_uuid = device.identity()["gpu_uuid"] if device else None
         self._begin_seconds = float("inf")
-        self._counts, self._sums = Counter(), Counter()
+        self._counts: Counter[str] = Counter()
+        self._sums: defaultdict[str, float] = defaultdict(float)
         self._figures: dict = {"gpu_memory_used_mib": None, "gpu_utilization_source": None}
 
     def __enter__(self) -> GpuMonitor:
@@ -217,16 +218,19 @@ class GpuMonitor:
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                 text=True, start_new_session=True,
             )  # fmt: skip
-            self._process.stdout.readline()
+            stdin, stdout = self._process.stdin, self._process.stdout
+            assert stdin is not None and stdout is not None  # since they are pipes
+            self._stdin = stdin
+            stdout.readline()
             # Read all the while: a full pipe would stop the sampler.
-            self._reader = threading.Thread(target=self._read, daemon=True)
+            self._reader = threading.Thread(target=self._read, args=(stdout,), daemon=True)
             self._reader.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
         """Close the sampler's standard input and wait until it has gone."""
         if self._gpu_uuid is not None:
-            self._process.stdin.close()
+            self._stdin.close()
             self._reader.join()
             self._process.wait()
 
@@ -245,9 +249,9 @@ class GpuMonitor:
         }
         return means | self._figures
 
-    def _read(self) -> None:
+    def _read(self, lines: IO[str]) -> None:
         figures = self._figures
-        for sample in map(json.loads, self._process.stdout):
+        for sample in map(json.loads, lines):
             if sample.get("time_seconds", 0.0) < self._begin_seconds:
                 continue
             for name, field in MONITOR_MEANS.items():

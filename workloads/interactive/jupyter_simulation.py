@@ -16,7 +16,6 @@ import functools
 import random
 import sys
 import time
-from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +23,7 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from workloads.common import cli, client, console
-from workloads.common.device import open_device
+from workloads.common.device import ComputeDevice, open_device
 from workloads.common.engine import Pacer, prepare_step, step_pool
 from workloads.inference.models import load_inference_model, resolve_model_flags, weights_notes
 from workloads.interactive import notebook_operations as operations
@@ -132,13 +131,13 @@ def start_delay(idle_min: float, idle_max: float, seed: int, client_index: int) 
     return random.Random(seed + client_index).uniform(0, most)
 
 
-class OperationTimes:
+class OperationTimes(client.Recorder):
     """What a ``Pacer`` records in: the operations of one cell, since the suite's unit is a cell."""
 
     def __init__(self, recorder: client.Recorder) -> None:
         """Take stops from ``recorder``."""
+        super().__init__()
         self._recorder = recorder
-        self.check_stop = recorder.check_stop
         self.durations_seconds: list[float] = []
 
     @property
@@ -146,7 +145,9 @@ class OperationTimes:
         """Whether the suite wants this client to end."""
         return self._recorder.stop_requested
 
-    def unit(self, kind: str, start_seconds: float, end_seconds: float) -> None:
+    def unit(
+        self, kind: str, start_seconds: float, end_seconds: float, *, latency: bool = False
+    ) -> None:
         """Note one finished operation."""
         self.durations_seconds.append(end_seconds - start_seconds)
 
@@ -156,7 +157,11 @@ class JupyterSimulation(client.Workload):
 
     name = "jupyter_simulation"
     title = "Jupyter session"
-    finished: Sequence[dict] = ()
+    device: ComputeDevice
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        super().__init__(args)
+        self.finished: list[dict] = []
 
     def load(self) -> None:
         """Open the device, plan the session, load ResNet18 if the session comes to it."""
@@ -233,7 +238,7 @@ class JupyterSimulation(client.Workload):
                     recorder.check_stop()
                     idle_seconds = time.monotonic() - start_seconds
                     self.finished[-1]["idle_after_seconds"] = idle_seconds
-        return self.partial_figures()
+        return self.partial_figures() or {}
 
     def _run_cell(self, cell: Cell, recorder: client.Recorder) -> None:
         times = OperationTimes(recorder)

@@ -12,10 +12,10 @@ import argparse
 import functools
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -95,6 +95,8 @@ class BertTraining(TrainingJob):
     title = "BERT fine-tuning"
     samples_name = "texts"
     short_job = "--num-samples 64 --epochs 1"
+    dataset: texts.TextDataset
+    model: BertForSequenceClassification
 
     def load(self) -> None:
         """Load texts and weights (the hub is asked here, before torch starts), build the model."""
@@ -155,7 +157,7 @@ class BertTraining(TrainingJob):
         )
         return optimizer, ()
 
-    def forward(self, network: torch.nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
+    def forward(self, network: Callable[..., Any], *inputs: torch.Tensor) -> torch.Tensor:
         """Return the logits of a batch of tokens and their mask, shape (batch, labels)."""
         tokens, mask = inputs
         return network(tokens, attention_mask=mask).logits
@@ -363,7 +365,7 @@ def _transformers() -> ModuleType:
     With those packages the first step of a short job comes 1 to 2 s later. ``None`` makes them look
     as if they were not installed (The Python Language Reference, 5.3.1), for as long as this takes.
     """
-    hidden = {name: None for name in UNUSED_PACKAGES if name not in sys.modules}
+    hidden: dict[str, Any] = {name: None for name in UNUSED_PACKAGES if name not in sys.modules}
     sys.modules.update(hidden)
     try:
         import transformers

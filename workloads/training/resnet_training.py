@@ -28,6 +28,7 @@ from workloads.common.weights import read_checkpoint
 from workloads.training.training_job import TrainingJob
 
 if TYPE_CHECKING:
+    from workloads.common.engine import Pass
     from workloads.training.images import ImageDataset
 
 MOMENTUM = 0.9
@@ -81,6 +82,8 @@ class ResNetTraining(TrainingJob):
     samples_name = "images"
     short_job = "--train-samples 256 --epochs 1"
     label_smoothing = LABEL_SMOOTHING
+    dataset: ImageDataset
+    test: Pass
 
     def load(self) -> None:
         """Open the device, load the images, build the model."""

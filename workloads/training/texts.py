@@ -257,8 +257,13 @@ def _records(path: Path, text: str, delimiter: str) -> Iterator[tuple[int, list[
     """
     csv.field_size_limit(2**31 - 1)
     lines: list[str] = []
-    numbered = (lines.append(line) or line for line in io.StringIO(text, newline=""))
-    reader = csv.reader(numbered, delimiter=delimiter, strict=True)
+
+    def numbered() -> Iterator[str]:
+        for line in io.StringIO(text, newline=""):
+            lines.append(line)
+            yield line
+
+    reader = csv.reader(numbered(), delimiter=delimiter, strict=True)
     first = 1
     try:
         for fields in reader:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from workloads.common import client, console, engine, torch
 from workloads.common.engine import Batches, EpochTotals, Pacer, Pass, TrainState
 from workloads.common.errors import DivergedError
 
 if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Callable
+
+    from workloads.common.device import ComputeDevice
     from workloads.training.images import ImageDataset
     from workloads.training.texts import TextDataset
 
@@ -21,36 +27,55 @@ BLOWN_UP_LOSS = 1e4
 class TrainingJob(client.Workload):
     """Epochs of captured steps, and a pass over the test split where the job wants one.
 
-    A job loads device, dataset, model, batches and totals, and says what is particular to it:
-    ``make_optimizer`` (with the other tensors that ``update`` changes), ``finish_epoch`` and
-    ``final_figures`` (what it adds to the figures of an epoch and of all) and ``describe_epoch``.
+    A job loads device, dataset, model, batches and totals.
 
     Attributes:
         samples_name: What is trained on, in the plural.
         short_job: Flags of a shorter job, advised where this one takes hours.
         label_smoothing: Of the training's loss.
         is_training: Whether the job trains, or tests only.
-        train: The pass over the training split, prepared by ``warm_up``; ``test`` likewise.
+        train: The pass over the training split, prepared by ``warm_up`` for a job that trains;
+            ``test`` likewise where there is a test split.
     """
 
     samples_name: str
     short_job: str
     label_smoothing = 0.0
     is_training = True
+    device: ComputeDevice
     dataset: ImageDataset | TextDataset
     model: torch.nn.Module
     totals: EpochTotals
-    train_batches: Batches | None = None
+    train_batches: Batches
     test_batches: Batches | None = None
-    train: Pass | None = None
+    train: Pass
     test: Pass | None = None
-    epochs: Sequence[dict] = ()
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        super().__init__(args)
+        self.epochs: list[dict] = []
+
+    @abstractmethod
+    def make_optimizer(self) -> tuple[torch.optim.Optimizer, Sequence[torch.Tensor]]:
+        """Return the optimizer, and the other tensors that ``update`` changes."""
+
+    @abstractmethod
+    def finish_epoch(self, epoch: dict, pacer: Pacer) -> dict:
+        """Return what the job adds to the figures of an epoch."""
+
+    @abstractmethod
+    def final_figures(self, last_epoch: dict) -> dict:
+        """Return what the job adds to the figures of all epochs."""
+
+    @abstractmethod
+    def describe_epoch(self, epoch: dict) -> str:
+        """Return an epoch's figures for people."""
 
     def update(self) -> None:
         """Update the weights once the gradients are there."""
         self.optimizer.step()
 
-    def forward(self, network: torch.nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
+    def forward(self, network: Callable[..., Any], *inputs: torch.Tensor) -> torch.Tensor:
         """Return the logits of a batch, shape (batch, classes)."""
         return network(*inputs)
 
@@ -65,9 +90,10 @@ class TrainingJob(client.Workload):
         self.network = engine.compile_module(self.device, self.model)
         shared = (self.reset, engine.step_pool(self.device))
         pacer = Pacer(self.device, client.Recorder())
-        if self.test_batches:
+        if self.test_batches is not None:
             self.model.eval()
-            self.test = Pass(self.device, "test_step", self.test_batches, self._test_step, *shared)
+            step = functools.partial(self._test_step, self.test_batches)
+            self.test = Pass(self.device, "test_step", self.test_batches, step, *shared)
         if self.is_training:
             self.model.train()
             self.train = Pass(
@@ -83,13 +109,19 @@ class TrainingJob(client.Workload):
     def reset(self) -> None:
         """Put weights, optimizer, counters, random state and the order of the samples back."""
         self.state.restore()
-        for batches in filter(None, (self.train_batches, self.test_batches)):
+        for batches in self._loaded_batches():
             batches.restart()
 
     def close(self) -> None:
         """End the threads that decode."""
-        for batches in filter(None, (self.train_batches, self.test_batches)):
+        for batches in self._loaded_batches():
             batches.close()
+
+    def _loaded_batches(self) -> list[Batches]:
+        """Return those of both splits; ``load`` may have failed before it made them."""
+        return [
+            vars(self)[name] for name in ("train_batches", "test_batches") if name in vars(self)
+        ]
 
     def run_job(self, recorder: client.Recorder) -> dict:
         """Train for all epochs and return losses, accuracies, durations and throughput."""
@@ -148,7 +180,7 @@ class TrainingJob(client.Workload):
 
     def check_unfinished(self) -> None:
         """Look at the losses of the epoch in hand."""
-        if self.train is not None:
+        if self.is_training:
             loss = self.totals.loss_sum.item() / self.train_batches.samples
             self.check_loss(loss, "the loss of the epoch that was stopped")
 
@@ -168,14 +200,14 @@ class TrainingJob(client.Workload):
         self.update()
         self.totals.add(logits.detach(), labels, loss.detach())
 
-    def _test_step(self, count: int) -> None:
-        *inputs, labels = self.test_batches.take(count)
+    def _test_step(self, batches: Batches, count: int) -> None:
+        *inputs, labels = batches.take(count)
         with torch.no_grad(), self.device.autocast():
-            logits = self.forward(self._network_for(count, self.test_batches), *inputs)
+            logits = self.forward(self._network_for(count, batches), *inputs)
             loss = torch.nn.functional.cross_entropy(logits, labels)
         self.totals.add(logits, labels, loss)
 
-    def _network_for(self, count: int, batches: Batches) -> torch.nn.Module:
+    def _network_for(self, count: int, batches: Batches) -> Callable[..., Any]:
         """Return the model; the last, smaller batch is not worth a compilation of its own."""
         return self.network if count == batches.batch_size else self.model
 
