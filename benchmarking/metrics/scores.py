@@ -329,7 +329,7 @@ def summarize_co_run(
         overhead_percent=overhead_percent(stp),
         interference_overhead_percent=interference,
         fairness=jain_fairness(progress) if progress else None,
-        energy_ratio=energy_ratio(gpu and gpu.energy_joules, solo_joules),
+        energy_ratio=energy_ratio(gpu.energy_joules if gpu else None, solo_joules),
         success_rate_percent=success_rate_percent([record.status for record in client_records]),
         average_duration_seconds=mean(finished),
         total_gpu_time_seconds=(

@@ -14,15 +14,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import psutil
 
 from benchmarking.modes.mode_scripts import DISABLE_MIG
-from benchmarking.records.types import Evidence, Proof
+from benchmarking.records.types import Evidence, Proof, Verdict
 
-VERIFIED, INVALID, UNVERIFIED = "verified", "invalid", "unverified"
-NOT_APPLICABLE = "not_applicable"
+VERIFIED: Final = "verified"
+INVALID: Final = "invalid"
+UNVERIFIED: Final = "unverified"
+NOT_APPLICABLE: Final = "not_applicable"
 
 GPU_ANSWERS = "the driver answers for the GPU"
 GPU_LOST_FIX = (
@@ -174,7 +176,7 @@ def is_command(identity: Identity) -> bool:
 def judge(evidence: Sequence[Evidence]) -> Proof:
     """One thing against the mode is enough; one unknown leaves it unverified."""
     answers = [item.ok for item in evidence]
-    verdict = INVALID if False in answers else UNVERIFIED if None in answers else VERIFIED
+    verdict: Verdict = INVALID if False in answers else UNVERIFIED if None in answers else VERIFIED
     return Proof(verdict, list(evidence))
 
 

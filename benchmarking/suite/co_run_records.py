@@ -15,6 +15,7 @@ from benchmarking.records.types import (
     Evidence,
     GpuFigures,
     Proof,
+    Units,
 )
 from benchmarking.suite.event_log import jobs_of, last_event, unit_spans, units_in_window
 from benchmarking.suite.launcher import (
@@ -51,7 +52,10 @@ def client_record(
     elif status == STATUS_OK and co_run.outcome == OUTCOME_INTERRUPTED:
         # It ended well because it was told to, before the co-run was over.
         status, reason = OUTCOME_INTERRUPTED, co_run.reason
-    units, latency_ms = ({}, None) if start is None else units_in_window(client.events, start, end)
+    units: dict[str, Units] = {}
+    latency_ms = None
+    if start is not None and end is not None:
+        units, latency_ms = units_in_window(client.events, start, end)
     progress = None
     if status == STATUS_OK:
         reference = baseline.units if baseline else {}
@@ -160,7 +164,8 @@ def start_skew_ms(clients: Sequence[ClientResult]) -> float | None:
 
     `None` for fewer than two clients, or when one of them never did a unit.
     """
-    starts = [min((at for _, at, _ in unit_spans(one.events)), default=None) for one in clients]
-    if len(starts) < 2 or None in starts:
+    spans = [[at for _, at, _ in unit_spans(one.events)] for one in clients]
+    starts = [min(times) for times in spans if times]
+    if len(starts) < max(2, len(clients)):
         return None
     return 1000 * (max(starts) - min(starts))

@@ -18,13 +18,13 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import IO, Any, Final, get_args
 
 import psutil
 
 from benchmarking.hardware.host_cpu import read_process_trees, signal_sessions
 from benchmarking.records.run_folder import ClientPaths
-from benchmarking.records.types import FailureCause
+from benchmarking.records.types import ClientStatus, CoRunStatus, FailureCause
 from benchmarking.suite import event_log
 from benchmarking.suite.event_log import Event, private_opener
 from benchmarking.suite.plan import COMMAND_WORKLOAD, PlannedClient, PlannedCoRun
@@ -32,7 +32,9 @@ from benchmarking.suite.stop_signal import StopSignal
 
 EXIT_OUT_OF_MEMORY = 12
 # What a client's exit code alone tells, where its event log does not.
-CAUSE_OF_EXIT_CODE = {EXIT_OUT_OF_MEMORY: "out_of_memory", 34: "not_finite", 65: "damaged_file"}
+CAUSE_OF_EXIT_CODE: dict[int | None, FailureCause] = {
+    EXIT_OUT_OF_MEMORY: "out_of_memory", 34: "not_finite", 65: "damaged_file",
+}  # fmt: skip
 CAUSES = get_args(FailureCause)
 # A killed process ends when the kernel gets to it: in the driver, or on a busy machine, later.
 KILLED_SECONDS = 10.0
@@ -41,11 +43,18 @@ TAIL_PART = 1 / 3
 # Keeps Python from importing modules that lie where a process happens to run.
 SAFE_PATH_VARIABLE = "PYTHONSAFEPATH"
 
-STATUS_OK, STATUS_FAILED, STATUS_OOM = "ok", "failed", "oom"
-STATUS_TIMEOUT, STATUS_KILLED, STATUS_INVALID = "timeout", "killed", "invalid"
+STATUS_OK: Final = "ok"
+STATUS_FAILED: Final = "failed"
+STATUS_OOM: Final = "oom"
+STATUS_TIMEOUT: Final = "timeout"
+STATUS_KILLED: Final = "killed"
+STATUS_INVALID: Final = "invalid"
 
-OUTCOME_OK, OUTCOME_FAILED, OUTCOME_TIMEOUT = "ok", "failed", "timeout"
-OUTCOME_INTERRUPTED, OUTCOME_INVALID = "interrupted", "invalid"
+OUTCOME_OK: Final = "ok"
+OUTCOME_FAILED: Final = "failed"
+OUTCOME_TIMEOUT: Final = "timeout"
+OUTCOME_INTERRUPTED: Final = "interrupted"
+OUTCOME_INVALID: Final = "invalid"
 
 
 @dataclass(frozen=True)
@@ -107,7 +116,7 @@ class ClientResult:
     """
 
     planned: PlannedClient
-    status: str = STATUS_OK
+    status: ClientStatus = STATUS_OK
     reason: str | None = None
     events: list[Event] = field(default_factory=list)
     identity: dict[str, Any] | None = None
@@ -116,7 +125,7 @@ class ClientResult:
     window_host_cpu_fraction: float | None = None
     busiest_thread_cpu_fraction: float | None = None
     cpu_wait_fraction: float | None = None
-    cause: str | None = None
+    cause: FailureCause | None = None
     memory: dict[str, Any] | None = None
 
     @property
@@ -133,7 +142,7 @@ class Client(ClientResult):
     are those that have ended, and lie whole, in the window that opens at `window_start_seconds`.
     """
 
-    paths: ClientPaths | None = None
+    paths: ClientPaths = field(kw_only=True)
     process: subprocess.Popen[bytes] | None = None
     is_loaded: bool = False
     has_said_done: bool = False
@@ -141,7 +150,7 @@ class Client(ClientResult):
     window_start_seconds: float = math.inf
     whole_jobs: int = 0
     units: int = 0
-    failure: tuple[str, str] | None = None
+    failure: tuple[ClientStatus, str] | None = None
     was_told_to_stop: bool = False
     exited_prematurely: bool = False
     timed_out: bool = False
@@ -151,6 +160,11 @@ class Client(ClientResult):
     def has_failed(self) -> bool:
         """Whether the client cannot go on, or left before it was told to."""
         return self.failure is not None or self.exited_prematurely
+
+    @property
+    def stdin(self) -> IO[bytes] | None:
+        """The control channel of a process that was started."""
+        return self.process.stdin if self.process else None
 
     @property
     def pid(self) -> int | None:
@@ -216,12 +230,12 @@ class Client(ClientResult):
     def send(self, command: str) -> float:
         """Write one command and return when; a client that is gone is left to poll."""
         self.was_told_to_stop = self.was_told_to_stop or command == "stop"
-        if self.process is not None:
+        if self.stdin is not None:
             with contextlib.suppress(BrokenPipeError):
-                self.process.stdin.write(f"{command}\n".encode())
+                self.stdin.write(f"{command}\n".encode())
         return time.monotonic()
 
-    def settle(self, outcome: str) -> None:
+    def settle(self, outcome: CoRunStatus) -> None:
         """Say what became of the client, once it has ended with its co-run."""
         self.stderr_tail = event_log.tail_of(self.paths.stderr) if self.process else []
         self.status, self.reason = self._status(outcome)
@@ -232,7 +246,7 @@ class Client(ClientResult):
             told = error.get("cause")
             self.cause = told if told in CAUSES else CAUSE_OF_EXIT_CODE.get(self.exit_code)
 
-    def _status(self, outcome: str) -> tuple[str, str | None]:
+    def _status(self, outcome: CoRunStatus) -> tuple[ClientStatus, str | None]:
         """Status and why, the surest sign first."""
         code = self.exit_code
         if self.failure is not None:
@@ -264,7 +278,7 @@ class CoRunResult:
     """What was seen of a co-run; times on CLOCK_MONOTONIC, `None` where it did not get so far."""
 
     planned: PlannedCoRun
-    outcome: str
+    outcome: CoRunStatus
     reason: str | None
     clients: Sequence[ClientResult] = ()
     ready_seconds: float | None = None
@@ -332,11 +346,13 @@ class Launcher:
         for client in clients:
             client.start(planned.command_of(client.planned), self.base_environment)
         self._wait(clients, lambda client: client.is_loaded, "load", deadline)
+        warmed: list[Client] = []
         for client in clients:
             client.send("warm")
+            warmed.append(client)
             self._wait(
-                clients, lambda other, this=client: other is not this or other.identity is not None,
-                "get ready", deadline,
+                clients, lambda one: one.identity is not None or one not in warmed, "get ready",
+                deadline,
             )  # fmt: skip
 
     def _measure(self, result: CoRunResult, clients: list[Client], rule: FinishRule) -> None:
@@ -422,7 +438,8 @@ class Launcher:
         for client in started:
             client.send("stop")
         for client in started:
-            client.process.stdin.close()  # means stop even to a client that missed the command
+            if client.stdin is not None:
+                client.stdin.close()  # means stop even to a client that missed the command
         asked = max(1, self.stop_signal.count)
         self._wait_for_end(started, self.timeouts.stop, lambda: self.stop_signal.count > asked)
         for number, what, seconds in (
@@ -430,13 +447,13 @@ class Launcher:
             (signal.SIGKILL, "terminate", max(KILLED_SECONDS, self.timeouts.terminate)),
         ):
             for client in started:
-                if client.exit_code is None:
+                if client.process is not None and client.exit_code is None:
                     self.say(f"{client.name} does not {what}: sending {number.name}")
                     client.was_signaled = True
                     client.process.send_signal(number)
             self._wait_for_end(started, seconds)
         # Helper processes that clients left in their sessions: data loaders, servers.
-        sessions = [client.pid for client in started]
+        sessions = [client.pid for client in clients if client.pid is not None]
         left = signal_sessions(sessions, signal.SIGTERM)
         psutil.wait_procs(left, min(5.0, self.timeouts.terminate))
         signal_sessions(sessions, signal.SIGKILL)
@@ -469,8 +486,8 @@ def _settle_outcome(result: CoRunResult) -> None:
     if result.outcome in (OUTCOME_FAILED, OUTCOME_TIMEOUT):
         reasons = []
         for client in bad:
-            is_told = client.status == STATUS_FAILED and client.cause is not None
-            kind = client.cause.replace("_", " ") if is_told else client.status
+            told = client.cause if client.status == STATUS_FAILED else None
+            kind = told.replace("_", " ") if told else client.status
             reasons.append(f"{client.name}: {kind}: {client.reason}")
         result.reason = "; ".join(reasons)
 

@@ -20,6 +20,7 @@ from benchmarking.cli import (
     SuiteError,
 )
 from benchmarking.hardware.gpu_samples import summarize_samples
+from benchmarking.metrics.scores import all_known
 from benchmarking.modes.names import MODE_MIG
 from benchmarking.modes.sharing_mode import GPU_ANSWERS, GPU_LOST_FIX, SharingMode
 from benchmarking.records.run_folder import (
@@ -30,7 +31,7 @@ from benchmarking.records.run_folder import (
     RunWriter,
     pooled,
 )
-from benchmarking.records.types import ClientRecord, CoRunRecord, GpuFigures, Sample
+from benchmarking.records.types import ClientRecord, CoRunRecord, GpuFigures, Record, Sample
 from benchmarking.suite import proofs, stop_reasons
 from benchmarking.suite.baselines import identity_differences
 from benchmarking.suite.co_run_records import client_record, co_run_record
@@ -80,9 +81,10 @@ class Reference:
         repeats = self._repeats.setdefault(client.job_key, {})
         repeats.pop(record.co_run, None)
         repeats[record.co_run] = (record, client)
-        joules = [one.gpu and one.gpu.energy_joules for one, _ in repeats.values()]
+        cards = [one.gpu for one, _ in repeats.values()]
+        joules = all_known(gpu.energy_joules if gpu else None for gpu in cards)
         self.whole[client.job_key] = pooled([one for _, one in repeats.values()])
-        self.whole_joules[client.job_key] = None if None in joules else sum(joules)
+        self.whole_joules[client.job_key] = None if joules is None else sum(joules)
 
     def repeats_of(self, job_key: str) -> dict[str, ClientRecord]:
         """Return what was measured of a job alone here, by co-run, the newest last."""
@@ -181,8 +183,9 @@ class Measurement:
             raise refusal
         if gpu_lost and record.outcome != OUTCOME_INTERRUPTED:
             # What follows would only meet the same.
-            outcome = "invalid" if record.outcome == OUTCOME_INVALID else "failed"
-            raise RunEnded(outcome, EXIT_NO_GPU, f"{planned.co_run}: {record.reason}")
+            is_invalid = record.outcome == OUTCOME_INVALID
+            reason = f"{planned.co_run}: {record.reason}"
+            raise RunEnded("invalid" if is_invalid else "failed", EXIT_NO_GPU, reason)
         _raise_unless_well(record, clients)
         return clients
 
@@ -246,7 +249,7 @@ class Measurement:
             # A baseline is its own reference.
             job_key = clients[0].job_key
             baselines[job_key] = clients[0]
-            joules = {**joules, job_key: gpu and gpu.energy_joules}
+            joules = {**joules, job_key: gpu.energy_joules if gpu else None}
         record = co_run_record(
             seen,
             clients,
@@ -270,7 +273,8 @@ class Measurement:
             record, seen.clients, clients, **bounds, gpu_lost=gpu_lost
         )
         record.stop_reason = self.stop_reasons[planned.co_run] = reason
-        for line in (*clients, record):
+        lines: list[Record] = [*clients, record]
+        for line in lines:
             shown = self._setup.secrets.hide(msgspec.to_builtins(line))
             self._context.writer.append_record(msgspec.convert(shown, type(line)))
         for warning in record.warnings:

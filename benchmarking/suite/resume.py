@@ -27,7 +27,7 @@ from benchmarking.records.run_folder import (
     RunStoreError,
     RunWriter,
 )
-from benchmarking.records.types import ClientRecord, CoRunRecord, Environment
+from benchmarking.records.types import ClientRecord, CoRunRecord, Environment, RunOutcome
 from benchmarking.suite import baselines
 from benchmarking.suite.launcher import OUTCOME_OK, OUTCOME_TIMEOUT
 from benchmarking.suite.plan_file import PlanFile, parse_plan, text_hash
@@ -54,7 +54,7 @@ class EarlierPart:
     request: Request
 
     @property
-    def outcome(self) -> str:
+    def outcome(self) -> RunOutcome:
         """How the run had ended; one that was killed had no time to say so."""
         said = self.run.manifest.outcome
         return "interrupted" if said == "running" else said
