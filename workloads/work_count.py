@@ -19,7 +19,7 @@ import functools
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +150,9 @@ def count_operators(work: Callable[[], None]) -> Operators:
     found: Operators = Counter()
 
     class CountHeavy(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Sequence = (), kwargs: dict | None = None
+        ) -> Any:
             kwargs = kwargs or {}
             out = func(*args, **kwargs)
             formula = flop_registry.get(func._overloadpacket)
@@ -163,7 +165,9 @@ def count_operators(work: Callable[[], None]) -> Operators:
     class FuseAttention(TorchFunctionMode):
         """The meta device would take attention apart, with every score written and read."""
 
-        def __torch_function__(self, func, types, args=(), kwargs=None):
+        def __torch_function__(
+            self, func: Any, types: Any, args: Sequence = (), kwargs: dict | None = None
+        ) -> Any:
             if func is scaled_dot_product_attention:
                 return torch.ops.aten._scaled_dot_product_flash_attention(*args[:3])[0]
             return func(*args, **(kwargs or {}))
