@@ -14,17 +14,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import psutil
 
 from benchmarking.modes.mode_scripts import DISABLE_MIG
 from benchmarking.records.types import Evidence, Proof, Verdict
-
-VERIFIED: Final = "verified"
-INVALID: Final = "invalid"
-UNVERIFIED: Final = "unverified"
-NOT_APPLICABLE: Final = "not_applicable"
 
 GPU_ANSWERS = "the driver answers for the GPU"
 GPU_LOST_FIX = (
@@ -176,8 +171,8 @@ def is_command(identity: Identity) -> bool:
 def judge(evidence: Sequence[Evidence]) -> Proof:
     """One thing against the mode is enough; one unknown leaves it unverified."""
     answers = [item.ok for item in evidence]
-    verdict: Verdict = INVALID if False in answers else UNVERIFIED if None in answers else VERIFIED
-    return Proof(verdict, list(evidence))
+    verdict: Verdict = "unverified" if None in answers else "verified"
+    return Proof("invalid" if False in answers else verdict, list(evidence))
 
 
 def mig_is_off(facts: GpuFacts) -> Evidence:

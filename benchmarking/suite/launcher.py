@@ -18,7 +18,7 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import IO, Any, Final, get_args
+from typing import IO, Any, get_args
 
 import psutil
 
@@ -42,19 +42,6 @@ KILLED_SECONDS = 10.0
 TAIL_PART = 1 / 3
 # Keeps Python from importing modules that lie where a process happens to run.
 SAFE_PATH_VARIABLE = "PYTHONSAFEPATH"
-
-STATUS_OK: Final = "ok"
-STATUS_FAILED: Final = "failed"
-STATUS_OOM: Final = "oom"
-STATUS_TIMEOUT: Final = "timeout"
-STATUS_KILLED: Final = "killed"
-STATUS_INVALID: Final = "invalid"
-
-OUTCOME_OK: Final = "ok"
-OUTCOME_FAILED: Final = "failed"
-OUTCOME_TIMEOUT: Final = "timeout"
-OUTCOME_INTERRUPTED: Final = "interrupted"
-OUTCOME_INVALID: Final = "invalid"
 
 
 @dataclass(frozen=True)
@@ -116,7 +103,7 @@ class ClientResult:
     """
 
     planned: PlannedClient
-    status: ClientStatus = STATUS_OK
+    status: ClientStatus = "ok"
     reason: str | None = None
     events: list[Event] = field(default_factory=list)
     identity: dict[str, Any] | None = None
@@ -190,7 +177,7 @@ class Client(ClientResult):
                     stdout=stdout, stderr=stderr, start_new_session=True,
                 )  # fmt: skip
             except OSError as error:
-                self.failure = (STATUS_FAILED, f"cannot start {command[0]}: {error.strerror}")
+                self.failure = ("failed", f"cannot start {command[0]}: {error.strerror}")
 
     def poll(self) -> None:
         """Take in new events and whether the process has ended."""
@@ -204,7 +191,7 @@ class Client(ClientResult):
             lines = self._follower.poll()
         except OSError as error:
             reason = f"its event log cannot be read ({error.strerror})"
-            self.failure = self.failure or (STATUS_FAILED, reason)
+            self.failure = self.failure or ("failed", reason)
             return
         for event in map(event_log.parse_event, lines):
             self.events.append(event)
@@ -223,7 +210,7 @@ class Client(ClientResult):
                     )
                 case "error":
                     message = str(event.get("message") or "reported an error")
-                    self.failure = (event.get("status") or STATUS_FAILED, message)
+                    self.failure = (event.get("status") or "failed", message)
                 case "done":
                     self.has_said_done = True
 
@@ -241,7 +228,7 @@ class Client(ClientResult):
         self.status, self.reason = self._status(outcome)
         error = event_log.last_event(self.events, "error") or {}
         self.memory = error.get("memory")
-        if self.status in (STATUS_FAILED, STATUS_OOM):
+        if self.status in ("failed", "oom"):
             # The client's word if it is one of the contract's, else what its exit code stands for.
             told = error.get("cause")
             self.cause = told if told in CAUSES else CAUSE_OF_EXIT_CODE.get(self.exit_code)
@@ -252,25 +239,25 @@ class Client(ClientResult):
         if self.failure is not None:
             return self.failure
         if code == EXIT_OUT_OF_MEMORY:
-            return STATUS_OOM, "out of memory"
+            return "oom", "out of memory"
         if self.was_signaled:
-            if outcome == OUTCOME_INTERRUPTED:
-                return STATUS_KILLED, "did not stop when the run was interrupted"
-            return STATUS_TIMEOUT, "did not stop when told to"
+            if outcome == "interrupted":
+                return "killed", "did not stop when the run was interrupted"
+            return "timeout", "did not stop when told to"
         if self.timed_out:
-            return STATUS_TIMEOUT, "timed out"
+            return "timeout", "timed out"
         if code is not None and code < 0:
             names = {one.value: one.name for one in signal.Signals}
             name = names.get(-code, f"signal {-code}")
             is_from_outside = name in ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP")
-            return (STATUS_KILLED if is_from_outside else STATUS_FAILED), f"ended by {name}"
+            return ("killed" if is_from_outside else "failed"), f"ended by {name}"
         if code != 0:
-            return STATUS_FAILED, f"exit code {code}"
+            return "failed", f"exit code {code}"
         if not self.has_said_done:
-            return STATUS_FAILED, "exit code 0, but it never said `done`"
+            return "failed", "exit code 0, but it never said `done`"
         if self.exited_prematurely:
-            return STATUS_FAILED, "exited prematurely"
-        return STATUS_OK, None
+            return "failed", "exited prematurely"
+        return "ok", None
 
 
 @dataclass
@@ -293,7 +280,11 @@ class CoRunRefused(Exception):
 
 
 class _EndOfWindow(Exception):
-    """The co-run ends before everyone was done: `(outcome, reason)`."""
+    """The co-run ends before everyone was done."""
+
+    def __init__(self, outcome: CoRunStatus, reason: str) -> None:
+        super().__init__(reason)
+        self.outcome: CoRunStatus = outcome
 
 
 @dataclass(frozen=True)
@@ -321,18 +312,18 @@ class Launcher:
         clients = [
             Client(one, paths=paths_of(planned.co_run, one.client)) for one in planned.clients
         ]
-        result = CoRunResult(planned, OUTCOME_OK, None, clients)
+        result = CoRunResult(planned, "ok", None, clients)
         try:
             self._get_ready(planned, clients)
             result.ready_seconds = time.monotonic()
             before_go(clients)
             self._measure(result, clients, rule)
         except _EndOfWindow as end:
-            result.outcome, result.reason = end.args
+            result.outcome, result.reason = end.outcome, str(end)
         except CoRunRefused as refusal:
-            result.outcome, result.reason = OUTCOME_FAILED, str(refusal)
+            result.outcome, result.reason = "failed", str(refusal)
             for client in clients:
-                client.failure = (STATUS_FAILED, str(refusal))
+                client.failure = ("failed", str(refusal))
         finally:
             self._end(clients)
         for client in clients:
@@ -416,18 +407,18 @@ class Launcher:
                 client.poll()
             failed = [client for client in clients if client.has_failed]
             if failed and (len(failed) == len(clients) or not tolerates_failures):
-                raise _EndOfWindow(OUTCOME_FAILED, f"{_names(failed)} failed")
+                raise _EndOfWindow("failed", f"{_names(failed)} failed")
             waiting = [client for client in clients if client not in failed and not is_done(client)]
             now = time.monotonic()
             if not waiting and now >= not_before:
                 return
             if self.stop_signal.requested:
-                raise _EndOfWindow(OUTCOME_INTERRUPTED, "interrupted")
+                raise _EndOfWindow("interrupted", "interrupted")
             if now >= deadline:
                 for client in waiting:
                     client.timed_out = True
                 raise _EndOfWindow(
-                    OUTCOME_TIMEOUT,
+                    "timeout",
                     f"{_names(waiting)} did not {what} within {self.timeouts.timeout:g} s",
                 )
             time.sleep(self.timeouts.poll)
@@ -477,16 +468,16 @@ def _names(clients: Sequence[Client]) -> str:
 
 def _settle_outcome(result: CoRunResult) -> None:
     """A client that failed only while ending still fails the co-run; reasons name the cause."""
-    bad = [client for client in result.clients if client.status != STATUS_OK]
+    bad = [client for client in result.clients if client.status != "ok"]
     if all(client.reason == result.reason for client in bad):
         return  # refused: the reason is everybody's
-    if result.outcome == OUTCOME_OK:
-        only_slow = all(client.status == STATUS_TIMEOUT for client in bad)
-        result.outcome = OUTCOME_TIMEOUT if only_slow else OUTCOME_FAILED
-    if result.outcome in (OUTCOME_FAILED, OUTCOME_TIMEOUT):
+    if result.outcome == "ok":
+        only_slow = all(client.status == "timeout" for client in bad)
+        result.outcome = "timeout" if only_slow else "failed"
+    if result.outcome in ("failed", "timeout"):
         reasons = []
         for client in bad:
-            told = client.cause if client.status == STATUS_FAILED else None
+            told = client.cause if client.status == "failed" else None
             kind = told.replace("_", " ") if told else client.status
             reasons.append(f"{client.name}: {kind}: {client.reason}")
         result.reason = "; ".join(reasons)

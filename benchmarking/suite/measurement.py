@@ -37,9 +37,6 @@ from benchmarking.suite.baselines import identity_differences
 from benchmarking.suite.co_run_records import client_record, co_run_record
 from benchmarking.suite.console import Progress
 from benchmarking.suite.launcher import (
-    OUTCOME_INTERRUPTED,
-    OUTCOME_INVALID,
-    OUTCOME_OK,
     Client,
     CoRunRefused,
     CoRunResult,
@@ -72,7 +69,7 @@ class Reference:
 
     def add(self, record: CoRunRecord, client: ClientRecord) -> None:
         """Take in a job alone that ended well; one measured again counts in place of the first."""
-        if record.outcome != OUTCOME_OK or client.status != OUTCOME_OK:
+        if record.outcome != "ok" or client.status != "ok":
             return
         if record.phase == PHASE_SHARE_BASELINE:
             self.share[client.job_key] = client
@@ -181,9 +178,9 @@ class Measurement:
         record, clients, gpu_lost = self._recorded(seen, mode, sampler, clock)
         if refusal is not None:
             raise refusal
-        if gpu_lost and record.outcome != OUTCOME_INTERRUPTED:
+        if gpu_lost and record.outcome != "interrupted":
             # What follows would only meet the same.
-            is_invalid = record.outcome == OUTCOME_INVALID
+            is_invalid = record.outcome == "invalid"
             reason = f"{planned.co_run}: {record.reason}"
             raise RunEnded("invalid" if is_invalid else "failed", EXIT_NO_GPU, reason)
         _raise_unless_well(record, clients)
@@ -315,11 +312,11 @@ def _lost(mode: SharingMode) -> tuple[str | None, str | None]:
 
 def _raise_unless_well(record: CoRunRecord, clients: list[ClientRecord]) -> None:
     outcome, what = record.outcome, f"{record.co_run}: {record.reason}"
-    if outcome == OUTCOME_OK:
+    if outcome == "ok":
         return
-    if outcome == OUTCOME_INTERRUPTED:
+    if outcome == "interrupted":
         raise RunEnded("interrupted", EXIT_INTERRUPTED, "interrupted")
-    if outcome == OUTCOME_INVALID:
+    if outcome == "invalid":
         raise RunEnded("invalid", EXIT_INVALID, what)
     said = next(
         (client.stderr_tail[-1] for client in clients

@@ -16,6 +16,7 @@ import functools
 import random
 import sys
 import time
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import NamedTuple
@@ -158,10 +159,7 @@ class JupyterSimulation(client.Workload):
     name = "jupyter_simulation"
     title = "Jupyter session"
     device: ComputeDevice
-
-    def __init__(self, args: argparse.Namespace) -> None:
-        super().__init__(args)
-        self.finished: list[dict] = []
+    finished: Sequence[dict] = ()
 
     def load(self) -> None:
         """Open the device, plan the session, load ResNet18 if the session comes to it."""
@@ -253,7 +251,8 @@ class JupyterSimulation(client.Workload):
         recorder.unit(cell.kind, start_seconds, end_seconds, latency=True)
         recorder.flush()
         self.operation_seconds[cell.kind] += times.durations_seconds
-        self.finished.append(
+        self.finished = [
+            *self.finished,
             {
                 "index": len(self.finished),
                 "kind": cell.kind,
@@ -261,8 +260,8 @@ class JupyterSimulation(client.Workload):
                 "start_offset_seconds": start_seconds - self.session_start_seconds,
                 "duration_seconds": end_seconds - start_seconds,
                 "idle_after_seconds": 0.0,
-            }
-        )
+            },
+        ]
 
     def partial_figures(self) -> dict | None:
         """Return the figures of the finished cells."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from workloads.common import client, console, engine, torch
@@ -13,9 +13,6 @@ from workloads.common.engine import Batches, EpochTotals, Pacer, Pass, TrainStat
 from workloads.common.errors import DivergedError
 
 if TYPE_CHECKING:
-    import argparse
-    from collections.abc import Callable
-
     from workloads.common.device import ComputeDevice
     from workloads.training.images import ImageDataset
     from workloads.training.texts import TextDataset
@@ -50,10 +47,7 @@ class TrainingJob(client.Workload):
     test_batches: Batches | None = None
     train: Pass
     test: Pass | None = None
-
-    def __init__(self, args: argparse.Namespace) -> None:
-        super().__init__(args)
-        self.epochs: list[dict] = []
+    epochs: Sequence[dict] = ()
 
     @abstractmethod
     def make_optimizer(self) -> tuple[torch.optim.Optimizer, Sequence[torch.Tensor]]:
@@ -119,9 +113,8 @@ class TrainingJob(client.Workload):
 
     def _loaded_batches(self) -> list[Batches]:
         """Return those of both splits; ``load`` may have failed before it made them."""
-        return [
-            vars(self)[name] for name in ("train_batches", "test_batches") if name in vars(self)
-        ]
+        own = vars(self)
+        return [own[name] for name in ("train_batches", "test_batches") if name in own]
 
     def run_job(self, recorder: client.Recorder) -> dict:
         """Train for all epochs and return losses, accuracies, durations and throughput."""
@@ -153,7 +146,7 @@ class TrainingJob(client.Workload):
             "train_accuracy_percent": accuracy,
             "epoch_seconds": seconds,
         }
-        self.epochs.append(epoch | self.finish_epoch(epoch, pacer))
+        self.epochs = [*self.epochs, epoch | self.finish_epoch(epoch, pacer)]
         self.tell(f"epoch {number}/{self.args.epochs}: {self.describe_epoch(self.epochs[-1])}")
 
     def check_loss(self, loss: float, when: str) -> None:
