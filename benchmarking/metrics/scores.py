@@ -375,4 +375,5 @@ def mean(values: Iterable[float | None]) -> float | None:
 def all_known(values: Iterable[float | None]) -> list[float] | None:
     """The values as a list, or `None` when there are none or one of them is unknown."""
     found = list(values)
-    return None if not found or None in found else found  # type: ignore[return-value]
+    known = [value for value in found if value is not None]
+    return known if known and len(known) == len(found) else None
