@@ -10,8 +10,8 @@ usage() {
     cat <<'HELP'
 Usage: ./run_tests.sh [ARGUMENTS OF PYTEST]
 
-Every check of the project: ruff, shellcheck, then all tests. Sets up what it needs on first use, stops
-at the first check that fails, needs no GPU. The files of tests are shared out to several processes;
+Every check of the project: ruff, mypy, shellcheck, then all tests. Sets up what it needs on first use,
+stops at the first check that fails, needs no GPU. The files of tests are shared out to several processes;
 tests that use the GPU take turns.
 
   ./run_tests.sh                     everything
@@ -28,10 +28,11 @@ main() {
         return
     fi
     environment::set_up "$PWD/requirements-dev.txt"
-    # ruff and shellcheck are programs beside the Python that they were installed for.
+    # ruff, mypy and shellcheck are programs beside the Python that they were installed for.
     PATH=$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("scripts"))'):$PATH
     ruff check .
     ruff format --check .
+    mypy
     check_shell_scripts
     # Else each of the many processes that tests start compiles the project anew.
     unset PYTHONDONTWRITEBYTECODE

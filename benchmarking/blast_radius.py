@@ -58,8 +58,6 @@ from benchmarking.records.run_folder import utc_now
 from benchmarking.suite import limits
 from benchmarking.suite.event_log import first_unit_end_seconds, last_event, tail_of
 from benchmarking.suite.launcher import (
-    OUTCOME_FAILED,
-    OUTCOME_INTERRUPTED,
     Client,
     CoRunResult,
     FinishRule,
@@ -212,7 +210,7 @@ def measure(options: argparse.Namespace, setup: Setup, stop: StopSignal) -> dict
         servers_before = mps_servers(setup)
         blast = Blast(options, setup, planned, stop)
         seen = blast.run()
-        if seen.outcome == OUTCOME_INTERRUPTED or stop.requested:
+        if seen.outcome == "interrupted" or stop.requested:
             raise RunEnded("interrupted", EXIT_INTERRUPTED)
         if blast.fault_seconds is None:
             raise SuiteError(f"there was no fault to see: {seen.reason}", EXIT_FAILED)
@@ -286,7 +284,7 @@ class Blast:
                 seen = self._launch(self.planned, "{}", READY_SECONDS, self.rule, before_go)
             finally:
                 # Where all have failed a new client may be yet to come; else there is no more.
-                if seen is None or seen.outcome != OUTCOME_FAILED:
+                if seen is None or seen.outcome != "failed":
                     self.given_up.set()
         for future in watching:
             future.result()  # raises what the watching raised

@@ -8,7 +8,10 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from benchmarking.records.types import RunOutcome
 
 EXIT_COMPLETE, EXIT_FAILED, EXIT_USAGE, EXIT_NO_GPU = 0, 1, 2, 3
 EXIT_MODE_NOT_IN_FORCE, EXIT_INVALID, EXIT_INTERRUPTED = 4, 5, 130
@@ -26,7 +29,7 @@ class SuiteError(Exception):
 class RunEnded(Exception):
     """The run ends early, with an outcome for the manifest and an exit code."""
 
-    def __init__(self, outcome: str, exit_code: int, reason: str | None = None) -> None:
+    def __init__(self, outcome: RunOutcome, exit_code: int, reason: str | None = None) -> None:
         """Keep what becomes of the run, and why in words."""
         super().__init__(reason or outcome)
         self.outcome = outcome

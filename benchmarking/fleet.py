@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import os
 import secrets
 import subprocess
@@ -76,7 +77,7 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="run|unit|report")
-    shared = argparse.ArgumentParser(add_help=False)
+    shared = OneLineParser(add_help=False)
     shared.add_argument("--output", type=Path, default=OUTPUT, metavar="DIR",
                         help=f"folder of the fleet (default: {OUTPUT})")  # fmt: skip
     usage = "fleet.py %s [options] -- FLAGS OF run_experiments.sh"
@@ -159,14 +160,14 @@ def join_ray(address: str | None) -> Any:
             "by card with fleet.py unit, which needs no Ray", EXIT_FAILED,
         ) from error  # fmt: skip
     address = address or os.environ.get("RAY_ADDRESS") or "local"
-    own = {}
+    own: dict[str, Any] = {}
     if address == "local":
         own = {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
         # The token that Ray leaves in it is readable by all where the umask lets it.
         with contextlib.suppress(OSError, RuntimeError):
             (Path.home() / ".ray").mkdir(mode=0o700, exist_ok=True)
     try:
-        ray.init(address, log_to_driver=False, logging_level="ERROR", **own)
+        ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **own)
     except Exception as error:  # whatever Ray raises where it cannot start or connect
         sentence = f"cannot join Ray at {address}: {first_line(error)} (is it there, and is its "
         sentence += "token here? see docs/fleet.md)"

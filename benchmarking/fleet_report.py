@@ -37,7 +37,7 @@ BROKEN_CLOCKS = ("hw_slowdown", "hw_thermal_slowdown", "hw_power_brake_slowdown"
 # What a program did wrong: a fault of its own, not of the card's.
 XIDS_OF_PROGRAMS = frozenset({13, 31, 43, 45})
 # By exit code; any other is a failure. None: the unit was killed, or is still at work.
-OUTCOMES = {
+OUTCOMES: dict[int | None, str] = {
     EXIT_COMPLETE: "measured",
     **dict.fromkeys((EXIT_USAGE, EXIT_NO_GPU, EXIT_MODE_NOT_IN_FORCE), "refused"),
     **dict.fromkeys((EXIT_INTERRUPTED, 129, 143), "interrupted"),
@@ -137,7 +137,7 @@ def _figures(group: Mapping[str, Any]) -> Row:
     clients = group.get("client_rows") or []
     slowdowns = {row["label"]: _mean(row.get("slowdown")) for row in clients}
     known = {label: value for label, value in slowdowns.items() if value is not None}
-    worst = max(known, key=known.get, default=None)
+    worst = max(known, key=lambda label: known[label], default=None)
     tails = [_mean(row.get("p99_ms")) for row in clients]
     return {
         "outcome": group["outcome"],

@@ -248,10 +248,11 @@ class Experiment:
         if before:
             return before
         each = [self.driver.estimate(phase.name, self._flags(phase, wanted)) for phase in phases]
-        if None in each or not sum(each):
+        known = [seconds for seconds in each if seconds is not None]
+        if len(known) < len(each) or not sum(known):
             say(f"{wanted} rounds, each as long as your commands take")
             return wanted
-        minutes = sum(each) / 60
+        minutes = sum(known) / 60
         fitting = int(float(options.phase_minutes) / minutes) if options.phase_minutes else wanted
         rounds = max(1, min(wanted, fitting))
         why = f" ({wanted} do not fit in {options.phase_minutes} min)" if rounds < wanted else ""

@@ -189,7 +189,7 @@ class Row:
     work: dict[str, Any] | None = None
     startup_seconds: float | None = None
     cold_startup_seconds: float | None = None
-    neighbors: list[Mapping[str, Any]] = field(default_factory=list)
+    neighbors: list[dict[str, Any]] = field(default_factory=list)
     settings: dict[str, Any] | None = None
     warnings: list[str] = field(default_factory=list)
 
@@ -256,10 +256,10 @@ class SpeedTable:
             row = self._measure_row(job, engine)
             self._rows.append(row)
             reference = reference or row
-            if row.settings is not None:
+            if row.settings is not None and row.seconds is not None:
                 work = work or self._count_work(job, row.settings)
                 row.speedup = reference.seconds and reference.seconds / row.seconds
-                self._set_floor(row, work)
+                self._set_floor(row, row.seconds, row.settings, work)
             self._write()
 
     def _measure_row(self, job: SpeedJob, engine: str) -> Row:
@@ -306,7 +306,7 @@ class SpeedTable:
         row.engine, row.precision = settings["engine"], settings["precision"]
         row.batch_size = settings["batch_size"]
         row.train_samples = settings.get("train_samples")
-        samples = row.batch_size if job.unit == BATCH else row.train_samples
+        samples = settings["batch_size" if job.unit == BATCH else "train_samples"]
         row.samples_per_second = samples / row.seconds
         row.settings, row.warnings = settings, results[-1]["warnings"]
         self.content["versions"] |= {name: text for name, text in versions.items() if text}
@@ -319,16 +319,18 @@ class SpeedTable:
             self._note(f"{job.name}: the floor is unknown: {error}")
             return None
 
-    def _set_floor(self, row: Row, work: Mapping[str, Any] | None) -> None:
+    def _set_floor(
+        self, row: Row, seconds: float, settings: Mapping[str, Any], work: Mapping[str, Any] | None
+    ) -> None:
         if work is None:
             return
         row.work = {key: value for key, value in work.items() if key != "operators"}
         # An epoch's last batch may be a part of one.
-        steps = 1.0 if row.unit == BATCH else row.train_samples / row.batch_size
+        steps = 1.0 if row.unit == BATCH else settings["train_samples"] / settings["batch_size"]
         row.floor_seconds = floor_seconds(work, self.content["card_rates"], steps)
-        row.floor_fraction = row.floor_seconds and row.floor_seconds / row.seconds
+        row.floor_fraction = row.floor_seconds and row.floor_seconds / seconds
 
-    def _note_neighbors(self, what: str) -> list[Mapping[str, Any]]:
+    def _note_neighbors(self, what: str) -> list[dict[str, Any]]:
         """Return what else is on the GPU just before a measurement, and note a change of it."""
         neighbors = (nvml.compute_processes(self._gpu_uuid) or []) if self._gpu_uuid else []
         pids = proofs.describe_pids(process["pid"] for process in neighbors)

@@ -26,7 +26,20 @@ def test_unknown_fields_stay_unknown_and_do_not_become_zero() -> None:
                energy_joules=None, throttle_reasons=None, host_cpu_percent=10.0)
         for t in (0.0, 1.0, 2.0)
     ]  # fmt: skip
-    assert summarize_samples(samples, 0, 2) == GpuFigures(host_cpu_percent=10.0)
+    assert summarize_samples(samples, 0, 2) == GpuFigures(
+        host_cpu_percent=10.0, coverage_percent=100.0
+    )
+
+
+def test_a_hole_in_the_samples_is_told() -> None:
+    samples = [sample(t) for t in (0.0, 1.0, 2.0, 5.0, 6.0)]
+    assert summarize_samples(samples, 1.0, 6.0).coverage_percent == pytest.approx(40.0)
+
+
+def test_power_is_joules_over_seconds_where_there_is_a_counter() -> None:
+    # NVML's own figure is a mean over a time that began before the window.
+    samples = [sample(t, power_draw_watts=100.0, energy_joules=300.0 * t) for t in (0.0, 1.0, 2.0)]
+    assert summarize_samples(samples, 0.5, 2.0).power_draw_watts == pytest.approx(300.0)
 
 
 def test_a_percentage_counts_for_the_time_before_its_sample() -> None:

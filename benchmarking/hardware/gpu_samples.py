@@ -37,7 +37,8 @@ def summarize_samples(
     """
     inside = [s for s in samples if start_seconds <= s.time_seconds <= end_seconds]
     weights = _overlaps([s.time_seconds for s in samples], start_seconds, end_seconds)
-    sources = {s.utilization_source for s, weight in zip(samples, weights, strict=True) if weight}
+    counted = [sample for sample, weight in zip(samples, weights, strict=True) if weight]
+    sources = {s.utilization_source for s in counted if s.utilization_source is not None}
     reasons = [s.throttle_reasons for s in inside if s.throttle_reasons is not None]
     temperatures = [s.temperature_celsius for s in inside if s.temperature_celsius is not None]
     joules = energy_between(samples, start_seconds, end_seconds)
@@ -46,7 +47,7 @@ def summarize_samples(
         means["power_draw_watts"] = joules / (end_seconds - start_seconds)
     return GpuFigures(
         **means,
-        utilization_source="+".join(sorted(sources - {None})) or None,
+        utilization_source="+".join(sorted(sources)) or None,
         memory_used_mib_max=max(
             (s.memory_used_mib for s in inside if s.memory_used_mib is not None), default=None
         ),

@@ -58,15 +58,20 @@ def read_process_trees(pids: Sequence[int | None]) -> list[CpuReading | None]:
     sessions = dict(_sessions())
     readings: list[CpuReading | None] = []
     for pid in pids:
+        if pid is None or pid not in parents:
+            readings.append(None)
+            continue
         members = {pid} | {other for other, session in sessions.items() if session == pid}
         while found := {one for one, parent in parents.items() if parent in members} - members:
             members |= found
-        readings.append(_read(members) if pid in parents else None)
+        readings.append(_read(members))
     return readings
 
 
 def _read(members: set[int]) -> CpuReading:
-    seconds, threads, waits = 0.0, {}, {}
+    seconds = 0.0
+    threads: dict[int, float] = {}
+    waits: dict[int, float] = {}
     for pid in members:
         with contextlib.suppress(psutil.Error):  # it has ended meanwhile
             process = psutil.Process(pid)

@@ -31,7 +31,7 @@ def is_host_limited(
     (`baseline`), and the neighbors hardly slowed it down.
     """
     busy, (_, activity) = client.busiest_thread_cpu_fraction, _activity(gpu)
-    if busy is None or activity is None:
+    if gpu is None or busy is None or activity is None:
         return None
     may_be = busy >= BUSY_THREAD_FRACTION and activity < SATURATED_ACTIVITY_PERCENT
     if client.clients == 1:
@@ -52,7 +52,7 @@ def warnings(
     `clients` ran together and have been judged; `host_cores` is how many cores they may use.
     """
     name, activity = _activity(gpu)
-    if activity is None or activity >= SATURATED_ACTIVITY_PERCENT:
+    if gpu is None or activity is None or activity >= SATURATED_ACTIVITY_PERCENT:
         return []
     # In a container the machine's own figure counts cores that the clients cannot use.
     used = sum(client.window_host_cpu_fraction or 0.0 for client in clients)
@@ -76,4 +76,4 @@ def _activity(gpu: GpuFigures | None) -> tuple[str, float | None]:
     """Return how busy the GPU was, by the better of the two figures that is known."""
     if gpu is not None and gpu.sm_activity_percent is not None:
         return "SM activity", gpu.sm_activity_percent
-    return "GPU utilization", gpu and gpu.utilization_gpu_percent
+    return "GPU utilization", gpu.utilization_gpu_percent if gpu else None

@@ -152,7 +152,7 @@ def select(selector: str | None, say: Callable[[str], None]) -> Gpu:
         return chosen[0]
     for gpu in gpus:
         say(f"  {gpu.title}")
-    raise NoGpuError(f"there is no GPU '{printable(selector)}'; those above are there")
+    raise NoGpuError(f"there is no GPU '{printable(str(selector))}'; those above are there")
 
 
 def refresh(gpu: Gpu) -> Gpu:

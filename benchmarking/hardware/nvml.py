@@ -345,9 +345,9 @@ class Gpu:
         readings = [(weight, reader.read()) for weight, reader in self._gpm_readers]
         figures: dict[str, float | None] = dict.fromkeys(GPM_METRICS)
         for field in figures if readings else ():
-            if all(reading[field] is not None for _, reading in readings):
-                total = sum(weight * reading[field] for weight, reading in readings)
-                figures[field] = round(total / sum(weight for weight, _ in readings), 3)
+            parts = [n * value for n, read in readings if (value := read[field]) is not None]
+            if len(parts) == len(readings):
+                figures[field] = round(sum(parts) / sum(weight for weight, _ in readings), 3)
         return figures
 
     def _memory_mib(self) -> tuple[float | None, float | None]:

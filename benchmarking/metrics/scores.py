@@ -345,7 +345,7 @@ def summarize_co_run(
         overhead_percent=overhead_percent(stp),
         interference_overhead_percent=interference,
         fairness=jain_fairness(progress) if progress else None,
-        energy_ratio=energy_ratio(gpu and gpu.energy_joules, solo_joules),
+        energy_ratio=energy_ratio(gpu.energy_joules if gpu else None, solo_joules),
         success_rate_percent=success_rate_percent([record.status for record in client_records]),
         average_duration_seconds=mean(finished),
         total_gpu_time_seconds=(
@@ -391,4 +391,5 @@ def mean(values: Iterable[float | None]) -> float | None:
 def all_known(values: Iterable[float | None]) -> list[float] | None:
     """The values as a list, or `None` when there are none or one of them is unknown."""
     found = list(values)
-    return None if not found or None in found else found  # type: ignore[return-value]
+    known = [value for value in found if value is not None]
+    return known if known and len(known) == len(found) else None

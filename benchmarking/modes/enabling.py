@@ -50,7 +50,7 @@ class ModeSwitch:
         self, gpu: Gpu | None, options: argparse.Namespace, say: Callable[[str], None]
     ) -> None:
         """Take the GPU; where there is none, no mode can be used."""
-        self.gpu = gpu
+        self.found = gpu
         self.folder = Path()  # for the records of what the scripts did
         self._options = options
         self._say = say
@@ -59,9 +59,16 @@ class ModeSwitch:
         self._undo_words: Sequence[str] = ()
         self._as_root = False
 
+    @property
+    def gpu(self) -> Gpu:
+        """The GPU; raises `NoGpuError` where there is none."""
+        if self.found is None:
+            raise NoGpuError("there is no NVIDIA GPU")
+        return self.found
+
     def why_not(self, mode: str, clients: int) -> str | None:
         """Return why a mode cannot be used here for so many clients, `None` where it can."""
-        if self.gpu is None:
+        if self.found is None:
             return "no NVIDIA GPU"
         is_on = self.gpu.mig_mode == "Enabled"
         if mode != "mig":
@@ -151,7 +158,7 @@ class ModeSwitch:
         self._undo_words = [UNDO_SCRIPTS[mode]]
         self._enabled = mode
         self.undo()
-        self.gpu = refresh(self.gpu)
+        self.found = refresh(self.gpu)
 
     def _write_note(self, mode: str) -> None:
         if self._options.dry_run:
@@ -241,7 +248,7 @@ class ModeSwitch:
     # --- what is in force ---------------------------------------------------------------------
 
     def _state(self, kind: str) -> dict[str, str]:
-        return mode_scripts.read_state(kind, self.gpu.uuid, os.environ) if self.gpu else {}
+        return mode_scripts.read_state(kind, self.gpu.uuid, os.environ) if self.found else {}
 
     def _is_set_up(self, mode: str) -> bool:
         return mode_scripts.is_set_up(mode, self.gpu.uuid, os.environ)

@@ -201,8 +201,8 @@ def state_folders(kind: str, environment: Mapping[str, str]) -> list[Path]:
     explicit = environment.get("GPU_SHARING_STATE_DIR")
     caller = _caller_of_sudo(environment)
     if kind in KINDS_OF_ROOT:
-        is_roots_wish = explicit and os.geteuid() == 0 and caller is None
-        return [Path(explicit) if is_roots_wish else STATE_OF_ROOT]
+        is_roots = os.geteuid() == 0 and caller is None
+        return [Path(explicit) if explicit and is_roots else STATE_OF_ROOT]
     if explicit:
         return [Path(explicit)]
     bases = [Path(environment["XDG_STATE_HOME"])] if environment.get("XDG_STATE_HOME") else []

@@ -118,10 +118,13 @@ def mps_clients(pipe_directory: str) -> frozenset[int] | None:
     if servers is None:
         return None
     questions = ["ps", *(f"get_client_list {server}" for server in _first_numbers(servers))]
-    answers = [ask_mps_control(pipe_directory, question) for question in questions]
-    if None in answers:
-        return None
-    return frozenset(pid for answer in answers for pid in _first_numbers(answer))
+    pids: set[int] = set()
+    for question in questions:
+        answer = ask_mps_control(pipe_directory, question)
+        if answer is None:
+            return None
+        pids.update(_first_numbers(answer))
+    return frozenset(pids)
 
 
 def _first_numbers(text: str) -> list[int]:

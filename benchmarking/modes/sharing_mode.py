@@ -19,10 +19,7 @@ from typing import Any
 import psutil
 
 from benchmarking.modes.mode_scripts import DISABLE_MIG
-from benchmarking.records.types import Evidence, Proof
-
-VERIFIED, INVALID, UNVERIFIED = "verified", "invalid", "unverified"
-NOT_APPLICABLE = "not_applicable"
+from benchmarking.records.types import Evidence, Proof, Verdict
 
 GPU_ANSWERS = "the driver answers for the GPU"
 GPU_LOST_FIX = (
@@ -174,8 +171,8 @@ def is_command(identity: Identity) -> bool:
 def judge(evidence: Sequence[Evidence]) -> Proof:
     """One thing against the mode is enough; one unknown leaves it unverified."""
     answers = [item.ok for item in evidence]
-    verdict = INVALID if False in answers else UNVERIFIED if None in answers else VERIFIED
-    return Proof(verdict, list(evidence))
+    verdict: Verdict = "unverified" if None in answers else "verified"
+    return Proof("invalid" if False in answers else verdict, list(evidence))
 
 
 def mig_is_off(facts: GpuFacts) -> Evidence:

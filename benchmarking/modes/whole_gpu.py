@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from benchmarking.modes.mode_scripts import DISABLE_MPS, SETUP_TIME_SLICING, read_state
 from benchmarking.modes.names import MODE_TIME_SLICING
 from benchmarking.modes.sharing_mode import (
-    NOT_APPLICABLE,
     GpuFacts,
     Identity,
     ProcessLists,
@@ -80,7 +79,7 @@ class CpuDemoMode(SharingMode):
         self, client: int, identity: Identity, pids: frozenset[int], lists: ProcessLists
     ) -> Proof:
         """There is nothing to prove."""
-        return Proof(NOT_APPLICABLE, self.check())
+        return Proof("not_applicable", self.check())
 
 
 def time_slicing_warning(clients: int, gpu_uuid: str, environment: Mapping[str, str]) -> str | None:

@@ -14,6 +14,7 @@ import os
 import stat
 import zlib
 from pathlib import Path
+from types import UnionType
 from typing import Any, TypeVar
 
 import msgspec
@@ -85,7 +86,7 @@ def decode(decoder: msgspec.json.Decoder[_T], content: bytes, reserve: int = 50)
     return decode(decoder, content, reserve - 1) if reserve else decoder.decode(content)
 
 
-def read_lines(path: Path, kind: type[_T]) -> tuple[list[_T], list[str]]:
+def read_lines(path: Path, kind: type[_T] | UnionType) -> tuple[list[_T], list[str]]:
     """Read the lines of a file, packed or not, that are of a kind, and warnings about the others.
 
     A file that is not there has no lines.

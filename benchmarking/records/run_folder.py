@@ -29,7 +29,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -108,7 +108,7 @@ class Run:
         joules: dict[str, float | None] = {}
         for record in self._good_baselines():
             before, more = joules.get(record.job_key, 0.0), energy.get(record.co_run)
-            joules[record.job_key] = None if None in (before, more) else before + more
+            joules[record.job_key] = None if before is None or more is None else before + more
         return joules
 
     def _good_baselines(self) -> list[ClientRecord]:
@@ -169,7 +169,9 @@ class RunWriter:
         """Keep the plan file of the run as it was."""
         writing.write_text_atomic(self.folder / PLAN_FILE, text, mode=0o600)
 
-    def note_resumption(self, ended: str, notes: Sequence[str]) -> None:
+    def note_resumption(
+        self, ended: types.RunOutcome | Literal["killed"], notes: Sequence[str]
+    ) -> None:
         """Note that the run goes on with these notes, and how it `ended` before, with its notes."""
         before = self.manifest
         entry = types.Resumption(
@@ -236,7 +238,7 @@ def create_run(
             f"there is a run {base!r} in {results_dir} already: choose another --run-id"
         )
     first = {"schema_version": types.SCHEMA_VERSION, "run_id": folder.name, "created_at": utc_now()}
-    return RunWriter(folder.resolve(), msgspec.convert(first | known, Manifest))
+    return RunWriter(folder.resolve(), msgspec.convert({**first, **known}, Manifest))
 
 
 def _make_folder(folder: Path) -> bool:
@@ -322,6 +324,7 @@ def read_run(folder: Path) -> Run:
     """
     manifest = _read_manifest(folder)
     path = folder / RECORDS_FILE
+    records: list[Record]
     records, warnings = files.read_lines(path, Record)
     clients: dict[str, dict[int, ClientRecord]] = {}
     ended: dict[str, CoRunRecord] = {}
@@ -369,6 +372,7 @@ def _read_manifest(folder: Path) -> Manifest:
 
 def read_samples(folder: Path) -> tuple[list[types.Sample], list[str]]:
     """Read the sampler's samples of a run, in order, and warnings about lines that are none."""
+    lines: list[types.Sample | types.Monitor]
     lines, warnings = files.read_lines(folder / SAMPLES_FILE, types.Sample | types.Monitor)
     return [line for line in lines if isinstance(line, types.Sample)], warnings
 

@@ -41,7 +41,7 @@ def differences(theirs: Manifest, ours: Manifest) -> list[str]:
     for name in COMPARED_VERSIONS:
         pairs[f"version of {name}"] = (then.versions.get(name), now.versions.get(name))
     pairs["job size"] = (theirs.job_size, ours.job_size)
-    on_cpu = tuple(manifest.effective_mode == MODE_CPU_DEMO for manifest in (theirs, ours))
+    on_cpu = (theirs.effective_mode == MODE_CPU_DEMO, ours.effective_mode == MODE_CPU_DEMO)
     if any(on_cpu):
         pairs |= {"cpu-demo": on_cpu, "host cores": (then.host_cores, now.host_cores)}
     return _unlike(pairs)

@@ -7,7 +7,6 @@ from typing import Any
 
 from benchmarking.hardware import host_limit
 from benchmarking.metrics import scores
-from benchmarking.modes.sharing_mode import INVALID, UNVERIFIED
 from benchmarking.records.run_folder import PHASE_BASELINE
 from benchmarking.records.types import (
     ClientRecord,
@@ -15,19 +14,15 @@ from benchmarking.records.types import (
     Evidence,
     GpuFigures,
     Proof,
+    Units,
 )
 from benchmarking.suite.event_log import jobs_of, last_event, unit_spans, units_in_window
 from benchmarking.suite.launcher import (
-    OUTCOME_INTERRUPTED,
-    OUTCOME_INVALID,
-    OUTCOME_OK,
-    STATUS_INVALID,
-    STATUS_OK,
     ClientResult,
     CoRunResult,
 )
 
-NEVER_MEASURED = Proof(UNVERIFIED, [Evidence("it was measured", "no", None)])
+NEVER_MEASURED = Proof("unverified", [Evidence("it was measured", "no", None)])
 
 
 def client_record(
@@ -46,14 +41,17 @@ def client_record(
     """
     start, end = co_run.window_start_seconds, co_run.window_end_seconds
     status, reason = client.status, client.reason
-    if status == STATUS_OK and proof is not None and proof.verdict == INVALID:
-        status, reason = STATUS_INVALID, proof.reason
-    elif status == STATUS_OK and co_run.outcome == OUTCOME_INTERRUPTED:
+    if status == "ok" and proof is not None and proof.verdict == "invalid":
+        status, reason = "invalid", proof.reason
+    elif status == "ok" and co_run.outcome == "interrupted":
         # It ended well because it was told to, before the co-run was over.
-        status, reason = OUTCOME_INTERRUPTED, co_run.reason
-    units, latency_ms = ({}, None) if start is None else units_in_window(client.events, start, end)
+        status, reason = "interrupted", co_run.reason
+    units: dict[str, Units] = {}
+    latency_ms = None
+    if start is not None and end is not None:
+        units, latency_ms = units_in_window(client.events, start, end)
     progress = None
-    if status == STATUS_OK:
+    if status == "ok":
         reference = baseline.units if baseline else {}
         if co_run.planned.phase == PHASE_BASELINE:  # it is its own
             reference = units
@@ -127,14 +125,14 @@ def co_run_record(
     baselines are given for whole co-runs only. `host_cores` is how many cores the clients may use.
     """
     outcome, reason = co_run.outcome, co_run.reason
-    unproved = [client for client in clients if client.status == STATUS_INVALID]
-    if outcome == OUTCOME_OK and (unproved or gpu_lost or mode_failure):
-        outcome = OUTCOME_INVALID
+    unproved = [client for client in clients if client.status == "invalid"]
+    if outcome == "ok" and (unproved or gpu_lost or mode_failure):
+        outcome = "invalid"
         whys = (f"client {one.client} ({one.label}): {one.reason}" for one in unproved)
         reason = gpu_lost or mode_failure or "; ".join(whys)
     elif gpu_lost:
         reason = f"{gpu_lost}; {reason}" if reason else gpu_lost
-    is_comparable = outcome not in (OUTCOME_INTERRUPTED, OUTCOME_INVALID)
+    is_comparable = outcome not in ("interrupted", "invalid")
     summary = scores.summarize_co_run(
         clients,
         baselines if is_comparable else {},
@@ -160,7 +158,8 @@ def start_skew_ms(clients: Sequence[ClientResult]) -> float | None:
 
     `None` for fewer than two clients, or when one of them never did a unit.
     """
-    starts = [min((at for _, at, _ in unit_spans(one.events)), default=None) for one in clients]
-    if len(starts) < 2 or None in starts:
+    spans = [[at for _, at, _ in unit_spans(one.events)] for one in clients]
+    starts = [min(times) for times in spans if times]
+    if len(starts) < max(2, len(clients)):
         return None
     return 1000 * (max(starts) - min(starts))

@@ -119,7 +119,7 @@ class Driver:
     @property
     def gpu(self) -> Gpu | None:
         """The GPU, `None` for the demonstration on the CPU."""
-        return self.modes.gpu
+        return self.modes.found
 
     # --- before anything runs -----------------------------------------------------------------
 
@@ -127,9 +127,9 @@ class Driver:
         """Choose the GPU, none for the demonstration on the CPU."""
         found = json.loads(os.environ.pop(GPU_VARIABLE, "null"))
         if self._python is None:
-            self.modes.gpu = find_gpu(self.options.device, self.options.gpu, say)
+            self.modes.found = find_gpu(self.options.device, self.options.gpu, say)
         elif found is not None:
-            self.modes.gpu = Gpu(**found)
+            self.modes.found = Gpu(**found)
 
     def enter_environment(self) -> None:
         """Become the Python that has everything, unless this is it, as the same process."""

@@ -164,7 +164,7 @@ def matching(pattern: str, what: str) -> Check:
     """Return a check for text that matches a pattern as a whole; `what` it is, for the message."""
 
     def check(text: str | None) -> str:
-        if not re.fullmatch(pattern, text or "", re.ASCII):
+        if text is None or not re.fullmatch(pattern, text, re.ASCII):
             raise ValueError(f" needs {what}")
         return text
 

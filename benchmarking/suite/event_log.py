@@ -98,9 +98,8 @@ def parse_event(line: bytes) -> dict[str, Any]:
         if b"\\ud" in line or b"\\uD" in line:  # half a character: a file name that is no UTF-8
             whole = json.dumps(event, ensure_ascii=False).encode(errors="replace")
             event = json.loads(whole)
-        shape = msgspec.convert(event, _SHAPES.get(event["event"], _Event))
-        if shape.event == "units" and len(shape.start_seconds) != len(shape.duration_seconds):
-            raise ValueError("a start without a duration, or the other way around")
+        msgspec.convert(event, _SHAPES.get(event["event"], _Event))
+        list(unit_spans([event]))  # raises where a start lacks a duration, or it a start
     except (ValueError, TypeError, LookupError, RecursionError):
         text = line[:200].decode(errors="replace")
         event = {"event": "error", "time_seconds": time.monotonic(), "status": "failed",

@@ -123,8 +123,8 @@ def _find_cards(selector: str | None) -> list[dict[str, Any]]:
             f"{uuids[0]} is a MIG instance, and a unit is a whole card: switch MIG off by "
             "disable_mig.sh, or name the card", EXIT_USAGE,
         )  # fmt: skip
-    cards = [nvml.describe_gpu(uuid) for uuid in uuids]
-    if None in cards:
+    cards = [card for card in map(nvml.describe_gpu, uuids) if card is not None]
+    if len(cards) < len(uuids):
         reason = nvml.unavailable_reason() or "look for Xid in the kernel's log"
         raise SuiteError(f"a GPU of {', '.join(uuids)} cannot be asked: {reason}", EXIT_NO_GPU)
     return cards

@@ -18,13 +18,13 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import IO, Any, get_args
 
 import psutil
 
 from benchmarking.hardware.host_cpu import read_process_trees, signal_sessions
 from benchmarking.records.run_folder import ClientPaths
-from benchmarking.records.types import FailureCause
+from benchmarking.records.types import ClientStatus, CoRunStatus, FailureCause
 from benchmarking.suite import event_log
 from benchmarking.suite.event_log import Event, private_opener
 from benchmarking.suite.plan import COMMAND_WORKLOAD, PlannedClient, PlannedCoRun
@@ -32,7 +32,9 @@ from benchmarking.suite.stop_signal import StopSignal
 
 EXIT_OUT_OF_MEMORY = 12
 # What a client's exit code alone tells, where its event log does not.
-CAUSE_OF_EXIT_CODE = {EXIT_OUT_OF_MEMORY: "out_of_memory", 34: "not_finite", 65: "damaged_file"}
+CAUSE_OF_EXIT_CODE: dict[int | None, FailureCause] = {
+    EXIT_OUT_OF_MEMORY: "out_of_memory", 34: "not_finite", 65: "damaged_file",
+}  # fmt: skip
 CAUSES = get_args(FailureCause)
 # A killed process ends when the kernel gets to it: in the driver, or on a busy machine, later.
 KILLED_SECONDS = 10.0
@@ -40,12 +42,6 @@ KILLED_SECONDS = 10.0
 TAIL_PART = 1 / 3
 # Keeps Python from importing modules that lie where a process happens to run.
 SAFE_PATH_VARIABLE = "PYTHONSAFEPATH"
-
-STATUS_OK, STATUS_FAILED, STATUS_OOM = "ok", "failed", "oom"
-STATUS_TIMEOUT, STATUS_KILLED, STATUS_INVALID = "timeout", "killed", "invalid"
-
-OUTCOME_OK, OUTCOME_FAILED, OUTCOME_TIMEOUT = "ok", "failed", "timeout"
-OUTCOME_INTERRUPTED, OUTCOME_INVALID = "interrupted", "invalid"
 
 
 @dataclass(frozen=True)
@@ -107,7 +103,7 @@ class ClientResult:
     """
 
     planned: PlannedClient
-    status: str = STATUS_OK
+    status: ClientStatus = "ok"
     reason: str | None = None
     events: list[Event] = field(default_factory=list)
     identity: dict[str, Any] | None = None
@@ -116,7 +112,7 @@ class ClientResult:
     window_host_cpu_fraction: float | None = None
     busiest_thread_cpu_fraction: float | None = None
     cpu_wait_fraction: float | None = None
-    cause: str | None = None
+    cause: FailureCause | None = None
     memory: dict[str, Any] | None = None
 
     @property
@@ -133,7 +129,7 @@ class Client(ClientResult):
     are those that have ended, and lie whole, in the window that opens at `window_start_seconds`.
     """
 
-    paths: ClientPaths | None = None
+    paths: ClientPaths = field(kw_only=True)
     process: subprocess.Popen[bytes] | None = None
     is_loaded: bool = False
     has_said_done: bool = False
@@ -141,7 +137,7 @@ class Client(ClientResult):
     window_start_seconds: float = math.inf
     whole_jobs: int = 0
     units: int = 0
-    failure: tuple[str, str] | None = None
+    failure: tuple[ClientStatus, str] | None = None
     was_told_to_stop: bool = False
     exited_prematurely: bool = False
     timed_out: bool = False
@@ -151,6 +147,11 @@ class Client(ClientResult):
     def has_failed(self) -> bool:
         """Whether the client cannot go on, or left before it was told to."""
         return self.failure is not None or self.exited_prematurely
+
+    @property
+    def stdin(self) -> IO[bytes] | None:
+        """The control channel of a process that was started."""
+        return self.process.stdin if self.process else None
 
     @property
     def pid(self) -> int | None:
@@ -176,7 +177,7 @@ class Client(ClientResult):
                     stdout=stdout, stderr=stderr, start_new_session=True,
                 )  # fmt: skip
             except OSError as error:
-                self.failure = (STATUS_FAILED, f"cannot start {command[0]}: {error.strerror}")
+                self.failure = ("failed", f"cannot start {command[0]}: {error.strerror}")
 
     def poll(self) -> None:
         """Take in new events and whether the process has ended."""
@@ -190,7 +191,7 @@ class Client(ClientResult):
             lines = self._follower.poll()
         except OSError as error:
             reason = f"its event log cannot be read ({error.strerror})"
-            self.failure = self.failure or (STATUS_FAILED, reason)
+            self.failure = self.failure or ("failed", reason)
             return
         for event in map(event_log.parse_event, lines):
             self.events.append(event)
@@ -209,54 +210,54 @@ class Client(ClientResult):
                     )
                 case "error":
                     message = str(event.get("message") or "reported an error")
-                    self.failure = (event.get("status") or STATUS_FAILED, message)
+                    self.failure = (event.get("status") or "failed", message)
                 case "done":
                     self.has_said_done = True
 
     def send(self, command: str) -> float:
         """Write one command and return when; a client that is gone is left to poll."""
         self.was_told_to_stop = self.was_told_to_stop or command == "stop"
-        if self.process is not None:
+        if self.stdin is not None:
             with contextlib.suppress(BrokenPipeError):
-                self.process.stdin.write(f"{command}\n".encode())
+                self.stdin.write(f"{command}\n".encode())
         return time.monotonic()
 
-    def settle(self, outcome: str) -> None:
+    def settle(self, outcome: CoRunStatus) -> None:
         """Say what became of the client, once it has ended with its co-run."""
         self.stderr_tail = event_log.tail_of(self.paths.stderr) if self.process else []
         self.status, self.reason = self._status(outcome)
         error = event_log.last_event(self.events, "error") or {}
         self.memory = error.get("memory")
-        if self.status in (STATUS_FAILED, STATUS_OOM):
+        if self.status in ("failed", "oom"):
             # The client's word if it is one of the contract's, else what its exit code stands for.
             told = error.get("cause")
             self.cause = told if told in CAUSES else CAUSE_OF_EXIT_CODE.get(self.exit_code)
 
-    def _status(self, outcome: str) -> tuple[str, str | None]:
+    def _status(self, outcome: CoRunStatus) -> tuple[ClientStatus, str | None]:
         """Status and why, the surest sign first."""
         code = self.exit_code
         if self.failure is not None:
             return self.failure
         if code == EXIT_OUT_OF_MEMORY:
-            return STATUS_OOM, "out of memory"
+            return "oom", "out of memory"
         if self.was_signaled:
-            if outcome == OUTCOME_INTERRUPTED:
-                return STATUS_KILLED, "did not stop when the run was interrupted"
-            return STATUS_TIMEOUT, "did not stop when told to"
+            if outcome == "interrupted":
+                return "killed", "did not stop when the run was interrupted"
+            return "timeout", "did not stop when told to"
         if self.timed_out:
-            return STATUS_TIMEOUT, "timed out"
+            return "timeout", "timed out"
         if code is not None and code < 0:
             names = {one.value: one.name for one in signal.Signals}
             name = names.get(-code, f"signal {-code}")
             is_from_outside = name in ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP")
-            return (STATUS_KILLED if is_from_outside else STATUS_FAILED), f"ended by {name}"
+            return ("killed" if is_from_outside else "failed"), f"ended by {name}"
         if code != 0:
-            return STATUS_FAILED, f"exit code {code}"
+            return "failed", f"exit code {code}"
         if not self.has_said_done:
-            return STATUS_FAILED, "exit code 0, but it never said `done`"
+            return "failed", "exit code 0, but it never said `done`"
         if self.exited_prematurely:
-            return STATUS_FAILED, "exited prematurely"
-        return STATUS_OK, None
+            return "failed", "exited prematurely"
+        return "ok", None
 
 
 @dataclass
@@ -264,7 +265,7 @@ class CoRunResult:
     """What was seen of a co-run; times on CLOCK_MONOTONIC, `None` where it did not get so far."""
 
     planned: PlannedCoRun
-    outcome: str
+    outcome: CoRunStatus
     reason: str | None
     clients: Sequence[ClientResult] = ()
     ready_seconds: float | None = None
@@ -279,7 +280,11 @@ class CoRunRefused(Exception):
 
 
 class _EndOfWindow(Exception):
-    """The co-run ends before everyone was done: `(outcome, reason)`."""
+    """The co-run ends before everyone was done."""
+
+    def __init__(self, outcome: CoRunStatus, reason: str) -> None:
+        super().__init__(reason)
+        self.outcome: CoRunStatus = outcome
 
 
 @dataclass(frozen=True)
@@ -307,18 +312,18 @@ class Launcher:
         clients = [
             Client(one, paths=paths_of(planned.co_run, one.client)) for one in planned.clients
         ]
-        result = CoRunResult(planned, OUTCOME_OK, None, clients)
+        result = CoRunResult(planned, "ok", None, clients)
         try:
             self._get_ready(planned, clients)
             result.ready_seconds = time.monotonic()
             before_go(clients)
             self._measure(result, clients, rule)
         except _EndOfWindow as end:
-            result.outcome, result.reason = end.args
+            result.outcome, result.reason = end.outcome, str(end)
         except CoRunRefused as refusal:
-            result.outcome, result.reason = OUTCOME_FAILED, str(refusal)
+            result.outcome, result.reason = "failed", str(refusal)
             for client in clients:
-                client.failure = (STATUS_FAILED, str(refusal))
+                client.failure = ("failed", str(refusal))
         finally:
             self._end(clients)
         for client in clients:
@@ -332,11 +337,13 @@ class Launcher:
         for client in clients:
             client.start(planned.command_of(client.planned), self.base_environment)
         self._wait(clients, lambda client: client.is_loaded, "load", deadline)
+        warmed: list[Client] = []
         for client in clients:
             client.send("warm")
+            warmed.append(client)
             self._wait(
-                clients, lambda other, this=client: other is not this or other.identity is not None,
-                "get ready", deadline,
+                clients, lambda one: one.identity is not None or one not in warmed, "get ready",
+                deadline,
             )  # fmt: skip
 
     def _measure(self, result: CoRunResult, clients: list[Client], rule: FinishRule) -> None:
@@ -400,18 +407,18 @@ class Launcher:
                 client.poll()
             failed = [client for client in clients if client.has_failed]
             if failed and (len(failed) == len(clients) or not tolerates_failures):
-                raise _EndOfWindow(OUTCOME_FAILED, f"{_names(failed)} failed")
+                raise _EndOfWindow("failed", f"{_names(failed)} failed")
             waiting = [client for client in clients if client not in failed and not is_done(client)]
             now = time.monotonic()
             if not waiting and now >= not_before:
                 return
             if self.stop_signal.requested:
-                raise _EndOfWindow(OUTCOME_INTERRUPTED, "interrupted")
+                raise _EndOfWindow("interrupted", "interrupted")
             if now >= deadline:
                 for client in waiting:
                     client.timed_out = True
                 raise _EndOfWindow(
-                    OUTCOME_TIMEOUT,
+                    "timeout",
                     f"{_names(waiting)} did not {what} within {self.timeouts.timeout:g} s",
                 )
             time.sleep(self.timeouts.poll)
@@ -422,7 +429,8 @@ class Launcher:
         for client in started:
             client.send("stop")
         for client in started:
-            client.process.stdin.close()  # means stop even to a client that missed the command
+            if client.stdin is not None:
+                client.stdin.close()  # means stop even to a client that missed the command
         asked = max(1, self.stop_signal.count)
         self._wait_for_end(started, self.timeouts.stop, lambda: self.stop_signal.count > asked)
         for number, what, seconds in (
@@ -430,13 +438,13 @@ class Launcher:
             (signal.SIGKILL, "terminate", max(KILLED_SECONDS, self.timeouts.terminate)),
         ):
             for client in started:
-                if client.exit_code is None:
+                if client.process is not None and client.exit_code is None:
                     self.say(f"{client.name} does not {what}: sending {number.name}")
                     client.was_signaled = True
                     client.process.send_signal(number)
             self._wait_for_end(started, seconds)
         # Helper processes that clients left in their sessions: data loaders, servers.
-        sessions = [client.pid for client in started]
+        sessions = [client.pid for client in clients if client.pid is not None]
         left = signal_sessions(sessions, signal.SIGTERM)
         psutil.wait_procs(left, min(5.0, self.timeouts.terminate))
         signal_sessions(sessions, signal.SIGKILL)
@@ -460,17 +468,17 @@ def _names(clients: Sequence[Client]) -> str:
 
 def _settle_outcome(result: CoRunResult) -> None:
     """A client that failed only while ending still fails the co-run; reasons name the cause."""
-    bad = [client for client in result.clients if client.status != STATUS_OK]
+    bad = [client for client in result.clients if client.status != "ok"]
     if all(client.reason == result.reason for client in bad):
         return  # refused: the reason is everybody's
-    if result.outcome == OUTCOME_OK:
-        only_slow = all(client.status == STATUS_TIMEOUT for client in bad)
-        result.outcome = OUTCOME_TIMEOUT if only_slow else OUTCOME_FAILED
-    if result.outcome in (OUTCOME_FAILED, OUTCOME_TIMEOUT):
+    if result.outcome == "ok":
+        only_slow = all(client.status == "timeout" for client in bad)
+        result.outcome = "timeout" if only_slow else "failed"
+    if result.outcome in ("failed", "timeout"):
         reasons = []
         for client in bad:
-            is_told = client.status == STATUS_FAILED and client.cause is not None
-            kind = client.cause.replace("_", " ") if is_told else client.status
+            told = client.cause if client.status == "failed" else None
+            kind = told.replace("_", " ") if told else client.status
             reasons.append(f"{client.name}: {kind}: {client.reason}")
         result.reason = "; ".join(reasons)
 

@@ -20,6 +20,7 @@ from benchmarking.cli import (
     SuiteError,
 )
 from benchmarking.hardware.gpu_samples import summarize_samples
+from benchmarking.metrics.scores import all_known
 from benchmarking.modes.names import MODE_MIG
 from benchmarking.modes.sharing_mode import GPU_ANSWERS, GPU_LOST_FIX, SharingMode
 from benchmarking.records.run_folder import (
@@ -30,15 +31,12 @@ from benchmarking.records.run_folder import (
     RunWriter,
     pooled,
 )
-from benchmarking.records.types import ClientRecord, CoRunRecord, GpuFigures, Sample
+from benchmarking.records.types import ClientRecord, CoRunRecord, GpuFigures, Record, Sample
 from benchmarking.suite import proofs, stop_reasons
 from benchmarking.suite.baselines import identity_differences
 from benchmarking.suite.co_run_records import client_record, co_run_record
 from benchmarking.suite.console import Progress
 from benchmarking.suite.launcher import (
-    OUTCOME_INTERRUPTED,
-    OUTCOME_INVALID,
-    OUTCOME_OK,
     Client,
     CoRunRefused,
     CoRunResult,
@@ -71,7 +69,7 @@ class Reference:
 
     def add(self, record: CoRunRecord, client: ClientRecord) -> None:
         """Take in a job alone that ended well; one measured again counts in place of the first."""
-        if record.outcome != OUTCOME_OK or client.status != OUTCOME_OK:
+        if record.outcome != "ok" or client.status != "ok":
             return
         if record.phase == PHASE_SHARE_BASELINE:
             self.share[client.job_key] = client
@@ -80,9 +78,10 @@ class Reference:
         repeats = self._repeats.setdefault(client.job_key, {})
         repeats.pop(record.co_run, None)
         repeats[record.co_run] = (record, client)
-        joules = [one.gpu and one.gpu.energy_joules for one, _ in repeats.values()]
+        cards = [one.gpu for one, _ in repeats.values()]
+        joules = all_known(gpu.energy_joules if gpu else None for gpu in cards)
         self.whole[client.job_key] = pooled([one for _, one in repeats.values()])
-        self.whole_joules[client.job_key] = None if None in joules else sum(joules)
+        self.whole_joules[client.job_key] = None if joules is None else sum(joules)
 
     def repeats_of(self, job_key: str) -> dict[str, ClientRecord]:
         """Return what was measured of a job alone here, by co-run, the newest last."""
@@ -179,10 +178,11 @@ class Measurement:
         record, clients, gpu_lost = self._recorded(seen, mode, sampler, clock)
         if refusal is not None:
             raise refusal
-        if gpu_lost and record.outcome != OUTCOME_INTERRUPTED:
+        if gpu_lost and record.outcome != "interrupted":
             # What follows would only meet the same.
-            outcome = "invalid" if record.outcome == OUTCOME_INVALID else "failed"
-            raise RunEnded(outcome, EXIT_NO_GPU, f"{planned.co_run}: {record.reason}")
+            is_invalid = record.outcome == "invalid"
+            reason = f"{planned.co_run}: {record.reason}"
+            raise RunEnded("invalid" if is_invalid else "failed", EXIT_NO_GPU, reason)
         _raise_unless_well(record, clients)
         return clients
 
@@ -246,7 +246,7 @@ class Measurement:
             # A baseline is its own reference.
             job_key = clients[0].job_key
             baselines[job_key] = clients[0]
-            joules = {**joules, job_key: gpu and gpu.energy_joules}
+            joules = {**joules, job_key: gpu.energy_joules if gpu else None}
         record = co_run_record(
             seen,
             clients,
@@ -270,7 +270,8 @@ class Measurement:
             record, seen.clients, clients, **bounds, gpu_lost=gpu_lost
         )
         record.stop_reason = self.stop_reasons[planned.co_run] = reason
-        for line in (*clients, record):
+        lines: list[Record] = [*clients, record]
+        for line in lines:
             shown = self._setup.secrets.hide(msgspec.to_builtins(line))
             self._context.writer.append_record(msgspec.convert(shown, type(line)))
         for warning in record.warnings:
@@ -311,11 +312,11 @@ def _lost(mode: SharingMode) -> tuple[str | None, str | None]:
 
 def _raise_unless_well(record: CoRunRecord, clients: list[ClientRecord]) -> None:
     outcome, what = record.outcome, f"{record.co_run}: {record.reason}"
-    if outcome == OUTCOME_OK:
+    if outcome == "ok":
         return
-    if outcome == OUTCOME_INTERRUPTED:
+    if outcome == "interrupted":
         raise RunEnded("interrupted", EXIT_INTERRUPTED, "interrupted")
-    if outcome == OUTCOME_INVALID:
+    if outcome == "invalid":
         raise RunEnded("invalid", EXIT_INVALID, what)
     said = next(
         (client.stderr_tail[-1] for client in clients

@@ -20,6 +20,7 @@ from benchmarking.records.run_folder import (
     PHASE_NULL,
     PHASE_SHARE_BASELINE,
 )
+from benchmarking.records.types import Phase
 
 SIZE_GUIDE, SIZE_QUICK, SIZE_CPU = "guide", "quick", "cpu"
 
@@ -226,7 +227,7 @@ class PlannedCoRun:
     """Clients that run together under one mode; a baseline is a co-run of one."""
 
     co_run: str
-    phase: str
+    phase: Phase
     mode: str
     repeat: int
     clients: tuple[PlannedClient, ...]
@@ -413,7 +414,7 @@ def noisy_pairs(
 
 
 def baselines_of(
-    clients: Iterable[PlannedClient], phase: str, mode: str, repeats: int = 1
+    clients: Iterable[PlannedClient], phase: Phase, mode: str, repeats: int = 1
 ) -> tuple[PlannedCoRun, ...]:
     """Lay out each distinct job alone, called `baseline-<workload>` or `share-<workload>`.
 

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarking.cli import EXIT_FAILED, EXIT_USAGE, SuiteError
 from benchmarking.modes.mig import MigMode
 from benchmarking.modes.sharing_mode import is_own_pid_namespace
 from benchmarking.records.run_folder import PHASE_CO_RUN
+from benchmarking.records.types import Phase
 from benchmarking.suite.launcher import TAIL_PART, FinishRule
 from benchmarking.suite.plan import (
     COMMAND_WORKLOAD,
@@ -127,7 +129,7 @@ def _need_and_room(run: PlannedCoRun, setup: Setup) -> tuple[float, float]:
 # --- how long it takes ------------------------------------------------------------------------
 
 
-def least_seconds(setup: Setup, phase: str) -> float:
+def least_seconds(setup: Setup, phase: Phase) -> float:
     """Return how long a window of whole jobs lasts at least."""
     is_alone = phase != PHASE_CO_RUN
     is_long = not setup.is_cpu_demo if is_alone else setup.job_size == SIZE_GUIDE
@@ -161,8 +163,8 @@ def finish_rule(setup: Setup, run: PlannedCoRun) -> FinishRule:
 
 def estimated_seconds(run: PlannedCoRun, setup: Setup) -> float | None:
     """Return about how long a co-run takes; `None` where a command's length is unknown."""
-    kinds = [WORKLOADS.get(client.workload) for client in run.clients]
-    if None in kinds:
+    kinds = [WORKLOADS[one.workload] for one in run.clients if one.workload in WORKLOADS]
+    if len(kinds) < len(run.clients):
         return None
     rule = finish_rule(setup, run)
     around = START_SECONDS + WARM_UP_SECONDS * len(kinds) + (1 + TAIL_PART) * rule.settle_seconds
@@ -180,8 +182,13 @@ def estimated_seconds(run: PlannedCoRun, setup: Setup) -> float | None:
 def estimated_round_seconds(setup: Setup) -> float | None:
     """Return about how long one repeat of the co-runs takes, of the baselines where it is they."""
     first = [run for run in setup.plan.co_runs or setup.plan.baseline if run.repeat == 0]
-    seconds = [estimated_seconds(run, setup) for run in first]
-    return None if None in seconds else sum(seconds)
+    return _whole_seconds(first, setup)
+
+
+def _whole_seconds(runs: Sequence[PlannedCoRun], setup: Setup) -> float | None:
+    seconds = [estimated_seconds(run, setup) for run in runs]
+    known = [one for one in seconds if one is not None]
+    return sum(known) if len(known) == len(seconds) else None
 
 
 def estimate(setup: Setup) -> str:
@@ -194,11 +201,12 @@ def estimate(setup: Setup) -> str:
     if plan.co_runs:
         what = _counted(len(plan.co_runs) // repeats, "co-run")
         parts.append(f"{repeats} repeats of {what}" if repeats > 1 else what)
-    seconds = [estimated_seconds(run, setup) for run in (*plan.baseline, *plan.co_runs)]
-    if None in seconds:
+    whole = _whole_seconds((*plan.baseline, *plan.co_runs), setup)
+    if whole is None:
         return f"as long as your commands take: {', '.join(parts)}"
     budget = setup.request.budget_minutes
-    whole = min(sum(seconds), 60 * budget) if budget and repeats > 1 else sum(seconds)
+    if budget and repeats > 1:
+        whole = min(whole, 60 * budget)
     return f"{_duration(whole)}: {', '.join(parts)}"
 
 

@@ -27,9 +27,8 @@ from benchmarking.records.run_folder import (
     RunStoreError,
     RunWriter,
 )
-from benchmarking.records.types import ClientRecord, CoRunRecord, Environment
+from benchmarking.records.types import ClientRecord, CoRunRecord, Environment, RunOutcome
 from benchmarking.suite import baselines
-from benchmarking.suite.launcher import OUTCOME_OK, OUTCOME_TIMEOUT
 from benchmarking.suite.plan_file import PlanFile, parse_plan, text_hash
 from benchmarking.suite.redaction import NotRevealedError, reveal
 from benchmarking.suite.request import Request
@@ -54,7 +53,7 @@ class EarlierPart:
     request: Request
 
     @property
-    def outcome(self) -> str:
+    def outcome(self) -> RunOutcome:
         """How the run had ended; one that was killed had no time to say so."""
         said = self.run.manifest.outcome
         return "interrupted" if said == "running" else said
@@ -233,12 +232,12 @@ def _is_answer(record: CoRunRecord, clients: Sequence[ClientRecord]) -> bool:
 
     A client that somebody else killed, or that met a truncated file, says nothing of the load.
     """
-    if record.outcome == OUTCOME_OK:
+    if record.outcome == "ok":
         return True
     reason = record.stop_reason or {"kind": "refused"}
     return (
         record.phase == PHASE_CO_RUN
-        and record.outcome in ("failed", OUTCOME_TIMEOUT)
+        and record.outcome in ("failed", "timeout")
         and reason["kind"] not in NO_ANSWERS
         and not any(client.exit_code == EXIT_NO_GPU for client in clients)
     )
@@ -249,6 +248,6 @@ def _broke_for_good(earlier: EarlierPart) -> bool:
     records = earlier.run.co_run_records
     return (
         earlier.outcome == "failed"
-        and any(record.outcome != OUTCOME_OK for record in records)
+        and any(record.outcome != "ok" for record in records)
         and all(earlier.finished(record.co_run) for record in records)
     )

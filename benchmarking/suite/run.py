@@ -13,14 +13,14 @@ from typing import Any
 from benchmarking.cli import EXIT_COMPLETE, EXIT_FAILED, EXIT_USAGE, RunEnded, SuiteError
 from benchmarking.modes.names import MODE_MIG, MODE_MPS
 from benchmarking.records.run_folder import PHASE_BASELINE, PHASE_NULL, PHASE_SHARE_BASELINE
-from benchmarking.records.types import ClientRecord
+from benchmarking.records.types import ClientRecord, RunOutcome
 from benchmarking.suite import baselines, preflight
 from benchmarking.suite.baselines import BaselineMismatchError, newest_reusable, require_reusable
 from benchmarking.suite.jobs import resolve_all
 from benchmarking.suite.measurement import Measurement, RunContext
 from benchmarking.suite.plan import Plan, PlannedCoRun, carried_arguments
 from benchmarking.suite.ramp import Ramp
-from benchmarking.suite.resume import unlike_environment
+from benchmarking.suite.resume import EarlierPart, unlike_environment
 from benchmarking.suite.sampler import Sampler
 
 
@@ -65,7 +65,7 @@ class SuiteRun:
 
     def _execute(self) -> int:
         gpu = self._setup.gpu
-        outcome = "failed"
+        outcome: RunOutcome = "failed"
         if self._round_is_done():
             self._writer.finish("complete")
             return EXIT_COMPLETE
@@ -124,7 +124,7 @@ class SuiteRun:
             for job_key, answer in zip(jobs, answers, strict=True)
         }
         if self._earlier:
-            self._require_like_earlier(answers, resolved)
+            self._require_like_earlier(self._earlier, answers, resolved)
         for (job_key, client), answer in zip(jobs.items(), answers, strict=True):
             if resolved[job_key] != found.get(job_key):
                 self._change_clients(job_key, resolved[job_key])
@@ -135,8 +135,9 @@ class SuiteRun:
         self._save_plan()
 
     def _require_like_earlier(
-        self, answers: Sequence[dict[str, Any]], resolved: Mapping[str, Sequence[str]]
-    ) -> None:
+        self, earlier: EarlierPart, answers: Sequence[dict[str, Any]],
+        resolved: Mapping[str, Sequence[str]],
+    ) -> None:  # fmt: skip
         """Refuse to go on in another environment, or with other data."""
         gpu = self._setup.gpu or {}
         known = {
@@ -149,7 +150,7 @@ class SuiteRun:
         for answer in answers:
             environment = answer.get("environment") or {}
             known |= {name: environment.get(name) for name in ("versions", "git_commit")}
-        unlike_environment(self._earlier, known, resolved)
+        unlike_environment(earlier, known, resolved)
 
     def _change_clients(self, job_key: str, arguments: Sequence[str]) -> None:
         """Give more flags to the clients of a job that have not run yet."""

@@ -65,8 +65,9 @@ class Sampler:
         """End the sampler by its standard input, harder if it does not listen."""
         if self._process is None:
             return
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
+        if self._process.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.close()
         for end_harder in (self._process.terminate, self._process.kill):
             try:
                 self._process.wait(END_TIMEOUT_SECONDS)

@@ -116,7 +116,7 @@ def _planned_and_run(
             code = suite.execute()
     if options.round is not None and from_driver:  # it has the report at the end
         return SessionResult(code, suite.ending, writer.folder)
-    return _told(SessionResult(code, suite.ending, writer.folder), from_driver=from_driver)
+    return _told(code, suite.ending, writer.folder, from_driver=from_driver)
 
 
 def estimate_repeat_seconds(words: Sequence[str]) -> float | None:
@@ -171,20 +171,20 @@ def _new_run(setup: Setup, command: Sequence[str]) -> run_folder.RunWriter:
     return writer
 
 
-def _told(result: SessionResult, *, from_driver: bool) -> SessionResult:
+def _told(code: int, ending: str | None, folder: Path, *, from_driver: bool) -> SessionResult:
     """Print the figures of a run that has ended, and the commands that follow it."""
     try:
-        console.print_summary(run_folder.read_run(result.folder))
+        console.print_summary(run_folder.read_run(folder))
     except run_folder.RunStoreError as error:
-        refused = _refused(error, result.exit_code or EXIT_FAILED)
-        return SessionResult(refused.exit_code, result.reason or refused.reason, result.folder)
+        refused = _refused(error, code or EXIT_FAILED)
+        return SessionResult(refused.exit_code, ending or refused.reason, folder)
     if not from_driver:
-        report = shell_words(ANALYSIS_SCRIPT, "--results-dir", str(result.folder))
+        report = shell_words(ANALYSIS_SCRIPT, "--results-dir", str(folder))
         print(f"\nreport.html with its charts: {report}")
-        if result.exit_code == EXIT_INTERRUPTED:
-            print(f"to go on: {shell_words(SUITE_SCRIPT, '--resume', str(result.folder))}")
-    print(f"results: {result.folder}", flush=True)
-    return result
+        if code == EXIT_INTERRUPTED:
+            print(f"to go on: {shell_words(SUITE_SCRIPT, '--resume', str(folder))}")
+    print(f"results: {folder}", flush=True)
+    return SessionResult(code, ending, folder)
 
 
 def shell_words(script: Path, *words: str) -> str:

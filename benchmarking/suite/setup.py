@@ -215,7 +215,7 @@ def _lay_out(
         root=str(PROJECT_ROOT),
     )
     plan_mode = MODE_EXCLUSIVE if request.mode == MODE_EXCLUSIVE else mode.name
-    named = {"name": request.co_run_prefix, "repeats": request.repeats}
+    name, repeats = request.co_run_prefix, request.repeats
 
     def clients_of(count: int) -> tuple[PlannedClient, ...]:
         if request.plan_file is not None:
@@ -232,7 +232,9 @@ def _lay_out(
         )
 
     def co_runs_of(count: int) -> tuple[PlannedCoRun, ...]:
-        added = planning.counted_co_runs(plan_mode, clients_of, counts=(count,), **named)
+        added = planning.counted_co_runs(
+            plan_mode, clients_of, name=name, counts=(count,), repeats=repeats
+        )
         return tuple(map(equipped, added))
 
     if request.is_paired:
@@ -242,10 +244,12 @@ def _lay_out(
         )  # fmt: skip
         # Number 0 each, as every job alone runs on the first client's share.
         clients = [dataclasses.replace(one, client=0) for pair in pairs for one in pair]
-        co_runs = planning.paired_co_runs(plan_mode, pairs, **named)
+        co_runs = planning.paired_co_runs(plan_mode, pairs, name=name, repeats=repeats)
     else:
-        clients = clients_of(max(request.counts))
-        co_runs = planning.counted_co_runs(plan_mode, clients_of, counts=request.counts, **named)
+        clients = list(clients_of(max(request.counts)))
+        co_runs = planning.counted_co_runs(
+            plan_mode, clients_of, name=name, counts=request.counts, repeats=repeats
+        )
     is_mig = mode.name == MODE_MIG
     plan = planning.build_plan(
         plan_mode, clients, co_runs, baseline_mode=alone_mode.name, share_baseline=is_mig,

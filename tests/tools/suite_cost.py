@@ -55,8 +55,6 @@ from benchmarking.records.types import Sample
 from benchmarking.suite.co_run_records import start_skew_ms
 from benchmarking.suite.console import print_table
 from benchmarking.suite.launcher import (
-    OUTCOME_INTERRUPTED,
-    OUTCOME_OK,
     Client,
     CoRunResult,
     Launcher,
@@ -162,9 +160,9 @@ def run_clients(
             )
         finally:
             given_up.set()
-    if seen.outcome == OUTCOME_INTERRUPTED:
+    if seen.outcome == "interrupted":
         raise RunEnded("interrupted", EXIT_INTERRUPTED)
-    if seen.outcome != OUTCOME_OK:
+    if seen.outcome != "ok":
         tails = [client.stderr_tail[-1] for client in seen.clients
                  if client.status != "ok" and client.stderr_tail]  # fmt: skip
         said = f" ({tails[0]})" if tails else ""
