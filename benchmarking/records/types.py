@@ -215,6 +215,8 @@ class Environment(Struct, kw_only=True):
     gpu_uuid: str | None = None
     gpu_memory_mib: float | None = None
     multiprocessor_count: int | None = None
+    # before the first client: part of every co-run's energy
+    idle_power_watts: Amount | None = None
     driver_version: str | None = None
     cuda_version: str | None = None
     # length of the card's time slice, as nvidia-smi calls it

@@ -133,8 +133,8 @@ SCHEMA_VERSION = 5
 OWN_ERROR_LIMIT_PERCENT = 2.0
 # What is told of each run's machine, besides what the section's runs have in common.
 RUN_ENVIRONMENT = (
-    "gpu_memory_mib", "multiprocessor_count", "cuda_version", "host_cores", "os", "git_commit",
-    "git_dirty",
+    "gpu_memory_mib", "multiprocessor_count", "idle_power_watts", "cuda_version", "host_cores",
+    "os", "git_commit", "git_dirty",
 )  # fmt: skip
 
 

@@ -78,6 +78,7 @@ class SuiteRun:
                 gpu=gpu["uuid"] if gpu else None,
             ) as sampler:
                 self._context.note(sampler.failure)
+                self._note_idle_power(sampler)
                 self._run_baselines(sampler)
                 self._run_co_runs(sampler)
             outcome = "complete"
@@ -201,6 +202,13 @@ class SuiteRun:
         for job_key, record in reference.whole.items():
             self._change_clients(job_key, carried_arguments(record.figures))
         self._save_plan()
+
+    def _note_idle_power(self, sampler: Sampler) -> None:
+        """Keep what the card draws before the first client of the run."""
+        if self._setup.gpu and self._writer.manifest.environment.idle_power_watts is None:
+            samples = sampler.samples_past(time.monotonic())
+            watts = samples[-1].get("power_draw_watts") if samples else None
+            self._context.describe_environment({"idle_power_watts": watts})
 
     # --- alone and together ------------------------------------------------------------------
 
