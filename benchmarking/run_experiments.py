@@ -238,6 +238,8 @@ class Experiment:
     def _plan_rounds(self, phases: Sequence[Phase]) -> int:
         """Return how many rounds are done, and say it, with about how long they take."""
         options = self.options
+        if options.noise_floor:
+            say("--noise-floor is built in: every round measures the null, the method's own error.")
         usual = QUICK_ROUNDS if options.quick else ROUNDS
         if options.mix in PAIRED_MIXES or self.driver.gpu is None:
             usual = 1

@@ -68,8 +68,12 @@ def foreign(samples: list[dict], start: float, end: float, *own: int) -> list[in
                for one, pid in zip(planned, own, strict=True)]  # fmt: skip
     run = PlannedCoRun("c", "co_run", "mps", 0, tuple(planned))
     return proofs.foreign_pids_in_window(
-        CoRunResult(run, "ok", None, clients, start, start, end), samples
-    )
+        CoRunResult(
+            run, "ok", None, clients, ready_seconds=start, window_start_seconds=start,
+            window_end_seconds=end,
+        ),
+        samples,
+    )  # fmt: skip
 
 
 def test_who_is_listed_within_the_window_and_is_not_ours_is_foreign() -> None:
