@@ -53,7 +53,8 @@ Options:
                         next to one that presses the card's memory, its multiprocessors or the bus)
   --workloads N         jobs that run together (default: 4; with --plan or --job: each of them once)
   --full                the guide's own job sizes, each window as long as a job of the slowest
-  --phase-minutes N     minutes for all rounds together: as many are done as fit, at least one
+  --phase-minutes N     minutes for all rounds together: as many are done as fit, at least one; the
+                        mig phase has as many for its repeats
   --noise-floor         nothing more than usual: every round measures the null
   --baseline RUN        folder of an earlier baseline run to use in place of phase 1
 {SHARED_HELP}
@@ -240,10 +241,7 @@ class Experiment:
         options = self.options
         if options.noise_floor:
             say("--noise-floor is built in: every round measures the null, the method's own error.")
-        usual = QUICK_ROUNDS if options.quick else ROUNDS
-        if options.mix in PAIRED_MIXES or self.driver.gpu is None:
-            usual = 1
-        wanted = int(options.repeats or usual)
+        wanted = self._wanted_rounds()
         if options.dry_run:
             return wanted
         before = self._rounds_before()
@@ -262,6 +260,13 @@ class Experiment:
         of = f"{rounds} round{'s' if rounds > 1 else ''} of {', '.join(p.name for p in phases)}"
         say(f"{of}: about {max(1, round(rounds * minutes))} min{why}{few}")
         return rounds
+
+    def _wanted_rounds(self) -> int:
+        """Return how many rounds were asked for, or are usual for these jobs."""
+        usual = QUICK_ROUNDS if self.options.quick else ROUNDS
+        if self.options.mix in PAIRED_MIXES or self.driver.gpu is None:
+            usual = 1
+        return int(self.options.repeats or usual)
 
     def _rounds_before(self) -> int | None:
         """Return how many rounds were planned where this goes on: what is there has that number."""
@@ -379,9 +384,11 @@ class Experiment:
             driver.notes = []
             try:
                 phase.notes += driver.modes.enable(MIG, self.workloads)
-                repeats = int(self.options.repeats or ROUNDS)
                 phase.run_folder, phase.rounds = MIG, 1
-                end = driver.run_suite(MIG, self._flags(phase, repeats))
+                flags = self._flags(phase, self._wanted_rounds())
+                minutes = self.options.phase_minutes
+                flags += ["--budget-minutes", minutes] if minutes else []
+                end = driver.run_suite(MIG, flags)
                 if end.exit_code != 0:
                     phase.end("failed", end.reason)
                 self.gpu_is_unusable |= end.exit_code == EXIT_NO_GPU

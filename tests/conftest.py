@@ -72,6 +72,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in cannot_run]
 
 
+@pytest.fixture(autouse=True)
+def same_environment() -> Iterator[None]:
+    """Variables that a workload in this process has set are not the next test's."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print the figures that tests recorded as properties, whichever process they ran in."""
     figures = [
