@@ -39,6 +39,14 @@ def mode_order(mode: str) -> tuple[int, str]:
     return (known.index(mode) if mode in known else len(known), mode)
 
 
+def section_title(environment: Record) -> str:
+    """GPU, driver and job size of a section in a few words."""
+    size = f"job size {environment['job_size']}"
+    if environment["is_cpu_demo"]:
+        return f"CPU demonstration ({size})"
+    return f"{environment['gpu_name']}, driver {environment['driver_version']}, {size}"
+
+
 def clients_text(clients: int) -> str:
     """`1 client`, `4 clients`."""
     return f"{clients} client{'' if clients == 1 else 's'}"
