@@ -144,7 +144,7 @@ def terminal_text(sweep: Sweep, width: int) -> str:
     """The headline and the table of all values, no wider than `width` columns."""
     made = content(sweep)
     say = render.sentences()
-    notice = [say.cpu_notice()] if made["is_cpu_demo"] else []
+    notice = [say.cpu_notice] if made["is_cpu_demo"] else []
     return render.on_terminal([*notice, say.sweep_headline(made), made["table"]], width)
 
 
