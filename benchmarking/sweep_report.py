@@ -150,23 +150,25 @@ def terminal_text(sweep: Sweep, width: int) -> str:
 
 def content(sweep: Sweep) -> dict[str, Any]:
     """What the sentences and the table of a sweep are filled with."""
-    known = {point.value: point for point in sweep.points if point.stp is not None}
-    best = max(known, key=lambda value: known[value].stp["mean"], default=None)
-    others = sorted((value for value in known if value != best),
-                    key=lambda value: known[value].stp["mean"], reverse=True)  # fmt: skip
-    figure = claims.Figure({value: point.stp["values"] for value, point in known.items()}, True)
+    points = {point.value: point for point in sweep.points}
+    known = {point.value: point.stp for point in sweep.points if point.stp is not None}
+    ranked = sorted(known, key=lambda value: known[value]["mean"], reverse=True)
+    figure = claims.Figure({value: stp["values"] for value, stp in known.items()}, True)
     (pairs,) = claims.judge([figure])
-    verdict, tied = claims.verdict_of(best, others, pairs) if others else (None, [])
+    verdict: str | None = None
+    tied: Sequence[str] = ()
+    if len(ranked) > 1:
+        verdict, tied = claims.verdict_of(ranked[0], ranked[1:], pairs)
     measured = [point for point in sweep.points if point.clients is not None]
-    labels = dict.fromkeys(tail["label"] for point in known.values() for tail in point.tails)
+    with_figures = [points[value] for value in known]
     return {
         "sweep": sweep,
-        "best": best and known[best],
-        "lowest": known[others[-1]] if others else None,
+        "best": points[ranked[0]] if ranked else None,
+        "lowest": points[ranked[-1]] if len(ranked) > 1 else None,
         "verdict": verdict,
         "tied": tied,
-        "rounds": min((len(point.stp["values"]) for point in known.values()), default=0),
-        "tails": {label: ordered_tails(label, known.values()) for label in labels},
+        "rounds": min((len(stp["values"]) for stp in known.values()), default=0),
+        "tails": {label: ordered_tails(label, with_figures) for label in labels_of(with_figures)},
         "measured": measured,
         "modes": list(dict.fromkeys(mode_name(point.mode or "") for point in measured)),
         "is_unverified": any(point.is_unverified for point in measured),
@@ -174,6 +176,11 @@ def content(sweep: Sweep) -> dict[str, Any]:
         "failed": [point for point in sweep.points if point.outcome != OK],
         "table": table(sweep),
     }
+
+
+def labels_of(points: Sequence[Point]) -> list[str]:
+    """The latency jobs that some value has a p99 of."""
+    return list(dict.fromkeys(tail["label"] for point in points for tail in point.tails))
 
 
 def ordered_tails(label: str, points: Sequence[Point]) -> list[tuple[str, float]]:
@@ -185,7 +192,7 @@ def ordered_tails(label: str, points: Sequence[Point]) -> list[tuple[str, float]
 
 def table(sweep: Sweep) -> Table:
     """A row a value."""
-    labels = list(dict.fromkeys(tail["label"] for point in sweep.points for tail in point.tails))
+    labels = labels_of(sweep.points)
     rows = [
         [
             point.value,
@@ -216,7 +223,6 @@ def draw(sweep: Sweep, path: Path) -> drawing.Picture | None:
     points = sweep.points
     places = range(len(points))
     look = drawing.styles([(points[0].mode or "", "mode")])["mode"]
-    labels = dict.fromkeys(tail["label"] for point in points for tail in point.tails)
     panels = {
         "work delivered": [drawing.Line("", places, [point.stp for point in points], look)],
         "slowdown (ANTT)": [drawing.Line("", places, [point.antt for point in points], look)],
@@ -227,7 +233,7 @@ def draw(sweep: Sweep, path: Path) -> drawing.Picture | None:
                 [times_alone(point.tail(label)) for point in points],
                 TAIL_LOOKS[number % len(TAIL_LOOKS)],
             )
-            for number, label in enumerate(labels)
+            for number, label in enumerate(labels_of(points))
         ],
     }
     notes = [

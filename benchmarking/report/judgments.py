@@ -17,7 +17,7 @@ SHARING_MODES = (MODE_TIME_SLICING, MODE_MPS, MODE_MIG)
 YES, NO = "yes", "no"
 # What the vendor's rule of thumb speaks of, by workload, and the mode that it names for it: time
 # slicing for notebooks and throughput, SM sharing for inference that must be quick.
-RULES = {
+RULES: Mapping[str | None, tuple[str, str]] = {
     None: ("throughput", MODE_TIME_SLICING),
     "jupyter_simulation": ("notebooks", MODE_TIME_SLICING),
     **dict.fromkeys(

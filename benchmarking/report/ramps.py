@@ -54,17 +54,13 @@ def _ramp(groups: Sequence[Group]) -> dict[str, Any]:
             kind, detail = (str(record.stop_reason.get(name)) for name in ("kind", "detail"))
             point |= {"criterion": kind.replace("_", " "), "detail": detail}
             break
-    known = {one.clients: one.row["stp"] for one in groups if one.row["outcome"] == "ok"}
-    stp = {count: found for count, found in known.items() if found}
-    best = max(stp.values(), key=lambda found: found["mean"], default=None)
+    stp = {one.clients: one.row["stp"] for one in groups
+           if one.row["outcome"] == "ok" and one.row["stp"]}  # fmt: skip
     means = {one.clients: stp[one.clients]["mean"] if one.clients in stp else None
              for one in groups}  # fmt: skip
+    best = max(stp, key=lambda count: stp[count]["mean"], default=None)
     # Of those alone that were not shown to lie under the best one.
-    near = {
-        count: means[count]
-        for count, found in stp.items()
-        if not (found["is_interval"] and best["is_interval"]) or found["high"] >= best["low"]
-    }
+    near = {count: means[count] for count in stp if best and not _is_under(stp[count], stp[best])}
     return {
         **groups[0].first.kind,
         "mix": groups[0].mix,
@@ -75,6 +71,11 @@ def _ramp(groups: Sequence[Group]) -> dict[str, Any]:
         "saturation_clients": saturation_count(means),
         "sufficient_clients": sufficient_count(near),
     }
+
+
+def _is_under(found: Mapping[str, Any], best: Mapping[str, Any]) -> bool:
+    """Whether both intervals lie apart."""
+    return found["is_interval"] and best["is_interval"] and found["high"] < best["low"]
 
 
 def _bounds(groups: Sequence[Group]) -> dict[str, float | None]:
@@ -89,11 +90,11 @@ def _bounds(groups: Sequence[Group]) -> dict[str, float | None]:
 
 def interference(groups: Sequence[Group], runs: Sequence[MeasuredRun]) -> list[dict[str, Any]]:
     """What each job felt next to each other one, by mode; a job next to itself pools both."""
-    measured: dict[tuple[str, ...], dict[tuple[str, str], dict[str, Any]]] = {}
+    measured: dict[tuple[str, str, str], dict[tuple[str, str], dict[str, Any]]] = {}
     for group in (group for group in groups if group.first.is_matrix):
         key = (group.mix.split(": ")[0], group.first.mode, group.first.settings)
         measured.setdefault(key, {}).update(_cells(group))
-    matrices: dict[tuple[str, ...], list[MeasuredRun]] = {}
+    matrices: dict[tuple[str, str, str], list[MeasuredRun]] = {}
     for run in (run for run in runs if run.is_matrix):
         key = (run.manifest.mix, run.mode, run.settings)
         if key in measured:
