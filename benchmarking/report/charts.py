@@ -9,9 +9,8 @@ import math
 import re
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from benchmarking.metrics.scores import FEWEST_FOR_A_TAIL
 from benchmarking.report.drawing import (
@@ -102,11 +101,10 @@ def shown_timelines(
 # --- bars: modes next to each other ---------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class BarChart:
-    """What the bars of one figure are: the file's name, what they show, the axis, the line at 1.
+class BarChart(NamedTuple):
+    """Of one figure: the file's name, what the bars show, the axis, what 1 is.
 
-    Without a line at 1 the axis is logarithmic.
+    Where 1 is nothing the axis is logarithmic.
     """
 
     file: str

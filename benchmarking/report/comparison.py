@@ -182,24 +182,22 @@ class _Measured:
     def __init__(self, section: Section, results: Results) -> None:
         self.section = section
         self.every_run = [*results.runs, *results.references]
-        self._alone: dict[tuple[str, str], Baselines] = {}
+        self._alone: dict[tuple[str, Phase], Baselines] = {}
 
     def co_run(self, run: MeasuredRun, record: CoRunRecord) -> CoRun:
         share = self._alone_of(run, PHASE_SHARE_BASELINE) if run.mode == MODE_MIG else None
         return measure(run, record, self._alone_of(run, PHASE_BASELINE), share)
 
     def _alone_of(self, run: MeasuredRun, phase: Phase) -> Baselines:
-        key = (run.name, phase)
-        if key not in self._alone:
-            self._alone[key] = alone_of(run, self.every_run, phase)
-        return self._alone[key]
+        if (run.name, phase) not in self._alone:
+            self._alone[run.name, phase] = alone_of(run, self.every_run, phase)
+        return self._alone[run.name, phase]
 
     def group(self, runs: list[MeasuredRun], clients: int, slo_ms: float | None) -> Group:
         co_runs = [self.co_run(run, one) for run in runs for one in run.judged(clients)]
         lenders = [baseline_run(run, self.every_run) or run for run in runs]
         baseline_ids = list(dict.fromkeys(lender.name for lender in lenders))
-        bound_ms = slo_ms or runs[0].manifest.bounds.max_p99_ms
-        return Group(runs, co_runs, baseline_ids, bound_ms)
+        return Group(runs, co_runs, baseline_ids, slo_ms or runs[0].manifest.bounds.max_p99_ms)
 
 
 def _section(

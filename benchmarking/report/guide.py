@@ -27,7 +27,8 @@ class Expectation(msgspec.Struct, frozen=True, kw_only=True):
     `subject` is the workload's or the mode's name in records; `quantity` the figure's name with
     its unit; `low` and `high` are in `unit`, both inclusive. `where` names the guide's section.
     `batch_size` limits the range to that batch size. `rounding` is how far a value may lie outside
-    and still read as the guide's whole number. `note` says what the guide's words mean here.
+    and still read as the guide's whole number. `note` says what the guide's words mean here, `name`
+    is what the quantity is called.
     """
 
     experiment: str
@@ -40,6 +41,7 @@ class Expectation(msgspec.Struct, frozen=True, kw_only=True):
     batch_size: int | None = None
     rounding: float = 0.0
     note: str = ""
+    name: str
 
     def verdict(self, value: float) -> Verdict:
         """Where a value, in `unit`, lies against the range."""
@@ -63,22 +65,6 @@ def _read() -> list[Expectation]:
 
 
 EXPECTATIONS = _read()
-# Where a quantity is not simply called by its name without its unit.
-_NAMES = {
-    "utilization_gpu_percent": "GPU utilization",
-    "idle_utilization_gpu_percent": "GPU utilization when idle",
-    "memory_used_gb": "GPU memory used",
-    "samples_per_second": "throughput",
-    "requests_per_second": "throughput",
-    "total_requests": "requests sent",
-    "epoch_seconds": "time of an epoch",
-    "job_seconds": "time of a job",
-    "session_seconds": "session time",
-    "active_seconds": "GPU active time",
-    "active_percent": "GPU active share",
-    "idle_seconds": "idle time",
-    "idle_percent": "idle share",
-}
 # What a workload calls the guide's quantities in its figures, where it is another name.
 _FIGURE_NAMES = {
     "epoch_seconds": "mean_epoch_seconds",
@@ -98,12 +84,7 @@ def checks(
     """The quantities of a workload or a mode that were measured, next to their ranges."""
     return [
         {
-            "expectation": {
-                **msgspec.structs.asdict(expected),
-                "name": _NAMES.get(
-                    expected.quantity, expected.quantity.rsplit("_", 1)[0].replace("_", " ")
-                ),
-            },
+            "expectation": msgspec.structs.asdict(expected),
             "value": value,
             "verdict": expected.verdict(value),
             "situation": situation,

@@ -71,24 +71,19 @@ def _agree(one: Conditions, other: Conditions, kinds: Sequence[str] = tuple(_WOR
 
 def differences(sections: Sequence[Section]) -> list[dict[str, Any]]:
     """In what sections differ: a fact with its value in each, `None` where it is not known."""
-    facts = [_facts(section.conditions) for section in sections]
-    found = []
-    for name in dict.fromkeys(name for known in facts for name in known):
-        values = [known.get(name) for known in facts]
-        if len({value for value in values if value is not None}) > 1:
-            found.append({"fact": name, "values": values})
-    return found
-
-
-def _facts(conditions: Conditions) -> dict[str, str]:
-    """What is known of the conditions, in words."""
-    found = {}
-    for kind, known in conditions.items():
-        for name, value in known.items():
-            if value is not None:
+    facts: dict[str, list[str | None]] = {}
+    for number, section in enumerate(sections):
+        for kind, known in section.conditions.items():
+            for name, value in known.items():
                 shown = name.replace("_", " ") if kind == "environment" else _WORDS[kind] + name
-                found[shown] = " ".join(map(str, value)) if kind == "engine" else str(value)
-    return found
+                text = " ".join(map(str, value)) if kind == "engine" else str(value)
+                values = facts.setdefault(shown, [None] * len(sections))
+                values[number] = None if value is None else text
+    return [
+        {"fact": fact, "values": values}
+        for fact, values in facts.items()
+        if len({value for value in values if value is not None}) > 1
+    ]
 
 
 # --- repeats of one row -----------------------------------------------------------------------
