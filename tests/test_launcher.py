@@ -456,6 +456,8 @@ def test_units_across_the_windows_edges_count_by_their_share() -> None:
          "start_seconds": [0.0, 0.5, 2.0, 2.9], "duration_seconds": [0.9, 1.0, 0.5, 0.4]},
         {"event": "units", "kind": "cell", "latency": True,
          "start_seconds": [0.75, 1.5, 2.5], "duration_seconds": [0.5, 0.25, 1.0]},
+        {"event": "units", "kind": "first", "latency": "apart",
+         "start_seconds": [1.0], "duration_seconds": [0.125]},
         # Requests at an offered rate are no work: each counts where it ends.
         {"event": "units", "kind": "request", "latency": True,
          "start_seconds": [0.5, 2.9], "duration_seconds": [0.75, 0.25]},
@@ -464,10 +466,11 @@ def test_units_across_the_windows_edges_count_by_their_share() -> None:
     assert units == {
         "step": Units(count=pytest.approx(1.75), seconds=pytest.approx(1.1), latency=False),
         "cell": Units(count=2.0, seconds=1.0, latency=True),
+        "first": Units(count=1, seconds=0.125, latency=True),
         "request": Units(count=1, seconds=0.75, latency=True),
     }
-    assert latency_ms == [500.0, 250.0, 750.0]
-    assert event_log.units_in_window([], 0.0, 1.0) == ({}, None)
+    assert latency_ms == {None: [500.0, 250.0, 750.0], "first": [125.0]}
+    assert event_log.units_in_window([], 0.0, 1.0) == ({}, {})
 
 
 def test_a_run_of_a_command_that_was_cut_off_counts_by_its_share_of_a_mean_one() -> None:

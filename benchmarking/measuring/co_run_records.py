@@ -45,7 +45,7 @@ def client_record(
         # It ended well because it was told to, before the co-run was over.
         status, reason = "interrupted", co_run.reason
     units: dict[str, Units] = {}
-    latency_ms = None
+    latency_ms: dict[str | None, list[float]] = {}
     if start is not None and end is not None:
         units, latency_ms = units_in_window(client.events, start, end)
     progress = None
@@ -71,7 +71,8 @@ def client_record(
         proof=proof or NEVER_MEASURED,
         jobs=jobs_of(client.events, start and start - co_run.settle_seconds, end),
         units=units,
-        latency_ms=latency_ms,
+        latency_ms=latency_ms.pop(None, None),
+        apart_latency_ms={kind: ms for kind, ms in latency_ms.items() if kind} or None,
         figures=job.get("figures") or {},
         identity=client.identity,
         host_cpu_seconds=done.get("host_cpu_seconds"),

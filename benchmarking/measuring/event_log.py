@@ -31,9 +31,9 @@ _FIELDS: dict[str, list[tuple[Any, ...]]] = {
     "loaded": [("startup_seconds", Amount | None, None)],
     "ready": [("identity", dict[str, Any] | None, None)],
     "processes": [("pids", list[int])],
-    "units": [("kind", str), ("latency", bool), ("start_seconds", list[float]),
+    "units": [("kind", str), ("latency", bool | Literal["apart"]), ("start_seconds", list[float]),
               ("duration_seconds", list[float])],
-    "unfinished": [("kind", str), ("latency", bool), ("start_seconds", float)],
+    "unfinished": [("kind", str), ("latency", bool | Literal["apart"]), ("start_seconds", float)],
     "job": [("index", int), ("start_seconds", float), ("end_seconds", float),
             ("figures", dict[str, Any] | None, None)],
     "error": [("status", Literal["failed", "oom"] | None, None),
@@ -136,16 +136,16 @@ def process_ids(events: Iterable[Event]) -> list[int]:
 
 def units_in_window(
     events: Iterable[Event], start_seconds: float, end_seconds: float
-) -> tuple[dict[str, Units], list[float] | None]:
+) -> tuple[dict[str, Units], dict[str | None, list[float]]]:
     """Return the units in the window, by kind, and the latencies in ms of those that end in it.
 
     A unit across an edge counts by its share inside, in count as in seconds. One that was never
     finished is taken to be as long as the mean of its kind. Requests at an offered rate are no
-    work: they count whole, where they end. Latencies are raw durations, as written; `None` when
-    there is none.
+    work: they count whole, where they end. Latencies are raw durations, as written;
+    they stand under `None`, those of a kind whose latency stands `apart` under its name.
     """
     units: dict[str, Units] = {}
-    latency_ms: list[float] = []
+    latency_ms: dict[str | None, list[float]] = {}
     events = list(events)
     for event, start, duration in unit_spans(events):
         end = start + duration
@@ -158,7 +158,8 @@ def units_in_window(
         if count:
             _add(units, event["kind"], count, seconds, latency=bool(event["latency"]))
         if ends_inside and event["latency"]:
-            latency_ms.append(1000 * duration)
+            group = event["kind"] if event["latency"] == "apart" else None
+            latency_ms.setdefault(group, []).append(1000 * duration)
     for event in events:
         if event["event"] == "unfinished":
             inside = end_seconds - max(event["start_seconds"], start_seconds)
@@ -168,7 +169,7 @@ def units_in_window(
                 # However long it took, no more than all of it was done.
                 count = min(1.0, inside / mean_seconds)
                 _add(units, event["kind"], count, inside, latency=bool(event["latency"]))
-    return units, latency_ms or None
+    return units, latency_ms
 
 
 def _add(

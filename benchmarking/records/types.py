@@ -110,6 +110,8 @@ class ClientRecord(Struct, kw_only=True, tag="client", tag_field="record"):
     jobs: list[Job]
     units: dict[str, Units]
     latency_ms: list[Amount] | None
+    # by kind: waits that percentiles with the others would hide, such as that for the first token
+    apart_latency_ms: dict[str, list[Amount]] | None = None
     figures: dict[str, Any]
     identity: dict[str, Any] | None
     host_cpu_seconds: Amount | None
