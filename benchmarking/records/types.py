@@ -188,7 +188,7 @@ class CoRunRecord(Struct, kw_only=True, tag="co_run", tag_field="record"):
     # whether other people's processes used the GPU meanwhile
     is_contended: bool = False
     summary: Summary
-    # why the count broke, where it did (suite/stop_reasons.py)
+    # why the count broke, where it did (measuring/stop_reasons.py)
     stop_reason: dict[str, Any] | None = None
 
 

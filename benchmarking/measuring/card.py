@@ -13,8 +13,8 @@ from typing import Any
 
 from benchmarking.cli import EXIT_MODE_NOT_IN_FORCE, EXIT_NO_GPU, EXIT_USAGE, SuiteError
 from benchmarking.hardware import nvml
-from benchmarking.suite import proofs
-from benchmarking.suite.request import Request
+from benchmarking.measuring import proofs
+from benchmarking.planning.request import Request
 
 
 def find_gpu(

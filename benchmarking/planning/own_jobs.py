@@ -9,16 +9,11 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarking.suite import limits
-from benchmarking.suite.plan import (
-    COMMAND_SCRIPT,
-    COMMAND_WORKLOAD,
-    JobOptions,
-    PlannedClient,
-    planned_client,
-)
-from benchmarking.suite.plan_file import PlanEntry, PlanFile, parse_plan, script_of
-from benchmarking.suite.redaction import Secrets
+from benchmarking.planning import limits
+from benchmarking.planning.plan import JobOptions, PlannedClient, planned_client
+from benchmarking.planning.plan_file import PlanEntry, PlanFile, parse_plan, script_of
+from benchmarking.planning.redaction import Secrets
+from benchmarking.planning.workloads import COMMAND_SCRIPT, COMMAND_WORKLOAD
 
 # What stands for the file of jobs that were given on the command line.
 JOBS_PLAN = "--job"

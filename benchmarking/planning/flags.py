@@ -16,19 +16,19 @@ from benchmarking.cli import (
     positive_int,
 )
 from benchmarking.modes.names import MODE_EXCLUSIVE, MODE_MIG, MODE_MPS, MODES
-from benchmarking.records.types import MpsLimits
-from benchmarking.suite import limits
-from benchmarking.suite.own_jobs import plan_of_jobs
-from benchmarking.suite.plan import (
+from benchmarking.planning import limits
+from benchmarking.planning.own_jobs import plan_of_jobs
+from benchmarking.planning.plan_file import read_plan_file
+from benchmarking.planning.ramp import MOST_CLIENTS
+from benchmarking.planning.request import Request
+from benchmarking.planning.workloads import (
     MIXES,
     NOISY_MIX,
     PAIR_CLIENTS,
     PAIR_WINDOW_SECONDS,
     PAIRED_MIXES,
 )
-from benchmarking.suite.plan_file import read_plan_file
-from benchmarking.suite.ramp import MOST_CLIENTS
-from benchmarking.suite.request import Request
+from benchmarking.records.types import MpsLimits
 
 PROGRAM = "benchmark_suite.py"
 USUAL_CLIENTS = 4
@@ -101,7 +101,7 @@ def add_experiment(parser: argparse.ArgumentParser) -> None:
         "%(default)s)")  # fmt: skip
     jobs.add_argument("--plan", type=Path, metavar="FILE",
         help="clients of your own, any command among them, listed in a TOML file "
-        "(see benchmarking/suite/plan_file.py); over again for more than it lists")  # fmt: skip
+        "(see benchmarking/planning/plan_file.py); over again for more than it lists")  # fmt: skip
     jobs.add_argument("--job", action="append", metavar="COMMAND",
         help="a client of your own without a file, as --job 'python train.py --epochs 1'; give it "
         "once for each (default of --workloads: as many as there are)")  # fmt: skip

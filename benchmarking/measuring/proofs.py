@@ -12,12 +12,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarking.measuring.client import ClientResult
+from benchmarking.measuring.event_log import process_ids
+from benchmarking.measuring.launcher import CoRunResult
 from benchmarking.modes.names import MODE_CPU_DEMO
 from benchmarking.modes.sharing_mode import ProcessLists, SharingMode, own_pids
+from benchmarking.planning.workloads import COMMAND_WORKLOAD
 from benchmarking.records.types import Proof
-from benchmarking.suite.event_log import process_ids
-from benchmarking.suite.launcher import ClientResult, CoRunResult
-from benchmarking.suite.plan import COMMAND_WORKLOAD
 
 # The kernel keeps 15 characters of a name. Clients of the server count, not itself.
 MPS_SERVER_PROGRAM = "nvidia-cuda-mps-server"

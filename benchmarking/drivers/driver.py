@@ -28,11 +28,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
-from benchmarking.hardware.nvidia_tools import Gpu, NoGpuError, find_gpu, mig_profiles
-from benchmarking.modes.enabling import ModeSwitch
-from benchmarking.modes.mode_scripts import ModeScriptError
-from benchmarking.records.writing import append_text
-from benchmarking.suite.driver_arguments import (
+from benchmarking.drivers.driver_arguments import (
     EXIT_FAILED,
     EXIT_USAGE,
     PROJECT_ROOT,
@@ -43,6 +39,10 @@ from benchmarking.suite.driver_arguments import (
     save_arguments,
     suite_flags,
 )
+from benchmarking.hardware.nvidia_tools import Gpu, NoGpuError, find_gpu, mig_profiles
+from benchmarking.modes.enabling import ModeSwitch
+from benchmarking.modes.mode_scripts import ModeScriptError
+from benchmarking.records.writing import append_text
 
 EXIT_IN_USE, EXIT_INTERRUPTED = 4, 130
 SUITE = PROJECT_ROOT / "benchmarking" / "benchmark_suite.py"
@@ -153,7 +153,7 @@ class Driver:
         if not plan:
             return len(self.options.job) or None
         try:
-            from benchmarking.suite.plan_file import PlanFileError, read_plan_file
+            from benchmarking.planning.plan_file import PlanFileError, read_plan_file
         except ModuleNotFoundError:
             if not self.options.dry_run:
                 raise
@@ -206,7 +206,7 @@ class Driver:
         """Refuse to start while another run is at work on the card, or on the CPU."""
         if self.options.dry_run or self.options.allow_contention:
             return
-        from benchmarking.suite import locks
+        from benchmarking.measuring import locks
 
         try:
             self.held.enter_context(locks.hold(self.gpu.uuid if self.gpu else None))

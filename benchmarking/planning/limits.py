@@ -11,9 +11,7 @@ import math
 import re
 from collections.abc import Sequence
 
-from benchmarking.records.run_folder import PHASE_SHARE_BASELINE
 from benchmarking.records.types import MpsLimits
-from benchmarking.suite.plan import Plan
 
 PERCENTAGE_VARIABLE = "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"
 MEMORY_VARIABLE = "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT"
@@ -113,23 +111,3 @@ def profile(text: str) -> str:
     if not _PROFILE.fullmatch(text):
         raise ValueError(f"{text!r} is no MIG profile; one is written like 1g.10gb")
     return text
-
-
-def without_unlike_shares(plan: Plan, layout: Sequence[str]) -> tuple[Plan, list[str]]:
-    """Leave out the baselines on one's own instance of jobs that run on instances of unlike size.
-
-    Returns the plan, and the labels of these jobs: one instance's time alone says nothing of
-    another's, so their interference stays unknown.
-    """
-    profiles: dict[str, set[str]] = {}
-    for run in plan.co_runs:
-        for client in run.clients:
-            profiles.setdefault(client.job_key, set()).add(layout[client.client])
-    unlike = {job_key for job_key, names in profiles.items() if len(names) > 1}
-    kept = tuple(
-        run
-        for run in plan.baseline
-        if run.phase != PHASE_SHARE_BASELINE or run.clients[0].job_key not in unlike
-    )
-    labels = [client.label for job_key, client in plan.jobs().items() if job_key in unlike]
-    return Plan(kept, plan.co_runs), labels

@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarking.hardware import host_limit
+from benchmarking.measuring.client import ClientResult
+from benchmarking.measuring.event_log import jobs_of, last_event, unit_spans, units_in_window
+from benchmarking.measuring.launcher import CoRunResult
 from benchmarking.metrics import scores
 from benchmarking.records.run_folder import PHASE_BASELINE
 from benchmarking.records.types import (
@@ -15,11 +18,6 @@ from benchmarking.records.types import (
     GpuFigures,
     Proof,
     Units,
-)
-from benchmarking.suite.event_log import jobs_of, last_event, unit_spans, units_in_window
-from benchmarking.suite.launcher import (
-    ClientResult,
-    CoRunResult,
 )
 
 NEVER_MEASURED = Proof("unverified", [Evidence("it was measured", "no", None)])

@@ -38,15 +38,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarking.suite import limits
-from benchmarking.suite.plan import WORKLOADS
-from benchmarking.suite.redaction import (
+from benchmarking.planning import limits
+from benchmarking.planning.redaction import (
     NotRevealedError,
     Secrets,
     looks_secret,
     reveal,
     secrets_of_words,
 )
+from benchmarking.planning.workloads import WORKLOADS
 
 # What each key holds: its type, what it is where it is left away, and how a complaint names it.
 KEYS: Mapping[str, tuple[type, Any, str]] = {

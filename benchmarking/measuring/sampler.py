@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarking.suite.event_log import LineFollower, private_opener, tail_of
+from benchmarking.measuring.event_log import LineFollower, private_opener, tail_of
 
 MONITOR_SCRIPT = Path(__file__).resolve().parents[1] / "gpu_monitor.py"
 READY_TIMEOUT_SECONDS = 20.0

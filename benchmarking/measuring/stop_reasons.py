@@ -23,11 +23,11 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from benchmarking.measuring.client import ClientResult
+from benchmarking.measuring.event_log import last_event
 from benchmarking.metrics.breaking_point import breaking_point
 from benchmarking.modes.names import MODE_MPS
 from benchmarking.records.types import ClientRecord, CoRunRecord
-from benchmarking.suite.event_log import last_event
-from benchmarking.suite.launcher import ClientResult
 
 GPU_LOST = "gpu_lost"
 

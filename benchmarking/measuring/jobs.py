@@ -21,9 +21,9 @@ from benchmarking.cli import (
     RunEnded,
     SuiteError,
 )
-from benchmarking.suite.launcher import client_base_environment
-from benchmarking.suite.plan import PlannedClient
-from benchmarking.suite.stop_signal import StopSignal
+from benchmarking.measuring.client import client_base_environment
+from benchmarking.measuring.stop_signal import StopSignal
+from benchmarking.planning.plan import PlannedClient
 
 # About what is downloaded once where a job says that it is missing, in MB, by a name in its line.
 DOWNLOAD_MB = {

@@ -16,19 +16,20 @@ from pathlib import Path
 from typing import Any
 
 from benchmarking.cli import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, RunEnded, SuiteError
+from benchmarking.measuring.client import Client
+from benchmarking.measuring.event_log import tail_of
+from benchmarking.measuring.jobs import resolve_all
+from benchmarking.measuring.launcher import FinishRule
+from benchmarking.measuring.stop_signal import StopSignal
+from benchmarking.planning.plan import Plan
+from benchmarking.planning.plan_file import PlanFileError
 from benchmarking.records.run_folder import (
     ClientPaths,
     RunStoreError,
     write_json_atomic,
 )
 from benchmarking.records.writing import write_text_atomic
-from benchmarking.suite.event_log import tail_of
-from benchmarking.suite.jobs import resolve_all
-from benchmarking.suite.launcher import Client, FinishRule
-from benchmarking.suite.plan import Plan
-from benchmarking.suite.plan_file import PlanFileError
 from benchmarking.suite.setup import PROJECT_ROOT
-from benchmarking.suite.stop_signal import StopSignal
 
 POLL_SECONDS = 0.1
 # A GPU process that is told to end first finishes the work in flight.

@@ -7,12 +7,19 @@ from pathlib import Path
 import msgspec
 
 from benchmarking.modes.names import MODE_TIME_SLICING
+from benchmarking.planning import limits
+from benchmarking.planning.plan_file import PlanFile
+from benchmarking.planning.redaction import Secrets, secrets_of_words
+from benchmarking.planning.workloads import (
+    COMMAND_WORKLOAD,
+    MIXES,
+    NOISY_JOBS,
+    PAIR_CLIENTS,
+    PAIRED_MIXES,
+    PAIRS_MIX,
+    WORKLOADS,
+)
 from benchmarking.records.types import MpsLimits
-from benchmarking.suite import limits
-from benchmarking.suite import plan as planning
-from benchmarking.suite.plan import PAIR_CLIENTS, PAIRED_MIXES, PAIRS_MIX
-from benchmarking.suite.plan_file import PlanFile
-from benchmarking.suite.redaction import Secrets, secrets_of_words
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
@@ -71,12 +78,10 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     def workloads(self) -> tuple[str, ...]:
         """What makes the whole mix once; `command` for a command of a plan."""
         if self.plan_file:
-            return tuple(
-                entry.workload or planning.COMMAND_WORKLOAD for entry in self.plan_file.members
-            )
+            return tuple(entry.workload or COMMAND_WORKLOAD for entry in self.plan_file.members)
         if self.is_paired:
-            return planning.MIXES["mixed"] if self.is_pairs else planning.NOISY_JOBS
-        return planning.MIXES[self.mix]
+            return MIXES["mixed"] if self.is_pairs else NOISY_JOBS
+        return MIXES[self.mix]
 
     @property
     def mix_size(self) -> int:
@@ -88,7 +93,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
         """Whether some client of the mix has response times."""
         if self.plan_file:
             return self.plan_file.has_latency
-        return any(planning.WORKLOADS[workload].has_latency for workload in self.workloads)
+        return any(WORKLOADS[workload].has_latency for workload in self.workloads)
 
     @property
     def secrets(self) -> Secrets:

@@ -38,15 +38,15 @@ from benchmarking.cli import (
     RunEnded,
     SuiteError,
 )
+from benchmarking.drivers import program
+from benchmarking.drivers.driver_arguments import PROJECT_ROOT, SAVED_ARGUMENTS
 from benchmarking.hardware import nvml
 from benchmarking.hardware.visible_devices import VISIBLE, cards_of_nvidia_smi, visible_devices
+from benchmarking.measuring.card import look_for_foreign_processes, usable_cores
+from benchmarking.measuring.stop_signal import StopSignal
 from benchmarking.modes.mode_scripts import ModeScriptError, lock_reason, run_script
 from benchmarking.records.run_folder import utc_now, write_json_atomic
 from benchmarking.records.writing import append_text, open_own
-from benchmarking.suite import program
-from benchmarking.suite.card import look_for_foreign_processes, usable_cores
-from benchmarking.suite.driver_arguments import PROJECT_ROOT, SAVED_ARGUMENTS
-from benchmarking.suite.stop_signal import StopSignal
 
 SCHEMA_VERSION = 1
 DRIVER = PROJECT_ROOT / "run_experiments.sh"
