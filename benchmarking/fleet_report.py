@@ -23,9 +23,9 @@ from benchmarking.cli import (
     EXIT_USAGE,
     SuiteError,
 )
+from benchmarking.drivers.program import write_report
 from benchmarking.records.run_folder import utc_now
 from benchmarking.report import render
-from benchmarking.suite.program import write_report
 
 SCHEMA_VERSION = 1
 NAME = "fleet"
