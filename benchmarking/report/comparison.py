@@ -267,7 +267,7 @@ def _own_error(measured: _Measured) -> dict[str, Any] | None:
         for record in run.co_runs(PHASE_NULL)
         if record.outcome == "ok"
     ]
-    ratio = estimate(one.slowdown(one.clients[0]) for one in nulls)
+    ratio = estimate(one.clients[0].slowdown for one in nulls)
     if ratio is None:
         return None
     percent = 100 * abs(ratio.mean - 1)

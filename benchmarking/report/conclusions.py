@@ -16,6 +16,7 @@ from benchmarking.report.groups import (
     CoRun,
     Group,
     failed_requests,
+    mean_slowdown,
     most_compared,
     percentile_estimate,
     plain,
@@ -129,7 +130,7 @@ def _job(groups: Sequence[Group], label: str) -> _Subject:
     subject.copies = max(len(members(group.co_runs[0])) for group in groups)
     if is_service:
         return subject.take(lambda one: _median_ms(members(one)), lambda group: None)
-    subject.take(lambda one: one.mean_slowdown(members(one)), invalid)
+    subject.take(lambda one: mean_slowdown(members(one)), invalid)
     subject.values[ALONE] = _alone_rounds(groups, members)
     return subject
 

@@ -30,13 +30,17 @@ _TABLE_FIELDS = (
 
 @dataclass
 class CoRun:
-    """One co-run with its clients, and its figures against the jobs alone."""
+    """One co-run with its clients; `measure` has taken their figures against the jobs alone."""
 
     run: MeasuredRun
     record: CoRunRecord
     clients: Sequence[ClientRecord]
     alone: Baselines = field(default_factory=dict)
-    summary: Summary = field(default_factory=Summary)
+
+    @property
+    def summary(self) -> Summary:
+        """The figures over all its clients."""
+        return self.record.summary
 
     @property
     def name(self) -> str:
@@ -63,18 +67,6 @@ class CoRun:
         """Length of the counting window."""
         start, end = self.record.window_start_seconds, self.record.window_end_seconds
         return None if start is None or end is None else end - start
-
-    def slowdown(self, client: ClientRecord) -> float | None:
-        """Times as long as alone that a unit of the client's work took."""
-        reference = self.alone.get(client.job_key)
-        if client.status != "ok" or reference is None or self.record.outcome == "invalid":
-            return None
-        return reference.slowdown(client)
-
-    def mean_slowdown(self, members: Iterable[ClientRecord]) -> float | None:
-        """Mean over copies of a job; `None` where one of them is unknown."""
-        felt = scores.all_known(map(self.slowdown, members))
-        return statistics.fmean(felt) if felt else None
 
     def joules_per_job(self) -> float | None:
         """The card's joules a job, where all clients run the same one."""
@@ -124,7 +116,7 @@ class CoRun:
                 "verdict": client.proof.verdict,
                 "jobs": msgspec.to_builtins(client.jobs),
                 "failed_requests": failed_requests(client),
-                "slowdown": self.slowdown(client),
+                "slowdown": client.slowdown,
                 "is_service": scores.is_offered_rate(client.units),
             }
             for client in self.clients
@@ -134,8 +126,13 @@ class CoRun:
 def measure(
     run: MeasuredRun, record: CoRunRecord, alone: Baselines, own_share: Baselines | None
 ) -> CoRun:
-    """Take a co-run's figures; `own_share` are the jobs alone on their instances (MIG)."""
-    clients = run.clients_of(record)
+    """Take a co-run's figures anew; `own_share` are the jobs alone on their instances (MIG)."""
+    clients = []
+    for client in run.clients_of(record):
+        reference = alone.get(client.job_key)
+        is_known = client.status == "ok" and record.outcome != "invalid"
+        slowdown = reference.slowdown(client) if reference and is_known else None
+        clients.append(msgspec.structs.replace(client, slowdown=slowdown))
     compared = {} if record.outcome in ("interrupted", "invalid") else alone
     summary = scores.summarize_co_run(
         clients,
@@ -146,7 +143,7 @@ def measure(
             job_key: one.pooled for job_key, one in own_share.items()
         },
     )  # fmt: skip
-    return CoRun(run, record, clients, alone, summary)
+    return CoRun(run, msgspec.structs.replace(record, summary=summary), clients, alone)
 
 
 @dataclass
@@ -222,6 +219,12 @@ class Group:
 def plain(found: Estimate | None) -> dict[str, Any] | None:
     """An estimate as it stands in the comparison."""
     return dataclasses.asdict(found) | {"values": list(found.values)} if found else None
+
+
+def mean_slowdown(members: Iterable[ClientRecord]) -> float | None:
+    """Mean over copies of a job; `None` where one of them is unknown."""
+    felt = scores.all_known(one.slowdown for one in members)
+    return statistics.fmean(felt) if felt else None
 
 
 def failed_requests(client: ClientRecord) -> int:

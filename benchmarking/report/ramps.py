@@ -12,7 +12,7 @@ import msgspec
 from benchmarking.metrics.breaking_point import breaking_point, saturation_count, sufficient_count
 from benchmarking.metrics.estimates import Estimate, estimate
 from benchmarking.modes.names import MODE_MIG
-from benchmarking.report.groups import Group, plain
+from benchmarking.report.groups import Group, mean_slowdown, plain
 from benchmarking.report.rows import client_row
 from benchmarking.report.runs import MeasuredRun, pressed_resource
 
@@ -43,10 +43,7 @@ def _ramp(groups: Sequence[Group]) -> dict[str, Any]:
     co_runs, clients = [], []
     for one in (co_run for group in groups for co_run in group.co_runs):
         co_runs.append(msgspec.structs.replace(one.record, co_run=one.name))
-        clients += [
-            msgspec.structs.replace(client, co_run=one.name, slowdown=one.slowdown(client))
-            for client in one.clients
-        ]
+        clients += [msgspec.structs.replace(client, co_run=one.name) for client in one.clients]
     bounds = _bounds(groups)
     point = breaking_point(co_runs, clients, **bounds)
     for record in co_runs:  # the run itself saw more than the records hold
@@ -150,7 +147,7 @@ def _direction(group: Group, job: str, beside: str, places: Sequence[int]) -> di
         job,
         beside,
         "ok",
-        slowdown=plain(estimate(one.mean_slowdown(clients) for one, clients in copies)),
+        slowdown=plain(estimate(mean_slowdown(clients) for _, clients in copies)),
         p99_ms=None if tail is None else row["latency"]["p99"],
         tail_slowdown=tail,
         responses=min(row["responses"], len((alone and alone.pooled.latency_ms) or ())),
@@ -179,7 +176,7 @@ def noisy(groups: Sequence[Group]) -> list[dict[str, Any]]:
         members = group.of_client(victim.client)
         by_mode = felt.setdefault((victim.label, kind), {})
         by_mode.setdefault(group.first.variant, {})[duty] = estimate(
-            one.slowdown(client) for one, client in members if one.is_ok
+            client.slowdown for one, client in members if one.is_ok
         )
     return [
         {

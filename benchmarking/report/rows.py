@@ -205,7 +205,7 @@ def client_row(members: Members, situation: str, slo_ms: float | None) -> dict[s
         "proof": sorted({client.proof.verdict for client in records}),
         "reasons": [client.reason or f"exit code {client.exit_code}"
                     for client in records if client.status != "ok"],
-        "slowdown": plain(estimate(one.slowdown(client) for one, client in good)),
+        "slowdown": plain(estimate(client.slowdown for client in good_records)),
         "job_seconds": job_seconds,
         "job_time_ratio": job_seconds / alone_seconds if job_seconds and alone_seconds else None,
         "latency": scores.percentiles_ms(latencies, failed),
