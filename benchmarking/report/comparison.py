@@ -106,9 +106,8 @@ from benchmarking.modes.names import MODE_MIG
 from benchmarking.records.run_folder import PHASE_BASELINE, PHASE_NULL, PHASE_SHARE_BASELINE
 from benchmarking.records.types import CoRunRecord, Phase
 from benchmarking.report import claims, conclusions, judgments, ramps
-from benchmarking.report.groups import CoRun, Group, measure, plain
+from benchmarking.report.groups import Baselines, CoRun, Group, measure, plain
 from benchmarking.report.merging import (
-    Baselines,
     Section,
     alone_of,
     baseline_run,

@@ -6,9 +6,10 @@ Every figure against the jobs alone is taken anew here, with the baselines of al
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,8 +18,8 @@ import msgspec
 from benchmarking.metrics import scores
 from benchmarking.metrics.estimates import Estimate, estimate
 from benchmarking.modes.names import MODE_EXCLUSIVE, MODE_MIG
+from benchmarking.records.run_folder import pooled
 from benchmarking.records.types import ClientRecord, CoRunRecord, GpuFigures, Summary
-from benchmarking.report.merging import Baselines
 from benchmarking.report.runs import NOISY, MeasuredRun, pressed_resource
 
 # What the table of clients takes from their records as it is.
@@ -26,6 +27,36 @@ _TABLE_FIELDS = (
     "phase", "co_run", "clients", "repeat", "client", "workload", "label", "job_key", "status",
     "reason", "latency_ms",
 )  # fmt: skip
+
+
+@dataclass
+class Alone:
+    """A job alone: its repeats, and the card's joules over them."""
+
+    repeats: Sequence[ClientRecord]
+    joules: float | None = None
+
+    @functools.cached_property
+    def pooled(self) -> ClientRecord:
+        """All repeats as one record."""
+        return pooled(self.repeats)
+
+    @functools.cached_property
+    def unit_seconds(self) -> dict[str, float]:
+        """Mean seconds of a unit, by kind."""
+        return scores.unit_seconds(self.pooled.units)
+
+    def slowdown(self, client: ClientRecord) -> float | None:
+        """Times as long as alone that a unit of a client's work took."""
+        progress = scores.normalized_progress(client.units, self.unit_seconds)
+        return 1 / progress if progress else None
+
+    def own_slowdowns(self) -> list[float]:
+        """Those of each repeat against all of them: the baseline's own error."""
+        return [felt for felt in map(self.slowdown, self.repeats) if felt]
+
+
+Baselines = Mapping[str, Alone]  # by `job_key`
 
 
 @dataclass

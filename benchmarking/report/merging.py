@@ -8,16 +8,16 @@ How a run ended keeps it out of no row: a count that failed once fails, whatever
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from benchmarking.metrics import scores
 from benchmarking.modes.names import MODE_TIME_SLICING
-from benchmarking.records.run_folder import PHASE_BASELINE, PHASE_SHARE_BASELINE, pooled
+from benchmarking.records.run_folder import PHASE_BASELINE, PHASE_SHARE_BASELINE
 from benchmarking.records.types import ClientRecord, Phase
+from benchmarking.report.groups import Alone, Baselines
 from benchmarking.report.runs import Conditions, MeasuredRun
 from benchmarking.report.wording import clients_text
 from benchmarking.suite import baselines
@@ -171,36 +171,6 @@ def _windows(run: MeasuredRun, clients: int) -> set[tuple[object, ...]]:
 
 
 # --- the jobs alone ---------------------------------------------------------------------------
-
-
-@dataclass
-class Alone:
-    """A job alone: its repeats, and the card's joules over them."""
-
-    repeats: Sequence[ClientRecord]
-    joules: float | None = None
-
-    @functools.cached_property
-    def pooled(self) -> ClientRecord:
-        """All repeats as one record."""
-        return pooled(self.repeats)
-
-    @functools.cached_property
-    def unit_seconds(self) -> dict[str, float]:
-        """Mean seconds of a unit, by kind."""
-        return scores.unit_seconds(self.pooled.units)
-
-    def slowdown(self, client: ClientRecord) -> float | None:
-        """Times as long as alone that a unit of a client's work took."""
-        progress = scores.normalized_progress(client.units, self.unit_seconds)
-        return 1 / progress if progress else None
-
-    def own_slowdowns(self) -> list[float]:
-        """Those of each repeat against all of them: the baseline's own error."""
-        return [felt for felt in map(self.slowdown, self.repeats) if felt]
-
-
-Baselines = Mapping[str, Alone]  # by `job_key`
 
 
 def alone_of(

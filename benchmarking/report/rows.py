@@ -12,13 +12,13 @@ from benchmarking.modes.names import MODE_MIG, MODE_MPS
 from benchmarking.records.types import ClientRecord, GpuFigures
 from benchmarking.report import guide
 from benchmarking.report.groups import (
+    Alone,
     CoRun,
     Group,
     failed_requests,
     percentile_estimate,
     plain,
 )
-from benchmarking.report.merging import Alone
 from benchmarking.report.runs import MeasuredRun
 
 TAIL_PERCENTILES = (50, 95, 99)
