@@ -65,7 +65,7 @@ def group_row(group: Group, own_error_percent: float | None) -> dict[str, Any]:
         "stp": plain(stp),
         "stp_alone": plain(_stp_alone(group.co_runs[0])),
         "antt": plain(antt),
-        "overhead_percent": plain(stp and stp.map(lambda value: 100 * (1 / value - 1))),
+        "overhead_percent": plain(stp and stp.map(lambda one: scores.overhead_percent(one) or 0.0)),
         "interference_overhead_percent": plain(_interference(good, mode, antt)),
         "mechanism_overhead_percent": plain(excess_percent(antt) if is_mechanism else None),
         "stp_per_multiprocessor": _stp_per_multiprocessor(group, stp),

@@ -152,8 +152,10 @@ def figure_text(conclusion: Record, found: Record | None, with_spread: bool = Fa
     """A figure of a conclusion in its own unit."""
     write = milliseconds if conclusion["figure"].endswith("_ms") else None
     decimals = 0 if conclusion["figure"].startswith("energy") else 2
-    shown = found if found is None or with_spread else {**found, "values": ()}
-    return spread(shown, decimals, write)
+    if with_spread:
+        return spread(found, decimals, write)
+    mean = found["mean"] if found else None
+    return write(mean) if write else number(mean, decimals)
 
 
 def interval_text(pair: Record) -> str:
