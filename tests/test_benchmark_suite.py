@@ -27,6 +27,7 @@ from program_copy import copy_programs, processes_of
 from recorded_rows import client, co_run, plain, read_plain
 from waiting import wait_until
 
+from benchmarking import PROJECT_VERSION
 from benchmarking.records import run_folder
 from benchmarking.records.types import ClientRecord, Environment, Manifest, Proof
 from benchmarking.suite import baselines, console, sampler
@@ -226,6 +227,7 @@ def test_without_a_gpu_the_whole_flow_runs_as_a_labelled_cpu_demonstration(
     assert run.manifest["job_size"] == "cpu"
     assert run.manifest["outcome"] == "complete"
     assert run.manifest["environment"]["versions"] == {"torch": "scripted"}
+    assert run.manifest["environment"]["project_version"] == PROJECT_VERSION
     assert set(verdicts(run)) == {"not_applicable"}
     assert {record["mode"] for record in run.client_records} == {"cpu-demo"}
 

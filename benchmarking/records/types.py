@@ -224,6 +224,9 @@ class Environment(Struct, kw_only=True):
     versions: dict[str, Any] = field(default_factory=dict)
     host_cores: int | None = None
     os: str | None = None
+    # of the project; null: a run of before 2.0.0
+    project_version: str | None = None
+    # of the checkout that the project is, if it is one
     git_commit: str | None = None
     git_dirty: bool | None = None
 

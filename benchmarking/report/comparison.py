@@ -323,6 +323,8 @@ def _run(run: MeasuredRun) -> dict[str, Any]:
     ]  # fmt: skip
     kind = kind_of(run)
     found = {name: getattr(manifest.environment, name) for name in RUN_ENVIRONMENT}
+    if manifest.environment.project_version is not None:
+        found["project_version"] = manifest.environment.project_version
     uuid = manifest.environment.gpu_uuid
     return {
         "run_id": run.name, **told, **kind, "gpu_uuid": uuid, "environment": found,

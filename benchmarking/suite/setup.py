@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from benchmarking import PROJECT_VERSION
 from benchmarking.cli import EXIT_MODE_NOT_IN_FORCE, EXIT_USAGE, SuiteError
 from benchmarking.hardware import nvml
 from benchmarking.hardware.nvidia_tools import time_slice
@@ -107,6 +108,7 @@ class Setup:
                     cuda_version=gpu.get("cuda_driver_version"),
                     timeslice=self.timeslice,
                     host_cores=self.cores,
+                    project_version=PROJECT_VERSION,
                 )
             ),
             "mode_evidence": msgspec.to_builtins(self.evidence),
