@@ -21,8 +21,9 @@ from waiting import wait_until
 
 from benchmarking import blast_report
 from benchmarking.blast_radius import judge_neighbor
-from benchmarking.suite.launcher import ClientResult
-from benchmarking.suite.plan import WORKLOADS, PlannedClient
+from benchmarking.measuring.client import ClientResult
+from benchmarking.planning.plan import PlannedClient
+from benchmarking.planning.workloads import WORKLOADS
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 CLIENT = Path(__file__).parent / "fakes" / "scripted_client.py"
