@@ -182,7 +182,7 @@ class _Measured:
         self._alone: dict[tuple[str, str], Alone] = {}
 
     def co_run(self, run: MeasuredRun, record: CoRunRecord) -> CoRun:
-        share = self.alone(run, PHASE_SHARE_BASELINE) if run.mode == MODE_MIG else None
+        share = self.alone(run, PHASE_SHARE_BASELINE) if run.has_own_shares else None
         return measure(run, record, self.alone(run), share)
 
     def alone(self, run: MeasuredRun, phase: Any = "baseline") -> Alone:
