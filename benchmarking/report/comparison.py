@@ -184,7 +184,7 @@ class _Measured:
         self._alone: dict[tuple[str, Phase], Baselines] = {}
 
     def co_run(self, run: MeasuredRun, record: CoRunRecord) -> CoRun:
-        share = self._alone_of(run, PHASE_SHARE_BASELINE) if run.mode == MODE_MIG else None
+        share = self._alone_of(run, PHASE_SHARE_BASELINE) if run.has_own_shares else None
         return measure(run, record, self._alone_of(run, PHASE_BASELINE), share)
 
     def _alone_of(self, run: MeasuredRun, phase: Phase) -> Baselines:
@@ -282,12 +282,15 @@ def _own_error(measured: _Measured) -> dict[str, Any] | None:
 def _run(run: MeasuredRun) -> dict[str, Any]:
     """A run's own facts, with the proof of its mode."""
     manifest = run.manifest
+    machine = _fields(manifest.environment, _OF_MACHINE)
+    if manifest.environment.project_version is not None:
+        machine["project_version"] = manifest.environment.project_version
     return {
         "run_id": run.name,
         **_fields(manifest, _OF_RUN),
         **run.kind,
         "gpu_uuid": manifest.environment.gpu_uuid,
-        "environment": _fields(manifest.environment, _OF_MACHINE),
+        "environment": machine,
         "co_runs": [
             {
                 **_fields(co_run.record, _OF_CO_RUN),

@@ -39,9 +39,12 @@ NOISY = "noisy"
 # Of a run so many are read; a long ramp has 10,000.
 MOST_RECORDS = 50_000
 
-# What of a client's environment changes how the mode treats it; folders of daemons do not.
+# What of a client's environment changes how the mode treats it; folders of daemons do not, nor
+# names of partitions of one size.
 _KNOB_PREFIX = "CUDA_MPS_"
-_NO_KNOBS = frozenset({"CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"})
+_NO_KNOBS = frozenset({
+    "CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY", "CUDA_MPS_SM_PARTITION",
+})  # fmt: skip
 
 # By kind (`environment`, `version`, `engine`, `calibrated`) and name.
 Conditions = dict[str, dict[str, Any]]
@@ -129,13 +132,22 @@ class MeasuredRun:
             return ", ".join(layout), ",".join(layout)
         if self.mode != MODE_MPS:
             return "", ""
-        told = self.manifest.mps_limits or MpsLimits()
-        parts = (told.percentages, told.memory_limits, told.priorities)
+        told = self._limits
+        parts = (limits.shares_of(told), told.memory_limits, told.priorities)
         flag = ",".join("/".join(values) for values in parts if values)
         is_planned = any(client.knobs for co_run in self._planned for client in co_run.clients)
         if not flag and is_planned:
             return "limits of the plan", "plan"
         return limits.describe(told), flag
+
+    @property
+    def _limits(self) -> MpsLimits:
+        return self.manifest.mps_limits or MpsLimits()
+
+    @property
+    def has_own_shares(self) -> bool:
+        """Whether its clients had a part of the card each, on which every job also ran alone."""
+        return self.mode == MODE_MIG or (self.mode == MODE_MPS and bool(self._limits.partitions))
 
     @property
     def settings(self) -> str:

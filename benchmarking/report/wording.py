@@ -33,8 +33,8 @@ FIGURE_NAMES = {
 def mode_name(mode: str, settings: str = "") -> str:
     """The mode with what it was set to: `MPS (50/25 %)`, `MIG (4 x 1g.10gb)`."""
     name = MODE_NAMES.get(mode, mode)
-    if settings == "even":
-        return f"{name} with even shares"
+    if settings in ("even", "static partitions"):
+        return f"{name} with {'even shares' if settings == 'even' else settings}"
     if mode == "mig":
         settings = ", ".join(_with_counts(settings.split(", ")))
     return f"{name} ({settings})" if settings else name
