@@ -114,6 +114,8 @@ class Round:
                      "requirements.txt"):  # fmt: skip
             shutil.copy(PROJECT_ROOT / name, self.folder)
         self.machine = FakeMachine(self.folder / "machine", "h100")
+        # The driver is isolated from PYTHONPATH, but not from the folder of its programs.
+        (self.folder / nvml_stub.STAND_IN.name).symlink_to(nvml_stub.STAND_IN)
         self.card = nvml_stub.write_state(self.folder / "card.txt")
         self.environment = nvml_stub.stub_environment(
             nvml_stub.build_nvml_stub(self.folder), self.card,

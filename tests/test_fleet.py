@@ -41,7 +41,8 @@ CARDS = {
 ALL_CARDS = [uuid for uuids in CARDS.values() for uuid in uuids]
 # `nvidia-smi -L` of the host whose cards NVML's stub has.
 LIST_CARDS = r"""
-sed -n 's/^uuid_\([0-9]*\)=\(.*\)/GPU \1: NVIDIA H100 (UUID: \2)/p' "$NVML_STUB_STATE"
+tr , '\n' <"$NVML_STUB_STATE" |
+    sed -n 's/.*"uuid_\([0-9]*\)": "\([^"]*\)".*/GPU \1: NVIDIA H100 (UUID: \2)/p'
 """
 LIST_MIG = """
 echo 'GPU 0: NVIDIA H100 (UUID: GPU-0)'

@@ -65,16 +65,14 @@ def settings(events: Path | None) -> dict:
     return merged
 
 
-def change_lists(card: Path, kinds: list[str], change: Callable[[list[str]], list[str]]) -> None:
-    """Change the card's lists of processes of these kinds; clients take turns."""
+def change_card(card: Path, change: Callable[[dict], object]) -> None:
+    """Change the scripted card; clients take turns."""
     with card.with_name("lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        lines = dict(line.partition("=")[::2] for line in card.read_text().splitlines())
-        for kind in kinds:
-            listed = [entry for entry in lines.get(kind, "").split(",") if entry]
-            lines[kind] = ",".join(change(listed))
+        state = json.loads(card.read_text())
+        change(state)
         temporary = card.with_name("new")
-        temporary.write_text("".join(f"{key}={value}\n" for key, value in lines.items()))
+        temporary.write_text(json.dumps(state))
         temporary.replace(card)
 
 
@@ -169,11 +167,18 @@ class Script:
             kinds.append("mps_pids")
             with (pipe / "running").open("a") as stream:
                 stream.write(f"{os.getpid()}\n")
-        own = f"{os.getpid()}:100"
-        change_lists(Path(card), kinds, lambda listed: [*listed, own])
-        atexit.register(
-            change_lists, Path(card), kinds, lambda listed: [pid for pid in listed if pid != own]
-        )
+        own = str(os.getpid())
+
+        def enter(state: dict) -> None:
+            for kind in kinds:
+                state.setdefault(kind, {})[own] = 100
+
+        def leave(state: dict) -> None:
+            for kind in kinds:
+                state.get(kind, {}).pop(own, None)
+
+        change_card(Path(card), enter)
+        atexit.register(change_card, Path(card), leave)
 
     def identity(self) -> dict:
         """Who this client says it is."""
