@@ -280,20 +280,12 @@ def test_a_function_that_fails_leaves_its_fields_unknown_and_is_named_once(
     values = first | {key: value for key, value in last.items() if value is not None}
     assert {key for key, value in values.items() if value is None} == unknown
     assert (first["utilization_source"] == "gpm") is ("nvmlDeviceGetUtilizationRates" in failing)
+    if failing == [*PAIRS]:  # the older ones have answered
+        assert first["mps_pids"] == first["compute_pids"] == [{"pid": 938, "used_memory_mib": 2228}]
+        assert first["memory_used_mib"] == 12345 + 480  # all that an old driver can tell
     said = [line.split()[1] for line in stderr.splitlines() if "failed: Unknown Error" in line]
     # pynvml has one name for both ways to ask for the memory
     assert sorted(said) == sorted({name.replace("MemoryInfo_v2", "MemoryInfo") for name in named})
-
-
-def test_an_old_driver_answers_through_the_older_functions(card: Callable) -> None:
-    lacks = (*PAIRS, "nvmlSystemGetCudaDriverVersion_v2")
-    _, (monitor, first, *_), _ = sample(card(lacks, **BUSY, **PROCESSES))
-    assert monitor["cuda_driver_version"] == "13.0"
-    listed = [{"pid": 938, "used_memory_mib": 2228}]
-    assert (first["compute_pids"], first["mps_pids"]) == (listed, listed)
-    assert first["throttle_reasons"] == ["sw_power_cap", "hw_power_brake_slowdown"]
-    assert first["temperature_celsius"] == 61
-    assert first["memory_used_mib"] == 12345 + 480  # all that this driver can tell
 
 
 # --- which card

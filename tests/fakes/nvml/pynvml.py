@@ -121,21 +121,24 @@ def is_sliced(gpu: int) -> bool:
     return value_of(gpu, "mig_mode_current") == 1
 
 
-def of_whole_gpu(handle: Any, key: str) -> Any:
+def of_whole_gpu(device: Device, key: str) -> Any:
     """A value of a GPU; its instances have no sensors."""
-    device = device_of(handle)
     if device.position is not None:
         raise Refused(NOT_SUPPORTED)
     return need(device.gpu, key)
 
 
-def sensor(key: str, factor: float = 1) -> Callable[..., None]:
-    """A function whose last argument gets one number of the GPU."""
+def out(compute: Callable[[Device], Any], field: str = "value") -> Callable[..., None]:
+    """A function whose last argument gets one number, in this field of what it refers to."""
 
-    def read(handle: Any, *others: Any) -> None:
-        others[-1]._obj.value = round(of_whole_gpu(handle, key) * factor)
+    def fill(handle: Any, *others: Any) -> None:
+        setattr(others[-1]._obj, field, compute(device_of(handle)))
 
-    return read
+    return fill
+
+
+def sensor(key: str, factor: float = 1, field: str = "value") -> Callable[..., None]:
+    return out(lambda device: round(of_whole_gpu(device, key) * factor), field)
 
 
 def encoded(text: str) -> bytes:
@@ -174,10 +177,6 @@ def get_name(handle: Any, text: Any, size: Any) -> None:
     text.value = encoded(need(device.gpu, "name") + (f" MIG {profile}" if profile else ""))
 
 
-def get_index(handle: Any, index: Any) -> None:
-    index._obj.value = device_of(handle).gpu
-
-
 def get_compute_capability(handle: Any, *numbers: Any) -> None:
     words = need(device_of(handle).gpu, "compute_capability").split(".")
     for number, word in zip(numbers, words, strict=True):
@@ -202,25 +201,21 @@ def get_memory(handle: Any, reference: Any) -> None:
     memory.free = memory.total - memory.used
 
 
-def get_utilization(handle: Any, reference: Any) -> None:
-    if is_sliced(device_of(handle).gpu):
+def utilization_of(device: Device) -> int:
+    if is_sliced(device.gpu):
         raise Refused(NOT_SUPPORTED)
-    reference._obj.gpu = of_whole_gpu(handle, "utilization_gpu_percent")
+    return of_whole_gpu(device, "utilization_gpu_percent")
 
 
-def get_energy(handle: Any, reference: Any) -> None:
-    joules = of_whole_gpu(handle, "energy_joules")
+def millijoules_of(device: Device) -> int:
+    joules = of_whole_gpu(device, "energy_joules")
     if joules == "clock":
-        joules = of_whole_gpu(handle, "power_draw_watts") * time.monotonic()
-    reference._obj.value = round(joules * 1000)
+        joules = of_whole_gpu(device, "power_draw_watts") * time.monotonic()
+    return round(joules * 1000)
 
 
-def get_temperature(handle: Any, reference: Any) -> None:
-    reference._obj.temperature = of_whole_gpu(handle, "temperature_celsius")
-
-
-def get_clocks_event_reasons(handle: Any, reference: Any) -> None:
-    reference._obj.value = int(of_whole_gpu(handle, "clocks_event_reasons"), 0)
+def reasons_of(device: Device) -> int:
+    return int(of_whole_gpu(device, "clocks_event_reasons"), 0)
 
 
 def list_processes(key: str) -> Callable[..., None]:
@@ -246,16 +241,9 @@ def list_processes(key: str) -> Callable[..., None]:
 
 
 def get_mig_mode(handle: Any, current: Any, pending: Any) -> None:
-    current._obj.value = of_whole_gpu(handle, "mig_mode_current")
-    pending._obj.value = value_of(device_of(handle).gpu, "mig_mode_pending", current._obj.value)
-
-
-def is_mig_device(handle: Any, answer: Any) -> None:
-    answer._obj.value = device_of(handle).position is not None
-
-
-def get_max_mig_devices(handle: Any, count: Any) -> None:
-    count._obj.value = MAX_MIG_DEVICES if is_sliced(device_of(handle).gpu) else 0
+    device = device_of(handle)
+    current._obj.value = of_whole_gpu(device, "mig_mode_current")
+    pending._obj.value = value_of(device.gpu, "mig_mode_pending", current._obj.value)
 
 
 def get_mig_device(handle: Any, index: Any, reference: Any) -> None:
@@ -270,17 +258,9 @@ def get_card_of_mig_device(handle: Any, reference: Any) -> None:
     hand_out(reference, Device(device.gpu))
 
 
-def get_gpu_instance_id(handle: Any, number: Any) -> None:
-    number._obj.value = instance_of(device_of(handle), NOT_FOUND)[1]
-
-
 def get_attributes(handle: Any, reference: Any) -> None:
     instance = instance_of(device_of(handle), INVALID_ARGUMENT)
     reference._obj.multiprocessorCount, reference._obj.memorySizeMB = instance[2:4]
-
-
-def query_gpm_support(handle: Any, reference: Any) -> None:
-    reference._obj.isSupportedDevice = value_of(device_of(handle).gpu, "gpm", 0)
 
 
 def allocate_gpm_sample(reference: Any) -> None:
@@ -333,29 +313,33 @@ FUNCTIONS: dict[str, Callable[..., None]] = {
     "nvmlDeviceGetCount_v2": put("count"),
     "nvmlDeviceGetHandleByIndex_v2": get_handle_by_index,
     "nvmlDeviceGetHandleByUUID": get_handle_by_uuid,
-    "nvmlDeviceGetIndex": get_index,
+    "nvmlDeviceGetIndex": out(lambda device: device.gpu),
     "nvmlDeviceGetUUID": get_uuid,
     "nvmlDeviceGetName": get_name,
     "nvmlDeviceGetComputeMode": sensor("compute_mode"),
     "nvmlDeviceGetCudaComputeCapability": get_compute_capability,
     "nvmlDeviceGetMemoryInfo": get_memory,
     "nvmlDeviceGetMemoryInfo_v2": get_memory,
-    "nvmlDeviceGetUtilizationRates": get_utilization,
+    "nvmlDeviceGetUtilizationRates": out(utilization_of, "gpu"),
     "nvmlDeviceGetClockInfo": sensor("sm_clock_mhz"),
     "nvmlDeviceGetPowerUsage": sensor("power_draw_watts", 1000),
-    "nvmlDeviceGetTotalEnergyConsumption": get_energy,
-    "nvmlDeviceGetTemperatureV": get_temperature,
+    "nvmlDeviceGetTotalEnergyConsumption": out(millijoules_of),
+    "nvmlDeviceGetTemperatureV": sensor("temperature_celsius", field="temperature"),
     "nvmlDeviceGetTemperature": sensor("temperature_celsius"),
-    "nvmlDeviceGetCurrentClocksEventReasons": get_clocks_event_reasons,
-    "nvmlDeviceGetCurrentClocksThrottleReasons": get_clocks_event_reasons,
+    "nvmlDeviceGetCurrentClocksEventReasons": out(reasons_of),
+    "nvmlDeviceGetCurrentClocksThrottleReasons": out(reasons_of),
     "nvmlDeviceGetMigMode": get_mig_mode,
-    "nvmlDeviceIsMigDeviceHandle": is_mig_device,
-    "nvmlDeviceGetMaxMigDeviceCount": get_max_mig_devices,
+    "nvmlDeviceIsMigDeviceHandle": out(lambda device: device.position is not None),
+    "nvmlDeviceGetMaxMigDeviceCount": out(
+        lambda device: MAX_MIG_DEVICES if is_sliced(device.gpu) else 0
+    ),
     "nvmlDeviceGetMigDeviceHandleByIndex": get_mig_device,
     "nvmlDeviceGetDeviceHandleFromMigDeviceHandle": get_card_of_mig_device,
-    "nvmlDeviceGetGpuInstanceId": get_gpu_instance_id,
+    "nvmlDeviceGetGpuInstanceId": out(lambda device: instance_of(device, NOT_FOUND)[1]),
     "nvmlDeviceGetAttributes_v2": get_attributes,
-    "nvmlGpmQueryDeviceSupport": query_gpm_support,
+    "nvmlGpmQueryDeviceSupport": out(
+        lambda device: value_of(device.gpu, "gpm", 0), "isSupportedDevice"
+    ),
     "nvmlGpmSampleAlloc": allocate_gpm_sample,
     "nvmlGpmSampleGet": take_gpm_sample,
     "nvmlGpmMigSampleGet": take_gpm_sample_of_instance,
