@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-from pathlib import Path
 
 import pytest
 from driver_runner import (
@@ -27,7 +26,6 @@ from benchmarking.suite import locks
 SCRIPT = "run_experiments.sh"
 # What makes a command run without root's rights.
 AS_NOBODY = ["setpriv", "--reuid=65534", "--clear-groups"] if os.geteuid() == 0 else []
-SECOND_UUID = "GPU-55555555-6666-7777-8888-999999999999"
 PLAN = "examples/plans/own-commands.toml"
 START = "nvidia-cuda-mps-control -d"
 
@@ -55,12 +53,11 @@ def test_the_phases_take_turns_each_with_its_mode_alone_and_no_card_setting_touc
     assert [set(phase) for phase in phases] == [
         {"phase", "name", "status", "reason", "run_folder", "seconds"}
     ] * 6
-    assert [(phase["phase"], phase["name"], phase["status"]) for phase in phases] == [
-        (1, "baseline", "ok"), (2, "time-slicing", "ok"), (3, "mps", "ok"), (3, "mps:even", "ok"),
-        (4, "mig", "skipped"), (5, "analysis", "ok"),
+    assert [(p["phase"], p["name"], p["status"], p["run_folder"]) for p in phases] == [
+        (1, "baseline", "ok", "baseline"), (2, "time-slicing", "ok", "time-slicing"),
+        (3, "mps", "ok", "mps"), (3, "mps:even", "ok", "mps-even"),
+        (4, "mig", "skipped", ""), (5, "analysis", "ok", ""),
     ]  # fmt: skip
-    folders = [phase["run_folder"] for phase in phases]
-    assert folders == ["baseline", "time-slicing", "mps", "mps-even", "", ""]
     assert "--mig" in runner.reason("mig")
 
 
@@ -85,6 +82,11 @@ def test_the_suite_is_told_mode_size_window_gpu_and_baseline_as_a_dry_run_promis
     }  # fmt: skip
     assert {name: {**flags, "--session": session} for name, flags in promised.items()} == calls
     assert runner.reason("time-slicing") == "not asked for (--modes mps)"
+    # an earlier baseline takes the place of phase 1
+    earlier = str(runner.output.rename(runner.folder / "earlier") / "baseline")
+    runner.drive(SCRIPT, "--modes", "time-slicing", "--baseline", earlier)
+    assert runner.outcomes()["baseline"] == "skipped"
+    assert runner.suite_calls()["time-slicing"]["flags"]["--baseline"] == earlier
 
 
 def test_a_budget_is_for_all_rounds_together_and_said_before_the_first(
@@ -136,44 +138,44 @@ def test_flags_reach_the_runs_that_they_are_for(
         assert {flag: planned[name].get(flag) for flag in wanted} == wanted
 
 
-def test_an_earlier_baseline_takes_the_place_of_phase_1(runner: DriverRunner) -> None:
-    earlier = runner.folder / "earlier"
-    earlier.mkdir()
-    (earlier / "manifest.json").write_text("{}")
-    runner.drive(SCRIPT, "--modes", "time-slicing", "--baseline", str(earlier))
-    assert runner.outcomes()["baseline"] == "skipped"
-    flags = runner.suite_calls()["time-slicing"]["flags"]
-    assert flags["--baseline"] == str(earlier)
-
-
 # --- failures -------------------------------------------------------------------------------------
 
 
-def test_a_phase_that_fails_does_not_stop_the_others(runner: DriverRunner) -> None:
-    runner.rule(baseline={"exit": 1}, time_slicing={"exit": 5})
-    result = runner.drive(SCRIPT, "--repeats", "2")
+def test_a_phase_that_fails_says_why_and_does_not_stop_the_others(runner: DriverRunner) -> None:
+    sentence = 'r0: client 1 ("ResNet50") ran out of\tmemory; choose \\ fewer'
+    runner.rule(
+        baseline={"exit": 1, "words": sentence}, time_slicing={"exit": 5},
+        mps_even={"crash": "ValueError"}, mps={"exit": 1, "outcome": "failed"},
+        analysis={"exit": 1, "words": "no room"},
+    )  # fmt: skip
+    result = runner.drive(SCRIPT, "--modes", "time-slicing,mps,mps:even,mps:50", "--repeats", "2")
     assert result.returncode == 1
     assert runner.outcomes() == {
-        "baseline": "failed", "time-slicing": "failed", "mps": "ok", "mps:even": "ok",
-        "mig": "skipped", "analysis": "ok",
+        "baseline": "failed", "time-slicing": "failed", "mps": "failed", "mps:even": "failed",
+        "mps:50": "ok", "mig": "skipped", "analysis": "failed",
     }  # fmt: skip
-    assert [turn for turn in runner.turns() if "baseline" in turn or "slicing" in turn] == [
-        "1 baseline", "1 time-slicing",
-    ]  # fmt: skip
+    assert runner.reason("baseline") == sentence.replace("\t", " ")
+    assert f"Phase 1: baseline: failed ({runner.reason('baseline')})" in result.stderr
     assert runner.reason("time-slicing") == "there is no proof that the mode was in force"
+    assert runner.reason("mps:even") == "the suite crashed (ValueError: the suite has a fault)"
+    assert "Traceback" in result.stderr
+    assert runner.reason("analysis") == "no room"
+    # what has failed is not measured on in the second round
+    assert [turn for turn in runner.turns() if turn.startswith("2")] == ["2 mps-50"]
     # the baseline of a failed phase is not reused: the suite takes its own
     assert "--baseline" not in runner.suite_calls()["mps"]["flags"]
+    assert runner.python_calls()[-1]["gpu"] == AS_BEFORE
+    assert runner.left_behind() == []
 
 
 def test_a_mode_that_cannot_be_enabled_is_a_failed_phase_with_the_scripts_words(
     runner: DriverRunner,
 ) -> None:
     runner.machine.fail(START, exit=1, text='not a "good" day')
-    result = runner.drive(SCRIPT, "--modes", "time-slicing,mps", GPU_SHARING_WAIT_SECONDS="1")
+    result = runner.drive(SCRIPT, "--modes", "mps", GPU_SHARING_WAIT_SECONDS="1")
     assert result.returncode == 1
-    assert runner.outcomes()["mps"] == "failed"
     assert "did not answer within 1 s" in runner.reason("mps")
-    assert list(runner.suite_calls()) == ["baseline", "time-slicing"]
+    assert list(runner.suite_calls()) == ["baseline"]
     assert runner.left_behind() == []
 
 
@@ -200,56 +202,18 @@ def test_a_card_that_another_run_is_at_work_on_is_refused_before_any_mode_is_ena
     assert "--allow-contention" in runner.suite_calls()["mps"]["flags"]
 
 
-@pytest.mark.parametrize("crash", ["ValueError", "SystemExit", "MemoryError"])
-def test_a_suite_that_crashes_is_a_failed_phase_and_its_mode_is_undone(
-    runner: DriverRunner, crash: str
+def test_a_suite_that_asks_to_exit_fails_its_phase_alone_and_its_mode_is_undone(
+    runner: DriverRunner,
 ) -> None:
-    runner.rule(mps={"crash": crash})
-    result = runner.drive(SCRIPT, "--modes", "mps")
-    assert result.returncode == 1
-    assert runner.reason("mps") == f"the suite crashed ({crash}: the suite has a fault)"
-    assert "Traceback" in result.stderr
+    runner.rule(mps={"crash": "SystemExit"})
+    assert runner.drive(SCRIPT, "--modes", "mps").returncode == 1
+    assert runner.reason("mps") == "the suite crashed (SystemExit: the suite has a fault)"
     assert runner.outcomes()["analysis"] == "ok"
     assert not runner.machine.state()["mps"]
     assert runner.left_behind() == []
 
 
-def test_a_run_that_broke_is_not_measured_on_and_the_baseline_is(runner: DriverRunner) -> None:
-    runner.rule(mps={"exit": 1, "outcome": "failed", "words": "client 3 ran out of memory"})
-    assert runner.drive(SCRIPT, "--modes", "mps", "--repeats", "2").returncode == 1
-    assert runner.reason("mps") == "client 3 ran out of memory"
-    assert runner.turns() == ["1 baseline", "1 mps", "2 baseline"]
-
-
-def test_the_last_words_of_suite_and_analysis_are_the_reason_of_their_phase(
-    runner: DriverRunner,
-) -> None:
-    sentence = 'r0: client 1 ("ResNet50") ran out of\tmemory; choose \\ fewer'
-    runner.rule(baseline={"exit": 1, "words": sentence}, analysis={"exit": 1, "words": "no room"})
-    result = runner.drive(SCRIPT, "--modes", "time-slicing")
-    assert result.returncode == 1
-    said = sentence.replace("\t", " ")
-    assert runner.reason("baseline") == said
-    assert f"Phase 1: baseline: failed ({said})" in result.stderr
-    assert runner.reason("time-slicing") == ""
-    assert runner.outcomes()["analysis"] == "failed"
-    assert runner.reason("analysis") == "no room"
-
-
 # --- signals --------------------------------------------------------------------------------------
-
-
-def assert_mps_was_interrupted(runner: DriverRunner) -> None:
-    """The phase counts as interrupted, everything is undone, and then the analysis ran."""
-    analysis = runner.python_calls()[-1]
-    assert analysis["program"] == "analyze_results.py"
-    assert analysis["gpu"] == AS_BEFORE
-    assert runner.left_behind() == []
-    assert runner.outcomes() == {
-        "baseline": "ok", "time-slicing": "skipped", "mps": "failed", "mig": "skipped",
-        "analysis": "ok",
-    }  # fmt: skip
-    assert runner.reason("mps") == "interrupted"
 
 
 @pytest.mark.parametrize(
@@ -263,8 +227,15 @@ def test_a_signal_stops_the_suite_first_then_undoes_the_mode_then_reports(
         SCRIPT, "--modes", "mps,mig", run_id="mps", signals=[number]
     )
     assert status == code, stderr
-    assert {"program": "benchmark_suite.py", "signal": 1} in runner.python_calls()
-    assert_mps_was_interrupted(runner)
+    *_, told, analysis = runner.python_calls()
+    assert told == {"program": "benchmark_suite.py", "signal": 1}
+    assert (analysis["program"], analysis["gpu"]) == ("analyze_results.py", AS_BEFORE)
+    assert runner.left_behind() == []
+    assert runner.outcomes() == {
+        "baseline": "ok", "time-slicing": "skipped", "mps": "failed", "mig": "skipped",
+        "analysis": "ok",
+    }  # fmt: skip
+    assert runner.reason("mps") == "interrupted"
     assert runner.reason("mig") == "interrupted before it began"
     last = stderr.splitlines()[-1]
     assert last == f"Interrupted; to go on: ./run_experiments.sh --resume {runner.output}"
@@ -389,14 +360,6 @@ def test_with_mig_allowed_it_is_switched_on_for_its_phase_and_off_again(
     assert runner.left_behind() == []
 
 
-def test_a_mig_layout_without_the_flag_that_allows_mig_changes_nothing(
-    runner: DriverRunner,
-) -> None:
-    assert runner.drive(SCRIPT, "--modes", "mig", "--mig-layout", "1g.10gb,2g.20gb").returncode == 0
-    assert runner.reason("mig") == "MIG is off; --mig allows to switch it on"
-    assert runner.machine.changing_calls() == []
-
-
 SHORT, LONG = {**AS_BEFORE, "timeslice": "Short"}, {**AS_BEFORE, "timeslice": "Long"}
 SHORT_SLICES = ("setup_time_slicing.sh", "2", "--timeslice", "short")
 LONG_SLICES = ("setup_time_slicing.sh", "2", "--timeslice", "long")
@@ -416,7 +379,6 @@ IS_USED = "is set up already; it is used as it is and left so"
         (SHORT_SLICES, ("--timeslice=long",), LONG, SHORT, "--timeslice short --gpu"),
         # as if the driver had been loaded anew since
         (LONG_SLICES, ("--timeslice=long",), LONG, LONG, ""),
-        (("enable_mps.sh",), (), DAEMON, DAEMON, IS_USED),
         (("enable_mps.sh", "--exclusive"), ("--exclusive",), EXCLUSIVE, EXCLUSIVE, IS_USED),
         (("enable_mps.sh",), ("--exclusive",), EXCLUSIVE, AS_BEFORE,
          "switched off altogether at the end"),
@@ -441,7 +403,7 @@ def test_what_the_user_had_set_up_is_used_where_it_is_what_was_asked_for_and_els
 
 
 @needs_root
-def test_a_length_or_exclusive_mode_that_the_script_refuses_fails_the_phase(
+def test_a_setting_that_the_script_refuses_fails_its_phase_and_leaves_the_users(
     runner: DriverRunner,
 ) -> None:
     runner.must(*SHORT_SLICES)
@@ -450,7 +412,7 @@ def test_a_length_or_exclusive_mode_that_the_script_refuses_fails_the_phase(
     )
     assert result.returncode == 1
     assert "GPU_SETTINGS_LOCKED" in runner.reason("time-slicing")
-    assert "time-slicing" not in runner.suite_calls()
+    assert list(runner.suite_calls()) == ["baseline"]
     assert runner.gpu()["timeslice"] == "Short"
     assert runner.saved("time-slice")["set"] == "Short"
 
@@ -465,9 +427,7 @@ def test_a_length_or_exclusive_mode_that_the_script_refuses_fails_the_phase(
 
 
 @needs_root
-def test_instances_that_were_there_are_used_and_left_and_the_whole_gpu_phases_are_skipped(
-    runner: DriverRunner,
-) -> None:
+def test_instances_of_the_users_are_used_and_left_and_never_replaced(runner: DriverRunner) -> None:
     runner.must("setup_mig.sh", "1g.10gb", "4")
     runner.must_drive(SCRIPT)
     assert runner.outcomes() == {
@@ -475,19 +435,14 @@ def test_instances_that_were_there_are_used_and_left_and_the_whole_gpu_phases_ar
         "mig": "ok", "analysis": "ok",
     }  # fmt: skip
     assert "MIG is on" in runner.reason("mps")
-    assert runner.gpu()["mig_current"] == "Enabled"
-    assert len(runner.gpu()["instances"]) == 4
-
-
-@needs_root
-def test_too_few_instances_of_the_users_are_never_replaced(runner: DriverRunner) -> None:
-    runner.must("setup_mig.sh", "1g.10gb", "2")
-    assert runner.drive(SCRIPT, as_root=True).returncode == 0
-    assert runner.reason("mig").startswith("2 MIG instances for 4 clients")
+    more = ("--workloads", "8")
     runner.output = runner.folder / "second"
-    assert runner.drive(SCRIPT, "--mig", as_root=True).returncode == 1
+    assert runner.drive(SCRIPT, *more, as_root=True).returncode == 0
+    assert runner.reason("mig").startswith("4 MIG instances for 8 clients")
+    runner.output = runner.folder / "third"
+    assert runner.drive(SCRIPT, *more, "--mig", as_root=True).returncode == 1
     assert "of an earlier run are there" in runner.reason("mig")
-    assert len(runner.gpu()["instances"]) == 2
+    assert len(runner.gpu()["instances"]) == 4
 
 
 @needs_root
@@ -500,10 +455,18 @@ def test_locked_settings_are_not_changed_even_when_allowed(runner: DriverRunner)
     assert runner.gpu() == before
 
 
-def test_a_gpu_without_mig_skips_that_phase() -> None:
-    with driver_runner("t4") as other:
-        assert other.drive(SCRIPT, "--modes", "mig", "--mig").returncode == 0
-        assert other.reason("mig") == "Tesla T4 has no MIG"
+@pytest.mark.parametrize(
+    ("kind", "flags", "reason"),
+    [("t4", ["--mig"], "Tesla T4 has no MIG"),
+     ("h100", ["--mig-layout", "1g.10gb,2g.20gb"], "MIG is off; --mig allows to switch it on")],
+)  # fmt: skip
+def test_mig_that_cannot_be_or_was_not_allowed_skips_its_phase(
+    kind: str, flags: list[str], reason: str
+) -> None:
+    with driver_runner(kind) as other:
+        assert other.drive(SCRIPT, "--modes", "mig", *flags).returncode == 0
+        assert other.reason("mig") == reason
+        assert other.machine.changing_calls() == []
 
 
 # --- dry runs -------------------------------------------------------------------------------------
@@ -566,11 +529,10 @@ def test_without_a_gpu_one_demonstration_runs_whichever_mode_is_asked_for(
     assert "--gpu" not in flags
 
 
-@pytest.mark.parametrize("how", [("--device", "cpu"), ("--modes", "time-slicing")])
-def test_a_gpu_that_is_hidden_or_not_wanted_is_left_alone(
-    runner: DriverRunner, how: tuple[str, str]
-) -> None:
-    runner.must_drive(SCRIPT, *how, CUDA_VISIBLE_DEVICES="")
+def test_a_gpu_that_is_hidden_or_not_wanted_is_left_alone(runner: DriverRunner) -> None:
+    runner.must_drive(SCRIPT, "--device", "cpu")
+    runner.output = runner.folder / "second"
+    runner.must_drive(SCRIPT, "--modes", "time-slicing", CUDA_VISIBLE_DEVICES="")
     assert runner.outcomes()["cpu-demo"] == "ok"
     assert runner.machine.calls() == []
 
@@ -595,12 +557,6 @@ def test_a_driver_that_does_not_answer_is_exit_3_and_no_demonstration(
     assert runner.drive(SCRIPT, "--modes", "time-slicing", "--repeats=1").returncode == 0
 
 
-def test_the_first_visible_gpu_is_taken_and_passed_on_by_uuid() -> None:
-    with driver_runner("h100x2") as two:
-        planned = two.planned(SCRIPT, "--modes", "mps", CUDA_VISIBLE_DEVICES="1,0")
-        assert {flags["--gpu"] for flags in planned.values()} == {SECOND_UUID}
-
-
 # --- what is refused ------------------------------------------------------------------------------
 
 MODES = "--modes needs some of: time-slicing mps mps:even mps:PERCENT mig"
@@ -610,7 +566,7 @@ MODES = "--modes needs some of: time-slicing mps mps:even mps:PERCENT mig"
     ("arguments", "words"),
     [
         *((["--modes", given], MODES)
-          for given in ("mps,mpz", "", "mps:0", "mps:101", "mps:", "mps:even/", "time-slicing:50")),
+          for given in ("mps,mpz", "", "mps:0", "mps:101", "mps:even/", "time-slicing:50")),
         (["--workloads", "0"], "--workloads needs a whole number from 1 on"),
         (["--phase-minutes", "0.0"], "--phase-minutes needs a number of minutes over 0"),
         (["--engine", "fast"], "--engine needs one of: eager graph compile"),
@@ -644,29 +600,18 @@ def test_a_wrong_argument_is_exit_2_with_one_sentence_before_anything_is_done(
     assert not asked.output.exists()
 
 
-def test_a_plan_with_mistakes_is_exit_2_before_anything_is_done(
-    asked: DriverRunner, tmp_path: Path
+def test_a_plan_with_mistakes_and_a_folder_that_is_in_use_are_exit_2_and_left(
+    runner: DriverRunner,
 ) -> None:
-    plan = tmp_path / "plan.toml"
+    plan = runner.folder / "plan.toml"
     plan.write_text('[[client]]\nworkload = "resnet"\n')
-    result = asked.drive(SCRIPT, "--plan", str(plan))
+    result = runner.drive(SCRIPT, "--plan", str(plan))
     assert result.returncode == 2
     assert "there is no workload 'resnet'" in result.stderr
-    assert not asked.output.exists()
-
-
-def test_a_folder_that_holds_something_is_not_written_into(runner: DriverRunner) -> None:
+    assert not runner.output.exists()
     runner.output.mkdir()
     (runner.output / "mine.txt").write_text("mine")
     result = runner.drive(SCRIPT)
     assert result.returncode == 2
     assert "is not empty; name another folder" in result.stderr
     assert [path.name for path in runner.output.iterdir()] == ["mine.txt"]
-
-
-def test_help_tells_phases_flags_and_exit_codes_and_touches_nothing(runner: DriverRunner) -> None:
-    result = runner.drive(SCRIPT, "--help")
-    assert result.returncode == 0
-    for word in ("Phase 5 analysis", "--phase-minutes", "--mig", "--dry-run", "Exit codes"):
-        assert word in result.stdout
-    assert runner.machine.calls() == []

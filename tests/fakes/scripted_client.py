@@ -119,12 +119,11 @@ class Script:
     def fail_now(self, stage: str | None = None) -> None:
         """Fail if this is the moment to."""
         kind, moment = self.settings.get("fail"), self.settings.get("fail_at", 0)
-        if kind is None:
-            return
         if isinstance(moment, str):
-            if moment != stage:
-                return
-        elif self.go_seconds is None or time.monotonic() < self.go_seconds + moment:
+            is_due = moment == stage
+        else:
+            is_due = self.go_seconds is not None and time.monotonic() >= self.go_seconds + moment
+        if kind is None or not is_due:
             return
         print(f"scripted failure: {kind}", file=sys.stderr, flush=True)
         if kind in ("oom", "error"):
@@ -133,21 +132,18 @@ class Script:
             self.emit("error", **fields)
             sys.exit(12 if kind == "oom" else self.settings.get("exit_code", 1))
         if kind in ("garbage", "binary"):
-            line = b"this is no event\n" if kind == "garbage" else b"caf\xe9\n"
             with self.events.open("ab") as stream:
-                stream.write(line)
-        if kind == "signal":
+                stream.write(b"this is no event\n" if kind == "garbage" else b"caf\xe9\n")
+        elif kind == "signal":
             os.kill(os.getpid(), signal.SIGSEGV)
-        if kind == "hang":
+        elif kind == "hang":
             while self.listen(3600) != "stop":
                 pass
             self.finish(0)
-        if kind == "done":
+        elif kind == "done":
             self.finish(0)
-        if kind == "crash":
-            sys.exit(7)
-        if kind == "exit0":
-            sys.exit(0)
+        else:
+            sys.exit({"crash": 7, "exit0": 0}[kind])
 
     def finish(self, jobs: int) -> None:
         """Say goodbye."""
