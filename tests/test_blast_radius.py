@@ -233,21 +233,6 @@ def test_what_could_harm_others_is_refused_in_a_sentence_and_that_is_on_record(
     assert not (blast.output / "clients").exists()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [(("--fault", "fire"), "invalid choice: 'fire'"),
-     (("--fault", "oom", "--summary", "x"), "give --fault to measure one, or --summary"),
-     (("--summary", "x"), "x holds no blast_radius.json")],
-)  # fmt: skip
-def test_what_makes_no_sense_is_refused_in_a_sentence(
-    blast: Blast, arguments: tuple, words: str
-) -> None:
-    done = blast.run(*arguments)
-    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
-    assert words in done.stderr
-    assert not blast.output.exists()
-
-
 def test_a_fault_that_cannot_happen_is_on_record_but_not_in_the_place_of_one_that_did(
     blast: Blast,
 ) -> None:

@@ -514,10 +514,6 @@ def test_on_a_terminal_it_shows_a_table(card: Callable, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "fix"),
     [
-        (("--interval", "0.05"), 2, "give 0.1 seconds or more"),
-        (("--interval", "nan"), 2, "give 0.1 seconds or more"),
-        (("--duration", "-1"), 2, "give 0 (no end) or more seconds"),
-        (("--prometheus", "70000"), 2, "give a port from 0 to 65535"),
         (("--prometheus", "TAKEN"), 2, "choose another port"),
         (("--output", "/proc/no/such/file"), 2, "name a file that can be written"),
         (("--output", "/dev/full"), 1, "cannot be written: [Errno 28] No space left on device"),

@@ -161,37 +161,6 @@ def test_without_nvidia_smi_the_exit_code_is_3(scripts: m.ModeScripts, tmp_path:
     m.refused(result, 3, "nvidia-smi was not found")
 
 
-# --- arguments ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("command", "words"),
-    [
-        *(([TS, *given], "CLIENTS must be a number from 1 to 9999")
-          for given in (["0"], ["4x"], ["10000"])),
-        ([TS], "CLIENTS must be a number"),
-        ([TS, "4", "8"], "unexpected argument: 8"),
-        ([MPS_ON, "--percentage", ""], "--percentage needs a value"),
-        ([MPS_ON, "--exclusive=1"], "--exclusive takes no value"),
-        ([TS, "4", "--timeslice", "tiny"], "default, short, medium or long"),
-        *(([MPS_ON, "--percentage", given], "over 0 and up to 100")
-          for given in ("0", "-1", "101", "1e1")),
-        ([MIG_ON], "a profile and a count"),
-        ([MIG_ON, "1g.10gb", "0"], "COUNT must be a number"),
-        ([MIG_ON, "1g.10gb", "-3"], "unknown option: -3"),
-        ([MIG_ON, "4", "1g.10gb"], "'4' is no MIG profile"),
-        ([MIG_ON, "1g.10gb,2g.20gb", "2"], "takes no count"),
-        ([MIG_ON, "1g.10gb;reboot", "2"], "is no MIG profile"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)  # fmt: skip
-def test_wrong_arguments_are_exit_code_2_with_a_sentence_before_anything_is_asked(
-    scripts: m.ModeScripts, command: list[str], words: str
-) -> None:
-    m.refused(scripts.run(*command), 2, words)
-    assert scripts.machine.calls() == []
-
-
 # --- what each script says and does --------------------------------------------------------------
 
 

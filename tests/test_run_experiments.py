@@ -559,46 +559,6 @@ def test_a_driver_that_does_not_answer_is_exit_3_and_no_demonstration(
 
 # --- what is refused ------------------------------------------------------------------------------
 
-MODES = "--modes needs some of: time-slicing mps mps:even mps:PERCENT mig"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        *((["--modes", given], MODES)
-          for given in ("mps,mpz", "", "mps:0", "mps:101", "mps:even/", "time-slicing:50")),
-        (["--workloads", "0"], "--workloads needs a whole number from 1 on"),
-        (["--phase-minutes", "0.0"], "--phase-minutes needs a number of minutes over 0"),
-        (["--engine", "fast"], "--engine needs one of: eager graph compile"),
-        (["--data-dir", "/nonexistent"], "--data-dir: '/nonexistent' is not a folder"),
-        (["--baseline", "/nonexistent"], "--baseline: '/nonexistent' is no run folder"),
-        (["--seed", "-1"], "--seed needs a whole number from 0 on"),
-        (["--nonsense"], "unknown option: --nonsense"),
-        (["extra"], "unexpected argument: extra"),
-        (["--quick", "--repeats"], "--repeats needs a whole number from 1 on"),
-        (["--mix", "serving", "--plan", PLAN], "--mix and --plan: give one of the two"),
-        (["--mix", "pairs", "--workloads", "4"], "two jobs in each co-run: leave --workloads"),
-        (["--resume", "/nowhere"], "'/nowhere' holds no arguments.nul"),
-        (["--resume", "/tmp", "--quick"], "--resume needs a folder and takes no other flags"),
-        (["--quick", "--resume", "/tmp"], "give no others"),
-        (["--mig", "--mig-layout", "1g.5gb,1g.5gb,9g.90gb"],
-         "has no profile 1g.5gb,9g.90gb; it has 1g.10gb 1g.10gb+me"),
-        (["--mig", "--mig-layout", "1g.10gb,2g.20gb", "--workloads", "4"],
-         "has 2 instances for 4 jobs; name one for each"),
-        (["--mig", "--mig-layout", "2g,1g"], "needs MIG profiles with commas between"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)  # fmt: skip
-def test_a_wrong_argument_is_exit_2_with_one_sentence_before_anything_is_done(
-    asked: DriverRunner, arguments: list[str], words: str
-) -> None:
-    result = asked.drive(SCRIPT, *arguments)
-    assert result.returncode == 2
-    assert words in result.stderr
-    if "--mig" not in arguments and "--resume" not in arguments:
-        assert "Try './run_experiments.sh --help'" in result.stderr
-    assert not asked.output.exists()
-
 
 def test_a_plan_with_mistakes_and_a_folder_that_is_in_use_are_exit_2_and_left(
     runner: DriverRunner,

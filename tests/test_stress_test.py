@@ -149,31 +149,6 @@ def test_without_a_gpu_it_is_a_demonstration(runner: DriverRunner) -> None:
     assert "--gpu" not in runner.suite_calls()["cpu-demo"]["flags"]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["exclusive"], "MODE needs one of: time-slicing mps mig"),
-        (["mps", "none"], "MAX needs a whole number from 1 on"),
-        (["mps", "6", "--mix", "mixed"], "MAX needs to be a multiple of 4"),
-        (["mps", "6", "--plan", EXAMPLE], "MAX needs to be a multiple of 4"),
-        (["--slo-ms", "0"], "--slo-ms needs a number above 0"),
-        (["--slo-ms", "50"], "--slo-ms needs jobs with response times"),
-        (["mig", "--until-break"], "as many jobs as instances"),
-        (["--mps-percentage", "50"], "--mps-percentage needs MODE mps"),
-        (["--plan", "no.toml"], "'no.toml' is not a file"),
-        (["--plan", EXAMPLE, "--mix", "mixed"], "give one of the two"),
-        (["--mix", "all"], "--mix needs one of: training inference interactive mixed"),
-    ],
-)
-def test_a_wrong_argument_is_exit_2_before_anything_is_done(
-    asked: DriverRunner, arguments: list[str], words: str
-) -> None:
-    result = asked.drive(SCRIPT, *arguments)
-    assert result.returncode == 2
-    assert words in result.stderr
-    assert not asked.output.exists()
-
-
 def test_a_ramp_that_was_killed_goes_on_as_the_same_run(runner: DriverRunner) -> None:
     runner.rule(mps={"kill_driver": True})
     assert runner.drive(SCRIPT, "mps", "4", "--max-slowdown", "2").returncode == -9

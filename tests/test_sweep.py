@@ -258,30 +258,6 @@ def test_a_knob_of_the_card_is_put_in_force_for_its_value_and_taken_back(tmp_pat
     assert "this driver has no long slices" in long["reason"]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (("workloads", "1,1"), "give each value once"),
-        (("mps-percentage", "50,150", "--mode", "mps"), "'150' is not a percentage"),
-        (("mps-percentage", "50"), "limits of MPS clients need --mode mps"),
-        (("workloads", "2", "--run-id", "x"), "--run-id behind -- is the sweep's own"),
-        (("workloads", "2", "--workloads", "2"), "is the knob itself"),
-        (("job-flag=batch-size", "2"), "is none of the knobs: workloads, "),
-        (("job-flag=--x", "2", "--baseline", "y"), "leave --job-arguments and --baseline"),
-        (("mps-priority", "normal", "--mode", "mps", "--mix", "pairs"),
-         "leave exclusive and pairs"),
-    ],
-)  # fmt: skip
-def test_what_makes_no_sense_is_refused_in_one_sentence_before_anything_runs(
-    sweeper: Sweeper, arguments: tuple[str, ...], said: str
-) -> None:
-    refused = sweeper.run(*arguments)
-    assert refused.returncode == 2
-    assert said in refused.stderr
-    assert refused.stderr.count("\n") == 1
-    assert not sweeper.output.exists()
-
-
 def test_values_of_a_limit_stay_apart_in_the_sweep_and_in_the_report_of_its_folder(
     tmp_path: Path,
 ) -> None:
