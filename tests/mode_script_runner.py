@@ -323,7 +323,7 @@ def check(row: Row) -> None:
             assert scripts.machine.changing_calls() == []
             assert scripts.all_files() == files
         elif row.after is not None:
-            row.after(scripts)
+            assert row.after(scripts) is not False
         undo = row.undo
         if undo is None and row.code == 0 and row.command[0] in UNDO:
             undo = ((UNDO[row.command[0]],),)
@@ -332,7 +332,7 @@ def check(row: Row) -> None:
             for pid in (938, 4242):
                 scripts.machine.remove_process(pid)
             take(scripts, undo)
-            row.last(scripts)
+            assert row.last(scripts) is not False
 
 
 def refused(result: subprocess.CompletedProcess[str], code: int, *says: str) -> None:

@@ -357,7 +357,9 @@ def co_run_of(status: str, ends: list[float], job_ends: list[float]) -> CoRunRes
     ]  # fmt: skip
     run = PlannedCoRun("mine", "co_run", "mps", 0, (planned,))
     clients = [ClientResult(planned, status, None, events, None, 0, [])]
-    return CoRunResult(run, "ok", None, clients, 100.0, 110.0)
+    return CoRunResult(
+        run, "ok", None, clients, window_start_seconds=100.0, window_end_seconds=110.0
+    )
 
 
 def test_rates_pause_and_loss_of_a_neighbor() -> None:

@@ -44,25 +44,8 @@ SLICES = "nvidia-smi compute-policy -l"
 TWO, FOUR = (MIG_ON, "1g.10gb", "2"), (MIG_ON, "1g.10gb", "4")
 
 
-def clients_are_saved(scripts: m.ModeScripts) -> None:
-    assert scripts.saved("time-slicing") == {"gpu_uuid": UUID, "clients": "4"}
-
-
-def no_slice_is_saved(scripts: m.ModeScripts) -> None:
-    assert scripts.saved("time-slice") is None
-
-
-def second_is_as_delivered(scripts: m.ModeScripts) -> None:
-    assert scripts.machine.state()["gpus"][1]["timeslice"] == "Default"
-
-
-def half_is_in_force(scripts: m.ModeScripts) -> None:
-    assert [daemon["percentage"] for daemon in scripts.machine.state()["mps"].values()] == [50.0]
-
-
-def each_daemon_has_its_gpu(scripts: m.ModeScripts) -> None:
-    daemons = scripts.machine.state()["mps"].values()
-    assert {daemon["visible_devices"] for daemon in daemons} == {UUID, SECOND}
+def daemons(scripts: m.ModeScripts, field: str) -> list:
+    return [daemon[field] for daemon in scripts.machine.state()["mps"].values()]
 
 
 # --- what all scripts have in common --------------------------------------------------------------
@@ -190,7 +173,8 @@ def test_without_nvidia_smi_the_exit_code_is_3(scripts: m.ModeScripts, tmp_path:
     m.Row("each GPU has its status", (STATUS,), 0, (UUID, SECOND), m.untouched, kind="h100x2"),
     m.Row("the GPU that was asked for is set up", (TS, "4", "--timeslice", "long", "--gpu", SECOND),
         0, ("GPU 1",), m.has(timeslice="Default"), kind="h100x2",
-        undo=((RESET,), (RESET, "--gpu", "1")), last=second_is_as_delivered),
+        undo=((RESET,), (RESET, "--gpu", "1")),
+        last=lambda scripts: scripts.machine.state()["gpus"][1]["timeslice"] == "Default"),
     m.Row("a GPU without MIG", (MIG_ON, "1g.5gb", "4"), 4, ("has no MIG",), m.untouched,
         undo=((MIG_OFF,),), kind="geforce"),
     m.Row("a GPU too old for MPS", (MPS_ON,), 4, ("MPS needs compute capability 3.5",), m.untouched,
@@ -256,7 +240,8 @@ def test_without_nvidia_smi_the_exit_code_is_3(scripts: m.ModeScripts, tmp_path:
         ("In use by another client",), m.as_delivered, (m.gpu(mig_switch="in_use"),)),
     # time slicing
     m.Row("clients are recorded, the card is left alone", (TS, "4"), 0,
-        ("Time slicing is in force", "clients:       4"), clients_are_saved,
+        ("Time slicing is in force", "clients:       4"),
+        lambda scripts: scripts.saved("time-slicing") == {"gpu_uuid": UUID, "clients": "4"},
         environment={"GPU_SETTINGS_LOCKED": "1"}),
     m.Row("a slice is set", (TS, "4", "--timeslice=short"), 0, ("Short",), m.has(timeslice="Short"),
         (m.gpu(timeslice="Medium"),), last=m.has(timeslice="Medium")),
@@ -265,7 +250,7 @@ def test_without_nvidia_smi_the_exit_code_is_3(scripts: m.ModeScripts, tmp_path:
     m.Row("without a length the slice stays, and is still known", (TS, "8"), 0, ("Short",),
         m.has(timeslice="Short"), ((TS, "4", "--timeslice", "short"),)),
     m.Row("the length of before is nothing to put back", (TS, "8", "--timeslice", "default"), 0, (),
-        no_slice_is_saved, ((TS, "4", "--timeslice", "short"),)),
+        lambda scripts: scripts.saved("time-slice") is None, ((TS, "4", "--timeslice", "short"),)),
     m.Row("a slice that somebody else has set since is left", (RESET,), 0, ("left as it is",),
         m.has(timeslice="Long"), ((TS, "4", "--timeslice", "short"), m.gpu(timeslice="Long"))),
     *(m.Row(f"nothing to undo: {undo}", (undo,), 0, ("nothing to undo",), m.untouched)
@@ -310,7 +295,7 @@ def test_without_nvidia_smi_the_exit_code_is_3(scripts: m.ModeScripts, tmp_path:
     m.Row("a failure while the daemon ran leaves it", (MPS_ON, "--percentage", "25", "--exclusive"),
         1, (), m.has(daemons=1, compute_mode="Default"),
         ((MPS_ON, "--percentage", "50"), m.rule(SET_MODE, exit=0, text="All done.")),
-        ((MPS_ON,),), half_is_in_force),
+        ((MPS_ON,),), lambda scripts: daemons(scripts, "percentage") == [50.0]),
     *(m.Row(f"a daemon that was started by hand stays: {whose}", (MPS_OFF,), 0,
           ("left alone: MPS control daemon, pid",), m.untouched, (m.daemon(**whose),))
       for whose in ({"user": "alice"}, ROOTS)),
@@ -332,7 +317,8 @@ def test_without_nvidia_smi_the_exit_code_is_3(scripts: m.ModeScripts, tmp_path:
         ("mps", "pipe_dir", f"mps-{UUID}.state is damaged"),
         ("compute-mode", f"gpu_uuid={UUID}\nprevious=$(id)\n", "damaged (previous=$(id))"))),
     m.Row("one daemon a GPU, kept to it where there are several", (MPS_ON, "--gpu", "0"), 0, (),
-        each_daemon_has_its_gpu, ((MPS_ON, "--gpu", "1"),), ((MPS_OFF, "--gpu", "1"), (MPS_OFF,)),
+        lambda scripts: daemons(scripts, "visible_devices") == [SECOND, UUID],
+        ((MPS_ON, "--gpu", "1"),), ((MPS_OFF, "--gpu", "1"), (MPS_OFF,)),
         kind="h100x2"),
     # MIG
     m.Row("instances are made and named", FOUR, 0, ("MIG is in force", "MIG-"),

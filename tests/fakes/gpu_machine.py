@@ -30,7 +30,6 @@ Environment variables
     append       what is printed after the real text, with `exit` (default 14: infoROM damaged)
     after        so many matching calls go through first (default 0)
     times        then so many calls are hit (default: all)
-    apply        true: the change is made all the same, before failing (default false)
     seconds      sleep first; alone, without `exit` and `text`, the call is only slow
 
 The texts are those of an H100 with driver 580. What a real card was not asked for (changing
@@ -90,7 +89,9 @@ def _fourths(table: str, slice_gib: float, slice_sm: int) -> list[dict]:
     return profiles
 
 
-def _gpu(name: str, capability: str, memory_mib: int, profiles: list[dict]) -> dict:
+def _gpu(
+    name: str, capability: str, memory_mib: int, multiprocessors: int, profiles: list[dict]
+) -> dict:
     mig_mode = "Disabled" if profiles else "[N/A]"
     return {
         "index": 0,
@@ -99,6 +100,7 @@ def _gpu(name: str, capability: str, memory_mib: int, profiles: list[dict]) -> d
         "bus_id": "00000000:00:06.0",
         "compute_capability": capability,
         "memory_total_mib": memory_mib,
+        "multiprocessors": multiprocessors,
         "mig_current": mig_mode,
         "mig_pending": mig_mode,
         # What `-mig 1` and `-mig 0` do: "ok", "in_use" (pending, other clients) or
@@ -120,33 +122,34 @@ def _second(gpu: dict) -> dict:
     return {**gpu, "index": 1, "uuid": uuid, "bus_id": bus_id}
 
 
-H100 = _gpu("NVIDIA H100 80GB HBM3", "9.0", 81559, _eighths(
+H100 = _gpu("NVIDIA H100 80GB HBM3", "9.0", 81559, 132, _eighths(
     "1g.10gb 1g.10gb+me 1g.20gb 2g.20gb 3g.40gb 4g.40gb 7g.80gb",
     "9.75 9.75 19.62 19.62 39.50 39.50 79.25", HOPPER))  # fmt: skip
-T4 = _gpu("Tesla T4", "7.5", 15360, [])
+T4 = _gpu("Tesla T4", "7.5", 15360, 40, [])
 MACHINES = {
     "h100": [H100],
     "h100x2": [H100, _second(H100)],
-    "a100-40": [_gpu("NVIDIA A100-SXM4-40GB", "8.0", 40960, _eighths(
+    "a100-40": [_gpu("NVIDIA A100-SXM4-40GB", "8.0", 40960, 108, _eighths(
         "1g.5gb 1g.5gb+me 1g.10gb 2g.10gb 3g.20gb 4g.20gb 7g.40gb",
         "4.75 4.75 9.75 9.75 19.62 19.62 39.38", AMPERE))],
-    "h200": [_gpu("NVIDIA H200", "9.0", 143771, _eighths(
+    "h200": [_gpu("NVIDIA H200", "9.0", 143771, 132, _eighths(
         "1g.18gb 1g.18gb+me 1g.35gb 2g.35gb 3g.71gb 4g.71gb 7g.141gb",
         "16.0 16.0 32.5 32.5 69.75 69.75 140.0", HOPPER))],
-    "b200": [_gpu("NVIDIA B200", "10.0", 183359, _eighths(
+    "b200": [_gpu("NVIDIA B200", "10.0", 183359, 148, _eighths(
         "1g.23gb 1g.23gb+me 1g.45gb 2g.45gb 3g.90gb 4g.90gb 7g.180gb",
         "22.0 22.0 44.5 44.5 89.0 89.0 178.0", HOPPER))],
-    "a30": [_gpu("NVIDIA A30", "8.0", 24576, _fourths(
+    "a30": [_gpu("NVIDIA A30", "8.0", 24576, 56, _fourths(
         "1g.6gb:14:4 1g.6gb+me:21:1 2g.12gb:5:2 2g.12gb+me:6:1 4g.24gb:0:1", 5.81, 14))],
-    "rtx-pro-6000": [_gpu("NVIDIA RTX PRO 6000 Blackwell Server Edition", "12.0", 97887, _fourths(
+    "rtx-pro-6000": [_gpu("NVIDIA RTX PRO 6000 Blackwell Server Edition", "12.0", 97887, 188,
+                          _fourths(
         "1g.24gb:14:4 1g.24gb+me:21:1 1g.24gb+gfx:47:4 1g.24gb+me.all:65:1 1g.24gb-me:67:4 "
         "2g.48gb:5:2 2g.48gb+gfx:35:2 2g.48gb+me.all:64:1 4g.96gb:0:1 4g.96gb+gfx:32:1",
         23.6, 46))],
-    "geforce": [_gpu("NVIDIA GeForce RTX 4060", "8.9", 8188, [])],
+    "geforce": [_gpu("NVIDIA GeForce RTX 4060", "8.9", 8188, 24, [])],
     # CUDA counts the fastest first, nvidia-smi by bus id
     "t4-h100": [T4, _second(H100)],
     "t4": [T4],
-    "k40": [{**_gpu("Tesla K40m", "3.0", 11441, []), "timeslice": None}],
+    "k40": [{**_gpu("Tesla K40m", "3.0", 11441, 15, []), "timeslice": None}],
     "no-gpu": [],
     "no-driver": [],
 }  # fmt: skip
@@ -263,9 +266,9 @@ def answer(command: str, changes: bool, act) -> int:
     appends = "append" in rule
     fails = ("exit" in rule or "text" in rule) and not appends
     with store:
-        status, text = act(store.machine) if not fails or rule.get("apply") else (0, "")
-        if fails:
-            status, text = rule.get("exit", 1), rule.get("text", "")
+        status, text = rule.get("exit", 1), rule.get("text", "")
+        if not fails:
+            status, text = act(store.machine)
         if appends:
             status = rule.get("exit", 14)
             text = "\n".join(filter(None, [text.rstrip("\n"), rule["append"]]))
