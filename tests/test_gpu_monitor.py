@@ -23,15 +23,6 @@ from conftest import PROJECT_ROOT
 from nvml_stub import GPU_UUID, build_nvml_stub, stub_environment, write_state
 
 MONITOR = (sys.executable, str(PROJECT_ROOT / "benchmarking" / "gpu_monitor.py"))
-SAMPLE_KEYS = {
-    "record", "time_seconds", "wall_time", "gpu_index", "gpu_uuid", "utilization_gpu_percent",
-    "utilization_source", "graphics_engine_active_percent", "sm_activity_percent",
-    "sm_occupancy_percent", "tensor_activity_percent", "dram_activity_percent",
-    "memory_used_mib", "memory_total_mib", "sm_clock_mhz", "power_draw_watts", "energy_joules",
-    "throttle_reasons", "temperature_celsius", "host_cpu_percent",
-}  # fmt: skip
-PROCESS_KEYS = {"compute_pids", "mps_pids"}
-HOST_KEYS = {"record", "time_seconds", "wall_time", "host_cpu_percent"}
 GPM_FIELDS = (
     "graphics_engine_active_percent", "sm_activity_percent", "sm_occupancy_percent",
     "tensor_activity_percent", "dram_activity_percent",
@@ -42,6 +33,18 @@ BUSY = {
     "clocks_event_reasons": "0x84", "gpm_graphics_util": 99.5, "gpm_sm_util": 82.25,
     "gpm_sm_occupancy": 31.5, "gpm_any_tensor_util": 21.125, "gpm_dram_bw_util": 44.0,
 }  # fmt: skip
+# What a sample says of the busy card.
+SAID = {
+    "gpu_index": 0, "gpu_uuid": GPU_UUID, "utilization_gpu_percent": 97,
+    "utilization_source": "nvml", "graphics_engine_active_percent": 99.5,
+    "sm_activity_percent": 82.25, "sm_occupancy_percent": 31.5, "tensor_activity_percent": 21.125,
+    "dram_activity_percent": 44.0, "memory_total_mib": 81559,
+    "memory_used_mib": 12345,  # without the driver's 480 MiB, as nvidia-smi counts
+    "sm_clock_mhz": 1755, "power_draw_watts": 612.5, "energy_joules": 98765.432,
+    "throttle_reasons": ["sw_power_cap", "hw_power_brake_slowdown"], "temperature_celsius": 61,
+}  # fmt: skip
+PROCESS_KEYS = {"compute_pids", "mps_pids"}
+SAMPLE_KEYS = {"record", "time_seconds", "wall_time", "host_cpu_percent", *SAID}
 MIG = {
     "mig_mode_current": 1,
     "mig_devices": [
@@ -125,24 +128,7 @@ def test_every_field_of_a_busy_card_has_its_value_and_unit(card: Callable) -> No
     _, (monitor, first, *_), stderr = sample(card(**BUSY, pids=listed, mps_pids={938: 2228}))
     assert stderr == ""
     assert set(first) == SAMPLE_KEYS | PROCESS_KEYS
-    assert {key: first[key] for key in SAMPLE_KEYS - HOST_KEYS} == {
-        "gpu_index": 0,
-        "gpu_uuid": GPU_UUID,
-        "utilization_gpu_percent": 97,
-        "utilization_source": "nvml",
-        "graphics_engine_active_percent": 99.5,
-        "sm_activity_percent": 82.25,
-        "sm_occupancy_percent": 31.5,
-        "tensor_activity_percent": 21.125,
-        "dram_activity_percent": 44.0,
-        "memory_used_mib": 12345,  # without the driver's 480 MiB, as nvidia-smi counts
-        "memory_total_mib": 81559,
-        "sm_clock_mhz": 1755,
-        "power_draw_watts": 612.5,
-        "energy_joules": 98765.432,
-        "throttle_reasons": ["sw_power_cap", "hw_power_brake_slowdown"],
-        "temperature_celsius": 61,
-    }
+    assert {key: first[key] for key in SAID} == SAID
     assert first["compute_pids"] == [
         {"pid": pid, "used_memory_mib": memory} for pid, memory in listed.items()
     ]
@@ -174,7 +160,7 @@ def test_process_lists_come_once_a_second_and_energy_is_power_times_time(card: C
     assert joules == pytest.approx(500 * seconds, rel=0.1)
     # the duration ends it: late, perhaps, but never early
     assert len(samples) <= 16
-    assert 1.35 <= seconds < 5
+    assert 1.2 <= seconds < 5
 
 
 def test_a_card_that_changes_is_followed_and_a_failure_that_passes_leaves_no_false_figure(
@@ -327,7 +313,7 @@ def test_without_a_gpu_the_host_is_still_sampled_and_that_is_said_once(
     assert 2 <= len(samples) <= 4
     for one in samples:
         assert set(one) - PROCESS_KEYS == SAMPLE_KEYS
-        assert {one[key] for key in SAMPLE_KEYS - HOST_KEYS} == {None}
+        assert {one[key] for key in SAID} == {None}
         assert 0 <= one["host_cpu_percent"] <= 100
     assert stderr.count("no GPU to sample") == 1
 

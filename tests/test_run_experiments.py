@@ -336,28 +336,20 @@ def by_hand(runner: DriverRunner, **daemon: object) -> str:
     return str(pipe)
 
 
+@needs_root
 def test_a_daemon_that_was_started_by_hand_is_used_and_left_running(runner: DriverRunner) -> None:
     pipe = by_hand(runner, uid=os.geteuid(), user="me")
     runner.must_drive(SCRIPT, "--modes", "mps", CUDA_MPS_PIPE_DIRECTORY=pipe)
     assert runner.outcomes()["mps"] == "ok"
+    # which is no daemon whose compute mode the script may change
+    runner.output = runner.folder / "second"
+    refused = runner.drive(
+        SCRIPT, "--modes=mps", "--exclusive", as_root=True, CUDA_MPS_PIPE_DIRECTORY=pipe
+    )
+    assert refused.returncode == 1
+    assert "that enable_mps.sh did not start is running" in runner.reason("mps")
     assert runner.machine.changing_calls() == []
     assert runner.python_calls()[-1]["gpu"]["daemons"] == 1
-
-
-@needs_root
-@pytest.mark.parametrize(
-    ("layout", "count"), [((), 4), (("--mig-layout", "2g.20gb,1g.10gb,1g.10gb"), 3)]
-)
-def test_with_mig_allowed_it_is_switched_on_for_its_phase_and_off_again(
-    runner: DriverRunner, layout: tuple[str, ...], count: int
-) -> None:
-    runner.must_drive(SCRIPT, "--modes", "mig", "--mig", *layout, as_root=True)
-    call = runner.suite_calls()["mig"]
-    assert call["gpu"] == {**AS_BEFORE, "mig": "Enabled", "instances": count}
-    assert call["flags"].get("--mig-layout") == (layout[1] if layout else None)
-    assert call["flags"]["--workloads"] == str(count)
-    assert runner.python_calls()[-1]["gpu"] == AS_BEFORE
-    assert runner.left_behind() == []
 
 
 SHORT, LONG = {**AS_BEFORE, "timeslice": "Short"}, {**AS_BEFORE, "timeslice": "Long"}
@@ -365,65 +357,54 @@ SHORT_SLICES = ("setup_time_slicing.sh", "2", "--timeslice", "short")
 LONG_SLICES = ("setup_time_slicing.sh", "2", "--timeslice", "long")
 DAEMON = {**AS_BEFORE, "daemons": 1}
 EXCLUSIVE = {**DAEMON, "compute_mode": "Exclusive_Process"}
+MIG = ("--mig", "--mig-layout", "2g.20gb,1g.10gb,1g.10gb")
 IS_USED = "is set up already; it is used as it is and left so"
+LOCKED = "GPU_SETTINGS_LOCKED=1"
 
 
 @needs_root
 @pytest.mark.parametrize(
-    ("set_up", "flags", "during", "after", "said"),
+    ("set_up", "mode", "flags", "during", "after", "said"),
     [
-        ((), ("--timeslice=long",), LONG, AS_BEFORE, ""),
-        ((), ("--exclusive",), EXCLUSIVE, AS_BEFORE, ""),
-        (SHORT_SLICES, (), SHORT, SHORT, IS_USED),
-        (SHORT_SLICES, ("--timeslice", "short"), SHORT, SHORT, IS_USED),
-        (SHORT_SLICES, ("--timeslice=long",), LONG, SHORT, "--timeslice short --gpu"),
+        ((), "time-slicing", ("--timeslice=long",), LONG, AS_BEFORE, ""),
+        ((), "mps", ("--exclusive",), EXCLUSIVE, AS_BEFORE, ""),
+        ((), "mig", ("--mig",), {**AS_BEFORE, "mig": "Enabled", "instances": 4}, AS_BEFORE, ""),
+        ((), "mig", MIG, {**AS_BEFORE, "mig": "Enabled", "instances": 3}, AS_BEFORE, ""),
+        (SHORT_SLICES, "time-slicing", (), SHORT, SHORT, IS_USED),
+        (SHORT_SLICES, "time-slicing", ("--timeslice", "short"), SHORT, SHORT, IS_USED),
+        (SHORT_SLICES, "time-slicing", ("--timeslice=long",), LONG, SHORT,
+         "--timeslice short --gpu"),
         # as if the driver had been loaded anew since
-        (LONG_SLICES, ("--timeslice=long",), LONG, LONG, ""),
-        (("enable_mps.sh", "--exclusive"), ("--exclusive",), EXCLUSIVE, EXCLUSIVE, IS_USED),
-        (("enable_mps.sh",), ("--exclusive",), EXCLUSIVE, AS_BEFORE,
+        (LONG_SLICES, "time-slicing", ("--timeslice=long",), LONG, LONG, ""),
+        (("enable_mps.sh", "--exclusive"), "mps", ("--exclusive",), EXCLUSIVE, EXCLUSIVE, IS_USED),
+        (("enable_mps.sh",), "mps", ("--exclusive",), EXCLUSIVE, AS_BEFORE,
          "switched off altogether at the end"),
+        # what the script refuses fails the phase
+        ((), "mig", ("--mig",), None, AS_BEFORE, LOCKED),
+        (SHORT_SLICES, "time-slicing", ("--timeslice=long",), None, SHORT, LOCKED),
     ],
 )  # fmt: skip
-def test_what_the_user_had_set_up_is_used_where_it_is_what_was_asked_for_and_else_set_up_again(
-    runner: DriverRunner, set_up: tuple[str, ...], flags: tuple[str, ...], during: dict,
-    after: dict, said: str,
+def test_a_mode_is_in_force_for_its_phase_and_then_what_the_user_had_set_up(
+    runner: DriverRunner, set_up: tuple[str, ...], mode: str, flags: tuple[str, ...],
+    during: dict | None, after: dict, said: str,
 ) -> None:  # fmt: skip
-    mode = "mps" if during["daemons"] else "time-slicing"
     if set_up:
         runner.must(*set_up)
     saved = runner.saved(mode)
     if set_up == LONG_SLICES:
         runner.machine.change_gpu(timeslice="Default")
-    result = runner.must_drive(SCRIPT, f"--modes={mode}", *flags, as_root=True)
+    locked = {"GPU_SETTINGS_LOCKED": "1"} if said == LOCKED else {}
+    result = runner.drive(SCRIPT, f"--modes={mode}", *flags, as_root=True, **locked)
+    assert result.returncode == (0 if during else 1), result.stderr
     assert said in result.stderr
-    assert runner.suite_calls()[mode]["gpu"] == during
+    calls = runner.suite_calls()
+    assert (calls[mode]["gpu"] if mode in calls else None) == during
+    if mode in calls and mode == "mig":
+        assert calls[mode]["flags"].get("--mig-layout") == (MIG[2] if flags == MIG else None)
+        assert calls[mode]["flags"]["--workloads"] == str(during["instances"])
     if set_up != LONG_SLICES:
         assert runner.python_calls()[-1]["gpu"] == after
         assert runner.saved(mode) == (None if after == AS_BEFORE else saved)
-
-
-@needs_root
-def test_a_setting_that_the_script_refuses_fails_its_phase_and_leaves_the_users(
-    runner: DriverRunner,
-) -> None:
-    runner.must(*SHORT_SLICES)
-    result = runner.drive(
-        SCRIPT, "--modes=time-slicing", "--timeslice=long", as_root=True, GPU_SETTINGS_LOCKED="1"
-    )
-    assert result.returncode == 1
-    assert "GPU_SETTINGS_LOCKED" in runner.reason("time-slicing")
-    assert list(runner.suite_calls()) == ["baseline"]
-    assert runner.gpu()["timeslice"] == "Short"
-    assert runner.saved("time-slice")["set"] == "Short"
-
-    runner.output = runner.folder / "second"
-    pipe = by_hand(runner, uid=0, user="root")
-    result = runner.drive(
-        SCRIPT, "--modes=mps", "--exclusive", as_root=True, CUDA_MPS_PIPE_DIRECTORY=pipe
-    )
-    assert result.returncode == 1
-    assert "that enable_mps.sh did not start is running" in runner.reason("mps")
-    assert runner.python_calls()[-1]["gpu"]["daemons"] == 1
 
 
 @needs_root
@@ -443,16 +424,6 @@ def test_instances_of_the_users_are_used_and_left_and_never_replaced(runner: Dri
     assert runner.drive(SCRIPT, *more, "--mig", as_root=True).returncode == 1
     assert "of an earlier run are there" in runner.reason("mig")
     assert len(runner.gpu()["instances"]) == 4
-
-
-@needs_root
-def test_locked_settings_are_not_changed_even_when_allowed(runner: DriverRunner) -> None:
-    before = runner.gpu()
-    result = runner.drive(SCRIPT, "--modes", "mig", "--mig", as_root=True, GPU_SETTINGS_LOCKED="1")
-    assert result.returncode == 1
-    assert "GPU_SETTINGS_LOCKED" in runner.reason("mig")
-    assert runner.machine.changing_calls() == []
-    assert runner.gpu() == before
 
 
 @pytest.mark.parametrize(

@@ -151,15 +151,13 @@ MACHINES = {
     "t4": [T4],
     "k40": [{**_gpu("Tesla K40m", "3.0", 11441, 15, []), "timeslice": None}],
     "no-gpu": [],
-    "no-driver": [],
 }  # fmt: skip
 
 
 def new_machine(kind: str) -> dict:
     """The state of a fresh machine; raises KeyError for a kind that is not in MACHINES."""
     return {
-        "kind": kind,
-        "driver": "not-loaded" if kind == "no-driver" else "ok",
+        "driver": "ok",  # or "not-loaded", or what NVML fails with
         "gpus": marshal.loads(marshal.dumps(MACHINES[kind])),
         # pipe directory -> {"pid", "uid", "user", "percentage", "log_directory", "server" (pid or
         # null), "clients": [{"pid", "name"}], "visible_devices", "protocol"}

@@ -31,23 +31,8 @@ from typing import Any
 import msgspec
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from benchmarking.cli import (
-    EXIT_COMPLETE,
-    EXIT_FAILED,
-    EXIT_INTERRUPTED,
-    OneLineParser,
-    RunEnded,
-    SuiteError,
-    positive_float,
-    positive_int,
-)
-from benchmarking.drivers.program import (
-    UntilOver,
-    client_paths,
-    exit_code_of,
-    make_folder,
-    resolve_jobs,
-)
+from benchmarking import cli
+from benchmarking.drivers import program
 from benchmarking.hardware.gpu_samples import summarize_samples
 from benchmarking.hardware.host_cpu import read_process_trees
 from benchmarking.measuring.client import Client, client_base_environment
@@ -73,20 +58,20 @@ def main() -> int:
     """Prepare, measure, print and write what was found; return the exit code."""
     options = parse_arguments()
     fix = "or name another --output-dir"
-    return exit_code_of(lambda stop: run(options, stop), options.output_dir, fix)
+    return program.exit_code_of(lambda stop: run(options, stop), options.output_dir, fix)
 
 
 def parse_arguments() -> argparse.Namespace:
     """Return the flags of the command line."""
-    parser = OneLineParser(
+    parser = cli.OneLineParser(
         description="Measure the cost of the sampler, the start skew and the host's cores.",
         epilog="Flags behind -- go to every client, such as: -- --model resnet18 --batch-size 8",
     )
     add = parser.add_argument
-    add("--clients", type=positive_int, default=8, help="(default: 8)")
-    add("--seconds", type=positive_float, default=10.0, metavar="S",
+    add("--clients", type=cli.positive_int, default=8, help="(default: 8)")
+    add("--seconds", type=cli.positive_float, default=10.0, metavar="S",
         help="length of a window (default: 10)")  # fmt: skip
-    add("--repeats", type=positive_int, default=5, metavar="R",
+    add("--repeats", type=cli.positive_int, default=5, metavar="R",
         help="pairs of windows, one without and one with the sampler (default: 5)")  # fmt: skip
     add("--mode", choices=MODES[:3], default=MODES[0], help="(default: %(default)s)")
     add("--gpu", metavar="INDEX_OR_UUID", help="which GPU (default: the first)")
@@ -98,7 +83,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def run(options: argparse.Namespace, stop: StopSignal) -> int:
     """Do what `main` says; raises `SuiteError` and `RunEnded`."""
-    make_folder("--output-dir", options.output_dir)
+    program.make_folder("--output-dir", options.output_dir)
     # Short units give precise rates.
     request = Request(
         mode=options.mode, mix="inference", counts=(options.clients,), gpu=options.gpu
@@ -110,7 +95,7 @@ def run(options: argparse.Namespace, stop: StopSignal) -> int:
     write_json_atomic(options.output_dir / "suite_cost.json", found)
     print_cost(found)
     print(f"results: {options.output_dir / 'suite_cost.json'}")
-    return EXIT_COMPLETE
+    return cli.EXIT_COMPLETE
 
 
 def run_clients(
@@ -118,8 +103,8 @@ def run_clients(
 ) -> tuple[CoRunResult, list[Window]]:
     """Start the clients by the suite's launcher and measure while they run."""
     plan = setup.plan.map_clients(lambda client: client.with_arguments(options.arguments))
-    planned = resolve_jobs(plan, stop, say).co_runs[0]
-    rule = UntilOver(min_seconds=0.0)
+    planned = program.resolve_jobs(plan, stop, say).co_runs[0]
+    rule = program.UntilOver(min_seconds=0.0)
     given_up = threading.Event()
     measuring: list[Future[list[Window]]] = []
     gpu_uuid = setup.gpu["uuid"] if setup.gpu else None
@@ -138,16 +123,19 @@ def run_clients(
         )  # fmt: skip
         try:
             seen = launcher.run(
-                planned, lambda _, client: client_paths(folder, str(client)), rule, before_go
+                planned,
+                lambda _, client: program.client_paths(folder, str(client)),
+                rule,
+                before_go,
             )
         finally:
             given_up.set()
     if seen.outcome == "interrupted":
-        raise RunEnded("interrupted", EXIT_INTERRUPTED)
+        raise cli.RunEnded("interrupted", cli.EXIT_INTERRUPTED)
     if seen.outcome != "ok":
         tails = [c.stderr_tail[-1] for c in seen.clients if c.status != "ok" and c.stderr_tail]
         said = f" ({tails[0]})" if tails else ""
-        raise SuiteError(f"{seen.reason}{said}", EXIT_FAILED)
+        raise cli.SuiteError(f"{seen.reason}{said}", cli.EXIT_FAILED)
     return seen, measuring[0].result()
 
 
@@ -176,7 +164,7 @@ def measure(
                 own_seconds, after = time.process_time() - own_before, read_process_trees(pids)
                 samples = sampler.samples_past(end) if sampler else []
             if sampler and sampler.failure:
-                raise SuiteError(sampler.failure, EXIT_FAILED)
+                raise cli.SuiteError(sampler.failure, cli.EXIT_FAILED)
             *client_cores, sampler_cores = [
                 new.seconds_since(old) / (end - start) if old and new else None
                 for old, new in zip(before, after, strict=True)
