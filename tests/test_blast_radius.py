@@ -270,10 +270,18 @@ def test_the_faulty_job_fails_as_it_is_told(
     assert "Traceback" not in done.stderr
 
 
-def test_the_illegal_store_lies_behind_whatever_a_card_can_hold() -> None:
+def test_the_illegal_store_lies_behind_whatever_a_card_can_hold(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     pytest.importorskip("triton")
     from workloads.custom import far_store
 
+    launched = []
+    grids = {(1,): lambda *arguments: launched.append(arguments)}
+    monkeypatch.setattr(far_store, "_store", grids)
+    matrix = object()
+    far_store.store_outside(matrix)
+    assert launched == [(matrix, far_store.FAR_ELEMENTS)]
     address = 4 * far_store.FAR_ELEMENTS
     assert address % 128 == 0
     assert 2**46 <= address < 2**63  # 64 TiB, and no address that wraps round
