@@ -34,10 +34,7 @@ RECORDED = PROJECT_ROOT / "examples" / "h100-mixed-4" / "comparison.json"
 REPLACED = (
     "run_experiments.sh", "benchmarking/hardware/card_health.py", "gpu-configs/gpu_status.sh",
 )  # fmt: skip
-CARDS = {
-    host: [f"GPU-{host[-1]}{number}" for number in range(count)]
-    for host, count in {"host-a": 2, "host-b": 4}.items()
-}
+CARDS = {"host-a": ["GPU-a0", "GPU-a1"], "host-b": ["GPU-b0", "GPU-b1", "GPU-b2", "GPU-b3"]}
 ALL_CARDS = [uuid for uuids in CARDS.values() for uuid in uuids]
 # `nvidia-smi -L` of the host whose cards NVML's stub has.
 LIST_CARDS = r"""
@@ -127,10 +124,7 @@ def write_program(path: Path, text: str) -> None:
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     """The programs, and the cluster as long as this module's tests run."""
     root = tmp_path_factory.mktemp("fleet")
-    copy_programs(root, FAKES / "pretended_fleet.py", ())
-    for name in REPLACED:
-        (root / name).parent.mkdir(exist_ok=True)
-        shutil.copy(FAKES / "pretended_fleet.py", root / name)
+    copy_programs(root, FAKES / "pretended_fleet.py", REPLACED)
     state = root / "state"
     state.mkdir()
     shutil.copy(RECORDED, state)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 
 import pytest
 from driver_runner import (
@@ -467,11 +466,8 @@ def test_without_root_sudo_is_used_for_card_settings_alone_and_never_asks(
     (programs / "sudo").write_text('#!/bin/sh\n[ "$1 $2" = "-n true" ]\n')
     (programs / "sudo").chmod(0o755)
     path = f"{programs}:{runner.environment['PATH']}"
-    result = subprocess.run(
-        [*AS_NOBODY, f"./{SCRIPT}", "--dry-run", "--mig", "--output", str(runner.output)],
-        cwd=runner.project, env={**runner.environment, "PYTHON": SYSTEM_PYTHON, "PATH": path},
-        capture_output=True, text=True, timeout=60, check=True,
-    )  # fmt: skip
+    runner.prefix = AS_NOBODY
+    result = runner.must_drive(SCRIPT, "--dry-run", "--mig", PYTHON=SYSTEM_PYTHON, PATH=path)
     scripts = [line for line in result.stdout.splitlines() if "gpu-configs" in line]
     with_sudo = [line for line in scripts if line.startswith("would run: sudo -n ")]
     assert [line.partition("gpu-configs/")[2].split()[0] for line in with_sudo] == [
