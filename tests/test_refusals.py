@@ -12,7 +12,7 @@ from driver_runner import DriverRunner
 from mode_script_runner import ROOT_PREFIX
 
 PLAN = str(PROJECT_ROOT / "examples" / "plans" / "own-commands.toml")
-MODES = "--modes needs some of: time-slicing mps mps:even mps:PERCENT mig"
+MODES = "--modes needs some of: time-slicing mps mps:even mps:PERCENT mps:partitions mig"
 TS, MPS_ON, MIG_ON = (
     f"gpu-configs/{name}.sh" for name in ("setup_time_slicing", "enable_mps", "setup_mig")
 )
@@ -21,6 +21,7 @@ REFUSED: dict[str, list[tuple[str, str]]] = {
     "run_experiments.sh": [
         *((f"--modes={given}", MODES)
           for given in ("mps,mpz", "", "mps:0", "mps:101", "mps:even/", "time-slicing:50")),
+        ("--modes mps:partitions --mps-percentage 50", "leave --mps-percentage"),
         ("--workloads 0", "--workloads needs a whole number from 1 on"),
         ("--phase-minutes 0.0", "--phase-minutes needs a number of minutes over 0"),
         ("--engine fast", "--engine needs one of: eager graph compile"),
@@ -42,13 +43,15 @@ REFUSED: dict[str, list[tuple[str, str]]] = {
         ("--mig --mig-layout 2g,1g", "needs MIG profiles with commas between"),
     ],
     "stress_test.sh": [
-        ("exclusive", "MODE needs one of: time-slicing mps mig"),
+        ("exclusive", "MODE needs one of: time-slicing mps mps:partitions mig"),
         ("mps none", "MAX needs a whole number from 1 on"),
         ("mps 6 --mix mixed", "MAX needs to be a multiple of 4"),
         (f"mps 6 --plan {PLAN}", "MAX needs to be a multiple of 4"),
         ("--slo-ms 0", "--slo-ms needs a number above 0"),
         ("--slo-ms 50", "--slo-ms needs jobs with response times"),
         ("mig --until-break", "as many jobs as instances"),
+        ("mps:partitions --until-break", "each on its own partition"),
+        ("mps:partitions --mps-percentage 50", "--mps-percentage: under mps:partitions"),
         ("--mps-percentage 50", "--mps-percentage needs MODE mps"),
         ("--plan no.toml", "'no.toml' is not a file"),
         ("--mix all", "--mix needs one of: training inference interactive mixed"),
@@ -62,6 +65,8 @@ REFUSED: dict[str, list[tuple[str, str]]] = {
     MPS_ON: [
         *((f"--percentage={given}", "over 0 and up to 100") for given in ("0", "-1", "101", "1e1")),
         ("--percentage=", "--percentage needs a value"),
+        *((f"--static-partitions {given}", "a number from 1 to 99") for given in ("0", "4x")),
+        ("--static-partitions 4 --percentage 25", "leave --percentage"),
         ("--exclusive=1", "--exclusive takes no value"),
     ],
     MIG_ON: [

@@ -157,10 +157,12 @@ MACHINES = {
 def new_machine(kind: str) -> dict:
     """The state of a fresh machine; raises KeyError for a kind that is not in MACHINES."""
     return {
+        "mps_version": 13000,  # as `nvidia-cuda-mps-control -v` says it; from 13010 on it has -S
         "driver": "ok",  # or "not-loaded", or what NVML fails with
         "gpus": marshal.loads(marshal.dumps(MACHINES[kind])),
         # pipe directory -> {"pid", "uid", "user", "percentage", "log_directory", "server" (pid or
-        # null), "clients": [{"pid", "name"}], "visible_devices", "protocol"}
+        # null), "clients": [{"pid", "name"}], "visible_devices", "protocol", "partitions" (null
+        # without -S): {"id", "gpu" (UUID), "chunks"}}
         "mps": {},
         # fields that this nvidia-smi is too old to know
         "unknown_fields": [],
@@ -338,6 +340,7 @@ class FakeMachine:
                 "pid": FIRST_PID - 1, "uid": uid, "user": user, "percentage": 100.0,
                 "log_directory": "",
                 "server": None, "clients": [], "visible_devices": None, "protocol": protocol,
+                "partitions": None,
             }  # fmt: skip
 
     def add_mps_client(self, pid: int, name: str = "python3", index: int = 0) -> None:
