@@ -105,7 +105,7 @@ def run(
             workload, 1.0, phase="baseline", co_run=name, start=clock, rng=rng,
             mode="exclusive", clients=1,
         )  # fmt: skip
-        records += [record, _co_run(name, [record], "exclusive", "baseline", 0, gpu)]
+        records += [record, co_run_record(name, [record], "exclusive", "baseline", 0, gpu)]
         clock += 8
     for clients, repeats in slowdowns.items():
         for repeat, slowdown in enumerate(repeats):
@@ -118,7 +118,7 @@ def run(
                 )
                 for index in range(clients)
             ]  # fmt: skip
-            records += [*members, _co_run(name, members, mode, "co_run", repeat, gpu)]
+            records += [*members, co_run_record(name, members, mode, "co_run", repeat, gpu)]
             clock += 5 * slowdown + 2
     for record in records:
         if not gpu and record["record"] == "client":
@@ -141,7 +141,7 @@ def run(
     }  # fmt: skip
 
 
-def _co_run(
+def co_run_record(
     name: str, members: list[dict[str, Any]], mode: str, phase: str, repeat: int, gpu: bool
 ) -> dict[str, Any]:
     progress = [1 / (member["slowdown"] or 1.0) for member in members]
