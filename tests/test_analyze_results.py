@@ -136,16 +136,6 @@ def test_one_runs_folder_gets_its_own_report_with_the_baseline_of_the_run_next_t
     assert not (tmp_path / "report.html").exists()
 
 
-def test_a_run_without_any_sample_or_co_run_still_gets_a_report(tmp_path):
-    made = synthetic_runs.run("alone", "exclusive", {})
-    made["samples"] = []
-    synthetic_runs.write(tmp_path, made)
-    done = analyze("--results-dir", tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "### Each job alone" in (tmp_path / "report.md").read_text()
-    assert not list(tmp_path.glob("*.png"))
-
-
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

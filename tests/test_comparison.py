@@ -56,11 +56,6 @@ def test_unlike_environments_stand_in_separate_sections_and_are_not_compared(edi
     assert {conclusion(one)["verdict"] for one in sections} == {"not measured"}
 
 
-def test_a_run_without_versions_joins_its_gpus_section():
-    unknown = mps([], environment=GPU | {"versions": {}}, outcome="failed")
-    assert section(time_slicing([4.0]), unknown)["run_ids"] == ["slicing", "mps"]
-
-
 def test_runs_of_one_combination_are_merged_and_their_cards_named():
     other_card = GPU | {"gpu_uuid": "GPU-11111111"}
     found = section(mps([3.0, 3.1], "old", created_at=OLD, environment=other_card), mps([2.0]))
@@ -252,58 +247,6 @@ def test_the_whole_cards_conclusion_says_which_mode_is_best_and_how_sure(
         assert [mode["variant"] for mode in whole["modes"] if mode["is_best"]] == [best]
     if verdict == "cannot tell":
         assert whole["smallest_shown_percent"] > 5
-
-
-def test_the_best_may_be_another_mode_for_a_job_and_the_worst_is_named_with_its_neighbors():
-    made = slow(mps(SHARING), 3.0, phase="co_run", workload="bert_training")
-    found = section(time_slicing(SLICING), made)
-    assert conclusion(found)["best"] == "mps"
-    bert = conclusion(found, "BERT fine-tuning")
-    assert (bert["best"], bert["verdict"]) == ("time-slicing", "sure")
-    worst = found["worst_slowdowns"][0]
-    assert (worst["variant"], worst["label"]) == ("mps", "BERT fine-tuning")
-    assert worst["slowdown"]["mean"] == pytest.approx(6.03, rel=1e-2)
-    assert (worst["caused_by"], len(worst["next_to"])) == (None, 3)
-
-
-def test_copies_of_one_job_are_one_subject_and_cause_what_they_feel_themselves():
-    found = section(synthetic_runs.run("training", "mps", {4: [3.0, 3.1, 3.2]}, mix="training"))
-    one = conclusion(found, "ResNet50 training")
-    assert one["copies"] == 4
-    assert one["modes"][0]["estimate"]["values"] == pytest.approx([3.0, 3.1, 3.2])
-    worst = found["worst_slowdowns"][0]
-    assert (worst["caused_by"], worst["source"]) == ("ResNet50 training", "only neighbor")
-
-
-def test_the_guide_and_the_rule_of_thumb_are_held_against_this_mix():
-    found = section(time_slicing([4.7, 4.71, 4.72, 4.71]), mps(SHARING))["expectations"]
-    assert {(one["source"], one["rule"]): one["holds"] for one in found} == {
-        ("guide", "overhead under time-slicing"): "yes",
-        ("guide", "overhead under mps"): "no",
-        ("vendor", "time slicing for throughput"): "no",
-        ("vendor", "time slicing for notebooks"): "no",
-        ("vendor", "SM sharing (MPS) for latency-sensitive inference"): "yes",
-    }
-    few = section(time_slicing([4.7]), mps([2.0]))["expectations"]
-    assert {one["holds"] for one in few} == {"cannot tell"}
-
-
-def test_measured_values_stand_next_to_the_guides_ranges_and_what_is_missing_has_its_reason():
-    found = section(mps([2.0]))
-    checks = {
-        (row["workload"], one["expectation"]["quantity"]): one
-        for row in found["alone"]
-        for one in row["checks"]
-    }
-    assert checks["resnet_training", "epoch_seconds"]["verdict"] == "below"
-    assert checks["resnet_training", "test_accuracy_percent"]["verdict"] == "inside"
-    latency = checks["batch_inference", "mean_latency_ms"]["expectation"]
-    assert (latency["batch_size"], latency["low"], latency["high"]) == (32, 30, 50)
-    modes = {one["expectation"]["quantity"] for one in found["groups"][0]["checks"]}
-    assert modes == {"success_rate_percent", "overhead_percent", "utilization_gpu_percent"}
-    assert found["not_measured"] == [
-        {"mode": mode, "reason": "no run of it in this folder"} for mode in ("time-slicing", "mig")
-    ]
 
 
 def test_a_cpu_demonstration_concludes_nothing_of_modes():

@@ -11,7 +11,7 @@ import recorded_rows
 
 from benchmarking.metrics import estimates, number_text, scores
 from benchmarking.metrics.breaking_point import breaking_point, saturation_count, sufficient_count
-from benchmarking.metrics.estimates import estimate, excess_percent
+from benchmarking.metrics.estimates import estimate
 from benchmarking.records.types import ClientRecord, CoRunRecord, GpuFigures, Summary, Units
 
 
@@ -49,10 +49,6 @@ STEP, TEST = {"train_step": 0.1}, {"test_step": 0.05}  # seconds alone
 def test_progress_is_the_work_alone_over_the_seconds_spent(units, alone, progress):
     found = scores.normalized_progress(units, alone)
     assert found == (progress and pytest.approx(progress))
-
-
-def test_seconds_of_a_unit_alone_are_its_mean():
-    assert scores.unit_seconds({"train_step": unit(10, 1.0)}) == {"train_step": pytest.approx(0.1)}
 
 
 def test_percentiles_interpolate_between_ranks_as_numpy_does():
@@ -259,14 +255,6 @@ def test_three_repeats_give_a_t_interval_on_the_logarithms_and_fewer_only_the_ra
     for wrong in ([], [1.0, 0.0], [1.0, -2.0], [1.0, math.nan]):
         with pytest.raises(ValueError, match="positive values"):
             estimates.geometric_mean_interval(wrong)
-
-
-def test_the_excess_of_a_ratio_keeps_its_interval():
-    ratio = estimate([1.02, 1.03, 1.04])
-    found = excess_percent(ratio)
-    assert found.mean == pytest.approx(100 * (ratio.mean - 1))
-    assert (found.low, found.high) == pytest.approx((100 * (ratio.low - 1), 100 * (ratio.high - 1)))
-    assert (found.repeats, found.is_interval) == (3, True)
 
 
 # --- how many clients -----------------------------------------------------------------------

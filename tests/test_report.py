@@ -149,15 +149,6 @@ def test_the_terminal_shows_the_decision_first_and_no_line_is_wider(width: int) 
     assert max(map(len, shown.splitlines())) <= width
 
 
-def test_the_best_of_each_row_is_marked_with_how_sure() -> None:
-    text = as_markdown(one_better_under_time_slicing())
-    assert "|  | time slicing | MPS | how sure |" in text
-    assert "| ResNet50 training: times as long | 4.04 | **2.02** | sure: 50 % less than" in text
-    assert (
-        "| BERT fine-tuning: times as long | **4.04** | 6.06 | sure: 33 % less than MPS |" in text
-    )
-
-
 def test_a_method_whose_own_error_is_too_large_says_so_before_anything_else() -> None:
     error = {"percent": 3.14, "ratio": None, "label": "X", "rounds": 4, "is_over_limit": True}
     compared = edited(lambda section: section.update(own_error=error))

@@ -69,16 +69,6 @@ def test_a_service_is_judged_by_its_answers_in_which_missed_requests_count():
     assert (one["best"], one["verdict"]) == ("mps", "cannot tell")
 
 
-@pytest.mark.parametrize(("rounds", "percent"), [(2, 95), (3, 99)])  # 200 responses a round
-def test_a_percentile_stands_from_five_responses_beyond_it_on_of_all_rounds_together(
-    rounds, percent
-):
-    row = section(mps(SHARING[:rounds]))["groups"][0]["client_rows"][1]
-    assert (row["tail_percent"], row["p99_ms"] is not None) == (percent, percent == 99)
-    assert row["tail_ms"]["mean"] == row["latency"][f"p{percent}"]
-    assert row["is_closed_loop"]
-
-
 # --- ramps --------------------------------------------------------------------------------------
 
 
@@ -109,14 +99,6 @@ def test_a_count_that_failed_once_in_any_call_is_where_the_ramp_breaks():
     again["manifest"]["run_id"] = "again"
     point = section(first, again)["ramps"][0]["breaking_point"]
     assert (point["clients"], point["broken_repeats"], point["judged_repeats"]) == (2, 1, 2)
-
-
-@pytest.mark.parametrize(("mode", "is_known"), [("mps", True), ("time-slicing", False)])
-def test_one_client_under_mps_gives_its_mechanism_overhead_and_under_time_slicing_none(
-    mode, is_known
-):
-    (group,) = section(ramp({1: [1.04, 1.05, 1.06]}, mode))["groups"]
-    assert (group["mechanism_overhead_percent"] is not None) == is_known
 
 
 # --- requirements -------------------------------------------------------------------------------
@@ -206,14 +188,6 @@ def test_pairs_are_no_row_of_the_scorecard_and_stand_next_to_other_mixes():
     assert cell(matrix, RESNET, BERT)["slowdown"]["mean"] == pytest.approx(2.5)
     assert cell(matrix, INFERENCE, BERT)["slowdown"]["mean"] == pytest.approx(8.0)
     assert cell(matrix, INFERENCE, BERT)["tail_slowdown"] is None  # 200 responses
-
-
-def test_for_each_pair_it_is_said_which_mode_to_choose():
-    worse = slow(pairs_run("slicing", "time-slicing", repeats=3), 1.5, phase="co_run")
-    choices = section(pairs_run(repeats=3), worse)["pair_choices"]
-    assert [(one["best"], one["verdict"]) for one in choices] == [("mps", "sure")] * len(PAIRS)
-    assert [RESNET, INFERENCE] in [one["jobs"] for one in choices]
-    assert {one["verdict"] for one in section(pairs_run())["pair_choices"]} == {"not measured"}
 
 
 def test_a_failed_pair_and_one_that_never_ran_are_said_and_are_no_zero():
