@@ -95,15 +95,6 @@ def test_by_hand_the_summary_has_the_capacity_and_only_the_result_is_written(tmp
     assert [path.suffix for path in files_below(tmp_path)] == [".json"]
 
 
-def test_a_device_that_fails_is_told_as_what_it_is(tmp_path, monkeypatch):
-    monkeypatch.setenv("STUB_FAIL_AFTER", "40")
-    with service(tmp_path, "--rate", "50", "--duration", "5") as held:
-        held.start_working()
-        assert held.exit_code() == 1
-        (error,) = held.events("error")
-    assert "the stub model fails" in error["message"]
-
-
 def flags_of(monkeypatch, *arguments: str, cores: int = 16):
     monkeypatch.setattr(sys, "argv", ["serving_client.py", *arguments])
     monkeypatch.setattr(inference_server, "usable_cores", lambda: cores)
@@ -112,8 +103,8 @@ def flags_of(monkeypatch, *arguments: str, cores: int = 16):
 
 @pytest.mark.parametrize(
     ("arguments", "cores", "workers"),
-    [((), 16, 4), ((), 12, 3), ((), 2, 2), ((), 64, 4), (("--workers", "7"), 16, 7),
-     (("--frontends", "3"), 16, 3), (("--frontends", "0"), 16, 1)],
+    [((), 12, 3), ((), 2, 2), ((), 64, 4), (("--workers", "7"), 16, 7),
+     (("--frontends", "0"), 16, 1)],
 )  # fmt: skip
 def test_the_server_gets_a_worker_for_every_four_cores_or_as_many_as_asked(
     arguments, cores, workers, monkeypatch
