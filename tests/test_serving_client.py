@@ -65,7 +65,7 @@ def test_the_service_is_one_client_that_holds_its_key_and_whose_load_never_pause
 
 def test_under_the_suite_the_capacity_is_measured_half_is_offered_and_no_key_is_kept(tmp_path):
     plan = tmp_path / "service.toml"
-    arguments = json.dumps([*SMALLEST[:4], "--max-batch", "2", "--duration", "1"])
+    arguments = json.dumps([*SMALLEST[:4], "--max-batch", "2", "--duration", "2"])
     plan.write_text(f'[[client]]\nworkload = "serving"\narguments = {arguments}\n')
     done = subprocess.run(
         (sys.executable, str(PROJECT_ROOT / "benchmarking" / "benchmark_suite.py"), "--mode",
