@@ -27,12 +27,16 @@ from program_copy import copy_programs, processes_of
 from recorded_rows import client, co_run, plain, read_plain
 from waiting import wait_until
 
+from benchmarking.measuring import co_run_records as records
+from benchmarking.measuring import sampler
+from benchmarking.measuring.client import ClientResult
+from benchmarking.measuring.launcher import CoRunResult
+from benchmarking.measuring.progress import Progress
+from benchmarking.planning.plan import PlannedClient, PlannedCoRun
+from benchmarking.planning.workloads import WORKLOADS
 from benchmarking.records import run_folder
 from benchmarking.records.types import ClientRecord, Environment, Manifest, Proof
-from benchmarking.suite import baselines, console, sampler
-from benchmarking.suite import co_run_records as records
-from benchmarking.suite.launcher import ClientResult, CoRunResult
-from benchmarking.suite.plan import WORKLOADS, PlannedClient, PlannedCoRun
+from benchmarking.suite import baselines
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 CLIENT = Path(__file__).parent / "fakes" / "scripted_client.py"
@@ -956,7 +960,7 @@ def test_a_sampler_with_a_torn_first_line_is_a_failure_that_is_said(
 
 
 def test_a_terminal_that_is_gone_does_not_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    progress = console.Progress()
+    progress = Progress()
     with open("/dev/full", "w", buffering=1) as gone:
         monkeypatch.setattr(sys, "stderr", gone)
         with pytest.raises(OSError, match="No space"):

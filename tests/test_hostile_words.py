@@ -17,9 +17,9 @@ from mode_script_runner import PROJECT_ROOT, ModeScripts
 from test_benchmark_suite import Bench
 from waiting import wait_until
 
+from benchmarking.measuring import proofs
 from benchmarking.report import render
 from benchmarking.report.tables import Table
-from benchmarking.suite import proofs
 
 # Each makes a file `broken` where it is run as a command, from whichever folder.
 HOSTILE_NAMES = [

@@ -17,12 +17,13 @@ from pathlib import Path
 import pytest
 from waiting import is_running, wait_until
 
+from benchmarking.measuring import event_log, launcher
+from benchmarking.measuring.client import Client, client_base_environment
+from benchmarking.measuring.launcher import FinishRule, Launcher, Timeouts
+from benchmarking.measuring.stop_signal import StopSignal
+from benchmarking.planning.plan import PlannedClient, PlannedCoRun, build_plan, counted_co_runs
 from benchmarking.records.run_folder import ClientPaths
 from benchmarking.records.types import Units
-from benchmarking.suite import event_log, launcher
-from benchmarking.suite.launcher import FinishRule, Launcher, Timeouts
-from benchmarking.suite.plan import PlannedClient, PlannedCoRun, build_plan, counted_co_runs
-from benchmarking.suite.stop_signal import StopSignal
 
 CLIENT = Path(__file__).parent / "fakes" / "scripted_client.py"
 SOON = Timeouts(timeout=10.0, stop=5.0, terminate=2.0, poll=0.01)
@@ -53,14 +54,14 @@ def run(tmp_path: Path) -> Callable[..., launcher.CoRunResult]:
         rule: FinishRule = ONE_JOB,
         timeouts: Timeouts = SOON,
         stop_signal: StopSignal | None = None,
-        before_go: Callable[[list[launcher.Client]], None] = lambda clients: None,
+        before_go: Callable[[list[Client]], None] = lambda clients: None,
         command: tuple[str, ...] | None = None,
         **settings: dict,
     ) -> launcher.CoRunResult:
         rules = [{"match": f"*/{name[1:]}" if name != "all" else "*", **values}
                  for name, values in settings.items()]  # fmt: skip
         inherited = {**os.environ, "SCRIPTED_CLIENT": json.dumps(rules)}
-        environment = launcher.client_base_environment(inherited)
+        environment = client_base_environment(inherited)
         stop_signal = stop_signal or StopSignal()
         starter = Launcher(environment, timeouts=timeouts, stop_signal=stop_signal)
         what = co_run if isinstance(co_run, PlannedCoRun) else planned(co_run, command)
@@ -79,7 +80,7 @@ def statuses(result: launcher.CoRunResult) -> list[str]:
 def test_everyone_is_ready_before_go_and_finishes_a_job_inside_the_window(run: Callable) -> None:
     seen: list[int] = []
 
-    def look(clients: list[launcher.Client]) -> None:
+    def look(clients: list[Client]) -> None:
         seen.extend(client.identity["pid"] for client in clients if is_running(client.pid))
 
     result = run(2, before_go=look, rule=FinishRule(min_seconds=0.5))
@@ -314,7 +315,7 @@ def test_asking_twice_does_not_wait_for_a_slow_stop(run: Callable) -> None:
 def test_an_exception_before_go_still_stops_everyone(run: Callable) -> None:
     pids: list[int] = []
 
-    def refuse(clients: list[launcher.Client]) -> None:
+    def refuse(clients: list[Client]) -> None:
         pids.extend(client.pid for client in clients)
         raise RuntimeError("no")
 
@@ -338,7 +339,7 @@ def test_clients_end_when_the_launcher_is_killed(tmp_path: Path) -> None:
         import os, sys
         from pathlib import Path
         sys.path[:0] = [{str(root)!r}, {str(root / "tests")!r}]
-        from benchmarking.suite.launcher import FinishRule, Launcher
+        from benchmarking.measuring.launcher import FinishRule, Launcher
         from benchmarking.records.run_folder import ClientPaths
         from test_launcher import planned
         def paths_of(co_run, client):
@@ -375,7 +376,7 @@ def test_signals_are_only_noted_while_watching_and_an_echo_is_no_second_one() ->
 def test_inherited_sharing_variables_do_not_reach_a_client() -> None:
     inherited = {"PATH": "/bin", "CUDA_MPS_PIPE_DIRECTORY": "/x", "CUDA_VISIBLE_DEVICES": "3",
                  "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": "10"}  # fmt: skip
-    assert launcher.client_base_environment(inherited) == {"PATH": "/bin", "PYTHONSAFEPATH": "1"}
+    assert client_base_environment(inherited) == {"PATH": "/bin", "PYTHONSAFEPATH": "1"}
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 knows no safe path")
@@ -407,7 +408,7 @@ def test_output_files_are_their_owners_and_no_link_is_followed(
 
 
 def test_an_event_log_that_is_taken_away_fails_the_client(run: Callable, tmp_path: Path) -> None:
-    def take_away(clients: list[launcher.Client]) -> None:
+    def take_away(clients: list[Client]) -> None:
         (tmp_path / "pair" / "0.events.jsonl").unlink()
 
     result = run(1, before_go=take_away)
@@ -455,6 +456,8 @@ def test_units_across_the_windows_edges_count_by_their_share() -> None:
          "start_seconds": [0.0, 0.5, 2.0, 2.9], "duration_seconds": [0.9, 1.0, 0.5, 0.4]},
         {"event": "units", "kind": "cell", "latency": True,
          "start_seconds": [0.75, 1.5, 2.5], "duration_seconds": [0.5, 0.25, 1.0]},
+        {"event": "units", "kind": "first", "latency": "apart",
+         "start_seconds": [1.0], "duration_seconds": [0.125]},
         # Requests at an offered rate are no work: each counts where it ends.
         {"event": "units", "kind": "request", "latency": True,
          "start_seconds": [0.5, 2.9], "duration_seconds": [0.75, 0.25]},
@@ -463,10 +466,11 @@ def test_units_across_the_windows_edges_count_by_their_share() -> None:
     assert units == {
         "step": Units(count=pytest.approx(1.75), seconds=pytest.approx(1.1), latency=False),
         "cell": Units(count=2.0, seconds=1.0, latency=True),
+        "first": Units(count=1, seconds=0.125, latency=True),
         "request": Units(count=1, seconds=0.75, latency=True),
     }
-    assert latency_ms == [500.0, 250.0, 750.0]
-    assert event_log.units_in_window([], 0.0, 1.0) == ({}, None)
+    assert latency_ms == {None: [500.0, 250.0, 750.0], "first": [125.0]}
+    assert event_log.units_in_window([], 0.0, 1.0) == ({}, {})
 
 
 def test_a_run_of_a_command_that_was_cut_off_counts_by_its_share_of_a_mean_one() -> None:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarking.suite import plan
-from benchmarking.suite.plan import JobOptions, Plan
+from benchmarking.planning import plan
+from benchmarking.planning.plan import JobOptions, Plan
+from benchmarking.planning.workloads import WORKLOADS
 
 ROOT = str(Path(__file__).resolve().parents[1])
 
@@ -61,7 +62,7 @@ def test_the_guides_sizes_are_spelled_out_in_the_command() -> None:
 
 
 def test_every_workload_has_a_script_name_and_every_size() -> None:
-    for kind in plan.WORKLOADS.values():
+    for kind in WORKLOADS.values():
         assert set(kind.arguments) == {"guide", "quick", "cpu"}
         assert kind.script.startswith("workloads/")
 

@@ -17,8 +17,9 @@ from test_benchmark_suite import Bench, bench, gpu_bench
 from waiting import wait_until
 
 from benchmarking.cli import EXIT_USAGE
+from benchmarking.measuring import locks
 from benchmarking.records import run_folder
-from benchmarking.suite import locks, preflight
+from benchmarking.suite import preflight
 from benchmarking.suite.session import run_suite
 
 __all__ = ["bench", "gpu_bench"]  # fixtures
@@ -139,7 +140,7 @@ def test_a_driver_holds_the_lock_over_its_suite_runs(
     monkeypatch.setenv(locks.FOLDER_VARIABLE, str(tmp_path))
     ask = [sys.executable, "-c",
            "import sys; sys.path.insert(0, '.')\n"
-           "from benchmarking.suite import locks\n"
+           "from benchmarking.measuring import locks\n"
            "with locks.hold('GPU-1'): print('held')"]  # fmt: skip
     with locks.hold("GPU-1"):
         with locks.hold("GPU-1"), locks.hold("GPU-2"):

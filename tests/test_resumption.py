@@ -14,11 +14,11 @@ from recorded_rows import read_plain
 from test_benchmark_suite import PROJECT_ROOT, Bench
 
 from benchmarking.cli import SuiteError
+from benchmarking.planning.plan_file import read_plan_file
+from benchmarking.planning.request import Request
 from benchmarking.records import run_folder
 from benchmarking.records.types import MpsLimits
 from benchmarking.suite import resume as resumption
-from benchmarking.suite.plan_file import read_plan_file
-from benchmarking.suite.request import Request
 
 RAMP = ("--mix", "interactive", "--workloads", "1,2", "--run-id", "mine")
 CALIBRATED = {"match": "jupyter*", "figures_once": {"cell_repeats": "matrix=3"}}
