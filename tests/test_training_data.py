@@ -311,6 +311,18 @@ def test_without_a_datasets_library_or_with_one_that_runs_scripts_the_fix_is_giv
         texts.load_texts(str(tmp_path), None, 10, 10, seed=0)
 
 
+def test_rows_of_a_named_dataset_without_text_or_label_are_refused():
+    class Split(dict):
+        column_names = ("text", "label")
+        features = {"label": SimpleNamespace(names=["bad", "good"])}  # noqa: RUF012
+
+    rows = texts._split_rows("reviews", "train", Split(text=["a", "b"], label=[0, 1]))
+    assert [(row.text, row.label) for row in rows] == [("a", "bad"), ("b", "good")]
+    for broken in (Split(text=["a", None], label=[0, 1]), Split(text=["a", "b"], label=[0, -1])):
+        with pytest.raises(UsageError, match="row 1 of the train split of 'reviews' lacks"):
+            texts._split_rows("reviews", "train", broken)
+
+
 # --- where things are kept ------------------------------------------------------------------------
 
 
