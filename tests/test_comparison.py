@@ -110,15 +110,17 @@ def test_each_variant_of_a_mode_has_a_row_of_its_own():
         mps([2.0], "even", mps_limits=mps_limits("even")),
         mps([2.2], "parts", mps_limits=mps_limits("50", "25")),
         planned,
+        mps([2.3], "partitions", mps_limits={"partitions": True}),
         *[synthetic_runs.run(name, "mig", {4: [4.0]}, mig_layout=layout)
           for name, layout in layouts.items()],
     )  # fmt: skip
     names = [(group["variant"], group["settings"]) for group in found["groups"]]
-    assert names[:6] == [
+    assert names[:7] == [
         ("time-slicing", ""), ("time-slicing:long", "long slices"), ("mps", ""),
         ("mps:50/25", "50/25 %"), ("mps:even", "even"), ("mps:plan", "limits of the plan"),
+        ("mps:partitions", "static partitions"),
     ]  # fmt: skip
-    assert [name for name, _ in names[6:]] == [
+    assert [name for name, _ in names[7:]] == [
         "mig:" + ",".join(layout) for layout in layouts.values()
     ]
     assert (conclusion(found)["best"], found["left_out"]) == ("mps:even", [])
