@@ -76,27 +76,23 @@ def png_bomb(width: int, height: int) -> bytes:
 
 def lying(kind: str) -> bytes:
     """Return a whole file of ``NOISE`` whose header claims ``CLAIMED`` x ``CLAIMED`` pixels."""
-    content = bytearray(encoded(kind))
     little, big = struct.pack("<HH", CLAIMED, CLAIMED), struct.pack(">HH", CLAIMED, CLAIMED)
-    if kind == "GIF":
-        content[6:10] = little  # the screen
-        frame = content.index(struct.pack("<BHHHH", 0x2C, 0, 0, 64, 48))
-        content[frame + 5 : frame + 9] = little
-    elif kind == "JPEG":
-        start_of_frame = content.index(b"\xff\xc0")
-        content[start_of_frame + 5 : start_of_frame + 9] = big
-    elif kind == "WEBP":
-        key_frame = content.index(b"\x9d\x01\x2a")
-        content[key_frame + 3 : key_frame + 7] = little
-    elif kind == "BMP":
-        content[18:26] = struct.pack("<ii", CLAIMED, CLAIMED)
-    elif kind == "TIFF":
-        for tag, value in ((256, 64), (257, 48)):
-            entry = content.index(struct.pack("<HHIHH", tag, 4, 1, value, 0))
-            content[entry + 8 : entry + 12] = struct.pack("<I", CLAIMED)
-    elif kind == "PNG":
-        _claim(content, CLAIMED, CLAIMED)
-    return bytes(content)
+    words = struct.pack("<II", CLAIMED, CLAIMED)
+    entries = [struct.pack("<HHIHH", tag, 4, 1, size, 0) for tag, size in ((256, 64), (257, 48))]
+    frame = struct.pack("<BHHHH", 0x2C, 0, 0, 64, 48)
+    changes = {  # what to look for, how far behind its beginning to write, and what
+        "GIF": [(b"GIF", 6, little), (frame, 5, little)],  # the screen, and the frame
+        "JPEG": [(b"\xff\xc0", 5, big)],
+        "WEBP": [(b"\x9d\x01\x2a", 3, little)],
+        "BMP": [(b"BM", 18, words)],
+        "TIFF": [(entry, 8, words[:4]) for entry in entries],
+        "PNG": [],
+    }
+    content = bytearray(encoded(kind))
+    for marker, offset, claim in changes[kind]:
+        place = content.index(marker) + offset
+        content[place : place + len(claim)] = claim
+    return _claiming(content, CLAIMED, CLAIMED) if kind == "PNG" else bytes(content)
 
 
 def lying_animation() -> bytes:
@@ -114,16 +110,10 @@ def lying_animation() -> bytes:
     return chunk(b"RIFF", b"WEBP" + chunks)
 
 
-def missing_rows() -> bytes:
-    """Return a PNG file that has a tenth of the rows it claims; all its checksums are right."""
-    content = bytearray(encoded("PNG"))
-    _claim(content, 64, 480)
-    return bytes(content)
-
-
-def _claim(png: bytearray, width: int, height: int) -> None:
-    png[16:24] = struct.pack(">II", width, height)
-    png[29:33] = struct.pack(">I", zlib.crc32(bytes(png[12:29])))
+def _claiming(png: bytes, width: int, height: int) -> bytes:
+    """Return the PNG file with another size in its header, all its checksums right."""
+    header = png[12:16] + struct.pack(">II", width, height) + png[24:29]
+    return bytes(png[:12] + header + struct.pack(">I", zlib.crc32(header)) + png[33:])
 
 
 ODD_PICTURES = {
@@ -140,7 +130,7 @@ ODD_PICTURES = {
     "20000x1": encoded("PNG", array=np.zeros((1, 20000, 3), np.uint8)),
     "1x20000": encoded("PNG", array=np.zeros((20000, 1, 3), np.uint8)),
     # As browsers show it: the rows that are there, and black.
-    "missing rows": missing_rows(),
+    "missing rows": _claiming(encoded("PNG"), 64, 480),
     **{f"right {kind}": encoded(kind) for kind in FORMATS},
 }
 NO_PICTURES = {
@@ -166,25 +156,15 @@ NO_PICTURES = {
 
 @dataclass(frozen=True)
 class Attack:
-    """One connection to the server and what is sent over it.
-
-    Attributes:
-        name: For reports.
-        pieces: What is sent, one after another.
-        statuses: The answers that are right, of a server that is not full.
-        says: What a refusal has to name.
-        pause_seconds: Before each further piece: a slow sender.
-        half_closes: Whether the sending side is closed after the last piece.
-        leaves: Whether the connection is cut after the last piece, without reading.
-    """
+    """One connection to the server and what is sent over it."""
 
     name: str
     pieces: tuple[bytes, ...]
-    statuses: frozenset[int | None]
-    says: str = ""
-    pause_seconds: float = 0.0
-    half_closes: bool = False
-    leaves: bool = False
+    statuses: frozenset[int | None]  # the answers that are right, of a server that is not full
+    says: str = ""  # what a refusal has to name
+    pause_seconds: float = 0.0  # before each further piece: a slow sender
+    half_closes: bool = False  # the sending side is closed after the last piece
+    leaves: bool = False  # the connection is cut after the last piece, without reading
 
     def carry_out(
         self, port: int, on_connected: Callable[[], None] = lambda: None
@@ -272,9 +252,19 @@ def http_attacks() -> list[Attack]:
         _attack("wrong method", request_line("GET", "/predict"), 405),
         _attack("unknown method", request_line("BREW", "/health"), 405),
         *[_attack("bad JSON", json_post(body), 400, says=says) for body, says in bodies],
-        _attack("wrong field", form(picture=jpeg()), 400),
+        _attack("wrong field", form(picture=jpeg()), 400, says="fields found: 'picture'"),
+        _attack("the field twice", post("/predict", *encode_multipart_formdata(
+            [("image", ("a.jpg", picture)), ("image", ("b.jpg", picture))])), 400,
+            says="2 fields named 'image'"),
+        _attack("JSON for a picture", post("/predict", b"{}", "application/json"), 400,
+                says="not one of"),
+        _attack("batch of no type", post("/batch_predict", b'{"batch_size": 3}'), 415,
+                says="application/json"),
+        _attack("long batch request", json_post('{"batch_size": 3, "x": "%s"}' % ("y" * 1024)),
+                413, says="1024 bytes"),
         _attack("several fields", form(image=jpeg(), photo=jpeg(1)), 200),
-        _attack("form without boundary", post("/predict", jpeg(), "multipart/form-data"), 400),
+        _attack("form without boundary", post("/predict", jpeg(), "multipart/form-data"), 400,
+                says="no file"),
         _attack("no HTTP", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", 400),
         _attack("huge header", b"GET /health HTTP/1.1\r\nX: " + b"x" * 60_000 + b"\r\n\r\n", 431),
         _attack("huge request line", b"GET /" + b"x" * 40_000 + b" HTTP/1.1\r\n\r\n", 414),

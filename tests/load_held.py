@@ -160,6 +160,7 @@ class Soak:
             time.sleep(LOADED_SECONDS_BEFORE_SIGTERM)
             clients.expect_end()
             chaos.send("the end is near")
+            chaos.recv()
             begin = time.monotonic()
             self.server.process.terminate()
             code = self.server.process.wait(2 * DRAIN_SECONDS)

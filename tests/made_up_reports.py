@@ -1,4 +1,8 @@
-"""Comparisons of made-up runs, as comparison.json holds them."""
+"""Reports on made-up runs; the one place of the tests that names functions of the report.
+
+`compare` gives what stands in comparison.json, `on_terminal` and `as_markdown` what people read.
+The program itself takes seconds for its charts, which few tests look at.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,9 @@ from typing import Any
 
 import synthetic_runs
 
-from benchmarking.report import comparison, runs
+from benchmarking.report import comparison, export, render, runs
+
+SLICING, SHARING = [4.0, 4.02, 4.04, 4.02], [2.0, 2.01, 2.02, 2.01]
 
 
 def compare(*made: dict, **options: Any) -> dict[str, Any]:
@@ -23,6 +29,26 @@ def compare(*made: dict, **options: Any) -> dict[str, Any]:
         return comparison.compare(runs.read_results(Path(folder)), **options)[0]
 
 
+def on_terminal(compared: dict, width: int = 100) -> str:
+    """What is printed of it on a terminal of that width."""
+    return render.render_terminal(compared, width)
+
+
+def as_markdown(compared: dict) -> str:
+    """The report.md of it, without charts."""
+    return render.render_markdown(compared)
+
+
+def as_page(compared: dict) -> str:
+    """The report.html of it, without charts."""
+    return render.render_html(compared)
+
+
+def missed(required: str, compared: dict) -> list[str]:
+    """What `--require` finds not to be met."""
+    return export.Requirement.parse(required).missed(compared)
+
+
 def section(*made: dict, **options: Any) -> dict[str, Any]:
     """The only section of the runs' comparison."""
     (found,) = compare(*made, **options)["sections"]
@@ -31,12 +57,9 @@ def section(*made: dict, **options: Any) -> dict[str, Any]:
 
 def conclusion(found: dict, subject: str = "whole card", figure: str | None = None) -> dict:
     """What is concluded on a subject: its claim, or what is said of one of its figures."""
-    (one,) = [
-        one
-        for one in found["conclusions"]
-        if one["subject"] == subject
-        and (one["figure"] == figure if figure else one["is_claim"])
-    ]  # fmt: skip
+    of_subject = [one for one in found["conclusions"] if one["subject"] == subject]
+    (one,) = [one for one in of_subject
+              if (one["figure"] == figure if figure else one["is_claim"])]  # fmt: skip
     return one
 
 
@@ -58,6 +81,12 @@ def slow(made: dict, factor: float, **where: object) -> dict:
     return change(made, edit, record="client", **where)
 
 
+def failed(made: dict, status: str = "oom", **where: object) -> dict:
+    """Let co-runs fail for want of memory, by their second client."""
+    change(made, lambda r: r.update(outcome="failed", reason="no memory"), record="co_run", **where)
+    return change(made, lambda r: r.update(status=status), record="client", client=1, **where)
+
+
 def time_slicing(slowdowns: list[float], run_id: str = "slicing", **more: object) -> dict:
     """Four clients under time slicing, slowed so in each repeat."""
     return synthetic_runs.run(run_id, "time-slicing", {4: slowdowns}, **more)
@@ -66,6 +95,11 @@ def time_slicing(slowdowns: list[float], run_id: str = "slicing", **more: object
 def mps(slowdowns: list[float], run_id: str = "mps", **more: object) -> dict:
     """Four clients under MPS, slowed so in each repeat."""
     return synthetic_runs.run(run_id, "mps", {4: slowdowns}, **more)
+
+
+def ramp(slowdowns: dict[int, list[float]], mode: str = "mps", **more: object) -> dict:
+    """Copies of one training job, ever more of them."""
+    return synthetic_runs.run(f"{mode}-ramp", mode, slowdowns, mix="training", **more)
 
 
 def mps_limits(*percentages: str) -> dict[str, list[str]]:

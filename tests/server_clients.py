@@ -149,7 +149,10 @@ class ChaosProcess:
 
     @contextmanager
     def running(self) -> Iterator[Connection]:
-        """One of them, as long as the block lasts; it is told of the server's end by a message."""
+        """One of them, as long as the block lasts.
+
+        It is told of the server's end by a message, which it answers: from then on it expects it.
+        """
         ours, theirs = multiprocessing.Pipe()
         process = multiprocessing.get_context("spawn").Process(
             target=_attack, args=(theirs, *self._arguments), daemon=True
@@ -172,5 +175,6 @@ def _attack(pipe: Connection, port: int, rate: float, seed: int) -> None:
     client.start()
     while pipe.recv() == "the end is near":
         client.expect_end()
+        pipe.send("understood")
     client.stop()
     pipe.send((client.answers, client.faults, client.slow_senders))

@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import recorded_rows
+
 GPU = {
     "gpu_name": "Synthetic GPU (made-up numbers)",
     "gpu_uuid": "GPU-00000000-0000-0000-0000-000000000000",
@@ -61,23 +63,19 @@ def client_record(
     seconds = alone * times_slower * count
     unit_ms = 1000 * alone * times_slower
     latencies = [round(unit_ms * rng.uniform(0.9, 1.1), 3) for _ in range(min(count, 200))]
-    return {
-        "record": "client", "phase": phase, "co_run": co_run, "repeat": 0, "client": 0,
-        "workload": workload, "label": label, "job_key": workload, "status": "ok",
+    job = {"index": 0, "start_seconds": start, "end_seconds": start + seconds,
+           "duration_seconds": seconds, "in_window": True}  # fmt: skip
+    changes = {
+        "phase": phase, "workload": workload, "label": label, "job_key": workload,
         "proof": {"verdict": "verified", "evidence": [PROOF]},
-        "window_start_seconds": start, "window_end_seconds": start + seconds,
-        "jobs": [{"index": 0, "start_seconds": start, "end_seconds": start + seconds,
-                  "duration_seconds": seconds, "in_window": True}],
+        "window_start_seconds": start, "window_end_seconds": start + seconds, "jobs": [job],
         "units": {kind: {"count": count, "seconds": seconds, "latency": is_latency}},
-        "latency_ms": latencies if is_latency else None,
-        "figures": FIGURES[workload],
+        "latency_ms": latencies if is_latency else None, "figures": FIGURES[workload],
         "identity": {"pid": 4242, "device": "cuda", "engine": "graph", "precision": "bf16",
                      "batch_size": batch_size, "multiprocessor_count": 132},
-        "host_cpu_seconds": seconds / 10, "window_host_cpu_fraction": None,
-        "busiest_thread_cpu_fraction": None, "peak_memory_mib": 3000, "startup_seconds": 9.0,
-        "exit_code": 0, "stderr_tail": [], "reason": None,
-        "slowdown": None, "normalized_progress": None,
+        "host_cpu_seconds": seconds / 10, "peak_memory_mib": 3000, "startup_seconds": 9.0,
     } | more  # fmt: skip
+    return recorded_rows.client(co_run, changes.pop("client", 0), **changes)
 
 
 def run(
@@ -105,7 +103,7 @@ def run(
             workload, 1.0, phase="baseline", co_run=name, start=clock, rng=rng,
             mode="exclusive", clients=1,
         )  # fmt: skip
-        records += [record, _co_run(name, [record], "exclusive", "baseline", 0, gpu)]
+        records += [record, co_run_record(name, [record], "exclusive", "baseline", 0, gpu)]
         clock += 8
     for clients, repeats in slowdowns.items():
         for repeat, slowdown in enumerate(repeats):
@@ -118,7 +116,7 @@ def run(
                 )
                 for index in range(clients)
             ]  # fmt: skip
-            records += [*members, _co_run(name, members, mode, "co_run", repeat, gpu)]
+            records += [*members, co_run_record(name, members, mode, "co_run", repeat, gpu)]
             clock += 5 * slowdown + 2
     for record in records:
         if not gpu and record["record"] == "client":
@@ -141,42 +139,36 @@ def run(
     }  # fmt: skip
 
 
-def _co_run(
+def co_run_record(
     name: str, members: list[dict[str, Any]], mode: str, phase: str, repeat: int, gpu: bool
 ) -> dict[str, Any]:
+    """The record of a co-run of these clients."""
     progress = [1 / (member["slowdown"] or 1.0) for member in members]
     stp = sum(progress)
+    antt = sum(1 / each for each in progress) / len(progress)
     durations = [member["jobs"][0]["duration_seconds"] for member in members]
-    busy = 95.0 if gpu else None
-    return {
-        "record": "co_run", "phase": phase, "co_run": name, "mode": mode,
-        "clients": len(members), "repeat": repeat, "outcome": "ok", "reason": None,
-        "warnings": [], "window_start_seconds": members[0]["window_start_seconds"],
-        "window_end_seconds": max(member["window_end_seconds"] for member in members),
-        "go_skew_ms": 0.4, "start_skew_ms": None,
-        "gpu": {
-            "utilization_gpu_percent": busy, "utilization_source": "nvml" if gpu else None,
-            "sm_activity_percent": 70.0 if gpu else None,
-            "sm_occupancy_percent": 30.0 if gpu else None,
-            "tensor_activity_percent": 20.0 if gpu else None,
-            "dram_activity_percent": 40.0 if gpu else None,
-            "memory_used_mib_max": 5000 * len(members) if gpu else None,
-            "power_draw_watts": 500.0 if gpu else None,
-            "energy_joules": 5000.0 if gpu else None,
-            "sm_clock_mhz": 1900 if gpu else None, "throttle_reasons": [],
-            "host_cpu_percent": 40.0 if gpu else 99.0,
-        },
-        "summary": {
-            "clients": len(members), "throughput_clients": len(members), "stp": stp,
-            "antt": sum(1 / x for x in progress) / len(progress),
-            "overhead_percent": 100 * (1 / stp - 1),
-            "interference_overhead_percent": None if mode == "mig" else
-            100 * (sum(1 / x for x in progress) / len(progress) - 1),
-            "fairness": 1.0, "energy_ratio": 0.8 if gpu else None, "success_rate_percent": 100.0,
-            "average_duration_seconds": sum(durations) / len(durations),
-            "total_gpu_time_seconds": sum(durations),
-        },
+    card = {
+        "utilization_gpu_percent": 95.0, "utilization_source": "nvml", "sm_activity_percent": 70.0,
+        "sm_occupancy_percent": 30.0, "tensor_activity_percent": 20.0,
+        "dram_activity_percent": 40.0, "memory_used_mib_max": 5000 * len(members),
+        "power_draw_watts": 500.0, "energy_joules": 5000.0, "sm_clock_mhz": 1900,
     }  # fmt: skip
+    summary = {
+        "clients": len(members), "throughput_clients": len(members), "stp": stp, "antt": antt,
+        "overhead_percent": 100 * (1 / stp - 1),
+        "interference_overhead_percent": None if mode == "mig" else 100 * (antt - 1),
+        "fairness": 1.0, "energy_ratio": 0.8 if gpu else None, "success_rate_percent": 100.0,
+        "average_duration_seconds": sum(durations) / len(durations),
+        "total_gpu_time_seconds": sum(durations),
+    }  # fmt: skip
+    return recorded_rows.co_run(
+        name, phase, mode=mode, clients=len(members), repeat=repeat, go_skew_ms=0.4,
+        window_start_seconds=members[0]["window_start_seconds"],
+        window_end_seconds=max(member["window_end_seconds"] for member in members),
+        gpu=(card if gpu else dict.fromkeys(card))
+        | {"throttle_reasons": [], "host_cpu_percent": 40.0 if gpu else 99.0},
+        summary=summary,
+    )  # fmt: skip
 
 
 def _samples(end: float, rng: random.Random, gpu: bool) -> list[dict[str, Any]]:

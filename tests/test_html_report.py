@@ -2,59 +2,52 @@
 
 from __future__ import annotations
 
+import csv
 import html
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import markupsafe
 import pytest
 import synthetic_runs
 from conftest import PROJECT_ROOT, find_browser
+from made_up_reports import change, mps, time_slicing
 from PIL import Image
-from test_report import mps, slicing
+from test_analyze_results import analyze
 
-HOSTILE = "</style></svg><script>document.title='broken'</script><img src=x onerror=alert(1)> $x_$"
-MARKDOWN = "a`b`\n\n# <b>x</b> [y](javascript:z) | \x1b]0;title\x07 \u202e"
+STEERING = "\x1b[2J\x1b]0;title\x07\u202e\u2028\r\n\n# title"
+MARKUP = "</style></svg><script>document.title='broken'</script><img src=x onerror=alert(1)> $x_$"
+HOSTILE = "=cmd|' /C calc'!A0" + MARKUP + STEERING
+MARKDOWN = "a`b`\n\n# <b>x</b> [y](javascript:z) | " + STEERING
 
 
 def hostile_runs() -> list[dict]:
-    """Two runs whose card, labels, notes, mix, paths and reasons try to be markup."""
+    """Two runs whose card, labels, notes, paths and reasons try to be markup, or a formula."""
     environment = synthetic_runs.GPU | {
         "gpu_name": HOSTILE, "git_commit": HOSTILE, "project_version": "2.0.0",
     }  # fmt: skip
     runs = [
-        slicing(4.0, 4.04, 4.08, environment=environment, notes=[HOSTILE, MARKDOWN]),
-        mps(2.0, 2.02, 2.04, environment=environment, command=["suite.py", "--data", HOSTILE]),
+        time_slicing([4.0, 4.04, 4.08], environment=environment, notes=[HOSTILE, MARKDOWN]),
+        mps([2.0, 2.02, 2.04], environment=environment, command=["suite.py", "--data", HOSTILE]),
     ]
     for run in runs:
         run["manifest"]["mode_evidence"] = [{"check": MARKDOWN, "found": HOSTILE, "ok": True}]
-        for record in run["records"]:
-            if record["record"] == "client" and record["workload"] == "batch_inference":
-                record["label"] = HOSTILE
-            if record["record"] == "client" and record["workload"] == "bert_training":
-                record["label"] = MARKDOWN
-            if record["record"] == "co_run" and record["co_run"] == "mixed-4-r2":
-                record |= {"outcome": "failed", "reason": HOSTILE + MARKDOWN}
+        change(run, lambda r: r.update(label=HOSTILE), workload="batch_inference")
+        change(run, lambda r: r.update(label=MARKDOWN), workload="bert_training")
+        change(run, lambda r: r.update(outcome="failed", reason=HOSTILE + MARKDOWN),
+               record="co_run", co_run="mixed-4-r2")  # fmt: skip
     return runs
 
 
 @pytest.fixture(scope="module")
 def reported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The folder of a report made of what a malicious user may have recorded, and what it printed.
-
-    The program is started as from a notebook, whose backend it must not use.
-    """
+    """The folder of a report on what a malicious user may have recorded, and what it printed."""
     results = tmp_path_factory.mktemp("results")
     for run in hostile_runs():
         synthetic_runs.write(results, run)
-    done = subprocess.run(
-        [sys.executable, PROJECT_ROOT / "benchmarking" / "analyze_results.py", "--results-dir",
-         results], capture_output=True, text=True, check=False, timeout=100,
-        env={"MPLBACKEND": "module://matplotlib_inline.backend_inline", "HOME": str(results)},
-    )  # fmt: skip
+    done = analyze("--results-dir", results)
     assert done.returncode == 0, done.stderr
     return results, done.stdout
 
@@ -65,11 +58,10 @@ def report(reported: tuple[Path, str]) -> str:
 
 
 def test_text_from_records_stays_text_in_the_page_and_in_its_charts(report: str) -> None:
-    assert "<script" not in report
-    assert "<img" not in report
-    assert "<b>" not in report
+    for markup in ("<script", "<img", "<b>"):
+        assert markup not in report
     assert report.count("<style") == 1 + report.count("<svg")  # the page's, and each chart's own
-    assert str(markupsafe.escape(HOSTILE)) in report
+    assert str(markupsafe.escape(MARKUP)) in report
     assert report.count("<svg") == report.count("</svg>") >= 4
     assert re.search(r"project version</th>\s*<td>2.0.0<", report)
 
@@ -83,18 +75,21 @@ def test_the_page_holds_all_that_it_shows_and_asks_nobody_for_more(report: str) 
     assert {name for name in re.findall(r"url\(#([^)]+)\)", report)} <= set(ids)
 
 
-def test_names_make_no_markup_in_markdown_and_steer_no_terminal(
-    reported: tuple[Path, str],
+def test_names_make_no_markup_in_markdown_are_no_formula_and_steer_no_terminal(
+    reported: tuple[Path, str], report: str
 ) -> None:
     folder, printed = reported
-    text = (folder / "report.md").read_text(encoding="utf-8")
+    text, table = ((folder / name).read_text() for name in ("report.md", "comparison.csv"))
     outside_code = re.sub(r"`[^`\n]*`", "", text)
     assert not re.search(r"(?<!\\)<", outside_code)
     assert "](javascript" not in outside_code.replace("\\](", "")
     assert text.count("`") % 2 == 0
-    assert not re.search(r"^#+ \\?<b>", text, re.MULTILINE)
-    for shown in (text, printed, (folder / "comparison.csv").read_text(encoding="utf-8")):
-        assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e]", shown.replace("\r", ""))
+    assert not re.search(r"^#+ (\\?<b>|title)", text, re.MULTILINE)
+    for shown in (text, printed, table, report):
+        assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028-\u202e]", shown.replace("\r", ""))
+    for row in csv.DictReader(table.splitlines()):
+        assert row["gpu_name"].startswith("'=cmd")
+    assert "\\u001b" not in (folder / "comparison.json").read_text()
 
 
 def browse(page: Path, *arguments: str) -> str:
@@ -133,24 +128,16 @@ def measured(page: str, width: int, folder: Path) -> dict:
 def test_a_browser_shows_the_decision_on_the_first_screen(
     width: int, height: int, tmp_path: Path
 ) -> None:
-    page = page_of(tmp_path, slicing(4.0, 4.04, 4.08), mps(2.0, 2.02, 2.04))
+    for made in (time_slicing([4.0, 4.04, 4.08]), mps([2.0, 2.02, 2.04])):
+        synthetic_runs.write(tmp_path / "results", made)
+    assert analyze("--results-dir", tmp_path / "results").returncode == 0
+    page = (tmp_path / "results" / "report.html").read_text(encoding="utf-8")
     found = measured(page, width, tmp_path)
     assert found["width"] == width
     assert found["table"] < height
     assert found["height"] < 4000
     assert found["title"] == "GPU sharing: what was found"
     assert (found["scripts"], found["small"]) == (0, 0)
-
-
-def page_of(folder: Path, *made: dict) -> str:
-    """The page of made-up runs, with its charts."""
-    for run in made:
-        synthetic_runs.write(folder / "results", run)
-    subprocess.run(
-        [sys.executable, PROJECT_ROOT / "benchmarking" / "analyze_results.py", "--results-dir",
-         folder / "results"], stdout=subprocess.DEVNULL, check=True, timeout=100,
-    )  # fmt: skip
-    return (folder / "results" / "report.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.browser
@@ -166,11 +153,8 @@ def test_hostile_names_push_nothing_sideways(report: str, width: int, tmp_path: 
 def test_the_recorded_runs_are_reported_on_less_than_4000_pixels(
     example: str, tmp_path: Path
 ) -> None:
-    subprocess.run(
-        [sys.executable, PROJECT_ROOT / "benchmarking" / "analyze_results.py", "--results-dir",
-         PROJECT_ROOT / "examples" / f"h100-{example}", "--output", tmp_path],
-        stdout=subprocess.DEVNULL, check=True, timeout=100,
-    )  # fmt: skip
+    example_folder = PROJECT_ROOT / "examples" / f"h100-{example}"
+    assert analyze("--results-dir", example_folder, "--output", tmp_path).returncode == 0
     found = measured((tmp_path / "report.html").read_text(encoding="utf-8"), 390, tmp_path)
     assert found["width"] == 390
     assert found["height"] < 4000

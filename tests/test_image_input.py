@@ -49,24 +49,15 @@ def test_sixteen_bit_grey_is_scaled_and_not_clipped(kind):
     assert pixels.min() == pixels.max() == 0x40
 
 
-def test_a_224x224_picture_is_left_as_it_is():
+def test_a_picture_of_the_right_size_is_left_as_it_is_and_exif_rotation_is_applied():
     noise = np.random.default_rng(1).integers(0, 256, (224, 224, 3), dtype=np.uint8)
     assert np.array_equal(decoded(encoded(noise, "PNG")), noise)
-
-
-def test_exif_rotation_is_applied():
     picture = np.zeros((100, 100, 3), dtype=np.uint8)
     picture[:50] = 255
     exif = Image.Exif()
     exif[0x0112] = 6  # to be shown turned clockwise: what was above is on the right
     pixels = decoded(encoded(picture, "JPEG", exif=exif))
     assert pixels[:, 200].mean() > 250 and pixels[:, 20].mean() < 5
-
-
-def test_an_animated_picture_gives_its_first_frame():
-    frames = [Image.new("RGB", (40, 40), color) for color in ("red", "blue")]
-    content = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
-    assert tuple(decoded(content)[100, 100]) == (255, 0, 0)
 
 
 def test_a_decompression_bomb_is_refused_by_its_header():

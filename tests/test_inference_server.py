@@ -30,84 +30,71 @@ GUIDE_STATS = (
 @pytest.fixture(scope="module")
 def server(tmp_path_factory) -> Iterator[ServerProcess]:
     folder = tmp_path_factory.mktemp("server")
-    with running(folder, "--max-batch", "8", "--max-body-mib", "1") as process:
+    with running(folder, "--max-batch", "8", STUB_BATCH_SECONDS=0.02) as process:
         yield process
 
 
 @pytest.fixture(scope="module")
-def strict_server(tmp_path_factory) -> Iterator[ServerProcess]:
-    """A slow server that allows little of everything."""
-    folder = tmp_path_factory.mktemp("strict")
+def full_server(tmp_path_factory) -> Iterator[ServerProcess]:
+    """A slow server that takes little at a time."""
     with running(
-        folder, "--max-batch", "1", "--queue-size", "1", "--request-seconds", "2", "--workers", "1",
-        "--max-pixels", "10000", "--max-batch-predict", "4", STUB_BATCH_SECONDS=0.1,
+        tmp_path_factory.mktemp("full"), "--max-batch", "1", "--queue-size", "1",
+        "--request-seconds", "2", "--workers", "1", STUB_BATCH_SECONDS=0.1,
     ) as process:  # fmt: skip
         yield process
 
 
-@pytest.fixture(scope="module")
-def real_server(tmp_path_factory) -> Iterator[ServerProcess]:
-    """A small real model, on the CPU."""
-    with running(tmp_path_factory.mktemp("real"), "--max-batch", "8", script=SCRIPT) as process:
-        yield process
-
-
-def test_health_names_the_device_and_the_model(real_server):
-    answer = requests.get(f"{real_server.url}/health", timeout=10)
-    assert answer.status_code == 200
-    body = answer.json()
-    assert (body["status"], body["engine"]) == ("ok", "eager")
-    assert (body["device"], body["model"], body["weights"]) == ("cpu", "resnet18", "random")
-    for pid in real_server.workers():
-        with open(f"/proc/{pid}/maps") as maps:
-            assert "libtorch" not in maps.read()
-
-
-def test_multipart_and_raw_uploads_give_the_same_five_classes(real_server):
-    content = jpeg(size=300)
-    multipart = requests.post(
-        f"{real_server.url}/predict", files={"image": ("a.jpg", content)}, timeout=30
-    )
-    raw = real_server.predict(content)
-    assert multipart.status_code == raw.status_code == 200
-    top = multipart.json()["predictions"]
+def test_a_real_model_is_served_and_named_and_only_one_process_holds_torch(tmp_path):
+    with running(tmp_path, "--max-batch", "8", script=SCRIPT) as server:
+        body = requests.get(f"{server.url}/health", timeout=10).json()
+        assert (body["status"], body["engine"]) == ("ok", "eager")
+        assert (body["device"], body["model"], body["weights"]) == ("cpu", "resnet18", "random")
+        for pid in server.workers():
+            with open(f"/proc/{pid}/maps") as maps:
+                assert "libtorch" not in maps.read()
+        content = jpeg(size=300)
+        form = requests.post(f"{server.url}/predict", files={"image": ("a", content)}, timeout=30)
+        raw = server.predict(content)
+    assert form.status_code == raw.status_code == 200
+    top = form.json()["predictions"]
     assert [entry["rank"] for entry in top] == [1, 2, 3, 4, 5]
     assert all(isinstance(entry["class_name"], str) for entry in top)
     probabilities = [entry["probability"] for entry in top]
     assert probabilities == sorted(probabilities, reverse=True) and 0 < sum(probabilities) < 1
-    assert raw.json()["predictions"] == top
-    assert raw.json()["weights"] == "random"
+    assert (raw.json()["predictions"], raw.json()["weights"]) == (top, "random")
     assert raw.json()["latency_ms"] >= raw.json()["gpu_ms"] > 0
 
 
-def test_requests_that_arrive_together_are_batched_and_get_their_own_answers(tmp_path):
+def test_requests_that_arrive_together_are_batched_and_get_their_own_answers(server):
     reds = list(range(0, 240, 5))
-    with running(tmp_path, "--max-batch", "8", STUB_BATCH_SECONDS=0.02) as server:
-        with ThreadPoolExecutor(12) as pool:
-            answers = list(pool.map(server.predict, map(png, reds)))
-        assert {answer.status_code for answer in answers} == {200}
-        assert [answer.json()["predictions"][0]["class_id"] for answer in answers] == reds
-        assert answers[3].json()["predictions"][2]["class_name"] == f"class {reds[3] + 2}"
-        assert max(answer.json()["batch_size"] for answer in answers) >= 4
-        histogram = server.stats()["batch_size_histogram"]
-    assert max(int(size) for size in histogram) <= 8
-    assert sum(int(size) * count for size, count in histogram.items()) == len(reds)
+    before = server.stats()
+    with ThreadPoolExecutor(12) as pool:
+        answers = list(pool.map(server.predict, map(png, reds)))
+    assert {answer.status_code for answer in answers} == {200}
+    assert [answer.json()["predictions"][0]["class_id"] for answer in answers] == reds
+    assert answers[3].json()["predictions"][2]["class_name"] == f"class {reds[3] + 2}"
+    assert max(answer.json()["batch_size"] for answer in answers) >= 4
+    histogram = server.stats()["batch_size_histogram"]
+    assert max(map(int, histogram)) <= 8
+    images = sum(int(size) * count for size, count in histogram.items())
+    images -= sum(int(size) * count for size, count in before["batch_size_histogram"].items())
+    assert images == len(reds)
 
 
-def test_batch_predict_defaults_to_32_and_splits_what_is_larger_than_a_batch(server):
-    for body, size, batches in ((None, 32, 4), ({}, 32, 4), ({"batch_size": 3}, 3, 1),
-                                ({"batch_size": 20}, 20, 3)):  # fmt: skip
-        answer = (
-            requests.post(f"{server.url}/batch_predict", timeout=60)
-            if body is None
-            else server.batch_predict(body)
-        )
-        assert answer.status_code == 200
-        figures = answer.json()
-        assert (figures["batch_size"], figures["batches"]) == (size, batches)
-        assert figures["samples_per_second"] == pytest.approx(
-            size / figures["latency_ms"] * 1e3, rel=0.05
-        )
+@pytest.mark.parametrize(
+    ("body", "size", "batches"),
+    [(None, 32, 4), ({}, 32, 4), ({"batch_size": 3}, 3, 1), ({"batch_size": 20}, 20, 3)],
+)
+def test_batch_predict_defaults_to_32_and_splits_what_is_larger_than_a_batch(
+    server, body, size, batches
+):
+    answer = requests.post(f"{server.url}/batch_predict", timeout=60,
+                           **({} if body is None else {"json": body}))  # fmt: skip
+    figures = answer.json()
+    assert (figures["batch_size"], figures["batches"]) == (size, batches)
+    assert figures["samples_per_second"] == pytest.approx(
+        size / figures["latency_ms"] * 1e3, rel=0.05
+    )
 
 
 def test_stats_count_what_was_answered_and_keep_batches_and_bad_requests_apart(server):
@@ -137,48 +124,15 @@ def test_stats_count_what_was_answered_and_keep_batches_and_bad_requests_apart(s
     assert "inference_server_waiting_images" in lines
 
 
-TWO = [("image", ("a.jpg", jpeg())), ("image", ("b.jpg", jpeg()))]
-MULTIPART = "multipart/form-data"
-
-
-@pytest.mark.parametrize(
-    ("path", "how", "status", "said"),
-    [
-        ("/predict", {}, 400, "no image"),
-        ("/predict", {"files": {"picture": ("a", jpeg())}}, 400, "fields found: 'picture'"),
-        ("/predict", {"files": TWO}, 400, "2 fields named 'image'"),
-        ("/predict", {"files": {"image": ("a.jpg", b"")}}, 400, "empty"),
-        ("/predict", {"data": jpeg()[:1000]}, 400, "cannot decode"),
-        ("/predict", {"data": b"x", "headers": {"Content-Type": MULTIPART}}, 400, "no file"),
-        ("/predict", {"data": b"x", "headers": {"Content-Type": f"{MULTIPART}; boundary=a"}}, 400,
-         "damaged"),
-        ("/predict", {"json": {"image": 1}}, 400, "not one of"),
-        ("/predict", {"data": bytes(1_500_000)}, 413, "too large"),
-        ("/batch_predict", {"data": b'{"batch_size": 3}'}, 415, "application/json"),
-        ("/batch_predict", {"json": {"batch_size": 3, "x": "y" * 1024}}, 413, "1024 bytes"),
-        ("/batch_predict", {"json": {"batch_size": 1025}}, 400, "from 1 to 1024"),
-    ],
-)  # fmt: skip
-def test_a_bad_upload_is_a_4xx_that_says_why(server, path, how, status, said):
-    answer = requests.post(server.url + path, timeout=10, **how)
-    assert answer.status_code == status, answer.text
-    assert said in answer.json()["error"]
-
-
 @pytest.mark.parametrize(
     ("method", "path", "status", "allowed"),
-    [("GET", "/nowhere", 404, ""), ("GET", "/predict", 405, "POST"), ("PUT", "/stats", 405, "GET"),
-     ("BREW", "/health", 405, "GET"), ("BREW", "/nowhere", 404, ""),
+    [("PUT", "/stats", 405, "GET"), ("BREW", "/health", 405, "GET"),
      ("OPTIONS", "/predict", 200, "POST"), ("HEAD", "/health", 200, "")],
 )  # fmt: skip
-def test_methods_and_paths_are_answered_as_http_says(server, method, path, status, allowed):
+def test_methods_are_answered_as_http_says(server, method, path, status, allowed):
     answer = requests.request(method, server.url + path, timeout=10)
-    assert answer.status_code == status
-    assert not allowed or allowed in answer.headers["Allow"].split(", ")
-    if status == 200:
-        assert answer.content == b"" and (allowed or int(answer.headers["Content-Length"]) > 0)
-    else:
-        assert answer.json()["error"]
+    assert (answer.status_code, bool(answer.content)) == (status, status != 200)
+    assert allowed in answer.headers.get("Allow", "").split(", ")
 
 
 def test_no_page_of_another_origin_and_no_foreign_name_reaches_a_local_server(server):
@@ -218,46 +172,35 @@ def test_the_page_shows_classes_and_figures_at_the_width_of_a_phone(server, tmp_
     assert f"{server.url}/predict -F" in done.stdout
 
 
-def talk(server: ServerProcess, *pieces: bytes) -> bytes:
-    """Send the pieces over one connection; return all that came until its end."""
-    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
-        for piece in pieces:
-            connection.sendall(piece)
-        return read_all(connection)
-
-
 def test_what_is_sent_over_one_connection_is_answered_in_order_and_announced_excess_ends_it(server):
-    answer = talk(server, b"POST /predict HTTP/1.1\r\nContent-Length: 999999999\r\n\r\n")
+    def talk(*pieces: bytes) -> bytes:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+            for piece in pieces:
+                connection.sendall(piece)
+            return read_all(connection)
+
+    answer = talk(b"POST /predict HTTP/1.1\r\nContent-Length: 999999999\r\n\r\n")
     assert answer.startswith(b"HTTP/1.1 413 ") and b"Connection: close" in answer
     assert "too large" in json.loads(answer.partition(b"\r\n\r\n")[2])["error"]
     content = jpeg()
     predict = b"POST /predict HTTP/1.1\r\nContent-Length: %d\r\n" % len(content)
     others = b"GET /nowhere HTTP/1.1\r\n\r\n" * 20 + b"GET /health HTTP/1.0\r\n\r\n"
-    answers = talk(server, predict + b"\r\n" + content + others)
+    answers = talk(predict + b"\r\n" + content + others)
     assert re.findall(rb"HTTP/1\.[01] (\d+) ", answers) == [b"200", *[b"404"] * 20, b"200"]
     assert answers.count(b"Connection: close") == 1
-    head = predict + b"Connection: close\r\nExpect: 100-continue\r\n\r\n"
     with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
-        connection.sendall(head)
+        connection.sendall(predict + b"Connection: close\r\nExpect: 100-continue\r\n\r\n")
         assert connection.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
         connection.sendall(content)
         assert read_all(connection).startswith(b"HTTP/1.1 200 ")
 
 
-def test_the_largest_picture_and_the_largest_synthetic_batch_are_flags(strict_server):
-    assert strict_server.predict(jpeg(size=100)).status_code == 200
-    answer = strict_server.predict(jpeg(size=101))
-    assert answer.status_code == 413 and "101x101" in answer.json()["error"]
-    assert strict_server.batch_predict({"batch_size": 4}).status_code == 200
-    assert strict_server.batch_predict({"batch_size": 5}).status_code == 400
-
-
-def test_a_full_server_refuses_at_once_and_stays_healthy(strict_server):
-    before = strict_server.stats()
+def test_a_full_server_refuses_at_once_and_stays_healthy(full_server):
+    before = full_server.stats()
     content = jpeg(size=90)
     with ThreadPoolExecutor(17) as pool:
-        futures = [pool.submit(strict_server.predict, content) for _ in range(16)]
-        health = pool.submit(requests.get, f"{strict_server.url}/health", timeout=10)
+        futures = [pool.submit(full_server.predict, content) for _ in range(16)]
+        health = pool.submit(requests.get, f"{full_server.url}/health", timeout=10)
         answers = [future.result() for future in futures]
     assert health.result().status_code == 200
     refused = [answer for answer in answers if answer.status_code == 503]
@@ -266,21 +209,21 @@ def test_a_full_server_refuses_at_once_and_stays_healthy(strict_server):
     assert all(answer.json()["error"] for answer in refused)
     # A refusal is counted a moment after it was answered.
     asked = before["total_requests"] + 16
-    wait_until(lambda: strict_server.stats()["total_requests"] == asked, "the count of all")
-    after = strict_server.stats()
+    wait_until(lambda: full_server.stats()["total_requests"] == asked, "the count of all")
+    after = full_server.stats()
     assert after["failed_requests"] == before["failed_requests"] + len(refused)
-    assert strict_server.predict(content).status_code == 200
+    assert full_server.predict(content).status_code == 200
 
 
-def test_who_left_or_waited_too_long_has_no_further_batch_computed(strict_server):
+def test_who_left_or_waited_too_long_has_no_further_batch_computed(full_server):
     body = b'{"batch_size": 4}'
     head = b"POST /batch_predict HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: "
-    before = strict_server.stats()["batch_size_histogram"].get("1", 0)
+    before = full_server.stats()["batch_size_histogram"].get("1", 0)
     for _ in range(10):
-        with socket.create_connection(("127.0.0.1", strict_server.port)) as connection:
+        with socket.create_connection(("127.0.0.1", full_server.port)) as connection:
             connection.sendall(head + b"%d\r\n\r\n" % len(body) + body)
     time.sleep(1.5)  # 40 batches of 0.1 s were asked for
-    assert strict_server.stats()["batch_size_histogram"]["1"] - before <= 12
+    assert full_server.stats()["batch_size_histogram"]["1"] - before <= 12
 
 
 def test_a_client_on_the_control_channel_is_healthy_only_when_warm_and_drains_on_stop(tmp_path):
@@ -320,7 +263,7 @@ def test_a_taken_port_and_an_unknown_model_are_one_sentence_and_exit_code_2(tmp_
         ):
             done = subprocess.run(
                 (sys.executable, str(SCRIPT), *SMALL, *flags), capture_output=True, text=True,
-                check=False, cwd=tmp_path, timeout=60,
+                check=False, cwd=tmp_path, timeout=180,
             )  # fmt: skip
             assert done.returncode == 2
             assert said in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
@@ -331,25 +274,21 @@ def test_both_families_of_addresses_are_served_and_printed_as_urls(tmp_path):
         for host in ("127.0.0.1", "[::1]"):
             answer = requests.get(f"http://{host}:{server.port}/health", timeout=10)
             assert answer.status_code == 200
-        assert f"ready on port {server.port}: http://localhost:{server.port}" in (
-            server.log.read_text()
-        )
-        # Who can be reached from elsewhere and has no key is told so.
-        assert "anybody who reaches :: port" in server.log.read_text()
-    with running(tmp_path, "--host", "::1", "--frontends", "0") as server:
-        assert f"http://[::1]:{server.port}" in server.log.read_text()
-        assert "anybody" not in server.log.read_text()
-        assert len(server.workers()) == 1
-
-
-def test_variables_of_other_web_servers_change_nothing(tmp_path):
+        log = server.log.read_text()
+    assert f"ready on port {server.port}: http://localhost:{server.port}" in log
+    # Who can be reached from elsewhere and has no key is told so.
+    assert "anybody who reaches :: port" in log
+    # The variables of other web servers change nothing.
     with running(
-        tmp_path, GUNICORN_CMD_ARGS="--bind 0.0.0.0:1", SCRIPT_NAME="/x", WEB_CONCURRENCY="",
-        FLASK_DEBUG=1, GUNICORN_FD=0, GEVENT_LOOP="nosuch", SENDFILE="?", GUNICORN_PID=1,
-        LISTEN_FDS=3, PORT=1,
-    ) as server:  # fmt: skip
-        assert server.predict(jpeg()).status_code == 200
-        assert len(server.workers()) == 2
+        tmp_path, "--host", "::1", "--frontends", "0", GUNICORN_CMD_ARGS="--bind 0.0.0.0:1",
+        SCRIPT_NAME="/x", WEB_CONCURRENCY="", FLASK_DEBUG=1, GUNICORN_FD=0, GEVENT_LOOP="nosuch",
+        SENDFILE="?", GUNICORN_PID=1, LISTEN_FDS=3, PORT=1,
+    ) as local:  # fmt: skip
+        url = f"http://[::1]:{local.port}"
+        assert requests.post(f"{url}/predict", data=jpeg(), timeout=30).status_code == 200
+        assert url in local.log.read_text()
+        assert "anybody" not in local.log.read_text()
+        assert len(local.workers()) == 1
 
 
 def test_a_device_that_fails_is_a_500_for_who_waits_and_the_end_of_the_server(tmp_path):

@@ -6,13 +6,11 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from load_held import judged, p99_ms, quarter_medians
-from server_clients import ChaosClient
 
 PROGRAM = Path(__file__).with_name("load_held.py")
 WELL = {
@@ -24,15 +22,13 @@ WELL = {
 }  # fmt: skip
 
 
-def run(*flags: str) -> subprocess.CompletedProcess:
-    command = (sys.executable, str(PROGRAM), *flags)
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
 def test_a_slice_of_the_load_loses_nothing_and_leaves_nothing_open(tmp_path):
     file = tmp_path / "figures.json"
-    done = run("--requests", "2000", "--round-seconds", "1", "--lead-in-seconds", "1", "--stub",
-               "--device", "cpu", "--json", str(file))  # fmt: skip
+    done = subprocess.run(
+        (sys.executable, str(PROGRAM), "--requests", "2000", "--round-seconds", "1",
+         "--lead-in-seconds", "1", "--stub", "--device", "cpu", "--json", str(file)),
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
     assert done.returncode in (0, 1), done.stderr
     figures = json.loads(file.read_text())
     # So short a load on a busy machine says nothing about memory and p99.
@@ -86,40 +82,3 @@ def test_a_leaking_server_and_a_slow_one_are_seen():
     fields = [("intended", "f8"), ("end", "f8"), ("failure", "O")]
     rows = np.array([(1.0, 1.02, "")] * 99 + [(1.0, 9.0, "timeout")], dtype=fields)
     assert p99_ms(rows) == pytest.approx(20) and p99_ms(rows[-1:]) is None
-
-
-def test_wrong_flags_end_in_a_usage_error():
-    done = run("--requests", "0")
-    assert done.returncode == 2 and "--requests" in done.stderr
-
-
-class Scripted:
-    """Stands for an attack with an answer."""
-
-    name, statuses = "scripted", frozenset({400})
-
-    def __init__(self, status: int | Exception | None) -> None:
-        self._status = status
-
-    def carry_out(self, port: int, on_connected: Callable[[], None]) -> tuple[int | None, bytes]:
-        if isinstance(self._status, Exception):
-            raise self._status
-        on_connected()
-        return self._status, b""
-
-
-@pytest.mark.parametrize(
-    ("status", "wrong", "wrong_at_the_end"),
-    [(400, False, False), (503, False, False), (200, True, True), (500, True, True),
-     (None, True, False), (ConnectionRefusedError("refused"), True, False)],
-)  # fmt: skip
-def test_only_a_server_that_is_told_to_stop_may_close_and_refuse_connections(
-    status, wrong, wrong_at_the_end
-):
-    for ending in (False, True):
-        chaos = ChaosClient(port=0, rate=1.0, seed=1)
-        if ending:
-            chaos.expect_end()
-        chaos.carry_out(Scripted(status), is_slow=True)
-        assert bool(chaos.faults) is (wrong_at_the_end if ending else wrong)
-        assert chaos.slow_senders == (not isinstance(status, Exception))

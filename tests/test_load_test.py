@@ -1,15 +1,12 @@
-"""The load test: as a program against a null server, a real one and nobody, and by its figures."""
+"""The load test as a program: against a null server, a real one and nobody."""
 
 from __future__ import annotations
 
-import asyncio
-import errno
 import os
 import resource
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -20,17 +17,12 @@ from load_runner import SCRIPT, load_test, null_server, only_result
 from server_process import running
 from waiting import is_running, wait_until
 
-from workloads.common.errors import UsageError
-from workloads.common.results import is_few
-from workloads.inference import load_generator, load_report
-
 GUIDE_FIGURES = (
     "total_requests", "successful_requests", "failed_requests", "success_rate_percent",
     "mean_latency_ms", "median_latency_ms", "p50_latency_ms", "p95_latency_ms", "p99_latency_ms",
     "max_latency_ms", "qps", "requests_per_minute",
 )  # fmt: skip
 SHORT = ("--duration", "0.3", "--no-charts")
-NAN, INF = float("nan"), float("inf")
 
 
 @pytest.fixture
@@ -99,9 +91,8 @@ def test_raw_uploads_are_the_jpeg_itself_and_nothing_around_a_run_is_used(server
 
 @pytest.mark.parametrize(
     ("path", "asked"),
-    [("/préfixe", "/pr%C3%A9fixe/predict"), ("/a b/", "/a%20b/predict"),
-     ("/al%20ready", "/al%20ready/predict"), ("/?q=ü#f", "/predict")],
-)  # fmt: skip
+    [("/a é/al%20ready", "/a%20%C3%A9/al%20ready/predict"), ("/?q#f", "/predict")],
+)
 def test_an_address_outside_ascii_is_percent_encoded(path, asked, server, tmp_path):
     measure(tmp_path, server.url + path, *SHORT)
     assert server.counts()[asked] > 0
@@ -109,7 +100,7 @@ def test_an_address_outside_ascii_is_percent_encoded(path, asked, server, tmp_pa
 
 @pytest.mark.parametrize(
     ("statuses", "kind"),
-    [("200,503", "HTTP 503"), ("200,0", "ServerDisconnectedError"), ("200,301", "HTTP 301")],
+    [("200,503", "HTTP 503"), ("200,0", "ServerDisconnectedError")],
 )
 def test_failures_are_counted_by_kind_and_are_infinitely_late(statuses, kind, tmp_path):
     with null_server("--statuses", statuses) as server:
@@ -167,18 +158,12 @@ def test_a_stall_shows_in_latency_from_the_intended_send_and_not_in_service_time
     assert figures["late_for_connection"] > 150
     # Within 300 ms: what was due outside the stall or in its last 0.3 s, about 460 of 600.
     assert 60 < figures["slo_attainment_percent"] < 85
+    raw = np.load(tmp_path / figures["raw_file"])
+    assert len(raw) == 600 and raw["ok"].all()
+    assert np.percentile(raw["latency_ms"], 99) == pytest.approx(figures["p99_latency_ms"])
+    assert raw["intended_seconds"].tolist() == pytest.approx([n / 200 for n in range(600)])
     assert only_result(tmp_path)["settings"]["loop"] == "open"
     assert "Late sends" in said and "Within 300 ms" in said
-
-
-def test_a_closed_loop_hides_the_same_stall(tmp_path):
-    with null_server("--stall-after", "0.5", "--stall-seconds", "0.5") as server:
-        flags = ("--clients", "2", "--duration", "1.5", "--no-charts")
-        figures, _ = measure(tmp_path, server, *flags)
-    assert figures["max_latency_ms"] > 400
-    assert figures["p99_latency_ms"] < 200
-    assert "p99_service_ms" not in figures
-    assert only_result(tmp_path)["settings"]["loop"] == "closed"
 
 
 def test_requests_that_find_no_connection_in_time_fail_and_are_counted(tmp_path):
@@ -191,18 +176,6 @@ def test_requests_that_find_no_connection_in_time_fail_and_are_counted(tmp_path)
     assert figures["total_requests"] == 50
     assert figures["errors"]["not sent in time"] > 0
     assert sum(figures["errors"].values()) == figures["failed_requests"]
-
-
-def test_raw_values_lie_next_to_the_result_by_hand(server, tmp_path):
-    flags = ("--rate", "300", "--duration", "1", "--no-charts")
-    figures, _ = measure(tmp_path, server, *flags)
-    raw = np.load(tmp_path / figures["raw_file"])
-    assert len(raw) == figures["total_requests"] and raw["ok"].all()
-    assert np.percentile(raw["latency_ms"], 99.9) == pytest.approx(
-        figures["p99_9_latency_ms"], rel=1e-3
-    )
-    assert (np.diff(raw["intended_seconds"]) >= 0).all()
-    assert raw["intended_seconds"][0] > 0 and raw["intended_seconds"][-1] < 1
 
 
 # --- before the load: the server, this machine, flags ---------------------------------------------
@@ -221,11 +194,8 @@ NOBODY = "http://127.0.0.1:9"
 @pytest.mark.parametrize(
     ("url", "flags", "said"),
     [(NOBODY, (), "does not answer"), ("localhost:5000", (), "is no address"),
-     ("ftp://localhost", (), "is no address"), ("http://", (), "is no address"),
      ("http://localhost:port", (), "is no address"), ("http://me:secret@here", (), "no user name"),
-     (NOBODY, ("--rate", "0"), "'0' is not"), (NOBODY, ("--slo-ms", "-1"), "'-1' is not"),
-     (NOBODY, ("--arrival", "poisson"), "give its --rate"),
-     (NOBODY, ("--processes", "0"), "'0' is not")],
+     (NOBODY, ("--rate", "0"), "'0' is not"), (NOBODY, ("--arrival", "poisson"), "its --rate")],
 )  # fmt: skip
 def test_what_cannot_be_done_is_exit_code_2_and_one_sentence(url, flags, said, tmp_path):
     done = load_test(tmp_path, url, "--connect-seconds", "0.3", *flags)
@@ -283,24 +253,17 @@ def test_held_by_the_suite_jobs_follow_each_other_and_a_stop_loses_no_finished_r
         assert held.start_working()["device"] is None
         jobs = held.wait_for("job", count=2)
         processes = child_pids(held.process.pid)
-        asked_seconds = time.monotonic()
         held.say("stop")
         assert held.exit_code(10) == 0
         assert held.events("done")[0]["jobs"] >= 2
         units = held.events("units")
     assert len(processes) == 2 and not any(map(is_running, processes))
     assert {(event["kind"], event["latency"]) for event in units} == {("request", True)}
-    ends = [
-        start + duration
-        for event in units
-        for start, duration in zip(event["start_seconds"], event["duration_seconds"], strict=True)
-    ]
     # The server had every request; but for those in flight, each is a unit.
     counted = server.counts()["/predict"] - 2 * 2
-    assert counted - 2 <= len(ends) <= counted
-    assert max(ends) > asked_seconds - 0.2
-    in_jobs = sum(job["figures"]["successful_requests"] for job in jobs)
-    assert 0 < in_jobs <= sum(end <= jobs[-1]["end_seconds"] for end in ends)
+    told = sum(len(event["start_seconds"]) for event in units)
+    assert counted - 2 <= told <= counted
+    assert 0 < sum(job["figures"]["successful_requests"] for job in jobs) <= told
     assert list(tmp_path.glob("load_test_*")) == []
 
 
@@ -335,15 +298,13 @@ def test_no_process_outlives_a_load_test_that_is_ended_or_has_lost_one(
 
 # --- charts ---------------------------------------------------------------------------------------
 
-INHERITED = {
-    "a notebook's backend": {"MPLBACKEND": "module://matplotlib_inline.backend_inline"},
-    "no such backend": {"MPLBACKEND": "nonsense"},
-    "a settings file that is none": {"MATPLOTLIBRC": "{folder}/damaged"},
-    "no folder for its settings": {"MPLCONFIGDIR": "/proc/nowhere"},
-}
 
-
-@pytest.mark.parametrize("inherited", INHERITED.values(), ids=INHERITED)
+@pytest.mark.parametrize(
+    "inherited",
+    [{"MPLBACKEND": "module://matplotlib_inline.backend_inline", "MPLCONFIGDIR": "/proc/nowhere"},
+     {"MPLBACKEND": "nonsense", "MATPLOTLIBRC": "{folder}/damaged"}],
+    ids=["a notebook's", "nonsense"],
+)  # fmt: skip
 def test_charts_are_drawn_whatever_is_inherited_and_told_where_they_are(
     inherited, server, tmp_path
 ):
@@ -367,194 +328,3 @@ def test_charts_that_cannot_be_drawn_cost_nothing_but_themselves(server, tmp_pat
     assert "the charts could not be drawn" in " ".join(only_result(tmp_path)["warnings"])
     assert "latency_chart" not in figures
     assert list(tmp_path.glob("*.png")) == []
-
-
-# --- figures --------------------------------------------------------------------------------------
-
-# Started at 100 s, ten a second: two on time; one that every connection was busy for; one that a
-# free client sent 3 ms late; one that failed after 10 ms; one that was never sent.
-SCENE = np.array(
-    [
-        (100.0, 99.9, 100.0002, 100.0102, ""),
-        (100.1, 100.05, 100.1, 100.12, ""),
-        (100.2, 100.3, 100.3004, 100.31, ""),
-        (100.3, 100.25, 100.303, 100.32, ""),
-        (100.4, 100.35, 100.4, 100.41, "HTTP 503"),
-        (100.5, 101.6, NAN, 101.6, "not sent in time"),
-    ],
-    dtype=load_generator.RECORD_FIELDS,
-)
-EXPECTED = {
-    "total_requests": 6,
-    "successful_requests": 4,
-    "failed_requests": 2,
-    "success_rate_percent": pytest.approx(100 * 4 / 6),
-    "errors": {"HTTP 503": 1, "not sent in time": 1},
-    # Ascending: 10.2, 20, 20, 110 ms, and two that are infinite.
-    "mean_latency_ms": pytest.approx((10.2 + 20 + 20 + 110) / 4),
-    "median_latency_ms": pytest.approx(65),
-    "p50_latency_ms": pytest.approx(65),
-    "max_latency_ms": pytest.approx(110),
-    "p90_latency_ms": None,
-    "infinite_latency_percentiles": ["p90", "p95", "p99", "p99_9"],
-    "latency_percentile_requests": 6,
-    "slo_attainment_percent": pytest.approx(50),
-    "offered_rate": pytest.approx(15),
-    "achieved_rate": pytest.approx(5 / 0.4),
-    "late_sends": 3,
-    "late_for_connection": 2,
-    "late_by_generator": 1,
-    "late_by_generator_percent": pytest.approx(100 / 6),
-    # From the actual send: 9.6, 10, 17, 20 ms and one that failed.
-    "p50_service_ms": pytest.approx(17),
-    "service_percentile_requests": 5,
-    "infinite_service_percentiles": ["p90", "p95", "p99", "p99_9"],
-    # Until the end of the last one.
-    "elapsed_seconds": pytest.approx(1.6),
-    "qps": pytest.approx(4 / 1.6),
-    "connections_opened": 3,
-    "generator_processes": 2,
-    "generator_cpu_cores": pytest.approx(0.6 / 1.6),
-    "generator_busiest_process_percent": pytest.approx(25),
-    "generator_limited": True,
-}
-
-
-def figures_of(requests: np.ndarray) -> dict:
-    parts = [
-        load_generator.Measured(requests[::2], [0.4, 0.0], connections_opened=1),
-        load_generator.Measured(requests[1::2], [0.0, 0.2], connections_opened=2),
-    ]
-    measured = load_generator.Measured.together(parts)
-    return load_report.load_figures(measured, 100.0, 0.4, slo_ms=50.0, is_open_loop=True)
-
-
-def test_the_figures_of_an_open_loop_count_from_the_intended_send_and_say_whose_fault_it_was():
-    figures = figures_of(SCENE)
-    assert {name: figures[name] for name in EXPECTED} == EXPECTED
-
-
-def test_without_any_request_figures_are_unknown_and_the_summary_says_none():
-    figures = figures_of(SCENE[:0])
-    unknown = ("success_rate_percent", "slo_attainment_percent", "p99_latency_ms", "p99_service_ms",
-               "late_by_generator_percent")  # fmt: skip
-    assert {figures[name] for name in unknown} == {None}
-    assert (figures["qps"], figures["infinite_latency_percentiles"]) == (0, [])
-    rows = dict(load_report.summary_rows(figures, slo_ms=50.0))
-    assert (rows["Total requests"], "P90 latency" in rows) == ("0", False)
-
-
-def test_charts_can_be_drawn_of_a_single_request_and_of_failures(tmp_path):
-    for number, requests in enumerate((SCENE[:1], SCENE)):
-        paths = tmp_path / f"latency{number}.png", tmp_path / f"qps{number}.png"
-        load_report.draw_charts(*paths, requests, figures_of(requests), 100.0, 3.0)
-        assert all(path.stat().st_size > 5000 for path in paths)
-
-
-@pytest.mark.parametrize(
-    ("rank", "value"), [(0, 1.0), (25, 2.0), (50, 3.0), (50.1, INF), (75, INF), (100, INF)]
-)
-def test_a_percentile_is_infinite_as_soon_as_an_infinite_value_has_a_part_in_it(rank, value):
-    assert load_report.percentile([1.0, 2.0, 3.0, INF, INF], rank) == value
-    values = np.sort(np.random.default_rng(1).exponential(1.0, 137))
-    assert load_report.percentile(values, rank) == pytest.approx(np.percentile(values, rank))
-
-
-@pytest.mark.parametrize(("rank", "enough"), [(50, 10), (95, 100), (99, 500), (99.9, 5000)])
-def test_a_percentile_is_few_under_five_requests_beyond_it(rank, enough):
-    assert is_few(enough - 1, rank) and not is_few(enough, rank)
-
-
-@pytest.mark.parametrize(
-    ("late_percent", "busiest_percent", "said"),
-    [(None, 50.0, None), (0.9, 89.0, None), (None, 95.0, "used 95 % of a core"),
-     (2.0, 50.0, "2.0 % of the requests more than 1 ms late"),
-     (2.0, 95.0, "late and its busiest process")],
-)  # fmt: skip
-def test_the_generator_is_flagged_for_lateness_and_for_want_of_processor_time(
-    late_percent, busiest_percent, said
-):
-    limit = load_report.generator_limit(late_percent, busiest_percent)
-    assert limit is None if said is None else said in limit
-
-
-# --- the generator --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("rate", "duration", "offsets"),
-    [(10, 0.3, [0, 0.1, 0.2]), (10, 0.35, [0, 0.1, 0.2, 0.3]), (0.1, 1.0, [0])],
-)
-def test_constant_arrivals_are_evenly_spaced_from_the_start(rate, duration, offsets):
-    drawn = load_generator.arrival_offsets(rate, "constant", duration, seed=1)
-    assert list(drawn) == pytest.approx(offsets)
-
-
-def test_poisson_arrivals_have_exponential_gaps_of_the_asked_mean_and_follow_the_seed():
-    draw = load_generator.arrival_offsets
-    offsets = draw(1000, "poisson", 20, seed=7)
-    assert (offsets == draw(1000, "poisson", 20, seed=7)).all()
-    assert not np.isin(offsets, draw(1000, "poisson", 20, seed=8)).any()
-    gaps = np.diff(offsets)
-    assert offsets[0] > 0 and offsets[-1] < 20 and (gaps >= 0).all()
-    # 20,000 draws of one fixed seed: mean and standard deviation of an exponential are equal.
-    assert gaps.mean() == pytest.approx(1e-3, rel=0.03)
-    assert gaps.std() == pytest.approx(1e-3, rel=0.03)
-    # Each seed has a number of its own, whose variance is the mean too.
-    counts = [len(draw(100, "poisson", 1, seed)) for seed in range(1000)]
-    assert (
-        np.var(counts) == pytest.approx(np.mean(counts), rel=0.15) == pytest.approx(100, rel=0.15)
-    )
-
-
-def test_a_plan_is_split_without_losing_a_client_a_connection_or_a_send():
-    offsets = [0.0, 0.1, 0.2, 0.3, 0.4]
-    plan = load_generator.LoadPlan("http://x/predict", {}, [b""], 5, 9, 1.0, offsets=offsets)
-    parts = plan.split(2)
-    assert [(part.clients, part.connections) for part in parts] == [(3, 5), (2, 4)]
-    assert [part.offsets for part in parts] == [[0, 0.2, 0.4], [0.1, 0.3]]
-    assert len(plan.split(8)) == 5  # no process without a client
-
-
-@pytest.mark.parametrize(
-    ("clients", "rate", "cores", "processes"),
-    [(10, None, 16, 1), (64, None, 16, 4), (64, None, 4, 2), (500, None, 16, 8),
-     (10, 200.0, 16, 1), (10, 5000.0, 16, 5), (10, 5000.0, 1, 1)],
-)  # fmt: skip
-def test_processes_are_as_many_as_needed_and_leave_half_the_cores(
-    clients, rate, cores, processes, monkeypatch
-):
-    monkeypatch.setattr(load_generator, "usable_cores", lambda: cores)
-    assert load_generator.default_processes(clients, rate) == processes
-
-
-@pytest.mark.parametrize(
-    ("number", "kind"),
-    [(errno.ECONNREFUSED, "ConnectionRefusedError"), (errno.ECONNRESET, "ConnectionResetError"),
-     (errno.EPIPE, "BrokenPipeError"), (-2, "OSError"), (None, "OSError"),
-     (errno.EMFILE, None), (errno.ENFILE, None), (errno.EADDRNOTAVAIL, None)],
-)  # fmt: skip
-def test_a_failure_is_named_by_what_the_system_said_unless_this_machine_lacks_something(
-    number, kind
-):
-    error = OSError("x") if number is None else OSError(number, "x")
-    if kind is None:
-        with pytest.raises(UsageError, match="the load generator failed, not the server"):
-            load_generator.kind_of_failure(error)
-    else:
-        assert load_generator.kind_of_failure(error) == kind
-
-
-def test_timers_of_the_generator_wake_before_the_next_millisecond():
-    async def shortest_nap_seconds() -> float:
-        naps = []
-        for _ in range(50):
-            begin = time.monotonic()
-            await asyncio.sleep(0.0002)
-            naps.append(time.monotonic() - begin)
-        return min(naps)
-
-    loop = asyncio.SelectorEventLoop(load_generator.PunctualSelector())
-    # epoll alone would let each of them last a whole millisecond or more.
-    assert 0.0002 <= loop.run_until_complete(shortest_nap_seconds()) < 0.001
-    loop.close()

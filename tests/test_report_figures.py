@@ -1,32 +1,34 @@
-"""Services, percentiles, ramps and requirements in comparison.json: made-up runs of known truth."""
+"""Services, ramps, requirements and pairs in comparison.json: made-up runs of known truth."""
 
 from __future__ import annotations
+
+import itertools
+import random
 
 import pytest
 import synthetic_runs
 from made_up_reports import (
+    SHARING,
+    SLICING,
     change,
     compare,
     conclusion,
+    failed,
+    missed,
     mps,
     mps_limits,
+    ramp,
     section,
     session,
     slow,
     time_slicing,
 )
 
-from benchmarking.report import export
-
-NEW = "2026-06-01T00:00:00+00:00"
-SLICING, SHARING = [4.0, 4.02, 4.04, 4.02], [2.0, 2.01, 2.02, 2.01]
-
-
 # --- services and tails -------------------------------------------------------------------------
 
 
-def as_service(made: dict, mean_ms: float, missed: int) -> dict:
-    """Make the batch inference a service: 10 s windows, 200 answers a co-run."""
+def as_service(made: dict, mean_ms: float, late: int) -> dict:
+    """Make the batch inference a service: 10 s windows, 200 answers a co-run, `late` ones more."""
 
     def edit(record: dict) -> None:
         is_alone = record["phase"] == "baseline"
@@ -35,24 +37,20 @@ def as_service(made: dict, mean_ms: float, missed: int) -> dict:
         record["window_end_seconds"] = record["window_start_seconds"] + 10
         record["latency_ms"] = [ms] * 190 + [5 * ms] * 10
         record["units"] = {"request": {"count": 200, "seconds": 0.24 * ms, "latency": True}}
-        if missed and not is_alone:
-            failed = {"count": missed, "seconds": 0.0, "latency": False}
-            record["units"]["missed_request"] = failed
+        if late and not is_alone:
+            lost = {"count": late, "seconds": 0.0, "latency": False}
+            record["units"]["missed_request"] = lost
         record["figures"] = {"request_rate": 20.0, "slo_ms": 100.0}
 
     change(made, edit, record="client", workload="batch_inference")
     window = {record["co_run"]: record["window_start_seconds"] for record in made["records"]}
-    for record in made["records"]:
-        if record["record"] == "co_run":
-            record["window_end_seconds"] = window[record["co_run"]] + 10
-    return made
+    return change(made, lambda r: r.update(window_end_seconds=window[r["co_run"]] + 10),
+                  record="co_run")  # fmt: skip
 
 
 def test_a_service_is_judged_by_its_answers_in_which_missed_requests_count():
-    found = section(
-        as_service(time_slicing(SLICING), mean_ms=15.0, missed=0),
-        as_service(mps(SHARING), mean_ms=40.0, missed=50),
-    )
+    slicing = as_service(time_slicing(SLICING), mean_ms=15.0, late=0)
+    found = section(slicing, as_service(mps(SHARING), mean_ms=40.0, late=50))
     assert {group["throughput_clients"] for group in found["groups"]} == {3}
     one = conclusion(found, "Inference service")
     assert (one["figure"], one["best"], one["verdict"]) == ("median_ms", "time-slicing", "sure")
@@ -60,128 +58,195 @@ def test_a_service_is_judged_by_its_answers_in_which_missed_requests_count():
     assert (tail["percent"], tail["is_claim"], tail["verdict"]) == (99, False, None)
     assert [mode["estimate"] and mode["estimate"]["mean"] for mode in tail["modes"]] == [75.0, None]
     assert tail["modes"][1]["reason"] == "too many requests failed"
-    slicing, sharing = (group["client_rows"][1] for group in found["groups"])
-    assert slicing["service"]["goodput_per_second"] == pytest.approx(20.0)
-    assert (sharing["missed"], sharing["responses"]) == (200, 800)
+    alone, sharing = (group["client_rows"][1] for group in found["groups"])
+    assert alone["service"]["goodput_per_second"] == pytest.approx(20.0)
+    assert (sharing["missed"], sharing["responses"], sharing["p99_ms"]) == (200, 800, None)
     assert sharing["slo"]["percent"] == pytest.approx(100 * 760 / 1000)
-    assert sharing["p99_ms"] is None
-
-
-def test_most_requests_missed_leave_no_median_and_the_other_mode_is_not_called_better_for_sure():
-    found = section(
-        as_service(time_slicing(SLICING), mean_ms=15.0, missed=300),
-        as_service(mps(SHARING), mean_ms=40.0, missed=0),
-    )
-    one = conclusion(found, "Inference service")
-    assert one["best"] == "mps"
-    assert one["verdict"] == "cannot tell"
-
-
-@pytest.mark.parametrize(
-    ("rounds", "percent"), [(1, 95), (2, 95), (3, 99)]
-)  # 200 responses a round
-def test_a_percentile_stands_from_five_responses_beyond_it_on_of_all_rounds_together(
-    rounds, percent
-):
-    row = section(mps(SHARING[:rounds]))["groups"][0]["client_rows"][1]
-    assert row["tail_percent"] == percent
-    assert (row["p99_ms"] is not None) == (percent == 99)
-    assert row["tail_ms"]["mean"] == row["latency"][f"p{percent}"]
-    assert row["is_closed_loop"]
+    # Where most were missed there is no median, and the other mode is not better for sure.
+    worse = section(as_service(time_slicing(SLICING), mean_ms=15.0, late=300),
+                    as_service(mps(SHARING), mean_ms=40.0, late=0))  # fmt: skip
+    one = conclusion(worse, "Inference service")
+    assert (one["best"], one["verdict"]) == ("mps", "cannot tell")
 
 
 # --- ramps --------------------------------------------------------------------------------------
 
 
-def ramp(slowdowns: dict[int, list[float]], **more: object) -> dict:
-    return synthetic_runs.run("ramp", "mps", slowdowns, mix="training", **more)
-
-
-def failed(made: dict, co_run: str, status: str = "oom") -> dict:
-    change(made, lambda r: r.update(outcome="failed", reason="client 1 failed"), co_run=co_run,
-           record="co_run")  # fmt: skip
-    return change(made, lambda r: r.update(status=status), co_run=co_run, client=1)
-
-
 def test_a_ramp_says_how_many_fit_where_it_breaks_and_from_where_on_more_gain_nothing():
-    found = section(failed(ramp({1: [1.0], 2: [1.25], 4: [2.3], 8: [5.0]}), "training-8-r0"))
-    (one,) = found["ramps"]
-    assert (one["variant"], one["clients"]) == ("mps", [1, 2, 4, 8])
-    assert (one["fits"], one["breaking_point"]["clients"]) == (4, 8)
-    assert one["breaking_point"]["criterion"] == "oom"
-    assert one["sufficient_clients"] == 4
+    steps = {1: [1.0], 2: [1.25], 4: [2.3], 8: [5.0]}
+    (one,) = section(failed(ramp(steps), co_run="training-8-r0"))["ramps"]
+    assert (one["variant"], one["clients"], one["fits"]) == ("mps", [1, 2, 4, 8], 4)
+    point = one["breaking_point"]
+    assert (point["clients"], point["criterion"], one["sufficient_clients"]) == (8, "oom", 4)
     whole = section(ramp({1: [1.0], 2: [2.0], 4: [4.4]}))["ramps"][0]
     assert (whole["fits"], whole["breaking_point"]["clients"]) == (4, None)
     assert (whole["saturation_clients"], whole["sufficient_clients"]) == (4, 1)
+    assert section(synthetic_runs.run("mixed", "mps", {1: [1.0], 4: [2.0]}))["ramps"] == []
 
 
 def test_a_bound_is_held_against_a_counts_estimate_and_not_its_worst_client():
-    bounds = {"max_slowdown": 2.05}
-    lucky = ramp({1: [1.0], 2: [2.0, 2.0]}, bounds=bounds)
+    lucky = ramp({1: [1.0], 2: [2.0, 2.0]}, bounds={"max_slowdown": 2.05})
     slow(lucky, 1.04, co_run="training-2-r0", client=1)  # 2.08, 2.02 on average
-    (one,) = section(lucky)["ramps"]
-    assert (one["fits"], one["bounds"]) == (2, bounds)
+    assert section(lucky)["ramps"][0]["fits"] == 2
     slow(lucky, 1.1, co_run="training-2-r1")
     (one,) = section(lucky)["ramps"]
     assert (one["fits"], one["breaking_point"]["criterion"]) == (1, "slowdown")
 
 
 def test_a_count_that_failed_once_in_any_call_is_where_the_ramp_breaks():
-    first = failed(ramp({1: [1.0], 2: [1.5]}), "training-2-r0")
-    again = ramp({1: [1.0], 2: [1.5]}, created_at=NEW)
+    first = failed(ramp({1: [1.0], 2: [1.5]}), co_run="training-2-r0")
+    again = ramp({1: [1.0], 2: [1.5]}, created_at="2026-06-01T00:00:00+00:00")
     again["manifest"]["run_id"] = "again"
-    (one,) = section(first, again)["ramps"]
-    point = one["breaking_point"]
+    point = section(first, again)["ramps"][0]["breaking_point"]
     assert (point["clients"], point["broken_repeats"], point["judged_repeats"]) == (2, 1, 2)
-
-
-def test_one_and_four_clients_of_a_mixed_mix_are_no_ramp():
-    assert section(synthetic_runs.run("r", "mps", {1: [1.0], 4: [2.0]}))["ramps"] == []
-
-
-def test_one_client_under_mps_gives_its_mechanism_overhead_and_under_time_slicing_none():
-    for mode, known in (("mps", True), ("time-slicing", False)):
-        made = synthetic_runs.run("one", mode, {1: [1.04, 1.05, 1.06]}, mix="training")
-        found = section(made)["groups"][0]["mechanism_overhead_percent"]
-        assert (found is not None) == known
 
 
 # --- requirements -------------------------------------------------------------------------------
 
+EVEN = mps([2.0], "even", mps_limits=mps_limits("even"))
+HALF = mps([2.5], "half", mps_limits=mps_limits("50"))
+
 
 @pytest.mark.parametrize(
-    ("required", "missed_under"),
+    ("made", "required", "said"),
     [
-        ("mps:work>1.9", ["mps"]),
-        ("mps:even:work>1.9", []),
-        ("mps:50:work>1.9", ["nothing was measured"]),
-        ("mps:even:BERT fine-tuning:slowdown<1.9x", ["mps:even"]),
-        ("work>0.9", []),
-        ("slowdown<3", ["time-slicing"] * 4),
+        ((mps([2.5]), EVEN), "mps:work>1.9", ["under mps,"]),
+        ((mps([2.5]), EVEN), "mps:even:work>1.9", []),
+        ((mps([2.5]), EVEN), "mps:50:work>1.9", ["nothing was measured"]),
+        ((mps([2.5]), EVEN), "mps:even:BERT fine-tuning:slowdown<1.9x", ["under mps:even,"]),
+        ((mps([2.5]), EVEN), "work>0.9", []),
+        ((time_slicing([4.0]), EVEN), "slowdown<3", ["under time-slicing,"] * 4),
+        # Of a mode of which only variants ran, it speaks of all of them.
+        ((HALF, EVEN), "mps:work>1.9", ["under mps:50, mixed with 4 clients: work is 1.6"]),
+        (session([0.9] * 4, SHARING), "time-slicing:work>1", ["the baseline was disturbed"]),
+        ((failed(mps([2.0]), phase="co_run"),), "work>0.1", ["failed"]),
     ],
 )
-def test_a_requirement_speaks_of_the_variant_that_it_names(required, missed_under):
-    found = compare(
-        time_slicing([4.0]), mps([2.5]), mps([2.0], "even", mps_limits=mps_limits("even"))
-    )
-    missed = export.Requirement.parse(required).missed(found)
-    assert len(missed) == len(missed_under)
-    for sentence, part in zip(missed, missed_under, strict=True):
-        assert f"under {part}," in sentence or part in sentence
+def test_a_requirement_speaks_of_the_variant_that_it_names(made, required, said):
+    sentences = missed(required, compare(*made))
+    assert len(sentences) == len(said)
+    assert all(part in sentence for part, sentence in zip(said, sentences, strict=True))
 
 
-def test_a_requirement_on_a_mode_of_which_only_variants_ran_speaks_of_all_of_them():
-    found = compare(mps([2.5], "half", mps_limits=mps_limits("50")),
-                    mps([2.0], "even", mps_limits=mps_limits("even")))  # fmt: skip
-    (missed,) = export.Requirement.parse("mps:work>1.9").missed(found)
-    assert "under mps:50, mixed with 4 clients: work is 1.6" in missed
+# --- pairs: who harms whom ----------------------------------------------------------------------
+
+JOBS = ("resnet_training", "batch_inference", "bert_training")
+RESNET, INFERENCE, BERT = (synthetic_runs.JOBS[job][0] for job in JOBS)
+PAIRS = list(itertools.combinations_with_replacement(JOBS, 2))
 
 
-def test_figures_against_a_disturbed_baseline_and_of_a_count_that_failed_meet_nothing():
-    found = compare(*session([0.9] * 4, SHARING))
-    (missed,) = export.Requirement.parse("time-slicing:work>1").missed(found)
-    assert missed.endswith("invalid: the baseline was disturbed")
-    broken = mps([2.0])
-    change(broken, lambda r: r.update(outcome="failed"), phase="co_run", record="co_run")
-    (missed,) = export.Requirement.parse("work>0.1").missed(compare(broken))
-    assert missed.endswith("failed")
+def slowdown(job: str, neighbor: str) -> float:
+    """1.5 to 2.5 next to anything; the inference job 8 times next to BERT."""
+    if (job, neighbor) == ("batch_inference", "bert_training"):
+        return 8.0
+    return 1.5 + 0.5 * JOBS.index(neighbor)
+
+
+def add_two(made: dict, name: str, mode: str, repeat: int, jobs: dict[str, float] | list) -> list:
+    """Add a co-run of two clients, each slowed so, to a made-up run; returns its clients."""
+    members = [
+        synthetic_runs.client_record(
+            job, slower, phase="co_run", co_run=name, start=3000.0, rng=random.Random(1),
+            mode=mode, clients=2, client=number, repeat=repeat,
+        )
+        for number, (job, slower) in enumerate(jobs)
+    ]  # fmt: skip
+    record = synthetic_runs.co_run_record(name, members, mode, "co_run", repeat, gpu=True)
+    made["records"] += [*members, record]
+    return members
+
+
+def plan(made: dict, name: str, members: list[dict]) -> None:
+    clients = [{"label": member["label"], "job_key": member["job_key"]} for member in members]
+    made["manifest"]["plan"]["co_runs"].append({"co_run": name, "clients": clients})
+
+
+def pairs_run(run_id: str = "pairs", mode: str = "mps", repeats: int = 1, **more: object) -> dict:
+    """Each job alone, then each pair `repeats` times."""
+    made = synthetic_runs.run(run_id, mode, {}, is_pairs=True, **more)
+    made["manifest"]["mix"] = "pairs"
+    for (one, other), repeat in itertools.product(PAIRS, range(repeats)):
+        name = f"pairs-{one}-{other}-r{repeat}"
+        jobs = [(one, slowdown(one, other)), (other, slowdown(other, one))]
+        plan(made, name, add_two(made, name, mode, repeat, jobs))
+    return made
+
+
+def cell(matrix: dict, job: str, neighbor: str) -> dict:
+    (found,) = [one for one in matrix["cells"] if (one["job"], one["beside"]) == (job, neighbor)]
+    return found
+
+
+def test_pairs_are_no_row_of_the_scorecard_and_stand_next_to_other_mixes():
+    half = pairs_run("half", mps_limits=mps_limits("50"))
+    found = section(pairs_run(), half, time_slicing([4.0]))
+    assert [group["mix"] for group in found["groups"]] == ["mixed"]
+    assert {one["mix"] for one in found["conclusions"]} == {"mixed"}
+    matrix, of_half = found["interference"]
+    assert (matrix["variant"], of_half["variant"]) == ("mps", "mps:50")
+    assert (len(matrix["cells"]), matrix["latency_jobs"]) == (9, [INFERENCE])
+    assert cell(matrix, RESNET, BERT)["slowdown"]["mean"] == pytest.approx(2.5)
+    assert cell(matrix, INFERENCE, BERT)["slowdown"]["mean"] == pytest.approx(8.0)
+    assert cell(matrix, INFERENCE, BERT)["tail_slowdown"] is None  # 200 responses
+
+
+def test_a_failed_pair_and_one_that_never_ran_are_said_and_are_no_zero():
+    run = failed(pairs_run(), co_run="pairs-batch_inference-bert_training-r0")
+    lost = "pairs-bert_training-bert_training-r0"
+    run["records"] = [record for record in run["records"] if record.get("co_run") != lost]
+    (matrix,) = section(run)["interference"]
+    assert cell(matrix, INFERENCE, BERT)["outcome"] == "failed"
+    missing = cell(matrix, BERT, BERT)
+    assert (missing["outcome"], missing["slowdown"]) == ("not measured", None)
+
+
+def test_the_neighbor_that_a_pair_convicts_is_named_as_the_cause_in_a_larger_mix():
+    mixed = synthetic_runs.run("mixed", "mps", {3: [3.0, 3.0, 3.0]}, baseline_run_id="pairs")
+    mixed["records"] = [record for record in mixed["records"] if record["phase"] == "co_run"]
+
+    def rename(record: dict) -> None:
+        job = JOBS[record["client"]]
+        label, kind, seconds = synthetic_runs.JOBS[job][:3]
+        record |= {"workload": job, "job_key": job, "label": label}
+        unit = record["units"].popitem()[1]
+        felt = 5.0 if job == "batch_inference" else 2.0
+        record["units"][kind] = unit | {"count": unit["seconds"] / (felt * seconds)}
+
+    change(mixed, rename, record="client")
+    (worst,) = [one for one in section(pairs_run(), mixed)["worst_slowdowns"]
+                if one["mix"] == "mixed"]  # fmt: skip
+    assert (worst["label"], worst["caused_by"], worst["source"]) == (INFERENCE, BERT, "pairs")
+
+
+# --- noisy neighbors ----------------------------------------------------------------------------
+
+
+def noisy_run(mode: str, felt: dict[float, float]) -> dict:
+    """The inference job next to an antagonist at each duty, slowed so."""
+    made = synthetic_runs.run(f"noisy-{mode}", mode, {}, is_pairs=True)
+    made["manifest"]["mix"] = "noisy"
+    for duty, slower in felt.items():
+        name = f"noisy-{duty}-r0"
+        jobs = [("batch_inference", slower), ("resnet_training", 1.0)]
+        members = add_two(made, name, mode, 0, jobs)
+        key = f"antagonist --kind hbm --duty {duty}"
+        members[1] |= {"workload": "antagonist", "label": "Antagonist", "job_key": key}
+        plan(made, name, members)
+    return made
+
+
+def test_the_duty_from_which_a_slice_is_better_is_interpolated():
+    slicing = noisy_run("time-slicing", {0.25: 1.5, 0.5: 2.0, 1.0: 4.0})
+    sharing = noisy_run("mps", {0.5: 1.2, 1.0: 1.4})
+    (found,) = section(slicing, sharing, noisy_run("mig", {1.0: 2.5}))["noisy"]
+    assert (found["label"], found["kind"]) == (INFERENCE, "hbm")
+    points = {(one["variant"], one["duty"]): one["slowdown"]["mean"] for one in found["points"]}
+    assert points["time-slicing", 0.25] == pytest.approx(1.5)
+    by_mode = {one["variant"]: one for one in found["break_even"]}
+    assert by_mode["time-slicing"]["duty"] == pytest.approx(0.625)  # 2 at 0.5, 4 at 1
+    assert by_mode["mps"]["duty"] is None
+    assert by_mode["mps"]["reason"] == "a slice is never better up to duty 1"
+    # Without MIG nothing is said, and no mode is concluded on.
+    alone = section(noisy_run("time-slicing", {1.0: 4.0}))
+    assert alone["noisy"][0]["break_even"][0]["reason"] == "not measured: no MIG"
+    assert alone["conclusions"] == alone["pair_choices"] == alone["interference"] == []

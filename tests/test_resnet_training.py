@@ -1,38 +1,34 @@
-"""ResNet50 training: data, augmentation, result file, saved model, client contract."""
+"""ResNet50 training: data, augmentation, result file, saved model, the step.
+
+Folders of one's own: test_training_data.py; flags and the held client: test_client_contract.py.
+"""
 
 from __future__ import annotations
 
 import http.server
-import json
 import pickle
-import sys
 import tarfile
 import threading
 from collections import Counter
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
-from held_client import HeldClient
+import workload_script
 from no_sync import forbid_host_reads
 from PIL import Image
-from workload_script import assert_refused, result_reader, runner_of
+from test_client_contract import RESNET as SCRIPT
+from test_client_contract import TINY_RESNET as TINY
+from workload_script import only_result, run_script
 
 from workloads.common import client
 from workloads.common.errors import DivergedError
 from workloads.training import image_batches, images, resnet_training
 from workloads.training.resnet_training import learning_rates
-
-SCRIPT = "workloads/training/resnet_training.py"
-run_script = runner_of(SCRIPT)
-only_result = result_reader(SCRIPT)
-TINY = (
-    "--dataset", "synthetic", "--train-samples", "24", "--batch-size", "16", "--stem", "imagenet",
-    "--lr", "0.01", "--device", "cpu",
-)  # fmt: skip
 
 
 def write_image_folder(root: Path, size: int, per_class: int, test_name: str = "test") -> Path:
@@ -60,11 +56,16 @@ def cache(tmp_path, monkeypatch) -> Path:
 class OneLayer(torch.nn.Module):
     """In ResNet50's place, where what is tested is the way to it and around it."""
 
+    # How it was called: whether in training, with how many images.
+    seen: ClassVar[Counter] = Counter()
+
     def __init__(self, classes: int, stem: str) -> None:
         super().__init__()
         self.layer = torch.nn.Linear(3, classes)
+        self.seen.clear()
 
     def forward(self, pixels):
+        self.seen[self.training, len(pixels)] += 1
         return self.layer(pixels.mean(dim=(2, 3)))
 
 
@@ -76,107 +77,79 @@ def run_one_layer(monkeypatch, here):
     return lambda *arguments: here.run(main, *arguments)
 
 
+def loaded(monkeypatch, *flags: object) -> resnet_training.ResNetTraining:
+    kind, parse = resnet_training.ResNetTraining, resnet_training.parse_arguments
+    return workload_script.loaded(monkeypatch, kind, parse, *flags)
+
+
+def cpu_device() -> SimpleNamespace:
+    return SimpleNamespace(torch_device=torch.device("cpu"), is_cuda=False, engine="eager")
+
+
+# --- by hand --------------------------------------------------------------------------------------
+
+
 def test_a_run_by_hand_writes_every_figure_and_a_model_that_loads_back_as_accurate(
     tmp_path, cache, here
 ):
     data = write_image_folder(tmp_path / "images", size=32, per_class=4)
-    shared = (
-        "--dataset", "folder", "--data-dir", str(data), "--stem", "imagenet", "--batch-size", "8",
-        "--device", "cpu", "--lr", "0.01",
-    )  # fmt: skip
-    trained = run_script(*shared, "--epochs", "2", "--save-model", "--results-dir", str(tmp_path))
+    shared = ("--dataset", "folder", "--data-dir", data, "--batch-size", "8", "--device", "cpu",
+              "--lr", "0.01")  # fmt: skip
+    small = ("--stem", "imagenet")
+    trained = here.run(SCRIPT, *shared, *small, "--epochs", "2", "--save-model", "--results-dir",
+                       tmp_path)  # fmt: skip
     assert trained.returncode == 0, trained.stderr
-    result = only_result(tmp_path)
+    result = only_result(SCRIPT, tmp_path)
     figures = result["figures"]
     assert [e["epoch"] for e in figures["epochs"]] == [1, 2]
-    for epoch in figures["epochs"]:
-        assert epoch.keys() >= {
-            "train_loss", "train_accuracy_percent", "test_loss", "test_accuracy_percent",
-            "epoch_seconds", "test_seconds",
-        }  # fmt: skip
-        assert epoch["train_loss"] > 0 and epoch["epoch_seconds"] > 0
+    names = ("train_loss", "train_accuracy_percent", "test_loss", "test_accuracy_percent",
+             "epoch_seconds", "test_seconds")  # fmt: skip
+    assert all(epoch[name] >= 0 for epoch in figures["epochs"] for name in names)
     assert figures["samples_per_second"] == pytest.approx(
         2 * 12 / sum(e["epoch_seconds"] for e in figures["epochs"])
     )
     assert result["settings"]["data_placement"] == "resident"
     assert result["identity"]["engine"] == "eager"
     assert result["environment"]["versions"]["torch"]
-
     (model,) = tmp_path.glob("resnet50_imagenet_*.pt")
-    evaluate = (*shared, "--evaluate", str(model))
-    tested = here.run(SCRIPT, *evaluate, "--results-dir", str(tmp_path / "again"))
+    tested = here.run(SCRIPT, *shared, *small, "--evaluate", model, "--results-dir",
+                      tmp_path / "again")  # fmt: skip
     assert tested.returncode == 0, tested.stderr
-    again = only_result(tmp_path / "again")["figures"]
+    again = only_result(SCRIPT, tmp_path / "again")["figures"]
     assert again["final_test_loss"] == pytest.approx(figures["final_test_loss"], rel=1e-5)
     assert again["final_test_accuracy_percent"] == figures["final_test_accuracy_percent"]
-    wrong_stem = here.run(SCRIPT, *shared[:4], "--device", "cpu", "--evaluate", str(model))
-    assert wrong_stem.returncode == 2
-    assert "same stem" in wrong_stem.stderr
+    wrong_stem = here.run(SCRIPT, *shared, "--evaluate", model)
+    assert (wrong_stem.returncode, "same stem" in wrong_stem.stderr) == (2, True)
 
 
 def test_synthetic_images_are_announced_and_claim_no_accuracy(tmp_path, monkeypatch, run_one_layer):
     from torchvision.datasets import CIFAR10
 
     monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/none.tar.gz")
-    done = run_one_layer(
-        "--device", "cpu", "--train-samples", "16", "--batch-size", "16", "--stem", "imagenet",
-        "--epochs", "1", "--data-dir", str(tmp_path / "none"), "--results-dir", str(tmp_path),
-    )  # fmt: skip
+    done = run_one_layer(*TINY[2:], "--epochs", "1", "--data-dir", tmp_path / "none",
+                         "--results-dir", tmp_path)  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "SYNTHETIC" in done.stderr
-    result = only_result(tmp_path)
+    assert "SYNTHETIC" in done.stderr and "not claimed" in done.stdout
+    result = only_result(SCRIPT, tmp_path)
     assert result["settings"]["dataset"] == "synthetic"
     assert result["figures"]["final_test_accuracy_percent"] is None
-    assert "not claimed" in done.stdout
     assert not (tmp_path / "none").exists()
 
 
 def test_larger_images_are_streamed_resized_and_val_stands_for_test(tmp_path, run_one_layer):
     data = write_image_folder(tmp_path / "images", size=48, per_class=3, test_name="val")
     done = run_one_layer(
-        "--dataset", "folder", "--data-dir", str(data), "--stem", "imagenet", "--batch-size", "4",
+        "--dataset", "folder", "--data-dir", data, "--stem", "imagenet", "--batch-size", "4",
         "--image-size", "64", "--epochs", "1", "--lr", "0.01", "--device", "cpu",
-        "--loader-workers", "1", "--results-dir", str(tmp_path),
+        "--loader-workers", "1", "--results-dir", tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    settings = only_result(tmp_path)["settings"]
-    assert settings["data_placement"] == "streamed"
-    assert settings["image_size"] == 64
+    settings = only_result(SCRIPT, tmp_path)["settings"]
+    assert (settings["data_placement"], settings["image_size"]) == ("streamed", 64)
     assert settings["train_samples"] == settings["test_samples"] == 9
 
 
-def test_a_held_client_repeats_its_job_from_the_same_state_until_stopped(tmp_path):
-    with HeldClient(tmp_path, SCRIPT, *TINY, "--epochs", "1") as held:
-        identity = held.start_working()
-        jobs = held.wait_for("job", count=2)
-        held.process.stdin.close()  # as when the launcher dies, which is a stop
-        assert held.exit_code() == 0
-        assert identity["device"] == "cpu" and identity["pid"] == held.process.pid
-        assert jobs[0]["index"] == 0 and jobs[1]["index"] == 1
-        first, second = (job["figures"]["epochs"][0] for job in jobs)
-        assert first["train_loss"] == pytest.approx(second["train_loss"], rel=1e-5)
-        units = held.events("units")
-        assert {u["kind"] for u in units} >= {"train_step", "train_step_partial", "test_step"}
-        steps = [
-            (start, start + duration)
-            for u in units
-            for start, duration in zip(u["start_seconds"], u["duration_seconds"], strict=True)
-        ]
-        in_first_job = [
-            step
-            for step in steps
-            if step[0] >= jobs[0]["start_seconds"] and step[1] <= jobs[0]["end_seconds"] + 1e-5
-        ]
-        assert len(in_first_job) == 3
-        assert [e["event"] for e in held.events() if e["event"] != "units"][-1] == "done"
-
-
-def test_resolve_names_the_data_that_clients_use_without_downloading(tmp_path, cache, here):
-    data = write_image_folder(tmp_path / "images", size=32, per_class=2)
-    done = here.run(SCRIPT, "--resolve", "--data-dir", str(data))
-    answer = json.loads(done.stdout)
-    assert answer["arguments"] == ["--dataset", "folder", "--data-dir", str(data)]
-    assert answer["environment"]["host_cores"] >= 1
+# --- data -----------------------------------------------------------------------------------------
 
 
 def test_folders_of_small_images_are_decoded_once_and_then_mapped(tmp_path, cache, capsys):
@@ -189,14 +162,6 @@ def test_folders_of_small_images_are_decoded_once_and_then_mapped(tmp_path, cach
     with Image.open(data / "train" / "dog" / "001.png") as image:
         np.testing.assert_array_equal(second.train.images[5], np.asarray(image).transpose(2, 0, 1))
     assert second.train.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
-
-
-def test_a_limited_dataset_keeps_the_ratio_of_its_splits_and_repeats_itself():
-    whole = images.synthetic_dataset(1, train_samples=100, test_samples=20)
-    limited = whole.limited(50, None, seed=7)
-    again = whole.limited(50, None, seed=7)
-    assert (len(limited.train), len(limited.test)) == (50, 10)
-    np.testing.assert_array_equal(limited.train.images, again.train.images)
 
 
 def make_cifar_archive(folder: Path) -> None:
@@ -256,10 +221,6 @@ def test_cifar10_is_downloaded_once_and_then_found_locally(tmp_path, cifar_serve
     np.testing.assert_array_equal(first.train.images, again.train.images)
 
 
-def cpu_device() -> SimpleNamespace:
-    return SimpleNamespace(torch_device=torch.device("cpu"), is_cuda=False, engine="eager")
-
-
 def test_crop_and_flip_is_a_window_of_the_black_padded_image():
     pixels = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8)
     shift = torch.tensor([[0, 0], [8, 8], [4, 4], [2, 7], [4, 4]])
@@ -272,35 +233,35 @@ def test_crop_and_flip_is_a_window_of_the_black_padded_image():
         np.testing.assert_array_equal(cropped[i].numpy(), expected)
 
 
-def test_resident_and_streamed_images_give_the_same_batches():
+def streamed(
+    split: images.Split, size: int, batch_size: int, augments: bool = True
+) -> image_batches.StreamedBatches:
+    return image_batches.StreamedBatches(
+        cpu_device(), split, size, augments, 5, batch_size=batch_size, workers=2
+    )
+
+
+def test_resident_and_streamed_images_give_the_same_batches_every_image_once_an_epoch():
     split = images.synthetic_dataset(3, train_samples=10, test_samples=4).train
     resident = image_batches.ImageBatches(cpu_device(), split, 32, True, seed=5, batch_size=4)
-    streamed = image_batches.StreamedBatches(
-        cpu_device(), split, 32, True, 5, batch_size=4, workers=2
-    )
+    other = streamed(split, 32, batch_size=4)
+    orders = []
     for _ in range(2):
         resident.start_epoch()
-        streamed.start_epoch()
+        other.start_epoch()
+        orders.append(resident.order.tolist())
         for count in (4, 4, 2):
-            streamed.feed(count)
-            expected, labels = resident.take(count)
-            pixels, streamed_labels = streamed.take(count)
-            torch.testing.assert_close(pixels, expected)
-            torch.testing.assert_close(streamed_labels, labels)
+            other.feed(count)
+            for mine, theirs in zip(other.take(count), resident.take(count), strict=True):
+                torch.testing.assert_close(mine, theirs)
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(10))
+    assert orders[0] != orders[1]
+    resident.restart()
+    resident.start_epoch()
+    assert resident.order.tolist() == orders[0]
 
 
-def test_an_epoch_shows_every_image_once_and_a_restart_repeats_the_order():
-    split = images.synthetic_dataset(3, train_samples=10, test_samples=4).train
-    batches = image_batches.ImageBatches(cpu_device(), split, 32, True, seed=5, batch_size=4)
-    batches.start_epoch()
-    first = batches.order.tolist()
-    batches.start_epoch()
-    second = batches.order.tolist()
-    batches.restart()
-    batches.start_epoch()
-    assert sorted(first) == sorted(second) == list(range(10))
-    assert first != second
-    assert batches.order.tolist() == first
+# --- the step -------------------------------------------------------------------------------------
 
 
 def test_the_learning_rate_rises_to_its_height_and_falls_to_zero():
@@ -312,11 +273,70 @@ def test_the_learning_rate_rises_to_its_height_and_falls_to_zero():
     assert learning_rates(0.1, 1) == [0.1]
 
 
-def loaded(monkeypatch, *flags: str) -> resnet_training.ResNetTraining:
-    monkeypatch.setattr(sys, "argv", [SCRIPT, *flags])
-    workload = resnet_training.ResNetTraining(resnet_training.parse_arguments())
-    workload.load()
-    return workload
+@pytest.fixture
+def one_layer(monkeypatch) -> Counter:
+    """A network of one layer; returns how it is called."""
+    monkeypatch.setattr(resnet_training, "build_resnet50", OneLayer)
+    return OneLayer.seen
+
+
+def test_the_warm_up_has_gone_through_every_path_of_the_job(
+    monkeypatch, tmp_path, cache, one_layer
+):
+    data = write_image_folder(tmp_path / "images", size=32, per_class=7)
+    flags = ("--dataset", "folder", "--data-dir", str(data), "--batch-size", "8", "--epochs", "2")
+    monkeypatch.setattr(resnet_training, "TEST_BATCH_SIZE", 9)
+    workload = loaded(monkeypatch, *flags, "--device", "cpu", "--lr", "0.01")
+    workload.warm_up()
+    warmed = set(one_layer)
+    assert warmed == {(True, 8), (True, 5), (False, 9), (False, 3)}
+    weights = [parameter.clone() for parameter in workload.model.parameters()]
+    recorder = client.Recorder()
+    first = workload.run_job(recorder)
+    assert set(one_layer) == warmed
+    workload.reset()
+    for parameter, begun_with in zip(workload.model.parameters(), weights, strict=True):
+        assert parameter.equal(begun_with)
+    again = workload.run_job(recorder)
+    assert again["final_train_loss"] == pytest.approx(first["final_train_loss"], rel=1e-6)
+
+
+def test_a_mean_loss_that_blows_up_is_a_warning_and_one_that_is_no_number_an_error(
+    monkeypatch, one_layer
+):
+    workload = loaded(monkeypatch, *TINY, "--epochs", "1")
+    workload.warm_up()
+    for loss_sum, warnings in ((24 * 5000.0, 0), (24 * 50_000.0, 1)):
+        workload.totals.loss_sum.fill_(loss_sum)
+        workload.check_unfinished()
+        assert len(workload.warnings) == warnings
+    assert workload.warnings[0].startswith("the learning rate is too high for 24 images: the loss")
+    assert workload.warnings[0].endswith("try --lr 0.001")
+    workload.totals.loss_sum.fill_(float("nan"))
+    with pytest.raises(DivergedError, match="became nan"):
+        workload.check_unfinished()
+
+
+def test_another_client_takes_the_same_images_in_another_order(monkeypatch, one_layer):
+    orders, settings = [], []
+    for index in ("0", "0", "1"):
+        workload = loaded(monkeypatch, *TINY, "--client-index", index)
+        workload.train_batches.start_epoch()
+        orders.append(workload.train_batches.order.tolist())
+        settings.append(workload.settings())
+    assert orders[0] == orders[1] != orders[2]
+    assert sorted(orders[0]) == sorted(orders[2])
+    assert settings[0] == settings[1] == settings[2]
+
+
+def test_no_step_makes_the_host_wait_since_that_could_not_be_captured(monkeypatch):
+    workload = loaded(monkeypatch, *TINY, "--train-samples", "16", "--epochs", "1")
+    workload.warm_up()
+    with forbid_host_reads():
+        workload.train.full_step()
+        workload.test.full_step()
+    assert workload.step_index.item() == 1
+    assert workload.totals.loss_sum.item() > 0
 
 
 @pytest.mark.gpu
@@ -347,124 +367,9 @@ def test_ten_captured_steps_learn_what_ten_eager_steps_learn(monkeypatch, precis
 def test_streamed_images_feed_a_captured_step(tmp_path):
     data = write_image_folder(tmp_path / "images", size=48, per_class=8)
     done = run_script(
-        "--dataset", "folder", "--data-dir", str(data), "--stem", "imagenet", "--batch-size", "8",
-        "--image-size", "64", "--epochs", "2", "--lr", "0.01", "--engine", "graph",
-        "--loader-workers", "2", "--results-dir", str(tmp_path),
+        SCRIPT, "--dataset", "folder", "--data-dir", data, "--stem", "imagenet", "--batch-size",
+        "8", "--image-size", "64", "--epochs", "2", "--lr", "0.01", "--engine", "graph",
+        "--loader-workers", "2", "--results-dir", tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert only_result(tmp_path)["settings"]["data_placement"] == "streamed"
-
-
-def count_paths(monkeypatch) -> Counter:
-    """Put a network of one layer in ResNet50's place that counts how it is called."""
-    seen: Counter = Counter()
-
-    class Counted(OneLayer):
-        def forward(self, pixels):
-            seen[self.training, len(pixels)] += 1
-            return super().forward(pixels)
-
-    monkeypatch.setattr(resnet_training, "build_resnet50", Counted)
-    return seen
-
-
-def test_the_warm_up_has_gone_through_every_path_of_the_job(monkeypatch, tmp_path, cache):
-    seen = count_paths(monkeypatch)
-    data = write_image_folder(tmp_path / "images", size=32, per_class=7)
-    flags = ("--dataset", "folder", "--data-dir", str(data), "--batch-size", "8", "--epochs", "2")
-    monkeypatch.setattr(resnet_training, "TEST_BATCH_SIZE", 9)
-    workload = loaded(monkeypatch, *flags, "--device", "cpu", "--lr", "0.01")
-    drawn, taken = [], []
-    for batches in (workload.train_batches, workload.test_batches):
-        start = batches.start_epoch
-        monkeypatch.setattr(batches, "start_epoch", lambda n=0, s=start: (drawn.append(n), s(n)))
-    take = workload.totals.take
-    monkeypatch.setattr(workload.totals, "take", lambda n: (taken.append(n), take(n))[1])
-    workload.warm_up()
-    warmed = set(seen)
-    assert warmed == {(True, 8), (True, 5), (False, 9), (False, 3)}
-    assert len(drawn) == 2 and taken == [21, 21]
-    weights = [parameter.clone() for parameter in workload.model.parameters()]
-    recorder = client.Recorder()
-    first = workload.run_job(recorder)
-    assert set(seen) == warmed
-    workload.reset()
-    for parameter, begun_with in zip(workload.model.parameters(), weights, strict=True):
-        assert parameter.equal(begun_with)
-    again = workload.run_job(recorder)
-    assert again["final_train_loss"] == pytest.approx(first["final_train_loss"], rel=1e-6)
-
-
-def test_a_mean_loss_that_blows_up_is_a_warning_and_one_that_is_no_number_an_error(monkeypatch):
-    count_paths(monkeypatch)
-    workload = loaded(monkeypatch, *TINY, "--epochs", "1")
-    workload.warm_up()
-    for loss_sum, warnings in ((24 * 5000.0, 0), (24 * 50_000.0, 1)):
-        workload.totals.loss_sum.fill_(loss_sum)
-        workload.check_unfinished()
-        assert len(workload.warnings) == warnings
-    assert workload.warnings[0].startswith("the learning rate is too high for 24 images: the loss")
-    assert workload.warnings[0].endswith("try --lr 0.001")
-    workload.totals.loss_sum.fill_(float("nan"))
-    with pytest.raises(DivergedError, match="became nan"):
-        workload.check_unfinished()
-
-
-def test_another_client_takes_the_same_images_in_another_order(monkeypatch):
-    count_paths(monkeypatch)
-    orders, settings = [], []
-    for index in ("0", "0", "1"):
-        workload = loaded(monkeypatch, *TINY, "--client-index", index)
-        workload.train_batches.start_epoch()
-        orders.append(workload.train_batches.order.tolist())
-        settings.append(workload.settings())
-    assert orders[0] == orders[1] != orders[2]
-    assert sorted(orders[0]) == sorted(orders[2])
-    assert settings[0] == settings[1] == settings[2]
-
-
-def test_no_step_makes_the_host_wait_since_that_could_not_be_captured(monkeypatch):
-    workload = loaded(monkeypatch, *TINY, "--train-samples", "16", "--epochs", "1")
-    workload.warm_up()
-    with forbid_host_reads():
-        workload.train.full_step()
-        workload.test.full_step()
-    assert workload.step_index.item() == 1
-    assert workload.totals.loss_sum.item() > 0
-
-
-def test_streamed_crops_are_the_same_again_after_a_restart(tmp_path):
-    data = write_image_folder(tmp_path / "images", size=48, per_class=2)
-    split = images.load_dataset("folder", data, 40, 0, no_warning).train
-    batches = image_batches.StreamedBatches(
-        cpu_device(), split, 40, True, 5, batch_size=6, workers=2
-    )
-
-    def epoch() -> torch.Tensor:
-        batches.start_epoch()
-        batches.feed(6)
-        return batches.take(6)[0]
-
-    first, second = epoch(), epoch()
-    batches.restart()
-    torch.testing.assert_close(epoch(), first, rtol=0, atol=0)
-    assert not torch.equal(first, second)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "code", "fix"),
-    [
-        (("--batch-size", "0"), 2, "1 or more"),
-        (("--epochs", "-1"), 2, "1 or more"),
-        (("--lr", "nan"), 2, "above 0"),
-        (("--dataset", "folder", "--data-dir", "/nowhere"), 2, "--data-dir"),
-        (("--evaluate", "/nowhere.pt"), 2, "--save-model"),
-        (("--precision", "tf32"), 2, "fp32"),
-        (("--results-dir", "/proc/nowhere"), 2, "--results-dir"),
-        (("--seed", "99999999999999999999999"), 2, "2^63"),
-        (("--gpu", "99", "--device", "auto"), 3, "--gpu"),
-        (("--train-samples", "17"), 2, "--batch-size"),
-    ],
-)
-def test_what_cannot_work_is_one_sentence_and_its_code(here, arguments, code, fix):
-    assert_refused(here.run(SCRIPT, *TINY, *arguments), fix, code)
+    assert only_result(SCRIPT, tmp_path)["settings"]["data_placement"] == "streamed"

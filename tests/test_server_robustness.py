@@ -14,11 +14,11 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 
+import psutil
 import pytest
 import requests
 from hostile_requests import png_chunk, png_of
 from PIL import Image
-from server_clients import ClosedLoop
 from server_figures import figures_of
 from server_process import ServerProcess, jpeg, running
 from waiting import is_running, wait_until
@@ -30,6 +30,13 @@ BODY_BYTES = 15 << 20
 @pytest.fixture
 def server(tmp_path) -> Iterator[ServerProcess]:
     with running(tmp_path, "--request-seconds", "3") as process:
+        yield process
+
+
+@pytest.fixture(scope="module")
+def patient_server(tmp_path_factory) -> Iterator[ServerProcess]:
+    """One that waits long: what it refuses, it does for the processor time or the memory."""
+    with running(tmp_path_factory.mktemp("patient"), "--request-seconds", "60") as process:
         yield process
 
 
@@ -65,13 +72,26 @@ class Dripping:
             connection.close()
 
 
-def latencies(server: ServerProcess, requests_: int) -> list[float]:
-    content, seconds = jpeg(), []
+def worst_seconds(server: ServerProcess, requests_: int) -> float:
+    """The longest that one of so many good requests took."""
+    content, longest = jpeg(), 0.0
     for _ in range(requests_):
         begin = time.monotonic()
         assert server.predict(content).status_code == 200
-        seconds.append(time.monotonic() - begin)
-    return seconds
+        longest = max(longest, time.monotonic() - begin)
+    return longest
+
+
+def resident_mib(server: ServerProcess) -> float:
+    return figures_of(server.process.pid).resident_mib
+
+
+def result_of(server: ServerProcess) -> dict:
+    (path,) = server.results.glob("inference_server_*.json")
+    return json.loads(path.read_text())
+
+
+# --- slow, silent and greedy clients --------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -86,7 +106,7 @@ def test_fifty_slow_senders_are_cut_at_their_deadline_while_others_are_served(
 ):
     begin = time.monotonic()
     with Dripping(server, 50, start, drop) as senders:
-        assert max(latencies(server, 20)) < 2.0
+        assert worst_seconds(server, 20) < 2.0
         received = senders.connections[0].makefile("rb").read()
         assert received.startswith(answer)
         if answer:
@@ -101,7 +121,7 @@ def test_two_hundred_silent_connections_hold_nobody_off(tmp_path):
     ):
         silent = [stack.enter_context(connect(server)) for _ in range(200)]
         # Those that hold a connection and say nothing make room after a second, in two turns.
-        assert max(latencies(server, 10)) < 6.0
+        assert worst_seconds(server, 10) < 6.0
         assert silent[0].recv(1) == b""
 
 
@@ -135,7 +155,7 @@ def test_who_never_reads_his_answers_is_cut(server):
         with suppress(OSError):
             while True:
                 greedy.sendall(b"GET /stats HTTP/1.1\r\n\r\n" * 1000)
-        assert max(latencies(server, 5)) < 2.0
+        assert worst_seconds(server, 5) < 10.0
 
         def is_cut() -> bool:
             try:
@@ -146,12 +166,12 @@ def test_who_never_reads_his_answers_is_cut(server):
                 return True
             return False
 
-        wait_until(is_cut, "the end of the connection", seconds=20.0)
+        wait_until(is_cut, "the end of the connection")
 
 
 def test_forty_unfinished_bodies_of_fifteen_mebibytes_take_bounded_memory(tmp_path):
     with running(tmp_path, "--request-seconds", "20") as server, ExitStack() as stack:
-        before = figures_of(server.process.pid).resident_mib
+        before = resident_mib(server)
         connections = [stack.enter_context(connect(server)) for _ in range(40)]
         piece = bytes(1 << 20)
         statuses = []
@@ -160,14 +180,27 @@ def test_forty_unfinished_bodies_of_fifteen_mebibytes_take_bounded_memory(tmp_pa
                 connection.sendall(HEAD % BODY_BYTES)
                 for _ in range(14):
                     connection.sendall(piece)
-        assert max(latencies(server, 5)) < 5.0
+        assert worst_seconds(server, 5) < 5.0
         # Both workers may hold 64 MiB; what the interpreter keeps beside that is bounded too.
-        assert figures_of(server.process.pid).resident_mib - before < 300
+        assert resident_mib(server) - before < 300
         for connection in connections:
             connection.settimeout(0.2)
             with suppress(OSError):
                 statuses.append(connection.recv(4096)[9:12])
         assert b"503" in statuses
+
+
+def test_few_open_files_end_in_refusals_and_not_in_a_server_that_only_looks_healthy(tmp_path):
+    limit = ("bash", "-c", 'ulimit -n 64 && exec "$@"', "-")
+    with running(tmp_path, under=limit) as server:
+        with ThreadPoolExecutor(48) as pool:
+            futures = [pool.submit(server.predict, jpeg(seed)) for seed in range(96)]
+            statuses = {f.result().status_code for f in futures if f.exception() is None}
+        assert statuses <= {200, 503} and 200 in statuses
+        wait_until(lambda: server.predict(jpeg()).status_code == 200, "a recovery", seconds=20.0)
+
+
+# --- pictures that cost more than they weigh ------------------------------------------------------
 
 
 def many_scans(scans: int) -> bytes:
@@ -177,11 +210,6 @@ def many_scans(scans: int) -> bytes:
     content = file.getvalue()
     last = content.rindex(b"\xff\xda")
     return content[:last] + content[last:-2] * scans + content[-2:]
-
-
-def many_chunks(chunks: int) -> bytes:
-    """A PNG of one pixel with so many empty chunks that reading them takes seconds."""
-    return png_of(1, 1, png_chunk(b"zzZz") * chunks)
 
 
 def repeating_tiff() -> bytes:
@@ -214,22 +242,24 @@ def gif_of_a_huge_frame() -> bytes:
 
 @pytest.mark.parametrize(
     ("content", "status", "said"),
-    [(many_scans(3000), 413, "scans"), (many_chunks(1_300_000), 413, "takes too long"),
+    [(many_scans(3000), 413, "scans"),
+     (png_of(1, 1, png_chunk(b"zzZz") * 1_300_000), 413, "takes too long"),
      (repeating_tiff(), 400, "longer than its file"), (gif_of_a_huge_frame(), 413, "pixels"),
      (many_scans(1), 200, "predictions")],
     ids=["scans", "chunks", "TIFF that repeats", "GIF of a huge frame", "ordinary scans"],
 )  # fmt: skip
 def test_a_small_file_that_takes_long_or_much_memory_is_refused_before_it_does(
-    server, content, status, said
+    patient_server, content, status, said
 ):
-    before = figures_of(server.process.pid).resident_mib
-    begin = time.monotonic()
-    answer = server.predict(content)
+    before = resident_mib(patient_server)
+    answer = patient_server.predict(content)
     assert answer.status_code == status, answer.text
     assert said in answer.text
-    assert time.monotonic() - begin < 10
-    assert figures_of(server.process.pid).resident_mib - before < 100 + len(content) / 2**18
-    assert server.predict(jpeg()).status_code == 200
+    assert resident_mib(patient_server) - before < 100 + len(content) / 2**18
+    assert patient_server.predict(jpeg()).status_code == 200
+
+
+# --- processes that die, and the end --------------------------------------------------------------
 
 
 def test_a_worker_that_is_killed_is_replaced_and_said_and_costs_only_its_own_requests(tmp_path):
@@ -270,22 +300,10 @@ def test_nobody_is_left_behind_when_the_engine_or_the_web_server_is_killed(tmp_p
         if victim == "engine":
             server.process.kill()
         else:
-            os.kill(int(parent_of(workers[0])), signal.SIGKILL)
+            os.kill(psutil.Process(workers[0]).ppid(), signal.SIGKILL)
             assert server.process.wait(15) == 1
             assert "the web server has ended" in server.log.read_text()
         wait_until(lambda: not any(map(is_running, workers)), "the workers' end", seconds=2.0)
-    with open("/proc/net/unix") as sockets:
-        assert "inference" not in sockets.read()
-
-
-def parent_of(pid: int) -> str:
-    with open(f"/proc/{pid}/stat") as stat:
-        return stat.read().rpartition(")")[2].split()[1]
-
-
-def result_of(server: ServerProcess) -> dict:
-    (path,) = server.results.glob("inference_server_*.json")
-    return json.loads(path.read_text())
 
 
 def test_sigterm_answers_what_is_in_flight_then_writes_the_result(tmp_path):
@@ -314,19 +332,6 @@ def test_sigterm_answers_what_is_in_flight_then_writes_the_result(tmp_path):
     assert result["figures"]["unanswered_requests"] == result["figures"]["lost_workers"] == 0
     assert result["identity"]["port"] == server.port
     assert result["settings"]["weights"] == "random"
-
-
-def test_sigterm_under_load_loses_no_request(tmp_path):
-    with running(tmp_path, STUB_BATCH_SECONDS=0.003) as server:
-        clients = ClosedLoop(server.url, jpeg(size=64), 6)
-        time.sleep(1.0)
-        clients.expect_end()
-        begin = time.monotonic()
-        assert server.stop() == 0
-        assert time.monotonic() - begin < 4.0
-        clients.join()
-    assert clients.lost == []
-    assert set(clients.answered) == {200}
 
 
 def test_who_drips_or_says_nothing_does_not_hold_up_a_shutdown(tmp_path):
@@ -366,56 +371,3 @@ def test_what_outlasts_the_drain_is_left_and_told(tmp_path, batch_seconds, size,
     assert said in server.log.read_text()
     figures = result_of(server)["figures"]
     assert figures["unanswered_requests"] == asked and figures["lost_workers"] == (not asked)
-
-
-def test_many_clients_come_together_in_large_batches(tmp_path):
-    with (
-        running(tmp_path, STUB_BATCH_SECONDS=0.1) as server,
-        ThreadPoolExecutor(64) as pool,
-    ):
-        begin = time.monotonic()
-        statuses = list(pool.map(lambda _: server.predict(jpeg()).status_code, range(256)))
-        assert set(statuses) == {200}
-        assert time.monotonic() - begin < 8.0
-        assert max(map(int, server.stats()["batch_size_histogram"])) >= 16
-
-
-def test_health_and_statistics_are_told_while_a_batch_takes_long(tmp_path):
-    with running(tmp_path, STUB_BATCH_SECONDS=4) as server, ThreadPoolExecutor(8) as pool:
-        waiting = [pool.submit(server.predict, jpeg()) for _ in range(8)]
-        time.sleep(0.5)
-        begin = time.monotonic()
-        assert requests.get(f"{server.url}/health", timeout=10).status_code == 200
-        assert server.stats()["requests_inside"] >= 1
-        assert time.monotonic() - begin < 2.0
-        assert {one.result().status_code for one in waiting} == {200}
-
-
-def test_one_connection_that_asks_without_end_keeps_nobody_else_waiting(server):
-    ended = threading.Event()
-
-    def ask_without_end() -> None:
-        with connect(server) as greedy, suppress(OSError):
-            while not ended.is_set():
-                greedy.sendall(b"GET /nothing HTTP/1.1\r\n\r\n" * 50)
-                greedy.recv(1 << 16)
-
-    threads = [threading.Thread(target=ask_without_end) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    try:
-        assert max(latencies(server, 20)) < 2.0
-    finally:
-        ended.set()
-        for thread in threads:
-            thread.join()
-
-
-def test_few_open_files_end_in_refusals_and_not_in_a_server_that_only_looks_healthy(tmp_path):
-    limit = ("bash", "-c", 'ulimit -n 64 && exec "$@"', "-")
-    with running(tmp_path, under=limit) as server:
-        with ThreadPoolExecutor(48) as pool:
-            futures = [pool.submit(server.predict, jpeg(seed)) for seed in range(96)]
-            statuses = {f.result().status_code for f in futures if f.exception() is None}
-        assert statuses <= {200, 503} and 200 in statuses
-        wait_until(lambda: server.predict(jpeg()).status_code == 200, "a recovery", seconds=20.0)

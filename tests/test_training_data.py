@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from test_resnet_training import cache, cpu_device, no_warning, write_image_folder
+from test_resnet_training import cache, no_warning, streamed, write_image_folder
 
 from workloads.common import files, results, weights
 from workloads.common.errors import (
@@ -68,71 +68,58 @@ def test_what_a_folder_holds_is_used(tmp_path, cache, change, train_samples):
     assert dataset.class_names == list(train_samples)
 
 
-def dangle(data: Path) -> None:
+def link_to_nowhere(data: Path) -> None:
     (data / "train/dog/link.png").symlink_to("/nowhere.png")
 
 
-def write_class(*files: str):
-    def write(data: Path) -> None:
+def save_programmable(data: Path) -> None:
+    Image.new("RGB", (32, 32)).save(data / "train/cat/000.png", format="EPS")
+
+
+def write(*files: str):
+    """Add files that are no images, or folders where a name has no ending."""
+
+    def change(data: Path) -> None:
         for file in files:
             (data / file).parent.mkdir(exist_ok=True, parents=True)
             (data / file).write_text("no image") if "." in file else (data / file).mkdir()
 
-    return write
+    return change
 
 
 @pytest.mark.parametrize(
     ("change", "error", "named"),
     [
-        (write_class("train/horse", "test/horse"), UsageError, "train/horse holds no images"),
-        (write_class("test/horse/1.png"), UsageError, "train has no folder for the class 'horse'"),
-        (write_class("train/horse/1.png"), UsageError, "test has no folder for the class 'horse'"),
-        (write_class("train/stray.png"), UsageError, "train/stray.png lies in no class folder"),
-        (write_class("train/cat/notes.txt"), UnreadableImageError, "cat/notes.txt cannot be read"),
-        (write_class("test/dog/0.ppm"), UnreadableImageError, "dog/0.ppm cannot be read"),
-        (dangle, UnreadableImageError, "dog/link.png cannot be read .*No such file"),
+        (write("train/horse", "test/horse"), UsageError, "train/horse holds no images"),
+        (write("test/horse/1.png"), UsageError, "train has no folder for the class 'horse'"),
+        (write("train/horse/1.png"), UsageError, "test has no folder for the class 'horse'"),
+        (write("train/stray.png"), UsageError, "train/stray.png lies in no class folder"),
+        (write("train/cat/notes.txt"), UnreadableImageError, "cat/notes.txt cannot be read"),
+        (write("test/dog/0.ppm"), UnreadableImageError, "dog/0.ppm cannot be read"),
+        (link_to_nowhere, UnreadableImageError, "dog/link.png cannot be read .*No such file"),
+        # A format that can run code.
+        (save_programmable, UnreadableImageError, r"000\.png cannot be read .*not one of JPEG"),
     ],
 )  # fmt: skip
 def test_what_a_folder_cannot_use_is_refused_by_name(tmp_path, cache, change, error, named):
-    data = write_image_folder(tmp_path / "images", size=48, per_class=70)
+    data = write_image_folder(tmp_path / "images", size=32, per_class=2)
     change(data)
     with pytest.raises(error, match=named):
         load(data)
 
 
-def test_a_picture_is_read_as_the_server_reads_it(tmp_path, cache):
-    data = write_image_folder(tmp_path / "images", size=32, per_class=1)
-    ramp = np.linspace(0, 65535, 32, dtype=np.uint16)
-    Image.fromarray(np.tile(ramp, (32, 1))).save(data / "train/cat/000.png")
-    turned = Image.new("RGB", (32, 32))
-    turned.paste((255, 255, 255), (0, 0, 32, 16))
-    exif = Image.Exif()
-    exif[0x0112] = 3
-    turned.save(data / "train/dog/000.png", exif=exif)
-    cat, dog, _ = load(data).train.images
-    assert cat.mean() == pytest.approx(127, abs=1)
-    assert (dog[:, :16].max(), dog[:, 16:].min()) == (0, 255)
-
-
-def test_a_picture_in_a_format_that_can_run_code_is_not_opened(tmp_path, cache):
-    data = write_image_folder(tmp_path / "images", size=32, per_class=1)
-    Image.new("RGB", (32, 32)).save(data / "train/cat/000.png", format="EPS")
-    with pytest.raises(UnreadableImageError, match=r"000\.png cannot be read .*not one of JPEG"):
-        load(data)
-
-
 @pytest.mark.parametrize("size", [20, 64])
-def test_pictures_of_other_sizes_are_resized_to_32_and_the_summary_says_so(tmp_path, cache, size):
+def test_pictures_of_other_sizes_are_resized_and_a_second_test_folder_is_said_not_to_be_used(
+    tmp_path, cache, size
+):
     data = write_image_folder(tmp_path / "images", size=size, per_class=1)
+    shutil.copytree(data / "test", data / "val")
     dataset = load(data, 32)
     assert dataset.train.images.shape == (3, 3, 32, 32)
-    assert dataset.notes == [f"images of {size}x{size} are resized to 32x32"]
-
-
-def test_a_second_test_folder_is_said_not_to_be_used(tmp_path, cache):
-    data = write_image_folder(tmp_path / "images", size=32, per_class=1)
-    shutil.copytree(data / "test", data / "val")
-    assert load(data).notes == [f"{data}/val is not used: the test is on {data}/test"]
+    assert sorted(dataset.notes) == [
+        f"{data}/val is not used: the test is on {data}/test",
+        f"images of {size}x{size} are resized to 32x32",
+    ]
 
 
 def test_a_file_of_cifar10_cannot_run_anything(tmp_path):
@@ -141,19 +128,18 @@ def test_a_file_of_cifar10_cannot_run_anything(tmp_path):
         images._unpickle(hostile, tmp_path / "data_batch_1")
 
 
-def test_images_are_decoded_without_processes_or_shared_memory(tmp_path, monkeypatch):
+def test_images_are_decoded_to_their_pixels_without_processes_or_shared_memory(
+    tmp_path, monkeypatch
+):
     import multiprocessing
 
     def none(*arguments: object, **more: object) -> None:
         raise AssertionError("a process was started")
 
-    monkeypatch.setattr(multiprocessing.Process, "start", none)
-    monkeypatch.setattr(multiprocessing.context.SpawnProcess, "start", none)
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", none)
     data = write_image_folder(tmp_path / "images", size=48, per_class=4)
     split = load(data, 40).train
-    batches = image_batches.StreamedBatches(
-        cpu_device(), split, 40, False, 5, batch_size=5, workers=3
-    )
+    batches = streamed(split, 40, batch_size=5, augments=False)
     before = set(Path("/dev/shm").iterdir())
     batches.start_epoch()
     for first, count in ((0, 5), (5, 5), (10, 2)):
@@ -185,30 +171,54 @@ def test_random_crops_cover_the_picture_mirror_half_and_repeat_themselves():
     assert image_batches.random_crop(wide, 32, 1).size == (32, 32)
 
 
-def test_a_rehearsal_takes_one_full_batch_and_the_smaller_rest():
-    split = images.synthetic_dataset(3, train_samples=11, test_samples=4).train
-    batches = image_batches.StreamedBatches(
-        cpu_device(), split, 32, True, 5, batch_size=4, workers=1
-    )
-    batches.start_rehearsal()
-    for count in (4, 3):
-        batches.feed(count)
-        assert batches.take(count)[0].shape == (count, 3, 32, 32)
-    with pytest.raises(IndexError):
-        batches.feed(4)
-    batches.restart()
-    assert torch.equal(batches.cursor, torch.tensor(0))
+# --- texts ----------------------------------------------------------------------------------------
 
 
-# --- CSV files ------------------------------------------------------------------------------------
+def test_sentences_combine_five_templates_with_topics_that_only_one_split_has():
+    made = texts.synthetic_texts(1000, 100)
+    assert set(Counter(made.train.texts).values()) == {40}
+    assert len(set(made.train.texts)) == 25 and len(set(made.held_out.texts)) == 100
+    assert made.train.texts[0] == "I really enjoyed the movie experience."
+    labels = dict(zip(made.train.texts, made.train.labels, strict=True))
+    assert labels["This is a positive sentence about movie."] == texts.POSITIVE
+    assert labels["Not satisfied with the movie at all."] == texts.NEGATIVE
+    assert sum(made.train.labels) == 600
+    trained_on = " ".join(made.train.texts)
+    assert not [topic for topic in texts.HELD_OUT_TOPICS if topic in trained_on]
+    assert all(any(topic in t for topic in texts.HELD_OUT_TOPICS) for t in made.held_out.texts)
+
 
 GOOD = '"good number 0",positive\n"bad number 0",negative\n'
+SORTED = "text,label\n" + "".join(
+    f'"Seen {index} times, ""{word}""",{label}\n'
+    for word, label, first in (("lovely", "good", 0), ("dreadful", "bad", 15))
+    for index in range(first, first + 15)
+)
 
 
-def read(tmp_path: Path, content: str | bytes) -> texts.TextDataset:
+def read(tmp_path: Path, content: str | bytes, *samples: int | None, seed: int = 0):
+    """The data set that the CSV file makes, of at most so many texts to train and to test on."""
     path = tmp_path / "reviews.csv"
     path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return texts.load_texts("synthetic", path, 100, 100, seed=0)
+    return texts.load_texts("synthetic", path, *(samples or (100, 100)), seed)
+
+
+def test_rows_of_a_sorted_file_are_mixed_by_the_seed_and_held_out_ones_are_never_trained_on(
+    tmp_path, monkeypatch
+):
+    made, again, other = (read(tmp_path, SORTED, 20, 100, seed=seed) for seed in (3, 3, 4))
+    assert (len(made.train), len(made.held_out)) == (20, 6)
+    assert made == again and made != other
+    assert not set(made.train.texts) & set(made.held_out.texts)
+    assert set(made.train.labels) == {0, 1}
+    assert list(made.label_names) == ["bad", "good"]
+    for text, label in zip(made.train.texts, made.train.labels, strict=True):
+        assert ("lovely" in text) == (label == 1)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    kept = texts.load_texts("synthetic", texts.write_csv(made), 20, 100, seed=1)
+    assert sorted(kept.train.texts) == sorted(made.train.texts)
+    assert sorted(kept.held_out.texts) == sorted(made.held_out.texts)
+    assert kept.label_names == made.label_names
 
 
 @pytest.mark.parametrize(
@@ -227,7 +237,6 @@ def read(tmp_path: Path, content: str | bytes) -> texts.TextDataset:
         ("text,text,label\na,b,0\n", "each column once"),
         ("sentence,stars\nfine,5\n", "'text,label'"),
         ("text,label\nfine,1\n,0\n", "line 3: text or label is empty"),
-        ("text,label\nfine,1\nbetter,1\n", "two labels"),
         ("text,label\n", "two labels"),
         ("", "has the columns none"),
         ("text,label,split\nfine,1,test\nbad,0,test\n", "mark some train"),
@@ -261,9 +270,7 @@ def test_quotes_delimiters_and_line_ends_inside_of_quotes_are_text(tmp_path):
     assert sorted(made.train.texts) == ["plain", 'say "no", then\nyes']
 
 
-@pytest.mark.parametrize(
-    "word", ["test", "TEST", " Test ", "validation", "val", "Dev", "held-out", "held_out", "eval"]
-)
+@pytest.mark.parametrize("word", ["TEST", " Test ", "validation", "Dev", "held-out", "held_out"])
 def test_rows_held_out_under_any_usual_word_are_never_trained_on(tmp_path, word):
     content = f"text,label,split\na,0,train\nb,1,Training\nc,1,{word}\nd,0,{word}\n"
     made = read(tmp_path, content)
@@ -272,18 +279,11 @@ def test_rows_held_out_under_any_usual_word_are_never_trained_on(tmp_path, word)
 
 
 @pytest.mark.parametrize(
-    ("labels", "order"),
-    [
-        ("①⑤", "①⑤"),
-        ("²1", "1²"),
-        (("--1", "1"), ("--1", "1")),
-        (("10", "9", "-1"), ("-1", "9", "10")),
-        (("9" * 5000, "1"), ("1", "9" * 5000)),
-    ],
+    "order", ["①⑤", "1²", ("--1", "1"), ("-1", "9", "10"), ("1", "9" * 5000)], ids=range(5)
 )
-def test_labels_that_are_no_numbers_are_sorted_as_text(tmp_path, labels, order):
-    made = read(tmp_path, "text,label\n" + "".join(f"x,{label}\n" for label in labels))
-    assert list(made.label_names) == list(order)
+def test_labels_are_sorted_as_numbers_where_all_are_and_else_as_text(tmp_path, order):
+    rows = "".join(f"x,{label}\n" for label in reversed(order))
+    assert list(read(tmp_path, f"text,label\n{rows}").label_names) == list(order)
 
 
 def test_other_columns_are_said_not_to_be_used(tmp_path):
@@ -292,37 +292,31 @@ def test_other_columns_are_said_not_to_be_used(tmp_path):
 
 
 def test_a_small_training_set_is_tested_on_no_more_texts_than_it_has(tmp_path):
-    assert len(texts.load_texts("synthetic", None, 32, None, 0).held_out) == 32
-    assert len(texts.load_texts("synthetic", None, 1000, None, 0).held_out) == 100
-    assert len(texts.load_texts("synthetic", None, 32, 96, 0).held_out) == 96
+    for train, test, held_out in ((32, None, 32), (1000, None, 100), (32, 96, 96)):
+        assert len(texts.load_texts("synthetic", None, train, test, 0).held_out) == held_out
     rows = "".join(f"t{i},{i % 2},{'train' if i < 4 else 'test'}\n" for i in range(40))
-    assert len(texts.load_texts("synthetic", _write(tmp_path, rows), 9, None, 0).held_out) == 4
+    assert len(read(tmp_path, f"text,label,split\n{rows}", 9, None).held_out) == 4
 
 
-def _write(tmp_path: Path, rows: str) -> Path:
-    path = tmp_path / "rows.csv"
-    path.write_text(f"text,label,split\n{rows}")
-    return path
-
-
-def test_an_old_datasets_library_is_refused_since_it_runs_scripts(tmp_path, monkeypatch):
-    monkeypatch.setitem(
-        __import__("sys").modules, "datasets", SimpleNamespace(__version__="2.18.0")
-    )
-    with pytest.raises(UsageError, match=r"2\.18\.0 would run a script .*datasets>=4"):
+@pytest.mark.parametrize(
+    ("library", "said"),
+    [(None, r"pip install .datasets>=4"),
+     (SimpleNamespace(__version__="2.18.0"), r"2\.18\.0 would run a script .*datasets>=4")],
+)  # fmt: skip
+def test_without_a_datasets_library_or_with_one_that_runs_scripts_the_fix_is_given(
+    tmp_path, monkeypatch, library, said
+):
+    monkeypatch.setitem(sys.modules, "datasets", library)
+    with pytest.raises(UsageError, match=said):
         texts.load_texts(str(tmp_path), None, 10, 10, seed=0)
 
 
 def test_rows_of_a_named_dataset_without_text_or_label_are_refused():
     class Split(dict):
         column_names = ("text", "label")
+        features = {"label": SimpleNamespace(names=["bad", "good"])}  # noqa: RUF012
 
-        @property
-        def features(self):
-            return {"label": SimpleNamespace(names=["bad", "good"])}
-
-    good = Split(text=["a", "b"], label=[0, 1])
-    rows = texts._split_rows("reviews", "train", good)
+    rows = texts._split_rows("reviews", "train", Split(text=["a", "b"], label=[0, 1]))
     assert [(row.text, row.label) for row in rows] == [("a", "bad"), ("b", "good")]
     for broken in (Split(text=["a", None], label=[0, 1]), Split(text=["a", "b"], label=[0, -1])):
         with pytest.raises(UsageError, match="row 1 of the train split of 'reviews' lacks"):

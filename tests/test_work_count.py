@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from workloads import work_count
-
-SCRIPT = Path(work_count.__file__)
 
 
 def zeros(*shape: int, requires_grad: bool = False) -> torch.Tensor:
@@ -86,12 +81,3 @@ def test_bert_is_counted_with_fused_attention_and_adamw() -> None:
     # Six products a layer (query, key, value, output, two of the feed-forward part), pooler, head.
     assert counts["addmm"] == 2 * 6 + 2
     assert work["state_bytes"] == work["parameters"] * 26
-
-
-def test_a_wrong_job_is_one_sentence_and_code_2() -> None:
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--job", "nothing", "--batch-size", "4"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert "invalid choice: 'nothing'" in done.stderr and "Traceback" not in done.stderr

@@ -11,27 +11,23 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import PROJECT_ROOT
 
-from workloads.common import cli
+from workloads.common import cli, client
 from workloads.common.errors import EXIT_USAGE
 
 
-def runner_of(script: str) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Return a function that runs the script with arguments, variables and a working folder."""
-
-    def run_script(
-        *arguments: str, cwd: Path | None = None, **environment: str
-    ) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            (sys.executable, str(PROJECT_ROOT / script), *arguments),
-            capture_output=True, text=True, check=False, cwd=cwd,
-            env={**os.environ, **environment},
-        )  # fmt: skip
-
-    return run_script
+def run_script(
+    script: str, *arguments: object, cwd: Path | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run the script to its end in a process of its own."""
+    return subprocess.run(
+        (sys.executable, str(PROJECT_ROOT / script), *map(str, arguments)),
+        capture_output=True, text=True, check=False, cwd=cwd, env={**os.environ, **environment},
+    )  # fmt: skip
 
 
 class Here:
@@ -41,11 +37,11 @@ class Here:
         self._monkeypatch, self._capsys = monkeypatch, capsys
 
     def run(
-        self, what: str | Callable[[], int], *arguments: str
+        self, what: str | Callable[[], int], *arguments: object
     ) -> subprocess.CompletedProcess[str]:
         """Run a script, or a `main` of one, to its end."""
         name = what if isinstance(what, str) else "workload.py"
-        self._monkeypatch.setattr(sys, "argv", [name, *arguments])
+        self._monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
         self._capsys.readouterr()
         before = signal.getsignal(signal.SIGTERM)
         try:
@@ -60,14 +56,20 @@ class Here:
         return subprocess.CompletedProcess(arguments, ended.value.code, said.out, said.err)
 
 
-def result_reader(script: str) -> Callable[[Path], dict]:
-    """Return a function that reads the only result of the script in a folder."""
+def loaded(
+    monkeypatch: pytest.MonkeyPatch, kind: type[client.Workload], parse: Callable, *flags: object
+) -> Any:
+    """A workload with these flags, loaded and not warm yet."""
+    monkeypatch.setattr(sys, "argv", ["workload.py", *map(str, flags)])
+    workload = kind(parse())
+    workload.load()
+    return workload
 
-    def only_result(folder: Path) -> dict:
-        (path,) = folder.glob(f"{Path(script).stem}_*.json")
-        return json.loads(path.read_text())
 
-    return only_result
+def only_result(script: str, folder: Path) -> dict:
+    """Return the only result of the script in a folder."""
+    (path,) = folder.glob(f"{Path(script).stem}_*.json")
+    return json.loads(path.read_text())
 
 
 def assert_refused(
