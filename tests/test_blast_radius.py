@@ -15,7 +15,7 @@ from typing import Any
 import nvml_stub
 import program_copy
 import pytest
-from test_benchmark_suite import CONTROL_PROGRAM
+from suite_bench import CONTROL_PROGRAM
 from tiny_disk import needs_mount, tiny_disk
 from waiting import wait_until
 

@@ -8,13 +8,12 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-from itertools import product
 from pathlib import Path
 
 import pytest
 from driver_runner import DriverRunner, copy_drivers
 from mode_script_runner import PROJECT_ROOT, ModeScripts
-from test_benchmark_suite import Bench
+from suite_bench import Bench
 from waiting import wait_until
 
 from benchmarking.report import render
@@ -86,7 +85,7 @@ def test_a_strangers_process_name_steers_no_terminal(scripts: ModeScripts, tmp_p
     sleep.symlink_to(shutil.which("sleep"))
     with subprocess.Popen([sleep, "60"]) as process:
         comm = Path(f"/proc/{process.pid}/comm")
-        wait_until(lambda: b"python" not in comm.read_bytes(), "the program's start")
+        wait_until(lambda: b"abcdef" in comm.read_bytes(), "the program's start")
         words = proofs.describe_pids([process.pid])
         process.kill()
     assert words == f"pid {process.pid} (?[2Jabcdefghij\ufffd)"
@@ -142,19 +141,21 @@ def test_a_count_that_no_machine_could_run_is_refused_at_once(asked: DriverRunne
     assert "MAX needs a whole number from 1 on, 9999 at most" in result.stderr
 
 
-def test_a_run_id_that_is_none_is_one_sentence(tmp_path: Path) -> None:
-    bench = Bench(tmp_path)
-    command = [*bench.command()[:2], "--results-dir", str(bench.results)]
-    run_ids = ("../../etc", "a;touch broken", "$(touch broken)", "-x", "é\n")
-    for flag, run_id in product(("--resume", "--run-id"), run_ids):
+def test_a_run_id_that_is_none_is_one_sentence(bench: Bench) -> None:
+    def refused(*words: str) -> str:
         done = subprocess.run(
-            [*command, f"{flag}={run_id}"], cwd=tmp_path, env=bench.scripted_environment(),
+            [*bench.command()[:2], *words], cwd=bench.root, env=bench.environment,
             capture_output=True, text=True, timeout=60, check=False,
         )  # fmt: skip
         assert done.returncode == 2, done.stderr
-        assert "error: " in done.stderr.splitlines()[-1]
         assert "Traceback" not in done.stderr
-    assert not list(tmp_path.rglob("broken*"))
+        return done.stderr.splitlines()[-1]
+
+    for run_id in ("../../etc", "a;touch broken", "$(touch broken)", "-x", "é\n"):
+        for flag in ("--resume", "--run-id"):
+            where = f"--results-dir={bench.results}"
+            assert "error: " in refused(where, f"{flag}={run_id}")
+    assert not list(bench.root.rglob("broken*"))
     assert not bench.results.exists() or not list(bench.results.rglob("manifest.json"))
 
 
