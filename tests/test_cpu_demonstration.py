@@ -15,14 +15,10 @@ def test_the_demonstration_measures_on_the_cpu_and_reports_it_as_such(tmp_path: 
     output = tmp_path / "output"
     result = subprocess.run(
         ["./run_experiments.sh", "--device", "cpu", "--workloads", "1", "--mix", "inference",
-         "--dataset", "synthetic", "--modes", "time-slicing,mps", "--output", str(output)],
-        cwd=PROJECT_ROOT,
-        env={**os.environ, "PYTHON": sys.executable},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=220,
-        check=False,
+         "--dataset", "synthetic", "--modes", "time-slicing,mps",
+         "--output", str(output)],
+        cwd=PROJECT_ROOT, env={**os.environ, "PYTHON": sys.executable}, stdin=subprocess.DEVNULL,
+        capture_output=True, text=True, timeout=220, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     lines = (output / "phases.jsonl").read_text().splitlines()
