@@ -146,7 +146,9 @@ def test_a_budget_leaves_out_all_repeats_but_the_first_and_a_window_is_as_long_a
 ) -> None:
     bench.script({"match": "*:inference-*", "units": 40, "unit_seconds": 0.05})
     flags = ("--mix", "inference", "--workloads", "1,2", "--repeats", "3", "--window", "1.2")
-    planned = re.findall(r"^  (inference-\S+): ", bench.run(*flags, "--dry-run").stdout, re.M)
+    plan = bench.run(*flags, "--dry-run").stdout
+    assert "--model resnet18 --batch-size 1 " in plan
+    planned = re.findall(r"^  (inference-\S+): ", plan, re.M)
     assert planned == [f"inference-{count}-r{repeat}" for count in (1, 2) for repeat in range(3)]
     assert not bench.results.exists()
     run = bench.must(*flags, "--budget-minutes", "0.01")
@@ -222,14 +224,6 @@ def test_what_cannot_be_is_one_sentence_and_its_exit_code(
     if code == EXIT_USAGE and result.reason.endswith("--help)"):  # no driver's call: it ends here
         with pytest.raises(SystemExit, match="2"):
             run_suite([*arguments, *where])
-
-
-def test_a_dry_run_prints_the_plan_and_leaves_nothing(bench: Bench) -> None:
-    done = bench.run("--dry-run", "--mode", "mig", "--workloads", "8")
-    assert done.returncode == 0, done.stderr
-    assert "mixed-8-r0: 8 together" in done.stdout
-    assert "--num-operations 4 --burst-seconds 1 " in done.stdout
-    assert not bench.results.exists()
 
 
 # --- on a card --------------------------------------------------------------------------------
@@ -348,42 +342,23 @@ def test_a_gpu_that_others_use_is_refused_naming_them_or_the_run_is_marked_conte
     assert f"{run_folder.REFUSALS_FILE}: line 2 is truncated or edited, skipped" in report
 
 
-def test_a_refusal_that_cannot_be_kept_is_said_all_the_same(card_bench: Bench) -> None:
-    card_bench.results.write_text("no folder")
-    done = card_bench.run("--mode", "mps")
-    assert done.returncode == 4
-    assert done.stderr.count("\n") == 1
-    assert "enable_mps.sh" in done.stderr
-
-
-@pytest.mark.parametrize("crashes", [False, True])
-def test_a_gpu_that_is_lost_meanwhile_is_the_reason_whatever_becomes_of_its_clients(
-    card_bench: Bench, crashes: bool
+def test_a_gpu_that_is_lost_meanwhile_ends_the_run_which_goes_on_once_it_is_back(
+    card_bench: Bench,
 ) -> None:
     bench = card_bench
-    if crashes:
-        bench.script({"match": "*:training-1-r0/0", "fail": "crash", "fail_at": 1.2})
     flags = ("--mix", "training", "--workloads", "1,2", "--quick", "--window", "2")
     process = bench.start(*flags, until="training-1-r0/0", said='"units"')
     bench.change_card(fail=LOST)
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 3, stderr
     run = bench.only_run()
-    outcome = "failed" if crashes else "invalid"
-    assert run.manifest["outcome"] == outcome
-    assert outcomes(run) == ["ok", outcome]  # nothing more is tried on it
-    lost = run.co_run_records[-1]
-    sentence = (
-        "the GPU was lost, the driver no longer answers for it: look for Xid in the kernel's log, "
-        "then reset the GPU with nvidia-smi --gpu-reset, or restart"
-    )
-    assert lost["reason"].startswith(sentence)
-    assert ("client 0 (ResNet50 training): failed: exit code 7" in lost["reason"]) == crashes
-    assert lost["stop_reason"]["kind"] == "gpu_lost"
+    assert run.manifest["outcome"] == "invalid"
+    assert outcomes(run) == ["ok", "invalid"]  # nothing more is tried on it
+    sentence = "the GPU was lost, the driver no longer answers for it: look for Xid"
+    assert run.co_run_records[-1]["reason"].startswith(sentence)
+    assert run.co_run_records[-1]["stop_reason"]["kind"] == "gpu_lost"
     assert f"training-1-r0 does not hold: {sentence}" in stderr
     assert f"REASON: {sentence}" in stdout
-    if crashes:
-        return
     # the functions that failed are named, once
     notes = [note for note in run.manifest["notes"] if "nvmlDeviceGetUtilizationRates" in note]
     assert len(notes) == 1
@@ -563,20 +538,17 @@ def test_a_co_run_that_lost_its_mode_is_invalid() -> None:
     assert record.summary.stp is None
 
 
-@pytest.mark.parametrize(
-    ("program", "words"), [(None, "did not start"), ('{"record": "mon', "it said nothing")]
-)
 def test_a_sampler_that_does_not_start_well_is_a_failure_that_is_said(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str | None, words: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if program is None:
-        monkeypatch.setattr(sampler.sys, "executable", str(tmp_path / "no-python"))
-    else:
-        script = tmp_path / "truncated.py"
-        script.write_text(f"import sys\nopen(sys.argv[2], 'w').write({program!r} + chr(10))\n")
-        monkeypatch.setattr(sampler, "MONITOR_SCRIPT", script)
+    script = tmp_path / "truncated.py"
+    script.write_text("import sys\nopen(sys.argv[2], 'w').write('{\"record\": \"mon\\n')\n")
+    monkeypatch.setattr(sampler, "MONITOR_SCRIPT", script)
     with sampler.Sampler(tmp_path / "samples", tmp_path / "log") as started:
-        assert words in started.failure
+        assert "it said nothing" in started.failure
+    monkeypatch.setattr(sampler.sys, "executable", str(tmp_path / "no-python"))
+    with sampler.Sampler(tmp_path / "samples", tmp_path / "log") as started:
+        assert "did not start" in started.failure
 
 
 def test_a_terminal_that_is_gone_does_not_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -614,16 +586,9 @@ def test_the_newest_reusable_run_is_one_on_the_same_data(tmp_path: Path) -> None
         assert baselines.newest_reusable(tmp_path, ours, ["job"]).run_id == expected
 
 
-@pytest.mark.parametrize(
-    ("environment", "changes", "words"),
-    [({"gpu_name": "A100"}, {}, "gpu_name was A100, now it is H100"),
-     ({"versions": {"python": "3.11", "torch": "2.15"}}, {}, "version of torch was 2.15"),
-     ({}, {"job_size": "quick"}, "job size was quick, now it is guide"),
-     ({}, {"effective_mode": "cpu-demo"}, "cpu-demo was True")],
-)  # fmt: skip
-def test_unlike_environments_sizes_and_demonstrations_are_named_by_field(
-    environment: dict, changes: dict, words: str
-) -> None:
-    (found,) = baselines.differences(replace(manifest(**environment), **changes), manifest())
-    assert words in found
+def test_unlike_environments_sizes_and_demonstrations_are_named_by_field() -> None:
+    demonstration = replace(manifest(gpu_name="A100"), job_size="quick", effective_mode="cpu-demo")
+    found = baselines.differences(demonstration, manifest())
+    for words in ("gpu_name was A100, now it is H100", "job size was quick", "cpu-demo was True"):
+        assert any(words in difference for difference in found)
     assert baselines.differences(manifest(), manifest()) == []

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 from driver_runner import DriverRunner, copy_drivers
 from mode_script_runner import PROJECT_ROOT, ModeScripts
-from suite_bench import Bench
 from waiting import wait_until
 
 from benchmarking.report import render
 from benchmarking.report.tables import Table
 from benchmarking.suite import proofs
+from benchmarking.suite.session import run_suite
 
 # Each makes a file `broken` where it is run as a command, from whichever folder.
 HOSTILE_NAMES = [
@@ -141,22 +141,18 @@ def test_a_count_that_no_machine_could_run_is_refused_at_once(asked: DriverRunne
     assert "MAX needs a whole number from 1 on, 9999 at most" in result.stderr
 
 
-def test_a_run_id_that_is_none_is_one_sentence(bench: Bench) -> None:
-    def refused(*words: str) -> str:
-        done = subprocess.run(
-            [*bench.command()[:2], *words], cwd=bench.root, env=bench.environment,
-            capture_output=True, text=True, timeout=60, check=False,
-        )  # fmt: skip
-        assert done.returncode == 2, done.stderr
-        assert "Traceback" not in done.stderr
-        return done.stderr.splitlines()[-1]
-
+def test_a_run_id_that_is_none_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
     for run_id in ("../../etc", "a;touch broken", "$(touch broken)", "-x", "é\n"):
         for flag in ("--resume", "--run-id"):
-            where = f"--results-dir={bench.results}"
-            assert "error: " in refused(where, f"{flag}={run_id}")
-    assert not list(bench.root.rglob("broken*"))
-    assert not bench.results.exists() or not list(bench.results.rglob("manifest.json"))
+            words = ["--device", "cpu"] if flag == "--run-id" else []
+            words = [*words, "--results-dir", "results", f"{flag}={run_id}"]
+            assert run_suite(words, from_driver=True).exit_code == 2
+            assert "error: " in capsys.readouterr().err.splitlines()[-1]
+    assert not list(tmp_path.rglob("broken*"))
+    assert not list(tmp_path.rglob("manifest.json"))
 
 
 def test_a_bar_in_a_name_makes_no_cell_of_the_markdown_table() -> None:

@@ -22,7 +22,7 @@ from benchmarking.records.run_folder import ClientPaths
 from benchmarking.records.types import Units
 from benchmarking.suite import event_log, launcher
 from benchmarking.suite.launcher import FinishRule, Launcher, Timeouts
-from benchmarking.suite.plan import PlannedClient, PlannedCoRun, build_plan, counted_co_runs
+from benchmarking.suite.plan import PlannedClient, PlannedCoRun
 from benchmarking.suite.stop_signal import StopSignal
 
 CLIENT = Path(__file__).parent / "fakes" / "scripted_client.py"
@@ -170,20 +170,6 @@ def test_a_fixed_window_ends_with_enough_units_or_after_its_longest_time(
     assert seconds[0] <= window_seconds(result) < seconds[1]
     found, _ = event_log.units_in_window(result.clients[0].events, *window(result))
     assert found["step"].count >= units
-
-
-def test_copies_of_a_job_have_an_index_each_the_same_in_two_modes_and_share_one_baseline(
-    run: Callable,
-) -> None:
-    copies = planned(3).clients
-    for mode in ("time-slicing", "mps"):
-        co_runs = counted_co_runs(mode, lambda n: copies[:n], name="mine", counts=(3,), repeats=1)
-        layout = build_plan(mode, copies, co_runs)
-        seen = {
-            co_run.co_run: [c.identity["client_index"] for c in run(co_run).clients]
-            for co_run in (*layout.baseline, *layout.co_runs)
-        }
-        assert seen == {"baseline-scripted": [0], "mine-3-r0": [0, 1, 2]}
 
 
 # --- failures ---------------------------------------------------------------------------------

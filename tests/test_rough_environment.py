@@ -196,19 +196,6 @@ def test_waits_last_as_long_as_they_say_while_the_wall_clock_is_set(
     assert slow.returncode == 0, slow.stderr
 
 
-def test_phases_have_their_own_seconds_and_order_while_the_wall_clock_is_set(
-    runner: DriverRunner, jumping_clock: str
-) -> None:
-    clock = {"LD_PRELOAD": jumping_clock, "JUMP_SECONDS": BACK}
-    started = time.monotonic()
-    runner.must_drive("run_experiments.sh", "--modes=mps", **clock)
-    took = time.monotonic() - started
-    assert sorted(phase["phase"] for phase in runner.phases()) == [1, 2, 3, 4, 5]
-    seconds = [phase["seconds"] for phase in runner.phases()]
-    assert all(0 <= value <= took + 1 for value in seconds)
-    assert sum(seconds) <= took + len(seconds)
-
-
 @pytest.mark.parametrize("jump", [FORWARD, BACK])
 def test_figures_and_rows_stay_right_while_the_wall_clock_is_set(
     bench: Bench, jumping_clock: str, jump: str

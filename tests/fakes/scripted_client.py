@@ -9,7 +9,7 @@ holds the `--client-index` that it was given.
     units           units a job (5)
     latency         whether units are response times (false)
     load_seconds    length of loading (0)
-    fail            "oom", "error", "crash", "exit0", "done", "hang", "signal", "garbage", "binary"
+    fail            "oom", "error", "crash", "exit0", "done", "hang", "signal", "binary"
     error           further fields of the error event of "oom" and "error"
     exit_code       exit code after "error" (1)
     fail_at         "load", "warm" or seconds after go (0)
@@ -36,6 +36,7 @@ from __future__ import annotations
 import atexit
 import fcntl
 import fnmatch
+import itertools
 import json
 import os
 import select
@@ -111,22 +112,18 @@ class Script:
 
     def await_command(self, wanted: str) -> None:
         """Wait for a command; a stop ends the client."""
-        while True:
-            command = self.listen(3600)
-            if command == wanted:
-                return
+        while (command := self.listen(3600)) != wanted:
             if command == "stop" and not self.settings.get("ignore_stop"):
                 self.finish(0)
 
     def fail_now(self, stage: str | None = None) -> None:
-        """Fail if this is the moment to."""
+        """Fail if this is the moment to: a stage, or so many seconds after go."""
         kind, moment = self.settings.get("fail"), self.settings.get("fail_at", 0)
-        if kind is None:
-            return
-        if isinstance(moment, str):
-            if moment != stage:
-                return
-        elif self.go_seconds is None or time.monotonic() < self.go_seconds + moment:
+        is_late = self.go_seconds is not None and stage is None
+        is_now = moment == stage if isinstance(moment, str) else (
+            is_late and time.monotonic() >= self.go_seconds + moment
+        )  # fmt: skip
+        if kind is None or not is_now:
             return
         print(f"scripted failure: {kind}", file=sys.stderr, flush=True)
         if kind in ("oom", "error"):
@@ -134,22 +131,17 @@ class Script:
             fields = {"status": status, "message": "scripted", **self.settings.get("error", {})}
             self.emit("error", **fields)
             sys.exit(12 if kind == "oom" else self.settings.get("exit_code", 1))
-        if kind in ("garbage", "binary"):
-            line = b"this is no event\n" if kind == "garbage" else b"caf\xe9\n"
+        elif kind in ("crash", "exit0"):
+            sys.exit(7 if kind == "crash" else 0)
+        elif kind == "binary":
             with self.events.open("ab") as stream:
-                stream.write(line)
-        if kind == "signal":
+                stream.write(b"caf\xe9\n")
+        elif kind == "signal":
             os.kill(os.getpid(), signal.SIGSEGV)
-        if kind == "hang":
-            while self.listen(3600) != "stop":
+        else:
+            while kind == "hang" and self.listen(3600) != "stop":
                 pass
             self.finish(0)
-        if kind == "done":
-            self.finish(0)
-        if kind == "crash":
-            sys.exit(7)
-        if kind == "exit0":
-            sys.exit(0)
 
     def finish(self, jobs: int) -> None:
         """Say goodbye."""
@@ -243,10 +235,8 @@ class Script:
         self.emit("ready", identity=self.identity())
         self.await_command("go")
         self.go_seconds = time.monotonic()
-        index = 0
-        while True:
+        for index in itertools.count():
             self.job(index)
-            index += 1
 
 
 def resolve() -> None:
