@@ -13,6 +13,7 @@ import msgspec
 import nvml_stub
 import pytest
 from msgspec.structs import asdict, replace
+from program_copy import processes_of
 from recorded_rows import client, co_run, read_plain
 from suite_bench import Bench, names, outcomes, statuses, verdicts, window_seconds
 
@@ -471,6 +472,7 @@ def test_a_gpu_that_torch_cannot_use_is_code_3(card_bench: Bench) -> None:
     assert "driver 580.159.04" in record["reason"]
     assert "torch scripted cannot use it" in record["reason"]
     assert run.co_run_records[0]["reason"] == record["reason"]
+    assert processes_of(card_bench.root) == []
 
 
 # --- records and baselines, without processes -------------------------------------------------

@@ -5,6 +5,7 @@ Programs, jobs' contract and the disk are real, GPU and jobs pretended.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import subprocess
@@ -127,60 +128,48 @@ def kept_open(driven: Round) -> dict[str, str]:
     return {**driven.environment, "SCRIPTED_CLIENT": json.dumps(jobs)}
 
 
-def nothing_is_left(driven: Round) -> bool:
-    return driven.machine.state()["mps"] == {} and processes_of(driven.folder) == []
+@pytest.mark.parametrize("is_full", [pytest.param(True, marks=needs_mount), False])
+def test_an_experiment_whose_results_folder_is_full_or_gone_has_that_for_its_reason_and_goes_on(
+    driven: Round, is_full: bool
+) -> None:
+    output, aside = driven.output, driven.folder / "aside"
+    with tiny_disk(output) if is_full else contextlib.nullcontext() as disk:
+        seen = disk.seen if is_full else output
 
+        def command(*, resume: bool) -> list[str]:
+            words = driven.command(resume=resume)
+            return disk.command(driven.folder, *words) if is_full else words
 
-@needs_mount
-def test_an_experiment_on_a_full_disk_has_that_for_its_reason_and_goes_on(driven: Round) -> None:
-    with tiny_disk(driven.output) as disk:
-        disturb(
-            disk.command(driven.folder, *driven.command(resume=False)), driven.folder,
-            kept_open(driven), disk.seen / "mps/clients/training-2-r0/0.events.jsonl",
-            disk.fill,
+        said = disturb(
+            command(resume=False), driven.folder, kept_open(driven),
+            seen / "mps/clients/training-2-r0/0.events.jsonl",
+            disk.fill if is_full else lambda: output.rename(aside),
         )  # fmt: skip
-        assert nothing_is_left(driven)
-        # what there is room for in the last block of the file: the rows, each whole
-        rows, warnings = run_folder.read_phases(disk.seen)
-        assert warnings == []
-        reason = {row.name: row.reason for row in rows if row.status == "failed"}
-        assert f"cannot write to {driven.output}/mps ({FULL})" in reason["mps"]
-        assert f"cannot write to {driven.output} ({FULL})" in reason["analysis"]
+        why = FULL if is_full else "No such file or directory"
+        assert f"cannot write to {output}/mps ({why})" in said
+        assert driven.machine.state()["mps"] == {}
+        assert processes_of(driven.folder) == []
+        if is_full:  # what there is room for in the last block of the file: the rows, each whole
+            rows, warnings = run_folder.read_phases(seen)
+            assert warnings == []
+            reason = {row.name: row.reason for row in rows if row.status == "failed"}
+            assert f"cannot write to {output}/mps ({FULL})" in reason["mps"]
+            assert f"cannot write to {output} ({FULL})" in reason["analysis"]
+        else:
+            assert not output.exists()
 
-        disk.make_room()
-        resume = disk.command(driven.folder, *driven.command(resume=True))
-        code, said = run(resume, driven.folder, driven.environment)
+        disk.make_room() if is_full else aside.rename(output)
+        code, said = run(command(resume=True), driven.folder, driven.environment)
         assert code == 0, said
-        rows, warnings = run_folder.read_phases(disk.seen)
+        manifest = read_plain(seen / "mps").manifest
+        assert (manifest["outcome"], len(manifest["resumptions"])) == ("complete", 1)
+        rows, warnings = run_folder.read_phases(seen)
         assert warnings == []
         assert {row.name: row.status for row in rows} == {
             "baseline": "ok", "time-slicing": "skipped", "mps": "ok", "mig": "skipped",
             "analysis": "ok",
         }  # fmt: skip
         assert driven.machine.state()["mps"] == {}
-
-
-def test_a_results_folder_that_is_taken_away_and_brought_back_is_gone_on_with(
-    driven: Round,
-) -> None:
-    aside = driven.folder / "aside"
-    said = disturb(
-        driven.command(resume=False), driven.folder, kept_open(driven),
-        driven.output / "mps/clients/training-2-r0/0.events.jsonl",
-        lambda: driven.output.rename(aside),
-    )  # fmt: skip
-    assert f"cannot write to {driven.output}/mps (No such file or directory): make room" in said
-    assert nothing_is_left(driven)
-    assert not driven.output.exists()
-
-    aside.rename(driven.output)
-    code, said = run(driven.command(resume=True), driven.folder, driven.environment)
-    assert code == 0, said
-    manifest = read_plain(driven.output / "mps").manifest
-    assert (manifest["outcome"], len(manifest["resumptions"])) == ("complete", 1)
-    phases = {row.name: row for row in run_folder.read_phases(driven.output)[0]}
-    assert phases["mps"].status == "ok"
-    assert phases["mps"].reason == "it was cut off before its end and went on"
 
 
 # --- a job by hand --------------------------------------------------------------------------------

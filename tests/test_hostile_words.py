@@ -20,11 +20,11 @@ from benchmarking.report.tables import Table
 from benchmarking.suite import proofs
 from benchmarking.suite.session import run_suite
 
-# Each makes a file `broken` where it is run as a command, from whichever folder.
-HOSTILE_NAMES = [
-    'NVIDIA $(touch "$FAKE_GPU_STATE/broken") "H100"; touch "$FAKE_GPU_STATE/broken" a[$(id)] é中',
-    "NVIDIA `touch $FAKE_GPU_STATE/broken` %s %n 'H100, \\ * | <script>alert(1)</script>",
-]
+# Makes a file `broken` where it is run as a command, from whichever folder.
+HOSTILE_NAME = (
+    'NVIDIA $(touch "$FAKE_GPU_STATE/broken") "H100"; touch "$FAKE_GPU_STATE/broken" a[$(id)] é中'
+    "`touch $FAKE_GPU_STATE/broken` %s %n 'H100, \\ * | <script>alert(1)</script>"
+)
 HOSTILE_FOLDER = '-x  é中 it\'s "$HOME" `id`;& \\n a[b]*?{c,d}'
 SCRIPT_SOURCES = sorted(
     path
@@ -33,27 +33,19 @@ SCRIPT_SOURCES = sorted(
 )
 
 
-def assert_nothing_ran(scripts: ModeScripts) -> None:
-    assert not list(scripts.folder.rglob("*broken*"))
-
-
-@pytest.mark.parametrize("name", HOSTILE_NAMES)
-def test_a_gpus_name_is_never_run_and_the_records_stay_json(
-    runner: DriverRunner, name: str
-) -> None:
-    runner.machine.change_gpu(name=name)
-    assert name in runner.must("gpu_status.sh").stdout
+def test_a_gpus_name_is_never_run_and_the_records_stay_json(runner: DriverRunner) -> None:
+    runner.machine.change_gpu(name=HOSTILE_NAME)
+    assert HOSTILE_NAME in runner.must("gpu_status.sh").stdout
     runner.environment["GPU_SHARING_WAIT_SECONDS"] = "0"
-    runner.machine.fail("nvidia-cuda-mps-control -d", exit=1, text=name)
-    result = runner.drive("run_experiments.sh", "--modes", "mps")
-    assert result.returncode == 1
+    runner.machine.fail("nvidia-cuda-mps-control -d", exit=1, text=HOSTILE_NAME)
+    assert runner.drive("run_experiments.sh", "--modes", "mps").returncode == 1
     assert "did not answer within 0 s" in runner.reason("mps")
     runner.machine.forget_rules()
     runner.machine.change_gpu(mig_current="[N/A]", mig_pending="[N/A]")
     runner.output = runner.folder / "second"
     assert runner.drive("run_experiments.sh", "--modes", "mig").returncode == 0
-    assert runner.reason("mig") == f"{name} has no MIG"
-    assert_nothing_ran(runner)
+    assert runner.reason("mig") == f"{HOSTILE_NAME} has no MIG"
+    assert not list(runner.folder.rglob("*broken*"))
 
 
 def test_a_line_break_or_an_escape_in_a_gpus_name_makes_no_second_gpu_and_steers_no_terminal(
@@ -128,17 +120,20 @@ def test_project_results_data_state_and_temporary_files_may_lie_in_folders_of_an
     assert not any("broken" in path.name for path in project.rglob("*"))
 
 
-@pytest.mark.parametrize("flag", ["--output", "--data-dir", "--plan", "--baseline"])
-def test_a_flag_in_place_of_a_path_is_a_path_forgotten(asked: DriverRunner, flag: str) -> None:
-    result = asked.drive("run_experiments.sh", flag, "--quick")
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        *((("run_experiments.sh", flag, "--quick"), f"{flag} needs a value")
+          for flag in ("--output", "--data-dir", "--plan", "--baseline")),
+        (("stress_test.sh", "time-slicing", "99999999999"), "9999 at most"),
+    ],
+)  # fmt: skip
+def test_a_flag_in_place_of_a_path_and_a_count_that_no_machine_could_run_are_refused(
+    asked: DriverRunner, command: tuple[str, ...], words: str
+) -> None:
+    result = asked.drive(*command)
     assert result.returncode == 2
-    assert f"{flag} needs a value" in result.stderr
-
-
-def test_a_count_that_no_machine_could_run_is_refused_at_once(asked: DriverRunner) -> None:
-    result = asked.drive("stress_test.sh", "time-slicing", "99999999999")
-    assert result.returncode == 2
-    assert "MAX needs a whole number from 1 on, 9999 at most" in result.stderr
+    assert words in result.stderr
 
 
 def test_a_run_id_that_is_none_is_one_sentence(

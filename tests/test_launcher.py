@@ -6,16 +6,13 @@ import dataclasses
 import json
 import os
 import signal
-import subprocess
 import sys
-import textwrap
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import PROJECT_ROOT
 from waiting import is_running, wait_until
 
 from benchmarking.records.run_folder import ClientPaths
@@ -289,50 +286,12 @@ def test_an_interruption_stops_everyone_by_standard_input_and_a_second_does_not_
     assert time.monotonic() - begin < 20
 
 
-def test_an_exception_before_go_still_stops_everyone(run: Callable) -> None:
-    pids: list[int] = []
-
-    def refuse(clients: list[launcher.Client]) -> None:
-        pids.extend(client.pid for client in clients)
-        raise RuntimeError("no")
-
-    with pytest.raises(RuntimeError, match="no"):
-        run(2, before_go=refuse)
-    assert len(pids) == 2
-    assert not any(is_running(pid) for pid in pids)
-
-
 @pytest.mark.parametrize("spawn", ["with it", "in a group of its own"])
 def test_helpers_that_a_client_leaves_are_swept(run: Callable, spawn: str) -> None:
     result = run(1, all={"spawn": spawn})
     helper = int(result.clients[0].stderr_tail[0].split()[1])
     assert result.outcome == "ok"
     wait_until(lambda: not is_running(helper), "the end of the helper", seconds=15)
-
-
-def test_clients_end_when_the_launcher_is_killed(tmp_path: Path) -> None:
-    program = textwrap.dedent(f"""
-        import os, sys
-        from pathlib import Path
-        sys.path[:0] = [{str(PROJECT_ROOT)!r}, {str(PROJECT_ROOT / "tests")!r}]
-        from benchmarking.suite.launcher import FinishRule, Launcher
-        from benchmarking.records.run_folder import ClientPaths
-        from test_launcher import planned
-        def paths_of(co_run, client):
-            folder = Path({str(tmp_path)!r})
-            return ClientPaths(*(folder / f"{{client}}.{{kind}}" for kind in "eos"))
-        def die(clients):
-            print(*(client.pid for client in clients), flush=True)
-            os.kill(os.getpid(), 9)
-        Launcher(dict(os.environ)).run(planned(2), paths_of, FinishRule(0.0), die)
-    """)
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    pids = [int(pid) for pid in done.stdout.split()]
-    assert len(pids) == 2
-    wait_until(lambda: not any(map(is_running, pids)), "the end of every client", seconds=15)
 
 
 def test_signals_are_only_noted_while_watching_and_an_echo_is_no_second_one() -> None:

@@ -102,13 +102,6 @@ def test_each_distinct_job_has_one_baseline_and_counts_and_repeats_make_one_co_r
     assert names == ["baseline-resnet_training", "baseline-resnet_training-2"]
 
 
-def test_under_mig_each_job_also_runs_alone_on_the_share_of_its_first_client() -> None:
-    layout = build("mig", counts=(8,), whole_gpu_baseline=False, share_baseline=True)
-    assert [run.phase for run in layout.baseline] == ["share_baseline"] * 4
-    assert [run.mode for run in layout.baseline] == ["mig"] * 4
-    assert [run.clients[0].client for run in layout.baseline] == [0, 1, 2, 3]
-
-
 @pytest.mark.parametrize("mode", ["time-slicing", "mps", "mig"])
 def test_the_saved_plan_shows_each_clients_index_and_0_for_every_job_alone(mode: str) -> None:
     layout = build(mode, counts=(2, 8), repeats=2, share_baseline=mode == "mig")
@@ -125,12 +118,3 @@ def test_the_saved_plan_shows_each_clients_index_and_0_for_every_job_alone(mode:
         keys = [client["job_key"] for client in run["clients"]]
         assert keys == (list(layout.jobs()) * 2)[: len(keys)]
         assert not any("--client-index" in key for key in keys)
-
-
-def test_what_has_been_run_is_not_changed_any_more() -> None:
-    layout = build("mps", "training", (1,))
-    changed = layout.map_clients(
-        lambda client: client.with_arguments(["--x"]), skip={"baseline-resnet_training"}
-    )
-    assert changed.baseline == layout.baseline
-    assert changed.co_runs[0].clients[0].command[-1] == "--x"

@@ -11,8 +11,10 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import PROJECT_ROOT
+from program_copy import processes_of
 from recorded_rows import read_plain
 from suite_bench import Bench, outcomes, statuses
+from waiting import wait_until
 
 from benchmarking.cli import SuiteError
 from benchmarking.records import run_folder
@@ -59,6 +61,7 @@ def test_a_run_that_was_cut_off_keeps_what_is_done_and_goes_on_without_repeating
     assert before.manifest["outcome"] == ("running" if is_killed else "interrupted")
     kept = [record for record in before.co_run_records if record["outcome"] == "ok"]
     if is_killed:
+        wait_until(lambda: processes_of(bench.root) == [], "the end of clients and sampler")
         assert "mine: the run was cut off" in bench.report()
     else:
         assert process.returncode == 130

@@ -419,16 +419,14 @@ def test_a_file_made_to_stop_the_reader_is_one_sentence(
     assert len(read.warnings) < 25
 
 
-@pytest.mark.parametrize("depth", range(900, 1000, 33))
+@pytest.mark.parametrize("depth", [900, 950, 999])
 def test_what_is_nested_too_deeply_fails_where_it_is_read_or_nowhere(
     tmp_path: Path, depth: int
 ) -> None:
-    line = json.dumps(client("c", 0))
-    assert '"figures": {}' in line
-    deep = f'"figures": {{"x": {"[" * depth}0{"]" * depth}}}'
+    line = json.dumps(client("c", 0, figures={"x": "DEEP"}))
     run = new_run(tmp_path, co_run("c"))
     with (run.folder / "records.jsonl").open("a") as stream:
-        stream.write(line.replace('"figures": {}', deep) + "\n")
+        stream.write(line.replace('"DEEP"', f"{'[' * depth}0{']' * depth}") + "\n")
     (said, *_) = read_run(run.folder).problems
     assert "recursion" in said or "nested" in said
 

@@ -81,17 +81,6 @@ def test_jobs_without_a_file_run_and_are_kept_as_a_plan_without_their_secrets(
     assert "hidden:PASSWORD:" in (run.folder / "plan.toml").read_text()
 
 
-def test_a_command_that_fails_is_a_failed_client_with_its_last_words(bench: Bench) -> None:
-    plan = plan_of(bench, '[[client]]\ncommand = "echo lost it >&2; exit 3"\nshell = true\n')
-    done = bench.run("--plan", plan)
-    assert done.returncode == 1
-    assert "ended with exit code 3: lost it" in done.stderr
-    (record,) = bench.only_run().client_records
-    assert record["status"] == "failed"
-    assert record["stderr_tail"][0] == "lost it"
-    assert bench.only_run().co_run_records[0]["stop_reason"]["kind"] == "crash"
-
-
 def test_a_plan_with_mistakes_is_code_2_with_a_sentence_each(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
