@@ -20,6 +20,7 @@ from suite_bench import Bench, names, outcomes, statuses, verdicts, window_secon
 from benchmarking.cli import EXIT_USAGE
 from benchmarking.records import run_folder
 from benchmarking.records.types import ClientRecord, Environment, Manifest, Proof
+from benchmarking.report.runs import read_run
 from benchmarking.suite import baselines, console, sampler
 from benchmarking.suite import co_run_records as records
 from benchmarking.suite.launcher import ClientResult, CoRunResult
@@ -163,17 +164,28 @@ def test_a_budget_leaves_out_all_repeats_but_the_first_and_a_window_is_as_long_a
 # --- failures ---------------------------------------------------------------------------------
 
 
-def test_a_ramp_stops_at_the_first_count_that_fails(bench: Bench) -> None:
-    bench.script({"match": "*:training-2-r0/1", "fail": "oom", "fail_at": 0.05})
-    run = bench.must("--mix", "training", "--workloads", "1,2,4", code=1)
+def test_a_ramp_stops_at_the_first_count_that_fails_whose_cause_is_told_everywhere(
+    bench: Bench,
+) -> None:
+    told = {"cause": "out_of_memory", "memory": {"where": "gpu", "tried_mib": 2560.0}}
+    sentence = "tried 2.50 GiB with 1.00 GiB of 80.00 GiB free"
+    rule = {"match": "*:training-2-r0/1", "fail": "oom", "fail_at": 0.05}
+    bench.script({**rule, "error": {**told, "message": sentence}})
+    done = bench.run("--mix", "training", "--workloads", "1,2,4")
+    assert done.returncode == 1
+    assert sentence in done.stderr
+    run = bench.only_run()
+    assert run.manifest["outcome"] == "failed"
     assert outcomes(run) == ["ok", "ok", "failed"]
-    assert statuses(run, "training-2-r0") == ["ok", "oom"]
     last = run.co_run_records[-1]
     assert last["summary"]["stp"] is None
     assert last["summary"]["success_rate_percent"] == 50
     assert "client 1 (ResNet50 training): oom" in last["reason"]
-    assert run.manifest["outcome"] == "failed"
-    assert "scripted failure: oom" in run.clients_of("training-2-r0")[1]["stderr_tail"]
+    neighbor, record = run.clients_of("training-2-r0")
+    assert (neighbor["status"], neighbor["cause"], record["status"]) == ("ok", None, "oom")
+    assert {name: record[name] for name in told} == told
+    assert "scripted failure: oom" in record["stderr_tail"]
+    assert sentence in bench.report()
 
 
 @pytest.mark.parametrize(
@@ -368,16 +380,27 @@ def test_a_gpu_that_is_lost_meanwhile_ends_the_run_which_goes_on_once_it_is_back
     assert outcomes(bench.only_run()) == ["ok"] * 3
 
 
-def test_mps_clients_are_verified_and_their_baselines_run_without_mps(card_bench: Bench) -> None:
+def test_mps_clients_are_verified_with_their_limits_and_their_baselines_run_without(
+    card_bench: Bench,
+) -> None:
     card_bench.start_daemon()
-    run = card_bench.must("--mode", "mps", *TWO)
-    assert run.manifest["mps_limits"] is None
+    limits = ("--mps-percentage", "even", "--mps-memory-limit", "8G,4G")
+    run = card_bench.must("--mode", "mps", *TWO, *limits)
     assert verdicts(run, "baseline") == ["verified"]
     assert verdicts(run) == ["verified", "verified"]
-    directories = [record["identity"]["sharing_environment"]["CUDA_MPS_PIPE_DIRECTORY"]
-                   for record in run.client_records]  # fmt: skip
-    assert "no-mps-" in directories[0]
-    assert directories[1:] == [str(card_bench.root / "pipe")] * 2
+    seen = [record["identity"]["sharing_environment"] for record in run.client_records]
+    assert "no-mps-" in seen[0]["CUDA_MPS_PIPE_DIRECTORY"]
+    pipe = str(card_bench.root / "pipe")
+    assert [one["CUDA_MPS_PIPE_DIRECTORY"] for one in seen[1:]] == [pipe, pipe]
+    percentages = [one.get("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE") for one in seen]
+    assert percentages == [None, "50", "50"]
+    assert [one.get("CUDA_MPS_PINNED_DEVICE_MEM_LIMIT") for one in seen] == [None, "0=8G", "0=4G"]
+    assert run.manifest["mps_limits"] == {
+        "percentages": ["even"], "memory_limits": ["8G", "4G"], "priorities": [],
+    }  # fmt: skip
+    assert names(run)[-1] == "training-mps-even-mem-8G-4G-2-r0"
+    read = read_run(run.folder)
+    assert (read.settings, read.variant) == ("even, 8G/4G of memory", "mps:even,8G/4G")
 
 
 @pytest.mark.parametrize(

@@ -94,23 +94,35 @@ def test_a_run_that_was_cut_off_keeps_what_is_done_and_goes_on_without_repeating
     assert monitors == 2
 
 
-def test_a_ramp_goes_on_between_its_breaking_point_and_its_last_good_count(bench: Bench) -> None:
-    bench.script({"match": "*:training-4-r0/1", "fail": "oom", "fail_at": "load"})
-    arguments = ("--mix", "training", "--workloads", "1,4", "--bisect", "--run-id", "mine")
-    whole = bench.must(*arguments, code=1)
-    folder = whole.folder
+def test_bisection_finds_the_count_between_and_goes_on_where_it_was_cut_off(bench: Bench) -> None:
+    bench.script(CALIBRATED, {"match": "*:interactive-4-r0/3", "fail": "oom", "fail_at": 0.05})
+    flags = ("--mix", "interactive", "--workloads", "1,4", "--bisect", "--run-id", "mine")
+    whole = bench.must(*flags, code=1)
+    kinds = {row["co_run"]: (row["stop_reason"] or {}).get("kind") for row in whole.co_run_records}
+    assert kinds == {
+        "baseline-jupyter_simulation": None, "interactive-1-r0": None, "interactive-4-r0": "oom",
+        "interactive-2-r0": None, "interactive-3-r0": None,
+    }  # fmt: skip
+    assert whole.co_run_records[2]["stop_reason"]["client"] == 3
+    assert any("breaking point: 4 at once; 3 held" in note for note in whole.manifest["notes"])
+    # what was added in between has everything that the others had
+    added = whole.manifest["plan"]["co_runs"][-1]["clients"][0]
+    assert "--resolved yes" in " ".join(added["command"])
+    assert "--cell-repeats matrix=3 " in " ".join(added["command"])
+    assert "OMP_NUM_THREADS" in added["environment"]
+
     # as if the power had failed while two at once were measured
+    folder = whole.folder
     lines = (folder / run_folder.RECORDS_FILE).read_text().splitlines(keepends=True)
-    cut = next(index for index, line in enumerate(lines) if '"training-2-r0"' in line)
+    cut = next(index for index, line in enumerate(lines) if '"interactive-2-r0"' in line)
     (folder / run_folder.RECORDS_FILE).write_text("".join(lines[:cut]) + lines[cut][:40])
     manifest = {**whole.manifest, "outcome": "running", "finished_at": None}
     run_folder.write_json_atomic(folder / run_folder.MANIFEST_FILE, manifest)
-
     assert bench.resume(str(folder)).returncode == 1
     run = read_plain(folder)
     assert rows(run) == rows(whole)
     assert "breaking point: 4 at once; 3 held" in run.manifest["notes"]
-    assert starts(bench)["training-4-r0"] == 1
+    assert starts(bench)["interactive-4-r0"] == 1
     again = bench.resume(str(folder))
     assert again.returncode == 2
     assert "run mine is complete" in again.stderr
