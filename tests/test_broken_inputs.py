@@ -74,11 +74,11 @@ def test_a_diverged_client_that_is_stopped_inside_an_epoch_does_not_end_well(
 
     def commands() -> Iterator[str]:
         yield from ("warm\n", "go\n")
-        wait_until(lambda: units_done() >= 8, "eight steps")
+        wait_until(lambda: units_done() >= 3, "three steps", seconds=150)
         yield "stop\n"
 
     monkeypatch.setattr(sys, "stdin", commands())
-    flags = ("--lr", "1e30", "--epochs", "1", "--num-samples", "20000")
+    flags = ("--lr", "1e30", "--epochs", "1", "--num-samples", "5000")
     done = here.run(BERT, *TINY_BERT, *flags, "--events", str(log), "--hold")
     assert done.returncode == EXIT_NOT_FINITE
     (error,) = events(log, "error")

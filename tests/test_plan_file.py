@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import PROJECT_ROOT
 
 from benchmarking.suite.own_jobs import plan_clients, plan_of_jobs
 from benchmarking.suite.plan import JobOptions, PlannedClient
@@ -20,6 +18,7 @@ from benchmarking.suite.plan_file import (
     text_hash,
 )
 from benchmarking.suite.redaction import looks_secret
+from benchmarking.suite.session import run_suite
 
 COMMAND = '[[client]]\ncommand = "true"\n'
 BERT = '[[client]]\nworkload = "bert_training"\n'
@@ -146,22 +145,19 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("[]", None),
         ('["--bach-size", "3"]', "unrecognized arguments: --bach-size 3"),
         ('["--epochs", "x"]', "argument --epochs: 'x' is not a whole number"),
     ],
 )
 def test_a_dry_run_lets_our_workloads_look_at_their_flags(
-    tmp_path: Path, arguments: str, words: str | None
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: str, words: str
 ) -> None:
     path = tmp_path / "mine.toml"
     path.write_text(f"{BERT}arguments = {arguments}\n")
-    done = subprocess.run(
-        [sys.executable, "benchmarking/benchmark_suite.py", "--plan", str(path), "--dry-run"],
-        cwd=PROJECT_ROOT, capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
-    assert done.returncode == (2 if words else 0), done.stderr
-    assert words is None or f"BERT fine-tuning: bert_training.py: error: {words}" in done.stderr
+    words_of_plan = ["--device", "cpu", "--plan", str(path), "--dry-run"]
+    assert run_suite(words_of_plan, from_driver=True).exit_code == 2
+    said = capsys.readouterr().err
+    assert f"BERT fine-tuning: bert_training.py: error: {words}" in said
 
 
 def test_jobs_of_the_command_line_are_a_plan_that_is_named_after_them(tmp_path: Path) -> None:
