@@ -5,7 +5,7 @@
 #   environment::any_python                 prints a Python that is new enough for what needs no packages
 #   environment::set_up REQUIREMENTS_FILE   sets PYTHON, or ends the script with one sentence
 #
-# Run by benchmarking/suite/driver.py as `setup_environment.sh [--dry-run] PROGRAM WORD...` it becomes
+# Run by benchmarking/drivers/driver.py as `setup_environment.sh [--dry-run] PROGRAM WORD...` it becomes
 # the program in that Python, named by GPU_SHARING_PYTHON; a dry run installs nothing.
 
 # Under it the names of the functions here would be none.

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Run real jobs side by side on one GPU under a sharing mode; its flags are in suite/flags.py."""
+"""Run real jobs side by side on one GPU under a sharing mode; flags: planning/flags.py."""
 
 from __future__ import annotations
 

@@ -51,22 +51,7 @@ from benchmarking.cli import (
     positive_float,
     positive_int,
 )
-from benchmarking.modes.mode_scripts import lock_reason, read_state
-from benchmarking.modes.mps import MpsMode, ask_mps_control
-from benchmarking.modes.names import MODE_MPS, MODES
-from benchmarking.records.run_folder import utc_now
-from benchmarking.suite import limits
-from benchmarking.suite.event_log import first_unit_end_seconds, last_event, tail_of
-from benchmarking.suite.launcher import (
-    Client,
-    CoRunResult,
-    FinishRule,
-    Launcher,
-    Timeouts,
-    client_base_environment,
-)
-from benchmarking.suite.plan import MIXES, PlannedClient, PlannedCoRun
-from benchmarking.suite.program import (
+from benchmarking.drivers.program import (
     UntilOver,
     client_paths,
     exit_code_of,
@@ -74,11 +59,21 @@ from benchmarking.suite.program import (
     resolve_jobs,
     write_report,
 )
-from benchmarking.suite.proofs import judge_clients
-from benchmarking.suite.request import Request
-from benchmarking.suite.sampler import Sampler
+from benchmarking.measuring.client import Client, client_base_environment
+from benchmarking.measuring.event_log import first_unit_end_seconds, last_event, tail_of
+from benchmarking.measuring.launcher import CoRunResult, FinishRule, Launcher, Timeouts
+from benchmarking.measuring.proofs import judge_clients
+from benchmarking.measuring.sampler import Sampler
+from benchmarking.measuring.stop_signal import StopSignal
+from benchmarking.modes.mode_scripts import lock_reason, read_state
+from benchmarking.modes.mps import MpsMode, ask_mps_control
+from benchmarking.modes.names import MODE_MPS, MODES
+from benchmarking.planning import limits
+from benchmarking.planning.plan import PlannedClient, PlannedCoRun
+from benchmarking.planning.request import Request
+from benchmarking.planning.workloads import MIXES
+from benchmarking.records.run_folder import utc_now
 from benchmarking.suite.setup import PROJECT_ROOT, Setup, no_mps_folder, prepare
-from benchmarking.suite.stop_signal import StopSignal
 
 NAME = "blast_radius"
 FAULT_CLIENT = "workloads/custom/fault_client.py"

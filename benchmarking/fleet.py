@@ -46,10 +46,10 @@ from benchmarking.cli import (
     OneLineParser,
     SuiteError,
 )
+from benchmarking.drivers.fleet_unit import DRIVER, RECORD_WORD, run_units
+from benchmarking.drivers.program import exit_code_of, make_folder
+from benchmarking.measuring.stop_signal import StopSignal
 from benchmarking.modes.mode_scripts import LOCK_VARIABLE
-from benchmarking.suite.fleet_unit import DRIVER, RECORD_WORD, run_units
-from benchmarking.suite.program import exit_code_of, make_folder
-from benchmarking.suite.stop_signal import StopSignal
 
 OUTPUT = Path("results/fleet")
 # Flags of run_experiments.sh that the fleet itself gives.

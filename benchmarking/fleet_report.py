@@ -23,9 +23,9 @@ from benchmarking.cli import (
     EXIT_USAGE,
     SuiteError,
 )
+from benchmarking.drivers.program import markdown_table, write_report
 from benchmarking.metrics.number_text import duration, significant
 from benchmarking.records.run_folder import utc_now
-from benchmarking.suite.program import markdown_table, write_report
 
 SCHEMA_VERSION = 1
 NAME = "fleet"

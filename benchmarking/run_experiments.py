@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarking.drivers import driver_arguments as arguments
+from benchmarking.drivers.driver import Driver, driving, say
+from benchmarking.drivers.driver_arguments import EXIT_FAILED, EXIT_NO_GPU, SHARED_HELP, Refused
 from benchmarking.modes.mode_scripts import ModeScriptError
 from benchmarking.records.writing import append_text
-from benchmarking.suite import driver_arguments as arguments
-from benchmarking.suite.driver import Driver, driving, say
-from benchmarking.suite.driver_arguments import EXIT_FAILED, EXIT_NO_GPU, SHARED_HELP, Refused
 
 SCRIPT, PHASES_FILE = "run_experiments.sh", "phases.jsonl"
 HELP = f"""\

@@ -38,14 +38,7 @@ from benchmarking.cli import (
     RunEnded,
     positive_int,
 )
-from benchmarking.hardware import nvml
-from benchmarking.metrics.number_text import duration, significant
-from benchmarking.records.run_folder import utc_now
-from benchmarking.speed_jobs import BATCH, EPOCH, JOBS, RESNET, SpeedJob, floor_seconds
-from benchmarking.suite import proofs
-from benchmarking.suite.card import find_gpu
-from benchmarking.suite.plan import SIZE_CPU, SIZE_GUIDE, SIZE_QUICK
-from benchmarking.suite.program import (
+from benchmarking.drivers.program import (
     ScriptFailedError,
     exit_code_of,
     make_folder,
@@ -53,8 +46,15 @@ from benchmarking.suite.program import (
     run_script,
     write_report,
 )
-from benchmarking.suite.request import Request
-from benchmarking.suite.stop_signal import StopSignal
+from benchmarking.hardware import nvml
+from benchmarking.measuring import proofs
+from benchmarking.measuring.card import find_gpu
+from benchmarking.measuring.stop_signal import StopSignal
+from benchmarking.metrics.number_text import duration, significant
+from benchmarking.planning.request import Request
+from benchmarking.planning.workloads import SIZE_CPU, SIZE_GUIDE, SIZE_QUICK
+from benchmarking.records.run_folder import utc_now
+from benchmarking.speed_jobs import BATCH, EPOCH, JOBS, RESNET, SpeedJob, floor_seconds
 
 SCHEMA_VERSION = 1
 EAGER, COMPILE = "eager", "compile"

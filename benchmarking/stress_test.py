@@ -13,9 +13,9 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarking.suite import driver_arguments as arguments
-from benchmarking.suite.driver import Driver, SuiteEnd, driving, say
-from benchmarking.suite.driver_arguments import (
+from benchmarking.drivers import driver_arguments as arguments
+from benchmarking.drivers.driver import Driver, SuiteEnd, driving, say
+from benchmarking.drivers.driver_arguments import (
     EXIT_FAILED,
     EXIT_NO_GPU,
     SHARED_HELP,

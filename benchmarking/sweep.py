@@ -44,8 +44,14 @@ from benchmarking.cli import (
     OneLineParser,
     SuiteError,
 )
+from benchmarking.drivers.program import exit_code_of, make_folder
+from benchmarking.measuring.card import find_gpu
+from benchmarking.measuring.stop_signal import StopSignal
 from benchmarking.modes.mode_scripts import ModeScriptError, in_force, is_set_up, lock_reason
 from benchmarking.modes.names import MODE_EXCLUSIVE, MODE_MIG, MODE_TIME_SLICING
+from benchmarking.planning import flags
+from benchmarking.planning.request import Request
+from benchmarking.planning.workloads import PAIRED_MIXES
 from benchmarking.records.run_folder import (
     MANIFEST_FILE,
     RunStoreError,
@@ -54,15 +60,9 @@ from benchmarking.records.run_folder import (
     utc_now,
     write_json_atomic,
 )
-from benchmarking.suite import flags
-from benchmarking.suite.card import find_gpu
-from benchmarking.suite.plan import PAIRED_MIXES
-from benchmarking.suite.program import exit_code_of, make_folder
-from benchmarking.suite.request import Request
 from benchmarking.suite.resume import read_earlier
 from benchmarking.suite.session import run_suite
 from benchmarking.suite.setup import no_mps_folder, prepare
-from benchmarking.suite.stop_signal import StopSignal
 from benchmarking.sweep_report import (
     INTERRUPTED,
     NOT_RUN,

@@ -21,8 +21,8 @@ from program_copy import copy_programs
 from recorded_rows import plain
 from waiting import wait_until
 
+from benchmarking.measuring import locks
 from benchmarking.records import run_folder
-from benchmarking.suite import locks
 
 PRETENDED_SUITE = PROJECT_ROOT / "tests" / "fakes" / "pretended_suite.py"
 REPLACED = ("benchmarking/suite/session.py", "benchmarking/analyze_results.py")

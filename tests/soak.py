@@ -52,8 +52,8 @@ from fakes.gpu_machine import FakeMachine  # noqa: E402
 from program_copy import copy_programs, shorten_windows  # noqa: E402
 from waiting import is_running, wait_until  # noqa: E402
 
+from benchmarking.planning.workloads import WORKLOADS  # noqa: E402
 from benchmarking.records import run_folder  # noqa: E402
-from benchmarking.suite.plan import WORKLOADS  # noqa: E402
 
 CLIENT = TESTS / "fakes" / "scripted_client.py"
 MARKER = "GPU_SHARING_SOAK_ROUND"

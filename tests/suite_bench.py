@@ -18,8 +18,8 @@ from program_copy import copy_programs
 from recorded_rows import plain, read_plain
 from waiting import wait_until
 
+from benchmarking.planning.workloads import WORKLOADS
 from benchmarking.records import run_folder
-from benchmarking.suite.plan import WORKLOADS
 
 CLIENT = Path(__file__).parent / "fakes" / "scripted_client.py"
 FAST = {"match": "*", "unit_seconds": 0.02, "units": 4}

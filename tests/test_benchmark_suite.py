@@ -18,13 +18,16 @@ from recorded_rows import client, co_run, read_plain
 from suite_bench import Bench, names, outcomes, statuses, verdicts, window_seconds
 
 from benchmarking.cli import EXIT_USAGE
+from benchmarking.measuring import co_run_records as records
+from benchmarking.measuring import sampler
+from benchmarking.measuring.client import ClientResult
+from benchmarking.measuring.launcher import CoRunResult
+from benchmarking.measuring.progress import Progress
+from benchmarking.planning.plan import PlannedClient, PlannedCoRun
 from benchmarking.records import run_folder
 from benchmarking.records.types import ClientRecord, Environment, Manifest, Proof
 from benchmarking.report.runs import read_run
-from benchmarking.suite import baselines, console, sampler
-from benchmarking.suite import co_run_records as records
-from benchmarking.suite.launcher import ClientResult, CoRunResult
-from benchmarking.suite.plan import PlannedClient, PlannedCoRun
+from benchmarking.suite import baselines
 from benchmarking.suite.session import run_suite
 
 MIXED = ("resnet_training", "batch_inference", "jupyter_simulation", "bert_training")
@@ -577,7 +580,7 @@ def test_a_sampler_that_does_not_start_well_is_a_failure_that_is_said(
 
 
 def test_a_terminal_that_is_gone_does_not_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    progress = console.Progress()
+    progress = Progress()
     with open("/dev/full", "w", buffering=1) as gone:
         monkeypatch.setattr(sys, "stderr", gone)
         with pytest.raises(OSError, match="No space"):

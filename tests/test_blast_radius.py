@@ -21,8 +21,10 @@ from waiting import wait_until
 
 from benchmarking import blast_report
 from benchmarking.blast_radius import judge_neighbor
-from benchmarking.suite.launcher import ClientResult, CoRunResult
-from benchmarking.suite.plan import WORKLOADS, PlannedClient, PlannedCoRun
+from benchmarking.measuring.client import ClientResult
+from benchmarking.measuring.launcher import CoRunResult
+from benchmarking.planning.plan import PlannedClient, PlannedCoRun
+from benchmarking.planning.workloads import WORKLOADS
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 CLIENT = Path(__file__).parent / "fakes" / "scripted_client.py"

@@ -68,7 +68,7 @@ def test_without_a_python_that_is_new_enough_the_answer_is_one_sentence(
 def test_a_dry_run_needs_no_package_and_says_what_it_would_install(runner: DriverRunner) -> None:
     environment = with_pythons(runner, BARE_PYTHON)
     (runner.project / "requirements.txt").write_text("no-such-package>=1,<2\n")
-    (runner.project / "benchmarking" / "suite" / "plan_file.py").write_text(
+    (runner.project / "benchmarking" / "planning" / "plan_file.py").write_text(
         "import no_such_package\n"
     )
     plan = ["--plan", "examples/plans/own-commands.toml"]

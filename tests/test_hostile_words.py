@@ -15,9 +15,9 @@ from driver_runner import DriverRunner, copy_drivers
 from mode_script_runner import PROJECT_ROOT, ModeScripts
 from waiting import wait_until
 
+from benchmarking.measuring import proofs
 from benchmarking.report import render
 from benchmarking.report.tables import Table
-from benchmarking.suite import proofs
 from benchmarking.suite.session import run_suite
 
 # Makes a file `broken` where it is run as a command, from whichever folder.

@@ -15,12 +15,13 @@ from pathlib import Path
 import pytest
 from waiting import is_running, wait_until
 
+from benchmarking.measuring import event_log, launcher
+from benchmarking.measuring.client import Client, client_base_environment
+from benchmarking.measuring.launcher import FinishRule, Launcher, Timeouts
+from benchmarking.measuring.stop_signal import StopSignal
+from benchmarking.planning.plan import PlannedClient, PlannedCoRun
 from benchmarking.records.run_folder import ClientPaths
 from benchmarking.records.types import Units
-from benchmarking.suite import event_log, launcher
-from benchmarking.suite.launcher import FinishRule, Launcher, Timeouts
-from benchmarking.suite.plan import PlannedClient, PlannedCoRun
-from benchmarking.suite.stop_signal import StopSignal
 
 CLIENT = Path(__file__).parent / "fakes" / "scripted_client.py"
 SOON = Timeouts(timeout=10.0, stop=5.0, terminate=2.0, poll=0.01)
@@ -52,13 +53,13 @@ def run(tmp_path: Path) -> Callable[..., launcher.CoRunResult]:
         rule: FinishRule = ONE_JOB,
         timeouts: Timeouts = SOON,
         stop_signal: StopSignal | None = None,
-        before_go: Callable[[list[launcher.Client]], object] = lambda clients: None,
+        before_go: Callable[[list[Client]], object] = lambda clients: None,
         **settings: dict,
     ) -> launcher.CoRunResult:
         rules = [{"match": f"*/{name[1:]}" if name != "all" else "*", **values}
                  for name, values in settings.items()]  # fmt: skip
         inherited = {**os.environ, "SCRIPTED_CLIENT": json.dumps(rules)}
-        environment = launcher.client_base_environment(inherited)
+        environment = client_base_environment(inherited)
         stop_signal = stop_signal or StopSignal()
         starter = Launcher(environment, timeouts=timeouts, stop_signal=stop_signal)
         what = co_run if isinstance(co_run, PlannedCoRun) else planned(co_run)
@@ -92,7 +93,7 @@ def test_everyone_loads_then_warms_up_alone_and_finishes_a_job_inside_the_window
 ) -> None:
     seen: list[int] = []
 
-    def look(clients: list[launcher.Client]) -> None:
+    def look(clients: list[Client]) -> None:
         seen.extend(client.identity["pid"] for client in clients if is_running(client.pid))
 
     result = run(
@@ -271,7 +272,7 @@ def test_an_interruption_stops_everyone_by_standard_input_and_a_second_does_not_
     def stop_at_work(*seconds: float, **settings: object) -> launcher.CoRunResult:
         stop_signal = StopSignal()
 
-        def soon(clients: list[launcher.Client]) -> None:
+        def soon(clients: list[Client]) -> None:
             for delay in seconds:
                 threading.Timer(delay, stop_signal.request).start()
 
@@ -315,7 +316,7 @@ def test_only_a_users_own_program_imports_what_lies_where_it_runs(
 ) -> None:
     inherited = {"PATH": "/bin", "CUDA_MPS_PIPE_DIRECTORY": "/x", "CUDA_VISIBLE_DEVICES": "3",
                  "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": "10"}  # fmt: skip
-    assert launcher.client_base_environment(inherited) == {"PATH": "/bin", "PYTHONSAFEPATH": "1"}
+    assert client_base_environment(inherited) == {"PATH": "/bin", "PYTHONSAFEPATH": "1"}
     monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
     monkeypatch.chdir(tmp_path)
     Path("planted.py").write_text("print('imported')")
@@ -375,7 +376,7 @@ def test_what_is_unknown_in_an_event_does_no_harm_and_half_a_character_is_replac
     assert event_log.parse_event(said)["message"] == "caf?.png \U0001f600 \xe9"
 
 
-def units(kind: str, latency: bool, starts: list[float], durations: list[float]) -> dict:
+def units(kind: str, latency: bool | str, starts: list[float], durations: list[float]) -> dict:
     return {"event": "units", "kind": kind, "latency": latency, "start_seconds": starts,
             "duration_seconds": durations}  # fmt: skip
 
@@ -386,15 +387,17 @@ def test_units_across_the_windows_edges_count_by_their_share() -> None:
         units("cell", True, [0.75, 1.5, 2.5], [0.5, 0.25, 1.0]),
         # Requests at an offered rate are no work: each counts where it ends.
         units("request", True, [0.5, 2.9], [0.75, 0.25]),
+        units("first", "apart", [1.0], [0.125]),
     ]
     found, latency_ms = event_log.units_in_window(events, 1.0, 3.0)
     assert found == {
         "step": Units(count=pytest.approx(1.75), seconds=pytest.approx(1.1), latency=False),
         "cell": Units(count=2.0, seconds=1.0, latency=True),
         "request": Units(count=1, seconds=0.75, latency=True),
+        "first": Units(count=1, seconds=0.125, latency=True),
     }
-    assert latency_ms == [500.0, 250.0, 750.0]
-    assert event_log.units_in_window([], 0.0, 1.0) == ({}, None)
+    assert latency_ms == {None: [500.0, 250.0, 750.0], "first": [125.0]}
+    assert event_log.units_in_window([], 0.0, 1.0) == ({}, {})
     # a run of a command that was cut off counts by its share of a mean one
     unfinished = {"event": "unfinished", "kind": "command", "latency": False, "start_seconds": 8.0}
     events = [units("command", False, [0.0, 4.0], [4.0, 4.0]), unfinished]

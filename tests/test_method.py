@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from simulation import MIXES, NOTEBOOK, Job, SimulatedCard, SimulatedClient
 
+from benchmarking.measuring.event_log import units_in_window
 from benchmarking.metrics import scores
 from benchmarking.records.types import Units
-from benchmarking.suite.event_log import units_in_window
 
 # As run_experiments.sh measures by default, in seconds.
 SETTLE, ALONE, TOGETHER = 3.0, 7.0, 14.0

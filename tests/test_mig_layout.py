@@ -8,7 +8,7 @@ import pytest
 
 from benchmarking.modes.mig import MigMode
 from benchmarking.modes.sharing_mode import ModeNotInForceError
-from benchmarking.suite import limits, plan
+from benchmarking.planning import limits, plan
 
 LAYOUT = ("2g.20gb", "1g.10gb", "1g.10gb")
 INSTANCES = [
@@ -50,7 +50,7 @@ def test_a_job_on_instances_of_unlike_size_has_no_baseline_on_its_instance():
     laid_out = plan.build_plan(
         "mig", clients, co_runs, whole_gpu_baseline=False, share_baseline=True
     )
-    kept, unlike = limits.without_unlike_shares(laid_out, LAYOUT)
+    kept, unlike = plan.without_unlike_shares(laid_out, LAYOUT)
     assert [run.clients[0].workload for run in kept.baseline] == ["batch_inference"]
     assert unlike == ["ResNet50 training"]
 

@@ -10,9 +10,10 @@ from pathlib import Path
 
 from waiting import wait_until
 
-from benchmarking.suite import proofs
-from benchmarking.suite.launcher import ClientResult, CoRunResult
-from benchmarking.suite.plan import PlannedClient, PlannedCoRun
+from benchmarking.measuring import proofs
+from benchmarking.measuring.client import ClientResult
+from benchmarking.measuring.launcher import CoRunResult
+from benchmarking.planning.plan import PlannedClient, PlannedCoRun
 
 # A process that only calls itself an MPS server.
 IMPOSTOR = """

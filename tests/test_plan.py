@@ -7,8 +7,9 @@ import json
 import pytest
 from conftest import PROJECT_ROOT
 
-from benchmarking.suite import plan
-from benchmarking.suite.plan import JobOptions, Plan
+from benchmarking.planning import plan
+from benchmarking.planning.plan import JobOptions, Plan
+from benchmarking.planning.workloads import WORKLOADS
 
 FOUR = ["resnet_training", "batch_inference", "jupyter_simulation", "bert_training"]
 
@@ -51,9 +52,7 @@ def test_the_guides_sizes_are_spelled_out_and_what_is_unset_is_left_to_the_workl
     assert "--batch-size 16 --epochs 3 --num-samples 1000" in commands[3]
     assert all("--seed 42" in command for command in commands)
     assert not any(flag in commands[0] for flag in ("--engine", "--precision", "--dataset"))
-    assert {tuple(kind.arguments) for kind in plan.WORKLOADS.values()} == {
-        ("guide", "quick", "cpu")
-    }
+    assert {tuple(kind.arguments) for kind in WORKLOADS.values()} == {("guide", "quick", "cpu")}
 
 
 def test_engine_and_precision_reach_every_client_but_the_data_only_the_image_training() -> None:

@@ -8,16 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from benchmarking.suite.own_jobs import plan_clients, plan_of_jobs
-from benchmarking.suite.plan import JobOptions, PlannedClient
-from benchmarking.suite.plan_file import (
+from benchmarking.planning.own_jobs import plan_clients, plan_of_jobs
+from benchmarking.planning.plan import JobOptions, PlannedClient
+from benchmarking.planning.plan_file import (
     PlanFile,
     PlanFileError,
     parse_plan,
     read_plan_file,
     text_hash,
 )
-from benchmarking.suite.redaction import looks_secret
+from benchmarking.planning.redaction import looks_secret
 from benchmarking.suite.session import run_suite
 
 COMMAND = '[[client]]\ncommand = "true"\n'

@@ -15,8 +15,9 @@ import pytest
 from conftest import PROJECT_ROOT
 from suite_bench import Bench
 
+from benchmarking.measuring import locks
 from benchmarking.records import run_folder
-from benchmarking.suite import locks, preflight
+from benchmarking.suite import preflight
 from benchmarking.suite.session import run_suite
 
 SMALL_INSTANCE = {
@@ -115,7 +116,7 @@ def lock_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_driver_holds_the_lock_over_its_suite_runs(lock_folder: Path) -> None:
-    program = "from benchmarking.suite import locks\nwith locks.hold('GPU-1'): print('held')"
+    program = "from benchmarking.measuring import locks\nwith locks.hold('GPU-1'): print('held')"
     ask = [sys.executable, "-c", program]
     with locks.hold("GPU-1"):
         with locks.hold("GPU-1"), locks.hold("GPU-2"):

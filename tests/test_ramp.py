@@ -8,11 +8,11 @@ import msgspec
 import pytest
 import recorded_rows
 
+from benchmarking.measuring.client import ClientResult
+from benchmarking.measuring.stop_reasons import describe, stop_reason
+from benchmarking.planning.plan import PlannedClient
+from benchmarking.planning.ramp import MOST_CLIENTS, Ramp
 from benchmarking.records.types import ClientRecord, CoRunRecord
-from benchmarking.suite.launcher import ClientResult
-from benchmarking.suite.plan import PlannedClient
-from benchmarking.suite.ramp import MOST_CLIENTS, Ramp
-from benchmarking.suite.stop_reasons import describe, stop_reason
 
 
 @pytest.mark.parametrize(

@@ -17,11 +17,11 @@ from suite_bench import Bench, outcomes, statuses
 from waiting import wait_until
 
 from benchmarking.cli import SuiteError
+from benchmarking.planning.plan_file import read_plan_file
+from benchmarking.planning.request import Request
 from benchmarking.records import run_folder
 from benchmarking.records.types import MpsLimits
 from benchmarking.suite import resume as resumption
-from benchmarking.suite.plan_file import read_plan_file
-from benchmarking.suite.request import Request
 
 CALIBRATED = {"match": "jupyter*", "figures_once": {"cell_repeats": "matrix=3"}}
 PLAN = PROJECT_ROOT / "examples" / "plans" / "own-commands.toml"

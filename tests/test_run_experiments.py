@@ -21,8 +21,8 @@ from driver_runner import (
 )
 from mode_script_runner import needs_root
 
+from benchmarking.measuring import locks
 from benchmarking.records import run_folder
-from benchmarking.suite import locks
 
 SCRIPT = "run_experiments.sh"
 # What makes a command run without root's rights.

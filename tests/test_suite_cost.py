@@ -14,7 +14,7 @@ import program_copy
 import pytest
 from tools.suite_cost import sampler_cost_percent, work_rates
 
-from benchmarking.suite.plan import WORKLOADS
+from benchmarking.planning.workloads import WORKLOADS
 
 TESTS = Path(__file__).parent
 

@@ -22,10 +22,10 @@ from waiting import wait_until
 
 from benchmarking import sweep_report as report
 from benchmarking.metrics.estimates import estimate
+from benchmarking.planning.workloads import WORKLOADS
 from benchmarking.records import run_folder
 from benchmarking.report.comparison import compare
 from benchmarking.report.runs import read_results
-from benchmarking.suite.plan import WORKLOADS
 from benchmarking.sweep import KNOBS
 from benchmarking.sweep_report import NOT_RUN, Point, read_point
 

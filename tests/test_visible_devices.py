@@ -160,9 +160,9 @@ def test_a_driver_works_whatever_its_shell_inherits(runner: DriverRunner, name: 
 
 ASK = """
 import json, os, sys
-from benchmarking.suite.request import (Request)
+from benchmarking.planning.request import Request
 from benchmarking.cli import (SuiteError)
-from benchmarking.suite.card import (find_gpu)
+from benchmarking.measuring.card import find_gpu
 try:
     facts, notes = find_gpu(Request(device=sys.argv[1]), os.environ)
     print(json.dumps([facts and facts["uuid"], facts and facts["name"], notes]))

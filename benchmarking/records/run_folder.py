@@ -131,7 +131,13 @@ def pooled(records: Sequence[ClientRecord]) -> ClientRecord:
             latency=unit.latency,
         )
     latencies = [ms for record in records for ms in record.latency_ms or ()]
-    return msgspec.structs.replace(records[-1], units=units, latency_ms=latencies or None)
+    apart: dict[str, list[float]] = {}
+    for record in records:
+        for kind, values in (record.apart_latency_ms or {}).items():
+            apart.setdefault(kind, []).extend(values)
+    return msgspec.structs.replace(
+        records[-1], units=units, latency_ms=latencies or None, apart_latency_ms=apart or None
+    )
 
 
 # --- writing --------------------------------------------------------------------------------

@@ -110,6 +110,8 @@ class ClientRecord(Struct, kw_only=True, tag="client", tag_field="record"):
     jobs: list[Job]
     units: dict[str, Units]
     latency_ms: list[Amount] | None
+    # by kind: waits that percentiles with the others would hide, such as that for the first token
+    apart_latency_ms: dict[str, list[Amount]] | None = None
     figures: dict[str, Any]
     identity: dict[str, Any] | None
     host_cpu_seconds: Amount | None
@@ -186,7 +188,7 @@ class CoRunRecord(Struct, kw_only=True, tag="co_run", tag_field="record"):
     # whether other people's processes used the GPU meanwhile
     is_contended: bool = False
     summary: Summary
-    # why the count broke, where it did (suite/stop_reasons.py)
+    # why the count broke, where it did (measuring/stop_reasons.py)
     stop_reason: dict[str, Any] | None = None
 
 

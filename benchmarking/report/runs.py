@@ -26,12 +26,13 @@ from benchmarking.modes.names import (
     MODE_MPS,
     MODE_TIME_SLICING,
 )
+from benchmarking.planning import limits
+from benchmarking.planning.plan import CARRIED_FIGURES
 from benchmarking.records import run_folder
 from benchmarking.records.run_folder import PHASE_BASELINE, PHASE_CO_RUN, pooled
 from benchmarking.records.types import ClientRecord, CoRunRecord, Manifest, MpsLimits, Phase
 from benchmarking.report.cleaning import cleaned
-from benchmarking.suite import baselines, limits
-from benchmarking.suite.plan import CARRIED_FIGURES
+from benchmarking.suite import baselines
 
 _MODE_ORDER = (MODE_TIME_SLICING, MODE_MPS, MODE_MIG, MODE_EXCLUSIVE, MODE_CPU_DEMO)
 DEFAULT_TIMESLICE = "Default"

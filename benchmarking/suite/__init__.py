@@ -1,1 +1,1 @@
-"""Carries a plan out: setup, launching, sampling, proofs, records and what the console says."""
+"""A whole run: set up, checked and shown, carried out or gone on with, written down."""

@@ -20,9 +20,25 @@ from benchmarking.cli import (
     SuiteError,
 )
 from benchmarking.hardware.gpu_samples import summarize_samples
+from benchmarking.measuring import proofs, stop_reasons
+from benchmarking.measuring.client import Client, client_base_environment
+from benchmarking.measuring.co_run_records import client_record, co_run_record
+from benchmarking.measuring.launcher import (
+    CoRunRefused,
+    CoRunResult,
+    FinishRule,
+    Launcher,
+    Timeouts,
+)
+from benchmarking.measuring.progress import Progress
+from benchmarking.measuring.sampler import Sampler
+from benchmarking.measuring.stop_signal import StopSignal
 from benchmarking.metrics.scores import all_known
 from benchmarking.modes.names import MODE_MIG
 from benchmarking.modes.sharing_mode import GPU_ANSWERS, GPU_LOST_FIX, SharingMode
+from benchmarking.planning.limits import PERCENTAGE_VARIABLE
+from benchmarking.planning.plan import PlannedCoRun
+from benchmarking.planning.workloads import COMMAND_WORKLOAD
 from benchmarking.records.run_folder import (
     PHASE_BASELINE,
     PHASE_CO_RUN,
@@ -32,25 +48,9 @@ from benchmarking.records.run_folder import (
     pooled,
 )
 from benchmarking.records.types import ClientRecord, CoRunRecord, GpuFigures, Record, Sample
-from benchmarking.suite import proofs, stop_reasons
 from benchmarking.suite.baselines import identity_differences
-from benchmarking.suite.co_run_records import client_record, co_run_record
-from benchmarking.suite.console import Progress
-from benchmarking.suite.launcher import (
-    Client,
-    CoRunRefused,
-    CoRunResult,
-    FinishRule,
-    Launcher,
-    Timeouts,
-    client_base_environment,
-)
-from benchmarking.suite.limits import PERCENTAGE_VARIABLE
-from benchmarking.suite.plan import COMMAND_WORKLOAD, PlannedCoRun
 from benchmarking.suite.resume import EarlierPart
-from benchmarking.suite.sampler import Sampler
 from benchmarking.suite.setup import Setup
-from benchmarking.suite.stop_signal import StopSignal
 
 # A client of ours that cannot use the GPU leaves with this code.
 CLIENT_EXIT_NO_GPU = 3

@@ -11,19 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarking.cli import EXIT_FAILED, EXIT_USAGE, SuiteError
+from benchmarking.measuring.launcher import TAIL_PART, FinishRule
 from benchmarking.modes.mig import MigMode
 from benchmarking.modes.sharing_mode import is_own_pid_namespace
+from benchmarking.planning.plan import PlannedClient, PlannedCoRun
+from benchmarking.planning.workloads import COMMAND_WORKLOAD, SIZE_CPU, SIZE_GUIDE, WORKLOADS
 from benchmarking.records.run_folder import PHASE_CO_RUN
 from benchmarking.records.types import Phase
-from benchmarking.suite.launcher import TAIL_PART, FinishRule
-from benchmarking.suite.plan import (
-    COMMAND_WORKLOAD,
-    SIZE_CPU,
-    SIZE_GUIDE,
-    WORKLOADS,
-    PlannedClient,
-    PlannedCoRun,
-)
 from benchmarking.suite.setup import Setup
 
 # The least counted seconds of whole jobs: under these a figure is noise. What is

@@ -20,6 +20,9 @@ from msgspec.structs import replace
 
 from benchmarking.cli import EXIT_NO_GPU, EXIT_USAGE, SuiteError
 from benchmarking.modes.names import MODE_TIME_SLICING
+from benchmarking.planning.plan_file import PlanFile, parse_plan, text_hash
+from benchmarking.planning.redaction import NotRevealedError, reveal
+from benchmarking.planning.request import Request
 from benchmarking.records import run_folder
 from benchmarking.records.run_folder import (
     PHASE_CO_RUN,
@@ -29,9 +32,6 @@ from benchmarking.records.run_folder import (
 )
 from benchmarking.records.types import ClientRecord, CoRunRecord, Environment, RunOutcome
 from benchmarking.suite import baselines
-from benchmarking.suite.plan_file import PlanFile, parse_plan, text_hash
-from benchmarking.suite.redaction import NotRevealedError, reveal
-from benchmarking.suite.request import Request
 
 # What tells one environment from another besides what a baseline of another run is compared by.
 COMPARED_FIELDS = ("gpu_uuid", "git_commit", "timeslice")

@@ -11,17 +11,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarking.cli import EXIT_COMPLETE, EXIT_FAILED, EXIT_USAGE, RunEnded, SuiteError
+from benchmarking.measuring.jobs import resolve_all
+from benchmarking.measuring.sampler import Sampler
 from benchmarking.modes.names import MODE_MIG, MODE_MPS
+from benchmarking.planning.plan import Plan, PlannedCoRun, carried_arguments
+from benchmarking.planning.ramp import Ramp
 from benchmarking.records.run_folder import PHASE_BASELINE, PHASE_NULL, PHASE_SHARE_BASELINE
 from benchmarking.records.types import ClientRecord, RunOutcome
 from benchmarking.suite import baselines, preflight
 from benchmarking.suite.baselines import BaselineMismatchError, newest_reusable, require_reusable
-from benchmarking.suite.jobs import resolve_all
 from benchmarking.suite.measurement import Measurement, RunContext
-from benchmarking.suite.plan import Plan, PlannedCoRun, carried_arguments
-from benchmarking.suite.ramp import Ramp
 from benchmarking.suite.resume import EarlierPart, unlike_environment
-from benchmarking.suite.sampler import Sampler
 
 
 class SuiteRun:

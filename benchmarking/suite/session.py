@@ -25,16 +25,19 @@ from benchmarking.cli import (
     EXIT_USAGE,
     SuiteError,
 )
+from benchmarking.measuring import locks
+from benchmarking.measuring.jobs import require_known_flags
+from benchmarking.measuring.progress import Progress
+from benchmarking.measuring.stop_signal import StopSignal
+from benchmarking.planning import flags
+from benchmarking.planning.plan_file import PlanFileError
+from benchmarking.planning.redaction import hidden_in_command_line
 from benchmarking.records import run_folder
-from benchmarking.suite import console, flags, locks, preflight
-from benchmarking.suite.jobs import require_known_flags
+from benchmarking.suite import console, preflight
 from benchmarking.suite.measurement import RunContext
-from benchmarking.suite.plan_file import PlanFileError
-from benchmarking.suite.redaction import hidden_in_command_line
 from benchmarking.suite.resume import read_earlier, read_rounds_before, request_data
 from benchmarking.suite.run import SuiteRun
 from benchmarking.suite.setup import PROJECT_ROOT, Setup, no_mps_folder, prepare
-from benchmarking.suite.stop_signal import StopSignal
 
 SUITE_SCRIPT = PROJECT_ROOT / "benchmarking" / "benchmark_suite.py"
 ANALYSIS_SCRIPT = PROJECT_ROOT / "benchmarking" / "analyze_results.py"
@@ -111,7 +114,7 @@ def _planned_and_run(
             writer = earlier.reopen(setup.notes) if earlier else _new_run(setup, command)
             if not is_alone:
                 writer.update_manifest(is_contended=True)
-            progress = console.Progress()
+            progress = Progress()
             suite = SuiteRun(RunContext(setup, writer, stop, progress, earlier, options.round))
             code = suite.execute()
     if options.round is not None and from_driver:  # it has the report at the end

@@ -16,6 +16,7 @@ import msgspec
 from benchmarking.cli import EXIT_MODE_NOT_IN_FORCE, EXIT_USAGE, SuiteError
 from benchmarking.hardware import nvml
 from benchmarking.hardware.nvidia_tools import time_slice
+from benchmarking.measuring.card import find_gpu, look_for_foreign_processes, usable_cores
 from benchmarking.modes.choice import make_mode
 from benchmarking.modes.names import (
     MODE_CPU_DEMO,
@@ -26,25 +27,17 @@ from benchmarking.modes.names import (
 )
 from benchmarking.modes.sharing_mode import ModeNotInForceError, SharingMode
 from benchmarking.modes.whole_gpu import time_slicing_warning
+from benchmarking.planning import limits
+from benchmarking.planning import plan as planning
+from benchmarking.planning.own_jobs import JOBS_PLAN, plan_clients
+from benchmarking.planning.plan import JobOptions, Plan, PlannedClient, PlannedCoRun
+from benchmarking.planning.plan_file import PlanFile
+from benchmarking.planning.redaction import Secrets
+from benchmarking.planning.request import Request
+from benchmarking.planning.workloads import COMMAND_WORKLOAD, SIZE_CPU, SIZE_GUIDE, SIZE_QUICK
 from benchmarking.records import run_folder
 from benchmarking.records.run_folder import PHASE_BASELINE, PHASE_NULL, Run
 from benchmarking.records.types import METHOD, Environment, Evidence, MpsLimits
-from benchmarking.suite import limits
-from benchmarking.suite import plan as planning
-from benchmarking.suite.card import find_gpu, look_for_foreign_processes, usable_cores
-from benchmarking.suite.own_jobs import JOBS_PLAN, plan_clients
-from benchmarking.suite.plan import (
-    SIZE_CPU,
-    SIZE_GUIDE,
-    SIZE_QUICK,
-    JobOptions,
-    Plan,
-    PlannedClient,
-    PlannedCoRun,
-)
-from benchmarking.suite.plan_file import PlanFile
-from benchmarking.suite.redaction import Secrets
-from benchmarking.suite.request import Request
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 
@@ -170,7 +163,7 @@ def prepare(
     cores = usable_cores()
     plan, co_runs_of = _lay_out(request, mode, alone_mode, job_size, cores)
     if request.mig_layout and mode.name == MODE_MIG:
-        plan, unlike = limits.without_unlike_shares(plan, request.mig_layout)
+        plan, unlike = planning.without_unlike_shares(plan, request.mig_layout)
         notes += [
             f"{label} runs on instances of unlike size: its interference overhead stays unknown"
             for label in unlike
@@ -272,7 +265,7 @@ def _environment_of(
     }
     # Nothing in the folder that a run is started from is imported by our jobs' child processes;
     # a user's own command finds its modules as ever.
-    safe = {} if client.workload == planning.COMMAND_WORKLOAD else {"PYTHONSAFEPATH": "1"}
+    safe = {} if client.workload == COMMAND_WORKLOAD else {"PYTHONSAFEPATH": "1"}
     return {
         **planning.shared_host_environment(cores, clients),
         **safe,

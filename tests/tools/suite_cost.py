@@ -44,34 +44,29 @@ from benchmarking.cli import (
     positive_float,
     positive_int,
 )
-from benchmarking.hardware import host_limit
-from benchmarking.hardware.gpu_samples import summarize_samples
-from benchmarking.hardware.host_cpu import read_process_trees
-from benchmarking.metrics.estimates import Estimate, estimate
-from benchmarking.metrics.number_text import significant
-from benchmarking.modes.names import MODES
-from benchmarking.records.run_folder import utc_now, write_json_atomic
-from benchmarking.records.types import Sample
-from benchmarking.suite.co_run_records import start_skew_ms
-from benchmarking.suite.console import print_table
-from benchmarking.suite.launcher import (
-    Client,
-    CoRunResult,
-    Launcher,
-    Timeouts,
-    client_base_environment,
-)
-from benchmarking.suite.program import (
+from benchmarking.drivers.program import (
     UntilOver,
     client_paths,
     exit_code_of,
     make_folder,
     resolve_jobs,
 )
-from benchmarking.suite.request import Request
-from benchmarking.suite.sampler import Sampler
+from benchmarking.hardware import host_limit
+from benchmarking.hardware.gpu_samples import summarize_samples
+from benchmarking.hardware.host_cpu import read_process_trees
+from benchmarking.measuring.client import Client, client_base_environment
+from benchmarking.measuring.co_run_records import start_skew_ms
+from benchmarking.measuring.launcher import CoRunResult, Launcher, Timeouts
+from benchmarking.measuring.sampler import Sampler
+from benchmarking.measuring.stop_signal import StopSignal
+from benchmarking.metrics.estimates import Estimate, estimate
+from benchmarking.metrics.number_text import significant
+from benchmarking.modes.names import MODES
+from benchmarking.planning.request import Request
+from benchmarking.records.run_folder import utc_now, write_json_atomic
+from benchmarking.records.types import Sample
+from benchmarking.suite.console import print_table
 from benchmarking.suite.setup import Setup, no_mps_folder, prepare
-from benchmarking.suite.stop_signal import StopSignal
 
 TIMEOUT_SECONDS = 1800.0
 # From go, or from the sampler's start or end, until a window may begin.

@@ -24,7 +24,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, TextIO
+from typing import TYPE_CHECKING, Literal, NoReturn, TextIO
 
 from workloads.common import console, errors, results
 
@@ -69,7 +69,7 @@ class Recorder:
                     "existing, writable folder"
                 ) from error
         self._lock = threading.Lock()
-        self._buffers: dict[tuple[str, bool], tuple[list[float], list[float]]] = {}
+        self._buffers: dict[tuple[str, bool | str], tuple[list[float], list[float]]] = {}
         self._last_flush_seconds = time.monotonic()
         self._stop = threading.Event()
         self._arrived = {"warm": threading.Event(), "go": threading.Event()}
@@ -92,12 +92,17 @@ class Recorder:
                 raise errors.CannotWriteError(self._file.name, error) from error
 
     def unit(
-        self, kind: str, start_seconds: float, end_seconds: float, *, latency: bool = False
+        self,
+        kind: str,
+        start_seconds: float,
+        end_seconds: float,
+        *,
+        latency: bool | Literal["apart"] = False,
     ) -> None:
         """Record one finished unit of work, its times on CLOCK_MONOTONIC.
 
         Units of one ``kind`` are comparable with each other; ``latency`` says whether the duration
-        is a response time that a user feels.
+        is a response time that a user feels, ``"apart"`` one that has percentiles of its own.
         """
         with self._lock:
             starts, durations = self._buffers.setdefault((kind, latency), ([], []))

@@ -1,0 +1,1 @@
+"""One co-run on one card: clients launched and sampled, proved, judged, as records."""

@@ -1,0 +1,383 @@
+"""What runs with what, decided before anything runs: jobs, mixes, pairs, command lines.
+
+Every job, mix and pair that there is stands in `workloads`. Pure: no process is started and no file
+is touched. A plan is plain data (`to_dict`), so it is printed and saved with the run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import shlex
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from benchmarking.modes.names import MODE_CPU_DEMO, MODE_EXCLUSIVE, MODE_TIME_SLICING
+from benchmarking.planning.workloads import (
+    ANTAGONIST,
+    DUTY_STEPS,
+    MIXES,
+    NOISY_JOBS,
+    NOISY_JOBS_QUICK,
+    PAIRS_ON_CPU,
+    PRESSED,
+    PRESSED_QUICK,
+    SIZE_CPU,
+    SIZE_GUIDE,
+    WORKLOADS,
+)
+from benchmarking.records.run_folder import (
+    PHASE_BASELINE,
+    PHASE_CO_RUN,
+    PHASE_NULL,
+    PHASE_SHARE_BASELINE,
+)
+from benchmarking.records.types import Phase
+
+# Figures of a job's baseline that become flags of its co-runs: calibrated parameters, measured
+# once, alone, and fixed from then on.
+CARRIED_FIGURES: Mapping[str, str] = {
+    "cell_repeats": "--cell-repeats",
+    "request_rate": "--rate",
+}
+
+
+@dataclass(frozen=True)
+class JobOptions:
+    """Flags of a suite run that its jobs are started with; `None` leaves a workload's default.
+
+    `arguments` go to every workload as they are, and are part of what makes it another job.
+    """
+
+    size: str = SIZE_GUIDE
+    seed: int = 42
+    device: str = "auto"
+    engine: str | None = None
+    precision: str | None = None
+    dataset: str | None = None
+    data_dir: str | None = None
+    slo_ms: float | None = None
+    arguments: tuple[str, ...] = ()
+    # who runs the scripts, and the project's folder that they lie in
+    python: str = "python3"
+    root: str = "."
+
+
+@dataclass(frozen=True)
+class PlannedClient:
+    """One client: the command of its job, and what its environment adds.
+
+    `job_key` names the distinct job (same key = same work); engine, precision and device are not
+    in it, since they belong to how a job runs and are compared by the clients' identities.
+    """
+
+    client: int
+    workload: str
+    label: str
+    job_key: str
+    command: tuple[str, ...]
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    def with_arguments(self, arguments: Sequence[str]) -> PlannedClient:
+        """Return the same client with more flags (a later flag overrides an earlier one)."""
+        return dataclasses.replace(self, command=(*self.command, *arguments))
+
+
+@dataclass(frozen=True)
+class PlannedCoRun:
+    """Clients that run together under one mode; a baseline is a co-run of one."""
+
+    co_run: str
+    phase: Phase
+    mode: str
+    repeat: int
+    clients: tuple[PlannedClient, ...]
+
+    def command_of(self, client: PlannedClient) -> tuple[str, ...]:
+        """Return the client's command as it is run here, and could be typed by hand.
+
+        `--client-index` gives each client a seed of its own: without it, copies of one job pause
+        and compute in lockstep. It is the client's number, the same in every mode and repeat, and
+        0 where a job runs alone; `job_key` does not hold it, so copies share one baseline.
+        """
+        index = client.client if self.phase == PHASE_CO_RUN else 0
+        return (*client.command, "--client-index", str(index))
+
+    def map_clients(self, change: Callable[[PlannedClient], PlannedClient]) -> PlannedCoRun:
+        """Return the co-run with every client replaced by `change(client)`."""
+        return dataclasses.replace(self, clients=tuple(map(change, self.clients)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON, with the commands as they are run."""
+        clients = [
+            {**dataclasses.asdict(client), "command": list(self.command_of(client))}
+            for client in self.clients
+        ]
+        return {"co_run": self.co_run, "phase": self.phase, "mode": self.mode,
+                "repeat": self.repeat, "clients": clients}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that a suite run does: baselines first, then co-runs, in order."""
+
+    baseline: tuple[PlannedCoRun, ...]
+    co_runs: tuple[PlannedCoRun, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON; a baseline is its one client with the co-run's fields."""
+        baseline = [run.to_dict() for run in self.baseline]
+        for row in baseline:
+            row.update(row.pop("clients")[0])
+        return {"baseline": baseline, "co_runs": [run.to_dict() for run in self.co_runs]}
+
+    def map_runs(self, change: Callable[[PlannedCoRun], PlannedCoRun]) -> Plan:
+        """Return the plan with every co-run and baseline replaced by `change(run)`."""
+        return Plan(tuple(map(change, self.baseline)), tuple(map(change, self.co_runs)))
+
+    def map_clients(
+        self, change: Callable[[PlannedClient], PlannedClient], *, skip: Collection[str] = ()
+    ) -> Plan:
+        """Return the plan with every client replaced by `change(client)`.
+
+        Co-runs whose names are in `skip` (those that have been run) stay as they are.
+        """
+        return self.map_runs(lambda run: run if run.co_run in skip else run.map_clients(change))
+
+    def jobs(self) -> dict[str, PlannedClient]:
+        """Return one client of each distinct job, by `job_key`, in order of appearance."""
+        runs = (*self.baseline, *self.co_runs)
+        return distinct_jobs(client for run in runs for client in run.clients)
+
+
+def distinct_jobs(clients: Iterable[PlannedClient]) -> dict[str, PlannedClient]:
+    """Return the first client of each job, by `job_key`."""
+    found: dict[str, PlannedClient] = {}
+    for client in clients:
+        found.setdefault(client.job_key, client)
+    return found
+
+
+def planned_client(
+    client: int, workload: str, options: JobOptions, arguments: Sequence[str] = ()
+) -> PlannedClient:
+    """Return client number `client` running `workload`.
+
+    `arguments` come last on the command line, so they override what job size and options say.
+    """
+    kind = WORKLOADS[workload]
+    arguments = (*options.arguments, *arguments)
+    job = [*kind.arguments[options.size], "--seed", str(options.seed)]
+    if workload == "resnet_training":
+        job += _flags(dataset=options.dataset, data_dir=options.data_dir)
+    how = _flags(device=options.device, engine=options.engine, precision=options.precision)
+    if workload == "serving" and options.slo_ms is not None:
+        # Which requests are late enough to be given up, not what is offered.
+        how += _flags(slo_ms=f"{options.slo_ms:g}")
+    script = f"{options.root}/{kind.script}"
+    return PlannedClient(
+        client=client,
+        workload=workload,
+        label=kind.label,
+        job_key=shlex.join([workload, *job, *arguments]),
+        command=(options.python, script, *job, *how, *arguments),
+    )
+
+
+def _flags(**values: str | None) -> list[str]:
+    given = ((f"--{name.replace('_', '-')}", value) for name, value in values.items())
+    return [part for flag, value in given if value is not None for part in (flag, value)]
+
+
+def mix_clients(mix: str, count: int, options: JobOptions) -> tuple[PlannedClient, ...]:
+    """Return `count` clients of a mix: its workloads in order, starting over after the last."""
+    workloads = itertools.cycle(MIXES[mix])
+    return tuple(planned_client(i, next(workloads), options) for i in range(count))
+
+
+def counted_co_runs(
+    mode: str,
+    clients_of: Callable[[int], Sequence[PlannedClient]],
+    *,
+    name: str,
+    counts: Sequence[int],
+    repeats: int,
+) -> tuple[PlannedCoRun, ...]:
+    """Lay out every count and repeat, called `<name>-<n>-r<repeat>`.
+
+    `clients_of(n)` gives the clients of a co-run of n.
+    """
+    return tuple(
+        PlannedCoRun(f"{name}-{n}-r{repeat}", PHASE_CO_RUN, mode, repeat, tuple(clients_of(n)))
+        for n in counts
+        for repeat in range(repeats)
+    )
+
+
+def pair_workloads(job_size: str) -> tuple[str, ...]:
+    """Return the workloads that are paired: those of the mixed mix, fewer on the CPU."""
+    return PAIRS_ON_CPU if job_size == SIZE_CPU else MIXES["mixed"]
+
+
+def paired_co_runs(
+    mode: str,
+    pairs: Sequence[tuple[PlannedClient, PlannedClient]],
+    *,
+    name: str,
+    repeats: int,
+) -> tuple[PlannedCoRun, ...]:
+    """Lay out every pair, called `<name>-<one>-<other>-r<repeat>`.
+
+    All pairs come once before the first repeat.
+    """
+    return tuple(
+        PlannedCoRun(
+            f"{name}-{_name_in_pair(one)}-{_name_in_pair(other)}-r{repeat}", PHASE_CO_RUN, mode,
+            repeat, (one, other),
+        )
+        for repeat in range(repeats)
+        for one, other in pairs
+    )  # fmt: skip
+
+
+def _name_in_pair(client: PlannedClient) -> str:
+    """The workload; of an antagonist what it presses, and for how many percent of the time."""
+    if client.workload != ANTAGONIST:
+        return client.workload
+    words = client.job_key.split()
+    kind, duty = (words[words.index(flag) + 1] for flag in ("--kind", "--duty"))
+    return kind if float(duty) == 1 else f"{kind}-{100 * float(duty):.0f}"
+
+
+def job_pairs(options: JobOptions) -> list[tuple[PlannedClient, PlannedClient]]:
+    """Return each job of the mixed mix with each other one and with itself."""
+    workloads = pair_workloads(options.size)
+    return [
+        (planned_client(0, one, options), planned_client(1, other, options))
+        for one, other in itertools.combinations_with_replacement(workloads, 2)
+    ]
+
+
+def noisy_pairs(
+    options: JobOptions, *, quick: bool, duty_steps: bool
+) -> list[tuple[PlannedClient, PlannedClient]]:
+    """Return each job with each antagonist; on the CPU there is no bus to press."""
+    is_cpu = options.size == SIZE_CPU
+    jobs = PAIRS_ON_CPU if is_cpu else NOISY_JOBS_QUICK if quick else NOISY_JOBS
+    kinds = PRESSED_QUICK if is_cpu or quick else PRESSED
+    neighbors = [(job, kind, "1") for job in jobs for kind in kinds]
+    neighbors += [("llm_inference", "hbm", duty) for duty in DUTY_STEPS if duty_steps]
+    return [
+        (planned_client(0, job, options),
+         planned_client(1, ANTAGONIST, options, ("--kind", kind, "--duty", duty)))
+        for job, kind, duty in neighbors
+    ]  # fmt: skip
+
+
+def baselines_of(
+    clients: Iterable[PlannedClient], phase: Phase, mode: str, repeats: int = 1
+) -> tuple[PlannedCoRun, ...]:
+    """Lay out each distinct job alone, called `baseline-<workload>` or `share-<workload>`.
+
+    On a share of the GPU that is the share of the first client that runs the job. Of several
+    repeats each has its number in its name, and all jobs come once before the first repeat.
+    """
+    prefix = "share" if phase == PHASE_SHARE_BASELINE else "baseline"
+    once: list[PlannedCoRun] = []
+    for client in distinct_jobs(clients).values():
+        same = sum(run.clients[0].workload == client.workload for run in once)
+        name = f"{prefix}-{client.workload}" + (f"-{same + 1}" if same else "")
+        once.append(PlannedCoRun(name, phase, mode, 0, (client,)))
+    if repeats == 1:
+        return tuple(once)
+    return tuple(
+        dataclasses.replace(run, co_run=f"{run.co_run}-r{repeat}", repeat=repeat)
+        for repeat in range(repeats)
+        for run in once
+    )
+
+
+def null_runs(
+    clients: Sequence[PlannedClient], mode: str, repeats: int
+) -> tuple[PlannedCoRun, ...]:
+    """Lay out one client under time slicing: what a baseline is, under another name.
+
+    It is the first training, or else the first client; its distance from its baseline is the
+    method's own error.
+    """
+    trainings = [client for client in clients if client.workload.endswith("_training")]
+    return tuple(
+        PlannedCoRun(f"null-r{repeat}", PHASE_NULL, mode, repeat, ((trainings or clients)[0],))
+        for repeat in range(repeats)
+    )
+
+
+def build_plan(
+    mode: str,
+    clients: Sequence[PlannedClient],
+    co_runs: Sequence[PlannedCoRun],
+    *,
+    whole_gpu_baseline: bool = True,
+    share_baseline: bool = False,
+    baseline_mode: str = MODE_EXCLUSIVE,
+    baseline_repeats: int = 1,
+    null: bool = False,
+) -> Plan:
+    """Put the baselines of all `clients` before the co-runs; `mode` "exclusive" has no co-runs.
+
+    Each distinct job gets `baseline_repeats` on the whole GPU, with `null` each time the null
+    behind them, and, with `share_baseline`, one on its own share.
+    """
+    alone: tuple[PlannedCoRun, ...] = ()
+    if whole_gpu_baseline:
+        alone += baselines_of(clients, PHASE_BASELINE, baseline_mode, baseline_repeats)
+    if null:
+        is_cpu = baseline_mode == MODE_CPU_DEMO
+        nulls = null_runs(clients, MODE_CPU_DEMO if is_cpu else MODE_TIME_SLICING, baseline_repeats)
+        alone = tuple(sorted((*alone, *nulls), key=lambda run: run.repeat))
+    if share_baseline:
+        alone += baselines_of(clients, PHASE_SHARE_BASELINE, mode)
+    return Plan(alone, () if mode == MODE_EXCLUSIVE else tuple(co_runs))
+
+
+def without_unlike_shares(plan: Plan, layout: Sequence[str]) -> tuple[Plan, list[str]]:
+    """Leave out the baselines on one's own instance of jobs that run on instances of unlike size.
+
+    Returns the plan, and the labels of these jobs: one instance's time alone says nothing of
+    another's, so their interference stays unknown.
+    """
+    profiles: dict[str, set[str]] = {}
+    for run in plan.co_runs:
+        for client in run.clients:
+            profiles.setdefault(client.job_key, set()).add(layout[client.client])
+    unlike = {job_key for job_key, names in profiles.items() if len(names) > 1}
+    kept = tuple(
+        run
+        for run in plan.baseline
+        if run.phase != PHASE_SHARE_BASELINE or run.clients[0].job_key not in unlike
+    )
+    labels = [client.label for job_key, client in plan.jobs().items() if job_key in unlike]
+    return Plan(kept, plan.co_runs), labels
+
+
+def shared_host_environment(cores: int, clients: int) -> dict[str, str]:
+    """Environment that gives each of `clients` its share of `cores` and tells it of the others.
+
+    A client takes its share of the GPU's memory by GPU_SHARING_CLIENTS. Idle OpenMP threads spin by
+    default; four clients of two threads on two cores took twice the time of four clients of one.
+    """
+    threads = str(max(1, cores // clients))
+    return {
+        "OMP_NUM_THREADS": threads,
+        "MKL_NUM_THREADS": threads,
+        "OPENBLAS_NUM_THREADS": threads,
+        "OMP_WAIT_POLICY": "passive",
+        "GPU_SHARING_CLIENTS": str(clients),
+    }
+
+
+def carried_arguments(figures: Mapping[str, Any] | None) -> list[str]:
+    """Flags that a job's baseline hands to its co-runs, from the figures of its last whole job."""
+    values = ((flag, (figures or {}).get(name)) for name, flag in CARRIED_FIGURES.items())
+    return [part for flag, value in values if value is not None for part in (flag, str(value))]

@@ -1,0 +1,395 @@
+"""Plan files: a user's own list of clients, in TOML, checked as a whole before anything runs.
+
+    name = "my-jobs"                      # optional; default: the file's name
+
+    [[client]]
+    workload = "resnet_training"          # one of ours
+    arguments = ["--batch-size", "64"]    # come after those of the job size, and so override them
+    count = 2
+
+    [[client]]
+    workload = "serving"                  # an inference server and its users, together one client
+    arguments = ["--rate", "300", "--slo-ms", "50"]    # no --rate: half of what it delivers alone
+
+    [[client]]
+    command = ["./train.sh", "--fast"]    # or any command line; "a text" is split, not given to a
+    shell = false                         # shell unless this says so
+    label = "my training"
+    working_directory = ".."              # from the plan file's folder, which is the default
+    environment = { DATA = "/data" }
+    inherit = ["HF_TOKEN"]                # variables of whoever starts the run; names are recorded
+    latency = false                       # true: a run's duration is a response time
+    knobs = { mps_percentage = 50, mps_memory_limit = "8G", mps_priority = "below-normal" }
+
+`read_plan_file` finds every mistake at once; each is a sentence that names file, key and fix. The
+command line's `--job` makes the same list without a file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarking.planning import limits
+from benchmarking.planning.redaction import (
+    NotRevealedError,
+    Secrets,
+    looks_secret,
+    reveal,
+    secrets_of_words,
+)
+from benchmarking.planning.workloads import WORKLOADS
+
+# What each key holds: its type, what it is where it is left away, and how a complaint names it.
+KEYS: Mapping[str, tuple[type, Any, str]] = {
+    "name": (str, "", "a text"),
+    "workload": (str, "", f"one of {', '.join(WORKLOADS)}"),
+    "arguments": (list, [], 'a list of texts, as ["--epochs", "3"]'),
+    "command": (str, "", 'a text or a list of texts, as ["./train.sh", "--fast"]'),
+    "shell": (bool, False, "true or false"),
+    "working_directory": (str, "", "a text"),
+    "latency": (bool, False, "true or false"),
+    "count": (int, 1, "a whole number of 1 or more"),
+    "label": (str, "", "a text"),
+    "environment": (dict, {}, 'a table of texts, as { DATA = "/data" }'),
+    "inherit": (list, [], 'a list of texts, as ["HF_TOKEN"]'),
+    "knobs": (dict, {}, "a table, as { mps_percentage = 50 }"),
+}
+SHARED_KEYS = ("workload", "command", "count", "label", "environment", "inherit", "knobs")
+WORKLOAD_KEYS = ("arguments",)
+COMMAND_KEYS = ("shell", "working_directory", "latency")
+# Limits of one client under MPS; the other modes have none.
+KNOBS = {
+    "mps_percentage": limits.percentage,
+    "mps_memory_limit": limits.memory_limit,
+    "mps_priority": limits.priority,
+}
+# Flags that the suite itself gives to each client.
+FLAGS_OF_THE_SUITE = ("--device", "--gpu", "--events", "--hold", "--resolve", "--results-dir")
+# Programs whose first word without a dash is a file, where it ends like one.
+INTERPRETERS = re.compile(r"python[0-9.]*|bash|sh|node|perl|Rscript|julia")
+SCRIPT_SUFFIXES = (".py", ".sh", ".js", ".pl", ".R", ".jl")
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+class PlanFileError(Exception):
+    """A plan file cannot be used; `mistakes` holds one sentence for each thing to mend."""
+
+    def __init__(self, mistakes: list[str]) -> None:
+        """Keep the sentences; the message is all of them, a line each."""
+        super().__init__("\n".join(mistakes))
+        self.mistakes = mistakes
+
+
+@dataclass(frozen=True)
+class PlanEntry:
+    """One `[[client]]` table: a workload of ours with `arguments`, or a `command` line."""
+
+    label: str
+    count: int
+    workload: str | None = None
+    arguments: tuple[str, ...] = ()
+    command: str | None = None
+    shell: bool = False
+    working_directory: str = ""
+    latency: bool = False
+    environment: Mapping[str, str] = field(default_factory=dict)
+    inherit: tuple[str, ...] = ()
+    knobs: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PlanFile:
+    """A plan that has been read and found good.
+
+    `path` is the file, or what stands for one in messages; relative folders start at `folder`.
+    `text` is the file as it was but for secrets, which it names only.
+    """
+
+    path: str
+    folder: Path
+    text: str
+    name: str
+    entries: tuple[PlanEntry, ...]
+    secrets: Secrets = field(default_factory=Secrets, compare=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for the manifest; the clients stand in the run's `plan.toml` alone."""
+        return {
+            "path": self.path,
+            "folder": str(self.folder),
+            "name": self.name,
+            "sha256": text_hash(self.text),
+        }
+
+    @property
+    def has_latency(self) -> bool:
+        """Whether durations of some client are response times."""
+        return any(
+            WORKLOADS[entry.workload].has_latency if entry.workload else entry.latency
+            for entry in self.entries
+        )
+
+    @property
+    def members(self) -> tuple[PlanEntry, ...]:
+        """One entry for each client: every entry as often as its `count` says."""
+        return tuple(entry for entry in self.entries for _ in range(entry.count))
+
+
+def text_hash(text: str) -> str:
+    """Return the SHA-256 of a plan file's text, in hexadecimal."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_plan_file(path: Path) -> PlanFile:
+    """Read and check a plan file; nothing that it names is run.
+
+    Raises `PlanFileError` with all mistakes.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise PlanFileError([f"{path} cannot be read ({error.strerror}): name a file"]) from error
+    except UnicodeDecodeError as error:
+        raise PlanFileError([f"{path} is not TOML ({error}): mend that place"]) from error
+    return parse_plan(text, str(path.resolve()), path.resolve().parent, shown=str(path))
+
+
+def script_of(words: Sequence[str]) -> str | None:
+    """The file that an interpreter is given, `None` where there is none to be told."""
+    if not INTERPRETERS.fullmatch(Path(words[0]).name):
+        return None
+    for word in words[1:]:
+        if word in ("-m", "-c", "-e"):
+            return None
+        if not word.startswith("-"):
+            return word if Path(word).suffix in SCRIPT_SUFFIXES else None
+    return None
+
+
+def parse_plan(text: str, path: str, folder: Path, *, shown: str | None = None) -> PlanFile:
+    """Check the text of a plan; `shown` is what messages call it where that is not `path`.
+
+    A text of a run, in which secrets were hidden, gets them back from the environment. Raises
+    `PlanFileError` with all mistakes.
+    """
+    shown = shown or path
+    try:
+        content = reveal(_toml(text), os.environ)
+    except (ValueError, NotRevealedError) as error:
+        kind = "" if isinstance(error, NotRevealedError) else "is not TOML "
+        raise PlanFileError([f"{shown} {kind}({error}): mend that place"]) from error
+    mistakes: list[str] = []
+    known = _Table(content, shown, mistakes)
+    known.allow(("name", "client"))
+    default_name = re.sub(r"[^A-Za-z0-9._-]", "-", Path(path).stem).lstrip(".-_") or "plan"
+    name = known.get("name") or default_name
+    if not _NAME.fullmatch(name):
+        known.complain("name", "use letters, digits, '.', '_' and '-', as it names a folder")
+    tables = content.get("client")
+    is_list = isinstance(tables, list) and all(isinstance(table, dict) for table in tables)
+    if not tables or not is_list:
+        known.complain("client", "list at least one client under the heading [[client]]")
+        tables = []
+    entries = [
+        _entry(_Table(table, f"{shown}: client {number}", mistakes), folder)
+        for number, table in enumerate(tables, start=1)
+    ]
+    if mistakes:
+        raise PlanFileError(mistakes)
+    hidden = _secrets_of(entries)
+    kept = hidden.hide(text)
+    if Secrets(hidden.names).hide(_toml(kept)) != _toml(kept):
+        raise PlanFileError([f"{shown}: a secret is written with escapes: use inherit for it"])
+    return PlanFile(path, folder, kept, name, tuple(entries), hidden)
+
+
+def _toml(text: str) -> dict[str, Any]:
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    return tomllib.loads(text)
+
+
+def _secrets_of(entries: Sequence[PlanEntry]) -> Secrets:
+    """What of the plan is not to be recorded."""
+    names: dict[str, str] = {}
+    inherited: set[str] = set()
+    for entry in entries:
+        inherited |= set(entry.inherit)
+        names |= {value: name for name, value in entry.environment.items()
+                  if looks_secret(name) and name not in entry.inherit}  # fmt: skip
+        names |= secrets_of_words(shlex.split(entry.command or ""))
+        names |= secrets_of_words(entry.arguments)
+    return Secrets(names, frozenset(inherited))
+
+
+class _Table:
+    """One table of the file, and the mistakes found in it so far."""
+
+    def __init__(self, content: Mapping[str, Any], where: str, mistakes: list[str]) -> None:
+        self.content = content
+        self._where = where
+        self._mistakes = mistakes
+
+    def complain(self, key: str, fix: str) -> None:
+        self._mistakes.append(f"{self._where}: {key}: {fix}")
+
+    def allow(self, keys: Collection[str]) -> None:
+        for key in self.content:
+            if key not in keys:
+                self.complain(key, f"there is no such key here; there are {', '.join(keys)}")
+
+    def get(self, key: str) -> Any:
+        """Value of a key, its default where it is missing or of another type."""
+        kind, default, wanted = KEYS[key]
+        value = self.content.get(key, default)
+        # To Python a bool is a whole number, to whoever writes a plan it is not.
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            self.complain(key, f"is {value!r}, but needs {wanted}")
+            return default
+        return self.words(key) if kind is list else value
+
+    def words(self, key: str) -> tuple[str, ...]:
+        """A list of texts."""
+        value = self.content.get(key, [])
+        if not all(isinstance(word, str) for word in value):
+            self.complain(key, 'holds something else than texts: put each in quotes, as "3"')
+            return ()
+        return tuple(value)
+
+
+def _entry(table: _Table, folder: Path) -> PlanEntry:
+    has_workload, has_command = "workload" in table.content, "command" in table.content
+    if has_workload == has_command:
+        found = "gives both" if has_workload else "gives neither"
+        table.complain("workload, command", f"{found}: give one of the two")
+    table.allow((
+        *SHARED_KEYS,
+        *(WORKLOAD_KEYS if has_workload or not has_command else ()),
+        *(COMMAND_KEYS if has_command or not has_workload else ()),
+    ))  # fmt: skip
+    count = table.get("count")
+    if count < 1:
+        table.complain("count", f"is {count}, but needs {KEYS['count'][2]}")
+    special = _command_fields(table, folder) if has_command else _workload_fields(table)
+    special["label"] = table.get("label") or special["label"]
+    return PlanEntry(
+        **special,
+        count=count,
+        environment=_environment(table),
+        inherit=table.words("inherit"),
+        knobs=_knobs(table),
+    )
+
+
+def _workload_fields(table: _Table) -> dict[str, Any]:
+    workload = table.get("workload")
+    if workload and workload not in WORKLOADS:
+        known = ", ".join(WORKLOADS)
+        table.complain("workload", f"there is no workload {workload!r}; there are {known}")
+    arguments = table.get("arguments")
+    for flag in (word.partition("=")[0] for word in arguments):
+        if flag in FLAGS_OF_THE_SUITE:
+            table.complain("arguments", f"leave {flag} away, the suite gives it to every client")
+    kind = WORKLOADS.get(workload)
+    return {"workload": workload, "arguments": arguments, "label": kind.label if kind else workload}
+
+
+def _command_fields(table: _Table, folder: Path) -> dict[str, Any]:
+    directory = folder / table.get("working_directory")
+    if not directory.is_dir():
+        table.complain("working_directory", f"there is no folder {directory}: name one")
+    shell = table.get("shell")
+    is_list = isinstance(table.content["command"], list)
+    if is_list and shell:
+        table.complain("command", "with shell = true give one text, not a list")
+    line = shlex.join(table.words("command")) if is_list else table.get("command")
+    words = _split(table, line)
+    if words and not shell:
+        _check_files(table, words, directory)
+    return {
+        "command": line,
+        "shell": shell,
+        "working_directory": str(directory.resolve()),
+        "latency": table.get("latency"),
+        "label": Path(words[0]).name if words else "command",
+    }
+
+
+def _split(table: _Table, line: str) -> list[str]:
+    try:
+        words = shlex.split(line)
+    except ValueError as error:
+        table.complain("command", f"cannot be split into words ({error}): close the quotes")
+        return []
+    if not words and table.content["command"] in ("", []):
+        table.complain("command", "is empty: give a program and its arguments")
+    return words
+
+
+def _check_files(table: _Table, words: Sequence[str], directory: Path) -> None:
+    """Whether the program is there, a path from the working directory or a name on the PATH.
+
+    Of an interpreter's script, too.
+    """
+    program = str(directory / words[0]) if os.sep in words[0] else words[0]
+    script = script_of(words)
+    if shutil.which(program) is None:
+        table.complain(
+            "command", f"there is no program {words[0]!r} that can be run in {directory}: mend the "
+            "name, make the file executable, or set shell = true for a shell's own words",
+        )  # fmt: skip
+    elif script is not None and not (directory / script).exists():
+        table.complain("command", f"there is no file {script!r} in {directory}: mend the name")
+
+
+def _environment(table: _Table) -> dict[str, str]:
+    """The client's variables, inherited ones among them."""
+    found = dict(table.get("environment"))
+    for name, value in found.items():
+        wrong = _wrong_variable(name)
+        if wrong is None and not isinstance(value, str):
+            wrong = 'needs a text: put it in quotes, as "1"'
+        if wrong:
+            table.complain(f"environment.{name}", wrong)
+    for name in table.get("inherit"):
+        wrong = _wrong_variable(name)
+        if wrong is None and name not in os.environ:
+            wrong = "is not set where this was started: export it, or leave it away"
+        if wrong:
+            table.complain(f"inherit.{name}", wrong)
+        found[name] = os.environ.get(name, "")
+    return found
+
+
+def _wrong_variable(name: str) -> str | None:
+    if not _VARIABLE.fullmatch(name):
+        return "is no name of a variable: use letters, digits and '_'"
+    if name == "CUDA_VISIBLE_DEVICES" or name.startswith("CUDA_MPS_"):
+        return "belongs to the sharing mode: leave it away, the suite sets it"
+    return None
+
+
+def _knobs(table: _Table) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name, value in table.get("knobs").items():
+        if name not in KNOBS:
+            table.complain(f"knobs.{name}", f"there is no such knob; there are {', '.join(KNOBS)}")
+            continue
+        try:
+            found[name] = KNOBS[name](str(value))
+        except ValueError as error:
+            table.complain(f"knobs.{name}", str(error))
+    return found
