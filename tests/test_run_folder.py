@@ -91,9 +91,6 @@ def test_runs_are_found_oldest_first_by_name_and_by_path(tmp_path: Path) -> None
         run_folder.resolve_run("other", tmp_path)
 
 
-# --- the manifest -------------------------------------------------------------------------------
-
-
 def test_a_change_that_cannot_be_kept_leaves_the_old_manifest_and_no_temporary_file(
     tmp_path: Path,
 ) -> None:
@@ -184,8 +181,8 @@ def test_an_edited_record_is_named_and_its_co_run_excluded(
         co_run("good"),
     )
     read = run_folder.read_run(run.folder)
-    assert [record.co_run for record in read.client_records] == ["good"]
-    assert [record.co_run for record in read.co_run_records] == ["good"]
+    for records in (read.client_records, read.co_run_records):
+        assert [record.co_run for record in records] == ["good"]
     if named:
         assert re.search(named, read.warnings[0])
     assert "edited excluded: records of" in read.warnings[-1]
@@ -264,9 +261,9 @@ def test_a_truncated_sample_is_skipped_and_the_monitor_line_is_no_sample(tmp_pat
     lines = ['{"record": "monitor", "ready": true}', '{"record": "sample", "time_seconds": 1.0}',
              '{"record": "sample", "time_sec']  # fmt: skip
     (tmp_path / "gpu_samples.jsonl").write_text("\n".join(lines))
-    samples, warnings = run_folder.read_samples(tmp_path)
-    assert [sample.time_seconds for sample in samples] == [1.0]
-    assert len(warnings) == 1
+    (sample,), (warning,) = run_folder.read_samples(tmp_path)
+    assert sample.time_seconds == 1.0
+    assert "line 3 is truncated" in warning
 
 
 def test_of_two_lines_of_a_phase_the_later_counts_and_those_not_as_published_are_named(
@@ -277,7 +274,6 @@ def test_of_two_lines_of_a_phase_the_later_counts_and_those_not_as_published_are
     bad = {
         '{"phase": [], "name": "mps", "status": "ok"}': "phase",
         '{"phase": 3, "name": "mps", "status": "great"}': "status",
-        '{"phase": 3, "name": "mps"}': "status",
         '{"phase": 3, "name": "mp': "malformed",
     }
     lines = [*bad, json.dumps({**good, "status": "ok"}), json.dumps(good)]
@@ -311,8 +307,7 @@ def hard_link(path: Path, target: Path) -> None:
 def another_users(path: Path, _: Path) -> None:
     if os.geteuid() != 0:
         pytest.skip("only root can give a file away")
-    if not path.exists():
-        path.touch()
+    path.touch()
     os.chown(path, 4242, 4242)
 
 
