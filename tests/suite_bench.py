@@ -31,6 +31,7 @@ case "$command" in
     get_server_list) echo 900 ;;
     ps) echo "PID ID SERVER DEVICE NAMESPACE COMMAND"; sed 's/$/ 0 900 GPU-0 4026531836 x/' "$running" ;;
     "get_client_list 900") cat "$running" ;;
+    lspart) cat "$CUDA_MPS_PIPE_DIRECTORY/partitions" 2>/dev/null ;;
 esac
 """  # noqa: E501
 
@@ -81,12 +82,12 @@ class Bench:
         state.mkdir()
         (state / f"{mode}-{nvml_stub.GPU_UUID}.state").write_text(text)
 
-    def start_daemon(self) -> None:
-        """Pretend that `enable_mps.sh` was run."""
+    def start_daemon(self, saved: str = "") -> None:
+        """Pretend that `enable_mps.sh` was run, and saved this with its state."""
         pipe = self.root / "pipe"
         pipe.mkdir()
         (pipe / "running").write_text("")
-        self.save_mode("mps", f"pipe_directory={pipe}\n")
+        self.save_mode("mps", f"pipe_directory={pipe}\n{saved}")
 
     # --- running ----------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ import pytest
 from recorded_rows import read_plain
 from suite_bench import Bench, names, outcomes, verdicts, window_seconds
 
+from benchmarking import PROJECT_VERSION
 from benchmarking.cli import EXIT_USAGE
 from benchmarking.suite.session import run_suite
 
@@ -40,6 +41,7 @@ def test_without_a_gpu_the_whole_flow_runs_as_a_labelled_cpu_demonstration(bench
     assert (manifest["mode"], manifest["effective_mode"]) == ("mps", "cpu-demo")
     assert (manifest["job_size"], manifest["outcome"]) == ("cpu", "complete")
     assert manifest["environment"]["versions"] == {"torch": "scripted"}
+    assert manifest["environment"]["project_version"] == PROJECT_VERSION
     assert "BERT fine-tuning: weights are random" in manifest["notes"]
     assert set(verdicts(run)) == {"not_applicable"}
 
@@ -198,6 +200,9 @@ def test_a_failed_baseline_or_preparation_ends_the_run_with_its_reason(
      (["--job", "true", "--mix", "training"], 2, "not allowed with argument"),
      (["--mode", "mps", "--mps-percentage", "0"], 2, "not a percentage over 0 and up to 100"),
      (["--mps-percentage", "50"], 2, "limits of MPS clients need --mode mps"),
+     (["--mps-partitions"], 2, "limits of MPS clients need --mode mps"),
+     (["--mode", "mps", "--mps-partitions", "--until-break"], 2, "as many clients as static"),
+     (["--mode", "mps", "--mps-partitions", "--mps-percentage", "50"], 2, "percentage is ignored"),
      (["--resume", "mine", "--quick"], 2, "leave --quick away"),
      (["--gpu", "1"], 3, "GPU")],
 )  # fmt: skip

@@ -179,11 +179,36 @@ def test_mps_clients_are_verified_with_their_limits_and_their_baselines_run_with
     assert percentages == [None, "50", "50"]
     assert [one.get("CUDA_MPS_PINNED_DEVICE_MEM_LIMIT") for one in seen] == [None, "0=8G", "0=4G"]
     assert run.manifest["mps_limits"] == {
-        "percentages": ["even"], "memory_limits": ["8G", "4G"], "priorities": [],
+        "partitions": False, "percentages": ["even"], "memory_limits": ["8G", "4G"],
+        "priorities": [],
     }  # fmt: skip
     assert names(run)[-1] == "training-mps-even-mem-8G-4G-2-r0"
     read = read_run(run.folder)
     assert (read.settings, read.variant) == ("even, 8G/4G of memory", "mps:even,8G/4G")
+
+
+def test_clients_on_static_partitions_are_verified_alone_and_together(card_bench: Bench) -> None:
+    partitions = [f"{nvml_stub.GPU_UUID}/Dx{i}AAAAAAAAA" for i in (4, 8)]
+    card_bench.start_daemon(f"partitions={','.join(partitions)}\n")
+    rows = [f"{nvml_stub.GPU_UUID[:12]} Dx{i}AAAAA - 8 - 64 Yes\n" for i in (4, 8)]
+    (card_bench.root / "pipe" / "partitions").write_text("".join(rows))
+    card_bench.script({"match": "*", "identity": {"multiprocessor_count": 64}})
+    for number in ("1", "2"):
+        rounds = ("--repeats", "2", "--round", number, "--run-id", "rounds")
+        run = card_bench.must("--mode", "mps", *TWO, "--mps-partitions", *rounds)
+    phases = [record["phase"] for record in run.co_run_records]
+    assert phases == ["baseline", "share_baseline", "co_run", "co_run"]
+    assert names(run)[-1] == "training-mps-partitions-2-r1"
+    assert [record["proof"]["verdict"] for record in run.client_records] == ["verified"] * 6
+    told = [record["identity"]["sharing_environment"].get("CUDA_MPS_SM_PARTITION")
+            for record in run.client_records]  # fmt: skip
+    assert told == [None, partitions[0], *partitions, *partitions]
+    assert run.co_run_records[-1]["summary"]["interference_overhead_percent"] is not None
+    assert "MPS with static partitions" in card_bench.report()
+
+    plain = card_bench.run("--mode", "mps", *TWO)
+    assert plain.returncode == 4
+    assert "started for clients with one (--mps-partitions)" in plain.stderr
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ from benchmarking.measuring.progress import Progress
 from benchmarking.measuring.sampler import Sampler
 from benchmarking.measuring.stop_signal import StopSignal
 from benchmarking.metrics.scores import all_known
+from benchmarking.modes.mps import PARTITION_VARIABLE
 from benchmarking.modes.names import MODE_MIG
 from benchmarking.modes.sharing_mode import GPU_ANSWERS, GPU_LOST_FIX, SharingMode
 from benchmarking.planning.limits import PERCENTAGE_VARIABLE
@@ -221,7 +222,8 @@ class Measurement:
         if self._setup.mode.name != MODE_MIG:
             first = clients[0].identity or {}
             # A client with a part of the multiprocessors is shown no others.
-            is_limited = PERCENTAGE_VARIABLE in clients[0].planned.environment
+            told = clients[0].planned.environment
+            is_limited = PERCENTAGE_VARIABLE in told or PARTITION_VARIABLE in told
             seen = None if is_limited else first.get("multiprocessor_count")
             versions = first.get("versions") or {}
             self._context.describe_environment({"multiprocessor_count": seen, "versions": versions})
@@ -255,7 +257,7 @@ class Measurement:
             gpu_lost=gpu_lost,
             baselines=baselines,
             energy_alone_joules=joules,
-            share_baselines=reference.share if planned.mode == MODE_MIG else None,
+            share_baselines=reference.share if mode.has_own_shares else None,
             host_cores=self._setup.cores,
         )
         reference.add(record, clients[0])

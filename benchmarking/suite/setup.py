@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from benchmarking import PROJECT_VERSION
 from benchmarking.cli import EXIT_MODE_NOT_IN_FORCE, EXIT_USAGE, SuiteError
 from benchmarking.hardware import nvml
 from benchmarking.hardware.nvidia_tools import time_slice
@@ -23,6 +24,7 @@ from benchmarking.modes.names import (
     MODE_EXCLUSIVE,
     MODE_MIG,
     MODE_MPS,
+    MODE_MPS_PARTITIONS,
     MODE_TIME_SLICING,
 )
 from benchmarking.modes.sharing_mode import ModeNotInForceError, SharingMode
@@ -100,6 +102,7 @@ class Setup:
                     cuda_version=gpu.get("cuda_driver_version"),
                     timeslice=self.timeslice,
                     host_cores=self.cores,
+                    project_version=PROJECT_VERSION,
                 )
             ),
             "mode_evidence": msgspec.to_builtins(self.evidence),
@@ -144,7 +147,8 @@ def prepare(
             no_mps_folder=empty_folder, environment=environment, layout=request.mig_layout,
         )  # fmt: skip
 
-    mode, alone_mode = mode_called(request.mode), mode_called(MODE_EXCLUSIVE)
+    variant = MODE_MPS_PARTITIONS if request.mps_limits.partitions else request.mode
+    mode, alone_mode = mode_called(variant), mode_called(MODE_EXCLUSIVE)
     try:
         evidence = mode.require() if require_mode else mode.check()
     except ModeNotInForceError as error:
@@ -243,10 +247,10 @@ def _lay_out(
         co_runs = planning.counted_co_runs(
             plan_mode, clients_of, name=name, counts=request.counts, repeats=repeats
         )
-    is_mig = mode.name == MODE_MIG
     plan = planning.build_plan(
-        plan_mode, clients, co_runs, baseline_mode=alone_mode.name, share_baseline=is_mig,
-        whole_gpu_baseline=request.baseline is None and not is_mig, null=request.null,
+        plan_mode, clients, co_runs, baseline_mode=alone_mode.name,
+        share_baseline=mode.has_own_shares,
+        whole_gpu_baseline=request.baseline is None and mode.name != MODE_MIG, null=request.null,
         baseline_repeats=request.repeats if request.mode == MODE_EXCLUSIVE else 1,
     )  # fmt: skip
     return plan.map_runs(equipped), co_runs_of
