@@ -9,7 +9,7 @@ holds the `--client-index` that it was given.
     units           units a job (5)
     latency         whether units are response times (false)
     load_seconds    length of loading (0)
-    fail            "oom", "error", "crash", "exit0", "done", "hang", "signal", "binary"
+    fail            "oom", "error", "crash", "exit0", "done", "hang", "signal", "garbage", "binary"
     error           further fields of the error event of "oom" and "error"
     exit_code       exit code after "error" (1)
     fail_at         "load", "warm" or seconds after go (0)
@@ -36,7 +36,6 @@ from __future__ import annotations
 import atexit
 import fcntl
 import fnmatch
-import itertools
 import json
 import os
 import select
@@ -66,16 +65,14 @@ def settings(events: Path | None) -> dict:
     return merged
 
 
-def change_lists(card: Path, kinds: list[str], change: Callable[[list[str]], list[str]]) -> None:
-    """Change the card's lists of processes of these kinds; clients take turns."""
+def change_card(card: Path, change: Callable[[dict], object]) -> None:
+    """Change the scripted card; clients take turns."""
     with card.with_name("lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        lines = dict(line.partition("=")[::2] for line in card.read_text().splitlines())
-        for kind in kinds:
-            listed = [entry for entry in lines.get(kind, "").split(",") if entry]
-            lines[kind] = ",".join(change(listed))
+        state = json.loads(card.read_text())
+        change(state)
         temporary = card.with_name("new")
-        temporary.write_text("".join(f"{key}={value}\n" for key, value in lines.items()))
+        temporary.write_text(json.dumps(state))
         temporary.replace(card)
 
 
@@ -112,18 +109,21 @@ class Script:
 
     def await_command(self, wanted: str) -> None:
         """Wait for a command; a stop ends the client."""
-        while (command := self.listen(3600)) != wanted:
+        while True:
+            command = self.listen(3600)
+            if command == wanted:
+                return
             if command == "stop" and not self.settings.get("ignore_stop"):
                 self.finish(0)
 
     def fail_now(self, stage: str | None = None) -> None:
-        """Fail if this is the moment to: a stage, or so many seconds after go."""
+        """Fail if this is the moment to."""
         kind, moment = self.settings.get("fail"), self.settings.get("fail_at", 0)
-        is_late = self.go_seconds is not None and stage is None
-        is_now = moment == stage if isinstance(moment, str) else (
-            is_late and time.monotonic() >= self.go_seconds + moment
-        )  # fmt: skip
-        if kind is None or not is_now:
+        if isinstance(moment, str):
+            is_due = moment == stage
+        else:
+            is_due = self.go_seconds is not None and time.monotonic() >= self.go_seconds + moment
+        if kind is None or not is_due:
             return
         print(f"scripted failure: {kind}", file=sys.stderr, flush=True)
         if kind in ("oom", "error"):
@@ -131,17 +131,19 @@ class Script:
             fields = {"status": status, "message": "scripted", **self.settings.get("error", {})}
             self.emit("error", **fields)
             sys.exit(12 if kind == "oom" else self.settings.get("exit_code", 1))
-        elif kind in ("crash", "exit0"):
-            sys.exit(7 if kind == "crash" else 0)
-        elif kind == "binary":
+        if kind in ("garbage", "binary"):
             with self.events.open("ab") as stream:
-                stream.write(b"caf\xe9\n")
+                stream.write(b"this is no event\n" if kind == "garbage" else b"caf\xe9\n")
         elif kind == "signal":
             os.kill(os.getpid(), signal.SIGSEGV)
-        else:
-            while kind == "hang" and self.listen(3600) != "stop":
+        elif kind == "hang":
+            while self.listen(3600) != "stop":
                 pass
             self.finish(0)
+        elif kind == "done":
+            self.finish(0)
+        else:
+            sys.exit({"crash": 7, "exit0": 0}[kind])
 
     def finish(self, jobs: int) -> None:
         """Say goodbye."""
@@ -161,11 +163,18 @@ class Script:
             kinds.append("mps_pids")
             with (pipe / "running").open("a") as stream:
                 stream.write(f"{os.getpid()}\n")
-        own = f"{os.getpid()}:100"
-        change_lists(Path(card), kinds, lambda listed: [*listed, own])
-        atexit.register(
-            change_lists, Path(card), kinds, lambda listed: [pid for pid in listed if pid != own]
-        )
+        own = str(os.getpid())
+
+        def enter(state: dict) -> None:
+            for kind in kinds:
+                state.setdefault(kind, {})[own] = 100
+
+        def leave(state: dict) -> None:
+            for kind in kinds:
+                state.get(kind, {}).pop(own, None)
+
+        change_card(Path(card), enter)
+        atexit.register(change_card, Path(card), leave)
 
     def identity(self) -> dict:
         """Who this client says it is."""
@@ -235,8 +244,10 @@ class Script:
         self.emit("ready", identity=self.identity())
         self.await_command("go")
         self.go_seconds = time.monotonic()
-        for index in itertools.count():
+        index = 0
+        while True:
             self.job(index)
+            index += 1
 
 
 def resolve() -> None:
