@@ -19,6 +19,7 @@ import pytest
 if TYPE_CHECKING:
     from driver_runner import DriverRunner
     from mode_script_runner import ModeScripts
+    from suite_bench import Bench
     from workload_script import Here
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
@@ -31,7 +32,7 @@ atexit.register(shutil.rmtree, os.environ["GPU_SHARING_LOCK_DIR"], ignore_errors
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 os.umask(0o022)  # under one that lets a group write, saved states would be refused
-pytest.register_assert_rewrite("driver_runner", "mode_script_runner", "waiting")
+pytest.register_assert_rewrite("driver_runner", "mode_script_runner", "suite_bench", "waiting")
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Several processes share the cores already; each taking all of them only makes them wait.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -120,6 +121,21 @@ def asked() -> Iterator[DriverRunner]:
 
     with driver_runner() as made:
         yield made
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    """The suite on a machine without a GPU."""
+    from suite_bench import Bench
+
+    return Bench(tmp_path)
+
+
+@pytest.fixture
+def card_bench(bench: Bench) -> Bench:
+    """The suite on a machine with an H100."""
+    bench.add_card()
+    return bench
 
 
 @pytest.fixture

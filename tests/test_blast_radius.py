@@ -14,7 +14,7 @@ from typing import Any
 import nvml_stub
 import program_copy
 import pytest
-from test_benchmark_suite import CONTROL_PROGRAM
+from suite_bench import CONTROL_PROGRAM
 from waiting import wait_until
 
 from benchmarking import blast_report

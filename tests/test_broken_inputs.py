@@ -1,20 +1,21 @@
-"""Torn, altered and foreign files, and losses that are none: named, with an exit code of its own.
+"""Truncated, altered and foreign files, losses that are none: named, each with its exit code.
 
 Each is a real file, broken the way a full disk or a cut line breaks it.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from held_client import HeldClient
 from test_bert_training import SCRIPT as BERT
 from test_bert_training import TINY as TINY_BERT
-from test_resnet_training import SCRIPT as RESNET
 from test_resnet_training import (
     TINY,
     cache,
@@ -25,6 +26,7 @@ from test_resnet_training import (
 )
 from torchvision import models
 from torchvision.datasets import CIFAR10
+from waiting import wait_until
 
 from workloads.common import weights
 from workloads.common.engine import EpochTotals
@@ -44,6 +46,11 @@ from workloads.training import bert_training, images, resnet_training
 __all__ = ["cache", "cifar_server", "run_one_layer"]  # fixtures
 
 
+def events(log: Path, name: str) -> list[dict]:
+    found = map(json.loads, log.read_text().splitlines()) if log.exists() else []
+    return [event for event in found if event["event"] == name]
+
+
 # --- losses and outputs that are none -------------------------------------------------------------
 
 
@@ -57,24 +64,32 @@ def test_a_training_that_diverges_ends_with_its_epoch_rate_and_way_out(tmp_path,
     assert not list(tmp_path.iterdir())
 
 
-def test_a_diverged_client_that_is_stopped_inside_an_epoch_does_not_end_well(tmp_path):
-    flags = ("--lr", "1e30", "--epochs", "1", "--num-samples", "20000")
-    with HeldClient(tmp_path, BERT, *TINY_BERT, *flags) as held:
-        held.start_working()
-        while sum(len(e["start_seconds"]) for e in held.wait_for("units")) < 8:
-            held.wait_for("units", count=len(held.events("units")) + 1)
-        held.say("stop")
-        assert held.exit_code() == EXIT_NOT_FINITE
-        (error,) = held.events("error")
-        assert (error["status"], error["cause"]) == ("failed", "diverged")
-        assert not held.events("done") and not held.events("job")
+def test_a_diverged_client_that_is_stopped_inside_an_epoch_does_not_end_well(
+    tmp_path, monkeypatch, here
+):
+    log = tmp_path / "events.jsonl"
+
+    def units_done() -> int:
+        return sum(len(units["start_seconds"]) for units in events(log, "units"))
+
+    def commands() -> Iterator[str]:
+        yield from ("warm\n", "go\n")
+        wait_until(lambda: units_done() >= 3, "three steps", seconds=150)
+        yield "stop\n"
+
+    monkeypatch.setattr(sys, "stdin", commands())
+    flags = ("--lr", "1e30", "--epochs", "1", "--num-samples", "5000")
+    done = here.run(BERT, *TINY_BERT, *flags, "--events", str(log), "--hold")
+    assert done.returncode == EXIT_NOT_FINITE
+    (error,) = events(log, "error")
+    assert (error["status"], error["cause"]) == ("failed", "diverged")
+    assert not events(log, "done") and not events(log, "job")
 
 
 def test_one_batch_that_is_no_number_is_seen_in_the_whole_epochs_loss():
     totals = EpochTotals(torch.device("cpu"))
-    logits, labels = torch.zeros(2, 2), torch.zeros(2, dtype=torch.int64)
     for loss in (0.5, math.inf, 0.5):
-        totals.add(logits, labels, torch.tensor(loss))
+        totals.add(torch.zeros(2, 2), torch.zeros(2, dtype=torch.int64), torch.tensor(loss))
     assert totals.take(6)[0] == math.inf
 
 
@@ -102,20 +117,21 @@ def saved(tmp_path_factory):
     return path.read_bytes()
 
 
-@pytest.mark.parametrize("left", [0, 1, 5000])
-def test_torn_weights_are_told_from_foreign_ones(tmp_path, saved, left):
-    torn = tmp_path / "torn.pt"
-    torn.write_bytes(saved[:left])
-    expected = DamagedFileError if left != 1 else UsageError
-    with pytest.raises(expected, match=str(torn)) as raised:
-        weights.load_classifier("resnet18", str(torn))
+@pytest.mark.parametrize(
+    ("left", "error"), [(0, DamagedFileError), (1, UsageError), (5000, DamagedFileError)]
+)
+def test_truncated_weights_are_told_from_foreign_ones(tmp_path, saved, left, error):
+    truncated = tmp_path / "truncated.pt"
+    truncated.write_bytes(saved[:left])
+    with pytest.raises(error, match=str(truncated)) as raised:
+        weights.load_classifier("resnet18", str(truncated))
     assert "PytorchStream" not in str(raised.value) and "--weights" in str(raised.value)
 
 
 def test_a_flipped_bit_that_pytorch_would_load_is_found_by_the_sums(tmp_path, saved):
-    place = len(saved) // 2
-    altered = tmp_path / "altered.pt"
-    altered.write_bytes(saved[:place] + bytes([saved[place] ^ 1]) + saved[place + 1 :])
+    altered, damaged = tmp_path / "altered.pt", bytearray(saved)
+    damaged[len(saved) // 2] ^= 1
+    altered.write_bytes(damaged)
     loaded = read_checkpoint(altered, "delete it")
     assert not torch.equal(loaded["state_dict"]["fc.weight"], torch.ones(64, 64))
     with pytest.raises(DamagedFileError, match="fails its checksum; delete it"):
@@ -140,7 +156,7 @@ def test_what_evaluate_is_given_is_told_apart(tmp_path, saved):
         resnet_training.load_model(network, own, "cifar", 2)
 
 
-def test_a_torn_pretrained_bert_is_named_by_its_file(tmp_path):
+def test_a_truncated_pretrained_bert_is_named_by_its_file(tmp_path):
     bert_training.build_model(2, 16, layers=1, hidden_size=64).save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
@@ -180,27 +196,21 @@ def test_damaged_cifar10_is_named_and_taken_anew(tmp_path, cifar_server, capsys,
 
 
 def test_damaged_cifar10_without_a_network_ends_the_run_instead_of_standing_in(
-    tmp_path,
-    cifar_server,
-    monkeypatch,
+    tmp_path, cifar_server, monkeypatch
 ):
     images.load_dataset("cifar10", tmp_path, None, 0, no_warning)
     for name in (f"{CIFAR10.base_folder}/test_batch", CIFAR10.filename):
         truncate(tmp_path / name)
+    truncate(tmp_path / "site" / CIFAR10.filename)
+    with pytest.raises(UsageError, match="the transfer broke off"):
+        images.load_dataset("cifar10", tmp_path / "data", None, 0, no_warning)
+    assert not (tmp_path / "data").exists()
     monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/nothing.tar.gz")
     with pytest.raises(DamagedFileError, match=r"tar\.gz and .*test_batch does not fit"):
         images.load_dataset("auto", tmp_path, None, 0, no_warning)
 
 
-def test_a_download_that_brings_half_an_archive_leaves_none(tmp_path, cifar_server):
-    truncate(tmp_path / "site" / CIFAR10.filename)
-    data = tmp_path / "data"
-    with pytest.raises(UsageError, match="the transfer broke off"):
-        images.load_dataset("cifar10", data, None, 0, no_warning)
-    assert not data.exists()
-
-
-def test_a_torn_cache_of_decoded_images_is_said_and_made_anew(tmp_path, cache, capsys):
+def test_a_truncated_cache_of_decoded_images_is_said_and_made_anew(tmp_path, cache, capsys):
     data = write_image_folder(tmp_path / "images", size=32, per_class=2)
     whole = images.load_dataset("folder", data, None, 0, no_warning).train.images.copy()
     (kept,) = (cache / "gpu-sharing-bench").glob("decoded-*.npy")
@@ -211,20 +221,18 @@ def test_a_torn_cache_of_decoded_images_is_said_and_made_anew(tmp_path, cache, c
     assert list(kept.parent.glob("decoded-*.npy")) == [kept]
 
 
-def test_a_truncated_image_ends_the_run_from_inside_a_decoding_thread(tmp_path):
+def test_a_truncated_image_ends_the_run_from_inside_a_decoding_thread(tmp_path, run_one_layer):
     data = write_image_folder(tmp_path / "images", size=48, per_class=2)
     broken = data / "train" / "dog" / "001.png"
     truncate(broken)
-    arguments = (
+    log = tmp_path / "events.jsonl"
+    done = run_one_layer(
         "--dataset", "folder", "--data-dir", str(data), "--stem", "imagenet", "--batch-size", "4",
         "--image-size", "64", "--epochs", "1", "--device", "cpu", "--loader-workers", "1",
+        "--events", str(log),
     )  # fmt: skip
-    with HeldClient(tmp_path, RESNET, *arguments) as held:
-        held.wait_for("loaded")
-        held.say("warm")
-        assert held.exit_code() == EXIT_DAMAGED_FILE
-        (error,) = held.events("error")
-        said = held.process.stderr.read()
+    assert done.returncode == EXIT_DAMAGED_FILE
+    (error,) = events(log, "error")
     assert error["cause"] == "unreadable_image"
     assert error["message"].startswith(f"{broken} cannot be read as an image (")
-    assert "Traceback" not in said and error["message"] in said
+    assert "Traceback" not in done.stderr and error["message"] in done.stderr

@@ -1,4 +1,4 @@
-"""run_experiments.sh for real: suite, jobs and analysis on the CPU, one job to keep it short."""
+"""run_experiments.sh for real: suite, job and analysis on the CPU, a short one."""
 
 from __future__ import annotations
 
@@ -12,17 +12,14 @@ from conftest import PROJECT_ROOT
 
 
 def test_the_demonstration_measures_on_the_cpu_and_reports_it_as_such(tmp_path: Path) -> None:
-    output = tmp_path / "output"
+    output, plan = tmp_path / "output", tmp_path / "short.toml"
+    flags = ["--model", "resnet18", "--num-batches", "5"]
+    plan.write_text(f'[[client]]\nworkload = "batch_inference"\narguments = {flags}\n')
     result = subprocess.run(
-        ["./run_experiments.sh", "--device", "cpu", "--workloads", "1", "--mix", "inference",
-         "--dataset", "synthetic", "--modes", "time-slicing,mps", "--output", str(output)],
-        cwd=PROJECT_ROOT,
-        env={**os.environ, "PYTHON": sys.executable},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=220,
-        check=False,
+        ["./run_experiments.sh", "--device", "cpu", "--workloads", "1", "--plan", str(plan),
+         "--modes", "time-slicing,mps", "--output", str(output)],
+        cwd=PROJECT_ROOT, env={**os.environ, "PYTHON": sys.executable}, stdin=subprocess.DEVNULL,
+        capture_output=True, text=True, timeout=220, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     lines = (output / "phases.jsonl").read_text().splitlines()

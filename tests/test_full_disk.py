@@ -1,10 +1,11 @@
-"""A disk that runs full while something runs: a sentence, no torn record, and it can go on.
+"""A disk that runs full while something runs: a sentence, no truncated record, and it can go on.
 
 Programs, jobs' contract and the disk are real, GPU and jobs pretended.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import subprocess
@@ -18,108 +19,92 @@ from mode_script_runner import open_folder
 from program_copy import processes_of
 from recorded_rows import read_plain
 from soak import Round
-from test_benchmark_suite import Bench
-from tiny_disk import TinyDisk, needs_mount, tiny_disk
+from suite_bench import Bench
+from tiny_disk import needs_mount, tiny_disk
 from waiting import wait_until
 
 from benchmarking.records import run_folder
-from workloads.common import cli
-from workloads.common.client import Recorder
+from workloads.common import cli, client
 from workloads.common.errors import EXIT_NOT_FINITE, DivergedError
 
 RUN, FULL = "run_experiments.sh", "No space left on device"
 
 
-def run_on(
-    disk: TinyDisk, where: Path, environment: dict[str, str] | None, *words: str | Path
-) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        disk.command(where, *words), env=environment, stdin=subprocess.DEVNULL, timeout=100,
+def disturb(
+    command: list[str], where: Path, environment: dict[str, str], events: Path, how: object
+) -> str:
+    """Run a command until a client has done work, do this, and return what it said at code 1."""
+    process = subprocess.Popen(
+        command, cwd=where, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    wait_until(lambda: events.exists() and '"units"' in events.read_text(), "a client at work")
+    how()
+    _, stderr = process.communicate(timeout=100)
+    assert process.returncode == 1
+    assert "Traceback" not in stderr
+    return stderr
+
+
+def run(command: list[str], where: Path, environment: dict[str, str]) -> tuple[int, str]:
+    """Run a command to its end; return exit code and stderr."""
+    done = subprocess.run(
+        command, cwd=where, env=environment, stdin=subprocess.DEVNULL, timeout=100,
         capture_output=True, text=True, check=False,
     )  # fmt: skip
-
-
-def fill_when(
-    disk: TinyDisk, where: Path, environment: dict[str, str], words: list[str], events: str
-) -> tuple[int, str]:
-    """Run a command; fill the disk once a client has done work; return exit code and stderr."""
-    process = subprocess.Popen(
-        disk.command(where, *words), env=environment, stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    wait_until(
-        lambda: any('"units"' in path.read_text() for path in disk.seen.rglob(events)),
-        "a client at work",
-    )
-    disk.fill()
-    _, stderr = process.communicate(timeout=100)
-    return process.returncode, stderr
-
-
-def records_are_whole(folder: Path) -> bool:
-    return not any("truncated" in warning for warning in run_folder.read_run(folder).warnings)
-
-
-# --- suite and analysis ---------------------------------------------------------------------------
+    return done.returncode, done.stderr
 
 
 @needs_mount
 def test_a_suite_and_an_analysis_on_a_full_disk_say_so_and_go_on_once_there_is_room(
-    tmp_path: Path,
+    bench: Bench, tmp_path: Path
 ) -> None:
-    bench = Bench(tmp_path)
     bench.script({"match": "*:training-2-r0/*", "units": 20})
     with tiny_disk(bench.results) as disk:
-        flags = ["--mix", "training", "--workloads", "2", "--window", "1.5", "--run-id", "mine"]
-        events = "clients/training-2-r0/1.events.jsonl"
-        code, stderr = fill_when(disk, tmp_path, bench.environment, bench.command(*flags), events)
-        assert code == 1
-        said = f"cannot write to {bench.results}/mine ({FULL}): make room there or bring it back"
-        assert f"{said}, then go on with --resume {bench.results}/mine" in stderr
-        assert "Traceback" not in stderr
-        assert processes_of(bench.root) == []
-        assert records_are_whole(disk.seen / "mine")
 
-        analyze = [
-            sys.executable, bench.root / "benchmarking" / "analyze_results.py", "--each-run",
-            "--results-dir", bench.results,
-        ]  # fmt: skip
-        refused = run_on(disk, tmp_path, bench.environment, *analyze)
-        assert refused.returncode == 1
-        assert refused.stderr.splitlines() == [
-            f"analyze_results.py: error: cannot write to {bench.results} ({FULL}): make room there "
-            "or bring it back, or choose another --output"
-        ]
+        def on_disk(*words: str | Path) -> tuple[int, str]:
+            return run(disk.command(tmp_path, *words), tmp_path, bench.environment)
+
+        disk.fill()
+        code, said = on_disk(*bench.command())
+        assert code == 1
+        advice = "make room there, or name another --results-dir"
+        assert said.endswith(f": error: cannot write to {bench.results} ({FULL}): {advice}\n")
+        assert "Traceback" not in said
+        disk.make_room()
+
+        flags = ("--mix", "training", "--workloads", "2", "--window", "1.5", "--run-id", "mine")
+        said = disturb(
+            disk.command(tmp_path, *bench.command(*flags)), tmp_path, bench.environment,
+            disk.seen / "mine/clients/training-2-r0/1.events.jsonl", disk.fill,
+        )  # fmt: skip
+        full = f"cannot write to {bench.results}/mine ({FULL}): make room there or bring it back"
+        assert f"{full}, then go on with --resume {bench.results}/mine" in said
+        assert processes_of(bench.root) == []
+        assert not any(
+            "truncated" in one for one in run_folder.read_run(disk.seen / "mine").warnings
+        )
+
+        script = bench.root / "benchmarking" / "analyze_results.py"
+        analyze = (sys.executable, script, "--each-run", "--results-dir", bench.results)
+        full = f"cannot write to {bench.results} ({FULL}): make room there or bring it back"
+        sentence = f"analyze_results.py: error: {full}, or choose another --output\n"
+        assert on_disk(*analyze) == (1, sentence)
         assert not (disk.seen / "report.html").exists()
 
         disk.make_room()
-        resume = bench.resume_command("mine")
-        gone_on = run_on(disk, tmp_path, bench.environment, *resume)
-        assert gone_on.returncode == 0, gone_on.stderr
-        run = read_plain(disk.seen / "mine")
-        assert run.warnings == []
-        rows = [(row["co_run"], row["client"], row["status"]) for row in run.client_records]
+        code, said = on_disk(*bench.resume_command("mine"))
+        assert code == 0, said
+        made = read_plain(disk.seen / "mine")
+        assert made.warnings == []
+        rows = [(row["co_run"], row["client"], row["status"]) for row in made.client_records]
         assert rows == [
             ("baseline-resnet_training", 0, "ok"), ("training-2-r0", 0, "ok"),
             ("training-2-r0", 1, "ok"),
         ]  # fmt: skip
-        (resumption,) = run.manifest["resumptions"]
+        (resumption,) = made.manifest["resumptions"]
         assert resumption["ended"] in ("killed", "failed")
-        assert run_on(disk, tmp_path, bench.environment, *analyze).returncode == 0
-
-
-@needs_mount
-def test_a_suite_that_has_no_room_for_its_first_file_is_one_sentence(tmp_path: Path) -> None:
-    bench = Bench(tmp_path)
-    with tiny_disk(bench.results) as disk:
-        disk.fill()
-        done = run_on(disk, tmp_path, bench.scripted_environment(), *bench.command())
-        assert done.returncode == 1
-        assert done.stderr.splitlines()[-1].endswith(
-            f"cannot write to {bench.results} ({FULL}): make room there, or name another "
-            "--results-dir"
-        )
-        assert "Traceback" not in done.stderr
+        assert on_disk(*analyze)[0] == 0
 
 
 # --- drivers --------------------------------------------------------------------------------------
@@ -130,14 +115,9 @@ def driven() -> Iterator[Round]:
     """The driver script with suite, jobs and GPU."""
     with open_folder() as folder:
         made = Round(folder, RUN, "suite", signal.SIGTERM, 0.0)
+        flags = ("--mix", "training", "--workloads", "2", "--repeats", "1", "--quick")
+        made.commands = {RUN: ["--modes", "mps", *flags]}
         made.prepare()
-        yield made
-
-
-@pytest.fixture
-def disk(driven: Round) -> Iterator[TinyDisk]:
-    """A small disk for the driver's results."""
-    with tiny_disk(driven.output) as made:
         yield made
 
 
@@ -148,116 +128,93 @@ def kept_open(driven: Round) -> dict[str, str]:
     return {**driven.environment, "SCRIPTED_CLIENT": json.dumps(jobs)}
 
 
-@needs_mount
-def test_an_experiment_on_a_full_disk_has_that_for_its_reason_and_goes_on(
-    driven: Round, disk: TinyDisk
+@pytest.mark.parametrize("is_full", [pytest.param(True, marks=needs_mount), False])
+def test_an_experiment_whose_results_folder_is_full_or_gone_has_that_for_its_reason_and_goes_on(
+    driven: Round, is_full: bool
 ) -> None:
-    code, stderr = fill_when(
-        disk, driven.folder, kept_open(driven), driven.command(resume=False),
-        "time-slicing/clients/training-2-r0/0.events.jsonl",
-    )  # fmt: skip
-    assert code == 1
-    assert "Traceback" not in stderr
-    assert driven.machine.state()["mps"] == {}
-    assert processes_of(driven.folder) == []
-    # what there is room for in the last block of the file: the rows, each whole
-    rows, warnings = run_folder.read_phases(disk.seen)
-    assert warnings == []
-    reason = {row.name: row.reason for row in rows if row.status == "failed"}
-    assert f"cannot write to {driven.output}/time-slicing ({FULL})" in reason["time-slicing"]
-    assert f"cannot write to {driven.output} ({FULL})" in reason["mps"]
-    assert f"cannot write to {driven.output} ({FULL})" in reason["analysis"]
+    output, aside = driven.output, driven.folder / "aside"
+    with tiny_disk(output) if is_full else contextlib.nullcontext() as disk:
+        seen = disk.seen if is_full else output
 
-    disk.make_room()
-    gone_on = run_on(disk, driven.folder, driven.environment, *driven.command(resume=True))
-    assert gone_on.returncode == 0, gone_on.stderr
-    rows, warnings = run_folder.read_phases(disk.seen)
-    assert warnings == []
-    assert {row.status for row in rows if row.name != "mig"} == {"ok"}
-    assert driven.machine.state()["mps"] == {}
+        def command(*, resume: bool) -> list[str]:
+            words = driven.command(resume=resume)
+            return disk.command(driven.folder, *words) if is_full else words
 
+        said = disturb(
+            command(resume=False), driven.folder, kept_open(driven),
+            seen / "mps/clients/training-2-r0/0.events.jsonl",
+            disk.fill if is_full else lambda: output.rename(aside),
+        )  # fmt: skip
+        why = FULL if is_full else "No such file or directory"
+        assert f"cannot write to {output}/mps ({why})" in said
+        assert driven.machine.state()["mps"] == {}
+        assert processes_of(driven.folder) == []
+        if is_full:  # what there is room for in the last block of the file: the rows, each whole
+            rows, warnings = run_folder.read_phases(seen)
+            assert warnings == []
+            reason = {row.name: row.reason for row in rows if row.status == "failed"}
+            assert f"cannot write to {output}/mps ({FULL})" in reason["mps"]
+            assert f"cannot write to {output} ({FULL})" in reason["analysis"]
+        else:
+            assert not output.exists()
 
-# --- a folder that is taken away ------------------------------------------------------------------
-
-
-def test_a_results_folder_that_is_taken_away_and_brought_back_is_gone_on_with(
-    driven: Round,
-) -> None:
-    folder = driven.folder
-    driven.commands = {RUN: ["--modes", "mps", "--mix", "training", "--workloads", "2",
-                             "--repeats", "1", "--quick"]}  # fmt: skip
-    process = subprocess.Popen(
-        driven.command(resume=False), cwd=folder, env=kept_open(driven), text=True,
-        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-    )  # fmt: skip
-    events = driven.output / "mps" / "clients" / "training-2-r0" / "0.events.jsonl"
-    wait_until(lambda: events.exists() and '"units"' in events.read_text(), "clients at work")
-    aside = folder / "aside"
-    driven.output.rename(aside)
-    _, stderr = process.communicate(timeout=100)
-    assert process.returncode == 1
-    said = f"cannot write to {driven.output}/mps (No such file or directory): make room there or"
-    assert said in stderr
-    assert "Traceback" not in stderr
-    assert driven.machine.state()["mps"] == {}
-    assert processes_of(folder) == []
-    assert not driven.output.exists()
-
-    aside.rename(driven.output)
-    gone_on = subprocess.run(
-        driven.command(resume=True), cwd=folder, env=driven.environment, text=True,
-        stdin=subprocess.DEVNULL, capture_output=True, check=False, timeout=100,
-    )  # fmt: skip
-    assert gone_on.returncode == 0, gone_on.stderr
-    run = read_plain(driven.output / "mps")
-    assert run.manifest["outcome"] == "complete"
-    assert len(run.manifest["resumptions"]) == 1
-    phases = {row.name: row for row in run_folder.read_phases(driven.output)[0]}
-    assert phases["mps"].status == "ok"
-    assert phases["mps"].reason == "it was cut off before its end and went on"
+        disk.make_room() if is_full else aside.rename(output)
+        code, said = run(command(resume=True), driven.folder, driven.environment)
+        assert code == 0, said
+        manifest = read_plain(seen / "mps").manifest
+        assert (manifest["outcome"], len(manifest["resumptions"])) == ("complete", 1)
+        rows, warnings = run_folder.read_phases(seen)
+        assert warnings == []
+        assert {row.name: row.status for row in rows} == {
+            "baseline": "ok", "time-slicing": "skipped", "mps": "ok", "mig": "skipped",
+            "analysis": "ok",
+        }  # fmt: skip
+        assert driven.machine.state()["mps"] == {}
 
 
 # --- a job by hand --------------------------------------------------------------------------------
 
+JOB = """
+import sys
+from pathlib import Path
+from workloads.common import cli, client, results
+what, folder = sys.argv[1], Path(sys.argv[2])
+def main():
+    log = client.Recorder(folder / "events")
+    if what == "result":
+        results.write_result(folder, "job", {})
+    elif what == "events":
+        log.write("units", many=list(range(10000)))
+    else:
+        sys.stdout = open(folder / "stdout", "w")
+        print("x" * 9000)
+    return 0
+cli.run_main(main)
+"""
+
 
 @needs_mount
-@pytest.mark.parametrize("what", ["result", "events", "print"])
-def test_a_job_that_cannot_write_is_one_sentence_and_code_1(tmp_path: Path, what: str) -> None:
-    program = tmp_path / "job.py"
-    program.write_text(
-        "import sys\n"
-        "from pathlib import Path\n"
-        "from workloads.common import cli, client, results\n"
-        f"folder = Path({str(tmp_path / 'out')!r})\n"
-        "def main():\n"
-        "    log = client.Recorder(folder / 'events')\n"
-        f"    if {what!r} == 'result':\n"
-        "        results.write_result(folder, 'job', {})\n"
-        f"    elif {what!r} == 'events':\n"
-        "        log.write('units', many=list(range(10000)))\n"
-        "    else:\n"
-        "        sys.stdout = open(folder / 'stdout', 'w')\n"
-        "        print('x' * 9000)\n"
-        "    return 0\n"
-        "cli.run_main(main)\n"
-    )
+def test_a_job_that_cannot_write_is_one_sentence_and_code_1(tmp_path: Path) -> None:
+    (tmp_path / "job.py").write_text(JOB)
+    environment = {"PYTHONPATH": str(PROJECT_ROOT), "PATH": "/usr/bin:/bin"}
+    advice = f"({FULL}): make room there, or name another folder with --results-dir"
     with tiny_disk(tmp_path / "out") as disk:
         disk.fill()
-        environment = {"PYTHONPATH": str(PROJECT_ROOT), "PATH": "/usr/bin:/bin"}
-        done = run_on(disk, tmp_path, environment, sys.executable, program)
-    assert done.returncode == 1
-    (sentence,) = done.stderr.splitlines()
-    assert sentence.startswith("job.py: error: cannot write ")
-    assert f"({FULL}): make room there, or name another folder with --results-dir" in sentence
+        for what in ("result", "events", "print"):
+            words = (sys.executable, tmp_path / "job.py", what, tmp_path / "out")
+            code, said = run(disk.command(tmp_path, *words), tmp_path, environment)
+            assert code == 1
+            assert said.startswith("job.py: error: cannot write ")
+            assert said.count("\n") == 1
+            assert advice in said
 
 
 def test_what_a_job_failed_of_first_is_what_it_says_with_a_full_log(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from workloads.common import client
-
     def main() -> int:
-        client._tell_and_raise(Recorder(Path("/dev/full")), DivergedError("the loss is gone"))
+        log = client.Recorder(Path("/dev/full"))
+        client._tell_and_raise(log, DivergedError("the loss is gone"))
 
     monkeypatch.setattr(sys, "argv", ["job.py"])
     with pytest.raises(SystemExit) as ended:

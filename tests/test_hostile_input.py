@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from hostile_requests import LIMITS, Attack, http_attacks, picture_attacks, slow_attacks
+from hostile_requests import LIMITS, Attack, http_attacks, picture_attacks
 from server_clients import ChaosClient
 from server_figures import figures_of
 from server_process import ServerProcess, jpeg, running
@@ -23,6 +23,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
 def test_what_is_odd_is_answered_and_what_is_wrong_is_refused_with_a_reason(
     server: ServerProcess, attack: Attack
 ) -> None:
+    assert not any((status or 0) >= 500 for status in attack.statuses)
     status, body = attack.carry_out(server.port)
     assert status in attack.statuses, body
     if status == 200 and attack.pieces[0].startswith(b"POST"):
@@ -32,17 +33,6 @@ def test_what_is_odd_is_answered_and_what_is_wrong_is_refused_with_a_reason(
         assert 10 < len(said) < 400
         assert "Traceback" not in said
         assert attack.says in said
-
-
-def test_no_attack_is_content_with_a_server_that_refuses_everything_or_fails() -> None:
-    attacks = [*picture_attacks(), *http_attacks(), *slow_attacks(1.0)]
-    assert [
-        one.name for one in attacks if any((status or 0) >= 500 for status in one.statuses)
-    ] == []
-    # None means that nothing was to come back at all, or that the end of a flood was cut off.
-    assert {one.name for one in attacks if len(one.statuses) > 1} == {
-        "too long, raw", "too long, form", "endless body", "dripping body", "dripping header",
-    }  # fmt: skip
 
 
 def served(server: ServerProcess, seconds: float) -> list[float]:

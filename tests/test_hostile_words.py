@@ -8,24 +8,23 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-from itertools import product
 from pathlib import Path
 
 import pytest
 from driver_runner import DriverRunner, copy_drivers
 from mode_script_runner import PROJECT_ROOT, ModeScripts
-from test_benchmark_suite import Bench
 from waiting import wait_until
 
 from benchmarking.measuring import proofs
 from benchmarking.report import render
 from benchmarking.report.tables import Table
+from benchmarking.suite.session import run_suite
 
-# Each makes a file `broken` where it is run as a command, from whichever folder.
-HOSTILE_NAMES = [
-    'NVIDIA $(touch "$FAKE_GPU_STATE/broken") "H100"; touch "$FAKE_GPU_STATE/broken" a[$(id)] é中',
-    "NVIDIA `touch $FAKE_GPU_STATE/broken` %s %n 'H100, \\ * | <script>alert(1)</script>",
-]
+# Makes a file `broken` where it is run as a command, from whichever folder.
+HOSTILE_NAME = (
+    'NVIDIA $(touch "$FAKE_GPU_STATE/broken") "H100"; touch "$FAKE_GPU_STATE/broken" a[$(id)] é中'
+    "`touch $FAKE_GPU_STATE/broken` %s %n 'H100, \\ * | <script>alert(1)</script>"
+)
 HOSTILE_FOLDER = '-x  é中 it\'s "$HOME" `id`;& \\n a[b]*?{c,d}'
 SCRIPT_SOURCES = sorted(
     path
@@ -34,27 +33,19 @@ SCRIPT_SOURCES = sorted(
 )
 
 
-def assert_nothing_ran(scripts: ModeScripts) -> None:
-    assert not list(scripts.folder.rglob("*broken*"))
-
-
-@pytest.mark.parametrize("name", HOSTILE_NAMES)
-def test_a_gpus_name_is_never_run_and_the_records_stay_json(
-    runner: DriverRunner, name: str
-) -> None:
-    runner.machine.change_gpu(name=name)
-    assert name in runner.must("gpu_status.sh").stdout
+def test_a_gpus_name_is_never_run_and_the_records_stay_json(runner: DriverRunner) -> None:
+    runner.machine.change_gpu(name=HOSTILE_NAME)
+    assert HOSTILE_NAME in runner.must("gpu_status.sh").stdout
     runner.environment["GPU_SHARING_WAIT_SECONDS"] = "0"
-    runner.machine.fail("nvidia-cuda-mps-control -d", exit=1, text=name)
-    result = runner.drive("run_experiments.sh", "--modes", "mps")
-    assert result.returncode == 1
+    runner.machine.fail("nvidia-cuda-mps-control -d", exit=1, text=HOSTILE_NAME)
+    assert runner.drive("run_experiments.sh", "--modes", "mps").returncode == 1
     assert "did not answer within 0 s" in runner.reason("mps")
     runner.machine.forget_rules()
     runner.machine.change_gpu(mig_current="[N/A]", mig_pending="[N/A]")
     runner.output = runner.folder / "second"
     assert runner.drive("run_experiments.sh", "--modes", "mig").returncode == 0
-    assert runner.reason("mig") == f"{name} has no MIG"
-    assert_nothing_ran(runner)
+    assert runner.reason("mig") == f"{HOSTILE_NAME} has no MIG"
+    assert not list(runner.folder.rglob("*broken*"))
 
 
 def test_a_line_break_or_an_escape_in_a_gpus_name_makes_no_second_gpu_and_steers_no_terminal(
@@ -86,7 +77,7 @@ def test_a_strangers_process_name_steers_no_terminal(scripts: ModeScripts, tmp_p
     sleep.symlink_to(shutil.which("sleep"))
     with subprocess.Popen([sleep, "60"]) as process:
         comm = Path(f"/proc/{process.pid}/comm")
-        wait_until(lambda: b"python" not in comm.read_bytes(), "the program's start")
+        wait_until(lambda: b"abcdef" in comm.read_bytes(), "the program's start")
         words = proofs.describe_pids([process.pid])
         process.kill()
     assert words == f"pid {process.pid} (?[2Jabcdefghij\ufffd)"
@@ -129,33 +120,34 @@ def test_project_results_data_state_and_temporary_files_may_lie_in_folders_of_an
     assert not any("broken" in path.name for path in project.rglob("*"))
 
 
-@pytest.mark.parametrize("flag", ["--output", "--data-dir", "--plan", "--baseline"])
-def test_a_flag_in_place_of_a_path_is_a_path_forgotten(asked: DriverRunner, flag: str) -> None:
-    result = asked.drive("run_experiments.sh", flag, "--quick")
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        *((("run_experiments.sh", flag, "--quick"), f"{flag} needs a value")
+          for flag in ("--output", "--data-dir", "--plan", "--baseline")),
+        (("stress_test.sh", "time-slicing", "99999999999"), "9999 at most"),
+    ],
+)  # fmt: skip
+def test_a_flag_in_place_of_a_path_and_a_count_that_no_machine_could_run_are_refused(
+    asked: DriverRunner, command: tuple[str, ...], words: str
+) -> None:
+    result = asked.drive(*command)
     assert result.returncode == 2
-    assert f"{flag} needs a value" in result.stderr
+    assert words in result.stderr
 
 
-def test_a_count_that_no_machine_could_run_is_refused_at_once(asked: DriverRunner) -> None:
-    result = asked.drive("stress_test.sh", "time-slicing", "99999999999")
-    assert result.returncode == 2
-    assert "MAX needs a whole number from 1 on, 9999 at most" in result.stderr
-
-
-def test_a_run_id_that_is_none_is_one_sentence(tmp_path: Path) -> None:
-    bench = Bench(tmp_path)
-    command = [*bench.command()[:2], "--results-dir", str(bench.results)]
-    run_ids = ("../../etc", "a;touch broken", "$(touch broken)", "-x", "é\n")
-    for flag, run_id in product(("--resume", "--run-id"), run_ids):
-        done = subprocess.run(
-            [*command, f"{flag}={run_id}"], cwd=tmp_path, env=bench.scripted_environment(),
-            capture_output=True, text=True, timeout=60, check=False,
-        )  # fmt: skip
-        assert done.returncode == 2, done.stderr
-        assert "error: " in done.stderr.splitlines()[-1]
-        assert "Traceback" not in done.stderr
+def test_a_run_id_that_is_none_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for run_id in ("../../etc", "a;touch broken", "$(touch broken)", "-x", "é\n"):
+        for flag in ("--resume", "--run-id"):
+            words = ["--device", "cpu"] if flag == "--run-id" else []
+            words = [*words, "--results-dir", "results", f"{flag}={run_id}"]
+            assert run_suite(words, from_driver=True).exit_code == 2
+            assert "error: " in capsys.readouterr().err.splitlines()[-1]
     assert not list(tmp_path.rglob("broken*"))
-    assert not bench.results.exists() or not list(bench.results.rglob("manifest.json"))
+    assert not list(tmp_path.rglob("manifest.json"))
 
 
 def test_a_bar_in_a_name_makes_no_cell_of_the_markdown_table() -> None:

@@ -6,60 +6,39 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
+from waiting import wait_until
 
 from benchmarking.measuring import proofs
 from benchmarking.measuring.client import ClientResult
 from benchmarking.measuring.launcher import CoRunResult
 from benchmarking.planning.plan import PlannedClient, PlannedCoRun
 
-NAME_ITSELF = """
+# A process that only calls itself an MPS server.
+IMPOSTOR = """
 import sys
 with open("/proc/self/comm", "w") as stream:
-    stream.write(sys.argv[1])
-print("named", flush=True)
+    stream.write("nvidia-cuda-mps-server")
 sys.stdin.read()
 """
 
 
-@pytest.fixture
-def mps_server(tmp_path: Path) -> Iterator[int]:
-    """A process whose program has the name of an MPS server."""
-    program = shutil.copy(shutil.which("sleep") or "sleep", tmp_path / "nvidia-cuda-mps-server")
-    with subprocess.Popen([program, "60"]) as process:
-        yield process.pid
-        process.kill()
-
-
-@pytest.fixture
-def impostor() -> Iterator[int]:
-    """A process that only calls itself an MPS server."""
-    with subprocess.Popen(
-        [sys.executable, "-c", NAME_ITSELF, "nvidia-cuda-mps-server"],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    ) as process:  # fmt: skip
-        assert process.stdout is not None
-        assert process.stdout.readline() == "named\n"
-        yield process.pid
-
-
-def sample(time_seconds: float, *pids: int, mps: tuple[int, ...] = ()) -> dict:
-    return {
-        "time_seconds": time_seconds,
-        "compute_pids": [{"pid": pid, "used_memory_mib": 1} for pid in pids],
-        "mps_pids": [{"pid": pid, "used_memory_mib": 1} for pid in mps],
-    }
-
-
 def test_an_mps_server_does_not_occupy_the_gpu_and_what_calls_itself_one_does(
-    mps_server: int, impostor: int
+    tmp_path: Path,
 ) -> None:
-    pids = [mps_server, impostor, os.getpid(), 2**22 + 1]
-    found = proofs.foreign_pids([{"pid": pid} for pid in pids])
-    assert found == sorted(pids[1:])
+    program = shutil.copy(shutil.which("sleep"), tmp_path / "nvidia-cuda-mps-server")
+    impostor = [sys.executable, "-c", IMPOSTOR]
+    with (
+        subprocess.Popen([program, "60"]) as server,
+        subprocess.Popen(impostor, stdin=subprocess.PIPE) as impostor,
+    ):
+        comm = Path(f"/proc/{impostor.pid}/comm")
+        wait_until(lambda: comm.read_text().startswith("nvidia"), "the impostor's name")
+        pids = [server.pid, impostor.pid, os.getpid(), 2**22 + 1]
+        found = proofs.foreign_pids([{"pid": pid} for pid in pids])
+        assert found == sorted(pids[1:])
+        server.kill()
 
 
 def foreign(samples: list[dict], start: float, end: float, *own: int) -> list[int]:
@@ -68,22 +47,25 @@ def foreign(samples: list[dict], start: float, end: float, *own: int) -> list[in
     clients = [ClientResult(one, "ok", None, [], {"pid": pid}, 0, [])
                for one, pid in zip(planned, own, strict=True)]  # fmt: skip
     run = PlannedCoRun("c", "co_run", "mps", 0, tuple(planned))
-    return proofs.foreign_pids_in_window(
-        CoRunResult(
-            run, "ok", None, clients, ready_seconds=start, window_start_seconds=start,
-            window_end_seconds=end,
-        ),
-        samples,
+    result = CoRunResult(
+        run, "ok", None, clients, ready_seconds=start, window_start_seconds=start,
+        window_end_seconds=end,
     )  # fmt: skip
+    return proofs.foreign_pids_in_window(result, samples)
+
+
+def sample(time_seconds: float, *pids: int, mps: tuple[int, ...] = ()) -> dict:
+    def listed(pids: tuple[int, ...]) -> list[dict]:
+        return [{"pid": pid, "used_memory_mib": 1} for pid in pids]
+
+    return {"time_seconds": time_seconds, "compute_pids": listed(pids), "mps_pids": listed(mps)}
 
 
 def test_who_is_listed_within_the_window_and_is_not_ours_is_foreign() -> None:
     seen = [sample(0.5, 7), sample(1.0, 10, 11), sample(2.0, 10, 12, mps=(13,)), sample(3.5, 8)]
     assert foreign(seen, 1.0, 3.0, 10) == [11, 12, 13]
     assert foreign(seen, 1.0, 3.0, 10, 11, 12, 13) == []
-
-
-def test_without_one_of_ours_in_the_list_nobody_is_called_foreign() -> None:
+    # without one of ours in the list nobody is called foreign
     assert foreign([sample(1.0, 10, 11)], 0.0, 2.0, 99) == []
 
 

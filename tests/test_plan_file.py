@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,9 +18,10 @@ from benchmarking.planning.plan_file import (
     text_hash,
 )
 from benchmarking.planning.redaction import looks_secret
+from benchmarking.suite.session import run_suite
 
-ROOT = Path(__file__).resolve().parents[1]
-EXAMPLE = ROOT / "examples" / "plans" / "own-commands.toml"
+COMMAND = '[[client]]\ncommand = "true"\n'
+BERT = '[[client]]\nworkload = "bert_training"\n'
 
 
 def read(folder: Path, text: str) -> PlanFile:
@@ -54,11 +54,8 @@ def test_a_workload_of_ours_gets_the_plans_flags_last(tmp_path: Path) -> None:
 def test_clients_come_in_order_as_often_as_counted_and_start_over_after_the_last(
     tmp_path: Path,
 ) -> None:
-    plan = read(
-        tmp_path,
-        '[[client]]\nworkload = "bert_training"\n'
-        '[[client]]\ncommand = "sleep 1"\ncount = 2\nlabel = "nap"\n',
-    )
+    plan = read(tmp_path, f'{BERT}[[client]]\ncommand = "sleep 1"\ncount = 2\nlabel = "nap"\n')
+    assert len(plan.members) == 3
     members = clients(plan, 5)
     assert [client.label for client in members] == [
         "BERT fine-tuning", "nap", "nap", "BERT fine-tuning", "nap"]  # fmt: skip
@@ -80,20 +77,15 @@ def test_a_command_is_run_in_its_folder_without_a_shell_unless_asked_for(tmp_pat
     assert plan.has_latency
 
 
-def test_another_environment_is_another_job(tmp_path: Path) -> None:
-    one = '[[client]]\ncommand = "env"\nenvironment = { SIZE = "1" }\n'
-    plan = read(tmp_path, one + one.replace('"1"', '"2"'))
-    first, second = clients(plan, 2)
+def test_another_environment_is_another_job_and_limits_of_mps_are_not(tmp_path: Path) -> None:
+    one = f'{COMMAND}environment = {{ SIZE = "1" }}\n'
+    knobs = (
+        'knobs = { mps_percentage = 25, mps_memory_limit = "8G", mps_priority = "below-normal" }\n'
+    )
+    plan = read(tmp_path, f"{one}{one.replace('1', '2')}{BERT}{BERT}{knobs}")
+    first, second, plain, limited = clients(plan, 4)
     assert first.environment == {"SIZE": "1"}
     assert first.job_key != second.job_key
-
-
-def test_knobs_are_variables_of_the_client_and_do_not_make_another_job(tmp_path: Path) -> None:
-    text = '[[client]]\nworkload = "bert_training"\n'
-    knobs = (
-        'knobs = { mps_percentage = 25, mps_memory_limit = "8G", mps_priority = "below-normal" }'
-    )
-    plain, limited = clients(read(tmp_path, f"{text}{text}{knobs}"), 2)
     assert limited.environment == {
         "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": "25",
         "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT": "0=8G",
@@ -107,32 +99,30 @@ def test_knobs_are_variables_of_the_client_and_do_not_make_another_job(tmp_path:
     [
         ("", "client: list at least one client under the heading [[client]]"),
         ("client = 3", "client: list at least one client"),
-        ('name = "a/b"\n[[client]]\ncommand = "true"', "name: use letters"),
+        (f'name = "a/b"\n{COMMAND}', "name: use letters"),
         ("[[client]]", "client 1: workload, command: gives neither"),
-        ('[[client]]\nworkload = "bert_training"\ncommand = "true"', "gives both"),
+        (f'{BERT}command = "true"', "gives both"),
         ('[[client]]\nworkload = "bert"', "there is no workload 'bert'; there are resnet_training"),
-        ('[[client]]\nworkload = 3', "workload: is 3, but needs one of"),
-        ('[[client]]\ncommand = "true"\ncuont = 2', "cuont: there is no such key here; there are"),
-        ('[[client]]\ncommand = "true"\narguments = ["x"]', "arguments: there is no such key"),
-        ('[[client]]\ncommand = "true"\ncount = 0', "count: is 0, but needs a whole number"),
-        ('[[client]]\ncommand = "true"\ncount = true', "count: is True, but needs a whole number"),
-        ('[[client]]\nworkload = "bert_training"\narguments = [3]', 'put each in quotes, as "3"'),
-        ('[[client]]\nworkload = "bert_training"\narguments = ["--device=cpu"]',
-         "leave --device away"),
+        ("[[client]]\nworkload = 3", "workload: is 3, but needs one of"),
+        (f"{COMMAND}cuont = 2", "cuont: there is no such key here; there are"),
+        (f'{COMMAND}arguments = ["x"]', "arguments: there is no such key"),
+        (f"{COMMAND}count = 0", "count: is 0, but needs a whole number"),
+        (f"{COMMAND}count = true", "count: is True, but needs a whole number"),
+        (f"{BERT}arguments = [3]", 'put each in quotes, as "3"'),
+        (f'{BERT}arguments = ["--device=cpu"]', "leave --device away"),
         ('[[client]]\ncommand = "./no.sh"', "there is no program './no.sh' that can be run in"),
         ('[[client]]\ncommand = "no-such-program"', "there is no program 'no-such-program'"),
-        ('[[client]]\ncommand = "echo \'a"', "close the quotes"),
-        ('[[client]]\ncommand = []', "command: is empty"),
+        ("[[client]]\ncommand = \"echo 'a\"", "close the quotes"),
+        ("[[client]]\ncommand = []", "command: is empty"),
         ('[[client]]\ncommand = ["true"]\nshell = true', "give one text, not a list"),
-        ('[[client]]\ncommand = "true"\nshell = "yes"', "shell: is 'yes', but needs true or false"),
-        ('[[client]]\ncommand = "true"\nworking_directory = "no"', "there is no folder"),
-        ('[[client]]\ncommand = "true"\nenvironment = { A = 1 }', "environment.A: needs a text"),
-        ('[[client]]\ncommand = "true"\nenvironment = { CUDA_VISIBLE_DEVICES = "1" }',
-         "belongs to the sharing mode"),
-        ('[[client]]\ncommand = "true"\nknobs = { mps_percentage = 120 }',
+        (f'{COMMAND}shell = "yes"', "shell: is 'yes', but needs true or false"),
+        (f'{COMMAND}working_directory = "no"', "there is no folder"),
+        (f"{COMMAND}environment = {{ A = 1 }}", "environment.A: needs a text"),
+        (f'{COMMAND}environment = {{ CUDA_VISIBLE_DEVICES = "1" }}', "belongs to the sharing mode"),
+        (f"{COMMAND}knobs = {{ mps_percentage = 120 }}",
          "knobs.mps_percentage: '120' is not a percentage"),
-        ('[[client]]\ncommand = "true"\nknobs = { mps_memory_limit = "lots" }', "512M or 8G"),
-        ('[[client]]\ncommand = "true"\nknobs = { percentage = 5 }', "there is no such knob"),
+        (f'{COMMAND}knobs = {{ mps_memory_limit = "lots" }}', "512M or 8G"),
+        (f"{COMMAND}knobs = {{ percentage = 5 }}", "there is no such knob"),
         ("[[client]\n", "is not TOML"),
     ],
 )  # fmt: skip
@@ -146,41 +136,28 @@ def test_a_mistake_is_one_sentence_with_file_key_and_fix(
 
 
 def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
-    text = 'mane = "x"\n[[client]]\ncommand = "true"\ncount = "2"\n[[client]]\nworkload = "bert"\n'
-    found = mistakes(tmp_path, text)
+    found = mistakes(tmp_path, f'mane = "x"\n{COMMAND}count = "2"\n[[client]]\nworkload = "bert"\n')
     assert [sentence.split(": ")[1] for sentence in found] == ["mane", "client 1", "client 2"]
-
-
-def test_a_file_that_is_not_there_is_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(PlanFileError, match=r"cannot be read .*: name a file"):
         read_plan_file(tmp_path / "no.toml")
-
-
-def test_the_clients_of_a_plan_are_counted() -> None:
-    assert len(read_plan_file(EXAMPLE).members) == 4
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("[]", []),
-        ('["--bach-size", "3"]', ["unrecognized arguments: --bach-size 3"]),
-        ('["--epochs", "x"]', ["argument --epochs: 'x' is not a whole number"]),
+        ('["--bach-size", "3"]', "unrecognized arguments: --bach-size 3"),
+        ('["--epochs", "x"]', "argument --epochs: 'x' is not a whole number"),
     ],
 )
 def test_a_dry_run_lets_our_workloads_look_at_their_flags(
-    tmp_path: Path, arguments: str, words: list[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: str, words: str
 ) -> None:
     path = tmp_path / "mine.toml"
-    path.write_text(f'[[client]]\nworkload = "bert_training"\narguments = {arguments}\n')
-    done = subprocess.run(
-        [sys.executable, "benchmarking/benchmark_suite.py", "--plan", str(path), "--dry-run"],
-        cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
-    assert done.returncode == (2 if words else 0), done.stderr
-    assert all(
-        f"error: BERT fine-tuning: bert_training.py: error: {w}" in done.stderr for w in words
-    )
+    path.write_text(f"{BERT}arguments = {arguments}\n")
+    words_of_plan = ["--device", "cpu", "--plan", str(path), "--dry-run"]
+    assert run_suite(words_of_plan, from_driver=True).exit_code == 2
+    said = capsys.readouterr().err
+    assert f"BERT fine-tuning: bert_training.py: error: {words}" in said
 
 
 def test_jobs_of_the_command_line_are_a_plan_that_is_named_after_them(tmp_path: Path) -> None:
@@ -241,7 +218,7 @@ def test_a_kept_plan_gets_its_secrets_back_from_the_environment_alone(
 def test_an_inherited_variable_is_recorded_by_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    text = '[[client]]\ncommand = "true"\ninherit = ["MY_LICENSE"]\n'
+    text = f'{COMMAND}inherit = ["MY_LICENSE"]\n'
     monkeypatch.delenv("MY_LICENSE", raising=False)
     assert "inherit.MY_LICENSE: is not set where this was started" in mistakes(tmp_path, text)[0]
     monkeypatch.setenv("MY_LICENSE", "1")
@@ -253,12 +230,7 @@ def test_an_inherited_variable_is_recorded_by_its_name(
     assert recorded["environment"] == {"MY_LICENSE": "inherited:MY_LICENSE"}
 
 
-@pytest.mark.parametrize(
-    ("name", "is_secret"),
-    [("HF_TOKEN", True), ("--api-key", True), ("DB_PASSWORD", True),
-     ("AWS_SECRET_ACCESS_KEY", True), ("--token", True), ("TOKENIZERS_PARALLELISM", False),
-     ("--max-tokens", False),
-     ("SORT_KEY", False), ("DATA", False)],
-)  # fmt: skip
-def test_a_secret_is_told_by_its_name(name: str, is_secret: bool) -> None:
-    assert looks_secret(name) == is_secret
+def test_a_secret_is_told_by_its_name() -> None:
+    secret = ("HF_TOKEN", "--api-key", "DB_PASSWORD", "AWS_SECRET_ACCESS_KEY", "--token")
+    plain = ("TOKENIZERS_PARALLELISM", "--max-tokens", "SORT_KEY", "DATA")
+    assert [name for name in (*secret, *plain) if looks_secret(name)] == list(secret)

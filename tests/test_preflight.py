@@ -8,100 +8,78 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from test_benchmark_suite import Bench, bench, gpu_bench
-from waiting import wait_until
+from conftest import PROJECT_ROOT
+from suite_bench import Bench
 
-from benchmarking.cli import EXIT_USAGE
 from benchmarking.measuring import locks
 from benchmarking.records import run_folder
 from benchmarking.suite import preflight
 from benchmarking.suite.session import run_suite
 
-__all__ = ["bench", "gpu_bench"]  # fixtures
-
-
-# --- in-process -------------------------------------------------------------------------------
-
-
-def test_a_driver_gets_usage_errors_and_dry_runs_as_results(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    wrong = run_suite(["--workloads", "0"], from_driver=True)
-    assert (wrong.exit_code, wrong.folder) == (EXIT_USAGE, None)
-    assert "'0' is not a whole number of 1 or more" in str(wrong.reason)
-    assert capsys.readouterr().err.startswith("benchmark_suite.py: error: argument --workloads")
-    with pytest.raises(SystemExit, match="2"):
-        run_suite(["--workloads", "0"])
-    words = ["--device", "cpu", "--mix", "inference", "--dry-run", "--results-dir", str(tmp_path)]
-    assert run_suite(words, from_driver=True).exit_code == 0
-    assert re.search(r"^  about \d+ s: 1 job alone, 1 co-run$", capsys.readouterr().out, re.M)
-
-
-# --- memory, disk, pids -----------------------------------------------------------------------
+SMALL_INSTANCE = {
+    "mig_mode_current": 1,
+    "mig_devices": [("MIG-aaaaaaaa-0000-0000-0000-000000000000", 7, 16, 3500, 0)],
+}
 
 
 @pytest.mark.parametrize(
-    ("mib", "arguments", "code", "words"),
+    ("state", "arguments", "code", "words"),
     [
-        (16384, ["--mix", "mixed"], 0, None),
-        (11264, ["--mix", "mixed"], 0,
+        ({"memory_total_mib": 16384}, "--mix mixed", 0, None),
+        ({"memory_total_mib": 11264}, "--mix mixed", 0,
          "mixed-4-r0 needs about 11 GiB of GPU memory and 11 GiB are there: it may run out"),
-        (6144, ["--mix", "mixed"], 2, "6 GiB are there: take fewer --workloads, another --mix"),
+        ({"memory_total_mib": 6144}, "--mix mixed", 2,
+         "6 GiB are there: take fewer --workloads, another --mix"),
         # the larger counts of a ramp may break
-        (6144, ["--mix", "training", "--workloads", "1,4"], 0, "training-4-r0 needs about 13 GiB"),
+        ({"memory_total_mib": 6144}, "--mix training --workloads 1,4", 0,
+         "training-4-r0 needs about 13 GiB"),
+        (SMALL_INSTANCE, "--mode mig --mix training --workloads 1", 0,
+         "training-1-r0 needs about 3 GiB of GPU memory and 3 GiB are there"),
     ],
 )  # fmt: skip
 def test_whether_jobs_fit_the_card_is_said_before_they_run(
-    gpu_bench: Callable, mib: int, arguments: list[str], code: int, words: str | None
+    card_bench: Bench, state: dict, arguments: str, code: int, words: str | None
 ) -> None:
-    done = gpu_bench(memory_total_mib=mib).run(*arguments, "--quick", "--dry-run")
+    card_bench.change_card(**state)
+    done = card_bench.run(*arguments.split(), "--quick", "--dry-run")
     assert done.returncode == code, done.stderr
     said = done.stdout + done.stderr
     assert words in said if words else "GiB" not in said
 
 
-def test_a_mig_instance_that_is_too_small_is_said(gpu_bench: Callable) -> None:
-    bench = gpu_bench(
-        mig_mode_current=1,
-        mig_devices=[("MIG-aaaaaaaa-0000-0000-0000-000000000000", 7, 16, 3500, 0)],
-    )
-    done = bench.run("--mode", "mig", "--mix", "training", "--workloads", "1", "--dry-run")
-    assert "training-1-r0 needs about 3 GiB of GPU memory and 3 GiB are there" in done.stdout
-
-
-def test_little_disk_is_told_and_none_is_refused(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_little_disk_is_told_none_is_refused_and_a_plan_says_how_long_it_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def run_with(free: int) -> int:
-        monkeypatch.setattr(
-            preflight.shutil, "disk_usage", lambda folder: SimpleNamespace(free=free)
-        )
-        words = ["--device", "cpu", "--dry-run", "--results-dir", str(bench.results)]
-        return run_suite([*words, "--job", "sleep 1"], from_driver=True).exit_code
+    def said_with(free: int, *words: str, code: int = 0) -> str:
+        disk = SimpleNamespace(free=free)
+        monkeypatch.setattr(preflight.shutil, "disk_usage", lambda folder: disk)
+        words = ("--device", "cpu", "--dry-run", "--results-dir", str(tmp_path), *words)
+        assert run_suite(words, from_driver=True).exit_code == code
+        return "".join(capsys.readouterr())
 
-    assert run_with(10**12) == 0
-    assert "MB are free" not in capsys.readouterr().out
-    assert run_with(20 * 10**6) == 0
-    assert f"only 20 MB are free in {bench.results}" in capsys.readouterr().out
-    assert run_with(0) == 1
-    assert "(No space left on device): make room there" in capsys.readouterr().err
+    assert "MB are free" not in said_with(10**12, "--job", "sleep 1")
+    assert f"only 20 MB are free in {tmp_path}" in said_with(20 * 10**6, "--job", "sleep 1")
+    refused = said_with(0, "--job", "sleep 1", code=1)
+    assert "(No space left on device): make room there" in refused
+    estimate = r"^  about \d+ s: 1 job alone, 1 co-run$"
+    assert re.search(estimate, said_with(10**12, "--mix", "inference"), re.MULTILINE)
 
 
 @pytest.mark.parametrize("is_own", [False, True])
-def test_pids_that_a_container_hides_are_told(
-    gpu_bench: Callable, monkeypatch: pytest.MonkeyPatch, is_own: bool
+def test_pids_that_a_container_hides_and_more_clients_than_were_set_up_are_told(
+    card_bench: Bench, is_own: bool
 ) -> None:
-    bench = gpu_bench()
-    stand_in = bench.root / "benchmarking" / "suite" / "preflight.py"
+    card_bench.save_mode("time-slicing", "clients=4\n")
+    stand_in = card_bench.root / "benchmarking" / "suite" / "preflight.py"
     with stand_in.open("a") as stream:
         stream.write(f"\n\ndef is_own_pid_namespace():\n    return {is_own}\n")
-    done = bench.run("--dry-run")
-    assert ("start it with --pid=host" in done.stdout) == is_own
+    said = card_bench.run("--workloads", "8", "--dry-run").stdout
+    assert ("start it with --pid=host" in said) == is_own
+    assert "set up for 4" in said
 
 
 # --- one run at a time ------------------------------------------------------------------------
@@ -109,12 +87,9 @@ def test_pids_that_a_container_hides_are_told(
 
 def test_a_second_run_is_refused_with_the_pid_of_the_first(bench: Bench) -> None:
     bench.script({"match": "*:training-1-r0/*", "units": 100000})
-    first = subprocess.Popen(
-        bench.command("--mix", "training", "--workloads", "1"), env=bench.environment,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    flags = ("--mix", "training", "--workloads", "1")
+    first = bench.start(*flags, until="training-1-r0/0", said="")
     try:
-        wait_until(lambda: list(bench.results.rglob("0.events.jsonl")), "a client")
         second = bench.run("--mix=training", "--job-arguments=--token hunter2", "--run-id=second")
         assert second.returncode == 4
         sentence = f"another run is at work on this machine's CPU: pid {first.pid}"
@@ -123,40 +98,41 @@ def test_a_second_run_is_refused_with_the_pid_of_the_first(bench: Bench) -> None
         assert not (bench.results / "second").exists()
         assert "hunter2" not in (bench.results / run_folder.REFUSALS_FILE).read_text()
         bench.script()
-        allowed = bench.run("--mix", "inference", "--workloads", "1", "--allow-contention")
-        assert allowed.returncode == 0, allowed.stderr
-        manifests = [run_folder.read_run(path).manifest for path in bench.results.iterdir()
-                     if path.name.startswith("cpu-demo-inference")]  # fmt: skip
-        assert [manifest.is_contended for manifest in manifests] == [True]
-        assert sentence in manifests[0].notes[-1]
+        allowed = ("--mix", "inference", "--workloads", "1", "--run-id", "allowed")
+        assert bench.run(*allowed, "--allow-contention").returncode == 0
+        manifest = run_folder.read_run(bench.results / "allowed").manifest
+        assert manifest.is_contended
+        assert sentence in manifest.notes[-1]
     finally:
         first.terminate()
-        first.wait(60)
+        first.communicate(timeout=60)
 
 
-def test_a_driver_holds_the_lock_over_its_suite_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def lock_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of locks of the test's own."""
     monkeypatch.setenv(locks.FOLDER_VARIABLE, str(tmp_path))
-    ask = [sys.executable, "-c",
-           "import sys; sys.path.insert(0, '.')\n"
-           "from benchmarking.measuring import locks\n"
-           "with locks.hold('GPU-1'): print('held')"]  # fmt: skip
+    return tmp_path
+
+
+def test_a_driver_holds_the_lock_over_its_suite_runs(lock_folder: Path) -> None:
+    program = "from benchmarking.measuring import locks\nwith locks.hold('GPU-1'): print('held')"
+    ask = [sys.executable, "-c", program]
     with locks.hold("GPU-1"):
         with locks.hold("GPU-1"), locks.hold("GPU-2"):
             pass
-        done = subprocess.run(ask, capture_output=True, text=True, check=False)
-        assert f"GPU GPU-1: pid {os.getpid()} of" not in done.stderr
+        done = subprocess.run(ask, cwd=PROJECT_ROOT, capture_output=True, text=True, check=False)
+        # whose it is is said where that is another user
         assert f"at work on GPU GPU-1: pid {os.getpid()}; wait" in done.stderr
-    assert subprocess.run(ask, capture_output=True, text=True, check=False).stdout == "held\n"
+    done = subprocess.run(ask, cwd=PROJECT_ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout == "held\n"
 
 
 def test_neither_a_link_nor_a_file_that_others_may_open_is_taken_for_a_lock(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    lock_folder: Path,
 ) -> None:
-    monkeypatch.setenv(locks.FOLDER_VARIABLE, str(tmp_path))
-    path = tmp_path / f"{locks.PREFIX}.{locks.CPU}.{os.getuid()}.lock"
-    target = tmp_path / "elsewhere"
+    path = lock_folder / f"{locks.PREFIX}.{locks.CPU}.{os.getuid()}.lock"
+    target = lock_folder / "elsewhere"
     path.symlink_to(target)
     with pytest.raises(locks.InUseError, match="cannot be told: remove"), locks.hold(None):
         pass
@@ -168,21 +144,16 @@ def test_neither_a_link_nor_a_file_that_others_may_open_is_taken_for_a_lock(
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can play another user")
-def test_another_users_run_is_seen_and_his_name_on_a_file_alone_is_none(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(locks.FOLDER_VARIABLE, str(tmp_path))
+def test_another_users_run_is_seen_and_his_name_on_a_file_alone_is_none(lock_folder: Path) -> None:
     uid = 65534
-    path = tmp_path / f"{locks.PREFIX}.GPU-1.{uid}.lock"
+    path = lock_folder / f"{locks.PREFIX}.GPU-1.{uid}.lock"
     with path.open("w") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
         with locks.hold("GPU-1"):
             pass  # it is root's own file, whatever its name says
         shutil.chown(path, uid)
-        with (
-            pytest.raises(locks.InUseError, match=f"pid {os.getpid()} of nobody"),
-            locks.hold("GPU-1"),
-        ):
+        taken = f"pid {os.getpid()} of nobody"
+        with pytest.raises(locks.InUseError, match=taken), locks.hold("GPU-1"):
             pass
     with locks.hold("GPU-1"):
         pass

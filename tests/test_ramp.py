@@ -15,14 +15,6 @@ from benchmarking.planning.ramp import MOST_CLIENTS, Ramp
 from benchmarking.records.types import ClientRecord, CoRunRecord
 
 
-def tried(ramp: Ramp, breaks_at: float) -> list[int]:
-    counts = []
-    while (count := ramp.next_count()) is not None:
-        counts.append(count)
-        ramp.note(count, holds=count < breaks_at)
-    return counts
-
-
 @pytest.mark.parametrize(
     ("breaks_at", "options", "counts"),
     [
@@ -31,25 +23,25 @@ def tried(ramp: Ramp, breaks_at: float) -> list[int]:
         (5, {"bisect": True}, [1, 2, 4, 6, 5]),
         (6, {"bisect": True}, [1, 2, 4, 6, 5]),
         (1, {"bisect": True}, [1]),
-        (23, {"until_break": True}, [1, 2, 4, 6, 8, 16, 32]),
         (23, {"until_break": True, "bisect": True}, [1, 2, 4, 6, 8, 16, 32, 24, 20, 22, 23]),
         (999, {"until_break": True}, [1, 2, 4, 6, 8, 16, 32, MOST_CLIENTS]),
+        # a mix is never tried in part
+        (10, {"counts": (4, 8, 16), "step": 4, "bisect": True}, [4, 8, 16, 12]),
+        (5, {"counts": (4, 8), "step": 4, "bisect": True}, [4, 8]),
+        (999, {"counts": (6,), "step": 6, "until_break": True}, [6, 12, 24, 48, 60]),
     ],
 )
 def test_counts_go_up_to_the_first_bad_one_and_then_halve_the_gap(
-    breaks_at: int, options: dict[str, bool], counts: list[int]
+    breaks_at: int, options: dict[str, Any], counts: list[int]
 ) -> None:
-    ramp = Ramp((1, 2, 4, 6, 8), **options)
-    assert tried(ramp, breaks_at) == counts
-    assert ramp.first_bad == (min((c for c in counts if c >= breaks_at), default=None))
+    ramp = Ramp(**{"counts": (1, 2, 4, 6, 8), **options})
+    tried = []
+    while (count := ramp.next_count()) is not None:
+        tried.append(count)
+        ramp.note(count, holds=count < breaks_at)
+    assert tried == counts
+    assert ramp.first_bad == min((c for c in counts if c >= breaks_at), default=None)
     assert ramp.last_good == max((c for c in counts if c < breaks_at), default=None)
-
-
-def test_a_mix_is_never_tried_in_part() -> None:
-    ramp = Ramp((4, 8, 16), step=4, bisect=True)
-    assert tried(ramp, 10) == [4, 8, 16, 12]
-    assert tried(Ramp((4, 8), step=4, bisect=True), 5) == [4, 8]
-    assert tried(Ramp((6,), step=6, until_break=True), 999) == [6, 12, 24, 48, 60]
 
 
 # --- why --------------------------------------------------------------------------------------
@@ -74,66 +66,45 @@ def judged(
     return stop_reason(msgspec.convert(row, CoRunRecord), results, records, **bounds)
 
 
-FAULT = {"status": "failed", "reason": "an illegal memory access was encountered"}
-
-
-def test_out_of_memory_is_the_cause_whatever_else_failed_with_it() -> None:
-    found = judged({**FAULT, "failed_at": 1.0}, {"status": "oom", "failed_at": 2.0}, {})
-    assert (found["kind"], found["client"], found["lost_neighbors"]) == ("oom", 1, [])
-    assert describe(found) == "client 1 (Job) ran out of memory"
-
-
-def test_who_fails_after_another_under_mps_was_taken_along() -> None:
-    found = judged({**FAULT, "failed_at": 1.2}, {**FAULT, "failed_at": 1.0}, {})
-    assert (found["kind"], found["client"], found["lost_neighbors"]) == ("crash", 1, [0])
-    assert describe(found).endswith("; it took along client 0")
-
-
-def test_without_mps_each_failure_is_its_own() -> None:
-    found = judged({**FAULT, "failed_at": 1.2}, {**FAULT, "failed_at": 1.0}, mode="time-slicing")
-    assert (found["kind"], found["lost_neighbors"]) == ("crash", [])
-
-
-def test_cudas_word_for_a_terminated_client_is_a_lost_neighbor() -> None:
-    said = "CUDA error: the MPS client has been terminated by the server"
-    found = judged({"status": "failed", "reason": "exit code 1", "stderr_tail": [said]}, {})
-    assert (found["kind"], found["client"], found["lost_neighbors"]) == ("lost_neighbor", 0, [0])
+def failed(reason: str = "an illegal memory access", **fields: object) -> dict[str, Any]:
+    return {"status": "failed", "reason": reason, **fields}
 
 
 @pytest.mark.parametrize(
-    ("status", "kind", "words"),
-    [("timeout", "timeout", "time limit"), ("killed", "killed", "from outside"),
-     ("failed", "crash", "crashed: so it was")],
+    ("members", "mode", "kind", "client", "lost", "words"),
+    [
+        # out of memory is the cause whatever else failed with it
+        ([failed(failed_at=1.0), {"status": "oom", "failed_at": 2.0}, {}], "mps", "oom", 1, [],
+         "client 1 (Job) ran out of memory"),
+        ([{"status": "oom", "reason": "out of GPU memory: tried 2.50 GiB with 1.00 GiB free"}],
+         "mps", "oom", 0, [], "client 0 (Job) ran out of memory: tried 2.50 GiB with 1.00 GiB"),
+        # who fails after another under MPS was taken along, without MPS each failure is its own
+        ([failed(failed_at=1.2), failed(failed_at=1.0), {}], "mps", "crash", 1, [0],
+         "; it took along client 0"),
+        ([failed(failed_at=1.2), failed(failed_at=1.0), {}], "time-slicing", "crash", 0, [], ""),
+        ([failed("exit code 1", stderr_tail=[
+            "CUDA error: the MPS client has been terminated by the server"]), {}],
+         "mps", "lost_neighbor", 0, [0], ""),
+        ([{"status": "timeout", "reason": "so it was"}, {}], "mps", "timeout", 0, [], "time limit"),
+        ([{"status": "killed", "reason": "so it was"}, {}], "mps", "killed", 0, [], "from outside"),
+        ([failed("so it was"), {}], "mps", "crash", 0, [], "crashed: so it was"),
+        # a cause that the client named is no crash
+        ([failed(failed_at=3.0), failed("the loss is gone", cause="diverged", failed_at=2.0)],
+         "time-slicing", "diverged", 1, [], "client 1 (Job): the loss is gone"),
+        # a neighbor without proof is not the cause
+        ([{"status": "invalid", "reason": "its pid is not among []"},
+          {"status": "killed", "reason": "ended by SIGKILL"}], "mps", "killed", 1, [], ""),
+        # never measured
+        ([failed("all of it")], "mps", "refused", None, [], ""),
+    ],
 )  # fmt: skip
-def test_crash_kill_and_time_limit_are_told_apart(status: str, kind: str, words: str) -> None:
-    outcome = "timeout" if status == "timeout" else "failed"
-    found = judged({"status": status, "reason": "so it was"}, {}, outcome=outcome)
-    assert found["kind"] == kind
+def test_of_several_failures_the_first_cause_is_the_reason(
+    members: list[dict], mode: str, kind: str, client: int | None, lost: list[int], words: str
+) -> None:
+    outcome = "timeout" if kind == "timeout" else "failed"
+    found = judged(*members, mode=mode, outcome=outcome)
+    assert (found["kind"], found["client"], found["lost_neighbors"]) == (kind, client, lost)
     assert words in describe(found)
-
-
-def test_out_of_memory_says_who_held_what() -> None:
-    said = "out of GPU memory: tried 2.50 GiB with 1.00 GiB of 80.00 GiB free"
-    found = judged({"status": "oom", "reason": said})
-    assert describe(found) == f"client 0 (Job) ran {said.replace('GPU ', '')}"
-
-
-@pytest.mark.parametrize("cause", ["diverged", "not_finite", "damaged_file", "unreadable_image"])
-def test_a_cause_that_the_client_named_is_the_reason_and_no_crash(cause: str) -> None:
-    named = {"status": "failed", "cause": cause, "reason": "the sentence", "failed_at": 2.0}
-    found = judged({**FAULT, "failed_at": 3.0}, named, mode="time-slicing")
-    assert (found["kind"], found["client"]) == (cause, 1)
-    assert describe(found) == "client 1 (Job): the sentence"
-
-
-def test_a_neighbor_without_proof_is_not_the_cause() -> None:
-    unproved = {"status": "invalid", "reason": "its pid is not among []"}
-    found = judged(unproved, {"status": "killed", "reason": "ended by SIGKILL"})
-    assert (found["kind"], found["client"]) == ("killed", 1)
-
-
-def test_clients_that_were_never_measured_were_refused() -> None:
-    assert judged({"status": "failed", "reason": "all of it"})["kind"] == "refused"
 
 
 def test_a_bound_that_is_passed_is_a_reason_though_nothing_failed() -> None:

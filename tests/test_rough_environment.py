@@ -8,23 +8,20 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import nvml_stub
 import pytest
 from driver_runner import AS_BEFORE, SYSTEM_PYTHON, DriverRunner
-from mode_script_runner import AS_NOBODY, NOBODY, PROJECT_ROOT, ModeScripts, open_folder
-from recorded_rows import read_plain
-from soak import Round
-from test_benchmark_suite import Bench
+from mode_script_runner import AS_NOBODY, NOBODY, PROJECT_ROOT, ModeScripts
+from suite_bench import Bench, names, window_seconds
 
 from benchmarking.modes.mps import MpsMode
 from benchmarking.modes.sharing_mode import ModeNotInForceError
-from benchmarking.records import run_folder
+from benchmarking.suite import measurement
 
 # Root may write everywhere; anybody else already is the user that these tests need.
 AS_USER = AS_NOBODY if os.geteuid() == 0 else []
@@ -64,27 +61,25 @@ def test_a_results_folder_that_may_only_be_read_is_one_sentence_before_anything_
 def test_a_results_folder_that_is_shut_meanwhile_ends_the_run_in_a_sentence_and_undoes_the_mode(
     users: DriverRunner,
 ) -> None:
-    users.output.mkdir(mode=0o777)
+    users.output.mkdir()
     users.output.chmod(0o777)
     users.rule(mps={"wait": True})
     process = users.start_driver("run_experiments.sh", "--modes", "mps", run_id="mps")
-    users.output.chmod(0o555)
-    if AS_USER:
-        os.chown(users.output, 0, 0)
-        (users.output / "phases.jsonl").chmod(0o444)
-        os.chown(users.output / "phases.jsonl", 0, 0)
-    else:
-        (users.output / "phases.jsonl").chmod(0o444)
+    phases = users.output / "phases.jsonl"
+    for path, mode in ((users.output, 0o555), (phases, 0o444)):
+        path.chmod(mode)
+        if AS_USER:
+            os.chown(path, 0, 0)
     process.terminate()
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert f"cannot write {users.output}/phases.jsonl; make room or bring it back" in stderr
+    assert f"cannot write {phases}; make room or bring it back" in stderr
     assert f"--resume {users.output}" in stderr
     assert users.machine.state()["mps"] == {}
     assert users.left_behind() == []
     assert users.outcomes() == {"baseline": "ok", "time-slicing": "skipped"}
     # given back, it is gone on with
-    for path in (users.output, users.output / "phases.jsonl"):
+    for path in (users.output, phases):
         if AS_USER:
             os.chown(path, NOBODY.pw_uid, NOBODY.pw_gid)
         path.chmod(0o755)
@@ -131,30 +126,6 @@ def test_an_environment_that_may_only_be_read_is_used_as_it_is(scripts: ModeScri
         folder.chmod(0o755)  # or nobody but root could remove them
 
 
-# --- refusals -------------------------------------------------------------------------------------
-
-
-def test_a_gpu_that_others_use_is_the_reason_of_each_phase_and_kept_as_refused() -> None:
-    with open_folder() as folder:
-        made = Round(folder, "run_experiments.sh", "suite", signal.SIGTERM, 0.0)
-        made.prepare()
-        nvml_stub.write_state(made.card, pids={os.getpid(): 900})
-        result = subprocess.run(
-            made.command(resume=False), cwd=folder, env=made.environment, stdin=subprocess.DEVNULL,
-            capture_output=True, text=True, timeout=100, check=False,
-        )  # fmt: skip
-        assert result.returncode == 1
-        phases, _ = run_folder.read_phases(made.output)
-        refusals, _ = run_folder.read_refusals(made.output)
-    failed = [phase.reason for phase in phases if phase.status == "failed"]
-    assert failed == [refusal.sentence for refusal in refusals]
-    assert len(failed) == 3
-    for sentence in failed:
-        assert sentence.startswith(f"other processes are on the GPU: pid {os.getpid()} (")
-        assert f"benchmark_suite.py: error: {sentence}" in result.stderr.splitlines()
-    assert {refusal.exit_code for refusal in refusals} == {4}
-
-
 # --- clocks ---------------------------------------------------------------------------------------
 
 
@@ -165,17 +136,14 @@ def jumping_clock(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder.chmod(0o755)
     library = folder / "jumping_clock.so"
     source = PROJECT_ROOT / "tests" / "fakes" / "jumping_clock.c"
-    subprocess.run(
-        ["gcc", "-shared", "-fPIC", "-O1", "-Wall", "-Wextra", "-Werror", "-o", library, source],
-        check=True,
-    )
-    seen = subprocess.run(
-        ["bash", "-c", "for _ in 1 2 3 4; do echo $EPOCHSECONDS; sleep 0.3; done"],
+    warnings = ("-Wall", "-Wextra", "-Werror")
+    subprocess.run(["gcc", "-shared", "-fPIC", *warnings, "-o", library, source], check=True)
+    seen = subprocess.check_output(
+        ["bash", "-c", "echo $EPOCHSECONDS; sleep 0.6; echo $EPOCHSECONDS"], text=True,
         env={**os.environ, "LD_PRELOAD": str(library), "JUMP_SECONDS": FORWARD},
-        capture_output=True, text=True, check=True,
     )  # fmt: skip
-    times = [int(word) for word in seen.stdout.split()]
-    assert times[-1] - times[0] >= 3600
+    first, last = map(int, seen.split())
+    assert last - first >= 3600
     return str(library)
 
 
@@ -198,59 +166,35 @@ def test_waits_last_as_long_as_they_say_while_the_wall_clock_is_set(
 
 
 @pytest.mark.parametrize("jump", [FORWARD, BACK])
-def test_phases_have_their_own_seconds_and_order_while_the_wall_clock_is_set(
-    runner: DriverRunner, jumping_clock: str, jump: str
-) -> None:
-    started = time.monotonic()
-    result = runner.drive(
-        "run_experiments.sh", "--modes=mps", LD_PRELOAD=jumping_clock, JUMP_SECONDS=jump
-    )
-    took = time.monotonic() - started
-    assert result.returncode == 0, result.stderr
-    assert sorted(phase["phase"] for phase in runner.phases()) == [1, 2, 3, 4, 5]
-    seconds = [phase["seconds"] for phase in runner.phases()]
-    assert all(0 <= value <= took + 1 for value in seconds)
-    assert sum(seconds) <= took + len(seconds)
-
-
-@pytest.fixture
-def bench(tmp_path: Path) -> Bench:
-    """A machine without a GPU."""
-    return Bench(tmp_path)
-
-
-def test_figures_rows_and_run_ids_stay_right_while_the_wall_clock_is_set(
-    bench: Bench, jumping_clock: str
+def test_figures_and_rows_stay_right_while_the_wall_clock_is_set(
+    bench: Bench, jumping_clock: str, jump: str
 ) -> None:
     bench.script({"match": "*:interactive-2-*", "unit_seconds": 0.04})
-    bench.environment["LD_PRELOAD"] = jumping_clock
-    flags = ("--mix", "interactive", "--workloads", "2", "--repeats", "2", "--window", "1")
+    bench.environment |= {"LD_PRELOAD": jumping_clock, "JUMP_SECONDS": jump}
     started = time.monotonic()
-    done = []
-    for jump in (FORWARD, BACK):
-        bench.environment["JUMP_SECONDS"] = jump
-        done.append(bench.run(*flags))
+    run = bench.must("--mix", "interactive", "--workloads", "2", "--window", "1")
     took = time.monotonic() - started
-    assert [one.returncode for one in done] == [0, 0], done[0].stderr
-    folders = run_folder.find_runs(bench.results)
-    assert len({folder.name for folder in folders}) == 2
-    for folder in folders:
-        run = read_plain(folder)
-        assert run.warnings == []
-        assert [record["co_run"] for record in run.co_run_records] == [
-            "baseline-jupyter_simulation", "interactive-2-r0", "interactive-2-r1",
-        ]  # fmt: skip
-        for record in run.co_run_records:
-            assert 0.1 < record["window_end_seconds"] - record["window_start_seconds"] < took
-        # twice the time for a unit is half the rate: STP 1, to what a busy machine adds
-        for record in run.co_run_records[1:]:  # the first may be over within half a second
-            (warning,) = [line for line in record["warnings"] if "clock was set" in line]
-            by, rest = warning.removeprefix("the clock was set by ").split(" s ", 1)
-            assert (int(by) + 1) % 3600 in (0, 1, 2)
-            assert abs(int(by)) > 3000
-            assert rest == "meanwhile; figures come from the monotonic clock"
-        stp = [record["summary"]["stp"] for record in run.co_run_records[1:]]
-        assert all(0.6 < value < 1.5 for value in stp), stp
+    assert names(run) == ["baseline-jupyter_simulation", "interactive-2-r0"]
+    assert all(0.1 < window_seconds(record) < took for record in run.co_run_records)
+    together = run.co_run_records[1]
+    (warning,) = [line for line in together["warnings"] if "clock was set" in line]
+    by, rest = warning.removeprefix("the clock was set by ").split(" s ", 1)
+    assert (int(by) + 1) % 3600 in (0, 1, 2)
+    assert abs(int(by)) > 3000
+    assert rest == "meanwhile; figures come from the monotonic clock"
+    # twice the time for a unit is half the rate: STP 1, to what a busy machine adds
+    assert 0.6 < together["summary"]["stp"] < 1.5
+
+
+@pytest.mark.parametrize("seconds", [3600.0, -7.6, 1.5, -1.5])
+def test_only_a_jump_that_no_time_service_makes_is_said(
+    monkeypatch: pytest.MonkeyPatch, seconds: float
+) -> None:
+    offset = measurement.wall_clock_offset()
+    assert measurement.clock_warnings(offset) == []
+    real = measurement.time.time
+    monkeypatch.setattr(measurement.time, "time", lambda: real() + seconds)
+    assert len(measurement.clock_warnings(offset)) == (abs(seconds) > 5)
 
 
 # --- MPS pipes ------------------------------------------------------------------------------------
@@ -281,14 +225,6 @@ def test_a_pipe_directory_without_permission_is_named_and_its_daemon_is_not_lost
 
 
 @pytest.fixture
-def shut(scripts: ModeScripts) -> Path:
-    """A folder that nobody may enter but root."""
-    folder = scripts.folder / "shut"
-    folder.mkdir(mode=0o000)
-    return folder
-
-
-@pytest.fixture
 def without_roots_rights() -> Iterator[None]:
     """This very process as another user for a while, where it is root's."""
     before = os.geteuid()
@@ -298,14 +234,16 @@ def without_roots_rights() -> Iterator[None]:
     os.seteuid(before)
 
 
-def test_the_suite_says_that_a_pipe_directory_is_shut(
-    shut: Path, without_roots_rights: None
-) -> None:
-    card = {"uuid": "GPU-1", "compute_mode": "Default"}
-    inherited = {"CUDA_MPS_PIPE_DIRECTORY": str(shut / "pipe")}
-    mode = MpsMode("mps", lambda: card, shut, environment=inherited)
-    with pytest.raises(ModeNotInForceError) as refused:
-        mode.require()
+def test_the_suite_says_that_a_pipe_directory_is_shut(without_roots_rights: None) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        shut = Path(folder) / "shut"
+        shut.mkdir(mode=0o000)
+        card = {"uuid": "GPU-1", "compute_mode": "Default"}
+        inherited = {"CUDA_MPS_PIPE_DIRECTORY": str(shut / "pipe")}
+        mode = MpsMode("mps", lambda: card, shut, environment=inherited)
+        with pytest.raises(ModeNotInForceError) as refused:
+            mode.require()
+        shut.chmod(0o700)
     assert "/shut/pipe: no permission, have its owner give it back)" in str(refused.value)
     assert str(refused.value).endswith("run ./gpu-configs/enable_mps.sh")
 

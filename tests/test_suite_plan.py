@@ -1,32 +1,29 @@
-"""The suite with a plan of one's own jobs, and its search for the breaking point: real processes.
+"""The suite with a plan of one's own jobs, with pairs, and its search for the breaking point.
 
-The programs and the card are those of `test_benchmark_suite.py`; the script that runs commands is
-the real one.
+Real processes; the script that runs commands is the real one.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
-from recorded_rows import read_plain
-from test_benchmark_suite import Bench, bench, gpu_bench, start_daemon, verdicts
+import pytest
+from conftest import PROJECT_ROOT
+from suite_bench import Bench, names, outcomes, statuses, verdicts, window_seconds
 
-from benchmarking.records import run_folder
-from benchmarking.report.runs import read_run
+from benchmarking.suite.session import run_suite
 
-PROJECT_ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = PROJECT_ROOT / "examples" / "plans" / "own-commands.toml"
 GPU_COMMAND = PROJECT_ROOT / "tests" / "fakes" / "gpu_command.py"
+SECRET = "hunter2-hunter2"
 
-__all__ = ["bench", "gpu_bench"]  # fixtures
 
-
-def plan_of(bench: Bench, text: str) -> str:
+def plan_of(bench: Bench, text: str = "") -> str:
     """Write a plan file, and bring the script that runs commands to the copied suite."""
     for folder in ("common", "custom"):
         target = bench.root / "workloads" / folder
@@ -36,21 +33,24 @@ def plan_of(bench: Bench, text: str) -> str:
     return str(path)
 
 
-def command_table(*words: str, **more: str) -> str:
-    lines = [f"command = {json.dumps([sys.executable, str(GPU_COMMAND), *words])}"]
-    return "\n".join(["[[client]]", *lines, *(f"{key} = {value}" for key, value in more.items())])
+def gpu_command(*words: str) -> str:
+    """The table of a client with a process on the card."""
+    return f"[[client]]\ncommand = {json.dumps([sys.executable, str(GPU_COMMAND), *words])}\n"
+
+
+# --- one's own jobs -----------------------------------------------------------------------------
 
 
 def test_the_example_plan_runs_alone_and_together_and_is_kept_with_the_run(bench: Bench) -> None:
-    plan_of(bench, "")
+    plan_of(bench)
     run = bench.must("--plan", str(EXAMPLE))
-    assert [record["co_run"] for record in run.co_run_records] == [
+    assert names(run) == [
         "baseline-batch_inference", "baseline-command", "baseline-command-2", "own-commands-4-r0",
     ]  # fmt: skip
     records = run.clients_of("own-commands-4-r0")
     assert [record["label"] for record in records] == [
         "Batch inference", "hashing", "hashing", "a shell line"]  # fmt: skip
-    assert [record["status"] for record in records] == ["ok"] * 4
+    assert statuses(run, "own-commands-4-r0") == ["ok"] * 4
     for record in records[1:]:
         assert record["units"]["command"]["count"] > 0.9  # one, to what the window's edge cuts
         assert record["slowdown"] > 0
@@ -64,162 +64,103 @@ def test_the_example_plan_runs_alone_and_together_and_is_kept_with_the_run(bench
 def test_jobs_without_a_file_run_and_are_kept_as_a_plan_without_their_secrets(
     bench: Bench,
 ) -> None:
-    plan_of(bench, "")
+    plan_of(bench)
     done = bench.run(
-        "--job", "sleep 0.1", "--job", "env PASSWORD=hunter2-hunter2 sleep 0.1", "--workloads", "3"
+        "--job", "sleep 0.1", "--job", f"env PASSWORD={SECRET} sleep 0.1", "--workloads", "3"
     )
     assert done.returncode == 0, done.stderr
     run = bench.only_run()
-    assert [record["co_run"] for record in run.co_run_records] == [
-        "baseline-command", "baseline-command-2", "sleep-env-3-r0"]  # fmt: skip
+    assert names(run) == ["baseline-command", "baseline-command-2", "sleep-env-3-r0"]
     members = run.clients_of("sleep-env-3-r0")
     assert [record["label"] for record in members] == ["sleep", "env", "sleep"]
     assert len({record["job_key"] for record in members}) == 2
     assert all(record["slowdown"] > 0 for record in members)
     files = [path.read_text() for path in run.folder.rglob("*") if path.is_file()]
-    assert not any("hunter2-hunter2" in text for text in (*files, done.stdout, done.stderr))
+    assert not any(SECRET in text for text in (*files, done.stdout, done.stderr))
     assert "hidden:PASSWORD:" in (run.folder / "plan.toml").read_text()
-    both = bench.run("--job", "true", "--mix", "training")
-    assert "not allowed with argument" in both.stderr
 
 
-def test_a_command_that_fails_is_a_failed_client_with_its_last_words(bench: Bench) -> None:
-    plan = plan_of(bench, '[[client]]\ncommand = "echo lost it >&2; exit 3"\nshell = true\n')
-    done = bench.run("--plan", plan)
-    assert done.returncode == 1
-    assert "ended with exit code 3: lost it" in done.stderr
-    (record,) = bench.only_run().client_records
-    assert record["status"] == "failed"
-    assert record["stderr_tail"][0] == "lost it"
-    assert bench.only_run().co_run_records[0]["stop_reason"]["kind"] == "crash"
-
-
-def test_a_plan_with_mistakes_is_code_2_with_a_sentence_each(bench: Bench) -> None:
-    plan = plan_of(bench, '[[client]]\nworkload = "bert"\ncount = 0\n')
-    done = bench.run("--plan", plan)
-    assert done.returncode == 2
-    lines = done.stderr.splitlines()
+def test_a_plan_with_mistakes_is_code_2_with_a_sentence_each(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = tmp_path / "own.toml"
+    plan.write_text('[[client]]\nworkload = "bert"\ncount = 0\n')
+    assert run_suite(["--plan", str(plan)], from_driver=True).exit_code == 2
+    lines = capsys.readouterr().err.splitlines()
     assert [line.startswith("benchmark_suite.py: error: /") for line in lines] == [True, True]
-    both = bench.run("--plan", plan, "--mix", "training")
-    assert "not allowed with argument" in both.stderr
-
-
-# --- proof, by the processes that a command starts --------------------------------------------
 
 
 def test_a_grandchild_on_the_card_proves_a_command_and_one_that_is_never_listed_does_not(
-    gpu_bench: Callable,
+    card_bench: Bench,
 ) -> None:
-    bench = gpu_bench()
     # Long enough for a list of processes, however late a busy machine makes it.
     line = f"{sys.executable} {GPU_COMMAND} 1.0 & wait"
     shell = f'[[client]]\ncommand = "{line}"\nshell = true\n'
-    run = bench.must("--plan", plan_of(bench, f"{shell}{command_table('1.0', 'hidden')}"))
-    assert verdicts(run, "baseline") == ["verified", "unverified"]
-    assert verdicts(run) == ["verified", "unverified"]
+    plan = plan_of(card_bench, f"{shell}{gpu_command('1.0', 'hidden')}")
+    run = card_bench.must("--plan", plan)
+    assert verdicts(run, "baseline") == verdicts(run) == ["verified", "unverified"]
     evidence = run.clients_of("own-2-r0")[1]["proof"]["evidence"]
     assert any("processes is listed" in item["found"] for item in evidence)
 
 
 def test_a_command_under_mps_is_proved_by_its_own_process_and_invalid_past_the_daemon(
-    gpu_bench: Callable,
+    card_bench: Bench,
 ) -> None:
-    bench = gpu_bench()
-    start_daemon(bench)
-    plan = plan_of(bench, f"{command_table('1.0')}\n{command_table('1.0', 'without_mps')}")
-    done = bench.run("--mode", "mps", "--plan", plan)
-    assert done.returncode == 5
-    run = bench.only_run()
+    card_bench.start_daemon()
+    plan = plan_of(card_bench, f"{gpu_command('1.0')}{gpu_command('1.0', 'without_mps')}")
+    run = card_bench.must("--mode", "mps", "--plan", plan, code=5)
     assert verdicts(run, "baseline") == ["verified", "verified"]
     assert verdicts(run) == ["verified", "invalid"]
-    assert [record["status"] for record in run.clients_of("own-2-r0")] == ["ok", "invalid"]
+    assert statuses(run, "own-2-r0") == ["ok", "invalid"]
 
 
-# --- limits of MPS clients ---------------------------------------------------------------------
+# --- pairs ----------------------------------------------------------------------------------------
 
 
-def test_limits_of_mps_clients_reach_them_together_but_not_alone(gpu_bench: Callable) -> None:
-    bench = gpu_bench()
-    start_daemon(bench)
-    run = bench.must(
-        "--mode", "mps", "--mix", "training", "--workloads", "2", "--quick",
-        "--mps-percentage", "even", "--mps-memory-limit", "8G,4G",
-    )  # fmt: skip
-    seen = [record["identity"]["sharing_environment"] for record in run.client_records]
-    percentages = [found.get("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE") for found in seen]
-    limits = [found.get("CUDA_MPS_PINNED_DEVICE_MEM_LIMIT") for found in seen]
-    assert percentages == [None, "50", "50"]
-    assert limits == [None, "0=8G", "0=4G"]
-    assert run.manifest["mix"] == "training"
-    assert run.manifest["mps_limits"] == {
-        "partitions": False, "percentages": ["even"], "memory_limits": ["8G", "4G"],
-        "priorities": [],
-    }  # fmt: skip
-    assert run.co_run_records[-1]["co_run"] == "training-mps-even-mem-8G-4G-2-r0"
-    read = read_run(run.folder)
-    assert (read.settings, read.variant) == ("even, 8G/4G of memory", "mps:even,8G/4G")
+def test_each_job_runs_beside_each_other_one_and_itself_and_one_pair_may_fail(
+    bench: Bench,
+) -> None:
+    failing = "pairs-resnet_training-batch_inference-r0"
+    bench.script({"match": f"*:{failing}/1", "fail": "crash", "fail_at": 0.1})
+    run = bench.must("--mix", "pairs", "--window", "0.3", code=1)
+    assert names(run)[2:] == [
+        "pairs-resnet_training-resnet_training-r0", failing,
+        "pairs-batch_inference-batch_inference-r0",
+    ]  # fmt: skip
+    assert outcomes(run)[2:] == ["ok", "failed", "ok"]
+    assert run.manifest["is_pairs"] is True
+    for record in (run.co_run_records[2], run.co_run_records[4]):
+        assert all(one["slowdown"] for one in run.clients_of(record["co_run"]))
+        assert 0.3 <= window_seconds(record) < 3  # as asked for
+
+
+def test_pairs_and_antagonists_are_planned_with_small_jobs(
+    card_bench: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def pairs_in(plan: str) -> list[str]:
+        return re.findall(r"^  ((?:pairs|noisy)-\S+): 2 together", plan, re.MULTILINE)
+
+    pairs = card_bench.run("--mix", "pairs", "--dry-run").stdout
+    assert "--num-operations 8 --burst-seconds 0.4" in pairs
+    assert "--num-operations 11" not in pairs
+    assert len(pairs_in(pairs)) == 10
+
+    noisy = card_bench.run("--mix", "noisy", "--dry-run", "--duty-steps").stdout
+    jobs = ("resnet_training", "batch_inference", "jupyter_simulation", "bert_training",
+            "llm_inference")  # fmt: skip
+    steps = [f"noisy-llm_inference-hbm-{percent}-r0" for percent in (25, 50, 75)]
+    kinds = ("hbm", "sm", "pcie")
+    assert pairs_in(noisy) == [f"noisy-{job}-{kind}-r0" for job in jobs for kind in kinds] + steps
+    # Each alone as well, an antagonist for each kind and duty.
+    assert len(re.findall(r"^  baseline-\S+: ", noisy, re.MULTILINE)) == 5 + 3 + 3
+
+    run_suite(["--mix", "noisy", "--dry-run", "--device", "cpu"], from_driver=True)
+    assert pairs_in(capsys.readouterr().out) == [
+        f"noisy-{job}-{kind}-r0" for job in jobs[:2] for kind in ("hbm", "sm")
+    ]
 
 
 # --- the breaking point -----------------------------------------------------------------------
-
-
-def reasons(run: run_folder.Run) -> dict[str, str | None]:
-    """Why each co-run did not hold, by its name."""
-    found = {record["co_run"]: record["stop_reason"] for record in run.co_run_records}
-    return {name: reason and reason["kind"] for name, reason in found.items()}
-
-
-CAUSES = [
-    (
-        "oom",
-        {"cause": "out_of_memory", "memory": {"where": "gpu", "tried_mib": 2560.0}},
-        "tried 2.50 GiB with 1.00 GiB of 80.00 GiB free",
-    ),
-    (
-        "error",
-        {"cause": "diverged", "memory": None},
-        "the training diverged: the loss of epoch 2 became nan (learning rate 1e+30, bf16)",
-    ),
-]
-
-
-def test_a_cause_reaches_the_records_the_terminal_and_the_report(bench: Bench) -> None:
-    for kind, told, sentence in CAUSES:
-        rule = {"match": "*:interactive-2-r0/1", "fail": kind, "fail_at": 0.05}
-        bench.script({**rule, "error": {**told, "message": sentence}})
-        done = bench.run("--mix", "interactive", "--workloads", "2", "--run-id", told["cause"])
-        assert done.returncode == 1
-        assert sentence in done.stderr
-        run = read_plain(bench.results / told["cause"])
-        assert not run.warnings
-        neighbor, record = run.clients_of("interactive-2-r0")
-        assert {name: record[name] for name in told} == told
-        assert (neighbor["status"], neighbor["cause"]) == ("ok", None)
-    report = bench.report()
-    assert [sentence for *_, sentence in CAUSES if sentence not in report] == []
-
-
-def test_bisection_finds_the_count_between_with_everything_that_the_others_had(
-    bench: Bench,
-) -> None:
-    bench.script(
-        {"match": "*", "figures_once": {"cell_repeats": "3"}},
-        {"match": "*:interactive-[4-9]-r0/3", "fail": "oom", "fail_at": 0.05},
-    )
-    done = bench.run("--mix", "interactive", "--workloads", "1,2,6", "--bisect")
-    assert done.returncode == 1
-    run = bench.only_run()
-    assert reasons(run) == {
-        "baseline-jupyter_simulation": None, "interactive-1-r0": None, "interactive-2-r0": None,
-        "interactive-6-r0": "oom", "interactive-4-r0": "oom", "interactive-3-r0": None,
-    }  # fmt: skip
-    assert run.co_run_records[3]["stop_reason"]["client"] == 3
-    assert "interactive-6-r0 does not hold: client 3 (Jupyter session) ran out" in done.stderr
-    assert "breaking point: 4 at once; 3 held" in run.manifest["notes"][-2]
-    added = run.manifest["plan"]["co_runs"][-1]["clients"][0]
-    assert "--resolved yes" in " ".join(added["command"])
-    assert "--cell-repeats 3 " in " ".join(added["command"])
-    assert "OMP_NUM_THREADS" in added["environment"]
 
 
 def test_a_bound_that_is_passed_ends_the_ramp_as_a_result(bench: Bench) -> None:
@@ -230,7 +171,8 @@ def test_a_bound_that_is_passed_ends_the_ramp_as_a_result(bench: Bench) -> None:
     run = bench.must(
         "--mix", "inference", "--workloads", "1,2,4,6", "--slo-ms", "150", "--until-break"
     )
-    assert reasons(run)["inference-4-r0"] == "p99"
-    assert run.co_run_records[-1]["co_run"] == "inference-4-r0"
+    assert names(run)[1:] == ["inference-1-r0", "inference-2-r0", "inference-4-r0"]
+    kinds = [(record["stop_reason"] or {}).get("kind") for record in run.co_run_records]
+    assert kinds == [None, None, None, "p99"]
     assert run.manifest["outcome"] == "complete"
     assert run.manifest["bounds"] == {"max_slowdown": None, "max_p99_ms": 150.0}
