@@ -68,6 +68,7 @@ have it: `mps`, `mps:even`, `mps:50/25`.
         client_rows[]              {client, workload, label, job_key, statuses, proof, reasons,
                     slowdown (estimate), job_seconds, job_time_ratio (over alone), latency {mean,
                     median, std, min, max, p50, p95, p99}: all rounds' raw values together,
+                    apart_latency {kind: as latency}, such as of first tokens,
                     tail_percent (the highest percentile that stands), tail_ms (estimate: its mean
                     is that of the raw values together), tail_slowdown {"50", "95", "99"}, p99_ms,
                     median_ms (estimates, as tail_ms), responses, missed, is_closed_loop (p99 is

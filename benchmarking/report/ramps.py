@@ -15,6 +15,7 @@ from benchmarking.modes.names import MODE_MIG
 from benchmarking.report.groups import Group, mean_slowdown, plain
 from benchmarking.report.rows import client_row
 from benchmarking.report.runs import MeasuredRun, pressed_resource
+from benchmarking.report.wording import NO_SLICE
 
 MISSING = "not measured"
 # A matrix of more jobs than these is read by nobody.
@@ -202,7 +203,7 @@ def _break_even(
 ) -> dict[str, Any]:
     known = [found.mean for found in on_a_slice.values() if found]
     if not known:
-        return {"duty": None, "reason": "not measured: no MIG"}
+        return {"duty": None, "reason": NO_SLICE}
     limit = statistics.fmean(known)
     points = {0.0: 1.0} | {duty: found.mean for duty, found in by_duty.items() if found}
     before, reached = 0.0, points[0.0]

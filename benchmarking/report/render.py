@@ -25,7 +25,6 @@ Charts = Mapping[str, Sequence[charts.Picture]]
 TEMPLATES = Path(__file__).parent / "templates"
 TITLE = "GPU sharing: what was found"
 NO_CHARTS: Charts = {"compared": (), "pairs": (), "timelines": ()}
-PRESSED = {"hbm": "the card's memory", "sm": "the card's multiprocessors", "pcie": "the bus"}
 
 
 def draw(
@@ -183,18 +182,15 @@ def pairs_of(section: Record) -> dict[str, Any]:
 
 
 def noisy_worst_of(section: Record) -> dict[str, Any] | None:
-    """The job that a noisy neighbor slows most, and the mode in which the same slows it least."""
-    points = [
-        {**point, "label": one["label"], "resource": PRESSED.get(one["kind"], one["kind"]),
-         "mode_name": wording.mode_name(*point["variant"].partition(":")[::2])}
-        for one in section["noisy"] for point in one["points"] if point["slowdown"]
-    ]  # fmt: skip
+    """The job that a noisy neighbor slows most, and how much the same does under other modes."""
+    points = [point for point in tables.each(section["noisy"], "points") if point["slowdown"]]
     if not points:
         return None
-    points.sort(key=lambda point: point["slowdown"]["mean"])
-    worst, place = points[-1], ("label", "resource", "duty")
-    least = next(point for point in points if all(point[key] == worst[key] for key in place))
-    return {**worst, "least": least if least is not worst else None}
+    points.sort(key=lambda point: point["slowdown"]["mean"], reverse=True)
+    worst = points[0]
+    # A neighbor that presses as long and the same, under the other modes.
+    others = [one for one in points[1:] if (one["of"], one["duty"]) == (worst["of"], worst["duty"])]
+    return {**worst, "others": others, "resource": wording.PRESSED.get(worst["of"]["kind"], "it")}
 
 
 def mixes_of(section: Record) -> list[dict[str, Any]]:
@@ -288,6 +284,9 @@ def facts(section: Record, mix: Record | None, say: Any) -> dict[str, list[str]]
         found["How many fit"] = [say.ramp_line(ramp) for ramp in section["ramps"]]
         if not section["cpu_demo"]:
             found["Not measured"] = [say.not_measured(one) for one in section["not_measured"]]
+        limits = tables.each(section["noisy"], "break_even")
+        if limits and all(one["reason"] == wording.NO_SLICE for one in limits):
+            found["From when a slice of its own pays"] = ["Not measured: no MIG."]
         if section["groups"] and not section["cpu_demo"]:
             found["The method's own error"] = [say.own_error(section)]
     for one in mix["expectations"] if mix and not section["cpu_demo"] else ():

@@ -9,6 +9,7 @@ from typing import Any
 from benchmarking.metrics import scores
 from benchmarking.metrics.estimates import Estimate, estimate, excess_percent, range_estimate
 from benchmarking.modes.names import MODE_MIG, MODE_MPS
+from benchmarking.records.run_folder import pooled
 from benchmarking.records.types import ClientRecord, GpuFigures
 from benchmarking.report import guide
 from benchmarking.report.groups import (
@@ -176,6 +177,7 @@ def client_row(members: Members, situation: str, slo_ms: float | None) -> dict[s
     good = [(one, client) for one, client in members if client.status == "ok"]
     good_records = [client for _, client in good]
     latencies = [ms for client in good_records for ms in client.latency_ms or ()]
+    apart = (pooled(good_records).apart_latency_ms if good_records else None) or {}
     failed = sum(map(failed_requests, good_records))
     baseline = members[0][0].alone.get(first.job_key)
     reference = baseline.pooled if baseline else None
@@ -209,6 +211,7 @@ def client_row(members: Members, situation: str, slo_ms: float | None) -> dict[s
         "job_seconds": job_seconds,
         "job_time_ratio": job_seconds / alone_seconds if job_seconds and alone_seconds else None,
         "latency": scores.percentiles_ms(latencies, failed),
+        "apart_latency": {kind: scores.percentiles_ms(ms) for kind, ms in apart.items()},
         "tail_slowdown": tails,
         "tail_percent": highest,
         "tail_ms": plain(percentile_estimate(good_records, highest)),

@@ -100,22 +100,30 @@ def pair_matrix(section: Record) -> Table:
 
 
 def noisy(section: Record) -> Table:
-    """What a neighbor that presses one resource does to each job: job x resource x mode."""
-    variants = list(dict.fromkeys(point["variant"] for point in each(section["noisy"], "points")))
+    """What a neighbor that presses one resource does to each job: job x resource x mode.
+
+    Where MIG was measured, a row says from which duty on a slice of its own pays.
+    """
+    points = each(section["noisy"], "points")
+    names = {one["variant"]: wording.variant_text(one["variant"]) for one in points}
     rows = []
     for one in section["noisy"]:
-        by_duty: dict[float | None, dict[str, str]] = {}
-        for point in one["points"]:
-            cells = by_duty.setdefault(point["duty"], {})
-            cells[point["variant"]] = wording.spread(point["slowdown"])
-        for limit in one["break_even"]:
-            said = limit["reason"] or f"from {wording.number(limit['duty'])} on"
-            by_duty.setdefault(None, {})[limit["variant"]] = said
-        for duty, cells in by_duty.items():
-            name = "a slice is better" if duty is None else wording.number(duty)
-            felt = [cells.get(variant, UNKNOWN) for variant in variants]
-            rows.append([one["label"], one["kind"], name, *felt])
-    return Table(["job", "pressed", "duty", *variants], rows, keys=3)
+        pressed = wording.PRESSED.get(one["kind"], one["kind"]).removeprefix("the card's ")
+        for duty in dict.fromkeys(point["duty"] for point in one["points"]):
+            felt = {point["variant"]: point["slowdown"] for point in one["points"]
+                    if point["duty"] == duty and point["slowdown"]}  # fmt: skip
+            cells = [wording.spread(felt.get(variant)) for variant in names]
+            least = min(felt, key=lambda variant: felt[variant]["mean"], default=None)
+            part = "" if duty == 1 else f", {100 * duty:g} % of the time"
+            rows.append([one["label"], pressed + part, *cells, names[least] if least else UNKNOWN])
+        limits = {
+            limit["variant"]: limit["reason"] or f"from {100 * limit['duty']:.0f} % on"
+            for limit in one["break_even"] if limit["reason"] != wording.NO_SLICE
+        }  # fmt: skip
+        if limits:
+            cells = [limits.get(variant, UNKNOWN) for variant in names]
+            rows.append([one["label"], f"{pressed}: a slice of its own pays", *cells, ""])
+    return Table(["job", "neighbor presses", *names.values(), "least"], rows, keys=2)
 
 
 def environment(section: Record) -> Table:

@@ -13,6 +13,7 @@ from benchmarking.metrics.number_text import duration, durations, significant
 Record = Mapping[str, Any]
 
 UNKNOWN = "–"
+NO_SLICE = "not measured: no MIG"  # why it is unknown when a slice of its own pays
 MODE_NAMES = {
     "time-slicing": "time slicing",
     "mps": "MPS",
@@ -20,6 +21,8 @@ MODE_NAMES = {
     "exclusive": "exclusive",
     "cpu-demo": "CPU demo",
 }
+PRESSED = {"hbm": "the card's memory", "sm": "the card's multiprocessors", "pcie": "the bus"}
+KIND_NAMES = {"ttft": "first token"}
 FIGURE_NAMES = {
     "work": "work delivered",
     "slowdown": "times as long",
@@ -43,6 +46,11 @@ def mode_name(mode: str, settings: str = "") -> str:
 def group_name(record: Record) -> str:
     """The mode of a group, a run or a matrix, with its settings."""
     return mode_name(record["mode"], record["settings"])
+
+
+def variant_text(variant: str) -> str:
+    """A variant's name where its settings are not at hand."""
+    return mode_name(*variant.partition(":")[::2])
 
 
 def variant_name(variant: str, record: Record) -> str:
@@ -179,6 +187,15 @@ def latency_text(row: Record) -> str | None:
     return f"{' / '.join(map(milliseconds, found))} (n = {row['responses'] + row['missed']})"
 
 
+def apart_text(row: Record) -> str | None:
+    """The percentiles of each kind of wait that stands apart: `first token: 42.8 / 70 / 78 ms`."""
+    return "; ".join(
+        f"{KIND_NAMES.get(kind, kind)}: "
+        f"{' / '.join(milliseconds(found[part]) for part in ('p50', 'p95', 'p99'))}"
+        for kind, found in (row["apart_latency"] or {}).items()
+    ) or None  # fmt: skip
+
+
 def tails_text(row: Record) -> str | None:
     """The same percentiles over those alone."""
     tails = row["tail_slowdown"].values()
@@ -215,7 +232,8 @@ def evidence_text(evidence: Record) -> str:
 
 # What a template may write behind a value.
 FILTERS = (
-    activity_text, bounds_text, clients_text, counted, digits, evidence_text, figure_name,
-    figure_text, group_name, interval_text, latency_text, listed, milliseconds, mode_name, number,
-    once, p_text, sentence, shell_words, slo_text, spread, subject_text, tails_text, variant_name,
+    activity_text, apart_text, bounds_text, clients_text, counted, digits, evidence_text,
+    figure_name, figure_text, group_name, interval_text, latency_text, listed, milliseconds,
+    mode_name, number, once, p_text, sentence, shell_words, slo_text, spread, subject_text,
+    tails_text, variant_name, variant_text,
 )  # fmt: skip
