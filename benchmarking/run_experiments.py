@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarking.cli import EXIT_FAILED, EXIT_NO_GPU, SuiteError
 from benchmarking.drivers import driver_arguments as arguments
 from benchmarking.drivers.driver import Driver, driving, say
-from benchmarking.drivers.driver_arguments import EXIT_FAILED, EXIT_NO_GPU, SHARED_HELP, Refused
+from benchmarking.drivers.driver_arguments import SHARED_HELP
 from benchmarking.modes.mode_scripts import ModeScriptError
 from benchmarking.records.writing import append_text
 
@@ -88,7 +89,7 @@ def main() -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Return the checked options; raises `Refused`."""
+    """Return the checked options; raises `SuiteError`."""
     parser = arguments.DriverParser(SCRIPT, HELP, ["--noise-floor", "--full"])
     checks = {
         "--modes": _modes,
@@ -120,7 +121,7 @@ def _modes(text: str | None) -> list[str]:
 
 
 def choose_workloads(driver: Driver) -> int:
-    """Return how many jobs run together; a layout has an instance for each. Raises `Refused`."""
+    """Return how many jobs run together; a layout has an instance for each. Raises `SuiteError`."""
     options = driver.options
     usual = 2 if options.mix in PAIRED_MIXES else driver.count_jobs() or 4
     layout = options.mig_layout
@@ -288,42 +289,49 @@ class Experiment:
         order = list(together if number % 2 else reversed(together))
         for mode, members in itertools.groupby(order, key=lambda phase: phase.mode):
             self._measure_mode(mode, list(members), number, rounds)
+        for phase in (alone, *together):
+            if phase.status != "ok" or phase.rounds == rounds:
+                self._finish(phase)
+
+    @property
+    def _is_stopped(self) -> bool:
+        return self.driver.interrupted is not None or self.gpu_is_unusable
 
     def _measure_mode(self, mode: str, phases: Sequence[Phase], number: int, rounds: int) -> None:
         """Put a mode in force for the phases that need it, and undo it."""
-        driver = self.driver
         phases = [phase for phase in phases if phase.is_open]
-        if not phases or driver.interrupted is not None or self.gpu_is_unusable:
+        if not phases or self._is_stopped:
             return
         failure = None
         try:
-            notes = driver.modes.enable(mode, self.workloads) if driver.gpu else []
+            notes = self.driver.modes.enable(mode, self.workloads) if self.driver.gpu else []
             for phase in phases:
                 phase.notes += notes
                 self._measure(phase, number, rounds)
         except ModeScriptError as error:
             failure = str(error)
-        failure = driver.undo_mode() or failure
+        failure = self.driver.undo_mode() or failure
         for phase in phases if failure else ():
             phase.end("failed", str(failure))
-            self._finish(phase)
 
     def _measure(self, phase: Phase, number: int, rounds: int) -> None:
-        """Run the suite for one round of a phase."""
+        """Run the suite for one round of a phase; for all of them under MIG."""
         driver, begun = self.driver, time.monotonic()
-        if driver.interrupted is not None or self.gpu_is_unusable:
+        if self._is_stopped:
             return
         driver.notes = []
         phase.run_folder = phase.name.replace(":", "-").replace("/", "-")
-        end = driver.run_round(phase.run_folder, self._flags(phase, rounds), number)
+        flags = self._flags(phase, rounds)
+        if phase.mode == MIG:
+            end = driver.run_suite(phase.run_folder, flags)
+        else:
+            end = driver.run_round(phase.run_folder, flags, number)
         phase.notes += driver.notes
         phase.rounds = number
         phase.seconds += time.monotonic() - begun
         if end.exit_code != 0:
-            phase.end("failed", end.reason)
+            phase.end("failed", str(end.reason))
         self.gpu_is_unusable |= end.exit_code == EXIT_NO_GPU
-        if phase.status != "ok" or number == rounds:
-            self._finish(phase)
 
     def _flags(self, phase: Phase, rounds: int) -> list[str]:
         """Return what the suite is told; the same in every round."""
@@ -347,7 +355,10 @@ class Experiment:
                 flags += ["--window", together]
         if options.mix == "noisy" and not self._why_skipped(MIG):
             flags += ["--duty-steps"]  # from which on is a slice of its own better?
-        flags += [] if is_mig else ["--session", self.driver.session_name()]
+        if not is_mig:
+            flags += ["--session", self.driver.session_name()]
+        elif options.phase_minutes:
+            flags += ["--budget-minutes", options.phase_minutes]
         flags += ["--null"] if is_alone else []
         if mode == MPS and not is_alone:
             share = phase.name.partition(":")[2].replace("/", ",") or options.mps_percentage
@@ -364,40 +375,19 @@ class Experiment:
             return number == rounds
         for phase in phases:
             if phase.is_open:
-                left = (
-                    "round " + str(rounds)
-                    if number + 1 == rounds
-                    else (f"rounds {number + 1} to {rounds}")
-                )
+                is_last = number + 1 == rounds
+                left = f"round {rounds}" if is_last else f"rounds {number + 1} to {rounds}"
                 phase.notes.append(f"{left} left out: the budget of {minutes} minutes is spent")
         return True
 
     def measure_mig(self) -> None:
         """Phase 4: each job on a MIG instance of its own; a block, since its set-up is slow."""
-        phase, driver = self._phase(4, MIG), self.driver
+        phase, begun = self._phase(4, MIG), time.monotonic()
         say(f"\nPhase {phase.phase}: {phase.name}")
         reason = self._why_skipped(MIG)
-        begun = time.monotonic()
-        if phase.is_open and driver.interrupted is None and reason:
+        if phase.is_open and self.driver.interrupted is None and reason:
             phase.end("skipped", reason)
-        elif phase.is_open and driver.interrupted is None and not self.gpu_is_unusable:
-            driver.notes = []
-            try:
-                phase.notes += driver.modes.enable(MIG, self.workloads)
-                phase.run_folder, phase.rounds = MIG, 1
-                flags = self._flags(phase, self._wanted_rounds())
-                minutes = self.options.phase_minutes
-                flags += ["--budget-minutes", minutes] if minutes else []
-                end = driver.run_suite(MIG, flags)
-                if end.exit_code != 0:
-                    phase.end("failed", end.reason)
-                self.gpu_is_unusable |= end.exit_code == EXIT_NO_GPU
-            except ModeScriptError as error:
-                phase.end("failed", str(error))
-            failure = driver.undo_mode()
-            if failure:
-                phase.end("failed", failure)
-            phase.notes += driver.notes
+        self._measure_mode(MIG, [phase], 1, self._wanted_rounds())
         phase.seconds = time.monotonic() - begun
         self._note_interruption(phase)
         self._finish(phase)
@@ -430,7 +420,7 @@ class Experiment:
             phase.end("skipped", "the GPU cannot be used")
 
     def _finish(self, phase: Phase) -> None:
-        """Say what became of a phase and append it to phases.jsonl; raises `Refused`."""
+        """Say what became of a phase and append it to phases.jsonl; raises `SuiteError`."""
         if phase.was_done_before and not phase.is_noted:
             say(f"Phase {phase.phase}: {phase.name}: done before")
         if phase.was_done_before or phase.is_noted:
@@ -450,11 +440,10 @@ class Experiment:
         try:
             append_text(Path(output, PHASES_FILE), json.dumps(row, separators=(",", ":")))
         except OSError:
-            raise Refused(
-                EXIT_FAILED,
+            raise SuiteError(
                 f"cannot write {output}/{PHASES_FILE}; make room or bring it back, then "
-                f"{self.driver.resume_command()}",
-            ) from None
+                f"{self.driver.resume_command()}", EXIT_FAILED,
+            ) from None  # fmt: skip
 
     def _read_rows(self) -> dict[tuple[int, str], dict[str, Any]]:
         """Return the phases of a run that goes on; of each the last whole line counts."""

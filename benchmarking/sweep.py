@@ -55,11 +55,11 @@ from benchmarking.planning.workloads import PAIRED_MIXES
 from benchmarking.records.run_folder import (
     MANIFEST_FILE,
     RunStoreError,
-    is_held,
     resolve_run,
     utc_now,
     write_json_atomic,
 )
+from benchmarking.records.writing import is_held
 from benchmarking.suite.resume import read_earlier
 from benchmarking.suite.session import run_suite
 from benchmarking.suite.setup import no_mps_folder, prepare

@@ -32,7 +32,7 @@ def test_a_driver_gets_usage_errors_and_dry_runs_as_results(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     wrong = run_suite(["--workloads", "0"], from_driver=True)
-    assert (wrong.exit_code, wrong.folder) == (EXIT_USAGE, None)
+    assert wrong.exit_code == EXIT_USAGE
     assert "'0' is not a whole number of 1 or more" in str(wrong.reason)
     assert capsys.readouterr().err.startswith("benchmark_suite.py: error: argument --workloads")
     with pytest.raises(SystemExit, match="2"):

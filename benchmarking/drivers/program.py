@@ -22,10 +22,8 @@ from benchmarking.measuring.jobs import resolve_all
 from benchmarking.measuring.launcher import FinishRule
 from benchmarking.measuring.stop_signal import StopSignal
 from benchmarking.planning.plan import Plan
-from benchmarking.planning.plan_file import PlanFileError
 from benchmarking.records.run_folder import (
     ClientPaths,
-    RunStoreError,
     write_json_atomic,
 )
 from benchmarking.records.writing import write_text_atomic
@@ -53,8 +51,6 @@ def exit_code_of(work: Callable[[StopSignal], int], folder: Path, fix: str) -> i
         return end.exit_code
     except SuiteError as error:
         message, code = str(error), error.exit_code
-    except (RunStoreError, PlanFileError) as error:
-        message, code = str(error), EXIT_USAGE
     except OSError as error:
         # A file that cannot be made is named by the error, one that cannot be filled is not.
         where = Path(error.filename).parent if isinstance(error.filename, str) else folder

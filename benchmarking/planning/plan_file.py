@@ -38,6 +38,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarking.cli import SuiteError
 from benchmarking.planning import limits
 from benchmarking.planning.redaction import (
     NotRevealedError,
@@ -82,7 +83,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
-class PlanFileError(Exception):
+class PlanFileError(SuiteError):
     """A plan file cannot be used; `mistakes` holds one sentence for each thing to mend."""
 
     def __init__(self, mistakes: list[str]) -> None:

@@ -10,6 +10,7 @@ from benchmarking.metrics.estimates import estimate
 from benchmarking.metrics.number_text import joined
 from benchmarking.modes.names import MODE_CPU_DEMO, MODE_MIG, MODE_MPS, MODE_TIME_SLICING
 from benchmarking.records import run_folder
+from benchmarking.records.writing import is_held
 from benchmarking.report import claims, guide
 from benchmarking.report.groups import Group, most_compared, plain
 from benchmarking.report.merging import clients_text
@@ -243,7 +244,7 @@ def _run_doubts(run: MeasuredRun) -> list[str]:
     if outcome == "invalid":
         found.append(f"{run.name}: the run is invalid, none of its co-runs is compared")
     elif outcome == "running":
-        is_alive = run_folder.is_held(run.folder)
+        is_alive = is_held(run.folder)
         cut = "the run was cut off (benchmark_suite.py --resume goes on with it)"
         found.append(f"{run.name}: {'the run is still going on' if is_alive else cut}")
     elif outcome != "complete":

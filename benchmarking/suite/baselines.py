@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarking.cli import SuiteError
 from benchmarking.metrics import scores
 from benchmarking.modes.names import MODE_CPU_DEMO
 from benchmarking.records import run_folder
@@ -27,7 +28,7 @@ TOLERATED_FRACTION = 0.02
 MOST_CPU_WAIT_FRACTION = 0.05
 
 
-class BaselineMismatchError(Exception):
+class BaselineMismatchError(SuiteError):
     """A baseline was taken under other conditions; the message names the differing field."""
 
 

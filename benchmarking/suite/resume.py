@@ -31,6 +31,7 @@ from benchmarking.records.run_folder import (
     RunWriter,
 )
 from benchmarking.records.types import ClientRecord, CoRunRecord, Environment, RunOutcome
+from benchmarking.records.writing import is_held
 from benchmarking.suite import baselines
 
 # What tells one environment from another besides what a baseline of another run is compared by.
@@ -105,7 +106,7 @@ def read_earlier(reference: str, results_dir: Path) -> EarlierPart:
     folder = run_folder.resolve_run(reference, results_dir)
     _require_own(folder)
     run = run_folder.read_run(folder)
-    if run_folder.is_held(folder):
+    if is_held(folder):
         raise RunStoreError(f"run {run.run_id} is still going on: wait for it, or stop it first")
     earlier = EarlierPart(run, _request_of(run))
     if run.manifest.outcome == "complete" or _broke_for_good(earlier):

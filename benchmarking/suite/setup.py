@@ -37,7 +37,7 @@ from benchmarking.planning.request import Request
 from benchmarking.planning.workloads import COMMAND_WORKLOAD, SIZE_CPU, SIZE_GUIDE, SIZE_QUICK
 from benchmarking.records import run_folder
 from benchmarking.records.run_folder import PHASE_BASELINE, PHASE_NULL, Run
-from benchmarking.records.types import METHOD, Environment, Evidence, MpsLimits
+from benchmarking.records.types import METHOD, Evidence, MpsLimits
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 
@@ -70,9 +70,22 @@ class Setup:
         """Whether there is no GPU in use."""
         return self.mode.name == MODE_CPU_DEMO
 
+    def environment(self) -> dict[str, Any]:
+        """Return what is known of the environment; what else there is, the jobs will tell."""
+        gpu = self.gpu or {}
+        return {
+            "gpu_name": gpu.get("name"),
+            "gpu_uuid": gpu.get("uuid"),
+            "gpu_memory_mib": gpu.get("memory_total_mib"),
+            "driver_version": gpu.get("driver_version"),
+            "cuda_version": gpu.get("cuda_driver_version"),
+            "timeslice": self.timeslice,
+            "host_cores": self.cores,
+        }
+
     def manifest(self, command: Sequence[str]) -> dict[str, Any]:
         """Return the manifest's fields as far as they are known before anything runs."""
-        gpu, request = self.gpu or {}, self.request
+        request = self.request
         is_limited = self.mode.name == MODE_MPS and request.mps_limits != MpsLimits()
         manifest = {
             "command": list(command),
@@ -90,18 +103,7 @@ class Setup:
             "bounds": {"max_slowdown": request.max_slowdown, "max_p99_ms": request.slo_ms},
             "plan_file": request.plan_file.to_dict() if request.plan_file else None,
             "plan": self.plan.to_dict(),
-            # what else there is to know, the jobs themselves will tell
-            "environment": msgspec.to_builtins(
-                Environment(
-                    gpu_name=gpu.get("name"),
-                    gpu_uuid=gpu.get("uuid"),
-                    gpu_memory_mib=gpu.get("memory_total_mib"),
-                    driver_version=gpu.get("driver_version"),
-                    cuda_version=gpu.get("cuda_driver_version"),
-                    timeslice=self.timeslice,
-                    host_cores=self.cores,
-                )
-            ),
+            "environment": self.environment(),
             "mode_evidence": msgspec.to_builtins(self.evidence),
             "baseline_run_id": None,
             "notes": list(self.notes),
