@@ -8,11 +8,13 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 if TYPE_CHECKING:
     from benchmarking.records.types import RunOutcome
 
+PROJECT_ROOT = Path(__file__).resolve().parents[1]
 EXIT_COMPLETE, EXIT_FAILED, EXIT_USAGE, EXIT_NO_GPU = 0, 1, 2, 3
 EXIT_MODE_NOT_IN_FORCE, EXIT_INVALID, EXIT_INTERRUPTED = 4, 5, 130
 

@@ -15,19 +15,17 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarking.cli import EXIT_FAILED, EXIT_NO_GPU, SuiteError
+from benchmarking.cli import EXIT_NO_GPU
 from benchmarking.drivers import driver_arguments as arguments
 from benchmarking.drivers.driver import Driver, driving, say
 from benchmarking.drivers.driver_arguments import SHARED_HELP
+from benchmarking.drivers.phases import PHASES_FILE, Phase, Phases
 from benchmarking.modes.mode_scripts import ModeScriptError
-from benchmarking.records.writing import append_text
 
-SCRIPT, PHASES_FILE = "run_experiments.sh", "phases.jsonl"
+SCRIPT = "run_experiments.sh"
 HELP = f"""\
 Usage: ./run_experiments.sh [options]
 
@@ -131,47 +129,6 @@ def choose_workloads(driver: Driver) -> int:
     return workloads
 
 
-@dataclass
-class Phase:
-    """A phase, and what became of it, as a line of phases.jsonl has it.
-
-    `name` is the mode with its limits; `rounds` are those that it has done.
-    """
-
-    phase: int
-    name: str
-    status: str = "ok"
-    reason: str = ""  # also what is to be known of one that went well
-    run_folder: str = ""
-    seconds: float = 0.0
-    rounds: int = 0
-    was_done_before: bool = False
-    is_noted: bool = False  # in phases.jsonl, as it is now
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def mode(self) -> str:
-        """The mode, its limits apart."""
-        return self.name.partition(":")[0]
-
-    @property
-    def is_open(self) -> bool:
-        """Whether there is something left to measure."""
-        return self.status == "ok" and not self.was_done_before and not self.is_noted
-
-    def end(self, status: str, reason: str) -> None:
-        """Say that it failed or was skipped, and why."""
-        self.status, self.reason, self.is_noted = status, reason, False
-
-    def row(self) -> dict[str, Any]:
-        """Return the line of phases.jsonl."""
-        reason = "; ".join(dict.fromkeys(filter(None, [self.reason, *self.notes])))
-        return {
-            "phase": self.phase, "name": self.name, "status": self.status, "reason": reason,
-            "run_folder": self.run_folder, "seconds": int(self.seconds),
-        }  # fmt: skip
-
-
 class Experiment:
     """The phases, and what a later one needs to know of those before it."""
 
@@ -182,8 +139,7 @@ class Experiment:
         self.workloads = workloads
         self.baseline: str | None = driver.options.baseline  # a run folder, once it is there
         self.gpu_is_unusable = False
-        self.failed_phases = 0
-        self._rows_before = self._read_rows()
+        self.phases = Phases(driver)
 
     def measure_rounds(self) -> None:
         """Measure each job alone and then together under each mode, in turns; note the phases."""
@@ -191,7 +147,7 @@ class Experiment:
         phases = [alone, *together]
         for phase in phases:
             if not phase.is_open:
-                self._finish(phase)
+                self.phases.finish(phase)
         if any(phase.is_open for phase in phases):
             begun = time.monotonic()
             rounds = self._plan_rounds([phase for phase in phases if phase.is_open])
@@ -203,11 +159,11 @@ class Experiment:
                     break
         for phase in phases:
             self._note_interruption(phase)
-            self._finish(phase)
+            self.phases.finish(phase)
 
     def _alone(self) -> Phase:
         """Phase 1: each job alone on the whole GPU, and the null."""
-        phase = self._phase(1, "baseline")
+        phase = self.phases.take(1, "baseline")
         reason = self.driver.modes.why_not("exclusive", 1) if self.driver.gpu else None
         if self.options.baseline is not None:
             phase.end("skipped", f"the baseline of {self.baseline} is used")
@@ -219,14 +175,12 @@ class Experiment:
 
     def _together(self) -> list[Phase]:
         """Phases 2 and 3; without a GPU one demonstration, whatever mode was asked for first."""
-        if self.driver.gpu is None:
-            demo = self._phase(2, self.driver.mode_name(self.options.modes[0]))
-            unusable = self._phase(3, MPS)
-            unusable.end("skipped", self._why_skipped(MPS) or "")
-            return [demo, unusable]
+        is_demo = self.driver.gpu is None
         asked = [mode for mode in self.options.modes if mode.partition(":")[0] == MPS]
-        phases = [self._phase(2, TIME_SLICING), *(self._phase(3, mode) for mode in asked or [MPS])]
-        for phase in phases:
+        first = self.driver.mode_name(self.options.modes[0]) if is_demo else TIME_SLICING
+        others = [MPS] if is_demo else asked or [MPS]
+        phases = [self.phases.take(2, first), *(self.phases.take(3, mode) for mode in others)]
+        for phase in phases[is_demo:]:
             reason = self._why_skipped(phase.name)
             if reason:
                 phase.end("skipped", reason)
@@ -245,8 +199,7 @@ class Experiment:
         wanted = self._wanted_rounds()
         if options.dry_run:
             return wanted
-        before = self._rounds_before()
-        if before:
+        if before := self._rounds_before():
             return before
         each = [self.driver.estimate(phase.name, self._flags(phase, wanted)) for phase in phases]
         known = [seconds for seconds in each if seconds is not None]
@@ -291,7 +244,7 @@ class Experiment:
             self._measure_mode(mode, list(members), number, rounds)
         for phase in (alone, *together):
             if phase.status != "ok" or phase.rounds == rounds:
-                self._finish(phase)
+                self.phases.finish(phase)
 
     @property
     def _is_stopped(self) -> bool:
@@ -382,7 +335,7 @@ class Experiment:
 
     def measure_mig(self) -> None:
         """Phase 4: each job on a MIG instance of its own; a block, since its set-up is slow."""
-        phase, begun = self._phase(4, MIG), time.monotonic()
+        phase, begun = self.phases.take(4, MIG), time.monotonic()
         say(f"\nPhase {phase.phase}: {phase.name}")
         reason = self._why_skipped(MIG)
         if phase.is_open and self.driver.interrupted is None and reason:
@@ -390,7 +343,7 @@ class Experiment:
         self._measure_mode(MIG, [phase], 1, self._wanted_rounds())
         phase.seconds = time.monotonic() - begun
         self._note_interruption(phase)
-        self._finish(phase)
+        self.phases.finish(phase)
 
     def analyze(self) -> None:
         """Phase 5: make the report of what there is."""
@@ -398,65 +351,19 @@ class Experiment:
         say(f"\nPhase {phase.phase}: {phase.name}")
         if not self.options.dry_run and not any(Path(self.driver.output).glob("*/manifest.json")):
             phase.end("skipped", "no phase left a run")
-        else:
-            reason = self.driver.analyze()
-            if reason:
-                phase.end("failed", reason)
+        elif reason := self.driver.analyze():
+            phase.end("failed", reason)
         phase.seconds = time.monotonic() - begun
-        self._finish(phase)
-
-    def _phase(self, number: int, name: str) -> Phase:
-        row = self._rows_before.get((number, name), {})
-        return Phase(number, name, was_done_before=row.get("status") == "ok")
+        self.phases.finish(phase)
 
     def _note_interruption(self, phase: Phase) -> None:
         if not phase.is_open:
             return
-        if self.driver.interrupted is not None and phase.rounds == 0:
-            phase.end("skipped", "interrupted before it began")
-        elif self.driver.interrupted is not None:
-            phase.end("failed", "interrupted")
+        if self.driver.interrupted is not None:
+            skipped = ("skipped", "interrupted before it began")
+            phase.end(*(("failed", "interrupted") if phase.rounds else skipped))
         elif self.gpu_is_unusable and phase.rounds == 0:
             phase.end("skipped", "the GPU cannot be used")
-
-    def _finish(self, phase: Phase) -> None:
-        """Say what became of a phase and append it to phases.jsonl; raises `SuiteError`."""
-        if phase.was_done_before and not phase.is_noted:
-            say(f"Phase {phase.phase}: {phase.name}: done before")
-        if phase.was_done_before or phase.is_noted:
-            phase.is_noted = True
-            return
-        phase.is_noted = True
-        self.failed_phases += phase.status == "failed"
-        row = phase.row()
-        if not self.options.dry_run or phase.status != "ok":
-            why = f" ({row['reason']})" if row["reason"] else ""
-            say(f"Phase {phase.phase}: {phase.name}: {phase.status}{why}")
-        if self.options.dry_run:
-            return
-        output = self.driver.output
-        if not os.path.exists(os.path.join(output, phase.run_folder)):
-            row["run_folder"] = ""
-        try:
-            append_text(Path(output, PHASES_FILE), json.dumps(row, separators=(",", ":")))
-        except OSError:
-            raise SuiteError(
-                f"cannot write {output}/{PHASES_FILE}; make room or bring it back, then "
-                f"{self.driver.resume_command()}", EXIT_FAILED,
-            ) from None  # fmt: skip
-
-    def _read_rows(self) -> dict[tuple[int, str], dict[str, Any]]:
-        """Return the phases of a run that goes on; of each the last whole line counts."""
-        rows: dict[tuple[int, str], dict[str, Any]] = {}
-        if not self.options.resumed:
-            return rows
-        with contextlib.suppress(OSError):
-            text = Path(self.driver.output, PHASES_FILE).read_text(errors="replace")
-            for line in text.splitlines():
-                with contextlib.suppress(ValueError, TypeError, KeyError):
-                    row = json.loads(line)
-                    rows[row["phase"], row["name"]] = row
-        return rows
 
     def exit_code(self) -> int:
         """Say where the results are; return the exit code of the whole."""
@@ -464,7 +371,7 @@ class Experiment:
             return 0
         say(f"\nResults: {self.driver.output} ({PHASES_FILE} says what each phase did)")
         self.driver.leave_interrupted()
-        return EXIT_NO_GPU if self.gpu_is_unusable else int(self.failed_phases > 0)
+        return EXIT_NO_GPU if self.gpu_is_unusable else int(self.phases.failed > 0)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ import pytest
 from benchmarking.modes.mig import MigMode
 from benchmarking.modes.sharing_mode import ModeNotInForceError
 from benchmarking.planning import limits, plan
+from benchmarking.planning.request import Request
+from benchmarking.planning.workloads import SIZE_GUIDE
 
 LAYOUT = ("2g.20gb", "1g.10gb", "1g.10gb")
 INSTANCES = [
@@ -43,7 +45,7 @@ def test_a_client_past_an_instance_that_vanished_gets_none_of_another_size():
 
 def test_a_job_on_instances_of_unlike_size_has_no_baseline_on_its_instance():
     jobs = ("resnet_training", "batch_inference", "resnet_training")
-    clients = [plan.planned_client(i, jobs[i], plan.JobOptions()) for i in range(3)]
+    clients = [plan.planned_client(i, jobs[i], Request(), SIZE_GUIDE) for i in range(3)]
     co_runs = plan.counted_co_runs(
         "mig", lambda n: clients[:n], name="mixed", counts=(3,), repeats=1
     )

@@ -8,14 +8,16 @@ from pathlib import Path
 import pytest
 
 from benchmarking.planning import plan
-from benchmarking.planning.plan import JobOptions, Plan
-from benchmarking.planning.workloads import WORKLOADS
+from benchmarking.planning.plan import Plan
+from benchmarking.planning.request import Request
+from benchmarking.planning.workloads import SIZE_GUIDE, WORKLOADS
 
 ROOT = str(Path(__file__).resolve().parents[1])
 
 
 def clients(mix: str, count: int, **options: object) -> tuple[plan.PlannedClient, ...]:
-    return plan.mix_clients(mix, count, JobOptions(**options, root=ROOT))
+    size = str(options.pop("size", SIZE_GUIDE))
+    return plan.clients_of(Request(mix=mix, **options), count, size)
 
 
 def build(

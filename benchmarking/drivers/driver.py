@@ -29,7 +29,6 @@ from typing import Any
 from benchmarking.cli import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
-    EXIT_MODE_NOT_IN_FORCE,
     EXIT_USAGE,
     SuiteEnd,
     SuiteError,
@@ -202,12 +201,7 @@ class Driver:
             return
         from benchmarking.measuring import locks
 
-        try:
-            self.held.enter_context(locks.hold(self.gpu.uuid if self.gpu else None))
-        except locks.InUseError as error:
-            raise SuiteError(
-                f"{error}, or measure next to it with --allow-contention", EXIT_MODE_NOT_IN_FORCE
-            ) from None
+        self.held.enter_context(locks.hold(self.gpu.uuid if self.gpu else None))
 
     def _make_folder(self) -> None:
         folder = Path(self.output)

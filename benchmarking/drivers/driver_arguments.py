@@ -13,10 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from benchmarking.cli import SuiteError
+from benchmarking.cli import PROJECT_ROOT, SuiteError
 from benchmarking.hardware.nvidia_tools import PROFILE_PATTERN
 
-PROJECT_ROOT = Path(__file__).resolve().parents[2]
 # Script, working folder and arguments of a run, each ended by NUL, for --resume.
 SAVED_ARGUMENTS = "arguments.nul"
 

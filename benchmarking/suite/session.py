@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import msgspec
@@ -20,8 +20,8 @@ from benchmarking.cli import (
     EXIT_COMPLETE,
     EXIT_FAILED,
     EXIT_INTERRUPTED,
-    EXIT_MODE_NOT_IN_FORCE,
     EXIT_USAGE,
+    PROJECT_ROOT,
     SuiteEnd,
     SuiteError,
 )
@@ -37,7 +37,7 @@ from benchmarking.suite import console, preflight
 from benchmarking.suite.measurement import Measurement
 from benchmarking.suite.resume import read_earlier, read_rounds_before, request_data
 from benchmarking.suite.run import SuiteRun
-from benchmarking.suite.setup import PROJECT_ROOT, Setup, no_mps_folder, prepare
+from benchmarking.suite.setup import Setup, prepared
 
 SUITE_SCRIPT = PROJECT_ROOT / "benchmarking" / "benchmark_suite.py"
 ANALYSIS_SCRIPT = PROJECT_ROOT / "benchmarking" / "analyze_results.py"
@@ -82,8 +82,7 @@ def _plan_and_run(
         earlier = read_rounds_before(request)
     if options.allow_contention:  # the one flag that a run may go on with
         request = msgspec.structs.replace(request, allow_contention=True)
-    with no_mps_folder() as folder, contextlib.ExitStack() as stack:
-        setup = prepare(request, folder, os.environ, require_mode=not options.dry_run)
+    with prepared(request, require_mode=not options.dry_run) as setup, ExitStack() as stack:
         setup.notes.extend(preflight.notes_before(setup))
         if options.dry_run:
             require_known_flags(setup.plan.jobs().values())
@@ -109,26 +108,23 @@ def estimate_repeat_seconds(words: Sequence[str]) -> float | None:
     """
     try:
         request = flags.request_from(flags.parse_arguments(words))
-        with no_mps_folder() as folder:
-            setup = prepare(request, folder, os.environ, require_mode=False)
+        with prepared(request, require_mode=False) as setup:
+            return preflight.estimated_round_seconds(setup)
     except (SystemExit, SuiteError):
         return None
-    return preflight.estimated_round_seconds(setup)
 
 
-def _lock_card(setup: Setup, stack: contextlib.ExitStack) -> bool:
+def _lock_card(setup: Setup, stack: ExitStack) -> bool:
     """Hold the card's lock, or the CPU's, until the stack ends; say whether no other run is there.
 
-    Raises `SuiteError` (code 4) where one is and that is not allowed.
+    Raises `InUseError` where one is and that is not allowed.
     """
     try:
         stack.enter_context(locks.hold(setup.gpu["uuid"] if setup.gpu else None))
     except locks.InUseError as error:
         if not setup.request.allow_contention:
-            raise SuiteError(
-                f"{error}, or measure next to it with --allow-contention", EXIT_MODE_NOT_IN_FORCE
-            ) from error
-        setup.notes.append(f"{error}: figures hold next to it only")
+            raise
+        setup.notes.append(f"{error.found}: figures hold next to it only")
         print(f"  note: {setup.notes[-1]}", flush=True)
         return False
     return True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import sys
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,17 +29,14 @@ from benchmarking.modes.sharing_mode import ModeNotInForceError, SharingMode
 from benchmarking.modes.whole_gpu import time_slicing_warning
 from benchmarking.planning import limits
 from benchmarking.planning import plan as planning
-from benchmarking.planning.own_jobs import JOBS_PLAN, plan_clients
-from benchmarking.planning.plan import JobOptions, Plan, PlannedClient, PlannedCoRun
-from benchmarking.planning.plan_file import PlanFile
+from benchmarking.planning.plan import Plan, PlannedClient, PlannedCoRun
+from benchmarking.planning.plan_file import JOBS_PLAN, PlanFile
 from benchmarking.planning.redaction import Secrets
 from benchmarking.planning.request import Request
 from benchmarking.planning.workloads import COMMAND_WORKLOAD, SIZE_CPU, SIZE_GUIDE, SIZE_QUICK
 from benchmarking.records import run_folder
 from benchmarking.records.run_folder import PHASE_BASELINE, PHASE_NULL, Run
 from benchmarking.records.types import METHOD, Evidence, MpsLimits
-
-PROJECT_ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
@@ -112,20 +109,18 @@ class Setup:
 
 
 @contextlib.contextmanager
-def no_mps_folder() -> Iterator[Path]:
-    """Give an empty folder in which no MPS daemon answers, for clients that must have none."""
-    with tempfile.TemporaryDirectory(prefix="no-mps-") as folder:
-        yield Path(folder)
-
-
-def prepare(
-    request: Request, empty_folder: Path, environment: Mapping[str, str], *, require_mode: bool
-) -> Setup:
-    """Find the GPU, check the mode, lay out the plan.
+def prepared(request: Request, *, require_mode: bool = True) -> Iterator[Setup]:
+    """Find the GPU, check the mode, lay out the plan; give all that while clients may run.
 
     With `require_mode` a mode that is not in force is an error (`SuiteError`, code 4); without, it
     is only written among the evidence, as for `--dry-run`.
     """
+    # An empty folder, in which no MPS daemon answers, for clients that must have none.
+    with tempfile.TemporaryDirectory(prefix="no-mps-") as folder:
+        yield _prepare(request, Path(folder), require_mode=require_mode)
+
+
+def _prepare(request: Request, empty_folder: Path, *, require_mode: bool) -> Setup:
     if request.slo_ms is not None and not request.has_latency:
         raise SuiteError(
             f"--slo-ms needs jobs with response times, and {request.mix} has none: choose --mix "
@@ -133,7 +128,7 @@ def prepare(
             "the plan",
             EXIT_USAGE,
         )
-    gpu, notes = find_gpu(request, environment)
+    gpu, notes = find_gpu(request, os.environ)
     notes += _notes_on_plan_file(request.plan_file)
     most = max(request.counts)
 
@@ -143,7 +138,7 @@ def prepare(
     def mode_called(name: str) -> SharingMode:
         return make_mode(
             MODE_CPU_DEMO if gpu is None else name, describe, clients=most,
-            no_mps_folder=empty_folder, environment=environment, layout=request.mig_layout,
+            no_mps_folder=empty_folder, environment=os.environ, layout=request.mig_layout,
         )  # fmt: skip
 
     mode, alone_mode = mode_called(request.mode), mode_called(MODE_EXCLUSIVE)
@@ -157,7 +152,7 @@ def prepare(
         is_contended, found = look_for_foreign_processes(gpu["uuid"], allowed=allowed)
         notes += found
         if request.mode == MODE_TIME_SLICING:
-            warning = time_slicing_warning(most, gpu["uuid"], environment)
+            warning = time_slicing_warning(most, gpu["uuid"], os.environ)
             notes += [warning] if warning else []
     # A pair's window of seconds has room for small jobs only.
     is_small = request.quick or request.is_paired
@@ -196,26 +191,12 @@ def _lay_out(
     request: Request, mode: SharingMode, alone_mode: SharingMode, job_size: str, cores: int
 ) -> tuple[Plan, Callable[[int], tuple[PlannedCoRun, ...]]]:
     """Build the plan with every client's environment in it, and what lays out further counts."""
-    options = JobOptions(
-        size=job_size,
-        seed=request.seed,
-        device="cpu" if mode.name == MODE_CPU_DEMO else "cuda",
-        engine=request.engine,
-        precision=request.precision,
-        dataset=request.dataset,
-        data_dir=str(Path(request.data_dir).resolve()) if request.data_dir else None,
-        slo_ms=request.slo_ms,
-        arguments=request.job_arguments,
-        python=sys.executable,
-        root=str(PROJECT_ROOT),
-    )
-    plan_mode = MODE_EXCLUSIVE if request.mode == MODE_EXCLUSIVE else mode.name
-    name, repeats = request.co_run_prefix, request.repeats
 
     def clients_of(count: int) -> tuple[PlannedClient, ...]:
-        if request.plan_file is not None:
-            return plan_clients(request.plan_file, count, options)
-        return planning.mix_clients(request.mix, count, options)
+        return planning.clients_of(request, count, job_size)
+
+    plan_mode = MODE_EXCLUSIVE if request.mode == MODE_EXCLUSIVE else mode.name
+    name, repeats = request.co_run_prefix, request.repeats
 
     def equipped(run: PlannedCoRun) -> PlannedCoRun:
         under = alone_mode if run.phase in (PHASE_BASELINE, PHASE_NULL) else mode
@@ -233,10 +214,7 @@ def _lay_out(
         return tuple(map(equipped, added))
 
     if request.is_paired:
-        pairs = (
-            planning.job_pairs(options) if request.is_pairs
-            else planning.noisy_pairs(options, quick=request.quick, duty_steps=request.duty_steps)
-        )  # fmt: skip
+        pairs = planning.pairs_of(request, job_size)
         # Number 0 each, as every job alone runs on the first client's share.
         clients = [dataclasses.replace(one, client=0) for pair in pairs for one in pair]
         co_runs = planning.paired_co_runs(plan_mode, pairs, name=name, repeats=repeats)
