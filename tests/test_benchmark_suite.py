@@ -933,8 +933,8 @@ def test_a_co_run_that_lost_its_mode_is_invalid() -> None:
     seen = co_run_of("ok", client)
     row = records.client_record(seen, client, PROVED, None, None)
     record = records.co_run_record(
-        seen, [row], None, mode_failure="the daemon is gone", baselines={"job": row},
-        energy_alone_joules={},
+        seen, [row], None, mode_failure="the daemon is gone",
+        reference=records.Reference(whole={"job": row}),
     )  # fmt: skip
     assert record.outcome == "invalid"
     assert record.reason == "the daemon is gone"

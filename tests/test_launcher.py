@@ -21,7 +21,7 @@ from benchmarking.measuring import event_log, launcher
 from benchmarking.measuring.client import Client, client_base_environment
 from benchmarking.measuring.launcher import FinishRule, Launcher, Timeouts
 from benchmarking.measuring.stop_signal import StopSignal
-from benchmarking.planning.plan import PlannedClient, PlannedCoRun, build_plan, counted_co_runs
+from benchmarking.planning.plan import PlannedClient, PlannedCoRun, baselines_of
 from benchmarking.records.run_folder import ClientPaths
 from benchmarking.records.types import Units
 
@@ -180,11 +180,11 @@ def test_copies_of_a_job_have_an_index_each_the_same_in_two_modes_and_share_one_
 ) -> None:
     copies = planned(3).clients
     for mode in ("time-slicing", "mps"):
-        co_runs = counted_co_runs(mode, lambda n: copies[:n], name="mine", counts=(3,), repeats=2)
-        layout = build_plan(mode, copies, co_runs)
+        co_runs = [PlannedCoRun(f"mine-3-r{i}", "co_run", mode, i, copies) for i in range(2)]
+        baseline = baselines_of(copies, "baseline", "exclusive")
         seen = {
             co_run.co_run: [c.identity["client_index"] for c in run(co_run).clients]
-            for co_run in (*layout.baseline, *layout.co_runs)
+            for co_run in (*baseline, *co_runs)
         }
         assert seen == {
             "baseline-scripted": [0], "mine-3-r0": [0, 1, 2], "mine-3-r1": [0, 1, 2],

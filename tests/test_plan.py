@@ -23,10 +23,8 @@ def clients(mix: str, count: int, **options: object) -> tuple[plan.PlannedClient
 def build(
     mode: str, mix: str = "mixed", counts: tuple[int, ...] = (4,), repeats: int = 1, **more: object
 ) -> Plan:
-    co_runs = plan.counted_co_runs(
-        mode, lambda n: clients(mix, n), name=mix, counts=counts, repeats=repeats
-    )
-    return plan.build_plan(mode, clients(mix, max(counts)), co_runs, **more)
+    request = Request(mode=mode, mix=mix, counts=counts, repeats=repeats, **more)
+    return plan.build_plan(request, mode, SIZE_GUIDE)
 
 
 def test_the_rate_that_a_service_bears_alone_is_fixed_for_its_co_runs() -> None:
@@ -113,7 +111,7 @@ def test_exclusive_mode_has_baselines_only() -> None:
 
 
 def test_under_mig_each_job_also_runs_alone_on_the_share_of_its_first_client() -> None:
-    layout = build("mig", counts=(8,), whole_gpu_baseline=False, share_baseline=True)
+    layout = build("mig", counts=(8,))
     assert [run.phase for run in layout.baseline] == ["share_baseline"] * 4
     assert [run.mode for run in layout.baseline] == ["mig"] * 4
     assert [run.clients[0].client for run in layout.baseline] == [0, 1, 2, 3]
@@ -121,14 +119,13 @@ def test_under_mig_each_job_also_runs_alone_on_the_share_of_its_first_client() -
 
 def test_two_jobs_of_one_workload_get_different_baseline_names() -> None:
     members = [clients("training", 1)[0], clients("training", 1, size="quick")[0]]
-    layout = plan.build_plan("mps", members, [])
-    names = [run.co_run for run in layout.baseline]
+    names = [run.co_run for run in plan.baselines_of(members, "baseline", "mps")]
     assert names == ["baseline-resnet_training", "baseline-resnet_training-2"]
 
 
 @pytest.mark.parametrize("mode", ["time-slicing", "mps", "mig"])
 def test_the_saved_plan_shows_each_clients_index_and_0_for_every_job_alone(mode: str) -> None:
-    layout = build(mode, counts=(2, 8), repeats=2, share_baseline=mode == "mig")
+    layout = build(mode, counts=(2, 8), repeats=2)
     saved = json.loads(json.dumps(layout.to_dict()))
     assert [row["command"][-2:] for row in saved["baseline"]] == [["--client-index", "0"]] * len(
         layout.baseline

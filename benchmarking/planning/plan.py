@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarking.cli import PROJECT_ROOT
-from benchmarking.modes.names import MODE_CPU_DEMO, MODE_EXCLUSIVE, MODE_TIME_SLICING
+from benchmarking.modes.names import MODE_CPU_DEMO, MODE_EXCLUSIVE, MODE_MIG, MODE_TIME_SLICING
 from benchmarking.planning import limits
 from benchmarking.planning.plan_file import PlanEntry
 from benchmarking.planning.request import Request
@@ -211,43 +211,17 @@ def _own_client(client: int, entry: PlanEntry, request: Request, size: str) -> P
     )
 
 
-def counted_co_runs(
-    mode: str,
-    clients_of: Callable[[int], Sequence[PlannedClient]],
-    *,
-    name: str,
-    counts: Sequence[int],
-    repeats: int,
+def co_runs_of(
+    request: Request, mode: str, size: str, counts: Iterable[int]
 ) -> tuple[PlannedCoRun, ...]:
-    """Lay out every count and repeat, called `<name>-<n>-r<repeat>`.
-
-    `clients_of(n)` gives the clients of a co-run of n.
-    """
-    return tuple(
-        PlannedCoRun(f"{name}-{n}-r{repeat}", PHASE_CO_RUN, mode, repeat, tuple(clients_of(n)))
-        for n in counts
-        for repeat in range(repeats)
-    )
-
-
-def paired_co_runs(
-    mode: str,
-    pairs: Sequence[tuple[PlannedClient, PlannedClient]],
-    *,
-    name: str,
-    repeats: int,
-) -> tuple[PlannedCoRun, ...]:
-    """Lay out every pair, called `<name>-<one>-<other>-r<repeat>`.
-
-    All pairs come once before the first repeat.
-    """
+    """Lay out every count and repeat, called `<name>-<n>-r<repeat>`."""
     return tuple(
         PlannedCoRun(
-            f"{name}-{_name_in_pair(one)}-{_name_in_pair(other)}-r{repeat}", PHASE_CO_RUN, mode,
-            repeat, (one, other),
+            f"{request.co_run_prefix}-{n}-r{repeat}", PHASE_CO_RUN, mode, repeat,
+            clients_of(request, n, size),
         )
-        for repeat in range(repeats)
-        for one, other in pairs
+        for n in counts
+        for repeat in range(request.repeats)
     )  # fmt: skip
 
 
@@ -306,47 +280,46 @@ def baselines_of(
     )
 
 
-def null_runs(
-    clients: Sequence[PlannedClient], mode: str, repeats: int
-) -> tuple[PlannedCoRun, ...]:
-    """Lay out one client under time slicing: what a baseline is, under another name.
+def build_plan(request: Request, mode: str, size: str) -> Plan:
+    """Lay out what was asked for under a mode that can be had: jobs alone, then co-runs.
 
-    It is the first training, or else the first client; its distance from its baseline is the
-    method's own error.
+    Each distinct job runs alone on the whole GPU, unless that is another run's baseline or MIG has
+    divided it: then on its own share. Of pairs, `<name>-<one>-<other>-r<repeat>`, all come once
+    before the first repeat. The null is one client under time slicing, what a baseline is under
+    another name (the first training, or else the first client): its distance from its baseline is
+    the method's own error.
     """
-    trainings = [client for client in clients if client.workload.endswith("_training")]
-    return tuple(
-        PlannedCoRun(f"null-r{repeat}", PHASE_NULL, mode, repeat, ((trainings or clients)[0],))
-        for repeat in range(repeats)
-    )
-
-
-def build_plan(
-    mode: str,
-    clients: Sequence[PlannedClient],
-    co_runs: Sequence[PlannedCoRun],
-    *,
-    whole_gpu_baseline: bool = True,
-    share_baseline: bool = False,
-    baseline_mode: str = MODE_EXCLUSIVE,
-    baseline_repeats: int = 1,
-    null: bool = False,
-) -> Plan:
-    """Put the baselines of all `clients` before the co-runs; `mode` "exclusive" has no co-runs.
-
-    Each distinct job gets `baseline_repeats` on the whole GPU, with `null` each time the null
-    behind them, and, with `share_baseline`, one on its own share.
-    """
+    if request.is_paired:
+        pairs = pairs_of(request, size)
+        # Number 0 each, as every job alone runs on the first client's share.
+        clients = [dataclasses.replace(one, client=0) for pair in pairs for one in pair]
+        co_runs = tuple(
+            PlannedCoRun(
+                f"{request.co_run_prefix}-{_name_in_pair(one)}-{_name_in_pair(other)}-r{repeat}",
+                PHASE_CO_RUN, mode, repeat, (one, other),
+            )
+            for repeat in range(request.repeats)
+            for one, other in pairs
+        )  # fmt: skip
+    else:
+        clients = list(clients_of(request, max(request.counts), size))
+        co_runs = co_runs_of(request, mode, size, request.counts)
+    is_alone, is_cpu = request.mode == MODE_EXCLUSIVE, size == SIZE_CPU
+    repeats = request.repeats if is_alone else 1
     alone: tuple[PlannedCoRun, ...] = ()
-    if whole_gpu_baseline:
-        alone += baselines_of(clients, PHASE_BASELINE, baseline_mode, baseline_repeats)
-    if null:
-        is_cpu = baseline_mode == MODE_CPU_DEMO
-        nulls = null_runs(clients, MODE_CPU_DEMO if is_cpu else MODE_TIME_SLICING, baseline_repeats)
-        alone = tuple(sorted((*alone, *nulls), key=lambda run: run.repeat))
-    if share_baseline:
+    if request.baseline is None and mode != MODE_MIG:
+        alone_mode = MODE_CPU_DEMO if is_cpu else MODE_EXCLUSIVE
+        alone += baselines_of(clients, PHASE_BASELINE, alone_mode, repeats)
+    if request.null:
+        null_mode = MODE_CPU_DEMO if is_cpu else MODE_TIME_SLICING
+        trainings = [client for client in clients if client.workload.endswith("_training")]
+        for repeat in range(repeats):
+            members = ((trainings or clients)[0],)
+            alone += (PlannedCoRun(f"null-r{repeat}", PHASE_NULL, null_mode, repeat, members),)
+        alone = tuple(sorted(alone, key=lambda run: run.repeat))
+    if mode == MODE_MIG:
         alone += baselines_of(clients, PHASE_SHARE_BASELINE, mode)
-    return Plan(alone, () if mode == MODE_EXCLUSIVE else tuple(co_runs))
+    return Plan(alone, () if is_alone else co_runs)
 
 
 def without_unlike_shares(plan: Plan, layout: Sequence[str]) -> tuple[Plan, list[str]]:

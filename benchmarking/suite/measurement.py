@@ -22,18 +22,16 @@ from benchmarking.cli import (
 from benchmarking.hardware.gpu_samples import summarize_samples
 from benchmarking.measuring import proofs, stop_reasons
 from benchmarking.measuring.client import Client, client_base_environment
-from benchmarking.measuring.co_run_records import client_record, co_run_record
+from benchmarking.measuring.co_run_records import Reference, client_record, co_run_record
 from benchmarking.measuring.launcher import CoRunResult, FinishRule, Launcher, Timeouts
 from benchmarking.measuring.progress import Progress
 from benchmarking.measuring.sampler import Sampler
 from benchmarking.measuring.stop_signal import StopSignal
-from benchmarking.metrics.scores import all_known
 from benchmarking.modes.names import MODE_MIG
 from benchmarking.modes.sharing_mode import GPU_ANSWERS, GPU_LOST_FIX, SharingMode
 from benchmarking.planning.limits import PERCENTAGE_VARIABLE
 from benchmarking.planning.plan import PlannedCoRun
 from benchmarking.planning.workloads import COMMAND_WORKLOAD
-from benchmarking.records import run_folder
 from benchmarking.records.run_folder import PHASE_BASELINE, PHASE_CO_RUN, PHASE_NULL, RunWriter
 from benchmarking.records.types import ClientRecord, CoRunRecord, GpuFigures, Record, Sample
 from benchmarking.suite.baselines import identity_differences
@@ -46,36 +44,6 @@ CLIENT_EXIT_NO_GPU = 3
 CLOCK_TOLERANCE_SECONDS = 2.0
 
 Measured = tuple[CoRunRecord, list[ClientRecord]]
-
-
-@dataclass
-class Reference:
-    """Baselines by job: on the whole GPU, and on the client's own share where there is one."""
-
-    whole: dict[str, ClientRecord] = field(default_factory=dict)
-    whole_joules: dict[str, float | None] = field(default_factory=dict)
-    share: dict[str, ClientRecord] = field(default_factory=dict)
-    _repeats: dict[str, dict[str, tuple[CoRunRecord, ClientRecord]]] = field(default_factory=dict)
-
-    def add(self, record: CoRunRecord, client: ClientRecord) -> None:
-        """Take in a job alone that ended well; one measured again counts in place of the first."""
-        if record.outcome != "ok" or client.status != "ok":
-            return
-        if record.phase == run_folder.PHASE_SHARE_BASELINE:
-            self.share[client.job_key] = client
-        if record.phase != PHASE_BASELINE:
-            return
-        repeats = self._repeats.setdefault(client.job_key, {})
-        repeats.pop(record.co_run, None)
-        repeats[record.co_run] = (record, client)
-        cards = [one.gpu for one, _ in repeats.values()]
-        joules = all_known(gpu.energy_joules if gpu else None for gpu in cards)
-        self.whole[client.job_key] = run_folder.pooled([one for _, one in repeats.values()])
-        self.whole_joules[client.job_key] = None if joules is None else sum(joules)
-
-    def repeats_of(self, job_key: str) -> dict[str, ClientRecord]:
-        """Return what was measured of a job alone here, by co-run, the newest last."""
-        return {name: client for name, (_, client) in self._repeats.get(job_key, {}).items()}
 
 
 @dataclass
@@ -228,20 +196,13 @@ class Measurement:
                 seen.clients, proofs.judge_clients(mode, seen, samples), strict=True
             )
         ]
-        baselines, joules = dict(reference.whole), dict(reference.whole_joules)
-        if planned.phase == PHASE_BASELINE and clients[0].status == "ok":
-            # A baseline is its own reference.
-            baselines[clients[0].job_key] = clients[0]
-            joules[clients[0].job_key] = gpu.energy_joules if gpu else None
         record = co_run_record(
             seen,
             clients,
             gpu,
             mode_failure=mode_failure,
             gpu_lost=gpu_lost,
-            baselines=baselines,
-            energy_alone_joules=joules,
-            share_baselines=reference.share if planned.mode == MODE_MIG else None,
+            reference=reference,
             host_cores=self.setup.cores,
         )
         # The bounds are for jobs that share the GPU.

@@ -33,7 +33,7 @@ from benchmarking.planning.plan import Plan, PlannedClient, PlannedCoRun
 from benchmarking.planning.plan_file import JOBS_PLAN, PlanFile
 from benchmarking.planning.redaction import Secrets
 from benchmarking.planning.request import Request
-from benchmarking.planning.workloads import COMMAND_WORKLOAD, SIZE_CPU, SIZE_GUIDE, SIZE_QUICK
+from benchmarking.planning.workloads import SIZE_CPU, SIZE_GUIDE, SIZE_QUICK
 from benchmarking.records import run_folder
 from benchmarking.records.run_folder import PHASE_BASELINE, PHASE_NULL, Run
 from benchmarking.records.types import METHOD, Evidence, MpsLimits
@@ -158,7 +158,21 @@ def _prepare(request: Request, empty_folder: Path, *, require_mode: bool) -> Set
     is_small = request.quick or request.is_paired
     job_size = SIZE_CPU if gpu is None else SIZE_QUICK if is_small else SIZE_GUIDE
     cores = usable_cores()
-    plan, co_runs_of = _lay_out(request, mode, alone_mode, job_size, cores)
+
+    def equipped(run: PlannedCoRun) -> PlannedCoRun:
+        under = alone_mode if run.phase in (PHASE_BASELINE, PHASE_NULL) else mode
+        return run.map_clients(
+            lambda client: dataclasses.replace(
+                client,
+                environment=_environment_of(client, under, request, cores, len(run.clients)),
+            )
+        )
+
+    def co_runs_of(count: int) -> tuple[PlannedCoRun, ...]:
+        added = planning.co_runs_of(request, mode.name, job_size, (count,))
+        return tuple(map(equipped, added))
+
+    plan = planning.build_plan(request, mode.name, job_size).map_runs(equipped)
     if request.mig_layout and mode.name == MODE_MIG:
         plan, unlike = planning.without_unlike_shares(plan, request.mig_layout)
         notes += [
@@ -187,51 +201,6 @@ def _prepare(request: Request, empty_folder: Path, *, require_mode: bool) -> Set
     )
 
 
-def _lay_out(
-    request: Request, mode: SharingMode, alone_mode: SharingMode, job_size: str, cores: int
-) -> tuple[Plan, Callable[[int], tuple[PlannedCoRun, ...]]]:
-    """Build the plan with every client's environment in it, and what lays out further counts."""
-
-    def clients_of(count: int) -> tuple[PlannedClient, ...]:
-        return planning.clients_of(request, count, job_size)
-
-    plan_mode = MODE_EXCLUSIVE if request.mode == MODE_EXCLUSIVE else mode.name
-    name, repeats = request.co_run_prefix, request.repeats
-
-    def equipped(run: PlannedCoRun) -> PlannedCoRun:
-        under = alone_mode if run.phase in (PHASE_BASELINE, PHASE_NULL) else mode
-        return run.map_clients(
-            lambda client: dataclasses.replace(
-                client,
-                environment=_environment_of(client, under, request, cores, len(run.clients)),
-            )
-        )
-
-    def co_runs_of(count: int) -> tuple[PlannedCoRun, ...]:
-        added = planning.counted_co_runs(
-            plan_mode, clients_of, name=name, counts=(count,), repeats=repeats
-        )
-        return tuple(map(equipped, added))
-
-    if request.is_paired:
-        pairs = planning.pairs_of(request, job_size)
-        # Number 0 each, as every job alone runs on the first client's share.
-        clients = [dataclasses.replace(one, client=0) for pair in pairs for one in pair]
-        co_runs = planning.paired_co_runs(plan_mode, pairs, name=name, repeats=repeats)
-    else:
-        clients = list(clients_of(max(request.counts)))
-        co_runs = planning.counted_co_runs(
-            plan_mode, clients_of, name=name, counts=request.counts, repeats=repeats
-        )
-    is_mig = mode.name == MODE_MIG
-    plan = planning.build_plan(
-        plan_mode, clients, co_runs, baseline_mode=alone_mode.name, share_baseline=is_mig,
-        whole_gpu_baseline=request.baseline is None and not is_mig, null=request.null,
-        baseline_repeats=request.repeats if request.mode == MODE_EXCLUSIVE else 1,
-    )  # fmt: skip
-    return plan.map_runs(equipped), co_runs_of
-
-
 def _environment_of(
     client: PlannedClient, under: SharingMode, request: Request, cores: int, clients: int
 ) -> dict[str, str]:
@@ -243,12 +212,8 @@ def _environment_of(
         for name, value in client.environment.items()
         if is_mps or not name.startswith("CUDA_MPS_")
     }
-    # Nothing in the folder that a run is started from is imported by our jobs' child processes;
-    # a user's own command finds its modules as ever.
-    safe = {} if client.workload == COMMAND_WORKLOAD else {"PYTHONSAFEPATH": "1"}
     return {
         **planning.shared_host_environment(cores, clients),
-        **safe,
         **own,
         **under.client_environment(client.client),
         **(limits.limits_of_client(request.mps_limits, client.client, clients) if is_mps else {}),
