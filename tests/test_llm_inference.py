@@ -114,7 +114,10 @@ def test_a_client_reports_first_tokens_and_further_ones_with_their_response_time
         held.say("stop")
         assert held.exit_code() == 0
         units = held.events("units")
-    assert {(line["kind"], line["latency"]) for line in units} == {("ttft", "apart"), ("tpot", True)}
+    assert {(line["kind"], line["latency"]) for line in units} == {
+        ("ttft", "apart"),
+        ("tpot", True),
+    }
 
 
 @pytest.mark.parametrize(

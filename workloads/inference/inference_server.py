@@ -58,7 +58,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     flag("--host", "0.0.0.0", "address to listen on (default: 0.0.0.0, all)")
     flag("--port", 5000, "port to listen on; 0 takes a free one", type=cli.non_negative_int)
     flag("--max-batch", 32, "most images in one forward pass")
-    flag("--max-delay-ms", 2.0, "longest that a batch waits for requests still being decoded",
+    flag("--max-delay-ms", 0.5, "longest that a batch waits for requests still being decoded",
          type=cli.non_negative_float)  # fmt: skip
     flag = cli.flags(parser, "processes and threads")
     add_workers_flag(flag)
