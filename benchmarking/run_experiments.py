@@ -242,9 +242,6 @@ class Experiment:
         order = list(together if number % 2 else reversed(together))
         for mode, members in itertools.groupby(order, key=lambda phase: phase.mode):
             self._measure_mode(mode, list(members), number, rounds)
-        for phase in (alone, *together):
-            if phase.status != "ok" or phase.rounds == rounds:
-                self.phases.finish(phase)
 
     @property
     def _is_stopped(self) -> bool:
@@ -266,6 +263,7 @@ class Experiment:
         failure = self.driver.undo_mode() or failure
         for phase in phases if failure else ():
             phase.end("failed", str(failure))
+            self._note_end(phase, rounds)
 
     def _measure(self, phase: Phase, number: int, rounds: int) -> None:
         """Run the suite for one round of a phase; for all of them under MIG."""
@@ -285,6 +283,12 @@ class Experiment:
         if end.exit_code != 0:
             phase.end("failed", str(end.reason))
         self.gpu_is_unusable |= end.exit_code == EXIT_NO_GPU
+        self._note_end(phase, rounds)
+
+    def _note_end(self, phase: Phase, rounds: int) -> None:
+        """Note a phase as soon as it has come to its end, the MIG phase once that is undone."""
+        if phase.mode != MIG and (phase.status != "ok" or phase.rounds == rounds):
+            self.phases.finish(phase)
 
     def _flags(self, phase: Phase, rounds: int) -> list[str]:
         """Return what the suite is told; the same in every round."""

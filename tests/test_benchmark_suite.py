@@ -27,8 +27,8 @@ from program_copy import copy_programs, processes_of
 from recorded_rows import client, co_run, plain, read_plain
 from waiting import wait_until
 
+from benchmarking.measuring import baselines, sampler
 from benchmarking.measuring import co_run_records as records
-from benchmarking.measuring import sampler
 from benchmarking.measuring.client import ClientResult
 from benchmarking.measuring.launcher import CoRunResult
 from benchmarking.measuring.progress import Progress
@@ -36,7 +36,6 @@ from benchmarking.planning.plan import PlannedClient, PlannedCoRun
 from benchmarking.planning.workloads import WORKLOADS
 from benchmarking.records import run_folder
 from benchmarking.records.types import ClientRecord, Environment, Manifest, Proof
-from benchmarking.suite import baselines
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 CLIENT = Path(__file__).parent / "fakes" / "scripted_client.py"
@@ -335,7 +334,7 @@ def test_a_baseline_that_was_disturbed_is_measured_again_and_the_first_counts_no
 ) -> None:
     # Together it is faster than it was alone, which nobody is.
     slow_once = {"match": "*:baseline-*", "unit_seconds": 0.05}
-    path = bench.root / "benchmarking" / "suite" / "baselines.py"
+    path = bench.root / "benchmarking" / "measuring" / "baselines.py"
     path.write_text(
         re.sub("(?m)^TOLERATED_FRACTION = .*$", "TOLERATED_FRACTION = 0.5", path.read_text())
     )

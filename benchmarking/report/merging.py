@@ -13,11 +13,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from benchmarking.measuring import baselines
 from benchmarking.modes.names import MODE_TIME_SLICING
 from benchmarking.records.run_folder import PHASE_BASELINE, PHASE_SHARE_BASELINE, pooled
 from benchmarking.records.types import ClientRecord, Phase
 from benchmarking.report.runs import Alone, MeasuredRun
-from benchmarking.suite import baselines
 
 
 @dataclass

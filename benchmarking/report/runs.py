@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from benchmarking.measuring import baselines
 from benchmarking.metrics import scores
 from benchmarking.metrics.breaking_point import says_something_of_the_load
 from benchmarking.modes.names import (
@@ -32,7 +33,6 @@ from benchmarking.records import run_folder
 from benchmarking.records.run_folder import PHASE_BASELINE, PHASE_CO_RUN, pooled
 from benchmarking.records.types import ClientRecord, CoRunRecord, Manifest, MpsLimits, Phase
 from benchmarking.report.cleaning import cleaned
-from benchmarking.suite import baselines
 
 _MODE_ORDER = (MODE_TIME_SLICING, MODE_MPS, MODE_MIG, MODE_EXCLUSIVE, MODE_CPU_DEMO)
 DEFAULT_TIMESLICE = "Default"

@@ -21,6 +21,7 @@ from benchmarking.cli import (
 )
 from benchmarking.hardware.gpu_samples import summarize_samples
 from benchmarking.measuring import proofs, stop_reasons
+from benchmarking.measuring.baselines import identity_differences
 from benchmarking.measuring.client import Client, client_base_environment
 from benchmarking.measuring.co_run_records import Reference, client_record, co_run_record
 from benchmarking.measuring.launcher import CoRunResult, FinishRule, Launcher, Timeouts
@@ -34,7 +35,6 @@ from benchmarking.planning.plan import PlannedCoRun
 from benchmarking.planning.workloads import COMMAND_WORKLOAD
 from benchmarking.records.run_folder import PHASE_BASELINE, PHASE_CO_RUN, PHASE_NULL, RunWriter
 from benchmarking.records.types import ClientRecord, CoRunRecord, GpuFigures, Record, Sample
-from benchmarking.suite.baselines import identity_differences
 from benchmarking.suite.resume import EarlierPart
 from benchmarking.suite.setup import Setup
 

@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 
 from benchmarking.cli import EXIT_NO_GPU, EXIT_USAGE, SuiteError
+from benchmarking.measuring import baselines
 from benchmarking.modes.names import MODE_CPU_DEMO, MODE_TIME_SLICING
 from benchmarking.planning.plan_file import PlanFile, parse_plan, text_hash
 from benchmarking.planning.redaction import NotRevealedError, reveal
@@ -31,7 +32,6 @@ from benchmarking.records.run_folder import (
 )
 from benchmarking.records.types import ClientRecord, CoRunRecord, RunOutcome
 from benchmarking.records.writing import is_held
-from benchmarking.suite import baselines
 
 # What tells one environment from another, versions apart.
 COMPARED_FIELDS = (*baselines.COMPARED_FIELDS, "gpu_uuid", "git_commit")

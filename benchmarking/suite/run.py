@@ -9,13 +9,14 @@ import time
 from collections.abc import Iterator, Sequence
 
 from benchmarking.cli import EXIT_COMPLETE, EXIT_FAILED, RunEnded, SuiteError
+from benchmarking.measuring import baselines
 from benchmarking.measuring.jobs import resolve_all
 from benchmarking.modes.names import MODE_MIG, MODE_MPS
 from benchmarking.planning.plan import Plan, PlannedCoRun, carried_arguments
 from benchmarking.planning.ramp import Ramp
 from benchmarking.records.run_folder import PHASE_BASELINE, PHASE_NULL, PHASE_SHARE_BASELINE
 from benchmarking.records.types import ClientRecord, RunOutcome
-from benchmarking.suite import baselines, preflight
+from benchmarking.suite import preflight
 from benchmarking.suite.measurement import Measured, Measurement
 from benchmarking.suite.resume import unlike_environment
 
