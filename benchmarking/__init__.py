@@ -5,6 +5,9 @@ from __future__ import annotations
 import sys
 from types import TracebackType
 
+# Of the project, in every new manifest; CHANGELOG.md and CITATION.cff say the same.
+PROJECT_VERSION = "2.0.0"
+
 
 def _name_missing_package(
     kind: type[BaseException], error: BaseException, traceback: TracebackType | None

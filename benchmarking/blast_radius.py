@@ -60,7 +60,7 @@ from benchmarking.drivers.program import (
     resolve_jobs,
     write_report,
 )
-from benchmarking.measuring.client import Client
+from benchmarking.measuring.client import Client, ClientResult
 from benchmarking.measuring.event_log import first_unit_end_seconds, last_event, tail_of
 from benchmarking.measuring.launcher import CoRunResult, FinishRule
 from benchmarking.measuring.proofs import judge_clients
@@ -199,27 +199,28 @@ def measure(options: argparse.Namespace, setup: Setup, stop: StopSignal) -> dict
     """
     planned = with_fault(options, setup, resolve_jobs(setup.plan, stop, say).co_runs[0])
     say(f"{options.neighbors} neighbors and a faulty client get ready under {setup.mode.name}")
-    folder, gpu = options.output_dir, setup.gpu and dict(setup.gpu)
+    folder, gpu = options.output_dir, dict(setup.gpu) if setup.gpu else None
     with Sampler(
-        folder / "gpu_samples.jsonl", folder / "gpu_monitor.log", gpu=gpu and gpu["uuid"]
+        folder / "gpu_samples.jsonl", folder / "gpu_monitor.log", gpu=gpu["uuid"] if gpu else None
     ) as sampler:
         servers_before = mps_servers(setup)
         blast = Blast(options, setup, planned, stop)
         seen = blast.run()
         if seen.outcome == "interrupted" or stop.requested:
             raise RunEnded("interrupted", EXIT_INTERRUPTED)
-        if blast.fault_seconds is None:
+        begin, end = seen.window_start_seconds, seen.window_end_seconds
+        if blast.fault_seconds is None or begin is None or end is None:
             raise SuiteError(f"there was no fault to see: {seen.reason}", EXIT_FAILED)
-        samples = list(sampler.samples_past(seen.window_end_seconds))
+        samples = list(sampler.samples_past(end))
     proofs = judge_clients(setup.mode, seen, samples)
     return {
         "mode": setup.mode.name,
         "notes": list(setup.notes),
         "gpu": gpu,
-        "fault_after_seconds": blast.fault_seconds - seen.window_start_seconds,
+        "fault_after_seconds": blast.fault_seconds - begin,
         "neighbors": [
-            judge_neighbor(seen, number, blast.fault_seconds)
-            | {"proof": proofs[number].verdict if proofs[number] else None}
+            judge_neighbor(seen.clients[number], begin, end, blast.fault_seconds)
+            | {"proof": proof.verdict if (proof := proofs[number]) else None}
             for number in range(options.neighbors)
         ],
         "faulty": {
@@ -332,29 +333,32 @@ class Blast:
         )  # fmt: skip
 
 
-def judge_neighbor(seen: CoRunResult, number: int, fault_seconds: float) -> dict[str, Any]:
-    """Return what the fault did to client `number`; times in seconds, rates in units a second.
+def judge_neighbor(
+    client: ClientResult, start: float, end: float, fault_seconds: float
+) -> dict[str, Any]:
+    """Return what a fault did to a client; times in seconds, rates in units a second.
+
+    The window from `start` to `end` and the fault are moments on CLOCK_MONOTONIC.
 
     Rates leave out the first second after go; `rate_after` is that of the time from the fault to
     the end of the window, so a stall lowers it. `longest_gap_ms` is the longest time without a
     finished unit that ends after the fault, `lost_seconds` the work of the job in hand that is
     gone, 0 for one that survived.
     """
-    client = seen.clients[number]
     units = [event for event in client.events if event["event"] == "units"]
     ends = sorted(
         start + duration for event in units
         for start, duration in zip(event["start_seconds"], event["duration_seconds"], strict=True)
     )  # fmt: skip
-    begin, end = seen.window_start_seconds + SETTLE_SECONDS, seen.window_end_seconds
+    begin = start + SETTLE_SECONDS
     before = [at for at in ends if begin <= at < fault_seconds]
     after = [at for at in ends if fault_seconds <= at <= end]
     survived = client.status == "ok"
     points = [*before[-1:], *after, *([end] if survived else [])]
     gaps = [later - earlier for earlier, later in itertools.pairwise(points)]
     job_ends = [event["end_seconds"] for event in client.events if event["event"] == "job"]
-    last_safe = max(job_ends, default=seen.window_start_seconds)
-    died = max(ends, default=seen.window_start_seconds)
+    last_safe = max(job_ends, default=start)
+    died = max(ends, default=start)
     return {
         "client": client.planned.client,
         "label": client.planned.label,
@@ -370,11 +374,11 @@ def judge_neighbor(seen: CoRunResult, number: int, fault_seconds: float) -> dict
 
 def describe_newcomer(blast: Blast) -> dict[str, Any]:
     """Return when a new client worked, and how long its own start took."""
-    works, last = blast.works_seconds, blast.attempts[-1:]
+    fault, works, last = blast.fault_seconds, blast.works_seconds, blast.attempts[-1:]
     events = [event for attempt in last for event in attempt.clients[0].events]
     loaded = [event["startup_seconds"] for event in events if event["event"] == "loaded"]
     times = {
-        "works_after_seconds": None if works is None else works - blast.fault_seconds,
+        "works_after_seconds": None if works is None or fault is None else works - fault,
         "startup_seconds": loaded[0] if loaded else None,
     }
     ends = [attempt.clients[0] for attempt in blast.attempts]

@@ -42,7 +42,7 @@ from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import psutil
@@ -50,6 +50,9 @@ import psutil
 from benchmarking.cli import OneLineParser
 from benchmarking.hardware import nvml
 from benchmarking.hardware.exporter import Exporter
+
+if TYPE_CHECKING:
+    from rich.live import Live
 
 SHORTEST_INTERVAL_SECONDS = 0.1  # NVML refreshes its GPM counters no faster
 PROCESS_LIST_PERIOD_SECONDS = 1.0
@@ -219,8 +222,9 @@ def watch(
             sample |= {"compute_pids": gpu.compute_processes(), "mps_pids": gpu.mps_processes()}
         say_failures(said)
         write_line(output, sample)
-        for viewer in filter(None, viewers):
-            viewer.show(sample)
+        for viewer in viewers:
+            if viewer is not None:
+                viewer.show(sample)
 
 
 def deadlines(start: float, interval: float, duration: float) -> Iterator[float]:
@@ -310,7 +314,7 @@ def open_exporter(arguments: argparse.Namespace, gpu: nvml.Gpu) -> Exporter | No
     return exporter
 
 
-def open_display(output_name: str, gpu: nvml.Gpu) -> contextlib.AbstractContextManager:
+def open_display(output_name: str, gpu: nvml.Gpu) -> Display | contextlib.nullcontext[None]:
     """Return what shows the samples; nothing does where they go to standard output."""
     if output_name == "-":
         return contextlib.nullcontext()
@@ -326,10 +330,11 @@ class Display:
         self._last: Sample = {}
         # Counts, sums and maxima, not samples: it may run for days.
         self._samples = 0
-        self._counts, self._sums = Counter(), Counter()
+        self._counts: Counter[str] = Counter()
+        self._sums = dict.fromkeys(SHOWN_FIELDS, 0.0)
         self._largest: dict[str, float] = {}
         self._refresh_due = 0.0
-        self._live = None
+        self._live: Live | None = None
 
     def __enter__(self) -> Display:
         """Begin: with an empty table on a terminal, else with the title."""

@@ -24,6 +24,7 @@ from benchmarking.drivers.driver import Driver, driving, say
 from benchmarking.drivers.driver_arguments import SHARED_HELP
 from benchmarking.drivers.phases import PHASES_FILE, Phase, Phases
 from benchmarking.modes.mode_scripts import ModeScriptError
+from benchmarking.modes.names import MODE_MPS_PARTITIONS
 
 SCRIPT = "run_experiments.sh"
 HELP = f"""\
@@ -41,9 +42,10 @@ phases 1 and 2 run as a small demonstration on the CPU. A phase that fails does 
 Ctrl-C stops, undoes what was enabled and reports what was done.
 
 Options:
-  --modes LIST          which of time-slicing,mps,mps:even,mps:N,mig (default: time-slicing,mps,
-                        mps:even,mig); mps:50 gives each client half of the multiprocessors,
-                        mps:50/25 in turn, mps:even each the same
+  --modes LIST          which of time-slicing,mps,mps:even,mps:N,mps:partitions,mig (default:
+                        time-slicing,mps,mps:even,mig); mps:50 gives each client half of the
+                        multiprocessors, mps:50/25 in turn, mps:even each the same;
+                        mps:partitions each as many for itself (CUDA 13.1's MPS)
   --mix mixed|training|inference|interactive|serving|llm|pairs|noisy   which jobs (default: mixed:
                         ResNet50 training, batch inference, Jupyter session, BERT fine-tuning;
                         serving: an inference server with its users, three ResNet50 trainings; llm:
@@ -106,16 +108,23 @@ def parse_arguments() -> argparse.Namespace:
         parser.error(f"--mix {options.mix} has two jobs in each co-run: leave --workloads")
     if options.full and (options.quick or options.mix in PAIRED_MIXES):
         parser.error("--full is for the guide's own job sizes: leave --quick, pairs and noisy")
+    if options.mps_percentage and MODE_MPS_PARTITIONS in options.modes and MPS not in options.modes:
+        parser.error("mps:partitions takes no share of the multiprocessors: leave --mps-percentage")
     return options
 
 
 def _modes(text: str | None) -> list[str]:
     share = r"even|[1-9]\d?(\.\d+)?|100"
     check = arguments.matching(
-        f"time-slicing|mig|mps(:({share})(/({share}))*)?",
-        "some of: time-slicing mps mps:even mps:PERCENT mig",
+        f"time-slicing|mig|{MODE_MPS_PARTITIONS}|mps(:({share})(/({share}))*)?",
+        "some of: time-slicing mps mps:even mps:PERCENT mps:partitions mig",
     )
     return list(dict.fromkeys(check(mode) for mode in (text or "").split(",")))
+
+
+def _enabled_mode(name: str) -> str:
+    """Return what is put in force for a mode with its limits, which are the clients' own."""
+    return name if name == MODE_MPS_PARTITIONS else name.partition(":")[0]
 
 
 def choose_workloads(driver: Driver) -> int:
@@ -189,7 +198,7 @@ class Experiment:
     def _why_skipped(self, mode: str) -> str | None:
         if mode not in self.options.modes:
             return f"not asked for (--modes {','.join(self.options.modes)})"
-        return self.driver.modes.why_not(mode.partition(":")[0], self.workloads)
+        return self.driver.modes.why_not(_enabled_mode(mode), self.workloads)
 
     def _plan_rounds(self, phases: Sequence[Phase]) -> int:
         """Return how many rounds are done, and say it, with about how long they take."""
@@ -240,7 +249,7 @@ class Experiment:
             if number == 1 and alone.status == "ok":
                 self.baseline = os.path.join(self.driver.output, alone.name)
         order = list(together if number % 2 else reversed(together))
-        for mode, members in itertools.groupby(order, key=lambda phase: phase.mode):
+        for mode, members in itertools.groupby(order, key=lambda phase: _enabled_mode(phase.name)):
             self._measure_mode(mode, list(members), number, rounds)
 
     @property
@@ -319,7 +328,10 @@ class Experiment:
         flags += ["--null"] if is_alone else []
         if mode == MPS and not is_alone:
             share = phase.name.partition(":")[2].replace("/", ",") or options.mps_percentage
-            flags += ["--mps-percentage", share] if share else []
+            if phase.name == MODE_MPS_PARTITIONS:
+                flags += ["--mps-partitions"]
+            elif share:
+                flags += ["--mps-percentage", share]
             flags += arguments.flags_of(options, "mps_memory_limit", "mps_priority")
         if not is_alone and self.baseline:
             flags += ["--baseline", self.baseline]

@@ -17,6 +17,7 @@ from benchmarking.cli import EXIT_FAILED, EXIT_NO_GPU, SuiteEnd, SuiteError
 from benchmarking.drivers import driver_arguments as arguments
 from benchmarking.drivers.driver import Driver, driving, say
 from benchmarking.drivers.driver_arguments import SHARED_HELP, UsageError
+from benchmarking.modes.names import MODE_MPS_PARTITIONS
 
 SCRIPT = "stress_test.sh"
 HELP = f"""\
@@ -28,7 +29,8 @@ a neighbor's fault, a time limit, or a bound of yours. Past the first count that
 between it and the last good one are tried. The mode is enabled before and undone after. Without an
 NVIDIA GPU it is a demonstration on the CPU.
 
-  MODE                  time-slicing (default), mps or mig
+  MODE                  time-slicing (default), mps, mps:partitions (static partitions of the
+                        multiprocessors, MAX equal ones: CUDA 13.1's MPS) or mig
   MAX                   largest count (default: 8); always tried itself
 
 Options:
@@ -40,7 +42,7 @@ Options:
                         factor
   --slo-ms Y            a count breaks, too, where the p99 of a job's response times is above Y ms
                         (--mix inference, interactive, mixed, serving, llm)
-  --until-break         go on past MAX by doubling, up to 64 jobs (not under mig)
+  --until-break         go on past MAX by doubling, up to 64 jobs (not under mig, mps:partitions)
   --no-bisect           stop at the first count that breaks
 {SHARED_HELP}
 With --plan FILE or --job counts go in multiples of its clients, and MAX has to be one.
@@ -48,7 +50,7 @@ Defaults: --repeats 1, --output results/stress-<mode>-<date-time>.
 Exit codes: 0 done (a breaking point is a result), 1 nothing could be measured, 2 usage, 3 no usable
 GPU, 4 another run is at work on it, 130 Ctrl-C
 """
-MODES = ("time-slicing", "mps", "mig")
+MODES = ("time-slicing", "mps", MODE_MPS_PARTITIONS, "mig")
 # How many jobs make a mix once.
 GROUPS = {"training": 1, "inference": 1, "interactive": 1, "mixed": 4, "serving": 4, "llm": 4}
 
@@ -83,8 +85,11 @@ def parse_arguments() -> argparse.Namespace:
     options.maximum = parser.checked("MAX", arguments.WHOLE_NUMBER, maximum) if maximum else None
     if options.mode == "mig" and options.until_break:
         parser.error("--until-break: under mig there are as many jobs as instances")
+    if options.mode == MODE_MPS_PARTITIONS and (options.until_break or options.mps_percentage):
+        flag = "--until-break" if options.until_break else "--mps-percentage"
+        parser.error(f"{flag}: under mps:partitions there are MAX jobs, each on its own partition")
     limits = arguments.mps_flags(options)
-    if limits and options.mode != "mps":
+    if limits and not options.mode.startswith("mps"):
         parser.error(f"{limits[0]} needs MODE mps")
     if options.slo_ms and jobs_of(options) == ["--mix", "training"]:
         parser.error(
@@ -132,7 +137,8 @@ def ramp_up(driver: Driver, counts: list[int]) -> tuple[SuiteEnd, bool]:
     require_mode(driver, counts[-1])
     if driver.gpu is not None:
         driver.modes.enable(options.mode, counts[-1])
-    flags = ["--mode", options.mode, *jobs_of(options)]
+    flags = ["--mode", options.mode.partition(":")[0], *jobs_of(options)]
+    flags += ["--mps-partitions"] if options.mode == MODE_MPS_PARTITIONS else []
     flags += ["--workloads", ",".join(map(str, counts)), "--repeats", str(options.repeats or 1)]
     flags += arguments.flags_of(options, "max_slowdown", "slo_ms")
     flags += ["--quick"] if options.quick else []

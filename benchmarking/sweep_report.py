@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,13 +150,14 @@ def terminal_text(sweep: Sweep, width: int) -> str:
 
 def content(sweep: Sweep) -> dict[str, Any]:
     """What the sentences and the table of a sweep are filled with."""
-    known = {point.value: point for point in sweep.points if point.stp is not None}
-    best = max(known, key=lambda value: known[value].stp["mean"], default=None)
-    others = sorted((value for value in known if value != best),
-                    key=lambda value: known[value].stp["mean"], reverse=True)  # fmt: skip
-    figure = claims.Figure({value: point.stp["values"] for value, point in known.items()}, True)
+    stp = {point.value: point.stp for point in sweep.points if point.stp is not None}
+    known = {point.value: point for point in sweep.points if point.value in stp}
+    best = max(stp, key=lambda value: stp[value]["mean"], default=None)
+    others = sorted((value for value in stp if value != best),
+                    key=lambda value: stp[value]["mean"], reverse=True)  # fmt: skip
+    figure = claims.Figure({value: one["values"] for value, one in stp.items()}, True)
     (pairs,) = claims.judge([figure])
-    verdict, tied = claims.verdict_of(best, others, pairs) if others else (None, [])
+    verdict, tied = claims.verdict_of(best, others, pairs) if best and others else (None, [])
     measured = [point for point in sweep.points if point.clients is not None]
     labels = dict.fromkeys(tail["label"] for point in known.values() for tail in point.tails)
     return {
@@ -165,7 +166,7 @@ def content(sweep: Sweep) -> dict[str, Any]:
         "lowest": known[others[-1]] if others else None,
         "verdict": verdict,
         "tied": tied,
-        "rounds": min((len(point.stp["values"]) for point in known.values()), default=0),
+        "rounds": min((len(one["values"]) for one in stp.values()), default=0),
         "tails": {label: ordered_tails(label, known.values()) for label in labels},
         "measured": measured,
         "modes": list(dict.fromkeys(mode_name(point.mode or "") for point in measured)),
@@ -176,7 +177,7 @@ def content(sweep: Sweep) -> dict[str, Any]:
     }
 
 
-def ordered_tails(label: str, points: Sequence[Point]) -> list[tuple[str, float]]:
+def ordered_tails(label: str, points: Iterable[Point]) -> list[tuple[str, float]]:
     """The values with the job's p99 in ms, the lowest first."""
     found = [(point.value, point.tail(label)) for point in points]
     known = [(value, tail["merged_ms"]) for value, tail in found if tail]

@@ -192,7 +192,14 @@ class DriverRunner(ModeScripts):
 def suite_flags(arguments: list[str]) -> dict[str, str]:
     """What a call of the suite was told, by flag."""
     words = iter(arguments)
-    switches = ("--quick", "--bisect", "--until-break", "--allow-contention", "--null")
+    switches = (
+        "--quick",
+        "--bisect",
+        "--until-break",
+        "--allow-contention",
+        "--null",
+        "--mps-partitions",
+    )
     flags = {word: "" if word in switches else next(words) for word in words}
     flags.setdefault("--run-id", Path(flags.get("--resume", "")).name)
     return flags

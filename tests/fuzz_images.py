@@ -25,7 +25,8 @@ with atheris.instrument_imports(include=["workloads.inference", "PIL"]):
     from PIL import Image
 
     from workloads.inference.image_input import FORMATS, ImageRejected, open_upload, small_picture
-    from workloads.inference.web_app import Refusal, picture_of
+    from workloads.inference.web_app import picture_of
+    from workloads.inference.web_process import Refusal
 
 
 MAX_PIXELS = 1_000_000

@@ -27,6 +27,7 @@ from program_copy import copy_programs, processes_of
 from recorded_rows import client, co_run, plain, read_plain
 from waiting import wait_until
 
+from benchmarking import PROJECT_VERSION
 from benchmarking.measuring import baselines, sampler
 from benchmarking.measuring import co_run_records as records
 from benchmarking.measuring.client import ClientResult
@@ -48,6 +49,7 @@ case "$command" in
     get_server_list) echo 900 ;;
     ps) echo "PID ID SERVER DEVICE NAMESPACE COMMAND"; sed 's/$/ 0 900 GPU-0 4026531836 x/' "$running" ;;
     "get_client_list 900") cat "$running" ;;
+    lspart) cat "$CUDA_MPS_PIPE_DIRECTORY/partitions" 2>/dev/null ;;
 esac
 """  # noqa: E501
 
@@ -229,6 +231,7 @@ def test_without_a_gpu_the_whole_flow_runs_as_a_labelled_cpu_demonstration(
     assert run.manifest["job_size"] == "cpu"
     assert run.manifest["outcome"] == "complete"
     assert run.manifest["environment"]["versions"] == {"torch": "scripted"}
+    assert run.manifest["environment"]["project_version"] == PROJECT_VERSION
     assert set(verdicts(run)) == {"not_applicable"}
     assert {record["mode"] for record in run.client_records} == {"cpu-demo"}
 
@@ -473,7 +476,10 @@ def refusing(tmp_path_factory: pytest.TempPathFactory) -> Bench:
      (["--mode", "mig", "--until-break"], "as many clients as instances"),
      (["--plan", "/no/plan.toml"], "/no/plan.toml cannot be read"),
      (["--mode", "mps", "--mps-percentage", "0"], "not a percentage over 0 and up to 100"),
-     (["--mps-percentage", "50"], "limits of MPS clients need --mode mps")],
+     (["--mps-percentage", "50"], "limits of MPS clients need --mode mps"),
+     (["--mps-partitions"], "limits of MPS clients need --mode mps"),
+     (["--mode", "mps", "--mps-partitions", "--until-break"], "as many clients as static"),
+     (["--mode", "mps", "--mps-partitions", "--mps-percentage", "50"], "percentage is ignored")],
 )  # fmt: skip
 def test_wrong_arguments_end_with_code_2_and_one_sentence(
     refusing: Bench, arguments: list[str], words: str
@@ -716,6 +722,36 @@ def test_mps_clients_are_verified_and_their_baselines_run_without_mps(
                    for record in run.client_records]  # fmt: skip
     assert "no-mps-" in directories[0]
     assert directories[1:] == [str(bench.root / "pipe")] * 2
+
+
+def test_clients_on_static_partitions_are_verified_alone_and_together(
+    gpu_bench: Callable,
+) -> None:
+    bench, names = gpu_bench(), [f"{nvml_stub.GPU_UUID}/Dx{i}AAAAAAAAA" for i in (4, 8)]
+    start_daemon(bench)
+    with (bench.root / "state" / f"mps-{nvml_stub.GPU_UUID}.state").open("a") as state:
+        state.write(f"partitions={','.join(names)}\n")
+    rows = [f"{nvml_stub.GPU_UUID[:12]} Dx{i}AAAAA - 8 - 64 Yes\n" for i in (4, 8)]
+    (bench.root / "pipe" / "partitions").write_text("".join(rows))
+    bench.script({"match": "*", "identity": {"multiprocessor_count": 64}})
+    jobs = ["--mode", "mps", "--mix", "training", "--workloads", "2", "--quick"]
+    for number in ("1", "2"):
+        rounds = ["--repeats", "2", "--round", number, "--run-id", "rounds"]
+        run = bench.must(*jobs, "--mps-partitions", *rounds)
+    phases = [record["phase"] for record in run.co_run_records]
+    assert phases == ["baseline", "share_baseline", "co_run", "co_run"]
+    assert run.co_run_records[-1]["co_run"] == "training-mps-partitions-2-r1"
+    assert [record["proof"]["verdict"] for record in run.client_records] == ["verified"] * 6
+    told = [record["identity"]["sharing_environment"].get("CUDA_MPS_SM_PARTITION")
+            for record in run.client_records]  # fmt: skip
+    assert told == [None, names[0], *names, *names]
+    assert run.co_run_records[-1]["summary"]["interference_overhead_percent"] is not None
+    report = bench.report()
+    assert "MPS with static partitions" in report
+
+    plain = bench.run(*jobs)
+    assert plain.returncode == 4
+    assert "started for clients with one (--mps-partitions)" in plain.stderr
 
 
 def test_an_mps_client_that_misses_the_daemon_is_invalid(gpu_bench: Callable) -> None:

@@ -22,8 +22,7 @@ from waiting import wait_until
 from benchmarking import blast_report
 from benchmarking.blast_radius import judge_neighbor
 from benchmarking.measuring.client import ClientResult
-from benchmarking.measuring.launcher import CoRunResult
-from benchmarking.planning.plan import PlannedClient, PlannedCoRun
+from benchmarking.planning.plan import PlannedClient
 from benchmarking.planning.workloads import WORKLOADS
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
@@ -420,29 +419,25 @@ def test_the_summary_is_one_table_of_measured_and_refused_faults(blast: Blast) -
     assert "a/blast_radius.json is no record of a fault" in torn.stderr
 
 
-def co_run_of(status: str, ends: list[float], job_ends: list[float]) -> CoRunResult:
+def client_of(status: str, ends: list[float], job_ends: list[float]) -> ClientResult:
     planned = PlannedClient(0, "batch_inference", "Batch inference", "job", ("true",))
     events = [
         {"event": "units", "kind": "batch", "start_seconds": [end - 0.1 for end in ends],
          "duration_seconds": [0.1] * len(ends)},
         *({"event": "job", "start_seconds": end - 1, "end_seconds": end} for end in job_ends),
     ]  # fmt: skip
-    outcome = ClientResult(planned, status, None, events, None, 0, [])
-    run = PlannedCoRun("mine", "co_run", "mps", 0, (planned,))
-    return CoRunResult(
-        run, "ok", None, [outcome], window_start_seconds=100.0, window_end_seconds=110.0
-    )
+    return ClientResult(planned, status, None, events, None, 0, [])
 
 
 def test_rates_pause_and_loss_of_a_neighbor() -> None:
     steady = [100 + 0.5 * n for n in range(1, 10)]  # up to 104.5; the fault comes at 105
-    stalled = judge_neighbor(co_run_of("ok", [*steady, 108.0, 109.0], [104.5]), 0, 105.0)
+    stalled = judge_neighbor(client_of("ok", [*steady, 108.0, 109.0], [104.5]), 100.0, 110.0, 105.0)
     assert stalled["rate_before"] == pytest.approx(8 / 4)  # from one second after go on
     assert stalled["rate_after"] == pytest.approx(2 / 5)
     assert stalled["longest_gap_ms"] == pytest.approx(3500)
     assert stalled["lost_seconds"] == 0
 
-    dead = judge_neighbor(co_run_of("failed", steady, [102.0]), 0, 105.0)
+    dead = judge_neighbor(client_of("failed", steady, [102.0]), 100.0, 110.0, 105.0)
     assert not dead["survived"]
     assert dead["rate_after"] == 0
     assert dead["longest_gap_ms"] is None

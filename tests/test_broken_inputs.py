@@ -35,7 +35,7 @@ from workloads.common.errors import (
     NotFiniteError,
     UsageError,
 )
-from workloads.common.results import written_whole
+from workloads.common.files import written_whole
 from workloads.common.weights import read_checkpoint
 from workloads.inference.batch_inference import BatchInference
 from workloads.inference.batch_inference import parse_arguments as inference_arguments

@@ -128,11 +128,13 @@ def test_each_variant_of_a_mode_has_a_row_of_its_own():
         mps([2.0], "even", mps_limits=mps_limits("even")),
         mps([2.2], "parts", mps_limits=mps_limits("50", "25")),
         limited(mps([2.1], "plan"), "30"),
+        mps([2.3], "partitions", mps_limits={"partitions": True}),
     )
     names = [(group["variant"], group["settings"]) for group in found["groups"]]
     assert names == [
         ("time-slicing", ""), ("time-slicing:long", "long slices"), ("mps", ""),
         ("mps:50/25", "50/25 %"), ("mps:even", "even"), ("mps:plan", "limits of the plan"),
+        ("mps:partitions", "static partitions"),
     ]  # fmt: skip
     assert conclusion(found)["best"] == "mps:even"
     assert found["left_out"] == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 import pytest
 from conftest import PROJECT_ROOT
 from test_flags_table import ALIASES, FLAG, flags_on_page
+
+from benchmarking import PROJECT_VERSION
 
 PAGES = sorted(
     [
@@ -97,14 +100,25 @@ def test_every_page_is_found_from_the_readme():
     assert seen == set(PAGES)
 
 
-def test_the_version_to_cite_is_the_newest_of_the_changes():
+def test_the_version_to_cite_and_to_record_is_the_newest_of_the_changes():
     (cited,) = re.findall(
         r"^version: (.*)$", (PROJECT_ROOT / "CITATION.cff").read_text(), re.MULTILINE
     )
     assert (
         re.findall(r"^## (\S+)", (PROJECT_ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[0]
         == cited
+        == PROJECT_VERSION
     )
+
+
+def test_the_constraints_are_the_versions_of_the_recorded_run():
+    text = (PROJECT_ROOT / "constraints.txt").read_text()
+    manifests = sorted(PROJECT_ROOT.glob("examples/h200-mixed-4/*/manifest.json"))
+    recorded = [json.loads(path.read_text())["environment"] for path in manifests]
+    python = recorded[0]["versions"]["python"]
+    assert f"Python {python}" in text and recorded[0]["driver_version"] in text
+    pinned = dict(re.findall(r"^([\w-]+)==(\S+)$", text, re.MULTILINE))
+    assert [one["versions"] for one in recorded] == [{"python": python} | pinned] * len(recorded)
 
 
 def test_places_of_recorded_figures_are_marked_from_begin_to_end():

@@ -22,7 +22,9 @@ MARKDOWN = "a`b`\n\n# <b>x</b> [y](javascript:z) | \x1b]0;title\x07 \u202e"
 
 def hostile_runs() -> list[dict]:
     """Two runs whose card, labels, notes, mix, paths and reasons try to be markup."""
-    environment = synthetic_runs.GPU | {"gpu_name": HOSTILE, "git_commit": HOSTILE}
+    environment = synthetic_runs.GPU | {
+        "gpu_name": HOSTILE, "git_commit": HOSTILE, "project_version": "2.0.0",
+    }  # fmt: skip
     runs = [
         slicing(4.0, 4.04, 4.08, environment=environment, notes=[HOSTILE, MARKDOWN]),
         mps(2.0, 2.02, 2.04, environment=environment, command=["suite.py", "--data", HOSTILE]),
@@ -69,6 +71,7 @@ def test_text_from_records_stays_text_in_the_page_and_in_its_charts(report: str)
     assert report.count("<style") == 1 + report.count("<svg")  # the page's, and each chart's own
     assert str(markupsafe.escape(HOSTILE)) in report
     assert report.count("<svg") == report.count("</svg>") >= 4
+    assert re.search(r"project version</th>\s*<td>2.0.0<", report)
 
 
 def test_the_page_holds_all_that_it_shows_and_asks_nobody_for_more(report: str) -> None:

@@ -153,6 +153,9 @@ PERCENTAGE = "over 0 and up to 100"
         ([MPS_ON, "4"], "unexpected argument: 4"),
         ([MPS_ON, "--percentage", ""], "--percentage needs a value"),
         ([MPS_ON, "--exclusive=1"], "--exclusive takes no value"),
+        *(([MPS_ON, "--static-partitions", given], "a number from 1 to 99")
+          for given in ("0", "4x")),
+        ([MPS_ON, "--static-partitions", "4", "--percentage", "25"], "leave --percentage"),
         ([TS, "4", "--timeslice", "tiny"], "default, short, medium or long"),
         ([TS, "4", "--timeslice"], "needs a value"),
         *(([MPS_ON, "--percentage", given], PERCENTAGE)
@@ -172,6 +175,18 @@ def test_wrong_arguments_are_exit_code_2_with_a_sentence_before_anything_is_aske
 ) -> None:
     m.refused(scripts.run(*command), 2, words)
     assert scripts.machine.calls() == []
+
+
+PARTITIONS = (MPS_ON, "--static-partitions", "3")
+HAS_PARTITIONS = m.machine(mps_version=13010)
+NEEDS_13010 = "static SM partitions need nvidia-cuda-mps-control 13010 (CUDA 13.1)"
+
+
+def partitions_are_saved(scripts: m.ModeScripts, chunks: list[int]) -> bool:
+    (daemon,) = scripts.machine.state()["mps"].values()
+    made = [one["id"] for one in daemon["partitions"]]
+    assert [one["chunks"] for one in daemon["partitions"]] == chunks
+    return (scripts.saved("mps") or {})["partitions"] == ",".join(made)
 
 
 # --- what each script says and does --------------------------------------------------------------
@@ -341,6 +356,35 @@ def test_wrong_arguments_are_exit_code_2_with_a_sentence_before_anything_is_aske
         1, (), m.has(daemons=1, compute_mode="Default"),
         ((MPS_ON, "--percentage", "50"), m.rule(SET_MODE, exit=0, text="All done.")),
         (m.no_rules, (MPS_ON,)), lambda scripts: "50.0" in scripts.must(MPS_ON).stdout),
+    # MPS with static partitions
+    *(m.Row(f"{name}: no static partitions", PARTITIONS, 4, (f"{NEEDS_13010}; this one is {this}",),
+          m.untouched, (m.machine(mps_version=version), *rules))
+      for name, version, this, rules in (
+        ("too old a program", 13000, "13000", ()),
+        ("a program that says no version", 13010, "of unknown version",
+         (m.rule("nvidia-cuda-mps-control -v", exit=1, text="Unknown option"),)))),
+    m.Row("equal partitions of whole chunks are made, saved and named", PARTITIONS, 0,
+        ("export CUDA_MPS_SM_PARTITION=GPU-",),
+        lambda scripts: partitions_are_saved(scripts, [5, 5, 5]), (HAS_PARTITIONS,)),
+    m.Row("twice keeps the partitions", PARTITIONS, 0, ("answers already",), m.untouched,
+        (HAS_PARTITIONS, PARTITIONS)),
+    m.Row("an Ampere's chunks are of four", PARTITIONS, 0, (),
+        lambda scripts: partitions_are_saved(scripts, [9, 9, 9]), (HAS_PARTITIONS,),
+        kind="a100-40"),
+    m.Row("more partitions than chunks", (MPS_ON, "--static-partitions", "17"), 4,
+        ("17 static partitions do not fit", "make 16 chunks"), m.as_delivered, (HAS_PARTITIONS,)),
+    m.Row("a partition that is refused", PARTITIONS, 1, ("partition 3 of 3", "Failed to fulfill"),
+        m.as_delivered, (HAS_PARTITIONS, m.rule("*< sm_partition add *", exit=0, after=2,
+                                                text="Failed to fulfill the requested"))),
+    m.Row("a partition that is not listed", PARTITIONS, 1, ("lists 2 static partitions, not 3",),
+        m.as_delivered, (HAS_PARTITIONS, m.rule("*< sm_partition add *", exit=0, after=2,
+                                                text=f"Partition {UUID}/Dz4AAAAA created"))),
+    *(m.Row(f"a daemon with {has} partitions is not another", command, 6,
+          (f"was started with {has} static", "./gpu-configs/disable_mps.sh"), m.untouched,
+          (HAS_PARTITIONS, earlier), ((MPS_OFF,),), m.as_delivered)
+      for has, earlier, command in (
+        ("no", (MPS_ON,), PARTITIONS), ("3", PARTITIONS, (MPS_ON,)),
+        ("3", PARTITIONS, (MPS_ON, "--static-partitions", "4")))),
     m.Row("another user's daemon stays", (MPS_OFF,), 0, ("left alone: MPS control daemon, pid",),
         m.untouched, (m.daemon(user="alice"),)),
     m.Row("a daemon of one's own by hand stays", (MPS_OFF,), 0, ("left alone",), m.untouched,

@@ -24,7 +24,7 @@ def build(
     mode: str, mix: str = "mixed", counts: tuple[int, ...] = (4,), repeats: int = 1, **more: object
 ) -> Plan:
     request = Request(mode=mode, mix=mix, counts=counts, repeats=repeats, **more)
-    return plan.build_plan(request, mode, SIZE_GUIDE)
+    return plan.build_plan(request, mode, SIZE_GUIDE, has_own_shares=mode == "mig")
 
 
 def test_the_rate_that_a_service_bears_alone_is_fixed_for_its_co_runs() -> None:

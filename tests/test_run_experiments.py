@@ -506,6 +506,69 @@ def test_a_gpu_without_mig_skips_that_phase() -> None:
         assert other.reason("mig") == "Tesla T4 has no MIG"
 
 
+# --- static partitions ----------------------------------------------------------------------------
+
+PARTITIONS = ("--modes", "mps,mps:partitions,mps:even", "--repeats", "2")
+
+
+def test_static_partitions_are_a_mode_of_their_own_whose_daemon_is_started_for_them(
+    runner: DriverRunner,
+) -> None:
+    runner.machine.change(mps_version=13010)
+    runner.must_drive(SCRIPT, *PARTITIONS, "--mps-percentage", "50", "--mps-memory-limit", "8G")
+    assert runner.turns() == [
+        "1 baseline", "1 mps", "1 mps-partitions", "1 mps-even",
+        "2 baseline", "2 mps-even", "2 mps-partitions", "2 mps",
+    ]  # fmt: skip
+    starts = [command for command in runner.machine.changing_calls() if START in command]
+    assert [command.endswith("-S") for command in starts] == [False, True, False] * 2
+    chunks = [one for one in runner.machine.changing_calls() if "sm_partition add" in one]
+    assert len(chunks) == 2 * 4 and all(one.endswith(f"{UUID} 4") for one in chunks)
+    flags = runner.suite_calls()["mps-partitions"]["flags"]
+    assert (flags["--mode"], flags["--mps-memory-limit"]) == ("mps", "8G")
+    assert "--mps-partitions" in flags and "--mps-percentage" not in flags
+    assert runner.outcomes()["mps:partitions"] == "ok"
+    assert runner.python_calls()[-1]["gpu"] == AS_BEFORE
+    assert runner.left_behind() == []
+
+
+def test_static_partitions_that_the_control_program_lacks_are_skipped_with_the_reason(
+    runner: DriverRunner,
+) -> None:
+    for flags in ((), ("--dry-run",)):
+        result = runner.must_drive(SCRIPT, *PARTITIONS, *flags)
+        assert (
+            "mps:partitions: skipped (static SM partitions need nvidia-cuda-mps-control 13010 "
+            "(CUDA 13.1); this one is 13000)"
+        ) in result.stderr
+        runner.output = runner.folder / "second"
+    assert "--mps-partitions" not in result.stdout
+    assert "mps-partitions" not in runner.suite_calls()
+
+
+def test_partitions_that_were_there_are_used_and_left_and_plain_mps_is_not_measured_on_them(
+    runner: DriverRunner,
+) -> None:
+    runner.machine.change(mps_version=13010)
+    runner.must("enable_mps.sh", "--static-partitions", "4")
+    assert runner.drive(SCRIPT, *PARTITIONS).returncode == 1
+    assert runner.outcomes()["mps:partitions"] == "ok"
+    assert "started with 4 static partitions" in runner.reason("mps")
+    assert len((runner.saved("mps") or {})["partitions"].split(",")) == 4
+
+
+def test_a_killed_driver_leaves_static_partitions_to_the_next_start_or_to_restore(
+    runner: DriverRunner,
+) -> None:
+    runner.machine.change(mps_version=13010)
+    runner.rule(**{"mps-partitions": {"kill_driver": True}})
+    assert runner.drive(SCRIPT, "--modes", "mps:partitions").returncode != 0
+    assert runner.machine.state()["mps"]
+    runner.must("gpu_status.sh", "--restore")
+    assert not runner.machine.state()["mps"]
+    assert runner.left_behind() == []
+
+
 # --- dry runs -------------------------------------------------------------------------------------
 
 
@@ -603,7 +666,7 @@ def test_the_first_visible_gpu_is_taken_and_passed_on_by_uuid() -> None:
 
 # --- what is refused ------------------------------------------------------------------------------
 
-MODES = "--modes needs some of: time-slicing mps mps:even mps:PERCENT mig"
+MODES = "--modes needs some of: time-slicing mps mps:even mps:PERCENT mps:partitions mig"
 
 
 @pytest.mark.parametrize(
@@ -611,6 +674,7 @@ MODES = "--modes needs some of: time-slicing mps mps:even mps:PERCENT mig"
     [
         *((["--modes", given], MODES)
           for given in ("mps,mpz", "", "mps:0", "mps:101", "mps:", "mps:even/", "time-slicing:50")),
+        (["--modes", "mps:partitions", "--mps-percentage", "50"], "leave --mps-percentage"),
         (["--workloads", "0"], "--workloads needs a whole number from 1 on"),
         (["--phase-minutes", "0.0"], "--phase-minutes needs a number of minutes over 0"),
         (["--engine", "fast"], "--engine needs one of: eager graph compile"),

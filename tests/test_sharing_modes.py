@@ -24,7 +24,7 @@ from benchmarking.modes.mode_scripts import (
     lock_reason,
     read_state,
 )
-from benchmarking.modes.mps import MpsMode
+from benchmarking.modes.mps import MpsMode, PartitionedMpsMode
 from benchmarking.modes.sharing_mode import (
     ModeNotInForceError,
     ProcessLists,
@@ -76,6 +76,21 @@ def mps(*candidates: str, facts: dict | None = None) -> MpsMode:
     return mode
 
 
+NAMES = [f"{UUID}/{name}" for name in ("Dx4AAAAAAAAA", "Dx8AAAAAAAAA")]
+
+
+def partitioned(pipe: str, clients: int = 2) -> PartitionedMpsMode:
+    mode = PartitionedMpsMode("mps", lambda: H100, EMPTY, clients, own_pid_namespace=False)
+    mode.recorded = {"pipe_directory": pipe, "partitions": ",".join(NAMES)}
+    return mode
+
+
+def partition_table(*rows: str) -> str:
+    head = "GPU            Partition  free   used   free  used  clients"
+    units = "                          chunk  chunk  SM    SM"
+    return "\n".join([head, units, "GPU-00000000  -  0  16  0  128  -", *rows])
+
+
 def cpu_demo() -> SharingMode:
     return make_mode("cpu-demo", lambda: None, clients=1, no_mps_folder=EMPTY, environment={})
 
@@ -96,6 +111,7 @@ case "$command" in
         for pid in $(cat "$CUDA_MPS_PIPE_DIRECTORY/running"); do
             echo "$pid 0 900 GPU-0 4026531836 python3"
         done ;;
+    lspart) cat "$CUDA_MPS_PIPE_DIRECTORY/partitions" ;;
     "get_client_list 900") tr ' ' '\\n' < "$CUDA_MPS_PIPE_DIRECTORY/running" ;;
     *) echo "Unknown command \\"$command\\"" ;;
 esac
@@ -103,9 +119,10 @@ esac
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
 
-    def start(clients: str, name: str = "pipe") -> str:
+    def start(clients: str, name: str = "pipe", partitions: str = "Unknown command") -> str:
         folder = tmp_path / name
         folder.mkdir()
+        (folder / "partitions").write_text(partitions)
         (folder / "running").write_text(clients)
         return str(folder)
 
@@ -145,6 +162,41 @@ def test_a_card_without_mig_gets_no_advice_to_switch_it_on() -> None:
     with pytest.raises(ModeNotInForceError, match="not supported") as refusal:
         mig({**H100, "mig_mode": None}).require()
     assert "setup_mig" not in str(refusal.value)
+
+
+def test_a_daemon_with_static_partitions_takes_only_clients_that_have_one(
+    control: Callable,
+) -> None:
+    rows = ["GPU-00000000  Dx4AAAAA  -  8  -  64  No", "GPU-00000000  Dx8AAAAA  -  8  -  64  No"]
+    mode = partitioned(control("", partitions=partition_table(*rows)))
+    assert all(item.ok for item in mode.require())
+    assert [mode.client_environment(i)["CUDA_MPS_SM_PARTITION"] for i in (0, 1)] == NAMES
+    pipe = str(mode.pipe_directory())
+    with pytest.raises(ModeNotInForceError, match="started for clients with one"):
+        mps(pipe).require()
+    recorded = mps(pipe)
+    recorded.recorded = {"pipe_directory": pipe, "partitions": ""}
+    (Path(pipe) / "partitions").write_text("nothing yet")
+    with pytest.raises(ModeNotInForceError, match="started for clients with one"):
+        recorded.require()
+
+
+@pytest.mark.parametrize(
+    ("partitions", "said"),
+    [("Unknown command", "0 static partitions for 4 clients; run ./gpu-configs/disable_mps.sh && "
+      "./gpu-configs/enable_mps.sh --static-partitions 4"),
+     (partition_table("GPU-00000000  Dx4AAAAA  -  8  -  64  No"), "1 static partitions for 4"),
+     (None, "an MPS control daemon answers: none")],
+    ids=["a plain daemon", "one of two is left", "no daemon"],
+)  # fmt: skip
+def test_fewer_static_partitions_than_clients_are_refused_with_both_numbers(
+    control: Callable, partitions: str | None, said: str
+) -> None:
+    mode = partitioned("/nonexistent" if partitions is None else
+                       control("", partitions=partitions), clients=4)  # fmt: skip
+    with pytest.raises(ModeNotInForceError, match=re.escape(said)) as raised:
+        mode.require()
+    assert str(raised.value).endswith("enable_mps.sh --static-partitions 4")
 
 
 def test_mps_takes_the_first_directory_that_answers(control: Callable, tmp_path: Path) -> None:
@@ -230,6 +282,39 @@ def test_an_mps_client_is_known_to_nvml_or_to_the_daemon(
     mode = mps(control(daemon))
     mode.observe()
     assert mode.prove(0, identity(), frozenset({11}), lists({11}, nvml)).verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("row", "changes", "verdict"),
+    [("GPU-00000000  Dx4AAAAA  -  8  -  64  Yes", {}, "verified"),
+     ("GPU-00000000  Dx4AAAAA  -  8  -  64  No", {}, "invalid"),
+     ("GPU-00000000  Dx4AAAAA  -  8  -  64  Yes", {"multiprocessor_count": 132}, "invalid"),
+     ("GPU-00000000  Dx4AAAAA  -  8  -  64  Yes", {"multiprocessor_count": None}, "unverified"),
+     ("GPU-00000000  Dx4AAAAA  -  8  -  -   Yes", {}, "unverified"),
+     ("GPU-00000000  Dx4AAAAA  -  8  -  64  ?", {}, "unverified"),
+     ("GPU-99999999  Dx4AAAAA  -  8  -  64  Yes", {}, "unverified"),
+     ("GPU-00000000  Dx8AAAAA  -  8  -  64  Yes", {}, "unverified"),
+     ("GPU-00000000  Dx  -  8  -  64  Yes\nGPU-00000000  Dx  -  8  -  64  Yes", {}, "unverified"),
+     ("GPU-00000000  Dx4AAAAA  -  8  -  64  Yes", {"pid": LIVING}, "invalid")],
+    ids=["its own", "not in use", "more multiprocessors", "a client that does not say",
+         "a row that does not say", "neither yes nor no", "another card's", "another partition's",
+         "two that it can be", "no client of the daemon"],
+)  # fmt: skip
+def test_a_client_on_a_static_partition_uses_it_and_sees_its_multiprocessors(
+    control: Callable, row: str, changes: dict, verdict: str
+) -> None:
+    mode = partitioned(control("11 12", partitions=partition_table(row)))
+    mode.observe()
+    seen = identity(**{"multiprocessor_count": 64, **changes})
+    assert mode.prove(0, seen, frozenset({11, 12}), lists({11}, {11})).verdict == verdict
+
+
+def test_a_command_on_a_static_partition_stays_unverified(control: Callable) -> None:
+    row = "GPU-00000000  Dx4AAAAA  -  8  -  64  No"  # it may begin to use the GPU later
+    mode = partitioned(control("11", partitions=partition_table(row)))
+    mode.observe()
+    proof = mode.prove(0, {"processes": [11]}, frozenset({11}), lists({11}, {11}))
+    assert proof.verdict == "unverified"
 
 
 @pytest.mark.parametrize(

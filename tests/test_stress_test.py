@@ -81,6 +81,22 @@ def test_the_mode_is_on_during_the_ramp_and_off_before_its_chart_which_is_named(
     assert runner.python_calls()[-1]["gpu"] == AS_BEFORE
 
 
+def test_a_ramp_under_static_partitions_has_one_for_each_job_of_the_largest_count(
+    runner: DriverRunner,
+) -> None:
+    reason = "mps:partitions cannot be used: static SM partitions need nvidia-cuda-mps-control"
+    refused = runner.drive(SCRIPT, "mps:partitions", "4")
+    assert refused.returncode == 1 and reason in refused.stderr
+    runner.machine.change(mps_version=13010)
+    runner.must_drive(SCRIPT, "mps:partitions", "4")
+    call = runner.suite_calls()["mps-partitions"]
+    assert (call["flags"]["--mode"], call["gpu"]["daemons"]) == ("mps", 1)
+    assert "--mps-partitions" in call["flags"]
+    made = [one for one in runner.machine.changing_calls() if "sm_partition add" in one]
+    assert len(made) == 4
+    assert runner.python_calls()[-1]["gpu"] == AS_BEFORE
+
+
 def test_bounds_and_the_search_for_the_exact_count_reach_the_suite(asked: DriverRunner) -> None:
     planned = asked.planned(
         SCRIPT, "mps", "4", "--mix", "inference", "--max-slowdown=2.5", "--slo-ms", "50",
@@ -183,13 +199,15 @@ def test_without_a_gpu_it_is_a_demonstration(runner: DriverRunner) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["exclusive"], "MODE needs one of: time-slicing mps mig"),
+        (["exclusive"], "MODE needs one of: time-slicing mps mps:partitions mig"),
         (["mps", "none"], "MAX needs a whole number from 1 on"),
         (["mps", "4", "4"], "unexpected argument: 4"),
         (["mps", "6", "--mix", "mixed"], "MAX needs to be a multiple of 4"),
         (["--slo-ms", "0"], "--slo-ms needs a number above 0"),
         (["--slo-ms", "50"], "--slo-ms needs jobs with response times"),
         (["mig", "--until-break"], "as many jobs as instances"),
+        (["mps:partitions", "--until-break"], "each on its own partition"),
+        (["mps:partitions", "--mps-percentage", "50"], "--mps-percentage: under mps:partitions"),
         (["--mps-percentage", "50"], "--mps-percentage needs MODE mps"),
         (["--plan", "no.toml"], "'no.toml' is not a file"),
         (["--plan", EXAMPLE, "--mix", "mixed"], "give one of the two"),

@@ -152,7 +152,8 @@ def test_limits_of_mps_clients_reach_them_together_but_not_alone(gpu_bench: Call
     assert limits == [None, "0=8G", "0=4G"]
     assert run.manifest["mix"] == "training"
     assert run.manifest["mps_limits"] == {
-        "percentages": ["even"], "memory_limits": ["8G", "4G"], "priorities": [],
+        "partitions": False, "percentages": ["even"], "memory_limits": ["8G", "4G"],
+        "priorities": [],
     }  # fmt: skip
     assert run.co_run_records[-1]["co_run"] == "training-mps-even-mem-8G-4G-2-r0"
     read = read_run(run.folder)

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from test_resnet_training import cache, cpu_device, no_warning, write_image_folder
 
-from workloads.common import results, weights
+from workloads.common import files, results, weights
 from workloads.common.errors import (
     DamagedFileError,
     UnreadableImageError,
@@ -337,12 +337,12 @@ def test_without_a_folder_to_keep_things_in_the_variable_is_named(tmp_path, monk
     monkeypatch.delenv("HOME", raising=False)
     monkeypatch.setattr(os, "getuid", lambda: 54321)
     with pytest.raises(UsageError, match="set XDG_CACHE_HOME"):
-        results.cache_folder()
+        files.cache_folder()
     monkeypatch.setenv("HOME", "/proc")
     with pytest.raises(UsageError, match="set XDG_CACHE_HOME"):
-        results.cache_folder()
+        files.cache_folder()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert results.cache_folder() == tmp_path / "gpu-sharing-bench"
+    assert files.cache_folder() == tmp_path / "gpu-sharing-bench"
 
 
 def test_a_download_without_a_home_folder_makes_none_in_the_working_folder(tmp_path, monkeypatch):

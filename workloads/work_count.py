@@ -21,6 +21,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -126,7 +127,7 @@ def training_work(
 def _work(found: Operators, model: torch.nn.Module, state_bytes_each: int) -> dict:
     """Return plain data for JSON: the operators (one entry for equal ones) and totals."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    operators = [
+    operators: list[dict[str, Any]] = [
         {"operator": name, "operations": operations, "bytes": size, "count": count}
         for (name, operations, size), count in found.items()
     ]
@@ -149,7 +150,9 @@ def count_operators(work: Callable[[], None]) -> Operators:
     found: Operators = Counter()
 
     class CountHeavy(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
             kwargs = kwargs or {}
             out = func(*args, **kwargs)
             formula = flop_registry.get(func._overloadpacket)
@@ -162,7 +165,9 @@ def count_operators(work: Callable[[], None]) -> Operators:
     class FuseAttention(TorchFunctionMode):
         """The meta device would take attention apart, with every score written and read."""
 
-        def __torch_function__(self, func, types, args=(), kwargs=None):
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
             if func is scaled_dot_product_attention:
                 return torch.ops.aten._scaled_dot_product_flash_attention(*args[:3])[0]
             return func(*args, **(kwargs or {}))

@@ -260,7 +260,7 @@ class Driver:
 
     def mode_name(self, mode: str) -> str:
         """Return what a run under a mode may be called here."""
-        return mode if self.gpu else "cpu-demo"
+        return mode.replace(":", "-") if self.gpu else "cpu-demo"
 
     def run_suite(self, run_id: str, flags: Sequence[str]) -> SuiteEnd:
         """Run the suite into a folder of the output, or go on with the run that is there.

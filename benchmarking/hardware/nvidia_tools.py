@@ -29,6 +29,8 @@ from benchmarking.hardware.visible_devices import (
 A_GPU = re.compile(r"^GPU \d+: .*\(UUID: ", re.MULTILINE)
 QUESTION_SECONDS = 60
 MPS_QUESTION_SECONDS = 10
+# The first control program that has static SM partitions, as gpu-configs/lib/mps.sh says, too.
+STATIC_PARTITIONS_VERSION = 13010
 MIG_FIELD = "mig.mode.current"
 # As in `Gpu`; name last, since it alone could hold a comma.
 FIELDS = ("index", "uuid", "compute_mode", MIG_FIELD, "name")
@@ -202,13 +204,27 @@ def time_slice(gpu: Mapping[str, Any]) -> str | None:
 
 def ask_mps_control(pipe_directory: str, command: str) -> str | None:
     """Return what the MPS control daemon of a pipe directory answers, `None` when none does."""
+    return _run_mps_control([], f"{command}\n", CUDA_MPS_PIPE_DIRECTORY=pipe_directory)
+
+
+def why_no_static_partitions() -> str | None:
+    """Return why MPS has no static SM partitions on this machine, `None` where it has."""
+    found = re.search(r"version: *(\d+)", _run_mps_control(["-v"]) or "")
+    if found and int(found[1]) >= STATIC_PARTITIONS_VERSION:
+        return None
+    return (
+        f"static SM partitions need nvidia-cuda-mps-control {STATIC_PARTITIONS_VERSION} "
+        f"(CUDA 13.1); this one is {found[1] if found else 'of unknown version'}"
+    )
+
+
+def _run_mps_control(flags: Sequence[str], text: str = "", **variables: str) -> str | None:
     # What the caller set for their own programs, such as CUDA_MPS_PROTOCOL_VERSION, stays away.
     without_cuda = {k: v for k, v in os.environ.items() if not k.startswith("CUDA_")}
     try:
         answer = subprocess.run(
-            ["nvidia-cuda-mps-control"], input=f"{command}\n", capture_output=True, check=False,
-            encoding="utf-8", errors="replace",
-            env={**without_cuda, "CUDA_MPS_PIPE_DIRECTORY": pipe_directory},
+            ["nvidia-cuda-mps-control", *flags], input=text, capture_output=True, check=False,
+            encoding="utf-8", errors="replace", env={**without_cuda, **variables},
             timeout=MPS_QUESTION_SECONDS,
         )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired):

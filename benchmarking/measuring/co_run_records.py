@@ -11,7 +11,6 @@ from benchmarking.measuring.client import ClientResult
 from benchmarking.measuring.event_log import jobs_of, last_event, unit_spans, units_in_window
 from benchmarking.measuring.launcher import CoRunResult
 from benchmarking.metrics import scores
-from benchmarking.modes.names import MODE_MIG
 from benchmarking.records.run_folder import PHASE_BASELINE, PHASE_SHARE_BASELINE, pooled
 from benchmarking.records.types import (
     ClientRecord,
@@ -163,7 +162,7 @@ def co_run_record(
     elif gpu_lost:
         reason = f"{gpu_lost}; {reason}" if reason else gpu_lost
     baselines, joules = dict(reference.whole), dict(reference.whole_joules)
-    share = reference.share if co_run.planned.mode == MODE_MIG else {}
+    share = reference.share
     if co_run.planned.phase == PHASE_BASELINE and clients[0].status == "ok":
         baselines[clients[0].job_key] = clients[0]
         joules[clients[0].job_key] = gpu.energy_joules if gpu else None

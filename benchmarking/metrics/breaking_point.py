@@ -128,7 +128,8 @@ def _passed_bound(
         latencies = [ms for record in copies for ms in record.latency_ms or ()]
         failed = sum(r.units[FAILED_REQUEST].count for r in copies if FAILED_REQUEST in r.units)
         share = slo_attainment_percent(latencies, max_p99_ms, round(failed))
-        if failed and share < 99:  # what failed has no latency, so no percentile would show it
+        # What failed has no latency, so no percentile would show it.
+        if failed and share is not None and share < 99:
             return "p99", (
                 f"only {share:.1f} % of all requests were answered within the bound of "
                 f"{duration(max_p99_ms)}"

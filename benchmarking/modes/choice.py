@@ -6,12 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from benchmarking.modes.mig import MigMode
-from benchmarking.modes.mps import MpsMode
+from benchmarking.modes.mps import MpsMode, PartitionedMpsMode
 from benchmarking.modes.names import (
     MODE_CPU_DEMO,
     MODE_EXCLUSIVE,
     MODE_MIG,
     MODE_MPS,
+    MODE_MPS_PARTITIONS,
     MODE_TIME_SLICING,
 )
 from benchmarking.modes.sharing_mode import GpuFacts, SharingMode
@@ -21,6 +22,7 @@ MODE_CLASSES: Mapping[str, type[SharingMode]] = {
     MODE_TIME_SLICING: WholeGpuMode,
     MODE_EXCLUSIVE: WholeGpuMode,
     MODE_MPS: MpsMode,
+    MODE_MPS_PARTITIONS: PartitionedMpsMode,
     MODE_MIG: MigMode,
     MODE_CPU_DEMO: CpuDemoMode,
 }
@@ -35,7 +37,11 @@ def make_mode(
     environment: Mapping[str, str],
     layout: Sequence[str] = (),
 ) -> SharingMode:
-    """Return the mode called `name`; the arguments are the fields of `SharingMode`."""
+    """Return the mode called `name`; the arguments are the fields of `SharingMode`.
+
+    A variant has a class of its own and its mode's name.
+    """
     if name not in MODE_CLASSES:
         raise ValueError(f"there is no sharing mode {name!r}")
-    return MODE_CLASSES[name](name, describe, no_mps_folder, clients, environment, layout)
+    mode = name.partition(":")[0]
+    return MODE_CLASSES[name](mode, describe, no_mps_folder, clients, environment, layout)

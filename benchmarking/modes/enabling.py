@@ -25,9 +25,16 @@ from benchmarking.hardware.nvidia_tools import (
     printable,
     refresh,
     time_slice,
+    why_no_static_partitions,
 )
 from benchmarking.modes import mode_scripts
-from benchmarking.modes.mode_scripts import KINDS_OF_ROOT, STATE_KINDS, ModeScriptError
+from benchmarking.modes.mode_scripts import (
+    KINDS_OF_ROOT,
+    STATE_KINDS,
+    ModeScriptError,
+    saved_partitions,
+)
+from benchmarking.modes.names import MODE_MPS_PARTITIONS
 from benchmarking.records.writing import append_text, write_text_atomic
 
 LOG_FILE = "mode-scripts.log"
@@ -35,6 +42,7 @@ NOTE = "driver"  # the kind of state that a driver's note is
 UNDO_SCRIPTS = {
     "time-slicing": "reset_time_slicing.sh",
     "mps": "disable_mps.sh",
+    MODE_MPS_PARTITIONS: "disable_mps.sh",
     "mig": "disable_mig.sh",
 }
 
@@ -71,8 +79,12 @@ class ModeSwitch:
         if self.found is None:
             return "no NVIDIA GPU"
         is_on = self.gpu.mig_mode == "Enabled"
+        if mode != "mig" and is_on:
+            return "MIG is on, so there is no whole GPU to use"
+        if mode == MODE_MPS_PARTITIONS:
+            return why_no_static_partitions()
         if mode != "mig":
-            return "MIG is on, so there is no whole GPU to use" if is_on else None
+            return None
         if "N/A" in self.gpu.mig_mode:
             return f"{self.gpu.name} has no MIG"
         if self._options.mig:
@@ -198,8 +210,9 @@ class ModeSwitch:
         if mode == "mig":
             profiles = [options.mig_layout or options.mig_profile]
             words = ["setup_mig.sh", *profiles, *([] if options.mig_layout else [str(clients)])]
-        elif mode == "mps":
+        elif mode in ("mps", MODE_MPS_PARTITIONS):
             words = ["enable_mps.sh", *(["--exclusive"] if options.exclusive else [])]
+            words += ["--static-partitions", str(clients)] if mode == MODE_MPS_PARTITIONS else []
             if options.exclusive and self._is_set_up("mps"):
                 self._say(
                     "warning: MPS is set up without --exclusive; it is switched off altogether at "
@@ -210,8 +223,8 @@ class ModeSwitch:
             if options.timeslice:
                 words += ["--timeslice", options.timeslice]
                 self._undo_words = self._saved_time_slicing() or self._undo_words
-        changes_card = {"time-slicing": options.timeslice, "mps": options.exclusive, "mig": True}
-        self._as_root = bool(changes_card[mode]) and self._may_become_root()
+        changes_card = {"time-slicing": options.timeslice, "mig": True}
+        self._as_root = bool(changes_card.get(mode, options.exclusive)) and self._may_become_root()
         return words
 
     def _saved_time_slicing(self) -> list[str] | None:
@@ -261,8 +274,13 @@ class ModeSwitch:
                 is_on = self.gpu.mig_mode == "Enabled"
                 return is_on and self._suffice(mig_instances(self.gpu), clients)
             return False
-        if mode == "mps":
-            return self._finds_daemon() and (not options.exclusive or self._is_exclusive())
+        if mode in ("mps", MODE_MPS_PARTITIONS):
+            state = self._state("mps")
+            is_started_so = "partitions" not in state
+            if mode == MODE_MPS_PARTITIONS:
+                is_started_so = len(saved_partitions(state)) >= clients
+            is_exclusive = not options.exclusive or self._is_exclusive()
+            return is_started_so and is_exclusive and self._finds_daemon()
         if options.timeslice:
             # A saved one that a driver reload has reset since does not count.
             wanted = options.timeslice.capitalize()

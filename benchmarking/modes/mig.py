@@ -20,6 +20,8 @@ from benchmarking.records.types import Evidence, Proof
 class MigMode(SharingMode):
     """Client i has instance i for itself, or the instance of the layout's profile i."""
 
+    has_own_shares = True
+
     def instances(self) -> list[Mapping[str, Any]]:
         """Return the card's instances in NVML's order, or those of the layout in its order."""
         there = list(self.facts().get("mig_devices") or [])

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
+from benchmarking.modes.names import MODE_MPS_PARTITIONS
 from benchmarking.records.writing import append_text
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "gpu-configs"
@@ -39,6 +40,7 @@ LOCK_VARIABLE = "GPU_SETTINGS_LOCKED"
 STATE_KINDS = {
     "time-slicing": ("time-slicing", "time-slice"),
     "mps": ("mps", "compute-mode"),
+    MODE_MPS_PARTITIONS: ("mps", "compute-mode"),
     "mig": ("mig",),
 }
 KINDS_OF_ROOT = frozenset({"time-slice", "compute-mode", "mig"})
@@ -190,6 +192,11 @@ def read_state(kind: str, gpu_uuid: str, environment: Mapping[str, str]) -> dict
         pairs = (line.partition("=") for line in text.splitlines())
         return {key.strip(): value.strip() for key, separator, value in pairs if separator}
     return {}
+
+
+def saved_partitions(state: Mapping[str, str]) -> list[str]:
+    """Return the static partitions of a saved MPS daemon, each as `GPU-.../NAME`."""
+    return list(filter(None, state.get("partitions", "").split(",")))
 
 
 def state_folders(kind: str, environment: Mapping[str, str]) -> list[Path]:

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from benchmarking.hardware.nvidia_tools import ask_mps_control, is_own_pipe_directory
-from benchmarking.modes.mode_scripts import ENABLE_MPS, read_state
+from benchmarking.modes.mode_scripts import (
+    DISABLE_MPS,
+    ENABLE_MPS,
+    read_state,
+    saved_partitions,
+)
 from benchmarking.modes.names import MODE_MPS
 from benchmarking.modes.sharing_mode import (
     GpuFacts,
@@ -25,6 +32,7 @@ from benchmarking.records.types import Evidence, Proof
 
 MODES_FOR_MPS = ("Default", "Exclusive_Process")
 DEFAULT_PIPE_DIRECTORY = Path("/tmp/nvidia-mps")
+PARTITION_VARIABLE = "CUDA_MPS_SM_PARTITION"
 
 
 class MpsMode(SharingMode):
@@ -33,11 +41,15 @@ class MpsMode(SharingMode):
     clients_of_daemon: frozenset[int] | None = None
 
     @functools.cached_property
+    def recorded(self) -> dict[str, str]:
+        """What `enable_mps.sh` saved of the daemon that it started; empty where it did not."""
+        return read_state(MODE_MPS, str(self.facts().get("uuid")), self.environment)
+
+    @functools.cached_property
     def candidates(self) -> list[str]:
         """The pipe directories to try: `enable_mps.sh`'s, the inherited one, CUDA's own."""
-        recorded = read_state(MODE_MPS, str(self.facts().get("uuid")), self.environment)
         tried = (
-            recorded.get("pipe_directory"),
+            self.recorded.get("pipe_directory"),
             self.environment.get("CUDA_MPS_PIPE_DIRECTORY"),
             own_default_pipe_directory(),
         )
@@ -52,6 +64,24 @@ class MpsMode(SharingMode):
         return None
 
     def check_settings(self, facts: GpuFacts) -> list[Evidence]:
+        """A control daemon answers, and it takes clients without a static partition."""
+        evidence, directory = self.check_daemon(facts), self.pipe_directory()
+        is_recorded = directory == self.recorded.get("pipe_directory")
+        if self.partitions_of_daemon() or (is_recorded and "partitions" in self.recorded):
+            evidence.append(Evidence(
+                "the daemon takes clients without a static partition",
+                "no, it was started for clients with one (--mps-partitions)", False,
+                f"{DISABLE_MPS} && {ENABLE_MPS}",
+            ))  # fmt: skip
+        return evidence
+
+    def partitions_of_daemon(self) -> list[Partition]:
+        """Return the card's static partitions that the daemon lists; none where it has none."""
+        directory = self.pipe_directory()
+        answer = ask_mps_control(directory, "lspart") if directory else None
+        return read_partitions(answer or "", str(self.facts().get("uuid")))
+
+    def check_daemon(self, facts: GpuFacts) -> list[Evidence]:
         """A control daemon answers, and neither MIG nor the compute mode forbids clients."""
         found = self.pipe_directory()
         tried = ", ".join(map(_with_obstacle, self.candidates)) or "no pipe directory is known"
@@ -106,6 +136,89 @@ class MpsMode(SharingMode):
             *both,
             *_bypasses_mps(identity, lists),
         ])  # fmt: skip
+
+
+class PartitionedMpsMode(MpsMode):
+    """MPS where client i has for itself the multiprocessors of static partition i."""
+
+    has_own_shares = True
+    # as the daemon listed them while all clients were connected
+    seen: list[Partition] | None = None
+
+    def check_settings(self, facts: GpuFacts) -> list[Evidence]:
+        """A control daemon answers, and has a partition for every client."""
+        listed, names = self.partitions_of_daemon(), saved_partitions(self.recorded)
+        count = sum(find_partition(listed, name) is not None for name in names)
+        fix = f"{ENABLE_MPS} --static-partitions {self.clients}"
+        partitions = Evidence(
+            "every client has a static partition",
+            f"{count} static partitions for {self.clients} clients", count >= self.clients,
+            f"{DISABLE_MPS} && {fix}" if self.pipe_directory() else fix,
+        )  # fmt: skip
+        return [partitions, *self.check_daemon(facts)]  # what mends the first mends both
+
+    def client_environment(self, client: int) -> dict[str, str]:
+        """Return what every MPS client gets, and the client's own partition.
+
+        A plan made for looking at only may have more clients than there are partitions.
+        """
+        names = saved_partitions(self.recorded)
+        own = names[client] if client < len(names) else f"(static partition {client}, not there)"
+        return {**super().client_environment(client), PARTITION_VARIABLE: own}
+
+    def observe(self) -> None:
+        """Ask the daemon for its clients, and which partitions have some."""
+        super().observe()
+        self.seen = self.partitions_of_daemon()
+
+    def prove(
+        self, client: int, identity: Identity, pids: frozenset[int], lists: ProcessLists
+    ) -> Proof:
+        """The client is one of the daemon's, on its own partition with its multiprocessors."""
+        evidence = super().prove(client, identity, pids, lists).evidence
+        own = find_partition(self.seen or [], saved_partitions(self.recorded)[client])
+        is_taken = {"Yes": True, "No": False}.get(own.in_use) if own else None
+        if is_command(identity):
+            is_taken = is_taken or None  # it may not have begun to use the GPU
+        wanted, seen = own and own.multiprocessors, identity.get("multiprocessor_count")
+        return judge([
+            *evidence,
+            Evidence("its partition is in use", own.in_use if own else "not listed", is_taken),
+            Evidence(
+                "it sees its partition's multiprocessors", f"{seen} of {wanted}",
+                None if wanted is None or seen is None else wanted == seen,
+            ),
+        ])  # fmt: skip
+
+
+class Partition(NamedTuple):
+    """A row of the daemon's table; `name` is the beginning of the partition's name."""
+
+    name: str
+    multiprocessors: int | None
+    in_use: str  # Yes or No
+
+
+def read_partitions(table: str, gpu_uuid: str) -> list[Partition]:
+    """Return a card's partitions by `lspart`; whatever else a daemon answers names none.
+
+    The columns: GPU (the beginning of its UUID), partition, free and used chunks, free and used
+    multiprocessors, whether there are clients. The card's own row has no partition.
+    """
+    rows = [line.split() for line in table.splitlines()]
+    return [
+        Partition(row[1], int(row[5]) if row[5].isdecimal() else None, row[6])
+        for row in rows
+        if len(row) == 7 and row[0].startswith("GPU-") and gpu_uuid.startswith(row[0])
+        and row[1] != "-"
+    ]  # fmt: skip
+
+
+def find_partition(listed: Sequence[Partition], full_name: str) -> Partition | None:
+    """Return the one row that `GPU-.../NAME` can be, `None` where there is none, or several."""
+    name = full_name.partition("/")[2]
+    found = [one for one in listed if name.startswith(one.name)]
+    return found[0] if len(found) == 1 else None
 
 
 def mps_clients(pipe_directory: str) -> frozenset[int] | None:

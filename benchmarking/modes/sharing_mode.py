@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import psutil
 
@@ -64,7 +64,12 @@ class SharingMode(ABC):
         environment: The caller's variables (state folder, inherited pipe directory).
         layout: The profiles of the clients' MIG instances where they matter.
         own_pid_namespace: Whether pids here may differ from the driver's.
+
+    `has_own_shares`: whether every client has a part of the GPU's multiprocessors for itself, on
+    which its job is measured alone, too.
     """
+
+    has_own_shares: ClassVar[bool] = False
 
     name: str
     describe: Callable[[], GpuFacts | None]

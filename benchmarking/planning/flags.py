@@ -17,7 +17,7 @@ from benchmarking.cli import (
 )
 from benchmarking.modes.names import MODE_EXCLUSIVE, MODE_MIG, MODE_MPS, MODES
 from benchmarking.planning import limits
-from benchmarking.planning.plan_file import plan_of_jobs, read_plan_file
+from benchmarking.planning.plan_file import PlanFileError, plan_of_jobs, read_plan_file
 from benchmarking.planning.ramp import MOST_CLIENTS
 from benchmarking.planning.request import Request
 from benchmarking.planning.workloads import (
@@ -31,6 +31,7 @@ from benchmarking.records.types import MpsLimits
 
 PROGRAM = "benchmark_suite.py"
 USUAL_CLIENTS = 4
+PERCENTAGE_IS_IGNORED = "on a partition of its own a client's percentage is ignored"
 # Other flags would make the rest of a run another one.
 GOES_WITH_RESUME = {"--resume", "--results-dir", "--verbose", "--allow-contention"}
 
@@ -170,6 +171,9 @@ def add_mps_limits(group: argparse._ArgumentGroup) -> None:
         metavar="even|N[,N...]",
         help="share of the multiprocessors that a client may use; even: 100 / clients",
     )  # fmt: skip
+    add("--mps-partitions", action="store_true",
+        help="a static partition of the multiprocessors each, made by enable_mps.sh "
+        "--static-partitions N, in place of a percentage")  # fmt: skip
     add("--mps-memory-limit", type=listed(limits.memory_limit), default=(),
         metavar="SIZE[,SIZE...]",
         help="GPU memory that a client may allocate, such as 512M or 8G")  # fmt: skip
@@ -213,7 +217,10 @@ def contradiction(options: argparse.Namespace, words: Sequence[str]) -> str | No
     """Return the first thing that makes no sense in flags that are good each by itself."""
     is_pairs, is_own = options.mix in PAIRED_MIXES, options.plan or options.job
     ramp = (options.max_slowdown, options.slo_ms, options.bisect, options.until_break)
-    mps_limits = (options.mps_percentage, options.mps_memory_limit, options.mps_priority)
+    mps_limits = (
+        options.mps_percentage, options.mps_partitions, options.mps_memory_limit,
+        options.mps_priority,
+    )  # fmt: skip
     instances, most = len(options.mig_layout), max(options.workloads or (0,))
     window = options.window_seconds
     flags = {word.split("=")[0] for word in words if word.startswith("--")}
@@ -233,6 +240,10 @@ def contradiction(options: argparse.Namespace, words: Sequence[str]) -> str | No
          "--job-arguments: with --plan or --job each client has its own arguments there"),
         (options.until_break and options.mode == MODE_MIG,
          "--until-break: under MIG there are as many clients as instances; leave it"),
+        (options.until_break and options.mps_partitions,
+         "--until-break: there are as many clients as static partitions; leave it"),
+        (options.mps_partitions and options.mps_percentage,
+         f"--mps-partitions: {PERCENTAGE_IS_IGNORED}: leave --mps-percentage away"),
         (instances and options.mode != MODE_MIG, "--mig-layout needs --mode mig"),
         (instances and is_pairs,
          f"--mix {options.mix} needs instances of one size: leave --mig-layout"),
@@ -256,6 +267,10 @@ def request_from(options: argparse.Namespace) -> Request:
     plan_file = read_plan_file(options.plan) if options.plan else None
     if options.job:
         plan_file = plan_of_jobs(options.job, Path.cwd())
+    knobs = [knob for entry in plan_file.entries for knob in entry.knobs] if plan_file else []
+    if options.mps_partitions and "mps_percentage" in knobs:
+        said = f"--mps-partitions: {PERCENTAGE_IS_IGNORED}: leave mps_percentage out of the plan"
+        raise PlanFileError([said])
     usual_count = len(plan_file.members) if plan_file else USUAL_CLIENTS
     fields = {name: vars(options)[name] for name in Request.__struct_fields__ if name in options}
     return Request(
@@ -263,6 +278,7 @@ def request_from(options: argparse.Namespace) -> Request:
         counts=options.workloads or (usual_count,),
         plan_file=plan_file,
         mps_limits=MpsLimits(
+            partitions=options.mps_partitions,
             percentages=options.mps_percentage,
             memory_limits=options.mps_memory_limit,
             priorities=options.mps_priority,

@@ -2,7 +2,8 @@
 
 Pure. An MPS client's limits are in its own environment, so nothing of the card or the daemon
 changes; the percentage limits, it does not reserve, and CUDA shows it as the client's
-multiprocessor count. MIG instances are made beforehand, by `gpu-configs/setup_mig.sh LAYOUT`.
+multiprocessor count. Static partitions are made beforehand, by `gpu-configs/enable_mps.sh
+--static-partitions N`, MIG instances by `gpu-configs/setup_mig.sh LAYOUT`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ PRIORITY_VARIABLE = "CUDA_MPS_CLIENT_PRIORITY"
 
 # 100 divided by the number of clients
 EVEN = "even"
+PARTITIONS = "partitions"
 PRIORITIES = {"normal": "0", "below-normal": "1"}
 
 _MEMORY = re.compile(r"[1-9][0-9]*[MG]")
@@ -86,9 +88,14 @@ def limits_of_client(limits: MpsLimits, client: int, clients: int) -> dict[str, 
     )
 
 
+def shares_of(limits: MpsLimits) -> tuple[str, ...]:
+    """The clients' shares of the multiprocessors, in the words of `--modes mps:...`."""
+    return (PARTITIONS,) if limits.partitions else limits.percentages
+
+
 def co_run_suffix(limits: MpsLimits) -> str:
     """What tells co-runs with these limits from others, as `-mps-50-25`; empty without any."""
-    parts = {"mps": limits.percentages, "mem": limits.memory_limits, "rank": limits.priorities}
+    parts = {"mps": shares_of(limits), "mem": limits.memory_limits, "rank": limits.priorities}
     return "".join(f"-{'-'.join([word, *values])}" for word, values in parts.items() if values)
 
 
@@ -96,6 +103,7 @@ def describe(limits: MpsLimits) -> str:
     """The limits as they stand behind the mode's name: `even`, `50/25 %, 8G of memory`."""
     shares = "/".join(limits.percentages)
     parts = [
+        f"static {PARTITIONS}" if limits.partitions else "",
         shares if shares in ("", EVEN) else f"{shares} %",
         f"{'/'.join(limits.memory_limits)} of memory" if limits.memory_limits else "",
         f"priority {'/'.join(limits.priorities)}" if limits.priorities else "",

@@ -280,14 +280,14 @@ def baselines_of(
     )
 
 
-def build_plan(request: Request, mode: str, size: str) -> Plan:
+def build_plan(request: Request, mode: str, size: str, *, has_own_shares: bool = False) -> Plan:
     """Lay out what was asked for under a mode that can be had: jobs alone, then co-runs.
 
     Each distinct job runs alone on the whole GPU, unless that is another run's baseline or MIG has
-    divided it: then on its own share. Of pairs, `<name>-<one>-<other>-r<repeat>`, all come once
-    before the first repeat. The null is one client under time slicing, what a baseline is under
-    another name (the first training, or else the first client): its distance from its baseline is
-    the method's own error.
+    divided it, and where clients have shares of their own, on that of its first client. Of pairs,
+    `<name>-<one>-<other>-r<repeat>`, all come once before the first repeat. The null is one client
+    under time slicing, what a baseline is under another name (the first training, or else the
+    first client): its distance from its baseline is the method's own error.
     """
     if request.is_paired:
         pairs = pairs_of(request, size)
@@ -317,7 +317,7 @@ def build_plan(request: Request, mode: str, size: str) -> Plan:
             members = ((trainings or clients)[0],)
             alone += (PlannedCoRun(f"null-r{repeat}", PHASE_NULL, null_mode, repeat, members),)
         alone = tuple(sorted(alone, key=lambda run: run.repeat))
-    if mode == MODE_MIG:
+    if has_own_shares:
         alone += baselines_of(clients, PHASE_SHARE_BASELINE, mode)
     return Plan(alone, () if is_alone else co_runs)
 

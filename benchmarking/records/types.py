@@ -16,9 +16,9 @@ SCHEMA_VERSION = 3
 METHOD = 2
 
 Mode = Literal["exclusive", "time-slicing", "mps", "mig", "cpu-demo"]
-# A baseline is one job alone on the whole GPU, a share baseline one alone on its own MIG instance,
-# a null one client where a baseline would find the same (its distance from the baseline is the
-# method's own error), a co-run is jobs together.
+# A baseline is one job alone on the whole GPU, a share baseline one alone on its own MIG instance
+# or static partition, a null one client where a baseline would find the same (its distance from
+# the baseline is the method's own error), a co-run is jobs together.
 Phase = Literal["baseline", "share_baseline", "null", "co_run"]
 RunOutcome = Literal["running", "complete", "failed", "interrupted", "invalid"]
 CoRunStatus = Literal["ok", "failed", "timeout", "interrupted", "invalid"]
@@ -196,8 +196,9 @@ Record = ClientRecord | CoRunRecord
 
 
 class MpsLimits(Struct, kw_only=True, frozen=True):
-    """What MPS clients are limited to, in turn."""
+    """What MPS clients are limited to, in turn; `partitions`: a static one of their own each."""
 
+    partitions: bool = False
     percentages: tuple[Word, ...] = ()
     memory_limits: tuple[Word, ...] = ()
     priorities: tuple[Word, ...] = ()
@@ -226,6 +227,9 @@ class Environment(Struct, kw_only=True):
     versions: dict[str, Any] = field(default_factory=dict)
     host_cores: int | None = None
     os: str | None = None
+    # of the project; null: a run of before 2.0.0
+    project_version: str | None = None
+    # of the checkout that the project is, if it is one
     git_commit: str | None = None
     git_dirty: bool | None = None
 

@@ -182,7 +182,7 @@ class _Measured:
         self._alone: dict[tuple[str, str], Alone] = {}
 
     def co_run(self, run: MeasuredRun, record: CoRunRecord) -> CoRun:
-        share = self.alone(run, PHASE_SHARE_BASELINE) if run.mode == MODE_MIG else None
+        share = self.alone(run, PHASE_SHARE_BASELINE) if run.has_own_shares else None
         return measure(run, record, self.alone(run), share)
 
     def alone(self, run: MeasuredRun, phase: Any = "baseline") -> Alone:
@@ -323,6 +323,8 @@ def _run(run: MeasuredRun) -> dict[str, Any]:
     ]  # fmt: skip
     kind = kind_of(run)
     found = {name: getattr(manifest.environment, name) for name in RUN_ENVIRONMENT}
+    if manifest.environment.project_version is not None:
+        found["project_version"] = manifest.environment.project_version
     uuid = manifest.environment.gpu_uuid
     return {
         "run_id": run.name, **told, **kind, "gpu_uuid": uuid, "environment": found,

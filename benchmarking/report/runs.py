@@ -41,9 +41,12 @@ NOISY = "noisy"
 # Of a run so many are read; a long ramp has 10,000.
 MOST_RECORDS = 50_000
 
-# What of a client's environment changes how the mode treats it; folders of daemons do not.
+# What of a client's environment changes how the mode treats it; folders of daemons do not, nor
+# names of partitions of one size.
 _KNOB_PREFIX = "CUDA_MPS_"
-_NO_KNOBS = frozenset({"CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"})
+_NO_KNOBS = frozenset({
+    "CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY", "CUDA_MPS_SM_PARTITION",
+})  # fmt: skip
 
 _T = TypeVar("_T")
 
@@ -132,10 +135,15 @@ class MeasuredRun:
         if self.mode != MODE_MPS:
             return self.mode
         told = self._limits
-        parts = (told.percentages, told.memory_limits, told.priorities)
+        parts = (limits.shares_of(told), told.memory_limits, told.priorities)
         limited = ",".join("/".join(values) for values in parts if values)
         limited = limited or ("plan" if self._has_knobs else "")
         return f"{self.mode}:{limited}" if limited else self.mode
+
+    @property
+    def has_own_shares(self) -> bool:
+        """Whether its clients had a part of the card each, on which every job also ran alone."""
+        return self.mode == MODE_MIG or (self.mode == MODE_MPS and self._limits.partitions)
 
     @property
     def _limits(self) -> MpsLimits:

@@ -25,8 +25,8 @@ TAIL_PERCENTILES = (50, 95, 99)
 def mode_name(mode: str, settings: str = "") -> str:
     """The mode with what it was set to: `MPS (50/25 %)`, `MIG (4 x 1g.10gb)`."""
     name = MODE_NAMES.get(mode, mode)
-    if settings == "even":
-        return f"{name} with even shares"
+    if settings in ("even", "static partitions"):
+        return f"{name} with {'even shares' if settings == 'even' else settings}"
     if mode == "mig":
         slices = Counter(settings.split(", "))
         settings = ", ".join(f"{n} x {one}" if n > 1 else one for one, n in slices.items())

@@ -28,6 +28,7 @@ from benchmarking.measuring.launcher import CoRunResult, FinishRule, Launcher, T
 from benchmarking.measuring.progress import Progress
 from benchmarking.measuring.sampler import Sampler
 from benchmarking.measuring.stop_signal import StopSignal
+from benchmarking.modes.mps import PARTITION_VARIABLE
 from benchmarking.modes.names import MODE_MIG
 from benchmarking.modes.sharing_mode import GPU_ANSWERS, GPU_LOST_FIX, SharingMode
 from benchmarking.planning.limits import PERCENTAGE_VARIABLE
@@ -169,7 +170,8 @@ class Measurement:
         if self.setup.mode.name != MODE_MIG:
             first = clients[0].identity or {}
             # A client with a part of the multiprocessors is shown no others.
-            is_limited = PERCENTAGE_VARIABLE in clients[0].planned.environment
+            told = clients[0].planned.environment
+            is_limited = PERCENTAGE_VARIABLE in told or PARTITION_VARIABLE in told
             seen = None if is_limited else first.get("multiprocessor_count")
             versions = first.get("versions") or {}
             self.describe_environment({"multiprocessor_count": seen, "versions": versions})

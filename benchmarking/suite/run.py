@@ -209,7 +209,8 @@ class SuiteRun:
             if not self._is_in_round(planned):
                 continue
             is_calibrated = planned.clients[0].job_key in reference.whole
-            where = {PHASE_SHARE_BASELINE: " on its instance", PHASE_NULL: ", the null"}
+            share = "instance" if self._setup.mode.name == MODE_MIG else "partition"
+            where = {PHASE_SHARE_BASELINE: f" on its {share}", PHASE_NULL: ", the null"}
             what = f"{planned.clients[0].label} alone{where.get(planned.phase, '')}"
             _, (record,) = self._run(planned, f"baseline {number + 1}/{total}: {what}", None)
             if not is_calibrated:

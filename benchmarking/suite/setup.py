@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from benchmarking import PROJECT_VERSION
 from benchmarking.cli import EXIT_MODE_NOT_IN_FORCE, EXIT_USAGE, SuiteError
 from benchmarking.hardware import nvml
 from benchmarking.hardware.nvidia_tools import time_slice
@@ -23,6 +24,7 @@ from benchmarking.modes.names import (
     MODE_EXCLUSIVE,
     MODE_MIG,
     MODE_MPS,
+    MODE_MPS_PARTITIONS,
     MODE_TIME_SLICING,
 )
 from benchmarking.modes.sharing_mode import ModeNotInForceError, SharingMode
@@ -78,6 +80,7 @@ class Setup:
             "cuda_version": gpu.get("cuda_driver_version"),
             "timeslice": self.timeslice,
             "host_cores": self.cores,
+            "project_version": PROJECT_VERSION,
         }
 
     def manifest(self, command: Sequence[str]) -> dict[str, Any]:
@@ -141,7 +144,8 @@ def _prepare(request: Request, empty_folder: Path, *, require_mode: bool) -> Set
             no_mps_folder=empty_folder, environment=os.environ, layout=request.mig_layout,
         )  # fmt: skip
 
-    mode, alone_mode = mode_called(request.mode), mode_called(MODE_EXCLUSIVE)
+    variant = MODE_MPS_PARTITIONS if request.mps_limits.partitions else request.mode
+    mode, alone_mode = mode_called(variant), mode_called(MODE_EXCLUSIVE)
     try:
         evidence = mode.require() if require_mode else mode.check()
     except ModeNotInForceError as error:
@@ -172,7 +176,9 @@ def _prepare(request: Request, empty_folder: Path, *, require_mode: bool) -> Set
         added = planning.co_runs_of(request, mode.name, job_size, (count,))
         return tuple(map(equipped, added))
 
-    plan = planning.build_plan(request, mode.name, job_size).map_runs(equipped)
+    plan = planning.build_plan(
+        request, mode.name, job_size, has_own_shares=mode.has_own_shares
+    ).map_runs(equipped)
     if request.mig_layout and mode.name == MODE_MIG:
         plan, unlike = planning.without_unlike_shares(plan, request.mig_layout)
         notes += [

@@ -5,6 +5,9 @@
 # answer that counts: a daemon is there when it answers, whatever files lie about, and none is there when
 # the program says so. Whatever else it says, it could not be asked.
 
+# The first control program that has static SM partitions; benchmarking/hardware/nvidia_tools.py says the same.
+readonly STATIC_PARTITIONS_VERSION=13010
+
 # mps::run [NAME=VALUE...] PROGRAM...: as the invoking user. The caller's own CUDA variables are kept away:
 # limits are meant for clients, and under another CUDA_MPS_PROTOCOL_VERSION a daemon answers in other words.
 mps::run() {
@@ -61,6 +64,34 @@ mps::stop() {
     fi
     # only a folder of the form that enable_mps.sh creates
     [[ ${1%/*} != */mps.* ]] || run as_user rm -rf -- "${1%/*}"
+}
+
+# Ends with 4 where the control program is too old for static partitions.
+mps::require_static_partitions() {
+    local version="of unknown version"
+    local -r said=$(mps::run timeout 20 nvidia-cuda-mps-control -v 2>&1 </dev/null || true)
+    [[ ! $said =~ version:\ *([0-9]{1,9}) ]] || version=${BASH_REMATCH[1]}
+    [[ $version != of* ]] && ((10#$version >= STATIC_PARTITIONS_VERSION)) || die "$EXIT_UNSUPPORTED" "static SM" \
+        "partitions need nvidia-cuda-mps-control $STATIC_PARTITIONS_VERSION (CUDA 13.1); this one is $version"
+}
+
+# mps::find_partitions PIPE_DIRECTORY: a question to a daemon with static partitions: sets FREE_CHUNKS, the
+# card's chunks that are in no partition, and PARTITION_COUNT. Of a row's columns the first are GPU (its
+# UUID's beginning), partition (- in the card's own row), free chunks.
+mps::find_partitions() {
+    local gpu name free rest
+    FREE_CHUNKS=""
+    PARTITION_COUNT=0
+    mps::ask "$1" lspart || not_told "$ANSWER" || return
+    while read -r gpu name free rest; do
+        [[ $gpu == GPU-* && $GPU_UUID == "$gpu"* ]] || continue
+        if [[ $name != - ]]; then
+            PARTITION_COUNT=$((PARTITION_COUNT + 1))
+        elif [[ $free =~ ^[0-9]{1,4}$ ]]; then
+            FREE_CHUNKS=$free
+        fi
+    done <<<"$ANSWER"
+    [[ -n $FREE_CHUNKS ]] || not_told "$ANSWER"
 }
 
 # mps::load: loads the saved state of the daemon that enable_mps.sh started, and sets PIPE; false where there

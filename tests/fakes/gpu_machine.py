@@ -197,10 +197,12 @@ def new_machine(kind: str) -> dict:
         "kind": kind,
         "driver_version": "580.159.04",
         "cuda_version": "13.0",
+        "mps_version": 13000,  # as `nvidia-cuda-mps-control -v` says it; from 13010 on it has -S
         "driver": "not-loaded" if kind == "no-driver" else "ok",
         "gpus": MACHINES[kind](),
         # pipe directory -> {"pid", "uid", "user", "percentage", "log_directory", "server" (pid or
-        # null), "clients": [{"pid", "name"}], "visible_devices", "protocol"}
+        # null), "clients": [{"pid", "name"}], "visible_devices", "protocol", "partitions" (null
+        # without -S): {"id", "gpu" (UUID), "chunks"}}
         "mps": {},
         # fields that this nvidia-smi is too old to know
         "unknown_fields": [],
@@ -403,6 +405,7 @@ class FakeMachine:
             store.machine["mps"][os.path.realpath(pipe_directory)] = {
                 "pid": pid, "uid": uid, "user": user, "percentage": 100.0, "log_directory": "",
                 "server": None, "clients": [], "visible_devices": None, "protocol": protocol,
+                "partitions": None,
             }  # fmt: skip
 
     def add_mps_client(self, pid: int, name: str = "python3", index: int = 0) -> None:

@@ -4,8 +4,12 @@ Environment variables, failure rules and log: see `gpu_machine.py` beside this f
 entry of the state, not a process; its socket files are real and, as with the real one, stay behind
 after `quit`. Where CUDA_MPS_PIPE_DIRECTORY is not set, they go below the state folder, never
 to /tmp.
+
+Static partitions (`-S`) and all that belongs to them were never seen on a card (UNVERIFIED): the
+texts are those of NVIDIA's manual and of public programs that read them.
 """
 
+import base64
 import os
 import pwd
 import socket
@@ -22,7 +26,9 @@ def pipe_directory():
 
 
 def start_daemon(machine):
-    pipe = pipe_directory()
+    pipe, is_static = pipe_directory(), "-S" in sys.argv[1:]
+    if is_static and machine["mps_version"] < 13010:
+        return 1, "invalid option -- 'S'"
     if pipe in machine["mps"]:
         return 1, "An instance of this daemon is already running"
     os.makedirs(pipe, exist_ok=True)
@@ -53,6 +59,7 @@ def start_daemon(machine):
         "clients": [],
         "visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES"),
         "protocol": int(os.environ.get("CUDA_MPS_PROTOCOL_VERSION", "2")),
+        "partitions": [] if is_static else None,
     }
     machine["next_pid"] += 1
     return 0, ""
@@ -80,6 +87,52 @@ def client_table(machine, daemon):
             f"{client['pid']:<10}{number:<10}{daemon['server']:<15}{device:<26}{4026531836:<15}"
             f"{client['name']:<15}"
         )
+    return "\n".join(lines)
+
+
+def multiprocessors_a_chunk(gpu):
+    return 8 if float(gpu["compute_capability"]) >= 9 else 4
+
+
+def free_chunks(daemon, gpu):
+    used = sum(one["chunks"] for one in daemon["partitions"] if one["gpu"] == gpu["uuid"])
+    return gpu["multiprocessors"] // multiprocessors_a_chunk(gpu) - used
+
+
+def add_partition(machine, daemon, words):
+    _, uuid, chunks = [*words, "", "", ""][:3]
+    gpu = next((one for one in machine["gpus"] if one["uuid"] == uuid), None)
+    if gpu is None:
+        return f"Device {uuid} not found"
+    if int(chunks) > free_chunks(daemon, gpu):
+        return (
+            f"Failed to fulfill the requested SM partition of {chunks} chunks, error "
+            "CUDA_ERROR_INVALID_RESOURCE_CONFIGURATION"
+        )
+    number = bytes([15, 30 + len(daemon["partitions"])])
+    name = base64.b64encode(number + bytes(22)).decode()
+    daemon["partitions"].append({"id": f"{uuid}/{name}", "gpu": uuid, "chunks": int(chunks)})
+    return f"Partition {uuid}/{name} created"
+
+
+def partition_table(machine, daemon):
+    lines = [
+        "GPU                Partition   free   used   free  used  clients",
+        "                               chunk  chunk  SM    SM",
+    ]
+    for gpu in machine["gpus"]:
+        size, free = multiprocessors_a_chunk(gpu), free_chunks(daemon, gpu)
+        own = [one for one in daemon["partitions"] if one["gpu"] == gpu["uuid"]]
+        used = sum(one["chunks"] for one in own)
+        shown = gpu["uuid"][:12]
+        lines.append(f"{shown:<19}{'-':<12}{free:<7}{used:<7}{free * size:<6}{used * size:<6}-")
+        for one in own:
+            name, chunks = one["id"].partition("/")[2][:8], one["chunks"]
+            taken = any(client.get("partition") == one["id"] for client in daemon["clients"])
+            lines.append(
+                f"{shown:<19}{name:<12}{'-':<7}{chunks:<7}{'-':<6}{chunks * size:<6}"
+                f"{'Yes' if taken else 'No'}"
+            )
     return "\n".join(lines)
 
 
@@ -123,6 +176,12 @@ def obey(machine, command):
         if not words:
             return 0, "A server PID is required"
         return 0, "ACTIVE" if str(daemon["server"]) == words[0] else f"Server {words[0]} not found"
+    if verb in {"lspart", "sm_partition"} and machine["mps_version"] >= 13010:
+        if daemon["partitions"] is None:
+            return 0, "Static partitioning mode is not enabled"
+        if verb == "lspart":
+            return 0, partition_table(machine, daemon)
+        return 0, add_partition(machine, daemon, words)
     if verb == "terminate_client":
         return 0, ""
     if verb in {"get_device_client_list", "set_default_device_pinned_mem_limit"}:
@@ -130,13 +189,21 @@ def obey(machine, command):
     return 0, f'Unknown command "{verb}"'
 
 
-QUESTIONS = ("get_", "ps")
+QUESTIONS = ("get_", "ps", "lspart")
+
+
+def tell_version(machine):
+    version = machine["mps_version"]
+    return 0, f"CUDA MPS Control for Linux/Unix/QNX. Binary version: {version}"
 
 
 def main():
     program = "nvidia-cuda-mps-control"
     if "-d" in sys.argv[1:]:
-        sys.exit(fake.answer(f"{program} -d", True, start_daemon))
+        flags = " ".join(sys.argv[1:])
+        sys.exit(fake.answer(f"{program} {flags}", True, start_daemon))
+    if sys.argv[1:] == ["-v"]:
+        sys.exit(fake.answer(f"{program} -v", False, tell_version))
     status = 0
     for line in sys.stdin.read().splitlines() or [""]:
         command = line.strip()

@@ -4,7 +4,10 @@
 answers at once and ``device.open_device`` sets what CUDA reads at its start before.
 """
 
+from __future__ import annotations
+
 import importlib
+from typing import TYPE_CHECKING
 
 
 class _ImportedLater:
@@ -17,4 +20,7 @@ class _ImportedLater:
         return getattr(importlib.import_module(self._name), attribute)
 
 
-torch = _ImportedLater("torch")
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = _ImportedLater("torch")

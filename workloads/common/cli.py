@@ -12,7 +12,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from workloads.common.errors import EXIT_FAILED, EXIT_USAGE, as_known, printable
 
@@ -54,7 +54,7 @@ def flags(parser: argparse.ArgumentParser, title: str) -> Callable[..., None]:
     group = parser.add_argument_group(title)
     by_default = {int: positive_int, float: positive_float, type(Path()): Path}
 
-    def flag(name: str, default: object, help_text: str, **how: object) -> None:
+    def flag(name: str, default: object, help_text: str, **how: Any) -> None:
         if default is False:
             how["action"] = "store_true"
         elif "choices" not in how:

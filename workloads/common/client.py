@@ -26,7 +26,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NoReturn, TextIO
 
-from workloads.common import console, errors, results
+from workloads.common import console, errors, files, results
 
 if TYPE_CHECKING:
     from workloads.common.device import ComputeDevice
@@ -161,7 +161,8 @@ class Workload(ABC):
 
     name: str  # prefix of the result file
     title: str  # heading of the summary
-    device: ComputeDevice | None = None  # None for a workload that uses none
+    # None for a workload that uses none; one that does declares it as `ComputeDevice`
+    device: ComputeDevice | None = None
     start_delay_seconds = 0.0  # between `go` and the first job
 
     def __init__(self, args: argparse.Namespace) -> None:
@@ -253,13 +254,13 @@ def run(workload: Workload) -> int:
     args = workload.args
     if args.resolve:
         with console.stage("looking for data and weights"):
-            answer = {"arguments": workload.resolve()}
+            answer: dict[str, object] = {"arguments": workload.resolve()}
         answer |= {"environment": results.describe_environment(), "notes": workload.warnings}
         print(json.dumps(answer), flush=True)
         return errors.EXIT_OK
     if not args.hold:
         # Before hours of work, not after.
-        results.require_writable(args.results_dir)
+        files.require_writable(args.results_dir)
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
     recorder = Recorder(args.events, sys.stdin if args.hold else None)
     try:
@@ -287,9 +288,10 @@ def _work_once(workload: Workload, recorder: Recorder) -> dict:
         try:
             figures = _run_one_job(workload, recorder, index=0)
         except KeyboardInterrupt:
-            figures = workload.partial_figures()
-            if figures is None:
+            finished = workload.partial_figures()
+            if finished is None:
                 raise
+            figures = finished
             _wait_for_device(workload)
             interrupted = True
     figures |= monitor.figures() | {"startup_seconds": startup_seconds}
@@ -373,7 +375,9 @@ def _write_done(workload: Workload, recorder: Recorder, jobs: int) -> None:
 def _tell_and_raise(recorder: Recorder, error: Exception) -> NoReturn:
     """Write an error down with its cause and pass it on, as the known one that it may be."""
     known = errors.as_known(error)
-    fields = {"status": "failed", "message": f"{type(error).__name__}: {error}", "cause": None}
+    fields: dict[str, object] = {
+        "status": "failed", "message": f"{type(error).__name__}: {error}", "cause": None,
+    }  # fmt: skip
     if known is not None:
         fields |= {"message": str(known), "cause": known.cause}
     if isinstance(known, errors.OutOfGpuMemoryError):

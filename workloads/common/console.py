@@ -70,7 +70,8 @@ class Progress:
                 note(f"about {_duration(seconds)} on this CPU{advice}")
 
     def _whole_seconds(self) -> float:
-        return (time.monotonic() - self._begin_seconds) / self._finished * self._total
+        pieces = self._total or self._finished
+        return (time.monotonic() - self._begin_seconds) / self._finished * pieces
 
 
 @contextmanager

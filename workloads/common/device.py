@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import ctypes
 import os
+import platform
 import re
 import stat
 import subprocess
@@ -17,11 +18,13 @@ import sys
 import threading
 import time
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from workloads.common import console, torch
 from workloads.common.errors import MIB, GpuUnavailableError, UsageError
-from workloads.common.results import cache_folder, package_versions
+from workloads.common.files import cache_folder
 
 BF16_COMPUTE_CAPABILITY = (8, 0)
 POLLING_SECONDS = 0.5e-3
@@ -29,6 +32,10 @@ POLLING_SECONDS = 0.5e-3
 MISLEADING_VARIABLES = (
     "CUDA_LAUNCH_BLOCKING", "NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
     "TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE",
+)  # fmt: skip
+RECORDED_PACKAGES = (
+    "torch", "torchvision", "transformers", "tokenizers", "numpy", "pillow", "flask", "gunicorn",
+    "gevent", "aiohttp", "nvidia-ml-py", "triton",
 )  # fmt: skip
 
 
@@ -50,6 +57,17 @@ def clients_on_gpu() -> int:
     """Return how many clients share the GPU, which the suite says in GPU_SHARING_CLIENTS."""
     clients = os.environ.get("GPU_SHARING_CLIENTS", "1")
     return max(1, int(clients)) if re.fullmatch("[0-9]{1,6}", clients) else 1
+
+
+def package_versions() -> dict[str, str | None]:
+    """Return versions by package name without importing the packages; None where missing."""
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for package in RECORDED_PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return versions
 
 
 def sharing_environment() -> dict[str, str]:
@@ -113,9 +131,9 @@ class ComputeDevice:
         """
         return torch.cuda.max_memory_reserved() / MIB if self.is_cuda else None
 
-    def identity(self, batch_size: int | None = None) -> dict:
+    def identity(self, batch_size: int | None = None) -> dict[str, Any]:
         """Return who this client is as CUDA sees it: the evidence a sharing mode is checked by."""
-        identity = {
+        identity: dict[str, Any] = {
             "pid": os.getpid(),
             "device": self.torch_device.type,
             "gpu_name": None,

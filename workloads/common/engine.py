@@ -12,13 +12,14 @@ import gc
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar, cast
 
 from workloads.common import torch
 from workloads.common.device import ComputeDevice
 
 if TYPE_CHECKING:
-    from workloads.common.client import Recorder
+    import numpy as np
+    from torch.cuda import _POOL_HANDLE as PoolHandle
 
 T = TypeVar("T")
 
@@ -99,10 +100,10 @@ def compile_module(device: ComputeDevice, module: torch.nn.Module) -> torch.nn.M
     # Each shape gets code of its own. By default the second shape that a module meets (a test
     # batch, then a training batch) is compiled for any size, and that code ran as slow as an
     # uncompiled graph on an H100, or was refused for the order of its strides.
-    return torch.compile(module, dynamic=False)
+    return cast("torch.nn.Module", torch.compile(module, dynamic=False))
 
 
-def step_pool(device: ComputeDevice) -> tuple[int, int] | None:
+def step_pool(device: ComputeDevice) -> PoolHandle | None:
     """Return memory for the captured steps of one job to share; None where nothing is captured.
 
     Steps run one after the other on one stream and hand nothing on but through tensors allocated
@@ -119,7 +120,7 @@ def prepare_step(
     device: ComputeDevice,
     step: Callable[[], None],
     restore: Callable[[], None] = lambda: None,
-    pool: tuple[int, int] | None = None,
+    pool: PoolHandle | None = None,
 ) -> Callable[[], None]:
     """Return the callable that launches ``step`` once under the device's engine.
 
@@ -150,7 +151,7 @@ def capture_forward(device: ComputeDevice, forward: Callable[[], T]) -> Callable
     return replay
 
 
-def _capture(work: Callable[[], T], pool: tuple[int, int] | None = None) -> Callable[[], T]:
+def _capture(work: Callable[[], T], pool: PoolHandle | None = None) -> Callable[[], T]:
     """Capture ``work`` as one CUDA graph; each call of the result replays it.
 
     The result returns what ``work`` returned at the capture: tensors that each replay overwrites.
@@ -174,13 +175,26 @@ def _capture(work: Callable[[], T], pool: tuple[int, int] | None = None) -> Call
         if collects:
             gc.enable()
 
-    def replay() -> T:
+    # The graph holds addresses only: whoever keeps the replay must keep what the work refers to.
+    def replay(captured_work: object = work) -> T:
         graph.replay()
         return output
 
-    # The graph holds addresses only: whoever keeps the replay must keep what the work refers to.
-    replay.captured_work = work
     return replay
+
+
+class StepRecorder(Protocol):
+    """What a ``Pacer`` records in: the suite's ``Recorder``, or a job's own between the two."""
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether the suite wants this client to end."""
+
+    def check_stop(self) -> None:
+        """Raise ``StopRequested`` if it does."""
+
+    def unit(self, kind: str, start_seconds: float, end_seconds: float) -> None:
+        """Record one finished step, its times on CLOCK_MONOTONIC."""
 
 
 class Pacer:
@@ -193,15 +207,16 @@ class Pacer:
     says when, so that the time of a launch is that of the step launched.
     """
 
-    def __init__(self, device: ComputeDevice, recorder: Recorder) -> None:
+    def __init__(self, device: ComputeDevice, recorder: StepRecorder) -> None:
         self._device = device
         self._recorder = recorder
         self._in_flight: deque[tuple[str, torch.cuda.Event]] = deque()
-        # The end of the step before, and the event that it was seen by.
-        self._previous_end_seconds: float | None = None
-        self._previous_done: torch.cuda.Event | None = None
+        # From the first step on: the end of the step before, and the event that it was seen by.
+        self._has_begun = False
+        self._previous_end_seconds: float
+        self._previous_done: torch.cuda.Event
 
-    def run(self, kind: str, step: Callable[[], None]) -> None:
+    def run(self, kind: str, step: Callable[[], object]) -> None:
         """Launch one step of ``kind``.
 
         Raises:
@@ -210,7 +225,8 @@ class Pacer:
         if self._recorder.stop_requested:
             self.drain()
             self._recorder.check_stop()
-        if self._previous_end_seconds is None:
+        if not self._has_begun:
+            self._has_begun = True
             self._previous_end_seconds = time.monotonic()
             if self._device.is_cuda:
                 self._previous_done = self._record()
@@ -226,7 +242,7 @@ class Pacer:
         """Wait for the steps in flight; the time until the next ``run`` belongs to no step."""
         while self._in_flight:
             self._finish_oldest()
-        self._previous_end_seconds = self._previous_done = None
+        self._has_begun = False
 
     @staticmethod
     def _record() -> torch.cuda.Event:
@@ -251,7 +267,7 @@ class Pacer:
 
 
 class Batches:
-    """A split in batches; a subclass's ``take(count)`` returns inputs and labels of the next one.
+    """A split in batches.
 
     A cursor on the device moves along the order of an epoch, so that taking a batch is device work
     only and can be part of a CUDA graph.
@@ -265,7 +281,9 @@ class Batches:
 
     placement = "resident"
 
-    def __init__(self, device: ComputeDevice, labels: Sequence[int], batch_size: int) -> None:
+    def __init__(
+        self, device: ComputeDevice, labels: Sequence[int] | np.ndarray, batch_size: int
+    ) -> None:
         where = device.torch_device
         self.samples = len(labels)
         self.batch_size = min(batch_size, self.samples)
@@ -284,6 +302,10 @@ class Batches:
         """Begin an epoch of which one full batch and the smaller rest are taken."""
         self.start_epoch()
 
+    def take(self, count: int) -> tuple[torch.Tensor, ...]:
+        """Return inputs and, last, labels of the next batch; device work only."""
+        raise NotImplementedError
+
     def feed(self, count: int) -> None:
         """Bring the next ``count`` samples to where ``take`` finds them; before every step."""
 
@@ -301,7 +323,7 @@ class Pass:
         batches: Batches,
         step: Callable[[int], None],
         restore: Callable[[], None],
-        pool: tuple[int, int] | None,
+        pool: PoolHandle | None,
     ) -> None:
         """Prepare ``step``, which takes the size of its batch, for both sizes.
 

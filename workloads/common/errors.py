@@ -12,6 +12,7 @@ import re
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -182,7 +183,7 @@ def _snapshot(torch: ModuleType | None, text: str) -> dict:
         match = re.search(words.format(_AMOUNT), text)
         return float(match[1]) * _UNITS[match[2]] if match else None
 
-    snapshot = {
+    snapshot: dict[str, Any] = {
         "where": "gpu" if torch else "host",
         "tried_mib": said("[Tt]ried to allocate {}"),
         "free_mib": None,  # as driver or kernel says; under an MPS limit within that

@@ -5,30 +5,20 @@ from __future__ import annotations
 import json
 import os
 import platform
-import secrets
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from importlib import metadata
+from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
 
-from workloads.common.errors import CannotWriteError, UsageError
-
-if TYPE_CHECKING:
-    from workloads.common.device import ComputeDevice
+from workloads.common.device import ComputeDevice, package_versions, usable_cores
+from workloads.common.errors import CannotWriteError
+from workloads.common.files import written_whole
 
 SCHEMA_VERSION = 1
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
-RECORDED_PACKAGES = (
-    "torch", "torchvision", "transformers", "tokenizers", "numpy", "pillow", "flask", "gunicorn",
-    "gevent", "aiohttp", "nvidia-ml-py", "triton",
-)  # fmt: skip
 LATENCY_KEYS = (
     "mean_ms", "median_ms", "std_ms", "min_ms", "max_ms", "p50_ms", "p95_ms", "p99_ms",
 )  # fmt: skip
@@ -38,75 +28,6 @@ MONITOR_MEANS = {
     "gpu_utilization_percent": "utilization_gpu_percent",
     "gpu_sm_activity_percent": "sm_activity_percent",
 }
-
-
-# --- files ----------------------------------------------------------------------------------------
-
-
-def cache_folder() -> Path:
-    """Return the folder of what is kept between runs, made where it is missing.
-
-    Raises:
-        UsageError: There is none that this user may write.
-    """
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    try:
-        # A relative path is to be ignored (XDG Base Directory Specification).
-        folder = Path(base) if base.startswith("/") else Path.home() / ".cache"
-        folder = folder / "gpu-sharing-bench"
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise PermissionError(13, "Permission denied")
-    # Without HOME and without an account there is no home folder: RuntimeError.
-    except (OSError, RuntimeError) as error:
-        why = getattr(error, "strerror", None) or str(error)
-        raise UsageError(
-            f"there is no cache folder to write to ({why}); set XDG_CACHE_HOME to a folder that "
-            "you may write"
-        ) from error
-    return folder
-
-
-@contextmanager
-def written_whole(path: Path, mode: str = "b", **how: object) -> Iterator[IO]:
-    """Give a file to write to, which takes the place of ``path`` once the block has ended well.
-
-    A reader sees the old file or the whole new one, and after a failure nothing is left behind.
-    The folder is made where there is none. ``mode`` is ``b`` for bytes or ``t`` for text, both of
-    which can be read back inside the block; ``how`` are further arguments of ``open``.
-
-    Raises:
-        OSError: The folder cannot be made or written to.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # In the same folder, since a file is renamed within one file system only.
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    try:
-        with temporary.open(f"x+{mode}", **how) as file:
-            yield file
-            file.flush()
-            # A rename can reach the disk before the content does.
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def require_writable(folder: Path) -> None:
-    """Make sure that ``folder`` exists and takes new files.
-
-    Raises:
-        UsageError: It does not.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UsageError(
-            f"cannot write to {folder} ({error.strerror}); name a writable folder with "
-            "--results-dir"
-        ) from error
 
 
 def write_result(results_dir: Path, name: str, payload: dict) -> Path:
@@ -127,17 +48,6 @@ def write_result(results_dir: Path, name: str, payload: dict) -> Path:
 
 
 # --- what a result was produced with --------------------------------------------------------------
-
-
-def package_versions() -> dict[str, str | None]:
-    """Return versions by package name without importing the packages; None where missing."""
-    versions: dict[str, str | None] = {"python": platform.python_version()}
-    for package in RECORDED_PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
-    return versions
 
 
 def source_revision() -> tuple[str | None, bool | None]:
@@ -161,8 +71,6 @@ def source_revision() -> tuple[str | None, bool | None]:
 
 def describe_environment() -> dict:
     """Return the environment as recorded in every result file and run manifest."""
-    from workloads.common.device import usable_cores
-
     commit, dirty = source_revision()
     return {
         "versions": package_versions(),
@@ -205,7 +113,8 @@ class GpuMonitor:
     def __init__(self, device: ComputeDevice | None) -> None:
         self._gpu_uuid = device.identity()["gpu_uuid"] if device else None
         self._begin_seconds = float("inf")
-        self._counts, self._sums = Counter(), Counter()
+        self._counts: Counter[str] = Counter()
+        self._sums = dict.fromkeys(MONITOR_MEANS, 0.0)
         self._figures: dict = {"gpu_memory_used_mib": None, "gpu_utilization_source": None}
 
     def __enter__(self) -> GpuMonitor:
@@ -217,7 +126,7 @@ class GpuMonitor:
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                 text=True, start_new_session=True,
             )  # fmt: skip
-            self._process.stdout.readline()
+            next(self._process.stdout or iter(()), None)
             # Read all the while: a full pipe would stop the sampler.
             self._reader = threading.Thread(target=self._read, daemon=True)
             self._reader.start()
@@ -226,7 +135,8 @@ class GpuMonitor:
     def __exit__(self, *exception: object) -> None:
         """Close the sampler's standard input and wait until it has gone."""
         if self._gpu_uuid is not None:
-            self._process.stdin.close()
+            if self._process.stdin is not None:
+                self._process.stdin.close()
             self._reader.join()
             self._process.wait()
 
@@ -247,7 +157,7 @@ class GpuMonitor:
 
     def _read(self) -> None:
         figures = self._figures
-        for sample in map(json.loads, self._process.stdout):
+        for sample in map(json.loads, self._process.stdout or ()):
             if sample.get("time_seconds", 0.0) < self._begin_seconds:
                 continue
             for name, field in MONITOR_MEANS.items():

@@ -26,6 +26,7 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from workloads.common import console, torch
 from workloads.common.errors import DamagedFileError, UsageError, as_out_of_memory
@@ -64,7 +65,7 @@ class HubUnreachableError(Exception):
 # --- files of torch.save --------------------------------------------------------------------------
 
 
-def read_checkpoint(path: Path, fix: str, *, check_sums: bool = False) -> object:
+def read_checkpoint(path: Path, fix: str, *, check_sums: bool = False) -> Any:
     """Return what ``torch.save`` put into ``path``, its tensors on the CPU.
 
     Args:
@@ -337,7 +338,7 @@ def hub_model_folder(model: str) -> Path:
             "or a hub model with --model"
         ) from error
     if all(isinstance(path, str) for path in cached):
-        return Path(cached[0]).parent
+        return Path(str(cached[0])).parent
     if not hub_answers():
         raise HubUnreachableError(f"{hub_endpoint()} does not answer")
     console.note(f"{model}: downloading from {hub_endpoint()} once, into the hub's cache")

@@ -25,6 +25,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from workloads.common import cli, client, console, torch
+from workloads.common.device import ComputeDevice, open_device
 from workloads.common.errors import UsageError
 
 # Unit and scale of what a launch moves or computes a second.
@@ -67,11 +68,10 @@ class Antagonist(client.Workload):
 
     name = "antagonist"
     title = "Antagonist"
+    device: ComputeDevice
 
     def load(self) -> None:
         """Allocate what a launch works on."""
-        from workloads.common.device import open_device
-
         self.device = open_device(self.args)
         if self.args.kind == "pcie" and not self.device.is_cuda:
             raise UsageError("--kind pcie needs a GPU: there is no bus to a CPU")

@@ -30,6 +30,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import IO
 
 import psutil
 
@@ -191,7 +192,9 @@ class _Run:
 
     def _wait(self) -> None:
         # A thread of its own takes the time at once, whatever the others are doing.
-        copier = threading.Thread(target=self._copy_stderr, daemon=True)
+        copier = threading.Thread(
+            target=self._copy_stderr, args=(self._process.stderr,), daemon=True
+        )
         copier.start()
         self.exit_code = self._process.wait()
         self.end_seconds = time.monotonic()
@@ -199,13 +202,12 @@ class _Run:
         copier.join(1.0)
         self.ended.set()
 
-    def _copy_stderr(self) -> None:
-        descriptor = self._process.stderr.fileno()
-        while chunk := os.read(descriptor, 65536):
-            sys.stderr.buffer.write(chunk)
-            sys.stderr.buffer.flush()
-            self.stderr_tail = (self.stderr_tail + chunk)[-TAIL_BYTES:]
-        self._process.stderr.close()
+    def _copy_stderr(self, stderr: IO[bytes]) -> None:
+        with stderr:
+            while chunk := os.read(stderr.fileno(), 65536):
+                sys.stderr.buffer.write(chunk)
+                sys.stderr.buffer.flush()
+                self.stderr_tail = (self.stderr_tail + chunk)[-TAIL_BYTES:]
 
 
 def descendants() -> set[psutil.Process]:

@@ -11,7 +11,7 @@ FAR_ELEMENTS = 2**44
 
 
 @triton.jit
-def _store(pointer, offset):
+def _store(pointer: tl.tensor, offset: tl.tensor) -> None:
     tl.store(pointer + offset, 1.0)
 
 

@@ -27,7 +27,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from workloads.common import cli, client, torch
-from workloads.common.device import open_device
+from workloads.common.device import ComputeDevice, open_device
 from workloads.common.errors import MIB, JobFailedError, OutOfGpuMemoryError, UsageError
 
 FAULTS = ("exit", "oom", "assert", "illegal-access")
@@ -62,6 +62,7 @@ class FaultyJob(client.Workload):
 
     name = "fault_client"
     title = "A job that goes wrong"
+    device: ComputeDevice
 
     def load(self) -> None:
         """Open the device and make the matrices."""

@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from workloads.common import cli, client, console
-from workloads.common.device import clients_on_gpu
+from workloads.common.device import ComputeDevice, clients_on_gpu, open_device
 from workloads.common.errors import NotFiniteError
 from workloads.common.results import few_percentiles, summarize_latency_ms
 from workloads.inference.models import (
@@ -49,11 +49,10 @@ class BatchInference(client.Workload):
 
     name = "batch_inference"
     title = "Batch inference"
+    device: ComputeDevice
 
     def load(self) -> None:
         """Load the model and put one random batch on the device."""
-        from workloads.common.device import open_device
-
         self.device = open_device(self.args)
         import torch
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, _imaging
+from PIL import Image, ImageOps, TiffImagePlugin, _imaging
 
 IMAGE_SIZE = 224
 PICTURE_BYTES = IMAGE_SIZE * IMAGE_SIZE * 3
@@ -92,7 +92,7 @@ def _require_little_work(image: Image.Image, content: bytes) -> None:
         raise ImageRejected(
             f"the JPEG has {scans} scans; at most {MAX_SCANS} are accepted", status=413
         )
-    if image.format == "TIFF":
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
         with _bad_bytes_rejected():
             claimed_bytes = sum(sum(image.tag_v2.get(tag, ())) for tag in TIFF_LENGTHS)
         if claimed_bytes > len(content):
@@ -176,7 +176,7 @@ def _turned(image: Image.Image, original: Image.Image) -> Image.Image:
     if len(original.info.get("exif", b"")) > MAX_EXIF_BYTES:
         return image
     try:
-        transposition = EXIF_TRANSPOSITIONS.get(original.getexif().get(EXIF_ORIENTATION))
+        transposition = EXIF_TRANSPOSITIONS.get(original.getexif().get(EXIF_ORIENTATION, 1))
     except ImageRejected:
         raise
     # Damaged EXIF data raise anything; the picture itself is still good.

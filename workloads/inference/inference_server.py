@@ -27,7 +27,7 @@ from typing import NoReturn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from workloads.common import cli, client, console
-from workloads.common.device import usable_cores
+from workloads.common.device import ComputeDevice, open_device, usable_cores
 from workloads.common.errors import JobFailedError, UsageError
 from workloads.inference import api_key
 from workloads.inference.models import add_model_flags, resolve_model_flags, weights_notes
@@ -130,7 +130,8 @@ class InferenceServer(client.Workload):
 
     name = "inference_server"
     title = "Inference server"
-    _web_server: subprocess.Popen | None = None
+    device: ComputeDevice
+    _web_server: subprocess.Popen[bytes]
     _is_device_busy = False
     # Not an Event: its lock, taken when a second signal interrupts the first, is never free.
     _stop_seconds: float | None = None
@@ -172,12 +173,12 @@ class InferenceServer(client.Workload):
             env={k: v for k, v in os.environ.items() if not k.startswith(FOREIGN_VARIABLES)},
         )  # fmt: skip
         # Not by the command line or the environment: the key is among them.
-        self._web_server.stdin.write(json.dumps(settings, default=str).encode())
-        self._web_server.stdin.close()
+        if self._web_server.stdin is not None:
+            with self._web_server.stdin as stdin:
+                stdin.write(json.dumps(settings, default=str).encode())
         self._engine.worker_door.close()
 
     def _load_model(self) -> None:
-        from workloads.common.device import open_device
         from workloads.inference.models import Classifier
 
         args = self.args
@@ -314,7 +315,7 @@ class InferenceServer(client.Workload):
 
     def close(self) -> None:
         """End the web server and the engine, also after a failure."""
-        if self._web_server is not None:
+        if hasattr(self, "_web_server"):
             self._end_web_server(0.0)
             seconds = 0.0 if self._is_device_busy else DEVICE_END_SECONDS
             self._is_device_busy = not self._engine.close(seconds)

@@ -16,17 +16,22 @@ when they are there, and the device never waits for it.
 from __future__ import annotations
 
 import argparse
-import inspect
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from workloads.common import cli, client, console, torch
+from workloads.common.device import ComputeDevice, open_device
 from workloads.common.errors import MIB, OutOfGpuMemoryError, UsageError
 from workloads.common.results import few_percentiles, summarize_latency_ms
 from workloads.common.weights import HubUnreachableError, hub_model_folder
+from workloads.inference.decode_attention import cache_name, registered_attention
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, StaticCache
 
 GIB = 2**30
 # Layers, hidden size, attention heads, key-value heads, feed-forward size, vocabulary, and whether
@@ -102,14 +107,14 @@ class TokenGeneration(client.Workload):
 
     name = "llm_inference"
     title = "Token generation"
+    device: ComputeDevice
+    _model: PreTrainedModel
+    _tokenizer: PreTrainedTokenizerBase  # of a pretrained model
 
     def load(self) -> None:
         """Load or make the model, and allocate its cache."""
-        from workloads.common.device import open_device
-
         self.device = open_device(self.args)
         args = self.args
-        self._tokenizer = None
         if args.model is None:
             self._model = self._random_model()
             self.warnings.append(
@@ -119,7 +124,7 @@ class TokenGeneration(client.Workload):
         else:
             self._model = self._pretrained_model()
         self._model.eval().requires_grad_(False)
-        self._model.set_attn_implementation(_registered_attention())
+        self._model.set_attn_implementation(registered_attention())
         config = self._model.config
         self._prompt = self._prompt_tokens(config.vocab_size)
         self._prompt_tokens_count = self._prompt.shape[1]
@@ -138,7 +143,7 @@ class TokenGeneration(client.Workload):
         )
         self._written = torch.zeros(1, dtype=torch.int64, device=place)
 
-    def _random_model(self) -> torch.nn.Module:
+    def _random_model(self) -> PreTrainedModel:
         from transformers import LlamaConfig, LlamaForCausalLM
 
         layers, hidden, heads, key_value_heads, feed_forward, vocabulary, tied = SHAPES[
@@ -162,7 +167,7 @@ class TokenGeneration(client.Workload):
         finally:
             torch.set_default_dtype(usual_dtype)
 
-    def _pretrained_model(self) -> torch.nn.Module:
+    def _pretrained_model(self) -> PreTrainedModel:
         from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
         logging.disable_progress_bar()
@@ -207,7 +212,7 @@ class TokenGeneration(client.Workload):
         shape = (args.batch_size, args.prompt_tokens)
         return torch.randint(vocabulary, shape, generator=random).to(place)
 
-    def _allocate_cache(self, config: object) -> object:
+    def _allocate_cache(self, config: PreTrainedConfig) -> StaticCache:
         """Allocate keys and values for every sequence.
 
         Raises:
@@ -271,7 +276,7 @@ class TokenGeneration(client.Workload):
     def _take_token(self, model: torch.nn.Module, inputs: torch.Tensor) -> None:
         with torch.inference_mode():
             logits = model(
-                inputs, **{_cache_name(): self._cache}, use_cache=True, logits_to_keep=1
+                inputs, **{cache_name(): self._cache}, use_cache=True, logits_to_keep=1
             ).logits
             self._tokens.copy_(logits[:, -1].argmax(dim=-1, keepdim=True))
             self._answer.index_copy_(1, self._written, self._tokens)
@@ -388,66 +393,6 @@ class _Steps:
         """Record one step."""
         self.seconds.append(end_seconds - start_seconds)
         self._recorder.unit(kind, start_seconds, end_seconds, latency=True)
-
-
-def _registered_attention() -> str:
-    """Tell transformers of `_attention` and return the name that it has there."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
-
-    name = "grouped_decode"
-    AttentionInterface.register(name, _attention)
-    AttentionMaskInterface.register(name, sdpa_mask)
-    return name
-
-
-def _attention(
-    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-    attention_mask: torch.Tensor | None, scaling: float | None = None, **kwargs: object,
-) -> tuple[torch.Tensor, None]:  # fmt: skip
-    """Attend from one token a sequence by two matrix products; from more as transformers does.
-
-    The queries that share a key-value head are the rows of one product, so that keys and values are
-    read once. With a mask, transformers (5.17) copies them for each query head first: a step of
-    the 1b shape with 8 sequences and a cache of 1,024 took 3.88 ms that way on an H200 and 2.66
-    this way, compiled 2.01 and 1.42.
-
-    Args:
-        module: The attention layer.
-        query: (batch, heads, tokens, width).
-        key: (batch, key-value heads, cache tokens, width), as `value`.
-        attention_mask: Where to look, (batch or 1, 1, tokens, cache tokens) of bool.
-        scaling: Factor of the products.
-        kwargs: What else transformers passes on.
-
-    Returns:
-        (batch, tokens, heads, width), and no weights.
-    """
-    import torch  # the module itself, since the compiler reads this function
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    batch, heads, tokens, width = query.shape
-    if tokens > 1:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, **kwargs
-        )
-    key_value_heads = key.shape[1]
-    grouped = query.reshape(batch, key_value_heads, heads // key_value_heads, width) * scaling
-    scores = grouped @ key.transpose(2, 3)
-    scores = torch.where(attention_mask, scores, float("-inf"))
-    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)
-    return (weights @ value).reshape(batch, 1, heads, width), None
-
-
-def _cache_name() -> str:
-    """Return what transformers calls the cache: `past_key_values` until 5.23, then `cache`."""
-    from transformers import LlamaModel
-
-    return (
-        "cache"
-        if "cache" in inspect.signature(LlamaModel.forward).parameters
-        else "past_key_values"
-    )
 
 
 def _percentiles(figures: dict, what: str, count: int) -> str:

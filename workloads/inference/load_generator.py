@@ -31,7 +31,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import aiohttp
 
@@ -189,7 +189,7 @@ class LoadGenerator:
         plans = plan.split(processes)
         _require_open_files(max(len(plans), *(part.connections for part in plans)))
         self.reports: list[Measured] = []  # what has come so far
-        self.running: dict[Connection, int] = {}  # those that still send or wait, by their place
+        self.running: dict[Any, int] = {}  # pipes of those that still send or wait: their places
         try:
             self._processes = [_start_process() for _ in plans]
         except OSError as error:  # those that have started end with their sockets
@@ -319,7 +319,7 @@ class _Clients:
 
     def __init__(self, plan: LoadPlan, pipe: Connection) -> None:
         self._plan, self._pipe = plan, pipe
-        self._messages: asyncio.Queue[float | None] = asyncio.Queue()
+        self._messages: asyncio.Queue[Any] = asyncio.Queue()
         self._bodies = itertools.cycle(plan.bodies)
         self._records: list[tuple[float, float, float, float, str]] = []
         self._cpu_seconds, self._connections_opened = 0.0, 0

@@ -14,9 +14,10 @@ import math
 import os
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from workloads.common.results import is_few, summarize_latency_ms, written_whole
+from workloads.common.files import written_whole
+from workloads.common.results import is_few, summarize_latency_ms
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,14 +33,14 @@ LATE_SHARE_LIMIT_PERCENT = 1.0
 BUSY_PROCESS_LIMIT_PERCENT = 90.0
 DPI = 120
 BINS = 60
-BARS = {"facecolor": "#7fa6c9", "edgecolor": "#1f3a57"}
-LINES = {"color": "black", "linewidth": 1.4}
+BARS: dict[str, Any] = {"facecolor": "#7fa6c9", "edgecolor": "#1f3a57"}
+LINES: dict[str, Any] = {"color": "black", "linewidth": 1.4}
 
 
 def load_figures(
     measured: Measured, start_seconds: float, duration_seconds: float, slo_ms: float | None,
     is_open_loop: bool,
-) -> dict[str, object]:  # fmt: skip
+) -> dict[str, Any]:  # fmt: skip
     """Return every figure of a run that sent from ``start_seconds`` on for a while.
 
     ``slo_attainment_percent`` is the share of all requests that succeeded within ``slo_ms``.
@@ -52,7 +53,7 @@ def load_figures(
     total, ok = len(requests), requests["failure"] == ""
     succeeded = int(ok.sum())
     latency_seconds = np.where(ok, requests["end"] - requests["intended"], math.inf)
-    figures = {
+    figures: dict[str, Any] = {
         "total_requests": total,
         "successful_requests": succeeded,
         "failed_requests": total - succeeded,
@@ -283,7 +284,7 @@ def _draw_latency_histogram(axes: Axes, latency_ms: np.ndarray, figures: dict) -
     from matplotlib.ticker import LogLocator, NullFormatter
 
     edges = np.geomspace(latency_ms.min() * 0.98, latency_ms.max() * 1.02, BINS + 1)
-    axes.hist(latency_ms, bins=edges, label="answered", linewidth=0.4, **BARS)
+    axes.hist(latency_ms, bins=edges.tolist(), label="answered", linewidth=0.4, **BARS)
     for name, style in (("p50", "-"), ("p99", "--"), ("p99_9", ":")):
         value = figures[f"{name}_latency_ms"]
         if value is not None:

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from workloads.common import cli, client, console
 from workloads.common.errors import EXIT_FAILED, UsageError, first_line
-from workloads.common.results import require_writable
+from workloads.common.files import require_writable
 from workloads.inference import api_key
 
 if TYPE_CHECKING:
@@ -106,8 +106,8 @@ class LoadTest(client.Workload):
     name = "load_test"
     title = "Load test"
     nothing_succeeded = False
-    _url: URL | None = None
-    _generator: LoadGenerator | None = None
+    _url: URL
+    _generator: LoadGenerator
 
     def __init__(
         self, args: argparse.Namespace, look_after: Callable[[], None] = lambda: None
@@ -127,7 +127,7 @@ class LoadTest(client.Workload):
         from workloads.inference import load_generator
 
         args = self.args
-        if self._url is None:
+        if not hasattr(self, "_url"):
             self.wait_for_server()
         seconds = max(STEADY_SECONDS, args.duration) if args.hold else args.duration
         self.offsets = self.draw_offsets(seconds)
@@ -146,7 +146,7 @@ class LoadTest(client.Workload):
         )
         processes = args.processes or load_generator.default_processes(args.clients, args.rate)
         self._generator = load_generator.LoadGenerator(plan, processes)
-        self._start_seconds: float | None = None
+        self._has_begun = False
 
     def draw_offsets(self, seconds: float) -> np.ndarray | None:
         """Return when the open loop intends to send, in seconds; None for a closed loop.
@@ -178,12 +178,13 @@ class LoadTest(client.Workload):
             StopRequested: The suite asked to stop.
         """
         args = self.args
-        if self._start_seconds is not None and not self._generator.running:
+        if self._has_begun and not self._generator.running:
             self.close()  # a generator runs once
             self.load()
             self.warm_up()
-        if self._start_seconds is None:
+        if not self._has_begun:
             self._start_seconds = self._generator.begin()
+            self._has_begun = True
         begin_seconds = time.monotonic() if args.hold else self._start_seconds
         end_seconds = begin_seconds + args.duration
         reports: list[Measured] = []
@@ -265,10 +266,10 @@ class LoadTest(client.Workload):
         load_report.save_raw(self.files["raw_file"], requests, start_seconds)
         draws_charts = args.events is None if args.charts is None else args.charts
         if draws_charts and not self.nothing_succeeded:
-            charts = [args.results_dir / f"{stem}_{what}.png" for what in ("latency", "qps")]
+            latency, qps = (args.results_dir / f"{stem}_{what}.png" for what in ("latency", "qps"))
             try:
-                load_report.draw_charts(*charts, requests, figures, start_seconds, args.rate)
-                self.files |= zip(("latency_chart", "qps_chart"), charts, strict=True)
+                load_report.draw_charts(latency, qps, requests, figures, start_seconds, args.rate)
+                self.files |= {"latency_chart": latency, "qps_chart": qps}
             except Exception as error:  # whatever ails matplotlib here, the figures are there
                 self.warn(
                     f"the charts could not be drawn ({first_line(error)}); all figures are in the "
@@ -278,7 +279,7 @@ class LoadTest(client.Workload):
 
     def close(self) -> None:
         """End the processes."""
-        if self._generator is not None:
+        if hasattr(self, "_generator"):
             self._generator.close()
 
     def settings(self) -> dict:

@@ -11,7 +11,8 @@ import difflib
 import operator
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -96,7 +97,7 @@ def load_inference_model(
         fuse_activations(model)
         if not _runs(model, device):
             model = _fold_batch_norms(load_classifier(name, weights, seed)[0])
-    model.to(device.torch_device, device.model_dtype, memory_format=torch.channels_last)
+    model.to(device.torch_device, device.model_dtype).to(memory_format=torch.channels_last)
     return compile_module(device, model), loaded
 
 
@@ -115,7 +116,7 @@ def _runs(model: nn.Module, device: ComputeDevice) -> bool:
     """Put ``model`` on the device; return whether cuDNN has kernels for all its fused layers."""
     import torch
 
-    model.to(device.torch_device, device.model_dtype, memory_format=torch.channels_last)
+    model.to(device.torch_device, device.model_dtype).to(memory_format=torch.channels_last)
     shape = (1, 3, IMAGE_SIZE, IMAGE_SIZE)
     try:
         with torch.inference_mode():
@@ -136,13 +137,16 @@ def fuse_activations(model: fx.GraphModule) -> None:
     """
     from torch import fx, nn
 
-    def is_fusible(node: object) -> bool:
+    def fusible(node: fx.Node) -> nn.Conv2d | None:
+        """Return the convolution that ``node`` is, where a ReLU can be fused into it."""
         convolution = _module(model, node)
-        return (
+        if (
             isinstance(convolution, nn.Conv2d)
             and (convolution.padding_mode, convolution.bias is None) == ("zeros", False)
             and len(node.users) == 1
-        )
+        ):
+            return convolution
+        return None
 
     for relu in [node for node in model.graph.nodes if isinstance(_module(model, node), nn.ReLU)]:
         source, residual = relu.args[0], []
@@ -150,10 +154,11 @@ def fuse_activations(model: fx.GraphModule) -> None:
         if is_sum and len(source.users) == 1 and all(isinstance(n, fx.Node) for n in source.args):
             # A block's last convolution and its residual, in either order; where both are
             # convolutions (a downsampling block), the first one takes the sum along.
-            source, *residual = sorted(source.args, key=lambda node: not is_fusible(node))
-        if is_fusible(source):
+            source, *residual = sorted(source.args, key=lambda node: fusible(node) is None)
+        convolution = fusible(source)
+        if convolution is not None:
             name = f"{source.target}_fused"
-            model.add_submodule(name, _fused(_module(model, source)))
+            model.add_submodule(name, _fused(convolution))
             with model.graph.inserting_before(relu):
                 fused = model.graph.call_module(name, (source.args[0], *residual))
             relu.replace_all_uses_with(fused)
@@ -164,15 +169,20 @@ def fuse_activations(model: fx.GraphModule) -> None:
 
 
 def _module(model: fx.GraphModule, node: object) -> nn.Module | None:
-    is_call = getattr(node, "op", None) == "call_module"
-    return model.get_submodule(node.target) if is_call else None
+    from torch import fx
+
+    if isinstance(node, fx.Node) and node.op == "call_module":
+        return model.get_submodule(str(node.target))
+    return None
 
 
 def _fused(convolution: nn.Conv2d) -> nn.Module:
     """Return ``relu(conv(x) + bias)``, or ``relu(conv(x) + bias + y)``, as one cuDNN kernel."""
     import torch
 
-    geometry = convolution.stride, convolution.padding, convolution.dilation, convolution.groups
+    geometry: tuple[Any, ...] = (
+        convolution.stride, convolution.padding, convolution.dilation, convolution.groups,
+    )  # fmt: skip
 
     class FusedConvolution(torch.nn.Module):
         def __init__(self) -> None:
@@ -218,7 +228,7 @@ class Classifier:
         self._std = torch.tensor(IMAGENET_STD, device=where).view(1, 3, 1, 1) * 255
         shape = (max_batch, IMAGE_SIZE, IMAGE_SIZE, 3)
         self._staging = torch.zeros(shape, dtype=torch.uint8, pin_memory=device.is_cuda)
-        self._staging_bytes = memoryview(self._staging.numpy()).cast("B")
+        self._staging_bytes = self._staging.numpy().data.cast("B")
         # On the CPU the host's buffers are the device's.
         self._pictures = self._staging.to(where) if device.is_cuda else self._staging
         self._top_classes = min(TOP_CLASSES, len(self.weights.class_names))
@@ -232,7 +242,7 @@ class Classifier:
         buckets = batch_buckets(self._max_batch)[::-1]
         if self._device.engine != "eager":
             for size in buckets:
-                self._replays[size] = capture_forward(self._device, lambda n=size: self._work(n))
+                self._replays[size] = capture_forward(self._device, partial(self._work, size))
         for size in buckets if self._replays else (self._max_batch, 1):
             picture = np.zeros((size, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
             self.finish(self.start([picture]))
@@ -247,7 +257,7 @@ class Classifier:
         position = 0
         for array in pictures:
             # NumPy would let go of the interpreter for each picture.
-            content = memoryview(array).cast("B")
+            content = array.data.cast("B")
             self._staging_bytes[position : position + len(content)] = content
             position += len(content)
         count = sum(map(len, pictures))

@@ -58,7 +58,7 @@ class ServingClient(inference_server.InferenceServer):
 
     name = "serving"
     title = "Inference service"
-    _users: load_test.LoadTest | None = None
+    _users: load_test.LoadTest
     _capacity: float | None = None
 
     def warm_up(self) -> None:
@@ -140,7 +140,7 @@ class ServingClient(inference_server.InferenceServer):
 
     def close(self) -> None:
         """End the users, then the server; called again, and after a failure, without harm."""
-        if self._users is not None:
+        if hasattr(self, "_users"):
             self._users.close()
         super().close()
 

@@ -26,22 +26,21 @@ import time
 from contextlib import suppress
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import gevent
 import multipart
 from flask import Flask, Response, g, request
+from flask.json.provider import DefaultJSONProvider
 from gunicorn.http.errors import NoMoreData, ParseException
 from PIL import Image
 from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
 from workloads.inference import api_key
-from workloads.inference.batching import COUNT, ENDPOINTS, RECORD, ROW
+from workloads.inference.batching import COUNT, RECORD, ROW
 from workloads.inference.image_input import ImageRejected, open_upload, small_picture
-
-if TYPE_CHECKING:
-    from workloads.inference.web_worker import WebWorker
+from workloads.inference.server_statistics import ENDPOINTS
+from workloads.inference.web_process import Process, Refusal
 
 DEFAULT_BATCH_SIZE = 32
 MAX_JSON_BYTES = 1024
@@ -68,17 +67,9 @@ CUT_OFF = "the request ends before it is whole"
 NO_FIGURES = (0, 0.0, math.nan, math.nan, math.nan)
 
 app = Flask(__name__, static_folder=None)
-app.json.sort_keys = False
+DefaultJSONProvider.sort_keys = False
 app.url_map.merge_slashes = False
-worker: WebWorker  # the process
-
-
-class Refusal(Exception):
-    """A request that gets no result: the HTTP status, and one sentence for the client."""
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
+worker: Process
 
 
 def _ask(
@@ -98,7 +89,7 @@ def _question(text: str) -> bytes:
     return worker.questions.ask(b"q", text.encode(), QUESTION_SECONDS)
 
 
-def begin(process: WebWorker) -> None:
+def begin(process: Process) -> None:
     """Prepare this process to answer requests."""
     global worker
     worker = process

@@ -21,8 +21,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,19 +29,20 @@ from types import SimpleNamespace
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import gevent
-from flask import Flask
-from gevent.event import AsyncResult
+from flask import Flask, Response
 from gevent.lock import BoundedSemaphore
 from gevent.pool import Pool
 from gunicorn import util
 from gunicorn.app.base import BaseApplication
+from gunicorn.http import Request
 from gunicorn.http.errors import LimitRequestHeaders, LimitRequestLine, ParseException
 from gunicorn.workers.base_async import AsyncWorker
 from gunicorn.workers.ggevent import GeventWorker
 
 from workloads.inference import batching, web_app
 from workloads.inference.image_input import PICTURE_BYTES
-from workloads.inference.web_app import INTERNAL_ERROR, Refusal
+from workloads.inference.web_app import INTERNAL_ERROR
+from workloads.inference.web_process import MAX_SLOTS, Channel, Wait
 
 SILENT_SECONDS = 10.0  # nothing received, or an answer not taken
 CROWDED_SECONDS = 1.0  # who is waited for longer gives way when every connection is taken
@@ -53,87 +53,15 @@ WAIT_FOR_OTHERS_SECONDS, MAX_WAITS_FOR_OTHERS = 1e-3, 20
 MAX_WORKERS_EVER = 1024
 LINGER_SECONDS, LINGER_BYTES = 2.0, 8 << 20
 RECORD_SECONDS = 0.01
-# Messages to the engine that wait for an answer; so many answers fit into a buffer of 416 KiB.
-MAX_SLOTS = 512
-BUFFER_BYTES = 1 << 20  # of a connection to the engine, as far as the system allows
 OWN_ADDRESSES = ("127.0.0.1", "::1", "::ffff:127.0.0.1")
 USAGE = "usage: python3 workloads/inference/inference_server.py, which starts this program"
 PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
-class Channel:
-    """A connection to the engine, on which many greenlets may wait for their answers at once.
-
-    With memory for pictures each slot has its part of it.
-    """
-
-    def __init__(self, slots: int, memory: mmap.mmap | None = None) -> None:
-        self._socket, self.engines_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        for end in (self._socket, self.engines_end):
-            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_BYTES)
-        self._memory = memory
-        self._free = list(range(slots))[::-1]
-        self._answers: dict[int, AsyncResult] = {}
-        self._sending = BoundedSemaphore()  # a second greenlet may not wait for the same socket
-        gevent.spawn(self._receive)
-
-    def send(self, kind: bytes, content: bytes, slot: int = 0) -> None:
-        """Send a message, which without a slot has no answer."""
-        with self._sending:
-            self._socket.send(batching.HEAD.pack(kind, slot) + content)
-
-    def ask(
-        self, kind: bytes, content: bytes, timeout_seconds: float, picture: bytes | None = None
-    ) -> bytes:
-        """Send a message and return its answer.
-
-        Raises:
-            Refusal: The engine refuses, or does not answer in time.
-        """
-        if not self._free:
-            raise Refusal(503, batching.FULL)
-        slot = self._free.pop()  # until the engine has answered, also if nobody waits any more
-        if picture is not None:
-            self._memory[slot * PICTURE_BYTES : (slot + 1) * PICTURE_BYTES] = picture
-        answer = self._answers[slot] = AsyncResult()
-        self.send(kind, content, slot)
-        try:
-            status, content = answer.get(timeout=timeout_seconds)
-        except gevent.Timeout:
-            raise Refusal(503, batching.LATE) from None
-        if status != 200:
-            raise Refusal(status, content.decode())
-        return content
-
-    def _receive(self) -> None:
-        with suppress(OSError):
-            while message := self._socket.recv(batching.MAX_MESSAGE_BYTES):
-                slot, status = batching.ANSWER.unpack_from(message)
-                self._free.append(slot)
-                self._answers.pop(slot).set((status, message[batching.ANSWER.size :]))
-        os._exit(1)  # the engine has ended, or has given this worker up
-
-
-@dataclass(eq=False)
-class Wait:
-    """A connection's wait for its client."""
-
-    client: socket.socket
-    begin_seconds: float
-    end_seconds: float
-    has_request: bool
-    is_cut: bool = False
-
-    def cut(self) -> None:
-        """End it: what has come is still read, and then the connection's end."""
-        self.is_cut = True
-        with suppress(OSError):
-            self.client.shutdown(socket.SHUT_RD)
-
-
 class WebWorker(GeventWorker):
     """A gevent worker that bounds how long clients keep it waiting, and drains quickly."""
 
+    alive: bool
     is_stuck = False  # set where a thread will not come back: the worker is replaced
 
     def run(self) -> None:
@@ -250,7 +178,7 @@ class WebWorker(GeventWorker):
             me.is_cut |= wait.is_cut
             del self._waits[me]
 
-    def timeout_ctx(self):
+    def timeout_ctx(self) -> AbstractContextManager[Wait]:
         """Bound the wait for a request's first line and headers."""
         return self.waiting_for_client(self._silent_seconds, has_request=False)
 
@@ -272,7 +200,9 @@ class WebWorker(GeventWorker):
             if not self._addresses[origin]:
                 del self._addresses[origin]
 
-    def handle_request(self, listener_name, req, sock, addr) -> None:
+    def handle_request(
+        self, listener_name: object, req: Request, sock: socket.socket, addr: object
+    ) -> None:
         """Serve one request; gunicorn's object is kept for ``close_after``."""
         me = gevent.getcurrent()
         me.request = req
@@ -291,7 +221,7 @@ class WebWorker(GeventWorker):
             client.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, on)
 
     @staticmethod
-    def close_after(response: Flask.response_class) -> None:
+    def close_after(response: Response) -> None:
         """Close the connection after ``response``, of whose request not all has been read."""
         me = gevent.getcurrent()
         me.request.force_close()
@@ -301,7 +231,9 @@ class WebWorker(GeventWorker):
             partial(util.close_graceful, me.client, LINGER_SECONDS, LINGER_BYTES)
         )
 
-    def handle_error(self, req, client, addr, exc) -> None:
+    def handle_error(
+        self, req: object, client: socket.socket, addr: object, exc: Exception
+    ) -> None:
         """Answer what gunicorn's parser refuses."""
         status, message = 500, INTERNAL_ERROR
         if isinstance(exc, ParseException):

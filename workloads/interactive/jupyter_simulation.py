@@ -16,7 +16,7 @@ import functools
 import random
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +24,7 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from workloads.common import cli, client, console
-from workloads.common.device import open_device
+from workloads.common.device import ComputeDevice, open_device
 from workloads.common.engine import Pacer, prepare_step, step_pool
 from workloads.inference.models import load_inference_model, resolve_model_flags, weights_notes
 from workloads.interactive import notebook_operations as operations
@@ -156,6 +156,7 @@ class JupyterSimulation(client.Workload):
 
     name = "jupyter_simulation"
     title = "Jupyter session"
+    device: ComputeDevice
     finished: Sequence[dict] = ()
 
     def load(self) -> None:
@@ -188,7 +189,7 @@ class JupyterSimulation(client.Workload):
         }
         work = (self.device, self.sizes, self.args.seed)
         pool = step_pool(self.device)
-        self.operations = {
+        self.operations: dict[str, Callable[[], object]] = {
             kind: prepare_step(self.device, make[kind](*work), pool=pool)
             for kind in self.kinds
             if kind in make
@@ -233,7 +234,7 @@ class JupyterSimulation(client.Workload):
                     recorder.check_stop()
                     idle_seconds = time.monotonic() - start_seconds
                     self.finished[-1]["idle_after_seconds"] = idle_seconds
-        return self.partial_figures()
+        return self.partial_figures() or {}
 
     def _run_cell(self, cell: Cell, recorder: client.Recorder) -> None:
         times = OperationTimes(recorder)
@@ -248,16 +249,15 @@ class JupyterSimulation(client.Workload):
         recorder.unit(cell.kind, start_seconds, end_seconds, latency=True)
         recorder.flush()
         self.operation_seconds[cell.kind] += times.durations_seconds
-        self.finished.append(
-            {
-                "index": len(self.finished),
-                "kind": cell.kind,
-                "started_at": started_at,
-                "start_offset_seconds": start_seconds - self.session_start_seconds,
-                "duration_seconds": end_seconds - start_seconds,
-                "idle_after_seconds": 0.0,
-            }
-        )
+        finished = {
+            "index": len(self.finished),
+            "kind": cell.kind,
+            "started_at": started_at,
+            "start_offset_seconds": start_seconds - self.session_start_seconds,
+            "duration_seconds": end_seconds - start_seconds,
+            "idle_after_seconds": 0.0,
+        }
+        self.finished = [*self.finished, finished]
 
     def partial_figures(self) -> dict | None:
         """Return the figures of the finished cells."""

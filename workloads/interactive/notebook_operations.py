@@ -48,7 +48,7 @@ def draw_sizes(seed: int, **given: int | None) -> SimpleNamespace:
 
 def matrix_operation(
     device: ComputeDevice, sizes: SimpleNamespace, seed: int
-) -> Callable[[], object]:
+) -> Callable[[], None]:
     """Return the multiplication of two square matrices, and ReLU, ``matrix_iterations`` times."""
     generator = torch.Generator().manual_seed(seed)
     shape = (sizes.matrix_size, sizes.matrix_size)
@@ -68,7 +68,7 @@ def matrix_operation(
 
 def preprocess_operation(
     device: ComputeDevice, sizes: SimpleNamespace, seed: int
-) -> Callable[[], object]:
+) -> Callable[[], None]:
     """Return normalization and interpolation of uint8 images, ``preprocess_iterations`` times."""
     generator = torch.Generator().manual_seed(seed)
     where, dtype = device.torch_device, device.model_dtype
@@ -93,9 +93,7 @@ def preprocess_operation(
     return preprocess
 
 
-def train_operation(
-    device: ComputeDevice, sizes: SimpleNamespace, seed: int
-) -> Callable[[], object]:
+def train_operation(device: ComputeDevice, sizes: SimpleNamespace, seed: int) -> Callable[[], None]:
     """Return a quick experiment: a 784-256-10 network trained ``train_epochs`` from its start."""
     network = small_network(device, seed)
     inputs, labels = synthetic_digits(device, seed)

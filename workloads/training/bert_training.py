@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -93,6 +93,8 @@ class BertTraining(TrainingJob):
 
     name = "bert_training"
     title = "BERT fine-tuning"
+    dataset: texts.TextDataset
+    model: BertForSequenceClassification
     samples_name = "texts"
     short_job = "--num-samples 64 --epochs 1"
 
@@ -363,7 +365,7 @@ def _transformers() -> ModuleType:
     With those packages the first step of a short job comes 1 to 2 s later. ``None`` makes them look
     as if they were not installed (The Python Language Reference, 5.3.1), for as long as this takes.
     """
-    hidden = {name: None for name in UNUSED_PACKAGES if name not in sys.modules}
+    hidden: dict[str, Any] = {name: None for name in UNUSED_PACKAGES if name not in sys.modules}
     sys.modules.update(hidden)
     try:
         import transformers

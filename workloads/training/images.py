@@ -26,7 +26,7 @@ import PIL.ImageOps
 from workloads.common import console
 from workloads.common.device import usable_cores
 from workloads.common.errors import DamagedFileError, UnreadableImageError, UsageError
-from workloads.common.results import cache_folder, written_whole
+from workloads.common.files import cache_folder, written_whole
 from workloads.common.weights import DownloadError, download
 from workloads.inference.image_input import ImageRejected, open_image, to_rgb
 
@@ -190,8 +190,9 @@ def _cifar10_files(data_dir: Path) -> dict[str, bytes]:
 
     meta = (CIFAR10.meta["filename"], CIFAR10.meta["md5"])
     wanted = dict((*CIFAR10.train_list, *CIFAR10.test_list, meta))
-    contents = {name: content(folder / name, md5) for name, md5 in wanted.items()}
-    if None not in contents.values():
+    unpacked = {name: content(folder / name, md5) for name, md5 in wanted.items()}
+    contents = {name: found for name, found in unpacked.items() if found is not None}
+    if len(contents) == len(wanted):
         return contents
     packed = content(archive, CIFAR10.tgz_md5)
     # The archive first: it is what everything else comes from.
@@ -220,7 +221,8 @@ def _cifar10_files(data_dir: Path) -> dict[str, bytes]:
             ) from error
     with tarfile.open(fileobj=io.BytesIO(packed)) as tar:
         for name in wanted:
-            contents[name] = tar.extractfile(f"{CIFAR10.base_folder}/{name}").read()
+            member = tar.extractfile(f"{CIFAR10.base_folder}/{name}")
+            contents[name] = b"" if member is None else member.read()
             with contextlib.suppress(OSError), written_whole(folder / name) as file:
                 file.write(contents[name])
     return contents
@@ -327,7 +329,8 @@ def _list_folder(folder: str | Path) -> tuple[list[str], list[str]]:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError as error:
         raise UsageError(f"cannot read {folder} ({error.strerror}); chmod or remove it") from error
-    folders, files = [], []
+    folders: list[str] = []
+    files: list[str] = []
     for entry in entries:
         if not entry.name.startswith(".") and entry.name.lower() not in LITTER:
             (folders if entry.is_dir() else files).append(entry.path)

@@ -21,9 +21,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from workloads.common import cli, client, console, torch
 from workloads.common.device import clients_on_gpu, open_device
-from workloads.common.engine import EpochTotals, Pacer
+from workloads.common.engine import Batches, EpochTotals, Pacer, Pass
 from workloads.common.errors import NotFiniteError, UsageError
-from workloads.common.results import PROJECT_ROOT, written_whole
+from workloads.common.files import written_whole
+from workloads.common.results import PROJECT_ROOT
 from workloads.common.weights import read_checkpoint
 from workloads.training.training_job import TrainingJob
 
@@ -78,6 +79,9 @@ class ResNetTraining(TrainingJob):
 
     name = "resnet_training"
     title = "ResNet50 training"
+    dataset: ImageDataset
+    test_batches: Batches
+    test: Pass
     samples_name = "images"
     short_job = "--train-samples 256 --epochs 1"
     label_smoothing = LABEL_SMOOTHING

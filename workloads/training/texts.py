@@ -22,10 +22,11 @@ from workloads.common import torch
 from workloads.common.device import ComputeDevice
 from workloads.common.engine import Batches
 from workloads.common.errors import UsageError, first_line
-from workloads.common.results import cache_folder, written_whole
+from workloads.common.files import cache_folder, written_whole
 from workloads.common.weights import hub_answers, hub_endpoint
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import BertTokenizerFast
 
 NEGATIVE, POSITIVE = 0, 1
@@ -257,8 +258,13 @@ def _records(path: Path, text: str, delimiter: str) -> Iterator[tuple[int, list[
     """
     csv.field_size_limit(2**31 - 1)
     lines: list[str] = []
-    numbered = (lines.append(line) or line for line in io.StringIO(text, newline=""))
-    reader = csv.reader(numbered, delimiter=delimiter, strict=True)
+
+    def numbered() -> Iterator[str]:
+        for line in io.StringIO(text, newline=""):
+            lines.append(line)
+            yield line
+
+    reader = csv.reader(numbered(), delimiter=delimiter, strict=True)
     first = 1
     try:
         for fields in reader:
@@ -340,7 +346,7 @@ def _load_named(name: str) -> tuple[list[_Row], list[str]]:
     return rows, [f"splits of {name} that are not used: {', '.join(unused)}"] if unused else []
 
 
-def _column(name: str, split, wanted: Sequence[str]) -> tuple[str, Sequence]:
+def _column(name: str, split: Dataset, wanted: Sequence[str]) -> tuple[str, Sequence]:
     """Return name and content of the first of the ``wanted`` columns that the split has."""
     for column in wanted:
         if column in split.column_names:
@@ -352,7 +358,7 @@ def _column(name: str, split, wanted: Sequence[str]) -> tuple[str, Sequence]:
     )
 
 
-def _split_rows(name: str, split_name: str, split) -> list[_Row]:
+def _split_rows(name: str, split_name: str, split: Dataset) -> list[_Row]:
     _, texts = _column(name, split, TEXT_COLUMNS)
     column, labels = _column(name, split, LABEL_COLUMNS)
     names = getattr(split.features[column], "names", None)

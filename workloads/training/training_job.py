@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from workloads.common import client, console, engine, torch
+from workloads.common.device import ComputeDevice
 from workloads.common.engine import Batches, EpochTotals, Pacer, Pass, TrainState
 from workloads.common.errors import DivergedError
 
@@ -21,9 +24,7 @@ BLOWN_UP_LOSS = 1e4
 class TrainingJob(client.Workload):
     """Epochs of captured steps, and a pass over the test split where the job wants one.
 
-    A job loads device, dataset, model, batches and totals, and says what is particular to it:
-    ``make_optimizer`` (with the other tensors that ``update`` changes), ``finish_epoch`` and
-    ``final_figures`` (what it adds to the figures of an epoch and of all) and ``describe_epoch``.
+    A job loads device, dataset, model, batches and totals, and says what is particular to it.
 
     Attributes:
         samples_name: What is trained on, in the plural.
@@ -37,14 +38,31 @@ class TrainingJob(client.Workload):
     short_job: str
     label_smoothing = 0.0
     is_training = True
+    device: ComputeDevice
     dataset: ImageDataset | TextDataset
     model: torch.nn.Module
     totals: EpochTotals
-    train_batches: Batches | None = None
+    train_batches: Batches
     test_batches: Batches | None = None
     train: Pass | None = None
     test: Pass | None = None
     epochs: Sequence[dict] = ()
+
+    @abstractmethod
+    def make_optimizer(self) -> tuple[torch.optim.Optimizer, Sequence[torch.Tensor]]:
+        """Return the optimizer, and what other tensors ``update`` changes."""
+
+    @abstractmethod
+    def finish_epoch(self, epoch: dict, pacer: Pacer) -> dict:
+        """Do what comes after an epoch; return what is added to its figures."""
+
+    @abstractmethod
+    def final_figures(self, last_epoch: dict) -> dict:
+        """Return what is added to the figures of all epochs."""
+
+    @abstractmethod
+    def describe_epoch(self, epoch: dict) -> str:
+        """Return an epoch's figures for people."""
 
     def update(self) -> None:
         """Update the weights once the gradients are there."""
@@ -67,7 +85,8 @@ class TrainingJob(client.Workload):
         pacer = Pacer(self.device, client.Recorder())
         if self.test_batches:
             self.model.eval()
-            self.test = Pass(self.device, "test_step", self.test_batches, self._test_step, *shared)
+            step = functools.partial(self._test_step, self.test_batches)
+            self.test = Pass(self.device, "test_step", self.test_batches, step, *shared)
         if self.is_training:
             self.model.train()
             self.train = Pass(
@@ -88,18 +107,18 @@ class TrainingJob(client.Workload):
 
     def close(self) -> None:
         """End the threads that decode."""
-        for batches in filter(None, (self.train_batches, self.test_batches)):
+        for batches in filter(None, (getattr(self, "train_batches", None), self.test_batches)):
             batches.close()
 
     def run_job(self, recorder: client.Recorder) -> dict:
         """Train for all epochs and return losses, accuracies, durations and throughput."""
         pacer = Pacer(self.device, recorder)
         self.epochs = []
-        if self.is_training:
+        if self.train is not None:
             advice = None if self.device.is_cuda else self.short_job
             with console.progress(self.steps, "training", advice) as progress:
                 for number in range(1, self.args.epochs + 1):
-                    self._run_epoch(number, pacer, progress)
+                    self._run_epoch(self.train, number, pacer, progress)
         return (self.partial_figures() or {}) | self.finish(pacer)
 
     @property
@@ -108,10 +127,12 @@ class TrainingJob(client.Workload):
         batches = self.train_batches
         return self.args.epochs * math.ceil(batches.samples / batches.batch_size)
 
-    def _run_epoch(self, number: int, pacer: Pacer, progress: console.Progress) -> None:
+    def _run_epoch(
+        self, train: Pass, number: int, pacer: Pacer, progress: console.Progress
+    ) -> None:
         """Train one epoch; this part alone is timed as the epoch."""
         self.model.train()
-        loss, accuracy, seconds = self.train.run(
+        loss, accuracy, seconds = train.run(
             pacer, self.totals, number - 1, lambda: progress.advance(detail=f"epoch {number}")
         )
         self.check_loss(loss, f"the training loss in epoch {number}")
@@ -121,7 +142,7 @@ class TrainingJob(client.Workload):
             "train_accuracy_percent": accuracy,
             "epoch_seconds": seconds,
         }
-        self.epochs.append(epoch | self.finish_epoch(epoch, pacer))
+        self.epochs = [*self.epochs, epoch | self.finish_epoch(epoch, pacer)]
         self.tell(f"epoch {number}/{self.args.epochs}: {self.describe_epoch(self.epochs[-1])}")
 
     def check_loss(self, loss: float, when: str) -> None:
@@ -168,10 +189,10 @@ class TrainingJob(client.Workload):
         self.update()
         self.totals.add(logits.detach(), labels, loss.detach())
 
-    def _test_step(self, count: int) -> None:
-        *inputs, labels = self.test_batches.take(count)
+    def _test_step(self, batches: Batches, count: int) -> None:
+        *inputs, labels = batches.take(count)
         with torch.no_grad(), self.device.autocast():
-            logits = self.forward(self._network_for(count, self.test_batches), *inputs)
+            logits = self.forward(self._network_for(count, batches), *inputs)
             loss = torch.nn.functional.cross_entropy(logits, labels)
         self.totals.add(logits, labels, loss)
 
