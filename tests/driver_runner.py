@@ -29,13 +29,8 @@ REPLACED = ("benchmarking/suite/session.py", "benchmarking/analyze_results.py")
 SCRIPTS = ("run_experiments.sh", "stress_test.sh", "setup_environment.sh")
 # One that every user may run.
 SYSTEM_PYTHON = shutil.which("python3", path="/usr/bin:/bin:/usr/local/bin") or sys.executable
-AS_BEFORE = {
-    "daemons": 0,
-    "mig": "Disabled",
-    "instances": 0,
-    "compute_mode": "Default",
-    "timeslice": "Default",
-}
+AS_BEFORE = {"daemons": 0, "mig": "Disabled", "instances": 0, "compute_mode": "Default",
+             "timeslice": "Default"}  # fmt: skip
 
 
 def _own_the_terminal() -> None:
@@ -71,11 +66,9 @@ class DriverRunner(ModeScripts):
             capture_output=True, text=True, timeout=120, check=False,
         )  # fmt: skip
 
-    def must_drive(
-        self, script: str, *arguments: str, as_root: bool = False, **environment: str
-    ) -> subprocess.CompletedProcess[str]:
+    def must_drive(self, script: str, *arguments: str, **how: Any) -> subprocess.CompletedProcess:
         """Run a driver that has to succeed."""
-        result = self.drive(script, *arguments, as_root=as_root, **environment)
+        result = self.drive(script, *arguments, **how)
         assert result.returncode == 0, result.stderr
         return result
 
@@ -138,10 +131,6 @@ class DriverRunner(ModeScripts):
             return []
         return [json.loads(line) for line in path.read_text().splitlines(keepends=True)]
 
-    def suite_calls(self) -> dict[str, dict[str, Any]]:
-        """The last call of the suite for each run id, with its flags as a dict."""
-        return {call["flags"]["--run-id"]: call for call in self.all_suite_calls()}
-
     def all_suite_calls(self) -> list[dict[str, Any]]:
         """Every call of the suite, in order, with its flags as a dict."""
         return [
@@ -150,16 +139,17 @@ class DriverRunner(ModeScripts):
             if call["program"] == "benchmark_suite.py" and "arguments" in call
         ]
 
+    def suite_calls(self) -> dict[str, dict[str, Any]]:
+        """The last call of the suite for each run id."""
+        return {call["flags"]["--run-id"]: call for call in self.all_suite_calls()}
+
     def planned(self, script: str, *arguments: str, **environment: str) -> dict[str, dict]:
         """The flags of each run that a dry run promises, which is the first of its rounds."""
         result = self.drive(script, "--dry-run", *arguments, **environment)
         assert result.returncode == 0, result.stderr
         lines = [shlex.split(line) for line in result.stdout.splitlines()]
-        calls = [
-            suite_flags(words[4:])
-            for words in lines
-            if words[:2] == ["would", "run:"] and words[3].endswith("/benchmark_suite.py")
-        ]
+        runs = [words for words in lines if words[:2] == ["would", "run:"]]
+        calls = [suite_flags(w[4:]) for w in runs if w[3].endswith("/benchmark_suite.py")]
         return {flags["--run-id"]: flags for flags in calls}
 
     def turns(self) -> list[str]:
@@ -169,8 +159,7 @@ class DriverRunner(ModeScripts):
 
     def phases(self) -> list[dict[str, Any]]:
         """The lines of phases.jsonl."""
-        lines = (self.output / "phases.jsonl").read_text().splitlines()
-        return [json.loads(line) for line in lines]
+        return [*map(json.loads, (self.output / "phases.jsonl").read_text().splitlines())]
 
     def outcomes(self) -> dict[str, str]:
         """Each phase's status by its name."""

@@ -85,15 +85,9 @@ class ModeScripts:
         if prefix is not None:
             command = [*prefix, f"./gpu-configs/{script}", *arguments]
         return subprocess.run(
-            command,
-            cwd=self.project,
-            env={**self.environment, **environment},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
+            command, cwd=self.project, env={**self.environment, **environment},
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
 
     def must(self, script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run a script that has to succeed."""
@@ -104,15 +98,10 @@ class ModeScripts:
     def start(self, script: str, *arguments: str, stderr: int) -> subprocess.Popen[str]:
         """Start a script in a group of its own."""
         return subprocess.Popen(
-            self.command(script, *arguments),
-            cwd=self.project,
-            env=self.environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=stderr,
-            text=True,
+            self.command(script, *arguments), cwd=self.project, env=self.environment, text=True,
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=stderr,
             start_new_session=True,
-        )
+        )  # fmt: skip
 
     def interrupt(
         self, script: str, *arguments: str, during: str, number: signal.Signals, group: bool
@@ -212,35 +201,23 @@ def rule(match: str, **fields: object) -> Step:
     return lambda scripts: scripts.machine.fail(match, **fields)
 
 
-def no_rules(scripts: ModeScripts) -> None:
-    scripts.machine.forget_rules()
-
-
-def process(pid: int = 4242, **fields: object) -> Step:
-    return lambda scripts: scripts.machine.add_process(pid=pid, **fields)
-
-
-def ended(pid: int) -> Step:
-    return lambda scripts: scripts.machine.remove_process(pid)
+def process(**fields: object) -> Step:
+    return lambda scripts: scripts.machine.add_process(pid=4242, **fields)
 
 
 def daemon(**fields: object) -> Step:
     return lambda scripts: scripts.machine.add_mps_daemon("/nonexistent/pipe", **fields)
 
 
-def client(pid: int = 938) -> Step:
-    return lambda scripts: scripts.machine.add_mps_client(pid)
+def client(scripts: ModeScripts) -> None:
+    scripts.machine.add_mps_client(938)
 
 
-def instance(gi: int = 11, start: int = 4) -> Step:
+def instance(scripts: ModeScripts) -> None:
     """MIG mode as an administrator has left it, with an instance."""
-    made = {"gi": gi, "ci": 0, "profile": "1g.10gb", "profile_id": 19, "start": start, "size": 1,
+    made = {"gi": 11, "ci": 0, "profile": "1g.10gb", "profile_id": 19, "start": 4, "size": 1,
             "uuid": "MIG-of-another"}  # fmt: skip
-    return gpu(mig_current="Enabled", mig_pending="Enabled", instances=[made])
-
-
-def no_compute_instances(scripts: ModeScripts) -> None:
-    scripts.machine.change_gpu(instances=[])
+    scripts.machine.change_gpu(mig_current="Enabled", mig_pending="Enabled", instances=[made])
 
 
 def forgotten_ids(scripts: ModeScripts) -> None:
@@ -286,12 +263,11 @@ def has(**fields: object) -> Callable[[ModeScripts], None]:
 
     def look(scripts: ModeScripts) -> None:
         card = scripts.gpu()
-        instances = card["instances"]
         found = {
             **card,
             "daemons": len(scripts.machine.state()["mps"]),
-            "profiles": sorted(i["profile"] for i in instances if i["ci"] is not None),
-            "gis": [i["gi"] for i in instances],
+            "profiles": sorted(i["profile"] for i in card["instances"] if i["ci"] is not None),
+            "gis": [i["gi"] for i in card["instances"]],
         }
         assert {name: found[name] for name in fields} == fields
 
@@ -300,9 +276,10 @@ def has(**fields: object) -> Callable[[ModeScripts], None]:
 
 @dataclass(frozen=True)
 class Row:
-    """`then` are steps that follow and have to succeed; `last` is looked at behind them.
+    """Steps `before`, a command, and what it says and leaves.
 
-    Where neither is given a mode that was put in force is undone, which leaves the card as it was.
+    Then what stood in the way goes (rules and processes), the scripts of `undo` succeed, and `last`
+    holds: what was put in force is undone unless that is said otherwise.
     """
 
     name: str
@@ -311,8 +288,8 @@ class Row:
     says: tuple[str, ...] = ()
     after: Callable[[ModeScripts], object] | None = None
     before: tuple[Step, ...] = ()
-    then: tuple[Step, ...] = ()
-    last: Callable[[ModeScripts], object] | None = None
+    undo: tuple[Step, ...] | None = None
+    last: Callable[[ModeScripts], object] = as_delivered
     kind: str = "h100"
     environment: dict[str, str] = field(default_factory=dict)
     silent_on: tuple[str, ...] = ()
@@ -347,12 +324,15 @@ def check(row: Row) -> None:
             assert scripts.all_files() == files
         elif row.after is not None:
             assert row.after(scripts) is not False
-        then, last = row.then, row.last
-        if row.code == 0 and row.command[0] in UNDO and not (then or last):
-            then, last = ((UNDO[row.command[0]],),), as_delivered
-        take(scripts, then)
-        if last is not None:
-            assert last(scripts) is not False
+        undo = row.undo
+        if undo is None and row.code == 0 and row.command[0] in UNDO:
+            undo = ((UNDO[row.command[0]],),)
+        if undo is not None:
+            scripts.machine.forget_rules()
+            for pid in (938, 4242):
+                scripts.machine.remove_process(pid)
+            take(scripts, undo)
+            assert row.last(scripts) is not False
 
 
 def refused(result: subprocess.CompletedProcess[str], code: int, *says: str) -> None:

@@ -1,6 +1,6 @@
-"""A scripted GPU for tests: builds a stand-in for ``libnvidia-ml.so.1`` and writes its state.
+"""A scripted GPU for tests: puts a stand-in for NVML's library on the path and writes its state.
 
-Three steps make any subprocess that imports ``pynvml`` see the scripted card::
+Any subprocess that imports ``pynvml`` sees the card::
 
     library = build_nvml_stub(tmp_path)
     state = write_state(tmp_path / "card.txt", utilization_gpu_percent=97, pids={4711: 2228})
@@ -10,44 +10,29 @@ The state is read again at each NVML call, so ``write_state`` with the same path
 while the process runs. ``write_state`` starts from ``H100`` each time; a value of None takes the
 key away, and a GPU without a key answers "not supported" where the key is needed.
 
-Keys (``KEY_1`` is GPU 1's own value where there are several):
+Keys beyond those of ``H100`` (``KEY_1`` is GPU 1's own value where there are several):
 
-========================= ======================================================================
-count                     number of GPUs, at most 8
-driver_version            "580.159.04"
-cuda_driver_version       13000 for 13.0
-name, uuid                text
-memory_total_mib, memory_used_mib, memory_reserved_mib
-utilization_gpu_percent   whole number; not supported while MIG is enabled
-sm_clock_mhz, temperature_celsius, power_draw_watts
-energy_joules             the counter, or "clock": power_draw_watts times CLOCK_MONOTONIC
-clocks_event_reasons      NVML's bits, as "0x4"
-compute_mode              0 default, 2 prohibited, 3 exclusive process
-compute_capability        "9.0"
-pids, mps_pids            {pid: used MiB or None}, or {pid: (used MiB, gpu_instance_id)} for MIG
-mig_mode_current          0 or 1; mig_mode_pending likewise, else as current
-mig_devices               list of (uuid, gpu_instance_id, multiprocessors, MiB, used MiB) and,
-                          where the name is to hold it, a sixth, "1g.10gb";
-                          None in the list is a hole in NVML's numbering
-gpm                       1 when GPM is supported; the figures are gpm_graphics_util, gpm_sm_util,
-                          gpm_sm_occupancy, gpm_any_tensor_util, gpm_dram_bw_util; with "_gi7"
-                          behind, they are those of GPU instance 7
-lost                      1: the GPU has left the bus
-fail                      {"nvmlDeviceGetPowerUsage": 3}: functions that return this NVML code
-========================= ======================================================================
+energy_joules        the counter, or "clock": power_draw_watts times CLOCK_MONOTONIC
+clocks_event_reasons NVML's bits, as "0x4"
+compute_mode         0 default, 2 prohibited, 3 exclusive process
+pids, mps_pids       {pid: used MiB or None}, or {pid: (used MiB, gpu_instance_id)} for MIG
+mig_mode_current     0 or 1; mig_mode_pending likewise, else as current
+mig_devices          list of (uuid, gpu_instance_id, multiprocessors, MiB, used MiB) and, where the
+                     name is to hold it, a sixth, "1g.10gb"; None is a hole in NVML's numbering
+gpm                  1 when GPM is supported; its figures with "_gi7" behind are GPU instance 7's
+lost                 1: the GPU has left the bus
+fail                 {"nvmlDeviceGetPowerUsage": 3}: functions that return this NVML code
 """
 
 from __future__ import annotations
 
-import functools
+import json
 import os
-import subprocess
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-SOURCE = Path(__file__).resolve().parent / "fakes" / "nvml" / "nvml_stub.c"
+STAND_IN = Path(__file__).resolve().parent / "fakes" / "nvml" / "pynvml.py"
 GPU_UUID = "GPU-00000000-1111-2222-3333-444444444444"
 H100: dict[str, Any] = {
     "count": 1,
@@ -116,31 +101,25 @@ RTX_3060: dict[str, Any] = {
 
 
 def build_nvml_stub(tmp_dir: Path, without: tuple[str, ...] = ()) -> Path:
-    """Return a folder with a ``libnvidia-ml.so.1`` for ``LD_LIBRARY_PATH``.
-
-    It is compiled once a test session (about a second); a link to it lies in ``tmp_dir``.
+    """Return a folder for ``PYTHONPATH`` whose ``pynvml`` calls the stand-in.
 
     Args:
         tmp_dir: an existing folder of the test.
-        without: functions that the library shall lack, as an old driver does.
+        without: functions that the library shall lack, as an old driver's does.
     """
     folder = tmp_dir / "nvml_stub"
     folder.mkdir(exist_ok=True)
-    link = folder / "libnvidia-ml.so.1"
-    link.unlink(missing_ok=True)
-    link.symlink_to(_compile(without))
+    if not (folder / STAND_IN.name).exists():
+        (folder / STAND_IN.name).symlink_to(STAND_IN)
+    (folder / "lacks").write_text("\n".join(without))
     return folder
 
 
 def write_state(path: Path, **state: Any) -> Path:
     """Script the card: ``H100`` with ``state`` laid over it; replaces the file in one step."""
-    lines = [
-        f"{key}={_as_text(key, value)}\n"
-        for key, value in {**H100, **state}.items()
-        if value is not None
-    ]
+    known = {key: value for key, value in {**H100, **state}.items() if value is not None}
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(lines), encoding="utf-8")
+    temporary.write_text(json.dumps(known))
     temporary.replace(path)
     return path
 
@@ -153,47 +132,5 @@ def stub_environment(
     Without CUDA's own, which a workload that was opened in this process may have set.
     """
     base = {name: value for name, value in base.items() if not name.startswith("CUDA_")}
-    search_path = [str(library), *filter(None, [base.get("LD_LIBRARY_PATH")])]
-    return {
-        **base,
-        "LD_LIBRARY_PATH": os.pathsep.join(search_path),
-        "NVML_STUB_STATE": str(state),
-    }
-
-
-@functools.cache
-def _build_folder() -> tempfile.TemporaryDirectory:
-    """Return the session's folder of compiled libraries; it goes when the interpreter ends."""
-    return tempfile.TemporaryDirectory(prefix="nvml-stub-")
-
-
-@functools.cache
-def _compile(without: tuple[str, ...]) -> Path:
-    folder = Path(tempfile.mkdtemp(dir=_build_folder().name))
-    library = folder / "libnvidia-ml.so.1"
-    exports = folder / "exports.map"
-    hidden = "".join(f" {name};" for name in without)
-    exports.write_text("{ global: nvml*; local:" + hidden + " *; };\n", encoding="utf-8")
-    subprocess.run(
-        ("gcc", "-shared", "-fPIC", "-O1", "-Wall", "-Wextra", "-Werror",
-         "-Wl,-soname,libnvidia-ml.so.1", f"-Wl,--version-script={exports}",
-         "-o", str(library), str(SOURCE), "-lm"),
-        check=True,
-    )  # fmt: skip
-    return library
-
-
-def _as_text(key: str, value: Any) -> str:
-    """Return the spelling that the C source reads."""
-    if key.startswith(("pids", "mps_pids")):
-        return ",".join(_process_text(pid, memory) for pid, memory in value.items())
-    if key.startswith("mig_devices"):
-        return ";".join("-" if device is None else ":".join(map(str, device)) for device in value)
-    if key == "fail":
-        return ",".join(f"{function}:{code}" for function, code in value.items())
-    return str(value)
-
-
-def _process_text(pid: int, memory: Any) -> str:
-    used_mib, *instance = memory if isinstance(memory, tuple) else (memory,)
-    return ":".join(map(str, (pid, "-" if used_mib is None else used_mib, *instance)))
+    search_path = [str(library), *filter(None, [base.get("PYTHONPATH")])]
+    return {**base, "PYTHONPATH": os.pathsep.join(search_path), "NVML_STUB_STATE": str(state)}

@@ -24,7 +24,6 @@ it when it has no clients. Other processes may be on that card.
 from __future__ import annotations
 
 import argparse
-import collections
 import itertools
 import json
 import os
@@ -114,6 +113,8 @@ class Round:
                      "requirements.txt"):  # fmt: skip
             shutil.copy(PROJECT_ROOT / name, self.folder)
         self.machine = FakeMachine(self.folder / "machine", "h100")
+        # The driver is isolated from PYTHONPATH, but not from the folder of its programs.
+        (self.folder / nvml_stub.STAND_IN.name).symlink_to(nvml_stub.STAND_IN)
         self.card = nvml_stub.write_state(self.folder / "card.txt")
         self.environment = nvml_stub.stub_environment(
             nvml_stub.build_nvml_stub(self.folder), self.card,
@@ -214,12 +215,6 @@ class Round:
             except OSError:
                 continue
 
-    def end_everybody(self) -> None:
-        """After a promise was broken: ask what is left to end, which is no more than that."""
-        for pid, _ in self.processes():
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGTERM)
-
     def require_nobody(self) -> None:
         """No process is left; what was hit may take a while to end."""
         try:
@@ -234,15 +229,20 @@ class Round:
         if self.modes() != self.before:
             raise BrokenPromiseError(f"mode {self.modes()}, before {self.before}")
 
+    def runs(self) -> list[run_folder.Run]:
+        """What is on disk of the round's runs."""
+        if not self.output.exists():
+            return []
+        return [run_folder.read_run(folder) for folder in run_folder.find_runs(self.output)]
+
     def finished_rows(self) -> Counter[tuple]:
         """What is on disk of finished co-runs: run, co-run, when its window began."""
-        rows: Counter[tuple] = Counter()
-        for folder in run_folder.find_runs(self.output) if self.output.exists() else []:
-            for record in run_folder.read_run(folder).co_run_records:
-                if record.outcome == "ok":
-                    key = (folder.name, record.co_run, record.window_start_seconds)
-                    rows[key] += 1
-        return rows
+        return Counter(
+            (run.folder.name, record.co_run, record.window_start_seconds)
+            for run in self.runs()
+            for record in run.co_run_records
+            if record.outcome == "ok"
+        )
 
     def require_rows(self, finished: Counter[tuple]) -> None:
         """Every finished row is still there, and the report can be made of them."""
@@ -250,7 +250,7 @@ class Round:
         if lost:
             raise BrokenPromiseError(f"rows are lost: {lost}")
         is_made = (self.output / "report.md").exists()  # by the driver, after the kill
-        if not is_made and self.output.exists() and run_folder.find_runs(self.output):
+        if not is_made and self.runs():
             self.must([sys.executable, "benchmarking/analyze_results.py", "--results-dir",
                        str(self.output)])  # fmt: skip
 
@@ -275,17 +275,13 @@ class Round:
 
     def is_complete(self) -> bool:
         """Whether every run of the round has ended with all that was asked for."""
-        if not self.script.endswith(".sh"):
-            folder = self.output / "mine"
-            return run_folder.read_run(folder).manifest.outcome == "complete"
-        path = self.output / "phases.jsonl"
-        if self.script == "stress_test.sh":
-            runs = [run_folder.read_run(f).manifest for f in run_folder.find_runs(self.output)]
-            return bool(runs) and all(run.outcome == "complete" for run in runs)
-        last = {}
-        for line in path.read_text().splitlines() if path.exists() else []:
-            last[json.loads(line)["phase"]] = json.loads(line)["status"]
-        return set(last) == {1, 2, 3, 4, 5} and "failed" not in last.values()
+        if self.script == "run_experiments.sh":
+            phases, _ = run_folder.read_phases(self.output)
+            return {phase.phase for phase in phases} == {1, 2, 3, 4, 5} and all(
+                phase.status != "failed" for phase in phases
+            )
+        runs = self.runs()
+        return bool(runs) and all(run.manifest.outcome == "complete" for run in runs)
 
     def must(self, command: list[str]) -> None:
         """Run a command that has to succeed."""
@@ -297,12 +293,6 @@ class Round:
             raise BrokenPromiseError(
                 f"{' '.join(command)} ended with {done.returncode}: {done.stderr[-1500:]}"
             )
-
-
-def heed_interrupts() -> None:
-    """Undo what a shell does to background jobs: there SIGINT is ignored, by their children too."""
-    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def rounds(
@@ -322,13 +312,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--kills",
-        type=int,
-        default=200,
-        metavar="N",
-        help="how many have to hit: a target may be gone, or not there yet (default: 200)",
-    )
+    parser.add_argument("--kills", type=int, default=200, metavar="N", help="how many have to "
+                        "hit: a target may be gone, or not there yet (default: 200)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--script", action="append", choices=list(Round.commands))
     parser.add_argument("--at-once", type=int, default=1, metavar="N",
@@ -338,33 +323,26 @@ def main() -> int:
     kind = Round
     if options.on_gpu:
         from soak_on_gpu import GpuRound as kind
-    heed_interrupts()
+    scripts = options.script or list(kind.commands)
+    if not set(scripts) <= set(kind.commands):
+        parser.error(f"--on-gpu has {', '.join(kind.commands)} only")
+    # A shell lets background jobs ignore SIGINT, and so would their children.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     folder = Path(tempfile.mkdtemp(prefix="soak-", dir="/tmp"))
     begin = time.monotonic()
     hits: Counter[str] = Counter()
     misses = 0
-    scripts = options.script or list(kind.commands)
-    if not set(scripts) <= set(kind.commands):
-        parser.error(f"--on-gpu has {', '.join(kind.commands)} only")
     endless = rounds(options.seed, folder, scripts, kind)
     with ThreadPoolExecutor(options.at_once) as pool:
-        ahead = collections.deque(begin_rounds(pool, endless, options.at_once))
-        while ahead:
-            one, outcome = ahead.popleft()
-            try:
-                outcome.result()
-            except (BrokenPromiseError, subprocess.TimeoutExpired) as error:
-                print(f"seed {options.seed}, {one.folder.name}, {one}: {error}\nkept: {one.folder}")
-                one.end_everybody()
-                return 1
-            shutil.rmtree(one.folder)
-            if one.was_hit:
-                hits[f"{one.number.name} to the {one.target}"] += 1
-            misses += not one.was_hit
-            print(f"{hits.total()}/{options.kills} {one}: "
-                  f"{'well' if one.was_hit else 'nobody there, well'}", flush=True)  # fmt: skip
-            if hits.total() < options.kills:
-                ahead += begin_rounds(pool, endless, 1)
+        while hits.total() < options.kills:
+            batch = list(itertools.islice(endless, options.at_once))
+            for one, outcome in [(one, pool.submit(one.go)) for one in batch]:
+                if not is_kept(one, outcome):
+                    return 1
+                hits[f"{one.number.name} to the {one.target}"] += one.was_hit
+                misses += not one.was_hit
+                print(f"{hits.total()}/{options.kills} {one}: "
+                      f"{'well' if one.was_hit else 'nobody there, well'}", flush=True)  # fmt: skip
     for what, times in sorted(hits.items()):
         print(f"{times:4d}  {what}")
     print(
@@ -375,11 +353,18 @@ def main() -> int:
     return 0
 
 
-def begin_rounds(
-    pool: ThreadPoolExecutor, endless: Iterator[Round], count: int
-) -> list[tuple[Round, Future[None]]]:
-    """Start the next rounds; return each with what becomes of it."""
-    return [(one, pool.submit(one.go)) for one in itertools.islice(endless, count)]
+def is_kept(one: Round, outcome: Future[None]) -> bool:
+    """Wait for a round; say which promise it broke, and ask what is left of it to end."""
+    try:
+        outcome.result()
+    except (BrokenPromiseError, subprocess.TimeoutExpired) as error:
+        print(f"{one.folder.name}, {one}: {error}\nkept: {one.folder}")
+        for pid, _ in one.processes():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+        return False
+    shutil.rmtree(one.folder)
+    return True
 
 
 if __name__ == "__main__":

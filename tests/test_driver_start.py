@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -79,28 +80,18 @@ def test_a_dry_run_needs_no_package_and_says_what_it_would_install(runner: Drive
         assert f"would install: requirements.txt into {venv}" in result.stdout
         assert f"would run: {venv}/bin/python {runner.project}/benchmarking/" in result.stdout
     assert "own-commands.toml is checked once there is an environment" in result.stderr
-    assert not venv.exists()
-
-
-def test_a_gpu_that_does_not_answer_is_told_before_anything_is_installed(
-    runner: DriverRunner,
-) -> None:
-    environment = with_pythons(runner, BARE_PYTHON)
-    (runner.project / "requirements.txt").write_text("no-such-package>=1,<2\n")
+    # a GPU that does not answer is told before anything is installed
     runner.machine.change(driver="not-loaded")
     result = start(runner, [f"./{SCRIPT}"], runner.project, **environment)
     assert result.returncode == 3
     assert "mend the driver" in result.stderr
-    assert not (runner.project / ".venv").exists()
+    assert not venv.exists()
     assert "mend the driver" in runner.refusal(runner.project / "results")["sentence"]
-
-
-def test_a_refusal_is_not_written_through_somebodys_link(runner: DriverRunner) -> None:
+    # and is not written through somebody's link
     precious = runner.folder / "precious"
-    runner.machine.change(driver="not-loaded")
     runner.output.mkdir()
     (runner.output / "refusals.jsonl").symlink_to(precious)
-    assert runner.drive(SCRIPT).returncode == 3
+    assert runner.drive(SCRIPT, PYTHON=sys.executable).returncode == 3
     assert not precious.exists()
 
 
@@ -136,9 +127,8 @@ def test_own_jobs_take_the_place_of_the_mix_and_count_as_clients(runner: DriverR
     assert "--mix and --job: give one of the two" in refused.stderr
 
 
-@pytest.mark.parametrize("flag", ["--allow-contention", "--beside-others"])
-def test_foreign_processes_are_allowed_by_either_name(runner: DriverRunner, flag: str) -> None:
-    result = runner.drive(SCRIPT, "--dry-run", "--modes", "mps", flag)
+def test_foreign_processes_are_allowed_by_the_old_name_too(asked: DriverRunner) -> None:
+    result = asked.drive(SCRIPT, "--dry-run", "--modes", "mps", "--beside-others")
     assert result.stdout.count("--allow-contention") == 2
 
 

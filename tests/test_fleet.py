@@ -34,14 +34,12 @@ RECORDED = PROJECT_ROOT / "examples" / "h100-mixed-4" / "comparison.json"
 REPLACED = (
     "run_experiments.sh", "benchmarking/hardware/card_health.py", "gpu-configs/gpu_status.sh",
 )  # fmt: skip
-CARDS = {
-    host: [f"GPU-{host[-1]}{number}" for number in range(count)]
-    for host, count in {"host-a": 2, "host-b": 4}.items()
-}
+CARDS = {"host-a": ["GPU-a0", "GPU-a1"], "host-b": ["GPU-b0", "GPU-b1", "GPU-b2", "GPU-b3"]}
 ALL_CARDS = [uuid for uuids in CARDS.values() for uuid in uuids]
 # `nvidia-smi -L` of the host whose cards NVML's stub has.
 LIST_CARDS = r"""
-sed -n 's/^uuid_\([0-9]*\)=\(.*\)/GPU \1: NVIDIA H100 (UUID: \2)/p' "$NVML_STUB_STATE"
+tr , '\n' <"$NVML_STUB_STATE" |
+    sed -n 's/.*"uuid_\([0-9]*\)": "\([^"]*\)".*/GPU \1: NVIDIA H100 (UUID: \2)/p'
 """
 LIST_MIG = """
 echo 'GPU 0: NVIDIA H100 (UUID: GPU-0)'
@@ -126,10 +124,7 @@ def write_program(path: Path, text: str) -> None:
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     """The programs, and the cluster as long as this module's tests run."""
     root = tmp_path_factory.mktemp("fleet")
-    copy_programs(root, FAKES / "pretended_fleet.py", ())
-    for name in REPLACED:
-        (root / name).parent.mkdir(exist_ok=True)
-        shutil.copy(FAKES / "pretended_fleet.py", root / name)
+    copy_programs(root, FAKES / "pretended_fleet.py", REPLACED)
     state = root / "state"
     state.mkdir()
     shutil.copy(RECORDED, state)
@@ -259,7 +254,7 @@ def test_a_unit_by_itself_needs_no_ray_and_only_looks_where_the_card_is_locked(
     fleet.rule()
     environment = {
         **fleet.environment, "NVML_STUB_STATE": str(fleet.root / "host-b.txt"),
-        "CUDA_VISIBLE_DEVICES": "2", "GPU_SETTINGS_LOCKED": "1", **without_ray(tmp_path),
+        "CUDA_VISIBLE_DEVICES": "2", "GPU_SETTINGS_LOCKED": "1", **without_ray(fleet, tmp_path),
     }  # fmt: skip
     output = tmp_path / "fleet"
     code, said = fleet.run("unit", output, "--host", "node 1", env=environment)
@@ -328,16 +323,16 @@ def test_the_jobs_of_kubernetes_show_the_hosts_pids_and_call_a_command_that_ther
         assert (options.output, options.flags) == (Path("/fleet"), ["--quick"])
 
 
-def without_ray(folder: Path) -> dict[str, str]:
+def without_ray(fleet: Fleet, folder: Path) -> dict[str, str]:
     """What hides Ray from a program."""
     (folder / "ray.py").write_text("raise ImportError('No module named ray')\n")
-    return {"PYTHONPATH": str(folder)}
+    return {"PYTHONPATH": f"{folder}:{fleet.environment['PYTHONPATH']}"}
 
 
 def test_what_cannot_be_done_is_said_in_a_sentence(fleet: Fleet, tmp_path: Path) -> None:
     fleet.rule()
     output = tmp_path / "fleet"
-    hidden = {**fleet.environment, **without_ray(tmp_path)}
+    hidden = {**fleet.environment, **without_ray(fleet, tmp_path)}
     write_program(tmp_path / "mig" / "nvidia-smi", LIST_MIG)
     mig = {**fleet.environment, "PATH": f"{tmp_path / 'mig'}:{os.environ['PATH']}",
            "CUDA_VISIBLE_DEVICES": "MIG-1"}  # fmt: skip
@@ -359,6 +354,17 @@ def test_what_cannot_be_done_is_said_in_a_sentence(fleet: Fleet, tmp_path: Path)
         assert "Traceback" not in said
 
 
+# As much of NVML as Ray itself calls, which has a pynvml of its own.
+NVML_OF_RAY = """
+int nvmlInitWithFlags(unsigned flags) { return flags != 0; }
+int nvmlInit_v2(void) { return 0; }
+int nvmlShutdown(void) { return 0; }
+int nvmlDeviceGetCount_v2(unsigned *count) { *count = 2; return 0; }
+int nvmlDeviceGetHandleByIndex_v2(unsigned index, void **gpu) { *gpu = 0; return index > 1; }
+int nvmlDeviceGetName(void *gpu, char *name, unsigned size) { *name = 0; return 0; }
+"""
+
+
 @pytest.mark.parametrize(
     ("cards", "code", "wanted"),
     [("0", 0, "**mps delivers most**; 1 of 1 cards agree"), ("", 3, "Ray knows of no GPU")],
@@ -367,10 +373,14 @@ def test_ray_on_this_host_finds_its_cards_and_has_a_token_of_its_user_alone(
     fleet: Fleet, tmp_path: Path, cards: str, code: int, wanted: str
 ) -> None:
     fleet.rule()
+    subprocess.run(
+        ["gcc", "-shared", "-fPIC", "-x", "c", "-", "-o", tmp_path / "libnvidia-ml.so.1"],
+        input=NVML_OF_RAY, text=True, check=True,
+    )  # fmt: skip
     joining = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")
     environment = {name: v for name, v in fleet.environment.items() if name not in joining}
     environment |= {
-        "HOME": str(tmp_path), "CUDA_VISIBLE_DEVICES": cards,
+        "HOME": str(tmp_path), "CUDA_VISIBLE_DEVICES": cards, "LD_LIBRARY_PATH": str(tmp_path),
         "NVML_STUB_STATE": str(fleet.root / "host-a.txt"),
     }  # fmt: skip
     status, said = fleet.run("run", tmp_path, env=environment, address="local")

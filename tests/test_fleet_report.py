@@ -20,14 +20,9 @@ RECORDED = PROJECT_ROOT / "examples" / "h100-mixed-4" / "comparison.json"
 
 @pytest.mark.parametrize(
     ("changes", "best_mode"),
-    [
-        ({}, "mps"),
-        ({"best": "mps:even"}, "mps:even"),
-        ({"verdict": "cannot tell"}, None),
-        ({"verdict": "no difference that matters"}, None),
-        ({"mix": "another"}, None),
-    ],
-)
+    [({}, "mps"), ({"best": "mps:even"}, "mps:even"), ({"verdict": "cannot tell"}, None),
+     ({"verdict": "no difference that matters"}, None), ({"mix": "another"}, None)],
+)  # fmt: skip
 def test_a_card_decides_for_a_mode_only_where_the_conclusion_is_sure(
     tmp_path: Path, changes: dict[str, str], best_mode: str | None
 ) -> None:

@@ -29,19 +29,18 @@ def test_what_enabling_and_undoing_a_mode_said_and_took_is_recorded(runner: Driv
     assert {run["gpu_uuid"] for run in runs} == {UUID}
 
 
-@pytest.mark.parametrize("script", ["run_experiments.sh", "stress_test.sh"])
 def test_a_new_start_undoes_what_a_killed_driver_left_and_leaves_nothing_itself(
-    runner: DriverRunner, script: str
+    runner: DriverRunner,
 ) -> None:
-    flags = ("--modes", "mps") if script == "run_experiments.sh" else ("mps", "2")
     runner.rule(mps={"kill_driver": True})
-    assert runner.drive(script, *flags).returncode == -signal.SIGKILL
+    killed = runner.drive("run_experiments.sh", "--modes", "mps")
+    assert killed.returncode == -signal.SIGKILL
     assert len(runner.machine.state()["mps"]) == 1
     assert runner.saved("driver")["mode"] == "mps"
 
-    runner.rule(analysis={"files": {"comparison.json": "{}"}})
+    runner.rule()
     runner.output = runner.folder / "second"
-    result = runner.must_drive(script, *flags)
+    result = runner.must_drive("run_experiments.sh", "--modes", "mps")
     assert f"mps {LEFT}; it is undone first" in result.stderr
     assert runner.suite_calls()["mps"]["gpu"]["daemons"] == 1
     assert runner.python_calls()[-1]["gpu"] == AS_BEFORE
@@ -60,14 +59,6 @@ def test_instances_that_a_killed_driver_left_stand_in_nobodys_way(runner: Driver
     result = runner.must_drive("stress_test.sh", "time-slicing", "1", as_root=True)
     assert f"mig {LEFT}" in result.stderr
     assert runner.suite_calls()["time-slicing"]["gpu"] == AS_BEFORE
-    assert runner.left_behind() == []
-
-
-def test_restore_undoes_what_a_killed_driver_left_with_its_note(runner: DriverRunner) -> None:
-    runner.rule(mps={"kill_driver": True})
-    runner.drive("run_experiments.sh", "--modes", "mps")
-    runner.must("gpu_status.sh", "--restore")
-    assert runner.machine.state()["mps"] == {}
     assert runner.left_behind() == []
 
 

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-from pathlib import Path
 
 import pytest
 from driver_runner import (
@@ -27,7 +25,6 @@ from benchmarking.records import run_folder
 SCRIPT = "run_experiments.sh"
 # What makes a command run without root's rights.
 AS_NOBODY = ["setpriv", "--reuid=65534", "--clear-groups"] if os.geteuid() == 0 else []
-SECOND_UUID = "GPU-55555555-6666-7777-8888-999999999999"
 PLAN = "examples/plans/own-commands.toml"
 START = "nvidia-cuda-mps-control -d"
 
@@ -55,12 +52,11 @@ def test_the_phases_take_turns_each_with_its_mode_alone_and_no_card_setting_touc
     assert [set(phase) for phase in phases] == [
         {"phase", "name", "status", "reason", "run_folder", "seconds"}
     ] * 6
-    assert [(phase["phase"], phase["name"], phase["status"]) for phase in phases] == [
-        (1, "baseline", "ok"), (2, "time-slicing", "ok"), (3, "mps", "ok"), (3, "mps:even", "ok"),
-        (4, "mig", "skipped"), (5, "analysis", "ok"),
+    assert [(p["phase"], p["name"], p["status"], p["run_folder"]) for p in phases] == [
+        (1, "baseline", "ok", "baseline"), (2, "time-slicing", "ok", "time-slicing"),
+        (3, "mps", "ok", "mps"), (3, "mps:even", "ok", "mps-even"),
+        (4, "mig", "skipped", ""), (5, "analysis", "ok", ""),
     ]  # fmt: skip
-    folders = [phase["run_folder"] for phase in phases]
-    assert folders == ["baseline", "time-slicing", "mps", "mps-even", "", ""]
     assert "--mig" in runner.reason("mig")
 
 
@@ -85,6 +81,11 @@ def test_the_suite_is_told_mode_size_window_gpu_and_baseline_as_a_dry_run_promis
     }  # fmt: skip
     assert {name: {**flags, "--session": session} for name, flags in promised.items()} == calls
     assert runner.reason("time-slicing") == "not asked for (--modes mps)"
+    # an earlier baseline takes the place of phase 1
+    earlier = str(runner.output.rename(runner.folder / "earlier") / "baseline")
+    runner.drive(SCRIPT, "--modes", "time-slicing", "--baseline", earlier)
+    assert runner.outcomes()["baseline"] == "skipped"
+    assert runner.suite_calls()["time-slicing"]["flags"]["--baseline"] == earlier
 
 
 def test_a_budget_is_for_all_rounds_together_and_said_before_the_first(
@@ -136,44 +137,44 @@ def test_flags_reach_the_runs_that_they_are_for(
         assert {flag: planned[name].get(flag) for flag in wanted} == wanted
 
 
-def test_an_earlier_baseline_takes_the_place_of_phase_1(runner: DriverRunner) -> None:
-    earlier = runner.folder / "earlier"
-    earlier.mkdir()
-    (earlier / "manifest.json").write_text("{}")
-    runner.drive(SCRIPT, "--modes", "time-slicing", "--baseline", str(earlier))
-    assert runner.outcomes()["baseline"] == "skipped"
-    flags = runner.suite_calls()["time-slicing"]["flags"]
-    assert flags["--baseline"] == str(earlier)
-
-
 # --- failures -------------------------------------------------------------------------------------
 
 
-def test_a_phase_that_fails_does_not_stop_the_others(runner: DriverRunner) -> None:
-    runner.rule(baseline={"exit": 1}, time_slicing={"exit": 5})
-    result = runner.drive(SCRIPT, "--repeats", "2")
+def test_a_phase_that_fails_says_why_and_does_not_stop_the_others(runner: DriverRunner) -> None:
+    sentence = 'r0: client 1 ("ResNet50") ran out of\tmemory; choose \\ fewer'
+    runner.rule(
+        baseline={"exit": 1, "words": sentence}, time_slicing={"exit": 5},
+        mps_even={"crash": "ValueError"}, mps={"exit": 1, "outcome": "failed"},
+        analysis={"exit": 1, "words": "no room"},
+    )  # fmt: skip
+    result = runner.drive(SCRIPT, "--modes", "time-slicing,mps,mps:even,mps:50", "--repeats", "2")
     assert result.returncode == 1
     assert runner.outcomes() == {
-        "baseline": "failed", "time-slicing": "failed", "mps": "ok", "mps:even": "ok",
-        "mig": "skipped", "analysis": "ok",
+        "baseline": "failed", "time-slicing": "failed", "mps": "failed", "mps:even": "failed",
+        "mps:50": "ok", "mig": "skipped", "analysis": "failed",
     }  # fmt: skip
-    assert [turn for turn in runner.turns() if "baseline" in turn or "slicing" in turn] == [
-        "1 baseline", "1 time-slicing",
-    ]  # fmt: skip
+    assert runner.reason("baseline") == sentence.replace("\t", " ")
+    assert f"Phase 1: baseline: failed ({runner.reason('baseline')})" in result.stderr
     assert runner.reason("time-slicing") == "there is no proof that the mode was in force"
+    assert runner.reason("mps:even") == "the suite crashed (ValueError: the suite has a fault)"
+    assert "Traceback" in result.stderr
+    assert runner.reason("analysis") == "no room"
+    # what has failed is not measured on in the second round
+    assert [turn for turn in runner.turns() if turn.startswith("2")] == ["2 mps-50"]
     # the baseline of a failed phase is not reused: the suite takes its own
     assert "--baseline" not in runner.suite_calls()["mps"]["flags"]
+    assert runner.python_calls()[-1]["gpu"] == AS_BEFORE
+    assert runner.left_behind() == []
 
 
 def test_a_mode_that_cannot_be_enabled_is_a_failed_phase_with_the_scripts_words(
     runner: DriverRunner,
 ) -> None:
     runner.machine.fail(START, exit=1, text='not a "good" day')
-    result = runner.drive(SCRIPT, "--modes", "time-slicing,mps", GPU_SHARING_WAIT_SECONDS="1")
+    result = runner.drive(SCRIPT, "--modes", "mps", GPU_SHARING_WAIT_SECONDS="1")
     assert result.returncode == 1
-    assert runner.outcomes()["mps"] == "failed"
     assert "did not answer within 1 s" in runner.reason("mps")
-    assert list(runner.suite_calls()) == ["baseline", "time-slicing"]
+    assert list(runner.suite_calls()) == ["baseline"]
     assert runner.left_behind() == []
 
 
@@ -200,56 +201,18 @@ def test_a_card_that_another_run_is_at_work_on_is_refused_before_any_mode_is_ena
     assert "--allow-contention" in runner.suite_calls()["mps"]["flags"]
 
 
-@pytest.mark.parametrize("crash", ["ValueError", "SystemExit", "MemoryError"])
-def test_a_suite_that_crashes_is_a_failed_phase_and_its_mode_is_undone(
-    runner: DriverRunner, crash: str
+def test_a_suite_that_asks_to_exit_fails_its_phase_alone_and_its_mode_is_undone(
+    runner: DriverRunner,
 ) -> None:
-    runner.rule(mps={"crash": crash})
-    result = runner.drive(SCRIPT, "--modes", "mps")
-    assert result.returncode == 1
-    assert runner.reason("mps") == f"the suite crashed ({crash}: the suite has a fault)"
-    assert "Traceback" in result.stderr
+    runner.rule(mps={"crash": "SystemExit"})
+    assert runner.drive(SCRIPT, "--modes", "mps").returncode == 1
+    assert runner.reason("mps") == "the suite crashed (SystemExit: the suite has a fault)"
     assert runner.outcomes()["analysis"] == "ok"
     assert not runner.machine.state()["mps"]
     assert runner.left_behind() == []
 
 
-def test_a_run_that_broke_is_not_measured_on_and_the_baseline_is(runner: DriverRunner) -> None:
-    runner.rule(mps={"exit": 1, "outcome": "failed", "words": "client 3 ran out of memory"})
-    assert runner.drive(SCRIPT, "--modes", "mps", "--repeats", "2").returncode == 1
-    assert runner.reason("mps") == "client 3 ran out of memory"
-    assert runner.turns() == ["1 baseline", "1 mps", "2 baseline"]
-
-
-def test_the_last_words_of_suite_and_analysis_are_the_reason_of_their_phase(
-    runner: DriverRunner,
-) -> None:
-    sentence = 'r0: client 1 ("ResNet50") ran out of\tmemory; choose \\ fewer'
-    runner.rule(baseline={"exit": 1, "words": sentence}, analysis={"exit": 1, "words": "no room"})
-    result = runner.drive(SCRIPT, "--modes", "time-slicing")
-    assert result.returncode == 1
-    said = sentence.replace("\t", " ")
-    assert runner.reason("baseline") == said
-    assert f"Phase 1: baseline: failed ({said})" in result.stderr
-    assert runner.reason("time-slicing") == ""
-    assert runner.outcomes()["analysis"] == "failed"
-    assert runner.reason("analysis") == "no room"
-
-
 # --- signals --------------------------------------------------------------------------------------
-
-
-def assert_mps_was_interrupted(runner: DriverRunner) -> None:
-    """The phase counts as interrupted, everything is undone, and then the analysis ran."""
-    analysis = runner.python_calls()[-1]
-    assert analysis["program"] == "analyze_results.py"
-    assert analysis["gpu"] == AS_BEFORE
-    assert runner.left_behind() == []
-    assert runner.outcomes() == {
-        "baseline": "ok", "time-slicing": "skipped", "mps": "failed", "mig": "skipped",
-        "analysis": "ok",
-    }  # fmt: skip
-    assert runner.reason("mps") == "interrupted"
 
 
 @pytest.mark.parametrize(
@@ -263,8 +226,15 @@ def test_a_signal_stops_the_suite_first_then_undoes_the_mode_then_reports(
         SCRIPT, "--modes", "mps,mig", run_id="mps", signals=[number]
     )
     assert status == code, stderr
-    assert {"program": "benchmark_suite.py", "signal": 1} in runner.python_calls()
-    assert_mps_was_interrupted(runner)
+    *_, told, analysis = runner.python_calls()
+    assert told == {"program": "benchmark_suite.py", "signal": 1}
+    assert (analysis["program"], analysis["gpu"]) == ("analyze_results.py", AS_BEFORE)
+    assert runner.left_behind() == []
+    assert runner.outcomes() == {
+        "baseline": "ok", "time-slicing": "skipped", "mps": "failed", "mig": "skipped",
+        "analysis": "ok",
+    }  # fmt: skip
+    assert runner.reason("mps") == "interrupted"
     assert runner.reason("mig") == "interrupted before it began"
     last = stderr.splitlines()[-1]
     assert last == f"Interrupted; to go on: ./run_experiments.sh --resume {runner.output}"
@@ -342,9 +312,9 @@ def test_a_row_that_a_full_disk_cut_off_is_neither_done_nor_part_of_the_next_one
     torn = rows[1][: rows[1].index('"seconds"')]
     assert '"status":"ok"' in torn
     path.write_text(f"{rows[0]}\n{torn}")
-    done_before = len(runner.suite_calls())
+    done_before = len(runner.all_suite_calls())
     assert runner.drive(SCRIPT, "--resume", str(runner.output)).returncode == 0
-    assert len(runner.python_calls()) > done_before
+    assert len(runner.all_suite_calls()) > done_before
     phases, warnings = run_folder.read_phases(runner.output)
     assert [phase.name for phase in phases] == [
         "baseline", "time-slicing", "mps", "mig", "analysis",
@@ -365,36 +335,20 @@ def by_hand(runner: DriverRunner, **daemon: object) -> str:
     return str(pipe)
 
 
+@needs_root
 def test_a_daemon_that_was_started_by_hand_is_used_and_left_running(runner: DriverRunner) -> None:
     pipe = by_hand(runner, uid=os.geteuid(), user="me")
     runner.must_drive(SCRIPT, "--modes", "mps", CUDA_MPS_PIPE_DIRECTORY=pipe)
     assert runner.outcomes()["mps"] == "ok"
+    # which is no daemon whose compute mode the script may change
+    runner.output = runner.folder / "second"
+    refused = runner.drive(
+        SCRIPT, "--modes=mps", "--exclusive", as_root=True, CUDA_MPS_PIPE_DIRECTORY=pipe
+    )
+    assert refused.returncode == 1
+    assert "that enable_mps.sh did not start is running" in runner.reason("mps")
     assert runner.machine.changing_calls() == []
     assert runner.python_calls()[-1]["gpu"]["daemons"] == 1
-
-
-@needs_root
-@pytest.mark.parametrize(
-    ("layout", "count"), [((), 4), (("--mig-layout", "2g.20gb,1g.10gb,1g.10gb"), 3)]
-)
-def test_with_mig_allowed_it_is_switched_on_for_its_phase_and_off_again(
-    runner: DriverRunner, layout: tuple[str, ...], count: int
-) -> None:
-    runner.must_drive(SCRIPT, "--modes", "mig", "--mig", *layout, as_root=True)
-    call = runner.suite_calls()["mig"]
-    assert call["gpu"] == {**AS_BEFORE, "mig": "Enabled", "instances": count}
-    assert call["flags"].get("--mig-layout") == (layout[1] if layout else None)
-    assert call["flags"]["--workloads"] == str(count)
-    assert runner.python_calls()[-1]["gpu"] == AS_BEFORE
-    assert runner.left_behind() == []
-
-
-def test_a_mig_layout_without_the_flag_that_allows_mig_changes_nothing(
-    runner: DriverRunner,
-) -> None:
-    assert runner.drive(SCRIPT, "--modes", "mig", "--mig-layout", "1g.10gb,2g.20gb").returncode == 0
-    assert runner.reason("mig") == "MIG is off; --mig allows to switch it on"
-    assert runner.machine.changing_calls() == []
 
 
 SHORT, LONG = {**AS_BEFORE, "timeslice": "Short"}, {**AS_BEFORE, "timeslice": "Long"}
@@ -402,72 +356,58 @@ SHORT_SLICES = ("setup_time_slicing.sh", "2", "--timeslice", "short")
 LONG_SLICES = ("setup_time_slicing.sh", "2", "--timeslice", "long")
 DAEMON = {**AS_BEFORE, "daemons": 1}
 EXCLUSIVE = {**DAEMON, "compute_mode": "Exclusive_Process"}
+MIG = ("--mig", "--mig-layout", "2g.20gb,1g.10gb,1g.10gb")
 IS_USED = "is set up already; it is used as it is and left so"
+LOCKED = "GPU_SETTINGS_LOCKED=1"
 
 
 @needs_root
 @pytest.mark.parametrize(
-    ("set_up", "flags", "during", "after", "said"),
+    ("set_up", "mode", "flags", "during", "after", "said"),
     [
-        ((), ("--timeslice=long",), LONG, AS_BEFORE, ""),
-        ((), ("--exclusive",), EXCLUSIVE, AS_BEFORE, ""),
-        (SHORT_SLICES, (), SHORT, SHORT, IS_USED),
-        (SHORT_SLICES, ("--timeslice", "short"), SHORT, SHORT, IS_USED),
-        (SHORT_SLICES, ("--timeslice=long",), LONG, SHORT, "--timeslice short --gpu"),
+        ((), "time-slicing", ("--timeslice=long",), LONG, AS_BEFORE, ""),
+        ((), "mps", ("--exclusive",), EXCLUSIVE, AS_BEFORE, ""),
+        ((), "mig", ("--mig",), {**AS_BEFORE, "mig": "Enabled", "instances": 4}, AS_BEFORE, ""),
+        ((), "mig", MIG, {**AS_BEFORE, "mig": "Enabled", "instances": 3}, AS_BEFORE, ""),
+        (SHORT_SLICES, "time-slicing", (), SHORT, SHORT, IS_USED),
+        (SHORT_SLICES, "time-slicing", ("--timeslice", "short"), SHORT, SHORT, IS_USED),
+        (SHORT_SLICES, "time-slicing", ("--timeslice=long",), LONG, SHORT,
+         "--timeslice short --gpu"),
         # as if the driver had been loaded anew since
-        (LONG_SLICES, ("--timeslice=long",), LONG, LONG, ""),
-        (("enable_mps.sh",), (), DAEMON, DAEMON, IS_USED),
-        (("enable_mps.sh", "--exclusive"), ("--exclusive",), EXCLUSIVE, EXCLUSIVE, IS_USED),
-        (("enable_mps.sh",), ("--exclusive",), EXCLUSIVE, AS_BEFORE,
+        (LONG_SLICES, "time-slicing", ("--timeslice=long",), LONG, LONG, ""),
+        (("enable_mps.sh", "--exclusive"), "mps", ("--exclusive",), EXCLUSIVE, EXCLUSIVE, IS_USED),
+        (("enable_mps.sh",), "mps", ("--exclusive",), EXCLUSIVE, AS_BEFORE,
          "switched off altogether at the end"),
+        # what the script refuses fails the phase
+        ((), "mig", ("--mig",), None, AS_BEFORE, LOCKED),
+        (SHORT_SLICES, "time-slicing", ("--timeslice=long",), None, SHORT, LOCKED),
     ],
 )  # fmt: skip
-def test_what_the_user_had_set_up_is_used_where_it_is_what_was_asked_for_and_else_set_up_again(
-    runner: DriverRunner, set_up: tuple[str, ...], flags: tuple[str, ...], during: dict,
-    after: dict, said: str,
+def test_a_mode_is_in_force_for_its_phase_and_then_what_the_user_had_set_up(
+    runner: DriverRunner, set_up: tuple[str, ...], mode: str, flags: tuple[str, ...],
+    during: dict | None, after: dict, said: str,
 ) -> None:  # fmt: skip
-    mode = "mps" if during["daemons"] else "time-slicing"
     if set_up:
         runner.must(*set_up)
     saved = runner.saved(mode)
     if set_up == LONG_SLICES:
         runner.machine.change_gpu(timeslice="Default")
-    result = runner.must_drive(SCRIPT, f"--modes={mode}", *flags, as_root=True)
+    locked = {"GPU_SETTINGS_LOCKED": "1"} if said == LOCKED else {}
+    result = runner.drive(SCRIPT, f"--modes={mode}", *flags, as_root=True, **locked)
+    assert result.returncode == (0 if during else 1), result.stderr
     assert said in result.stderr
-    assert runner.suite_calls()[mode]["gpu"] == during
+    calls = runner.suite_calls()
+    assert (calls[mode]["gpu"] if mode in calls else None) == during
+    if mode in calls and mode == "mig":
+        assert calls[mode]["flags"].get("--mig-layout") == (MIG[2] if flags == MIG else None)
+        assert calls[mode]["flags"]["--workloads"] == str(during["instances"])
     if set_up != LONG_SLICES:
         assert runner.python_calls()[-1]["gpu"] == after
         assert runner.saved(mode) == (None if after == AS_BEFORE else saved)
 
 
 @needs_root
-def test_a_length_or_exclusive_mode_that_the_script_refuses_fails_the_phase(
-    runner: DriverRunner,
-) -> None:
-    runner.must(*SHORT_SLICES)
-    result = runner.drive(
-        SCRIPT, "--modes=time-slicing", "--timeslice=long", as_root=True, GPU_SETTINGS_LOCKED="1"
-    )
-    assert result.returncode == 1
-    assert "GPU_SETTINGS_LOCKED" in runner.reason("time-slicing")
-    assert "time-slicing" not in runner.suite_calls()
-    assert runner.gpu()["timeslice"] == "Short"
-    assert runner.saved("time-slice")["set"] == "Short"
-
-    runner.output = runner.folder / "second"
-    pipe = by_hand(runner, uid=0, user="root")
-    result = runner.drive(
-        SCRIPT, "--modes=mps", "--exclusive", as_root=True, CUDA_MPS_PIPE_DIRECTORY=pipe
-    )
-    assert result.returncode == 1
-    assert "that enable_mps.sh did not start is running" in runner.reason("mps")
-    assert runner.python_calls()[-1]["gpu"]["daemons"] == 1
-
-
-@needs_root
-def test_instances_that_were_there_are_used_and_left_and_the_whole_gpu_phases_are_skipped(
-    runner: DriverRunner,
-) -> None:
+def test_instances_of_the_users_are_used_and_left_and_never_replaced(runner: DriverRunner) -> None:
     runner.must("setup_mig.sh", "1g.10gb", "4")
     runner.must_drive(SCRIPT)
     assert runner.outcomes() == {
@@ -475,35 +415,28 @@ def test_instances_that_were_there_are_used_and_left_and_the_whole_gpu_phases_ar
         "mig": "ok", "analysis": "ok",
     }  # fmt: skip
     assert "MIG is on" in runner.reason("mps")
-    assert runner.gpu()["mig_current"] == "Enabled"
+    more = ("--workloads", "8")
+    runner.output = runner.folder / "second"
+    assert runner.drive(SCRIPT, *more, as_root=True).returncode == 0
+    assert runner.reason("mig").startswith("4 MIG instances for 8 clients")
+    runner.output = runner.folder / "third"
+    assert runner.drive(SCRIPT, *more, "--mig", as_root=True).returncode == 1
+    assert "of an earlier run are there" in runner.reason("mig")
     assert len(runner.gpu()["instances"]) == 4
 
 
-@needs_root
-def test_too_few_instances_of_the_users_are_never_replaced(runner: DriverRunner) -> None:
-    runner.must("setup_mig.sh", "1g.10gb", "2")
-    assert runner.drive(SCRIPT, as_root=True).returncode == 0
-    assert runner.reason("mig").startswith("2 MIG instances for 4 clients")
-    runner.output = runner.folder / "second"
-    assert runner.drive(SCRIPT, "--mig", as_root=True).returncode == 1
-    assert "of an earlier run are there" in runner.reason("mig")
-    assert len(runner.gpu()["instances"]) == 2
-
-
-@needs_root
-def test_locked_settings_are_not_changed_even_when_allowed(runner: DriverRunner) -> None:
-    before = runner.gpu()
-    result = runner.drive(SCRIPT, "--modes", "mig", "--mig", as_root=True, GPU_SETTINGS_LOCKED="1")
-    assert result.returncode == 1
-    assert "GPU_SETTINGS_LOCKED" in runner.reason("mig")
-    assert runner.machine.changing_calls() == []
-    assert runner.gpu() == before
-
-
-def test_a_gpu_without_mig_skips_that_phase() -> None:
-    with driver_runner("t4") as other:
-        assert other.drive(SCRIPT, "--modes", "mig", "--mig").returncode == 0
-        assert other.reason("mig") == "Tesla T4 has no MIG"
+@pytest.mark.parametrize(
+    ("kind", "flags", "reason"),
+    [("t4", ["--mig"], "Tesla T4 has no MIG"),
+     ("h100", ["--mig-layout", "1g.10gb,2g.20gb"], "MIG is off; --mig allows to switch it on")],
+)  # fmt: skip
+def test_mig_that_cannot_be_or_was_not_allowed_skips_its_phase(
+    kind: str, flags: list[str], reason: str
+) -> None:
+    with driver_runner(kind) as other:
+        assert other.drive(SCRIPT, "--modes", "mig", *flags).returncode == 0
+        assert other.reason("mig") == reason
+        assert other.machine.changing_calls() == []
 
 
 # --- static partitions ----------------------------------------------------------------------------
@@ -596,11 +529,8 @@ def test_without_root_sudo_is_used_for_card_settings_alone_and_never_asks(
     (programs / "sudo").write_text('#!/bin/sh\n[ "$1 $2" = "-n true" ]\n')
     (programs / "sudo").chmod(0o755)
     path = f"{programs}:{runner.environment['PATH']}"
-    result = subprocess.run(
-        [*AS_NOBODY, f"./{SCRIPT}", "--dry-run", "--mig", "--output", str(runner.output)],
-        cwd=runner.project, env={**runner.environment, "PYTHON": SYSTEM_PYTHON, "PATH": path},
-        capture_output=True, text=True, timeout=60, check=True,
-    )  # fmt: skip
+    runner.prefix = AS_NOBODY
+    result = runner.must_drive(SCRIPT, "--dry-run", "--mig", PYTHON=SYSTEM_PYTHON, PATH=path)
     scripts = [line for line in result.stdout.splitlines() if "gpu-configs" in line]
     with_sudo = [line for line in scripts if line.startswith("would run: sudo -n ")]
     assert [line.partition("gpu-configs/")[2].split()[0] for line in with_sudo] == [
@@ -629,11 +559,10 @@ def test_without_a_gpu_one_demonstration_runs_whichever_mode_is_asked_for(
     assert "--gpu" not in flags
 
 
-@pytest.mark.parametrize("how", [("--device", "cpu"), ("--modes", "time-slicing")])
-def test_a_gpu_that_is_hidden_or_not_wanted_is_left_alone(
-    runner: DriverRunner, how: tuple[str, str]
-) -> None:
-    runner.must_drive(SCRIPT, *how, CUDA_VISIBLE_DEVICES="")
+def test_a_gpu_that_is_hidden_or_not_wanted_is_left_alone(runner: DriverRunner) -> None:
+    runner.must_drive(SCRIPT, "--device", "cpu")
+    runner.output = runner.folder / "second"
+    runner.must_drive(SCRIPT, "--modes", "time-slicing", CUDA_VISIBLE_DEVICES="")
     assert runner.outcomes()["cpu-demo"] == "ok"
     assert runner.machine.calls() == []
 
@@ -658,79 +587,21 @@ def test_a_driver_that_does_not_answer_is_exit_3_and_no_demonstration(
     assert runner.drive(SCRIPT, "--modes", "time-slicing", "--repeats=1").returncode == 0
 
 
-def test_the_first_visible_gpu_is_taken_and_passed_on_by_uuid() -> None:
-    with driver_runner("h100x2") as two:
-        planned = two.planned(SCRIPT, "--modes", "mps", CUDA_VISIBLE_DEVICES="1,0")
-        assert {flags["--gpu"] for flags in planned.values()} == {SECOND_UUID}
-
-
 # --- what is refused ------------------------------------------------------------------------------
 
-MODES = "--modes needs some of: time-slicing mps mps:even mps:PERCENT mps:partitions mig"
 
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        *((["--modes", given], MODES)
-          for given in ("mps,mpz", "", "mps:0", "mps:101", "mps:", "mps:even/", "time-slicing:50")),
-        (["--modes", "mps:partitions", "--mps-percentage", "50"], "leave --mps-percentage"),
-        (["--workloads", "0"], "--workloads needs a whole number from 1 on"),
-        (["--phase-minutes", "0.0"], "--phase-minutes needs a number of minutes over 0"),
-        (["--engine", "fast"], "--engine needs one of: eager graph compile"),
-        (["--data-dir", "/nonexistent"], "--data-dir: '/nonexistent' is not a folder"),
-        (["--baseline", "/nonexistent"], "--baseline: '/nonexistent' is no run folder"),
-        (["--seed", "-1"], "--seed needs a whole number from 0 on"),
-        (["--nonsense"], "unknown option: --nonsense"),
-        (["extra"], "unexpected argument: extra"),
-        (["--quick", "--repeats"], "--repeats needs a whole number from 1 on"),
-        (["--mix", "serving", "--plan", PLAN], "--mix and --plan: give one of the two"),
-        (["--mix", "pairs", "--workloads", "4"], "two jobs in each co-run: leave --workloads"),
-        (["--resume", "/nowhere"], "'/nowhere' holds no arguments.nul"),
-        (["--resume", "/tmp", "--quick"], "--resume needs a folder and takes no other flags"),
-        (["--quick", "--resume", "/tmp"], "give no others"),
-        (["--mig", "--mig-layout", "1g.5gb,1g.5gb,9g.90gb"],
-         "has no profile 1g.5gb,9g.90gb; it has 1g.10gb 1g.10gb+me"),
-        (["--mig", "--mig-layout", "1g.10gb,2g.20gb", "--workloads", "4"],
-         "has 2 instances for 4 jobs; name one for each"),
-        (["--mig", "--mig-layout", "2g,1g"], "needs MIG profiles with commas between"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)  # fmt: skip
-def test_a_wrong_argument_is_exit_2_with_one_sentence_before_anything_is_done(
-    asked: DriverRunner, arguments: list[str], words: str
+def test_a_plan_with_mistakes_and_a_folder_that_is_in_use_are_exit_2_and_left(
+    runner: DriverRunner,
 ) -> None:
-    result = asked.drive(SCRIPT, *arguments)
-    assert result.returncode == 2
-    assert words in result.stderr
-    if "--mig" not in arguments and "--resume" not in arguments:
-        assert "Try './run_experiments.sh --help'" in result.stderr
-    assert not asked.output.exists()
-
-
-def test_a_plan_with_mistakes_is_exit_2_before_anything_is_done(
-    asked: DriverRunner, tmp_path: Path
-) -> None:
-    plan = tmp_path / "plan.toml"
+    plan = runner.folder / "plan.toml"
     plan.write_text('[[client]]\nworkload = "resnet"\n')
-    result = asked.drive(SCRIPT, "--plan", str(plan))
+    result = runner.drive(SCRIPT, "--plan", str(plan))
     assert result.returncode == 2
     assert "there is no workload 'resnet'" in result.stderr
-    assert not asked.output.exists()
-
-
-def test_a_folder_that_holds_something_is_not_written_into(runner: DriverRunner) -> None:
+    assert not runner.output.exists()
     runner.output.mkdir()
     (runner.output / "mine.txt").write_text("mine")
     result = runner.drive(SCRIPT)
     assert result.returncode == 2
     assert "is not empty; name another folder" in result.stderr
     assert [path.name for path in runner.output.iterdir()] == ["mine.txt"]
-
-
-def test_help_tells_phases_flags_and_exit_codes_and_touches_nothing(runner: DriverRunner) -> None:
-    result = runner.drive(SCRIPT, "--help")
-    assert result.returncode == 0
-    for word in ("Phase 5 analysis", "--phase-minutes", "--mig", "--dry-run", "Exit codes"):
-        assert word in result.stdout
-    assert runner.machine.calls() == []

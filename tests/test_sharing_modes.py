@@ -101,19 +101,15 @@ def control(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], 
     program = tmp_path / "bin" / "nvidia-cuda-mps-control"
     program.parent.mkdir()
     program.write_text("""#!/bin/sh
-if [ ! -e "$CUDA_MPS_PIPE_DIRECTORY/running" ]; then
+cd "$CUDA_MPS_PIPE_DIRECTORY" && [ -e running ] || {
     echo "Cannot find MPS control daemon process"; exit 1
-fi
+}
 read -r command
 case "$command" in
     get_server_list) echo 900 ;;
-    ps) echo "PID ID SERVER DEVICE NAMESPACE COMMAND"
-        for pid in $(cat "$CUDA_MPS_PIPE_DIRECTORY/running"); do
-            echo "$pid 0 900 GPU-0 4026531836 python3"
-        done ;;
-    lspart) cat "$CUDA_MPS_PIPE_DIRECTORY/partitions" ;;
-    "get_client_list 900") tr ' ' '\\n' < "$CUDA_MPS_PIPE_DIRECTORY/running" ;;
-    *) echo "Unknown command \\"$command\\"" ;;
+    ps) for pid in $(cat running); do echo "$pid 0 900 GPU-0 4026531836 python3"; done ;;
+    lspart) cat partitions ;;
+    "get_client_list 900") tr ' ' '\\n' <running ;;
 esac
 """)
     program.chmod(0o755)
@@ -130,11 +126,6 @@ esac
 
 
 # --- preconditions ----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("facts", [H100, {**H100, "mig_mode": None}], ids=["MIG off", "no MIG"])
-def test_time_slicing_is_in_force_on_a_card_as_delivered(facts: dict) -> None:
-    assert all(item.ok for item in whole_gpu(facts).require())
 
 
 @pytest.mark.parametrize(
@@ -159,8 +150,10 @@ def test_a_mode_that_is_not_in_force_is_refused_with_what_mends_it(
 
 
 def test_a_card_without_mig_gets_no_advice_to_switch_it_on() -> None:
+    without = {**H100, "mig_mode": None}
+    assert all(item.ok for item in whole_gpu(without).require())
     with pytest.raises(ModeNotInForceError, match="not supported") as refusal:
-        mig({**H100, "mig_mode": None}).require()
+        mig(without).require()
     assert "setup_mig" not in str(refusal.value)
 
 
@@ -209,25 +202,14 @@ def test_mps_takes_the_first_directory_that_answers(control: Callable, tmp_path:
         "CUDA_VISIBLE_DEVICES": UUID, "CUDA_MPS_PIPE_DIRECTORY": running}  # fmt: skip
 
 
-def test_no_daemon_program_means_no_daemon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", "/nowhere")
-    assert ask_mps_control("/x", "ps") is None
-
-
 # --- client environment -----------------------------------------------------------------------
 
 
-def test_time_sliced_clients_get_the_gpu_by_uuid_and_an_empty_pipe_directory() -> None:
+def test_clients_get_their_gpu_by_uuid_and_no_daemon_of_another_mode() -> None:
     assert whole_gpu().client_environment(3) == {
         "CUDA_VISIBLE_DEVICES": UUID, "CUDA_MPS_PIPE_DIRECTORY": "/empty"}  # fmt: skip
-
-
-def test_mig_client_i_gets_instance_i() -> None:
     given = [mig().client_environment(i)["CUDA_VISIBLE_DEVICES"] for i in range(2)]
     assert given == [instance["uuid"] for instance in INSTANCES]
-
-
-def test_the_cpu_demonstration_hides_gpus() -> None:
     assert cpu_demo().client_environment(0) == {"CUDA_VISIBLE_DEVICES": ""}
 
 
@@ -272,16 +254,23 @@ def test_a_time_sliced_client_is_a_plain_compute_process(
     ("daemon", "nvml", "verdict"),
     [("11 12", {11}, "verified"), ("11", set(), "verified"), ("", {11}, "verified"),
      (f"{LIVING}", {LIVING}, "invalid"), (f"{LIVING}", None, "invalid"), ("", set(), "invalid"),
-     (f"{FOREIGN}", set(), "invalid")],
-    ids=["both know it", "daemon alone", "NVML alone", "another pid", "another pid, NVML silent",
-         "neither", "a foreign pid"],
+     (f"{FOREIGN}", set(), "invalid"), ("12", {12}, "invalid"),
+     # as many as there are clients, which cannot be matched
+     (f"{FOREIGN} {ALSO_FOREIGN}", {FOREIGN, ALSO_FOREIGN}, "unverified")],
 )  # fmt: skip
 def test_an_mps_client_is_known_to_nvml_or_to_the_daemon(
     control: Callable, daemon: str, nvml: set | None, verdict: str
 ) -> None:
     mode = mps(control(daemon))
     mode.observe()
-    assert mode.prove(0, identity(), frozenset({11}), lists({11}, nvml)).verdict == verdict
+    compute = {11} if verdict != "unverified" else nvml
+    proof = mode.prove(0, identity(), frozenset({11, 12}), lists(compute, nvml))
+    assert proof.verdict == verdict
+    if nvml == {12}:
+        assert "pid 11 is not among [12]" in proof.reason
+    if verdict == "unverified":
+        assert "cannot be matched" in proof.reason
+        assert proof.evidence[-1].found == "2"
 
 
 @pytest.mark.parametrize(
@@ -318,8 +307,7 @@ def test_a_command_on_a_static_partition_stays_unverified(control: Callable) -> 
 
 
 @pytest.mark.parametrize(
-    ("nvml", "verdict"),
-    [({13}, "verified"), ({12}, "invalid"), (set(), "unverified"), (None, "unverified")],
+    ("nvml", "verdict"), [({13}, "verified"), ({12}, "invalid"), (None, "unverified")]
 )
 def test_a_command_under_mps_is_invalid_only_where_the_list_knows_others(
     control: Callable, nvml: set | None, verdict: str
@@ -329,23 +317,6 @@ def test_a_command_under_mps_is_invalid_only_where_the_list_knows_others(
     command = {"processes": [11, 13]}
     proof = mode.prove(0, command, frozenset({11, 12, 13}), lists({12, 13}, nvml))
     assert proof.verdict == verdict
-
-
-def test_a_client_that_runs_without_mps_says_so(control: Callable) -> None:
-    mode = mps(control("12"))
-    mode.observe()
-    proof = mode.prove(0, identity(), frozenset({11, 12}), lists({11}, {12}))
-    assert "pid 11 is not among [12]" in proof.reason
-
-
-def test_mps_pids_that_cannot_be_matched_are_unverified_and_counted(control: Callable) -> None:
-    mode = mps(control(f"{FOREIGN} {ALSO_FOREIGN}"))
-    mode.observe()
-    foreign = {FOREIGN, ALSO_FOREIGN}
-    proof = mode.prove(0, identity(), frozenset({11, 12}), lists(foreign, foreign))
-    assert proof.verdict == "unverified"
-    assert "cannot be matched" in proof.reason
-    assert proof.evidence[-1].found == "2"
 
 
 @pytest.mark.parametrize(
@@ -361,12 +332,9 @@ def test_a_mig_client_sees_its_own_instance(changes: dict, verdict: str) -> None
     assert mig().prove(0, seen, frozenset({11}), lists(None, None)).verdict == verdict
 
 
-def test_a_mig_instance_that_vanished_makes_its_client_invalid() -> None:
+def test_a_mig_instance_that_vanished_is_invalid_and_the_cpu_demonstration_proves_nothing() -> None:
     mode = mig({**H100_MIG, "mig_devices": INSTANCES[:1]})
     assert mode.prove(1, identity(), frozenset({11}), lists(None, None)).verdict == "invalid"
-
-
-def test_the_cpu_demonstration_proves_nothing() -> None:
     proof = cpu_demo().prove(0, identity(device="cpu"), frozenset({11}), lists(None, None))
     assert proof.verdict == "not_applicable"
     assert cpu_demo().require()
@@ -413,17 +381,14 @@ def write_state(folder: Path, mode: str, text: str) -> None:
     (folder / f"{mode}-{UUID}.state").write_text(text)
 
 
-def test_state_is_read_from_the_folder_that_the_environment_names(tmp_path: Path) -> None:
-    write_state(tmp_path, "mps", "pipe_directory=/a=b\nuser=me\nnonsense\n")
-    environment = {"GPU_SHARING_STATE_DIR": str(tmp_path)}
-    state = read_state("mps", UUID, environment)
-    assert state == {"pipe_directory": "/a=b", "user": "me"}
-    assert read_state("mig", UUID, environment) == {}
-
-
-def test_state_written_under_sudo_is_found_though_xdg_state_home_is_set(
+def test_state_is_read_from_the_folder_of_the_environment_and_else_from_where_sudo_leaves_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    write_state(tmp_path, "mps", "pipe_directory=/a=b\nuser=me\nnonsense\n")
+    environment = {"GPU_SHARING_STATE_DIR": str(tmp_path)}
+    assert read_state("mps", UUID, environment) == {"pipe_directory": "/a=b", "user": "me"}
+    assert read_state("mig", UUID, environment) == {}
+    # sudo does not pass XDG_STATE_HOME on
     monkeypatch.setenv("HOME", str(tmp_path))
     write_state(tmp_path / ".local/state/gpu-sharing-bench", "mps", "pipe_directory=/p\n")
     state = read_state("mps", UUID, {"XDG_STATE_HOME": str(tmp_path / "other")})
@@ -435,24 +400,13 @@ def test_more_clients_than_time_slicing_was_set_up_for_is_a_warning(tmp_path: Pa
     assert time_slicing_warning(8, UUID, environment) is None
     write_state(tmp_path, "time-slicing", "clients=4\n")
     assert time_slicing_warning(4, UUID, environment) is None
-    warning = time_slicing_warning(8, UUID, environment)
-    assert "setup_time_slicing.sh 8" in warning
+    assert "setup_time_slicing.sh 8" in time_slicing_warning(8, UUID, environment)
 
 
-def test_the_recorded_pipe_directory_comes_before_the_inherited_one(
-    tmp_path: Path, control: Callable
-) -> None:
-    recorded, inherited = control("", "recorded"), control("", "inherited")
-    write_state(tmp_path, "mps", f"pipe_directory={recorded}\n")
-    environment = {"GPU_SHARING_STATE_DIR": str(tmp_path), "CUDA_MPS_PIPE_DIRECTORY": inherited}
-    mode = make_mode("mps", lambda: H100, clients=4, no_mps_folder=EMPTY, environment=environment)
-    assert mode.client_environment(0)["CUDA_MPS_PIPE_DIRECTORY"] == recorded
-
-
-def test_a_daemon_of_this_user_at_the_default_place_is_tried_last(
+def test_the_pipe_directory_is_the_recorded_the_inherited_or_this_users_default_one(
     tmp_path: Path, control: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    default = control("", "default")
+    default, recorded, inherited = (control("", n) for n in ("default", "recorded", "inherited"))
     monkeypatch.setattr(mps_mode, "DEFAULT_PIPE_DIRECTORY", Path(default))
     environment = {"GPU_SHARING_STATE_DIR": str(tmp_path)}
 
@@ -465,26 +419,18 @@ def test_a_daemon_of_this_user_at_the_default_place_is_tried_last(
     assert pipe_directory() == ""
     (Path(default) / "control").touch()
     assert pipe_directory() == default
-    environment["CUDA_MPS_PIPE_DIRECTORY"] = inherited = control("", "inherited")
+    with monkeypatch.context() as another_user:
+        another_user.setattr(mps_mode.os, "geteuid", lambda: os.stat(default).st_uid + 1)
+        assert pipe_directory() == ""
+    environment["CUDA_MPS_PIPE_DIRECTORY"] = inherited
     assert pipe_directory() == inherited
-    del environment["CUDA_MPS_PIPE_DIRECTORY"]
-    monkeypatch.setattr(mps_mode.os, "geteuid", lambda: os.stat(default).st_uid + 1)
-    assert pipe_directory() == ""
+    write_state(tmp_path, "mps", f"pipe_directory={recorded}\n")
+    assert pipe_directory() == recorded
 
 
-@pytest.mark.parametrize("name", ["time-slicing", "exclusive", "mps", "mig", "cpu-demo"])
-def test_every_mode_can_be_made_by_name(name: str) -> None:
-    mode = make_mode(name, lambda: H100, clients=1, no_mps_folder=EMPTY, environment={})
-    assert mode.name == name
-
-
-TABLE = """+-------------------------------------+
-| GPU compute policies:               |
-| GPU     Name           Value        |
-|=====================================|
+TABLE = """| GPU compute policies:               |
 |   0   Timeslice       Default       |
-|  10   Timeslice       Long          |
-+-------------------------------------+"""
+|  10   Timeslice       Long          |"""
 
 
 @pytest.mark.parametrize(
@@ -534,9 +480,7 @@ def test_a_mode_is_in_force_inside_the_block_and_what_it_took_is_recorded(stand_
     assert runs[0]["arguments"] == ["--percentage", "50"]
     assert {run["gpu_uuid"] for run in runs} == {UUID}
     assert all(0.05 <= run["seconds"] < 10 and run["exit_code"] == 0 for run in runs)
-
-
-def test_a_mode_that_is_not_undone_is_an_error_in_the_scripts_words(stand_ins: Path) -> None:
+    # one that is not undone is an error in the script's words
     (stand_ins / "refuse").touch()
     with (
         pytest.raises(ModeScriptError, match=r"^disable_mps\.sh: in the way: \ufffd$"),
@@ -562,26 +506,28 @@ def test_settings_of_the_card_count_as_set_up_only_in_roots_own_folder(
 ) -> None:
     monkeypatch.setattr(mode_scripts, "STATE_OF_ROOT", tmp_path / "root")
     write_state(tmp_path / "user", "mig", "previous_mig_mode=Disabled\n")
-    as_user = {"GPU_SHARING_STATE_DIR": str(tmp_path / "user"), "SUDO_UID": str(NOBODY.pw_uid)}
-    if os.geteuid() != 0:
-        as_user.pop("SUDO_UID")
+    as_user = {"GPU_SHARING_STATE_DIR": str(tmp_path / "user")}
+    if os.geteuid() == 0:
+        as_user["SUDO_UID"] = str(NOBODY.pw_uid)
     assert not is_set_up("mig", UUID, as_user)
     if os.geteuid() == 0:
         write_state(tmp_path / "root", "mig", "previous_mig_mode=Disabled\n")
-        assert is_set_up("mig", UUID, as_user)
         write_state(tmp_path / "root", "time-slice", "set=Short\n")
+        assert is_set_up("mig", UUID, as_user)
         assert is_set_up("time-slicing", UUID, as_user)
 
 
-def test_a_daemon_that_answers_in_other_words_is_named_and_not_taken(
+def test_no_program_means_no_daemon_and_one_that_answers_in_other_words_is_named_and_not_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert ask_mps_control("/x", "ps") is None
     program = tmp_path / "nvidia-cuda-mps-control"
     program.write_text(
         '#!/bin/sh\necho "Unknown command (protocol ${CUDA_MPS_PROTOCOL_VERSION-2})"\n'
     )
     program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     monkeypatch.setenv("CUDA_MPS_PROTOCOL_VERSION", "3")
     assert ask_mps_control("/pipe", "get_server_list") == "Unknown command (protocol 2)\n"
     assert mps("/pipe").pipe_directory() is None

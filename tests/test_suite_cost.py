@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -75,10 +74,9 @@ def test_windows_with_the_sampler_off_and_on_take_turns_next_to_running_clients(
     assert found["windows"][1]["gpu"]["sm_activity_percent"] == pytest.approx(70.0)
     assert len(found["sampler_cost_percent"]["values"]) == 2
     assert 0 < found["start_skew_ms"] < 1000
-    for client in found["clients"]:
-        assert client["work_rate"] > 0
-        assert 0 <= client["window_host_cpu_fraction"] < 1
-        assert "--model resnet18 --resolved yes" in " ".join(client["command"])
+    assert all(rate > 0 for window in found["windows"] for rate in window["work_rates"])
+    assert 0 <= found["client_cores"] < 1
+    assert "--model resnet18 --resolved yes" in " ".join(found["client_command"])
     assert "sampler costs" in output and "first units within" in output
     assert program_copy.processes_of(tmp_path) == []
 
@@ -88,14 +86,4 @@ def test_a_client_that_fails_ends_the_measuring_with_its_last_words(tmp_path: Pa
     _, said = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "exit code 7 (scripted failure: crash)" in said.splitlines()[-1]
-    assert program_copy.processes_of(tmp_path) == []
-
-
-def test_ctrl_c_leaves_no_process(tmp_path: Path) -> None:
-    process = start(tmp_path, "--seconds", "30", "--repeats", "1")
-    while "measuring" not in process.stderr.readline():
-        assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=30)
-    assert (process.returncode, said.splitlines()[-1]) == (130, "suite_cost.py: interrupted")
     assert program_copy.processes_of(tmp_path) == []

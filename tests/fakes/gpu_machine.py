@@ -14,8 +14,6 @@ Environment variables
     FAKE_GPU_STATE    the folder (needed). In it: `machine` (the state, only ever rewritten by a
                       call that changes something), `calls` (every call), `rules` (failures); by
                       marshal, since each start of a fake would wait 10 ms for the import of json
-    FAKE_GPU_MACHINE  which machine to start with while there is no `machine`: one of MACHINES
-                      below (default `h100`)
     FAKE_GPU_UID      the user id that the programs take themselves to be run by (default: the real
                       one); lets a test without a second account see "no permission"
     FAKE_SUDO_USER    for the fake `sudo`: the invoking account (default `nobody`)
@@ -23,8 +21,7 @@ Environment variables
 `calls`, a dict a call
     command      the command line, or `nvidia-cuda-mps-control < COMMAND` for what it reads
     changes      true for a call that asks for a change, whether or not it succeeded
-    uid, exit    who called, and the exit status
-    environment  the CUDA_* variables of the call
+    exit         the exit status
 
 `rules`, a list of dicts, the first that matches counts
     match        shell pattern on the command as logged, e.g. "nvidia-smi -i * -mig 1"
@@ -33,7 +30,6 @@ Environment variables
     append       what is printed after the real text, with `exit` (default 14: infoROM damaged)
     after        so many matching calls go through first (default 0)
     times        then so many calls are hit (default: all)
-    apply        true: the change is made all the same, before failing (default false)
     seconds      sleep first; alone, without `exit` and `text`, the call is only slow
 
 The texts are those of an H100 with driver 580. What a real card was not asked for (changing
@@ -53,74 +49,44 @@ FAKES_FOLDER = os.path.dirname(os.path.abspath(__file__))
 
 # Above the largest pid of Linux, so that no pretended process is a real one's.
 FIRST_PID = 2**22 + 900
-
-# Exit statuses of nvidia-smi, from its manual page; 6 was seen, the others are UNVERIFIED.
-SMI_INVALID_ARGUMENT = 2
-SMI_NOT_SUPPORTED = 3
-SMI_NO_PERMISSION = 4
-SMI_NOT_FOUND = 6
-SMI_DRIVER_NOT_LOADED = 9
-SMI_LOST = 15
-SMI_IN_USE = 19  # UNVERIFIED: the number of NVML_ERROR_IN_USE
-
-
-PROFILE_FIELDS = ("name", "memory_gib", "multiprocessors", "id", "total", "second_row", "decoders",
-                  "starts", "size")  # fmt: skip
-# Of an 8-memory-slice card: ids, counts and placements as on the H100.
-_EIGHTHS = [
-    (19, 7, "1     1     0", 1, [0, 1, 2, 3, 4, 5, 6], 1),
-    (20, 1, "1     1     1", 1, [0, 1, 2, 3, 4, 5, 6], 1),
-    (15, 4, "1     1     0", 1, [0, 2, 4, 6], 2),
-    (14, 3, "2     2     0", 2, [0, 2, 4], 2),
-    (9, 2, "3     3     0", 3, [0, 4], 4),
-    (5, 1, "4     4     0", 4, [0], 4),
-    (0, 1, "8     7     1", 7, [0], 8),
+# Profiles of a MIG card: names with memory in GiB and multiprocessors, on what its card has of a
+# profile: id, total, decoders, copy engines with what JPEG and OFA follow, placements, size. The
+# H100's tables were seen, the H200's but for the placements; the others are UNVERIFIED.
+EIGHTHS = [
+    (19, 7, 1, "1     1     0", [0, 1, 2, 3, 4, 5, 6], 1),
+    (20, 1, 1, "1     1     1", [0, 1, 2, 3, 4, 5, 6], 1),
+    (15, 4, 1, "1     1     0", [0, 2, 4, 6], 2),
+    (14, 3, 2, "2     2     0", [0, 2, 4], 2),
+    (9, 2, 3, "3     3     0", [0, 4], 4),
+    (5, 1, 4, "4     4     0", [0], 4),
+    (0, 1, 7, "8     7     1", [0], 8),
 ]
+FOURTHS = {"1g": ([0, 1, 2, 3], 1), "2g": ([0, 2], 2), "4g": ([0], 4)}
+HOPPER, AMPERE = (16, 16, 26, 32, 60, 64, 132), (14, 14, 14, 28, 42, 56, 98)
 
 
-def _profiles(names: list[str], memory_gib: list[float], multiprocessors: list[int]) -> list[dict]:
-    """The seven profiles of an 8-memory-slice card."""
-    rows = zip(names, memory_gib, multiprocessors, _EIGHTHS, strict=True)
-    return [dict(zip(PROFILE_FIELDS, (*own, *shape), strict=True)) for *own, shape in rows]
+def _eighths(names: str, memory_gib: str, multiprocessors: tuple[int, ...]) -> list[dict]:
+    """The seven profiles of a card of eight memory slices."""
+    rows = zip(names.split(), map(float, memory_gib.split()), multiprocessors, EIGHTHS, strict=True)
+    return [
+        {"name": name, "memory_gib": gib, "multiprocessors": count, "id": number, "total": total,
+         "decoders": decoders, "second_row": second_row, "starts": starts, "size": size}
+        for name, gib, count, (number, total, decoders, second_row, starts, size) in rows
+    ]  # fmt: skip
 
 
-_SMALL = [9.75, 9.75, 19.62, 19.62, 39.50, 39.50, 79.25]
-_HOPPER_SM = [16, 16, 26, 32, 60, 64, 132]
-_AMPERE_SM = [14, 14, 14, 28, 42, 56, 98]
-# The H100's tables were seen, the H200's but for the placements; the others are UNVERIFIED.
-_NAMES_80 = ["1g.10gb", "1g.10gb+me", "1g.20gb", "2g.20gb", "3g.40gb", "4g.40gb", "7g.80gb"]
-_NAMES_40 = ["1g.5gb", "1g.5gb+me", "1g.10gb", "2g.10gb", "3g.20gb", "4g.20gb", "7g.40gb"]
-_NAMES_141 = ["1g.18gb", "1g.18gb+me", "1g.35gb", "2g.35gb", "3g.71gb", "4g.71gb", "7g.141gb"]
-_NAMES_180 = ["1g.23gb", "1g.23gb+me", "1g.45gb", "2g.45gb", "3g.90gb", "4g.90gb", "7g.180gb"]
-# Cards of four slices: name, id, total, placements, size.
-_A30 = [
-    ("1g.6gb", 14, 4, [0, 1, 2, 3], 1),
-    ("1g.6gb+me", 21, 1, [0, 1, 2, 3], 1),
-    ("2g.12gb", 5, 2, [0, 2], 2),
-    ("2g.12gb+me", 6, 1, [0, 2], 2),
-    ("4g.24gb", 0, 1, [0], 4),
-]
-_RTX_PRO = [
-    ("1g.24gb", 14, 4, [0, 1, 2, 3], 1),
-    ("1g.24gb+me", 21, 1, [0, 1, 2, 3], 1),
-    ("1g.24gb+gfx", 47, 4, [0, 1, 2, 3], 1),
-    ("1g.24gb+me.all", 65, 1, [0, 1, 2, 3], 1),
-    ("1g.24gb-me", 67, 4, [0, 1, 2, 3], 1),
-    ("2g.48gb", 5, 2, [0, 2], 2),
-    ("2g.48gb+gfx", 35, 2, [0, 2], 2),
-    ("2g.48gb+me.all", 64, 1, [0, 2], 2),
-    ("4g.96gb", 0, 1, [0], 4),
-    ("4g.96gb+gfx", 32, 1, [0], 4),
-]
-
-
-def _quarters(table: list[tuple], slice_gib: float, slice_sm: int) -> list[dict]:
-    """The profiles of a card of four slices."""
-    rows = (
-        (name, size * slice_gib, size * slice_sm, number, total, "1     1     0", 1, starts, size)
-        for name, number, total, starts, size in table
-    )
-    return [dict(zip(PROFILE_FIELDS, row, strict=True)) for row in rows]
+def _fourths(table: str, slice_gib: float, slice_sm: int) -> list[dict]:
+    """The profiles of a card of four slices, from `name:id:total` words."""
+    profiles = []
+    for word in table.split():
+        name, number, total = word.split(":")
+        starts, size = FOURTHS[name[:2]]
+        profiles.append(
+            {"name": name, "memory_gib": size * slice_gib, "multiprocessors": size * slice_sm,
+             "id": int(number), "total": int(total), "decoders": 1, "starts": starts, "size": size,
+             "second_row": "1     1     0"}
+        )  # fmt: skip
+    return profiles
 
 
 def _gpu(
@@ -152,54 +118,48 @@ def _gpu(
 
 
 def _second(gpu: dict) -> dict:
-    return {
-        **gpu,
-        "index": 1,
-        "uuid": "GPU-55555555-6666-7777-8888-999999999999",
-        "bus_id": "00000000:00:07.0",
-    }
+    uuid, bus_id = "GPU-55555555-6666-7777-8888-999999999999", "00000000:00:07.0"
+    return {**gpu, "index": 1, "uuid": uuid, "bus_id": bus_id}
 
 
-def _h100() -> dict:
-    return _gpu(
-        "NVIDIA H100 80GB HBM3", "9.0", 81559, 132, _profiles(_NAMES_80, _SMALL, _HOPPER_SM)
-    )
-
-
-_A100_GIB = [4.75, 4.75, 9.75, 9.75, 19.62, 19.62, 39.38]
-_H200_GIB = [16.0, 16.0, 32.5, 32.5, 69.75, 69.75, 140.0]
-_B200_GIB = [22.0, 22.0, 44.5, 44.5, 89.0, 89.0, 178.0]
+H100 = _gpu("NVIDIA H100 80GB HBM3", "9.0", 81559, 132, _eighths(
+    "1g.10gb 1g.10gb+me 1g.20gb 2g.20gb 3g.40gb 4g.40gb 7g.80gb",
+    "9.75 9.75 19.62 19.62 39.50 39.50 79.25", HOPPER))  # fmt: skip
+T4 = _gpu("Tesla T4", "7.5", 15360, 40, [])
 MACHINES = {
-    "h100": lambda: [_h100()],
-    "h100x2": lambda: [_h100(), _second(_h100())],
-    "a100-40": lambda: [_gpu("NVIDIA A100-SXM4-40GB", "8.0", 40960, 108,
-                             _profiles(_NAMES_40, _A100_GIB, _AMPERE_SM))],
-    "h200": lambda: [_gpu("NVIDIA H200", "9.0", 143771, 132,
-                          _profiles(_NAMES_141, _H200_GIB, _HOPPER_SM))],
-    "b200": lambda: [_gpu("NVIDIA B200", "10.0", 183359, 148,
-                          _profiles(_NAMES_180, _B200_GIB, _HOPPER_SM))],
-    "a30": lambda: [_gpu("NVIDIA A30", "8.0", 24576, 56, _quarters(_A30, 5.81, 14))],
-    "rtx-pro-6000": lambda: [_gpu("NVIDIA RTX PRO 6000 Blackwell Server Edition", "12.0", 97887,
-                                  188, _quarters(_RTX_PRO, 23.6, 46))],
-    "geforce": lambda: [_gpu("NVIDIA GeForce RTX 4060", "8.9", 8188, 24, [])],
+    "h100": [H100],
+    "h100x2": [H100, _second(H100)],
+    "a100-40": [_gpu("NVIDIA A100-SXM4-40GB", "8.0", 40960, 108, _eighths(
+        "1g.5gb 1g.5gb+me 1g.10gb 2g.10gb 3g.20gb 4g.20gb 7g.40gb",
+        "4.75 4.75 9.75 9.75 19.62 19.62 39.38", AMPERE))],
+    "h200": [_gpu("NVIDIA H200", "9.0", 143771, 132, _eighths(
+        "1g.18gb 1g.18gb+me 1g.35gb 2g.35gb 3g.71gb 4g.71gb 7g.141gb",
+        "16.0 16.0 32.5 32.5 69.75 69.75 140.0", HOPPER))],
+    "b200": [_gpu("NVIDIA B200", "10.0", 183359, 148, _eighths(
+        "1g.23gb 1g.23gb+me 1g.45gb 2g.45gb 3g.90gb 4g.90gb 7g.180gb",
+        "22.0 22.0 44.5 44.5 89.0 89.0 178.0", HOPPER))],
+    "a30": [_gpu("NVIDIA A30", "8.0", 24576, 56, _fourths(
+        "1g.6gb:14:4 1g.6gb+me:21:1 2g.12gb:5:2 2g.12gb+me:6:1 4g.24gb:0:1", 5.81, 14))],
+    "rtx-pro-6000": [_gpu("NVIDIA RTX PRO 6000 Blackwell Server Edition", "12.0", 97887, 188,
+                          _fourths(
+        "1g.24gb:14:4 1g.24gb+me:21:1 1g.24gb+gfx:47:4 1g.24gb+me.all:65:1 1g.24gb-me:67:4 "
+        "2g.48gb:5:2 2g.48gb+gfx:35:2 2g.48gb+me.all:64:1 4g.96gb:0:1 4g.96gb+gfx:32:1",
+        23.6, 46))],
+    "geforce": [_gpu("NVIDIA GeForce RTX 4060", "8.9", 8188, 24, [])],
     # CUDA counts the fastest first, nvidia-smi by bus id
-    "t4-h100": lambda: [_gpu("Tesla T4", "7.5", 15360, 40, []), _second(_h100())],
-    "t4": lambda: [_gpu("Tesla T4", "7.5", 15360, 40, [])],
-    "k40": lambda: [{**_gpu("Tesla K40m", "3.0", 11441, 15, []), "timeslice": None}],
-    "no-gpu": list,
-    "no-driver": list,
+    "t4-h100": [T4, _second(H100)],
+    "t4": [T4],
+    "k40": [{**_gpu("Tesla K40m", "3.0", 11441, 15, []), "timeslice": None}],
+    "no-gpu": [],
 }  # fmt: skip
 
 
 def new_machine(kind: str) -> dict:
     """The state of a fresh machine; raises KeyError for a kind that is not in MACHINES."""
     return {
-        "kind": kind,
-        "driver_version": "580.159.04",
-        "cuda_version": "13.0",
         "mps_version": 13000,  # as `nvidia-cuda-mps-control -v` says it; from 13010 on it has -S
-        "driver": "not-loaded" if kind == "no-driver" else "ok",
-        "gpus": MACHINES[kind](),
+        "driver": "ok",  # or "not-loaded", or what NVML fails with
+        "gpus": marshal.loads(marshal.dumps(MACHINES[kind])),
         # pipe directory -> {"pid", "uid", "user", "percentage", "log_directory", "server" (pid or
         # null), "clients": [{"pid", "name"}], "visible_devices", "protocol", "partitions" (null
         # without -S): {"id", "gpu" (UUID), "chunks"}}
@@ -223,19 +183,14 @@ class Store:
         self.machine: dict = {}
 
     def __enter__(self) -> Store:
-        os.makedirs(self.folder, exist_ok=True)
-        previous = os.umask(0)
-        try:
-            self._lock = os.open(os.path.join(self.folder, "lock"), os.O_CREAT | os.O_RDWR, 0o666)
-        finally:
-            os.umask(previous)
+        self._lock = _open_for_all(os.path.join(self.folder, "lock"), os.O_RDWR)
         fcntl.flock(self._lock, fcntl.LOCK_EX)
         try:
             with open(self.path, "rb") as file:
                 known = file.read()
             self._before, self.machine = marshal.loads(known), marshal.loads(known)
         except FileNotFoundError:
-            self.machine = new_machine(os.environ.get("FAKE_GPU_MACHINE", "h100"))
+            pass  # the test is about to say which machine it is
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -254,58 +209,42 @@ class Store:
     def matching_rule(self, command: str) -> dict | None:
         """The rule that hits this call; counts the call against it."""
         path = os.path.join(self.folder, "rules")
-        try:
-            with open(path, "rb") as file:
-                rules = marshal.load(file)
-        except FileNotFoundError:
+        if not os.path.exists(path):
             return None
+        with open(path, "rb") as file:
+            rules = marshal.load(file)
         for rule in rules:
             if not _matches(rule["match"], command):
                 continue
             rule["seen"] = rule.get("seen", 0) + 1
             self._replace(path, rules)
-            first = rule.get("after", 0)
-            if rule["seen"] <= first:
-                continue
-            if rule.get("times") is not None and rule["seen"] > first + rule["times"]:
-                continue
-            return rule
+            if 0 < rule["seen"] - rule.get("after", 0) <= rule.get("times", rule["seen"]):
+                return rule
         return None
 
     def log(self, command: str, changes: bool, exit_status: int) -> None:
         """Append one call to `calls`."""
-        line = {
-            "command": command,
-            "changes": changes,
-            "uid": current_uid(),
-            "exit": exit_status,
-            "environment": {k: v for k, v in os.environ.items() if k.startswith("CUDA_")},
-        }
-        previous = os.umask(0)
-        try:
-            path = os.path.join(self.folder, "calls")
-            descriptor = os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o666)
-        finally:
-            os.umask(previous)
+        line = {"command": command, "changes": changes, "exit": exit_status}
+        path = os.path.join(self.folder, "calls")
+        descriptor = _open_for_all(path, os.O_APPEND | os.O_WRONLY)
         os.write(descriptor, marshal.dumps(line))
         os.close(descriptor)
 
 
+def _open_for_all(path: str, flags: int) -> int:
+    """Open a file that other users may write too, since scripts may go on as another one."""
+    previous = os.umask(0)
+    try:
+        return os.open(path, os.O_CREAT | flags, 0o666)
+    finally:
+        os.umask(previous)
+
+
 def _matches(pattern: str, text: str) -> bool:
     """A shell pattern where only `*` is special (command lines are full of brackets)."""
-    first, *others = pattern.split("*")
-    if not others:
-        return text == pattern
-    *between, last = others
-    if not text.startswith(first):
-        return False
-    at = len(first)
-    for part in between:
-        found = text.find(part, at)
-        if found < 0:
-            return False
-        at = found + len(part)
-    return len(text) - len(last) >= at and text.endswith(last)
+    import re  # here, since it takes longer than the rest of a call
+
+    return re.fullmatch(".*".join(map(re.escape, pattern.split("*"))), text, re.DOTALL) is not None
 
 
 def current_uid() -> int:
@@ -327,9 +266,9 @@ def answer(command: str, changes: bool, act) -> int:
     appends = "append" in rule
     fails = ("exit" in rule or "text" in rule) and not appends
     with store:
-        status, text = act(store.machine) if not fails or rule.get("apply") else (0, "")
-        if fails:
-            status, text = rule.get("exit", 1), rule.get("text", "")
+        status, text = rule.get("exit", 1), rule.get("text", "")
+        if not fails:
+            status, text = act(store.machine)
         if appends:
             status = rule.get("exit", 14)
             text = "\n".join(filter(None, [text.rstrip("\n"), rule["append"]]))
@@ -393,17 +332,13 @@ class FakeMachine:
             store.machine["gpus"][index]["processes"].append(_process(pid, **fields))
 
     def add_mps_daemon(
-        self,
-        pipe_directory: str,
-        uid: int = 1000,
-        user: str = "alice",
-        pid: int = FIRST_PID - 1,
-        protocol: int = 2,
+        self, pipe_directory: str, uid: int = 1000, user: str = "alice", protocol: int = 2
     ) -> None:
         """Let a control daemon of somebody run that no script of ours started."""
         with Store(self.folder) as store:
             store.machine["mps"][os.path.realpath(pipe_directory)] = {
-                "pid": pid, "uid": uid, "user": user, "percentage": 100.0, "log_directory": "",
+                "pid": FIRST_PID - 1, "uid": uid, "user": user, "percentage": 100.0,
+                "log_directory": "",
                 "server": None, "clients": [], "visible_devices": None, "protocol": protocol,
                 "partitions": None,
             }  # fmt: skip

@@ -123,13 +123,9 @@ def pretended_gpu() -> dict | None:
     if not machine["gpus"]:
         return None
     gpu = machine["gpus"][0]
-    return {
-        "daemons": len(machine["mps"]),
-        "mig": gpu["mig_current"],
-        "instances": len(gpu["instances"]),
-        "compute_mode": gpu["compute_mode"],
-        "timeslice": gpu["timeslice"],
-    }
+    return {"daemons": len(machine["mps"]), "mig": gpu["mig_current"],
+            "instances": len(gpu["instances"]), "compute_mode": gpu["compute_mode"],
+            "timeslice": gpu["timeslice"]}  # fmt: skip
 
 
 def record(entry: dict) -> None:

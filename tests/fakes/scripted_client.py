@@ -65,16 +65,14 @@ def settings(events: Path | None) -> dict:
     return merged
 
 
-def change_lists(card: Path, kinds: list[str], change: Callable[[list[str]], list[str]]) -> None:
-    """Change the card's lists of processes of these kinds; clients take turns."""
+def change_card(card: Path, change: Callable[[dict], object]) -> None:
+    """Change the scripted card; clients take turns."""
     with card.with_name("lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        lines = dict(line.partition("=")[::2] for line in card.read_text().splitlines())
-        for kind in kinds:
-            listed = [entry for entry in lines.get(kind, "").split(",") if entry]
-            lines[kind] = ",".join(change(listed))
+        state = json.loads(card.read_text())
+        change(state)
         temporary = card.with_name("new")
-        temporary.write_text("".join(f"{key}={value}\n" for key, value in lines.items()))
+        temporary.write_text(json.dumps(state))
         temporary.replace(card)
 
 
@@ -121,12 +119,11 @@ class Script:
     def fail_now(self, stage: str | None = None) -> None:
         """Fail if this is the moment to."""
         kind, moment = self.settings.get("fail"), self.settings.get("fail_at", 0)
-        if kind is None:
-            return
         if isinstance(moment, str):
-            if moment != stage:
-                return
-        elif self.go_seconds is None or time.monotonic() < self.go_seconds + moment:
+            is_due = moment == stage
+        else:
+            is_due = self.go_seconds is not None and time.monotonic() >= self.go_seconds + moment
+        if kind is None or not is_due:
             return
         print(f"scripted failure: {kind}", file=sys.stderr, flush=True)
         if kind in ("oom", "error"):
@@ -135,21 +132,18 @@ class Script:
             self.emit("error", **fields)
             sys.exit(12 if kind == "oom" else self.settings.get("exit_code", 1))
         if kind in ("garbage", "binary"):
-            line = b"this is no event\n" if kind == "garbage" else b"caf\xe9\n"
             with self.events.open("ab") as stream:
-                stream.write(line)
-        if kind == "signal":
+                stream.write(b"this is no event\n" if kind == "garbage" else b"caf\xe9\n")
+        elif kind == "signal":
             os.kill(os.getpid(), signal.SIGSEGV)
-        if kind == "hang":
+        elif kind == "hang":
             while self.listen(3600) != "stop":
                 pass
             self.finish(0)
-        if kind == "done":
+        elif kind == "done":
             self.finish(0)
-        if kind == "crash":
-            sys.exit(7)
-        if kind == "exit0":
-            sys.exit(0)
+        else:
+            sys.exit({"crash": 7, "exit0": 0}[kind])
 
     def finish(self, jobs: int) -> None:
         """Say goodbye."""
@@ -169,11 +163,18 @@ class Script:
             kinds.append("mps_pids")
             with (pipe / "running").open("a") as stream:
                 stream.write(f"{os.getpid()}\n")
-        own = f"{os.getpid()}:100"
-        change_lists(Path(card), kinds, lambda listed: [*listed, own])
-        atexit.register(
-            change_lists, Path(card), kinds, lambda listed: [pid for pid in listed if pid != own]
-        )
+        own = str(os.getpid())
+
+        def enter(state: dict) -> None:
+            for kind in kinds:
+                state.setdefault(kind, {})[own] = 100
+
+        def leave(state: dict) -> None:
+            for kind in kinds:
+                state.get(kind, {}).pop(own, None)
+
+        change_card(Path(card), enter)
+        atexit.register(change_card, Path(card), leave)
 
     def identity(self) -> dict:
         """Who this client says it is."""

@@ -16,8 +16,6 @@ not in force, 130 interrupted.
 from __future__ import annotations
 
 import argparse
-import itertools
-import shlex
 import statistics
 import sys
 import tempfile
@@ -27,30 +25,13 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from benchmarking.cli import (
-    EXIT_COMPLETE,
-    EXIT_FAILED,
-    EXIT_INTERRUPTED,
-    OneLineParser,
-    RunEnded,
-    SuiteError,
-    positive_float,
-    positive_int,
-)
-from benchmarking.drivers.program import (
-    UntilOver,
-    exit_code_of,
-    launch,
-    make_folder,
-    resolve_jobs,
-)
-from benchmarking.hardware import host_limit
+from benchmarking import cli
+from benchmarking.drivers import program
 from benchmarking.hardware.gpu_samples import summarize_samples
 from benchmarking.hardware.host_cpu import read_process_trees
 from benchmarking.measuring.client import Client
@@ -59,20 +40,15 @@ from benchmarking.measuring.launcher import CoRunResult
 from benchmarking.measuring.sampler import Sampler
 from benchmarking.measuring.stop_signal import StopSignal
 from benchmarking.metrics.estimates import Estimate, estimate
-from benchmarking.metrics.number_text import significant
 from benchmarking.modes.names import MODES
 from benchmarking.planning.request import Request
 from benchmarking.records.run_folder import utc_now, write_json_atomic
 from benchmarking.records.types import Sample
-from benchmarking.suite.console import print_table
 from benchmarking.suite.setup import Setup, prepared
 
 TIMEOUT_SECONDS = 1800.0
 # From go, or from the sampler's start or end, until a window may begin.
 SETTLE_SECONDS = 1.0
-# The suite is to cost less than this.
-MOST_SAMPLER_COST_PERCENT = 0.5
-MOST_START_SKEW_MS = 50.0
 
 Window = dict[str, Any]
 
@@ -81,20 +57,20 @@ def main() -> int:
     """Prepare, measure, print and write what was found; return the exit code."""
     options = parse_arguments()
     fix = "or name another --output-dir"
-    return exit_code_of(lambda stop: run(options, stop), options.output_dir, fix)
+    return program.exit_code_of(lambda stop: run(options, stop), options.output_dir, fix)
 
 
 def parse_arguments() -> argparse.Namespace:
     """Return the flags of the command line."""
-    parser = OneLineParser(
+    parser = cli.OneLineParser(
         description="Measure the cost of the sampler, the start skew and the host's cores.",
         epilog="Flags behind -- go to every client, such as: -- --model resnet18 --batch-size 8",
     )
     add = parser.add_argument
-    add("--clients", type=positive_int, default=8, help="(default: 8)")
-    add("--seconds", type=positive_float, default=10.0, metavar="S",
+    add("--clients", type=cli.positive_int, default=8, help="(default: 8)")
+    add("--seconds", type=cli.positive_float, default=10.0, metavar="S",
         help="length of a window (default: 10)")  # fmt: skip
-    add("--repeats", type=positive_int, default=5, metavar="R",
+    add("--repeats", type=cli.positive_int, default=5, metavar="R",
         help="pairs of windows, one without and one with the sampler (default: 5)")  # fmt: skip
     add("--mode", choices=MODES[:3], default=MODES[0], help="(default: %(default)s)")
     add("--gpu", metavar="INDEX_OR_UUID", help="which GPU (default: the first)")
@@ -106,7 +82,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def run(options: argparse.Namespace, stop: StopSignal) -> int:
     """Do what `main` says; raises `SuiteError` and `RunEnded`."""
-    make_folder("--output-dir", options.output_dir)
+    program.make_folder("--output-dir", options.output_dir)
     # Short units give precise rates.
     request = Request(
         mode=options.mode, mix="inference", counts=(options.clients,), gpu=options.gpu
@@ -117,7 +93,7 @@ def run(options: argparse.Namespace, stop: StopSignal) -> int:
     write_json_atomic(options.output_dir / "suite_cost.json", found)
     print_cost(found)
     print(f"results: {options.output_dir / 'suite_cost.json'}")
-    return EXIT_COMPLETE
+    return cli.EXIT_COMPLETE
 
 
 def run_clients(
@@ -125,38 +101,33 @@ def run_clients(
 ) -> tuple[CoRunResult, list[Window]]:
     """Start the clients by the suite's launcher and measure while they run."""
     plan = setup.plan.map_clients(lambda client: client.with_arguments(options.arguments))
-    planned = resolve_jobs(plan, stop, say).co_runs[0]
-    say(
-        f"{options.clients} clients get ready: {shlex.join(planned.command_of(planned.clients[0]))}"
-    )
-    rule = UntilOver(min_seconds=0.0)
+    planned = program.resolve_jobs(plan, stop, say).co_runs[0]
+    rule = program.UntilOver(min_seconds=0.0)
     given_up = threading.Event()
     measuring: list[Future[list[Window]]] = []
     gpu_uuid = setup.gpu["uuid"] if setup.gpu else None
 
     def before_go(clients: list[Client]) -> None:
         say(f"measuring {2 * options.repeats} windows of {options.seconds:g} s")
-        measuring.append(
-            pool.submit(measure, options, clients, gpu_uuid, folder, rule.over, given_up)
-        )
+        arguments = (options, clients, gpu_uuid, folder, rule.over, given_up)
+        measuring.append(pool.submit(measure, *arguments))
 
     with ThreadPoolExecutor(1) as pool:
         # A second of settling and five for the sampler's start and end come to each window.
         windows_seconds = 2 * options.repeats * (options.seconds + SETTLE_SECONDS + 5)
         try:
-            seen = launch(
+            seen = program.launch(
                 planned, folder, stop, say, rule, timeout=TIMEOUT_SECONDS + windows_seconds,
                 before_go=before_go,
             )  # fmt: skip
         finally:
             given_up.set()
     if seen.outcome == "interrupted":
-        raise RunEnded("interrupted", EXIT_INTERRUPTED)
+        raise cli.RunEnded("interrupted", cli.EXIT_INTERRUPTED)
     if seen.outcome != "ok":
-        tails = [client.stderr_tail[-1] for client in seen.clients
-                 if client.status != "ok" and client.stderr_tail]  # fmt: skip
+        tails = [c.stderr_tail[-1] for c in seen.clients if c.status != "ok" and c.stderr_tail]
         said = f" ({tails[0]})" if tails else ""
-        raise SuiteError(f"{seen.reason}{said}", EXIT_FAILED)
+        raise cli.SuiteError(f"{seen.reason}{said}", cli.EXIT_FAILED)
     return seen, measuring[0].result()
 
 
@@ -181,23 +152,22 @@ def measure(
                 start = time.monotonic()
                 if given_up.wait(options.seconds):
                     return windows  # of clients that have failed, or were told to stop
-                seconds = (end := time.monotonic()) - start
+                end = time.monotonic()
                 own_seconds, after = time.process_time() - own_before, read_process_trees(pids)
                 samples = sampler.samples_past(end) if sampler else []
             if sampler and sampler.failure:
-                raise SuiteError(sampler.failure, EXIT_FAILED)
-            known = [(old, new) if old and new else None
-                     for old, new in zip(before, after, strict=True)]  # fmt: skip
-            cores = [pair and pair[1].seconds_since(pair[0]) / seconds for pair in known]
+                raise cli.SuiteError(sampler.failure, cli.EXIT_FAILED)
+            *client_cores, sampler_cores = [
+                new.seconds_since(old) / (end - start) if old and new else None
+                for old, new in zip(before, after, strict=True)
+            ]
             windows.append({
                 "is_sampled": is_sampled,
                 "start_seconds": start,
                 "end_seconds": end,
-                "client_cores": cores[:-1],
-                "busiest_cores": [pair and pair[1].busiest_since(pair[0]) / seconds
-                                  for pair in known[:-1]],
-                "suite_cores": own_seconds / seconds,
-                "sampler_cores": cores[-1],
+                "client_cores": client_cores,
+                "suite_cores": own_seconds / (end - start),
+                "sampler_cores": sampler_cores,
                 "gpu": summarize_samples(msgspec.convert(samples, list[Sample]), start, end)
                 if samples else None,
             })  # fmt: skip
@@ -215,38 +185,22 @@ def describe(
     """Return everything that was found as plain data for JSON."""
     for window, rates in zip(windows, work_rates(seen, windows), strict=True):
         window["work_rates"] = rates
-    clients = [
-        {
-            "client": client.planned.client,
-            "label": client.planned.label,
-            "command": list(seen.planned.command_of(client.planned)),
-            "host_threads": client.planned.environment.get("OMP_NUM_THREADS"),
-            "work_rate": mean(w["work_rates"][number] for w in windows),
-            "window_host_cpu_fraction": mean(w["client_cores"][number] for w in windows),
-            "busiest_thread_cpu_fraction": mean(w["busiest_cores"][number] for w in windows),
-        }
-        for number, client in enumerate(seen.clients)
-    ]
     cost = sampler_cost_percent(windows)
-    judged = [SimpleNamespace(**client, host_limited=None) for client in clients]
-    limits = [warning for window in windows if window["gpu"]
-              for warning in host_limit.warnings(window["gpu"], judged, setup.cores)]  # fmt: skip
     return {
-        "schema_version": 1,
+        "schema_version": 2,
         "created_at": utc_now(),
         "command": sys.argv,
         "mode": setup.mode.name,
         "gpu": setup.gpu and dict(setup.gpu),
         "host_cores": setup.cores,
-        "clients": clients,
+        "client_command": list(seen.planned.command_of(seen.planned.clients[0])),
         "window_seconds": options.seconds,
-        "pairs": options.repeats,
-        "sampler_cost_percent": cost and vars(cost) | {"text": text_with_spread(cost)},
+        "sampler_cost_percent": cost and vars(cost),
         "go_skew_ms": seen.go_skew_ms,
         "start_skew_ms": start_skew_ms(seen.clients),
+        "client_cores": mean(cores for window in windows for cores in window["client_cores"]),
         "suite_cores": mean(window["suite_cores"] for window in windows),
         "sampler_cores": mean(window["sampler_cores"] for window in windows),
-        "host_limits": list(dict.fromkeys(limits)),
         "windows": msgspec.to_builtins(windows),
     }
 
@@ -273,15 +227,16 @@ def work_rates(seen: CoRunResult, windows: Sequence[Window]) -> list[list[float]
         for client in seen.clients
     ]  # fmt: skip
     durations: dict[str, list[float]] = {}
-    for kind, _, duration in itertools.chain.from_iterable(units):
+    for kind, _, duration in (unit for own in units for unit in own):
         durations.setdefault(kind, []).append(duration)
     worth = {kind: statistics.fmean(values) for kind, values in durations.items()}
 
     def rate(own: Sequence[tuple[str, float, float]], start: float, end: float) -> float:
-        parts = ((kind, min(begin + duration, end) - max(begin, start), duration)
-                 for kind, begin, duration in own if duration > 0)  # fmt: skip
-        work = sum(worth[kind] * min(1.0, inside / duration)
-                   for kind, inside, duration in parts if inside > 0)  # fmt: skip
+        work = 0.0
+        for kind, begin, duration in own:
+            inside = min(begin + duration, end) - max(begin, start)
+            if inside > 0:
+                work += worth[kind] * min(1.0, inside / duration)
         return work / (end - start)
 
     return [[rate(own, w["start_seconds"], w["end_seconds"]) for own in units] for w in windows]
@@ -300,30 +255,20 @@ def sampler_cost_percent(windows: Sequence[Window]) -> Estimate | None:
     return Estimate(average, low, high, tuple(raw), ratio.is_interval)
 
 
-def text_with_spread(found: Estimate) -> str:
-    """`1.95 % (1.90 to 2.00, n = 3)`."""
-    return f"{found.mean:.2f} % ({found.low:.2f} to {found.high:.2f}, n = {found.repeats})"
-
-
 def print_cost(found: dict[str, Any]) -> None:
     """Print what matters of `suite_cost.json`, next to what the suite may cost."""
-    figures = ("client", "work_rate", "window_host_cpu_fraction", "busiest_thread_cpu_fraction")
-    rows = [[text_of(client[name]) for name in figures] for client in found["clients"]]
-    print_table(("client", "work/s", "cores", "busiest thread"), rows)
     cost = found["sampler_cost_percent"]
-    print(f"sampler costs {cost['text'] if cost else 'an unknown part'} of throughput (aim: under "
-          f"{MOST_SAMPLER_COST_PERCENT:g} %, by the whole interval)")  # fmt: skip
-    print(f"go sent within {text_of(found['go_skew_ms'])} ms, first units within "
-          f"{text_of(found['start_skew_ms'])} ms (aim: {MOST_START_SKEW_MS:g} ms)")  # fmt: skip
-    print(f"cores used by the suite {text_of(found['suite_cores'])}, by the sampler "
-          f"{text_of(found['sampler_cores'])}, of {found['host_cores']}")  # fmt: skip
-    for warning in found["host_limits"]:
-        print(f"WARNING: {warning}")
-
-
-def text_of(value: float | None) -> str:
-    """Return a number with three significant digits; one that is not known says so."""
-    return "unknown" if value is None else significant(value)
+    spread = "an unknown part"
+    if cost:
+        spread = "{mean:.2f} % ({low:.2f} to {high:.2f}, n = {0})".format(
+            len(cost["values"]), **cost
+        )
+    print(f"sampler costs {spread} of throughput (aim: under 0.5 %, by the whole interval)")
+    print(f"go sent within {found['go_skew_ms']:.3g} ms, first units within "
+          f"{found['start_skew_ms']:.3g} ms (aim: 50 ms)")  # fmt: skip
+    cores = {name: found[f"{name}_cores"] for name in ("client", "suite", "sampler")}
+    used = ", ".join(f"{name} {'?' if n is None else f'{n:.3g}'}" for name, n in cores.items())
+    print(f"cores used: {used}, of {found['host_cores']}")
 
 
 def say(text: str) -> None:

@@ -1,0 +1,132 @@
+"""Wrong arguments: exit code 2 and a sentence that names the fix, before anything is done."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import PROJECT_ROOT
+from driver_runner import DriverRunner
+from mode_script_runner import ROOT_PREFIX
+
+PLAN = str(PROJECT_ROOT / "examples" / "plans" / "own-commands.toml")
+MODES = "--modes needs some of: time-slicing mps mps:even mps:PERCENT mps:partitions mig"
+TS, MPS_ON, MIG_ON = (
+    f"gpu-configs/{name}.sh" for name in ("setup_time_slicing", "enable_mps", "setup_mig")
+)
+# Arguments as words between blanks, and the sentence's meaning.
+REFUSED: dict[str, list[tuple[str, str]]] = {
+    "run_experiments.sh": [
+        *((f"--modes={given}", MODES)
+          for given in ("mps,mpz", "", "mps:0", "mps:101", "mps:even/", "time-slicing:50")),
+        ("--modes mps:partitions --mps-percentage 50", "leave --mps-percentage"),
+        ("--workloads 0", "--workloads needs a whole number from 1 on"),
+        ("--phase-minutes 0.0", "--phase-minutes needs a number of minutes over 0"),
+        ("--engine fast", "--engine needs one of: eager graph compile"),
+        ("--data-dir /nonexistent", "--data-dir: '/nonexistent' is not a folder"),
+        ("--baseline /nonexistent", "--baseline: '/nonexistent' is no run folder"),
+        ("--seed -1", "--seed needs a whole number from 0 on"),
+        ("--nonsense", "unknown option: --nonsense"),
+        ("extra", "unexpected argument: extra"),
+        ("--quick --repeats", "--repeats needs a whole number from 1 on"),
+        (f"--mix serving --plan {PLAN}", "--mix and --plan: give one of the two"),
+        ("--mix pairs --workloads 4", "two jobs in each co-run: leave --workloads"),
+        ("--resume /nowhere", "'/nowhere' holds no arguments.nul"),
+        ("--resume /tmp --quick", "--resume needs a folder and takes no other flags"),
+        ("--quick --resume /tmp", "give no others"),
+        ("--mig --mig-layout 1g.5gb,1g.5gb,9g.90gb",
+         "has no profile 1g.5gb,9g.90gb; it has 1g.10gb 1g.10gb+me"),
+        ("--mig --mig-layout 1g.10gb,2g.20gb --workloads 4",
+         "has 2 instances for 4 jobs; name one for each"),
+        ("--mig --mig-layout 2g,1g", "needs MIG profiles with commas between"),
+    ],
+    "stress_test.sh": [
+        ("exclusive", "MODE needs one of: time-slicing mps mps:partitions mig"),
+        ("mps none", "MAX needs a whole number from 1 on"),
+        ("mps 6 --mix mixed", "MAX needs to be a multiple of 4"),
+        (f"mps 6 --plan {PLAN}", "MAX needs to be a multiple of 4"),
+        ("--slo-ms 0", "--slo-ms needs a number above 0"),
+        ("--slo-ms 50", "--slo-ms needs jobs with response times"),
+        ("mig --until-break", "as many jobs as instances"),
+        ("mps:partitions --until-break", "each on its own partition"),
+        ("mps:partitions --mps-percentage 50", "--mps-percentage: under mps:partitions"),
+        ("--mps-percentage 50", "--mps-percentage needs MODE mps"),
+        ("--plan no.toml", "'no.toml' is not a file"),
+        ("--mix all", "--mix needs one of: training inference interactive mixed"),
+    ],
+    TS: [
+        *((given, "CLIENTS must be a number from 1 to 9999") for given in ("0", "4x", "10000")),
+        ("", "CLIENTS must be a number"),
+        ("4 8", "unexpected argument: 8"),
+        ("4 --timeslice tiny", "default, short, medium or long"),
+    ],
+    MPS_ON: [
+        *((f"--percentage={given}", "over 0 and up to 100") for given in ("0", "-1", "101", "1e1")),
+        ("--percentage=", "--percentage needs a value"),
+        *((f"--static-partitions {given}", "a number from 1 to 99") for given in ("0", "4x")),
+        ("--static-partitions 4 --percentage 25", "leave --percentage"),
+        ("--exclusive=1", "--exclusive takes no value"),
+    ],
+    MIG_ON: [
+        ("", "a profile and a count"),
+        ("1g.10gb 0", "COUNT must be a number"),
+        ("1g.10gb -3", "unknown option: -3"),
+        ("4 1g.10gb", "'4' is no MIG profile"),
+        ("1g.10gb,2g.20gb 2", "takes no count"),
+        ("1g.10gb;reboot 2", "is no MIG profile"),
+    ],
+    "benchmarking/gpu_monitor.py": [
+        ("--interval 0.05", "give 0.1 seconds or more"),
+        ("--interval nan", "give 0.1 seconds or more"),
+        ("--duration -1", "give 0 (no end) or more seconds"),
+        ("--prometheus 70000", "give a port from 0 to 65535"),
+    ],
+    "benchmarking/blast_radius.py": [
+        ("--fault fire", "invalid choice: 'fire'"),
+        ("--fault oom --summary x", "give --fault to measure one, or --summary"),
+        ("--summary x", "x holds no blast_radius.json"),
+    ],
+    "benchmarking/speed_table.py": [
+        ("--only resnet51", "there is no job resnet51; choose of resnet50-training-cifar"),
+        ("--engines eager", "there is no engine eager; choose of graph, compile"),
+        ("--repeats 0", "'0' is not a whole number of 1 or more"),
+        ("--data-dir /nowhere", "--data-dir /nowhere is no folder"),
+    ],
+    "benchmarking/sweep.py": [
+        (f"--output sweep --knob {knob} --values {words}", said) for knob, words, said in (
+            ("workloads", "1,1", "give each value once"),
+            ("mps-percentage", "50,150 -- --mode mps", "'150' is not a percentage"),
+            ("mps-percentage", "50", "limits of MPS clients need --mode mps"),
+            ("workloads", "2 -- --run-id x", "--run-id behind -- is the sweep's own"),
+            ("workloads", "2 -- --workloads 2", "is the knob itself"),
+            ("job-flag=batch-size", "2", "is none of the knobs: workloads, "),
+            ("job-flag=--x", "2 -- --baseline y", "leave --job-arguments and --baseline"),
+            ("mps-priority", "normal -- --mode mps --mix pairs", "leave exclusive and pairs"))
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments", "words"),
+    [(program, *row) for program, rows in REFUSED.items() for row in rows],
+)
+def test_a_wrong_argument_is_exit_2_with_one_sentence_before_anything_is_done(
+    asked: DriverRunner, tmp_path: Path, program: str, arguments: str, words: str
+) -> None:
+    start = [str(asked.project / program)]
+    if program.endswith(".py"):
+        start = [sys.executable, str(PROJECT_ROOT / program)]
+    elif program.startswith("gpu-configs/"):
+        start = [*(ROOT_PREFIX or []), *start]
+    result = subprocess.run(
+        [*start, *arguments.split()], cwd=tmp_path, env=asked.environment,
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert result.returncode == 2, result.stderr
+    assert words in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not program.endswith(".py") or result.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+    assert asked.machine.changing_calls() == []
