@@ -11,7 +11,7 @@ from benchmarking.cli import EXIT_USAGE, SuiteError
 from benchmarking.metrics.number_text import significant
 from benchmarking.report import render
 from benchmarking.report.runs import cleaned
-from benchmarking.report.tables import Column, Table, table_of
+from benchmarking.report.tables import Table
 from benchmarking.report.wording import mode_name, mode_order
 
 RECORD_FILE = "blast_radius.json"
@@ -26,17 +26,6 @@ NO_GPU = {"name": "the CPU, which says nothing of a GPU"}
 
 Record = Mapping[str, Any]
 
-NEIGHBOR_COLUMNS: Mapping[str, Column] = {
-    "client": lambda n: str(n["client"]),
-    "job": lambda n: n["label"],
-    "survived": lambda n: "yes" if n["survived"] else "no",
-    "proof": lambda n: str(n["proof"]),
-    "units/s before": lambda n: number(n["rate_before"]),
-    "after": lambda n: number(n["rate_after"]),
-    "longest pause ms": lambda n: number(n["longest_gap_ms"]),
-    "lost s": lambda n: number(n["lost_seconds"]),
-    "reason": lambda n: first_line(n["reason"]),
-}
 SUMMARY_HEADER = (
     "mode", "fault", "neighbors survived", "longest pause ms", "lost s",
     "new client after s (its loading not counted)", "with its loading", "not run, because",
@@ -48,7 +37,6 @@ def markdown(found: Record) -> str:
     values = {"found": found, "faults": FAULTS, "card": (found.get("gpu") or NO_GPU)["name"]}
     if not found["not_run"]:
         values |= {
-            "neighbors": table_of(found["neighbors"], NEIGHBOR_COLUMNS),
             "own_cost": own_cost_seconds(found["newcomer"]),
             "reason": first_line(found["faulty"]["reason"]).rstrip(".") or "no reason known",
         }

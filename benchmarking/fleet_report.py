@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,9 @@ from benchmarking.cli import (
     EXIT_USAGE,
     SuiteError,
 )
-from benchmarking.drivers.program import markdown_table, write_report
-from benchmarking.metrics.number_text import duration, significant
+from benchmarking.drivers.program import write_report
 from benchmarking.records.run_folder import utc_now
+from benchmarking.report import render
 
 SCHEMA_VERSION = 1
 NAME = "fleet"
@@ -43,10 +43,7 @@ OUTCOMES: dict[int | None, str] = {
     **dict.fromkeys((EXIT_INTERRUPTED, 129, 143), "interrupted"),
     None: "cut off",
 }
-CARD_COLUMNS = ("host", "card", "outcome", "mode", "work delivered", "worst slowdown", "p99",
-                "joules")  # fmt: skip
-MODEL_COLUMNS = ("model", "cards", "averaged", "mode", "work delivered", "worst slowdown", "p99",
-                 "joules")  # fmt: skip
+MEASURED = OUTCOMES[EXIT_COMPLETE]
 FIGURES = ("work_delivered", "worst_slowdown", "p99_ms", "joules_per_job", "energy_ratio")
 
 Row = dict[str, Any]
@@ -75,7 +72,7 @@ def write(folder: Path, without_record: Sequence[Row]) -> int:
     text = markdown(found)
     write_report(folder, NAME, found, text)
     print(f"\n{text}\nreport: {folder / NAME}.md", flush=True)
-    is_complete = all(card["outcome"] == OUTCOMES[EXIT_COMPLETE] for card in cards)
+    is_complete = all(card["outcome"] == MEASURED for card in cards)
     return EXIT_COMPLETE if is_complete and not without_record else EXIT_FAILED
 
 
@@ -202,7 +199,7 @@ def merge(cards: Sequence[Row]) -> list[Row]:
     """Return a row for each kind of card: its decision, its figures by mode, its outliers."""
     kinds: dict[str, list[Row]] = {}
     for card in cards:
-        if card["outcome"] == OUTCOMES[EXIT_COMPLETE]:
+        if card["outcome"] == MEASURED:
             kinds.setdefault(json.dumps(card["environment"], sort_keys=True), []).append(card)
     return [_kind(alike, cards) for alike in kinds.values()]
 
@@ -251,60 +248,40 @@ def _far_off(card: Row, averaged: Sequence[Row]) -> list[str]:
 
 def markdown(found: Mapping[str, Any]) -> str:
     """Return the report as Markdown."""
-    lines = ["# Fleet", ""]
-    for kind in found["models"]:
-        lines += [_decision_text(kind, found["models"]), ""]
-        lines += [f"- odd: {card}: {'; '.join(why)}" for card, why in kind["outliers"].items()]
-        lines += [""] if kind["outliers"] else []
-    for card in found["cards"]:
-        if card["flags"] and card["outcome"] != OUTCOMES[EXIT_COMPLETE]:
-            lines += [
-                f"Not measured: {card['host']} {card['uuid']}: {'; '.join(card['flags'])}",
-                "",
-            ]
-    models = [
-        (kind["model"], kind["cards"], kind["averaged"], mode, *_cells(figures))
+    kinds = [
+        {
+            **kind,
+            "what": _what(kind, found["models"]),
+            "odd": [f"odd: {card}: {'; '.join(why)}" for card, why in kind["outliers"].items()],
+        }
         for kind in found["models"]
+    ]
+    unknown = dict.fromkeys((*FIGURES, "worst_job"))
+    rows = [
+        {**unknown, **figures, "card": card, "mode": mode}
+        for card in found["cards"]
+        for mode, figures in (card["modes"] or {"": {}}).items()
+    ]
+    for missed in found["without_record"]:
+        reason = f"not measured: {missed['reason']}"
+        card = {"host": missed["host"], "uuid": "", "outcome": reason, "reason": "", "flags": []}
+        rows.append({**unknown, "card": card, "mode": ""})
+    by_mode = [
+        {**unknown, **figures, "kind": kind, "mode": mode}
+        for kind in kinds
         for mode, figures in kind["modes"].items()
     ]
-    lines += [*markdown_table(MODEL_COLUMNS, models), ""] if models else []
-    rows = []
-    for card in found["cards"]:
-        outcome = card["outcome"] + (f": {card['reason']}" if card["reason"] else "")
-        outcome += " (flagged)" if card["flags"] else ""
-        modes = card["modes"] or {"": dict.fromkeys(FIGURES)}
-        rows += [(card["host"], card["uuid"], outcome, mode, *_cells(figures))
-                 for mode, figures in modes.items()]  # fmt: skip
-    rows += [(row["host"], "", f"not measured: {row['reason']}", "", *_cells({}))
-             for row in found["without_record"]]  # fmt: skip
-    return "\n".join([*lines, *markdown_table(CARD_COLUMNS, rows)]) + "\n"
+    unfit = [one for one in found["cards"] if one["flags"] and one["outcome"] != MEASURED]
+    values = {"kinds": kinds, "by_mode": by_mode, "unfit": unfit, "rows": rows}
+    return render.render_page("md", "fleet.j2", "Fleet", values)
 
 
-def _decision_text(kind: Row, kinds: Sequence[Row]) -> str:
-    count, environment = kind["averaged"], kind["environment"]
-    what = f"{kind['model']}, driver {environment['driver_version']}"
-    # What sets it apart from other cards of the model.
+def _what(kind: Row, kinds: Sequence[Row]) -> str:
+    """Name a kind of card with what sets it apart from other cards of the model."""
+    environment = kind["environment"]
+    said = f"{kind['model']}, driver {environment['driver_version']}"
     others = [one["environment"] for one in kinds if one["model"] == kind["model"]]
     for name in sorted(environment.keys() - {"driver_version"}):
         if any(environment[name] != other.get(name) for other in others):
-            what += f", {name} {environment[name]}"
-    if not count:
-        return f"{what}: no card was measured whose health is that of its model."
-    said = f"{kind['decision']} delivers most" if kind["decision"] else "no difference is shown"
-    return f"{what}: **{said}**; {kind['agreeing']} of {count} cards agree."
-
-
-def _cells(figures: Mapping[str, Any]) -> list[str]:
-    """Return the cells of a mode's figures, empty where one is unknown."""
-
-    def cell(name: str, write: Callable[[float], str]) -> str:
-        value = figures.get(name)
-        return "" if value is None else write(value)
-
-    worst = cell("worst_slowdown", "{:.2f}".format)
-    worst += f" ({figures['worst_job']})" if figures.get("worst_job") else ""
-    joules = cell("joules_per_job", lambda value: f"{significant(value)} a job")
-    return [
-        cell("work_delivered", "{:.2f}".format), worst, cell("p99_ms", duration),
-        joules or cell("energy_ratio", "{:.2f} x alone".format),
-    ]  # fmt: skip
+            said += f", {name} {environment[name]}"
+    return said

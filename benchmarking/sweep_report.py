@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,30 +144,31 @@ def terminal_text(sweep: Sweep, width: int) -> str:
     """The headline and the table of all values, no wider than `width` columns."""
     made = content(sweep)
     say = render.sentences()
-    notice = [say.cpu_notice()] if made["is_cpu_demo"] else []
+    notice = [say.cpu_notice] if made["is_cpu_demo"] else []
     return render.on_terminal([*notice, say.sweep_headline(made), made["table"]], width)
 
 
 def content(sweep: Sweep) -> dict[str, Any]:
     """What the sentences and the table of a sweep are filled with."""
-    stp = {point.value: point.stp for point in sweep.points if point.stp is not None}
-    known = {point.value: point for point in sweep.points if point.value in stp}
-    best = max(stp, key=lambda value: stp[value]["mean"], default=None)
-    others = sorted((value for value in stp if value != best),
-                    key=lambda value: stp[value]["mean"], reverse=True)  # fmt: skip
-    figure = claims.Figure({value: one["values"] for value, one in stp.items()}, True)
+    points = {point.value: point for point in sweep.points}
+    known = {point.value: point.stp for point in sweep.points if point.stp is not None}
+    ranked = sorted(known, key=lambda value: known[value]["mean"], reverse=True)
+    figure = claims.Figure({value: stp["values"] for value, stp in known.items()}, True)
     (pairs,) = claims.judge([figure])
-    verdict, tied = claims.verdict_of(best, others, pairs) if best and others else (None, [])
+    verdict: str | None = None
+    tied: Sequence[str] = ()
+    if len(ranked) > 1:
+        verdict, tied = claims.verdict_of(ranked[0], ranked[1:], pairs)
     measured = [point for point in sweep.points if point.clients is not None]
-    labels = dict.fromkeys(tail["label"] for point in known.values() for tail in point.tails)
+    with_figures = [points[value] for value in known]
     return {
         "sweep": sweep,
-        "best": best and known[best],
-        "lowest": known[others[-1]] if others else None,
+        "best": points[ranked[0]] if ranked else None,
+        "lowest": points[ranked[-1]] if len(ranked) > 1 else None,
         "verdict": verdict,
         "tied": tied,
-        "rounds": min((len(one["values"]) for one in stp.values()), default=0),
-        "tails": {label: ordered_tails(label, known.values()) for label in labels},
+        "rounds": min((len(stp["values"]) for stp in known.values()), default=0),
+        "tails": {label: ordered_tails(label, with_figures) for label in labels_of(with_figures)},
         "measured": measured,
         "modes": list(dict.fromkeys(mode_name(point.mode or "") for point in measured)),
         "is_unverified": any(point.is_unverified for point in measured),
@@ -177,7 +178,12 @@ def content(sweep: Sweep) -> dict[str, Any]:
     }
 
 
-def ordered_tails(label: str, points: Iterable[Point]) -> list[tuple[str, float]]:
+def labels_of(points: Sequence[Point]) -> list[str]:
+    """The latency jobs that some value has a p99 of."""
+    return list(dict.fromkeys(tail["label"] for point in points for tail in point.tails))
+
+
+def ordered_tails(label: str, points: Sequence[Point]) -> list[tuple[str, float]]:
     """The values with the job's p99 in ms, the lowest first."""
     found = [(point.value, point.tail(label)) for point in points]
     known = [(value, tail["merged_ms"]) for value, tail in found if tail]
@@ -186,7 +192,7 @@ def ordered_tails(label: str, points: Iterable[Point]) -> list[tuple[str, float]
 
 def table(sweep: Sweep) -> Table:
     """A row a value."""
-    labels = list(dict.fromkeys(tail["label"] for point in sweep.points for tail in point.tails))
+    labels = labels_of(sweep.points)
     rows = [
         [
             point.value,
@@ -217,7 +223,6 @@ def draw(sweep: Sweep, path: Path) -> drawing.Picture | None:
     points = sweep.points
     places = range(len(points))
     look = drawing.styles([(points[0].mode or "", "mode")])["mode"]
-    labels = dict.fromkeys(tail["label"] for point in points for tail in point.tails)
     panels = {
         "work delivered": [drawing.Line("", places, [point.stp for point in points], look)],
         "slowdown (ANTT)": [drawing.Line("", places, [point.antt for point in points], look)],
@@ -228,7 +233,7 @@ def draw(sweep: Sweep, path: Path) -> drawing.Picture | None:
                 [times_alone(point.tail(label)) for point in points],
                 TAIL_LOOKS[number % len(TAIL_LOOKS)],
             )
-            for number, label in enumerate(labels)
+            for number, label in enumerate(labels_of(points))
         ],
     }
     notes = [

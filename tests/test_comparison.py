@@ -333,7 +333,7 @@ def test_measured_values_stand_next_to_the_guides_ranges():
 
 
 def test_migs_zero_overhead_is_read_as_a_whole_number():
-    (zero,) = [one for one in guide.MODE_EXPECTATIONS
+    (zero,) = [one for one in guide.EXPECTATIONS
                if one.quantity == "interference_overhead_percent"]  # fmt: skip
     assert [zero.verdict(value) for value in (-0.4, 0.4, 3.0)] == ["inside", "inside", "above"]
     assert zero.range_text == "0 %"

@@ -8,10 +8,9 @@ from __future__ import annotations
 import math
 import re
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from benchmarking.metrics.scores import FEWEST_FOR_A_TAIL
 from benchmarking.report.drawing import (
@@ -28,15 +27,18 @@ from benchmarking.report.drawing import (
     styles,
     wrapped,
 )
+from benchmarking.report.tables import each
 from benchmarking.report.wording import (
     clients_text,
     figure_text,
+    group_name,
     mode_name,
     number,
     subject_text,
 )
 
 if TYPE_CHECKING:
+    import pandas
     from matplotlib.axes import Axes
 
 Record = Mapping[str, Any]
@@ -48,8 +50,8 @@ MOST_TIMELINES = 6
 
 
 def draw_section(
-    section: Record, clients: Any, samples_of: Callable[[str], Sequence[Record]], folder: Path,
-    prefix: str = "",
+    section: Record, clients: pandas.DataFrame, samples_of: Callable[[str], Sequence[Record]],
+    folder: Path, prefix: str = "",
 ) -> dict[str, list[Picture]]:  # fmt: skip
     """Draw a section's charts into a folder that is there: `compared`, `pairs`, `timelines`.
 
@@ -60,53 +62,49 @@ def draw_section(
     def path(name: str) -> Path:
         return folder / (re.sub(r"[^\w.-]+", "-", f"{prefix}{name}")[:200].strip("-") + ".png")
 
-    by_mix: dict[tuple[str, int], list[Record]] = {}
-    for conclusion in section["conclusions"]:
-        by_mix.setdefault((conclusion["mix"], conclusion["clients"]), []).append(conclusion)
-    compared = [
-        draw_bars(figure, conclusions, path(f"{BARS[figure].file}-{mix}-{count}"))
-        for (mix, count), conclusions in by_mix.items()
-        for figure in BARS
-    ]
-    compared += [
-        draw_ramps(section, mix, path(f"scaling-{mix}"))
-        for mix in dict.fromkeys(ramp["mix"] for ramp in section["ramps"])
-    ]
     matrices = section["interference"]
-    pairs = [
-        draw_heat_map(matrix, matrices, figure, path(f"{name}-{matrix['variant']}-{matrix['mix']}"))
-        for matrix in matrices
-        for figure, name in (("slowdown", "slowdowns"), ("tail_slowdown", "tails"))
-    ]
-    timelines = [
-        draw_timeline(rows, samples_of(rows["folder"].iloc[0]), path(f"timeline-{name}"))
-        for name, rows in shown_timelines(section, clients)
-    ]
-    drawn = {"compared": compared, "pairs": pairs, "timelines": timelines}
-    return {kind: list(filter(None, pictures)) for kind, pictures in drawn.items()}
+    drawn: dict[str, list[Picture | None]] = {"compared": [], "pairs": [], "timelines": []}
+    for mix, count in dict.fromkeys((one["mix"], one["clients"]) for one in section["conclusions"]):
+        found = [one for one in section["conclusions"]
+                 if (one["mix"], one["clients"]) == (mix, count)]  # fmt: skip
+        drawn["compared"] += [
+            draw_bars(figure, found, path(f"{about.file}-{mix}-{count}"))
+            for figure, about in BARS.items()
+        ]
+    for mix in dict.fromkeys(ramp["mix"] for ramp in section["ramps"]):
+        drawn["compared"].append(draw_ramps(section, mix, path(f"scaling-{mix}")))
+    for one in matrices:
+        drawn["pairs"] += [
+            draw_heat_map(one, matrices, figure, path(f"{name}-{one['variant']}-{one['mix']}"))
+            for figure, name in (("slowdown", "slowdowns"), ("tail_slowdown", "tails"))
+        ]
+    for name, rows in shown_timelines(section, clients):
+        samples = samples_of(rows["folder"].iloc[0])
+        drawn["timelines"].append(draw_timeline(rows, samples, path(f"timeline-{name}")))
+    return {kind: [one for one in pictures if one] for kind, pictures in drawn.items()}
 
 
-def shown_timelines(section: Record, clients: Any) -> list[tuple[str, Any]]:
+def shown_timelines(
+    section: Record, clients: pandas.DataFrame
+) -> Iterator[tuple[str, pandas.DataFrame]]:
     """The co-runs to draw: `run-co_run` and the rows of its clients; all, or one of each group."""
     every = [group["co_runs"] for group in section["groups"]]
     is_all = sum(map(len, every)) <= MOST_TIMELINES
-    found = []
     for name in (name for co_runs in every for name in (co_runs if is_all else co_runs[:1])):
         run_id, _, co_run = name.rpartition("/")
         is_its_own = (clients["run_id"] == run_id) & (clients["co_run"] == co_run)
         rows = clients[is_its_own & (clients["phase"] == "co_run")].sort_values("client")
-        found += [(f"{run_id}-{co_run}", rows)] if len(rows) else []
-    return found
+        if len(rows):
+            yield f"{run_id}-{co_run}", rows
 
 
 # --- bars: modes next to each other ---------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class BarChart:
-    """What the bars of one figure are: the file's name, what they show, the axis, the line at 1.
+class BarChart(NamedTuple):
+    """Of one figure: the file's name, what the bars show, the axis, what 1 is.
 
-    Without a line at 1 the axis is logarithmic.
+    Where 1 is nothing the axis is logarithmic.
     """
 
     file: str
@@ -130,48 +128,37 @@ BARS = {
 }  # fmt: skip
 
 
-Bar = tuple[str, str, str, Record]  # what it belongs to, its mode's name, its text, its estimate
-
-
-def bars_of(figure: str, conclusions: Sequence[Record]) -> tuple[list[Bar], dict[str, Any]]:
-    """The bars of one figure by what they belong to, and the looks of their modes by name.
-
-    A category is a subject; of the whole card the modes themselves are the categories.
-    """
-    bars: list[Bar] = []
-    modes = []
-    for one in (one for one in conclusions if one["figure"] == figure):
-        for mode in (mode for mode in one["modes"] if mode["estimate"]):
-            name = mode_name(mode["mode"], mode["settings"])
-            category = name if figure == "work" else subject_text(one)
-            category += f", p{one['percent']:g}" if figure == "tail_ms" else ""
-            bars.append((category, name, figure_text(one, mode["estimate"]), mode["estimate"]))
-            modes.append((mode["mode"], name))
-    return bars, styles(modes)
-
-
 def draw_bars(figure: str, conclusions: Sequence[Record], path: Path) -> Picture | None:
     """Horizontal bars by category, a style a mode, with a dashed line at 1.
 
-    An infinite figure has no bar, but its text. `None` without any finite one.
+    A category is a subject; of the whole card the modes themselves are the categories. An infinite
+    figure has no bar, but its text. `None` without any finite one.
     """
-    about, (bars, looks) = BARS[figure], bars_of(figure, conclusions)
-    found = [one for *_, one in bars]
+    about = BARS[figure]
+    bars = []
+    for mode in each([one for one in conclusions if one["figure"] == figure], "modes"):
+        if mode["estimate"]:
+            tail = f", p{mode['of']['percent']:g}" if figure == "tail_ms" else ""
+            name = group_name(mode)
+            category = name if figure == "work" else subject_text(mode["of"]) + tail
+            bars.append((category, name, figure_text(mode["of"], mode["estimate"]), mode))
+    found = [mode["estimate"] for *_, mode in bars]
     highest = max((known(one, "high") for one in found), default=0.0)
     if not highest:
         return None
-    categories = list(dict.fromkeys(category for category, *_ in bars))
-    is_split = categories != list(looks)
+    looks = styles((mode["mode"], name) for _, name, _, mode in bars)
+    is_split = list(dict.fromkeys(category for category, *_ in bars)) != list(looks)
     places: dict[str, list[float]] = {}
     place = 0.0
     with drawing_rules():
-        chart, (panel,) = new_figure(0.9 + 0.27 * len(bars) + 0.12 * len(categories) * is_split)
-        for category, name, text, estimate in bars:
+        gaps = len({category for category, *_ in bars}) * is_split
+        chart, (panel,) = new_figure([0.27 * len(bars) + 0.12 * gaps], 0.9)
+        for category, name, text, mode in bars:
             place += 0.45 if is_split and places and category not in places else 0.0
             places.setdefault(category, []).append(place)
             look = looks[name]
             panel.barh(
-                place, known(estimate, "mean"), 0.86, xerr=error_bar(estimate),
+                place, known(mode["estimate"], "mean"), 0.86, xerr=error_bar(mode["estimate"]),
                 color=look["color"], hatch=look["hatch"], edgecolor="black", linewidth=0.8,
                 capsize=3,
             )  # fmt: skip
@@ -181,8 +168,7 @@ def draw_bars(figure: str, conclusions: Sequence[Record], path: Path) -> Picture
                 fontweight="bold",
             )  # fmt: skip
             place += 1
-        middles = [sum(ones) / len(ones) for ones in places.values()]
-        panel.set_yticks(middles, map(wrapped, places))
+        panel.set_yticks([sum(ones) / len(ones) for ones in places.values()], map(wrapped, places))
         panel.invert_yaxis()
         room = 1.1 + 0.03 * max(len(text) for _, _, text, _ in bars)
         note = spread_note(found)
@@ -212,32 +198,29 @@ def draw_bars(figure: str, conclusions: Sequence[Record], path: Path) -> Picture
 
 def draw_ramps(section: Record, mix: str, path: Path) -> Picture | None:
     """Work delivered and mean slowdown against the number of clients; `None` without figures."""
-    ramps = [ramp for ramp in section["ramps"] if ramp["mix"] == mix]
-    groups = {
-        (group["variant"], group["clients"]): group
-        for group in section["groups"]
-        if group["mix"] == mix
-    }
-    names = {ramp["variant"]: mode_name(ramp["mode"], ramp["settings"]) for ramp in ramps}
-    looks = styles((ramp["mode"], names[ramp["variant"]]) for ramp in ramps)
-    panels = {
-        title: [
+    ramps = [(group_name(one), one) for one in section["ramps"] if one["mix"] == mix]
+    groups = {(one["variant"], one["clients"]): one
+              for one in section["groups"] if one["mix"] == mix}  # fmt: skip
+    looks = styles((ramp["mode"], name) for name, ramp in ramps)
+
+    def lines(figure: str) -> list[Line]:
+        return [
             Line(
-                names[ramp["variant"]],
+                name,
                 ramp["clients"],
                 [groups.get((ramp["variant"], count), {}).get(figure) for count in ramp["clients"]],
-                looks[names[ramp["variant"]]],
+                looks[name],
             )
-            for ramp in ramps
+            for name, ramp in ramps
         ]
-        for figure, title in (("stp", "work delivered"), ("antt", "times as long\nas alone (mean)"))
-    }
-    counts = sorted({count for ramp in ramps for count in ramp["clients"]})
-    broken = [(ramp["breaking_point"]["clients"], names[ramp["variant"]]) for ramp in ramps]
-    marks = [(count, f"{name} breaks at {count}") for count, name in broken if count is not None]
+
+    counts = sorted({count for _, ramp in ramps for count in ramp["clients"]})
+    broken = [(ramp["breaking_point"]["clients"], name) for name, ramp in ramps]
     return draw_lines(
-        panels, counts, [str(count) for count in counts], "clients at the same time", path,
-        f"Work and slowdown by number of clients: copies of {mix}", mix=mix, marks=marks,
+        {"work delivered": lines("stp"), "times as long\nas alone (mean)": lines("antt")},
+        counts, list(map(str, counts)), "clients at the same time", path,
+        f"Work and slowdown by number of clients: copies of {mix}", mix=mix,
+        marks=[(count, f"{name} breaks at {count}") for count, name in broken if count is not None],
     )  # fmt: skip
 
 
@@ -272,7 +255,7 @@ def draw_heat_map(
         "tail_slowdown": ("Response times", "p99, times that alone"),
     }[figure]
     with drawing_rules():
-        chart, (panel,) = new_figure(0.9 + 0.5 * len(rows))
+        chart, (panel,) = new_figure([0.5 * len(rows)], 0.9)
         shades = [
             [min(value(cells[row, column]) or math.nan, highest) for column in columns]
             for row in rows
@@ -301,7 +284,7 @@ def draw_heat_map(
         panel.spines[:].set_visible(False)
         panel.tick_params(length=0, labelsize=8)
         chart.supxlabel(f"{label}; darker is worse", fontsize=8)
-        name = mode_name(matrix["mode"], matrix["settings"])
+        name = group_name(matrix)
         return save(
             chart, path, f"{what} two at a time, {name}",
             f"Heat map, {label}, under {name}; rows suffer, columns stand next to them.",
@@ -328,13 +311,14 @@ MARGIN_SECONDS = 2.0
 MOST_BARS = 60  # jobs that are shorter than a sixtieth of the window would make one grey block
 
 
-def draw_timeline(rows: Any, samples: Sequence[Record], path: Path) -> Picture | None:
+def draw_timeline(rows: pandas.DataFrame, samples: Sequence[Record], path: Path) -> Picture | None:
     """Jobs by client over the activity of the GPU; `None` without a window.
 
     `rows` are those of one co-run in the table of clients. Without a sample of activity only the
     jobs are drawn.
     """
-    start, end = rows[["window_start_seconds", "window_end_seconds"]].iloc[0]
+    first = rows.iloc[0]
+    start, end = first["window_start_seconds"], first["window_end_seconds"]
     if start is None or end is None or end <= start:
         return None
     near = [
@@ -344,21 +328,18 @@ def draw_timeline(rows: Any, samples: Sequence[Record], path: Path) -> Picture |
     ]
     source = activity_source(near)
     heights = [0.3 * len(rows) + 0.1, *([1.3] if source else [])]
+    name, shown = f"{first['run_id']}, {first['co_run']}", ""
     with drawing_rules():
-        figure, panels = new_figure(
-            0.8 + sum(heights), len(heights), sharex=True, height_ratios=heights
-        )
+        figure, panels = new_figure(heights, 0.8)
         draw_jobs(panels[0], rows, start, end)
         if source:
             draw_activity(panels[1], near, source[0], start)
             panels[1].set_title(f"{source[1]} (%)", loc="left", fontsize=9)
+            shown = f", and {source[1]} in percent"
         for panel in panels:
             panel.axvline(0, color="black", linewidth=0.8)
             panel.axvline(end - start, color="black", linewidth=0.8)
         panels[-1].set_xlabel("time since all clients were let go (s)")
-        first = rows.iloc[0]
-        name = f"{first['run_id']}, {first['co_run']}"
-        shown = f", and {source[1]} in percent" if source else ""
         return save(
             figure, path, f"{mode_name(first['mode'], first['settings'])}: {name}",
             f"Jobs of each client over time in {name}{shown}.",
@@ -369,13 +350,14 @@ def activity_source(samples: Sequence[Record]) -> tuple[str, str] | None:
     """The best activity that the samples carry, and its name with where it comes from."""
     for key, name in ACTIVITY_SOURCES:
         if any(sample.get(key) is not None for sample in samples):
-            origins = {sample.get("utilization_source") for sample in samples} - {None}
+            told = {sample.get("utilization_source") or "" for sample in samples}
+            origins = ", ".join(sorted(filter(None, told)))
             is_nvml = key == "utilization_gpu_percent"
-            return key, f"{name} ({', '.join(sorted(origins))})" if is_nvml and origins else name
+            return key, f"{name} ({origins})" if is_nvml and origins else name
     return None
 
 
-def draw_jobs(panel: Axes, rows: Any, start: float, end: float) -> None:
+def draw_jobs(panel: Axes, rows: pandas.DataFrame, start: float, end: float) -> None:
     """A row a client: whole jobs in alternating shades, the one that the end cut in white."""
 
     def draw_bar(row: int, begin: float, end: float, color: str) -> None:
@@ -385,14 +367,14 @@ def draw_jobs(panel: Axes, rows: Any, start: float, end: float) -> None:
         )  # fmt: skip
 
     for row, client in enumerate(rows.to_dict("records")):
-        jobs = [job for job in client["jobs"] or () if job["in_window"]]
+        jobs = [(job["start_seconds"], job["end_seconds"])
+                for job in client["jobs"] or () if job["in_window"]]  # fmt: skip
         if len(jobs) > MOST_BARS:
-            draw_bar(row, jobs[0]["start_seconds"], jobs[-1]["end_seconds"], "0.7")
+            draw_bar(row, jobs[0][0], jobs[-1][1], "0.7")
         else:
-            for index, job in enumerate(jobs):
-                shade = "0.7" if index % 2 else "0.5"
-                draw_bar(row, job["start_seconds"], job["end_seconds"], shade)
-        done = jobs[-1]["end_seconds"] if jobs else start
+            for index, (begin, until) in enumerate(jobs):
+                draw_bar(row, begin, until, "0.7" if index % 2 else "0.5")
+        done = jobs[-1][1] if jobs else start
         is_ok = client["status"] == "ok"
         if is_ok and done < end:  # a client starts over until it is told to stop
             draw_bar(row, done, end, "white")

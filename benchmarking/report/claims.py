@@ -39,6 +39,12 @@ NOT_MEASURED = "not measured"
 # Two figures that differ by rounding alone have no spread; this is what a clock can tell.
 _LEAST_ERROR = 1e-9
 
+# What a pair holds in the comparison, and is not known of all.
+_UNKNOWN = dict.fromkeys(
+    ("percent", "verdict", "low", "high", "p_value", "adjusted_p_value", "better",
+     "smallest_shown_percent")
+)  # fmt: skip
+
 Values = Mapping[str, Sequence[float]]
 
 
@@ -51,12 +57,9 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class _Pair:
+class _Test:
     """Two modes of one figure: the difference of their logarithms, and its standard error."""
 
-    figure: int
-    one: str
-    other: str
     difference: float
     error: float
     degrees: int
@@ -73,76 +76,60 @@ def judge(
 
     Returns, for each figure, its pairs as the comparison holds them (`report/comparison.py`).
     """
-    pairs: list[_Pair] = []
+    tests: list[tuple[_Test, dict[str, Any], int]] = []
     found: list[list[dict[str, Any]]] = [[] for _ in figures]
     for number, figure in enumerate(figures):
         for one, other in itertools.combinations(figure.values, 2):
-            pair = _pair(number, one, other, figure.values)
-            if isinstance(pair, _Pair):
-                pairs.append(pair)
+            pair: dict[str, Any] = {"one": one, "other": other, **_UNKNOWN}
+            test = _test([figure.values[one], figure.values[other]])
+            if isinstance(test, _Test):
+                tests.append((test, pair, number))
             else:
-                found[number].append(pair)
-    for pair, adjusted, level in _holm(pairs):
-        figure = figures[pair.figure]
-        found[pair.figure].append(_judged(pair, adjusted, level, figure, matters_percent))
+                found[number].append(pair | test)
+    tests.sort(key=lambda one: one[0].p_value)
+    adjusted = 0.0
+    for rank, (test, pair, number) in enumerate(tests):
+        left = len(tests) - rank
+        adjusted = max(adjusted, min(1.0, left * test.p_value))
+        is_sure = adjusted <= FAMILY_ERROR
+        pair |= _interval(test, FAMILY_ERROR / left, matters_percent, is_sure=is_sure)
+        if pair["verdict"] == SURE:
+            is_one = (test.difference > 0) == figures[number].is_higher_better
+            pair["better"] = pair["one"] if is_one else pair["other"]
+        found[number].append(pair | {"adjusted_p_value": adjusted})
     return found
 
 
-def _pair(number: int, one: str, other: str, values: Values) -> _Pair | dict[str, Any]:
-    """The pair, or what is said of it where it cannot be compared."""
-    both = [values[one], values[other]]
+def _test(both: Sequence[Sequence[float]]) -> _Test | dict[str, Any]:
+    """The test of two modes' values, or what is said of them where there is none."""
     fewest = min(map(len, both))
-    unknown = dict.fromkeys(
-        ("low", "high", "p_value", "adjusted_p_value", "better", "smallest_shown_percent")
-    )
     if not fewest or not all(0 < value < math.inf for value in itertools.chain(*both)):
-        verdict, percent = CANNOT_TELL, None
-        return {"one": one, "other": other, "percent": percent, "verdict": verdict, **unknown}
+        return {"verdict": CANNOT_TELL}
     logs = [[math.log(value) for value in side] for side in both]
     difference = statistics.fmean(logs[0]) - statistics.fmean(logs[1])
     if fewest < MIN_REPEATS_FOR_CLAIM:
-        percent = _percent(difference)
-        return {"one": one, "other": other, "percent": percent, "verdict": TOO_FEW, **unknown}
+        return {"verdict": TOO_FEW, "percent": _percent(difference)}
     variance = max(map(statistics.variance, logs))
     error = math.sqrt(variance * sum(1 / len(side) for side in logs))
-    return _Pair(number, one, other, difference, max(error, _LEAST_ERROR), 2 * (fewest - 1))
+    return _Test(difference, max(error, _LEAST_ERROR), 2 * (fewest - 1))
 
 
-def _holm(pairs: Sequence[_Pair]) -> list[tuple[_Pair, float, float]]:
-    """The pairs with their adjusted p-values and the level that each was held against."""
-    ordered = sorted(pairs, key=lambda pair: pair.p_value)
-    adjusted, judged = 0.0, []
-    for rank, pair in enumerate(ordered):
-        left = len(ordered) - rank
-        adjusted = max(adjusted, min(1.0, left * pair.p_value))
-        judged.append((pair, adjusted, FAMILY_ERROR / left))
-    return judged
-
-
-def _judged(
-    pair: _Pair, adjusted: float, level: float, figure: Figure, matters_percent: float
+def _interval(
+    test: _Test, level: float, matters_percent: float, *, is_sure: bool
 ) -> dict[str, Any]:
-    half = student_t_quantile(0.95, pair.degrees) * pair.error
-    low, high = _percent(pair.difference - half), _percent(pair.difference + half)
+    """The difference with its interval; `level` is what Holm's rule holds its p-value against."""
+    half = student_t_quantile(0.95, test.degrees) * test.error
     # To be found in so many of 100 reports, a difference must lie so far beyond the level.
-    needed = student_t_quantile(1 - level, pair.degrees)
-    needed += student_t_quantile(2 * POWER - 1, pair.degrees)
-    if abs(pair.difference) + half <= math.log1p(matters_percent / 100):
-        verdict = NO_DIFFERENCE
-    else:
-        verdict = SURE if adjusted <= FAMILY_ERROR else CANNOT_TELL
-    is_one = (pair.difference > 0) == figure.is_higher_better
+    needed = student_t_quantile(1 - level, test.degrees)
+    needed += student_t_quantile(2 * POWER - 1, test.degrees)
+    is_alike = abs(test.difference) + half <= math.log1p(matters_percent / 100)
     return {
-        "one": pair.one,
-        "other": pair.other,
-        "percent": _percent(pair.difference),
-        "verdict": verdict,
-        "low": low,
-        "high": high,
-        "p_value": pair.p_value,
-        "adjusted_p_value": adjusted,
-        "better": (pair.one if is_one else pair.other) if verdict == SURE else None,
-        "smallest_shown_percent": _percent(needed * pair.error),
+        "percent": _percent(test.difference),
+        "verdict": NO_DIFFERENCE if is_alike else SURE if is_sure else CANNOT_TELL,
+        "low": _percent(test.difference - half),
+        "high": _percent(test.difference + half),
+        "p_value": test.p_value,
+        "smallest_shown_percent": _percent(needed * test.error),
     }
 
 

@@ -96,25 +96,17 @@ duration_seconds, in_window}), latency_ms (list or None), failed_requests, slowd
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from benchmarking.metrics.estimates import estimate
 from benchmarking.modes.names import MODE_MIG
-from benchmarking.records.run_folder import PHASE_NULL, PHASE_SHARE_BASELINE
-from benchmarking.records.types import CoRunRecord
+from benchmarking.records.run_folder import PHASE_BASELINE, PHASE_NULL, PHASE_SHARE_BASELINE
+from benchmarking.records.types import CoRunRecord, Phase
 from benchmarking.report import claims, conclusions, judgments, ramps
-from benchmarking.report.groups import (
-    CoRun,
-    Group,
-    kind_of,
-    measure,
-    plain,
-    table_rows,
-    window_seconds,
-)
+from benchmarking.report.groups import Baselines, CoRun, Group, measure, plain
 from benchmarking.report.merging import (
     Section,
     alone_of,
@@ -124,18 +116,22 @@ from benchmarking.report.merging import (
     merge,
 )
 from benchmarking.report.rows import alone_rows, group_row
-from benchmarking.report.runs import Alone, MeasuredRun, Results
+from benchmarking.report.runs import MeasuredRun, Results
+from benchmarking.report.wording import section_title
 
 if TYPE_CHECKING:
     import pandas
 
 SCHEMA_VERSION = 5
 OWN_ERROR_LIMIT_PERCENT = 2.0
-# What is told of each run's machine, besides what the section's runs have in common.
-RUN_ENVIRONMENT = (
+# What is told of each run, of its machine (besides what the section's runs have in common), and of
+# its co-runs.
+_OF_RUN = ("created_at", "outcome", "mix", "session", "method", "command", "notes", "mode_evidence")
+_OF_MACHINE = (
     "gpu_memory_mib", "multiprocessor_count", "idle_power_watts", "cuda_version", "host_cores",
     "os", "git_commit", "git_dirty",
 )  # fmt: skip
+_OF_CO_RUN = ("co_run", "phase", "clients", "repeat", "outcome", "reason", "warnings")
 
 
 def compare(
@@ -155,11 +151,17 @@ def compare(
     sections, rows = [], []
     found_sections = find_sections(results.runs)
     for number, section in enumerate(found_sections, start=1):
-        measured = _Measured(section, [*results.runs, *results.references])
-        found, clients = _section(measured, results, slo_ms, matters_percent)
-        _add_costs(found["groups"], gpu_price_per_hour, kwh_price)
+        measured = _Measured(section, results)
+        found = _section(measured, results, slo_ms, matters_percent)
+        for group in found["groups"]:
+            group |= _costs(group, gpu_price_per_hour, kwh_price)
         sections.append(found)
-        rows += [{"section": number, **client} for client in clients]
+        rows += [
+            {"section": number, **client}
+            for run in section.runs
+            for record in run.co_run_records
+            for client in measured.co_run(run, record).table_rows()
+        ]
     comparison = {
         "schema_version": SCHEMA_VERSION,
         "matters_percent": matters_percent,
@@ -176,86 +178,70 @@ def compare(
 class _Measured:
     """A section's co-runs with their figures; each run's baselines are looked up once."""
 
-    def __init__(self, section: Section, every_run: Sequence[MeasuredRun]) -> None:
+    def __init__(self, section: Section, results: Results) -> None:
         self.section = section
-        self.every_run = every_run
-        self._alone: dict[tuple[str, str], Alone] = {}
+        self.every_run = [*results.runs, *results.references]
+        self._alone: dict[tuple[str, Phase], Baselines] = {}
 
     def co_run(self, run: MeasuredRun, record: CoRunRecord) -> CoRun:
-        share = self.alone(run, PHASE_SHARE_BASELINE) if run.has_own_shares else None
-        return measure(run, record, self.alone(run), share)
+        share = self._alone_of(run, PHASE_SHARE_BASELINE) if run.has_own_shares else None
+        return measure(run, record, self._alone_of(run, PHASE_BASELINE), share)
 
-    def alone(self, run: MeasuredRun, phase: Any = "baseline") -> Alone:
-        key = (run.name, phase)
-        if key not in self._alone:
-            self._alone[key] = alone_of(run, self.every_run, phase)
-        return self._alone[key]
+    def _alone_of(self, run: MeasuredRun, phase: Phase) -> Baselines:
+        if (run.name, phase) not in self._alone:
+            self._alone[run.name, phase] = alone_of(run, self.every_run, phase)
+        return self._alone[run.name, phase]
 
-    def baseline_ids(self, runs: Sequence[MeasuredRun]) -> list[str]:
+    def group(self, runs: list[MeasuredRun], clients: int, slo_ms: float | None) -> Group:
+        co_runs = [self.co_run(run, one) for run in runs for one in run.judged(clients)]
         lenders = [baseline_run(run, self.every_run) or run for run in runs]
-        return list(dict.fromkeys(lender.name for lender in lenders))
+        baseline_ids = list(dict.fromkeys(lender.name for lender in lenders))
+        return Group(runs, co_runs, baseline_ids, slo_ms or runs[0].manifest.bounds.max_p99_ms)
 
 
 def _section(
     measured: _Measured, results: Results, slo_ms: float | None, matters_percent: float
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """One section as data, and the rows of its clients."""
-    section = measured.section
+) -> dict[str, Any]:
+    """One section as data."""
+    runs, conditions = measured.section.runs, measured.section.conditions
+    environment = conditions["environment"]
+    is_cpu_demo = environment["is_cpu_demo"]
     groups, excluded = _groups(measured, slo_ms)
     own_error = _own_error(measured)
-    percent = own_error and own_error["percent"]
-    rows = {id(group): group_row(group, percent) for group in groups}
+    for group in groups:
+        group.row = group_row(group, own_error["percent"] if own_error else None)
     single = [group for group in groups if group.pair is None]
-    is_cpu_demo = section.environment["is_cpu_demo"]
-    concluded, pair_choices = conclusions.conclude(
-        groups, rows, matters_percent, is_cpu_demo=is_cpu_demo
-    )
-    lenders = [baseline_run(run, measured.every_run) for run in section.runs]
-    found = {
-        "title": _title(section.environment),
+    concluded, pair_choices = conclusions.conclude(groups, matters_percent, is_cpu_demo=is_cpu_demo)
+    lenders = [baseline_run(run, measured.every_run) for run in runs]
+    return {
+        "title": section_title(environment),
         "cpu_demo": is_cpu_demo,
-        "environment": section.environment,
-        "versions": section.versions,
-        "engines": {name: list(pair) for name, pair in section.engines.items()},
-        "run_ids": [run.name for run in section.runs],
-        "runs": [_run(run) for run in section.runs],
+        "environment": environment,
+        "versions": conditions["version"],
+        "engines": {name: list(pair) for name, pair in conditions["engine"].items()},
+        "run_ids": [run.name for run in runs],
+        "runs": [_run(run) for run in runs],
         "drift_guarded": bool(groups) and all(group.is_guarded for group in groups),
         "own_error": own_error,
         "conclusions": concluded,
         "pair_choices": pair_choices,
-        "expectations": judgments.expectations(concluded, rows.values()),
-        "worst_slowdowns": judgments.worst_slowdowns(groups, rows),
-        "not_measured": judgments.not_measured(groups, results, is_cpu_demo=is_cpu_demo),
-        "groups": [rows[id(group)] for group in single],
-        "ramps": ramps.find_ramps(single, rows),
-        "interference": ramps.interference(groups, section.runs),
-        "noisy": judgments.noisy(groups),
-        "alone": alone_rows([*section.runs, *(run for run in lenders if run)], slo_ms),
+        "expectations": judgments.expectations(concluded, groups),
+        "worst_slowdowns": judgments.worst_slowdowns(groups),
+        "not_measured": judgments.not_measured(groups, results.phases, is_cpu_demo=is_cpu_demo),
+        "groups": [group.row for group in single],
+        "ramps": ramps.find_ramps(single),
+        "interference": ramps.interference(groups, runs),
+        "noisy": ramps.noisy(groups),
+        "alone": alone_rows([*runs, *filter(None, lenders)], slo_ms),
         "left_out": excluded,
-        "doubts": judgments.doubts(section.runs, single, rows),
+        "doubts": judgments.doubts(runs, single),
     }
-    clients = [
-        row
-        for run in section.runs
-        for record in run.co_run_records
-        for row in table_rows(measured.co_run(run, record))
-    ]
-    return found, clients
-
-
-def _title(environment: Mapping[str, Any]) -> str:
-    """GPU, driver and job size in a few words."""
-    size = f"job size {environment['job_size']}"
-    if environment["is_cpu_demo"]:
-        return f"CPU demonstration ({size})"
-    return f"{environment['gpu_name']}, driver {environment['driver_version']}, {size}"
 
 
 def _groups(measured: _Measured, slo_ms: float | None) -> tuple[list[Group], list[str]]:
     """A group for each combination of mode, settings, mix and clients, and what is excluded."""
     candidates: dict[tuple[str, str, str, int], list[MeasuredRun]] = {}
-    newest_first = (part for whole in measured.section.runs for part in whole.by_jobs())
-    for run in newest_first:
+    for run in (part for whole in measured.section.runs for part in whole.by_jobs()):
         for clients in sorted({record.clients for record in run.co_runs()}):
             key = (run.mode, run.settings, run.manifest.mix, clients)
             candidates.setdefault(key, []).append(run)
@@ -264,13 +250,11 @@ def _groups(measured: _Measured, slo_ms: float | None) -> tuple[list[Group], lis
         chosen, others = merge(runs, clients)
         excluded += others
         if chosen:
-            co_runs = [measured.co_run(run, one) for run in chosen for one in run.judged(clients)]
-            bound_ms = slo_ms or chosen[0].manifest.bounds.max_p99_ms
-            groups.append(Group(chosen, co_runs, measured.baseline_ids(chosen), bound_ms))
+            groups.append(measured.group(chosen, clients, slo_ms))
     layouts = {group.first.settings for group in groups if group.first.mode == MODE_MIG}
     for run in (run for group in groups for run in group.runs):
         run.is_one_layout_of_several = run.mode == MODE_MIG and len(layouts) > 1
-    groups.sort(key=lambda one: (one.first.manifest.mix, one.clients, one.first.mode_order))
+    groups.sort(key=lambda one: (one.mix, one.clients, one.first.mode_order))
     return groups, excluded
 
 
@@ -282,7 +266,7 @@ def _own_error(measured: _Measured) -> dict[str, Any] | None:
         for record in run.co_runs(PHASE_NULL)
         if record.outcome == "ok"
     ]
-    ratio = estimate(one.slowdown(one.clients[0]) for one in nulls)
+    ratio = estimate(one.clients[0].slowdown for one in nulls)
     if ratio is None:
         return None
     percent = 100 * abs(ratio.mean - 1)
@@ -298,49 +282,43 @@ def _own_error(measured: _Measured) -> dict[str, Any] | None:
 def _run(run: MeasuredRun) -> dict[str, Any]:
     """A run's own facts, with the proof of its mode."""
     manifest = run.manifest
-    told = {
-        name: msgspec.to_builtins(getattr(manifest, name))
-        for name in (
-            "created_at", "outcome", "mix", "session", "method", "command", "notes",
-            "mode_evidence",
-        )
-    }  # fmt: skip
-    co_runs = [
-        {
-            **{
-                name: getattr(record, name)
-                for name in (
-                    "co_run", "phase", "clients", "repeat", "outcome", "reason", "warnings",
-                )
-            },
-            "window_seconds": window_seconds(record),
-            "proofs": [
-                {"client": one.client, "label": one.label, **msgspec.to_builtins(one.proof)}
-                for one in run.clients_of(record)
-            ],
-        }
-        for record in run.co_run_records
-    ]  # fmt: skip
-    kind = kind_of(run)
-    found = {name: getattr(manifest.environment, name) for name in RUN_ENVIRONMENT}
+    machine = _fields(manifest.environment, _OF_MACHINE)
     if manifest.environment.project_version is not None:
-        found["project_version"] = manifest.environment.project_version
-    uuid = manifest.environment.gpu_uuid
+        machine["project_version"] = manifest.environment.project_version
     return {
-        "run_id": run.name, **told, **kind, "gpu_uuid": uuid, "environment": found,
-        "co_runs": co_runs,
-    }  # fmt: skip
+        "run_id": run.name,
+        **_fields(manifest, _OF_RUN),
+        **run.kind,
+        "gpu_uuid": manifest.environment.gpu_uuid,
+        "environment": machine,
+        "co_runs": [
+            {
+                **_fields(co_run.record, _OF_CO_RUN),
+                "window_seconds": co_run.window_seconds,
+                "proofs": [
+                    {"client": one.client, "label": one.label, **msgspec.to_builtins(one.proof)}
+                    for one in co_run.clients
+                ],
+            }
+            for co_run in (CoRun(run, one, run.clients_of(one)) for one in run.co_run_records)
+        ],
+    }
 
 
-def _add_costs(
-    groups: Sequence[dict[str, Any]], gpu_price_per_hour: float | None, kwh_price: float | None
-) -> None:
+def _fields(struct: msgspec.Struct, names: Sequence[str]) -> dict[str, Any]:
+    return {name: msgspec.to_builtins(getattr(struct, name)) for name in names}
+
+
+def _costs(
+    group: dict[str, Any], gpu_price_per_hour: float | None, kwh_price: float | None
+) -> dict[str, float | None]:
     """What 1,000 seconds of alone-work cost, by the card's hours and by its energy."""
-    for group in groups:
-        stp, joules = group["stp"], group["joules_per_work"]
-        group["cost_per_1000_work"] = (
+    stp, joules = group["stp"], group["joules_per_work"]
+    return {
+        "cost_per_1000_work": (
             gpu_price_per_hour * 1000 / stp["mean"] / 3600 if gpu_price_per_hour and stp else None
-        )
-        group["energy_cost_per_1000_work"] = (
+        ),
+        "energy_cost_per_1000_work": (
             kwh_price * 1000 * joules["mean"] / 3.6e6 if kwh_price and joules else None
-        )
+        ),
+    }

@@ -97,9 +97,8 @@ def known(found: Record, part: str) -> float:
 def error_bar(found: Record) -> list[list[float]] | None:
     """Distances below and above the mean, as matplotlib wants them; `None` for a single round."""
     mean, low, high = (known(found, part) for part in ("mean", "low", "high"))
-    return (
-        [[mean - low], [high - mean]] if len(found["values"]) > 1 and low <= mean <= high else None
-    )
+    is_drawn = len(found["values"]) > 1 and low <= mean <= high
+    return [[mean - low], [high - mean]] if is_drawn else None
 
 
 def spread_note(found: Sequence[Record]) -> str:
@@ -139,14 +138,19 @@ def drawing_rules() -> AbstractContextManager[None]:
     )
 
 
-def new_figure(height: float, panels: int = 1, **layout: object) -> tuple[Figure, Sequence[Axes]]:
-    """A figure of `panels` below each other, `height` inches in all, on the Agg canvas."""
+def new_figure(heights: Sequence[float], rest: float) -> tuple[Figure, Sequence[Axes]]:
+    """Panels of these heights below each other on the Agg canvas, over one x axis.
+
+    `rest` is what titles and axes take; all in inches.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(WIDTH, min(height, MOST_INCHES)), dpi=DPI, layout="constrained")
+    height = min(rest + sum(heights), MOST_INCHES)
+    figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(panels, 1, squeeze=False, **layout)[:, 0]
+    grid = figure.subplots(len(heights), 1, squeeze=False, sharex=True, height_ratios=heights)
+    axes: list[Axes] = list(grid[:, 0])
     for panel in axes:
         panel.spines[["top", "right"]].set_visible(False)
         panel.set_axisbelow(True)
@@ -200,7 +204,7 @@ def draw_lines(
     if not any(known(one, "mean") for one in found):
         return None
     with drawing_rules():
-        figure, axes = new_figure(0.9 + 1.6 * len(panels), len(panels), sharex=True)
+        figure, axes = new_figure([1.6] * len(panels), 0.9)
         for panel, (title, lines) in zip(axes, panels.items(), strict=True):
             draw_panel(panel, title, lines)
         for row, (place, text) in enumerate(marks):
@@ -218,11 +222,12 @@ def draw_lines(
         axes[-1].set_xlim(ticks[0] - margin, ticks[-1] + margin)
         axes[-1].set_xticks(ticks, labels)
         axes[-1].set_xlabel(axis)
-        named = {}
-        for panel in axes:
-            named |= dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
+        handles = [handle for panel in axes for handle in panel.get_legend_handles_labels()[0]]
+        named = {str(handle.get_label()): handle for handle in handles}
         if named:
-            figure.legend(named.values(), named, loc="outside upper left", ncols=2, frameon=False)
+            figure.legend(
+                handles=list(named.values()), loc="outside upper left", ncols=2, frameon=False
+            )
         figure.supxlabel(f"grey: 1, as alone; {spread_note(found)}", fontsize=8)
         description = f"Lines of {', '.join(panels)} against {axis}.".replace("\n", " ")
         return save(figure, path, caption, description, mix)
@@ -238,7 +243,8 @@ def draw_panel(panel: Axes, title: str, lines: Sequence[Line]) -> None:
         below = [mean - low for mean, low in zip(means, lows, strict=True)]
         above = [high - mean for mean, high in zip(means, highs, strict=True)]
         panel.errorbar(
-            line.places, means, yerr=[below, above], capsize=3, label=shortened(line.name),
+            line.places, means, yerr=[below, above], capsize=3,
+            label=shortened(line.name),
             markeredgecolor="black", color=line.look["color"], marker=line.look["marker"],
             linestyle=line.look["linestyle"],
         )  # fmt: skip

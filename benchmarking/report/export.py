@@ -15,37 +15,32 @@ import json
 import math
 import operator
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from benchmarking.modes.names import MODE_MIG, MODE_MPS, MODE_TIME_SLICING
 
-_FLAT_ESTIMATES = (
-    "stp",
-    "antt",
-    "overhead_percent",
-    "interference_overhead_percent",
-    "mechanism_overhead_percent",
-    "fairness",
-    "energy_ratio",
-    "joules_per_job",
-    "joules_per_work",
-)
-_FLAT_FIGURES = (
-    "stp_per_multiprocessor",
-    "success_rate_percent",
-    "average_duration_seconds",
-    "total_gpu_time_seconds",
-    "throughput_clients",
-    "cost_per_1000_work",
+Record = Mapping[str, Any]
+
+# The columns of a row in comparison.csv: of its section's environment, of itself, estimates (a
+# column each for mean, low and high), plain figures, and the card's figures, which come last.
+_OF_SECTION = ("gpu_name", "driver_version", "job_size")
+_KEYS = ("mode", "settings", "variant", "mix", "clients")
+_ESTIMATES = (
+    "stp", "antt", "overhead_percent", "interference_overhead_percent",
+    "mechanism_overhead_percent", "fairness", "energy_ratio", "joules_per_job", "joules_per_work",
+)  # fmt: skip
+_FIGURES = (
+    "stp_per_multiprocessor", "success_rate_percent", "average_duration_seconds",
+    "total_gpu_time_seconds", "throughput_clients", "cost_per_1000_work",
     "energy_cost_per_1000_work",
-)
+)  # fmt: skip
 # A cell that begins so is run as a formula by a spreadsheet.
 _FORMULA = ("=", "+", "-", "@")
 
 
-def json_text(comparison: Mapping[str, Any]) -> str:
+def json_text(comparison: Record) -> str:
     """The comparison as JSON; what is infinite is null."""
     return json.dumps(finite(comparison), indent=1, allow_nan=False) + "\n"
 
@@ -59,12 +54,12 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def csv_text(comparison: Mapping[str, Any]) -> str:
+def csv_text(comparison: Record) -> str:
     """One row for each mode, mix and count of clients."""
     import pandas
 
     rows = [
-        _flat_row(number, section, group)
+        {"section": number, **_flat(section["environment"], group)}
         for number, section in enumerate(comparison["sections"], start=1)
         for group in section["groups"]
     ]
@@ -73,31 +68,24 @@ def csv_text(comparison: Mapping[str, Any]) -> str:
     return frame.to_csv(index=False)
 
 
-def _flat_row(number: int, section: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
-    environment = section["environment"]
-    row: dict[str, Any] = {
-        "section": number,
-        "gpu_name": environment["gpu_name"],
-        "driver_version": environment["driver_version"],
-        "job_size": environment["job_size"],
+def _flat(environment: Record, group: Record) -> dict[str, Any]:
+    row = {
+        **{name: environment[name] for name in _OF_SECTION},
         "run_id": " ".join(group["run_ids"]),
         "gpu_uuid": " ".join(group["gpu_uuids"]),
-        "mode": group["mode"],
-        "settings": group["settings"],
-        "variant": group["variant"],
-        "mix": group["mix"],
-        "clients": group["clients"],
+        **{name: group[name] for name in _KEYS},
         "repeats": len(group["co_runs"]),
         "outcome": group["outcome"],
         "unverified": group["is_unverified"],
+        **{
+            f"{name}_{part}": group[name] and group[name][part]
+            for name in _ESTIMATES
+            for part in ("mean", "low", "high")
+        },
+        **{name: group[name] for name in _FIGURES},
+        **group["gpu"],
+        "throttle_reasons": " ".join(group["gpu"]["throttle_reasons"]),
     }
-    for name in _FLAT_ESTIMATES:
-        for part in ("mean", "low", "high"):
-            row[f"{name}_{part}"] = group[name] and group[name][part]
-    row |= {name: group[name] for name in _FLAT_FIGURES}
-    gpu = group["gpu"]
-    row |= {name: value for name, value in gpu.items() if name != "throttle_reasons"}
-    row["throttle_reasons"] = " ".join(gpu["throttle_reasons"])
     return {
         name: f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA) else value
         for name, value in row.items()
@@ -106,51 +94,26 @@ def _flat_row(number: int, section: Mapping[str, Any], group: Mapping[str, Any])
 
 # --- requirements -----------------------------------------------------------------------------
 
-_OPERATORS: Mapping[str, Callable[[float, float], bool]] = {
-    "<=": operator.le,
-    ">=": operator.ge,
-    "<": operator.lt,
-    ">": operator.gt,
-}
+_OPERATORS = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}
 # What a unit behind the value stands for, in the figure's own unit.
 _UNITS = {"": 1.0, "x": 1.0, "%": 1.0, "ms": 1.0, "s": 1000.0, "j": 1.0}
 _REQUIREMENT = re.compile(
     r"(?P<scope>(?:[^<>]*:)?)(?P<figure>\w+)\s*(?P<operator><=|>=|<|>)\s*"
     r"(?P<value>\d+(?:\.\d+)?)\s*(?P<unit>ms|s|x|%|J|j)?"
 )
-
-Figure = Callable[[Mapping[str, Any]], float | None]
-
-
-def _mean(name: str) -> Figure:
-    return lambda row: row[name] and row[name]["mean"]
-
-
-def _percentile(name: str) -> Figure:
-    return lambda row: _late(row) if row["latency"] is None else row["latency"][name]
-
-
-def _late(row: Mapping[str, Any]) -> float | None:
-    """Of a client all of whose requests failed, every answer is infinitely late."""
-    return math.inf if row["missed"] else None
-
-
-_OF_GROUP: Mapping[str, Figure] = {
-    "work": _mean("stp"),
-    "antt": _mean("antt"),
-    "overhead": _mean("overhead_percent"),
-    "fairness": _mean("fairness"),
-    "energy": _mean("joules_per_work"),
-    "energy_ratio": _mean("energy_ratio"),
-    "success": lambda row: row["success_rate_percent"],
-    "cost": lambda row: row["cost_per_1000_work"],
+# What the figures are called in a group's row and in a client's.
+_OF_GROUP = {
+    "work": "stp",
+    "antt": "antt",
+    "overhead": "overhead_percent",
+    "fairness": "fairness",
+    "energy": "joules_per_work",
+    "energy_ratio": "energy_ratio",
+    "success": "success_rate_percent",
+    "cost": "cost_per_1000_work",
 }
-_OF_CLIENT: Mapping[str, Figure] = {
-    "slowdown": _mean("slowdown"),
-    **{name: _percentile(name) for name in ("p50", "p95", "p99", "mean")},
-    "slo": lambda row: row["slo"] and row["slo"]["percent"],
-}
-FIGURES = (*_OF_GROUP, *_OF_CLIENT)
+_LATENCIES = ("p50", "p95", "p99", "mean")
+FIGURES = (*_OF_GROUP, "slowdown", *_LATENCIES, "slo")
 _AGAINST_BASELINE = frozenset(_OF_GROUP) - {"success"} | {"slowdown"}
 _MODES = (MODE_TIME_SLICING, MODE_MPS, MODE_MIG)
 
@@ -182,59 +145,63 @@ class Requirement:
         scope = match["scope"].removesuffix(":").strip()
         return cls(text, scope, match["figure"], match["operator"], scale * float(match["value"]))
 
-    def missed(self, comparison: Mapping[str, Any]) -> list[str]:
+    def missed(self, comparison: Record) -> list[str]:
         """Say, a sentence each, where it is not met; what was not measured does not meet it."""
-        groups = [
-            group
-            for section in comparison["sections"]
-            for group in section["groups"]
-            if (group["mix"], group["clients"])
-            in {(one["mix"], one["clients"]) for one in section["conclusions"]}
-        ]
-        mode, job = self._mode_and_job(groups)
+        groups = []
+        for section in comparison["sections"]:
+            compared = {(one["mix"], one["clients"]) for one in section["conclusions"]}
+            groups += [one for one in section["groups"] if (one["mix"], one["clients"]) in compared]
+        variants = {group["variant"] for group in groups}
+        mode, job = self._mode_and_job(variants)
         # A variant that was measured is meant exactly; else every variant of the mode.
-        is_exact = mode in {group["variant"] for group in groups}
-        meant = [
-            group
-            for group in groups
-            if mode in (None, group["variant"]) or (not is_exact and mode == group["mode"])
-        ]
+        name = "variant" if mode in variants else "mode"
         found, is_checked = [], False
-        for group in meant:
-            where = f"{group['variant']}, {group['mix']} with {group['clients']} clients"
+        for group in groups:
+            if mode not in (None, group[name]):
+                continue
             void = group["invalid"] if self.figure in _AGAINST_BASELINE else None
             reason = group["outcome"] if group["outcome"] != "ok" else void
             values = [] if reason else self._values(group, job)
             is_checked |= bool(reason or values)
-            said = (
-                [reason]
-                if reason
-                else [
-                    f"{what} is {value:.4g}"
-                    for what, value in values
-                    if not _OPERATORS[self.operator](value, self.value)
-                ]
-            )
+            said = [reason] if reason else [
+                f"{what} is {value:.4g}" for what, value in values if not self._is_met(value)
+            ]  # fmt: skip
+            where = f"{group['variant']}, {group['mix']} with {group['clients']} clients"
             found += [f"{self.text}: not met under {where}: {what}" for what in said]
         return found if is_checked else [f"{self.text}: nothing was measured that it speaks of"]
 
-    def _mode_and_job(self, groups: Iterable[Mapping[str, Any]]) -> tuple[str | None, str | None]:
+    def _is_met(self, value: float) -> bool:
+        return _OPERATORS[self.operator](value, self.value)
+
+    def _mode_and_job(self, variants: Iterable[str]) -> tuple[str | None, str | None]:
         """Tell a mode from a job: variants hold a colon themselves (`mps:even`)."""
-        names = {*_MODES, *(group["variant"] for group in groups)}
+        names = {*_MODES, *variants}
         known = [name for name in names if f"{self.scope}:".startswith(f"{name}:")]
         if not known:
             return None, self.scope or None
         mode = max(known, key=len)
         return mode, self.scope[len(mode) + 1 :] or None
 
-    def _values(self, group: Mapping[str, Any], job: str | None) -> Sequence[tuple[str, float]]:
-        if self.figure in _OF_GROUP and job is None:
-            found = [(self.figure, _OF_GROUP[self.figure](group))]
+    def _values(self, group: Record, job: str | None) -> Sequence[tuple[str, float]]:
+        if self.figure in _OF_GROUP:
+            found = [(self.figure, _mean(group[_OF_GROUP[self.figure]]))] if job is None else []
         else:
-            figure = _OF_CLIENT.get(self.figure)
             found = [
-                (f"{self.figure} of {row['label']}", figure(row))
+                (f"{self.figure} of {row['label']}", self._of_client(row))
                 for row in group["client_rows"]
-                if figure and job in (None, row["workload"], row["label"])
+                if job in (None, row["workload"], row["label"])
             ]
         return [(what, value) for what, value in found if value is not None]
+
+    def _of_client(self, row: Record) -> float | None:
+        if self.figure in _LATENCIES:
+            # Of a client all of whose requests failed, every answer is infinitely late.
+            none_answered = math.inf if row["missed"] else None
+            return row["latency"][self.figure] if row["latency"] else none_answered
+        if self.figure == "slo":
+            return row["slo"] and row["slo"]["percent"]
+        return _mean(row["slowdown"])
+
+
+def _mean(found: Any) -> float | None:
+    return found["mean"] if isinstance(found, Mapping) else found

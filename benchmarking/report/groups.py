@@ -6,10 +6,11 @@ Every figure against the jobs alone is taken anew here, with the baselines of al
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -17,8 +18,9 @@ import msgspec
 from benchmarking.metrics import scores
 from benchmarking.metrics.estimates import Estimate, estimate
 from benchmarking.modes.names import MODE_EXCLUSIVE, MODE_MIG
+from benchmarking.records.run_folder import pooled
 from benchmarking.records.types import ClientRecord, CoRunRecord, GpuFigures, Summary
-from benchmarking.report.runs import NOISY, Alone, MeasuredRun, pressed_resource
+from benchmarking.report.runs import NOISY, MeasuredRun, pressed_resource
 
 # What the table of clients takes from their records as it is.
 _TABLE_FIELDS = (
@@ -27,21 +29,59 @@ _TABLE_FIELDS = (
 )  # fmt: skip
 
 
-def window_seconds(record: CoRunRecord) -> float | None:
-    """Length of the counting window."""
-    start, end = record.window_start_seconds, record.window_end_seconds
-    return None if start is None or end is None else end - start
+@dataclass
+class Alone:
+    """A job alone: its repeats, and the card's joules over them."""
+
+    repeats: Sequence[ClientRecord]
+    joules: float | None = None
+
+    @functools.cached_property
+    def pooled(self) -> ClientRecord:
+        """All repeats as one record."""
+        return pooled(self.repeats)
+
+    @functools.cached_property
+    def unit_seconds(self) -> dict[str, float]:
+        """Mean seconds of a unit, by kind."""
+        return scores.unit_seconds(self.pooled.units)
+
+    def slowdown(self, client: ClientRecord) -> float | None:
+        """Times as long as alone that a unit of a client's work took."""
+        progress = scores.normalized_progress(client.units, self.unit_seconds)
+        return 1 / progress if progress else None
+
+    def own_slowdowns(self) -> list[float]:
+        """Those of each repeat against all of them: the baseline's own error."""
+        return [felt for felt in map(self.slowdown, self.repeats) if felt]
+
+
+Baselines = Mapping[str, Alone]  # by `job_key`
 
 
 @dataclass
 class CoRun:
-    """One co-run with its clients, and its figures against the jobs alone."""
+    """One co-run with its clients; `measure` has taken their figures against the jobs alone."""
 
     run: MeasuredRun
     record: CoRunRecord
-    clients: list[ClientRecord]
-    alone: Alone
-    summary: Summary
+    clients: Sequence[ClientRecord]
+    alone: Baselines = field(default_factory=dict)
+
+    @property
+    def summary(self) -> Summary:
+        """The figures over all its clients."""
+        return self.record.summary
+
+    @property
+    def name(self) -> str:
+        """Two runs may name a co-run alike."""
+        return f"{self.run.name}/{self.record.co_run}"
+
+    @property
+    def gpu(self) -> GpuFigures:
+        """What the card's samples say of it."""
+        return self.record.gpu or GpuFigures()
 
     @property
     def is_ok(self) -> bool:
@@ -53,35 +93,31 @@ class CoRun:
         """Whether some client's membership in the mode could not be checked."""
         return any(client.proof.verdict == "unverified" for client in self.clients)
 
-    def slowdown(self, client: ClientRecord) -> float | None:
-        """Times as long as alone that a unit of the client's work took."""
-        reference = self.alone.pooled.get(client.job_key)
-        if client.status != "ok" or reference is None or self.record.outcome == "invalid":
-            return None
-        seconds = scores.unit_seconds(reference.units)
-        progress = scores.normalized_progress(client.units, seconds)
-        return 1 / progress if progress else None
+    @property
+    def window_seconds(self) -> float | None:
+        """Length of the counting window."""
+        start, end = self.record.window_start_seconds, self.record.window_end_seconds
+        return None if start is None or end is None else end - start
 
     def joules_per_job(self) -> float | None:
         """The card's joules a job, where all clients run the same one."""
-        if len({client.job_key for client in self.clients}) != 1 or self.record.gpu is None:
+        if len({client.job_key for client in self.clients}) != 1:
             return None
         jobs = (
             scores.jobs_in_window(
                 [(job.start_seconds, job.end_seconds) for job in client.jobs if job.in_window],
-                window_seconds(self.record),
+                self.window_seconds,
             )
             for client in self.clients
         )
-        return scores.joules_per_job(self.record.gpu.energy_joules, jobs)
+        return scores.joules_per_job(self.gpu.energy_joules, jobs)
 
     def joules_per_work(self) -> float | None:
         """The card's joules a second of alone-work; unknown beside clients that are no part of it.
 
         The card does not tell whose joules they are.
         """
-        joules = self.record.gpu and self.record.gpu.energy_joules
-        seconds, stp = window_seconds(self.record), self.summary.stp
+        joules, seconds, stp = self.gpu.energy_joules, self.window_seconds, self.summary.stp
         is_whole = self.summary.throughput_clients == self.record.clients
         return (
             joules / (stp * seconds)
@@ -89,31 +125,70 @@ class CoRun:
             else None
         )
 
+    def table_rows(self) -> list[dict[str, Any]]:
+        """The rows of its clients in the table of all clients."""
+        shared = {
+            "run_id": self.run.name,
+            "folder": str(self.run.folder),
+            "session": self.run.manifest.session,
+            **self.run.kind,
+            "mix": self.run.manifest.mix,
+            "outcome": self.record.outcome,
+            "window_start_seconds": self.record.window_start_seconds,
+            "window_end_seconds": self.record.window_end_seconds,
+            "stp": self.summary.stp,
+            "antt": self.summary.antt,
+            **{f"gpu_{name}": value for name, value in msgspec.to_builtins(self.gpu).items()},
+        }
+        return [
+            {
+                **shared,
+                **{name: getattr(client, name) for name in _TABLE_FIELDS},
+                "verdict": client.proof.verdict,
+                "jobs": msgspec.to_builtins(client.jobs),
+                "failed_requests": failed_requests(client),
+                "slowdown": client.slowdown,
+                "is_service": scores.is_offered_rate(client.units),
+            }
+            for client in self.clients
+        ]
+
 
 def measure(
-    run: MeasuredRun, record: CoRunRecord, alone: Alone, own_share: Alone | None = None
+    run: MeasuredRun, record: CoRunRecord, alone: Baselines, own_share: Baselines | None
 ) -> CoRun:
-    """Take a co-run's figures; `own_share` are the jobs alone on their instances (MIG)."""
-    clients = run.clients_of(record)
-    is_comparable = record.outcome not in ("interrupted", "invalid")
+    """Take a co-run's figures anew; `own_share` are the jobs alone on their instances (MIG)."""
+    clients = []
+    for client in run.clients_of(record):
+        reference = alone.get(client.job_key)
+        is_known = client.status == "ok" and record.outcome != "invalid"
+        slowdown = reference.slowdown(client) if reference and is_known else None
+        clients.append(msgspec.structs.replace(client, slowdown=slowdown))
+    compared = {} if record.outcome in ("interrupted", "invalid") else alone
     summary = scores.summarize_co_run(
         clients,
-        alone.pooled if is_comparable else {},
+        {job_key: one.pooled for job_key, one in compared.items()},
         record.gpu,
-        energy_alone_joules=alone.energy_joules,
-        share_baselines=own_share and own_share.pooled,
-    )
-    return CoRun(run, record, clients, alone, summary)
+        energy_alone_joules={job_key: one.joules for job_key, one in alone.items()},
+        share_baselines=None if own_share is None else {
+            job_key: one.pooled for job_key, one in own_share.items()
+        },
+    )  # fmt: skip
+    return CoRun(run, msgspec.structs.replace(record, summary=summary), clients, alone)
 
 
 @dataclass
 class Group:
-    """The co-runs of one mode, mix and count, from one or several runs; newest run first."""
+    """The co-runs of one mode, mix and count, from one or several runs; newest run first.
+
+    `row` is what comparison.json holds of it (`report/rows.py`).
+    """
 
     runs: list[MeasuredRun]
     co_runs: list[CoRun]
     baseline_ids: list[str]
     slo_ms: float | None
+    row: dict[str, Any] = field(default_factory=dict)
 
     @property
     def first(self) -> MeasuredRun:
@@ -121,9 +196,24 @@ class Group:
         return self.runs[0]
 
     @property
+    def mix(self) -> str:
+        """What runs."""
+        return self.first.manifest.mix
+
+    @property
     def good(self) -> list[CoRun]:
         """The co-runs that ended well."""
         return [co_run for co_run in self.co_runs if co_run.is_ok]
+
+    @property
+    def broken(self) -> CoRunRecord | None:
+        """The first co-run that did not: a count that failed once has no figure."""
+        return next((one.record for one in self.co_runs if not one.is_ok), None)
+
+    @property
+    def members(self) -> Sequence[ClientRecord]:
+        """The clients of its first co-run, which stand for what runs together."""
+        return self.co_runs[0].clients
 
     @property
     def clients(self) -> int:
@@ -138,13 +228,13 @@ class Group:
     @property
     def pair(self) -> list[str] | None:
         """The labels of a pair's own mix, else `None`."""
-        is_pair = self.first.manifest.is_pairs or self.first.manifest.mix.startswith(f"{NOISY}: ")
-        return [client.label for client in self.co_runs[0].clients] if is_pair else None
+        is_pair = self.first.manifest.is_pairs or self.mix.startswith(f"{NOISY}: ")
+        return [client.label for client in self.members] if is_pair else None
 
     @property
     def kind(self) -> dict[str, Any]:
         """What tells the group from others."""
-        return kind_of(self.first) | {"mix": self.first.manifest.mix, "clients": self.clients}
+        return {**self.first.kind, "mix": self.mix, "clients": self.clients}
 
     @property
     def is_guarded(self) -> bool:
@@ -152,29 +242,20 @@ class Group:
         sessions = {run.manifest.session for run in self.runs}
         return len(sessions) == 1 and None not in sessions and self.first.mode != MODE_MIG
 
-    def proportions(self) -> tuple[tuple[str, int], ...]:
-        """The jobs' shares in lowest terms: alike where one count is so many copies of another."""
-        keys = [client.job_key for client in self.co_runs[0].clients]
-        unit = math.gcd(*map(keys.count, keys)) or 1
-        return tuple(sorted((key, keys.count(key) // unit) for key in set(keys)))
-
-    def labels(self) -> list[str]:
-        """What its clients run, each once: copies of a job have one label."""
-        return list(dict.fromkeys(client.label for client in self.co_runs[0].clients))
-
-    def members(self, client: int) -> list[tuple[CoRun, ClientRecord]]:
+    def of_client(self, client: int) -> list[tuple[CoRun, ClientRecord]]:
         """One client's records over the co-runs, each with its co-run."""
         return [(one, r) for one in self.co_runs for r in one.clients if r.client == client]
 
 
-def kind_of(run: MeasuredRun) -> dict[str, str]:
-    """The mode of a run in three ways."""
-    return {"mode": run.mode, "settings": run.settings, "variant": run.variant}
-
-
 def plain(found: Estimate | None) -> dict[str, Any] | None:
     """An estimate as it stands in the comparison."""
-    return found and dataclasses.asdict(found) | {"values": list(found.values)}
+    return dataclasses.asdict(found) | {"values": list(found.values)} if found else None
+
+
+def mean_slowdown(members: Iterable[ClientRecord]) -> float | None:
+    """Mean over copies of a job; `None` where one of them is unknown."""
+    felt = scores.all_known(one.slowdown for one in members)
+    return statistics.fmean(felt) if felt else None
 
 
 def failed_requests(client: ClientRecord) -> int:
@@ -183,28 +264,22 @@ def failed_requests(client: ClientRecord) -> int:
     return round(unit.count) if unit else 0
 
 
-def mean_slowdown(co_run: CoRun, members: Sequence[ClientRecord]) -> float | None:
-    """Mean over copies of a job; `None` where one of them is unknown."""
-    felt = scores.all_known(co_run.slowdown(one) for one in members)
-    return statistics.fmean(felt) if felt else None
-
-
 def percentile_estimate(records: Sequence[ClientRecord], percent: float | None) -> Estimate | None:
     """A percentile of all rounds' raw latencies together, with the spread that the rounds give it.
 
     `None` where all of them are too few, or too many requests failed.
     """
+    if not percent:
+        return None
     latencies = [ms for client in records for ms in client.latency_ms or ()]
     failed = sum(map(failed_requests, records))
-    together = percent and scores.latency_percentile(latencies, percent, failed)
-    if not together or math.isinf(together):
-        return None
+    together = scores.latency_percentile(latencies, percent, failed)
     of_rounds = estimate(
-        scores.percentile([*(c.latency_ms or ()), *[math.inf] * failed_requests(c)], percent)
-        for c in records
-        if c.latency_ms
+        scores.percentile([*client.latency_ms, *[math.inf] * failed_requests(client)], percent)
+        for client in records
+        if client.latency_ms
     )
-    if of_rounds is None or math.isinf(of_rounds.mean):
+    if not together or of_rounds is None or math.inf in (together, of_rounds.mean):
         return None
     scale = together / of_rounds.mean if of_rounds.is_interval else 1.0
     return dataclasses.replace(
@@ -212,53 +287,17 @@ def percentile_estimate(records: Sequence[ClientRecord], percent: float | None) 
     )
 
 
-def table_rows(co_run: CoRun) -> list[dict[str, Any]]:
-    """The rows of a co-run's clients in the table of all clients."""
-    record, gpu = co_run.record, msgspec.to_builtins(co_run.record.gpu or GpuFigures())
-    shared = {
-        "run_id": co_run.run.name,
-        "folder": str(co_run.run.folder),
-        "session": co_run.run.manifest.session,
-        **kind_of(co_run.run),
-        "mix": co_run.run.manifest.mix,
-        "outcome": record.outcome,
-        "window_start_seconds": record.window_start_seconds,
-        "window_end_seconds": record.window_end_seconds,
-        "stp": co_run.summary.stp,
-        "antt": co_run.summary.antt,
-        **{f"gpu_{name}": value for name, value in gpu.items()},
-    }
-    return [
-        {
-            **shared,
-            **{name: getattr(client, name) for name in _TABLE_FIELDS},
-            "verdict": client.proof.verdict,
-            "jobs": msgspec.to_builtins(client.jobs),
-            "failed_requests": failed_requests(client),
-            "slowdown": co_run.slowdown(client),
-            "is_service": scores.is_offered_rate(client.units),
-        }
-        for client in co_run.clients
-    ]
-
-
 def most_compared(groups: Sequence[Group]) -> list[list[Group]]:
     """For each mix the groups of one count: the one with the most modes, the largest such."""
     by_mix: dict[str, dict[int, list[Group]]] = {}
     for group in groups:
-        if _is_compared(group):
-            by_count = by_mix.setdefault(group.first.manifest.mix, {})
-            by_count.setdefault(group.clients, []).append(group)
+        # A noisy neighbor asks where a slice begins to pay, and compares no modes.
+        is_noisy = any(pressed_resource(client.job_key) for client in group.members)
+        if group.first.mode != MODE_EXCLUSIVE and group.clients > 1 and not is_noisy:
+            by_mix.setdefault(group.mix, {}).setdefault(group.clients, []).append(group)
 
-    def rank(item: tuple[int, list[Group]]) -> tuple[int, int]:
-        clients, found = item
+    def rank(found: Sequence[Group]) -> tuple[int, int]:
         known = (any(one.summary.stp for one in group.good) for group in found)
-        return sum(known), clients
+        return sum(known), found[0].clients
 
-    return [max(by_count.items(), key=rank)[1] for by_count in by_mix.values()]
-
-
-def _is_compared(group: Group) -> bool:
-    """Whether modes are compared by it; a noisy neighbor asks where a slice begins to pay."""
-    is_noisy = any(pressed_resource(client.job_key) for client in group.co_runs[0].clients)
-    return group.first.mode != MODE_EXCLUSIVE and group.clients > 1 and not is_noisy
+    return [max(by_count.values(), key=rank) for by_count in by_mix.values()]

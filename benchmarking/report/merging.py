@@ -9,62 +9,34 @@ How a run ended keeps it out of no row: a count that failed once fails, whatever
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from benchmarking.measuring import baselines
+from benchmarking.metrics import scores
 from benchmarking.modes.names import MODE_TIME_SLICING
-from benchmarking.records.run_folder import PHASE_BASELINE, PHASE_SHARE_BASELINE, pooled
+from benchmarking.records.run_folder import PHASE_BASELINE, PHASE_SHARE_BASELINE
 from benchmarking.records.types import ClientRecord, Phase
-from benchmarking.report.runs import Alone, MeasuredRun
+from benchmarking.report.groups import Alone, Baselines
+from benchmarking.report.runs import Conditions, MeasuredRun
+from benchmarking.report.wording import clients_text
+
+# What is written before the name of a condition, by kind.
+_WORDS = {
+    "environment": "",
+    "version": "version of ",
+    "engine": "engine of ",
+    "calibrated": "calibrated ",
+}
 
 
 @dataclass
 class Section:
-    """Runs on one environment, newest first, and what is known of it."""
+    """Runs under the same conditions, newest first, and all that is known of these."""
 
-    environment: dict[str, Any]
-    versions: dict[str, Any]
-    engines: dict[str, tuple[Any, Any]]
-    carried: dict[str, str]
-    runs: list[MeasuredRun] = field(default_factory=list)
-
-    def takes(self, run: MeasuredRun) -> bool:
-        """Add the run unless it was taken under other conditions; says whether it was added."""
-        found = (
-            (self.versions, run.versions),
-            (self.engines, run.engines()),
-            (self.carried, run.carried()),
-        )
-        if self.environment != run.environment or not all(_agree(*pair) for pair in found):
-            return False
-        self.runs.append(run)
-        for known, more in found:
-            known.update(more)
-        return True
-
-    def facts(self) -> dict[str, str]:
-        """What sets the section apart from another, as far as it is known, in words."""
-        engines = {name: " ".join(map(str, pair)) for name, pair in self.engines.items()}
-        named = {
-            **{name.replace("_", " "): value for name, value in self.environment.items()},
-            **{f"version of {name}": value for name, value in self.versions.items()},
-            **{f"engine of {workload}": engine for workload, engine in engines.items()},
-            **{f"calibrated {name}": value for name, value in self.carried.items()},
-        }
-        return {name: str(value) for name, value in named.items() if value is not None}
-
-
-def differences(sections: Sequence[Section]) -> list[dict[str, Any]]:
-    """In what sections differ: a fact with its value in each, `None` where it is not known."""
-    facts = [section.facts() for section in sections]
-    found = []
-    for name in dict.fromkeys(name for known in facts for name in known):
-        values = [known.get(name) for known in facts]
-        if len({value for value in values if value is not None}) > 1:
-            found.append({"fact": name, "values": values})
-    return found
+    conditions: Conditions
+    runs: list[MeasuredRun]
 
 
 def find_sections(runs: Sequence[MeasuredRun]) -> list[Section]:
@@ -75,18 +47,43 @@ def find_sections(runs: Sequence[MeasuredRun]) -> list[Section]:
     """
     sections: list[Section] = []
     newest_first = sorted(runs, key=lambda run: run.age, reverse=True)
-    for run in sorted(newest_first, key=lambda run: not run.versions):
-        if not any(section.takes(run) for section in sections):
-            sections.append(
-                Section(run.environment, run.versions, run.engines(), run.carried(), [run])
-            )
+    for run in sorted(newest_first, key=lambda run: not run.conditions["version"]):
+        alike = (one for one in sections if _agree(one.conditions, run.conditions))
+        section = next(alike, None)
+        if section is None:
+            section = Section({kind: {} for kind in _WORDS}, [])
+            sections.append(section)
+        section.runs.append(run)
+        for kind, known in section.conditions.items():
+            known.update(run.conditions[kind])
     for section in sections:
         section.runs.sort(key=lambda run: run.age, reverse=True)
     return sorted(sections, key=lambda section: section.runs[0].age, reverse=True)
 
 
-def _agree(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    return all(one[key] == other[key] for key in one.keys() & other.keys())
+def _agree(one: Conditions, other: Conditions, kinds: Sequence[str] = tuple(_WORDS)) -> bool:
+    return all(
+        one[kind][name] == other[kind][name]
+        for kind in kinds
+        for name in one[kind].keys() & other[kind].keys()
+    )
+
+
+def differences(sections: Sequence[Section]) -> list[dict[str, Any]]:
+    """In what sections differ: a fact with its value in each, `None` where it is not known."""
+    facts: dict[str, list[str | None]] = {}
+    for number, section in enumerate(sections):
+        for kind, known in section.conditions.items():
+            for name, value in known.items():
+                shown = name.replace("_", " ") if kind == "environment" else _WORDS[kind] + name
+                text = " ".join(map(str, value)) if kind == "engine" else str(value)
+                values = facts.setdefault(shown, [None] * len(sections))
+                values[number] = None if value is None else text
+    return [
+        {"fact": fact, "values": values}
+        for fact, values in facts.items()
+        if len({value for value in values if value is not None}) > 1
+    ]
 
 
 # --- repeats of one row -----------------------------------------------------------------------
@@ -99,13 +96,11 @@ def merge(runs: Sequence[MeasuredRun], clients: int) -> tuple[list[MeasuredRun],
     many clients nothing is chosen.
     """
     what = f"{runs[0].variant}, {runs[0].manifest.mix}, {clients_text(clients)}"
-    is_judged = {
-        run.name: run.manifest.outcome != "invalid" and bool(run.judged(clients)) for run in runs
-    }
-    judged = [run for run in runs if is_judged[run.name]]
+    judged = [run for run in runs if run.manifest.outcome != "invalid" and run.judged(clients)]
     if not judged:
         ids = ", ".join(run.name for run in runs)
         return [], [f"{what}: no co-run gave an answer ({ids})"]
+    others = [run for run in runs if all(run is not one for one in judged)]
     judged.sort(key=lambda run: run.is_contended(clients))
     chosen, excluded = [judged[0]], []
     for run in judged[1:]:
@@ -116,15 +111,9 @@ def merge(runs: Sequence[MeasuredRun], clients: int) -> tuple[list[MeasuredRun],
             excluded.append(f"{run.name} ({what}): {reason}")
     excluded += [
         f"{run.name} ({what}): without a judged co-run, in favor of {judged[0].name}"
-        for run in runs
-        if not is_judged[run.name]
+        for run in others
     ]
     return chosen, excluded
-
-
-def clients_text(clients: int) -> str:
-    """`1 client`, `4 clients`."""
-    return f"{clients} client{'' if clients == 1 else 's'}"
 
 
 def _mismatch_reason(run: MeasuredRun, chosen: Sequence[MeasuredRun], clients: int) -> str | None:
@@ -146,13 +135,16 @@ def _mismatch_reason(run: MeasuredRun, chosen: Sequence[MeasuredRun], clients: i
     )
     if data:
         return f"older than {newest.name}: {data[0]}"
-    if run.knobs(clients) != newest.knobs(clients):
+    theirs, ours = (
+        [client.knobs for co_run in one.planned(clients)[:1] for client in co_run.clients]
+        for one in (run, newest)
+    )
+    if theirs != ours:
         return f"other settings of the mode than the newer {newest.name}"
-    for what, theirs in _compared(run).items():
-        ours = _compared(newest)[what]
-        if theirs != ours:
-            unlike = " and not ".join("unknown" if one is None else str(one)
-                                      for one in (theirs, ours))  # fmt: skip
+    before, now = _compared(run), _compared(newest)
+    for what in before:
+        if before[what] != now[what]:
+            unlike = f"{before[what] or 'unknown'} and not {now[what] or 'unknown'}"
             return f"older than {newest.name}, {what} {unlike}"
     return None
 
@@ -183,12 +175,34 @@ def _windows(run: MeasuredRun, clients: int) -> set[tuple[object, ...]]:
 
 def alone_of(
     run: MeasuredRun, every_run: Sequence[MeasuredRun], phase: Phase = PHASE_BASELINE
-) -> Alone:
+) -> Baselines:
     """Baselines of a run: pooled over its session, else its own before those that it reused.
 
     With `share_baseline` those of its own instances.
     """
-    session = [
+    members = [next(other for other in every_run if other.name == run.name)]
+    borrowed = None
+    if phase != PHASE_SHARE_BASELINE:
+        borrowed = baseline_run(run, every_run)
+        members = [*_session(run, every_run), *members]
+    is_member = borrowed is None or borrowed.name in {member.name for member in members}
+    found: dict[str, Alone] = {}
+    for source in [members] if borrowed is None or is_member else [[borrowed], members]:
+        repeats: dict[str, list[ClientRecord]] = {}
+        joules: dict[str, list[float | None]] = {}
+        for co_run, record in (pair for member in source for pair in member.good_alone(phase)):
+            repeats.setdefault(record.job_key, []).append(record)
+            energy = co_run.gpu.energy_joules if co_run.gpu else None
+            joules.setdefault(record.job_key, []).append(energy)
+        for job_key, records in repeats.items():
+            known = scores.all_known(joules[job_key])
+            found[job_key] = Alone(records, math.fsum(known) if known else None)
+    return found
+
+
+def _session(run: MeasuredRun, every_run: Sequence[MeasuredRun]) -> list[MeasuredRun]:
+    """The other runs of its session."""
+    return [
         other
         for other in every_run
         if other.name != run.name
@@ -196,29 +210,6 @@ def alone_of(
         and other.manifest.session == run.manifest.session
         and other.folder.parent == run.folder.parent
     ]
-    borrowed = baseline_run(run, every_run) if phase != PHASE_SHARE_BASELINE else None
-    whole = next(other for other in every_run if other.name == run.name)
-    members = [*session, whole] if phase != PHASE_SHARE_BASELINE else [whole]
-    is_member = borrowed is not None and borrowed.name in {member.name for member in members}
-    sources = [members] if borrowed is None or is_member else [[borrowed], members]
-    alone = Alone()
-    for source in sources:
-        repeats: dict[str, list[ClientRecord]] = {}
-        joules: dict[str, list[float | None]] = {}
-        for member in source:
-            energy = {
-                one.co_run: one.gpu and one.gpu.energy_joules for one in member.co_runs(phase)
-            }
-            for record in member.good_alone(phase):
-                repeats.setdefault(record.job_key, []).append(record)
-                joules.setdefault(record.job_key, []).append(energy[record.co_run])
-        alone.repeats |= repeats
-        alone.pooled |= {job_key: pooled(records) for job_key, records in repeats.items()}
-        alone.energy_joules |= {
-            job_key: None if None in values else math.fsum(values)
-            for job_key, values in joules.items()
-        }
-    return alone
 
 
 def baseline_run(run: MeasuredRun, every_run: Sequence[MeasuredRun]) -> MeasuredRun | None:
@@ -234,8 +225,6 @@ def baseline_run(run: MeasuredRun, every_run: Sequence[MeasuredRun]) -> Measured
         other
         for other in named
         if other.age[0] <= run.age[0]
-        and other.environment == run.environment
-        and _agree(other.versions, run.versions)
-        and _agree(other.engines(), run.engines())
+        and _agree(other.conditions, run.conditions, ("environment", "version", "engine"))
     ]
     return max(beside or earlier, key=lambda other: other.age, default=None)

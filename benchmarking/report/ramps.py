@@ -2,45 +2,48 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
 
 from benchmarking.metrics.breaking_point import breaking_point, saturation_count, sufficient_count
-from benchmarking.metrics.estimates import estimate
-from benchmarking.report.groups import Group, kind_of, mean_slowdown, plain
+from benchmarking.metrics.estimates import Estimate, estimate
+from benchmarking.modes.names import MODE_MIG
+from benchmarking.report.groups import Group, mean_slowdown, plain
 from benchmarking.report.rows import client_row
-from benchmarking.report.runs import MeasuredRun
+from benchmarking.report.runs import MeasuredRun, pressed_resource
 
 MISSING = "not measured"
 # A matrix of more jobs than these is read by nobody.
 MOST_JOBS = 50
 
 
-def find_ramps(groups: Sequence[Group], rows: Mapping[int, Mapping[str, Any]]) -> list[dict]:
+def find_ramps(groups: Sequence[Group]) -> list[dict[str, Any]]:
     """Every mode and mix that was measured at several counts of clients, copies of one another.
 
     One and four clients of a mix of four jobs are other jobs.
     """
     by_kind: dict[tuple[Any, ...], list[Group]] = {}
     for group in groups:
-        run = group.first
-        key = (run.mode, run.settings, run.manifest.mix, group.proportions())
-        by_kind.setdefault(key, []).append(group)
+        keys = [client.job_key for client in group.members]
+        unit = math.gcd(*map(keys.count, keys))
+        # The jobs' shares in lowest terms.
+        shares = frozenset((key, keys.count(key) // unit) for key in keys)
+        by_kind.setdefault((group.first.mode, group.first.settings, group.mix, shares), []).append(
+            group
+        )
     found = (sorted(members, key=lambda one: one.clients) for members in by_kind.values())
-    return [_ramp(members, rows) for members in found if len(members) > 1]
+    return [_ramp(members) for members in found if len(members) > 1]
 
 
-def _ramp(groups: Sequence[Group], rows: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+def _ramp(groups: Sequence[Group]) -> dict[str, Any]:
     co_runs, clients = [], []
     for one in (co_run for group in groups for co_run in group.co_runs):
-        name = f"{one.run.name}/{one.record.co_run}"  # two runs may name a co-run alike
-        co_runs.append(msgspec.structs.replace(one.record, co_run=name))
-        clients += [
-            msgspec.structs.replace(client, co_run=name, slowdown=one.slowdown(client))
-            for client in one.clients
-        ]
+        co_runs.append(msgspec.structs.replace(one.record, co_run=one.name))
+        clients += [msgspec.structs.replace(client, co_run=one.name) for client in one.clients]
     bounds = _bounds(groups)
     point = breaking_point(co_runs, clients, **bounds)
     for record in co_runs:  # the run itself saw more than the records hold
@@ -48,19 +51,16 @@ def _ramp(groups: Sequence[Group], rows: Mapping[int, Mapping[str, Any]]) -> dic
             kind, detail = (str(record.stop_reason.get(name)) for name in ("kind", "detail"))
             point |= {"criterion": kind.replace("_", " "), "detail": detail}
             break
-    stp = {
-        group.clients: row["stp"]
-        for group, row in ((group, rows[id(group)]) for group in groups)
-        if row["stp"] and row["outcome"] == "ok"
-    }
-    best = max(stp.values(), key=lambda found: found["mean"], default=None)
-    means = {group.clients: stp[group.clients]["mean"] if group.clients in stp else None
-             for group in groups}  # fmt: skip
-    near = {count: None if _is_under(found, best) else found["mean"]
-            for count, found in stp.items()}  # fmt: skip
+    stp = {one.clients: one.row["stp"] for one in groups
+           if one.row["outcome"] == "ok" and one.row["stp"]}  # fmt: skip
+    means = {one.clients: stp[one.clients]["mean"] if one.clients in stp else None
+             for one in groups}  # fmt: skip
+    best = max(stp, key=lambda count: stp[count]["mean"], default=None)
+    # Of those alone that were not shown to lie under the best one.
+    near = {count: means[count] for count in stp if best and not _is_under(stp[count], stp[best])}
     return {
-        **kind_of(groups[0].first),
-        "mix": groups[0].first.manifest.mix,
+        **groups[0].first.kind,
+        "mix": groups[0].mix,
         "clients": [group.clients for group in groups],
         "bounds": {name: value for name, value in bounds.items() if value is not None},
         "breaking_point": point,
@@ -71,7 +71,7 @@ def _ramp(groups: Sequence[Group], rows: Mapping[int, Mapping[str, Any]]) -> dic
 
 
 def _is_under(found: Mapping[str, Any], best: Mapping[str, Any]) -> bool:
-    """Whether a count's STP was shown to lie under the best one: both intervals lie apart."""
+    """Whether both intervals lie apart."""
     return found["is_interval"] and best["is_interval"] and found["high"] < best["low"]
 
 
@@ -87,41 +87,34 @@ def _bounds(groups: Sequence[Group]) -> dict[str, float | None]:
 
 def interference(groups: Sequence[Group], runs: Sequence[MeasuredRun]) -> list[dict[str, Any]]:
     """What each job felt next to each other one, by mode; a job next to itself pools both."""
-    matrices: dict[tuple[str, str, str], dict[str, Any]] = {}
-    for run in (run for run in runs if run.is_matrix):
-        matrix = matrices.setdefault(
-            (run.mode, run.settings, run.manifest.mix),
-            {
-                **kind_of(run),
-                "order": run.mode_order,
-                "mix": run.manifest.mix,
-                "jobs": {},
-                "latency_jobs": set(),
-                "of": {},
-            },
-        )
-        for client in (client for planned in run.planned(2) for client in planned.clients):
-            matrix["jobs"].setdefault(client.label)
-        matrix["latency_jobs"] |= {one.label for one in run.client_records if one.latency_ms}
+    measured: dict[tuple[str, str, str], dict[tuple[str, str], dict[str, Any]]] = {}
     for group in (group for group in groups if group.first.is_matrix):
-        run = group.first
-        mix = run.manifest.mix.split(": ")[0]
-        cells = matrices[(run.mode, run.settings, mix)]["of"]
-        cells |= {(cell["job"], cell["beside"]): cell for cell in _cells(group)}
-    return [
-        {
-            **{name: matrix[name] for name in ("mode", "settings", "variant", "mix")},
-            "latency_jobs": sorted(matrix["latency_jobs"] & matrix["jobs"].keys()),
-            "jobs_in_all": len(matrix["jobs"]),
-            "cells": [
-                matrix["of"].get((job, beside)) or _cell(job, beside, MISSING)
-                for job in [*matrix["jobs"]][:MOST_JOBS]
-                for beside in [*matrix["jobs"]][:MOST_JOBS]
-            ],
-        }
-        for matrix in sorted(matrices.values(), key=lambda one: (one["mix"], one["order"]))
-        if matrix["of"]
-    ]
+        key = (group.mix.split(": ")[0], group.first.mode, group.first.settings)
+        measured.setdefault(key, {}).update(_cells(group))
+    matrices: dict[tuple[str, str, str], list[MeasuredRun]] = {}
+    for run in (run for run in runs if run.is_matrix):
+        key = (run.manifest.mix, run.mode, run.settings)
+        if key in measured:
+            matrices.setdefault(key, []).append(run)
+    found = []
+    for key in sorted(matrices, key=lambda key: (key[0], matrices[key][0].mode_order)):
+        members, cells = matrices[key], measured[key]
+        jobs = list(dict.fromkeys(
+            client.label for run in members for planned in run.planned(2)
+            for client in planned.clients
+        ))  # fmt: skip
+        shown = jobs[:MOST_JOBS]
+        latency_jobs = {one.label for run in members for one in run.client_records
+                        if one.latency_ms}  # fmt: skip
+        found.append({
+            **members[0].kind,
+            "mix": key[0],
+            "latency_jobs": sorted(latency_jobs.intersection(jobs)),
+            "jobs_in_all": len(jobs),
+            "cells": [cells.get((job, beside)) or _cell(job, beside, MISSING)
+                      for job in shown for beside in shown],
+        })  # fmt: skip
+    return found
 
 
 def _cell(job: str, beside: str, outcome: str, **figures: Any) -> dict[str, Any]:
@@ -130,34 +123,94 @@ def _cell(job: str, beside: str, outcome: str, **figures: Any) -> dict[str, Any]
     return {"job": job, "beside": beside, "outcome": outcome, **unknown, **known, **figures}
 
 
-def _cells(group: Group) -> list[dict[str, Any]]:
+def _cells(group: Group) -> dict[tuple[str, str], dict[str, Any]]:
     """Both directions of one pair; one cell for a job next to itself."""
-    first, second = (client.label for client in group.co_runs[0].clients)
+    first, second = (client.label for client in group.members)
     if first == second:
-        return [_direction(group, first, second, (0, 1))]
-    return [_direction(group, first, second, (0,)), _direction(group, second, first, (1,))]
+        return {(first, first): _direction(group, first, second, (0, 1))}
+    return {
+        (first, second): _direction(group, first, second, (0,)),
+        (second, first): _direction(group, second, first, (1,)),
+    }
 
 
 def _direction(group: Group, job: str, beside: str, places: Sequence[int]) -> dict[str, Any]:
     """What `job` felt; `places` are the numbers of the clients that run it."""
-    outcome = next((one.record.outcome for one in group.co_runs if not one.is_ok), "ok")
-    run_ids = group.run_ids
-    if outcome != "ok":  # one that failed once has no figure, whatever its other repeats gave
-        return _cell(job, beside, outcome, run_ids=run_ids)
-    members = [(one, one.clients[place]) for one in group.co_runs for place in places]
-    row = client_row(members, "beside another", None)
-    alone = group.co_runs[0].alone.pooled.get(row["job_key"])
+    if group.broken:  # one that failed once has no figure, whatever its other repeats gave
+        return _cell(job, beside, group.broken.outcome, run_ids=group.run_ids)
+    copies = [(one, [one.clients[place] for place in places]) for one in group.co_runs]
+    row = client_row([(one, client) for one, clients in copies for client in clients],
+                     "beside another", None)  # fmt: skip
+    alone = group.co_runs[0].alone.get(row["job_key"])
     tail = row["tail_slowdown"]["99"]
-    felt = (mean_slowdown(one, [one.clients[place] for place in places]) for one in group.co_runs)
     return _cell(
         job,
         beside,
-        outcome,
-        slowdown=plain(estimate(felt)),
+        "ok",
+        slowdown=plain(estimate(mean_slowdown(clients) for _, clients in copies)),
         p99_ms=None if tail is None else row["latency"]["p99"],
         tail_slowdown=tail,
-        responses=min(row["responses"], len((alone and alone.latency_ms) or ())),
+        responses=min(row["responses"], len((alone and alone.pooled.latency_ms) or ())),
         stp=plain(estimate(one.summary.stp for one in group.co_runs)),
         is_unverified=any(one.is_unverified for one in group.co_runs),
-        run_ids=run_ids,
+        run_ids=group.run_ids,
     )
+
+
+# --- noisy neighbors --------------------------------------------------------------------------
+
+
+def noisy(groups: Sequence[Group]) -> list[dict[str, Any]]:
+    """Each job next to a neighbor that presses one resource: from which duty on a slice is better.
+
+    Under MIG the neighbor's duty changes little; where time slicing's or MPS's slowdown passes that
+    of the slice lies the break-even, interpolated between the measured duties (at 0 it is 1).
+    """
+    felt: dict[tuple[str, str], dict[str, dict[float, Estimate | None]]] = {}
+    for group in groups:
+        pressed = [pressed_resource(client.job_key) for client in group.members]
+        if group.clients != 2 or pressed.count(None) != 1:
+            continue
+        kind, duty = next(one for one in pressed if one is not None)
+        victim = group.members[pressed.index(None)]
+        members = group.of_client(victim.client)
+        by_mode = felt.setdefault((victim.label, kind), {})
+        by_mode.setdefault(group.first.variant, {})[duty] = estimate(
+            client.slowdown for one, client in members if one.is_ok
+        )
+    return [
+        {
+            "label": label,
+            "kind": kind,
+            "points": [
+                {"variant": variant, "duty": duty, "slowdown": plain(slowdown)}
+                for variant, by_duty in by_mode.items()
+                for duty, slowdown in sorted(by_duty.items())
+            ],
+            "break_even": [
+                {"variant": variant, **_break_even(by_duty, by_mode.get(MODE_MIG, {}))}
+                for variant, by_duty in by_mode.items()
+                if variant != MODE_MIG
+            ],
+        }
+        for (label, kind), by_mode in felt.items()
+    ]
+
+
+def _break_even(
+    by_duty: Mapping[float, Estimate | None], on_a_slice: Mapping[float, Estimate | None]
+) -> dict[str, Any]:
+    known = [found.mean for found in on_a_slice.values() if found]
+    if not known:
+        return {"duty": None, "reason": "not measured: no MIG"}
+    limit = statistics.fmean(known)
+    points = {0.0: 1.0} | {duty: found.mean for duty, found in by_duty.items() if found}
+    before, reached = 0.0, points[0.0]
+    if reached >= limit:
+        return {"duty": 0.0, "reason": None}
+    for duty, slowdown in sorted(points.items()):
+        if slowdown >= limit:
+            share = (limit - reached) / (slowdown - reached)
+            return {"duty": before + share * (duty - before), "reason": None}
+        before, reached = duty, slowdown
+    return {"duty": None, "reason": f"a slice is never better up to duty {before:g}"}

@@ -8,30 +8,29 @@ matplotlib and rich are imported where they are used.
 
 from __future__ import annotations
 
-import copy
 import re
-import shlex
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarking.report import charts, evidence, tables, wording
+from benchmarking.report import charts, tables, wording
 
 if TYPE_CHECKING:
     import jinja2
 
 Record = Mapping[str, Any]
-Charts = Sequence[Mapping[str, Sequence[charts.Picture]]]
+Charts = Mapping[str, Sequence[charts.Picture]]
 
 TEMPLATES = Path(__file__).parent / "templates"
 TITLE = "GPU sharing: what was found"
-NO_CHARTS: Mapping[str, Sequence[charts.Picture]] = {"compared": (), "pairs": (), "timelines": ()}
+NO_CHARTS: Charts = {"compared": (), "pairs": (), "timelines": ()}
+PRESSED = {"hbm": "the card's memory", "sm": "the card's multiprocessors", "pcie": "the bus"}
 
 
 def draw(
     comparison: Record, clients: Any, samples_of: Callable[[str], Sequence[Record]], folder: Path
-) -> list[dict[str, list[charts.Picture]]]:
+) -> list[Charts]:
     """Draw the charts of every section as PNG into a folder that is there, for the reports.
 
     `clients` is the comparison's table of clients, `samples_of(folder)` gives a run's GPU samples.
@@ -50,12 +49,12 @@ def draw(
     ]
 
 
-def render_html(comparison: Record, drawn: Charts = ()) -> str:
+def render_html(comparison: Record, drawn: Sequence[Charts] = ()) -> str:
     """The report as one self-contained page: no script, no network, charts inside as SVG."""
     return render_page("html", "report.j2", TITLE, context(comparison, drawn))
 
 
-def render_markdown(comparison: Record, drawn: Charts = ()) -> str:
+def render_markdown(comparison: Record, drawn: Sequence[Charts] = ()) -> str:
     """The report as Markdown; what it would take for HTML or a link stays text."""
     return render_page("md", "report.j2", TITLE, context(comparison, drawn))
 
@@ -76,15 +75,12 @@ def render_terminal(comparison: Record, width: int) -> str:
     say = sentences()
     parts: list[str | tables.Table] = []
     for section in context(comparison)["sections"]:
-        error = section["own_error"]
-        parts += [say.cpu_notice()] if section["cpu_demo"] else []
-        parts += [say.error_notice(section)] if error and error["is_over_limit"] else []
+        parts += say.notices(section).splitlines()
         for mix in section["mixes"] or [None]:
+            parts += [say.headline(section, mix), say.subject(section, mix)]
             if mix:
-                shown = first_table(mix, say.how_sure, "*{}")
-                parts += [say.headline(mix), say.subject(section, mix), shown]
+                parts.append(tables.first_table(mix, say.how_sure, "*{}"))
             else:
-                parts += [say.other_headline(section), say.section_title(section)]
                 parts += [tables.pair_matrix(section)] if section["pair_choices"] else []
                 parts += [tables.noisy(section)] if section["noisy"] else []
             said = facts(section, mix, say)
@@ -132,22 +128,15 @@ def environment(kind: str) -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    for function in (
-        wording.clients_text, wording.counted, wording.digits, wording.figure_text, wording.listed,
-        wording.milliseconds, wording.mode_name, wording.number, wording.once,
-        wording.sentence, wording.subject_text, tables.group_name,
-    ):  # fmt: skip
-        made.filters[function.__name__] = function
-    made.filters["shell_words"] = shlex.join
-    made.filters["drawing"] = Markup  # what matplotlib wrote
-    made.filters["code"] = markdown_code
-    made.tests["contains_item"] = lambda items, item: item in items
-    made.globals |= {
-        "tables": tables,
-        "evidence": evidence,
-        "first_table": first_table,
-        "facts": facts,
+    made.filters |= {function.__name__: function for function in wording.FILTERS}
+    made.filters |= {
+        "each": tables.each,
+        "tabulate": jinja2.pass_environment(tables.tabulate),
+        "drawing": Markup,  # what matplotlib wrote
+        "code": markdown_code,
     }
+    made.tests["contains_item"] = lambda items, item: item in items
+    made.globals |= {"tables": tables, "facts": facts}
     return made
 
 
@@ -170,59 +159,42 @@ def markdown_code(text: str) -> Any:
 # --- what the templates are filled with -----------------------------------------------------------
 
 
-def context(comparison: Record, drawn: Charts = ()) -> dict[str, Any]:
-    """The comparison's sections with their charts, mixes and counts of chosen pairs."""
-    made = copy.deepcopy(comparison)
-    for number, section in enumerate(made["sections"]):
-        section["charts"] = drawn[number] if drawn else NO_CHARTS
-        for group in section["groups"]:
-            costs = (group["cost_per_1000_work"], group["energy_cost_per_1000_work"])
-            group["has_price"] = costs != (None, None)
-        section["mixes"] = mixes_of(section)
-        section["noisy_worst"] = noisy_worst_of(section)
-        section["service_limits"] = [
-            f"{row['label']}, {row['where']}: {row['service']['limit']}"
-            for row in tables.service_rows(section)
-            if row["service"]["limit"]
-        ]
-        best = [choice["best"] if choice["verdict"] != "cannot tell" else None
-                for choice in section["pair_choices"]]  # fmt: skip
-        names = {mode["variant"]: tables.group_name(mode)
-                 for choice in section["pair_choices"] for mode in choice["modes"]}  # fmt: skip
-        section["pair_counts"] = [
-            (names.get(variant), count) for variant, count in Counter(best).most_common()
-        ]
-        section["pair_rounds"] = min(
-            (len(mode["estimate"]["values"]) for choice in section["pair_choices"]
-             for mode in choice["modes"] if mode["estimate"]), default=0,
-        )  # fmt: skip
-    return made
+def context(comparison: Record, drawn: Sequence[Charts] = ()) -> dict[str, Any]:
+    """The comparison, its sections with their charts, mixes, and what headlines count."""
+    sections = []
+    for number, section in enumerate(comparison["sections"]):
+        made = {**section, "charts": drawn[number] if drawn else NO_CHARTS}
+        made |= {"mixes": mixes_of(made), "noisy_worst": noisy_worst_of(made), **pairs_of(made)}
+        sections.append(made)
+    return {**comparison, "sections": sections}
 
 
-PRESSED = {"hbm": "the card's memory", "sm": "the card's multiprocessors", "pcie": "the bus"}
+def pairs_of(section: Record) -> dict[str, Any]:
+    """In how many pairs each mode is the one to choose, the most first, and of how many rounds."""
+    choices = section["pair_choices"]
+    best = (
+        None if one["verdict"] == "cannot tell" or not one["best"]
+        else wording.variant_name(one["best"], one)
+        for one in choices
+    )  # fmt: skip
+    found = (mode["estimate"] for mode in tables.each(choices, "modes"))
+    rounds = min((len(one["values"]) for one in found if one), default=0)
+    return {"pair_counts": Counter(best).most_common(), "pair_rounds": rounds}
 
 
 def noisy_worst_of(section: Record) -> dict[str, Any] | None:
     """The job that a noisy neighbor slows most, and the mode in which the same slows it least."""
     points = [
-        {**point, "label": one["label"], "resource": PRESSED.get(one["kind"], one["kind"])}
+        {**point, "label": one["label"], "resource": PRESSED.get(one["kind"], one["kind"]),
+         "mode_name": wording.mode_name(*point["variant"].partition(":")[::2])}
         for one in section["noisy"] for point in one["points"] if point["slowdown"]
     ]  # fmt: skip
     if not points:
         return None
     points.sort(key=lambda point: point["slowdown"]["mean"])
-    worst = points[-1]
-    place = ("label", "resource", "duty")
+    worst, place = points[-1], ("label", "resource", "duty")
     least = next(point for point in points if all(point[key] == worst[key] for key in place))
-    names = [wording.mode_name(*point["variant"].partition(":")[::2]) for point in (worst, least)]
-    return {
-        **worst,
-        "slowdown": worst["slowdown"]["mean"],
-        "rounds": len(worst["slowdown"]["values"]),
-        "mode_name": names[0],
-        "least": least["slowdown"]["mean"],
-        "least_name": names[1] if least is not worst else None,
-    }
+    return {**worst, "least": least if least is not worst else None}
 
 
 def mixes_of(section: Record) -> list[dict[str, Any]]:
@@ -231,45 +203,51 @@ def mixes_of(section: Record) -> list[dict[str, Any]]:
     `rows` are the conclusions that stand in its table, the whole card first; `names` the modes'
     names by variant, in the order of columns; `whole` the conclusion on work delivered.
     """
-    found: dict[tuple[str, int], list[Record]] = {}
-    for one in section["conclusions"]:
-        found.setdefault((one["mix"], one["clients"]), []).append(one)
-    mixes = [mix_of(section, *key, members) for key, members in found.items()]
+    found = dict.fromkeys((one["mix"], one["clients"]) for one in section["conclusions"])
+    mixes = [mix_of(section, *key) for key in found]
     # The one that says most comes first.
     mixes.sort(key=lambda mix: (len(mix["names"]), mix["rounds"] or 0), reverse=True)
     return [{**mix, "is_only": len(mixes) == 1, "is_first": mix is mixes[0]} for mix in mixes]
 
 
-def mix_of(section: Record, mix: str, clients: int, members: Sequence[Record]) -> dict[str, Any]:
+def mix_of(section: Record, mix: str, clients: int) -> dict[str, Any]:
     """What one mix's first screen shows."""
-    rows = [one for one in members if one["is_claim"]]
+
+    def its_own(name: str) -> list[Record]:
+        return [one for one in section[name] if (one["mix"], one["clients"]) == (mix, clients)]
+
+    rows = [one for one in its_own("conclusions") if one["is_claim"]]
     whole = next((one for one in rows if one["figure"] == "work"), None)
-    modes = [mode for one in rows for mode in one["modes"]]
+    modes = tables.each(rows, "modes")
     modes.sort(key=lambda mode: (wording.mode_order(mode["mode"]), mode["settings"]))
-    names = {mode["variant"]: tables.group_name(mode) for mode in modes}
-    measured = [mode for mode in whole["modes"] if mode["estimate"]] if whole else []
-    best = next((mode for mode in measured if mode["is_best"]), None)
-    best = best or (measured[0] if len(measured) == 1 else None)
+    names = {mode["variant"]: wording.group_name(mode) for mode in modes}
+    of_whole = whole["modes"] if whole else []
+    measured = [mode for mode in of_whole if mode["estimate"]]
+    best = next((mode for mode in measured if mode["is_best"] or len(measured) == 1), None)
     other: dict[str, list[str]] = {}
     for one in rows:
-        is_another = one["best"] != (whole or {}).get("best")
-        if one["verdict"] == "sure" and one is not whole and is_another:
+        is_another = one is not whole and one["best"] != (whole["best"] if whole else None)
+        if one["verdict"] == "sure" and is_another:
             other.setdefault(names[one["best"]], []).append(one["subject"])
-    worst = next((one for one in section["worst_slowdowns"]
-                  if (one["mix"], one["clients"]) == (mix, clients)), None)  # fmt: skip
     against_alone = [
-        pair for pair in (whole["pairs"] if whole else ())
+        pair
+        for pair in (whole["pairs"] if whole else ())
         if best and {pair["one"], pair["other"]} == {best["variant"], "alone"}
-    ]  # fmt: skip
+    ]
+    proofs = [
+        proof
+        for co_run in tables.each(section["runs"], "co_runs")
+        if (co_run["of"]["mix"], co_run["clients"], co_run["phase"]) == (mix, clients, "co_run")
+        for proof in co_run["proofs"]
+    ]
     return {
         "mix": mix,
         "clients": clients,
-        "rows": [row_of(one, names, section["cpu_demo"]) for one in rows],
+        "rows": [_row(one, names, section["cpu_demo"]) for one in rows],
         "names": names,
         "whole": whole,
         "best": best,
         "rounds": min((one["rounds"] for one in rows), default=None),
-        "best_name": best and names[best["variant"]],
         "tied": [names[mode["variant"]] for mode in measured
                  if mode["is_tied"] and not mode["is_best"]],
         "other_best": other,
@@ -277,60 +255,23 @@ def mix_of(section: Record, mix: str, clients: int, members: Sequence[Record]) -
             pair["verdict"] == "sure" and pair["better"] == "alone" for pair in against_alone
         ),
         "has_one_mode": len(measured) == 1,
-        "failed": {
-            names[mode["variant"]]: mode["reason"] for mode in (whole["modes"] if whole else ())
-            if not mode["estimate"] and mode["reason"]
-        },
-        "worst": worst and {**worst, "mode_name": names.get(worst["variant"], worst["variant"])},
-        "expectations": [
-            {**one, "mode_name": names.get(one["mode"], wording.mode_name(one["mode"])),
-             "found_name": names.get(one["found"], one["found"])}
-            for one in section["expectations"] if (one["mix"], one["clients"]) == (mix, clients)
-        ],
-        "groups": [group for group in section["groups"]
-                   if (group["mix"], group["clients"]) == (mix, clients)],
-        "proofs": proofs_of(section, mix, clients),
+        "failed": {names[mode["variant"]]: mode["reason"] for mode in of_whole
+                   if not mode["estimate"] and mode["reason"]},
+        "worst": next(iter(its_own("worst_slowdowns")), None),
+        "expectations": its_own("expectations"),
+        "priced": [one for one in its_own("groups") if one["cost_per_1000_work"] is not None
+                   or one["energy_cost_per_1000_work"] is not None],
+        "proofs": Counter(proof["verdict"] for proof in proofs),
         "pictures": [one for one in section["charts"]["compared"] if one.mix == mix],
         "is_cpu_demo": section["cpu_demo"],
     }  # fmt: skip
 
 
-def proofs_of(section: Record, mix: str, clients: int) -> Counter[str]:
-    """How many clients were measured under a mode, by what their proof says."""
-    return Counter(
-        proof["verdict"] or "unverified"
-        for run in section["runs"] if run["mix"] == mix
-        for co_run in run["co_runs"]
-        if co_run["phase"] == "co_run" and co_run["clients"] == clients
-        for proof in co_run["proofs"]
-    )  # fmt: skip
-
-
-def row_of(one: Record, names: Record, is_cpu_demo: bool) -> dict[str, Any]:
+def _row(one: Record, names: Mapping[str, str], is_cpu_demo: bool) -> dict[str, Any]:
     """A conclusion as a row of the first table: one mode alone is not the best of any."""
     modes = [{**mode, "is_best": mode["is_best"] and len(names) > 1} for mode in one["modes"]]
     verdict = None if is_cpu_demo else one["verdict"]  # the notice over all says it once
-    runner_up_name = names.get(one["runner_up"])
-    return {**one, "modes": modes, "verdict": verdict, "runner_up_name": runner_up_name}
-
-
-def first_table(mix: Record, how_sure: Callable[[Record], str], best: str) -> tables.Table:
-    """Rows: the whole card and each job; columns: each mode; the best marked, and how sure.
-
-    `best` is how a best value is written, as a format: `**{}**`.
-    """
-    rows = []
-    for one in mix["rows"]:
-        modes = {mode["variant"]: mode for mode in one["modes"]}
-        cells = []
-        for variant in mix["names"]:
-            mode = modes.get(variant) or {"estimate": None, "is_best": False}
-            text = wording.figure_text(one, mode["estimate"])
-            cells.append(best.format(text) if mode["is_best"] and mode["estimate"] else text)
-        rows.append(
-            [f"{wording.subject_text(one)}: {wording.figure_name(one)}", *cells, how_sure(one)]
-        )
-    return tables.Table(["", *mix["names"].values(), "how sure"], rows)
+    return {**one, "modes": modes, "verdict": verdict}
 
 
 def facts(section: Record, mix: Record | None, say: Any) -> dict[str, list[str]]:
@@ -341,7 +282,7 @@ def facts(section: Record, mix: Record | None, say: Any) -> dict[str, list[str]]
     found: dict[str, list[str]] = {}
     if mix and mix["worst"]:
         found["Worst slowdown"] = [say.worst(mix["worst"])]
-    if mix and mix["failed"]:
+    if mix:
         found["Did not work"] = [f"{name}: {why}." for name, why in mix["failed"].items()]
     if mix is None or mix["is_first"]:
         found["How many fit"] = [say.ramp_line(ramp) for ramp in section["ramps"]]
@@ -351,7 +292,7 @@ def facts(section: Record, mix: Record | None, say: Any) -> dict[str, list[str]]
             found["The method's own error"] = [say.own_error(section)]
     for one in mix["expectations"] if mix and not section["cpu_demo"] else ():
         title = {"guide": "The guide expects", "vendor": "Rule of thumb"}[one["source"]]
-        found.setdefault(title, []).append(say.expectation(one))
-    priced = [say.price(group) for group in mix["groups"] if group["has_price"]] if mix else []
-    found["Cost of 1,000 s of work"] = ["; ".join(priced)] if priced else []
+        found.setdefault(title, []).append(say.expectation(one, mix))
+    if mix and mix["priced"]:
+        found["Cost of 1,000 s of work"] = ["; ".join(map(say.price, mix["priced"]))]
     return {title: texts for title, texts in found.items() if texts}

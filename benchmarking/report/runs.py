@@ -18,7 +18,6 @@ from typing import Any, TypeVar
 import msgspec
 
 from benchmarking.measuring import baselines
-from benchmarking.metrics import scores
 from benchmarking.metrics.breaking_point import says_something_of_the_load
 from benchmarking.modes.names import (
     MODE_CPU_DEMO,
@@ -30,9 +29,8 @@ from benchmarking.modes.names import (
 from benchmarking.planning import limits
 from benchmarking.planning.plan import CARRIED_FIGURES
 from benchmarking.records import run_folder
-from benchmarking.records.run_folder import PHASE_BASELINE, PHASE_CO_RUN, pooled
+from benchmarking.records.run_folder import PHASE_BASELINE, PHASE_CO_RUN
 from benchmarking.records.types import ClientRecord, CoRunRecord, Manifest, MpsLimits, Phase
-from benchmarking.report.cleaning import cleaned
 
 _MODE_ORDER = (MODE_TIME_SLICING, MODE_MPS, MODE_MIG, MODE_EXCLUSIVE, MODE_CPU_DEMO)
 DEFAULT_TIMESLICE = "Default"
@@ -48,7 +46,14 @@ _NO_KNOBS = frozenset({
     "CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY", "CUDA_MPS_SM_PARTITION",
 })  # fmt: skip
 
-_T = TypeVar("_T")
+# By kind (`environment`, `version`, `engine`, `calibrated`) and name.
+Conditions = dict[str, dict[str, Any]]
+_Struct = TypeVar("_Struct", bound=msgspec.Struct)
+_Record = TypeVar("_Record", ClientRecord, CoRunRecord)
+
+
+class UsageError(Exception):
+    """There is nothing to report on, or nowhere to; the message is one sentence naming the fix."""
 
 
 class PlannedClient(msgspec.Struct, kw_only=True):
@@ -84,8 +89,15 @@ class PlannedCoRun(msgspec.Struct, kw_only=True):
     clients: list[PlannedClient]
 
 
-class UsageError(Exception):
-    """There is nothing to report on, or nowhere to; the message is one sentence naming the fix."""
+def pressed_resource(job_key: str) -> tuple[str, float] | None:
+    """What an antagonist presses and for which share of the time; `None` of other jobs."""
+    kind, duty = (re.search(rf"--{flag} (\S+)", job_key) for flag in ("kind", "duty"))
+    if not job_key.startswith("antagonist") or kind is None:
+        return None
+    try:
+        return kind.group(1), min(1.0, max(0.0, float(duty.group(1)))) if duty else 1.0
+    except ValueError:
+        return None
 
 
 @dataclass
@@ -108,17 +120,51 @@ class MeasuredRun:
         """The mode in force: `cpu-demo` without a GPU, whatever was asked for."""
         return self.manifest.effective_mode
 
+    @functools.cached_property
+    def _setting(self) -> tuple[str, str]:
+        """What the mode was set to, in words and as flags have it; empty where it was not set."""
+        if self.mode == MODE_TIME_SLICING:
+            slices = self.manifest.environment.timeslice or DEFAULT_TIMESLICE
+            is_usual = slices == DEFAULT_TIMESLICE
+            return ("", "") if is_usual else (f"{slices.lower()} slices", slices.lower())
+        if self.mode == MODE_MIG:
+            layout = self.manifest.mig_layout or []
+            return ", ".join(layout), ",".join(layout)
+        if self.mode != MODE_MPS:
+            return "", ""
+        told = self._limits
+        parts = (limits.shares_of(told), told.memory_limits, told.priorities)
+        flag = ",".join("/".join(values) for values in parts if values)
+        is_planned = any(client.knobs for co_run in self._planned for client in co_run.clients)
+        if not flag and is_planned:
+            return "limits of the plan", "plan"
+        return limits.describe(told), flag
+
+    @property
+    def _limits(self) -> MpsLimits:
+        return self.manifest.mps_limits or MpsLimits()
+
+    @property
+    def has_own_shares(self) -> bool:
+        """Whether its clients had a part of the card each, on which every job also ran alone."""
+        return self.mode == MODE_MIG or (self.mode == MODE_MPS and bool(self._limits.partitions))
+
     @property
     def settings(self) -> str:
         """What the mode was set to, in words; empty where it was left as it is."""
-        if self.mode == MODE_MPS:
-            return limits.describe(self._limits) or (
-                "limits of the plan" if self._has_knobs else ""
-            )
-        if self.mode == MODE_MIG:
-            return ", ".join(self.manifest.mig_layout or ())
-        slices = self.manifest.environment.timeslice if self.mode == MODE_TIME_SLICING else None
-        return f"{slices.lower()} slices" if slices and slices != DEFAULT_TIMESLICE else ""
+        return self._setting[0]
+
+    @property
+    def variant(self) -> str:
+        """Mode and limits in one name, as flags have it: `mps`, `mps:even`, `mps:50/25`."""
+        flag = self._setting[1]
+        is_named = flag and (self.mode != MODE_MIG or self.is_one_layout_of_several)
+        return f"{self.mode}:{flag}" if is_named else self.mode
+
+    @property
+    def kind(self) -> dict[str, str]:
+        """The mode in three ways."""
+        return {"mode": self.mode, "settings": self.settings, "variant": self.variant}
 
     @property
     def mode_order(self) -> tuple[int, str]:
@@ -126,72 +172,39 @@ class MeasuredRun:
         return (_MODE_ORDER.index(self.mode), self.settings)
 
     @property
-    def variant(self) -> str:
-        """Mode and limits in one name, as flags have it: `mps`, `mps:even`, `mps:50/25`."""
-        if self.mode == MODE_TIME_SLICING and self.settings:
-            return f"{self.mode}:{self.settings.removesuffix(' slices')}"
-        if self.mode == MODE_MIG and self.is_one_layout_of_several:
-            return f"{self.mode}:{self.settings.replace(' ', '')}"
-        if self.mode != MODE_MPS:
-            return self.mode
-        told = self._limits
-        parts = (limits.shares_of(told), told.memory_limits, told.priorities)
-        limited = ",".join("/".join(values) for values in parts if values)
-        limited = limited or ("plan" if self._has_knobs else "")
-        return f"{self.mode}:{limited}" if limited else self.mode
-
-    @property
-    def has_own_shares(self) -> bool:
-        """Whether its clients had a part of the card each, on which every job also ran alone."""
-        return self.mode == MODE_MIG or (self.mode == MODE_MPS and self._limits.partitions)
-
-    @property
-    def _limits(self) -> MpsLimits:
-        return self.manifest.mps_limits or MpsLimits()
-
-    @functools.cached_property
-    def _has_knobs(self) -> bool:
-        return any(client.knobs for co_run in self._planned for client in co_run.clients)
-
-    @property
     def age(self) -> tuple[str, str]:
         """Sort key by time of creation, oldest first."""
         return (self.manifest.created_at, self.name)
 
-    @property
-    def environment(self) -> dict[str, Any]:
-        """What must be alike for figures to be compared; versions, engine and precision apart.
+    @functools.cached_property
+    def conditions(self) -> Conditions:
+        """What must be alike for figures to be compared, as far as it is known.
 
-        The same rule decides which baselines may be reused. On the CPU the host is the device, so
-        its cores count too.
+        The same rule decides which baselines may be reused. A run that ended before any client was
+        ready knows no versions. On the CPU the host is the device, so its cores count too.
         """
-        here = self.manifest.environment
-        is_cpu_demo = self.mode == MODE_CPU_DEMO
-        return {
-            **{name: getattr(here, name) for name in baselines.COMPARED_FIELDS},
-            "job_size": self.manifest.job_size,
-            "is_cpu_demo": is_cpu_demo,
-            "host_cores": here.host_cores if is_cpu_demo else None,
-            "method": self.manifest.method,
-        }
-
-    @property
-    def versions(self) -> dict[str, Any]:
-        """Versions that count; a run that ended before any client was ready knows none."""
-        found = self.manifest.environment.versions
-        return {name: found[name] for name in baselines.COMPARED_VERSIONS if name in found}
-
-    def engines(self) -> dict[str, tuple[Any, Any]]:
-        """Engine and precision by workload, as the clients reported them at `ready`."""
-        found: dict[str, tuple[Any, Any]] = {}
+        here, is_cpu_demo = self.manifest.environment, self.mode == MODE_CPU_DEMO
+        versions = [name for name in baselines.COMPARED_VERSIONS if name in here.versions]
+        engines: dict[str, tuple[Any, Any]] = {}
         for record in self.client_records:
             if record.identity:
                 pair = (record.identity.get("engine"), record.identity.get("precision"))
-                found.setdefault(record.workload, pair)
-        return found
+                engines.setdefault(record.workload, pair)
+        return {
+            "environment": {
+                **{name: getattr(here, name) for name in baselines.COMPARED_FIELDS},
+                "job_size": self.manifest.job_size,
+                "is_cpu_demo": is_cpu_demo,
+                "host_cores": here.host_cores if is_cpu_demo else None,
+                "method": self.manifest.method,
+            },
+            "version": {name: here.versions[name] for name in versions},
+            "engine": engines,
+            "calibrated": self._calibrated(),
+        }
 
-    def carried(self) -> dict[str, str]:
-        """Work that was calibrated alone and then fixed, by flag, job and mix in words."""
+    def _calibrated(self) -> dict[str, str]:
+        """Work that was calibrated alone and then fixed, by flag, job and mix."""
         found = {}
         for client in (client for co_run in self._planned for client in co_run.clients):
             command = client.command
@@ -230,10 +243,14 @@ class MeasuredRun:
         verdicts = {record.proof.verdict for record in self.clients_of(co_run)}
         return co_run.outcome != "invalid" and "invalid" not in verdicts
 
-    def good_alone(self, phase: Phase = PHASE_BASELINE) -> list[ClientRecord]:
-        """Client records of the jobs alone that may serve as a reference."""
-        good = {one.co_run for one in self.co_runs(phase) if one.outcome == "ok"}
-        return [one for one in self.client_records if one.status == "ok" and one.co_run in good]
+    def good_alone(self, phase: Phase = PHASE_BASELINE) -> list[tuple[CoRunRecord, ClientRecord]]:
+        """The records of the jobs alone that may serve as a reference."""
+        good = {one.co_run: one for one in self.co_runs(phase) if one.outcome == "ok"}
+        return [
+            (good[one.co_run], one)
+            for one in self.client_records
+            if one.status == "ok" and one.co_run in good
+        ]
 
     def is_contended(self, clients: int) -> bool:
         """Whether other people's processes used the GPU at the time."""
@@ -250,10 +267,6 @@ class MeasuredRun:
     def planned(self, clients: int) -> list[PlannedCoRun]:
         """The plan's co-runs of that many clients."""
         return [co_run for co_run in self._planned if len(co_run.clients) == clients]
-
-    def knobs(self, clients: int) -> list[dict[str, str]]:
-        """Settings of the mode that each client was given, by client."""
-        return [client.knobs for one in self.planned(clients)[:1] for client in one.clients]
 
     @property
     def is_matrix(self) -> bool:
@@ -276,54 +289,13 @@ class MeasuredRun:
         names = dict.fromkeys(co_run.co_run for co_run in planned)
         mix = f"{self.manifest.mix}: {' beside '.join(jobs)}"
         plan = {"co_runs": msgspec.to_builtins(planned)}
+        co_runs = {record.co_run: record for record in self.co_runs()}
         return replace(
             self,
             manifest=msgspec.structs.replace(self.manifest, mix=mix, plan=plan),
             client_records=[one for name in names for one in self._by_co_run.get(name, [])],
-            co_run_records=[self._co_runs[name] for name in names if name in self._co_runs],
+            co_run_records=[co_runs[name] for name in names if name in co_runs],
         )
-
-    @functools.cached_property
-    def _co_runs(self) -> dict[str, CoRunRecord]:
-        return {record.co_run: record for record in self.co_runs()}
-
-
-def pressed_resource(job_key: str) -> tuple[str, float] | None:
-    """What an antagonist presses and for which share of the time; `None` of other jobs."""
-    kind, duty = (re.search(rf"--{flag} (\S+)", job_key) for flag in ("kind", "duty"))
-    if not job_key.startswith("antagonist") or kind is None:
-        return None
-    try:
-        return kind.group(1), min(1.0, max(0.0, float(duty.group(1)))) if duty else 1.0
-    except ValueError:
-        return None
-
-
-@dataclass
-class Alone:
-    """The jobs alone, by `job_key`: all repeats pooled, their energy, and each repeat by itself."""
-
-    pooled: dict[str, ClientRecord] = field(default_factory=dict)
-    energy_joules: dict[str, float | None] = field(default_factory=dict)
-    repeats: dict[str, list[ClientRecord]] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, records: Sequence[ClientRecord]) -> Alone:
-        """Repeats of one job."""
-        job_key = records[0].job_key
-        return cls({job_key: pooled(records)}, repeats={job_key: list(records)})
-
-    def slowdowns(self, job_key: str) -> list[float]:
-        """Seconds of a unit in each repeat, over those of all repeats: the baseline's own error."""
-        reference = self.pooled.get(job_key)
-        if reference is None:
-            return []
-        seconds = scores.unit_seconds(reference.units)
-        found = (
-            scores.normalized_progress(one.units, seconds)
-            for one in self.repeats[job_key]
-        )  # fmt: skip
-        return [1 / progress for progress in found if progress]
 
 
 # --- reading ----------------------------------------------------------------------------------
@@ -355,9 +327,9 @@ def read_results(results_dir: Path) -> Results:
     phases, bad_phases = run_folder.read_phases(results_dir)
     results = Results(
         runs=_named_by_path(results_dir, sorted(runs, key=lambda run: run.age)),
-        phases=[cleaned(msgspec.to_builtins(phase)) for phase in phases],
-        refusals=[cleaned(msgspec.to_builtins(refusal)) for refusal in refusals],
-        problems=[cleaned(text) for text in (*problems, *bad_phases, *bad_refusals)],
+        phases=cleaned(msgspec.to_builtins(phases)),
+        refusals=cleaned(msgspec.to_builtins(refusals)),
+        problems=cleaned([*problems, *bad_phases, *bad_refusals]),
     )
     if not runs:
         refused = (f"refused: {one['sentence']}" for one in reversed(results.refusals))
@@ -387,32 +359,25 @@ def _read_all(folders: Sequence[Path]) -> tuple[list[MeasuredRun], list[str]]:
 def read_run(folder: Path) -> MeasuredRun:
     """Read one run; raises `RunStoreError` when there is no manifest to be read."""
     run = run_folder.read_run(folder)
-    problems = list(run.warnings)
+    if len(run.client_records) + len(run.co_run_records) > MOST_RECORDS:
+        raise run_folder.RunStoreError(f"{folder} holds more than {MOST_RECORDS} records, skipped")
+    unreadable: dict[str, str] = {}
     try:
         manifest = _cleaned_struct(run.manifest)
     except ValueError as error:
         raise run_folder.RunStoreError(f"{folder}: its manifest holds {error}") from error
-    records: list[Any] = []
-    unreadable: dict[str, str] = {}
-    found = [*run.client_records, *run.co_run_records]
-    if len(found) > MOST_RECORDS:
-        raise run_folder.RunStoreError(f"{folder} holds more than {MOST_RECORDS} records, skipped")
-    for record in found:
-        try:
-            read = _cleaned_struct(record)
-            if isinstance(read, ClientRecord):
-                read.label = read.label or read.workload
-            records.append(read)
-        except ValueError as error:
-            unreadable[cleaned(record.co_run)] = str(error)
-    problems += [f"{name} excluded: it holds {why}" for name, why in unreadable.items()]
-    kept = [record for record in records if record.co_run not in unreadable]
+    clients = _cleaned_records(run.client_records, unreadable)
+    co_runs = _cleaned_records(run.co_run_records, unreadable)
+    for record in clients:
+        record.label = record.label or record.workload
+    problems = [*run.warnings, *(f"{name} excluded: it holds {why}"
+                                 for name, why in unreadable.items())]  # fmt: skip
     return MeasuredRun(
         name=manifest.run_id,
         folder=folder,
         manifest=manifest,
-        client_records=[one for one in kept if isinstance(one, ClientRecord)],
-        co_run_records=[one for one in kept if isinstance(one, CoRunRecord)],
+        client_records=[one for one in clients if one.co_run not in unreadable],
+        co_run_records=[one for one in co_runs if one.co_run not in unreadable],
         problems=[f"{manifest.run_id}: {cleaned(problem)}" for problem in problems],
     )
 
@@ -423,7 +388,18 @@ def read_samples(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
     return cleaned(msgspec.to_builtins(samples)), cleaned(warnings)
 
 
-def _cleaned_struct(value: _T) -> _T:
+def _cleaned_records(records: Sequence[_Record], unreadable: dict[str, str]) -> list[_Record]:
+    """The records that may be read; of the others the co-run is noted, and why."""
+    kept = []
+    for record in records:
+        try:
+            kept.append(_cleaned_struct(record))
+        except ValueError as error:
+            unreadable[cleaned(record.co_run)] = str(error)
+    return kept
+
+
+def _cleaned_struct(value: _Struct) -> _Struct:
     return msgspec.convert(cleaned(msgspec.to_builtins(value)), type(value))
 
 
@@ -437,3 +413,35 @@ def _named_by_path(results_dir: Path, runs: list[MeasuredRun]) -> list[MeasuredR
     if len(set(names)) < len(runs):  # a renamed folder bears another run's id
         names = paths
     return [replace(run, name=name) for run, name in zip(runs, names, strict=True)]
+
+
+# --- data from elsewhere without what would harm its reader -----------------------------------
+
+# Of texts so many characters are kept; what is measured here lies far within the numbers.
+LONGEST_TEXT = 10_000
+LARGEST, SMALLEST = 1e18, 1e-18
+DEEPEST = 50
+
+_LINE_BREAKS = re.compile(r"\s*[\t\n\v\f\r\x1c-\x1e\x85\u2028\u2029]+\s*")
+# Controls, and what turns the direction of writing.
+_UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def cleaned(value: Any, depth: int = 0) -> Any:
+    """Return plain data without what steers a terminal, breaks a line or overflows.
+
+    Raises `ValueError` for a number that nothing measures, and for what is nested too deeply.
+    """
+    if isinstance(value, str):
+        return _UNSAFE.sub("?", _LINE_BREAKS.sub(" ", value[:LONGEST_TEXT]))
+    if depth > DEEPEST:
+        raise ValueError("what is nested too deeply")
+    if isinstance(value, dict):
+        return {cleaned(key): cleaned(item, depth + 1) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [cleaned(item, depth + 1) for item in value]
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if not abs(value) <= LARGEST:
+            raise ValueError("a number beyond 1e18")
+        return value if abs(value) >= SMALLEST else 0
+    return value

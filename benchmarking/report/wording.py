@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -19,7 +20,14 @@ MODE_NAMES = {
     "exclusive": "exclusive",
     "cpu-demo": "CPU demo",
 }
-TAIL_PERCENTILES = (50, 95, 99)
+FIGURE_NAMES = {
+    "work": "work delivered",
+    "slowdown": "times as long",
+    "median_ms": "median response",
+    "energy_joules_per_work": "joules a second of work",
+}
+
+# --- names ----------------------------------------------------------------------------------------
 
 
 def mode_name(mode: str, settings: str = "") -> str:
@@ -28,15 +36,33 @@ def mode_name(mode: str, settings: str = "") -> str:
     if settings in ("even", "static partitions"):
         return f"{name} with {'even shares' if settings == 'even' else settings}"
     if mode == "mig":
-        slices = Counter(settings.split(", "))
-        settings = ", ".join(f"{n} x {one}" if n > 1 else one for one, n in slices.items())
+        settings = ", ".join(_with_counts(settings.split(", ")))
     return f"{name} ({settings})" if settings else name
+
+
+def group_name(record: Record) -> str:
+    """The mode of a group, a run or a matrix, with its settings."""
+    return mode_name(record["mode"], record["settings"])
+
+
+def variant_name(variant: str, record: Record) -> str:
+    """A variant's name among the modes of a conclusion; `alone` and the like stay as they are."""
+    names = {mode["variant"]: group_name(mode) for mode in record["modes"]}
+    return names.get(variant, variant)
 
 
 def mode_order(mode: str) -> tuple[int, str]:
     """Sort key of modes: the guide's order, then by name."""
     known = tuple(MODE_NAMES)
     return (known.index(mode) if mode in known else len(known), mode)
+
+
+def section_title(environment: Record) -> str:
+    """GPU, driver and job size of a section in a few words."""
+    size = f"job size {environment['job_size']}"
+    if environment["is_cpu_demo"]:
+        return f"CPU demonstration ({size})"
+    return f"{environment['gpu_name']}, driver {environment['driver_version']}, {size}"
 
 
 def clients_text(clients: int) -> str:
@@ -50,6 +76,46 @@ def subject_text(conclusion: Record) -> str:
     return conclusion["subject"] + (f" (x {copies})" if copies > 1 else "")
 
 
+def figure_name(conclusion: Record) -> str:
+    """A conclusion's figure in plain words."""
+    percent = conclusion.get("percent")
+    tail = f"p{percent:g} response" if percent else "response"
+    return FIGURE_NAMES.get(conclusion["figure"], tail)
+
+
+def listed(names: Iterable[str], last: str = "and") -> str:
+    """Names as a sentence lists them: `MPS, MIG and time slicing`."""
+    *first, end = names
+    return f"{', '.join(first)} {last} {end}" if first else end
+
+
+def counted(labels: Sequence[str]) -> str:
+    """Jobs as a sentence lists them, copies together: `6 x Batch inference and BERT`."""
+    return listed(_with_counts(labels))
+
+
+def _with_counts(names: Sequence[str]) -> list[str]:
+    return [f"{count} x {one}" if count > 1 else one for one, count in Counter(names).items()]
+
+
+def once(rounds: int) -> str:
+    """`once`, `twice`: how often something was seen that is no claim."""
+    return {1: "once", 2: "twice"}.get(rounds, f"{rounds} times")
+
+
+def sentence(text: str) -> str:
+    """The text with its first letter in upper case."""
+    return text[:1].upper() + text[1:]
+
+
+def shell_words(command: Sequence[Any] | None) -> str | None:
+    """A command as a shell takes it; `None` where none is known."""
+    return shlex.join(map(str, command or ())) or None
+
+
+# --- figures --------------------------------------------------------------------------------------
+
+
 def number(value: float | None, decimals: int = 2, unit: str = "") -> str:
     """A number for a table cell, an en dash when it is unknown."""
     if value is None or math.isnan(value):
@@ -58,6 +124,16 @@ def number(value: float | None, decimals: int = 2, unit: str = "") -> str:
         return significant(value)
     rounded = round(value, decimals) + 0.0  # no "-0"
     return f"{rounded:,.{decimals}f}{' ' + unit if unit else ''}"
+
+
+def digits(value: float | None) -> str:
+    """A number to three significant digits."""
+    return UNKNOWN if value is None else significant(value)
+
+
+def milliseconds(value: float | None) -> str:
+    """A duration in ms or s to three significant digits."""
+    return UNKNOWN if value is None else duration(value)
 
 
 def spread(found: Record | None, decimals: int = 2, write: Callable[..., str] | None = None) -> str:
@@ -72,87 +148,74 @@ def spread(found: Record | None, decimals: int = 2, write: Callable[..., str] | 
     return mean if len(found["values"]) < 2 else f"{mean} [{low}, {high}]"
 
 
-def milliseconds(value: float | None) -> str:
-    """A duration in ms or s to three significant digits."""
-    return UNKNOWN if value is None else duration(value)
-
-
-def digits(value: float | None) -> str:
-    """A number to three significant digits."""
-    return UNKNOWN if value is None else significant(value)
-
-
 def figure_text(conclusion: Record, found: Record | None, with_spread: bool = False) -> str:
     """A figure of a conclusion in its own unit."""
-    is_time = conclusion["figure"].endswith("_ms")
+    write = milliseconds if conclusion["figure"].endswith("_ms") else None
     decimals = 0 if conclusion["figure"].startswith("energy") else 2
     if with_spread:
-        return spread(found, decimals, milliseconds if is_time else None)
-    mean = found and found["mean"]
-    return milliseconds(mean) if is_time else number(mean, decimals)
+        return spread(found, decimals, write)
+    mean = found["mean"] if found else None
+    return write(mean) if write else number(mean, decimals)
 
 
-def figure_name(conclusion: Record) -> str:
-    """A conclusion's figure in plain words."""
-    names = {
-        "work": "work delivered",
-        "slowdown": "times as long",
-        "median_ms": "median response",
-        "energy_joules_per_work": "joules a second of work",
-    }
-    percent = conclusion.get("percent")
-    return names.get(conclusion["figure"], f"p{percent:g} response" if percent else "response")
+def interval_text(pair: Record) -> str:
+    """The difference of two modes in percent: `16.9 [16.5, 17.3]`."""
+    percent, low, high = (number(pair[part], 1) for part in ("percent", "low", "high"))
+    return percent if pair["low"] is None else f"{percent} [{low}, {high}]"
 
 
-def latency(row: Record) -> str:
+def p_text(value: float | None) -> str:
+    """A probability to three decimals."""
+    return "< 0.001" if value is not None and value < 0.001 else number(value, 3)
+
+
+def latency_text(row: Record) -> str | None:
     """p50, p95 and p99 of the raw values, an en dash for each that too few cannot tell."""
     if row["latency"] is None:
-        return UNKNOWN
-    found = [row["latency"][f"p{percent}"] for percent in TAIL_PERCENTILES]
+        return None
+    found = [row["latency"][f"p{percent}"] for percent in (50, 95, 99)]
     if None not in found:
         return durations(found)
-    text = " / ".join(milliseconds(value) for value in found)
-    return f"{text} (n = {row['responses'] + row['missed']})"
+    return f"{' / '.join(map(milliseconds, found))} (n = {row['responses'] + row['missed']})"
 
 
-def tail_slowdowns(row: Record) -> str:
+def tails_text(row: Record) -> str | None:
     """The same percentiles over those alone."""
-    tails = [row["tail_slowdown"][str(percent)] for percent in TAIL_PERCENTILES]
-    return UNKNOWN if tails == [None] * len(tails) else " / ".join(map(number, tails))
+    tails = row["tail_slowdown"].values()
+    return " / ".join(map(number, tails)) if any(tails) else None
 
 
-def slo(row: Record) -> str:
+def slo_text(row: Record) -> str | None:
     """`98.5 % in 50.0 ms`."""
-    if row["slo"] is None:
-        return UNKNOWN
-    return f"{row['slo']['percent']:.1f} % in {duration(row['slo']['bound_ms'])}"
+    slo = row["slo"]
+    return slo and f"{slo['percent']:.1f} % in {duration(slo['bound_ms'])}"
 
 
-def evidence_text(evidence: Any) -> str:
+def activity_text(gpu: Record) -> str | None:
+    """Activity in percent with its source: SM activity, else utilization, else the host CPU."""
+    sources = {
+        "sm_activity_percent": "SM",
+        "utilization_gpu_percent": gpu.get("utilization_source") or "",
+        "host_cpu_percent": "host CPU",
+    }
+    known = (name for name in sources if gpu.get(name) is not None)
+    return next((f"{gpu[name]:.0f} % {sources[name]}".strip() for name in known), None)
+
+
+def bounds_text(bounds: Record) -> str:
+    """The bounds that a ramp was given."""
+    return ", ".join(f"{name} {value:g}" for name, value in bounds.items()) or "none"
+
+
+def evidence_text(evidence: Record) -> str:
     """What showed that a mode was in force, and whether it did."""
-    if isinstance(evidence, Mapping):
-        mark = {True: "ok", False: "NOT ok"}.get(evidence.get("ok"), "unknown")
-        return f"{evidence.get('check')}: {evidence.get('found')} ({mark})"
-    return str(evidence)
+    mark = "unknown" if evidence["ok"] is None else "ok" if evidence["ok"] else "NOT ok"
+    return f"{evidence['check']}: {evidence['found']} ({mark})"
 
 
-def once(rounds: int) -> str:
-    """`once`, `twice`: how often something was seen that is no claim."""
-    return {1: "once", 2: "twice"}.get(rounds, f"{rounds} times")
-
-
-def listed(names: Iterable[str], last: str = "and") -> str:
-    """Names as a sentence lists them: `MPS, MIG and time slicing`."""
-    *first, end = names
-    return f"{', '.join(first)} {last} {end}" if first else end
-
-
-def counted(labels: Sequence[str]) -> str:
-    """Jobs as a sentence lists them, copies together: `6 x Batch inference and BERT`."""
-    counts = Counter(labels)
-    return listed([f"{count} x {one}" if count > 1 else one for one, count in counts.items()])
-
-
-def sentence(text: str) -> str:
-    """The text with its first letter in upper case."""
-    return text[:1].upper() + text[1:]
+# What a template may write behind a value.
+FILTERS = (
+    activity_text, bounds_text, clients_text, counted, digits, evidence_text, figure_name,
+    figure_text, group_name, interval_text, latency_text, listed, milliseconds, mode_name, number,
+    once, p_text, sentence, shell_words, slo_text, spread, subject_text, tails_text, variant_name,
+)  # fmt: skip
