@@ -25,7 +25,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,6 +45,7 @@ from benchmarking.cli import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
     EXIT_USAGE,
+    PROJECT_ROOT,
     OneLineParser,
     RunEnded,
     SuiteError,
@@ -53,15 +54,15 @@ from benchmarking.cli import (
 )
 from benchmarking.drivers.program import (
     UntilOver,
-    client_paths,
     exit_code_of,
+    launch,
     make_folder,
     resolve_jobs,
     write_report,
 )
-from benchmarking.measuring.client import Client, ClientResult, client_base_environment
+from benchmarking.measuring.client import Client, ClientResult
 from benchmarking.measuring.event_log import first_unit_end_seconds, last_event, tail_of
-from benchmarking.measuring.launcher import CoRunResult, FinishRule, Launcher, Timeouts
+from benchmarking.measuring.launcher import CoRunResult, FinishRule
 from benchmarking.measuring.proofs import judge_clients
 from benchmarking.measuring.sampler import Sampler
 from benchmarking.measuring.stop_signal import StopSignal
@@ -73,7 +74,7 @@ from benchmarking.planning.plan import PlannedClient, PlannedCoRun
 from benchmarking.planning.request import Request
 from benchmarking.planning.workloads import MIXES
 from benchmarking.records.run_folder import utc_now
-from benchmarking.suite.setup import PROJECT_ROOT, Setup, no_mps_folder, prepare
+from benchmarking.suite.setup import Setup, prepared
 
 NAME = "blast_radius"
 FAULT_CLIENT = "workloads/custom/fault_client.py"
@@ -161,8 +162,8 @@ def let_it_happen(options: argparse.Namespace, stop: StopSignal) -> int:
     )  # fmt: skip
     try:
         refuse_harm(options)
-        with no_mps_folder() as empty:
-            record |= measure(options, prepare(request, empty, os.environ, require_mode=True), stop)
+        with prepared(request) as setup:
+            record |= measure(options, setup, stop)
     except SuiteError as error:
         record["not_run"] = str(error)
         write_report(options.output_dir, NAME, record, markdown(record))
@@ -265,6 +266,11 @@ class Blast:
     works_seconds: float | None = None
     attempts: list[CoRunResult] = field(default_factory=list)
 
+    @property
+    def folder(self) -> Path:
+        """Where the clients' output goes."""
+        return self.options.output_dir / "clients"
+
     def run(self) -> CoRunResult:
         """Run neighbors, fault and newcomers by the suite's launcher; leave no process behind."""
         seen = None
@@ -277,7 +283,10 @@ class Blast:
 
         with ThreadPoolExecutor(1) as pool:
             try:
-                seen = self._launch(self.planned, "{}", READY_SECONDS, self.rule, before_go)
+                seen = launch(
+                    self.planned, self.folder, self.stop, say, self.rule, timeout=READY_SECONDS,
+                    before_go=before_go,
+                )  # fmt: skip
             finally:
                 # Where all have failed a new client may be yet to come; else there is no more.
                 if seen is None or seen.outcome != "failed":
@@ -318,25 +327,10 @@ class Blast:
         newcomer = dataclasses.replace(like, client=place.client + 1, environment=kept)
         alone = dataclasses.replace(self.planned, co_run="newcomer", clients=(newcomer,))
         rule = FinishRule(min_seconds=0.0, window_seconds=0.0, min_units=1)
-        return self._launch(alone, f"newcomer-{attempt}", NEWCOMER_SECONDS, rule, lambda _: None)
-
-    def _launch(
-        self,
-        planned: PlannedCoRun,
-        name: str,
-        timeout: float,
-        rule: FinishRule,
-        before_go: Callable[[list[Client]], None],
-    ) -> CoRunResult:
-        """Run clients by the suite's launcher; `name` of their files may hold the number."""
-        launcher = Launcher(
-            client_base_environment(os.environ), timeouts=Timeouts(timeout=timeout),
-            stop_signal=self.stop, say=say,
+        return launch(
+            alone, self.folder, self.stop, say, rule, timeout=NEWCOMER_SECONDS,
+            name=f"newcomer-{attempt}",
         )  # fmt: skip
-        folder = self.options.output_dir / "clients"
-        return launcher.run(
-            planned, lambda _, client: client_paths(folder, name.format(client)), rule, before_go
-        )
 
 
 def judge_neighbor(

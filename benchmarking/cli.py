@@ -8,11 +8,13 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from typing import TYPE_CHECKING, NoReturn
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 if TYPE_CHECKING:
     from benchmarking.records.types import RunOutcome
 
+PROJECT_ROOT = Path(__file__).resolve().parents[1]
 EXIT_COMPLETE, EXIT_FAILED, EXIT_USAGE, EXIT_NO_GPU = 0, 1, 2, 3
 EXIT_MODE_NOT_IN_FORCE, EXIT_INVALID, EXIT_INTERRUPTED = 4, 5, 130
 
@@ -20,7 +22,7 @@ EXIT_MODE_NOT_IN_FORCE, EXIT_INVALID, EXIT_INTERRUPTED = 4, 5, 130
 class SuiteError(Exception):
     """The run cannot be done as asked; the message names the fix."""
 
-    def __init__(self, message: str, exit_code: int) -> None:
+    def __init__(self, message: str, exit_code: int = EXIT_USAGE) -> None:
         """Keep the message and the exit code that belongs to it."""
         super().__init__(message)
         self.exit_code = exit_code
@@ -35,6 +37,13 @@ class RunEnded(Exception):
         self.outcome = outcome
         self.exit_code = exit_code
         self.reason = reason
+
+
+class SuiteEnd(NamedTuple):
+    """How a run of the suite ended: its exit code, and the last sentence of what it said."""
+
+    exit_code: int
+    reason: str | None
 
 
 class UsageExit(SystemExit):

@@ -15,19 +15,18 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarking.cli import EXIT_NO_GPU
 from benchmarking.drivers import driver_arguments as arguments
 from benchmarking.drivers.driver import Driver, driving, say
-from benchmarking.drivers.driver_arguments import EXIT_FAILED, EXIT_NO_GPU, SHARED_HELP, Refused
+from benchmarking.drivers.driver_arguments import SHARED_HELP
+from benchmarking.drivers.phases import PHASES_FILE, Phase, Phases
 from benchmarking.modes.mode_scripts import ModeScriptError
 from benchmarking.modes.names import MODE_MPS_PARTITIONS
-from benchmarking.records.writing import append_text
 
-SCRIPT, PHASES_FILE = "run_experiments.sh", "phases.jsonl"
+SCRIPT = "run_experiments.sh"
 HELP = f"""\
 Usage: ./run_experiments.sh [options]
 
@@ -90,7 +89,7 @@ def main() -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Return the checked options; raises `Refused`."""
+    """Return the checked options; raises `SuiteError`."""
     parser = arguments.DriverParser(SCRIPT, HELP, ["--noise-floor", "--full"])
     checks = {
         "--modes": _modes,
@@ -129,7 +128,7 @@ def _enabled_mode(name: str) -> str:
 
 
 def choose_workloads(driver: Driver) -> int:
-    """Return how many jobs run together; a layout has an instance for each. Raises `Refused`."""
+    """Return how many jobs run together; a layout has an instance for each. Raises `SuiteError`."""
     options = driver.options
     usual = 2 if options.mix in PAIRED_MIXES else driver.count_jobs() or 4
     layout = options.mig_layout
@@ -137,47 +136,6 @@ def choose_workloads(driver: Driver) -> int:
     if MIG in options.modes:
         driver.require_layout(workloads)
     return workloads
-
-
-@dataclass
-class Phase:
-    """A phase, and what became of it, as a line of phases.jsonl has it.
-
-    `name` is the mode with its limits; `rounds` are those that it has done.
-    """
-
-    phase: int
-    name: str
-    status: str = "ok"
-    reason: str = ""  # also what is to be known of one that went well
-    run_folder: str = ""
-    seconds: float = 0.0
-    rounds: int = 0
-    was_done_before: bool = False
-    is_noted: bool = False  # in phases.jsonl, as it is now
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def mode(self) -> str:
-        """The mode, its limits apart."""
-        return self.name.partition(":")[0]
-
-    @property
-    def is_open(self) -> bool:
-        """Whether there is something left to measure."""
-        return self.status == "ok" and not self.was_done_before and not self.is_noted
-
-    def end(self, status: str, reason: str) -> None:
-        """Say that it failed or was skipped, and why."""
-        self.status, self.reason, self.is_noted = status, reason, False
-
-    def row(self) -> dict[str, Any]:
-        """Return the line of phases.jsonl."""
-        reason = "; ".join(dict.fromkeys(filter(None, [self.reason, *self.notes])))
-        return {
-            "phase": self.phase, "name": self.name, "status": self.status, "reason": reason,
-            "run_folder": self.run_folder, "seconds": int(self.seconds),
-        }  # fmt: skip
 
 
 class Experiment:
@@ -190,8 +148,7 @@ class Experiment:
         self.workloads = workloads
         self.baseline: str | None = driver.options.baseline  # a run folder, once it is there
         self.gpu_is_unusable = False
-        self.failed_phases = 0
-        self._rows_before = self._read_rows()
+        self.phases = Phases(driver)
 
     def measure_rounds(self) -> None:
         """Measure each job alone and then together under each mode, in turns; note the phases."""
@@ -199,7 +156,7 @@ class Experiment:
         phases = [alone, *together]
         for phase in phases:
             if not phase.is_open:
-                self._finish(phase)
+                self.phases.finish(phase)
         if any(phase.is_open for phase in phases):
             begun = time.monotonic()
             rounds = self._plan_rounds([phase for phase in phases if phase.is_open])
@@ -211,11 +168,11 @@ class Experiment:
                     break
         for phase in phases:
             self._note_interruption(phase)
-            self._finish(phase)
+            self.phases.finish(phase)
 
     def _alone(self) -> Phase:
         """Phase 1: each job alone on the whole GPU, and the null."""
-        phase = self._phase(1, "baseline")
+        phase = self.phases.take(1, "baseline")
         reason = self.driver.modes.why_not("exclusive", 1) if self.driver.gpu else None
         if self.options.baseline is not None:
             phase.end("skipped", f"the baseline of {self.baseline} is used")
@@ -227,14 +184,12 @@ class Experiment:
 
     def _together(self) -> list[Phase]:
         """Phases 2 and 3; without a GPU one demonstration, whatever mode was asked for first."""
-        if self.driver.gpu is None:
-            demo = self._phase(2, self.driver.mode_name(self.options.modes[0]))
-            unusable = self._phase(3, MPS)
-            unusable.end("skipped", self._why_skipped(MPS) or "")
-            return [demo, unusable]
+        is_demo = self.driver.gpu is None
         asked = [mode for mode in self.options.modes if mode.partition(":")[0] == MPS]
-        phases = [self._phase(2, TIME_SLICING), *(self._phase(3, mode) for mode in asked or [MPS])]
-        for phase in phases:
+        first = self.driver.mode_name(self.options.modes[0]) if is_demo else TIME_SLICING
+        others = [MPS] if is_demo else asked or [MPS]
+        phases = [self.phases.take(2, first), *(self.phases.take(3, mode) for mode in others)]
+        for phase in phases[is_demo:]:
             reason = self._why_skipped(phase.name)
             if reason:
                 phase.end("skipped", reason)
@@ -253,8 +208,7 @@ class Experiment:
         wanted = self._wanted_rounds()
         if options.dry_run:
             return wanted
-        before = self._rounds_before()
-        if before:
+        if before := self._rounds_before():
             return before
         each = [self.driver.estimate(phase.name, self._flags(phase, wanted)) for phase in phases]
         known = [seconds for seconds in each if seconds is not None]
@@ -298,41 +252,52 @@ class Experiment:
         for mode, members in itertools.groupby(order, key=lambda phase: _enabled_mode(phase.name)):
             self._measure_mode(mode, list(members), number, rounds)
 
+    @property
+    def _is_stopped(self) -> bool:
+        return self.driver.interrupted is not None or self.gpu_is_unusable
+
     def _measure_mode(self, mode: str, phases: Sequence[Phase], number: int, rounds: int) -> None:
         """Put a mode in force for the phases that need it, and undo it."""
-        driver = self.driver
         phases = [phase for phase in phases if phase.is_open]
-        if not phases or driver.interrupted is not None or self.gpu_is_unusable:
+        if not phases or self._is_stopped:
             return
         failure = None
         try:
-            notes = driver.modes.enable(mode, self.workloads) if driver.gpu else []
+            notes = self.driver.modes.enable(mode, self.workloads) if self.driver.gpu else []
             for phase in phases:
                 phase.notes += notes
                 self._measure(phase, number, rounds)
         except ModeScriptError as error:
             failure = str(error)
-        failure = driver.undo_mode() or failure
+        failure = self.driver.undo_mode() or failure
         for phase in phases if failure else ():
             phase.end("failed", str(failure))
-            self._finish(phase)
+            self._note_end(phase, rounds)
 
     def _measure(self, phase: Phase, number: int, rounds: int) -> None:
-        """Run the suite for one round of a phase."""
+        """Run the suite for one round of a phase; for all of them under MIG."""
         driver, begun = self.driver, time.monotonic()
-        if driver.interrupted is not None or self.gpu_is_unusable:
+        if self._is_stopped:
             return
         driver.notes = []
         phase.run_folder = phase.name.replace(":", "-").replace("/", "-")
-        end = driver.run_round(phase.run_folder, self._flags(phase, rounds), number)
+        flags = self._flags(phase, rounds)
+        if phase.mode == MIG:
+            end = driver.run_suite(phase.run_folder, flags)
+        else:
+            end = driver.run_round(phase.run_folder, flags, number)
         phase.notes += driver.notes
         phase.rounds = number
         phase.seconds += time.monotonic() - begun
         if end.exit_code != 0:
-            phase.end("failed", end.reason)
+            phase.end("failed", str(end.reason))
         self.gpu_is_unusable |= end.exit_code == EXIT_NO_GPU
-        if phase.status != "ok" or number == rounds:
-            self._finish(phase)
+        self._note_end(phase, rounds)
+
+    def _note_end(self, phase: Phase, rounds: int) -> None:
+        """Note a phase as soon as it has come to its end, the MIG phase once that is undone."""
+        if phase.mode != MIG and (phase.status != "ok" or phase.rounds == rounds):
+            self.phases.finish(phase)
 
     def _flags(self, phase: Phase, rounds: int) -> list[str]:
         """Return what the suite is told; the same in every round."""
@@ -356,7 +321,10 @@ class Experiment:
                 flags += ["--window", together]
         if options.mix == "noisy" and not self._why_skipped(MIG):
             flags += ["--duty-steps"]  # from which on is a slice of its own better?
-        flags += [] if is_mig else ["--session", self.driver.session_name()]
+        if not is_mig:
+            flags += ["--session", self.driver.session_name()]
+        elif options.phase_minutes:
+            flags += ["--budget-minutes", options.phase_minutes]
         flags += ["--null"] if is_alone else []
         if mode == MPS and not is_alone:
             share = phase.name.partition(":")[2].replace("/", ",") or options.mps_percentage
@@ -376,43 +344,22 @@ class Experiment:
             return number == rounds
         for phase in phases:
             if phase.is_open:
-                left = (
-                    "round " + str(rounds)
-                    if number + 1 == rounds
-                    else (f"rounds {number + 1} to {rounds}")
-                )
+                is_last = number + 1 == rounds
+                left = f"round {rounds}" if is_last else f"rounds {number + 1} to {rounds}"
                 phase.notes.append(f"{left} left out: the budget of {minutes} minutes is spent")
         return True
 
     def measure_mig(self) -> None:
         """Phase 4: each job on a MIG instance of its own; a block, since its set-up is slow."""
-        phase, driver = self._phase(4, MIG), self.driver
+        phase, begun = self.phases.take(4, MIG), time.monotonic()
         say(f"\nPhase {phase.phase}: {phase.name}")
         reason = self._why_skipped(MIG)
-        begun = time.monotonic()
-        if phase.is_open and driver.interrupted is None and reason:
+        if phase.is_open and self.driver.interrupted is None and reason:
             phase.end("skipped", reason)
-        elif phase.is_open and driver.interrupted is None and not self.gpu_is_unusable:
-            driver.notes = []
-            try:
-                phase.notes += driver.modes.enable(MIG, self.workloads)
-                phase.run_folder, phase.rounds = MIG, 1
-                flags = self._flags(phase, self._wanted_rounds())
-                minutes = self.options.phase_minutes
-                flags += ["--budget-minutes", minutes] if minutes else []
-                end = driver.run_suite(MIG, flags)
-                if end.exit_code != 0:
-                    phase.end("failed", end.reason)
-                self.gpu_is_unusable |= end.exit_code == EXIT_NO_GPU
-            except ModeScriptError as error:
-                phase.end("failed", str(error))
-            failure = driver.undo_mode()
-            if failure:
-                phase.end("failed", failure)
-            phase.notes += driver.notes
+        self._measure_mode(MIG, [phase], 1, self._wanted_rounds())
         phase.seconds = time.monotonic() - begun
         self._note_interruption(phase)
-        self._finish(phase)
+        self.phases.finish(phase)
 
     def analyze(self) -> None:
         """Phase 5: make the report of what there is."""
@@ -420,66 +367,19 @@ class Experiment:
         say(f"\nPhase {phase.phase}: {phase.name}")
         if not self.options.dry_run and not any(Path(self.driver.output).glob("*/manifest.json")):
             phase.end("skipped", "no phase left a run")
-        else:
-            reason = self.driver.analyze()
-            if reason:
-                phase.end("failed", reason)
+        elif reason := self.driver.analyze():
+            phase.end("failed", reason)
         phase.seconds = time.monotonic() - begun
-        self._finish(phase)
-
-    def _phase(self, number: int, name: str) -> Phase:
-        row = self._rows_before.get((number, name), {})
-        return Phase(number, name, was_done_before=row.get("status") == "ok")
+        self.phases.finish(phase)
 
     def _note_interruption(self, phase: Phase) -> None:
         if not phase.is_open:
             return
-        if self.driver.interrupted is not None and phase.rounds == 0:
-            phase.end("skipped", "interrupted before it began")
-        elif self.driver.interrupted is not None:
-            phase.end("failed", "interrupted")
+        if self.driver.interrupted is not None:
+            skipped = ("skipped", "interrupted before it began")
+            phase.end(*(("failed", "interrupted") if phase.rounds else skipped))
         elif self.gpu_is_unusable and phase.rounds == 0:
             phase.end("skipped", "the GPU cannot be used")
-
-    def _finish(self, phase: Phase) -> None:
-        """Say what became of a phase and append it to phases.jsonl; raises `Refused`."""
-        if phase.was_done_before and not phase.is_noted:
-            say(f"Phase {phase.phase}: {phase.name}: done before")
-        if phase.was_done_before or phase.is_noted:
-            phase.is_noted = True
-            return
-        phase.is_noted = True
-        self.failed_phases += phase.status == "failed"
-        row = phase.row()
-        if not self.options.dry_run or phase.status != "ok":
-            why = f" ({row['reason']})" if row["reason"] else ""
-            say(f"Phase {phase.phase}: {phase.name}: {phase.status}{why}")
-        if self.options.dry_run:
-            return
-        output = self.driver.output
-        if not os.path.exists(os.path.join(output, phase.run_folder)):
-            row["run_folder"] = ""
-        try:
-            append_text(Path(output, PHASES_FILE), json.dumps(row, separators=(",", ":")))
-        except OSError:
-            raise Refused(
-                EXIT_FAILED,
-                f"cannot write {output}/{PHASES_FILE}; make room or bring it back, then "
-                f"{self.driver.resume_command()}",
-            ) from None
-
-    def _read_rows(self) -> dict[tuple[int, str], dict[str, Any]]:
-        """Return the phases of a run that goes on; of each the last whole line counts."""
-        rows: dict[tuple[int, str], dict[str, Any]] = {}
-        if not self.options.resumed:
-            return rows
-        with contextlib.suppress(OSError):
-            text = Path(self.driver.output, PHASES_FILE).read_text(errors="replace")
-            for line in text.splitlines():
-                with contextlib.suppress(ValueError, TypeError, KeyError):
-                    row = json.loads(line)
-                    rows[row["phase"], row["name"]] = row
-        return rows
 
     def exit_code(self) -> int:
         """Say where the results are; return the exit code of the whole."""
@@ -487,7 +387,7 @@ class Experiment:
             return 0
         say(f"\nResults: {self.driver.output} ({PHASES_FILE} says what each phase did)")
         self.driver.leave_interrupted()
-        return EXIT_NO_GPU if self.gpu_is_unusable else int(self.failed_phases > 0)
+        return EXIT_NO_GPU if self.gpu_is_unusable else int(self.phases.failed > 0)
 
 
 if __name__ == "__main__":

@@ -34,21 +34,21 @@ from benchmarking.cli import (
     EXIT_COMPLETE,
     EXIT_FAILED,
     EXIT_INTERRUPTED,
+    PROJECT_ROOT,
     OneLineParser,
     RunEnded,
     positive_int,
 )
 from benchmarking.drivers.program import (
-    ScriptFailedError,
     exit_code_of,
     make_folder,
     markdown_table,
-    run_script,
     write_report,
 )
 from benchmarking.hardware import nvml
 from benchmarking.measuring import proofs
 from benchmarking.measuring.card import find_gpu
+from benchmarking.measuring.jobs import ScriptFailedError, run_script
 from benchmarking.measuring.stop_signal import StopSignal
 from benchmarking.metrics.number_text import duration, significant
 from benchmarking.planning.request import Request
@@ -369,7 +369,10 @@ class SpeedTable:
             raise ScriptFailedError(f"{script} printed no JSON: {answer[:200]!r}") from error
 
     def _run(self, command: Sequence[str], environment: Mapping[str, str]) -> str:
-        return run_script(command, environment, self._stop, self._options.timeout)
+        script, *arguments = command
+        words = [sys.executable, str(PROJECT_ROOT / script), *arguments]
+        variables = {**os.environ, **environment}
+        return run_script(words, variables, self._stop, self._options.timeout)
 
 
 def say(text: str) -> None:

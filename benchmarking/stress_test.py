@@ -13,15 +13,10 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarking.cli import EXIT_FAILED, EXIT_NO_GPU, SuiteEnd, SuiteError
 from benchmarking.drivers import driver_arguments as arguments
-from benchmarking.drivers.driver import Driver, SuiteEnd, driving, say
-from benchmarking.drivers.driver_arguments import (
-    EXIT_FAILED,
-    EXIT_NO_GPU,
-    SHARED_HELP,
-    Refused,
-    UsageError,
-)
+from benchmarking.drivers.driver import Driver, driving, say
+from benchmarking.drivers.driver_arguments import SHARED_HELP, UsageError
 from benchmarking.modes.names import MODE_MPS_PARTITIONS
 
 SCRIPT = "stress_test.sh"
@@ -76,7 +71,7 @@ def main() -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Return the checked options; raises `Refused`."""
+    """Return the checked options; raises `SuiteError`."""
     parser = arguments.DriverParser(SCRIPT, HELP, ["--until-break", "--no-bisect"])
     above_0 = arguments.matching(arguments.ABOVE_0, "a number above 0")
     checks = {
@@ -110,7 +105,7 @@ def jobs_of(options: argparse.Namespace) -> list[str]:
 
 
 def counts_of(driver: Driver) -> list[int]:
-    """Return how many jobs are tried at once, the largest last; raises `Refused`."""
+    """Return how many jobs are tried at once, the largest last; raises `SuiteError`."""
     options = driver.options
     size = driver.count_jobs() or GROUPS[options.mix or "training"]
     maximum = int(options.maximum or max(size, 8 // size * size))
@@ -121,7 +116,7 @@ def counts_of(driver: Driver) -> list[int]:
 
 
 def require_mode(driver: Driver, maximum: int) -> None:
-    """Raise `Refused` where the mode cannot be used here.
+    """Raise `SuiteError` where the mode cannot be used here.
 
     What another run has left behind may stand in the way until `prepare` has undone it.
     """
@@ -130,7 +125,7 @@ def require_mode(driver: Driver, maximum: int) -> None:
         return
     reason = driver.modes.why_not(mode, maximum)
     if reason:
-        raise Refused(EXIT_FAILED, f"{mode} cannot be used: {reason}")
+        raise SuiteError(f"{mode} cannot be used: {reason}", EXIT_FAILED)
 
 
 def ramp_up(driver: Driver, counts: list[int]) -> tuple[SuiteEnd, bool]:
@@ -156,7 +151,7 @@ def ramp_up(driver: Driver, counts: list[int]) -> tuple[SuiteEnd, bool]:
 
 
 def finish(driver: Driver, end: SuiteEnd, *, went_well: bool) -> int:
-    """Say where the report is; return the exit code of the whole. Raises `Refused`."""
+    """Say where the report is; return the exit code of the whole. Raises `SuiteError`."""
     if driver.options.dry_run:
         return 0
     # A run that was interrupted or broke at once may have none.
@@ -169,10 +164,10 @@ def finish(driver: Driver, end: SuiteEnd, *, went_well: bool) -> int:
     if end.exit_code in (0, EXIT_NO_GPU):
         return end.exit_code
     # A disk that is full says nothing of how many jobs the GPU supports.
-    could_not_write = end.reason.startswith("cannot write to ")
+    could_not_write = str(end.reason).startswith("cannot write to ")
     if end.exit_code == EXIT_FAILED and not could_not_write and broke_under_load(driver.output):
         return 0
-    raise Refused(EXIT_FAILED, f"{end.reason} before anything could be compared")
+    raise SuiteError(f"{end.reason} before anything could be compared", EXIT_FAILED)
 
 
 def broke_under_load(output: str) -> bool:

@@ -55,14 +55,14 @@ from benchmarking.planning.workloads import PAIRED_MIXES
 from benchmarking.records.run_folder import (
     MANIFEST_FILE,
     RunStoreError,
-    is_held,
     resolve_run,
     utc_now,
     write_json_atomic,
 )
+from benchmarking.records.writing import is_held
 from benchmarking.suite.resume import read_earlier
 from benchmarking.suite.session import run_suite
-from benchmarking.suite.setup import no_mps_folder, prepare
+from benchmarking.suite.setup import prepared
 from benchmarking.sweep_report import (
     INTERRUPTED,
     NOT_RUN,
@@ -299,8 +299,8 @@ class SweepRun:
         else:
             words = [*options.suite, *self._knob.suite_words(options.values[0])]
             request = flags.request_from(flags.parse_arguments(words))
-            with no_mps_folder() as folder:
-                prepare(request, folder, os.environ, require_mode=True)
+            with prepared(request):
+                pass
         self._baseline: Path | None = None
         if options.request.baseline is not None:
             self._baseline = resolve_run(options.request.baseline, options.request.results_dir)

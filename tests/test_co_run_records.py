@@ -12,15 +12,14 @@ import pytest
 from msgspec.structs import asdict, replace
 from recorded_rows import client, co_run
 
+from benchmarking.measuring import baselines, sampler
 from benchmarking.measuring import co_run_records as records
-from benchmarking.measuring import sampler
 from benchmarking.measuring.client import ClientResult
 from benchmarking.measuring.launcher import CoRunResult
 from benchmarking.measuring.progress import Progress
 from benchmarking.planning.plan import PlannedClient, PlannedCoRun
 from benchmarking.records import run_folder
 from benchmarking.records.types import ClientRecord, Environment, Manifest, Proof
-from benchmarking.suite import baselines
 
 
 def co_run_of(outcome: str, *clients: ClientResult, phase: str = "co_run") -> CoRunResult:
@@ -78,8 +77,8 @@ def test_a_co_run_that_lost_its_mode_is_invalid() -> None:
     seen = co_run_of("ok", client)
     row = records.client_record(seen, client, PROVED, None, None)
     record = records.co_run_record(
-        seen, [row], None, mode_failure="the daemon is gone", baselines={"job": row},
-        energy_alone_joules={},
+        seen, [row], None, mode_failure="the daemon is gone",
+        reference=records.Reference(whole={"job": row}),
     )  # fmt: skip
     assert (record.outcome, record.reason) == ("invalid", "the daemon is gone")
     assert record.summary.stp is None

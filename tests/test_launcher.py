@@ -134,7 +134,8 @@ def test_counting_opens_for_all_at_once_some_time_after_go_and_lasts_a_job_of_th
     assert 0.3 < result.window_start_seconds - went < 0.6
     assert result.settle_seconds == 0.4
     longest = max(result.clients[1].job_seconds)
-    assert longest <= window_seconds(result) < 1.5 * longest
+    # The longest of all jobs, of which a later one may be a moment longer than the one waited for.
+    assert 0.9 * longest < window_seconds(result) < 1.5 * longest
     # Units in hand at the end come to theirs next to the same neighbors.
     for client in result.clients:
         _, start, duration = list(event_log.unit_spans(client.events))[-1]

@@ -9,6 +9,8 @@ import pytest
 from benchmarking.modes.mig import MigMode
 from benchmarking.modes.sharing_mode import ModeNotInForceError
 from benchmarking.planning import limits, plan
+from benchmarking.planning.request import Request
+from benchmarking.planning.workloads import SIZE_GUIDE
 
 LAYOUT = ("2g.20gb", "1g.10gb", "1g.10gb")
 INSTANCES = [
@@ -43,13 +45,10 @@ def test_a_client_past_an_instance_that_vanished_gets_none_of_another_size():
 
 def test_a_job_on_instances_of_unlike_size_has_no_baseline_on_its_instance():
     jobs = ("resnet_training", "batch_inference", "resnet_training")
-    clients = [plan.planned_client(i, jobs[i], plan.JobOptions()) for i in range(3)]
-    co_runs = plan.counted_co_runs(
-        "mig", lambda n: clients[:n], name="mixed", counts=(3,), repeats=1
-    )
-    laid_out = plan.build_plan(
-        "mig", clients, co_runs, whole_gpu_baseline=False, share_baseline=True
-    )
+    clients = [plan.planned_client(i, jobs[i], Request(), SIZE_GUIDE) for i in range(3)]
+    co_run = plan.PlannedCoRun("mixed-3-r0", "co_run", "mig", 0, tuple(clients))
+    alone = plan.baselines_of(clients, "share_baseline", "mig")
+    laid_out = plan.Plan(alone, (co_run,))
     kept, unlike = plan.without_unlike_shares(laid_out, LAYOUT)
     assert [run.clients[0].workload for run in kept.baseline] == ["batch_inference"]
     assert unlike == ["ResNet50 training"]

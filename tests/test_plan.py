@@ -5,26 +5,25 @@ from __future__ import annotations
 import json
 
 import pytest
-from conftest import PROJECT_ROOT
 
 from benchmarking.planning import plan
-from benchmarking.planning.plan import JobOptions, Plan
-from benchmarking.planning.workloads import WORKLOADS
+from benchmarking.planning.plan import Plan
+from benchmarking.planning.request import Request
+from benchmarking.planning.workloads import SIZE_GUIDE, WORKLOADS
 
 FOUR = ["resnet_training", "batch_inference", "jupyter_simulation", "bert_training"]
 
 
 def clients(mix: str, count: int = 1, **options: object) -> tuple[plan.PlannedClient, ...]:
-    return plan.mix_clients(mix, count, JobOptions(**options, root=str(PROJECT_ROOT)))
+    size = str(options.pop("size", SIZE_GUIDE))
+    return plan.clients_of(Request(mix=mix, **options), count, size)
 
 
 def build(
     mode: str, mix: str = "mixed", counts: tuple[int, ...] = (4,), repeats: int = 1, **more: object
 ) -> Plan:
-    co_runs = plan.counted_co_runs(
-        mode, lambda n: clients(mix, n), name=mix, counts=counts, repeats=repeats
-    )
-    return plan.build_plan(mode, clients(mix, max(counts)), co_runs, **more)
+    request = Request(mode=mode, mix=mix, counts=counts, repeats=repeats, **more)
+    return plan.build_plan(request, mode, SIZE_GUIDE, has_own_shares=mode == "mig")
 
 
 # --- jobs -----------------------------------------------------------------------------------------
@@ -97,13 +96,13 @@ def test_each_distinct_job_has_one_baseline_and_counts_and_repeats_make_one_co_r
         ("mixed-4-r0", 4), ("mixed-4-r1", 4), ("mixed-8-r0", 8), ("mixed-8-r1", 8)]  # fmt: skip
     assert build("exclusive").co_runs == ()
     members = [clients("training")[0], clients("training", size="quick")[0]]
-    names = [run.co_run for run in plan.build_plan("mps", members, []).baseline]
+    names = [run.co_run for run in plan.baselines_of(members, "baseline", "mps")]
     assert names == ["baseline-resnet_training", "baseline-resnet_training-2"]
 
 
 @pytest.mark.parametrize("mode", ["time-slicing", "mps", "mig"])
 def test_the_saved_plan_shows_each_clients_index_and_0_for_every_job_alone(mode: str) -> None:
-    layout = build(mode, counts=(2, 8), repeats=2, share_baseline=mode == "mig")
+    layout = build(mode, counts=(2, 8), repeats=2)
     saved = json.loads(json.dumps(layout.to_dict()))
     assert {"client", "workload", "label", "command", "environment", "job_key", "co_run"} <= set(
         saved["baseline"][0]

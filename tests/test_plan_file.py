@@ -8,16 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from benchmarking.planning.own_jobs import plan_clients, plan_of_jobs
-from benchmarking.planning.plan import JobOptions, PlannedClient
+from benchmarking.planning.plan import PlannedClient, clients_of
 from benchmarking.planning.plan_file import (
     PlanFile,
     PlanFileError,
     parse_plan,
+    plan_of_jobs,
     read_plan_file,
     text_hash,
 )
 from benchmarking.planning.redaction import looks_secret
+from benchmarking.planning.request import Request
+from benchmarking.planning.workloads import SIZE_GUIDE
 from benchmarking.suite.session import run_suite
 
 COMMAND = '[[client]]\ncommand = "true"\n'
@@ -37,7 +39,7 @@ def mistakes(folder: Path, text: str) -> list[str]:
 
 
 def clients(plan: PlanFile, count: int, **options: str) -> tuple[PlannedClient, ...]:
-    return plan_clients(plan, count, JobOptions(**options, root="/p"))
+    return clients_of(Request(plan_file=plan, **options), count, SIZE_GUIDE)
 
 
 def test_a_workload_of_ours_gets_the_plans_flags_last(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from made_up_reports import section
 from recorded_rows import client, co_run, plain
 
 from benchmarking.modes import names
-from benchmarking.records import files, run_folder, schema, types
+from benchmarking.records import files, run_folder, schema, types, writing
 from benchmarking.report.runs import read_run
 
 MANIFEST = {"mode": "mps", "effective_mode": "mps", "mix": "mixed", "plan": {}, "notes": []}
@@ -287,10 +287,10 @@ def test_of_two_lines_of_a_phase_the_later_counts_and_those_not_as_published_are
 
 def test_a_refusal_is_appended_behind_a_truncated_one(tmp_path: Path) -> None:
     folder = tmp_path / "new"
-    run_folder.append_refusal(folder, ["a"], 3, "first")
+    writing.append_refusal(folder, ["a"], 3, "first")
     path = folder / run_folder.REFUSALS_FILE
     path.write_bytes(path.read_bytes()[:-5])
-    run_folder.append_refusal(folder, ["b", "c d"], 4, "second")
+    writing.append_refusal(folder, ["b", "c d"], 4, "second")
     (refusal,), (warning,) = run_folder.read_refusals(folder)
     assert (refusal.command, refusal.exit_code) == (["b", "c d"], 4)
     assert "line 1 is truncated" in warning
@@ -366,7 +366,7 @@ def test_a_run_is_for_its_user_alone(tmp_path: Path) -> None:
         run = new_run(tmp_path)
         run.append_record(struct(co_run("c")))
         run.save_plan_file("x")
-        run_folder.append_refusal(tmp_path, ["a"], 3, "x")
+        writing.append_refusal(tmp_path, ["a"], 3, "x")
     finally:
         os.umask(before)
     assert stat.S_IMODE(run.folder.stat().st_mode) == 0o700

@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import fcntl
 import json
 import os
-import re
 import select
 import shlex
 import signal
@@ -26,14 +24,18 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
-from benchmarking.drivers.driver_arguments import (
+from benchmarking.cli import (
     EXIT_FAILED,
+    EXIT_INTERRUPTED,
     EXIT_USAGE,
+    SuiteEnd,
+    SuiteError,
+)
+from benchmarking.drivers.driver_arguments import (
     PROJECT_ROOT,
     SAVED_ARGUMENTS,
-    Refused,
     UsageError,
     command_name,
     save_arguments,
@@ -42,12 +44,10 @@ from benchmarking.drivers.driver_arguments import (
 from benchmarking.hardware.nvidia_tools import Gpu, NoGpuError, find_gpu, mig_profiles
 from benchmarking.modes.enabling import ModeSwitch
 from benchmarking.modes.mode_scripts import ModeScriptError
-from benchmarking.records.writing import append_text
+from benchmarking.records.writing import LOCK_FILE, REFUSALS_FILE, append_refusal, is_held, one_line
 
-EXIT_IN_USE, EXIT_INTERRUPTED = 4, 130
 SUITE = PROJECT_ROOT / "benchmarking" / "benchmark_suite.py"
 ANALYSIS = PROJECT_ROOT / "benchmarking" / "analyze_results.py"
-REFUSALS_FILE = "refusals.jsonl"
 WENT_ON = "it was cut off before its end and went on"
 # Set for the Python that has everything: its path, and the GPU as it was found before.
 PYTHON_VARIABLE, GPU_VARIABLE = "GPU_SHARING_PYTHON", "GPU_SHARING_GPU"
@@ -64,13 +64,6 @@ REASONS = {
 }
 
 
-class SuiteEnd(NamedTuple):
-    """How a run of the suite ended: its exit code, and why in words where that is not 0."""
-
-    exit_code: int
-    reason: str
-
-
 @contextlib.contextmanager
 def driving(script: str, parse_arguments: Callable[[], argparse.Namespace]) -> Iterator[Driver]:
     """Give the driver inside; whatever ends it, the mode is undone and a refusal kept."""
@@ -80,7 +73,7 @@ def driving(script: str, parse_arguments: Callable[[], argparse.Namespace]) -> I
         driver = Driver(parse_arguments(), command)
         driver.inspect_machine()
         yield driver
-    except (Refused, NoGpuError, ModeScriptError) as error:
+    except (SuiteError, NoGpuError, ModeScriptError) as error:
         code = getattr(error, "exit_code", EXIT_FAILED)
         say("\n".join(f"error: {line}" for line in str(error).splitlines()))
         if isinstance(error, UsageError):
@@ -98,7 +91,7 @@ def driving(script: str, parse_arguments: Callable[[], argparse.Namespace]) -> I
 
 
 class Driver:
-    """A driver at work. What it cannot do raises `Refused`, `NoGpuError` or `ModeScriptError`."""
+    """A driver at work; what it cannot do raises `SuiteError`, `NoGpuError`, `ModeScriptError`."""
 
     def __init__(self, options: argparse.Namespace, command: str) -> None:
         """Take the options, and how the driver is called from the present folder."""
@@ -153,16 +146,13 @@ class Driver:
         if not plan:
             return len(self.options.job) or None
         try:
-            from benchmarking.planning.plan_file import PlanFileError, read_plan_file
+            from benchmarking.planning.plan_file import read_plan_file
         except ModuleNotFoundError:
             if not self.options.dry_run:
                 raise
             say(f"{plan} is checked once there is an environment; one client is assumed here.")
             return 1
-        try:
-            return len(read_plan_file(Path(plan)).members)
-        except PlanFileError as error:
-            raise Refused(EXIT_USAGE, "\n".join(error.mistakes)) from None
+        return len(read_plan_file(Path(plan)).members)
 
     def require_layout(self, clients: int) -> None:
         """Refuse a --mig-layout without an instance for each client, or with unknown profiles."""
@@ -190,11 +180,14 @@ class Driver:
         """
         other = self.modes.other_driver()
         if other:
-            raise Refused(EXIT_FAILED, other)
+            raise SuiteError(other, EXIT_FAILED)
         self._hold_card()
         if self.options.resumed:
             self.output = str(self.options.resumed)
-            self._require_nobody_at_work()
+            for folder in filter(is_held, sorted(Path(self.output).glob("*/"))):
+                raise SuiteError(
+                    f"the suite is still at work in {folder}; wait for its end, or stop it"
+                )
         else:
             self.output = self.output or f"results/{name}-{time.strftime('%Y%m%d-%H%M%S')}"
             self._make_folder()
@@ -208,12 +201,7 @@ class Driver:
             return
         from benchmarking.measuring import locks
 
-        try:
-            self.held.enter_context(locks.hold(self.gpu.uuid if self.gpu else None))
-        except locks.InUseError as error:
-            raise Refused(
-                EXIT_IN_USE, f"{error}, or measure next to it with --allow-contention"
-            ) from None
+        self.held.enter_context(locks.hold(self.gpu.uuid if self.gpu else None))
 
     def _make_folder(self) -> None:
         folder = Path(self.output)
@@ -231,17 +219,7 @@ class Driver:
             failure = f"cannot write into {self.output}; name another folder by --output"
             save_arguments(self.options, self.output)
         except OSError:
-            raise Refused(EXIT_USAGE, failure) from None
-
-    def _require_nobody_at_work(self) -> None:
-        for lock in Path(self.output).glob("*/run.lock"):
-            try:
-                with lock.open("rb") as stream:
-                    fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                folder = lock.parent
-                said = f"the suite is still at work in {folder}; wait for its end, or stop it"
-                raise Refused(EXIT_USAGE, said) from None
+            raise SuiteError(failure) from None
 
     # --- signals --------------------------------------------------------------------------------
 
@@ -324,7 +302,7 @@ class Driver:
         folder = Path(self.output, run_id)
         if self.options.resumed and _outcome(folder) is None:
             with contextlib.suppress(OSError):  # it was cut off before its first word
-                (folder / "run.lock").unlink(missing_ok=True)
+                (folder / LOCK_FILE).unlink(missing_ok=True)
                 folder.rmdir()
         words = [*flags, "--results-dir", self.output, "--run-id", run_id]
         words += suite_flags(self.options)
@@ -350,7 +328,7 @@ class Driver:
         if code == 0:
             return SuiteEnd(0, "")
         usual = REASONS.get(code, f"the suite ended with status {code}")
-        return SuiteEnd(code, without_controls(reason or usual))
+        return SuiteEnd(code, one_line(reason or usual))
 
     def analyze(self) -> str | None:
         """Make the report of all runs; return why it failed, `None` where it did not.
@@ -371,7 +349,7 @@ class Driver:
         code = process.wait()
         if code == 0:
             return None
-        return without_controls(sentence) or f"the analysis ended with status {code}"
+        return one_line(sentence) or f"the analysis ended with status {code}"
 
     def _announce(self, program: Path, words: Sequence[str]) -> bool:
         """Print a command of the Python that has everything; return whether it is run."""
@@ -413,28 +391,17 @@ class Driver:
         if self.options.dry_run or self._has_begun or exit_code == EXIT_USAGE:
             return
         folder = str(self.options.resumed or self.output or "results")
-        row = {
-            "created_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "command": [without_controls(word) for word in (self._command, *self.options.words)],
-            "exit_code": exit_code,
-            "sentence": without_controls(sentence),
-        }
         with contextlib.suppress(OSError):
             os.makedirs(folder, exist_ok=True)
             if os.lstat(folder).st_uid == os.geteuid():
-                line = json.dumps(row, separators=(",", ":"))
-                append_text(Path(folder, REFUSALS_FILE), line)
+                command = [self._command, *self.options.words]
+                append_refusal(Path(folder), command, exit_code, sentence)
 
 
 def say(text: str) -> None:
     """Print a line on standard error, also in the midst of a print; nobody may be there to read."""
     with contextlib.suppress(OSError):
         os.write(2, f"{text}\n".encode(errors="backslashreplace"))
-
-
-def without_controls(text: str) -> str:
-    """Return text for a record: on one line, and UTF-8."""
-    return re.sub(r"[\x00-\x1f\x7f]", " ", text).encode(errors="replace").decode()
 
 
 def _outcome(folder: Path) -> str | None:

@@ -1,4 +1,4 @@
-"""The flags that run_experiments.sh and stress_test.sh share, and the errors of both.
+"""The flags that run_experiments.sh and stress_test.sh share, and wrong usage of both.
 
 Standard library alone: usage errors are answered by the system's Python.
 """
@@ -13,10 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from benchmarking.cli import PROJECT_ROOT, SuiteError
 from benchmarking.hardware.nvidia_tools import PROFILE_PATTERN
 
-PROJECT_ROOT = Path(__file__).resolve().parents[2]
-EXIT_FAILED, EXIT_USAGE, EXIT_NO_GPU = 1, 2, 3
 # Script, working folder and arguments of a run, each ended by NUL, for --resume.
 SAVED_ARGUMENTS = "arguments.nul"
 
@@ -48,21 +47,8 @@ root shell), and are undone at the end:
 Check = Callable[[str | None], Any]
 
 
-class Refused(Exception):
-    """The driver ends with one sentence (or a line for each mistake) and an exit code."""
-
-    def __init__(self, exit_code: int, sentence: str) -> None:
-        """Keep what is said at the end."""
-        super().__init__(sentence)
-        self.exit_code = exit_code
-
-
-class UsageError(Refused):
+class UsageError(SuiteError):
     """Arguments that make no sense; the help is named, too."""
-
-    def __init__(self, sentence: str) -> None:
-        """Keep what is said at the end."""
-        super().__init__(EXIT_USAGE, sentence)
 
 
 class DriverParser(argparse.ArgumentParser):
@@ -124,7 +110,7 @@ class DriverParser(argparse.ArgumentParser):
     def _read_saved(self, words: list[str]) -> tuple[list[str], Path]:
         """Return the words saved in the folder that --resume names, and go where they were given.
 
-        Raises `Refused` where somebody else could have written them: they are run as commands.
+        Raises `SuiteError` where somebody else could have written them: they are run as commands.
         """
         _, equals, value = words[0].partition("=")
         values = [value] * bool(equals) + words[1:]
@@ -144,19 +130,16 @@ class DriverParser(argparse.ArgumentParser):
                 f"earlier {self.prog}"
             )
         if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            raise Refused(
-                EXIT_USAGE,
+            raise SuiteError(
                 f"--resume: {folder / SAVED_ARGUMENTS} is not yours alone, and what it holds would "
-                "be run; go on as its owner, or start anew",
+                "be run; go on as its owner, or start anew"
             )
         if script != self.prog:
             self.error(f"--resume: {folder} was made by {script}; go on with that")
         try:
             os.chdir(origin)
         except OSError:
-            raise Refused(
-                EXIT_USAGE, f"the folder that it was started from is gone: {origin}"
-            ) from None
+            raise SuiteError(f"the folder that it was started from is gone: {origin}") from None
         return saved, folder
 
 

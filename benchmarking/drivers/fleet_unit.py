@@ -42,6 +42,7 @@ from benchmarking.drivers import program
 from benchmarking.drivers.driver_arguments import PROJECT_ROOT, SAVED_ARGUMENTS
 from benchmarking.hardware import nvml
 from benchmarking.hardware.visible_devices import VISIBLE, cards_of_nvidia_smi, visible_devices
+from benchmarking.measuring import jobs
 from benchmarking.measuring.card import look_for_foreign_processes, usable_cores
 from benchmarking.measuring.stop_signal import StopSignal
 from benchmarking.modes.mode_scripts import ModeScriptError, lock_reason, run_script
@@ -256,10 +257,10 @@ def _undo_what_was_left(record: dict[str, Any], path: Path) -> None:
 def _look_at_health(record: dict[str, Any], stop: StopSignal) -> dict[str, Any] | None:
     """Return what the health check found, `None` where it failed; the record says why."""
     _say(record["gpu"], "health check")
-    command = [HEALTH_CHECK, "--gpu", record["gpu"]["uuid"]]
+    command = [sys.executable, str(PROJECT_ROOT / HEALTH_CHECK), "--gpu", record["gpu"]["uuid"]]
     try:
-        return json.loads(program.run_script(command, {}, stop, HEALTH_SECONDS))
-    except (program.ScriptFailedError, ValueError) as error:
+        return json.loads(jobs.run_script(command, os.environ, stop, HEALTH_SECONDS))
+    except (jobs.ScriptFailedError, ValueError) as error:
         record["health_failure"] = f"the health check failed: {error}"
         return None
 

@@ -2,38 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import signal
-import subprocess
 import sys
-import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarking.cli import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, RunEnded, SuiteError
-from benchmarking.measuring.client import Client
-from benchmarking.measuring.event_log import tail_of
+from benchmarking.cli import (
+    EXIT_FAILED,
+    EXIT_USAGE,
+    RunEnded,
+    SuiteError,
+)
+from benchmarking.measuring.client import Client, client_base_environment
 from benchmarking.measuring.jobs import resolve_all
-from benchmarking.measuring.launcher import FinishRule
+from benchmarking.measuring.launcher import CoRunResult, FinishRule, Launcher, Timeouts
 from benchmarking.measuring.stop_signal import StopSignal
-from benchmarking.planning.plan import Plan
-from benchmarking.planning.plan_file import PlanFileError
+from benchmarking.planning.plan import Plan, PlannedCoRun
 from benchmarking.records.run_folder import (
     ClientPaths,
-    RunStoreError,
     write_json_atomic,
 )
 from benchmarking.records.writing import write_text_atomic
-from benchmarking.suite.setup import PROJECT_ROOT
-
-POLL_SECONDS = 0.1
-# A GPU process that is told to end first finishes the work in flight.
-END_SECONDS = 60.0
 
 
 def exit_code_of(work: Callable[[StopSignal], int], folder: Path, fix: str) -> int:
@@ -53,8 +45,6 @@ def exit_code_of(work: Callable[[StopSignal], int], folder: Path, fix: str) -> i
         return end.exit_code
     except SuiteError as error:
         message, code = str(error), error.exit_code
-    except (RunStoreError, PlanFileError) as error:
-        message, code = str(error), EXIT_USAGE
     except OSError as error:
         # A file that cannot be made is named by the error, one that cannot be filled is not.
         where = Path(error.filename).parent if isinstance(error.filename, str) else folder
@@ -106,60 +96,29 @@ def resolve_jobs(plan: Plan, stop: StopSignal, say: Callable[[str], None]) -> Pl
     return plan.map_clients(lambda client: client.with_arguments(found[client.job_key]))
 
 
-def client_paths(folder: Path, name: str) -> ClientPaths:
-    """Return where a client's output goes; an earlier call's event log makes room."""
-    folder.mkdir(exist_ok=True)
-    kinds = ("events.jsonl", "stdout.log", "stderr.log")
-    paths = ClientPaths(*(folder / f"{name}.{kind}" for kind in kinds))
-    paths.events.unlink(missing_ok=True)
-    return paths
+def launch(
+    planned: PlannedCoRun,
+    folder: Path,
+    stop: StopSignal,
+    say: Callable[[str], None],
+    rule: FinishRule,
+    *,
+    timeout: float,
+    before_go: Callable[[list[Client]], None] = lambda clients: None,
+    name: str = "{}",
+) -> CoRunResult:
+    """Run clients by the suite's launcher, until `rule` is met by all; no process is left.
 
-
-class ScriptFailedError(Exception):
-    """A script did not give what it was run for; the message says why."""
-
-
-def run_script(
-    command: Sequence[str], environment: Mapping[str, str], stop: StopSignal, timeout: float
-) -> str:
-    """Run a script of the project and return its standard output; leave no process behind.
-
-    Args:
-        command: The script's path in the project, and its arguments.
-        environment: Variables that it gets besides this process's own.
-        stop: Whether somebody asked to stop.
-        timeout: Most seconds that it may take.
-
-    Raises:
-        ScriptFailedError: It failed, with the last line that it said, or took too long.
-        RunEnded: Somebody asked to stop.
+    What they write lies in `folder`, each client's files under `name` with its number in it; an
+    earlier call's event log makes room.
     """
-    deadline = time.monotonic() + timeout
-    with tempfile.TemporaryDirectory(prefix="script-") as folder:
-        stdout, stderr = Path(folder) / "stdout", Path(folder) / "stderr"
-        with stdout.open("wb") as out, stderr.open("wb") as err:
-            process = subprocess.Popen(
-                [sys.executable, str(PROJECT_ROOT / command[0]), *command[1:]],
-                stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True,
-                env={**os.environ, **environment},
-            )  # fmt: skip
-        try:
-            while process.poll() is None:
-                if stop.requested:
-                    raise RunEnded("interrupted", EXIT_INTERRUPTED)
-                if time.monotonic() >= deadline:
-                    raise ScriptFailedError(
-                        f"timed out after {timeout:g} s (--timeout allows more)"
-                    )
-                time.sleep(POLL_SECONDS)
-        finally:
-            # Whatever is left of its session is asked to end, then killed.
-            for number, seconds in ((signal.SIGTERM, END_SECONDS), (signal.SIGKILL, None)):
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, number)
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(seconds)
-        if process.returncode != 0:
-            said = [line for line in tail_of(stderr) if line.strip()]
-            raise ScriptFailedError(said[-1] if said else f"exit code {process.returncode}")
-        return stdout.read_text(encoding="utf-8", errors="replace")
+
+    def paths_of(co_run: str, client: int) -> ClientPaths:
+        folder.mkdir(exist_ok=True)
+        kinds = ("events.jsonl", "stdout.log", "stderr.log")
+        paths = ClientPaths(*(folder / f"{name.format(client)}.{kind}" for kind in kinds))
+        paths.events.unlink(missing_ok=True)
+        return paths
+
+    launcher = Launcher(client_base_environment(os.environ), Timeouts(timeout), stop, say)
+    return launcher.run(planned, paths_of, rule, before_go)

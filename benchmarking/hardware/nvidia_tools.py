@@ -25,6 +25,8 @@ from benchmarking.hardware.visible_devices import (
     visible_devices,
 )
 
+# Of a line of `nvidia-smi -L`.
+A_GPU = re.compile(r"^GPU \d+: .*\(UUID: ", re.MULTILINE)
 QUESTION_SECONDS = 60
 MPS_QUESTION_SECONDS = 10
 # The first control program that has static SM partitions, as gpu-configs/lib/mps.sh says, too.
@@ -92,7 +94,7 @@ def lists_a_gpu() -> bool:
             )
         return False
     text, _ = ask("-L")
-    if re.search(r"^GPU \d+: .*\(UUID: ", text, re.MULTILINE):
+    if A_GPU.search(text):
         return True
     if not text.strip() or "No devices" in text:
         return False

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
-import shutil
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from benchmarking.cli import EXIT_MODE_NOT_IN_FORCE, EXIT_NO_GPU, EXIT_USAGE, SuiteError
-from benchmarking.hardware import nvml
+from benchmarking.hardware import nvidia_tools, nvml
 from benchmarking.measuring import proofs
 from benchmarking.planning.request import Request
 
@@ -62,7 +59,8 @@ def find_gpu(
 def _without_a_gpu(request: Request) -> str:
     """Return the note on a machine without a GPU; raises `SuiteError` where one is or must be."""
     reason = nvml.unavailable_reason()
-    if _nvidia_smi_lists_a_gpu():
+    # A damaged or lost GPU changes the exit status and adds a line; the others are listed.
+    if nvidia_tools.A_GPU.search(nvidia_tools.ask("-L")[0]):
         raise SuiteError(
             f"nvidia-smi lists a GPU but it cannot be asked: {reason} "
             "(pip install -r requirements.txt, or --device cpu for the CPU demonstration)",
@@ -74,18 +72,6 @@ def _without_a_gpu(request: Request) -> str:
             "demonstration)", EXIT_NO_GPU,
         )  # fmt: skip
     return f"no GPU here ({reason}): CPU demonstration, whatever mode was asked for"
-
-
-def _nvidia_smi_lists_a_gpu() -> bool:
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return False
-    listing = subprocess.run(
-        [program, "-L"], stdin=subprocess.DEVNULL, capture_output=True, check=False,
-        encoding="utf-8", errors="replace",
-    )  # fmt: skip
-    # A damaged or lost GPU changes the exit status and adds a line; the others are listed.
-    return re.search(r"^GPU \d+: .*\(UUID: ", listing.stdout, re.MULTILINE) is not None
 
 
 def look_for_foreign_processes(gpu_uuid: str, *, allowed: bool) -> tuple[bool, list[str]]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarking.hardware import host_limit
@@ -10,7 +11,7 @@ from benchmarking.measuring.client import ClientResult
 from benchmarking.measuring.event_log import jobs_of, last_event, unit_spans, units_in_window
 from benchmarking.measuring.launcher import CoRunResult
 from benchmarking.metrics import scores
-from benchmarking.records.run_folder import PHASE_BASELINE
+from benchmarking.records.run_folder import PHASE_BASELINE, PHASE_SHARE_BASELINE, pooled
 from benchmarking.records.types import (
     ClientRecord,
     CoRunRecord,
@@ -21,6 +22,36 @@ from benchmarking.records.types import (
 )
 
 NEVER_MEASURED = Proof("unverified", [Evidence("it was measured", "no", None)])
+
+
+@dataclass
+class Reference:
+    """Baselines by job: on the whole GPU, and on the client's own share where there is one."""
+
+    whole: dict[str, ClientRecord] = field(default_factory=dict)
+    whole_joules: dict[str, float | None] = field(default_factory=dict)
+    share: dict[str, ClientRecord] = field(default_factory=dict)
+    _repeats: dict[str, dict[str, tuple[CoRunRecord, ClientRecord]]] = field(default_factory=dict)
+
+    def add(self, record: CoRunRecord, client: ClientRecord) -> None:
+        """Take in a job alone that ended well; one measured again counts in place of the first."""
+        if record.outcome != "ok" or client.status != "ok":
+            return
+        if record.phase == PHASE_SHARE_BASELINE:
+            self.share[client.job_key] = client
+        if record.phase != PHASE_BASELINE:
+            return
+        repeats = self._repeats.setdefault(client.job_key, {})
+        repeats.pop(record.co_run, None)
+        repeats[record.co_run] = (record, client)
+        cards = [one.gpu for one, _ in repeats.values()]
+        joules = scores.all_known(gpu.energy_joules if gpu else None for gpu in cards)
+        self.whole[client.job_key] = pooled([one for _, one in repeats.values()])
+        self.whole_joules[client.job_key] = None if joules is None else sum(joules)
+
+    def repeats_of(self, job_key: str) -> dict[str, ClientRecord]:
+        """Return what was measured of a job alone here, by co-run, the newest last."""
+        return {name: client for name, (_, client) in self._repeats.get(job_key, {}).items()}
 
 
 def client_record(
@@ -111,9 +142,7 @@ def co_run_record(
     *,
     mode_failure: str | None = None,
     gpu_lost: str | None = None,
-    baselines: Mapping[str, ClientRecord],
-    energy_alone_joules: Mapping[str, float | None],
-    share_baselines: Mapping[str, ClientRecord] | None = None,
+    reference: Reference,
     host_cores: int | None = None,
 ) -> CoRunRecord:
     """Return the record of one co-run.
@@ -121,7 +150,8 @@ def co_run_record(
     `mode_failure` says that the mode was no longer in force afterwards, `gpu_lost` that the GPU no
     longer answered. A co-run that ran well while one client lacks proof, or either was lost, is
     `invalid`; that of clients which failed has the lost GPU in its reason. Figures against the
-    baselines are given for whole co-runs only. `host_cores` is how many cores the clients may use.
+    baselines of `reference` are given for whole co-runs only; a baseline is its own reference.
+    `host_cores` is how many cores the clients may use.
     """
     outcome, reason = co_run.outcome, co_run.reason
     unproved = [client for client in clients if client.status == "invalid"]
@@ -131,13 +161,15 @@ def co_run_record(
         reason = gpu_lost or mode_failure or "; ".join(whys)
     elif gpu_lost:
         reason = f"{gpu_lost}; {reason}" if reason else gpu_lost
-    is_comparable = outcome not in ("interrupted", "invalid")
+    baselines, joules = dict(reference.whole), dict(reference.whole_joules)
+    share = reference.share
+    if co_run.planned.phase == PHASE_BASELINE and clients[0].status == "ok":
+        baselines[clients[0].job_key] = clients[0]
+        joules[clients[0].job_key] = gpu.energy_joules if gpu else None
+    if outcome in ("interrupted", "invalid"):
+        baselines, share = {}, {}
     summary = scores.summarize_co_run(
-        clients,
-        baselines if is_comparable else {},
-        gpu,
-        energy_alone_joules=energy_alone_joules,
-        share_baselines=share_baselines if is_comparable else {},
+        clients, baselines, gpu, energy_alone_joules=joules, share_baselines=share
     )
     return CoRunRecord(
         **_place(co_run),

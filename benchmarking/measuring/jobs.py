@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
 import re
 import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import IO, Any
+from pathlib import Path
+from typing import Any
 
 from benchmarking.cli import (
     EXIT_FAILED,
@@ -22,6 +25,7 @@ from benchmarking.cli import (
     SuiteError,
 )
 from benchmarking.measuring.client import client_base_environment
+from benchmarking.measuring.event_log import LineFollower, tail_of
 from benchmarking.measuring.stop_signal import StopSignal
 from benchmarking.planning.plan import PlannedClient
 
@@ -31,6 +35,9 @@ DOWNLOAD_MB = {
     "bert-base-uncased": 440,
 }  # fmt: skip
 FLAG_CHECK_SECONDS = 60.0
+POLL_SECONDS = 0.05
+# A GPU process that is told to end first finishes the work in flight.
+END_SECONDS = 60.0
 # What jobs answered to this process, by their command.
 _answers: dict[tuple[str, ...], dict[str, Any]] = {}
 # Runs a script up to the end of its own `parse_arguments`, which complains as it always does.
@@ -64,46 +71,24 @@ def resolve_all(
 
 
 def _resolve(client: PlannedClient, stop: StopSignal, say: Callable[[str], None]) -> dict[str, Any]:
+    def hear(line: str) -> None:
+        if ": downloading " in line:
+            say(f"{client.label}: {line}{_about_mb(line)}")
+
     environment = {**client_base_environment(os.environ), **client.environment}
-    with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
-        process = subprocess.Popen(
-            [*client.command, "--resolve"], stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr,
-            env=environment, start_new_session=True,
-        )  # fmt: skip
-        told = 0
-        while process.poll() is None:
-            if stop.requested:
-                os.killpg(process.pid, signal.SIGTERM)
-                process.wait()
-                raise RunEnded("interrupted", EXIT_INTERRUPTED, "interrupted")
-            time.sleep(0.05)
-            lines = _lines(stderr)
-            for line in lines[told:]:
-                if ": downloading " in line:
-                    say(f"{client.label}: {line}{_about_mb(line)}")
-            told = len(lines)
-        complaint = _lines(stderr)
-        stdout.seek(0)
-        answer = stdout.read()
-    if process.returncode != 0:
-        known = process.returncode in (EXIT_USAGE, EXIT_NO_GPU)
-        said = complaint[-1] if complaint else f"exit code {process.returncode}"
+    try:
+        answer = run_script([*client.command, "--resolve"], environment, stop, hear=hear)
+    except ScriptFailedError as error:
+        known = error.exit_code in (EXIT_USAGE, EXIT_NO_GPU)
         raise SuiteError(
-            f"{client.label} cannot be prepared: {said}",
-            process.returncode if known else EXIT_FAILED,
-        )
+            f"{client.label} cannot be prepared: {error}", error.exit_code if known else EXIT_FAILED
+        ) from error
     try:
         return dict(json.loads(answer))
     except ValueError as error:
         raise SuiteError(
             f"{client.label}: --resolve answered no JSON: {answer[:200]!r}", EXIT_FAILED
         ) from error
-
-
-def _lines(stream: IO[str]) -> list[str]:
-    """The whole lines that are in a file so far; its writer has a position of its own."""
-    text = os.pread(stream.fileno(), 1 << 20, 0).decode(errors="replace")
-    return text.strip().splitlines()
 
 
 def _about_mb(line: str) -> str:
@@ -134,3 +119,60 @@ def _complaint_on_flags(client: PlannedClient) -> str | None:
         return None  # what else may go wrong is not the flags' fault, and the run will say it
     said = done.stderr.strip().splitlines() or ["its flags make no sense"]
     return f"{client.label}: {said[-1]}"
+
+
+class ScriptFailedError(SuiteError):
+    """A script did not give what it was run for; the message says why."""
+
+
+def run_script(
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    stop: StopSignal,
+    timeout: float = math.inf,
+    hear: Callable[[str], None] = lambda line: None,
+) -> str:
+    """Run a script and return its standard output; leave no process behind.
+
+    Args:
+        command: The script with what runs it, and its arguments.
+        environment: All variables that it gets.
+        stop: Whether somebody asked to stop.
+        timeout: Most seconds that it may take.
+        hear: Gets each line that it says on standard error.
+
+    Raises:
+        ScriptFailedError: It failed, with the last line that it said, or took too long.
+        RunEnded: Somebody asked to stop.
+    """
+    deadline = time.monotonic() + timeout
+    with tempfile.TemporaryDirectory(prefix="script-") as folder:
+        stdout, stderr = Path(folder) / "stdout", Path(folder) / "stderr"
+        with stdout.open("wb") as out, stderr.open("wb") as err:
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=environment,
+                start_new_session=True,
+            )  # fmt: skip
+        spoken = LineFollower(stderr)
+        try:
+            while process.poll() is None:
+                if stop.requested:
+                    raise RunEnded("interrupted", EXIT_INTERRUPTED, "interrupted")
+                if time.monotonic() >= deadline:
+                    said = f"timed out after {timeout:g} s (--timeout allows more)"
+                    raise ScriptFailedError(said, EXIT_FAILED)
+                time.sleep(POLL_SECONDS)
+                for line in spoken.poll():
+                    hear(line.decode(errors="replace"))
+        finally:
+            # Whatever is left of its session is asked to end, then killed.
+            for number, seconds in ((signal.SIGTERM, END_SECONDS), (signal.SIGKILL, None)):
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, number)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(seconds)
+        if process.returncode != 0:
+            tail = [line for line in tail_of(stderr) if line.strip()]
+            why = tail[-1].strip() if tail else f"exit code {process.returncode}"
+            raise ScriptFailedError(why, process.returncode)
+        return stdout.read_text(encoding="utf-8", errors="replace")

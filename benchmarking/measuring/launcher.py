@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 
 import psutil
 
+from benchmarking.cli import SuiteError
 from benchmarking.hardware.host_cpu import read_process_trees, signal_sessions
 from benchmarking.measuring.client import Client, ClientResult
 from benchmarking.measuring.stop_signal import StopSignal
@@ -91,10 +92,7 @@ class CoRunResult:
     window_start_seconds: float | None = None
     window_end_seconds: float | None = None
     go_skew_ms: float | None = None
-
-
-class CoRunRefused(Exception):
-    """Raised by `before_go`: the clients are not to be measured; the message says why."""
+    refusal: SuiteError | None = None
 
 
 class _EndOfWindow(Exception):
@@ -123,9 +121,9 @@ class Launcher:
     ) -> CoRunResult:
         """Run the clients of `planned` until `rule` is met by all, and leave no process behind.
 
-        `before_go` is called once, when every client is ready and idle; `CoRunRefused` makes the
-        co-run and its clients failed, whatever else it raises is passed on. Failure, timeout and
-        interruption are outcomes, not exceptions.
+        `before_go` is called once, when every client is ready and idle; a `SuiteError` of it
+        becomes the result's `refusal` and makes the co-run and its clients failed, whatever else
+        it raises is passed on. Failure, timeout and interruption are outcomes, not exceptions.
         """
         clients = [
             Client(one, paths=paths_of(planned.co_run, one.client)) for one in planned.clients
@@ -138,8 +136,8 @@ class Launcher:
             self._measure(result, clients, rule)
         except _EndOfWindow as end:
             result.outcome, result.reason = end.outcome, str(end)
-        except CoRunRefused as refusal:
-            result.outcome, result.reason = "failed", str(refusal)
+        except SuiteError as refusal:
+            result.outcome, result.reason, result.refusal = "failed", str(refusal), refusal
             for client in clients:
                 client.failure = ("failed", str(refusal))
         finally:

@@ -20,6 +20,8 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+from benchmarking.cli import EXIT_MODE_NOT_IN_FORCE, SuiteError
+
 # For tests, and for machines whose administrator wants another place.
 FOLDER_VARIABLE = "GPU_SHARING_LOCK_DIR"
 FOLDERS = (Path("/run/lock"), Path("/tmp"))
@@ -29,8 +31,15 @@ CPU = "cpu"
 _held: set[Path] = set()
 
 
-class InUseError(Exception):
-    """Another run is at work on the card; the message names its process."""
+class InUseError(SuiteError):
+    """Another run is at work on the card; `found` names its process, the message a way out."""
+
+    def __init__(self, found: str) -> None:
+        """Keep what was found."""
+        super().__init__(
+            f"{found}, or measure next to it with --allow-contention", EXIT_MODE_NOT_IN_FORCE
+        )
+        self.found = found
 
 
 @contextlib.contextmanager

@@ -41,17 +41,14 @@ class Progress:
 
         begin_seconds = time.monotonic()
 
-        class Line:
-            """The live line, made anew at each look."""
-
-            def __rich__(self) -> str:
-                spent = time.monotonic() - begin_seconds
-                left = (seconds or 0.0) - spent
-                told = f"about {left:.0f} s left" if left > 0 else f"{spent:.0f} s"
-                return f"  … {text.split(' (')[0]}: {told}"
+        def left() -> str:
+            spent = time.monotonic() - begin_seconds
+            remaining = (seconds or 0.0) - spent
+            told = f"about {remaining:.0f} s left" if remaining > 0 else f"{spent:.0f} s"
+            return f"  … {text.split(' (')[0]}: {told}"
 
         console = Console(stderr=True, markup=False, highlight=False)
-        live = Live(Line(), console=console, transient=True, refresh_per_second=2)
+        live = Live(console=console, get_renderable=left, transient=True, refresh_per_second=2)
         with contextlib.suppress(OSError):
             live.start()
         self._live = live

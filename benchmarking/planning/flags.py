@@ -17,8 +17,7 @@ from benchmarking.cli import (
 )
 from benchmarking.modes.names import MODE_EXCLUSIVE, MODE_MIG, MODE_MPS, MODES
 from benchmarking.planning import limits
-from benchmarking.planning.own_jobs import plan_of_jobs
-from benchmarking.planning.plan_file import PlanFileError, read_plan_file
+from benchmarking.planning.plan_file import PlanFileError, plan_of_jobs, read_plan_file
 from benchmarking.planning.ramp import MOST_CLIENTS
 from benchmarking.planning.request import Request
 from benchmarking.planning.workloads import (

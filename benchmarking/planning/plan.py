@@ -9,13 +9,21 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import shlex
+import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from benchmarking.modes.names import MODE_CPU_DEMO, MODE_EXCLUSIVE, MODE_TIME_SLICING
+from benchmarking.cli import PROJECT_ROOT
+from benchmarking.modes.names import MODE_CPU_DEMO, MODE_EXCLUSIVE, MODE_MIG, MODE_TIME_SLICING
+from benchmarking.planning import limits
+from benchmarking.planning.plan_file import PlanEntry
+from benchmarking.planning.request import Request
 from benchmarking.planning.workloads import (
     ANTAGONIST,
+    COMMAND_SCRIPT,
+    COMMAND_WORKLOAD,
     DUTY_STEPS,
     MIXES,
     NOISY_JOBS,
@@ -24,7 +32,6 @@ from benchmarking.planning.workloads import (
     PRESSED,
     PRESSED_QUICK,
     SIZE_CPU,
-    SIZE_GUIDE,
     WORKLOADS,
 )
 from benchmarking.records.run_folder import (
@@ -41,27 +48,6 @@ CARRIED_FIGURES: Mapping[str, str] = {
     "cell_repeats": "--cell-repeats",
     "request_rate": "--rate",
 }
-
-
-@dataclass(frozen=True)
-class JobOptions:
-    """Flags of a suite run that its jobs are started with; `None` leaves a workload's default.
-
-    `arguments` go to every workload as they are, and are part of what makes it another job.
-    """
-
-    size: str = SIZE_GUIDE
-    seed: int = 42
-    device: str = "auto"
-    engine: str | None = None
-    precision: str | None = None
-    dataset: str | None = None
-    data_dir: str | None = None
-    slo_ms: float | None = None
-    arguments: tuple[str, ...] = ()
-    # who runs the scripts, and the project's folder that they lie in
-    python: str = "python3"
-    root: str = "."
 
 
 @dataclass(frozen=True)
@@ -160,28 +146,29 @@ def distinct_jobs(clients: Iterable[PlannedClient]) -> dict[str, PlannedClient]:
 
 
 def planned_client(
-    client: int, workload: str, options: JobOptions, arguments: Sequence[str] = ()
+    client: int, workload: str, request: Request, size: str, arguments: Sequence[str] = ()
 ) -> PlannedClient:
-    """Return client number `client` running `workload`.
+    """Return client number `client` running `workload` in a job size, as it was asked for.
 
-    `arguments` come last on the command line, so they override what job size and options say.
+    `arguments` come last on the command line, so they override what job size and request say.
     """
     kind = WORKLOADS[workload]
-    arguments = (*options.arguments, *arguments)
-    job = [*kind.arguments[options.size], "--seed", str(options.seed)]
+    arguments = (*request.job_arguments, *arguments)
+    job = [*kind.arguments[size], "--seed", str(request.seed)]
     if workload == "resnet_training":
-        job += _flags(dataset=options.dataset, data_dir=options.data_dir)
-    how = _flags(device=options.device, engine=options.engine, precision=options.precision)
-    if workload == "serving" and options.slo_ms is not None:
+        folder = str(Path(request.data_dir).resolve()) if request.data_dir else None
+        job += _flags(dataset=request.dataset, data_dir=folder)
+    device = "cpu" if size == SIZE_CPU else "cuda"
+    how = _flags(device=device, engine=request.engine, precision=request.precision)
+    if workload == "serving" and request.slo_ms is not None:
         # Which requests are late enough to be given up, not what is offered.
-        how += _flags(slo_ms=f"{options.slo_ms:g}")
-    script = f"{options.root}/{kind.script}"
+        how += _flags(slo_ms=f"{request.slo_ms:g}")
     return PlannedClient(
         client=client,
         workload=workload,
         label=kind.label,
         job_key=shlex.join([workload, *job, *arguments]),
-        command=(options.python, script, *job, *how, *arguments),
+        command=(sys.executable, str(PROJECT_ROOT / kind.script), *job, *how, *arguments),
     )
 
 
@@ -190,54 +177,51 @@ def _flags(**values: str | None) -> list[str]:
     return [part for flag, value in given if value is not None for part in (flag, value)]
 
 
-def mix_clients(mix: str, count: int, options: JobOptions) -> tuple[PlannedClient, ...]:
-    """Return `count` clients of a mix: its workloads in order, starting over after the last."""
-    workloads = itertools.cycle(MIXES[mix])
-    return tuple(planned_client(i, next(workloads), options) for i in range(count))
+def clients_of(request: Request, count: int, size: str) -> tuple[PlannedClient, ...]:
+    """Return `count` clients of a mix or a plan file: in order, starting over after the last."""
+    if request.plan_file is None:
+        workloads = itertools.cycle(MIXES[request.mix])
+        return tuple(planned_client(i, next(workloads), request, size) for i in range(count))
+    entries = itertools.cycle(request.plan_file.members)
+    return tuple(_own_client(i, next(entries), request, size) for i in range(count))
 
 
-def counted_co_runs(
-    mode: str,
-    clients_of: Callable[[int], Sequence[PlannedClient]],
-    *,
-    name: str,
-    counts: Sequence[int],
-    repeats: int,
-) -> tuple[PlannedCoRun, ...]:
-    """Lay out every count and repeat, called `<name>-<n>-r<repeat>`.
-
-    `clients_of(n)` gives the clients of a co-run of n.
-    """
-    return tuple(
-        PlannedCoRun(f"{name}-{n}-r{repeat}", PHASE_CO_RUN, mode, repeat, tuple(clients_of(n)))
-        for n in counts
-        for repeat in range(repeats)
+def _own_client(client: int, entry: PlanEntry, request: Request, size: str) -> PlannedClient:
+    if entry.workload is not None:
+        made = planned_client(client, entry.workload, request, size, entry.arguments)
+    else:
+        job = ["--command", str(entry.command), "--working-directory", entry.working_directory]
+        job += ["--shell"] if entry.shell else []
+        job += ["--latency"] if entry.latency else []
+        key = shlex.join([COMMAND_WORKLOAD, *job])
+        command = (sys.executable, str(PROJECT_ROOT / COMMAND_SCRIPT), *job)
+        made = PlannedClient(client, COMMAND_WORKLOAD, entry.label, key, command)
+    # What is in the environment can be part of the work; who may read a model is not.
+    variables = [
+        name if name in entry.inherit else f"{name}={value}"
+        for name, value in entry.environment.items()
+    ]
+    key = f"{made.job_key} {shlex.join(variables)}" if variables else made.job_key
+    knobs = {name.removeprefix("mps_"): value for name, value in entry.knobs.items()}
+    return dataclasses.replace(
+        made,
+        label=entry.label,
+        job_key=request.secrets.name(key),
+        environment={**entry.environment, **limits.variables(**knobs)},
     )
 
 
-def pair_workloads(job_size: str) -> tuple[str, ...]:
-    """Return the workloads that are paired: those of the mixed mix, fewer on the CPU."""
-    return PAIRS_ON_CPU if job_size == SIZE_CPU else MIXES["mixed"]
-
-
-def paired_co_runs(
-    mode: str,
-    pairs: Sequence[tuple[PlannedClient, PlannedClient]],
-    *,
-    name: str,
-    repeats: int,
+def co_runs_of(
+    request: Request, mode: str, size: str, counts: Iterable[int]
 ) -> tuple[PlannedCoRun, ...]:
-    """Lay out every pair, called `<name>-<one>-<other>-r<repeat>`.
-
-    All pairs come once before the first repeat.
-    """
+    """Lay out every count and repeat, called `<name>-<n>-r<repeat>`."""
     return tuple(
         PlannedCoRun(
-            f"{name}-{_name_in_pair(one)}-{_name_in_pair(other)}-r{repeat}", PHASE_CO_RUN, mode,
-            repeat, (one, other),
+            f"{request.co_run_prefix}-{n}-r{repeat}", PHASE_CO_RUN, mode, repeat,
+            clients_of(request, n, size),
         )
-        for repeat in range(repeats)
-        for one, other in pairs
+        for n in counts
+        for repeat in range(request.repeats)
     )  # fmt: skip
 
 
@@ -250,27 +234,25 @@ def _name_in_pair(client: PlannedClient) -> str:
     return kind if float(duty) == 1 else f"{kind}-{100 * float(duty):.0f}"
 
 
-def job_pairs(options: JobOptions) -> list[tuple[PlannedClient, PlannedClient]]:
-    """Return each job of the mixed mix with each other one and with itself."""
-    workloads = pair_workloads(options.size)
-    return [
-        (planned_client(0, one, options), planned_client(1, other, options))
-        for one, other in itertools.combinations_with_replacement(workloads, 2)
-    ]
+def pairs_of(request: Request, size: str) -> list[tuple[PlannedClient, PlannedClient]]:
+    """Return each job of the mixed mix with each other one and itself, or with each antagonist.
 
-
-def noisy_pairs(
-    options: JobOptions, *, quick: bool, duty_steps: bool
-) -> list[tuple[PlannedClient, PlannedClient]]:
-    """Return each job with each antagonist; on the CPU there is no bus to press."""
-    is_cpu = options.size == SIZE_CPU
-    jobs = PAIRS_ON_CPU if is_cpu else NOISY_JOBS_QUICK if quick else NOISY_JOBS
-    kinds = PRESSED_QUICK if is_cpu or quick else PRESSED
+    On the CPU there are fewer jobs, and no bus to press.
+    """
+    is_cpu = size == SIZE_CPU
+    if request.is_pairs:
+        workloads = PAIRS_ON_CPU if is_cpu else MIXES["mixed"]
+        return [
+            (planned_client(0, one, request, size), planned_client(1, other, request, size))
+            for one, other in itertools.combinations_with_replacement(workloads, 2)
+        ]
+    jobs = PAIRS_ON_CPU if is_cpu else NOISY_JOBS_QUICK if request.quick else NOISY_JOBS
+    kinds = PRESSED_QUICK if is_cpu or request.quick else PRESSED
     neighbors = [(job, kind, "1") for job in jobs for kind in kinds]
-    neighbors += [("llm_inference", "hbm", duty) for duty in DUTY_STEPS if duty_steps]
+    neighbors += [("llm_inference", "hbm", duty) for duty in DUTY_STEPS if request.duty_steps]
     return [
-        (planned_client(0, job, options),
-         planned_client(1, ANTAGONIST, options, ("--kind", kind, "--duty", duty)))
+        (planned_client(0, job, request, size),
+         planned_client(1, ANTAGONIST, request, size, ("--kind", kind, "--duty", duty)))
         for job, kind, duty in neighbors
     ]  # fmt: skip
 
@@ -298,47 +280,46 @@ def baselines_of(
     )
 
 
-def null_runs(
-    clients: Sequence[PlannedClient], mode: str, repeats: int
-) -> tuple[PlannedCoRun, ...]:
-    """Lay out one client under time slicing: what a baseline is, under another name.
+def build_plan(request: Request, mode: str, size: str, *, has_own_shares: bool = False) -> Plan:
+    """Lay out what was asked for under a mode that can be had: jobs alone, then co-runs.
 
-    It is the first training, or else the first client; its distance from its baseline is the
-    method's own error.
+    Each distinct job runs alone on the whole GPU, unless that is another run's baseline or MIG has
+    divided it, and where clients have shares of their own, on that of its first client. Of pairs,
+    `<name>-<one>-<other>-r<repeat>`, all come once before the first repeat. The null is one client
+    under time slicing, what a baseline is under another name (the first training, or else the
+    first client): its distance from its baseline is the method's own error.
     """
-    trainings = [client for client in clients if client.workload.endswith("_training")]
-    return tuple(
-        PlannedCoRun(f"null-r{repeat}", PHASE_NULL, mode, repeat, ((trainings or clients)[0],))
-        for repeat in range(repeats)
-    )
-
-
-def build_plan(
-    mode: str,
-    clients: Sequence[PlannedClient],
-    co_runs: Sequence[PlannedCoRun],
-    *,
-    whole_gpu_baseline: bool = True,
-    share_baseline: bool = False,
-    baseline_mode: str = MODE_EXCLUSIVE,
-    baseline_repeats: int = 1,
-    null: bool = False,
-) -> Plan:
-    """Put the baselines of all `clients` before the co-runs; `mode` "exclusive" has no co-runs.
-
-    Each distinct job gets `baseline_repeats` on the whole GPU, with `null` each time the null
-    behind them, and, with `share_baseline`, one on its own share.
-    """
+    if request.is_paired:
+        pairs = pairs_of(request, size)
+        # Number 0 each, as every job alone runs on the first client's share.
+        clients = [dataclasses.replace(one, client=0) for pair in pairs for one in pair]
+        co_runs = tuple(
+            PlannedCoRun(
+                f"{request.co_run_prefix}-{_name_in_pair(one)}-{_name_in_pair(other)}-r{repeat}",
+                PHASE_CO_RUN, mode, repeat, (one, other),
+            )
+            for repeat in range(request.repeats)
+            for one, other in pairs
+        )  # fmt: skip
+    else:
+        clients = list(clients_of(request, max(request.counts), size))
+        co_runs = co_runs_of(request, mode, size, request.counts)
+    is_alone, is_cpu = request.mode == MODE_EXCLUSIVE, size == SIZE_CPU
+    repeats = request.repeats if is_alone else 1
     alone: tuple[PlannedCoRun, ...] = ()
-    if whole_gpu_baseline:
-        alone += baselines_of(clients, PHASE_BASELINE, baseline_mode, baseline_repeats)
-    if null:
-        is_cpu = baseline_mode == MODE_CPU_DEMO
-        nulls = null_runs(clients, MODE_CPU_DEMO if is_cpu else MODE_TIME_SLICING, baseline_repeats)
-        alone = tuple(sorted((*alone, *nulls), key=lambda run: run.repeat))
-    if share_baseline:
+    if request.baseline is None and mode != MODE_MIG:
+        alone_mode = MODE_CPU_DEMO if is_cpu else MODE_EXCLUSIVE
+        alone += baselines_of(clients, PHASE_BASELINE, alone_mode, repeats)
+    if request.null:
+        null_mode = MODE_CPU_DEMO if is_cpu else MODE_TIME_SLICING
+        trainings = [client for client in clients if client.workload.endswith("_training")]
+        for repeat in range(repeats):
+            members = ((trainings or clients)[0],)
+            alone += (PlannedCoRun(f"null-r{repeat}", PHASE_NULL, null_mode, repeat, members),)
+        alone = tuple(sorted(alone, key=lambda run: run.repeat))
+    if has_own_shares:
         alone += baselines_of(clients, PHASE_SHARE_BASELINE, mode)
-    return Plan(alone, () if mode == MODE_EXCLUSIVE else tuple(co_runs))
+    return Plan(alone, () if is_alone else co_runs)
 
 
 def without_unlike_shares(plan: Plan, layout: Sequence[str]) -> tuple[Plan, list[str]]:

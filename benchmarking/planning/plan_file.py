@@ -28,6 +28,7 @@ command line's `--job` makes the same list without a file.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import shlex
@@ -38,6 +39,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarking.cli import SuiteError
 from benchmarking.planning import limits
 from benchmarking.planning.redaction import (
     NotRevealedError,
@@ -78,11 +80,15 @@ FLAGS_OF_THE_SUITE = ("--device", "--gpu", "--events", "--hold", "--resolve", "-
 INTERPRETERS = re.compile(r"python[0-9.]*|bash|sh|node|perl|Rscript|julia")
 SCRIPT_SUFFIXES = (".py", ".sh", ".js", ".pl", ".R", ".jl")
 
+# What stands for the file of jobs that were given on the command line.
+JOBS_PLAN = "--job"
+MOST_NAME_CHARACTERS = 40
+
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
-class PlanFileError(Exception):
+class PlanFileError(SuiteError):
     """A plan file cannot be used; `mistakes` holds one sentence for each thing to mend."""
 
     def __init__(self, mistakes: list[str]) -> None:
@@ -212,6 +218,28 @@ def parse_plan(text: str, path: str, folder: Path, *, shown: str | None = None) 
     if Secrets(hidden.names).hide(_toml(kept)) != _toml(kept):
         raise PlanFileError([f"{shown}: a secret is written with escapes: use inherit for it"])
     return PlanFile(path, folder, kept, name, tuple(entries), hidden)
+
+
+def plan_of_jobs(lines: Sequence[str], folder: Path) -> PlanFile:
+    """Return the plan that `--job` makes of command lines, each run in `folder`."""
+    names = [_job_name(line) for line in lines]
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(Path(name).stem for name in names))
+    tables = [f'name = "{name.strip(".-_")[:MOST_NAME_CHARACTERS] or "jobs"}"\n']
+    for number, (line, label) in enumerate(zip(lines, names, strict=True)):
+        others = [job for job in dict.fromkeys(lines[:number]) if _job_name(job) == label]
+        shown = f"{label} ({len(others) + 1})" if others and line not in others else label
+        # A JSON text is a TOML text.
+        tables.append(f"[[client]]\ncommand = {json.dumps(line)}\nlabel = {json.dumps(shown)}\n")
+    return parse_plan("\n".join(tables), JOBS_PLAN, folder)
+
+
+def _job_name(line: str) -> str:
+    """What a command line is called: its script, or its program."""
+    try:
+        words = shlex.split(line) or ["job"]
+    except ValueError:
+        return "job"
+    return Path(script_of(words) or words[0]).name
 
 
 def _toml(text: str) -> dict[str, Any]:

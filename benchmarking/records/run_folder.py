@@ -21,7 +21,6 @@ it its whole co-run: half of one would give other figures.
 
 from __future__ import annotations
 
-import fcntl
 import itertools
 import os
 import re
@@ -33,9 +32,11 @@ from typing import Any, Literal
 
 import msgspec
 
+from benchmarking.cli import SuiteError
 from benchmarking.records import files, types, writing
 from benchmarking.records.files import write_json_atomic
 from benchmarking.records.types import ClientRecord, CoRunRecord, Manifest, Phase, Record
+from benchmarking.records.writing import LOCK_FILE, REFUSALS_FILE, take_lock, utc_now
 
 MANIFEST_FILE = "manifest.json"
 RECORDS_FILE = "records.jsonl"
@@ -43,8 +44,6 @@ SAMPLES_FILE = "gpu_samples.jsonl"
 MONITOR_LOG_FILE = "gpu_monitor.log"
 CLIENTS_FOLDER = "clients"
 PLAN_FILE = "plan.toml"
-LOCK_FILE = "run.lock"
-REFUSALS_FILE = "refusals.jsonl"
 PHASES_FILE = "phases.jsonl"
 
 PHASE_BASELINE: Phase = "baseline"
@@ -55,7 +54,7 @@ PHASE_CO_RUN: Phase = "co_run"
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
-class RunStoreError(Exception):
+class RunStoreError(SuiteError):
     """A run cannot be created or read; the message is one sentence naming the fix."""
 
 
@@ -153,7 +152,7 @@ class RunWriter:
         """
         # 0600, as all files: who may only read the run must not be able to hold its lock
         self._lock = writing.open_own(folder / LOCK_FILE)
-        if not _lock(self._lock):
+        if not take_lock(self._lock):
             os.close(self._lock)
             raise RunStoreError(f"another process is at work in {folder}: wait for it to end")
         self.folder = folder
@@ -206,11 +205,6 @@ class RunWriter:
             stdout=folder / f"{client}.stdout.log",
             stderr=folder / f"{client}.stderr.log",
         )
-
-
-def utc_now() -> str:
-    """Return the time as ISO 8601 in UTC, to the second."""
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def create_run(
@@ -280,44 +274,6 @@ def reopen_run(run: Run, finished: Collection[str]) -> RunWriter:
             numbered = (clients / f"{folder.name}.interrupted-{n}" for n in itertools.count(1))
             folder.rename(next(aside for aside in numbered if not os.path.lexists(aside)))
     return writer
-
-
-def is_held(folder: Path) -> bool:
-    """Whether a living process writes to this run."""
-    try:
-        descriptor = os.open(folder / LOCK_FILE, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError:
-        return False  # no lock, or another user's run, of whose end only its manifest tells
-    try:
-        return not _lock(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _lock(descriptor: int) -> bool:
-    """Take the lock until the file is closed; False when it is taken.
-
-    The kernel lets go of it when its holder dies, however that comes.
-    """
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def append_refusal(
-    results_dir: Path, command: Sequence[str], exit_code: int, sentence: str
-) -> None:
-    """Note a command that was refused before there was a run to write to.
-
-    Raises `OSError` when it cannot be written.
-    """
-    results_dir.mkdir(parents=True, exist_ok=True)
-    refusal = types.Refusal(
-        created_at=utc_now(), command=list(command), exit_code=exit_code, sentence=sentence
-    )
-    files.append_line(results_dir / REFUSALS_FILE, refusal)
 
 
 # --- reading --------------------------------------------------------------------------------

@@ -7,10 +7,18 @@ written to. Standard library alone: the drivers keep refusals before anything is
 from __future__ import annotations
 
 import errno
+import fcntl
+import json
 import os
+import re
 import secrets
 import stat
+from collections.abc import Sequence
+from datetime import datetime, timezone
 from pathlib import Path
+
+LOCK_FILE = "run.lock"
+REFUSALS_FILE = "refusals.jsonl"
 
 
 def open_own(path: Path) -> int:
@@ -81,3 +89,50 @@ def write_bytes_atomic(path: Path, content: bytes, *, mode: int = 0o666) -> None
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def utc_now() -> str:
+    """Return the time as ISO 8601 in UTC, to the second."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a living process writes to this run."""
+    try:
+        descriptor = os.open(folder / LOCK_FILE, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return False  # no lock, or another user's run, of whose end only its manifest tells
+    try:
+        return not take_lock(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def take_lock(descriptor: int) -> bool:
+    """Take the lock until the file is closed; False when it is taken.
+
+    The kernel lets go of it when its holder dies, however that comes.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def one_line(text: str) -> str:
+    """Return text for a record: on one line, and UTF-8."""
+    return re.sub(r"[\x00-\x1f\x7f]", " ", text).encode(errors="replace").decode()
+
+
+def append_refusal(folder: Path, command: Sequence[str], exit_code: int, sentence: str) -> None:
+    """Note a command that was refused before there was a run to write to.
+
+    Raises `OSError` when it cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    row = {
+        "created_at": utc_now(), "command": list(map(one_line, command)), "exit_code": exit_code,
+        "sentence": one_line(sentence),
+    }  # fmt: skip
+    append_text(folder / REFUSALS_FILE, json.dumps(row, separators=(",", ":")))

@@ -8,6 +8,7 @@ from typing import Any
 from benchmarking.metrics.number_text import joined
 from benchmarking.modes.names import MODE_CPU_DEMO, MODE_MIG, MODE_MPS, MODE_TIME_SLICING
 from benchmarking.records import run_folder
+from benchmarking.records.writing import is_held
 from benchmarking.report import claims, guide
 from benchmarking.report.groups import Group, most_compared
 from benchmarking.report.runs import MeasuredRun
@@ -173,7 +174,7 @@ def doubts(runs: Sequence[MeasuredRun], groups: Sequence[Group]) -> list[str]:
 def _run_doubts(run: MeasuredRun) -> list[str]:
     found = []
     outcome = run.manifest.outcome
-    if outcome == "running" and run_folder.is_held(run.folder):
+    if outcome == "running" and is_held(run.folder):
         found.append(": the run is still going on")
     elif outcome != "complete":
         said = {

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarking.measuring import baselines
 from benchmarking.metrics import scores
 from benchmarking.modes.names import MODE_TIME_SLICING
 from benchmarking.records.run_folder import PHASE_BASELINE, PHASE_SHARE_BASELINE
@@ -20,7 +21,6 @@ from benchmarking.records.types import ClientRecord, Phase
 from benchmarking.report.groups import Alone, Baselines
 from benchmarking.report.runs import Conditions, MeasuredRun
 from benchmarking.report.wording import clients_text
-from benchmarking.suite import baselines
 
 # What is written before the name of a condition, by kind.
 _WORDS = {

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from benchmarking.measuring import baselines
 from benchmarking.metrics.breaking_point import says_something_of_the_load
 from benchmarking.modes.names import (
     MODE_CPU_DEMO,
@@ -30,7 +31,6 @@ from benchmarking.planning.plan import CARRIED_FIGURES
 from benchmarking.records import run_folder
 from benchmarking.records.run_folder import PHASE_BASELINE, PHASE_CO_RUN
 from benchmarking.records.types import ClientRecord, CoRunRecord, Manifest, MpsLimits, Phase
-from benchmarking.suite import baselines
 
 _MODE_ORDER = (MODE_TIME_SLICING, MODE_MPS, MODE_MIG, MODE_EXCLUSIVE, MODE_CPU_DEMO)
 DEFAULT_TIMESLICE = "Default"

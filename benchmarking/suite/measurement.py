@@ -21,35 +21,21 @@ from benchmarking.cli import (
 )
 from benchmarking.hardware.gpu_samples import summarize_samples
 from benchmarking.measuring import proofs, stop_reasons
+from benchmarking.measuring.baselines import identity_differences
 from benchmarking.measuring.client import Client, client_base_environment
-from benchmarking.measuring.co_run_records import client_record, co_run_record
-from benchmarking.measuring.launcher import (
-    CoRunRefused,
-    CoRunResult,
-    FinishRule,
-    Launcher,
-    Timeouts,
-)
+from benchmarking.measuring.co_run_records import Reference, client_record, co_run_record
+from benchmarking.measuring.launcher import CoRunResult, FinishRule, Launcher, Timeouts
 from benchmarking.measuring.progress import Progress
 from benchmarking.measuring.sampler import Sampler
 from benchmarking.measuring.stop_signal import StopSignal
-from benchmarking.metrics.scores import all_known
 from benchmarking.modes.mps import PARTITION_VARIABLE
 from benchmarking.modes.names import MODE_MIG
 from benchmarking.modes.sharing_mode import GPU_ANSWERS, GPU_LOST_FIX, SharingMode
 from benchmarking.planning.limits import PERCENTAGE_VARIABLE
 from benchmarking.planning.plan import PlannedCoRun
 from benchmarking.planning.workloads import COMMAND_WORKLOAD
-from benchmarking.records.run_folder import (
-    PHASE_BASELINE,
-    PHASE_CO_RUN,
-    PHASE_NULL,
-    PHASE_SHARE_BASELINE,
-    RunWriter,
-    pooled,
-)
+from benchmarking.records.run_folder import PHASE_BASELINE, PHASE_CO_RUN, PHASE_NULL, RunWriter
 from benchmarking.records.types import ClientRecord, CoRunRecord, GpuFigures, Record, Sample
-from benchmarking.suite.baselines import identity_differences
 from benchmarking.suite.resume import EarlierPart
 from benchmarking.suite.setup import Setup
 
@@ -58,43 +44,16 @@ CLIENT_EXIT_NO_GPU = 3
 # Past what a time service adds to the wall clock, or takes from it, in slewing.
 CLOCK_TOLERANCE_SECONDS = 2.0
 
+Measured = tuple[CoRunRecord, list[ClientRecord]]
+
 
 @dataclass
-class Reference:
-    """Baselines by job: on the whole GPU, and on the client's own share where there is one."""
-
-    whole: dict[str, ClientRecord] = field(default_factory=dict)
-    whole_joules: dict[str, float | None] = field(default_factory=dict)
-    share: dict[str, ClientRecord] = field(default_factory=dict)
-    _repeats: dict[str, dict[str, tuple[CoRunRecord, ClientRecord]]] = field(default_factory=dict)
-
-    def add(self, record: CoRunRecord, client: ClientRecord) -> None:
-        """Take in a job alone that ended well; one measured again counts in place of the first."""
-        if record.outcome != "ok" or client.status != "ok":
-            return
-        if record.phase == PHASE_SHARE_BASELINE:
-            self.share[client.job_key] = client
-        if record.phase != PHASE_BASELINE:
-            return
-        repeats = self._repeats.setdefault(client.job_key, {})
-        repeats.pop(record.co_run, None)
-        repeats[record.co_run] = (record, client)
-        cards = [one.gpu for one, _ in repeats.values()]
-        joules = all_known(gpu.energy_joules if gpu else None for gpu in cards)
-        self.whole[client.job_key] = pooled([one for _, one in repeats.values()])
-        self.whole_joules[client.job_key] = None if joules is None else sum(joules)
-
-    def repeats_of(self, job_key: str) -> dict[str, ClientRecord]:
-        """Return what was measured of a job alone here, by co-run, the newest last."""
-        return {name: client for name, (_, client) in self._repeats.get(job_key, {}).items()}
-
-
-@dataclass(frozen=True)
-class RunContext:
-    """What to do, where to write it, whom to ask whether to stop, and whom to tell.
+class Measurement:
+    """A run under way: what to do, where to write it, whom to ask and tell, what is measured.
 
     `earlier` is what a run that goes on has of it already; `round` the one repeat that is to be
-    measured now, counted from 1 on, `None` for all.
+    measured now, counted from 1 on, `None` for all. `reference` are the baselines so far, `done`
+    the names of what has been run.
     """
 
     setup: Setup
@@ -103,6 +62,20 @@ class RunContext:
     progress: Progress
     earlier: EarlierPart | None = None
     round: int | None = None
+    reference: Reference = field(default_factory=Reference)
+    done: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        """Make the sampler and the launcher; nothing is started."""
+        setup, writer = self.setup, self.writer
+        gpu_uuid = setup.gpu["uuid"] if setup.gpu else None
+        self.sampler = Sampler(writer.samples_path, writer.monitor_log_path, gpu=gpu_uuid)
+        self._launcher = Launcher(
+            client_base_environment(os.environ),
+            timeouts=Timeouts(timeout=setup.request.timeout_seconds),
+            stop_signal=self.stop,
+            say=self.progress.say,
+        )
 
     def note(self, text: str | None) -> None:
         """Say something and keep it with the run."""
@@ -121,87 +94,62 @@ class RunContext:
         if unknown:
             self.writer.update_manifest(environment={**environment, **unknown})
 
-
-class Measurement:
-    """Runs the co-runs of a setup, and writes every record as soon as it is known.
-
-    `reference` are the baselines so far, `done` the names of what has been run, `stop_reasons` why
-    each of them did not hold.
-    """
-
-    def __init__(self, context: RunContext) -> None:
-        """Start with nothing measured."""
-        self._context = context
-        self._setup = context.setup
-        self._say = context.progress.say
-        self._launcher = Launcher(
-            client_base_environment(os.environ),
-            timeouts=Timeouts(timeout=context.setup.request.timeout_seconds),
-            stop_signal=context.stop,
-            say=context.progress.say,
-        )
-        self.reference = Reference()
-        self.done: set[str] = set()
-        self.stop_reasons: dict[str, dict[str, Any] | None] = {}
+    def finished(self, planned: PlannedCoRun) -> Measured | None:
+        """Return the records of a co-run that an earlier part of the run has an answer for."""
+        return self.earlier.finished(planned.co_run) if self.earlier else None
 
     def run_one(
-        self, planned: PlannedCoRun, rule: FinishRule, sampler: Sampler, *, is_again: bool = False
-    ) -> list[ClientRecord]:
-        """Run one co-run, write its records, return those of its clients.
+        self, planned: PlannedCoRun, rule: FinishRule, *, is_again: bool = False
+    ) -> Measured:
+        """Run one co-run and write its records; return that of it and those of its clients.
 
         One that is on record is taken from there, unless it `is_again` to be run.
 
         Raises `RunEnded` when it did not end well, `SuiteError` when the clients were not what
         they should be: what follows would build on it.
         """
-        if self._context.stop.requested:
+        if self.stop.requested:
             raise RunEnded("interrupted", EXIT_INTERRUPTED, "interrupted")
-        earlier = self._context.earlier
-        finished = earlier and earlier.finished(planned.co_run)
-        if finished and not is_again:
-            return self._take_from_record(*finished)
+        on_record = None if is_again else self.finished(planned)
+        if on_record and self.round is None:
+            self.progress.say(f"{planned.co_run} is done already")
+        record, clients = on_record or self._measure(planned, rule)
+        self.done.add(planned.co_run)
+        self.reference.add(record, clients[0])
+        _raise_unless_well(record, clients)
+        return record, clients
+
+    def _measure(self, planned: PlannedCoRun, rule: FinishRule) -> Measured:
         is_alone = planned.phase in (PHASE_BASELINE, PHASE_NULL)
-        mode = self._setup.alone_mode if is_alone else self._setup.mode
-        refusal: SuiteError | None = None
+        mode = self.setup.alone_mode if is_alone else self.setup.mode
 
         def before_go(clients: list[Client]) -> None:
-            nonlocal refusal
-            try:
-                self._check_identities(clients)
-            except SuiteError as error:
-                refusal = error
-                raise CoRunRefused(str(error)) from error
+            self._check_identities(clients)
             mode.observe()
 
         clock = wall_clock_offset()
-        seen = self._launcher.run(planned, self._context.writer.client_paths, rule, before_go)
-        self.done.add(planned.co_run)
-        record, clients, gpu_lost = self._recorded(seen, mode, sampler, clock)
-        if refusal is not None:
-            raise refusal
-        if gpu_lost and record.outcome != "interrupted":
-            # What follows would only meet the same.
-            is_invalid = record.outcome == "invalid"
-            reason = f"{planned.co_run}: {record.reason}"
-            raise RunEnded("invalid" if is_invalid else "failed", EXIT_NO_GPU, reason)
-        _raise_unless_well(record, clients)
-        return clients
-
-    def _take_from_record(
-        self, record: CoRunRecord, clients: list[ClientRecord]
-    ) -> list[ClientRecord]:
-        """Do as if a co-run of the earlier part had been run just now."""
-        if self._context.round is None:
-            self._say(f"{record.co_run} is done already")
-        self.done.add(record.co_run)
-        self.stop_reasons[record.co_run] = record.stop_reason
-        self.reference.add(record, clients[0])
-        _raise_unless_well(record, clients)
-        return clients
+        seen = self._launcher.run(planned, self.writer.client_paths, rule, before_go)
+        samples = self._samples_of(seen)
+        record, clients = self._judge(seen, mode, samples)
+        foreign = proofs.foreign_pids_in_window(seen, samples)
+        record.warnings += [*clock_warnings(clock), *proofs.contention_warnings(foreign)]
+        record.is_contended = bool(foreign)
+        lines: list[Record] = [*clients, record]
+        for line in lines:
+            shown = self.setup.secrets.hide(msgspec.to_builtins(line))
+            self.writer.append_record(msgspec.convert(shown, type(line)))
+        for warning in record.warnings:
+            self.progress.say(warning)
+        if record.stop_reason is not None:
+            why = stop_reasons.describe(record.stop_reason)
+            self.progress.say(f"{planned.co_run} does not hold: {why}")
+        if seen.refusal is not None:
+            raise seen.refusal
+        return record, clients
 
     def _check_identities(self, clients: list[Client]) -> None:
         """Refuse clients on another kind of device, or unlike those of the baseline."""
-        wanted = "cpu" if self._setup.is_cpu_demo else "cuda"
+        wanted = "cpu" if self.setup.is_cpu_demo else "cuda"
         for client in clients:
             identity = client.identity or {}
             # A command says nothing of its device: the driver's process lists do.
@@ -210,7 +158,7 @@ class Measurement:
                 raise SuiteError(
                     f"{client.name} ran on {identity.get('device')} though a GPU is there: torch "
                     f"{(identity.get('versions') or {}).get('torch')} cannot use it with driver "
-                    f"{(self._setup.gpu or {}).get('driver_version')}; install a build of torch "
+                    f"{(self.setup.gpu or {}).get('driver_version')}; install a build of torch "
                     "that fits, or give --device cpu", EXIT_NO_GPU,
                 )  # fmt: skip
             baseline = self.reference.whole.get(client.planned.job_key)
@@ -219,21 +167,29 @@ class Measurement:
                 raise SuiteError(
                     f"{client.name} is unlike its baseline: {'; '.join(unlike)}", EXIT_USAGE
                 )
-        if self._setup.mode.name != MODE_MIG:
+        if self.setup.mode.name != MODE_MIG:
             first = clients[0].identity or {}
             # A client with a part of the multiprocessors is shown no others.
             told = clients[0].planned.environment
             is_limited = PERCENTAGE_VARIABLE in told or PARTITION_VARIABLE in told
             seen = None if is_limited else first.get("multiprocessor_count")
             versions = first.get("versions") or {}
-            self._context.describe_environment({"multiprocessor_count": seen, "versions": versions})
+            self.describe_environment({"multiprocessor_count": seen, "versions": versions})
 
-    def _recorded(
-        self, seen: CoRunResult, mode: SharingMode, sampler: Sampler, clock: float
-    ) -> tuple[CoRunRecord, list[ClientRecord], str | None]:
-        """Judge what was seen of a co-run and write its records: they, and how the GPU was lost."""
-        planned, reference = seen.planned, self.reference
-        samples = self._samples_of(seen, sampler)
+    def _samples_of(self, seen: CoRunResult) -> list[dict[str, Any]]:
+        samples: list[dict[str, Any]] = []
+        if seen.window_end_seconds is not None and not self.sampler.failure:
+            samples = list(self.sampler.samples_past(seen.window_end_seconds))
+            self.note(self.sampler.failure)
+        for complaint in self.sampler.complaints():
+            self.note(complaint)
+        return samples
+
+    def _judge(
+        self, seen: CoRunResult, mode: SharingMode, samples: list[dict[str, Any]]
+    ) -> Measured:
+        """Return the records of what was seen of a co-run."""
+        planned, reference, request = seen.planned, self.reference, self.setup.request
         gpu = self._gpu_figures(seen, samples)
         gpu_lost, mode_failure = _lost(mode)
         clients = [
@@ -242,61 +198,33 @@ class Measurement:
                 seen.clients, proofs.judge_clients(mode, seen, samples), strict=True
             )
         ]
-        baselines = dict(reference.whole)
-        joules = reference.whole_joules
-        if planned.phase == PHASE_BASELINE and clients[0].status == "ok":
-            # A baseline is its own reference.
-            job_key = clients[0].job_key
-            baselines[job_key] = clients[0]
-            joules = {**joules, job_key: gpu.energy_joules if gpu else None}
         record = co_run_record(
             seen,
             clients,
             gpu,
             mode_failure=mode_failure,
             gpu_lost=gpu_lost,
-            baselines=baselines,
-            energy_alone_joules=joules,
-            share_baselines=reference.share if mode.has_own_shares else None,
-            host_cores=self._setup.cores,
+            reference=reference,
+            host_cores=self.setup.cores,
         )
-        reference.add(record, clients[0])
-        foreign = proofs.foreign_pids_in_window(seen, samples)
-        record.warnings += [*clock_warnings(clock), *proofs.contention_warnings(foreign)]
-        record.is_contended = bool(foreign)
         # The bounds are for jobs that share the GPU.
-        request, bounds = self._setup.request, {}
-        if planned.phase == PHASE_CO_RUN:
-            bounds = {"max_slowdown": request.max_slowdown, "max_p99_ms": request.slo_ms}
-        reason = stop_reasons.stop_reason(
-            record, seen.clients, clients, **bounds, gpu_lost=gpu_lost
+        is_shared = planned.phase == PHASE_CO_RUN
+        record.stop_reason = stop_reasons.stop_reason(
+            record,
+            seen.clients,
+            clients,
+            max_slowdown=request.max_slowdown if is_shared else None,
+            max_p99_ms=request.slo_ms if is_shared else None,
+            gpu_lost=gpu_lost,
         )
-        record.stop_reason = self.stop_reasons[planned.co_run] = reason
-        lines: list[Record] = [*clients, record]
-        for line in lines:
-            shown = self._setup.secrets.hide(msgspec.to_builtins(line))
-            self._context.writer.append_record(msgspec.convert(shown, type(line)))
-        for warning in record.warnings:
-            self._say(warning)
-        if reason is not None:
-            self._say(f"{planned.co_run} does not hold: {stop_reasons.describe(reason)}")
-        return record, clients, gpu_lost
-
-    def _samples_of(self, seen: CoRunResult, sampler: Sampler) -> list[dict[str, Any]]:
-        samples: list[dict[str, Any]] = []
-        if seen.window_end_seconds is not None and not sampler.failure:
-            samples = list(sampler.samples_past(seen.window_end_seconds))
-            self._context.note(sampler.failure)
-        for complaint in sampler.complaints():
-            self._context.note(complaint)
-        return samples
+        return record, clients
 
     def _gpu_figures(self, seen: CoRunResult, samples: list[dict[str, Any]]) -> GpuFigures | None:
         start, end = seen.window_start_seconds, seen.window_end_seconds
         if start is None or end is None or not samples:
             return None
         figures = summarize_samples(msgspec.convert(samples, list[Sample]), start, end)
-        if self._setup.is_cpu_demo:
+        if self.setup.is_cpu_demo:
             # A GPU that is there but not in use says nothing about this run.
             return GpuFigures(host_cpu_percent=figures.host_cpu_percent)
         return figures
@@ -318,14 +246,16 @@ def _raise_unless_well(record: CoRunRecord, clients: list[ClientRecord]) -> None
         return
     if outcome == "interrupted":
         raise RunEnded("interrupted", EXIT_INTERRUPTED, "interrupted")
+    # What follows a lost GPU would only meet the same.
+    is_lost = (record.stop_reason or {}).get("kind") == stop_reasons.GPU_LOST
     if outcome == "invalid":
-        raise RunEnded("invalid", EXIT_INVALID, what)
+        raise RunEnded("invalid", EXIT_NO_GPU if is_lost else EXIT_INVALID, what)
     said = next(
         (client.stderr_tail[-1] for client in clients
-         if client.status != "ok" and client.stderr_tail
+         if client.status != "ok" and client.stderr_tail and not is_lost
          and str(client.reason) not in client.stderr_tail[-1]), None,
     )  # fmt: skip
-    no_gpu = any(client.exit_code == CLIENT_EXIT_NO_GPU for client in clients)
+    no_gpu = is_lost or any(client.exit_code == CLIENT_EXIT_NO_GPU for client in clients)
     reason = f"{what} ({said})" if said else what
     raise RunEnded("failed", EXIT_NO_GPU if no_gpu else EXIT_FAILED, reason)
 

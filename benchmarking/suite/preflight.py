@@ -17,7 +17,6 @@ from benchmarking.modes.sharing_mode import is_own_pid_namespace
 from benchmarking.planning.plan import PlannedClient, PlannedCoRun
 from benchmarking.planning.workloads import COMMAND_WORKLOAD, SIZE_CPU, SIZE_GUIDE, WORKLOADS
 from benchmarking.records.run_folder import PHASE_CO_RUN
-from benchmarking.records.types import Phase
 from benchmarking.suite.setup import Setup
 
 # The least counted seconds of whole jobs: under these a figure is noise. What is
@@ -123,14 +122,6 @@ def _need_and_room(run: PlannedCoRun, setup: Setup) -> tuple[float, float]:
 # --- how long it takes ------------------------------------------------------------------------
 
 
-def least_seconds(setup: Setup, phase: Phase) -> float:
-    """Return how long a window of whole jobs lasts at least."""
-    is_alone = phase != PHASE_CO_RUN
-    is_long = not setup.is_cpu_demo if is_alone else setup.job_size == SIZE_GUIDE
-    usual = GUIDE_MIN_SECONDS if is_long else SMALL_MIN_SECONDS
-    return setup.request.min_seconds or usual
-
-
 def finish_rule(setup: Setup, run: PlannedCoRun) -> FinishRule:
     """Return when the window of a co-run opens and closes.
 
@@ -143,7 +134,8 @@ def finish_rule(setup: Setup, run: PlannedCoRun) -> FinishRule:
         on_gpu = QUICK_SETTLE_SECONDS if request.quick else SETTLE_SECONDS
         settle_seconds = CPU_SETTLE_SECONDS if setup.is_cpu_demo else on_gpu
     window_seconds = None if is_alone else request.window_seconds
-    least = least_seconds(setup, run.phase)
+    is_long = not setup.is_cpu_demo if is_alone else setup.job_size == SIZE_GUIDE
+    least = request.min_seconds or (GUIDE_MIN_SECONDS if is_long else SMALL_MIN_SECONDS)
     if any(client.workload == COMMAND_WORKLOAD for client in run.clients):
         return FinishRule(window_seconds or least, settle_seconds)
     return FinishRule(

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from msgspec.structs import replace
 
 from benchmarking.cli import EXIT_NO_GPU, EXIT_USAGE, SuiteError
-from benchmarking.modes.names import MODE_TIME_SLICING
+from benchmarking.measuring import baselines
+from benchmarking.modes.names import MODE_CPU_DEMO, MODE_TIME_SLICING
 from benchmarking.planning.plan_file import PlanFile, parse_plan, text_hash
 from benchmarking.planning.redaction import NotRevealedError, reveal
 from benchmarking.planning.request import Request
@@ -30,11 +30,11 @@ from benchmarking.records.run_folder import (
     RunStoreError,
     RunWriter,
 )
-from benchmarking.records.types import ClientRecord, CoRunRecord, Environment, RunOutcome
-from benchmarking.suite import baselines
+from benchmarking.records.types import ClientRecord, CoRunRecord, RunOutcome
+from benchmarking.records.writing import is_held
 
-# What tells one environment from another besides what a baseline of another run is compared by.
-COMPARED_FIELDS = ("gpu_uuid", "git_commit", "timeslice")
+# What tells one environment from another, versions apart.
+COMPARED_FIELDS = (*baselines.COMPARED_FIELDS, "gpu_uuid", "git_commit")
 
 # Kinds of stop reasons that say nothing of the load: the co-run is done again.
 NO_ANSWERS = ("refused", "killed", "damaged_file", "unreadable_image", "gpu_lost")
@@ -105,7 +105,7 @@ def read_earlier(reference: str, results_dir: Path) -> EarlierPart:
     folder = run_folder.resolve_run(reference, results_dir)
     _require_own(folder)
     run = run_folder.read_run(folder)
-    if run_folder.is_held(folder):
+    if is_held(folder):
         raise RunStoreError(f"run {run.run_id} is still going on: wait for it, or stop it first")
     earlier = EarlierPart(run, _request_of(run))
     if run.manifest.outcome == "complete" or _broke_for_good(earlier):
@@ -143,22 +143,18 @@ def unlike_environment(
     """
     theirs = earlier.run.manifest
     then = msgspec.structs.asdict(theirs.environment)
-    now = {key: value for key, value in known_now.items() if value and then.get(key)}
-    if "versions" in now:
-        now["versions"] = {**then["versions"], **now["versions"]}
-        then["versions"] = {**now["versions"], **then["versions"]}
-    before = replace(theirs, environment=Environment(**then))
-    ours = replace(theirs, environment=Environment(**{**then, **now}), resolved_arguments=resolved)
+    before, now = then["versions"], known_now.get("versions") or {}
+    pairs = {name: (then[name], known_now.get(name)) for name in COMPARED_FIELDS}
+    pairs |= {
+        f"version of {name}": (before.get(name), now.get(name))
+        for name in baselines.COMPARED_VERSIONS
+    }
+    if theirs.effective_mode == MODE_TIME_SLICING:  # else its slices are nothing to a client
+        pairs["timeslice"] = (theirs.environment.timeslice, known_now.get("timeslice"))
+    if theirs.effective_mode == MODE_CPU_DEMO:
+        pairs["host cores"] = (theirs.environment.host_cores, known_now.get("host_cores"))
     found = [
-        *baselines.differences(before, ours),
-        *(
-            f"{field} was {then[field]}, now it is {now[field]}"
-            for field in COMPARED_FIELDS
-            if field in now
-            and now[field] != then[field]
-            # Under the other modes its slices are nothing to a client.
-            and (field != "timeslice" or theirs.effective_mode == MODE_TIME_SLICING)
-        ),
+        *baselines.unlike({name: pair for name, pair in pairs.items() if all(pair)}),
         *baselines.data_differences(theirs.resolved_arguments, resolved, list(resolved)),
     ]
     if found:

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import msgspec
@@ -21,8 +20,9 @@ from benchmarking.cli import (
     EXIT_COMPLETE,
     EXIT_FAILED,
     EXIT_INTERRUPTED,
-    EXIT_MODE_NOT_IN_FORCE,
     EXIT_USAGE,
+    PROJECT_ROOT,
+    SuiteEnd,
     SuiteError,
 )
 from benchmarking.measuring import locks
@@ -30,34 +30,22 @@ from benchmarking.measuring.jobs import require_known_flags
 from benchmarking.measuring.progress import Progress
 from benchmarking.measuring.stop_signal import StopSignal
 from benchmarking.planning import flags
-from benchmarking.planning.plan_file import PlanFileError
 from benchmarking.planning.redaction import hidden_in_command_line
 from benchmarking.records import run_folder
+from benchmarking.records.writing import append_refusal
 from benchmarking.suite import console, preflight
-from benchmarking.suite.measurement import RunContext
+from benchmarking.suite.measurement import Measurement
 from benchmarking.suite.resume import read_earlier, read_rounds_before, request_data
 from benchmarking.suite.run import SuiteRun
-from benchmarking.suite.setup import PROJECT_ROOT, Setup, no_mps_folder, prepare
+from benchmarking.suite.setup import Setup, prepared
 
 SUITE_SCRIPT = PROJECT_ROOT / "benchmarking" / "benchmark_suite.py"
 ANALYSIS_SCRIPT = PROJECT_ROOT / "benchmarking" / "analyze_results.py"
 
 
-@dataclass(frozen=True)
-class SessionResult:
-    """How a session ended: its exit code, the sentence that it ended with, the run's folder.
-
-    `reason` is `None` where there is nothing to say, `folder` where there is no run.
-    """
-
-    exit_code: int
-    reason: str | None
-    folder: Path | None
-
-
 def run_suite(
     words: Sequence[str], stop: StopSignal | None = None, *, from_driver: bool = False
-) -> SessionResult:
+) -> SuiteEnd:
     """Plan, show the plan, run it, show the figures, as the flags `words` say.
 
     Without `stop` the signals that end a run are caught here. `from_driver` leaves out the commands
@@ -69,57 +57,48 @@ def run_suite(
     except SystemExit as end:
         if not from_driver:
             raise
-        return SessionResult(int(end.code or 0), getattr(end, "sentence", None), None)
+        return SuiteEnd(int(end.code or 0), getattr(end, "sentence", None))
     program = flags.PROGRAM if from_driver else sys.argv[0]
     command = [program, *hidden_in_command_line(words)]
+    watched = contextlib.nullcontext(stop) if stop else StopSignal().watching()
     try:
-        return _planned_and_run(options, command, stop, from_driver=from_driver)
+        with watched as stop:
+            return _plan_and_run(options, command, stop, from_driver=from_driver)
     except SuiteError as error:
-        result = _refused(error, error.exit_code)
         if error.exit_code != EXIT_USAGE and not options.dry_run:
-            _note_refusal(options, command, result)
-        return result
-    except (run_folder.RunStoreError, PlanFileError) as error:
-        return _refused(error, EXIT_USAGE)
+            _note_refusal(options, command, error)
+        return _refused(str(error), error.exit_code)
     except OSError as error:  # before the run began: a disk without room for its first file
         said = f"cannot write to {options.results_dir} ({error.strerror or error})"
-        advice = "make room there, or name another --results-dir"
-        return _refused(OSError(f"{said}: {advice}"), EXIT_FAILED)
+        return _refused(f"{said}: make room there, or name another --results-dir", EXIT_FAILED)
 
 
-def _planned_and_run(
-    options: argparse.Namespace,
-    command: Sequence[str],
-    stop: StopSignal | None,
-    *,
-    from_driver: bool,
-) -> SessionResult:
+def _plan_and_run(
+    options: argparse.Namespace, command: Sequence[str], stop: StopSignal, *, from_driver: bool
+) -> SuiteEnd:
     earlier = read_earlier(options.resume, options.results_dir) if options.resume else None
     request = earlier.request if earlier else flags.request_from(options)
     if options.round is not None:
         earlier = read_rounds_before(request)
     if options.allow_contention:  # the one flag that a run may go on with
         request = msgspec.structs.replace(request, allow_contention=True)
-    with _watched(stop) as stop, no_mps_folder() as folder:
-        setup = prepare(request, folder, os.environ, require_mode=not options.dry_run)
+    with prepared(request, require_mode=not options.dry_run) as setup, ExitStack() as stack:
         setup.notes.extend(preflight.notes_before(setup))
         if options.dry_run:
             require_known_flags(setup.plan.jobs().values())
         if earlier is None or options.resume:
             console.print_plan(setup, verbose=options.verbose or options.dry_run)
         if options.dry_run:
-            return SessionResult(EXIT_COMPLETE, None, None)
-        with contextlib.ExitStack() as stack:
-            is_alone = _lock_card(setup, stack) and not setup.is_contended
-            writer = earlier.reopen(setup.notes) if earlier else _new_run(setup, command)
-            if not is_alone:
-                writer.update_manifest(is_contended=True)
-            progress = Progress()
-            suite = SuiteRun(RunContext(setup, writer, stop, progress, earlier, options.round))
-            code = suite.execute()
+            return SuiteEnd(EXIT_COMPLETE, None)
+        is_alone = _lock_card(setup, stack) and not setup.is_contended
+        writer = earlier.reopen(setup.notes) if earlier else _new_run(setup, command)
+        if not is_alone:
+            writer.update_manifest(is_contended=True)
+        suite = SuiteRun(Measurement(setup, writer, stop, Progress(), earlier, options.round))
+        end = SuiteEnd(suite.execute(), suite.ending)
     if options.round is not None and from_driver:  # it has the report at the end
-        return SessionResult(code, suite.ending, writer.folder)
-    return _told(code, suite.ending, writer.folder, from_driver=from_driver)
+        return end
+    return _told(end, writer.folder, from_driver=from_driver)
 
 
 def estimate_repeat_seconds(words: Sequence[str]) -> float | None:
@@ -129,36 +108,23 @@ def estimate_repeat_seconds(words: Sequence[str]) -> float | None:
     """
     try:
         request = flags.request_from(flags.parse_arguments(words))
-        with no_mps_folder() as folder:
-            setup = prepare(request, folder, os.environ, require_mode=False)
-    except (SystemExit, SuiteError, PlanFileError, run_folder.RunStoreError):
+        with prepared(request, require_mode=False) as setup:
+            return preflight.estimated_round_seconds(setup)
+    except (SystemExit, SuiteError):
         return None
-    return preflight.estimated_round_seconds(setup)
 
 
-@contextlib.contextmanager
-def _watched(stop: StopSignal | None) -> Iterator[StopSignal]:
-    """Give the caller's stop signal, or one that catches the signals meanwhile."""
-    if stop is not None:
-        yield stop
-        return
-    with StopSignal().watching() as own:
-        yield own
-
-
-def _lock_card(setup: Setup, stack: contextlib.ExitStack) -> bool:
+def _lock_card(setup: Setup, stack: ExitStack) -> bool:
     """Hold the card's lock, or the CPU's, until the stack ends; say whether no other run is there.
 
-    Raises `SuiteError` (code 4) where one is and that is not allowed.
+    Raises `InUseError` where one is and that is not allowed.
     """
     try:
         stack.enter_context(locks.hold(setup.gpu["uuid"] if setup.gpu else None))
     except locks.InUseError as error:
         if not setup.request.allow_contention:
-            raise SuiteError(
-                f"{error}, or measure next to it with --allow-contention", EXIT_MODE_NOT_IN_FORCE
-            ) from error
-        setup.notes.append(f"{error}: figures hold next to it only")
+            raise
+        setup.notes.append(f"{error.found}: figures hold next to it only")
         print(f"  note: {setup.notes[-1]}", flush=True)
         return False
     return True
@@ -174,20 +140,20 @@ def _new_run(setup: Setup, command: Sequence[str]) -> run_folder.RunWriter:
     return writer
 
 
-def _told(code: int, ending: str | None, folder: Path, *, from_driver: bool) -> SessionResult:
+def _told(end: SuiteEnd, folder: Path, *, from_driver: bool) -> SuiteEnd:
     """Print the figures of a run that has ended, and the commands that follow it."""
     try:
         console.print_summary(run_folder.read_run(folder))
     except run_folder.RunStoreError as error:
-        refused = _refused(error, code or EXIT_FAILED)
-        return SessionResult(refused.exit_code, ending or refused.reason, folder)
+        refused = _refused(str(error), end.exit_code or EXIT_FAILED)
+        return SuiteEnd(refused.exit_code, end.reason or refused.reason)
     if not from_driver:
         report = shell_words(ANALYSIS_SCRIPT, "--results-dir", str(folder))
         print(f"\nreport.html with its charts: {report}")
-        if code == EXIT_INTERRUPTED:
+        if end.exit_code == EXIT_INTERRUPTED:
             print(f"to go on: {shell_words(SUITE_SCRIPT, '--resume', str(folder))}")
     print(f"results: {folder}", flush=True)
-    return SessionResult(code, ending, folder)
+    return end
 
 
 def shell_words(script: Path, *words: str) -> str:
@@ -197,19 +163,17 @@ def shell_words(script: Path, *words: str) -> str:
     return shlex.join(["python3", str(script), *words])
 
 
-def _refused(error: Exception, code: int) -> SessionResult:
+def _refused(said: str, code: int) -> SuiteEnd:
     """Print an error, one sentence for each thing that is wrong."""
-    for sentence in str(error).splitlines():
+    for sentence in said.splitlines():
         print(f"{flags.PROGRAM}: error: {sentence}", file=sys.stderr)
-    return SessionResult(code, str(error), None)
+    return SuiteEnd(code, said)
 
 
-def _note_refusal(
-    options: argparse.Namespace, command: Sequence[str], result: SessionResult
-) -> None:
+def _note_refusal(options: argparse.Namespace, command: Sequence[str], error: SuiteError) -> None:
     """Keep what was refused before there was a run; where that cannot be, it was at least said."""
     folder = options.results_dir
     if options.resume:
         folder = run_folder.resolve_run(options.resume, options.results_dir).parent
     with contextlib.suppress(OSError):
-        run_folder.append_refusal(folder, command, result.exit_code, str(result.reason))
+        append_refusal(folder, command, error.exit_code, str(error))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import sys
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,17 +31,14 @@ from benchmarking.modes.sharing_mode import ModeNotInForceError, SharingMode
 from benchmarking.modes.whole_gpu import time_slicing_warning
 from benchmarking.planning import limits
 from benchmarking.planning import plan as planning
-from benchmarking.planning.own_jobs import JOBS_PLAN, plan_clients
-from benchmarking.planning.plan import JobOptions, Plan, PlannedClient, PlannedCoRun
-from benchmarking.planning.plan_file import PlanFile
+from benchmarking.planning.plan import Plan, PlannedClient, PlannedCoRun
+from benchmarking.planning.plan_file import JOBS_PLAN, PlanFile
 from benchmarking.planning.redaction import Secrets
 from benchmarking.planning.request import Request
-from benchmarking.planning.workloads import COMMAND_WORKLOAD, SIZE_CPU, SIZE_GUIDE, SIZE_QUICK
+from benchmarking.planning.workloads import SIZE_CPU, SIZE_GUIDE, SIZE_QUICK
 from benchmarking.records import run_folder
 from benchmarking.records.run_folder import PHASE_BASELINE, PHASE_NULL, Run
-from benchmarking.records.types import METHOD, Environment, Evidence, MpsLimits
-
-PROJECT_ROOT = Path(__file__).resolve().parents[2]
+from benchmarking.records.types import METHOD, Evidence, MpsLimits
 
 
 @dataclass(frozen=True)
@@ -72,9 +69,23 @@ class Setup:
         """Whether there is no GPU in use."""
         return self.mode.name == MODE_CPU_DEMO
 
+    def environment(self) -> dict[str, Any]:
+        """Return what is known of the environment; what else there is, the jobs will tell."""
+        gpu = self.gpu or {}
+        return {
+            "gpu_name": gpu.get("name"),
+            "gpu_uuid": gpu.get("uuid"),
+            "gpu_memory_mib": gpu.get("memory_total_mib"),
+            "driver_version": gpu.get("driver_version"),
+            "cuda_version": gpu.get("cuda_driver_version"),
+            "timeslice": self.timeslice,
+            "host_cores": self.cores,
+            "project_version": PROJECT_VERSION,
+        }
+
     def manifest(self, command: Sequence[str]) -> dict[str, Any]:
         """Return the manifest's fields as far as they are known before anything runs."""
-        gpu, request = self.gpu or {}, self.request
+        request = self.request
         is_limited = self.mode.name == MODE_MPS and request.mps_limits != MpsLimits()
         manifest = {
             "command": list(command),
@@ -92,19 +103,7 @@ class Setup:
             "bounds": {"max_slowdown": request.max_slowdown, "max_p99_ms": request.slo_ms},
             "plan_file": request.plan_file.to_dict() if request.plan_file else None,
             "plan": self.plan.to_dict(),
-            # what else there is to know, the jobs themselves will tell
-            "environment": msgspec.to_builtins(
-                Environment(
-                    gpu_name=gpu.get("name"),
-                    gpu_uuid=gpu.get("uuid"),
-                    gpu_memory_mib=gpu.get("memory_total_mib"),
-                    driver_version=gpu.get("driver_version"),
-                    cuda_version=gpu.get("cuda_driver_version"),
-                    timeslice=self.timeslice,
-                    host_cores=self.cores,
-                    project_version=PROJECT_VERSION,
-                )
-            ),
+            "environment": self.environment(),
             "mode_evidence": msgspec.to_builtins(self.evidence),
             "baseline_run_id": None,
             "notes": list(self.notes),
@@ -113,20 +112,18 @@ class Setup:
 
 
 @contextlib.contextmanager
-def no_mps_folder() -> Iterator[Path]:
-    """Give an empty folder in which no MPS daemon answers, for clients that must have none."""
-    with tempfile.TemporaryDirectory(prefix="no-mps-") as folder:
-        yield Path(folder)
-
-
-def prepare(
-    request: Request, empty_folder: Path, environment: Mapping[str, str], *, require_mode: bool
-) -> Setup:
-    """Find the GPU, check the mode, lay out the plan.
+def prepared(request: Request, *, require_mode: bool = True) -> Iterator[Setup]:
+    """Find the GPU, check the mode, lay out the plan; give all that while clients may run.
 
     With `require_mode` a mode that is not in force is an error (`SuiteError`, code 4); without, it
     is only written among the evidence, as for `--dry-run`.
     """
+    # An empty folder, in which no MPS daemon answers, for clients that must have none.
+    with tempfile.TemporaryDirectory(prefix="no-mps-") as folder:
+        yield _prepare(request, Path(folder), require_mode=require_mode)
+
+
+def _prepare(request: Request, empty_folder: Path, *, require_mode: bool) -> Setup:
     if request.slo_ms is not None and not request.has_latency:
         raise SuiteError(
             f"--slo-ms needs jobs with response times, and {request.mix} has none: choose --mix "
@@ -134,7 +131,7 @@ def prepare(
             "the plan",
             EXIT_USAGE,
         )
-    gpu, notes = find_gpu(request, environment)
+    gpu, notes = find_gpu(request, os.environ)
     notes += _notes_on_plan_file(request.plan_file)
     most = max(request.counts)
 
@@ -144,7 +141,7 @@ def prepare(
     def mode_called(name: str) -> SharingMode:
         return make_mode(
             MODE_CPU_DEMO if gpu is None else name, describe, clients=most,
-            no_mps_folder=empty_folder, environment=environment, layout=request.mig_layout,
+            no_mps_folder=empty_folder, environment=os.environ, layout=request.mig_layout,
         )  # fmt: skip
 
     variant = MODE_MPS_PARTITIONS if request.mps_limits.partitions else request.mode
@@ -159,13 +156,29 @@ def prepare(
         is_contended, found = look_for_foreign_processes(gpu["uuid"], allowed=allowed)
         notes += found
         if request.mode == MODE_TIME_SLICING:
-            warning = time_slicing_warning(most, gpu["uuid"], environment)
+            warning = time_slicing_warning(most, gpu["uuid"], os.environ)
             notes += [warning] if warning else []
     # A pair's window of seconds has room for small jobs only.
     is_small = request.quick or request.is_paired
     job_size = SIZE_CPU if gpu is None else SIZE_QUICK if is_small else SIZE_GUIDE
     cores = usable_cores()
-    plan, co_runs_of = _lay_out(request, mode, alone_mode, job_size, cores)
+
+    def equipped(run: PlannedCoRun) -> PlannedCoRun:
+        under = alone_mode if run.phase in (PHASE_BASELINE, PHASE_NULL) else mode
+        return run.map_clients(
+            lambda client: dataclasses.replace(
+                client,
+                environment=_environment_of(client, under, request, cores, len(run.clients)),
+            )
+        )
+
+    def co_runs_of(count: int) -> tuple[PlannedCoRun, ...]:
+        added = planning.co_runs_of(request, mode.name, job_size, (count,))
+        return tuple(map(equipped, added))
+
+    plan = planning.build_plan(
+        request, mode.name, job_size, has_own_shares=mode.has_own_shares
+    ).map_runs(equipped)
     if request.mig_layout and mode.name == MODE_MIG:
         plan, unlike = planning.without_unlike_shares(plan, request.mig_layout)
         notes += [
@@ -194,68 +207,6 @@ def prepare(
     )
 
 
-def _lay_out(
-    request: Request, mode: SharingMode, alone_mode: SharingMode, job_size: str, cores: int
-) -> tuple[Plan, Callable[[int], tuple[PlannedCoRun, ...]]]:
-    """Build the plan with every client's environment in it, and what lays out further counts."""
-    options = JobOptions(
-        size=job_size,
-        seed=request.seed,
-        device="cpu" if mode.name == MODE_CPU_DEMO else "cuda",
-        engine=request.engine,
-        precision=request.precision,
-        dataset=request.dataset,
-        data_dir=str(Path(request.data_dir).resolve()) if request.data_dir else None,
-        slo_ms=request.slo_ms,
-        arguments=request.job_arguments,
-        python=sys.executable,
-        root=str(PROJECT_ROOT),
-    )
-    plan_mode = MODE_EXCLUSIVE if request.mode == MODE_EXCLUSIVE else mode.name
-    name, repeats = request.co_run_prefix, request.repeats
-
-    def clients_of(count: int) -> tuple[PlannedClient, ...]:
-        if request.plan_file is not None:
-            return plan_clients(request.plan_file, count, options)
-        return planning.mix_clients(request.mix, count, options)
-
-    def equipped(run: PlannedCoRun) -> PlannedCoRun:
-        under = alone_mode if run.phase in (PHASE_BASELINE, PHASE_NULL) else mode
-        return run.map_clients(
-            lambda client: dataclasses.replace(
-                client,
-                environment=_environment_of(client, under, request, cores, len(run.clients)),
-            )
-        )
-
-    def co_runs_of(count: int) -> tuple[PlannedCoRun, ...]:
-        added = planning.counted_co_runs(
-            plan_mode, clients_of, name=name, counts=(count,), repeats=repeats
-        )
-        return tuple(map(equipped, added))
-
-    if request.is_paired:
-        pairs = (
-            planning.job_pairs(options) if request.is_pairs
-            else planning.noisy_pairs(options, quick=request.quick, duty_steps=request.duty_steps)
-        )  # fmt: skip
-        # Number 0 each, as every job alone runs on the first client's share.
-        clients = [dataclasses.replace(one, client=0) for pair in pairs for one in pair]
-        co_runs = planning.paired_co_runs(plan_mode, pairs, name=name, repeats=repeats)
-    else:
-        clients = list(clients_of(max(request.counts)))
-        co_runs = planning.counted_co_runs(
-            plan_mode, clients_of, name=name, counts=request.counts, repeats=repeats
-        )
-    plan = planning.build_plan(
-        plan_mode, clients, co_runs, baseline_mode=alone_mode.name,
-        share_baseline=mode.has_own_shares,
-        whole_gpu_baseline=request.baseline is None and mode.name != MODE_MIG, null=request.null,
-        baseline_repeats=request.repeats if request.mode == MODE_EXCLUSIVE else 1,
-    )  # fmt: skip
-    return plan.map_runs(equipped), co_runs_of
-
-
 def _environment_of(
     client: PlannedClient, under: SharingMode, request: Request, cores: int, clients: int
 ) -> dict[str, str]:
@@ -267,12 +218,8 @@ def _environment_of(
         for name, value in client.environment.items()
         if is_mps or not name.startswith("CUDA_MPS_")
     }
-    # Nothing in the folder that a run is started from is imported by our jobs' child processes;
-    # a user's own command finds its modules as ever.
-    safe = {} if client.workload == COMMAND_WORKLOAD else {"PYTHONSAFEPATH": "1"}
     return {
         **planning.shared_host_environment(cores, clients),
-        **safe,
         **own,
         **under.client_environment(client.client),
         **(limits.limits_of_client(request.mps_limits, client.client, clients) if is_mps else {}),

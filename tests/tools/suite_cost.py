@@ -16,7 +16,6 @@ not in force, 130 interrupted.
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import sys
 import tempfile
@@ -35,9 +34,9 @@ from benchmarking import cli
 from benchmarking.drivers import program
 from benchmarking.hardware.gpu_samples import summarize_samples
 from benchmarking.hardware.host_cpu import read_process_trees
-from benchmarking.measuring.client import Client, client_base_environment
+from benchmarking.measuring.client import Client
 from benchmarking.measuring.co_run_records import start_skew_ms
-from benchmarking.measuring.launcher import CoRunResult, Launcher, Timeouts
+from benchmarking.measuring.launcher import CoRunResult
 from benchmarking.measuring.sampler import Sampler
 from benchmarking.measuring.stop_signal import StopSignal
 from benchmarking.metrics.estimates import Estimate, estimate
@@ -45,7 +44,7 @@ from benchmarking.modes.names import MODES
 from benchmarking.planning.request import Request
 from benchmarking.records.run_folder import utc_now, write_json_atomic
 from benchmarking.records.types import Sample
-from benchmarking.suite.setup import Setup, no_mps_folder, prepare
+from benchmarking.suite.setup import Setup, prepared
 
 TIMEOUT_SECONDS = 1800.0
 # From go, or from the sampler's start or end, until a window may begin.
@@ -88,8 +87,7 @@ def run(options: argparse.Namespace, stop: StopSignal) -> int:
     request = Request(
         mode=options.mode, mix="inference", counts=(options.clients,), gpu=options.gpu
     )
-    with no_mps_folder() as empty, tempfile.TemporaryDirectory(prefix="suite-cost-") as folder:
-        setup = prepare(request, empty, os.environ, require_mode=True)
+    with prepared(request) as setup, tempfile.TemporaryDirectory(prefix="suite-cost-") as folder:
         seen, windows = run_clients(options, setup, stop, Path(folder))
     found = describe(options, setup, seen, windows)
     write_json_atomic(options.output_dir / "suite_cost.json", found)
@@ -117,17 +115,11 @@ def run_clients(
     with ThreadPoolExecutor(1) as pool:
         # A second of settling and five for the sampler's start and end come to each window.
         windows_seconds = 2 * options.repeats * (options.seconds + SETTLE_SECONDS + 5)
-        launcher = Launcher(
-            client_base_environment(os.environ), stop_signal=stop, say=say,
-            timeouts=Timeouts(timeout=TIMEOUT_SECONDS + windows_seconds),
-        )  # fmt: skip
         try:
-            seen = launcher.run(
-                planned,
-                lambda _, client: program.client_paths(folder, str(client)),
-                rule,
-                before_go,
-            )
+            seen = program.launch(
+                planned, folder, stop, say, rule, timeout=TIMEOUT_SECONDS + windows_seconds,
+                before_go=before_go,
+            )  # fmt: skip
         finally:
             given_up.set()
     if seen.outcome == "interrupted":

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarking.cli import SuiteError
 from benchmarking.metrics import scores
 from benchmarking.modes.names import MODE_CPU_DEMO
 from benchmarking.records import run_folder
@@ -27,7 +28,7 @@ TOLERATED_FRACTION = 0.02
 MOST_CPU_WAIT_FRACTION = 0.05
 
 
-class BaselineMismatchError(Exception):
+class BaselineMismatchError(SuiteError):
     """A baseline was taken under other conditions; the message names the differing field."""
 
 
@@ -44,7 +45,7 @@ def differences(theirs: Manifest, ours: Manifest) -> list[str]:
     on_cpu = (theirs.effective_mode == MODE_CPU_DEMO, ours.effective_mode == MODE_CPU_DEMO)
     if any(on_cpu):
         pairs |= {"cpu-demo": on_cpu, "host cores": (then.host_cores, now.host_cores)}
-    return _unlike(pairs)
+    return unlike(pairs)
 
 
 def impossible_speed(client: ClientRecord) -> str | None:
@@ -88,10 +89,11 @@ def identity_differences(
     theirs = baseline and baseline.identity
     if not theirs or not identity:
         return []
-    return _unlike({n: (theirs.get(n), identity.get(n)) for n in COMPARED_IDENTITY_FIELDS})
+    return unlike({n: (theirs.get(n), identity.get(n)) for n in COMPARED_IDENTITY_FIELDS})
 
 
-def _unlike(pairs: Mapping[str, tuple[Any, Any]]) -> list[str]:
+def unlike(pairs: Mapping[str, tuple[Any, Any]]) -> list[str]:
+    """Say of each pair, then and now, by its name, how it differs."""
     return [f"{name} was {then}, now it is {now}" for name, (then, now) in pairs.items()
             if then != now]  # fmt: skip
 
