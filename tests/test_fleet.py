@@ -30,7 +30,7 @@ from waiting import wait_until
 from benchmarking.fleet import parse_arguments
 
 FAKES = PROJECT_ROOT / "tests" / "fakes"
-RECORDED = PROJECT_ROOT / "examples" / "h100-mixed-4" / "comparison.json"
+RECORDED = PROJECT_ROOT / "examples" / "h200-mixed-4" / "comparison.json"
 REPLACED = (
     "run_experiments.sh", "benchmarking/hardware/card_health.py", "gpu-configs/gpu_status.sh",
 )  # fmt: skip
@@ -186,12 +186,12 @@ def test_a_slow_card_is_flagged_a_killed_worker_resumed_and_a_refusal_a_row(
     (kind,) = json.loads((tmp_path / "fleet.json").read_text())["models"]
     assert (kind["cards"], kind["averaged"], kind["decision"], kind["agreeing"]) == (6, 4, "mps", 4)
     recorded = json.loads(RECORDED.read_text())["sections"][0]["groups"]
-    (mps,) = (group for group in recorded if (group["mode"], group["clients"]) == ("mps", 4))
+    (mps,) = (group for group in recorded if (group["variant"], group["clients"]) == ("mps", 4))
     assert kind["modes"]["mps"]["work_delivered"] == pytest.approx(mps["stp"]["mean"])
     assert list(kind["outliers"]) == ["host-a GPU-a1"]
     assert kind["outliers"]["host-a GPU-a1"][1:] == [
-        "delivers 10.0 % less under time-slicing", "delivers 10.0 % less under mps",
-    ]  # fmt: skip
+        f"delivers 10.0 % less under {mode}" for mode in ("time-slicing", "mps", "mps:even")
+    ]
     report = (tmp_path / "fleet.md").read_text()
     assert "**mps delivers most**; 4 of 4 cards agree." in report
     assert f"| host-b | GPU-b2 | refused: {REFUSAL} |" in report

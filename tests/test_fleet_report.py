@@ -15,7 +15,7 @@ from conftest import PROJECT_ROOT
 
 from benchmarking import fleet_report
 
-RECORDED = PROJECT_ROOT / "examples" / "h100-mixed-4" / "comparison.json"
+RECORDED = PROJECT_ROOT / "examples" / "h200-mixed-4" / "comparison.json"
 
 
 @pytest.mark.parametrize(

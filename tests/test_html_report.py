@@ -149,11 +149,11 @@ def test_hostile_names_push_nothing_sideways(report: str, width: int, tmp_path: 
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("example", ["mixed-4", "pairs", "single-image"])
+@pytest.mark.parametrize("example", ["h200-mixed-4", "h100-pairs", "h100-single-image"])
 def test_the_recorded_runs_are_reported_on_less_than_4000_pixels(
     example: str, tmp_path: Path
 ) -> None:
-    example_folder = PROJECT_ROOT / "examples" / f"h100-{example}"
+    example_folder = PROJECT_ROOT / "examples" / example
     assert analyze("--results-dir", example_folder, "--output", tmp_path).returncode == 0
     found = measured((tmp_path / "report.html").read_text(encoding="utf-8"), 390, tmp_path)
     assert found["width"] == 390

@@ -31,7 +31,7 @@ class WorkloadKind:
 # The guide's sizes are each script's defaults, spelled out so that the record shows them. The CPU
 # sizes are for two cores: one thread takes about 15 s for a BERT job, 6 s for a ResNet50 job and
 # 3 to 6 s for the two others. Seconds and memory on a GPU are those of an H100: the table of
-# docs/experiments.md and the baselines of examples/h100-mixed-4 (memory_used_mib_max of each).
+# docs/experiments.md, and memory_used_mib_max of each job alone.
 WORKLOADS: Mapping[str, WorkloadKind] = {
     "resnet_training": WorkloadKind(
         "ResNet50 training",

@@ -38,7 +38,7 @@ WIDE_MARGIN = 1.5
 FULL_FRACTION = 0.9
 
 # Of a co-run that is not its window: imports, loading, ending, and each client's turn to warm up
-# (examples/h100-mixed-4: 10 s for one client, 16 s for four).
+# (an H100: 10 s for one client, 16 s for four).
 START_SECONDS, WARM_UP_SECONDS = 8.0, 2.0
 # Four of the mixed mix on an H100 made the longest job last 1.6 times as long (it waits between
 # its cells). CPU jobs wait for each other's cores.
