@@ -127,7 +127,7 @@ def test_the_headline_says_which_mode_and_how_sure(compared, said: str) -> None:
          "Cost of 1,000 s of work: time slicing 1.01 for the GPU; MPS 0.505 for the GPU"),
         (lambda: compare(failed(time_slicing(SLICED), phase="co_run"), mps([2.0])),
          "Did not work: time slicing: failed: no memory."),
-        (lambda: edited(noisy_neighbors_only), " memory 1.90 38.00 1.70 MPS"),
+        (lambda: edited(noisy_neighbors_only), " 1.90 38.00 1.70 MPS"),
         (lambda: compare(ramp(STEPS)),
          "MPS fits 4 of training: breaking point not reached by 4 clients"),
         (lambda: compare(ramp(STEPS, gpu=False)),
@@ -168,7 +168,7 @@ def test_a_method_whose_own_error_is_too_large_says_so_before_anything_else() ->
           "| ResNet50 training | – | MPS |",
           "| time slicing | ResNet50 training | Batch inference | 2.00 |"]),
         (lambda: edited(noisy_neighbors),
-         ["| Token generation | memory: a slice of its own pays | – | from 25 % on |"]),
+         ["| Token generation, memory: a slice of its own pays | – | from 25 % on |"]),
     ],
     ids=["pairs", "noisy neighbors"],
 )  # fmt: skip

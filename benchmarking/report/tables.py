@@ -115,15 +115,16 @@ def noisy(section: Record) -> Table:
             cells = [wording.spread(felt.get(variant)) for variant in names]
             least = min(felt, key=lambda variant: felt[variant]["mean"], default=None)
             part = "" if duty == 1 else f", {100 * duty:g} % of the time"
-            rows.append([one["label"], pressed + part, *cells, names[least] if least else UNKNOWN])
+            title = f"{one['label']}, {pressed}{part}"
+            rows.append([title, *cells, names[least] if least else UNKNOWN])
         limits = {
             limit["variant"]: limit["reason"] or f"from {100 * limit['duty']:.0f} % on"
             for limit in one["break_even"] if limit["reason"] != wording.NO_SLICE
         }  # fmt: skip
         if limits:
             cells = [limits.get(variant, UNKNOWN) for variant in names]
-            rows.append([one["label"], f"{pressed}: a slice of its own pays", *cells, ""])
-    return Table(["job", "neighbor presses", *names.values(), "least"], rows, keys=2)
+            rows.append([f"{one['label']}, {pressed}: a slice of its own pays", *cells, ""])
+    return Table(["job, what its neighbor presses", *names.values(), "least"], rows)
 
 
 def environment(section: Record) -> Table:
