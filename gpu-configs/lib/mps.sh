@@ -68,11 +68,11 @@ mps::stop() {
 
 # Ends with 4 where the control program is too old for static partitions.
 mps::require_static_partitions() {
-    local version="of unknown version"
+    local version=0
     local -r said=$(mps::run timeout 20 nvidia-cuda-mps-control -v 2>&1 </dev/null || true)
     [[ ! $said =~ version:\ *([0-9]{1,9}) ]] || version=${BASH_REMATCH[1]}
-    [[ $version != of* ]] && ((10#$version >= STATIC_PARTITIONS_VERSION)) || die "$EXIT_UNSUPPORTED" "static SM" \
-        "partitions need nvidia-cuda-mps-control $STATIC_PARTITIONS_VERSION (CUDA 13.1); this one is $version"
+    ((10#$version >= STATIC_PARTITIONS_VERSION)) || die "$EXIT_UNSUPPORTED" "static SM partitions need" \
+        "nvidia-cuda-mps-control $STATIC_PARTITIONS_VERSION (CUDA 13.1); this one is ${version/#0/of unknown version}"
 }
 
 # mps::find_partitions PIPE_DIRECTORY: a question to a daemon with static partitions: sets FREE_CHUNKS, the
