@@ -37,7 +37,7 @@ UUID = "GPU-00000000-1111-2222-3333-444444444444"
 OTHER_UUID = "GPU-99999999-1111-2222-3333-444444444444"
 EMPTY = Path("/empty")
 # Somebody's process that lives here, and pids that no process here has (over pid_max).
-LIVING = os.getpid()
+LIVING = 1
 FOREIGN, ALSO_FOREIGN = 2**22 + 1, 2**22 + 2
 H100 = {
     "index": 0, "uuid": UUID, "name": "NVIDIA H100", "compute_mode": "Default",
