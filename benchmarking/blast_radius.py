@@ -203,7 +203,6 @@ def measure(options: argparse.Namespace, setup: Setup, stop: StopSignal) -> dict
     with Sampler(
         folder / "gpu_samples.jsonl", folder / "gpu_monitor.log", gpu=gpu["uuid"] if gpu else None
     ) as sampler:
-        servers_before = mps_servers(setup)
         blast = Blast(options, setup, planned, stop)
         seen = blast.run()
         if seen.outcome == "interrupted" or stop.requested:
@@ -228,7 +227,7 @@ def measure(options: argparse.Namespace, setup: Setup, stop: StopSignal) -> dict
             for key in ("status", "reason", "exit_code", "stderr_tail")
         },
         "newcomer": describe_newcomer(blast),
-        "mps": describe_mps(setup, servers_before),
+        "mps": describe_mps(setup, blast.servers_before),
     }
 
 
@@ -264,6 +263,7 @@ class Blast:
     given_up: threading.Event = field(default_factory=threading.Event)
     fault_seconds: float | None = None
     works_seconds: float | None = None
+    servers_before: str | None = None
     attempts: list[CoRunResult] = field(default_factory=list)
 
     @property
@@ -278,6 +278,8 @@ class Blast:
 
         def before_go(clients: Sequence[Client]) -> None:
             self.setup.mode.observe()
+            # Not before there are clients: the first one of a daemon starts its server.
+            self.servers_before = mps_servers(self.setup)
             say(f"the fault comes in {self.options.window / 2:g} s")
             watching.append(pool.submit(self._watch, clients[-1]))
 
