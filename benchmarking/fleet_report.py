@@ -26,6 +26,7 @@ from benchmarking.cli import (
 from benchmarking.drivers.program import write_report
 from benchmarking.records.run_folder import utc_now
 from benchmarking.report import render
+from benchmarking.report.runs import cleaned
 
 SCHEMA_VERSION = 1
 NAME = "fleet"
@@ -66,7 +67,7 @@ def write(folder: Path, without_record: Sequence[Row]) -> int:
         "schema_version": SCHEMA_VERSION,
         "created_at": utc_now(),
         "cards": cards,
-        "without_record": list(without_record),
+        "without_record": cleaned(list(without_record)),
         "models": merge(cards),
     }
     text = markdown(found)
@@ -82,7 +83,7 @@ def write(folder: Path, without_record: Sequence[Row]) -> int:
 def read_card(path: Path) -> Row:
     """Return a unit's record with the figures of its comparison, by mode."""
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = cleaned(json.loads(path.read_text(encoding="utf-8")))
         section = _section(path.with_suffix("") / "comparison.json")
     except (OSError, ValueError) as error:
         raise SuiteError(f"{path} cannot be read ({error})", EXIT_USAGE) from error
@@ -111,7 +112,7 @@ def _section(path: Path) -> Mapping[str, Any]:
     """Return the newest section of a comparison, empty where there is none."""
     if not path.exists():
         return {}
-    sections = json.loads(path.read_text(encoding="utf-8")).get("sections") or [{}]
+    sections = cleaned(json.loads(path.read_text(encoding="utf-8"))).get("sections") or [{}]
     return sections[0]
 
 

@@ -100,7 +100,25 @@ def test_rounds_go_into_one_run_the_first_calibrates_and_each_is_measured_once(
     other = bench.run(*together, "2", "--seed", "7")
     assert other.returncode == 2
     assert "together was made with other flags: name another --run-id" in other.stderr
-    assert names(read_plain(bench.results / "together")) == ["interactive-2-r0", "interactive-2-r1"]
+    run = read_plain(bench.results / "together")
+    assert names(run) == ["interactive-2-r0", "interactive-2-r1"]
+    # without shares of their own the job alone on the whole card is what counts
+    assert run.co_run_records[-1]["summary"]["interference_overhead_percent"] is not None
+
+
+def test_a_round_that_may_not_go_on_is_no_success_though_those_before_it_were(bench: Bench) -> None:
+    flags = ("--mix", "interactive", "--workloads", "1", "--repeats", "2", "--run-id", "rounds")
+    assert bench.run(*flags, "--round", "1").returncode == 0
+    path = bench.results / "rounds" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    for arguments in manifest["resolved_arguments"].values():
+        arguments[:] = ["--resolved", "otherwise"]
+    path.write_text(json.dumps(manifest))
+    done = bench.run(*flags, "--round", "2")
+    assert done.returncode != 0
+    assert "otherwise" in done.stdout + done.stderr
+    run = read_plain(bench.results / "rounds")
+    assert (run.manifest["outcome"], names(run)[-1]) == ("complete", "interactive-1-r0")
 
 
 def test_a_baseline_that_was_disturbed_is_measured_again_and_the_first_counts_no_longer(

@@ -20,7 +20,7 @@ from test_analyze_results import analyze
 STEERING = "\x1b[2J\x1b]0;title\x07\u202e\u2028\r\n\n# title"
 MARKUP = "</style></svg><script>document.title='broken'</script><img src=x onerror=alert(1)> $x_$"
 HOSTILE = "=cmd|' /C calc'!A0" + MARKUP + STEERING
-MARKDOWN = "a`b`\n\n# <b>x</b> [y](javascript:z) | " + STEERING
+MARKDOWN = "a`b`\n\n# <b>x</b> [y](javascript:z) \\<b>x [y\\](javascript:z) \\| " + STEERING
 
 
 def hostile_runs() -> list[dict]:
@@ -34,7 +34,8 @@ def hostile_runs() -> list[dict]:
     ]
     for run in runs:
         run["manifest"]["mode_evidence"] = [{"check": MARKDOWN, "found": HOSTILE, "ok": True}]
-        change(run, lambda r: r.update(label=HOSTILE), workload="batch_inference")
+        change(run, lambda r: r.update(label=HOSTILE, apart_latency_ms={"ttft": []}),
+               workload="batch_inference")  # fmt: skip
         change(run, lambda r: r.update(label=MARKDOWN), workload="bert_training")
         change(run, lambda r: r.update(outcome="failed", reason=HOSTILE + MARKDOWN),
                record="co_run", co_run="mixed-4-r2")  # fmt: skip
@@ -81,8 +82,8 @@ def test_names_make_no_markup_in_markdown_are_no_formula_and_steer_no_terminal(
     folder, printed = reported
     text, table = ((folder / name).read_text() for name in ("report.md", "comparison.csv"))
     outside_code = re.sub(r"`[^`\n]*`", "", text)
-    assert not re.search(r"(?<!\\)<", outside_code)
-    assert "](javascript" not in outside_code.replace("\\](", "")
+    assert not re.search(r"(?<!\\)(\\\\)*<", outside_code)
+    assert not re.search(r"(?<!\\)(\\\\)*\]\(javascript", outside_code)
     assert text.count("`") % 2 == 0
     assert not re.search(r"^#+ (\\?<b>|title)", text, re.MULTILINE)
     for shown in (text, printed, table, report):

@@ -72,7 +72,8 @@ def felt(mean: float) -> dict:
 def noisy_neighbors(section: dict) -> None:
     section["noisy"] = [{
         "label": "Token generation", "kind": "hbm",
-        "points": [{"variant": variant, "duty": 1.0, "slowdown": felt(mean)}
+        "points": [{"variant": variant, "mode": variant.partition(":")[0],
+                    "settings": variant.partition(":")[2], "duty": 1.0, "slowdown": felt(mean)}
                    for variant, mean in (("time-slicing", 1.9), ("mps", 38.0), ("mps:even", 1.7))],
         "break_even": [{"variant": "mps", "duty": 0.25, "reason": None}],
     }]  # fmt: skip

@@ -246,6 +246,13 @@ def test_the_duty_from_which_a_slice_is_better_is_interpolated():
     assert by_mode["time-slicing"]["duty"] == pytest.approx(0.625)  # 2 at 0.5, 4 at 1
     assert by_mode["mps"]["duty"] is None
     assert by_mode["mps"]["reason"] == "a slice is never better up to duty 1"
+    # Of two layouts the better one counts.
+    layouts = [noisy_run("mig", {1.0: slower}) for slower in (2.5, 3.5)]
+    for number, one in enumerate(layouts):
+        one["manifest"] |= {"run_id": f"mig-{number}", "mig_layout": [f"{1 + number}g.10gb"] * 2}
+    (found,) = section(slicing, *layouts)["noisy"]
+    assert [one["variant"] for one in found["break_even"]] == ["time-slicing"]
+    assert found["break_even"][0]["duty"] == pytest.approx(0.625)
     # Without MIG nothing is said, and no mode is concluded on.
     alone = section(noisy_run("time-slicing", {1.0: 4.0}))
     assert alone["noisy"][0]["break_even"][0]["reason"] == "not measured: no MIG"

@@ -26,8 +26,9 @@ NEVER_MEASURED = Proof("unverified", [Evidence("it was measured", "no", None)])
 
 @dataclass
 class Reference:
-    """Baselines by job: on the whole GPU, and on the client's own share where there is one."""
+    """Baselines by job: on the whole GPU, and on the client's own share where it has one."""
 
+    has_own_shares: bool = False
     whole: dict[str, ClientRecord] = field(default_factory=dict)
     whole_joules: dict[str, float | None] = field(default_factory=dict)
     share: dict[str, ClientRecord] = field(default_factory=dict)
@@ -162,12 +163,12 @@ def co_run_record(
     elif gpu_lost:
         reason = f"{gpu_lost}; {reason}" if reason else gpu_lost
     baselines, joules = dict(reference.whole), dict(reference.whole_joules)
-    share = reference.share
+    share = reference.share if reference.has_own_shares else None
     if co_run.planned.phase == PHASE_BASELINE and clients[0].status == "ok":
         baselines[clients[0].job_key] = clients[0]
         joules[clients[0].job_key] = gpu.energy_joules if gpu else None
     if outcome in ("interrupted", "invalid"):
-        baselines, share = {}, {}
+        baselines, share = {}, None
     summary = scores.summarize_co_run(
         clients, baselines, gpu, energy_alone_joules=joules, share_baselines=share
     )

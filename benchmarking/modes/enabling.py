@@ -82,7 +82,7 @@ class ModeSwitch:
         if mode != "mig" and is_on:
             return "MIG is on, so there is no whole GPU to use"
         if mode == MODE_MPS_PARTITIONS:
-            return why_no_static_partitions()
+            return why_no_static_partitions() or self._why_not_this_daemon(clients)
         if mode != "mig":
             return None
         if "N/A" in self.gpu.mig_mode:
@@ -102,6 +102,17 @@ class ModeSwitch:
         missing = f"the instances {layout} are not there" if layout else found
         return f"{missing}; --mig allows to make them"
 
+    def _why_not_this_daemon(self, clients: int) -> str | None:
+        """Why a daemon that is the user's own has no partitions for so many clients."""
+        state = self._state("mps")
+        there = len(saved_partitions(state))
+        if self.has_note() or there == clients or not _answers(state.get("pipe_directory", "")):
+            return None
+        return (
+            f"MPS is set up with {there or 'no'} static partitions, not {clients}; "
+            f"{self._command([UNDO_SCRIPTS['mps']])} ends it"
+        )
+
     def enable(self, mode: str, clients: int) -> list[str]:
         """Put a mode in force, unless it is; return what its script says is to be known of it.
 
@@ -112,6 +123,9 @@ class ModeSwitch:
         if self._is_in_force(mode, clients):
             self._say(f"{mode} is set up already; it is used as it is and left so.")
             return []
+        left = self._state(NOTE).get("mode")
+        if left:  # else its note, by which the next start undoes it, would be lost
+            raise ModeScriptError(f"{left} was not undone, so nothing else is set up before it is")
         had_state = self._is_set_up(mode)
         words = self._choose_scripts(mode, clients)
         self._write_note(mode)  # before the change: a signal can come between the two
@@ -278,7 +292,8 @@ class ModeSwitch:
             state = self._state("mps")
             is_started_so = "partitions" not in state
             if mode == MODE_MPS_PARTITIONS:
-                is_started_so = len(saved_partitions(state)) >= clients
+                # More would leave a part of the card to nobody.
+                is_started_so = len(saved_partitions(state)) == clients
             is_exclusive = not options.exclusive or self._is_exclusive()
             return is_started_so and is_exclusive and self._finds_daemon()
         if options.timeslice:

@@ -215,10 +215,13 @@ def read_partitions(table: str, gpu_uuid: str) -> list[Partition]:
 
 
 def find_partition(listed: Sequence[Partition], full_name: str) -> Partition | None:
-    """Return the one row that `GPU-.../NAME` can be, `None` where there is none, or several."""
+    """Return the row that `GPU-.../NAME` can be, the longest; `None` for none, or several alike."""
     name = full_name.partition("/")[2]
-    found = [one for one in listed if name.startswith(one.name)]
-    return found[0] if len(found) == 1 else None
+    found = sorted(
+        (one for one in listed if name.startswith(one.name)), key=lambda one: len(one.name)
+    )
+    is_only = len(found) == 1 or (found and len(found[-1].name) > len(found[-2].name))
+    return found[-1] if is_only else None
 
 
 def mps_clients(pipe_directory: str) -> frozenset[int] | None:

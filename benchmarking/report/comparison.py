@@ -82,7 +82,7 @@ have it: `mps`, `mps:even`, `mps:50/25`.
                     jobs_in_all (the cells are of the first 50), cells[]}
       pair_choices[]               {jobs: [a, b], work delivered by both: as in conclusions} which
                     mode for each pair
-      noisy[]       {label, kind, points[{variant, duty, slowdown (estimate)}],
+      noisy[]       {label, kind, points[{variant, mode, settings, duty, slowdown (estimate)}],
                     break_even[{variant, duty or null, reason}]}: the neighbor's duty from which a
                     slice of one's own (MIG) is better
       alone[] (client rows), left_out[], doubts[]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -167,7 +167,7 @@ def noisy(groups: Sequence[Group]) -> list[dict[str, Any]]:
     Under MIG the neighbor's duty changes little; where time slicing's or MPS's slowdown passes that
     of the slice lies the break-even, interpolated between the measured duties (at 0 it is 1).
     """
-    felt: dict[tuple[str, str], dict[str, dict[float, Estimate | None]]] = {}
+    felt: dict[tuple[str, str], dict[str, tuple[MeasuredRun, dict[float, Estimate | None]]]] = {}
     for group in groups:
         pressed = [pressed_resource(client.job_key) for client in group.members]
         if group.clients != 2 or pressed.count(None) != 1:
@@ -176,7 +176,7 @@ def noisy(groups: Sequence[Group]) -> list[dict[str, Any]]:
         victim = group.members[pressed.index(None)]
         members = group.of_client(victim.client)
         by_mode = felt.setdefault((victim.label, kind), {})
-        by_mode.setdefault(group.first.variant, {})[duty] = estimate(
+        by_mode.setdefault(group.first.variant, (group.first, {}))[1][duty] = estimate(
             client.slowdown for one, client in members if one.is_ok
         )
     return [
@@ -184,27 +184,33 @@ def noisy(groups: Sequence[Group]) -> list[dict[str, Any]]:
             "label": label,
             "kind": kind,
             "points": [
-                {"variant": variant, "duty": duty, "slowdown": plain(slowdown)}
-                for variant, by_duty in by_mode.items()
+                {"variant": variant, "mode": run.mode, "settings": run.settings, "duty": duty,
+                 "slowdown": plain(slowdown)}
+                for variant, (run, by_duty) in by_mode.items()
                 for duty, slowdown in sorted(by_duty.items())
             ],
             "break_even": [
-                {"variant": variant, **_break_even(by_duty, by_mode.get(MODE_MIG, {}))}
-                for variant, by_duty in by_mode.items()
-                if variant != MODE_MIG
+                {"variant": variant, **_break_even(by_duty, _best_slice(by_mode.values()))}
+                for variant, (run, by_duty) in by_mode.items()
+                if run.mode != MODE_MIG
             ],
         }
         for (label, kind), by_mode in felt.items()
-    ]
+    ]  # fmt: skip
 
 
-def _break_even(
-    by_duty: Mapping[float, Estimate | None], on_a_slice: Mapping[float, Estimate | None]
-) -> dict[str, Any]:
-    known = [found.mean for found in on_a_slice.values() if found]
-    if not known:
+def _best_slice(
+    measured: Iterable[tuple[MeasuredRun, Mapping[float, Estimate | None]]],
+) -> float | None:
+    """The slowdown on a slice, whatever the neighbor's duty; of several layouts the best one's."""
+    slices = ([found.mean for found in by_duty.values() if found]
+              for run, by_duty in measured if run.mode == MODE_MIG)  # fmt: skip
+    return min((statistics.fmean(known) for known in slices if known), default=None)
+
+
+def _break_even(by_duty: Mapping[float, Estimate | None], limit: float | None) -> dict[str, Any]:
+    if limit is None:
         return {"duty": None, "reason": NO_SLICE}
-    limit = statistics.fmean(known)
     points = {0.0: 1.0} | {duty: found.mean for duty, found in by_duty.items() if found}
     before, reached = 0.0, points[0.0]
     if reached >= limit:

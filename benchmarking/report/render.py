@@ -102,7 +102,9 @@ def on_terminal(parts: Sequence[str | tables.Table], width: int) -> str:
                 indent = len(part) - len(part.lstrip())
                 console.print(Padding(part.strip(), (0, 0, 0, indent)))
                 continue
-            table = Table(*part.header, box=box.SIMPLE, pad_edge=False)
+            table = Table(box=box.SIMPLE, pad_edge=False)
+            for name in part.header:
+                table.add_column(name, overflow="fold")
             for row in part.rows:
                 table.add_row(*row)
             console.print(table)
@@ -132,6 +134,7 @@ def environment(kind: str) -> jinja2.Environment:
         "each": tables.each,
         "tabulate": jinja2.pass_environment(tables.tabulate),
         "drawing": Markup,  # what matplotlib wrote
+        "cell": markdown_cell,
         "code": markdown_code,
     }
     made.tests["contains_item"] = lambda items, item: item in items
@@ -145,14 +148,23 @@ def escaped_for_markdown(value: Any) -> Any:
 
     if hasattr(value, "__html__"):
         return value
-    return Markup(re.sub(r"<|\](?=\()", r"\\\g<0>", str(value).replace("`", "’")))
+    # A backslash of the text's own would else take away the one that is put before these.
+    return Markup(re.sub(r"\\|<|\](?=\()", r"\\\g<0>", str(value).replace("`", "’")))
+
+
+def markdown_cell(value: Any) -> Any:
+    """A cell of a table, which a bar does not end."""
+    from markupsafe import Markup
+
+    return Markup(str(escaped_for_markdown(value)).replace("|", r"\|"))
 
 
 def markdown_code(text: str) -> Any:
-    """A text as code, whatever it holds."""
+    """A text as code in a cell, whatever it holds; backslashes before a bar stand twice there."""
     from markupsafe import Markup
 
-    return Markup("`" + text.replace("`", "’").replace("|", "\\|") + "`") if text else text
+    safe = re.sub(r"(\\*)\|", r"\1\1\\|", text.replace("`", "’"))
+    return Markup(f"`{safe}`") if text else text
 
 
 # --- what the templates are filled with -----------------------------------------------------------

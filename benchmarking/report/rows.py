@@ -67,7 +67,7 @@ def group_row(group: Group, own_error_percent: float | None) -> dict[str, Any]:
         "stp_alone": plain(_stp_alone(group.co_runs[0])),
         "antt": plain(antt),
         "overhead_percent": plain(stp and stp.map(lambda one: scores.overhead_percent(one) or 0.0)),
-        "interference_overhead_percent": plain(_interference(good, mode, antt)),
+        "interference_overhead_percent": plain(_interference(good, group.first, antt)),
         "mechanism_overhead_percent": plain(excess_percent(antt) if is_mechanism else None),
         "stp_per_multiprocessor": _stp_per_multiprocessor(group, stp),
         "fairness": plain(range_estimate(one.summary.fairness for one in good)),
@@ -97,10 +97,12 @@ def _stp_alone(co_run: CoRun) -> Estimate | None:
     return estimate(statistics.fmean(found) for found in delivered if found)
 
 
-def _interference(good: Sequence[CoRun], mode: str, antt: Estimate | None) -> Estimate | None:
+def _interference(
+    good: Sequence[CoRun], run: MeasuredRun, antt: Estimate | None
+) -> Estimate | None:
     percents = (one.summary.interference_overhead_percent for one in good)
     found = estimate(1 + percent / 100 for percent in percents if percent is not None)
-    return excess_percent(antt if found is None and mode != MODE_MIG else found)
+    return excess_percent(antt if found is None and not run.has_own_shares else found)
 
 
 def _stp_per_multiprocessor(group: Group, stp: Estimate | None) -> float | None:
@@ -211,7 +213,7 @@ def client_row(members: Members, situation: str, slo_ms: float | None) -> dict[s
         "job_seconds": job_seconds,
         "job_time_ratio": job_seconds / alone_seconds if job_seconds and alone_seconds else None,
         "latency": scores.percentiles_ms(latencies, failed),
-        "apart_latency": {kind: scores.percentiles_ms(ms) for kind, ms in apart.items()},
+        "apart_latency": {kind: scores.percentiles_ms(ms) for kind, ms in apart.items() if ms},
         "tail_slowdown": tails,
         "tail_percent": highest,
         "tail_ms": plain(percentile_estimate(good_records, highest)),

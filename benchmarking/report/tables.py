@@ -105,7 +105,7 @@ def noisy(section: Record) -> Table:
     Where MIG was measured, a row says from which duty on a slice of its own pays.
     """
     points = each(section["noisy"], "points")
-    names = {one["variant"]: wording.variant_text(one["variant"]) for one in points}
+    names = {one["variant"]: wording.group_name(one) for one in points}
     rows = []
     for one in section["noisy"]:
         pressed = wording.PRESSED.get(one["kind"], one["kind"]).removeprefix("the card's ")

@@ -48,11 +48,6 @@ def group_name(record: Record) -> str:
     return mode_name(record["mode"], record["settings"])
 
 
-def variant_text(variant: str) -> str:
-    """A variant's name where its settings are not at hand."""
-    return mode_name(*variant.partition(":")[::2])
-
-
 def variant_name(variant: str, record: Record) -> str:
     """A variant's name among the modes of a conclusion; `alone` and the like stay as they are."""
     names = {mode["variant"]: group_name(mode) for mode in record["modes"]}
@@ -235,5 +230,5 @@ FILTERS = (
     activity_text, apart_text, bounds_text, clients_text, counted, digits, evidence_text,
     figure_name, figure_text, group_name, interval_text, latency_text, listed, milliseconds,
     mode_name, number, once, p_text, sentence, shell_words, slo_text, spread, subject_text,
-    tails_text, variant_name, variant_text,
+    tails_text, variant_name,
 )  # fmt: skip

@@ -62,12 +62,13 @@ class Measurement:
     progress: Progress
     earlier: EarlierPart | None = None
     round: int | None = None
-    reference: Reference = field(default_factory=Reference)
+    reference: Reference = field(init=False)
     done: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         """Make the sampler and the launcher; nothing is started."""
         setup, writer = self.setup, self.writer
+        self.reference = Reference(has_own_shares=setup.mode.has_own_shares)
         gpu_uuid = setup.gpu["uuid"] if setup.gpu else None
         self.sampler = Sampler(writer.samples_path, writer.monitor_log_path, gpu=gpu_uuid)
         self._launcher = Launcher(
@@ -114,7 +115,6 @@ class Measurement:
         if on_record and self.round is None:
             self.progress.say(f"{planned.co_run} is done already")
         record, clients = on_record or self._measure(planned, rule)
-        self.done.add(planned.co_run)
         self.reference.add(record, clients[0])
         _raise_unless_well(record, clients)
         return record, clients
@@ -129,6 +129,7 @@ class Measurement:
 
         clock = wall_clock_offset()
         seen = self._launcher.run(planned, self.writer.client_paths, rule, before_go)
+        self.done.add(planned.co_run)
         samples = self._samples_of(seen)
         record, clients = self._judge(seen, mode, samples)
         foreign = proofs.foreign_pids_in_window(seen, samples)

@@ -56,6 +56,7 @@ class SuiteRun:
 
     def _execute(self) -> int:
         outcome: RunOutcome = "failed"
+        is_done = False
         measurement = self._measurement
         if self._round_is_done():
             self._writer.finish("complete")
@@ -68,7 +69,7 @@ class SuiteRun:
                 self._note_idle_power()
                 self._run_baselines()
                 self._run_co_runs()
-            outcome = "complete"
+            outcome, is_done = "complete", True
         except RunEnded as end:
             outcome, self._code, self.ending = end.outcome, end.exit_code, end.reason
             measurement.note(self.ending)
@@ -80,7 +81,8 @@ class SuiteRun:
                 outcome = measurement.earlier.outcome
         finally:
             self._writer.finish(outcome)
-        return EXIT_COMPLETE if outcome == "complete" else self._code
+        # Not by the outcome: that of a run that may not go on here stays what it was.
+        return EXIT_COMPLETE if is_done else self._code
 
     def _round_is_done(self) -> bool:
         """Whether nothing of a round is left to do, so that nobody need look for data again."""

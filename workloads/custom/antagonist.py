@@ -101,12 +101,8 @@ class Antagonist(client.Workload):
     def _multiply(self, size: int) -> tuple[Callable[[], object], float]:
         # Zeros and ones flip few bits: with random numbers an H200 ran into its power limit and
         # did 607 of the 813 TFLOP/s of its best moment, so it does 691 of 796.
-        a, b = (
-            torch.randint(2, (size, size), device=self.device.torch_device).to(
-                self.device.model_dtype
-            )
-            for _ in range(2)
-        )
+        device, dtype = self.device.torch_device, self.device.model_dtype
+        a, b = (torch.randint(2, (size, size), device=device, dtype=dtype) for _ in range(2))
         result = torch.empty_like(a)
         return lambda: torch.matmul(a, b, out=result), 2.0 * size**3
 
