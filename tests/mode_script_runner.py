@@ -29,6 +29,13 @@ NOBODY = pwd.getpwnam("nobody")
 AS_NOBODY = ["setpriv", f"--reuid={NOBODY.pw_uid}", f"--regid={NOBODY.pw_gid}", "--clear-groups"]
 
 
+def require_reachable() -> None:
+    """Skip where another user cannot come to this project, as in root's own home."""
+    folders = (PROJECT_ROOT, *PROJECT_ROOT.parents)
+    if not all(folder.stat().st_mode & 0o001 for folder in folders):
+        pytest.skip(f"another user cannot read {PROJECT_ROOT}")
+
+
 def _root_prefix() -> list[str] | None:
     """What makes a command run as root here; None where nothing does."""
     if os.geteuid() == 0:

@@ -482,6 +482,7 @@ class Sudo:
     """`nobody` types `sudo ./gpu-configs/...`, with a state folder of their own."""
 
     def __init__(self, scripts: m.ModeScripts) -> None:
+        m.require_reachable()
         self.scripts = scripts
         self.folder = scripts.folder / "of-nobody"
         self.folder.mkdir()
@@ -544,6 +545,7 @@ def test_state_that_somebody_else_may_have_written_is_refused_and_nothing_is_don
     ids=" ".join,
 )
 def test_a_user_is_refused_with_the_sudo_line(scripts: m.ModeScripts, command: tuple) -> None:
+    m.require_reachable()
     result = scripts.run(*command, prefix=m.AS_NOBODY)
     m.refused(result, 5, f"sudo ./gpu-configs/{' '.join(command)}")
     assert scripts.machine.changing_calls() == []

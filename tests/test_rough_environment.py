@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from driver_runner import AS_BEFORE, SYSTEM_PYTHON, DriverRunner
-from mode_script_runner import AS_NOBODY, NOBODY, PROJECT_ROOT, ModeScripts
+from mode_script_runner import AS_NOBODY, NOBODY, PROJECT_ROOT, ModeScripts, require_reachable
 from suite_bench import Bench, names, window_seconds
 
 from benchmarking.modes.mps import MpsMode
@@ -35,6 +35,7 @@ FORWARD, BACK = "3600", "-3600"
 def users(runner: DriverRunner) -> DriverRunner:
     """The driver scripts in folders that a user without root's rights owns."""
     if AS_USER:
+        require_reachable()
         for folder in (runner.folder, runner.suite_state):
             os.chown(folder, NOBODY.pw_uid, NOBODY.pw_gid)
     runner.environment["PYTHON"] = SYSTEM_PYTHON
@@ -136,6 +137,8 @@ def jumping_clock(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder.chmod(0o755)
     library = folder / "jumping_clock.so"
     source = PROJECT_ROOT / "tests" / "fakes" / "jumping_clock.c"
+    if shutil.which("gcc") is None:
+        pytest.skip("needs gcc, for a wall clock that jumps")
     warnings = ("-Wall", "-Wextra", "-Werror")
     subprocess.run(["gcc", "-shared", "-fPIC", *warnings, "-o", library, source], check=True)
     seen = subprocess.check_output(

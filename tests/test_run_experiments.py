@@ -17,7 +17,7 @@ from driver_runner import (
     driver_runner,
     without_gpu_programs,
 )
-from mode_script_runner import needs_root
+from mode_script_runner import needs_root, require_reachable
 
 from benchmarking.measuring import locks
 from benchmarking.records import run_folder
@@ -529,6 +529,8 @@ def test_without_root_sudo_is_used_for_card_settings_alone_and_never_asks(
     (programs / "sudo").write_text('#!/bin/sh\n[ "$1 $2" = "-n true" ]\n')
     (programs / "sudo").chmod(0o755)
     path = f"{programs}:{runner.environment['PATH']}"
+    if AS_NOBODY:
+        require_reachable()
     runner.prefix = AS_NOBODY
     result = runner.must_drive(SCRIPT, "--dry-run", "--mig", PYTHON=SYSTEM_PYTHON, PATH=path)
     scripts = [line for line in result.stdout.splitlines() if "gpu-configs" in line]
