@@ -130,7 +130,7 @@ def _enabled_mode(name: str) -> str:
 def choose_workloads(driver: Driver) -> int:
     """Return how many jobs run together; a layout has an instance for each. Raises `SuiteError`."""
     options = driver.options
-    usual = 2 if options.mix in PAIRED_MIXES else driver.count_jobs() or 4
+    usual = 2 if options.mix in PAIRED_MIXES else driver.count_jobs(options.modes) or 4
     layout = options.mig_layout
     workloads = int(options.workloads or (layout.count(",") + 1 if layout else usual))
     if MIG in options.modes:

@@ -107,7 +107,7 @@ def jobs_of(options: argparse.Namespace) -> list[str]:
 def counts_of(driver: Driver) -> list[int]:
     """Return how many jobs are tried at once, the largest last; raises `SuiteError`."""
     options = driver.options
-    size = driver.count_jobs() or GROUPS[options.mix or "training"]
+    size = driver.count_jobs([options.mode]) or GROUPS[options.mix or "training"]
     maximum = int(options.maximum or max(size, 8 // size * size))
     if maximum % size != 0:
         raise UsageError(f"MAX needs to be a multiple of {size}: so many jobs make the mix once")

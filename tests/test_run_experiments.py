@@ -479,6 +479,17 @@ def test_static_partitions_that_the_control_program_lacks_are_skipped_with_the_r
     assert "mps-partitions" not in runner.suite_calls()
 
 
+def test_a_plan_with_percentages_is_refused_for_partitions_before_anything_is_done(
+    runner: DriverRunner,
+) -> None:
+    plan = runner.folder / "plan.toml"
+    plan.write_text('[[client]]\ncommand = "true"\nknobs = { mps_percentage = 50 }\n')
+    result = runner.drive(SCRIPT, "--modes", "mps:partitions", "--plan", str(plan))
+    assert result.returncode == 2
+    assert "leave mps_percentage out of the plan" in result.stderr
+    assert runner.machine.changing_calls() == []
+
+
 def test_partitions_that_were_there_are_used_and_left_and_plain_mps_is_not_measured_on_them(
     runner: DriverRunner,
 ) -> None:

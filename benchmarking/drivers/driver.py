@@ -44,6 +44,7 @@ from benchmarking.drivers.driver_arguments import (
 from benchmarking.hardware.nvidia_tools import Gpu, NoGpuError, find_gpu, mig_profiles
 from benchmarking.modes.enabling import ModeSwitch
 from benchmarking.modes.mode_scripts import ModeScriptError
+from benchmarking.modes.names import MODE_MPS_PARTITIONS
 from benchmarking.records.writing import LOCK_FILE, REFUSALS_FILE, append_refusal, is_held, one_line
 
 SUITE = PROJECT_ROOT / "benchmarking" / "benchmark_suite.py"
@@ -136,8 +137,10 @@ class Driver:
         gpu = json.dumps(vars(self.gpu) if self.gpu else None)
         os.execvpe("bash", command, {**os.environ, GPU_VARIABLE: gpu})
 
-    def count_jobs(self) -> int | None:
+    def count_jobs(self, modes: Sequence[str]) -> int | None:
         """Return how many clients the user's own jobs are, `None` with a mix.
+
+        Raises `SuiteError` for a plan that cannot be used under one of the modes.
 
         Where the environment is yet to be made, which only a dry run goes on with, a plan counts as
         one client.
@@ -152,7 +155,10 @@ class Driver:
                 raise
             say(f"{plan} is checked once there is an environment; one client is assumed here.")
             return 1
-        return len(read_plan_file(Path(plan)).members)
+        plan_file = read_plan_file(Path(plan))
+        if MODE_MPS_PARTITIONS in modes:
+            plan_file.require_no_percentage()
+        return len(plan_file.members)
 
     def require_layout(self, clients: int) -> None:
         """Refuse a --mig-layout without an instance for each client, or with unknown profiles."""

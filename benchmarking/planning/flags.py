@@ -17,7 +17,11 @@ from benchmarking.cli import (
 )
 from benchmarking.modes.names import MODE_EXCLUSIVE, MODE_MIG, MODE_MPS, MODES
 from benchmarking.planning import limits
-from benchmarking.planning.plan_file import PlanFileError, plan_of_jobs, read_plan_file
+from benchmarking.planning.plan_file import (
+    PERCENTAGE_IS_IGNORED,
+    plan_of_jobs,
+    read_plan_file,
+)
 from benchmarking.planning.ramp import MOST_CLIENTS
 from benchmarking.planning.request import Request
 from benchmarking.planning.workloads import (
@@ -31,7 +35,6 @@ from benchmarking.records.types import MpsLimits
 
 PROGRAM = "benchmark_suite.py"
 USUAL_CLIENTS = 4
-PERCENTAGE_IS_IGNORED = "on a partition of its own a client's percentage is ignored"
 # Other flags would make the rest of a run another one.
 GOES_WITH_RESUME = {"--resume", "--results-dir", "--verbose", "--allow-contention"}
 
@@ -267,10 +270,8 @@ def request_from(options: argparse.Namespace) -> Request:
     plan_file = read_plan_file(options.plan) if options.plan else None
     if options.job:
         plan_file = plan_of_jobs(options.job, Path.cwd())
-    knobs = [knob for entry in plan_file.entries for knob in entry.knobs] if plan_file else []
-    if options.mps_partitions and "mps_percentage" in knobs:
-        said = f"--mps-partitions: {PERCENTAGE_IS_IGNORED}: leave mps_percentage out of the plan"
-        raise PlanFileError([said])
+    if plan_file and options.mps_partitions:
+        plan_file.require_no_percentage()
     usual_count = len(plan_file.members) if plan_file else USUAL_CLIENTS
     fields = {name: vars(options)[name] for name in Request.__struct_fields__ if name in options}
     return Request(

@@ -68,6 +68,7 @@ KEYS: Mapping[str, tuple[type, Any, str]] = {
 SHARED_KEYS = ("workload", "command", "count", "label", "environment", "inherit", "knobs")
 WORKLOAD_KEYS = ("arguments",)
 COMMAND_KEYS = ("shell", "working_directory", "latency")
+PERCENTAGE_IS_IGNORED = "on a partition of its own a client's percentage is ignored"
 # Limits of one client under MPS; the other modes have none.
 KNOBS = {
     "mps_percentage": limits.percentage,
@@ -128,6 +129,12 @@ class PlanFile:
     name: str
     entries: tuple[PlanEntry, ...]
     secrets: Secrets = field(default_factory=Secrets, compare=False)
+
+    def require_no_percentage(self) -> None:
+        """Raise `PlanFileError` where a client would have a percentage on a static partition."""
+        if any("mps_percentage" in entry.knobs for entry in self.entries):
+            said = f"{PERCENTAGE_IS_IGNORED}: leave mps_percentage out of the plan"
+            raise PlanFileError([f"--mps-partitions: {said}"])
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for the manifest; the clients stand in the run's `plan.toml` alone."""
