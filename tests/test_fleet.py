@@ -6,6 +6,7 @@ are pretended (`fakes/pretended_fleet.py`), and the cards are NVML's stub's.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -27,7 +29,7 @@ from conftest import PROJECT_ROOT
 from program_copy import copy_programs, processes_of
 from waiting import wait_until
 
-from benchmarking.fleet import parse_arguments
+from benchmarking.fleet import parse_arguments, unpack
 
 FAKES = PROJECT_ROOT / "tests" / "fakes"
 RECORDED = PROJECT_ROOT / "examples" / "h200-mixed-4" / "comparison.json"
@@ -246,6 +248,21 @@ def test_all_cards_at_once_write_on_their_hosts_and_come_back_as_an_archive(
         there, here = (tmp_path / one / "host-b" / name for one in ("there", "here"))
         assert there.read_bytes() == here.read_bytes()
     assert [card["outcome"] for card in cards_in(tmp_path / "here").values()].count("measured") == 5
+
+
+def test_an_archive_writes_nothing_outside_of_the_fleets_folder(tmp_path: Path) -> None:
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as archive:
+        for name in ("host/GPU-1.json", "../outside.json", str(tmp_path / "absolute.json")):
+            member = tarfile.TarInfo(name)
+            member.size = 2
+            archive.addfile(member, io.BytesIO(b"{}"))
+        link = tarfile.TarInfo("host/link")
+        link.type, link.linkname = tarfile.SYMTYPE, str(tmp_path)
+        archive.addfile(link)
+    unpack(packed.getvalue(), tmp_path / "fleet")
+    assert sorted(path.name for path in tmp_path.rglob("*.json")) == ["GPU-1.json"]
+    assert not (tmp_path / "fleet" / "host" / "link").is_symlink()
 
 
 def test_a_unit_by_itself_needs_no_ray_and_only_looks_where_the_card_is_locked(
