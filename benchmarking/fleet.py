@@ -356,11 +356,12 @@ def unpack(packed: bytes, folder: Path) -> None:
 
     tarfile's own filter came with Python 3.11.4 and 3.10.12; Debian 12 has 3.11.2.
     """
+    folder = folder.resolve()
     with tarfile.open(fileobj=BytesIO(packed)) as archive:
         for member in archive:
             target = (folder / member.name).resolve()
             content = archive.extractfile(member) if member.isreg() else None
-            if content is not None and target.is_relative_to(folder.resolve()):
+            if content is not None and target.is_relative_to(folder):
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(content.read())
 

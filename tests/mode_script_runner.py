@@ -27,6 +27,8 @@ UUID = "GPU-00000000-1111-2222-3333-444444444444"
 # For scripts that use the GPU as an unprivileged user: a real account that every system has.
 NOBODY = pwd.getpwnam("nobody")
 AS_NOBODY = ["setpriv", f"--reuid={NOBODY.pw_uid}", f"--regid={NOBODY.pw_gid}", "--clear-groups"]
+# Root may write everywhere; anybody else already is the user that some tests need.
+AS_USER = AS_NOBODY if os.geteuid() == 0 else []
 
 
 def require_reachable() -> None:

@@ -16,15 +16,13 @@ from pathlib import Path
 
 import pytest
 from driver_runner import AS_BEFORE, SYSTEM_PYTHON, DriverRunner
-from mode_script_runner import AS_NOBODY, NOBODY, PROJECT_ROOT, ModeScripts, require_reachable
+from mode_script_runner import AS_USER, NOBODY, PROJECT_ROOT, ModeScripts, require_reachable
 from suite_bench import Bench, names, window_seconds
 
 from benchmarking.modes.mps import MpsMode
 from benchmarking.modes.sharing_mode import ModeNotInForceError
 from benchmarking.suite import measurement
 
-# Root may write everywhere; anybody else already is the user that these tests need.
-AS_USER = AS_NOBODY if os.geteuid() == 0 else []
 FORWARD, BACK = "3600", "-3600"
 
 

@@ -17,14 +17,12 @@ from driver_runner import (
     driver_runner,
     without_gpu_programs,
 )
-from mode_script_runner import needs_root, require_reachable
+from mode_script_runner import AS_USER, needs_root, require_reachable
 
 from benchmarking.measuring import locks
 from benchmarking.records import run_folder
 
 SCRIPT = "run_experiments.sh"
-# What makes a command run without root's rights.
-AS_NOBODY = ["setpriv", "--reuid=65534", "--clear-groups"] if os.geteuid() == 0 else []
 PLAN = "examples/plans/own-commands.toml"
 START = "nvidia-cuda-mps-control -d"
 
@@ -540,9 +538,9 @@ def test_without_root_sudo_is_used_for_card_settings_alone_and_never_asks(
     (programs / "sudo").write_text('#!/bin/sh\n[ "$1 $2" = "-n true" ]\n')
     (programs / "sudo").chmod(0o755)
     path = f"{programs}:{runner.environment['PATH']}"
-    if AS_NOBODY:
+    if AS_USER:
         require_reachable()
-    runner.prefix = AS_NOBODY
+    runner.prefix = AS_USER
     result = runner.must_drive(SCRIPT, "--dry-run", "--mig", PYTHON=SYSTEM_PYTHON, PATH=path)
     scripts = [line for line in result.stdout.splitlines() if "gpu-configs" in line]
     with_sudo = [line for line in scripts if line.startswith("would run: sudo -n ")]

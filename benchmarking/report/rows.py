@@ -178,8 +178,9 @@ def client_row(members: Members, situation: str, slo_ms: float | None) -> dict[s
     first = records[0]
     good = [(one, client) for one, client in members if client.status == "ok"]
     good_records = [client for _, client in good]
-    latencies = [ms for client in good_records for ms in client.latency_ms or ()]
-    apart = (pooled(good_records).apart_latency_ms if good_records else None) or {}
+    together = pooled(good_records) if good_records else None
+    latencies = (together.latency_ms if together else None) or []
+    apart = (together.apart_latency_ms if together else None) or {}
     failed = sum(map(failed_requests, good_records))
     baseline = members[0][0].alone.get(first.job_key)
     reference = baseline.pooled if baseline else None
