@@ -221,7 +221,9 @@ def test_a_slow_card_is_flagged_a_killed_worker_resumed_and_a_refusal_a_row(
 
 
 def test_a_fleet_that_is_killed_leaves_no_mode(fleet: Fleet, tmp_path: Path) -> None:
-    fleet.rule(b0={"wait": True}, b1={"wait": True}, a0={"refuse": REFUSAL})
+    # Ray gives the cards of a host in any order, so each of them waits.
+    waiting = {card.removeprefix("GPU-"): {"wait": True} for card in CARDS["host-b"]}
+    fleet.rule(**waiting, a0={"refuse": REFUSAL})
     process = fleet.start("run", tmp_path)
     line = next(line for line in process.stdout if "Phase 1" in line and "GPU-b" in line)
     uuid = re.search(r"GPU-b\d", line)[0]
