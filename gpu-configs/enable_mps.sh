@@ -114,6 +114,8 @@ start_daemon() {
     run --note "$(quoted "${settings[@]}") nvidia-cuda-mps-control ${flags[*]} (as $INVOKER_NAME)" \
         mps::run "${settings[@]}" bash -p -c '
             ulimit -Sn 16384 2>/dev/null || ulimit -Sn hard
+            # else it would hold this lock, and whatever the caller has open, for as long as it runs
+            for file in /proc/self/fd/*; do ((${file##*/} < 3)) || eval "exec ${file##*/}>&-"; done
             exec nvidia-cuda-mps-control "$@" </dev/null >"$CUDA_MPS_LOG_DIRECTORY/start.log" 2>&1
         ' start "${flags[@]}" || true # it is the answer that counts
     ((DRY_RUN)) || wait_until mps::is_told up "$PIPE" || {

@@ -12,8 +12,8 @@
 GPU_FIELDS=index,uuid,compute_mode,mig.mode.current,mig.mode.pending,compute_cap,name
 readonly GPU_ROW='^([0-9]{1,4}), (GPU-[0-9A-Za-z-]+), ([^,]*), ([^,]*), ([^,]*), ([^,]*), (.*)$'
 
-# A driver that hangs is one that could not be asked.
-gpu::ask() { timeout -k 5 60 nvidia-smi "$@" 2>&1; }
+# A driver that hangs is one that could not be asked. In the foreground, so that Ctrl-C reaches it.
+gpu::ask() { timeout --foreground -k 5 60 nvidia-smi "$@" 2>&1; }
 
 # gpu::query [-i GPU]: fills QUERY_ROWS, one line a GPU, QUERY_REST, what else was said, and QUERY_STATUS.
 gpu::query() {
@@ -67,8 +67,8 @@ gpu::list() {
             GPU_LINES+=("$line")
     done
     ((${#GPU_LINES[@]} == 0)) || return 0
-    printf '%s\n' "${titles[@]}" >&2
-    die "$EXIT_NO_GPU" "there is no GPU '$GPU_SELECTOR'; those above are there"
+    log "$(printf '%s\n' "${titles[@]}")"
+    die "$EXIT_NO_GPU" "there is no GPU '$(printable "$GPU_SELECTOR")'; those above are there"
 }
 
 # gpu::read_line ROW: sets GPU_INDEX, GPU_UUID, ... of a row of gpu::query.
@@ -89,8 +89,14 @@ gpu::read_line() {
     [[ $GPU_MIG_PENDING == "$GPU_MIG_CURRENT" ]] || GPU_MIG_MODE+=" (pending: $GPU_MIG_PENDING)"
 }
 
-# Chooses the GPU of --gpu, or the first, and fills the GPU_* variables.
+# Chooses the GPU of --gpu, or the first, and fills the GPU_* variables: the beginning of every script that
+# changes something.
 gpu::select() {
+    trap 'exit 141' PIPE
+    if ((!DRY_RUN)); then
+        transaction::take_turn mps "$USER_STATE" 077
+        ((EUID != 0)) || [[ $ROOT_STATE == "$USER_STATE" ]] || transaction::take_turn mig "$ROOT_STATE" 022
+    fi
     gpu::list
     gpu::read_line "${GPU_LINES[0]}"
     ((${#GPU_LINES[@]} == 1)) || log "Taking GPU $GPU_INDEX of $GPU_COUNT; --gpu chooses another."
@@ -119,7 +125,7 @@ gpu::find_holders() {
 gpu::print_holders() {
     ((${#HOLDERS[@]} > 0)) || return 1
     log "On $(gpu::title):"
-    printf '  %s\n' "${HOLDERS[@]}" >&2
+    log "$(printf '  %s\n' "${HOLDERS[@]}")"
 }
 
 # process::owner PID: an account's name may hold blanks.
@@ -141,7 +147,7 @@ process::runs() {
 # --- settings: compute-mode, time-slice and MIG-mode ------------------------------------------------
 
 # setting::read NAME: a question: sets CURRENT, which is nothing where the GPU has no such setting. The
-# GPU_* variables are read anew for those that are among them.
+# GPU_* variables are read anew for those that are among them: in brackets stands why one is not told.
 setting::read() {
     local output status=0
     if [[ $1 == time-slice ]]; then
@@ -158,6 +164,10 @@ setting::read() {
     gpu::read_line "${QUERY_ROWS[0]}"
     CURRENT=$GPU_COMPUTE_MODE
     [[ $1 != MIG-mode ]] || CURRENT=$GPU_MIG_MODE
+    case $CURRENT in
+        "[N/A]" | "[Not Supported]") CURRENT="" ;;
+        \[*) not_told "$CURRENT" ;;
+    esac
 }
 
 # setting::change NAME VALUE: asks nvidia-smi for it, unless it is so, and reads it back.
@@ -181,6 +191,7 @@ setting::change() {
 setting::set() {
     local previous
     require "the ${1/-/ }" setting::read "$1"
+    [[ -n $CURRENT ]] || die "$EXIT_UNSUPPORTED" "$(gpu::title) has no ${1/-/ } setting"
     [[ $CURRENT != "$2" ]] || return 0
     previous=$CURRENT
     ! state::load "$1" || [[ ${STATE[set]:-} != "$CURRENT" ]] || previous=${STATE[previous]:-$CURRENT}
