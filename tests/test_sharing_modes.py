@@ -391,9 +391,12 @@ def write_state(folder: Path, mode: str, text: str) -> None:
 def test_state_is_read_from_the_folder_of_the_environment_and_else_from_where_sudo_leaves_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_state(tmp_path, "mps", "pipe_directory=/a=b\nuser=me\nnonsense\n")
+    folder = os.fsdecode("/a=b\u2028\x85".encode() + b"\xe9")  # which a folder may be called
+    (tmp_path / f"mps-{UUID}.state").write_bytes(
+        os.fsencode(f"pipe_directory={folder}\nuser=me\nnonsense\n")
+    )
     environment = {"GPU_SHARING_STATE_DIR": str(tmp_path)}
-    assert read_state("mps", UUID, environment) == {"pipe_directory": "/a=b", "user": "me"}
+    assert read_state("mps", UUID, environment) == {"pipe_directory": folder, "user": "me"}
     assert read_state("mig", UUID, environment) == {}
     # sudo does not pass XDG_STATE_HOME on
     monkeypatch.setenv("HOME", str(tmp_path))

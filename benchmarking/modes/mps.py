@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarking.hardware.nvidia_tools import ask_mps_control, is_own_pipe_directory
+from benchmarking.hardware.nvidia_tools import ask_mps_control, is_own_pipe_directory, printable
 from benchmarking.modes.mode_scripts import (
     DISABLE_MPS,
     ENABLE_MPS,
@@ -83,10 +83,10 @@ class MpsMode(SharingMode):
 
     def check_daemon(self, facts: GpuFacts, found: str | None) -> list[Evidence]:
         """A control daemon answers, and neither MIG nor the compute mode forbids clients."""
-        daemon = f"yes, at {found}"
+        daemon = f"yes, at {printable(found or '')}"
         if not found:
             tried = ", ".join(map(_with_obstacle, self.candidates))
-            daemon = f"none ({tried or 'no pipe directory is known'})"
+            daemon = f"none ({printable(tried) or 'no pipe directory is known'})"
         compute_mode = facts.get("compute_mode")
         is_let_in = None if compute_mode is None else compute_mode in MODES_FOR_MPS
         return [
