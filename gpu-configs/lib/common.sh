@@ -72,14 +72,12 @@ join() {
     printf '%s' "$*"
 }
 
-# The words as they could be typed again. Only what needs quoting is quoted.
+# The words as they could be typed again; a comma needs no quoting.
 quoted() {
-    local word text=""
-    for word in "$@"; do
-        [[ $word =~ ^[A-Za-z0-9_./:,=@%+-]+$ ]] || word="'${word//\'/\'\\\'\'}'"
-        text+=" $word"
-    done
-    printf '%s' "${text# }"
+    local text
+    printf -v text ' %q' "$@"
+    text=${text# }
+    printf '%s' "${text//\\,/,}"
 }
 
 # not_told ANSWER: how a question ends that could not be asked.
@@ -413,9 +411,6 @@ state::put_back() {
     if (($# == 1)); then state::remove "$1"; else state::save "$@"; fi
 }
 
-# shellcheck source=gpu.sh
 source "${BASH_SOURCE[0]%/*}/gpu.sh"
-# shellcheck source=mps.sh
 source "${BASH_SOURCE[0]%/*}/mps.sh"
-# shellcheck source=mig.sh
 source "${BASH_SOURCE[0]%/*}/mig.sh"
