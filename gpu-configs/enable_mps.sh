@@ -157,7 +157,8 @@ set_percentage() {
     mps::tell "$PIPE" "set_default_active_thread_percentage $PERCENTAGE"
     ((!DRY_RUN)) || return 0
     mps::is_up "$PIPE" || die "$EXIT_FAILED" "the MPS daemon no longer answers"
-    awk -v a="$ACTIVE_THREADS" -v b="$PERCENTAGE" 'BEGIN { exit !(a == b) }' ||
+    # it is told in tenths
+    awk -v a="$ACTIVE_THREADS" -v b="$PERCENTAGE" 'BEGIN { exit !((a - b) ^ 2 < 0.01) }' ||
         die "$EXIT_FAILED" "the daemon has an active thread percentage of $ACTIVE_THREADS, not $PERCENTAGE"
 }
 

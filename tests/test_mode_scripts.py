@@ -296,6 +296,8 @@ def partitions_are_saved(scripts: m.ModeScripts, chunks: list[int]) -> bool:
     m.Row("twice keeps one daemon", (MPS_ON,), 0, ("answers already",), m.untouched, ((MPS_ON,),)),
     m.Row("a percentage is set", (MPS_ON, "--percentage=12.5"), 0, ("percentage:      12.5",),
         before=((MPS_ON, "--percentage", "25"),)),
+    m.Row("a percentage is told in tenths", (MPS_ON, "--percentage", "33.333"), 0,
+        ("percentage:      33.3",), lambda scripts: daemons(scripts, "percentage") == [33.333]),
     m.Row("a percentage that the daemon ignores", (MPS_ON, "--percentage", "25"), 1,
         ("percentage of 100.0, not 25",), m.as_delivered,
         (m.rule("nvidia-cuda-mps-control < set_default*", exit=0, text="100.0"),)),
@@ -775,7 +777,7 @@ def test_ctrl_c_ends_the_wait_for_a_driver_that_hangs(scripts: m.ModeScripts) ->
 def test_two_at_once_take_turns(scripts: m.ModeScripts) -> None:
     started = [scripts.start(MPS_ON, stderr=subprocess.PIPE) for _ in range(2)]
     assert [process.wait(timeout=60) for process in started] == [0, 0]
-    assert len(daemons(scripts, "pid")) == 1
+    assert daemons(scripts, "locks") == [[]]
     scripts.must(MPS_OFF)
     m.as_delivered(scripts)
 

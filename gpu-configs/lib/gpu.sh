@@ -10,7 +10,7 @@
 # Index and UUID become parts of file names and of arithmetic, so a line with others is no row. The name is
 # last: it is the only field that could hold a comma.
 GPU_FIELDS=index,uuid,compute_mode,mig.mode.current,mig.mode.pending,compute_cap,name
-readonly GPU_ROW='^([0-9]{1,4}), (GPU-[0-9A-Za-z-]+), ([^,]*), ([^,]*), ([^,]*), ([^,]*), (.*)$'
+readonly GPU_ROW='^[0-9]{1,4}, GPU-[0-9A-Za-z-]+(, [^,]*){5}'
 
 # A driver that hangs is one that could not be asked. In the foreground, so that Ctrl-C reaches it.
 gpu::ask() { timeout --foreground -k 5 60 nvidia-smi "$@" 2>&1; }
@@ -31,7 +31,7 @@ gpu::query() {
     done
     while IFS= read -r line; do
         if [[ $line =~ $GPU_ROW ]]; then
-            QUERY_ROWS+=("$line")
+            QUERY_ROWS+=("${line//, /,}")
         elif [[ -n ${line// /} ]]; then
             QUERY_REST+=("$(printable "$line")")
         fi
@@ -74,14 +74,8 @@ gpu::list() {
 # gpu::read_line ROW: sets GPU_INDEX, GPU_UUID, ... of a row of gpu::query.
 gpu::read_line() {
     local name
-    [[ $1 =~ $GPU_ROW ]]
-    GPU_INDEX=${BASH_REMATCH[1]}
-    GPU_UUID=${BASH_REMATCH[2]}
-    GPU_COMPUTE_MODE=${BASH_REMATCH[3]}
-    GPU_MIG_CURRENT=${BASH_REMATCH[4]}
-    GPU_MIG_PENDING=${BASH_REMATCH[5]}
-    GPU_COMPUTE_CAPABILITY=${BASH_REMATCH[6]}
-    GPU_NAME=$(printable "${BASH_REMATCH[7]}")
+    IFS=, read -r GPU_INDEX GPU_UUID GPU_COMPUTE_MODE GPU_MIG_CURRENT GPU_MIG_PENDING \
+        GPU_COMPUTE_CAPABILITY GPU_NAME <<<"$(printable "$1")"
     for name in GPU_MIG_CURRENT GPU_MIG_PENDING GPU_COMPUTE_CAPABILITY; do
         [[ ${!name} != "$GPU_UUID" ]] || printf -v "$name" '[N/A]'
     done
