@@ -394,6 +394,7 @@ state::save() {
     # shellcheck disable=SC2016 # the inner shell expands
     run --note "save $file: ${*:2}" state::as "$1" bash -p -c '
         umask "$1"
+        trap "rm -f -- \"\$2.new\"" EXIT # left where the disk is full
         mkdir -p -- "${2%/*}" && printf "%s\n" "${@:3}" >"$2.new" && sync -- "$2.new" && mv -fT -- "$2.new" "$2"
     ' save "$umask" "$file" "gpu_uuid=$GPU_UUID" "${@:2}" || die "$EXIT_PERMISSION" "cannot write $file as" \
         "$(state::as "$1" id -un); set GPU_SHARING_STATE_DIR to a folder that this user may write"
