@@ -699,6 +699,10 @@ def test_root_does_not_follow_a_users_link_and_names_what_it_cannot_write(sudo: 
     assert "cannot write /nonexistent/.local/state/gpu-sharing-bench" in homeless.stderr
     assert "GPU_SHARING_STATE_DIR" in homeless.stderr
     assert sudo.scripts.machine.state()["mps"] == {}
+    (sudo.scripts.folder / "link").symlink_to(sudo.folder)  # root's own, to a user's folder
+    own = sudo.scripts.run(TS, "2", GPU_SHARING_STATE_DIR=str(sudo.scripts.folder / "link"))
+    m.refused(own, 5, "belongs to user nobody")
+    assert not (sudo.folder / "lock").exists()
 
 
 # --- signals --------------------------------------------------------------------------------------

@@ -309,6 +309,7 @@ transaction::begin() {
 # user's by a name that ends in a dot. Where none can be made, nothing can be saved either.
 transaction::take_turn() {
     local lock
+    state::is_there "$1" "$2/." directory || true # or it ends here
     (umask "$3" && state::as "$1" mkdir -p -m 700 -- "$2/lock") 2>/dev/null || return 0
     exec {lock}<"$2/lock/."
     flock -n "$lock" || {
@@ -388,7 +389,6 @@ state::save() {
     local -a before
     local -r file=$(state::file "$1")
     ! state::is_roots "$1" || umask=022
-    state::is_there "$1" "${file%/*}/." directory || true
     mapfile -t before < <(state::as "$1" cat -- "$file" 2>/dev/null || true)
     undo::push state::put_back "$1" "${before[@]:1}"
     # shellcheck disable=SC2016 # the inner shell expands
