@@ -73,14 +73,16 @@ print_mps() {
 }
 
 print_saved() {
-    local row script kinds kind key found sudo
-    local -ri undoes_before=${#UNDO_COMMANDS[@]}
+    local row script kinds kind key found sudo shown=""
     for row in "${UNDOES[@]}"; do
         read -r script kinds <<<"$row"
         found=0
         sudo=""
         for kind in $kinds; do
-            saved "saved" state::load "$kind" || continue
+            saved "saved" state::load "$kind" || {
+                shown+=$NOT_TOLD
+                continue
+            }
             found=1
             show "saved" "$(state::file "$kind")"
             for key in "${!STATE[@]}"; do
@@ -89,10 +91,11 @@ print_saved() {
             ! state::is_roots "$kind" || sudo="sudo "
         done
         ((found)) || continue
+        shown+=$script
         UNDO_COMMANDS+=("$script $GPU_UUID")
         printf '    undo: %s./gpu-configs/%s --gpu %s\n' "$sudo" "$script" "$GPU_INDEX"
     done
-    ((${#UNDO_COMMANDS[@]} > undoes_before)) || show "saved" "nothing, so nothing here to undo"
+    [[ -n $shown ]] || show "saved" "nothing, so nothing here to undo"
 }
 
 print_gpu() {
