@@ -134,7 +134,7 @@ class Recorder:
 
     def wait_for_stop(self, timeout_seconds: float) -> bool:
         """Sleep for ``timeout_seconds``, less if a stop arrives; return whether one has."""
-        return self._stop.wait(timeout_seconds)
+        return self._stop.wait(min(timeout_seconds, threading.TIMEOUT_MAX))
 
     def wait_for(self, command: str) -> None:
         """Block until ``command`` has arrived.
@@ -146,12 +146,14 @@ class Recorder:
         self.check_stop()
 
     def _read(self, commands: TextIO) -> None:
-        for line in commands:
-            command = line.strip()
-            if command == "stop":
-                break
-            if command in self._arrived:
-                self._arrived[command].set()
+        # What cannot be read or decoded ends the stream, or nobody could end this client.
+        with contextlib.suppress(OSError, ValueError):
+            for line in commands:
+                command = line.strip()
+                if command == "stop":
+                    break
+                if command in self._arrived:
+                    self._arrived[command].set()
         for awaited in (self._stop, *self._arrived.values()):
             awaited.set()
 

@@ -16,6 +16,7 @@ when they are there, and the device never waits for it.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
@@ -27,7 +28,12 @@ from workloads.common import cli, client, console, torch
 from workloads.common.device import ComputeDevice, open_device
 from workloads.common.errors import MIB, OutOfGpuMemoryError, UsageError
 from workloads.common.results import few_percentiles, summarize_latency_ms
-from workloads.common.weights import HubUnreachableError, hub_model_folder
+from workloads.common.weights import (
+    HubUnreachableError,
+    hub_model_folder,
+    load_from_folder,
+    load_pretrained,
+)
 from workloads.inference.decode_attention import cache_name, registered_attention
 
 if TYPE_CHECKING:
@@ -168,21 +174,16 @@ class TokenGeneration(client.Workload):
             torch.set_default_dtype(usual_dtype)
 
     def _pretrained_model(self) -> PreTrainedModel:
-        from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+        from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        logging.disable_progress_bar()
         folder = self._folder()
-        try:
-            self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, local_files_only=True, dtype=self.device.model_dtype
-            )
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            raise UsageError(
-                f"{folder} holds no language model that transformers can read "
-                f"({str(error).splitlines()[0]}); name a folder with config.json, "
-                "model.safetensors and a tokenizer"
-            ) from error
+        fix = "name a folder with config.json, model.safetensors and a tokenizer"
+        # Left open, transformers asks on standard input whether to run code of the folder's.
+        self._tokenizer = load_from_folder(AutoTokenizer, folder, fix, trust_remote_code=False)
+        model = load_pretrained(
+            AutoModelForCausalLM, folder, fix, dtype=self.device.model_dtype,
+            trust_remote_code=False,
+        )  # fmt: skip
         return model.to(self.device.torch_device)
 
     def _folder(self) -> Path:
@@ -192,8 +193,9 @@ class TokenGeneration(client.Workload):
             UsageError: It is neither there nor to be downloaded.
         """
         name = self.args.model
-        if Path(name).expanduser().is_dir():
-            return Path(name).expanduser().resolve()
+        folder = Path(os.path.expanduser(name))
+        if folder.is_dir():
+            return folder.resolve()
         try:
             return hub_model_folder(name)
         except HubUnreachableError as error:
