@@ -60,6 +60,7 @@ def test_the_answer_is_the_one_that_transformers_generates(
     assert len(set(text.split())) >= 3  # else a wrong cache would hardly show
     assert text in ended.stdout
     assert only_result(SCRIPT, tmp_path)["settings"]["weights"] == "pretrained"
+    assert_refused(here.run(SCRIPT, *shared, "--prompt", " "), "give a word")
     too_long = here.run(SCRIPT, *shared, "--prompt-tokens", 60, "--output-tokens", 10)
     assert_refused(too_long, "reads 64 tokens at most")
 

@@ -362,7 +362,8 @@ def test_rows_of_a_named_dataset_without_text_or_label_are_refused():
 
     rows = texts._split_rows("reviews", "train", Split(text=["a", "b"], label=[0, 1]))
     assert [(row.text, row.label) for row in rows] == [("a", "bad"), ("b", "good")]
-    for broken in (Split(text=["a", None], label=[0, 1]), Split(text=["a", "b"], label=[0, -1])):
+    for pairs in ({"text": ["a", None]}, {"label": [0, -1]}, {"label": [0, [0, 1]]}):
+        broken = Split({"text": ["a", "b"], "label": [0, 1]} | pairs)
         with pytest.raises(UsageError, match="row 1 of the train split of 'reviews' lacks"):
             texts._split_rows("reviews", "train", broken)
 
@@ -385,6 +386,11 @@ def test_without_a_folder_to_keep_things_in_the_variable_is_named(tmp_path, monk
 
 def test_a_download_without_a_home_folder_makes_none_in_the_working_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "getuid", lambda: 54321)
+    for name in ("HOME", "HF_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UsageError, match="set XDG_CACHE_HOME"):
+        texts.load_texts(str(tmp_path), None, 10, 10, seed=0)
     with pytest.raises(weights.DownloadError, match="set XDG_CACHE_HOME"):
         weights.download("http://127.0.0.1:9/a.pth", Path("~/.cache/torch/a.pth"))
     assert not list(tmp_path.iterdir())

@@ -31,6 +31,7 @@ from typing import Any
 
 from workloads.common import console, torch
 from workloads.common.errors import DamagedFileError, UsageError, as_out_of_memory, first_line
+from workloads.common.files import cache_folder
 
 # Bounds a socket that says nothing, not a slow download: 100 MB may take minutes on a thin line.
 DOWNLOAD_SILENCE_SECONDS = 10.0
@@ -319,6 +320,16 @@ def hub_answers() -> bool:
     return answers == [True]
 
 
+def require_hub_cache() -> None:
+    """Look for a place: without a home folder the hub's libraries make one named ``~`` right here.
+
+    Raises:
+        UsageError: There is none; the message names the variable to set.
+    """
+    if not os.environ.get("HF_HOME"):
+        cache_folder()
+
+
 def hub_model_folder(model: str) -> Path:
     """Return the local folder of ``owner/model`` or ``owner/model@COMMIT``.
 
@@ -343,6 +354,7 @@ def hub_model_folder(model: str) -> Path:
         return Path(str(cached[0])).parent
     if not hub_answers():
         raise HubUnreachableError(f"{hub_endpoint()} does not answer")
+    require_hub_cache()
     console.note(f"{model}: downloading from {hub_endpoint()} once, into the hub's cache")
     get = functools.partial(
         hf_hub_download, name, revision=revision, etag_timeout=HUB_PROBE_SECONDS

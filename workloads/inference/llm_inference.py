@@ -209,6 +209,8 @@ class TokenGeneration(client.Workload):
         args, place = self.args, self.device.torch_device
         if args.prompt is not None:
             tokens = self._tokenizer(args.prompt, return_tensors="pt").input_ids
+            if not tokens.numel():
+                raise UsageError("--prompt is no token to this model; give a word")
             return tokens.expand(args.batch_size, -1).contiguous().to(place)
         random = torch.Generator().manual_seed(args.seed)
         shape = (args.batch_size, args.prompt_tokens)

@@ -24,7 +24,7 @@ from workloads.common.device import ComputeDevice
 from workloads.common.engine import Batches
 from workloads.common.errors import UsageError, first_line
 from workloads.common.files import cache_folder, written_whole
-from workloads.common.weights import hub_answers, hub_endpoint
+from workloads.common.weights import hub_answers, hub_endpoint, require_hub_cache
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -162,10 +162,8 @@ def _label_names(name: str, rows: Sequence[_Row]) -> list[str]:
             f"{name} has {len(rows)} rows with {len(first)} different labels; at least two "
             "labels are needed"
         )
-    numbers = [(_number(row.label), row.label) for row in first.values()]
-    if any(number is None for number, _ in numbers):
-        return sorted(label for _, label in numbers)
-    return [label for _, label in sorted(numbers)]
+    are_numbers = all(isinstance(meaning, int) for meaning in first)
+    return sorted((row.label for row in first.values()), key=float if are_numbers else None)
 
 
 def _number(label: str) -> int | None:
@@ -322,6 +320,7 @@ def write_csv(dataset: TextDataset) -> Path:
 
 def _load_named(name: str) -> tuple[list[_Row], list[str]]:
     """Load a dataset through the ``datasets`` library: a folder, the hub's cache, or the hub."""
+    require_hub_cache()
     # Asked before the import: the library reads HF_HUB_OFFLINE only then.
     answers = Path(name).is_dir() or hub_answers()
     wanted = f"'pip install \"datasets>={OLDEST_DATASETS_LIBRARY}\"', or use --data FILE.csv"
@@ -355,7 +354,7 @@ def _load_named(name: str) -> tuple[list[_Row], list[str]]:
     rows, used = _split_rows(name, "train", loaded["train"]), ["train"]
     for split in ("test", "validation"):
         # Public test splits often come without labels, marked by -1.
-        if split in loaded and set(_column(name, loaded[split], LABEL_COLUMNS)[1]) != {-1}:
+        if split in loaded and any(x != -1 for x in _column(name, loaded[split], LABEL_COLUMNS)[1]):
             rows += _split_rows(name, split, loaded[split])
             used.append(split)
             break
@@ -381,11 +380,11 @@ def _split_rows(name: str, split_name: str, split: Dataset) -> list[_Row]:
     names = getattr(split.features[column], "names", None)
     rows = []
     for index, (text, label) in enumerate(zip(texts, labels, strict=True)):
-        is_missing = label is None or label == -1 or not str(label).strip()
-        if not isinstance(text, str) or not text.strip() or is_missing:
+        is_none = label in (None, -1) or isinstance(label, list | dict) or not str(label).strip()
+        if not isinstance(text, str) or not text.strip() or is_none:
             raise UsageError(
-                f"row {index} of the {split_name} split of {name!r} lacks its text or label; "
-                "choose another dataset, or export it to a CSV file for --data"
+                f"row {index} of the {split_name} split of {name!r} lacks its text or its one "
+                "label; choose another dataset, or export it to a CSV file for --data"
             )
         label = names[label] if names is not None else label
         rows.append(_Row(text, str(label).strip(), split_name != "train", f"{split_name} {index}"))
