@@ -149,6 +149,7 @@ def test_a_stop_ends_a_long_pause_and_a_long_cell_at_once(
         (SESSION, ("--cell-repeats", "matrix=2,train=3"), "lacks inference, preprocess"),
         (SESSION, ("--cell-repeats", "matrix=2.5"), "1 or more"),
         (SESSION, ("--cell-repeats", "plot=3"), "plot"),
+        (SESSION, ("--cell-repeats", "matrix=3,matrix=4"), "each once"),
         (ANTAGONIST, ("--kind", "hbm", "--duty", "1.5"), "not a number from 0 to 1"),
         (ANTAGONIST, ("--kind", "disk"), "invalid choice"),
         (ANTAGONIST, ("--kind", "pcie", "--device", "cpu"), "needs a GPU"),

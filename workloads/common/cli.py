@@ -109,7 +109,7 @@ def workload_parser(
     flag = flags(parser, "flags used by the benchmark suite (see CONTRIBUTING.md)")
     flag(
         "--events", None,
-        "append the event log (JSON lines) to this file instead of writing a result file",
+        "append the event log (JSON lines) to this file; with --hold it replaces the result file",
         type=Path, metavar="PATH",
     )  # fmt: skip
     flag(

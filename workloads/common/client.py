@@ -158,6 +158,27 @@ class Recorder:
             awaited.set()
 
 
+class StepTimes:
+    """What a ``Pacer`` books steps with whose times are needed here, such as those of one cell."""
+
+    def __init__(self, recorder: Recorder, latency: bool = False) -> None:
+        """Take stops from ``recorder``; with ``latency`` it records each step as one, too."""
+        self._recorder, self._latency = recorder, latency
+        self.check_stop = recorder.check_stop
+        self.seconds: list[float] = []
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether the suite wants this client to end."""
+        return self._recorder.stop_requested
+
+    def unit(self, kind: str, start_seconds: float, end_seconds: float) -> None:
+        """Note one finished step."""
+        self.seconds.append(end_seconds - start_seconds)
+        if self._latency:
+            self._recorder.unit(kind, start_seconds, end_seconds, latency=True)
+
+
 class Workload(ABC):
     """One job that can be run, repeated from the same state, and described."""
 

@@ -65,26 +65,16 @@ def parse_arguments() -> argparse.Namespace:
         "--model", metavar="FOLDER_OR_NAME",
         help="a pretrained model instead: a folder of transformers, or a name on the hub",
     )  # fmt: skip
-    for flag, default, text in (
-        ("--batch-size", 8, "sequences generated at a time"),
-        ("--prompt-tokens", 512, "length of each prompt"),
-        ("--output-tokens", 128, "tokens to generate for each, the first included"),
-        ("--requests", 8, "batches to answer, one after the other"),
-    ):
-        parser.add_argument(
-            flag, type=cli.positive_int, default=default, help=f"{text} (default: {default})"
-        )
-    parser.add_argument(
-        "--cache-tokens", type=cli.positive_int, metavar="N",
-        help="length of the key-value cache (default: prompt and output)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--layers", type=cli.positive_int, metavar="N",
-        help="with --shape: only so many layers, for a small card or a quick look",
-    )  # fmt: skip
-    parser.add_argument(
-        "--prompt", metavar="TEXT", help="with --model: this prompt, and its answer is shown"
-    )
+    flag = cli.flags(parser, "the job")
+    flag("--batch-size", 8, "sequences generated at a time")
+    flag("--prompt-tokens", 512, "length of each prompt")
+    flag("--output-tokens", 128, "tokens to generate for each, the first included")
+    flag("--requests", 8, "batches to answer, one after the other")
+    length = "length of the key-value cache (default: prompt and output)"
+    flag("--cache-tokens", None, length, type=cli.positive_int, metavar="N")
+    layers = "with --shape: only so many layers, for a small card or a quick look"
+    flag("--layers", None, layers, type=cli.positive_int, metavar="N")
+    flag("--prompt", None, "with --model: this prompt, and its answer is shown", metavar="TEXT")
     args = parser.parse_args()
     if args.model is None and args.prompt is not None:
         parser.error("--prompt needs a --model that knows words; a --shape has random weights")
@@ -327,7 +317,7 @@ class TokenGeneration(client.Workload):
         self.device.synchronize()
         first_end_seconds = time.monotonic()
         recorder.unit(FIRST_TOKEN, start_seconds, first_end_seconds, latency="apart")
-        steps = _Steps(recorder)
+        steps = client.StepTimes(recorder, latency=True)
         pacer = Pacer(self.device, steps)
         for _ in range(self.args.output_tokens - 1):
             pacer.run(OUTPUT_TOKEN, self._decode)
@@ -375,28 +365,6 @@ class TokenGeneration(client.Workload):
             text = self._tokenizer.decode(self._answer[0].tolist(), skip_special_tokens=True)
             rows.append(("Answer", " ".join(text.split())))
         return rows
-
-
-class _Steps:
-    """What a `Pacer` books its steps with: passes their times on as latencies, and keeps them."""
-
-    def __init__(self, recorder: client.Recorder) -> None:
-        self._recorder = recorder
-        self.seconds: list[float] = []
-
-    @property
-    def stop_requested(self) -> bool:
-        """Whether the suite wants this client to end."""
-        return self._recorder.stop_requested
-
-    def check_stop(self) -> None:
-        """Raise `StopRequested` if it does."""
-        self._recorder.check_stop()
-
-    def unit(self, kind: str, start_seconds: float, end_seconds: float) -> None:
-        """Record one step."""
-        self.seconds.append(end_seconds - start_seconds)
-        self._recorder.unit(kind, start_seconds, end_seconds, latency=True)
 
 
 def _percentiles(figures: dict, what: str, count: int) -> str:
