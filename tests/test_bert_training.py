@@ -187,6 +187,12 @@ def test_folders_that_hold_no_bert_are_refused_with_the_fix(small_bert, tmp_path
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match=r"config\.json"):
         bert_training.find_pretrained(str(tmp_path / "empty"))
+    for file, words in (("tokenizer.json", "["), ("config.json", "[" * 100_000)):
+        whole = (small_bert / file).read_text()
+        (small_bert / file).write_text(words)
+        with pytest.raises(UsageError, match=r"put the model's own|holds no readable"):
+            bert_training.load_tokenizer(bert_training.find_pretrained(str(small_bert)))
+        (small_bert / file).write_text(whole)
     (small_bert / "model.safetensors").write_bytes(b"torn")
     with pytest.raises(DamagedFileError, match="cut off or damaged"):
         bert_training.load_model(small_bert, 2)

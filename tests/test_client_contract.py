@@ -134,16 +134,22 @@ def test_a_stop_ends_a_long_pause_and_a_long_cell_at_once(
         (BERT, ("--num-samples", "many"), "1 or more"),
         (BERT, ("--max-length", "2"), "3 or more"),
         (BERT, ("--layers", "2"), "--model none"),
+        (BERT, ("--model", "none", "--hidden", "200"), "no multiple of 64"),
+        (BERT, ("--data", "x" * 300), "--data"),
         (BERT, ("--model", "/nowhere"), "--model"),
         (BERT, ("--data", "/nowhere.csv"), "--data"),
         (BATCH, ("--num-batches", "-1"), "'-1' is not"),
         (BATCH, ("--model", "lenet"), "resnet50"),
         (BATCH, ("--weights", "nowhere.pth", "--device", "cpu"), "no weights file nowhere.pth"),
+        (BATCH, ("--weights", "x" * 300, "--device", "cpu"), "name another path"),
+        (BATCH, ("--weights", "none", "--device", "cpu", "--batch-size", "9" * 18),
+         "lower --batch"),
         (SESSION, ("--idle-min", "3", "--idle-max", "2"), "--idle-min"),
         (SESSION, ("--idle-max", "-1"), "0 or more"),
         (SESSION, ("--cell-repeats", "matrix=2,train=3"), "lacks inference, preprocess"),
         (SESSION, ("--cell-repeats", "matrix=2.5"), "1 or more"),
         (SESSION, ("--cell-repeats", "plot=3"), "plot"),
+        (SESSION, ("--cell-repeats", "matrix=3,matrix=4"), "each once"),
         (ANTAGONIST, ("--kind", "hbm", "--duty", "1.5"), "not a number from 0 to 1"),
         (ANTAGONIST, ("--kind", "disk"), "invalid choice"),
         (ANTAGONIST, ("--kind", "pcie", "--device", "cpu"), "needs a GPU"),
@@ -161,7 +167,7 @@ def test_a_stop_ends_a_long_pause_and_a_long_cell_at_once(
 def test_what_cannot_be_done_is_one_sentence_that_names_the_fix_and_a_code(
     here: Here, script: str, arguments: tuple, fix: str
 ) -> None:
-    code = {"--gpu": 3, "sequences would fit": 12}.get(fix, 2)
+    code = {"--gpu": 3, "sequences would fit": 12, "lower --batch": 12}.get(fix, 2)
     assert_refused(here.run(script, *arguments), fix, code)
 
 

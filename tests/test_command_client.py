@@ -43,10 +43,11 @@ def test_by_hand_it_runs_once_and_leaves_a_result_whatever_it_says(tmp_path: Pat
     [
         ("sh -c 'echo why >&2; exit 3'", 1, "ended with exit code 3: why"),
         ("sh -c 'kill -SEGV $$'", 1, "ended with signal SIGSEGV"),
+        ("sh -c 'kill -40 $$'", 1, "ended with signal 40"),
         ("sh -c 'exit 12'", 12, "ended with exit code 12"),
         ("sh -c 'echo torch.OutOfMemoryError: CUDA out of memory. >&2; exit 1'", 12,
          "out of GPU memory"),
-        ("no-such-program", 1, "cannot start no-such-program: No such file"),
+        ("no-such-program", 1, "cannot start no-such-program in .: No such file"),
         ("echo 'open", 2, "No closing quotation"),
         ("", 2, "--command is empty"),
     ],
@@ -57,6 +58,28 @@ def test_a_failure_is_one_sentence_and_out_of_memory_has_its_own_code(
     done = by_hand(tmp_path, "--command", line)
     assert done.returncode == code
     assert words in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("flags", ["", "--hold --events events"])
+def test_closed_streams_and_ones_of_few_letters_fail_nothing(tmp_path: Path, flags: str) -> None:
+    words = f"{sys.executable} {PROJECT_ROOT / SCRIPT} {flags} --command 'true é'"
+    for streams in ("<&- >&- 2>&-", "</dev/null"):
+        done = subprocess.run(
+            ("sh", "-c", f"PYTHONIOENCODING=ascii exec {words} {streams}"), cwd=tmp_path,
+            capture_output=True, timeout=60, check=False,
+        )  # fmt: skip
+        assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_a_terminal_that_closes_takes_the_command_with_it(tmp_path: Path) -> None:
+    line = f"trap '' HUP; echo $$ > {tmp_path}/deaf; sleep 600"
+    client = subprocess.Popen(
+        (sys.executable, PROJECT_ROOT / SCRIPT, "--shell", "--command", line), cwd=tmp_path
+    )
+    deaf = wait_for_line(tmp_path / "deaf")
+    client.send_signal(signal.SIGHUP)
+    assert client.wait(60) == 130
+    assert not is_running(deaf)
 
 
 def test_held_it_repeats_the_command_and_names_its_processes(tmp_path: Path) -> None:

@@ -6,6 +6,10 @@ test_client_contract.py.
 
 from __future__ import annotations
 
+import io
+import json
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -56,8 +60,28 @@ def test_the_answer_is_the_one_that_transformers_generates(
     assert len(set(text.split())) >= 3  # else a wrong cache would hardly show
     assert text in ended.stdout
     assert only_result(SCRIPT, tmp_path)["settings"]["weights"] == "pretrained"
+    assert_refused(here.run(SCRIPT, *shared, "--prompt", " "), "give a word")
     too_long = here.run(SCRIPT, *shared, "--prompt-tokens", 60, "--output-tokens", 10)
     assert_refused(too_long, "reads 64 tokens at most")
+
+
+def test_a_folder_runs_no_code_asks_nothing_and_has_all_weights_of_its_config(
+    here: Here, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 9))
+    for name, about, said in (
+        ("more", {"num_hidden_layers": 3}, "not those of its config.json: model.layers.2"),
+        ("code", {"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}, "custom code"),
+    ):
+        folder = tmp_path / name
+        shutil.copytree(model_folder, folder)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | about))
+        (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Config: pass")
+        assert_refused(here.run(SCRIPT, "--model", folder, "--device", "cpu"), said)
+    (tmp_path / "code" / "tokenizer.json").write_text("{")
+    assert_refused(here.run(SCRIPT, "--model", folder, "--device", "cpu"), "cannot read what lies")
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_run_by_hand_says_the_times_what_fits_and_that_the_weights_are_random(

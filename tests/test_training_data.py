@@ -72,6 +72,23 @@ def link_to_nowhere(data: Path) -> None:
     (data / "train/dog/link.png").symlink_to("/nowhere.png")
 
 
+def link_in_a_circle(data: Path) -> None:
+    (data / "train/dog/link.png").symlink_to("link.png")
+
+
+def link_class_above(data: Path) -> None:
+    (data / "train/dog/all").symlink_to("..")
+
+
+def link_test_to_train(data: Path) -> None:
+    shutil.rmtree(data / "test")
+    (data / "test").symlink_to("train")
+
+
+def make_pipe(data: Path) -> None:
+    os.mkfifo(data / "train/dog/pipe.png")
+
+
 def save_programmable(data: Path) -> None:
     Image.new("RGB", (32, 32)).save(data / "train/cat/000.png", format="EPS")
 
@@ -97,6 +114,10 @@ def write(*files: str):
         (write("train/cat/notes.txt"), UnreadableImageError, "cat/notes.txt cannot be read"),
         (write("test/dog/0.ppm"), UnreadableImageError, "dog/0.ppm cannot be read"),
         (link_to_nowhere, UnreadableImageError, "dog/link.png cannot be read .*No such file"),
+        (link_in_a_circle, UsageError, "dog/link.png .Too many levels"),
+        (link_class_above, UsageError, "cat/000.png are one file"),
+        (link_test_to_train, UsageError, "train/cat/000.png are one file"),
+        (make_pipe, UnreadableImageError, "dog/pipe.png cannot be read .*no regular file"),
         # A format that can run code.
         (save_programmable, UnreadableImageError, r"000\.png cannot be read .*not one of JPEG"),
     ],
@@ -106,6 +127,23 @@ def test_what_a_folder_cannot_use_is_refused_by_name(tmp_path, cache, change, er
     change(data)
     with pytest.raises(error, match=named):
         load(data)
+
+
+@pytest.mark.parametrize(
+    ("kind", "train", "size", "sentence"),
+    [
+        ("auto", "Train", None, "has no train/"),
+        ("auto", "training", None, "has no train/"),
+        ("synthetic", "train", 64, "--image-size 64 is for folders"),
+    ],
+)
+def test_what_would_train_on_other_images_than_meant_is_refused(
+    tmp_path, kind, train, size, sentence
+):
+    data = write_image_folder(tmp_path / "images", size=32, per_class=1)
+    (data / "train").rename(data / train)
+    with pytest.raises(UsageError, match=sentence):
+        images.load_dataset(kind, data, size, 0, no_warning)
 
 
 @pytest.mark.parametrize("size", [20, 64])
@@ -233,6 +271,12 @@ def test_rows_of_a_sorted_file_are_mixed_by_the_seed_and_held_out_ones_are_never
         ("text,label,split\na,0,train\nb,1,\n", "line 3: split is ''"),
         ("text,label\na,Positive\nb,negative\nc,positive\n", r"\(line 2\).*\(line 4\) look like"),
         ("text,label\na,1\nb,01\nc,2\n", "'1' .line 2. and '01' .line 3. look like one"),
+        ("text,label\na,1\nb,1.0\nc,2\n", "'1' .line 2. and '1.0' .line 3. look like one"),
+        ("text,label\na,+1\nb,-1\nc,1\n", "'.1' .line 2. and '1' .line 4. look like one"),
+        ("text,label\na,caf\u00e9\nb,cafe\u0301\nc,2\n", "line 2.* .line 3. look like one"),
+        ("text,label\na,so so\nb,so  so\nc,so so\u200b\n", "line 2.* .line 3. look like one"),
+        ("text,label\na,x\nb,x\u200b\nc,2\n", "line 2.* .line 3. look like one"),
+        ("text,label,fold\na,1,train\nb,0,Train\nc,0,dev\n", "column 'fold' .* name it split"),
         ("text,label,split\na,0,train\nb,1,train\nc,2,test\n", "'2' is tested and never trained"),
         ("text,text,label\na,b,0\n", "each column once"),
         ("sentence,stars\nfine,5\n", "'text,label'"),
@@ -318,7 +362,8 @@ def test_rows_of_a_named_dataset_without_text_or_label_are_refused():
 
     rows = texts._split_rows("reviews", "train", Split(text=["a", "b"], label=[0, 1]))
     assert [(row.text, row.label) for row in rows] == [("a", "bad"), ("b", "good")]
-    for broken in (Split(text=["a", None], label=[0, 1]), Split(text=["a", "b"], label=[0, -1])):
+    for pairs in ({"text": ["a", None]}, {"label": [0, -1]}, {"label": [0, [0, 1]]}):
+        broken = Split({"text": ["a", "b"], "label": [0, 1]} | pairs)
         with pytest.raises(UsageError, match="row 1 of the train split of 'reviews' lacks"):
             texts._split_rows("reviews", "train", broken)
 
@@ -341,6 +386,11 @@ def test_without_a_folder_to_keep_things_in_the_variable_is_named(tmp_path, monk
 
 def test_a_download_without_a_home_folder_makes_none_in_the_working_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "getuid", lambda: 54321)
+    for name in ("HOME", "HF_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UsageError, match="set XDG_CACHE_HOME"):
+        texts.load_texts(str(tmp_path), None, 10, 10, seed=0)
     with pytest.raises(weights.DownloadError, match="set XDG_CACHE_HOME"):
         weights.download("http://127.0.0.1:9/a.pth", Path("~/.cache/torch/a.pth"))
     assert not list(tmp_path.iterdir())

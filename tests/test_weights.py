@@ -40,8 +40,17 @@ def file_server(tmp_path):
                 self.send_header("Content-Length", "1000")
                 self.end_headers()
                 self.wfile.write(b"only this")
+            elif "chunk" in self.path:
+                self.send_response(200)
+                self.send_header("Transfer-Encoding", "chunked")
+                self.end_headers()
+                self.wfile.write(b"5\r\non")
+            elif "ssh" in self.path:
+                self.wfile.write(b"SSH-2.0\r\n")
             else:
                 super().do_GET()
+
+        do_HEAD = do_GET
 
     server = http.server.ThreadingHTTPServer(
         ("127.0.0.1", 0), partial(Server, directory=str(folder))
@@ -80,13 +89,27 @@ def test_auto_downloads_once_into_torchvisions_cache(cache, file_server, small_s
     assert weights.resolve_weights("resnet18", str(cached)) == (cached, "imagenet")
 
 
-@pytest.mark.parametrize("broken", ["short-12345678.pth", "wrong-00000000.pth", "missing.pth"])
+@pytest.mark.parametrize(
+    "broken",
+    ["short-12345678.pth", "wrong-00000000.pth", "missing.pth", "chunk.pth", "ssh.pth"],
+)
 def test_a_failed_download_leaves_nothing_behind(broken, cache, file_server):
     folder, address = file_server
     (folder / "wrong-00000000.pth").write_bytes(b"something else")
     with pytest.raises(weights.DownloadError):
         weights.download(f"{address}/{broken}", cache / broken)
     assert list(cache.glob("*")) == list(cache.glob(".*")) == []
+
+
+@pytest.mark.parametrize("endpoint", ["no-address", "http://exa mple", "http://[::1", "{}/ssh"])
+def test_a_hub_that_is_none_does_not_answer(endpoint, file_server, monkeypatch):
+    surprises = []
+    monkeypatch.setattr(threading, "excepthook", surprises.append)
+    monkeypatch.setenv("HF_ENDPOINT", endpoint.format(file_server[1]))
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.setenv(name, "")
+    assert not weights.hub_answers.__wrapped__()
+    assert not surprises
 
 
 def test_auto_falls_back_to_random_weights_and_says_so(cache, monkeypatch, capsys):
@@ -117,12 +140,14 @@ def test_unusable_weights_files_are_one_sentence(tmp_path, small_state):
     foreign.write_text("no weights")
     empty = tmp_path / "empty.pth"
     torch.save({"epoch": 3}, empty)
-    other = tmp_path / "other.pth"
+    other, scalar, numbered = (tmp_path / f"{name}.pth" for name in ("other", "scalar", "numbered"))
     torch.save(models.squeezenet1_0(weights=None).state_dict(), other)
+    torch.save(small_state | {"fc.weight": torch.tensor(1.0)}, scalar)
+    torch.save(dict(enumerate(small_state.values())), numbered)
     for path, sentence in (
         (foreign, "cannot be read as a PyTorch file"), (empty, "no state dict"),
-        (other, "do not fit resnet18"),
-        (tmp_path / "nowhere.pth", "no weights file"),
+        (other, "do not fit resnet18"), (scalar, "do not fit"), (numbered, "do not fit"),
+        (tmp_path / "nowhere.pth", "no weights file"), ("~nobody-here/x.pth", "no weights file"),
     ):  # fmt: skip
         with pytest.raises(UsageError, match=sentence):
             weights.load_classifier("resnet18", str(path))

@@ -13,7 +13,9 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -47,6 +49,7 @@ from workloads.common.results import summarize_latency_ms
         (GpuUnavailableError("no driver"), 3, "no driver"),
         (JobFailedError("the loss became nan"), 1, "the loss became nan"),
         (KeyboardInterrupt(), 130, "interrupted"),
+        (PermissionError(13, "Permission denied", "/root/x"), 2, "cannot use /root/x (Permission"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore"),
          EXIT_OUT_OF_MEMORY, "out of GPU memory: tried 2.00 GiB"),
     ],
@@ -75,8 +78,17 @@ def test_latency_figures_match_values_worked_out_by_hand():
 
 
 def test_a_command_that_came_early_is_not_lost_and_the_end_of_the_file_is_a_stop():
-    for said in ("warm\ngo\nstop\n", "warm\n"):
-        assert client.Recorder(commands=io.StringIO(said)).wait_for_stop(5)
+    for said in (b"warm\ngo\nstop\n", b"warm\n", b"warm\n\xff\ngo\n"):
+        commands = io.TextIOWrapper(io.BytesIO(said), "utf-8")
+        assert client.Recorder(commands=commands).wait_for_stop(5)
+
+
+def test_a_pause_longer_than_a_clock_counts_ends_with_a_stop():
+    read_end, write_end = os.pipe()
+    with open(read_end) as commands, open(write_end, "w") as suite:
+        recorder = client.Recorder(commands=commands)
+        threading.Timer(0.2, suite.close).start()
+        assert recorder.wait_for_stop(1e300)
 
 
 # --- the engine -----------------------------------------------------------------------------------
@@ -217,7 +229,15 @@ def test_compiled_code_is_kept_where_nobody_else_may_write(tmp_path, monkeypatch
     elsewhere = tmp_path / "elsewhere"
     elsewhere.symlink_to(made)
     made.chmod(0o777)
-    for folder in (made, elsewhere):
+    foreign = tmp_path / "foreign" / "inductor"
+    foreign.mkdir(0o700, parents=True)
+    stat = Path.stat
+
+    def of_another(path: Path, **how: bool) -> object:
+        return SimpleNamespace(st_uid=1) if path == foreign.parent else stat(path, **how)
+
+    monkeypatch.setattr(Path, "stat", of_another)
+    for folder in (made, elsewhere, foreign):
         monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder))
         with pytest.raises(UsageError, match="is not yours alone"):
             device._protect_compiler()
@@ -228,6 +248,7 @@ def test_compiled_code_is_kept_where_nobody_else_may_write(tmp_path, monkeypatch
 # A job of many pieces, loaded for some seconds; its flags are those of a held client or none.
 JOB = """
 import sys, time
+from pathlib import Path
 from pathlib import Path
 from types import SimpleNamespace
 from workloads.common import cli, client, console
@@ -284,7 +305,8 @@ def test_a_client_told_to_end_waits_for_its_device_before_it_lets_go(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("number", "finished"), [(signal.SIGTERM, True), (signal.SIGINT, True), (signal.SIGINT, False)]
+    ("number", "finished"),
+    [(signal.SIGTERM, True), (signal.SIGINT, True), (signal.SIGINT, False), (signal.SIGHUP, True)],
 )
 def test_an_interrupted_job_keeps_what_is_finished(tmp_path, number, finished):
     with start_job(tmp_path, 0, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:

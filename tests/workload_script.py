@@ -43,7 +43,7 @@ class Here:
         name = what if isinstance(what, str) else "workload.py"
         self._monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
         self._capsys.readouterr()
-        before = signal.getsignal(signal.SIGTERM)
+        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
         try:
             with pytest.raises(SystemExit) as ended:
                 if isinstance(what, str):
@@ -51,7 +51,8 @@ class Here:
                 else:
                     cli.run_main(what)
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
         said = self._capsys.readouterr()
         return subprocess.CompletedProcess(arguments, ended.value.code, said.out, said.err)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import os
 import signal
 import sys
@@ -108,7 +109,7 @@ def workload_parser(
     flag = flags(parser, "flags used by the benchmark suite (see CONTRIBUTING.md)")
     flag(
         "--events", None,
-        "append the event log (JSON lines) to this file instead of writing a result file",
+        "append the event log (JSON lines) to this file; with --hold it replaces the result file",
         type=Path, metavar="PATH",
     )  # fmt: skip
     flag(
@@ -129,13 +130,26 @@ def workload_parser(
     return parser
 
 
+def _open_standard_streams() -> None:
+    """Put the null device where a stream was closed (``>&-``), and have no letter refused."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def run_main(main: Callable[[], int], leave: Callable[[int], NoReturn] = sys.exit) -> NoReturn:
     """Run ``main`` and ``leave`` with its exit code; known errors become one sentence and a code.
 
-    SIGTERM is turned into ``KeyboardInterrupt``, so that both ways of stopping a script by hand
-    unwind its ``finally`` blocks.
+    SIGTERM and the end of the terminal (unless ``nohup`` ignores it) are turned into
+    ``KeyboardInterrupt``, so that all ways of stopping a script by hand unwind its ``finally``
+    blocks.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
+        signal.signal(signal.SIGHUP, signal.default_int_handler)
+    _open_standard_streams()
     try:
         code = main()
         sys.stdout.flush()

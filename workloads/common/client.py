@@ -134,7 +134,7 @@ class Recorder:
 
     def wait_for_stop(self, timeout_seconds: float) -> bool:
         """Sleep for ``timeout_seconds``, less if a stop arrives; return whether one has."""
-        return self._stop.wait(timeout_seconds)
+        return self._stop.wait(min(timeout_seconds, threading.TIMEOUT_MAX))
 
     def wait_for(self, command: str) -> None:
         """Block until ``command`` has arrived.
@@ -146,14 +146,37 @@ class Recorder:
         self.check_stop()
 
     def _read(self, commands: TextIO) -> None:
-        for line in commands:
-            command = line.strip()
-            if command == "stop":
-                break
-            if command in self._arrived:
-                self._arrived[command].set()
+        # What cannot be read or decoded ends the stream, or nobody could end this client.
+        with contextlib.suppress(OSError, ValueError):
+            for line in commands:
+                command = line.strip()
+                if command == "stop":
+                    break
+                if command in self._arrived:
+                    self._arrived[command].set()
         for awaited in (self._stop, *self._arrived.values()):
             awaited.set()
+
+
+class StepTimes:
+    """What a ``Pacer`` books steps with whose times are needed here, such as those of one cell."""
+
+    def __init__(self, recorder: Recorder, latency: bool = False) -> None:
+        """Take stops from ``recorder``; with ``latency`` it records each step as one, too."""
+        self._recorder, self._latency = recorder, latency
+        self.check_stop = recorder.check_stop
+        self.seconds: list[float] = []
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether the suite wants this client to end."""
+        return self._recorder.stop_requested
+
+    def unit(self, kind: str, start_seconds: float, end_seconds: float) -> None:
+        """Note one finished step."""
+        self.seconds.append(end_seconds - start_seconds)
+        if self._latency:
+            self._recorder.unit(kind, start_seconds, end_seconds, latency=True)
 
 
 class Workload(ABC):

@@ -245,11 +245,14 @@ def _protect_compiler() -> None:
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             status = folder.lstat()
+            owner_above = folder.parent.stat().st_uid
         except OSError as error:
             raise UsageError(
                 f"cannot make {folder} ({error.strerror}); set {variable} to a folder of your own"
             ) from error
         is_open = not stat.S_ISDIR(status.st_mode) or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+        # Whoever owns the folder above may put another in this one's place.
+        is_open = is_open or owner_above not in (0, os.geteuid())
         if is_open or status.st_uid != os.geteuid():
             raise UsageError(
                 f"{folder} is not yours alone, and compiled code is run from there; set "

@@ -137,6 +137,12 @@ def as_known(error: BaseException) -> WorkloadError | None:
         return InterruptedByUserError("interrupted")
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         return CannotWriteError(error.filename or "the output", error)
+    # Asking whether a path exists raises too: a shut folder above it, a name too long, a loop.
+    if isinstance(error, OSError) and error.filename is not None:
+        return UsageError(
+            f"cannot use {error.filename} ({error.strerror}); name another path, or see to it that "
+            "this one is there and open to you"
+        )
     return as_out_of_memory(error)
 
 
@@ -152,7 +158,9 @@ _GPU_TEXT = re.compile(
     r"CUDA error: out of memory|CUDA out of memory|cudaErrorMemoryAllocation|"
     r"CUBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_ALLOC_FAILED",
 )
-_HOST_TEXT = re.compile(r"DefaultCPUAllocator: (not enough|can't allocate) memory")
+_HOST_TEXT = re.compile(
+    r"DefaultCPUAllocator: (not enough|can't allocate) memory|Storage size calculation overflowed"
+)
 
 
 def as_out_of_memory(error: BaseException) -> OutOfGpuMemoryError | None:

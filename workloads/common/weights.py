@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import http.client
 import os
 import pickle
 import re
@@ -29,7 +30,8 @@ from pathlib import Path
 from typing import Any
 
 from workloads.common import console, torch
-from workloads.common.errors import DamagedFileError, UsageError, as_out_of_memory
+from workloads.common.errors import DamagedFileError, UsageError, as_out_of_memory, first_line
+from workloads.common.files import cache_folder
 
 # Bounds a socket that says nothing, not a slow download: 100 MB may take minutes on a thin line.
 DOWNLOAD_SILENCE_SECONDS = 10.0
@@ -158,14 +160,14 @@ def load_classifier(
     values = state.values() if isinstance(state, Mapping) else ()
     if not any(isinstance(value, torch.Tensor) for value in values):
         raise UsageError(f"{path} holds no state dict; save model.state_dict() with torch.save")
-    classes = next((len(state[key]) for key in FINAL_LAYER_KEYS if key in state), 1000)
-    # On the meta device nothing is allocated or initialized: the file's tensors become the
-    # parameters, which saves a second of start-up for VGG16.
-    with torch.device("meta"):
-        model = models.get_model(name, weights=None, num_classes=classes)
     try:
+        classes = next((len(state[key]) for key in FINAL_LAYER_KEYS if key in state), 1000)
+        # On the meta device nothing is allocated or initialized: the file's tensors become the
+        # parameters, which saves a second of start-up for VGG16.
+        with torch.device("meta"):
+            model = models.get_model(name, weights=None, num_classes=classes)
         model.load_state_dict(state, assign=True)
-    except (RuntimeError, KeyError) as error:
+    except (RuntimeError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(
             f"the weights in {path} do not fit {name}; name a file saved from that model with "
             "--weights, or use --weights none"
@@ -197,7 +199,7 @@ def resolve_weights(name: str, weights: str) -> tuple[Path | None, str]:
     if weights == "none":
         return None, "random"
     if weights not in ("auto", "imagenet"):
-        path = Path(weights).expanduser().resolve()
+        path = Path(os.path.expanduser(weights)).resolve()
         if not path.is_file():
             raise UsageError(
                 f"no weights file {weights}; name an existing file with --weights, or use "
@@ -271,8 +273,9 @@ def download(url: str, target: Path) -> None:
             f"{target.parent}: {error.strerror or error}; set XDG_CACHE_HOME to a folder that you "
             "may write"
         ) from error
-    # An address without a scheme is a ValueError, a wrong checksum a RuntimeError.
-    except (OSError, ValueError, RuntimeError, EOFError) as error:
+    # An address without a scheme is a ValueError, a wrong checksum a RuntimeError, and what answers
+    # in another protocol or breaks off inside a chunk an HTTPException.
+    except (OSError, ValueError, RuntimeError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
         raise DownloadError(str(reason)) from error
     finally:
@@ -299,13 +302,13 @@ def hub_answers() -> bool:
     answers: list[bool] = []
 
     def probe() -> None:
-        request = urllib.request.Request(hub_endpoint(), method="HEAD")
         try:
+            request = urllib.request.Request(hub_endpoint(), method="HEAD")
             with urllib.request.urlopen(request, timeout=HUB_PROBE_SECONDS):
                 answers.append(True)
         except urllib.error.HTTPError as error:  # anything but a refusing proxy
             answers.append(error.code < 500 and error.code not in (403, 407))
-        except (OSError, ValueError):
+        except (OSError, ValueError, http.client.HTTPException):
             pass
 
     # In a thread, because a name lookup knows no timeout.
@@ -315,6 +318,16 @@ def hub_answers() -> bool:
     if answers != [True]:
         os.environ["HF_HUB_OFFLINE"] = "1"
     return answers == [True]
+
+
+def require_hub_cache() -> None:
+    """Look for a place: without a home folder the hub's libraries make one named ``~`` right here.
+
+    Raises:
+        UsageError: There is none; the message names the variable to set.
+    """
+    if not os.environ.get("HF_HOME"):
+        cache_folder()
 
 
 def hub_model_folder(model: str) -> Path:
@@ -341,6 +354,7 @@ def hub_model_folder(model: str) -> Path:
         return Path(str(cached[0])).parent
     if not hub_answers():
         raise HubUnreachableError(f"{hub_endpoint()} does not answer")
+    require_hub_cache()
     console.note(f"{model}: downloading from {hub_endpoint()} once, into the hub's cache")
     get = functools.partial(
         hf_hub_download, name, revision=revision, etag_timeout=HUB_PROBE_SECONDS
@@ -369,3 +383,54 @@ def hub_model_folder(model: str) -> Path:
     except Exception as error:
         raise HubUnreachableError(f"the download of {name} broke off ({error})") from error
     return folder
+
+
+def load_from_folder(part: Any, folder: Path, fix: str, **how: Any) -> Any:
+    """Return what transformers' class ``part`` makes of the files in ``folder``.
+
+    ``fix`` is what to do about files that will not do; ``how`` are further arguments.
+
+    Raises:
+        UsageError: They cannot be read.
+        DamagedFileError: The weights are cut off or altered.
+    """
+    try:
+        return part.from_pretrained(folder, local_files_only=True, **how)
+    # Each of its readers of foreign files raises what it likes.
+    except Exception as error:
+        if as_out_of_memory(error):
+            raise
+        if type(error).__name__ == "SafetensorError":
+            raise DamagedFileError(
+                f"{folder / 'model.safetensors'} is cut off or damaged; save it again, or {fix}"
+            ) from error
+        raise UsageError(
+            f"{part.__name__} cannot read what lies in {folder} ({first_line(error)}); {fix}"
+        ) from error
+
+
+def load_pretrained(
+    part: Any, folder: Path, fix: str, new_layers: tuple[str, ...] = (), **how: Any
+) -> Any:
+    """Return the model of class ``part`` in ``folder``, only its ``new_layers`` without weights.
+
+    ``new_layers`` are beginnings of their names; the rest is as in ``load_from_folder``.
+    """
+    from transformers import logging
+
+    # New layers are reported as missing keys, and loading as a progress bar; both are expected.
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    model, found = load_from_folder(
+        part, folder, fix, output_loading_info=True,
+        ignore_mismatched_sizes=bool(new_layers), **how,
+    )  # fmt: skip
+    # What is missing gets random numbers from transformers, and would still be called pretrained.
+    names = {*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])}
+    random = sorted(name for name in names if not name.startswith(new_layers))
+    if random:
+        raise UsageError(
+            f"the weights in {folder} are not those of its config.json: {random[0]} and "
+            f"{len(random) - 1} more are missing or of another shape; {fix}"
+        )
+    return model

@@ -43,15 +43,10 @@ WARM_UP_LAUNCHES = 20
 def parse_arguments() -> argparse.Namespace:
     """Return the flags of this script."""
     parser = cli.workload_parser("Press one resource of the card for a share of the time.")
-    parser.add_argument("--kind", choices=tuple(RATES), required=True, help="the resource")
-    parser.add_argument(
-        "--duty", type=_share, default=1.0, metavar="0..1",
-        help="share of the time in which it is pressed (default: 1)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--duration", type=cli.positive_float, default=10.0, metavar="S",
-        help="seconds of one job (default: 10)",
-    )  # fmt: skip
+    flag = cli.flags(parser, "the job")
+    flag("--kind", None, "the resource", choices=tuple(RATES), required=True)
+    flag("--duty", 1.0, "share of the time in which it is pressed", type=_share, metavar="0..1")
+    flag("--duration", 10.0, "seconds of one job", metavar="S")
     return parser.parse_args()
 
 

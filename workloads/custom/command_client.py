@@ -187,7 +187,10 @@ class _Run:
                 words, cwd=folder, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE
             )
         except OSError as error:
-            raise JobFailedError(f"cannot start {words[0]}: {error.strerror}") from error
+            raise JobFailedError(
+                f"cannot start {words[0]} in {folder}: {error.strerror}; check --command and "
+                "--working-directory"
+            ) from error
         threading.Thread(target=self._wait, daemon=True).start()
 
     def _wait(self) -> None:
@@ -205,8 +208,10 @@ class _Run:
     def _copy_stderr(self, stderr: IO[bytes]) -> None:
         with stderr:
             while chunk := os.read(stderr.fileno(), 65536):
-                sys.stderr.buffer.write(chunk)
-                sys.stderr.buffer.flush()
+                # The command is not to be held up where nobody takes what it says.
+                with contextlib.suppress(OSError):
+                    sys.stderr.buffer.write(chunk)
+                    sys.stderr.buffer.flush()
                 self.stderr_tail = (self.stderr_tail + chunk)[-TAIL_BYTES:]
 
 
@@ -253,7 +258,8 @@ def _require_success(run: _Run) -> None:
         return
     text = run.stderr_tail.decode(errors="replace")
     lines = [line.strip() for line in re.split(r"[\r\n]+", text) if line.strip()]
-    how = f"exit code {code}" if code > 0 else f"signal {signal.Signals(-code).name}"
+    names = {one.value: one.name for one in signal.Signals}  # not of every real-time signal
+    how = f"exit code {code}" if code > 0 else f"signal {names.get(-code, -code)}"
     message = ": ".join([f"the command ended with {how}", *lines[-1:]])
     if code == EXIT_OUT_OF_MEMORY or OUT_OF_MEMORY_TEXT.search(text):
         raise OutOfGpuMemoryError(f"out of GPU memory: {message}")

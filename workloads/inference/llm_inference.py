@@ -16,6 +16,7 @@ when they are there, and the device never waits for it.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
@@ -27,7 +28,12 @@ from workloads.common import cli, client, console, torch
 from workloads.common.device import ComputeDevice, open_device
 from workloads.common.errors import MIB, OutOfGpuMemoryError, UsageError
 from workloads.common.results import few_percentiles, summarize_latency_ms
-from workloads.common.weights import HubUnreachableError, hub_model_folder
+from workloads.common.weights import (
+    HubUnreachableError,
+    hub_model_folder,
+    load_from_folder,
+    load_pretrained,
+)
 from workloads.inference.decode_attention import cache_name, registered_attention
 
 if TYPE_CHECKING:
@@ -59,26 +65,16 @@ def parse_arguments() -> argparse.Namespace:
         "--model", metavar="FOLDER_OR_NAME",
         help="a pretrained model instead: a folder of transformers, or a name on the hub",
     )  # fmt: skip
-    for flag, default, text in (
-        ("--batch-size", 8, "sequences generated at a time"),
-        ("--prompt-tokens", 512, "length of each prompt"),
-        ("--output-tokens", 128, "tokens to generate for each, the first included"),
-        ("--requests", 8, "batches to answer, one after the other"),
-    ):
-        parser.add_argument(
-            flag, type=cli.positive_int, default=default, help=f"{text} (default: {default})"
-        )
-    parser.add_argument(
-        "--cache-tokens", type=cli.positive_int, metavar="N",
-        help="length of the key-value cache (default: prompt and output)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--layers", type=cli.positive_int, metavar="N",
-        help="with --shape: only so many layers, for a small card or a quick look",
-    )  # fmt: skip
-    parser.add_argument(
-        "--prompt", metavar="TEXT", help="with --model: this prompt, and its answer is shown"
-    )
+    flag = cli.flags(parser, "the job")
+    flag("--batch-size", 8, "sequences generated at a time")
+    flag("--prompt-tokens", 512, "length of each prompt")
+    flag("--output-tokens", 128, "tokens to generate for each, the first included")
+    flag("--requests", 8, "batches to answer, one after the other")
+    length = "length of the key-value cache (default: prompt and output)"
+    flag("--cache-tokens", None, length, type=cli.positive_int, metavar="N")
+    layers = "with --shape: only so many layers, for a small card or a quick look"
+    flag("--layers", None, layers, type=cli.positive_int, metavar="N")
+    flag("--prompt", None, "with --model: this prompt, and its answer is shown", metavar="TEXT")
     args = parser.parse_args()
     if args.model is None and args.prompt is not None:
         parser.error("--prompt needs a --model that knows words; a --shape has random weights")
@@ -168,21 +164,16 @@ class TokenGeneration(client.Workload):
             torch.set_default_dtype(usual_dtype)
 
     def _pretrained_model(self) -> PreTrainedModel:
-        from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+        from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        logging.disable_progress_bar()
         folder = self._folder()
-        try:
-            self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, local_files_only=True, dtype=self.device.model_dtype
-            )
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            raise UsageError(
-                f"{folder} holds no language model that transformers can read "
-                f"({str(error).splitlines()[0]}); name a folder with config.json, "
-                "model.safetensors and a tokenizer"
-            ) from error
+        fix = "name a folder with config.json, model.safetensors and a tokenizer"
+        # Left open, transformers asks on standard input whether to run code of the folder's.
+        self._tokenizer = load_from_folder(AutoTokenizer, folder, fix, trust_remote_code=False)
+        model = load_pretrained(
+            AutoModelForCausalLM, folder, fix, dtype=self.device.model_dtype,
+            trust_remote_code=False,
+        )  # fmt: skip
         return model.to(self.device.torch_device)
 
     def _folder(self) -> Path:
@@ -192,8 +183,9 @@ class TokenGeneration(client.Workload):
             UsageError: It is neither there nor to be downloaded.
         """
         name = self.args.model
-        if Path(name).expanduser().is_dir():
-            return Path(name).expanduser().resolve()
+        folder = Path(os.path.expanduser(name))
+        if folder.is_dir():
+            return folder.resolve()
         try:
             return hub_model_folder(name)
         except HubUnreachableError as error:
@@ -207,6 +199,8 @@ class TokenGeneration(client.Workload):
         args, place = self.args, self.device.torch_device
         if args.prompt is not None:
             tokens = self._tokenizer(args.prompt, return_tensors="pt").input_ids
+            if not tokens.numel():
+                raise UsageError("--prompt is no token to this model; give a word")
             return tokens.expand(args.batch_size, -1).contiguous().to(place)
         random = torch.Generator().manual_seed(args.seed)
         shape = (args.batch_size, args.prompt_tokens)
@@ -323,7 +317,7 @@ class TokenGeneration(client.Workload):
         self.device.synchronize()
         first_end_seconds = time.monotonic()
         recorder.unit(FIRST_TOKEN, start_seconds, first_end_seconds, latency="apart")
-        steps = _Steps(recorder)
+        steps = client.StepTimes(recorder, latency=True)
         pacer = Pacer(self.device, steps)
         for _ in range(self.args.output_tokens - 1):
             pacer.run(OUTPUT_TOKEN, self._decode)
@@ -371,28 +365,6 @@ class TokenGeneration(client.Workload):
             text = self._tokenizer.decode(self._answer[0].tolist(), skip_special_tokens=True)
             rows.append(("Answer", " ".join(text.split())))
         return rows
-
-
-class _Steps:
-    """What a `Pacer` books its steps with: passes their times on as latencies, and keeps them."""
-
-    def __init__(self, recorder: client.Recorder) -> None:
-        self._recorder = recorder
-        self.seconds: list[float] = []
-
-    @property
-    def stop_requested(self) -> bool:
-        """Whether the suite wants this client to end."""
-        return self._recorder.stop_requested
-
-    def check_stop(self) -> None:
-        """Raise `StopRequested` if it does."""
-        self._recorder.check_stop()
-
-    def unit(self, kind: str, start_seconds: float, end_seconds: float) -> None:
-        """Record one step."""
-        self.seconds.append(end_seconds - start_seconds)
-        self._recorder.unit(kind, start_seconds, end_seconds, latency=True)
 
 
 def _percentiles(figures: dict, what: str, count: int) -> str:

@@ -93,9 +93,9 @@ def cell_repeats(text: str) -> dict[str, int]:
     repeats = {}
     for part in text.split(","):
         kind, _, number = part.strip().partition("=")
-        if kind not in WORKFLOW:
+        if kind not in WORKFLOW or kind in repeats:
             raise argparse.ArgumentTypeError(
-                f"{part!r} is not KIND=N with KIND one of {', '.join(WORKFLOW)}"
+                f"{part!r} is not KIND=N with KIND one of {', '.join(WORKFLOW)}, each once"
             )
         repeats[kind] = int(cli.positive_int(number))
     return repeats
@@ -130,25 +130,6 @@ def start_delay(idle_min: float, idle_max: float, seed: int, client_index: int) 
         return 0.0
     most = min(MOST_START_DELAY_SECONDS, idle_min + idle_max)
     return random.Random(seed + client_index).uniform(0, most)
-
-
-class OperationTimes:
-    """What a ``Pacer`` records in: the operations of one cell, since the suite's unit is a cell."""
-
-    def __init__(self, recorder: client.Recorder) -> None:
-        """Take stops from ``recorder``."""
-        self._recorder = recorder
-        self.check_stop = recorder.check_stop
-        self.durations_seconds: list[float] = []
-
-    @property
-    def stop_requested(self) -> bool:
-        """Whether the suite wants this client to end."""
-        return self._recorder.stop_requested
-
-    def unit(self, kind: str, start_seconds: float, end_seconds: float) -> None:
-        """Note one finished operation."""
-        self.durations_seconds.append(end_seconds - start_seconds)
 
 
 class JupyterSimulation(client.Workload):
@@ -237,7 +218,7 @@ class JupyterSimulation(client.Workload):
         return self.partial_figures() or {}
 
     def _run_cell(self, cell: Cell, recorder: client.Recorder) -> None:
-        times = OperationTimes(recorder)
+        times = client.StepTimes(recorder)
         started_at = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
         start_seconds = time.monotonic()
         pacer = Pacer(self.device, times)
@@ -248,7 +229,7 @@ class JupyterSimulation(client.Workload):
         end_seconds = time.monotonic()
         recorder.unit(cell.kind, start_seconds, end_seconds, latency=True)
         recorder.flush()
-        self.operation_seconds[cell.kind] += times.durations_seconds
+        self.operation_seconds[cell.kind] += times.seconds
         finished = {
             "index": len(self.finished),
             "kind": cell.kind,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,8 +23,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from workloads.common import cli, client, torch
 from workloads.common.device import open_device
 from workloads.common.engine import EpochTotals, Pacer
-from workloads.common.errors import DamagedFileError, UsageError, first_line
-from workloads.common.weights import HubUnreachableError, hub_model_folder
+from workloads.common.errors import UsageError
+from workloads.common.weights import (
+    HubUnreachableError,
+    hub_model_folder,
+    load_from_folder,
+    load_pretrained,
+)
 from workloads.training import texts
 from workloads.training.training_job import TrainingJob
 
@@ -37,6 +43,8 @@ FROM_SCRATCH = "none"
 # fills little of it, so that the model has the documented 110 M parameters.
 VOCABULARY_SIZE = 30_522
 HEAD_SIZE = 64
+# What a model pretrained for another task may lack, or have for other labels.
+NEW_LAYERS = ("classifier.", "bert.pooler.")
 UNUSED_PACKAGES = ("scipy", "sklearn", "torchvision")
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
@@ -83,6 +91,8 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if (args.layers or args.hidden) and args.model != FROM_SCRATCH:
         parser.error("--layers and --hidden shape a BERT from scratch; add --model none")
+    if args.hidden and args.hidden % attention_heads(args.hidden):
+        parser.error(f"--hidden {args.hidden} is no multiple of {HEAD_SIZE}; give one")
     if args.max_length < 3:
         parser.error("--max-length needs room for [CLS], a word and [SEP]: give 3 or more")
     return args
@@ -247,7 +257,7 @@ def find_pretrained(model: str) -> Path | None:
     """
     if model == FROM_SCRATCH:
         return None
-    folder = Path(model).expanduser()
+    folder = Path(os.path.expanduser(model))
     if not folder.is_dir():
         if model.startswith((".", "/", "~")) or model.count("/") > 1:
             raise UsageError(
@@ -257,7 +267,7 @@ def find_pretrained(model: str) -> Path | None:
         folder = hub_model_folder(model)
     try:
         model_type = _config(folder).get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise UsageError(
             f"{folder} holds no readable config.json ({error}); name a folder saved by "
             "save_pretrained with --model"
@@ -281,16 +291,22 @@ def load_tokenizer(folder: Path) -> BertTokenizerFast:
     """Load the WordPiece tokenizer of a pretrained model.
 
     Raises:
-        UsageError: It does not belong to the model.
+        UsageError: Its files cannot be read, or it does not belong to the model.
     """
-    tokenizer = _transformers().BertTokenizerFast.from_pretrained(folder, local_files_only=True)
-    vocabulary_size = _config(folder)["vocab_size"]
+    fix = "put the model's own tokenizer.json or vocab.txt there"
+    # The mask is made from the lengths alone.
+    tokenizer = load_from_folder(
+        _transformers().BertTokenizerFast, folder, fix, padding_side="right"
+    )
+    vocabulary_size = _config(folder).get("vocab_size", VOCABULARY_SIZE)
     # Where its files are unusable, transformers returns a tokenizer of the special tokens alone,
-    # without a word; every word is then [UNK].
-    if not vocabulary_size // 2 < len(tokenizer) <= vocabulary_size:
+    # without a word; every word is then [UNK]. The model's reader refuses a size that is no number.
+    if isinstance(vocabulary_size, int) and not (
+        vocabulary_size // 2 < len(tokenizer) <= vocabulary_size
+    ):
         raise UsageError(
             f"the tokenizer in {folder} has {len(tokenizer)} tokens and its model "
-            f"{vocabulary_size}; put the model's own tokenizer.json or vocab.txt there"
+            f"{vocabulary_size}; {fix}"
         )
     return tokenizer
 
@@ -312,28 +328,14 @@ def load_model(folder: Path, labels: int) -> BertForSequenceClassification:
     """Load a pretrained BERT in fp32 with a new classification head of ``labels`` outputs.
 
     Raises:
-        UsageError: The weights cannot be read.
+        UsageError: The weights cannot be read, or are not all there.
         DamagedFileError: Their file is cut off or altered.
     """
-    transformers = _transformers()
-    # The new head is reported as missing keys, and loading as a progress bar; both are expected.
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        return transformers.BertForSequenceClassification.from_pretrained(
-            folder, num_labels=labels, attn_implementation="sdpa", dtype=torch.float32,
-            local_files_only=True,
-        )  # fmt: skip
-    # A missing file is an OSError; a truncated one raises what safetensors or pickle like.
-    except Exception as error:
-        fix = f"name another folder with --model, or --model {FROM_SCRATCH} for random weights"
-        if type(error).__name__ == "SafetensorError":
-            raise DamagedFileError(
-                f"{folder / 'model.safetensors'} is cut off or damaged; save it again, or {fix}"
-            ) from error
-        raise UsageError(
-            f"the weights in {folder} cannot be loaded ({first_line(error)}); {fix}"
-        ) from error
+    return load_pretrained(
+        _transformers().BertForSequenceClassification, folder,
+        f"name another folder with --model, or --model {FROM_SCRATCH} for random weights",
+        NEW_LAYERS, num_labels=labels, attn_implementation="sdpa", dtype=torch.float32,
+    )  # fmt: skip
 
 
 def build_model(
@@ -351,11 +353,16 @@ def build_model(
         attn_implementation="sdpa",
         num_hidden_layers=layers or 12,
         hidden_size=hidden_size,
-        num_attention_heads=max(1, hidden_size // HEAD_SIZE),
+        num_attention_heads=attention_heads(hidden_size),
         intermediate_size=4 * hidden_size,
         max_position_embeddings=max(512, max_length),
     )
     return transformers.BertForSequenceClassification(config).to(torch.float32)
+
+
+def attention_heads(hidden_size: int) -> int:
+    """Return how many heads a BERT of this size has."""
+    return max(1, hidden_size // HEAD_SIZE)
 
 
 @functools.cache

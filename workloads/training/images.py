@@ -12,6 +12,7 @@ import hashlib
 import io
 import os
 import pickle
+import stat
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -107,10 +108,15 @@ def load_dataset(
         UsageError: The data is not available; the message names the fix.
         DamagedFileError: It is there, truncated or altered: nothing stands in for it.
     """
+    if kind == "folder" or (kind == "auto" and _is_for_training(data_dir)):
+        return _load_folder(data_dir.resolve(), image_size)
+    if image_size not in (None, CIFAR_SIZE):
+        raise UsageError(
+            f"--image-size {image_size} is for folders of images; these are of {CIFAR_SIZE}x"
+            f"{CIFAR_SIZE}, so leave it away or name a folder with --dataset folder --data-dir"
+        )
     if kind == "synthetic":
         return synthetic_dataset(seed)
-    if kind == "folder" or (kind == "auto" and (data_dir / "train").is_dir()):
-        return _load_folder(data_dir.resolve(), image_size)
     try:
         return _load_cifar10(data_dir.absolute())
     except UsageError as error:
@@ -253,6 +259,12 @@ def _unpickle(content: bytes, path: Path) -> dict:
 # --- folders of images ----------------------------------------------------------------------------
 
 
+def _is_for_training(data_dir: Path) -> bool:
+    """Whether a user means it as a dataset, be it only by names that are not quite right."""
+    names = {name.lower() for name in os.listdir(data_dir)} if data_dir.is_dir() else set()
+    return not names.isdisjoint(("train", "training", *TEST_FOLDERS))
+
+
 def _load_folder(data_dir: Path, image_size: int | None) -> ImageDataset:
     train_dir = data_dir / "train"
     test_dirs = [data_dir / name for name in TEST_FOLDERS if (data_dir / name).is_dir()]
@@ -278,7 +290,7 @@ def _load_folder(data_dir: Path, image_size: int | None) -> ImageDataset:
         for found in classes.values()
     )
     files = [*train.images, *test.images]
-    fingerprint = _fingerprint(files)
+    fingerprint = _fingerprint([group for found in classes.values() for group in found.values()])
     try:
         found_sizes = _kept(f"sizes-{fingerprint}", lambda: _sizes(files))
     except UsageError:  # without a cache each run opens them all
@@ -327,26 +339,40 @@ def _list_folder(folder: str | Path) -> tuple[list[str], list[str]]:
     try:
         # Of 60,000 files it knows which are folders.
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        folders: list[str] = []
+        files: list[str] = []
+        for entry in entries:
+            if not entry.name.startswith(".") and entry.name.lower() not in LITTER:
+                (folders if entry.is_dir() else files).append(entry.path)
     except OSError as error:
-        raise UsageError(f"cannot read {folder} ({error.strerror}); chmod or remove it") from error
-    folders: list[str] = []
-    files: list[str] = []
-    for entry in entries:
-        if not entry.name.startswith(".") and entry.name.lower() not in LITTER:
-            (folders if entry.is_dir() else files).append(entry.path)
+        raise UsageError(
+            f"cannot read {error.filename} ({error.strerror}); chmod or remove it"
+        ) from error
     return folders, files
 
 
-def _fingerprint(files: Sequence[str]) -> str:
+def _fingerprint(classes: Sequence[Sequence[str]]) -> str:
     """Return a name that changes when a file is added, removed, renamed or rewritten.
 
     Raises:
-        UnreadableImageError: A file is not there, such as where a link leads nowhere.
+        UsageError: A link brings one file into two of the ``classes``, or into train and test.
+        UnreadableImageError: A file is not there, such as where a link leads nowhere, or is a pipe
+            or a device, which would be read without end.
     """
     digest = hashlib.sha256()
-    for path in files:
+    first: dict[tuple[int, int], tuple[int, str]] = {}
+    for number, path in [(number, path) for number, files in enumerate(classes) for path in files]:
         with _reading(path):
             status = os.stat(path)
+            if not stat.S_ISREG(status.st_mode):
+                raise OSError("it is no regular file")
+        place = (status.st_dev, status.st_ino)
+        other_number, other = first.setdefault(place, (number, path))
+        if number != other_number:
+            raise UsageError(
+                f"{path} and {other} are one file, which then has two labels or is tested after "
+                "training on it; remove the link"
+            )
         digest.update(os.fsencode(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\n"))
     return digest.hexdigest()[:24]
 

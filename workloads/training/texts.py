@@ -13,6 +13,7 @@ import hashlib
 import io
 import random
 import re
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from workloads.common.device import ComputeDevice
 from workloads.common.engine import Batches
 from workloads.common.errors import UsageError, first_line
 from workloads.common.files import cache_folder, written_whole
-from workloads.common.weights import hub_answers, hub_endpoint
+from workloads.common.weights import hub_answers, hub_endpoint, require_hub_cache
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -49,11 +50,11 @@ HELD_OUT_SAMPLES = 100
 LARGEST_HELD_OUT_SHARE = 0.2
 TEXT_COLUMNS = ("text", "sentence", "content", "review")
 LABEL_COLUMNS = ("label", "labels", "sentiment")
-TRAIN_WORDS = frozenset(("train", "training"))
 TEST_WORDS = frozenset(
     ("test", "testing", "val", "valid", "validation", "dev", "development", "eval", "evaluation",
      "heldout", "holdout")
 )  # fmt: skip
+SPLIT_WORDS = TEST_WORDS | {"train", "training"}
 # Older ones run a script that lies in a dataset's folder.
 OLDEST_DATASETS_LIBRARY = 4
 
@@ -145,7 +146,11 @@ def _label_names(name: str, rows: Sequence[_Row]) -> list[str]:
     """Return the distinct labels in order: by number where all are numbers, else by name."""
     first: dict[int | str, _Row] = {}
     for row in rows:
-        meaning = int(row.label) if _is_number(row.label) else row.label.casefold()
+        number = _number(row.label)
+        # Not what the eye takes for one: accents as letters of their own, blanks, invisible ones.
+        letters = unicodedata.normalize("NFC", row.label.casefold())
+        words = re.sub("[\u200b-\u200f\u2060\ufeff]", "", letters).split()
+        meaning = " ".join(words) if number is None else number
         other = first.setdefault(meaning, row)
         if other.label != row.label:
             raise UsageError(
@@ -157,13 +162,15 @@ def _label_names(name: str, rows: Sequence[_Row]) -> list[str]:
             f"{name} has {len(rows)} rows with {len(first)} different labels; at least two "
             "labels are needed"
         )
-    labels = [row.label for row in first.values()]
-    return sorted(labels, key=int if all(map(_is_number, labels)) else None)
+    are_numbers = all(isinstance(meaning, int) for meaning in first)
+    return sorted((row.label for row in first.values()), key=float if are_numbers else None)
 
 
-def _is_number(label: str) -> bool:
-    # isdigit would take digits that int refuses, such as a superscript or a circled one.
-    return re.fullmatch("-?[0-9]{1,18}", label) is not None
+def _number(label: str) -> int | None:
+    # isdigit would take digits that int refuses, such as a superscript or a circled one; 1.0 is
+    # what becomes of a 1 in a column with gaps.
+    found = re.fullmatch(r"([+-]?[0-9]{1,18})(\.0*)?", label)
+    return int(found[1]) if found else None
 
 
 def synthetic_texts(train_samples: int, held_out_samples: int) -> TextDataset:
@@ -206,6 +213,7 @@ def read_csv(path: Path) -> tuple[list[_Row], list[str]]:
         ) from error
     delimiter, columns = _columns(path, text)
     rows = []
+    unused: dict[str, set[str]] = {}  # the values of other columns
     for line, fields in list(_records(path, text, delimiter))[1:]:
         if not any(value.strip() for value in fields):
             continue
@@ -216,19 +224,27 @@ def read_csv(path: Path) -> tuple[list[_Row], list[str]]:
                 "text that holds a comma between double quotes"
             )
         record = dict(zip(columns, fields, strict=True))
-        label, split = record["label"].strip(), record.get("split", "train")
-        if not record["text"].strip() or not label:
+        said, label, split = (record.pop(name, "train") for name in ("text", "label", "split"))
+        if not said.strip() or not label.strip():
             raise UsageError(f"{where}: text or label is empty; fill it in or remove it")
-        word = re.sub("[-_ ]", "", split.strip().lower())
-        if word not in TRAIN_WORDS | TEST_WORDS:
+        word = _split_word(split)
+        if word not in SPLIT_WORDS:
             raise UsageError(
                 f"{where}: split is {split!r}; write train or test (validation and the like count "
                 "as test)"
             )
-        rows.append(_Row(record["text"], label, word in TEST_WORDS, f"line {line}"))
-    unused = [name for name in columns if name not in ("text", "label", "split")]
+        rows.append(_Row(said, label.strip(), word in TEST_WORDS, f"line {line}"))
+        for name, value in record.items():
+            unused.setdefault(name, set()).add(_split_word(value))
+    for name, words in unused.items():
+        if words <= SPLIT_WORDS and "split" not in columns:
+            raise UsageError(f"{path}: the column {name!r} marks train and test; name it split")
     notes = [f"columns of {path.name} that are not used: {', '.join(unused)}"] if unused else []
     return rows, notes
+
+
+def _split_word(value: str) -> str:
+    return re.sub("[-_ ]", "", value.strip().lower())
 
 
 def _columns(path: Path, text: str) -> tuple[str, list[str]]:
@@ -293,8 +309,7 @@ def write_csv(dataset: TextDataset) -> Path:
         for text, label in zip(split.texts, split.labels, strict=True):
             writer.writerow((text, dataset.label_names[label], split_name))
     encoded = content.getvalue().encode()
-    digest = hashlib.sha256(encoded).hexdigest()
-    path = cache_folder() / f"{dataset.name}-{digest[:24]}.csv"
+    path = cache_folder() / f"{dataset.name}-{hashlib.sha256(encoded).hexdigest()[:24]}.csv"
     with written_whole(path) as file:
         file.write(encoded)
     return path
@@ -305,6 +320,7 @@ def write_csv(dataset: TextDataset) -> Path:
 
 def _load_named(name: str) -> tuple[list[_Row], list[str]]:
     """Load a dataset through the ``datasets`` library: a folder, the hub's cache, or the hub."""
+    require_hub_cache()
     # Asked before the import: the library reads HF_HUB_OFFLINE only then.
     answers = Path(name).is_dir() or hub_answers()
     wanted = f"'pip install \"datasets>={OLDEST_DATASETS_LIBRARY}\"', or use --data FILE.csv"
@@ -338,7 +354,7 @@ def _load_named(name: str) -> tuple[list[_Row], list[str]]:
     rows, used = _split_rows(name, "train", loaded["train"]), ["train"]
     for split in ("test", "validation"):
         # Public test splits often come without labels, marked by -1.
-        if split in loaded and set(_column(name, loaded[split], LABEL_COLUMNS)[1]) != {-1}:
+        if split in loaded and any(x != -1 for x in _column(name, loaded[split], LABEL_COLUMNS)[1]):
             rows += _split_rows(name, split, loaded[split])
             used.append(split)
             break
@@ -364,11 +380,11 @@ def _split_rows(name: str, split_name: str, split: Dataset) -> list[_Row]:
     names = getattr(split.features[column], "names", None)
     rows = []
     for index, (text, label) in enumerate(zip(texts, labels, strict=True)):
-        is_missing = label is None or label == -1 or not str(label).strip()
-        if not isinstance(text, str) or not text.strip() or is_missing:
+        is_none = label in (None, -1) or isinstance(label, list | dict) or not str(label).strip()
+        if not isinstance(text, str) or not text.strip() or is_none:
             raise UsageError(
-                f"row {index} of the {split_name} split of {name!r} lacks its text or label; "
-                "choose another dataset, or export it to a CSV file for --data"
+                f"row {index} of the {split_name} split of {name!r} lacks its text or its one "
+                "label; choose another dataset, or export it to a CSV file for --data"
             )
         label = names[label] if names is not None else label
         rows.append(_Row(text, str(label).strip(), split_name != "train", f"{split_name} {index}"))
