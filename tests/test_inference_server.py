@@ -102,6 +102,7 @@ def test_stats_count_what_was_answered_and_keep_batches_and_bad_requests_apart(s
     assert server.predict(jpeg(2)).status_code == 200
     assert server.predict(b"no picture").status_code == 400
     assert server.batch_predict({"batch_size": 2}).status_code == 200
+    assert requests.options(f"{server.url}/predict", timeout=10).status_code == 200  # no request
     after = server.stats()
     assert all(name in after for name in GUIDE_STATS)
     changes = {"total_requests": 2, "successful_requests": 1, "rejected_requests": 1, "images": 1}
