@@ -284,12 +284,14 @@ def test_both_families_of_addresses_are_served_and_printed_as_urls(tmp_path):
         tmp_path, "--host", "::1", "--frontends", "0", GUNICORN_CMD_ARGS="--bind 0.0.0.0:1",
         SCRIPT_NAME="/x", WEB_CONCURRENCY="", FLASK_DEBUG=1, GUNICORN_FD=0, GEVENT_LOOP="nosuch",
         SENDFILE="?", GUNICORN_PID=1, LISTEN_FDS=3, PORT=1,
+        under=("bash", "-c", 'exec "$@" <&- >&-', "-"),
     ) as local:  # fmt: skip
         url = f"http://[::1]:{local.port}"
         assert requests.post(f"{url}/predict", data=jpeg(), timeout=30).status_code == 200
         assert url in local.log.read_text()
         assert "anybody" not in local.log.read_text()
         assert len(local.workers()) == 1
+        assert local.stop() == 0
 
 
 def test_a_device_that_fails_is_a_500_for_who_waits_and_the_end_of_the_server(tmp_path):

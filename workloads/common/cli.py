@@ -143,6 +143,12 @@ def run_main(main: Callable[[], int], leave: Callable[[int], NoReturn] = sys.exi
     SIGTERM is turned into ``KeyboardInterrupt``, so that both ways of stopping a script by hand
     unwind its ``finally`` blocks.
     """
+    # One that was closed is None, and the next file or socket would be opened in its place.
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            stream = Path(os.devnull).open(mode)  # noqa: SIM115
+            os.set_inheritable(stream.fileno(), True)
+            setattr(sys, name, stream)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         code = main()

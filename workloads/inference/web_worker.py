@@ -73,7 +73,8 @@ class WebWorker(GeventWorker):
         self._addresses: Counter[str] = Counter()  # connections of each
         self._waits: dict[gevent.Greenlet, Wait] = {}
         self._pool = Pool(self.worker_connections)
-        self._connect_to_engine(socket.socket(fileno=settings.door))
+        with socket.socket(fileno=settings.door) as door:
+            self._connect_to_engine(door)
         self.large_pictures = BoundedSemaphore(settings.threads)
         self.held_bytes = 0  # of bodies that are being read
         self._records: list[bytes] = []  # of finished requests
