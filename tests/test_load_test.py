@@ -329,6 +329,19 @@ def test_charts_are_drawn_whatever_is_inherited_and_told_where_they_are(
     assert "could not be drawn" not in said
 
 
+def test_who_does_not_wait_for_the_charts_has_all_figures(server, tmp_path):
+    command = (sys.executable, str(SCRIPT), "--server", server.url, "--duration", "0.3",
+               "--results-dir", str(tmp_path))  # fmt: skip
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+        # The requests are written before matplotlib is imported.
+        wait_until(lambda: list(tmp_path.glob("load_test_*_requests.npy")), "the requests")
+        process.send_signal(signal.SIGINT)
+    assert process.returncode == 0
+    result = only_result(tmp_path)
+    assert result["figures"]["successful_requests"] > 0
+    assert "the charts could not be drawn (KeyboardInterrupt)" in " ".join(result["warnings"])
+
+
 def test_charts_that_cannot_be_drawn_cost_nothing_but_themselves(server, tmp_path):
     # A damaged settings file in the working directory is read by the import itself.
     (tmp_path / "matplotlibrc").write_bytes(b"\xff\xfe: 1\n")

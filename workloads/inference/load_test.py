@@ -271,7 +271,8 @@ class LoadTest(client.Workload):
             try:
                 load_report.draw_charts(latency, qps, requests, figures, start_seconds, args.rate)
                 self.files |= {"latency_chart": latency, "qps_chart": qps}
-            except Exception as error:  # whatever ails matplotlib here, the figures are there
+            # Whatever ails matplotlib, and whoever does not wait for it: the figures are there.
+            except (Exception, KeyboardInterrupt) as error:
                 self.warn(
                     f"the charts could not be drawn ({first_line(error)}); all figures are in the "
                     "result"
