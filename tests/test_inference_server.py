@@ -17,7 +17,7 @@ import requests
 from held_client import HeldClient
 from hostile_requests import read_all
 from server_process import SCRIPT, SMALL, ServerProcess, jpeg, png, running
-from waiting import wait_until
+from waiting import limit, wait_until
 
 from workloads.inference.batching import Statistics
 
@@ -316,8 +316,8 @@ def test_a_second_signal_ends_a_server_that_drains_at_once(tmp_path):
         assert server.process.poll() is None
         begin = time.monotonic()
         server.process.send_signal(signal.SIGINT)
-        assert server.process.wait(10) == 130
-        assert time.monotonic() - begin < 4
+        assert server.process.wait(60) == 130
+        assert time.monotonic() - begin < limit(4)
 
 
 def test_the_window_of_ten_seconds_and_that_of_a_hundred_thousand_requests_slide():
