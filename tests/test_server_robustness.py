@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -23,6 +24,10 @@ from PIL import Image
 from server_figures import figures_of
 from server_process import ServerProcess, jpeg, running
 from waiting import is_running, limit, wait_until
+
+from workloads.inference.batching import COUNT, Engine
+from workloads.inference.batching import HEAD as HEADER
+from workloads.inference.image_input import PICTURE_BYTES
 
 HEAD = b"POST /predict HTTP/1.1\r\nContent-Length: %d\r\n\r\n"
 BODY_BYTES = 15 << 20
@@ -364,6 +369,24 @@ def test_sigterm_answers_what_is_in_flight_then_writes_the_result(tmp_path):
     assert result["figures"]["unanswered_requests"] == result["figures"]["lost_workers"] == 0
     assert result["identity"]["port"] == server.port
     assert result["settings"]["weights"] == "random"
+
+
+def test_what_a_worker_says_last_is_heard_before_the_engine_has_closed():
+    args = SimpleNamespace(max_batch=1, max_delay_ms=0.0, queue_size=1, request_seconds=1.0)
+    engine = Engine(args, lambda question: time.sleep(0.3) or b"")
+    engine.start()
+    (_, pictures), (ours, theirs) = (
+        socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(2)
+    )
+    with os.fdopen(os.memfd_create("pictures"), "wb") as memory:
+        memory.truncate(PICTURE_BYTES + 1)
+        descriptors = [pictures.fileno(), theirs.fileno(), memory.fileno()]
+        socket.send_fds(engine.worker_door, [b"1"], descriptors)
+        ours.send(HEADER.pack(b"q", 0))
+        ours.send(HEADER.pack(b"e", 0) + COUNT.pack(2))
+        engine.worker_door.close()
+        assert engine.close(60.0)
+    assert engine.unanswered == 2
 
 
 def test_who_drips_or_says_nothing_does_not_hold_up_a_shutdown(tmp_path):

@@ -117,12 +117,13 @@ class Engine:
         self._batch_seconds = 0.0
         self._closing = threading.Event()
         self._thread = self._thread_of(self._serve)
+        self._questions_thread = self._thread_of(self._answer_questions)
         self.statistics = Statistics(self.gauges)
 
     def start(self) -> None:
         """Begin to answer; until there is a model, pictures are refused."""
         self._thread.start()
-        self._thread_of(self._answer_questions).start()
+        self._questions_thread.start()
 
     def _thread_of(self, work: Callable[[], None]) -> threading.Thread:
         def run() -> None:
@@ -135,8 +136,12 @@ class Engine:
         return threading.Thread(target=run, name=work.__name__, daemon=True)
 
     def close(self, timeout_seconds: float) -> bool:
-        """End the loop; return whether it has ended, or the device was still at work."""
+        """End the loop; return whether it has ended, or the device was still at work.
+
+        The web workers have ended, and what each of them said last is heard first.
+        """
         self._closing.set()
+        self._questions_thread.join(timeout_seconds)
         self._thread.join(timeout_seconds)
         return not self._thread.is_alive()
 
@@ -153,7 +158,7 @@ class Engine:
     # --- the thread of questions ------------------------------------------------------------------
 
     def _answer_questions(self) -> None:
-        while True:
+        while self._questions.get_map():
             for key, _ in self._questions.select():
                 key.data()
 
