@@ -263,6 +263,7 @@ def http_attacks() -> list[Attack]:
         _attack("long batch request", json_post('{"batch_size": 3, "x": "%s"}' % ("y" * 1024)),
                 413, says="1024 bytes"),
         _attack("several fields", form(image=jpeg(), photo=jpeg(1)), 200),
+        _attack("file name in latin-1", form(image=picture).replace(b"/a.jpg", b"/\xe9.jpg"), 200),
         _attack("form without boundary", post("/predict", jpeg(), "multipart/form-data"), 400,
                 says="no file"),
         _attack("no HTTP", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", 400),

@@ -123,6 +123,7 @@ def test_a_stop_ends_a_long_pause_and_a_long_cell_at_once(
     [
         (RESNET, (*TINY_RESNET, "--batch-size", "0"), "1 or more"),
         (RESNET, (*TINY_RESNET, "--lr", "nan"), "above 0"),
+        (RESNET, (*TINY_RESNET, "--batch-size", "99999999999999999999"), "at most"),
         (RESNET, (*TINY_RESNET, "--dataset", "folder", "--data-dir", "/nowhere"), "--data-dir"),
         (RESNET, (*TINY_RESNET, "--evaluate", "/nowhere.pt"), "--save-model"),
         (RESNET, (*TINY_RESNET, "--precision", "tf32"), "fp32"),

@@ -72,6 +72,8 @@ def test_a_large_jpeg_decodes_small_and_another_large_picture_does_not():
     large = Image.new("RGB", (2100, 2100))
     assert open_upload(encoded(large, "PNG"), 10_000_000).size == (2100, 2100)
     assert max(open_upload(encoded(large, "JPEG"), 10_000_000).size) < 600
+    # Its scans are decoded at full size, whatever is asked for.
+    assert open_upload(encoded(large, "JPEG", progressive=True), 10_000_000).size == (2100, 2100)
 
 
 def test_a_file_on_disk_is_read_at_its_own_size_and_not_in_a_programmable_format(tmp_path):

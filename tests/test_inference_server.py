@@ -17,7 +17,7 @@ import requests
 from held_client import HeldClient
 from hostile_requests import read_all
 from server_process import SCRIPT, SMALL, ServerProcess, jpeg, png, running
-from waiting import wait_until
+from waiting import limit, wait_until
 
 from workloads.inference.batching import Statistics
 
@@ -102,6 +102,7 @@ def test_stats_count_what_was_answered_and_keep_batches_and_bad_requests_apart(s
     assert server.predict(jpeg(2)).status_code == 200
     assert server.predict(b"no picture").status_code == 400
     assert server.batch_predict({"batch_size": 2}).status_code == 200
+    assert requests.options(f"{server.url}/predict", timeout=10).status_code == 200  # no request
     after = server.stats()
     assert all(name in after for name in GUIDE_STATS)
     changes = {"total_requests": 2, "successful_requests": 1, "rejected_requests": 1, "images": 1}
@@ -283,12 +284,14 @@ def test_both_families_of_addresses_are_served_and_printed_as_urls(tmp_path):
         tmp_path, "--host", "::1", "--frontends", "0", GUNICORN_CMD_ARGS="--bind 0.0.0.0:1",
         SCRIPT_NAME="/x", WEB_CONCURRENCY="", FLASK_DEBUG=1, GUNICORN_FD=0, GEVENT_LOOP="nosuch",
         SENDFILE="?", GUNICORN_PID=1, LISTEN_FDS=3, PORT=1,
+        under=("bash", "-c", 'exec "$@" <&- >&-', "-"),
     ) as local:  # fmt: skip
         url = f"http://[::1]:{local.port}"
         assert requests.post(f"{url}/predict", data=jpeg(), timeout=30).status_code == 200
         assert url in local.log.read_text()
         assert "anybody" not in local.log.read_text()
         assert len(local.workers()) == 1
+        assert local.stop() == 0
 
 
 def test_a_device_that_fails_is_a_500_for_who_waits_and_the_end_of_the_server(tmp_path):
@@ -313,8 +316,8 @@ def test_a_second_signal_ends_a_server_that_drains_at_once(tmp_path):
         assert server.process.poll() is None
         begin = time.monotonic()
         server.process.send_signal(signal.SIGINT)
-        assert server.process.wait(10) == 130
-        assert time.monotonic() - begin < 4
+        assert server.process.wait(60) == 130
+        assert time.monotonic() - begin < limit(4)
 
 
 def test_the_window_of_ten_seconds_and_that_of_a_hundred_thousand_requests_slide():

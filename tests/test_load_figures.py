@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 import time
 
 import numpy as np
@@ -163,6 +164,13 @@ def test_a_failure_is_named_by_what_the_system_said_unless_this_machine_lacks_so
             load_generator.kind_of_failure(error)
     else:
         assert load_generator.kind_of_failure(error) == kind
+
+
+def test_a_generator_whose_load_test_goes_in_the_middle_of_its_plan_ends_in_silence():
+    process, pipe = load_generator._start_process()
+    os.write(pipe.fileno(), b"\0\0\1\0half")
+    pipe.close()
+    assert process.wait(60) == 0
 
 
 def test_timers_of_the_generator_wake_before_the_next_millisecond():

@@ -188,6 +188,13 @@ def test_a_server_that_is_still_loading_is_waited_for_visibly_and_not_called_sta
     assert 0 < figures["startup_seconds"] < 1.9  # eight probes are two seconds
 
 
+def test_a_server_that_ends_while_it_is_asked_for_is_one_sentence(tmp_path):
+    with null_server("--health-statuses", "200,0") as server:
+        done = load_test(tmp_path, server.url, "--connect-seconds", "0.3")
+    assert done.returncode == 2
+    assert "does not answer (Server disconnected)" in done.stderr and "Trace" not in done.stderr
+
+
 NOBODY = "http://127.0.0.1:9"
 
 
@@ -195,6 +202,7 @@ NOBODY = "http://127.0.0.1:9"
     ("url", "flags", "said"),
     [(NOBODY, (), "does not answer"), ("localhost:5000", (), "is no address"),
      ("http://localhost:port", (), "is no address"), ("http://me:secret@here", (), "no user name"),
+     ("http://a..b", (), "is no address"), (NOBODY, ("--rate", "1e300"), "at most"),
      (NOBODY, ("--rate", "0"), "'0' is not"), (NOBODY, ("--arrival", "poisson"), "its --rate")],
 )  # fmt: skip
 def test_what_cannot_be_done_is_exit_code_2_and_one_sentence(url, flags, said, tmp_path):
@@ -319,6 +327,19 @@ def test_charts_are_drawn_whatever_is_inherited_and_told_where_they_are(
         assert (tmp_path / figures[chart]).read_bytes().startswith(b"\x89PNG")
         assert f"{chart.replace('_', ' ')}: {tmp_path / figures[chart]}" in said
     assert "could not be drawn" not in said
+
+
+def test_who_does_not_wait_for_the_charts_has_all_figures(server, tmp_path):
+    command = (sys.executable, str(SCRIPT), "--server", server.url, "--duration", "0.3",
+               "--results-dir", str(tmp_path))  # fmt: skip
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+        # The requests are written before matplotlib is imported.
+        wait_until(lambda: list(tmp_path.glob("load_test_*_requests.npy")), "the requests")
+        process.send_signal(signal.SIGINT)
+    assert process.returncode == 0
+    result = only_result(tmp_path)
+    assert result["figures"]["successful_requests"] > 0
+    assert "the charts could not be drawn (KeyboardInterrupt)" in " ".join(result["warnings"])
 
 
 def test_charts_that_cannot_be_drawn_cost_nothing_but_themselves(server, tmp_path):

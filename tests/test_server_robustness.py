@@ -13,18 +13,25 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
+from types import SimpleNamespace
 
+import numpy as np
 import psutil
 import pytest
 import requests
-from hostile_requests import png_chunk, png_of
+from hostile_requests import encoded, png_chunk, png_of
 from PIL import Image
 from server_figures import figures_of
 from server_process import ServerProcess, jpeg, running
-from waiting import is_running, wait_until
+from waiting import is_running, limit, wait_until
+
+from workloads.inference.batching import COUNT, Engine
+from workloads.inference.batching import HEAD as HEADER
+from workloads.inference.image_input import PICTURE_BYTES
 
 HEAD = b"POST /predict HTTP/1.1\r\nContent-Length: %d\r\n\r\n"
 BODY_BYTES = 15 << 20
+CUT_OFF = encoded("PNG", array=np.zeros((1900, 1900, 3), np.uint8))[:-60]
 
 
 @pytest.fixture
@@ -106,12 +113,42 @@ def test_fifty_slow_senders_are_cut_at_their_deadline_while_others_are_served(
 ):
     begin = time.monotonic()
     with Dripping(server, 50, start, drop) as senders:
-        assert worst_seconds(server, 20) < 2.0
+        assert worst_seconds(server, 20) < limit(2.0)
         received = senders.connections[0].makefile("rb").read()
         assert received.startswith(answer)
         if answer:
             assert b"did not arrive within 3 s" in received
-        assert 2.0 < time.monotonic() - begin < 6.0
+        assert 2.0 < time.monotonic() - begin < limit(6.0)
+
+
+@pytest.mark.parametrize(
+    ("start", "piece"),
+    [(b"GET /health HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\nx\r\n" * 20_000),
+     (b"POST /predict HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\nx\r\n" * 20_000),
+     (b"", HEAD % len(CUT_OFF) + CUT_OFF)],
+    ids=["a body that nobody asked for", "tiny chunks", "pictures that are cut off"],
+)  # fmt: skip
+def test_one_connection_that_sends_all_it_can_holds_nobody_off(tmp_path, start, piece):
+    with (
+        running(tmp_path, "--workers", "1", "--request-seconds", "20") as server,
+        connect(server) as greedy,
+        connect(server) as other,
+    ):
+
+        def send() -> None:
+            with suppress(OSError):
+                greedy.sendall(start)
+                while True:
+                    greedy.sendall(piece)
+
+        threading.Thread(target=send, daemon=True).start()
+        time.sleep(0.3)
+        begin = time.monotonic()
+        other.sendall(HEAD % len(jpeg()) + jpeg())
+        assert other.recv(20).startswith(b"HTTP/1.1 200 ")
+        assert time.monotonic() - begin < limit(2.0)
+        with suppress(OSError):  # cut already
+            greedy.shutdown(socket.SHUT_RDWR)
 
 
 def test_two_hundred_silent_connections_hold_nobody_off(tmp_path):
@@ -121,7 +158,7 @@ def test_two_hundred_silent_connections_hold_nobody_off(tmp_path):
     ):
         silent = [stack.enter_context(connect(server)) for _ in range(200)]
         # Those that hold a connection and say nothing make room after a second, in two turns.
-        assert worst_seconds(server, 10) < 6.0
+        assert worst_seconds(server, 10) < limit(6.0)
         assert silent[0].recv(1) == b""
 
 
@@ -155,7 +192,7 @@ def test_who_never_reads_his_answers_is_cut(server):
         with suppress(OSError):
             while True:
                 greedy.sendall(b"GET /stats HTTP/1.1\r\n\r\n" * 1000)
-        assert worst_seconds(server, 5) < 10.0
+        assert worst_seconds(server, 5) < limit(10.0)
 
         def is_cut() -> bool:
             try:
@@ -180,7 +217,7 @@ def test_forty_unfinished_bodies_of_fifteen_mebibytes_take_bounded_memory(tmp_pa
                 connection.sendall(HEAD % BODY_BYTES)
                 for _ in range(14):
                     connection.sendall(piece)
-        assert worst_seconds(server, 5) < 5.0
+        assert worst_seconds(server, 5) < limit(5.0)
         # Both workers may hold 64 MiB; what the interpreter keeps beside that is bounded too.
         assert resident_mib(server) - before < 300
         for connection in connections:
@@ -197,7 +234,7 @@ def test_few_open_files_end_in_refusals_and_not_in_a_server_that_only_looks_heal
             futures = [pool.submit(server.predict, jpeg(seed)) for seed in range(96)]
             statuses = {f.result().status_code for f in futures if f.exception() is None}
         assert statuses <= {200, 503} and 200 in statuses
-        wait_until(lambda: server.predict(jpeg()).status_code == 200, "a recovery", seconds=20.0)
+        wait_until(lambda: server.predict(jpeg()).status_code == 200, "a recovery")
 
 
 # --- pictures that cost more than they weigh ------------------------------------------------------
@@ -275,7 +312,7 @@ def test_a_worker_that_is_killed_is_replaced_and_said_and_costs_only_its_own_req
             os.kill(first, signal.SIGKILL)
             answered = [future.exception() is None for future in futures]
         assert any(answered)
-        wait_until(lambda: server.stats()["workers"] == 2, "another worker", seconds=5.0)
+        wait_until(lambda: server.stats()["workers"] == 2, "another worker")
         assert second in server.workers() and first not in server.workers()
         for _ in range(5):
             assert server.predict(jpeg()).status_code == 200
@@ -288,8 +325,8 @@ def test_a_worker_that_is_stuck_is_replaced(tmp_path):
     with running(tmp_path, "--request-seconds", "1") as server:
         stopped = server.workers()[0]
         os.kill(stopped, signal.SIGSTOP)
-        wait_until(lambda: not is_running(stopped), "its end", seconds=15.0)
-        wait_until(lambda: server.stats()["workers"] == 2, "another worker", seconds=5.0)
+        wait_until(lambda: not is_running(stopped), "its end")
+        wait_until(lambda: server.stats()["workers"] == 2, "another worker")
         assert server.predict(jpeg()).status_code == 200
 
 
@@ -301,9 +338,9 @@ def test_nobody_is_left_behind_when_the_engine_or_the_web_server_is_killed(tmp_p
             server.process.kill()
         else:
             os.kill(psutil.Process(workers[0]).ppid(), signal.SIGKILL)
-            assert server.process.wait(15) == 1
+            assert server.process.wait(60) == 1
             assert "the web server has ended" in server.log.read_text()
-        wait_until(lambda: not any(map(is_running, workers)), "the workers' end", seconds=2.0)
+        wait_until(lambda: not any(map(is_running, workers)), "the workers' end", limit(2.0))
 
 
 def test_sigterm_answers_what_is_in_flight_then_writes_the_result(tmp_path):
@@ -334,13 +371,31 @@ def test_sigterm_answers_what_is_in_flight_then_writes_the_result(tmp_path):
     assert result["settings"]["weights"] == "random"
 
 
+def test_what_a_worker_says_last_is_heard_before_the_engine_has_closed():
+    args = SimpleNamespace(max_batch=1, max_delay_ms=0.0, queue_size=1, request_seconds=1.0)
+    engine = Engine(args, lambda question: time.sleep(0.3) or b"")
+    engine.start()
+    (_, pictures), (ours, theirs) = (
+        socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(2)
+    )
+    with os.fdopen(os.memfd_create("pictures"), "wb") as memory:
+        memory.truncate(PICTURE_BYTES + 1)
+        descriptors = [pictures.fileno(), theirs.fileno(), memory.fileno()]
+        socket.send_fds(engine.worker_door, [b"1"], descriptors)
+        ours.send(HEADER.pack(b"q", 0))
+        ours.send(HEADER.pack(b"e", 0) + COUNT.pack(2))
+        engine.worker_door.close()
+        assert engine.close(60.0)
+    assert engine.unanswered == 2
+
+
 def test_who_drips_or_says_nothing_does_not_hold_up_a_shutdown(tmp_path):
     with running(tmp_path, "--drain-seconds", "30") as server:
         with Dripping(server, 1, HEAD % 1000, b"x") as senders, connect(server) as silent:
             time.sleep(0.5)
             begin = time.monotonic()
             assert server.stop() == 0
-            assert time.monotonic() - begin < 6.0
+            assert time.monotonic() - begin < limit(6.0)
             assert senders.connections[0].recv(4096).startswith(b"HTTP/1.1 408 ")
             assert silent.recv(1) == b""
         assert result_of(server)["figures"]["unanswered_requests"] == 0
@@ -365,7 +420,7 @@ def test_what_outlasts_the_drain_is_left_and_told(tmp_path, batch_seconds, size,
         wait_until(lambda: server.stats()["requests_inside"] >= asked, "all requests inside")
         begin = time.monotonic()
         assert server.stop() == 0
-        assert time.monotonic() - begin < 6.0
+        assert time.monotonic() - begin < limit(6.0)
         assert not is_running(worker)
         assert all(isinstance(one.exception(), requests.ConnectionError) for one in answers)
     assert said in server.log.read_text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,11 @@ def wait_until(
     while not condition():
         assert time.monotonic() < deadline, f"within {seconds:g} s never: {what}"
         time.sleep(poll_seconds)
+
+
+def limit(seconds: float) -> float:
+    """Return the bound of what takes less on an idle machine: more, where others use it as well."""
+    return seconds * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
 def is_running(pid: int) -> bool:

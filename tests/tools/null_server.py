@@ -5,7 +5,7 @@
 
 Prints its port. One asyncio process without work per request: 10,000 a second and more. POSTs are
 answered by the statuses in turn; 0 closes the connection instead and -1 never answers. GET
-/health answers by its statuses, of which the last one stays; GET /counts tells what came, as JSON.
+/health and /stats answer by the others, of which the last one stays; GET /counts tells what came.
 The stall is counted from the first POST: nothing is read or answered while it lasts.
 """
 
@@ -88,7 +88,7 @@ class Connection(asyncio.Protocol):
             server.counts["connections"] += not self._is_known
             self._is_known = True
             self._reply(server.status_of_post())
-        elif path.endswith(b"/health"):
+        elif path.endswith((b"/health", b"/stats")):
             self._reply(server.status_of_health())
         else:
             self._reply(200, json.dumps(server.counts).encode())

@@ -39,11 +39,19 @@ def _number_type(
     return parse
 
 
-positive_int = _number_type(int, lambda n: n > 0, "a whole number of 1 or more")
-non_negative_int = _number_type(int, lambda n: n >= 0, "a whole number of 0 or more")
+# More is a slip, and overflows what others keep counts and times in.
+MOST = 10**9
+positive_int = _number_type(
+    int, lambda n: 0 < n <= MOST, f"a whole number of 1 or more, {MOST} at most"
+)
+non_negative_int = _number_type(
+    int, lambda n: 0 <= n <= MOST, f"a whole number of 0 or more, {MOST} at most"
+)
 seed = _number_type(int, lambda n: 0 <= n < 2**63, "a whole number from 0 to 2^63 - 1")
-positive_float = _number_type(float, lambda x: 0 < x < float("inf"), "a number above 0")
-non_negative_float = _number_type(float, lambda x: 0 <= x < float("inf"), "a number of 0 or more")
+positive_float = _number_type(float, lambda x: 0 < x <= MOST, f"a number above 0, {MOST} at most")
+non_negative_float = _number_type(
+    float, lambda x: 0 <= x <= MOST, f"a number of 0 or more, {MOST} at most"
+)
 
 
 def flags(parser: argparse.ArgumentParser, title: str) -> Callable[..., None]:
@@ -146,6 +154,12 @@ def run_main(main: Callable[[], int], leave: Callable[[int], NoReturn] = sys.exi
     ``KeyboardInterrupt``, so that all ways of stopping a script by hand unwind its ``finally``
     blocks.
     """
+    # One that was closed is None, and the next file or socket would be opened in its place.
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            stream = Path(os.devnull).open(mode)  # noqa: SIM115
+            os.set_inheritable(stream.fileno(), True)
+            setattr(sys, name, stream)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
         signal.signal(signal.SIGHUP, signal.default_int_handler)

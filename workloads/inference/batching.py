@@ -39,15 +39,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from workloads.inference.image_input import IMAGE_SIZE
 from workloads.inference.server_statistics import ENDPOINTS, Statistics
-
-if TYPE_CHECKING:
-    from workloads.inference.models import Classifier
 
 HEAD = struct.Struct("=cI")  # of a message: its kind and slot
 ANSWER = struct.Struct("=IH")  # slot, HTTP status; the reason of a refusal follows as text
@@ -73,6 +70,16 @@ class _Worker:
     decoding: np.ndarray  # uint8 of shape (1,): how many pictures are being decoded
 
 
+class Model(Protocol):
+    """What the engine runs, such as ``models.Classifier``."""
+
+    def start(self, pictures: list[np.ndarray]) -> Any:
+        """Launch arrays, uint8 of shape (n_i, 224, 224, 3), as one batch."""
+
+    def finish(self, ticket: Any) -> np.ndarray:
+        """Wait for what ``start`` returned; return a row a picture."""
+
+
 class _Request(NamedTuple):
     worker: _Worker
     slot: int
@@ -92,7 +99,7 @@ class Engine:
 
         ``tell`` answers what workers ask, on a thread of its own.
         """
-        self.model: Classifier | None = None  # None while it is being loaded
+        self.model: Model | None = None  # None while it is being loaded
         self.status = "loading"  # as ``/health`` says it
         self.failure: Exception | None = None  # of the model, which is not called again after that
         self.lost_workers: list[int] = []  # pids of those that ended without a word
@@ -110,12 +117,13 @@ class Engine:
         self._batch_seconds = 0.0
         self._closing = threading.Event()
         self._thread = self._thread_of(self._serve)
+        self._questions_thread = self._thread_of(self._answer_questions)
         self.statistics = Statistics(self.gauges)
 
     def start(self) -> None:
         """Begin to answer; until there is a model, pictures are refused."""
         self._thread.start()
-        self._thread_of(self._answer_questions).start()
+        self._questions_thread.start()
 
     def _thread_of(self, work: Callable[[], None]) -> threading.Thread:
         def run() -> None:
@@ -128,8 +136,12 @@ class Engine:
         return threading.Thread(target=run, name=work.__name__, daemon=True)
 
     def close(self, timeout_seconds: float) -> bool:
-        """End the loop; return whether it has ended, or the device was still at work."""
+        """End the loop; return whether it has ended, or the device was still at work.
+
+        The web workers have ended, and what each of them said last is heard first.
+        """
         self._closing.set()
+        self._questions_thread.join(timeout_seconds)
         self._thread.join(timeout_seconds)
         return not self._thread.is_alive()
 
@@ -146,7 +158,7 @@ class Engine:
     # --- the thread of questions ------------------------------------------------------------------
 
     def _answer_questions(self) -> None:
-        while True:
+        while self._questions.get_map():
             for key, _ in self._questions.select():
                 key.data()
 
@@ -268,7 +280,7 @@ class Engine:
                 images += len(request.pictures)
         return batch
 
-    def _run_batch(self, model: Classifier) -> None:
+    def _run_batch(self, model: Model) -> None:
         batch = self._next_batch()
         if not batch:
             return

@@ -24,6 +24,8 @@ FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")  # without a list, EPS c
 # megabyte can hold tens of thousands.
 MAX_SCANS = 100
 START_OF_SCAN = b"\xff\xda"
+# Decoding more pixels takes long enough for a server to do it next to its other requests.
+LARGE_IMAGE_PIXELS = 4_000_000
 TIFF_LENGTHS = 279, 325  # of each strip, of each tile: TIFF 6.0
 EXIF_ORIENTATION = 0x0112
 MAX_EXIF_BYTES = 1 << 16
@@ -106,8 +108,10 @@ def open_upload(content: bytes, max_pixels: int) -> Image.Image:
     the returned picture is the one that will be decoded.
     """
     image = open_image(content, max_pixels)
-    with _bad_bytes_rejected():
-        image.draft("RGB", (IMAGE_SIZE, IMAGE_SIZE))
+    # Each scan of a progressive one is a pass over all of it, at whatever size it is decoded.
+    if not (image.info.get("progressive") and image.width * image.height > LARGE_IMAGE_PIXELS):
+        with _bad_bytes_rejected():
+            image.draft("RGB", (IMAGE_SIZE, IMAGE_SIZE))
     return image
 
 

@@ -288,6 +288,7 @@ class InferenceServer(client.Workload):
         # Connections that no worker has accepted yet are to be few when they stop accepting.
         self._listener.listen(0)
         self._end_web_server(WEB_SERVER_END_SECONDS + (seconds if failure is None else 0.0))
+        self._is_device_busy = not self._engine.close(DEVICE_END_SECONDS)
         for pid in self._engine.lost_workers:
             self.warn(f"web worker {pid} exited prematurely, with the requests in it")
         if self._engine.unanswered:
@@ -295,8 +296,7 @@ class InferenceServer(client.Workload):
                 f"{self._engine.unanswered} requests were cut off by the end; give them more than "
                 f"{seconds:g} s with --drain-seconds"
             )
-        if not self._engine.close(DEVICE_END_SECONDS):
-            self._is_device_busy = True
+        if self._is_device_busy:
             self.warn(
                 "the device was still at work on a batch that nobody waits for any more; give it "
                 f"more than {seconds:g} s with --drain-seconds"

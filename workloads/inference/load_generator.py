@@ -236,9 +236,8 @@ class LoadGenerator:
 
     def close(self) -> None:
         """End the processes; may be called twice."""
-        for _, pipe in self._processes:
+        for process, pipe in self._processes:
             pipe.close()
-        for process, _ in self._processes:
             process.kill()
             process.wait()
 
@@ -249,7 +248,7 @@ class LoadGenerator:
         process, pipe = self._processes[index]
         try:
             message = pipe.recv()
-        except (EOFError, ConnectionError) as error:
+        except (EOFError, OSError) as error:
             code = process.wait(END_SECONDS)
             if code == 0:
                 return None
@@ -295,7 +294,7 @@ def _start_process() -> tuple[subprocess.Popen, Connection]:
 
 
 def _send(pipe: Connection, message: object) -> None:
-    # That it has died is found where its reports are received.
+    # That the other end has gone is found where its messages are received.
     with contextlib.suppress(ConnectionError):
         pipe.send(message)
 
@@ -344,7 +343,7 @@ class _Clients:
     def _take_message(self) -> None:
         try:
             self._messages.put_nowait(self._pipe.recv())
-        except (EOFError, ConnectionError):
+        except (EOFError, OSError):
             os._exit(0)  # nobody is left to report to
 
     def _new_session(self) -> aiohttp.ClientSession:
@@ -416,7 +415,7 @@ class _Clients:
         report = (self._records, cpu_seconds - self._cpu_seconds, self._connections_opened)
         self._records, self._cpu_seconds, self._connections_opened = [], cpu_seconds, 0
         # On a thread: a load test that is slow to read delays no request.
-        await asyncio.get_running_loop().run_in_executor(None, self._pipe.send, report)
+        await asyncio.get_running_loop().run_in_executor(None, _send, self._pipe, report)
 
 
 def kind_of_failure(error: aiohttp.ClientError | OSError) -> str:
@@ -438,13 +437,14 @@ def kind_of_failure(error: aiohttp.ClientError | OSError) -> str:
 def serve() -> None:
     """Be one process of the load generator."""
     pipe = Connection(os.dup(sys.stdin.fileno()))
-    # That the load test goes in the middle of a report is no error.
-    with contextlib.suppress(EOFError, ConnectionError):
+    try:
         plan: LoadPlan = pipe.recv()
-        loop = asyncio.SelectorEventLoop(PunctualSelector())
-        loop.set_debug(False)  # an inherited PYTHONASYNCIODEBUG would take the speed
-        try:
-            loop.run_until_complete(_Clients(plan, pipe).run())
-        except UsageError as error:
-            pipe.send(str(error))
+    except (EOFError, OSError):  # the load test has gone, maybe in the middle of it
+        os._exit(0)
+    loop = asyncio.SelectorEventLoop(PunctualSelector())
+    loop.set_debug(False)  # an inherited PYTHONASYNCIODEBUG would take the speed
+    try:
+        loop.run_until_complete(_Clients(plan, pipe).run())
+    except UsageError as error:
+        _send(pipe, str(error))
     os._exit(0)  # not waiting for requests in flight

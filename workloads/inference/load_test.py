@@ -33,6 +33,7 @@ from workloads.inference import api_key
 
 if TYPE_CHECKING:
     import numpy as np
+    from aiohttp import ClientSession
     from yarl import URL
 
     from workloads.inference.load_generator import LoadGenerator, Measured
@@ -270,7 +271,8 @@ class LoadTest(client.Workload):
             try:
                 load_report.draw_charts(latency, qps, requests, figures, start_seconds, args.rate)
                 self.files |= {"latency_chart": latency, "qps_chart": qps}
-            except Exception as error:  # whatever ails matplotlib here, the figures are there
+            # Whatever ails matplotlib, and whoever does not wait for it: the figures are there.
+            except (Exception, KeyboardInterrupt) as error:
                 self.warn(
                     f"the charts could not be drawn ({first_line(error)}); all figures are in the "
                     "result"
@@ -316,7 +318,8 @@ def server_url(text: str) -> URL:
 
     try:
         url = URL(text)
-        is_address = url.scheme in ("http", "https") and url.host
+        # The resolver raises for what is no name, such as one with an empty label.
+        is_address = url.scheme in ("http", "https") and (url.host or "").encode("idna")
     except ValueError:
         is_address = False
     if not is_address:
@@ -342,11 +345,14 @@ async def wait_until_ready(url: URL, args: argparse.Namespace) -> URL:
         while True:
             try:
                 async with session.get(url / "health") as response:
-                    if response.status != 503:
-                        break
-                    state, limit_seconds = "does not get ready", args.ready_seconds
-            except (aiohttp.ClientError, asyncio.TimeoutError, OSError):
-                state, limit_seconds = "does not answer", args.connect_seconds
+                    is_ready = response.status != 503
+                if is_ready:
+                    await _require_key(session, url, args)
+                    return url
+                state, limit_seconds = "does not get ready", args.ready_seconds
+            except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
+                reason = first_line(getattr(error, "os_error", error))
+                state, limit_seconds = f"does not answer ({reason})", args.connect_seconds
             waited_seconds = time.monotonic() - started_seconds
             if waited_seconds > limit_seconds:
                 raise UsageError(
@@ -358,13 +364,15 @@ async def wait_until_ready(url: URL, args: argparse.Namespace) -> URL:
                 so_far = f"{waited_seconds:.0f} of {limit_seconds:g} s"
                 console.note(f"waiting for the server at {url} ... ({state} yet, {so_far})")
             await asyncio.sleep(READY_PROBE_SECONDS)
-        async with session.get(url / "stats", headers=api_key.headers(args.api_key)) as response:
-            if response.status == 401:
-                given = "does not take this API key" if args.api_key else "wants an API key"
-                raise UsageError(
-                    f"the server {args.server} {given}; give its own by {api_key.VARIABLE}"
-                )
-    return url
+
+
+async def _require_key(session: ClientSession, url: URL, args: argparse.Namespace) -> None:
+    async with session.get(url / "stats", headers=api_key.headers(args.api_key)) as response:
+        if response.status == 401:
+            given = "does not take this API key" if args.api_key else "wants an API key"
+            raise UsageError(
+                f"the server {args.server} {given}; give its own by {api_key.VARIABLE}"
+            )
 
 
 def main() -> int:

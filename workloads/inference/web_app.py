@@ -38,9 +38,14 @@ from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
 from workloads.inference import api_key
 from workloads.inference.batching import COUNT, RECORD, ROW
-from workloads.inference.image_input import ImageRejected, open_upload, small_picture
+from workloads.inference.image_input import (
+    LARGE_IMAGE_PIXELS,
+    ImageRejected,
+    open_upload,
+    small_picture,
+)
 from workloads.inference.server_statistics import ENDPOINTS
-from workloads.inference.web_process import Process, Refusal
+from workloads.inference.web_process import YIELD_SECONDS, Process, Refusal
 
 DEFAULT_BATCH_SIZE = 32
 MAX_JSON_BYTES = 1024
@@ -49,9 +54,8 @@ MAX_FORM_PARTS = 1000
 # A body is read in pieces. The first one is free, the rest comes out of what all bodies of a worker
 # may hold together: a thousand clients may each send the largest one.
 PIECE_BYTES = 1 << 18
+CHUNKED_PIECE_BYTES = 1 << 14  # each of its bytes may be a chunk, which costs 2 µs
 BODIES_BYTES = 64 << 20
-# Decoding more pixels takes long enough to be done on a thread, next to the other requests.
-LARGE_IMAGE_PIXELS = 4_000_000
 MIN_PILLOW_LIMIT = 1_000_000  # pixels; it refuses twice as many
 MAX_DECODE_CPU_SECONDS = 2.0  # of a smaller picture; it takes milliseconds
 TCP_ESTABLISHED = 1  # include/net/tcp_states.h of Linux
@@ -223,11 +227,15 @@ def batch_predict() -> dict:
 def count(response: Response) -> Response:
     """Have an inference request counted, whatever was answered; the answer comes now."""
     endpoint = request.path[1:]
-    if endpoint in ENDPOINTS:
+    if endpoint in ENDPOINTS and request.method == "POST":
         images, *seconds = g.get("figures", NO_FIGURES)
         which, start_seconds = ENDPOINTS.index(endpoint), time.monotonic() - seconds[0]
         record = (which, response.status_code, images, start_seconds, *seconds)
         worker.record(RECORD.pack(*record))
+    # A body that nobody asked for may have no end, and skipping it would be work without one.
+    has_body = request.content_length or request.environ.get("HTTP_TRANSFER_ENCODING")
+    if has_body and not g.get("is_read"):
+        worker.close_after(response)
     worker.hold_packets(request.environ["gunicorn.socket"], True)
     return response
 
@@ -252,11 +260,7 @@ def refuse(error: Exception) -> Response:
             message += f" takes {headers['Allow']}"
     else:
         app.logger.error("request failed", exc_info=error)
-    response = app.make_response(({"error": message}, status, headers))
-    has_body = request.content_length or request.environ.get("HTTP_TRANSFER_ENCODING")
-    if has_body and not g.get("is_read"):
-        worker.close_after(response)
-    return response
+    return app.make_response(({"error": message}, status, headers))
 
 
 @cache
@@ -278,15 +282,17 @@ def _body(limit: int) -> bytes:
         raise too_large
     seconds = worker.settings.request_seconds
     pieces, length, fault = [], 0, None
+    piece_bytes = CHUNKED_PIECE_BYTES if request.content_length is None else PIECE_BYTES
     with worker.waiting_for_client(seconds) as wait:
         try:
-            while piece := request.environ["wsgi.input"].read(PIECE_BYTES):
+            while piece := request.environ["wsgi.input"].read(piece_bytes):
                 pieces.append(piece)
                 length += len(piece)
                 if length > limit:
                     raise too_large
                 if len(pieces) > 1:
                     _hold(len(piece))
+                    gevent.sleep(YIELD_SECONDS)  # who sends as fast as we read would go on for ever
             if request.content_length not in (None, length):
                 fault = CUT_OFF
         except ParseException as error:
@@ -324,9 +330,10 @@ def picture_of(content_type: str, body: bytes) -> bytes:
     parts: list[multipart.MultipartPart] = []
     try:
         if boundary:
-            # Werkzeug's parser takes 0.8 ms for a JPEG of 30 KB, this one 0.06.
+            # Werkzeug's parser takes 0.8 ms for a JPEG of 30 KB, this one 0.06. Any bytes are
+            # latin-1: a file's name may be what the client's system took for one.
             parts += multipart.MultipartParser(
-                io.BytesIO(body), boundary, len(body),
+                io.BytesIO(body), boundary, len(body), "latin-1",
                 part_limit=MAX_FORM_PARTS, spool_limit=limit, memory_limit=limit,
             )  # fmt: skip
     except multipart.MultipartError as error:

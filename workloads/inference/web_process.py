@@ -24,6 +24,9 @@ from workloads.inference.image_input import PICTURE_BYTES
 # Messages to the engine that wait for an answer; so many answers fit into a buffer of 416 KiB.
 MAX_SLOTS = 512
 BUFFER_BYTES = 1 << 20  # of a connection to the engine, as far as the system allows
+# A sleep for all others' sake. After one of 0 gevent goes on with whoever slept: it looks at the
+# sockets once in some fifty times, and a single busy client held the others off for seconds.
+YIELD_SECONDS = 1e-9
 
 
 class Refusal(Exception):

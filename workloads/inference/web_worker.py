@@ -42,7 +42,7 @@ from gunicorn.workers.ggevent import GeventWorker
 from workloads.inference import batching, web_app
 from workloads.inference.image_input import PICTURE_BYTES
 from workloads.inference.web_app import INTERNAL_ERROR
-from workloads.inference.web_process import MAX_SLOTS, Channel, Wait
+from workloads.inference.web_process import MAX_SLOTS, YIELD_SECONDS, Channel, Wait
 
 SILENT_SECONDS = 10.0  # nothing received, or an answer not taken
 CROWDED_SECONDS = 1.0  # who is waited for longer gives way when every connection is taken
@@ -73,7 +73,8 @@ class WebWorker(GeventWorker):
         self._addresses: Counter[str] = Counter()  # connections of each
         self._waits: dict[gevent.Greenlet, Wait] = {}
         self._pool = Pool(self.worker_connections)
-        self._connect_to_engine(socket.socket(fileno=settings.door))
+        with socket.socket(fileno=settings.door) as door:
+            self._connect_to_engine(door)
         self.large_pictures = BoundedSemaphore(settings.threads)
         self.held_bytes = 0  # of bodies that are being read
         self._records: list[bytes] = []  # of finished requests
@@ -208,7 +209,7 @@ class WebWorker(GeventWorker):
         me.request = req
         if me.is_cut:  # it came at the last moment, and nothing more can
             req.force_close()
-        gevent.sleep(0)  # one connection may have sent thousands that need nothing but us
+        gevent.sleep(YIELD_SECONDS)  # one connection may have sent thousands that need only us
         try:
             super().handle_request(listener_name, req, sock, addr)
         finally:
