@@ -24,6 +24,7 @@ from benchmarking.planning.plan_file import PlanFile, parse_plan, text_hash
 from benchmarking.planning.redaction import NotRevealedError, reveal
 from benchmarking.planning.request import Request
 from benchmarking.records import run_folder
+from benchmarking.records.files import json_text
 from benchmarking.records.run_folder import (
     PHASE_CO_RUN,
     Run,
@@ -91,7 +92,7 @@ def read_rounds_before(request: Request) -> EarlierPart | None:
         return None
     _require_own(folder)
     run = run_folder.read_run(folder)
-    if run.manifest.request != msgspec.json.decode(msgspec.json.encode(request_data(request))):
+    if run.manifest.request != request_data(request):
         raise RunStoreError(f"run {run.run_id} was made with other flags: name another --run-id")
     return EarlierPart(run, request)
 
@@ -175,8 +176,10 @@ def request_data(request: Request) -> dict[str, Any]:
     # The run may go on from another folder.
     data["data_dir"] = str(Path(request.data_dir).resolve()) if request.data_dir else None
     if request.baseline and Path(request.baseline).is_dir():
-        data["baseline"] = str(Path(request.baseline).resolve())
-    return request.secrets.hide(data)
+        folder = Path(request.baseline).resolve()
+        is_next_to_it = folder.parent == request.results_dir.resolve()  # and is moved with it
+        data["baseline"] = folder.name if is_next_to_it else str(folder)
+    return msgspec.json.decode(json_text(request.secrets.hide(data)))
 
 
 def _request_of(run: Run) -> Request:
