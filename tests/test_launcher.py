@@ -326,7 +326,7 @@ def test_only_a_users_own_program_imports_what_lies_where_it_runs(
     run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workload: str, finds: bool
 ) -> None:
     inherited = {"PATH": "/bin", "CUDA_MPS_PIPE_DIRECTORY": "/x", "CUDA_VISIBLE_DEVICES": "3",
-                 "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": "10"}  # fmt: skip
+                 "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": "10", "OMP_PROC_BIND": "true"}  # fmt: skip
     assert client_base_environment(inherited) == {"PATH": "/bin", "PYTHONSAFEPATH": "1"}
     monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
     monkeypatch.chdir(tmp_path)
