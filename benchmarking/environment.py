@@ -211,7 +211,9 @@ def install(requirements: Path) -> None:
         say(f"    {line.partition(': ')[0]}")
     if "torch" in lacking:
         say("torch with CUDA is most of it: about 3 GB to download, 6 GB on disk.")
-    pip = ("-m", "pip", "install", "--disable-pip-version-check", "-r", str(requirements))
+    # Of an older Python's or another processor's wheels the newest, rather than to build a newer one.
+    how = ("--disable-pip-version-check", "--prefer-binary")
+    pip = ("-m", "pip", "install", *how, "-r", str(requirements))
     if not succeeds(VENV_PYTHON, *pip, quiet=False):
         say(f"Still missing in {VENV_FOLDER}:")
         sys.stderr.write(ask_missing(VENV_PYTHON, requirements) or "")
