@@ -211,7 +211,7 @@ def install(requirements: Path) -> None:
         say(f"    {line.partition(': ')[0]}")
     if "torch" in lacking:
         say("torch with CUDA is most of it: about 3 GB to download, 6 GB on disk.")
-    # Of an older Python's or another processor's wheels the newest, rather than to build a newer one.
+    # Of an older Python's or another processor's wheels the newest, rather than build a newer one.
     how = ("--disable-pip-version-check", "--prefer-binary")
     pip = ("-m", "pip", "install", *how, "-r", str(requirements))
     if not succeeds(VENV_PYTHON, *pip, quiet=False):

@@ -114,7 +114,7 @@ def test_another_environment_is_another_job_and_limits_of_mps_are_not(tmp_path: 
         (f'{COMMAND}label = "a\\u001b[31m"', "label: leave line breaks and control characters"),
         ('[[client]]\ncommand = ["true", "\\u0000"]', "command: holds a NUL"),
         (f'{COMMAND}environment = {{ A = "\\u0000" }}', "environment.A: holds a NUL"),
-        (f"a = {'[' * 20_000}", "is nested too deeply"),
+        (f"a = {'[' * 20_000}", "is not TOML (maximum recursion depth"),
         ("#" * (1 << 20) + COMMAND, "is too long for a plan"),
         (f"{COMMAND}count = true", "count: is True, but needs a whole number"),
         (f"{BERT}arguments = [3]", 'put each in quotes, as "3"'),

@@ -174,6 +174,13 @@ def test_a_request_comes_back_as_it_was_unless_others_may_have_written_it(
         resumption.read_earlier("mine", tmp_path)
 
 
+def test_a_run_in_a_folder_whose_name_is_no_utf_8_is_read_again(tmp_path: Path) -> None:
+    run = stored_run(tmp_path / "caf\udce9")
+    run.update_manifest(notes=[str(run.folder), "é 😀"])
+    place, other = run_folder.read_run(run.folder).manifest.notes
+    assert ("/caf?/" in place, other) == (True, "é 😀")
+
+
 REQUEST = resumption.request_data(Request())
 
 

@@ -145,13 +145,6 @@ def test_records_come_back_by_kind_and_client_and_of_a_full_disk_no_line_is_left
     assert read.warnings == []
 
 
-def test_a_run_in_a_folder_whose_name_is_no_utf_8_is_read_again(tmp_path: Path) -> None:
-    run = new_run(tmp_path / "caf\udce9")
-    run.update_manifest(notes=[str(run.folder), "é 😀"])
-    place, other = run_folder.read_run(run.folder).manifest.notes
-    assert ("/caf?/" in place, other) == (True, "é 😀")
-
-
 def test_truncated_lines_are_skipped_and_said(tmp_path: Path) -> None:
     bad = [b"NaN", b'{"record": "\xff"}', b"[" * 100_000, b'{"record": "client", "pha']
     run = new_run(tmp_path, client("c", 0), co_run("c"))

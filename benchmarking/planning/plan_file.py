@@ -204,9 +204,7 @@ def parse_plan(text: str, path: str, folder: Path, *, shown: str | None = None) 
     shown = shown or path
     try:
         content = reveal(_toml(text), os.environ)
-    except RecursionError:
-        raise PlanFileError([f"{shown} is nested too deeply: mend that"]) from None
-    except (ValueError, NotRevealedError) as error:
+    except (ValueError, RecursionError, NotRevealedError) as error:
         kind = "" if isinstance(error, NotRevealedError) else "is not TOML "
         raise PlanFileError([f"{shown} {kind}({error}): mend that place"]) from error
     mistakes: list[str] = []
@@ -215,9 +213,7 @@ def parse_plan(text: str, path: str, folder: Path, *, shown: str | None = None) 
     default_name = re.sub(r"[^A-Za-z0-9._-]", "-", Path(path).stem).lstrip(".-_")[:100] or "plan"
     name = known.get("name") or default_name
     if not _NAME.fullmatch(name):
-        known.complain(
-            "name", "use letters, digits, '.', '_' and '-', 100 at most, as it names a folder"
-        )
+        known.complain("name", "use letters, digits, '.', '_' and '-', 100 at most, for a folder")
     tables = content.get("client")
     is_list = isinstance(tables, list) and all(isinstance(table, dict) for table in tables)
     if not tables or not is_list:
@@ -278,10 +274,8 @@ def _secrets_of(entries: Sequence[PlanEntry]) -> Secrets:
     inherited: set[str] = set()
     for entry in entries:
         inherited |= set(entry.inherit)
-        names |= secrets_of_words(
-            f"{name}={value}"
-            for name, value in entry.environment.items() if name not in entry.inherit
-        )  # fmt: skip
+        own = [item for item in entry.environment.items() if item[0] not in entry.inherit]
+        names |= secrets_of_words(map("=".join, own))
         names |= secrets_of_words(shlex.split(entry.command or ""))
         names |= secrets_of_words(entry.arguments)
     return Secrets(names, frozenset(inherited))
