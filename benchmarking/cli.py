@@ -9,7 +9,7 @@ import argparse
 import math
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 if TYPE_CHECKING:
     from benchmarking.records.types import RunOutcome
@@ -56,13 +56,29 @@ class UsageExit(SystemExit):
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An argument parser whose errors are one sentence instead of a usage dump."""
+    """An argument parser whose errors are one sentence instead of a usage dump.
+
+    A text or path that is empty is one of them: most likely a variable that was never set.
+    """
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        """Take what `argparse.ArgumentParser` takes."""
+        super().__init__(*arguments, **named)
+        self.register("type", None, some_text)
+        self.register("type", Path, lambda text: Path(some_text(text)))
 
     def error(self, message: str) -> NoReturn:
         """Print `message` and raise `UsageExit`, which leaves with exit code 2."""
         sentence = f"{message} (see {self.prog} --help)"
         print(f"{self.prog}: error: {sentence}", file=sys.stderr)
         raise UsageExit(sentence)
+
+
+def some_text(text: str) -> str:
+    """Argument type: a text that is not empty."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty: give a value, or leave it away")
+    return text
 
 
 def positive_int(text: str) -> int:

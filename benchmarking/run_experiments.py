@@ -110,6 +110,9 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("--full is for the guide's own job sizes: leave --quick, pairs and noisy")
     if options.mps_percentage and MODE_MPS_PARTITIONS in options.modes and MPS not in options.modes:
         parser.error("mps:partitions takes no share of the multiprocessors: leave --mps-percentage")
+    limits = arguments.mps_flags(options)
+    if limits and not any(mode.startswith(MPS) for mode in options.modes):
+        parser.error(f"{limits[0]} needs mps among the --modes")
     return options
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,22 @@ def test_without_a_gpu_the_whole_flow_runs_as_a_labelled_cpu_demonstration(bench
         False, False, True, False]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "line", ['exec "$@" <&- >&- 2>&-', '"$@" | true', 'PYTHONIOENCODING=ascii exec "$@"']
+)
+def test_a_run_is_whole_though_nobody_can_read_what_it_says(bench: Bench, line: str) -> None:
+    bench.results = bench.results / "caf\udce9 é"
+    command = bench.command("--mix", "training", "--workloads", "1", "--run-id", "mine")
+    shell = ["bash", "-o", "pipefail", "-c", line, "bash", *command]
+    done = subprocess.run(
+        shell, env=bench.environment, capture_output=True, timeout=100, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count(b"Traceback") == 0
+    assert bench.only_run().manifest["outcome"] == "complete"
+    assert (bench.results / "mine" / "run.lock").read_bytes() == b""
+
+
 def test_rounds_go_into_one_run_the_first_calibrates_and_each_is_measured_once(
     bench: Bench,
 ) -> None:
@@ -101,6 +118,7 @@ def test_rounds_go_into_one_run_the_first_calibrates_and_each_is_measured_once(
     assert other.returncode == 2
     assert "together was made with other flags: name another --run-id" in other.stderr
     run = read_plain(bench.results / "together")
+    assert run.manifest["request"]["baseline"] == "alone"  # which may be moved with it
     assert names(run) == ["interactive-2-r0", "interactive-2-r1"]
     # without shares of their own the job alone on the whole card is what counts
     assert run.co_run_records[-1]["summary"]["interference_overhead_percent"] is not None

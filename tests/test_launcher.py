@@ -152,6 +152,12 @@ def test_a_window_holds_a_whole_job_however_long_it_is(
     assert jobs_in_window(result) in jobs
 
 
+def test_a_window_that_is_longer_than_the_time_limit_is_nobodys_delay(run: Callable) -> None:
+    timeouts = dataclasses.replace(SOON, timeout=2.0)
+    result = run(1, rule=FinishRule(min_seconds=2.5), timeouts=timeouts)
+    assert (result.outcome, result.reason) == ("ok", None)
+
+
 @pytest.mark.parametrize(
     ("rule", "unit_seconds", "seconds", "units"),
     [
@@ -299,12 +305,16 @@ def test_helpers_that_a_client_leaves_are_swept(run: Callable, spawn: str) -> No
 def test_signals_are_only_noted_while_watching_and_an_echo_is_no_second_one() -> None:
     stop_signal = StopSignal()
     before = signal.getsignal(signal.SIGTERM)
+    ignored = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # by nohup
     with stop_signal.watching():
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert not stop_signal.requested
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGINT)
     assert stop_signal.requested
     assert stop_signal.count == 1
     assert signal.getsignal(signal.SIGTERM) is before
+    signal.signal(signal.SIGHUP, ignored)
 
 
 # --- environment, files and events ------------------------------------------------------------
@@ -316,7 +326,7 @@ def test_only_a_users_own_program_imports_what_lies_where_it_runs(
     run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workload: str, finds: bool
 ) -> None:
     inherited = {"PATH": "/bin", "CUDA_MPS_PIPE_DIRECTORY": "/x", "CUDA_VISIBLE_DEVICES": "3",
-                 "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": "10"}  # fmt: skip
+                 "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": "10", "OMP_PROC_BIND": "true"}  # fmt: skip
     assert client_base_environment(inherited) == {"PATH": "/bin", "PYTHONSAFEPATH": "1"}
     monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
     monkeypatch.chdir(tmp_path)
@@ -352,8 +362,12 @@ NO_EVENTS = [
     b"\xff\xfe", b'{"event": "caf\xe9"}', b"", b"[]", b'{"event": []}', b'{"event": "loaded',
     b"[" * 100_000, b'{"time_seconds": 1}', b'{"event": "job"}',
     b'{"event": "job", "index": 0, "start_seconds": 1, "end_seconds": NaN}',
-    b'{"event": "units", "kind": "s", "latency": false, "start_seconds": [1],'
-    b' "duration_seconds": []}', b'{"event": "ready", "identity": "me"}',
+    b'{"event": "job", "index": 0, "start_seconds": 2, "end_seconds": 1}',
+    b'{"event": "job", "index": -1, "start_seconds": 1, "end_seconds": 2}',
+    b'{"event": "job", "index": 0, "start_seconds": 1, "end_seconds": 1e999}',
+    *(b'{"event": "units", "kind": "s", "latency": false, "start_seconds": [1],'
+      b' "duration_seconds": [%b]}' % seconds for seconds in (b"", b"-1", b"1e99")),
+    b'{"event": "ready", "identity": "me"}',
     b'{"event": "error", "status": "tired"}', b'{"event": "done", "host_cpu_seconds": "many"}',
     b'{"event": "loaded", "time_seconds": "late"}', b'{"event": "processes"}',
 ]  # fmt: skip
@@ -370,6 +384,8 @@ def test_a_line_that_is_no_event_of_the_contract_is_an_error(line: bytes) -> Non
 def test_what_is_unknown_in_an_event_does_no_harm_and_half_a_character_is_replaced() -> None:
     later = {"event": "of a later contract", "x": 1}
     assert event_log.parse_event(json.dumps(later).encode())["event"] == later["event"]
+    too_large = event_log.parse_event(b'{"event": "x", "figures": {"loss": 1e999, "s": 1.5}}')
+    assert too_large["figures"] == {"loss": None, "s": 1.5}
     job = {"event": "job", "index": 0, "start_seconds": 1, "end_seconds": 2.5,
            "figures": {"loss": float("nan")}}  # fmt: skip
     assert event_log.parse_event(json.dumps(job).encode())["figures"] == {"loss": None}

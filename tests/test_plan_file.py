@@ -109,6 +109,13 @@ def test_another_environment_is_another_job_and_limits_of_mps_are_not(tmp_path: 
         (f"{COMMAND}cuont = 2", "cuont: there is no such key here; there are"),
         (f'{COMMAND}arguments = ["x"]', "arguments: there is no such key"),
         (f"{COMMAND}count = 0", "count: is 0, but needs a whole number"),
+        (f"{COMMAND}count = 100000000", "count: is 100000000, but needs a whole number"),
+        (f'name = "{"a" * 101}"\n{COMMAND}', "name: use letters"),
+        (f'{COMMAND}label = "a\\u001b[31m"', "label: leave line breaks and control characters"),
+        ('[[client]]\ncommand = ["true", "\\u0000"]', "command: holds a NUL"),
+        (f'{COMMAND}environment = {{ A = "\\u0000" }}', "environment.A: holds a NUL"),
+        (f"a = {'[' * 20_000}", "is not TOML (maximum recursion depth"),
+        ("#" * (1 << 20) + COMMAND, "is too long for a plan"),
         (f"{COMMAND}count = true", "count: is True, but needs a whole number"),
         (f"{BERT}arguments = [3]", 'put each in quotes, as "3"'),
         (f'{BERT}arguments = ["--device=cpu"]', "leave --device away"),
@@ -173,6 +180,13 @@ def test_jobs_of_the_command_line_are_a_plan_that_is_named_after_them(tmp_path: 
     assert len({client.job_key for client in members}) == 3
     with pytest.raises(PlanFileError, match=r"--job: client 1: command: there is no file 'no\.py'"):
         plan_of_jobs([f"{sys.executable} no.py"], tmp_path)
+    with pytest.raises(PlanFileError, match="--job: holds a name that is no UTF-8"):
+        plan_of_jobs(["true caf\udce9"], tmp_path)
+    assert plan_of_jobs(["true 😀"], tmp_path).entries[0].command == "true 😀"
+
+
+def test_a_plan_may_begin_as_editors_of_windows_have_it(tmp_path: Path) -> None:
+    assert len(read(tmp_path, f"\ufeff{COMMAND}").entries) == 1
 
 
 # --- secrets ----------------------------------------------------------------------------------
@@ -233,6 +247,18 @@ def test_an_inherited_variable_is_recorded_by_its_name(
 
 
 def test_a_secret_is_told_by_its_name() -> None:
-    secret = ("HF_TOKEN", "--api-key", "DB_PASSWORD", "AWS_SECRET_ACCESS_KEY", "--token")
-    plain = ("TOKENIZERS_PARALLELISM", "--max-tokens", "SORT_KEY", "DATA")
+    secret = ("HF_TOKEN", "--api-key", "DB_PASSWORD", "AWS_SECRET_ACCESS_KEY", "--token",
+              "PGPASSWORD", "MYSQL_PWD", "KAGGLE_KEY", "GH_PAT", "DB_PASS")  # fmt: skip
+    plain = ("TOKENIZERS_PARALLELISM", "--max-tokens", "SORT_KEY", "DATA", "PWD", "--sort-key")
     assert [name for name in (*secret, *plain) if looks_secret(name)] == list(secret)
+
+
+def test_a_secret_is_found_within_a_word_and_under_quotes(tmp_path: Path) -> None:
+    line = f"""true "Authorization: Bearer {SECRET}" --token "it's-{SECRET}\""""
+    url = f'environment = {{ DATABASE_URL = "postgres://me:{SECRET}@host/data" }}\n'
+    quotes = "'" * 3
+    plan = read(tmp_path, f"[[client]]\ncommand = {quotes}{line}{quotes}\n{url}")
+    (client,) = clients(plan, 1)
+    for kept in (plan.text, client.job_key):
+        assert SECRET not in kept
+        assert "postgres://me:" in kept

@@ -41,6 +41,10 @@ REFUSED: dict[str, list[tuple[str, str]]] = {
         ("--mig --mig-layout 1g.10gb,2g.20gb --workloads 4",
          "has 2 instances for 4 jobs; name one for each"),
         ("--mig --mig-layout 2g,1g", "needs MIG profiles with commas between"),
+        *((f"--mps-percentage {given}", "--mps-percentage needs even, or percentages up to 100")
+          for given in ("0", "101", "5_0", "50,")),
+        ("--mps-memory-limit 8", "--mps-memory-limit needs sizes such as 512M or 8G"),
+        ("--modes time-slicing --mps-priority normal", "--mps-priority needs mps among"),
     ],
     "stress_test.sh": [
         ("exclusive", "MODE needs one of: time-slicing mps mps:partitions mig"),
@@ -82,6 +86,12 @@ REFUSED: dict[str, list[tuple[str, str]]] = {
         ("--interval nan", "give 0.1 seconds or more"),
         ("--duration -1", "give 0 (no end) or more seconds"),
         ("--prometheus 70000", "give a port from 0 to 65535"),
+    ],
+    "benchmarking/benchmark_suite.py": [
+        *((f"--{flag}=", f"argument --{flag}: is empty: give a value, or leave it away")
+          for flag in ("resume", "gpu", "results-dir", "job")),
+        *((f"--mode mps --mps-percentage {given}", f"'{given}' is not a percentage over 0")
+          for given in ("5_0", "1e1")),
     ],
     "benchmarking/blast_radius.py": [
         ("--fault fire", "invalid choice: 'fire'"),

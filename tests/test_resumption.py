@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections import Counter
@@ -142,6 +143,13 @@ def stored_run(results: Path, **fields: object) -> run_folder.RunWriter:
     [
         (lambda folder: (folder / "plan.toml").write_text("x = 1"), "is not the plan that the run"),
         (lambda folder: (folder / "plan.toml").chmod(0o666), "may have been written by somebody"),
+        (
+            lambda folder: (
+                os.unlink(folder / "plan.toml"),
+                os.mkfifo(folder / "plan.toml", 0o600),
+            ),
+            "or edited",
+        ),
         (lambda folder: folder.chmod(0o777), "may have been written by somebody else"),
     ],
 )
@@ -166,8 +174,23 @@ def test_a_request_comes_back_as_it_was_unless_others_may_have_written_it(
         resumption.read_earlier("mine", tmp_path)
 
 
-def test_a_run_without_its_request_is_refused(tmp_path: Path) -> None:
-    stored_run(tmp_path, request=None).finish("interrupted")
+def test_a_run_in_a_folder_whose_name_is_no_utf_8_is_read_again(tmp_path: Path) -> None:
+    run = stored_run(tmp_path / "caf\udce9")
+    run.update_manifest(notes=[str(run.folder), "é 😀"])
+    place, other = run_folder.read_run(run.folder).manifest.notes
+    assert ("/caf?/" in place, other) == (True, "é 😀")
+
+
+REQUEST = resumption.request_data(Request())
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"request": None}, {"request": {**REQUEST, "counts": []}}, {"plan": {"co_runs": [3]}},
+     {"request": {**REQUEST, "mix": "nothing"}}, {"plan_file": {}}],
+)  # fmt: skip
+def test_a_run_without_its_request_is_refused(tmp_path: Path, fields: dict) -> None:
+    stored_run(tmp_path, **fields).finish("interrupted")
     with pytest.raises(run_folder.RunStoreError, match="another version of this program"):
         resumption.read_earlier("mine", tmp_path)
 

@@ -188,14 +188,21 @@ def test_a_card_that_another_run_is_at_work_on_is_refused_before_any_mode_is_ena
     runner: DriverRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(locks.FOLDER_VARIABLE, str(runner.locks))
+    secret = "hunter2-hunter2"
+    job = ("--job", f"sleep 1 --token {secret}")
     with locks.hold(UUID):
-        refused = runner.drive(SCRIPT, "--modes", "mps")
+        refused = runner.drive(SCRIPT, "--modes", "mps", *job)
         assert refused.returncode == 4
         assert f"another run is at work on GPU {UUID}: pid {os.getpid()}" in refused.stderr
         assert runner.suite_calls() == {}
         assert runner.machine.changing_calls() == []
-        allowed = runner.drive(SCRIPT, "--modes", "mps", "--allow-contention")
+        allowed = runner.drive(SCRIPT, "--modes", "mps", "--allow-contention", *job)
     assert allowed.returncode == 0, allowed.stderr
+    refusals = (runner.output / "refusals.jsonl").read_text()
+    assert not any(secret in text for text in (refusals, refused.stderr, allowed.stderr))
+    assert "hidden:TOKEN:" in refusals
+    assert "hidden:TOKEN:" in allowed.stderr
+    assert secret in runner.suite_calls()["mps"]["flags"]["--job"]
     assert "--allow-contention" in runner.suite_calls()["mps"]["flags"]
 
 
@@ -299,6 +306,17 @@ def test_an_experiment_that_was_killed_goes_on_with_its_flags_and_the_phases_tha
     calls = len(runner.python_calls())
     assert runner.drive(SCRIPT, "--resume", str(runner.output)).returncode == 0
     assert [call["program"] for call in runner.python_calls()[calls:]] == ["analyze_results.py"]
+
+
+def test_a_folder_that_was_renamed_goes_on_with_the_session_that_its_runs_have(
+    runner: DriverRunner,
+) -> None:
+    runner.rule(**{"baseline": {"session": "first"}, "time-slicing": {"exit": 1}})
+    assert runner.drive(SCRIPT, "--modes", "time-slicing").returncode == 1
+    runner.output = runner.output.rename(runner.folder / "renamed")
+    runner.rule()
+    runner.must_drive(SCRIPT, "--resume", str(runner.output))
+    assert runner.all_suite_calls()[-1]["flags"]["--session"] == "first"
 
 
 def test_a_row_that_a_full_disk_cut_off_is_neither_done_nor_part_of_the_next_one(

@@ -194,7 +194,7 @@ def test_clients_on_static_partitions_are_verified_alone_and_together(card_bench
     (card_bench.root / "pipe" / "partitions").write_text("".join(rows))
     card_bench.script({"match": "*", "identity": {"multiprocessor_count": 64}})
     for number in ("1", "2"):
-        rounds = ("--repeats", "2", "--round", number, "--run-id", "rounds")
+        rounds = ("--repeats", "3", "--round", number, "--run-id", "rounds")
         run = card_bench.must("--mode", "mps", *TWO, "--mps-partitions", *rounds)
     phases = [record["phase"] for record in run.co_run_records]
     assert phases == ["baseline", "share_baseline", "co_run", "co_run"]
@@ -205,6 +205,13 @@ def test_clients_on_static_partitions_are_verified_alone_and_together(card_bench
     assert told == [None, partitions[0], *partitions, *partitions]
     assert run.co_run_records[-1]["summary"]["interference_overhead_percent"] is not None
     assert "MPS with static partitions" in card_bench.report()
+
+    (card_bench.root / "pipe" / "partitions").write_text("".join(rows).replace(" 64 ", " 32 "))
+    card_bench.script({"match": "*", "identity": {"multiprocessor_count": 32}})
+    rounds = ("--repeats", "3", "--round", "3", "--run-id", "rounds")
+    smaller = card_bench.run("--mode", "mps", *TWO, "--mps-partitions", *rounds)
+    assert smaller.returncode == 2
+    assert "its baseline: multiprocessor_count was 64, now it is 32" in smaller.stderr
 
     plain = card_bench.run("--mode", "mps", *TWO)
     assert plain.returncode == 4
@@ -272,9 +279,16 @@ def test_a_baseline_of_another_run_is_reused_or_refused_naming_the_field(
     card_bench: Bench,
 ) -> None:
     bench, jobs = card_bench, ("--mix", "training", "--workloads", "1", "--quick")
+    bench.script({"match": "*", "git_commit": "beef" * 10})
     bench.must("--mode", "exclusive", *jobs, "--run-id", "alone")
+    bench.script({"match": "*", "git_commit": "cafe" * 10})
     assert bench.run(*jobs, "--baseline", "alone", "--run-id", "again").returncode == 0
     again = read_plain(bench.results / "again")
+    (note,) = (note for note in again.manifest["notes"] if "by commit" in note)
+    assert note == (
+        "the baselines of run alone were measured by commit beefbeefbeef of the project, now it "
+        "is cafecafecafe"
+    )
     assert again.manifest["baseline_run_id"] == "alone"
     assert [record["phase"] for record in again.co_run_records] == ["co_run"]
     assert again.co_run_records[0]["summary"]["stp"] > 0

@@ -80,6 +80,20 @@ def test_jobs_without_a_file_run_and_are_kept_as_a_plan_without_their_secrets(
     assert "hidden:PASSWORD:" in (run.folder / "plan.toml").read_text()
 
 
+def test_a_secret_that_a_job_complains_of_is_in_no_note(bench: Bench) -> None:
+    done = bench.run("--plan", plan_of(bench, f"""
+[[client]]
+command = "echo no $HF_TOKEN >&2; exit 3"
+shell = true
+environment = {{ HF_TOKEN = "{SECRET}" }}
+"""))  # fmt: skip
+    assert done.returncode == 1
+    folder = bench.only_run().folder
+    kept = [path.read_text() for path in folder.glob("*.json*")]
+    assert any("no hidden:HF_TOKEN:" in text for text in kept)
+    assert not any(SECRET in text for text in (*kept, done.stdout, done.stderr))
+
+
 def test_a_plan_with_mistakes_is_code_2_with_a_sentence_each(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

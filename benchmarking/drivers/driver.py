@@ -46,6 +46,7 @@ from benchmarking.hardware.nvidia_tools import Gpu, NoGpuError, find_gpu, mig_pr
 from benchmarking.modes.enabling import ModeSwitch
 from benchmarking.modes.mode_scripts import ModeScriptError
 from benchmarking.modes.names import MODE_MPS_PARTITIONS
+from benchmarking.planning.redaction import hidden_in_command_line
 from benchmarking.records.writing import LOCK_FILE, REFUSALS_FILE, append_refusal, is_held, one_line
 
 SUITE = PROJECT_ROOT / "benchmarking" / "benchmark_suite.py"
@@ -297,7 +298,13 @@ class Driver:
         return self._session.estimate_repeat_seconds(self._words(run_id, flags))
 
     def session_name(self) -> str:
-        """Return what the runs of this driver have in common, also after it was cut off."""
+        """Return what the runs of this driver have in common, also after it was cut off.
+
+        A folder that was renamed or copied meanwhile keeps the name that its runs have.
+        """
+        for folder in sorted(Path(self.output).glob("*/")):
+            if session := (_manifest(folder) or {}).get("session"):
+                return str(session)
         with contextlib.suppress(OSError):
             begun = os.stat(os.path.join(self.output, SAVED_ARGUMENTS)).st_mtime
             stamp = datetime.fromtimestamp(begun, timezone.utc).strftime("%Y%m%d-%H%M%S")
@@ -360,7 +367,8 @@ class Driver:
 
     def _announce(self, program: Path, words: Sequence[str]) -> bool:
         """Print a command of the Python that has everything; return whether it is run."""
-        command = shlex.join([str(self._python), str(program), *words])
+        shown = hidden_in_command_line([str(self._python), str(program), *words])
+        command = shlex.join(shown)
         if self.options.dry_run:
             print(f"would run: {command}", flush=True)
             return False
@@ -401,7 +409,7 @@ class Driver:
         with contextlib.suppress(OSError):
             os.makedirs(folder, exist_ok=True)
             if os.lstat(folder).st_uid == os.geteuid():
-                command = [self._command, *self.options.words]
+                command = hidden_in_command_line([self._command, *self.options.words])
                 append_refusal(Path(folder), command, exit_code, sentence)
 
 
@@ -413,12 +421,19 @@ def say(text: str) -> None:
 
 def _outcome(folder: Path) -> str | None:
     """Return how the run in a folder ended by its manifest, `None` where there is no run."""
+    manifest = _manifest(folder)
+    return None if manifest is None else str(manifest.get("outcome", ""))
+
+
+def _manifest(folder: Path) -> dict[str, Any] | None:
+    """Return the manifest of a run, empty where it cannot be read, `None` where there is none."""
     try:
-        return json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["outcome"]
+        found = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _is_dead(stream: int) -> bool:

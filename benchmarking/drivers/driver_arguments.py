@@ -121,7 +121,8 @@ class DriverParser(argparse.ArgumentParser):
             )
         folder = Path(values[0]).resolve()
         try:
-            with (folder / SAVED_ARGUMENTS).open("rb") as stream:
+            flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW  # it may be a link, or a pipe
+            with open(os.open(folder / SAVED_ARGUMENTS, flags), "rb") as stream:
                 status = os.fstat(stream.fileno())
                 script, origin, *saved = map(os.fsdecode, stream.read().split(b"\0")[:-1])
         except (OSError, ValueError):
@@ -175,9 +176,16 @@ def _no_resume(text: str | None) -> NoReturn:
     raise ValueError(" goes on with the flags saved in its folder: give no others")
 
 
+def _each(pattern: str) -> str:
+    """Return the pattern of one value or more with commas between them."""
+    return rf"\s*({pattern})\s*(,\s*({pattern})\s*)*"
+
+
 SOME_TEXT = matching(r"(?s).+", "a value")
 WHOLE_NUMBER = matching("[1-9][0-9]{0,3}", "a whole number from 1 on, 9999 at most")
 ABOVE_0 = r"(?=.*[1-9])\d+(\.\d+)?"
+# As planning/limits.py has it, which needs packages.
+PERCENTAGE = r"(?=[0-9.]*[1-9])\d{1,2}(\.\d+)?|100(\.0+)?"
 # The flags with a value that both drivers have; a `ValueError` is the end of the message.
 SHARED_CHECKS: Mapping[str, Check] = {
     "--resume": _no_resume,
@@ -198,9 +206,9 @@ SHARED_CHECKS: Mapping[str, Check] = {
     "--dataset": one_of("auto", "cifar10", "folder", "synthetic"),
     "--data-dir": path(Path.is_dir, "is not a folder"),
     "--seed": matching(r"\d+", "a whole number from 0 on"),
-    "--mps-percentage": SOME_TEXT,
-    "--mps-memory-limit": SOME_TEXT,
-    "--mps-priority": SOME_TEXT,
+    "--mps-percentage": matching(f"even|{_each(PERCENTAGE)}", "even, or percentages up to 100"),
+    "--mps-memory-limit": matching(_each("[1-9][0-9]*[MG]"), "sizes such as 512M or 8G"),
+    "--mps-priority": matching(_each("normal|below-normal"), "normal or below-normal"),
 }
 # The profile is the guide's; setup_mig.sh takes this card's profile of the same size for it.
 DEFAULTS = {"device": "auto", "mig_profile": "1g.5gb"}

@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarking.cli import EXIT_FAILED, SuiteError
 from benchmarking.drivers.driver import Driver, say
-from benchmarking.records.writing import append_text
+from benchmarking.records.writing import append_text, one_line
 
 PHASES_FILE = "phases.jsonl"
 
@@ -50,7 +50,7 @@ class Phase:
 
     def row(self) -> dict[str, Any]:
         """Return the line of phases.jsonl."""
-        reason = "; ".join(dict.fromkeys(filter(None, [self.reason, *self.notes])))
+        reason = one_line("; ".join(dict.fromkeys(filter(None, [self.reason, *self.notes]))))
         return {
             "phase": self.phase, "name": self.name, "status": self.status, "reason": reason,
             "run_folder": self.run_folder, "seconds": int(self.seconds),
@@ -70,7 +70,7 @@ class Phases:
         with contextlib.suppress(OSError):
             text = Path(driver.output, PHASES_FILE).read_text(errors="replace")
             for line in text.splitlines():
-                with contextlib.suppress(ValueError, TypeError, KeyError):
+                with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
                     row = json.loads(line)
                     self._done_before[row["phase"], row["name"]] = row["status"] == "ok"
 

@@ -83,13 +83,15 @@ def disturbed(repeats: Mapping[str, ClientRecord]) -> tuple[str, str] | None:
 
 
 def identity_differences(
-    baseline: ClientRecord | None, identity: Mapping[str, Any] | None
+    baseline: ClientRecord | None,
+    identity: Mapping[str, Any] | None,
+    names: Iterable[str] = COMPARED_IDENTITY_FIELDS,
 ) -> list[str]:
     """Say in what a client differs from the one that took its job's baseline."""
     theirs = baseline and baseline.identity
     if not theirs or not identity:
         return []
-    return unlike({n: (theirs.get(n), identity.get(n)) for n in COMPARED_IDENTITY_FIELDS})
+    return unlike({name: (theirs.get(name), identity.get(name)) for name in names})
 
 
 def unlike(pairs: Mapping[str, tuple[Any, Any]]) -> list[str]:

@@ -25,6 +25,8 @@ CAUSE_OF_EXIT_CODE: dict[int | None, FailureCause] = {
     EXIT_OUT_OF_MEMORY: "out_of_memory", 34: "not_finite", 65: "damaged_file",
 }  # fmt: skip
 CAUSES = get_args(FailureCause)
+# Would bind the threads of all clients to the same cores.
+PINNING_VARIABLES = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
 # Keeps Python from importing modules that lie where a process happens to run.
 SAFE_PATH_VARIABLE = "PYTHONSAFEPATH"
 
@@ -202,11 +204,13 @@ def client_base_environment(inherited: Mapping[str, str]) -> dict[str, str]:
     """Environment of this process without what would decide a client's sharing mode.
 
     Inherited `CUDA_MPS_*` could attach a client to somebody's daemon, `CUDA_VISIBLE_DEVICES` could
-    give it another GPU than the one that is watched.
+    give it another GPU than the one that is watched. Nor are clients bound to cores, unless a plan
+    says so.
     """
     kept = {
         name: value
         for name, value in inherited.items()
-        if not name.startswith("CUDA_MPS_") and name != "CUDA_VISIBLE_DEVICES"
+        if not name.startswith("CUDA_MPS_")
+        and name not in ("CUDA_VISIBLE_DEVICES", *PINNING_VARIABLES)
     }
     return {**kept, SAFE_PATH_VARIABLE: "1"}

@@ -9,15 +9,17 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
+from msgspec import Meta
 
 from benchmarking.metrics.scores import OFFERED_RATE_KINDS
-from benchmarking.records.types import Amount, Job, Units
+from benchmarking.records.types import Amount, Count, Job, Units
 
 Event = Mapping[str, Any]
 
@@ -26,15 +28,19 @@ MOST_LINE_BYTES = 64 << 20
 STDERR_TAIL_LINES = 20
 
 
+# Infinity is no number of JSON's, but what is too large for one is read as it.
+_Moment = Annotated[float, Meta(ge=-1e15, le=1e15)]
+_Duration = Annotated[float, Meta(ge=0, le=1e15)]
+_TOO_LARGE = re.compile(rb"[eE]\+?[0-9]{3}|[0-9]{300}")
 # What is read of each event; it may carry more.
 _FIELDS: dict[str, list[tuple[Any, ...]]] = {
     "loaded": [("startup_seconds", Amount | None, None)],
     "ready": [("identity", dict[str, Any] | None, None)],
     "processes": [("pids", list[int])],
-    "units": [("kind", str), ("latency", bool | Literal["apart"]), ("start_seconds", list[float]),
-              ("duration_seconds", list[float])],
-    "unfinished": [("kind", str), ("latency", bool | Literal["apart"]), ("start_seconds", float)],
-    "job": [("index", int), ("start_seconds", float), ("end_seconds", float),
+    "units": [("kind", str), ("latency", bool | Literal["apart"]), ("start_seconds", list[_Moment]),
+              ("duration_seconds", list[_Duration])],
+    "unfinished": [("kind", str), ("latency", bool | Literal["apart"]), ("start_seconds", _Moment)],
+    "job": [("index", Count), ("start_seconds", _Moment), ("end_seconds", _Moment),
             ("figures", dict[str, Any] | None, None)],
     "error": [("status", Literal["failed", "oom"] | None, None),
               ("memory", dict[str, Any] | None, None)],
@@ -94,17 +100,27 @@ def parse_event(line: bytes) -> dict[str, Any]:
     be measured. NaN and infinity are no JSON, and unknown.
     """
     try:
-        event = json.loads(line, parse_constant=lambda name: None)
+        event = json.loads(
+            line, parse_constant=lambda name: None,
+            parse_float=_finite if _TOO_LARGE.search(line) else None,
+        )  # fmt: skip
         if b"\\ud" in line or b"\\uD" in line:  # half a character: a file name that is no UTF-8
             whole = json.dumps(event, ensure_ascii=False).encode(errors="replace")
             event = json.loads(whole)
         msgspec.convert(event, _SHAPES.get(event["event"], _Event))
         list(unit_spans([event]))  # raises where a start lacks a duration, or it a start
+        if event["event"] == "job" and event["end_seconds"] < event["start_seconds"]:
+            raise ValueError("it ended before it began")
     except (ValueError, TypeError, LookupError, RecursionError):
         text = line[:200].decode(errors="replace")
         event = {"event": "error", "time_seconds": time.monotonic(), "status": "failed",
                  "message": f"not an event: {text}"}  # fmt: skip
     return event
+
+
+def _finite(text: str) -> float | None:
+    value = float(text)
+    return value if math.isfinite(value) else None
 
 
 def last_event(events: Iterable[Event], name: str) -> Event | None:

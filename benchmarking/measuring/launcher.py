@@ -196,7 +196,7 @@ class Launcher:
         try:
             self._wait(
                 clients, lambda client: rule.is_done(client, time.monotonic() - opening), "finish",
-                opening + self.timeouts.timeout, opening + rule.seconds,
+                opening + max(self.timeouts.timeout, rule.seconds), opening + rule.seconds,
                 tolerates_failures=rule.tolerates_failures,
             )  # fmt: skip
         finally:

@@ -39,12 +39,16 @@ class StopSignal:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[StopSignal]:
-        """Catch the signals inside the block; outside they do what they did before."""
+        """Catch the signals inside the block; outside they do what they did before.
+
+        One that is ignored stays so, as SIGHUP under nohup.
+        """
 
         def handle(number: int, frame: FrameType | None) -> None:
             self.request()
 
-        previous = {number: signal.signal(number, handle) for number in self.SIGNALS}
+        caught = [one for one in self.SIGNALS if signal.getsignal(one) is not signal.SIG_IGN]
+        previous = {number: signal.signal(number, handle) for number in caught}
         try:
             yield self
         finally:

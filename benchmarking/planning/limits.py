@@ -8,7 +8,6 @@ multiprocessor count. Static partitions are made beforehand, by `gpu-configs/ena
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 
@@ -35,11 +34,7 @@ def percentage(text: str) -> str:
 
     The daemon passes over a value out of range in silence, so it is checked here.
     """
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value <= 100:
+    if not re.fullmatch(r"\d+(\.\d+)?", text, re.ASCII) or not 0 < float(text) <= 100:
         raise ValueError(f"{text!r} is not a percentage over 0 and up to 100")
     return text
 

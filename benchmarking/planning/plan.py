@@ -167,9 +167,14 @@ def planned_client(
         client=client,
         workload=workload,
         label=kind.label,
-        job_key=shlex.join([workload, *job, *arguments]),
+        job_key=_job_key(workload, *job, *arguments),
         command=(sys.executable, str(PROJECT_ROOT / kind.script), *job, *how, *arguments),
     )
+
+
+def _job_key(*words: str) -> str:
+    """Return what names a job, as it can be recorded: in a path that is no UTF-8 stands a `?`."""
+    return shlex.join(words).encode(errors="replace").decode()
 
 
 def _flags(**values: str | None) -> list[str]:
@@ -193,7 +198,7 @@ def _own_client(client: int, entry: PlanEntry, request: Request, size: str) -> P
         job = ["--command", str(entry.command), "--working-directory", entry.working_directory]
         job += ["--shell"] if entry.shell else []
         job += ["--latency"] if entry.latency else []
-        key = shlex.join([COMMAND_WORKLOAD, *job])
+        key = _job_key(COMMAND_WORKLOAD, *job)
         command = (sys.executable, str(PROJECT_ROOT / COMMAND_SCRIPT), *job)
         made = PlannedClient(client, COMMAND_WORKLOAD, entry.label, key, command)
     # What is in the environment can be part of the work; who may read a model is not.

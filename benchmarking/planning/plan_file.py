@@ -44,7 +44,6 @@ from benchmarking.planning import limits
 from benchmarking.planning.redaction import (
     NotRevealedError,
     Secrets,
-    looks_secret,
     reveal,
     secrets_of_words,
 )
@@ -75,6 +74,7 @@ KNOBS = {
     "mps_memory_limit": limits.memory_limit,
     "mps_priority": limits.priority,
 }
+HOLDS_NUL = "holds a NUL, which no program can be given: leave it away"
 # Flags that the suite itself gives to each client.
 FLAGS_OF_THE_SUITE = ("--device", "--gpu", "--events", "--hold", "--resolve", "--results-dir")
 # Programs whose first word without a dash is a file, where it ends like one.
@@ -84,8 +84,10 @@ SCRIPT_SUFFIXES = (".py", ".sh", ".js", ".pl", ".R", ".jl")
 # What stands for the file of jobs that were given on the command line.
 JOBS_PLAN = "--job"
 MOST_NAME_CHARACTERS = 40
+MOST_CHARACTERS = 1 << 20
+MOST_CLIENTS = 9999
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -170,11 +172,14 @@ def read_plan_file(path: Path) -> PlanFile:
     Raises `PlanFileError` with all mistakes.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8-sig") as stream:
+            text = stream.read(MOST_CHARACTERS + 1)
     except OSError as error:
         raise PlanFileError([f"{path} cannot be read ({error.strerror}): name a file"]) from error
     except UnicodeDecodeError as error:
         raise PlanFileError([f"{path} is not TOML ({error}): mend that place"]) from error
+    if len(text) > MOST_CHARACTERS:
+        raise PlanFileError([f"{path} is too long for a plan ({MOST_CHARACTERS} characters)"])
     return parse_plan(text, str(path.resolve()), path.resolve().parent, shown=str(path))
 
 
@@ -199,16 +204,16 @@ def parse_plan(text: str, path: str, folder: Path, *, shown: str | None = None) 
     shown = shown or path
     try:
         content = reveal(_toml(text), os.environ)
-    except (ValueError, NotRevealedError) as error:
+    except (ValueError, RecursionError, NotRevealedError) as error:
         kind = "" if isinstance(error, NotRevealedError) else "is not TOML "
         raise PlanFileError([f"{shown} {kind}({error}): mend that place"]) from error
     mistakes: list[str] = []
     known = _Table(content, shown, mistakes)
     known.allow(("name", "client"))
-    default_name = re.sub(r"[^A-Za-z0-9._-]", "-", Path(path).stem).lstrip(".-_") or "plan"
+    default_name = re.sub(r"[^A-Za-z0-9._-]", "-", Path(path).stem).lstrip(".-_")[:100] or "plan"
     name = known.get("name") or default_name
     if not _NAME.fullmatch(name):
-        known.complain("name", "use letters, digits, '.', '_' and '-', as it names a folder")
+        known.complain("name", "use letters, digits, '.', '_' and '-', 100 at most, for a folder")
     tables = content.get("client")
     is_list = isinstance(tables, list) and all(isinstance(table, dict) for table in tables)
     if not tables or not is_list:
@@ -229,14 +234,20 @@ def parse_plan(text: str, path: str, folder: Path, *, shown: str | None = None) 
 
 def plan_of_jobs(lines: Sequence[str], folder: Path) -> PlanFile:
     """Return the plan that `--job` makes of command lines, each run in `folder`."""
+    try:
+        "".join(lines).encode()
+    except UnicodeEncodeError:
+        said = "holds a name that is no UTF-8: rename that file, or put the command into a script"
+        raise PlanFileError([f"{JOBS_PLAN}: {said}"]) from None
     names = [_job_name(line) for line in lines]
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(Path(name).stem for name in names))
     tables = [f'name = "{name.strip(".-_")[:MOST_NAME_CHARACTERS] or "jobs"}"\n']
     for number, (line, label) in enumerate(zip(lines, names, strict=True)):
         others = [job for job in dict.fromkeys(lines[:number]) if _job_name(job) == label]
         shown = f"{label} ({len(others) + 1})" if others and line not in others else label
-        # A JSON text is a TOML text.
-        tables.append(f"[[client]]\ncommand = {json.dumps(line)}\nlabel = {json.dumps(shown)}\n")
+        # A JSON text is a TOML text, but for letters written as two halves.
+        command, label = (json.dumps(text, ensure_ascii=False) for text in (line, shown))
+        tables.append(f"[[client]]\ncommand = {command}\nlabel = {label}\n")
     return parse_plan("\n".join(tables), JOBS_PLAN, folder)
 
 
@@ -263,8 +274,8 @@ def _secrets_of(entries: Sequence[PlanEntry]) -> Secrets:
     inherited: set[str] = set()
     for entry in entries:
         inherited |= set(entry.inherit)
-        names |= {value: name for name, value in entry.environment.items()
-                  if looks_secret(name) and name not in entry.inherit}  # fmt: skip
+        own = [item for item in entry.environment.items() if item[0] not in entry.inherit]
+        names |= secrets_of_words(map("=".join, own))
         names |= secrets_of_words(shlex.split(entry.command or ""))
         names |= secrets_of_words(entry.arguments)
     return Secrets(names, frozenset(inherited))
@@ -294,6 +305,8 @@ class _Table:
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             self.complain(key, f"is {value!r}, but needs {wanted}")
             return default
+        if isinstance(value, str) and "\0" in value:
+            self.complain(key, HOLDS_NUL)
         return self.words(key) if kind is list else value
 
     def words(self, key: str) -> tuple[str, ...]:
@@ -302,6 +315,8 @@ class _Table:
         if not all(isinstance(word, str) for word in value):
             self.complain(key, 'holds something else than texts: put each in quotes, as "3"')
             return ()
+        if any("\0" in word for word in value):
+            self.complain(key, HOLDS_NUL)
         return tuple(value)
 
 
@@ -316,10 +331,12 @@ def _entry(table: _Table, folder: Path) -> PlanEntry:
         *(COMMAND_KEYS if has_command or not has_workload else ()),
     ))  # fmt: skip
     count = table.get("count")
-    if count < 1:
-        table.complain("count", f"is {count}, but needs {KEYS['count'][2]}")
+    if not 1 <= count <= MOST_CLIENTS:
+        table.complain("count", f"is {count}, but needs {KEYS['count'][2]}, {MOST_CLIENTS} at most")
     special = _command_fields(table, folder) if has_command else _workload_fields(table)
     special["label"] = table.get("label") or special["label"]
+    if not special["label"].isprintable():
+        table.complain("label", "leave line breaks and control characters away")
     return PlanEntry(
         **special,
         count=count,
@@ -397,6 +414,8 @@ def _environment(table: _Table) -> dict[str, str]:
         wrong = _wrong_variable(name)
         if wrong is None and not isinstance(value, str):
             wrong = 'needs a text: put it in quotes, as "1"'
+        if wrong is None and "\0" in value:
+            wrong = HOLDS_NUL
         if wrong:
             table.complain(f"environment.{name}", wrong)
     for name in table.get("inherit"):

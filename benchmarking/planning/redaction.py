@@ -15,10 +15,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-_SECRET_WORDS = frozenset(
-    ("TOKEN", "SECRET", "PASSWORD", "PASSWD", "PASSPHRASE", "CREDENTIAL", "CREDENTIALS", "APIKEY")
-)
+# What a word of the name ends with (PGPASSWORD), and what the last word is.
+_SECRET_ENDS = (
+    "TOKEN", "SECRET", "PASSWORD", "PASSWD", "PASSPHRASE", "CREDENTIAL", "CREDENTIALS", "APIKEY",
+)  # fmt: skip
+_SECRET_WORDS = frozenset(("PASS", "PAT", "AUTH", "COOKIE"))
 _SECRET_KEYS = frozenset(("API", "ACCESS", "PRIVATE", "SECRET", "AUTH", "ENCRYPTION", "SIGNING"))
+_PLAIN_KEYS = frozenset(("SORT", "PUBLIC", "PARTITION", "PRIMARY", "GROUP", "CACHE"))
+# Secrets within a word: `https://user:PASSWORD@host`, `Authorization: Bearer TOKEN`.
+_IN_A_WORD = re.compile(
+    r"://[^/\s:@]*:(?P<URL_PASSWORD>[^/\s@]+)@|(?i:Bearer|Basic) (?P<BEARER>\S+)"
+)
 # A shorter value cannot be told from other text, and hides nothing worth stealing.
 _SHORTEST = 6
 _MASK = re.compile(r"hidden:([A-Z0-9_]+):([0-9a-f]{8}):([0-9a-f]{16})")
@@ -31,8 +38,10 @@ class NotRevealedError(Exception):
 def looks_secret(name: str) -> bool:
     """Whether a variable or flag of this name holds a secret: `HF_TOKEN`, `--api-key`."""
     words = re.split(r"[^A-Z0-9]+", name.upper().strip("-"))
-    is_key = words[-1] == "KEY" and len(words) > 1 and words[-2] in _SECRET_KEYS
-    return is_key or not _SECRET_WORDS.isdisjoint(words)
+    if len(words) > 1 and words[-1] in ("KEY", "PWD"):  # alone it is any key, or the folder
+        is_variable = name.isupper() and words[-2] not in _PLAIN_KEYS
+        return words[-2] in _SECRET_KEYS or is_variable
+    return words[-1] in _SECRET_WORDS or any(word.endswith(_SECRET_ENDS) for word in words)
 
 
 def secrets_of_words(words: Iterable[str]) -> dict[str, str]:
@@ -45,6 +54,8 @@ def secrets_of_words(words: Iterable[str]) -> dict[str, str]:
             found[value] = _variable(name)
         elif before.startswith("-") and "=" not in before and looks_secret(before):
             found[word] = _variable(before)
+        for match in _IN_A_WORD.finditer(word):
+            found.setdefault(match[str(match.lastgroup)], str(match.lastgroup))
         before = word
     return found
 
@@ -99,7 +110,9 @@ class Secrets:
 
     def name(self, text: str) -> str:
         """Return a text that is the same whatever the secrets are: a job's key."""
-        return self.hide(text, mask="<{name}>")
+        # Within a command line that is one word of another.
+        quoted = {value.replace("'", "'\"'\"'"): name for value, name in self.names.items()}
+        return Secrets({**self.names, **quoted}).hide(text, mask="<{name}>")
 
 
 def reveal(data: Any, environment: Mapping[str, str]) -> Any:

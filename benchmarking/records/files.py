@@ -37,7 +37,7 @@ def append_line(path: Path, value: Any) -> None:
 
     Raises `ValueError` for what is not a number, too.
     """
-    append_text(path, _json(value))
+    append_text(path, json_text(value))
 
 
 def write_json_atomic(path: Path, value: Any) -> None:
@@ -45,12 +45,19 @@ def write_json_atomic(path: Path, value: Any) -> None:
 
     Raises `ValueError` for what is not a number.
     """
-    write_text_atomic(path, _json(value, indent=2) + "\n", mode=0o600)
+    write_text_atomic(path, json_text(value, indent=2) + "\n", mode=0o600)
 
 
-def _json(value: Any, indent: int | None = None) -> str:
-    """Return structs and plain values as JSON; msgspec's own would write NaN as null."""
-    return json.dumps(msgspec.to_builtins(value), indent=indent, allow_nan=False)
+def json_text(value: Any, indent: int | None = None) -> str:
+    """Return structs and plain values as JSON; msgspec's own would write NaN as null.
+
+    In a path that is no UTF-8 stands a question mark, since half a character cannot be read again.
+    """
+    plain = msgspec.to_builtins(value)
+    text = json.dumps(plain, indent=indent, allow_nan=False)
+    if "\\ud" in text:
+        text = json.dumps(plain, indent=indent, ensure_ascii=False)
+    return text.encode(errors="replace").decode()
 
 
 def read_file(path: Path) -> bytes:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from benchmarking.metrics.scores import FEWEST_FOR_A_TAIL, percentile
 from benchmarking.records.run_folder import PHASE_CO_RUN, Run
@@ -21,6 +23,17 @@ CLIENT_COLUMNS = (
     "client", "workload", "status", "job (s)", "jobs", "slowdown", "p99 (ms)", "cores", "proof",
 )  # fmt: skip
 WITHOUT_GPU = ("GPU utilization", "SM activity", "GPU memory", "Power", "Energy ratio")
+
+
+@contextlib.contextmanager
+def printing() -> Iterator[None]:
+    """Print inside the block; the run counts, also where nobody can read it any more."""
+    try:
+        yield
+        sys.stdout.flush()
+    except OSError:  # a closed pipe or terminal, a full disk
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
 
 
 def print_plan(setup: Setup, *, verbose: bool = False) -> None:

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -35,7 +35,7 @@ from benchmarking.planning.limits import PERCENTAGE_VARIABLE
 from benchmarking.planning.plan import PlannedCoRun
 from benchmarking.planning.workloads import COMMAND_WORKLOAD
 from benchmarking.records.run_folder import PHASE_BASELINE, PHASE_CO_RUN, PHASE_NULL, RunWriter
-from benchmarking.records.types import ClientRecord, CoRunRecord, GpuFigures, Record, Sample
+from benchmarking.records.types import ClientRecord, CoRunRecord, GpuFigures, Sample
 from benchmarking.suite.resume import EarlierPart
 from benchmarking.suite.setup import Setup
 
@@ -44,6 +44,7 @@ CLIENT_EXIT_NO_GPU = 3
 # Past what a time service adds to the wall clock, or takes from it, in slewing.
 CLOCK_TOLERANCE_SECONDS = 2.0
 
+_Record = TypeVar("_Record", ClientRecord, CoRunRecord)
 Measured = tuple[CoRunRecord, list[ClientRecord]]
 
 
@@ -80,6 +81,7 @@ class Measurement:
 
     def note(self, text: str | None) -> None:
         """Say something and keep it with the run."""
+        text = self.setup.secrets.hide(text)
         if text:
             self.progress.say(text)
         if text and text not in self.writer.manifest.notes:
@@ -124,7 +126,7 @@ class Measurement:
         mode = self.setup.alone_mode if is_alone else self.setup.mode
 
         def before_go(clients: list[Client]) -> None:
-            self._check_identities(clients)
+            self._check_identities(clients, {} if is_alone else self.reference.share)
             mode.observe()
 
         clock = wall_clock_offset()
@@ -135,10 +137,10 @@ class Measurement:
         foreign = proofs.foreign_pids_in_window(seen, samples)
         record.warnings += [*clock_warnings(clock), *proofs.contention_warnings(foreign)]
         record.is_contended = bool(foreign)
-        lines: list[Record] = [*clients, record]
-        for line in lines:
-            shown = self.setup.secrets.hide(msgspec.to_builtins(line))
-            self.writer.append_record(msgspec.convert(shown, type(line)))
+        clients, record = [self._shown(client) for client in clients], self._shown(record)
+        for client in clients:
+            self.writer.append_record(client)
+        self.writer.append_record(record)
         for warning in record.warnings:
             self.progress.say(warning)
         if record.stop_reason is not None:
@@ -148,8 +150,16 @@ class Measurement:
             raise seen.refusal
         return record, clients
 
-    def _check_identities(self, clients: list[Client]) -> None:
-        """Refuse clients on another kind of device, or unlike those of the baseline."""
+    def _shown(self, record: _Record) -> _Record:
+        """Return a record without the secrets that clients may have told."""
+        return msgspec.convert(self.setup.secrets.hide(msgspec.to_builtins(record)), type(record))
+
+    def _check_identities(self, clients: list[Client], shares: Mapping[str, ClientRecord]) -> None:
+        """Refuse clients on another kind of device, or unlike those of the baseline.
+
+        `shares` are the baselines on shares of the card: in a part of the run that is measured
+        later, partitions may have been made anew.
+        """
         wanted = "cpu" if self.setup.is_cpu_demo else "cuda"
         for client in clients:
             identity = client.identity or {}
@@ -162,8 +172,11 @@ class Measurement:
                     f"{(self.setup.gpu or {}).get('driver_version')}; install a build of torch "
                     "that fits, or give --device cpu", EXIT_NO_GPU,
                 )  # fmt: skip
-            baseline = self.reference.whole.get(client.planned.job_key)
-            unlike = identity_differences(baseline, identity)
+            job_key = client.planned.job_key
+            unlike = [
+                *identity_differences(self.reference.whole.get(job_key), identity),
+                *identity_differences(shares.get(job_key), identity, ["multiprocessor_count"]),
+            ]
             if unlike:
                 raise SuiteError(
                     f"{client.name} is unlike its baseline: {'; '.join(unlike)}", EXIT_USAGE

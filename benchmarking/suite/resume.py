@@ -23,7 +23,9 @@ from benchmarking.modes.names import MODE_CPU_DEMO, MODE_TIME_SLICING
 from benchmarking.planning.plan_file import PlanFile, parse_plan, text_hash
 from benchmarking.planning.redaction import NotRevealedError, reveal
 from benchmarking.planning.request import Request
+from benchmarking.planning.workloads import MIXES, PAIRED_MIXES
 from benchmarking.records import run_folder
+from benchmarking.records.files import json_text, read_file
 from benchmarking.records.run_folder import (
     PHASE_CO_RUN,
     Run,
@@ -91,7 +93,7 @@ def read_rounds_before(request: Request) -> EarlierPart | None:
         return None
     _require_own(folder)
     run = run_folder.read_run(folder)
-    if run.manifest.request != msgspec.json.decode(msgspec.json.encode(request_data(request))):
+    if run.manifest.request != request_data(request):
         raise RunStoreError(f"run {run.run_id} was made with other flags: name another --run-id")
     return EarlierPart(run, request)
 
@@ -175,17 +177,22 @@ def request_data(request: Request) -> dict[str, Any]:
     # The run may go on from another folder.
     data["data_dir"] = str(Path(request.data_dir).resolve()) if request.data_dir else None
     if request.baseline and Path(request.baseline).is_dir():
-        data["baseline"] = str(Path(request.baseline).resolve())
-    return request.secrets.hide(data)
+        folder = Path(request.baseline).resolve()
+        is_next_to_it = folder.parent == request.results_dir.resolve()  # and is moved with it
+        data["baseline"] = folder.name if is_next_to_it else str(folder)
+    return msgspec.json.decode(json_text(request.secrets.hide(data)))
 
 
 def _request_of(run: Run) -> Request:
     try:
         data = reveal(run.manifest.request, os.environ)
         known = set(Request.__struct_fields__) - set(NOT_IN_MANIFEST)
-        if set(data) != known:
-            raise KeyError
         request = msgspec.convert(data, Request)
+        is_mix = run.manifest.plan_file is not None or request.mix in (*MIXES, *PAIRED_MIXES)
+        if set(data) != known or not request.counts or not is_mix:
+            raise KeyError
+        for rows in run.manifest.plan.values():  # rows of the rest come next to these
+            _ = [row["co_run"] for row in rows]
         return msgspec.structs.replace(
             request,
             results_dir=run.folder.parent,
@@ -195,10 +202,10 @@ def _request_of(run: Run) -> Request:
         )
     except NotRevealedError as error:
         raise RunStoreError(f"run {run.run_id} cannot go on: {error}") from error
-    except (TypeError, KeyError, OSError, msgspec.ValidationError) as error:
+    except (TypeError, KeyError, OSError, UnicodeDecodeError, msgspec.ValidationError) as error:
         raise RunStoreError(
-            f"run {run.run_id} was made by another version of this program, which kept too little "
-            f"to go on with: {_START_ANEW}"
+            f"run {run.run_id} was made by another version of this program, or edited, and holds "
+            f"too little to go on with: {_START_ANEW}"
         ) from error
 
 
@@ -217,7 +224,7 @@ def _plan_file(run: Run) -> PlanFile | None:
     if recorded is None:
         return None
     path = run.folder / run_folder.PLAN_FILE
-    text = path.read_text(encoding="utf-8")
+    text = read_file(path).decode()
     if text_hash(text) != recorded["sha256"]:
         raise RunStoreError(f"{path} is not the plan that the run was started with: {_START_ANEW}")
     return parse_plan(text, recorded["path"], Path(recorded["folder"]))

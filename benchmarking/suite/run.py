@@ -166,6 +166,12 @@ class SuiteRun:
         if run is None:
             return
         self._measurement.progress.say(f"baselines are those of run {run.run_id}")
+        then, now = run.manifest.environment.git_commit, manifest.environment.git_commit
+        if then and now and then != now:
+            self._measurement.note(
+                f"the baselines of run {run.run_id} were measured by commit {then[:12]} of the "
+                f"project, now it is {now[:12]}"
+            )
         reference = self._measurement.reference
         reference.whole, reference.whole_joules = run.baselines(), run.energy_alone_joules()
         self._writer.update_manifest(baseline_run_id=run.run_id)

@@ -87,7 +87,8 @@ def _plan_and_run(
         if options.dry_run:
             require_known_flags(setup.plan.jobs().values())
         if earlier is None or options.resume:
-            console.print_plan(setup, verbose=options.verbose or options.dry_run)
+            with console.printing():
+                console.print_plan(setup, verbose=options.verbose or options.dry_run)
         if options.dry_run:
             return SuiteEnd(EXIT_COMPLETE, None)
         is_alone = _lock_card(setup, stack) and not setup.is_contended
@@ -125,7 +126,8 @@ def _lock_card(setup: Setup, stack: ExitStack) -> bool:
         if not setup.request.allow_contention:
             raise
         setup.notes.append(f"{error.found}: figures hold next to it only")
-        print(f"  note: {setup.notes[-1]}", flush=True)
+        with console.printing():
+            print(f"  note: {setup.notes[-1]}")
         return False
     return True
 
@@ -143,16 +145,18 @@ def _new_run(setup: Setup, command: Sequence[str]) -> run_folder.RunWriter:
 def _told(end: SuiteEnd, folder: Path, *, from_driver: bool) -> SuiteEnd:
     """Print the figures of a run that has ended, and the commands that follow it."""
     try:
-        console.print_summary(run_folder.read_run(folder))
+        run = run_folder.read_run(folder)
     except run_folder.RunStoreError as error:
         refused = _refused(str(error), end.exit_code or EXIT_FAILED)
         return SuiteEnd(refused.exit_code, end.reason or refused.reason)
-    if not from_driver:
-        report = shell_words(ANALYSIS_SCRIPT, "--results-dir", str(folder))
-        print(f"\nreport.html with its charts: {report}")
-        if end.exit_code == EXIT_INTERRUPTED:
-            print(f"to go on: {shell_words(SUITE_SCRIPT, '--resume', str(folder))}")
-    print(f"results: {folder}", flush=True)
+    with console.printing():
+        console.print_summary(run)
+        if not from_driver:
+            report = shell_words(ANALYSIS_SCRIPT, "--results-dir", str(folder))
+            print(f"\nreport.html with its charts: {report}")
+            if end.exit_code == EXIT_INTERRUPTED:
+                print(f"to go on: {shell_words(SUITE_SCRIPT, '--resume', str(folder))}")
+        print(f"results: {folder}")
     return end
 
 

@@ -9,8 +9,8 @@ rules.json    by run id (or "analysis"): {"exit": status}, {"wait": true} to run
               comes, {"deaf": true} to run on after the first, {"slow_to_end": seconds} to end that
               much later and record the pretended GPU then, {"kill_driver": true} to send SIGKILL to
               the driver, {"crash": name} to raise that exception, {"words": sentence} to end with
-              that, {"files": {name: text}} for what the analysis writes, {"outcome": word} for the
-              run's manifest
+              that, {"files": {name: text}} for what the analysis writes, {"outcome": word} and
+              {"session": name} for the run's manifest
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def run_suite(words: Sequence[str], stop: StopSignal, *, from_driver: bool) -> S
         folder = Path(value_of(words, "--results-dir")) / value_of(words, "--run-id")
     rule = rule_of(folder.name)
     folder.mkdir(parents=True, exist_ok=True)
-    manifest = {"outcome": rule["outcome"]} if "outcome" in rule else {}
+    manifest = {name: rule[name] for name in ("outcome", "session") if name in rule}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
     if rule.get("kill_driver"):
         os.kill(os.getpid(), signal.SIGKILL)

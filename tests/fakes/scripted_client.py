@@ -25,6 +25,7 @@ holds the `--client-index` that it was given.
     resolve_exit    exit code of `--resolve` (0)
     resolve_arguments  flags that `--resolve` answers with (`--resolved yes`)
     resolve_notes   notes that `--resolve` answers with
+    git_commit      the project's commit, as `--resolve` tells it
 
 With NVML_STUB_STATE in the environment (see `nvml_stub.py`) a ready client adds its pid to the
 scripted card's processes, and to the MPS clients too where CUDA_MPS_PIPE_DIRECTORY holds a file
@@ -261,7 +262,7 @@ def resolve() -> None:
     print(json.dumps({
         "arguments": configured.get("resolve_arguments", ["--resolved", "yes"]),
         "environment": {"versions": {"torch": "scripted"}, "host_cores": 2, "os": "test",
-                        "git_commit": None, "git_dirty": None},
+                        "git_commit": configured.get("git_commit"), "git_dirty": None},
         "notes": configured.get("resolve_notes", []),
     }))  # fmt: skip
 
