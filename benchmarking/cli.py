@@ -6,7 +6,9 @@ Imports nothing of the project, so that every program may use it at no cost.
 from __future__ import annotations
 
 import argparse
+import io
 import math
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
@@ -63,6 +65,20 @@ class OneLineParser(argparse.ArgumentParser):
         sentence = f"{message} (see {self.prog} --help)"
         print(f"{self.prog}: error: {sentence}", file=sys.stderr)
         raise UsageExit(sentence)
+
+
+def open_output() -> None:
+    """Have standard output take every text: a locale may lack the dash and the box of a table."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+
+
+def drop_output() -> None:
+    """Give up standard output where nobody reads it or it is full: Python flushes once more."""
+    try:
+        print(end="", flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def positive_int(text: str) -> int:
