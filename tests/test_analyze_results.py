@@ -144,6 +144,7 @@ def test_one_runs_folder_gets_its_own_report_with_the_baseline_of_the_run_next_t
         (["--colour"], "--colour"),
         (["--require", "speed>1"], "--require"),
         (["--require", "work=1"], "--require"),
+        (["--require", "slowdown<2s"], "'slowdown<2s': slowdown is in x, not in s"),
         (["--results-dir", "{folder}/missing"], "{folder}/missing"),
         (["--results-dir", "{folder}"], "{folder}"),
         (["--results-dir", "{folder}/file"], "{folder}/file"),

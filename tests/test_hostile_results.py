@@ -6,6 +6,7 @@ Names that try to be markup: test_html_report.py.
 from __future__ import annotations
 
 import gzip
+import re
 import time
 from pathlib import Path
 
@@ -40,6 +41,21 @@ def test_tiny_and_huge_numbers_and_plans_that_are_none_end_in_a_report(tmp_path:
             synthetic_runs.write(tmp_path, made)
     done = analyze("--results-dir", tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+def test_mixes_whose_names_are_long_or_differ_in_signs_alone_have_charts_of_their_own(
+    tmp_path: Path,
+) -> None:
+    for number, mix in enumerate(("a b", "a/b", "日本語" * 90)):
+        made = mps([2.0 + number], f"run{number}")
+        made["manifest"]["mix"] = mix
+        synthetic_runs.write(tmp_path, made)
+    # What is at work elsewhere on the machine is no rule for these charts.
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\n")
+    done = analyze("--results-dir", tmp_path, MATPLOTLIBRC=tmp_path)
+    assert done.returncode == 0, done.stderr
+    charts = re.findall(r"\]\((.*?\.png)\)", (tmp_path / "report.md").read_text())
+    assert len(charts) == len(set(charts)) == len([*tmp_path.glob("*.png")]) == 12
 
 
 def test_links_to_files_are_not_followed(tmp_path: Path) -> None:

@@ -59,8 +59,16 @@ def draw_section(
     samples of a run; files' names begin with `prefix`. Raises `OSError`.
     """
 
+    taken: set[str] = set()
+
     def path(name: str) -> Path:
-        return folder / (re.sub(r"[^\w.-]+", "-", f"{prefix}{name}")[:200].strip("-") + ".png")
+        safe = re.sub(r"[^\w.-]+", "-", f"{prefix}{name}")[:200].encode()[:200]
+        base = stem = safe.decode(errors="ignore").strip("-")
+        # Names that differ in signs alone, or in their ends.
+        while stem in taken:
+            stem = f"{base}-{len(taken)}"
+        taken.add(stem)
+        return folder / f"{stem}.png"
 
     matrices = section["interference"]
     drawn: dict[str, list[Picture | None]] = {"compared": [], "pairs": [], "timelines": []}

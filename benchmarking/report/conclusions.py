@@ -92,7 +92,8 @@ def conclude(
 
 def _subjects(groups: Sequence[Group]) -> Iterable[_Subject]:
     """The whole card's figures, then each job's; a job is there if some mode has run it."""
-    if any(group.row["throughput_clients"] for group in groups):
+    counted = [group.row["throughput_clients"] for group in groups]
+    if any(counted) or all(one is None for one in counted):  # unknown where all have failed
         whole = _Subject(groups, claims.WHOLE_CARD, "work")
         whole.take(lambda one: one.summary.stp, lambda group: group.row["invalid"])
         alone = _alone_rounds(groups, _throughput_clients)

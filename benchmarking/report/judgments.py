@@ -12,7 +12,7 @@ from benchmarking.records.writing import is_held
 from benchmarking.report import claims, guide
 from benchmarking.report.groups import Group, most_compared
 from benchmarking.report.runs import MeasuredRun
-from benchmarking.report.wording import clients_text
+from benchmarking.report.wording import clients_text, number
 
 SHARING_MODES = (MODE_TIME_SLICING, MODE_MPS, MODE_MIG)
 YES, NO = "yes", "no"
@@ -67,7 +67,7 @@ def _guides(row: Mapping[str, Any]) -> list[dict[str, Any]]:
             "rule": f"{what} under {row['variant']}",
             "mode": row["variant"],
             "expected": expected.range_text,
-            "found": value and f"{value['mean']:.1f} %",
+            "found": value and number(value["mean"], 1, "%"),
             "holds": holds,
         })  # fmt: skip
     return found

@@ -62,10 +62,11 @@ def mode_order(mode: str) -> tuple[int, str]:
 
 def section_title(environment: Record) -> str:
     """GPU, driver and job size of a section in a few words."""
-    size = f"job size {environment['job_size']}"
+    names = ("gpu_name", "driver_version", "job_size")
+    card, driver, size = (environment[name] or "unknown" for name in names)
     if environment["is_cpu_demo"]:
-        return f"CPU demonstration ({size})"
-    return f"{environment['gpu_name']}, driver {environment['driver_version']}, {size}"
+        return f"CPU demonstration (job size {size})"
+    return f"{'GPU ' * (card == 'unknown')}{card}, driver {driver}, job size {size}"
 
 
 def clients_text(clients: int) -> str:
