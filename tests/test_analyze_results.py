@@ -148,11 +148,16 @@ def test_one_runs_folder_gets_its_own_report_with_the_baseline_of_the_run_next_t
         (["--results-dir", "{folder}/missing"], "{folder}/missing"),
         (["--results-dir", "{folder}"], "{folder}"),
         (["--results-dir", "{folder}/file"], "{folder}/file"),
+        (["--results-dir", "{folder}/skipped"], "(mps: no card)"),
         (["--results-dir", str(FIXTURE), "--output", "{folder}/file/below"], "another --output"),
     ],
 )
 def test_what_cannot_be_done_ends_with_code_2_and_one_sentence(tmp_path, arguments, said):
     (tmp_path / "file").write_text("no folder")
+    (tmp_path / "skipped").mkdir()
+    (tmp_path / "skipped" / "phases.jsonl").write_text(
+        '{"phase": 1, "name": "mps", "status": "skipped", "reason": "no card"}\n'
+    )
     done = analyze(*(word.format(folder=tmp_path) for word in arguments))
     assert (done.returncode, done.stdout) == (2, "")
     (sentence,) = done.stderr.splitlines()

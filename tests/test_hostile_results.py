@@ -33,8 +33,9 @@ def test_tiny_and_huge_numbers_and_plans_that_are_none_end_in_a_report(tmp_path:
             for unit in record.get("units", {}).values():
                 unit.update(count=value, seconds=1e18 - value)
         synthetic_runs.write(tmp_path, made)
+    no_pair = {"co_run": "mixed-4-r0", "clients": [{"label": "four"}] * 4}
     plans = ({"co_runs": 7}, {"co_runs": [7, {"clients": [3]}]}, {"co_runs": [{"clients": [{}]}]},
-             {})  # fmt: skip
+             {"co_runs": [no_pair]}, {})  # fmt: skip
     for number, plan in enumerate(plans):
         for is_pairs in (True, False):
             made = mps([2.0], f"plan{number}-{is_pairs}", plan=plan, is_pairs=is_pairs)
@@ -53,7 +54,7 @@ def test_mixes_whose_names_are_long_or_differ_in_signs_alone_have_charts_of_thei
     # What is at work elsewhere on the machine is no rule for these charts.
     (tmp_path / "matplotlibrc").write_text("text.usetex: True\n")
     done = analyze("--results-dir", tmp_path, MATPLOTLIBRC=tmp_path)
-    assert done.returncode == 0, done.stderr
+    assert (done.returncode, done.stderr) == (0, "")
     charts = re.findall(r"\]\((.*?\.png)\)", (tmp_path / "report.md").read_text())
     assert len(charts) == len(set(charts)) == len([*tmp_path.glob("*.png")]) == 12
 

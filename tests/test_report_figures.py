@@ -140,6 +140,15 @@ def test_a_requirement_speaks_of_the_variant_that_it_names(made, required, said)
     assert all(part in sentence for part, sentence in zip(said, sentences, strict=True))
 
 
+def test_a_mode_that_failed_once_has_no_response_times_either():
+    slicing = failed(answers(time_slicing([4.0] * 2), 600), co_run="mixed-4-r1")
+    found = section(slicing, answers(mps([2.0] * 2), 600))
+    tail = conclusion(found, "Batch inference", "tail_ms")
+    known = {mode["variant"]: (mode["estimate"] is not None, mode["reason"])
+             for mode in tail["modes"]}  # fmt: skip
+    assert known == {"time-slicing": (False, "failed"), "mps": (True, None)}
+
+
 # --- pairs: who harms whom ----------------------------------------------------------------------
 
 JOBS = ("resnet_training", "batch_inference", "bert_training")

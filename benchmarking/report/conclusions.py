@@ -145,6 +145,7 @@ def _tail(groups: Sequence[Group], label: str) -> _Subject | None:
             if client.label == label
         ]
         for group in groups
+        if not group.broken
     }
     requests = [
         sum(len(one.latency_ms or ()) + failed_requests(one) for one in records)
@@ -155,6 +156,7 @@ def _tail(groups: Sequence[Group], label: str) -> _Subject | None:
     if percent is None:
         return None
     subject = _Subject(groups, label, "tail_ms", is_claim=False, percent=percent)
+    subject.reasons = {one.first.variant: one.broken.outcome for one in groups if one.broken}
     subject.copies = max(map(len, by_variant.values()))
     for variant, copies in by_variant.items():
         known = [percentile_estimate(records, percent) for records in copies]

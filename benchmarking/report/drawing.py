@@ -13,6 +13,7 @@ import math
 import os
 import re
 import textwrap
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -117,9 +118,9 @@ def shortened(name: str) -> str:
     return name if len(name) <= LEGEND_CHARACTERS else f"{name[:LEGEND_CHARACTERS]}…"
 
 
-def wrapped(label: str) -> str:
-    """A label over as many lines as it needs, three at most."""
-    return textwrap.fill(label, LABEL_CHARACTERS, max_lines=3)
+def wrapped(label: str, beside: int = 3) -> str:
+    """A label over as many lines as it needs, three at most; narrower, the more stand `beside`."""
+    return textwrap.fill(label, max(6, min(LABEL_CHARACTERS, 50 // beside)), max_lines=3)
 
 
 @contextlib.contextmanager
@@ -131,7 +132,9 @@ def drawing_rules() -> Iterator[None]:
     os.environ["MPLBACKEND"] = "Agg"  # a backend that is inherited may not exist
     import matplotlib
 
-    with matplotlib.rc_context():
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        # In the page the reader's fonts have it.
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
         matplotlib.rcdefaults()
         matplotlib.rcParams.update({
             "svg.fonttype": "none",

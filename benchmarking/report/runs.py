@@ -330,7 +330,8 @@ def read_results(results_dir: Path) -> Results:
     )
     if not runs:
         refused = (f"refused: {one['sentence']}" for one in reversed(results.refusals))
-        said = next(iter([*results.problems, *refused]), "")
+        skipped = (f"{one['name']}: {one['reason']}" for one in results.phases if one["reason"])
+        said = next(iter([*results.problems, *refused, *skipped]), "")
         raise SuiteError(
             f"no run in {results_dir}{f' ({said})' if said else ''}: make one with "
             "benchmarking/benchmark_suite.py first"
