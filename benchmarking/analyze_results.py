@@ -92,7 +92,7 @@ def parse_arguments() -> argparse.Namespace:
         help="differences within it do not matter (default: %(default)g)",
     )  # fmt: skip
     parser.add_argument(
-        "--require", type=_requirement, action="append", default=[],
+        "--require", type=export.Requirement.parse, action="append", default=[],
         metavar="[MODE:][JOB:]FIGURE OP VALUE",
         help="end with exit code 7 when a figure does not meet this, such as "
         "'mps:batch_inference:p99<50ms' or 'work>1.1'; without MODE every mode must, without JOB "
@@ -113,13 +113,6 @@ def parse_arguments() -> argparse.Namespace:
     options = parser.parse_args()
     options.output = options.output or options.results_dir
     return options
-
-
-def _requirement(text: str) -> export.Requirement:
-    try:
-        return export.Requirement.parse(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def analyze(options: argparse.Namespace) -> dict[str, Any]:

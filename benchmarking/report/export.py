@@ -11,6 +11,7 @@ Schema history of comparison.json:
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import operator
@@ -139,10 +140,10 @@ class Requirement:
 
     @classmethod
     def parse(cls, text: str) -> Requirement:
-        """Read a requirement such as `mps:batch_inference:p99<50ms`; raises `ValueError`."""
+        """Argument type: a requirement such as `mps:batch_inference:p99<50ms`."""
         match = _REQUIREMENT.fullmatch(text.strip())
         if match is None or match["figure"] not in FIGURES:
-            raise ValueError(
+            raise argparse.ArgumentTypeError(
                 f"{text!r} is not [MODE:][JOB:]FIGURE OP VALUE, such as mps:p99<50ms or work>1.1; "
                 f"figures are {', '.join(FIGURES)}"
             )
@@ -150,7 +151,9 @@ class Requirement:
         scale = units.get((match["unit"] or "").lower())
         if scale is None:
             known = " or ".join(filter(None, units)) or "no unit"
-            raise ValueError(f"{text!r}: {match['figure']} is in {known}, not in {match['unit']}")
+            raise argparse.ArgumentTypeError(
+                f"{text!r}: {match['figure']} is in {known}, not in {match['unit']}"
+            )
         scope = match["scope"].removesuffix(":").strip()
         return cls(text, scope, match["figure"], match["operator"], scale * float(match["value"]))
 

@@ -98,7 +98,7 @@ def interference(groups: Sequence[Group], runs: Sequence[MeasuredRun]) -> list[d
         if key in measured:
             matrices.setdefault(key, []).append(run)
     found = []
-    for key in sorted(matrices, key=lambda key: (key[0], matrices[key][0].mode_order)):
+    for key in sorted(matrices, key=lambda key: (key[0], matrices[key][0].order)):
         members, cells = matrices[key], measured[key]
         jobs = list(dict.fromkeys(
             client.label for run in members for planned in run.planned(2)

@@ -22,7 +22,6 @@ from benchmarking.measuring import baselines
 from benchmarking.metrics.breaking_point import says_something_of_the_load
 from benchmarking.modes.names import (
     MODE_CPU_DEMO,
-    MODE_EXCLUSIVE,
     MODE_MIG,
     MODE_MPS,
     MODE_TIME_SLICING,
@@ -33,8 +32,8 @@ from benchmarking.records import run_folder
 from benchmarking.records.run_folder import PHASE_BASELINE, PHASE_CO_RUN
 from benchmarking.records.types import ClientRecord, CoRunRecord, Manifest, MpsLimits, Phase
 from benchmarking.report.foreign import cleaned, cleaned_struct
+from benchmarking.report.wording import mode_order
 
-_MODE_ORDER = (MODE_TIME_SLICING, MODE_MPS, MODE_MIG, MODE_EXCLUSIVE, MODE_CPU_DEMO)
 DEFAULT_TIMESLICE = "Default"
 # The mix of a job next to each antagonist.
 NOISY = "noisy"
@@ -164,9 +163,9 @@ class MeasuredRun:
         return {"mode": self.mode, "settings": self.settings, "variant": self.variant}
 
     @property
-    def mode_order(self) -> tuple[int, str]:
+    def order(self) -> tuple[int, str]:
         """Sort key of modes: the guide's order, then by settings."""
-        return (_MODE_ORDER.index(self.mode), self.settings)
+        return (mode_order(self.mode), self.settings)
 
     @property
     def age(self) -> tuple[str, str]:

@@ -54,10 +54,9 @@ def variant_name(variant: str, record: Record) -> str:
     return names.get(variant, variant)
 
 
-def mode_order(mode: str) -> tuple[int, str]:
-    """Sort key of modes: the guide's order, then by name."""
-    known = tuple(MODE_NAMES)
-    return (known.index(mode) if mode in known else len(known), mode)
+def mode_order(mode: str) -> int:
+    """Sort key of modes: the guide's order."""
+    return list(MODE_NAMES).index(mode)
 
 
 def section_title(environment: Record) -> str:
