@@ -4,7 +4,6 @@
 set -Eeuo pipefail
 
 script=$(readlink -f -- "${BASH_SOURCE[0]}")
-# shellcheck source=setup_environment.sh
 source "${script%/*}/setup_environment.sh"
 python=$(environment::any_python)
 exec "$python" -I "${script%/*}/benchmarking/run_experiments.py" "$@"

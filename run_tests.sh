@@ -1,30 +1,24 @@
 #!/usr/bin/env bash
-# Every check of the project. See usage below.
+# Usage: ./run_tests.sh [ARGUMENTS OF PYTEST]
+#
+# Every check of the project: ruff, mypy, shellcheck, then all tests. Sets up what it needs on first use,
+# stops at the first check that fails, needs no GPU. The files of tests are shared out to several processes;
+# tests that use the GPU take turns.
+#
+#   ./run_tests.sh                     everything
+#   ./run_tests.sh -k metrics -x       arguments are passed on to pytest
+#   ./run_tests.sh -k metrics -n 0     in one process, which shows prints (-s) at once
+#   ./run_tests.sh -m gpu              what needs a real GPU
+#   ./run_tests.sh -m download         what downloads a model first (93 MB)
+
 set -Eeuo pipefail
 
 CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
-# shellcheck source=setup_environment.sh
 source ./setup_environment.sh
-
-usage() {
-    cat <<'HELP'
-Usage: ./run_tests.sh [ARGUMENTS OF PYTEST]
-
-Every check of the project: ruff, mypy, shellcheck, then all tests. Sets up what it needs on first use,
-stops at the first check that fails, needs no GPU. The files of tests are shared out to several processes;
-tests that use the GPU take turns.
-
-  ./run_tests.sh                     everything
-  ./run_tests.sh -k metrics -x       arguments are passed on to pytest
-  ./run_tests.sh -k metrics -n 0     in one process, which shows prints (-s) at once
-  ./run_tests.sh -m gpu              what needs a real GPU
-  ./run_tests.sh -m download         what downloads a model first (93 MB)
-HELP
-}
 
 main() {
     if [[ " $* " =~ \ (-h|--help)\  ]]; then
-        usage
+        sed -n '2,/^$/s/^# \{0,1\}//p' run_tests.sh
         return
     fi
     environment::set_up "$PWD/requirements-dev.txt"
@@ -33,27 +27,15 @@ main() {
     ruff check .
     ruff format --check .
     mypy
-    check_shell_scripts
+    shopt -s globstar
+    shellcheck .ci/run ./*.sh gpu-configs/**/*.sh examples/**/*.sh
     # Else each of the many processes that tests start compiles the project anew.
     unset PYTHONDONTWRITEBYTECODE
-    # In the order of collection: else a file of one long test would come last, and run alone.
-    exec "$PYTHON" -m pytest --numprocesses "$(count_processes)" --dist loadfile \
+    # One process more than there are cores, since many tests wait for processes of their own; a bound for
+    # large machines, where each further one only imports torch once more. In the order of collection: else
+    # a file of one long test would come last, and run alone.
+    exec "$PYTHON" -m pytest --numprocesses $(($(nproc) < 8 ? $(nproc) + 1 : 8)) --dist loadfile \
         --no-loadscope-reorder "$@"
-}
-
-# One more than there are cores, since many tests wait for processes of their own; a bound for large
-# machines, where each further process only imports torch once more.
-count_processes() {
-    local -r processes=$(($(nproc) + 1))
-    printf '%d\n' $((processes > 8 ? 8 : processes))
-}
-
-check_shell_scripts() {
-    local scripts
-    mapfile -t scripts < <(find . .ci/run -type d \( -name '.[a-z]*' -o -name results -o -name data \
-        -o -name scratch \) -prune -o -type f \( -name '*.sh' -o -path .ci/run \) -print | sort)
-    shellcheck "${scripts[@]}"
-    printf 'shellcheck: %d scripts without a finding\n' "${#scripts[@]}"
 }
 
 main "$@"

@@ -4,11 +4,11 @@
     environment.py run [--dry-run] PROGRAM WORD...  becomes the program in that Python
     environment.py missing REQUIREMENTS [--import]  prints what the running Python lacks
 
-Started by setup_environment.sh as `python -I` with any Python of the system, so it uses the
-standard library alone. In this order: $PYTHON where the caller sets it; the active python3,
-PYTHONPATH included, where it has everything; .venv in the project, made from the requirements file
-on first use. A stamp in .venv says for which requirements it is complete, so that an installation
-that was interrupted is finished at the next start.
+Started by setup_environment.sh, or for `run` by a driver, as `python -I` with any Python of the
+system, so it uses the standard library alone. In this order: $PYTHON where the caller sets it; the
+active python3, PYTHONPATH included, where it has everything; .venv in the project, made from the
+requirements file on first use. A stamp in .venv says for which requirements it is complete, so that
+an installation that was interrupted is finished at the next start.
 
 `run` takes requirements.txt, tells the program its Python by GPU_SHARING_PYTHON, and installs
 nothing for a dry run. `missing` is asked of each Python that may be taken: it prints one line for
@@ -63,6 +63,11 @@ _REQUIREMENT = re.compile(
 def main() -> int:
     """Do what the command says; return 1 where the running Python lacks something."""
     args = parse_arguments()
+    # An entry that is empty or relative means the folder that a script is started in, where others
+    # may have put a venv.py; for the same reason whatever needs no packages is run with -I.
+    entries = os.environ.pop("PYTHONPATH", "").split(os.pathsep)
+    if absolute := [entry for entry in entries if entry.startswith("/")]:
+        os.environ["PYTHONPATH"] = os.pathsep.join(absolute)
     try:
         if args.command == "missing":
             problems = find_problems(args.requirements, really_import=args.really_import)
@@ -211,7 +216,9 @@ def install(requirements: Path) -> None:
         say(f"    {line.partition(': ')[0]}")
     if "torch" in lacking:
         say("torch with CUDA is most of it: about 3 GB to download, 6 GB on disk.")
-    pip = ("-m", "pip", "install", "--disable-pip-version-check", "-r", str(requirements))
+    # An older Python gets the newest wheel that there is for it, rather than to build a newer one.
+    how = ("--disable-pip-version-check", "--prefer-binary")
+    pip = ("-m", "pip", "install", *how, "-r", str(requirements))
     if not succeeds(VENV_PYTHON, *pip, quiet=False):
         say(f"Still missing in {VENV_FOLDER}:")
         sys.stderr.write(ask_missing(VENV_PYTHON, requirements) or "")

@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import os
 import select
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from rich.live import Live
 
 SHORTEST_INTERVAL_SECONDS = 0.1  # NVML refreshes its GPM counters no faster
+LONGEST_INTERVAL_SECONDS = 86400
 PROCESS_LIST_PERIOD_SECONDS = 1.0
 DISPLAY_PERIOD_SECONDS = 1.0
 SHOWN_FIELDS = {
@@ -141,12 +143,17 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if not 0 <= (arguments.prometheus or 0) <= 65535:
         parser.error(f"--prometheus {arguments.prometheus}: give a port from 0 to 65535")
-    if not SHORTEST_INTERVAL_SECONDS <= arguments.interval < float("inf"):
+    if not SHORTEST_INTERVAL_SECONDS <= arguments.interval <= LONGEST_INTERVAL_SECONDS:
         parser.error(
-            f"--interval {arguments.interval:g}: give {SHORTEST_INTERVAL_SECONDS} seconds or more"
+            f"--interval {arguments.interval:g}: give {SHORTEST_INTERVAL_SECONDS} to "
+            f"{LONGEST_INTERVAL_SECONDS} seconds"
         )
     if not 0 <= arguments.duration < float("inf"):
         parser.error(f"--duration {arguments.duration:g}: give 0 (no end) or more seconds")
+    if arguments.stdin_control and sys.stdin is None:
+        parser.error("--stdin-control: standard input is closed")
+    if arguments.output == "-" and sys.stdout is None:
+        parser.error("--output -: standard output is closed; name a file")
     if arguments.output is None:
         arguments.output = f"results/gpu_monitor_{time.strftime('%Y%m%d-%H%M%S')}.jsonl"
     return arguments
@@ -302,11 +309,12 @@ def open_exporter(arguments: argparse.Namespace, gpu: nvml.Gpu) -> Exporter | No
         return None
     try:
         exporter = Exporter(arguments.prometheus_address, arguments.prometheus, gpu.describe())
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         where = f"{arguments.prometheus_address} port {arguments.prometheus}"
         print(
-            f"gpu_monitor: --prometheus: cannot listen on {where} ({error.strerror}); choose "
-            "another port or --prometheus-address",
+            f"gpu_monitor: --prometheus: cannot listen on {where} "
+            f"({getattr(error, 'strerror', None) or error}); choose another port or "
+            "--prometheus-address",
             file=sys.stderr,
         )
         raise SystemExit(2) from None
@@ -315,9 +323,11 @@ def open_exporter(arguments: argparse.Namespace, gpu: nvml.Gpu) -> Exporter | No
 
 
 def open_display(output_name: str, gpu: nvml.Gpu) -> Display | contextlib.nullcontext[None]:
-    """Return what shows the samples; nothing does where they go to standard output."""
-    if output_name == "-":
+    """Return what shows the samples; nothing does where that would be no place for it."""
+    if output_name == "-" or sys.stdout is None:
         return contextlib.nullcontext()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # the file's name may be no text
     return Display("no GPU" if gpu.uuid is None else f"GPU {gpu.index} {gpu.uuid}", output_name)
 
 

@@ -114,6 +114,8 @@ start_daemon() {
     run --note "$(quoted "${settings[@]}") nvidia-cuda-mps-control ${flags[*]} (as $INVOKER_NAME)" \
         mps::run "${settings[@]}" bash -p -c '
             ulimit -Sn 16384 2>/dev/null || ulimit -Sn hard
+            # else it would hold this lock, and whatever the caller has open, for as long as it runs
+            for file in /proc/self/fd/*; do ((${file##*/} < 3)) || eval "exec ${file##*/}>&-"; done
             exec nvidia-cuda-mps-control "$@" </dev/null >"$CUDA_MPS_LOG_DIRECTORY/start.log" 2>&1
         ' start "${flags[@]}" || true # it is the answer that counts
     ((DRY_RUN)) || wait_until mps::is_told up "$PIPE" || {
@@ -155,7 +157,8 @@ set_percentage() {
     mps::tell "$PIPE" "set_default_active_thread_percentage $PERCENTAGE"
     ((!DRY_RUN)) || return 0
     mps::is_up "$PIPE" || die "$EXIT_FAILED" "the MPS daemon no longer answers"
-    awk -v a="$ACTIVE_THREADS" -v b="$PERCENTAGE" 'BEGIN { exit !(a == b) }' ||
+    # it is told in tenths
+    awk -v a="$ACTIVE_THREADS" -v b="$PERCENTAGE" 'BEGIN { exit !((a - b) ^ 2 < 0.01) }' ||
         die "$EXIT_FAILED" "the daemon has an active thread percentage of $ACTIVE_THREADS, not $PERCENTAGE"
 }
 

@@ -32,6 +32,16 @@ told() {
     return 1
 }
 
+# saved LABEL QUESTION...: whether it is saved. What is damaged or not to be trusted is shown, and kept in NOT_TOLD:
+# the rest does not depend on it.
+saved() {
+    NOT_TOLD=$("${@:2}" 2>&1) || {
+        [[ -z $NOT_TOLD ]] || told "$1" false
+        return 1
+    }
+    "${@:2}"
+}
+
 mode_in_force() {
     if [[ $GPU_MIG_CURRENT == Enabled ]]; then
         printf 'mig'
@@ -41,7 +51,9 @@ mode_in_force() {
         printf 'not known, since MPS could not be asked'
     elif ((${#MPS_OWN[@]} + ${#MPS_FOREIGN[@]} > 0)); then
         printf 'mps, by a daemon that enable_mps.sh did not start (for the clients that use it)'
-    elif [[ $GPU_COMPUTE_MODE == Default ]]; then
+    elif [[ -z $COMPUTE_MODE ]]; then
+        printf 'not known, since the compute mode could not be asked'
+    elif [[ $COMPUTE_MODE == Default ]]; then
         printf 'time-slicing (what CUDA does by itself)'
     else
         printf 'exclusive (compute mode %s: no sharing)' "$GPU_COMPUTE_MODE"
@@ -61,14 +73,16 @@ print_mps() {
 }
 
 print_saved() {
-    local row script kinds kind key found sudo
-    local -ri undoes_before=${#UNDO_COMMANDS[@]}
+    local row script kinds kind key found sudo shown=""
     for row in "${UNDOES[@]}"; do
         read -r script kinds <<<"$row"
         found=0
         sudo=""
         for kind in $kinds; do
-            state::load "$kind" || continue
+            saved "saved" state::load "$kind" || {
+                shown+=$NOT_TOLD
+                continue
+            }
             found=1
             show "saved" "$(state::file "$kind")"
             for key in "${!STATE[@]}"; do
@@ -77,16 +91,23 @@ print_saved() {
             ! state::is_roots "$kind" || sudo="sudo "
         done
         ((found)) || continue
+        shown+=$script
         UNDO_COMMANDS+=("$script $GPU_UUID")
         printf '    undo: %s./gpu-configs/%s --gpu %s\n' "$sudo" "$script" "$GPU_INDEX"
     done
-    ((${#UNDO_COMMANDS[@]} > undoes_before)) || show "saved" "nothing, so nothing here to undo"
+    [[ -n $shown ]] || show "saved" "nothing, so nothing here to undo"
 }
 
 print_gpu() {
     DAEMON=gone # the one that enable_mps.sh started
+    COMPUTE_MODE=""
     printf '%s\n' "$(gpu::title)"
-    ! mps::load || told "MPS daemon" mps::look "$PIPE" || true
+    if saved "MPS daemon" mps::load; then
+        told "MPS daemon" mps::look "$PIPE" || true
+    elif [[ -n $NOT_TOLD ]]; then
+        DAEMON=unknown
+    fi
+    ! told "compute mode" setting::read compute-mode || COMPUTE_MODE=${CURRENT:-Default}
     told "MPS daemons" mps::find_daemons || [[ $DAEMON == up ]] || DAEMON=unknown
     show "mode in force" "$(mode_in_force)"
     show "compute mode" "$GPU_COMPUTE_MODE"
@@ -104,6 +125,7 @@ print_gpu() {
 # undoes its mode itself, and its clients would be cut off. The start time, in the kernel's ticks, tells the
 # run's process from a later one with its pid.
 restore() {
+    local -r folder=${0%"${0##*/}"}
     local command script file started
     for command in "${UNDO_COMMANDS[@]}"; do
         GPU_UUID=${command#* }
@@ -117,7 +139,7 @@ restore() {
     done
     for command in "${UNDO_COMMANDS[@]}"; do
         read -r script GPU_UUID <<<"$command"
-        if run "${0%"${0##*/}"}$script" --gpu "$GPU_UUID"; then
+        if run "${folder:-./}$script" --gpu "$GPU_UUID"; then
             ! state::load driver || state::remove driver
         else
             FAILED=1

@@ -13,22 +13,21 @@ source "${0%"${0##*/}"}lib/common.sh"
 WANTED=() # one profile an instance
 
 parse_arguments() {
-    local name
     cli::parse 2 "$@"
     ((${#POSITIONAL[@]} > 0)) || cli::usage_error "give a profile and a count, or a list of profiles"
+    [[ ${POSITIONAL[0]} =~ ^$MIG_PROFILE_PATTERN(,$MIG_PROFILE_PATTERN)*$ ]] ||
+        cli::usage_error "'${POSITIONAL[0]}' is no MIG profile, such as 1g.10gb, and no list of them"
     IFS=, read -ra WANTED <<<"${POSITIONAL[0]}"
-    for name in "${WANTED[@]}"; do
-        [[ $name =~ ^$MIG_PROFILE_PATTERN$ ]] || cli::usage_error "'$name' is no MIG profile, such as 1g.10gb"
-    done
     ((${#POSITIONAL[@]} == 2)) || return 0
     ((${#WANTED[@]} == 1)) || cli::usage_error "a list of profiles takes no count"
     [[ ${POSITIONAL[1]} =~ ^[1-9][0-9]?$ ]] ||
         cli::usage_error "COUNT must be a number from 1 to 99, not '${POSITIONAL[1]}'"
-    mapfile -t WANTED < <(yes "$name" | head -n "${POSITIONAL[1]}")
+    mapfile -t WANTED < <(yes "${WANTED[0]}" | head -n "${POSITIONAL[1]}")
 }
 
 check_preconditions() {
-    [[ $GPU_MIG_CURRENT == Enabled || $GPU_MIG_CURRENT == Disabled ]] ||
+    require "the MIG mode" setting::read MIG-mode
+    [[ -n $CURRENT ]] ||
         die "$EXIT_UNSUPPORTED" "$(gpu::title) has no MIG; A100, H100 and other large GPUs have"
     [[ $GPU_MIG_CURRENT == "$GPU_MIG_PENDING" ]] ||
         die "$EXIT_BUSY" "MIG mode is $GPU_MIG_MODE: reset the GPU, or restart the machine, first"
@@ -89,7 +88,7 @@ check_room_and_permission() {
     done
     if ! fits "$occupied" "${WANTED[@]}"; then
         log "GPU instances that are there and were not made by this script (id, profile, place):"
-        printf '  %s\n' "${INSTANCES[@]}" >&2
+        log "$(printf '  %s\n' "${INSTANCES[@]}")"
         die "$EXIT_BUSY" "$LAYOUT does not fit beside them"
     fi
     card::require "changing MIG"

@@ -36,7 +36,8 @@ check_preconditions() {
             die "$EXIT_BUSY" "an MPS server holds $(gpu::title): $holder"
     done
     ((${#MPS_FOREIGN[@]} == 0)) || warn "another user's MPS control daemon is running: ${MPS_FOREIGN[*]}"
-    [[ $GPU_COMPUTE_MODE == Default ]] ||
+    require "the compute mode" setting::read compute-mode
+    [[ ${CURRENT:-Default} == Default ]] ||
         die "$EXIT_BUSY" "compute mode is $GPU_COMPUTE_MODE, so clients cannot share; if nobody needs it so:" \
             "sudo nvidia-smi -i $GPU_INDEX -c 0"
     gpu::print_holders || true
@@ -52,7 +53,7 @@ print_in_force() {
 Time slicing is in force on $(gpu::title)
   clients:       $CLIENTS
   time slice:    ${CURRENT:-not a setting of this GPU}
-  compute mode:  Default, MPS off, MIG ${GPU_MIG_CURRENT/Disabled/off}
+  compute mode:  $GPU_COMPUTE_MODE, MPS off, MIG ${GPU_MIG_CURRENT/Disabled/off}
   undo:          ./gpu-configs/reset_time_slicing.sh
 TEXT
 }

@@ -134,10 +134,11 @@ class ModeScripts:
         return dict(line.split("=", 1) for line in path.read_text().splitlines())
 
     def left_behind(self) -> list[str]:
-        """What lies in the state folder."""
+        """What lies in the state folder, but for the folder by which scripts take turns."""
         if not self.state_directory.exists():
             return []
-        return sorted(entry.name for entry in self.state_directory.iterdir())
+        names = {entry.name for entry in self.state_directory.iterdir()}
+        return sorted(names - {"lock"})
 
     def gpu(self) -> dict:
         """The first GPU of the pretended machine."""
@@ -231,7 +232,7 @@ def instance(scripts: ModeScripts) -> None:
 
 def forgotten_ids(scripts: ModeScripts) -> None:
     """As if the script had been killed between creating instances and saving their ids."""
-    (path,) = scripts.state_directory.iterdir()
+    (path,) = scripts.state_directory.glob("*.state")
     path.write_text(path.read_text().replace("gpu_instances=7,8", "gpu_instances="))
 
 

@@ -79,7 +79,7 @@ def processes_of(root: Path) -> list[str]:
     lines = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            lines.append(path.read_text().replace("\0", " "))
+            lines.append(path.read_text(errors="replace").replace("\0", " "))
         except OSError:
             continue
     return [line for line in lines if str(root) in line]

@@ -501,6 +501,8 @@ def test_on_a_terminal_it_shows_a_table(card: Callable, tmp_path: Path) -> None:
     ("arguments", "code", "fix"),
     [
         (("--prometheus", "TAKEN"), 2, "choose another port"),
+        (("--prometheus=0", "--prometheus-address=a..b"), 2, "choose another port"),
+        (("--interval", "1e300"), 2, "give 0.1 to 86400 seconds"),
         (("--output", "/proc/no/such/file"), 2, "name a file that can be written"),
         (("--output", "/dev/full"), 1, "cannot be written: [Errno 28] No space left on device"),
     ],
@@ -513,6 +515,34 @@ def test_what_cannot_be_done_ends_with_one_sentence_that_names_the_fix(
         done = run(card(), "--output", "-", arguments[0], arguments[1].replace("TAKEN", port))
     assert (done.returncode, done.stderr.count("\n")) == (code, 1)
     assert fix in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("closed", "arguments", "code", "says"),
+    [
+        ("<&-", ("--stdin-control",), 2, "standard input is closed"),
+        (">&-", ("--output", "-"), 2, "standard output is closed"),
+        (">&-", (), 0, ""),
+    ],
+)
+def test_a_closed_stream_is_said_where_it_is_needed(
+    card: Callable, tmp_path: Path, closed: str, arguments: tuple[str, ...], code: int, says: str
+) -> None:
+    command = ("bash", "-c", f'exec "$0" "$@" {closed}', *MONITOR, "--duration", "0.1", *arguments)
+    done = subprocess.run(
+        command, env=card(), cwd=tmp_path, capture_output=True, text=True, check=False, timeout=30
+    )
+    assert done.returncode == code
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_file_whose_name_is_no_text_is_written_and_named(card: Callable, tmp_path: Path) -> None:
+    output = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
+    done = run(card(), "--duration", "0.1", "--output", output)
+    assert done.returncode == 0
+    assert r"/caf\udce9" in done.stdout
+    assert os.path.getsize(output)
 
 
 # --- a real card

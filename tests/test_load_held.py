@@ -22,6 +22,7 @@ WELL = {
 }  # fmt: skip
 
 
+@pytest.mark.timeout(900)  # 2,000 pictures to decode, on however busy a machine
 def test_a_slice_of_the_load_loses_nothing_and_leaves_nothing_open(tmp_path):
     file = tmp_path / "figures.json"
     done = subprocess.run(

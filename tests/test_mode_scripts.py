@@ -34,6 +34,7 @@ QUERY, APPS = "nvidia-smi *--query-gpu=*", "nvidia-smi *--query-compute-apps=*"
 PRIVILEGE = "Insufficient Permissions"
 NO_DAEMON = "Cannot find MPS control daemon process"
 BROKEN = "Failed to initialize NVML: Unknown Error"
+UNKNOWN = "[Unknown Error]"
 INFOROM = "WARNING: infoROM is corrupted at gpu 0000:00:06.0"
 OLD_SMI = ["compute_cap"]
 MIG_IS_ON = m.gpu(mig_current="Enabled", mig_pending="Enabled")
@@ -191,6 +192,13 @@ def partitions_are_saved(scripts: m.ModeScripts, chunks: list[int]) -> bool:
         undo=((MIG_OFF,),), kind="geforce"),
     m.Row("a GPU too old for MPS", (MPS_ON,), 4, ("MPS needs compute capability 3.5",), m.untouched,
         kind="k40"),
+    m.Row("a GPU without compute modes is shared as it is", (TS, "2"), 0, ("[N/A], MPS off",),
+        before=(m.gpu(compute_mode="[N/A]"),), last=lambda scripts: scripts.left_behind() == []),
+    m.Row("a GPU without compute modes: exclusive", (MPS_ON, "--exclusive"), 4,
+        ("has no compute mode setting",), m.has(daemons=0), (m.gpu(compute_mode="[N/A]"),)),
+    *(m.Row(f"no list of profiles: {asked}", (MIG_ON, *asked), 2, ("is no MIG profile",),
+          m.untouched)
+      for asked in ([""], ["", "2"], ["1g.10gb\n2g.20gb"], ["1g.10gb,,1g.10gb"])),
     m.Row("a GPU without slices", (TS, "4", "--timeslice", "short"), 4, ("no time slice setting",),
         m.untouched, kind="k40", undo=((TS, "4"), (RESET,))),
     # what could not be asked is neither none nor off
@@ -205,7 +213,12 @@ def partitions_are_saved(scripts: m.ModeScripts, chunks: list[int]) -> bool:
         (TWO, BROKEN, m.rule("nvidia-smi mig -lgip", exit=255, text=BROKEN)),
         (TWO, "the MIG profiles and", m.rule("nvidia-smi mig -lgipp", exit=4, text=PRIVILEGE)),
         ((STATUS,), "be asked: nothing", TWO, m.rule("nvidia-smi -L", exit=255, text="nothing")),
-        ((TS, "2"), "could not be asked", (MPS_ON,), m.rule(QUESTION, exit=124)))),
+        ((TS, "2"), "could not be asked", (MPS_ON,), m.rule(QUESTION, exit=124)),
+        ((TS, "2"), f"mode could not be asked: {UNKNOWN}", m.gpu(compute_mode=UNKNOWN)),
+        ((STATUS,), "not known, since the compute mode", m.gpu(compute_mode=UNKNOWN)),
+        (TWO, f"MIG mode could not be asked: {UNKNOWN}", m.gpu(mig_current=UNKNOWN)))),
+    m.Row("not told what it would put back", (MPS_ON, "--exclusive"), 1, (UNKNOWN,),
+        m.has(daemons=0, compute_mode=UNKNOWN), (m.gpu(compute_mode=UNKNOWN),)),
     # nor is anything undone on that ground, and what is saved stays
     *(m.Row(f"not told to {command}: {words}", (command,), 1, (words,), m.untouched, before,
           ((command,),))
@@ -226,7 +239,10 @@ def partitions_are_saved(scripts: m.ModeScripts, chunks: list[int]) -> bool:
         (f"in use by:     could not be asked: {BROKEN}", "nobody", NO_APPS),
         ("MPS daemons:   could not be asked", "MPS daemon:    none", m.without_ps),
         ("mode in force: not known", "MPS daemon:    none", (MPS_ON,), m.machine(others=[]),
-         m.rule(QUESTION, exit=124)))),
+         m.rule(QUESTION, exit=124)),
+        ("is damaged", "nothing here to undo", m.damaged("mps")),
+        ("undo: ./gpu-configs/reset_time_slicing.sh", "time-slicing (", (TS, "2"),
+         m.damaged("mps")))),
     m.Row("no instances is told with either exit status", (MIG_OFF,), 0, (), m.as_delivered,
         (TWO, m.gpu(instances=[]),
          m.rule("nvidia-smi mig -lgi", exit=6, text="No MIG-enabled devices found."))),
@@ -255,6 +271,9 @@ def partitions_are_saved(scripts: m.ModeScripts, chunks: list[int]) -> bool:
         ("Time slicing is in force", "clients:       4"),
         lambda scripts: scripts.saved("time-slicing") == {"gpu_uuid": UUID, "clients": "4"},
         environment={"GPU_SETTINGS_LOCKED": "1"}),
+    m.Row("a state file that cannot be replaced", (TS, "4"), 5, ("cannot write",),
+        lambda scripts: scripts.left_behind() == [f"time-slicing-{UUID}.state"],
+        (lambda it: (it.state_directory / f"time-slicing-{UUID}.state").mkdir(0o700, True),)),
     m.Row("a slice is set", (TS, "4", "--timeslice=short"), 0, ("Short",), m.has(timeslice="Short"),
         (m.gpu(timeslice="Medium"),), last=m.has(timeslice="Medium")),
     m.Row("twice: the slice from before both is put back", (TS, "8", "--timeslice", "long"),
@@ -281,6 +300,8 @@ def partitions_are_saved(scripts: m.ModeScripts, chunks: list[int]) -> bool:
     m.Row("twice keeps one daemon", (MPS_ON,), 0, ("answers already",), m.untouched, ((MPS_ON,),)),
     m.Row("a percentage is set", (MPS_ON, "--percentage=12.5"), 0, ("percentage:      12.5",),
         before=((MPS_ON, "--percentage", "25"),)),
+    m.Row("a percentage is told in tenths", (MPS_ON, "--percentage", "33.333"), 0,
+        ("percentage:      33.3",), lambda scripts: daemons(scripts, "percentage") == [33.333]),
     m.Row("a percentage that the daemon ignores", (MPS_ON, "--percentage", "25"), 1,
         ("percentage of 100.0, not 25",), m.as_delivered,
         (m.rule("nvidia-cuda-mps-control < set_default*", exit=0, text="100.0"),)),
@@ -340,10 +361,11 @@ def partitions_are_saved(scripts: m.ModeScripts, chunks: list[int]) -> bool:
     *(m.Row(f"a daemon that was started by hand stays: {whose}", (MPS_OFF,), 0,
           ("left alone: MPS control daemon, pid",), m.untouched, (m.daemon(**whose),))
       for whose in ({"user": "alice"}, ROOTS)),
-    *(m.Row(f"a process that only calls itself so: {comm}", (MPS_ON,), 0, (), m.has(daemons=1),
+    *(m.Row(f"no daemon of another: {comm}, {args}", (MPS_ON,), 0, (), m.has(daemons=1),
           (m.machine(others=[{"pid": pid, "uid": 1000, "user": "mallory", "comm": comm,
-                              "args": "nvidia-cuda-mps-control -d"}]),))
-      for pid, comm in ((2**22 + 5, "sleep"), (os.getpid(), "nvidia-cuda-mps"))),
+                              "args": args}]),))
+      for pid, comm, args in ((2**22 + 5, "sleep", START), (os.getpid(), "nvidia-cuda-mps", START),
+                              (2**22 + 5, "nvidia-cuda-mps", "nvidia-cuda-mps-control"))),
     m.Row("processes without MPS are a warning else", (MPS_ON,), 0,
         ("pid 4242 (user alice): python3", "will contend with its clients"),
         before=(m.process(user="alice"),)),
@@ -391,6 +413,9 @@ def partitions_are_saved(scripts: m.ModeScripts, chunks: list[int]) -> bool:
     m.Row("pending until a restart", FOUR, 6, ("restart the machine",),
         m.has(mig_pending="Enabled", instances=[]), (m.gpu(mig_switch="reset_not_supported"),),
         ((MIG_OFF,),)),
+    m.Row("off is pending until a restart", (MIG_OFF,), 6, ("restart the machine",),
+        m.has(mig_pending="Disabled", instances=[]),
+        (TWO, m.gpu(mig_switch="reset_not_supported")), (m.gpu(mig_switch="ok"), (MIG_OFF,))),
     m.Row("after the restart it knows that MIG was off", FOUR, 0, (),
         m.has(profiles=["1g.10gb"] * 4),
         (m.gpu(mig_switch="reset_not_supported"), lambda it: it.run(*FOUR),
@@ -421,6 +446,8 @@ def partitions_are_saved(scripts: m.ModeScripts, chunks: list[int]) -> bool:
          "in use by:     nobody", "saved:         nothing"), m.untouched),
     m.Row("processes and their owners", (STATUS,), 0, ("pid 4242 (user alice): python3, 512 MiB",),
         m.untouched, (m.process(user="alice"),)),
+    m.Row("a process whose name would steer the terminal", (STATUS,), 0, ("alice): x?2J?[0m, 512",),
+        m.untouched, (m.process(user="alice", name="x\u009b2J\x1b[0m"),)),
     m.Row("another user's daemon", (STATUS,), 0,
         ("MPS daemon:    another, pid", "of user alice", "mps, by a daemon that enable_mps.sh did"),
         m.untouched, (m.daemon(user="alice"),)),
@@ -563,13 +590,13 @@ def test_without_the_variable_state_goes_to_the_users_and_to_roots_own_folder(
     home = scripts.folder / "home"
     scripts.environment |= {"GPU_SHARING_STATE_DIR": "", "HOME": str(home)}
     scripts.must(TS, "4", "--timeslice", "long")
-    (record,) = (home / ".local" / "state" / "gpu-sharing-bench").iterdir()
-    (setting,) = scripts.root_state.iterdir()
+    (record,) = (home / ".local" / "state" / "gpu-sharing-bench").glob("*.state")
+    (setting,) = scripts.root_state.glob("*.state")
     assert record.name == f"time-slicing-{UUID}.state"
     assert setting.name == f"time-slice-{UUID}.state"
     assert setting.stat().st_mode & 0o777 == 0o644
     scripts.must(RESET)
-    assert list(scripts.root_state.iterdir()) == []
+    assert list(scripts.root_state.glob("*.state")) == []
     m.as_delivered(scripts)
 
 
@@ -584,7 +611,7 @@ def test_under_sudo_the_daemon_is_the_callers_and_the_compute_mode_is_in_roots_s
     assert (found["uid"], found["user"]) == (m.NOBODY.pw_uid, "nobody")
     for path in [sudo.folder / "state", *(sudo.folder / "state").rglob("*")]:
         assert path.stat().st_uid == m.NOBODY.pw_uid, path
-    (setting,) = sudo.scripts.root_state.iterdir()
+    (setting,) = sudo.scripts.root_state.glob("*.state")
     assert (setting.name, setting.stat().st_uid) == (f"compute-mode-{UUID}.state", 0)
     # the plain user sees it, and is told to use sudo for the compute mode
     status = sudo.without(STATUS)
@@ -594,7 +621,10 @@ def test_under_sudo_the_daemon_is_the_callers_and_the_compute_mode_is_in_roots_s
     assert len(sudo.scripts.machine.state()["mps"]) == 1
     result = sudo.run(MPS_OFF)
     assert result.returncode == 0, result.stderr
-    assert [*sudo.scripts.root_state.iterdir(), *(sudo.folder / "state").iterdir()] == []
+    assert [
+        *sudo.scripts.root_state.glob("*.state"),
+        *(sudo.folder / "state").glob("*.state"),
+    ] == []
     m.as_delivered(sudo.scripts)
     # without --exclusive no root is needed to end what sudo started
     assert sudo.run(MPS_ON).returncode == 0
@@ -650,6 +680,17 @@ def test_root_runs_no_program_from_a_folder_of_sudos_caller(sudo: Sudo) -> None:
 
 
 @m.needs_real_root
+def test_root_runs_no_program_of_the_working_directory(sudo: Sudo) -> None:
+    planted = sudo.scripts.project / "getent"
+    planted.write_text(f"#!/bin/sh\ntouch {sudo.scripts.folder}/broken\n")
+    planted.chmod(0o755)
+    # a PATH of which no folder is to be trusted
+    variables = {"PATH": str(sudo.folder), "SUDO_UID": str(m.NOBODY.pw_uid)}
+    m.refused(sudo.scripts.run(STATUS, **variables), 3, "nvidia-smi was not found")
+    assert not (sudo.scripts.folder / "broken").exists()
+
+
+@m.needs_real_root
 def test_root_does_not_follow_a_users_link_and_names_what_it_cannot_write(sudo: Sudo) -> None:
     target = sudo.scripts.folder / "roots-own"
     target.mkdir(mode=0o700)
@@ -661,6 +702,10 @@ def test_root_does_not_follow_a_users_link_and_names_what_it_cannot_write(sudo: 
     assert "cannot write /nonexistent/.local/state/gpu-sharing-bench" in homeless.stderr
     assert "GPU_SHARING_STATE_DIR" in homeless.stderr
     assert sudo.scripts.machine.state()["mps"] == {}
+    (sudo.scripts.folder / "link").symlink_to(sudo.folder)  # root's own, to a user's folder
+    own = sudo.scripts.run(TS, "2", GPU_SHARING_STATE_DIR=str(sudo.scripts.folder / "link"))
+    m.refused(own, 5, "belongs to user nobody")
+    assert not (sudo.folder / "lock").exists()
 
 
 # --- signals --------------------------------------------------------------------------------------
@@ -715,6 +760,51 @@ def test_a_kill_at_a_random_moment_leaves_the_card_as_it_was(
     process.wait(timeout=60)
     wait_until(lambda: not has_members(process.pid), "what the script had started ends")
     scripts.must(STATUS, "--restore")
+    m.as_delivered(scripts)
+
+
+def test_who_reads_no_more_ends_it_and_everything_is_put_back(scripts: m.ModeScripts) -> None:
+    # As in `setup_mig.sh ... 2>&1 | tee log`, where Ctrl-C ends tee, too.
+    scripts.machine.fail(CREATE, seconds=1.0)
+    process = scripts.start(*FOUR, stderr=subprocess.PIPE)
+    wait_until(lambda: scripts.gpu()["mig_current"] == "Enabled", "MIG mode is on")
+    assert process.stderr is not None
+    process.stderr.close()
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    m.as_delivered(scripts)
+
+
+def test_ctrl_c_ends_the_wait_for_a_driver_that_hangs(scripts: m.ModeScripts) -> None:
+    scripts.machine.fail(QUERY, seconds=20.0)
+    process = scripts.start(STATUS, stderr=subprocess.PIPE)
+    rules = scripts.folder / "machine" / "rules"
+    wait_until(lambda: b"seen" in rules.read_bytes(), "the question")
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=10) == 130
+
+
+def test_two_at_once_take_turns(scripts: m.ModeScripts) -> None:
+    started = [scripts.start(MPS_ON, stderr=subprocess.PIPE) for _ in range(2)]
+    assert [process.wait(timeout=60) for process in started] == [0, 0]
+    assert daemons(scripts, "locks") == [[]]
+    scripts.must(MPS_OFF)
+    m.as_delivered(scripts)
+
+
+def test_a_closed_standard_error_changes_no_exit_code(scripts: m.ModeScripts) -> None:
+    scripts.machine.add_process(pid=4242)
+    for code, *command in ((2, TS, "no"), (6, MPS_ON, "--exclusive"), (3, STATUS, "--gpu", "7")):
+        prefix = ["bash", "-c", 'exec "$0" "$@" 2>&-', *(m.ROOT_PREFIX or [])]
+        assert scripts.run(*command, prefix=prefix).returncode == code
+
+
+def test_restore_finds_the_scripts_from_their_own_folder(scripts: m.ModeScripts) -> None:
+    scripts.must(MPS_ON)
+    subprocess.run(
+        [*(m.ROOT_PREFIX or []), "bash", STATUS, "--restore"], cwd=scripts.project / "gpu-configs",
+        env=scripts.environment, capture_output=True, check=True, timeout=60,
+    )  # fmt: skip
     m.as_delivered(scripts)
 
 

@@ -203,9 +203,10 @@ def test_a_program_is_become_with_its_words_as_they_are(complete: Project) -> No
     words = ["--", "--dry-run", "--help", "", "x y", "--"]
     for flags in ([], ["--dry-run"]):
         process = subprocess.Popen(
-            ["./setup_environment.sh", *flags, str(program), *words], cwd=complete.folder,
-            env={**os.environ, "PYTHON": f"{complete.venv}/bin/python"}, stdout=subprocess.PIPE,
-            text=True,
+            [sys.executable, "-I", "benchmarking/environment.py", "run", *flags, str(program),
+             *words],
+            cwd=complete.folder, env={**os.environ, "PYTHON": f"{complete.venv}/bin/python"},
+            stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         printed, _ = process.communicate(timeout=60)
         assert printed == f"{words} {complete.venv}/bin/python {process.pid}\n"

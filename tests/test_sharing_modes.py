@@ -192,12 +192,19 @@ def test_fewer_static_partitions_than_clients_are_refused_with_both_numbers(
     assert str(raised.value).endswith("enable_mps.sh --static-partitions 4")
 
 
-def test_mps_takes_the_first_directory_that_answers(control: Callable, tmp_path: Path) -> None:
+def test_mps_takes_the_first_directory_that_answers_and_asks_it_once(
+    control: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     running, stale = control(""), tmp_path / "stale"
     stale.mkdir()
     (stale / "control").write_text("")  # a socket file proves no daemon
     mode = mps("/no/such/folder", str(stale), running)
+    asked, ask = [], mps_mode.ask_mps_control
+    monkeypatch.setattr(
+        mps_mode, "ask_mps_control", lambda *words: asked.append(words) or ask(*words)
+    )
     assert all(item.ok for item in mode.require())
+    assert asked.count((running, "get_server_list")) == 1
     assert mode.client_environment(0) == {
         "CUDA_VISIBLE_DEVICES": UUID, "CUDA_MPS_PIPE_DIRECTORY": running}  # fmt: skip
 
@@ -384,9 +391,12 @@ def write_state(folder: Path, mode: str, text: str) -> None:
 def test_state_is_read_from_the_folder_of_the_environment_and_else_from_where_sudo_leaves_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_state(tmp_path, "mps", "pipe_directory=/a=b\nuser=me\nnonsense\n")
+    folder = os.fsdecode("/a=b\u2028\x85".encode() + b"\xe9")  # which a folder may be called
+    (tmp_path / f"mps-{UUID}.state").write_bytes(
+        os.fsencode(f"pipe_directory={folder}\nuser=me\nnonsense\n")
+    )
     environment = {"GPU_SHARING_STATE_DIR": str(tmp_path)}
-    assert read_state("mps", UUID, environment) == {"pipe_directory": "/a=b", "user": "me"}
+    assert read_state("mps", UUID, environment) == {"pipe_directory": folder, "user": "me"}
     assert read_state("mig", UUID, environment) == {}
     # sudo does not pass XDG_STATE_HOME on
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -1,7 +1,7 @@
 """What run_experiments.py and stress_test.py share: the machine, the environment, signals, runs.
 
 A driver is started by the system's Python, which answers wrong usage and a machine that cannot be
-used. It then becomes the Python that has everything (`setup_environment.sh`), as the same process,
+used. It then becomes the Python that has everything (`environment.py`), as the same process,
 and calls the suite in it. A signal does not end it: it is handed to the suite, which stops its
 clients and writes its records; then the driver undoes the mode that it enabled and still makes the
 report of what was done. Clients of a driver that is killed end by the end-of-file of their standard
@@ -18,6 +18,7 @@ import select
 import shlex
 import signal
 import subprocess
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -130,12 +131,12 @@ class Driver:
         if self._python is not None:
             return
         options = self.options
-        command = ["bash", str(PROJECT_ROOT / "setup_environment.sh")]
+        command = [sys.executable, "-I", str(PROJECT_ROOT / "benchmarking/environment.py"), "run"]
         command += ["--dry-run"] if options.dry_run else []
         command += [str(PROJECT_ROOT / "benchmarking" / f"{Path(options.script).stem}.py")]
         command += ["--resume", str(options.resumed)] if options.resumed else options.words
         gpu = json.dumps(vars(self.gpu) if self.gpu else None)
-        os.execvpe("bash", command, {**os.environ, GPU_VARIABLE: gpu})
+        os.execve(sys.executable, command, {**os.environ, GPU_VARIABLE: gpu})
 
     def count_jobs(self, modes: Sequence[str]) -> int | None:
         """Return how many clients the user's own jobs are, `None` with a mix.

@@ -63,8 +63,8 @@ class Gpu:
 
 
 def printable(text: str) -> str:
-    """Return somebody else's text without what would steer the terminal."""
-    return re.sub(r"[\x00-\x1f\x7f-\x9f]", "?", text)
+    """Return somebody else's text without what would steer the terminal, or is no text."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", "?", text)
 
 
 def ask(*words: str) -> tuple[str, int]:

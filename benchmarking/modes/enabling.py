@@ -85,8 +85,10 @@ class ModeSwitch:
             return why_no_static_partitions() or self._why_not_this_daemon(clients)
         if mode != "mig":
             return None
-        if "N/A" in self.gpu.mig_mode:
+        if self.gpu.mig_mode in ("[N/A]", "[Not Supported]"):
             return f"{self.gpu.name} has no MIG"
+        if self.gpu.mig_mode.startswith("["):
+            return f"whether MIG is on could not be asked: {self.gpu.mig_mode}"
         if self._options.mig:
             return None
         if not is_on:

@@ -186,10 +186,10 @@ def read_state(kind: str, gpu_uuid: str, environment: Mapping[str, str]) -> dict
         try:
             if not _is_trusted(kind, path, environment):
                 continue
-            text = path.read_text(encoding="utf-8", errors="replace")
+            text = os.fsdecode(path.read_bytes())  # names of folders, which may be no text
         except OSError:
             continue
-        pairs = (line.partition("=") for line in text.splitlines())
+        pairs = (line.partition("=") for line in text.split("\n"))
         return {key.strip(): value.strip() for key, separator, value in pairs if separator}
     return {}
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarking.hardware.nvidia_tools import ask_mps_control, is_own_pipe_directory
+from benchmarking.hardware.nvidia_tools import ask_mps_control, is_own_pipe_directory, printable
 from benchmarking.modes.mode_scripts import (
     DISABLE_MPS,
     ENABLE_MPS,
@@ -65,9 +65,10 @@ class MpsMode(SharingMode):
 
     def check_settings(self, facts: GpuFacts) -> list[Evidence]:
         """A control daemon answers, and it takes clients without a static partition."""
-        evidence, directory = self.check_daemon(facts), self.pipe_directory()
+        directory = self.pipe_directory()
+        evidence = self.check_daemon(facts, directory)
         is_recorded = directory == self.recorded.get("pipe_directory")
-        if self.partitions_of_daemon() or (is_recorded and "partitions" in self.recorded):
+        if self.partitions_of_daemon(directory) or (is_recorded and "partitions" in self.recorded):
             evidence.append(Evidence(
                 "the daemon takes clients without a static partition",
                 "no, it was started for clients with one (--mps-partitions)", False,
@@ -75,17 +76,17 @@ class MpsMode(SharingMode):
             ))  # fmt: skip
         return evidence
 
-    def partitions_of_daemon(self) -> list[Partition]:
+    def partitions_of_daemon(self, directory: str | None) -> list[Partition]:
         """Return the card's static partitions that the daemon lists; none where it has none."""
-        directory = self.pipe_directory()
         answer = ask_mps_control(directory, "lspart") if directory else None
         return read_partitions(answer or "", str(self.facts().get("uuid")))
 
-    def check_daemon(self, facts: GpuFacts) -> list[Evidence]:
+    def check_daemon(self, facts: GpuFacts, found: str | None) -> list[Evidence]:
         """A control daemon answers, and neither MIG nor the compute mode forbids clients."""
-        found = self.pipe_directory()
-        tried = ", ".join(map(_with_obstacle, self.candidates)) or "no pipe directory is known"
-        daemon = f"yes, at {found}" if found else f"none ({tried})"
+        daemon = f"yes, at {printable(found or '')}"
+        if not found:
+            tried = ", ".join(map(_with_obstacle, self.candidates))
+            daemon = f"none ({printable(tried) or 'no pipe directory is known'})"
         compute_mode = facts.get("compute_mode")
         is_let_in = None if compute_mode is None else compute_mode in MODES_FOR_MPS
         return [
@@ -147,15 +148,16 @@ class PartitionedMpsMode(MpsMode):
 
     def check_settings(self, facts: GpuFacts) -> list[Evidence]:
         """A control daemon answers, and has a partition for every client."""
-        listed, names = self.partitions_of_daemon(), saved_partitions(self.recorded)
+        directory = self.pipe_directory()
+        listed, names = self.partitions_of_daemon(directory), saved_partitions(self.recorded)
         count = sum(find_partition(listed, name) is not None for name in names)
         fix = f"{ENABLE_MPS} --static-partitions {self.clients}"
         partitions = Evidence(
             "every client has a static partition",
             f"{count} static partitions for {self.clients} clients", count >= self.clients,
-            f"{DISABLE_MPS} && {fix}" if self.pipe_directory() else fix,
+            f"{DISABLE_MPS} && {fix}" if directory else fix,
         )  # fmt: skip
-        return [partitions, *self.check_daemon(facts)]  # what mends the first mends both
+        return [partitions, *self.check_daemon(facts, directory)]  # what mends the first mends both
 
     def client_environment(self, client: int) -> dict[str, str]:
         """Return what every MPS client gets, and the client's own partition.
@@ -169,7 +171,7 @@ class PartitionedMpsMode(MpsMode):
     def observe(self) -> None:
         """Ask the daemon for its clients, and which partitions have some."""
         super().observe()
-        self.seen = self.partitions_of_daemon()
+        self.seen = self.partitions_of_daemon(self.pipe_directory())
 
     def prove(
         self, client: int, identity: Identity, pids: frozenset[int], lists: ProcessLists

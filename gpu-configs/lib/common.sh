@@ -29,7 +29,8 @@ path::trust() {
         # the ninth letter of drwxr-xr-x: others may write
         if [[ $folder == /* && $facts =~ ^(0|$owner_of_scripts)\ .{8}[^w] ]]; then kept+=:$folder; fi
     done
-    PATH=${kept#:}
+    PATH=${kept:-:/usr/bin:/bin} # an empty one would mean the working directory
+    PATH=${PATH#:}
 }
 ((EUID != 0)) || [[ ${SUDO_UID:-0} == 0 ]] || path::trust
 
@@ -49,18 +50,21 @@ THIS_COMMAND=("./gpu-configs/${0##*/}" "$@")
 
 # --- messages and questions -----------------------------------------------------------------------
 
-# A terminal that was closed takes no text: that must not end the work, least of all an undo.
+# A terminal that was closed takes no text: that must not end the work, or change with what it ends.
 log() { printf '%s\n' "$*" >&2 2>/dev/null || true; }
 warn() { log "warning: $*"; }
 
 # die CODE TEXT...
 die() {
-    printf 'error: %s\n' "${*:2}" >&2
+    log "error: ${*:2}"
     exit "$1"
 }
 
-# Somebody else's text, such as a process's name, without what would steer the terminal.
-printable() { printf '%s' "${1//[[:cntrl:]]/?}"; }
+# Somebody else's text, such as a process's name, without what would steer the terminal: C1 in UTF-8, too.
+printable() {
+    local -r text=${1//[[:cntrl:]]/?}
+    printf '%s' "${text//$'\xc2'[$'\x80'-$'\x9f']/?}"
+}
 
 # join WORD...: with commas between.
 join() {
@@ -68,14 +72,12 @@ join() {
     printf '%s' "$*"
 }
 
-# The words as they could be typed again. Only what needs quoting is quoted.
+# The words as they could be typed again; a comma needs no quoting.
 quoted() {
-    local word text=""
-    for word in "$@"; do
-        [[ $word =~ ^[A-Za-z0-9_./:,=@%+-]+$ ]] || word="'${word//\'/\'\\\'\'}'"
-        text+=" $word"
-    done
-    printf '%s' "${text# }"
+    local text
+    printf -v text ' %q' "$@"
+    text=${text# }
+    printf '%s' "${text//\\,/,}"
 }
 
 # not_told ANSWER: how a question ends that could not be asked.
@@ -259,10 +261,10 @@ card::failed() {
             gpu::find_holders || log "Who uses it could not be asked: $NOT_TOLD"
             gpu::print_holders || true
             ;;
-        *"in pending enable state"*)
+        *"in pending "*" state"*)
             UNDO=() # a restart is what makes it effective: left pending, as it has to be
-            die "$EXIT_BUSY" "MIG mode is pending: restart the machine or reset the GPU, then run this again;" \
-                "to take it back: sudo ./gpu-configs/disable_mig.sh. nvidia-smi said: $words"
+            die "$EXIT_BUSY" "MIG mode is pending: restart the machine or reset the GPU, then run this again," \
+                "or sudo ./gpu-configs/disable_mig.sh to have it off. nvidia-smi said: $words"
             ;;
         *[Nn]"ot "[Ss]upported*) code=$EXIT_UNSUPPORTED ;;
     esac
@@ -282,7 +284,7 @@ undo::on_exit() {
     local -ri status=$?
     local -i i
     trap - ERR EXIT
-    trap '' INT TERM HUP # whoever is impatient shall not stop the undo
+    trap '' INT TERM HUP PIPE # whoever is impatient, or reads no more, shall not stop the undo
     if ((status != 0 && ${#UNDO[@]} > 0)); then
         log "Putting back what was changed."
         for ((i = ${#UNDO[@]} - 1; i >= 0; i--)); do
@@ -302,10 +304,25 @@ transaction::begin() {
     user::resolve
 }
 
+# transaction::take_turn KIND FOLDER UMASK: waits until no other script changes what is kept in the folder of
+# this kind of state. A folder in it is locked, which nobody else can open; and root opens no pipe or device of a
+# user's by a name that ends in a dot. Where none can be made, nothing can be saved either.
+transaction::take_turn() {
+    local lock
+    state::is_there "$1" "$2/." directory || true # or it ends here
+    (umask "$3" && state::as "$1" mkdir -p -m 700 -- "$2/lock") 2>/dev/null || return 0
+    exec {lock}<"$2/lock/."
+    flock -n "$lock" || {
+        log "Waiting for another of these scripts to end."
+        flock -w 60 "$lock"
+    } || die "$EXIT_BUSY" "another of these scripts is at work, which holds $2/lock; wait for its end"
+}
+
 # transaction::end COMMAND...: from here on nothing is put back; what is in force is printed by the command.
 transaction::end() {
     UNDO=()
-    if ((DRY_RUN)); then printf 'Dry run: nothing was changed.\n'; else "$@"; fi
+    trap : PIPE # done is done, whether or not somebody reads it
+    if ((DRY_RUN)); then printf 'Dry run: nothing was changed.\n'; else "$@" || true; fi
 }
 
 # --- saved state ------------------------------------------------------------------------------------
@@ -372,12 +389,12 @@ state::save() {
     local -a before
     local -r file=$(state::file "$1")
     ! state::is_roots "$1" || umask=022
-    state::is_there "$1" "${file%/*}/." directory || true
     mapfile -t before < <(state::as "$1" cat -- "$file" 2>/dev/null || true)
     undo::push state::put_back "$1" "${before[@]:1}"
     # shellcheck disable=SC2016 # the inner shell expands
     run --note "save $file: ${*:2}" state::as "$1" bash -p -c '
         umask "$1"
+        trap "rm -f -- \"\$2.new\"" EXIT # left where the disk is full
         mkdir -p -- "${2%/*}" && printf "%s\n" "${@:3}" >"$2.new" && sync -- "$2.new" && mv -fT -- "$2.new" "$2"
     ' save "$umask" "$file" "gpu_uuid=$GPU_UUID" "${@:2}" || die "$EXIT_PERMISSION" "cannot write $file as" \
         "$(state::as "$1" id -un); set GPU_SHARING_STATE_DIR to a folder that this user may write"
@@ -395,9 +412,6 @@ state::put_back() {
     if (($# == 1)); then state::remove "$1"; else state::save "$@"; fi
 }
 
-# shellcheck source=gpu.sh
 source "${BASH_SOURCE[0]%/*}/gpu.sh"
-# shellcheck source=mps.sh
 source "${BASH_SOURCE[0]%/*}/mps.sh"
-# shellcheck source=mig.sh
 source "${BASH_SOURCE[0]%/*}/mig.sh"

@@ -10,10 +10,10 @@
 # Index and UUID become parts of file names and of arithmetic, so a line with others is no row. The name is
 # last: it is the only field that could hold a comma.
 GPU_FIELDS=index,uuid,compute_mode,mig.mode.current,mig.mode.pending,compute_cap,name
-readonly GPU_ROW='^([0-9]{1,4}), (GPU-[0-9A-Za-z-]+), ([^,]*), ([^,]*), ([^,]*), ([^,]*), (.*)$'
+readonly GPU_ROW='^[0-9]{1,4}, GPU-[0-9A-Za-z-]+(, [^,]*){5}'
 
-# A driver that hangs is one that could not be asked.
-gpu::ask() { timeout -k 5 60 nvidia-smi "$@" 2>&1; }
+# A driver that hangs is one that could not be asked. In the foreground, so that Ctrl-C reaches it.
+gpu::ask() { timeout --foreground -k 5 60 nvidia-smi "$@" 2>&1; }
 
 # gpu::query [-i GPU]: fills QUERY_ROWS, one line a GPU, QUERY_REST, what else was said, and QUERY_STATUS.
 gpu::query() {
@@ -31,7 +31,7 @@ gpu::query() {
     done
     while IFS= read -r line; do
         if [[ $line =~ $GPU_ROW ]]; then
-            QUERY_ROWS+=("$line")
+            QUERY_ROWS+=("${line//, /,}")
         elif [[ -n ${line// /} ]]; then
             QUERY_REST+=("$(printable "$line")")
         fi
@@ -67,21 +67,15 @@ gpu::list() {
             GPU_LINES+=("$line")
     done
     ((${#GPU_LINES[@]} == 0)) || return 0
-    printf '%s\n' "${titles[@]}" >&2
-    die "$EXIT_NO_GPU" "there is no GPU '$GPU_SELECTOR'; those above are there"
+    log "$(printf '%s\n' "${titles[@]}")"
+    die "$EXIT_NO_GPU" "there is no GPU '$(printable "$GPU_SELECTOR")'; those above are there"
 }
 
 # gpu::read_line ROW: sets GPU_INDEX, GPU_UUID, ... of a row of gpu::query.
 gpu::read_line() {
     local name
-    [[ $1 =~ $GPU_ROW ]]
-    GPU_INDEX=${BASH_REMATCH[1]}
-    GPU_UUID=${BASH_REMATCH[2]}
-    GPU_COMPUTE_MODE=${BASH_REMATCH[3]}
-    GPU_MIG_CURRENT=${BASH_REMATCH[4]}
-    GPU_MIG_PENDING=${BASH_REMATCH[5]}
-    GPU_COMPUTE_CAPABILITY=${BASH_REMATCH[6]}
-    GPU_NAME=$(printable "${BASH_REMATCH[7]}")
+    IFS=, read -r GPU_INDEX GPU_UUID GPU_COMPUTE_MODE GPU_MIG_CURRENT GPU_MIG_PENDING \
+        GPU_COMPUTE_CAPABILITY GPU_NAME <<<"$(printable "$1")"
     for name in GPU_MIG_CURRENT GPU_MIG_PENDING GPU_COMPUTE_CAPABILITY; do
         [[ ${!name} != "$GPU_UUID" ]] || printf -v "$name" '[N/A]'
     done
@@ -89,8 +83,14 @@ gpu::read_line() {
     [[ $GPU_MIG_PENDING == "$GPU_MIG_CURRENT" ]] || GPU_MIG_MODE+=" (pending: $GPU_MIG_PENDING)"
 }
 
-# Chooses the GPU of --gpu, or the first, and fills the GPU_* variables.
+# Chooses the GPU of --gpu, or the first, and fills the GPU_* variables: the beginning of every script that
+# changes something.
 gpu::select() {
+    trap 'exit 141' PIPE
+    if ((!DRY_RUN)); then
+        transaction::take_turn mps "$USER_STATE" 077
+        ((EUID != 0)) || [[ $ROOT_STATE == "$USER_STATE" ]] || transaction::take_turn mig "$ROOT_STATE" 022
+    fi
     gpu::list
     gpu::read_line "${GPU_LINES[0]}"
     ((${#GPU_LINES[@]} == 1)) || log "Taking GPU $GPU_INDEX of $GPU_COUNT; --gpu chooses another."
@@ -119,7 +119,7 @@ gpu::find_holders() {
 gpu::print_holders() {
     ((${#HOLDERS[@]} > 0)) || return 1
     log "On $(gpu::title):"
-    printf '  %s\n' "${HOLDERS[@]}" >&2
+    log "$(printf '  %s\n' "${HOLDERS[@]}")"
 }
 
 # process::owner PID: an account's name may hold blanks.
@@ -141,7 +141,7 @@ process::runs() {
 # --- settings: compute-mode, time-slice and MIG-mode ------------------------------------------------
 
 # setting::read NAME: a question: sets CURRENT, which is nothing where the GPU has no such setting. The
-# GPU_* variables are read anew for those that are among them.
+# GPU_* variables are read anew for those that are among them: in brackets stands why one is not told.
 setting::read() {
     local output status=0
     if [[ $1 == time-slice ]]; then
@@ -158,6 +158,10 @@ setting::read() {
     gpu::read_line "${QUERY_ROWS[0]}"
     CURRENT=$GPU_COMPUTE_MODE
     [[ $1 != MIG-mode ]] || CURRENT=$GPU_MIG_MODE
+    case $CURRENT in
+        "[N/A]" | "[Not Supported]") CURRENT="" ;;
+        \[*) not_told "$CURRENT" ;;
+    esac
 }
 
 # setting::change NAME VALUE: asks nvidia-smi for it, unless it is so, and reads it back.
@@ -181,6 +185,7 @@ setting::change() {
 setting::set() {
     local previous
     require "the ${1/-/ }" setting::read "$1"
+    [[ -n $CURRENT ]] || die "$EXIT_UNSUPPORTED" "$(gpu::title) has no ${1/-/ } setting"
     [[ $CURRENT != "$2" ]] || return 0
     previous=$CURRENT
     ! state::load "$1" || [[ ${STATE[set]:-} != "$CURRENT" ]] || previous=${STATE[previous]:-$CURRENT}

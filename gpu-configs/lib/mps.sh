@@ -19,7 +19,7 @@ mps::run() {
 
 # mps::ask PIPE_DIRECTORY COMMAND: sets ANSWER to what the daemon says.
 mps::ask() {
-    ANSWER=$(mps::run CUDA_MPS_PIPE_DIRECTORY="$1" timeout 20 nvidia-cuda-mps-control 2>&1 <<<"$2")
+    ANSWER=$(mps::run CUDA_MPS_PIPE_DIRECTORY="$1" timeout --foreground 20 nvidia-cuda-mps-control 2>&1 <<<"$2")
 }
 
 # mps::tell PIPE_DIRECTORY COMMAND: a command that changes something. Its answer and its status say
@@ -130,14 +130,14 @@ mps::find_clients() {
 
 # A question: fills MPS_OWN and MPS_FOREIGN with a readable line for each control daemon of the invoking user
 # and of others. A process is a daemon by the name that the kernel gave it (which is the server's, too), by
-# its first argument, and by its program.
+# its first argument, and by its program; one without further arguments only puts a question.
 mps::find_daemons() {
     local listing pid uid name program arguments line
     MPS_OWN=()
     MPS_FOREIGN=()
     listing=$(ps -eo pid=,uid=,comm=,args= 2>/dev/null) || not_told "ps was not found or failed" || return
     while read -r pid uid name program arguments; do
-        [[ $name == nvidia-cuda-mps && ${program##*/} == nvidia-cuda-mps-control ]] || continue
+        [[ $name == nvidia-cuda-mps && ${program##*/} == nvidia-cuda-mps-control && -n $arguments ]] || continue
         process::runs "$pid" nvidia-cuda-mps-control || continue
         line="pid $pid"
         ((uid == INVOKER_UID)) || line+=" of user $(process::owner "$pid")"

@@ -10,6 +10,7 @@ texts are those of NVIDIA's manual and of public programs that read them.
 """
 
 import base64
+import contextlib
 import os
 import pwd
 import socket
@@ -23,6 +24,15 @@ NO_DAEMON = "Cannot find MPS control daemon process"
 def pipe_directory():
     default = os.path.join(os.environ.get("FAKE_GPU_STATE", "/nonexistent"), "default-mps-pipe")
     return os.path.realpath(os.environ.get("CUDA_MPS_PIPE_DIRECTORY", default))
+
+
+def inherited_locks():
+    """Locks of the caller's that a real daemon would hold as long as it runs."""
+    files = []
+    for number in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # the one that lists them
+            files.append(os.readlink(f"/proc/self/fd/{number}"))
+    return [file for file in files if file.endswith("state/lock")]
 
 
 def start_daemon(machine):
@@ -60,6 +70,7 @@ def start_daemon(machine):
         "visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES"),
         "protocol": int(os.environ.get("CUDA_MPS_PROTOCOL_VERSION", "2")),
         "partitions": [] if is_static else None,
+        "locks": inherited_locks(),
     }
     machine["next_pid"] += 1
     return 0, ""
@@ -72,7 +83,7 @@ def set_percentage(daemon, words):
         value = 0.0
     if 0 < value <= 100:
         daemon["percentage"] = value
-    return str(daemon["percentage"])  # what is out of range is ignored, the old value printed
+    return f"{daemon['percentage']:.1f}"  # what is out of range is ignored, the old value printed
 
 
 def client_table(machine, daemon):
@@ -161,7 +172,7 @@ def obey(machine, command):
             gpu["processes"] = [p for p in gpu["processes"] if p["pid"] != daemon["server"]]
         return 0, ""
     if verb == "get_default_active_thread_percentage":
-        return 0, str(daemon["percentage"])
+        return 0, f"{daemon['percentage']:.1f}"
     if verb == "set_default_active_thread_percentage":
         return 0, set_percentage(daemon, words)
     if verb == "get_server_list":
