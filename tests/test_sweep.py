@@ -144,7 +144,7 @@ def test_a_value_that_fails_is_said_and_the_others_go_on(sweeper: Sweeper) -> No
     assert "### Values without figures\n\n- 3: failed" in text
 
 
-def test_values_that_would_share_a_folder_or_that_nothing_could_run_are_refused(sweeper: Sweeper) -> None:
+def test_values_that_share_a_folder_or_that_nothing_could_run_are_refused(sweeper: Sweeper) -> None:
     done = sweeper.run("job-flag=--model", "a/b,a-b", "--mix", "inference", "--device", "cpu")
     assert done.returncode == 2
     assert "two would be measured in one folder, model-a-b" in done.stderr
