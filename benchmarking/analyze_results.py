@@ -25,7 +25,14 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarking.cli import EXIT_USAGE, OneLineParser
+from benchmarking.cli import (
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    OneLineParser,
+    SuiteError,
+    drop_output,
+    positive_float,
+)
 from benchmarking.records.writing import write_text_atomic
 from benchmarking.report import comparison, export, render, runs
 from benchmarking.report.claims import MATTERS_PERCENT
@@ -33,13 +40,7 @@ from benchmarking.report.claims import MATTERS_PERCENT
 if TYPE_CHECKING:
     import pandas
 
-EXIT_FAILED = 1
 EXIT_REQUIREMENT = 7
-EXIT_INTERRUPTED = 130
-
-
-class CannotWriteError(Exception):
-    """The report cannot be written; the message is one sentence naming the fix."""
 
 
 def main() -> int:
@@ -47,14 +48,17 @@ def main() -> int:
     options = parse_arguments()
     try:
         compared = analyze(options)
-    except runs.UsageError as error:
-        return complain(error, EXIT_USAGE)
-    except CannotWriteError as error:
-        return complain(error, EXIT_FAILED)
+        width = shutil.get_terminal_size((100, 24)).columns
+        with writing("standard output"):
+            print(render.render_terminal(compared, width))
+            print(f"report: {options.output / 'report.html'} (and report.md)", flush=True)
+    except SuiteError as error:
+        drop_output()
+        return complain(error, error.exit_code)
+    except BrokenPipeError:  # `| head` has read enough; what is required is still looked at
+        drop_output()
     except KeyboardInterrupt:
         return complain("interrupted, the report is not complete", EXIT_INTERRUPTED)
-    print(render.render_terminal(compared, shutil.get_terminal_size((100, 24)).columns))
-    print(f"report: {options.output / 'report.html'} (and report.md)")
     return check_requirements(options.require, compared)
 
 
@@ -77,27 +81,27 @@ def parse_arguments() -> argparse.Namespace:
         help="where the report and the charts go (default: the results folder)",
     )  # fmt: skip
     parser.add_argument(
-        "--slo-ms", type=_positive, metavar="MS",
+        "--slo-ms", type=positive_float, metavar="MS",
         help="say which share of the latency jobs' responses came within this bound "
         "(default: the bound that a run was given)",
     )  # fmt: skip
     parser.add_argument(
-        "--matters", type=_positive, default=MATTERS_PERCENT, metavar="PERCENT", dest="matters",
+        "--matters", type=positive_float, default=MATTERS_PERCENT, metavar="PERCENT",
         help="differences within it do not matter (default: %(default)g)",
     )  # fmt: skip
     parser.add_argument(
-        "--require", type=_requirement, action="append", default=[],
+        "--require", type=export.Requirement.parse, action="append", default=[],
         metavar="[MODE:][JOB:]FIGURE OP VALUE",
         help="end with exit code 7 when a figure does not meet this, such as "
         "'mps:batch_inference:p99<50ms' or 'work>1.1'; without MODE every mode must, without JOB "
         f"every job; figures: {', '.join(export.FIGURES)}; may be repeated",
     )  # fmt: skip
     parser.add_argument(
-        "--gpu-price", type=_positive, metavar="PRICE",
+        "--gpu-price", type=positive_float, metavar="PRICE",
         help="price of the GPU an hour: adds what 1,000 seconds of work cost",
     )  # fmt: skip
     parser.add_argument(
-        "--kwh-price", type=_positive, metavar="PRICE",
+        "--kwh-price", type=positive_float, metavar="PRICE",
         help="price of a kilowatt-hour: adds what the energy of 1,000 seconds of work costs",
     )  # fmt: skip
     parser.add_argument(
@@ -109,23 +113,6 @@ def parse_arguments() -> argparse.Namespace:
     return options
 
 
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"give a number over 0, not {text!r}")
-    return value
-
-
-def _requirement(text: str) -> export.Requirement:
-    try:
-        return export.Requirement.parse(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
 def analyze(options: argparse.Namespace) -> dict[str, Any]:
     """Read, compare, draw, write."""
     results = runs.read_results(options.results_dir)
@@ -133,7 +120,7 @@ def analyze(options: argparse.Namespace) -> dict[str, Any]:
     try:
         options.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise runs.UsageError(
+        raise SuiteError(
             f"cannot write to {options.output} ({error.strerror}): choose another --output"
         ) from error
     with writing(options.output):
@@ -158,15 +145,17 @@ def compare(
 
 
 @contextlib.contextmanager
-def writing(folder: Path) -> Iterator[None]:
+def writing(where: Path | str) -> Iterator[None]:
     """Turn what a full disk, or a folder that is shut or gone, does inside into one sentence."""
     try:
         yield
+    except BrokenPipeError:
+        raise
     except OSError as error:
-        raise CannotWriteError(
-            f"cannot write to {folder} ({error.strerror}): make room there or bring it back, or "
-            "choose another --output"
-        ) from error
+        raise SuiteError(
+            f"cannot write to {where} ({error.strerror}): make room there or bring it back, or "
+            "choose another --output", EXIT_FAILED,
+        ) from error  # fmt: skip
 
 
 def draw(compared: dict[str, Any], clients: pandas.DataFrame, folder: Path) -> Any:

@@ -49,8 +49,8 @@ from benchmarking.cli import (
     OneLineParser,
     RunEnded,
     SuiteError,
+    client_count,
     positive_float,
-    positive_int,
 )
 from benchmarking.drivers.program import (
     UntilOver,
@@ -106,7 +106,7 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--mode", choices=MODES[:3], default=MODES[0], help="(default: %(default)s)")
     add("--fault", choices=tuple(FAULTS))
-    add("--neighbors", type=positive_int, default=3, metavar="N", help="(default: 3)")
+    add("--neighbors", type=client_count, default=3, metavar="N", help="(default: 3)")
     add("--mix", choices=sorted(MIXES), default="inference",
         help="the neighbors' jobs (default: inference)")  # fmt: skip
     add("--window", type=positive_float, default=10.0, metavar="S",

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import msgspec
 
 from benchmarking.cli import EXIT_USAGE, SuiteError
 from benchmarking.metrics.number_text import significant
+from benchmarking.records.types import Mode
 from benchmarking.report import render
-from benchmarking.report.runs import cleaned
+from benchmarking.report.foreign import read_struct
 from benchmarking.report.tables import Table
 from benchmarking.report.wording import mode_name, mode_order
 
@@ -25,6 +27,51 @@ FAULTS = {
 NO_GPU = {"name": "the CPU, which says nothing of a GPU"}
 
 Record = Mapping[str, Any]
+
+
+class Neighbor(msgspec.Struct):
+    """What is read of a neighbor in a record."""
+
+    survived: bool
+    proof: str | None
+    longest_gap_ms: float | None
+    lost_seconds: float
+
+
+class Newcomer(msgspec.Struct):
+    """What is read of the new client in a record."""
+
+    works_after_seconds: float | None
+    startup_seconds: float | None
+    patience_seconds: float
+
+
+class Card(msgspec.Struct):
+    """What is read of the card in a record."""
+
+    name: str | None
+
+
+class Fault(msgspec.Struct, kw_only=True):
+    """A record, as far as the summary reads it; of a fault that did not happen `not_run` says why.
+
+    The first version had no `not_run`.
+    """
+
+    schema_version: Literal[1, 2]  # SCHEMA_VERSION
+    created_at: str
+    mode: Mode
+    fault: Literal["exit", "oom", "assert", "illegal-access"]
+    not_run: str | None = None
+    gpu: Card | None = None
+    neighbors: list[Neighbor] = []
+    newcomer: Newcomer | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse the record of a fault that happened, but to nobody."""
+        if not self.not_run and self.newcomer is None:
+            raise ValueError("it has no newcomer")
+
 
 SUMMARY_HEADER = (
     "mode", "fault", "neighbors survived", "longest pause ms", "lost s",
@@ -119,12 +166,10 @@ def is_measured(folder: Path) -> bool:
 def read_record(path: Path) -> Record:
     """Read one record; raises `SuiteError` where it is none, or another version's."""
     try:
-        record = cleaned(json.loads(path.read_text(encoding="utf-8")))
-        version, known = record["schema_version"], record["fault"] in FAULTS
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise SuiteError(f"{path} is no record of a fault: measure it again", EXIT_USAGE) from error
-    if version not in (1, SCHEMA_VERSION) or not known:
+        record = read_struct(path, Fault)
+    except ValueError as error:
         raise SuiteError(
-            f"{path} was made by another version of this program: measure it again", EXIT_USAGE
-        )
-    return {**record, "is_measured": not record.get("not_run")}
+            f"{path} is no record of a fault by this version of the program ({error}): measure it "
+            "again", EXIT_USAGE,
+        ) from error  # fmt: skip
+    return {**msgspec.to_builtins(record), "is_measured": not record.not_run}

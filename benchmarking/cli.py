@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 EXIT_COMPLETE, EXIT_FAILED, EXIT_USAGE, EXIT_NO_GPU = 0, 1, 2, 3
+MOST_AT_ONCE = 9999
 EXIT_MODE_NOT_IN_FORCE, EXIT_INVALID, EXIT_INTERRUPTED = 4, 5, 130
 
 
@@ -81,6 +83,14 @@ def some_text(text: str) -> str:
     return text
 
 
+def drop_output() -> None:
+    """Give up standard output where nobody reads it or it is full: Python flushes once more."""
+    try:
+        print(end="", flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def positive_int(text: str) -> int:
     """Argument type: a whole number of 1 or more."""
     if not text.isdecimal() or int(text) < 1:
@@ -116,9 +126,16 @@ def _number(text: str) -> float:
         return math.nan
 
 
+def client_count(text: str) -> int:
+    """Argument type: as many clients as some machine could run."""
+    if positive_int(text) > MOST_AT_ONCE:
+        raise argparse.ArgumentTypeError(f"{text!r} are too many clients: {MOST_AT_ONCE} at most")
+    return int(text)
+
+
 def counts(text: str) -> tuple[int, ...]:
-    """Argument type: whole numbers of 1 or more, each once, rising, with commas between them."""
-    values = tuple(positive_int(part.strip()) for part in text.split(","))
+    """Argument type: counts of clients, each once, rising, with commas between them."""
+    values = tuple(client_count(part.strip()) for part in text.split(","))
     if list(values) != sorted(set(values)):
         raise argparse.ArgumentTypeError(f"{text!r}: give each count once, the smallest first")
     return values

@@ -50,6 +50,7 @@ from benchmarking.drivers.fleet_unit import DRIVER, RECORD_WORD, run_units
 from benchmarking.drivers.program import exit_code_of, make_folder
 from benchmarking.measuring.stop_signal import StopSignal
 from benchmarking.modes.mode_scripts import LOCK_VARIABLE
+from benchmarking.records.writing import write_bytes_atomic
 
 OUTPUT = Path("results/fleet")
 # Flags of run_experiments.sh that the fleet itself gives.
@@ -363,7 +364,7 @@ def unpack(packed: bytes, folder: Path) -> None:
             content = archive.extractfile(member) if member.isreg() else None
             if content is not None and target.is_relative_to(folder):
                 target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(content.read())
+                write_bytes_atomic(target, content.read(), mode=member.mode & 0o777)
 
 
 def node_name(node: dict[str, Any]) -> str:

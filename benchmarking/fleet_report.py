@@ -8,11 +8,14 @@ only those whose health is that of their model.
 from __future__ import annotations
 
 import json
+import os
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import msgspec
 
 from benchmarking.cli import (
     EXIT_COMPLETE,
@@ -23,10 +26,11 @@ from benchmarking.cli import (
     EXIT_USAGE,
     SuiteError,
 )
+from benchmarking.drivers.fleet_unit import UnitRecord
 from benchmarking.drivers.program import write_report
 from benchmarking.records.run_folder import utc_now
-from benchmarking.report import render
-from benchmarking.report.runs import cleaned
+from benchmarking.report import claims, render
+from benchmarking.report.foreign import cleaned, read_struct
 
 SCHEMA_VERSION = 1
 NAME = "fleet"
@@ -57,112 +61,180 @@ def write(folder: Path, without_record: Sequence[Row]) -> int:
         folder: The fleet's.
         without_record: `host` and `reason` of each card that has no record of its own.
 
+    A card whose record cannot be read stands among these.
+
     Raises `SuiteError` where there is nothing to report.
     """
-    cards = [read_card(path) for path in sorted(folder.glob("*/GPU-*.json"))]
-    if not cards and not without_record:
+    cards, missed = [], cleaned(list(without_record))
+    for path in sorted(folder.glob("*/GPU-*.json")):
+        try:
+            cards.append(read_card(path))
+        except ValueError as error:
+            reason = f"{path.name}, or its comparison.json, cannot be read ({error})"
+            missed.append(cleaned({"host": path.parent.name, "reason": reason}))
+    if not cards and not missed:
         raise SuiteError(f"{folder} holds no unit of a fleet: name another by --output", EXIT_USAGE)
+    flag_repeated(cards)
     flag(cards)
     found = {
         "schema_version": SCHEMA_VERSION,
         "created_at": utc_now(),
         "cards": cards,
-        "without_record": cleaned(list(without_record)),
+        "without_record": missed,
         "models": merge(cards),
     }
     text = markdown(found)
     write_report(folder, NAME, found, text)
     print(f"\n{text}\nreport: {folder / NAME}.md", flush=True)
     is_complete = all(card["outcome"] == MEASURED for card in cards)
-    return EXIT_COMPLETE if is_complete and not without_record else EXIT_FAILED
+    return EXIT_COMPLETE if is_complete and not missed else EXIT_FAILED
 
 
 # --- what there is -------------------------------------------------------------------------------
 
 
+class Value(msgspec.Struct):
+    """An estimate of a comparison."""
+
+    mean: float | None
+
+
+class Client(msgspec.Struct):
+    """A client's row in a comparison."""
+
+    label: str
+    slowdown: Value | None = None
+    p99_ms: Value | None = None
+
+
+class Group(msgspec.Struct, kw_only=True):
+    """A mode's row in a comparison."""
+
+    variant: str
+    mode: str
+    mix: str
+    clients: int
+    outcome: str
+    stp: Value | None = None
+    joules_per_job: Value | None = None
+    energy_ratio: Value | None = None
+    client_rows: list[Client] = []
+
+    @property
+    def figures(self) -> Row:
+        """What the table shows of a mode; `None` is unknown."""
+        slowdowns = {row.label: _mean(row.slowdown) for row in self.client_rows}
+        known = {label: value for label, value in slowdowns.items() if value is not None}
+        worst = max(known, key=lambda label: known[label], default=None)
+        tails = [_mean(row.p99_ms) for row in self.client_rows]
+        return {
+            "outcome": self.outcome,
+            "work_delivered": _mean(self.stp),
+            "worst_slowdown": known.get(worst) if worst is not None else None,
+            "worst_job": worst,
+            "p99_ms": max((tail for tail in tails if tail is not None), default=None),
+            "joules_per_job": _mean(self.joules_per_job),
+            "energy_ratio": _mean(self.energy_ratio),
+        }
+
+
+class Conclusion(msgspec.Struct):
+    """A conclusion of a comparison."""
+
+    mix: str
+    clients: int
+    subject: str
+    verdict: str | None
+    best: str | None
+
+
+class Section(msgspec.Struct):
+    """A section of a comparison, which the newest comes first of."""
+
+    environment: dict[str, Any] = {}
+    versions: dict[str, Any] = {}
+    engines: dict[str, Any] = {}
+    groups: list[Group] = []
+    conclusions: list[Conclusion] = []
+
+
+class Comparison(msgspec.Struct):
+    """A card's comparison.json, as far as a fleet's report reads it."""
+
+    schema_version: Literal[5]  # comparison.SCHEMA_VERSION
+    sections: list[Section]
+
+
 def read_card(path: Path) -> Row:
-    """Return a unit's record with the figures of its comparison, by mode."""
-    try:
-        record = cleaned(json.loads(path.read_text(encoding="utf-8")))
-        section = _section(path.with_suffix("") / "comparison.json")
-    except (OSError, ValueError) as error:
-        raise SuiteError(f"{path} cannot be read ({error})", EXIT_USAGE) from error
-    gpu = record["gpu"]
+    """Return a unit's record with the figures of its comparison, by mode.
+
+    Raises `ValueError`, which says why, where one of them cannot be read.
+    """
+    record = read_struct(path, UnitRecord)
+    compared = path.with_suffix("") / "comparison.json"
+    sections = read_struct(compared, Comparison).sections if os.path.lexists(compared) else []
+    section = sections[0] if sections else Section()
     groups = _compared_groups(section)
     return {
-        "host": record["host"],
-        "uuid": gpu["uuid"],
-        "model": gpu["name"],
-        "outcome": OUTCOMES.get(record["exit_code"], "failed"),
-        "reason": record["reason"],
-        "health": record["health"],
-        "flags": [record["health_failure"]] if record["health_failure"] else [],
-        "modes": {group["variant"]: _figures(group) for group in groups},
+        "host": record.host,
+        "uuid": record.gpu.uuid,
+        "model": record.gpu.name,
+        "outcome": OUTCOMES.get(record.exit_code, "failed"),
+        "reason": record.reason,
+        "started_at": record.started_at,
+        "health": record.health and msgspec.to_builtins(record.health),
+        "flags": [record.health_failure] if record.health_failure else [],
+        "modes": {group.variant: group.figures for group in groups},
         "best_mode": _best_mode(section, groups),
         # Cards merge only where this is alike, as runs do.
         "environment": {
-            **(section.get("environment") or {}), "versions": section.get("versions"),
-            "engines": section.get("engines"), "driver_version": gpu["driver_version"],
-            "commit": record["commit"], "plan": record["plan"], "host_cores": record["host_cores"],
+            **section.environment, "versions": section.versions, "engines": section.engines,
+            "driver_version": record.gpu.driver_version, "commit": record.commit,
+            "plan": record.plan, "host_cores": record.host_cores,
         },
     }  # fmt: skip
 
 
-def _section(path: Path) -> Mapping[str, Any]:
-    """Return the newest section of a comparison, empty where there is none."""
-    if not path.exists():
-        return {}
-    sections = cleaned(json.loads(path.read_text(encoding="utf-8"))).get("sections") or [{}]
-    return sections[0]
-
-
-def _compared_groups(section: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def _compared_groups(section: Section) -> list[Group]:
     """Return the rows of clients together, at the mix and count where most modes worked."""
-    by_load: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
-    for group in section.get("groups") or []:
-        if group["clients"] > 1 and group["mode"] != "exclusive":
-            by_load.setdefault((group["mix"], group["clients"]), []).append(group)
+    by_load: dict[tuple[str, int], list[Group]] = {}
+    for group in section.groups:
+        if group.clients > 1 and group.mode != "exclusive":
+            by_load.setdefault((group.mix, group.clients), []).append(group)
     return max(by_load.values(), default=[],
-               key=lambda groups: (sum(map(_worked, groups)), groups[0]["clients"]))  # fmt: skip
+               key=lambda groups: (sum(map(_worked, groups)), groups[0].clients))  # fmt: skip
 
 
-def _worked(group: Mapping[str, Any]) -> bool:
-    return group["outcome"] == "ok" and group.get("stp") is not None
+def _worked(group: Group) -> bool:
+    return group.outcome == "ok" and group.stp is not None
 
 
-def _figures(group: Mapping[str, Any]) -> Row:
-    """Return what the table shows of a mode; `None` is unknown."""
-    clients = group.get("client_rows") or []
-    slowdowns = {row["label"]: _mean(row.get("slowdown")) for row in clients}
-    known = {label: value for label, value in slowdowns.items() if value is not None}
-    worst = max(known, key=lambda label: known[label], default=None)
-    tails = [_mean(row.get("p99_ms")) for row in clients]
-    return {
-        "outcome": group["outcome"],
-        "work_delivered": _mean(group.get("stp")),
-        "worst_slowdown": known.get(worst),
-        "worst_job": worst,
-        "p99_ms": max((tail for tail in tails if tail is not None), default=None),
-        "joules_per_job": _mean(group.get("joules_per_job")),
-        "energy_ratio": _mean(group.get("energy_ratio")),
-    }
+def _mean(found: Value | None) -> float | None:
+    return None if found is None else found.mean
 
 
-def _mean(estimate: Mapping[str, Any] | None) -> float | None:
-    return None if estimate is None else estimate["mean"]
-
-
-def _best_mode(section: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> str | None:
+def _best_mode(section: Section, groups: Sequence[Group]) -> str | None:
     """Return the mode that surely delivers most on a card, `None` where that cannot be told."""
-    compared = {(group["mix"], group["clients"]) for group in groups}
-    for conclusion in section.get("conclusions") or []:
-        is_ours = (conclusion["mix"], conclusion["clients"]) in compared
-        if is_ours and conclusion["subject"] == "whole card" and conclusion["verdict"] == "sure":
-            return str(conclusion["best"])
+    compared = {(group.mix, group.clients) for group in groups}
+    for one in section.conclusions:
+        is_ours = (one.mix, one.clients) in compared
+        if is_ours and one.subject == claims.WHOLE_CARD and one.verdict == claims.SURE:
+            return one.best
     return None
 
 
 # --- what they say together ----------------------------------------------------------------------
+
+
+def flag_repeated(cards: Sequence[Row]) -> None:
+    """Flag a card's earlier measurement where it was measured again under another host's name."""
+    latest: dict[str, Row] = {}
+    for card in sorted(cards, key=lambda card: card["started_at"] or ""):
+        if card["outcome"] == MEASURED:
+            earlier = latest.setdefault(card["uuid"], card)
+            if earlier is not card:
+                earlier["flags"].append(f"the card that {card['host']} measured again later")
+                latest[card["uuid"]] = card
 
 
 def flag(cards: Sequence[Row]) -> None:
@@ -190,7 +262,7 @@ def flag(cards: Sequence[Row]) -> None:
 
 def _percent_off(value: float | None, all_values: Sequence[float | None]) -> float:
     """Return how far a value lies off the median, in percent of it; 0 where that is unknown."""
-    known = [one for one in all_values if one is not None]
+    known = [one for one in all_values if one]
     if value is None or not known:
         return 0.0
     return (value / statistics.median(known) - 1) * 100
@@ -221,9 +293,10 @@ def _kind(alike: Sequence[Row], cards: Sequence[Row]) -> Row:
             reasons.append(f"decides for {card['best_mode'] or 'no mode'}")
         if reasons:
             outliers[f"{card['host']} {card['uuid']}"] = reasons
+    of_model = {card["uuid"] for card in cards if card["model"] == model}
     return {
-        "model": model, "environment": alike[0]["environment"],
-        "cards": sum(card["model"] == model for card in cards), "averaged": len(averaged),
+        "model": model, "environment": alike[0]["environment"], "cards": len(of_model),
+        "averaged": len(averaged),
         "decision": decision, "agreeing": agreeing, "modes": modes, "outliers": outliers,
     }  # fmt: skip
 

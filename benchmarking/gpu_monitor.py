@@ -31,7 +31,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import io
 import json
 import os
 import select
@@ -48,7 +47,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import psutil
 
-from benchmarking.cli import OneLineParser
+from benchmarking.cli import OneLineParser, drop_output
 from benchmarking.hardware import nvml
 from benchmarking.hardware.exporter import Exporter
 
@@ -296,8 +295,7 @@ def open_output(name: str) -> Iterator[TextIO]:
 def report_broken_output(error: OSError) -> int:
     """Return the exit code for an output that cannot be written any more."""
     if isinstance(error, BrokenPipeError):
-        # Whoever read the lines has had enough. Python would flush, and fail, once more at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_output()  # whoever read the lines has had enough
         return 0
     print(f"gpu_monitor: the samples cannot be written: {error}", file=sys.stderr)
     return 1
@@ -324,10 +322,8 @@ def open_exporter(arguments: argparse.Namespace, gpu: nvml.Gpu) -> Exporter | No
 
 def open_display(output_name: str, gpu: nvml.Gpu) -> Display | contextlib.nullcontext[None]:
     """Return what shows the samples; nothing does where that would be no place for it."""
-    if output_name == "-" or sys.stdout is None:
+    if output_name == "-":
         return contextlib.nullcontext()
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # the file's name may be no text
     return Display("no GPU" if gpu.uuid is None else f"GPU {gpu.index} {gpu.uuid}", output_name)
 
 

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
+import dataclasses
 import os
 import re
 import shlex
@@ -32,6 +32,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarking.cli import (
@@ -52,6 +54,7 @@ from benchmarking.modes.names import MODE_EXCLUSIVE, MODE_MIG, MODE_TIME_SLICING
 from benchmarking.planning import flags
 from benchmarking.planning.request import Request
 from benchmarking.planning.workloads import PAIRED_MIXES
+from benchmarking.records.files import NOT_DECODED, decode, read_file
 from benchmarking.records.run_folder import (
     MANIFEST_FILE,
     RunStoreError,
@@ -206,19 +209,21 @@ def resumed(parser: argparse.ArgumentParser, given: argparse.Namespace) -> argpa
         parser.error("--resume goes on with the sweep's own flags: leave the others away")
     folder, refused = given.resume.resolve(), f"--resume {given.resume}"
     try:
-        kept = json.loads((folder / SWEEP_FILE).read_text(encoding="utf-8"))
-        points = [Point(point["value"], point["outcome"], point["run_id"], point["reason"])
-                  for point in kept["points"]]  # fmt: skip
-        fields = {name: kept[name] for name in ("knob", "command", "created_at", "directory")}
-        sweep = Sweep(**fields, baseline=None, points=points)
-        os.chdir(sweep.directory)  # relative paths among its flags count from there
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        status = (folder / SWEEP_FILE).lstat()
+        kept = decode(msgspec.json.Decoder(Sweep), read_file(folder / SWEEP_FILE))
+        os.chdir(kept.directory)  # relative paths among its flags count from there
+    except (OSError, *NOT_DECODED) as error:
         parser.error(f"{refused} is no sweep that can go on: start a new one ({error})")
+    if status.st_uid != os.geteuid() or status.st_mode & 0o022:
+        parser.error(f"{refused}: {SWEEP_FILE} is not yours alone, and what it says would be run: "
+                     "go on as its owner, or start anew")  # fmt: skip
+    points = [Point(one.value, one.outcome, one.run_id, one.reason) for one in kept.points]
+    sweep = dataclasses.replace(kept, baseline=None, points=points, outcome="running")
     options = parser.parse_args(sweep.command[1:])
     check(parser, options)
     if (options.knob.name, options.values) != (sweep.knob, [p.value for p in sweep.points]):
         parser.error(f"{refused}: {SWEEP_FILE} is not as it was written: start a new sweep")
-    if kept["outcome"] == "complete":
+    if kept.outcome == "complete":
         parser.error(f"{refused}: that sweep is complete: look at its report.html")
     if any(is_held(path) for path in folder.iterdir() if path.is_dir()):
         parser.error(f"{refused}: that sweep is still going on: wait, or stop it")
@@ -237,6 +242,8 @@ def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     usual = flags.parse_arguments([])
     options.request = request = flags.parse_arguments(options.suite)
     unknown = [value for value in options.values if value not in TIMESLICES]
+    slugs = [knob.slug(value) for value in options.values]
+    shared = [slug for slug in slugs if slugs.count(slug) > 1]
     is_timeslice = knob.card_mode == MODE_TIME_SLICING
     for is_wrong, complaint in (
         *((getattr(request, name) != getattr(usual, name),
@@ -250,6 +257,8 @@ def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
          "a sweep needs clients that run together: leave exclusive and pairs"),
         (len(request.workloads or ()) > 1,
          "--workloads behind -- needs one count: sweep it by --knob workloads"),
+        (shared, f"--values: two would be measured in one folder, {' '.join(shared[:1])}: sweep "
+         "them apart"),
         (is_timeslice and request.mode != MODE_TIME_SLICING,
          f"--knob {knob.name} needs -- --mode {MODE_TIME_SLICING}"),
         (is_timeslice and unknown,

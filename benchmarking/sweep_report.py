@@ -15,6 +15,7 @@ from benchmarking.records import run_folder, writing
 from benchmarking.report import claims, drawing, render
 from benchmarking.report.comparison import compare
 from benchmarking.report.export import finite
+from benchmarking.report.foreign import cleaned
 from benchmarking.report.runs import Results, read_run
 from benchmarking.report.tables import Table
 from benchmarking.report.wording import UNKNOWN, clients_text, mode_name, number, spread
@@ -91,7 +92,7 @@ def read_point(value: str, folder: Path, baseline: Path | None, reason: str | No
     if not (folder / run_folder.MANIFEST_FILE).is_file():
         if reason == INTERRUPTED:
             return Point(value, INTERRUPTED)
-        return Point(value, "failed", reason=reason)
+        return Point(value, "failed", reason=cleaned(reason))
     run = read_run(folder)
     comparison, _ = compare(Results([run], [read_run(baseline)] if baseline else []))
     groups = [group for section in comparison["sections"] for group in section["groups"]]
@@ -173,7 +174,11 @@ def content(sweep: Sweep) -> dict[str, Any]:
         "modes": list(dict.fromkeys(mode_name(point.mode or "") for point in measured)),
         "is_unverified": any(point.is_unverified for point in measured),
         "is_cpu_demo": any(point.mode == MODE_CPU_DEMO for point in measured),
-        "failed": [point for point in sweep.points if point.outcome != OK],
+        "failed": [
+            f"{point.value}: {point.outcome}" + (f" ({point.reason})" if point.reason else "")
+            for point in sweep.points
+            if point.outcome != OK
+        ],
         "table": table(sweep),
     }
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import made_up_reports
 import pytest
 import synthetic_runs
 from conftest import PROJECT_ROOT
@@ -143,19 +144,45 @@ def test_one_runs_folder_gets_its_own_report_with_the_baseline_of_the_run_next_t
         (["--colour"], "--colour"),
         (["--require", "speed>1"], "--require"),
         (["--require", "work=1"], "--require"),
+        (["--require", "slowdown<2s"], "'slowdown<2s': slowdown is in x, not in s"),
         (["--results-dir", "{folder}/missing"], "{folder}/missing"),
         (["--results-dir", "{folder}"], "{folder}"),
         (["--results-dir", "{folder}/file"], "{folder}/file"),
+        (["--results-dir", "{folder}/skipped"], "(mps: no card)"),
         (["--results-dir", str(FIXTURE), "--output", "{folder}/file/below"], "another --output"),
     ],
 )
 def test_what_cannot_be_done_ends_with_code_2_and_one_sentence(tmp_path, arguments, said):
     (tmp_path / "file").write_text("no folder")
+    (tmp_path / "skipped").mkdir()
+    (tmp_path / "skipped" / "phases.jsonl").write_text(
+        '{"phase": 1, "name": "mps", "status": "skipped", "reason": "no card"}\n'
+    )
     done = analyze(*(word.format(folder=tmp_path) for word in arguments))
     assert (done.returncode, done.stdout) == (2, "")
     (sentence,) = done.stderr.splitlines()
     assert sentence.startswith("analyze_results.py: error: ")
     assert said.format(folder=tmp_path) in sentence
+
+
+@pytest.mark.parametrize(
+    ("to", "code", "said"),
+    [("| true", 7, "requirement work>9"), ("", 7, "requirement work>9"),
+     (">/dev/full", 1, "cannot write to standard output (No space left on device)")],
+)  # fmt: skip
+def test_output_that_nobody_reads_is_full_or_knows_no_dash_is_no_traceback(
+    tmp_path: Path, to: str, code: int, said: str
+) -> None:
+    synthetic_runs.write(tmp_path, made_up_reports.failed(synthetic_runs.run("m", "mps", {4: [2]})))
+    words = f"{sys.executable} {SCRIPT} --results-dir {tmp_path} --require 'work>9' {to}"
+    done = subprocess.run(
+        ["bash", "-c", f"{words}; exit ${{PIPESTATUS[0]}}"],
+        capture_output=True, text=True, check=False, timeout=200,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr
+    (sentence,) = done.stderr.splitlines()
+    assert said in sentence
 
 
 def test_nothing_heavy_is_imported_before_it_is_needed():

@@ -348,10 +348,12 @@ def test_the_summary_is_one_table_of_measured_and_refused_faults(blast: Blast) -
         "",
         "Measured on A GPU.",
     ]
-    (blast.root / "all" / "a" / "blast_radius.json").write_text("{}")
-    torn = blast.run("--summary", str(blast.root / "all"))
-    assert torn.returncode == 2
-    assert "a/blast_radius.json is no record of a fault" in torn.stderr
+    happened = {**refused, "not_run": None}
+    for torn in ({}, happened, refused | {"mode": 7}, refused | {"schema_version": 3}):
+        (blast.root / "all" / "a" / "blast_radius.json").write_text(json.dumps(torn))
+        done = blast.run("--summary", str(blast.root / "all"))
+        assert done.returncode == 2
+        assert "a/blast_radius.json is no record of a fault" in done.stderr
 
 
 def client_of(status: str, ends: list[float], job_ends: list[float]) -> ClientResult:

@@ -7,11 +7,14 @@ import json
 import re
 from pathlib import Path
 
+import pandas
 import pytest
 import synthetic_runs
 from made_up_reports import change, failed, mps, ramp, time_slicing
 from PIL import Image
 from test_analyze_results import analyze
+
+from benchmarking.report import charts, drawing
 
 STEPS = {1: [1.0], 2: [1.5], 4: [3.0]}
 OF_NO_MODE = {"#000000", "#ffffff", "#808080", "#1f77b4"}  # axes, labels, text, caps of error bars
@@ -104,3 +107,13 @@ def test_modes_differ_in_grey_and_in_hatch(illustrated) -> None:
     for one, other in itertools.combinations(colors, 2):
         assert abs(luminance(one) - luminance(other)) >= 25
     assert len(set(re.findall(r"<pattern.*?<path d=\"(.*?)\"", bars, re.DOTALL))) == 2
+
+
+def test_of_a_long_ramp_the_first_counts_have_a_timeline_and_names_in_a_row_are_narrow() -> None:
+    clients = pandas.DataFrame(
+        [{"run_id": "run", "co_run": f"{n}", "phase": "co_run", "client": 0} for n in range(30)]
+    )
+    section = {"groups": [{"co_runs": [f"run/{n}"]} for n in range(30)]}
+    shown = [name for name, _ in charts.shown_timelines(section, clients)]
+    assert shown == [f"run-{n}" for n in range(20)]
+    assert drawing.wrapped("Jupyter session", 4) == "Jupyter\nsession"

@@ -257,13 +257,14 @@ def test_an_archive_writes_nothing_outside_of_the_fleets_folder(tmp_path: Path) 
     with tarfile.open(fileobj=packed, mode="w:gz") as archive:
         for name in ("host/GPU-1.json", "../outside.json", str(tmp_path / "absolute.json")):
             member = tarfile.TarInfo(name)
-            member.size = 2
+            member.size, member.mode = 2, 0o600
             archive.addfile(member, io.BytesIO(b"{}"))
         link = tarfile.TarInfo("host/link")
         link.type, link.linkname = tarfile.SYMTYPE, str(tmp_path)
         archive.addfile(link)
     unpack(packed.getvalue(), tmp_path / "fleet")
-    assert sorted(path.name for path in tmp_path.rglob("*.json")) == ["GPU-1.json"]
+    (written,) = tmp_path.rglob("*.json")
+    assert (written.name, written.stat().st_mode & 0o777) == ("GPU-1.json", 0o600)
     assert not (tmp_path / "fleet" / "host" / "link").is_symlink()
 
 

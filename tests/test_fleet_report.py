@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -53,6 +54,48 @@ def test_cards_are_averaged_only_where_runs_would_be_merged(
     assert "| host | GPU-3 | failed (flagged) |" in said
 
 
+@pytest.mark.parametrize(
+    "broken",
+    ["[]", "[" * 100_000, "fifo", {"gpu": None}, {"exit_code": [0]}, {"health": {"xids": [[1]]}},
+     {"schema_version": 9}, {"host": None}, "comparison"],
+)  # fmt: skip
+def test_a_record_that_is_none_is_a_row_beside_the_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], broken: str | dict[str, Any]
+) -> None:
+    for uuid in ("GPU-0", "GPU-1"):
+        (tmp_path / "host" / uuid).mkdir(parents=True)
+        shutil.copy(RECORDED, tmp_path / "host" / uuid)
+        (tmp_path / "host" / f"{uuid}.json").write_text(json.dumps(unit_record(uuid)))
+    path = tmp_path / "host" / "GPU-1.json"
+    if broken == "fifo":
+        path.unlink()
+        os.mkfifo(path)
+    elif broken == "comparison":
+        path = path.with_suffix("") / "comparison.json"
+        path.write_text(json.dumps({"schema_version": 4, "sections": []}))
+    else:
+        changed = broken if isinstance(broken, str) else json.dumps(unit_record("GPU-1") | broken)
+        path.write_text(changed)
+    assert fleet_report.write(tmp_path, []) == 1
+    said = capsys.readouterr().out
+    assert "**mps delivers most**; 1 of 1 cards agree." in said
+    assert "| host |  | not measured: GPU-1.json, or its comparison.json, cannot be read (" in said
+
+
+def test_a_card_that_was_measured_under_two_hosts_names_counts_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for host, begun in (("pod-b", "2026-01-01"), ("pod-a", "2026-01-02")):
+        (tmp_path / host / "GPU-0").mkdir(parents=True)
+        shutil.copy(RECORDED, tmp_path / host / "GPU-0")
+        record = unit_record("GPU-0") | {"host": host, "started_at": begun}
+        (tmp_path / host / "GPU-0.json").write_text(json.dumps(record))
+    assert fleet_report.write(tmp_path, []) == 0
+    said = capsys.readouterr().out
+    assert "1 of 1 cards agree." in said
+    assert "odd: pod-b GPU-0: the card that pod-a measured again later" in said
+
+
 def unit_record(uuid: str) -> dict[str, Any]:
     """The record of a card that was measured."""
     return {
@@ -76,6 +119,7 @@ HEALTHY = {"copy_bytes_per_second": 4e12, "matrix_operations_per_second": 7e14,
         ({"power_limit_watts": 500.0}, ["power limit 500.0 W, of others 700.0 W"]),
         ({"throttle_reasons": ["hw_slowdown"], "xids": [31, 79]}, ["clock lowered", "Xid 79"]),
         ({"ecc_uncorrected_errors": 2.0}, ["2 uncorrected ECC errors"]),
+        ({"copy_bytes_per_second": 0.0}, ["copy rate 100.0 % under the median"]),
     ],
 )
 def test_what_the_health_check_has_against_a_card(health: dict[str, Any], flags: list[str]) -> None:

@@ -6,6 +6,7 @@ Names that try to be markup: test_html_report.py.
 from __future__ import annotations
 
 import gzip
+import re
 import time
 from pathlib import Path
 
@@ -32,14 +33,30 @@ def test_tiny_and_huge_numbers_and_plans_that_are_none_end_in_a_report(tmp_path:
             for unit in record.get("units", {}).values():
                 unit.update(count=value, seconds=1e18 - value)
         synthetic_runs.write(tmp_path, made)
+    no_pair = {"co_run": "mixed-4-r0", "clients": [{"label": "four"}] * 4}
     plans = ({"co_runs": 7}, {"co_runs": [7, {"clients": [3]}]}, {"co_runs": [{"clients": [{}]}]},
-             {})  # fmt: skip
+             {"co_runs": [no_pair]}, {})  # fmt: skip
     for number, plan in enumerate(plans):
         for is_pairs in (True, False):
             made = mps([2.0], f"plan{number}-{is_pairs}", plan=plan, is_pairs=is_pairs)
             synthetic_runs.write(tmp_path, made)
     done = analyze("--results-dir", tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+def test_mixes_whose_names_are_long_or_differ_in_signs_alone_have_charts_of_their_own(
+    tmp_path: Path,
+) -> None:
+    for number, mix in enumerate(("a b", "a/b", "日本語" * 90)):
+        made = mps([2.0 + number], f"run{number}")
+        made["manifest"]["mix"] = mix
+        synthetic_runs.write(tmp_path, made)
+    # What is at work elsewhere on the machine is no rule for these charts.
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\n")
+    done = analyze("--results-dir", tmp_path, MATPLOTLIBRC=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    charts = re.findall(r"\]\((.*?\.png)\)", (tmp_path / "report.md").read_text())
+    assert len(charts) == len(set(charts)) == len([*tmp_path.glob("*.png")]) == 12
 
 
 def test_links_to_files_are_not_followed(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ STEERING = "\x1b[2J\x1b]0;title\x07\u202e\u2028\r\n\n# title"
 MARKUP = "</style></svg><script>document.title='broken'</script><img src=x onerror=alert(1)> $x_$"
 HOSTILE = "=cmd|' /C calc'!A0" + MARKUP + STEERING
 MARKDOWN = "a`b`\n\n# <b>x</b> [y](javascript:z) \\<b>x [y\\](javascript:z) \\| " + STEERING
+MARKDOWN = "[place]: https://elsewhere/x.png ![seen][place] " + MARKDOWN
 
 
 def hostile_runs() -> list[dict]:
@@ -83,7 +84,7 @@ def test_names_make_no_markup_in_markdown_are_no_formula_and_steer_no_terminal(
     text, table = ((folder / name).read_text() for name in ("report.md", "comparison.csv"))
     outside_code = re.sub(r"`[^`\n]*`", "", text)
     assert not re.search(r"(?<!\\)(\\\\)*<", outside_code)
-    assert not re.search(r"(?<!\\)(\\\\)*\]\(javascript", outside_code)
+    assert not re.search(r"(?<!\\)(\\\\)*\](\(javascript|\[place|: https:)", outside_code)
     assert text.count("`") % 2 == 0
     assert not re.search(r"^#+ (\\?<b>|title)", text, re.MULTILINE)
     for shown in (text, printed, table, report):

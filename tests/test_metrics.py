@@ -358,8 +358,6 @@ def test_a_bound_breaks_only_where_it_was_asked_for(member, bounds, criterion):
         (number_text.duration(math.inf), "∞"),
         (number_text.durations([12833.0, 13036.3, 13039.6]), "12.8 / 13.0 / 13.0 s"),
         (number_text.durations([500, 1500]), "500 ms / 1.50 s"),
-        (number_text.joined(["MPS"]), "MPS"),
-        (number_text.joined(["MPS", "MIG", "time slicing"]), "MPS, MIG and time slicing"),
     ],
 )  # fmt: skip
 def test_numbers_have_three_digits_no_exponent_and_a_fitting_unit(written, text):

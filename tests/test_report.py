@@ -97,6 +97,10 @@ def noisy_neighbors_only(section: dict) -> None:
         (lambda: compare(mps(SHARED)), "no other mode was measured."),
         (lambda: compare(failed(time_slicing(SLICED), phase="co_run"), mps([2.0])),
          "seen once; time slicing did not work."),
+        (lambda: compare(failed(time_slicing(SLICED)), failed(mps([2.0]))),
+         "No mode has figures for this mix: failed: no memory."),
+        (lambda: compare(failed(synthetic_runs.run("demo", "mps", {4: [4.0]}, gpu=False))),
+         "mixed with 4 clients has no figures on these CPU cores."),
         (lambda: edited(faster_alone), "running the jobs one after another is faster; of the modes"
          " MPS is the best with"),
         (lambda: edited(services_only),
@@ -111,7 +115,8 @@ def noisy_neighbors_only(section: dict) -> None:
          "shares"),
     ],
     ids=["sure", "another mode for a job", "once", "no difference", "cannot tell", "one mode",
-         "one failed", "one after another", "services alone", "CPU", "baselines", "neighbors"],
+         "one failed", "all failed", "CPU failed",
+         "one after another", "services alone", "CPU", "baselines", "neighbors"],
 )  # fmt: skip
 def test_the_headline_says_which_mode_and_how_sure(compared, said: str) -> None:
     compared = compared()
@@ -128,6 +133,13 @@ def test_the_headline_says_which_mode_and_how_sure(compared, said: str) -> None:
          "Cost of 1,000 s of work: time slicing 1.01 for the GPU; MPS 0.505 for the GPU"),
         (lambda: compare(failed(time_slicing(SLICED), phase="co_run"), mps([2.0])),
          "Did not work: time slicing: failed: no memory."),
+        (lambda: compare(failed(synthetic_runs.run("demo", "mps", {4: [4.0]}, gpu=False))),
+         "Did not work: CPU demo: failed: no memory."),
+        (lambda: compare(synthetic_runs.run("demo", "mps", {4: [4.0]}, gpu=False)),
+         " all jobs: work delivered 1.00 "),
+        (lambda: compare(mps([4.0], environment={})),
+         "; GPU unknown, driver unknown, job size guide;"),
+        (lambda: compare(time_slicing([4.0, 4.001, 3.999])), "does not hold here, found 0.0 %."),
         (lambda: edited(noisy_neighbors_only), " 1.90 38.00 1.70 MPS"),
         (lambda: compare(ramp(STEPS)),
          "MPS fits 4 of training: breaking point not reached by 4 clients"),

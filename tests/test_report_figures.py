@@ -103,6 +103,12 @@ def test_a_count_that_failed_once_in_any_call_is_where_the_ramp_breaks():
 
 # --- requirements -------------------------------------------------------------------------------
 
+
+def answers(made: dict, count: int) -> dict:
+    """Let the inference job have answered so often."""
+    return change(made, lambda r: r.update(latency_ms=[9.0] * count), workload="batch_inference")
+
+
 EVEN = mps([2.0], "even", mps_limits=mps_limits("even"))
 HALF = mps([2.5], "half", mps_limits=mps_limits("50"))
 
@@ -120,12 +126,27 @@ HALF = mps([2.5], "half", mps_limits=mps_limits("50"))
         ((HALF, EVEN), "mps:work>1.9", ["under mps:50, mixed with 4 clients: work is 1.6"]),
         (session([0.9] * 4, SHARING), "time-slicing:work>1", ["the baseline was disturbed"]),
         ((failed(mps([2.0]), phase="co_run"),), "work>0.1", ["failed"]),
+        # Too few answers to tell: 50 of four jobs under one mode, 600 under the other.
+        (
+            (answers(time_slicing([4.0]), 50), answers(mps([2.0]), 600)),
+            "p99<1s",
+            ["under time-slicing, mixed with 4 clients: p99 of Batch inference is unknown"],
+        ),
     ],
 )
 def test_a_requirement_speaks_of_the_variant_that_it_names(made, required, said):
     sentences = missed(required, compare(*made))
     assert len(sentences) == len(said)
     assert all(part in sentence for part, sentence in zip(said, sentences, strict=True))
+
+
+def test_a_mode_that_failed_once_has_no_response_times_either():
+    slicing = failed(answers(time_slicing([4.0] * 2), 600), co_run="mixed-4-r1")
+    found = section(slicing, answers(mps([2.0] * 2), 600))
+    tail = conclusion(found, "Batch inference", "tail_ms")
+    known = {mode["variant"]: (mode["estimate"] is not None, mode["reason"])
+             for mode in tail["modes"]}  # fmt: skip
+    assert known == {"time-slicing": (False, "failed"), "mps": (True, None)}
 
 
 # --- pairs: who harms whom ----------------------------------------------------------------------

@@ -144,6 +144,15 @@ def test_a_value_that_fails_is_said_and_the_others_go_on(sweeper: Sweeper) -> No
     assert "### Values without figures\n\n- 3: failed" in text
 
 
+def test_values_that_share_a_folder_or_that_nothing_could_run_are_refused(sweeper: Sweeper) -> None:
+    done = sweeper.run("job-flag=--model", "a/b,a-b", "--mix", "inference", "--device", "cpu")
+    assert done.returncode == 2
+    assert "two would be measured in one folder, model-a-b" in done.stderr
+    done = sweeper.run("workloads", "1,99999999999", "--mix", "training", "--device", "cpu")
+    assert (done.returncode, "9999 at most" in done.stderr) == (2, True)
+    assert not sweeper.output.exists()
+
+
 def test_ctrl_c_leaves_finished_values_and_no_process_and_the_command_to_go_on(
     sweeper: Sweeper,
 ) -> None:
@@ -172,9 +181,18 @@ def test_ctrl_c_leaves_finished_values_and_no_process_and_the_command_to_go_on(
 
     script = sweeper.root / "benchmarking" / "sweep.py"
     assert f"to go on: python3 {script} --resume {sweeper.output}" in output.splitlines()
-    changed = sweeper.resume("--values", "1,2")
-    assert changed.returncode == 2
-    assert "leave the others away" in changed.stderr
+    kept = sweeper.output / "sweep.json"
+    whole = kept.read_text()
+    for content, mode, said in (
+        ("[" * 9999, 0o600, "is no sweep that can go on"),
+        (whole.replace('"points": [', '"points": [7, '), 0o600, "is no sweep that can go on"),
+        (whole, 0o620, "is not yours alone, and what it says would be run"),
+        (whole, 0o600, "leave the others away"),
+    ):
+        kept.write_text(content)
+        kept.chmod(mode)
+        refused = sweeper.resume(*(["--values", "1"] if "leave" in said else []))
+        assert (refused.returncode, said in refused.stderr) == (2, True), refused.stderr
     sweeper.script()
     manifests = [sweeper.output / run / "manifest.json" for run in ("baseline", "workloads-1")]
     before = [path.read_bytes() for path in manifests]
@@ -308,7 +326,10 @@ def test_the_best_value_is_named_with_how_sure_it_is(
     values: dict[str, list[float]], said: str, tmp_path: Path
 ) -> None:
     sweep = sweep_of(**values)
+    reason = "line one\n- line two"
+    sweep.points.append(report.read_point("7", tmp_path / "none", None, reason))
     report.write(sweep, tmp_path)
+    assert "\n- 7: failed (line one - line two)\n" in (tmp_path / "report.md").read_text()
     assert f"## {said}\n" in (tmp_path / "report.md").read_text()
     shown = report.terminal_text(sweep, 80)
     assert " ".join(shown.split()).startswith(said)

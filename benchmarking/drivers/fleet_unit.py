@@ -27,7 +27,9 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import msgspec
 
 from benchmarking.cli import (
     EXIT_COMPLETE,
@@ -46,6 +48,7 @@ from benchmarking.measuring import jobs
 from benchmarking.measuring.card import look_for_foreign_processes, usable_cores
 from benchmarking.measuring.stop_signal import StopSignal
 from benchmarking.modes.mode_scripts import ModeScriptError, lock_reason, run_script
+from benchmarking.records.files import NOT_DECODED, read_file
 from benchmarking.records.run_folder import utc_now, write_json_atomic
 from benchmarking.records.writing import append_text, open_own
 
@@ -59,6 +62,51 @@ POLL_SECONDS = 0.2
 RECORD_WORD = "record: "
 # What makes a repeat the same unit.
 IDENTITY = ("plan", "commit")
+
+
+class Gpu(msgspec.Struct):
+    """What a unit's record says of its card, as far as somebody reads it."""
+
+    uuid: str
+    name: str | None
+    driver_version: str | None
+
+
+class Health(msgspec.Struct, kw_only=True):
+    """What the health check found of a card; null is what it could not read."""
+
+    seconds: float | None = None
+    repeats: int | None = None
+    copy_bytes_per_second: float | None = None
+    matrix_operations_per_second: float | None = None
+    sm_clock_mhz: float | None = None
+    power_draw_watts: float | None = None
+    temperature_celsius_max: float | None = None
+    throttle_reasons: list[str] | None = None
+    pci_bus_id: str | None = None
+    power_limit_watts: float | None = None
+    power_default_limit_watts: float | None = None
+    sm_clock_max_mhz: float | None = None
+    ecc_corrected_errors: float | None = None
+    ecc_uncorrected_errors: float | None = None
+    xids: list[int] | None = None
+
+
+class UnitRecord(msgspec.Struct, kw_only=True):
+    """A unit's record, as it is read: it may be another host's, or another version's."""
+
+    schema_version: Literal[1] = 1  # SCHEMA_VERSION
+    host: str
+    gpu: Gpu
+    plan: str
+    commit: str | None
+    host_cores: int | None
+    attempts: int = 0
+    started_at: str | None = None
+    health: Health | None
+    health_failure: str | None = None
+    exit_code: int | None
+    reason: str | None = None
 
 
 def run_units(options: argparse.Namespace, stop: StopSignal) -> int:
@@ -167,14 +215,15 @@ def _begin(path: Path, gpu: dict[str, Any], flags: Sequence[str]) -> dict[str, A
     Raises `SuiteError` where the folder holds the unit of another plan or commit.
     """
     wanted = {"plan": _plan_hash(flags), "commit": _commit()}
-    try:
-        earlier = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         return {
             "schema_version": SCHEMA_VERSION, "host": path.parent.name, "gpu": gpu, **wanted,
             "host_cores": usable_cores(), "attempts": 0, "health": None, "exit_code": None,
         }  # fmt: skip
-    except (OSError, ValueError) as error:
+    try:
+        earlier = json.loads(read_file(path))
+        msgspec.convert(earlier, UnitRecord)
+    except (OSError, ValueError, *NOT_DECODED) as error:
         raise SuiteError(f"{path} cannot be read: remove it ({error})", EXIT_USAGE) from error
     for name in IDENTITY:
         if earlier.get(name) != wanted[name]:

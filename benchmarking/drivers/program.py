@@ -15,6 +15,7 @@ from benchmarking.cli import (
     EXIT_USAGE,
     RunEnded,
     SuiteError,
+    drop_output,
 )
 from benchmarking.measuring.client import Client, client_base_environment
 from benchmarking.measuring.jobs import resolve_all
@@ -39,13 +40,19 @@ def exit_code_of(work: Callable[[StopSignal], int], folder: Path, fix: str) -> i
     program = Path(sys.argv[0]).name
     try:
         with StopSignal().watching() as stop:
-            return work(stop)
+            code = work(stop)
+            print(end="", flush=True)
+            return code
     except RunEnded as end:
         print(f"{program}: {end}", file=sys.stderr)
         return end.exit_code
     except SuiteError as error:
         message, code = str(error), error.exit_code
+    except BrokenPipeError:  # the reader of our output (`| head`) has left
+        drop_output()
+        return EXIT_FAILED
     except OSError as error:
+        drop_output()
         # A file that cannot be made is named by the error, one that cannot be filled is not.
         where = Path(error.filename).parent if isinstance(error.filename, str) else folder
         message = f"cannot write to {where} ({error.strerror or error}): make room there, {fix}"

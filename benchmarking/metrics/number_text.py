@@ -37,13 +37,6 @@ def durations(milliseconds: Sequence[float]) -> str:
     return " / ".join(f"{value} {unit}".rstrip() for value, unit in parts)
 
 
-def joined(names: Sequence[str]) -> str:
-    """Names as a sentence lists them: `MPS`, `MPS and MIG`, `MPS, MIG and time slicing`."""
-    if len(names) < 2:
-        return "".join(names)
-    return f"{', '.join(names[:-1])} and {names[-1]}"
-
-
 def _scaled(milliseconds: float) -> tuple[str, str]:
     if math.isinf(milliseconds):
         return significant(milliseconds), ""

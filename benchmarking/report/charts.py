@@ -45,8 +45,9 @@ Record = Mapping[str, Any]
 
 # --- which charts a section gets ------------------------------------------------------------------
 
-# Past that many, rounds of a count look alike and make the report long: the first stands for them.
-MOST_TIMELINES = 6
+# Past that many, rounds of a count look alike and make the report long: the first stands for them;
+# of a long ramp the first counts alone are drawn.
+MOST_TIMELINES, MOST_COUNTS = 6, 20
 
 
 def draw_section(
@@ -59,8 +60,16 @@ def draw_section(
     samples of a run; files' names begin with `prefix`. Raises `OSError`.
     """
 
+    taken: set[str] = set()
+
     def path(name: str) -> Path:
-        return folder / (re.sub(r"[^\w.-]+", "-", f"{prefix}{name}")[:200].strip("-") + ".png")
+        safe = re.sub(r"[^\w.-]+", "-", f"{prefix}{name}")[:200].encode()[:200]
+        base = stem = safe.decode(errors="ignore").strip("-")
+        # Names that differ in signs alone, or in their ends.
+        while stem in taken:
+            stem = f"{base}-{len(taken)}"
+        taken.add(stem)
+        return folder / f"{stem}.png"
 
     matrices = section["interference"]
     drawn: dict[str, list[Picture | None]] = {"compared": [], "pairs": [], "timelines": []}
@@ -90,7 +99,8 @@ def shown_timelines(
     """The co-runs to draw: `run-co_run` and the rows of its clients; all, or one of each group."""
     every = [group["co_runs"] for group in section["groups"]]
     is_all = sum(map(len, every)) <= MOST_TIMELINES
-    for name in (name for co_runs in every for name in (co_runs if is_all else co_runs[:1])):
+    drawn = every[:MOST_COUNTS]
+    for name in (name for co_runs in drawn for name in (co_runs if is_all else co_runs[:1])):
         run_id, _, co_run = name.rpartition("/")
         is_its_own = (clients["run_id"] == run_id) & (clients["co_run"] == co_run)
         rows = clients[is_its_own & (clients["phase"] == "co_run")].sort_values("client")
@@ -278,8 +288,9 @@ def draw_heat_map(
                     style="italic" if found is None else "normal",
                 )  # fmt: skip
         panel.invert_yaxis()
-        for set_ticks, names in ((panel.set_xticks, columns), (panel.set_yticks, rows)):
-            set_ticks([place + 0.5 for place in range(len(names))], map(wrapped, names))
+        across = [wrapped(name, len(columns)) for name in columns]
+        panel.set_xticks([place + 0.5 for place in range(len(across))], across)
+        panel.set_yticks([place + 0.5 for place in range(len(rows))], map(wrapped, rows))
         panel.set_xlabel("next to")
         panel.spines[:].set_visible(False)
         panel.tick_params(length=0, labelsize=8)

@@ -255,7 +255,7 @@ def _groups(measured: _Measured, slo_ms: float | None) -> tuple[list[Group], lis
     layouts = {group.first.settings for group in groups if group.first.mode == MODE_MIG}
     for run in (run for group in groups for run in group.runs):
         run.is_one_layout_of_several = run.mode == MODE_MIG and len(layouts) > 1
-    groups.sort(key=lambda one: (one.mix, one.clients, one.first.mode_order))
+    groups.sort(key=lambda one: (one.mix, one.clients, one.first.order))
     return groups, excluded
 
 

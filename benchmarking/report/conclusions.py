@@ -92,7 +92,8 @@ def conclude(
 
 def _subjects(groups: Sequence[Group]) -> Iterable[_Subject]:
     """The whole card's figures, then each job's; a job is there if some mode has run it."""
-    if any(group.row["throughput_clients"] for group in groups):
+    counted = [group.row["throughput_clients"] for group in groups]
+    if any(counted) or all(one is None for one in counted):  # unknown where all have failed
         whole = _Subject(groups, claims.WHOLE_CARD, "work")
         whole.take(lambda one: one.summary.stp, lambda group: group.row["invalid"])
         alone = _alone_rounds(groups, _throughput_clients)
@@ -144,6 +145,7 @@ def _tail(groups: Sequence[Group], label: str) -> _Subject | None:
             if client.label == label
         ]
         for group in groups
+        if not group.broken
     }
     requests = [
         sum(len(one.latency_ms or ()) + failed_requests(one) for one in records)
@@ -154,6 +156,7 @@ def _tail(groups: Sequence[Group], label: str) -> _Subject | None:
     if percent is None:
         return None
     subject = _Subject(groups, label, "tail_ms", is_claim=False, percent=percent)
+    subject.reasons = {one.first.variant: one.broken.outcome for one in groups if one.broken}
     subject.copies = max(map(len, by_variant.values()))
     for variant, copies in by_variant.items():
         known = [percentile_estimate(records, percent) for records in copies]

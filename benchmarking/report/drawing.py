@@ -7,14 +7,15 @@ needed, whatever is inherited.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import os
 import re
 import textwrap
+import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -117,25 +118,32 @@ def shortened(name: str) -> str:
     return name if len(name) <= LEGEND_CHARACTERS else f"{name[:LEGEND_CHARACTERS]}…"
 
 
-def wrapped(label: str) -> str:
-    """A label over as many lines as it needs, three at most."""
-    return textwrap.fill(label, LABEL_CHARACTERS, max_lines=3)
+def wrapped(label: str, beside: int = 3) -> str:
+    """A label over as many lines as it needs, three at most; narrower, the more stand `beside`."""
+    return textwrap.fill(label, max(6, min(LABEL_CHARACTERS, 50 // beside)), max_lines=3)
 
 
-def drawing_rules() -> AbstractContextManager[None]:
-    """Settings under which charts are drawn and saved: text stays text, and `$` is no formula."""
+@contextlib.contextmanager
+def drawing_rules() -> Iterator[None]:
+    """Settings under which charts are drawn and saved: text stays text, and `$` is no formula.
+
+    A matplotlibrc, the working folder's among them, changes nothing.
+    """
     os.environ["MPLBACKEND"] = "Agg"  # a backend that is inherited may not exist
     import matplotlib
 
-    return matplotlib.rc_context(
-        {
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        # In the page the reader's fonts have it.
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update({
             "svg.fonttype": "none",
             "svg.hashsalt": "report",  # the same records give the same file
             "font.size": 9,
             "text.parse_math": False,
             "hatch.linewidth": 0.6,
-        }
-    )
+        })  # fmt: skip
+        yield
 
 
 def new_figure(heights: Sequence[float], rest: float) -> tuple[Figure, Sequence[Axes]]:

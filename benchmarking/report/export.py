@@ -11,6 +11,7 @@ Schema history of comparison.json:
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import operator
@@ -95,8 +96,6 @@ def _flat(environment: Record, group: Record) -> dict[str, Any]:
 # --- requirements -----------------------------------------------------------------------------
 
 _OPERATORS = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}
-# What a unit behind the value stands for, in the figure's own unit.
-_UNITS = {"": 1.0, "x": 1.0, "%": 1.0, "ms": 1.0, "s": 1000.0, "j": 1.0}
 _REQUIREMENT = re.compile(
     r"(?P<scope>(?:[^<>]*:)?)(?P<figure>\w+)\s*(?P<operator><=|>=|<|>)\s*"
     r"(?P<value>\d+(?:\.\d+)?)\s*(?P<unit>ms|s|x|%|J|j)?"
@@ -114,6 +113,13 @@ _OF_GROUP = {
 }
 _LATENCIES = ("p50", "p95", "p99", "mean")
 FIGURES = (*_OF_GROUP, "slowdown", *_LATENCIES, "slo")
+# The units that may stand behind a figure's value, and what they are in the figure's own.
+_UNITS: Mapping[str, Mapping[str, float]] = {
+    **{figure: {"ms": 1.0, "s": 1000.0} for figure in _LATENCIES},
+    **{figure: {"%": 1.0} for figure in ("overhead", "success", "slo")},
+    **{figure: {"x": 1.0} for figure in ("work", "antt", "energy_ratio", "slowdown")},
+    "energy": {"j": 1.0},
+}
 _AGAINST_BASELINE = frozenset(_OF_GROUP) - {"success"} | {"slowdown"}
 _MODES = (MODE_TIME_SLICING, MODE_MPS, MODE_MIG)
 
@@ -134,14 +140,20 @@ class Requirement:
 
     @classmethod
     def parse(cls, text: str) -> Requirement:
-        """Read a requirement such as `mps:batch_inference:p99<50ms`; raises `ValueError`."""
+        """Argument type: a requirement such as `mps:batch_inference:p99<50ms`."""
         match = _REQUIREMENT.fullmatch(text.strip())
         if match is None or match["figure"] not in FIGURES:
-            raise ValueError(
+            raise argparse.ArgumentTypeError(
                 f"{text!r} is not [MODE:][JOB:]FIGURE OP VALUE, such as mps:p99<50ms or work>1.1; "
                 f"figures are {', '.join(FIGURES)}"
             )
-        scale = _UNITS[(match["unit"] or "").lower()]
+        units = {"": 1.0, **_UNITS.get(match["figure"], {})}
+        scale = units.get((match["unit"] or "").lower())
+        if scale is None:
+            known = " or ".join(filter(None, units)) or "no unit"
+            raise argparse.ArgumentTypeError(
+                f"{text!r}: {match['figure']} is in {known}, not in {match['unit']}"
+            )
         scope = match["scope"].removesuffix(":").strip()
         return cls(text, scope, match["figure"], match["operator"], scale * float(match["value"]))
 
@@ -155,16 +167,25 @@ class Requirement:
         mode, job = self._mode_and_job(variants)
         # A variant that was measured is meant exactly; else every variant of the mode.
         name = "variant" if mode in variants else "mode"
+        # What some mode has a value of is there under the others too, known or not.
+        there = {
+            (group["mix"], what)
+            for group in groups for what, value in self._values(group, job) if value is not None
+        }  # fmt: skip
         found, is_checked = [], False
         for group in groups:
             if mode not in (None, group[name]):
                 continue
             void = group["invalid"] if self.figure in _AGAINST_BASELINE else None
             reason = group["outcome"] if group["outcome"] != "ok" else void
-            values = [] if reason else self._values(group, job)
+            values = [] if reason else [
+                (what, value) for what, value in self._values(group, job)
+                if (group["mix"], what) in there
+            ]  # fmt: skip
             is_checked |= bool(reason or values)
             said = [reason] if reason else [
-                f"{what} is {value:.4g}" for what, value in values if not self._is_met(value)
+                f"{what} is {'unknown' if value is None else f'{value:.4g}'}"
+                for what, value in values if value is None or not self._is_met(value)
             ]  # fmt: skip
             where = f"{group['variant']}, {group['mix']} with {group['clients']} clients"
             found += [f"{self.text}: not met under {where}: {what}" for what in said]
@@ -182,16 +203,14 @@ class Requirement:
         mode = max(known, key=len)
         return mode, self.scope[len(mode) + 1 :] or None
 
-    def _values(self, group: Record, job: str | None) -> Sequence[tuple[str, float]]:
+    def _values(self, group: Record, job: str | None) -> Sequence[tuple[str, float | None]]:
         if self.figure in _OF_GROUP:
-            found = [(self.figure, _mean(group[_OF_GROUP[self.figure]]))] if job is None else []
-        else:
-            found = [
-                (f"{self.figure} of {row['label']}", self._of_client(row))
-                for row in group["client_rows"]
-                if job in (None, row["workload"], row["label"])
-            ]
-        return [(what, value) for what, value in found if value is not None]
+            return [(self.figure, _mean(group[_OF_GROUP[self.figure]]))] if job is None else []
+        return [
+            (f"{self.figure} of {row['label']}", self._of_client(row))
+            for row in group["client_rows"]
+            if job in (None, row["workload"], row["label"])
+        ]
 
     def _of_client(self, row: Record) -> float | None:
         if self.figure in _LATENCIES:

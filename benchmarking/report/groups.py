@@ -229,7 +229,7 @@ class Group:
     def pair(self) -> list[str] | None:
         """The labels of a pair's own mix, else `None`."""
         is_pair = self.first.manifest.is_pairs or self.mix.startswith(f"{NOISY}: ")
-        return [client.label for client in self.members] if is_pair else None
+        return [one.label for one in self.members] if is_pair and self.clients == 2 else None
 
     @property
     def kind(self) -> dict[str, Any]:

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarking.metrics.number_text import joined
 from benchmarking.modes.names import MODE_CPU_DEMO, MODE_MIG, MODE_MPS, MODE_TIME_SLICING
 from benchmarking.records import run_folder
 from benchmarking.records.writing import is_held
 from benchmarking.report import claims, guide
 from benchmarking.report.groups import Group, most_compared
 from benchmarking.report.runs import MeasuredRun
-from benchmarking.report.wording import clients_text
+from benchmarking.report.wording import clients_text, listed, number
 
 SHARING_MODES = (MODE_TIME_SLICING, MODE_MPS, MODE_MIG)
 YES, NO = "yes", "no"
@@ -67,7 +66,7 @@ def _guides(row: Mapping[str, Any]) -> list[dict[str, Any]]:
             "rule": f"{what} under {row['variant']}",
             "mode": row["variant"],
             "expected": expected.range_text,
-            "found": value and f"{value['mean']:.1f} %",
+            "found": value and number(value["mean"], 1, "%"),
             "holds": holds,
         })  # fmt: skip
     return found
@@ -166,7 +165,7 @@ def doubts(runs: Sequence[MeasuredRun], groups: Sequence[Group]) -> list[str]:
     """Signs that a figure may mislead, a sentence each, with the run or the co-run in front."""
     found = [f"{run.name}{doubt}" for run in runs for doubt in _run_doubts(run)]
     for group in groups:
-        where = f"{joined(group.run_ids)}, {clients_text(group.clients)}"
+        where = f"{listed(group.run_ids)}, {clients_text(group.clients)}"
         found += [f"{where}: {doubt}" for doubt in _group_doubts(group)]
     return found
 
@@ -215,7 +214,7 @@ def _group_doubts(group: Group) -> list[str]:
     here = [run.manifest.environment for run in group.runs]
     if len(here) > 1:
         cards = row["gpu_uuids"]
-        on = f" on {len(cards)} cards of one model ({joined(cards)})" if len(cards) > 1 else ""
+        on = f" on {len(cards)} cards of one model ({listed(cards)})" if len(cards) > 1 else ""
         found.append(f"merged from {len(here)} runs{on}")
         if any(one.git_dirty for one in here):
             found.append("some of these runs were taken with uncommitted changes, which may differ")

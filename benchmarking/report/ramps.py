@@ -89,7 +89,7 @@ def _bounds(groups: Sequence[Group]) -> dict[str, float | None]:
 def interference(groups: Sequence[Group], runs: Sequence[MeasuredRun]) -> list[dict[str, Any]]:
     """What each job felt next to each other one, by mode; a job next to itself pools both."""
     measured: dict[tuple[str, str, str], dict[tuple[str, str], dict[str, Any]]] = {}
-    for group in (group for group in groups if group.first.is_matrix):
+    for group in (group for group in groups if group.pair and group.first.is_matrix):
         key = (group.mix.split(": ")[0], group.first.mode, group.first.settings)
         measured.setdefault(key, {}).update(_cells(group))
     matrices: dict[tuple[str, str, str], list[MeasuredRun]] = {}
@@ -98,7 +98,7 @@ def interference(groups: Sequence[Group], runs: Sequence[MeasuredRun]) -> list[d
         if key in measured:
             matrices.setdefault(key, []).append(run)
     found = []
-    for key in sorted(matrices, key=lambda key: (key[0], matrices[key][0].mode_order)):
+    for key in sorted(matrices, key=lambda key: (key[0], matrices[key][0].order)):
         members, cells = matrices[key], measured[key]
         jobs = list(dict.fromkeys(
             client.label for run in members for planned in run.planned(2)

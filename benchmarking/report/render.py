@@ -143,13 +143,16 @@ def environment(kind: str) -> jinja2.Environment:
 
 
 def escaped_for_markdown(value: Any) -> Any:
-    """Text in which Markdown sees no HTML, no link and no code; made of escaped parts, as it is."""
+    """Text in which Markdown sees no HTML, no link and no code; made of escaped parts, as it is.
+
+    A link's place may follow its text, or stand elsewhere under a name.
+    """
     from markupsafe import Markup
 
     if hasattr(value, "__html__"):
         return value
     # A backslash of the text's own would else take away the one that is put before these.
-    return Markup(re.sub(r"\\|<|\](?=\()", r"\\\g<0>", str(value).replace("`", "’")))
+    return Markup(re.sub(r"\\|<|\](?=[(\[:])", r"\\\g<0>", str(value).replace("`", "’")))
 
 
 def markdown_cell(value: Any) -> Any:
@@ -278,8 +281,10 @@ def mix_of(section: Record, mix: str, clients: int) -> dict[str, Any]:
 def _row(one: Record, names: Mapping[str, str], is_cpu_demo: bool) -> dict[str, Any]:
     """A conclusion as a row of the first table: one mode alone is not the best of any."""
     modes = [{**mode, "is_best": mode["is_best"] and len(names) > 1} for mode in one["modes"]]
-    verdict = None if is_cpu_demo else one["verdict"]  # the notice over all says it once
-    return {**one, "modes": modes, "verdict": verdict}
+    if is_cpu_demo:  # the notice over all says once that nothing is sure
+        subject = "all jobs" if one["figure"] == "work" else one["subject"]
+        return {**one, "modes": modes, "verdict": None, "subject": subject}
+    return {**one, "modes": modes}
 
 
 def facts(section: Record, mix: Record | None, say: Any) -> dict[str, list[str]]:

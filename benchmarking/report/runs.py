@@ -17,11 +17,11 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from benchmarking.cli import SuiteError
 from benchmarking.measuring import baselines
 from benchmarking.metrics.breaking_point import says_something_of_the_load
 from benchmarking.modes.names import (
     MODE_CPU_DEMO,
-    MODE_EXCLUSIVE,
     MODE_MIG,
     MODE_MPS,
     MODE_TIME_SLICING,
@@ -31,8 +31,9 @@ from benchmarking.planning.plan import CARRIED_FIGURES
 from benchmarking.records import run_folder
 from benchmarking.records.run_folder import PHASE_BASELINE, PHASE_CO_RUN
 from benchmarking.records.types import ClientRecord, CoRunRecord, Manifest, MpsLimits, Phase
+from benchmarking.report.foreign import cleaned, cleaned_struct
+from benchmarking.report.wording import mode_order
 
-_MODE_ORDER = (MODE_TIME_SLICING, MODE_MPS, MODE_MIG, MODE_EXCLUSIVE, MODE_CPU_DEMO)
 DEFAULT_TIMESLICE = "Default"
 # The mix of a job next to each antagonist.
 NOISY = "noisy"
@@ -48,12 +49,7 @@ _NO_KNOBS = frozenset({
 
 # By kind (`environment`, `version`, `engine`, `calibrated`) and name.
 Conditions = dict[str, dict[str, Any]]
-_Struct = TypeVar("_Struct", bound=msgspec.Struct)
 _Record = TypeVar("_Record", ClientRecord, CoRunRecord)
-
-
-class UsageError(Exception):
-    """There is nothing to report on, or nowhere to; the message is one sentence naming the fix."""
 
 
 class PlannedClient(msgspec.Struct, kw_only=True):
@@ -167,9 +163,9 @@ class MeasuredRun:
         return {"mode": self.mode, "settings": self.settings, "variant": self.variant}
 
     @property
-    def mode_order(self) -> tuple[int, str]:
+    def order(self) -> tuple[int, str]:
         """Sort key of modes: the guide's order, then by settings."""
-        return (_MODE_ORDER.index(self.mode), self.settings)
+        return (mode_order(self.mode), self.settings)
 
     @property
     def age(self) -> tuple[str, str]:
@@ -315,10 +311,10 @@ class Results:
 def read_results(results_dir: Path) -> Results:
     """Read every run at or below the folder; of one run's folder those beside it lend baselines.
 
-    Raises `UsageError` when the folder is missing or holds no run.
+    Raises `SuiteError` when the folder is missing or holds no run.
     """
     if not results_dir.is_dir():
-        raise UsageError(
+        raise SuiteError(
             f"{results_dir} is not a folder: give the one that holds the runs by --results-dir"
         )
     manifests = sorted(results_dir.rglob(run_folder.MANIFEST_FILE))
@@ -333,8 +329,9 @@ def read_results(results_dir: Path) -> Results:
     )
     if not runs:
         refused = (f"refused: {one['sentence']}" for one in reversed(results.refusals))
-        said = next(iter([*results.problems, *refused]), "")
-        raise UsageError(
+        skipped = (f"{one['name']}: {one['reason']}" for one in results.phases if one["reason"])
+        said = next(iter([*results.problems, *refused, *skipped]), "")
+        raise SuiteError(
             f"no run in {results_dir}{f' ({said})' if said else ''}: make one with "
             "benchmarking/benchmark_suite.py first"
         )
@@ -363,7 +360,7 @@ def read_run(folder: Path) -> MeasuredRun:
         raise run_folder.RunStoreError(f"{folder} holds more than {MOST_RECORDS} records, skipped")
     unreadable: dict[str, str] = {}
     try:
-        manifest = _cleaned_struct(run.manifest)
+        manifest = cleaned_struct(run.manifest)
     except ValueError as error:
         raise run_folder.RunStoreError(f"{folder}: its manifest holds {error}") from error
     clients = _cleaned_records(run.client_records, unreadable)
@@ -393,14 +390,10 @@ def _cleaned_records(records: Sequence[_Record], unreadable: dict[str, str]) -> 
     kept = []
     for record in records:
         try:
-            kept.append(_cleaned_struct(record))
+            kept.append(cleaned_struct(record))
         except ValueError as error:
             unreadable[cleaned(record.co_run)] = str(error)
     return kept
-
-
-def _cleaned_struct(value: _Struct) -> _Struct:
-    return msgspec.convert(cleaned(msgspec.to_builtins(value)), type(value))
 
 
 def _named_by_path(results_dir: Path, runs: list[MeasuredRun]) -> list[MeasuredRun]:
@@ -413,35 +406,3 @@ def _named_by_path(results_dir: Path, runs: list[MeasuredRun]) -> list[MeasuredR
     if len(set(names)) < len(runs):  # a renamed folder bears another run's id
         names = paths
     return [replace(run, name=name) for run, name in zip(runs, names, strict=True)]
-
-
-# --- data from elsewhere without what would harm its reader -----------------------------------
-
-# Of texts so many characters are kept; what is measured here lies far within the numbers.
-LONGEST_TEXT = 10_000
-LARGEST, SMALLEST = 1e18, 1e-18
-DEEPEST = 50
-
-_LINE_BREAKS = re.compile(r"\s*[\t\n\v\f\r\x1c-\x1e\x85\u2028\u2029]+\s*")
-# Controls, and what turns the direction of writing.
-_UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-
-
-def cleaned(value: Any, depth: int = 0) -> Any:
-    """Return plain data without what steers a terminal, breaks a line or overflows.
-
-    Raises `ValueError` for a number that nothing measures, and for what is nested too deeply.
-    """
-    if isinstance(value, str):
-        return _UNSAFE.sub("?", _LINE_BREAKS.sub(" ", value[:LONGEST_TEXT]))
-    if depth > DEEPEST:
-        raise ValueError("what is nested too deeply")
-    if isinstance(value, dict):
-        return {cleaned(key): cleaned(item, depth + 1) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [cleaned(item, depth + 1) for item in value]
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        if not abs(value) <= LARGEST:
-            raise ValueError("a number beyond 1e18")
-        return value if abs(value) >= SMALLEST else 0
-    return value

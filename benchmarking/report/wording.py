@@ -54,18 +54,18 @@ def variant_name(variant: str, record: Record) -> str:
     return names.get(variant, variant)
 
 
-def mode_order(mode: str) -> tuple[int, str]:
-    """Sort key of modes: the guide's order, then by name."""
-    known = tuple(MODE_NAMES)
-    return (known.index(mode) if mode in known else len(known), mode)
+def mode_order(mode: str) -> int:
+    """Sort key of modes: the guide's order."""
+    return list(MODE_NAMES).index(mode)
 
 
 def section_title(environment: Record) -> str:
     """GPU, driver and job size of a section in a few words."""
-    size = f"job size {environment['job_size']}"
+    names = ("gpu_name", "driver_version", "job_size")
+    card, driver, size = (environment[name] or "unknown" for name in names)
     if environment["is_cpu_demo"]:
-        return f"CPU demonstration ({size})"
-    return f"{environment['gpu_name']}, driver {environment['driver_version']}, {size}"
+        return f"CPU demonstration (job size {size})"
+    return f"{'GPU ' * (card == 'unknown')}{card}, driver {driver}, job size {size}"
 
 
 def clients_text(clients: int) -> str:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
 
+from benchmarking.cli import drop_output
 from benchmarking.metrics.scores import FEWEST_FOR_A_TAIL, percentile
 from benchmarking.records.run_folder import PHASE_CO_RUN, Run
 from benchmarking.records.types import ClientRecord, CoRunRecord, GpuFigures
@@ -32,8 +32,7 @@ def printing() -> Iterator[None]:
         yield
         sys.stdout.flush()
     except OSError:  # a closed pipe or terminal, a full disk
-        with open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), 1)
+        drop_output()
 
 
 def print_plan(setup: Setup, *, verbose: bool = False) -> None:

@@ -139,10 +139,15 @@ def workload_parser(
 
 
 def _open_standard_streams() -> None:
-    """Put the null device where a stream was closed (``>&-``), and have no letter refused."""
+    """Put the null device where a stream was closed (``>&-``), and have no letter refused.
+
+    Else the next file or socket would be opened in the place of the closed one.
+    """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
+            stream = os.fdopen(os.open(os.devnull, os.O_RDWR), mode)
+            os.set_inheritable(stream.fileno(), True)
+            setattr(sys, name, stream)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
 
@@ -154,16 +159,10 @@ def run_main(main: Callable[[], int], leave: Callable[[int], NoReturn] = sys.exi
     ``KeyboardInterrupt``, so that all ways of stopping a script by hand unwind its ``finally``
     blocks.
     """
-    # One that was closed is None, and the next file or socket would be opened in its place.
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:
-            stream = Path(os.devnull).open(mode)  # noqa: SIM115
-            os.set_inheritable(stream.fileno(), True)
-            setattr(sys, name, stream)
+    _open_standard_streams()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
         signal.signal(signal.SIGHUP, signal.default_int_handler)
-    _open_standard_streams()
     try:
         code = main()
         sys.stdout.flush()
