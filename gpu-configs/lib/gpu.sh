@@ -31,7 +31,7 @@ gpu::query() {
     done
     while IFS= read -r line; do
         if [[ $line =~ $GPU_ROW ]]; then
-            QUERY_ROWS+=("${line//, /,}")
+            QUERY_ROWS+=("$(printable "$line")")
         elif [[ -n ${line// /} ]]; then
             QUERY_REST+=("$(printable "$line")")
         fi
@@ -75,7 +75,8 @@ gpu::list() {
 gpu::read_line() {
     local name
     IFS=, read -r GPU_INDEX GPU_UUID GPU_COMPUTE_MODE GPU_MIG_CURRENT GPU_MIG_PENDING \
-        GPU_COMPUTE_CAPABILITY GPU_NAME <<<"$(printable "$1")"
+        GPU_COMPUTE_CAPABILITY _ <<<"${1//, /,}"
+    GPU_NAME=${1#*, *, *, *, *, *, }
     for name in GPU_MIG_CURRENT GPU_MIG_PENDING GPU_COMPUTE_CAPABILITY; do
         [[ ${!name} != "$GPU_UUID" ]] || printf -v "$name" '[N/A]'
     done
