@@ -82,8 +82,8 @@ REFUSED: dict[str, list[tuple[str, str]]] = {
         ("1g.10gb;reboot 2", "is no MIG profile"),
     ],
     "benchmarking/gpu_monitor.py": [
-        ("--interval 0.05", "give 0.1 seconds or more"),
-        ("--interval nan", "give 0.1 seconds or more"),
+        ("--interval 0.05", "give 0.1 to 86400 seconds"),
+        ("--interval nan", "give 0.1 to 86400 seconds"),
         ("--duration -1", "give 0 (no end) or more seconds"),
         ("--prometheus 70000", "give a port from 0 to 65535"),
     ],
