@@ -274,6 +274,8 @@ def mix_of(section: Record, mix: str, clients: int) -> dict[str, Any]:
                    or one["energy_cost_per_1000_work"] is not None],
         "proofs": Counter(proof["verdict"] for proof in proofs),
         "pictures": [one for one in section["charts"]["compared"] if one.mix == mix],
+        "ramps": [one for one in section["ramps"] if one["mix"] == mix
+                  and (one["bounds"] or one["breaking_point"]["clients"])],
         "is_cpu_demo": section["cpu_demo"],
     }  # fmt: skip
 
