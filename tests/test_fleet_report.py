@@ -140,12 +140,18 @@ def test_what_the_health_check_has_against_a_card(health: dict[str, Any], flags:
 def test_the_health_check_reads_the_card_while_it_is_loaded(tmp_path: Path) -> None:
     card = nvml_stub.write_state(tmp_path / "card.txt", clocks_event_reasons="0x9")
     programs = {
-        "nvidia-smi": "00000000:18:00.0, 700.00, 700.00, 1980, 3, [N/A]",
-        "dmesg": "[1.0] NVRM: Xid (PCI:0000:18:00): 79, GPU has fallen off the bus.\n"
-        "[2.0] NVRM: Xid (PCI:0000:19:00): 48, pid=1, DBE",
+        "nvidia-smi": """case $3 in
+            *=pci.bus_id) echo 00000000:18:00.0 ;;
+            *=power.limit | *=power.default_limit) echo 'WARNING: infoROM is corrupted'; echo 700.00 ;;
+            *=ecc.errors.corrected.volatile.total) echo 3 ;;
+            *=clocks.max.sm) echo 1980 ;;
+            *) echo "Field \\"$3\\" is not a valid field to query."; exit 2 ;;
+        esac""",
+        "dmesg": "echo '[1.0] NVRM: Xid (PCI:0000:18:00): 79, GPU has fallen off the bus.'\n"
+        "echo '[2.0] NVRM: Xid (PCI:0000:19:00): 48, pid=1, DBE'",
     }
     for name, text in programs.items():
-        (tmp_path / name).write_text(f"#!/bin/sh\ncat <<'E'\n{text}\nE\n")
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
         (tmp_path / name).chmod(0o755)
     environment = nvml_stub.stub_environment(nvml_stub.build_nvml_stub(tmp_path), card)
     environment["PATH"] = f"{tmp_path}:{environment['PATH']}"

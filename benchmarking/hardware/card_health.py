@@ -43,6 +43,7 @@ FIELDS = {
     "ecc.errors.corrected.volatile.total": "ecc_corrected_errors",
     "ecc.errors.uncorrected.volatile.total": "ecc_uncorrected_errors",
 }
+BUS_ID, NUMBER = re.compile(r"[0-9A-F]+:[0-9A-F]+:[0-9A-F.]+"), re.compile(r"\d+(\.\d+)?")
 XID = re.compile(r"NVRM: Xid \(PCI:([0-9a-fA-F:]+)[^)]*\): (\d+)")
 
 
@@ -131,15 +132,19 @@ def _throttle_reasons(samples: list[dict[str, Any]]) -> list[str] | None:
 
 
 def _settings(gpu_uuid: str) -> dict[str, Any]:
-    """Return what nvidia-smi says of the card, by the names of `FIELDS`."""
-    query = (f"--query-gpu={','.join(FIELDS)}", "--format=csv,noheader,nounits")
-    text, _ = nvidia_tools.ask("-i", gpu_uuid, *query)
-    # Warnings of other cards may stand around the line that has all fields.
-    lines = [line.split(", ") for line in text.splitlines()]
-    values = next((line for line in lines if len(line) == len(FIELDS)), [""] * len(FIELDS))
-    bus_id, *numbers = values
-    known = [float(one) if re.fullmatch(r"\d+(\.\d+)?", one) else None for one in numbers]
-    return dict(zip(FIELDS.values(), [bus_id or None, *known], strict=True))
+    """Return what nvidia-smi says of the card, by the names of `FIELDS`.
+
+    Asked one by one: an older nvidia-smi refuses all where it does not know one. Warnings of other
+    cards may stand around an answer.
+    """
+    found: dict[str, Any] = {}
+    for field, name in FIELDS.items():
+        query = (f"--query-gpu={field}", "--format=csv,noheader,nounits")
+        lines = nvidia_tools.ask("-i", gpu_uuid, *query)[0].splitlines()
+        shape = BUS_ID if field == "pci.bus_id" else NUMBER
+        answer = next(filter(shape.fullmatch, lines), None)
+        found[name] = float(answer) if answer and shape is NUMBER else answer
+    return found
 
 
 def _xids(bus_id: str | None) -> list[int] | None:
