@@ -142,7 +142,7 @@ def test_the_health_check_reads_the_card_while_it_is_loaded(tmp_path: Path) -> N
     programs = {
         "nvidia-smi": """case $3 in
             *=pci.bus_id) echo 00000000:18:00.0 ;;
-            *=power.limit | *=power.default_limit) echo 'WARNING: infoROM is corrupted'; echo 700.00 ;;
+            *=power.limit | *=power.default_limit) echo 'WARNING: corrupt'; echo 700.00 ;;
             *=ecc.errors.corrected.volatile.total) echo 3 ;;
             *=clocks.max.sm) echo 1980 ;;
             *) echo "Field \\"$3\\" is not a valid field to query."; exit 2 ;;

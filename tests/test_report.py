@@ -110,7 +110,8 @@ def noisy_neighbors_only(section: dict) -> None:
         (lambda: compare(failed(ramp(STEPS), co_run="training-4-r0")),
          "How many clients of training fit on this card: 2 under MPS; seen once."),
         (lambda: compare(ramp(STEPS, gpu=False, bounds={"max_slowdown": 9.0})),
-         "How many clients of training fit on these CPU cores, at a slowdown of 9 at most: 4 or more."),
+         "How many clients of training fit on these CPU cores, at a slowdown of 9 at most: 4 or "
+         "more."),
         (lambda: compare(synthetic_runs.run("alone", "exclusive", {})),
          "Each job was measured alone; nothing here says anything about modes."),
         (lambda: edited(noisy_neighbors_only),
@@ -120,7 +121,8 @@ def noisy_neighbors_only(section: dict) -> None:
     ],
     ids=["sure", "another mode for a job", "once", "no difference", "cannot tell", "one mode",
          "one failed", "all failed", "CPU failed",
-         "one after another", "services alone", "CPU", "ramp", "ramp on the CPU", "baselines", "neighbors"],
+         "one after another", "services alone", "CPU", "ramp", "ramp on the CPU", "baselines",
+         "neighbors"],
 )  # fmt: skip
 def test_the_headline_says_which_mode_and_how_sure(compared, said: str) -> None:
     compared = compared()
