@@ -12,10 +12,14 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from workloads.common.device import ComputeDevice, package_versions, usable_cores
 from workloads.common.errors import CannotWriteError
 from workloads.common.files import written_whole
+
+if TYPE_CHECKING:
+    import numpy as np
 
 SCHEMA_VERSION = 1
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
@@ -84,7 +88,9 @@ def describe_environment() -> dict:
 # --- figures --------------------------------------------------------------------------------------
 
 
-def summarize_latency_ms(durations_seconds: Sequence[float]) -> dict[str, float | None]:
+def summarize_latency_ms(
+    durations_seconds: Sequence[float] | np.ndarray,
+) -> dict[str, float | None]:
     """Summarize raw durations in the guide's terms (an average of percentiles means nothing).
 
     Returns:
