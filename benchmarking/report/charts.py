@@ -5,6 +5,7 @@ Bars and the rows of the first table come from the same entries of the compariso
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import textwrap
@@ -64,10 +65,10 @@ def draw_section(
 
     def path(name: str) -> Path:
         safe = re.sub(r"[^\w.-]+", "-", f"{prefix}{name}")[:200].encode()[:200]
-        base = stem = safe.decode(errors="ignore").strip("-")
-        # Names that differ in signs alone, or in their ends.
-        while stem in taken:
-            stem = f"{base}-{len(taken)}"
+        base = safe.decode(errors="ignore").strip("-")
+        # Names that differ in signs alone, or in their ends, get a number.
+        numbered = itertools.chain([base], (f"{base}-{number}" for number in itertools.count(2)))
+        stem = next(name for name in numbered if name not in taken)
         taken.add(stem)
         return folder / f"{stem}.png"
 
