@@ -27,6 +27,10 @@ def _name_missing_package(
         sys.__excepthook__(kind, error, traceback)
 
 
+# Which standard streams were closed when the program was started.
+closed_streams: set[str] = set()
+
+
 def _readable(error: UnicodeError) -> tuple[str | bytes, int]:
     """Encode what a stream's encoding lacks: a path's bytes as they are, a letter by its number."""
     try:
@@ -44,6 +48,7 @@ def _repair_streams() -> None:
         try:
             os.fstat(number)
         except OSError:
+            closed_streams.add(name)
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # takes the lowest number
             setattr(sys, name, os.fdopen(number, "w" if number else "r"))
     if isinstance(sys.stdout, io.TextIOWrapper):  # else a test captures it

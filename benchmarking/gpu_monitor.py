@@ -47,6 +47,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import psutil
 
+from benchmarking import closed_streams
 from benchmarking.cli import OneLineParser, drop_output
 from benchmarking.hardware import nvml
 from benchmarking.hardware.exporter import Exporter
@@ -149,9 +150,9 @@ def parse_arguments() -> argparse.Namespace:
         )
     if not 0 <= arguments.duration < float("inf"):
         parser.error(f"--duration {arguments.duration:g}: give 0 (no end) or more seconds")
-    if arguments.stdin_control and sys.stdin is None:
+    if arguments.stdin_control and "stdin" in closed_streams:
         parser.error("--stdin-control: standard input is closed")
-    if arguments.output == "-" and sys.stdout is None:
+    if arguments.output == "-" and "stdout" in closed_streams:
         parser.error("--output -: standard output is closed; name a file")
     if arguments.output is None:
         arguments.output = f"results/gpu_monitor_{time.strftime('%Y%m%d-%H%M%S')}.jsonl"

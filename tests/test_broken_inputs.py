@@ -55,11 +55,11 @@ def events(log: Path, name: str) -> list[dict]:
 
 
 def test_a_training_that_diverges_ends_with_its_epoch_rate_and_way_out(tmp_path, run_one_layer):
-    arguments = [value if value != "0.01" else "1e30" for value in TINY]
-    done = run_one_layer(*arguments, "--epochs", "3", "--results-dir", str(tmp_path))
+    arguments = [value if value != "0.01" else "1e9" for value in TINY]
+    done = run_one_layer(*arguments, "--epochs", "9", "--results-dir", str(tmp_path))
     assert done.returncode == EXIT_NOT_FINITE
     *_, sentence = done.stderr.strip().splitlines()  # on a slow machine signs of life come first
-    for part in ("diverged", "epoch 1", "learning rate 1e+30", "fp32", "try --lr 1e+29"):
+    for part in ("diverged", "in epoch ", "learning rate 1e+09", "fp32", "try --lr 1e+08"):
         assert part in sentence
     assert not list(tmp_path.iterdir())
 
@@ -78,7 +78,7 @@ def test_a_diverged_client_that_is_stopped_inside_an_epoch_does_not_end_well(
         yield "stop\n"
 
     monkeypatch.setattr(sys, "stdin", commands())
-    flags = ("--lr", "1e30", "--epochs", "1", "--num-samples", "5000")
+    flags = ("--lr", "1e9", "--epochs", "1", "--num-samples", "5000")
     done = here.run(BERT, *TINY_BERT, *flags, "--events", str(log), "--hold")
     assert done.returncode == EXIT_NOT_FINITE
     (error,) = events(log, "error")

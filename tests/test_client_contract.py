@@ -143,7 +143,7 @@ def test_a_stop_ends_a_long_pause_and_a_long_cell_at_once(
         (BATCH, ("--model", "lenet"), "resnet50"),
         (BATCH, ("--weights", "nowhere.pth", "--device", "cpu"), "no weights file nowhere.pth"),
         (BATCH, ("--weights", "x" * 300, "--device", "cpu"), "name another path"),
-        (BATCH, ("--weights", "none", "--device", "cpu", "--batch-size", "9" * 18),
+        (BATCH, ("--weights", "none", "--device", "cpu", "--batch-size", "9" * 9),
          "lower --batch"),
         (SESSION, ("--idle-min", "3", "--idle-max", "2"), "--idle-min"),
         (SESSION, ("--idle-max", "-1"), "0 or more"),

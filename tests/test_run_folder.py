@@ -445,5 +445,6 @@ def test_the_published_schemas_are_those_of_the_structs_and_name_the_programs_mo
     for path, text in texts.items():
         assert path.read_text() == text, schema.__doc__
         published = schema.PUBLISHED[path.name.split(".")[0]]
-        assert json.loads(text).items() >= plain(msgspec.json.schema(published)).items()
+        wanted = schema.without_indentation(plain(msgspec.json.schema(published)))
+        assert json.loads(text).items() >= wanted.items()
     assert set(get_args(types.Mode)) == {*names.MODES, names.MODE_CPU_DEMO}

@@ -5,9 +5,11 @@ They are written anew by `python3 -c 'from benchmarking.records.schema import pu
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -32,8 +34,15 @@ def schema_texts() -> dict[Path, str]:
 def _text(struct: type) -> str:
     """Return the schema of a struct, whatever holds nothing else on one line."""
     draft = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
-    text = json.dumps(draft | msgspec.json.schema(struct), indent=2)
+    text = json.dumps(draft | without_indentation(msgspec.json.schema(struct)), indent=2)
     return re.sub(r"[\[{]\s[^\[\]{}]*[\]}]", lambda found: " ".join(found[0].split()), text) + "\n"
+
+
+def without_indentation(schema: Any) -> Any:
+    """Return a schema whose descriptions are docstrings as Python 3.13 and newer keep them."""
+    if isinstance(schema, dict):
+        return {name: without_indentation(part) for name, part in schema.items()}
+    return inspect.cleandoc(schema) if isinstance(schema, str) else schema
 
 
 def publish() -> None:
