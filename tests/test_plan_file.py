@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import sys
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from benchmarking.planning.plan_file import (
     read_plan_file,
     text_hash,
 )
-from benchmarking.planning.redaction import looks_secret
+from benchmarking.planning.redaction import hidden_in_command_line, looks_secret
 from benchmarking.planning.request import Request
 from benchmarking.planning.workloads import SIZE_GUIDE
 from benchmarking.suite.session import run_suite
@@ -246,11 +247,24 @@ def test_an_inherited_variable_is_recorded_by_its_name(
     assert recorded["environment"] == {"MY_LICENSE": "inherited:MY_LICENSE"}
 
 
+def test_a_label_may_hold_any_script_and_its_blanks(tmp_path: Path) -> None:
+    label = "画像\u3000分類 25\u00a0%"
+    assert clients(read(tmp_path, f'{COMMAND}label = "{label}"\n'), 1)[0].label == label
+
+
 def test_a_secret_is_told_by_its_name() -> None:
     secret = ("HF_TOKEN", "--api-key", "DB_PASSWORD", "AWS_SECRET_ACCESS_KEY", "--token",
               "PGPASSWORD", "MYSQL_PWD", "KAGGLE_KEY", "GH_PAT", "DB_PASS")  # fmt: skip
     plain = ("TOKENIZERS_PARALLELISM", "--max-tokens", "SORT_KEY", "DATA", "PWD", "--sort-key")
     assert [name for name in (*secret, *plain) if looks_secret(name)] == list(secret)
+
+
+@pytest.mark.parametrize(
+    "line", ["--title 'Basic training'", "--use-auth --input images", "--no-auth data/images"]
+)
+def test_what_is_no_secret_is_shown(line: str) -> None:
+    words = ["python3", *shlex.split(line)]
+    assert hidden_in_command_line(words) == words
 
 
 def test_a_secret_is_found_within_a_word_and_under_quotes(tmp_path: Path) -> None:

@@ -88,6 +88,7 @@ MOST_CHARACTERS = 1 << 20
 MOST_CLIENTS = 9999
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -335,7 +336,7 @@ def _entry(table: _Table, folder: Path) -> PlanEntry:
         table.complain("count", f"is {count}, but needs {KEYS['count'][2]}, {MOST_CLIENTS} at most")
     special = _command_fields(table, folder) if has_command else _workload_fields(table)
     special["label"] = table.get("label") or special["label"]
-    if not special["label"].isprintable():
+    if _CONTROLS.search(special["label"]):
         table.complain("label", "leave line breaks and control characters away")
     return PlanEntry(
         **special,

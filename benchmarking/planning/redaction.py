@@ -24,8 +24,10 @@ _SECRET_KEYS = frozenset(("API", "ACCESS", "PRIVATE", "SECRET", "AUTH", "ENCRYPT
 _PLAIN_KEYS = frozenset(("SORT", "PUBLIC", "PARTITION", "PRIMARY", "GROUP", "CACHE"))
 # Secrets within a word: `https://user:PASSWORD@host`, `Authorization: Bearer TOKEN`.
 _IN_A_WORD = re.compile(
-    r"://[^/\s:@]*:(?P<URL_PASSWORD>[^/\s@]+)@|(?i:Bearer|Basic) (?P<BEARER>\S+)"
+    r"://[^/\s:@]*:(?P<URL_PASSWORD>[^/\s@]+)@|(?i:Bearer|Authorization\W+Basic) (?P<BEARER>\S+)"
 )
+# A flag whose value is the next word; `--no-auth` has none.
+_FLAG = re.compile(r"-(?!-no-)[^=]*")
 # A shorter value cannot be told from other text, and hides nothing worth stealing.
 _SHORTEST = 6
 _MASK = re.compile(r"hidden:([A-Z0-9_]+):([0-9a-f]{8}):([0-9a-f]{16})")
@@ -52,7 +54,7 @@ def secrets_of_words(words: Iterable[str]) -> dict[str, str]:
         name, has_value, value = word.partition("=")
         if has_value and looks_secret(name):
             found[value] = _variable(name)
-        elif before.startswith("-") and "=" not in before and looks_secret(before):
+        elif _FLAG.fullmatch(before) and looks_secret(before) and not word.startswith("--"):
             found[word] = _variable(before)
         for match in _IN_A_WORD.finditer(word):
             found.setdefault(match[str(match.lastgroup)], str(match.lastgroup))
