@@ -108,7 +108,14 @@ def noisy_neighbors_only(section: dict) -> None:
         (lambda: compare(synthetic_runs.run("demo", "mps", {4: [4.0]}, gpu=False)),
          "On these CPU cores mixed with 4 clients did 1.00 times the work of one job after"),
         (lambda: compare(failed(ramp(STEPS), co_run="training-4-r0")),
-         "How many clients of training fit on this card: 2 under MPS; seen once."),
+         "How many clients of training fit on this card: 2 to 3 under MPS; seen once."),
+        (lambda: compare(failed(ramp(STEPS), co_run="training-2-r0"), ramp(STEPS, "time-slicing")),
+         "fit on this card: 4 or more under time slicing, 1 under MPS; seen once."),
+        (lambda: compare(failed(ramp({2: [1.5], 4: [3.0]}), co_run="training-2-r0")),
+         "fit on this card: 0 to 1 under MPS; seen once."),
+        (lambda: compare(*(ramp(STEPS, mode, bounds={"max_slowdown": bound})
+                           for mode, bound in (("mps", 2.0), ("time-slicing", 9.0)))),
+         "For this mix on this card: time slicing delivered the most, "),
         (lambda: compare(ramp(STEPS, gpu=False, bounds={"max_slowdown": 9.0})),
          "How many clients of training fit on these CPU cores, at a slowdown of 9 at most: 4 or "
          "more."),
@@ -121,7 +128,8 @@ def noisy_neighbors_only(section: dict) -> None:
     ],
     ids=["sure", "another mode for a job", "once", "no difference", "cannot tell", "one mode",
          "one failed", "all failed", "CPU failed",
-         "one after another", "services alone", "CPU", "ramp", "ramp on the CPU", "baselines",
+         "one after another", "services alone", "CPU", "ramp", "ramps of two modes",
+         "ramp from 2 on", "ramps of unlike bounds", "ramp on the CPU", "baselines",
          "neighbors"],
 )  # fmt: skip
 def test_the_headline_says_which_mode_and_how_sure(compared, said: str) -> None:

@@ -274,10 +274,17 @@ def mix_of(section: Record, mix: str, clients: int) -> dict[str, Any]:
                    or one["energy_cost_per_1000_work"] is not None],
         "proofs": Counter(proof["verdict"] for proof in proofs),
         "pictures": [one for one in section["charts"]["compared"] if one.mix == mix],
-        "ramps": [one for one in section["ramps"] if one["mix"] == mix
-                  and (one["bounds"] or one["breaking_point"]["clients"])],
+        "ramps": _ramps_of(section, mix),
         "is_cpu_demo": section["cpu_demo"],
     }  # fmt: skip
+
+
+def _ramps_of(section: Record, mix: str) -> list[Record]:
+    """The modes' ramps of a mix where they answer one question: how many clients fit."""
+    ramps = [one for one in section["ramps"] if one["mix"] == mix]
+    is_asked = any(one["bounds"] or one["breaking_point"]["clients"] for one in ramps)
+    is_alike = all(one["bounds"] == ramps[0]["bounds"] for one in ramps)
+    return ramps if is_asked and is_alike else []
 
 
 def _row(one: Record, names: Mapping[str, str], is_cpu_demo: bool) -> dict[str, Any]:
