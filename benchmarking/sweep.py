@@ -62,7 +62,7 @@ from benchmarking.records.run_folder import (
     utc_now,
     write_json_atomic,
 )
-from benchmarking.records.writing import is_held
+from benchmarking.records.writing import is_held, is_of_others
 from benchmarking.suite.resume import read_earlier
 from benchmarking.suite.session import run_suite
 from benchmarking.suite.setup import prepared
@@ -214,9 +214,9 @@ def resumed(parser: argparse.ArgumentParser, given: argparse.Namespace) -> argpa
         os.chdir(kept.directory)  # relative paths among its flags count from there
     except (OSError, *NOT_DECODED) as error:
         parser.error(f"{refused} is no sweep that can go on: start a new one ({error})")
-    if status.st_uid != os.geteuid() or status.st_mode & 0o022:
+    if is_of_others(status):
         parser.error(f"{refused}: {SWEEP_FILE} is not yours alone, and what it says would be run: "
-                     "go on as its owner, or start anew")  # fmt: skip
+                     "copy the folder, look at it, chmod go-w it, or start anew")  # fmt: skip
     points = [Point(one.value, one.outcome, one.run_id, one.reason) for one in kept.points]
     sweep = dataclasses.replace(kept, baseline=None, points=points, outcome="running")
     options = parser.parse_args(sweep.command[1:])

@@ -8,13 +8,13 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import stat
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from benchmarking.cli import PROJECT_ROOT, SuiteError
 from benchmarking.hardware.nvidia_tools import PROFILE_PATTERN
+from benchmarking.records.writing import is_of_others
 
 # Script, working folder and arguments of a run, each ended by NUL, for --resume.
 SAVED_ARGUMENTS = "arguments.nul"
@@ -130,10 +130,10 @@ class DriverParser(argparse.ArgumentParser):
                 f"--resume: '{values[0]}' holds no {SAVED_ARGUMENTS}; name the folder of an "
                 f"earlier {self.prog}"
             )
-        if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        if is_of_others(status):
             raise SuiteError(
                 f"--resume: {folder / SAVED_ARGUMENTS} is not yours alone, and what it holds would "
-                "be run; go on as its owner, or start anew"
+                "be run; copy the folder, look at it, chmod go-w it, or start anew"
             )
         if script != self.prog:
             self.error(f"--resume: {folder} was made by {script}; go on with that")

@@ -48,6 +48,13 @@ def open_own(path: Path) -> int:
     return descriptor
 
 
+def is_of_others(status: os.stat_result) -> bool:
+    """Whether somebody else than its user, or root, may have written it; a link leads anywhere."""
+    is_open = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    is_foreign = status.st_uid not in (0, os.geteuid())
+    return bool(is_foreign or is_open or stat.S_ISLNK(status.st_mode))
+
+
 def append_text(path: Path, line: str) -> None:
     """Append a line by one write; it is on disk when this returns.
 

@@ -9,7 +9,6 @@ so the folder must be the caller's own.
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +32,7 @@ from benchmarking.records.run_folder import (
     RunWriter,
 )
 from benchmarking.records.types import ClientRecord, CoRunRecord, RunOutcome
-from benchmarking.records.writing import is_held
+from benchmarking.records.writing import is_held, is_of_others
 
 # What tells one environment from another, versions apart.
 COMPARED_FIELDS = (*baselines.COMPARED_FIELDS, "gpu_uuid", "git_commit")
@@ -125,8 +124,7 @@ def _require_own(folder: Path) -> None:
             found = path.lstat()
         except FileNotFoundError:
             continue
-        is_open = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-        if stat.S_ISLNK(found.st_mode) or found.st_uid not in (0, os.getuid()) or is_open:
+        if is_of_others(found):
             raise RunStoreError(
                 f"{path} may have been written by somebody else, and --resume executes what it "
                 "says: copy the folder, look at its plan.toml, and chmod -R go-w it"
