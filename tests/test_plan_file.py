@@ -255,7 +255,8 @@ def test_a_label_may_hold_any_script_and_its_blanks(tmp_path: Path) -> None:
 def test_a_secret_is_told_by_its_name() -> None:
     secret = ("HF_TOKEN", "--api-key", "DB_PASSWORD", "AWS_SECRET_ACCESS_KEY", "--token",
               "PGPASSWORD", "MYSQL_PWD", "KAGGLE_KEY", "GH_PAT", "DB_PASS")  # fmt: skip
-    plain = ("TOKENIZERS_PARALLELISM", "--max-tokens", "SORT_KEY", "DATA", "PWD", "--sort-key")
+    plain = ("TOKENIZERS_PARALLELISM", "--max-tokens", "SORT_KEY", "DATA", "PWD", "--sort-key",
+             "--pass", "--two-pass", "--pat")  # fmt: skip
     assert [name for name in (*secret, *plain) if looks_secret(name)] == list(secret)
 
 

@@ -19,7 +19,9 @@ from typing import Any
 _SECRET_ENDS = (
     "TOKEN", "SECRET", "PASSWORD", "PASSWD", "PASSPHRASE", "CREDENTIAL", "CREDENTIALS", "APIKEY",
 )  # fmt: skip
-_SECRET_WORDS = frozenset(("PASS", "PAT", "AUTH", "COOKIE"))
+_SECRET_WORDS = frozenset(("AUTH", "COOKIE"))
+# Of a variable's name alone: `--pass backward` and `--pass forward` are two jobs.
+_SECRET_IN_VARIABLES = frozenset(("PASS", "PAT"))
 _SECRET_KEYS = frozenset(("API", "ACCESS", "PRIVATE", "SECRET", "AUTH", "ENCRYPTION", "SIGNING"))
 _PLAIN_KEYS = frozenset(("SORT", "PUBLIC", "PARTITION", "PRIMARY", "GROUP", "CACHE"))
 # Secrets within a word: `https://user:PASSWORD@host`, `Authorization: Bearer TOKEN`.
@@ -43,6 +45,8 @@ def looks_secret(name: str) -> bool:
     if len(words) > 1 and words[-1] in ("KEY", "PWD"):  # alone it is any key, or the folder
         is_variable = name.isupper() and words[-2] not in _PLAIN_KEYS
         return words[-2] in _SECRET_KEYS or is_variable
+    if words[-1] in _SECRET_IN_VARIABLES:
+        return name.isupper()
     return words[-1] in _SECRET_WORDS or any(word.endswith(_SECRET_ENDS) for word in words)
 
 
