@@ -113,6 +113,10 @@ def noisy_neighbors_only(section: dict) -> None:
          "fit on this card: 4 or more under time slicing, 1 under MPS; seen once."),
         (lambda: compare(failed(ramp({2: [1.5], 4: [3.0]}), co_run="training-2-r0")),
          "fit on this card: 0 to 1 under MPS; seen once."),
+        (lambda: compare(failed(
+            synthetic_runs.run("m", "mps", {4: [2.0], 8: [4.0], 9: [5.0]},
+                               bounds={"max_slowdown": 9.0}), co_run="mixed-9-r0")),
+         "For this mix on this card: MPS delivers "),
         (lambda: compare(*(ramp(STEPS, mode, bounds={"max_slowdown": bound})
                            for mode, bound in (("mps", 2.0), ("time-slicing", 9.0)))),
          "For this mix on this card: time slicing delivered the most, "),
@@ -129,8 +133,8 @@ def noisy_neighbors_only(section: dict) -> None:
     ids=["sure", "another mode for a job", "once", "no difference", "cannot tell", "one mode",
          "one failed", "all failed", "CPU failed",
          "one after another", "services alone", "CPU", "ramp", "ramps of two modes",
-         "ramp from 2 on", "ramps of unlike bounds", "ramp on the CPU", "baselines",
-         "neighbors"],
+         "ramp from 2 on", "ramp of other shares", "ramps of unlike bounds", "ramp on the CPU",
+         "baselines", "neighbors"],
 )  # fmt: skip
 def test_the_headline_says_which_mode_and_how_sure(compared, said: str) -> None:
     compared = compared()

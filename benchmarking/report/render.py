@@ -280,11 +280,21 @@ def mix_of(section: Record, mix: str, clients: int) -> dict[str, Any]:
 
 
 def _ramps_of(section: Record, mix: str) -> list[Record]:
-    """The modes' ramps of a mix where they answer one question: how many clients fit."""
+    """The modes' ramps of a mix where they answer one question: how many clients fit.
+
+    At further counts the jobs may have other shares, and something may have broken there, too.
+    """
     ramps = [one for one in section["ramps"] if one["mix"] == mix]
+    further = [
+        group
+        for one in ramps
+        for group in section["groups"]
+        if (group["mix"], group["variant"]) == (mix, one["variant"])
+        and one["clients"][0] < group["clients"] not in one["clients"]
+    ]
     is_asked = any(one["bounds"] or one["breaking_point"]["clients"] for one in ramps)
     is_alike = all(one["bounds"] == ramps[0]["bounds"] for one in ramps)
-    return ramps if is_asked and is_alike else []
+    return ramps if is_asked and is_alike and not further else []
 
 
 def _row(one: Record, names: Mapping[str, str], is_cpu_demo: bool) -> dict[str, Any]:
