@@ -242,6 +242,7 @@ def partitions_are_saved(scripts: m.ModeScripts, chunks: list[int]) -> bool:
         ("mode in force: not known", "MPS daemon:    none", (MPS_ON,), m.machine(others=[]),
          m.rule(QUESTION, exit=124)),
         ("is damaged", "nothing here to undo", m.damaged("mps")),
+        ("asked: /", "error: ", m.damaged("mps")),
         ("undo: ./gpu-configs/reset_time_slicing.sh", "time-slicing (", (TS, "2"),
          m.damaged("mps")))),
     m.Row("no instances is told with either exit status", (MIG_OFF,), 0, (), m.as_delivered,
