@@ -36,6 +36,7 @@ told() {
 # the rest does not depend on it.
 saved() {
     NOT_TOLD=$("${@:2}" 2>&1) || {
+        NOT_TOLD=${NOT_TOLD#error: }
         [[ -z $NOT_TOLD ]] || told "$1" false
         return 1
     }

@@ -6,6 +6,7 @@ in force afterwards.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import random
 import shutil
@@ -241,6 +242,7 @@ def partitions_are_saved(scripts: m.ModeScripts, chunks: list[int]) -> bool:
         ("mode in force: not known", "MPS daemon:    none", (MPS_ON,), m.machine(others=[]),
          m.rule(QUESTION, exit=124)),
         ("is damaged", "nothing here to undo", m.damaged("mps")),
+        ("asked: /", "error: ", m.damaged("mps")),
         ("undo: ./gpu-configs/reset_time_slicing.sh", "time-slicing (", (TS, "2"),
          m.damaged("mps")))),
     m.Row("no instances is told with either exit status", (MIG_OFF,), 0, (), m.as_delivered,
@@ -708,6 +710,15 @@ def test_root_does_not_follow_a_users_link_and_names_what_it_cannot_write(sudo: 
     assert not (sudo.folder / "lock").exists()
 
 
+@m.needs_real_root
+def test_root_that_may_not_enter_the_callers_folders_does_without_a_turn(sudo: Sudo) -> None:
+    # as in a home on NFS
+    prefix = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "sudo"]
+    for command in (MPS_ON, MPS_OFF):
+        result = sudo.scripts.run(command, prefix=prefix, **sudo.variables)
+        assert result.returncode == 0, result.stderr
+
+
 # --- signals --------------------------------------------------------------------------------------
 
 SET_UPS = [
@@ -790,6 +801,19 @@ def test_two_at_once_take_turns(scripts: m.ModeScripts) -> None:
     assert daemons(scripts, "locks") == [[]]
     scripts.must(MPS_OFF)
     m.as_delivered(scripts)
+
+
+def test_who_waits_for_a_turn_can_be_told_to_end(scripts: m.ModeScripts) -> None:
+    (scripts.state_directory / "lock").mkdir(parents=True, mode=0o700)
+    scripts.state_directory.chmod(0o700)
+    lock = os.open(scripts.state_directory / "lock", os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    process = scripts.start(MPS_ON, stderr=subprocess.PIPE)
+    assert process.stderr is not None
+    assert process.stderr.readline() == "Waiting for another of these scripts to end.\n"
+    process.terminate()
+    assert process.wait(timeout=10) == 143
+    os.close(lock)
 
 
 def test_a_closed_standard_error_changes_no_exit_code(scripts: m.ModeScripts) -> None:

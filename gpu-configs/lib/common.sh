@@ -306,16 +306,21 @@ transaction::begin() {
 
 # transaction::take_turn KIND FOLDER UMASK: waits until no other script changes what is kept in the folder of
 # this kind of state. A folder in it is locked, which nobody else can open; and root opens no pipe or device of a
-# user's by a name that ends in a dot. Where none can be made, nothing can be saved either.
+# user's by a name that ends in a dot. Where none can be made, nothing can be saved either; and where root may not
+# enter it (a home on NFS), or the file system knows no locks, it goes on without.
 transaction::take_turn() {
     local lock
+    local -i waited=0
     state::is_there "$1" "$2/." directory || true # or it ends here
     (umask "$3" && state::as "$1" mkdir -p -m 700 -- "$2/lock") 2>/dev/null || return 0
-    exec {lock}<"$2/lock/."
-    flock -n "$lock" || {
-        log "Waiting for another of these scripts to end."
-        flock -w 60 "$lock"
-    } || die "$EXIT_BUSY" "another of these scripts is at work, which holds $2/lock; wait for its end"
+    { exec {lock}<"$2/lock/."; } 2>/dev/null || return 0
+    # for a second at a time, as a signal is taken between commands; 1 says that another has it
+    until flock -w 1 "$lock" || (($? != 1)); do
+        ((waited++)) || log "Waiting for another of these scripts to end."
+        # other cards' scripts, one after the other, may take minutes
+        ((waited < 600)) ||
+            die "$EXIT_BUSY" "another of these scripts is at work, which holds $2/lock; wait for its end"
+    done
 }
 
 # transaction::end COMMAND...: from here on nothing is put back; what is in force is printed by the command.

@@ -90,7 +90,7 @@ gpu::select() {
     trap 'exit 141' PIPE
     if ((!DRY_RUN)); then
         transaction::take_turn mps "$USER_STATE" 077
-        ((EUID != 0)) || [[ $ROOT_STATE == "$USER_STATE" ]] || transaction::take_turn mig "$ROOT_STATE" 022
+        ((EUID != 0)) || [[ $ROOT_STATE -ef $USER_STATE ]] || transaction::take_turn mig "$ROOT_STATE" 022
     fi
     gpu::list
     gpu::read_line "${GPU_LINES[0]}"

@@ -134,7 +134,7 @@ class Recorder:
 
     def wait_for_stop(self, timeout_seconds: float) -> bool:
         """Sleep for ``timeout_seconds``, less if a stop arrives; return whether one has."""
-        return self._stop.wait(min(timeout_seconds, threading.TIMEOUT_MAX))
+        return self._stop.wait(timeout_seconds)
 
     def wait_for(self, command: str) -> None:
         """Block until ``command`` has arrived.

@@ -255,8 +255,8 @@ def _protect_compiler() -> None:
         is_open = is_open or owner_above not in (0, os.geteuid())
         if is_open or status.st_uid != os.geteuid():
             raise UsageError(
-                f"{folder} is not yours alone, and compiled code is run from there; set "
-                f"{variable} to a folder of your own (chmod 700)"
+                f"{folder}, or what it lies in, is not yours alone, and compiled code is run from "
+                f"there; set {variable} to a folder of your own (chmod 700) in one of your own"
             )
         os.environ[variable] = str(folder)
     os.environ["PYTHONSAFEPATH"] = "1"

@@ -271,7 +271,7 @@ def _load_folder(data_dir: Path, image_size: int | None) -> ImageDataset:
     if not train_dir.is_dir() or not test_dirs:
         raise UsageError(
             f"{data_dir} has no train/ and test/ (or val/) folders; name with --data-dir a folder "
-            "that has both, each with one folder a class"
+            "that has both, each with one folder a class, or choose another --dataset"
         )
     notes = [f"{unused} is not used: the test is on {test_dirs[0]}" for unused in test_dirs[1:]]
     classes = {split_dir: _class_files(split_dir) for split_dir in (train_dir, test_dirs[0])}

@@ -238,7 +238,9 @@ def read_csv(path: Path) -> tuple[list[_Row], list[str]]:
             unused.setdefault(name, set()).add(_split_word(value))
     for name, words in unused.items():
         if words <= SPLIT_WORDS and "split" not in columns:
-            raise UsageError(f"{path}: the column {name!r} marks train and test; name it split")
+            raise UsageError(
+                f"{path}: the column {name!r} marks train and test; name it split, or remove it"
+            )
     notes = [f"columns of {path.name} that are not used: {', '.join(unused)}"] if unused else []
     return rows, notes
 
