@@ -79,7 +79,7 @@ class OneLineParser(argparse.ArgumentParser):
 def some_text(text: str) -> str:
     """Argument type: a text that is not empty."""
     if not text:
-        raise argparse.ArgumentTypeError("is empty: give a value, or leave it away")
+        raise argparse.ArgumentTypeError("is empty: give a value, or leave it out")
     return text
 
 

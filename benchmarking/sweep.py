@@ -206,7 +206,7 @@ def parse_arguments() -> argparse.Namespace:
 def resumed(parser: argparse.ArgumentParser, given: argparse.Namespace) -> argparse.Namespace:
     """Return the arguments of the sweep to go on with, as they were given then and there."""
     if given.knob or given.values or given.output or given.change_card or given.suite:
-        parser.error("--resume goes on with the sweep's own flags: leave the others away")
+        parser.error("--resume goes on with the sweep's own flags: leave the others out")
     folder, refused = given.resume.resolve(), f"--resume {given.resume}"
     try:
         status = (folder / SWEEP_FILE).lstat()

@@ -227,7 +227,7 @@ def test_a_failed_baseline_or_preparation_ends_the_run_with_its_reason(
     [(["--workloads", "0"], 2, "1 or more"), (["--workloads", "4,2"], 2, "smallest first"),
      (["--timeout", "x"], 2, "above 0"), (["--mix", "other"], 2, "invalid choice"),
      (["--window", "10", "--timeout", "5"], 2, "--timeout"),
-     (["--mode", "exclusive", "--baseline", "x"], 2, "leave --baseline away"),
+     (["--mode", "exclusive", "--baseline", "x"], 2, "leave --baseline out"),
      (["--data-dir", "/no/such/folder"], 2, "no folder"), (["--baseline", "nothing"], 2, "no run"),
      (["--run-id", "a/b"], 2, "not a folder name"),
      (["--mix", "training", "--slo-ms", "50"], 2, "--slo-ms needs jobs with response times"),
@@ -239,7 +239,7 @@ def test_a_failed_baseline_or_preparation_ends_the_run_with_its_reason(
      (["--mps-partitions"], 2, "limits of MPS clients need --mode mps"),
      (["--mode", "mps", "--mps-partitions", "--until-break"], 2, "as many clients as static"),
      (["--mode", "mps", "--mps-partitions", "--mps-percentage", "50"], 2, "percentage is ignored"),
-     (["--resume", "mine", "--quick"], 2, "leave --quick away"),
+     (["--resume", "mine", "--quick"], 2, "leave --quick out"),
      (["--gpu", "1"], 3, "GPU")],
 )  # fmt: skip
 def test_what_cannot_be_is_one_sentence_and_its_exit_code(

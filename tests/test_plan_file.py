@@ -119,7 +119,7 @@ def test_another_environment_is_another_job_and_limits_of_mps_are_not(tmp_path: 
         ("#" * (1 << 20) + COMMAND, "is too long for a plan"),
         (f"{COMMAND}count = true", "count: is True, but needs a whole number"),
         (f"{BERT}arguments = [3]", 'put each in quotes, as "3"'),
-        (f'{BERT}arguments = ["--device=cpu"]', "leave --device away"),
+        (f'{BERT}arguments = ["--device=cpu"]', "leave --device out"),
         ('[[client]]\ncommand = "./no.sh"', "there is no program './no.sh' that can be run in"),
         ('[[client]]\ncommand = "no-such-program"', "there is no program 'no-such-program'"),
         ("[[client]]\ncommand = \"echo 'a\"", "close the quotes"),

@@ -88,7 +88,7 @@ REFUSED: dict[str, list[tuple[str, str]]] = {
         ("--prometheus 70000", "give a port from 0 to 65535"),
     ],
     "benchmarking/benchmark_suite.py": [
-        *((f"--{flag}=", f"argument --{flag}: is empty: give a value, or leave it away")
+        *((f"--{flag}=", f"argument --{flag}: is empty: give a value, or leave it out")
           for flag in ("resume", "gpu", "results-dir", "job")),
         *((f"--mode mps --mps-percentage {given}", f"'{given}' is not a percentage over 0")
           for given in ("5_0", "1e1")),

@@ -187,7 +187,7 @@ def test_ctrl_c_leaves_finished_values_and_no_process_and_the_command_to_go_on(
         ("[" * 9999, 0o600, "is no sweep that can go on"),
         (whole.replace('"points": [', '"points": [7, '), 0o600, "is no sweep that can go on"),
         (whole, 0o620, "is not yours alone, and what it says would be run"),
-        (whole, 0o600, "leave the others away"),
+        (whole, 0o600, "leave the others out"),
     ):
         kept.write_text(content)
         kept.chmod(mode)

@@ -68,7 +68,7 @@ def _without_a_gpu(request: Request) -> str:
         )
     if request.device == "cuda":
         raise SuiteError(
-            f"--device cuda, but there is no GPU: {reason} (leave --device away for the CPU "
+            f"--device cuda, but there is no GPU: {reason} (leave --device out for the CPU "
             "demonstration)", EXIT_NO_GPU,
         )  # fmt: skip
     return f"no GPU here ({reason}): CPU demonstration, whatever mode was asked for"

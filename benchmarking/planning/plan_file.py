@@ -49,7 +49,7 @@ from benchmarking.planning.redaction import (
 )
 from benchmarking.planning.workloads import WORKLOADS
 
-# What each key holds: its type, what it is where it is left away, and how a complaint names it.
+# What each key holds: its type, what it is where it is left out, and how a complaint names it.
 KEYS: Mapping[str, tuple[type, Any, str]] = {
     "name": (str, "", "a text"),
     "workload": (str, "", f"one of {', '.join(WORKLOADS)}"),
@@ -74,7 +74,7 @@ KNOBS = {
     "mps_memory_limit": limits.memory_limit,
     "mps_priority": limits.priority,
 }
-HOLDS_NUL = "holds a NUL, which no program can be given: leave it away"
+HOLDS_NUL = "holds a NUL, which no program can be given: leave it out"
 # Flags that the suite itself gives to each client.
 FLAGS_OF_THE_SUITE = ("--device", "--gpu", "--events", "--hold", "--resolve", "--results-dir")
 # Programs whose first word without a dash is a file, where it ends like one.
@@ -337,7 +337,7 @@ def _entry(table: _Table, folder: Path) -> PlanEntry:
     special = _command_fields(table, folder) if has_command else _workload_fields(table)
     special["label"] = table.get("label") or special["label"]
     if _CONTROLS.search(special["label"]):
-        table.complain("label", "leave line breaks and control characters away")
+        table.complain("label", "leave line breaks and control characters out")
     return PlanEntry(
         **special,
         count=count,
@@ -355,7 +355,7 @@ def _workload_fields(table: _Table) -> dict[str, Any]:
     arguments = table.get("arguments")
     for flag in (word.partition("=")[0] for word in arguments):
         if flag in FLAGS_OF_THE_SUITE:
-            table.complain("arguments", f"leave {flag} away, the suite gives it to every client")
+            table.complain("arguments", f"leave {flag} out, the suite gives it to every client")
     kind = WORKLOADS.get(workload)
     return {"workload": workload, "arguments": arguments, "label": kind.label if kind else workload}
 
@@ -422,7 +422,7 @@ def _environment(table: _Table) -> dict[str, str]:
     for name in table.get("inherit"):
         wrong = _wrong_variable(name)
         if wrong is None and name not in os.environ:
-            wrong = "is not set where this was started: export it, or leave it away"
+            wrong = "is not set where this was started: export it, or leave it out"
         if wrong:
             table.complain(f"inherit.{name}", wrong)
         found[name] = os.environ.get(name, "")
@@ -433,7 +433,7 @@ def _wrong_variable(name: str) -> str | None:
     if not _VARIABLE.fullmatch(name):
         return "is no name of a variable: use letters, digits and '_'"
     if name == "CUDA_VISIBLE_DEVICES" or name.startswith("CUDA_MPS_"):
-        return "belongs to the sharing mode: leave it away, the suite sets it"
+        return "belongs to the sharing mode: leave it out, the suite sets it"
     return None
 
 

@@ -294,7 +294,7 @@ def _why_no_gpu() -> str:
     if listing is None:
         return (
             "no NVIDIA driver answers (nvidia-smi fails or is missing); "
-            "install the driver, or use --device cpu and leave --gpu away"
+            "install the driver, or use --device cpu and leave --gpu out"
         )
     seen = f"the driver sees {listing.splitlines()[0]}, but PyTorch {torch.__version__}"
     if torch.version.cuda is None:

@@ -120,7 +120,7 @@ def check_request() -> None:
 
 @lru_cache(maxsize=64)
 def _is_local(host: str) -> bool:
-    """Whether a Host header names this machine, or nothing (no browser leaves it away)."""
+    """Whether a Host header names this machine, or nothing (no browser leaves it out)."""
     with suppress(ValueError):
         name = urlsplit(f"//{host}").hostname or "localhost"
         if name == "localhost" or name.endswith(".localhost"):

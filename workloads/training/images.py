@@ -113,7 +113,7 @@ def load_dataset(
     if image_size not in (None, CIFAR_SIZE):
         raise UsageError(
             f"--image-size {image_size} is for folders of images; these are of {CIFAR_SIZE}x"
-            f"{CIFAR_SIZE}, so leave it away or name a folder with --dataset folder --data-dir"
+            f"{CIFAR_SIZE}, so leave it out or name a folder with --dataset folder --data-dir"
         )
     if kind == "synthetic":
         return synthetic_dataset(seed)
