@@ -39,7 +39,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarking.cli import SuiteError
+from benchmarking.cli import MOST_AT_ONCE, SuiteError
 from benchmarking.planning import limits
 from benchmarking.planning.redaction import (
     NotRevealedError,
@@ -85,7 +85,6 @@ SCRIPT_SUFFIXES = (".py", ".sh", ".js", ".pl", ".R", ".jl")
 JOBS_PLAN = "--job"
 MOST_NAME_CHARACTERS = 40
 MOST_CHARACTERS = 1 << 20
-MOST_CLIENTS = 9999
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
@@ -332,8 +331,8 @@ def _entry(table: _Table, folder: Path) -> PlanEntry:
         *(COMMAND_KEYS if has_command or not has_workload else ()),
     ))  # fmt: skip
     count = table.get("count")
-    if not 1 <= count <= MOST_CLIENTS:
-        table.complain("count", f"is {count}, but needs {KEYS['count'][2]}, {MOST_CLIENTS} at most")
+    if not 1 <= count <= MOST_AT_ONCE:
+        table.complain("count", f"is {count}, but needs {KEYS['count'][2]}, {MOST_AT_ONCE} at most")
     special = _command_fields(table, folder) if has_command else _workload_fields(table)
     special["label"] = table.get("label") or special["label"]
     if _CONTROLS.search(special["label"]):

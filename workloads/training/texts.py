@@ -213,7 +213,7 @@ def read_csv(path: Path) -> tuple[list[_Row], list[str]]:
         ) from error
     delimiter, columns = _columns(path, text)
     rows = []
-    unused: dict[str, set[str]] = {}  # the values of other columns
+    unused: dict[str, bool] = {}  # whether all values of another column are those of a split
     for line, fields in list(_records(path, text, delimiter))[1:]:
         if not any(value.strip() for value in fields):
             continue
@@ -235,9 +235,9 @@ def read_csv(path: Path) -> tuple[list[_Row], list[str]]:
             )
         rows.append(_Row(said, label.strip(), word in TEST_WORDS, f"line {line}"))
         for name, value in record.items():
-            unused.setdefault(name, set()).add(_split_word(value))
-    for name, words in unused.items():
-        if words <= SPLIT_WORDS and "split" not in columns:
+            unused[name] = unused.get(name, True) and _split_word(value) in SPLIT_WORDS
+    for name, is_split in unused.items():
+        if is_split and "split" not in columns:
             raise UsageError(
                 f"{path}: the column {name!r} marks train and test; name it split, or remove it"
             )
