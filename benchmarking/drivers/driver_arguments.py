@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 from benchmarking.cli import PROJECT_ROOT, SuiteError
 from benchmarking.hardware.nvidia_tools import PROFILE_PATTERN
+from benchmarking.planning import limits
 from benchmarking.records.writing import is_of_others
 
 # Script, working folder and arguments of a run, each ended by NUL, for --resume.
@@ -176,16 +177,24 @@ def _no_resume(text: str | None) -> NoReturn:
     raise ValueError(" goes on with the flags saved in its folder: give no others")
 
 
-def _each(pattern: str) -> str:
-    """Return the pattern of one value or more with commas between them."""
-    return rf"\s*({pattern})\s*(,\s*({pattern})\s*)*"
+def _listed(check: Callable[[str], str], what: str, *words: str) -> Check:
+    """Return a check for one of the words, or values with commas between that `check` lets pass."""
+
+    def checked(text: str | None) -> str:
+        text = SOME_TEXT(text)
+        try:
+            for part in [] if text in words else text.split(","):
+                check(part.strip())
+        except ValueError:
+            raise ValueError(f" needs {what}") from None
+        return text
+
+    return checked
 
 
 SOME_TEXT = matching(r"(?s).+", "a value")
 WHOLE_NUMBER = matching("[1-9][0-9]{0,3}", "a whole number from 1 on, 9999 at most")
 ABOVE_0 = r"(?=.*[1-9])\d+(\.\d+)?"
-# As planning/limits.py has it, which needs packages.
-PERCENTAGE = r"(?=[0-9.]*[1-9])\d{1,2}(\.\d+)?|100(\.0+)?"
 # The flags with a value that both drivers have; a `ValueError` is the end of the message.
 SHARED_CHECKS: Mapping[str, Check] = {
     "--resume": _no_resume,
@@ -206,9 +215,9 @@ SHARED_CHECKS: Mapping[str, Check] = {
     "--dataset": one_of("auto", "cifar10", "folder", "synthetic"),
     "--data-dir": path(Path.is_dir, "is not a folder"),
     "--seed": matching(r"\d+", "a whole number from 0 on"),
-    "--mps-percentage": matching(f"even|{_each(PERCENTAGE)}", "even, or percentages up to 100"),
-    "--mps-memory-limit": matching(_each("[1-9][0-9]*[MG]"), "sizes such as 512M or 8G"),
-    "--mps-priority": matching(_each("normal|below-normal"), "normal or below-normal"),
+    "--mps-percentage": _listed(limits.percentage, "even, or percentages up to 100", limits.EVEN),
+    "--mps-memory-limit": _listed(limits.memory_limit, "sizes such as 512M or 8G"),
+    "--mps-priority": _listed(limits.priority, "normal or below-normal"),
 }
 # The profile is the guide's; setup_mig.sh takes this card's profile of the same size for it.
 DEFAULTS = {"device": "auto", "mig_profile": "1g.5gb"}

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from benchmarking.records.types import MpsLimits
+if TYPE_CHECKING:  # a driver asks for these checks before there are packages
+    from benchmarking.records.types import MpsLimits
 
 PERCENTAGE_VARIABLE = "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"
 MEMORY_VARIABLE = "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT"
@@ -22,6 +24,7 @@ EVEN = "even"
 PARTITIONS = "partitions"
 PRIORITIES = {"normal": "0", "below-normal": "1"}
 
+_PERCENTAGE = re.compile(r"(?=[0-9.]*[1-9])[0-9]{1,2}(\.[0-9]+)?|100(\.0+)?")
 _MEMORY = re.compile(r"[1-9][0-9]*[MG]")
 _PROFILE = re.compile(r"[1-9]g\.[1-9][0-9]*gb(?:[+-][a-z.]+)*")
 
@@ -34,7 +37,7 @@ def percentage(text: str) -> str:
 
     The daemon passes over a value out of range in silence, so it is checked here.
     """
-    if not re.fullmatch(r"\d+(\.\d+)?", text, re.ASCII) or not 0 < float(text) <= 100:
+    if not _PERCENTAGE.fullmatch(text):
         raise ValueError(f"{text!r} is not a percentage over 0 and up to 100")
     return text
 
