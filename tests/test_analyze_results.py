@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +15,6 @@ import made_up_reports
 import pytest
 import synthetic_runs
 from conftest import PROJECT_ROOT
-
-from benchmarking.records import run_folder
 
 FIXTURE = PROJECT_ROOT / "tests" / "fixtures" / "synthetic_gpu"
 SCRIPT = PROJECT_ROOT / "benchmarking" / "analyze_results.py"
@@ -196,43 +193,3 @@ def test_nothing_heavy_is_imported_before_it_is_needed():
         cwd=PROJECT_ROOT, capture_output=True, text=True, check=True, timeout=60,
     )  # fmt: skip
     assert done.stdout.strip() == "[]"
-
-
-# --- figures in the documents -------------------------------------------------------------------
-
-
-def test_the_recorded_run_gives_the_figures_that_the_readme_shows():
-    # That the program gives these figures again: test_oracle.py.
-    (section,) = comparison_of(PROJECT_ROOT / "examples" / "h200-mixed-4")["sections"]
-    lines = (PROJECT_ROOT / "README.md").read_text().splitlines()
-    rows = {
-        line.split("|")[1].split(",")[0].strip(): line for line in lines if line.count("|") == 5
-    }
-    names = {"whole card": "work delivered (STP)", "Batch inference": "batch inference",
-             "Jupyter session": "notebook session"}  # fmt: skip
-    shown = [one for one in section["conclusions"] if one["is_claim"]]
-    assert len(shown) == 5
-    for one in shown:
-        row = rows[names.get(one["subject"], one["subject"])].replace("*", "")
-        cells = [cell.strip() for cell in row.split("|")[2:5]]
-        for cell, mode in zip(cells, one["modes"], strict=True):
-            assert cell.startswith(f"{mode['estimate']['mean']:.2f}")
-    assert f"{section['own_error']['percent']:.2f} % off its baseline" in "\n".join(lines)
-
-
-def test_the_latencies_of_single_images_among_the_findings_are_those_of_the_records():
-    findings = (PROJECT_ROOT / "docs" / "findings.md").read_text()
-    folder = PROJECT_ROOT / "examples" / "h100-single-image"
-    runs = [run_folder.read_run(folder / mode) for mode in ("time-slicing", "mps")]
-
-    def mean_ms(run, clients):
-        records = run.clients_of(f"single-image-{clients}-r0")
-        return statistics.fmean(ms for record in records for ms in record.latency_ms)
-
-    for clients in (1, 3, 5, 7):
-        (line,) = [line for line in findings.splitlines()
-                   if line.startswith(f"| {clients} | ") and line.count(" ms") == 4]  # fmt: skip
-        for run, cell in zip(runs, line.split("|")[3:6:2], strict=True):
-            mean = mean_ms(run, clients)
-            ratio = f" ({mean / mean_ms(run, 1):.1f})" if clients > 1 else ""
-            assert cell.strip() == f"{mean:.3f} ms{ratio}"
