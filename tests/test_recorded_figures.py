@@ -35,7 +35,10 @@ def section(example: str) -> dict:
 
 @functools.cache
 def page(name: str) -> str:
-    return (PROJECT_ROOT / name).read_text()
+    """The text of a page, or of one section of it: "docs/PAGE.md#words of its heading"."""
+    path, _, heading = name.partition("#")
+    text = (PROJECT_ROOT / path).read_text()
+    return text.partition(f"## {heading}")[2].partition("\n## ")[0] if heading else text
 
 
 def cells(page_name: str, *begin: str) -> list[str]:
@@ -157,10 +160,26 @@ def test_pairs_are_as_recorded():
 def test_tails_next_to_one_other_job_are_as_recorded(name, variant):
     tails = {cell["beside"]: cell["tail_slowdown"] for cell in pair_cells(variant)
              if cell["job"] == "Batch inference"}  # fmt: skip
-    findings = page("docs/findings.md").partition("## tally-bench")[2].partition("\n## ")[0]
-    (line,) = re.findall(rf"^\| {name} \|(.*)\|$", findings, re.MULTILINE)
     neighbors = ("ResNet50 training", "Batch inference", "Jupyter session", "BERT fine-tuning")
-    assert [cell.strip() for cell in line.split("|")] == figures([tails[one] for one in neighbors])
+    shown = cells("docs/findings.md#tally-bench", name)
+    assert shown == figures([tails[one] for one in neighbors])
+
+
+def test_a_token_next_to_a_memory_hog_is_as_recorded():
+    co_run = "noisy{}-llm_inference-hbm-r0"
+    rows = {
+        "alone": ("baseline", "baseline-llm_inference"),
+        "time slicing": ("time-slicing", co_run.format("")),
+        "MPS, 50 % each": ("mps-even", co_run.format("-mps-even")),
+        "MPS, no limit": ("mps", co_run.format("")),
+    }
+    for row, (folder, name) in rows.items():
+        run = run_folder.read_run(EXAMPLES / "h200-noisy" / folder)
+        (record,) = [one for one in run.clients_of(name) if one.label == "Token generation"]
+        ours = [statistics.fmean(record.latency_ms), record.slowdown]
+        shown = cells("docs/findings.md#Token generation", row)[2:]
+        for cell, value in zip(shown, ours, strict=True):
+            assert cell == f"{value:.{len(cell.partition('.')[2])}f}"
 
 
 @pytest.mark.parametrize("fault", ["assert", "oom"])
@@ -191,9 +210,8 @@ def test_the_latencies_of_single_images_are_as_recorded():
         return statistics.fmean(ms for record in records for ms in record.latency_ms)
 
     for clients in (1, 3, 5, 7):
-        (line,) = [line for line in page("docs/findings.md").splitlines()
-                   if line.startswith(f"| {clients} | ") and line.count(" ms") == 4]  # fmt: skip
-        for run, cell in zip(runs, line.split("|")[3:6:2], strict=True):
+        shown = cells("docs/findings.md#nos", str(clients))[1::2]
+        for run, cell in zip(runs, shown, strict=True):
             mean = mean_ms(run, clients)
             ratio = f" ({mean / mean_ms(run, 1):.1f})" if clients > 1 else ""
-            assert cell.strip() == f"{mean:.3f} ms{ratio}"
+            assert cell == f"{mean:.3f} ms{ratio}"
