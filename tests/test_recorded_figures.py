@@ -114,6 +114,9 @@ def test_token_generation_and_its_neighbors_are_as_recorded(job):
     slowdowns = figures([one["slowdown"]["mean"] for one in clients])
     assert cells(TOKENS, f"{job}, slowdown") == ["1", *slowdowns]
     assert cells(TOKENS, "work delivered (STP)") == ["1", *figures(stp("h200-llm"))]
+    if job == "token generation":
+        row = "token generation next to a training, batch inference and a notebook (H200)"
+        assert cells("docs/modes.md", row)[:3] == slowdowns
 
 
 def test_the_times_of_a_token_are_as_recorded():
