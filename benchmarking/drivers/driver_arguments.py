@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from benchmarking.cli import PROJECT_ROOT, SuiteError
-from benchmarking.hardware.nvidia_tools import PROFILE_PATTERN
 from benchmarking.planning import limits
 from benchmarking.records.writing import is_of_others
 
@@ -207,7 +206,7 @@ SHARED_CHECKS: Mapping[str, Check] = {
     "--job": SOME_TEXT,
     "--mig-profile": SOME_TEXT,
     "--mig-layout": matching(
-        f"{PROFILE_PATTERN}(,{PROFILE_PATTERN})*",
+        f"{limits.PROFILE}(,{limits.PROFILE})*",
         "MIG profiles with commas between, such as 2g.20gb,1g.10gb",
     ),
     "--engine": one_of("eager", "graph", "compile"),

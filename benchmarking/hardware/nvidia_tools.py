@@ -34,7 +34,6 @@ STATIC_PARTITIONS_VERSION = 13010
 MIG_FIELD = "mig.mode.current"
 # As in `Gpu`; name last, since it alone could hold a comma.
 FIELDS = ("index", "uuid", "compute_mode", MIG_FIELD, "name")
-PROFILE_PATTERN = r"\d+g\.\d+gb(?:[+-][a-z.]+)*"
 
 
 class NoGpuError(Exception):
@@ -179,7 +178,7 @@ def mig_instances(gpu: Gpu) -> list[str]:
 def mig_profiles(gpu: Gpu) -> list[str]:
     """Return the names of the MIG profiles that a GPU has; raises `NoGpuError`."""
     text, _ = ask("mig", "-lgip")
-    row = rf"^\|\s+{gpu.index}\s+MIG ({PROFILE_PATTERN})\s+\d+\s+\d+/\d+\s"
+    row = rf"^\|\s+{gpu.index}\s+MIG (\S+)\s+\d+\s+\d+/\d+\s"
     names = re.findall(row, text, re.MULTILINE)
     if names:
         return names

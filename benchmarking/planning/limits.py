@@ -23,10 +23,10 @@ PRIORITY_VARIABLE = "CUDA_MPS_CLIENT_PRIORITY"
 EVEN = "even"
 PARTITIONS = "partitions"
 PRIORITIES = {"normal": "0", "below-normal": "1"}
+PROFILE = r"[1-9]g\.[1-9][0-9]*gb(?:[+-][a-z.]+)*"
 
 _PERCENTAGE = re.compile(r"(?=[0-9.]*[1-9])[0-9]{1,2}(\.[0-9]+)?|100(\.0+)?")
 _MEMORY = re.compile(r"[1-9][0-9]*[MG]")
-_PROFILE = re.compile(r"[1-9]g\.[1-9][0-9]*gb(?:[+-][a-z.]+)*")
 
 
 # --- limits of MPS clients --------------------------------------------------------------------
@@ -114,6 +114,6 @@ def describe(limits: MpsLimits) -> str:
 
 def profile(text: str) -> str:
     """Return a MIG profile's name as it was written, or raise `ValueError`."""
-    if not _PROFILE.fullmatch(text):
+    if not re.fullmatch(PROFILE, text):
         raise ValueError(f"{text!r} is no MIG profile; one is written like 1g.10gb")
     return text
