@@ -119,7 +119,8 @@ def noisy_neighbors_only(section: dict) -> None:
          "For this mix on this card: MPS delivers "),
         (lambda: compare(*(ramp(STEPS, mode, bounds={"max_slowdown": bound})
                            for mode, bound in (("mps", 2.0), ("time-slicing", 9.0)))),
-         "For this mix on this card: time slicing delivered the most, "),
+         "For this mix on this card: time slicing and MPS delivered about the same, 1.33 GPUs' "
+         "worth of work, seen once."),
         (lambda: compare(ramp(STEPS, gpu=False, bounds={"max_slowdown": 9.0})),
          "How many clients of training fit on these CPU cores, at a slowdown of 9 at most: 4 or "
          "more."),
@@ -198,10 +199,13 @@ def test_a_method_whose_own_error_is_too_large_says_so_before_anything_else() ->
          ["of 1 pairs MPS delivered the most work in 1; seen once.",
           "| ResNet50 training | – | MPS |",
           "| time slicing | ResNet50 training | Batch inference | 2.00 |"]),
+        (lambda: compare(pairs("slicing", "time-slicing", 1.51), pairs("mps", "mps", 1.5)),
+         ["of 1 pairs no single mode delivered the most work in 1; seen once.",
+          "| ResNet50 training | – | either; MPS |"]),
         (lambda: edited(noisy_neighbors),
          ["| Token generation, memory: a slice of its own pays | – | from 25 % on |"]),
     ],
-    ids=["pairs", "noisy neighbors"],
+    ids=["pairs", "pairs alike", "noisy neighbors"],
 )  # fmt: skip
 def test_pairs_and_neighbors_are_tables(compared, rows: list[str]) -> None:
     text = as_markdown(compared())

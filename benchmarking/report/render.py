@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarking.report import charts, tables, wording
+from benchmarking.report import charts, claims, tables, wording
 
 if TYPE_CHECKING:
     import jinja2
@@ -178,17 +178,31 @@ def context(comparison: Record, drawn: Sequence[Charts] = ()) -> dict[str, Any]:
     sections = []
     for number, section in enumerate(comparison["sections"]):
         made = {**section, "charts": drawn[number] if drawn else NO_CHARTS}
+        for name in ("conclusions", "pair_choices"):
+            made[name] = [
+                {**one, "near_best": near_best(one, comparison["matters_percent"])}
+                for one in section[name]
+            ]
         made |= {"mixes": mixes_of(made), "noisy_worst": noisy_worst_of(made), **pairs_of(made)}
         sections.append(made)
     return {**comparison, "sections": sections}
+
+
+def near_best(conclusion: Record, matters_percent: float) -> list[str]:
+    """The variants that too few rounds for a claim show as good as the best one."""
+    if conclusion["verdict"] != claims.TOO_FEW or not conclusion["best"]:
+        return []
+    means = {one["variant"]: one["estimate"]["mean"] for one in conclusion["modes"]
+             if one["estimate"]}  # fmt: skip
+    best = means.pop(conclusion["best"])
+    return [one for one, mean in means.items() if abs(mean / best - 1) * 100 <= matters_percent]
 
 
 def pairs_of(section: Record) -> dict[str, Any]:
     """In how many pairs each mode is the one to choose, the most first, and of how many rounds."""
     choices = section["pair_choices"]
     best = (
-        None if one["verdict"] == "cannot tell" or not one["best"]
-        else wording.variant_name(one["best"], one)
+        wording.variant_name(one["best"], one) if tables.is_told_apart(one) else None
         for one in choices
     )  # fmt: skip
     found = (mode["estimate"] for mode in tables.each(choices, "modes"))
@@ -261,6 +275,7 @@ def mix_of(section: Record, mix: str, clients: int) -> dict[str, Any]:
         "rounds": min((one["rounds"] for one in rows), default=None),
         "tied": [names[mode["variant"]] for mode in measured
                  if mode["is_tied"] and not mode["is_best"]],
+        "near_best": [names[variant] for variant in (whole["near_best"] if whole else ())],
         "other_best": other,
         "is_alone_faster": any(
             pair["verdict"] == "sure" and pair["better"] == "alone" for pair in against_alone

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from benchmarking.report import wording
+from benchmarking.report import claims, wording
 from benchmarking.report.wording import UNKNOWN
 
 if TYPE_CHECKING:
@@ -86,14 +86,20 @@ def first_table(mix: Record, how_sure: Callable[[Record], str], best: str) -> Ta
     return Table(["", *mix["names"].values(), "how sure"], rows)
 
 
+def is_told_apart(choice: Record) -> bool:
+    """Whether a pair's best mode stands out, be it seen once."""
+    is_alike = choice["verdict"] in (claims.NO_DIFFERENCE, claims.CANNOT_TELL)
+    return bool(choice["best"]) and not is_alike and not choice["near_best"]
+
+
 def pair_matrix(section: Record) -> Table:
     """Which mode to choose for each pair of jobs."""
-    marks = {"sure": "", "no difference that matters": "either; ", "cannot tell": "? "}
     cells = {}
     for choice in section["pair_choices"]:
         if choice["best"]:
+            unsure = "? " if choice["verdict"] == claims.CANNOT_TELL else "either; "
             best = wording.variant_name(choice["best"], choice)
-            cells[frozenset(choice["jobs"])] = marks.get(choice["verdict"], "") + best
+            cells[frozenset(choice["jobs"])] = best if is_told_apart(choice) else unsure + best
     jobs = list(dict.fromkeys(job for choice in section["pair_choices"] for job in choice["jobs"]))
     rows = [[job, *(cells.get(frozenset((job, other)), UNKNOWN) for other in jobs)] for job in jobs]
     return Table(["job, next to:", *jobs], rows)
