@@ -195,7 +195,7 @@ def near_best(conclusion: Record, matters_percent: float) -> list[str]:
     means = {one["variant"]: one["estimate"]["mean"] for one in conclusion["modes"]
              if one["estimate"]}  # fmt: skip
     best = means.pop(conclusion["best"])
-    return [one for one, mean in means.items() if abs(mean / best - 1) * 100 <= matters_percent]
+    return [one for one, mean in means.items() if abs(mean - best) * 100 <= matters_percent * best]
 
 
 def pairs_of(section: Record) -> dict[str, Any]:
