@@ -91,6 +91,7 @@ NOT_ALONE = ("--mps-", "--mig-layout", "--baseline", "--max-slowdown", "--bisect
 
 # A value that has a part for each client is written with this, since commas part the values.
 PART = "/"
+LONGEST_NAME = 255  # of a file, on the usual file systems
 # A flag of the jobs themselves, as in `job-flag=--batch-size`.
 JOB_FLAG = "job-flag"
 TIMESLICES = ("default", "short", "medium", "long")
@@ -194,7 +195,10 @@ def parse_arguments() -> argparse.Namespace:
     check(parser, options)
     usual = Path("results") / f"sweep-{options.knob.name}-{utc_now()[:19].replace(':', '')}"
     options.output = options.output or usual
-    if options.output.exists() and (not options.output.is_dir() or any(options.output.iterdir())):
+    # os.path: a name that is too long is no error before its folder is made
+    if os.path.exists(options.output) and (
+        not options.output.is_dir() or any(options.output.iterdir())
+    ):
         parser.error(f"--output {options.output} is not empty: name a new folder")
     points = [Point(value, NOT_RUN) for value in options.values]
     options.sweep = Sweep(
@@ -251,6 +255,8 @@ def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
           for name in RESERVED),
         (knob.flag and getattr(request, knob.flag[2:].replace("-", "_")),
          f"{knob.flag} behind -- is the knob itself: leave it"),
+        (knob is KNOBS["workloads"] and any(PART in value for value in options.values),
+         "--knob workloads takes one count a value, with commas between"),
         (knob.job_flag and (request.job_arguments or request.baseline),
          "each value is another job: leave --job-arguments and --baseline behind --"),
         (request.mode == MODE_EXCLUSIVE or request.mix in PAIRED_MIXES,
@@ -259,6 +265,8 @@ def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
          "--workloads behind -- needs one count: sweep it by --knob workloads"),
         (shared, f"--values: two would be measured in one folder, {' '.join(shared[:1])}: sweep "
          "them apart"),
+        (max(map(len, slugs)) > LONGEST_NAME,
+         "--values: one is too long for the name of its folder, give it a shorter path or name"),
         (is_timeslice and request.mode != MODE_TIME_SLICING,
          f"--knob {knob.name} needs -- --mode {MODE_TIME_SLICING}"),
         (is_timeslice and unknown,
@@ -277,7 +285,8 @@ def alone_words(words: Sequence[str]) -> list[str]:
     is_kept = True
     for word in words:
         if word.startswith("--"):
-            is_kept = not word.startswith(NOT_ALONE)
+            flag = word.partition("=")[0]  # argparse takes the beginning of its name, too
+            is_kept = not any(flag.startswith(one) or one.startswith(flag) for one in NOT_ALONE)
         kept += [word] if is_kept else []
     return kept
 
@@ -333,7 +342,7 @@ class SweepRun:
         return code
 
     def _take_baseline(self) -> int:
-        """Take each job alone, once for all values; return the suite's exit code.
+        """Take each job alone, once for all values; return the exit code.
 
         Under MIG of others there is no whole GPU, and values that are other jobs have nothing in
         common: there each value's run takes its own.
@@ -350,7 +359,7 @@ class SweepRun:
             code = self._run([*words, "--mode", MODE_EXCLUSIVE], BASELINE)
         if code == EXIT_COMPLETE:
             self._baseline, self._sweep.baseline = folder, BASELINE
-        return code
+        return EXIT_FAILED if code == EXIT_INVALID else code
 
     def _measure_values(self) -> int:
         """Measure the values that have no run with an answer; return the exit code of all."""

@@ -150,7 +150,16 @@ def test_values_that_share_a_folder_or_that_nothing_could_run_are_refused(sweepe
     assert "two would be measured in one folder, model-a-b" in done.stderr
     done = sweeper.run("workloads", "1,99999999999", "--mix", "training", "--device", "cpu")
     assert (done.returncode, "9999 at most" in done.stderr) == (2, True)
+    done = sweeper.run("workloads", "1/2,4", "--mix", "training", "--device", "cpu")
+    assert (done.returncode, "takes one count a value" in done.stderr) == (2, True)
+    done = sweeper.run("job-flag=--model", "z" * 300, "--mix", "inference", "--device", "cpu")
+    assert (done.returncode, "too long for the name of its folder" in done.stderr) == (2, True)
     assert not sweeper.output.exists()
+    sweeper.output = sweeper.root / ("x" * 300)
+    for more, said in (((), "File name too long"), (("--base", "y" * 300), "there is no run")):
+        done = sweeper.run("workloads", "1", "--mix", "training", "--device", "cpu", *more)
+        assert (done.returncode, said in done.stderr) == (2, True), done.stderr
+        assert "Traceback" not in done.stderr
 
 
 def test_ctrl_c_leaves_finished_values_and_no_process_and_the_command_to_go_on(
@@ -274,6 +283,21 @@ def test_a_knob_of_the_card_is_put_in_force_for_its_value_and_taken_back(tmp_pat
     assert short["outcome"] == "ok"
     assert (long["outcome"], long["run_id"]) == ("failed", None)
     assert "this driver has no long slices" in long["reason"]
+
+
+def test_a_baseline_without_proof_is_a_failed_sweep_since_5_is_the_suites_code(
+    tmp_path: Path,
+) -> None:
+    sweeper = Sweeper(tmp_path)
+    sweeper.environment |= scripted_card(tmp_path)[1]
+    sweeper.environment = {
+        name: value for name, value in sweeper.environment.items() if not name.startswith("CUDA_")
+    }
+    sweeper.script({"match": "*", "identity": {"gpu_uuid": "GPU-another"}})
+    done = sweeper.run("workloads", "1,2", "--mix", "training")
+    assert done.returncode == 1, done.stderr
+    assert sweeper.content()["outcome"] == "failed"
+    assert [point["outcome"] for point in sweeper.content()["points"]] == [NOT_RUN] * 2
 
 
 def test_values_of_a_limit_stay_apart_in_the_sweep_and_in_the_report_of_its_folder(

@@ -376,7 +376,7 @@ def resolve_run(reference: str, results_dir: Path) -> Path:
     Raises `RunStoreError` when neither is one.
     """
     for folder in (Path(reference), Path(results_dir) / reference):
-        if (folder / MANIFEST_FILE).is_file():
+        if os.path.isfile(folder / MANIFEST_FILE):  # Path's raises for a name that is too long
             return folder.resolve()
     raise RunStoreError(
         f"there is no run {reference!r}, neither as a folder nor in {results_dir}: "
