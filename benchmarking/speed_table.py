@@ -123,7 +123,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--dataset", help="of the ResNet50 training (see resnet_training.py --help)")
     add("--data-dir", metavar="DIR", help="folder of that dataset")
     options = parser.parse_args()
-    if options.data_dir is not None and not Path(options.data_dir).is_dir():
+    if options.data_dir is not None and not os.path.isdir(options.data_dir):
         parser.error(f"--data-dir {options.data_dir} is no folder: name one that is there")
     return options
 
@@ -159,7 +159,7 @@ def compile_cache() -> Iterator[Path]:
     """Yield the cache of torch.compile: the environment's own, else an empty one for this run."""
     given = os.environ.get(CACHE_VARIABLE)
     if given:
-        Path(given).mkdir(parents=True, exist_ok=True)
+        make_folder(CACHE_VARIABLE, Path(given))
         yield Path(given)
         return
     with tempfile.TemporaryDirectory(prefix="inductor-") as folder:

@@ -147,6 +147,11 @@ def test_what_else_was_on_the_card_is_noted(bench: Bench) -> None:
     assert f"other processes were on the GPU: pid {os.getpid()} (" in note
     code, said = bench.run("--gpu", "7")
     assert (code, "GPU 7 cannot be found" in said) == (2, True)
+    code, said = bench.run("--data-dir", "x" * 300)
+    assert (code, "is no folder: name one that is there" in said) == (2, True)
+    bench.environment["TORCHINDUCTOR_CACHE_DIR"] = str(bench.card)
+    code, said = bench.run("--only", "resnet50-batch1")
+    assert (code, "TORCHINDUCTOR_CACHE_DIR" in said) == (2, True)
 
 
 def test_an_operator_is_bound_by_its_operations_or_its_bytes() -> None:
