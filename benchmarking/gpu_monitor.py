@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import select
@@ -81,7 +82,7 @@ def main() -> int:
     try:
         stop = StopSignal(watch_stdin=arguments.stdin_control)
         gpu = find_gpu(arguments.gpu)
-        with open_output(arguments.output) as output, open_display(arguments.output, gpu) as screen:
+        with open_output(arguments.output) as output, open_display(output, gpu) as screen:
             watch(gpu, arguments, stop, output, [screen, open_exporter(arguments, gpu)])
     except (nvml.GpuNotFoundError, nvml.GpuUnusableError) as error:
         print(f"gpu_monitor: {error}", file=sys.stderr)
@@ -154,8 +155,6 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("--stdin-control: standard input is closed")
     if arguments.output == "-" and "stdout" in closed_streams:
         parser.error("--output -: standard output is closed; name a file")
-    if arguments.output is None:
-        arguments.output = f"results/gpu_monitor_{time.strftime('%Y%m%d-%H%M%S')}.jsonl"
     return arguments
 
 
@@ -275,22 +274,33 @@ def write_line(output: TextIO, record: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def open_output(name: str) -> Iterator[TextIO]:
+def open_output(name: str | None) -> Iterator[TextIO]:
     """Yield where the lines go: standard output for ``-``, else the end of a file."""
     if name == "-":
         yield sys.stdout
         return
+    usual = f"results/gpu_monitor_{time.strftime('%Y%m%d-%H%M%S')}.jsonl"
     try:
-        Path(name).parent.mkdir(parents=True, exist_ok=True)
-        file = open(name, "a", encoding="utf-8")  # noqa: SIM115 (closed below)
+        Path(name or usual).parent.mkdir(parents=True, exist_ok=True)
+        file = new_file(usual) if name is None else open(name, "a", encoding="utf-8")  # noqa: SIM115
     except OSError as error:
         print(
-            f"gpu_monitor: --output {name}: {error.strerror}; name a file that can be written",
+            f"gpu_monitor: --output {name or usual}: {error.strerror}; name a file that can be "
+            "written",
             file=sys.stderr,
         )
         raise SystemExit(2) from None
     with file:
         yield file
+
+
+def new_file(name: str) -> TextIO:
+    """Return a file of this call's own: two samplers may begin in one second."""
+    path, numbers = Path(name), itertools.count(2)
+    while True:
+        with contextlib.suppress(FileExistsError):
+            return open(path, "x", encoding="utf-8")
+        path = Path(name).with_stem(f"{Path(name).stem}-{next(numbers)}")
 
 
 def report_broken_output(error: OSError) -> int:
@@ -321,11 +331,11 @@ def open_exporter(arguments: argparse.Namespace, gpu: nvml.Gpu) -> Exporter | No
     return exporter
 
 
-def open_display(output_name: str, gpu: nvml.Gpu) -> Display | contextlib.nullcontext[None]:
+def open_display(output: TextIO, gpu: nvml.Gpu) -> Display | contextlib.nullcontext[None]:
     """Return what shows the samples; nothing does where that would be no place for it."""
-    if output_name == "-":
+    if output is sys.stdout:
         return contextlib.nullcontext()
-    return Display("no GPU" if gpu.uuid is None else f"GPU {gpu.index} {gpu.uuid}", output_name)
+    return Display("no GPU" if gpu.uuid is None else f"GPU {gpu.index} {gpu.uuid}", output.name)
 
 
 class Display:

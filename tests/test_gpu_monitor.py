@@ -479,6 +479,23 @@ def test_by_hand_it_prints_lines_and_a_summary_and_names_its_file(
     assert len(output.read_text().splitlines()) in (3, 4)
 
 
+def test_the_usual_file_is_a_new_one_where_its_name_is_taken_or_a_planted_link(
+    card: Callable, tmp_path: Path
+) -> None:
+    (tmp_path / "results").mkdir()
+    victim = tmp_path / "victim"
+    victim.touch()
+    for later in range(60):
+        stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(time.time() + later))
+        (tmp_path / "results" / f"gpu_monitor_{stamp}.jsonl").symlink_to(victim)
+    done = run(card(), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert victim.read_text() == ""
+    (output,) = (path for path in (tmp_path / "results").iterdir() if not path.is_symlink())
+    assert output.name.endswith("-2.jsonl")
+    assert done.stdout.endswith(f" samples: results/{output.name}\n")
+
+
 def test_on_a_terminal_it_shows_a_table(card: Callable, tmp_path: Path) -> None:
     ours, theirs = os.openpty()
     process = subprocess.Popen(
