@@ -114,7 +114,8 @@ def set_up(requirements: Path) -> str:
     if python is None:
         install(requirements)
         python = VENV_PYTHON
-    if python == VENV_PYTHON:
+    # What the caller names was found, but not imported: that is no reason for a stamp.
+    if python == VENV_PYTHON and not os.environ.get("PYTHON"):
         # Where the folder may only be read, a stamp that is old or missing costs a look each time.
         with contextlib.suppress(OSError):
             stamp(requirements).write_text(f"{fingerprint(requirements)}\n", encoding="utf-8")

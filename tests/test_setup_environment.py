@@ -225,6 +225,7 @@ def test_a_cdpath_sends_nobody_elsewhere(complete: Project) -> None:
 def test_a_package_that_does_not_import_is_not_taken_for_complete(complete: Project) -> None:
     next(complete.venv.glob("complete-*")).unlink()
     (complete.site_packages() / "tiny_tool.py").write_text("import half_written\n")
+    complete.start(PYTHON=f"{complete.venv}/bin/python")
     result = complete.start()
     assert result.returncode == 1
     assert "cannot be imported (ModuleNotFoundError" in result.stderr
