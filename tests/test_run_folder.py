@@ -323,7 +323,7 @@ def test_nothing_is_appended_through_a_planted_file(
     results.mkdir()
     plant(results / "refusals.jsonl", target)
     with pytest.raises(OSError, match=NOT_OWN):
-        files.append_line(results / "refusals.jsonl", {})
+        writing.append_text(results / "refusals.jsonl", "{}")
     assert not target.exists() or target.read_bytes() == b""
 
 

@@ -21,9 +21,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from benchmarking.cli import OneLineParser
+from benchmarking.cli import EXIT_NO_GPU, OneLineParser
 
-EXIT_NO_GPU = 3
 REPEATS = 10
 WARM_UP_REPEATS = 3
 MATRIX_SIZE = 8192

@@ -77,8 +77,9 @@ def _read(members: set[int]) -> CpuReading:
             process = psutil.Process(pid)
             times = process.cpu_times()
             seconds += times.user + times.system + times.children_user + times.children_system
-            threads |= {one.id: one.user_time + one.system_time for one in process.threads()}
-            waits |= {one.id: _seconds_without_a_core(pid, one.id) for one in process.threads()}
+            for one in process.threads():
+                threads[one.id] = one.user_time + one.system_time
+                waits[one.id] = _seconds_without_a_core(pid, one.id)
     return CpuReading(seconds, threads, waits)
 
 

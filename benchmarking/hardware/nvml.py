@@ -135,7 +135,7 @@ def _initialized() -> tuple[str | None, bool]:
     return (None if count else "the driver answers but lists no GPU"), not count
 
 
-def open_gpu(selector: str | int | None = None) -> Gpu | None:
+def open_gpu(selector: str | None = None) -> Gpu | None:
     """Return the GPU or MIG instance that ``selector`` names, None when this machine has none.
 
     ``selector`` is NVML's index, a ``GPU-...`` or ``MIG-...`` UUID; None: the first GPU not lost.
@@ -151,7 +151,7 @@ def open_gpu(selector: str | int | None = None) -> Gpu | None:
         if selector is None:
             return None
         raise GpuNotFoundError(f"GPU {selector} cannot be found: {reason}.")
-    name = str(next(iter(_handles()[0]), 0) if selector is None else selector)
+    name = str(next(iter(_handles()[0]), 0)) if selector is None else selector
     try:
         # NVML takes 32 bits: a longer number would be another GPU's.
         if re.fullmatch("[0-9]{1,9}", name):
@@ -192,19 +192,19 @@ def lost_gpus() -> list[str]:
     return [] if unavailable_reason() is not None else _handles()[1]
 
 
-def describe_gpu(selector: str | int | None = None) -> dict[str, Any] | None:
+def describe_gpu(selector: str) -> dict[str, Any] | None:
     """Return the facts of one GPU (``Gpu.describe``), None when it cannot be asked."""
     gpu = _open_or_none(selector)
     return None if gpu is None else gpu.describe()
 
 
-def compute_processes(selector: str | int | None = None) -> list[dict[str, Any]] | None:
+def compute_processes(selector: str) -> list[dict[str, Any]] | None:
     """Return the compute processes of one GPU (``Gpu.compute_processes``), None when unknown."""
     gpu = _open_or_none(selector)
     return None if gpu is None else gpu.compute_processes()
 
 
-def _open_or_none(selector: str | int | None) -> Gpu | None:
+def _open_or_none(selector: str) -> Gpu | None:
     with contextlib.suppress(GpuNotFoundError, GpuUnusableError):
         return open_gpu(selector)
     return None

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from benchmarking.records.writing import append_text, write_text_atomic
+from benchmarking.records.writing import write_text_atomic
 
 PACKED_SUFFIX = ".gz"
 # Of all that is read, after unpacking: hours of raw latencies are a tenth of it.
@@ -30,14 +30,6 @@ SHOWN_CHARACTERS = 200
 NOT_DECODED = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 _T = TypeVar("_T")
-
-
-def append_line(path: Path, value: Any) -> None:
-    """Append `value` as one line of JSON; raises as `append_text` does.
-
-    Raises `ValueError` for what is not a number, too.
-    """
-    append_text(path, json_text(value))
 
 
 def write_json_atomic(path: Path, value: Any) -> None:
@@ -51,6 +43,7 @@ def write_json_atomic(path: Path, value: Any) -> None:
 def json_text(value: Any, indent: int | None = None) -> str:
     """Return structs and plain values as JSON; msgspec's own would write NaN as null.
 
+    Raises `ValueError` for what is not a number.
     In a path that is no UTF-8 stands a question mark, since half a character cannot be read again.
     """
     plain = msgspec.to_builtins(value)

@@ -21,6 +21,7 @@ it its whole co-run: half of one would give other figures.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import re
@@ -194,7 +195,7 @@ class RunWriter:
 
     def append_record(self, record: Record) -> None:
         """Append one record as a whole line; it is on disk when this returns."""
-        files.append_line(self.folder / RECORDS_FILE, record)
+        writing.append_text(self.folder / RECORDS_FILE, files.json_text(record))
 
     def client_paths(self, co_run: str, client: int) -> ClientPaths:
         """Paths of one client's output; their folder is there when this returns."""
@@ -228,26 +229,20 @@ def create_run(
     )
     try:
         results_dir.mkdir(parents=True, exist_ok=True)
-        folder = next((one for name in names if _make_folder(one := results_dir / name)), None)
+        for folder in (results_dir / name for name in names):
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir(mode=0o700)  # for this user alone
+                break
+        else:
+            raise RunStoreError(
+                f"there is a run {base!r} in {results_dir} already: choose another --run-id"
+            )
     except OSError as error:
         raise RunStoreError(
             f"cannot create {results_dir / base} ({error.strerror}): choose another --results-dir"
         ) from error
-    if folder is None:
-        raise RunStoreError(
-            f"there is a run {base!r} in {results_dir} already: choose another --run-id"
-        )
     first = {"schema_version": types.SCHEMA_VERSION, "run_id": folder.name, "created_at": utc_now()}
     return RunWriter(folder.resolve(), msgspec.convert({**first, **known}, Manifest))
-
-
-def _make_folder(folder: Path) -> bool:
-    """Make a folder for this user alone; False where the name is taken."""
-    try:
-        folder.mkdir(mode=0o700)
-    except FileExistsError:
-        return False
-    return True
 
 
 def reopen_run(run: Run, finished: Collection[str]) -> RunWriter:
@@ -361,7 +356,7 @@ def find_runs(results_dir: Path) -> list[Path]:
     A folder is a run when it holds a manifest that can be read; others are passed over.
     """
     found = []
-    for path in Path(results_dir).rglob(MANIFEST_FILE):
+    for path in results_dir.rglob(MANIFEST_FILE):
         try:
             created_at = _read_manifest(path.parent).created_at
         except RunStoreError:
@@ -375,7 +370,7 @@ def resolve_run(reference: str, results_dir: Path) -> Path:
 
     Raises `RunStoreError` when neither is one.
     """
-    for folder in (Path(reference), Path(results_dir) / reference):
+    for folder in (Path(reference), results_dir / reference):
         if os.path.isfile(folder / MANIFEST_FILE):  # Path's raises for a name that is too long
             return folder.resolve()
     raise RunStoreError(
