@@ -62,7 +62,7 @@ from benchmarking.records.run_folder import (
     utc_now,
     write_json_atomic,
 )
-from benchmarking.records.writing import is_held, is_of_others
+from benchmarking.records.writing import LOCK_FILE, is_held, is_of_others, open_own, take_lock
 from benchmarking.suite.resume import read_earlier
 from benchmarking.suite.session import run_suite
 from benchmarking.suite.setup import prepared
@@ -229,7 +229,7 @@ def resumed(parser: argparse.ArgumentParser, given: argparse.Namespace) -> argpa
         parser.error(f"{refused}: {SWEEP_FILE} is not as it was written: start a new sweep")
     if kept.outcome == "complete":
         parser.error(f"{refused}: that sweep is complete: look at its report.html")
-    if any(is_held(path) for path in folder.iterdir() if path.is_dir()):
+    if is_held(folder):
         parser.error(f"{refused}: that sweep is still going on: wait, or stop it")
     options.output, options.sweep = folder, sweep
     return options
@@ -327,6 +327,11 @@ class SweepRun:
     def execute(self) -> int:
         """Measure everything that is missing, write the report; return the exit code."""
         make_folder("--output", self._folder)
+        # Held until this process ends; between two values no run's own lock is.
+        if not take_lock(open_own(self._folder / LOCK_FILE)):
+            raise SuiteError(
+                f"--output {self._folder}: another sweep is at work there: wait, or stop it"
+            )
         self._save()
         code = self._take_baseline()
         if code == EXIT_COMPLETE:

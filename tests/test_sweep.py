@@ -217,6 +217,20 @@ def test_ctrl_c_leaves_finished_values_and_no_process_and_the_command_to_go_on(
     assert "that sweep is complete: look at its report.html" in again.stderr
 
 
+def test_of_two_sweeps_that_begin_in_one_folder_one_is_refused(sweeper: Sweeper) -> None:
+    command = sweeper.command("workloads", "1", "--mix", "training", "--device", "cpu")
+    both = [
+        subprocess.Popen(command, env=sweeper.environment, stdout=subprocess.DEVNULL,
+                         stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]  # fmt: skip
+    said = {process.communicate(timeout=60)[1]: process.returncode for process in both}
+    assert sorted(said.values()) == [0, 2], said
+    (refused,) = (text for text, code in said.items() if code == 2)
+    assert re.search("another sweep is at work there|is not empty", refused), refused
+    assert sweeper.content()["outcome"] == "complete"
+
+
 @needs_mount
 def test_a_disk_that_runs_full_is_one_sentence_and_the_sweep_goes_on_once_there_is_room(
     sweeper: Sweeper,
