@@ -283,6 +283,8 @@ def open_output(name: str | None) -> Iterator[TextIO]:
     try:
         Path(name or usual).parent.mkdir(parents=True, exist_ok=True)
         file = new_file(usual) if name is None else open(name, "a", encoding="utf-8")  # noqa: SIM115
+        if is_cut_off(Path(file.name)):
+            file.write("\n")
     except OSError as error:
         print(
             f"gpu_monitor: --output {name or usual}: {error.strerror}; name a file that can be "
@@ -292,6 +294,15 @@ def open_output(name: str | None) -> Iterator[TextIO]:
         raise SystemExit(2) from None
     with file:
         yield file
+
+
+def is_cut_off(path: Path) -> bool:
+    """Whether a file ends within a line, as on a disk that was full: what follows would be lost."""
+    if not path.is_file() or path.stat().st_size == 0:
+        return False
+    with path.open("rb") as stream:
+        stream.seek(-1, os.SEEK_END)
+        return stream.read() != b"\n"
 
 
 def new_file(name: str) -> TextIO:

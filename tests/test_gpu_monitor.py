@@ -454,6 +454,17 @@ def test_a_signal_ends_it_at_once_with_a_whole_last_line_and_an_existing_file_is
     assert records[:3] == ["earlier", "monitor", "sample"]
 
 
+def test_a_file_whose_last_line_was_cut_off_is_continued_on_a_line_of_its_own(
+    card: Callable, tmp_path: Path
+) -> None:
+    output = tmp_path / "samples.jsonl"
+    output.write_text('{"record": "sam')
+    assert run(card(), "--output", str(output)).returncode == 0
+    cut_off, *rest = output.read_text().splitlines()
+    assert cut_off == '{"record": "sam'
+    assert [json.loads(line)["record"] for line in rest][:2] == ["monitor", "sample"]
+
+
 def test_a_reader_that_goes_away_ends_it_quietly(card: Callable) -> None:
     with running(card(), "--output", "-") as process:
         process.stdout.readline()
