@@ -149,6 +149,21 @@ def test_a_tee_that_ends_takes_neither_the_mode_nor_the_report_along(
     assert "MPS is off" in (runner.output / "after-hangup.log").read_text()
 
 
+def test_a_refusal_that_nobody_reads_leaves_no_file_behind(runner: DriverRunner) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    folder = runner.folder / "elsewhere"
+    folder.mkdir()
+    words = ["--modes", "mig", "--mig-layout", "1g.10gb", "--workloads", "2"]
+    refused = subprocess.run(
+        [str(runner.project / SCRIPT), *words], cwd=folder, env=runner.environment,
+        stdin=subprocess.DEVNULL, stdout=writing, stderr=writing, timeout=60, check=False,
+    )  # fmt: skip
+    os.close(writing)
+    assert refused.returncode == 2
+    assert list(folder.iterdir()) == []
+
+
 def test_a_run_under_nohup_outlives_its_terminal(runner: DriverRunner) -> None:
     runner.rule(mps={"wait": True})
     runner.prefix = ["nohup"]

@@ -250,14 +250,16 @@ class Driver:
     def leave_dead_terminal(self) -> None:
         """Exchange a closed terminal, or a pipe whose reader has ended, for a file.
 
-        Undoing and reporting are done by programs that fail where they cannot write.
+        Undoing and reporting are done by programs that fail where they cannot write. Where there is
+        nothing to undo, nothing is kept.
         """
         dead = [stream for stream in (1, 2) if _is_dead(stream)]
         if not dead:
             return
+        log = os.path.join(self.output, "after-hangup.log") if self._stop else os.devnull
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
         try:
-            file = os.open(os.path.join(self.output, "after-hangup.log"), flags, 0o600)
+            file = os.open(log, flags, 0o600)
         except OSError:
             file = os.open(os.devnull, os.O_WRONLY)
         for stream in dead:
