@@ -5,10 +5,14 @@ Real processes; the script that runs commands is the real one.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
+import pty
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -92,6 +96,51 @@ environment = {{ HF_TOKEN = "{SECRET}" }}
     kept = [path.read_text() for path in folder.glob("*.json*")]
     assert any("no hidden:HF_TOKEN:" in text for text in kept)
     assert not any(SECRET in text for text in (*kept, done.stdout, done.stderr))
+
+
+def test_a_secret_that_a_job_refuses_is_not_in_what_a_driver_is_told(tmp_path: Path) -> None:
+    plan = tmp_path / "own.toml"
+    plan.write_text(f"""
+[[client]]
+workload = "resnet_training"
+arguments = ["--api-key={SECRET}"]
+""")
+    where = ["--device", "cpu", "--results-dir", str(tmp_path / "results")]
+    end = run_suite(["--plan", str(plan), *where], from_driver=True)
+    assert end.exit_code == 2
+    assert "unrecognized arguments: --api-key=hidden:API_KEY:" in str(end.reason)
+
+
+def test_jobs_in_other_environments_find_data_of_their_own(bench: Bench) -> None:
+    scripts = [json.dumps([{"match": "*", "resolve_arguments": ["--model", n]}]) for n in "12"]
+    tables = "".join(
+        f"[[client]]\nworkload = 'bert_training'\nenvironment.SCRIPTED_CLIENT = '{script}'\n"
+        for script in scripts
+    )
+    run = bench.must("--plan", plan_of(bench, tables))
+    clients = run.manifest["plan"]["co_runs"][0]["clients"]
+    assert [client["command"][-3] for client in clients] == ["1", "2"]
+
+
+@pytest.mark.parametrize("label", ["lr [0.1] [/b]", "batch [size=8]", "a :100: b"])
+def test_a_label_is_shown_as_it_is_on_a_terminal(bench: Bench, label: str) -> None:
+    plan = plan_of(bench, f'[[client]]\nworkload = "batch_inference"\nlabel = "{label}"\n')
+    reading, terminal = pty.openpty()
+    process = subprocess.Popen(
+        bench.command("--plan", plan), stdout=terminal, stderr=terminal,
+        env={**bench.environment, "COLUMNS": "200"},
+    )  # fmt: skip
+    os.close(terminal)
+    shown = b""
+    with contextlib.suppress(OSError):  # the end of a terminal
+        while chunk := os.read(reading, 65536):
+            shown += chunk
+    os.close(reading)
+    assert process.wait(60) == 0, shown.decode()
+    lines = [line for line in shown.decode().splitlines() if " 0 " in line and "│" in line]
+    assert len(lines) == 1
+    assert f"│ {label} │" in lines[0]
+    assert f"baseline 1/1: {label} alone: " in shown.decode()
 
 
 def test_a_plan_with_mistakes_is_code_2_with_a_sentence_each(

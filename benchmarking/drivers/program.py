@@ -97,10 +97,10 @@ class UntilOver(FinishRule):
 
 def resolve_jobs(plan: Plan, stop: StopSignal, say: Callable[[str], None]) -> Plan:
     """Return the plan with each job's data and weights found once; raises as `resolve_all` does."""
-    jobs = plan.jobs()
-    answers = resolve_all(jobs.values(), stop, say)
-    found = dict(zip(jobs, (answer.get("arguments") or [] for answer in answers), strict=True))
-    return plan.map_clients(lambda client: client.with_arguments(found[client.job_key]))
+    answers = resolve_all(plan.jobs(), stop, say)
+    return plan.map_clients(
+        lambda client: client.with_arguments(answers[client.job_key].get("arguments") or [])
+    )
 
 
 def launch(

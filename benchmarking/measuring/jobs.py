@@ -38,7 +38,7 @@ FLAG_CHECK_SECONDS = 60.0
 POLL_SECONDS = 0.05
 # A GPU process that is told to end first finishes the work in flight.
 END_SECONDS = 60.0
-# What jobs answered to this process, by their command.
+# What jobs answered to this process: their key tells environments apart, their command devices.
 _answers: dict[tuple[str, ...], dict[str, Any]] = {}
 # Runs a script up to the end of its own `parse_arguments`, which complains as it always does.
 _PARSE_ONLY = """
@@ -51,23 +51,24 @@ runpy.run_path(sys.argv[0]).get("parse_arguments", int)()
 
 
 def resolve_all(
-    clients: Iterable[PlannedClient], stop: StopSignal, say: Callable[[str], None]
-) -> list[dict[str, Any]]:
-    """Run each job's command with `--resolve` and return the answers in order.
+    jobs: Mapping[str, PlannedClient], stop: StopSignal, say: Callable[[str], None]
+) -> dict[str, dict[str, Any]]:
+    """Run each job's command with `--resolve` and return the answers, both by `job_key`.
 
     At the same time: each spends most of it importing torch, or waiting for a hub. `say` is told
     what is missing and downloaded. A process asks each job once: what it found is there. Raises
     `SuiteError` with the last thing that a job said, and code 2 or 3 if those were its own; raises
     `RunEnded` when interrupted.
     """
-    jobs = list(clients)
-    unknown = [client for client in jobs if client.command not in _answers]
+    questions = {job_key: (job_key, *client.command) for job_key, client in jobs.items()}
+    unknown = [client for key, client in jobs.items() if questions[key] not in _answers]
     if unknown:
         say(f"resolving data and weights: {', '.join(client.label for client in unknown)}")
         with ThreadPoolExecutor(len(unknown)) as pool:
             found = pool.map(lambda client: _resolve(client, stop, say), unknown)
-            _answers.update(zip((client.command for client in unknown), found, strict=True))
-    return [_answers[client.command] for client in jobs]
+            for client, answer in zip(unknown, found, strict=True):
+                _answers[questions[client.job_key]] = answer
+    return {job_key: _answers[question] for job_key, question in questions.items()}
 
 
 def _resolve(client: PlannedClient, stop: StopSignal, say: Callable[[str], None]) -> dict[str, Any]:

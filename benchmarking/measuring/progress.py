@@ -25,7 +25,7 @@ class Progress:
         line = f"[{time.monotonic() - self._start_seconds:7.1f} s] {text}"
         with contextlib.suppress(OSError):
             if self._live is not None:
-                self._live.console.print(line, markup=False, highlight=False, soft_wrap=True)
+                self._live.console.print(line, soft_wrap=True)
             else:
                 print(line, file=sys.stderr, flush=True)
 
@@ -47,7 +47,7 @@ class Progress:
             told = f"about {remaining:.0f} s left" if remaining > 0 else f"{spent:.0f} s"
             return f"  … {text.split(' (')[0]}: {told}"
 
-        console = Console(stderr=True, markup=False, highlight=False)
+        console = Console(stderr=True, markup=False, highlight=False, emoji=False)
         live = Live(console=console, get_renderable=left, transient=True, refresh_per_second=2)
         with contextlib.suppress(OSError):
             live.start()

@@ -159,7 +159,8 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         table = Table(*header)
         for row in rows:
             table.add_row(*row)
-        Console().print(table)
+        # A cell is a text: what looks like markup in a label is part of it.
+        Console(markup=False, emoji=False).print(table)
         return
     columns = list(zip(header, *rows, strict=True))
     widths = [max(map(len, column)) for column in columns]

@@ -74,7 +74,8 @@ class SuiteRun:
             outcome, self._code, self.ending = end.outcome, end.exit_code, end.reason
             measurement.note(self.ending)
         except SuiteError as error:
-            self._code, self.ending = error.exit_code, str(error)
+            self._code = error.exit_code
+            self.ending = str(self._setup.secrets.hide(str(error)))
             measurement.note(self.ending)
             # Nothing new is known of a run that may not go on here, or not yet.
             if measurement.earlier and not measurement.done:
@@ -105,22 +106,22 @@ class SuiteRun:
         for job_key, arguments in found.items():
             self._change_clients(job_key, arguments)
         jobs = self._plan.jobs()
-        answers = resolve_all(jobs.values(), measurement.stop, measurement.progress.say)
+        answers = resolve_all(jobs, measurement.stop, measurement.progress.say)
         resolved = {
             job_key: [str(argument) for argument in answer.get("arguments") or []]
-            for job_key, answer in zip(jobs, answers, strict=True)
+            for job_key, answer in answers.items()
         }
-        environments = [answer.get("environment") or {} for answer in answers]
+        environments = [answer.get("environment") or {} for answer in answers.values()]
         if measurement.earlier:
             known = self._setup.environment()
             for one in environments:
                 known |= {name: one.get(name) for name in ("versions", "git_commit")}
             unlike_environment(measurement.earlier, known, resolved)
-        for (job_key, client), answer in zip(jobs.items(), answers, strict=True):
+        for job_key, answer in answers.items():
             if resolved[job_key] != found.get(job_key):
                 self._change_clients(job_key, resolved[job_key])
             for note in answer.get("notes") or []:
-                measurement.note(f"{client.label}: {note}")
+                measurement.note(f"{jobs[job_key].label}: {note}")
         for environment in environments:
             measurement.describe_environment(environment)
         self._writer.update_manifest(resolved_arguments=resolved)
