@@ -124,6 +124,7 @@ def test_another_environment_is_another_job_and_limits_of_mps_are_not(tmp_path: 
         ('[[client]]\ncommand = "no-such-program"', "there is no program 'no-such-program'"),
         ("[[client]]\ncommand = \"echo 'a\"", "close the quotes"),
         ("[[client]]\ncommand = []", "command: is empty"),
+        ("[[client]]\ncommand = ' '", "command: is empty"),
         ('[[client]]\ncommand = ["true"]\nshell = true', "give one text, not a list"),
         (f'{COMMAND}shell = "yes"', "shell: is 'yes', but needs true or false"),
         (f'{COMMAND}working_directory = "no"', "there is no folder"),

@@ -143,6 +143,15 @@ def test_a_label_is_shown_as_it_is_on_a_terminal(bench: Bench, label: str) -> No
     assert f"baseline 1/1: {label} alone: " in shown.decode()
 
 
+def test_what_a_command_says_before_it_fails_steers_no_terminal(bench: Bench) -> None:
+    plan_of(bench)
+    said = r"printf '\033]0;owned\007\033[31mboom\n' >&2; exit 1"
+    done = bench.run("--job", f'sh -c "{said}"')
+    assert done.returncode == 1
+    assert "exit code 1:  ]0;owned  [31mboom" in done.stdout
+    assert not {"\x1b", "\x07"} & {*done.stdout, *done.stderr}
+
+
 def test_a_plan_with_mistakes_is_code_2_with_a_sentence_each(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -18,6 +18,7 @@ from benchmarking.planning.plan import PlannedClient
 from benchmarking.planning.workloads import COMMAND_WORKLOAD
 from benchmarking.records.run_folder import ClientPaths
 from benchmarking.records.types import ClientStatus, CoRunStatus, FailureCause
+from benchmarking.records.writing import one_line
 
 EXIT_OUT_OF_MEMORY = 12
 # What a client's exit code alone tells, where its event log does not.
@@ -149,7 +150,8 @@ class Client(ClientResult):
                         at + seconds > self.window_start_seconds for _, at, seconds in spans
                     )
                 case "error":
-                    message = str(event.get("message") or "reported an error")
+                    said = str(event.get("message") or "reported an error").splitlines()
+                    message = "\n".join(map(one_line, said))
                     self.failure = (event.get("status") or "failed", message)
                 case "done":
                     self.has_said_done = True

@@ -19,6 +19,7 @@ from msgspec import Meta
 
 from benchmarking.metrics.scores import OFFERED_RATE_KINDS
 from benchmarking.records.types import Amount, Count, Job, Units
+from benchmarking.records.writing import one_line
 
 Event = Mapping[str, Any]
 
@@ -81,14 +82,14 @@ class LineFollower:
 
 
 def tail_of(path: Path, lines: int = STDERR_TAIL_LINES) -> list[str]:
-    """Last lines of a text file, empty when there is none."""
+    """Last lines of a text file, empty when there is none; nothing in them steers a terminal."""
     try:
         with path.open("rb") as stream:
             stream.seek(max(0, path.stat().st_size - 65536))
             content = stream.read()
     except OSError:
         return []
-    return content.decode(errors="replace").splitlines()[-lines:]
+    return list(map(one_line, content.decode(errors="replace").splitlines()[-lines:]))
 
 
 def parse_event(line: bytes) -> dict[str, Any]:

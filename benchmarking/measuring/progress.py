@@ -45,7 +45,7 @@ class Progress:
             spent = time.monotonic() - begin_seconds
             remaining = (seconds or 0.0) - spent
             told = f"about {remaining:.0f} s left" if remaining > 0 else f"{spent:.0f} s"
-            return f"  … {text.split(' (')[0]}: {told}"
+            return f"  … {text}: {told}"
 
         console = Console(stderr=True, markup=False, highlight=False, emoji=False)
         live = Live(console=console, get_renderable=left, transient=True, refresh_per_second=2)

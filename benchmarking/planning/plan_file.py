@@ -386,7 +386,7 @@ def _split(table: _Table, line: str) -> list[str]:
     except ValueError as error:
         table.complain("command", f"cannot be split into words ({error}): close the quotes")
         return []
-    if not words and table.content["command"] in ("", []):
+    if not words and table.content["command"] in (line, []):
         table.complain("command", "is empty: give a program and its arguments")
     return words
 
