@@ -232,6 +232,7 @@ def test_a_failed_baseline_or_preparation_ends_the_run_with_its_reason(
      (["--run-id", "a/b"], 2, "not a folder name"),
      (["--mix", "training", "--slo-ms", "50"], 2, "--slo-ms needs jobs with response times"),
      (["--mode", "mig", "--until-break"], 2, "as many clients as instances"),
+     (["--mode", "mig", "--null"], 2, "--null needs the whole GPU"),
      (["--plan", "/no/plan.toml"], 2, "/no/plan.toml cannot be read"),
      (["--job", "true", "--mix", "training"], 2, "not allowed with argument"),
      (["--mode", "mps", "--mps-percentage", "0"], 2, "not a percentage over 0 and up to 100"),

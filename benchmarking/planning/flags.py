@@ -247,6 +247,8 @@ def contradiction(options: argparse.Namespace, words: Sequence[str]) -> str | No
          "--until-break: there are as many clients as static partitions; leave it"),
         (options.mps_partitions and options.mps_percentage,
          f"--mps-partitions: {PERCENTAGE_IS_IGNORED}: leave --mps-percentage out"),
+        (options.null and options.mode == MODE_MIG,
+         "--null needs the whole GPU, which MIG has divided: leave it"),
         (instances and options.mode != MODE_MIG, "--mig-layout needs --mode mig"),
         (instances and is_pairs,
          f"--mix {options.mix} needs instances of one size: leave --mig-layout"),
