@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
-import json
 import os
 import sys
 import time
@@ -25,6 +24,7 @@ from benchmarking.drivers.driver_arguments import SHARED_HELP
 from benchmarking.drivers.phases import PHASES_FILE, Phase, Phases
 from benchmarking.modes.mode_scripts import ModeScriptError
 from benchmarking.modes.names import MODE_MPS_PARTITIONS
+from benchmarking.planning.workloads import MIXES, PAIRED_MIXES
 
 SCRIPT = "run_experiments.sh"
 HELP = f"""\
@@ -65,8 +65,6 @@ results/experiments-<date-time>.
 Exit codes: 0 every phase that ran succeeded, 1 one failed, 2 usage, 3 no usable GPU, 4 another run
 is at work on it, 130 Ctrl-C
 """
-MIXES = ("mixed", "training", "inference", "interactive", "serving", "llm", "pairs", "noisy")
-PAIRED_MIXES = ("pairs", "noisy")  # of two jobs in each co-run, small ones in any case
 TIME_SLICING, MPS, MIG = "time-slicing", "mps", "mig"
 USUAL_MODES = (TIME_SLICING, MPS, "mps:even", MIG)
 # Seconds to settle, counted alone at the least, and counted together.
@@ -93,7 +91,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = arguments.DriverParser(SCRIPT, HELP, ["--noise-floor", "--full"])
     checks = {
         "--modes": _modes,
-        "--mix": arguments.one_of(*MIXES),
+        "--mix": arguments.one_of(*MIXES, *PAIRED_MIXES),
         "--workloads": arguments.WHOLE_NUMBER,
         "--phase-minutes": arguments.matching(arguments.ABOVE_0, "a number of minutes over 0"),
         "--baseline": arguments.path(
@@ -236,12 +234,8 @@ class Experiment:
 
     def _rounds_before(self) -> int | None:
         """Return how many rounds were planned where this goes on: what is there has that number."""
-        manifests = Path(self.driver.output).glob("*/manifest.json")
-        for path in manifests if self.options.resumed else ():
-            with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-                request = json.loads(path.read_text(encoding="utf-8"))["request"]
-                if request["session"]:
-                    return int(request["repeats"])
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            return int(self.driver.manifest_of_rounds()["request"]["repeats"])
         return None
 
     def _measure_round(

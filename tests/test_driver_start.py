@@ -107,6 +107,19 @@ def test_arguments_that_others_may_write_are_not_gone_on_with(runner: DriverRunn
     assert "holds no arguments.nul" in other.stderr
 
 
+def test_a_run_that_goes_on_elsewhere_names_a_command_that_works_there(
+    runner: DriverRunner,
+) -> None:
+    assert runner.drive(SCRIPT, "--modes", "time-slicing").returncode == 0
+    phases = runner.output / "phases.jsonl"
+    phases.rename(runner.folder / "kept")
+    phases.symlink_to(runner.folder / "kept")
+    command = [str(runner.project / SCRIPT), "--resume", str(runner.output)]
+    result = start(runner, command, runner.folder)
+    assert result.returncode == 1
+    assert f"make room or bring it back, then {' '.join(command)}" in result.stderr
+
+
 def test_own_jobs_take_the_place_of_the_mix_and_count_as_clients(runner: DriverRunner) -> None:
     jobs = ["--job", "python train.py --epochs 1", "--job=./serve.sh"]
     assert runner.drive(SCRIPT, "--modes", "mps", *jobs).returncode == 0

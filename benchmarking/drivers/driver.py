@@ -59,9 +59,6 @@ PYTHON_VARIABLE, GPU_VARIABLE = "GPU_SHARING_PYTHON", "GPU_SHARING_GPU"
 SUDO_VARIABLES = ("SUDO_USER", "SUDO_UID", "SUDO_GID", "SUDO_COMMAND")
 REASONS = {
     1: "a co-run failed",
-    2: "the suite refused its arguments",
-    3: "the suite found no usable GPU",
-    4: "the GPU was not free or the mode not in force",
     5: "there is no proof that the mode was in force",
     EXIT_INTERRUPTED: "interrupted",
 }
@@ -299,14 +296,18 @@ class Driver:
         """Return about how many seconds one repeat of a run takes, `None` where nobody can tell."""
         return self._session.estimate_repeat_seconds(self._words(run_id, flags))
 
+    def manifest_of_rounds(self) -> dict[str, Any]:
+        """Return the manifest of a run here whose rounds take turns, empty where there is none."""
+        found = (_manifest(folder) or {} for folder in sorted(Path(self.output).glob("*/")))
+        return next((manifest for manifest in found if manifest.get("session")), {})
+
     def session_name(self) -> str:
         """Return what the runs of this driver have in common, also after it was cut off.
 
         A folder that was renamed or copied meanwhile keeps the name that its runs have.
         """
-        for folder in sorted(Path(self.output).glob("*/")):
-            if session := (_manifest(folder) or {}).get("session"):
-                return str(session)
+        if manifest := self.manifest_of_rounds():
+            return str(manifest["session"])
         with contextlib.suppress(OSError):
             begun = os.stat(os.path.join(self.output, SAVED_ARGUMENTS)).st_mtime
             stamp = datetime.fromtimestamp(begun, timezone.utc).strftime("%Y%m%d-%H%M%S")
@@ -397,7 +398,9 @@ class Driver:
 
     def resume_command(self) -> str:
         """Return what goes on with what was cut off."""
-        return shlex.join([self._command, "--resume", self.output])
+        # Going on is done where the run was started, which need not be where its user is.
+        here = str(PROJECT_ROOT / self.options.script) if self.options.resumed else self._command
+        return shlex.join([here, "--resume", self.output])
 
     def note_refusal(self, exit_code: int, sentence: str) -> None:
         """Keep what was refused before the suite was started, which else no record would tell.
