@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -50,7 +49,7 @@ from benchmarking.measuring.stop_signal import StopSignal
 from benchmarking.modes.mode_scripts import ModeScriptError, lock_reason, run_script
 from benchmarking.records.files import NOT_DECODED, read_file
 from benchmarking.records.run_folder import utc_now, write_json_atomic
-from benchmarking.records.writing import append_text, open_own
+from benchmarking.records.writing import append_text, open_own, take_lock
 
 SCHEMA_VERSION = 1
 DRIVER = PROJECT_ROOT / "run_experiments.sh"
@@ -192,10 +191,7 @@ def _held(path: Path, stop: StopSignal) -> Iterator[int]:
     deadline = time.monotonic() + LOCK_SECONDS
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
-        while True:
-            with contextlib.suppress(BlockingIOError):
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
+        while not take_lock(descriptor):
             if stop.requested:
                 raise RunEnded("interrupted", EXIT_INTERRUPTED)
             if time.monotonic() > deadline:

@@ -12,7 +12,6 @@ A process that holds a lock may take it again: a driver holds it over all of its
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import pwd
 import re
@@ -21,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarking.cli import EXIT_MODE_NOT_IN_FORCE, SuiteError
+from benchmarking.records.writing import take_lock
 
 # For tests, and for machines whose administrator wants another place.
 FOLDER_VARIABLE = "GPU_SHARING_LOCK_DIR"
@@ -56,10 +56,8 @@ def hold(gpu_uuid: str | None) -> Iterator[None]:
         return
     what = f"GPU {gpu_uuid}" if gpu_uuid else "this machine's CPU"
     with _opened(path) as descriptor:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InUseError(_in_use(what, os.pread(descriptor, 20, 0).decode())) from None
+        if not take_lock(descriptor):
+            raise InUseError(_in_use(what, os.pread(descriptor, 20, 0).decode()))
         for other, pid in _held_by_others(path.parent, key):
             raise InUseError(_in_use(what, str(pid), other))
         os.ftruncate(descriptor, 0)

@@ -41,7 +41,5 @@ def make_mode(
 
     A variant has a class of its own and its mode's name.
     """
-    if name not in MODE_CLASSES:
-        raise ValueError(f"there is no sharing mode {name!r}")
     mode = name.partition(":")[0]
     return MODE_CLASSES[name](mode, describe, no_mps_folder, clients, environment, layout)

@@ -252,8 +252,7 @@ class ModeSwitch:
         return ["setup_time_slicing.sh", clients, "--timeslice", length.lower()]
 
     def _may_become_root(self) -> bool:
-        is_locked = os.environ.get(mode_scripts.LOCK_VARIABLE) == "1"
-        return not is_locked and mode_scripts.may_use_sudo()
+        return not mode_scripts.lock_reason(os.environ) and mode_scripts.may_use_sudo()
 
     def _command(self, words: Sequence[str]) -> str:
         command = mode_scripts.command_of(words, self.gpu.uuid, as_root=self._as_root)

@@ -51,7 +51,8 @@ class MpsMode(SharingMode):
         tried = (
             self.recorded.get("pipe_directory"),
             self.environment.get("CUDA_MPS_PIPE_DIRECTORY"),
-            own_default_pipe_directory(),
+            # where CUDA looks by default, if this user started the daemon there
+            str(DEFAULT_PIPE_DIRECTORY) if is_own_pipe_directory(DEFAULT_PIPE_DIRECTORY) else None,
         )
         return list(dict.fromkeys(filter(None, tried)))
 
@@ -248,12 +249,6 @@ def mps_clients(pipe_directory: str) -> frozenset[int] | None:
 def _first_numbers(text: str) -> list[int]:
     first_words = (line.split()[0] for line in text.splitlines() if line.split())
     return [int(word) for word in first_words if word.isdecimal()]
-
-
-def own_default_pipe_directory() -> str:
-    """Return where CUDA looks for a daemon by default, if this user started the one there."""
-    is_own = is_own_pipe_directory(DEFAULT_PIPE_DIRECTORY)
-    return str(DEFAULT_PIPE_DIRECTORY) if is_own else ""
 
 
 def _is_other_protocol(servers: str) -> bool:

@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 
 import psutil
 
+from benchmarking.cli import EXIT_MODE_NOT_IN_FORCE, SuiteError
 from benchmarking.modes.mode_scripts import DISABLE_MIG
 from benchmarking.records.types import Evidence, Proof, Verdict
 
@@ -35,7 +36,7 @@ GpuFacts = Mapping[str, Any]
 Identity = Mapping[str, Any]
 
 
-class ModeNotInForceError(Exception):
+class ModeNotInForceError(SuiteError):
     """The mode asked for is not in force; the message names the script to run."""
 
 
@@ -111,7 +112,8 @@ class SharingMode(ABC):
             what = "; ".join(f"{item.check}: {item.found}" for item in wrong)
             fix = next((item.fix for item in wrong if item.fix), None)
             advice = f"; run {fix}" if fix else ""
-            raise ModeNotInForceError(f"{self.name} is not in force: {what}{advice}")
+            said = f"{self.name} is not in force: {what}{advice}"
+            raise ModeNotInForceError(said, EXIT_MODE_NOT_IN_FORCE)
         return found
 
     def facts(self) -> GpuFacts:

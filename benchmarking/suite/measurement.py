@@ -39,8 +39,6 @@ from benchmarking.records.types import ClientRecord, CoRunRecord, GpuFigures, Sa
 from benchmarking.suite.resume import EarlierPart
 from benchmarking.suite.setup import Setup
 
-# A client of ours that cannot use the GPU leaves with this code.
-CLIENT_EXIT_NO_GPU = 3
 # Past what a time service adds to the wall clock, or takes from it, in slewing.
 CLOCK_TOLERANCE_SECONDS = 2.0
 
@@ -269,7 +267,7 @@ def _raise_unless_well(record: CoRunRecord, clients: list[ClientRecord]) -> None
          if client.status != "ok" and client.stderr_tail and not is_lost
          and str(client.reason) not in client.stderr_tail[-1]), None,
     )  # fmt: skip
-    no_gpu = is_lost or any(client.exit_code == CLIENT_EXIT_NO_GPU for client in clients)
+    no_gpu = is_lost or any(client.exit_code == EXIT_NO_GPU for client in clients)
     reason = f"{what} ({said})" if said else what
     raise RunEnded("failed", EXIT_NO_GPU if no_gpu else EXIT_FAILED, reason)
 

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from benchmarking import PROJECT_VERSION
-from benchmarking.cli import EXIT_MODE_NOT_IN_FORCE, EXIT_USAGE, SuiteError
+from benchmarking.cli import EXIT_USAGE, SuiteError
 from benchmarking.hardware import nvml
 from benchmarking.hardware.nvidia_tools import time_slice
 from benchmarking.measuring.card import find_gpu, look_for_foreign_processes, usable_cores
@@ -27,7 +27,7 @@ from benchmarking.modes.names import (
     MODE_MPS_PARTITIONS,
     MODE_TIME_SLICING,
 )
-from benchmarking.modes.sharing_mode import ModeNotInForceError, SharingMode
+from benchmarking.modes.sharing_mode import SharingMode
 from benchmarking.modes.whole_gpu import time_slicing_warning
 from benchmarking.planning import limits
 from benchmarking.planning import plan as planning
@@ -146,10 +146,7 @@ def _prepare(request: Request, empty_folder: Path, *, require_mode: bool) -> Set
 
     variant = MODE_MPS_PARTITIONS if request.mps_limits.partitions else request.mode
     mode, alone_mode = mode_called(variant), mode_called(MODE_EXCLUSIVE)
-    try:
-        evidence = mode.require() if require_mode else mode.check()
-    except ModeNotInForceError as error:
-        raise SuiteError(str(error), EXIT_MODE_NOT_IN_FORCE) from error
+    evidence = mode.require() if require_mode else mode.check()
     is_contended = False
     if gpu:
         allowed = request.allow_contention or not require_mode
