@@ -10,7 +10,7 @@ import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import IO, Any, get_args
+from typing import Any, get_args
 
 from benchmarking.measuring import event_log
 from benchmarking.measuring.event_log import Event, private_opener
@@ -90,11 +90,6 @@ class Client(ClientResult):
         return self.failure is not None or self.exited_prematurely
 
     @property
-    def stdin(self) -> IO[bytes] | None:
-        """The control channel of a process that was started."""
-        return self.process.stdin if self.process else None
-
-    @property
     def pid(self) -> int | None:
         """The process that was started; a client may name another one in its identity."""
         return self.process.pid if self.process else None
@@ -157,11 +152,16 @@ class Client(ClientResult):
                     self.has_said_done = True
 
     def send(self, command: str) -> float:
-        """Write one command and return when; a client that is gone is left to poll."""
-        self.was_told_to_stop = self.was_told_to_stop or command == "stop"
-        if self.stdin is not None:
+        """Write one command and return when; a client that is gone is left to poll.
+
+        `stop` is the last: the end-of-file after it means stop to a client that missed it.
+        """
+        self.was_told_to_stop = command == "stop"
+        if self.process is not None and self.process.stdin is not None:
             with contextlib.suppress(BrokenPipeError):
-                self.stdin.write(f"{command}\n".encode())
+                self.process.stdin.write(f"{command}\n".encode())
+            if self.was_told_to_stop:
+                self.process.stdin.close()
         return time.monotonic()
 
     def settle(self, outcome: CoRunStatus) -> None:

@@ -6,7 +6,6 @@ import contextlib
 import json
 import math
 import os
-import re
 import signal
 import subprocess
 import tempfile
@@ -31,7 +30,7 @@ from benchmarking.planning.plan import PlannedClient
 
 # About what is downloaded once where a job says that it is missing, in MB, by a name in its line.
 DOWNLOAD_MB = {
-    "resnet18": 45, "resnet50": 98, "vgg16": 528, "mobilenet": 14, "CIFAR-10": 170,
+    "resnet18": 45, "resnet50": 98, "vgg16": 528, "mobilenet": 14, "cifar-10": 170,
     "bert-base-uncased": 440,
 }  # fmt: skip
 FLAG_CHECK_SECONDS = 60.0
@@ -93,7 +92,7 @@ def _resolve(client: PlannedClient, stop: StopSignal, say: Callable[[str], None]
 
 
 def _about_mb(line: str) -> str:
-    sizes = [mb for name, mb in DOWNLOAD_MB.items() if re.search(name, line, re.IGNORECASE)]
+    sizes = [mb for name, mb in DOWNLOAD_MB.items() if name in line.lower()]
     return f" (about {sizes[0]} MB)" if sizes else ""
 
 

@@ -244,9 +244,6 @@ class Launcher:
         started = [client for client in clients if client.process is not None]
         for client in started:
             client.send("stop")
-        for client in started:
-            if client.stdin is not None:
-                client.stdin.close()  # means stop even to a client that missed the command
         asked = max(1, self.stop_signal.count)
         self._wait_for_end(started, self.timeouts.stop, lambda: self.stop_signal.count > asked)
         for number, what, seconds in (

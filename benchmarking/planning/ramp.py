@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 # Where `until_break` gives up: an MPS server takes 48 clients (60 from CUDA 12.9 on), and long
@@ -41,7 +42,7 @@ class Ramp:
     @property
     def last_good(self) -> int | None:
         """Largest count under the first bad one that held."""
-        limit = self.first_bad or MOST_CLIENTS + max(self._counts, default=0)
+        limit = self.first_bad or math.inf
         good = [count for count, holds in self._holds.items() if holds and count < limit]
         return max(good, default=None)
 

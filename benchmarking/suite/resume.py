@@ -61,11 +61,9 @@ class EarlierPart:
 
     def finished(self, co_run: str) -> tuple[CoRunRecord, list[ClientRecord]] | None:
         """Return the co-run's record and those of its clients, `None` where it is yet to do."""
-        for record in self.run.co_run_records:
-            clients = self.run.clients_of(co_run)
-            if record.co_run == co_run and _is_answer(record, clients):
-                return record, clients
-        return None
+        clients = self.run.clients_of(co_run)
+        records = (record for record in self.run.co_run_records if record.co_run == co_run)
+        return next(((one, clients) for one in records if _is_answer(one, clients)), None)
 
     def reopen(self, notes: Sequence[str]) -> RunWriter:
         """Open the run for the rest of it; what a cut-off co-run left is put aside.

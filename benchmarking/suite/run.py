@@ -194,8 +194,8 @@ class SuiteRun:
     ) -> Measured:
         """Run a co-run, and say that it begins, unless one of an earlier round is looked up."""
         measurement, rule = self._measurement, preflight.finish_rule(self._setup, planned)
-        if measurement.round is not None and self._is_done(planned):
-            return measurement.run_one(planned, rule, is_again=is_again)
+        if measurement.round is not None and self._is_done(planned) and not is_again:
+            return measurement.run_one(planned, rule)
         seconds = seconds or preflight.estimated_seconds(planned, self._setup)
         with measurement.progress.stage(stage, seconds):
             return measurement.run_one(planned, rule, is_again=is_again)
