@@ -362,7 +362,7 @@ class Experiment:
         """Phase 5: make the report of what there is."""
         phase, begun = Phase(5, "analysis"), time.monotonic()
         say(f"\nPhase {phase.phase}: {phase.name}")
-        if not self.options.dry_run and not any(Path(self.driver.output).glob("*/manifest.json")):
+        if not self.driver.has_runs():
             phase.end("skipped", "no phase left a run")
         elif reason := self.driver.analyze():
             phase.end("failed", reason)

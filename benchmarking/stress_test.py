@@ -129,7 +129,7 @@ def require_mode(driver: Driver, maximum: int) -> None:
 
 
 def ramp_up(driver: Driver, counts: list[int]) -> tuple[SuiteEnd, bool]:
-    """Run the counts under the mode, undo it, make the report.
+    """Run the counts under the mode, undo it, make the report of what there is.
 
     Returns how the suite ended, and whether undo and report went well.
     """
@@ -146,7 +146,7 @@ def ramp_up(driver: Driver, counts: list[int]) -> tuple[SuiteEnd, bool]:
     flags += [] if options.no_bisect else ["--bisect"]
     flags += arguments.mps_flags(options)
     end = driver.run_suite(driver.mode_name(options.mode), flags)
-    failures = [driver.undo_mode(), driver.analyze()]
+    failures = [driver.undo_mode(), driver.analyze() if driver.has_runs() else None]
     return end, not any(failures)
 
 
@@ -154,6 +154,9 @@ def finish(driver: Driver, end: SuiteEnd, *, went_well: bool) -> int:
     """Say where the report is; return the exit code of the whole. Raises `SuiteError`."""
     if driver.options.dry_run:
         return 0
+    if not driver.has_runs():
+        driver.leave_interrupted()
+        raise SuiteError(str(end.reason), end.exit_code if went_well else EXIT_FAILED)
     # A run that was interrupted or broke at once may have none.
     charts = sorted(Path(driver.output).glob("*scaling-*.png"))
     chart = f" (the ramp is {charts[0].name})" if charts else ""

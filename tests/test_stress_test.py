@@ -6,6 +6,10 @@ GPU, suite and analysis are pretended (fakes/), the driver and the scripts of gp
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from driver_runner import (
@@ -15,8 +19,9 @@ from driver_runner import (
     driver_runner,
     without_gpu_programs,
 )
-from mode_script_runner import needs_root
+from mode_script_runner import PROJECT_ROOT, needs_root
 
+from benchmarking.measuring import locks
 from benchmarking.records import run_folder
 
 SCRIPT = "stress_test.sh"
@@ -122,6 +127,21 @@ def test_a_count_that_breaks_is_a_result_and_a_job_that_already_fails_alone_is_n
     result = runner.drive(SCRIPT, "mps")
     assert result.returncode == code
     assert said in result.stderr
+
+
+def test_what_the_suite_refuses_keeps_its_exit_code_and_names_no_report(tmp_path: Path) -> None:
+    plan = tmp_path / "mine.toml"
+    plan.write_text('[[client]]\ncommand = "true"\n')
+    script = [sys.executable, str(PROJECT_ROOT / "benchmarking" / "stress_test.py")]
+    flags = ["time-slicing", "1", "--device", "cpu", "--plan", str(plan), "--slo-ms", "5"]
+    environment = {**os.environ, locks.FOLDER_VARIABLE: str(tmp_path), "PYTHON": sys.executable}
+    refused = subprocess.run(
+        [*script, *flags, "--output", str(tmp_path / "out")], env=environment, cwd=tmp_path,
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=100, check=False,
+    )  # fmt: skip
+    assert refused.returncode == 2
+    assert "error: --slo-ms needs jobs with response times" in refused.stderr.splitlines()[-1]
+    assert "report" not in refused.stderr
 
 
 def test_a_run_without_proof_is_no_result_and_still_undone_and_reported(

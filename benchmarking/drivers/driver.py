@@ -347,6 +347,10 @@ class Driver:
         usual = REASONS.get(code, f"the suite ended with status {code}")
         return SuiteEnd(code, one_line(reason or usual))
 
+    def has_runs(self) -> bool:
+        """Whether there is something to report."""
+        return self.options.dry_run or any(Path(self.output).glob("*/manifest.json"))
+
     def analyze(self) -> str | None:
         """Make the report of all runs; return why it failed, `None` where it did not.
 
