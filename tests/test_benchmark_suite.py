@@ -241,6 +241,7 @@ def test_a_failed_baseline_or_preparation_ends_the_run_with_its_reason(
      (["--mode", "mps", "--mps-partitions", "--until-break"], 2, "as many clients as static"),
      (["--mode", "mps", "--mps-partitions", "--mps-percentage", "50"], 2, "percentage is ignored"),
      (["--resume", "mine", "--quick"], 2, "leave --quick out"),
+     (["--resume", "mine", "--beside-others"], 2, "there is no run 'mine'"),
      (["--gpu", "1"], 3, "GPU")],
 )  # fmt: skip
 def test_what_cannot_be_is_one_sentence_and_its_exit_code(

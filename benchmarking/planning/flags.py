@@ -36,7 +36,9 @@ from benchmarking.records.types import MpsLimits
 PROGRAM = "benchmark_suite.py"
 USUAL_CLIENTS = 4
 # Other flags would make the rest of a run another one.
-GOES_WITH_RESUME = {"--resume", "--results-dir", "--verbose", "--allow-contention"}
+GOES_WITH_RESUME = {
+    "--resume", "--results-dir", "--verbose", "--allow-contention", "--beside-others",
+}  # fmt: skip
 
 DESCRIPTION = """\
 Run real jobs side by side on one GPU under a sharing mode, and record what it cost them.
