@@ -128,6 +128,18 @@ def test_a_driver_holds_the_lock_over_its_suite_runs(lock_folder: Path) -> None:
     assert done.stdout == "held\n"
 
 
+def test_a_variable_that_is_empty_names_no_folder_of_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = tmp_path / "usual"
+    usual.mkdir()
+    monkeypatch.setenv(locks.FOLDER_VARIABLE, "")
+    monkeypatch.setattr(locks, "FOLDERS", (usual,))
+    monkeypatch.chdir(tmp_path)
+    with locks.hold("GPU-1"):
+        assert list(tmp_path.iterdir()) == [usual]
+
+
 def test_neither_a_link_nor_a_file_that_others_may_open_is_taken_for_a_lock(
     lock_folder: Path,
 ) -> None:

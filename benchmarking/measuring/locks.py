@@ -80,8 +80,8 @@ def _in_use(what: str, pid: str, owner: int | None = None) -> str:
 
 def _folder() -> Path:
     """The folder of the locks: one in which nobody can take away another's file."""
-    if FOLDER_VARIABLE in os.environ:
-        return Path(os.environ[FOLDER_VARIABLE])
+    if named := os.environ.get(FOLDER_VARIABLE):
+        return Path(named)
     return next((folder for folder in FOLDERS if _is_shared(folder)), FOLDERS[-1])
 
 
