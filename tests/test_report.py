@@ -265,3 +265,12 @@ def test_unlike_environments_stand_apart_and_all_but_the_newest_are_folded() -> 
     assert "The runs come from 2 unlike environments" in page
     assert page.index("<h1>") < page.index("<summary>2. Another GPU")
     assert page.count("<h1>") == 1
+
+
+def test_an_older_environment_that_has_only_jobs_alone_is_folded_too() -> None:
+    another = synthetic_runs.GPU | {"gpu_name": "Another GPU"}
+    older = synthetic_runs.run("alone", "exclusive", {}, environment=another)
+    newer = mps([2.0], created_at="2026-02-01T00:00:00+00:00")
+    compared = compare(older, newer)
+    assert "<summary>2. Another GPU, driver 580.00, job size " in as_page(compared)
+    assert "Each job was measured alone" in as_markdown(compared)
