@@ -121,6 +121,8 @@ HALF = mps([2.5], "half", mps_limits=mps_limits("50"))
         ((mps([2.5]), EVEN), "mps:50:work>1.9", ["nothing was measured"]),
         ((mps([2.5]), EVEN), "mps:even:BERT fine-tuning:slowdown<1.9x", ["under mps:even,"]),
         ((mps([2.5]), EVEN), "work>0.9", []),
+        ((mps([2.0]),), "overhead < -49.5 %", []),
+        ((mps([2.0]),), "overhead<-51%", ["overhead is -"]),
         ((time_slicing([4.0]), EVEN), "slowdown<3", ["under time-slicing,"] * 4),
         # Of a mode of which only variants ran, it speaks of all of them.
         ((HALF, EVEN), "mps:work>1.9", ["under mps:50, mixed with 4 clients: work is 1.6"]),

@@ -98,7 +98,7 @@ def _flat(environment: Record, group: Record) -> dict[str, Any]:
 _OPERATORS = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}
 _REQUIREMENT = re.compile(
     r"(?P<scope>(?:[^<>]*:)?)(?P<figure>\w+)\s*(?P<operator><=|>=|<|>)\s*"
-    r"(?P<value>\d+(?:\.\d+)?)\s*(?P<unit>ms|s|x|%|J|j)?"
+    r"(?P<value>-?\d+(?:\.\d+)?)\s*(?P<unit>ms|s|x|%|J|j)?"
 )
 # What the figures are called in a group's row and in a client's.
 _OF_GROUP = {
