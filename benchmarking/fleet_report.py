@@ -249,8 +249,10 @@ def flag(cards: Sequence[Row]) -> None:
             if under > PERCENT:
                 card["flags"].append(f"{name} {under:.1f} % under the median of its model")
         limits = Counter(peer.get("power_limit_watts") for peer in peers)
-        usual, limit = limits.most_common(1)[0][0], health.get("power_limit_watts")
-        if limits[limit] < limits[usual]:
+        del limits[None]  # a limit that could not be asked for is no other one
+        limit = health.get("power_limit_watts")
+        usual = limits.most_common(1)[0][0] if limits else None
+        if limit is not None and limits[limit] < limits[usual]:
             card["flags"].append(f"power limit {limit} W, of others {usual} W")
         slowed = sorted(set(BROKEN_CLOCKS).intersection(health.get("throttle_reasons") or []))
         errors = health.get("ecc_uncorrected_errors")
