@@ -16,12 +16,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import shutil
 import sys
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -33,12 +33,10 @@ from benchmarking.cli import (
     drop_output,
     positive_float,
 )
-from benchmarking.records.writing import write_text_atomic
-from benchmarking.report import comparison, export, render, runs
+from benchmarking.records.writing import write_bytes_atomic, write_text_atomic
+from benchmarking.report import charts, comparison, export, render, runs
 from benchmarking.report.claims import MATTERS_PERCENT
-
-if TYPE_CHECKING:
-    import pandas
+from benchmarking.report.groups import CoRun
 
 EXIT_REQUIREMENT = 7
 
@@ -116,7 +114,7 @@ def parse_arguments() -> argparse.Namespace:
 def analyze(options: argparse.Namespace) -> dict[str, Any]:
     """Read, compare, draw, write."""
     results = runs.read_results(options.results_dir)
-    compared, clients = compare(results, options)
+    compared, co_runs = compare(results, options)
     try:
         options.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -124,7 +122,7 @@ def analyze(options: argparse.Namespace) -> dict[str, Any]:
             f"cannot write to {options.output} ({error.strerror}): choose another --output"
         ) from error
     with writing(options.output):
-        write_reports(compared, clients, options.output)
+        write_reports(compared, co_runs, options.output)
     if options.each_run:
         for run in results.runs:
             write_run_report(run, results, options)
@@ -133,7 +131,7 @@ def analyze(options: argparse.Namespace) -> dict[str, Any]:
 
 def compare(
     results: runs.Results, options: argparse.Namespace
-) -> tuple[dict[str, Any], pandas.DataFrame]:
+) -> tuple[dict[str, Any], dict[str, CoRun]]:
     """Compare by what was asked for."""
     return comparison.compare(
         results,
@@ -158,20 +156,23 @@ def writing(where: Path | str) -> Iterator[None]:
         ) from error  # fmt: skip
 
 
-def draw(compared: dict[str, Any], clients: pandas.DataFrame, folder: Path) -> Any:
+def draw(compared: dict[str, Any], co_runs: Mapping[str, CoRun]) -> list[charts.Charts]:
     """Draw the charts; what is wrong with the samples becomes a problem of the comparison."""
 
-    def samples_of(run: str) -> list[dict[str, Any]]:
-        samples, problems = runs.read_samples(Path(run))
+    @functools.cache  # a run has many timelines
+    def samples_of(run: Path) -> list[dict[str, Any]]:
+        samples, problems = runs.read_samples(run)
         compared["problems"] += problems
         return samples
 
-    return render.draw(compared, clients, samples_of, folder)
+    return charts.draw(compared, co_runs, samples_of)
 
 
-def write_reports(compared: dict[str, Any], clients: pandas.DataFrame, output: Path) -> None:
-    """Write the report twice, the flat table and the JSON; each whole, or the earlier one stays."""
-    drawn = draw(compared, clients, output)
+def write_reports(compared: dict[str, Any], co_runs: Mapping[str, CoRun], output: Path) -> None:
+    """Write charts, both reports, table and JSON; each whole, or the earlier one stays."""
+    drawn = draw(compared, co_runs)
+    for picture in (one for section in drawn for kind in section.values() for one in kind):
+        write_bytes_atomic(output / picture.file_name, picture.png)
     for name, text in {
         "report.md": render.render_markdown(compared, drawn),
         "report.html": render.render_html(compared, drawn),
@@ -186,11 +187,10 @@ def write_run_report(
 ) -> None:
     """Write a run's own page into its folder; the other runs lend the baselines it reused."""
     others = [other for other in results.runs if other is not run]
-    compared, clients = compare(runs.Results([run], [*others, *results.references]), options)
-    with tempfile.TemporaryDirectory() as charts:  # the page holds them as SVG
-        drawn = draw(compared, clients, Path(charts))
+    compared, co_runs = compare(runs.Results([run], [*others, *results.references]), options)
+    page = render.render_html(compared, draw(compared, co_runs))
     with writing(run.folder):
-        write_text_atomic(run.folder / "report.html", render.render_html(compared, drawn))
+        write_text_atomic(run.folder / "report.html", page)
 
 
 def check_requirements(required: list[export.Requirement], compared: dict[str, Any]) -> int:

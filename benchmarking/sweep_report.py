@@ -134,7 +134,9 @@ def tail_of(row: Record) -> Record | None:
 
 def write(sweep: Sweep, folder: Path) -> None:
     """Draw the chart and write `report.html` and `report.md`; raises `OSError`."""
-    picture = draw(sweep, folder / CHART_FILE)
+    picture = draw(sweep)
+    if picture:
+        writing.write_bytes_atomic(folder / picture.file_name, picture.png)
     values = {"found": content(sweep), "pictures": [picture] if picture else []}
     for name, kind in (("report.md", "md"), ("report.html", "html")):
         page = render.render_page(kind, "sweep.j2", f"Sweep of {sweep.knob}", values)
@@ -223,7 +225,7 @@ def tail_text(tail: Record | None) -> str:
     return f"{duration(tail['merged_ms'])}{times}"
 
 
-def draw(sweep: Sweep, path: Path) -> drawing.Picture | None:
+def draw(sweep: Sweep) -> drawing.Picture | None:
     """Work delivered, mean slowdown and p99 below each other; `None` without a figure."""
     points = sweep.points
     places = range(len(points))
@@ -248,7 +250,7 @@ def draw(sweep: Sweep, path: Path) -> drawing.Picture | None:
     ]
     return drawing.draw_lines(
         {title: lines for title, lines in panels.items() if lines}, places,
-        [point.value for point in points], sweep.knob, path,
+        [point.value for point in points], sweep.knob, CHART_FILE,
         f"What each value of {sweep.knob} gave", notes=notes,
     )  # fmt: skip
 

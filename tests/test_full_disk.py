@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -53,6 +55,20 @@ def run(command: list[str], where: Path, environment: dict[str, str]) -> tuple[i
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     return done.returncode, done.stderr
+
+
+@needs_mount
+def test_each_runs_page_needs_no_room_for_temporary_files(tmp_path: Path) -> None:
+    shutil.copytree(PROJECT_ROOT / "tests" / "fixtures" / "synthetic_gpu", tmp_path / "results")
+    script = PROJECT_ROOT / "benchmarking" / "analyze_results.py"
+    with tiny_disk(tmp_path / "temporary") as disk:
+        disk.fill()
+        filler = disk.seen / "filler"
+        os.truncate(filler, filler.stat().st_size - 2**14)  # room for a test file, not for charts
+        command = disk.command(tmp_path, sys.executable, script, "--each-run")
+        found = run(command, tmp_path, {**os.environ, "TMPDIR": str(tmp_path / "temporary")})
+    assert found == (0, "")
+    assert len([*tmp_path.glob("results/*/report.html")]) == 2
 
 
 @needs_mount

@@ -1,1 +1,1 @@
-"""Runs of a results folder -> one table of clients -> comparison -> files and pages."""
+"""Runs of a results folder -> comparison -> files and pages."""

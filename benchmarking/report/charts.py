@@ -9,11 +9,12 @@ import itertools
 import math
 import re
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from benchmarking.metrics.scores import FEWEST_FOR_A_TAIL
+from benchmarking.records.types import ClientRecord
 from benchmarking.report.drawing import (
     Line,
     Picture,
@@ -28,21 +29,21 @@ from benchmarking.report.drawing import (
     styles,
     wrapped,
 )
+from benchmarking.report.groups import CoRun
 from benchmarking.report.tables import each
 from benchmarking.report.wording import (
     clients_text,
     figure_text,
     group_name,
-    mode_name,
     number,
     subject_text,
 )
 
 if TYPE_CHECKING:
-    import pandas
     from matplotlib.axes import Axes
 
 Record = Mapping[str, Any]
+Charts = Mapping[str, Sequence[Picture]]
 
 # --- which charts a section gets ------------------------------------------------------------------
 
@@ -51,26 +52,35 @@ Record = Mapping[str, Any]
 MOST_TIMELINES, MOST_COUNTS = 6, 20
 
 
-def draw_section(
-    section: Record, clients: pandas.DataFrame, samples_of: Callable[[str], Sequence[Record]],
-    folder: Path, prefix: str = "",
-) -> dict[str, list[Picture]]:  # fmt: skip
-    """Draw a section's charts into a folder that is there: `compared`, `pairs`, `timelines`.
+def draw(
+    comparison: Record, co_runs: Mapping[str, CoRun], samples_of: Callable[[Path], Sequence[Record]]
+) -> list[Charts]:
+    """Draw the charts of every section: `compared`, `pairs`, `timelines`.
 
-    `clients` is the section's part of the table of clients, `samples_of(folder)` gives the GPU
-    samples of a run; files' names begin with `prefix`. Raises `OSError`.
+    `co_runs` are the comparison's, by name; `samples_of(folder)` gives the GPU samples of a run.
     """
+    sections = comparison["sections"]
+    return [
+        draw_section(section, co_runs, samples_of, f"section{place}-" if len(sections) > 1 else "")
+        for place, section in enumerate(sections, start=1)
+    ]
 
+
+def draw_section(
+    section: Record, co_runs: Mapping[str, CoRun],
+    samples_of: Callable[[Path], Sequence[Record]], prefix: str,
+) -> Charts:  # fmt: skip
+    """Draw a section's charts; files' names begin with `prefix`."""
     taken: set[str] = set()
 
-    def path(name: str) -> Path:
+    def file_name(name: str) -> str:
         safe = re.sub(r"[^\w.-]+", "-", f"{prefix}{name}")[:200].encode()[:200]
         base = safe.decode(errors="ignore").strip("-")
         # Names that differ in signs alone, or in their ends, get a number.
         numbered = itertools.chain([base], (f"{base}-{number}" for number in itertools.count(2)))
         stem = next(name for name in numbered if name not in taken)
         taken.add(stem)
-        return folder / f"{stem}.png"
+        return f"{stem}.png"
 
     matrices = section["interference"]
     drawn: dict[str, list[Picture | None]] = {"compared": [], "pairs": [], "timelines": []}
@@ -78,35 +88,27 @@ def draw_section(
         found = [one for one in section["conclusions"]
                  if (one["mix"], one["clients"]) == (mix, count)]  # fmt: skip
         drawn["compared"] += [
-            draw_bars(figure, found, path(f"{about.file}-{mix}-{count}"))
+            draw_bars(figure, found, file_name(f"{about.file}-{mix}-{count}"))
             for figure, about in BARS.items()
         ]
     for mix in dict.fromkeys(ramp["mix"] for ramp in section["ramps"]):
-        drawn["compared"].append(draw_ramps(section, mix, path(f"scaling-{mix}")))
+        drawn["compared"].append(draw_ramps(section, mix, file_name(f"scaling-{mix}")))
     for one in matrices:
         drawn["pairs"] += [
-            draw_heat_map(one, matrices, figure, path(f"{name}-{one['variant']}-{one['mix']}"))
-            for figure, name in (("slowdown", "slowdowns"), ("tail_slowdown", "tails"))
+            draw_heat_map(one, matrices, figure, file_name(f"{kind}-{one['variant']}-{one['mix']}"))
+            for figure, kind in (("slowdown", "slowdowns"), ("tail_slowdown", "tails"))
         ]
-    for name, rows in shown_timelines(section, clients):
-        samples = samples_of(rows["folder"].iloc[0])
-        drawn["timelines"].append(draw_timeline(rows, samples, path(f"timeline-{name}")))
+    for one in (co_runs[name] for name in shown_timelines(section)):
+        name = file_name(f"timeline-{one.run.name}-{one.record.co_run}")
+        drawn["timelines"].append(draw_timeline(one, samples_of(one.run.folder), name))
     return {kind: [one for one in pictures if one] for kind, pictures in drawn.items()}
 
 
-def shown_timelines(
-    section: Record, clients: pandas.DataFrame
-) -> Iterator[tuple[str, pandas.DataFrame]]:
-    """The co-runs to draw: `run-co_run` and the rows of its clients; all, or one of each group."""
+def shown_timelines(section: Record) -> list[str]:
+    """The names of the co-runs to draw: all, or one of each group."""
     every = [group["co_runs"] for group in section["groups"]]
     is_all = sum(map(len, every)) <= MOST_TIMELINES
-    drawn = every[:MOST_COUNTS]
-    for name in (name for co_runs in drawn for name in (co_runs if is_all else co_runs[:1])):
-        run_id, _, co_run = name.rpartition("/")
-        is_its_own = (clients["run_id"] == run_id) & (clients["co_run"] == co_run)
-        rows = clients[is_its_own & (clients["phase"] == "co_run")].sort_values("client")
-        if len(rows):
-            yield f"{run_id}-{co_run}", rows
+    return [name for co_runs in every[:MOST_COUNTS] for name in co_runs[: None if is_all else 1]]
 
 
 # --- bars: modes next to each other ---------------------------------------------------------------
@@ -139,7 +141,7 @@ BARS = {
 }  # fmt: skip
 
 
-def draw_bars(figure: str, conclusions: Sequence[Record], path: Path) -> Picture | None:
+def draw_bars(figure: str, conclusions: Sequence[Record], file_name: str) -> Picture | None:
     """Horizontal bars by category, a style a mode, with a dashed line at 1.
 
     A category is a subject; of the whole card the modes themselves are the categories. An infinite
@@ -201,13 +203,13 @@ def draw_bars(figure: str, conclusions: Sequence[Record], path: Path) -> Picture
         shown = dict.fromkeys(f"{category}, {name} {text}" for category, name, text, _ in bars)
         description = f"Bars, {about.axis}: {'; '.join(shown)}."
         mix, count = conclusions[0]["mix"], clients_text(conclusions[0]["clients"])
-        return save(chart, path, f"{about.caption}: {mix}, {count}", description, mix)
+        return save(chart, file_name, f"{about.caption}: {mix}, {count}", description, mix)
 
 
 # --- lines: figures against the number of clients -------------------------------------------------
 
 
-def draw_ramps(section: Record, mix: str, path: Path) -> Picture | None:
+def draw_ramps(section: Record, mix: str, file_name: str) -> Picture | None:
     """Work delivered and mean slowdown against the number of clients; `None` without figures."""
     ramps = [(group_name(one), one) for one in section["ramps"] if one["mix"] == mix]
     groups = {(one["variant"], one["clients"]): one
@@ -229,7 +231,7 @@ def draw_ramps(section: Record, mix: str, path: Path) -> Picture | None:
     broken = [(ramp["breaking_point"]["clients"], name) for name, ramp in ramps]
     return draw_lines(
         {"work delivered": lines("stp"), "times as long\nas alone (mean)": lines("antt")},
-        counts, list(map(str, counts)), "clients at the same time", path,
+        counts, list(map(str, counts)), "clients at the same time", file_name,
         f"Work and slowdown by number of clients: copies of {mix}", mix=mix,
         marks=[(count, f"{name} breaks at {count}") for count, name in broken if count is not None],
     )  # fmt: skip
@@ -242,7 +244,7 @@ DARK = 0.55
 
 
 def draw_heat_map(
-    matrix: Record, every: Sequence[Record], figure: str, path: Path
+    matrix: Record, every: Sequence[Record], figure: str, file_name: str
 ) -> Picture | None:
     """A row a job that suffers, a column a job next to it; darker is worse, 1 is white.
 
@@ -298,7 +300,7 @@ def draw_heat_map(
         chart.supxlabel(f"{label}; darker is worse", fontsize=8)
         name = group_name(matrix)
         return save(
-            chart, path, f"{what} two at a time, {name}",
+            chart, file_name, f"{what} two at a time, {name}",
             f"Heat map, {label}, under {name}; rows suffer, columns stand next to them.",
         )  # fmt: skip
 
@@ -323,14 +325,12 @@ MARGIN_SECONDS = 2.0
 MOST_BARS = 60  # jobs that are shorter than a sixtieth of the window would make one grey block
 
 
-def draw_timeline(rows: pandas.DataFrame, samples: Sequence[Record], path: Path) -> Picture | None:
+def draw_timeline(co_run: CoRun, samples: Sequence[Record], file_name: str) -> Picture | None:
     """Jobs by client over the activity of the GPU; `None` without a window.
 
-    `rows` are those of one co-run in the table of clients. Without a sample of activity only the
-    jobs are drawn.
+    Without a sample of activity only the jobs are drawn.
     """
-    first = rows.iloc[0]
-    start, end = first["window_start_seconds"], first["window_end_seconds"]
+    start, end = co_run.record.window_start_seconds, co_run.record.window_end_seconds
     if start is None or end is None or end <= start:
         return None
     near = [
@@ -339,11 +339,11 @@ def draw_timeline(rows: pandas.DataFrame, samples: Sequence[Record], path: Path)
         if start - MARGIN_SECONDS <= sample["time_seconds"] <= end + MARGIN_SECONDS
     ]
     source = activity_source(near)
-    heights = [0.3 * len(rows) + 0.1, *([1.3] if source else [])]
-    name, shown = f"{first['run_id']}, {first['co_run']}", ""
+    heights = [0.3 * len(co_run.clients) + 0.1, *([1.3] if source else [])]
+    name, shown = f"{co_run.run.name}, {co_run.record.co_run}", ""
     with drawing_rules():
         figure, panels = new_figure(heights, 0.8)
-        draw_jobs(panels[0], rows, start, end)
+        draw_jobs(panels[0], co_run.clients, start, end)
         if source:
             draw_activity(panels[1], near, source[0], start)
             panels[1].set_title(f"{source[1]} (%)", loc="left", fontsize=9)
@@ -353,7 +353,7 @@ def draw_timeline(rows: pandas.DataFrame, samples: Sequence[Record], path: Path)
             panel.axvline(end - start, color="black", linewidth=0.8)
         panels[-1].set_xlabel("time since all clients were let go (s)")
         return save(
-            figure, path, f"{mode_name(first['mode'], first['settings'])}: {name}",
+            figure, file_name, f"{group_name(co_run.run.kind)}: {name}",
             f"Jobs of each client over time in {name}{shown}.",
         )  # fmt: skip
 
@@ -369,7 +369,7 @@ def activity_source(samples: Sequence[Record]) -> tuple[str, str] | None:
     return None
 
 
-def draw_jobs(panel: Axes, rows: pandas.DataFrame, start: float, end: float) -> None:
+def draw_jobs(panel: Axes, clients: Sequence[ClientRecord], start: float, end: float) -> None:
     """A row a client: whole jobs in alternating shades, the one that the end cut in white."""
 
     def draw_bar(row: int, begin: float, end: float, color: str) -> None:
@@ -378,28 +378,26 @@ def draw_jobs(panel: Axes, rows: pandas.DataFrame, start: float, end: float) -> 
             linewidth=0.5,
         )  # fmt: skip
 
-    for row, client in enumerate(rows.to_dict("records")):
-        jobs = [(job["start_seconds"], job["end_seconds"])
-                for job in client["jobs"] or () if job["in_window"]]  # fmt: skip
+    for row, client in enumerate(clients):
+        jobs = [(job.start_seconds, job.end_seconds) for job in client.jobs if job.in_window]
         if len(jobs) > MOST_BARS:
             draw_bar(row, jobs[0][0], jobs[-1][1], "0.7")
         else:
             for index, (begin, until) in enumerate(jobs):
                 draw_bar(row, begin, until, "0.7" if index % 2 else "0.5")
         done = jobs[-1][1] if jobs else start
-        is_ok = client["status"] == "ok"
+        is_ok = client.status == "ok"
         if is_ok and done < end:  # a client starts over until it is told to stop
             draw_bar(row, done, end, "white")
         count = f"{len(jobs)} job{'' if len(jobs) == 1 else 's'}"
-        count += "" if is_ok else f"\n{client['status']}"
+        count += "" if is_ok else f"\n{client.status}"
         panel.annotate(
             count, (1, row), xycoords=("axes fraction", "data"), xytext=(3, 0),
             textcoords="offset points", ha="left", va="center", fontsize=8,
         )  # fmt: skip
-    labels = zip(rows["client"], rows["label"], strict=True)
-    names = [textwrap.shorten(f"{client}: {label}", 22) for client, label in labels]
-    panel.set_yticks(range(len(rows)), names)
-    panel.set_ylim(len(rows) - 0.5, -0.5)
+    names = [textwrap.shorten(f"{client.client}: {client.label}", 22) for client in clients]
+    panel.set_yticks(range(len(names)), names)
+    panel.set_ylim(len(names) - 0.5, -0.5)
 
 
 def draw_activity(panel: Axes, samples: Sequence[Record], key: str, start: float) -> None:

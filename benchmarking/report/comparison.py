@@ -1,7 +1,7 @@
-"""What the runs of a results folder say together: a plain dict, and a table of all clients.
+"""What the runs of a results folder say together: the plain dict that comparison.json holds.
 
-`compare()` returns `(comparison, clients)`. Everything that renders takes these two and nothing
-else. `comparison` is what comparison.json holds. Null is unknown, never 0.
+Everything that renders takes this dict; timelines are drawn of the co-runs themselves. Null is
+unknown, never 0.
 
 An estimate is `{"mean", "low", "high", "values", "is_interval"}`: a figure over rounds. `values`
 has one a round; `low` and `high` are its 95 % interval where `is_interval` (three rounds or more),
@@ -86,19 +86,12 @@ have it: `mps`, `mps:even`, `mps:50/25`.
                     break_even[{variant, duty or null, reason}]}: the neighbor's duty from which a
                     slice of one's own (MIG) is better
       alone[] (client rows), left_out[], doubts[]
-
-The table of clients has a row for each client of each co-run: section, run_id, folder, session,
-mode, settings, variant, mix, phase (co_run, baseline, share_baseline, null), co_run, clients,
-repeat, client, workload, label, job_key, status, reason, outcome (of the co-run), verdict (proof),
-window_start_seconds, window_end_seconds, jobs (list of {start_seconds, end_seconds,
-duration_seconds, in_window}), latency_ms (list or None), failed_requests, slowdown, stp and antt
-(of the whole co-run), is_service, and the card's figures of the co-run as gpu_*.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
@@ -120,9 +113,6 @@ from benchmarking.report.rows import alone_rows, group_row
 from benchmarking.report.runs import MeasuredRun, Results
 from benchmarking.report.wording import section_title
 
-if TYPE_CHECKING:
-    import pandas
-
 SCHEMA_VERSION = 5
 OWN_ERROR_LIMIT_PERCENT = 2.0
 # What is told of each run, of its machine (besides what the section's runs have in common), and of
@@ -142,27 +132,22 @@ def compare(
     matters_percent: float = claims.MATTERS_PERCENT,
     gpu_price_per_hour: float | None = None,
     kwh_price: float | None = None,
-) -> tuple[dict[str, Any], pandas.DataFrame]:
-    """Compare the runs of a results folder; returns the comparison and the table of clients.
+) -> tuple[dict[str, Any], dict[str, CoRun]]:
+    """Compare the runs of a results folder; returns the comparison and its co-runs by name.
 
     `slo_ms` bounds the responses of latency jobs; without it the bound that a run was given counts.
     """
-    import pandas
-
-    sections, rows = [], []
+    sections = []
+    co_runs: dict[str, CoRun] = {}
     found_sections = find_sections(results.runs)
-    for number, section in enumerate(found_sections, start=1):
+    for section in found_sections:
         measured = _Measured(section, results)
-        found = _section(measured, results, slo_ms, matters_percent)
+        groups, excluded = _groups(measured, slo_ms)
+        found = _section(measured, groups, excluded, results, slo_ms, matters_percent)
         for group in found["groups"]:
             group |= _costs(group, gpu_price_per_hour, kwh_price)
         sections.append(found)
-        rows += [
-            {"section": number, **client}
-            for run in section.runs
-            for record in run.co_run_records
-            for client in measured.co_run(run, record).table_rows()
-        ]
+        co_runs |= {one.name: one for group in groups for one in group.co_runs}
     comparison = {
         "schema_version": SCHEMA_VERSION,
         "matters_percent": matters_percent,
@@ -173,7 +158,7 @@ def compare(
         "problems": [*results.problems, *(text for run in results.runs for text in run.problems)],
         "refusals": results.refusals,
     }
-    return comparison, pandas.DataFrame(rows, dtype=object)
+    return comparison, co_runs
 
 
 class _Measured:
@@ -201,13 +186,13 @@ class _Measured:
 
 
 def _section(
-    measured: _Measured, results: Results, slo_ms: float | None, matters_percent: float
-) -> dict[str, Any]:
+    measured: _Measured, groups: list[Group], excluded: list[str], results: Results,
+    slo_ms: float | None, matters_percent: float,
+) -> dict[str, Any]:  # fmt: skip
     """One section as data."""
     runs, conditions = measured.section.runs, measured.section.conditions
     environment = conditions["environment"]
     is_cpu_demo = environment["is_cpu_demo"]
-    groups, excluded = _groups(measured, slo_ms)
     own_error = _own_error(measured)
     for group in groups:
         group.row = group_row(group, own_error["percent"] if own_error else None)

@@ -17,10 +17,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from benchmarking.records.writing import write_bytes_atomic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -57,11 +54,12 @@ SVG_IDS = re.compile(r'(\bid="|url\(#|href="#)')
 
 @dataclass(frozen=True)
 class Picture:
-    """A chart: what it shows, the same for who cannot see it, its PNG's name, its SVG, its mix."""
+    """A chart: what it shows, the same for who cannot see it, PNG with its name, SVG, its mix."""
 
     caption: str
     description: str
     file_name: str
+    png: bytes
     svg: str
     mix: str = ""
 
@@ -165,13 +163,13 @@ def new_figure(heights: Sequence[float], rest: float) -> tuple[Figure, Sequence[
     return figure, axes
 
 
-def save(figure: Figure, path: Path, caption: str, description: str, mix: str = "") -> Picture:
-    """Write the PNG, whole or not at all and over no link, and return the chart with its SVG."""
+def save(figure: Figure, file_name: str, caption: str, description: str, mix: str = "") -> Picture:
+    """The finished chart as PNG and SVG."""
     pixels, drawing = io.BytesIO(), io.StringIO()
     figure.savefig(pixels, format="png")
-    write_bytes_atomic(path, pixels.getvalue())
     figure.savefig(drawing, format="svg", metadata={"Date": None, "Creator": None})
-    return Picture(caption, description, path.name, inlined(drawing.getvalue(), path.stem), mix)
+    svg = inlined(drawing.getvalue(), file_name.removesuffix(".png"))
+    return Picture(caption, description, file_name, pixels.getvalue(), svg, mix)
 
 
 def inlined(svg: str, name: str) -> str:
@@ -199,7 +197,7 @@ class Line:
 
 def draw_lines(
     panels: Mapping[str, Sequence[Line]], ticks: Sequence[float], labels: Sequence[str],
-    axis: str, path: Path, caption: str, *, mix: str = "",
+    axis: str, file_name: str, caption: str, *, mix: str = "",
     marks: Iterable[tuple[float, str]] = (), notes: Iterable[tuple[float, str]] = (),
 ) -> Picture | None:  # fmt: skip
     """Panels of lines below each other over one x axis, with a grey line at 1 in each.
@@ -238,7 +236,7 @@ def draw_lines(
             )
         figure.supxlabel(f"grey: 1, as alone; {spread_note(found)}", fontsize=8)
         description = f"Lines of {', '.join(panels)} against {axis}.".replace("\n", " ")
-        return save(figure, path, caption, description, mix)
+        return save(figure, file_name, caption, description, mix)
 
 
 def draw_panel(panel: Axes, title: str, lines: Sequence[Line]) -> None:

@@ -22,12 +22,6 @@ from benchmarking.records.run_folder import pooled
 from benchmarking.records.types import ClientRecord, CoRunRecord, GpuFigures, Summary
 from benchmarking.report.runs import NOISY, MeasuredRun, pressed_resource
 
-# What the table of clients takes from their records as it is.
-_TABLE_FIELDS = (
-    "phase", "co_run", "clients", "repeat", "client", "workload", "label", "job_key", "status",
-    "reason", "latency_ms",
-)  # fmt: skip
-
 
 @dataclass
 class Alone:
@@ -124,34 +118,6 @@ class CoRun:
             if joules is not None and stp and seconds and is_whole
             else None
         )
-
-    def table_rows(self) -> list[dict[str, Any]]:
-        """The rows of its clients in the table of all clients."""
-        shared = {
-            "run_id": self.run.name,
-            "folder": str(self.run.folder),
-            "session": self.run.manifest.session,
-            **self.run.kind,
-            "mix": self.run.manifest.mix,
-            "outcome": self.record.outcome,
-            "window_start_seconds": self.record.window_start_seconds,
-            "window_end_seconds": self.record.window_end_seconds,
-            "stp": self.summary.stp,
-            "antt": self.summary.antt,
-            **{f"gpu_{name}": value for name, value in msgspec.to_builtins(self.gpu).items()},
-        }
-        return [
-            {
-                **shared,
-                **{name: getattr(client, name) for name in _TABLE_FIELDS},
-                "verdict": client.proof.verdict,
-                "jobs": msgspec.to_builtins(client.jobs),
-                "failed_requests": failed_requests(client),
-                "slowdown": client.slowdown,
-                "is_service": scores.is_offered_rate(client.units),
-            }
-            for client in self.clients
-        ]
 
 
 def measure(

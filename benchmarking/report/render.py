@@ -1,51 +1,30 @@
 """A comparison as people read it: page, Markdown and terminal, filled into the same sentences.
 
-`draw` makes the charts, `render_html` and `render_markdown` the two reports, `render_terminal` the
-decision for a terminal of some width. All take the comparison that `comparison.compare` describes.
-Texts from records, cleaned when they were read, are escaped for each kind of reader. jinja2,
-matplotlib and rich are imported where they are used.
+`render_html` and `render_markdown` make the two reports, `render_terminal` the decision for a
+terminal of some width. All take the comparison that `report/comparison.py` describes. Texts from
+records, cleaned when they were read, are escaped for each kind of reader. jinja2 and rich are
+imported where they are used.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarking.report import charts, claims, tables, wording
+from benchmarking.report import claims, tables, wording
+from benchmarking.report.charts import Charts
 
 if TYPE_CHECKING:
     import jinja2
 
 Record = Mapping[str, Any]
-Charts = Mapping[str, Sequence[charts.Picture]]
 
 TEMPLATES = Path(__file__).parent / "templates"
 TITLE = "GPU sharing: what was found"
 NO_CHARTS: Charts = {"compared": (), "pairs": (), "timelines": ()}
-
-
-def draw(
-    comparison: Record, clients: Any, samples_of: Callable[[str], Sequence[Record]], folder: Path
-) -> list[Charts]:
-    """Draw the charts of every section as PNG into a folder that is there, for the reports.
-
-    `clients` is the comparison's table of clients, `samples_of(folder)` gives a run's GPU samples.
-    Raises `OSError` where a file cannot be written.
-    """
-    sections = comparison["sections"]
-    return [
-        charts.draw_section(
-            section,
-            clients[clients["section"] == number] if len(clients) else clients,
-            samples_of,
-            folder,
-            f"section{number}-" if len(sections) > 1 else "",
-        )
-        for number, section in enumerate(sections, start=1)
-    ]
 
 
 def render_html(comparison: Record, drawn: Sequence[Charts] = ()) -> str:
