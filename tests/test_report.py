@@ -267,6 +267,15 @@ def test_unlike_environments_stand_apart_and_all_but_the_newest_are_folded() -> 
     assert page.count("<h1>") == 1
 
 
+def test_a_count_that_broke_without_a_reason_says_so() -> None:
+    broken = failed(ramp(STEPS), co_run="training-4-r0")
+    change(broken, lambda record: record.update(reason=None), record="co_run")
+    compared = compare(broken)
+    for shown in (as_markdown(compared), on_terminal(compared, 200)):
+        assert "4 clients (oom: no reason recorded)" in shown
+        assert "None" not in shown
+
+
 def test_an_older_environment_that_has_only_jobs_alone_is_folded_too() -> None:
     another = synthetic_runs.GPU | {"gpu_name": "Another GPU"}
     older = synthetic_runs.run("alone", "exclusive", {}, environment=another)
