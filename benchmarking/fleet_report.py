@@ -28,6 +28,7 @@ from benchmarking.cli import (
 )
 from benchmarking.drivers.fleet_unit import UnitRecord
 from benchmarking.drivers.program import write_report
+from benchmarking.metrics import scores
 from benchmarking.records.run_folder import utc_now
 from benchmarking.report import claims, render
 from benchmarking.report.foreign import cleaned, read_struct
@@ -267,7 +268,7 @@ def _percent_off(value: float | None, all_values: Sequence[float | None]) -> flo
     known = [one for one in all_values if one]
     if value is None or not known:
         return 0.0
-    return (value / statistics.median(known) - 1) * 100
+    return scores.difference_percent(statistics.median(known), value)
 
 
 def merge(cards: Sequence[Row]) -> list[Row]:
@@ -285,7 +286,7 @@ def _kind(alike: Sequence[Row], cards: Sequence[Row]) -> Row:
     modes = {}
     for mode in dict.fromkeys(mode for card in averaged for mode in card["modes"]):
         rows = [card["modes"][mode] for card in averaged if mode in card["modes"]]
-        modes[mode] = {name: _average(row[name] for row in rows) for name in FIGURES}
+        modes[mode] = {name: scores.mean(row[name] for row in rows) for name in FIGURES}
     votes = Counter(card["best_mode"] for card in averaged)
     decision, agreeing = votes.most_common(1)[0] if votes else (None, 0)
     outliers = {}
@@ -301,11 +302,6 @@ def _kind(alike: Sequence[Row], cards: Sequence[Row]) -> Row:
         "averaged": len(averaged),
         "decision": decision, "agreeing": agreeing, "modes": modes, "outliers": outliers,
     }  # fmt: skip
-
-
-def _average(values: Any) -> float | None:
-    known = [value for value in values if value is not None]
-    return statistics.fmean(known) if known else None
 
 
 def _far_off(card: Row, averaged: Sequence[Row]) -> list[str]:

@@ -242,19 +242,18 @@ def test_t_quantiles_are_those_of_the_printed_table(confidence, degrees, table):
 
 
 def test_three_repeats_give_a_t_interval_on_the_logarithms_and_fewer_only_the_range():
-    mean, low, high = estimates.geometric_mean_interval([math.e, math.e**2, math.e**3])
+    found = estimate([math.e, math.e**2, None, math.e**3])
     # logs 1 2 3: mean 2, standard deviation 1; half width 4.30265 / sqrt(3) = 2.48414
-    assert mean == pytest.approx(math.e**2)
-    assert math.log(low) == pytest.approx(2 - 2.48414, abs=1e-4)
-    assert math.log(high) == pytest.approx(2 + 2.48414, abs=1e-4)
-    assert estimates.geometric_mean_interval([8.0, 2.0]) == (pytest.approx(4.0), 2.0, 8.0)
-    assert estimates.geometric_mean_interval([1.02]) == (1.02, 1.02, 1.02)
+    assert found.mean == pytest.approx(math.e**2)
+    assert math.log(found.low) == pytest.approx(2 - 2.48414, abs=1e-4)
+    assert math.log(found.high) == pytest.approx(2 + 2.48414, abs=1e-4)
+    two = estimate([8.0, 2.0])
+    assert (two.mean, two.low, two.high) == (pytest.approx(4.0), 2.0, 8.0)
+    assert estimate([1.02]) == estimates.Estimate(1.02, 1.02, 1.02, (1.02,))
     now_and_then = estimate([math.inf, 20.0, 21.0])
     assert (now_and_then.mean, now_and_then.low, now_and_then.high) == (math.inf, 0, math.inf)
     assert estimate([math.inf] * 3).low == math.inf
-    for wrong in ([], [1.0, 0.0], [1.0, -2.0], [1.0, math.nan]):
-        with pytest.raises(ValueError, match="positive values"):
-            estimates.geometric_mean_interval(wrong)
+    assert estimate([None, 0.0, -2.0, math.nan]) is None
 
 
 # --- how many clients -----------------------------------------------------------------------

@@ -16,31 +16,27 @@ SATURATION_FRACTION = 0.95
 _FAILURES_BY_CAUSE = ("oom", "failed", "timeout", "killed")
 
 
-def saturation_count(
-    stp_by_clients: Mapping[int, float | None], fraction: float = SATURATION_FRACTION
-) -> int | None:
-    """First count of clients whose STP is under `fraction` of the best STP at a smaller count.
+def saturation_count(stp_by_clients: Mapping[int, float | None]) -> int | None:
+    """First count of clients whose STP is under 95 % of the best STP at a smaller count.
 
     Counts with an unknown STP are passed over. `None` when no count saturates.
     """
     best = 0.0
     for clients, stp in sorted(stp_by_clients.items()):
-        if stp is not None and stp < fraction * best:
+        if stp is not None and stp < SATURATION_FRACTION * best:
             return clients
         best = max(best, stp or 0.0)
     return None
 
 
-def sufficient_count(
-    stp_by_clients: Mapping[int, float | None], fraction: float = SATURATION_FRACTION
-) -> int | None:
-    """Fewest clients that deliver `fraction` of the best STP of all counts: more gain nothing.
+def sufficient_count(stp_by_clients: Mapping[int, float | None]) -> int | None:
+    """Fewest clients that deliver 95 % of the best STP of all counts: more gain nothing.
 
     `None` when no count has an STP.
     """
     known = {clients: stp for clients, stp in stp_by_clients.items() if stp is not None}
-    best = max(known.values(), default=0.0)
-    return min((n for n, stp in known.items() if stp >= fraction * best), default=None)
+    enough = SATURATION_FRACTION * max(known.values(), default=0.0)
+    return min((n for n, stp in known.items() if stp >= enough), default=None)
 
 
 def breaking_point(

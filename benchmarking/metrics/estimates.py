@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from benchmarking.metrics.scores import difference_percent
@@ -41,11 +41,30 @@ class Estimate:
 
 
 def estimate(values: Iterable[float | None]) -> Estimate | None:
-    """Geometric mean with interval of the known, positive values; `None` without any."""
+    """Geometric mean of the known, positive values with its interval; `None` without any.
+
+    From three values on the interval is Student's t on the logarithms (df = n - 1), at 95 %; ratios
+    are skewed, their logarithms less so. Under three it is only the range of the values. Of
+    infinite values among finite ones the logarithms have no bounded spread: the interval is all
+    that is positive.
+    """
     known = tuple(value for value in values if value is not None and value > 0)
     if not known:
         return None
-    return Estimate(*geometric_mean_interval(known), known, is_interval=len(known) >= 3)
+    is_interval = len(known) >= MIN_REPEATS_FOR_CLAIM
+    low, high = min(known), max(known)
+    if high == math.inf:
+        low = 0.0 if is_interval and low < math.inf else low
+        return Estimate(high, low, high, known, is_interval)
+    logs = [math.log(value) for value in known]
+    center = statistics.fmean(logs)
+    if not is_interval:
+        mean = min(max(math.exp(center), low), high)  # exp(log(x)) is not always x
+        return Estimate(mean, low, high, known)
+    half = student_t_quantile(0.95, len(logs) - 1) * statistics.stdev(logs) / math.sqrt(len(logs))
+    return Estimate(
+        math.exp(center), math.exp(center - half), math.exp(center + half), known, is_interval
+    )
 
 
 def excess_percent(ratio: Estimate | None) -> Estimate | None:
@@ -64,41 +83,12 @@ def range_estimate(values: Iterable[float | None]) -> Estimate | None:
     return Estimate(statistics.median(known), min(known), max(known), known)
 
 
-def geometric_mean_interval(
-    values: Sequence[float], confidence: float = 0.95
-) -> tuple[float, float, float]:
-    """Geometric mean of repeats with its interval: `(mean, low, high)`.
-
-    From three values on the interval is Student's t on the logarithms (df = n - 1); ratios are
-    skewed, their logarithms less so. Under three it is only the range of the values. Of infinite
-    values among finite ones the logarithms have no bounded spread: the interval is all that is
-    positive. Raises `ValueError` without values, or when one is not positive.
-    """
-    if not values or any(not value > 0 for value in values):
-        raise ValueError(f"a geometric mean needs positive values, not {list(values)}")
-    low, high = min(values), max(values)
-    if high == math.inf:
-        return high, low if len(values) < 3 or low == math.inf else 0.0, high
-    logs = [math.log(value) for value in values]
-    center = statistics.fmean(logs)
-    if len(logs) < 3:
-        return min(max(math.exp(center), low), high), low, high  # exp(log(x)) is not always x
-    half = student_t_quantile(confidence, len(logs) - 1) * statistics.stdev(logs)
-    half /= math.sqrt(len(logs))
-    return math.exp(center), math.exp(center - half), math.exp(center + half)
-
-
 @functools.cache
 def student_t_quantile(confidence: float, degrees_of_freedom: int) -> float:
     """The `t` with `P(|T| <= t) = confidence` (two-sided): 4.303 for 0.95 and 2 degrees.
 
-    Found by bisection over the exact probability. Raises `ValueError` when `confidence` is not
-    between 0 and 1, or under one degree of freedom.
+    Found by bisection over the exact probability.
     """
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must be between 0 and 1, not {confidence}")
-    if degrees_of_freedom < 1:
-        raise ValueError(f"degrees of freedom must be 1 or more, not {degrees_of_freedom}")
     low, high = 0.0, math.pi / 2
     for _ in range(200):  # more halvings than a double has digits
         middle = (low + high) / 2

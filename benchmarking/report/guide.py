@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import csv
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -134,11 +134,6 @@ def mode_checks(row: Mapping[str, Any]) -> list[dict[str, Any]]:
            for name in ("overhead_percent", "interference_overhead_percent")},
     }  # fmt: skip
     return checks(row["mode"], measured, f"{row['mix']}, {row['clients']} clients")
-
-
-def overheads(mode: str) -> Iterable[Expectation]:
-    """The ranges of a mode's overheads."""
-    return (one for one in EXPECTATIONS if one.subject == mode and "overhead" in one.quantity)
 
 
 def mean_job_seconds(record: ClientRecord) -> float | None:

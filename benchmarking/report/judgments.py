@@ -53,7 +53,9 @@ def expectations(
 def _guides(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The guide's overhead of the mode: met where the whole interval lies within its range."""
     found = []
-    for expected in guide.overheads(row["mode"]):
+    for expected in guide.EXPECTATIONS:
+        if expected.subject != row["mode"] or "overhead" not in expected.quantity:
+            continue
         value = row[expected.quantity]
         holds = claims.CANNOT_TELL
         if value and value["is_interval"]:
