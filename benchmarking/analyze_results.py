@@ -19,7 +19,7 @@ import contextlib
 import functools
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +114,11 @@ def parse_arguments() -> argparse.Namespace:
 def analyze(options: argparse.Namespace) -> dict[str, Any]:
     """Read, compare, draw, write."""
     results = runs.read_results(options.results_dir)
-    compared, co_runs = compare(results, options)
+    compare = functools.partial(
+        comparison.compare, slo_ms=options.slo_ms, matters_percent=options.matters,
+        gpu_price_per_hour=options.gpu_price, kwh_price=options.kwh_price,
+    )  # fmt: skip
+    compared, co_runs = compare(results)
     try:
         options.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -123,23 +127,9 @@ def analyze(options: argparse.Namespace) -> dict[str, Any]:
         ) from error
     with writing(options.output):
         write_reports(compared, co_runs, options.output)
-    if options.each_run:
-        for run in results.runs:
-            write_run_report(run, results, options)
+    for run in results.runs if options.each_run else ():
+        write_run_report(run, results, compare)
     return compared
-
-
-def compare(
-    results: runs.Results, options: argparse.Namespace
-) -> tuple[dict[str, Any], dict[str, CoRun]]:
-    """Compare by what was asked for."""
-    return comparison.compare(
-        results,
-        slo_ms=options.slo_ms,
-        matters_percent=options.matters,
-        gpu_price_per_hour=options.gpu_price,
-        kwh_price=options.kwh_price,
-    )
 
 
 @contextlib.contextmanager
@@ -183,11 +173,13 @@ def write_reports(compared: dict[str, Any], co_runs: Mapping[str, CoRun], output
 
 
 def write_run_report(
-    run: runs.MeasuredRun, results: runs.Results, options: argparse.Namespace
+    run: runs.MeasuredRun,
+    results: runs.Results,
+    compare: Callable[[runs.Results], tuple[dict[str, Any], dict[str, CoRun]]],
 ) -> None:
     """Write a run's own page into its folder; the other runs lend the baselines it reused."""
     others = [other for other in results.runs if other is not run]
-    compared, co_runs = compare(runs.Results([run], [*others, *results.references]), options)
+    compared, co_runs = compare(runs.Results([run], [*others, *results.references]))
     page = render.render_html(compared, draw(compared, co_runs))
     with writing(run.folder):
         write_text_atomic(run.folder / "report.html", page)

@@ -29,7 +29,6 @@ FAILED_REQUEST = "missed_request"
 OFFERED_RATE_KINDS = frozenset({"request", FAILED_REQUEST})
 
 # Of so many responses five lie beyond the p99; of fewer it is their maximum and little else.
-TAIL_PERCENT = 99
 FEWEST_FOR_A_TAIL = 500
 # Of these the highest that has enough responses is compared.
 COMPARED_PERCENTILES = (99.9, 99, 95, 90, 50)

@@ -16,7 +16,7 @@ from typing import Any
 from benchmarking.measuring import baselines
 from benchmarking.metrics import scores
 from benchmarking.modes.names import MODE_TIME_SLICING
-from benchmarking.records.run_folder import PHASE_BASELINE, PHASE_SHARE_BASELINE
+from benchmarking.records.run_folder import PHASE_SHARE_BASELINE
 from benchmarking.records.types import ClientRecord, Phase
 from benchmarking.report.groups import Alone, Baselines
 from benchmarking.report.runs import Conditions, MeasuredRun
@@ -173,9 +173,7 @@ def _windows(run: MeasuredRun, clients: int) -> set[tuple[object, ...]]:
 # --- the jobs alone ---------------------------------------------------------------------------
 
 
-def alone_of(
-    run: MeasuredRun, every_run: Sequence[MeasuredRun], phase: Phase = PHASE_BASELINE
-) -> Baselines:
+def alone_of(run: MeasuredRun, every_run: Sequence[MeasuredRun], phase: Phase) -> Baselines:
     """Baselines of a run: pooled over its session, else its own before those that it reused.
 
     With `share_baseline` those of its own instances.

@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from markupsafe import Markup
+
 from benchmarking.report import claims, tables, wording
 from benchmarking.report.charts import Charts
 
@@ -39,8 +41,6 @@ def render_markdown(comparison: Record, drawn: Sequence[Charts] = ()) -> str:
 
 def render_page(kind: str, template: str, title: str, values: Record) -> str:
     """A template's body, made of `blocks.{kind}.j2`, in the frame of `page.{kind}.j2`."""
-    from markupsafe import Markup
-
     made = environment(kind)
     page = made.get_template(f"blocks.{kind}.j2").module
     body = made.get_template(template).render(page=page, **values)
@@ -98,7 +98,6 @@ def sentences() -> Any:
 def environment(kind: str) -> jinja2.Environment:
     """Templates for `html` (every text is escaped), `md` or `text`."""
     import jinja2
-    from markupsafe import Markup
 
     made = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
@@ -126,25 +125,19 @@ def escaped_for_markdown(value: Any) -> Any:
 
     A link's place may follow its text, or stand elsewhere under a name.
     """
-    from markupsafe import Markup
-
     if hasattr(value, "__html__"):
         return value
     # A backslash of the text's own would else take away the one that is put before these.
     return Markup(re.sub(r"\\|<|\](?=[(\[:])", r"\\\g<0>", str(value).replace("`", "’")))
 
 
-def markdown_cell(value: Any) -> Any:
+def markdown_cell(value: Any) -> Markup:
     """A cell of a table, which a bar does not end."""
-    from markupsafe import Markup
-
     return Markup(str(escaped_for_markdown(value)).replace("|", r"\|"))
 
 
 def markdown_code(text: str) -> Any:
     """A text as code in a cell, whatever it holds; backslashes before a bar stand twice there."""
-    from markupsafe import Markup
-
     safe = re.sub(r"(\\*)\|", r"\1\1\\|", text.replace("`", "’"))
     return Markup(f"`{safe}`") if text else text
 
