@@ -25,6 +25,7 @@ Record = Mapping[str, Any]
 SCHEMA_VERSION = 1
 CHART_FILE = "sweep.png"
 OK, INTERRUPTED, NOT_RUN = "ok", "interrupted", "not run"
+NO_ROW = "none of its co-runs can be ranked (pairs of jobs are compared by analyze_results.py)"
 
 # Looks of the latency jobs in the chart: they differ by marker and line as well as by shade.
 TAIL_LOOKS = [
@@ -97,8 +98,10 @@ def read_point(value: str, folder: Path, baseline: Path | None, reason: str | No
     comparison, _ = compare(Results([run], [read_run(baseline)] if baseline else []))
     groups = [group for section in comparison["sections"] for group in section["groups"]]
     outcome = run.manifest.outcome
-    if not groups or outcome != "complete":
-        return Point(value, "failed" if outcome == "complete" else outcome, run.name, reason)
+    if outcome != "complete":
+        return Point(value, outcome, run.name, reason)
+    if not groups:
+        return Point(value, "failed", run.name, reason or NO_ROW)
     group = groups[-1]
     by_label: dict[str, list[Record]] = {}
     for tail in map(tail_of, group["client_rows"]):
@@ -229,7 +232,8 @@ def draw(sweep: Sweep) -> drawing.Picture | None:
     """Work delivered, mean slowdown and p99 below each other; `None` without a figure."""
     points = sweep.points
     places = range(len(points))
-    look = drawing.styles([(points[0].mode or "", "mode")])["mode"]
+    mode = next((point.mode for point in points if point.mode), "")
+    look = drawing.styles([(mode, "mode")])["mode"]
     panels = {
         "work delivered": [drawing.Line("", places, [point.stp for point in points], look)],
         "slowdown (ANTT)": [drawing.Line("", places, [point.antt for point in points], look)],

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import synthetic_runs
+from conftest import PROJECT_ROOT
 from program_copy import copy_programs, processes_of, scripted_card
 from tiny_disk import needs_mount, tiny_disk
 from waiting import wait_until
@@ -329,6 +330,13 @@ def test_values_of_a_limit_stay_apart_in_the_sweep_and_in_the_report_of_its_fold
     comparison, _ = compare(read_results(tmp_path))
     (section,) = comparison["sections"]
     assert [group["settings"] for group in section["groups"]] == ["50/25 %", "even"]
+
+
+def test_a_value_whose_co_runs_are_pairs_has_a_reason_why_it_has_no_figures() -> None:
+    for recorded in ("h200-pairs", "h200-noisy"):
+        point = read_point("50", PROJECT_ROOT / "examples" / recorded / "mps", None, None)
+        assert (point.outcome, point.run_id, point.stp) == ("failed", "mps", None)
+        assert "pairs of jobs are compared by analyze_results.py" in point.reason
 
 
 def sweep_of(**values: list[float]) -> report.Sweep:
