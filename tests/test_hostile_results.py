@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import gzip
 import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import synthetic_runs
 from made_up_reports import change, compare, mps
-from test_analyze_results import analyze, comparison_of
+from test_analyze_results import FIXTURE, SCRIPT, analyze, comparison_of
 
 
 @pytest.mark.parametrize("number", [1e300, -1e300, 1e19, 10**30])
@@ -104,3 +106,13 @@ def test_a_file_that_unpacks_to_gigabytes_costs_seconds_and_is_one_sentence(tmp_
     assert time.monotonic() - start < 60
     (problem,) = comparison_of(tmp_path)["problems"]
     assert "holds more than 256 MiB" in problem
+
+
+def test_a_damaged_settings_file_of_matplotlib_where_the_program_starts_is_not_read(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "matplotlibrc").write_bytes(b"\xff\xfe: 1\n")
+    command = [sys.executable, SCRIPT, "--results-dir", FIXTURE, "--output", "report"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert list(tmp_path.glob("report/*.png"))

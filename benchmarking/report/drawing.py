@@ -8,6 +8,8 @@ needed, whatever is inherited.
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib
 import io
 import math
 import os
@@ -17,6 +19,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -121,26 +124,33 @@ def wrapped(label: str, beside: int = 3) -> str:
     return textwrap.fill(label, max(6, min(LABEL_CHARACTERS, 50 // beside)), max_lines=3)
 
 
+@functools.cache
+def _import_matplotlib() -> ModuleType:
+    """Import it with its own settings: those of a folder may be damaged, or a pipe."""
+    # A backend that is inherited may not exist.
+    os.environ.update(MPLBACKEND="Agg", MATPLOTLIBRC=os.devnull)
+    here = os.open(".", os.O_PATH)
+    try:
+        os.chdir("/")  # the working folder's settings would come before those of the variable
+        return importlib.import_module("matplotlib")
+    finally:
+        os.fchdir(here)
+        os.close(here)
+
+
 @contextlib.contextmanager
 def drawing_rules() -> Iterator[None]:
-    """Settings under which charts are drawn and saved: text stays text, and `$` is no formula.
-
-    A matplotlibrc, the working folder's among them, changes nothing.
-    """
-    os.environ["MPLBACKEND"] = "Agg"  # a backend that is inherited may not exist
-    import matplotlib
-
-    with matplotlib.rc_context(), warnings.catch_warnings():
+    """Settings under which charts are drawn and saved: text stays text, and `$` is no formula."""
+    rules = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "report",  # the same records give the same file
+        "font.size": 9,
+        "text.parse_math": False,
+        "hatch.linewidth": 0.6,
+    }
+    with _import_matplotlib().rc_context(rules), warnings.catch_warnings():
         # In the page the reader's fonts have it.
         warnings.filterwarnings("ignore", "Glyph .* missing from")
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update({
-            "svg.fonttype": "none",
-            "svg.hashsalt": "report",  # the same records give the same file
-            "font.size": 9,
-            "text.parse_math": False,
-            "hatch.linewidth": 0.6,
-        })  # fmt: skip
         yield
 
 
