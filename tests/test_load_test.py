@@ -18,6 +18,9 @@ from load_runner import SCRIPT, load_test, null_server, only_result
 from server_process import running
 from waiting import is_running, wait_until
 
+from workloads.common import client
+from workloads.inference import load_test as load_test_script
+
 GUIDE_FIGURES = (
     "total_requests", "successful_requests", "failed_requests", "success_rate_percent",
     "mean_latency_ms", "median_latency_ms", "p50_latency_ms", "p95_latency_ms", "p99_latency_ms",
@@ -274,6 +277,22 @@ def test_held_by_the_suite_jobs_follow_each_other_and_a_stop_loses_no_finished_r
     assert counted - 2 <= told <= counted
     assert 0 < sum(job["figures"]["successful_requests"] for job in jobs) <= told
     assert list(tmp_path.glob("load_test_*")) == []
+
+
+def test_a_job_that_is_as_long_as_the_generators_run_is_followed_by_another(server, monkeypatch):
+    monkeypatch.setattr(load_test_script, "STEADY_SECONDS", 0.0)
+    flags = ("--server", server.url, "--hold", "--clients", "2", "--processes", "1")
+    for seconds in ("0.6", "0.8"):
+        arguments = load_test_script.parse_arguments([*flags, "--duration", seconds])
+        workload = load_test_script.LoadTest(arguments)
+        workload.load()
+        try:
+            workload.warm_up()
+            for _ in range(4):
+                figures = workload.run_job(client.Recorder())
+                assert figures["successful_requests"] > 0
+        finally:
+            workload.close()
 
 
 def child_pids(parent: int) -> list[int]:
