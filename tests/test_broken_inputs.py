@@ -106,6 +106,20 @@ def test_outputs_that_are_no_numbers_end_an_inference(tmp_path, monkeypatch):
         workload.warm_up()
 
 
+def test_no_server_answers_with_what_is_no_number(here, tmp_path):
+    model = models.resnet18(weights=None, num_classes=3)
+    model.fc.bias.data[1] = math.nan
+    path = tmp_path / "nan.pt"
+    torch.save(model.state_dict(), path)
+    done = here.run(
+        "workloads/inference/inference_server.py", "--model", "resnet18", "--weights", path,
+        "--device", "cpu", "--host", "127.0.0.1", "--port", "0", "--max-batch", "2",
+        "--workers", "1", "--results-dir", tmp_path,
+    )  # fmt: skip
+    assert done.returncode == EXIT_NOT_FINITE
+    assert f"6 of 6 outputs of resnet18 are NaN or infinite (weights {path}, " in done.stderr
+
+
 # --- weights and models ---------------------------------------------------------------------------
 
 

@@ -20,11 +20,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from workloads.common import cli, client, console
 from workloads.common.device import ComputeDevice, clients_on_gpu, open_device
-from workloads.common.errors import NotFiniteError
 from workloads.common.results import few_percentiles, summarize_latency_ms
 from workloads.inference.models import (
     add_model_flags,
     load_inference_model,
+    require_finite,
     resolve_model_flags,
     weights_notes,
 )
@@ -78,7 +78,9 @@ class BatchInference(client.Workload):
             self._begin, self._end = Event(enable_timing=True), Event(enable_timing=True)
         for _ in range(WARM_UP_BATCHES if self.device.is_cuda else 1):
             self._run_batch()
-        self._require_finite_outputs()
+        # Each batch has the same input, so the same output.
+        outputs = self._forward().float().cpu().numpy()
+        require_finite(outputs, self.device, self.args.model, self._weights)
         repeats = COPY_REPEATS if self.device.is_cuda else 0
         self._copy_seconds = [self._copy_input() for _ in range(repeats)]
 
@@ -122,17 +124,6 @@ class BatchInference(client.Workload):
             self._end.record()
             self.device.synchronize()
         return start_seconds, time.monotonic()
-
-    def _require_finite_outputs(self) -> None:
-        """Look once, outside of every timing: each batch has the same input, so the same output."""
-        outputs = self._forward()
-        broken = (~outputs.isfinite()).sum().item()
-        if broken:
-            raise NotFiniteError(
-                f"{broken} of {outputs.numel()} outputs of {self.args.model} are NaN or infinite "
-                f"(weights {self._weights.source}, {self.device.precision}); try --precision fp32 "
-                "or other --weights"
-            )
 
     def _copy_input(self) -> float:
         start_seconds = time.monotonic()

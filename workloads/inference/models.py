@@ -18,7 +18,7 @@ import numpy as np
 
 from workloads.common.device import ComputeDevice
 from workloads.common.engine import capture_forward, compile_module
-from workloads.common.errors import UsageError
+from workloads.common.errors import NotFiniteError, UsageError
 from workloads.common.weights import LoadedWeights, load_classifier, resolve_weights
 from workloads.inference.image_input import IMAGE_SIZE
 
@@ -204,6 +204,22 @@ def batch_buckets(max_batch: int) -> list[int]:
     return [*(1 << power for power in range((max_batch - 1).bit_length())), max_batch]
 
 
+def require_finite(
+    outputs: np.ndarray, device: ComputeDevice, model: str, weights: LoadedWeights
+) -> None:
+    """Look at the outputs of a batch, outside of every timing.
+
+    Raises:
+        NotFiniteError: Some are NaN or infinite, so that no figure of this model means anything.
+    """
+    broken = np.count_nonzero(~np.isfinite(outputs))
+    if broken:
+        raise NotFiniteError(
+            f"{broken} of {outputs.size} outputs of {model} are NaN or infinite (weights "
+            f"{weights.source}, {device.precision}); try --precision fp32 or other --weights"
+        )
+
+
 class Classifier:
     """A model on its device, with a staging buffer and a graph for each batch bucket.
 
@@ -221,7 +237,7 @@ class Classifier:
         """
         import torch
 
-        self._device, self._max_batch = device, max_batch
+        self._device, self._name, self._max_batch = device, name, max_batch
         self._model, self.weights = load_inference_model(device, name, weights, seed)
         where = device.torch_device
         self._mean = torch.tensor(IMAGENET_MEAN, device=where).view(1, 3, 1, 1) * 255
@@ -238,14 +254,19 @@ class Classifier:
         self._done = torch.cuda.Event(blocking=True) if device.is_cuda else None
 
     def warm_up(self) -> None:
-        """Capture every bucket, largest first so that the memory pool fits all, and run each."""
+        """Capture every bucket, largest first so that the memory pool fits all, and run each.
+
+        Raises:
+            NotFiniteError: The model's outputs are NaN or infinite.
+        """
         buckets = batch_buckets(self._max_batch)[::-1]
         if self._device.engine != "eager":
             for size in buckets:
                 self._replays[size] = capture_forward(self._device, partial(self._work, size))
         for size in buckets if self._replays else (self._max_batch, 1):
             picture = np.zeros((size, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
-            self.finish(self.start([picture]))
+            probabilities = self.finish(self.start([picture]))[:, : self._top_classes]
+            require_finite(probabilities, self._device, self._name, self.weights)
 
     def start(self, pictures: Sequence[np.ndarray]) -> int:
         """Launch arrays, uint8 of shape (n_i, 224, 224, 3), as one batch; return its size.
