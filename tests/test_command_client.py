@@ -60,6 +60,13 @@ def test_a_failure_is_one_sentence_and_out_of_memory_has_its_own_code(
     assert words in done.stderr.splitlines()[-1]
 
 
+def test_what_only_a_shell_can_read_is_left_to_the_shell(tmp_path: Path) -> None:
+    for line in ("true # it's fine", "cat <<END\nit's a text\nEND"):
+        done = by_hand(tmp_path, "--shell", "--command", line)
+        assert done.returncode == 0, done.stderr
+    assert by_hand(tmp_path, "--shell", "--command", " ").returncode == 2
+
+
 @pytest.mark.parametrize("flags", ["", "--hold --events events"])
 def test_closed_streams_and_ones_of_few_letters_fail_nothing(tmp_path: Path, flags: str) -> None:
     words = f"{sys.executable} {PROJECT_ROOT / SCRIPT} {flags} --command 'true é'"

@@ -73,15 +73,15 @@ def parse_arguments() -> argparse.Namespace:
     waited = "a run's duration is a response time that somebody waits for: percentiles are kept"
     flag("--latency", False, waited)
     args = parser.parse_args()
+    if not args.command.strip():
+        parser.error("--command is empty: give a program and its arguments")
     try:
-        words = shlex.split(args.command)
+        # What a shell takes, only a shell can say.
+        args.words = ["/bin/sh", "-c", args.command] if args.shell else shlex.split(args.command)
     except ValueError as error:
         parser.error(f"--command {args.command!r} cannot be split into words ({error}): quote it")
-    if not words:
-        parser.error("--command is empty: give a program and its arguments")
     if not args.working_directory.is_dir():
         parser.error(f"--working-directory {args.working_directory} is no folder: name one")
-    args.words = ["/bin/sh", "-c", args.command] if args.shell else words
     return args
 
 
