@@ -7,6 +7,7 @@ import argparse
 import pytest
 import torch
 import torch.nn.functional as F
+from workload_script import assert_refused
 
 from workloads import work_count
 
@@ -68,6 +69,15 @@ def test_a_forward_pass_has_the_published_number_of_operations(
 ) -> None:
     work = work_count.JOBS[job](argparse.Namespace(batch_size=2, image_size=None, classes=None))
     assert work["operations"] == pytest.approx(2 * operations_an_image, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("job", "flags"),
+    [("bert-training", ("--hidden", "200")), ("vgg16-inference", ("--image-size", "5"))],
+)
+def test_a_size_that_no_model_has_is_one_sentence(here, job: str, flags: tuple[str, str]) -> None:
+    done = here.run("workloads/work_count.py", "--job", job, "--batch-size", "1", *flags)
+    assert_refused(done, f"{job} cannot be counted at these sizes (")
 
 
 def test_bert_is_counted_with_fused_attention_and_adamw() -> None:

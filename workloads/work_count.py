@@ -26,7 +26,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from workloads.common import cli, torch
-from workloads.common.errors import EXIT_OK
+from workloads.common.errors import EXIT_OK, UsageError, first_line
 
 ELEMENT_BYTES = 2  # bf16
 STATE_ELEMENT_BYTES = 4  # fp32
@@ -39,9 +39,19 @@ Operators = Counter[tuple[str, int, int]]
 
 
 def main() -> int:
-    """Count one job's step and print it."""
+    """Count one job's step and print it.
+
+    Raises:
+        UsageError: The model of the job has no such size.
+    """
     args = parse_arguments()
-    work = JOBS[args.job](args)
+    try:
+        work = JOBS[args.job](args)
+    # Each layer says in its own way that it cannot be made, or run, at a size.
+    except (ValueError, RuntimeError) as error:
+        raise UsageError(
+            f"{args.job} cannot be counted at these sizes ({first_line(error)}); give others"
+        ) from error
     print(json.dumps({"job": args.job, "batch_size": args.batch_size, **work}))
     return EXIT_OK
 
