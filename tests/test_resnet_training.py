@@ -6,6 +6,7 @@ Folders of one's own: test_training_data.py; flags and the held client: test_cli
 from __future__ import annotations
 
 import http.server
+import os
 import pickle
 import tarfile
 import threading
@@ -112,6 +113,8 @@ def test_a_run_by_hand_writes_every_figure_and_a_model_that_loads_back_as_accura
     assert result["identity"]["engine"] == "eager"
     assert result["environment"]["versions"]["torch"]
     (model,) = tmp_path.glob("resnet50_imagenet_*.pt")
+    # As a result's name: two trainings may end in the same second.
+    assert model.stem.endswith(f"_{os.getpid()}")
     tested = here.run(SCRIPT, *shared, *small, "--evaluate", model, "--results-dir",
                       tmp_path / "again")  # fmt: skip
     assert tested.returncode == 0, tested.stderr

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import functools
 import math
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -191,7 +192,8 @@ class ResNetTraining(TrainingJob):
         return {"test_seconds": tested["test_seconds"], **self.final_figures(tested)}
 
     def _save_model(self) -> None:
-        name = f"resnet50_{self.args.stem}_{time.strftime('%Y%m%d-%H%M%S')}.pt"
+        stamp = f"{time.strftime('%Y%m%d-%H%M%S')}_{os.getpid()}"
+        name = f"resnet50_{self.args.stem}_{stamp}.pt"
         path = self.args.results_dir / name
         save_model(
             self.model, path, classes=list(self.dataset.class_names), settings=self.settings(),
