@@ -222,13 +222,16 @@ def test_compiled_code_is_kept_where_nobody_else_may_write(tmp_path, monkeypatch
     made.chmod(0o777)
     foreign = tmp_path / "foreign" / "inductor"
     foreign.mkdir(0o700, parents=True)
+    shared = tmp_path / "shared" / "inductor"
+    shared.mkdir(0o700, parents=True)
+    shared.parent.chmod(0o777)
     stat = Path.stat
 
     def of_another(path: Path, **how: bool) -> object:
         return SimpleNamespace(st_uid=1) if path == foreign.parent else stat(path, **how)
 
     monkeypatch.setattr(Path, "stat", of_another)
-    for folder in (made, elsewhere, foreign):
+    for folder in (made, elsewhere, foreign, shared):
         monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder))
         with pytest.raises(UsageError, match="is not yours alone"):
             device._protect_compiler()

@@ -245,14 +245,15 @@ def _protect_compiler() -> None:
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             status = folder.lstat()
-            owner_above = folder.parent.stat().st_uid
+            above = folder.parent.stat()
         except OSError as error:
             raise UsageError(
                 f"cannot make {folder} ({error.strerror}); set {variable} to a folder of your own"
             ) from error
         is_open = not stat.S_ISDIR(status.st_mode) or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-        # Whoever owns the folder above may put another in this one's place.
-        is_open = is_open or owner_above not in (0, os.geteuid())
+        # Whoever owns the folder above, or may write there, may put another in this one's place.
+        is_open = is_open or above.st_uid not in (0, os.geteuid())
+        is_open = is_open or above.st_mode & (stat.S_IWOTH | stat.S_ISVTX) == stat.S_IWOTH
         if is_open or status.st_uid != os.geteuid():
             raise UsageError(
                 f"{folder}, or what it lies in, is not yours alone, and compiled code is run from "
