@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import requests
@@ -160,14 +161,26 @@ def test_the_page_for_people_is_whole_and_loads_nothing_from_elsewhere(server):
         assert endpoint in page.text
 
 
-@pytest.mark.browser
-def test_the_page_shows_classes_and_figures_at_the_width_of_a_phone(server, tmp_path):
-    done = subprocess.run(
+def opened_page(url: str, profile: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
         ("chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-sync",
-         "--disable-background-networking", f"--user-data-dir={tmp_path}", "--window-size=390,844",
-         "--virtual-time-budget=3000", "--dump-dom", server.url),
+         "--disable-background-networking", f"--user-data-dir={profile}", "--window-size=390,844",
+         "--virtual-time-budget=3000", "--dump-dom", url),
         capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
+
+
+@pytest.mark.browser
+def test_the_page_shows_latencies_of_a_slow_device_in_plain_numbers(tmp_path):
+    with running(tmp_path, STUB_BATCH_SECONDS=1.2) as slow:
+        assert requests.post(f"{slow.url}/predict", jpeg(), timeout=20).status_code == 200
+        done = opened_page(slow.url, tmp_path)
+    assert re.search(r"<dt>p50</dt><dd>1[23]\d0 ms", done.stdout), done.stdout
+
+
+@pytest.mark.browser
+def test_the_page_shows_classes_and_figures_at_the_width_of_a_phone(server, tmp_path):
+    done = opened_page(server.url, tmp_path)
     assert "Ready: resnet18 with random weights on cpu" in done.stdout, done.stderr
     assert "<dt>requests</dt>" in done.stdout
     assert f"{server.url}/predict -F" in done.stdout
