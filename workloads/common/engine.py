@@ -12,7 +12,7 @@ import gc
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from workloads.common import torch
 from workloads.common.device import ComputeDevice
@@ -20,6 +20,8 @@ from workloads.common.device import ComputeDevice
 if TYPE_CHECKING:
     import numpy as np
     from torch.cuda import _POOL_HANDLE as PoolHandle
+
+    from workloads.common.client import Recorder, StepTimes
 
 T = TypeVar("T")
 
@@ -183,20 +185,6 @@ def _capture(work: Callable[[], T], pool: PoolHandle | None = None) -> Callable[
     return replay
 
 
-class StepRecorder(Protocol):
-    """What a ``Pacer`` records in: the suite's ``Recorder``, or a job's own between the two."""
-
-    @property
-    def stop_requested(self) -> bool:
-        """Whether the suite wants this client to end."""
-
-    def check_stop(self) -> None:
-        """Raise ``StopRequested`` if it does."""
-
-    def unit(self, kind: str, start_seconds: float, end_seconds: float) -> None:
-        """Record one finished step, its times on CLOCK_MONOTONIC."""
-
-
 class Pacer:
     """Launches steps without waiting for each, and still records when each one was done.
 
@@ -207,7 +195,7 @@ class Pacer:
     says when, so that the time of a launch is that of the step launched.
     """
 
-    def __init__(self, device: ComputeDevice, recorder: StepRecorder) -> None:
+    def __init__(self, device: ComputeDevice, recorder: Recorder | StepTimes) -> None:
         self._device = device
         self._recorder = recorder
         self._in_flight: deque[tuple[str, torch.cuda.Event]] = deque()

@@ -26,6 +26,7 @@ import time
 from contextlib import suppress
 from functools import cache, lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import gevent
@@ -45,7 +46,10 @@ from workloads.inference.image_input import (
     small_picture,
 )
 from workloads.inference.server_statistics import ENDPOINTS
-from workloads.inference.web_process import YIELD_SECONDS, Process, Refusal
+from workloads.inference.web_process import YIELD_SECONDS, Refusal
+
+if TYPE_CHECKING:
+    from workloads.inference.web_worker import WebWorker
 
 DEFAULT_BATCH_SIZE = 32
 MAX_JSON_BYTES = 1024
@@ -73,7 +77,7 @@ NO_FIGURES = (0, 0.0, math.nan, math.nan, math.nan)
 app = Flask(__name__, static_folder=None)
 DefaultJSONProvider.sort_keys = False
 app.url_map.merge_slashes = False
-worker: Process
+worker: WebWorker
 
 
 def _ask(
@@ -93,7 +97,7 @@ def _question(text: str) -> bytes:
     return worker.questions.ask(b"q", text.encode(), QUESTION_SECONDS)
 
 
-def begin(process: Process) -> None:
+def begin(process: WebWorker) -> None:
     """Prepare this process to answer requests."""
     global worker
     worker = process

@@ -8,13 +8,9 @@ from __future__ import annotations
 import mmap
 import os
 import socket
-from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass
-from types import SimpleNamespace
-from typing import Protocol
+from contextlib import suppress
 
 import gevent
-from flask import Response
 from gevent.event import AsyncResult
 from gevent.lock import BoundedSemaphore
 
@@ -89,44 +85,3 @@ class Channel:
                 self._free.append(slot)
                 self._answers.pop(slot).set((status, message[ANSWER.size :]))
         os._exit(1)  # the engine has ended, or has given this worker up
-
-
-@dataclass(eq=False)
-class Wait:
-    """A connection's wait for its client."""
-
-    client: socket.socket
-    begin_seconds: float
-    end_seconds: float
-    has_request: bool
-    is_cut: bool = False
-
-    def cut(self) -> None:
-        """End it: what has come is still read, and then the connection's end."""
-        self.is_cut = True
-        with suppress(OSError):
-            self.client.shutdown(socket.SHUT_RD)
-
-
-class Process(Protocol):
-    """What the application needs of the process that it runs in."""
-
-    settings: SimpleNamespace  # the flags of inference_server.py, and what it adds to them
-    pictures: Channel
-    questions: Channel
-    memory: mmap.mmap  # of the pictures; the last byte: how many are being decoded
-    large_pictures: BoundedSemaphore
-    held_bytes: int  # of bodies that are being read
-    is_stuck: bool  # set where a thread will not come back: the worker is replaced
-
-    def record(self, content: bytes) -> None:
-        """Have a finished request counted."""
-
-    def waiting_for_client(self, seconds: float) -> AbstractContextManager[Wait]:
-        """Bound the block's wait for what the client of this greenlet sends."""
-
-    def hold_packets(self, client: socket.socket, on: bool) -> None:
-        """Let head and body of an answer be one packet, or send what was held."""
-
-    def close_after(self, response: Response) -> None:
-        """Close the connection after ``response``, of whose request not all has been read."""

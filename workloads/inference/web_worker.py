@@ -22,6 +22,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,7 +43,7 @@ from gunicorn.workers.ggevent import GeventWorker
 from workloads.inference import batching, web_app
 from workloads.inference.image_input import PICTURE_BYTES
 from workloads.inference.web_app import INTERNAL_ERROR
-from workloads.inference.web_process import MAX_SLOTS, YIELD_SECONDS, Channel, Wait
+from workloads.inference.web_process import MAX_SLOTS, YIELD_SECONDS, Channel
 
 SILENT_SECONDS = 10.0  # nothing received, or an answer not taken
 CROWDED_SECONDS = 1.0  # who is waited for longer gives way when every connection is taken
@@ -56,6 +57,23 @@ RECORD_SECONDS = 0.01
 OWN_ADDRESSES = ("127.0.0.1", "::1", "::ffff:127.0.0.1")
 USAGE = "usage: python3 workloads/inference/inference_server.py, which starts this program"
 PR_SET_PDEATHSIG = 1  # prctl(2)
+
+
+@dataclass(eq=False)
+class Wait:
+    """A connection's wait for its client."""
+
+    client: socket.socket
+    begin_seconds: float
+    end_seconds: float
+    has_request: bool
+    is_cut: bool = False
+
+    def cut(self) -> None:
+        """End it: what has come is still read, and then the connection's end."""
+        self.is_cut = True
+        with suppress(OSError):
+            self.client.shutdown(socket.SHUT_RD)
 
 
 class WebWorker(GeventWorker):
