@@ -18,8 +18,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from workloads.common import cli, client, console
+from workloads.common import cli, client, console, torch
 from workloads.common.device import ComputeDevice, clients_on_gpu, open_device
+from workloads.common.engine import capture_forward
 from workloads.common.results import few_percentiles, summarize_latency_ms
 from workloads.inference.models import (
     add_model_flags,
@@ -53,10 +54,8 @@ class BatchInference(client.Workload):
 
     def load(self) -> None:
         """Load the model and put one random batch on the device."""
-        self.device = open_device(self.args)
-        import torch
-
         args = self.args
+        self.device = open_device(args)
         self._model, self._weights = load_inference_model(
             self.device, args.model, args.weights, args.seed
         )
@@ -69,13 +68,9 @@ class BatchInference(client.Workload):
 
     def warm_up(self) -> None:
         """Autotune, capture, and measure the copy of the input."""
-        from workloads.common.engine import capture_forward
-
         self._forward = capture_forward(self.device, lambda: self._model(self._batch))
         if self.device.is_cuda:
-            from torch.cuda import Event
-
-            self._begin, self._end = Event(enable_timing=True), Event(enable_timing=True)
+            self._begin, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         for _ in range(WARM_UP_BATCHES if self.device.is_cuda else 1):
             self._run_batch()
         # Each batch has the same input, so the same output.

@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from workloads.common import cli, client, console, torch
 from workloads.common.device import ComputeDevice, open_device
+from workloads.common.engine import Pacer, compile_module, prepare_step, step_pool
 from workloads.common.errors import MIB, OutOfGpuMemoryError, UsageError
 from workloads.common.results import few_percentiles, summarize_latency_ms
 from workloads.common.weights import (
@@ -245,8 +246,6 @@ class TokenGeneration(client.Workload):
 
     def warm_up(self) -> None:
         """Compile, capture, and answer a short request."""
-        from workloads.common.engine import compile_module, prepare_step, step_pool
-
         pool = step_pool(self.device)
         self._decoder = self._model
         self._prefill = prepare_step(self.device, self._read_prompts, pool=pool)
@@ -309,8 +308,6 @@ class TokenGeneration(client.Workload):
 
         One step is launched ahead, so the device has work while the host takes note of a token.
         """
-        from workloads.common.engine import Pacer
-
         recorder.check_stop()
         start_seconds = time.monotonic()
         self._prefill()

@@ -12,18 +12,16 @@ import operator
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from workloads.common import torch
 from workloads.common.device import ComputeDevice
 from workloads.common.engine import capture_forward, compile_module
 from workloads.common.errors import NotFiniteError, UsageError
 from workloads.common.weights import LoadedWeights, load_classifier, resolve_weights
 from workloads.inference.image_input import IMAGE_SIZE
-
-if TYPE_CHECKING:
-    from torch import Tensor, fx, nn
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -79,7 +77,7 @@ def weights_notes(model: str, asked: str, kind: str) -> list[str]:
 
 def load_inference_model(
     device: ComputeDevice, name: str, weights: str, seed: int
-) -> tuple[nn.Module, LoadedWeights]:
+) -> tuple[torch.nn.Module, LoadedWeights]:
     """Load ``name`` onto ``device``; its inputs are (n, 3, 224, 224) in ``device.model_dtype``.
 
     Batch norms are folded into the convolutions in front of them. Except under the eager engine,
@@ -88,8 +86,6 @@ def load_inference_model(
     Raises:
         UsageError: There is no such model, or its weights are not available or do not fit.
     """
-    import torch
-
     require_model(name)
     model, loaded = load_classifier(name, weights, seed)
     model = _fold_batch_norms(model)
@@ -101,7 +97,7 @@ def load_inference_model(
     return compile_module(device, model), loaded
 
 
-def _fold_batch_norms(model: nn.Module) -> nn.Module:
+def _fold_batch_norms(model: torch.nn.Module) -> torch.nn.Module:
     """Fold ``model``'s batch norms in place; return its graph, itself where it can't be traced."""
     from torch.fx.experimental.optimization import fuse
 
@@ -112,10 +108,8 @@ def _fold_batch_norms(model: nn.Module) -> nn.Module:
         return model
 
 
-def _runs(model: nn.Module, device: ComputeDevice) -> bool:
+def _runs(model: torch.nn.Module, device: ComputeDevice) -> bool:
     """Put ``model`` on the device; return whether cuDNN has kernels for all its fused layers."""
-    import torch
-
     model.to(device.torch_device, device.model_dtype).to(memory_format=torch.channels_last)
     shape = (1, 3, IMAGE_SIZE, IMAGE_SIZE)
     try:
@@ -126,7 +120,7 @@ def _runs(model: nn.Module, device: ComputeDevice) -> bool:
     return True
 
 
-def fuse_activations(model: fx.GraphModule) -> None:
+def fuse_activations(model: torch.fx.GraphModule) -> None:
     """Fuse each ReLU into the convolution (and sum) that alone feeds it, in place.
 
     ``model`` is in evaluation mode, its batch norms folded.
@@ -168,17 +162,15 @@ def fuse_activations(model: fx.GraphModule) -> None:
     model.recompile()
 
 
-def _module(model: fx.GraphModule, node: object) -> nn.Module | None:
-    from torch import fx
-
-    if isinstance(node, fx.Node) and node.op == "call_module":
+def _module(model: torch.fx.GraphModule, node: object) -> torch.nn.Module | None:
+    if isinstance(node, torch.fx.Node) and node.op == "call_module":
         return model.get_submodule(str(node.target))
     return None
 
 
-def _fused(convolution: nn.Conv2d) -> nn.Module:
+def _fused(convolution: torch.nn.Conv2d) -> torch.nn.Module:
     """Return ``relu(conv(x) + bias)``, or ``relu(conv(x) + bias + y)``, as one cuDNN kernel."""
-    import torch
+    import torch  # the module itself, since the compiler reads the forward pass
 
     geometry: tuple[Any, ...] = (
         convolution.stride, convolution.padding, convolution.dilation, convolution.groups,
@@ -189,7 +181,9 @@ def _fused(convolution: nn.Conv2d) -> nn.Module:
             super().__init__()
             self.weight, self.bias = convolution.weight, convolution.bias
 
-        def forward(self, images: Tensor, residual: Tensor | None = None) -> Tensor:
+        def forward(
+            self, images: torch.Tensor, residual: torch.Tensor | None = None
+        ) -> torch.Tensor:
             if residual is None:
                 return torch.cudnn_convolution_relu(images, self.weight, self.bias, *geometry)
             return torch.cudnn_convolution_add_relu(
@@ -235,8 +229,6 @@ class Classifier:
         Raises:
             UsageError: There is no such model, or its weights are not available or do not fit.
         """
-        import torch
-
         self._device, self._name, self._max_batch = device, name, max_batch
         self._model, self.weights = load_inference_model(device, name, weights, seed)
         where = device.torch_device
@@ -273,8 +265,6 @@ class Classifier:
 
         The batch before must be finished.
         """
-        import torch
-
         position = 0
         for array in pictures:
             # NumPy would let go of the interpreter for each picture.
@@ -306,8 +296,6 @@ class Classifier:
         return self._outputs.numpy()[:count].copy()
 
     def _work(self, size: int) -> None:
-        import torch
-
         if self._device.is_cuda:
             self._pictures[:size].copy_(self._staging[:size], non_blocking=True)
         # (n, height, width, channel) seen as (n, channel, height, width) is channels-last.
