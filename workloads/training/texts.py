@@ -116,7 +116,7 @@ def load_texts(
     label_names = _label_names(name, rows)
     number = {label: index for index, label in enumerate(label_names)}
     # Files are often sorted by label, so the first rows would not do.
-    shuffled = random.Random(seed).sample(list(rows), len(rows))
+    shuffled = random.Random(seed).sample(rows, len(rows))
     test_rows = [row for row in shuffled if row.is_test]
     train_rows = [row for row in shuffled if not row.is_test]
     most = HELD_OUT_SAMPLES if held_out_samples is None else held_out_samples
@@ -211,10 +211,11 @@ def read_csv(path: Path) -> tuple[list[_Row], list[str]]:
             f"cannot read {where} ({error}); name a CSV file in UTF-8 with the columns text and "
             "label with --data"
         ) from error
-    delimiter, columns = _columns(path, text)
+    lines = list(io.StringIO(text, newline=""))
+    delimiter, columns = _columns(path, lines)
     rows = []
     unused: dict[str, bool] = {}  # whether all values of another column are those of a split
-    for line, fields in list(_records(path, text, delimiter))[1:]:
+    for line, fields in list(_records(path, lines, delimiter))[1:]:
         if not any(value.strip() for value in fields):
             continue
         where = f"{path}, line {line}"
@@ -249,11 +250,11 @@ def _split_word(value: str) -> str:
     return re.sub("[-_ ]", "", value.strip().lower())
 
 
-def _columns(path: Path, text: str) -> tuple[str, list[str]]:
+def _columns(path: Path, lines: Sequence[str]) -> tuple[str, list[str]]:
     """Return the delimiter (comma, semicolon or tab) and the names of the columns."""
     columns: list[str] = []
     for delimiter in (",", ";", "\t"):
-        _, fields = next(_records(path, text, delimiter), (1, []))
+        _, fields = next(_records(path, lines, delimiter), (1, []))
         names = [name.strip().lower() for name in fields]
         if names.count("text") == names.count("label") == 1 and names.count("split") <= 1:
             return delimiter, names
@@ -264,7 +265,7 @@ def _columns(path: Path, text: str) -> tuple[str, list[str]]:
     )
 
 
-def _records(path: Path, text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+def _records(path: Path, lines: Sequence[str], delimiter: str) -> Iterator[tuple[int, list[str]]]:
     """Yield each record (RFC 4180) with the number of its first line.
 
     The csv module takes a double quote in the middle of a field as it comes, so that a forgotten
@@ -275,22 +276,15 @@ def _records(path: Path, text: str, delimiter: str) -> Iterator[tuple[int, list[
         UsageError: A double quote stands where none may.
     """
     csv.field_size_limit(2**31 - 1)
-    lines: list[str] = []
-
-    def numbered() -> Iterator[str]:
-        for line in io.StringIO(text, newline=""):
-            lines.append(line)
-            yield line
-
-    reader = csv.reader(numbered(), delimiter=delimiter, strict=True)
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
     first = 1
     try:
         for fields in reader:
-            for field in fields:
-                if '"' in field and field.replace('"', '""').join('""') not in "".join(lines):
+            for field in filter(lambda field: '"' in field, fields):
+                record = "".join(lines[first - 1 : reader.line_num])
+                if field.replace('"', '""').join('""') not in record:
                     raise csv.Error
             yield first, fields
-            lines.clear()
             first = reader.line_num + 1
     except csv.Error as error:
         raise UsageError(
