@@ -186,3 +186,9 @@ def is_few(responses: int, percentile: float) -> bool:
 def few_percentiles(responses: int) -> list[str]:
     """Return which of the guide's percentiles (p50, p95, p99) rest on too few responses."""
     return [f"p{percentile}" for percentile in (50, 95, 99) if is_few(responses, percentile)]
+
+
+def sample_note(responses: int) -> str:
+    """Return how many responses percentiles rest on, for people: ``(n = 120, few for p99)``."""
+    few = ", ".join(few_percentiles(responses))
+    return f"(n = {responses}{f', few for {few}' if few else ''})"

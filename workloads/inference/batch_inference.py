@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from workloads.common import cli, client, console, torch
 from workloads.common.device import ComputeDevice, clients_on_gpu, open_device
 from workloads.common.engine import capture_forward
-from workloads.common.results import few_percentiles, summarize_latency_ms
+from workloads.common.results import sample_note, summarize_latency_ms
 from workloads.inference.models import (
     add_model_flags,
     load_inference_model,
@@ -145,7 +145,6 @@ class BatchInference(client.Workload):
 
     def summary(self, figures: dict) -> list[tuple[str, str]]:
         """Return the lines of the terminal summary."""
-        few = ", ".join(few_percentiles(figures["batches"]))
 
         def ms(*names: str) -> str:
             return " / ".join(f"{figures[f'{name}_ms']:.2f}" for name in names) + " ms"
@@ -156,8 +155,7 @@ class BatchInference(client.Workload):
             ("Latency a batch, mean", ms("latency_mean")),
             ("Median (P50)", ms("latency_median")),
             ("Min / max", ms("latency_min", "latency_max")),
-            ("P95 / P99", ms("latency_p95", "latency_p99")
-             + f" (n = {figures['batches']}{f', few for {few}' if few else ''})"),
+            ("P95 / P99", f"{ms('latency_p95', 'latency_p99')} {sample_note(figures['batches'])}"),
             ("Throughput", f"{figures['samples_per_second']:.1f} samples/s"),
         ]  # fmt: skip
         if figures["latency_std_ms"] is not None:

@@ -28,14 +28,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from workloads.common import cli, client, console
 from workloads.common.device import ComputeDevice, open_device, usable_cores
-from workloads.common.errors import JobFailedError, UsageError
+from workloads.common.errors import MIB, JobFailedError, UsageError
+from workloads.common.results import sample_note
 from workloads.inference import api_key
 from workloads.inference.models import add_model_flags, resolve_model_flags, weights_notes
 
 MAX_PORT = 65535
 CORES_PER_WORKER, MIN_WORKERS, MAX_WORKERS = 4, 2, 4
 MAX_BACKLOG = 4096
-MIB = 2**20
 WEB_WORKER = Path(__file__).resolve().with_name("web_worker.py")
 # Read by gunicorn, gevent, Flask or systemd's socket activation; only our own settings count.
 FOREIGN_VARIABLES = (
@@ -367,15 +367,14 @@ class InferenceServer(client.Workload):
             ("Requests served", f"{figures['total_requests']}"),
         ]
         if figures["successful_requests"]:
-            few = ", ".join(name.removesuffix("_ms") for name in figures["few_responses_for"])
+            latencies = "{p50_ms:.1f} / {p95_ms:.1f} / {p99_ms:.1f} ms".format_map(figures)
+            note = sample_note(figures["latency_responses"])
             rows += [
                 ("Success rate", f"{figures['success_rate_percent']:.1f} %"),
                 ("Average latency", f"{figures['average_latency_ms']:.1f} ms"),
-                ("Latency p50 / p95 / p99", "{p50_ms:.1f} / {p95_ms:.1f} / {p99_ms:.1f} ms "
-                 "(n = {latency_responses}".format(**figures)
-                 + (f", few for {few})" if few else ")")),
+                ("Latency p50 / p95 / p99", f"{latencies} {note}"),
                 ("Throughput", f"{figures['qps']:.1f} requests/s"),
-            ]  # fmt: skip
+            ]
         return rows
 
 

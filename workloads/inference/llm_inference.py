@@ -28,7 +28,7 @@ from workloads.common import cli, client, console, torch
 from workloads.common.device import ComputeDevice, open_device
 from workloads.common.engine import Pacer, compile_module, prepare_step, step_pool
 from workloads.common.errors import MIB, OutOfGpuMemoryError, UsageError
-from workloads.common.results import few_percentiles, summarize_latency_ms
+from workloads.common.results import sample_note, summarize_latency_ms
 from workloads.common.weights import (
     HubUnreachableError,
     hub_model_folder,
@@ -365,10 +365,9 @@ class TokenGeneration(client.Workload):
 
 
 def _percentiles(figures: dict, what: str, count: int) -> str:
-    few = ", ".join(few_percentiles(count))
     parts = (figures[f"{what}_{name}_ms"] for name in ("p50", "p95", "p99"))
     text = " / ".join("none" if ms is None else f"{ms:.2f}" for ms in parts)
-    return f"p50 / p95 / p99 {text} ms (n = {count}{f', few for {few}' if few else ''})"
+    return f"p50 / p95 / p99 {text} ms {sample_note(count)}"
 
 
 if __name__ == "__main__":

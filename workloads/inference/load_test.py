@@ -121,7 +121,8 @@ class LoadTest(client.Workload):
 
     def wait_for_server(self) -> None:
         """Wait until the server is ready; this is no start-up of ours."""
-        self._url = asyncio.run(wait_until_ready(server_url(self.args.server), self.args))
+        self._url = server_url(self.args.server)
+        asyncio.run(wait_until_ready(self._url, self.args))
 
     def load(self) -> None:
         """Start the processes of the load generator."""
@@ -334,8 +335,8 @@ def server_url(text: str) -> URL:
     return url.with_query(None).with_fragment(None)
 
 
-async def wait_until_ready(url: URL, args: argparse.Namespace) -> URL:
-    """Wait until ``/health`` answers with anything but 503; return ``url``.
+async def wait_until_ready(url: URL, args: argparse.Namespace) -> None:
+    """Wait until ``/health`` answers with anything but 503.
 
     Raises:
         UsageError: Nobody answers, the server does not get ready, or wants another API key.
@@ -350,7 +351,7 @@ async def wait_until_ready(url: URL, args: argparse.Namespace) -> URL:
                     is_ready = response.status != 503
                 if is_ready:
                     await _require_key(session, url, args)
-                    return url
+                    return
                 state, limit_seconds = "does not get ready", args.ready_seconds
             except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
                 reason = first_line(getattr(error, "os_error", error))
