@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import glob
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -137,7 +139,8 @@ def summary(folders: Iterable[Path]) -> str:
     paths: list[Path] = []
     for folder in folders:
         own = folder / RECORD_FILE
-        found = [own] if own.is_file() else sorted(folder.glob(f"*/{RECORD_FILE}"))
+        below = sorted(glob.glob(f"*/{RECORD_FILE}", root_dir=folder))
+        found = [own] if os.path.isfile(own) else [folder / name for name in below]
         if not found:
             raise SuiteError(
                 f"{folder} holds no {RECORD_FILE}: name folders of this program", EXIT_USAGE
@@ -158,7 +161,7 @@ def is_measured(folder: Path) -> bool:
     """Whether a folder has a record of a fault that happened, or one that cannot be read."""
     path = folder / RECORD_FILE
     try:
-        return path.exists() and read_record(path)["is_measured"]
+        return os.path.exists(path) and read_record(path)["is_measured"]
     except SuiteError:
         return True
 

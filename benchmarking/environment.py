@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import hashlib
 import importlib.util
 import operator
@@ -30,6 +31,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import NoReturn
@@ -112,7 +114,9 @@ def set_up(requirements: Path) -> str:
     """
     python = find(requirements)
     if python is None:
-        install(requirements)
+        with one_at_a_time():
+            if not venv_is_complete(requirements):
+                install(requirements)
         python = VENV_PYTHON
     # What the caller names was found, but not imported: that is no reason for a stamp.
     if python == VENV_PYTHON and not os.environ.get("PYTHON"):
@@ -202,6 +206,19 @@ def ask_missing(python: str, requirements: Path, *flags: str) -> str | None:
 
 
 # --- the installation -------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def one_at_a_time() -> Iterator[None]:
+    """Wait until no other start installs: two at once may break what both write."""
+    with open(__file__, "rb") as file:
+        with contextlib.suppress(OSError):  # a file system without locks
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                say(f"Waiting for another installation into {VENV_FOLDER}.")
+                fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def install(requirements: Path) -> None:

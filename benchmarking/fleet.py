@@ -129,7 +129,7 @@ def run_fleet(options: argparse.Namespace, stop: StopSignal) -> int:
         fleet = Fleet(ray, options, mark, stop)
         fleet.measure()
     finally:
-        mark.unlink()
+        mark.unlink(missing_ok=True)
         ray.shutdown()
     code = fleet_report.write(options.output, fleet.rows_without_record())
     if stop.requested:

@@ -95,7 +95,7 @@ def parse_arguments() -> argparse.Namespace:
         "--workloads": arguments.WHOLE_NUMBER,
         "--phase-minutes": arguments.matching(arguments.ABOVE_0, "a number of minutes over 0"),
         "--baseline": arguments.path(
-            lambda folder: (folder / "manifest.json").exists(), "is no run folder"
+            lambda folder: os.path.exists(f"{folder}/manifest.json"), "is no run folder"
         ),
     }
     options = parser.parse(sys.argv[1:], checks)

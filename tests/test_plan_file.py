@@ -71,12 +71,14 @@ def test_a_command_is_run_in_its_folder_without_a_shell_unless_asked_for(tmp_pat
     plan = read(
         tmp_path,
         '[[client]]\ncommand = ["echo", "a b"]\nworking_directory = "sub"\n'
-        '[[client]]\ncommand = "true && true"\nshell = true\nlatency = true\n',
+        '[[client]]\ncommand = "true && true"\nshell = true\nlatency = true\n'
+        '[[client]]\ncommand = "true # it\'s fine"\nshell = true\n',
     )
-    plain, by_shell = clients(plan, 2)
+    plain, by_shell, commented = clients(plan, 3)
     words = dict(zip(plain.command[2::2], plain.command[3::2], strict=True))
     assert words == {"--command": "echo 'a b'", "--working-directory": str(tmp_path / "sub")}
     assert by_shell.command[-2:] == ("--shell", "--latency")
+    assert "true # it's fine" in commented.command
     assert plan.has_latency
 
 

@@ -16,6 +16,7 @@ MODES = "--modes needs some of: time-slicing mps mps:even mps:PERCENT mps:partit
 TS, MPS_ON, MIG_ON = (
     f"gpu-configs/{name}.sh" for name in ("setup_time_slicing", "enable_mps", "setup_mig")
 )
+TOO_LONG = "x" * 300  # for the name of a file
 # Arguments as words between blanks, and the sentence's meaning.
 REFUSED: dict[str, list[tuple[str, str]]] = {
     "run_experiments.sh": [
@@ -26,6 +27,9 @@ REFUSED: dict[str, list[tuple[str, str]]] = {
         ("--phase-minutes 0.0", "--phase-minutes needs a number of minutes over 0"),
         ("--engine fast", "--engine needs one of: eager graph compile"),
         ("--data-dir /nonexistent", "--data-dir: '/nonexistent' is not a folder"),
+        *((f"{flag} {TOO_LONG}", said) for flag, said in (
+            ("--data-dir", "is not a folder"), ("--plan", "is not a file"),
+            ("--baseline", "is no run folder"), ("--output", "cannot make the folder"))),
         ("--baseline /nonexistent", "--baseline: '/nonexistent' is no run folder"),
         ("--seed -1", "--seed needs a whole number from 0 on"),
         ("--nonsense", "unknown option: --nonsense"),
@@ -92,11 +96,20 @@ REFUSED: dict[str, list[tuple[str, str]]] = {
           for flag in ("resume", "gpu", "results-dir", "job")),
         *((f"--mode mps --mps-percentage {given}", f"'{given}' is not a percentage over 0")
           for given in ("5_0", "1e1")),
+        *((f"{flag} {TOO_LONG}", said) for flag, said in (
+            ("--data-dir", "is no folder"), ("--device cpu --results-dir", "cannot create"),
+            ("--resume", "there is no run"), ("--device cpu --baseline", "there is no run"))),
+        ("--resum mine --quick", "leave --quick out"),
+    ],
+    "benchmarking/analyze_results.py": [
+        ("--results-dir /nowhere", "/nowhere is not a folder"),
+        (f"--results-dir {TOO_LONG}", "is not a folder"),
     ],
     "benchmarking/blast_radius.py": [
         ("--fault fire", "invalid choice: 'fire'"),
         ("--fault oom --summary x", "give --fault to measure one, or --summary"),
         ("--summary x", "x holds no blast_radius.json"),
+        (f"--summary {TOO_LONG}", "holds no blast_radius.json"),
     ],
     "benchmarking/speed_table.py": [
         ("--only resnet51", "there is no job resnet51; choose of resnet50-training-cifar"),

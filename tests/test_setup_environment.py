@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -181,6 +182,19 @@ def test_offline_what_is_missing_is_listed_and_the_next_start_finishes_the_work(
     assert result.returncode == 0, result.stderr
     assert "1.3" in (complete.site_packages() / "tiny_tool.py").read_text()
     assert "GB on disk" not in result.stderr
+
+
+def test_of_two_first_starts_at_once_one_installs_and_the_other_waits(
+    tmp_path: Path, wheels: Path
+) -> None:
+    project = make_project(tmp_path / "project")
+    with ThreadPoolExecutor(2) as pool:
+        starts = [pool.submit(project.start, wheels=wheels) for _ in range(2)]
+    done = [start.result() for start in starts]
+    assert [one.returncode for one in done] == [0, 0], done
+    said = [one.stderr for one in done]
+    assert sorted("Installing into" in text for text in said) == [False, True], said
+    assert sum("Waiting for another installation" in text for text in said) == 1, said
 
 
 def test_ctrl_c_during_an_installation_ends_with_130_and_no_advice(complete: Project) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import glob
 import json
 import os
 import select
@@ -211,7 +212,10 @@ class Driver:
     def _make_folder(self) -> None:
         folder = Path(self.output)
         # What was refused before did not use the folder.
-        if {path.name for path in folder.glob("[!.]*")} - {REFUSALS_FILE}:
+        there = glob.glob(
+            "*", root_dir=folder
+        )  # where pathlib's raises for a name that is too long
+        if set(there) - {REFUSALS_FILE}:
             raise UsageError(f"--output: {self.output} is not empty; name another folder")
         command = shlex.join(["mkdir", "-p", "--", self.output])
         if self.options.dry_run:

@@ -160,12 +160,15 @@ def one_of(*choices: str) -> Check:
     return matching("|".join(choices), f"one of: {' '.join(choices)}")
 
 
-def path(is_good: Callable[[Path], bool] = lambda path: True, complaint: str = "") -> Check:
-    """Return a check for a path; it is returned such that no program takes it for a flag."""
+def path(is_good: Callable[[str], bool] = lambda path: True, complaint: str = "") -> Check:
+    """Return a check for a path; it is returned such that no program takes it for a flag.
+
+    Ask by os.path: pathlib raises for a name that is too long.
+    """
 
     def check(text: str | None) -> str:
         text = SOME_TEXT(text)
-        if not is_good(Path(text)):
+        if not is_good(text):
             raise ValueError(f": '{text}' {complaint}")
         return f"./{text}" if text.startswith("-") else text
 
@@ -202,7 +205,7 @@ SHARED_CHECKS: Mapping[str, Check] = {
     "--device": one_of("auto", "cpu", "cuda"),
     "--repeats": WHOLE_NUMBER,
     "--timeslice": one_of("default", "short", "medium", "long"),
-    "--plan": path(Path.is_file, "is not a file"),
+    "--plan": path(os.path.isfile, "is not a file"),
     "--job": SOME_TEXT,
     "--mig-profile": SOME_TEXT,
     "--mig-layout": matching(
@@ -212,7 +215,7 @@ SHARED_CHECKS: Mapping[str, Check] = {
     "--engine": one_of("eager", "graph", "compile"),
     "--precision": one_of("fp32", "tf32", "bf16"),
     "--dataset": one_of("auto", "cifar10", "folder", "synthetic"),
-    "--data-dir": path(Path.is_dir, "is not a folder"),
+    "--data-dir": path(os.path.isdir, "is not a folder"),
     "--seed": matching(r"\d+", "a whole number from 0 on"),
     "--mps-percentage": _listed(limits.percentage, "even, or percentages up to 100", limits.EVEN),
     "--mps-memory-limit": _listed(limits.memory_limit, "sizes such as 512M or 8G"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -229,7 +230,10 @@ def contradiction(options: argparse.Namespace, words: Sequence[str]) -> str | No
     instances, most = len(options.mig_layout), max(options.workloads or (0,))
     window = options.window_seconds
     flags = {word.split("=")[0] for word in words if word.startswith("--")}
-    others = sorted(flags - GOES_WITH_RESUME)
+    # argparse takes the beginning of a name, too
+    others = sorted(
+        flag for flag in flags if not any(name.startswith(flag) for name in GOES_WITH_RESUME)
+    )
     found = (
         (options.resume is not None and others,
          f"--resume goes on with the run's own flags: leave {', '.join(others)} out"),
@@ -260,7 +264,7 @@ def contradiction(options: argparse.Namespace, words: Sequence[str]) -> str | No
         (any(mps_limits) and options.mode != MODE_MPS, "limits of MPS clients need --mode mps"),
         (options.mode == MODE_EXCLUSIVE and options.baseline is not None,
          "--mode exclusive takes baselines: leave --baseline out"),
-        (options.data_dir is not None and not Path(options.data_dir).is_dir(),
+        (options.data_dir is not None and not os.path.isdir(options.data_dir),
          f"--data-dir {options.data_dir} is no folder: name one that is there"),
     )  # fmt: skip
     return next((sentence for is_wrong, sentence in found if is_wrong), None)

@@ -361,14 +361,14 @@ def _workload_fields(table: _Table) -> dict[str, Any]:
 
 def _command_fields(table: _Table, folder: Path) -> dict[str, Any]:
     directory = folder / table.get("working_directory")
-    if not directory.is_dir():
+    if not os.path.isdir(directory):
         table.complain("working_directory", f"there is no folder {directory}: name one")
     shell = table.get("shell")
     is_list = isinstance(table.content["command"], list)
     if is_list and shell:
         table.complain("command", "with shell = true give one text, not a list")
     line = shlex.join(table.words("command")) if is_list else table.get("command")
-    words = _split(table, line)
+    words = _split(table, line, is_for_shell=shell)
     if words and not shell:
         _check_files(table, words, directory)
     return {
@@ -380,10 +380,12 @@ def _command_fields(table: _Table, folder: Path) -> dict[str, Any]:
     }
 
 
-def _split(table: _Table, line: str) -> list[str]:
+def _split(table: _Table, line: str, *, is_for_shell: bool) -> list[str]:
     try:
         words = shlex.split(line)
     except ValueError as error:
+        if is_for_shell:  # what a shell takes, only a shell can say
+            return line.split()
         table.complain("command", f"cannot be split into words ({error}): close the quotes")
         return []
     if not words and table.content["command"] in (line, []):
@@ -403,7 +405,7 @@ def _check_files(table: _Table, words: Sequence[str], directory: Path) -> None:
             "command", f"there is no program {words[0]!r} that can be run in {directory}: mend the "
             "name, make the file executable, or set shell = true for a shell's own words",
         )  # fmt: skip
-    elif script is not None and not (directory / script).exists():
+    elif script is not None and not os.path.exists(directory / script):
         table.complain("command", f"there is no file {script!r} in {directory}: mend the name")
 
 

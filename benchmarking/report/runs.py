@@ -8,6 +8,7 @@ nothing measures makes its co-run unreadable.
 from __future__ import annotations
 
 import functools
+import os
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -313,7 +314,7 @@ def read_results(results_dir: Path) -> Results:
 
     Raises `SuiteError` when the folder is missing or holds no run.
     """
-    if not results_dir.is_dir():
+    if not os.path.isdir(results_dir):
         raise SuiteError(
             f"{results_dir} is not a folder: give the one that holds the runs by --results-dir"
         )

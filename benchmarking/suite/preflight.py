@@ -6,6 +6,7 @@ Warnings are notes of the run; only what cannot work at all is refused.
 from __future__ import annotations
 
 import math
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -63,7 +64,7 @@ def notes_before(setup: Setup) -> list[str]:
 
 def _disk_notes(results_dir: Path) -> list[str]:
     folder = next(
-        place for place in (results_dir, *results_dir.resolve().parents) if place.exists()
+        place for place in (results_dir, *results_dir.resolve().parents) if os.path.exists(place)
     )
     free_mb = shutil.disk_usage(folder).free / 1e6
     if free_mb == 0:
