@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shlex
 import sys
 from pathlib import Path
@@ -24,6 +25,11 @@ from benchmarking.planning.workloads import SIZE_GUIDE
 from benchmarking.suite.session import run_suite
 
 COMMAND = '[[client]]\ncommand = "true"\n'
+# Its apostrophe ends in a comment; the secrets stand in quotes, behind a flag and in a header.
+SHELL_LINE = (
+    """API_TOKEN="abc-123" curl --api-key 'def-456' -H "Authorization: Bearer ghi-789" # it's"""
+)
+SHELL_SECRETS = {"abc-123": "API_TOKEN", "def-456": "API_KEY", "ghi-789": "BEARER"}
 BERT = '[[client]]\nworkload = "bert_training"\n'
 
 
@@ -79,6 +85,10 @@ def test_a_command_is_run_in_its_folder_without_a_shell_unless_asked_for(tmp_pat
     assert words == {"--command": "echo 'a b'", "--working-directory": str(tmp_path / "sub")}
     assert by_shell.command[-2:] == ("--shell", "--latency")
     assert "true # it's fine" in commented.command
+    unreadable = read(tmp_path, f"[[client]]\nshell = true\ncommand = {json.dumps(SHELL_LINE)}\n")
+    assert unreadable.secrets.names == SHELL_SECRETS
+    kept = " ".join(hidden_in_command_line(["--job", SHELL_LINE]))
+    assert not any(secret in text for secret in SHELL_SECRETS for text in (kept, unreadable.text))
     assert plan.has_latency
 
 

@@ -45,6 +45,7 @@ from benchmarking.planning.redaction import (
     NotRevealedError,
     Secrets,
     reveal,
+    secrets_of_line,
     secrets_of_words,
 )
 from benchmarking.planning.workloads import WORKLOADS
@@ -276,7 +277,7 @@ def _secrets_of(entries: Sequence[PlanEntry]) -> Secrets:
         inherited |= set(entry.inherit)
         own = [item for item in entry.environment.items() if item[0] not in entry.inherit]
         names |= secrets_of_words(map("=".join, own))
-        names |= secrets_of_words(shlex.split(entry.command or ""))
+        names |= secrets_of_line(entry.command or "")
         names |= secrets_of_words(entry.arguments)
     return Secrets(names, frozenset(inherited))
 

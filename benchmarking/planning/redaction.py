@@ -6,7 +6,6 @@ inherits. What was hidden is given again by the environment when a run goes on (
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import re
 import secrets
@@ -60,18 +59,30 @@ def secrets_of_words(words: Iterable[str]) -> dict[str, str]:
             found[value] = _variable(name)
         elif _FLAG.fullmatch(before) and looks_secret(before) and not word.startswith("--"):
             found[word] = _variable(before)
-        for match in _IN_A_WORD.finditer(word):
-            found.setdefault(match[str(match.lastgroup)], str(match.lastgroup))
+        found = _secrets_within(word) | found
         before = word
     return found
+
+
+def secrets_of_line(line: str) -> dict[str, str]:
+    """Return the secrets of a command line that is one text."""
+    try:
+        return secrets_of_words(shlex.split(line))
+    except ValueError:  # only a shell can read it, but what stands between blanks is its words
+        plain = re.sub("[\"']", "", line)
+        return _secrets_within(plain) | secrets_of_words(plain.split())
+
+
+def _secrets_within(text: str) -> dict[str, str]:
+    matches = _IN_A_WORD.finditer(text)
+    return {match[str(match.lastgroup)]: str(match.lastgroup) for match in matches}
 
 
 def hidden_in_command_line(words: Sequence[str]) -> list[str]:
     """Return a command line to record: secrets hidden, in words that are command lines, too."""
     names = secrets_of_words(words)
     for text in (part for word in words for part in (word, word.partition("=")[2])):
-        with contextlib.suppress(ValueError):
-            names |= secrets_of_words(shlex.split(text))
+        names |= secrets_of_line(text)
     return Secrets(names).hide(list(words))
 
 
