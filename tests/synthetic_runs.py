@@ -1,14 +1,12 @@
 """Made-up runs in the recorded format, for tests of the analysis.
 
-Nothing here was measured: the numbers are chosen so that the right answer is known. Run as a
-script, it writes the small synthetic fixture again: `python tests/synthetic_runs.py FOLDER`.
+Nothing here was measured: the numbers are chosen so that the right answer is known.
 """
 
 from __future__ import annotations
 
 import json
 import random
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -197,17 +195,3 @@ def write(folder: Path, made: dict[str, Any]) -> Path:
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (target / f"{name}.jsonl").write_text(lines)
     return target
-
-
-def fixture_runs() -> list[dict[str, Any]]:
-    """The two runs of the committed fixture: MPS twice as good as time slicing, by construction."""
-    return [
-        run("time-slicing-mixed-20260101-000000", "time-slicing", {4: [4.0, 4.08, 4.16]}, seed=1),
-        run("mps-mixed-20260101-001000", "mps", {4: [2.0, 2.04, 2.1]}, seed=2,
-            created_at="2026-01-01T00:10:00+00:00"),
-    ]  # fmt: skip
-
-
-if __name__ == "__main__":
-    for made_up in fixture_runs():
-        sys.stdout.write(f"{write(Path(sys.argv[1]), made_up)}\n")
