@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import signal
-from itertools import islice
-from pathlib import Path
 
 import pytest
 import soak
@@ -34,13 +32,3 @@ def test_a_killed_run_leaves_nothing_behind_and_goes_on(
         if one.was_hit:
             return
     pytest.fail(f"{one}: nobody was there any more")
-
-
-def test_rounds_are_the_same_for_the_same_seed(tmp_path: Path) -> None:
-    first, again, other = (
-        [str(one) for one in islice(soak.rounds(seed, tmp_path, list(soak.Round.commands)), 40)]
-        for seed in (1, 1, 2)
-    )
-    assert first == again != other
-    everyone = {soak.DRIVER, soak.SUITE, soak.A_CLIENT, soak.SAMPLER, soak.DAEMON}
-    assert {word for line in first for word in everyone if f"to the {word} " in line} == everyone
