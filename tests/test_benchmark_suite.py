@@ -45,6 +45,8 @@ def test_without_a_gpu_the_whole_flow_runs_as_a_labelled_cpu_demonstration(bench
     assert manifest["environment"]["project_version"] == PROJECT_VERSION
     assert "BERT fine-tuning: weights are random" in manifest["notes"]
     assert set(verdicts(run)) == {"not_applicable"}
+    seen = [record["identity"]["sharing_environment"] for record in run.client_records]
+    assert {one["CUDA_VISIBLE_DEVICES"] for one in seen} == {""}  # its clients see no GPU
 
     # each job alone first, then all together
     assert names(run) == [*(f"baseline-{job}" for job in MIXED), "mixed-4-r0"]

@@ -79,7 +79,8 @@ def test_pids_that_a_container_hides_and_more_clients_than_were_set_up_are_told(
         stream.write(f"\n\ndef is_own_pid_namespace():\n    return {is_own}\n")
     said = card_bench.run("--workloads", "8", "--dry-run").stdout
     assert ("start it with --pid=host" in said) == is_own
-    assert "set up for 4" in said
+    assert "set up for 4: run ./gpu-configs/setup_time_slicing.sh 8" in said
+    assert "set up for" not in card_bench.run("--workloads", "4", "--dry-run").stdout
 
 
 # --- one run at a time ------------------------------------------------------------------------

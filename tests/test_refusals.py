@@ -100,6 +100,8 @@ REFUSED: dict[str, list[tuple[str, str]]] = {
             ("--data-dir", "is no folder"), ("--device cpu --results-dir", "cannot create"),
             ("--resume", "there is no run"), ("--device cpu --baseline", "there is no run"))),
         ("--resum mine --quick", "leave --quick out"),
+        *((f"--mode mig --mig-layout {given}", "is no MIG profile")
+          for given in ("1g", "1g.10gb;reboot", "0g.5gb")),
     ],
     "benchmarking/analyze_results.py": [
         ("--results-dir /nowhere", "/nowhere is not a folder"),

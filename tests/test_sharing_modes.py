@@ -31,7 +31,7 @@ from benchmarking.modes.sharing_mode import (
     SharingMode,
     is_own_pid_namespace,
 )
-from benchmarking.modes.whole_gpu import WholeGpuMode, time_slicing_warning
+from benchmarking.modes.whole_gpu import WholeGpuMode
 
 UUID = "GPU-00000000-1111-2222-3333-444444444444"
 OTHER_UUID = "GPU-99999999-1111-2222-3333-444444444444"
@@ -209,17 +209,6 @@ def test_mps_takes_the_first_directory_that_answers_and_asks_it_once(
         "CUDA_VISIBLE_DEVICES": UUID, "CUDA_MPS_PIPE_DIRECTORY": running}  # fmt: skip
 
 
-# --- client environment -----------------------------------------------------------------------
-
-
-def test_clients_get_their_gpu_by_uuid_and_no_daemon_of_another_mode() -> None:
-    assert whole_gpu().client_environment(3) == {
-        "CUDA_VISIBLE_DEVICES": UUID, "CUDA_MPS_PIPE_DIRECTORY": "/empty"}  # fmt: skip
-    given = [mig().client_environment(i)["CUDA_VISIBLE_DEVICES"] for i in range(2)]
-    assert given == [instance["uuid"] for instance in INSTANCES]
-    assert cpu_demo().client_environment(0) == {"CUDA_VISIBLE_DEVICES": ""}
-
-
 # --- proof ------------------------------------------------------------------------------------
 
 
@@ -342,6 +331,9 @@ def test_a_mig_client_sees_its_own_instance(changes: dict, verdict: str) -> None
 def test_a_mig_instance_that_vanished_is_invalid_and_the_cpu_demonstration_proves_nothing() -> None:
     mode = mig({**H100_MIG, "mig_devices": INSTANCES[:1]})
     assert mode.prove(1, identity(), frozenset({11}), lists(None, None)).verdict == "invalid"
+    small = {**H100_MIG, "mig_devices": [{**INSTANCES[0], "profile": "1g.10gb"}]}
+    layout = ("2g.20gb", "1g.10gb")  # whose first instance is gone
+    assert MigMode("mig", lambda: small, EMPTY, 2, layout=layout).instances() == []
     proof = cpu_demo().prove(0, identity(device="cpu"), frozenset({11}), lists(None, None))
     assert proof.verdict == "not_applicable"
     assert cpu_demo().require()
@@ -403,14 +395,6 @@ def test_state_is_read_from_the_folder_of_the_environment_and_else_from_where_su
     write_state(tmp_path / ".local/state/gpu-sharing-bench", "mps", "pipe_directory=/p\n")
     state = read_state("mps", UUID, {"XDG_STATE_HOME": str(tmp_path / "other")})
     assert state == {"pipe_directory": "/p"}
-
-
-def test_more_clients_than_time_slicing_was_set_up_for_is_a_warning(tmp_path: Path) -> None:
-    environment = {"GPU_SHARING_STATE_DIR": str(tmp_path)}
-    assert time_slicing_warning(8, UUID, environment) is None
-    write_state(tmp_path, "time-slicing", "clients=4\n")
-    assert time_slicing_warning(4, UUID, environment) is None
-    assert "setup_time_slicing.sh 8" in time_slicing_warning(8, UUID, environment)
 
 
 def test_the_pipe_directory_is_the_recorded_the_inherited_or_this_users_default_one(

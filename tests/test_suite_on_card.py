@@ -258,21 +258,25 @@ def test_mig_gives_each_client_its_instance_and_uses_an_earlier_whole_gpu_baseli
 def test_a_mig_layout_gives_clients_instances_of_its_sizes_and_without_a_whole_gpu_no_stp(
     card_bench: Bench,
 ) -> None:
-    small, large = (instance[0] for instance in INSTANCES)
-    card_bench.change_card(
-        mig_mode_current=1,
-        mig_devices=[(small, 7, 16, 9984, 0, "1g.10gb"), (large, 5, 16, 20096, 0, "2g.20gb")],
-    )
+    sizes = ("1g.10gb", "1g.10gb", "2g.20gb", "3g.40gb")
+    instances = [(f"MIG-aaaaaaaa-{i}", 7 + i, 16, 9984, 0, name) for i, name in enumerate(sizes)]
+    card_bench.change_card(mig_mode_current=1, mig_devices=instances)
     card_bench.script({"match": "*", "identity": {"multiprocessor_count": 16}})
-    flags = ("--mix", "training", "--quick", "--mig-layout", "2g.20gb,1g.10gb")
-    run = card_bench.must("--mode", "mig", *flags)
-    seen = [record["identity"]["gpu_uuid"] for record in run.clients_of("training-2-r0")]
-    assert seen == [large, small]
-    assert verdicts(run)[-2:] == ["verified", "verified"]
-    assert run.manifest["mig_layout"] == ["2g.20gb", "1g.10gb"]
+    flags = ("--mode", "mig", "--mix", "training", "--quick", "--mig-layout")
+    run = card_bench.must(*flags, "2g.20gb,1g.10gb,1g.10gb", "--run-id", "unlike")
+    seen = [record["identity"]["gpu_uuid"] for record in run.clients_of("training-3-r0")]
+    assert seen == ["MIG-aaaaaaaa-2", "MIG-aaaaaaaa-0", "MIG-aaaaaaaa-1"]
+    assert verdicts(run)[-3:] == ["verified"] * 3
+    assert [record["phase"] for record in run.co_run_records] == ["co_run"]
+    assert run.manifest["mig_layout"] == ["2g.20gb", "1g.10gb", "1g.10gb"]
     assert run.co_run_records[-1]["summary"]["stp"] is None
     for words in ("instances of unlike size", "STP and overhead stay unknown"):
         assert any(words in note for note in run.manifest["notes"])
+    alike = card_bench.must(*flags, "1g.10gb,1g.10gb", "--run-id", "z-alike")
+    assert [record["phase"] for record in alike.co_run_records] == ["share_baseline", "co_run"]
+    card_bench.change_card(mig_mode_current=1, mig_devices=instances[:2])
+    refused = card_bench.run(*flags, "2g.20gb,1g.10gb,1g.10gb")
+    assert "run sudo ./gpu-configs/setup_mig.sh 2g.20gb,1g.10gb,1g.10gb" in refused.stderr
 
 
 def test_a_baseline_of_another_run_is_reused_or_refused_naming_the_field(
