@@ -47,13 +47,19 @@ def test_without_a_gpu_the_whole_flow_runs_as_a_labelled_cpu_demonstration(bench
     assert set(verdicts(run)) == {"not_applicable"}
     seen = [record["identity"]["sharing_environment"] for record in run.client_records]
     assert {one["CUDA_VISIBLE_DEVICES"] for one in seen} == {""}  # its clients see no GPU
+    indices = [record["identity"]["client_index"] for record in run.client_records]
+    assert indices == [0, 0, 0, 0, 0, 1, 2, 3]  # alone each is the first
 
     # each job alone first, then all together
     assert names(run) == [*(f"baseline-{job}" for job in MIXED), "mixed-4-r0"]
     alone = [record for record in run.client_records if record["phase"] == "baseline"]
     assert [record["slowdown"] for record in alone] == [pytest.approx(1.0)] * 4
     together = run.clients_of("mixed-4-r0")
-    assert all(any(job["in_window"] for job in record["jobs"]) for record in together)
+    for record in together:
+        assert any(job["in_window"] for job in record["jobs"])
+        assert record["slowdown"] * record["normalized_progress"] == pytest.approx(1.0)
+        assert (record["startup_seconds"], record["peak_memory_mib"]) == (0.25, 100.0)
+        assert record["window_host_cpu_fraction"] >= record["busiest_thread_cpu_fraction"] >= 0
     last = run.co_run_records[-1]
     # Scripted jobs pause only from job to job.
     expected = sum(record["normalized_progress"] for record in together)

@@ -7,7 +7,6 @@ import os
 import sys
 from pathlib import Path
 
-import msgspec
 import pytest
 from msgspec.structs import asdict, replace
 from recorded_rows import client, co_run
@@ -19,7 +18,7 @@ from benchmarking.measuring.launcher import CoRunResult
 from benchmarking.measuring.progress import Progress
 from benchmarking.planning.plan import PlannedClient, PlannedCoRun
 from benchmarking.records import run_folder
-from benchmarking.records.types import ClientRecord, Environment, Manifest, Proof
+from benchmarking.records.types import Environment, Manifest, Proof
 
 
 def co_run_of(outcome: str, *clients: ClientResult, phase: str = "co_run") -> CoRunResult:
@@ -45,23 +44,6 @@ def client_of(seconds_a_step: float, number: int = 0) -> ClientResult:
 
 
 PROVED = Proof("verified", [])
-
-
-def test_a_client_record_holds_slowdown_against_its_baseline() -> None:
-    alone, client = client_of(0.5), client_of(1.0)
-    baseline = records.client_record(
-        co_run_of("ok", alone, phase="baseline"), alone, PROVED, None, None
-    )
-    record = records.client_record(co_run_of("ok", client), client, PROVED, baseline, None)
-    assert (baseline.slowdown, baseline.units["step"].count) == (1.0, 20)
-    assert record.slowdown == pytest.approx(2.0)
-    assert record.normalized_progress == pytest.approx(0.5)
-    assert record.jobs[0].duration_seconds == 8.0
-    assert record.window_host_cpu_fraction == pytest.approx(0.5)
-    assert record.busiest_thread_cpu_fraction == pytest.approx(0.25)
-    assert record.figures == {"x": 1}
-    assert (record.startup_seconds, record.peak_memory_mib) == (2.0, 7.0)
-    assert msgspec.convert(msgspec.to_builtins(record), ClientRecord) == record
 
 
 def test_the_start_skew_is_between_the_first_units_of_all_clients() -> None:

@@ -1,13 +1,10 @@
-"""The plan: mixes in the guide's order, job sizes, names, each client's index, and its record."""
+"""The plan: mixes in the guide's order, job sizes, and what names a job."""
 
 from __future__ import annotations
-
-import json
 
 import pytest
 
 from benchmarking.planning import plan
-from benchmarking.planning.plan import Plan
 from benchmarking.planning.request import Request
 from benchmarking.planning.workloads import SIZE_GUIDE, WORKLOADS
 
@@ -17,16 +14,6 @@ FOUR = ["resnet_training", "batch_inference", "jupyter_simulation", "bert_traini
 def clients(mix: str, count: int = 1, **options: object) -> tuple[plan.PlannedClient, ...]:
     size = str(options.pop("size", SIZE_GUIDE))
     return plan.clients_of(Request(mix=mix, **options), count, size)
-
-
-def build(
-    mode: str, mix: str = "mixed", counts: tuple[int, ...] = (4,), repeats: int = 1, **more: object
-) -> Plan:
-    request = Request(mode=mode, mix=mix, counts=counts, repeats=repeats, **more)
-    return plan.build_plan(request, mode, SIZE_GUIDE, has_own_shares=mode == "mig")
-
-
-# --- jobs -----------------------------------------------------------------------------------------
 
 
 def test_mixes_are_the_guides_four_repeated_copies_of_one_or_a_service_with_trainings() -> None:
@@ -83,36 +70,3 @@ def test_what_a_baseline_calibrated_is_handed_on_without_changing_which_job_it_i
 def test_clients_share_the_cores_fairly(cores: int, count: int, threads: int) -> None:
     environment = plan.shared_host_environment(cores, count)
     assert environment["OMP_NUM_THREADS"] == str(threads)
-
-
-# --- co-runs --------------------------------------------------------------------------------------
-
-
-def test_each_distinct_job_has_one_baseline_and_counts_and_repeats_make_one_co_run_each() -> None:
-    layout = build("time-slicing", counts=(4, 8), repeats=2)
-    assert [run.co_run for run in layout.baseline] == [f"baseline-{job}" for job in FOUR]
-    assert {run.mode for run in layout.baseline} == {"exclusive"}
-    assert [(run.co_run, len(run.clients)) for run in layout.co_runs] == [
-        ("mixed-4-r0", 4), ("mixed-4-r1", 4), ("mixed-8-r0", 8), ("mixed-8-r1", 8)]  # fmt: skip
-    assert build("exclusive").co_runs == ()
-    members = [clients("training")[0], clients("training", size="quick")[0]]
-    names = [run.co_run for run in plan.baselines_of(members, "baseline", "mps")]
-    assert names == ["baseline-resnet_training", "baseline-resnet_training-2"]
-
-
-@pytest.mark.parametrize("mode", ["time-slicing", "mps", "mig"])
-def test_the_saved_plan_shows_each_clients_index_and_0_for_every_job_alone(mode: str) -> None:
-    layout = build(mode, counts=(2, 8), repeats=2)
-    saved = json.loads(json.dumps(layout.to_dict()))
-    assert {"client", "workload", "label", "command", "environment", "job_key", "co_run"} <= set(
-        saved["baseline"][0]
-    )
-    for row in saved["baseline"]:
-        assert row["command"][-2:] == ["--client-index", "0"]
-    for planned, run in zip(layout.co_runs, saved["co_runs"], strict=True):
-        assert run["co_run"] == planned.co_run
-        indices = [client["command"][-2:] for client in run["clients"]]
-        assert indices == [["--client-index", str(i)] for i in range(len(planned.clients))]
-        keys = [client["job_key"] for client in run["clients"]]
-        assert keys == (list(layout.jobs()) * 2)[: len(keys)]
-        assert not any("--client-index" in key for key in keys)

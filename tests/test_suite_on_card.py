@@ -31,6 +31,7 @@ def test_time_slicing_on_a_card_is_verified_client_by_client(card_bench: Bench) 
     bench.environment["CUDA_MPS_PIPE_DIRECTORY"] = "/somebody/elses"
     bench.add_program("nvidia-smi", "#!/bin/sh\necho '|   0   Timeslice  Long  |'\n")
     run = bench.must("--mode", "time-slicing", *TWO)
+    assert [record["mode"] for record in run.co_run_records] == ["exclusive", "time-slicing"]
     assert verdicts(run, "baseline") == ["verified"]
     assert verdicts(run) == ["verified", "verified"]
     identities = [record["identity"] for record in run.client_records]
