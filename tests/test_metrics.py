@@ -327,22 +327,6 @@ def test_the_breaking_point_names_the_criterion_that_fired(statuses, criterion):
     assert point["detail"] == "client 3 ran out of memory"
 
 
-@pytest.mark.parametrize(
-    ("member", "bounds", "criterion"),
-    [
-        ({"slowdown": 3.5}, {}, None),
-        ({"slowdown": 3.5}, {"max_slowdown": 4.0}, None),
-        ({"slowdown": 3.5}, {"max_slowdown": 3.0}, "slowdown"),
-        # The p99 is taken from raw latencies.
-        ({"latency_ms": [5.0] * 90 + [50.0] * 10}, {"max_p99_ms": 60}, None),
-        ({"latency_ms": [5.0] * 90 + [50.0] * 10}, {"max_p99_ms": 40}, "p99"),
-    ],
-)
-def test_a_bound_breaks_only_where_it_was_asked_for(member, bounds, criterion):
-    point = breaking_point([co_run(4)], members_of(co_run(4), member), **bounds)
-    assert (point["clients"], point["criterion"]) == (4 if criterion else None, criterion)
-
-
 # --- numbers in texts -----------------------------------------------------------------------
 
 
