@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from mode_script_runner import NOBODY
+from suite_bench import CONTROL_PROGRAM
 
 from benchmarking.hardware.nvidia_tools import ask_mps_control, time_slice
 from benchmarking.modes import mode_scripts
@@ -100,18 +101,7 @@ def control(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], 
     """Put a control program on PATH; returns a way to start a daemon with clients ("11 12")."""
     program = tmp_path / "bin" / "nvidia-cuda-mps-control"
     program.parent.mkdir()
-    program.write_text("""#!/bin/sh
-cd "$CUDA_MPS_PIPE_DIRECTORY" && [ -e running ] || {
-    echo "Cannot find MPS control daemon process"; exit 1
-}
-read -r command
-case "$command" in
-    get_server_list) echo 900 ;;
-    ps) for pid in $(cat running); do echo "$pid 0 900 GPU-0 4026531836 python3"; done ;;
-    lspart) cat partitions ;;
-    "get_client_list 900") tr ' ' '\\n' <running ;;
-esac
-""")
+    program.write_text(CONTROL_PROGRAM)
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
 
@@ -119,7 +109,7 @@ esac
         folder = tmp_path / name
         folder.mkdir()
         (folder / "partitions").write_text(partitions)
-        (folder / "running").write_text(clients)
+        (folder / "running").write_text(clients.replace(" ", "\n") + "\n" * bool(clients))
         return str(folder)
 
     return start

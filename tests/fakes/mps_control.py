@@ -183,20 +183,12 @@ def obey(machine, command):
         if not words or str(daemon["server"]) != words[0]:
             return 0, f"Server {words[0] if words else 0} not found"
         return 0, "\n".join(str(client["pid"]) for client in daemon["clients"])
-    if verb == "get_server_status":
-        if not words:
-            return 0, "A server PID is required"
-        return 0, "ACTIVE" if str(daemon["server"]) == words[0] else f"Server {words[0]} not found"
     if verb in {"lspart", "sm_partition"} and machine["mps_version"] >= 13010:
         if daemon["partitions"] is None:
             return 0, "Static partitioning mode is not enabled"
         if verb == "lspart":
             return 0, partition_table(machine, daemon)
         return 0, add_partition(machine, daemon, words)
-    if verb == "terminate_client":
-        return 0, ""
-    if verb in {"get_device_client_list", "set_default_device_pinned_mem_limit"}:
-        return 0, ""
     return 0, f'Unknown command "{verb}"'
 
 
