@@ -122,22 +122,6 @@ def test_project_results_data_state_and_temporary_files_may_lie_in_folders_of_an
     assert not any("broken" in path.name for path in project.rglob("*"))
 
 
-@pytest.mark.parametrize(
-    ("command", "words"),
-    [
-        *((("run_experiments.sh", flag, "--quick"), f"{flag} needs a value")
-          for flag in ("--output", "--data-dir", "--plan", "--baseline")),
-        (("stress_test.sh", "time-slicing", "99999999999"), "9999 at most"),
-    ],
-)  # fmt: skip
-def test_a_flag_in_place_of_a_path_and_a_count_that_no_machine_could_run_are_refused(
-    asked: DriverRunner, command: tuple[str, ...], words: str
-) -> None:
-    result = asked.drive(*command)
-    assert result.returncode == 2
-    assert words in result.stderr
-
-
 def test_a_run_id_that_is_none_is_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

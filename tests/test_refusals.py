@@ -37,6 +37,8 @@ REFUSED: dict[str, list[tuple[str, str]]] = {
         ("--quick --repeats", "--repeats needs a whole number from 1 on"),
         (f"--mix serving --plan {PLAN}", "--mix and --plan: give one of the two"),
         ("--mix pairs --workloads 4", "two jobs in each co-run: leave --workloads"),
+        *((f"{flag} --quick", f"{flag} needs a value")
+          for flag in ("--output", "--data-dir", "--plan", "--baseline")),
         ("--resume /nowhere", "'/nowhere' holds no arguments.nul"),
         ("--resume /tmp --quick", "--resume needs a folder and takes no other flags"),
         ("--quick --resume /tmp", "give no others"),
@@ -52,6 +54,7 @@ REFUSED: dict[str, list[tuple[str, str]]] = {
     ],
     "stress_test.sh": [
         ("exclusive", "MODE needs one of: time-slicing mps mps:partitions mig"),
+        ("time-slicing 99999999999", "9999 at most"),
         ("mps none", "MAX needs a whole number from 1 on"),
         ("mps 6 --mix mixed", "MAX needs to be a multiple of 4"),
         (f"mps 6 --plan {PLAN}", "MAX needs to be a multiple of 4"),
