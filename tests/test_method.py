@@ -110,13 +110,3 @@ def test_notebooks_with_lives_of_their_own_come_out_at_their_true_slowdown(count
     truth = statistics.fmean(true_slowdowns(jobs, 1.0))
     assert 1.05 < truth < count
     assert statistics.fmean(found) == pytest.approx(truth, rel=0.01)
-
-
-def test_units_wholly_in_the_window_alone_would_be_biased() -> None:
-    """Why those across the edges count: long units are the ones that edges cut."""
-    _, clients = run_together((NOTEBOOK,) * 4, 1.0, SETTLE + TOGETHER + 2, seed=1)
-    end = SETTLE + TOGETHER
-    for client in clients:
-        whole = [u for u in client.units if u[1] >= SETTLE and u[2] <= end]
-        by_share = sum(unit.count for unit in counted(client, end).values())
-        assert len(whole) < by_share < len(whole) + 2
