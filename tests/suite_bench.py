@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import nvml_stub
 from program_copy import copy_programs
@@ -39,14 +40,15 @@ esac
 class Bench:
     """A copy of the suite with scripted workloads, in a folder of its own."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *more_scripts: str) -> None:
         self.root = root
         self.results = root / "results"
         self.environment = {
             name: value for name, value in os.environ.items() if not name.startswith("CUDA_")
         }
         self.environment["GPU_SHARING_STATE_DIR"] = str(root / "state")
-        copy_programs(root, CLIENT, [kind.script for kind in WORKLOADS.values()])
+        scripts = [kind.script for kind in WORKLOADS.values()]
+        copy_programs(root, CLIENT, [*scripts, *more_scripts])
         self.script()
 
     # --- the machine and its jobs -----------------------------------------------------------------
@@ -102,18 +104,18 @@ class Bench:
         """The command line that goes on with a run, with the flags that it was started with."""
         return [*self.command()[:2], "--resume", run_id, "--results-dir", str(self.results)]
 
-    def _to_its_end(self, command: list[str]) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            command, env=self.environment, capture_output=True, text=True, timeout=100, check=False
-        )
+    def to_its_end(self, command: list[str], **how: Any) -> subprocess.CompletedProcess[str]:
+        """Run a command line to its end; keyword arguments are those of `subprocess.run`."""
+        how = {"env": self.environment, "timeout": 100} | how
+        return subprocess.run(command, capture_output=True, text=True, check=False, **how)
 
     def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run the suite to its end."""
-        return self._to_its_end(self.command(*arguments))
+        return self.to_its_end(self.command(*arguments))
 
     def resume(self, run_id: str) -> subprocess.CompletedProcess[str]:
         """Go on with a run to its end."""
-        return self._to_its_end(self.resume_command(run_id))
+        return self.to_its_end(self.resume_command(run_id))
 
     def start(self, *arguments: str, until: str, said: str) -> subprocess.Popen[str]:
         """Start a run; return once a client's log (`mine-1-r0/0`) says this."""
@@ -137,7 +139,7 @@ class Bench:
     def analyze(self) -> subprocess.CompletedProcess[str]:
         """Start the analysis of all runs."""
         script = str(self.root / "benchmarking" / "analyze_results.py")
-        return self._to_its_end([sys.executable, script, "--results-dir", str(self.results)])
+        return self.to_its_end([sys.executable, script, "--results-dir", str(self.results)])
 
     # --- what a run left --------------------------------------------------------------------------
 

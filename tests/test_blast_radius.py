@@ -11,20 +11,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import nvml_stub
-import program_copy
 import pytest
-from suite_bench import CONTROL_PROGRAM
+from program_copy import processes_of
+from suite_bench import Bench
 from waiting import wait_until
 
 from benchmarking import blast_report
 from benchmarking.blast_radius import judge_neighbor
 from benchmarking.measuring.client import ClientResult
 from benchmarking.planning.plan import PlannedClient
-from benchmarking.planning.workloads import WORKLOADS
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
-CLIENT = Path(__file__).parent / "fakes" / "scripted_client.py"
 FAULT_CLIENT = "workloads/custom/fault_client.py"
 HEALTHY = {"match": "*", "unit_seconds": 0.02, "units": 20}
 GOES_WRONG = {"match": "fault_client:*", "fail": "oom", "fail_at": 0.6}
@@ -33,15 +30,13 @@ GOES_WRONG = {"match": "fault_client:*", "fail": "oom", "fail_at": 0.6}
 MEMORY_LIMIT = "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT"
 
 
-class Blast:
+class Blast(Bench):
     """A copy of the program with scripted clients on a scripted card."""
 
     def __init__(self, root: Path, **card: object) -> None:
-        self.root, self.output = root, root / "out"
-        scripts = [*(kind.script for kind in WORKLOADS.values()), FAULT_CLIENT]
-        program_copy.copy_programs(root, CLIENT, scripts)
-        _, self.environment = program_copy.scripted_card(root, **card)
-        self.environment["GPU_SHARING_STATE_DIR"] = str(root / "state")
+        super().__init__(root, FAULT_CLIENT)
+        self.output = root / "out"
+        self.add_card(**card)
 
     def command(self, *arguments: str) -> list[str]:
         return [sys.executable, str(self.root / "benchmarking" / "blast_radius.py"),
@@ -51,10 +46,8 @@ class Blast:
         return {**self.environment, "SCRIPTED_CLIENT": json.dumps([HEALTHY, GOES_WRONG, *rules])}
 
     def run(self, *arguments: str, rules: tuple[dict, ...] = (), **environment: str):
-        return subprocess.run(
-            self.command(*arguments), env={**self.scripted(*rules), **environment},
-            capture_output=True, text=True, timeout=90, check=False,
-        )  # fmt: skip
+        environment = {**self.scripted(*rules), **environment}
+        return self.to_its_end(self.command(*arguments), env=environment)
 
     def found(self) -> dict[str, Any]:
         return json.loads((self.output / "blast_radius.json").read_text())
@@ -75,17 +68,9 @@ class Blast:
 
     def start_daemon(self) -> None:
         """Pretend that `enable_mps.sh` was run: a daemon that answers, a state, a server's log."""
-        programs, pipe, state = (self.root / name for name in ("bin", "pipe", "state"))
-        for folder in (programs, pipe, state):
-            folder.mkdir()
-        (programs / "nvidia-cuda-mps-control").write_text(CONTROL_PROGRAM)
-        (programs / "nvidia-cuda-mps-control").chmod(0o755)
-        (pipe / "running").write_text("")
+        pipe = self.root / "pipe"
+        super().start_daemon(f"log_directory={pipe}\n")
         (pipe / "server.log").write_text("".join(f"line {n}\n" for n in range(20)))
-        (state / f"mps-{nvml_stub.GPU_UUID}.state").write_text(
-            f"pipe_directory={pipe}\nlog_directory={pipe}\n"
-        )
-        self.environment["PATH"] = f"{programs}{os.pathsep}{self.environment['PATH']}"
 
 
 @pytest.fixture
@@ -110,7 +95,7 @@ def test_neighbors_that_survive_lose_nothing_and_a_new_client_works(blast: Blast
     assert 0 < found["newcomer"]["works_after_seconds"] < 20
     assert "left 2 of 2 neighbors alive" in done.stdout
     assert (blast.output / "blast_radius.md").read_text() in done.stdout
-    assert program_copy.processes_of(blast.root) == []
+    assert processes_of(blast.root) == []
 
 
 def test_neighbors_taken_along_and_a_new_client_that_needs_two_attempts(blast: Blast) -> None:
@@ -209,7 +194,7 @@ def test_ctrl_c_leaves_no_process(blast: Blast) -> None:
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, stderr
     assert stderr.rstrip().endswith("blast_radius.py: interrupted")
-    assert program_copy.processes_of(blast.root) == []
+    assert processes_of(blast.root) == []
 
 
 LOCKED = "GPU_SETTINGS_LOCKED=1 says that others use the card"
@@ -292,7 +277,7 @@ def test_a_fault_that_never_comes_ends_within_the_time_limit(blast: Blast) -> No
                      rules=({"match": "fault_client:*", "fail": None},))  # fmt: skip
     assert done.returncode == 1
     assert blast.found()["not_run"].startswith("there was no fault to see: ")
-    assert program_copy.processes_of(blast.root) == []
+    assert processes_of(blast.root) == []
 
 
 def record_of(mode: str, fault: str, **newcomer: object) -> dict[str, Any]:

@@ -5,43 +5,36 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 
-import program_copy
 import pytest
+from conftest import PROJECT_ROOT
+from program_copy import processes_of
+from suite_bench import Bench
 
-from benchmarking.planning.workloads import WORKLOADS
 
-TESTS = Path(__file__).parent
-
-
-def start(root: Path, *arguments: str, **behavior: object) -> subprocess.Popen[str]:
-    """Start a copy of the tool, with a copy of what it needs, and a script for its clients."""
-    scripts = [kind.script for kind in WORKLOADS.values()]
-    program_copy.copy_programs(root, TESTS / "fakes" / "scripted_client.py", scripts)
-    tool = root / "tests" / "tools" / "suite_cost.py"
+def start(bench: Bench, *arguments: str, **behavior: object) -> subprocess.Popen[str]:
+    """Start a copy of the tool, with a script for its clients."""
+    bench.script({"match": "*", "units": 5, **behavior})
+    bench.add_card(gpm_sm_util=70)
+    tool = bench.root / "tests" / "tools" / "suite_cost.py"
     tool.parent.mkdir(parents=True)
-    text = (TESTS / "tools" / "suite_cost.py").read_text()
+    text = (PROJECT_ROOT / "tests" / "tools" / "suite_cost.py").read_text()
     assert "SETTLE_SECONDS = 1.0" in text
     tool.write_text(text.replace("SETTLE_SECONDS = 1.0", "SETTLE_SECONDS = 0.2"))
-    _, environment = program_copy.scripted_card(root, gpm_sm_util=70)
-    rules = [{"match": "*", "unit_seconds": 0.02, "units": 5, **behavior}]
     return subprocess.Popen(
-        [sys.executable, str(tool), "--output-dir", str(root / "cost"), "--clients", "2",
+        [sys.executable, str(tool), "--output-dir", str(bench.root / "cost"), "--clients", "2",
          *arguments],
-        env={**environment, "GPU_SHARING_STATE_DIR": str(root / "state"),
-             "SCRIPTED_CLIENT": json.dumps(rules)},
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=bench.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
 
 def test_windows_with_the_sampler_off_and_on_take_turns_next_to_running_clients(
-    tmp_path: Path,
+    bench: Bench,
 ) -> None:
-    process = start(tmp_path, "--seconds", "0.4", "--repeats", "2", "--", "--model", "resnet18")
+    process = start(bench, "--seconds", "0.4", "--repeats", "2", "--", "--model", "resnet18")
     output, said = process.communicate(timeout=60)
     assert process.returncode == 0, said
-    found = json.loads((tmp_path / "cost" / "suite_cost.json").read_text())
+    found = json.loads((bench.root / "cost" / "suite_cost.json").read_text())
     assert [window["is_sampled"] for window in found["windows"]] == [False, True, True, False]
     assert [window["sampler_cores"] is None for window in found["windows"]] == [
         True, False, False, True,
@@ -57,12 +50,12 @@ def test_windows_with_the_sampler_off_and_on_take_turns_next_to_running_clients(
     assert 0 <= found["client_cores"] < 1
     assert "--model resnet18 --resolved yes" in " ".join(found["client_command"])
     assert "sampler costs" in output and "first units within" in output
-    assert program_copy.processes_of(tmp_path) == []
+    assert processes_of(bench.root) == []
 
 
-def test_a_client_that_fails_ends_the_measuring_with_its_last_words(tmp_path: Path) -> None:
-    process = start(tmp_path, fail="crash", fail_at=0.5)
+def test_a_client_that_fails_ends_the_measuring_with_its_last_words(bench: Bench) -> None:
+    process = start(bench, fail="crash", fail_at=0.5)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "exit code 7 (scripted failure: crash)" in said.splitlines()[-1]
-    assert program_copy.processes_of(tmp_path) == []
+    assert processes_of(bench.root) == []

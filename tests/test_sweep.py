@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import re
 import signal
 import subprocess
@@ -16,41 +15,34 @@ from pathlib import Path
 import pytest
 import synthetic_runs
 from conftest import PROJECT_ROOT
-from program_copy import copy_programs, processes_of, scripted_card
+from program_copy import processes_of, scripted_card
+from suite_bench import Bench
 from tiny_disk import needs_mount, tiny_disk
 from waiting import wait_until
 
 from benchmarking import sweep_report as report
 from benchmarking.metrics.estimates import estimate
-from benchmarking.planning.workloads import WORKLOADS
 from benchmarking.records import run_folder
 from benchmarking.report.comparison import compare
 from benchmarking.report.runs import read_results
 from benchmarking.sweep import KNOBS
 from benchmarking.sweep_report import NOT_RUN, Point, read_point
 
-CLIENT = Path(__file__).parent / "fakes" / "scripted_client.py"
-FAST = {"match": "*", "unit_seconds": 0.02, "units": 4}
 MODE_SCRIPT = """#!/bin/sh
 echo "$(basename "$0") $*" >>"{log}"
 case "$*" in *long*) echo "error: this driver has no long slices" >&2; exit 4 ;; esac
 """
 
 
-class Sweeper:
+class Sweeper(Bench):
     """A copy of the programs with scripted workloads, in a folder of its own."""
 
     def __init__(self, root: Path) -> None:
-        self.root = root
+        super().__init__(root)
         self.output = root / "sweep"
-        copy_programs(root, CLIENT, [kind.script for kind in WORKLOADS.values()])
-        self.environment = {**os.environ, "GPU_SHARING_STATE_DIR": str(root / "state")}
-        self.script()
 
     def script(self, *rules: dict) -> None:
-        self.environment["SCRIPTED_CLIENT"] = json.dumps(
-            [FAST, {"match": "batch_inference*", "latency": True}, *rules]
-        )
+        super().script({"match": "batch_inference*", "latency": True}, *rules)
 
     def command(self, knob: str, values: str, *words: str, change: bool = False) -> list[str]:
         script = str(self.root / "benchmarking" / "sweep.py")
@@ -59,18 +51,13 @@ class Sweeper:
         return [sys.executable, script, *fixed, "--", "--min-seconds", "0.2", *words]
 
     def run(self, *arguments: str, **more: bool) -> subprocess.CompletedProcess[str]:
-        return self.start(self.command(*arguments, **more))
+        return self.to_its_end(self.command(*arguments, **more))
 
     def resume(self, *words: str) -> subprocess.CompletedProcess[str]:
         """Go on from another folder than the one where the sweep was started."""
         script = str(self.root / "benchmarking" / "sweep.py")
-        return self.start([sys.executable, script, "--resume", str(self.output), *words], cwd="/")
-
-    def start(self, command: list[str], **how: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            command, env=self.environment, capture_output=True, text=True, timeout=100,
-            check=False, **how,
-        )  # fmt: skip
+        command = [sys.executable, script, "--resume", str(self.output), *words]
+        return self.to_its_end(command, cwd="/")
 
     def content(self) -> dict:
         return json.loads((self.output / "sweep.json").read_text())
@@ -271,9 +258,7 @@ def test_a_knob_of_the_card_is_put_in_force_for_its_value_and_taken_back(tmp_pat
         script.parent.mkdir(exist_ok=True)
         script.write_text(MODE_SCRIPT.format(log=log))
         script.chmod(0o755)
-    environment = scripted_card(tmp_path)[1]
-    mine = {k: v for k, v in sweeper.environment.items() if not k.startswith("CUDA_")}
-    sweeper.environment = {**mine, **environment}
+    sweeper.add_card()
     refused = sweeper.run("timeslice", "short", "--mix", "training")
     assert refused.returncode == 2
     assert "changes the card: allow it by --change-card" in refused.stderr
