@@ -40,6 +40,7 @@ def test_a_gpus_name_is_never_run_and_the_records_stay_json(runner: DriverRunner
     runner.machine.fail("nvidia-cuda-mps-control -d", exit=1, text=HOSTILE_NAME)
     assert runner.drive("run_experiments.sh", "--modes", "mps").returncode == 1
     assert "did not answer within 0 s" in runner.reason("mps")
+    assert (list(runner.suite_calls()), runner.left_behind()) == (["baseline"], [])
     runner.machine.forget_rules()
     runner.machine.change_gpu(mig_current="[N/A]", mig_pending="[N/A]")
     runner.output = runner.folder / "second"
@@ -159,14 +160,3 @@ def test_no_script_writes_to_a_name_in_tmp_that_others_can_guess() -> None:
         if re.search(r"gettempdir|mktemp\(|[\"']/tmp/(?!nvidia-mps\")", path.read_text())
     ]  # fmt: skip
     assert guessed == []
-
-
-def test_sudo_is_run_for_mode_scripts_alone_and_never_asks() -> None:
-    in_a_shell = re.compile(r"(^|exec |\$\(|&& |\|\| |=\()\s*sudo (?!\./)", re.MULTILINE)
-    assert not [path.name for path in SCRIPT_SOURCES if in_a_shell.search(path.read_text())]
-    commands = {
-        (path.name, command)
-        for path in PROJECT_ROOT.glob("benchmarking/**/*.py")
-        for command in re.findall(r'\["sudo", "?[^",]*', path.read_text())
-    }
-    assert commands == {("mode_scripts.py", '["sudo", "-n')}
