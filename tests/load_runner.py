@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import requests
 
@@ -16,32 +17,21 @@ SCRIPT = PROJECT_ROOT / "workloads" / "inference" / "load_test.py"
 NULL_SERVER = PROJECT_ROOT / "tests" / "tools" / "null_server.py"
 
 
-class NullServer:
-    """A null server that answers as its arguments say."""
-
-    def __init__(self, *arguments: str) -> None:
-        self.process = subprocess.Popen(
-            (sys.executable, str(NULL_SERVER), *arguments), stdout=subprocess.PIPE, text=True
-        )
-        self.url = f"http://127.0.0.1:{int(self.process.stdout.readline())}"
-
-    def counts(self) -> dict[str, int]:
-        """What came: by path and content type, JPEGs among it, connections that posted."""
-        return requests.get(f"{self.url}/counts", timeout=10).json()
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        self.process.stdout.close()
-
-
 @contextmanager
-def null_server(*arguments: str) -> Iterator[NullServer]:
-    server = NullServer(*arguments)
-    try:
-        yield server
-    finally:
-        server.close()
+def null_server(*arguments: str) -> Iterator[SimpleNamespace]:
+    """A null server that answers as its arguments say; `counts` tells what came.
+
+    That is by path and content type, JPEGs among it, and connections that posted.
+    """
+    command = (sys.executable, str(NULL_SERVER), *arguments)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        url = f"http://127.0.0.1:{int(process.stdout.readline())}"
+        try:
+            yield SimpleNamespace(
+                url=url, counts=lambda: requests.get(f"{url}/counts", timeout=10).json()
+            )
+        finally:
+            process.kill()
 
 
 def load_test(

@@ -83,11 +83,11 @@ class ServerProcess:
 
     def workers(self) -> list[int]:
         """Return the process ids of the web workers."""
-        (master,) = _children(self.process.pid)
-        return sorted(_children(master))
+        (master,) = children(self.process.pid)
+        return sorted(children(master))
 
 
-def _children(pid: int) -> list[int]:
+def children(pid: int) -> list[int]:
     tasks = Path(f"/proc/{pid}/task").iterdir()
     return [int(child) for task in tasks for child in (task / "children").read_text().split()]
 

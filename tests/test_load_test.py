@@ -15,7 +15,7 @@ import pytest
 from conftest import PROJECT_ROOT
 from held_client import HeldClient
 from load_runner import SCRIPT, load_test, null_server, only_result
-from server_process import running
+from server_process import children, running
 from waiting import is_running, wait_until
 
 from workloads.common import client
@@ -264,7 +264,7 @@ def test_held_by_the_suite_jobs_follow_each_other_and_a_stop_loses_no_finished_r
     ) as held:  # fmt: skip
         assert held.start_working()["device"] is None
         jobs = held.wait_for("job", count=2)
-        processes = child_pids(held.process.pid)
+        processes = children(held.process.pid)
         held.say("stop")
         assert held.exit_code(10) == 0
         assert held.events("done")[0]["jobs"] >= 2
@@ -295,11 +295,6 @@ def test_a_job_that_is_as_long_as_the_generators_run_is_followed_by_another(serv
             workload.close()
 
 
-def child_pids(parent: int) -> list[int]:
-    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
-    return [int(pid) for pid in children]
-
-
 @pytest.mark.parametrize(
     ("victim", "number", "code", "said"),
     [("all", signal.SIGKILL, -9, ""), ("all", signal.SIGTERM, 130, ""),
@@ -315,7 +310,7 @@ def test_no_process_outlives_a_load_test_that_is_ended_or_has_lost_one(
         stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     wait_until(lambda: server.counts().get("/predict", 0) >= 100, "100 requests")
-    processes = child_pids(process.pid)
+    processes = children(process.pid)
     assert len(processes) == 2
     os.kill(process.pid if victim == "all" else processes[0], number)
     _, told = process.communicate(timeout=20)
