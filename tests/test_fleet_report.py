@@ -31,10 +31,9 @@ def test_a_card_decides_for_a_mode_only_where_the_conclusion_is_sure(
     for conclusion in comparison["sections"][0]["conclusions"]:
         if conclusion["subject"] == "whole card":
             conclusion.update(changes)
-    (tmp_path / "GPU-0").mkdir()
-    (tmp_path / "GPU-0" / "comparison.json").write_text(json.dumps(comparison))
-    (tmp_path / "GPU-0.json").write_text(json.dumps(unit_record("GPU-0")))
-    assert fleet_report.read_card(tmp_path / "GPU-0.json")["best_mode"] == best_mode
+    record = add_card(tmp_path, "GPU-0")
+    (record.with_suffix("") / "comparison.json").write_text(json.dumps(comparison))
+    assert fleet_report.read_card(record)["best_mode"] == best_mode
 
 
 def test_cards_are_averaged_only_where_runs_would_be_merged(
@@ -43,9 +42,7 @@ def test_cards_are_averaged_only_where_runs_would_be_merged(
     lost = {"exit_code": 137, "health_failure": "it has fallen off the bus"}
     units = {"GPU-0": {}, "GPU-1": {}, "GPU-2": {"commit": "b"}, "GPU-3": lost}
     for uuid, fields in units.items():
-        (tmp_path / "host" / uuid).mkdir(parents=True)
-        shutil.copy(RECORDED, tmp_path / "host" / uuid)
-        (tmp_path / "host" / f"{uuid}.json").write_text(json.dumps(unit_record(uuid) | fields))
+        add_card(tmp_path, uuid, **fields)
     assert fleet_report.write(tmp_path, []) == 1
     said = capsys.readouterr().out
     assert "H100, driver 580, commit a: **mps delivers most**; 2 of 2 cards agree." in said
@@ -62,11 +59,8 @@ def test_cards_are_averaged_only_where_runs_would_be_merged(
 def test_a_record_that_is_none_is_a_row_beside_the_others(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], broken: str | dict[str, Any]
 ) -> None:
-    for uuid in ("GPU-0", "GPU-1"):
-        (tmp_path / "host" / uuid).mkdir(parents=True)
-        shutil.copy(RECORDED, tmp_path / "host" / uuid)
-        (tmp_path / "host" / f"{uuid}.json").write_text(json.dumps(unit_record(uuid)))
-    path = tmp_path / "host" / "GPU-1.json"
+    add_card(tmp_path, "GPU-0")
+    path = add_card(tmp_path, "GPU-1")
     if broken == "fifo":
         path.unlink()
         os.mkfifo(path)
@@ -74,8 +68,8 @@ def test_a_record_that_is_none_is_a_row_beside_the_others(
         path = path.with_suffix("") / "comparison.json"
         path.write_text(json.dumps({"schema_version": 4, "sections": []}))
     else:
-        changed = broken if isinstance(broken, str) else json.dumps(unit_record("GPU-1") | broken)
-        path.write_text(changed)
+        record = json.loads(path.read_text())
+        path.write_text(broken if isinstance(broken, str) else json.dumps(record | broken))
     assert fleet_report.write(tmp_path, []) == 1
     said = capsys.readouterr().out
     assert "**mps delivers most**; 1 of 1 cards agree." in said
@@ -86,23 +80,25 @@ def test_a_card_that_was_measured_under_two_hosts_names_counts_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for host, begun in (("pod-b", "2026-01-01"), ("pod-a", "2026-01-02")):
-        (tmp_path / host / "GPU-0").mkdir(parents=True)
-        shutil.copy(RECORDED, tmp_path / host / "GPU-0")
-        record = unit_record("GPU-0") | {"host": host, "started_at": begun}
-        (tmp_path / host / "GPU-0.json").write_text(json.dumps(record))
+        add_card(tmp_path, "GPU-0", host=host, started_at=begun)
     assert fleet_report.write(tmp_path, []) == 0
     said = capsys.readouterr().out
     assert "1 of 1 cards agree." in said
     assert "odd: pod-b GPU-0: the card that pod-a measured again later" in said
 
 
-def unit_record(uuid: str) -> dict[str, Any]:
-    """The record of a card that was measured."""
-    return {
-        "host": "host", "gpu": {"uuid": uuid, "name": "H100", "driver_version": "580"},
+def add_card(folder: Path, uuid: str, host: str = "host", **fields: Any) -> Path:
+    """Write what is left of a card that was measured; return its record's path."""
+    record = {
+        "host": host, "gpu": {"uuid": uuid, "name": "H100", "driver_version": "580"},
         "exit_code": 0, "reason": None, "health": None, "health_failure": None, "commit": "a",
         "plan": "1", "host_cores": 16,
     }  # fmt: skip
+    (folder / host / uuid).mkdir(parents=True)
+    shutil.copy(RECORDED, folder / host / uuid)
+    path = folder / host / f"{uuid}.json"
+    path.write_text(json.dumps(record | fields))
+    return path
 
 
 HEALTHY = {"copy_bytes_per_second": 4e12, "matrix_operations_per_second": 7e14,
