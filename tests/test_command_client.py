@@ -12,15 +12,13 @@ import pytest
 from conftest import PROJECT_ROOT
 from held_client import HeldClient
 from waiting import is_running, wait_until
+from workload_script import run_script
 
 SCRIPT = "workloads/custom/command_client.py"
 
 
 def by_hand(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, SCRIPT, *arguments, "--results-dir", str(tmp_path)],
-        cwd=PROJECT_ROOT, capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
+    return run_script(SCRIPT, *arguments, "--results-dir", tmp_path, cwd=PROJECT_ROOT)
 
 
 def wait_for_line(path: Path) -> int:
