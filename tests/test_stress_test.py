@@ -52,15 +52,21 @@ def test_one_suite_run_ramps_up_training_jobs_under_time_slicing_then_the_table_
         (["--mix", "mixed", "mps", "12"], "4,8,12"),
         (["mps", "--mix=serving"], "4,8"),
         (["mps", "12", "--plan", EXAMPLE], "4,8,12"),
+        (["mps", "4", "--mix", "inference", "--max-slowdown=2.5", "--slo-ms", "50",
+          "--until-break", "--no-bisect"], "1,2,4"),
     ],
-)
-def test_the_counts_go_up_in_steps_and_end_with_the_largest(
+)  # fmt: skip
+def test_the_counts_go_up_in_steps_and_bounds_and_search_reach_the_suite(
     asked: DriverRunner, arguments: list[str], counts: str
 ) -> None:
     flags = asked.planned(SCRIPT, *arguments)["mps"]
     assert flags["--workloads"] == counts
     assert flags.get("--plan") == (EXAMPLE if EXAMPLE in arguments else None)
     assert ("--mix" in flags) is (EXAMPLE not in arguments)
+    is_bounded = "--no-bisect" in arguments
+    assert ("--until-break" in flags, "--bisect" in flags) == (is_bounded, not is_bounded)
+    bounds = (flags.get("--max-slowdown"), flags.get("--slo-ms"))
+    assert bounds == (("2.5", "50") if is_bounded else (None, None))
 
 
 def test_the_mode_is_on_during_the_ramp_and_off_before_its_chart_which_is_named(
@@ -87,17 +93,6 @@ def test_a_ramp_under_static_partitions_has_one_for_each_job_of_the_largest_coun
     made = [one for one in runner.machine.changing_calls() if "sm_partition add" in one]
     assert len(made) == 4
     assert runner.python_calls()[-1]["gpu"] == AS_BEFORE
-
-
-def test_bounds_and_the_search_for_the_exact_count_reach_the_suite(asked: DriverRunner) -> None:
-    planned = asked.planned(
-        SCRIPT, "mps", "4", "--mix", "inference", "--max-slowdown=2.5", "--slo-ms", "50",
-        "--until-break", "--no-bisect",
-    )  # fmt: skip
-    flags = planned["mps"]
-    assert (flags["--max-slowdown"], flags["--slo-ms"]) == ("2.5", "50")
-    assert "--until-break" in flags
-    assert "--bisect" not in flags
 
 
 @needs_root
