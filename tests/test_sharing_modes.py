@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable
@@ -19,8 +18,6 @@ from benchmarking.modes import mps as mps_mode
 from benchmarking.modes.choice import make_mode
 from benchmarking.modes.mig import MigMode
 from benchmarking.modes.mode_scripts import (
-    ModeScriptError,
-    in_force,
     is_set_up,
     lock_reason,
     read_state,
@@ -430,49 +427,6 @@ def test_the_time_slice_is_the_drivers_word_whatever_its_exit_status_and_else_un
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     assert time_slice({"index": index}) == found
-
-
-# --- running the mode scripts -------------------------------------------------------------------
-
-
-@pytest.fixture
-def stand_ins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Two scripts that log their call; the undo fails where there is a file `refuse`."""
-    for name in ("enable_mps.sh", "disable_mps.sh"):
-        (tmp_path / name).write_text(
-            f'#!/bin/sh\necho "$(basename "$0") $*" >> {tmp_path}/log\nsleep 0.05\n'
-            f'[ "$0" = {tmp_path}/enable_mps.sh ] || [ ! -e {tmp_path}/refuse ] || '
-            '{ printf "error: in the way: \\370\\n" >&2; exit 6; }\n'
-        )
-        (tmp_path / name).chmod(0o755)
-    monkeypatch.setattr(mode_scripts, "SCRIPTS", tmp_path)
-    return tmp_path
-
-
-def test_a_mode_is_in_force_inside_the_block_and_what_it_took_is_recorded(stand_ins: Path) -> None:
-    with in_force(["enable_mps.sh", "--percentage", "50"], "disable_mps.sh", UUID, stand_ins):
-        (enabled,) = (stand_ins / "log").read_text().splitlines()
-    assert enabled == f"enable_mps.sh --percentage 50 --gpu {UUID}"
-    with (
-        pytest.raises(ValueError, match="inside"),
-        in_force(["enable_mps.sh"], "disable_mps.sh", UUID, stand_ins),
-    ):
-        raise ValueError("inside")
-    lines = (stand_ins / "mode_scripts.jsonl").read_text().splitlines()
-    runs = [json.loads(line) for line in lines]
-    assert [run["script"] for run in runs] == ["enable_mps.sh", "disable_mps.sh"] * 2
-    assert runs[0]["arguments"] == ["--percentage", "50"]
-    assert {run["gpu_uuid"] for run in runs} == {UUID}
-    assert all(0.05 <= run["seconds"] < 10 and run["exit_code"] == 0 for run in runs)
-    # one that is not undone is an error in the script's words
-    (stand_ins / "refuse").touch()
-    with (
-        pytest.raises(ModeScriptError, match=r"^disable_mps\.sh: in the way: \ufffd$"),
-        in_force(["enable_mps.sh"], "disable_mps.sh", UUID, stand_ins),
-    ):
-        pass
-    last = json.loads((stand_ins / "mode_scripts.jsonl").read_text().splitlines()[-1])
-    assert (last["exit_code"], last["message"]) == (6, "in the way: \ufffd")
 
 
 def test_settings_are_locked_by_the_variable_or_by_roots_file(

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 import synthetic_runs
 from conftest import PROJECT_ROOT
-from program_copy import processes_of, scripted_card
+from nvml_stub import GPU_UUID
+from program_copy import processes_of
 from suite_bench import Bench
 from tiny_disk import needs_mount, tiny_disk
 from waiting import wait_until
@@ -30,7 +31,10 @@ from benchmarking.sweep_report import NOT_RUN, Point, read_point
 
 MODE_SCRIPT = """#!/bin/sh
 echo "$(basename "$0") $*" >>"{log}"
-case "$*" in *long*) echo "error: this driver has no long slices" >&2; exit 4 ;; esac
+case "$(basename "$0") $*" in
+    *long*) echo "error: this driver has no long slices" >&2; exit 4 ;;
+    reset*) ! grep -q medium "{log}" || {{ printf 'error: in the way: \\370\\n' >&2; exit 6; }} ;;
+esac
 """
 
 
@@ -272,17 +276,36 @@ def test_a_knob_of_the_card_is_put_in_force_for_its_value_and_taken_back(tmp_pat
     assert no_daemon.returncode == 4
     assert "enable_mps.sh" in no_daemon.stderr
     assert not sweeper.output.exists()
-    done = sweeper.run("timeslice", "short,long", "--workloads", "1", "--mix", "training",
-                       change=True)  # fmt: skip
+    jobs = ("--workloads", "1", "--mix", "training")
+    done = sweeper.run("timeslice", "short,long,medium", *jobs, change=True)
     assert done.returncode == 1, done.stderr
-    first, back, failed = log.read_text().splitlines()
+    first, back, failed, *_ = log.read_text().splitlines()
     assert first.startswith("setup_time_slicing.sh 1 --timeslice short --gpu GPU-")
     assert back.startswith("reset_time_slicing.sh --gpu GPU-")
     assert failed.startswith("setup_time_slicing.sh 1 --timeslice long")
-    short, long = sweeper.content()["points"]
+    short, long, medium = sweeper.content()["points"]
     assert short["outcome"] == "ok"
     assert (long["outcome"], long["run_id"]) == ("failed", None)
     assert "this driver has no long slices" in long["reason"]
+    # a setting that is not taken back is an error, and every run of a script is on record
+    assert medium["outcome"] == "ok"
+    assert "error: reset_time_slicing.sh: in the way: \ufffd\n" in done.stderr
+    scripts = (sweeper.output / "mode_scripts.jsonl").read_text().splitlines()
+    *_, set_up, last = map(json.loads, scripts)
+    assert (set_up["arguments"], set_up["exit_code"]) == (["1", "--timeslice", "medium"], 0)
+    assert (last["script"], last["exit_code"]) == ("reset_time_slicing.sh", 6)
+    assert last["message"] == "in the way: \ufffd"
+    assert 0 < last["seconds"] < 10 and last["gpu_uuid"] == GPU_UUID
+    # nor does a suite that crashes keep it
+    with (tmp_path / "benchmarking" / "suite" / "session.py").open("a") as program:
+        program.write("\n\ndef run_suite(*words, **more):\n    raise ValueError('inside')\n")
+    jobs = (*jobs, "--baseline", str(sweeper.output / "baseline"))
+    sweeper.output = tmp_path / "crashed"
+    log.unlink()
+    assert sweeper.run("timeslice", "short", *jobs, change=True).returncode == 1
+    assert [line.split(".")[0] for line in log.read_text().splitlines()] == [
+        "setup_time_slicing", "reset_time_slicing",
+    ]  # fmt: skip
 
 
 def test_a_baseline_without_proof_is_a_failed_sweep_since_5_is_the_suites_code(
