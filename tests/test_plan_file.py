@@ -60,18 +60,6 @@ def test_a_workload_of_ours_gets_the_plans_flags_last(tmp_path: Path) -> None:
     assert (plan.name, client.label) == ("my-jobs", "ResNet50 training")
 
 
-def test_clients_come_in_order_as_often_as_counted_and_start_over_after_the_last(
-    tmp_path: Path,
-) -> None:
-    plan = read(tmp_path, f'{BERT}[[client]]\ncommand = "sleep 1"\ncount = 2\nlabel = "nap"\n')
-    assert len(plan.members) == 3
-    members = clients(plan, 5)
-    assert [client.label for client in members] == [
-        "BERT fine-tuning", "nap", "nap", "BERT fine-tuning", "nap"]  # fmt: skip
-    assert [client.client for client in members] == list(range(5))
-    assert len({client.job_key for client in members}) == 2
-
-
 def test_a_command_is_run_in_its_folder_without_a_shell_unless_asked_for(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     plan = read(

@@ -70,13 +70,13 @@ def test_jobs_without_a_file_run_and_are_kept_as_a_plan_without_their_secrets(
 ) -> None:
     plan_of(bench)
     done = bench.run(
-        "--job", "sleep 0.1", "--job", f"env PASSWORD={SECRET} sleep 0.1", "--workloads", "3"
+        "--job", "sleep 0.1", "--job", f"env PASSWORD={SECRET} sleep 0.1", "--workloads", "4"
     )
     assert done.returncode == 0, done.stderr
     run = bench.only_run()
-    assert names(run) == ["baseline-command", "baseline-command-2", "sleep-env-3-r0"]
-    members = run.clients_of("sleep-env-3-r0")
-    assert [record["label"] for record in members] == ["sleep", "env", "sleep"]
+    assert names(run) == ["baseline-command", "baseline-command-2", "sleep-env-4-r0"]
+    members = run.clients_of("sleep-env-4-r0")
+    assert [record["label"] for record in members] == ["sleep", "env"] * 2
     assert len({record["job_key"] for record in members}) == 2
     assert all(record["slowdown"] > 0 for record in members)
     files = [path.read_text() for path in run.folder.rglob("*") if path.is_file()]
