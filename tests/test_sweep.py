@@ -312,7 +312,7 @@ def test_a_baseline_without_proof_is_a_failed_sweep_since_5_is_the_suites_code(
     tmp_path: Path,
 ) -> None:
     sweeper = Sweeper(tmp_path)
-    sweeper.environment |= scripted_card(tmp_path)[1]
+    sweeper.add_card()
     sweeper.environment = {
         name: value for name, value in sweeper.environment.items() if not name.startswith("CUDA_")
     }
