@@ -166,8 +166,10 @@ def test_baselines_are_those_of_all_rounds_and_the_null_gives_the_methods_own_er
 
 def test_a_disturbed_baseline_is_left_out_and_what_it_makes_impossible_is_invalid():
     made = session(SLICING, SHARING)
-    set_records({"outcome": "invalid"}, phase="baseline", repeat=0, record="co_run")(made[0])
-    slow(made[0], 3.0, phase="baseline", repeat=0)
+    for repeat, outcome in enumerate(("invalid", "interrupted")):
+        where = {"phase": "baseline", "repeat": repeat}
+        set_records({"outcome": outcome}, record="co_run", **where)(made[0])
+        slow(made[0], 3.0, **where)
     assert section(*made)["groups"][0]["stp"]["mean"] == pytest.approx(4 / 4.02, rel=1e-3)
     found = section(*session([0.9] * 4, SHARING))
     whole = conclusion(found)

@@ -13,8 +13,6 @@ from typing import get_args
 
 import msgspec
 import pytest
-import synthetic_runs
-from made_up_reports import section
 from recorded_rows import client, co_run, plain
 
 from benchmarking.modes import names
@@ -219,17 +217,6 @@ def test_baselines_whose_client_and_co_run_ended_well_are_pooled_with_their_ener
     (batch,) = read.baselines()["job"].units.values()
     assert (batch.count, batch.seconds) == (5.0, 2.0)
     assert len(read.baselines()["job"].latency_ms) == 4
-
-
-def test_a_report_takes_no_baseline_that_did_not_end_well() -> None:
-    made = synthetic_runs.run("mps", "mps", {4: [2.0]})
-    for record in made["records"]:
-        if record["record"] == "co_run" and record["co_run"] == "alone-batch_inference":
-            record["outcome"] = "interrupted"
-    found = section(made)
-    alone = [row["workload"] for row in found["alone"]]
-    assert "batch_inference" not in alone and "resnet_training" in alone
-    assert found["groups"][0]["client_rows"][1]["slowdown"] is None
 
 
 def test_a_packed_run_is_read_like_any_other_takes_no_more_records_and_may_be_damaged(
