@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import select
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
@@ -89,6 +90,32 @@ def drop_output() -> None:
         print(end="", flush=True)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def leave_dead_terminal(log: str) -> None:
+    """Exchange a closed terminal, or a pipe whose reader has ended, for the end of a file.
+
+    Programs that are called later fail where they cannot write.
+    """
+    dead = [stream for stream in (1, 2) if _is_dead(stream)]
+    if not dead:
+        return
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+    try:
+        file = os.open(log, flags, 0o600)
+    except OSError:
+        file = os.open(os.devnull, os.O_WRONLY)
+    for stream in dead:
+        os.dup2(file, stream)
+    os.close(file)
+
+
+def _is_dead(stream: int) -> bool:
+    """Whether nobody can read any more what is written to a terminal or a pipe."""
+    poll = select.poll()
+    poll.register(stream, 0)
+    gone = select.POLLERR | select.POLLHUP | select.POLLNVAL
+    return any(event & gone for _, event in poll.poll(0))
 
 
 def positive_int(text: str) -> int:

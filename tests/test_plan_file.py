@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from benchmarking.planning.job_lines import plan_of_jobs
 from benchmarking.planning.plan import PlannedClient, clients_of
 from benchmarking.planning.plan_file import (
     PlanFile,
     PlanFileError,
     parse_plan,
-    plan_of_jobs,
     read_plan_file,
     text_hash,
 )

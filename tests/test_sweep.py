@@ -26,7 +26,7 @@ from benchmarking.metrics.estimates import estimate
 from benchmarking.records import run_folder
 from benchmarking.report.comparison import compare
 from benchmarking.report.runs import read_results
-from benchmarking.sweep import KNOBS
+from benchmarking.sweep_knobs import KNOBS
 from benchmarking.sweep_report import NOT_RUN, Point, read_point
 
 MODE_SCRIPT = """#!/bin/sh

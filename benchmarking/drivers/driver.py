@@ -15,7 +15,6 @@ import contextlib
 import glob
 import json
 import os
-import select
 import shlex
 import signal
 import subprocess
@@ -34,6 +33,7 @@ from benchmarking.cli import (
     EXIT_USAGE,
     SuiteEnd,
     SuiteError,
+    leave_dead_terminal,
 )
 from benchmarking.drivers.driver_arguments import (
     PROJECT_ROOT,
@@ -249,23 +249,9 @@ class Driver:
         say("Stopping: what was enabled is undone, and what was done is reported.")
 
     def leave_dead_terminal(self) -> None:
-        """Exchange a closed terminal, or a pipe whose reader has ended, for a file.
-
-        Undoing and reporting are done by programs that fail where they cannot write. Where there is
-        nothing to undo, nothing is kept.
-        """
-        dead = [stream for stream in (1, 2) if _is_dead(stream)]
-        if not dead:
-            return
+        """Where nobody can read any more, write into the folder; with nothing to undo, nowhere."""
         log = os.path.join(self.output, "after-hangup.log") if self._stop else os.devnull
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
-        try:
-            file = os.open(log, flags, 0o600)
-        except OSError:
-            file = os.open(os.devnull, os.O_WRONLY)
-        for stream in dead:
-            os.dup2(file, stream)
-        os.close(file)
+        leave_dead_terminal(log)
 
     # --- runs -----------------------------------------------------------------------------------
 
@@ -447,11 +433,3 @@ def _manifest(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def _is_dead(stream: int) -> bool:
-    """Whether nobody can read any more what is written to a terminal or a pipe."""
-    poll = select.poll()
-    poll.register(stream, 0)
-    gone = select.POLLERR | select.POLLHUP | select.POLLNVAL
-    return any(event & gone for _, event in poll.poll(0))

@@ -18,9 +18,9 @@ from benchmarking.cli import (
 )
 from benchmarking.modes.names import MODE_EXCLUSIVE, MODE_MIG, MODE_MPS, MODES
 from benchmarking.planning import limits
+from benchmarking.planning.job_lines import plan_of_jobs
 from benchmarking.planning.plan_file import (
     PERCENTAGE_IS_IGNORED,
-    plan_of_jobs,
     read_plan_file,
 )
 from benchmarking.planning.ramp import MOST_CLIENTS

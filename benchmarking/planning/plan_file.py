@@ -22,13 +22,12 @@
     knobs = { mps_percentage = 50, mps_memory_limit = "8G", mps_priority = "below-normal" }
 
 `read_plan_file` finds every mistake at once; each is a sentence that names file, key and fix. The
-command line's `--job` makes the same list without a file.
+command line's `--job` makes the same list without a file (job_lines.py).
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import shlex
@@ -82,9 +81,6 @@ FLAGS_OF_THE_SUITE = ("--device", "--gpu", "--events", "--hold", "--resolve", "-
 INTERPRETERS = re.compile(r"python[0-9.]*|bash|sh|node|perl|Rscript|julia")
 SCRIPT_SUFFIXES = (".py", ".sh", ".js", ".pl", ".R", ".jl")
 
-# What stands for the file of jobs that were given on the command line.
-JOBS_PLAN = "--job"
-MOST_NAME_CHARACTERS = 40
 MOST_CHARACTERS = 1 << 20
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -231,34 +227,6 @@ def parse_plan(text: str, path: str, folder: Path, *, shown: str | None = None) 
     if Secrets(hidden.names).hide(_toml(kept)) != _toml(kept):
         raise PlanFileError([f"{shown}: a secret is written with escapes: use inherit for it"])
     return PlanFile(path, folder, kept, name, tuple(entries), hidden)
-
-
-def plan_of_jobs(lines: Sequence[str], folder: Path) -> PlanFile:
-    """Return the plan that `--job` makes of command lines, each run in `folder`."""
-    try:
-        "".join(lines).encode()
-    except UnicodeEncodeError:
-        said = "holds a name that is no UTF-8: rename that file, or put the command into a script"
-        raise PlanFileError([f"{JOBS_PLAN}: {said}"]) from None
-    names = [_job_name(line) for line in lines]
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(Path(name).stem for name in names))
-    tables = [f'name = "{name.strip(".-_")[:MOST_NAME_CHARACTERS] or "jobs"}"\n']
-    for number, (line, label) in enumerate(zip(lines, names, strict=True)):
-        others = [job for job in dict.fromkeys(lines[:number]) if _job_name(job) == label]
-        shown = f"{label} ({len(others) + 1})" if others and line not in others else label
-        # A JSON text is a TOML text, but for letters written as two halves.
-        command, label = (json.dumps(text, ensure_ascii=False) for text in (line, shown))
-        tables.append(f"[[client]]\ncommand = {command}\nlabel = {label}\n")
-    return parse_plan("\n".join(tables), JOBS_PLAN, folder)
-
-
-def _job_name(line: str) -> str:
-    """What a command line is called: its script, or its program."""
-    try:
-        words = shlex.split(line) or ["job"]
-    except ValueError:
-        return "job"
-    return Path(script_of(words) or words[0]).name
 
 
 def _toml(text: str) -> dict[str, Any]:

@@ -31,8 +31,9 @@ from benchmarking.modes.sharing_mode import SharingMode
 from benchmarking.modes.whole_gpu import time_slicing_warning
 from benchmarking.planning import limits
 from benchmarking.planning import plan as planning
+from benchmarking.planning.job_lines import JOBS_PLAN
 from benchmarking.planning.plan import Plan, PlannedClient, PlannedCoRun
-from benchmarking.planning.plan_file import JOBS_PLAN, PlanFile
+from benchmarking.planning.plan_file import PlanFile
 from benchmarking.planning.redaction import Secrets
 from benchmarking.planning.request import Request
 from benchmarking.planning.workloads import SIZE_CPU, SIZE_GUIDE, SIZE_QUICK

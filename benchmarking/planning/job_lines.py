@@ -1,0 +1,43 @@
+"""`--job`: command lines as a plan, without a file."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarking.planning.plan_file import PlanFile, PlanFileError, parse_plan, script_of
+
+# What stands for the file of jobs that were given on the command line.
+JOBS_PLAN = "--job"
+MOST_NAME_CHARACTERS = 40
+
+
+def plan_of_jobs(lines: Sequence[str], folder: Path) -> PlanFile:
+    """Return the plan that `--job` makes of command lines, each run in `folder`."""
+    try:
+        "".join(lines).encode()
+    except UnicodeEncodeError:
+        said = "holds a name that is no UTF-8: rename that file, or put the command into a script"
+        raise PlanFileError([f"{JOBS_PLAN}: {said}"]) from None
+    names = [_job_name(line) for line in lines]
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(Path(name).stem for name in names))
+    tables = [f'name = "{name.strip(".-_")[:MOST_NAME_CHARACTERS] or "jobs"}"\n']
+    for number, (line, label) in enumerate(zip(lines, names, strict=True)):
+        others = [job for job in dict.fromkeys(lines[:number]) if _job_name(job) == label]
+        shown = f"{label} ({len(others) + 1})" if others and line not in others else label
+        # A JSON text is a TOML text, but for letters written as two halves.
+        command, label = (json.dumps(text, ensure_ascii=False) for text in (line, shown))
+        tables.append(f"[[client]]\ncommand = {command}\nlabel = {label}\n")
+    return parse_plan("\n".join(tables), JOBS_PLAN, folder)
+
+
+def _job_name(line: str) -> str:
+    """What a command line is called: its script, or its program."""
+    try:
+        words = shlex.split(line) or ["job"]
+    except ValueError:
+        return "job"
+    return Path(script_of(words) or words[0]).name
