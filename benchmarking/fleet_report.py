@@ -116,6 +116,7 @@ class Group(msgspec.Struct, kw_only=True):
     mix: str
     clients: int
     outcome: str
+    invalid: str | None = None
     stp: Value | None = None
     joules_per_job: Value | None = None
     energy_ratio: Value | None = None
@@ -123,7 +124,12 @@ class Group(msgspec.Struct, kw_only=True):
 
     @property
     def figures(self) -> Row:
-        """What the table shows of a mode; `None` is unknown."""
+        """What the table shows of a mode; `None` is unknown.
+
+        A count that failed in some round, or has a disturbed baseline, has no figure.
+        """
+        if self.outcome != "ok" or self.invalid:
+            return {"outcome": self.outcome, **dict.fromkeys((*FIGURES, "worst_job"))}
         slowdowns = {row.label: _mean(row.slowdown) for row in self.client_rows}
         known = {label: value for label, value in slowdowns.items() if value is not None}
         worst = max(known, key=lambda label: known[label], default=None)

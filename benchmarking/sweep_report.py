@@ -104,14 +104,15 @@ def read_point(value: str, folder: Path, baseline: Path | None, reason: str | No
         return Point(value, "failed", run.name, reason or NO_ROW)
     group = groups[-1]
     by_label: dict[str, list[Record]] = {}
-    for tail in map(tail_of, group["client_rows"]):
+    outcome = "invalid" if group["invalid"] else group["outcome"]
+    for tail in map(tail_of, group["client_rows"] if outcome == OK else ()):
         if tail is not None:
             by_label.setdefault(tail["label"], []).append(tail)
     return Point(
         value=value,
-        outcome=group["outcome"],
+        outcome=outcome,
         run_id=run.name,
-        reason=group["reason"],
+        reason=group["reason"] or group["invalid"],
         clients=group["clients"],
         mode=group["mode"],
         is_unverified=group["is_unverified"],

@@ -10,8 +10,10 @@ from made_up_reports import (
     change,
     compare,
     conclusion,
+    failed,
     mps,
     mps_limits,
+    on_terminal,
     section,
     session,
     slow,
@@ -180,6 +182,29 @@ def test_a_disturbed_baseline_is_left_out_and_what_it_makes_impossible_is_invali
     assert (whole["modes"][0]["estimate"], whole["modes"][0]["reason"]) == (None, reason)
     assert (whole["best"], whole["verdict"]) == ("mps", "not measured")
     assert any("ResNet50 training: invalid" in doubt for doubt in found["doubts"])
+
+
+@pytest.mark.parametrize("why", ["disturbed", "failed"])
+def test_no_price_expectation_or_energy_is_told_of_a_row_whose_figures_are_void(why):
+    made = mps([0.5, 0.5, 0.5])
+    if why == "failed":
+        made = failed(mps([2.0, 2.0, 2.0]), repeat=1)
+    compared = compare(time_slicing([4.0, 4.02, 4.04]), made, gpu_price_per_hour=3.0, kwh_price=0.3)
+    (found,) = compared["sections"]
+    void = next(group for group in found["groups"] if group["mode"] == "mps")
+    figures = ("stp", "antt", "overhead_percent", "interference_overhead_percent", "fairness",
+               "energy_ratio", "joules_per_work", "cost_per_1000_work",
+               "energy_cost_per_1000_work")  # fmt: skip
+    assert {name: void[name] for name in figures} == dict.fromkeys(figures)
+    assert [row["slowdown"] is not None for row in void["client_rows"]] == [True] * 4
+    energy = conclusion(found, figure="energy_joules_per_work")
+    assert [mode["variant"] for mode in energy["modes"] if mode["estimate"]] == ["time-slicing"]
+    assert [one["variant"] for one in found["worst_slowdowns"]] == ["time-slicing"]
+    assert not any("no baseline for every job" in doubt for doubt in found["doubts"])
+    said = " ".join(on_terminal(compared).split())
+    assert "An overhead of 5-15 % under MPS: cannot tell." in said
+    assert "Cost of 1,000 s of work: time slicing 0.8" in said
+    assert "; MPS" not in said[said.index("Cost of") :]
 
 
 def baseline(experiment: str, times_slower: float = 1.0, **more: object) -> dict:

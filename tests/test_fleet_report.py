@@ -36,6 +36,24 @@ def test_a_card_decides_for_a_mode_only_where_the_conclusion_is_sure(
     assert fleet_report.read_card(record)["best_mode"] == best_mode
 
 
+@pytest.mark.parametrize(
+    "change", [{"outcome": "failed"}, {"invalid": "the baseline was disturbed"}]
+)
+def test_a_mode_whose_figures_are_void_has_none_in_the_table(
+    tmp_path: Path, change: dict[str, str]
+) -> None:
+    comparison = json.loads(RECORDED.read_text())
+    for group in comparison["sections"][0]["groups"]:
+        if group["variant"] == "mps":
+            group.update(change)
+    (tmp_path / "GPU-0").mkdir()
+    (tmp_path / "GPU-0" / "comparison.json").write_text(json.dumps(comparison))
+    (tmp_path / "GPU-0.json").write_text(json.dumps(unit_record("GPU-0")))
+    modes = fleet_report.read_card(tmp_path / "GPU-0.json")["modes"]
+    assert {name for name, value in modes["mps"].items() if value is not None} == {"outcome"}
+    assert modes["mps:even"]["worst_slowdown"] > 1
+
+
 def test_cards_are_averaged_only_where_runs_would_be_merged(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

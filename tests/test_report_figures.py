@@ -258,6 +258,20 @@ def noisy_run(mode: str, felt: dict[float, float]) -> dict:
     return made
 
 
+def test_a_pair_that_was_faster_than_alone_has_no_figure_in_either_table():
+    (found,) = section(noisy_run("time-slicing", {0.5: 0.5, 1.0: 4.0}))["noisy"]
+    felt = {one["duty"]: one["slowdown"] and one["slowdown"]["mean"] for one in found["points"]}
+    assert felt == {0.5: None, 1.0: pytest.approx(4.0)}
+    (matrix,) = section(slow(pairs_run(), 0.1, workload="bert_training", phase="co_run"))[
+        "interference"
+    ]
+    cells = [one for one in matrix["cells"] if one["job"] == BERT]
+    assert {(one["outcome"], one["slowdown"]) for one in cells} == {
+        ("invalid: the baseline was disturbed", None)
+    }
+    assert all(one["stp"] is None for one in matrix["cells"] if one["beside"] == BERT)
+
+
 def test_the_duty_from_which_a_slice_is_better_is_interpolated():
     slicing = noisy_run("time-slicing", {0.25: 1.5, 0.5: 2.0, 1.0: 4.0})
     sharing = noisy_run("mps", {0.5: 1.2, 1.0: 1.4})

@@ -12,6 +12,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import made_up_reports
 import pytest
 import synthetic_runs
 from conftest import PROJECT_ROOT
@@ -29,6 +30,8 @@ from benchmarking.report.runs import read_results
 from benchmarking.sweep_knobs import KNOBS
 from benchmarking.sweep_report import NOT_RUN, Point, read_point
 
+# A job alone is faster, or a busy machine could show the impossible, which has no figures.
+ALONE = {"match": "*:baseline-*", "unit_seconds": 0.01}
 MODE_SCRIPT = """#!/bin/sh
 echo "$(basename "$0") $*" >>"{log}"
 case "$(basename "$0") $*" in
@@ -46,7 +49,7 @@ class Sweeper(Bench):
         self.output = root / "sweep"
 
     def script(self, *rules: dict) -> None:
-        super().script({"match": "batch_inference*", "latency": True}, *rules)
+        super().script(ALONE, {"match": "batch_inference*", "latency": True}, *rules)
 
     def command(self, knob: str, values: str, *words: str, change: bool = False) -> list[str]:
         script = str(self.root / "benchmarking" / "sweep.py")
@@ -75,7 +78,7 @@ def sweeper(tmp_path: Path) -> Sweeper:
 
 def test_every_value_is_measured_against_one_baseline_and_charted(sweeper: Sweeper) -> None:
     enough_for_a_tail = {"match": "batch_inference*", "unit_seconds": 0.0005, "units": 600}
-    sweeper.script(enough_for_a_tail)
+    sweeper.script(enough_for_a_tail, ALONE | {"unit_seconds": 0.0002})
     sweeper.environment["MPLBACKEND"] = "nonsense"
     done = sweeper.run("workloads", "1,2", "--mix", "inference", "--device", "cpu")
     assert done.returncode == 0, done.stderr
@@ -345,6 +348,17 @@ def test_a_value_whose_co_runs_are_pairs_has_a_reason_why_it_has_no_figures() ->
         point = read_point("50", PROJECT_ROOT / "examples" / recorded / "mps", None, None)
         assert (point.outcome, point.run_id, point.stp) == ("failed", "mps", None)
         assert "pairs of jobs are compared by analyze_results.py" in point.reason
+
+
+def test_a_value_that_failed_once_or_was_faster_than_alone_is_not_ranked(tmp_path: Path) -> None:
+    failed = made_up_reports.failed(made_up_reports.mps([2.0, 2.0], "failed"), repeat=1)
+    folders = [synthetic_runs.write(tmp_path, made)
+               for made in (failed, made_up_reports.mps([0.5, 0.5], "impossible"))]  # fmt: skip
+    points = [read_point("50", folder, None, None) for folder in folders]
+    assert [(point.outcome, point.reason) for point in points] == [
+        ("failed", "no memory"), ("invalid", "invalid: the baseline was disturbed"),
+    ]  # fmt: skip
+    assert {(point.stp, point.antt, tuple(point.tails)) for point in points} == {(None, None, ())}
 
 
 def sweep_of(**values: list[float]) -> report.Sweep:

@@ -55,7 +55,8 @@ have it: `mps`, `mps:even`, `mps:50/25`.
       groups[]      a row for each mode, mix and count of clients:
         mode, settings, variant, mix, clients, outcome, reason, run_ids, gpu_uuids, co_runs,
         baseline_ids, is_unverified, drift_guarded, rounds,
-        invalid     why figures against the baseline are void, or null
+        invalid     why figures against the baseline are void, or null; such a row has none but
+                    its clients', nor has one whose outcome is not ok
         stp         estimate: work delivered, the sum of n_i T_i / L
         stp_alone   estimate: the same of each job alone, the clients' mean (under 1 with pauses)
         antt, overhead_percent, interference_overhead_percent, mechanism_overhead_percent,

@@ -107,7 +107,7 @@ def _subjects(groups: Sequence[Group]) -> Iterable[_Subject]:
         if tail:
             yield tail
     energy = _Subject(groups, claims.WHOLE_CARD, "energy_joules_per_work", is_claim=False)
-    energy.take(CoRun.joules_per_work, lambda group: None)
+    energy.take(CoRun.joules_per_work, lambda group: group.row["invalid"])
     if any(energy.estimates.values()):
         yield energy
 

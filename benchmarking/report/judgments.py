@@ -108,7 +108,7 @@ def worst_slowdowns(groups: Sequence[Group]) -> list[dict[str, Any]]:
     the two were measured as a pair under the same mode.
     """
     by_pair: dict[tuple[str, str, str], float] = {}
-    for group in (group for group in groups if group.clients == 2):
+    for group in (group for group in groups if group.clients == 2 and not group.broken):
         rows = group.row["client_rows"]
         for row, other in zip(rows, reversed(rows), strict=True):
             if row["slowdown"] and not row["invalid"]:
@@ -117,8 +117,8 @@ def worst_slowdowns(groups: Sequence[Group]) -> list[dict[str, Any]]:
     found = []
     for group in (group for together in most_compared(groups) for group in together):
         known = [row for row in group.row["client_rows"]
-                 if row["slowdown"] and not row["service"]]  # fmt: skip
-        if not known:
+                 if row["slowdown"] and not row["service"] and not row["invalid"]]  # fmt: skip
+        if not known or group.broken:
             continue
         worst = max(known, key=lambda row: row["slowdown"]["mean"])
         next_to = [one.label for one in group.members if one.client != worst["client"]]
@@ -211,7 +211,8 @@ def _group_doubts(group: Group) -> list[str]:
     if row["is_unverified"] and is_gpu:
         found.append("unverified, the clients could not be matched with the driver's lists")
     # Of services alone nobody asks for throughput.
-    if row["stp"] is None and row["outcome"] == "ok" and row["throughput_clients"] != 0:
+    is_whole = row["outcome"] == "ok" and not row["invalid"]
+    if row["stp"] is None and is_whole and row["throughput_clients"] != 0:
         found.append("no baseline for every job, so STP and overhead are unknown")
     here = [run.manifest.environment for run in group.runs]
     if len(here) > 1:

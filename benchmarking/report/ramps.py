@@ -142,6 +142,9 @@ def _direction(group: Group, job: str, beside: str, places: Sequence[int]) -> di
     copies = [(one, [one.clients[place] for place in places]) for one in group.co_runs]
     row = client_row([(one, client) for one, clients in copies for client in clients],
                      "beside another", None)  # fmt: skip
+    invalid = group.row["client_rows"][places[0]]["invalid"]
+    if invalid:
+        return _cell(job, beside, invalid, run_ids=group.run_ids)
     alone = group.co_runs[0].alone.get(row["job_key"])
     tail = row["tail_slowdown"]["99"]
     return _cell(
@@ -152,7 +155,7 @@ def _direction(group: Group, job: str, beside: str, places: Sequence[int]) -> di
         p99_ms=None if tail is None else row["latency"]["p99"],
         tail_slowdown=tail,
         responses=min(row["responses"], len((alone and alone.pooled.latency_ms) or ())),
-        stp=plain(estimate(one.summary.stp for one in group.co_runs)),
+        stp=group.row["stp"],
         is_unverified=any(one.is_unverified for one in group.co_runs),
         run_ids=group.run_ids,
     )
@@ -173,11 +176,12 @@ def noisy(groups: Sequence[Group]) -> list[dict[str, Any]]:
         if group.clients != 2 or pressed.count(None) != 1:
             continue
         kind, duty = next(one for one in pressed if one is not None)
-        victim = group.members[pressed.index(None)]
-        members = group.of_client(victim.client)
-        by_mode = felt.setdefault((victim.label, kind), {})
-        by_mode.setdefault(group.first.variant, (group.first, {}))[1][duty] = estimate(
-            client.slowdown for one, client in members if one.is_ok
+        victim = group.row["client_rows"][pressed.index(None)]
+        members = group.of_client(victim["client"])
+        by_mode = felt.setdefault((victim["label"], kind), {})
+        is_void = group.broken or victim["invalid"]
+        by_mode.setdefault(group.first.variant, (group.first, {}))[1][duty] = (
+            None if is_void else estimate(client.slowdown for _, client in members)
         )
     return [
         {

@@ -38,17 +38,23 @@ Members = Sequence[tuple[CoRun, ClientRecord]]
 
 
 def group_row(group: Group, own_error_percent: float | None) -> dict[str, Any]:
-    """The group's figures; those against a baseline that was disturbed are marked."""
+    """The group's figures.
+
+    A count that failed once has none against the jobs alone, nor has one of a disturbed baseline;
+    what its clients felt stays in their rows.
+    """
     good, broken, mode = group.good, group.broken, group.first.mode
+    rows = client_rows(group, own_error_percent)
+    invalid = next((found["invalid"] for found in rows if found["invalid"]), None)
+    compared = [] if broken or invalid else good
 
     def over_rounds(name: str) -> Estimate | None:
-        return estimate(getattr(one.summary, name) for one in good)
+        return estimate(getattr(one.summary, name) for one in compared)
 
     def mean_of(name: str, co_runs: Sequence[CoRun]) -> float | None:
         return scores.mean(getattr(one.summary, name) for one in co_runs)
 
     stp, antt = over_rounds("stp"), over_rounds("antt")
-    rows = client_rows(group, own_error_percent)
     uuids = {run.manifest.environment.gpu_uuid for run in group.runs}
     is_mechanism = group.clients == 1 and mode in (MODE_MPS, MODE_MIG)
     row = {
@@ -62,18 +68,18 @@ def group_row(group: Group, own_error_percent: float | None) -> dict[str, Any]:
         "is_unverified": any(one.is_unverified for one in group.co_runs),
         "drift_guarded": group.is_guarded,
         "rounds": len(good),
-        "invalid": next((found["invalid"] for found in rows if found["invalid"]), None),
+        "invalid": invalid,
         "stp": plain(stp),
         "stp_alone": plain(_stp_alone(group.co_runs[0])),
         "antt": plain(antt),
         "overhead_percent": plain(stp and stp.map(lambda one: scores.overhead_percent(one) or 0.0)),
-        "interference_overhead_percent": plain(_interference(good, group.first, antt)),
+        "interference_overhead_percent": plain(_interference(compared, group.first, antt)),
         "mechanism_overhead_percent": plain(excess_percent(antt) if is_mechanism else None),
         "stp_per_multiprocessor": _stp_per_multiprocessor(group, stp),
-        "fairness": plain(range_estimate(one.summary.fairness for one in good)),
+        "fairness": plain(range_estimate(one.summary.fairness for one in compared)),
         "energy_ratio": plain(over_rounds("energy_ratio")),
         "joules_per_job": plain(estimate(one.joules_per_job() for one in good)),
-        "joules_per_work": plain(estimate(one.joules_per_work() for one in good)),
+        "joules_per_work": plain(estimate(one.joules_per_work() for one in compared)),
         "success_rate_percent": mean_of("success_rate_percent", group.co_runs),
         "average_duration_seconds": mean_of("average_duration_seconds", good),
         "total_gpu_time_seconds": mean_of("total_gpu_time_seconds", good),
@@ -98,9 +104,9 @@ def _stp_alone(co_run: CoRun) -> Estimate | None:
 
 
 def _interference(
-    good: Sequence[CoRun], run: MeasuredRun, antt: Estimate | None
+    compared: Sequence[CoRun], run: MeasuredRun, antt: Estimate | None
 ) -> Estimate | None:
-    percents = (one.summary.interference_overhead_percent for one in good)
+    percents = (one.summary.interference_overhead_percent for one in compared)
     found = estimate(1 + percent / 100 for percent in percents if percent is not None)
     return excess_percent(antt if found is None and not run.has_own_shares else found)
 
