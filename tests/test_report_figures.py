@@ -69,6 +69,36 @@ def test_a_service_is_judged_by_its_answers_in_which_missed_requests_count():
     assert (one["best"], one["verdict"]) == ("mps", "cannot tell")
 
 
+def test_a_round_without_an_answer_is_no_round_less_in_a_services_interval():
+    sharing = as_service(mps(SHARING), mean_ms=40.0, late=0)
+
+    def lose_all(record: dict) -> None:
+        record["latency_ms"] = None
+        record["units"] = {"missed_request": {"count": 200, "seconds": 0.0, "latency": False}}
+
+    change(sharing, lose_all, workload="batch_inference", phase="co_run", repeat=1)
+    row = section(sharing)["groups"][0]["client_rows"][1]
+    assert (row["responses"], row["missed"], row["latency"]["p50"]) == (600, 200, 40.0)
+    assert row["median_ms"] is None
+
+
+@pytest.mark.parametrize("rounds", [(0, 1, 2, 3), (2,)])
+def test_a_client_that_finished_nothing_is_named_and_not_a_missing_baseline(rounds):
+    starved = mps(SHARING)
+    for repeat in rounds:
+        change(starved, lambda record: record.update(units={}), client=3, repeat=repeat,
+               phase="co_run")  # fmt: skip
+    found = section(time_slicing(SLICING), starved)
+    nothing = "BERT fine-tuning finished no unit of work in the window"
+    for subject in ("whole card", "BERT fine-tuning"):
+        one = conclusion(found, subject)
+        assert (one["best"], one["modes"][1]["estimate"]) == ("time-slicing", None)
+        assert one["modes"][1]["reason"] == nothing
+    assert conclusion(found, "ResNet50 training")["best"] == "mps"
+    assert found["groups"][1]["stp"] is None
+    assert f"mps, 4 clients: {nothing}, so STP and overhead are unknown" in found["doubts"]
+
+
 # --- ramps --------------------------------------------------------------------------------------
 
 

@@ -21,6 +21,7 @@ from benchmarking.report.groups import (
     percentile_estimate,
     plain,
 )
+from benchmarking.report.wording import listed
 
 ALONE = "alone"
 
@@ -56,7 +57,10 @@ class _Subject:
             if broken:
                 reason = f"{broken.outcome}: {broken.reason or 'no reason recorded'}"
             else:
-                reason = invalid(group) or ("" if known else "no baseline of every job")
+                unknown = "" if known else "no baseline of every job"
+                if group.idle and len(known) < len(group.good):
+                    unknown = f"{listed(group.idle)} finished no unit of work in the window"
+                reason = invalid(group) or unknown
             if reason:
                 self.reasons[variant] = reason
             else:

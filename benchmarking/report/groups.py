@@ -177,6 +177,12 @@ class Group:
         return next((one.record for one in self.co_runs if not one.is_ok), None)
 
     @property
+    def idle(self) -> list[str]:
+        """The labels of clients that went well and did nothing in some round's window."""
+        clients = (client for one in self.good for client in one.clients)
+        return list(dict.fromkeys(client.label for client in clients if not client.units))
+
+    @property
     def members(self) -> Sequence[ClientRecord]:
         """The clients of its first co-run, which stand for what runs together."""
         return self.co_runs[0].clients
@@ -241,9 +247,9 @@ def percentile_estimate(records: Sequence[ClientRecord], percent: float | None) 
     failed = sum(map(failed_requests, records))
     together = scores.latency_percentile(latencies, percent, failed)
     of_rounds = estimate(
-        scores.percentile([*client.latency_ms, *[math.inf] * failed_requests(client)], percent)
+        scores.percentile(requests, percent)
         for client in records
-        if client.latency_ms
+        if (requests := [*(client.latency_ms or ()), *[math.inf] * failed_requests(client)])
     )
     if not together or of_rounds is None or math.inf in (together, of_rounds.mean):
         return None

@@ -213,7 +213,10 @@ def _group_doubts(group: Group) -> list[str]:
     # Of services alone nobody asks for throughput.
     is_whole = row["outcome"] == "ok" and not row["invalid"]
     if row["stp"] is None and is_whole and row["throughput_clients"] != 0:
-        found.append("no baseline for every job, so STP and overhead are unknown")
+        idle = (
+            f"{listed(group.idle)} finished no unit of work in the window" if group.idle else None
+        )
+        found.append(f"{idle or 'no baseline for every job'}, so STP and overhead are unknown")
     here = [run.manifest.environment for run in group.runs]
     if len(here) > 1:
         cards = row["gpu_uuids"]

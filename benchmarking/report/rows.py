@@ -40,13 +40,13 @@ Members = Sequence[tuple[CoRun, ClientRecord]]
 def group_row(group: Group, own_error_percent: float | None) -> dict[str, Any]:
     """The group's figures.
 
-    A count that failed once has none against the jobs alone, nor has one of a disturbed baseline;
-    what its clients felt stays in their rows.
+    A count that failed once has none against the jobs alone, nor has one of a disturbed baseline
+    or of a client that did nothing; what its clients felt stays in their rows.
     """
     good, broken, mode = group.good, group.broken, group.first.mode
     rows = client_rows(group, own_error_percent)
     invalid = next((found["invalid"] for found in rows if found["invalid"]), None)
-    compared = [] if broken or invalid else good
+    compared = [] if broken or invalid or group.idle else good
 
     def over_rounds(name: str) -> Estimate | None:
         return estimate(getattr(one.summary, name) for one in compared)
