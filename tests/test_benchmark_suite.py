@@ -182,6 +182,19 @@ def test_a_budget_leaves_out_all_repeats_but_the_first_and_a_window_is_as_long_a
     (record,) = run.clients_of("inference-1-r0")
     assert 1.2 <= window_seconds(record) < 6
     assert record["units"]["step"]["count"] >= 10  # of 40 a job: units count without whole jobs
+    assert {tuple(one["warnings"]) for one in run.co_run_records} == {()}
+
+
+def test_a_client_with_fewer_units_than_the_window_waits_for_is_marked(bench: Bench) -> None:
+    bench.script({"match": "*:inference-2-r0/1", "unit_seconds": 0.3})
+    run = bench.must("--mix", "inference", "--workloads", "2", "--window", "0.4")
+    (together,) = [one for one in run.co_run_records if one["phase"] == "co_run"]
+    (warning,) = together["warnings"]
+    assert re.fullmatch(
+        r"client 1 \(Batch inference\) finished [345] units of work in the window, fewer than 10: "
+        r"its figures are rough, a longer --window makes them better",
+        warning,
+    )
 
 
 # --- failures ---------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from benchmarking.measuring import proofs, stop_reasons
 from benchmarking.measuring.baselines import identity_differences
 from benchmarking.measuring.client import Client, client_base_environment
 from benchmarking.measuring.co_run_records import Reference, client_record, co_run_record
+from benchmarking.measuring.event_log import unit_spans
 from benchmarking.measuring.launcher import CoRunResult, FinishRule, Launcher, Timeouts
 from benchmarking.measuring.progress import Progress
 from benchmarking.measuring.sampler import Sampler
@@ -133,7 +134,10 @@ class Measurement:
         samples = self._samples_of(seen)
         record, clients = self._judge(seen, mode, samples)
         foreign = proofs.foreign_pids_in_window(seen, samples)
-        record.warnings += [*clock_warnings(clock), *proofs.contention_warnings(foreign)]
+        record.warnings += [
+            *few_units_warnings(seen, rule), *clock_warnings(clock),
+            *proofs.contention_warnings(foreign),
+        ]  # fmt: skip
         record.is_contended = bool(foreign)
         clients, record = [self._shown(client) for client in clients], self._shown(record)
         for client in clients:
@@ -275,6 +279,23 @@ def _raise_unless_well(record: CoRunRecord, clients: list[ClientRecord]) -> None
 def wall_clock_offset() -> float:
     """Return how far the wall clock is from the monotonic one: it changes when it is set."""
     return time.time() - time.monotonic()
+
+
+def few_units_warnings(seen: CoRunResult, rule: FinishRule) -> list[str]:
+    """Name the clients whose window ended at its longest, before they had the units asked for."""
+    opening, end = seen.window_start_seconds, seen.window_end_seconds
+    if rule.window_seconds is None or seen.outcome != "ok" or opening is None or end is None:
+        return []
+    units = {
+        client.name: sum(opening < at + s <= end for _, at, s in unit_spans(client.events))
+        for client in seen.clients
+    }
+    return [
+        f"{name} finished {count} units of work in the window, fewer than {rule.min_units}: its "
+        "figures are rough, a longer --window makes them better"
+        for name, count in units.items()
+        if count < rule.min_units
+    ]
 
 
 def clock_warnings(offset: float) -> list[str]:
