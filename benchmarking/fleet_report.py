@@ -8,6 +8,7 @@ only those whose health is that of their model.
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
 from collections import Counter
@@ -31,6 +32,7 @@ from benchmarking.drivers.program import write_report
 from benchmarking.metrics import scores
 from benchmarking.records.run_folder import utc_now
 from benchmarking.report import claims, render
+from benchmarking.report.export import finite
 from benchmarking.report.foreign import cleaned, read_struct
 
 SCHEMA_VERSION = 1
@@ -85,7 +87,7 @@ def write(folder: Path, without_record: Sequence[Row]) -> int:
         "models": merge(cards),
     }
     text = markdown(found)
-    write_report(folder, NAME, found, text)
+    write_report(folder, NAME, finite(found), text)
     print(f"\n{text}\nreport: {folder / NAME}.md", flush=True)
     is_complete = all(card["outcome"] == MEASURED for card in cards)
     return EXIT_COMPLETE if is_complete and not missed else EXIT_FAILED
@@ -106,6 +108,15 @@ class Client(msgspec.Struct):
     label: str
     slowdown: Value | None = None
     p99_ms: Value | None = None
+    responses: int = 0
+    missed: int = 0
+
+    @property
+    def tail_ms(self) -> float | None:
+        """Its p99; infinite where enough requests were asked for one, and too many missed."""
+        known = _mean(self.p99_ms)
+        is_late = self.missed and self.responses + self.missed >= scores.FEWEST_FOR_A_TAIL
+        return math.inf if known is None and is_late else known
 
 
 class Group(msgspec.Struct, kw_only=True):
@@ -133,7 +144,7 @@ class Group(msgspec.Struct, kw_only=True):
         slowdowns = {row.label: _mean(row.slowdown) for row in self.client_rows}
         known = {label: value for label, value in slowdowns.items() if value is not None}
         worst = max(known, key=lambda label: known[label], default=None)
-        tails = [_mean(row.p99_ms) for row in self.client_rows]
+        tails = [row.tail_ms for row in self.client_rows]
         return {
             "outcome": self.outcome,
             "work_delivered": _mean(self.stp),

@@ -54,6 +54,24 @@ def test_a_mode_whose_figures_are_void_has_none_in_the_table(
     assert modes["mps:even"]["worst_slowdown"] > 1
 
 
+def test_a_p99_of_missed_requests_is_infinite_and_not_another_jobs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    comparison = json.loads(RECORDED.read_text())
+    for group in comparison["sections"][0]["groups"]:
+        if (group["variant"], group["clients"]) == ("mps", 4):
+            group["client_rows"][0] |= {"p99_ms": None, "responses": 900, "missed": 100}
+    (tmp_path / "host" / "GPU-0").mkdir(parents=True)
+    (tmp_path / "host" / "GPU-0" / "comparison.json").write_text(json.dumps(comparison))
+    (tmp_path / "host" / "GPU-0.json").write_text(json.dumps(unit_record("GPU-0")))
+    assert fleet_report.write(tmp_path, []) == 0
+    rows = capsys.readouterr().out.splitlines()
+    assert ["∞" in row for row in rows if "| mps |" in row] == [True, True]
+    assert not any("∞" in row for row in rows if "| time-slicing |" in row)
+    (card,) = json.loads((tmp_path / "fleet.json").read_text())["cards"]
+    assert card["modes"]["mps"]["p99_ms"] is None
+
+
 def test_cards_are_averaged_only_where_runs_would_be_merged(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
