@@ -420,6 +420,10 @@ def test_units_across_the_windows_edges_count_by_their_share() -> None:
     events = [units("command", False, [0.0, 4.0], [4.0, 4.0]), unfinished]
     found, _ = event_log.units_in_window(events, 2.0, 9.0)
     assert found == {"command": Units(count=0.5 + 1 + 0.25, seconds=7.0, latency=False)}
+    # of nothing known when those before took no time
+    at_once = units("command", False, [0.0, 4.0], [0.0, 0.0])
+    found, _ = event_log.units_in_window([at_once, unfinished], 2.0, 9.0)
+    assert found == {"command": Units(count=1.0, seconds=0.0, latency=False)}
 
 
 def test_a_line_that_is_still_being_written_waits_but_not_for_ever_and_a_tail_is_bounded(

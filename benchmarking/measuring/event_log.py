@@ -178,8 +178,8 @@ def units_in_window(
         if event["event"] == "unfinished":
             inside = end_seconds - max(event["start_seconds"], start_seconds)
             whole = [s for other, _, s in unit_spans(events) if other["kind"] == event["kind"]]
-            if whole and inside > 0:
-                mean_seconds = math.fsum(whole) / len(whole)
+            mean_seconds = math.fsum(whole) / len(whole) if whole else 0.0
+            if mean_seconds and inside > 0:
                 # However long it took, no more than all of it was done.
                 count = min(1.0, inside / mean_seconds)
                 _add(units, event["kind"], count, inside, latency=bool(event["latency"]))
