@@ -213,7 +213,8 @@ def _conclusion(
         if is_cpu_demo:
             reason = "without a GPU nothing is said of sharing modes"
         elif known:
-            reason = "no other mode was measured"
+            is_only = len(subject.groups) == 1
+            reason = "no other mode was measured" if is_only else "no other mode has figures"
     needed = [
         pair["smallest_shown_percent"]
         for pair in pairs

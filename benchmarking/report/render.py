@@ -226,6 +226,10 @@ def mix_of(section: Record, mix: str, clients: int) -> dict[str, Any]:
         is_another = one is not whole and one["best"] != (whole["best"] if whole else None)
         if one["verdict"] == "sure" and is_another:
             other.setdefault(names[one["best"]], []).append(one["subject"])
+    unknown = {names[mode["variant"]]: mode["reason"] for mode in of_whole
+               if not mode["estimate"] and mode["reason"]}  # fmt: skip
+    broken = [names[one["variant"]] for one in its_own("groups")
+              if one["outcome"] != "ok" and one["variant"] in names]  # fmt: skip
     against_alone = [
         pair
         for pair in (whole["pairs"] if whole else ())
@@ -253,8 +257,8 @@ def mix_of(section: Record, mix: str, clients: int) -> dict[str, Any]:
             pair["verdict"] == "sure" and pair["better"] == "alone" for pair in against_alone
         ),
         "has_one_mode": len(measured) == 1,
-        "failed": {names[mode["variant"]]: mode["reason"] for mode in of_whole
-                   if not mode["estimate"] and mode["reason"]},
+        "failed": {name: why for name, why in unknown.items() if name in broken},
+        "void": {name: why for name, why in unknown.items() if name not in broken},
         "worst": next(iter(its_own("worst_slowdowns")), None),
         "expectations": its_own("expectations"),
         "priced": [one for one in its_own("groups") if one["cost_per_1000_work"] is not None
@@ -302,7 +306,8 @@ def facts(section: Record, mix: Record | None, say: Any) -> dict[str, list[str]]
     if mix and mix["worst"]:
         found["Worst slowdown"] = [say.worst(mix["worst"])]
     if mix:
-        found["Did not work"] = [f"{name}: {why}." for name, why in mix["failed"].items()]
+        for title, reasons in (("Did not work", mix["failed"]), ("Without figures", mix["void"])):
+            found[title] = [f"{name}: {why}." for name, why in reasons.items()]
     if mix is None or mix["is_first"]:
         found["How many fit"] = [say.ramp_line(ramp) for ramp in section["ramps"]]
         if not section["cpu_demo"]:
