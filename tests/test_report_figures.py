@@ -121,6 +121,12 @@ def test_a_bound_is_held_against_a_counts_estimate_and_not_its_worst_client():
     slow(lucky, 1.1, co_run="training-2-r1")
     (one,) = section(lucky)["ramps"]
     assert (one["fits"], one["breaking_point"]["criterion"]) == (1, "slowdown")
+    # One that did nothing at all is no better than one that was slow.
+    starved = ramp({1: [1.0], 2: [1.5]}, bounds={"max_slowdown": 2.05})
+    change(starved, lambda record: record.update(units={}), co_run="training-2-r0", client=1)
+    (one,) = section(starved)["ramps"]
+    assert (one["fits"], one["breaking_point"]["criterion"]) == (1, "slowdown")
+    assert one["breaking_point"]["detail"].endswith("finished no unit of work in the window")
 
 
 def test_a_count_that_failed_once_in_any_call_is_where_the_ramp_breaks():

@@ -116,6 +116,9 @@ def _passed_bound(
         by_job.setdefault(record.job_key, []).append(record)
     felt = [mean(record.slowdown for record in copies) for copies in by_job.values()]
     worst = max((slowdown for slowdown in felt if slowdown is not None), default=0.0)
+    idle = [record.label for record in records if record.status == "ok" and not record.units]
+    if max_slowdown is not None and idle:
+        return "slowdown", f"{idle[0]} finished no unit of work in the window"
     if max_slowdown is not None and worst > max_slowdown:
         return "slowdown", f"slowdown {worst:.2f} passes the bound of {max_slowdown:g}"
     if max_p99_ms is None:
