@@ -24,6 +24,9 @@ from made_up_reports import (
     time_slicing,
 )
 
+from benchmarking.records import run_folder
+from benchmarking.suite import console
+
 # --- services and tails -------------------------------------------------------------------------
 
 
@@ -67,6 +70,17 @@ def test_a_service_is_judged_by_its_answers_in_which_missed_requests_count():
                     as_service(mps(SHARING), mean_ms=40.0, late=0))  # fmt: skip
     one = conclusion(worse, "Inference service")
     assert (one["best"], one["verdict"]) == ("mps", "cannot tell")
+
+
+def test_the_p99_that_a_run_prints_at_its_end_counts_missed_requests(tmp_path, capsys):
+    for name, late, said in (("some", 400, "inf"), ("none", 0, "75.0")):
+        made = as_service(mps([2.0], name), mean_ms=15.0, late=late)
+        for record in made["records"]:
+            record["latency_ms"] = record.get("latency_ms") and record["latency_ms"] * 3
+        console.print_summary(run_folder.read_run(synthetic_runs.write(tmp_path, made)))
+        (row,) = [line for line in capsys.readouterr().out.splitlines()
+                  if "Inference service" in line and "verified" in line]  # fmt: skip
+        assert row.split()[-3] == said
 
 
 def test_a_round_without_an_answer_is_no_round_less_in_a_services_interval():

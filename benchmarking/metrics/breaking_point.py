@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarking.metrics.number_text import duration
-from benchmarking.metrics.scores import FAILED_REQUEST, mean, percentile, slo_attainment_percent
+from benchmarking.metrics.scores import failed_requests, mean, percentile, slo_attainment_percent
 from benchmarking.records.types import ClientRecord, CoRunRecord
 
 SATURATION_FRACTION = 0.95
@@ -125,8 +125,8 @@ def _passed_bound(
         return None
     for copies in by_job.values():
         latencies = [ms for record in copies for ms in record.latency_ms or ()]
-        failed = sum(r.units[FAILED_REQUEST].count for r in copies if FAILED_REQUEST in r.units)
-        share = slo_attainment_percent(latencies, max_p99_ms, round(failed))
+        failed = sum(map(failed_requests, copies))
+        share = slo_attainment_percent(latencies, max_p99_ms, failed)
         # What failed has no latency, so no percentile would show it.
         if failed and share is not None and share < 99:
             return "p99", (

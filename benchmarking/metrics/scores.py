@@ -116,6 +116,12 @@ def latency_percentile(
     return percentile([*(latencies or ()), *[math.inf] * failed], percent)
 
 
+def failed_requests(client: ClientRecord) -> int:
+    """Requests in the window that failed or timed out."""
+    unit = client.units.get(FAILED_REQUEST)
+    return round(unit.count) if unit else 0
+
+
 def fewest_responses(percent: float) -> int:
     """From how many responses on a percentile stands, five of them beyond it: p95 from 100.
 

@@ -15,7 +15,6 @@ from benchmarking.report import claims
 from benchmarking.report.groups import (
     CoRun,
     Group,
-    failed_requests,
     mean_slowdown,
     most_compared,
     percentile_estimate,
@@ -152,7 +151,7 @@ def _tail(groups: Sequence[Group], label: str) -> _Subject | None:
         if not group.broken
     }
     requests = [
-        sum(len(one.latency_ms or ()) + failed_requests(one) for one in records)
+        sum(len(one.latency_ms or ()) + scores.failed_requests(one) for one in records)
         for copies in by_variant.values()
         for records in copies
     ]
@@ -182,7 +181,7 @@ def _throughput_clients(co_run: CoRun) -> list[ClientRecord]:
 
 def _median_ms(members: Sequence[ClientRecord]) -> float | None:
     latencies = [ms for one in members for ms in one.latency_ms or ()]
-    return scores.latency_percentile(latencies, 50, sum(map(failed_requests, members)))
+    return scores.latency_percentile(latencies, 50, sum(map(scores.failed_requests, members)))
 
 
 def _alone_rounds(groups: Sequence[Group], members: Members) -> list[float]:

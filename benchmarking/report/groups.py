@@ -230,12 +230,6 @@ def mean_slowdown(members: Iterable[ClientRecord]) -> float | None:
     return statistics.fmean(felt) if felt else None
 
 
-def failed_requests(client: ClientRecord) -> int:
-    """Requests in the window that failed or timed out."""
-    unit = client.units.get(scores.FAILED_REQUEST)
-    return round(unit.count) if unit else 0
-
-
 def percentile_estimate(records: Sequence[ClientRecord], percent: float | None) -> Estimate | None:
     """A percentile of all rounds' raw latencies together, with the spread that the rounds give it.
 
@@ -244,12 +238,12 @@ def percentile_estimate(records: Sequence[ClientRecord], percent: float | None) 
     if not percent:
         return None
     latencies = [ms for client in records for ms in client.latency_ms or ()]
-    failed = sum(map(failed_requests, records))
+    failed = sum(map(scores.failed_requests, records))
     together = scores.latency_percentile(latencies, percent, failed)
     of_rounds = estimate(
         scores.percentile(requests, percent)
         for client in records
-        if (requests := [*(client.latency_ms or ()), *[math.inf] * failed_requests(client)])
+        if (requests := [*(client.latency_ms or ()), *[math.inf] * scores.failed_requests(client)])
     )
     if not together or of_rounds is None or math.inf in (together, of_rounds.mean):
         return None

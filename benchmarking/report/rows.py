@@ -16,7 +16,6 @@ from benchmarking.report.groups import (
     Alone,
     CoRun,
     Group,
-    failed_requests,
     percentile_estimate,
     plain,
 )
@@ -187,7 +186,7 @@ def client_row(members: Members, situation: str, slo_ms: float | None) -> dict[s
     together = pooled(good_records) if good_records else None
     latencies = (together.latency_ms if together else None) or []
     apart = (together.apart_latency_ms if together else None) or {}
-    failed = sum(map(failed_requests, good_records))
+    failed = sum(map(scores.failed_requests, good_records))
     baseline = members[0][0].alone.get(first.job_key)
     reference = baseline.pooled if baseline else None
     bound_ms = slo_ms or first_figure(good_records, "slo_ms")
@@ -203,7 +202,7 @@ def client_row(members: Members, situation: str, slo_ms: float | None) -> dict[s
             reference.latency_ms if reference else None,
             percent,
             failed=failed,
-            failed_alone=failed_requests(reference) if reference else 0,
+            failed_alone=scores.failed_requests(reference) if reference else 0,
         )
         for percent in TAIL_PERCENTILES
     }

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from benchmarking.cli import drop_output
-from benchmarking.metrics.scores import FEWEST_FOR_A_TAIL, percentile
+from benchmarking.metrics.scores import failed_requests, latency_percentile
 from benchmarking.records.run_folder import PHASE_CO_RUN, Run
 from benchmarking.records.types import ClientRecord, CoRunRecord, GpuFigures
 from benchmarking.suite import preflight
@@ -99,8 +99,7 @@ def _line_alone(record: CoRunRecord, members: Sequence[ClientRecord]) -> str:
 
 def _client_row(record: ClientRecord) -> tuple[str, ...]:
     durations = [job.duration_seconds for job in record.jobs if job.in_window]
-    latencies = record.latency_ms or []
-    p99_ms = percentile(latencies, 99) if len(latencies) >= FEWEST_FOR_A_TAIL else None
+    p99_ms = latency_percentile(record.latency_ms, 99, failed_requests(record))
     return (
         str(record.client),
         record.label,
