@@ -235,6 +235,12 @@ def mix_of(section: Record, mix: str, clients: int) -> dict[str, Any]:
         for pair in (whole["pairs"] if whole else ())
         if best and {pair["one"], pair["other"]} == {best["variant"], "alone"}
     ]
+    # Jobs that pause deliver less than 1 one after another, too.
+    is_less = not any(
+        best["estimate"]["mean"] >= one["stp_alone"]["mean"]
+        for one in its_own("groups")
+        if best and one["variant"] == best["variant"] and one["stp_alone"]
+    )
     proofs = [
         proof
         for co_run in tables.each(section["runs"], "co_runs")
@@ -253,7 +259,7 @@ def mix_of(section: Record, mix: str, clients: int) -> dict[str, Any]:
                  if mode["is_tied"] and not mode["is_best"]],
         "near_best": [names[variant] for variant in (whole["near_best"] if whole else ())],
         "other_best": other,
-        "is_alone_faster": any(
+        "is_alone_faster": is_less and any(
             pair["verdict"] == "sure" and pair["better"] == "alone" for pair in against_alone
         ),
         "has_one_mode": len(measured) == 1,
