@@ -197,6 +197,16 @@ def test_a_co_run_that_was_cut_off_is_excluded_and_the_one_done_again_counts(
     assert "cut excluded: it has not ended (1 clients' records)" in warning
 
 
+def test_a_co_run_that_had_ended_keeps_its_clients_when_it_is_begun_again_and_cut_off(
+    tmp_path: Path,
+) -> None:
+    first, again = (client("baseline-a", 0, phase="baseline", exit_code=code) for code in (0, 9))
+    run = new_run(tmp_path, first, co_run("baseline-a"), again)
+    assert [one.exit_code for one in run_folder.read_run(run.folder).client_records] == [0]
+    run = new_run(tmp_path, first, co_run("baseline-a"), again, co_run("baseline-a"))
+    assert [one.exit_code for one in run_folder.read_run(run.folder).client_records] == [9]
+
+
 @pytest.mark.parametrize("outcome", ["failed", "interrupted", "invalid", None])
 def test_baselines_whose_client_and_co_run_ended_well_are_pooled_with_their_energy(
     tmp_path: Path, outcome: str | None

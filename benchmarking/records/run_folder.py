@@ -284,13 +284,17 @@ def read_run(folder: Path) -> Run:
     records: list[Record]
     records, warnings = files.read_lines(path, Record)
     clients: dict[str, dict[int, ClientRecord]] = {}
+    open_ones: dict[str, dict[int, ClientRecord]] = {}
     ended: dict[str, CoRunRecord] = {}
     for record in records:
         if isinstance(record, CoRunRecord):
             ended[record.co_run] = record
+            clients[record.co_run] = open_ones.pop(record.co_run, {})
         else:
             # A co-run that was cut off and done again has records of both; the later count.
-            clients.setdefault(record.co_run, {})[record.client] = record
+            open_ones.setdefault(record.co_run, {})[record.client] = record
+    # One that had ended, was begun again and was cut off stands as it had ended.
+    clients = open_ones | clients
     whole = {
         name: record
         for name, record in ended.items()
