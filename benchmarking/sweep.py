@@ -50,6 +50,7 @@ from benchmarking.measuring.stop_signal import StopSignal
 from benchmarking.modes.mode_scripts import ModeScriptError, in_force, is_set_up, lock_reason
 from benchmarking.modes.names import MODE_EXCLUSIVE, MODE_MIG, MODE_TIME_SLICING
 from benchmarking.planning import flags
+from benchmarking.planning.redaction import NotRevealedError, hidden_in_command_line, reveal
 from benchmarking.planning.request import Request
 from benchmarking.planning.workloads import PAIRED_MIXES
 from benchmarking.records.files import NOT_DECODED, decode, read_file
@@ -137,8 +138,9 @@ def parse_arguments() -> argparse.Namespace:
     ):
         parser.error(f"--output {options.output} is not empty: name a new folder")
     points = [Point(value, NOT_RUN) for value in options.values]
+    command = hidden_in_command_line(sys.argv)
     options.sweep = Sweep(
-        options.knob.name, sys.argv, utc_now(), None, points, directory=os.getcwd()
+        options.knob.name, command, utc_now(), None, points, directory=os.getcwd()
     )
     return options
 
@@ -159,7 +161,10 @@ def resumed(parser: argparse.ArgumentParser, given: argparse.Namespace) -> argpa
                      "copy the folder, look at it, chmod go-w it, or start anew")  # fmt: skip
     points = [Point(one.value, one.outcome, one.run_id, one.reason) for one in kept.points]
     sweep = dataclasses.replace(kept, baseline=None, points=points, outcome="running")
-    options = parser.parse_args(sweep.command[1:])
+    try:
+        options = parser.parse_args(reveal(sweep.command[1:], os.environ))
+    except NotRevealedError as error:
+        parser.error(f"{refused}: {error}")
     check(parser, options)
     if (options.knob.name, options.values) != (sweep.knob, [p.value for p in sweep.points]):
         parser.error(f"{refused}: {SWEEP_FILE} is not as it was written: start a new sweep")

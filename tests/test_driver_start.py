@@ -107,6 +107,20 @@ def test_arguments_that_others_may_write_are_not_gone_on_with(runner: DriverRunn
     assert "holds no arguments.nul" in other.stderr
 
 
+def test_a_secret_of_a_job_is_not_kept_with_the_arguments_and_is_needed_again_to_go_on(
+    runner: DriverRunner,
+) -> None:
+    secret = "hunter2-hunter2"
+    job = f"sleep 1 --token {secret}"
+    assert runner.drive(SCRIPT, "--modes", "time-slicing", "--job", job).returncode == 0
+    assert secret.encode() not in (runner.output / "arguments.nul").read_bytes()
+    refused = runner.drive(SCRIPT, "--resume", str(runner.output))
+    assert refused.returncode == 2
+    assert "set the variable TOKEN to what it was" in refused.stderr
+    again = runner.drive(SCRIPT, "--resume", str(runner.output), TOKEN=secret)
+    assert again.returncode == 0, again.stderr
+
+
 def test_a_run_that_goes_on_elsewhere_names_a_command_that_works_there(
     runner: DriverRunner,
 ) -> None:

@@ -212,6 +212,26 @@ def test_ctrl_c_leaves_finished_values_and_no_process_and_the_command_to_go_on(
     assert "that sweep is complete: look at its report.html" in again.stderr
 
 
+def test_a_secret_of_a_job_is_in_no_file_of_a_sweep_and_is_needed_again_to_go_on(
+    sweeper: Sweeper,
+) -> None:
+    secret = "hunter2-hunter2"
+    job = f"--job-arguments=--api-key {secret}"
+    done = sweeper.run("workloads", "1", "--mix", "training", "--device", "cpu", job)
+    assert done.returncode == 0, done.stderr
+    files = [path for path in sweeper.output.rglob("*") if path.is_file()]
+    assert [path for path in files if secret.encode() in path.read_bytes()] == []
+    assert "hidden:API_KEY:" in (sweeper.output / "report.md").read_text()
+    kept = sweeper.output / "sweep.json"
+    kept.write_text(kept.read_text().replace('"outcome": "complete"', '"outcome": "interrupted"'))
+    refused = sweeper.resume()
+    assert refused.returncode == 2
+    assert "set the variable API_KEY to what it was" in refused.stderr
+    sweeper.environment["API_KEY"] = secret
+    assert sweeper.resume().returncode == 0
+    assert secret not in kept.read_text()
+
+
 def test_of_two_sweeps_that_begin_in_one_folder_one_is_refused(sweeper: Sweeper) -> None:
     command = sweeper.command("workloads", "1", "--mix", "training", "--device", "cpu")
     both = [

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 from benchmarking.cli import PROJECT_ROOT, SuiteError
 from benchmarking.planning import limits
+from benchmarking.planning.redaction import NotRevealedError, hidden_in_command_line, reveal
 from benchmarking.records.writing import is_of_others
 
 # Script, working folder and arguments of a run, each ended by NUL, for --resume.
@@ -141,7 +142,10 @@ class DriverParser(argparse.ArgumentParser):
             os.chdir(origin)
         except OSError:
             raise SuiteError(f"the folder that it was started from is gone: {origin}") from None
-        return saved, folder
+        try:
+            return reveal(saved, os.environ), folder
+        except NotRevealedError as error:
+            raise SuiteError(f"--resume: {error}") from None
 
 
 def matching(pattern: str, what: str) -> Check:
@@ -236,7 +240,7 @@ def jobs_of(options: argparse.Namespace, usual_mix: str) -> list[str]:
 
 def save_arguments(options: argparse.Namespace, folder: str) -> None:
     """Keep the arguments for --resume, for their owner alone; raises `OSError`."""
-    words = [options.script, os.getcwd(), *options.words]
+    words = [options.script, os.getcwd(), *hidden_in_command_line(options.words)]
     file = os.open(
         os.path.join(folder, SAVED_ARGUMENTS), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600
     )

@@ -167,7 +167,7 @@ def planned_client(
         client=client,
         workload=workload,
         label=kind.label,
-        job_key=_job_key(workload, *job, *arguments),
+        job_key=request.secrets.name(_job_key(workload, *job, *arguments)),
         command=(sys.executable, str(PROJECT_ROOT / kind.script), *job, *how, *arguments),
     )
 
