@@ -20,6 +20,7 @@ from benchmarking import blast_report
 from benchmarking.blast_radius import judge_neighbor
 from benchmarking.measuring.client import ClientResult
 from benchmarking.planning.plan import PlannedClient
+from workloads.custom import fault_client
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 FAULT_CLIENT = "workloads/custom/fault_client.py"
@@ -252,6 +253,21 @@ def test_the_faulty_job_fails_as_it_is_told(
     assert done.returncode == code, done.stderr
     assert words in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_the_file_of_root_forbids_an_illegal_access_as_the_variable_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lock = tmp_path / "settings-locked"
+    lock.touch()
+    monkeypatch.setattr(fault_client, "LOCK_OF_ROOT", lock)
+    monkeypatch.delenv("GPU_SETTINGS_LOCKED", raising=False)
+    words = ["--fault", "illegal-access", "--allow-illegal-access"]
+    monkeypatch.setattr(sys, "argv", ["fault_client.py", *words])
+    with pytest.raises(SystemExit) as end:
+        fault_client.parse_arguments()
+    assert end.value.code == 2
+    assert f"{lock}: this card is lent or shared" in capsys.readouterr().err
 
 
 def test_the_illegal_store_lies_behind_whatever_a_card_can_hold(

@@ -9,8 +9,8 @@ It multiplies matrices for ``--after`` seconds and then
     oom             allocates until its own cap (``--cap-mib``) is reached; the card is not filled
     assert          lets an assertion fail in a kernel (CUDA error 710)
     illegal-access  writes outside of every allocation (CUDA error 700); only with
-                    --allow-illegal-access, and never where GPU_SETTINGS_LOCKED=1 says that the card
-                    is lent or shared
+                    --allow-illegal-access, and never where GPU_SETTINGS_LOCKED=1 or root's file
+                    /etc/gpu-sharing-bench/settings-locked says that the card is lent or shared
 
 `benchmarking/blast_radius.py` puts it beside healthy jobs. On the CPU ``exit`` is real, ``oom`` is
 only reported, and the others are refused.
@@ -32,6 +32,7 @@ from workloads.common.errors import MIB, JobFailedError, OutOfGpuMemoryError, Us
 
 FAULTS = ("exit", "oom", "assert", "illegal-access")
 LOCK_VARIABLE = "GPU_SETTINGS_LOCKED"
+LOCK_OF_ROOT = Path("/etc/gpu-sharing-bench/settings-locked")
 MATRIX_SIZE = {"cuda": 2048, "cpu": 128}
 BLOCK_MIB = 64
 
@@ -47,10 +48,11 @@ def parse_arguments() -> argparse.Namespace:
     flag("--allow-illegal-access", False, "this card is yours alone")
     args = parser.parse_args()
     if args.fault == "illegal-access":
-        if os.environ.get(LOCK_VARIABLE) == "1":
+        locked = os.environ.get(LOCK_VARIABLE) == "1"
+        if locked or LOCK_OF_ROOT.exists():
             parser.error(
-                f"{LOCK_VARIABLE}=1: this card is lent or shared, and an illegal access can end "
-                "other people's work; unset it on a card of your own"
+                f"{f'{LOCK_VARIABLE}=1' if locked else LOCK_OF_ROOT}: this card is lent or shared, "
+                "and an illegal access can end other people's work; remove it on a card of your own"
             )
         if not args.allow_illegal_access:
             parser.error("an illegal access can end other people's work: --allow-illegal-access")
