@@ -46,10 +46,9 @@ def test_a_mode_whose_figures_are_void_has_none_in_the_table(
     for group in comparison["sections"][0]["groups"]:
         if group["variant"] == "mps":
             group.update(change)
-    (tmp_path / "GPU-0").mkdir()
-    (tmp_path / "GPU-0" / "comparison.json").write_text(json.dumps(comparison))
-    (tmp_path / "GPU-0.json").write_text(json.dumps(unit_record("GPU-0")))
-    modes = fleet_report.read_card(tmp_path / "GPU-0.json")["modes"]
+    record = add_card(tmp_path, "GPU-0")
+    (record.with_suffix("") / "comparison.json").write_text(json.dumps(comparison))
+    modes = fleet_report.read_card(record)["modes"]
     assert {name for name, value in modes["mps"].items() if value is not None} == {"outcome"}
     assert modes["mps:even"]["worst_slowdown"] > 1
 
@@ -61,9 +60,8 @@ def test_a_p99_of_missed_requests_is_infinite_and_not_another_jobs(
     for group in comparison["sections"][0]["groups"]:
         if (group["variant"], group["clients"]) == ("mps", 4):
             group["client_rows"][0] |= {"p99_ms": None, "responses": 900, "missed": 100}
-    (tmp_path / "host" / "GPU-0").mkdir(parents=True)
-    (tmp_path / "host" / "GPU-0" / "comparison.json").write_text(json.dumps(comparison))
-    (tmp_path / "host" / "GPU-0.json").write_text(json.dumps(unit_record("GPU-0")))
+    record = add_card(tmp_path, "GPU-0")
+    (record.with_suffix("") / "comparison.json").write_text(json.dumps(comparison))
     assert fleet_report.write(tmp_path, []) == 0
     rows = capsys.readouterr().out.splitlines()
     assert ["∞" in row for row in rows if "| mps |" in row] == [True, True]

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shlex
 import sys
 from pathlib import Path
 
 import pytest
 
+from benchmarking.cli import PROJECT_ROOT
 from benchmarking.planning.job_lines import plan_of_jobs
 from benchmarking.planning.plan import PlannedClient, clients_of
 from benchmarking.planning.plan_file import (
+    KEYS,
     PlanFile,
     PlanFileError,
     parse_plan,
@@ -185,6 +188,12 @@ def test_jobs_of_the_command_line_are_a_plan_that_is_named_after_them(tmp_path: 
     with pytest.raises(PlanFileError, match="--job: holds a name that is no UTF-8"):
         plan_of_jobs(["true caf\udce9"], tmp_path)
     assert plan_of_jobs(["true 😀"], tmp_path).entries[0].command == "true 😀"
+
+
+def test_the_example_shows_all_keys() -> None:
+    text = (PROJECT_ROOT / "examples/plans/own-commands.toml").read_text()
+    shown = set(re.findall(r"^(?:# )?(\w+) = ", text, re.MULTILINE))
+    assert shown == set(KEYS)
 
 
 def test_a_plan_may_begin_as_editors_of_windows_have_it(tmp_path: Path) -> None:
