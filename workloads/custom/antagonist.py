@@ -8,10 +8,11 @@
     sm      multiplies large matrices
     pcie    copies from page-locked host memory to the card
 
-Every launch takes about a millisecond alone and is waited for before the next one: launches that
-queue up behind each other would keep the card busy whatever the duty says. After each launch the
-process idles until its busy time is the asked share of all time, so next to others, where a launch
-takes longer, it idles longer too. What share was reached, and at which rate, is in the result.
+Every launch takes about half a millisecond alone and is waited for before the next one: launches
+that queue up behind each other would keep the card busy whatever the duty says. After each launch
+the process idles until its busy time is the asked share of all time, so next to others, where a
+launch takes longer, it idles longer too. What share was reached, and at which rate, is in the
+result.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ class Antagonist(client.Workload):
             raise UsageError("--kind pcie needs a GPU: there is no bus to a CPU")
 
     def warm_up(self) -> None:
-        """Find the size of a launch that takes about a millisecond."""
+        """Find the size of a launch that takes about half a millisecond."""
         kind = self.args.kind
         prepare = {"hbm": self._copy, "sm": self._multiply, "pcie": self._copy_from_host}[kind]
         size, largest = SIZES[self.device.torch_device.type][kind]
