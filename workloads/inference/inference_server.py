@@ -76,7 +76,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     flag("--request-seconds", 30.0, "deadline for a whole request to arrive, and for its answer")
     flag("--drain-seconds", 30.0, "longest that a shutdown waits for requests in flight",
          type=cli.non_negative_float)  # fmt: skip
-    api_key.add_flag(flag, "answer only who knows this key, but for /health")
+    api_key.add_flag(flag, "answer only who knows this key, but for / and /health")
     args = parser.parse_args(arguments)
     api_key.take(args, parser)
     if args.port > MAX_PORT:
