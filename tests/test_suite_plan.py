@@ -45,6 +45,20 @@ def gpu_command(*words: str) -> str:
 # --- one's own jobs -----------------------------------------------------------------------------
 
 
+def test_rounds_of_one_run_are_of_one_plan(bench: Bench) -> None:
+    token = f'environment = {{ HF_TOKEN = "{SECRET}" }}'
+    before = f'[[client]]\ncommand = "sleep 0.1"\n{token}\n'
+    plan = plan_of(bench, before)
+    flags = ("--plan", plan, "--run-id", "mine", "--repeats", "2", "--round")
+    bench.must(*flags, "1")
+    plan_of(bench, before.replace("0.1", "0.2"))
+    changed = bench.run(*flags, "2")
+    assert changed.returncode == 2
+    assert f"{plan} was changed since run mine was begun with it" in changed.stderr
+    plan_of(bench, f"# as it was\n{before}")
+    assert names(bench.must(*flags, "2")) == ["baseline-command", "own-1-r0", "own-1-r1"]
+
+
 def test_the_example_plan_runs_alone_and_together_and_is_kept_with_the_run(bench: Bench) -> None:
     plan_of(bench)
     run = bench.must("--plan", str(EXAMPLE))

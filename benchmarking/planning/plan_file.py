@@ -46,6 +46,7 @@ from benchmarking.planning.redaction import (
     reveal,
     secrets_of_line,
     secrets_of_words,
+    unsalted,
 )
 from benchmarking.planning.workloads import WORKLOADS
 
@@ -156,6 +157,11 @@ class PlanFile:
     def members(self) -> tuple[PlanEntry, ...]:
         """One entry for each client: every entry as often as its `count` says."""
         return tuple(entry for entry in self.entries for _ in range(entry.count))
+
+
+def say_the_same(text: str, other: str) -> bool:
+    """Whether two kept texts of plans, of which each is TOML, differ in nothing but comments."""
+    return _toml(unsalted(text)) == _toml(unsalted(other))
 
 
 def text_hash(text: str) -> str:

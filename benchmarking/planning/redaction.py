@@ -132,6 +132,11 @@ class Secrets:
         return Secrets({**self.names, **quoted}).hide(text, mask="<{name}>")
 
 
+def unsalted(text: str) -> str:
+    """Return a text with names alone in the place of secrets: what two runs were given alike."""
+    return _MASK.sub(r"<\1>", text)
+
+
 def reveal(data: Any, environment: Mapping[str, str]) -> Any:
     """Return plain data with what `Secrets.hide` took from it, as the environment has it.
 

@@ -19,7 +19,7 @@ import msgspec
 from benchmarking.cli import EXIT_NO_GPU, EXIT_USAGE, SuiteError
 from benchmarking.measuring import baselines
 from benchmarking.modes.names import MODE_CPU_DEMO, MODE_TIME_SLICING
-from benchmarking.planning.plan_file import PlanFile, parse_plan, text_hash
+from benchmarking.planning.plan_file import PlanFile, parse_plan, say_the_same, text_hash
 from benchmarking.planning.redaction import NotRevealedError, reveal
 from benchmarking.planning.request import Request
 from benchmarking.planning.workloads import MIXES, PAIRED_MIXES
@@ -92,6 +92,12 @@ def read_rounds_before(request: Request) -> EarlierPart | None:
     run = run_folder.read_run(folder)
     if run.manifest.request != request_data(request):
         raise RunStoreError(f"run {run.run_id} was made with other flags: name another --run-id")
+    kept, plan = folder / run_folder.PLAN_FILE, request.plan_file
+    if plan and kept.exists() and not say_the_same(read_file(kept).decode(), plan.text):
+        raise RunStoreError(
+            f"{plan.path} was changed since run {run.run_id} was begun with it: put back what "
+            f"{kept} says, or start a new run"
+        )
     return EarlierPart(run, request)
 
 
