@@ -294,17 +294,22 @@ def test_a_unit_by_itself_needs_no_ray_and_only_looks_where_the_card_is_locked(
 def test_the_driver_of_a_unit_that_was_killed_is_waited_for(fleet: Fleet, tmp_path: Path) -> None:
     fleet.rule(a1={"wait": True})
     environment = {**fleet.environment, "NVML_STUB_STATE": str(fleet.root / "host-a.txt")}
+    fleet.flags = ["--job", "sleep 1 --token hunter2-hunter2"]
     first = fleet.start("unit", tmp_path, "--gpu", "1", env=environment)
     wait_until(lambda: fleet.has_mode("GPU-a1"), "a mode in force")
     first.kill()
     first.communicate()
     second = fleet.start("unit", tmp_path, "--gpu", "GPU-a1", env=environment)
+    fleet.flags = ["--quick"]
     with pytest.raises(subprocess.TimeoutExpired):
         second.wait(timeout=2)
     os.kill(int((fleet.state / "mode-GPU-a1").read_text()), signal.SIGTERM)
     said, _ = second.communicate(timeout=60)
     assert second.returncode == 0, said
     assert "goes on where it was cut off" in said
+    begun = [call for call in fleet.calls("run_experiments.sh") if "exit_code" not in call]
+    # the driver keeps no secret of the flags, so going on needs it in the environment
+    assert [call["token"] for call in begun] == [None, "hunter2-hunter2"]
 
 
 def test_the_slurm_script_measures_each_card_of_its_node(fleet: Fleet, tmp_path: Path) -> None:

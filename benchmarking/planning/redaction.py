@@ -78,12 +78,17 @@ def _secrets_within(text: str) -> dict[str, str]:
     return {match[str(match.lastgroup)]: str(match.lastgroup) for match in matches}
 
 
-def hidden_in_command_line(words: Sequence[str]) -> list[str]:
-    """Return a command line to record: secrets hidden, in words that are command lines, too."""
+def secrets_of_command_line(words: Sequence[str]) -> dict[str, str]:
+    """Return the secrets of words, of which some are command lines themselves, with names."""
     names = secrets_of_words(words)
     for text in (part for word in words for part in (word, word.partition("=")[2])):
         names |= secrets_of_line(text)
-    return Secrets(names).hide(list(words))
+    return names
+
+
+def hidden_in_command_line(words: Sequence[str]) -> list[str]:
+    """Return a command line to record: secrets hidden, in words that are command lines, too."""
+    return Secrets(secrets_of_command_line(words)).hide(list(words))
 
 
 def _variable(name: str) -> str:

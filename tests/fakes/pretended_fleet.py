@@ -2,11 +2,12 @@
 """Stands in, by its name, for what a unit of a fleet runs: run_experiments.sh, card_health.py and
 gpu_status.sh. Standard library alone.
 
-In the folder of FAKE_FLEET: calls.jsonl has one object a call, {"program", "words", "time"}, and
-one where a driver ends; rules.json says by the card's UUID {"slow": true} for figures that are a
-tenth lower, {"refuse": sentence} to end with 4, {"wait": true} to enable a mode, which is the file
-mode-UUID with its pid, and to wait for SIGTERM unless the run is resumed, {"meet": count} to wait
-for so many drivers at once; comparison.json is the report that each card gets.
+In the folder of FAKE_FLEET: calls.jsonl has one object a call, {"program", "words", "time"} and, as
+"token", the variable TOKEN, and one where a driver ends; rules.json says by the card's UUID
+{"slow": true} for figures that are a tenth lower, {"refuse": sentence} to end with 4, {"wait":
+true} to enable a mode, which is the file mode-UUID with its pid, and to wait for SIGTERM unless the
+run is resumed, {"meet": count} to wait for so many drivers at once; comparison.json is the report
+that each card gets.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ def record(**entry: object) -> None:
 def main() -> int:
     """Do what the program of this name would do; return its exit code."""
     program, words = Path(sys.argv[0]).name, sys.argv[1:]
-    record(program=program, words=words)
+    record(program=program, words=words, token=os.environ.get("TOKEN"))
     work = {"run_experiments.sh": drive, "card_health.py": look}.get(program, lambda words: 0)
     code = work(words)
     if program == "run_experiments.sh" and "--dry-run" not in words:
