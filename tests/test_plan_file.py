@@ -22,7 +22,11 @@ from benchmarking.planning.plan_file import (
     read_plan_file,
     text_hash,
 )
-from benchmarking.planning.redaction import hidden_in_command_line, looks_secret
+from benchmarking.planning.redaction import (
+    hidden_in_command_line,
+    looks_secret,
+    secrets_of_command_line,
+)
 from benchmarking.planning.request import Request
 from benchmarking.planning.workloads import SIZE_GUIDE
 from benchmarking.suite.session import run_suite
@@ -276,6 +280,16 @@ def test_a_secret_is_told_by_its_name() -> None:
 def test_what_is_no_secret_is_shown(line: str) -> None:
     words = ["python3", *shlex.split(line)]
     assert hidden_in_command_line(words) == words
+
+
+def test_a_secret_of_a_job_is_called_as_its_own_variable_or_flag() -> None:
+    for job in (
+        f"env TOKEN={SECRET} sleep 1",
+        f"sh run.sh --token={SECRET} -v",
+        f"a --token {SECRET}",
+    ):
+        for words in (["--job", job], [f"--job={job}"], ["--", "--job", job]):
+            assert secrets_of_command_line(words) == {SECRET: "TOKEN"}, words
 
 
 def test_a_secret_is_found_within_a_word_and_under_quotes(tmp_path: Path) -> None:

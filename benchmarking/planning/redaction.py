@@ -80,10 +80,16 @@ def _secrets_within(text: str) -> dict[str, str]:
 
 def secrets_of_command_line(words: Sequence[str]) -> dict[str, str]:
     """Return the secrets of words, of which some are command lines themselves, with names."""
-    names = secrets_of_words(words)
+    within: dict[str, str] = {}
     for text in (part for word in words for part in (word, word.partition("=")[2])):
-        names |= secrets_of_line(text)
-    return names
+        within |= secrets_of_line(text)
+    hidden = [value for value in within if len(value) >= _SHORTEST]
+    # Of `env TOKEN=X sleep 1` as one word the value of `env TOKEN` would be all the rest.
+    whole = {
+        value: name for value, name in secrets_of_words(words).items()
+        if not any(one in value for one in hidden)
+    }  # fmt: skip
+    return whole | within
 
 
 def hidden_in_command_line(words: Sequence[str]) -> list[str]:
