@@ -43,9 +43,9 @@ check_preconditions() {
         die "$EXIT_UNSUPPORTED" "MPS needs compute capability 3.5; $(gpu::title) has $GPU_COMPUTE_CAPABILITY"
     fi
     ((!PARTITIONS)) || mps::require_static_partitions
-    [[ $GPU_MIG_CURRENT != Enabled ]] ||
-        die "$EXIT_BUSY" "MIG mode is on; switch it off: sudo ./gpu-configs/disable_mig.sh"
-    [[ $GPU_COMPUTE_MODE != Prohibited ]] ||
+    mig::refuse_on
+    require "the compute mode" setting::told "$GPU_COMPUTE_MODE"
+    [[ $CURRENT != Prohibited ]] ||
         die "$EXIT_BUSY" "compute mode is Prohibited; if nobody needs it so: sudo nvidia-smi -i $GPU_INDEX -c 0"
     if mps::load && mps::is_up "$PIPE"; then
         RUNNING=1

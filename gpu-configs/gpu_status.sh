@@ -46,6 +46,8 @@ saved() {
 mode_in_force() {
     if [[ $GPU_MIG_CURRENT == Enabled ]]; then
         printf 'mig'
+    elif ((!MIG_TOLD)); then
+        printf 'not known, since the MIG mode could not be asked'
     elif [[ $DAEMON == up ]]; then
         printf 'mps'
     elif [[ $DAEMON == unknown ]]; then
@@ -102,12 +104,14 @@ print_saved() {
 print_gpu() {
     DAEMON=gone # the one that enable_mps.sh started
     COMPUTE_MODE=""
+    MIG_TOLD=0
     printf '%s\n' "$(gpu::title)"
     if saved "MPS daemon" mps::load; then
         told "MPS daemon" mps::look "$PIPE" || true
     elif [[ -n $NOT_TOLD ]]; then
         DAEMON=unknown
     fi
+    ! told "MIG mode" setting::told "$GPU_MIG_CURRENT" || MIG_TOLD=1
     ! told "compute mode" setting::read compute-mode || COMPUTE_MODE=${CURRENT:-Default}
     told "MPS daemons" mps::find_daemons || [[ $DAEMON == up ]] || DAEMON=unknown
     show "mode in force" "$(mode_in_force)"

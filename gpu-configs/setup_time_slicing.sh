@@ -25,8 +25,7 @@ parse_arguments() {
 
 check_preconditions() {
     local holder pid
-    [[ $GPU_MIG_CURRENT != Enabled ]] ||
-        die "$EXIT_BUSY" "MIG mode is on; switch it off: sudo ./gpu-configs/disable_mig.sh"
+    mig::refuse_on
     mps::refuse_own
     mps::refuse_started_by_hand
     require "whether an MPS server holds $(gpu::title)" gpu::find_holders

@@ -36,6 +36,12 @@ PRIVILEGE = "Insufficient Permissions"
 NO_DAEMON = "Cannot find MPS control daemon process"
 BROKEN = "Failed to initialize NVML: Unknown Error"
 UNKNOWN = "[Unknown Error]"
+# Behind a table's head, as a Jetson Thor (driver 580) prints it; the others by analogy.
+PROFILES = "+------+\n| GPU instance profiles: |\n|======|\n"
+NO_PROFILES, NO_INSTANCES, NO_POLICIES = (
+    f"Failed to display {what}: Unknown Error"
+    for what in ("GPU instance profiles", "GPU instances", "compute policies")
+)
 INFOROM = "WARNING: infoROM is corrupted at gpu 0000:00:06.0"
 OLD_SMI = ["compute_cap"]
 MIG_IS_ON = m.gpu(mig_current="Enabled", mig_pending="Enabled")
@@ -213,11 +219,19 @@ def partitions_are_saved(scripts: m.ModeScripts, chunks: list[int]) -> bool:
         ((TS, "2", "--timeslice", "long"), "slice could not be", m.rule(SLICES, exit=0, text="")),
         (TWO, BROKEN, m.rule("nvidia-smi mig -lgip", exit=255, text=BROKEN)),
         (TWO, "the MIG profiles and", m.rule("nvidia-smi mig -lgipp", exit=4, text=PRIVILEGE)),
+        (TWO, f"asked: {NO_PROFILES}", m.rule("nvidia-smi mig -lgip", exit=255, text=NO_PROFILES)),
+        (TWO, f"asked: {NO_PROFILES}", m.gpu(mig_current="Enabled", mig_pending="Enabled"),
+         m.rule("nvidia-smi mig -lgip", exit=255, text=f"{PROFILES}{NO_PROFILES}")),
+        ((STATUS,), f"could not be asked: {NO_POLICIES}",
+         m.rule(SLICES, exit=255, text=f"| GPU compute policies: |\n{NO_POLICIES}")),
         ((STATUS,), "be asked: nothing", TWO, m.rule("nvidia-smi -L", exit=255, text="nothing")),
         ((TS, "2"), "could not be asked", (MPS_ON,), m.rule(QUESTION, exit=124)),
         ((TS, "2"), f"mode could not be asked: {UNKNOWN}", m.gpu(compute_mode=UNKNOWN)),
         ((STATUS,), "not known, since the compute mode", m.gpu(compute_mode=UNKNOWN)),
-        (TWO, f"MIG mode could not be asked: {UNKNOWN}", m.gpu(mig_current=UNKNOWN)))),
+        ((MPS_ON,), f"compute mode could not be asked: {UNKNOWN}", m.gpu(compute_mode=UNKNOWN)),
+        ((STATUS,), "not known, since the MIG mode", m.gpu(mig_current=UNKNOWN)),
+        *((command, f"MIG mode could not be asked: {UNKNOWN}", m.gpu(mig_current=UNKNOWN))
+          for command in (TWO, (TS, "2"), (MPS_ON,))))),
     m.Row("not told what it would put back", (MPS_ON, "--exclusive"), 1, (UNKNOWN,),
         m.has(daemons=0, compute_mode=UNKNOWN), (m.gpu(compute_mode=UNKNOWN),)),
     # nor is anything undone on that ground, and what is saved stays
@@ -228,10 +242,16 @@ def partitions_are_saved(scripts: m.ModeScripts, chunks: list[int]) -> bool:
          m.rule(SLICES, exit=9)),
         (MIG_OFF, BROKEN, TWO, m.rule("nvidia-smi", exit=255, text=BROKEN)),
         (MIG_OFF, "GPU instances of", TWO, m.rule("nvidia-smi mig -lgi", exit=255, text=BROKEN)),
+        (MIG_OFF, f"asked: {NO_INSTANCES}", TWO,
+         m.rule("nvidia-smi mig -lgi", exit=255, text=f"| GPU instances: |\n{NO_INSTANCES}")),
         (MPS_OFF, "could not be asked: Timed out", (MPS_ON,), m.client,
          m.rule(CLIENTS, exit=1, text="Timed out")),
         (MPS_OFF, "could not be asked", (MPS_ON,),
          m.rule(QUESTION, exit=0, text="Unknown command")))),
+    m.Row("not told whether MIG is on: no instance is forgotten", (MIG_OFF,), 1, (UNKNOWN,),
+        m.untouched, (m.gpu(mig_current="Enabled", mig_pending="Enabled"), TWO,
+         m.rule(QUERY, text=f"0, {UUID}, Default, {UNKNOWN}, {UNKNOWN}, 9.0, NVIDIA H100")),
+        ((MIG_OFF,),), last=lambda scripts: scripts.machine.state()["gpus"][0]["instances"] == []),
     m.Row("who uses the GPU, for MPS alone, is a warning", (MPS_ON,), 0,
         ("warning: who uses GPU 0", "could not be asked"), before=(m.rule(APPS, exit=4),)),
     *(m.Row(f"status says so and is no success: {words}", (STATUS,), 1, (words,), m.untouched,

@@ -423,17 +423,29 @@ def test_instances_of_the_users_are_used_and_left_and_never_replaced(runner: Dri
 
 
 @pytest.mark.parametrize(
-    ("kind", "flags", "reason"),
-    [("t4", ["--mig"], "Tesla T4 has no MIG"),
-     ("h100", ["--mig-layout", "1g.10gb,2g.20gb"], "MIG is off; --mig allows to switch it on")],
+    ("kind", "mig_mode", "flags", "reason"),
+    [("t4", "[N/A]", ["--mig"], "Tesla T4 has no MIG"),
+     ("t4", "[Not Supported]", ["--mig", "--mig-layout", "1g.5gb,1g.5gb"], "Tesla T4 has no MIG"),
+     ("h100", "Disabled", ["--mig-layout", "1g.10gb,2g.20gb"],
+      "MIG is off; --mig allows to switch it on")],
 )  # fmt: skip
 def test_mig_that_cannot_be_or_was_not_allowed_skips_its_phase(
-    kind: str, flags: list[str], reason: str
+    kind: str, mig_mode: str, flags: list[str], reason: str
 ) -> None:
     with driver_runner(kind) as other:
+        other.machine.change_gpu(mig_current=mig_mode, mig_pending=mig_mode)
         assert other.drive(SCRIPT, "--modes", "mig", *flags).returncode == 0
         assert other.reason("mig") == reason
         assert other.machine.changing_calls() == []
+
+
+def test_profiles_that_could_not_be_listed_are_not_taken_for_none(runner: DriverRunner) -> None:
+    said = "Failed to display GPU instance profiles: Unknown Error"  # as a Jetson Thor does
+    text = f"+------+\n| GPU instance profiles: |\n|======|\n{said}"
+    runner.machine.fail("nvidia-smi mig -lgip", exit=255, text=text)
+    refused = runner.drive(SCRIPT, "--modes", "mig", "--mig-layout", "1g.10gb,2g.20gb")
+    assert refused.returncode == 3
+    assert f"could not be asked; nvidia-smi said: {said}" in refused.stderr
 
 
 # --- static partitions ----------------------------------------------------------------------------

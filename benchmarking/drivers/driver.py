@@ -169,7 +169,7 @@ class Driver:
             raise UsageError(
                 f"--mig-layout has {len(layout)} instances for {clients} jobs; name one for each"
             )
-        if self.gpu is None or "N/A" in self.gpu.mig_mode:
+        if self.gpu is None or self.gpu.lacks_mig:
             return
         profiles = mig_profiles(self.gpu)
         unknown = ",".join(dict.fromkeys(name for name in layout if name not in profiles))

@@ -47,7 +47,7 @@ class NoGpuError(Exception):
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU and its settings, in nvidia-smi's words; `mig_mode` is [N/A] where it has no MIG."""
+    """A GPU and its settings, in nvidia-smi's words."""
 
     index: str
     uuid: str
@@ -59,6 +59,11 @@ class Gpu:
     def title(self) -> str:
         """How messages call it."""
         return f"GPU {self.index} ({self.name}, {self.uuid})"
+
+    @property
+    def lacks_mig(self) -> bool:
+        """Whether the GPU has no MIG, in the words of newer and of older drivers."""
+        return self.mig_mode in ("[N/A]", "[Not Supported]")
 
 
 def printable(text: str) -> str:
@@ -182,10 +187,13 @@ def mig_profiles(gpu: Gpu) -> list[str]:
     names = re.findall(row, text, re.MULTILINE)
     if names:
         return names
-    if "GPU instance profiles" in text or "No MIG-supported devices" in text:
+    is_table = "| GPU instance profiles" in text and "Failed to" not in text
+    if is_table or "No MIG-supported devices" in text:
         raise NoGpuError(f"nvidia-smi lists no MIG profiles for {gpu.title}")
+    said = re.search("Failed to .*", text)  # behind the table's head
     raise NoGpuError(
-        f"the MIG profiles of {gpu.title} could not be asked; nvidia-smi said: {_first_line(text)}"
+        f"the MIG profiles of {gpu.title} could not be asked; nvidia-smi said: "
+        f"{_first_line(said[0] if said else text)}"
     )
 
 

@@ -85,7 +85,7 @@ class ModeSwitch:
             return why_no_static_partitions() or self._why_not_this_daemon(clients)
         if mode != "mig":
             return None
-        if self.gpu.mig_mode in ("[N/A]", "[Not Supported]"):
+        if self.gpu.lacks_mig:
             return f"{self.gpu.name} has no MIG"
         if self.gpu.mig_mode.startswith("["):
             return f"whether MIG is on could not be asked: {self.gpu.mig_mode}"

@@ -80,9 +80,11 @@ quoted() {
     printf '%s' "${text//\\,/,}"
 }
 
-# not_told ANSWER: how a question ends that could not be asked.
+# not_told ANSWER: how a question ends that could not be asked. nvidia-smi prints a table's head before it fails.
 not_told() {
-    NOT_TOLD=$(printable "${1%%$'\n'*}")
+    local said=$1
+    [[ $said != *"Failed to "* ]] || said="Failed to ${said#*Failed to }"
+    NOT_TOLD=$(printable "${said%%$'\n'*}")
     NOT_TOLD=${NOT_TOLD:-nothing was said}
     return 1
 }

@@ -150,18 +150,23 @@ setting::read() {
         CURRENT=$(awk -v gpu="$GPU_INDEX" '
             $1 == "|" && $2 == gpu && $3 == "Timeslice" { print $4; exit }' <<<"$output")
         # 2 and 3: no such command in this nvidia-smi, no such setting on this GPU
-        [[ -n $CURRENT || $status == [23] || $output == *"compute policies"* ]] ||
+        [[ -n $CURRENT || $status == [23] || $output == *"compute policies"* && $output != *"Failed to"* ]] ||
             not_told "${output:-nvidia-smi ended with $status}"
         return
     fi
     gpu::query -i "$GPU_UUID"
     ((${#QUERY_ROWS[@]} == 1)) || die "$EXIT_NO_GPU" "GPU $GPU_UUID no longer answers: ${QUERY_REST[0]:-}"
     gpu::read_line "${QUERY_ROWS[0]}"
-    CURRENT=$GPU_COMPUTE_MODE
-    [[ $1 != MIG-mode ]] || CURRENT=$GPU_MIG_MODE
-    case $CURRENT in
+    if [[ $1 == MIG-mode ]]; then setting::told "$GPU_MIG_MODE"; else setting::told "$GPU_COMPUTE_MODE"; fi
+}
+
+# setting::told VALUE: a question that nvidia-smi has answered: sets CURRENT to the value, or to nothing where
+# the GPU has no such setting.
+setting::told() {
+    CURRENT=$1
+    case $1 in
         "[N/A]" | "[Not Supported]") CURRENT="" ;;
-        \[*) not_told "$CURRENT" ;;
+        \[*) not_told "$1" ;;
     esac
 }
 

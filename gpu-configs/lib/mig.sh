@@ -15,7 +15,7 @@ mig::read_profiles() {
     PROFILE_NAMES=()
     declare -gA PROFILE_FREE=() PROFILE_TOTAL=() PLACEMENT_SIZE=() PLACEMENT_STARTS=()
     profiles=$(gpu::ask mig -lgip) || true
-    [[ $profiles == *"GPU instance profiles"* || $profiles == *"No MIG-supported devices"* ]] ||
+    [[ $profiles == *"| GPU instance profiles"* || $profiles == *"No MIG-supported devices"* ]] ||
         not_told "$profiles" || return
     places=$(gpu::ask mig -lgipp) || true
     [[ $places == *"Profile ID"* || $profiles != *"GPU instance profiles"* ]] || not_told "$places" || return
@@ -36,6 +36,8 @@ mig::read_profiles() {
             gsub(",", " ", place[1]); places[$5] = place[2] " " place[1]
         }
         END { for (i = 1; i <= count; i++) print row[ids[i]], places[ids[i]] }' <<<"$profiles"$'\n'"$places")
+    # of one card that fails the others' rows are there
+    ((${#PROFILE_NAMES[@]})) || [[ $profiles != *"Failed to"* ]] || not_told "$profiles"
 }
 
 mig::print_profiles() {
@@ -46,20 +48,29 @@ mig::print_profiles() {
     done
 }
 
+# Ends with 6 where MIG mode is on.
+mig::refuse_on() {
+    require "the MIG mode" setting::told "$GPU_MIG_CURRENT"
+    [[ $CURRENT != Enabled ]] ||
+        die "$EXIT_BUSY" "MIG mode is on; switch it off: sudo ./gpu-configs/disable_mig.sh"
+}
+
 # A question: fills INSTANCES with one line `ID PROFILE START:SIZE` a GPU instance, and IDS; none where MIG
 # mode is off.
 mig::read_instances() {
     local listing
     INSTANCES=()
     IDS=""
-    [[ $GPU_MIG_CURRENT == Enabled ]] || return 0
+    setting::told "$GPU_MIG_CURRENT" || return
+    [[ $CURRENT == Enabled ]] || return 0
     listing=$(gpu::ask mig -lgi) || true
     mapfile -t INSTANCES < <(awk -v gpu="$GPU_INDEX" '
         $1 == "|" && $2 == gpu && $3 == "MIG" { print $6, $4, $7 }' <<<"$listing")
     IDS=$(join "${INSTANCES[@]%% *}")
     # the header alone: other GPUs have instances
-    [[ -n $IDS || $listing == *"| GPU instances"* || $listing == *"No GPU instances found"* ||
-        $listing == *"No MIG-enabled devices"* ]] || not_told "$listing"
+    [[ -n $IDS || $listing == *"| GPU instances"* && $listing != *"Failed to"* ||
+        $listing == *"No GPU instances found"* || $listing == *"No MIG-enabled devices"* ]] ||
+        not_told "$listing"
 }
 
 mig::require_instances() { require "the GPU instances of $(gpu::title)" mig::read_instances; }
