@@ -144,6 +144,14 @@ def test_a_card_without_mig_gets_no_advice_to_switch_it_on() -> None:
     assert "setup_mig" not in str(refusal.value)
 
 
+def test_a_mig_mode_that_was_not_told_is_neither_off_nor_missing() -> None:
+    untold = {**H100, "mig_mode": {"current": None, "pending": None}}
+    (found,) = [item for item in whole_gpu(untold).require() if item.check.startswith("MIG mode")]
+    assert (found.found, found.ok) == ("unknown", None)
+    with pytest.raises(ModeNotInForceError, match="MIG mode is Enabled: unknown"):
+        mig(untold).require()
+
+
 def test_a_daemon_with_static_partitions_takes_only_clients_that_have_one(
     control: Callable,
 ) -> None:

@@ -92,6 +92,9 @@ def test_an_older_card_is_measured_with_null_for_what_it_lacks(
          "GPU is lost (the GPU has left the bus"),
         ({"fail": {"nvmlDeviceGetCount_v2": 4}}, "", 3, "let this account open /dev/nvidia*"),
         ({"fail": {"nvmlDeviceGetUUID": 15}}, "", 3, "does not tell the GPU's UUID"),
+        ({"name": "Orin (nvgpu)", "uuid": "54d0709b-558d-5a59-9c65-0c5fc14a21a4"}, "", 3,
+         "Orin (nvgpu) cannot be measured: its UUID 54d0709b-558d"),
+        ({"fail": {"nvmlDeviceGetMigMode": 999}}, "--mode mig", 4, "MIG mode is Enabled: unknown"),
     ],
 )  # fmt: skip
 def test_a_gpu_or_mode_that_cannot_be_had_is_a_sentence_that_is_kept_and_no_demonstration(

@@ -261,10 +261,14 @@ class Gpu:
         """Return what does not change while jobs run.
 
         ``uuid`` is the MIG instance's where one was named, ``index`` the card's; ``mig_mode``
-        (None: the GPU has no MIG) and ``compute_mode`` are in nvidia-smi's words; versions are
-        texts as "13.0"; ``mig_devices`` lists the card's instances.
+        (None: the GPU has no MIG; with None in it: not told) and ``compute_mode`` are in
+        nvidia-smi's words; versions are texts as "13.0"; ``mig_devices`` lists the card's
+        instances.
         """
-        mig = [MIG_MODES.get(mode) for mode in _ask("nvmlDeviceGetMigMode", self._card) or ()]
+        modes = _ask("nvmlDeviceGetMigMode", self._card)
+        if modes is None and "nvmlDeviceGetMigMode" in failures:
+            modes = (None, None)
+        mig = [MIG_MODES.get(mode) for mode in modes or ()]
         capability = _ask("nvmlDeviceGetCudaComputeCapability", self._card)
         cuda = _ask(("nvmlSystemGetCudaDriverVersion_v2", "nvmlSystemGetCudaDriverVersion"))
         return {

@@ -48,6 +48,12 @@ def find_gpu(
             "the driver does not tell the GPU's UUID, so no job can be sent to it: look for "
             "Xid in the kernel's log, and restart", EXIT_NO_GPU,
         )  # fmt: skip
+    if not str(facts["uuid"]).startswith(("GPU-", "MIG-")):
+        raise SuiteError(
+            f"{facts['name']} cannot be measured: its UUID {facts['uuid']} is none of those by "
+            "which a job is sent to a GPU, as of a Jetson board; --device cpu gives the CPU "
+            "demonstration", EXIT_NO_GPU,
+        )  # fmt: skip
     if str(facts["uuid"]).startswith("MIG-"):
         raise SuiteError(
             f"{selector} is a MIG instance: name the card with --gpu, each client gets an "

@@ -12,6 +12,7 @@ from benchmarking.modes.sharing_mode import (
     ProcessLists,
     SharingMode,
     judge,
+    mig_mode,
     sees_device,
 )
 from benchmarking.records.types import Evidence, Proof
@@ -29,9 +30,10 @@ class MigMode(SharingMode):
 
     def check_settings(self, facts: GpuFacts) -> list[Evidence]:
         """MIG is on, and there is an instance for every client."""
-        mode = (facts.get("mig_mode") or {}).get("current")
+        mode = mig_mode(facts)
         count, wanted = len(self.instances()), ",".join(self.layout)
-        fix = f"{SETUP_MIG} {wanted or f'1g.5gb {self.clients}'}" if mode else None
+        has_mig = bool(facts.get("mig_mode"))
+        fix = f"{SETUP_MIG} {wanted or f'1g.5gb {self.clients}'}" if has_mig else None
         if self.layout:
             there = facts.get("mig_devices") or []
             profiles = ",".join(str(one.get("profile") or "unknown") for one in there)
@@ -42,9 +44,7 @@ class MigMode(SharingMode):
             found = f"{count} MIG instances for {self.clients} clients"
             is_enough = count >= self.clients
         return [
-            Evidence(
-                "MIG mode is Enabled", mode or "not supported by this GPU", mode == "Enabled", fix
-            ),
+            Evidence("MIG mode is Enabled", mode or "unknown", mode == "Enabled", fix),
             Evidence(check, found, is_enough, fix),
         ]
 

@@ -182,10 +182,17 @@ def judge(evidence: Sequence[Evidence]) -> Proof:
     return Proof("invalid" if False in answers else verdict, list(evidence))
 
 
+def mig_mode(facts: GpuFacts) -> str | None:
+    """Return a GPU's MIG mode in words, `None` where it was not told."""
+    mode = facts.get("mig_mode")
+    return mode["current"] if mode else "not supported by this GPU"
+
+
 def mig_is_off(facts: GpuFacts) -> Evidence:
     """Look whether MIG is off, or not there."""
-    mode = (facts.get("mig_mode") or {}).get("current") or "not supported by this GPU"
-    return Evidence("MIG mode is Disabled", mode, mode != "Enabled", DISABLE_MIG)
+    mode = mig_mode(facts)
+    is_off = None if mode is None else mode != "Enabled"
+    return Evidence("MIG mode is Disabled", mode or "unknown", is_off, DISABLE_MIG)
 
 
 def is_listed(
