@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,10 +16,11 @@ import pytest
 from conftest import PROJECT_ROOT
 from suite_bench import Bench
 
-from benchmarking.measuring import locks
+from benchmarking.measuring import card, locks
 from benchmarking.records import run_folder
 from benchmarking.suite import preflight
 from benchmarking.suite.session import run_suite
+from workloads.common import device
 
 SMALL_INSTANCE = {
     "mig_mode_current": 1,
@@ -81,6 +83,37 @@ def test_pids_that_a_container_hides_and_more_clients_than_were_set_up_are_told(
     assert ("start it with --pid=host" in said) == is_own
     assert "set up for 4: run ./gpu-configs/setup_time_slicing.sh 8" in said
     assert "set up for" not in card_bench.run("--workloads", "4", "--dry-run").stdout
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "cores"),
+    [
+        ("0::/", {"cpu.max": "200000 100000"}, 2),
+        ("0::/", {"cpu.max": "50000 100000"}, 1),
+        ("0::/", {"cpu.max": "max 100000"}, 64),
+        # no namespace of its own: the quota is a scheduler's, or systemd-run's
+        ("0::/slurm/job_7/step_0", {"slurm/job_7/cpu.max": "400000 100000",
+                                    "slurm/job_7/step_0/cpu.max": "max 100000"}, 4),
+        # version 1: of a job on the host, and in a container, which sees its own group at the top
+        ("5:cpu,cpuacct:/job_7\n3:cpuset:/", {"cpu/job_7/cpu.cfs_quota_us": "250000",
+                                              "cpu/job_7/cpu.cfs_period_us": "100000"}, 2),
+        ("5:cpu,cpuacct:/docker/0d9b\n0::/", {"cpu/cpu.cfs_quota_us": "300000",
+                                              "cpu/cpu.cfs_period_us": "100000"}, 3),
+        ("1:cpu:/", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 64),
+        ("", {}, 64),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("usable_cores", [card.usable_cores, device.usable_cores])
+def test_a_quota_of_cores_counts_wherever_the_control_group_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, usable_cores: Callable[[Path], int],
+    groups: str, files: dict[str, str], cores: int,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
+    under = {f"sys/fs/cgroup/{name}": text for name, text in files.items()}
+    for name, text in [("proc/self/cgroup", groups), *under.items()]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"{text}\n")
+    assert usable_cores(tmp_path) == cores
 
 
 # --- one run at a time ------------------------------------------------------------------------

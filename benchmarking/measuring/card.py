@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePath
 from typing import Any
 
 from benchmarking.cli import EXIT_MODE_NOT_IN_FORCE, EXIT_NO_GPU, EXIT_USAGE, SuiteError
@@ -100,11 +100,26 @@ def look_for_foreign_processes(gpu_uuid: str, *, allowed: bool) -> tuple[bool, l
     return True, [f"{found}: the GPU is contended, figures hold next to them only"]
 
 
-def usable_cores() -> int:
+def usable_cores(root: Path = Path("/")) -> int:
     """Return how many cores this process may use: affinity, and a container's quota if lower."""
-    cores = len(os.sched_getaffinity(0))
-    with contextlib.suppress(OSError, ValueError):
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        if quota != "max":
-            cores = min(cores, max(1, int(quota) // int(period)))
-    return cores
+    return max(1, int(min([len(os.sched_getaffinity(0)), *_cpu_quotas(root)])))
+
+
+def _cpu_quotas(root: Path) -> Iterator[float]:
+    """Yield the cores that this process's control group, and each above it, may use at most.
+
+    Version 2 has both numbers in one file, and version 1 in two, with a negative one for no limit.
+    Inside a container the group's own path is often not to be seen, but its limits are at the top.
+    """
+    with contextlib.suppress(OSError):
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            controllers, _, path = line.partition(":")[2].partition(":")
+            names, mount = ["cpu.max"], root / "sys/fs/cgroup"
+            if "cpu" in controllers.split(","):
+                names, mount = ["cpu.cfs_quota_us", "cpu.cfs_period_us"], mount / "cpu"
+            for folder in (PurePath(path.lstrip("/")), *PurePath(path.lstrip("/")).parents):
+                with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+                    words = [(mount / folder / name).read_text() for name in names]
+                    quota, period = map(int, " ".join(words).split())
+                    if quota > 0:
+                        yield quota / period

@@ -17,9 +17,10 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from workloads.common import console, torch
@@ -39,18 +40,33 @@ RECORDED_PACKAGES = (
 )  # fmt: skip
 
 
-def usable_cores() -> int:
+def usable_cores(root: Path = Path("/")) -> int:
     """Return how many cores this process may use.
 
-    ``os.cpu_count()`` counts the machine; a container's quota (cgroup v2 ``cpu.max``) and an
-    affinity mask both lower what a client really gets.
+    ``os.cpu_count()`` counts the machine; a container's quota and an affinity mask both lower what
+    a client really gets.
     """
-    cores = len(os.sched_getaffinity(0))
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return min(cores, max(1, int(quota) // int(period)))
-    except (OSError, ValueError):  # no such file, or "max"
-        return cores
+    return max(1, int(min([len(os.sched_getaffinity(0)), *_cpu_quotas(root)])))
+
+
+def _cpu_quotas(root: Path) -> Iterator[float]:
+    """Yield the cores that this process's control group, and each above it, may use at most.
+
+    Version 2 has both numbers in one file, and version 1 in two, with a negative one for no limit.
+    Inside a container the group's own path is often not to be seen, but its limits are at the top.
+    """
+    with contextlib.suppress(OSError):
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            controllers, _, path = line.partition(":")[2].partition(":")
+            names, mount = ["cpu.max"], root / "sys/fs/cgroup"
+            if "cpu" in controllers.split(","):
+                names, mount = ["cpu.cfs_quota_us", "cpu.cfs_period_us"], mount / "cpu"
+            for folder in (PurePath(path.lstrip("/")), *PurePath(path.lstrip("/")).parents):
+                with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+                    words = [(mount / folder / name).read_text() for name in names]
+                    quota, period = map(int, " ".join(words).split())
+                    if quota > 0:
+                        yield quota / period
 
 
 def clients_on_gpu() -> int:
