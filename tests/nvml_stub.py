@@ -20,6 +20,7 @@ mig_mode_current     0 or 1; mig_mode_pending likewise, else as current
 mig_devices          list of (uuid, gpu_instance_id, multiprocessors, MiB, used MiB) and, where the
                      name is to hold it, a sixth, "1g.10gb"; None is a hole in NVML's numbering
 gpm                  1 when GPM is supported; its figures with "_gi7" behind are GPU instance 7's
+larger_process_entries  1: as drivers 535.43 to 535.86 list processes, in larger entries (version 3)
 lost                 1: the GPU has left the bus
 fail                 {"nvmlDeviceGetPowerUsage": 3}: functions that return this NVML code
 """

@@ -133,6 +133,8 @@ def test_every_field_of_a_busy_card_has_its_value_and_unit(card: Callable) -> No
         {"pid": pid, "used_memory_mib": memory} for pid, memory in listed.items()
     ]
     assert first["mps_pids"] == [{"pid": 938, "used_memory_mib": 2228}]
+    _, (_, of_535, *_), _ = sample(card(**BUSY, pids=listed, larger_process_entries=1))
+    assert of_535["compute_pids"] == first["compute_pids"]
     assert 0 <= first["host_cpu_percent"] <= 100
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00", first["wall_time"])
     # the first line carries the facts of the card

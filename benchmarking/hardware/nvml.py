@@ -375,10 +375,9 @@ class Gpu:
 
     def _processes(self, function: str) -> list[dict[str, Any]] | None:
         # Asking a card under MIG needs a privilege that asking its instances does not.
-        functions = (f"{function}_v3", f"{function}_v2")
-        processes = _ask(functions, self._handle)
+        processes = _list_processes(function, self._handle)
         if processes is None and self._mig_handles:
-            parts = [_ask(functions, handle) for handle in self._mig_handles]
+            parts: list[Any] = [_list_processes(function, one) for one in self._mig_handles]
             processes = None if None in parts else [one for part in parts for one in part]
         if processes is None:
             return None
@@ -427,6 +426,19 @@ class _GpmReader:
             field: one.value if one.nvmlReturn == 0 and math.isfinite(one.value) else None
             for field, one in zip(GPM_METRICS, request.metrics, strict=False)
         }
+
+
+def _list_processes(function: str, handle: Any) -> list[Any] | None:
+    """Return NVML's processes of a GPU or an instance, by the newest version that tells them.
+
+    Drivers 535.43 to 535.86 fill version 3 with entries larger than those that pynvml reads, so
+    the second pid is 0 and others are no pids either (github.com/XuehaiPan/nvitop/pull/79).
+    """
+    for version in ("v3", "v2"):
+        processes = _ask(f"{function}_{version}", handle)
+        if processes is not None and all(process.pid for process in processes):
+            return processes
+    return None
 
 
 def _mig_handles(card: Any) -> list[Any]:

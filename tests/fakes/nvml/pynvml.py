@@ -218,7 +218,17 @@ def reasons_of(device: Device) -> int:
     return int(of_whole_gpu(device, "clocks_event_reasons"), 0)
 
 
-def list_processes(key: str) -> Callable[..., None]:
+class LargerEntry(ctypes.Structure):
+    """An entry of the process lists, version 3, of drivers 535.43 to 535.86."""
+
+    _fields_ = (
+        ("pid", ctypes.c_uint), ("usedGpuMemory", ctypes.c_ulonglong),
+        ("gpuInstanceId", ctypes.c_uint), ("computeInstanceId", ctypes.c_uint),
+        ("usedGpuCcProtectedMemory", ctypes.c_ulonglong),
+    )  # fmt: skip
+
+
+def list_processes(key: str, version: str) -> Callable[..., None]:
     def fill(handle: Any, count: Any, processes: Any) -> None:
         device = device_of(handle)
         only = None if device.position is None else instance_of(device)[1]
@@ -230,9 +240,13 @@ def list_processes(key: str) -> Callable[..., None]:
         room, count._obj.value = count._obj.value, len(found)
         if len(found) > room:
             raise Refused(INSUFFICIENT_SIZE)
-        for process, (pid, used, instance) in zip(processes or [], found, strict=False):
+        is_larger = version == "v3" and value_of(device.gpu, "larger_process_entries", 0)
+        entries = (LargerEntry * len(found))() if is_larger else processes or []
+        for process, (pid, used, instance) in zip(entries, found, strict=False):
             process.pid, process.gpuInstanceId = pid, instance
             process.usedGpuMemory = 2**64 - 1 if used is None else int(used * MEBIBYTE)
+        if is_larger and processes:
+            ctypes.memmove(processes, entries, ctypes.sizeof(entries))
 
     return fill
 
@@ -345,7 +359,7 @@ FUNCTIONS: dict[str, Callable[..., None]] = {
     "nvmlGpmMigSampleGet": take_gpm_sample_of_instance,
     "nvmlGpmMetricsGet": compare_gpm_samples,
     **{
-        f"nvmlDeviceGet{kind}RunningProcesses_{version}": list_processes(key)
+        f"nvmlDeviceGet{kind}RunningProcesses_{version}": list_processes(key, version)
         for kind, key in (("Compute", "pids"), ("MPSCompute", "mps_pids"))
         for version in ("v2", "v3")
     },
