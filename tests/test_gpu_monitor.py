@@ -340,7 +340,10 @@ def test_a_mig_instance_has_its_own_memory_gpm_and_processes(card: Callable) -> 
 
 
 def test_a_whole_card_under_mig_reads_the_mean_over_its_multiprocessors(card: Callable) -> None:
-    _, (monitor, first, *_), _ = sample(card(**MIG, mig_mode_pending=0))
+    pids = {100: (5, 7), 200: (6, 8)}
+    _, (monitor, first, *_), stderr = sample(card(**MIG, pids=pids, mig_mode_pending=0))
+    assert stderr == ""
+    assert [one["pid"] for one in first["compute_pids"]] == [100, 200]
     assert first["sm_activity_percent"] == (16 * 20 + 48 * 60) / (16 + 48)
     assert first["utilization_gpu_percent"] == (16 * 30 + 48 * 70) / (16 + 48)
     assert first["utilization_source"] == "gpm"

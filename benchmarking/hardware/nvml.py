@@ -375,16 +375,16 @@ class Gpu:
 
     def _processes(self, function: str) -> list[dict[str, Any]] | None:
         # Asking a card under MIG needs a privilege that asking its instances does not.
-        processes = _list_processes(function, self._handle)
-        if processes is None and self._mig_handles:
-            parts: list[Any] = [_list_processes(function, one) for one in self._mig_handles]
-            processes = None if None in parts else [one for part in parts for one in part]
-        if processes is None:
-            return None
-        return [
-            {"pid": process.pid, "used_memory_mib": _scaled(process.usedGpuMemory, MEBIBYTE, 1)}
-            for process in processes
-        ]
+        processes: list[dict[str, Any]] = []
+        for handle in self._mig_handles or [self._handle]:
+            listed = _list_processes(function, handle)
+            if listed is None:
+                return None
+            processes += (
+                {"pid": process.pid, "used_memory_mib": _scaled(process.usedGpuMemory, MEBIBYTE, 1)}
+                for process in listed
+            )
+        return processes
 
 
 class _GpmReader:

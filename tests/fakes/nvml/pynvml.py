@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-INVALID_ARGUMENT, NOT_SUPPORTED, NOT_FOUND, INSUFFICIENT_SIZE = 2, 3, 6, 7
+INVALID_ARGUMENT, NOT_SUPPORTED, NO_PERMISSION, NOT_FOUND, INSUFFICIENT_SIZE = 2, 3, 4, 6, 7
 FUNCTION_NOT_FOUND, GPU_IS_LOST, VERSION_MISMATCH = 13, 15, 25
 MAX_MIG_DEVICES, MEBIBYTE, UNKNOWN_ID = 7, 2**20, 0xFFFFFFFF
 GPM_KEYS = {1: "gpm_graphics_util", 2: "gpm_sm_util", 3: "gpm_sm_occupancy",
@@ -231,6 +231,8 @@ class LargerEntry(ctypes.Structure):
 def list_processes(key: str, version: str) -> Callable[..., None]:
     def fill(handle: Any, count: Any, processes: Any) -> None:
         device = device_of(handle)
+        if is_sliced(device.gpu) and device.position is None:
+            raise Refused(NO_PERMISSION)  # as nvml.h says, to all but root
         only = None if device.position is None else instance_of(device)[1]
         found = []
         for pid, memory in need(device.gpu, key).items():
