@@ -199,6 +199,9 @@ class Experiment:
     def _why_skipped(self, mode: str) -> str | None:
         if mode not in self.options.modes:
             return f"not asked for (--modes {','.join(self.options.modes)})"
+        gpu = self.driver.gpu
+        if mode.startswith(f"{MPS}:") and gpu is not None and gpu.lacks_mps_limits:
+            return f"MPS passes over limits of its clients on {gpu.name}: it has them since Volta"
         return self.driver.modes.why_not(_enabled_mode(mode), self.workloads)
 
     def _plan_rounds(self, phases: Sequence[Phase]) -> int:

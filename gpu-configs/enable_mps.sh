@@ -41,6 +41,8 @@ check_preconditions() {
         warn "nvidia-smi does not tell the compute capability of $(gpu::title); MPS needs 3.5"
     elif ((10#${GPU_COMPUTE_CAPABILITY/./} < 35)); then
         die "$EXIT_UNSUPPORTED" "MPS needs compute capability 3.5; $(gpu::title) has $GPU_COMPUTE_CAPABILITY"
+    elif [[ -n $PERCENTAGE ]] && ((10#${GPU_COMPUTE_CAPABILITY/./} < 70)); then
+        die "$EXIT_UNSUPPORTED" "MPS passes over --percentage on $(gpu::title): it needs compute capability 7.0"
     fi
     ((!PARTITIONS)) || mps::require_static_partitions
     mig::refuse_on

@@ -448,6 +448,22 @@ def test_profiles_that_could_not_be_listed_are_not_taken_for_none(runner: Driver
     assert f"could not be asked; nvidia-smi said: {said}" in refused.stderr
 
 
+@pytest.mark.parametrize(
+    ("capability", "outcome"), [("6.1", "skipped"), ("7.0", "ok"), (None, "ok")]
+)
+def test_limits_of_mps_clients_are_for_gpus_that_have_them(
+    capability: str | None, outcome: str
+) -> None:
+    with driver_runner("t4") as other:
+        other.machine.change_gpu(compute_capability=capability or "7.5")
+        other.machine.change(unknown_fields=[] if capability else ["compute_cap"])
+        other.must_drive(SCRIPT, "--modes", "mps,mps:even")
+        assert other.outcomes()["mps"] == "ok"
+        assert other.outcomes()["mps:even"] == outcome
+        if outcome == "skipped":
+            assert "it has them since Volta" in other.reason("mps:even")
+
+
 # --- static partitions ----------------------------------------------------------------------------
 
 PARTITIONS = ("--modes", "mps,mps:partitions,mps:even", "--repeats", "2")

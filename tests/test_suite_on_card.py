@@ -83,6 +83,8 @@ def test_an_older_card_is_measured_with_null_for_what_it_lacks(
         ({"compute_mode": 3}, "--mode time-slicing", 4, "Exclusive_Process"),
         ({}, "--gpu 5", 2, nvml_stub.GPU_UUID),
         (nvml_stub.GTX_1080_TI, "--mode mig", 4, "MIG mode is Enabled: not supported by this GPU"),
+        (nvml_stub.GTX_1080_TI, "--mode mps --mps-percentage even", 4,
+         "MPS passes over limits of its clients on NVIDIA GeForce GTX 1080 Ti"),
         (ONE_INSTANCE, "--mode mig --workloads 4", 4, "1 MIG instances for 4 clients"),
         (ONE_INSTANCE, "--mode mig --mig-layout 3g.40gb", 4,
          "run sudo ./gpu-configs/setup_mig.sh 3g.40gb"),
@@ -101,6 +103,7 @@ def test_a_gpu_or_mode_that_cannot_be_had_is_a_sentence_that_is_kept_and_no_demo
     card_bench: Bench, state: dict, arguments: str, code: int, words: str
 ) -> None:
     card_bench.change_card(**state)
+    card_bench.start_daemon() if "--mps-percentage" in arguments else None
     done = card_bench.run("--mix", "training", *arguments.split())
     assert done.returncode == code
     assert words in done.stderr

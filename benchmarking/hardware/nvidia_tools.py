@@ -31,9 +31,10 @@ QUESTION_SECONDS = 60
 MPS_QUESTION_SECONDS = 10
 # The first control program that has static SM partitions, as gpu-configs/lib/mps.sh says, too.
 STATIC_PARTITIONS_VERSION = 13010
-MIG_FIELD = "mig.mode.current"
+# Unknown to older programs.
+OPTIONAL_FIELDS = ("mig.mode.current", "compute_cap")
 # As in `Gpu`; name last, since it alone could hold a comma.
-FIELDS = ("index", "uuid", "compute_mode", MIG_FIELD, "name")
+FIELDS = ("index", "uuid", "compute_mode", *OPTIONAL_FIELDS, "name")
 
 
 class NoGpuError(Exception):
@@ -53,6 +54,7 @@ class Gpu:
     uuid: str
     compute_mode: str
     mig_mode: str
+    compute_capability: str
     name: str
 
     @property
@@ -64,6 +66,11 @@ class Gpu:
     def lacks_mig(self) -> bool:
         """Whether the GPU has no MIG, in the words of newer and of older drivers."""
         return self.mig_mode in ("[N/A]", "[Not Supported]")
+
+    @property
+    def lacks_mps_limits(self) -> bool:
+        """Whether MPS passes over limits of its clients: it has them since Volta (its manual)."""
+        return re.fullmatch(r"[1-6]\.\d", self.compute_capability) is not None
 
 
 def printable(text: str) -> str:
@@ -259,8 +266,9 @@ def _query(*selection: str, fields: tuple[str, ...] = FIELDS) -> tuple[list[Gpu]
     Index and UUID become parts of file names, so a line with others is no GPU.
     """
     text, status = ask(*selection, f"--query-gpu={','.join(fields)}", "--format=csv,noheader")
-    if f'"{MIG_FIELD}" is not a valid field' in text and MIG_FIELD in fields:  # an older nvidia-smi
-        return _query(*selection, fields=tuple(field for field in fields if field != MIG_FIELD))
+    for field in OPTIONAL_FIELDS:
+        if f'"{field}" is not a valid field' in text and field in fields:
+            return _query(*selection, fields=tuple(one for one in fields if one != field))
     gpus, rest = [], []
     for line in filter(str.strip, text.split("\n")):
         values = line.split(", ", len(fields) - 1)

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from benchmarking import PROJECT_VERSION
-from benchmarking.cli import EXIT_USAGE, SuiteError
+from benchmarking.cli import EXIT_MODE_NOT_IN_FORCE, EXIT_USAGE, SuiteError
 from benchmarking.hardware import nvml
 from benchmarking.hardware.nvidia_tools import time_slice
 from benchmarking.measuring.card import find_gpu, look_for_foreign_processes, usable_cores
@@ -148,6 +148,9 @@ def _prepare(request: Request, empty_folder: Path, *, require_mode: bool) -> Set
     variant = MODE_MPS_PARTITIONS if request.mps_limits.partitions else request.mode
     mode, alone_mode = mode_called(variant), mode_called(MODE_EXCLUSIVE)
     evidence = mode.require() if require_mode else mode.check()
+    has_limits = request.mps_limits.percentages or request.mps_limits.memory_limits
+    if gpu and mode.name == MODE_MPS and has_limits:
+        _refuse_limits_before_volta(gpu)
     is_contended = False
     if gpu:
         allowed = request.allow_contention or not require_mode
@@ -203,6 +206,16 @@ def _prepare(request: Request, empty_folder: Path, *, require_mode: bool) -> Set
         timeslice=time_slice(gpu) if gpu else None,
         is_contended=is_contended,
     )
+
+
+def _refuse_limits_before_volta(gpu: Mapping[str, Any]) -> None:
+    """Raise `SuiteError` for a GPU on which MPS passes over limits, as its manual has it."""
+    capability = gpu["compute_capability"]
+    if capability is not None and float(capability) < 7:
+        raise SuiteError(
+            f"MPS passes over limits of its clients on {gpu['name']} (compute capability "
+            f"{capability}): it has them since Volta, 7.0; leave them out", EXIT_MODE_NOT_IN_FORCE,
+        )  # fmt: skip
 
 
 def _environment_of(
