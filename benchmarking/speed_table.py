@@ -62,6 +62,7 @@ ENGINES = ("graph", COMPILE)
 CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 
 UNKNOWN = "-"
+NO_NEIGHBORS = "the GPU was free of other processes"
 COLUMNS = (
     "workload", "engine", "batch", "figure", "against eager fp32", "fraction of the card's floor",
     "start-up",
@@ -189,7 +190,7 @@ class Row:
     work: dict[str, Any] | None = None
     startup_seconds: float | None = None
     cold_startup_seconds: float | None = None
-    neighbors: list[dict[str, Any]] = field(default_factory=list)
+    neighbors: list[dict[str, Any]] | None = field(default_factory=list)
     settings: dict[str, Any] | None = None
     warnings: list[str] = field(default_factory=list)
 
@@ -204,7 +205,7 @@ class SpeedTable:
         self._cache = cache
         # What somebody filled before says nothing of a start from an empty cache.
         self._fills_cache = not any(cache.iterdir())
-        self._noted_neighbors = ""
+        self._noted_neighbors = NO_NEIGHBORS
         gpu, _ = find_gpu(Request(gpu=options.gpu), os.environ)
         self._gpu_uuid = gpu["uuid"] if gpu else None
         self._rows: list[Row] = []
@@ -330,15 +331,21 @@ class SpeedTable:
         row.floor_seconds = floor_seconds(work, self.content["card_rates"], steps)
         row.floor_fraction = row.floor_seconds and row.floor_seconds / seconds
 
-    def _note_neighbors(self, what: str) -> list[dict[str, Any]]:
-        """Return what else is on the GPU just before a measurement, and note a change of it."""
-        neighbors = (nvml.compute_processes(self._gpu_uuid) or []) if self._gpu_uuid else []
-        pids = proofs.describe_pids(process["pid"] for process in neighbors)
-        if pids and pids != self._noted_neighbors:
-            self._note(f"from {what} on, other processes were on the GPU: {pids}")
-        elif self._noted_neighbors and not pids:
-            self._note(f"from {what} on, the GPU was free of other processes")
-        self._noted_neighbors = pids
+    def _note_neighbors(self, what: str) -> list[dict[str, Any]] | None:
+        """Return what else is on the GPU just before a measurement, and note a change of it.
+
+        `None` where that could not be asked.
+        """
+        neighbors = nvml.compute_processes(self._gpu_uuid) if self._gpu_uuid else []
+        found = NO_NEIGHBORS
+        if neighbors is None:
+            found = "whether other processes were on the GPU could not be asked"
+        elif neighbors:
+            pids = proofs.describe_pids(process["pid"] for process in neighbors)
+            found = f"other processes were on the GPU: {pids}"
+        if found != self._noted_neighbors:
+            self._note(f"from {what} on, {found}")
+        self._noted_neighbors = found
         return neighbors
 
     def _note(self, text: str) -> None:

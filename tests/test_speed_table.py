@@ -145,6 +145,11 @@ def test_what_else_was_on_the_card_is_noted(bench: Bench) -> None:
     assert table["rows"][0]["neighbors"] == [{"pid": os.getpid(), "used_memory_mib": 400.0}]
     (note,) = (note for note in table["notes"] if "other processes" in note)
     assert f"other processes were on the GPU: pid {os.getpid()} (" in note
+    nvml_stub.write_state(bench.card, pids=None, mps_pids=None)
+    bench.run("--only", "resnet50-batch1", "--engines", "graph")
+    unknown = bench.table()
+    assert unknown["rows"][0]["neighbors"] is None
+    assert sum("on the GPU could not be asked" in note for note in unknown["notes"]) == 1
     code, said = bench.run("--gpu", "7")
     assert (code, "GPU 7 cannot be found" in said) == (2, True)
     code, said = bench.run("--data-dir", "x" * 300)
