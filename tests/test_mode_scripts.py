@@ -188,6 +188,9 @@ def partitions_are_saved(scripts: m.ModeScripts, chunks: list[int]) -> bool:
     m.Row("GPU 0 of two is lost and the question to all fails", (STATUS, "--gpu", "1"), 0,
         ("Unknown Error", "mode in force: time-slicing"), kind="h100x2",
         before=(m.gpu(lost=True), m.rule("nvidia-smi --query*", exit=255, text="Unknown Error"))),
+    m.Row("GPU 0 of two is lost: MIG is switched off on the other", (MIG_OFF, "--gpu", "1"), 0,
+        (f"MIG mode is Disabled on GPU 1 (NVIDIA H100 80GB HBM3, {SECOND})",), kind="h100x2",
+        before=(m.gpu(lost=True), (*TWO, "--gpu", "1")), undo=((MIG_OFF, "--gpu", "1"),)),
     m.Row("the lost GPU asked for", (STATUS, "--gpu", "0"), 3, ("there is no GPU '0'", "is lost"),
         before=(m.gpu(lost=True),), kind="h100x2"),
     m.Row("each GPU has its status", (STATUS,), 0, (UUID, SECOND), m.untouched, kind="h100x2"),
@@ -243,7 +246,7 @@ def partitions_are_saved(scripts: m.ModeScripts, chunks: list[int]) -> bool:
       for command, words, *before in (
         (RESET, "slice could not be asked", (TS, "2", "--timeslice", "long"),
          m.rule(SLICES, exit=9)),
-        (MIG_OFF, BROKEN, TWO, m.rule("nvidia-smi", exit=255, text=BROKEN)),
+        (MIG_OFF, BROKEN, TWO, m.rule(f"nvidia-smi -i {UUID}", exit=255, text=BROKEN)),
         (MIG_OFF, "GPU instances of", TWO, m.rule("nvidia-smi mig -lgi", exit=255, text=BROKEN)),
         (MIG_OFF, f"asked: {NO_INSTANCES}", TWO,
          m.rule("nvidia-smi mig -lgi", exit=255, text=f"| GPU instances: |\n{NO_INSTANCES}")),

@@ -113,7 +113,7 @@ mig::find_holders() {
     local table gi pid name
     HOLDERS=()
     [[ -n $1 ]] || return 0
-    table=$(gpu::ask) || true
+    table=$(gpu::ask -i "$GPU_UUID") || true
     [[ $table == *"| Processes:"* ]] || not_told "$table" || return
     while read -r gi pid name; do
         [[ ,$1, != *",$gi,"* ]] ||

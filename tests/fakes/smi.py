@@ -196,6 +196,8 @@ def table(machine, arguments):
     """The table of a bare `nvidia-smi`; its process part says which GPU instance is in use."""
     text, processes = TABLE_HEAD, []
     for gpu in chosen(machine, arguments):
+        if gpu["lost"]:  # no table at all, as users report
+            raise Refused(LOST, GPU_IS_LOST.format(**gpu))
         used = sum(process["used_memory_mib"] for process in gpu["processes"])
         text += TABLE_GPU.format(
             **gpu,
