@@ -50,7 +50,7 @@ import psutil
 
 from benchmarking import closed_streams
 from benchmarking.cli import OneLineParser, drop_output
-from benchmarking.hardware import nvml
+from benchmarking.hardware import nvml, nvml_calls
 from benchmarking.hardware.exporter import Exporter
 
 if TYPE_CHECKING:
@@ -252,7 +252,7 @@ def read_sample(gpu: nvml.Gpu) -> Sample:
 
 def say_failures(said: set[str]) -> None:
     """Say on stderr, once for each function of NVML's, that it failed; ``said`` grows by them."""
-    for function, message in nvml.failures.items():
+    for function, message in nvml_calls.failures.items():
         if function not in said:
             said.add(function)
             print(

@@ -1,6 +1,5 @@
 """Everything the project asks NVML, with every quirk of NVML kept inside this one module.
 
-NVML (``libnvidia-ml.so.1``) comes with the driver; ``pynvml`` (package nvidia-ml-py) calls it.
 What a driver, a GPU or a MIG instance does not offer is None here, never 0 and never an exception:
 drivers lack functions, GPUs lack sensors, and containers lack permissions, each in its own way.
 
@@ -17,12 +16,17 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from benchmarking.hardware.nvml_calls import (
+    ADVICE,
+    DRIVER_NOT_LOADED,
+    LIBRARY_NOT_FOUND,
+    CallError,
+    ask,
+    call,
+    failures,
+    pynvml,
+)
 from benchmarking.hardware.visible_devices import VISIBLE, Card, names_none, visible_devices
-
-try:
-    import pynvml
-except ImportError:
-    pynvml = None
 
 MEBIBYTE = 1024**2
 # sizeof and revision of nvmlMemory_v2_t. Only version 2 counts used memory as nvidia-smi does:
@@ -44,22 +48,6 @@ GPM_METRICS = {
     "tensor_activity_percent": 5,  # NVML_GPM_METRIC_ANY_TENSOR_UTIL
     "dram_activity_percent": 10,  # NVML_GPM_METRIC_DRAM_BW_UTIL
 }
-# What to do about an NVML error, by nvmlReturn_t (nvml.h).
-NOT_FOUND, DRIVER_NOT_LOADED, LIBRARY_NOT_FOUND = 6, 9, 12
-ADVICE = {
-    4: "let this account open /dev/nvidia*, in a container with --gpus all",  # no permission
-    DRIVER_NOT_LOADED: "load the driver: sudo modprobe nvidia",
-    15: "the GPU has left the bus: look for Xid in the kernel's log, and restart",
-    16: "the GPU has to be reset: see nvidia-smi --gpu-reset, or restart",
-    18: "the driver was upgraded while the old one runs: restart",
-}
-# These are no failures: NVML was not initialized, which is said already; an argument that does not
-# fit (a plain GPU asked as a MIG instance); not supported, not found, no such function.
-NO_FAILURES = frozenset((1, 2, 3, NOT_FOUND, 13))
-
-# Each function of NVML's that has failed so far, with NVML's message. What the driver, the GPU or
-# pynvml does not offer is no failure.
-failures: dict[str, str] = {}
 
 
 class GpuNotFoundError(Exception):
@@ -74,49 +62,6 @@ class GpuHiddenError(Exception):
     """CUDA_VISIBLE_DEVICES hides every GPU, as the message says."""
 
 
-class _CallError(Exception):
-    """A call that failed: NVML's message, with what to do about it where that is known.
-
-    ``code`` is nvmlReturn_t, None where it was not NVML that failed.
-    """
-
-    def __init__(self, message: str, code: int | None) -> None:
-        super().__init__(f"{message} ({ADVICE[code]})" if code in ADVICE else message)
-        self.code = code
-
-
-def _call(function: str, *arguments: Any) -> Any:
-    """Call one function of pynvml; whatever goes wrong is a ``_CallError``."""
-    callee = getattr(pynvml, function, None)
-    if callee is None or None in arguments:
-        raise _CallError("there is no such function, or no GPU", NOT_FOUND)
-    try:
-        return callee(*arguments)
-    # Besides its own errors pynvml raises what ctypes and decoding raise: a name that is no UTF-8,
-    # a structure of another version, a library that is not the driver's.
-    except Exception as error:
-        code = getattr(error, "value", None)
-        try:
-            message = str(error)
-        except Exception:  # asks the driver for the message of an error that pynvml does not know
-            message = f"error {code} without a readable message"
-        raise _CallError(message, code) from None
-
-
-def _ask(functions: str | tuple[str, ...], *arguments: Any) -> Any:
-    """Return what a function of pynvml answers; None when driver, GPU or pynvml cannot answer.
-
-    Of several functions, which came one after another in NVML's history, the first answer counts.
-    """
-    for function in (functions,) if isinstance(functions, str) else functions:
-        try:
-            return _call(function, *arguments)
-        except _CallError as error:
-            if error.code not in NO_FAILURES:
-                failures.setdefault(function, str(error))
-    return None
-
-
 def unavailable_reason() -> str | None:
     """Return why there is no GPU to ask, or None when there is one."""
     return _initialized()[0]
@@ -128,9 +73,9 @@ def _initialized() -> tuple[str | None, bool]:
     if pynvml is None:
         return "the Python package nvidia-ml-py is not installed", True
     try:
-        _call("nvmlInit")
-        count = _call("nvmlDeviceGetCount")
-    except _CallError as error:
+        call("nvmlInit")
+        count = call("nvmlDeviceGetCount")
+    except CallError as error:
         return f"NVML says: {error}", error.code in (LIBRARY_NOT_FOUND, DRIVER_NOT_LOADED)
     return (None if count else "the driver answers but lists no GPU"), not count
 
@@ -155,13 +100,13 @@ def open_gpu(selector: str | None = None) -> Gpu | None:
     try:
         # NVML takes 32 bits: a longer number would be another GPU's.
         if re.fullmatch("[0-9]{1,9}", name):
-            return Gpu(_call("nvmlDeviceGetHandleByIndex", int(name)))
-        return Gpu(_call("nvmlDeviceGetHandleByUUID", name))
-    except _CallError as error:
+            return Gpu(call("nvmlDeviceGetHandleByIndex", int(name)))
+        return Gpu(call("nvmlDeviceGetHandleByUUID", name))
+    except CallError as error:
         if error.code in ADVICE:
             raise GpuUnusableError(f"NVML says: {error}") from None
         known = ", ".join(
-            f"{index} ({_ask('nvmlDeviceGetUUID', handle)})"
+            f"{index} ({ask('nvmlDeviceGetUUID', handle)})"
             for index, handle in _handles()[0].items()
         )
         raise GpuNotFoundError(
@@ -213,10 +158,10 @@ def _open_or_none(selector: str) -> Gpu | None:
 def _handles() -> tuple[dict[int, Any], list[str]]:
     """Return the handles of all GPUs by index, and a sentence for each that is lost."""
     handles, lost = {}, []
-    for index in range(_ask("nvmlDeviceGetCount") or 0):
+    for index in range(ask("nvmlDeviceGetCount") or 0):
         try:
-            handles[index] = _call("nvmlDeviceGetHandleByIndex", index)
-        except _CallError as error:
+            handles[index] = call("nvmlDeviceGetHandleByIndex", index)
+        except CallError as error:
             lost.append(f"GPU {index} cannot be used: NVML says: {error}")
     return handles, lost
 
@@ -225,11 +170,11 @@ def _cards() -> list[Card]:
     """Return the GPUs that tell their UUID, as the reader of CUDA_VISIBLE_DEVICES wants them."""
     cards = []
     for handle in _handles()[0].values():
-        capability = _ask("nvmlDeviceGetCudaComputeCapability", handle) or (0, 0)
-        memory = _ask("nvmlDeviceGetMemoryInfo", handle)
-        uuid = _ask("nvmlDeviceGetUUID", handle)
-        mig_uuids = [_ask("nvmlDeviceGetUUID", one) for one in _mig_handles(handle)]
-        name = _ask("nvmlDeviceGetName", handle) or ""
+        capability = ask("nvmlDeviceGetCudaComputeCapability", handle) or (0, 0)
+        memory = ask("nvmlDeviceGetMemoryInfo", handle)
+        uuid = ask("nvmlDeviceGetUUID", handle)
+        mig_uuids = [ask("nvmlDeviceGetUUID", one) for one in _mig_handles(handle)]
+        name = ask("nvmlDeviceGetName", handle) or ""
         speed = (*capability, getattr(memory, "total", 0))
         if uuid is not None:
             cards.append(Card(uuid, name, tuple(filter(None, mig_uuids)), speed))
@@ -247,14 +192,14 @@ class Gpu:
     def __init__(self, handle: Any) -> None:
         """Wrap NVML's handle of a GPU or a MIG instance; None: no GPU, all of it is unknown."""
         self._handle = handle
-        card = _ask("nvmlDeviceGetDeviceHandleFromMigDeviceHandle", handle)
-        is_mig = getattr(_ask("nvmlDeviceIsMigDeviceHandle", handle), "value", 0)
+        card = ask("nvmlDeviceGetDeviceHandleFromMigDeviceHandle", handle)
+        is_mig = getattr(ask("nvmlDeviceIsMigDeviceHandle", handle), "value", 0)
         self._is_instance = bool(is_mig) and card is not None
         self._card = card if self._is_instance else handle
-        self.index: int | None = _ask("nvmlDeviceGetIndex", self._card)
-        self.uuid: str | None = _ask("nvmlDeviceGetUUID", handle)
+        self.index: int | None = ask("nvmlDeviceGetIndex", self._card)
+        self.uuid: str | None = ask("nvmlDeviceGetUUID", handle)
         self._mig_handles = [] if self._is_instance else _mig_handles(self._card)
-        support = _ask("nvmlGpmQueryDeviceSupport", self._card)
+        support = ask("nvmlGpmQueryDeviceSupport", self._card)
         self.gpm_supported: bool | None = support and bool(support.isSupportedDevice)
 
     def describe(self) -> dict[str, Any]:
@@ -265,22 +210,22 @@ class Gpu:
         nvidia-smi's words; versions are texts as "13.0"; ``mig_devices`` lists the card's
         instances.
         """
-        modes = _ask("nvmlDeviceGetMigMode", self._card)
+        modes = ask("nvmlDeviceGetMigMode", self._card)
         if modes is None and "nvmlDeviceGetMigMode" in failures:
             modes = (None, None)
         mig = [MIG_MODES.get(mode) for mode in modes or ()]
-        capability = _ask("nvmlDeviceGetCudaComputeCapability", self._card)
-        cuda = _ask(("nvmlSystemGetCudaDriverVersion_v2", "nvmlSystemGetCudaDriverVersion"))
+        capability = ask("nvmlDeviceGetCudaComputeCapability", self._card)
+        cuda = ask(("nvmlSystemGetCudaDriverVersion_v2", "nvmlSystemGetCudaDriverVersion"))
         return {
             "index": self.index,
             "uuid": self.uuid,
-            "name": _ask("nvmlDeviceGetName", self._handle),
+            "name": ask("nvmlDeviceGetName", self._handle),
             "memory_total_mib": self._memory_mib()[1],
-            "driver_version": _ask("nvmlSystemGetDriverVersion"),
+            "driver_version": ask("nvmlSystemGetDriverVersion"),
             # 13000 is 13.0
             "cuda_driver_version": cuda and f"{cuda // 1000}.{cuda % 1000 // 10}",
             "mig_mode": {"current": mig[0], "pending": mig[1]} if mig else None,
-            "compute_mode": COMPUTE_MODES.get(_ask("nvmlDeviceGetComputeMode", self._card)),
+            "compute_mode": COMPUTE_MODES.get(ask("nvmlDeviceGetComputeMode", self._card)),
             "compute_capability": capability and f"{capability[0]}.{capability[1]}",
             "mig_devices": self._card and [*map(_describe_mig_device, _mig_handles(self._card))],
             "gpm_supported": self.gpm_supported,
@@ -296,9 +241,9 @@ class Gpu:
         counter since the driver was loaded, of which only differences mean something.
         """
         gpm = self._read_gpm()
-        utilization = _ask("nvmlDeviceGetUtilizationRates", self._handle)
+        utilization = ask("nvmlDeviceGetUtilizationRates", self._handle)
         used_mib, total_mib = self._memory_mib()
-        millijoules = _ask("nvmlDeviceGetTotalEnergyConsumption", self._card)
+        millijoules = ask("nvmlDeviceGetTotalEnergyConsumption", self._card)
         percent, source = gpm["graphics_engine_active_percent"], "gpm"
         if utilization is not None:
             percent, source = float(utilization.gpu), "nvml"
@@ -310,11 +255,11 @@ class Gpu:
             **gpm,
             "memory_used_mib": used_mib,
             "memory_total_mib": total_mib,
-            "sm_clock_mhz": _ask("nvmlDeviceGetClockInfo", self._card, 1),  # 1: NVML_CLOCK_SM
-            "power_draw_watts": _scaled(_ask("nvmlDeviceGetPowerUsage", self._card), 1000),
+            "sm_clock_mhz": ask("nvmlDeviceGetClockInfo", self._card, 1),  # 1: NVML_CLOCK_SM
+            "power_draw_watts": _scaled(ask("nvmlDeviceGetPowerUsage", self._card), 1000),
             "energy_joules": _scaled(millijoules, 1000),
             "throttle_reasons": self._throttle_reasons(),
-            "temperature_celsius": _ask(
+            "temperature_celsius": ask(
                 ("nvmlDeviceGetTemperatureV", "nvmlDeviceGetTemperature"), self._card, 0
             ),
         }
@@ -356,16 +301,16 @@ class Gpu:
 
     def _memory_mib(self) -> tuple[float | None, float | None]:
         """Return used and total memory, used as nvidia-smi counts it where the driver can."""
-        memory = _ask("nvmlDeviceGetMemoryInfo", self._handle, MEMORY_INFO_VERSION_2)
+        memory = ask("nvmlDeviceGetMemoryInfo", self._handle, MEMORY_INFO_VERSION_2)
         if memory is None:
-            memory = _ask("nvmlDeviceGetMemoryInfo", self._handle)
+            memory = ask("nvmlDeviceGetMemoryInfo", self._handle)
         used, total = getattr(memory, "used", None), getattr(memory, "total", None)
         return _scaled(used, MEBIBYTE, 1), _scaled(total, MEBIBYTE, 1)
 
     def _throttle_reasons(self) -> list[str] | None:
         """Return the names of what lowers the clock now (an empty list: nothing does)."""
         # The second is what the function was called before driver 535.
-        bits = _ask(("nvmlDeviceGetCurrentClocksEventReasons",
+        bits = ask(("nvmlDeviceGetCurrentClocksEventReasons",
                      "nvmlDeviceGetCurrentClocksThrottleReasons"), self._card)  # fmt: skip
         if bits is None:
             return None
@@ -395,11 +340,11 @@ class _GpmReader:
 
     def __init__(self, card: Any, gpu_instance_id: int | None) -> None:
         # two samples, which take turns at being the earlier one
-        self._take = functools.partial(_ask, "nvmlGpmSampleGet", card)
+        self._take = functools.partial(ask, "nvmlGpmSampleGet", card)
         if gpu_instance_id is not None:
-            self._take = functools.partial(_ask, "nvmlGpmMigSampleGet", card, gpu_instance_id)
-        self._earlier = _ask("nvmlGpmSampleAlloc")
-        self._later = _ask("nvmlGpmSampleAlloc")
+            self._take = functools.partial(ask, "nvmlGpmMigSampleGet", card, gpu_instance_id)
+        self._earlier = ask("nvmlGpmSampleAlloc")
+        self._later = ask("nvmlGpmSampleAlloc")
         self._earlier_is_filled = False
 
     def read(self) -> dict[str, float | None]:
@@ -419,7 +364,7 @@ class _GpmReader:
         request.sample1, request.sample2 = self._earlier, self._later
         for position, metric_id in enumerate(GPM_METRICS.values()):
             request.metrics[position].metricId = metric_id
-        if _ask("nvmlGpmMetricsGet", request) is None:
+        if ask("nvmlGpmMetricsGet", request) is None:
             return dict.fromkeys(GPM_METRICS)
         # The call as a whole succeeds also where single metrics fail, or divide 0 by 0.
         return {
@@ -435,7 +380,7 @@ def _list_processes(function: str, handle: Any) -> list[Any] | None:
     the second pid is 0 and others are no pids either (github.com/XuehaiPan/nvitop/pull/79).
     """
     for version in ("v3", "v2"):
-        processes = _ask(f"{function}_{version}", handle)
+        processes = ask(f"{function}_{version}", handle)
         if processes is not None and all(process.pid for process in processes):
             return processes
     return None
@@ -443,19 +388,19 @@ def _list_processes(function: str, handle: Any) -> list[Any] | None:
 
 def _mig_handles(card: Any) -> list[Any]:
     """Return the handles of a card's MIG instances; their indices have holes."""
-    count = _ask("nvmlDeviceGetMaxMigDeviceCount", card) or 0
-    handles = [_ask("nvmlDeviceGetMigDeviceHandleByIndex", card, index) for index in range(count)]
+    count = ask("nvmlDeviceGetMaxMigDeviceCount", card) or 0
+    handles = [ask("nvmlDeviceGetMigDeviceHandleByIndex", card, index) for index in range(count)]
     return [handle for handle in handles if handle is not None]
 
 
 def _describe_mig_device(handle: Any) -> dict[str, Any]:
-    attributes = _ask("nvmlDeviceGetAttributes_v2", handle)
+    attributes = ask("nvmlDeviceGetAttributes_v2", handle)
     # An instance is called "NVIDIA H100 80GB HBM3 MIG 1g.10gb".
-    profile = (_ask("nvmlDeviceGetName", handle) or "").partition(" MIG ")[2]
+    profile = (ask("nvmlDeviceGetName", handle) or "").partition(" MIG ")[2]
     return {
-        "uuid": _ask("nvmlDeviceGetUUID", handle),
+        "uuid": ask("nvmlDeviceGetUUID", handle),
         "profile": profile or None,
-        "gpu_instance_id": _ask("nvmlDeviceGetGpuInstanceId", handle),
+        "gpu_instance_id": ask("nvmlDeviceGetGpuInstanceId", handle),
         "multiprocessor_count": getattr(attributes, "multiprocessorCount", None),
         "memory_mib": getattr(attributes, "memorySizeMB", None),
     }
