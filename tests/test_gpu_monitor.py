@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -16,6 +17,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import urlsplit
 
 import nvml_stub
 import pytest
@@ -398,6 +400,30 @@ def test_a_dashboard_reads_a_mig_instance_and_nothing_that_is_unknown(card: Call
 
 
 # --- its life
+
+
+def test_hundreds_of_silent_connections_keep_no_dashboard_and_no_sample_away(
+    card: Callable,
+) -> None:
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.ExitStack() as stack:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (128, limit[1]))
+        try:
+            arguments = ("--output", "-", "--prometheus", "0")
+            process = stack.enter_context(running(card(**BUSY), *arguments))
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+        url = process.stderr.readline().split()[-1]
+        address = urlsplit(url)
+        for _ in range(200):
+            client = socket.create_connection((address.hostname, address.port), timeout=10)
+            stack.enter_context(client)
+        assert b"DCGM_FI_DEV_GPU_UTIL{" in urllib.request.urlopen(url, timeout=10).read()
+        latest = time.monotonic()
+        read_until(process, lambda record: record["time_seconds"] > latest)
+        assert len(os.listdir(f"/proc/{process.pid}/fd")) < 64
+        process.send_signal(signal.SIGTERM)
+        assert process.communicate(timeout=10)[1] == ""
 
 
 def test_the_period_does_not_drift_and_missed_deadlines_are_left_out(card: Callable) -> None:

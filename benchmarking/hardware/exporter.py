@@ -5,7 +5,9 @@ Dashboards made for that exporter read them as they are. What a card does not te
 
 from __future__ import annotations
 
+import contextlib
 import socket
+from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +38,8 @@ _FIELDS = (
     ("DCGM_FI_DEV_TOTAL_ENERGY_CONSUMPTION", "energy_joules", 1000,
      "Energy since the driver was loaded (in mJ)"),
 )  # fmt: skip
+# Open at once: a scrape takes milliseconds, and who says nothing would keep a thread and a file.
+_MAX_CONNECTIONS = 32
 _COUNTERS = ("DCGM_FI_DEV_TOTAL_ENERGY_CONSUMPTION",)
 
 
@@ -55,8 +59,20 @@ class Exporter:
         registry = CollectorRegistry()
         registry.register(self)
         server, _ = start_http_server(port, address, registry)
+        self._connections: deque[socket.socket] = deque()
+        # What socketserver asks before it serves a connection, and calls for one that broke.
+        server.verify_request = self._make_room  # type: ignore[method-assign]
+        server.handle_error = lambda *_: None  # type: ignore[method-assign]
         host = f"[{address}]" if ":" in address else address
         self.url = f"http://{host}:{server.server_port}/metrics"
+
+    def _make_room(self, request: Any, client_address: object) -> bool:
+        """End the oldest connection where there are too many, not the new one: that may be ours."""
+        self._connections.append(request)
+        if len(self._connections) > _MAX_CONNECTIONS:
+            with contextlib.suppress(OSError):  # it has ended already
+                self._connections.popleft().shutdown(socket.SHUT_RDWR)
+        return True
 
     def show(self, sample: Mapping[str, Any]) -> None:
         """Serve this sample from now on."""
