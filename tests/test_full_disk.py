@@ -72,6 +72,17 @@ def test_each_runs_page_needs_no_room_for_temporary_files(tmp_path: Path) -> Non
 
 
 @needs_mount
+def test_a_folder_of_locks_that_anybody_has_filled_keeps_no_run_away(
+    bench: Bench, tmp_path: Path
+) -> None:
+    with tiny_disk(tmp_path / "locks") as disk:
+        disk.fill()
+        environment = bench.environment | {"GPU_SHARING_LOCK_DIR": str(tmp_path / "locks")}
+        command = disk.command(tmp_path, *bench.command("--workloads", "1"))
+        assert run(command, tmp_path, environment)[0] == 0
+
+
+@needs_mount
 def test_a_suite_and_an_analysis_on_a_full_disk_say_so_and_go_on_once_there_is_room(
     bench: Bench, tmp_path: Path
 ) -> None:

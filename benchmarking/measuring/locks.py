@@ -61,7 +61,8 @@ def hold(gpu_uuid: str | None) -> Iterator[None]:
         for other, pid in _held_by_others(path.parent, key):
             raise InUseError(_in_use(what, str(pid), other))
         os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+        with contextlib.suppress(OSError):  # anybody can fill that disk, and the lock needs no room
+            os.pwrite(descriptor, str(os.getpid()).encode(), 0)
         _held.add(path)
         try:
             yield
