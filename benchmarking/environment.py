@@ -38,6 +38,7 @@ from typing import NoReturn
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 VENV_FOLDER = PROJECT_ROOT / ".venv"
+VENV_LOCK = PROJECT_ROOT / ".venv.lock"
 VENV_PYTHON = str(VENV_FOLDER / "bin" / "python")
 OLDEST_PYTHON = (3, 10)
 OLDEST_PYTHON_TEXT = ".".join(map(str, OLDEST_PYTHON))
@@ -211,13 +212,16 @@ def ask_missing(python: str, requirements: Path, *flags: str) -> str | None:
 @contextlib.contextmanager
 def one_at_a_time() -> Iterator[None]:
     """Wait until no other start installs: two at once may break what both write."""
-    with open(__file__, "rb") as file:
-        with contextlib.suppress(OSError):  # a file system without locks
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # a file system without locks, a file of another's
+            # 0600, as all locks: who may only read the project must not be able to hold it
+            descriptor = os.open(VENV_LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+            stack.callback(os.close, descriptor)
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 say(f"Waiting for another installation into {VENV_FOLDER}.")
-                fcntl.flock(file, fcntl.LOCK_EX)
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
 
 

@@ -6,6 +6,8 @@ one-file package in a folder: no network.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import re
 import shutil
@@ -195,6 +197,21 @@ def test_of_two_first_starts_at_once_one_installs_and_the_other_waits(
     said = [one.stderr for one in done]
     assert sorted("Installing into" in text for text in said) == [False, True], said
     assert sum("Waiting for another installation" in text for text in said) == 1, said
+
+
+def test_who_may_only_read_the_project_holds_up_no_installation(
+    tmp_path: Path, wheels: Path
+) -> None:
+    project = make_project(tmp_path / "project")
+    with contextlib.ExitStack() as stack:
+        for path in [project.folder, *project.folder.rglob("*")]:
+            if path.stat().st_mode & 0o4:  # others may open it
+                descriptor = os.open(path, os.O_RDONLY)
+                stack.callback(os.close, descriptor)
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+        assert project.start(wheels=wheels).returncode == 0
+    locks = [path for path in project.folder.iterdir() if path.name.endswith(".lock")]
+    assert [path.stat().st_mode & 0o777 for path in locks] == [0o600]
 
 
 def test_ctrl_c_during_an_installation_ends_with_130_and_no_advice(complete: Project) -> None:
