@@ -166,6 +166,15 @@ def test_what_a_command_says_before_it_fails_steers_no_terminal(bench: Bench) ->
     assert not {"\x1b", "\x07"} & {*done.stdout, *done.stderr}
 
 
+def test_no_control_of_a_letter_and_no_turn_of_writing_reaches_a_terminal(bench: Bench) -> None:
+    plan_of(bench)
+    said = r"printf '\302\2332J\342\200\256moob\n' >&2; exit 1"  # CSI, then right to left
+    done = bench.run("--job", f'sh -c "{said}"')
+    assert done.returncode == 1
+    assert "exit code 1:  2J moob" in done.stdout
+    assert not {"\x9b", "\u202e"} & {*done.stdout, *done.stderr}
+
+
 def test_a_plan_with_mistakes_is_code_2_with_a_sentence_each(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

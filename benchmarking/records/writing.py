@@ -19,6 +19,8 @@ from pathlib import Path
 
 LOCK_FILE = "run.lock"
 REFUSALS_FILE = "refusals.jsonl"
+# Controls, also those of a letter each in UTF-8, and what turns the direction of writing.
+UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 def open_own(path: Path) -> int:
@@ -128,8 +130,8 @@ def take_lock(descriptor: int) -> bool:
 
 
 def one_line(text: str) -> str:
-    """Return text for a record: on one line, and UTF-8."""
-    return re.sub(r"[\x00-\x1f\x7f]", " ", text).encode(errors="replace").decode()
+    """Return text for a record and a terminal: on one line, UTF-8, and steering nothing."""
+    return UNSAFE.sub(" ", text).encode(errors="replace").decode()
 
 
 def append_refusal(folder: Path, command: Sequence[str], exit_code: int, sentence: str) -> None:

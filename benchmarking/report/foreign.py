@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from benchmarking.records import files
+from benchmarking.records.writing import UNSAFE
 
 _Struct = TypeVar("_Struct", bound=msgspec.Struct)
 
@@ -18,10 +19,6 @@ LARGEST, SMALLEST = 1e18, 1e-18
 DEEPEST = 50
 
 _LINE_BREAKS = re.compile(r"\s*[\t\n\v\f\r\x1c-\x1e\x85\u2028\u2029]+\s*")
-# Controls, and what turns the direction of writing.
-_UNSAFE = re.compile(
-    r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
-)
 
 
 def cleaned(value: Any, depth: int = 0) -> Any:
@@ -30,7 +27,8 @@ def cleaned(value: Any, depth: int = 0) -> Any:
     Raises `ValueError` for a number that nothing measures, and for what is nested too deeply.
     """
     if isinstance(value, str):
-        return _UNSAFE.sub("?", _LINE_BREAKS.sub(" ", value[:LONGEST_TEXT]))
+        text = UNSAFE.sub("?", _LINE_BREAKS.sub(" ", value[:LONGEST_TEXT]))
+        return text.encode(errors="replace").decode()
     if depth > DEEPEST:
         raise ValueError("what is nested too deeply")
     if isinstance(value, dict):
