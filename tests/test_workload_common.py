@@ -197,6 +197,34 @@ def test_a_gpu_is_expected_unless_it_is_hidden_as_cuda_hides_it(monkeypatch, vis
     assert device._gpu_expected() == expected
 
 
+@pytest.mark.parametrize(
+    ("said", "code", "seen"),
+    [
+        (rb"NVIDIA \370\225 H200, 580.65.06\n", 0, "NVIDIA \ufffd\ufffd H200, 580.65.06"),
+        (rb"WARNING: infoROM is corrupted\nNVIDIA H200, 580.65.06\n", 14, "NVIDIA H200, 580.65.06"),
+        (rb"Unable to determine the device handle: GPU is lost\nNVIDIA H200, 580.65.06\n", 15,
+         "NVIDIA H200, 580.65.06"),
+        (rb"No devices were found\n", 6, None),
+        (rb"NVIDIA-SMI has failed because it could not communicate with the driver.\n", 9, None),
+    ],
+)  # fmt: skip
+def test_a_gpu_that_the_driver_names_is_told_from_none_whatever_else_is_said(
+    tmp_path, monkeypatch, said, code, seen
+):
+    program = tmp_path / "nvidia-smi"
+    program.write_bytes(b"#!/bin/sh\nprintf '%%b' '%s'; exit %d\n" % (said, code))
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    args = argparse.Namespace(device="auto", engine=None, precision=None, seed=1, gpu=None)
+    if seen is None:
+        assert device.open_device(args).precision == "fp32"
+    else:
+        with pytest.raises(GpuUnavailableError, match=f"the driver sees {seen}, but PyTorch"):
+            device.open_device(args)
+
+
 def test_variables_that_would_change_what_is_measured_are_told_and_not_used(monkeypatch, capsys):
     monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")

@@ -295,15 +295,19 @@ def _gpu_expected() -> bool:
 
 
 def driver_listing() -> str | None:
-    """Return what ``nvidia-smi`` lists (name, driver version), or None where nothing answers."""
+    """Return the first row of ``nvidia-smi`` (name, driver version), None where there is none.
+
+    It ends with 14 where a GPU's infoROM is damaged, and says on the same stream what fails.
+    """
     try:
         answer = subprocess.run(
             ("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"),
-            capture_output=True, text=True, timeout=30, check=True,
+            capture_output=True, encoding="utf-8", errors="replace", timeout=30, check=False,
         )  # fmt: skip
     except (OSError, subprocess.SubprocessError):
         return None
-    return answer.stdout.strip() or None
+    row = re.search(r"^.+, \d+\.[\d.]+$", answer.stdout, re.MULTILINE)
+    return row[0] if row else None
 
 
 def _why_no_gpu() -> str:
@@ -313,7 +317,7 @@ def _why_no_gpu() -> str:
             "no NVIDIA driver answers (nvidia-smi fails or is missing); "
             "install the driver, or use --device cpu and leave --gpu out"
         )
-    seen = f"the driver sees {listing.splitlines()[0]}, but PyTorch {torch.__version__}"
+    seen = f"the driver sees {listing}, but PyTorch {torch.__version__}"
     if torch.version.cuda is None:
         fix = "reinstall it with 'pip install --force-reinstall torch'"
         return f"{seen} was built without CUDA; {fix}"
