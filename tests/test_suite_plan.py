@@ -175,6 +175,19 @@ def test_no_control_of_a_letter_and_no_turn_of_writing_reaches_a_terminal(bench:
     assert not {"\x9b", "\u202e"} & {*done.stdout, *done.stderr}
 
 
+def test_no_complaint_about_a_plan_holds_a_secret_since_drivers_record_it(
+    bench: Bench, tmp_path: Path
+) -> None:
+    secret = "hunter2-hunter2"
+    plan = tmp_path / "own.toml"
+    plan.write_text(f'[[client]]\nworkload = "llm_inference"\narguments = "--token {secret}"\n')
+    for jobs in (("--job", f"HF_TOKEN={secret} python train.py"), ("--plan", str(plan))):
+        done = bench.run(*jobs)
+        assert done.returncode == 2
+        assert "TOKEN" in done.stderr and "hidden:" in done.stderr
+        assert secret not in done.stderr
+
+
 def test_a_plan_with_mistakes_is_code_2_with_a_sentence_each(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -43,6 +43,7 @@ from benchmarking.planning import limits
 from benchmarking.planning.redaction import (
     NotRevealedError,
     Secrets,
+    hidden_in_command_line,
     reveal,
     secrets_of_line,
     secrets_of_words,
@@ -278,7 +279,7 @@ class _Table:
         value = self.content.get(key, default)
         # To Python a bool is a whole number, to whoever writes a plan it is not.
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            self.complain(key, f"is {value!r}, but needs {wanted}")
+            self.complain(key, f"is {_shown(value)}, but needs {wanted}")
             return default
         if isinstance(value, str) and "\0" in value:
             self.complain(key, HOLDS_NUL)
@@ -377,11 +378,16 @@ def _check_files(table: _Table, words: Sequence[str], directory: Path) -> None:
     script = script_of(words)
     if shutil.which(program) is None:
         table.complain(
-            "command", f"there is no program {words[0]!r} that can be run in {directory}: mend the "
-            "name, make the file executable, or set shell = true for a shell's own words",
+            "command", f"there is no program {_shown(words[0])} that can be run in {directory}: "
+            "mend the name, make the file executable, or set shell = true for a shell's own words",
         )  # fmt: skip
     elif script is not None and not os.path.exists(directory / script):
         table.complain("command", f"there is no file {script!r} in {directory}: mend the name")
+
+
+def _shown(value: Any) -> str:
+    """What a plan holds, for a complaint: it is recorded, so secrets in it are hidden."""
+    return repr(hidden_in_command_line([value])[0] if isinstance(value, str) else value)
 
 
 def _environment(table: _Table) -> dict[str, str]:
