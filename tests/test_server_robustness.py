@@ -22,7 +22,7 @@ import requests
 from hostile_requests import encoded, png_chunk, png_of
 from PIL import Image
 from server_figures import figures_of
-from server_process import ServerProcess, jpeg, running
+from server_process import ServerProcess, jpeg, png, running
 from waiting import is_running, limit, wait_until
 
 from workloads.inference.batching import COUNT, Engine
@@ -369,6 +369,19 @@ def test_sigterm_answers_what_is_in_flight_then_writes_the_result(tmp_path):
     assert result["figures"]["unanswered_requests"] == result["figures"]["lost_workers"] == 0
     assert result["identity"]["port"] == server.port
     assert result["settings"]["weights"] == "random"
+
+
+def test_a_server_whose_log_nobody_takes_any_more_drains_and_writes_its_result(tmp_path):
+    said = 'exec "$@" 2> >(head -n 3 >&2)'  # its reader leaves when it is ready
+    under = ("bash", "-c", said, "server")
+    with running(tmp_path, under=under, STUB_BATCH_SECONDS=1) as server:
+        wait_until(lambda: "try: curl" in server.log.read_text(), "the end of its log")
+        with ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(server.predict, png(3))
+            wait_until(lambda: server.stats()["requests_inside"], "a request in flight")
+            assert server.stop() == 0
+            assert answer.result().status_code == 200
+    assert result_of(server)["figures"]["successful_requests"] == 1
 
 
 def test_what_a_worker_says_last_is_heard_before_the_engine_has_closed():

@@ -175,8 +175,9 @@ def run_main(main: Callable[[], int], leave: Callable[[int], NoReturn] = sys.exi
         code = known.exit_code
         with contextlib.suppress(OSError):  # its own log may be on the disk that is full
             print(f"{Path(sys.argv[0]).name}: error: {printable(known)}", file=sys.stderr)
-    try:
-        sys.stdout.flush()
-    except OSError:  # Python would try once more at its end, and change the code
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # Python would try once more at its end, and change the code
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     leave(code)

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 
 from workloads.common.errors import printable
 
@@ -30,9 +30,10 @@ _shown: list[Progress] = []
 
 
 def note(text: str) -> None:
-    """Print one line of information."""
+    """Print one line of information; nobody may be there to read, which must not end the work."""
     begin = CLEAR_LINE if _shown and sys.stderr.isatty() else ""
-    print(begin + printable(text), file=sys.stderr, flush=True)
+    with suppress(OSError):
+        print(begin + printable(text), file=sys.stderr, flush=True)
 
 
 def loud_warning(text: str) -> None:
