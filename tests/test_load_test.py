@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import http.server
 import os
 import resource
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from conftest import PROJECT_ROOT
 from held_client import HeldClient
@@ -40,6 +43,48 @@ def measure(folder: Path, server, *flags: str, code: int = 0, **how: object) -> 
     done = load_test(folder, getattr(server, "url", server), *flags, **how)
     assert done.returncode == code, done.stderr
     return only_result(folder)["figures"], done.stdout + done.stderr
+
+
+class EndlessAnswer(http.server.BaseHTTPRequestHandler):
+    """Is healthy, and answers every picture with what has no end."""
+
+    protocol_version = "HTTP/1.1"
+    chunk = b"100000\r\n" + bytes(1 << 20) + b"\r\n"
+    sent_mib = 0
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def do_POST(self) -> None:
+        self.send_response(200)
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        with contextlib.suppress(OSError):  # nobody waits any more
+            while True:
+                self.wfile.write(self.chunk)
+                EndlessAnswer.sent_mib += 1
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_an_answer_without_end_fills_no_memory(tmp_path):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), EndlessAnswer)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    flags = ("--clients", "1", "--warm-up-requests", "0", "--results-dir", str(tmp_path))
+    process = subprocess.Popen((sys.executable, SCRIPT, "--server", url, *flags))
+    try:
+        wait_until(lambda: EndlessAnswer.sent_mib > 512, "half a gibibyte sent")
+        (generator,) = psutil.Process(process.pid).children()
+        assert generator.memory_info().rss < 256 << 20
+    finally:
+        process.kill()
+        process.wait()
+        server.shutdown()
+        server.server_close()
 
 
 # --- what is sent, and the figures of the guide ---------------------------------------------------

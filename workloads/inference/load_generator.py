@@ -362,6 +362,7 @@ class _Clients:
             headers={"User-Agent": "gpu-sharing-bench", **plan.headers},
             skip_auto_headers=("Accept-Encoding",),
             cookie_jar=aiohttp.DummyCookieJar(),
+            auto_decompress=False,
             trace_configs=[trace],
         )
 
@@ -403,7 +404,8 @@ class _Clients:
             async with self._session.post(
                 self._plan.url, data=next(self._bodies), allow_redirects=False
             ) as response:
-                await response.read()
+                async for _ in response.content.iter_any():
+                    pass  # an answer without end is to fill no memory until the timeout
                 return "" if response.status == 200 else f"HTTP {response.status}"
         except asyncio.TimeoutError:
             return "timeout"
