@@ -42,7 +42,7 @@ from waiting import wait_until  # noqa: E402
 
 from benchmarking.hardware import nvml  # noqa: E402
 from workloads.common import cli  # noqa: E402
-from workloads.inference import load_generator  # noqa: E402
+from workloads.inference import load_generator, load_requests  # noqa: E402
 
 LOAD_SHARE = 0.8
 CLIENTS_PER_WORKER = 16
@@ -102,7 +102,7 @@ class Soak:
         offsets: list[float] | None = None,
     ) -> tuple[np.ndarray, list[Figures]]:  # fmt: skip
         """Run the load test's generator: a closed loop, or sends at ``offsets`` in seconds."""
-        images = load_generator.encode_images(16, self.options.seed)
+        images = load_requests.encode_images(16, self.options.seed)
         plan = load_generator.LoadPlan(
             url=f"{self.server.url}/predict", headers={"Content-Type": "image/jpeg"},
             bodies=images, clients=clients, duration_seconds=duration_seconds,
@@ -148,7 +148,7 @@ class Soak:
         count = self.options.requests + lead_in
         # Ten standard deviations longer than the mean: never too few.
         enough_seconds = (count + 10 * count**0.5 + 10) / rate
-        draw = load_generator.arrival_offsets
+        draw = load_requests.arrival_offsets
         offsets = draw(rate, "poisson", enough_seconds, self.options.seed)[:count]
         with self.chaos.running():
             return self._run(self.clients, float(offsets[-1]) + 0.001, rate, offsets.tolist())

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from workloads.common.errors import UsageError
-from workloads.inference import load_generator, load_report
+from workloads.inference import load_generator, load_report, load_requests
 
 NAN, INF = float("nan"), float("inf")
 
@@ -123,7 +123,7 @@ def test_the_generator_is_flagged_for_lateness_and_for_want_of_processor_time(
 
 
 def test_poisson_arrivals_have_exponential_gaps_of_the_asked_mean_and_follow_the_seed():
-    draw = load_generator.arrival_offsets
+    draw = load_requests.arrival_offsets
     offsets = draw(1000, "poisson", 20, seed=7)
     assert (offsets == draw(1000, "poisson", 20, seed=7)).all()
     assert not np.isin(offsets, draw(1000, "poisson", 20, seed=8)).any()

@@ -126,15 +126,15 @@ class LoadTest(client.Workload):
 
     def load(self) -> None:
         """Start the processes of the load generator."""
-        from workloads.inference import load_generator
+        from workloads.inference import load_generator, load_requests
 
         args = self.args
         if not hasattr(self, "_url"):
             self.wait_for_server()
         seconds = max(STEADY_SECONDS, args.duration) if args.hold else args.duration
         self.offsets = self.draw_offsets(seconds)
-        images = load_generator.encode_images(DISTINCT_IMAGES, args.seed)
-        bodies, content_type = load_generator.encode_bodies(images, args.upload)
+        images = load_requests.encode_images(DISTINCT_IMAGES, args.seed)
+        bodies, content_type = load_requests.encode_bodies(images, args.upload)
         plan = load_generator.LoadPlan(
             url=str(self._url / "predict"),
             headers={"Content-Type": content_type, **api_key.headers(args.api_key)},
@@ -156,7 +156,7 @@ class LoadTest(client.Workload):
         Raises:
             UsageError: Rate and duration give no request at all.
         """
-        from workloads.inference.load_generator import arrival_offsets
+        from workloads.inference.load_requests import arrival_offsets
 
         args = self.args
         if args.rate is None:
