@@ -9,7 +9,8 @@ Finds every run at or below the folder and writes, into `--output` (default: the
 `report.html` (one self-contained file), `report.md`, `comparison.csv`, `comparison.json` and the
 charts as PNG; with `--each-run` also a `report.html` into every run's folder. Given one run, the
 runs beside it lend the baselines that it reused. Exit codes: 0 done, 1 the report cannot be
-written, 2 wrong usage or nothing to analyze, 7 a requirement is not met, 130 interrupted.
+written, 2 wrong usage, nothing to analyze, or an `--output` that cannot be made, 7 a requirement
+is not met, 130 interrupted.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ from benchmarking.drivers.fleet_unit import DRIVER, RECORD_WORD, run_units
 from benchmarking.drivers.program import exit_code_of, make_folder
 from benchmarking.measuring.stop_signal import StopSignal
 from benchmarking.modes.mode_scripts import LOCK_VARIABLE
-from benchmarking.records.writing import write_bytes_atomic
+from benchmarking.records.writing import one_line, write_bytes_atomic
 
 OUTPUT = Path("results/fleet")
 # Flags of run_experiments.sh that the fleet itself gives.
@@ -348,8 +348,8 @@ class Fleet:
         elif RECORD_WORD in said:
             unit.has_record = True
         else:
-            unit.reason = said
-            print(f"{unit.host}: {said}", flush=True)
+            unit.reason = one_line(said)  # another host's words
+            print(f"{unit.host}: {unit.reason}", flush=True)
 
 
 def unpack(packed: bytes, folder: Path) -> None:
