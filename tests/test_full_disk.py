@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import synthetic_runs
 from conftest import PROJECT_ROOT
 from mode_script_runner import open_folder
 from program_copy import processes_of
@@ -59,7 +59,9 @@ def run(command: list[str], where: Path, environment: dict[str, str]) -> tuple[i
 
 @needs_mount
 def test_each_runs_page_needs_no_room_for_temporary_files(tmp_path: Path) -> None:
-    shutil.copytree(PROJECT_ROOT / "tests" / "fixtures" / "synthetic_gpu", tmp_path / "results")
+    for mode in ("time-slicing", "mps"):
+        made = synthetic_runs.run(mode, mode, {4: [2.0, 2.04, 2.1]})
+        synthetic_runs.write(tmp_path / "results", made)
     script = PROJECT_ROOT / "benchmarking" / "analyze_results.py"
     with tiny_disk(tmp_path / "temporary") as disk:
         disk.fill()
