@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import synthetic_runs
 from made_up_reports import change, compare, mps
-from test_analyze_results import FIXTURE, SCRIPT, analyze, comparison_of
+from test_analyze_results import SCRIPT, analyze, comparison_of
 
 
 @pytest.mark.parametrize("number", [1e300, -1e300, 1e19, 10**30])
@@ -112,7 +112,8 @@ def test_a_damaged_settings_file_of_matplotlib_where_the_program_starts_is_not_r
     tmp_path: Path,
 ) -> None:
     (tmp_path / "matplotlibrc").write_bytes(b"\xff\xfe: 1\n")
-    command = [sys.executable, SCRIPT, "--results-dir", FIXTURE, "--output", "report"]
+    synthetic_runs.write(tmp_path / "results", mps([2.0]))
+    command = [sys.executable, SCRIPT, "--output", "report"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert list(tmp_path.glob("report/*.png"))
