@@ -60,6 +60,7 @@ from benchmarking.drivers.program import (
     resolve_jobs,
     write_report,
 )
+from benchmarking.measuring import locks
 from benchmarking.measuring.client import Client, ClientResult
 from benchmarking.measuring.event_log import first_unit_end_seconds, last_event, tail_of
 from benchmarking.measuring.launcher import CoRunResult, FinishRule
@@ -162,7 +163,12 @@ def let_it_happen(options: argparse.Namespace, stop: StopSignal) -> int:
     )  # fmt: skip
     try:
         refuse_harm(options)
-        with prepared(request) as setup:
+        is_refused = not options.allow_contention
+        with (
+            prepared(request) as setup,
+            locks.hold_or_note(setup.gpu_uuid, is_refused=is_refused) as note,
+        ):
+            setup.notes.extend([note] if note else [])
             record |= measure(options, setup, stop)
     except SuiteError as error:
         record["not_run"] = str(error)
@@ -199,9 +205,9 @@ def measure(options: argparse.Namespace, setup: Setup, stop: StopSignal) -> dict
     """
     planned = with_fault(options, setup, resolve_jobs(setup.plan, stop, say).co_runs[0])
     say(f"{options.neighbors} neighbors and a faulty client get ready under {setup.mode.name}")
-    folder, gpu = options.output_dir, dict(setup.gpu) if setup.gpu else None
+    folder = options.output_dir
     with Sampler(
-        folder / "gpu_samples.jsonl", folder / "gpu_monitor.log", gpu=gpu["uuid"] if gpu else None
+        folder / "gpu_samples.jsonl", folder / "gpu_monitor.log", gpu=setup.gpu_uuid
     ) as sampler:
         blast = Blast(options, setup, planned, stop)
         seen = blast.run()
@@ -215,7 +221,7 @@ def measure(options: argparse.Namespace, setup: Setup, stop: StopSignal) -> dict
     return {
         "mode": setup.mode.name,
         "notes": list(setup.notes),
-        "gpu": gpu,
+        "gpu": dict(setup.gpu) if setup.gpu else None,
         "fault_after_seconds": blast.fault_seconds - begin,
         "neighbors": [
             judge_neighbor(seen.clients[number], begin, end, blast.fault_seconds)

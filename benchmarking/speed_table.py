@@ -45,7 +45,7 @@ from benchmarking.drivers.program import (
     write_report,
 )
 from benchmarking.hardware import nvml
-from benchmarking.measuring import proofs
+from benchmarking.measuring import locks, proofs
 from benchmarking.measuring.card import find_gpu
 from benchmarking.measuring.jobs import ScriptFailedError, run_script
 from benchmarking.measuring.stop_signal import StopSignal
@@ -118,7 +118,8 @@ def measure(options: argparse.Namespace, stop: StopSignal) -> int:
     make_folder("--output-dir", options.output_dir)
     with compile_cache() as cache:
         table = SpeedTable(options, stop, cache)
-        code = table.measure()
+        with locks.hold_or_note(table.gpu_uuid, is_refused=False) as note:
+            code = table.measure(note)
     print(markdown(table.content))
     print(f"results: {options.output_dir}")
     return code
@@ -176,7 +177,7 @@ class SpeedTable:
         self._fills_cache = not any(cache.iterdir())
         self._noted_neighbors = NO_NEIGHBORS
         gpu, _ = find_gpu(Request(gpu=options.gpu), os.environ)
-        self._gpu_uuid = gpu["uuid"] if gpu else None
+        self.gpu_uuid = gpu["uuid"] if gpu else None
         self._rows: list[Row] = []
         self.content: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
@@ -191,9 +192,14 @@ class SpeedTable:
             "notes": [],
         }
 
-    def measure(self) -> int:
-        """Measure the card, then every job under every engine; return the exit code."""
+    def measure(self, note: str | None) -> int:
+        """Measure the card, then every job under every engine; return the exit code.
+
+        The note is on who else is at work on the card.
+        """
         try:
+            if note is not None:
+                self._note(note)
             self._measure_card()
             for job in JOBS:
                 if job.name in self._options.only:
@@ -207,14 +213,14 @@ class SpeedTable:
         return EXIT_FAILED if any(row.status != "ok" for row in self._rows) else EXIT_COMPLETE
 
     def _measure_card(self) -> None:
-        if self._gpu_uuid is None:
+        if self.gpu_uuid is None:
             self._note("no GPU: tiny sizes on the CPU, engine eager; floors are unknown")
             return
         self._note_neighbors("the card's rates")
         say("the card's copy bandwidth and matrix rate")
         try:
             self.content["card_rates"] = self._answer_of(
-                "benchmarking/hardware/card_rates.py", ["--gpu", self._gpu_uuid]
+                "benchmarking/hardware/card_rates.py", ["--gpu", self.gpu_uuid]
             )
         except ScriptFailedError as error:
             self._note(f"the card's rates are unknown: {error}")
@@ -222,7 +228,7 @@ class SpeedTable:
     def _measure_job(self, job: SpeedJob) -> None:
         """Measure the job's reference, then its engines, each against reference and floor."""
         work = reference = None
-        for engine in (EAGER, *(self._options.engines if self._gpu_uuid else ())):
+        for engine in (EAGER, *(self._options.engines if self.gpu_uuid else ())):
             row = self._measure_row(job, engine)
             self._rows.append(row)
             reference = reference or row
@@ -234,7 +240,7 @@ class SpeedTable:
 
     def _measure_row(self, job: SpeedJob, engine: str) -> Row:
         """Run one job under one engine, as often as was asked for."""
-        precision = "fp32" if engine == EAGER and self._gpu_uuid else None
+        precision = "fp32" if engine == EAGER and self.gpu_uuid else None
         row = Row(job.name, job.title, engine, precision, job.unit, is_reference=engine == EAGER)
         name = f"{job.name}, engine {engine}"
         row.neighbors = self._note_neighbors(name)
@@ -259,9 +265,9 @@ class SpeedTable:
         smaller = {SIZE_QUICK: job.quick, SIZE_CPU: job.cpu}.get(self.content["job_size"], "")
         flags = [*job.guide.split(), *smaller.split(), "--engine", engine]
         flags += ["--precision", precision] if precision else []
-        flags += ["--gpu", self._gpu_uuid] if self._gpu_uuid else ["--device", "cpu"]
+        flags += ["--gpu", self.gpu_uuid] if self.gpu_uuid else ["--device", "cpu"]
         if job.script == RESNET:
-            dataset = self._options.dataset or (None if self._gpu_uuid else "synthetic")
+            dataset = self._options.dataset or (None if self.gpu_uuid else "synthetic")
             flags += ["--dataset", dataset] if dataset else []
             flags += ["--data-dir", self._options.data_dir] if self._options.data_dir else []
         return flags
@@ -305,7 +311,7 @@ class SpeedTable:
 
         `None` where that could not be asked.
         """
-        neighbors = nvml.compute_processes(self._gpu_uuid) if self._gpu_uuid else []
+        neighbors = nvml.compute_processes(self.gpu_uuid) if self.gpu_uuid else []
         found = NO_NEIGHBORS
         if neighbors is None:
             found = "whether other processes were on the GPU could not be asked"

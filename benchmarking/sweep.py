@@ -45,6 +45,7 @@ from benchmarking.cli import (
     SuiteError,
 )
 from benchmarking.drivers.program import exit_code_of, make_folder
+from benchmarking.measuring import locks
 from benchmarking.measuring.card import find_gpu
 from benchmarking.measuring.stop_signal import StopSignal
 from benchmarking.modes.mode_scripts import ModeScriptError, in_force, is_set_up, lock_reason
@@ -252,14 +253,14 @@ class SweepRun:
         self._stop = stop
         self._folder: Path = options.output
         self._sweep: Sweep = options.sweep
-        self._gpu_uuid = ""
+        self._gpu_uuid: str | None = None
         if self._knob.card_mode:
             self._gpu_uuid = card_to_change(self._knob.card_mode, options)
         else:
             words = [*options.suite, *self._knob.suite_words(options.values[0])]
             request = flags.request_from(flags.parse_arguments(words))
-            with prepared(request):
-                pass
+            with prepared(request) as setup:
+                self._gpu_uuid = setup.gpu_uuid
         self._baseline: Path | None = None
         if options.request.baseline is not None:
             self._baseline = resolve_run(options.request.baseline, options.request.results_dir)
@@ -267,6 +268,12 @@ class SweepRun:
 
     def execute(self) -> int:
         """Measure everything that is missing, write the report; return the exit code."""
+        # Also between two values: another run would have the card, or it be changed under that.
+        is_refused = not self._options.request.allow_contention
+        with locks.hold_or_note(self._gpu_uuid, is_refused=is_refused):
+            return self._execute()
+
+    def _execute(self) -> int:
         make_folder("--output", self._folder)
         # Held until this process ends; between two values no run's own lock is.
         if not take_lock(open_own(self._folder / LOCK_FILE)):
@@ -354,7 +361,7 @@ class SweepRun:
         if self._knob.card_mode == MODE_TIME_SLICING:
             clients = (self._options.request.workloads or (USUAL_CLIENTS,))[0]
             setup = [script, str(clients), "--timeslice", value]
-        return in_force(setup, undo, self._gpu_uuid, self._folder)
+        return in_force(setup, undo, str(self._gpu_uuid), self._folder)
 
     def _run(self, words: Sequence[str], run_id: str) -> int:
         """Run the suite, or the rest of a run that was cut off; return its exit code."""

@@ -30,6 +30,7 @@ from program_copy import copy_programs, processes_of
 from waiting import wait_until
 
 from benchmarking.fleet import parse_arguments, unpack
+from benchmarking.measuring import locks
 
 FAKES = PROJECT_ROOT / "tests" / "fakes"
 RECORDED = PROJECT_ROOT / "examples" / "h200-mixed-4" / "comparison.json"
@@ -310,6 +311,21 @@ def test_the_driver_of_a_unit_that_was_killed_is_waited_for(fleet: Fleet, tmp_pa
     begun = [call for call in fleet.calls("run_experiments.sh") if "exit_code" not in call]
     # the driver keeps no secret of the flags, so going on needs it in the environment
     assert [call["token"] for call in begun] == [None, "hunter2-hunter2"]
+
+
+def test_a_unit_leaves_a_card_alone_that_another_run_is_at_work_on(
+    fleet: Fleet, tmp_path: Path
+) -> None:
+    fleet.rule()
+    environment = {**fleet.environment, "NVML_STUB_STATE": str(fleet.root / "host-a.txt")}
+    with locks.hold("GPU-a1"):
+        code, said = fleet.run("unit", tmp_path, "--gpu", "1", env=environment)
+    assert code == 4, said
+    assert f"another run is at work on GPU GPU-a1: pid {os.getpid()}" in said
+    programs = ("gpu_status.sh", "card_health.py", "run_experiments.sh")
+    assert [fleet.calls(program) for program in programs] == [[], [], []]
+    code, said = fleet.run("unit", tmp_path, "--gpu", "1", env=environment)
+    assert code == 0, said
 
 
 def test_the_slurm_script_measures_each_card_of_its_node(fleet: Fleet, tmp_path: Path) -> None:

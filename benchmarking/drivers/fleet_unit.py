@@ -43,7 +43,7 @@ from benchmarking.drivers import program
 from benchmarking.drivers.driver_arguments import PROJECT_ROOT, SAVED_ARGUMENTS
 from benchmarking.hardware import nvml
 from benchmarking.hardware.visible_devices import VISIBLE, cards_of_nvidia_smi, visible_devices
-from benchmarking.measuring import jobs
+from benchmarking.measuring import jobs, locks
 from benchmarking.measuring.card import look_for_foreign_processes, usable_cores
 from benchmarking.measuring.stop_signal import StopSignal
 from benchmarking.modes.mode_scripts import ModeScriptError, lock_reason, run_script
@@ -269,10 +269,11 @@ def _measure(
     }  # fmt: skip
     write_json_atomic(path, record)
     try:
-        _undo_what_was_left(record, path)
         is_allowed = bool({"--allow-contention", "--beside-others"}.intersection(flags))
-        look_for_foreign_processes(gpu["uuid"], allowed=is_allowed)
-        record["health"] = _look_at_health(record, stop)
+        with locks.hold_or_note(gpu["uuid"], is_refused=not is_allowed):
+            _undo_what_was_left(record, path)
+            look_for_foreign_processes(gpu["uuid"], allowed=is_allowed)
+            record["health"] = _look_at_health(record, stop)
         write_json_atomic(path, record)
         record["exit_code"], record["reason"] = _drive(gpu, path, flags, lock, stop)
     except SuiteError as error:

@@ -70,6 +70,20 @@ def hold(gpu_uuid: str | None) -> Iterator[None]:
             _held.discard(path)
 
 
+@contextlib.contextmanager
+def hold_or_note(gpu_uuid: str | None, *, is_refused: bool) -> Iterator[str | None]:
+    """As `hold`; where another run at work is not refused, give what is to be noted of it."""
+    with contextlib.ExitStack() as stack:
+        note = None
+        try:
+            stack.enter_context(hold(gpu_uuid))
+        except InUseError as error:
+            if is_refused:
+                raise
+            note = f"{error.found}: figures hold next to it only"
+        yield note
+
+
 def _in_use(what: str, pid: str, owner: int | None = None) -> str:
     who = (
         f"pid {pid}" if pid.isdecimal() and int(pid) else "a process that cannot be seen from here"

@@ -91,9 +91,14 @@ def _plan_and_run(
                 console.print_plan(setup, verbose=options.verbose or options.dry_run)
         if options.dry_run:
             return SuiteEnd(EXIT_COMPLETE, None)
-        is_alone = _lock_card(setup, stack) and not setup.is_contended
+        uuid, is_refused = setup.gpu_uuid, not request.allow_contention
+        note = stack.enter_context(locks.hold_or_note(uuid, is_refused=is_refused))
+        if note is not None:
+            setup.notes.append(note)
+            with console.printing():
+                print(f"  note: {note}")
         writer = earlier.reopen(setup.notes) if earlier else _new_run(setup, command)
-        if not is_alone:
+        if note is not None or setup.is_contended:
             writer.update_manifest(is_contended=True)
         suite = SuiteRun(Measurement(setup, writer, stop, Progress(), earlier, options.round))
         end = SuiteEnd(suite.execute(), suite.ending)
@@ -113,23 +118,6 @@ def estimate_repeat_seconds(words: Sequence[str]) -> float | None:
             return preflight.estimated_round_seconds(setup)
     except (SystemExit, SuiteError):
         return None
-
-
-def _lock_card(setup: Setup, stack: ExitStack) -> bool:
-    """Hold the card's lock, or the CPU's, until the stack ends; say whether no other run is there.
-
-    Raises `InUseError` where one is and that is not allowed.
-    """
-    try:
-        stack.enter_context(locks.hold(setup.gpu["uuid"] if setup.gpu else None))
-    except locks.InUseError as error:
-        if not setup.request.allow_contention:
-            raise
-        setup.notes.append(f"{error.found}: figures hold next to it only")
-        with console.printing():
-            print(f"  note: {setup.notes[-1]}")
-        return False
-    return True
 
 
 def _new_run(setup: Setup, command: Sequence[str]) -> run_folder.RunWriter:

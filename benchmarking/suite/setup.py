@@ -70,6 +70,11 @@ class Setup:
         """Whether there is no GPU in use."""
         return self.mode.name == MODE_CPU_DEMO
 
+    @property
+    def gpu_uuid(self) -> str | None:
+        """The GPU by name, `None` on the CPU."""
+        return self.gpu["uuid"] if self.gpu else None
+
     def environment(self) -> dict[str, Any]:
         """Return what is known of the environment; what else there is, the jobs will tell."""
         gpu = self.gpu or {}
