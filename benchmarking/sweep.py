@@ -62,7 +62,14 @@ from benchmarking.records.run_folder import (
     utc_now,
     write_json_atomic,
 )
-from benchmarking.records.writing import LOCK_FILE, is_held, is_of_others, open_own, take_lock
+from benchmarking.records.writing import (
+    LOCK_FILE,
+    is_held,
+    is_of_others,
+    open_own,
+    remove_unbegun,
+    take_lock,
+)
 from benchmarking.suite.resume import read_earlier
 from benchmarking.suite.session import run_suite
 from benchmarking.suite.setup import prepared
@@ -371,7 +378,7 @@ class SweepRun:
         if (folder / MANIFEST_FILE).is_file():
             words = ["--resume", str(folder)]
         else:
-            shutil.rmtree(folder, ignore_errors=True)  # cut off before there was anything in it
+            remove_unbegun(folder)
             words = [*words, "--results-dir", str(self._folder), "--run-id", run_id]
         code = run_suite(words, self._stop, from_driver=True).exit_code
         return EXIT_INTERRUPTED if self._stop.requested else code

@@ -47,6 +47,18 @@ def test_a_new_start_undoes_what_a_killed_driver_left_and_leaves_nothing_itself(
     assert runner.left_behind() == []
 
 
+def test_a_run_that_was_cut_off_before_its_manifest_is_begun_anew(runner: DriverRunner) -> None:
+    runner.rule(mps={"kill_driver": True})
+    assert runner.drive("run_experiments.sh", "--modes", "mps").returncode == -signal.SIGKILL
+    run = runner.output / "mps"
+    (run / "manifest.json").rename(run / ".manifest.json.0123456789abcdef.tmp")
+    for name in ("run.lock", "plan.toml"):
+        (run / name).touch()
+    runner.rule()
+    runner.must_drive("run_experiments.sh", "--resume", str(runner.output))
+    assert [path.name for path in run.iterdir()] == ["manifest.json"]
+
+
 @needs_root
 def test_instances_that_a_killed_driver_left_stand_in_nobodys_way(runner: DriverRunner) -> None:
     runner.rule(mig={"kill_driver": True})

@@ -129,13 +129,16 @@ def test_bisection_finds_the_count_between_and_goes_on_where_it_was_cut_off(benc
     assert "run mine is complete" in again.stderr
 
 
-def stored_run(results: Path, **fields: object) -> run_folder.RunWriter:
+def stored_run(
+    results: Path, *, plan_text: str | None = None, **fields: object
+) -> run_folder.RunWriter:
     environment = {"gpu_name": "H100", "gpu_uuid": "GPU-1", "driver_version": "550",
                    "git_commit": "aaa", "versions": {"torch": "2.4"}}  # fmt: skip
     manifest = {"command": [], "mode": "mps", "effective_mode": "mps", "mix": "mixed", "plan": {},
                 "environment": environment, "baseline_run_id": None, "notes": [],
                 "request": resumption.request_data(Request()), "plan_file": None}  # fmt: skip
-    return run_folder.create_run(results, {**manifest, **fields}, run_id="mine")
+    known = {**manifest, **fields}
+    return run_folder.create_run(results, known, run_id="mine", plan_text=plan_text)
 
 
 @pytest.mark.parametrize(
@@ -162,8 +165,7 @@ def test_a_request_comes_back_as_it_was_unless_others_may_have_written_it(
         mps_limits=MpsLimits(percentages=("even",)), mig_layout=("1g.5gb",),
     )  # fmt: skip
     fields = {"request": resumption.request_data(asked), "plan_file": plan_file.to_dict()}
-    writer = stored_run(tmp_path, **fields)
-    writer.save_plan_file(plan_file.text)
+    writer = stored_run(tmp_path, plan_text=plan_file.text, **fields)
     with pytest.raises(run_folder.RunStoreError, match="still going on"):
         resumption.read_earlier("mine", tmp_path)
     writer.finish("interrupted")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import os
@@ -328,14 +329,12 @@ def test_a_link_in_the_place_of_a_file_is_replaced_and_not_followed(tmp_path: Pa
     run = new_run(tmp_path)
     target = tmp_path / "target"
     target.write_text("theirs")
-    paths = [run.folder / name for name in ("manifest.json", "plan.toml")]
-    for path in paths:
-        path.unlink(missing_ok=True)
-        path.symlink_to(target)
+    manifest = run.folder / "manifest.json"
+    manifest.unlink()
+    manifest.symlink_to(target)
     run.update_manifest(notes=["x"])
-    run.save_plan_file("ours")
     assert target.read_text() == "theirs"
-    assert not any(path.is_symlink() for path in paths)
+    assert not manifest.is_symlink()
 
 
 @pytest.mark.parametrize(
@@ -357,12 +356,23 @@ def test_a_run_goes_on_in_no_folder_where_others_planted_something(
     assert not (tmp_path / "target").exists()
 
 
+def test_a_run_whose_plan_cannot_be_kept_has_no_manifest_that_could_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def is_full(*arguments: object, **named: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(writing, "write_text_atomic", is_full)
+    with pytest.raises(OSError, match="No space left"):
+        run_folder.create_run(tmp_path, MANIFEST, run_id="mine", plan_text="x")
+    assert list((tmp_path / "mine").iterdir()) == []
+
+
 def test_a_run_is_for_its_user_alone(tmp_path: Path) -> None:
     before = os.umask(0)
     try:
-        run = new_run(tmp_path)
+        run = run_folder.create_run(tmp_path, MANIFEST, plan_text="x")
         run.append_record(struct(co_run("c")))
-        run.save_plan_file("x")
         writing.append_refusal(tmp_path, ["a"], 3, "x")
     finally:
         os.umask(before)

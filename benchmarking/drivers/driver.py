@@ -48,7 +48,13 @@ from benchmarking.modes.enabling import ModeSwitch
 from benchmarking.modes.mode_scripts import ModeScriptError
 from benchmarking.modes.names import MODE_MPS_PARTITIONS
 from benchmarking.planning.redaction import hidden_in_command_line
-from benchmarking.records.writing import LOCK_FILE, REFUSALS_FILE, append_refusal, is_held, one_line
+from benchmarking.records.writing import (
+    REFUSALS_FILE,
+    append_refusal,
+    is_held,
+    one_line,
+    remove_unbegun,
+)
 
 SUITE = PROJECT_ROOT / "benchmarking" / "benchmark_suite.py"
 ANALYSIS = PROJECT_ROOT / "benchmarking" / "analyze_results.py"
@@ -307,10 +313,8 @@ class Driver:
     def _words(self, run_id: str, flags: Sequence[str]) -> list[str]:
         """Return the suite's arguments for a run of that name."""
         folder = Path(self.output, run_id)
-        if self.options.resumed and _outcome(folder) is None:
-            with contextlib.suppress(OSError):  # it was cut off before its first word
-                (folder / LOCK_FILE).unlink(missing_ok=True)
-                folder.rmdir()
+        if self.options.resumed:
+            remove_unbegun(folder)
         words = [*flags, "--results-dir", self.output, "--run-id", run_id]
         words += suite_flags(self.options)
         words += ["--gpu", self.gpu.uuid] if self.gpu else []

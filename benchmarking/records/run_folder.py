@@ -37,14 +37,13 @@ from benchmarking.cli import SuiteError
 from benchmarking.records import files, types, writing
 from benchmarking.records.files import write_json_atomic
 from benchmarking.records.types import ClientRecord, CoRunRecord, Manifest, Phase, Record
-from benchmarking.records.writing import LOCK_FILE, REFUSALS_FILE, take_lock, utc_now
+from benchmarking.records.writing import LOCK_FILE, PLAN_FILE, REFUSALS_FILE, take_lock, utc_now
 
 MANIFEST_FILE = "manifest.json"
 RECORDS_FILE = "records.jsonl"
 SAMPLES_FILE = "gpu_samples.jsonl"
 MONITOR_LOG_FILE = "gpu_monitor.log"
 CLIENTS_FOLDER = "clients"
-PLAN_FILE = "plan.toml"
 PHASES_FILE = "phases.jsonl"
 
 PHASE_BASELINE: Phase = "baseline"
@@ -171,10 +170,6 @@ class RunWriter:
         self.manifest = msgspec.convert(msgspec.structs.asdict(changed), Manifest)
         write_json_atomic(self.folder / MANIFEST_FILE, self.manifest)
 
-    def save_plan_file(self, text: str) -> None:
-        """Keep the plan file of the run as it was."""
-        writing.write_text_atomic(self.folder / PLAN_FILE, text, mode=0o600)
-
     def note_resumption(
         self, ended: types.RunOutcome | Literal["killed"], notes: Sequence[str]
     ) -> None:
@@ -209,9 +204,15 @@ class RunWriter:
 
 
 def create_run(
-    results_dir: Path, known: Mapping[str, Any], *, run_id: str | None = None
+    results_dir: Path,
+    known: Mapping[str, Any],
+    *,
+    run_id: str | None = None,
+    plan_text: str | None = None,
 ) -> RunWriter:
-    """Make the folder of a new run and save its first manifest.
+    """Make the folder of a new run and save its plan file, if it has one, and first manifest.
+
+    In this order: what has a manifest can go on.
 
     `known` holds the fields of the manifest that the caller knows, as structs or plain data; the
     others are added here. Without `run_id` the name is `<effective mode>-<mix>-<YYYYmmdd-HHMMSS>`
@@ -241,6 +242,8 @@ def create_run(
         raise RunStoreError(
             f"cannot create {results_dir / base} ({error.strerror}): choose another --results-dir"
         ) from error
+    if plan_text is not None:
+        writing.write_text_atomic(folder / PLAN_FILE, plan_text, mode=0o600)
     first = {"schema_version": types.SCHEMA_VERSION, "run_id": folder.name, "created_at": utc_now()}
     return RunWriter(folder.resolve(), msgspec.convert({**first, **known}, Manifest))
 

@@ -12,12 +12,14 @@ import json
 import os
 import re
 import secrets
+import shutil
 import stat
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
 LOCK_FILE = "run.lock"
+PLAN_FILE = "plan.toml"
 REFUSALS_FILE = "refusals.jsonl"
 # Controls, also those of a letter each in UTF-8, and what turns the direction of writing.
 UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
@@ -98,6 +100,13 @@ def write_bytes_atomic(path: Path, content: bytes, *, mode: int = 0o666) -> None
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_unbegun(folder: Path) -> None:
+    """Take away the folder of a run that was cut off before it had a manifest, if that is one."""
+    there = folder.glob("*")
+    if all(path.name in (LOCK_FILE, PLAN_FILE) or path.suffix == ".tmp" for path in there):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def utc_now() -> str:

@@ -124,10 +124,10 @@ def _new_run(setup: Setup, command: Sequence[str]) -> run_folder.RunWriter:
     """Make the run's folder, with all in it that going on after a cut needs."""
     request = setup.request
     manifest = {**setup.manifest(list(command)), "request": request_data(request)}
-    writer = run_folder.create_run(request.results_dir, manifest, run_id=request.run_id)
-    if request.plan_file is not None:
-        writer.save_plan_file(request.plan_file.text)
-    return writer
+    plan_text = request.plan_file.text if request.plan_file else None
+    return run_folder.create_run(
+        request.results_dir, manifest, run_id=request.run_id, plan_text=plan_text
+    )
 
 
 def _told(end: SuiteEnd, folder: Path, *, from_driver: bool) -> SuiteEnd:
