@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 from recorded_rows import read_plain
 from suite_bench import Bench, names, outcomes, verdicts, window_seconds
@@ -278,3 +281,27 @@ def test_what_cannot_be_is_one_sentence_and_its_exit_code(
     if code == EXIT_USAGE and result.reason.endswith("--help)"):  # no driver's call: it ends here
         with pytest.raises(SystemExit, match="2"):
             run_suite([*arguments, *where])
+
+
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_a_pause_of_all_jobs_together_is_warned_of_and_one_of_the_suite_alone_is_none(
+    bench: Bench, is_whole: bool
+) -> None:
+    """As Ctrl-Z, and a scheduler that suspends a job."""
+    process = bench.start(
+        "--mix", "training", "--workloads", "1", "--run-id", "mine", "--window", "2",
+        until="training-1-r0/0", said='"units"',
+    )  # fmt: skip
+    time.sleep(0.5)  # the window opens
+    below = psutil.Process(process.pid).children(recursive=True)
+    suspended = [*below, psutil.Process(process.pid)] if is_whole else [process]
+    for one in suspended:
+        one.send_signal(signal.SIGSTOP)
+    time.sleep(4.5)
+    for one in suspended:
+        one.send_signal(signal.SIGCONT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    warned = re.search(r"WARNING: jobs and sampler stood still for \d s in the window", output)
+    assert bool(warned) == is_whole, output
+    assert ("stood still" in bench.report()) == is_whole

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -42,6 +43,9 @@ from benchmarking.suite.setup import Setup
 
 # Past what a time service adds to the wall clock, or takes from it, in slewing.
 CLOCK_TOLERANCE_SECONDS = 2.0
+# Between two samples, past what a busy machine makes of their interval; and what a unit in hand may
+# end before or after.
+PAUSE_SECONDS, PAUSE_MARGIN = 3.0, 1.0
 
 _Record = TypeVar("_Record", ClientRecord, CoRunRecord)
 Measured = tuple[CoRunRecord, list[ClientRecord]]
@@ -69,8 +73,7 @@ class Measurement:
         """Make the sampler and the launcher; nothing is started."""
         setup, writer = self.setup, self.writer
         self.reference = Reference(has_own_shares=setup.mode.has_own_shares)
-        gpu_uuid = setup.gpu["uuid"] if setup.gpu else None
-        self.sampler = Sampler(writer.samples_path, writer.monitor_log_path, gpu=gpu_uuid)
+        self.sampler = Sampler(writer.samples_path, writer.monitor_log_path, gpu=setup.gpu_uuid)
         self._launcher = Launcher(
             client_base_environment(os.environ),
             timeouts=Timeouts(timeout=setup.request.timeout_seconds),
@@ -135,7 +138,7 @@ class Measurement:
         record, clients = self._judge(seen, mode, samples)
         foreign = proofs.foreign_pids_in_window(seen, samples)
         record.warnings += [
-            *few_units_warnings(seen, rule), *clock_warnings(clock),
+            *few_units_warnings(seen, rule), *pause_warnings(seen, samples), *clock_warnings(clock),
             *proofs.contention_warnings(foreign),
         ]  # fmt: skip
         record.is_contended = bool(foreign)
@@ -295,6 +298,31 @@ def few_units_warnings(seen: CoRunResult, rule: FinishRule) -> list[str]:
         "figures are rough, a longer --window makes them better"
         for name, count in units.items()
         if count < rule.min_units
+    ]
+
+
+def pause_warnings(seen: CoRunResult, samples: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Say, in one sentence or none, how long all stood still in the window, suspended together.
+
+    That is, between two samples, and with no client's unit of work finished meanwhile.
+    """
+    opening, end = seen.window_start_seconds, seen.window_end_seconds
+    if opening is None or end is None:
+        return []
+    ends = [at + s for client in seen.clients for _, at, s in unit_spans(client.events)]
+    times = [sample["time_seconds"] for sample in samples]
+    pauses = [
+        min(later, end) - max(earlier, opening)
+        for earlier, later in itertools.pairwise(times)
+        if later - earlier > PAUSE_SECONDS
+        and not any(earlier + PAUSE_MARGIN < at < later - PAUSE_MARGIN for at in ends)
+    ]
+    seconds = max(pauses, default=0.0)
+    if seconds < PAUSE_MARGIN:
+        return []
+    return [
+        f"jobs and sampler stood still for {seconds:.0f} s in the window, as where a scheduler or "
+        "a virtual machine suspends them: the figures count that time, so measure again"
     ]
 
 
