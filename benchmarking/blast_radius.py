@@ -54,9 +54,9 @@ from benchmarking.cli import (
 )
 from benchmarking.drivers.program import (
     UntilOver,
+    claim_folder,
     exit_code_of,
     launch,
-    make_folder,
     resolve_jobs,
     write_report,
 )
@@ -152,7 +152,7 @@ def let_it_happen(options: argparse.Namespace, stop: StopSignal) -> int:
         raise SuiteError(
             f"--output-dir {options.output_dir} holds a record; name another folder", EXIT_USAGE
         )
-    make_folder("--output-dir", options.output_dir)
+    claim_folder("--output-dir", options.output_dir)
     record = {
         "schema_version": SCHEMA_VERSION, "created_at": utc_now(), "command": sys.argv,
         "mode": options.mode, "fault": options.fault, "not_run": None,

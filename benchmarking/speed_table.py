@@ -40,6 +40,7 @@ from benchmarking.cli import (
     positive_int,
 )
 from benchmarking.drivers.program import (
+    claim_folder,
     exit_code_of,
     make_folder,
     write_report,
@@ -115,7 +116,7 @@ def listed(what: str, known: Sequence[str]) -> Callable[[str], list[str]]:
 
 def measure(options: argparse.Namespace, stop: StopSignal) -> int:
     """Measure, write and print the table; return the exit code."""
-    make_folder("--output-dir", options.output_dir)
+    claim_folder("--output-dir", options.output_dir)
     with compile_cache() as cache:
         table = SpeedTable(options, stop, cache)
         with locks.hold_or_note(table.gpu_uuid, is_refused=False) as note:

@@ -44,7 +44,7 @@ from benchmarking.cli import (
     OneLineParser,
     SuiteError,
 )
-from benchmarking.drivers.program import exit_code_of, make_folder
+from benchmarking.drivers.program import claim_folder, exit_code_of
 from benchmarking.measuring import locks
 from benchmarking.measuring.card import find_gpu
 from benchmarking.measuring.stop_signal import StopSignal
@@ -62,14 +62,7 @@ from benchmarking.records.run_folder import (
     utc_now,
     write_json_atomic,
 )
-from benchmarking.records.writing import (
-    LOCK_FILE,
-    is_held,
-    is_of_others,
-    open_own,
-    remove_unbegun,
-    take_lock,
-)
+from benchmarking.records.writing import is_held, is_of_others, remove_unbegun
 from benchmarking.suite.resume import read_earlier
 from benchmarking.suite.session import run_suite
 from benchmarking.suite.setup import prepared
@@ -281,12 +274,7 @@ class SweepRun:
             return self._execute()
 
     def _execute(self) -> int:
-        make_folder("--output", self._folder)
-        # Held until this process ends; between two values no run's own lock is.
-        if not take_lock(open_own(self._folder / LOCK_FILE)):
-            raise SuiteError(
-                f"--output {self._folder}: another sweep is at work there: wait, or stop it"
-            )
+        claim_folder("--output", self._folder)
         self._save()
         code = self._take_baseline()
         if code == EXIT_COMPLETE:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from pathlib import Path
 
@@ -57,3 +58,19 @@ def test_a_sweep_has_the_card_between_two_values_too(tmp_path: Path, lock: Path)
     done = sweeper.run("timeslice", "short,long", *jobs, change=True)
     assert done.returncode == 0, done.stderr
     assert log.read_text().splitlines() == ["held"] * 4
+
+
+@pytest.mark.parametrize("program", ["blast_radius", "speed_table"])
+def test_two_in_one_folder_are_kept_apart_though_on_two_cards(tmp_path: Path, program: str) -> None:
+    output = tmp_path / ("out" if program == "blast_radius" else "speed")
+    output.mkdir()
+    with (output / "run.lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        if program == "blast_radius":
+            done = test_blast_radius.Blast(tmp_path).run("--fault", "oom", "--neighbors", "1")
+            code, said = done.returncode, done.stderr
+        else:
+            code, said = test_speed_table.Bench(tmp_path).run("--only", "resnet50-batch1")
+    assert code == 2
+    assert f"{output}: another {program} is at work there: wait, or stop it" in said
+    assert [path.name for path in output.iterdir()] == ["run.lock"]

@@ -26,7 +26,7 @@ from benchmarking.records.run_folder import (
     ClientPaths,
     write_json_atomic,
 )
-from benchmarking.records.writing import write_text_atomic
+from benchmarking.records.writing import LOCK_FILE, open_own, take_lock, write_text_atomic
 
 
 def exit_code_of(work: Callable[[StopSignal], int], folder: Path, fix: str) -> int:
@@ -69,6 +69,18 @@ def make_folder(flag: str, folder: Path) -> None:
         raise SuiteError(
             f"{flag} {folder}: {error.strerror}; name another folder", EXIT_USAGE
         ) from error
+
+
+def claim_folder(flag: str, folder: Path) -> None:
+    """Make the folder that a flag names, and hold it until this process ends.
+
+    Raises `SuiteError` where it cannot be made, or another process writes to it.
+    """
+    make_folder(flag, folder)
+    if not take_lock(open_own(folder / LOCK_FILE)):
+        raise SuiteError(
+            f"{flag} {folder}: another {Path(sys.argv[0]).stem} is at work there: wait, or stop it"
+        )
 
 
 def write_report(folder: Path, name: str, record: Mapping[str, Any], markdown: str) -> None:
