@@ -661,6 +661,17 @@ def test_under_sudo_the_daemon_is_the_callers_and_the_compute_mode_is_in_roots_s
 
 
 @m.needs_real_root
+def test_under_sudo_a_restore_goes_by_the_callers_variables(sudo: Sudo) -> None:
+    assert sudo.run(MPS_ON, "--exclusive").returncode == 0
+    locked = sudo.run(STATUS, "--restore", GPU_SETTINGS_LOCKED="1")
+    m.refused(locked, 1, "is refused: GPU_SETTINGS_LOCKED=1")
+    m.has(daemons=1, compute_mode="Exclusive_Process")(sudo.scripts)
+    assert sudo.run(STATUS, "--restore").returncode == 0
+    m.as_delivered(sudo.scripts)
+    assert list((sudo.folder / "state").glob("*.state")) == []
+
+
+@m.needs_real_root
 def test_state_that_sudos_caller_has_written_makes_root_undo_nothing(sudo: Sudo) -> None:
     m.instance(sudo.scripts)
     sudo.scripts.machine.change_gpu(compute_mode="Exclusive_Process", timeslice="Long")

@@ -185,13 +185,14 @@ user::resolve() {
     ((EUID != 0 || uid != 0)) || [[ -z ${GPU_SHARING_STATE_DIR:-} ]] || ROOT_STATE=$USER_STATE # root's own wish
 }
 
-# user::inherit_from_sudo NAME...: sudo hands these variables to no command, but has them itself.
+# user::inherit_from_sudo NAME...: sudo hands these variables to no command, but has them itself. They are passed
+# on: sudo is no parent of the scripts that gpu_status.sh --restore runs.
 user::inherit_from_sudo() {
     local line name
     grep -qsx sudo "/proc/$PPID/comm" || return 0
     while IFS= read -r -d '' line; do
         name=${line%%=*}
-        [[ " $* " != *" $name "* || -n ${!name:-} ]] || printf -v "$name" '%s' "${line#*=}"
+        [[ " $* " != *" $name "* || -n ${!name:-} ]] || declare -gx "$name=${line#*=}"
     done <"/proc/$PPID/environ"
 }
 
