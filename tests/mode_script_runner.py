@@ -236,6 +236,18 @@ def forgotten_ids(scripts: ModeScripts) -> None:
     path.write_text(path.read_text().replace("gpu_instances=7,8", "gpu_instances="))
 
 
+def saved_before_a_restart(scripts: ModeScripts) -> None:
+    (path,) = scripts.state_directory.glob("*.state")
+    path.write_text(re.sub("boot=.*", "boot=another", path.read_text()))
+
+
+def killed_during(call: str, *command: str) -> Step:
+    """Kill a script while a call of its is under way, which then changes nothing."""
+    return lambda scripts: scripts.interrupt(
+        *command, during=call, number=signal.SIGKILL, group=True
+    )
+
+
 def without_ps(scripts: ModeScripts) -> None:
     folder, fakes = scripts.folder / "programs", Path(__file__).parent / "fakes"
     folder.mkdir()

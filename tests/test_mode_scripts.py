@@ -312,6 +312,12 @@ def partitions_are_saved(scripts: m.ModeScripts, chunks: list[int]) -> bool:
         lambda scripts: scripts.saved("time-slice") is None, ((TS, "4", "--timeslice", "short"),)),
     m.Row("a slice that somebody else has set since is left", (RESET,), 0, ("left as it is",),
         m.has(timeslice="Long"), ((TS, "4", "--timeslice", "short"), m.gpu(timeslice="Long"))),
+    m.Row("killed before the slice changed again: that of before both is put back", (RESET,), 0, (),
+        m.as_delivered, ((TS, "4", "--timeslice", "short"), m.killed_during(
+            SET_SLICE, TS, "4", "--timeslice", "long"))),
+    m.Row("killed before the slice changed again: set anew", (TS, "4", "--timeslice", "medium"),
+        0, (), m.has(timeslice="Medium"), ((TS, "4", "--timeslice", "short"), m.killed_during(
+            SET_SLICE, TS, "4", "--timeslice", "long"))),
     *(m.Row(f"nothing to undo: {undo}", (undo,), 0, ("nothing to undo",), m.untouched)
       for undo in (RESET, MPS_OFF, MIG_OFF)),
     m.Row("another user's daemon alone is a warning", (TS, "4"), 0, ("another user's MPS",),

@@ -194,15 +194,19 @@ setting::set() {
     [[ -n $CURRENT ]] || die "$EXIT_UNSUPPORTED" "$(gpu::title) has no ${1/-/ } setting"
     [[ $CURRENT != "$2" ]] || return 0
     previous=$CURRENT
-    ! state::load "$1" || [[ ${STATE[set]:-} != "$CURRENT" ]] || previous=${STATE[previous]:-$CURRENT}
+    ! state::load "$1" || ! setting::is_ours || previous=${STATE[previous]:-$CURRENT}
     if [[ $2 == "$previous" ]]; then
         setting::put_back "$1"
         return
     fi
-    state::save "$1" "previous=$previous" "set=$2"
+    state::save "$1" "previous=$previous" "set=$2" "from=$CURRENT"
     undo::push setting::change "$1" "$CURRENT"
     setting::change "$1" "$2"
 }
+
+# Whether what is CURRENT was set by us: what was saved last or, where that was killed before it changed anything,
+# what it found.
+setting::is_ours() { [[ $CURRENT == "${STATE[set]:-}" || $CURRENT == "${STATE[from]:-}" ]]; }
 
 # setting::check_saved NAME: false where nothing is saved; ends the script where it cannot be put back.
 setting::check_saved() {
@@ -216,7 +220,7 @@ setting::check_saved() {
 # setting::put_back NAME: what was before setting::set, if what that set is still in force.
 setting::put_back() {
     setting::check_saved "$1" || return 0
-    if [[ $CURRENT == "${STATE[set]:-}" ]]; then
+    if setting::is_ours; then
         setting::change "$1" "${STATE[previous]}"
     elif [[ $CURRENT != "${STATE[previous]}" ]]; then
         warn "the ${1/-/ } is $CURRENT, not the ${STATE[set]:-?} that was set up; left as it is"
