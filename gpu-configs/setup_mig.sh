@@ -117,7 +117,7 @@ fits() {
 # needs a MIG device, that is a GPU instance with a compute instance in it.
 apply() {
     local created
-    local -a ids plan=("previous_mig_mode=$PREVIOUS_MODE" "layout=$LAYOUT" "instances_before=$BEFORE")
+    local -a ids plan=("previous_mig_mode=$PREVIOUS_MODE" "layout=$LAYOUT" "instances_before=$BEFORE" "boot=$BOOT")
     local -i devices
     require "the MIG devices of $(gpu::title)" mig::find_devices
     devices=-${#MIG_DEVICES[@]}
@@ -155,7 +155,7 @@ main() {
     transaction::begin
     gpu::select
     check_preconditions
-    if [[ -z $OURS || $OURS != "${STATE[gpu_instances]}" || ${STATE[layout]:-} != "$LAYOUT" ]]; then
+    if [[ -z $OURS || $OURS != "${STATE[gpu_instances]:-}" || ${STATE[layout]:-} != "$LAYOUT" ]]; then
         check_room_and_permission
         apply
     fi

@@ -469,6 +469,13 @@ def partitions_are_saved(scripts: m.ModeScripts, chunks: list[int]) -> bool:
     m.Row("an instance that the driver does not let go", (MIG_OFF,), 6, ("could not be destroyed",),
         None, (TWO, m.rule(DESTROY, exit=19, text="Unable to destroy: In use by another client")),
         ((MIG_OFF,),)),
+    *(m.Row(f"{command[0]}: after a restart the ids are others'", command, code, (words,),
+          m.has(gis=[7, 8]), (TWO, *ids, m.saved_before_a_restart))
+      for ids in ((), (m.forgotten_ids,))
+      for command, code, words in (((MIG_OFF,), 6, "did not create are there (ids 7,8)"),
+                                   ((MIG_ON, "7g.80gb"), 6, "does not fit beside them"))),
+    m.Row("a state without ids", TWO, 6, ("an earlier run are there; remove them",), m.untouched,
+        (TWO, m.damaged("mig", f"gpu_uuid={UUID}\n"))),
     m.Row("killed between creating and saving", (MIG_OFF,), 0, (), m.as_delivered,
         (TWO, m.forgotten_ids)),
     m.Row("instances that did not outlive a reset are made anew", TWO, 0, (),

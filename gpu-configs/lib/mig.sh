@@ -6,6 +6,9 @@
 # (instances, devices, processes of an instance) follow NVIDIA's MIG user guide and are unverified.
 # Lists of instances are their ids with commas between.
 
+BOOT=$(cat /proc/sys/kernel/random/boot_id 2>/dev/null || true)
+readonly BOOT # what Linux calls this run of the machine
+
 # A profile as nvidia-smi calls it: 1g.10gb, 1g.10gb+me, 1g.24gb+me.all, 2g.48gb+gfx.
 readonly MIG_PROFILE_PATTERN='[0-9]+g[.][0-9]+gb([+-][a-z.]+)*'
 
@@ -87,11 +90,12 @@ mig::subtract() {
 mig::intersect() { mig::subtract "$1" "$(mig::subtract "$1" "$2")"; }
 
 # Loads the state of setup_mig.sh and sets OURS to those of the instances there that it claims. A run that
-# was killed before it saved their ids has still said which were there before.
+# was killed before it saved their ids has still said which were there before. No instance outlives a restart of
+# the machine (NVIDIA's MIG user guide): under the ids that were saved before it others may be there.
 mig::find_own() {
     mig::require_instances
     OURS=""
-    state::load mig || return 0
+    state::load mig && [[ ${STATE[boot]:-$BOOT} == "$BOOT" ]] || return 0
     OURS=$(mig::subtract "$IDS" "${STATE[instances_before]:-}")
     [[ -z ${STATE[gpu_instances]:-} ]] || OURS=$(mig::intersect "$IDS" "${STATE[gpu_instances]}")
 }
