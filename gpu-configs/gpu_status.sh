@@ -112,7 +112,7 @@ print_gpu() {
         DAEMON=unknown
     fi
     ! told "MIG mode" setting::told "$GPU_MIG_CURRENT" || MIG_TOLD=1
-    ! told "compute mode" setting::read compute-mode || COMPUTE_MODE=${CURRENT:-Default}
+    ! told "compute mode" setting::told "$GPU_COMPUTE_MODE" || COMPUTE_MODE=${CURRENT:-Default}
     told "MPS daemons" mps::find_daemons || [[ $DAEMON == up ]] || DAEMON=unknown
     show "mode in force" "$(mode_in_force)"
     show "compute mode" "$GPU_COMPUTE_MODE"
@@ -131,7 +131,7 @@ print_gpu() {
 # run's process from a later one with its pid.
 restore() {
     local -r folder=${0%"${0##*/}"}
-    local command script file started
+    local command script file started failed=""
     for command in "${UNDO_COMMANDS[@]}"; do
         GPU_UUID=${command#* }
         state::load driver && [[ ${STATE[pid]:-} =~ ^[0-9]+$ ]] || continue
@@ -144,11 +144,13 @@ restore() {
     done
     for command in "${UNDO_COMMANDS[@]}"; do
         read -r script GPU_UUID <<<"$command"
-        if run "${folder:-./}$script" --gpu "$GPU_UUID"; then
-            ! state::load driver || state::remove driver
-        else
-            FAILED=1
-        fi
+        run "${folder:-./}$script" --gpu "$GPU_UUID" || failed+=" $GPU_UUID"
+    done
+    [[ -z $failed ]] || FAILED=1
+    for command in "${UNDO_COMMANDS[@]}"; do
+        GPU_UUID=${command#* }
+        # by a run's note the next run undoes what could not be undone here
+        [[ $failed == *" $GPU_UUID"* ]] || ! state::load driver || state::remove driver
     done
     # What a script was still writing when it was killed; what it would have replaced is undone by now.
     for file in "$ROOT_STATE"/*.state.new; do [[ ! -w $file ]] || run rm -f -- "$file"; done
