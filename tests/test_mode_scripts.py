@@ -408,6 +408,9 @@ def partitions_are_saved(scripts: m.ModeScripts, chunks: list[int]) -> bool:
     m.Row("a daemon that does not quit stays known", (MPS_OFF,), 1, ("answers 0 s after quit",),
         m.has(daemons=1), ((MPS_ON,), m.rule(QUIT, exit=0, text="")), ((MPS_OFF,),),
         environment=NO_WAIT),
+    m.Row("a daemon of which nothing is heard after quit", (MPS_OFF,), 1, ("could not be asked",),
+        m.has(daemons=1), ((MPS_ON,), m.rule(QUIT, exit=124), m.rule(QUESTION, exit=124, after=1)),
+        ((MPS_OFF,),), environment=NO_WAIT, silent_on=("still answers",)),
     *(m.Row(f"a damaged state file is named: {kind}", (MPS_OFF,), 1, (words,), m.untouched,
           (m.damaged(kind, text),))
       for kind, text, words in (

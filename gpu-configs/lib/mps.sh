@@ -59,8 +59,8 @@ mps::stop() {
     mps::look "$1" || true
     if [[ $DAEMON != gone ]]; then
         mps::tell "$1" quit
-        ((DRY_RUN)) || wait_until mps::is_told gone "$1" || die "$EXIT_FAILED" "the MPS daemon at $1 still" \
-            "answers $WAIT_SECONDS s after quit; its log is in ${1%/*}/log"
+        ((DRY_RUN)) || wait_until mps::is_told gone "$1" || ! mps::is_up "$1" || die "$EXIT_FAILED" \
+            "the MPS daemon at $1 still answers $WAIT_SECONDS s after quit; its log is in ${1%/*}/log"
     fi
     # only a folder of the form that enable_mps.sh creates
     [[ ${1%/*} != */mps.* ]] || run as_user rm -rf -- "${1%/*}"
