@@ -325,6 +325,9 @@ def partitions_are_saved(scripts: m.ModeScripts, chunks: list[int]) -> bool:
     *(m.Row(f"a driver that refuses root in a container: {command[0]}", command, 5, (PRIVILEGE,),
           m.as_delivered, environment={"FAKE_GPU_UID": "65534"})
       for command in ((TS, "4", "--timeslice", "short"), FOUR)),
+    m.Row("a slice that could not be put back", (TS, "4", "--timeslice", "short"), 4,
+        ("the time slice is Custom, which could not be put back",), m.has(timeslice="Custom"),
+        (m.gpu(timeslice="Custom"),), ((TS, "4"), (RESET,)), m.has(timeslice="Custom")),
     m.Row("a change that did not take", (TS, "4", "--timeslice", "short"), 1,
         ("the time slice is Default, not Short", "Successfully set"), m.as_delivered,
         (m.rule(SET_SLICE, exit=0, text="Successfully set timeslice policy."),)),

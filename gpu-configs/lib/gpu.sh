@@ -141,6 +141,9 @@ process::runs() {
 
 # --- settings: compute-mode, time-slice and MIG-mode ------------------------------------------------
 
+# What can be put back.
+readonly SETTING='^(Default|Short|Medium|Long|Prohibited|Exclusive_(Process|Thread))$'
+
 # setting::read NAME: a question: sets CURRENT, which is nothing where the GPU has no such setting. The
 # GPU_* variables are read anew for those that are among them: in brackets stands why one is not told.
 setting::read() {
@@ -195,6 +198,8 @@ setting::set() {
     [[ $CURRENT != "$2" ]] || return 0
     previous=$CURRENT
     ! state::load "$1" || ! setting::is_ours || previous=${STATE[previous]:-$CURRENT}
+    [[ $previous =~ $SETTING ]] ||
+        die "$EXIT_UNSUPPORTED" "the ${1/-/ } is $(printable "$previous"), which could not be put back; left as it is"
     if [[ $2 == "$previous" ]]; then
         setting::put_back "$1"
         return
@@ -211,7 +216,7 @@ setting::is_ours() { [[ $CURRENT == "${STATE[set]:-}" || $CURRENT == "${STATE[fr
 # setting::check_saved NAME: false where nothing is saved; ends the script where it cannot be put back.
 setting::check_saved() {
     state::load "$1" || return 1
-    [[ ${STATE[previous]:-} =~ ^(Default|Short|Medium|Long|Prohibited|Exclusive_(Process|Thread))$ ]] ||
+    [[ ${STATE[previous]:-} =~ $SETTING ]] ||
         state::damaged "$1" "previous=${STATE[previous]:-}"
     require "the ${1/-/ }" setting::read "$1"
     card::require "changing the ${1/-/ }"
