@@ -472,6 +472,10 @@ def partitions_are_saved(scripts: m.ModeScripts, chunks: list[int]) -> bool:
         m.untouched, (m.instance,)),
     m.Row("instances in use", (MIG_OFF,), 6, ("pid 4242 (user alice): python3 on GPU instance 8",),
         m.untouched, (TWO, m.process(user="alice", gi=8)), ((MIG_OFF,),)),
+    *(m.Row(f"compute instances that stay: {words}", (MIG_OFF,), code, (f"smi said: {words}",),
+          m.has(gis=[7, 8]), (TWO, m.rule("nvidia-smi mig -i * -dci *", exit=4, text=words)),
+          ((MIG_OFF,),))
+      for code, words in ((5, f"Unable to destroy: {PRIVILEGE}"), (1, "Unknown Error"))),
     m.Row("an instance that the driver does not let go", (MIG_OFF,), 6, ("could not be destroyed",),
         None, (TWO, m.rule(DESTROY, exit=19, text="Unable to destroy: In use by another client")),
         ((MIG_OFF,),)),

@@ -129,11 +129,14 @@ mig::find_holders() {
 
 # mig::destroy IDS: compute instances first; ends the script where an instance stays.
 mig::destroy() {
-    local left
+    local left said
     [[ -n $1 ]] || return 0
     run card::change nvidia-smi mig -i "$GPU_UUID" -dci -gi "$1"
+    said=${RUN_OUTPUT:-}
     run card::change nvidia-smi mig -i "$GPU_UUID" -dgi -gi "$1"
     ((!DRY_RUN)) || return 0
+    # else it is its own compute instance that the second finds a GPU instance in use by
+    [[ $said == *"Successfully destroyed"* || $said == *"Not Found"* ]] || RUN_OUTPUT=$said
     mig::require_instances
     left=$(mig::intersect "$1" "$IDS")
     [[ -z $left ]] || card::failed "the GPU instances $left could not be destroyed"
