@@ -303,7 +303,7 @@ transaction::begin() {
     trap 'exit 130' INT
     trap 'exit 143' TERM
     trap 'exit 129' HUP
-    trap 'die "$EXIT_FAILED" "$BASH_COMMAND failed with status $? (${0##*/}, line $LINENO)"' ERR
+    trap 'die "$EXIT_FAILED" "$BASH_COMMAND failed with status $? (${BASH_SOURCE[0]##*/}, line $LINENO)"' ERR
     user::resolve
 }
 

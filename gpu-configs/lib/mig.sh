@@ -6,8 +6,8 @@
 # (instances, devices, processes of an instance) follow NVIDIA's MIG user guide and are unverified.
 # Lists of instances are their ids with commas between.
 
-BOOT=$(cat /proc/sys/kernel/random/boot_id 2>/dev/null || true)
-readonly BOOT # what Linux calls this run of the machine
+# What Linux calls this run of the machine.
+{ read -r BOOT </proc/sys/kernel/random/boot_id; } 2>/dev/null || BOOT=""
 
 # A profile as nvidia-smi calls it: 1g.10gb, 1g.10gb+me, 1g.24gb+me.all, 2g.48gb+gfx.
 readonly MIG_PROFILE_PATTERN='[0-9]+g[.][0-9]+gb([+-][a-z.]+)*'
