@@ -248,13 +248,18 @@ def killed_during(call: str, *command: str) -> Step:
     )
 
 
-def without_ps(scripts: ModeScripts) -> None:
-    folder, fakes = scripts.folder / "programs", Path(__file__).parent / "fakes"
-    folder.mkdir()
-    for program in (*Path("/usr/bin").iterdir(), *fakes.glob("nvidia-*")):
-        if program.name != "ps":
-            (folder / program.name).symlink_to(program)
-    scripts.environment["PATH"] = str(folder)
+def without(name: str) -> Step:
+    """A PATH on which one program is missing."""
+
+    def leave_out(scripts: ModeScripts) -> None:
+        folder, fakes = scripts.folder / "programs", Path(__file__).parent / "fakes"
+        folder.mkdir()
+        for program in (*Path("/usr/bin").iterdir(), *fakes.glob("nvidia-*")):
+            if program.name != name:
+                (folder / program.name).symlink_to(program)
+        scripts.environment["PATH"] = str(folder)
+
+    return leave_out
 
 
 def damaged(kind: str, text: str = "pipe_dir", suffix: str = "") -> Step:

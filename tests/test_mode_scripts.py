@@ -220,7 +220,9 @@ def partitions_are_saved(scripts: m.ModeScripts, chunks: list[int]) -> bool:
         ((MPS_ON, "--exclusive"), f"would shut them out: {BROKEN}", m.process(), NO_APPS),
         (TWO, f"{UUID}) could not be asked: {BROKEN}", NO_APPS),
         ((TS, "2"), "whether an MPS server", m.rule(APPS, exit=0, text="[Not Supported]")),
-        ((MPS_ON,), "whether MPS daemons run could not be asked", m.without_ps),
+        ((MPS_ON,), "whether MPS daemons run could not be asked", m.without("ps")),
+        ((TS, "2", "--timeslice", "long"), "awk was not found", m.without("awk")),
+        (TWO, "awk was not found", m.without("awk")),
         ((STATUS,), "time slice:    could not be asked", m.rule(SLICES, exit=255, text=BROKEN)),
         ((TS, "2", "--timeslice", "long"), "slice could not be", m.rule(SLICES, exit=0, text="")),
         (TWO, BROKEN, m.rule("nvidia-smi mig -lgip", exit=255, text=BROKEN)),
@@ -264,7 +266,7 @@ def partitions_are_saved(scripts: m.ModeScripts, chunks: list[int]) -> bool:
           before, silent_on=(silent,))
       for words, silent, *before in (
         (f"in use by:     could not be asked: {BROKEN}", "nobody", NO_APPS),
-        ("MPS daemons:   could not be asked", "MPS daemon:    none", m.without_ps),
+        ("MPS daemons:   could not be asked", "MPS daemon:    none", m.without("ps")),
         ("mode in force: not known", "MPS daemon:    none", (MPS_ON,), m.machine(others=[]),
          m.rule(QUESTION, exit=124)),
         ("is damaged", "nothing here to undo", m.damaged("mps")),
@@ -320,6 +322,8 @@ def partitions_are_saved(scripts: m.ModeScripts, chunks: list[int]) -> bool:
             SET_SLICE, TS, "4", "--timeslice", "long"))),
     *(m.Row(f"nothing to undo: {undo}", (undo,), 0, ("nothing to undo",), m.untouched)
       for undo in (RESET, MPS_OFF, MIG_OFF)),
+    m.Row("what fails unforeseen is told with its place", (RESET,), 1,
+        ("failed with status 127 (common.sh, line ",), before=((TS, "4"), m.without("rm"))),
     m.Row("another user's daemon alone is a warning", (TS, "4"), 0, ("another user's MPS",),
         before=(m.daemon(user="alice"),), last=m.has(daemons=1)),
     *(m.Row(f"a driver that refuses root in a container: {command[0]}", command, 5, (PRIVILEGE,),

@@ -45,6 +45,8 @@ gpu::list() {
     local -r names='s/^GPU [0-9]+: .*\(UUID: (GPU-[0-9A-Za-z-]+)\)$/\1/p'
     local -a rows rest titles=()
     command -v nvidia-smi >/dev/null || die "$EXIT_NO_GPU" "nvidia-smi was not found; install the NVIDIA driver"
+    # without it every table would read as an empty one
+    command -v awk >/dev/null || die "$EXIT_FAILED" "awk was not found; install gawk or mawk"
     gpu::query
     rows=("${QUERY_ROWS[@]}")
     rest=("${QUERY_REST[@]}")
