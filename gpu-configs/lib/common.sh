@@ -340,6 +340,7 @@ transaction::end() {
 # kept in root's.
 
 declare -A STATE=()
+{ read -r BOOT </proc/sys/kernel/random/boot_id; } 2>/dev/null || BOOT=""
 
 state::is_roots() { [[ $1 == mig || $1 == compute-mode || $1 == time-slice ]]; }
 
@@ -386,6 +387,9 @@ state::load() {
     done <<<"$text"
     [[ ${STATE[gpu_uuid]:-} == "$GPU_UUID" ]] || state::damaged "$1" "no gpu_uuid of this GPU"
 }
+
+# Whether what was loaded was saved since the machine was started.
+state::is_of_this_boot() { [[ ${STATE[boot]:-$BOOT} == "$BOOT" ]]; }
 
 state::damaged() { die "$EXIT_FAILED" "$(state::file "$1") is damaged ($2); look at it and remove it"; }
 

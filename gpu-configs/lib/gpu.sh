@@ -206,14 +206,16 @@ setting::set() {
         setting::put_back "$1"
         return
     fi
-    state::save "$1" "previous=$previous" "set=$2" "from=$CURRENT"
+    state::save "$1" "previous=$previous" "set=$2" "from=$CURRENT" "boot=$BOOT"
     undo::push setting::change "$1" "$CURRENT"
     setting::change "$1" "$2"
 }
 
 # Whether what is CURRENT was set by us: what was saved last or, where that was killed before it changed anything,
-# what it found.
-setting::is_ours() { [[ $CURRENT == "${STATE[set]:-}" || $CURRENT == "${STATE[from]:-}" ]]; }
+# what it found. Neither outlives a restart of the machine: then somebody else has set it.
+setting::is_ours() {
+    state::is_of_this_boot && [[ $CURRENT == "${STATE[set]:-}" || $CURRENT == "${STATE[from]:-}" ]]
+}
 
 # setting::check_saved NAME: false where nothing is saved; ends the script where it cannot be put back.
 setting::check_saved() {
@@ -226,11 +228,13 @@ setting::check_saved() {
 
 # setting::put_back NAME: what was before setting::set, if what that set is still in force.
 setting::put_back() {
+    local since=""
     setting::check_saved "$1" || return 0
     if setting::is_ours; then
         setting::change "$1" "${STATE[previous]}"
     elif [[ $CURRENT != "${STATE[previous]}" ]]; then
-        warn "the ${1/-/ } is $CURRENT, not the ${STATE[set]:-?} that was set up; left as it is"
+        state::is_of_this_boot || since=" before a restart of the machine"
+        warn "the ${1/-/ } is $CURRENT, not the ${STATE[set]:-?} that was set up$since; left as it is"
     fi
     state::remove "$1"
 }

@@ -6,9 +6,6 @@
 # (instances, devices, processes of an instance) follow NVIDIA's MIG user guide and are unverified.
 # Lists of instances are their ids with commas between.
 
-# What Linux calls this run of the machine.
-{ read -r BOOT </proc/sys/kernel/random/boot_id; } 2>/dev/null || BOOT=""
-
 # A profile as nvidia-smi calls it: 1g.10gb, 1g.10gb+me, 1g.24gb+me.all, 2g.48gb+gfx.
 readonly MIG_PROFILE_PATTERN='[0-9]+g[.][0-9]+gb([+-][a-z.]+)*'
 
@@ -95,7 +92,7 @@ mig::intersect() { mig::subtract "$1" "$(mig::subtract "$1" "$2")"; }
 mig::find_own() {
     mig::require_instances
     OURS=""
-    state::load mig && [[ ${STATE[boot]:-$BOOT} == "$BOOT" ]] || return 0
+    state::load mig && state::is_of_this_boot || return 0
     OURS=$(mig::subtract "$IDS" "${STATE[instances_before]:-}")
     [[ -z ${STATE[gpu_instances]:-} ]] || OURS=$(mig::intersect "$IDS" "${STATE[gpu_instances]}")
 }
