@@ -65,6 +65,60 @@ def test_the_answer_is_the_one_that_transformers_generates(
     assert_refused(too_long, "reads 64 tokens at most")
 
 
+@pytest.mark.parametrize(
+    ("name", "about"),
+    [
+        # The window is shorter than prompt and answer, and two requests share one cache.
+        ("Mistral", {"sliding_window": 6}),
+        ("Gemma2", {"sliding_window": 6, "head_dim": 8}),  # bounds its scores
+        ("GptOss", {"sliding_window": 6, "head_dim": 8, "num_local_experts": 4}),  # has sinks
+        ("Llama4Text", {"attention_chunk_size": 8, "head_dim": 8, "num_local_experts": 2,
+                        "intermediate_size_mlp": 64}),
+        ("Falcon", {"multi_query": True, "new_decoder_architecture": False}),  # one head of keys
+    ],
+)  # fmt: skip
+def test_other_architectures_answer_what_transformers_generates(
+    here: Here, model_folder: Path, tmp_path: Path, name: str, about: dict
+) -> None:
+    import torch
+    import transformers
+
+    prompt = "once upon a time there was a model that shared its card"
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=12, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+        initializer_range=0.5, bos_token_id=None, eos_token_id=None, pad_token_id=0,
+        tie_word_embeddings=False, **about,
+    )  # fmt: skip
+    torch.manual_seed(7)
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    model.save_pretrained(folder)
+    ended = here.run(SCRIPT, "--model", folder, "--device", "cpu", "--prompt", prompt, "--requests",
+                     2, "--output-tokens", 20, "--results-dir", tmp_path)  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokens = tokenizer(prompt, return_tensors="pt").input_ids
+    wanted = model.generate(tokens, max_new_tokens=20, do_sample=False)[0, tokens.shape[1] :]
+    assert len(set(wanted.tolist())) >= 3
+    assert tokenizer.decode(wanted, skip_special_tokens=True) in ended.stdout
+
+
+@pytest.mark.parametrize("name", ["Mamba", "GPTNeo"])
+def test_a_model_without_a_cache_of_fixed_length_is_refused(
+    here: Here, model_folder: Path, tmp_path: Path, name: str
+) -> None:
+    import transformers
+
+    about = {"attention_types": [[["global", "local"], 1]]} if name == "GPTNeo" else {}
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=12, hidden_size=32, num_hidden_layers=2, **about
+    )
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    assert_refused(here.run(SCRIPT, "--model", folder, "--device", "cpu"), "cache of fixed length")
+
+
 def test_a_folder_runs_no_code_asks_nothing_and_has_all_weights_of_its_config(
     here: Here, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

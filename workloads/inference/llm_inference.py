@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from workloads.common import cli, client, console, torch
 from workloads.common.device import ComputeDevice, open_device
 from workloads.common.engine import Pacer, compile_module, prepare_step, step_pool
-from workloads.common.errors import MIB, OutOfGpuMemoryError, UsageError
+from workloads.common.errors import MIB, OutOfGpuMemoryError, UsageError, first_line
 from workloads.common.results import sample_note, summarize_latency_ms
 from workloads.common.weights import (
     HubUnreachableError,
@@ -38,7 +38,7 @@ from workloads.common.weights import (
 from workloads.inference.decode_attention import cache_name, registered_attention
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, StaticCache
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, StaticCache
 
 GIB = 2**30
 # Layers, hidden size, attention heads, key-value heads, feed-forward size, vocabulary, and whether
@@ -121,8 +121,15 @@ class TokenGeneration(client.Workload):
         else:
             self._model = self._pretrained_model()
         self._model.eval().requires_grad_(False)
-        self._model.set_attn_implementation(registered_attention())
-        config = self._model.config
+        if self._model._supports_sdpa:  # else its scores need more than keys, values and a mask
+            self._model.set_attn_implementation(registered_attention())
+        elif not self._model._can_compile_fullgraph:
+            raise UsageError(
+                f"transformers has no cache of fixed length for {type(self._model).__name__} of "
+                f"{args.model}; name another model"
+            )
+        # Of a model that sees or hears as well, the part that writes.
+        self._config = config = self._model.config.get_text_config(decoder=True)
         self._prompt = self._prompt_tokens(config.vocab_size)
         self._prompt_tokens_count = self._prompt.shape[1]
         self._cache_tokens = require_room(args, self._prompt_tokens_count)
@@ -132,7 +139,7 @@ class TokenGeneration(client.Workload):
                 f"{args.model} reads {most} tokens at most and {self._cache_tokens} are asked for; "
                 "lower --prompt-tokens or --output-tokens"
             )
-        self._cache = self._allocate_cache(config)
+        self._cache = self._allocate_cache()
         place = self.device.torch_device
         self._tokens = torch.zeros(args.batch_size, 1, dtype=torch.int64, device=place)
         self._answer = torch.zeros(
@@ -207,19 +214,18 @@ class TokenGeneration(client.Workload):
         shape = (args.batch_size, args.prompt_tokens)
         return torch.randint(vocabulary, shape, generator=random).to(place)
 
-    def _allocate_cache(self, config: PreTrainedConfig) -> StaticCache:
+    def _allocate_cache(self) -> StaticCache:
         """Allocate keys and values for every sequence.
 
         Raises:
             OutOfGpuMemoryError: They do not fit; the sentence says what would.
+            UsageError: The model keeps something else than keys and values of each token.
         """
         from transformers import StaticCache
+        from transformers.cache_utils import StaticLayer
 
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        width = getattr(config, "head_dim", None)
-        width = width or config.hidden_size // config.num_attention_heads
-        dtype = self.device.model_dtype
-        self._kv_bytes_per_token = 2 * config.num_hidden_layers * heads * width * dtype.itemsize
+        of_one_token = self._keys_and_values()
+        self._kv_bytes_per_token = sum(part.nbytes for pair in of_one_token for part in pair)
         sequence_bytes = self._kv_bytes_per_token * self._cache_tokens
         free_bytes = self._free_bytes()
         self._sequences_that_fit = int((1 - RESERVED_SHARE) * free_bytes // sequence_bytes)
@@ -231,11 +237,32 @@ class TokenGeneration(client.Workload):
                 "fit; lower --batch-size, --prompt-tokens or --output-tokens",
                 {"where": "gpu" if self.device.is_cuda else "host", "free_mib": free_bytes / MIB},
             )
-        cache = StaticCache(config=config, max_cache_len=self._cache_tokens)
-        cache.early_initialization(
-            self.args.batch_size, heads, width, dtype, self.device.torch_device
-        )
+        cache = StaticCache(config=self._config, max_cache_len=self._cache_tokens)
+        # A layer that attends to the last tokens alone gets them by its mask: the cache that
+        # transformers has for it counts on the host, unseen by graphs and never reset.
+        cache.layers = [StaticLayer(max_cache_len=self._cache_tokens) for _ in of_one_token]
+        for layer, pair in zip(cache.layers, of_one_token, strict=True):
+            keys, values = (
+                part.expand(self.args.batch_size, -1, -1, -1)[:, :, :0] for part in pair
+            )
+            layer.lazy_initialization(keys, values)
         return cache
+
+    def _keys_and_values(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Return what each layer keeps of one token: no config says it the same way for all."""
+        from transformers import DynamicCache
+
+        cache = DynamicCache(config=self._config)
+        token = torch.zeros(1, 1, dtype=torch.int64, device=self.device.torch_device)
+        try:
+            with torch.no_grad():
+                self._model(token, **{cache_name(): cache}, use_cache=True)
+            return [(layer.keys, layer.values) for layer in cache.layers]
+        except (AttributeError, TypeError) as error:
+            raise UsageError(
+                f"{self.args.model} keeps more than keys and values of its tokens, or reads them "
+                f"in another way ({first_line(error)}); name a model whose layers are all attention"
+            ) from error
 
     def _free_bytes(self) -> int:
         if self.device.is_cuda:
@@ -333,7 +360,7 @@ class TokenGeneration(client.Workload):
             **{name: getattr(args, name) for name in names},
             "model": args.model,
             "shape": None if args.model else args.shape,
-            "layers": self._model.config.num_hidden_layers,
+            "layers": self._config.num_hidden_layers,
             "weights": "pretrained" if args.model else "random",
             "parameters": sum(p.numel() for p in self._model.parameters()),
             "prompt_tokens": self._prompt_tokens_count,
