@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import http.server
+import re
 import threading
 from functools import partial
 
@@ -133,6 +134,37 @@ def test_a_file_of_ones_own_is_loaded_with_its_number_of_classes(tmp_path):
     assert loaded.kind == "file" and loaded.class_names == ("cat", "dog", "frog")
     picture = torch.randn(1, 3, 64, 64)
     assert torch.equal(model(picture), own.eval()(picture))
+
+
+@pytest.mark.parametrize(
+    "name", ["vit_b_32", "swin_t", "convnext_tiny", "regnet_y_400mf", "squeezenet1_1"]
+)
+def test_a_file_of_any_family_has_the_classes_of_its_last_layer(tmp_path, name):
+    own = models.get_model(name, weights=None, num_classes=3).eval()
+    # In the order of their names, as what comes from a safetensors file.
+    torch.save(dict(sorted(own.state_dict().items())), tmp_path / "own.pt")
+    model, loaded = weights.load_classifier(name, str(tmp_path / "own.pt"))
+    assert loaded.class_names == ("class 0", "class 1", "class 2")
+    picture = torch.randn(1, 3, 224, 224)
+    assert torch.equal(model(picture), own(picture))
+
+
+def test_published_weights_are_loaded_as_torchvision_loads_them(tmp_path, monkeypatch):
+    # The published file names its layers in a way that modules may no longer be named.
+    state = models.densenet121(weights=None).state_dict()
+    old = {
+        re.sub(r"(layer\d+\.(?:norm|conv))(?=[12]\.)", r"\1.", key): x for key, x in state.items()
+    }
+    assert "features.denseblock1.denselayer1.norm.1.weight" in old
+    torch.save(old, tmp_path / "densenet.pth")
+    model, _ = weights.load_classifier("densenet121", str(tmp_path / "densenet.pth"))
+    assert torch.equal(model.classifier.weight, state["classifier.weight"])
+
+    published = tmp_path / "inception.pth"
+    torch.save(models.inception_v3(weights=None, init_weights=False).state_dict(), published)
+    monkeypatch.setattr(weights, "_published_urls", lambda name: ["http://nowhere/inception.pth"])
+    model, loaded = weights.load_classifier("inception_v3", str(published))
+    assert (loaded.kind, model.transform_input) == ("imagenet", True)
 
 
 def test_unusable_weights_files_are_one_sentence(tmp_path, small_state):

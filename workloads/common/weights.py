@@ -37,7 +37,10 @@ from workloads.common.files import cache_folder
 DOWNLOAD_SILENCE_SECONDS = 10.0
 ZIP_MAGIC, PICKLE_MAGIC = b"PK\x03\x04", b"\x80"
 STATE_DICT_KEYS = ("model_state_dict", "state_dict", "model_state", "model")
-FINAL_LAYER_KEYS = ("fc.weight", "classifier.6.weight")
+# Beginnings of the names of a classifier's last layers, the very last of which has the classes.
+HEADS = ("fc.", "classifier.", "head.", "heads.")
+# DenseNets were published before PyTorch forbade dots in the names of modules.
+DOTTED_NAME = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.(?=[12]\.)")
 # SHA-256 of the published files; their names carry the first eight digits only.
 PUBLISHED_SHA256 = {
     "resnet18-f37072fd.pth": "f37072fd47e89c5e827621c5baffa7500819f7896bbacec160b1a16c560e07ec",
@@ -161,12 +164,20 @@ def load_classifier(
     if not any(isinstance(value, torch.Tensor) for value in values):
         raise UsageError(f"{path} holds no state dict; save model.state_dict() with torch.save")
     try:
-        classes = next((len(state[key]) for key in FINAL_LAYER_KEYS if key in state), 1000)
+        state = {DOTTED_NAME.sub(r"\1", name): value for name, value in state.items()}
+        head = max((name for name in state if name.startswith(HEADS)), default=None)
+        classes = 1000 if head is None else len(state[head])
         # On the meta device nothing is allocated or initialized: the file's tensors become the
         # parameters, which saves a second of start-up for VGG16.
-        with torch.device("meta"):
-            model = models.get_model(name, weights=None, num_classes=classes)
+        build = functools.partial(models.get_model, name, weights=None, num_classes=classes)
+        try:
+            with torch.device("meta"):
+                model = build()
+        except NotImplementedError:  # RegNets work out their sizes with tensors
+            model = build()
         model.load_state_dict(state, assign=True)
+        if kind == "imagenet" and hasattr(model, "transform_input"):
+            model.transform_input = True  # Inception's were trained on inputs of another scale
     except (RuntimeError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(
             f"the weights in {path} do not fit {name}; name a file saved from that model with "
