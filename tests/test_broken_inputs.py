@@ -154,7 +154,7 @@ def test_a_flipped_bit_that_pytorch_would_load_is_found_by_the_sums(tmp_path, sa
 
 def test_what_evaluate_is_given_is_told_apart(tmp_path, saved):
     network = torch.nn.Linear(2, 2)
-    about = {"classes": ["cat", "dog"], "settings": {"stem": "cifar"}}
+    about = {"classes": ["cat", "dog"], "settings": {"stem": "cifar", "image_size": 32}}
     own, other, pickled = (tmp_path / f"{name}.pt" for name in ("own", "other", "pickled"))
     resnet_training.save_model(torch.nn.Linear(3, 3), own, **about)
     other.write_bytes(saved)
@@ -164,10 +164,10 @@ def test_what_evaluate_is_given_is_told_apart(tmp_path, saved):
         (pickled, "holds Python objects"), (tmp_path / "none.pt", "cannot read"),
     ):  # fmt: skip
         with pytest.raises(UsageError, match=sentence):
-            resnet_training.load_model(network, path, "cifar", 2)
+            resnet_training.load_model(network, path, "cifar", about["classes"])
     own.write_bytes(own.read_bytes()[:-100])
     with pytest.raises(DamagedFileError, match="cut off or damaged"):
-        resnet_training.load_model(network, own, "cifar", 2)
+        resnet_training.load_model(network, own, "cifar", about["classes"])
 
 
 def test_a_truncated_pretrained_bert_is_named_by_its_file(tmp_path):

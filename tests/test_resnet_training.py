@@ -123,6 +123,15 @@ def test_a_run_by_hand_writes_every_figure_and_a_model_that_loads_back_as_accura
     assert again["final_test_accuracy_percent"] == figures["final_test_accuracy_percent"]
     wrong_stem = here.run(SCRIPT, *shared, "--evaluate", model)
     assert (wrong_stem.returncode, "same stem" in wrong_stem.stderr) == (2, True)
+    larger = here.run(SCRIPT, *shared, *small, "--evaluate", model, "--image-size", "48",
+                      "--results-dir", tmp_path / "larger")  # fmt: skip
+    assert (larger.returncode, "--image-size 32 tests it alike" in larger.stdout) == (0, True)
+    # As many classes of other names: their numbers mean something else.
+    for split in ("train", "test"):
+        (first, *_) = sorted((data / split).iterdir())
+        first.rename(data / split / "zebra")
+    other = here.run(SCRIPT, *shared, *small, "--evaluate", model)
+    assert (other.returncode, "zebra" in other.stderr) == (2, True)
 
 
 def test_synthetic_images_are_announced_and_claim_no_accuracy(tmp_path, monkeypatch, run_one_layer):

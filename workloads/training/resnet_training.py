@@ -101,7 +101,12 @@ class ResNetTraining(TrainingJob):
         with self.device.torch_device:
             model = build_resnet50(len(dataset.class_names), args.stem)
         if not self.is_training:
-            load_model(model, args.evaluate, args.stem, len(dataset.class_names))
+            size = load_model(model, args.evaluate, args.stem, list(dataset.class_names))
+            if size != dataset.image_size:
+                self.warn(
+                    f"{args.evaluate} was trained on images of {size}x{size} and is tested on "
+                    f"{dataset.image_size}x{dataset.image_size}; --image-size {size} tests it alike"
+                )
         self.model = model.to(memory_format=torch.channels_last)
         self.totals = EpochTotals(self.device.torch_device)
 
@@ -280,8 +285,8 @@ def save_model(model: torch.nn.Module, path: Path, **about: object) -> None:
         torch.save({"state_dict": weights, **about}, file)
 
 
-def load_model(model: torch.nn.Module, path: Path, stem: str, classes: int) -> None:
-    """Load weights kept by ``save_model`` into ``model``.
+def load_model(model: torch.nn.Module, path: Path, stem: str, classes: list[str]) -> int:
+    """Load weights kept by ``save_model`` into ``model``; return the image size of its training.
 
     Raises:
         DamagedFileError: The file is empty, cut off or altered.
@@ -289,19 +294,22 @@ def load_model(model: torch.nn.Module, path: Path, stem: str, classes: int) -> N
     """
     saved = read_checkpoint(path, FIX, check_sums=True)
     try:
-        kept_stem, kept_classes = saved["settings"]["stem"], len(saved["classes"])
+        settings, kept_classes = saved["settings"], list(saved["classes"])
+        kept_stem, image_size = settings["stem"], settings["image_size"]
         weights = saved["state_dict"]
     except (KeyError, TypeError, IndexError) as error:
         raise UsageError(f"{path} was not kept by --save-model; {FIX}") from error
     if (kept_stem, kept_classes) != (stem, classes):
         raise UsageError(
-            f"{path} was trained with --stem {kept_stem} on {kept_classes} classes; "
-            "evaluate it with the same stem and dataset"
+            f"{path} was trained with --stem {kept_stem} on {len(kept_classes)} classes "
+            f"({', '.join(map(str, kept_classes[:3]))} ...), and the data has {len(classes)} "
+            f"({', '.join(classes[:3])} ...); evaluate it with the same stem and dataset"
         )
     try:
         model.load_state_dict(weights)
     except (RuntimeError, TypeError, AttributeError) as error:
         raise UsageError(f"{path} holds the weights of another network; {FIX}") from error
+    return image_size
 
 
 if __name__ == "__main__":
