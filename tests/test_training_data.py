@@ -301,6 +301,7 @@ def test_a_row_that_would_be_misread_is_refused_with_its_line(tmp_path, content,
         f"\ufeffText, Label\n{GOOD},\n,\n\n",
         f"text;label\n{GOOD}".replace(",", ";"),
         f"text\tlabel\n{GOOD}".replace(",", "\t"),
+        f'"text";"label"\n{GOOD}'.replace(",", ";"),
     ],
 )
 def test_usual_ways_to_write_a_csv_file_are_read_alike(tmp_path, content):

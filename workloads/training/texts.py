@@ -253,13 +253,18 @@ def _split_word(value: str) -> str:
 def _columns(path: Path, lines: Sequence[str]) -> tuple[str, list[str]]:
     """Return the delimiter (comma, semicolon or tab) and the names of the columns."""
     columns: list[str] = []
+    misread: UsageError | None = None
     for delimiter in (",", ";", "\t"):
-        _, fields = next(_records(path, lines, delimiter), (1, []))
+        try:
+            _, fields = next(_records(path, lines, delimiter), (1, []))
+        except UsageError as error:  # quotes around names that another delimiter parts
+            misread = error
+            continue
         names = [name.strip().lower() for name in fields]
         if names.count("text") == names.count("label") == 1 and names.count("split") <= 1:
             return delimiter, names
         columns = max(columns, names, key=len)
-    raise UsageError(
+    raise misread or UsageError(
         f"{path} has the columns {', '.join(columns).strip() or 'none'}; give it a first line "
         "'text,label', each column once"
     )
