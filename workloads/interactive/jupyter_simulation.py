@@ -211,10 +211,12 @@ class JupyterSimulation(client.Workload):
                 self.tell(f"cell {number}/{len(self.cells)}: {cell.kind}, {seconds:.2f} s")
                 if cell.idle_after_seconds:
                     start_seconds = time.monotonic()
-                    recorder.wait_for_stop(cell.idle_after_seconds)
+                    try:
+                        recorder.wait_for_stop(cell.idle_after_seconds)
+                    finally:  # a session may be interrupted in its pause, which has been one
+                        idle_seconds = time.monotonic() - start_seconds
+                        self.finished[-1]["idle_after_seconds"] = idle_seconds
                     recorder.check_stop()
-                    idle_seconds = time.monotonic() - start_seconds
-                    self.finished[-1]["idle_after_seconds"] = idle_seconds
         return self.partial_figures() or {}
 
     def _run_cell(self, cell: Cell, recorder: client.Recorder) -> None:
