@@ -176,6 +176,13 @@ def test_a_truncated_pretrained_bert_is_named_by_its_file(tmp_path):
     file.write_bytes(file.read_bytes()[:-1000])
     with pytest.raises(DamagedFileError, match=f"{file} is cut off or damaged"):
         bert_training.load_model(tmp_path, 2)
+    file.unlink()
+    model = bert_training.build_model(2, 16, layers=1, hidden_size=64)
+    model.save_pretrained(tmp_path, max_shard_size="2MB")
+    *_, last = sorted(tmp_path.glob("model-*.safetensors"))
+    last.write_bytes(last.read_bytes()[:-1000])
+    with pytest.raises(DamagedFileError, match=f"{last} is cut off or damaged"):
+        bert_training.load_model(tmp_path, 2)
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):

@@ -413,11 +413,24 @@ def load_from_folder(part: Any, folder: Path, fix: str, **how: Any) -> Any:
             raise
         if type(error).__name__ == "SafetensorError":
             raise DamagedFileError(
-                f"{folder / 'model.safetensors'} is cut off or damaged; save it again, or {fix}"
+                f"{_damaged_file(folder)} is cut off or damaged; save it again, or {fix}"
             ) from error
         raise UsageError(
             f"{part.__name__} cannot read what lies in {folder} ({first_line(error)}); {fix}"
         ) from error
+
+
+def _damaged_file(folder: Path) -> Path:
+    """Return the first file of weights that cannot be opened; large models have several."""
+    from safetensors import SafetensorError, safe_open
+
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except SafetensorError:
+            return file
+    return folder / "model.safetensors"
 
 
 def load_pretrained(
