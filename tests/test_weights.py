@@ -12,7 +12,7 @@ import pytest
 import torch
 from torchvision import models
 
-from workloads.common import weights
+from workloads.common import hub, weights
 from workloads.common.errors import UsageError
 
 
@@ -109,7 +109,7 @@ def test_a_hub_that_is_none_does_not_answer(endpoint, file_server, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", endpoint.format(file_server[1]))
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         monkeypatch.setenv(name, "")
-    assert not weights.hub_answers.__wrapped__()
+    assert not hub.hub_answers.__wrapped__()
     assert not surprises
 
 

@@ -28,13 +28,13 @@ from workloads.common import cli, client, console, torch
 from workloads.common.device import ComputeDevice, open_device
 from workloads.common.engine import Pacer, compile_module, prepare_step, step_pool
 from workloads.common.errors import MIB, OutOfGpuMemoryError, UsageError, first_line
-from workloads.common.results import sample_note, summarize_latency_ms
-from workloads.common.weights import (
+from workloads.common.hub import (
     HubUnreachableError,
     hub_model_folder,
     load_from_folder,
     load_pretrained,
 )
+from workloads.common.results import sample_note, summarize_latency_ms
 from workloads.inference.decode_attention import cache_name, registered_attention
 
 if TYPE_CHECKING:

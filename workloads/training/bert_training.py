@@ -24,7 +24,7 @@ from workloads.common import cli, client, torch
 from workloads.common.device import open_device
 from workloads.common.engine import EpochTotals, Pacer
 from workloads.common.errors import UsageError
-from workloads.common.weights import (
+from workloads.common.hub import (
     HubUnreachableError,
     hub_model_folder,
     load_from_folder,

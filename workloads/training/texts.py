@@ -24,7 +24,7 @@ from workloads.common.device import ComputeDevice
 from workloads.common.engine import Batches
 from workloads.common.errors import UsageError, first_line
 from workloads.common.files import cache_folder, written_whole
-from workloads.common.weights import hub_answers, hub_endpoint, require_hub_cache
+from workloads.common.hub import hub_answers, hub_endpoint, require_hub_cache
 
 if TYPE_CHECKING:
     from datasets import Dataset
