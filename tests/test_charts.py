@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import synthetic_runs
-from made_up_reports import change, failed, mps, ramp, time_slicing
+from made_up_reports import change, failed, mps, mps_limits, ramp, time_slicing
 from PIL import Image
 from test_analyze_results import analyze
 
@@ -106,6 +106,38 @@ def test_modes_differ_in_grey_and_in_hatch(illustrated) -> None:
     for one, other in itertools.combinations(colors, 2):
         assert abs(luminance(one) - luminance(other)) >= 25
     assert len(set(re.findall(r"<pattern.*?<path d=\"(.*?)\"", bars, re.DOTALL))) == 2
+
+
+def test_of_many_settings_of_one_mode_each_has_its_look_and_its_name_its_room(tmp_path) -> None:
+    results = tmp_path / "results"
+    for number, share in enumerate(("100", "90", "80", "70", "60")):
+        limits = mps_limits(share, share, share, share)
+        synthetic_runs.write(results, mps([2.0 + number], f"mps-{share}", mps_limits=limits))
+    synthetic_runs.write(results, mps([2.0]))
+    assert analyze("--results-dir", results).returncode == 0
+    work, slowdown, *_ = drawings(results)
+    assert len(set(re.findall(r"<pattern.*?<path d=\"(.*?)\"", slowdown, re.DOTALL))) == 6
+    lines = [float(y) for y in re.findall(r"translate\([\d.]+ ([\d.]+)\)\">[^<]*[/%]", work)]
+    assert len(lines) >= 10 and all(below - y > 8 for y, below in itertools.pairwise(lines))
+    width = float(re.findall(r"viewBox=\"0 0 ([\d.]+)", slowdown)[0])
+    legend = re.findall(r"text-anchor: start\" x=\"([\d.]+)\"[^>]*>([^<]+)", slowdown)
+    assert len(legend) == 6
+    for x, name in legend:  # a sign is more than half as wide as high
+        assert float(x) + 4.5 * len(name) < width
+
+
+def test_figures_in_cells_stand_out_from_their_shade() -> None:
+    from matplotlib import colormaps
+
+    def luminance(share: float) -> float:  # as WCAG has it
+        parts = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4
+                 for c in colormaps["Blues"](share)[:3])  # fmt: skip
+        return sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), parts, strict=True))
+
+    for share in (step / 100 for step in range(101)):
+        dark = luminance(share)
+        contrast = 1.05 / (dark + 0.05) if share > charts.DARK else (dark + 0.05) / 0.05
+        assert contrast > 4.3, share
 
 
 def test_of_a_long_ramp_the_first_counts_have_a_timeline_and_names_in_a_row_are_narrow() -> None:

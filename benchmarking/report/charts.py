@@ -136,7 +136,7 @@ BARS = {
         "alone",
     ),
     "tail_ms": BarChart(
-        "tail", "Response times", "time of slow responses, logarithmic (lower is better)", ""
+        "tail", "Response times", "response time, logarithmic (lower is better)", ""
     ),
 }  # fmt: skip
 
@@ -164,8 +164,11 @@ def draw_bars(figure: str, conclusions: Sequence[Record], file_name: str) -> Pic
     places: dict[str, list[float]] = {}
     place = 0.0
     with drawing_rules():
-        gaps = len({category for category, *_ in bars}) * is_split
-        chart, (panel,) = new_figure([0.27 * len(bars) + 0.12 * gaps], 0.9)
+        labels = {category: wrapped(category) for category, *_ in bars}
+        # Where a category has few bars, a label of three lines is what needs the room.
+        lines = max(label.count("\n") + 1 for label in labels.values())
+        needed = max(0.27 * len(bars), 0.135 * lines * len(labels))
+        chart, (panel,) = new_figure([needed + 0.12 * len(labels) * is_split], 0.9)
         for category, name, text, mode in bars:
             place += 0.45 if is_split and places and category not in places else 0.0
             places.setdefault(category, []).append(place)
@@ -181,7 +184,7 @@ def draw_bars(figure: str, conclusions: Sequence[Record], file_name: str) -> Pic
                 fontweight="bold",
             )  # fmt: skip
             place += 1
-        panel.set_yticks([sum(ones) / len(ones) for ones in places.values()], map(wrapped, places))
+        panel.set_yticks([sum(ones) / len(ones) for ones in places.values()], labels.values())
         panel.invert_yaxis()
         room = 1.1 + 0.03 * max(len(text) for _, _, text, _ in bars)
         note = spread_note(found)
@@ -192,7 +195,9 @@ def draw_bars(figure: str, conclusions: Sequence[Record], file_name: str) -> Pic
         else:
             lowest = min(filter(None, (known(one, "low") for one in found)), default=highest)
             panel.set_xscale("log")
-            panel.xaxis.set_major_formatter(lambda value, _: f"{value:g} ms")
+            panel.xaxis.set_major_formatter(
+                lambda ms, _: f"{ms:g} ms" if ms < 1000 else f"{ms / 1000:g} s"
+            )
             panel.xaxis.set_minor_formatter(lambda *_: "")
             panel.set_xlim(lowest / 4, highest * (4 * highest / lowest) ** (room - 1))
         panel.set_xlabel(about.axis)
@@ -239,8 +244,8 @@ def draw_ramps(section: Record, mix: str, file_name: str) -> Picture | None:
 
 # --- pairs: who slows whom ------------------------------------------------------------------------
 
-# From here on of the color scale the cells are dark, and their figures white.
-DARK = 0.55
+# From here on of the color scale white on a cell is as easy to read as black, or easier.
+DARK = 0.7
 
 
 def draw_heat_map(

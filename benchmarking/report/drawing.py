@@ -50,6 +50,8 @@ SETTINGS: Sequence[Mapping[str, str]] = (
     {"hatch": "..", "marker": "D", "linestyle": "-."},
     {"hatch": "oo", "marker": "v", "linestyle": ":"},
     {"hatch": "++", "marker": "P", "linestyle": "-"},
+    {"hatch": "||", "marker": "X", "linestyle": "-."},
+    {"hatch": "**", "marker": "p", "linestyle": ":"},
 )
 # Ids are unique in a document, and one document holds many charts.
 SVG_IDS = re.compile(r'(\bid="|url\(#|href="#)')
@@ -87,7 +89,18 @@ def draw_legend(figure: Figure, looks: Mapping[str, Mapping[str, str]]) -> None:
         )
         for name, look in looks.items()
     ]
-    figure.legend(handles=handles, loc="outside upper left", ncols=3, frameon=False)
+    place_legend(figure, handles, 3)
+
+
+def place_legend(figure: Figure, handles: Sequence[Any], most_columns: int) -> None:
+    """Put a legend over the panels, in as many columns as fit."""
+    for columns in range(most_columns, 0, -1):
+        legend = figure.legend(
+            handles=handles, loc="outside upper left", ncols=columns, frameon=False
+        )
+        if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
+            return
+        legend.remove()
 
 
 def known(found: Record, part: str) -> float:
@@ -241,9 +254,7 @@ def draw_lines(
         handles = [handle for panel in axes for handle in panel.get_legend_handles_labels()[0]]
         named = {str(handle.get_label()): handle for handle in handles}
         if named:
-            figure.legend(
-                handles=list(named.values()), loc="outside upper left", ncols=2, frameon=False
-            )
+            place_legend(figure, list(named.values()), 2)
         figure.supxlabel(f"grey: 1, as alone; {spread_note(found)}", fontsize=8)
         description = f"Lines of {', '.join(panels)} against {axis}.".replace("\n", " ")
         return save(figure, file_name, caption, description, mix)
