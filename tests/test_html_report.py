@@ -13,7 +13,8 @@ import markupsafe
 import pytest
 import synthetic_runs
 from conftest import PROJECT_ROOT, find_browser
-from made_up_reports import change, mps, time_slicing
+from made_up_reports import as_markdown, change, compare, mps, time_slicing
+from markdown_it import MarkdownIt
 from PIL import Image
 from test_analyze_results import analyze
 
@@ -92,6 +93,17 @@ def test_names_make_no_markup_in_markdown_are_no_formula_and_steer_no_terminal(
     for row in csv.DictReader(table.splitlines()):
         assert row["gpu_name"].startswith("'=cmd")
     assert "\\u001b" not in (folder / "comparison.json").read_text()
+
+
+def test_a_name_reads_in_rendered_markdown_as_it_is_written() -> None:
+    name = "__main__.py *fast* ~~old~~ &lt; a_b [cfg] [1, 2] ![x](y) ~/data"
+    runs = [change(made, lambda r: r.update(label=name), workload="bert_training")
+            for made in (time_slicing([4.0]), mps([2.0]))]  # fmt: skip
+    page = MarkdownIt().enable(["table", "strikethrough"]).render(as_markdown(compare(*runs)))
+    assert "<strong>2.00</strong>" in page  # the best mode, in bold
+    rows = [html.unescape(row) for row in re.findall(r"<td>(.*?)</td>", page)]
+    assert f"{name}: times as long" in rows and name in rows
+    assert all("<" not in row or row.startswith("<") for row in rows)
 
 
 def browse(page: Path, *arguments: str) -> str:

@@ -120,15 +120,18 @@ def environment(kind: str) -> jinja2.Environment:
     return made
 
 
-def escaped_for_markdown(value: Any) -> Any:
-    """Text in which Markdown sees no HTML, no link and no code; made of escaped parts, as it is.
+# What Markdown takes for HTML, a link (whose place may follow its text, or stand elsewhere under a
+# name), emphasis or an entity. A bracket before a number begins an interval, `_` in a word is none.
+MARKDOWN_SIGNS = re.compile(
+    r"[\\<*]|~(?!/)|\[(?!-?[\d∞])|\](?=[(\[:])|(?<![^\W_])_|_(?![^\W_])|&(?=#?\w+;)"
+)
 
-    A link's place may follow its text, or stand elsewhere under a name.
-    """
+
+def escaped_for_markdown(value: Any) -> Any:
+    """Text in which Markdown sees nothing but text; made of escaped parts, as it is."""
     if hasattr(value, "__html__"):
         return value
-    # A backslash of the text's own would else take away the one that is put before these.
-    return Markup(re.sub(r"\\|<|\](?=[(\[:])", r"\\\g<0>", str(value).replace("`", "’")))
+    return Markup(MARKDOWN_SIGNS.sub(r"\\\g<0>", str(value).replace("`", "’")))
 
 
 def markdown_cell(value: Any) -> Markup:
