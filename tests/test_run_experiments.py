@@ -427,7 +427,7 @@ def test_instances_of_the_users_are_used_and_left_and_never_replaced(runner: Dri
     [("t4", "[N/A]", ["--mig"], "Tesla T4 has no MIG"),
      ("t4", "[Not Supported]", ["--mig", "--mig-layout", "1g.5gb,1g.5gb"], "Tesla T4 has no MIG"),
      ("h100", "Disabled", ["--mig-layout", "1g.10gb,2g.20gb"],
-      "MIG is off; --mig allows to switch it on")],
+      "MIG is off; --mig allows switching it on")],
 )  # fmt: skip
 def test_mig_that_cannot_be_or_was_not_allowed_skips_its_phase(
     kind: str, mig_mode: str, flags: list[str], reason: str

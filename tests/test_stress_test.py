@@ -153,7 +153,7 @@ def test_a_run_without_proof_is_no_result_and_still_undone_and_reported(
 @pytest.mark.parametrize(
     ("kind", "arguments", "words"),
     [
-        ("h100", ["mig", "4"], "mig cannot be used: MIG is off; --mig allows to switch it on"),
+        ("h100", ["mig", "4"], "mig cannot be used: MIG is off; --mig allows switching it on"),
         ("t4", ["mig", "4", "--mig"], "mig cannot be used: Tesla T4 has no MIG"),
     ],
 )

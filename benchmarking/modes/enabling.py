@@ -92,7 +92,7 @@ class ModeSwitch:
         if self._options.mig:
             return None
         if not is_on:
-            return "MIG is off; --mig allows to switch it on"
+            return "MIG is off; --mig allows switching it on"
         try:
             instances = mig_instances(self.gpu)
         except NoGpuError as error:
@@ -102,7 +102,7 @@ class ModeSwitch:
         layout = self._options.mig_layout
         found = f"{len(instances)} MIG instances for {clients} clients"
         missing = f"the instances {layout} are not there" if layout else found
-        return f"{missing}; --mig allows to make them"
+        return f"{missing}; --mig allows making them"
 
     def _why_not_this_daemon(self, clients: int) -> str | None:
         """Why a daemon that is the user's own has no partitions for so many clients."""

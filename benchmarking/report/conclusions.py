@@ -56,7 +56,7 @@ class _Subject:
             if broken:
                 reason = f"{broken.outcome}: {broken.reason or 'no reason recorded'}"
             else:
-                unknown = "" if known else "no baseline of every job"
+                unknown = "" if known else "no baseline for every job"
                 if group.idle and len(known) < len(group.good):
                     unknown = f"{listed(group.idle)} finished no unit of work in the window"
                 reason = invalid(group) or unknown

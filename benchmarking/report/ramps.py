@@ -25,7 +25,8 @@ MOST_JOBS = 50
 def find_ramps(groups: Sequence[Group]) -> list[dict[str, Any]]:
     """Every mode and mix that was measured at several counts of clients, copies of one another.
 
-    One and four clients of a mix of four jobs are other jobs.
+    One client that did not fit has no further count. One and four clients of a mix of four jobs are
+    other jobs.
     """
     by_kind: dict[tuple[Any, ...], list[Group]] = {}
     for group in groups:
@@ -36,8 +37,9 @@ def find_ramps(groups: Sequence[Group]) -> list[dict[str, Any]]:
         by_kind.setdefault((group.first.mode, group.first.settings, group.mix, shares), []).append(
             group
         )
-    found = (sorted(members, key=lambda one: one.clients) for members in by_kind.values())
-    return [_ramp(members) for members in found if len(members) > 1]
+    found = [_ramp(sorted(members, key=lambda one: one.clients)) for members in by_kind.values()]
+    return [one for one in found
+            if len(one["clients"]) > 1 or one["breaking_point"]["clients"] == 1]  # fmt: skip
 
 
 def _ramp(groups: Sequence[Group]) -> dict[str, Any]:
