@@ -229,6 +229,9 @@ def test_a_method_whose_own_error_is_too_large_says_so_before_anything_else() ->
         (lambda: compare(pairs("slicing", "time-slicing", 2.0), pairs("mps", "mps", 1.5)),
          ["of 1 pair MPS delivered the most work in 1; seen once.",
           "| ResNet50 training | – | MPS |",
+          "size guide; each mode was proved for every client",
+          "2.00 times as long as alone under time slicing, because of ",
+          " (as measured two at a time).",
           "| time slicing | ResNet50 training | Batch inference | 2.00 |"]),
         (lambda: compare(pairs("slicing", "time-slicing", 1.51), pairs("mps", "mps", 1.5)),
          ["of 1 pair no single mode delivered the most work in 1; seen once.",
@@ -241,6 +244,11 @@ def test_a_method_whose_own_error_is_too_large_says_so_before_anything_else() ->
 def test_pairs_and_neighbors_are_tables(compared, rows: list[str]) -> None:
     text = as_markdown(compared())
     assert [row for row in rows if row not in text] == []
+
+
+def test_the_terminal_says_what_stands_in_the_matrix_of_pairs() -> None:
+    shown = on_terminal(compare(pairs("slicing", "time-slicing", 1.51), pairs("mps", "mps", 1.5)))
+    assert "(either: no difference that matters; ?: not told apart)" in " ".join(shown.split())
 
 
 def test_both_reports_hold_every_part_and_unknown_is_a_dash() -> None:

@@ -59,7 +59,8 @@ def render_terminal(comparison: Record, width: int) -> str:
             if mix:
                 parts.append(tables.first_table(mix, say.how_sure, "*{}"))
             else:
-                parts += [tables.pair_matrix(section)] if section["pair_choices"] else []
+                if section["pair_choices"]:
+                    parts += [say.choices_title, tables.pair_matrix(section)]
                 parts += [tables.noisy(section)] if section["noisy"] else []
             said = facts(section, mix, say)
             parts += [f"  {title}: {' '.join(texts)}" for title, texts in said.items()]
@@ -158,7 +159,8 @@ def context(comparison: Record, drawn: Sequence[Charts] = ()) -> dict[str, Any]:
                 {**one, "near_best": near_best(one, comparison["matters_percent"])}
                 for one in section[name]
             ]
-        made |= {"mixes": mixes_of(made), "noisy_worst": noisy_worst_of(made), **pairs_of(made)}
+        made |= {"mixes": mixes_of(made), "noisy_worst": noisy_worst_of(made), **pairs_of(made),
+                 "proofs": proofs_of(tables.each(section["runs"], "co_runs"))}  # fmt: skip
         sections.append(made)
     return {**comparison, "sections": sections}
 
@@ -195,6 +197,23 @@ def noisy_worst_of(section: Record) -> dict[str, Any] | None:
     # A neighbor that presses as long and the same, under the other modes.
     others = [one for one in points[1:] if (one["of"], one["duty"]) == (worst["of"], worst["duty"])]
     return {**worst, "others": others, "resource": wording.PRESSED.get(worst["of"]["kind"], "it")}
+
+
+def pairs_worst_of(section: Record) -> dict[str, Any] | None:
+    """The job that the one next to it slows most, as `worst_slowdowns` has it for a mix."""
+    cells = [one for one in tables.each(section["interference"], "cells") if one["slowdown"]]
+    if not cells:
+        return None
+    worst = max(cells, key=lambda cell: cell["slowdown"]["mean"])
+    matrix, slowdown = worst["of"], worst["slowdown"]
+    return {"label": worst["job"], "slowdown": slowdown, "caused_by": worst["beside"],
+            "source": "pairs", "mode": matrix["mode"], "settings": matrix["settings"]}  # fmt: skip
+
+
+def proofs_of(co_runs: Sequence[Record]) -> Counter[str]:
+    """How many clients of these co-runs were proved to run under their mode, by verdict."""
+    measured = [one for one in co_runs if one["phase"] == "co_run"]
+    return Counter(proof["verdict"] for one in measured for proof in one["proofs"])
 
 
 def mixes_of(section: Record) -> list[dict[str, Any]]:
@@ -244,12 +263,6 @@ def mix_of(section: Record, mix: str, clients: int) -> dict[str, Any]:
         for one in its_own("groups")
         if best and one["variant"] == best["variant"] and one["stp_alone"]
     )
-    proofs = [
-        proof
-        for co_run in tables.each(section["runs"], "co_runs")
-        if (co_run["of"]["mix"], co_run["clients"], co_run["phase"]) == (mix, clients, "co_run")
-        for proof in co_run["proofs"]
-    ]
     return {
         "mix": mix,
         "clients": clients,
@@ -272,7 +285,8 @@ def mix_of(section: Record, mix: str, clients: int) -> dict[str, Any]:
         "expectations": its_own("expectations"),
         "priced": [one for one in its_own("groups") if one["cost_per_1000_work"] is not None
                    or one["energy_cost_per_1000_work"] is not None],
-        "proofs": Counter(proof["verdict"] for proof in proofs),
+        "proofs": proofs_of([one for one in tables.each(section["runs"], "co_runs")
+                             if (one["of"]["mix"], one["clients"]) == (mix, clients)]),
         "pictures": [one for one in section["charts"]["compared"] if one.mix == mix],
         "ramps": _ramps_of(section, mix),
         "is_cpu_demo": section["cpu_demo"],
@@ -312,8 +326,9 @@ def facts(section: Record, mix: Record | None, say: Any) -> dict[str, list[str]]
     What is said of the whole section stands under the first mix, or where there is none.
     """
     found: dict[str, list[str]] = {}
-    if mix and mix["worst"]:
-        found["Worst slowdown"] = [say.worst(mix["worst"])]
+    worst = mix["worst"] if mix else pairs_worst_of(section)
+    if worst:
+        found["Worst slowdown"] = [say.worst(worst)]
     if mix:
         for title, reasons in (("Did not work", mix["failed"]), ("Without figures", mix["void"])):
             found[title] = [f"{name}: {why}." for name, why in reasons.items()]
