@@ -173,6 +173,7 @@ def opened_page(url: str, profile: Path) -> subprocess.CompletedProcess[str]:
 @pytest.mark.browser
 def test_the_page_shows_latencies_of_a_slow_device_in_plain_numbers(tmp_path):
     with running(tmp_path, STUB_BATCH_SECONDS=1.2) as slow:
+        assert "<dt>p50</dt><dd>none yet</dd>" in opened_page(slow.url, tmp_path).stdout
         assert requests.post(f"{slow.url}/predict", jpeg(), timeout=20).status_code == 200
         done = opened_page(slow.url, tmp_path)
     assert re.search(r"<dt>p50</dt><dd>1[23]\d0 ms", done.stdout), done.stdout
