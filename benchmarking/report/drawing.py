@@ -236,20 +236,27 @@ def draw_lines(
         figure, axes = new_figure([1.6] * len(panels), 0.9)
         for panel, (title, lines) in zip(axes, panels.items(), strict=True):
             draw_panel(panel, title, lines)
+        width, last = ticks[-1] - ticks[0], -math.inf
+        shown = []  # a label too near to the one before it would lie on that
+        for place, label in zip(ticks, labels, strict=True):
+            is_apart = place - last >= 0.04 * width
+            shown.append(label if is_apart else "")
+            last = place if is_apart else last
         for row, (place, text) in enumerate(marks):
             axes[0].axvline(place, color="0.3", linestyle=":", linewidth=1.5)
             axes[0].annotate(
                 text, (place, 1), xycoords=("data", "axes fraction"), xytext=(3, 3 + 11 * row),
-                textcoords="offset points", ha="right", va="bottom", fontsize=8,
+                textcoords="offset points", va="bottom", fontsize=8,
+                ha="right" if place - ticks[0] > width / 2 else "left",
             )  # fmt: skip
         for place, text in notes:
             axes[0].annotate(
                 text, (place, 0.05), xycoords=("data", "axes fraction"), ha="center",
                 style="italic", fontsize=8,
             )  # fmt: skip
-        margin = 0.06 * (ticks[-1] - ticks[0]) or 0.5
+        margin = 0.06 * width or 0.5
         axes[-1].set_xlim(ticks[0] - margin, ticks[-1] + margin)
-        axes[-1].set_xticks(ticks, labels)
+        axes[-1].set_xticks(ticks, shown)
         axes[-1].set_xlabel(axis)
         handles = [handle for panel in axes for handle in panel.get_legend_handles_labels()[0]]
         named = {str(handle.get_label()): handle for handle in handles}
