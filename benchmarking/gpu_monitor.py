@@ -52,6 +52,7 @@ from benchmarking import closed_streams
 from benchmarking.cli import OneLineParser, drop_output
 from benchmarking.hardware import nvml, nvml_calls
 from benchmarking.hardware.exporter import Exporter
+from benchmarking.records.writing import is_cut_off
 
 if TYPE_CHECKING:
     from rich.live import Live
@@ -283,8 +284,9 @@ def open_output(name: str | None) -> Iterator[TextIO]:
     try:
         Path(name or usual).parent.mkdir(parents=True, exist_ok=True)
         file = new_file(usual) if name is None else open(name, "a", encoding="utf-8")  # noqa: SIM115
-        if is_cut_off(Path(file.name)):
-            file.write("\n")
+        if Path(file.name).is_file():
+            with open(file.name, "rb") as earlier:
+                file.write("\n" if is_cut_off(earlier.fileno()) else "")
     except OSError as error:
         print(
             f"gpu_monitor: --output {name or usual}: {error.strerror}; name a file that can be "
@@ -294,15 +296,6 @@ def open_output(name: str | None) -> Iterator[TextIO]:
         raise SystemExit(2) from None
     with file:
         yield file
-
-
-def is_cut_off(path: Path) -> bool:
-    """Whether a file ends within a line, as on a disk that was full: what follows would be lost."""
-    if not path.is_file() or path.stat().st_size == 0:
-        return False
-    with path.open("rb") as stream:
-        stream.seek(-1, os.SEEK_END)
-        return stream.read() != b"\n"
 
 
 def new_file(name: str) -> TextIO:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -31,8 +30,7 @@ def test_a_card_decides_for_a_mode_only_where_the_conclusion_is_sure(
     for conclusion in comparison["sections"][0]["conclusions"]:
         if conclusion["subject"] == "whole card":
             conclusion.update(changes)
-    record = add_card(tmp_path, "GPU-0")
-    (record.with_suffix("") / "comparison.json").write_text(json.dumps(comparison))
+    record = add_card(tmp_path, "GPU-0", comparison=comparison)
     assert fleet_report.read_card(record)["best_mode"] == best_mode
 
 
@@ -46,8 +44,7 @@ def test_a_mode_whose_figures_are_void_has_none_in_the_table(
     for group in comparison["sections"][0]["groups"]:
         if group["variant"] == "mps":
             group.update(change)
-    record = add_card(tmp_path, "GPU-0")
-    (record.with_suffix("") / "comparison.json").write_text(json.dumps(comparison))
+    record = add_card(tmp_path, "GPU-0", comparison=comparison)
     modes = fleet_report.read_card(record)["modes"]
     assert {name for name, value in modes["mps"].items() if value is not None} == {"outcome"}
     assert modes["mps:even"]["worst_slowdown"] > 1
@@ -60,8 +57,7 @@ def test_a_p99_of_missed_requests_is_infinite_and_not_another_jobs(
     for group in comparison["sections"][0]["groups"]:
         if (group["variant"], group["clients"]) == ("mps", 4):
             group["client_rows"][0] |= {"p99_ms": None, "responses": 900, "missed": 100}
-    record = add_card(tmp_path, "GPU-0")
-    (record.with_suffix("") / "comparison.json").write_text(json.dumps(comparison))
+    add_card(tmp_path, "GPU-0", comparison=comparison)
     assert fleet_report.write(tmp_path, []) == 0
     rows = capsys.readouterr().out.splitlines()
     assert ["∞" in row for row in rows if "| mps |" in row] == [True, True]
@@ -121,7 +117,9 @@ def test_a_card_that_was_measured_under_two_hosts_names_counts_once(
     assert "odd: pod-b GPU-0: the card that pod-a measured again later" in said
 
 
-def add_card(folder: Path, uuid: str, host: str = "host", **fields: Any) -> Path:
+def add_card(
+    folder: Path, uuid: str, host: str = "host", comparison: dict | None = None, **fields: Any
+) -> Path:
     """Write what is left of a card that was measured; return its record's path."""
     record = {
         "host": host, "gpu": {"uuid": uuid, "name": "H100", "driver_version": "580"},
@@ -129,7 +127,8 @@ def add_card(folder: Path, uuid: str, host: str = "host", **fields: Any) -> Path
         "plan": "1", "host_cores": 16,
     }  # fmt: skip
     (folder / host / uuid).mkdir(parents=True)
-    shutil.copy(RECORDED, folder / host / uuid)
+    compared = RECORDED.read_text() if comparison is None else json.dumps(comparison)
+    (folder / host / uuid / "comparison.json").write_text(compared)
     path = folder / host / f"{uuid}.json"
     path.write_text(json.dumps(record | fields))
     return path

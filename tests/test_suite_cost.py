@@ -42,7 +42,7 @@ def test_windows_with_the_sampler_off_and_on_take_turns_next_to_running_clients(
     assert found["windows"][1]["gpu"]["sm_activity_percent"] == pytest.approx(70.0)
     # Clients that never pause do nearly a second of work a second, and what costs is the sampler.
     rates = [window["work_rates"] for window in found["windows"]]
-    assert all(0.2 < rate < 1.1 for both in rates for rate in both)
+    assert all(0.5 < rate < 1.1 for both in rates for rate in both)
     off, on, other_on, other_off = map(sum, rates)
     costs = [100 * (1 - on / off), 100 * (1 - other_on / other_off)]
     assert sorted(found["sampler_cost_percent"]["values"]) == pytest.approx(sorted(costs))

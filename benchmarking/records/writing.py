@@ -44,12 +44,18 @@ def open_own(path: Path) -> int:
         is_file = stat.S_ISREG(status.st_mode) and status.st_nlink == 1
         if not is_file or status.st_uid not in owners:
             raise not_own
-        if status.st_size and os.pread(descriptor, 1, status.st_size - 1) != b"\n":
+        if is_cut_off(descriptor):
             os.write(descriptor, b"\n")
     except OSError:
         os.close(descriptor)
         raise
     return descriptor
+
+
+def is_cut_off(descriptor: int) -> bool:
+    """Whether a file ends within a line, as on a disk that was full: what follows would be lost."""
+    size = os.fstat(descriptor).st_size
+    return size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
 
 
 def is_of_others(status: os.stat_result) -> bool:
