@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -185,6 +186,20 @@ def test_the_real_server_answers_the_load_and_counts_the_same(tmp_path):
     assert stats["successful_requests"] == figures["successful_requests"] + 4 * 2
     # The client's latency is the server's and the way there and back.
     assert figures["p50_latency_ms"] >= 0.8 * stats["p50_ms"] > 0
+
+
+def test_what_ends_while_the_load_test_is_slow_to_read_is_counted(tmp_path, server):
+    flags = ("--duration", "3", "--clients", "32", "--processes", "1", "--no-charts")
+    process = subprocess.Popen(
+        (sys.executable, SCRIPT, "--server", server.url, "--results-dir", tmp_path, *flags)
+    )
+    wait_until(lambda: server.counts().get("/predict", 0) > 1000, "1,000 requests")
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(3.5)  # past the end, with more to report than a pipe holds
+    process.send_signal(signal.SIGCONT)
+    assert process.wait(60) == 0
+    figures = only_result(tmp_path)["figures"]
+    assert figures["successful_requests"] + 32 * 2 == server.counts()["/predict"]
 
 
 # --- the open loop --------------------------------------------------------------------------------

@@ -283,8 +283,9 @@ class _Clients:
             sending = asyncio.gather(*(self._send(sends) for _ in range(plan.connections)))
             stop = asyncio.ensure_future(self._messages.get())
             stop.add_done_callback(lambda _: sending.cancel())
-            while not sending.done():
-                await asyncio.wait((sending,), timeout=REPORT_SECONDS)
+            done: set[asyncio.Future] = set()
+            while not done:  # looked at before the report, which then holds all that was sent
+                done, _ = await asyncio.wait((sending,), timeout=REPORT_SECONDS)
                 await self._report()
             with contextlib.suppress(asyncio.CancelledError):  # a stop
                 sending.result()  # raises what else ended a client
