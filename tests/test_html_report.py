@@ -163,7 +163,7 @@ def test_hostile_names_push_nothing_sideways(report: str, width: int, tmp_path: 
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("example", ["h200-mixed-4", "h200-pairs", "h100-single-image"])
+@pytest.mark.parametrize("example", ["h200-mixed-4", "h200-pairs", "h200-single-image"])
 def test_the_recorded_runs_are_reported_on_less_than_4000_pixels(
     example: str, tmp_path: Path
 ) -> None:

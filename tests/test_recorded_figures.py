@@ -41,18 +41,27 @@ def page(name: str) -> str:
     return text.partition(f"## {heading}")[2].partition("\n## ")[0] if heading else text
 
 
-def cells(page_name: str, *begin: str) -> list[str]:
-    """The further cells of the one row of a page's tables that begins with these."""
-    rows = [
-        [cell.strip().replace("*", "") for cell in line.strip().strip("|").split("|")]
+def cells_of(page_name: str) -> list[list[str]]:
+    """The rows of a page's tables, headings and rules among them."""
+    return [
+        [cell.strip().replace("*", "") for cell in line.strip()[1:-1].split("|")]
         for line in page(page_name).splitlines() if line.startswith("|")
     ]  # fmt: skip
-    (row,) = [row for row in rows if tuple(row[: len(begin)]) == begin]
+
+
+def cells(page_name: str, *begin: str) -> list[str]:
+    """The further cells of the one row of a page's tables that begins with these."""
+    (row,) = [row for row in cells_of(page_name) if tuple(row[: len(begin)]) == begin]
     return row[len(begin) :]
 
 
 def figures(values: list[float]) -> list[str]:
     return [f"{value:.2f}" for value in values]
+
+
+def significant(value: float, digits: int) -> str:
+    """A figure rounded to so many digits, the zeros at its end shown."""
+    return f"{value:#.{digits}g}".rstrip(".")
 
 
 def spread(values: list[float]) -> str:
@@ -115,7 +124,7 @@ def test_token_generation_and_its_neighbors_are_as_recorded(job):
     work = figures([one["mean"] for one in stp("h200-llm")])
     assert cells(TOKENS, "work delivered (STP)") == ["1", *work]
     if job == "token generation":
-        row = "token generation next to a training, batch inference and a notebook (H200)"
+        row = "token generation next to a training, batch inference and a notebook"
         assert cells("docs/modes.md", row)[:3] == slowdowns
 
 
@@ -203,18 +212,114 @@ def test_blast_radii_are_as_recorded(fault):
         ]
 
 
+def mean_ms(example: str, mode: str, co_run: str) -> float:
+    records = run_folder.read_run(EXAMPLES / example / mode).clients_of(co_run)
+    return statistics.fmean(ms for record in records for ms in record.latency_ms)
+
+
 def test_the_latencies_of_single_images_are_as_recorded():
-    runs = [
-        run_folder.read_run(EXAMPLES / "h100-single-image" / m) for m in ("time-slicing", "mps")
+    modes = ("time-slicing", "mps")
+    first, *_, last = rows = [
+        [mean_ms("h200-single-image", mode, f"single-image-{clients}-r0") for mode in modes]
+        for clients in (1, 3, 5, 7)
     ]
+    for clients, means in zip((1, 3, 5, 7), rows, strict=True):
+        ratios = [f" ({mean / one:.1f})" if clients > 1 else ""
+                  for mean, one in zip(means, first, strict=True)]  # fmt: skip
+        assert cells("docs/findings.md#nos", str(clients))[1::2] == [
+            f"{mean:.3f} ms{ratio}" for mean, ratio in zip(means, ratios, strict=True)
+        ]
+    alone = mean_ms("h200-single-image", "time-slicing", "baseline-batch_inference")
+    row = f"seven services of single images ({alone:.1f} ms alone)"
+    assert cells("docs/modes.md", row)[:2] == [f"{mean:.1f} ms" for mean in last]
 
-    def mean_ms(run, clients):
-        records = run.clients_of(f"single-image-{clients}-r0")
-        return statistics.fmean(ms for record in records for ms in record.latency_ms)
 
-    for clients in (1, 3, 5, 7):
-        shown = cells("docs/findings.md#nos", str(clients))[1::2]
-        for run, cell in zip(runs, shown, strict=True):
-            mean = mean_ms(run, clients)
-            ratio = f" ({mean / mean_ms(run, 1):.1f})" if clients > 1 else ""
-            assert cell == f"{mean:.3f} ms{ratio}"
+def test_batches_that_fill_the_card_are_as_recorded():
+    means = [
+        f"{mean_ms('h200-batches', mode, 'inference-7-r0'):.1f} ms"
+        for mode in ("time-slicing", "mps")
+    ]
+    alone = f"{mean_ms('h200-batches', 'time-slicing', 'baseline-batch_inference'):.1f} ms"
+    row = f"seven with batches of 32 ({alone} alone), which fill the card"
+    assert cells("docs/modes.md", row)[:2] == means
+    text = "with seven clients {} under time slicing, {} under MPS, alone {} "
+    assert text.format(*means, alone) in page("docs/findings.md")
+
+
+def test_work_delivered_by_single_images_is_as_recorded():
+    work = {"mps": [], "time-slicing": []}
+    for group in sorted(section("h200-single-image")["groups"], key=lambda one: one["clients"]):
+        work[group["variant"]].append(f"{group['stp']['mean']:.2f}")
+    shown = re.search(
+        r"1, 3, 5 and 7 delivered (.*?) under MPS.*?and ([0-9., and]+) under time slicing",
+        page("docs/sweeps.md").replace("\n", " "),
+    )
+    assert [re.findall(r"\d\.\d+", one) for one in shown.groups()] == [*work.values()]
+
+
+def test_shares_of_the_multiprocessors_are_as_recorded():
+    groups = {one["variant"]: one for one in section("h200-mps-percentage")["groups"]}
+    variants = ("mps:100", "mps:50", "mps:even")
+    work = [f"{groups[one]['stp']['mean']:.2f}" for one in variants]
+    active = [f"{groups[one]['gpu']['sm_activity_percent']:.0f}" for one in variants]
+    text = page("docs/modes.md").replace("\n", " ").replace("*", "")
+    assert "{} with 100 % each, {} with 50 % and {} with 25 %".format(*work) in text
+    assert "({}, {} and {} % of the multiprocessors active)".format(*active) in text
+
+
+def test_a_service_next_to_trainings_is_as_recorded():
+    modes = ("time-slicing", "mps")
+    (alone,) = [one for one in section("h200-serving")["alone"] if "service" in one["label"]]
+    services = [alone, *(client("h200-serving", one, "Inference service") for one in modes)]
+    groups = {one["variant"]: one for one in section("h200-serving")["groups"]}
+    tails = [one["p99_ms"]["mean"] for one in services]
+    serving = "docs/serving.md#A service next to trainings"
+    assert cells(serving, "a request, p50; p99") == [
+        f"{one['median_ms']['mean']:.1f}; {tail:.1f} ms"
+        for one, tail in zip(services, tails, strict=True)
+    ]
+    slowdowns = figures([groups[one]["antt"]["mean"] for one in modes])
+    assert cells(serving, "ResNet50 training, slowdown") == ["1", *slowdowns]
+    work = figures([groups[one]["stp"]["mean"] for one in modes])
+    assert cells(serving, "work delivered by the trainings (STP)") == ["1", *work]
+    row = f"a server's p99 next to three trainings ({tails[0]:.1f} ms alone)"
+    assert cells("docs/modes.md", row)[:2] == [f"{tail:.1f} ms" for tail in tails[1:]]
+
+
+@pytest.mark.parametrize(
+    ("program", "told"),
+    [
+        (
+            "resnet_training",
+            "{mean_epoch_seconds:.2f} s an epoch ({samples_per_second:,.0f} img/s)",
+        ),
+        ("resnet_training", "{final_test_accuracy_percent:.1f} % test accuracy"),
+        ("bert_training", "{mean_epoch_seconds:.3f} s an epoch ({samples_per_second:,.0f} samples"),
+        ("bert_training", "{held_out_accuracy_percent:.0f} % on training and held-out sentences"),
+        ("batch_inference", "{latency_mean_ms:.2f} ms a batch"),
+        ("batch_inference", "(the GPU's part {device_mean_ms:.2f}), {samples_per_second:,.0f} img"),
+        ("load_test", "{qps:,.0f} QPS, p50 {p50_latency_ms:.1f} ms, p99 {p99_latency_ms:.1f} ms"),
+        ("load_test", "{failed_requests} of {total_requests:,} failed"),
+        ("jupyter_simulation", "{session_seconds:.0f} s, {active_percent:.0f} % active"),
+    ],
+)
+def test_the_guides_experiments_are_as_recorded(program, told):
+    result = json.loads((EXAMPLES / f"h200-experiments/{program}.json").read_text())
+    (row,) = [one for one in cells_of("docs/experiments.md") if f"/{program}.py" in one[1]]
+    assert told.format(**result["figures"]) in row[2]
+
+
+def test_the_speed_table_is_as_recorded():
+    table = json.loads(gzip.decompress((EXAMPLES / "h200-speed/speed_table.json.gz").read_bytes()))
+    rows = [one for one in cells_of("docs/speed.md") if len(one) == 6][2:]
+    for shown, row in zip(rows, table["rows"], strict=True):
+        scale, unit = (1, "s") if row["unit"] == "epoch" else (1e3, "ms")
+        figure = f"{significant(scale * row['seconds'], 3)} {unit}"
+        fraction = f"{100 * row['floor_fraction']:.0f} %"
+        startup = f"{row['startup_seconds']:.1f} s"
+        if row["is_reference"]:
+            figure += {"epoch": " an epoch", "batch": " a batch"}[row["unit"]]
+            fraction += f" of {significant(scale * row['floor_seconds'], 2)} {unit}"
+        engine = f"{row['engine']} {row['precision']}"
+        speedup = "1" if row["is_reference"] else f"{row['speedup']:.1f}"
+        assert shown[1:] == [engine, figure, speedup, fraction, startup]
