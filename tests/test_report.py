@@ -58,6 +58,13 @@ def one_after_another(idle: float) -> dict:
     return compare(*made)
 
 
+def next_to_a_service(compared: dict) -> dict:
+    """The comparison, one of whose clients is a service."""
+    for group in compared["sections"][0]["groups"]:
+        group["throughput_clients"] = group["clients"] - 1
+    return compared
+
+
 def services_only(section: dict) -> None:
     section["conclusions"] = [
         one for one in section["conclusions"] if one["subject"] == "Batch inference"
@@ -121,6 +128,8 @@ def noisy_neighbors_only(section: dict) -> None:
          "running the jobs one after another is faster; of the modes MPS is the best with"),
         (lambda: one_after_another(1.0),
          "For this mix on this card: MPS delivers 0.89 GPUs' worth of work."),
+        (lambda: next_to_a_service(one_after_another(0.0)),
+         "this card: MPS delivers 0.89 GPUs' worth of work next to the service."),
         (lambda: edited(services_only),
          "For this mix on this card: MPS where the Batch inference matters."),
         (lambda: compare(synthetic_runs.run("demo", "mps", {4: [4.0]}, gpu=False)),
@@ -155,8 +164,8 @@ def noisy_neighbors_only(section: dict) -> None:
     ],
     ids=["sure", "another mode for a job", "once", "no difference", "cannot tell", "one mode",
          "one failed", "one void", "void as a whole", "all failed", "CPU failed",
-         "one after another", "jobs that pause", "services alone", "CPU", "ramp",
-         "ramps of two modes", "one fits", "none fits",
+         "one after another", "jobs that pause", "next to a service", "services alone", "CPU",
+         "ramp", "ramps of two modes", "one fits", "none fits",
          "ramp from 2 on", "ramp of other shares", "ramps of unlike bounds", "ramp on the CPU",
          "baselines", "neighbors"],
 )  # fmt: skip

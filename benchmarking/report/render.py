@@ -263,9 +263,14 @@ def mix_of(section: Record, mix: str, clients: int) -> dict[str, Any]:
         for one in its_own("groups")
         if best and one["variant"] == best["variant"] and one["stp_alone"]
     )
+    services = max(
+        (clients - one["throughput_clients"] for one in its_own("groups")
+         if one["throughput_clients"] is not None), default=0
+    )  # fmt: skip
     return {
         "mix": mix,
         "clients": clients,
+        "services": services,
         "rows": [_row(one, names, section["cpu_demo"]) for one in rows],
         "names": names,
         "whole": whole,
@@ -275,7 +280,8 @@ def mix_of(section: Record, mix: str, clients: int) -> dict[str, Any]:
                  if mode["is_tied"] and not mode["is_best"]],
         "near_best": [names[variant] for variant in (whole["near_best"] if whole else ())],
         "other_best": other,
-        "is_alone_faster": is_less and any(
+        # A service goes on whether or not the jobs next to it take turns.
+        "is_alone_faster": is_less and not services and any(
             pair["verdict"] == "sure" and pair["better"] == "alone" for pair in against_alone
         ),
         "has_one_mode": len(measured) == 1,
