@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import select
 import signal
 import socket
 import struct
@@ -25,7 +26,7 @@ from server_figures import figures_of
 from server_process import ServerProcess, jpeg, png, running
 from waiting import is_running, limit, wait_until
 
-from workloads.inference.batching import COUNT, Engine
+from workloads.inference.batching import COUNT, RECORD, Engine
 from workloads.inference.batching import HEAD as HEADER
 from workloads.inference.image_input import PICTURE_BYTES
 
@@ -384,22 +385,62 @@ def test_a_server_whose_log_nobody_takes_any_more_drains_and_writes_its_result(t
     assert result_of(server)["figures"]["successful_requests"] == 1
 
 
-def test_what_a_worker_says_last_is_heard_before_the_engine_has_closed():
-    args = SimpleNamespace(max_batch=1, max_delay_ms=0.0, queue_size=1, request_seconds=1.0)
-    engine = Engine(args, lambda question: time.sleep(0.3) or b"")
+class GatedModel:
+    """A model whose batches end when they are let."""
+
+    def __init__(self) -> None:
+        self.is_at_work, self.may_end = threading.Event(), threading.Event()
+
+    def start(self, pictures: list[np.ndarray]) -> np.ndarray:
+        return np.zeros((sum(map(len, pictures)), 10), np.float32)
+
+    def finish(self, rows: np.ndarray) -> np.ndarray:
+        self.is_at_work.set()
+        assert self.may_end.wait(60)
+        return rows
+
+
+@pytest.mark.parametrize("leaves_unread", [False, True])
+def test_what_a_worker_says_last_is_heard_before_the_engine_has_closed(leaves_unread):
+    args = SimpleNamespace(max_batch=1, max_delay_ms=0.0, queue_size=1, request_seconds=60.0)
+    model, asked, may_tell = GatedModel(), threading.Event(), threading.Event()
+
+    def tell(question: str) -> bytes:
+        asked.set()
+        assert question == "easy" or may_tell.wait(60)
+        return b""
+
+    engine = Engine(args, tell)
     engine.start()
-    (_, pictures), (ours, theirs) = (
+    (pictures, engines_pictures), (questions, engines_questions) = (
         socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(2)
     )
     with os.fdopen(os.memfd_create("pictures"), "wb") as memory:
         memory.truncate(PICTURE_BYTES + 1)
-        descriptors = [pictures.fileno(), theirs.fileno(), memory.fileno()]
-        socket.send_fds(engine.worker_door, [b"1"], descriptors)
-        ours.send(HEADER.pack(b"q", 0))
-        ours.send(HEADER.pack(b"e", 0) + COUNT.pack(2))
-        engine.worker_door.close()
-        assert engine.close(60.0)
-    assert engine.unanswered == 2
+        ends = engines_pictures, engines_questions, memory
+        socket.send_fds(engine.worker_door, [b"1"], [end.fileno() for end in ends])
+        for end in ends[:2]:
+            end.close()
+    if leaves_unread:  # answers that lie in its sockets when it ends
+        pictures.send(HEADER.pack(b"s", 0) + COUNT.pack(1))
+        questions.send(HEADER.pack(b"q", 0) + b"easy")
+        for end in (pictures, questions):
+            assert select.select([end], [], [], 60)[0]
+    engine.model = model
+    pictures.send(HEADER.pack(b"s", 1) + COUNT.pack(1))
+    assert model.is_at_work.wait(60)
+    pictures.send(HEADER.pack(b"r", 0) + RECORD.pack(0, 200, 1, 0.0, *[0.1] * 4))
+    asked.clear()
+    questions.send(HEADER.pack(b"q", 1) + b"hard")
+    assert asked.wait(60)
+    questions.send(HEADER.pack(b"e", 0) + COUNT.pack(2))
+    for end in (pictures, questions, engine.worker_door):
+        end.close()
+    may_tell.set()
+    model.may_end.set()
+    assert engine.close(60.0)
+    assert (engine.unanswered, engine.lost_workers) == (2, [])
+    assert engine.statistics.snapshot()["successful_requests"] == 1
 
 
 def test_who_drips_or_says_nothing_does_not_hold_up_a_shutdown(tmp_path):

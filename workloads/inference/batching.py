@@ -182,13 +182,17 @@ class Engine:
 
     def _hear_question(self, connection: socket.socket, pid: int) -> None:
         message = b""
-        with suppress(OSError):  # it has ended, or does not read, and ends when it is given up
+        try:
             message = connection.recv(MAX_MESSAGE_BYTES)
             if message.startswith(b"q"):
                 _, slot = HEAD.unpack_from(message)
                 answer = self._tell(message[HEAD.size :].decode())
                 connection.send(ANSWER.pack(slot, 200) + answer)
                 return
+        except ConnectionError:  # it has ended, and what it said last is still there
+            return
+        except OSError:  # it does not read, and ends when it is given up
+            pass
         if message.startswith(b"e"):
             self.unanswered += COUNT.unpack_from(message, HEAD.size)[0]
         else:
@@ -223,14 +227,16 @@ class Engine:
     def _receive(self, timeout_seconds: float) -> None:
         for descriptor, _ in self._poll.poll(max(0.0, timeout_seconds)):
             worker = self._workers[descriptor]
+            # Takes the error of one that ended with answers unread: what it said comes first.
+            worker.connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
             try:
                 while message := worker.connection.recv(MAX_MESSAGE_BYTES):
                     self._hear(worker, message)
-            except BlockingIOError:
+            except (BlockingIOError, ConnectionResetError):
                 continue
-            except OSError:
-                pass
-            self._forget(worker)
+            self._poll.unregister(worker.connection)
+            del self._workers[descriptor]
+            worker.connection.close()
 
     def _hear(self, worker: _Worker, message: bytes) -> None:
         kind, slot = HEAD.unpack_from(message)
@@ -254,16 +260,13 @@ class Engine:
             self._queue.append(request)
 
     def _answer(self, request: _Request, status: int, content: bytes) -> None:
+        connection = request.worker.connection
         try:
-            request.worker.connection.send(ANSWER.pack(request.slot, status) + content)
-        except OSError:  # it has ended, or does not read, and ends when it finds itself forgotten
-            self._forget(request.worker)
-
-    def _forget(self, worker: _Worker) -> None:
-        if worker.connection.fileno() >= 0:
-            self._poll.unregister(worker.connection)
-            del self._workers[worker.connection.fileno()]
-            worker.connection.close()
+            connection.send(ANSWER.pack(request.slot, status) + content)
+        except OSError:
+            # It has ended, or does not read, and ends at our end; what it has said is still heard.
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_WR)
 
     def _next_batch(self) -> list[_Request]:
         """Take as many requests as fit into one batch; those nobody waits for are dropped."""
