@@ -94,19 +94,19 @@ def test_a_held_client_repeats_its_job_and_tells_every_unit_until_stopped(
 
 
 @pytest.mark.parametrize(
-    ("script", "flags", "units"),
+    ("script", "flags", "units", "unfinished"),
     [
         (SESSION, (*TINY_SESSION[:-4], "--idle-min", "60", "--idle-max", "60", "--num-operations",
-                   "2", "--cell-repeats", REPEATS), 1),
-        # A cell that was cut short is no unit.
-        (SESSION, (*TINY_SESSION, "--num-operations", "1", "--cell-repeats", "matrix=100000000"),
-         0),
-        (ANTAGONIST, (*PRESS, "--duty", "0.001", "--duration", "600"), None),
+                   "2", "--cell-repeats", REPEATS), 1, []),
+        # A cell that was cut short is no unit, and counts by its share.
+        (SESSION, (*TINY_SESSION[:-4], "--idle-min", "0", "--idle-max", "0", "--num-operations",
+                   "2", "--cell-repeats", "matrix=1,preprocess=100000000"), 1, ["preprocess"]),
+        (ANTAGONIST, (*PRESS, "--duty", "0.001", "--duration", "600"), None, []),
     ],
     ids=["pause", "cell", "idle neighbor"],
 )  # fmt: skip
 def test_a_stop_ends_a_long_pause_and_a_long_cell_at_once(
-    tmp_path: Path, script: str, flags: tuple, units: int | None
+    tmp_path: Path, script: str, flags: tuple, units: int | None, unfinished: list[str]
 ) -> None:
     with HeldClient(tmp_path, script, *flags) as held:
         held.start_working()
@@ -116,6 +116,7 @@ def test_a_stop_ends_a_long_pause_and_a_long_cell_at_once(
         assert held.exit_code(timeout_seconds=40) == 0
         assert held.events("done")[0]["jobs"] == 0
         assert units in (None, len(held.events("units")))
+        assert [one["kind"] for one in held.events("unfinished")] == unfinished
 
 
 @pytest.mark.parametrize(

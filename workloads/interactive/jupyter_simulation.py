@@ -224,8 +224,12 @@ class JupyterSimulation(client.Workload):
         started_at = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
         start_seconds = time.monotonic()
         pacer = Pacer(self.device, times)
-        for _ in range(self.repeats[cell.kind]):
-            pacer.run(cell.kind, self.operations[cell.kind])
+        try:
+            for _ in range(self.repeats[cell.kind]):
+                pacer.run(cell.kind, self.operations[cell.kind])
+        except client.StopRequested:
+            recorder.write("unfinished", kind=cell.kind, latency=True, start_seconds=start_seconds)
+            raise
         # A cell ends when its result is there.
         pacer.drain()
         end_seconds = time.monotonic()
