@@ -266,6 +266,20 @@ def test_a_label_may_hold_any_script_and_its_blanks(tmp_path: Path) -> None:
     assert clients(read(tmp_path, f'{COMMAND}label = "{label}"\n'), 1)[0].label == label
 
 
+def test_other_work_of_one_label_is_told_apart_from_copies(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text("")
+    tables = (
+        'command = ["python3", "a.py"]', 'command = ["python3", "-c", "0"]',
+        'command = ["python3", "-c", "1"]', f"{BERT[11:]}knobs = {{ mps_percentage = 50 }}",
+        BERT[11:], f'{BERT[11:]}arguments = ["--batch-size", "1"]',
+    )  # fmt: skip
+    plan = read(tmp_path, "".join(f"[[client]]\n{table}\n" for table in tables))
+    assert [client.label for client in clients(plan, 7)] == [
+        "a.py", "python3", "python3 (2)", "BERT fine-tuning", "BERT fine-tuning",
+        "BERT fine-tuning (2)", "a.py",
+    ]  # fmt: skip
+
+
 def test_a_secret_is_told_by_its_name() -> None:
     secret = ("HF_TOKEN", "--api-key", "DB_PASSWORD", "AWS_SECRET_ACCESS_KEY", "--token",
               "PGPASSWORD", "MYSQL_PWD", "KAGGLE_KEY", "GH_PAT", "DB_PASS")  # fmt: skip

@@ -25,12 +25,9 @@ def plan_of_jobs(lines: Sequence[str], folder: Path) -> PlanFile:
     names = [_job_name(line) for line in lines]
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(Path(name).stem for name in names))
     tables = [f'name = "{name.strip(".-_")[:MOST_NAME_CHARACTERS] or "jobs"}"\n']
-    for number, (line, label) in enumerate(zip(lines, names, strict=True)):
-        others = [job for job in dict.fromkeys(lines[:number]) if _job_name(job) == label]
-        shown = f"{label} ({len(others) + 1})" if others and line not in others else label
-        # A JSON text is a TOML text, but for letters written as two halves.
-        command, label = (json.dumps(text, ensure_ascii=False) for text in (line, shown))
-        tables.append(f"[[client]]\ncommand = {command}\nlabel = {label}\n")
+    # A JSON text is a TOML text, but for letters written as two halves.
+    commands = (json.dumps(line, ensure_ascii=False) for line in lines)
+    tables += (f"[[client]]\ncommand = {command}\n" for command in commands)
     return parse_plan("\n".join(tables), JOBS_PLAN, folder)
 
 

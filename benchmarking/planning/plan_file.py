@@ -27,13 +27,14 @@ command line's `--job` makes the same list without a file (job_lines.py).
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import re
 import shlex
 import shutil
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -233,7 +234,20 @@ def parse_plan(text: str, path: str, folder: Path, *, shown: str | None = None) 
     kept = hidden.hide(text)
     if Secrets(hidden.names).hide(_toml(kept)) != _toml(kept):
         raise PlanFileError([f"{shown}: a secret is written with escapes: use inherit for it"])
-    return PlanFile(path, folder, kept, name, tuple(entries), hidden)
+    return PlanFile(path, folder, kept, name, tuple(_told_apart(entries)), hidden)
+
+
+def _told_apart(entries: Iterable[PlanEntry]) -> Iterator[PlanEntry]:
+    """Number those of one label but other work, or a report took them for copies of one job."""
+    works: dict[str, list[PlanEntry]] = {}
+    for entry in entries:
+        same = works.setdefault(entry.label, [])
+        work = dataclasses.replace(entry, count=1, knobs={})
+        if work not in same:
+            same.append(work)
+        number = same.index(work) + 1
+        label = f"{entry.label} ({number})" if number > 1 else entry.label
+        yield dataclasses.replace(entry, label=label)
 
 
 def _toml(text: str) -> dict[str, Any]:
@@ -352,7 +366,7 @@ def _command_fields(table: _Table, folder: Path) -> dict[str, Any]:
         "shell": shell,
         "working_directory": str(directory.resolve()),
         "latency": table.get("latency"),
-        "label": Path(words[0]).name if words else "command",
+        "label": Path(script_of(words) or words[0]).name if words else "command",
     }
 
 
