@@ -25,7 +25,7 @@ from benchmarking.planning.plan_file import (
 from benchmarking.planning.redaction import (
     hidden_in_command_line,
     looks_secret,
-    secrets_of_command_line,
+    secrets_of_words,
 )
 from benchmarking.planning.request import Request
 from benchmarking.planning.workloads import SIZE_GUIDE
@@ -301,9 +301,13 @@ def test_a_secret_of_a_job_is_called_as_its_own_variable_or_flag() -> None:
         f"env TOKEN={SECRET} sleep 1",
         f"sh run.sh --token={SECRET} -v",
         f"a --token {SECRET}",
+        f"bash -c 'cd x && a --token {SECRET}; b'",
+        f"""ssh host "sh -c 'export TOKEN={SECRET}; a'\"""",
+        f"docker run --env=TOKEN={SECRET} image",
     ):
         for words in (["--job", job], [f"--job={job}"], ["--", "--job", job]):
-            assert secrets_of_command_line(words) == {SECRET: "TOKEN"}, words
+            assert secrets_of_words(words) == {SECRET: "TOKEN"}, words
+        assert SECRET not in plan_of_jobs([f"env {job}"], PROJECT_ROOT).text
 
 
 def test_a_secret_is_found_within_a_word_and_under_quotes(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ from benchmarking.measuring import jobs, locks
 from benchmarking.measuring.card import look_for_foreign_processes, usable_cores
 from benchmarking.measuring.stop_signal import StopSignal
 from benchmarking.modes.mode_scripts import ModeScriptError, lock_reason, run_script
-from benchmarking.planning.redaction import secrets_of_command_line
+from benchmarking.planning.redaction import secrets_of_words
 from benchmarking.records.files import NOT_DECODED, read_file
 from benchmarking.records.run_folder import utc_now, write_json_atomic
 from benchmarking.records.writing import append_text, open_own, take_lock
@@ -325,7 +325,7 @@ def _drive(
     if (folder / SAVED_ARGUMENTS).is_file():
         words = ["--resume", str(folder)]
         # What was saved there has no secrets: they are given by the environment.
-        environment |= {name: value for value, name in secrets_of_command_line(flags).items()}
+        environment |= {name: value for value, name in secrets_of_words(flags).items()}
         _say(gpu, "goes on where it was cut off")
     # Their owner's alone: the driver's words hold those of the user's own jobs.
     with os.fdopen(open_own(log), "ab") as said, log.open("rb") as heard:

@@ -27,6 +27,7 @@ _PLAIN_KEYS = frozenset(("SORT", "PUBLIC", "PARTITION", "PRIMARY", "GROUP", "CAC
 _IN_A_WORD = re.compile(
     r"://[^/\s:@]*:(?P<URL_PASSWORD>[^/\s@]+)@|(?i:Bearer|Authorization\W+Basic) (?P<BEARER>\S+)"
 )
+_BLANK = re.compile(r"[ \t\r\n]")  # what parts the words of a line
 # A flag whose value is the next word; `--no-auth` has none.
 _FLAG = re.compile(r"-(?!-no-)[^=]*")
 # A shorter value cannot be told from other text, and hides nothing worth stealing.
@@ -50,15 +51,21 @@ def looks_secret(name: str) -> bool:
 
 
 def secrets_of_words(words: Iterable[str]) -> dict[str, str]:
-    """Return the secrets of a command line with names: `--token X`, `--token=X`, `HF_TOKEN=X`."""
+    """Return the secrets of a command line with names: `--token X`, `--token=X`, `HF_TOKEN=X`.
+
+    Of words that are command lines themselves, too: `sh -c "run --token X"`.
+    """
     found: dict[str, str] = {}
     before = ""
-    for word in words:
+    for word in (given.rstrip(";") for given in words):
         name, has_value, value = word.partition("=")
-        if has_value and looks_secret(name):
+        inner = word if _BLANK.search(word) else value
+        if has_value and looks_secret(name) and not _BLANK.search(name):
             found[value] = _variable(name)
         elif _FLAG.fullmatch(before) and looks_secret(before) and not word.startswith("--"):
             found[word] = _variable(before)
+        elif inner:
+            found = secrets_of_line(inner) | found
         found = _secrets_within(word) | found
         before = word
     return found
@@ -78,23 +85,9 @@ def _secrets_within(text: str) -> dict[str, str]:
     return {match[str(match.lastgroup)]: str(match.lastgroup) for match in matches}
 
 
-def secrets_of_command_line(words: Sequence[str]) -> dict[str, str]:
-    """Return the secrets of words, of which some are command lines themselves, with names."""
-    within: dict[str, str] = {}
-    for text in (part for word in words for part in (word, word.partition("=")[2])):
-        within |= secrets_of_line(text)
-    hidden = [value for value in within if len(value) >= _SHORTEST]
-    # Of `env TOKEN=X sleep 1` as one word the value of `env TOKEN` would be all the rest.
-    whole = {
-        value: name for value, name in secrets_of_words(words).items()
-        if not any(one in value for one in hidden)
-    }  # fmt: skip
-    return whole | within
-
-
 def hidden_in_command_line(words: Sequence[str]) -> list[str]:
     """Return a command line to record: secrets hidden, in words that are command lines, too."""
-    return Secrets(secrets_of_command_line(words)).hide(list(words))
+    return Secrets(secrets_of_words(words)).hide(list(words))
 
 
 def _variable(name: str) -> str:
