@@ -58,6 +58,15 @@ def test_a_failure_is_one_sentence_and_out_of_memory_has_its_own_code(
     assert words in done.stderr.splitlines()[-1]
 
 
+def test_a_script_without_a_first_line_is_told_so(tmp_path: Path) -> None:
+    (tmp_path / "job.sh").write_text("true")
+    (tmp_path / "job.sh").chmod(0o755)
+    done = by_hand(tmp_path, "--command", "./job.sh", "--working-directory", str(tmp_path))
+    assert done.returncode == 1
+    assert "Exec format error" in done.stderr
+    assert "its first line (#!)" in done.stderr
+
+
 def test_what_only_a_shell_can_read_is_left_to_the_shell(tmp_path: Path) -> None:
     for line in ("true # it's fine", "cat <<END\nit's a text\nEND"):
         done = by_hand(tmp_path, "--shell", "--command", line)

@@ -142,6 +142,10 @@ def test_another_environment_is_another_job_and_limits_of_mps_are_not(tmp_path: 
         (f'{COMMAND}knobs = {{ mps_memory_limit = "lots" }}', "512M or 8G"),
         (f"{COMMAND}knobs = {{ percentage = 5 }}", "there is no such knob"),
         ("[[client]\n", "is not TOML"),
+        *((f"[[client]]\ncommand = '{line}'\n", f"command: {sign} is read by a shell alone")
+          for line, sign in (("true && true", "&&"), ("true | wc", "|"), ("true > out", ">"),
+                             ("true 2>&1", "2>&1"), ("ls; true", ";"), ("true &", "&"))),
+        (f'{COMMAND}environment = {{ PATH = "/nowhere" }}', "there is no program 'true'"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_sentence_with_file_key_and_fix(
@@ -151,6 +155,14 @@ def test_a_mistake_is_one_sentence_with_file_key_and_fix(
     assert words in found
     assert found.startswith(str(tmp_path / "my jobs.toml"))
     assert "\n" not in found
+
+
+def test_a_program_is_looked_for_where_its_job_will_find_it(tmp_path: Path) -> None:
+    (tmp_path / "mine").symlink_to(sys.executable)
+    variables = f"environment = {{ PATH = '{tmp_path}' }}"
+    line = json.dumps("""mine -c "1;2" '|' a\\; 1<2""")
+    lines = f"{variables}\ncommand = {line}"
+    assert read(tmp_path, f"[[client]]\n{lines}\n").entries[0].label == "mine"
 
 
 def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:

@@ -88,6 +88,9 @@ MOST_CHARACTERS = 1 << 20
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+_QUOTED = re.compile(r"""'[^']*'|"(?:\\.|[^"\\])*"|\\.""", re.DOTALL)
+# Given to a program as a word, it would be passed over: `prepare.py && train.py` prepares alone.
+_SHELL_OPERATOR = re.compile(r"(?<!\S)(?:[|;&<>]+(?!\S)|\d?&?>\S*)|;(?!\S)")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -323,14 +326,17 @@ def _entry(table: _Table, folder: Path) -> PlanEntry:
     count = table.get("count")
     if not 1 <= count <= MOST_AT_ONCE:
         table.complain("count", f"is {count}, but needs {KEYS['count'][2]}, {MOST_AT_ONCE} at most")
-    special = _command_fields(table, folder) if has_command else _workload_fields(table)
+    environment = _environment(table)
+    special = (
+        _command_fields(table, folder, environment) if has_command else _workload_fields(table)
+    )
     special["label"] = table.get("label") or special["label"]
     if _CONTROLS.search(special["label"]):
         table.complain("label", "leave line breaks and control characters out")
     return PlanEntry(
         **special,
         count=count,
-        environment=_environment(table),
+        environment=environment,
         inherit=table.words("inherit"),
         knobs=_knobs(table),
     )
@@ -349,7 +355,7 @@ def _workload_fields(table: _Table) -> dict[str, Any]:
     return {"workload": workload, "arguments": arguments, "label": kind.label if kind else workload}
 
 
-def _command_fields(table: _Table, folder: Path) -> dict[str, Any]:
+def _command_fields(table: _Table, folder: Path, environment: Mapping[str, str]) -> dict[str, Any]:
     directory = folder / table.get("working_directory")
     if not os.path.isdir(directory):
         table.complain("working_directory", f"there is no folder {directory}: name one")
@@ -360,7 +366,7 @@ def _command_fields(table: _Table, folder: Path) -> dict[str, Any]:
     line = shlex.join(table.words("command")) if is_list else table.get("command")
     words = _split(table, line, is_for_shell=shell)
     if words and not shell:
-        _check_files(table, words, directory)
+        _check_files(table, words, directory, str((os.environ | environment).get("PATH", "")))
     return {
         "command": line,
         "shell": shell,
@@ -378,22 +384,27 @@ def _split(table: _Table, line: str, *, is_for_shell: bool) -> list[str]:
             return line.split()
         table.complain("command", f"cannot be split into words ({error}): close the quotes")
         return []
+    found = None if is_for_shell else _SHELL_OPERATOR.search(_QUOTED.sub("_", line))
+    if found:
+        table.complain("command", f"{found[0]} is read by a shell alone: give the line to sh -c, "
+                       "or put quotes around what is meant as it stands")  # fmt: skip
+        return []
     if not words and table.content["command"] in (line, []):
         table.complain("command", "is empty: give a program and its arguments")
     return words
 
 
-def _check_files(table: _Table, words: Sequence[str], directory: Path) -> None:
-    """Whether the program is there, a path from the working directory or a name on the PATH.
+def _check_files(table: _Table, words: Sequence[str], directory: Path, path: str) -> None:
+    """Whether the program is there, a path from the working directory or a name on PATH.
 
     Of an interpreter's script, too.
     """
     program = str(directory / words[0]) if os.sep in words[0] else words[0]
     script = script_of(words)
-    if shutil.which(program) is None:
+    if shutil.which(program, path=path) is None:
         table.complain(
             "command", f"there is no program {_shown(words[0])} that can be run in {directory}: "
-            "mend the name, make the file executable, or set shell = true for a shell's own words",
+            "mend the name, make the file executable, or give a shell's own words to sh -c",
         )  # fmt: skip
     elif script is not None and not os.path.exists(directory / script):
         table.complain("command", f"there is no file {script!r} in {directory}: mend the name")

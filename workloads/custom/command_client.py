@@ -188,8 +188,8 @@ class _Run:
             )
         except OSError as error:
             raise JobFailedError(
-                f"cannot start {words[0]} in {folder}: {error.strerror}; check --command and "
-                "--working-directory"
+                f"cannot start {words[0]} in {folder}: {error.strerror}; check --command, "
+                "--working-directory and, of a script, its first line (#!)"
             ) from error
         threading.Thread(target=self._wait, daemon=True).start()
 
