@@ -45,6 +45,7 @@ def test_by_hand_it_runs_once_and_leaves_a_result_whatever_it_says(tmp_path: Pat
         ("sh -c 'exit 12'", 12, "ended with exit code 12"),
         ("sh -c 'echo torch.OutOfMemoryError: CUDA out of memory. >&2; exit 1'", 12,
          "out of GPU memory"),
+        ("sh -c 'printf %09999d 0 >&2; exit 1'", 1, "ended with exit code 1: 000"),
         ("no-such-program", 1, "cannot start no-such-program in .: No such file"),
         ("echo 'open", 2, "No closing quotation"),
         ("", 2, "--command is empty"),
@@ -56,6 +57,7 @@ def test_a_failure_is_one_sentence_and_out_of_memory_has_its_own_code(
     done = by_hand(tmp_path, "--command", line)
     assert done.returncode == code
     assert words in done.stderr.splitlines()[-1]
+    assert len(done.stderr.splitlines()[-1]) < 1000
 
 
 def test_a_script_without_a_first_line_is_told_so(tmp_path: Path) -> None:
@@ -156,6 +158,16 @@ def test_a_command_gets_sigterm_first_and_time_to_put_its_work_away(tmp_path: Pa
         client.process.send_signal(signal.SIGTERM)
         assert client.exit_code() == 130
     assert (tmp_path / "end").read_text() == "saved\n"
+
+
+def test_what_a_run_leaves_in_the_background_takes_no_time_of_its_job(tmp_path: Path) -> None:
+    with HeldClient(tmp_path, SCRIPT, "--command", "sleep 600 &", "--shell") as client:
+        client.start_working()
+        client.wait_for("job", count=2)
+        client.say("stop")
+        assert client.exit_code() == 0
+    spans = [job["end_seconds"] - job["start_seconds"] for job in client.events("job")]
+    assert min(spans) < 0.9
 
 
 def test_what_a_run_leaves_in_the_background_does_not_run_beside_the_next(tmp_path: Path) -> None:

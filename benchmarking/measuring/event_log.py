@@ -26,6 +26,7 @@ Event = Mapping[str, Any]
 # A line that has not ended by then never will.
 MOST_LINE_BYTES = 64 << 20
 STDERR_TAIL_LINES = 20
+MOST_LINE_CHARACTERS = 1000
 
 
 # Infinity is no number of JSON's, but what is too large for one is read as it.
@@ -82,14 +83,15 @@ class LineFollower:
 
 
 def tail_of(path: Path, lines: int = STDERR_TAIL_LINES) -> list[str]:
-    """Last lines of a text file, empty when there is none; nothing in them steers a terminal."""
+    """Last lines of a text file, cut and steering no terminal; empty when there is none."""
     try:
         with path.open("rb") as stream:
             stream.seek(max(0, path.stat().st_size - 65536))
             content = stream.read()
     except OSError:
         return []
-    return list(map(one_line, content.decode(errors="replace").splitlines()[-lines:]))
+    last = content.decode(errors="replace").splitlines()[-lines:]
+    return [one_line(line[:MOST_LINE_CHARACTERS]) for line in last]
 
 
 def parse_event(line: bytes) -> dict[str, Any]:

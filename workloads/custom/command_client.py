@@ -52,7 +52,10 @@ GRACE_SECONDS = 40.0
 KILL_SECONDS = 5.0
 POLL_SECONDS = 0.05
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
+# What a command leaves in the background may hold its standard error open for long.
+COPY_SECONDS = 1.0
 TAIL_BYTES = 16384
+MOST_CHARACTERS = 500  # of its last line
 # As CUDA, PyTorch, TensorFlow and JAX say it.
 OUT_OF_MEMORY_TEXT = re.compile(
     r"out of memory|OutOfMemory|CUDA_ERROR_OUT_OF_MEMORY|RESOURCE_EXHAUSTED|"
@@ -90,6 +93,7 @@ class CommandWorkload(Workload):
 
     name = "command"
     title = "Command"
+    last_run: _Run | None = None
 
     def load(self) -> None:
         """Become the parent of whatever loses its own (prctl(2)); the command loads in its run.
@@ -110,7 +114,7 @@ class CommandWorkload(Workload):
             OutOfGpuMemoryError: It did not exit with 0 and says that memory ran out.
         """
         recorder.check_stop()
-        run = _Run(self.args.words, self.args.working_directory)
+        self.last_run = run = _Run(self.args.words, self.args.working_directory)
         try:
             self._watch(run, recorder)
         except StopRequested:
@@ -144,6 +148,8 @@ class CommandWorkload(Workload):
     def close(self) -> None:
         """End what a run has left behind in the background, however this ends."""
         end_descendants()
+        if self.last_run:  # what it said last, before this ends
+            self.last_run.copier.join(COPY_SECONDS)
 
     reset = close
 
@@ -192,27 +198,29 @@ class _Run:
                 "--working-directory and, of a script, its first line (#!)"
             ) from error
         threading.Thread(target=self._wait, daemon=True).start()
+        stderr = self._process.stderr
+        self.copier = threading.Thread(target=self._copy_stderr, args=(stderr,), daemon=True)
+        self.copier.start()
 
     def _wait(self) -> None:
         # A thread of its own takes the time at once, whatever the others are doing.
-        copier = threading.Thread(
-            target=self._copy_stderr, args=(self._process.stderr,), daemon=True
-        )
-        copier.start()
         self.exit_code = self._process.wait()
         self.end_seconds = time.monotonic()
-        # What a command leaves in the background may hold its standard error open for long.
-        copier.join(1.0)
         self.ended.set()
 
     def _copy_stderr(self, stderr: IO[bytes]) -> None:
         with stderr:
             while chunk := os.read(stderr.fileno(), 65536):
-                # The command is not to be held up where nobody takes what it says.
-                with contextlib.suppress(OSError):
-                    sys.stderr.buffer.write(chunk)
-                    sys.stderr.buffer.flush()
-                self.stderr_tail = (self.stderr_tail + chunk)[-TAIL_BYTES:]
+                self._say(chunk)
+        if self.stderr_tail[-1:] not in (b"", b"\n"):
+            self._say(b"\n")  # or what this script says would stand behind a progress bar
+
+    def _say(self, text: bytes) -> None:
+        # The command is not to be held up where nobody takes what it says.
+        with contextlib.suppress(OSError):
+            sys.stderr.buffer.write(text)
+            sys.stderr.buffer.flush()
+        self.stderr_tail = (self.stderr_tail + text)[-TAIL_BYTES:]
 
 
 def descendants() -> set[psutil.Process]:
@@ -256,11 +264,13 @@ def _require_success(run: _Run) -> None:
     code = run.exit_code
     if code == 0:
         return
+    run.copier.join(COPY_SECONDS)
     text = run.stderr_tail.decode(errors="replace")
     lines = [line.strip() for line in re.split(r"[\r\n]+", text) if line.strip()]
     names = {one.value: one.name for one in signal.Signals}  # not of every real-time signal
     how = f"exit code {code}" if code > 0 else f"signal {names.get(-code, -code)}"
-    message = ": ".join([f"the command ended with {how}", *lines[-1:]])
+    said = [line[:MOST_CHARACTERS] for line in lines[-1:]]
+    message = ": ".join([f"the command ended with {how}", *said])
     if code == EXIT_OUT_OF_MEMORY or OUT_OF_MEMORY_TEXT.search(text):
         raise OutOfGpuMemoryError(f"out of GPU memory: {message}")
     raise JobFailedError(message)
