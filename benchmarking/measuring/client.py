@@ -81,7 +81,6 @@ class Client(ClientResult):
     failure: tuple[ClientStatus, str] | None = None
     was_told_to_stop: bool = False
     exited_prematurely: bool = False
-    timed_out: bool = False
     was_signaled: bool = False
 
     @property
@@ -186,8 +185,6 @@ class Client(ClientResult):
             if outcome == "interrupted":
                 return "killed", "did not stop when the run was interrupted"
             return "timeout", "did not stop when told to"
-        if self.timed_out:
-            return "timeout", "timed out"
         if code is not None and code < 0:
             names = {one.value: one.name for one in signal.Signals}
             name = names.get(-code, f"signal {-code}")

@@ -49,7 +49,7 @@ Run real jobs side by side on one GPU under a sharing mode, and record what it c
     python3 benchmarking/benchmark_suite.py --mode mps --mix pairs    # each job with each other
     python3 benchmarking/benchmark_suite.py --mode exclusive          # each job alone: the baseline
     python3 benchmarking/benchmark_suite.py --plan examples/plans/own-commands.toml  # your own jobs
-    python3 benchmarking/benchmark_suite.py --job 'python train.py' --job ./serve.sh  # without one
+    python3 benchmarking/benchmark_suite.py --job 'python train.py' --job ./infer.sh  # without one
     python3 benchmarking/benchmark_suite.py --mode mig --dry-run      # check all, show the plan
     python3 benchmarking/benchmark_suite.py --resume RUN_ID           # go on after it was cut off
 

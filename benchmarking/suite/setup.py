@@ -248,5 +248,6 @@ def _notes_on_plan_file(plan_file: PlanFile | None) -> list[str]:
     is_file = plan_file.path != JOBS_PLAN
     notes = [f"plan file {plan_file.path}"] if is_file else []
     if any(entry.command for entry in plan_file.entries):
-        notes.append("a command's start-up is part of its runs: use runs that are long next to it")
+        notes.append("a command has to end by itself, and its start-up is part of each run: use "
+                     "runs that are long next to it")  # fmt: skip
     return notes
