@@ -108,17 +108,14 @@ def test_every_figure_of_the_guide_is_in_the_result_and_adds_up(server, tmp_path
     assert (figures["failed_requests"], figures["success_rate_percent"]) == (0, 100)
     assert (figures["errors"], figures["connections_opened"]) == ({}, 0)
     assert 1.5 <= figures["elapsed_seconds"] < 4
-    assert figures["qps"] == pytest.approx(
-        figures["successful_requests"] / figures["elapsed_seconds"]
-    )
+    # What each client has in hand at the end counts in part.
+    assert sent - 3 * 20 <= 1.5 * figures["qps"] <= sent - 2 * 20
     assert figures["requests_per_minute"] == pytest.approx(60 * figures["qps"])
     assert figures["median_latency_ms"] == figures["p50_latency_ms"]
     assert (
         0 < figures["p50_latency_ms"] <= figures["p95_latency_ms"]
         <= figures["p99_latency_ms"] <= figures["max_latency_ms"]
     )  # fmt: skip
-    # A closed loop of n clients: their waiting fills n seconds a second, and no more.
-    assert figures["qps"] * figures["mean_latency_ms"] / 1e3 <= 20.0
     for label in ("Total requests", "Success rate", "Queries per second", "P95 / P99"):
         assert label in said
     assert "waiting for" not in said
@@ -150,11 +147,17 @@ def test_an_address_outside_ascii_is_percent_encoded(path, asked, server, tmp_pa
 
 @pytest.mark.parametrize(
     ("statuses", "kind"),
-    [("200,503", "HTTP 503"), ("200,0", "ServerDisconnectedError")],
-)
+    [
+        ("200,503", "HTTP 503"), ("200,0", "ServerDisconnectedError"),
+        ("200," * 40 + "-1", "timeout"),
+    ],
+)  # fmt: skip
 def test_failures_are_counted_by_kind_and_are_infinitely_late(statuses, kind, tmp_path):
     with null_server("--statuses", statuses) as server:
-        figures, said = measure(tmp_path, server, "--clients", "3", "--duration", "0.5")
+        flags = ("--clients", "3", "--duration", "0.5", "--timeout", "2", "--warm-up-requests", "0")
+        figures, said = measure(tmp_path, server, *flags)
+    # The rate is of the half second, not of the time in which an answer is waited for in vain.
+    assert figures["qps"] * 0.5 >= figures["successful_requests"] - 3
     assert figures["errors"] == {kind: figures["failed_requests"]}
     assert figures["failed_requests"] > 0 and figures["successful_requests"] > 0
     assert figures["success_rate_percent"] == pytest.approx(
