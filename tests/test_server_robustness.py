@@ -372,7 +372,8 @@ def test_sigterm_answers_what_is_in_flight_then_writes_the_result(tmp_path):
     assert result["settings"]["weights"] == "random"
 
 
-def test_a_server_whose_log_nobody_takes_any_more_drains_and_writes_its_result(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_server_whose_log_nobody_takes_any_more_drains_and_writes_its_result(number, tmp_path):
     said = 'exec "$@" 2> >(head -n 3 >&2)'  # its reader leaves when it is ready
     under = ("bash", "-c", said, "server")
     with running(tmp_path, under=under, STUB_BATCH_SECONDS=1) as server:
@@ -380,7 +381,8 @@ def test_a_server_whose_log_nobody_takes_any_more_drains_and_writes_its_result(t
         with ThreadPoolExecutor(1) as pool:
             answer = pool.submit(server.predict, png(3))
             wait_until(lambda: server.stats()["requests_inside"], "a request in flight")
-            assert server.stop() == 0
+            server.process.send_signal(number)
+            assert server.process.wait(60) == 0
             assert answer.result().status_code == 200
     assert result_of(server)["figures"]["successful_requests"] == 1
 

@@ -6,8 +6,8 @@
 
 This process owns the device: model, micro-batching and statistics (batching.py). HTTP and decoding
 happen in ``--workers`` processes that gunicorn keeps alive (web_worker.py, web_app.py, which lists
-the endpoints). SIGTERM and Ctrl-C stop accepting, answer what has arrived, write the result file
-and leave with exit code 0; a second one leaves at once.
+the endpoints). SIGTERM, Ctrl-C and the end of the terminal stop accepting, answer what has arrived,
+write the result file and leave with exit code 0; a second one leaves at once.
 """
 
 from __future__ import annotations
@@ -269,8 +269,9 @@ class InferenceServer(client.Workload):
             elif now_seconds > self._stop_seconds + SAME_SIGNAL_SECONDS:
                 raise KeyboardInterrupt
 
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, stop)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if (number, signal.getsignal(number)) != (signal.SIGHUP, signal.SIG_IGN):  # nohup
+                signal.signal(number, stop)
 
     def reset(self) -> None:
         """End the client: a server that was told to stop by a signal does not start again."""
