@@ -70,7 +70,7 @@ def complain(what: object, code: int) -> int:
 
 def parse_arguments() -> argparse.Namespace:
     """Return the options; without `--output` the results folder is written to."""
-    parser = OneLineParser(description=__doc__.splitlines()[0])
+    parser = OneLineParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
         "--results-dir", type=Path, default=Path("results"), metavar="DIR",
         help="folder that holds the runs, at any depth, or one run's folder (default: results)",

@@ -86,7 +86,7 @@ def main() -> int:
 
 def parse_arguments() -> argparse.Namespace:
     """Return the command and what it is about."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     files = argparse.ArgumentParser(add_help=False)
     files.add_argument("requirements", type=Path, help="a requirements file")
