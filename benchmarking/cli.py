@@ -69,6 +69,10 @@ class OneLineParser(argparse.ArgumentParser):
         super().__init__(*arguments, **named)
         self.register("type", None, some_text)
         self.register("type", Path, lambda text: Path(some_text(text)))
+        try:
+            os.getcwd()
+        except FileNotFoundError:
+            self.error("the folder that this was started in is gone: change to one that is there")
 
     def error(self, message: str) -> NoReturn:
         """Print `message` and raise `UsageExit`, which leaves with exit code 2."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -134,6 +135,30 @@ REFUSED: dict[str, list[tuple[str, str]]] = {
             ("mps-priority", "normal -- --mode mps --mix pairs", "leave exclusive and pairs"))
     ],
 }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments"),
+    [
+        ("fleet", "run --output {}/out"),
+        ("sweep", "--knob workloads --values 1 --output {}/out"),
+        ("benchmark_suite", "--device cpu --job true --results-dir {}/out"),
+    ],
+)
+def test_a_program_that_is_started_in_a_deleted_folder_says_so(
+    tmp_path: Path, program: str, arguments: str
+) -> None:
+    (gone := tmp_path / "gone").mkdir()
+    path = PROJECT_ROOT / "benchmarking" / f"{program}.py"
+    command = shlex.join([sys.executable, str(path), *arguments.format(tmp_path).split()])
+    result = subprocess.run(
+        ["bash", "-c", f"rmdir {shlex.quote(str(gone))}; exec {command}"], cwd=gone,
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert result.returncode == 2, result.stderr
+    assert "the folder that this was started in is gone" in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
