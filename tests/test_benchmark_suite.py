@@ -127,7 +127,7 @@ def test_rounds_go_into_one_run_the_first_calibrates_and_each_is_measured_once(
         assert bench.run(*together, number).returncode == 0
     other = bench.run(*together, "2", "--seed", "7")
     assert other.returncode == 2
-    assert "together was made with other flags: name another --run-id" in other.stderr
+    assert "together was made with other flags or another version: start a new run" in other.stderr
     run = read_plain(bench.results / "together")
     assert run.manifest["request"]["baseline"] == "alone"  # which may be moved with it
     assert names(run) == ["interactive-2-r0", "interactive-2-r1"]

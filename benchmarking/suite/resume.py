@@ -91,7 +91,9 @@ def read_rounds_before(request: Request) -> EarlierPart | None:
     _require_own(folder)
     run = run_folder.read_run(folder)
     if run.manifest.request != request_data(request):
-        raise RunStoreError(f"run {run.run_id} was made with other flags: name another --run-id")
+        raise RunStoreError(
+            f"run {run.run_id} was made with other flags or another version: start a new run"
+        )
     kept, plan = folder / run_folder.PLAN_FILE, request.plan_file
     if plan and kept.exists() and not say_the_same(read_file(kept).decode(), plan.text):
         raise RunStoreError(
