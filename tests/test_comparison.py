@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+
 import pytest
 import synthetic_runs
+from conftest import PROJECT_ROOT
 from made_up_reports import (
     SHARING,
     SLICING,
@@ -19,6 +23,8 @@ from made_up_reports import (
     slow,
     time_slicing,
 )
+
+from benchmarking.report import comparison, runs
 
 OLD, NEW = "2025-01-01T00:00:00+00:00", "2026-06-01T00:00:00+00:00"
 GPU = synthetic_runs.GPU
@@ -291,8 +297,18 @@ def test_runs_that_share_an_id_are_named_by_their_paths_and_a_copy_is_left_out()
     made = [mps([2.0]) | {"experiment": "first"}, mps([2.0]) | {"experiment": "second"},
             mps([2.0], environment=unlike) | {"experiment": "third"},
             time_slicing([4.0]) | {"experiment": "first"}]  # fmt: skip
-    sections = compare(*made)["sections"]
-    assert sorted(name for one in sections for group in one["groups"] for name in
-                  group["run_ids"]) == ["second/mps", "slicing", "third/mps"]  # fmt: skip
-    (said,) = [said for one in sections for said in one["left_out"]]
-    assert said == "first/mps (mps, mixed, 4 clients): a copy of second/mps"
+    compared = compare(*made)
+    assert sorted(name for one in compared["sections"] for group in one["groups"] for name in
+                  group["run_ids"]) == ["first/mps", "slicing", "third/mps"]  # fmt: skip
+    (said,) = compared["problems"]
+    assert re.fullmatch(r"\S+/second/mps left out: a copy of \S+/first/mps", said)
+
+
+def test_what_was_measured_once_and_kept_twice_counts_once(tmp_path):
+    shutil.copytree(PROJECT_ROOT / "examples" / "h200-mixed-4", tmp_path, dirs_exist_ok=True)
+    once = comparison.compare(runs.read_results(tmp_path))[0]
+    for name in ("baseline", "mps"):
+        shutil.copytree(tmp_path / name, tmp_path / f"{name}.kept")
+    twice = comparison.compare(runs.read_results(tmp_path))[0]
+    assert twice["sections"] == once["sections"]
+    assert len(twice["problems"]) == 2

@@ -104,7 +104,7 @@ def merge(runs: Sequence[MeasuredRun], clients: int) -> tuple[list[MeasuredRun],
     judged.sort(key=lambda run: run.is_contended(clients))
     chosen, excluded = [judged[0]], []
     for run in judged[1:]:
-        reason = _mismatch_reason(run, chosen, clients)
+        reason = _mismatch_reason(run, chosen[0], clients)
         if reason is None:
             chosen.append(run)
         else:
@@ -116,12 +116,8 @@ def merge(runs: Sequence[MeasuredRun], clients: int) -> tuple[list[MeasuredRun],
     return chosen, excluded
 
 
-def _mismatch_reason(run: MeasuredRun, chosen: Sequence[MeasuredRun], clients: int) -> str | None:
-    """Why the run's co-runs are no further repeats of the chosen ones'; `None` when they are."""
-    newest = chosen[0]
-    for other in chosen:
-        if _windows(run, clients) & _windows(other, clients):
-            return f"a copy of {other.name}"
+def _mismatch_reason(run: MeasuredRun, newest: MeasuredRun, clients: int) -> str | None:
+    """Why the run's co-runs are no further repeats of the newest's; `None` when they are."""
     if run.is_contended(clients):
         return f"measured beside other people's processes, so it is no repeat of {newest.name}"
     jobs, wanted = (
@@ -159,14 +155,6 @@ def _compared(run: MeasuredRun) -> dict[str, Any]:
         # Elsewhere the length of a slice changes nothing.
         "time slice": here.timeslice if run.mode == MODE_TIME_SLICING else None,
         "window": f"of {seconds:g} s" if isinstance(seconds, (int, float)) else "of whole jobs",
-    }
-
-
-def _windows(run: MeasuredRun, clients: int) -> set[tuple[object, ...]]:
-    """What only copies of a co-run share: when the run began, and the co-run's own clock."""
-    return {
-        (run.manifest.created_at, one.co_run, one.window_start_seconds, one.window_end_seconds)
-        for one in run.judged(clients)
     }
 
 

@@ -174,6 +174,16 @@ class MeasuredRun:
         return (self.manifest.created_at, self.name)
 
     @functools.cached_property
+    def windows(self) -> set[tuple[object, ...]]:
+        """What only copies of its co-runs share: of which run they are, and their own clock."""
+        run = (self.manifest.run_id, self.manifest.created_at)
+        return {
+            (*run, one.co_run, one.window_start_seconds, one.window_end_seconds)
+            for one in self.co_run_records
+            if one.window_start_seconds is not None
+        }
+
+    @functools.cached_property
     def conditions(self) -> Conditions:
         """What must be alike for figures to be compared, as far as it is known.
 
@@ -344,14 +354,25 @@ def read_results(results_dir: Path) -> Results:
 
 
 def _read_all(folders: Sequence[Path]) -> tuple[list[MeasuredRun], list[str]]:
-    """Read the runs that can be read, and say of the others why not."""
+    """Read the runs that can be read, and say of the others why not.
+
+    A copy of another would count what was measured twice; one of a run that went on holds less.
+    """
     runs, problems = [], []
     for folder in folders:
         try:
             runs.append(read_run(folder))
         except run_folder.RunStoreError as error:
             problems.append(str(error))
-    return runs, problems
+    kept: list[MeasuredRun] = []
+    for run in sorted(runs, key=lambda one: -len(one.windows)):
+        whole = (one for one in kept if run.windows and run.windows <= one.windows)
+        original = next((one for one in whole if one.conditions == run.conditions), None)
+        if original is None:
+            kept.append(run)
+        else:
+            problems.append(f"{run.folder} left out: a copy of {original.folder}")
+    return kept, problems
 
 
 def read_run(folder: Path) -> MeasuredRun:
