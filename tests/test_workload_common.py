@@ -291,6 +291,9 @@ class Job(client.Workload):
         with console.progress(1000, "pieces", "--epochs 1") as progress:
             for piece in range(1000):
                 time.sleep(0.8)
+                now = time.monotonic()
+                recorder.unit("piece", now - 0.8, now)
+                recorder.unit("half a piece", now - 0.4, now)  # waits for the next to be written
                 self.done.append(piece)
                 progress.advance()
                 self.tell(f"piece {piece} is done")
@@ -300,8 +303,7 @@ class Job(client.Workload):
     def summary(self, figures): return [("Pieces", str(len(figures["pieces"])))]
 
 folder, hold = Path(sys.argv[1]), len(sys.argv) > 3
-flags = SimpleNamespace(resolve=False, hold=hold, events=folder / "events" if hold else None,
-                        results_dir=folder)
+flags = SimpleNamespace(resolve=False, hold=hold, events=folder / "events", results_dir=folder)
 cli.run_main(lambda: client.run(Job(flags)))
 """
 
@@ -344,6 +346,10 @@ def test_an_interrupted_job_keeps_what_is_finished(tmp_path, number, finished):
         (result,) = results_written
         assert result["interrupted"] is True and result["figures"]["pieces"][0] == 0
         assert "job (interrupted: what was finished)" in said and "result: " in said
+        events = map(json.loads, (tmp_path / "events").read_text().splitlines())
+        units = [event for event in events if event["event"] == "units"]
+        halves = [one["start_seconds"] for one in units if one["kind"] == "half a piece"]
+        assert sum(map(len, halves)) == len(result["figures"]["pieces"])
     else:
         assert results_written == []
 

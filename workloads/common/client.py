@@ -311,6 +311,7 @@ def _work_once(workload: Workload, recorder: Recorder) -> dict:
         try:
             figures = _run_one_job(workload, recorder, index=0)
         except KeyboardInterrupt:
+            recorder.flush()
             finished = workload.partial_figures()
             if finished is None:
                 raise
@@ -344,6 +345,7 @@ def _repeat_until_stopped(workload: Workload, recorder: Recorder) -> None:
         _wait_for_device(workload)
         workload.check_unfinished()
     except KeyboardInterrupt:
+        recorder.flush()
         # Leaving an MPS server with work in flight may harm the other clients.
         _wait_for_device(workload)
         raise
