@@ -175,10 +175,9 @@ class MeasuredRun:
 
     @functools.cached_property
     def windows(self) -> set[tuple[object, ...]]:
-        """What only copies of its co-runs share: of which run they are, and their own clock."""
-        run = (self.manifest.run_id, self.manifest.created_at)
+        """What only copies of its co-runs share: their own clock."""
         return {
-            (*run, one.co_run, one.window_start_seconds, one.window_end_seconds)
+            (one.co_run, one.window_start_seconds, one.window_end_seconds)
             for one in self.co_run_records
             if one.window_start_seconds is not None
         }
@@ -364,15 +363,16 @@ def _read_all(folders: Sequence[Path]) -> tuple[list[MeasuredRun], list[str]]:
             runs.append(read_run(folder))
         except run_folder.RunStoreError as error:
             problems.append(str(error))
-    kept: list[MeasuredRun] = []
+    kept: dict[tuple[str, str], list[MeasuredRun]] = {}
     for run in sorted(runs, key=lambda one: -len(one.windows)):
-        whole = (one for one in kept if run.windows and run.windows <= one.windows)
+        of_its_name = kept.setdefault((run.manifest.run_id, run.manifest.created_at), [])
+        whole = (one for one in of_its_name if run.windows and run.windows <= one.windows)
         original = next((one for one in whole if one.conditions == run.conditions), None)
         if original is None:
-            kept.append(run)
+            of_its_name.append(run)
         else:
             problems.append(f"{run.folder} left out: a copy of {original.folder}")
-    return kept, problems
+    return [run for same in kept.values() for run in same], problems
 
 
 def read_run(folder: Path) -> MeasuredRun:
