@@ -383,7 +383,7 @@ def test_what_cannot_be_done_is_said_in_a_sentence(fleet: Fleet, tmp_path: Path)
         (1, "cannot join Ray at", fleet.run("run", output, env=stranger)),
         (2, "holds no unit of a fleet", fleet.run("report", output)),
         (2, "MIG-1 is a MIG instance", fleet.run("unit", output, env=mig)),
-        (3, "nvidia-smi lists no GPU here", fleet.run("unit", output)),
+        (3, "nvidia-smi lists no GPU here: install the NVIDIA driver", fleet.run("unit", output)),
     ]
     for flags, complaint in ((["--gpu=1"], "--gpu behind -- is the fleet's own"),
                              (["--nonsense"], "unknown option: --nonsense")):  # fmt: skip

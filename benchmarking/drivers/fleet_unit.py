@@ -166,7 +166,8 @@ def _find_cards(selector: str | None) -> list[dict[str, Any]]:
     if not uuids:
         restriction = environment.get(VISIBLE)
         why = f", or none named {restriction!r}" if restriction is not None else ""
-        raise SuiteError(f"nvidia-smi lists no GPU here{why}", EXIT_NO_GPU)
+        cure = f"mend {VISIBLE}" if why else "install the NVIDIA driver"
+        raise SuiteError(f"nvidia-smi lists no GPU here{why}: {cure}", EXIT_NO_GPU)
     if uuids[0].startswith("MIG-"):
         raise SuiteError(
             f"{uuids[0]} is a MIG instance, and a unit is a whole card: switch MIG off by "

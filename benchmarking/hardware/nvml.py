@@ -95,7 +95,7 @@ def open_gpu(selector: str | None = None) -> Gpu | None:
             raise GpuUnusableError(reason)
         if selector is None:
             return None
-        raise GpuNotFoundError(f"GPU {selector} cannot be found: {reason}.")
+        raise GpuNotFoundError(f"GPU {selector} cannot be found: {reason}; leave --gpu out.")
     name = str(next(iter(_handles()[0]), 0)) if selector is None else selector
     try:
         # NVML takes 32 bits: a longer number would be another GPU's.
