@@ -49,7 +49,7 @@ from benchmarking.cli import (
     OneLineParser,
     RunEnded,
     SuiteError,
-    client_count,
+    count,
     positive_float,
 )
 from benchmarking.drivers.program import (
@@ -107,7 +107,7 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--mode", choices=MODES[:3], default=MODES[0], help="(default: %(default)s)")
     add("--fault", choices=tuple(FAULTS))
-    add("--neighbors", type=client_count, default=3, metavar="N", help="(default: 3)")
+    add("--neighbors", type=count, default=3, metavar="N", help="(default: 3)")
     add("--mix", choices=sorted(MIXES), default="inference",
         help="the neighbors' jobs (default: inference)")  # fmt: skip
     add("--window", type=positive_float, default=10.0, metavar="S",

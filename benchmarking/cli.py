@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 EXIT_COMPLETE, EXIT_FAILED, EXIT_USAGE, EXIT_NO_GPU = 0, 1, 2, 3
-MOST_AT_ONCE = 9999
+MOST_COUNTED = 9999
 EXIT_MODE_NOT_IN_FORCE, EXIT_INVALID, EXIT_INTERRUPTED = 4, 5, 130
 
 
@@ -157,16 +157,16 @@ def _number(text: str) -> float:
         return math.nan
 
 
-def client_count(text: str) -> int:
-    """Argument type: as many clients as some machine could run."""
-    if positive_int(text) > MOST_AT_ONCE:
-        raise argparse.ArgumentTypeError(f"{text!r} are too many clients: {MOST_AT_ONCE} at most")
+def count(text: str) -> int:
+    """Argument type: as many clients or repeats as some machine could run."""
+    if positive_int(text) > MOST_COUNTED:
+        raise argparse.ArgumentTypeError(f"{text!r} is too many: {MOST_COUNTED} at most")
     return int(text)
 
 
 def counts(text: str) -> tuple[int, ...]:
     """Argument type: counts of clients, each once, rising, with commas between them."""
-    values = tuple(client_count(part.strip()) for part in text.split(","))
+    values = tuple(count(part.strip()) for part in text.split(","))
     if list(values) != sorted(set(values)):
         raise argparse.ArgumentTypeError(f"{text!r}: give each count once, the smallest first")
     return values

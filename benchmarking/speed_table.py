@@ -37,6 +37,7 @@ from benchmarking.cli import (
     PROJECT_ROOT,
     OneLineParser,
     RunEnded,
+    count,
     positive_int,
 )
 from benchmarking.drivers.program import (
@@ -84,7 +85,7 @@ def parse_arguments() -> argparse.Namespace:
         help="only these jobs (default: all)")  # fmt: skip
     add("--engines", type=listed("engine", ENGINES), default=ENGINES, metavar="NAME,...",
         help="engines next to the reference (default: graph,compile)")  # fmt: skip
-    add("--repeats", type=positive_int, default=1, metavar="R",
+    add("--repeats", type=count, default=1, metavar="R",
         help="runs of each row; the median counts (default: 1)")  # fmt: skip
     add("--timeout", type=positive_int, default=1800, metavar="SECONDS",
         help="time limit of one run (default: 1800)")  # fmt: skip

@@ -81,8 +81,12 @@ def parse_arguments() -> argparse.Namespace:
     if len(options.positional) > 2:
         parser.error(f"unexpected argument: {options.positional[2]}")
     mode, maximum = (*options.positional, None, None)[:2]
-    options.mode = parser.checked("MODE", arguments.one_of(*MODES), mode or MODES[0])
-    options.maximum = parser.checked("MAX", arguments.WHOLE_NUMBER, maximum) if maximum else None
+    options.mode = parser.checked(
+        "MODE", arguments.one_of(*MODES), MODES[0] if mode is None else mode
+    )
+    options.maximum = (
+        parser.checked("MAX", arguments.WHOLE_NUMBER, maximum) if maximum is not None else None
+    )
     if options.mode == "mig" and options.until_break:
         parser.error("--until-break: under mig there are as many jobs as instances")
     if options.mode == MODE_MPS_PARTITIONS and (options.until_break or options.mps_percentage):

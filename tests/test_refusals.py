@@ -56,6 +56,7 @@ REFUSED: dict[str, list[tuple[str, str]]] = {
     "stress_test.sh": [
         ("exclusive", "MODE needs one of: time-slicing mps mps:partitions mig"),
         ("time-slicing 99999999999", "9999 at most"),
+        ("mps ''", "MAX needs a whole number from 1 on"),
         ("mps none", "MAX needs a whole number from 1 on"),
         ("mps 6 --mix mixed", "MAX needs to be a multiple of 4"),
         (f"mps 6 --plan {PLAN}", "MAX needs to be a multiple of 4"),
@@ -95,7 +96,13 @@ REFUSED: dict[str, list[tuple[str, str]]] = {
         ("--duration -1", "give 0 (no end) or more seconds"),
         ("--prometheus 70000", "give a port from 0 to 65535"),
     ],
+    "workloads/training/bert_training.py": [
+        *((f"--{flag}=", f"argument --{flag}: is empty: give a value, or leave it out")
+          for flag in ("results-dir", "gpu", "model", "data", "events")),
+    ],
     "benchmarking/benchmark_suite.py": [
+        *((f"--device cpu --dry-run --{flag}", "'10000' is too many: 9999 at most")
+          for flag in ("repeats 10000", "workloads 10000", "run-id x --round 10000")),
         *((f"--{flag}=", f"argument --{flag}: is empty: give a value, or leave it out")
           for flag in ("resume", "gpu", "results-dir", "job")),
         *((f"--mode mps --mps-percentage {given}", f"'{given}' is not a percentage over 0")
@@ -121,6 +128,7 @@ REFUSED: dict[str, list[tuple[str, str]]] = {
         ("--only resnet51", "there is no job resnet51; choose of resnet50-training-cifar"),
         ("--engines eager", "there is no engine eager; choose of graph, compile"),
         ("--repeats 0", "'0' is not a whole number of 1 or more"),
+        ("--repeats 10000", "'10000' is too many: 9999 at most"),
         ("--data-dir /nowhere", "--data-dir /nowhere is no folder"),
     ],
     "benchmarking/sweep.py": [
@@ -174,7 +182,7 @@ def test_a_wrong_argument_is_exit_2_with_one_sentence_before_anything_is_done(
     elif program.startswith("gpu-configs/"):
         start = [*(ROOT_PREFIX or []), *start]
     result = subprocess.run(
-        [*start, *arguments.split()], cwd=tmp_path, env=asked.environment,
+        [*start, *shlex.split(arguments)], cwd=tmp_path, env=asked.environment,
         stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert result.returncode == 2, result.stderr

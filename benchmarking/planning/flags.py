@@ -10,11 +10,11 @@ from pathlib import Path
 
 from benchmarking.cli import (
     OneLineParser,
+    count,
     counts,
     non_negative_float,
     non_negative_int,
     positive_float,
-    positive_int,
 )
 from benchmarking.modes.names import MODE_EXCLUSIVE, MODE_MIG, MODE_MPS, MODES
 from benchmarking.planning import limits
@@ -121,9 +121,9 @@ def add_experiment(parser: argparse.ArgumentParser) -> None:
     add("--duty-steps", action="store_true",
         help="with --mix noisy: also token generation next to memory that is pressed for 25, 50 "
         "and 75 %% of the time")  # fmt: skip
-    add("--repeats", type=positive_int, default=1, metavar="N",
+    add("--repeats", type=count, default=1, metavar="N",
         help="how often each co-run is done (default: 1)")  # fmt: skip
-    add("--round", type=positive_int, metavar="K",
+    add("--round", type=count, metavar="K",
         help="measure repeat K of --repeats alone, of baselines too, into the run of --run-id: "
         "several modes' runs can take turns")  # fmt: skip
     add("--session", metavar="NAME",

@@ -39,7 +39,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarking.cli import MOST_AT_ONCE, SuiteError
+from benchmarking.cli import MOST_COUNTED, SuiteError
 from benchmarking.planning import limits
 from benchmarking.planning.redaction import (
     NotRevealedError,
@@ -324,8 +324,8 @@ def _entry(table: _Table, folder: Path) -> PlanEntry:
         *(COMMAND_KEYS if has_command or not has_workload else ()),
     ))  # fmt: skip
     count = table.get("count")
-    if not 1 <= count <= MOST_AT_ONCE:
-        table.complain("count", f"is {count}, but needs {KEYS['count'][2]}, {MOST_AT_ONCE} at most")
+    if not 1 <= count <= MOST_COUNTED:
+        table.complain("count", f"is {count}, but needs {KEYS['count'][2]}, {MOST_COUNTED} at most")
     environment = _environment(table)
     special = (
         _command_fields(table, folder, environment) if has_command else _workload_fields(table)

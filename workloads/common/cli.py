@@ -54,6 +54,18 @@ non_negative_float = _number_type(
 )
 
 
+def some_text(text: str) -> str:
+    """Argument type: a text that is not empty, as that of a variable that is not set."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty: give a value, or leave it out")
+    return text
+
+
+def some_path(text: str) -> Path:
+    """Argument type: a path, since an empty one would be the present folder."""
+    return Path(some_text(text))
+
+
 def flags(parser: argparse.ArgumentParser, title: str) -> Callable[..., None]:
     """Return a function that adds a flag to a new group of ``parser``.
 
@@ -61,13 +73,13 @@ def flags(parser: argparse.ArgumentParser, title: str) -> Callable[..., None]:
     default gives the type where none is named, and ends the help where that does not speak of it.
     """
     group = parser.add_argument_group(title)
-    by_default = {int: positive_int, float: positive_float, type(Path()): Path}
+    by_default = {int: positive_int, float: positive_float, type(Path()): some_path}
 
     def flag(name: str, default: object, help_text: str, **how: Any) -> None:
         if default is False:
             how["action"] = "store_true"
         elif "choices" not in how:
-            how.setdefault("type", by_default.get(type(default), str))
+            how.setdefault("type", by_default.get(type(default), some_text))
         if default not in (None, False) and "(default: " not in help_text:
             help_text += f" (default: {default})"
         group.add_argument(name, default=default, help=help_text, **how)
@@ -118,7 +130,7 @@ def workload_parser(
     flag(
         "--events", None,
         "append the event log (JSON lines) to this file; with --hold it replaces the result file",
-        type=Path, metavar="PATH",
+        type=some_path, metavar="PATH",
     )  # fmt: skip
     flag(
         "--hold", False,

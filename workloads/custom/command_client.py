@@ -69,7 +69,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = cli.workload_parser(__doc__, uses_gpu=False)
     flag = cli.flags(parser, "the command")
     line = "the command line; split into words as a shell does, but run without one"
-    flag("--command", None, line, required=True, metavar="LINE")
+    flag("--command", None, line, type=str, required=True, metavar="LINE")
     flag("--shell", False, "run LINE by /bin/sh: pipes, variables and && work")
     folder = "folder to run it in (default: the present one)"
     flag("--working-directory", Path(), folder, metavar="DIR")

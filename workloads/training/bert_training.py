@@ -87,7 +87,7 @@ def parse_arguments() -> argparse.Namespace:
     dataset = "synthetic, or a name or folder for the datasets library, such as imdb"
     flag("--dataset", "synthetic", dataset, metavar="NAME")
     own = "your texts instead: columns text and label, optionally split (train or test)"
-    flag("--data", None, own, type=Path, metavar="FILE.csv")
+    flag("--data", None, own, type=cli.some_path, metavar="FILE.csv")
     args = parser.parse_args()
     if (args.layers or args.hidden) and args.model != FROM_SCRATCH:
         parser.error("--layers and --hidden shape a BERT from scratch; add --model none")

@@ -55,7 +55,7 @@ def parse_arguments() -> argparse.Namespace:
     flag("--lr", 0.1, "highest learning rate")
     flag("--save-model", False, "keep the trained model as .pt")
     evaluate = "test a model kept by --save-model instead of training"
-    flag("--evaluate", None, evaluate, type=Path, metavar="FILE")
+    flag("--evaluate", None, evaluate, type=cli.some_path, metavar="FILE")
     stem = "first layers: 3x3 without pooling for small images, or 7x7 with pooling"
     flag("--stem", "cifar", stem, choices=("cifar", "imagenet"))
     flag = cli.flags(parser, "the data")
