@@ -295,6 +295,23 @@ def test_both_reports_hold_every_part_and_unknown_is_a_dash() -> None:
     assert costs.endswith("| – |")  # the power of this run is unknown, that of the other is not
 
 
+def test_a_mode_whose_rounds_were_all_invalid_is_not_said_to_have_no_run() -> None:
+    invalid = change(mps(SHARED), lambda record: record["proof"].update(verdict="invalid"),
+                     record="client", phase="co_run")  # fmt: skip
+    text = as_markdown(compare(time_slicing(SLICED), invalid))
+    assert "- Not measured: MPS: no co-run of it gave an answer. MIG: no run of it in" in text
+
+
+def test_clocks_that_nothing_limited_are_not_called_unknown() -> None:
+    def untold(run: dict) -> dict:
+        return change(run, lambda record: record["gpu"].update(throttle_reasons=None),
+                      record="co_run")  # fmt: skip
+
+    known = as_markdown(compare(time_slicing(SLICED), mps(SHARED)))
+    assert "| clocks limited by |" in known and "| nothing |" in known
+    assert "clocks limited by." in as_markdown(compare(untold(time_slicing(SLICED))))
+
+
 def test_of_several_mixes_the_one_that_says_most_comes_first_and_the_others_are_folded() -> None:
     other = synthetic_runs.run("other", "mps", {4: [2.0]}, mix="inference")
     compared = compare(time_slicing(SLICED), mps(SHARED), other)
@@ -309,8 +326,11 @@ def test_of_several_mixes_the_one_that_says_most_comes_first_and_the_others_are_
 def test_unlike_environments_stand_apart_and_all_but_the_newest_are_folded() -> None:
     older = time_slicing(SLICED, environment=synthetic_runs.GPU | {"gpu_name": "Another GPU"})
     newer = mps([2.0], created_at="2026-02-01T00:00:00+00:00")
-    page = as_page(compare(older, newer))
-    assert "The runs come from 2 unlike environments" in page
+    compared = compare(older, newer)
+    page = as_page(compared)
+    for shown in (page, " ".join(on_terminal(compared).split())):
+        assert "The runs come from 2 unlike environments (gpu name), which are not" in shown
+    assert "Time slicing: its runs are of another environment." in page
     assert page.index("<h1>") < page.index("<summary>2. Another GPU")
     assert page.count("<h1>") == 1
 

@@ -214,7 +214,7 @@ def _section(
         "pair_choices": pair_choices,
         "expectations": judgments.expectations(concluded, groups),
         "worst_slowdowns": judgments.worst_slowdowns(groups),
-        "not_measured": judgments.not_measured(groups, results.phases, is_cpu_demo=is_cpu_demo),
+        "not_measured": judgments.not_measured(groups, runs, results, is_cpu_demo=is_cpu_demo),
         "groups": [group.row for group in single],
         "ramps": ramps.find_ramps(single),
         "interference": ramps.interference(groups, runs),

@@ -85,7 +85,7 @@ def _flat(environment: Record, group: Record) -> dict[str, Any]:
         },
         **{name: group[name] for name in _FIGURES},
         **group["gpu"],
-        "throttle_reasons": " ".join(group["gpu"]["throttle_reasons"]),
+        "throttle_reasons": " ".join(group["gpu"]["throttle_reasons"] or ()),
     }
     return {
         name: f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA) else value

@@ -10,7 +10,7 @@ from benchmarking.records import run_folder
 from benchmarking.records.writing import is_held
 from benchmarking.report import claims, guide
 from benchmarking.report.groups import Group, most_compared
-from benchmarking.report.runs import MeasuredRun
+from benchmarking.report.runs import MeasuredRun, Results
 from benchmarking.report.wording import clients_text, listed, number
 
 SHARING_MODES = (MODE_TIME_SLICING, MODE_MPS, MODE_MIG)
@@ -143,12 +143,13 @@ def worst_slowdowns(groups: Sequence[Group]) -> list[dict[str, Any]]:
 
 
 def not_measured(
-    groups: Sequence[Group], phases: Sequence[Mapping[str, Any]], *, is_cpu_demo: bool
+    groups: Sequence[Group], runs: Sequence[MeasuredRun], results: Results, *, is_cpu_demo: bool
 ) -> list[dict[str, str]]:
     """The sharing modes that no figure stands for, and why."""
     measured = {group.first.mode for group in groups}
-    reasons = {phase["name"]: phase["reason"] or "no co-run of it gave an answer"
-               for phase in phases}  # fmt: skip
+    reasons = {run.mode: "its runs are of another environment" for run in results.runs}
+    reasons |= {run.mode: "no co-run of it gave an answer" for run in runs}
+    reasons |= {one["name"]: one["reason"] for one in results.phases if one["reason"]}
     return [
         {
             "mode": mode,

@@ -65,6 +65,8 @@ def render_terminal(comparison: Record, width: int) -> str:
             said = facts(section, mix, say)
             parts += [f"  {title}: {' '.join(texts)}" for title, texts in said.items()]
             parts.append("")
+    if len(comparison["sections"]) > 1:
+        parts.append(say.sections_note(comparison["sections"], comparison["differences"]))
     return on_terminal(parts, width)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -130,10 +131,10 @@ def gpu_figures(found: Sequence[GpuFigures]) -> dict[str, Any]:
         )
         combined[name] = combine(known) if known else None
     sources = sorted({one.utilization_source for one in found if one.utilization_source})
-    reasons = {reason for one in found for reason in one.throttle_reasons or ()}
+    reasons = [one.throttle_reasons for one in found if one.throttle_reasons is not None]
     return combined | {
         "utilization_source": ", ".join(sources) or None,
-        "throttle_reasons": sorted(reasons),
+        "throttle_reasons": sorted({*itertools.chain(*reasons)}) if reasons else None,
     }
 
 
