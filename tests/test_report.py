@@ -245,10 +245,14 @@ def test_a_method_whose_own_error_is_too_large_says_so_before_anything_else() ->
         (lambda: compare(pairs("slicing", "time-slicing", 1.51), pairs("mps", "mps", 1.5)),
          ["of 1 pair no single mode delivered the most work in 1; seen once.",
           "| ResNet50 training | – | either; MPS |"]),
+        (lambda: compare(pairs("mps", "mps", 1.5)),
+         ["## No co-run here supports a statement about modes.\n"]),
+        (lambda: compare(*(failed(pairs(mode, mode, 1.5)) for mode in ("time-slicing", "mps"))),
+         ["of 1 pair no single mode delivered the most work in 1.\n"]),
         (lambda: edited(noisy_neighbors),
          ["| Token generation, memory: a slice of its own pays | – | from 25 % on |"]),
     ],
-    ids=["pairs", "pairs alike", "noisy neighbors"],
+    ids=["pairs", "pairs alike", "pairs of one mode", "pairs that all failed", "noisy neighbors"],
 )  # fmt: skip
 def test_pairs_and_neighbors_are_tables(compared, rows: list[str]) -> None:
     text = as_markdown(compared())

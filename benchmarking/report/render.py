@@ -178,15 +178,16 @@ def near_best(conclusion: Record, matters_percent: float) -> list[str]:
 
 
 def pairs_of(section: Record) -> dict[str, Any]:
-    """In how many pairs each mode is the one to choose, the most first, and of how many rounds."""
-    choices = section["pair_choices"]
+    """The pairs of several modes, in how many each is the one to choose, and of how many rounds."""
+    choices = [one for one in section["pair_choices"] if len(one["modes"]) > 1]
     best = (
         wording.variant_name(one["best"], one) if tables.is_told_apart(one) else None
         for one in choices
     )  # fmt: skip
     found = (mode["estimate"] for mode in tables.each(choices, "modes"))
     rounds = min((len(one["values"]) for one in found if one), default=0)
-    return {"pair_counts": Counter(best).most_common(), "pair_rounds": rounds}
+    counts = Counter(best).most_common()
+    return {"pair_choices": choices, "pair_counts": counts, "pair_rounds": rounds}
 
 
 def noisy_worst_of(section: Record) -> dict[str, Any] | None:
