@@ -141,15 +141,15 @@ class Group(msgspec.Struct, kw_only=True):
         """
         if self.outcome != "ok" or self.invalid:
             return {"outcome": self.outcome, **dict.fromkeys((*FIGURES, "worst_job"))}
-        slowdowns = {row.label: _mean(row.slowdown) for row in self.client_rows}
-        known = {label: value for label, value in slowdowns.items() if value is not None}
-        worst = max(known, key=lambda label: known[label], default=None)
+        known = [(felt, row.label) for row in self.client_rows
+                 if (felt := _mean(row.slowdown)) is not None]  # fmt: skip
+        worst_slowdown, worst_job = max(known, default=(None, None))
         tails = [row.tail_ms for row in self.client_rows]
         return {
             "outcome": self.outcome,
             "work_delivered": _mean(self.stp),
-            "worst_slowdown": known.get(worst) if worst is not None else None,
-            "worst_job": worst,
+            "worst_slowdown": worst_slowdown,
+            "worst_job": worst_job,
             "p99_ms": max((tail for tail in tails if tail is not None), default=None),
             "joules_per_job": _mean(self.joules_per_job),
             "energy_ratio": _mean(self.energy_ratio),
@@ -306,6 +306,8 @@ def _kind(alike: Sequence[Row], cards: Sequence[Row]) -> Row:
         modes[mode] = {name: scores.mean(row[name] for row in rows) for name in FIGURES}
     votes = Counter(card["best_mode"] for card in averaged)
     decision, agreeing = votes.most_common(1)[0] if votes else (None, 0)
+    if 2 * agreeing <= len(averaged):
+        decision = None  # which of several came first decides nothing
     outliers = {}
     for card in alike:
         reasons = [*card["flags"], *_far_off(card, averaged)]

@@ -408,7 +408,7 @@ int nvmlDeviceGetName(void *gpu, char *name, unsigned size) { *name = 0; return 
 
 @pytest.mark.parametrize(
     ("cards", "code", "wanted"),
-    [("0", 0, "**mps delivers most**; 1 of 1 cards agree"), ("", 3, "Ray knows of no GPU")],
+    [("0", 0, "**mps delivers most**; 1 of 1 card agrees"), ("", 3, "Ray knows of no GPU")],
 )
 def test_ray_on_this_host_finds_its_cards_and_has_a_token_of_its_user_alone(
     fleet: Fleet, tmp_path: Path, cards: str, code: int, wanted: str

@@ -66,6 +66,30 @@ def test_a_p99_of_missed_requests_is_infinite_and_not_another_jobs(
     assert card["modes"]["mps"]["p99_ms"] is None
 
 
+def test_cards_of_which_no_more_than_half_agree_decide_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for uuid, best in (("GPU-0", "mps"), ("GPU-1", "time-slicing")):
+        comparison = json.loads(RECORDED.read_text())
+        for conclusion in comparison["sections"][0]["conclusions"]:
+            conclusion["best"] = best
+        add_card(tmp_path, uuid, comparison=comparison)
+    assert fleet_report.write(tmp_path, []) == 0
+    said = capsys.readouterr().out
+    assert "**the cards do not agree on a mode**; at most 1 of 2 do." in said
+    assert "odd: host GPU-0: decides for mps" in said
+    assert "odd: host GPU-1: decides for time-slicing" in said
+
+
+def test_the_worst_slowdown_of_copies_is_that_of_the_worst_one(tmp_path: Path) -> None:
+    comparison = json.loads(RECORDED.read_text())
+    for group in comparison["sections"][0]["groups"]:
+        for number, row in enumerate(group["client_rows"]):
+            row |= {"label": "copy", "slowdown": {"mean": 9.0 - number}}
+    card = fleet_report.read_card(add_card(tmp_path, "GPU-0", comparison=comparison))
+    assert card["modes"]["mps"]["worst_slowdown"] == 9.0
+
+
 def test_cards_are_averaged_only_where_runs_would_be_merged(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -76,7 +100,7 @@ def test_cards_are_averaged_only_where_runs_would_be_merged(
     assert fleet_report.write(tmp_path, []) == 1
     said = capsys.readouterr().out
     assert "H100, driver 580, commit a: **mps delivers most**; 2 of 2 cards agree." in said
-    assert "H100, driver 580, commit b: **mps delivers most**; 1 of 1 cards agree." in said
+    assert "H100, driver 580, commit b: **mps delivers most**; 1 of 1 card agrees." in said
     assert "Not measured: host GPU-3: it has fallen off the bus" in said
     assert "| host | GPU-3 | failed (flagged) |" in said
 
@@ -102,7 +126,7 @@ def test_a_record_that_is_none_is_a_row_beside_the_others(
         path.write_text(broken if isinstance(broken, str) else json.dumps(record | broken))
     assert fleet_report.write(tmp_path, []) == 1
     said = capsys.readouterr().out
-    assert "**mps delivers most**; 1 of 1 cards agree." in said
+    assert "**mps delivers most**; 1 of 1 card agrees." in said
     assert "| host |  | not measured: GPU-1.json, or its comparison.json, cannot be read (" in said
 
 
@@ -113,7 +137,7 @@ def test_a_card_that_was_measured_under_two_hosts_names_counts_once(
         add_card(tmp_path, "GPU-0", host=host, started_at=begun)
     assert fleet_report.write(tmp_path, []) == 0
     said = capsys.readouterr().out
-    assert "1 of 1 cards agree." in said
+    assert "1 of 1 card agrees." in said
     assert "odd: pod-b GPU-0: the card that pod-a measured again later" in said
 
 
