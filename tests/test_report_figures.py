@@ -178,6 +178,8 @@ HALF = mps([2.5], "half", mps_limits=mps_limits("50"))
         ((HALF, EVEN), "mps:work>1.9", ["under mps:50, mixed with 4 clients: work is 1.6"]),
         (session([0.9] * 4, SHARING), "time-slicing:work>1", ["the baseline was disturbed"]),
         ((failed(mps([2.0]), phase="co_run"),), "work>0.1", ["failed"]),
+        ((failed(mps([2.0]), phase="co_run"),), "success>=75 %", []),
+        ((failed(mps([2.0]), phase="co_run"),), "success>75", ["success is 75"]),
         # Too few answers to tell: 50 of four jobs under one mode, 600 under the other.
         (
             (answers(time_slicing([4.0]), 50), answers(mps([2.0]), 600)),
