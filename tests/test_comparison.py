@@ -64,6 +64,23 @@ def test_unlike_environments_stand_in_separate_sections_and_are_not_compared(edi
     assert {conclusion(one)["verdict"] for one in sections} == {"not measured"}
 
 
+@pytest.mark.parametrize("changes", [{"job_key": "batch_inference --batch-size 1"},
+                                     {"job_key": "b.py", "label": "b.py"}])  # fmt: skip
+def test_modes_that_ran_unlike_jobs_are_not_compared_but_renamed_jobs_are(changes):
+    other = mps(SHARING, created_at=NEW)
+    set_records(changes, record="client", client=1)(other)
+    found = section(time_slicing(SLICING), other)
+    assert conclusion(found)["verdict"] == "not measured"
+    assert [group["variant"] for group in found["groups"]] == ["mps"]
+    assert (
+        "slicing (time-slicing, mixed, 4 clients): other jobs than the newer mps"
+        in (found["left_out"])
+    )
+    renamed = mps(SHARING, created_at=NEW)
+    set_records({"label": "another name"}, record="client", client=1)(renamed)
+    assert conclusion(section(time_slicing(SLICING), renamed))["verdict"] == "sure"
+
+
 def test_runs_of_one_combination_are_merged_and_their_cards_named():
     other_card = GPU | {"gpu_uuid": "GPU-11111111"}
     found = section(mps([3.0, 3.1], "old", created_at=OLD, environment=other_card), mps([2.0]))

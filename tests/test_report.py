@@ -303,7 +303,7 @@ def test_a_mode_whose_rounds_were_all_invalid_is_not_said_to_have_no_run() -> No
     invalid = change(mps(SHARED), lambda record: record["proof"].update(verdict="invalid"),
                      record="client", phase="co_run")  # fmt: skip
     text = as_markdown(compare(time_slicing(SLICED), invalid))
-    assert "- Not measured: MPS: no co-run of it gave an answer. MIG: no run of it in" in text
+    assert "Not measured: MPS: no co-run of it can be compared (see the notes on the data)." in text
 
 
 def test_clocks_that_nothing_limited_are_not_called_unknown() -> None:

@@ -112,7 +112,7 @@ from benchmarking.report.merging import (
 )
 from benchmarking.report.rows import alone_rows, group_row
 from benchmarking.report.runs import MeasuredRun, Results
-from benchmarking.report.wording import section_title
+from benchmarking.report.wording import clients_text, section_title
 
 SCHEMA_VERSION = 5
 OWN_ERROR_LIMIT_PERCENT = 2.0
@@ -233,11 +233,20 @@ def _groups(measured: _Measured, slo_ms: float | None) -> tuple[list[Group], lis
             key = (run.mode, run.settings, run.manifest.mix, clients)
             candidates.setdefault(key, []).append(run)
     groups, excluded = [], []
-    for (*_, clients), runs in candidates.items():
+    newest: dict[tuple[str, int], Group] = {}
+    for (*_, mix, clients), runs in candidates.items():
         chosen, others = merge(runs, clients)
         excluded += others
-        if chosen:
-            groups.append(measured.group(chosen, clients, slo_ms))
+        if not chosen:
+            continue
+        group = measured.group(chosen, clients, slo_ms)
+        other = newest.setdefault((mix, clients), group)
+        if all(other.jobs.get(client, job) == job for client, job in group.jobs.items()):
+            groups.append(group)
+        else:
+            what = f"{group.first.variant}, {mix}, {clients_text(clients)}"
+            unlike = f"other jobs than the newer {other.first.name}"
+            excluded += [f"{name} ({what}): {unlike}" for name in group.run_ids]
     layouts = {group.first.settings for group in groups if group.first.mode == MODE_MIG}
     for run in (run for group in groups for run in group.runs):
         run.is_one_layout_of_several = run.mode == MODE_MIG and len(layouts) > 1

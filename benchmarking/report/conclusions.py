@@ -165,7 +165,8 @@ def _tail(groups: Sequence[Group], label: str) -> _Subject | None:
         known = [percentile_estimate(records, percent) for records in copies]
         found = [one for one in known if one is not None]
         is_whole = len(found) == len(known)
-        subject.estimates[variant] = max(found, key=lambda one: one.mean) if is_whole else None
+        worst = max(found, key=lambda one: one.mean, default=None)
+        subject.estimates[variant] = worst if is_whole else None
         if not is_whole:
             subject.reasons[variant] = "too many requests failed"
     return subject

@@ -188,6 +188,11 @@ class Group:
         return self.co_runs[0].clients
 
     @property
+    def jobs(self) -> dict[int, str]:
+        """What each client runs, as far as records tell: modes of unlike jobs are not compared."""
+        return {client.client: client.job_key for one in self.co_runs for client in one.clients}
+
+    @property
     def clients(self) -> int:
         """How many clients ran together."""
         return self.co_runs[0].record.clients

@@ -148,7 +148,9 @@ def not_measured(
     """The sharing modes that no figure stands for, and why."""
     measured = {group.first.mode for group in groups}
     reasons = {run.mode: "its runs are of another environment" for run in results.runs}
-    reasons |= {run.mode: "no co-run of it gave an answer" for run in runs}
+    reasons |= {
+        run.mode: "no co-run of it can be compared (see the notes on the data)" for run in runs
+    }
     reasons |= {one["name"]: one["reason"] for one in results.phases if one["reason"]}
     return [
         {
