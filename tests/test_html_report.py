@@ -13,7 +13,7 @@ import markupsafe
 import pytest
 import synthetic_runs
 from conftest import PROJECT_ROOT, find_browser
-from made_up_reports import as_markdown, change, compare, mps, time_slicing
+from made_up_reports import as_markdown, as_page, change, compare, mps, time_slicing
 from markdown_it import MarkdownIt
 from PIL import Image
 from test_analyze_results import analyze
@@ -160,6 +160,9 @@ def test_hostile_names_push_nothing_sideways(report: str, width: int, tmp_path: 
     found = measured(report, width, tmp_path)
     assert found["width"] == width
     assert (found["scripts"], found["title"]) == (0, "GPU sharing: what was found")
+    compared = compare(*(change(made, lambda r: r.update(label="long_name_" * 20), client=1)
+                         for made in (time_slicing([4.0]), mps([2.0]))))  # fmt: skip
+    assert measured(as_page(compared), width, tmp_path)["width"] == width
 
 
 @pytest.mark.browser
