@@ -20,6 +20,7 @@ BATCH = "workloads/inference/batch_inference.py"
 LLM = "workloads/inference/llm_inference.py"
 SESSION = "workloads/interactive/jupyter_simulation.py"
 ANTAGONIST = "workloads/custom/antagonist.py"
+SERVER = "workloads/inference/inference_server.py"
 
 TINY_RESNET = (
     "--dataset", "synthetic", "--train-samples", "24", "--batch-size", "16", "--stem", "imagenet",
@@ -146,6 +147,7 @@ def test_a_stop_ends_a_long_pause_and_a_long_cell_at_once(
         (BATCH, ("--weights", "x" * 300, "--device", "cpu"), "name another path"),
         (BATCH, ("--weights", "none", "--device", "cpu", "--batch-size", "9" * 9),
          "lower --batch"),
+        (SERVER, ("--port", "0", "--max-batch", "9" * 9), "a server --max-batch"),
         (SESSION, ("--idle-min", "3", "--idle-max", "2"), "--idle-min"),
         (SESSION, ("--idle-max", "-1"), "0 or more"),
         (SESSION, ("--cell-repeats", "matrix=2,train=3"), "lacks inference, preprocess"),
@@ -169,7 +171,8 @@ def test_a_stop_ends_a_long_pause_and_a_long_cell_at_once(
 def test_what_cannot_be_done_is_one_sentence_that_names_the_fix_and_a_code(
     here: Here, script: str, arguments: tuple, fix: str
 ) -> None:
-    code = {"--gpu": 3, "sequences would fit": 12, "lower --batch": 12}.get(fix, 2)
+    memory = ("sequences would fit", "lower --batch", "a server --max-batch")
+    code = 3 if fix == "--gpu" else 12 if fix in memory else 2
     assert_refused(here.run(script, *arguments), fix, code)
 
 

@@ -272,10 +272,11 @@ def test_a_taken_port_and_an_unknown_model_are_one_sentence_and_exit_code_2(tmp_
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         for flags, said in (
-            (("--port", port), f"cannot listen on 127.0.0.1:{port} "),
+            (("--host", "::", "--port", port),
+             f"cannot listen on :: port {port} (Address already in use); name another"),
             (("--port", "70000"), "above 65535"),
             (("--model", "resnet5", "--port", "0"), "no classifier 'resnet5'; the nearest of"),
-        ):
+        ):  # fmt: skip
             done = subprocess.run(
                 (sys.executable, str(SCRIPT), *SMALL, *flags), capture_output=True, text=True,
                 check=False, cwd=tmp_path, timeout=180,

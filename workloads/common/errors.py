@@ -249,4 +249,5 @@ def _describe(snapshot: dict, said: str) -> str:
         amount("others_mib", f"others on the {place} hold {{}}"),
     )
     sentence = "; ".join(filter(None, parts))
-    return f"out of {where} memory: {sentence}; lower --batch-size, or run fewer clients"
+    fix = "lower --batch-size (of a server --max-batch), or run fewer clients"
+    return f"out of {where} memory: {sentence}; {fix}"

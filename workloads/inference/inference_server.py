@@ -111,9 +111,10 @@ def listen(host: str, port: int) -> socket.socket:
             address[:2], family=family, backlog=MAX_BACKLOG, dualstack_ipv6=both
         )
     except (OSError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or error
+        # Python adds the address once more, as it keeps it.
+        reason = str(getattr(error, "strerror", None) or error).partition(" (while")[0]
         raise UsageError(
-            f"cannot listen on {host}:{port} ({reason}); name another with --host and --port"
+            f"cannot listen on {host} port {port} ({reason}); name another with --host and --port"
         ) from error
 
 
