@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import signal
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import aiohttp
 import pytest
 import requests
 from held_client import HeldClient
@@ -185,6 +187,46 @@ def test_the_page_shows_classes_and_figures_at_the_width_of_a_phone(server, tmp_
     assert "Ready: resnet18 with random weights on cpu" in done.stdout, done.stderr
     assert "<dt>requests</dt>" in done.stdout
     assert f"{server.url}/predict -F" in done.stdout
+
+
+@pytest.mark.browser
+def test_the_page_lets_a_key_be_typed_while_it_asks_again_and_again(tmp_path):
+    async def focused(page: str) -> str:
+        script = """new Promise((done) => {
+            const wait = (question, then) =>
+                question() ? then() : setTimeout(wait, 20, question, then);
+            const asked = () => performance.getEntriesByType("resource").length;
+            wait(() => document.getElementById("key")?.hidden === false, () => {
+                const before = asked();
+                document.getElementById("secret").focus();
+                wait(() => asked() >= before + 4, () => done(document.activeElement.id));
+            });
+        })"""
+        call = {"id": 1, "method": "Runtime.evaluate",
+                "params": {"expression": script, "awaitPromise": True}}  # fmt: skip
+        async with aiohttp.ClientSession() as session, session.ws_connect(page) as connection:
+            await connection.send_json(call)
+            answer = await connection.receive_json(timeout=60)
+        return answer["result"]["result"]["value"]
+
+    profile = tmp_path / "profile"
+    command = ("chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-sync",
+               "--remote-debugging-port=0", f"--user-data-dir={profile}")  # fmt: skip
+    with (
+        running(tmp_path, INFERENCE_API_KEY="a-key-of-a-test") as server,
+        subprocess.Popen((*command, server.url), stderr=subprocess.DEVNULL) as browser,
+    ):
+        try:
+            port = profile / "DevToolsActivePort"
+            wait_until(lambda: port.exists() and port.read_text(), "the browser")
+            pages = f"http://127.0.0.1:{port.read_text().split()[0]}/json"
+            wait_until(
+                lambda: "Inference server" in requests.get(pages, timeout=10).text, "the page"
+            )
+            page = next(p for p in requests.get(pages, timeout=10).json() if p["type"] == "page")
+            assert asyncio.run(focused(page["webSocketDebuggerUrl"])) == "secret"
+        finally:
+            browser.kill()
 
 
 def test_what_is_sent_over_one_connection_is_answered_in_order_and_announced_excess_ends_it(server):
