@@ -46,13 +46,14 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import psutil
-
 from benchmarking import closed_streams
 from benchmarking.cli import OneLineParser, drop_output
 from benchmarking.hardware import nvml, nvml_calls
 from benchmarking.hardware.exporter import Exporter
 from benchmarking.records.writing import is_cut_off
+
+# isort: split
+import psutil  # here, where one that is missing is said in one sentence
 
 if TYPE_CHECKING:
     from rich.live import Live

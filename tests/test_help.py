@@ -58,6 +58,22 @@ def test_help_ends_well_shows_the_usage_and_imports_nothing_heavy(
     assert name == STARTED_BY_A_PROGRAM or not imported & HEAVY
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "benchmarking/benchmark_suite.py",
+        "benchmarking/gpu_monitor.py",
+        "benchmarking/sweep.py",
+        "workloads/custom/command_client.py",
+    ],
+)
+def test_a_python_without_the_packages_is_told_in_one_sentence_what_to_do(name: str) -> None:
+    result = run(sys.executable, "-S", name, "--help")  # which finds no installed package
+    assert result.returncode == 1
+    assert "is missing here: source .venv/bin/activate" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
 def test_the_checks_do_not_start_where_help_stands_behind_other_words() -> None:
     result = run("./run_tests.sh", "-k", "metrics", "--help")
     assert result.returncode == 0
