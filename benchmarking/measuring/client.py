@@ -81,6 +81,7 @@ class Client(ClientResult):
     failure: tuple[ClientStatus, str] | None = None
     was_told_to_stop: bool = False
     exited_prematurely: bool = False
+    timed_out: str | None = None  # what it did not do within which limit
     was_signaled: bool = False
 
     @property
@@ -181,6 +182,8 @@ class Client(ClientResult):
             return self.failure
         if code == EXIT_OUT_OF_MEMORY:
             return "oom", "out of memory"
+        if self.timed_out:
+            return "timeout", self.timed_out
         if self.was_signaled:
             if outcome == "interrupted":
                 return "killed", "did not stop when the run was interrupted"

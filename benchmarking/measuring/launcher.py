@@ -233,7 +233,7 @@ class Launcher:
             if now >= deadline:
                 said = f"did not {what} within {self.timeouts.timeout:g} s"
                 for client in waiting:
-                    client.failure = "timeout", f"{said} (benchmark_suite.py --timeout allows more)"
+                    client.timed_out = f"{said} (benchmark_suite.py --timeout allows more)"
                 raise _EndOfWindow("timeout", f"{_names(waiting)} {said}")
             time.sleep(self.timeouts.poll)
 

@@ -59,13 +59,13 @@ def secrets_of_words(words: Iterable[str]) -> dict[str, str]:
     before = ""
     for word in (given.rstrip(";") for given in words):
         name, has_value, value = word.partition("=")
-        inner = word if _BLANK.search(word) else value
         if has_value and looks_secret(name) and not _BLANK.search(name):
             found[value] = _variable(name)
         elif _FLAG.fullmatch(before) and looks_secret(before) and not word.startswith("--"):
             found[word] = _variable(before)
-        elif inner:
-            found = secrets_of_line(inner) | found
+        else:
+            for inner in (value, word if _BLANK.search(word) else ""):
+                found = secrets_of_line(inner) | found
         found = _secrets_within(word) | found
         before = word
     return found
