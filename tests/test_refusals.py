@@ -74,6 +74,8 @@ REFUSED: dict[str, list[tuple[str, str]]] = {
         *((given, "CLIENTS must be a number from 1 to 9999") for given in ("0", "4x", "10000")),
         ("", "CLIENTS must be a number"),
         ("4 8", "unexpected argument: 8"),
+        ("4 --nonsense", "unknown option: --nonsense"),
+        ("4 --gpu", "--gpu needs a value"),
         ("4 --timeslice tiny", "default, short, medium or long"),
     ],
     MPS_ON: [

@@ -135,9 +135,6 @@ MACHINES = {
     "h200": [_gpu("NVIDIA H200", "9.0", 143771, 132, _eighths(
         "1g.18gb 1g.18gb+me 1g.35gb 2g.35gb 3g.71gb 4g.71gb 7g.141gb",
         "16.0 16.0 32.5 32.5 69.75 69.75 140.0", HOPPER))],
-    "b200": [_gpu("NVIDIA B200", "10.0", 183359, 148, _eighths(
-        "1g.23gb 1g.23gb+me 1g.45gb 2g.45gb 3g.90gb 4g.90gb 7g.180gb",
-        "22.0 22.0 44.5 44.5 89.0 89.0 178.0", HOPPER))],
     "a30": [_gpu("NVIDIA A30", "8.0", 24576, 56, _fourths(
         "1g.6gb:14:4 1g.6gb+me:21:1 2g.12gb:5:2 2g.12gb+me:6:1 4g.24gb:0:1", 5.81, 14))],
     "rtx-pro-6000": [_gpu("NVIDIA RTX PRO 6000 Blackwell Server Edition", "12.0", 97887, 188,
