@@ -93,12 +93,6 @@ DRIVER_440_LACKS = (
     "nvmlDeviceGetComputeRunningProcesses_v3", "nvmlDeviceGetMPSComputeRunningProcesses_v2",
     "nvmlDeviceGetMPSComputeRunningProcesses_v3",
 )  # fmt: skip
-# Memory, power and temperature: github.com/geerlingguy/raspberry-pi-pcie-devices/issues/790.
-RTX_3060: dict[str, Any] = {
-    **_CONSUMER_CARD, "name": "NVIDIA GeForce RTX 3060", "driver_version": "580.95.05",
-    "compute_capability": "8.6", "memory_total_mib": 12288, "memory_used_mib": 1,
-    "power_draw_watts": 4, "temperature_celsius": 26, "sm_clock_mhz": 210,
-}  # fmt: skip
 
 
 def build_nvml_stub(tmp_dir: Path, without: tuple[str, ...] = ()) -> Path:

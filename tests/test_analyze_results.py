@@ -19,11 +19,13 @@ from conftest import PROJECT_ROOT
 SCRIPT = PROJECT_ROOT / "benchmarking" / "analyze_results.py"
 
 
-def analyze(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+def analyze(
+    *arguments: object, cwd: Path | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, str(SCRIPT), *map(str, arguments)],
         capture_output=True, text=True, check=False, timeout=200,
-        env={**os.environ, **environment},
+        cwd=cwd, env={**os.environ, **environment},
     )  # fmt: skip
 
 

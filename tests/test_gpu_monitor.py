@@ -214,9 +214,8 @@ def test_what_a_card_does_not_tell_is_null_and_no_failure(
     [
         (nvml_stub.GTX_1080_TI, (), "6.1", {"energy_joules"}),
         (nvml_stub.RTX_2080, nvml_stub.DRIVER_440_LACKS, "7.5", PROCESS_KEYS),
-        (nvml_stub.RTX_3060, (), "8.6", set()),
     ],
-    ids=["GTX 1080 Ti", "RTX 2080 with an old driver", "RTX 3060"],
+    ids=["GTX 1080 Ti", "RTX 2080 with an old driver"],
 )
 def test_what_an_older_or_smaller_card_lacks_is_null_and_never_0(
     card: Callable, state: dict, lacks: tuple[str, ...], capability: str, unknown: set[str]
@@ -240,11 +239,8 @@ PAIRS = {
     "nvmlDeviceGetComputeRunningProcesses_v3": "nvmlDeviceGetComputeRunningProcesses_v2",
     "nvmlDeviceGetMPSComputeRunningProcesses_v3": "nvmlDeviceGetMPSComputeRunningProcesses_v2",
 }
-ALONE = {
-    "nvmlDeviceGetUtilizationRates": (), "nvmlDeviceGetClockInfo": ("sm_clock_mhz",),
-    "nvmlDeviceGetPowerUsage": ("power_draw_watts",),
-    "nvmlDeviceGetTotalEnergyConsumption": ("energy_joules",),
-}  # fmt: skip
+ALONE = ("nvmlDeviceGetUtilizationRates", "nvmlDeviceGetClockInfo", "nvmlDeviceGetPowerUsage",
+         "nvmlDeviceGetTotalEnergyConsumption")  # fmt: skip
 OF_PAIRS = {"memory_used_mib", "memory_total_mib", "throttle_reasons", "temperature_celsius",
             *PROCESS_KEYS}  # fmt: skip
 
@@ -256,7 +252,7 @@ OF_PAIRS = {"memory_used_mib", "memory_total_mib", "throttle_reasons", "temperat
         ([*PAIRS, *PAIRS.values()], OF_PAIRS, [*PAIRS, *PAIRS.values()]),
         ([*PAIRS], set(), [*PAIRS]),
         ([*PAIRS.values()], set(), []),
-        *(([name], set(fields), [name]) for name, fields in ALONE.items()),
+        ([*ALONE], {"sm_clock_mhz", "power_draw_watts", "energy_joules"}, [*ALONE]),
         *(([name], set(GPM_FIELDS), [name])
           for name in ("nvmlGpmSampleAlloc", "nvmlGpmSampleGet", "nvmlGpmMetricsGet")),
     ],
@@ -450,11 +446,8 @@ def test_the_period_does_not_drift_and_missed_deadlines_are_left_out(card: Calla
     assert min(late_seconds) < 0.02
 
 
-@pytest.mark.parametrize("flag", ["--stdin-control", "--leash"])
-def test_it_ends_when_its_standard_input_closes_where_that_is_asked_for(
-    card: Callable, flag: str
-) -> None:
-    with running(card(), "--output", "-", flag) as process:
+def test_it_ends_when_its_standard_input_closes_where_that_is_asked_for(card: Callable) -> None:
+    with running(card(), "--output", "-", "--leash") as process:  # the former --stdin-control
         process.stdin.write("words mean nothing\n")
         process.stdin.flush()
         written = time.monotonic()

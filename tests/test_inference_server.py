@@ -8,7 +8,6 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -310,7 +309,7 @@ def test_a_client_on_the_control_channel_is_healthy_only_when_warm_and_drains_on
         assert client.events("done")[0]["jobs"] == 1
 
 
-def test_a_taken_port_and_an_unknown_model_are_one_sentence_and_exit_code_2(tmp_path):
+def test_a_taken_port_and_an_unknown_model_are_one_sentence_and_exit_code_2(here):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         for flags, said in (
@@ -319,10 +318,7 @@ def test_a_taken_port_and_an_unknown_model_are_one_sentence_and_exit_code_2(tmp_
             (("--port", "70000"), "above 65535"),
             (("--model", "resnet5", "--port", "0"), "no classifier 'resnet5'; the nearest of"),
         ):  # fmt: skip
-            done = subprocess.run(
-                (sys.executable, str(SCRIPT), *SMALL, *flags), capture_output=True, text=True,
-                check=False, cwd=tmp_path, timeout=180,
-            )  # fmt: skip
+            done = here.run("workloads/inference/inference_server.py", *SMALL, *flags)
             assert done.returncode == 2
             assert said in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
 
