@@ -191,25 +191,29 @@ print(json.dumps(ends))
 """
 
 
+def ends_of(path: Path, rows: list[list[str]], **how: object) -> list[tuple[int, str]]:
+    """The exit code and standard error of a Python program for each row of words."""
+    command = [sys.executable, "-I", "-c", START_ALL, str(path)]
+    said = subprocess.check_output(command, input=json.dumps(rows), text=True, timeout=100, **how)
+    return json.loads(said.splitlines()[-1])
+
+
 @pytest.mark.parametrize("program", REFUSED)
 def test_a_wrong_argument_is_exit_2_with_one_sentence_before_anything_is_done(
     asked: DriverRunner, tmp_path: Path, program: str
 ) -> None:
     rows = [shlex.split(arguments) for arguments, _ in REFUSED[program]]
-    how = {"cwd": tmp_path, "env": asked.environment, "timeout": 100, "text": True}
+    how = {"cwd": tmp_path, "env": asked.environment}
     if program.startswith("gpu-configs/"):
         command = [*(ROOT_PREFIX or []), str(asked.project / program)]
-        done = [subprocess.run([*command, *words], stdin=subprocess.DEVNULL, check=False,
-                               capture_output=True, **how) for words in rows]  # fmt: skip
+        how |= {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "timeout": 60}
+        done = [subprocess.run([*command, *words], check=False, **how) for words in rows]
         ends = [(one.returncode, one.stderr) for one in done]
-    else:  # a driver is told to its program as its script was
-        path = PROJECT_ROOT / program
-        if program.endswith(".sh"):
-            path = asked.project / "benchmarking" / program.replace(".sh", ".py")
-        command = [sys.executable, "-I", "-c", START_ALL, str(path)]
-        ends = json.loads(
-            subprocess.check_output(command, input=json.dumps(rows), **how).splitlines()[-1]
-        )
+    elif program.endswith(".sh"):  # the program behind it is told the same words
+        driver = asked.project / "benchmarking" / program.replace(".sh", ".py")
+        ends = ends_of(driver, rows, **how)
+    else:
+        ends = ends_of(PROJECT_ROOT / program, rows, **how)
     for (arguments, words), (code, said) in zip(REFUSED[program], ends, strict=True):
         assert (code, words in said, "Traceback" in said) == (2, True, False), (arguments, said)
         assert not program.endswith(".py") or said.count("\n") == 1, arguments
