@@ -35,9 +35,9 @@ BODY_BYTES = 15 << 20
 CUT_OFF = encoded("PNG", array=np.zeros((1900, 1900, 3), np.uint8))[:-60]
 
 
-@pytest.fixture
-def server(tmp_path) -> Iterator[ServerProcess]:
-    with running(tmp_path, "--request-seconds", "3") as process:
+@pytest.fixture(scope="module")
+def server(tmp_path_factory) -> Iterator[ServerProcess]:
+    with running(tmp_path_factory.mktemp("server"), "--request-seconds", "3") as process:
         yield process
 
 
