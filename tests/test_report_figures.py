@@ -159,6 +159,11 @@ def answers(made: dict, count: int) -> dict:
     return change(made, lambda r: r.update(latency_ms=[9.0] * count), workload="batch_inference")
 
 
+def void(made: dict) -> dict:
+    """Let every co-run lack the proof of its mode."""
+    return change(made, lambda r: r.update(outcome="invalid"), record="co_run", phase="co_run")
+
+
 EVEN = mps([2.0], "even", mps_limits=mps_limits("even"))
 HALF = mps([2.5], "half", mps_limits=mps_limits("50"))
 
@@ -179,6 +184,8 @@ HALF = mps([2.5], "half", mps_limits=mps_limits("50"))
         (session([0.9] * 4, SHARING), "time-slicing:work>1", ["the baseline was disturbed"]),
         ((failed(mps([2.0]), phase="co_run"),), "work>0.1", ["failed"]),
         ((failed(mps([2.0]), phase="co_run"),), "success>=75 %", []),
+        ((time_slicing([4.0]), void(mps([2.0]))), "work>0.1", ["under mps, mixed: no co-run"]),
+        ((time_slicing([4.0]), void(mps([2.0]))), "time-slicing:work>0.1", []),
         ((failed(mps([2.0]), phase="co_run"),), "success>75", ["success is 75"]),
         # Too few answers to tell: 50 of four jobs under one mode, 600 under the other.
         (

@@ -191,7 +191,17 @@ class Requirement:
             ]  # fmt: skip
             where = f"{group['variant']}, {group['mix']} with {group['clients']} clients"
             found += [f"{self.text}: not met under {where}: {what}" for what in said]
-        return found if is_checked else [f"{self.text}: nothing was measured that it speaks of"]
+        for section in comparison["sections"]:
+            compared = {one["mix"] for one in section["conclusions"]}
+            tried = {(run["variant"], run["mix"]) for run in section["runs"]
+                     if run["mix"] in compared and mode in (None, run[name])
+                     and any(one["phase"] == "co_run" for one in run["co_runs"])}  # fmt: skip
+            tried -= {(one["variant"], one["mix"]) for one in section["groups"]}
+            found += [f"{self.text}: not met under {variant}, {mix}: no co-run can be compared"
+                      for variant, mix in sorted(tried)]  # fmt: skip
+        if not is_checked and not found:
+            return [f"{self.text}: nothing was measured that it speaks of"]
+        return found
 
     def _is_met(self, value: float) -> bool:
         return _OPERATORS[self.operator](value, self.value)
