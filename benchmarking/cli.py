@@ -65,8 +65,8 @@ class OneLineParser(argparse.ArgumentParser):
     """
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
-        """Take what `argparse.ArgumentParser` takes."""
-        super().__init__(*arguments, **named)
+        """Take what `argparse.ArgumentParser` takes; flags are written out."""
+        super().__init__(*arguments, **{**named, "allow_abbrev": False})
         self.register("type", None, some_text)
         self.register("type", Path, lambda text: Path(some_text(text)))
         try:

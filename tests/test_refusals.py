@@ -102,6 +102,7 @@ REFUSED: dict[str, list[tuple[str, str]]] = {
     "workloads/training/bert_training.py": [
         *((f"--{flag}=", f"argument --{flag}: is empty: give a value, or leave it out")
           for flag in ("results-dir", "gpu", "model", "data", "events")),
+        ("--mode mps", "unrecognized arguments: --mode mps"),
     ],
     "benchmarking/benchmark_suite.py": [
         *((f"--device cpu --dry-run --{flag}", "'10000' is too many: 9999 at most")
@@ -113,7 +114,8 @@ REFUSED: dict[str, list[tuple[str, str]]] = {
         *((f"{flag} {TOO_LONG}", said) for flag, said in (
             ("--data-dir", "is no folder"), ("--device cpu --results-dir", "cannot create"),
             ("--resume", "there is no run"), ("--device cpu --baseline", "there is no run"))),
-        ("--resum mine --quick", "leave --quick out"),
+        ("--resum mine", "unrecognized arguments: --resum mine"),
+        ("--resume mine --quick", "leave --quick out"),
         *((f"--mode mig --mig-layout {given}", "is no MIG profile")
           for given in ("1g", "1g.10gb;reboot", "0g.5gb")),
     ],

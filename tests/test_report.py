@@ -222,6 +222,12 @@ def test_the_terminal_shows_the_decision_first_and_no_line_is_wider(width: int) 
     assert max(map(len, shown.splitlines())) <= width
 
 
+def test_a_difference_within_an_own_error_that_is_too_large_is_not_sure() -> None:
+    slowdowns = [4.0, 4.01, 4.0, 4.01], [3.84, 3.85, 3.84, 3.85]
+    for null, said in ((1.0, "MPS delivers 1.04"), (1.05, "MPS delivered the most in these runs")):
+        assert said in as_markdown(compare(*session(*slowdowns, null=null)))
+
+
 def test_a_method_whose_own_error_is_too_large_says_so_before_anything_else() -> None:
     error = {"percent": 3.14, "ratio": None, "label": "X", "rounds": 4, "is_over_limit": True}
     compared = edited(lambda section: section.update(own_error=error))

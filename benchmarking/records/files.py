@@ -66,11 +66,15 @@ def read_file(path: Path) -> bytes:
             raise OSError(errno.ELOOP, "is a link", str(path)) from None
         raise
     with os.fdopen(descriptor, "rb") as stream:
-        if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+        status = os.fstat(stream.fileno())
+        if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "is no regular file", str(path))
+        is_packed = path.suffix == PACKED_SUFFIX
+        # A file is asked for no more than it has: so much memory is taken before it is read.
+        most = MAX_MIB * 1024**2 if is_packed else min(status.st_size, MAX_MIB * 1024**2)
         try:
-            source = gzip.GzipFile(fileobj=stream) if path.suffix == PACKED_SUFFIX else stream
-            content = source.read(MAX_MIB * 1024**2 + 1)
+            source = gzip.GzipFile(fileobj=stream) if is_packed else stream
+            content = source.read(most + 1)
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise OSError(errno.EIO, f"is damaged ({error})", str(path)) from error
     if len(content) > MAX_MIB * 1024**2:

@@ -70,9 +70,13 @@ class _Test:
 
 
 def judge(
-    figures: Sequence[Figure], matters_percent: float = MATTERS_PERCENT
+    figures: Sequence[Figure],
+    matters_percent: float = MATTERS_PERCENT,
+    error_percent: float = 0.0,
 ) -> list[list[dict[str, Any]]]:
     """Compare every two modes of every figure; all of them are one family.
+
+    A difference within `error_percent`, the error of the method itself, is never sure.
 
     Returns, for each figure, its pairs as the comparison holds them (`report/comparison.py`).
     """
@@ -91,7 +95,8 @@ def judge(
     for rank, (test, pair, number) in enumerate(tests):
         left = len(tests) - rank
         adjusted = max(adjusted, min(1.0, left * test.p_value))
-        is_sure = adjusted <= FAMILY_ERROR
+        is_beyond = abs(test.difference) > math.log1p(error_percent / 100)
+        is_sure = adjusted <= FAMILY_ERROR and is_beyond
         pair |= _interval(test, FAMILY_ERROR / left, matters_percent, is_sure=is_sure)
         if pair["verdict"] == SURE:
             is_one = (test.difference > 0) == figures[number].is_higher_better

@@ -198,7 +198,10 @@ def _section(
     for group in groups:
         group.row = group_row(group, own_error["percent"] if own_error else None)
     single = [group for group in groups if group.pair is None]
-    concluded, pair_choices = conclusions.conclude(groups, matters_percent, is_cpu_demo=is_cpu_demo)
+    error_percent = own_error["percent"] if own_error and own_error["is_over_limit"] else 0.0
+    concluded, pair_choices = conclusions.conclude(
+        groups, matters_percent, error_percent, is_cpu_demo=is_cpu_demo
+    )
     lenders = [baseline_run(run, measured.every_run) for run in runs]
     return {
         "title": section_title(environment),

@@ -69,7 +69,7 @@ class _Subject:
 
 
 def conclude(
-    groups: Sequence[Group], matters_percent: float, *, is_cpu_demo: bool
+    groups: Sequence[Group], matters_percent: float, error_percent: float, *, is_cpu_demo: bool
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Conclude on every mix at the count where its modes can be compared best.
 
@@ -79,7 +79,8 @@ def conclude(
     subjects = [subject for together in most_compared(groups) for subject in _subjects(together)]
     claimed = [subject for subject in subjects if subject.is_claim]
     figures = [claims.Figure(subject.values, subject.is_higher_better) for subject in claimed]
-    judged = dict(zip(map(id, claimed), claims.judge(figures, matters_percent), strict=True))
+    pairs_of_each = claims.judge(figures, matters_percent, error_percent)
+    judged = dict(zip(map(id, claimed), pairs_of_each, strict=True))
     single, pairs = [], []
     for subject in subjects:
         found = _conclusion(subject, judged.get(id(subject), []), is_cpu_demo)

@@ -101,6 +101,7 @@ def workload_parser(
         description=description,
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # `--mode mps` is no `--model mps`
     )
     flag = flags(parser, "flags shared by every workload")
     if uses_gpu:

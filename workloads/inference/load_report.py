@@ -69,7 +69,10 @@ def load_figures(
         figures["slo_attainment_percent"] = _share_percent(latency_seconds <= slo_ms / 1e3)
     if is_open_loop:
         figures |= open_loop_figures(requests, start_seconds, duration_seconds)
-    busiest_percent = 100.0 * max(cpu_seconds) / elapsed_seconds
+    # Waiting for the last answers is no work of the generator's.
+    last_sent = np.nanmax(requests["sent"] - start_seconds, initial=0.0)
+    sending_seconds = float(max(duration_seconds, last_sent))
+    busiest_percent = 100.0 * max(cpu_seconds) / sending_seconds
     limit = generator_limit(figures.get("late_by_generator_percent"), busiest_percent)
     return figures | {
         # Of successful requests: a refused connection fails in no time and is no throughput.
@@ -78,7 +81,7 @@ def load_figures(
         "elapsed_seconds": elapsed_seconds,
         "connections_opened": measured.connections_opened,
         "generator_processes": len(cpu_seconds),
-        "generator_cpu_cores": sum(cpu_seconds) / elapsed_seconds,
+        "generator_cpu_cores": sum(cpu_seconds) / sending_seconds,
         "generator_busiest_process_percent": busiest_percent,
         "generator_limited": limit is not None,
         "generator_limited_reason": limit,

@@ -347,7 +347,7 @@ def picture_of(content_type: str, body: bytes) -> bytes:
         raise Refusal(400, f"{len(images)} fields named 'image': send one image a request")
     if not images:
         names = ", ".join(repr(part.name[:40]) for part in parts[:5]) or "none"
-        raise Refusal(400, f"no file in multipart field 'image' (fields found: {names})")
+        raise Refusal(400, f"no file with a name in field 'image' (fields found: {names})")
     return images[0].raw
 
 
