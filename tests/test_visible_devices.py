@@ -199,6 +199,13 @@ def test_a_lost_gpu_is_named_and_the_other_one_is_used(tmp_path: Path) -> None:
     assert "has left the bus" in note
 
 
+def test_an_only_gpu_that_gives_no_handle_is_there_but_unusable(tmp_path: Path) -> None:
+    fails = {"nvmlDeviceGetHandleByIndex_v2": 999}
+    card = nvml_stub.write_state(tmp_path / "card", fail=fails)
+    code, sentence, _ = find_gpu(card, nvml_stub.build_nvml_stub(tmp_path))
+    assert (code, "NVML says: Unknown Error; --device cpu" in sentence) == (3, True), sentence
+
+
 def test_a_name_that_is_no_utf_8_is_unknown_and_the_work_goes_on(tmp_path: Path) -> None:
     card = nvml_stub.write_state(tmp_path / "card", name=os.fsdecode(b"\xf8\x95\xa0\x81"))
     library = nvml_stub.build_nvml_stub(tmp_path)

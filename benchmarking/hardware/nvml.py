@@ -103,12 +103,12 @@ def open_gpu(selector: str | None = None) -> Gpu | None:
             return Gpu(call("nvmlDeviceGetHandleByIndex", int(name)))
         return Gpu(call("nvmlDeviceGetHandleByUUID", name))
     except CallError as error:
-        if error.code in ADVICE:
-            raise GpuUnusableError(f"NVML says: {error}") from None
         known = ", ".join(
             f"{index} ({ask('nvmlDeviceGetUUID', handle)})"
             for index, handle in _handles()[0].items()
         )
+        if error.code in ADVICE or not known:
+            raise GpuUnusableError(f"NVML says: {error}") from None
         raise GpuNotFoundError(
             f"GPU {selector} cannot be found ({error}): choose one of {known}."
         ) from None
