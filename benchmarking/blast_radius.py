@@ -220,7 +220,7 @@ def measure(options: argparse.Namespace, setup: Setup, stop: StopSignal) -> dict
     proofs = judge_clients(setup.mode, seen, samples)
     return {
         "mode": setup.mode.name,
-        "notes": list(setup.notes),
+        "notes": [*setup.notes, *filter(None, [sampler.failure])],
         "gpu": dict(setup.gpu) if setup.gpu else None,
         "fault_after_seconds": blast.fault_seconds - begin,
         "neighbors": [

@@ -25,6 +25,7 @@ SHORTENED = {
     "gpu_monitor.py": {"PROCESS_LIST_PERIOD_SECONDS": 0.1},
     # Scripted clients sleep for their work, and so does who waits for a core of a busy machine.
     "measuring/baselines.py": {"MOST_CPU_WAIT_FRACTION": 9, "TOLERATED_FRACTION": 9},
+    "measuring/sampler.py": {"END_TIMEOUT_SECONDS": 1},
     "suite/preflight.py": {
         "GUIDE_MIN_SECONDS": 0.4, "SMALL_MIN_SECONDS": 0.4, "SETTLE_SECONDS": 0.1,
         "QUICK_SETTLE_SECONDS": 0.1, "CPU_SETTLE_SECONDS": 0.1,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 
 import nvml_stub
 import pytest
@@ -168,6 +170,23 @@ def test_a_gpu_that_is_lost_meanwhile_ends_the_run_which_goes_on_once_it_is_back
     bench.change_card()
     assert bench.resume(run.run_id).returncode == 0
     assert outcomes(bench.only_run()) == ["ok"] * 3
+
+
+def test_a_sampler_that_stands_still_is_named_as_the_reason_why_nothing_is_proved(
+    card_bench: Bench,
+) -> None:
+    process = card_bench.start(
+        "--mode", "time-slicing", *TWO, until="training-2-r0/0", said='"ready"'
+    )
+    (samples,) = card_bench.results.glob("*/gpu_samples.jsonl")
+    sampler = json.loads(samples.read_text().partition("\n")[0])["pid"]
+    os.kill(sampler, signal.SIGSTOP)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 0, stderr
+    run = card_bench.only_run()
+    assert verdicts(run) == ["unverified", "unverified"]
+    assert run.manifest["notes"] == ["the sampler stood still: it said nothing"]
+    assert processes_of(card_bench.root) == []
 
 
 def test_mps_clients_are_verified_with_their_limits_and_their_baselines_run_without(

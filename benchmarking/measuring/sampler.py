@@ -22,8 +22,8 @@ POLL_SECONDS = 0.02
 class Sampler:
     """Runs the sampler from entering to leaving the `with` block.
 
-    The suite goes on without it: when it does not start or ends early, `failure` says why, and
-    the figures that it would have given are unknown.
+    The suite goes on without it: when it does not start, stands still or ends early, `failure`
+    says why, and the figures that it would have given are unknown.
     """
 
     def __init__(self, output: Path, log: Path, *, gpu: str | None = None) -> None:
@@ -92,6 +92,7 @@ class Sampler:
         self._read()
         while not self._samples or self._samples[-1]["time_seconds"] < seconds:
             if time.monotonic() >= deadline:
+                self._fail("the sampler stood still")
                 break
             if self._process.poll() is not None:
                 self._fail("the sampler ended early")

@@ -197,7 +197,7 @@ class Measurement:
 
     def _samples_of(self, seen: CoRunResult) -> list[dict[str, Any]]:
         samples: list[dict[str, Any]] = []
-        if seen.window_end_seconds is not None and not self.sampler.failure:
+        if seen.window_end_seconds is not None:
             samples = list(self.sampler.samples_past(seen.window_end_seconds))
             self.note(self.sampler.failure)
         for complaint in self.sampler.complaints():
