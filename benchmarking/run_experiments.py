@@ -378,8 +378,8 @@ class Experiment:
         if self.driver.interrupted is not None:
             skipped = ("skipped", "interrupted before it began")
             phase.end(*(("failed", "interrupted") if phase.rounds else skipped))
-        elif self.gpu_is_unusable and phase.rounds == 0:
-            phase.end("skipped", "the GPU cannot be used")
+        elif self.gpu_is_unusable:
+            phase.end("failed" if phase.rounds else "skipped", "the GPU cannot be used")
 
     def exit_code(self) -> int:
         """Say where the results are; return the exit code of the whole."""

@@ -176,6 +176,19 @@ def test_a_gpu_that_torch_cannot_use_ends_the_run_with_3(runner: DriverRunner) -
     assert runner.machine.changing_calls() == []
 
 
+def test_a_gpu_that_is_lost_leaves_the_rounds_that_are_missing_to_resume(
+    runner: DriverRunner,
+) -> None:
+    runner.rule(time_slicing={"exit": 3})
+    assert runner.drive(SCRIPT, "--modes", "time-slicing", "--repeats", "2").returncode == 3
+    assert runner.turns() == ["1 baseline", "1 time-slicing"]
+    assert runner.outcomes()["baseline"] == "failed"
+    assert runner.reason("baseline") == "the GPU cannot be used"
+    runner.rule()
+    runner.must_drive(SCRIPT, "--resume", str(runner.output))
+    assert runner.turns()[-2:] == ["2 baseline", "2 time-slicing"]
+
+
 def test_a_card_that_another_run_is_at_work_on_is_refused_before_any_mode_is_enabled(
     runner: DriverRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
