@@ -115,9 +115,9 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def _modes(text: str | None) -> list[str]:
-    share = r"even|[1-9]\d?(\.\d+)?|100"
+    share = r"([1-9]\d?(\.\d+)?|100)"
     check = arguments.matching(
-        f"time-slicing|mig|{MODE_MPS_PARTITIONS}|mps(:({share})(/({share}))*)?",
+        f"time-slicing|mig|{MODE_MPS_PARTITIONS}|mps(:(even|{share}(/{share})*))?",
         "some of: time-slicing mps mps:even mps:PERCENT mps:partitions mig",
     )
     return list(dict.fromkeys(check(mode) for mode in (text or "").split(",")))

@@ -23,7 +23,8 @@ TOO_LONG = "x" * 300  # for the name of a file
 REFUSED: dict[str, list[tuple[str, str]]] = {
     "run_experiments.sh": [
         *((f"--modes={given}", MODES)
-          for given in ("mps,mpz", "", "mps:0", "mps:101", "mps:even/", "time-slicing:50")),
+          for given in ("mps,mpz", "", "mps:0", "mps:101", "mps:even/", "mps:even/50",
+                        "time-slicing:50")),
         ("--modes mps:partitions --mps-percentage 50", "leave --mps-percentage"),
         ("--workloads 0", "--workloads needs a whole number from 1 on"),
         ("--phase-minutes 0.0", "--phase-minutes needs a number of minutes over 0"),
