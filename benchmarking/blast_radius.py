@@ -64,6 +64,7 @@ from benchmarking.measuring import locks
 from benchmarking.measuring.client import Client, ClientResult
 from benchmarking.measuring.event_log import first_unit_end_seconds, last_event, tail_of
 from benchmarking.measuring.launcher import CoRunResult, FinishRule
+from benchmarking.measuring.progress import Progress
 from benchmarking.measuring.proofs import judge_clients
 from benchmarking.measuring.sampler import Sampler
 from benchmarking.measuring.stop_signal import StopSignal
@@ -89,6 +90,8 @@ RETRY_SECONDS = 1.0
 SETTLE_SECONDS = 1.0
 POLL_SECONDS = 0.02
 SERVER_LOG_LINES = 12
+# Raises nothing where nobody reads it any more, which would leave clients that do not stop.
+say = Progress().say
 
 
 def main() -> int:
@@ -418,11 +421,6 @@ def describe_mps(setup: Setup, servers_before: str | None) -> dict[str, Any] | N
         "servers_after": mps_servers(setup),
         "server_log": tail_of(Path(folder) / "server.log", SERVER_LOG_LINES) if folder else [],
     }
-
-
-def say(line: str) -> None:
-    """Print one line of progress."""
-    print(f"[blast] {line}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -50,6 +50,7 @@ from benchmarking.hardware import nvml
 from benchmarking.measuring import locks, proofs
 from benchmarking.measuring.card import find_gpu
 from benchmarking.measuring.jobs import ScriptFailedError, run_script
+from benchmarking.measuring.progress import Progress
 from benchmarking.measuring.stop_signal import StopSignal
 from benchmarking.planning.request import Request
 from benchmarking.planning.workloads import SIZE_CPU, SIZE_GUIDE, SIZE_QUICK
@@ -63,6 +64,7 @@ ENGINES = ("graph", COMPILE)
 CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 
 NO_NEIGHBORS = "the GPU was free of other processes"
+say = Progress().say
 
 
 def main() -> int:
@@ -357,11 +359,6 @@ class SpeedTable:
         words = [sys.executable, str(PROJECT_ROOT / script), *arguments]
         variables = {**os.environ, **environment}
         return run_script(words, variables, self._stop, self._options.timeout)
-
-
-def say(text: str) -> None:
-    """Print one line of progress."""
-    print(f"[speed] {text}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

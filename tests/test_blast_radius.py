@@ -182,18 +182,24 @@ def test_a_card_that_others_use_is_refused_unless_that_is_told(tmp_path: Path) -
     assert f"- other processes are on the GPU: pid {os.getpid()} (" in done.stdout
 
 
-def test_ctrl_c_leaves_no_process(blast: Blast) -> None:
+@pytest.mark.parametrize("is_read", [True, False], ids=["read", "whose reader has left"])
+def test_ctrl_c_leaves_no_process(blast: Blast, is_read: bool) -> None:
+    launcher = blast.root / "benchmarking" / "measuring" / "launcher.py"
+    launcher.write_text(launcher.read_text().replace("stop: float = 60.0", "stop: float = 0.5"))
+    deaf = {"match": "batch_inference:*", "ignore_stop": not is_read}
     process = subprocess.Popen(
         blast.command("--fault", "oom", "--neighbors", "2"),
-        env=blast.scripted({"match": "fault_client:*", "fail": None}),
+        env=blast.scripted({"match": "fault_client:*", "fail": None}, deaf),
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     events = blast.output / "clients" / "0.events.jsonl"
     wait_until(lambda: events.exists() and '"units"' in events.read_text(), "neighbors at work")
+    if not is_read:
+        process.stderr.close()
     process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130, stderr
+    stderr = process.stderr.read() if is_read else "blast_radius.py: interrupted"
+    assert process.wait(60) == 130, stderr
     assert stderr.rstrip().endswith("blast_radius.py: interrupted")
     assert processes_of(blast.root) == []
 

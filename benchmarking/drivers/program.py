@@ -16,6 +16,7 @@ from benchmarking.cli import (
     RunEnded,
     SuiteError,
     drop_output,
+    leave_dead_terminal,
 )
 from benchmarking.measuring.client import Client, client_base_environment
 from benchmarking.measuring.jobs import resolve_all
@@ -44,10 +45,9 @@ def exit_code_of(work: Callable[[StopSignal], int], folder: Path, fix: str) -> i
             print(end="", flush=True)
             return code
     except RunEnded as end:
-        print(f"{program}: {end}", file=sys.stderr)
-        return end.exit_code
+        said, code = str(end), end.exit_code
     except SuiteError as error:
-        message, code = str(error), error.exit_code
+        said, code = f"error: {error}", error.exit_code
     except BrokenPipeError:  # the reader of our output (`| head`) has left
         drop_output()
         return EXIT_FAILED
@@ -55,9 +55,10 @@ def exit_code_of(work: Callable[[StopSignal], int], folder: Path, fix: str) -> i
         drop_output()
         # A file that cannot be made is named by the error, one that cannot be filled is not.
         where = Path(error.filename).parent if isinstance(error.filename, str) else folder
-        message = f"cannot write to {where} ({error.strerror or error}): make room there, {fix}"
+        said = f"error: cannot write to {where} ({error.strerror or error}): make room there, {fix}"
         code = EXIT_FAILED
-    print(f"{program}: error: {message}", file=sys.stderr)
+    leave_dead_terminal(os.devnull)
+    print(f"{program}: {said}", file=sys.stderr)
     return code
 
 
