@@ -30,6 +30,7 @@ from typing import Any
 from benchmarking.cli import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
+    EXIT_MODE_NOT_IN_FORCE,
     EXIT_USAGE,
     SuiteEnd,
     SuiteError,
@@ -192,7 +193,7 @@ class Driver:
         """
         other = self.modes.other_driver()
         if other:
-            raise SuiteError(other, EXIT_FAILED)
+            raise SuiteError(other, EXIT_MODE_NOT_IN_FORCE)
         self._hold_card()
         if self.options.resumed:
             self.output = str(self.options.resumed)
