@@ -106,8 +106,8 @@ def parse_arguments() -> argparse.Namespace:
         parser.error(f"--mix {options.mix} has two jobs in each co-run: leave --workloads")
     if options.full and (options.quick or options.mix in PAIRED_MIXES):
         parser.error("--full is for the guide's own job sizes: leave --quick, pairs and noisy")
-    if options.mps_percentage and MODE_MPS_PARTITIONS in options.modes and MPS not in options.modes:
-        parser.error("mps:partitions takes no share of the multiprocessors: leave --mps-percentage")
+    if options.mps_percentage and MPS not in options.modes:
+        parser.error("--modes has no mps without a share of its own: leave --mps-percentage")
     limits = arguments.mps_flags(options)
     if limits and not any(mode.startswith(MPS) for mode in options.modes):
         parser.error(f"{limits[0]} needs mps among the --modes")

@@ -25,7 +25,8 @@ REFUSED: dict[str, list[tuple[str, str]]] = {
         *((f"--modes={given}", MODES)
           for given in ("mps,mpz", "", "mps:0", "mps:101", "mps:even/", "mps:even/50",
                         "time-slicing:50")),
-        ("--modes mps:partitions --mps-percentage 50", "leave --mps-percentage"),
+        *((f"--modes {given} --mps-percentage 50", "leave --mps-percentage")
+          for given in ("mps:partitions", "mps:even,mps:25")),
         ("--workloads 0", "--workloads needs a whole number from 1 on"),
         ("--phase-minutes 0.0", "--phase-minutes needs a number of minutes over 0"),
         ("--engine fast", "--engine needs one of: eager graph compile"),
