@@ -17,6 +17,8 @@ from test_client_contract import LLM as SCRIPT
 from test_client_contract import SMALL_LLM
 from workload_script import Here, assert_refused, only_result, run_script
 
+from workloads.common.errors import EXIT_NOT_FINITE, EXIT_USAGE
+
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -104,19 +106,47 @@ def test_other_architectures_answer_what_transformers_generates(
     assert tokenizer.decode(wanted, skip_special_tokens=True) in ended.stdout
 
 
-@pytest.mark.parametrize("name", ["Mamba", "GPTNeo"])
-def test_a_model_without_a_cache_of_fixed_length_is_refused(
-    here: Here, model_folder: Path, tmp_path: Path, name: str
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("Mamba", "cache of fixed length"), ("GPTNeo", "cache of fixed length"),
+     ("Bert", "is an encoder")],
+)  # fmt: skip
+def test_a_model_that_reads_both_ways_or_without_a_cache_of_fixed_length_is_refused(
+    here: Here, model_folder: Path, tmp_path: Path, name: str, said: str
 ) -> None:
     import transformers
 
     about = {"attention_types": [[["global", "local"], 1]]} if name == "GPTNeo" else {}
     config = getattr(transformers, f"{name}Config")(
-        vocab_size=12, hidden_size=32, num_hidden_layers=2, **about
-    )
+        vocab_size=12, hidden_size=32, num_hidden_layers=2,
+        **({"num_attention_heads": 4} if name == "Bert" else about),
+    )  # fmt: skip
     folder = shutil.copytree(model_folder, tmp_path / "model")
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    assert_refused(here.run(SCRIPT, "--model", folder, "--device", "cpu"), "cache of fixed length")
+    small = ("--prompt-tokens", 4, "--output-tokens", 2, "--results-dir", tmp_path)
+    assert_refused(here.run(SCRIPT, "--model", folder, "--device", "cpu", *small), said)
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "weight", "said", "code"),
+    [(5, 0.0, "the tokenizer in", EXIT_USAGE),
+     (12, float("nan"), "are NaN or infinite", EXIT_NOT_FINITE)],
+)  # fmt: skip
+def test_a_foreign_tokenizer_and_weights_that_are_no_numbers_are_refused(
+    here: Here, model_folder: Path, tmp_path: Path, vocabulary: int, weight: float, said: str,
+    code: int,
+) -> None:  # fmt: skip
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    config = AutoConfig.from_pretrained(folder, vocab_size=vocabulary)
+    model = AutoModelForCausalLM.from_config(config)
+    torch.nn.init.constant_(model.lm_head.weight, weight)
+    model.save_pretrained(folder)
+    ended = here.run(SCRIPT, "--model", folder, "--device", "cpu", "--prompt", "a model",
+                     "--output-tokens", 2, "--results-dir", tmp_path)  # fmt: skip
+    assert_refused(ended, said, code)
 
 
 def test_a_folder_runs_no_code_asks_nothing_and_has_all_weights_of_its_config(

@@ -27,7 +27,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from workloads.common import cli, client, console, torch
 from workloads.common.device import ComputeDevice, open_device
 from workloads.common.engine import Pacer, compile_module, prepare_step, step_pool
-from workloads.common.errors import MIB, OutOfGpuMemoryError, UsageError, first_line
+from workloads.common.errors import (
+    MIB,
+    NotFiniteError,
+    OutOfGpuMemoryError,
+    UsageError,
+    first_line,
+)
 from workloads.common.hub import (
     HubUnreachableError,
     hub_model_folder,
@@ -182,6 +188,12 @@ class TokenGeneration(client.Workload):
             AutoModelForCausalLM, folder, fix, dtype=self.device.model_dtype,
             trust_remote_code=False,
         )  # fmt: skip
+        # One that sees as well has attention of both kinds.
+        if {part.is_causal for part in model.modules() if hasattr(part, "is_causal")} == {False}:
+            raise UsageError(
+                f"{self.args.model} is an encoder ({type(model).__name__}), which reads text and "
+                "writes none; name a model that was trained to continue text"
+            )
         return model.to(self.device.torch_device)
 
     def _folder(self) -> Path:
@@ -209,6 +221,11 @@ class TokenGeneration(client.Workload):
             tokens = self._tokenizer(args.prompt, return_tensors="pt").input_ids
             if not tokens.numel():
                 raise UsageError("--prompt is no token to this model; give a word")
+            if tokens.max() >= vocabulary:
+                raise UsageError(
+                    f"the tokenizer in {args.model} has more tokens than the {vocabulary} of its "
+                    "model; put the model's own there"
+                )
             return tokens.expand(args.batch_size, -1).contiguous().to(place)
         random = torch.Generator().manual_seed(args.seed)
         shape = (args.batch_size, args.prompt_tokens)
@@ -220,6 +237,7 @@ class TokenGeneration(client.Workload):
         Raises:
             OutOfGpuMemoryError: They do not fit; the sentence says what would.
             UsageError: The model keeps something else than keys and values of each token.
+            NotFiniteError: Its outputs are NaN or infinite.
         """
         from transformers import StaticCache
         from transformers.cache_utils import StaticLayer
@@ -256,7 +274,12 @@ class TokenGeneration(client.Workload):
         token = torch.zeros(1, 1, dtype=torch.int64, device=self.device.torch_device)
         try:
             with torch.no_grad():
-                self._model(token, **{cache_name(): cache}, use_cache=True)
+                logits = self._model(token, **{cache_name(): cache}, use_cache=True).logits
+            if not logits.isfinite().all():
+                raise NotFiniteError(
+                    f"the outputs of {self.args.model} are NaN or infinite: its weights are of a "
+                    "training that diverged; name another --model"
+                )
             return [(layer.keys, layer.values) for layer in cache.layers]
         except (AttributeError, TypeError) as error:
             raise UsageError(
