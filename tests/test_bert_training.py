@@ -72,6 +72,8 @@ class StandInHub(SimpleHTTPRequestHandler):
     def send_head(self):
         self.asked.append(self.path)
         self.is_model = "/small-bert/resolve/" in self.path
+        if "/locked-bert/" in self.path:  # as a mirror says it, without the hub's own header
+            return super().send_error(401)
         self.path = "/" + self.path.rpartition("/")[2]
         return super().send_head()
 
@@ -144,10 +146,12 @@ def test_a_model_that_the_hub_does_not_have_or_that_cannot_be_asked_for_is_a_usa
     for hub, model, fix in (
         (stand_in_hub.address, "no-such-bert", "no-such-bert"),
         (NO_HUB, "bert-large-uncased", "--model none"),  # never replaced silently
+        (stand_in_hub.address, "locked-bert", "--model none"),
     ):
         done = run_script(SCRIPT, "--resolve", "--model", model, HF_ENDPOINT=hub)
         assert done.returncode == 2
-        assert model in done.stderr and fix in done.stderr and "Traceback" not in done.stderr
+        sentence = done.stderr.splitlines()[-1]
+        assert model in sentence and fix in sentence and "Traceback" not in done.stderr
 
 
 @pytest.mark.timeout(60)

@@ -127,7 +127,9 @@ def hub_model_folder(model: str) -> Path:
         ) from error
     # What a broken transfer raises depends on the HTTP client of the hub's library.
     except Exception as error:
-        raise HubUnreachableError(f"the download of {name} broke off ({error})") from error
+        raise HubUnreachableError(
+            f"the download of {name} broke off ({first_line(error)})"
+        ) from error
     return folder
 
 
