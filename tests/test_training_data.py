@@ -130,20 +130,21 @@ def test_what_a_folder_cannot_use_is_refused_by_name(tmp_path, cache, change, er
 
 
 @pytest.mark.parametrize(
-    ("kind", "train", "size", "sentence"),
+    ("kind", "train", "named", "size", "sentence"),
     [
-        ("auto", "Train", None, "has no train/"),
-        ("auto", "training", None, "has no train/"),
-        ("synthetic", "train", 64, "--image-size 64 is for folders"),
+        ("auto", "Train", ".", None, "has no train/"),
+        ("auto", "training", ".", None, "has no train/"),
+        ("auto", "train", "train", None, "has no train/"),  # folders of classes alone
+        ("synthetic", "train", ".", 64, "--image-size 64 is for folders"),
     ],
 )
 def test_what_would_train_on_other_images_than_meant_is_refused(
-    tmp_path, kind, train, size, sentence
+    tmp_path, kind, train, named, size, sentence
 ):
     data = write_image_folder(tmp_path / "images", size=32, per_class=1)
     (data / "train").rename(data / train)
     with pytest.raises(UsageError, match=sentence):
-        images.load_dataset(kind, data, size, 0, no_warning)
+        images.load_dataset(kind, data / named, size, 0, no_warning)
 
 
 @pytest.mark.parametrize("size", [20, 64])

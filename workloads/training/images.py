@@ -39,6 +39,7 @@ CIFAR_CLASSES = (
     "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
 )  # fmt: skip
 TEST_FOLDERS = ("test", "val", "valid", "validation")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 # What file managers leave behind, besides names that begin with a dot.
 LITTER = frozenset(("__macosx", "thumbs.db", "desktop.ini"))
 BILINEAR = PIL.Image.Resampling.BILINEAR
@@ -262,7 +263,9 @@ def _unpickle(content: bytes, path: Path) -> dict:
 def _is_for_training(data_dir: Path) -> bool:
     """Whether a user means it as a dataset, be it only by names that are not quite right."""
     names = {name.lower() for name in os.listdir(data_dir)} if data_dir.is_dir() else set()
-    return not names.isdisjoint(("train", "training", *TEST_FOLDERS))
+    return not names.isdisjoint(("train", "training", *TEST_FOLDERS)) or any(
+        path.suffix.lower() in IMAGE_SUFFIXES for path in data_dir.glob("*/*")
+    )
 
 
 def _load_folder(data_dir: Path, image_size: int | None) -> ImageDataset:
