@@ -260,6 +260,16 @@ def test_rows_of_a_sorted_file_are_mixed_by_the_seed_and_held_out_ones_are_never
     assert kept.label_names == made.label_names
 
 
+def test_the_kept_choice_of_many_labels_trains_the_classes_that_were_chosen(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    rows = "\n".join(f"text {index},{index % 20}" for index in range(200))
+    made = read(tmp_path, f"text,label\n{rows}", 6, 0)
+    kept = texts.load_texts("synthetic", texts.write_csv(made), 6, 0, seed=0)
+    assert list(kept.label_names) == list(made.label_names)
+    with pytest.raises(UsageError, match="raise --num-samples"):
+        read(tmp_path, f"text,label\n{rows}", 1, 0)
+
+
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [

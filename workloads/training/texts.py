@@ -114,7 +114,6 @@ def load_texts(
     rows, notes = read_csv(data) if data is not None else _load_named(dataset)
     name = (data or Path(dataset)).name
     label_names = _label_names(name, rows)
-    number = {label: index for index, label in enumerate(label_names)}
     # Files are often sorted by label, so the first rows would not do.
     shuffled = random.Random(seed).sample(rows, len(rows))
     test_rows = [row for row in shuffled if row.is_test]
@@ -129,12 +128,20 @@ def load_texts(
         )
     train_rows = train_rows[:train_samples]
     test_rows = test_rows[: most if held_out_samples is not None else min(most, len(train_rows))]
-    untrained = {row.label for row in test_rows} - {row.label for row in train_rows}
+    trained = {row.label for row in train_rows}
+    untrained = {row.label for row in test_rows} - trained
     if untrained:
         raise UsageError(
             f"{name}: the label {min(untrained)!r} is tested and never trained on; mark some of "
             "its rows train, or raise --num-samples"
         )
+    # Of the chosen rows alone, which are all that a client of `write_csv` sees.
+    label_names = [label for label in label_names if label in trained]
+    if len(label_names) < 2:
+        raise UsageError(
+            f"{name}: all texts to train on have the label {label_names[0]!r}; raise --num-samples"
+        )
+    number = {label: index for index, label in enumerate(label_names)}
 
     def split(chosen: Sequence[_Row]) -> TextSplit:
         return TextSplit([row.text for row in chosen], [number[row.label] for row in chosen])
