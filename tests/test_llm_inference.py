@@ -155,6 +155,7 @@ def test_a_folder_runs_no_code_asks_nothing_and_has_all_weights_of_its_config(
     monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 9))
     for name, about, said in (
         ("more", {"num_hidden_layers": 3}, "not those of its config.json: model.layers.2"),
+        ("wide", {"intermediate_size": 80}, "mlp.down_proj.weight and 5 more are missing or of"),
         ("code", {"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}, "custom code"),
     ):
         folder = tmp_path / name

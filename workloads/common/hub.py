@@ -183,9 +183,8 @@ def load_pretrained(
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     model, found = load_from_folder(
-        part, folder, fix, output_loading_info=True,
-        ignore_mismatched_sizes=bool(new_layers), **how,
-    )  # fmt: skip
+        part, folder, fix, output_loading_info=True, ignore_mismatched_sizes=True, **how
+    )
     # What is missing gets random numbers from transformers, and would still be called pretrained.
     names = {*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])}
     random = sorted(name for name in names if not name.startswith(new_layers))
