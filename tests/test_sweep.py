@@ -151,7 +151,7 @@ def test_values_that_share_a_folder_or_that_nothing_could_run_are_refused(sweepe
     assert (done.returncode, "too long for the name of its folder" in done.stderr) == (2, True)
     assert not sweeper.output.exists()
     sweeper.output = sweeper.root / ("x" * 300)
-    for more, said in (((), "File name too long"), (("--base", "y" * 300), "there is no run")):
+    for more, said in (((), "File name too long"), (("--baseline", "y" * 300), "there is no run")):
         done = sweeper.run("workloads", "1", "--mix", "training", "--device", "cpu", *more)
         assert (done.returncode, said in done.stderr) == (2, True), done.stderr
         assert "Traceback" not in done.stderr
