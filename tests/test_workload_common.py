@@ -308,9 +308,9 @@ cli.run_main(lambda: client.run(Job(flags)))
 """
 
 
-def start_job(*arguments: object, **pipes: object) -> subprocess.Popen:
+def start_job(*arguments: object, job: str = JOB, **pipes: object) -> subprocess.Popen:
     return subprocess.Popen(
-        (sys.executable, "-c", JOB, *map(str, arguments)), cwd=PROJECT_ROOT, text=True, **pipes
+        (sys.executable, "-c", job, *map(str, arguments)), cwd=PROJECT_ROOT, text=True, **pipes
     )
 
 
@@ -352,6 +352,18 @@ def test_an_interrupted_job_keeps_what_is_finished(tmp_path, number, finished):
         assert sum(map(len, halves)) == len(result["figures"]["pieces"])
     else:
         assert results_written == []
+
+
+def test_ctrl_c_that_an_import_swallows_ends_the_job_all_the_same(tmp_path):
+    swallowing = """print("loading", flush=True)
+        try: time.sleep(60)
+        except KeyboardInterrupt: pass"""
+    job = JOB.replace("time.sleep(float(sys.argv[2]))", f"\n        {swallowing}")
+    with start_job(tmp_path, job=job, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.readline() == "loading\n"
+        process.send_signal(signal.SIGINT)
+        said, complaint = process.communicate(timeout=30)
+    assert (said.split(), process.returncode) == (["closed"], EXIT_INTERRUPTED), complaint
 
 
 def test_a_terminal_shows_from_the_first_second_what_goes_on_and_how_long_it_will_take(tmp_path):

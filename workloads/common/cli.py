@@ -13,6 +13,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
 from workloads.common.errors import EXIT_FAILED, EXIT_USAGE, as_known, printable
@@ -165,6 +166,20 @@ def _open_standard_streams() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
+_interrupts: list[int] = []  # the signals that have come
+
+
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    _interrupts.append(number)
+    signal.default_int_handler(number, frame)
+
+
+def raise_lost_interrupt() -> None:
+    """Raise the ``KeyboardInterrupt`` that was dropped, as Python does in a callback of an import."""
+    if _interrupts:
+        raise KeyboardInterrupt
+
+
 def run_main(main: Callable[[], int], leave: Callable[[int], NoReturn] = sys.exit) -> NoReturn:
     """Run ``main`` and ``leave`` with its exit code; known errors become one sentence and a code.
 
@@ -173,9 +188,9 @@ def run_main(main: Callable[[], int], leave: Callable[[int], NoReturn] = sys.exi
     blocks.
     """
     _open_standard_streams()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
-        signal.signal(signal.SIGHUP, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if number == signal.SIGTERM or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _interrupt)
     try:
         code = main()
         sys.stdout.flush()

@@ -26,7 +26,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NoReturn, TextIO
 
-from workloads.common import console, errors, files, results
+from workloads.common import cli, console, errors, files, results
 
 if TYPE_CHECKING:
     from workloads.common.device import ComputeDevice
@@ -372,6 +372,7 @@ def _load(workload: Workload, recorder: Recorder) -> None:
         gc.enable()
         # At exit some libraries look for what they leaked, and frozen objects look like it.
         atexit.register(gc.unfreeze)
+    cli.raise_lost_interrupt()
     recorder.write("loaded", startup_seconds=time.monotonic() - begin_seconds)
 
 
