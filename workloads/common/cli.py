@@ -175,7 +175,7 @@ def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def raise_lost_interrupt() -> None:
-    """Raise the ``KeyboardInterrupt`` that was dropped, as Python does in a callback of an import."""
+    """Raise the ``KeyboardInterrupt`` that was dropped: Python does so in callbacks of imports."""
     if _interrupts:
         raise KeyboardInterrupt
 
@@ -197,7 +197,8 @@ def run_main(main: Callable[[], int], leave: Callable[[int], NoReturn] = sys.exi
     except BrokenPipeError:  # the reader of our output (`| head`) has left
         code = EXIT_FAILED
     except (Exception, KeyboardInterrupt) as error:
-        known = as_known(error)
+        # An import that was cut short fails in odd ways later on.
+        known = as_known(KeyboardInterrupt() if _interrupts else error)
         if known is None:
             raise
         code = known.exit_code
