@@ -316,10 +316,15 @@ def test_a_secret_of_a_job_is_called_as_its_own_variable_or_flag() -> None:
         f"bash -c 'cd x && a --token {SECRET}; b'",
         f"""ssh host "sh -c 'export TOKEN={SECRET}; a'\"""",
         f"docker run --env=TOKEN={SECRET} image",
+        f"sh -c 'TOKEN={SECRET} a'",
+        f"""python3 -c "a = 1; token = '{SECRET}'\"""",
+        f"""python3 -c "from a import b; b(1, token='{SECRET}', c=2)\"""",
+        f"a {'=' * 2000} --token {SECRET}",
     ):
         for words in (["--job", job], [f"--job={job}"], ["--", "--job", job]):
             assert secrets_of_words(words) == {SECRET: "TOKEN"}, words
         assert SECRET not in plan_of_jobs([f"env {job}"], PROJECT_ROOT).text
+    assert secrets_of_words(["--token", f"{SECRET};"]) == {f"{SECRET};": "TOKEN"}
 
 
 def test_a_secret_is_found_within_a_word_and_under_quotes(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ _IN_A_WORD = re.compile(
 _BLANK = re.compile(r"[ \t\r\n]")  # what parts the words of a line
 # A flag whose value is the next word; `--no-auth` has none.
 _FLAG = re.compile(r"-(?!-no-)[^=]*")
+_SHELL_LINE = re.compile(r"-\w*c")  # the flag of a shell's line: `TOKEN=X run` is no one value
 # A shorter value cannot be told from other text, and hides nothing worth stealing.
 _SHORTEST = 6
 _MASK = re.compile(r"hidden:([A-Z0-9_]+):([0-9a-f]{8}):([0-9a-f]{16})")
@@ -57,14 +58,22 @@ def secrets_of_words(words: Iterable[str]) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     before = ""
-    for word in (given.rstrip(";") for given in words):
+    for word in words:
+        if word == "=":  # `TOKEN = X`, as Python writes it
+            before += " ="
+            continue
+        if before.endswith(" ="):
+            word = f"{before[:-2]}={word}"
         name, has_value, value = word.partition("=")
-        if has_value and looks_secret(name) and not _BLANK.search(name):
+        while "=" in value and not looks_secret(name) and not _BLANK.search(value):
+            name, _, value = value.partition("=")
+        is_line = _BLANK.search(name) or (_SHELL_LINE.fullmatch(before) and _BLANK.search(word))
+        if has_value and looks_secret(name) and not is_line:
             found[value] = _variable(name)
         elif _FLAG.fullmatch(before) and looks_secret(before) and not word.startswith("--"):
             found[word] = _variable(before)
         else:
-            for inner in (value, word if _BLANK.search(word) else ""):
+            for inner in filter(_BLANK.search, (value, word)):
                 found = secrets_of_line(inner) | found
         found = _secrets_within(word) | found
         before = word
@@ -73,11 +82,13 @@ def secrets_of_words(words: Iterable[str]) -> dict[str, str]:
 
 def secrets_of_line(line: str) -> dict[str, str]:
     """Return the secrets of a command line that is one text."""
+    within: dict[str, str] = {}
     try:
-        return secrets_of_words(shlex.split(line))
+        words = shlex.split(line)
     except ValueError:  # only a shell can read it, but what stands between blanks is its words
         plain = re.sub("[\"']", "", line)
-        return _secrets_within(plain) | secrets_of_words(plain.split())
+        words, within = plain.split(), _secrets_within(plain)
+    return within | secrets_of_words(word.rstrip(";,)") for word in words)
 
 
 def _secrets_within(text: str) -> dict[str, str]:
