@@ -166,6 +166,10 @@ def void(made: dict) -> dict:
 
 EVEN = mps([2.0], "even", mps_limits=mps_limits("even"))
 HALF = mps([2.5], "half", mps_limits=mps_limits("50"))
+TRAININGS, TRAININGS_MPS = (
+    synthetic_runs.run(f"training-{mode}", mode, {4: [3.0]}, mix="training")
+    for mode in ("time-slicing", "mps")
+)
 
 
 @pytest.mark.parametrize(
@@ -186,6 +190,12 @@ HALF = mps([2.5], "half", mps_limits=mps_limits("50"))
         ((failed(mps([2.0]), phase="co_run"),), "success>=75 %", []),
         ((time_slicing([4.0]), void(mps([2.0]))), "work>0.1", ["under mps, mixed: no co-run"]),
         ((time_slicing([4.0]), void(mps([2.0]))), "time-slicing:work>0.1", []),
+        (
+            (time_slicing([4.0]), mps([2.0]), TRAININGS, void(TRAININGS_MPS)),
+            "BERT fine-tuning:slowdown<9",
+            [],
+        ),
+        ((TRAININGS, void(TRAININGS_MPS)), "work>0.1", ["under mps, training: no co-run"]),
         ((failed(mps([2.0]), phase="co_run"),), "success>75", ["success is 75"]),
         # Too few answers to tell: 50 of four jobs under one mode, 600 under the other.
         (

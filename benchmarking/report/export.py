@@ -192,7 +192,8 @@ class Requirement:
             where = f"{group['variant']}, {group['mix']} with {group['clients']} clients"
             found += [f"{self.text}: not met under {where}: {what}" for what in said]
         for section in comparison["sections"]:
-            compared = {one["mix"] for one in section["conclusions"]}
+            # A mix without the figure or the job is not spoken of.
+            compared = {one["mix"] for one in section["conclusions"]} & {mix for mix, _ in there}
             tried = {(run["variant"], run["mix"]) for run in section["runs"]
                      if run["mix"] in compared and mode in (None, run[name])
                      and any(one["phase"] == "co_run" for one in run["co_runs"])}  # fmt: skip
