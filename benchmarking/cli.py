@@ -69,16 +69,22 @@ class OneLineParser(argparse.ArgumentParser):
         super().__init__(*arguments, **{**named, "allow_abbrev": False})
         self.register("type", None, some_text)
         self.register("type", Path, lambda text: Path(some_text(text)))
-        try:
-            os.getcwd()
-        except FileNotFoundError:
-            self.error("the folder that this was started in is gone: change to one that is there")
 
     def error(self, message: str) -> NoReturn:
         """Print `message` and raise `UsageExit`, which leaves with exit code 2."""
         sentence = f"{message} (see {self.prog} --help)"
         print(f"{self.prog}: error: {sentence}", file=sys.stderr)
         raise UsageExit(sentence)
+
+
+def present_folder() -> Path:
+    """Return the folder that this was started in, for what needs it; ends where it is gone."""
+    try:
+        return Path.cwd()
+    except FileNotFoundError:
+        sentence = "the folder that this was started in is gone: change to one that is there"
+        print(f"{Path(sys.argv[0]).name}: error: {sentence}", file=sys.stderr)
+        raise UsageExit(sentence) from None
 
 
 def some_text(text: str) -> str:

@@ -45,6 +45,7 @@ from benchmarking.cli import (
     EXIT_USAGE,
     OneLineParser,
     SuiteError,
+    present_folder,
 )
 from benchmarking.drivers.fleet_unit import DRIVER, RECORD_WORD, run_units
 from benchmarking.drivers.program import exit_code_of, make_folder
@@ -104,7 +105,7 @@ def parse_arguments() -> argparse.Namespace:
     reserved = [flag for flag in RESERVED if flag in given]
     if reserved:
         parser.error(f"{reserved[0]} behind -- is the fleet's own: leave it")
-    options.output = options.output.absolute()
+    options.output = present_folder() / options.output
     return options
 
 

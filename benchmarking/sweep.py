@@ -41,6 +41,7 @@ from benchmarking.cli import (
     EXIT_USAGE,
     OneLineParser,
     SuiteError,
+    present_folder,
 )
 from benchmarking.drivers.program import claim_folder, exit_code_of
 from benchmarking.measuring import locks
@@ -142,7 +143,7 @@ def parse_arguments() -> argparse.Namespace:
     points = [Point(value, NOT_RUN) for value in options.values]
     command = hidden_in_command_line(sys.argv)
     options.sweep = Sweep(
-        options.knob.name, command, utc_now(), None, points, directory=os.getcwd()
+        options.knob.name, command, utc_now(), None, points, directory=str(present_folder())
     )
     return options
 

@@ -15,6 +15,7 @@ from benchmarking.cli import (
     non_negative_float,
     non_negative_int,
     positive_float,
+    present_folder,
 )
 from benchmarking.modes.names import MODE_EXCLUSIVE, MODE_MIG, MODE_MPS, MODES
 from benchmarking.planning import limits
@@ -277,7 +278,7 @@ def request_from(options: argparse.Namespace) -> Request:
     """
     plan_file = read_plan_file(options.plan) if options.plan else None
     if options.job:
-        plan_file = plan_of_jobs(options.job, Path.cwd())
+        plan_file = plan_of_jobs(options.job, present_folder())
     if plan_file and options.mps_partitions:
         plan_file.require_no_percentage()
     usual_count = len(plan_file.members) if plan_file else USUAL_CLIENTS
