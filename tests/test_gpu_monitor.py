@@ -240,8 +240,11 @@ PAIRS = {
     "nvmlDeviceGetComputeRunningProcesses_v3": "nvmlDeviceGetComputeRunningProcesses_v2",
     "nvmlDeviceGetMPSComputeRunningProcesses_v3": "nvmlDeviceGetMPSComputeRunningProcesses_v2",
 }
-ALONE = ("nvmlDeviceGetUtilizationRates", "nvmlDeviceGetClockInfo", "nvmlDeviceGetPowerUsage",
-         "nvmlDeviceGetTotalEnergyConsumption")  # fmt: skip
+ALONE = {
+    "nvmlDeviceGetUtilizationRates": (), "nvmlDeviceGetClockInfo": ("sm_clock_mhz",),
+    "nvmlDeviceGetPowerUsage": ("power_draw_watts",),
+    "nvmlDeviceGetTotalEnergyConsumption": ("energy_joules",),
+}  # fmt: skip
 OF_PAIRS = {"memory_used_mib", "memory_total_mib", "throttle_reasons", "temperature_celsius",
             *PROCESS_KEYS}  # fmt: skip
 
@@ -253,7 +256,7 @@ OF_PAIRS = {"memory_used_mib", "memory_total_mib", "throttle_reasons", "temperat
         ([*PAIRS, *PAIRS.values()], OF_PAIRS, [*PAIRS, *PAIRS.values()]),
         ([*PAIRS], set(), [*PAIRS]),
         ([*PAIRS.values()], set(), []),
-        ([*ALONE], {"sm_clock_mhz", "power_draw_watts", "energy_joules"}, [*ALONE]),
+        *(([name], set(fields), [name]) for name, fields in ALONE.items()),
         *(([name], set(GPM_FIELDS), [name])
           for name in ("nvmlGpmSampleAlloc", "nvmlGpmSampleGet", "nvmlGpmMetricsGet")),
     ],

@@ -539,7 +539,7 @@ def partitions_are_saved(scripts: m.ModeScripts, chunks: list[int]) -> bool:
                                         text="GPU is lost.")), kind="h100x2"),
     m.Row("a restore that fails in part keeps the state and the note of a run",
         (STATUS, "--restore"), 1, (),
-        lambda scripts: (scripts.saved("driver") or {})["mode"] == "mps",
+        lambda scripts: (m.has(daemons=1)(scripts), scripts.saved("driver")["mode"])[1] == "mps",
         ((MPS_ON,), m.damaged("time-slicing", f"gpu_uuid={UUID}\nclients=4\n"),
          m.damaged("driver", f"gpu_uuid={UUID}\nmode=mps\npid=4194999\nstarted=1\n"),
          m.rule(QUIT, exit=0, text="")), ((STATUS, "--restore"),), environment=NO_WAIT),
