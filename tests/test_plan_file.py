@@ -144,7 +144,8 @@ def test_another_environment_is_another_job_and_limits_of_mps_are_not(tmp_path: 
         ("[[client]\n", "is not TOML"),
         *((f"[[client]]\ncommand = '{line}'\n", f"command: {sign} is read by a shell alone")
           for line, sign in (("true && true", "&&"), ("true | wc", "|"), ("true > out", ">"),
-                             ("true 2>&1", "2>&1"), ("ls; true", ";"), ("true &", "&"))),
+                             ("true 2>&1", "2>&1"), ("ls; true", ";"), ("true &", "&"),
+                             ("cat <in", "<in"))),
         (f'{COMMAND}environment = {{ PATH = "/nowhere" }}', "there is no program 'true'"),
     ],
 )  # fmt: skip

@@ -90,7 +90,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _QUOTED = re.compile(r"""'[^']*'|"(?:\\.|[^"\\])*"|\\.""", re.DOTALL)
 # Given to a program as a word, it would be passed over: `prepare.py && train.py` prepares alone.
-_SHELL_OPERATOR = re.compile(r"(?<!\S)(?:[|;&<>]+(?!\S)|\d?&?>\S*)|;(?!\S)")
+_SHELL_OPERATOR = re.compile(r"(?<!\S)(?:[|;&<>]+(?!\S)|(?:\d?&?>|<)\S*)|;(?!\S)")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
