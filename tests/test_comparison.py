@@ -321,6 +321,16 @@ def test_runs_that_share_an_id_are_named_by_their_paths_and_a_copy_is_left_out()
     assert re.fullmatch(r"\S+/second/mps left out: a copy of \S+/first/mps", said)
 
 
+def test_rounds_before_two_copies_of_a_run_went_on_count_once():
+    one, other = mps([2.0, 2.1, 2.2]), mps([2.0, 2.1, 2.2])
+    went_on = set_records({"window_end_seconds": 1e6}, record="co_run", co_run="mixed-4-r2")
+    went_on(other)
+    compared = compare(one | {"experiment": "first"}, other | {"experiment": "second"})
+    (group,) = compared["sections"][0]["groups"]
+    assert len(group["stp"]["values"]) == 3
+    assert "a copy of" in compared["problems"][0]
+
+
 def test_what_was_measured_once_and_kept_twice_counts_once(tmp_path):
     shutil.copytree(PROJECT_ROOT / "examples" / "h200-mixed-4", tmp_path, dirs_exist_ok=True)
     once = comparison.compare(runs.read_results(tmp_path))[0]

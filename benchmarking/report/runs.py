@@ -355,7 +355,7 @@ def read_results(results_dir: Path) -> Results:
 def _read_all(folders: Sequence[Path]) -> tuple[list[MeasuredRun], list[str]]:
     """Read the runs that can be read, and say of the others why not.
 
-    A copy of another would count what was measured twice; one of a run that went on holds less.
+    A copy of another would count what was measured twice; the one that went on holds most.
     """
     runs, problems = [], []
     for folder in folders:
@@ -366,8 +366,8 @@ def _read_all(folders: Sequence[Path]) -> tuple[list[MeasuredRun], list[str]]:
     kept: dict[tuple[str, str], list[MeasuredRun]] = {}
     for run in sorted(runs, key=lambda one: -len(one.windows)):
         of_its_name = kept.setdefault((run.manifest.run_id, run.manifest.created_at), [])
-        whole = (one for one in of_its_name if run.windows and run.windows <= one.windows)
-        original = next((one for one in whole if one.conditions == run.conditions), None)
+        alike = (one for one in of_its_name if run.windows & one.windows)
+        original = next((one for one in alike if one.conditions == run.conditions), None)
         if original is None:
             of_its_name.append(run)
         else:
