@@ -82,6 +82,17 @@ def test_a_command_that_came_early_is_not_lost_and_the_end_of_the_file_is_a_stop
         assert client.Recorder(commands=commands).wait_for_stop(5)
 
 
+@pytest.mark.parametrize("before", [None, b"", b'{"event": "units"}\n', b'{"event": "un'])
+def test_the_event_log_of_a_run_that_was_cut_off_goes_on_in_a_line_of_its_own(tmp_path, before):
+    log = tmp_path / "events.jsonl"
+    if before is not None:
+        log.write_bytes(before)
+    client.Recorder(log).write("loaded")
+    *others, last = log.read_bytes().splitlines()
+    assert json.loads(last)["event"] == "loaded"
+    assert others == (before or b"").splitlines()
+
+
 # --- the engine -----------------------------------------------------------------------------------
 
 

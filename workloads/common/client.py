@@ -63,6 +63,9 @@ class Recorder:
             try:
                 # Line buffering: one write a line, so a reader never waits for half of one.
                 self._file = events.open("a", buffering=1)
+                # A run by hand that was cut off may have left half a line.
+                if events.is_file() and events.read_bytes()[-1:] not in (b"", b"\n"):
+                    self._file.write("\n")
             except OSError as error:
                 raise errors.UsageError(
                     f"cannot append to --events {events} ({error.strerror}); name a file in an "
