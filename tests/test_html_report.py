@@ -13,7 +13,7 @@ import markupsafe
 import pytest
 import synthetic_runs
 from conftest import PROJECT_ROOT, find_browser
-from made_up_reports import as_markdown, as_page, change, compare, mps, time_slicing
+from made_up_reports import as_markdown, as_page, change, compare, mps, mps_limits, time_slicing
 from markdown_it import MarkdownIt
 from PIL import Image
 from test_analyze_results import analyze
@@ -128,9 +128,10 @@ def measured(page: str, width: int, folder: Path) -> dict:
         "const small = [...page.querySelectorAll('p, li, td, dd, small')].filter("
         "e => e.getClientRects().length && parseFloat(getComputedStyle(e).fontSize) < 12);"
         "const table = page.querySelector('.first');"
+        "const best = [...page.querySelectorAll('.first .best')].map(e => e.offsetHeight);"
         "document.body.textContent = JSON.stringify({width: root.scrollWidth, "
         "height: root.querySelector('main').offsetHeight, title: page.title, "
-        "table: table && table.getBoundingClientRect().bottom, small: small.length, "
+        "table: table && table.getBoundingClientRect().bottom, small: small.length, best, "
         "scripts: page.querySelectorAll('script, img').length}); }</script>"
     )
     dumped = browse(frame, "--dump-dom", "--virtual-time-budget=3000")
@@ -163,6 +164,15 @@ def test_hostile_names_push_nothing_sideways(report: str, width: int, tmp_path: 
     compared = compare(*(change(made, lambda r: r.update(label="long_name_" * 20), client=1)
                          for made in (time_slicing([4.0]), mps([2.0]))))  # fmt: skip
     assert measured(as_page(compared), width, tmp_path)["width"] == width
+
+
+@pytest.mark.browser
+def test_the_best_value_of_seven_modes_stands_in_one_line_of_a_phone(tmp_path: Path) -> None:
+    shares = ("even", "50", "40", "30", "20")
+    variants = [mps([2.1, 2.2, 2.3], share, mps_limits=mps_limits(share)) for share in shares]
+    compared = compare(time_slicing([4.0, 4.04, 4.08]), mps([1.01, 1.011, 1.012]), *variants)
+    best = measured(as_page(compared), 390, tmp_path)["best"]
+    assert best and max(best) < 30
 
 
 @pytest.mark.browser
