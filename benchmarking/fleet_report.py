@@ -108,6 +108,7 @@ class Client(msgspec.Struct):
     label: str
     slowdown: Value | None = None
     p99_ms: Value | None = None
+    service: dict[str, Any] | None = None
     responses: int = 0
     missed: int = 0
 
@@ -142,7 +143,7 @@ class Group(msgspec.Struct, kw_only=True):
         if self.outcome != "ok" or self.invalid:
             return {"outcome": self.outcome, **dict.fromkeys((*FIGURES, "worst_job"))}
         known = [(felt, row.label) for row in self.client_rows
-                 if (felt := _mean(row.slowdown)) is not None]  # fmt: skip
+                 if row.service is None and (felt := _mean(row.slowdown)) is not None]  # fmt: skip
         worst_slowdown, worst_job = max(known, default=(None, None))
         tails = [row.tail_ms for row in self.client_rows]
         return {

@@ -86,6 +86,8 @@ def test_the_worst_slowdown_of_copies_is_that_of_the_worst_one(tmp_path: Path) -
     for group in comparison["sections"][0]["groups"]:
         for number, row in enumerate(group["client_rows"]):
             row |= {"label": "copy", "slowdown": {"mean": 9.0 - number}}
+        # Of a service, which comes to its share of the work at any speed, it says nothing.
+        group["client_rows"].append({**row, "service": {}, "slowdown": {"mean": 99.0}})
     card = fleet_report.read_card(add_card(tmp_path, "GPU-0", comparison=comparison))
     assert card["modes"]["mps"]["worst_slowdown"] == 9.0
 
