@@ -55,6 +55,18 @@ def test_a_link_to_a_driver_works_from_any_folder_and_messages_name_a_command_th
     assert (elsewhere / "here" / "arguments.nul").exists()
 
 
+@pytest.mark.parametrize("script", [SCRIPT, "stress_test.sh"])
+def test_a_driver_that_is_started_in_a_folder_that_is_gone_says_so(
+    runner: DriverRunner, script: str
+) -> None:
+    folder = runner.folder / "gone"
+    folder.mkdir()
+    command = f"rmdir '{folder}'; exec '{runner.project / script}'"
+    refused = start(runner, ["bash", "-c", command], folder)
+    assert refused.returncode == 2
+    assert "error: the folder that this was started in is gone" in refused.stderr
+
+
 def test_without_a_python_that_is_new_enough_the_answer_is_one_sentence(
     runner: DriverRunner,
 ) -> None:
