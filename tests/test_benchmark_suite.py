@@ -116,11 +116,16 @@ def test_rounds_go_into_one_run_the_first_calibrates_and_each_is_measured_once(
     commands = {row["co_run"]: row["command"] for row in run.manifest["plan"]["baseline"]}
     assert "--cell-repeats" not in commands["baseline-jupyter_simulation-r0"]
     assert "--cell-repeats" in commands["baseline-jupyter_simulation-r1"]
+    (first, _, second, null) = run.client_records
+    steps = [record["units"]["step"] for record in (first, second, null)]
     # alone the STP is 1, but for the gaps between jobs
-    assert 0.95 < run.co_run_records[0]["summary"]["stp"] < 1.0
-    (null,) = run.clients_of("null-r1")
-    assert null["phase"] == "null"
-    assert 0.9 < null["slowdown"] < 1.1
+    stp = run.co_run_records[0]["summary"]["stp"]
+    assert stp == pytest.approx(steps[0]["seconds"] / window_seconds(first)) and stp < 1.0
+    assert (null["co_run"], null["phase"]) == ("null-r1", "null")
+    # the same job once more, against it alone over all rounds so far
+    *alone, again = [(step["seconds"], step["count"]) for step in steps]
+    seconds, count = map(sum, zip(*alone, strict=True))
+    assert null["slowdown"] == pytest.approx(again[0] / again[1] / (seconds / count))
 
     together = (*common, "--baseline", str(run.folder), "--run-id", "together", "--round")
     for number in ("1", "2"):
@@ -250,10 +255,15 @@ def test_a_failed_baseline_or_preparation_ends_the_run_with_its_reason(
     ("arguments", "code", "words"),
     [(["--workloads", "0"], 2, "1 or more"), (["--workloads", "4,2"], 2, "smallest first"),
      (["--timeout", "x"], 2, "above 0"), (["--mix", "other"], 2, "invalid choice"),
-     (["--window", "10", "--timeout", "5"], 2, "--timeout"),
+     (["--window", "10", "--timeout", "5"], 2, "--window 10 needs a --timeout above it"),
+     (["--settle", "1e300"], 2, "--settle 1e+300 needs a --timeout"),
+     (["--window", "2", "--min-seconds", "1800"], 2, "--min-seconds 1800 needs a --timeout"),
      (["--mode", "exclusive", "--baseline", "x"], 2, "leave --baseline out"),
      (["--data-dir", "/no/such/folder"], 2, "no folder"), (["--baseline", "nothing"], 2, "no run"),
      (["--run-id", "a/b"], 2, "not a folder name"),
+     (["--run-id", "a/b", "--dry-run"], 2, "not a folder name"),
+     (["--run-id", "taken", "--dry-run"], 2, "there is a run 'taken'"),
+     (["--results-dir", "/dev/null/x", "--dry-run"], 2, "/dev/null is no folder that you may"),
      (["--mix", "training", "--slo-ms", "50"], 2, "--slo-ms needs jobs with response times"),
      (["--mode", "mig", "--until-break"], 2, "as many clients as instances"),
      (["--mode", "mig", "--null"], 2, "--null needs the whole GPU"),
@@ -271,8 +281,9 @@ def test_a_failed_baseline_or_preparation_ends_the_run_with_its_reason(
 def test_what_cannot_be_is_one_sentence_and_its_exit_code(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, words: str
 ) -> None:
+    (tmp_path / "taken").mkdir()
     where = [] if "--resume" in arguments else ["--results-dir", str(tmp_path)]
-    result = run_suite([*arguments, *where], from_driver=True)
+    result = run_suite([*where, *arguments], from_driver=True)
     assert result.exit_code == code
     said = capsys.readouterr().err
     assert words in said
@@ -280,7 +291,7 @@ def test_what_cannot_be_is_one_sentence_and_its_exit_code(
     assert said.count("\n") == 1
     if code == EXIT_USAGE and result.reason.endswith("--help)"):  # no driver's call: it ends here
         with pytest.raises(SystemExit, match="2"):
-            run_suite([*arguments, *where])
+            run_suite([*where, *arguments])
 
 
 @pytest.mark.parametrize("is_whole", [True, False])

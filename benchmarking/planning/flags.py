@@ -229,7 +229,9 @@ def contradiction(options: argparse.Namespace, words: Sequence[str]) -> str | No
         options.mps_priority,
     )  # fmt: skip
     instances, most = len(options.mig_layout), max(options.workloads or (0,))
-    window = options.window_seconds
+    seconds = {"--settle": options.settle_seconds or 0, "--window": options.window_seconds or 0,
+               "--min-seconds": options.min_seconds or 0}  # fmt: skip
+    longest = max(seconds, key=seconds.__getitem__)
     flags = {word.split("=")[0] for word in words if word.startswith("--")}
     # argparse takes the beginning of a name, too
     others = sorted(
@@ -241,8 +243,8 @@ def contradiction(options: argparse.Namespace, words: Sequence[str]) -> str | No
         (options.round is not None and not (options.run_id and options.round <= options.repeats),
          "--round K needs --run-id, and --repeats of K at least"),
         (options.round is not None and any(ramp), "--round: leave the bounds of a ramp out"),
-        (window is not None and window >= options.timeout_seconds,
-         f"--window {window or 0:g} needs a --timeout above it"),
+        (seconds[longest] >= options.timeout_seconds,
+         f"{longest} {seconds[longest]:g} needs a --timeout above it"),
         (is_pairs and (options.workloads or any(ramp)),
          f"--mix {options.mix} has two clients in each co-run: leave --workloads and bounds out"),
         (options.duty_steps and options.mix != NOISY_MIX, "--duty-steps needs --mix noisy"),

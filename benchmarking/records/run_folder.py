@@ -51,6 +51,7 @@ PHASE_SHARE_BASELINE: Phase = "share_baseline"
 PHASE_NULL: Phase = "null"
 PHASE_CO_RUN: Phase = "co_run"
 
+_TAKEN = "there is a run {!r} in {} already: choose another --run-id"
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -203,6 +204,22 @@ class RunWriter:
         )
 
 
+def require_new(results_dir: Path, run_id: str | None) -> None:
+    """Raise `RunStoreError` for a folder that cannot be made there, as far as can be told."""
+    if run_id is not None and not _RUN_ID.fullmatch(run_id):
+        raise RunStoreError(
+            f"run id {run_id!r} is not a folder name: use letters, digits, '.', '_' and '-'"
+        )
+    if run_id is not None and os.path.lexists(results_dir / run_id):
+        raise RunStoreError(_TAKEN.format(run_id, results_dir))
+    there = next(one for one in (results_dir, *results_dir.parents) if os.path.lexists(one))
+    if not os.path.isdir(there) or not os.access(there, os.W_OK):
+        raise RunStoreError(
+            f"cannot create {results_dir} ({there} is no folder that you may write to): choose "
+            "another --results-dir"
+        )
+
+
 def create_run(
     results_dir: Path,
     known: Mapping[str, Any],
@@ -219,10 +236,7 @@ def create_run(
     in UTC, with `-2`, `-3`, ... when taken. Raises `RunStoreError` when the folder cannot be made
     or an explicit name is not free.
     """
-    if run_id is not None and not _RUN_ID.fullmatch(run_id):
-        raise RunStoreError(
-            f"run id {run_id!r} is not a folder name: use letters, digits, '.', '_' and '-'"
-        )
+    require_new(results_dir, run_id)
     stamp = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S")
     base = run_id or f"{known['effective_mode']}-{known['mix']}-{stamp}"
     names = (
@@ -235,9 +249,7 @@ def create_run(
                 folder.mkdir(mode=0o700)  # for this user alone
                 break
         else:
-            raise RunStoreError(
-                f"there is a run {base!r} in {results_dir} already: choose another --run-id"
-            )
+            raise RunStoreError(_TAKEN.format(base, results_dir))
     except OSError as error:
         raise RunStoreError(
             f"cannot create {results_dir / base} ({error.strerror}): choose another --results-dir"

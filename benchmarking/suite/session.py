@@ -85,6 +85,8 @@ def _plan_and_run(
     with prepared(request, require_mode=not options.dry_run) as setup, ExitStack() as stack:
         setup.notes.extend(preflight.notes_before(setup))
         if options.dry_run:
+            if earlier is None:
+                run_folder.require_new(request.results_dir, request.run_id)
             require_known_flags(setup.plan.jobs().values())
         if earlier is None or options.resume:
             with console.printing():
