@@ -116,7 +116,8 @@ def test_every_figure_of_the_guide_is_in_the_result_and_adds_up(server, tmp_path
         0 < figures["p50_latency_ms"] <= figures["p95_latency_ms"]
         <= figures["p99_latency_ms"] <= figures["max_latency_ms"]
     )  # fmt: skip
-    for label in ("Total requests", "Success rate", "Queries per second", "P95 / P99"):
+    for label in ("Total requests", "Success rate", "Queries per second", "P95 / P99",
+                  " 1 process, "):  # fmt: skip
         assert label in said
     assert "waiting for" not in said
 
@@ -401,7 +402,10 @@ def test_charts_are_drawn_whatever_is_inherited_and_told_where_they_are(
         tmp_path, server, "--rate", "300", "--duration", "0.5",
         env={**os.environ, **inherited}, cwd=tmp_path,
     )  # fmt: skip
+    (result,) = tmp_path.glob("load_test_*.json")
+    assert figures["raw_file"] == f"{result.stem}_requests.npy"
     for chart in ("latency_chart", "qps_chart"):
+        assert figures[chart].startswith(result.stem)
         assert (tmp_path / figures[chart]).read_bytes().startswith(b"\x89PNG")
         assert f"{chart.replace('_', ' ')}: {tmp_path / figures[chart]}" in said
     assert "could not be drawn" not in said

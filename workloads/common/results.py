@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
@@ -34,13 +35,19 @@ MONITOR_MEANS = {
 }
 
 
+@functools.cache
+def stem_of(name: str) -> str:
+    """Return what the names of this process's result files begin with, ``name`` and when."""
+    return f"{name}_{time.strftime('%Y%m%d-%H%M%S')}_{os.getpid()}"
+
+
 def write_result(results_dir: Path, name: str, payload: dict) -> Path:
     """Write one result file ``<name>_<local time>_<pid>.json`` and return its path.
 
     Raises:
         CannotWriteError: The disk is full, or the folder is shut or gone by now.
     """
-    path = results_dir / f"{name}_{time.strftime('%Y%m%d-%H%M%S')}_{os.getpid()}.json"
+    path = results_dir / f"{stem_of(name)}.json"
     content = {"schema_version": SCHEMA_VERSION, "workload": name, **payload}
     try:
         with written_whole(path, "t") as file:

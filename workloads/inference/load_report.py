@@ -221,9 +221,9 @@ def summary_rows(figures: dict, slo_ms: float | None) -> list[tuple[str, str]]:
              "{late_by_generator} by the generator)"),
             ("P50 / P99 from the actual send", percentiles("service", "p50", "p99")),
         ]  # fmt: skip
-    rows.append(
-        ("Load generator", "{generator_processes} processes, {generator_cpu_cores:.2f} cores")
-    )
+    several = "es" if figures["generator_processes"] > 1 else ""
+    generator = f"{{generator_processes}} process{several}, {{generator_cpu_cores:.2f}} cores"
+    rows.append(("Load generator", generator))
     filled = [(label, text.format_map(figures)) for label, text in rows]
     return filled + [(f"Failed: {kind}", str(n)) for kind, n in sorted(figures["errors"].items())]
 

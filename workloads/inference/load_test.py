@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -26,7 +25,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from workloads.common import cli, client, console
+from workloads.common import cli, client, console, results
 from workloads.common.errors import EXIT_FAILED, UsageError, first_line
 from workloads.common.files import require_writable
 from workloads.inference import api_key
@@ -265,7 +264,7 @@ class LoadTest(client.Workload):
         from workloads.inference import load_report
 
         args, start_seconds = self.args, self._start_seconds
-        stem = f"{self.name}_{time.strftime('%Y%m%d-%H%M%S')}_{os.getpid()}"
+        stem = results.stem_of(self.name)
         self.files["raw_file"] = args.results_dir / f"{stem}_requests.npy"
         load_report.save_raw(self.files["raw_file"], requests, start_seconds)
         draws_charts = args.events is None if args.charts is None else args.charts
