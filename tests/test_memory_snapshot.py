@@ -56,7 +56,7 @@ def test_what_is_free_within_an_mps_limit_is_not_taken_from_the_others(card, mon
     assert found.memory["mps_limit_mib"] == 8192.0 and found.memory["others_mib"] is None
     assert str(found).startswith(
         "out of GPU memory: tried 2.50 GiB with 1.00 GiB free within the MPS memory limit of "
-        "8.00 GiB; 4.00 GiB allowed; this process holds 3.11 GiB; lower"
+        "8.00 GiB; 4.00 GiB allowed; this process holds 3.11 GiB; run fewer clients"
     )
 
 
@@ -68,7 +68,7 @@ def test_a_driver_that_answers_no_more_leaves_unknown_figures_and_still_a_senten
     monkeypatch.setattr(torch.cuda, "mem_get_info", fail)
     found = as_out_of_memory(RuntimeError("CUDA error: out of memory\nCUDA kernel errors might"))
     assert found.memory["free_mib"] is None and found.memory["others_mib"] is None
-    assert str(found).startswith("out of GPU memory: CUDA error: out of memory; lower")
+    assert str(found).startswith("out of GPU memory: CUDA error: out of memory; run fewer")
     for other in (RuntimeError("CUDA error: misaligned"), ValueError("CUDA out of memory")):
         assert as_out_of_memory(other) is None
 
@@ -88,6 +88,7 @@ def test_a_client_out_of_memory_leaves_the_snapshot_and_its_exit_code(tmp_path, 
     assert error["memory"]["tried_mib"] == pytest.approx(1e8 * 3 * 224 * 224 * 4 / 2**20)
     assert 0 < error["memory"]["free_mib"] < error["memory"]["total_mib"]
     assert error["message"] in done.stderr and "Traceback" not in done.stderr
+    assert error["message"].endswith("; run fewer clients, or lower --batch-size")
     assert "done" not in events
 
 
