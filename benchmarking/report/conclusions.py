@@ -215,7 +215,7 @@ def _conclusion(
             reason = "without a GPU nothing is said of sharing modes"
         elif known:
             is_only = len(subject.groups) == 1
-            reason = "no other mode was measured" if is_only else "no other mode has figures"
+            reason = "no other mode can be compared" if is_only else "no other mode has figures"
     needed = [
         pair["smallest_shown_percent"]
         for pair in pairs
