@@ -42,6 +42,8 @@ def test_by_hand_it_runs_once_and_leaves_a_result_whatever_it_says(tmp_path: Pat
         ("sh -c 'echo why >&2; exit 3'", 1, "ended with exit code 3: why"),
         ("sh -c 'kill -SEGV $$'", 1, "ended with signal SIGSEGV"),
         ("sh -c 'kill -40 $$'", 1, "ended with signal 40"),
+        ("sh -c 'kill -KILL $$'", 1, "signal SIGKILL (the host may have run out of memory)"),
+        ("sh -c 'exit 137'", 1, "exit code 137 (the host may have run out of memory)"),
         ("sh -c 'exit 12'", 12, "ended with exit code 12"),
         ("sh -c 'echo torch.OutOfMemoryError: CUDA out of memory. >&2; exit 1'", 12,
          "out of GPU memory"),

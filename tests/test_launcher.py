@@ -242,7 +242,11 @@ def test_a_command_that_does_not_exist_is_a_failed_client(run: Callable) -> None
 
 @pytest.mark.parametrize(
     ("number", "status", "words"),
-    [(signal.SIGKILL, "killed", "ended by SIGKILL"), (40, "failed", "ended by signal 40")],
+    [
+        (signal.SIGKILL, "killed", "ended by SIGKILL (the host may have run out of memory)"),
+        (signal.SIGTERM, "killed", "ended by SIGTERM"),
+        (40, "failed", "ended by signal 40"),
+    ],
 )
 def test_a_client_that_a_signal_ended_says_which(
     run: Callable, number: int, status: str, words: str

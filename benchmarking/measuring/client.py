@@ -192,7 +192,8 @@ class Client(ClientResult):
             names = {one.value: one.name for one in signal.Signals}
             name = names.get(-code, f"signal {-code}")
             is_from_outside = name in ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP")
-            return ("killed" if is_from_outside else "failed"), f"ended by {name}"
+            hint = " (the host may have run out of memory)" if name == "SIGKILL" else ""
+            return ("killed" if is_from_outside else "failed"), f"ended by {name}{hint}"
         if code != 0:
             return "failed", f"exit code {code}"
         if not self.has_said_done:

@@ -270,6 +270,8 @@ def _require_success(run: _Run) -> None:
     lines = [line.strip() for line in re.split(r"[\r\n]+", text) if line.strip()]
     names = {one.value: one.name for one in signal.Signals}  # not of every real-time signal
     how = f"exit code {code}" if code > 0 else f"signal {names.get(-code, -code)}"
+    if code in (-signal.SIGKILL, 128 + signal.SIGKILL):  # a shell's word for it
+        how += " (the host may have run out of memory)"
     said = [line[:MOST_CHARACTERS] for line in lines[-1:]]
     message = ": ".join([f"the command ended with {how}", *said])
     if code == EXIT_OUT_OF_MEMORY or OUT_OF_MEMORY_TEXT.search(text):
