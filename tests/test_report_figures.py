@@ -203,6 +203,12 @@ TRAININGS, TRAININGS_MPS = (
             "p99<1s",
             ["under time-slicing, mixed with 4 clients: p99 of Batch inference is unknown"],
         ),
+        # None at all, where another job answers and the job did alone.
+        (
+            (change(mps([2.0]), lambda r: r.update(latency_ms=[]), phase="co_run", client=1),),
+            "mps:mean<10s",
+            ["under mps, mixed with 4 clients: mean of Batch inference is unknown"],
+        ),
     ],
 )
 def test_a_requirement_speaks_of_the_variant_that_it_names(made, required, said):

@@ -159,18 +159,22 @@ class Requirement:
 
     def missed(self, comparison: Record) -> list[str]:
         """Say, a sentence each, where it is not met; what was not measured does not meet it."""
-        groups = []
+        groups: list[Record] = []
+        alone: list[Record] = []
         for section in comparison["sections"]:
             compared = {(one["mix"], one["clients"]) for one in section["conclusions"]}
-            groups += [one for one in section["groups"] if (one["mix"], one["clients"]) in compared]
+            these = [one for one in section["groups"] if (one["mix"], one["clients"]) in compared]
+            groups += these
+            alone += [{**one, "client_rows": section["alone"]} for one in these]
         variants = {group["variant"] for group in groups}
         mode, job = self._mode_and_job(variants)
         # A variant that was measured is meant exactly; else every variant of the mode.
         name = "variant" if mode in variants else "mode"
-        # What some mode has a value of is there under the others too, known or not.
+        # What some mode has a value of, or the job alone, is there under all, known or not.
         there = {
             (group["mix"], what)
-            for group in groups for what, value in self._values(group, job) if value is not None
+            for group in (*groups, *alone)
+            for what, value in self._values(group, job) if value is not None
         }  # fmt: skip
         found, is_checked = [], False
         for group in groups:
