@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,14 @@ def test_a_sampler_that_does_not_start_well_is_a_failure_that_is_said(
     monkeypatch.setattr(sampler.sys, "executable", str(tmp_path / "no-python"))
     with sampler.Sampler(tmp_path / "samples", tmp_path / "log") as started:
         assert "did not start" in started.failure
+
+
+def test_a_long_run_does_not_go_through_all_its_samples_after_every_co_run(tmp_path: Path) -> None:
+    with sampler.Sampler(tmp_path / "samples", tmp_path / "log") as started:
+        first, second = (list(started.samples_past(time.monotonic())) for _ in range(2))
+        assert started.failure is None
+    assert len(second) > 1
+    assert second[0] == first[-1]
 
 
 def test_a_terminal_that_is_gone_does_not_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:

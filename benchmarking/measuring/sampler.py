@@ -82,9 +82,10 @@ class Sampler:
         return self._process.pid if self._process else None
 
     def samples_past(self, seconds: float) -> Sequence[dict[str, Any]]:
-        """Return all samples so far, having waited a moment for one taken after `seconds`.
+        """Return the samples from the last call's last one on, and wait for one after `seconds`.
 
-        `seconds` is on CLOCK_MONOTONIC: figures of a window need a reading at its far edge.
+        `seconds` is on CLOCK_MONOTONIC: figures of a window need a reading at its far edge. Older
+        ones are not kept: a day's would fill gigabytes, and be gone through after every co-run.
         """
         if self._process is None:
             return []
@@ -99,7 +100,8 @@ class Sampler:
                 break
             time.sleep(POLL_SECONDS)
             self._read()
-        return self._samples
+        taken, self._samples = self._samples, self._samples[-1:]
+        return taken
 
     def complaints(self) -> list[str]:
         """Return what it said of NVML since the last call: which function fails, and how."""
