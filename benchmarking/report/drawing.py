@@ -239,7 +239,7 @@ def draw_lines(
         width, last = ticks[-1] - ticks[0], -math.inf
         shown = []  # a label too near to the one before it would lie on that
         for place, label in zip(ticks, labels, strict=True):
-            is_apart = place - last >= 0.04 * width
+            is_apart = place - last >= 0.02 * width * (1 + len(label))
             shown.append(label if is_apart else "")
             last = place if is_apart else last
         for row, (place, text) in enumerate(marks):
