@@ -230,6 +230,17 @@ def test_baselines_whose_client_and_co_run_ended_well_are_pooled_with_their_ener
     assert len(read.baselines()["job"].latency_ms) == 4
 
 
+def test_a_run_whose_records_have_grown_past_what_is_read_is_not_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = new_run(tmp_path, client("one", 0), co_run("one"))
+    run.finish("interrupted")
+    read = run_folder.read_run(run.folder)
+    monkeypatch.setattr(run_folder.files, "MAX_MIB", 0)
+    with pytest.raises(RunStoreError, match="holds more than 0 MiB: start a new run"):
+        run_folder.reopen_run(read, set())
+
+
 def test_a_packed_run_is_read_like_any_other_takes_no_more_records_and_may_be_damaged(
     tmp_path: Path,
 ) -> None:

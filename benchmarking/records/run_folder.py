@@ -269,6 +269,12 @@ def reopen_run(run: Run, finished: Collection[str]) -> RunWriter:
     packed = sorted(run.folder.glob(f"*.jsonl{files.PACKED_SUFFIX}"))
     if packed:
         raise RunStoreError(f"{packed[0]} is packed: gunzip it to go on with the run")
+    try:
+        files.read_file(run.folder / RECORDS_FILE)
+    except FileNotFoundError:
+        pass  # nothing was measured yet
+    except OSError as error:  # all would be measured again, and be as unreadable
+        raise RunStoreError(f"{error.filename} {error.strerror}: start a new run") from error
     clients = run.folder / CLIENTS_FOLDER
     if run.folder.stat().st_uid != os.geteuid() or clients.is_symlink():
         raise RunStoreError(f"{run.folder} is not this user's own run: start a new one")
