@@ -210,6 +210,16 @@ def test_a_client_that_fails_before_counting_opens_ends_the_co_run(run: Callable
     assert 0 < window_seconds(result) < 4
 
 
+def test_of_many_that_fail_the_reason_names_the_first_ones_and_counts_the_others(
+    run: Callable,
+) -> None:
+    failing = {"fail": "oom", "fail_at": "load"}
+    result = run(8, all={**failing, "load_seconds": 1.0}, c6={**failing, "load_seconds": 0})
+    assert statuses(result) == ["oom"] * 8
+    assert result.reason.startswith("client 6 (Scripted): oom: scripted; client ")
+    assert result.reason.endswith("; 4 more")
+
+
 @pytest.mark.parametrize("stage", ["load", "warm"])
 def test_a_failure_before_go_leaves_no_window(run: Callable, stage: str) -> None:
     result = run(2, c0={"fail": "crash", "fail_at": stage})

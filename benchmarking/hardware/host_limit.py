@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from benchmarking.records.types import ClientRecord, GpuFigures
+from benchmarking.records.writing import first_of
 
 # A GPU this busy has no use for a faster host.
 SATURATED_ACTIVITY_PERCENT = 50.0
@@ -65,7 +66,7 @@ def warnings(
     elif limited:
         why = (
             f"{name} was {activity:.0f} %, while one thread was busy all the time in "
-            f"{' and '.join(limited)}"
+            f"{first_of(limited, ' and ')}"
         )
     else:
         return []

@@ -20,6 +20,7 @@ from benchmarking.records.types import (
     Proof,
     Units,
 )
+from benchmarking.records.writing import first_of
 
 NEVER_MEASURED = Proof("unverified", [Evidence("it was measured", "no", None)])
 
@@ -158,8 +159,8 @@ def co_run_record(
     unproved = [client for client in clients if client.status == "invalid"]
     if outcome == "ok" and (unproved or gpu_lost or mode_failure):
         outcome = "invalid"
-        whys = (f"client {one.client} ({one.label}): {one.reason}" for one in unproved)
-        reason = gpu_lost or mode_failure or "; ".join(whys)
+        whys = [f"client {one.client} ({one.label}): {one.reason}" for one in unproved]
+        reason = gpu_lost or mode_failure or first_of(whys)
     elif gpu_lost:
         reason = f"{gpu_lost}; {reason}" if reason else gpu_lost
     baselines, joules = dict(reference.whole), dict(reference.whole_joules)

@@ -21,10 +21,12 @@ import psutil
 from benchmarking.cli import SuiteError
 from benchmarking.hardware.host_cpu import read_process_trees, signal_sessions
 from benchmarking.measuring.client import Client, ClientResult
+from benchmarking.measuring.event_log import last_event
 from benchmarking.measuring.stop_signal import StopSignal
 from benchmarking.planning.plan import PlannedCoRun
 from benchmarking.records.run_folder import ClientPaths
 from benchmarking.records.types import CoRunStatus
+from benchmarking.records.writing import first_of
 
 # A killed process ends when the kernel gets to it: in the driver, or on a busy machine, later.
 KILLED_SECONDS = 10.0
@@ -274,7 +276,11 @@ class Launcher:
 
 
 def _names(clients: Sequence[Client]) -> str:
-    return " and ".join(client.name for client in clients)
+    return first_of([client.name for client in clients], " and ")
+
+
+def _failed_seconds(client: ClientResult) -> float:
+    return (last_event(client.events, "error") or {}).get("time_seconds") or math.inf
 
 
 def _settle_outcome(result: CoRunResult) -> None:
@@ -287,8 +293,8 @@ def _settle_outcome(result: CoRunResult) -> None:
         result.outcome = "timeout" if only_slow else "failed"
     if result.outcome in ("failed", "timeout"):
         reasons = []
-        for client in bad:
+        for client in sorted(bad, key=_failed_seconds):  # it may have taken the others along
             told = client.cause if client.status == "failed" else None
             kind = told.replace("_", " ") if told else client.status
             reasons.append(f"{client.name}: {kind}: {client.reason}")
-        result.reason = "; ".join(reasons)
+        result.reason = first_of(reasons)

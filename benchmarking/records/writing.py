@@ -149,6 +149,12 @@ def one_line(text: str) -> str:
     return UNSAFE.sub(" ", text).encode(errors="replace").decode()
 
 
+def first_of(texts: Sequence[str], joint: str = "; ") -> str:
+    """Join texts, of many the first four: what 64 clients say each, nobody reads in a row."""
+    more = [f"{len(texts) - 4} more"] if len(texts) > 5 else []
+    return joint.join([*texts[:4], *(more or texts[4:])])
+
+
 def append_refusal(folder: Path, command: Sequence[str], exit_code: int, sentence: str) -> None:
     """Note a command that was refused before there was a run to write to.
 
