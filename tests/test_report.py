@@ -362,3 +362,12 @@ def test_an_older_environment_that_has_only_jobs_alone_is_folded_too() -> None:
     compared = compare(older, newer)
     assert "<summary>2. Another GPU, driver 580.00, job size " in as_page(compared)
     assert "Each job was measured alone" in as_markdown(compared)
+
+
+def test_a_sentence_lists_the_first_of_many_neighbors_and_counts_the_others() -> None:
+    made = change(
+        synthetic_runs.run("many", "mps", {64: [2.0]}),
+        lambda r: r.update(label=f"job {r['client']}"), record="client", phase="co_run",
+    )  # fmt: skip
+    said = " ".join(on_terminal(compare(made)).split())
+    assert f"next to {', '.join(f'job {n}' for n in range(1, 11))} and 53 more" in said

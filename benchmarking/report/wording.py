@@ -87,8 +87,10 @@ def figure_name(conclusion: Record) -> str:
 
 
 def listed(names: Iterable[str], last: str = "and") -> str:
-    """Names as a sentence lists them: `MPS, MIG and time slicing`."""
-    *first, end = names
+    """Names as a sentence lists them: `MPS, MIG and time slicing`; of over 20 the first ten."""
+    every = [*names]
+    shown = every if len(every) <= 20 else [*every[:10], f"{len(every) - 10} more"]
+    *first, end = shown
     return f"{', '.join(first)} {last} {end}" if first else end
 
 
