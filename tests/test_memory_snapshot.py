@@ -88,7 +88,6 @@ def test_a_client_out_of_memory_leaves_the_snapshot_and_its_exit_code(tmp_path, 
     assert error["memory"]["tried_mib"] == pytest.approx(1e8 * 3 * 224 * 224 * 4 / 2**20)
     assert 0 < error["memory"]["free_mib"] < error["memory"]["total_mib"]
     assert error["message"] in done.stderr and "Traceback" not in done.stderr
-    assert error["message"].endswith("; run fewer clients, or lower --batch-size")
     assert "done" not in events
 
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from workloads.common import errors
 from workloads.common.errors import EXIT_FAILED, EXIT_USAGE, as_known, printable
 
 
@@ -85,8 +84,6 @@ def flags(parser: argparse.ArgumentParser, title: str) -> Callable[..., None]:
         if default not in (None, False) and "(default: " not in help_text:
             help_text += f" (default: {default})"
         group.add_argument(name, default=default, help=help_text, **how)
-        if name in ("--batch-size", "--max-batch", "--matrix-size"):
-            errors.size_flags[:] = [name]
 
     return flag
 

@@ -148,8 +148,6 @@ def as_known(error: BaseException) -> WorkloadError | None:
 
 # --- out of memory --------------------------------------------------------------------------------
 
-# Of this program, as it parses them: those that its memory grows with.
-size_flags: list[str] = []
 MPS_LIMIT_VARIABLE = "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT"
 # One device only is shown to a client under a limit of the suite's, as number 0.
 _MPS_LIMIT = re.compile(r"(?:^|,)0=(\d+)([KMG])B?(?:,|$)")
@@ -251,5 +249,5 @@ def _describe(snapshot: dict, said: str) -> str:
         amount("others_mib", f"others on the {place} hold {{}}"),
     )
     sentence = "; ".join(filter(None, parts))
-    smaller = "".join(f", or lower {flag}" for flag in size_flags)
-    return f"out of {where} memory: {sentence}; run fewer clients{smaller}"
+    fix = "run fewer clients, or smaller ones (by --batch-size, --max-batch or --matrix-size)"
+    return f"out of {where} memory: {sentence}; {fix}"
