@@ -192,8 +192,9 @@ class LoadTest(client.Workload):
         with console.progress(int(args.duration), "seconds") as bar:
             shown = finished = 0
             while self._generator.running:
-                reports += self.collect(recorder)
-                finished = sum(len(report.requests) for report in reports)
+                arrived = self.collect(recorder)
+                reports += arrived
+                finished += sum(len(report.requests) for report in arrived)
                 elapsed = int(min(time.monotonic() - begin_seconds, args.duration))
                 bar.advance(elapsed - shown, f"{finished} requests")
                 shown = elapsed
