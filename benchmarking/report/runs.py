@@ -389,6 +389,7 @@ def read_run(folder: Path) -> MeasuredRun:
     co_runs = _cleaned_records(run.co_run_records, unreadable)
     for record in clients:
         record.label = record.label or record.workload
+        (record.latency_ms or []).sort()  # each percentile sorts again, which then takes no time
     problems = [*run.warnings, *(f"{name} excluded: it holds {why}"
                                  for name, why in unreadable.items())]  # fmt: skip
     return MeasuredRun(
