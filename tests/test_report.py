@@ -14,6 +14,7 @@ from made_up_reports import (
     compare,
     failed,
     mps,
+    mps_limits,
     on_terminal,
     ramp,
     session,
@@ -371,3 +372,13 @@ def test_a_sentence_lists_the_first_of_many_neighbors_and_counts_the_others() ->
     )  # fmt: skip
     said = " ".join(on_terminal(compare(made)).split())
     assert f"next to {', '.join(f'job {n}' for n in range(1, 11))} and 53 more" in said
+
+
+def test_a_terminal_shows_the_figures_of_all_modes_however_many_there_are() -> None:
+    shares = range(70, 100)
+    made = [
+        mps([share / 10], f"mps-{share}", mps_limits=mps_limits(*[str(share)] * 4))
+        for share in shares
+    ]
+    table = on_terminal(compare(*made), 80).partition("Worst slowdown")[0]
+    assert not [share for share in shares if f"{share / 10:.2f}" not in table]

@@ -84,12 +84,17 @@ def on_terminal(parts: Sequence[str | tables.Table], width: int) -> str:
                 indent = len(part) - len(part.lstrip())
                 console.print(Padding(part.strip(), (0, 0, 0, indent)))
                 continue
-            table = Table(box=box.SIMPLE, pad_edge=False)
-            for name in part.header:
-                table.add_column(name, overflow="fold")
-            for row in part.rows:
-                table.add_row(*row)
-            console.print(table)
+            columns = list(zip(part.header, *part.rows, strict=True))
+            room = max(1, (width - 10) // 8)
+            # What has no room goes on below: narrower columns break figures, and then are empty.
+            for first in range(part.keys, max(len(columns), part.keys + 1), room):
+                table = Table(box=box.SIMPLE, pad_edge=False)
+                shown = [*columns[: part.keys], *columns[first : first + room]]
+                for name, *_ in shown:
+                    table.add_column(name, overflow="fold")
+                for row in list(zip(*shown, strict=True))[1:]:
+                    table.add_row(*row)
+                console.print(table)
     return "\n".join(line.rstrip() for line in captured.get().splitlines()) + "\n"
 
 
