@@ -35,6 +35,7 @@ from benchmarking.cli import (
     SuiteEnd,
     SuiteError,
     leave_dead_terminal,
+    present_folder,
 )
 from benchmarking.drivers.driver_arguments import (
     PROJECT_ROOT,
@@ -203,6 +204,8 @@ class Driver:
                 )
         else:
             self.output = self.output or f"results/{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+            if not os.path.isabs(self.output):
+                present_folder()
             self._make_folder()
         self.modes.folder = Path(self.output)
         self._catch_signals()

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from benchmarking.cli import PROJECT_ROOT, OneLineParser, SuiteError
+from benchmarking.cli import PROJECT_ROOT, SuiteError
 from benchmarking.planning import limits
 from benchmarking.planning.redaction import NotRevealedError, hidden_in_command_line, reveal
 from benchmarking.records.writing import is_of_others
@@ -52,13 +52,12 @@ class UsageError(SuiteError):
     """Arguments that make no sense; the help is named, too."""
 
 
-class DriverParser(OneLineParser):
+class DriverParser(argparse.ArgumentParser):
     """Parses a driver's arguments."""
 
     def __init__(self, script: str, help_text: str, switches: Sequence[str]) -> None:
         """Take the name of the script, the whole text of its help, its flags without a value."""
-        super().__init__(prog=script, add_help=False)
-        self.register("type", None, lambda text: text)  # `parse` checks it, as empty too
+        super().__init__(prog=script, add_help=False, allow_abbrev=False)
         self._help_text = help_text
         self.add_argument("--help", "-h", action="help")
         for flag in ("--quick", "--exclusive", "--mig", "--dry-run", *switches):

@@ -26,8 +26,9 @@ class CpuReading:
 
     def seconds_since(self, earlier: CpuReading) -> float:
         """Return the processor seconds since `earlier`; never negative."""
-        # A process that was orphaned and has ended takes its time away with it.
-        return max(0.0, self.seconds - earlier.seconds)
+        # A process that was orphaned and has ended takes its time away with it; a thread is read a
+        # moment after its process.
+        return max(0.0, self.seconds - earlier.seconds, self.busiest_since(earlier))
 
     def busiest_since(self, earlier: CpuReading) -> float:
         """Return the most seconds that any one thread has used since `earlier`."""
