@@ -14,8 +14,8 @@ import pytest
 from benchmarking.cli import PROJECT_ROOT
 from benchmarking.planning.job_lines import plan_of_jobs
 from benchmarking.planning.plan import PlannedClient, clients_of
+from benchmarking.planning.plan_entries import KEYS
 from benchmarking.planning.plan_file import (
-    KEYS,
     PlanFile,
     PlanFileError,
     parse_plan,

@@ -8,7 +8,8 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarking.planning.plan_file import PlanFile, PlanFileError, parse_plan, script_of
+from benchmarking.planning.plan_entries import script_of
+from benchmarking.planning.plan_file import PlanFile, PlanFileError, parse_plan
 
 # What stands for the file of jobs that were given on the command line.
 JOBS_PLAN = "--job"

@@ -18,7 +18,7 @@ from typing import Any
 from benchmarking.cli import PROJECT_ROOT
 from benchmarking.modes.names import MODE_CPU_DEMO, MODE_EXCLUSIVE, MODE_MIG, MODE_TIME_SLICING
 from benchmarking.planning import limits
-from benchmarking.planning.plan_file import PlanEntry
+from benchmarking.planning.plan_entries import PlanEntry
 from benchmarking.planning.request import Request
 from benchmarking.planning.workloads import (
     ANTAGONIST,
