@@ -146,8 +146,8 @@ def test_a_stop_ends_a_long_pause_and_a_long_cell_at_once(
         (BATCH, ("--weights", "nowhere.pth", "--device", "cpu"), "no weights file nowhere.pth"),
         (BATCH, ("--weights", "x" * 300, "--device", "cpu"), "name another path"),
         (BATCH, ("--weights", "none", "--device", "cpu", "--batch-size", "9" * 9),
-         "lower --batch"),
-        (SERVER, ("--port", "0", "--max-batch", "9" * 9), "a server --max-batch"),
+         "by --batch-size"),
+        (SERVER, ("--port", "0", "--max-batch", "9" * 9), "--max-batch or"),
         (SESSION, ("--idle-min", "3", "--idle-max", "2"), "--idle-min"),
         (SESSION, ("--idle-max", "-1"), "0 or more"),
         (SESSION, ("--cell-repeats", "matrix=2,train=3"), "lacks inference, preprocess"),
@@ -171,7 +171,7 @@ def test_a_stop_ends_a_long_pause_and_a_long_cell_at_once(
 def test_what_cannot_be_done_is_one_sentence_that_names_the_fix_and_a_code(
     here: Here, script: str, arguments: tuple, fix: str
 ) -> None:
-    memory = ("sequences would fit", "lower --batch", "a server --max-batch")
+    memory = ("sequences would fit", "by --batch-size", "--max-batch or")
     code = 3 if fix == "--gpu" else 12 if fix in memory else 2
     assert_refused(here.run(script, *arguments), fix, code)
 

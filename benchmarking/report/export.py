@@ -165,7 +165,10 @@ class Requirement:
             compared = {(one["mix"], one["clients"]) for one in section["conclusions"]}
             these = [one for one in section["groups"] if (one["mix"], one["clients"]) in compared]
             groups += these
-            alone += [{**one, "client_rows": section["alone"]} for one in these]
+            for one in these:
+                labels = {row["label"] for row in one["client_rows"]}
+                own = [row for row in section["alone"] if row["label"] in labels]
+                alone.append({**one, "client_rows": own})
         variants = {group["variant"] for group in groups}
         mode, job = self._mode_and_job(variants)
         # A variant that was measured is meant exactly; else every variant of the mode.
