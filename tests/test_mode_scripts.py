@@ -853,7 +853,10 @@ def test_who_reads_no_more_ends_it_and_everything_is_put_back(scripts: m.ModeScr
     # As in `setup_mig.sh ... 2>&1 | tee log`, where Ctrl-C ends tee, too.
     scripts.machine.fail(CREATE, seconds=1.0)
     process = scripts.start(*FOUR, stderr=subprocess.PIPE)
-    wait_until(lambda: scripts.gpu()["mig_current"] == "Enabled", "MIG mode is on")
+    # What it says before comes too early to be sure to find no reader.
+    rules = scripts.folder / "machine" / "rules"
+    wait_until(lambda: b"seen" in rules.read_bytes(), "the instances are being made")
+    assert scripts.gpu()["mig_current"] == "Enabled"
     assert process.stderr is not None
     process.stderr.close()
     os.killpg(process.pid, signal.SIGINT)
