@@ -229,8 +229,7 @@ def alone_words(words: Sequence[str]) -> list[str]:
     is_kept = True
     for word in words:
         if word.startswith("--"):
-            flag = word.partition("=")[0]  # argparse takes the beginning of its name, too
-            is_kept = not any(flag.startswith(one) or one.startswith(flag) for one in NOT_ALONE)
+            is_kept = not word.startswith(NOT_ALONE)
         kept += [word] if is_kept else []
     return kept
 

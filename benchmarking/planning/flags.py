@@ -233,10 +233,7 @@ def contradiction(options: argparse.Namespace, words: Sequence[str]) -> str | No
                "--min-seconds": options.min_seconds or 0}  # fmt: skip
     longest = max(seconds, key=seconds.__getitem__)
     flags = {word.split("=")[0] for word in words if word.startswith("--")}
-    # argparse takes the beginning of a name, too
-    others = sorted(
-        flag for flag in flags if not any(name.startswith(flag) for name in GOES_WITH_RESUME)
-    )
+    others = sorted(flags - GOES_WITH_RESUME)
     found = (
         (options.resume is not None and others,
          f"--resume goes on with the run's own flags: leave {', '.join(others)} out"),

@@ -124,6 +124,19 @@ _AGAINST_BASELINE = frozenset(_OF_GROUP) - {"success"} | {"slowdown"}
 _MODES = (MODE_TIME_SLICING, MODE_MPS, MODE_MIG)
 
 
+def _without_groups(comparison: Record) -> list[Record]:
+    """One run of each variant that was tried in a compared mix, and of which no co-run counts."""
+    found: dict[tuple[str, str], Record] = {}
+    for section in comparison["sections"]:
+        compared = {one["mix"] for one in section["conclusions"]}
+        shown = {(one["variant"], one["mix"]) for one in section["groups"]}
+        tried = {(run["variant"], run["mix"]): run for run in section["runs"]
+                 if run["mix"] in compared
+                 and any(one["phase"] == "co_run" for one in run["co_runs"])}  # fmt: skip
+        found |= {kind: run for kind, run in sorted(tried.items()) if kind not in shown}
+    return list(found.values())
+
+
 @dataclass(frozen=True)
 class Requirement:
     """`[MODE:][JOB:]FIGURE OP VALUE`: what a figure must meet, under every mode if none is named.
@@ -198,15 +211,11 @@ class Requirement:
             ]  # fmt: skip
             where = f"{group['variant']}, {group['mix']} with {group['clients']} clients"
             found += [f"{self.text}: not met under {where}: {what}" for what in said]
-        for section in comparison["sections"]:
-            # A mix without the figure or the job is not spoken of.
-            compared = {one["mix"] for one in section["conclusions"]} & {mix for mix, _ in there}
-            tried = {(run["variant"], run["mix"]) for run in section["runs"]
-                     if run["mix"] in compared and mode in (None, run[name])
-                     and any(one["phase"] == "co_run" for one in run["co_runs"])}  # fmt: skip
-            tried -= {(one["variant"], one["mix"]) for one in section["groups"]}
-            found += [f"{self.text}: not met under {variant}, {mix}: no co-run can be compared"
-                      for variant, mix in sorted(tried)]  # fmt: skip
+        # A mix without the figure or the job is not spoken of.
+        mixes = {mix for mix, _ in there}
+        found += [f"{self.text}: not met under {run['variant']}, {run['mix']}: no co-run can be "
+                  "compared" for run in _without_groups(comparison)
+                  if run["mix"] in mixes and mode in (None, run[name])]  # fmt: skip
         if not is_checked and not found:
             return [f"{self.text}: nothing was measured that it speaks of"]
         return found

@@ -64,8 +64,10 @@ class Recorder:
                 # Line buffering: one write a line, so a reader never waits for half of one.
                 self._file = events.open("a", buffering=1)
                 # A run by hand that was cut off may have left half a line.
-                if events.is_file() and events.read_bytes()[-1:] not in (b"", b"\n"):
-                    self._file.write("\n")
+                if events.is_file() and events.stat().st_size:
+                    with events.open("rb") as earlier:
+                        earlier.seek(-1, os.SEEK_END)
+                        self._file.write("" if earlier.read() == b"\n" else "\n")
             except OSError as error:
                 raise errors.UsageError(
                     f"cannot append to --events {events} ({error.strerror}); name a file in an "

@@ -55,8 +55,9 @@ def load_figures(
     latency_seconds = np.where(ok, requests["end"] - requests["intended"], math.inf)
     # What is answered after the sending counts by its share before: waiting for one that hangs is
     # no lower rate of all others.
-    sent, took = (requests["sent"] - start_seconds)[ok], (requests["end"] - requests["sent"])[ok]
-    qps = float(np.clip((duration_seconds - sent) / took, 0.0, 1.0).sum()) / duration_seconds
+    sent, took = requests["sent"] - start_seconds, requests["end"] - requests["sent"]
+    shares = np.clip(((duration_seconds - sent) / took)[ok], 0.0, 1.0)
+    qps = float(shares.sum()) / duration_seconds
     figures: dict[str, Any] = {
         "total_requests": total,
         "successful_requests": succeeded,
@@ -70,8 +71,7 @@ def load_figures(
     if is_open_loop:
         figures |= open_loop_figures(requests, start_seconds, duration_seconds)
     # Waiting for the last answers is no work of the generator's.
-    last_sent = np.nanmax(requests["sent"] - start_seconds, initial=0.0)
-    sending_seconds = float(max(duration_seconds, last_sent))
+    sending_seconds = float(np.nanmax(sent, initial=duration_seconds))
     busiest_percent = 100.0 * max(cpu_seconds) / sending_seconds
     limit = generator_limit(figures.get("late_by_generator_percent"), busiest_percent)
     return figures | {
